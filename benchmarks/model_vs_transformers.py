@@ -1,0 +1,381 @@
+"""Times this model against transformers' `MiniMaxForCausalLM`: same weights, same CPU, one run.
+
+    python benchmarks/model_vs_transformers.py [--json=FILE] [--repeats=7] [--size=tiny]
+
+Both sides compute in float32 with all cores. They are timed in turn (ours, theirs, ours, theirs),
+so that a noisy neighbour slows both, and the ratio is that of the medians. Compilation and the
+first calls are not timed. transformers runs each case with whichever of its expert
+implementations is fastest there. Before anything is timed both must give the same numbers.
+
+Needs the `parity` extra (torch, transformers).
+"""
+
+import dataclasses
+import functools
+import json
+import os
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+import transformers
+from absl import app, flags
+
+import m1_jax
+
+_SIZE = flags.DEFINE_enum("size", "full", ["full", "tiny"], "120M parameters, or a quick try.")
+_REPEATS = flags.DEFINE_integer("repeats", 7, "Timed calls of each side per case.", lower_bound=1)
+_CASES = flags.DEFINE_list("cases", [], "Names of the cases to run; all if empty.")
+_JSON = flags.DEFINE_string("json", None, "Where to write the numbers as JSON.")
+_THREADS = flags.DEFINE_integer("threads", 0, "Threads of torch; 0 is one per core.")
+
+# Largest difference of two logits. Logits have a standard deviation near 1 and pass 8 layers of
+# float32 reductions taken in another order (about 1e-6 each); transformers also computes its decay
+# with a slightly different layer factor, 1e-5 relative.
+_LOGITS_TOLERANCE = 2e-4
+# Relative difference of the loss and of the norm of all gradients: sums over many of the above.
+_LOSS_TOLERANCE = 1e-5
+_GRADIENT_TOLERANCE = 1e-3
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """A model and the lengths it is timed at; every count is in tokens except `batches`."""
+
+    model: dict
+    prefill_tokens: int
+    prompt_tokens: int
+    decode_tokens: int
+    train_shape: tuple[int, int]
+    check_tokens: int
+
+
+_ALPHA = 3.5565588200778455  # The release's; transformers would default to 1.
+_MODEL = {
+    "num_hidden_layers": 8,
+    "layer_types": ["linear_attention"] * 7 + ["full_attention"],
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+    "max_position_embeddings": 4096,
+    # transformers rotates the whole head whatever rotary_dim says, so this model must too.
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e7},
+    **{f"{kind}_alpha_factor": _ALPHA for kind in ("linear_attn", "full_attn", "mlp")},
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+_SIZES = {
+    "full": Size(
+        _MODEL
+        | {"hidden_size": 512, "head_dim": 64, "intermediate_size": 1024, "vocab_size": 8192},
+        prefill_tokens=2048,
+        prompt_tokens=128,
+        decode_tokens=64,
+        train_shape=(4, 512),
+        check_tokens=300,
+    ),
+    "tiny": Size(
+        _MODEL | {"hidden_size": 64, "head_dim": 16, "intermediate_size": 96, "vocab_size": 512},
+        prefill_tokens=128,
+        prompt_tokens=16,
+        decode_tokens=8,
+        train_shape=(2, 64),
+        check_tokens=40,
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One measurement. Both sides take no argument and return the seconds they timed.
+
+    tokens: processed per timed call, for tokens per second.
+    experts: implementations of transformers' experts to choose from.
+    target: the ratio of speeds that we promise.
+    """
+
+    name: str
+    tokens: int
+    ours: Callable[[], float]
+    theirs: Callable[[], float]
+    experts: tuple[str, ...]
+    target: float
+
+
+def _clock(call) -> float:
+    """Return the seconds of `call`, whose JAX result is waited for."""
+    start = time.perf_counter()
+    jax.block_until_ready(call())
+    return time.perf_counter() - start
+
+
+# --- Our side -------------------------------------------------------------------------------------
+
+
+@functools.partial(jax.jit, static_argnames="max_length")
+def _prefill(model, tokens, max_length):
+    """Return (logits [B, 1, V] of the last token, the state with the whole prompt)."""
+    state = model.init_state(batch=tokens.shape[0], max_length=max_length)
+    return model.extend(tokens, state, last_only=True)
+
+
+@functools.partial(jax.jit, static_argnames="num_steps", donate_argnames="state")
+def _decode(model, token, state, num_steps):
+    """Continue greedily from `token` [B, 1]; return tokens [num_steps, B, 1] and the state."""
+
+    def step(carry, _):
+        token, state = carry
+        logits, state = model.extend(token, state)
+        token = jnp.argmax(logits, axis=-1).astype(token.dtype)
+        return (token, state), token
+
+    (_, state), tokens = jax.lax.scan(step, (token, state), length=num_steps)
+    return tokens, state
+
+
+@jax.jit
+def _loss_and_gradients(model, tokens):
+    def loss(model):
+        logprobs = jax.nn.log_softmax(model(tokens)[:, :-1])
+        return -jnp.mean(jnp.take_along_axis(logprobs, tokens[:, 1:, None], axis=-1))
+
+    return jax.value_and_grad(loss)(model)
+
+
+def _our_decode_secs(model, prompt, num_steps):
+    logits, state = _prefill(model, prompt, max_length=prompt.shape[1] + num_steps)
+    token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    jax.block_until_ready((token, state))
+    return _clock(lambda: _decode(model, token, state, num_steps))
+
+
+# --- Their side -----------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def _their_decode_secs(model, prompt, num_steps):
+    out = model(prompt, use_cache=True, logits_to_keep=1)
+    start = time.perf_counter()
+    for _ in range(num_steps):
+        token = out.logits.argmax(-1)
+        out = model(token, past_key_values=out.past_key_values, use_cache=True)
+    out.logits.argmax(-1)
+    return time.perf_counter() - start
+
+
+@torch.no_grad()
+def _their_prefill_secs(model, tokens, **kwargs):
+    return _clock(lambda: model(tokens, **kwargs).logits.numpy())
+
+
+def _their_train_secs(model, tokens):
+    model.zero_grad(set_to_none=True)
+
+    def call():
+        model(tokens, labels=tokens, use_cache=False).loss.backward()
+
+    return _clock(call)
+
+
+# --- The comparison -------------------------------------------------------------------------------
+
+
+def _build(size: Size):
+    """Return (our model, their model) with equal random weights, through a saved checkpoint."""
+    torch.manual_seed(0)
+    # transformers' default of 0.02 would leave the logits to the embedding: see every layer.
+    std = size.model["hidden_size"] ** -0.5
+    config = transformers.MiniMaxConfig(**size.model, initializer_range=std, dtype="float32")
+    theirs = transformers.MiniMaxForCausalLM(config).eval()
+    with tempfile.TemporaryDirectory() as directory:
+        theirs.save_pretrained(directory)
+        return m1_jax.load(directory, dtype=jnp.float32), theirs
+
+
+def _check(ours, theirs, size: Size) -> dict[str, float]:
+    """Compare logits of one pass and of decoding, loss and gradients.
+
+    The sequences are short: every token is one more chance that rounding decides a near tie of
+    the router, after which two correct implementations differ visibly.
+
+    Raises:
+      RuntimeError: a difference is above its tolerance.
+    """
+    rng = np.random.default_rng(1)
+    tokens = rng.integers(0, size.model["vocab_size"], (2, size.check_tokens))
+    on_jax, on_torch = jnp.asarray(tokens, jnp.int32), torch.from_numpy(tokens)
+    with torch.no_grad():
+        expected = theirs(on_torch, use_cache=False).logits.numpy()
+    differences = {"logits": float(np.max(np.abs(ours(on_jax) - expected)))}
+
+    start = size.check_tokens - 8
+    logits, state = _prefill(ours, on_jax[:, :start], max_length=size.check_tokens)
+    steps = [logits]
+    for i in range(start, size.check_tokens):
+        logits, state = ours.extend(on_jax[:, i : i + 1], state)
+        steps.append(logits)
+    decoded = np.concatenate(steps, axis=1)
+    differences["decoded logits"] = float(np.max(np.abs(decoded - expected[:, start - 1 :])))
+
+    loss, gradients = _loss_and_gradients(ours, on_jax)
+    norm = np.sqrt(sum(float(np.sum(np.square(g))) for g in jax.tree.leaves(gradients)))
+    expected_loss = theirs(on_torch, labels=on_torch, use_cache=False).loss
+    expected_loss.backward()
+    their_norm = np.sqrt(sum(float(p.grad.square().sum()) for p in theirs.parameters()))
+    theirs.zero_grad(set_to_none=True)
+    differences["loss"] = abs(float(loss) / expected_loss.item() - 1)
+    differences["gradient norm"] = abs(norm / their_norm - 1)
+
+    tolerances = [_LOGITS_TOLERANCE, _LOGITS_TOLERANCE, _LOSS_TOLERANCE, _GRADIENT_TOLERANCE]
+    for (name, difference), tolerance in zip(differences.items(), tolerances, strict=True):
+        if not difference <= tolerance:
+            raise RuntimeError(
+                f"{name} differ by {difference:.2e}, want at most {tolerance:.0e}: the two sides "
+                "do not compute the same model, so their times cannot be compared"
+            )
+    return differences
+
+
+def _cases(ours, theirs, size: Size) -> list[Case]:
+    rng = np.random.default_rng(2)
+
+    def tokens(*shape):
+        drawn = rng.integers(0, size.model["vocab_size"], shape)
+        return jnp.asarray(drawn, jnp.int32), torch.from_numpy(drawn)
+
+    # batched_mm copies the weights of each token's experts: tens of GB at prefill lengths.
+    many, one = ("eager", "grouped_mm"), ("eager", "grouped_mm", "batched_mm")
+    length = size.prefill_tokens
+    prefill_jax, prefill_torch = tokens(1, length)
+    train_jax, train_torch = tokens(*size.train_shape)
+    cases = [
+        Case(
+            "prefill, all logits",
+            length,
+            lambda: _clock(lambda: ours(prefill_jax)),
+            lambda: _their_prefill_secs(theirs, prefill_torch, use_cache=False),
+            many,
+            1.2,
+        ),
+        Case(
+            "prefill, last logits + cache",
+            length,
+            lambda: _clock(lambda: _prefill(ours, prefill_jax, max_length=length)),
+            lambda: _their_prefill_secs(theirs, prefill_torch, use_cache=True, logits_to_keep=1),
+            many,
+            1.2,
+        ),
+    ]
+    for batch in (1, 8):
+        prompt_jax, prompt_torch = tokens(batch, size.prompt_tokens)
+        cases.append(
+            Case(
+                f"decode, batch {batch}",
+                batch * size.decode_tokens,
+                functools.partial(_our_decode_secs, ours, prompt_jax, size.decode_tokens),
+                functools.partial(_their_decode_secs, theirs, prompt_torch, size.decode_tokens),
+                one,
+                2.0,
+            )
+        )
+    cases.append(
+        Case(
+            "forward + backward",
+            train_torch.numel(),
+            lambda: _clock(lambda: _loss_and_gradients(ours, train_jax)),
+            lambda: _their_train_secs(theirs, train_torch),
+            many,
+            1.5,
+        )
+    )
+    return cases
+
+
+def _measure(case: Case, theirs, repeats: int) -> dict:
+    """Warm up, choose their fastest expert implementation, then time both sides in turn."""
+    trial_secs = {}
+    for experts in case.experts:
+        theirs.set_experts_implementation(experts)
+        case.theirs()
+        trial_secs[experts] = min(case.theirs() for _ in range(2))
+    best = min(trial_secs, key=trial_secs.get)
+    theirs.set_experts_implementation(best)
+    case.ours()
+    case.theirs()
+    our_secs, their_secs = [], []
+    for _ in range(repeats):
+        our_secs.append(case.ours())
+        their_secs.append(case.theirs())
+    return {
+        "case": case.name,
+        "tokens": case.tokens,
+        "ours_median_secs": statistics.median(our_secs),
+        "ours_min_secs": min(our_secs),
+        "theirs_median_secs": statistics.median(their_secs),
+        "theirs_min_secs": min(their_secs),
+        "theirs_experts": best,
+        "theirs_trial_secs": trial_secs,
+        "ratio": statistics.median(their_secs) / statistics.median(our_secs),
+        "target": case.target,
+    }
+
+
+def _print_row(row: dict) -> None:
+    ours, theirs = row["ours_median_secs"], row["theirs_median_secs"]
+    print(
+        f"{row['case']:<29} {ours:8.3f} {row['ours_min_secs']:8.3f} {row['tokens'] / ours:9,.0f}"
+        f" {theirs:8.3f} {row['theirs_min_secs']:8.3f} {row['tokens'] / theirs:9,.0f}"
+        f"  {row['theirs_experts']:<10} {row['ratio']:5.2f} {row['target']:6.1f}",
+        flush=True,
+    )
+
+
+def main(argv):
+    if len(argv) > 1:
+        raise app.UsageError(f"got arguments {argv[1:]}, want flags only")
+    jax.config.update("jax_platforms", "cpu")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    torch.set_num_threads(_THREADS.value or os.cpu_count())
+    size = _SIZES[_SIZE.value]
+    ours, theirs = _build(size)
+    cases = _cases(ours, theirs, size)
+    unknown = sorted(set(_CASES.value) - {case.name for case in cases})
+    if unknown:
+        raise app.UsageError(f"got cases {unknown}, want some of {[case.name for case in cases]}")
+    machine = {
+        "cpu": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "parameters": sum(p.numel() for p in theirs.parameters()),
+    }
+    print(*(f"{key} {value}" for key, value in machine.items()), sep=", ")
+    differences = _check(ours, theirs, size)
+    print("largest differences:", *(f"{k} {v:.1e}" for k, v in differences.items()))
+    columns = f"{'median s':>8} {'min s':>8} {'tokens/s':>9}"
+    print(f"{'':<29} {'ours':<27} {'transformers':<27}")
+    print(f"{'case':<29} {columns} {columns}  {'experts':<10} {'ratio':>5} {'target':>6}")
+    rows = []
+    for case in cases:
+        if not _CASES.value or case.name in _CASES.value:
+            rows.append(_measure(case, theirs, _REPEATS.value))
+            _print_row(rows[-1])
+    if _JSON.value:
+        with open(_JSON.value, "w") as file:
+            json.dump(
+                {"machine": machine, "differences": differences, "rows": rows}, file, indent=2
+            )
+
+
+if __name__ == "__main__":
+    app.run(main)

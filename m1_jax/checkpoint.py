@@ -1,0 +1,172 @@
+"""Loading a model from a release directory or from a converted Orbax directory.
+
+A converted directory holds
+    params/        an Orbax checkpoint: the parameters as a nested dict, stacked as in the model
+    config.json    as in the release, with the tokenizer and other small files beside it
+    release.json   how the tensors lay in the release's shards, for the way back
+"""
+
+import json
+import pathlib
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from flax import nnx
+
+from m1_jax import config as config_lib
+from m1_jax import model as model_lib
+from m1_jax import params_map, release, sharding
+
+PARAMS = "params"
+MANIFEST = "release.json"
+FORMAT = "m1_jax converted checkpoint, version 1"
+
+
+def load(path, dtype=jnp.float32, mesh: jax.sharding.Mesh | None = None) -> model_lib.MiniMaxM1:
+    """Load a model for computation in `dtype`.
+
+    Args:
+      path: a release directory (config.json and safetensors), in the release's or transformers'
+        native layout, or a directory that `m1_jax.convert` made.
+      dtype: of activations and parameters, float32 or bfloat16; routers stay float32.
+      mesh: devices to spread the parameters over, by `sharding.PARAM_RULES`; None: one device.
+        Each process reads only what its own devices hold.
+
+    Raises:
+      CheckpointError: a directory that is not a complete checkpoint.
+      ConfigError: a config.json that this model cannot compute.
+    """
+    path = pathlib.Path(path)
+    if jnp.dtype(dtype) not in (jnp.float32, jnp.bfloat16):
+        raise ValueError(f"dtype: got {jnp.dtype(dtype)}; wanted float32 or bfloat16")
+    if is_converted(path):
+        read_manifest(path)
+        config = config_lib.ModelConfig.from_file(path / "config.json")
+        fill = _fill_from_orbax(path)
+    elif (path / "config.json").is_file():
+        source = release.Release(path)
+        config = source.config
+        fill = _fill_from_release(source)
+    else:
+        raise release.CheckpointError(
+            f"{path} is no checkpoint: wanted a release directory (config.json, {release.INDEX}, "
+            f"shards) or one made by m1_jax.convert ({PARAMS}/, {MANIFEST})"
+        )
+    model = abstract_model(config, dtype)
+    params = parameters(model)
+    wanted = {}
+    for name, param in params.items():
+        where = sharding.param_sharding(mesh, param.get_metadata()["logical_axes"], param.shape)
+        wanted[name] = jax.ShapeDtypeStruct(param.shape, param.dtype, sharding=where)
+    for name, value in fill(wanted).items():
+        params[name].set_value(value)
+    return model
+
+
+def abstract_model(config: config_lib.ModelConfig, dtype=jnp.bfloat16) -> model_lib.MiniMaxM1:
+    """Return a model whose parameters are shapes and dtypes only; it costs no memory."""
+    return nnx.eval_shape(lambda: model_lib.MiniMaxM1(config, nnx.Rngs(0), dtype=dtype))
+
+
+def parameters(model: model_lib.MiniMaxM1) -> dict[str, nnx.Param]:
+    """Return the model's own parameters by the dotted paths of `params_map`."""
+    return {
+        ".".join(map(str, path)): node
+        for path, node in nnx.iter_graph(model)
+        if isinstance(node, nnx.Param)
+    }
+
+
+def is_converted(path: pathlib.Path) -> bool:
+    return (path / PARAMS).is_dir() or (path / MANIFEST).exists()
+
+
+def read_manifest(path: pathlib.Path) -> dict:
+    """Return release.json of a converted directory, which is written last."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())
+    except (FileNotFoundError, ValueError):
+        raise release.CheckpointError(
+            f"{path}: {MANIFEST} is missing or damaged, so this conversion is not complete. "
+            "Run m1_jax.convert again."
+        ) from None
+    if manifest.get("format") != FORMAT:
+        raise release.CheckpointError(
+            f"{path / MANIFEST}: got format {manifest.get('format')!r}; wanted {FORMAT!r}"
+        )
+    return manifest
+
+
+def to_tree(flat: Mapping[str, object]) -> dict:
+    """Nest a dict of dotted paths: {"a.b": x} becomes {"a": {"b": x}}."""
+    tree: dict = {}
+    for path, value in flat.items():
+        *parents, leaf = path.split(".")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[leaf] = value
+    return tree
+
+
+def check_shape(tensor: release.Tensor, entry: params_map.Entry, shape: tuple[int, ...]) -> None:
+    """Compare a tensor with the parameter of the given (stacked) shape that it belongs to."""
+    wanted = shape[len(entry.index) :]
+    wanted = wanted[::-1] if entry.transposed else wanted
+    if tensor.shape != wanted:
+        raise release.CheckpointError(
+            f"{tensor.file}: {tensor.name} has shape {list(tensor.shape)}; config.json asks for "
+            f"{list(wanted)}. Is it the config.json that these weights were saved with?"
+        )
+
+
+def _fill_from_release(source: release.Release) -> Callable:
+    def fill(wanted):
+        parts: dict[str, dict[tuple[int, ...], np.ndarray]] = {name: {} for name in wanted}
+        for entry in source.entries:
+            tensor = source.tensors[entry.name]
+            check_shape(tensor, entry, wanted[entry.path].shape)
+            data = tensor.read()
+            parts[entry.path][entry.index] = data.T if entry.transposed else data
+        return {name: _assemble(spec, parts[name]) for name, spec in wanted.items()}
+
+    return fill
+
+
+def _assemble(spec: jax.ShapeDtypeStruct, parts: Mapping[tuple[int, ...], np.ndarray]):
+    """Build a sharded array from its parts, each device's slice on its own."""
+    depth = len(next(iter(parts)))
+
+    def piece(index):
+        ranges = [range(*dim.indices(size)) for dim, size in zip(index, spec.shape, strict=True)]
+        out = np.empty([len(r) for r in ranges], spec.dtype)
+        for place in np.ndindex(*out.shape[:depth]):
+            lead = tuple(r[i] for r, i in zip(ranges, place, strict=False))
+            out[place] = parts[lead][index[depth:]]
+        return out
+
+    return jax.make_array_from_callback(spec.shape, spec.sharding, piece)
+
+
+def _fill_from_orbax(path: pathlib.Path) -> Callable:
+    def fill(wanted):
+        checkpointer = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
+        args = ocp.args.PyTreeRestore(
+            item=to_tree(wanted),
+            restore_args=ocp.checkpoint_utils.construct_restore_args(to_tree(wanted)),
+        )
+        try:
+            tree = checkpointer.restore((path / PARAMS).resolve(), args=args)
+        except (ValueError, KeyError, FileNotFoundError) as error:
+            raise release.CheckpointError(
+                f"{path / PARAMS} does not hold the parameters that config.json asks for: {error}"
+            ) from error
+        flat = {}
+        for keys, value in jax.tree_util.tree_leaves_with_path(tree):
+            flat[".".join(key.key for key in keys)] = value
+        return flat
+
+    return fill

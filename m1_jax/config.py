@@ -1,0 +1,374 @@
+"""The architecture of a MiniMax-M1 model, read from and written to Hugging Face's `config.json`.
+
+Sources: `config.json` and `configuration_minimax_m1.py` of MiniMaxAI/MiniMax-M1, and the
+`minimax` model of transformers (the "native" spelling).
+"""
+
+import dataclasses
+import difflib
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+LIGHTNING, SOFTMAX = "lightning", "softmax"
+REMAT = ("none", "layer", "dots")
+
+_RELEASE_TYPES = ("minimax_m1", "minimax_text_01", "MiniMaxM1", "MiniMaxText01")
+_NATIVE_TYPES = ("minimax",)
+
+
+class ConfigError(ValueError):
+    """A configuration that this code cannot compute exactly; the message names the key."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Shapes and constants of one model; every field changes the computation or its size.
+
+    Names are the release's. `layer_types` holds one of "lightning" and "softmax" per layer,
+    in order. `shared_intermediate_size` > 0 adds a shared expert to every layer, whose width
+    the release takes from `intermediate_size`. `remat` is what the backward pass recomputes:
+    "none", "layer" (keep each layer's input only) or "dots" (keep matmul outputs too).
+
+    Raises:
+      ConfigError: a value that is out of range or contradicts another one.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    layer_types: tuple[str, ...]
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rotary_dim: int
+    intermediate_size: int
+    num_local_experts: int
+    num_experts_per_tok: int
+    rope_theta: float = 1e7
+    rms_norm_eps: float = 1e-5
+    postnorm: bool = False
+    layernorm_linear_attention_alpha: float = 1.0
+    layernorm_linear_attention_beta: float = 1.0
+    layernorm_full_attention_alpha: float = 1.0
+    layernorm_full_attention_beta: float = 1.0
+    layernorm_mlp_alpha: float = 1.0
+    layernorm_mlp_beta: float = 1.0
+    shared_intermediate_size: int = 0
+    router_aux_loss_coef: float = 0.001
+    initializer_range: float = 0.02
+    max_position_embeddings: int = 10_240_000
+    remat: str = "none"
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.type is int and field.name != "shared_intermediate_size":
+                _require(isinstance(value, int) and value > 0, field.name, value, "a positive int")
+        _require(len(self.layer_types) > 0, "layer_types", (), "at least one layer")
+        for kind in self.layer_types:
+            _require(kind in (LIGHTNING, SOFTMAX), "layer_types", kind, f"{LIGHTNING} or {SOFTMAX}")
+        _require(
+            self.num_attention_heads % self.num_key_value_heads == 0,
+            "num_key_value_heads",
+            self.num_key_value_heads,
+            f"a divisor of num_attention_heads = {self.num_attention_heads}",
+        )
+        _require(
+            self.rotary_dim % 2 == 0 and self.rotary_dim <= self.head_dim,
+            "rotary_dim",
+            self.rotary_dim,
+            f"an even number up to head_dim = {self.head_dim}",
+        )
+        _require(
+            self.num_experts_per_tok <= self.num_local_experts,
+            "num_experts_per_tok",
+            self.num_experts_per_tok,
+            f"at most num_local_experts = {self.num_local_experts}",
+        )
+        _require(
+            self.shared_intermediate_size >= 0,
+            "shared_intermediate_size",
+            self.shared_intermediate_size,
+            "0 or more",
+        )
+        _require(self.remat in REMAT, "remat", self.remat, f"one of {REMAT}")
+
+    @property
+    def num_hidden_layers(self) -> int:
+        return len(self.layer_types)
+
+    @property
+    def period(self) -> int:
+        """Length of the shortest repeating unit of `layer_types`: 8 in the release."""
+        total = self.num_hidden_layers
+        for period in range(1, total + 1):
+            if total % period == 0 and self.layer_types[:period] * (total // period) == (
+                self.layer_types
+            ):
+                return period
+        raise AssertionError("a list is always a repeat of itself")
+
+    @property
+    def repeats(self) -> int:
+        """How often the repeating unit occurs: 10 in the release."""
+        return self.num_hidden_layers // self.period
+
+    @property
+    def has_shared_expert(self) -> bool:
+        return self.shared_intermediate_size > 0
+
+    def attention_scales(self, kind: str) -> tuple[float, float]:
+        """Return (alpha, beta) of the residual sum around attention of the given kind."""
+        if kind == LIGHTNING:
+            return self.layernorm_linear_attention_alpha, self.layernorm_linear_attention_beta
+        return self.layernorm_full_attention_alpha, self.layernorm_full_attention_beta
+
+    @classmethod
+    def m1(cls) -> "ModelConfig":
+        """Return the released MiniMax-M1 (40k and 80k): 456,089,655,296 parameters."""
+        alpha = 3.5565588200778455
+        return cls(
+            vocab_size=200_064,
+            hidden_size=6144,
+            layer_types=((LIGHTNING,) * 7 + (SOFTMAX,)) * 10,
+            num_attention_heads=64,
+            num_key_value_heads=8,
+            head_dim=128,
+            rotary_dim=64,
+            intermediate_size=9216,
+            num_local_experts=32,
+            num_experts_per_tok=2,
+            postnorm=True,
+            layernorm_linear_attention_alpha=alpha,
+            layernorm_full_attention_alpha=alpha,
+            layernorm_mlp_alpha=alpha,
+        )
+
+    @classmethod
+    def tiny(cls) -> "ModelConfig":
+        """Return a model of 1.5 million parameters with the release's awkward ratios."""
+        return dataclasses.replace(
+            cls.m1(),
+            vocab_size=512,
+            hidden_size=64,
+            layer_types=((LIGHTNING,) * 3 + (SOFTMAX,)) * 2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=32,
+            rotary_dim=16,
+            intermediate_size=96,
+            num_local_experts=8,
+            max_position_embeddings=4096,
+        )
+
+    @classmethod
+    def from_hf(cls, hf: Mapping[str, Any]) -> "ModelConfig":
+        """Read a parsed `config.json` in the release's or in transformers' native spelling.
+
+        Raises:
+          ConfigError: a key that is unknown, missing, contradictory, or asks for a computation
+            that this model does not have.
+        """
+        kind = hf.get("model_type")
+        if kind in _RELEASE_TYPES:
+            return _from_release(hf)
+        if kind in _NATIVE_TYPES:
+            return _from_native(hf)
+        raise ConfigError(
+            f"config.json: model_type is {kind!r}; this code reads "
+            f"{', '.join(_RELEASE_TYPES[:2] + _NATIVE_TYPES)}"
+        )
+
+    @classmethod
+    def from_file(cls, path) -> "ModelConfig":
+        """Read a `config.json` file; see `from_hf`."""
+        path = pathlib.Path(path)
+        try:
+            hf = json.loads(path.read_text())
+        except FileNotFoundError:
+            raise ConfigError(f"{path} does not exist; it must lie beside the weights") from None
+        except ValueError as error:
+            raise ConfigError(f"{path} is not valid JSON: {error}") from None
+        return cls.from_hf(hf)
+
+    def to_hf(self) -> dict[str, Any]:
+        """Return `config.json` in the release's spelling; `from_hf` reads the same config back."""
+        hf = {name: getattr(self, name) for name in _RELEASE_FIELDS}
+        return hf | {
+            "architectures": ["MiniMaxM1ForCausalLM"],
+            "model_type": "minimax_m1",
+            "num_hidden_layers": self.num_hidden_layers,
+            "attn_type_list": [int(kind == SOFTMAX) for kind in self.layer_types],
+            "shared_moe_mode": "sigmoid",
+            **_FIXED,
+        }
+
+
+# Keys that both spellings share with ModelConfig, and whether the file must hold them.
+_SHARED_FIELDS = {
+    "vocab_size": True,
+    "hidden_size": True,
+    "num_attention_heads": True,
+    "num_key_value_heads": True,
+    "head_dim": True,
+    "intermediate_size": True,
+    "num_local_experts": True,
+    "num_experts_per_tok": True,
+    "rms_norm_eps": True,
+    "router_aux_loss_coef": False,
+    "initializer_range": False,
+    "max_position_embeddings": False,
+}
+_RELEASE_FIELDS = _SHARED_FIELDS | {
+    "rotary_dim": True,
+    "rope_theta": True,
+    "postnorm": False,
+    "shared_intermediate_size": False,
+    "layernorm_linear_attention_alpha": False,
+    "layernorm_linear_attention_beta": False,
+    "layernorm_full_attention_alpha": False,
+    "layernorm_full_attention_beta": False,
+    "layernorm_mlp_alpha": False,
+    "layernorm_mlp_beta": False,
+}
+_NATIVE_ALPHAS = {
+    "linear_attn_alpha_factor": "layernorm_linear_attention_alpha",
+    "linear_attn_beta_factor": "layernorm_linear_attention_beta",
+    "full_attn_alpha_factor": "layernorm_full_attention_alpha",
+    "full_attn_beta_factor": "layernorm_full_attention_beta",
+    "mlp_alpha_factor": "layernorm_mlp_alpha",
+    "mlp_beta_factor": "layernorm_mlp_beta",
+}
+# transformers leaves out of the file what equals its own defaults (MiniMaxConfig, 5.x).
+_NATIVE_DEFAULTS = {
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+    "rms_norm_eps": 1e-5,
+    "router_aux_loss_coef": 0.001,
+    "initializer_range": 0.02,
+    "max_position_embeddings": 4096 * 32,
+}
+_NATIVE_ROPE_THETA = 1e6
+
+# Keys that would change the computation if they held anything else.
+_FIXED = {
+    "hidden_act": "silu",
+    "attention_dropout": 0.0,
+    "router_jitter_noise": 0.0,
+    "sliding_window": None,
+    "tie_word_embeddings": False,
+}
+
+# Keys that describe files, tokens or library behaviour, not the computation.
+_INERT = frozenset(
+    """architectures auto_map model_type torch_dtype dtype transformers_version use_cache
+    output_router_logits output_hidden_states output_attentions return_dict bos_token_id
+    eos_token_id pad_token_id unk_token_id sep_token_id decoder_start_token_id tokenizer_class
+    _name_or_path id2label label2id problem_type prefix finetuning_task task_specific_params
+    torchscript is_encoder_decoder is_decoder cross_attention_hidden_size add_cross_attention
+    tie_encoder_decoder chunk_size_feed_forward _attn_implementation
+    _attn_implementation_autoset _experts_implementation block_size""".split()
+)
+# block_size only regroups the same sums; it is inert for the result up to rounding.
+
+
+def _require(condition: bool, key: str, got: Any, wanted: str) -> None:
+    if not condition:
+        raise ConfigError(f"config: {key} is {got!r}; wanted {wanted}")
+
+
+def _check_keys(hf: Mapping[str, Any], known: set[str]) -> None:
+    for key, wanted in _FIXED.items():
+        got = hf.get(key, wanted)
+        _require(got == wanted, key, got, f"{wanted!r}: this model has no other form")
+    for key in hf:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ConfigError(
+                f"config.json: unknown key {key!r} = {hf[key]!r}{hint} "
+                "Remove it if it does not change the computation."
+            )
+
+
+def _take(hf: Mapping[str, Any], fields: Mapping[str, bool]) -> dict[str, Any]:
+    missing = [name for name, needed in fields.items() if needed and hf.get(name) is None]
+    if missing:
+        raise ConfigError(f"config.json: missing {', '.join(missing)}")
+    return {name: hf[name] for name in fields if hf.get(name) is not None}
+
+
+def _check_num_layers(hf: Mapping[str, Any], key: str, types: tuple[str, ...]) -> None:
+    wanted = hf.get("num_hidden_layers")
+    if wanted is None:
+        raise ConfigError("config.json: missing num_hidden_layers")
+    if wanted != len(types):
+        raise ConfigError(
+            f"config.json: {key} lists {len(types)} layers but num_hidden_layers is {wanted}"
+        )
+
+
+def _from_release(hf: Mapping[str, Any]) -> ModelConfig:
+    extra = {"num_hidden_layers", "attn_type_list", "shared_moe_mode"}
+    _check_keys(hf, set(_RELEASE_FIELDS) | set(_FIXED) | _INERT | extra)
+    if not hf.get("attn_type_list"):
+        raise ConfigError("config.json: missing attn_type_list (0 lightning, 1 softmax, per layer)")
+    for value in hf["attn_type_list"]:
+        _require(value in (0, 1), "attn_type_list", value, "0 (lightning) or 1 (softmax)")
+    # The release never reads shared_moe_mode: it always computes the sigmoid form.
+    mode = hf.get("shared_moe_mode", "sigmoid")
+    _require(mode == "sigmoid", "shared_moe_mode", mode, "'sigmoid', the form of the release")
+    types = tuple(SOFTMAX if value else LIGHTNING for value in hf["attn_type_list"])
+    _check_num_layers(hf, "attn_type_list", types)
+    return ModelConfig(layer_types=types, **_take(hf, _RELEASE_FIELDS))
+
+
+def _from_native(hf: Mapping[str, Any]) -> ModelConfig:
+    extra = {"num_hidden_layers", "layer_types", "rope_parameters", "rope_theta", "rotary_dim"}
+    known = set(_SHARED_FIELDS) | set(_FIXED) | set(_NATIVE_ALPHAS) | _INERT | extra
+    _check_keys(hf, known)
+    hf = _NATIVE_DEFAULTS | {key: value for key, value in hf.items() if value is not None}
+    hf.setdefault("head_dim", hf["hidden_size"] // hf["num_attention_heads"])
+    names = {"linear_attention": LIGHTNING, "full_attention": SOFTMAX}
+    default = [list(names)[(i + 1) % 2] for i in range(hf["num_hidden_layers"])]
+    listed = hf.get("layer_types", default)
+    for name in listed:
+        _require(name in names, "layer_types", name, " or ".join(names))
+    types = tuple(names[name] for name in listed)
+    _check_num_layers(hf, "layer_types", types)
+    # The native model is always postnorm, and has no shared expert.
+    return ModelConfig(
+        layer_types=types,
+        postnorm=True,
+        **_take(hf, _SHARED_FIELDS),
+        **_native_rope(hf),
+        **{ours: hf[theirs] for theirs, ours in _NATIVE_ALPHAS.items() if theirs in hf},
+    )
+
+
+def _native_rope(hf: Mapping[str, Any]) -> dict[str, Any]:
+    """Return rope_theta and rotary_dim; full rotary unless the file says otherwise."""
+    rope = dict(hf.get("rope_parameters") or {})
+    kind = rope.pop("rope_type", "default")
+    _require(kind == "default", "rope_parameters.rope_type", kind, "'default'")
+    thetas = {rope.pop("rope_theta", None), hf.get("rope_theta")} - {None}
+    if len(thetas) > 1:
+        raise ConfigError(f"config.json: rope_theta contradicts rope_parameters: {sorted(thetas)}")
+    fraction = rope.pop("partial_rotary_factor", None)
+    dims = {hf.get("rotary_dim"), None if fraction is None else int(fraction * hf["head_dim"])}
+    dims -= {None}
+    if len(dims) > 1:
+        raise ConfigError(f"config.json: rotary_dim contradicts rope_parameters: {sorted(dims)}")
+    if rope:
+        raise ConfigError(f"config.json: unknown key in rope_parameters: {sorted(rope)}")
+    return {
+        "rope_theta": float(next(iter(thetas), _NATIVE_ROPE_THETA)),
+        "rotary_dim": next(iter(dims), hf["head_dim"]),
+    }

@@ -1,0 +1,391 @@
+"""Command: a release directory to an Orbax directory, and back, byte for byte.
+
+    python -m m1_jax.convert --to=orbax --src=RELEASE_DIR --dst=DIR
+    python -m m1_jax.convert --to=hf --src=DIR --dst=RELEASE_DIR
+
+Tensors are streamed one by one, so memory stays at about --memory_gib whatever the model's size.
+The result grows in DST.partial and is renamed when it is complete; the same command run again
+after an interruption goes on where it stopped.
+"""
+
+import dataclasses
+import hashlib
+import json
+import pathlib
+import shutil
+import sys
+from collections import deque
+
+import numpy as np
+import orbax.checkpoint as ocp
+import tensorstore as ts
+import tqdm
+from absl import app, flags, logging
+
+from m1_jax import checkpoint, params_map, release
+from m1_jax import config as config_lib
+
+CHUNK_BYTES = 32 * 2**20  # of one array chunk on disk: what a device can read on its own
+SHARD_BYTES = 5 * 10**9  # of one shard, where the source does not say how it was cut
+_JOURNAL = "progress.txt"
+_SKIPPED = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".gguf", ".tmp")
+_OWN = (_JOURNAL, checkpoint.MANIFEST)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """to: "orbax" or "hf". src, dst: directories; dst must not exist. progress: show a bar."""
+
+    to: str
+    src: str
+    dst: str
+    memory_gib: float = 2.0
+    progress: bool = True
+
+    def __post_init__(self):
+        if self.to not in ("orbax", "hf"):
+            raise ValueError(f"--to is {self.to!r}; wanted orbax or hf")
+        if not self.src or not self.dst:
+            raise ValueError("wanted both --src and --dst")
+        if self.memory_gib <= 0:
+            raise ValueError(f"--memory_gib is {self.memory_gib}; wanted more than 0")
+
+
+def run(config: Config) -> pathlib.Path:
+    """Convert, and return the finished directory.
+
+    Raises:
+      CheckpointError, ConfigError: a source that is not a complete checkpoint.
+      FileExistsError: the destination exists.
+    """
+    src, dst = pathlib.Path(config.src), pathlib.Path(config.dst)
+    if dst.exists():
+        raise FileExistsError(f"{dst} exists; wanted a new directory. Remove it or choose another.")
+    if not src.is_dir():
+        raise release.CheckpointError(f"{src} is not a directory")
+    partial = dst.with_name(dst.name + ".partial")
+    if config.to == "orbax":
+        _to_orbax(release.Release(src), partial, config)
+    else:
+        checkpoint.read_manifest(src)
+        _to_hf(src, partial, config)
+    (partial / _JOURNAL).unlink()
+    partial.rename(dst)
+    return dst
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+    """One stacked parameter on disk; `lead` leading axes number its tensors."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    lead: int
+
+    @property
+    def chunk_shape(self) -> tuple[int, ...]:
+        """One tensor per chunk, its first dimension halved until the chunk is small enough."""
+        rows, *rest = self.shape[self.lead :]
+        while rows % 2 == 0 and rows * np.prod(rest) * self.dtype.itemsize > CHUNK_BYTES:
+            rows //= 2
+        return (1,) * self.lead + (rows, *rest)
+
+
+# ---- release to Orbax
+
+
+def _to_orbax(source: release.Release, partial: pathlib.Path, config: Config) -> None:
+    leaves = _leaves(source)
+    done = _resume(partial, source.config, [shard.header for shard in source.shards])
+    params = partial / checkpoint.PARAMS
+    if not params.exists():
+        _allocate(params, leaves)
+    arrays = {path: ts.open(_spec(params, path), open=True).result() for path in leaves}
+    by_name = {entry.name: entry for entry in source.entries}
+    # In the order of the shards' bytes, so that a disk reads each file once from front to back.
+    tensors = [t for shard in source.shards for t in shard.tensors if t.name in by_name]
+    budget, held = int(config.memory_gib * 2**30), 0
+    pending: deque[tuple[release.Tensor, ts.WriteFutures]] = deque()
+    with _Progress(partial, tensors, done, config.progress) as progress:
+        for tensor in (*(t for t in tensors if t.name not in done), None):
+            # None ends the list: everything still under way is waited for.
+            while pending and (tensor is None or held + tensor.nbytes > budget):
+                oldest, future = pending.popleft()
+                future.result()
+                progress.finish(oldest.name, oldest.nbytes)
+                held -= oldest.nbytes
+            if tensor is not None:
+                entry, data = by_name[tensor.name], tensor.read()
+                target = arrays[entry.path][entry.index]
+                pending.append((tensor, target.write(data.T if entry.transposed else data)))
+                held += tensor.nbytes
+    _copy_small_files(source.directory, partial)
+    index = source.directory / release.INDEX
+    manifest = {
+        "format": checkpoint.FORMAT,
+        "index": index.read_text() if index.exists() else None,
+        "shards": {shard.file.name: shard.header for shard in source.shards},
+    }
+    (partial / checkpoint.MANIFEST).write_text(json.dumps(manifest))
+
+
+def _leaves(source: release.Release) -> dict[str, Leaf]:
+    """Return every parameter, after checking each of its tensors against it."""
+    params = checkpoint.parameters(checkpoint.abstract_model(source.config))
+    leaves: dict[str, Leaf] = {}
+    first: dict[str, release.Tensor] = {}
+    for entry in source.entries:
+        tensor, shape = source.tensors[entry.name], params[entry.path].shape
+        checkpoint.check_shape(tensor, entry, shape)
+        before = first.setdefault(entry.path, tensor)
+        if before.dtype != tensor.dtype:
+            raise release.CheckpointError(
+                f"{tensor.name} is {release.CODES[tensor.dtype]} but {before.name} is "
+                f"{release.CODES[before.dtype]}; they are parts of one parameter and must agree"
+            )
+        leaves[entry.path] = Leaf(shape, tensor.dtype, len(entry.index))
+    if left := params.keys() - leaves.keys():
+        raise AssertionError(f"params_map.py has no row for {sorted(left)}")
+    return leaves
+
+
+def _allocate(params: pathlib.Path, leaves: dict[str, Leaf]) -> None:
+    """Make an Orbax checkpoint of the right arrays, all still without data.
+
+    Orbax writes a skeleton of one-element arrays with all of its metadata; each array is then
+    created anew at its true shape. So no array of the true size is ever in memory.
+    """
+    skeleton = {path: np.zeros((1,), leaf.dtype) for path, leaf in leaves.items()}
+    building = params.with_name(params.name + ".building")
+    shutil.rmtree(building, ignore_errors=True)
+    handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_zarr3=True)
+    with ocp.Checkpointer(handler) as checkpointer:
+        tree = checkpoint.to_tree(skeleton)
+        checkpointer.save(building.resolve(), args=ocp.args.PyTreeSave(tree))
+    for path, leaf in leaves.items():
+        chunks = {"name": "regular", "configuration": {"chunk_shape": leaf.chunk_shape}}
+        metadata = {
+            "shape": leaf.shape,
+            "data_type": leaf.dtype.name,
+            "chunk_grid": chunks,
+            "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}],
+        }
+        spec = _spec(building, path) | {"metadata": metadata}
+        ts.open(spec, create=True, delete_existing=True).result()
+    building.rename(params)
+
+
+def _spec(params: pathlib.Path, path: str) -> dict:
+    return {
+        "driver": "zarr3",
+        "kvstore": {"driver": "file", "path": f"{params.resolve() / path}/"},
+        # A chunk of zeros is stored like any other, so a missing one is always an error.
+        "store_data_equal_to_fill_value": True,
+        "fill_missing_data_reads": False,
+    }
+
+
+# ---- Orbax to release
+
+
+def _to_hf(src: pathlib.Path, partial: pathlib.Path, config: Config) -> None:
+    model_config = config_lib.ModelConfig.from_file(src / "config.json")
+    arrays, tensors = _open_params(src, model_config)
+    manifest = checkpoint.read_manifest(src)
+    shards = _original_shards(manifest, tensors) or _new_shards(tensors)
+    done = _resume(partial, model_config, list(shards.values()))
+    entries = {entry.name: entry for entry in params_map.entries(model_config)}
+    order = {file: _names(header) for file, header in shards.items()}
+    listed = [tensors[name] for names in order.values() for name in names]
+    finished = {name for file in order if file in done for name in order[file]}
+    with _Progress(partial, listed, finished, config.progress) as progress:
+        for file, header in shards.items():
+            if file in done:
+                continue
+            growing = partial / (file + ".tmp")
+            with growing.open("wb") as stream:
+                raw = header.encode()
+                stream.write(len(raw).to_bytes(8, "little") + raw)
+                for name in order[file]:
+                    entry = entries[name]
+                    try:
+                        data = arrays[entry.path][entry.index].read().result()
+                    except ValueError as error:
+                        raise release.CheckpointError(
+                            f"{src}: {entry.path}{list(entry.index)} cannot be read: {error}"
+                        ) from error
+                    data = np.ascontiguousarray(data.T if entry.transposed else data)
+                    stream.write(data.reshape(-1).view(np.uint8).data)
+                    progress.advance(data.nbytes)
+            growing.rename(partial / file)
+            progress.finish(file, 0)
+    _copy_small_files(src, partial)
+    if _is_original(manifest, shards):
+        index = manifest["index"]
+    else:
+        total = sum(tensor.nbytes for tensor in tensors.values())
+        where = {name: file for file, names in order.items() for name in names}
+        content = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
+        index = json.dumps(content, indent=2) + "\n"
+    if index is not None:
+        (partial / release.INDEX).write_text(index)
+    release.Release(partial)  # the checks that every reader makes
+
+
+def _open_params(src, model_config) -> tuple[dict, dict[str, release.Tensor]]:
+    """Return the arrays by path, and what each tensor will look like in the release."""
+    params = checkpoint.parameters(checkpoint.abstract_model(model_config))
+    arrays = {}
+    for path, param in params.items():
+        try:
+            arrays[path] = ts.open(_spec(src / checkpoint.PARAMS, path), open=True).result()
+        except ValueError as error:
+            raise release.CheckpointError(f"{src}: parameter {path} is missing: {error}") from None
+        if arrays[path].shape != param.shape:
+            raise release.CheckpointError(
+                f"{src}: parameter {path} has shape {list(arrays[path].shape)}; config.json asks "
+                f"for {list(param.shape)}"
+            )
+    tensors = {}
+    for entry in params_map.entries(model_config):
+        array = arrays[entry.path]
+        shape, dtype = array.shape[len(entry.index) :], np.dtype(array.dtype.numpy_dtype)
+        shape = shape[::-1] if entry.transposed else shape
+        nbytes = int(np.prod(shape)) * dtype.itemsize
+        tensors[entry.name] = release.Tensor(entry.name, src, dtype, shape, 0, nbytes)
+    return arrays, tensors
+
+
+def _is_original(manifest: dict, shards: dict[str, str]) -> bool:
+    return shards == manifest["shards"]
+
+
+def _original_shards(manifest, tensors) -> dict[str, str] | None:
+    """Return the release's own headers by file, if they still describe these tensors."""
+    found = {}
+    for header in manifest["shards"].values():
+        for name, spec in json.loads(header).items():
+            if name != "__metadata__":
+                found[name] = (spec["dtype"], tuple(spec["shape"]))
+    ours = {t.name: (release.CODES[t.dtype], t.shape) for t in tensors.values()}
+    return manifest["shards"] if found == ours else None
+
+
+def _new_shards(tensors: dict[str, release.Tensor]) -> dict[str, str]:
+    """Cut the tensors into shards of up to SHARD_BYTES; return a header per file."""
+    groups: list[list[release.Tensor]] = [[]]
+    for tensor in tensors.values():
+        if groups[-1] and sum(t.nbytes for t in groups[-1]) + tensor.nbytes > SHARD_BYTES:
+            groups.append([])
+        groups[-1].append(tensor)
+    shards = {}
+    for number, group in enumerate(groups, 1):
+        header: dict = {"__metadata__": {"format": "pt"}}
+        end = 0
+        for tensor in group:
+            start, end = end, end + tensor.nbytes
+            header[tensor.name] = {
+                "dtype": release.CODES[tensor.dtype],
+                "shape": list(tensor.shape),
+                "data_offsets": [start, end],
+            }
+        text = json.dumps(header, separators=(",", ":"))
+        file = f"model-{number:05d}-of-{len(groups):05d}.safetensors"
+        shards[file] = text + " " * (-len(text.encode()) % 8)
+    return shards
+
+
+def _names(header: str) -> list[str]:
+    """Return the tensors of a header in the order of their bytes."""
+    content = {k: v for k, v in json.loads(header).items() if k != "__metadata__"}
+    return sorted(content, key=lambda name: content[name]["data_offsets"])
+
+
+# ---- both ways
+
+
+class _Progress:
+    """A bar over bytes, and the journal of what is finished."""
+
+    def __init__(self, partial: pathlib.Path, tensors, done, show: bool):
+        total = sum(tensor.nbytes for tensor in tensors)
+        initial = sum(tensor.nbytes for tensor in tensors if tensor.name in done)
+        self._bar = tqdm.tqdm(
+            total=total, initial=initial, unit="B", unit_scale=True, disable=not show
+        )
+        self._journal = (partial / _JOURNAL).open("a")
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self._bar.close()
+        self._journal.close()
+
+    def advance(self, nbytes: int) -> None:
+        self._bar.update(nbytes)
+
+    def finish(self, name: str, nbytes: int) -> None:
+        self._journal.write(name + "\n")
+        self._journal.flush()
+        self.advance(nbytes)
+
+
+def _resume(partial: pathlib.Path, model_config, headers: list[str]) -> set[str]:
+    """Start or continue `partial`; return what its journal says is finished."""
+    source = repr(model_config) + "".join(headers)
+    fingerprint = "source " + hashlib.sha256(source.encode()).hexdigest()
+    journal = partial / _JOURNAL
+    if not journal.exists():
+        if partial.exists() and any(partial.iterdir()):
+            raise FileExistsError(f"{partial} exists and is not of this command. Remove it.")
+        partial.mkdir(parents=True, exist_ok=True)
+        journal.write_text(fingerprint + "\n")
+        return set()
+    # A line without its newline was cut off while it was written.
+    lines = [line[:-1] for line in journal.open() if line.endswith("\n")]
+    if lines[:1] != [fingerprint]:
+        raise FileExistsError(
+            f"{partial} is an interrupted conversion of another source. Remove it to start anew."
+        )
+    journal.write_text("".join(line + "\n" for line in lines))
+    return set(lines[1:])
+
+
+def _copy_small_files(src: pathlib.Path, dst: pathlib.Path) -> None:
+    """Copy config.json, tokenizer and other files beside the weights, but no weights."""
+    for file in sorted(src.iterdir()):
+        if file.is_file() and not file.name.endswith(_SKIPPED) and file.name not in _OWN:
+            shutil.copyfile(file, dst / file.name)
+
+
+# ---- command line
+
+
+def main(argv) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"unknown argument {argv[1]!r}")
+    if not flags.FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.WARNING)  # Orbax tells every step at INFO
+    try:
+        config = Config(**{f.name: getattr(flags.FLAGS, f.name) for f in dataclasses.fields(Config)})
+        print(f"wrote {run(config)}")
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+def _define_flags() -> None:
+    flags.DEFINE_enum("to", None, ["orbax", "hf"], "What to make.", required=True)
+    flags.DEFINE_string("src", None, "Directory to read.", required=True)
+    flags.DEFINE_string("dst", None, "Directory to make; must not exist.", required=True)
+    flags.DEFINE_float("memory_gib", 2.0, "Most tensor bytes under way at once, GiB.")
+    flags.DEFINE_bool("progress", True, "Show a progress bar.")
+
+
+def cli() -> None:
+    _define_flags()
+    app.run(main)
+
+
+if __name__ == "__main__":
+    cli()

@@ -1,0 +1,96 @@
+"""Small parts that every layer uses: parameters, RMSNorm, partial RoPE, embedding, head."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+NORMAL, ONES = "normal", "ones"
+
+
+def param(rngs: nnx.Rngs, shape, logical_axes, dtype, std: float | None = None) -> nnx.Param:
+    """Make a parameter drawn from normal(0, std), or of ones where std is None.
+
+    `logical_axes` names each dimension for `sharding.py`. It is our own metadata key, because
+    Flax acts on its own one at creation and demands a mesh.
+    """
+    if std is None:
+        value = jnp.ones(shape, dtype)
+    else:
+        value = (std * jax.random.normal(rngs.params(), shape, jnp.float32)).astype(dtype)
+    return nnx.Param(value, logical_axes=tuple(logical_axes))
+
+
+class Linear(nnx.Module):
+    """y = x W without bias; W is [in, out], the transpose of the release's layout."""
+
+    def __init__(self, rngs, in_size, out_size, logical_axes, *, std, param_dtype):
+        self.kernel = param(rngs, (in_size, out_size), logical_axes, param_dtype, std)
+
+    def __call__(self, x: Float[Array, "*batch I"]) -> Float[Array, "*batch O"]:
+        return x @ self.kernel[...].astype(x.dtype)
+
+
+class RMSNorm(nnx.Module):
+    """w * cast(x32 / sqrt(mean(x32^2) + eps)); statistics in float32 (model code, RMSNorm)."""
+
+    def __init__(self, size: int, logical_axis: str, *, eps: float, param_dtype):
+        self.scale = param(nnx.Rngs(0), (size,), (logical_axis,), param_dtype)
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
+        x32 = x.astype(jnp.float32)
+        x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
+        scale = self.scale[...].astype(x.dtype)
+        return x32.astype(x.dtype) * scale.reshape((1,) * (x.ndim - 1) + (-1,))
+
+
+class Embedding(nnx.Module):
+    """Token ids to vectors."""
+
+    def __init__(self, rngs, vocab_size, hidden_size, *, std, param_dtype):
+        self.table = param(rngs, (vocab_size, hidden_size), ("vocab", "embed"), param_dtype, std)
+
+    def __call__(self, tokens: Int[Array, "B T"], dtype) -> Float[Array, "B T D"]:
+        return jnp.take(self.table[...], tokens, axis=0).astype(dtype)
+
+
+class Head(nnx.Module):
+    """Logits with float32 products and sums (the repair of M1 section 3.2).
+
+    Precision: operands keep their dtype, since a product of two bfloat16 numbers is exact in
+    float32; the sum is never rounded below float32.
+    """
+
+    def __init__(self, rngs, hidden_size, vocab_size, *, std, param_dtype):
+        self.kernel = param(rngs, (hidden_size, vocab_size), ("embed", "vocab"), param_dtype, std)
+
+    def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
+        dtype = jnp.promote_types(x.dtype, self.kernel.dtype)
+        return jnp.matmul(
+            x.astype(dtype),
+            self.kernel[...].astype(dtype),
+            precision=jax.lax.Precision.HIGHEST,
+            preferred_element_type=jnp.float32,
+        )
+
+
+def rotate(
+    x: Float[Array, "B T N H"], positions: Int[Array, "B T"], rotary_dim: int, theta: float
+) -> Float[Array, "B T N H"]:
+    """Rotate the first `rotary_dim` dims of each head; dim i pairs with i + rotary_dim / 2.
+
+    Precision: phases are float32 products of position and frequency, as in the release, and the
+    rotation is float32; the result has x's dtype.
+    """
+    half = rotary_dim // 2
+    inv_freq = jnp.asarray(
+        1.0 / theta ** (np.arange(0, rotary_dim, 2, dtype=np.float32) / rotary_dim), jnp.float32
+    )
+    phase = positions.astype(jnp.float32)[..., None, None] * inv_freq.reshape(1, 1, 1, half)
+    cos, sin = jnp.cos(phase), jnp.sin(phase)
+    x32 = x.astype(jnp.float32)
+    first, second, rest = x32[..., :half], x32[..., half:rotary_dim], x32[..., rotary_dim:]
+    turned = [first * cos - second * sin, second * cos + first * sin, rest]
+    return jnp.concatenate(turned, axis=-1).astype(x.dtype)

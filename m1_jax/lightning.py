@@ -1,0 +1,62 @@
+"""The lightning block: fused projection, per-head decay, joint norm, output gate (M1 2)."""
+
+import math
+
+import jax
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from m1_jax import config as config_lib
+from m1_jax import layers
+from pallas_kernels.lightning_attention import api
+
+NORM_EPS = 1e-6  # the release builds this one norm with its constructor's default
+
+
+def head_slopes(num_heads: int) -> list[float]:
+    """Return the ALiBi slopes: 2^(-8 (h + 1) / H), interleaved from 2H where H is no power of 2."""
+    if math.log2(num_heads).is_integer():
+        return [2.0 ** (-8.0 * (head + 1) / num_heads) for head in range(num_heads)]
+    below = 2 ** math.floor(math.log2(num_heads))
+    return head_slopes(below) + head_slopes(2 * below)[0::2][: num_heads - below]
+
+
+def slopes(config: config_lib.ModelConfig) -> Float[np.ndarray, "L N"]:
+    """Return decay rates s(l, h), float32; l is the ABSOLUTE layer index, softmax layers counted.
+
+    s = head slope * (1 - l / (L - 1) + 1e-5), so that later layers forget more slowly.
+    """
+    base = np.asarray(head_slopes(config.num_attention_heads), np.float32)
+    last = max(config.num_hidden_layers - 1, 1)
+    factors = [1 - layer / last + 1e-5 for layer in range(config.num_hidden_layers)]
+    return base[None, :] * np.asarray(factors, np.float32)[:, None]
+
+
+class LightningAttention(nnx.Module):
+    """o = out(norm(lightning(silu(qkv h))) * sigmoid(gate h)), norm over all heads at once."""
+
+    def __init__(self, config: config_lib.ModelConfig, rngs: nnx.Rngs, *, param_dtype):
+        embed, width = config.hidden_size, config.num_attention_heads * config.head_dim
+        kwargs = {"std": config.initializer_range, "param_dtype": param_dtype}
+        self.qkv = layers.Linear(rngs, embed, 3 * width, ("embed", "heads"), **kwargs)
+        self.gate = layers.Linear(rngs, embed, width, ("embed", "heads"), **kwargs)
+        self.norm = layers.RMSNorm(width, "heads", eps=NORM_EPS, param_dtype=param_dtype)
+        self.out = layers.Linear(rngs, width, embed, ("heads", "embed"), **kwargs)
+
+    def __call__(
+        self,
+        h: Float[Array, "B T D"],
+        slopes: Float[Array, "N"],
+        segment_ids: Int[Array, "B T"] | None,
+        state: Float[Array, "B N H H"] | None,
+    ) -> tuple[Float[Array, "B T D"], Float[Array, "B N H H"]]:
+        """Return the block's output and the float32 state after the last real token.
+
+        `h` is the normed layer input; both the projection and the gate read it.
+        """
+        qkv = jax.nn.silu(self.qkv(h))
+        o, state = api.lightning_attention(
+            qkv, slopes, segment_ids=segment_ids, initial_state=state
+        )
+        return self.out(self.norm(o) * jax.nn.sigmoid(self.gate(h))), state

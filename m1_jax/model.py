@@ -1,0 +1,271 @@
+"""MiniMax-M1: embedding, decoder layers scanned over their repeating unit, norm, head."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from m1_jax import attention, layers, lightning, moe
+from m1_jax import config as config_lib
+from m1_jax import state as state_lib
+from pallas_kernels.lightning_attention import documents
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """What every layer of one forward pass shares; None where no token is padding.
+
+    positions: for RoPE. segment_ids, documents: 0 is padding; see `documents.py`.
+    real: 1.0 for real tokens, for the router's statistics.
+    """
+
+    positions: Int[Array, "B T"]
+    segment_ids: Int[Array, "B T"] | None = None
+    documents: Int[Array, "B T"] | None = None
+    real: Float[Array, "B T"] | None = None
+
+
+class DecoderLayer(nnx.Module):
+    """Attention and experts, each as x = r * alpha + f(norm(x)) * beta.
+
+    The residual r is the normed input with postnorm (M1), the plain input without.
+    """
+
+    def __init__(self, config: config_lib.ModelConfig, kind: str, rngs, *, param_dtype):
+        blocks = {
+            config_lib.LIGHTNING: lightning.LightningAttention,
+            config_lib.SOFTMAX: attention.SoftmaxAttention,
+        }
+        norm = functools.partial(
+            layers.RMSNorm,
+            config.hidden_size,
+            "embed",
+            eps=config.rms_norm_eps,
+            param_dtype=param_dtype,
+        )
+        self.input_norm = norm()
+        self.attention = blocks[kind](config, rngs, param_dtype=param_dtype)
+        self.moe_norm = norm()
+        self.moe = moe.MoE(config, rngs, param_dtype=param_dtype)
+        self.kind, self.postnorm = kind, config.postnorm
+        self.attention_scales = config.attention_scales(kind)
+        self.moe_scales = (config.layernorm_mlp_alpha, config.layernorm_mlp_beta)
+
+    def __call__(self, x, slopes, context: Context, state=None, repeat=None):
+        """Return (x, router statistics, new state); state None starts and keeps none."""
+        h = self.input_norm(x)
+        if self.kind == config_lib.LIGHTNING:
+            before = None if state is None else state[repeat]
+            o, after = self.attention(h, slopes, context.segment_ids, before)
+            state = None if state is None else state.at[repeat].set(after)
+        elif state is None:
+            o = self.attention(h, context.positions, context.documents)
+        else:
+            o, state = self.attention.extend(h, context.positions, state, repeat)
+        x = self._add(x, h, o, self.attention_scales)
+        h = self.moe_norm(x)
+        y, stats = self.moe(h, context.real)
+        return self._add(x, h, y, self.moe_scales), stats, state
+
+    def _add(self, x, normed, branch, scales):
+        alpha, beta = scales
+        return (normed if self.postnorm else x) * alpha + branch * beta
+
+
+class MiniMaxM1(nnx.Module):
+    """The language model; see `m1_jax.load`. Also a pytree: pass it to jitted functions whole.
+
+    Parameters of the layers are stacked: `layers[p]` holds layer r * period + p at index r, for
+    every repeat r of the unit. Activations have `dtype`, parameters `param_dtype`, routers and
+    states float32.
+    """
+
+    def __init__(
+        self, config: config_lib.ModelConfig, rngs: nnx.Rngs, *, dtype=jnp.bfloat16, param_dtype=None
+    ):
+        param_dtype = jnp.dtype(param_dtype or dtype)
+        self.config, self.dtype = config, jnp.dtype(dtype)
+        kwargs = {"std": config.initializer_range, "param_dtype": param_dtype}
+        self.embed = layers.Embedding(rngs, config.vocab_size, config.hidden_size, **kwargs)
+        self.layers = nnx.List(
+            [_stack(config, kind, rngs, param_dtype) for kind in config.layer_types[: config.period]]
+        )
+        self.norm = layers.RMSNorm(
+            config.hidden_size, "embed", eps=config.rms_norm_eps, param_dtype=param_dtype
+        )
+        self.head = layers.Head(rngs, config.hidden_size, config.vocab_size, **kwargs)
+
+    @jax.jit
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"],
+        segment_ids: Int[Array, "B T"] | None = None,
+        positions: Int[Array, "B T"] | None = None,
+    ) -> Float[Array, "B T V"]:
+        """Return float32 logits of every token.
+
+        segment_ids: 0 marks padding; a change between two other ids starts a new document, and
+        no document sees another. positions: for RoPE; by default counted from 0 per document.
+        """
+        hidden, _ = self.hidden(tokens, segment_ids, positions)
+        return self.head(hidden)
+
+    def hidden(
+        self,
+        tokens: Int[Array, "B T"],
+        segment_ids: Int[Array, "B T"] | None = None,
+        positions: Int[Array, "B T"] | None = None,
+    ) -> tuple[Float[Array, "B T D"], moe.RouterStats]:
+        """Return what the head reads, and router statistics with a leading axis of layers."""
+        hidden, stats, _ = self._hidden(tokens, segment_ids, positions)
+        return hidden, stats
+
+    def trace(
+        self,
+        tokens: Int[Array, "B T"],
+        segment_ids: Int[Array, "B T"] | None = None,
+        positions: Int[Array, "B T"] | None = None,
+    ) -> tuple[Float[Array, "B T D"], moe.RouterStats, Float[Array, "L B T D"]]:
+        """Return what `hidden` does, and the output of every layer: for comparing models."""
+        return self._hidden(tokens, segment_ids, positions, keep_layers=True)
+
+    def _hidden(self, tokens, segment_ids, positions, keep_layers=False):
+        if segment_ids is None:
+            if positions is None:
+                positions = jnp.arange(tokens.shape[1], dtype=jnp.int32).reshape(1, -1)
+            context = Context(positions)
+        else:
+            if positions is None:
+                positions = documents.positions(segment_ids)
+            number = documents.document_index(segment_ids)
+            context = Context(positions, segment_ids, number, (number > 0).astype(jnp.float32))
+        x = self.embed(tokens, self.dtype)
+        x, stats, _, outputs = self._run(x, context, keep_layers=keep_layers)
+        return self.norm(x), stats, outputs
+
+    def init_state(self, batch: int, max_length: int) -> state_lib.DecodeState:
+        """Return the decode state of `batch` empty sequences of up to `max_length` tokens."""
+        return state_lib.init_state(self.config, batch, max_length, self.dtype)
+
+    def extend(
+        self,
+        tokens: Int[Array, "B T"],
+        state: state_lib.DecodeState,
+        num_tokens: Int[Array, "B"] | None = None,
+        last_only: bool = False,
+    ) -> tuple[Float[Array, "B T V"], state_lib.DecodeState]:
+        """Append T >= 1 tokens to each row; return their float32 logits and the new state.
+
+        num_tokens: row b appends only its first num_tokens[b] tokens; the logits of the rest
+          are finite and mean nothing. None: all of them.
+        last_only: logits [B, 1, V] of each row's last real token alone.
+
+        Raises:
+          ValueError: shapes that do not fit, token ids outside the vocabulary, or more tokens
+            than the cache holds. Ids and lengths are checked only outside of jit, where their
+            values are known.
+        """
+        self._check_extend(tokens, state, num_tokens)
+        return _extend(self, tokens, state, num_tokens, last_only)
+
+    def _check_extend(self, tokens, state, num_tokens):
+        if tokens.ndim != 2 or tokens.shape[1] < 1 or tokens.shape[0] != state.length.shape[0]:
+            raise ValueError(
+                f"tokens: got shape {tokens.shape}; wanted [{state.length.shape[0]}, T >= 1]"
+            )
+        check_tokens(tokens, self.config.vocab_size)
+        limit, added = state.max_length, tokens.shape[1] if num_tokens is None else num_tokens
+        if limit is not None and not any(isinstance(x, jax.core.Tracer) for x in (state.length, added)):
+            total = int(np.max(np.asarray(state.length) + np.asarray(added)))
+            if total > limit:
+                raise ValueError(
+                    f"the cache holds {limit} tokens per row; got {total}. "
+                    "Make it larger: init_state(max_length=...)."
+                )
+
+    def _run(self, x, context: Context, state: Any = None, keep_layers: bool = False):
+        """Run all layers.
+
+        Returns (x, router statistics [L, ...], layer states, layer outputs [L, B, T, D] or None).
+        """
+        config = self.config
+        slopes = lightning.slopes(config).reshape(config.repeats, config.period, -1)
+
+        def unit(carry, xs):
+            x, states = carry
+            stack, slopes, repeat = xs
+            kept, after = [], []
+            for layer, slope, before in zip(stack, slopes, states, strict=True):
+                x, stat, new = _remat(config.remat, layer)(x, slope, context, before, repeat)
+                kept.append((stat, x if keep_layers else None))
+                after.append(new)
+            return (x, tuple(after)), jax.tree.map(lambda *s: jnp.stack(s), *kept)
+
+        carry = (x, (None,) * config.period if state is None else state)
+        xs = (list(self.layers), jnp.asarray(slopes), np.arange(config.repeats))
+        if config.repeats == 1:
+            carry, kept = unit(carry, jax.tree.map(lambda a: a[0], xs))
+        else:
+            carry, kept = jax.lax.scan(unit, carry, xs)
+            kept = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), kept)
+        return carry[0], kept[0], carry[1], kept[1]
+
+
+@functools.partial(jax.jit, static_argnames="last_only")
+def _extend(model: MiniMaxM1, tokens, state, num_tokens, last_only):
+    step = jnp.arange(tokens.shape[1], dtype=jnp.int32).reshape(1, -1)
+    places = state.length[:, None] + step
+    if num_tokens is None:
+        segment_ids, added = None, tokens.shape[1]
+    else:
+        real, added = step < num_tokens[:, None], num_tokens
+        segment_ids = real.astype(jnp.int32)
+        places = jnp.where(real, places, attention.NEVER)
+    context = Context(places, segment_ids)
+    x, _, after, _ = model._run(model.embed(tokens, model.dtype), context, state.layers)
+    if last_only:
+        last = jnp.broadcast_to(jnp.asarray(added) - 1, state.length.shape)
+        x = jnp.take_along_axis(x, jnp.maximum(last, 0)[:, None, None], axis=1)
+    logits = model.head(model.norm(x))
+    return logits, state_lib.DecodeState(after, state.length + added)
+
+
+def check_tokens(tokens, vocab_size: int) -> None:
+    """Raise ValueError for an id outside of the vocabulary; does nothing under jit."""
+    if isinstance(tokens, jax.core.Tracer):
+        return
+    tokens = np.asarray(tokens)
+    bad = tokens[(tokens < 0) | (tokens >= vocab_size)]
+    if bad.size:
+        raise ValueError(
+            f"token id {bad[0]} is outside of the vocabulary: wanted 0 to {vocab_size - 1}. "
+            "Does the tokenizer belong to this model?"
+        )
+
+
+def _stack(config, kind, rngs, param_dtype) -> DecoderLayer:
+    """Make one layer of the unit for every repeat, parameters stacked on a leading axis."""
+    keys = jax.random.split(rngs.params(), config.repeats)
+
+    @nnx.vmap
+    def make(key):
+        return DecoderLayer(config, kind, nnx.Rngs(key), param_dtype=param_dtype)
+
+    stacked = make(keys)
+    for _, node in nnx.iter_graph(stacked):
+        if isinstance(node, nnx.Param):
+            node.set_metadata(logical_axes=("layers", *node.get_metadata()["logical_axes"]))
+    return stacked
+
+
+def _remat(policy: str, layer):
+    if policy == "none":
+        return layer
+    saved = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if policy == "dots" else None
+    return jax.checkpoint(lambda *args: layer(*args), policy=saved)

@@ -1,0 +1,146 @@
+"""Mixture of experts: float32 router, dropless dispatch, experts, balance loss."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from m1_jax import config as config_lib
+from m1_jax import grouped_matmul, layers
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class RouterStats:
+    """Sums over the real tokens of a layer, float32: what the balance loss needs.
+
+    chosen: how often expert e was a token's slot-th choice. prob: sum of its probabilities.
+    tokens: how many tokens were counted. A leading layer axis is allowed throughout.
+    """
+
+    chosen: Float[Array, "*L A E"]
+    prob: Float[Array, "*L E"]
+    tokens: Float[Array, "*L"]
+
+
+def balance_loss(stats: RouterStats) -> Float[Array, ""]:
+    """Return E * sum over slot, e of f[slot, e] P[e], over the tokens of ALL layers together.
+
+    f is the share of tokens whose slot-th choice is e, P the mean probability (the release's
+    `load_balancing_loss_func`). Perfect balance gives the number of slots: 2 in the release.
+    """
+    num_experts = stats.prob.shape[-1]
+    tokens = jnp.maximum(jnp.sum(stats.tokens), 1.0)
+    chosen = stats.chosen.reshape(-1, *stats.chosen.shape[-2:]).sum(0) / tokens
+    prob = stats.prob.reshape(-1, num_experts).sum(0) / tokens
+    return num_experts * jnp.sum(chosen * prob[None, :])
+
+
+class MoE(nnx.Module):
+    """y = sum over the top A experts of p_e * down_e(silu(gate_e h) * up_e h); none is dropped.
+
+    With a shared expert, y becomes y (1 - c) + shared(h) c, c = sigmoid(h . coefficient).
+    """
+
+    def __init__(self, config: config_lib.ModelConfig, rngs: nnx.Rngs, *, param_dtype):
+        embed, hidden = config.hidden_size, config.intermediate_size
+        experts, std = config.num_local_experts, config.initializer_range
+        self.num_chosen = config.num_experts_per_tok
+        # float32 whatever the rest is: in bfloat16, near-ties would pick other experts.
+        self.router = layers.param(rngs, (embed, experts), ("embed", None), jnp.float32, std)
+        inward, outward = ("experts", "embed", "mlp"), ("experts", "mlp", "embed")
+        self.gate = layers.param(rngs, (experts, embed, hidden), inward, param_dtype, std)
+        self.up = layers.param(rngs, (experts, embed, hidden), inward, param_dtype, std)
+        self.down = layers.param(rngs, (experts, hidden, embed), outward, param_dtype, std)
+        self.shared = (
+            SharedExpert(config, rngs, param_dtype=param_dtype)
+            if config.has_shared_expert
+            else None
+        )
+
+    def __call__(
+        self, h: Float[Array, "B T D"], real: Float[Array, "B T"] | None
+    ) -> tuple[Float[Array, "B T D"], RouterStats]:
+        """Return the output and statistics over the tokens with `real` = 1 (None: all)."""
+        x = h.reshape(-1, h.shape[-1])
+        weights, chosen, stats = self._route(x, None if real is None else real.reshape(-1))
+        y = self._experts(x, weights, chosen).reshape(h.shape)
+        if self.shared is not None:
+            y = self.shared(h, y)
+        return y, stats
+
+    def _route(self, x, real):
+        """Return weights [M, A] in x's dtype, expert ids [M, A] and `RouterStats`."""
+        logits = jnp.matmul(
+            x.astype(jnp.float32), self.router[...], precision=jax.lax.Precision.HIGHEST
+        )
+        prob = jax.nn.softmax(logits, axis=-1)
+        top, chosen = jax.lax.top_k(prob, self.num_chosen)
+        weights = top / jnp.sum(top, axis=-1, keepdims=True)
+        real = jnp.ones(x.shape[0], jnp.float32) if real is None else real.astype(jnp.float32)
+        hits = jax.nn.one_hot(chosen, prob.shape[-1], dtype=jnp.float32)
+        stats = RouterStats(
+            chosen=jnp.sum(hits * real.reshape(-1, 1, 1), axis=0),
+            prob=jnp.sum(prob * real.reshape(-1, 1), axis=0),
+            tokens=jnp.sum(real),
+        )
+        return weights.astype(x.dtype), chosen, stats
+
+    def _experts(self, x, weights, chosen):
+        """Sort the (token, slot) pairs by expert, run each expert on its rows, and sum up."""
+        gate, up, down = (p[...].astype(x.dtype) for p in (self.gate, self.up, self.down))
+        flat = chosen.reshape(-1)
+        order = jnp.argsort(flat, stable=True)
+        inverse = jnp.argsort(order)
+        sizes = jnp.bincount(flat, length=gate.shape[0])
+        rows = _take_rows(x, order // self.num_chosen, inverse.reshape(-1, self.num_chosen))
+        hidden = jax.nn.silu(grouped_matmul.grouped_matmul(rows, gate, sizes))
+        hidden = hidden * grouped_matmul.grouped_matmul(rows, up, sizes)
+        y = grouped_matmul.grouped_matmul(hidden, down, sizes)
+        y = _take_rows(y, inverse, order.reshape(-1, 1)).reshape(*chosen.shape, -1)
+        # Sum of the slots in float32, as a fused multiply and reduce.
+        total = jnp.sum(y.astype(jnp.float32) * weights.astype(jnp.float32)[:, :, None], axis=1)
+        return total.astype(x.dtype)
+
+
+class SharedExpert(nnx.Module):
+    """One expert that every token passes, mixed in by a learned sigmoid coefficient."""
+
+    def __init__(self, config: config_lib.ModelConfig, rngs: nnx.Rngs, *, param_dtype):
+        embed, hidden, std = config.hidden_size, config.intermediate_size, config.initializer_range
+        kwargs = {"std": std, "param_dtype": param_dtype}
+        self.gate = layers.Linear(rngs, embed, hidden, ("embed", "mlp"), **kwargs)
+        self.up = layers.Linear(rngs, embed, hidden, ("embed", "mlp"), **kwargs)
+        self.down = layers.Linear(rngs, hidden, embed, ("mlp", "embed"), **kwargs)
+        self.coefficient = layers.param(rngs, (embed, 1), ("embed", None), jnp.float32, std)
+
+    def __call__(self, h: Float[Array, "B T D"], y: Float[Array, "B T D"]):
+        c = jnp.matmul(
+            h.astype(jnp.float32), self.coefficient[...], precision=jax.lax.Precision.HIGHEST
+        )
+        c = jax.nn.sigmoid(c).astype(h.dtype)
+        return y * (1 - c) + self.down(jax.nn.silu(self.gate(h)) * self.up(h)) * c
+
+
+@jax.custom_vjp
+def _take_rows(
+    x: Float[Array, "M D"], index: Int[Array, "P"], inverse: Int[Array, "M A"]
+) -> Float[Array, "P D"]:
+    """x[index], where inverse[m] lists the A places at which row m was put.
+
+    The gradient gathers through `inverse`; autodiff would scatter, which is slow everywhere.
+    """
+    return jnp.take(x, index, axis=0)
+
+
+def _take_rows_fwd(x, index, inverse):
+    return _take_rows(x, index, inverse), inverse
+
+
+def _take_rows_bwd(inverse, grad):
+    return jnp.sum(jnp.take(grad, inverse, axis=0), axis=1), None, None
+
+
+_take_rows.defvjp(_take_rows_fwd, _take_rows_bwd)

@@ -1,0 +1,198 @@
+"""Reading a release directory: config.json, safetensors shards, index; nothing is trusted.
+
+Format of a shard (safetensors): 8 bytes little-endian header length, a JSON header of dtype,
+shape and byte range per tensor, then the bytes, without gaps.
+"""
+
+import dataclasses
+import json
+import pathlib
+
+import ml_dtypes
+import numpy as np
+
+from m1_jax import config as config_lib
+from m1_jax import lightning, params_map
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+DTYPES = {
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
+CODES = {dtype: code for code, dtype in DTYPES.items()}
+_MAX_HEADER = 100_000_000  # bytes; the format's own limit
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be read as what it claims to be."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """Where a tensor's bytes lie. shape is in the release's layout, start counts from byte 0."""
+
+    name: str
+    file: pathlib.Path
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    start: int
+    nbytes: int
+
+    def read(self) -> np.ndarray:
+        """Map the tensor read-only; bytes are fetched from disk when they are used."""
+        if self.nbytes == 0:
+            return np.zeros(self.shape, self.dtype)
+        raw = np.memmap(self.file, np.uint8, "r", offset=self.start, shape=(self.nbytes,))
+        return raw.view(self.dtype).reshape(self.shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """One file: its raw header and its tensors in the order of their bytes."""
+
+    file: pathlib.Path
+    header: str
+    tensors: tuple[Tensor, ...]
+
+
+class Release:
+    """A checked release directory: every tensor that the config asks for, once, and no other.
+
+    Raises:
+      CheckpointError: a missing or truncated shard, an index that disagrees with the files, or
+        tensors that do not fit config.json.
+    """
+
+    def __init__(self, directory):
+        self.directory = pathlib.Path(directory)
+        self.config = config_lib.ModelConfig.from_file(self.directory / "config.json")
+        self.shards = _read_shards(self.directory)
+        self.tensors: dict[str, Tensor] = {}
+        for shard in self.shards:
+            for tensor in shard.tensors:
+                if tensor.name in self.tensors:
+                    raise CheckpointError(
+                        f"{tensor.name} is in {self.tensors[tensor.name].file.name} and in "
+                        f"{tensor.file.name}; wanted it once"
+                    )
+                self.tensors[tensor.name] = tensor
+        self.entries = params_map.entries(self.config)
+        self._check_names()
+
+    def _check_names(self) -> None:
+        wanted = {entry.name for entry in self.entries}
+        derived = params_map.derived(self.config)
+        for name in sorted(self.tensors.keys() & derived.keys()):
+            self._check_slope(name, derived[name])
+            del self.tensors[name]
+        missing, extra = wanted - self.tensors.keys(), self.tensors.keys() - wanted
+        if missing or extra:
+            raise CheckpointError(
+                f"{self.directory}: config.json and the weights disagree: "
+                f"{_some(missing, 'missing')}; {_some(extra, 'not in the model')}. "
+                "Is config.json the one that these weights were saved with?"
+            )
+
+    def _check_slope(self, name: str, layer: int) -> None:
+        """Compare a stored decay rate with ours; the rest of the constants follows from it."""
+        if not name.endswith(params_map.SLOPE_RATE.rsplit(".", 1)[1]):
+            return
+        got = self.tensors[name].read().astype(np.float32).reshape(-1)
+        wanted = lightning.slopes(self.config)[layer]
+        # transformers divides by L - 1 + 1e-5: up to 1e-5 relative; bfloat16 storage rounds too.
+        exact = self.tensors[name].dtype == np.float32
+        if got.shape != wanted.shape or not np.allclose(got, wanted, rtol=1e-4 if exact else 1e-2):
+            raise CheckpointError(
+                f"{name}: stored decay rates differ from those of config.json (layer {layer} of "
+                f"{self.config.num_hidden_layers}, {wanted.size} heads). Wanted {wanted[:3]}..., "
+                f"got {got[:3]}..."
+            )
+
+
+def _some(names, what: str) -> str:
+    if not names:
+        return f"none {what}"
+    return f"{len(names)} {what}, e.g. {', '.join(sorted(names)[:3])}"
+
+
+def _read_shards(directory: pathlib.Path) -> list[Shard]:
+    index = directory / INDEX
+    if not index.exists():
+        if not (directory / SINGLE).exists():
+            raise CheckpointError(f"{directory}: has neither {INDEX} nor {SINGLE}")
+        return [read_shard(directory / SINGLE)]
+    try:
+        content = json.loads(index.read_text())
+        where = dict(content["weight_map"])
+        total = content.get("metadata", {}).get("total_size")
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{index}: not an index of safetensors: {error!r}") from None
+    files = sorted(set(where.values()))
+    missing = [name for name in files if not (directory / name).is_file()]
+    if missing:
+        raise CheckpointError(
+            f"{directory}: {_some(missing, 'shards missing')} of {len(files)} in {INDEX}. "
+            "Download them again."
+        )
+    shards = [read_shard(directory / name) for name in files]
+    found = {tensor.name: tensor.file.name for shard in shards for tensor in shard.tensors}
+    for name in sorted(where.keys() | found.keys()):
+        if where.get(name) != found.get(name):
+            raise CheckpointError(
+                f"{INDEX} disagrees with the files on {name}: the index says "
+                f"{where.get(name, 'nowhere')}, it is in {found.get(name, 'no shard')}"
+            )
+    size = sum(tensor.nbytes for shard in shards for tensor in shard.tensors)
+    if total is not None and total != size:
+        raise CheckpointError(f"{INDEX}: total_size is {total}; the shards hold {size} bytes")
+    return shards
+
+
+def read_shard(file: pathlib.Path) -> Shard:
+    """Read and check one safetensors header against the file's size."""
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if size < 8 or length > min(size - 8, _MAX_HEADER):
+            raise CheckpointError(
+                f"{file} is truncated: {size} bytes do not hold its header of {length}"
+            )
+        raw = stream.read(length)
+    try:
+        header = raw.decode()
+        content = {k: v for k, v in json.loads(header).items() if k != "__metadata__"}
+        tensors = [_tensor(file, name, spec, 8 + length) for name, spec in content.items()]
+    except CheckpointError:
+        raise
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{file}: damaged safetensors header: {error!r}") from None
+    tensors.sort(key=lambda tensor: tensor.start)
+    end = 8 + length
+    for tensor in tensors:
+        if tensor.start != end:
+            raise CheckpointError(f"{file}: {tensor.name} starts at {tensor.start}, wanted {end}")
+        end += tensor.nbytes
+    if end != size:
+        problem = "truncated" if size < end else "longer than its header says"
+        raise CheckpointError(
+            f"{file} is {problem}: got {size} bytes, wanted {end}. Download it again."
+        )
+    return Shard(file, header, tuple(tensors))
+
+
+def _tensor(file, name, spec, base) -> Tensor:
+    if spec["dtype"] not in DTYPES:
+        raise CheckpointError(
+            f"{file}: {name} has dtype {spec['dtype']}; wanted one of {', '.join(DTYPES)}"
+        )
+    dtype, shape = DTYPES[spec["dtype"]], tuple(spec["shape"])
+    start, end = spec["data_offsets"]
+    nbytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    if end - start != nbytes:
+        raise CheckpointError(
+            f"{file}: {name} of shape {list(shape)} and dtype {spec['dtype']} takes {nbytes} "
+            f"bytes, but its range has {end - start}"
+        )
+    return Tensor(name, file, dtype, shape, base + start, nbytes)

@@ -1,0 +1,239 @@
+"""Command: recompute a golden file's numbers from a checkpoint and compare.
+
+    python -m m1_jax.verify --checkpoint=DIR --golden=FILE.npz
+
+Prints one row per quantity; the exit status is 0 if all are within tolerance, else 1. The file's
+keys are those that `golden/README.md` of the fixture lists; keys that are absent are left out.
+"""
+
+import dataclasses
+import pathlib
+import sys
+import zipfile
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags, logging
+
+from m1_jax import checkpoint, logprobs, moe, params_map
+from m1_jax import config as config_lib
+from m1_jax import model as model_lib
+
+# Float32 sums in another order than the release's, over eight layers: see the fixture's README.
+ABSOLUTE, STATE, GRADIENT = 2e-4, 1e-4, 1e-3
+LOSS_TOKENS = 320  # the fixture's loss covers the first 320 positions
+GREEDY_PROMPT = 100
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """checkpoint: directory that `m1_jax.load` reads. golden: .npz file."""
+
+    checkpoint: str
+    golden: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One compared quantity. `difference` is absolute or relative, as `measure` says."""
+
+    name: str
+    difference: float
+    tolerance: float
+    measure: str
+
+    @property
+    def passed(self) -> bool:
+        return bool(self.difference <= self.tolerance)  # NaN fails
+
+
+class Golden:
+    """The file's arrays, checked to fit the model."""
+
+    def __init__(self, path: str, config: config_lib.ModelConfig):
+        try:
+            with np.load(path) as file:
+                self.arrays = dict(file)
+        except (OSError, ValueError, zipfile.BadZipFile) as error:
+            raise ValueError(f"{path} is not a readable .npz file: {error}") from None
+        if "input_ids" not in self.arrays:
+            raise ValueError(f"{path}: input_ids is missing; is it a golden file?")
+        self.tokens = jnp.asarray(self.arrays["input_ids"], jnp.int32)
+        model_lib.check_tokens(self.tokens, config.vocab_size)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self.arrays
+
+    def __getitem__(self, key: str) -> np.ndarray:
+        return self.arrays[key]
+
+
+def run(config: Config) -> list[Row]:
+    """Return a row per quantity of the golden file, computed in float32."""
+    model = checkpoint.load(pathlib.Path(config.checkpoint), jnp.float32)
+    golden = Golden(config.golden, model.config)
+    rows = []
+    # TPUs would otherwise multiply float32 in bfloat16.
+    with jax.default_matmul_precision("highest"):
+        for compare in (_forward, _state, _decode, _greedy, _gradients):
+            rows.extend(compare(model, golden))
+    if not rows:
+        raise ValueError(f"{config.golden} holds nothing to compare")
+    return rows
+
+
+def _absolute(name, got, wanted, tolerance=ABSOLUTE) -> Row:
+    _check_shapes(name, got, wanted)
+    return Row(name, float(np.max(np.abs(np.asarray(got) - wanted))), tolerance, "max absolute")
+
+
+def _relative(name, got, wanted, tolerance) -> Row:
+    _check_shapes(name, got, wanted)
+    error = np.linalg.norm((np.asarray(got) - wanted).astype(np.float64))
+    size = np.linalg.norm(np.asarray(wanted, np.float64))
+    return Row(name, float(error / max(size, 1e-30)), tolerance, "relative L2")
+
+
+def _check_shapes(name, got, wanted) -> None:
+    if np.shape(got) != np.shape(wanted):
+        raise ValueError(
+            f"golden {name} has shape {np.shape(wanted)}; the model gives {np.shape(got)}. "
+            "Was the file made with this model?"
+        )
+
+
+def _forward(model, golden) -> Iterator[Row]:
+    tokens = golden.tokens
+    if "logits" in golden:
+        logits = model(tokens)[:, golden["logits_positions"]]
+        yield _absolute("logits", logits, golden["logits"])
+    hidden, stats, outputs = jax.jit(model_lib.MiniMaxM1.trace)(model, tokens)
+    if "next_token_logprobs" in golden:
+        got = logprobs.token_logprobs(model.head, hidden[:, :-1], tokens[:, 1:])
+        yield _absolute("next_token_logprobs", got, golden["next_token_logprobs"])
+    if "aux_loss" in golden:
+        yield _absolute("aux_loss", moe.balance_loss(stats), golden["aux_loss"])
+    if "hidden_norms" in golden:
+        seen = [model.embed(tokens, model.dtype), *outputs[:-1], hidden]
+        norms = jnp.stack([jnp.mean(jnp.linalg.norm(x, axis=-1)) for x in seen])
+        yield _relative("hidden_norms", norms, golden["hidden_norms"], STATE)
+
+
+def _state(model, golden) -> Iterator[Row]:
+    if "lightning_state" not in golden and "softmax_k_last4" not in golden:
+        return
+    length = golden.tokens.shape[1]
+    _, state = model.extend(golden.tokens, model.init_state(golden.tokens.shape[0], length))
+    if "lightning_state" in golden:
+        repeat, place = divmod(int(golden["lightning_layer"]), model.config.period)
+        got = state.layers[place][repeat]
+        yield _relative("lightning_state", got, golden["lightning_state"], STATE)
+    if "softmax_k_last4" in golden:
+        repeat, place = divmod(int(golden["softmax_layer"]), model.config.period)
+        cache = state.layers[place]
+        for name, buffer in (("softmax_k_last4", cache.keys), ("softmax_v_last4", cache.values)):
+            last = jnp.moveaxis(buffer[repeat, :, :, -4:], 1, 2)
+            yield _absolute(name, last, golden[name])
+
+
+def _decode(model, golden) -> Iterator[Row]:
+    if "decode_logits" not in golden:
+        return
+    start, wanted = int(golden["decode_start"]), golden["decode_logits"]
+    state = model.init_state(golden.tokens.shape[0], start + wanted.shape[1])
+    _, state = model.extend(golden.tokens[:, :start], state, last_only=True)
+    steps = []
+    for place in range(start, start + wanted.shape[1]):
+        logits, state = model.extend(golden.tokens[:, place : place + 1], state)
+        steps.append(logits)
+    got = jnp.concatenate(steps, axis=1)
+    yield _absolute("decode_logits", got, wanted)
+    # The same tokens in one pass: what training would have seen.
+    full = model(golden.tokens[:, : start + wanted.shape[1]])[:, start:]
+    yield _absolute("decode against full pass", got, np.asarray(full))
+
+
+def _greedy(model, golden) -> Iterator[Row]:
+    if "greedy_tokens" not in golden:
+        return
+    wanted = golden["greedy_tokens"]
+    state = model.init_state(wanted.shape[0], GREEDY_PROMPT + wanted.shape[1])
+    logits, state = model.extend(golden.tokens[:, :GREEDY_PROMPT], state, last_only=True)
+    tokens = []
+    for _ in range(wanted.shape[1]):
+        tokens.append(jnp.argmax(logits[:, -1:], axis=-1))
+        logits, state = model.extend(tokens[-1], state)
+    got = np.asarray(jnp.concatenate(tokens, axis=1))
+    _check_shapes("greedy_tokens", got, wanted)
+    yield Row("greedy_tokens", float(np.sum(got != wanted)), 0.0, "tokens that differ")
+
+
+def _gradients(model, golden) -> Iterator[Row]:
+    wanted = {key[5:]: value for key, value in golden.arrays.items() if key.startswith("grad/")}
+    if "loss" not in golden and not wanted:
+        return
+
+    @jax.jit
+    @jax.value_and_grad
+    def loss(model, tokens):
+        hidden, stats = model.hidden(tokens)
+        logp = logprobs.token_logprobs(model.head, hidden[:, :-1], tokens[:, 1:])
+        coefficient = model.config.router_aux_loss_coef
+        return -jnp.mean(logp) + coefficient * moe.balance_loss(stats)
+
+    value, grads = loss(model, golden.tokens[:, :LOSS_TOKENS])
+    if "loss" in golden:
+        yield _absolute("loss", value, golden["loss"])
+    grads = checkpoint.parameters(grads)
+    entries = {entry.name: entry for entry in params_map.entries(model.config)}
+    for name, tensor in sorted(wanted.items()):
+        if name not in entries:
+            raise ValueError(f"golden grad/{name}: the model has no such tensor")
+        got = np.asarray(grads[entries[name].path][...][entries[name].index])
+        yield _relative(
+            f"grad {name}", got.T if entries[name].transposed else got, tensor, GRADIENT
+        )
+
+
+def table(rows: list[Row]) -> str:
+    """Return the rows as aligned text."""
+    width = max(len(row.name) for row in rows)
+    lines = [f"{'quantity':{width}}  difference  tolerance  measure"]
+    for row in rows:
+        mark = "ok" if row.passed else "FAILED"
+        lines.append(
+            f"{row.name:{width}}  {row.difference:10.2e}  {row.tolerance:9.0e}  "
+            f"{row.measure:18}  {mark}"
+        )
+    return "\n".join(lines)
+
+
+def main(argv) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"unknown argument {argv[1]!r}")
+    if not flags.FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.WARNING)
+    try:
+        rows = run(Config(flags.FLAGS.checkpoint, flags.FLAGS.golden))
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    print(table(rows))
+    failed = sum(not row.passed for row in rows)
+    print(f"{len(rows) - failed} of {len(rows)} within tolerance")
+    sys.exit(1 if failed else 0)
+
+
+def _define_flags() -> None:
+    flags.DEFINE_string("checkpoint", None, "Directory of the checkpoint.", required=True)
+    flags.DEFINE_string("golden", None, "The .npz file to compare with.", required=True)
+
+
+def cli() -> None:
+    _define_flags()
+    app.run(main)
+
+
+if __name__ == "__main__":
+    cli()

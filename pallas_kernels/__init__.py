@@ -1,0 +1,1 @@
+"""Pallas and XLA kernels of M1; depends on jax alone."""

@@ -1,0 +1,1 @@
+"""Lightning attention: linear attention with one fixed decay per head, for JAX."""

@@ -1,0 +1,84 @@
+"""The one entry point to lightning attention: validates, and chooses the implementation."""
+
+import functools
+import logging
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.lightning_attention import chunked, reference
+
+_log = logging.getLogger(__name__)
+
+IMPLEMENTATIONS = {
+    "reference": reference.lightning_attention,
+    "chunked": chunked.lightning_attention,
+}
+
+
+def lightning_attention(
+    qkv: Float[Array, "B T N*3*H"],
+    slopes: Float[Array, "N"],
+    *,
+    segment_ids: Int[Array, "B T"] | None = None,
+    initial_state: Float[Array, "B N H H"] | None = None,
+    implementation: str | None = None,
+) -> tuple[Float[Array, "B T N*H"], Float[Array, "B N H H"]]:
+    """Run S_t = exp(-s) S_(t-1) + k_t^T v_t, o_t = q_t S_t over every head.
+
+    Source: M1 section 2; `MiniMaxM1LightningAttention` of the release, whose state after each
+    token is S_t. There is no 1/sqrt(H) scale.
+
+    Args:
+      qkv: fused projection, bfloat16 or float32; each head is q | k | v, H wide each.
+      slopes: decay rates s >= 0, one per head.
+      segment_ids: 0 is padding (no output, no effect on the state: not even a decay); a change
+        between two other ids starts a new document. None: one document, no padding.
+      initial_state: float32 state that the row's first document continues. None: zeros.
+      implementation: a key of `IMPLEMENTATIONS`, which then runs or raises; None chooses.
+
+    Returns:
+      (o in qkv's dtype, heads concatenated; float32 state after the last real token, of the
+      row's last document). Both are differentiable with respect to qkv and initial_state.
+
+    Raises:
+      ValueError: shapes or dtypes that do not fit, or an unknown implementation.
+    """
+    _validate(qkv, slopes, segment_ids, initial_state)
+    if implementation is None:
+        implementation = _choose()
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"implementation is {implementation!r}; wanted None or one of {list(IMPLEMENTATIONS)}"
+        )
+    if initial_state is None:
+        batch, _, width = qkv.shape
+        head_dim = width // (3 * slopes.shape[0])
+        initial_state = jnp.zeros((batch, slopes.shape[0], head_dim, head_dim), jnp.float32)
+    return IMPLEMENTATIONS[implementation](qkv, slopes, segment_ids, initial_state)
+
+
+@functools.cache
+def _choose() -> str:
+    _log.info("lightning attention: using the chunked XLA implementation")
+    return "chunked"
+
+
+def _validate(qkv, slopes, segment_ids, initial_state) -> None:
+    if slopes.ndim != 1 or slopes.dtype != jnp.float32:
+        raise ValueError(f"slopes: got {jax.typeof(slopes)}; wanted float32[N]")
+    num_heads = slopes.shape[0]
+    if qkv.ndim != 3 or qkv.shape[2] % (3 * num_heads):
+        raise ValueError(f"qkv: got shape {qkv.shape}; wanted [B, T, {num_heads} * 3 * H]")
+    if qkv.dtype not in (jnp.float32, jnp.bfloat16):
+        raise ValueError(f"qkv: got dtype {qkv.dtype}; wanted float32 or bfloat16")
+    batch, length, width = qkv.shape
+    head_dim = width // (3 * num_heads)
+    if segment_ids is not None and segment_ids.shape != (batch, length):
+        raise ValueError(f"segment_ids: got shape {segment_ids.shape}; wanted {(batch, length)}")
+    state = (batch, num_heads, head_dim, head_dim)
+    if initial_state is not None and (
+        initial_state.shape != state or initial_state.dtype != jnp.float32
+    ):
+        raise ValueError(f"initial_state: got {jax.typeof(initial_state)}; wanted float32{state}")

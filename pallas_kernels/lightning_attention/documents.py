@@ -1,0 +1,34 @@
+"""What `segment_ids` mean: which tokens are real, and where documents start."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int
+
+
+def document_starts(segment_ids: Int[Array, "B T"]) -> Bool[Array, "B T"]:
+    """Mark each real token whose id differs from that of the real token before it.
+
+    Padding (id 0) is skipped over, so a document may have holes. The first real token of a row
+    is not marked: it continues whatever state the row brings in.
+    """
+    real = segment_ids > 0
+    index = jnp.arange(segment_ids.shape[1], dtype=jnp.int32)
+    last_real = jax.lax.cummax(jnp.where(real, index.reshape(1, -1), -1), axis=1)
+    before = jnp.pad(last_real[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
+    previous = jnp.take_along_axis(segment_ids, jnp.maximum(before, 0), axis=1)
+    return real & (before >= 0) & (segment_ids != previous)
+
+
+def document_index(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
+    """Number the documents of each row from 1; padding is 0."""
+    number = 1 + jnp.cumsum(document_starts(segment_ids).astype(jnp.int32), axis=1)
+    return jnp.where(segment_ids > 0, number, 0)
+
+
+def positions(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
+    """Count the real tokens of the same document before each token; 0 for padding."""
+    real = segment_ids > 0
+    count = jnp.cumsum(real.astype(jnp.int32), axis=1) - 1
+    starts = document_starts(segment_ids)
+    base = jax.lax.cummax(jnp.where(starts, count, 0), axis=1)
+    return jnp.where(real, count - base, 0)

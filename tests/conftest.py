@@ -1,0 +1,30 @@
+"""Eight CPU devices, strict rank promotion and a compilation cache for every test.
+
+Must not import our packages: `--jaxtyping-packages` checks only what is imported after its hook.
+"""
+
+import os
+import pathlib
+
+# The environment reaches the commands that tests start, too; set it before jax is imported.
+_REPO = pathlib.Path(__file__).resolve().parents[1]
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_REPO / ".cache" / "jax"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+
+import hypothesis  # noqa: E402
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# The first example compiles, so a deadline would measure XLA; a fixed seed keeps CI repeatable.
+hypothesis.settings.register_profile("repo", deadline=None, derandomize=True, database=None)
+hypothesis.settings.load_profile("repo")
+
+
+@pytest.fixture(scope="session")
+def golden_dir() -> pathlib.Path:
+    """The tiny checkpoint in the release's format, with `golden.npz` beside it."""
+    return _REPO / "tests" / "data" / "m1-tiny"

@@ -1,0 +1,54 @@
+"""The wheel holds the four packages, all of them, and nothing else."""
+
+import configparser
+import pathlib
+import shutil
+import subprocess
+import sys
+import zipfile
+
+import pytest
+
+_REPO = pathlib.Path(__file__).resolve().parents[1]
+_PACKAGES = {"m1_jax", "pallas_kernels", "train", "infer"}
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """Built from a copy, so that a stale `build/` neither leaks in nor is left behind."""
+    source = tmp_path_factory.mktemp("source") / "repo"
+    ignored = (".*", "__pycache__", "build", "dist", "*.egg-info", "data", "out")
+    shutil.copytree(_REPO, source, ignore=shutil.ignore_patterns(*ignored))
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation"]
+    subprocess.run([*command, "--wheel-dir", "dist", "."], cwd=source, check=True)
+    (path,) = (source / "dist").glob("*.whl")
+    with zipfile.ZipFile(path) as archive:
+        yield archive
+
+
+def _metadata(wheel, name):
+    (path,) = (path for path in wheel.namelist() if path.endswith(f".dist-info/{name}"))
+    return wheel.read(path).decode()
+
+
+def test_top_level_names_are_the_four(wheel):
+    assert set(_metadata(wheel, "top_level.txt").split()) == _PACKAGES
+
+
+def test_wheel_holds_every_module_and_nothing_else(wheel):
+    modules = {path for path in wheel.namelist() if ".dist-info/" not in path}
+    sources = {p.relative_to(_REPO) for name in _PACKAGES for p in (_REPO / name).rglob("*.py")}
+    assert modules == {path.as_posix() for path in sources}
+
+
+def test_every_command_has_its_module(wheel):
+    commands = configparser.ConfigParser()
+    commands.read_string(_metadata(wheel, "entry_points.txt"))
+    targets = dict(commands["console_scripts"])
+    assert targets.keys() == {"m1-convert", "m1-verify", "m1-generate"}
+    for target in targets.values():
+        module, function = target.split(":")
+        source = wheel.read(module.replace(".", "/") + ".py").decode()
+        assert f"def {function}(" in source

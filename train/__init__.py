@@ -1,0 +1,1 @@
+"""Training: pretraining, SFT and RL."""
