@@ -8,7 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from m1_jax import config as config_lib
-from m1_jax import grouped_matmul, layers
+from m1_jax import experts, layers
 
 
 @jax.tree_util.register_dataclass
@@ -46,14 +46,14 @@ class MoE(nnx.Module):
 
     def __init__(self, config: config_lib.ModelConfig, rngs: nnx.Rngs, *, param_dtype):
         embed, hidden = config.hidden_size, config.intermediate_size
-        experts, std = config.num_local_experts, config.initializer_range
+        number, std = config.num_local_experts, config.initializer_range
         self.num_chosen = config.num_experts_per_tok
         # float32 whatever the rest is: in bfloat16, near-ties would pick other experts.
-        self.router = layers.param(rngs, (embed, experts), ("embed", None), jnp.float32, std)
+        self.router = layers.param(rngs, (embed, number), ("embed", None), jnp.float32, std)
         inward, outward = ("experts", "embed", "mlp"), ("experts", "mlp", "embed")
-        self.gate = layers.param(rngs, (experts, embed, hidden), inward, param_dtype, std)
-        self.up = layers.param(rngs, (experts, embed, hidden), inward, param_dtype, std)
-        self.down = layers.param(rngs, (experts, hidden, embed), outward, param_dtype, std)
+        self.gate = layers.param(rngs, (number, embed, hidden), inward, param_dtype, std)
+        self.up = layers.param(rngs, (number, embed, hidden), inward, param_dtype, std)
+        self.down = layers.param(rngs, (number, hidden, embed), outward, param_dtype, std)
         self.shared = (
             SharedExpert(config, rngs, param_dtype=param_dtype)
             if config.has_shared_expert
@@ -96,9 +96,7 @@ class MoE(nnx.Module):
         inverse = jnp.argsort(order)
         sizes = jnp.bincount(flat, length=gate.shape[0])
         rows = _take_rows(x, order // self.num_chosen, inverse.reshape(-1, self.num_chosen))
-        hidden = jax.nn.silu(grouped_matmul.grouped_matmul(rows, gate, sizes))
-        hidden = hidden * grouped_matmul.grouped_matmul(rows, up, sizes)
-        y = grouped_matmul.grouped_matmul(hidden, down, sizes)
+        y = experts.run(rows, gate, up, down, sizes)
         y = _take_rows(y, inverse, order.reshape(-1, 1)).reshape(*chosen.shape, -1)
         # Sum of the slots in float32, as a fused multiply and reduce.
         total = jnp.sum(y.astype(jnp.float32) * weights.astype(jnp.float32)[:, :, None], axis=1)

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.lightning_attention import documents
 
-CHUNK = 128
+MIN_CHUNK = 64
 
 
 def lightning_attention(
@@ -25,7 +25,7 @@ def lightning_attention(
     slopes: Float[Array, "N"],
     segment_ids: Int[Array, "B T"] | None,
     initial_state: Float[Array, "B N H H"],
-    chunk_size: int = CHUNK,
+    chunk_size: int | None = None,
 ) -> tuple[Float[Array, "B T N*H"], Float[Array, "B N H H"]]:
     """Scan over chunks, carrying the state in float32. See `api.lightning_attention`.
 
@@ -33,6 +33,8 @@ def lightning_attention(
     backward pass keeps one state per chunk and recomputes the rest.
     """
     batch, length, width = qkv.shape
+    # A chunk as long as a head is wide balances its two products, C x C and H x H.
+    chunk_size = chunk_size or max(MIN_CHUNK, initial_state.shape[2])
     full = length // chunk_size * chunk_size
     outputs, state = [], initial_state
     # Full chunks in one scan, then the ragged tail as one chunk of its own size.

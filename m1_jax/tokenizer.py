@@ -1,0 +1,269 @@
+"""Text to token ids and back, over the `tokenizers` library, without transformers.
+
+Two promises that the library alone does not make:
+  * text never becomes a control token: `encode` spells out a typed `<end_of_sentence>` unless it
+    is told otherwise, whatever flags tokenizer.json gives that token;
+  * bytes are exact: a token is a byte string, so text streamed token by token is the text of all
+    tokens at once, also where a character spans several of them.
+"""
+
+import codecs
+import json
+import pathlib
+import re
+from collections.abc import Iterable, Iterator
+
+import tokenizers
+
+# The template's own marks. tokenizer.json may flag them as ordinary added tokens, which the
+# library would then read out of any text.
+STRUCTURE = (
+    "<begin_of_document>",
+    "<end_of_document>",
+    "<beginning_of_sentence>",
+    "<end_of_sentence>",
+)
+_DEFAULT_EOS = "<end_of_sentence>"
+_NAMED = ("bos", "eos", "unk", "pad", "sep", "cls", "mask")
+_UNKNOWN = "\ufffd".encode()  # for ids that exist in the model's padded vocabulary alone
+
+
+class Tokenizer:
+    """A byte-level BPE tokenizer as the release ships it; make one with `Tokenizer.load`.
+
+    Control tokens are the added tokens marked special, those that tokenizer_config.json names and
+    the template's own `STRUCTURE`. Other added tokens are text and are matched in text.
+
+    Attributes:
+      vocab_size: highest id + 1. The model's vocabulary may be padded beyond it.
+      stop_ids: ids that end a generation, ascending; 200020 in the release.
+    """
+
+    def __init__(self, library: tokenizers.Tokenizer, settings: dict, generation: dict):
+        self._library = library
+        self._vocab = library.get_vocab(with_added_tokens=True)
+        self.vocab_size = max(self._vocab.values()) + 1
+        self._control = self._mark_control(settings)
+        longest_first = sorted(self._control, key=len, reverse=True)
+        self._control_pattern = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+        added = {i: token.content for i, token in library.get_added_tokens_decoder().items()}
+        self._added_bytes = {i: content.encode() for i, content in added.items()}
+        self._control_ids = frozenset(self._control.values())
+        self.stop_ids = self._find_stop_ids(settings, generation)
+
+    @classmethod
+    def load(cls, directory) -> "Tokenizer":
+        """Read a checkpoint directory's tokenizer.json and, where present, its two companions.
+
+        tokenizer_config.json names bos, eos and unk; generation_config.json may add eos ids.
+
+        Raises:
+          FileNotFoundError: no tokenizer.json.
+          ValueError: a damaged file, a tokenizer that is not byte-level, or an eos token that
+            tokenizer.json does not hold.
+        """
+        path = pathlib.Path(directory) / "tokenizer.json"
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"{path}: no such file; wanted the release's tokenizer. Copy tokenizer.json and "
+                "tokenizer_config.json from the release into that directory."
+            )
+        text = _read(path)
+        try:
+            library = tokenizers.Tokenizer.from_str(text)
+        except Exception as error:  # the library raises bare Exception
+            raise ValueError(f"{path}: not a tokenizer: {error}. Copy it again.") from None
+        if not isinstance(library.decoder, tokenizers.decoders.ByteLevel):
+            raise ValueError(
+                f"{path}: got decoder {library.decoder!r}; wanted ByteLevel, as the release has"
+            )
+        library.no_truncation()
+        library.no_padding()
+        folder = path.parent
+        settings = _read_object(folder / "tokenizer_config.json")
+        return cls(library, settings, _read_object(folder / "generation_config.json"))
+
+    def encode(self, text: str, allow_special: bool = False) -> list[int]:
+        """Return the ids of `text`, adding nothing to it.
+
+        allow_special: read the names of control tokens in the text as those tokens. Only for
+          text that its author may control the model with, never for what a user typed.
+
+        Raises:
+          ValueError: text that UTF-8 cannot hold (a lone surrogate).
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"text: got a lone surrogate {text[error.start]!r} at character {error.start}; "
+                "wanted valid Unicode"
+            ) from None
+        if not allow_special:
+            return self._encode_text(text)
+        ids: list[int] = []
+        start = 0
+        for match in self._control_pattern.finditer(text):
+            ids += self._encode_text(text[start : match.start()])
+            ids.append(self._control[match.group()])
+            start = match.end()
+        return ids + self._encode_text(text[start:])
+
+    def special_id(self, name: str) -> int:
+        """Return the id of the added token `name`, e.g. `<end_of_sentence>`.
+
+        Raises:
+          ValueError: the tokenizer has no such added token.
+        """
+        token_id = self._vocab.get(name)
+        if token_id is None or token_id not in self._added_bytes:
+            have = sorted(content.decode() for content in self._added_bytes.values())
+            raise ValueError(
+                f"special token: got {name!r}; this tokenizer.json has {', '.join(have[:12])}"
+                f"{', ...' if len(have) > 12 else ''}. Is it the release's tokenizer?"
+            )
+        return token_id
+
+    def token_bytes(self, token_id: int, skip_special: bool = True) -> bytes:
+        """Return the bytes of one token; those of a control token are empty if skipped.
+
+        An id that the tokenizer does not know reads U+FFFD: models pad their vocabulary.
+
+        Raises:
+          ValueError: a negative id.
+        """
+        token_id = int(token_id)
+        if token_id < 0:
+            raise ValueError(f"token id: got {token_id}; wanted 0 or more")
+        if token_id in self._control_ids and skip_special:
+            return b""
+        if token_id in self._added_bytes:
+            return self._added_bytes[token_id]
+        token = self._library.id_to_token(token_id)
+        if token is None:
+            return _UNKNOWN
+        try:
+            return bytes(_BYTE_OF_CHAR[char] for char in token)
+        except KeyError:  # not in the byte alphabet, so not from training: it stands for itself
+            return token.encode()
+
+    def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
+        """Return the text of `ids`; bytes that are not UTF-8 read U+FFFD."""
+        return b"".join(self.token_bytes(i, skip_special) for i in ids).decode(errors="replace")
+
+    def decoder(self, skip_special: bool = True) -> "StreamDecoder":
+        """Return a fresh decoder for one stream of ids."""
+        return StreamDecoder(self, skip_special)
+
+    def _mark_control(self, settings: dict) -> dict[str, int]:
+        """Make the library spell out every control token; return their ids by name."""
+        names = {t.content for t in self._library.get_added_tokens_decoder().values() if t.special}
+        names |= {name for name in (*STRUCTURE, *_named(settings)) if name in self._vocab}
+        marked = [tokenizers.AddedToken(n, special=True, normalized=False) for n in sorted(names)]
+        self._library.add_special_tokens(marked)
+        self._library.encode_special_tokens = True
+        return {name: self._vocab[name] for name in names}
+
+    def _encode_text(self, text: str) -> list[int]:
+        ids = self._library.encode(text, add_special_tokens=False).ids
+        if self._control_ids.isdisjoint(ids):
+            return ids
+        # A model that looks whole words up in its vocabulary (ignore_merges) can still hit one.
+        # Cut the names after their first character: no piece then spells a control token.
+        ids = []
+        for piece in self._cut(text):
+            ids += self._library.encode(piece, add_special_tokens=False).ids
+        if not self._control_ids.isdisjoint(ids):
+            raise ValueError(f"text: this tokenizer spells {text[:60]!r} with control tokens only")
+        return ids
+
+    def _cut(self, text: str) -> Iterator[str]:
+        start = 0
+        while match := self._control_pattern.search(text, start):
+            yield text[start : match.start() + 1]
+            start = match.start() + 1
+        yield text[start:]
+
+    def _find_stop_ids(self, settings: dict, generation: dict) -> tuple[int, ...]:
+        stop = generation.get("eos_token_id")
+        stop = [] if stop is None else stop if isinstance(stop, list) else [stop]
+        bad = [i for i in stop if isinstance(i, bool) or not isinstance(i, int) or i < 0]
+        if bad:
+            raise ValueError(f"generation_config.json: eos_token_id: got {bad[0]!r}; wanted an id")
+        name = _content(settings.get("eos_token"))
+        if name is None:
+            name = _DEFAULT_EOS if _DEFAULT_EOS in self._vocab else None
+        elif name not in self._vocab:
+            raise ValueError(
+                f"tokenizer_config.json: got eos_token {name!r}, which tokenizer.json does not "
+                "hold; wanted files of one release. Copy both again."
+            )
+        return tuple(sorted({*stop, *([] if name is None else [self._vocab[name]])}))
+
+
+class StreamDecoder:
+    """Turns ids into text one at a time; a character comes out with its last byte.
+
+    All results of `push` and the one of `flush`, joined, equal `decode` of all ids.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, skip_special: bool = True):
+        self._tokenizer, self._skip_special = tokenizer, skip_special
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def push(self, token_id: int) -> str:
+        """Return the text that this token completes, often empty inside a character."""
+        return self._utf8.decode(self._tokenizer.token_bytes(token_id, self._skip_special))
+
+    def flush(self) -> str:
+        """End the stream: return what an unfinished character reads as, and start anew."""
+        rest = self._utf8.decode(b"", final=True)
+        self._utf8.reset()
+        return rest
+
+
+def _byte_of_char() -> dict[str, int]:
+    """Return the byte-level alphabet: printable bytes are themselves, the rest start at U+0100."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    shifted = {chr(0x100 + place): byte for place, byte in enumerate(others)}
+    return {chr(byte): byte for byte in printable} | shifted
+
+
+_BYTE_OF_CHAR = _byte_of_char()
+
+
+def _read(path: pathlib.Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8: {error}. Copy it again.") from None
+
+
+def _read_object(path: pathlib.Path) -> dict:
+    """Return a JSON object, empty where the file does not exist."""
+    if not path.exists():
+        return {}
+    try:
+        value = json.loads(_read(path))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: not JSON: {error}. Copy it again.") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: got a JSON {type(value).__name__}; wanted an object")
+    return value
+
+
+def _content(token) -> str | None:
+    """Return the name in a token entry, which is a string or an object with `content`."""
+    token = token.get("content") if isinstance(token, dict) else token
+    if token is not None and not isinstance(token, str):
+        raise ValueError(f"tokenizer_config.json: got the token {token!r}; wanted a string")
+    return token
+
+
+def _named(settings: dict) -> Iterator[str]:
+    more = settings.get("additional_special_tokens") or []
+    for token in (*(settings.get(f"{name}_token") for name in _NAMED), *more):
+        name = _content(token)
+        if name is not None:
+            yield name
