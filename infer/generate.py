@@ -6,39 +6,22 @@
 DIR is a release directory or one made by `m1_jax.convert`, with its tokenizer. FILE has a prompt
 per line, or, named .jsonl, an object per line: {"prompt": ..., "system": ...} or
 {"messages": [...], "tools": [...]}. Text goes to stdout as it comes, speed to stderr at the end.
-
-Prompts of a batch differ in length: they are prefilled side by side, padded on the right, in
-chunks of at most 2,048 tokens whose widths are powers of two, so that few programs are compiled.
-Decoding runs many steps per dispatch on the device, and the host prints the tokens of one dispatch
-while the next one runs.
 """
 
 import dataclasses
-import functools
 import json
 import pathlib
 import sys
-import time
-import types
-from collections.abc import Callable, Sequence
 from typing import Any, TextIO
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 from absl import app, flags, logging
-from jax import lax
-from jaxtyping import Array, Bool, Float, Int
 
 import m1_jax
+from infer import batch, sampling
 from infer import prompt as prompt_lib
-from infer import sampling
 from m1_jax import tokenizer as tokenizer_lib
 
-_CHUNK_TOKENS = 2048
-_MIN_WIDTH_TOKENS = 64
-_MAX_STEPS = 64  # of one dispatch
-_DISPATCH_SECS = 0.1  # text comes at least about this often; shorter costs throughput
 _DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
@@ -87,32 +70,13 @@ class Config:
         if (self.prompt is None) == (self.prompts_file is None):
             raise ValueError("--prompt, --prompts_file: got both or neither; wanted one of them")
         if self.raw and self.system is not None:
-            raise ValueError("--system: got one with --raw, which has no place for it; leave it out")
+            raise ValueError(
+                "--system: got one with --raw, which has no place for it; leave it out"
+            )
 
     @property
     def sampling(self) -> dict[str, float]:
         return {name: getattr(self, name) for name in _SAMPLING}
-
-
-@dataclasses.dataclass
-class Stats:
-    """How many tokens in how many seconds; compiling is on its own."""
-
-    prefill_tokens: int = 0
-    prefill_secs: float = 0.0
-    decode_tokens: int = 0
-    decode_secs: float = 0.0
-    compile_secs: float = 0.0
-
-    def __str__(self):
-        def rate(tokens, secs):
-            return f"{tokens} tokens in {secs:.2f} s ({tokens / max(secs, 1e-9):.1f} tokens/s)"
-
-        return (
-            f"prefill: {rate(self.prefill_tokens, self.prefill_secs)}; "
-            f"decode: {rate(self.decode_tokens, self.decode_secs)}; "
-            f"compile: {self.compile_secs:.1f} s"
-        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,98 +88,180 @@ class Output:
     finish: str
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class _Rows:
-    """A batch between two dispatches; `token` is chosen but not yet in `state`."""
+def run(config: Config, out: TextIO | None = None) -> tuple[list[Output], batch.Stats]:
+    """Generate for every prompt of `config`, printing text to `out` (stdout) as it comes.
 
-    state: Any
-    token: Int[Array, "B"]
-    active: Bool[Array, "B"]
-    seen: Bool[Array, "B V"]
+    Raises:
+      ValueError, OSError: an input that cannot be used, found before any generating starts.
+    """
+    return write(config, *prepare(config), out or sys.stdout)
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class _Choice:
-    """What choosing tokens needs; constant over a batch."""
-
-    options: sampling.SamplingOptions
-    keys: Array
-    stop_ids: Int[Array, "S"]
-
-
-@functools.partial(jax.jit, donate_argnames=("state", "last"))
-def _prefill(model, tokens, counts, state, last):
-    """Append a chunk; `last` [B, V] keeps the logits of the last real token of every row."""
-    logits, state = model.extend(tokens, state, num_tokens=counts, last_only=True)
-    return state, jnp.where((counts > 0)[:, None], logits[:, 0], last)
-
-
-@functools.partial(jax.jit, donate_argnames=("rows",))
-def _choose(logits: Float[Array, "B V"], rows: _Rows, choice: _Choice) -> _Rows:
-    keys = sampling.step_keys(choice.keys, rows.state.length)
-    token, _, _ = sampling.sample(logits, choice.options, keys, rows.seen)
-    seen = rows.seen.at[jnp.arange(token.shape[0]), token].set(True)
-    stopped = jnp.any(token[:, None] == choice.stop_ids[None, :], axis=1)
-    return _Rows(rows.state, token, rows.active & ~stopped, seen)
-
-
-@functools.partial(jax.jit, donate_argnames=("rows",))
-def _decode(model, rows: _Rows, choice: _Choice, steps: Int[Array, ""]):
-    """Run up to `steps` steps; return the rows and tokens [B, 64], -1 where a row has ended."""
-
-    def running(carry):
-        step, rows, _ = carry
-        return (step < steps) & jnp.any(rows.active)
-
-    def body(carry):
-        step, rows, tokens = carry
-        # Rows that have ended go on as well: cheaper than taking them out, and seen by nobody.
-        logits, state = model.extend(rows.token[:, None], rows.state)
-        after = _choose(logits[:, 0], dataclasses.replace(rows, state=state), choice)
-        new = jnp.where(rows.active, after.token, -1)
-        return step + 1, after, lax.dynamic_update_index_in_dim(tokens, new, step, axis=1)
-
-    tokens = jnp.full((rows.token.shape[0], _MAX_STEPS), -1, jnp.int32)
-    _, rows, tokens = lax.while_loop(running, body, (jnp.int32(0), rows, tokens))
-    return rows, tokens
+def write(
+    config: Config,
+    model: Any,
+    tokenizer: tokenizer_lib.Tokenizer,
+    prompts: list[list[int]],
+    out: TextIO,
+) -> tuple[list[Output], batch.Stats]:
+    """Do what `run` does, with what `prepare` found."""
+    stop_ids = () if config.ignore_eos else tokenizer.stop_ids
+    printer = _Printer(tokenizer, len(prompts), stop_ids, config.stream, out)
+    tokens, stats = batch.generate(
+        model,
+        prompts,
+        max_tokens=config.max_tokens,
+        stop_ids=stop_ids,
+        seed=config.seed,
+        batch_size=config.batch_size,
+        on_token=printer.token,
+        **config.sampling,
+    )
+    outputs = []
+    for ids, text in zip(tokens, printer.texts(), strict=True):
+        outputs.append(Output(ids, text, "stop" if ids[-1] in stop_ids else "length"))
+    return outputs, stats
 
 
-class _Batches:
-    """Generates for one batch after another of the same shape, with the same programs."""
+def prepare(config: Config) -> tuple[Any, tokenizer_lib.Tokenizer, list[list[int]]]:
+    """Return the model, the tokenizer and the prompts' token ids; the model is loaded last."""
+    folder = pathlib.Path(config.checkpoint)
+    if not folder.is_dir():
+        raise ValueError(
+            f"--checkpoint: {folder} is no directory; wanted a release or a conversion"
+        )
+    requests = read_requests(config)
+    tokenizer = tokenizer_lib.Tokenizer.load(folder)
+    prompts = [_encode(config, tokenizer, i, request) for i, request in enumerate(requests)]
+    model_config = m1_jax.ModelConfig.from_file(folder / "config.json")
+    batch.check(prompts, config.max_tokens, model_config, config.max_length)
+    return m1_jax.load(folder, dtype=_DTYPES[config.dtype]), tokenizer, prompts
 
-    def __init__(self, model, options: dict, stop_ids: Sequence[int], batch: int, longest: int):
-        self._model, self._batch = model, batch
-        self._options = sampling.options(batch, **options)
-        self._stop_ids = jnp.asarray(list(stop_ids) or [-1], jnp.int32)
-        self._max_length = longest
-        self._programs: dict[Any, Callable] = {}
-        self.stats = Stats()
 
-    def run(self, prompts, first: int, seed: int, max_tokens: int, on_token) -> None:
-        """Generate for prompts number `first` and following; fill up with rows of no interest."""
-        real = len(prompts)
-        numbers = jnp.asarray([first + i if i < real else 0 for i in range(self._batch)])
-        choice = _Choice(self._options, sampling.row_keys(seed, numbers), self._stop_ids)
-        rows = self._start([*prompts, *[[0]] * (self._batch - real)], real, choice)
-        self.stats.prefill_tokens += sum(map(len, prompts))
-        left, steps = max_tokens - 1, 1
-        decode = self._compiled("decode", _decode, self._model, rows, choice, jnp.int32(1))
-        pending = rows.token[:, None] + 0  # a copy: the rows themselves are given away
-        began = before = time.perf_counter()
-        while pending is not None:
-            following = None
-            steps = min(steps, left, _MAX_STEPS)
-            if steps > 0:
-                rows, following = decode(self._model, rows, choice, jnp.int32(steps))
-                left -= steps
-            tokens = np.asarray(pending)[:real]
-            alive = tokens[:, 0] >= 0
-            self._report(tokens, first, on_token)
-            pending = following if alive.any() else None
-            now = time.perf_counter()
-            steps = max(1, round(steps * _DISPATCH_SECS / max(now - before, 1e-9)))
-            before = now
-        self.stats.decode_secs += time.perf_counter() - began
-        self.stats.decode_tokens -= real  # the first token of each row is the prefill's
+def read_requests(config: Config) -> list[dict[str, Any]]:
+    """Return {"prompt": ...} (raw) or {"messages": ..., "tools": ...} for every prompt."""
+    if config.prompts_file is None:
+        return [_request(config, "--prompt", {"prompt": config.prompt})]
+    path = pathlib.Path(config.prompts_file)
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: got bytes that are not UTF-8: {error}") from None
+    requests = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        where, value = f"{path}:{number}", {"prompt": line.removesuffix("\r")}
+        if path.suffix == ".jsonl":
+            try:
+                value = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{where}: not JSON: {error}") from None
+        requests.append(_request(config, where, value))
+    if not requests:
+        raise ValueError(f"{path}: got no prompts; wanted one per line")
+    return requests
+
+
+def _request(config: Config, where: str, value: Any) -> dict[str, Any]:
+    keys = set(value) if isinstance(value, dict) else None
+    if keys is None or not (keys <= {"prompt", "system"} or keys <= {"messages", "tools"}):
+        got = sorted(keys) if keys else value
+        raise ValueError(
+            f'{where}: got {got!r:.80}; wanted "prompt" and "system", or "messages" and "tools"'
+        )
+    if "messages" in value:
+        if config.raw or config.system is not None:
+            raise ValueError(f"{where}: got messages with --raw or --system; wanted neither")
+        return value
+    prompt, system = value.get("prompt"), value.get("system", config.system)
+    for name, text in (("prompt", prompt), ("system", "x" if system is None else system)):
+        if not isinstance(text, str) or not text:
+            raise ValueError(f"{where}: {name}: got {text!r}; wanted a text that is not empty")
+    if not config.raw:
+        front = [] if system is None else [{"role": "system", "content": system}]
+        return {"messages": [*front, {"role": "user", "content": prompt}]}
+    if system is not None:
+        raise ValueError(f"{where}: system: got one with --raw, which has no place for it")
+    return {"prompt": prompt}
+
+
+def _encode(config: Config, tokenizer: tokenizer_lib.Tokenizer, i: int, request: dict) -> list[int]:
+    try:
+        if "prompt" in request:
+            return tokenizer.encode(request["prompt"], allow_special=True)
+        return prompt_lib.encode(
+            tokenizer, request["messages"], request.get("tools"), profile=config.profile
+        )
+    except ValueError as error:
+        raise ValueError(f"prompt {i}: {error}") from None
+
+
+class _Printer:
+    """Prints texts as their tokens come: one alone as it is, several by lines marked `[i] `."""
+
+    def __init__(self, tokenizer, count: int, stop_ids, stream: bool, out: TextIO):
+        self._decoders = [tokenizer.decoder() for _ in range(count)]
+        self._pieces: list[list[str]] = [[] for _ in range(count)]
+        self._unprinted = [""] * count
+        self._stop_ids, self._stream, self._out = stop_ids, stream, out
+
+    def texts(self) -> list[str]:
+        return ["".join(pieces) for pieces in self._pieces]
+
+    def token(self, number: int, token: int, last: bool) -> None:
+        decoder = self._decoders[number]
+        piece = "" if token in self._stop_ids else decoder.push(token)
+        if last:
+            piece += decoder.flush()
+        self._pieces[number].append(piece)
+        if self._stream:
+            self._print(number, piece, last)
+        elif last:
+            self._print(number, "".join(self._pieces[number]), last)
+
+    def _print(self, number: int, piece: str, last: bool) -> None:
+        text = self._unprinted[number] + piece
+        if last and not text.endswith("\n"):
+            text += "\n"
+        if len(self._pieces) > 1:
+            *lines, self._unprinted[number] = text.split("\n")
+            text = "".join(f"[{number}] {line}\n" for line in lines)
+        if text:
+            self._out.write(text)
+            self._out.flush()
+
+
+def main(argv) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"unknown argument {argv[1]!r}")
+    if not flags.FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.WARNING)  # Orbax tells every step at INFO
+    fields = dataclasses.fields(Config)
+    try:
+        config = Config(**{field.name: flags.FLAGS[field.name].value for field in fields})
+        prepared = prepare(config)
+    except (ValueError, OSError) as error:
+        sys.exit("error: " + " ".join(str(error).split("\n")))
+    try:
+        _, stats = write(config, *prepared, sys.stdout)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    print(stats, file=sys.stderr)
+
+
+def _define_flags() -> None:
+    define = {bool: flags.DEFINE_bool, int: flags.DEFINE_integer, float: flags.DEFINE_float}
+    for field in dataclasses.fields(Config):
+        define.get(field.type, flags.DEFINE_string)(
+            field.name, field.default, field.metadata["help"]
+        )
+
+
+def cli() -> None:
+    _define_flags()
+    app.run(main)
+
+
+if __name__ == "__main__":
+    cli()

@@ -13,8 +13,8 @@ from m1_jax import config as config_lib
 from m1_jax import layers
 from m1_jax import state as state_lib
 
-BLOCK = 512  # queries and keys per step of the blockwise form
-DIRECT = 2**20  # query-key pairs per head up to which one block does it all
+BLOCK = 256  # queries and keys per step of the blockwise form; skips what is not causal
+DIRECT_PAIRS, DIRECT_QUERIES = 2**16, 8  # up to either, one block does it all
 NEVER = np.iinfo(np.int32).max  # the place of a padded key, after every query
 
 
@@ -102,7 +102,7 @@ def attend(
         q_document, k_document = jnp.ones_like(q_place), jnp.ones_like(k_place)
     assert k_document is not None
     queries, keys = (q_place, q_document), (k_place, k_document)
-    if length * k.shape[2] <= DIRECT:
+    if length * k.shape[2] <= DIRECT_PAIRS or length <= DIRECT_QUERIES:
         total, scale, _ = _block(q, k, v, _mask(queries, keys))
         o = total / _positive(scale)
     else:

@@ -7,6 +7,7 @@ Sources: `config.json` and `configuration_minimax_m1.py` of MiniMaxAI/MiniMax-M1
 import dataclasses
 import difflib
 import json
+import math
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -62,10 +63,9 @@ class ModelConfig:
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.type is int and field.name != "shared_intermediate_size":
-                _require(isinstance(value, int) and value > 0, field.name, value, "a positive int")
-        _require(len(self.layer_types) > 0, "layer_types", (), "at least one layer")
+            _check_value(field.name, field.type, getattr(self, field.name))
+        listed = isinstance(self.layer_types, tuple) and len(self.layer_types) > 0
+        _require(listed, "layer_types", self.layer_types, "a tuple of at least one layer")
         for kind in self.layer_types:
             _require(kind in (LIGHTNING, SOFTMAX), "layer_types", kind, f"{LIGHTNING} or {SOFTMAX}")
         _require(
@@ -85,12 +85,6 @@ class ModelConfig:
             "num_experts_per_tok",
             self.num_experts_per_tok,
             f"at most num_local_experts = {self.num_local_experts}",
-        )
-        _require(
-            self.shared_intermediate_size >= 0,
-            "shared_intermediate_size",
-            self.shared_intermediate_size,
-            "0 or more",
         )
         _require(self.remat in REMAT, "remat", self.remat, f"one of {REMAT}")
 
@@ -170,6 +164,7 @@ class ModelConfig:
           ConfigError: a key that is unknown, missing, contradictory, or asks for a computation
             that this model does not have.
         """
+        _require(isinstance(hf, Mapping), "config.json", hf, "a JSON object")
         kind = hf.get("model_type")
         if kind in _RELEASE_TYPES:
             return _from_release(hf)
@@ -185,9 +180,11 @@ class ModelConfig:
         """Read a `config.json` file; see `from_hf`."""
         path = pathlib.Path(path)
         try:
-            hf = json.loads(path.read_text())
+            hf = json.loads(path.read_text(), object_pairs_hook=_without_repeats)
         except FileNotFoundError:
             raise ConfigError(f"{path} does not exist; it must lie beside the weights") from None
+        except ConfigError:
+            raise
         except ValueError as error:
             raise ConfigError(f"{path} is not valid JSON: {error}") from None
         return cls.from_hf(hf)
@@ -256,6 +253,7 @@ _NATIVE_DEFAULTS = {
     "max_position_embeddings": 4096 * 32,
 }
 _NATIVE_ROPE_THETA = 1e6
+_NATIVE_KINDS = {"full_attention": SOFTMAX, "linear_attention": LIGHTNING}
 
 # Keys that would change the computation if they held anything else.
 _FIXED = {
@@ -264,6 +262,12 @@ _FIXED = {
     "router_jitter_noise": 0.0,
     "sliding_window": None,
     "tie_word_embeddings": False,
+}
+# The native model has no other form of these; checkpoints of it still carry the release's keys.
+_NATIVE_FIXED = _FIXED | {
+    "postnorm": True,
+    "shared_intermediate_size": 0,
+    "shared_moe_mode": "sigmoid",
 }
 
 # Keys that describe files, tokens or library behaviour, not the computation.
@@ -284,18 +288,45 @@ def _require(condition: bool, key: str, got: Any, wanted: str) -> None:
         raise ConfigError(f"config: {key} is {got!r}; wanted {wanted}")
 
 
-def _check_keys(hf: Mapping[str, Any], known: set[str]) -> None:
-    for key, wanted in _FIXED.items():
+def _check_value(key: str, kind: Any, value: Any) -> None:
+    """Check the type and sign of a field: JSON may hold a string or a bool instead of a number."""
+    if kind is bool:
+        _require(isinstance(value, bool), key, value, "true or false")
+    elif kind is int:
+        least = 0 if key == "shared_intermediate_size" else 1
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        _require(whole and value >= least, key, value, f"an integer, {least} or more")
+    elif kind is float:
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        _require(number and math.isfinite(value), key, value, "a number")
+        if key in ("rope_theta", "rms_norm_eps"):
+            _require(value > 0, key, value, "more than 0")
+
+
+def _check_keys(hf: Mapping[str, Any], known: set[str], fixed: Mapping[str, Any]) -> None:
+    for key, wanted in fixed.items():
         got = hf.get(key, wanted)
         _require(got == wanted, key, got, f"{wanted!r}: this model has no other form")
     for key in hf:
-        if key not in known:
+        if key not in known and key not in fixed:
             near = difflib.get_close_matches(key, known, n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
+            hint = f" Did you mean {near[0]}?" if near else ""
             raise ConfigError(
-                f"config.json: unknown key {key!r} = {hf[key]!r}{hint} "
+                f"config.json: unknown key {key!r} = {hf[key]!r}.{hint} "
                 "Remove it if it does not change the computation."
             )
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Make a JSON object, refusing a key that is given twice: which one holds is anyone's guess."""
+    out: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in out:
+            raise ConfigError(
+                f"config.json: {key} is given twice, as {out[key]!r} and {value!r}. Remove one."
+            )
+        out[key] = value
+    return out
 
 
 def _take(hf: Mapping[str, Any], fields: Mapping[str, bool]) -> dict[str, Any]:
@@ -305,45 +336,53 @@ def _take(hf: Mapping[str, Any], fields: Mapping[str, bool]) -> dict[str, Any]:
     return {name: hf[name] for name in fields if hf.get(name) is not None}
 
 
-def _check_num_layers(hf: Mapping[str, Any], key: str, types: tuple[str, ...]) -> None:
+def _layer_types(
+    hf: Mapping[str, Any], key: str, listed: Any, kinds: Mapping[Any, str]
+) -> tuple[str, ...]:
+    """Translate the file's list of layers, of the length that num_hidden_layers says."""
+    _require(isinstance(listed, list | tuple), key, listed, "a list with one entry per layer")
+    for kind in listed:
+        _require(kind in kinds, key, kind, " or ".join(f"{k} ({v})" for k, v in kinds.items()))
     wanted = hf.get("num_hidden_layers")
     if wanted is None:
         raise ConfigError("config.json: missing num_hidden_layers")
-    if wanted != len(types):
+    if wanted != len(listed):
         raise ConfigError(
-            f"config.json: {key} lists {len(types)} layers but num_hidden_layers is {wanted}"
+            f"config.json: {key} lists {len(listed)} layers but num_hidden_layers is {wanted!r}"
         )
+    return tuple(kinds[kind] for kind in listed)
 
 
 def _from_release(hf: Mapping[str, Any]) -> ModelConfig:
     extra = {"num_hidden_layers", "attn_type_list", "shared_moe_mode"}
-    _check_keys(hf, set(_RELEASE_FIELDS) | set(_FIXED) | _INERT | extra)
-    if not hf.get("attn_type_list"):
+    _check_keys(hf, set(_RELEASE_FIELDS) | _INERT | extra, _FIXED)
+    if hf.get("attn_type_list") is None:
         raise ConfigError("config.json: missing attn_type_list (0 lightning, 1 softmax, per layer)")
-    for value in hf["attn_type_list"]:
-        _require(value in (0, 1), "attn_type_list", value, "0 (lightning) or 1 (softmax)")
     # The release never reads shared_moe_mode: it always computes the sigmoid form.
     mode = hf.get("shared_moe_mode", "sigmoid")
     _require(mode == "sigmoid", "shared_moe_mode", mode, "'sigmoid', the form of the release")
-    types = tuple(SOFTMAX if value else LIGHTNING for value in hf["attn_type_list"])
-    _check_num_layers(hf, "attn_type_list", types)
+    types = _layer_types(hf, "attn_type_list", hf["attn_type_list"], {0: LIGHTNING, 1: SOFTMAX})
     return ModelConfig(layer_types=types, **_take(hf, _RELEASE_FIELDS))
 
 
 def _from_native(hf: Mapping[str, Any]) -> ModelConfig:
     extra = {"num_hidden_layers", "layer_types", "rope_parameters", "rope_theta", "rotary_dim"}
-    known = set(_SHARED_FIELDS) | set(_FIXED) | set(_NATIVE_ALPHAS) | _INERT | extra
-    _check_keys(hf, known)
+    known = set(_SHARED_FIELDS) | set(_NATIVE_ALPHAS) | _INERT | extra
+    _check_keys(hf, known, _NATIVE_FIXED)
+    no_groups = "num_key_value_heads" in hf and hf["num_key_value_heads"] is None
     hf = _NATIVE_DEFAULTS | {key: value for key, value in hf.items() if value is not None}
-    hf.setdefault("head_dim", hf["hidden_size"] // hf["num_attention_heads"])
-    names = {"linear_attention": LIGHTNING, "full_attention": SOFTMAX}
-    default = [list(names)[(i + 1) % 2] for i in range(hf["num_hidden_layers"])]
-    listed = hf.get("layer_types", default)
-    for name in listed:
-        _require(name in names, "layer_types", name, " or ".join(names))
-    types = tuple(names[name] for name in listed)
-    _check_num_layers(hf, "layer_types", types)
-    # The native model is always postnorm, and has no shared expert.
+    for key in ("num_hidden_layers", "num_attention_heads", "hidden_size"):
+        _check_value(key, int, hf[key])
+    heads = hf["num_attention_heads"]
+    if no_groups:  # transformers reads null as one KV head per head, an absent key as its default
+        hf["num_key_value_heads"] = heads
+    hf.setdefault("head_dim", hf["hidden_size"] // heads)
+    _check_value("head_dim", int, hf["head_dim"])
+    default = [list(_NATIVE_KINDS)[layer % 2] for layer in range(hf["num_hidden_layers"])]
+    types = _layer_types(hf, "layer_types", hf.get("layer_types", default), _NATIVE_KINDS)
+    if LIGHTNING in types:
+        wanted = "a power of 2: beyond it transformers' decay rates are not the release's"
+        _require(heads & (heads - 1) == 0, "num_attention_heads", heads, wanted)
     return ModelConfig(
         layer_types=types,
         postnorm=True,
@@ -355,20 +394,25 @@ def _from_native(hf: Mapping[str, Any]) -> ModelConfig:
 
 def _native_rope(hf: Mapping[str, Any]) -> dict[str, Any]:
     """Return rope_theta and rotary_dim; full rotary unless the file says otherwise."""
-    rope = dict(hf.get("rope_parameters") or {})
+    rope = hf.get("rope_parameters", {})
+    _require(isinstance(rope, Mapping), "rope_parameters", rope, "an object")
+    rope = dict(rope)
     kind = rope.pop("rope_type", "default")
     _require(kind == "default", "rope_parameters.rope_type", kind, "'default'")
     thetas = {rope.pop("rope_theta", None), hf.get("rope_theta")} - {None}
     if len(thetas) > 1:
-        raise ConfigError(f"config.json: rope_theta contradicts rope_parameters: {sorted(thetas)}")
+        raise ConfigError(f"config.json: rope_theta contradicts rope_parameters: {thetas}")
+    dims = {hf.get("rotary_dim")}
     fraction = rope.pop("partial_rotary_factor", None)
-    dims = {hf.get("rotary_dim"), None if fraction is None else int(fraction * hf["head_dim"])}
+    if fraction is not None:
+        _check_value("partial_rotary_factor", float, fraction)
+        dims.add(int(fraction * hf["head_dim"]))
     dims -= {None}
     if len(dims) > 1:
-        raise ConfigError(f"config.json: rotary_dim contradicts rope_parameters: {sorted(dims)}")
+        raise ConfigError(f"config.json: rotary_dim contradicts rope_parameters: {dims}")
     if rope:
         raise ConfigError(f"config.json: unknown key in rope_parameters: {sorted(rope)}")
     return {
-        "rope_theta": float(next(iter(thetas), _NATIVE_ROPE_THETA)),
+        "rope_theta": next(iter(thetas), _NATIVE_ROPE_THETA),
         "rotary_dim": next(iter(dims), hf["head_dim"]),
     }
