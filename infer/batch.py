@@ -236,12 +236,14 @@ class _Batches:
 
     def _start(self, prompts, real: int, choice: _Choice) -> _Rows:
         """Prefill; return the rows with their first token chosen."""
-        began, compiled = time.perf_counter(), self.stats.compile_secs
         vocab_size = self._model.config.vocab_size
         lengths = np.asarray([len(prompt) for prompt in prompts])
         seen = np.zeros((self._batch, vocab_size), bool)
         state = self._model.init_state(batch=self._batch, max_length=self._max_length)
         last = jnp.zeros((self._batch, vocab_size), jnp.float32)
+        active = jax.block_until_ready(jnp.arange(self._batch) < real)
+        zeros = jnp.zeros(self._batch, jnp.int32)
+        began, compiled = time.perf_counter(), self.stats.compile_secs
         start = 0
         for width in _widths(int(lengths.max())):
             counts = np.clip(lengths - start, 0, width).astype(np.int32)
@@ -253,8 +255,7 @@ class _Batches:
             args = (self._model, tokens, counts, state, last)
             state, last = self._compiled(width, _prefill, *args)(*args)
             start += width
-        active = jnp.arange(self._batch) < real
-        rows = _Rows(state, jnp.zeros(self._batch, jnp.int32), active, jnp.asarray(seen))
+        rows = _Rows(state, zeros, active, jnp.asarray(seen))
         rows = self._compiled("first", _first, last, rows, choice)(last, rows, choice)
         jax.block_until_ready(rows)
         compiled = self.stats.compile_secs - compiled

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
+import tensorstore as ts
 from flax import nnx
 
 from m1_jax import config as config_lib
@@ -45,7 +45,7 @@ def load(path, dtype=jnp.float32, mesh: jax.sharding.Mesh | None = None) -> mode
     if is_converted(path):
         read_manifest(path)
         config = config_lib.ModelConfig.from_file(path / "config.json")
-        fill = _fill_from_orbax(path)
+        fill = _fill_from_orbax(open_params(path, config))
     elif (path / "config.json").is_file():
         source = release.Release(path)
         config = source.config
@@ -151,22 +151,78 @@ def _assemble(spec: jax.ShapeDtypeStruct, parts: Mapping[tuple[int, ...], np.nda
     return jax.make_array_from_callback(spec.shape, spec.sharding, piece)
 
 
-def _fill_from_orbax(path: pathlib.Path) -> Callable:
-    def fill(wanted):
-        checkpointer = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
-        args = ocp.args.PyTreeRestore(
-            item=to_tree(wanted),
-            restore_args=ocp.checkpoint_utils.construct_restore_args(to_tree(wanted)),
+def array_spec(params: pathlib.Path, name: str) -> dict:
+    """Return the TensorStore spec of one parameter below an Orbax directory."""
+    return {
+        "driver": "zarr3",
+        "kvstore": {"driver": "file", "path": f"{params.resolve() / name}/"},
+        # A chunk of zeros is stored like any other, so a missing one is always an error.
+        "store_data_equal_to_fill_value": True,
+        "fill_missing_data_reads": False,
+    }
+
+
+def open_params(path: pathlib.Path, config: config_lib.ModelConfig) -> dict[str, ts.TensorStore]:
+    """Open every parameter of a converted directory, by the dotted paths of `params_map`.
+
+    TensorStore rather than Orbax: its errors name the file, and one error is one message.
+
+    Raises:
+      CheckpointError: a parameter that is missing, left over, or of another shape than config.json
+        asks for.
+    """
+    params = path / PARAMS
+    wanted = parameters(abstract_model(config))
+    stored = {file.parent.name for file in params.glob("*/zarr.json")}
+    if stored != wanted.keys():
+        raise release.CheckpointError(
+            f"{params}: config.json and the parameters disagree: "
+            f"{release.some(wanted.keys() - stored, 'missing')}; "
+            f"{release.some(stored - wanted.keys(), 'not in the model')}. "
+            "Is config.json the one of this conversion? Else run m1_jax.convert again."
         )
-        try:
-            tree = checkpointer.restore((path / PARAMS).resolve(), args=args)
-        except (ValueError, KeyError, FileNotFoundError) as error:
+    arrays = {}
+    for name, param in wanted.items():
+        array = result(ts.open(array_spec(params, name), open=True), params / name)
+        if array.shape != param.shape:
             raise release.CheckpointError(
-                f"{path / PARAMS} does not hold the parameters that config.json asks for: {error}"
-            ) from error
-        flat = {}
-        for keys, value in jax.tree_util.tree_leaves_with_path(tree):
-            flat[".".join(key.key for key in keys)] = value
-        return flat
+                f"{params / name} has shape {list(array.shape)}; config.json asks for "
+                f"{list(param.shape)}. Is config.json the one of this conversion?"
+            )
+        if array.dtype.numpy_dtype not in release.CODES:
+            raise release.CheckpointError(
+                f"{params / name} has dtype {array.dtype.name}; wanted one of "
+                f"{', '.join(dtype.name for dtype in release.CODES)}"
+            )
+        arrays[name] = array
+    return arrays
+
+
+def result(future: ts.Future, source: pathlib.Path):
+    """Wait for a TensorStore read; say in one line which file is wrong."""
+    try:
+        return future.result()
+    except ValueError as error:
+        reason = str(error).split(" [", 1)[0]  # what follows is TensorStore's own state
+        raise release.CheckpointError(
+            f"{source} cannot be read: {reason}. Run m1_jax.convert again."
+        ) from None
+
+
+def _fill_from_orbax(arrays: Mapping[str, ts.TensorStore]) -> Callable:
+    def fill(wanted):
+        return {name: _read(arrays[name], spec) for name, spec in wanted.items()}
 
     return fill
+
+
+def _read(array: ts.TensorStore, spec: jax.ShapeDtypeStruct) -> jax.Array:
+    """Read what this process's devices hold, all slices at once and replicas only once."""
+    places = spec.sharding.addressable_devices_indices_map(spec.shape).values()
+    reading = {repr(index): array[index].read() for index in places}
+
+    def piece(index):
+        data = result(reading[repr(index)], pathlib.Path(array.kvstore.path))
+        return data.astype(spec.dtype, copy=False)
+
+    return jax.make_array_from_callback(spec.shape, spec.sharding, piece)

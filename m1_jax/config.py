@@ -68,24 +68,15 @@ class ModelConfig:
         _require(listed, "layer_types", self.layer_types, "a tuple of at least one layer")
         for kind in self.layer_types:
             _require(kind in (LIGHTNING, SOFTMAX), "layer_types", kind, f"{LIGHTNING} or {SOFTMAX}")
-        _require(
-            self.num_attention_heads % self.num_key_value_heads == 0,
-            "num_key_value_heads",
-            self.num_key_value_heads,
-            f"a divisor of num_attention_heads = {self.num_attention_heads}",
-        )
-        _require(
-            self.rotary_dim % 2 == 0 and self.rotary_dim <= self.head_dim,
-            "rotary_dim",
-            self.rotary_dim,
-            f"an even number up to head_dim = {self.head_dim}",
-        )
-        _require(
-            self.num_experts_per_tok <= self.num_local_experts,
-            "num_experts_per_tok",
-            self.num_experts_per_tok,
-            f"at most num_local_experts = {self.num_local_experts}",
-        )
+        heads, groups = self.num_attention_heads, self.num_key_value_heads
+        wanted = f"a divisor of num_attention_heads = {heads}"
+        _require(heads % groups == 0, "num_key_value_heads", groups, wanted)
+        fits = self.rotary_dim % 2 == 0 and self.rotary_dim <= self.head_dim
+        wanted = f"an even number up to head_dim = {self.head_dim}"
+        _require(fits, "rotary_dim", self.rotary_dim, wanted)
+        active, experts = self.num_experts_per_tok, self.num_local_experts
+        wanted = f"at most num_local_experts = {experts}"
+        _require(active <= experts, "num_experts_per_tok", active, wanted)
         _require(self.remat in REMAT, "remat", self.remat, f"one of {REMAT}")
 
     @property
@@ -197,7 +188,6 @@ class ModelConfig:
             "model_type": "minimax_m1",
             "num_hidden_layers": self.num_hidden_layers,
             "attn_type_list": [int(kind == SOFTMAX) for kind in self.layer_types],
-            "shared_moe_mode": "sigmoid",
             **_FIXED,
         }
 
@@ -217,18 +207,6 @@ _SHARED_FIELDS = {
     "initializer_range": False,
     "max_position_embeddings": False,
 }
-_RELEASE_FIELDS = _SHARED_FIELDS | {
-    "rotary_dim": True,
-    "rope_theta": True,
-    "postnorm": False,
-    "shared_intermediate_size": False,
-    "layernorm_linear_attention_alpha": False,
-    "layernorm_linear_attention_beta": False,
-    "layernorm_full_attention_alpha": False,
-    "layernorm_full_attention_beta": False,
-    "layernorm_mlp_alpha": False,
-    "layernorm_mlp_beta": False,
-}
 _NATIVE_ALPHAS = {
     "linear_attn_alpha_factor": "layernorm_linear_attention_alpha",
     "linear_attn_beta_factor": "layernorm_linear_attention_beta",
@@ -236,6 +214,13 @@ _NATIVE_ALPHAS = {
     "full_attn_beta_factor": "layernorm_full_attention_beta",
     "mlp_alpha_factor": "layernorm_mlp_alpha",
     "mlp_beta_factor": "layernorm_mlp_beta",
+}
+_RELEASE_FIELDS = _SHARED_FIELDS | {
+    "rotary_dim": True,
+    "rope_theta": True,
+    "postnorm": False,
+    "shared_intermediate_size": False,
+    **dict.fromkeys(_NATIVE_ALPHAS.values(), False),
 }
 # transformers leaves out of the file what equals its own defaults (MiniMaxConfig, 5.x).
 _NATIVE_DEFAULTS = {
@@ -262,24 +247,22 @@ _FIXED = {
     "router_jitter_noise": 0.0,
     "sliding_window": None,
     "tie_word_embeddings": False,
+    "shared_moe_mode": "sigmoid",  # the release never reads it and always computes this form
 }
-# The native model has no other form of these; checkpoints of it still carry the release's keys.
-_NATIVE_FIXED = _FIXED | {
-    "postnorm": True,
-    "shared_intermediate_size": 0,
-    "shared_moe_mode": "sigmoid",
-}
+# Native checkpoints still carry these keys of the release; transformers has no other form.
+_NATIVE_FIXED = _FIXED | {"postnorm": True, "shared_intermediate_size": 0}
 
 # Keys that describe files, tokens or library behaviour, not the computation.
-_INERT = frozenset(
-    """architectures auto_map model_type torch_dtype dtype transformers_version use_cache
+_INERT_TEXT = """
+    architectures auto_map model_type torch_dtype dtype transformers_version use_cache
     output_router_logits output_hidden_states output_attentions return_dict bos_token_id
     eos_token_id pad_token_id unk_token_id sep_token_id decoder_start_token_id tokenizer_class
     _name_or_path id2label label2id problem_type prefix finetuning_task task_specific_params
     torchscript is_encoder_decoder is_decoder cross_attention_hidden_size add_cross_attention
     tie_encoder_decoder chunk_size_feed_forward _attn_implementation
-    _attn_implementation_autoset _experts_implementation block_size""".split()
-)
+    _attn_implementation_autoset _experts_implementation block_size
+"""
+_INERT = frozenset(_INERT_TEXT.split())
 # block_size only regroups the same sums; it is inert for the result up to rounding.
 
 
@@ -322,9 +305,7 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     out: dict[str, Any] = {}
     for key, value in pairs:
         if key in out:
-            raise ConfigError(
-                f"config.json: {key} is given twice, as {out[key]!r} and {value!r}. Remove one."
-            )
+            raise ConfigError(f"config.json: {key} is given twice: {out[key]!r} and {value!r}")
         out[key] = value
     return out
 
@@ -342,10 +323,9 @@ def _layer_types(
     """Translate the file's list of layers, of the length that num_hidden_layers says."""
     _require(isinstance(listed, list | tuple), key, listed, "a list with one entry per layer")
     for kind in listed:
-        _require(kind in kinds, key, kind, " or ".join(f"{k} ({v})" for k, v in kinds.items()))
-    wanted = hf.get("num_hidden_layers")
-    if wanted is None:
-        raise ConfigError("config.json: missing num_hidden_layers")
+        wanted = " or ".join(f"{k} ({v})" for k, v in kinds.items())
+        _require(kind in list(kinds), key, kind, wanted)
+    wanted = _take(hf, {"num_hidden_layers": True})["num_hidden_layers"]
     if wanted != len(listed):
         raise ConfigError(
             f"config.json: {key} lists {len(listed)} layers but num_hidden_layers is {wanted!r}"
@@ -354,21 +334,16 @@ def _layer_types(
 
 
 def _from_release(hf: Mapping[str, Any]) -> ModelConfig:
-    extra = {"num_hidden_layers", "attn_type_list", "shared_moe_mode"}
-    _check_keys(hf, set(_RELEASE_FIELDS) | _INERT | extra, _FIXED)
-    if hf.get("attn_type_list") is None:
-        raise ConfigError("config.json: missing attn_type_list (0 lightning, 1 softmax, per layer)")
-    # The release never reads shared_moe_mode: it always computes the sigmoid form.
-    mode = hf.get("shared_moe_mode", "sigmoid")
-    _require(mode == "sigmoid", "shared_moe_mode", mode, "'sigmoid', the form of the release")
-    types = _layer_types(hf, "attn_type_list", hf["attn_type_list"], {0: LIGHTNING, 1: SOFTMAX})
+    known = {*_RELEASE_FIELDS, *_INERT, "num_hidden_layers", "attn_type_list"}
+    _check_keys(hf, known, _FIXED)
+    listed = _take(hf, {"attn_type_list": True})["attn_type_list"]
+    types = _layer_types(hf, "attn_type_list", listed, {0: LIGHTNING, 1: SOFTMAX})
     return ModelConfig(layer_types=types, **_take(hf, _RELEASE_FIELDS))
 
 
 def _from_native(hf: Mapping[str, Any]) -> ModelConfig:
-    extra = {"num_hidden_layers", "layer_types", "rope_parameters", "rope_theta", "rotary_dim"}
-    known = set(_SHARED_FIELDS) | set(_NATIVE_ALPHAS) | _INERT | extra
-    _check_keys(hf, known, _NATIVE_FIXED)
+    own = {"num_hidden_layers", "layer_types", "rope_parameters", "rope_theta", "rotary_dim"}
+    _check_keys(hf, {*_SHARED_FIELDS, *_NATIVE_ALPHAS, *_INERT, *own}, _NATIVE_FIXED)
     no_groups = "num_key_value_heads" in hf and hf["num_key_value_heads"] is None
     hf = _NATIVE_DEFAULTS | {key: value for key, value in hf.items() if value is not None}
     for key in ("num_hidden_layers", "num_attention_heads", "hidden_size"):
@@ -399,20 +374,22 @@ def _native_rope(hf: Mapping[str, Any]) -> dict[str, Any]:
     rope = dict(rope)
     kind = rope.pop("rope_type", "default")
     _require(kind == "default", "rope_parameters.rope_type", kind, "'default'")
-    thetas = {rope.pop("rope_theta", None), hf.get("rope_theta")} - {None}
-    if len(thetas) > 1:
-        raise ConfigError(f"config.json: rope_theta contradicts rope_parameters: {thetas}")
-    dims = {hf.get("rotary_dim")}
-    fraction = rope.pop("partial_rotary_factor", None)
+    theta = _agreed("rope_theta", rope.pop("rope_theta", None), hf.get("rope_theta"))
+    dims = fraction = rope.pop("partial_rotary_factor", None)
     if fraction is not None:
         _check_value("partial_rotary_factor", float, fraction)
-        dims.add(int(fraction * hf["head_dim"]))
-    dims -= {None}
-    if len(dims) > 1:
-        raise ConfigError(f"config.json: rotary_dim contradicts rope_parameters: {dims}")
+        dims = int(fraction * hf["head_dim"])
+    dims = _agreed("rotary_dim", dims, hf.get("rotary_dim"))
     if rope:
         raise ConfigError(f"config.json: unknown key in rope_parameters: {sorted(rope)}")
     return {
-        "rope_theta": next(iter(thetas), _NATIVE_ROPE_THETA),
-        "rotary_dim": next(iter(dims), hf["head_dim"]),
+        "rope_theta": _NATIVE_ROPE_THETA if theta is None else theta,
+        "rotary_dim": hf["head_dim"] if dims is None else dims,
     }
+
+
+def _agreed(key: str, nested: Any, plain: Any) -> Any:
+    """Return what rope_parameters or the key beside it says, None if neither does."""
+    if None not in (nested, plain) and nested != plain:
+        raise ConfigError(f"config.json: {key} is {plain!r} but rope_parameters say {nested!r}")
+    return plain if nested is None else nested

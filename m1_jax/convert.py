@@ -100,7 +100,9 @@ def _to_orbax(source: release.Release, partial: pathlib.Path, config: Config) ->
     params = partial / checkpoint.PARAMS
     if not params.exists():
         _allocate(params, leaves)
-    arrays = {path: ts.open(_spec(params, path), open=True).result() for path in leaves}
+    arrays = {
+        path: ts.open(checkpoint.array_spec(params, path), open=True).result() for path in leaves
+    }
     by_name = {entry.name: entry for entry in source.entries}
     # In the order of the shards' bytes, so that a disk reads each file once from front to back.
     tensors = [t for shard in source.shards for t in shard.tensors if t.name in by_name]
@@ -170,19 +172,9 @@ def _allocate(params: pathlib.Path, leaves: dict[str, Leaf]) -> None:
             "chunk_grid": chunks,
             "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}],
         }
-        spec = _spec(building, path) | {"metadata": metadata}
+        spec = checkpoint.array_spec(building, path) | {"metadata": metadata}
         ts.open(spec, create=True, delete_existing=True).result()
     building.rename(params)
-
-
-def _spec(params: pathlib.Path, path: str) -> dict:
-    return {
-        "driver": "zarr3",
-        "kvstore": {"driver": "file", "path": f"{params.resolve() / path}/"},
-        # A chunk of zeros is stored like any other, so a missing one is always an error.
-        "store_data_equal_to_fill_value": True,
-        "fill_missing_data_reads": False,
-    }
 
 
 # ---- Orbax to release
@@ -190,7 +182,8 @@ def _spec(params: pathlib.Path, path: str) -> dict:
 
 def _to_hf(src: pathlib.Path, partial: pathlib.Path, config: Config) -> None:
     model_config = config_lib.ModelConfig.from_file(src / "config.json")
-    arrays, tensors = _open_params(src, model_config)
+    arrays = checkpoint.open_params(src, model_config)
+    tensors = _tensors(src, model_config, arrays)
     manifest = checkpoint.read_manifest(src)
     shards = _original_shards(manifest, tensors) or _new_shards(tensors)
     done = _resume(partial, model_config, list(shards.values()))
@@ -208,12 +201,8 @@ def _to_hf(src: pathlib.Path, partial: pathlib.Path, config: Config) -> None:
                 stream.write(len(raw).to_bytes(8, "little") + raw)
                 for name in order[file]:
                     entry = entries[name]
-                    try:
-                        data = arrays[entry.path][entry.index].read().result()
-                    except ValueError as error:
-                        raise release.CheckpointError(
-                            f"{src}: {entry.path}{list(entry.index)} cannot be read: {error}"
-                        ) from error
+                    reading = arrays[entry.path][entry.index].read()
+                    data = checkpoint.result(reading, src / checkpoint.PARAMS / entry.path)
                     data = np.ascontiguousarray(data.T if entry.transposed else data)
                     stream.write(data.reshape(-1).view(np.uint8).data)
                     progress.advance(data.nbytes)
@@ -232,28 +221,16 @@ def _to_hf(src: pathlib.Path, partial: pathlib.Path, config: Config) -> None:
     release.Release(partial)  # the checks that every reader makes
 
 
-def _open_params(src, model_config) -> tuple[dict, dict[str, release.Tensor]]:
-    """Return the arrays by path, and what each tensor will look like in the release."""
-    params = checkpoint.parameters(checkpoint.abstract_model(model_config))
-    arrays = {}
-    for path, param in params.items():
-        try:
-            arrays[path] = ts.open(_spec(src / checkpoint.PARAMS, path), open=True).result()
-        except ValueError as error:
-            raise release.CheckpointError(f"{src}: parameter {path} is missing: {error}") from None
-        if arrays[path].shape != param.shape:
-            raise release.CheckpointError(
-                f"{src}: parameter {path} has shape {list(arrays[path].shape)}; config.json asks "
-                f"for {list(param.shape)}"
-            )
+def _tensors(src, model_config, arrays) -> dict[str, release.Tensor]:
+    """Return what each tensor will look like in the release."""
     tensors = {}
     for entry in params_map.entries(model_config):
         array = arrays[entry.path]
-        shape, dtype = array.shape[len(entry.index) :], np.dtype(array.dtype.numpy_dtype)
+        shape, dtype = array.shape[len(entry.index) :], array.dtype.numpy_dtype
         shape = shape[::-1] if entry.transposed else shape
         nbytes = int(np.prod(shape)) * dtype.itemsize
         tensors[entry.name] = release.Tensor(entry.name, src, dtype, shape, 0, nbytes)
-    return arrays, tensors
+    return tensors
 
 
 def _is_original(manifest: dict, shards: dict[str, str]) -> bool:
@@ -368,7 +345,9 @@ def main(argv) -> None:
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # Orbax tells every step at INFO
     try:
-        config = Config(**{f.name: getattr(flags.FLAGS, f.name) for f in dataclasses.fields(Config)})
+        config = Config(
+            **{f.name: getattr(flags.FLAGS, f.name) for f in dataclasses.fields(Config)}
+        )
         print(f"wrote {run(config)}")
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
