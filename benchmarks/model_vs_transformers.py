@@ -3,11 +3,10 @@
     python benchmarks/model_vs_transformers.py [--json=FILE] [--repeats=7] [--size=tiny]
 
 Both sides compute in float32 with all cores. They are timed in turn (ours, theirs, ours, theirs)
-and the ratio is that of the medians. A pair during which other processes (or the hypervisor) took
-CPU time is measured again: torch's threads spin at barriers, so a busy neighbour slows it tenfold
-where it slows us a little. Compilation and first calls are not timed. transformers runs each case
-with whichever of its expert implementations is fastest there. Before anything is timed, both must
-give the same numbers.
+and the ratio is that of the medians, for transformers of whichever of its expert implementations
+was fastest. A call during which other processes (or the hypervisor) took CPU time is made again:
+torch's threads spin at barriers, so a busy neighbour slows it tenfold where it slows us a little.
+Compilation and first calls are not timed. Before any timing, both must give the same numbers.
 
 Needs the `parity` extra (torch, transformers).
 """
@@ -248,7 +247,7 @@ def _check(ours, theirs, size: Size) -> dict[str, float]:
     for name, tolerance in _TOLERANCES.items():
         if not differences[name] <= tolerance:
             raise RuntimeError(
-                f"{name}: got a difference of {differences[name]:.2e}, want at most {tolerance:.0e}. "
+                f"{name}: got a difference of {differences[name]:.1e}, want at most {tolerance}. "
                 "The sides do not compute the same model, so their times cannot be compared."
             )
     return differences
@@ -314,55 +313,46 @@ def _cases(ours, theirs, size: Size) -> list[Case]:
     return cases
 
 
-def _fastest_experts(case: Case, theirs) -> str:
-    """Set and return the fastest of their expert implementations, by the best of three calls."""
-    secs = {}
-    for experts in case.experts:
-        theirs.set_experts_implementation(experts)
-        case.theirs()
-        secs[experts] = min(case.theirs() for _ in range(3))
-    best = min(secs, key=secs.get)
-    theirs.set_experts_implementation(best)
-    return best
-
-
 def _measure(case: Case, theirs, repeats: int) -> dict:
-    """Warm up, then time both sides in turn until `repeats` pairs were undisturbed."""
-    experts = _fastest_experts(case, theirs)
-    case.ours()
-    case.theirs()
-    pairs, disturbed = [], []
-    while len(pairs) < repeats and len(disturbed) < 5 * repeats:
-        our_secs, our_peace = _undisturbed(case.ours)
-        their_secs, their_peace = _undisturbed(case.theirs)
-        (pairs if our_peace and their_peace else disturbed).append((our_secs, their_secs))
-    quiet = len(pairs) == repeats
-    ours, theirs = zip(*(pairs if quiet else pairs + disturbed), strict=True)
+    """Time all sides in turn until each has `repeats` undisturbed calls."""
+
+    def run(experts):
+        theirs.set_experts_implementation(experts)
+        return case.theirs()
+
+    sides = {"ours": case.ours} | {name: functools.partial(run, name) for name in case.experts}
+    for side in sides.values():
+        side()
+    quiet, disturbed = ({name: [] for name in sides} for _ in range(2))
+    for _ in range(5 * repeats):
+        for name, side in sides.items():
+            if len(quiet[name]) < repeats:
+                secs, in_peace = _undisturbed(side)
+                (quiet if in_peace else disturbed)[name].append(secs)
+    is_quiet = all(len(secs) == repeats for secs in quiet.values())
+    secs = {n: quiet[n] if len(quiet[n]) == repeats else quiet[n] + disturbed[n] for n in sides}
+    median = {name: statistics.median(values) for name, values in secs.items()}
+    best = min(case.experts, key=median.get)
     return {
         "case": case.name,
         "tokens": case.tokens,
-        "ours_median_secs": statistics.median(ours),
-        "ours_min_secs": min(ours),
-        "theirs_median_secs": statistics.median(theirs),
-        "theirs_min_secs": min(theirs),
-        "theirs_experts": experts,
-        "ratio": statistics.median(theirs) / statistics.median(ours),
-        "ratio_of_minima": min(theirs) / min(ours),
+        "median_secs": median,
+        "min_secs": {name: min(values) for name, values in secs.items()},
+        "theirs": best,
+        "ratio": median[best] / median["ours"],
         "target": case.target,
-        "quiet": quiet,
-        "pairs_dropped": len(disturbed) if quiet else 0,
+        "quiet": is_quiet,
+        "disturbed_calls": sum(map(len, disturbed.values())),
     }
 
 
 def _print_row(row: dict) -> None:
-    ours, theirs = row["ours_median_secs"], row["theirs_median_secs"]
-    print(
-        f"{row['case']:<29} {ours:8.3f} {row['ours_min_secs']:8.3f} {row['tokens'] / ours:9,.0f}"
-        f" {theirs:8.3f} {row['theirs_min_secs']:8.3f} {row['tokens'] / theirs:9,.0f}"
-        f"  {row['theirs_experts']:<10} {row['ratio']:5.2f} {row['target']:6.1f}"
-        f"{'' if row['quiet'] else '  BUSY MACHINE: do not quote'}",
-        flush=True,
-    )
+    cells = [f"{row['case']:<29}"]
+    for name in ("ours", row["theirs"]):
+        median, least = row["median_secs"][name], row["min_secs"][name]
+        cells.append(f"{median:8.3f} {least:8.3f} {row['tokens'] / median:9,.0f}")
+    cells.append(f" {row['theirs']:<10} {row['ratio']:5.2f} {row['target']:6.1f}")
+    print(*cells, "" if row["quiet"] else "BUSY MACHINE: do not quote", flush=True)
 
 
 def main(argv):

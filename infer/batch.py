@@ -149,7 +149,6 @@ class _Choice:
     stop_ids: Int[Array, "S"]
 
 
-@functools.partial(jax.jit, donate_argnames=("state", "last"))
 def _prefill(model, tokens, counts, state, last):
     """Append a chunk; `last` [B, V] keeps the logits of the last real token of every row."""
     logits, state = model.extend(tokens, state, num_tokens=counts, last_only=True)
@@ -164,10 +163,6 @@ def _choose(logits: Float[Array, "B V"], rows: _Rows, choice: _Choice) -> _Rows:
     return _Rows(rows.state, token, rows.active & ~stopped, seen)
 
 
-_first = jax.jit(_choose, donate_argnames=("rows",))
-
-
-@functools.partial(jax.jit, donate_argnames=("rows",))
 def _decode(model, rows: _Rows, choice: _Choice, steps: Int[Array, ""]):
     """Run up to `steps` steps; return the rows and tokens [B, 64], -1 where a row has ended."""
 
@@ -210,7 +205,7 @@ class _Batches:
         choice = self._choice(numbers)
         rows = self._start([*prompts, *[[0]] * fill], len(prompts), choice)
         self.stats.prefill_tokens += sum(map(len, prompts))
-        decode = self._compiled("decode", _decode, self._model, rows, choice, jnp.int32(1))
+        self._compile("decode", _decode, (1,), self._model, rows, choice, jnp.int32(1))
         left, steps, done, secs = self._max_tokens - 1, 1, 0, 0.0
         # Copied, because the rows' own memory is given to the next dispatch.
         pending, pending_steps = np.array(rows.token)[:, None], 0
@@ -218,8 +213,8 @@ class _Batches:
         while pending is not None:
             following, following_steps = None, min(steps, left)
             if following_steps:  # runs while the host is busy with the tokens before
-                size = jnp.int32(following_steps)
-                rows, following = decode(self._model, rows, choice, size)
+                args = (self._model, rows, choice, jnp.int32(following_steps))
+                rows, following = self._programs["decode"](*args)
                 left -= following_steps
             tokens = np.asarray(pending)[: len(prompts)]
             now = time.perf_counter()
@@ -253,19 +248,30 @@ class _Batches:
                 tokens[row, : len(part)] = part
                 seen[row, part] = True
             args = (self._model, tokens, counts, state, last)
-            state, last = self._compiled(width, _prefill, *args)(*args)
+            state, last = self._compile(width, _prefill, (3, 4), *args)(*args)
             start += width
         rows = _Rows(state, zeros, active, jnp.asarray(seen))
-        rows = self._compiled("first", _first, last, rows, choice)(last, rows, choice)
+        rows = self._compile("first", _choose, (1,), last, rows, choice)(last, rows, choice)
         jax.block_until_ready(rows)
         compiled = self.stats.compile_secs - compiled
         self.stats.prefill_secs += time.perf_counter() - began - compiled
         return rows
 
-    def _compiled(self, key, function, *args) -> Callable:
+    def _compile(self, key, function: Callable, donated: Sequence[int], *args) -> Callable:
+        """Return `function` compiled for arguments like `args`, making it the first time.
+
+        Compiled ahead, because then its time is known and speed is told without it.
+        """
         if key not in self._programs:
             began = time.perf_counter()
-            self._programs[key] = function.lower(*args).compile()
+            # Leaves go in one by one: lowering puts descriptions of arrays into the classes of
+            # its arguments, and shape checks of those classes, on in tests, refuse them.
+            ends = np.cumsum([0, *(len(jax.tree.leaves(arg)) for arg in args)])
+            leaves, tree = jax.tree.flatten(args)
+            given = [leaf for arg in donated for leaf in range(ends[arg], ends[arg + 1])]
+            flat = jax.jit(lambda *x: function(*jax.tree.unflatten(tree, x)), donate_argnums=given)
+            program = flat.lower(*leaves).compile()
+            self._programs[key] = lambda *args: program(*jax.tree.leaves(args))
             self.stats.compile_secs += time.perf_counter() - began
         return self._programs[key]
 

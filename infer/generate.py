@@ -66,7 +66,7 @@ class Config:
         for name, (valid, text) in wanted.items():
             if not valid:
                 raise ValueError(f"--{name}: got {getattr(self, name)!r}; wanted {text}")
-        sampling.options(1, **self.sampling)
+        sampling.check(1, **self.sampling)
         if (self.prompt is None) == (self.prompts_file is None):
             raise ValueError("--prompt, --prompts_file: got both or neither; wanted one of them")
         if self.raw and self.system is not None:
@@ -237,9 +237,9 @@ def main(argv) -> None:
         raise app.UsageError(f"unknown argument {argv[1]!r}")
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # Orbax tells every step at INFO
-    fields = dataclasses.fields(Config)
+    names = [field.name for field in dataclasses.fields(Config)]
     try:
-        config = Config(**{field.name: flags.FLAGS[field.name].value for field in fields})
+        config = Config(**{name: getattr(flags.FLAGS, name) for name in names})
         prepared = prepare(config)
     except (ValueError, OSError) as error:
         sys.exit("error: " + " ".join(str(error).split("\n")))

@@ -20,7 +20,7 @@ from typing import Any
 
 from m1_jax import tokenizer as tokenizer_lib
 
-Objects = Sequence[Mapping[str, Any]]
+Objects = Sequence[Any]  # JSON objects; what they hold is checked here
 DOCUMENT = "<begin_of_document>"
 BEGIN = "<beginning_of_sentence>"
 END = "<end_of_sentence>"
@@ -229,7 +229,7 @@ def _merge(pieces: Sequence[Piece]) -> list[Piece]:
     return merged
 
 
-def _role(where: str, message: Mapping[str, Any]) -> str:
+def _role(where: str, message: Any) -> str:
     if not isinstance(message, Mapping):
         raise ValueError(f"{where}: got {message!r:.80}; wanted an object with role and content")
     role = message.get("role")
@@ -335,7 +335,7 @@ def _assistant_parts(
     return [*parts, {"type": "text", "text": block}]
 
 
-def _call_line(where: str, call: Mapping[str, Any], names: dict[str, str]) -> str:
+def _call_line(where: str, call: Any, names: dict[str, str]) -> str:
     """Return one line of a <tool_calls> block and remember the call's name by its id."""
     function = call
     if isinstance(call, Mapping) and "function" in call:
@@ -377,7 +377,7 @@ def _refuse(constant: str) -> None:
     raise ValueError(f"{constant} is not JSON")
 
 
-def _tool_line(i: int, tool: Mapping[str, Any], style: _Profile) -> str:
+def _tool_line(i: int, tool: Any, style: _Profile) -> str:
     where = f"tools[{i}]"
     function = tool.get("function", tool) if isinstance(tool, Mapping) else None
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):

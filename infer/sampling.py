@@ -51,12 +51,20 @@ _FIELDS = {
 
 
 def options(batch: int, **values: float | Sequence[float]) -> SamplingOptions:
-    """Check options on the host; a single number is for all rows.
+    """Make options; arguments and errors as in `check`."""
+    return SamplingOptions(**jax.tree.map(jnp.asarray, check(batch, **values)))
+
+
+def check(batch: int, **values: float | Sequence[float]) -> dict[str, np.ndarray]:
+    """Check options on the host, without touching a device; a single number is for all rows.
 
     Args:
       batch: number of rows.
       **values: fields of `SamplingOptions`; those left out have the release's recommendation,
         temperature 1.0, top_p 0.95 and no more.
+
+    Returns:
+      All fields, one value per row.
 
     Raises:
       ValueError: a value out of range, a number of values other than `batch`.
@@ -65,10 +73,9 @@ def options(batch: int, **values: float | Sequence[float]) -> SamplingOptions:
     unknown = values.keys() - _FIELDS.keys()
     if unknown:
         raise TypeError(f"got option {min(unknown)!r}; wanted one of {', '.join(_FIELDS)}")
-    arrays = {}
+    columns = {}
     for name, (default, valid, wanted) in _FIELDS.items():
-        given = values.get(name, default)
-        column = np.asarray(given)
+        column = np.asarray(values.get(name, default))
         if column.ndim == 0:
             column = np.full(batch, column)
         if column.shape != (batch,):
@@ -77,8 +84,8 @@ def options(batch: int, **values: float | Sequence[float]) -> SamplingOptions:
             number = isinstance(value, int | float) and not isinstance(value, bool)
             if not (number and math.isfinite(value) and valid(value)):
                 raise ValueError(f"{name}: got {value!r}; wanted {wanted}")
-        arrays[name] = jnp.asarray(column, jnp.int32 if name == "top_k" else jnp.float32)
-    return SamplingOptions(**arrays)
+        columns[name] = column.astype(np.int32 if name == "top_k" else np.float32)
+    return columns
 
 
 def row_keys(seed: int | Int[Array, ""], rows: Int[Array, "B"]) -> Key[Array, "B"]:

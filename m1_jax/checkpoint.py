@@ -93,9 +93,11 @@ def read_manifest(path: pathlib.Path) -> dict:
             f"{path}: {MANIFEST} is missing or damaged, so this conversion is not complete. "
             "Run m1_jax.convert again."
         ) from None
-    if manifest.get("format") != FORMAT:
+    made_by = manifest.get("format") if isinstance(manifest, dict) else None
+    if made_by != FORMAT:
         raise release.CheckpointError(
-            f"{path / MANIFEST}: got format {manifest.get('format')!r}; wanted {FORMAT!r}"
+            f"{path / MANIFEST}: got format {made_by!r}; wanted {FORMAT!r}. "
+            "Run this version's m1_jax.convert again."
         )
     return manifest
 

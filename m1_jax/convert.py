@@ -11,6 +11,7 @@ after an interruption goes on where it stopped.
 import dataclasses
 import hashlib
 import json
+import os
 import pathlib
 import shutil
 import sys
@@ -62,15 +63,17 @@ def run(config: Config) -> pathlib.Path:
     if dst.exists():
         raise FileExistsError(f"{dst} exists; wanted a new directory. Remove it or choose another.")
     if not src.is_dir():
-        raise release.CheckpointError(f"{src} is not a directory")
+        raise release.CheckpointError(f"{src} is not a directory; wanted the checkpoint to convert")
+    if checkpoint.is_converted(src) != (config.to == "hf"):
+        what = "not converted yet" if config.to == "hf" else "converted already"
+        raise release.CheckpointError(f"{src} is {what}; --to={config.to} does not apply to it")
     partial = dst.with_name(dst.name + ".partial")
     if config.to == "orbax":
         _to_orbax(release.Release(src), partial, config)
     else:
-        checkpoint.read_manifest(src)
         _to_hf(src, partial, config)
-    (partial / _JOURNAL).unlink()
     partial.rename(dst)
+    (dst / _JOURNAL).unlink()
     return dst
 
 
@@ -96,7 +99,7 @@ class Leaf:
 
 def _to_orbax(source: release.Release, partial: pathlib.Path, config: Config) -> None:
     leaves = _leaves(source)
-    done = _resume(partial, source.config, [shard.header for shard in source.shards])
+    done = _resume(partial, source.config, [shard.file for shard in source.shards])
     params = partial / checkpoint.PARAMS
     if not params.exists():
         _allocate(params, leaves)
@@ -181,12 +184,12 @@ def _allocate(params: pathlib.Path, leaves: dict[str, Leaf]) -> None:
 
 
 def _to_hf(src: pathlib.Path, partial: pathlib.Path, config: Config) -> None:
+    manifest = checkpoint.read_manifest(src)
     model_config = config_lib.ModelConfig.from_file(src / "config.json")
     arrays = checkpoint.open_params(src, model_config)
     tensors = _tensors(src, model_config, arrays)
-    manifest = checkpoint.read_manifest(src)
     shards = _original_shards(manifest, tensors) or _new_shards(tensors)
-    done = _resume(partial, model_config, list(shards.values()))
+    done = _resume(partial, model_config, [src / checkpoint.MANIFEST])
     entries = {entry.name: entry for entry in params_map.entries(model_config)}
     order = {file: _names(header) for file, header in shards.items()}
     listed = [tensors[name] for names in order.values() for name in names]
@@ -206,9 +209,10 @@ def _to_hf(src: pathlib.Path, partial: pathlib.Path, config: Config) -> None:
                     data = np.ascontiguousarray(data.T if entry.transposed else data)
                     stream.write(data.reshape(-1).view(np.uint8).data)
                     progress.advance(data.nbytes)
+                stream.flush()
+                os.fsync(stream.fileno())  # the journal must not say more than the disk holds
             growing.rename(partial / file)
             progress.finish(file, 0)
-    _copy_small_files(src, partial)
     if _is_original(manifest, shards):
         index = manifest["index"]
     else:
@@ -218,6 +222,7 @@ def _to_hf(src: pathlib.Path, partial: pathlib.Path, config: Config) -> None:
         index = json.dumps(content, indent=2) + "\n"
     if index is not None:
         (partial / release.INDEX).write_text(index)
+    _copy_small_files(src, partial)
     release.Release(partial)  # the checks that every reader makes
 
 
@@ -308,30 +313,43 @@ class _Progress:
         self.advance(nbytes)
 
 
-def _resume(partial: pathlib.Path, model_config, headers: list[str]) -> set[str]:
-    """Start or continue `partial`; return what its journal says is finished."""
-    source = repr(model_config) + "".join(headers)
+def _resume(partial: pathlib.Path, model_config, files: list[pathlib.Path]) -> set[str]:
+    """Start or continue `partial`; return what its journal says is finished.
+
+    files: what the source is told by. Two models of one shape differ in when they were written.
+    """
+    stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    source = repr((model_config, stats))
     fingerprint = "source " + hashlib.sha256(source.encode()).hexdigest()
     journal = partial / _JOURNAL
     if not journal.exists():
         if partial.exists() and any(partial.iterdir()):
-            raise FileExistsError(f"{partial} exists and is not of this command. Remove it.")
+            raise FileExistsError(
+                f"{partial} exists and was not made by this command. Remove it or choose another "
+                "--dst."
+            )
         partial.mkdir(parents=True, exist_ok=True)
         journal.write_text(fingerprint + "\n")
         return set()
     # A line without its newline was cut off while it was written.
-    lines = [line[:-1] for line in journal.open() if line.endswith("\n")]
+    text = journal.read_text()
+    text = text[: text.rfind("\n") + 1]
+    lines = text.splitlines()
     if lines[:1] != [fingerprint]:
         raise FileExistsError(
-            f"{partial} is an interrupted conversion of another source. Remove it to start anew."
+            f"{partial} is an interrupted conversion of another source. Remove it to start anew, "
+            "or choose another --dst."
         )
-    journal.write_text("".join(line + "\n" for line in lines))
+    os.truncate(journal, len(text.encode()))
     return set(lines[1:])
 
 
 def _copy_small_files(src: pathlib.Path, dst: pathlib.Path) -> None:
-    """Copy config.json, tokenizer and other files beside the weights, but no weights."""
-    for file in sorted(src.iterdir()):
+    """Copy tokenizer and other files beside the weights, but no weights; config.json last.
+
+    Without config.json nothing is a checkpoint, so a half-written result is not taken for one.
+    """
+    for file in sorted(src.iterdir(), key=lambda file: (file.name == "config.json", file.name)):
         if file.is_file() and not file.name.endswith(_SKIPPED) and file.name not in _OWN:
             shutil.copyfile(file, dst / file.name)
 

@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-TILES = (256, 64, 8)  # rows per CPU matmul: big ones first, small ones for what is left
+# Rows per CPU matmul: big tiles first, small ones for what is left. Each costs compile time.
+TILES, FEW_ROWS_TILES = (256, 32), (8,)
 
 
 def run(
@@ -125,7 +126,9 @@ def _put(x, rows, start):
 
 
 def _tiles(num_rows: int) -> tuple[int, ...]:
-    return tuple(tile for tile in TILES if tile <= num_rows) or (num_rows,)
+    if num_rows >= TILES[0]:
+        return TILES
+    return FEW_ROWS_TILES if num_rows >= FEW_ROWS_TILES[0] else (num_rows,)
 
 
 def _for_tiles(size, tiles, body, carry):

@@ -101,7 +101,6 @@ class MiniMaxM1(nnx.Module):
         )
         self.head = layers.Head(rngs, config.hidden_size, config.vocab_size, **kwargs)
 
-    @jax.jit
     def __call__(
         self,
         tokens: Int[Array, "B T"],
@@ -112,9 +111,12 @@ class MiniMaxM1(nnx.Module):
 
         segment_ids: 0 marks padding; a change between two other ids starts a new document, and
         no document sees another. positions: for RoPE; by default counted from 0 per document.
+
+        Raises:
+          ValueError: shapes that do not fit, or (outside of jit) ids outside the vocabulary.
         """
-        hidden, _ = self.hidden(tokens, segment_ids, positions)
-        return self.head(hidden)
+        self._check(tokens, segment_ids=segment_ids, positions=positions)
+        return _logits(self, tokens, segment_ids, positions)
 
     def hidden(
         self,
@@ -159,7 +161,7 @@ class MiniMaxM1(nnx.Module):
         state: state_lib.DecodeState,
         num_tokens: Int[Array, "B"] | None = None,
         last_only: bool = False,
-    ) -> tuple[Float[Array, "B T V"], state_lib.DecodeState]:
+    ) -> tuple[Float[Array, "B _ V"], state_lib.DecodeState]:
         """Append T >= 1 tokens to each row; return their float32 logits and the new state.
 
         num_tokens: row b appends only its first num_tokens[b] tokens; the logits of the rest
@@ -171,23 +173,20 @@ class MiniMaxM1(nnx.Module):
             than the cache holds. Ids and lengths are checked only outside of jit, where their
             values are known.
         """
-        self._check_extend(tokens, state, num_tokens)
+        self._check(tokens)
+        _check_room(tokens, state, num_tokens)
         return _extend(self, tokens, state, num_tokens, last_only)
 
-    def _check_extend(self, tokens, state, num_tokens):
-        if tokens.ndim != 2 or tokens.shape[1] < 1 or tokens.shape[0] != state.length.shape[0]:
-            raise ValueError(
-                f"tokens: got shape {tokens.shape}; wanted [{state.length.shape[0]}, T >= 1]"
+    def _check(self, tokens, **same_shape):
+        if tokens.ndim != 2 or 0 in tokens.shape:
+            raise ValueError(f"tokens: got shape {tokens.shape}; wanted [B >= 1, T >= 1]")
+        for name, array in same_shape.items():
+            fits = array is None or all(
+                a in (1, t) for a, t in zip(array.shape, tokens.shape, strict=True)
             )
+            if not fits or (name == "segment_ids" and array is not None and array.shape != tokens.shape):
+                raise ValueError(f"{name}: got shape {array.shape}; wanted {tokens.shape}")
         check_tokens(tokens, self.config.vocab_size)
-        limit, added = state.max_length, tokens.shape[1] if num_tokens is None else num_tokens
-        if limit is not None and not any(isinstance(x, jax.core.Tracer) for x in (state.length, added)):
-            total = int(np.max(np.asarray(state.length) + np.asarray(added)))
-            if total > limit:
-                raise ValueError(
-                    f"the cache holds {limit} tokens per row; got {total}. "
-                    "Make it larger: init_state(max_length=...)."
-                )
 
     def _run(self, x, context: Context, state: Any = None, keep_layers: bool = False):
         """Run all layers.
@@ -217,6 +216,12 @@ class MiniMaxM1(nnx.Module):
         return carry[0], kept[0], carry[1], kept[1]
 
 
+@jax.jit
+def _logits(model: MiniMaxM1, tokens, segment_ids, positions):
+    hidden, _ = model.hidden(tokens, segment_ids, positions)
+    return model.head(hidden)
+
+
 @functools.partial(jax.jit, static_argnames="last_only")
 def _extend(model: MiniMaxM1, tokens, state, num_tokens, last_only):
     step = jnp.arange(tokens.shape[1], dtype=jnp.int32).reshape(1, -1)
@@ -234,6 +239,22 @@ def _extend(model: MiniMaxM1, tokens, state, num_tokens, last_only):
         x = jnp.take_along_axis(x, jnp.maximum(last, 0)[:, None, None], axis=1)
     logits = model.head(model.norm(x))
     return logits, state_lib.DecodeState(after, state.length + added)
+
+
+def _check_room(tokens, state: state_lib.DecodeState, num_tokens) -> None:
+    """Refuse what the state cannot take; lengths are checked outside of jit only."""
+    rows, limit = state.length.shape[0], state.max_length
+    if tokens.shape[0] != rows:
+        raise ValueError(f"tokens: got shape {tokens.shape}; wanted [{rows}, T >= 1], as the state")
+    added = tokens.shape[1] if num_tokens is None else num_tokens
+    if limit is None or any(isinstance(x, jax.core.Tracer) for x in (state.length, added)):
+        return
+    total = int(np.max(np.asarray(state.length) + np.asarray(added)))
+    if total > limit:
+        raise ValueError(
+            f"the cache holds {limit} tokens per row; got {total}. "
+            "Make it larger: init_state(max_length=...)."
+        )
 
 
 def check_tokens(tokens, vocab_size: int) -> None:

@@ -10,6 +10,7 @@ import dataclasses
 import pathlib
 import sys
 import zipfile
+import zlib
 from collections.abc import Iterator
 
 import jax
@@ -53,20 +54,33 @@ class Golden:
     """The file's arrays, checked to fit the model."""
 
     def __init__(self, path: str, config: config_lib.ModelConfig):
+        self.path = path
         try:
+            zipfile.ZipFile(path).close()  # np.load would take bare arrays and pickles, too
             with np.load(path) as file:
                 self.arrays = dict(file)
-        except (OSError, ValueError, zipfile.BadZipFile) as error:
-            raise ValueError(f"{path} is not a readable .npz file: {error}") from None
-        if "input_ids" not in self.arrays:
-            raise ValueError(f"{path}: input_ids is missing; is it a golden file?")
-        self.tokens = jnp.asarray(self.arrays["input_ids"], jnp.int32)
-        model_lib.check_tokens(self.tokens, config.vocab_size)
+        except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+            raise ValueError(
+                f"{path} is not a readable .npz file: {error}. Make or download it again."
+            ) from None
+        ids = self["input_ids"]
+        if ids.ndim != 2 or ids.dtype.kind not in "iu":
+            raise ValueError(
+                f"{path}: input_ids has shape {ids.shape} and dtype {ids.dtype}; wanted integers "
+                "[B, T]"
+            )
+        model_lib.check_tokens(ids, config.vocab_size)
+        self.tokens = jnp.asarray(ids, jnp.int32)
 
     def __contains__(self, key: str) -> bool:
         return key in self.arrays
 
     def __getitem__(self, key: str) -> np.ndarray:
+        if key not in self.arrays:
+            raise ValueError(
+                f"{self.path}: {key} is missing; it has {', '.join(sorted(self.arrays)[:8])}... "
+                "Is it a golden file?"
+            )
         return self.arrays[key]
 
 
@@ -127,15 +141,26 @@ def _state(model, golden) -> Iterator[Row]:
     length = golden.tokens.shape[1]
     _, state = model.extend(golden.tokens, model.init_state(golden.tokens.shape[0], length))
     if "lightning_state" in golden:
-        repeat, place = divmod(int(golden["lightning_layer"]), model.config.period)
+        repeat, place = _place(model.config, golden, "lightning_layer", config_lib.LIGHTNING)
         got = state.layers[place][repeat]
         yield _relative("lightning_state", got, golden["lightning_state"], STATE)
     if "softmax_k_last4" in golden:
-        repeat, place = divmod(int(golden["softmax_layer"]), model.config.period)
+        repeat, place = _place(model.config, golden, "softmax_layer", config_lib.SOFTMAX)
         cache = state.layers[place]
         for name, buffer in (("softmax_k_last4", cache.keys), ("softmax_v_last4", cache.values)):
             last = jnp.moveaxis(buffer[repeat, :, :, -4:], 1, 2)
             yield _absolute(name, last, golden[name])
+
+
+def _place(config, golden, key: str, kind: str) -> tuple[int, int]:
+    """Return where the golden file's layer lies: which repeat of the unit, and where in it."""
+    layer = int(golden[key])
+    if not 0 <= layer < config.num_hidden_layers or config.layer_types[layer] != kind:
+        raise ValueError(
+            f"golden {key} is {layer}; wanted a {kind} layer of this model. "
+            "Was the file made with this model?"
+        )
+    return divmod(layer, config.period)
 
 
 def _decode(model, golden) -> Iterator[Row]:

@@ -191,8 +191,18 @@ def test_golden_greedy_tokens(golden_dir):
     np.testing.assert_array_equal(tokens[1], golden["greedy_tokens"][0])
 
 
+class Writes(io.StringIO):
+    """A stream that counts how often it was written to."""
+
+    count = 0
+
+    def write(self, text):
+        self.count += 1
+        return super().write(text)
+
+
 def test_run_end_to_end(checkpoint):
-    out = io.StringIO()
+    out = Writes()
     config = generate.Config(
         checkpoint=str(checkpoint), prompt="Hé, <end_of_sentence>", system="Kind.", max_tokens=12
     )
@@ -207,6 +217,7 @@ def test_run_end_to_end(checkpoint):
     _, _, prompts = generate.prepare(config)
     assert prompts == [wanted]
     assert out.getvalue() == outputs[0].text + "\n"
+    assert out.count > 3
     assert outputs[0].text == tok.decode(outputs[0].tokens)
     assert 1 <= len(outputs[0].tokens) <= 12
     again, _ = generate.run(dataclasses.replace(config, stream=False), io.StringIO())

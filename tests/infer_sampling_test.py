@@ -160,8 +160,9 @@ def test_options_never_recompile_and_nothing_sorts():
     for values in ({}, {"temperature": 0}, {"top_k": [3, 0]}, {"min_p": 0.5, "top_p": 0.3}):
         function(logits, sampling.options(2, **values), keys)
     assert function._cache_size() == 1
-    program = function.lower(logits, sampling.options(2), keys).as_text()
-    assert "stablehlo.sort" not in program
+    program = str(jax.make_jaxpr(function)(logits, sampling.options(2), keys))
+    assert "while" in program
+    assert " sort[" not in program
     assert "top_k" not in program
 
 
@@ -185,7 +186,6 @@ def test_gumbel_noise():
         ({"min_p": 1.5}, "min_p: got 1.5"),
         ({"repetition_penalty": 0.0}, "repetition_penalty: got 0.0; wanted more than 0"),
         ({"temperature": [1.0]}, r"temperature: got shape \(1,\); wanted one number, or 2"),
-        ({"top_p": "x"}, "top_p: got 'x'"),
         ({"top_k": True}, "top_k: got True"),
     ],
 )

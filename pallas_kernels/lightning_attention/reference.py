@@ -19,7 +19,9 @@ def lightning_attention(
     if segment_ids is None:
         segment_ids = jnp.ones((batch, length), jnp.int32)
     real, start = segment_ids > 0, documents.document_starts(segment_ids)
-    heads = qkv.reshape(batch, length, num_heads, 3, head_dim).astype(jnp.float32)
+    # A select, so that whatever padding holds (NaN too) reaches no value and no gradient.
+    heads = jnp.where(real[:, :, None], qkv, 0).astype(jnp.float32)
+    heads = heads.reshape(batch, length, num_heads, 3, head_dim)
     decay = jnp.exp(-slopes).reshape(1, num_heads, 1, 1)
 
     def step(state, token):
@@ -28,7 +30,6 @@ def lightning_attention(
         real_t = real_t.reshape(batch, 1, 1, 1)
         carried = jnp.where(start_t.reshape(batch, 1, 1, 1), 0.0, decay * state)
         after = carried + k[:, :, :, None] * v[:, :, None, :]
-        # A select, so that whatever padding holds (NaN too) cannot reach a real token.
         state = jnp.where(real_t, after, state)
         o = jnp.einsum("bnk,bnkv->bnv", q, state, precision="highest")
         return state, jnp.where(real_t[:, :, :, 0], o, 0.0)

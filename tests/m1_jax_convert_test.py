@@ -1,0 +1,275 @@
+"""The release to Orbax and back, byte for byte, and what `load` makes of it."""
+
+import json
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+import m1_jax
+from m1_jax import checkpoint, convert, params_map, release, sharding, testing
+
+_REPO = pathlib.Path(__file__).resolve().parents[1]
+# Orbax's own records, which hold times.
+_TIMED = ("params/_CHECKPOINT_METADATA", "params/commit_success.txt")
+_SMALL = {"attn_type_list": [0, 1], "num_local_experts": 2, "num_experts_per_tok": 1}
+
+
+def _convert(to, src, dst, **settings):
+    return convert.run(convert.Config(to, str(src), str(dst), progress=False, **settings))
+
+
+def _there_and_back(src, directory):
+    converted = _convert("orbax", src, directory / "orbax")
+    return converted, _convert("hf", converted, directory / "back")
+
+
+def _files(directory):
+    """Return the bytes of every file below a directory, by its relative path."""
+    found = {p.relative_to(directory).as_posix(): p for p in directory.rglob("*") if p.is_file()}
+    return {name: path.read_bytes() for name, path in found.items() if name not in _TIMED}
+
+
+def _write(directory, seed=0, num_shards=3, **overrides):
+    hf = testing.tiny_config(**_SMALL | overrides)
+    return testing.write_release(directory, hf, testing.random_tensors(hf, seed), num_shards)
+
+
+def _read_shard(path):
+    raw = path.read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    return json.loads(raw[8 : 8 + length]), raw[8 + length :]
+
+
+def _write_shard(path, header, data, padding=""):
+    raw = (json.dumps(header) + padding).encode()
+    path.write_bytes(len(raw).to_bytes(8, "little") + raw + data)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """Two layers in three shards, with a tokenizer beside them; read only."""
+    directory = _write(tmp_path_factory.mktemp("small") / "release")
+    testing.write_tiny_tokenizer(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def small_converted(small):
+    return _convert("orbax", small, small.parent / "orbax")
+
+
+@pytest.fixture
+def source(small, tmp_path):
+    """A copy of `small` to damage."""
+    return pathlib.Path(shutil.copytree(small, tmp_path / "release"))
+
+
+@pytest.fixture
+def converted(small_converted, tmp_path):
+    """A copy of the converted `small` to damage."""
+    return pathlib.Path(shutil.copytree(small_converted, tmp_path / "orbax"))
+
+
+# ---- byte for byte
+
+
+def test_the_golden_checkpoint_comes_back(golden_dir, tmp_path):
+    converted, back = _there_and_back(golden_dir, tmp_path)
+    assert _files(back) == _files(golden_dir)
+    assert not [path for path in converted.rglob("*") if path.suffix == ".safetensors"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["back", "orbax"]  # no .partial
+
+
+def test_the_tokenizer_and_other_files_are_copied(source, tmp_path):
+    extra = {"generation_config.json": b"{}", "chat_template.jinja": b"\xff\x00", ".hidden": b"1"}
+    for name, content in extra.items():
+        (source / name).write_bytes(content)
+    for name in ("old.bin", "pytorch_model.bin.index.json", "stray.safetensors", "x.gguf"):
+        (source / name).write_bytes(b"weights that the index does not list")
+    converted, back = _there_and_back(source, tmp_path)
+    for directory in (converted, back):
+        copied = _files(directory)
+        for name in ("tokenizer.json", "tokenizer_config.json", "config.json", *extra):
+            assert copied[name] == (source / name).read_bytes()
+        assert not copied.keys() & {"old.bin", "pytorch_model.bin.index.json", "x.gguf"}
+        assert "stray.safetensors" not in copied
+
+
+@pytest.mark.parametrize("num_shards", [1, 2, 5])
+def test_any_number_of_shards(tmp_path, num_shards):
+    src = _write(tmp_path / "release", num_shards=num_shards)
+    _, back = _there_and_back(src, tmp_path)
+    assert len(list(back.glob("*.safetensors"))) == num_shards
+    assert _files(back) == _files(src)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"shared_intermediate_size": 8},
+        {"attn_type_list": [0, 0, 1, 0, 1]},
+        {"attn_type_list": [1, 0] * 3},
+        {"attn_type_list": [0, 0]},
+        {"attn_type_list": [1]},
+        {"hidden_size": 33, "intermediate_size": 7, "vocab_size": 301, "num_local_experts": 3},
+        {"num_attention_heads": 6, "num_key_value_heads": 1, "rotary_dim": 32},
+    ],
+    ids=str,
+)
+def test_other_models(tmp_path, overrides):
+    src = _write(tmp_path / "release", **overrides)
+    _, back = _there_and_back(src, tmp_path)
+    assert _files(back) == _files(src)
+
+
+def test_a_single_file_without_an_index(source, tmp_path):
+    hf = json.loads((source / "config.json").read_text())
+    single = testing.write_release(tmp_path / "single", hf, testing.random_tensors(hf), 1)
+    (single / release.INDEX).unlink()
+    (single / "model-00000-of-00001.safetensors").rename(single / release.SINGLE)
+    _, back = _there_and_back(single, tmp_path)
+    assert _files(back) == _files(single)
+    assert not (back / release.INDEX).exists()
+
+
+@pytest.mark.parametrize(
+    "dtypes", [{"": "float32"}, {"": "float16"}, {"": "bfloat16"}, {"gate": "float16"}], ids=str
+)
+def test_dtypes_are_kept(tmp_path, dtypes):
+    hf = testing.tiny_config(**_SMALL)
+    tensors = testing.random_tensors(hf)
+    for part, dtype in dtypes.items():
+        cast = {name: value.astype(dtype) for name, value in tensors.items() if part in name}
+        tensors |= cast
+    src = testing.write_release(tmp_path / "release", hf, tensors, 2)
+    converted, back = _there_and_back(src, tmp_path)
+    assert _files(back) == _files(src)
+    wanted = {tensor.name: tensor.dtype for tensor in release.Release(src).tensors.values()}
+    stored = checkpoint.open_params(converted, m1_jax.ModelConfig.from_hf(hf))
+    for entry in params_map.entries(m1_jax.ModelConfig.from_hf(hf)):
+        assert stored[entry.path].dtype.numpy_dtype == wanted[entry.name]
+
+
+def test_bits_that_are_no_numbers_survive(source, tmp_path):
+    """NaN payloads, infinities, subnormals and negative zeros are bytes like any other."""
+    noise = np.random.default_rng(0)
+    for shard in source.glob("*.safetensors"):
+        header, data = _read_shard(shard)
+        _write_shard(shard, header, noise.bytes(len(data)))
+    _, back = _there_and_back(source, tmp_path)
+    assert _files(back) == _files(source)
+
+
+def test_headers_are_kept_whatever_their_form(tmp_path):
+    """Names in another order than the bytes, unaligned tensors, other metadata, no padding."""
+    src = _write(tmp_path / "release", hidden_size=31, num_attention_heads=2)
+    for number, shard in enumerate(sorted(src.glob("*.safetensors"))):
+        header, data = _read_shard(shard)
+        header = dict(sorted(header.items(), reverse=True))
+        header["__metadata__"] = {"format": "pt", "é": "ü"}
+        _write_shard(shard, header, data, padding=" " * (number + 1))
+    _, back = _there_and_back(src, tmp_path)
+    assert _files(back) == _files(src)
+    tokens = jnp.zeros((1, 3), jnp.int32)
+    np.testing.assert_array_equal(m1_jax.load(src)(tokens), m1_jax.load(back)(tokens))
+
+
+def test_export_cuts_new_shards_where_the_old_ones_do_not_fit(converted, tmp_path, monkeypatch):
+    """As after training: other dtypes than the release's headers say."""
+    config = m1_jax.ModelConfig.from_file(converted / "config.json")
+    arrays = checkpoint.open_params(converted, config)
+    leaf = convert.Leaf(arrays["head.kernel"].shape, np.dtype(np.float32), 0)
+    values = arrays["head.kernel"].read().result().astype(np.float32)
+    shutil.rmtree(converted / "params" / "head.kernel")
+    convert._allocate(tmp_path / "new", {"head.kernel": leaf})
+    (tmp_path / "new" / "head.kernel").rename(converted / "params" / "head.kernel")
+    checkpoint.open_params(converted, config)["head.kernel"].write(values).result()
+
+    monkeypatch.setattr(convert, "SHARD_BYTES", 100_000)
+    back = _convert("hf", converted, tmp_path / "back")
+    shards = [release.read_shard(path) for path in sorted(back.glob("*.safetensors"))]
+    assert len(shards) > 3
+    for shard in shards:
+        assert len(shard.tensors) == 1 or shard.file.stat().st_size < 110_000
+    exported = release.Release(back)
+    head = exported.tensors["lm_head.weight"].read()
+    np.testing.assert_array_equal(head, values.T)
+    assert head.dtype == np.float32
+    again = _convert("hf", _convert("orbax", back, tmp_path / "orbax2"), tmp_path / "back2")
+    assert _files(again) == _files(back)
+
+
+def test_progress_is_shown(small, tmp_path, capsys):
+    convert.run(convert.Config("orbax", str(small), str(tmp_path / "orbax")))
+    assert "100%" in capsys.readouterr().err
+
+
+# ---- what Orbax and `load` make of it
+
+
+def test_orbax_reads_it_without_us(small, small_converted):
+    tree = ocp.StandardCheckpointer().restore(small_converted / "params")
+    tensors = release.Release(small).tensors
+    for entry in params_map.entries(m1_jax.ModelConfig.from_file(small / "config.json")):
+        leaf = tree
+        for key in entry.path.split("."):
+            leaf = leaf[key]
+        wanted = tensors[entry.name].read()
+        got = np.asarray(leaf[entry.index])
+        assert got.dtype == wanted.dtype
+        np.testing.assert_array_equal(got.T if entry.transposed else got, wanted)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_load_reads_both_alike(small, small_converted, dtype):
+    ours, theirs = (
+        checkpoint.parameters(m1_jax.load(path, dtype)) for path in (small, small_converted)
+    )
+    assert ours.keys() == theirs.keys()
+    for name, parameter in ours.items():
+        wanted = jnp.float32 if name.endswith("moe.router") else dtype
+        assert parameter.dtype == theirs[name].dtype == wanted
+        np.testing.assert_array_equal(parameter[...], theirs[name][...])
+
+
+def test_load_spreads_over_a_mesh(small, small_converted):
+    mesh = jax.make_mesh((2, 2, 2), ("fsdp", "expert", "tensor"))
+    tokens = jnp.arange(12, dtype=jnp.int32).reshape(2, 6)
+    wanted = m1_jax.load(small)(tokens)
+    for path in (small, small_converted):
+        model = m1_jax.load(path, mesh=mesh)
+        for name, parameter in checkpoint.parameters(model).items():
+            axes = parameter.get_metadata()["logical_axes"]
+            where = sharding.param_sharding(mesh, axes, parameter.shape)
+            assert parameter.sharding == where, name
+        gate = checkpoint.parameters(model)["layers.0.moe.gate"]
+        assert gate.addressable_shards[0].data.size == gate.size // 8
+        np.testing.assert_allclose(model(tokens), wanted, rtol=0, atol=testing.TOLERANCES["logits"])
+
+
+# ---- the command line
+
+
+def test_the_command_line(small, tmp_path):
+    """A real process: status 0 and a result, status 1 and one line without a traceback."""
+
+    def call(*arguments):
+        full = [sys.executable, "-m", "m1_jax.convert", *arguments]
+        return subprocess.run(full, cwd=_REPO, capture_output=True, text=True, check=False)
+
+    good = call("--to=orbax", f"--src={small}", f"--dst={tmp_path / 'orbax'}")
+    assert good.returncode == 0, good.stderr
+    assert good.stdout == f"wrote {tmp_path / 'orbax'}\n"
+    assert "100%" in good.stderr
+    bad = call("--to=orbax", f"--src={tmp_path}", f"--dst={tmp_path / 'x'}", "--noprogress")
+    assert bad.returncode == 1
+    assert bad.stderr.startswith("error: ")
+    assert bad.stderr.count("\n") == 1
+    assert not (tmp_path / "x").exists()

@@ -1,0 +1,234 @@
+"""Every implementation of lightning attention against a float64 recurrence."""
+
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from m1_jax import ModelConfig, lightning
+from pallas_kernels.lightning_attention import api, chunked, documents
+
+HEADS, SIZE = 3, 16
+# The release's fastest and slowest head, one between, and what a lightning last layer would have.
+SLOPES = np.array([0.917, 0.0039, 4.949e-5], np.float32)
+
+
+def inputs(batch, length, seed=0, heads=HEADS, size=SIZE):
+    rng = np.random.default_rng(seed)
+    qkv = rng.standard_normal((batch, length, heads * 3 * size)).astype(np.float32)
+    state = rng.standard_normal((batch, heads, size, size)).astype(np.float32)
+    return qkv, state
+
+
+def recurrence(qkv, slopes, segment_ids, state):
+    """The definition in float64 numpy, one row, head and token at a time."""
+    batch, length, width = qkv.shape
+    heads = len(slopes)
+    size = width // (3 * heads)
+    x = qkv.astype(np.float64).reshape(batch, length, heads, 3, size)
+    state, o = state.astype(np.float64).copy(), np.zeros((batch, length, heads, size))
+    for b in range(batch):
+        document = None
+        for t in range(length):
+            if segment_ids is not None:
+                if segment_ids[b, t] == 0:
+                    continue
+                if document not in (None, segment_ids[b, t]):
+                    state[b] = 0
+                document = segment_ids[b, t]
+            for h in range(heads):
+                q, k, v = x[b, t, h]
+                state[b, h] = np.exp(-np.float64(slopes[h])) * state[b, h] + np.outer(k, v)
+                o[b, t, h] = q @ state[b, h]
+    return o.reshape(batch, length, -1), state
+
+
+def worst_head(got, wanted, heads=HEADS):
+    """Largest relative L2 error of any head: slow heads would hide the others."""
+    got, wanted = (np.asarray(x, np.float64).reshape(*x.shape[:-1], heads, -1) for x in (got, wanted))
+    axes = tuple(i for i in range(got.ndim) if i != got.ndim - 2)
+    return np.max(np.sqrt(np.sum((got - wanted) ** 2, axes) / np.sum(wanted**2, axes)))
+
+
+def worst_state(got, wanted):
+    got, wanted = np.asarray(got, np.float64), np.asarray(wanted, np.float64)
+    error = np.sqrt(np.sum((got - wanted) ** 2, (0, 2, 3)) / np.sum(wanted**2, (0, 2, 3)))
+    return np.max(error)
+
+
+def run(name, qkv, slopes, segment_ids=None, state=None):
+    as_jax = [None if x is None else jnp.asarray(x) for x in (qkv, slopes, segment_ids, state)]
+    return api.lightning_attention(
+        as_jax[0],
+        as_jax[1],
+        segment_ids=as_jax[2],
+        initial_state=as_jax[3],
+        implementation=name,
+    )
+
+
+@pytest.mark.parametrize("name", api.IMPLEMENTATIONS)
+class TestImplementations:
+    @pytest.mark.parametrize("length", [1, 2, 63, 64, 65, 128, 200])
+    def test_values(self, name, length):
+        qkv, state = inputs(2, length)
+        wanted_o, wanted_state = recurrence(qkv, SLOPES, None, state)
+        o, after = run(name, qkv, SLOPES, state=state)
+        assert worst_head(o, wanted_o) < 1e-5
+        assert worst_state(after, wanted_state) < 1e-5
+        for start in range(0, length, 64):  # a missing +1 in the query decay shows here
+            first = slice(start, start + 4)
+            assert worst_head(o[:, first], wanted_o[:, first]) < 1e-5
+
+    def test_packed_documents_padding_and_carried_state(self, name):
+        qkv, state = inputs(3, 150)
+        ids = np.zeros((3, 150), np.int32)
+        ids[0] = np.repeat([3, 1, 2, 9, 4], [1, 62, 2, 60, 25])  # starts inside and at chunk ends
+        ids[1, 5:70], ids[1, 75:140] = 1, 1  # one document with a hole, padding at both ends
+        ids[2, 100:] = 7
+        poisoned = np.where(ids[:, :, None] > 0, qkv, np.nan)
+        wanted_o, wanted_state = recurrence(qkv, SLOPES, ids, state)
+        o, after = run(name, poisoned, SLOPES, ids, state)
+        assert worst_head(o, wanted_o) < 1e-5
+        assert worst_state(after, wanted_state) < 1e-5
+        np.testing.assert_array_equal(np.asarray(o)[ids == 0], 0)
+
+    def test_only_padding_leaves_the_state_alone(self, name):
+        qkv, state = inputs(1, 70)
+        o, after = run(name, qkv, SLOPES, np.zeros((1, 70), np.int32), state)
+        np.testing.assert_array_equal(after, state)
+        np.testing.assert_array_equal(o, 0)
+
+    def test_gradients_stop_at_document_borders(self, name):
+        qkv, state = inputs(1, 100)
+        ids = np.repeat([[1, 2]], [30, 70], axis=1).astype(np.int32)
+
+        def second(qkv, state):
+            o, after = run(name, qkv, SLOPES, ids, state)
+            return jnp.sum(o[:, 30:] ** 2) + jnp.sum(after**2)
+
+        d_qkv, d_state = jax.grad(second, (0, 1))(jnp.asarray(qkv), jnp.asarray(state))
+        np.testing.assert_array_equal(d_qkv[:, :30], 0)
+        np.testing.assert_array_equal(d_state, 0)
+        assert np.all(np.any(np.asarray(d_qkv[:, 30:]) != 0, axis=-1))
+
+    def test_nan_padding_gives_finite_gradients(self, name):
+        qkv, state = inputs(1, 90)
+        ids = (np.arange(90) < 70).astype(np.int32)[None]
+        qkv[:, 70:] = np.nan
+
+        def loss(qkv):
+            o, after = run(name, qkv, SLOPES, ids, state)
+            return jnp.sum(o**2) + jnp.sum(after)
+
+        grad = np.asarray(jax.grad(loss)(jnp.asarray(qkv)))
+        assert np.isfinite(grad).all()
+        np.testing.assert_array_equal(grad[:, 70:], 0)
+
+    def test_extreme_slopes_of_the_release(self, name):
+        config = ModelConfig.m1()
+        kinds = np.array(config.layer_types) == "lightning"
+        slopes = np.concatenate(
+            [lightning.slopes(config)[kinds][[0, 35, 69]].reshape(-1), [0, 3.9e-8, 8]]
+        ).astype(np.float32)
+        qkv, state = inputs(1, 130, heads=len(slopes), size=8)
+        wanted_o, wanted_state = recurrence(qkv, slopes, None, state)
+        o, after = run(name, qkv, slopes, state=state)
+        assert worst_head(o, wanted_o, len(slopes)) < 1e-5
+        assert worst_state(after, wanted_state) < 1e-5
+
+    def test_bfloat16_input_gives_bfloat16_output_and_float32_state(self, name):
+        qkv, state = inputs(1, 80)
+        rounded = jnp.asarray(qkv, jnp.bfloat16)
+        wanted_o, wanted_state = recurrence(np.asarray(rounded, np.float32), SLOPES, None, state)
+        o, after = run(name, rounded, SLOPES, state=state)
+        assert o.dtype == jnp.bfloat16
+        assert after.dtype == jnp.float32
+        assert worst_head(o, wanted_o) < 3e-3  # the rounding of o alone is 1.7e-3
+        assert worst_state(after, wanted_state) < 1e-5
+
+
+def test_chunked_gradients_equal_the_reference():
+    qkv, state = inputs(2, 150)
+    ids = np.repeat([[1, 2, 0, 3], [1, 2, 3, 3]], [40, 50, 13, 47], axis=1).astype(np.int32)
+    weight, weight_state = inputs(2, 150, seed=1)
+
+    def loss(name, segment_ids):
+        def value(qkv, state):
+            o, after = run(name, qkv, SLOPES, segment_ids, state)
+            return jnp.sum(o * weight[:, :, : o.shape[2]]) + jnp.sum(after * weight_state)
+
+        return jax.grad(value, (0, 1))(jnp.asarray(qkv), jnp.asarray(state))
+
+    for segment_ids in (None, ids):
+        wanted, got = loss("reference", segment_ids), loss("chunked", segment_ids)
+        assert worst_head(got[0], wanted[0]) < 1e-5
+        scale = max(np.linalg.norm(wanted[1]), 1e-30)
+        assert np.linalg.norm(got[1] - wanted[1]) / scale < 1e-5
+
+
+_chunked = jax.jit(chunked.lightning_attention, static_argnums=4)
+
+
+@hypothesis.given(
+    chunk=st.sampled_from([24, 256]), cut=st.sampled_from([1, 75, 149]), packed=st.booleans()
+)
+@hypothesis.settings(max_examples=6)
+def test_chunk_size_and_splits_change_nothing(chunk, cut, packed):
+    qkv, state = inputs(1, 150)
+    slopes, qkv = jnp.asarray(SLOPES), jnp.asarray(qkv)
+    ids = jnp.asarray(np.repeat([[1, 2, 0, 2]], [45, 50, 5, 50], axis=1), jnp.int32)
+    ids = ids if packed else None
+    wanted = _chunked(qkv, slopes, ids, state, None)
+    got = _chunked(qkv, slopes, ids, state, chunk)
+    assert worst_head(got[0], wanted[0]) < 1e-5
+    assert worst_state(got[1], wanted[1]) < 1e-5
+    if not packed:  # a cut inside packed rows is a new row: its first document continues the state
+        first = _chunked(qkv[:, :cut], slopes, None, state, None)
+        second = _chunked(qkv[:, cut:], slopes, None, first[1], None)
+        assert worst_head(jnp.concatenate([first[0], second[0]], 1), wanted[0]) < 1e-5
+        assert worst_state(second[1], wanted[1]) < 1e-5
+
+
+def test_long_chain_of_the_slowest_head_needs_a_float32_state():
+    """8k tokens of one head, D 16: the carried state stays at 1e-5, one in bfloat16 does not."""
+    qkv, _ = inputs(1, 8192, heads=1)
+    qkv[:, :, 2 * SIZE :] += 1.0  # values with a mean, so that the state grows
+    slopes = SLOPES[2:]
+    zero = np.zeros((1, 1, SIZE, SIZE), np.float32)
+    _, wanted = recurrence(qkv, slopes, None, zero)
+    _, after = run("chunked", qkv, slopes, state=zero)
+    assert worst_state(after, wanted) < 1e-5
+    rounded = jnp.asarray(zero)
+    step = jax.jit(lambda x, s: run("chunked", x, slopes, state=s)[1])
+    for start in range(0, 8192, 64):
+        state = step(jnp.asarray(qkv[:, start : start + 64]), rounded)
+        rounded = state.astype(jnp.bfloat16).astype(jnp.float32)
+    assert worst_state(rounded, wanted) > 1e-3
+
+
+def test_documents():
+    ids = jnp.asarray([[0, 5, 5, 0, 5, 7, 0, 7, 5, 0]], jnp.int32)
+    starts = documents.document_starts(ids)
+    assert starts.astype(int).tolist() == [[0, 0, 0, 0, 0, 1, 0, 0, 1, 0]]
+    assert documents.document_index(ids).tolist() == [[0, 1, 1, 0, 1, 2, 0, 2, 3, 0]]
+    assert documents.positions(ids).tolist() == [[0, 0, 1, 0, 2, 0, 0, 1, 0, 0]]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"qkv": jnp.zeros((1, 4, 50))}, "qkv: got shape"),
+        ({"qkv": jnp.zeros((1, 4, 144), jnp.float16)}, "float16; wanted float32 or bfloat16"),
+        ({"slopes": jnp.zeros((3,), jnp.bfloat16)}, "slopes: got"),
+        ({"segment_ids": jnp.zeros((1, 5), jnp.int32)}, "segment_ids: got shape"),
+        ({"initial_state": jnp.zeros((1, 3, 16, 8))}, "initial_state: got"),
+        ({"implementation": "triton"}, "implementation is 'triton'"),
+    ],
+)
+def test_bad_arguments_name_what_is_wrong(change, message):
+    arguments = {"qkv": jnp.zeros((1, 4, 144)), "slopes": jnp.asarray(SLOPES)} | change
+    with pytest.raises(ValueError, match=message):
+        api.lightning_attention(arguments.pop("qkv"), arguments.pop("slopes"), **arguments)
