@@ -17,7 +17,7 @@ $(STAMP): pyproject.toml
 	touch $@
 
 demo: $(READY)
-	$(PYTHON) demo/run.py
+	PYTHONPATH=. $(PYTHON) demo/run.py
 
 test: $(READY)
 	$(PYTHON) -m pytest -n 2 $(PYTEST_ARGS)

@@ -361,7 +361,7 @@ def main(argv) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unknown argument {argv[1]!r}")
     if not flags.FLAGS["verbosity"].present:
-        logging.set_verbosity(logging.WARNING)  # Orbax tells every step at INFO
+        logging.set_verbosity(logging.ERROR)  # Orbax tells every step, and warns of none of ours
     try:
         config = Config(
             **{f.name: getattr(flags.FLAGS, f.name) for f in dataclasses.fields(Config)}

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tqdm
 from absl import app, flags, logging
 
 from m1_jax import checkpoint, logprobs, moe, params_map
@@ -30,10 +31,11 @@ GREEDY_PROMPT = 100
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """checkpoint: directory that `m1_jax.load` reads. golden: .npz file."""
+    """checkpoint: directory that `m1_jax.load` reads. golden: .npz file. progress: show a bar."""
 
     checkpoint: str
     golden: str
+    progress: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +93,9 @@ def run(config: Config) -> list[Row]:
     rows = []
     # TPUs would otherwise multiply float32 in bfloat16.
     with jax.default_matmul_precision("highest"):
-        for compare in (_forward, _state, _decode, _greedy, _gradients):
+        # Each compiles programs of its own, which is where the time goes.
+        comparisons = (_forward, _state, _decode, _greedy, _gradients)
+        for compare in tqdm.tqdm(comparisons, "verify", disable=not config.progress):
             rows.extend(compare(model, golden))
     if not rows:
         raise ValueError(f"{config.golden} holds nothing to compare")
@@ -135,11 +139,15 @@ def _forward(model, golden) -> Iterator[Row]:
         yield _relative("hidden_norms", norms, golden["hidden_norms"], STATE)
 
 
+def _empty_state(model, golden):
+    """One capacity for all, so that they share their compiled steps."""
+    return model.init_state(*golden.tokens.shape)
+
+
 def _state(model, golden) -> Iterator[Row]:
     if "lightning_state" not in golden and "softmax_k_last4" not in golden:
         return
-    length = golden.tokens.shape[1]
-    _, state = model.extend(golden.tokens, model.init_state(golden.tokens.shape[0], length))
+    _, state = model.extend(golden.tokens, _empty_state(model, golden))
     if "lightning_state" in golden:
         repeat, place = _place(model.config, golden, "lightning_layer", config_lib.LIGHTNING)
         got = state.layers[place][repeat]
@@ -167,7 +175,7 @@ def _decode(model, golden) -> Iterator[Row]:
     if "decode_logits" not in golden:
         return
     start, wanted = int(golden["decode_start"]), golden["decode_logits"]
-    state = model.init_state(golden.tokens.shape[0], start + wanted.shape[1])
+    state = _empty_state(model, golden)
     _, state = model.extend(golden.tokens[:, :start], state, last_only=True)
     steps = []
     for place in range(start, start + wanted.shape[1]):
@@ -184,7 +192,7 @@ def _greedy(model, golden) -> Iterator[Row]:
     if "greedy_tokens" not in golden:
         return
     wanted = golden["greedy_tokens"]
-    state = model.init_state(wanted.shape[0], GREEDY_PROMPT + wanted.shape[1])
+    state = _empty_state(model, golden)
     logits, state = model.extend(golden.tokens[:, :GREEDY_PROMPT], state, last_only=True)
     tokens = []
     for _ in range(wanted.shape[1]):
@@ -199,6 +207,9 @@ def _gradients(model, golden) -> Iterator[Row]:
     wanted = {key[5:]: value for key, value in golden.arrays.items() if key.startswith("grad/")}
     if "loss" not in golden and not wanted:
         return
+    entries = {entry.name: entry for entry in params_map.entries(model.config)}
+    if unknown := sorted(wanted.keys() - entries.keys()):
+        raise ValueError(f"golden grad/{unknown[0]}: the model has no such tensor")
 
     @jax.jit
     @jax.value_and_grad
@@ -212,10 +223,7 @@ def _gradients(model, golden) -> Iterator[Row]:
     if "loss" in golden:
         yield _absolute("loss", value, golden["loss"])
     grads = checkpoint.parameters(grads)
-    entries = {entry.name: entry for entry in params_map.entries(model.config)}
     for name, tensor in sorted(wanted.items()):
-        if name not in entries:
-            raise ValueError(f"golden grad/{name}: the model has no such tensor")
         got = np.asarray(grads[entries[name].path][...][entries[name].index])
         yield _relative(
             f"grad {name}", got.T if entries[name].transposed else got, tensor, GRADIENT
@@ -239,9 +247,9 @@ def main(argv) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unknown argument {argv[1]!r}")
     if not flags.FLAGS["verbosity"].present:
-        logging.set_verbosity(logging.WARNING)
+        logging.set_verbosity(logging.ERROR)
     try:
-        rows = run(Config(flags.FLAGS.checkpoint, flags.FLAGS.golden))
+        rows = run(Config(flags.FLAGS.checkpoint, flags.FLAGS.golden, flags.FLAGS.progress))
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     print(table(rows))
@@ -253,6 +261,7 @@ def main(argv) -> None:
 def _define_flags() -> None:
     flags.DEFINE_string("checkpoint", None, "Directory of the checkpoint.", required=True)
     flags.DEFINE_string("golden", None, "The .npz file to compare with.", required=True)
+    flags.DEFINE_bool("progress", True, "Show a progress bar.")
 
 
 def cli() -> None:

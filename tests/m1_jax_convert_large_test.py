@@ -78,7 +78,7 @@ print(peak - before)
 
 @pytest.mark.skipif(not pathlib.Path("/proc/self/status").exists(), reason="measured by Linux")
 def test_memory_stays_bounded(tmp_path):
-    """630 MB of weights with 0.1 GiB under way, both ways.
+    """630 MB of weights with 20 MiB under way, both ways.
 
     Anonymous memory is what counts: pages of mapped files are resident too, but the kernel takes
     them back when it needs them.
@@ -88,12 +88,10 @@ def test_memory_stays_bounded(tmp_path):
     )
     src, orbax = _write_sparse(tmp_path / "release", hf, 5), tmp_path / "orbax"
     assert sum(path.stat().st_size for path in src.glob("*.safetensors")) > 600e6
-    # Twice the 102 MiB: a tensor on its way to disk is there once more as its encoded chunk.
-    # Without any bound the first direction was measured at TODO MiB.
+    # Measured 49 and 20 MiB, of which half is Orbax and TensorStore themselves; with 100 GiB under
+    # way, 172 and 20 MiB on a disk that nearly kept up. The exact bound is tested by itself.
     for to, source, result in (("orbax", src, orbax), ("hf", orbax, tmp_path / "back")):
-        used = _measure(_CONVERT, to, source, result, 0.1)
-        print(to, used / _MEBIBYTE)
-        assert used < 250 * _MEBIBYTE, to
+        assert _measure(_CONVERT, to, source, result, 0.02) < 100 * _MEBIBYTE, to
 
 
 _PLAN = """
@@ -127,7 +125,6 @@ def test_the_release_at_full_size_is_checked_in_seconds(tmp_path):
     assert index["metadata"]["total_size"] == 912_210_767_872
 
     got = _measure(_PLAN, src, tmp_path / "params")
-    print(got)
     assert got["is_m1"]
     assert (got["tensors"], got["shards"]) == (8243, 413)
     assert got["read_secs"] < 30

@@ -206,6 +206,50 @@ def test_export_cuts_new_shards_where_the_old_ones_do_not_fit(converted, tmp_pat
     assert _files(again) == _files(back)
 
 
+class _SlowArray:
+    """An array whose writes end only when they are waited for."""
+
+    def __init__(self, under_way, index=None):
+        self.under_way, self.index, self.nbytes = under_way, index, 0
+
+    def __getitem__(self, index):
+        return _SlowArray(self.under_way, index)
+
+    def write(self, data):
+        self.nbytes = data.nbytes
+        self.under_way.append(self.nbytes)
+        return self
+
+    def result(self):
+        self.under_way.append(-self.nbytes)
+
+
+@pytest.mark.parametrize("budget", [1, 30_000, 200_000, 2**40])
+def test_bytes_under_way_stay_within_the_budget(small, tmp_path, monkeypatch, budget):
+    under_way = []
+    monkeypatch.setattr(convert, "_allocate", lambda params, _: params.mkdir())
+    monkeypatch.setattr(convert.ts, "open", lambda *_, **__: _Done(_SlowArray(under_way)))
+    _convert("orbax", small, tmp_path / "orbax", memory_gib=budget / 2**30)
+    sizes = [tensor.nbytes for tensor in release.Release(small).tensors.values()]
+    assert sorted(n for n in under_way if n > 0) == sorted(sizes)
+    held = np.cumsum(under_way)
+    assert held[-1] == 0
+    # A tensor larger than the budget goes alone.
+    assert all(
+        n <= budget or n == begun for n, begun in zip(held, under_way, strict=True) if begun > 0
+    )
+    if budget > sum(sizes):
+        assert max(held) == sum(sizes)
+
+
+class _Done:
+    def __init__(self, value):
+        self.value = value
+
+    def result(self):
+        return self.value
+
+
 def test_progress_is_shown(small, tmp_path, capsys):
     convert.run(convert.Config("orbax", str(small), str(tmp_path / "orbax")))
     assert "100%" in capsys.readouterr().err
