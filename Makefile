@@ -4,6 +4,8 @@ PYTHON ?= $(VENV)/bin/python
 # Named first because a CPU build of this release satisfies the parity extra.
 TORCH ?= torch==2.13.0
 PYTEST_ARGS ?=
+# The test extra brings libtpu, which would look for a TPU.
+export JAX_PLATFORMS ?= cpu
 STAMP := $(VENV)/.m1-jax-installed
 READY := $(if $(filter $(VENV)/bin/python,$(PYTHON)),$(STAMP))
 

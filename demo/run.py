@@ -57,7 +57,7 @@ def main() -> None:
         convert.run(convert.Config("hf", str(orbax), str(back)))
         files = sorted(release.iterdir())
         same = [file.read_bytes() == (back / file.name).read_bytes() for file in files]
-        summary.append(f"{sum(same)} of {len(files)} exported files equal the originals byte for byte")
+        summary.append(f"{sum(same)} of {len(files)} exported files equal byte for byte")
         with contextlib.redirect_stdout(io.StringIO()):
             greedy = [
                 generate.run(

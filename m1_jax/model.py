@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
 from m1_jax import attention, layers, lightning, moe
@@ -87,15 +88,19 @@ class MiniMaxM1(nnx.Module):
     """
 
     def __init__(
-        self, config: config_lib.ModelConfig, rngs: nnx.Rngs, *, dtype=jnp.bfloat16, param_dtype=None
+        self,
+        config: config_lib.ModelConfig,
+        rngs: nnx.Rngs,
+        *,
+        dtype=jnp.bfloat16,
+        param_dtype=None,
     ):
         param_dtype = jnp.dtype(param_dtype or dtype)
         self.config, self.dtype = config, jnp.dtype(dtype)
         kwargs = {"std": config.initializer_range, "param_dtype": param_dtype}
         self.embed = layers.Embedding(rngs, config.vocab_size, config.hidden_size, **kwargs)
-        self.layers = nnx.List(
-            [_stack(config, kind, rngs, param_dtype) for kind in config.layer_types[: config.period]]
-        )
+        unit = config.layer_types[: config.period]
+        self.layers = nnx.List([_stack(config, kind, rngs, param_dtype) for kind in unit])
         self.norm = layers.RMSNorm(
             config.hidden_size, "embed", eps=config.rms_norm_eps, param_dtype=param_dtype
         )
@@ -115,7 +120,9 @@ class MiniMaxM1(nnx.Module):
         Raises:
           ValueError: shapes that do not fit, or (outside of jit) ids outside the vocabulary.
         """
-        self._check(tokens, segment_ids=segment_ids, positions=positions)
+        check_tokens(tokens, self.config.vocab_size)
+        _check_shape("segment_ids", segment_ids, tokens)
+        _check_shape("positions", positions, tokens)
         return _logits(self, tokens, segment_ids, positions)
 
     def hidden(
@@ -173,22 +180,11 @@ class MiniMaxM1(nnx.Module):
             than the cache holds. Ids and lengths are checked only outside of jit, where their
             values are known.
         """
-        self._check(tokens)
+        check_tokens(tokens, self.config.vocab_size)
         _check_room(tokens, state, num_tokens)
         return _extend(self, tokens, state, num_tokens, last_only)
 
-    def _check(self, tokens, **same_shape):
-        if tokens.ndim != 2 or 0 in tokens.shape:
-            raise ValueError(f"tokens: got shape {tokens.shape}; wanted [B >= 1, T >= 1]")
-        for name, array in same_shape.items():
-            fits = array is None or all(
-                a in (1, t) for a, t in zip(array.shape, tokens.shape, strict=True)
-            )
-            if not fits or (name == "segment_ids" and array is not None and array.shape != tokens.shape):
-                raise ValueError(f"{name}: got shape {array.shape}; wanted {tokens.shape}")
-        check_tokens(tokens, self.config.vocab_size)
-
-    def _run(self, x, context: Context, state: Any = None, keep_layers: bool = False):
+    def _run(self, x, context: Context, state: Any = None, keep_layers=False) -> tuple[Any, ...]:
         """Run all layers.
 
         Returns (x, router statistics [L, ...], layer states, layer outputs [L, B, T, D] or None).
@@ -226,6 +222,7 @@ def _logits(model: MiniMaxM1, tokens, segment_ids, positions):
 def _extend(model: MiniMaxM1, tokens, state, num_tokens, last_only):
     step = jnp.arange(tokens.shape[1], dtype=jnp.int32).reshape(1, -1)
     places = state.length[:, None] + step
+    # Padding is an empty segment to lightning, and has no place in the cache of softmax.
     if num_tokens is None:
         segment_ids, added = None, tokens.shape[1]
     else:
@@ -241,16 +238,24 @@ def _extend(model: MiniMaxM1, tokens, state, num_tokens, last_only):
     return logits, state_lib.DecodeState(after, state.length + added)
 
 
+def _check_shape(name: str, array, tokens) -> None:
+    if array is not None and array.shape != tokens.shape:
+        raise ValueError(f"{name}: got shape {array.shape}; wanted that of tokens, {tokens.shape}")
+
+
 def _check_room(tokens, state: state_lib.DecodeState, num_tokens) -> None:
     """Refuse what the state cannot take; lengths are checked outside of jit only."""
-    rows, limit = state.length.shape[0], state.max_length
+    rows, length = state.length.shape[0], tokens.shape[1]
     if tokens.shape[0] != rows:
         raise ValueError(f"tokens: got shape {tokens.shape}; wanted [{rows}, T >= 1], as the state")
-    added = tokens.shape[1] if num_tokens is None else num_tokens
-    if limit is None or any(isinstance(x, jax.core.Tracer) for x in (state.length, added)):
+    added = length if num_tokens is None else num_tokens
+    if isinstance(state.length, Tracer) or isinstance(added, Tracer):
         return
-    total = int(np.max(np.asarray(state.length) + np.asarray(added)))
-    if total > limit:
+    added = np.broadcast_to(np.asarray(added), (rows,))
+    if added.min() < 0 or added.max() > length:
+        raise ValueError(f"num_tokens: got {added.tolist()}; wanted 0 to {length} each")
+    limit, total = state.max_length, int(np.max(np.asarray(state.length) + added))
+    if limit is not None and total > limit:
         raise ValueError(
             f"the cache holds {limit} tokens per row; got {total}. "
             "Make it larger: init_state(max_length=...)."
@@ -258,8 +263,12 @@ def _check_room(tokens, state: state_lib.DecodeState, num_tokens) -> None:
 
 
 def check_tokens(tokens, vocab_size: int) -> None:
-    """Raise ValueError for an id outside of the vocabulary; does nothing under jit."""
-    if isinstance(tokens, jax.core.Tracer):
+    """Raise ValueError for a wrong shape, or (outside of jit) an id outside the vocabulary."""
+    if tokens.ndim != 2 or 0 in tokens.shape:
+        raise ValueError(f"tokens: got shape {tokens.shape}; wanted [B >= 1, T >= 1]")
+    if not jnp.issubdtype(tokens.dtype, jnp.integer):
+        raise ValueError(f"tokens: got dtype {tokens.dtype}; wanted int32")
+    if isinstance(tokens, Tracer):
         return
     tokens = np.asarray(tokens)
     bad = tokens[(tokens < 0) | (tokens >= vocab_size)]

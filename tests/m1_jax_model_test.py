@@ -139,6 +139,12 @@ def test_extend_runs_under_jit_and_keeps_float32_state():
         (lambda m: m(jnp.full((1, 3), -1)), "token id -1 is outside"),
         (lambda m: m(tokens_of(7)), r"tokens: got shape \(7,\)"),
         (lambda m: m(tokens_of(1, 7), tokens_of(1, 6)), "segment_ids: got shape"),
+        (lambda m: m(tokens_of(1, 7), None, tokens_of(1, 6)), "positions: got shape"),
+        (lambda m: m(tokens_of(1, 7).astype(jnp.float32)), "got dtype float32; wanted int32"),
+        (
+            lambda m: m.extend(tokens_of(1, 3), m.init_state(1, 8), num_tokens=jnp.array([4])),
+            r"num_tokens: got \[4\]; wanted 0 to 3",
+        ),
         (lambda m: m.init_state(0, 8), "wanted at least 1 of each"),
     ],
 )
@@ -167,8 +173,8 @@ def equations(jaxpr):
 
 def largest_array(jaxpr) -> int:
     """Elements of the largest intermediate anywhere in a jaxpr."""
-    shapes = (v.aval.shape for eqn in equations(jaxpr) for v in eqn.outvars if hasattr(v.aval, "shape"))
-    return max(map(math.prod, shapes))
+    avals = (out.aval for eqn in equations(jaxpr) for out in eqn.outvars)
+    return max(math.prod(getattr(aval, "shape", ())) for aval in avals)
 
 
 def test_memory_of_a_long_sequence_is_linear():
@@ -262,7 +268,8 @@ def test_cpu_experts_equal_ragged_dot(sizes):
 @pytest.mark.parametrize("packed", [False, True])
 def test_blockwise_attention_equals_one_block(monkeypatch, packed):
     rng = np.random.default_rng(0)
-    q, k, v = (jnp.asarray(rng.standard_normal(s), jnp.float32) for s in ((2, 75, 4, 8), (2, 2, 90, 8), (2, 2, 90, 8)))
+    shapes = ((2, 75, 4, 8), (2, 2, 90, 8), (2, 2, 90, 8))
+    q, k, v = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in shapes)
     places = jnp.arange(75, dtype=jnp.int32)[None] + 15
     key_places = jnp.arange(90, dtype=jnp.int32)[None]
     documents = [None, None]
@@ -292,7 +299,9 @@ def test_slopes_are_the_release_s():
     assert slopes.dtype == np.float32
     np.testing.assert_allclose(slopes[0, 0], 0.917, rtol=1e-3)
     np.testing.assert_allclose(slopes[78, 63], 4.949e-5, rtol=1e-3)
-    config = testing.tiny_config(num_attention_heads=6, attn_type_list=[0, 0, 1], num_hidden_layers=3)
+    config = testing.tiny_config(
+        num_attention_heads=6, attn_type_list=[0, 0, 1], num_hidden_layers=3
+    )
     for layer in range(3):
         np.testing.assert_array_equal(
             lightning.slopes(ModelConfig.from_hf(config))[layer],

@@ -100,7 +100,9 @@ def test_logits(native, tokens):
 def test_greedy_decoding(native, tokens):
     model, directory = native
     prompt = torch.tensor(tokens[:, :9], dtype=torch.long)
-    wanted = model.generate(prompt, max_new_tokens=12, do_sample=False, pad_token_id=0)[:, 9:]
+    # Without a mask, transformers takes every token that equals pad_token_id for padding.
+    settings = {"attention_mask": torch.ones_like(prompt), "pad_token_id": 0, "do_sample": False}
+    wanted = model.generate(prompt, max_new_tokens=12, **settings)[:, 9:]
     ours = m1_jax.load(directory)
     logits, state = ours.extend(jnp.asarray(tokens[:, :9]), ours.init_state(2, 21))
     chosen = []
@@ -217,8 +219,8 @@ def test_what_transformers_computes_and_we_do_not_is_refused(tmp_path):
             m1_jax.load(tmp_path / name)
 
 
-def test_m1_s_own_preset_is_representable():
-    """The release's shapes and residual weights in the native spelling; rotary_dim is ours alone."""
+def test_the_release_in_the_native_spelling():
+    """The release's shapes and residual weights; partial rotation is ours alone."""
     m1 = config_lib.ModelConfig.m1()
     kinds = {"lightning": "linear_attention", "softmax": "full_attention"}
     written = transformers.MiniMaxConfig(
