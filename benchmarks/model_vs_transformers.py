@@ -35,7 +35,6 @@ _SIZE = flags.DEFINE_enum("size", "full", ["full", "tiny"], "120M parameters, or
 _REPEATS = flags.DEFINE_integer("repeats", 7, "Timed calls of each side per case.", lower_bound=1)
 _CASES = flags.DEFINE_list("cases", [], "Names of the cases to run; all if empty.")
 _JSON = flags.DEFINE_string("json", None, "Where to write the numbers as JSON.")
-_THREADS = flags.DEFINE_integer("threads", 0, "Threads of torch; 0 is one per core.")
 
 _TOLERANCES = {
     # Absolute. Logits have a standard deviation near 1 and pass 8 layers of float32 reductions in
@@ -50,7 +49,7 @@ _TOLERANCES = {
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """A model and the lengths it is timed at; every count is in tokens except `batches`."""
+    """A model and the lengths it is timed at."""
 
     model: dict
     prefill_tokens: int
@@ -75,24 +74,11 @@ _MODEL = {
     "bos_token_id": None,
     "eos_token_id": None,
 }
+_FULL = {"hidden_size": 512, "head_dim": 64, "intermediate_size": 1024, "vocab_size": 8192}
+_TINY = {"hidden_size": 64, "head_dim": 16, "intermediate_size": 96, "vocab_size": 512}
 _SIZES = {
-    "full": Size(
-        _MODEL
-        | {"hidden_size": 512, "head_dim": 64, "intermediate_size": 1024, "vocab_size": 8192},
-        prefill_tokens=2048,
-        prompt_tokens=128,
-        decode_tokens=64,
-        train_shape=(4, 512),
-        check_tokens=300,
-    ),
-    "tiny": Size(
-        _MODEL | {"hidden_size": 64, "head_dim": 16, "intermediate_size": 96, "vocab_size": 512},
-        prefill_tokens=128,
-        prompt_tokens=16,
-        decode_tokens=8,
-        train_shape=(2, 64),
-        check_tokens=40,
-    ),
+    "full": Size(_MODEL | _FULL, 2048, 128, 64, train_shape=(4, 512), check_tokens=300),
+    "tiny": Size(_MODEL | _TINY, 128, 16, 8, train_shape=(2, 64), check_tokens=40),
 }
 
 
@@ -137,6 +123,13 @@ def _undisturbed(call) -> tuple[float, bool]:
     others_secs = _machine_busy_secs() - busy - (time.process_time() - own)
     # /proc/stat counts in hundredths of a second per core, and the kernel has chores of its own.
     return secs, others_secs < 0.04 + 0.05 * (time.perf_counter() - start)
+
+
+def _wait_for_peace(limit_secs: float) -> None:
+    """Sleep until nobody else computes: most calls on a busy machine would be made in vain."""
+    deadline = time.monotonic() + limit_secs
+    while not _undisturbed(lambda: time.sleep(0.5))[1] and time.monotonic() < deadline:
+        pass
 
 
 @functools.partial(jax.jit, static_argnames="max_length")
@@ -324,13 +317,13 @@ def _measure(case: Case, theirs, repeats: int) -> dict:
     for side in sides.values():
         side()
     quiet, disturbed = ({name: [] for name in sides} for _ in range(2))
-    for _ in range(5 * repeats):
+    for _ in range(3 * repeats):
         for name, side in sides.items():
             if len(quiet[name]) < repeats:
+                _wait_for_peace(limit_secs=20)
                 secs, in_peace = _undisturbed(side)
                 (quiet if in_peace else disturbed)[name].append(secs)
-    is_quiet = all(len(secs) == repeats for secs in quiet.values())
-    secs = {n: quiet[n] if len(quiet[n]) == repeats else quiet[n] + disturbed[n] for n in sides}
+    secs = {name: quiet[name] or disturbed[name] for name in sides}
     median = {name: statistics.median(values) for name, values in secs.items()}
     best = min(case.experts, key=median.get)
     return {
@@ -341,8 +334,8 @@ def _measure(case: Case, theirs, repeats: int) -> dict:
         "theirs": best,
         "ratio": median[best] / median["ours"],
         "target": case.target,
-        "quiet": is_quiet,
-        "disturbed_calls": sum(map(len, disturbed.values())),
+        "quiet_calls": min(map(len, quiet.values())),
+        "quiet": all(len(values) == repeats for values in quiet.values()),
     }
 
 
@@ -355,20 +348,31 @@ def _print_row(row: dict) -> None:
     print(*cells, "" if row["quiet"] else "BUSY MACHINE: do not quote", flush=True)
 
 
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo") as file:
+            return (
+                next(line for line in file if line.startswith("model name")).split(":")[1].strip()
+            )
+    except (OSError, StopIteration):
+        return platform.machine()
+
+
 def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"got arguments {argv[1:]}, want flags only")
     jax.config.update("jax_platforms", "cpu")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    torch.set_num_threads(_THREADS.value or os.cpu_count())
+    torch.set_num_threads(os.cpu_count())
     size = _SIZES[_SIZE.value]
     ours, theirs = _build(size)
     cases = _cases(ours, theirs, size)
     if unknown := sorted(set(_CASES.value) - {case.name for case in cases}):
         raise app.UsageError(f"got cases {unknown}, want some of {[case.name for case in cases]}")
     machine = {
-        "cpu": platform.processor() or platform.machine(),
+        "date": time.strftime("%Y-%m-%d"),
+        "cpu": _cpu_name(),
         "cores": os.cpu_count(),
         "python": platform.python_version(),
         "jax": jax.__version__,

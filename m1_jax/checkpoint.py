@@ -45,7 +45,7 @@ def load(path, dtype=jnp.float32, mesh: jax.sharding.Mesh | None = None) -> mode
     if is_converted(path):
         read_manifest(path)
         config = config_lib.ModelConfig.from_file(path / "config.json")
-        fill = _fill_from_orbax(open_params(path, config))
+        fill = _fill_from_orbax(path, config)
     elif (path / "config.json").is_file():
         source = release.Release(path)
         config = source.config
@@ -211,20 +211,23 @@ def result(future: ts.Future, source: pathlib.Path):
         ) from None
 
 
-def _fill_from_orbax(arrays: Mapping[str, ts.TensorStore]) -> Callable:
+def _fill_from_orbax(path: pathlib.Path, config: config_lib.ModelConfig) -> Callable:
+    arrays = open_params(path, config)
+
     def fill(wanted):
-        return {name: _read(arrays[name], spec) for name, spec in wanted.items()}
+        return {
+            name: _read(arrays[name], spec, path / PARAMS / name) for name, spec in wanted.items()
+        }
 
     return fill
 
 
-def _read(array: ts.TensorStore, spec: jax.ShapeDtypeStruct) -> jax.Array:
+def _read(array: ts.TensorStore, spec: jax.ShapeDtypeStruct, source: pathlib.Path) -> jax.Array:
     """Read what this process's devices hold, all slices at once and replicas only once."""
     places = spec.sharding.addressable_devices_indices_map(spec.shape).values()
     reading = {repr(index): array[index].read() for index in places}
 
     def piece(index):
-        data = result(reading[repr(index)], pathlib.Path(array.kvstore.path))
-        return data.astype(spec.dtype, copy=False)
+        return result(reading[repr(index)], source).astype(spec.dtype, copy=False)
 
     return jax.make_array_from_callback(spec.shape, spec.sharding, piece)

@@ -164,6 +164,26 @@ def test_interrupted_at_the_very_end(small, small_converted, tmp_path, monkeypat
     assert _files(dst) == _files(small_converted)
 
 
+def test_an_export_without_its_last_file_does_not_load(
+    small, small_converted, tmp_path, monkeypatch
+):
+    copy, left = convert.shutil.copyfile, iter(("tokenizer.json", "tokenizer_config.json"))
+
+    def copy_or_die(src, dst):
+        if next(left, None) is None:
+            raise _Killed
+        copy(src, dst)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(convert.shutil, "copyfile", copy_or_die)
+        with pytest.raises(_Killed):
+            _convert("hf", small_converted, tmp_path / "back")
+    partial = _assert_unfinished(tmp_path / "back")
+    assert (partial / release.INDEX).exists()
+    _convert("hf", small_converted, tmp_path / "back")
+    assert _files(tmp_path / "back") == _files(small)
+
+
 def _dies_on(target, rename):
     def renamed(path, to):
         if to == target:
