@@ -6,27 +6,35 @@ TORCH ?= torch==2.13.0
 PYTEST_ARGS ?=
 # The test extra brings libtpu, which would look for a TPU.
 export JAX_PLATFORMS ?= cpu
-STAMP := $(VENV)/.m1-jax-installed
-READY := $(if $(filter $(VENV)/bin/python,$(PYTHON)),$(STAMP))
+DEMO_READY := $(VENV)/.m1-jax-runs
+TEST_READY := $(VENV)/.m1-jax-tests
+ifneq ($(PYTHON),$(VENV)/bin/python)
+DEMO_READY :=
+TEST_READY :=
+endif
 
 .PHONY: venv demo test test-fast lint
-venv: $(STAMP)
+venv: $(TEST_READY)
 
-$(STAMP): pyproject.toml
+$(VENV)/.m1-jax-runs: pyproject.toml
 	python3 -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet -e .
+	touch $@
+
+$(VENV)/.m1-jax-tests: $(VENV)/.m1-jax-runs
 	[ "$$(uname)" != Linux ] || $(VENV)/bin/python -m pip install --quiet $(TORCH)
 	$(VENV)/bin/python -m pip install --quiet -e '.[test,parity,dev]'
 	touch $@
 
-demo: $(READY)
+demo: $(DEMO_READY)
 	PYTHONPATH=. $(PYTHON) demo/run.py
 
-test: $(READY)
+test: $(TEST_READY)
 	$(PYTHON) -m pytest -n 2 $(PYTEST_ARGS)
 
-test-fast: $(READY)
+test-fast: $(TEST_READY)
 	$(PYTHON) -m pytest -n 2 -m "not slow" $(PYTEST_ARGS)
 
-lint: $(READY)
+lint: $(TEST_READY)
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m pyright --pythonpath "$$($(PYTHON) -c 'import sys; print(sys.executable)')"

@@ -35,7 +35,7 @@ class SoftmaxAttention(nnx.Module):
     def __call__(
         self,
         h: Float[Array, "B T D"],
-        positions: Int[Array, "B T"],
+        positions: Int[Array, "#B T"],
         documents: Int[Array, "B T"] | None,
     ) -> Float[Array, "B T D"]:
         """Attend to the earlier tokens of the same document (`documents`: 0 is padding)."""

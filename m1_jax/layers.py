@@ -97,7 +97,7 @@ class Head(nnx.Module):
 
 
 def rotate(
-    x: Float[Array, "B T N H"], positions: Int[Array, "B T"], rotary_dim: int, theta: float
+    x: Float[Array, "B T N H"], positions: Int[Array, "#B T"], rotary_dim: int, theta: float
 ) -> Float[Array, "B T N H"]:
     """Rotate the first `rotary_dim` dims of each head; dim i pairs with i + rotary_dim / 2.
 

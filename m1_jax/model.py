@@ -190,7 +190,7 @@ class MiniMaxM1(nnx.Module):
         Returns (x, router statistics [L, ...], layer states, layer outputs [L, B, T, D] or None).
         """
         config = self.config
-        slopes = lightning.slopes(config).reshape(config.repeats, config.period, -1)
+        slopes = jnp.asarray(lightning.slopes(config)).reshape(config.repeats, config.period, -1)
 
         def unit(carry, xs):
             x, states = carry
@@ -203,10 +203,11 @@ class MiniMaxM1(nnx.Module):
             return (x, tuple(after)), jax.tree.map(lambda *s: jnp.stack(s), *kept)
 
         carry = (x, (None,) * config.period if state is None else state)
-        xs = (list(self.layers), jnp.asarray(slopes), np.arange(config.repeats))
+        stacks = list(self.layers)
         if config.repeats == 1:
-            carry, kept = unit(carry, jax.tree.map(lambda a: a[0], xs))
+            carry, kept = unit(carry, (jax.tree.map(lambda a: a[0], stacks), slopes[0], 0))
         else:
+            xs = (stacks, slopes, jnp.arange(config.repeats))
             carry, kept = jax.lax.scan(unit, carry, xs)
             kept = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), kept)
         return carry[0], kept[0], carry[1], kept[1]

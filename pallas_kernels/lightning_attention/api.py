@@ -18,13 +18,13 @@ IMPLEMENTATIONS = {
 
 
 def lightning_attention(
-    qkv: Float[Array, "B T N*3*H"],
+    qkv: Float[Array, "B T N3H"],
     slopes: Float[Array, "N"],
     *,
     segment_ids: Int[Array, "B T"] | None = None,
     initial_state: Float[Array, "B N H H"] | None = None,
     implementation: str | None = None,
-) -> tuple[Float[Array, "B T N*H"], Float[Array, "B N H H"]]:
+) -> tuple[Float[Array, "B T NH"], Float[Array, "B N H H"]]:
     """Run S_t = exp(-s) S_(t-1) + k_t^T v_t, o_t = q_t S_t over every head.
 
     Source: M1 section 2; `MiniMaxM1LightningAttention` of the release, whose state after each

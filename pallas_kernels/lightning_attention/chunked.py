@@ -21,12 +21,12 @@ MIN_CHUNK = 64
 
 
 def lightning_attention(
-    qkv: Float[Array, "B T N*3*H"],
+    qkv: Float[Array, "B T N3H"],
     slopes: Float[Array, "N"],
     segment_ids: Int[Array, "B T"] | None,
     initial_state: Float[Array, "B N H H"],
     chunk_size: int | None = None,
-) -> tuple[Float[Array, "B T N*H"], Float[Array, "B N H H"]]:
+) -> tuple[Float[Array, "B T NH"], Float[Array, "B N H H"]]:
     """Scan over chunks, carrying the state in float32. See `api.lightning_attention`.
 
     Precision: all products and sums in float32, whatever the input. Memory is linear in T: the

@@ -8,11 +8,11 @@ from pallas_kernels.lightning_attention import documents
 
 
 def lightning_attention(
-    qkv: Float[Array, "B T N*3*H"],
+    qkv: Float[Array, "B T N3H"],
     slopes: Float[Array, "N"],
     segment_ids: Int[Array, "B T"] | None,
     initial_state: Float[Array, "B N H H"],
-) -> tuple[Float[Array, "B T N*H"], Float[Array, "B N H H"]]:
+) -> tuple[Float[Array, "B T NH"], Float[Array, "B N H H"]]:
     """Run S_t = exp(-s) S_(t-1) + k_t^T v_t and o_t = q_t S_t. See `api.lightning_attention`."""
     batch, length, _ = qkv.shape
     num_heads, head_dim = initial_state.shape[1:3]
