@@ -30,10 +30,10 @@ demo: $(DEMO_READY)
 	PYTHONPATH=. $(PYTHON) demo/run.py
 
 test: $(TEST_READY)
-	$(PYTHON) -m pytest -n 2 $(PYTEST_ARGS)
+	$(PYTHON) -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
 
 test-fast: $(TEST_READY)
-	$(PYTHON) -m pytest -n 2 -m "not slow" $(PYTEST_ARGS)
+	$(PYTHON) -m pytest -n 2 --dist loadfile -m "not slow" $(PYTEST_ARGS)
 
 lint: $(TEST_READY)
 	$(PYTHON) -m ruff check .
