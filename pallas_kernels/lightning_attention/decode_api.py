@@ -1,0 +1,111 @@
+"""The entry to decoding and serving prefill: validates, and chooses the implementation."""
+
+import functools
+import logging
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.lightning_attention import decode_reference, tpu_decode
+
+_log = logging.getLogger(__name__)
+
+DECODE = {
+    "reference": decode_reference.lightning_decode,
+    "tpu": tpu_decode.lightning_decode,
+}
+
+
+def lightning_decode(
+    qkv: Float[Array, "B N*3*H"],
+    slopes: Float[Array, "N"],
+    pool: Float[Array, "slots N H H"],
+    slots: Int[Array, "B"],
+    *,
+    implementation: str | None = None,
+) -> tuple[Float[Array, "B N*H"], Float[Array, "slots N H H"]]:
+    """Advance the states of B sequences by one token: S <- S - c S + k^T v, then o = q S.
+
+    c = -expm1(-s). Source: M1 section 2; kernels.md 5.5.
+
+    Args:
+      qkv: one row per sequence of the fused projection; each head is q | k | v, H wide each.
+      slopes: decay rates s >= 0, one per head.
+      pool: float32 states by slot. Donate it to the surrounding jit, or XLA copies it.
+      slots: the slot of each row, each at most once. Negative: the row is inactive, its output
+        zero. Slots that no row names keep their bytes.
+      implementation: a key of `DECODE`, which then runs or raises; None takes the kernel where
+        the program is lowered for TPU, and the reference elsewhere.
+
+    Returns:
+      (o in qkv's dtype, heads concatenated; the pool after this token).
+
+    Raises:
+      ValueError: shapes or dtypes that do not fit, an unknown implementation; where `slots` is
+        concrete, also duplicates and slots beyond the pool. Under jit their values are unknown:
+        call `check_slots` before; a slot beyond the pool is then inactive, and of rows that
+        share a slot any one may win.
+    """
+    _validate("pool", pool, qkv, slopes, ndim=2)
+    _validate_rows("slots", slots, qkv.shape[0])
+    slots = _within(slots, pool.shape[0])
+    return _dispatch(DECODE, implementation, "decode")(qkv, slopes, pool, slots)
+
+
+def check_slots(slots, num_slots: int) -> None:
+    """Raise ValueError for slots beyond the pool or named twice; negative ones are inactive."""
+    slots = np.asarray(slots)
+    beyond = slots[slots >= num_slots]
+    if beyond.size:
+        raise ValueError(f"slots: got {sorted(set(beyond.tolist()))}; the pool has {num_slots}")
+    active, counts = np.unique(slots[slots >= 0], return_counts=True)
+    if np.any(counts > 1):
+        raise ValueError(f"slots: {active[counts > 1].tolist()} named more than once")
+
+
+def _within(slots, num_slots):
+    """Check concrete slots; make those beyond the pool inactive where they are traced."""
+    if not isinstance(slots, jax.core.Tracer):
+        check_slots(slots, num_slots)
+    return jnp.where(slots < num_slots, slots, -1).astype(jnp.int32)
+
+
+def _dispatch(table: dict[str, Callable], implementation: str | None, what: str) -> Callable:
+    if implementation is not None:
+        if implementation not in table:
+            wanted = f"None or one of {list(table)}"
+            raise ValueError(f"implementation is {implementation!r}; wanted {wanted}")
+        return table[implementation]
+    _log_choice(what)
+    # Chosen when the program is lowered, so that a machine without a TPU can compile for one.
+    return functools.partial(
+        jax.lax.platform_dependent, tpu=table["tpu"], default=table["reference"]
+    )
+
+
+@functools.cache
+def _log_choice(what: str) -> None:
+    _log.info("lightning %s: the Pallas kernel on TPU, the XLA reference elsewhere", what)
+
+
+def _validate(name, pool, qkv, slopes, *, ndim) -> None:
+    if slopes.ndim != 1 or slopes.dtype != jnp.float32:
+        raise ValueError(f"slopes: got {jax.typeof(slopes)}; wanted float32[N]")
+    num_heads = slopes.shape[0]
+    square = pool.ndim == 4 and pool.shape[1] == num_heads and pool.shape[2] == pool.shape[3]
+    if not square or pool.dtype != jnp.float32:
+        wanted = f"float32[slots, {num_heads}, H, H]"
+        raise ValueError(f"{name}: got {jax.typeof(pool)}; wanted {wanted}")
+    width = num_heads * 3 * pool.shape[3]
+    if qkv.ndim != ndim or qkv.shape[-1] != width or qkv.shape[0] == 0:
+        raise ValueError(f"qkv: got shape {qkv.shape}; wanted at least one row of {width}")
+    if qkv.dtype not in (jnp.float32, jnp.bfloat16):
+        raise ValueError(f"qkv: got dtype {qkv.dtype}; wanted float32 or bfloat16")
+
+
+def _validate_rows(name, values, count) -> None:
+    if values.shape != (count,) or not jnp.issubdtype(values.dtype, jnp.integer):
+        raise ValueError(f"{name}: got {jax.typeof(values)}; wanted int32[{count}]")
