@@ -7,15 +7,19 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels.lightning_attention import decode_reference, tpu_decode
+from pallas_kernels.lightning_attention import decode_reference, tpu_decode, tpu_prefill
 
 _log = logging.getLogger(__name__)
 
 DECODE = {
     "reference": decode_reference.lightning_decode,
     "tpu": tpu_decode.lightning_decode,
+}
+PREFILL = {
+    "reference": decode_reference.lightning_prefill,
+    "tpu": tpu_prefill.lightning_prefill,
 }
 
 
@@ -53,6 +57,69 @@ def lightning_decode(
     _validate_rows("slots", slots, qkv.shape[0])
     slots = _within(slots, pool.shape[0])
     return _dispatch(DECODE, implementation, "decode")(qkv, slopes, pool, slots)
+
+
+def lightning_prefill(
+    qkv: Float[Array, "T N*3*H"],
+    slopes: Float[Array, "N"],
+    pool: Float[Array, "slots N H H"],
+    slots: Int[Array, "R"],
+    starts: Int[Array, "R"],
+    lengths: Int[Array, "R"],
+    fresh: Bool[Array, "R"],
+    *,
+    implementation: str | None = None,
+) -> tuple[Float[Array, "T N*H"], Float[Array, "slots N H H"]]:
+    """Run R sequences of any lengths through lightning attention, each from its slot's state.
+
+    S_t = exp(-s) S_(t-1) + k_t^T v_t, o_t = q_t S_t. Source: M1 section 2; kernels.md 5.6.
+
+    Args:
+      qkv: the tokens of all sequences in one flat array; rows of no sequence may hold anything.
+      slopes: decay rates s >= 0, one per head.
+      pool: float32 states by slot. Donate it to the surrounding jit, or XLA copies it.
+      slots: the slot of each sequence, each at most once. Negative: the sequence is ignored.
+      starts: first row of each sequence, in any order and at any row.
+      lengths: rows of each sequence; 0 leaves its slot alone.
+      fresh: the sequence starts from a zero state, whatever its slot holds.
+      implementation: a key of `PREFILL`, which then runs or raises; None takes the kernel where
+        the program is lowered for TPU, and the reference elsewhere.
+
+    Returns:
+      (o in qkv's dtype, zero in rows of no sequence; the pool with the states after each
+      sequence's last token, every other slot byte for byte as it was).
+
+    Raises:
+      ValueError: shapes or dtypes that do not fit, an unknown implementation; where the values
+        are concrete, also duplicate slots, slots beyond the pool, and sequences that overlap or
+        leave the rows. Under jit call `check_slots` and `check_sequences` before.
+    """
+    _validate("pool", pool, qkv, slopes, ndim=2)
+    count = len(slots)
+    for name, values in (("slots", slots), ("starts", starts), ("lengths", lengths)):
+        _validate_rows(name, values, count)
+    if count == 0 or fresh.shape != (count,) or fresh.dtype != jnp.bool_:
+        raise ValueError(f"fresh: got {jax.typeof(fresh)}; wanted bool[{max(count, 1)}]")
+    if not any(isinstance(x, jax.core.Tracer) for x in (slots, starts, lengths)):
+        check_sequences(slots, starts, lengths, qkv.shape[0])
+    slots = _within(slots, pool.shape[0])
+    starts, lengths = (x.astype(jnp.int32) for x in (starts, lengths))
+    run = _dispatch(PREFILL, implementation, "prefill")
+    return run(qkv, slopes, pool, slots, starts, lengths, fresh)
+
+
+def check_sequences(slots, starts, lengths, num_tokens: int) -> None:
+    """Raise ValueError for active sequences that overlap or leave rows 0..num_tokens-1."""
+    slots, starts, lengths = (np.asarray(x) for x in (slots, starts, lengths))
+    active = (slots >= 0) & (lengths != 0)
+    order = np.argsort(starts[active])
+    first, length = starts[active][order], lengths[active][order]
+    last = first + length
+    if np.any(length < 0) or np.any(first < 0) or np.any(last > num_tokens):
+        got = f"starts {starts.tolist()} and lengths {lengths.tolist()}"
+        raise ValueError(f"sequences: got {got}; wanted them in {num_tokens} rows")
+    if np.any(first[1:] < last[:-1]):
+        raise ValueError(f"sequences: rows {first[1:][first[1:] < last[:-1]].tolist()} have two")
 
 
 def check_slots(slots, num_slots: int) -> None:

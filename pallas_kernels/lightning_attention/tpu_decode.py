@@ -28,9 +28,9 @@ BUFFERS = 3  # one loading, one computing, one storing
 VMEM_SLACK = 8 * 2**20  # bytes for pipelined blocks, relayouts and the compiler's own use
 
 
-def heads_per_block(num_heads: int, head_dim: int) -> int:
-    """Return the most heads up to `HEADS` that divide the rest and whose q, k, v fill lanes."""
-    for heads in range(min(HEADS, num_heads), 0, -1):
+def heads_per_block(num_heads: int, head_dim: int, limit: int = HEADS) -> int:
+    """Return the most heads up to `limit` that divide all heads and whose values fill lanes."""
+    for heads in range(min(limit, num_heads), 0, -1):
         if num_heads % heads == 0 and heads * head_dim % 128 == 0:
             return heads
     return num_heads  # such a block is the whole row, which may have any width
