@@ -20,7 +20,7 @@ COUNT = (1 << BITS) - 1
 
 def tables(
     segment_ids: Int[Array, "B T"], chunk: int, superblock: int
-) -> tuple[Int[Array, "B*S 1 C"], Int[Array, "B 1 P"]]:
+) -> tuple[Int[Array, "B S 1 C"], Int[Array, "B 1 P"]]:
     """Return the scalar of each chunk, by superblock, and the word of each token.
 
     The words are padded to whole superblocks (4 bytes a token, shared by all heads; qkv is not).
@@ -31,7 +31,7 @@ def tables(
     real = jnp.pad(segment_ids > 0, ((0, 0), (0, pad)))
     by_chunk = lambda x: x.reshape(batch, -1, chunk).astype(jnp.int32)
     word = (jnp.cumsum(by_chunk(start), 2) << BITS) + jnp.cumsum(by_chunk(real), 2)
-    chunks = word[:, :, -1].reshape(-1, 1, superblock // chunk)
+    chunks = word[:, :, -1].reshape(batch, -1, 1, superblock // chunk)
     words = jnp.where(by_chunk(real) > 0, word, -1)
     return chunks, words.reshape(batch, 1, length + pad)
 

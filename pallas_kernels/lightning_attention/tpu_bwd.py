@@ -119,7 +119,7 @@ def backward(qkv, slopes, tables, saved, d_o, d_final, *, tile, interpret=False)
         functools.partial(_kernel, tile=tile, packed=packed),
         name="lightning_bwd",
         grid=(batch, num_heads // tile.heads, steps),
-        in_specs=[smem, smem, *tpu_fwd.table_specs(*tables, tile, steps, order),
+        in_specs=[smem, smem, *tpu_fwd.table_specs(tables[0], tile, order),
                   tokens(3), tokens(1), checkpoint, state],
         out_specs=[tokens(3), state],
         out_shape=[

@@ -70,7 +70,7 @@ def for_each_chunk(num, body, scalars, size: int, *, reverse=False):
         if scalars is None:
             body(c, "fast", None)
             return carry
-        scalar = scalars[0, 0, c]
+        scalar = scalars[0, 0, 0, c]
         pl.when(scalar == size)(lambda: body(c, "fast", scalar))
         pl.when((scalar != size) & (scalar != 0))(lambda: body(c, "general", scalar))
         pl.when(scalar == 0)(lambda: body(c, "empty", scalar))
@@ -133,13 +133,13 @@ def packed_loss(losses, head, scalar, size: int):
     return jnp.where(scalar > boundaries.COUNT, 1.0, kept)
 
 
-def table_specs(scalars, words, tile: tiling.Tiling, steps: int, order):
+def table_specs(scalars, tile: tiling.Tiling, order):
     """Return block specs of the boundary tables; none where there are no boundaries."""
     if scalars is None:
         return []
     num = tile.superblock // tile.chunk
     return [
-        pl.BlockSpec((1, 1, num), lambda b, h, t: (b * steps + order(t), 0, 0),
+        pl.BlockSpec((1, 1, 1, num), lambda b, h, t: (b, order(t), 0, 0),
                      memory_space=pltpu.SMEM),
         pl.BlockSpec((1, 1, tile.superblock), lambda b, h, t: (b, 0, order(t))),
     ]  # fmt: skip
@@ -173,8 +173,7 @@ def forward(qkv, slopes, tables, initial_state, *, tile, checkpoints, interpret=
     )
     state = pl.BlockSpec((1, tile.heads, width, width), lambda b, h, t: (b, h, 0, 0))
     smem = pl.BlockSpec(memory_space=pltpu.SMEM)
-    scalars, words = tables
-    packed = scalars is not None
+    packed = tables[0] is not None
     out_specs = [tokens(1), state]
     out_shape = [
         jax.ShapeDtypeStruct((batch, length, num_heads * width), qkv.dtype),
@@ -188,7 +187,7 @@ def forward(qkv, slopes, tables, initial_state, *, tile, checkpoints, interpret=
         functools.partial(_kernel, tile=tile, packed=packed, checkpoints=checkpoints),
         name="lightning_fwd",
         grid=(batch, num_heads // tile.heads, steps),
-        in_specs=[smem, smem, *table_specs(scalars, words, tile, steps, lambda t: t),
+        in_specs=[smem, smem, *table_specs(tables[0], tile, lambda t: t),
                   tokens(3), state],
         out_specs=out_specs,
         out_shape=out_shape,
