@@ -50,22 +50,17 @@ def lightning_decode(
     """
     batch = qkv.shape[0]
     _, num_heads, head_dim, _ = pool.shape
-    heads = heads_per_block(num_heads, head_dim)
-    blocks = num_heads // heads
-    rows = min(ROWS, batch)
-    tiles = pl.cdiv(batch, rows)
-    # Two chains of steps, one for each TensorCore of a v5p; elsewhere they run one after the other.
-    chains = 2 if blocks % 2 == 0 else 1
-    per_chain = blocks // chains
-    slots = jnp.pad(slots, (0, tiles * rows - batch), constant_values=-1)
+    grid = Grid(batch, num_heads, head_dim)
+    rows, heads = grid.rows, grid.heads
+    slots = jnp.pad(slots, (0, grid.padding), constant_values=-1)
 
     def block(chain, step, *_):
-        return jax.lax.div(step, per_chain), chain * per_chain + jax.lax.rem(step, per_chain)
+        return grid.where(chain, step)
 
     states = (BUFFERS, rows, heads, head_dim, head_dim)
     anywhere = pl.BlockSpec(memory_space=pl.ANY)
     o, pool = pl.pallas_call(
-        functools.partial(_kernel, rows=rows, per_chain=per_chain),
+        functools.partial(_kernel, grid=grid),
         name="lightning_decode",
         out_shape=(
             jax.ShapeDtypeStruct((batch, num_heads * head_dim), qkv.dtype),
@@ -73,7 +68,7 @@ def lightning_decode(
         ),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
-            grid=(chains, tiles * per_chain),
+            grid=grid.shape,
             in_specs=[pl.BlockSpec((rows, heads * 3 * head_dim), block), anywhere],
             out_specs=[pl.BlockSpec((rows, heads * head_dim), block), anywhere],
             scratch_shapes=[
@@ -95,62 +90,126 @@ def lightning_decode(
     return o, pool
 
 
-def _kernel(slots, loss, x, _, o, pool, qkv, out, states, loads, stores, *, rows, per_chain):
-    """One step. `loss` is c per head; `pool` is the aliased output, the only name it has here."""
-    chain, step = pl.program_id(0), pl.program_id(1)
-    num_steps = pl.num_programs(1)
-    heads, head_dim = out.shape[1:]
+class Grid:
+    """How a decoding batch is cut into steps: chains of (tile of rows, block of heads)."""
 
-    def where(step):
-        """Return the step's tile of rows, its block of heads and its buffer."""
-        block = chain * per_chain + jax.lax.rem(step, per_chain)
-        return jax.lax.div(step, per_chain), block, jax.lax.rem(step, BUFFERS)
+    def __init__(self, batch: int, num_heads: int, head_dim: int):
+        self.heads = heads_per_block(num_heads, head_dim)
+        self.blocks = num_heads // self.heads
+        self.rows = min(ROWS, batch)
+        self.tiles = pl.cdiv(batch, self.rows)
+        # One chain for each TensorCore of a v5p; elsewhere they run one after the other.
+        self.chains = 2 if self.blocks % 2 == 0 else 1
+        self.per_chain = self.blocks // self.chains
+        self.shape = (self.chains, self.tiles * self.per_chain)
+        self.padding = self.tiles * self.rows - batch
 
-    def each_state(step, act):
-        """Call act(state in the pool, state in VMEM, buffer) for every active row of a step."""
-        tile, block, buffer = where(step)
+    def where(self, chain, step):
+        """Return the tile of rows and the block of heads of a step."""
+        block = chain * self.per_chain + jax.lax.rem(step, self.per_chain)
+        return jax.lax.div(step, self.per_chain), block
 
-        def row_copies(row, carry):
-            slot = slots[tile * rows + row]
+    def each_row(self, slots, chain, step, act):
+        """Call act(row, its index in the batch, slot, block) for every active row of a step."""
+        tile, block = self.where(chain, step)
 
-            @pl.when(slot >= 0)
+        def visit(row, carry):
+            index = tile * self.rows + row
+
+            @pl.when(slots[index] >= 0)
             def _():
-                act(pool.at[slot, pl.ds(block * heads, heads)], states.at[buffer, row], buffer)
+                act(row, index, slots[index], block)
 
             return carry
 
-        jax.lax.fori_loop(0, rows, row_copies, 0)
+        jax.lax.fori_loop(0, self.rows, visit, 0)
 
-    def load(there, here, buffer):
-        return pltpu.make_async_copy(there, here, loads.at[buffer])
 
-    def store(there, here, buffer):
-        return pltpu.make_async_copy(here, there, stores.at[buffer])
+def rotate(step, num_steps, load, store, compute) -> None:
+    """Run a grid step on its buffer, step mod `BUFFERS`, while its neighbours' buffers move.
+
+    load(step, act) and store(step, act) build that step's copies and call act on each.
+    """
 
     @pl.when(step == 0)
     def _():
-        each_state(step, lambda *state: load(*state).start())
+        load(step, start)
 
     @pl.when(step >= BUFFERS - 1)  # the next step loads where this one stored from
     def _():
-        each_state(step - (BUFFERS - 1), lambda *state: store(*state).wait())
+        store(step - (BUFFERS - 1), wait)
 
     @pl.when(step + 1 < num_steps)
     def _():
-        each_state(step + 1, lambda *state: load(*state).start())
+        load(step + 1, start)
 
-    # Lanes to sublanes: a head's q, k and v become rows of (heads, head_dim) tiles.
+    load(step, wait)
+    compute()
+    store(step, start)
+
+    @pl.when(step == num_steps - 1)
+    def _():
+        for back in reversed(range(BUFFERS - 1)):
+
+            @pl.when(step >= back)
+            def _(back=back):
+                store(step - back, wait)
+
+
+def start(copy) -> None:
+    copy.start()
+
+
+def wait(copy) -> None:
+    copy.wait()
+
+
+def unfuse(x, qkv) -> None:
+    """Turn lanes into sublanes: rows [rows, heads*3*H] into float32 tiles [rows, 3, heads, H]."""
+    heads, head_dim = qkv.shape[2:]
     for head in range(heads):
         for part in range(3):
-            start = (3 * head + part) * head_dim
-            qkv[:, part, head, :] = x[:, start : start + head_dim].astype(jnp.float32)
-    out[...] = jnp.zeros_like(out)
-    each_state(step, lambda *state: load(*state).wait())
-    tile, block, buffer = where(step)
+            first = (3 * head + part) * head_dim
+            qkv[:, part, head, :] = x[:, first : first + head_dim].astype(jnp.float32)
 
-    def row_update(row, carry):
-        @pl.when(slots[tile * rows + row] >= 0)
-        def _():
+
+def fuse(out, o) -> None:
+    """Turn sublanes back into lanes: float32 tiles [rows, heads, H] into rows [rows, heads*H]."""
+    heads, head_dim = out.shape[1:]
+    for head in range(heads):
+        o[:, head * head_dim : (head + 1) * head_dim] = out[:, head, :].astype(o.dtype)
+
+
+def _kernel(slots, loss, x, _, o, pool, qkv, out, states, loads, stores, *, grid):
+    """One step. `loss` is c per head; `pool` is the aliased output, the only name it has here."""
+    heads = grid.heads
+    # Read once: program ids are not to be had inside branches in interpret mode.
+    chain, step = pl.program_id(0), pl.program_id(1)
+
+    def ends(row, slot, block, step):
+        buffer = jax.lax.rem(step, BUFFERS)
+        return pool.at[slot, pl.ds(block * heads, heads)], states.at[buffer, row], buffer
+
+    def load(step, act):
+        def copy(row, index, slot, block):
+            there, here, buffer = ends(row, slot, block, step)
+            act(pltpu.make_async_copy(there, here, loads.at[buffer]))
+
+        grid.each_row(slots, chain, step, copy)
+
+    def store(step, act):
+        def copy(row, index, slot, block):
+            there, here, buffer = ends(row, slot, block, step)
+            act(pltpu.make_async_copy(here, there, stores.at[buffer]))
+
+        grid.each_row(slots, chain, step, copy)
+
+    def compute():
+        buffer = jax.lax.rem(step, BUFFERS)
+        unfuse(x, qkv)
+        out[...] = jnp.zeros_like(out)
+
+        def update(row, index, slot, block):
             # Columns, so that a head's k and q vary along the rows of its state.
             q, k, v = qkv[row, 0].T, qkv[row, 1].T, qkv[row, 2]
             for head in range(heads):
@@ -162,17 +221,7 @@ def _kernel(slots, loss, x, _, o, pool, qkv, out, states, loads, stores, *, rows
                     q[:, head : head + 1] * state, axis=0, keepdims=True
                 )
 
-        return carry
+        grid.each_row(slots, chain, step, update)
+        fuse(out, o)
 
-    jax.lax.fori_loop(0, rows, row_update, 0)
-    each_state(step, lambda *state: store(*state).start())
-    for head in range(heads):
-        o[:, head * head_dim : (head + 1) * head_dim] = out[:, head, :].astype(o.dtype)
-
-    @pl.when(step == num_steps - 1)
-    def _():
-        for before in reversed(range(BUFFERS - 1)):
-
-            @pl.when(step >= before)
-            def _(before=before):
-                each_state(step - before, lambda *state: store(*state).wait())
+    rotate(step, pl.num_programs(1), load, store, compute)

@@ -186,7 +186,7 @@ def _group(x, o, decay, states, first, rates, low, high):
     """Advance heads `first`, `first` + 1, ... of the block by rows low..high-1."""
     size, head_dim = x.shape[0], states.shape[1]
     group, dtype = len(rates), x.dtype
-    dot = functools.partial(_dot, exact=dtype == jnp.float32)
+    mm = functools.partial(dot, exact=dtype == jnp.float32)
     row = jax.lax.broadcasted_iota(jnp.int32, (size, head_dim), 0)
     valid = (row >= low) & (row < high)
     # Masked exponents again: rows outside the tile would give lambda^-n.
@@ -205,27 +205,27 @@ def _group(x, o, decay, states, first, rates, low, high):
         parts = range(3 * head, 3 * head + 3)
         q, k, v = (jnp.where(valid, x[:, pl.ds(i * head_dim, head_dim)], 0) for i in parts)
         state = states[first + head]
-        scores = (dot(q, k, 1, 1) * decay[first + head]).astype(dtype)
+        scores = (mm(q, k, 1, 1) * decay[first + head]).astype(dtype)
         if dtype == jnp.float32:
-            carried = dot(q, state, 1, 0)
+            carried = mm(q, state, 1, 0)
         else:
             half = state.astype(dtype)
             rest = (state - half.astype(jnp.float32)).astype(dtype)
-            carried = dot(q, half, 1, 0) + dot(q, rest, 1, 0)
-        out = dot(scores, v, 1, 0) + jnp.exp(-rate * since) * carried
+            carried = mm(q, half, 1, 0) + mm(q, rest, 1, 0)
+        out = mm(scores, v, 1, 0) + jnp.exp(-rate * since) * carried
         faded = (k.astype(jnp.float32) * jnp.exp(-rate * until)).astype(dtype)
-        states[first + head] = state + _expm1(-rate * length) * state + dot(faded, v, 0, 0)
+        states[first + head] = state + expm1(-rate * length) * state + mm(faded, v, 0, 0)
         where = pl.ds(head * head_dim, head_dim)
         o[:, where] = jnp.where(valid, out.astype(dtype), o[:, where])
 
 
-def _expm1(x):
+def expm1(x):
     """exp(x) - 1 for x <= 0 without the cancellation near 0; relative error below 1e-6."""
     small = x * (1 + x / 2 * (1 + x / 3 * (1 + x / 4 * (1 + x / 5 * (1 + x / 6 * (1 + x / 7))))))
     return jnp.where(x > -0.5, small, jnp.exp(x) - 1)
 
 
-def _dot(a, b, a_axis, b_axis, *, exact):
+def dot(a, b, a_axis, b_axis, *, exact):
     return jax.lax.dot_general(
         a,
         b,
