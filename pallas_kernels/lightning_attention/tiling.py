@@ -67,9 +67,9 @@ def choose(
     """
     chunk = MATRIX_UNIT[generation or chip()]
     # The saved states cost 64 bytes per token and head up to D = 128, and at 256 in bfloat16.
-    superblock = max(1024, 16 * head_dim if item_bytes == 2 else 8 * head_dim)
+    superblock = max(1024, head_dim**2 // (16 if item_bytes == 2 else 32))
     superblock = min(superblock, -(-max(length, 1) // chunk) * chunk)
-    for heads in range(min(num_heads, 4 if head_dim <= 128 else 1), 0, -1):
+    for heads in range(min(num_heads, 8 if head_dim <= 128 else 2), 0, -1):
         # A block narrower than the array is a whole number of lanes.
         if num_heads % heads or (heads * head_dim % LANES and heads != num_heads):
             continue
