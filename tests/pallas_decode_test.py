@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental import topologies
+from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.lightning_attention import decode_api, decode_ring, tpu_decode, tpu_decode_ring
 
@@ -176,6 +177,24 @@ def test_a_named_kernel_never_falls_back():
         decode_api.lightning_decode(
             qkv, jnp.asarray(SLOPES), pool, jnp.zeros((1,), jnp.int32), implementation="tpu"
         )
+
+
+def test_copies_wait_for_each_other():
+    """Copies that run only when waited for, in memory that starts as NaN: no step may run ahead."""
+    late = pltpu.InterpretParams(dma_execution_mode="on_wait", detect_races=True)
+    slopes, slots = jnp.asarray(spread(32)), jnp.array([5, 3, -1, 7, 4, 1, 0, -1, 2], jnp.int32)
+    qkv, pool = inputs(9, 8, 32, 16)
+    wanted = decode_api.lightning_decode(qkv, slopes, pool, slots, implementation="reference")
+    got = tpu_decode.lightning_decode(qkv, slopes, pool, slots, interpret=late)
+    assert worst_head(got[0], wanted[0], 32) < 1e-6
+    assert worst_head(got[1], wanted[1], 32) < 1e-6
+    pool, positions = ring_pool(pool, np.arange(8), 4), jnp.maximum(slots, 0)
+    wanted = decode_ring.lightning_decode(qkv, slopes, pool, slots, positions)
+    got = tpu_decode_ring.lightning_decode(qkv, slopes, pool, slots, positions, interpret=late)
+    assert worst_head(got[0], wanted[0], 32) < 1e-5
+    for field in ("hi", "lo", "ring", "base"):
+        wanted_field, field = getattr(wanted[1], field), getattr(got[1], field)
+        np.testing.assert_allclose(np.float32(field), np.float32(wanted_field), 1e-4, 1e-4)
 
 
 RING = {

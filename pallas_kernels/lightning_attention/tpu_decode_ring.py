@@ -34,7 +34,7 @@ def lightning_decode(
 ) -> tuple[Float[Array, "B N*H"], decode_ring.RingPool]:
     """Advance the named slots by one token. See `decode_api.lightning_decode_ring`."""
     batch = qkv.shape[0]
-    num_slots, num_heads, head_dim, _ = pool.hi.shape
+    _, num_heads, head_dim, _ = pool.hi.shape
     size = pool.ring.shape[1]
     grid = tpu_decode.Grid(batch, num_heads, head_dim)
     rows, heads = grid.rows, grid.heads
@@ -51,7 +51,7 @@ def lightning_decode(
     def block(chain, step, *_):
         return grid.where(chain, step)
 
-    anywhere = pl.BlockSpec(memory_space=pl.ANY)
+    in_hbm = pl.BlockSpec(memory_space=pltpu.HBM)
     planes = pltpu.VMEM((BUFFERS, rows, heads, head_dim, head_dim), jnp.bfloat16)
     plane_bytes = 2 * BUFFERS * rows * heads * head_dim * max(head_dim, 128)
     ring_bytes = 4 * BUFFERS * rows * size * max(heads, 8) * max(head_dim, 64)
@@ -68,9 +68,9 @@ def lightning_decode(
             in_specs=[
                 pl.BlockSpec((rows, heads * 3 * head_dim), block),
                 pl.BlockSpec((heads, head_dim), lambda chain, step, *_: (block(chain, step)[1], 0)),
-                *[anywhere] * 3,
+                *[in_hbm] * 3,
             ],
-            out_specs=[pl.BlockSpec((rows, heads * head_dim), block), *[anywhere] * 3],
+            out_specs=[pl.BlockSpec((rows, heads * head_dim), block), *[in_hbm] * 3],
             scratch_shapes=[
                 pltpu.VMEM((rows, 3, heads, head_dim), jnp.float32),
                 pltpu.VMEM((rows, heads, head_dim), jnp.float32),
@@ -90,7 +90,7 @@ def lightning_decode(
         interpret=interpret,
     )(
         scalars(slots),
-        scalars(positions),
+        scalars(positions % size),
         scalars(held),
         scalars(spans),
         qkv,
@@ -99,14 +99,13 @@ def lightning_decode(
         pool.lo,
         pool.ring,
     )
-    drop = jnp.where(slots >= 0, slots, num_slots)  # one past the end: dropped
-    base = pool.base.at[drop].add(spans, mode="drop")
+    base = decode_ring.advance(pool.base, slots, spans)
     return o, dataclasses.replace(pool, hi=hi, lo=lo, ring=ring, base=base)
 
 
 def _kernel(
     slots,
-    positions,
+    newest,
     held,
     spans,
     x,
@@ -146,9 +145,9 @@ def _kernel(
         buffer = jax.lax.rem(step, BUFFERS)
 
         def copy(row, index, slot, block):
-            newest = jax.lax.rem(positions[index], size)
-            there = ring.at[slot, newest, pl.ds(block * heads, heads)]
-            act(pltpu.make_async_copy(rings.at[buffer, row, newest], there, stores.at[buffer]))
+            there = ring.at[slot, newest[index], pl.ds(block * heads, heads)]
+            here = rings.at[buffer, row, newest[index]]
+            act(pltpu.make_async_copy(here, there, stores.at[buffer]))
 
             @pl.when(spans[index * grid.blocks + block] > 0)
             def _():
@@ -164,20 +163,19 @@ def _kernel(
         rate = rates[...]
 
         def update(row, index, slot, block):
-            position = positions[index]
             entered, span = held[index * grid.blocks + block], spans[index * grid.blocks + block]
             tokens = rings.at[buffer, row]
             kv = jnp.concatenate([qkv[row, 1], qkv[row, 2]], axis=1)
-            tokens[jax.lax.rem(position, size)] = kv.astype(jnp.bfloat16)
+            tokens[newest[index]] = kv.astype(jnp.bfloat16)
             exact = x.dtype == jnp.bfloat16
             carried = _carried(qkv[row, 0], his.at[buffer, row], parts=1 if exact else 3)
             out[row] = _decay(rate, entered + 1) * carried
-            out[row] += _within(qkv[row, 0], tokens, rate, position, entered)
+            out[row] += _within(qkv[row, 0], tokens, rate, newest[index], entered)
 
             @pl.when(span > 0)
             def _():
                 planes = his.at[buffer, row], los.at[buffer, row]
-                _flush(tokens, faded, *planes, rate, position, entered, span)
+                _flush(tokens, faded, *planes, rate, newest[index], entered, span)
 
         grid.each_row(slots, chain, step, update)
         tpu_decode.fuse(out, o)
@@ -190,9 +188,9 @@ def _decay(rate, steps):
     return jnp.exp(-rate * jnp.maximum(steps, 0).astype(jnp.float32))
 
 
-def _age(position, row, size):
-    """Age of the token in a ring row; jax.lax.rem keeps the sign of what it divides."""
-    return jax.lax.rem(position - row + size * (1 + jax.lax.div(position, size)), size)
+def _age(newest, row, size):
+    """Age of the token in a ring row, the newest token being in row `newest`."""
+    return newest - row + jnp.where(row > newest, size, 0)
 
 
 def _carried(q, hi, *, parts):
@@ -210,12 +208,12 @@ def _carried(q, hi, *, parts):
     return carried
 
 
-def _within(q, tokens, rate, position, entered):
+def _within(q, tokens, rate, newest, entered):
     """sum_a lambda^a (q . k) v over the tokens since the last flush, this one included."""
     size, head_dim = tokens.shape[0], q.shape[1]
     total = jnp.zeros_like(q)
     for row in range(size):
-        age = _age(position, row, size)
+        age = _age(newest, row, size)
         # A select and not a product: rows of an earlier sequence may hold anything.
         token = jnp.where(age <= entered, tokens[row].astype(jnp.float32), 0)
         score = jnp.sum(q * token[:, :head_dim], axis=1, keepdims=True)
@@ -223,11 +221,11 @@ def _within(q, tokens, rate, position, entered):
     return total
 
 
-def _flush(tokens, faded, hi, lo, rate, position, entered, span):
+def _flush(tokens, faded, hi, lo, rate, newest, entered, span):
     """S <- S + expm1(-s m) S + sum_{i<m} lambda^(m-1-i) k_i^T v_i, over the m oldest tokens."""
     size, heads, head_dim = tokens.shape[0], hi.shape[0], hi.shape[1]
     for row in range(size):
-        since = entered - _age(position, row, size)
+        since = entered - _age(newest, row, size)
         taken = (since >= 0) & (since < span)
         token = jnp.where(taken, tokens[row].astype(jnp.float32), 0)
         faded[row, :, :head_dim] = token[:, :head_dim] * _decay(rate, span - 1 - since)

@@ -58,7 +58,7 @@ def lightning_prefill(
     def block(head_block, tile, tiles, *_):
         return tiles[0, tile], head_block
 
-    anywhere = pl.BlockSpec(memory_space=pl.ANY)
+    in_hbm = pl.BlockSpec(memory_space=pltpu.HBM)
     table_bytes = 4 * heads * chunk * max(chunk, 128)
     state_bytes = 4 * heads * head_dim * max(head_dim, 128)
     o, pool = pl.pallas_call(
@@ -71,8 +71,8 @@ def lightning_prefill(
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=3,
             grid=(num_heads // heads, tiles.shape[1]),
-            in_specs=[pl.BlockSpec((chunk, heads * 3 * head_dim), block), anywhere],
-            out_specs=[pl.BlockSpec((chunk, heads * head_dim), block), anywhere],
+            in_specs=[pl.BlockSpec((chunk, heads * 3 * head_dim), block), in_hbm],
+            out_specs=[pl.BlockSpec((chunk, heads * head_dim), block), in_hbm],
             scratch_shapes=[
                 pltpu.VMEM((heads, chunk, chunk), jnp.float32),
                 pltpu.VMEM((BUFFERS, heads, head_dim, head_dim), jnp.float32),
