@@ -47,7 +47,9 @@ def recurrence(qkv, slopes, segment_ids, state):
 
 def worst_head(got, wanted, heads=HEADS):
     """Largest relative L2 error of any head: slow heads would hide the others."""
-    got, wanted = (np.asarray(x, np.float64).reshape(*x.shape[:-1], heads, -1) for x in (got, wanted))
+    got, wanted = (
+        np.asarray(x, np.float64).reshape(*x.shape[:-1], heads, -1) for x in (got, wanted)
+    )
     axes = tuple(i for i in range(got.ndim) if i != got.ndim - 2)
     return np.max(np.sqrt(np.sum((got - wanted) ** 2, axes) / np.sum(wanted**2, axes)))
 

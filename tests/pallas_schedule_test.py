@@ -3,9 +3,12 @@
 import json
 import pathlib
 
+import jax
+import jax.numpy as jnp
 import pytest
+from jax.experimental import topologies
 
-from pallas_kernels.lightning_attention import schedule, tiling
+from pallas_kernels.lightning_attention import api, schedule, tiling
 
 # Written by `python -m pallas_kernels.lightning_attention.schedule --json=<this file>`.
 BUDGETS = pathlib.Path(__file__).parent / "data" / "lightning_schedule.json"
@@ -38,3 +41,28 @@ def test_any_number_of_heads_has_blocks(num_heads, head_dim):
             assert tile is not None
             assert num_heads % tile.heads == 0
             assert tiling.vmem_bytes(tile, head_dim, item_bytes) <= tiling.VMEM_BYTES
+
+
+@pytest.mark.slow
+def test_nothing_copies_the_projection_around_the_kernels(monkeypatch):
+    """Ragged packed rows, forward and backward: temporaries are far below one copy of qkv."""
+    pytest.importorskip("libtpu")
+    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
+    monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # nothing is loaded onto a chip
+    topology = topologies.get_topology_desc(platform="tpu", topology_name="v5p:2x2x1")
+    where = jax.sharding.SingleDeviceSharding(topology.devices[0])
+
+    def array(dtype, *shape):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
+
+    def both(qkv, slopes, segment_ids, d_o):
+        def attend(qkv):
+            return api.lightning_attention(qkv, slopes, segment_ids=segment_ids)
+
+        (o, state), pull = jax.vjp(attend, qkv)
+        return o, state, pull((d_o, state))
+
+    qkv, d_o = (array(jnp.bfloat16, 2, 5000, 8 * n * 128) for n in (3, 1))
+    arguments = qkv, array(jnp.float32, 8), array(jnp.int32, 2, 5000), d_o
+    program = jax.jit(both).trace(*arguments).lower(lowering_platforms=("tpu",)).compile()
+    assert program.memory_analysis().temp_size_in_bytes < qkv.size * 2 / 4

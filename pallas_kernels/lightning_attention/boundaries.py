@@ -29,7 +29,10 @@ def tables(
     pad = -length % superblock
     start = jnp.pad(documents.document_starts(segment_ids), ((0, 0), (0, pad)))
     real = jnp.pad(segment_ids > 0, ((0, 0), (0, pad)))
-    by_chunk = lambda x: x.reshape(batch, -1, chunk).astype(jnp.int32)
+
+    def by_chunk(x):
+        return x.reshape(batch, -1, chunk).astype(jnp.int32)
+
     word = (jnp.cumsum(by_chunk(start), 2) << BITS) + jnp.cumsum(by_chunk(real), 2)
     chunks = word[:, :, -1].reshape(batch, -1, 1, superblock // chunk)
     words = jnp.where(by_chunk(real) > 0, word, -1)

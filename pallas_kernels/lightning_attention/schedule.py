@@ -40,7 +40,10 @@ def compile_kernels(chip: str) -> None:
     tile = block_sizes(chip)
     device = topologies.get_topology_desc(platform="tpu", topology_name=CHIPS[chip][0]).devices[0]
     where = jax.sharding.SingleDeviceSharding(device)
-    array = lambda dtype, *dims: jax.ShapeDtypeStruct(dims, dtype, sharding=where)
+
+    def array(dtype, *dims):
+        return jax.ShapeDtypeStruct(dims, dtype, sharding=where)
+
     dims, width = (shape.batch, shape.length), shape.heads * shape.head_dim
     square = (shape.head_dim, shape.head_dim)
     qkv, d_o = (array(jnp.dtype(shape.dtype), *dims, n * width) for n in (3, 1))
@@ -109,7 +112,7 @@ def measure(chip: str) -> list[dict]:
     records, tile = [], block_sizes(chip)
     with tempfile.TemporaryDirectory() as dump:
         flags = f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true"
-        settings = dict(JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", LIBTPU_INIT_ARGS=flags)
+        settings = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "LIBTPU_INIT_ARGS": flags}
         # Only compiles: two such processes may run at once.
         settings["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
         command = [sys.executable, "-m", __spec__.name, f"--compile={chip}"]

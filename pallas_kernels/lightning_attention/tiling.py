@@ -14,7 +14,14 @@ MATRIX_UNIT = {"v5e": 128, "v5p": 128, "v6e": 256, "tpu7x": 256}
 # Kernels ask for what they need of this; tpu7x has 64 MiB, the others 95 or more.
 VMEM_BYTES = 56 * 2**20
 LANES = 128
-KINDS = {"v5 lite": "v5e", "v5e": "v5e", "v5p": "v5p", "v6 lite": "v6e", "v6e": "v6e", "7x": "tpu7x"}
+KINDS = {
+    "v5 lite": "v5e",
+    "v5e": "v5e",
+    "v5p": "v5p",
+    "v6 lite": "v6e",
+    "v6e": "v6e",
+    "7x": "tpu7x",
+}
 
 
 @dataclasses.dataclass(frozen=True)

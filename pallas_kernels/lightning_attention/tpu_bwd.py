@@ -103,10 +103,15 @@ def backward(qkv, slopes, tables, saved, d_o, d_final, *, tile, interpret=False)
     """
     batch, length, _ = qkv.shape
     num_heads, steps, width = saved.shape[1:4]
-    order = lambda t: steps - 1 - t
-    tokens = lambda n: pl.BlockSpec(
-        (1, tile.superblock, n * tile.heads * width), lambda b, h, t: (b, order(t), h)
-    )
+
+    def order(t):
+        return steps - 1 - t
+
+    def tokens(n):
+        return pl.BlockSpec(
+            (1, tile.superblock, n * tile.heads * width), lambda b, h, t: (b, order(t), h)
+        )
+
     state = pl.BlockSpec((1, tile.heads, width, width), lambda b, h, t: (b, h, 0, 0))
     checkpoint = pl.BlockSpec(
         (1, tile.heads, 1, width, width), lambda b, h, t: (b, h, order(t), 0, 0)

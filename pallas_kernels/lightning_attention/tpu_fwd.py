@@ -168,9 +168,10 @@ def forward(qkv, slopes, tables, initial_state, *, tile, checkpoints, interpret=
     batch, length, _ = qkv.shape
     num_heads, width = initial_state.shape[1:3]
     steps = -(-length // tile.superblock)
-    tokens = lambda n: pl.BlockSpec(
-        (1, tile.superblock, n * tile.heads * width), lambda b, h, t: (b, t, h)
-    )
+
+    def tokens(n):
+        return pl.BlockSpec((1, tile.superblock, n * tile.heads * width), lambda b, h, t: (b, t, h))
+
     state = pl.BlockSpec((1, tile.heads, width, width), lambda b, h, t: (b, h, 0, 0))
     smem = pl.BlockSpec(memory_space=pltpu.SMEM)
     packed = tables[0] is not None
