@@ -51,7 +51,6 @@ def compile_kernels(chip: str) -> None:
     state = array(jnp.float32, shape.batch, shape.heads, *square)
     steps = shape.length // tile.superblock
     saved = array(jnp.float32, shape.batch, shape.heads, steps, *square)
-    assert isinstance(tile, tiling.Tiling)
     none = (None, None)
     forward = tpu_fwd.forward.trace(qkv, slopes, none, state, tile=tile, checkpoints=True)
     backward = tpu_bwd.backward.trace(qkv, slopes, none, saved, d_o, state, tile=tile)

@@ -42,6 +42,7 @@ def _kernel(slopes, losses, *refs, tile: tiling.Tiling, packed: bool):
         rows = tpu_fwd.chunk_rows(c, size)
         masks = None
         if kind == "general":
+            assert words is not None
             real, *masks = boundaries.pair_masks(words[0, :, rows], scalar)
         for h in range(heads):
             parts = tpu_fwd.load_heads(qkv, rows, h, width, 3)

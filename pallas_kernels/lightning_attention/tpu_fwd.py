@@ -92,7 +92,7 @@ def _kernel(slopes, losses, *refs, tile: tiling.Tiling, packed: bool, checkpoint
         state[...] = initial[0]
         fill_weights(slopes, first_head, pair_decay, query_ramp, key_ramp)
 
-    if checkpoints:
+    if saved is not None:
         saved[0, :, 0] = state[...]
 
     def head(c, h, qkv_h, weights, loss):
@@ -114,6 +114,7 @@ def _kernel(slopes, losses, *refs, tile: tiling.Tiling, packed: bool, checkpoint
                 loss = losses[(first_head + h) * (size + 1) + size]
                 head(c, h, load_heads(qkv, rows, h, width, 3), weights, loss)
         else:
+            assert words is not None
             real, gap, q_steps, k_steps = boundaries.pair_masks(words[0, :, rows], scalar)
             for h in range(heads):
                 # A select, so that NaN in padding reaches neither output nor state.
