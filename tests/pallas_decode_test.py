@@ -215,7 +215,7 @@ class TestRing:
     @pytest.mark.parametrize(("window", "depth"), [(1, 0), (4, 0), (16, 0), (4, 3), (1, 2)])
     def test_equals_the_recurrence(self, name, window, depth, dtype):
         """40 tokens of three sequences that stand at different points of the grid."""
-        heads, size, slopes = 16, 16, spread(16)
+        heads, size, slopes = 32, 8, spread(32)
         lengths, slots = np.array([3, 0, 16, 21, 5]), np.array([2, -1, 0, 3], np.int32)
         _, states = inputs(1, 5, heads, size)
         pool, wanted = ring_pool(states, lengths, window, depth), np.asarray(states)
@@ -241,7 +241,7 @@ class TestRing:
             assert now.tobytes() == then.tobytes(), field
 
     def test_the_grid_is_absolute_and_flushes_are_staggered(self, name):
-        heads, size, window = 32, 16, 4
+        heads, size, window = 64, 8, 4
         _, states = inputs(1, 1, heads, size)
         pool, slots = ring_pool(states, [2], window), jnp.zeros((1,), jnp.int32)
         shift = np.arange(4) * window // 4
@@ -260,7 +260,7 @@ class TestRing:
     @pytest.mark.parametrize("depth", [1, 3])
     def test_rollback_is_a_cursor_move(self, name, depth):
         """Drafts of `depth` tokens, rejected after every step, leave no trace."""
-        heads, size, slopes = 16, 16, jnp.asarray(spread(16))
+        heads, size, slopes = 32, 8, jnp.asarray(spread(32))
         _, states = inputs(1, 2, heads, size)
         slots = jnp.array([1], jnp.int32)
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import core
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.lightning_attention import (
@@ -106,7 +107,7 @@ def lightning_decode_ring(
     _validate("pool", jax.ShapeDtypeStruct(pool.hi.shape, jnp.float32), qkv, slopes, ndim=2)
     _validate_rows("slots", slots, qkv.shape[0])
     _validate_rows("positions", positions, qkv.shape[0])
-    if not any(isinstance(x, jax.core.Tracer) for x in (slots, positions, pool.base)):
+    if not any(isinstance(x, core.Tracer) for x in (slots, positions, pool.base)):
         check_slots(slots, pool.hi.shape[0])
         _check_positions(pool, slots, positions)
     slots = _within(slots, pool.hi.shape[0])
@@ -126,7 +127,7 @@ def init_ring_pool(
     """
     if window < 1 or depth < 0:
         raise ValueError(f"got window {window}, depth {depth}; wanted at least 1 and 0")
-    blocks = num_heads // tpu_decode.heads_per_block(num_heads, head_dim)
+    blocks = num_heads // tpu_decode_ring.heads_per_block(num_heads, head_dim)
     return decode_ring.init_pool(
         num_slots, num_heads, head_dim, window=window, depth=depth, blocks=blocks
     )
@@ -186,7 +187,7 @@ def lightning_prefill(
         _validate_rows(name, values, count)
     if count == 0 or fresh.shape != (count,) or fresh.dtype != jnp.bool_:
         raise ValueError(f"fresh: got {jax.typeof(fresh)}; wanted bool[{max(count, 1)}]")
-    if not any(isinstance(x, jax.core.Tracer) for x in (slots, starts, lengths)):
+    if not any(isinstance(x, core.Tracer) for x in (slots, starts, lengths)):
         check_sequences(slots, starts, lengths, qkv.shape[0])
     slots = _within(slots, pool.shape[0])
     starts, lengths = (x.astype(jnp.int32) for x in (starts, lengths))
@@ -221,7 +222,7 @@ def check_slots(slots, num_slots: int) -> None:
 
 def _within(slots, num_slots):
     """Check concrete slots; make those beyond the pool inactive where they are traced."""
-    if not isinstance(slots, jax.core.Tracer):
+    if not isinstance(slots, core.Tracer):
         check_slots(slots, num_slots)
     return jnp.where(slots < num_slots, slots, -1).astype(jnp.int32)
 

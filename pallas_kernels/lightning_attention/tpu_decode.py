@@ -97,8 +97,8 @@ def lightning_decode(
 class Grid:
     """How a decoding batch is cut into steps: chains of (tile of rows, block of heads)."""
 
-    def __init__(self, batch: int, num_heads: int, head_dim: int):
-        self.heads = heads_per_block(num_heads, head_dim)
+    def __init__(self, batch: int, num_heads: int, head_dim: int, limit: int = HEADS):
+        self.heads = heads_per_block(num_heads, head_dim, limit)
         self.blocks = num_heads // self.heads
         self.rows = min(ROWS, batch)
         self.tiles = pl.cdiv(batch, self.rows)

@@ -6,7 +6,7 @@ W tokens where the in-place kernel reads and writes a float32 matrix.
 
 q hi runs on the matrix unit: the products are exact, because hi is bfloat16 and a float32 q enters
 as three bfloat16 parts in rows that the unit would otherwise leave empty. The ring is a few tokens
-for 8 heads at a time, which is one vector register each: it stays on the vector unit, in float32.
+for 16 heads at a time, which is two vector registers each: it stays on the vector unit, in float32.
 """
 
 import dataclasses
@@ -21,6 +21,12 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.lightning_attention import decode_ring, tpu_decode, tpu_prefill
 
 BUFFERS = tpu_decode.BUFFERS
+HEADS = 16  # heads of 128 a step: a row's copies cost as many bundles as 8 heads' arithmetic
+
+
+def heads_per_block(num_heads: int, head_dim: int) -> int:
+    """Return how many heads share a step, and so a point of the flush grid."""
+    return tpu_decode.heads_per_block(num_heads, head_dim, HEADS * 128 // max(head_dim, 128))
 
 
 def lightning_decode(
@@ -36,7 +42,7 @@ def lightning_decode(
     batch = qkv.shape[0]
     _, num_heads, head_dim, _ = pool.hi.shape
     size = pool.ring.shape[1]
-    grid = tpu_decode.Grid(batch, num_heads, head_dim)
+    grid = tpu_decode.Grid(batch, num_heads, head_dim, heads_per_block(num_heads, head_dim))
     rows, heads = grid.rows, grid.heads
     if pool.base.shape[1] != grid.blocks:
         raise ValueError(f"pool.base: got {pool.base.shape[1]} blocks; wanted {grid.blocks}")
