@@ -34,7 +34,7 @@ def compile_kernels(chip: str) -> None:
     import jax.numpy as jnp
     from jax.experimental import topologies
 
-    from pallas_kernels.lightning_attention import shapes, tiling, tpu_bwd, tpu_fwd
+    from pallas_kernels.lightning_attention import shapes, tpu_bwd, tpu_fwd
 
     shape = shapes.SHAPES["schedule"]
     tile = block_sizes(chip)
@@ -62,7 +62,9 @@ def block_sizes(chip: str):
     from pallas_kernels.lightning_attention import shapes, tiling
 
     shape = shapes.SHAPES["schedule"]
-    return tiling.choose(shape.heads, shape.head_dim, shape.length, 2, chip)
+    tile = tiling.choose(shape.heads, shape.head_dim, shape.length, 2, chip)
+    assert tile is not None  # the named shape is one that fits
+    return tile
 
 
 def chunk_loops(path: str) -> list[range]:
