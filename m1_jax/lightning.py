@@ -56,7 +56,9 @@ class LightningAttention(nnx.Module):
         `h` is the normed layer input; both the projection and the gate read it.
         """
         qkv = jax.nn.silu(self.qkv(h))
+        # XLA cannot partition a Pallas kernel over a mesh; until the call sits under shard_map, the
+        # model takes the form that it can.
         o, state = api.lightning_attention(
-            qkv, slopes, segment_ids=segment_ids, initial_state=state
+            qkv, slopes, segment_ids=segment_ids, initial_state=state, implementation="chunked"
         )
         return self.out(self.norm(o) * jax.nn.sigmoid(self.gate(h))), state

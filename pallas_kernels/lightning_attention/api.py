@@ -7,13 +7,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.lightning_attention import chunked, reference
+from pallas_kernels.lightning_attention import chunked, reference, tpu
 
 _log = logging.getLogger(__name__)
 
 IMPLEMENTATIONS = {
     "reference": reference.lightning_attention,
     "chunked": chunked.lightning_attention,
+    "tpu": tpu.lightning_attention,
 }
 
 
@@ -24,6 +25,7 @@ def lightning_attention(
     segment_ids: Int[Array, "B T"] | None = None,
     initial_state: Float[Array, "B N H H"] | None = None,
     implementation: str | None = None,
+    interpret: bool = False,
 ) -> tuple[Float[Array, "B T NH"], Float[Array, "B N H H"]]:
     """Run S_t = exp(-s) S_(t-1) + k_t^T v_t, o_t = q_t S_t over every head.
 
@@ -36,33 +38,50 @@ def lightning_attention(
       segment_ids: 0 is padding (no output, no effect on the state: not even a decay); a change
         between two other ids starts a new document. None: one document, no padding.
       initial_state: float32 state that the row's first document continues. None: zeros.
-      implementation: a key of `IMPLEMENTATIONS`, which then runs or raises; None chooses.
+      implementation: a key of `IMPLEMENTATIONS`, which then runs or raises; None chooses when the
+        program is lowered: "tpu" for TPU where the shapes fit, else "chunked".
+      interpret: run the "tpu" kernels in Pallas interpret mode on any backend, for tests.
 
     Returns:
       (o in qkv's dtype, heads concatenated; float32 state after the last real token, of the
       row's last document). Both are differentiable with respect to qkv and initial_state.
 
     Raises:
-      ValueError: shapes or dtypes that do not fit, or an unknown implementation.
+      ValueError: shapes or dtypes that do not fit, an unknown implementation, or `interpret`
+        with another implementation than "tpu".
     """
     _validate(qkv, slopes, segment_ids, initial_state)
-    if implementation is None:
-        implementation = _choose()
-    if implementation not in IMPLEMENTATIONS:
+    if implementation not in (None, *IMPLEMENTATIONS):
         raise ValueError(
             f"implementation is {implementation!r}; wanted None or one of {list(IMPLEMENTATIONS)}"
         )
+    if interpret and implementation != "tpu":
+        raise ValueError(f"interpret: got implementation {implementation!r}; wanted 'tpu'")
     if initial_state is None:
         batch, _, width = qkv.shape
         head_dim = width // (3 * slopes.shape[0])
         initial_state = jnp.zeros((batch, slopes.shape[0], head_dim, head_dim), jnp.float32)
-    return IMPLEMENTATIONS[implementation](qkv, slopes, segment_ids, initial_state)
+    arguments = qkv, slopes, segment_ids, initial_state
+    if implementation is None:
+        return _choose(tpu.fits(qkv, slopes.shape[0]))(*arguments)
+    if interpret:
+        return tpu.lightning_attention(*arguments, interpret=True)
+    return IMPLEMENTATIONS[implementation](*arguments)
 
 
 @functools.cache
-def _choose() -> str:
-    _log.info("lightning attention: using the chunked XLA implementation")
-    return "chunked"
+def _choose(tpu_fits: bool):
+    """Return what implementation=None runs; cached, so that each choice is logged once."""
+    if not tpu_fits:
+        _log.info("lightning attention: chunked XLA, because the shapes do not fit the TPU kernels")
+        return chunked.lightning_attention
+    _log.info("lightning attention: Pallas kernels where lowered for TPU, chunked XLA elsewhere")
+    # Decided at lowering: a program compiled ahead of time for TPU on another machine gets them.
+    return functools.partial(
+        jax.lax.platform_dependent,
+        tpu=tpu.lightning_attention,
+        default=chunked.lightning_attention,
+    )
 
 
 def _validate(qkv, slopes, segment_ids, initial_state) -> None:

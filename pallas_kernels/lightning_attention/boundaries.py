@@ -1,0 +1,76 @@
+"""Documents and padding as the TPU kernels read them: one scalar a chunk, one word a token.
+
+A chunk's scalar is `(document << 10) | total`: how many documents start inside it, and how many
+real tokens it holds. It equals the chunk size in a chunk without a boundary or padding, which
+then takes the fast path; it is 0 in one of only padding, which is skipped. A token's word is
+`(document << 10) | count`: documents started in its chunk up to it, and real tokens of the chunk
+up to and with it; negative for padding. Counts give the exponents, so a hole inside a document
+costs no decay.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+from pallas_kernels.lightning_attention import documents
+
+BITS = 10
+COUNT = (1 << BITS) - 1
+
+
+def tables(
+    segment_ids: Int[Array, "B T"], chunk: int, superblock: int
+) -> tuple[Int[Array, "B S 1 C"], Int[Array, "B 1 P"]]:
+    """Return the scalar of each chunk, by superblock, and the word of each token.
+
+    The words are padded to whole superblocks (4 bytes a token, shared by all heads; qkv is not).
+    """
+    batch, length = segment_ids.shape
+    pad = -length % superblock
+    start = jnp.pad(documents.document_starts(segment_ids), ((0, 0), (0, pad)))
+    real = jnp.pad(segment_ids > 0, ((0, 0), (0, pad)))
+
+    def by_chunk(x):
+        return x.reshape(batch, -1, chunk).astype(jnp.int32)
+
+    word = (jnp.cumsum(by_chunk(start), 2) << BITS) + jnp.cumsum(by_chunk(real), 2)
+    chunks = word[:, :, -1].reshape(batch, -1, 1, superblock // chunk)
+    words = jnp.where(by_chunk(real) > 0, word, -1)
+    return chunks, words.reshape(batch, 1, length + pad)
+
+
+def pair_masks(words: Int[Array, "1 C"], scalar):
+    """Expand the words of a chunk, inside a kernel, to what every head of it shares.
+
+    Returns:
+      (real [C, 1]; gap [C, C], negative for pairs that do not meet; query steps [C, 1] since the
+      carried state, negative where another document hides it; key steps [C, 1] to the end of the
+      chunk, negative where another document follows.)
+    """
+    size = words.shape[1]
+    row = jax.lax.broadcasted_iota(jnp.int32, (size, size), 0)
+    col = jax.lax.broadcasted_iota(jnp.int32, (size, size), 1)
+    # The column form is the diagonal of the row form: no second table, no transpose.
+    column = jnp.sum(jnp.where(row == col, words, 0), axis=1, keepdims=True)
+    real = column >= 0
+    same = (column >> BITS) == (words >> BITS)
+    gap = jnp.where((row >= col) & same & real, column - words, -1)
+    count, total = column & COUNT, scalar & COUNT
+    query_steps = jnp.where((column >> BITS) == 0, count, -1)
+    key_steps = jnp.where((column >> BITS) == (scalar >> BITS), total - count, -1)
+    return real, gap, query_steps, key_steps
+
+
+def decay(slope, steps):
+    """exp(-slope * steps), 0 for negative steps; the exponent is masked, never the product."""
+    power = jnp.exp(-slope * jnp.maximum(steps, 0).astype(jnp.float32))
+    return jnp.where(steps >= 0, power, 0.0)
+
+
+def losses(slopes, chunk: int):
+    """Return 1 - exp(-slope n) for n = 0..chunk, flat: head h, n steps at h (chunk + 1) + n.
+
+    Subtracted from the state: float32 exp(-slope) itself misstates the slowest slopes.
+    """
+    steps = jnp.arange(chunk + 1, dtype=jnp.float32)
+    return -jnp.expm1(-slopes[:, None] * steps[None]).reshape(-1)

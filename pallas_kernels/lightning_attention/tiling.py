@@ -1,0 +1,86 @@
+"""Block sizes of the TPU kernels, the reasons for them, and the VMEM they take.
+
+chunk: one side of the matrix unit, so that the C x C tile fills it: 128 on v5e and v5p, 256 on
+v6e and tpu7x. superblock: tokens of one grid step and of one saved state: D^2 * 4 / superblock
+bytes of residual per token and head, 64 for 1024 tokens at D = 128. heads: independent heads in
+one instruction stream, whose matrix products hide each other's latency.
+"""
+
+import dataclasses
+
+import jax
+
+MATRIX_UNIT = {"v5e": 128, "v5p": 128, "v6e": 256, "tpu7x": 256}
+# Kernels ask for what they need of this; tpu7x has 64 MiB, the others 95 or more.
+VMEM_BYTES = 56 * 2**20
+LANES = 128
+KINDS = {
+    "v5 lite": "v5e",
+    "v5e": "v5e",
+    "v5p": "v5p",
+    "v6 lite": "v6e",
+    "v6e": "v6e",
+    "7x": "tpu7x",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiling:
+    """Tokens in a chunk, tokens in a superblock (whole chunks), heads in a block."""
+
+    chunk: int
+    superblock: int
+    heads: int
+
+    def __post_init__(self):
+        if self.superblock % self.chunk:
+            raise ValueError(
+                f"superblock: got {self.superblock}; wanted a multiple of chunk {self.chunk}"
+            )
+
+
+def chip() -> str:
+    """Name the generation of the first device; v5p where a program is compiled without one."""
+    if jax.default_backend() == "tpu":
+        kind = jax.devices()[0].device_kind.lower()
+        for part, name in KINDS.items():
+            if part in kind:
+                return name
+    return "v5p"
+
+
+def vmem_bytes(tiling: Tiling, head_dim: int, item_bytes: int) -> int:
+    """Return what the backward pass, the larger of the two, takes: blocks twice, scratch once."""
+    tokens = tiling.superblock * tiling.heads * head_dim * item_bytes
+    state = tiling.heads * head_dim**2
+    chunks = tiling.superblock // tiling.chunk
+    blocks = 2 * (7 * tokens + 3 * 4 * state)
+    states = (chunks * item_bytes + 8) * state
+    weights = tiling.heads * tiling.chunk * (tiling.chunk + 2 * head_dim) * 4
+    return blocks + states + weights
+
+
+def choose(
+    num_heads: int, head_dim: int, length: int, item_bytes: int, generation: str | None = None
+) -> Tiling | None:
+    """Return the block sizes for one call, or None where the kernels do not fit.
+
+    Args:
+      num_heads: heads of the call; a block of them divides it.
+      head_dim: width of a head.
+      length: tokens of a row; a short row makes a short superblock.
+      item_bytes: bytes of one element of qkv.
+      generation: a key of `MATRIX_UNIT`; None asks the device.
+    """
+    chunk = MATRIX_UNIT[generation or chip()]
+    # The saved states cost 64 bytes per token and head up to D = 128, and at 256 in bfloat16.
+    superblock = max(1024, head_dim**2 // (16 if item_bytes == 2 else 32))
+    superblock = min(superblock, -(-max(length, 1) // chunk) * chunk)
+    for heads in range(min(num_heads, 8 if head_dim <= 128 else 2), 0, -1):
+        # A block narrower than the array is a whole number of lanes.
+        if num_heads % heads or (heads * head_dim % LANES and heads != num_heads):
+            continue
+        tiling = Tiling(chunk, superblock, heads)
+        if vmem_bytes(tiling, head_dim, item_bytes) <= VMEM_BYTES:
+            return tiling
+    return None

@@ -1,0 +1,85 @@
+"""Lightning attention on TPU: the two kernels as one differentiable function."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.lightning_attention import boundaries, tiling, tpu_bwd, tpu_fwd
+
+
+def fits(qkv, num_heads: int) -> bool:
+    """Say whether the kernels take these shapes."""
+    width = qkv.shape[2] // (3 * num_heads)
+    return (
+        width in (64, 128, 256)
+        and 0 not in qkv.shape
+        and tiling.choose(num_heads, width, qkv.shape[1], qkv.dtype.itemsize) is not None
+    )
+
+
+def lightning_attention(
+    qkv: Float[Array, "B T N3H"],
+    slopes: Float[Array, "N"],
+    segment_ids: Int[Array, "B T"] | None,
+    initial_state: Float[Array, "B N H H"],
+    *,
+    tile: tiling.Tiling | None = None,
+    interpret: bool = False,
+) -> tuple[Float[Array, "B T NH"], Float[Array, "B N H H"]]:
+    """Run the TPU kernels. See `api.lightning_attention`.
+
+    Precision: bfloat16 input means bfloat16 operands, float32 sums and a float32 carried state
+    that queries read as two bfloat16 halves; float32 input means float32 throughout.
+
+    Args:
+      tile: block sizes; None lets `tiling.choose` find them.
+      interpret: run the kernels' Python on any backend, for tests.
+
+    Raises:
+      ValueError: no block sizes fit.
+    """
+    batch, length, _ = qkv.shape
+    num_heads, width = initial_state.shape[1:3]
+    if 0 in qkv.shape:
+        return qkv[:, :, : num_heads * width], initial_state
+    tile = tile or tiling.choose(num_heads, width, length, qkv.dtype.itemsize)
+    if tile is None:
+        raise ValueError(
+            f"no TPU block fits {num_heads} heads of {width}; wanted a divisor of the heads whose "
+            f"width is a multiple of {tiling.LANES}: use implementation='chunked'"
+        )
+    if segment_ids is None and length % tile.superblock:
+        segment_ids = jnp.ones((batch, length), jnp.int32)
+    tables = (None, None)
+    if segment_ids is not None:
+        tables = boundaries.tables(segment_ids, tile.chunk, tile.superblock)
+    return _attend(tile, interpret, qkv, slopes, tables, initial_state)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attend(tile, interpret, qkv, slopes, tables, initial_state):
+    o, final, _ = tpu_fwd.forward(
+        qkv, slopes, tables, initial_state, tile=tile, checkpoints=False, interpret=interpret
+    )
+    return o, final
+
+
+def _attend_fwd(tile, interpret, qkv, slopes, tables, initial_state):
+    o, final, saved = tpu_fwd.forward(
+        qkv, slopes, tables, initial_state, tile=tile, checkpoints=True, interpret=interpret
+    )
+    return (o, final), (qkv, slopes, tables, saved)
+
+
+def _attend_bwd(tile, interpret, residuals, cotangents):
+    qkv, slopes, tables, saved = residuals
+    d_o, d_final = cotangents
+    d_qkv, d_initial = tpu_bwd.backward(
+        qkv, slopes, tables, saved, d_o, d_final, tile=tile, interpret=interpret
+    )
+    return d_qkv, jnp.zeros_like(slopes), None, d_initial  # slopes are constants of the model
+
+
+_attend.defvjp(_attend_fwd, _attend_bwd)

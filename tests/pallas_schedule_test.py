@@ -1,0 +1,68 @@
+"""The kernels' static schedules stay within the budgets recorded in tests/data."""
+
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.experimental import topologies
+
+from pallas_kernels.lightning_attention import api, schedule, tiling
+
+# Written by `python -m pallas_kernels.lightning_attention.schedule --json=<this file>`.
+BUDGETS = pathlib.Path(__file__).parent / "data" / "lightning_schedule.json"
+SLACK = 1.02  # another build of the compiler may move a few bundles
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chip", schedule.CHIPS)
+def test_schedule_stays_within_its_budget(chip):
+    pytest.importorskip("libtpu")
+    budgets = {(r["kernel"], r["chip"]): r for r in json.loads(BUDGETS.read_text())}
+    for record in schedule.measure(chip):
+        budget = budgets[record["kernel"], chip]
+        for key in ("bundles_per_token_head", "spills", "vmem_bytes"):
+            assert record[key] <= budget[key] * SLACK, (record["kernel"], key)
+
+
+def test_saved_states_cost_at_most_64_bytes_per_token_and_head():
+    for head_dim in (64, 128, 256):
+        tile = tiling.choose(8, head_dim, 1 << 20, 2, "v5p")
+        assert head_dim**2 * 4 / tile.superblock <= 64
+
+
+@pytest.mark.parametrize("num_heads", [1, 3, 6, 16, 61, 64])
+@pytest.mark.parametrize("head_dim", [128, 256])
+def test_any_number_of_heads_has_blocks(num_heads, head_dim):
+    for generation in tiling.MATRIX_UNIT:
+        for item_bytes in (2, 4):
+            tile = tiling.choose(num_heads, head_dim, 5000, item_bytes, generation)
+            assert tile is not None
+            assert num_heads % tile.heads == 0
+            assert tiling.vmem_bytes(tile, head_dim, item_bytes) <= tiling.VMEM_BYTES
+
+
+@pytest.mark.slow
+def test_nothing_copies_the_projection_around_the_kernels(monkeypatch):
+    """Ragged packed rows, forward and backward: temporaries are far below one copy of qkv."""
+    pytest.importorskip("libtpu")
+    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
+    monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # nothing is loaded onto a chip
+    topology = topologies.get_topology_desc(platform="tpu", topology_name="v5p:2x2x1")
+    where = jax.sharding.SingleDeviceSharding(topology.devices[0])
+
+    def array(dtype, *shape):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
+
+    def both(qkv, slopes, segment_ids, d_o):
+        def attend(qkv):
+            return api.lightning_attention(qkv, slopes, segment_ids=segment_ids)
+
+        (o, state), pull = jax.vjp(attend, qkv)
+        return o, state, pull((d_o, state))
+
+    qkv, d_o = (array(jnp.bfloat16, 2, 5000, 8 * n * 128) for n in (3, 1))
+    arguments = qkv, array(jnp.float32, 8), array(jnp.int32, 2, 5000), d_o
+    program = jax.jit(both).trace(*arguments).lower(lowering_platforms=("tpu",)).compile()
+    assert program.memory_analysis().temp_size_in_bytes < qkv.size * 2 / 4
