@@ -3,6 +3,8 @@ VENV ?= .venv
 PYTHON ?= $(VENV)/bin/python
 # Named first because a CPU build of this release satisfies the parity extra.
 TORCH ?= torch==2.13.0
+# The compiler that tests/data/lightning_schedule.json was counted with.
+LIBTPU ?= libtpu==0.0.51
 PYTEST_ARGS ?=
 # The test extra brings libtpu, which would look for a TPU.
 export JAX_PLATFORMS ?= cpu
@@ -22,7 +24,7 @@ $(VENV)/.m1-jax-runs: pyproject.toml
 	touch $@
 
 $(VENV)/.m1-jax-tests: $(VENV)/.m1-jax-runs
-	[ "$$(uname)" != Linux ] || $(VENV)/bin/python -m pip install --quiet $(TORCH)
+	[ "$$(uname -sm)" != "Linux x86_64" ] || $(VENV)/bin/python -m pip install --quiet $(TORCH) $(LIBTPU)
 	$(VENV)/bin/python -m pip install --quiet -e '.[test,parity,dev]'
 	touch $@
 

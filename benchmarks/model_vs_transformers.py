@@ -3,8 +3,11 @@
     python benchmarks/model_vs_transformers.py [--json=FILE] [--repeats=7] [--size=tiny]
 
 Both sides compute in float32 with all cores. They are timed in turn (ours, theirs, ours, theirs)
-and the ratio is that of the medians, for transformers of whichever of its expert implementations
-was fastest. A call during which other processes (or the hypervisor) took CPU time is made again:
+and the ratio is that of the fastest calls (a virtual machine only ever adds time, at times
+threefold), for transformers of whichever of its expert implementations was fastest; medians stand
+beside them. `matmuls` is the time of nothing but the model's matmuls in torch, at the shapes of
+perfectly balanced experts: no float32 implementation on this machine can be much faster. A call
+during which other processes (or the hypervisor) took CPU time is made again:
 torch's threads spin at barriers, so a busy neighbour slows it tenfold where it slows us a little.
 Compilation and first calls are not timed. Before any timing, both must give the same numbers.
 
@@ -88,12 +91,15 @@ class Case:
     """One measurement. Both sides take no argument and return the seconds they timed.
 
     tokens: processed per timed call, for tokens per second.
+    matmuls: (rows, in, out, how often) of every weight matmul in a call; empty for decoding, which
+      reads weights rather than computes.
     experts: implementations of transformers' experts to choose from.
     target: the ratio of speeds that we promise.
     """
 
     name: str
     tokens: int
+    matmuls: tuple[tuple[int, int, int, int], ...]
     ours: Callable[[], float]
     theirs: Callable[[], float]
     experts: tuple[str, ...]
@@ -246,6 +252,40 @@ def _check(ours, theirs, size: Size) -> dict[str, float]:
     return differences
 
 
+def _matmuls(size: Size, tokens: int, head_tokens: int, passes: int = 1):
+    """Return `Case.matmuls` of `passes` as costly as a forward pass: 3 with gradients."""
+    m = size.model
+    hidden, ffn, heads = m["hidden_size"], m["intermediate_size"], m["num_attention_heads"]
+    width = heads * m["head_dim"]
+    softmax = m["layer_types"].count("full_attention")
+    lightning = len(m["layer_types"]) - softmax
+    kv = 2 * m["num_key_value_heads"] * m["head_dim"]
+    experts = m["num_local_experts"]
+    rows = tokens * m["num_experts_per_tok"] // experts
+    shapes = (
+        (tokens, hidden, 3 * width, lightning),
+        (tokens, hidden, width, lightning),  # The output gate.
+        (tokens, hidden, width + kv, softmax),
+        (tokens, width, hidden, lightning + softmax),
+        (rows, hidden, ffn, 2 * experts * (lightning + softmax)),
+        (rows, ffn, hidden, experts * (lightning + softmax)),
+        (head_tokens, hidden, m["vocab_size"], 1),
+    )
+    return tuple((*shape, passes * count) for *shape, count in shapes)
+
+
+@torch.no_grad()
+def _matmul_secs(shapes, repeats: int) -> float:
+    """Return the seconds of these matmuls alone: each shape's fastest call, times its count."""
+    total = 0.0
+    for rows, width, out, count in shapes:
+        x, weight = torch.randn(rows, width), torch.randn(out, width)
+        call = functools.partial(torch.nn.functional.linear, x, weight)
+        call()
+        total += count * min(_clock(call) for _ in range(3 * repeats))
+    return total
+
+
 def _cases(ours, theirs, size: Size) -> list[Case]:
     rng = np.random.default_rng(2)
 
@@ -262,6 +302,7 @@ def _cases(ours, theirs, size: Size) -> list[Case]:
         Case(
             "prefill-all-logits",
             length,
+            _matmuls(size, length, length),
             lambda: _clock(lambda: ours(prefill_jax)),
             lambda: _their_prefill_secs(theirs, prefill_torch, use_cache=False),
             many,
@@ -270,6 +311,7 @@ def _cases(ours, theirs, size: Size) -> list[Case]:
         Case(
             "prefill-last-logits-and-cache",
             length,
+            _matmuls(size, length, 1),
             lambda: _clock(lambda: _prefill(ours, prefill_jax, max_length=length)),
             lambda: _their_prefill_secs(theirs, prefill_torch, use_cache=True, logits_to_keep=1),
             many,
@@ -287,6 +329,7 @@ def _cases(ours, theirs, size: Size) -> list[Case]:
             Case(
                 f"decode-batch-{batch}",
                 batch * steps,
+                (),
                 functools.partial(_our_decode_secs, ours, token_jax, state, steps),
                 functools.partial(_their_decode_secs, theirs, token_torch, cache, steps),
                 one if batch == 1 else many,
@@ -297,6 +340,7 @@ def _cases(ours, theirs, size: Size) -> list[Case]:
         Case(
             "forward-and-backward",
             train_torch.numel(),
+            _matmuls(size, train_torch.numel(), train_torch.numel(), passes=3),
             lambda: _clock(lambda: _loss_and_gradients(ours, train_jax)),
             lambda: _their_train_secs(theirs, train_torch),
             many,
@@ -325,15 +369,16 @@ def _measure(case: Case, theirs, repeats: int) -> dict:
                 secs, in_peace = _undisturbed(side)
                 (quiet if in_peace else disturbed)[name].append(secs)
     secs = {name: quiet[name] or disturbed[name] for name in sides}
-    median = {name: statistics.median(values) for name, values in secs.items()}
-    best = min(case.experts, key=median.get)
+    least = {name: min(values) for name, values in secs.items()}
+    best = min(case.experts, key=least.get)
     return {
         "case": case.name,
         "tokens": case.tokens,
-        "median_secs": median,
-        "min_secs": {name: min(values) for name, values in secs.items()},
+        "median_secs": {name: statistics.median(values) for name, values in secs.items()},
+        "min_secs": least,
+        "matmul_secs": _matmul_secs(case.matmuls, repeats),
         "theirs": best,
-        "ratio": median[best] / median["ours"],
+        "ratio": least[best] / least["ours"],
         "target": case.target,
         "quiet_calls": min(map(len, quiet.values())),
         "quiet": all(len(values) == repeats for values in quiet.values()),
@@ -344,7 +389,8 @@ def _print_row(row: dict) -> None:
     cells = [f"{row['case']:<29}"]
     for name in ("ours", row["theirs"]):
         median, least = row["median_secs"][name], row["min_secs"][name]
-        cells.append(f"{median:8.3f} {least:8.3f} {row['tokens'] / median:9,.0f}")
+        cells.append(f"{median:8.3f} {least:8.3f} {row['tokens'] / least:9,.0f}")
+    cells.append(f"{row['matmul_secs'] or float('nan'):7.3f}")
     cells.append(f" {row['theirs']:<10} {row['ratio']:5.2f} {row['target']:6.1f}")
     print(*cells, "" if row["quiet"] else "BUSY MACHINE: do not quote", flush=True)
 
@@ -383,7 +429,7 @@ def main(argv):
     print("largest differences:", *(f"{k} {v:.1e}" for k, v in differences.items()))
     columns = f"{'median s':>8} {'min s':>8} {'tokens/s':>9}"
     print(f"{'':<29} {'ours':<27} {'transformers':<27}")
-    print(f"{'case':<29} {columns} {columns}  {'experts':<10} {'ratio':>5} {'target':>6}")
+    print(f"{'case':<29} {columns} {columns} matmuls  {'experts':<10} {'ratio':>5} {'target':>6}")
     rows = []
     for case in cases:
         if not _CASES.value or case.name in _CASES.value:

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+from importlib import metadata
 
 import jax
 import jax.numpy as jnp
@@ -11,14 +12,18 @@ from jax.experimental import topologies
 from pallas_kernels.lightning_attention import api, schedule, tiling
 
 # Written by `python -m pallas_kernels.lightning_attention.schedule --json=<this file>`.
+# Counts differ from one compiler to the next; the Makefile installs this one.
+COMPILER = "0.0.51"
 BUDGETS = pathlib.Path(__file__).parent / "data" / "lightning_schedule.json"
-SLACK = 1.02  # another build of the compiler may move a few bundles
+SLACK = 1.02
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("chip", schedule.CHIPS)
 def test_schedule_stays_within_its_budget(chip):
     pytest.importorskip("libtpu")
+    if (got := metadata.version("libtpu")) != COMPILER:
+        pytest.skip(f"libtpu: got {got}; the budgets were counted with {COMPILER}")
     budgets = {(r["kernel"], r["chip"]): r for r in json.loads(BUDGETS.read_text())}
     for record in schedule.measure(chip):
         budget = budgets[record["kernel"], chip]
