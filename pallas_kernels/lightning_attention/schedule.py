@@ -122,7 +122,8 @@ def measure(chip: str) -> list[dict]:
             (bundles,) = glob.glob(f"{dump}/*{kernel}*-final_bundles.txt")
             (slots,) = glob.glob(f"{dump}/*{kernel}*-final_hlo-static-per-bundle-utilization.txt")
             loops, spills = chunk_loops(bundles), spill_rows(slots)
-            per_token_head = sum(map(len, loops)) / (tile.chunk * tile.heads)
+            chunks = tile.group if kernel == "lightning_fwd" else 1  # in one loop body
+            per_token_head = sum(map(len, loops)) / (chunks * tile.chunk * tile.heads)
             static, hbm = per_token_head / clock * 1e9, least / bandwidth * 1e9
             records.append(
                 {

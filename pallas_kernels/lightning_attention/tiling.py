@@ -1,7 +1,9 @@
 """Block sizes of the TPU kernels, the reasons for them, and the VMEM they take.
 
-chunk: one side of the matrix unit, so that the C x C tile fills it: 128 on v5e and v5p, 256 on
-v6e and tpu7x. superblock: tokens of one grid step and of one saved state: D^2 * 4 / superblock
+chunk: 128 tokens. That is the side of the matrix unit on v5e and v5p; on v6e and tpu7x, where it is
+256, two products of 128 laid side by side (`wide`) beat a chunk of 256: less work in C x C tiles, and
+a tile of 16 registers instead of 64. unroll: the pipeline drains between loop bodies, which costs
+more where the products are short. superblock: tokens of one grid step and of one saved state: D^2 * 4 / superblock
 bytes of residual per token and head, 64 for 1024 tokens at D = 128. heads: independent heads in
 one instruction stream, whose matrix products hide each other's latency.
 """
@@ -10,7 +12,10 @@ import dataclasses
 
 import jax
 
+CHUNK = 128
+# Sides of the matrix unit, and chunks in one loop body of the forward pass.
 MATRIX_UNIT = {"v5e": 128, "v5p": 128, "v6e": 256, "tpu7x": 256}
+UNROLL = {"v5e": 2, "v5p": 2, "v6e": 2, "tpu7x": 4}
 # Kernels ask for what they need of this; tpu7x has 64 MiB, the others 95 or more.
 VMEM_BYTES = 56 * 2**20
 LANES = 128
@@ -26,17 +31,32 @@ KINDS = {
 
 @dataclasses.dataclass(frozen=True)
 class Tiling:
-    """Tokens in a chunk, tokens in a superblock (whole chunks), heads in a block."""
+    """Block sizes of one call.
+
+    chunk: tokens of a chunk.
+    superblock: tokens of a superblock, whole chunks.
+    heads: heads of a block.
+    unroll: chunks in one loop body of the forward pass, at most.
+    wide: whether two products share one pass of the matrix unit.
+    """
 
     chunk: int
     superblock: int
     heads: int
+    unroll: int = 1
+    wide: bool = False
 
     def __post_init__(self):
         if self.superblock % self.chunk:
             raise ValueError(
                 f"superblock: got {self.superblock}; wanted a multiple of chunk {self.chunk}"
             )
+
+    @property
+    def group(self) -> int:
+        """Chunks in one loop body: the largest number up to `unroll` that divides a superblock."""
+        chunks = self.superblock // self.chunk
+        return next(n for n in range(self.unroll, 0, -1) if chunks % n == 0)
 
 
 def chip() -> str:
@@ -56,8 +76,10 @@ def vmem_bytes(tiling: Tiling, head_dim: int, item_bytes: int) -> int:
     chunks = tiling.superblock // tiling.chunk
     blocks = 2 * (7 * tokens + 3 * 4 * state)
     states = (chunks * item_bytes + 8) * state
-    weights = tiling.heads * tiling.chunk * (tiling.chunk + 2 * head_dim) * 4
-    return blocks + states + weights
+    square, oblong = tiling.chunk**2, tiling.chunk * head_dim
+    weights = tiling.heads * 4 * (2 * square + 4 * oblong)
+    slots = tiling.heads * (item_bytes * (3 * square + 2 * oblong) + 4 * 3 * oblong)
+    return blocks + states + weights + slots
 
 
 def choose(
@@ -72,7 +94,10 @@ def choose(
       item_bytes: bytes of one element of qkv.
       generation: a key of `MATRIX_UNIT`; None asks the device.
     """
-    chunk = MATRIX_UNIT[generation or chip()]
+    generation = generation or chip()
+    # Half products side by side need whole lanes to be put together without moves.
+    wide = MATRIX_UNIT[generation] == 2 * head_dim and item_bytes == 2
+    chunk = CHUNK
     # The saved states cost 64 bytes per token and head up to D = 128, and at 256 in bfloat16.
     superblock = max(1024, head_dim**2 // (16 if item_bytes == 2 else 32))
     superblock = min(superblock, -(-max(length, 1) // chunk) * chunk)
@@ -80,7 +105,7 @@ def choose(
         # A block narrower than the array is a whole number of lanes.
         if num_heads % heads or (heads * head_dim % LANES and heads != num_heads):
             continue
-        tiling = Tiling(chunk, superblock, heads)
+        tiling = Tiling(chunk, superblock, heads, UNROLL[generation], wide)
         if vmem_bytes(tiling, head_dim, item_bytes) <= VMEM_BYTES:
             return tiling
     return None

@@ -8,6 +8,10 @@ With P and dP the masked, decayed products q k^T and do v^T of a chunk, i and j 
 Superblocks run backwards, each reading q, k, v and do once: from its saved float32 state the
 states at its chunks are computed again into VMEM, then its chunks run backwards with dS in
 scratch. Slopes are constants of the model and get no gradient.
+
+Chunks without boundary or padding run through `pipeline.run`, with products side by side as in the
+forward pass: do [v^T, S^T], k [q^T, dS], v [do^T, dS^T], then P^T do with dP^T q and dP k with
+q^T do. P is computed transposed from the start, dP both ways: cheaper than a transposition.
 """
 
 import functools
@@ -17,79 +21,149 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.lightning_attention import boundaries, tiling, tpu_fwd
+from pallas_kernels.lightning_attention import boundaries, pipeline, tiling, tpu_fwd
 
 F32 = jnp.float32
-dot = tpu_fwd.dot
+dot, fade = tpu_fwd.dot, tpu_fwd.fade
 
 
 def _kernel(slopes, losses, *refs, tile: tiling.Tiling, packed: bool):
     scalars, words, *refs = refs if packed else (None, None, *refs)
     qkv, d_o, saved, d_final, d_qkv, d_initial, *refs = refs
-    state, d_state, states, pair_decay, query_ramp, key_ramp = refs
+    state, d_state, states, *refs = refs
+    decay, query_ramp, key_ramp_t, decay_t, query_ramp_t, key_ramp, *refs = refs
+    queries_t, ramped_t, d_scores, scores_t, d_scores_t, dq_carried, dk_carried, dv_carried = refs
     size, heads, width = tile.chunk, tile.heads, state.shape[2]
-    first_head, num = pl.program_id(1) * heads, tile.superblock // size
+    dtype, first_head, num = qkv.dtype, pl.program_id(1) * heads, tile.superblock // size
+    paired = tile.wide and heads % 2 == 0
+    keys_t = ramped_t  # a slot that only the recomputation uses before the chunks run backwards
 
     @pl.when(pl.program_id(2) == 0)
     def _():
         d_state[...] = d_final[0]
-        tpu_fwd.fill_weights(slopes, first_head, pair_decay, query_ramp, key_ramp)
+        tpu_fwd.fill_weights(slopes, first_head, decay, query_ramp, key_ramp_t)
+        for h in range(heads):
+            slope = slopes[first_head + h]
+            row, col = tpu_fwd.iota(decay_t, 0), tpu_fwd.iota(decay_t, 1)
+            decay_t[h] = boundaries.decay(slope, col - row)
+            query_ramp_t[h] = boundaries.decay(slope, tpu_fwd.iota(query_ramp_t, 1) + 1)
+            key_ramp[h] = boundaries.decay(slope, size - 1 - tpu_fwd.iota(key_ramp, 0))
 
     state[...] = saved[0, :, 0]
 
-    def per_head(c, kind, scalar, run):
-        """Call run(h, q k v do, decays, loss) for the heads of a chunk."""
+    def load(c, h):
         rows = tpu_fwd.chunk_rows(c, size)
-        masks = None
-        if kind == "general":
-            assert words is not None
-            real, *masks = boundaries.pair_masks(words[0, :, rows], scalar)
-        for h in range(heads):
-            parts = tpu_fwd.load_heads(qkv, rows, h, width, 3)
-            parts += tpu_fwd.load_heads(d_o, rows, h, width, 1)
-            if masks is None:
-                decays = pair_decay[h], query_ramp[h], key_ramp[h]
-                loss = losses[(first_head + h) * (size + 1) + size]
-            else:
-                parts = [jnp.where(real, x, 0) for x in parts]
-                decays = [boundaries.decay(slopes[first_head + h], n) for n in masks]
-                loss = tpu_fwd.packed_loss(losses, first_head + h, scalar, size)
-            run(h, parts, decays, loss)
+        return tpu_fwd.load_heads(qkv, rows, h, width, 3) + tpu_fwd.load_heads(
+            d_o, rows, h, width, 1
+        )
 
-    def recompute(c, kind, scalar):
-        states[c] = state[...].astype(states.dtype)
+    def store(c, h, gradients):
+        rows = tpu_fwd.chunk_rows(c, size)
+        for i, x in enumerate(gradients):
+            d_qkv[0, rows, pl.ds((3 * h + i) * width, width)] = x.astype(d_qkv.dtype)
+
+    def full_loss(h):
+        return losses[(first_head + h) * (size + 1) + size]
+
+    def with_masks(c, scalar, run):
+        """Call run(h, q k v do, decays, loss) for the heads of a chunk with a boundary."""
+        rows = tpu_fwd.chunk_rows(c, size)
+        real, *masks = boundaries.pair_masks(words[0, :, rows], scalar)
+        for h in range(heads):
+            parts = [jnp.where(real, x, 0) for x in load(c, h)]
+            decays = [boundaries.decay(slopes[first_head + h], n) for n in masks]
+            run(h, parts, decays, tpu_fwd.packed_loss(losses, first_head + h, scalar, size))
+
+    # States at the starts of chunks.
+
+    def transpose_keys(c, h):
+        keys_t[h] = (load(c, h)[1].T * key_ramp_t[h]).astype(dtype)
+
+    def advance(c, h):
+        states[c, h] = state[h].astype(dtype)
+        if paired and h % 2:
+            gains = tpu_fwd.two_products(
+                keys_t[h - 1], load(c, h - 1)[2], keys_t[h], load(c, h)[2], True
+            )
+            fade(state, h - 1, full_loss(h - 1), gains[0])
+            fade(state, h, full_loss(h), gains[1])
+        elif not paired:
+            fade(state, h, full_loss(h), dot(keys_t[h], load(c, h)[2], 1, 0))
+
+    def advance_boundary(c, scalar):
+        states[c] = state[...].astype(dtype)
 
         def run(h, parts, decays, loss):
-            _, k, v, _ = parts
-            added = dot((k * decays[2]).astype(k.dtype), v, 0, 0)
-            state[h] = state[h] - loss * state[h] + added
+            gain = dot((parts[1] * decays[2]).astype(dtype), parts[2], 0, 0)
+            fade(state, h, loss, gain)
 
-        if kind != "empty":
-            per_head(c, kind, scalar, run)
+        pl.when(scalar != 0)(lambda: with_masks(c, scalar, run))
 
-    def chunk(c, kind, scalar):
-        rows = tpu_fwd.chunk_rows(c, size)
+    pipeline.run(
+        num,
+        heads,
+        (transpose_keys, advance),
+        scalars=scalars,
+        full=size,
+        boundary=advance_boundary,
+    )
 
+    # Gradients, from the last chunk to the first.
+
+    def transpose_queries(c, h):
+        queries_t[h] = load(c, h)[0].T
+
+    def score(c, h):
+        _, k, v, d = load(c, h)
+        d_next = d_state[h].astype(dtype)
+        both = dot(d, jnp.concatenate([v, states[c, h]], 0), 1, 1)
+        d_scores[h] = (both[:, :size] * decay[h]).astype(dtype)
+        dq_carried[h] = query_ramp[h] * both[:, size:]
+        both = dot(k, jnp.concatenate([queries_t[h], d_next], 1), 1, 0)
+        scores_t[h] = (both[:, :size] * decay_t[h]).astype(dtype)
+        dv_carried[h] = key_ramp[h] * both[:, size:]
+        both = dot(v, jnp.concatenate([d, d_next], 0), 1, 1)
+        d_scores_t[h] = (both[:, :size] * decay_t[h]).astype(dtype)
+        dk_carried[h] = key_ramp[h] * both[:, size:]
+        ramped_t[h] = (queries_t[h] * query_ramp_t[h]).astype(dtype)
+
+    def finish(c, h):
+        q, k, _, d = load(c, h)
+        dv, dk = tpu_fwd.two_products(scores_t[h], d, d_scores_t[h], q, tile.wide)
+        dq, gain = tpu_fwd.two_products(d_scores[h], k, ramped_t[h], d, tile.wide)
+        fade(d_state, h, full_loss(h), gain)
+        store(c, h, (dq + dq_carried[h], dk + dk_carried[h], dv + dv_carried[h]))
+
+    def finish_boundary(c, scalar):
         def run(h, parts, decays, loss):
             q, k, v, d = parts
-            decay, ramp_q, ramp_k = decays
-            p, dp = ((x * decay).astype(q.dtype) for x in (dot(q, k, 1, 1), dot(d, v, 1, 1)))
-            d_next = d_state[h].astype(q.dtype)
+            pair_decay, ramp_q, ramp_k = decays
+            p, dp = ((x * pair_decay).astype(dtype) for x in (dot(q, k, 1, 1), dot(d, v, 1, 1)))
+            d_next = d_state[h].astype(dtype)
             dq = dot(dp, k, 1, 0) + ramp_q * dot(d, states[c, h], 1, 1)
             dk = dot(dp, q, 0, 0) + ramp_k * dot(v, d_next, 1, 1)
             dv = dot(p, d, 0, 0) + ramp_k * dot(k, d_next, 1, 0)
-            added = dot((q * ramp_q).astype(q.dtype), d, 0, 0)
-            d_state[h] = d_state[h] - loss * d_state[h] + added
-            for i, x in enumerate((dq, dk, dv)):
-                d_qkv[0, rows, pl.ds((3 * h + i) * width, width)] = x.astype(d_qkv.dtype)
+            gain = dot((q * ramp_q).astype(dtype), d, 0, 0)
+            fade(d_state, h, loss, gain)
+            store(c, h, (dq, dk, dv))
 
-        if kind == "empty":
-            d_qkv[0, rows] = jnp.zeros((size, 3 * heads * width), d_qkv.dtype)
-        else:
-            per_head(c, kind, scalar, run)
+        @pl.when(scalar == 0)
+        def _():
+            d_qkv[0, tpu_fwd.chunk_rows(c, size)] = jnp.zeros(
+                (size, 3 * heads * width), d_qkv.dtype
+            )
 
-    tpu_fwd.for_each_chunk(num, recompute, scalars, size)
-    tpu_fwd.for_each_chunk(num, chunk, scalars, size, reverse=True)
+        pl.when(scalar != 0)(lambda: with_masks(c, scalar, run))
+
+    pipeline.run(
+        num,
+        heads,
+        (transpose_queries, score, finish),
+        reverse=True,
+        scalars=scalars,
+        full=size,
+        boundary=finish_boundary,
+    )
     d_initial[0] = d_state[...]
 
 
@@ -132,8 +206,13 @@ def backward(qkv, slopes, tables, saved, d_o, d_final, *, tile, interpret=False)
             jax.ShapeDtypeStruct((batch, length, 3 * num_heads * width), qkv.dtype),
             jax.ShapeDtypeStruct(d_final.shape, F32),
         ],
-        scratch_shapes=[carried, carried, pltpu.VMEM(states, qkv.dtype),
-                        *tpu_fwd.weight_scratch(tile, width)],
+        scratch_shapes=[
+            carried,
+            carried,
+            pltpu.VMEM(states, qkv.dtype),
+            *tpu_fwd.scratch(tile, "CC CH HC CC HC CH", width, qkv.dtype),
+            *tpu_fwd.scratch(tile, "hc hc cc cc cc CH CH CH", width, qkv.dtype),
+        ],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"),
             vmem_limit_bytes=tiling.VMEM_BYTES,

@@ -7,6 +7,11 @@ For a chunk of n real tokens that enters with state S (M1 section 2; kernels.md 
 
 The grid walks batch rows, head blocks and superblocks; S stays in VMEM scratch, float32, from
 one superblock to the next. The state each superblock enters with is the only residual.
+
+Chunks without boundary or padding run through `pipeline.run` in three stages. Products are laid
+side by side where they share an operand, because a matrix unit 256 wide is half idle on 128
+columns: q [k^T, S], [P, q] [v; S], and the k^T v of two heads as one block-diagonal product.
+Queries read S as a high bfloat16 half and a low one (what the high half rounds away).
 """
 
 import functools
@@ -16,7 +21,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.lightning_attention import boundaries, tiling
+from pallas_kernels.lightning_attention import boundaries, pipeline, tiling
 
 F32, BF16 = jnp.float32, jnp.bfloat16
 
@@ -37,17 +42,37 @@ def read_state(q, state):
     return dot(q, high, 1, 0) + dot(q, low, 1, 0)
 
 
-def fill_weights(slopes, first_head, tile, query_ramp, key_ramp):
-    """Write the weights of a chunk without boundary: constants of a head, made once a block."""
-    heads, size, width = query_ramp.shape
-    row = jax.lax.broadcasted_iota(jnp.int32, (size, size), 0)
-    col = jax.lax.broadcasted_iota(jnp.int32, (size, size), 1)
-    step = jax.lax.broadcasted_iota(jnp.int32, (size, width), 0)
+def iota(ref, axis: int):
+    return jax.lax.broadcasted_iota(jnp.int32, ref.shape[1:], axis)
+
+
+def fill_weights(slopes, first_head, pair_decay, query_ramp, key_ramp):
+    """Write the weights of a chunk without boundary: constants of a head, made once a block.
+
+    pair_decay [N, C, C] at (i, j), query_ramp [N, C, H] along rows, key_ramp [N, H, C] along
+    columns, for keys that stand transposed.
+    """
+    heads, size, _ = pair_decay.shape
     for h in range(heads):
         slope = slopes[first_head + h]
-        tile[h] = boundaries.decay(slope, row - col).astype(tile.dtype)
-        query_ramp[h] = boundaries.decay(slope, step + 1).astype(query_ramp.dtype)
-        key_ramp[h] = boundaries.decay(slope, size - 1 - step).astype(key_ramp.dtype)
+        pair_decay[h] = boundaries.decay(slope, iota(pair_decay, 0) - iota(pair_decay, 1))
+        query_ramp[h] = boundaries.decay(slope, iota(query_ramp, 0) + 1)
+        key_ramp[h] = boundaries.decay(slope, size - 1 - iota(key_ramp, 1))
+
+
+def two_products(a, b, c, d, wide: bool):
+    """Return (a b, c d), as one product with a block-diagonal right side if `wide`."""
+    if not wide:
+        return dot(a, b, 1, 0), dot(c, d, 1, 0)
+    zero = jnp.zeros_like(b)
+    rows = jnp.concatenate([b, zero], 1), jnp.concatenate([zero, d], 1)
+    both = dot(jnp.concatenate([a, c], 1), jnp.concatenate(rows, 0), 1, 0)
+    return both[:, : b.shape[1]], both[:, b.shape[1] :]
+
+
+def fade(state, h: int, loss, gain) -> None:
+    """Carry the state of head h over a chunk."""
+    state[h] = state[h] - loss * state[h] + gain
 
 
 def load_heads(ref, rows, h: int, width: int, parts: int):
@@ -59,72 +84,89 @@ def chunk_rows(c, size: int):
     return pl.ds(pl.multiple_of(c * size, size), size)
 
 
-def for_each_chunk(num, body, scalars, size: int, *, reverse=False):
-    """Run `body(c, kind)` for every chunk; kind is "fast", "general" or "empty".
-
-    Without scalars the call holds neither boundary nor padding, and only "fast" is compiled.
-    """
-
-    def step(i, carry):
-        c = num - 1 - i if reverse else i
-        if scalars is None:
-            body(c, "fast", None)
-            return carry
-        scalar = scalars[0, 0, 0, c]
-        pl.when(scalar == size)(lambda: body(c, "fast", scalar))
-        pl.when((scalar != size) & (scalar != 0))(lambda: body(c, "general", scalar))
-        pl.when(scalar == 0)(lambda: body(c, "empty", scalar))
-        return carry
-
-    jax.lax.fori_loop(0, num, step, 0)
-
-
 def _kernel(slopes, losses, *refs, tile: tiling.Tiling, packed: bool, checkpoints: bool):
     scalars, words, *refs = refs if packed else (None, None, *refs)
     qkv, initial, o, final, *refs = refs
     saved, refs = (refs[0], refs[1:]) if checkpoints else (None, refs)
-    state, pair_decay, query_ramp, key_ramp = refs
+    state, pair_decay, query_ramp, key_ramp, keys_t, added_keys, scores, carried, low_ramp = refs
     size, heads, width = tile.chunk, tile.heads, state.shape[2]
+    dtype, split = qkv.dtype, qkv.dtype == BF16
     first_head = pl.program_id(1) * heads
+    paired = tile.wide and heads % 2 == 0
 
     @pl.when(pl.program_id(2) == 0)
     def _():
         state[...] = initial[0]
         fill_weights(slopes, first_head, pair_decay, query_ramp, key_ramp)
+        low_ramp[...] = query_ramp[...].astype(dtype)  # exact enough for what S rounds away
 
     if saved is not None:
         saved[0, :, 0] = state[...]
 
-    def head(c, h, qkv_h, weights, loss):
-        q, k, v = qkv_h
-        decay, ramp_q, ramp_k = weights
-        pairs = (dot(q, k, 1, 1) * decay).astype(v.dtype)
-        out = dot(pairs, v, 1, 0) + ramp_q * read_state(q, state[h])
-        added = dot((k * ramp_k).astype(k.dtype), v, 0, 0)
-        state[h] = state[h] - loss * state[h] + added
+    def load(c, h):
+        return load_heads(qkv, chunk_rows(c, size), h, width, 3)
+
+    def store(c, h, out):
         o[0, chunk_rows(c, size), pl.ds(h * width, width)] = out.astype(o.dtype)
 
-    def chunk(c, kind, scalar):
-        rows = chunk_rows(c, size)
-        if kind == "empty":
-            o[0, rows] = jnp.zeros((size, heads * width), o.dtype)
-        elif kind == "fast":
-            for h in range(heads):
-                weights = pair_decay[h], query_ramp[h], key_ramp[h]
-                loss = losses[(first_head + h) * (size + 1) + size]
-                head(c, h, load_heads(qkv, rows, h, width, 3), weights, loss)
+    def transpose(c, h):
+        keys_t[h] = load(c, h)[1].T
+
+    def score(c, h):
+        q = load(c, h)[0]
+        high = state[h].astype(dtype)
+        both = dot(q, jnp.concatenate([keys_t[h], high], 1), 1, 0)
+        scores[h] = (both[:, :size] * pair_decay[h]).astype(dtype)
+        carried[h] = query_ramp[h] * both[:, size:]
+        added_keys[h] = (keys_t[h] * key_ramp[h]).astype(dtype)
+
+    def finish(c, h):
+        q, _, v = load(c, h)
+        if split:
+            low = (state[h] - state[h].astype(dtype).astype(F32)).astype(dtype)
+            left = jnp.concatenate([scores[h], q * low_ramp[h]], 1)
+            out = dot(left, jnp.concatenate([v, low], 0), 1, 0)
         else:
-            assert words is not None
-            real, gap, q_steps, k_steps = boundaries.pair_masks(words[0, :, rows], scalar)
+            out = dot(scores[h], v, 1, 0)
+        store(c, h, out + carried[h])
+        if paired and h % 2:
+            gains = two_products(added_keys[h - 1], load(c, h - 1)[2], added_keys[h], v, True)
+            fade(state, h - 1, full_loss(h - 1), gains[0])
+            fade(state, h, full_loss(h), gains[1])
+        elif not paired:
+            fade(state, h, full_loss(h), dot(added_keys[h], v, 1, 0))
+
+    def full_loss(h):
+        return losses[(first_head + h) * (size + 1) + size]
+
+    def boundary(c, scalar):
+        rows = chunk_rows(c, size)
+
+        @pl.when(scalar == 0)
+        def _():
+            o[0, rows] = jnp.zeros((size, heads * width), o.dtype)
+
+        @pl.when(scalar != 0)
+        def _():
+            real, *masks = boundaries.pair_masks(words[0, :, rows], scalar)
             for h in range(heads):
                 # A select, so that NaN in padding reaches neither output nor state.
-                parts = [jnp.where(real, x, 0) for x in load_heads(qkv, rows, h, width, 3)]
-                weights = [
-                    boundaries.decay(slopes[first_head + h], n) for n in (gap, q_steps, k_steps)
-                ]
-                head(c, h, parts, weights, packed_loss(losses, first_head + h, scalar, size))
+                q, k, v = (jnp.where(real, x, 0) for x in load(c, h))
+                decay, ramp_q, ramp_k = (boundaries.decay(slopes[first_head + h], n) for n in masks)
+                pairs = (dot(q, k, 1, 1) * decay).astype(dtype)
+                store(c, h, dot(pairs, v, 1, 0) + ramp_q * read_state(q, state[h]))
+                gain = dot((k * ramp_k).astype(dtype), v, 0, 0)
+                fade(state, h, packed_loss(losses, first_head + h, scalar, size), gain)
 
-    for_each_chunk(tile.superblock // size, chunk, scalars, size)
+    pipeline.run(
+        tile.superblock // size,
+        heads,
+        (transpose, score, finish),
+        group=tile.group,
+        scalars=scalars,
+        full=size,
+        boundary=boundary,
+    )
     final[0] = state[...]
 
 
@@ -146,11 +188,19 @@ def table_specs(scalars, tile: tiling.Tiling, order):
     ]  # fmt: skip
 
 
-def weight_scratch(tile: tiling.Tiling, width: int):
-    """Return scratch for the decay tile and both ramps of every head of a block."""
-    ramp = (tile.heads, tile.chunk, width)
-    pairs = pltpu.VMEM((tile.heads, tile.chunk, tile.chunk), F32)
-    return [pairs, pltpu.VMEM(ramp, F32), pltpu.VMEM(ramp, F32)]
+def scratch(tile: tiling.Tiling, shapes: str, width: int, dtype):
+    """Return VMEM of [heads, rows, columns] arrays, named by their sides: "CH" is chunk by width.
+
+    Capitals are float32, small letters `dtype`.
+    """
+    sides = {"c": tile.chunk, "h": width}
+    return [
+        pltpu.VMEM(
+            (tile.heads, *(sides[side] for side in shape.lower())),
+            F32 if shape.isupper() else dtype,
+        )
+        for shape in shapes.split()
+    ]
 
 
 @functools.partial(jax.jit, static_argnames=("tile", "checkpoints", "interpret"))
@@ -193,7 +243,7 @@ def forward(qkv, slopes, tables, initial_state, *, tile, checkpoints, interpret=
                   tokens(3), state],
         out_specs=out_specs,
         out_shape=out_shape,
-        scratch_shapes=[pltpu.VMEM((tile.heads, width, width), F32), *weight_scratch(tile, width)],
+        scratch_shapes=scratch(tile, "HH CC CH HC hc hc cc CH ch", width, qkv.dtype),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"),
             vmem_limit_bytes=tiling.VMEM_BYTES,
