@@ -1,4 +1,4 @@
-"""Software pipelining over the heads of chunks: the order in which the TPU kernels issue their work.
+"""Software pipelining over the heads of chunks: the order in which the TPU kernels issue work.
 
 A chunk of one head is a chain of matrix products, each waiting some hundred cycles for the one
 before it. The compiler's scheduler follows program order closely, so the kernels split the chain
@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 Stage = Callable[[jax.Array, int], None]
+Boundary = Callable[[jax.Array, jax.Array], None]
 
 
 def leads(heads: int, stages: int) -> tuple[int, ...]:
@@ -39,7 +40,7 @@ def run(
     reverse: bool = False,
     scalars=None,
     full: int = 0,
-    boundary: Stage | None = None,
+    boundary: Boundary = lambda chunk, scalar: None,
 ) -> None:
     """Run every stage for every head of `num` chunks.
 

@@ -1,11 +1,11 @@
 """Block sizes of the TPU kernels, the reasons for them, and the VMEM they take.
 
 chunk: 128 tokens. That is the side of the matrix unit on v5e and v5p; on v6e and tpu7x, where it is
-256, two products of 128 laid side by side (`wide`) beat a chunk of 256: less work in C x C tiles, and
-a tile of 16 registers instead of 64. unroll: the pipeline drains between loop bodies, which costs
-more where the products are short. superblock: tokens of one grid step and of one saved state: D^2 * 4 / superblock
-bytes of residual per token and head, 64 for 1024 tokens at D = 128. heads: independent heads in
-one instruction stream, whose matrix products hide each other's latency.
+256, two products of 128 laid side by side (`wide`) beat a chunk of 256: less work in C x C tiles,
+and a tile of 16 registers instead of 64. unroll: the pipeline drains between loop bodies, which
+costs more where the products are short. superblock: tokens of one grid step and of one saved state:
+D^2 * 4 / superblock bytes of residual per token and head, 64 for 1024 tokens at D = 128. heads:
+independent heads in one instruction stream, whose matrix products hide each other's latency.
 """
 
 import dataclasses

@@ -68,6 +68,7 @@ def _kernel(slopes, losses, *refs, tile: tiling.Tiling, packed: bool):
     def with_masks(c, scalar, run):
         """Call run(h, q k v do, decays, loss) for the heads of a chunk with a boundary."""
         rows = tpu_fwd.chunk_rows(c, size)
+        assert words is not None
         real, *masks = boundaries.pair_masks(words[0, :, rows], scalar)
         for h in range(heads):
             parts = [jnp.where(real, x, 0) for x in load(c, h)]

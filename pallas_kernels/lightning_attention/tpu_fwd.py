@@ -148,6 +148,7 @@ def _kernel(slopes, losses, *refs, tile: tiling.Tiling, packed: bool, checkpoint
 
         @pl.when(scalar != 0)
         def _():
+            assert words is not None
             real, *masks = boundaries.pair_masks(words[0, :, rows], scalar)
             for h in range(heads):
                 # A select, so that NaN in padding reaches neither output nor state.
