@@ -20,6 +20,7 @@ SIZE, CHUNK = 16, 32
 # No decay at all, a lightning last layer, one that forgets at once.
 SYNTHETIC = (0.0, 3.9e-8, 8.0)
 FAST_AND_SLOW = np.array([0.917, 0.0039, 4.949e-5], np.float32)
+EXTREMES = np.array([8, 0.0039, 0], np.float32)
 
 
 def release_slopes():
@@ -44,7 +45,7 @@ def silu_inputs(length, heads, size, seed=0):
     return jnp.asarray(x / (1 + np.exp(-x)), jnp.bfloat16), jnp.asarray(d_o, jnp.bfloat16)
 
 
-def float64(qkv, slopes, state, d_o=None, d_state=None, segment_ids=None):
+def float64(qkv, slopes, state, d_o=None, d_state=None, segment_ids=None) -> tuple[np.ndarray, ...]:
     """Return (o, final state) of the recurrence and, given d_o, (d_qkv, d_initial_state) too."""
     batch, length, _ = qkv.shape
     size = state.shape[2]
@@ -125,11 +126,12 @@ def by_head(got, wanted, heads):
 
 def by_part(got, wanted, heads):
     """Errors of the gradient of q, of k and of v, head by head: [3, N]."""
-    parts = [
-        [np.asarray(x).reshape(*x.shape[:2], heads, 3, -1)[:, :, :, i] for x in (got, wanted)]
-        for i in range(3)
-    ]
-    return np.stack([by_head(*(x.reshape(*x.shape[:2], -1) for x in p), heads) for p in parts])
+
+    def part(x, i):
+        x = np.asarray(x).reshape(*x.shape[:2], heads, 3, -1)
+        return x[:, :, :, i].reshape(*x.shape[:2], -1)
+
+    return np.stack([by_head(part(got, i), part(wanted, i), heads) for i in range(3)])
 
 
 @functools.partial(jax.jit, static_argnames=("name", "blocks"))
@@ -208,30 +210,31 @@ def rounding_bars(name, slopes, length, size, blocks):
     ]
 
 
-def check_rounding(name, slopes, length, size, blocks):
-    """Our o ties with the release's where both round the pairs once, and wins elsewhere.
+def check_rounding(name, slopes, length, size, blocks, noise):
+    """No head of o or of the state is further from float64 than the release's.
 
-    The TPU kernels round q k lambda^n where the release rounds q k: two roundings of one variance,
-    whose ratio is 1 but for the sample. The state, which the release rounds once more, always wins.
+    The state, which the release rounds once more, always wins. So does the o of "chunked". That of
+    the kernels ties on the fast heads: they round q k lambda^n where the release rounds q k. Over
+    ten seeds the ratio of the 32 fastest heads has means from 0.993 to 1.005, 0.9989 over all, and
+    a spread of up to 0.011 at 512 x 128 outputs: `noise` is what one seed may add to 1.
     """
-    (o, o_release), (state, state_release) = rounding_bars(name, slopes, length, size, blocks)
-    assert np.max(o / o_release) < (1.02 if name == "tpu" else 1)
-    assert np.mean(o / o_release) < 1
-    assert np.max(state / state_release) < 1
+    bars = [rounding_bars(name, few, length, size, blocks) for few in slopes]
+    o, state = (np.concatenate([ours[i][0] / ours[i][1] for ours in bars]) for i in range(2))
+    assert np.max(o) < (1 + noise if name == "tpu" else 1)
+    assert np.mean(o) < 1
+    assert np.max(state) < 1
 
 
 @pytest.mark.parametrize(("name", "chunk"), [("chunked", 128), ("tpu", 128), ("tpu", 256)])
 def test_bfloat16_is_never_worse_than_the_release(name, chunk):
-    slopes = release_slopes()[::23, ::21].reshape(-1)  # 4 layers, 4 heads of each
-    check_rounding(name, slopes, 700, 128, (chunk, 512, 4))
+    slopes = release_slopes()[::23, ::21].reshape(1, -1)  # 4 layers, 4 heads of each
+    check_rounding(name, slopes, 700, 128, (chunk, 512, 4), noise=0.02)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_bfloat16_is_never_worse_than_the_release_on_any_head(name):
-    slopes = release_slopes()
-    for layer in slopes:
-        check_rounding(name, layer, 512, 64, (128, 512, 4))
+    check_rounding(name, release_slopes(), 512, 64, (128, 512, 4), noise=0.05)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -242,7 +245,7 @@ def test_bfloat16_gradients(name):
     _, state, _, d_state = inputs(1, 1, len(slopes), size)
     got = both(name, (128, 256, 4), qkv, slopes, None, state, d_o, d_state)
     wanted = float64(*(np.asarray(x, np.float32) for x in (qkv, slopes, state, d_o, d_state)))
-    bar = 4e-3 if name == "tpu" else 2.5e-3  # rounding the result alone is 1.7e-3
+    bar = 3e-3 if name == "tpu" else 2e-3  # rounding the result alone is 1.7e-3
     assert got[2].dtype == jnp.bfloat16
     assert np.max(by_part(got[2], wanted[2], len(slopes))) < bar
     assert np.max(by_head(got[3], wanted[3], len(slopes))) < (bar if name == "tpu" else 1e-5)
@@ -283,7 +286,8 @@ def test_every_remainder_of_a_chunk(name):
     wanted = float64(qkv, FAST_AND_SLOW, state, d_o, d_state, ids)
     check(got, wanted, 3)
     for row in range(rows):
-        check(*([x[row : row + 1] for x in outputs] for outputs in (got, wanted)), 3)
+        few = slice(row, row + 1)
+        check([x[few] for x in got], [x[few] for x in wanted], 3)
     assert np.all(np.where(padding, got[0], 0) == 0)
     assert np.all(np.where(padding, got[2], 0) == 0)
 
@@ -306,8 +310,8 @@ def test_packed_documents_equal_separate_ones(name):
     qkv, state, d_o, d_state = inputs(1, edges[-1], 3)
     ids = np.repeat(np.arange(1, 7), lengths).astype(np.int32)[None]
     blocks = (CHUNK, 2 * CHUNK, 3)
-    got = both(name, blocks, qkv, FAST_AND_SLOW, ids, state, d_o, d_state)
-    check(got, float64(qkv, FAST_AND_SLOW, state, d_o, d_state, ids), 3)
+    got = both(name, blocks, qkv, EXTREMES, ids, state, d_o, d_state)
+    check(got, float64(qkv, EXTREMES, state, d_o, d_state, ids), 3)
 
     # Separate documents: one a row, from its own first chunk on. The row's state enters the
     # first and leaves the last.
@@ -319,7 +323,7 @@ def test_packed_documents_equal_separate_ones(name):
         alone_ids[i, :length] = 1
         for row, x in zip(rows, (qkv, d_o), strict=True):
             row[i, :length] = x[0, edges[i] : edges[i + 1]]
-    alone = both(name, blocks, rows[0], FAST_AND_SLOW, alone_ids, states[0], rows[1], states[1])
+    alone = both(name, blocks, rows[0], EXTREMES, alone_ids, states[0], rows[1], states[1])
     real = alone_ids > 0
     joined = [
         alone[0][real][None], alone[1][5:], alone[2][real][None], alone[3][:1]
@@ -330,9 +334,9 @@ def test_packed_documents_equal_separate_ones(name):
         mine = slice(edges[changed], edges[changed + 1])
         other = qkv.copy()
         other[:, mine] = 1e3 * other[:, mine] + 1
-        again = both(name, blocks, other, FAST_AND_SLOW, ids, state, d_o, d_state)
+        again = both(name, blocks, other, EXTREMES, ids, state, d_o, d_state)
         for before, after in ((got[0], again[0]), (got[2], again[2])):
-            before, after = (np.delete(np.asarray(x), np.r_[mine], 1) for x in (before, after))
+            before, after = (np.delete(np.asarray(x), mine, 1) for x in (before, after))
             np.testing.assert_array_equal(before, after)
         if changed != 5:
             np.testing.assert_array_equal(got[1], again[1])
@@ -376,7 +380,8 @@ def test_a_million_tokens_of_the_slowest_head(name):
     assert by_head(rounded, wanted[None, None], 1)[0] > 1e-3
 
 
-def million_tokens(heads, array=jax.ShapeDtypeStruct):
+def million_tokens(heads, sharding=None):
+    array = functools.partial(jax.ShapeDtypeStruct, sharding=sharding)
     qkv, d_o = (array((1, 1 << 20, n * heads * 128), jnp.bfloat16) for n in (3, 1))
     return qkv, array((heads,), jnp.float32), d_o
 
@@ -413,17 +418,18 @@ def test_two_to_the_33_elements_compile_for_tpu(monkeypatch):
     monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # nothing is loaded onto a chip
     topology = topologies.get_topology_desc(platform="tpu", topology_name="v5p:2x2x1")
     where = jax.sharding.SingleDeviceSharding(topology.devices[0])
-    array = functools.partial(jax.ShapeDtypeStruct, sharding=where)
 
     def lower(function, *arguments):
         traced = jax.jit(functools.partial(function, "tpu")).trace(*arguments)
         return traced.lower(lowering_platforms=("tpu",))
 
-    qkv, slopes, d_o = million_tokens(64, array)
-    program = lower(attend, qkv, slopes).compile()
-    assert program.memory_analysis().argument_size_in_bytes >= qkv.size * 2
+    qkv, slopes, d_o = million_tokens(64, where)
+    memory = lower(attend, qkv, slopes).compile().memory_analysis()
+    assert memory is not None
+    assert memory.argument_size_in_bytes >= qkv.size * 2
     assert "lightning_bwd" in lower(pull_back, qkv, slopes, d_o).as_text()
-    qkv, slopes, d_o = million_tokens(32, array)
+    qkv, slopes, d_o = million_tokens(32, where)
     assert qkv.size > 1 << 33
-    program = lower(pull_back, qkv, slopes, d_o).compile()
-    assert program.memory_analysis().output_size_in_bytes >= qkv.size * 2
+    memory = lower(pull_back, qkv, slopes, d_o).compile().memory_analysis()
+    assert memory is not None
+    assert memory.output_size_in_bytes >= qkv.size * 2
