@@ -6,6 +6,7 @@ bytes of residual per token and head, 64 for 1024 tokens at D = 128. heads: inde
 one instruction stream, whose matrix products hide each other's latency.
 """
 
+import contextlib
 import dataclasses
 
 import jax
@@ -22,6 +23,8 @@ KINDS = {
     "v6e": "v6e",
     "7x": "tpu7x",
 }
+# Part of the key of jit's caches: a program traced for one generation is not reused for another.
+_target = jax.make_user_context(None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,8 +42,24 @@ class Tiling:
             )
 
 
+def compile_for(generation: str) -> contextlib.AbstractContextManager:
+    """Choose block sizes for a TPU generation, whatever the device, inside a `with` block.
+
+    For compiling ahead of time: `with tiling.compile_for("v6e"): jax.jit(f).trace(...)`. What
+    counts is where tracing happens. Without it `chip` asks the device.
+
+    Raises:
+      ValueError: a generation that is no key of `MATRIX_UNIT`.
+    """
+    if generation not in MATRIX_UNIT:
+        raise ValueError(f"generation is {generation!r}; wanted one of {list(MATRIX_UNIT)}")
+    return _target(generation)
+
+
 def chip() -> str:
-    """Name the generation of the first device; v5p where a program is compiled without one."""
+    """Name the generation of `compile_for`, else of the first device; v5p where there is no TPU."""
+    if _target.value is not None:
+        return _target.value
     if jax.default_backend() == "tpu":
         kind = jax.devices()[0].device_kind.lower()
         for part, name in KINDS.items():
@@ -70,7 +89,7 @@ def choose(
       head_dim: width of a head.
       length: tokens of a row; a short row makes a short superblock.
       item_bytes: bytes of one element of qkv.
-      generation: a key of `MATRIX_UNIT`; None asks the device.
+      generation: a key of `MATRIX_UNIT`; None takes that of `chip`.
     """
     chunk = MATRIX_UNIT[generation or chip()]
     # The saved states cost 64 bytes per token and head up to D = 128, and at 256 in bfloat16.
