@@ -31,6 +31,8 @@ class ModelConfig:
     in order. `shared_intermediate_size` > 0 adds a shared expert to every layer, whose width
     the release takes from `intermediate_size`. `remat` is what the backward pass recomputes:
     "none", "layer" (keep each layer's input only) or "dots" (keep matmul outputs too).
+    `lightning_implementation` is that of `lightning_attention.api`: "chunked", the XLA form, is
+    what XLA can partition over a mesh; on one device None picks the TPU kernels where they fit.
 
     Raises:
       ConfigError: a value that is out of range or contradicts another one.
@@ -60,6 +62,7 @@ class ModelConfig:
     initializer_range: float = 0.02
     max_position_embeddings: int = 10_240_000
     remat: str = "none"
+    lightning_implementation: str | None = "chunked"
 
     def __post_init__(self):
         for field in dataclasses.fields(self):

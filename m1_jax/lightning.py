@@ -43,6 +43,7 @@ class LightningAttention(nnx.Module):
         self.gate = layers.Linear(rngs, embed, width, ("embed", "heads"), **kwargs)
         self.norm = layers.RMSNorm(width, "heads", eps=NORM_EPS, param_dtype=param_dtype)
         self.out = layers.Linear(rngs, width, embed, ("heads", "embed"), **kwargs)
+        self.implementation = config.lightning_implementation
 
     def __call__(
         self,
@@ -56,9 +57,11 @@ class LightningAttention(nnx.Module):
         `h` is the normed layer input; both the projection and the gate read it.
         """
         qkv = jax.nn.silu(self.qkv(h))
-        # XLA cannot partition a Pallas kernel over a mesh; until the call sits under shard_map, the
-        # model takes the form that it can.
         o, state = api.lightning_attention(
-            qkv, slopes, segment_ids=segment_ids, initial_state=state, implementation="chunked"
+            qkv,
+            slopes,
+            segment_ids=segment_ids,
+            initial_state=state,
+            implementation=self.implementation,
         )
         return self.out(self.norm(o) * jax.nn.sigmoid(self.gate(h))), state

@@ -25,10 +25,25 @@ def test_schedule_stays_within_its_budget(chip):
     if (got := metadata.version("libtpu")) != COMPILER:
         pytest.skip(f"libtpu: got {got}; the budgets were counted with {COMPILER}")
     budgets = {(r["kernel"], r["chip"]): r for r in json.loads(BUDGETS.read_text())}
+    assert {name for name, on in budgets if on == chip} == set(schedule.KERNELS)
     for record in schedule.measure(chip):
         budget = budgets[record["kernel"], chip]
         for key in ("bundles_per_token_head", "spills", "vmem_bytes"):
             assert record[key] <= budget[key] * SLACK, (record["kernel"], key)
+
+
+def test_blocks_are_those_of_the_generation_compiled_for():
+    """The generation is part of jit's key: one function traced twice gets two block sizes."""
+    program = jax.jit(lambda x: x * tiling.MATRIX_UNIT[tiling.chip()])
+    assert program(1) == 128  # off-device: v5p
+    with tiling.compile_for("v6e"):
+        assert tiling.chip() == "v6e"
+        assert program(1) == 256
+        with tiling.compile_for("v5e"):
+            assert program(1) == 128
+    assert tiling.chip() == "v5p"
+    with pytest.raises(ValueError, match=r"generation is 'v7'; wanted one of \['v5e'"):
+        tiling.compile_for("v7")
 
 
 def test_saved_states_cost_at_most_64_bytes_per_token_and_head():

@@ -1,13 +1,24 @@
-"""Command: compile the training kernels for four TPU generations and count their schedule.
+"""Command: compile every kernel for four TPU generations and count its static schedule.
 
     python -m pallas_kernels.lightning_attention.schedule [--json=FILE] [--chips=v5e,v6e]
 
 No TPU is needed and nothing is timed: a bundle is one VLIW instruction word, issued in a cycle at
 best, so static time is a lower bound that leaves out DMA waits and stalls. Static time over HBM
 time of the minimum bytes at or under 1 says that memory, not issue, is the limit.
+
+What is counted per token and head:
+- training: the loops over chunks; prefill: the loop over groups of heads of a whole tile of
+  tokens. Neither counts what surrounds the loop, once in a grid step.
+- decoding: one whole grid step in the middle of a call, with every row active. Each row runs the
+  loops that wait for the last stores, start and await loads, compute, and start stores; the rest
+  of the step's body counts once. The ring's flush sits behind a branch in the compute loop: its
+  bundles count once in W = 16 steps, the others in every step.
+spills: registers stored to the spill area anywhere in the counted loops, the flush's in full.
 """
 
 import argparse
+import dataclasses
+import functools
 import glob
 import json
 import os
@@ -15,6 +26,23 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+
+from pallas_kernels.lightning_attention import (
+    decode_api,
+    decode_ring,
+    shapes,
+    tiling,
+    tpu_bwd,
+    tpu_decode,
+    tpu_decode_ring,
+    tpu_fwd,
+    tpu_prefill,
+)
 
 # Topology, assumed clock and HBM bandwidth of one TensorCore (kernels.md section 4).
 CHIPS = {
@@ -23,53 +51,72 @@ CHIPS = {
     "v6e": ("v6e:2x2", 1.75e9, 1640e9),
     "tpu7x": ("tpu7x:2x2x1", 2.2e9, 3700e9),
 }
-# Least traffic of a token of a head at D = 128 in bfloat16 (kernels.md section 3).
-MINIMUM_BYTES = {"lightning_fwd": 1024, "lightning_bwd": 1856}
+TRAIN = shapes.SHAPES["schedule"]
+DECODE = shapes.DECODE["schedule"]
+PREFILL = shapes.PREFILL["schedule"]
 NOISE = 20  # bundles: a smaller loop fills or copies, it is not a loop over chunks
+# Of the loops of a decoding kernel, in program order, the first starts the pipeline in a call's
+# first step and the last two drain it in the last step.
+DECODE_LOOPS, STEADY = 8, slice(1, 6)
 
 
-def compile_kernels(chip: str) -> None:
-    """Compile forward and backward of the schedule's shape; runs in a process of its own."""
-    import jax
-    import jax.numpy as jnp
-    from jax.experimental import topologies
+# ---- how to trace each kernel; array(dtype, *dims) makes an argument on the chip
 
-    from pallas_kernels.lightning_attention import shapes, tpu_bwd, tpu_fwd
 
-    shape = shapes.SHAPES["schedule"]
-    tile = block_sizes(chip)
-    device = topologies.get_topology_desc(platform="tpu", topology_name=CHIPS[chip][0]).devices[0]
-    where = jax.sharding.SingleDeviceSharding(device)
-
-    def array(dtype, *dims):
-        return jax.ShapeDtypeStruct(dims, dtype, sharding=where)
-
-    dims, width = (shape.batch, shape.length), shape.heads * shape.head_dim
-    square = (shape.head_dim, shape.head_dim)
-    qkv, d_o = (array(jnp.dtype(shape.dtype), *dims, n * width) for n in (3, 1))
-    slopes = array(jnp.float32, shape.heads)
-    state = array(jnp.float32, shape.batch, shape.heads, *square)
-    steps = shape.length // tile.superblock
-    saved = array(jnp.float32, shape.batch, shape.heads, steps, *square)
+def trace_training(array, backward: bool):
+    tile = block_sizes()
+    dims, width = (TRAIN.batch, TRAIN.length), TRAIN.heads * TRAIN.head_dim
+    square = (TRAIN.head_dim, TRAIN.head_dim)
+    qkv, d_o = (array(TRAIN.dtype, *dims, n * width) for n in (3, 1))
+    slopes = array("float32", TRAIN.heads)
+    state = array("float32", TRAIN.batch, TRAIN.heads, *square)
     none = (None, None)
-    forward = tpu_fwd.forward.trace(qkv, slopes, none, state, tile=tile, checkpoints=True)
-    backward = tpu_bwd.backward.trace(qkv, slopes, none, saved, d_o, state, tile=tile)
-    for traced in (forward, backward):
-        traced.lower(lowering_platforms=("tpu",)).compile()
+    if not backward:
+        return tpu_fwd.forward.trace(qkv, slopes, none, state, tile=tile, checkpoints=True)
+    steps = TRAIN.length // tile.superblock
+    saved = array("float32", TRAIN.batch, TRAIN.heads, steps, *square)
+    return tpu_bwd.backward.trace(qkv, slopes, none, saved, d_o, state, tile=tile)
 
 
-def block_sizes(chip: str):
-    from pallas_kernels.lightning_attention import shapes, tiling
+def trace_decode(array, ring: bool):
+    batch, heads, width = DECODE.batch, DECODE.heads, DECODE.head_dim
+    qkv, slopes = array(DECODE.dtype, batch, heads * 3 * width), array("float32", heads)
+    ids = array("int32", batch)
+    if not ring:
+        pool = array("float32", batch, heads, width, width)
+        run = functools.partial(decode_api.lightning_decode, implementation="tpu")
+        return jax.jit(run, donate_argnums=2).trace(qkv, slopes, pool, ids)
+    make = functools.partial(decode_api.init_ring_pool, batch, heads, width, window=DECODE.window)
+    pool = jax.tree.map(lambda x: array(x.dtype, *x.shape), jax.eval_shape(make))
+    run = functools.partial(decode_api.lightning_decode_ring, implementation="tpu")
+    return jax.jit(run, donate_argnums=2).trace(qkv, slopes, pool, ids, ids)
 
-    shape = shapes.SHAPES["schedule"]
-    tile = tiling.choose(shape.heads, shape.head_dim, shape.length, 2, chip)
-    assert tile is not None  # the named shape is one that fits
-    return tile
+
+def trace_prefill(array):
+    heads, width = PREFILL.heads, PREFILL.head_dim
+    qkv = array(PREFILL.dtype, PREFILL.tokens, heads * 3 * width)
+    ids, fresh = array("int32", PREFILL.sequences), array("bool", PREFILL.sequences)
+    pool = array("float32", PREFILL.sequences, heads, width, width)
+    run = functools.partial(decode_api.lightning_prefill, implementation="tpu")
+    traced = jax.jit(run, donate_argnums=2)
+    return traced.trace(qkv, array("float32", heads), pool, ids, ids, ids, fresh)
 
 
-def chunk_loops(path: str) -> list[range]:
-    """Return the bundles of each loop inside the grid's loop, from a final_bundles dump."""
-    loops, total = [], 0
+# ---- reading the compiler's dumps
+
+
+@dataclasses.dataclass(frozen=True)
+class Bundles:
+    """What a final_bundles dump shows: the grid's loop, the loops in it, and forward branches."""
+
+    grid: range
+    loops: list[range]
+    branches: list[range]
+
+
+def read_bundles(path: str) -> Bundles:
+    """Return loops and conditional forward branches of one kernel as ranges of its bundles."""
+    loops, jumps, ends, total = [], [], {}, 0
     with open(path, errors="replace") as lines:
         for line in lines:
             match = re.match(r"\s*(?:0x[0-9a-f]+|\d+)\s+(\w\w)?\s*:\s*(>*)\s*\{", line)
@@ -82,9 +129,14 @@ def chunk_loops(path: str) -> list[range]:
                 # Idle bundles may show a lower depth, so a loop spans its first to last bundle.
                 if depth >= loop[0] and loop is [x for x in loops if x[0] <= depth][-1]:
                     loop[2] = total
+            if jump := re.search(r"sbr\.rel \(%p\w+\) target = \$region(\d+)", line):
+                jumps.append((total, jump.group(1)))
+            if match.group(1) == "PF":
+                ends.update(dict.fromkeys(re.findall(r"empty region (\d+)", line), total))
             total += 1
-    spans = [range(first, last + 1) for depth, first, last in loops if depth == 2]
-    return [span for span in spans if len(span) >= NOISE]
+    (grid,) = (range(first, last + 1) for depth, first, last in loops if depth == 1)
+    inner = [range(first, last + 1) for depth, first, last in loops if depth == 2]
+    return Bundles(grid, inner, [range(at, ends[to]) for at, to in jumps if to in ends])
 
 
 def spill_rows(path: str) -> list[int]:
@@ -102,36 +154,127 @@ def vmem_bytes(dump: str, kernel: str) -> int | None:
             text = file.read()
         data, _ = json.JSONDecoder().raw_decode(text, text.index("{", text.index("const DATA")))
         for name, entry in data["hlo_breakdowns"].items():
-            if kernel in name:
+            if re.fullmatch(rf"{kernel}(\.\d+)?", name):
                 return entry["total_size"]
     return None
+
+
+def dumped(dump: str, kernel: str, suffix: str) -> str:
+    pattern = rf".*-{kernel}(\.\d+)?-\d+-{suffix}"
+    (path,) = (path for path in glob.glob(f"{dump}/*{suffix}") if re.fullmatch(pattern, path))
+    return path
+
+
+# ---- what to count: (bundles per token and head, the loops they lie in)
+
+
+def count_backward(bundles: Bundles, tile: tiling.Tiling) -> tuple[float, list[range]]:
+    loops = [loop for loop in bundles.loops if len(loop) >= NOISE]
+    return sum(map(len, loops)) / (tile.chunk * tile.heads), loops
+
+
+def count_forward(bundles: Bundles, tile: tiling.Tiling) -> tuple[float, list[range]]:
+    per_token_head, loops = count_backward(bundles, tile)
+    return per_token_head / tile.group, loops
+
+
+def count_prefill(bundles: Bundles, tile: tiling.Tiling) -> tuple[float, list[range]]:
+    loop = max(bundles.loops, key=len)
+    return len(loop) / (tpu_prefill.CHUNK * tpu_prefill.GROUP), [loop]
+
+
+def count_decode(heads: int, window: int, bundles: Bundles, tile) -> tuple[float, list[range]]:
+    """Count a step of ROWS rows; window 1 means that every row runs all of its compute loop."""
+    if len(bundles.loops) != DECODE_LOOPS:
+        raise ValueError(f"got {len(bundles.loops)} loops in a step; wanted {DECODE_LOOPS}")
+    loops = bundles.loops[STEADY]
+    compute = max(loops, key=len)
+    # The first branch of the compute loop skips inactive rows; the last one guards the flush.
+    flush = [branch for branch in bundles.branches if branch.start in compute][-1]
+    row = sum(map(len, loops)) - len(flush) * (1 - 1 / window)
+    step = len(bundles.grid) - sum(map(len, bundles.loops))
+    return (step + tpu_decode.ROWS * row) / (tpu_decode.ROWS * heads), loops
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """trace(array) of the program, least bytes per token and head, and how to count its loops."""
+
+    trace: Callable
+    minimum_bytes: float
+    count: Callable[[Bundles, tiling.Tiling], tuple[float, list[range]]]
+
+
+# Least bytes at D = 128 in bfloat16 (kernels.md sections 3 and 5.5). Prefill: q, k, v, o, and a
+# state in and out for each sequence.
+KERNELS = {
+    "lightning_fwd": Kernel(
+        functools.partial(trace_training, backward=False), 1024, count_forward
+    ),
+    "lightning_bwd": Kernel(functools.partial(trace_training, backward=True), 1856, count_backward),
+    "lightning_decode": Kernel(
+        functools.partial(trace_decode, ring=False),
+        decode_ring.bytes_per_step_in_place(DECODE.head_dim),
+        functools.partial(count_decode, tpu_decode.HEADS, 1),
+    ),
+    "lightning_decode_ring": Kernel(
+        functools.partial(trace_decode, ring=True),
+        decode_ring.bytes_per_step(DECODE.head_dim, DECODE.window),
+        functools.partial(count_decode, tpu_decode_ring.HEADS, DECODE.window),
+    ),
+    "lightning_prefill": Kernel(
+        trace_prefill,
+        1024 + 8 * PREFILL.head_dim**2 * PREFILL.sequences / PREFILL.tokens,
+        count_prefill,
+    ),
+}
+
+
+def block_sizes() -> tiling.Tiling:
+    tile = tiling.choose(TRAIN.heads, TRAIN.head_dim, TRAIN.length, 2)
+    assert tile is not None  # the named shape is one that fits
+    return tile
+
+
+def compile_kernels(chip: str) -> None:
+    """Compile every kernel; runs in a process of its own."""
+    device = topologies.get_topology_desc(platform="tpu", topology_name=CHIPS[chip][0]).devices[0]
+    where = jax.sharding.SingleDeviceSharding(device)
+
+    def array(dtype, *dims):
+        return jax.ShapeDtypeStruct(dims, jnp.dtype(dtype), sharding=where)
+
+    with tiling.compile_for(chip):
+        for kernel in KERNELS.values():
+            kernel.trace(array).lower(lowering_platforms=("tpu",)).compile()
 
 
 def measure(chip: str) -> list[dict]:
     """Compile for one chip and return a record of each kernel."""
     _, clock, bandwidth = CHIPS[chip]
-    records, tile = [], block_sizes(chip)
+    with tiling.compile_for(chip):
+        tile = block_sizes()
+    records = []
     with tempfile.TemporaryDirectory() as dump:
         flags = f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true"
         settings = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "LIBTPU_INIT_ARGS": flags}
-        # Only compiles: two such processes may run at once.
-        settings["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
+        # Only compiles: two such processes may run at once. What a cache holds dumps nothing.
+        settings |= {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "JAX_ENABLE_COMPILATION_CACHE": "0"}
         command = [sys.executable, "-m", __spec__.name, f"--compile={chip}"]
         subprocess.run(command, env={**os.environ, **settings}, check=True, capture_output=True)
-        for kernel, least in MINIMUM_BYTES.items():
-            (bundles,) = glob.glob(f"{dump}/*{kernel}*-final_bundles.txt")
-            (slots,) = glob.glob(f"{dump}/*{kernel}*-final_hlo-static-per-bundle-utilization.txt")
-            loops, spills = chunk_loops(bundles), spill_rows(slots)
-            chunks = tile.group if kernel == "lightning_fwd" else 1  # in one loop body
-            per_token_head = sum(map(len, loops)) / (chunks * tile.chunk * tile.heads)
-            static, hbm = per_token_head / clock * 1e9, least / bandwidth * 1e9
+        for name, kernel in KERNELS.items():
+            bundles = read_bundles(dumped(dump, name, "final_bundles.txt"))
+            per_token_head, loops = kernel.count(bundles, tile)
+            spills = spill_rows(dumped(dump, name, "final_hlo-static-per-bundle-utilization.txt"))
+            static = per_token_head / clock * 1e9
+            hbm = kernel.minimum_bytes / bandwidth * 1e9
             records.append(
                 {
-                    "kernel": kernel,
+                    "kernel": name,
                     "chip": chip,
                     "bundles_per_token_head": round(per_token_head, 4),
                     "spills": sum(spills[i] for loop in loops for i in loop if i < len(spills)),
-                    "vmem_bytes": vmem_bytes(dump, kernel),
+                    "vmem_bytes": vmem_bytes(dump, name),
                     "static_ns_per_token_head": round(static, 4),
                     "hbm_ns_per_token_head": round(hbm, 4),
                     "ratio": round(static / hbm, 3),
@@ -141,7 +284,9 @@ def measure(chip: str) -> list[dict]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--json", help="also write the records to this file")
     parser.add_argument("--chips", default=",".join(CHIPS))
     parser.add_argument("--compile", help=argparse.SUPPRESS)

@@ -8,6 +8,7 @@ D^2 * 4 / superblock bytes of residual per token and head, 64 for 1024 tokens at
 independent heads in one instruction stream, whose matrix products hide each other's latency.
 """
 
+import contextlib
 import dataclasses
 
 import jax
@@ -27,6 +28,8 @@ KINDS = {
     "v6e": "v6e",
     "7x": "tpu7x",
 }
+# Part of the key of jit's caches: a program traced for one generation is not reused for another.
+_target = jax.make_user_context(None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,8 +62,24 @@ class Tiling:
         return next(n for n in range(self.unroll, 0, -1) if chunks % n == 0)
 
 
+def compile_for(generation: str) -> contextlib.AbstractContextManager:
+    """Choose block sizes for a TPU generation, whatever the device, inside a `with` block.
+
+    For compiling ahead of time: `with tiling.compile_for("v6e"): jax.jit(f).trace(...)`. What
+    counts is where tracing happens. Without it `chip` asks the device.
+
+    Raises:
+      ValueError: a generation that is no key of `MATRIX_UNIT`.
+    """
+    if generation not in MATRIX_UNIT:
+        raise ValueError(f"generation is {generation!r}; wanted one of {list(MATRIX_UNIT)}")
+    return _target(generation)
+
+
 def chip() -> str:
-    """Name the generation of the first device; v5p where a program is compiled without one."""
+    """Name the generation of `compile_for`, else of the first device; v5p where there is no TPU."""
+    if _target.value is not None:
+        return _target.value
     if jax.default_backend() == "tpu":
         kind = jax.devices()[0].device_kind.lower()
         for part, name in KINDS.items():
@@ -92,7 +111,7 @@ def choose(
       head_dim: width of a head.
       length: tokens of a row; a short row makes a short superblock.
       item_bytes: bytes of one element of qkv.
-      generation: a key of `MATRIX_UNIT`; None asks the device.
+      generation: a key of `MATRIX_UNIT`; None takes that of `chip`.
     """
     generation = generation or chip()
     # Half products side by side need whole lanes to be put together without moves.
