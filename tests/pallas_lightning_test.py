@@ -1,5 +1,7 @@
 """Every implementation of lightning attention against a float64 recurrence."""
 
+import functools
+
 import hypothesis
 import hypothesis.strategies as st
 import jax
@@ -8,7 +10,16 @@ import numpy as np
 import pytest
 
 from m1_jax import ModelConfig, lightning
-from pallas_kernels.lightning_attention import api, chunked, documents, reference, tiling, tpu
+from pallas_kernels.lightning_attention import (
+    api,
+    chunked,
+    documents,
+    gpu,
+    gpu_tiling,
+    reference,
+    tiling,
+    tpu,
+)
 
 HEADS, SIZE = 3, 16
 # The release's fastest and slowest head, one between, and what a lightning last layer would have.
@@ -67,7 +78,7 @@ def run(name, qkv, slopes, segment_ids=None, state=None):
         segment_ids=as_jax[2],
         initial_state=as_jax[3],
         implementation=name,
-        interpret=name == "tpu",
+        interpret=name in api.KERNELS,
     )
 
 
@@ -150,8 +161,8 @@ class TestImplementations:
         assert o.dtype == jnp.bfloat16
         assert after.dtype == jnp.float32
         assert worst_head(o, wanted_o) < 3e-3  # the rounding of o alone is 1.7e-3
-        # The TPU kernels round k lambda^n to bfloat16 as well, which is 1.7e-3 again.
-        assert worst_state(after, wanted_state) < (2.5e-3 if name == "tpu" else 1e-5)
+        # The kernels round k lambda^n or v lambda^n to bfloat16 as well, which is 1.7e-3 again.
+        assert worst_state(after, wanted_state) < (2.5e-3 if name in api.KERNELS else 1e-5)
 
 
 def test_chunked_gradients_equal_the_reference():
@@ -182,24 +193,17 @@ def packed_ids():
     return ids
 
 
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize(
-    ("length", "blocks"), [(150, (32, 64, 1)), (128, (32, 64, 3)), (33, (32, 32, 3)), (150, None)]
-)
-def test_tpu_blocks_change_neither_values_nor_gradients(length, blocks, packed):
+def check_against_reference(kernels, length, packed):
+    """Compare values and gradients; kernels is (qkv, slopes, segment_ids, state) -> (o, state)."""
     qkv, state = inputs(3, length)
     ids = packed_ids()[:, :length] if packed else np.ones((3, length), np.int32)
     mask = jnp.asarray(ids > 0)[:, :, None]
     weight, weight_state = inputs(3, length, seed=1)
     weight = jnp.where(mask, weight[:, :, : HEADS * SIZE], jnp.nan)  # nor may this leak
-    tile = blocks and tiling.Tiling(*blocks)
 
     def ours(qkv, state):
         segment_ids = jnp.asarray(ids) if packed else None
-        poisoned = jnp.where(mask, qkv, jnp.nan)
-        return tpu.lightning_attention(
-            poisoned, jnp.asarray(SLOPES), segment_ids, state, tile=tile, interpret=True
-        )
+        return kernels(jnp.where(mask, qkv, jnp.nan), jnp.asarray(SLOPES), segment_ids, state)
 
     def wanted(qkv, state):
         return reference.lightning_attention(qkv, jnp.asarray(SLOPES), jnp.asarray(ids), state)
@@ -215,20 +219,107 @@ def test_tpu_blocks_change_neither_values_nor_gradients(length, blocks, packed):
     assert worst_state(got[1], expected[1]) < 1e-4
 
 
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(
+    ("length", "blocks"), [(150, (32, 64, 1)), (128, (32, 64, 3)), (33, (32, 32, 3)), (150, None)]
+)
+def test_tpu_blocks_change_neither_values_nor_gradients(length, blocks, packed):
+    tile = blocks and tiling.Tiling(*blocks)
+    kernels = functools.partial(tpu.lightning_attention, tile=tile, interpret=True)
+    check_against_reference(kernels, length, packed)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(
+    ("length", "blocks"), [(150, (32, 64, 16)), (128, (32, 32, 8)), (150, (64, 192, 16))]
+)
+def test_gpu_spans_and_parts_change_neither_values_nor_gradients(length, blocks, packed):
+    kernels = functools.partial(
+        gpu.lightning_attention, blocks=gpu_tiling.Blocks(*blocks), interpret=True
+    )
+    check_against_reference(kernels, length, packed)
+
+
+def lower_for_gpu(function, *arguments):
+    """Lower for CUDA on any machine; newer JAX wants to be told which GPU."""
+    device = jax.sharding.AbstractDevice("NVIDIA H100 80GB HBM3", None, "gpu")
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device)):
+        return jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+
+
+# JAX 0.11 deprecates this way to a GPU and keeps it.
+triton_is_deprecated = pytest.mark.filterwarnings(
+    "ignore:The Pallas Triton backend is deprecated:DeprecationWarning"
+)
+
+
+@triton_is_deprecated
 def test_none_is_decided_by_the_platform_lowered_for():
     arguments = (
         jax.ShapeDtypeStruct((1, 200, 2 * 3 * 128), jnp.bfloat16),
         jax.ShapeDtypeStruct((2,), jnp.float32),
     )
     traced = jax.jit(api.lightning_attention).trace(*arguments)
-    assert "tpu_custom_call" in traced.lower(lowering_platforms=("tpu",)).as_text()
-    assert "tpu_custom_call" not in traced.lower(lowering_platforms=("cpu",)).as_text()
+    tpu_text = traced.lower(lowering_platforms=("tpu",)).as_text()
+    cpu_text = traced.lower(lowering_platforms=("cpu",)).as_text()
+    gpu_text = lower_for_gpu(api.lightning_attention, *arguments)
+    assert "tpu_custom_call" in tpu_text
+    assert "lightning_gpu_fwd" in gpu_text
+    assert "tpu_custom_call" not in cpu_text + gpu_text
+    assert "gpu.triton" not in cpu_text + tpu_text
 
 
-def test_named_tpu_raises_on_cpu():
-    qkv, _ = inputs(1, 8)
+@triton_is_deprecated
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(
+    ("batch", "length", "heads", "width", "dtype"),
+    [
+        (1, 8192, 64, 128, "bfloat16"),
+        (1, 8192, 8, 128, "float32"),  # few heads: spans
+        (2, 4096, 64, 64, "bfloat16"),
+        (1, 1000, 64, 256, "bfloat16"),  # a ragged tail
+        (1, 1 << 20, 64, 128, "bfloat16"),  # 2^33 elements of o: indices of 64 bits
+    ],
+)
+def test_gpu_kernels_lower_for_cuda_and_read_qkv_where_it_lies(
+    batch, length, heads, width, dtype, packed
+):
+    wide, narrow = (batch, length, heads * 3 * width), (batch, length, heads * width)
+    state = jax.ShapeDtypeStruct((batch, heads, width, width), jnp.float32)
+
+    def gradients(qkv, slopes, segment_ids, state, d_o, d_state):
+        def run(qkv, state):
+            return gpu.lightning_attention(qkv, slopes, segment_ids, state)
+
+        o, pull = jax.vjp(run, qkv, state)
+        return o, pull((d_o, d_state))
+
+    text = lower_for_gpu(
+        gradients,
+        jax.ShapeDtypeStruct(wide, dtype),
+        jax.ShapeDtypeStruct((heads,), jnp.float32),
+        jax.ShapeDtypeStruct((batch, length), jnp.int32) if packed else None,
+        state,
+        jax.ShapeDtypeStruct(narrow, dtype),
+        state,
+    )
+    assert "lightning_gpu_fwd" in text
+    assert "lightning_gpu_bwd" in text
+    assert ("lightning_gpu_sums" in text) == (heads == 8)
+    kind = {"bfloat16": "bf16", "float32": "f32"}[dtype]
+    arrays = ["x".join(map(str, shape)) + f"x{kind}>" for shape in (wide, narrow)]
+    for line in text.splitlines():
+        if any(f"tensor<{array}" in line for array in arrays):
+            assert any(x in line for x in ("@__gpu$xla.gpu.triton", "func.", "call @", "return")), (
+                line[:200]
+            )
+
+
+@pytest.mark.parametrize("name", api.KERNELS)
+def test_a_named_kernel_raises_on_cpu(name):
+    qkv, _ = inputs(1, 8, heads=2, size=64)
     with pytest.raises(ValueError, match="[Ii]nterpret mode"):
-        api.lightning_attention(jnp.asarray(qkv), jnp.asarray(SLOPES), implementation="tpu")
+        api.lightning_attention(jnp.asarray(qkv), jnp.asarray(SLOPES[:2]), implementation=name)
 
 
 _chunked = jax.jit(chunked.lightning_attention, static_argnums=4)
@@ -288,6 +379,7 @@ def test_documents():
         ({"segment_ids": jnp.zeros((1, 5), jnp.int32)}, "segment_ids: got shape"),
         ({"initial_state": jnp.zeros((1, 3, 16, 8))}, "initial_state: got"),
         ({"interpret": True}, "interpret: got"),
+        ({"implementation": "gpu"}, "head width: got 16"),
         ({"implementation": "triton"}, "implementation is 'triton'"),
     ],
 )
