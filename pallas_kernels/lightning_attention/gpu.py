@@ -12,7 +12,7 @@ from pallas_kernels.lightning_attention import boundaries, gpu_bwd, gpu_fwd, gpu
 def fits(qkv, num_heads: int) -> bool:
     """Say whether the kernels take these shapes."""
     width = qkv.shape[2] // (3 * num_heads)
-    return width in (64, 128, 256) and 0 not in qkv.shape
+    return 0 not in qkv.shape and gpu_tiling.fits(width, qkv.dtype.itemsize)
 
 
 def lightning_attention(
@@ -26,16 +26,16 @@ def lightning_attention(
 ) -> tuple[Float[Array, "B T NH"], Float[Array, "B N H H"]]:
     """Run the GPU kernels. See `api.lightning_attention`.
 
-    Precision: bfloat16 input means bfloat16 operands, float32 sums and a float32 carried state
-    that queries read as two bfloat16 halves, and gradients as one; float32 input means float32
-    throughout.
+    Precision: bfloat16 input means bfloat16 operands, float32 sums and a float32 carried state;
+    what is read from it and added to it is two bfloat16 halves, in gradients one. float32 input
+    means float32 throughout, on a GPU as three products of TF32.
 
     Args:
       blocks: block sizes; None lets `gpu_tiling.choose` find them.
       interpret: run the kernels' Python on any backend, for tests.
 
     Raises:
-      ValueError: the kernels do not take this head width.
+      ValueError: the kernels do not take this head width, or not on the GPU at hand.
     """
     batch, length, _ = qkv.shape
     num_heads, width = initial_state.shape[1:3]
@@ -43,10 +43,11 @@ def lightning_attention(
         return qkv[:, :, : num_heads * width], initial_state
     if not interpret and not fits(qkv, num_heads):
         raise ValueError(
-            f"head width: got {width}; the GPU kernels want 64, 128 or 256: "
+            f"GPU kernels: got {qkv.dtype} heads of {width}; wanted 64, 128 or (bfloat16) 256, on "
+            f"a GPU of compute capability {' or '.join(gpu_tiling.CAPABILITIES)}: "
             "use implementation='chunked'"
         )
-    blocks = blocks or gpu_tiling.choose(batch, num_heads, width, length, qkv.dtype.itemsize)
+    blocks = blocks or gpu_tiling.choose(batch, num_heads, width, length)
     if segment_ids is None and length % blocks.chunk:
         segment_ids = jnp.ones((batch, length), jnp.int32)
     tables = (None, None)

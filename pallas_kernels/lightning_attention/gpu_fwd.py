@@ -39,13 +39,12 @@ def precision(dtype, interpret: bool):
     return "highest" if interpret else jax.lax.DotAlgorithmPreset.TF32_TF32_F32_X3
 
 
-def read_state(q, state, dot, halves: int):
-    """q S; a float32 state is read by bfloat16 queries as one or two halves, high and low."""
-    high = state.astype(q.dtype)
-    out = dot(q, high, 1, 0)
-    if q.dtype == F32 or halves == 1:
-        return out
-    return out + dot(q, (state - high.astype(F32)).astype(q.dtype), 1, 0)
+def split(x, dtype, halves: int):
+    """Return float32 x as itself or, for bfloat16 products, as its first one or two halves."""
+    high = x.astype(dtype)
+    if dtype == F32 or halves == 1:
+        return (high,)
+    return high, (x - high.astype(F32)).astype(dtype)
 
 
 def loss(slope, steps):
@@ -92,7 +91,7 @@ def walk(
     length,
     reverse,
     precision,
-    halves=2,
+    halves,
 ):
     """Run a program's part of the recurrence over its span; return the state it ends with.
 
@@ -109,7 +108,7 @@ def walk(
       length: tokens of a row.
       reverse: whether to walk from the span's last token to its first.
       precision: of products.
-      halves: of the state, to read.
+      halves: bfloat16 parts of what a state is read as and of what is added to it.
     """
 
     def dot(a, b, contract_a, contract_b):
@@ -135,8 +134,11 @@ def walk(
         q, k, v = operands(rows, real)
         if write is not None:
             pairs = (dot(q, k, 1, 1) * decay).astype(v.dtype)
-            write(rows, inside, dot(pairs, v, 1, 0) + read * read_state(q, state, dot, halves))
-        return state - lost * state + dot(k, (v * add).astype(v.dtype), 0, 0)
+            carried = sum(dot(q, x, 1, 0) for x in split(state, q.dtype, halves))
+            write(rows, inside, dot(pairs, v, 1, 0) + read * carried)
+        # Slow heads: one half of v lambda^n would round the decay of a whole chunk away.
+        added = (dot(k, x, 0, 0) for x in split(v * add, v.dtype, halves))
+        return sum(added, start=state - lost * state)
 
     return jax.lax.fori_loop(0, num, step, state)
 
@@ -212,7 +214,7 @@ def _sums_kernel(slopes, *refs, blocks, spans, length, packed, precision, revers
     state = walk(
         operands, None, jnp.zeros((width, blocks.part), F32), slopes[head], tables,
         (batch, index + int(reverse)), blocks=blocks, length=length, reverse=reverse,
-        precision=precision,
+        precision=precision, halves=1 if reverse else 2,
     )  # fmt: skip
     plgpu.store(sums.at[batch, head, index, :, pl.ds(part * blocks.part, blocks.part)], state)
 
@@ -274,7 +276,7 @@ def _kernel(slopes, *refs, blocks, spans, packed, precision):
         )  # fmt: skip
     state = walk(
         operands, write, state, slope, tables, (batch, span),
-        blocks=blocks, length=length, reverse=False, precision=precision,
+        blocks=blocks, length=length, reverse=False, precision=precision, halves=2,
     )  # fmt: skip
 
     @pl.when(span == spans - 1)
