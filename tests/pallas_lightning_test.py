@@ -317,6 +317,28 @@ def test_gpu_kernels_lower_for_cuda_and_read_qkv_where_it_lies(
             )
 
 
+@pytest.mark.parametrize("name", api.KERNELS)
+def test_bfloat16_gradients(name):
+    qkv, state = inputs(1, 130)
+    rounded = jnp.asarray(qkv, jnp.bfloat16)
+    weight, weight_state = inputs(1, 130, seed=1)
+    weight = jnp.asarray(weight[:, :, : HEADS * SIZE], jnp.bfloat16)
+
+    def gradients(name, qkv):
+        def ours(qkv, state):
+            return run(name, qkv, SLOPES, None, state)
+
+        (o, _), pull = jax.vjp(ours, qkv, jnp.asarray(state))
+        return pull((weight.astype(o.dtype), jnp.asarray(weight_state)))
+
+    got, wanted = gradients(name, rounded), gradients("reference", rounded.astype(jnp.float32))
+    assert got[0].dtype == jnp.bfloat16
+    assert got[1].dtype == jnp.float32
+    # Roundings of the pairs, of dS, of what is added to dS and of the result, 1.7e-3 each at most.
+    assert worst_head(got[0], wanted[0]) < 3.4e-3
+    assert worst_state(got[1], wanted[1]) < 3.4e-3
+
+
 H100 = """
 platform_name: "CUDA"
 device_description_str: "NVIDIA H100 80GB HBM3"

@@ -11,9 +11,10 @@ run side by side in one launch and nothing is kept or computed again: no saved s
 every chunk. Slopes are constants of the model and get no gradient.
 
 Bytes of memory traffic per token and head at H = 128 in bfloat16: 2,560 where dk and dv, which
-walk side by side, share q and do through the L2 cache, 3,072 where they do not (and more where
-the parts of a head do not share). The minimum of a single pass is 1,856; it needs every state of
-a chunk at once with dS, which registers do not hold, and has a third of the programs.
+walk side by side, share q and do through the L2 cache, 3,072 where only the parts of a head
+share, 4,608 where nothing does; spans add 512 for sums of their own and 128 per 1,024 tokens of a
+span. The minimum of a single pass is 1,856; it needs the states of all chunks beside dS, which
+registers do not hold, and has a sixth of the programs.
 """
 
 import functools
@@ -96,9 +97,7 @@ def _kernel(slopes, *refs, blocks, spans, packed, precision):
 
 
 @functools.partial(jax.jit, static_argnames=("blocks", "interpret"))
-def backward(
-    qkv, slopes, tables, initial_state, sums, d_o, d_final, *, blocks, interpret=False
-):  # fmt: skip
+def backward(qkv, slopes, tables, initial_state, sums, d_o, d_final, *, blocks, interpret=False):
     """Return (d_qkv in qkv's dtype, d_initial_state float32). Arguments as in `gpu_fwd.forward`.
 
     Args:
@@ -120,7 +119,7 @@ def backward(
             spans=spans,
             packed=tables[0] is not None,
             precision=gpu_fwd.precision(qkv.dtype, interpret),
-        ),  # fmt: skip
+        ),
         "lightning_gpu_bwd",
         (3 * (width // blocks.part), num_heads * spans, batch),
         [

@@ -9,7 +9,8 @@ A column of v meets its own column of S and no other. So one program walks the c
 one head and one part of the columns, with its part of S in registers, float32, and reads q, k and
 v in place from the fused projection. Rows too few to fill the GPU are cut into spans: a first
 launch sums each span's own k^T v, and a span's program folds the sums of the spans before it into
-the state it starts from. Nothing but these sums is kept for the backward pass.
+the state it starts from. Nothing but these sums is kept for the backward pass. Triton indexes
+arrays of more than 4 GiB by 64 bits, and lays out and pipelines the loads.
 
 Bytes of memory traffic per token and head at H = 128 in bfloat16: 1,024 where the parts of a head
 share q and k through the L2 cache (they run side by side), 1,536 where they do not; spans add 512
@@ -311,7 +312,7 @@ def forward(qkv, slopes, tables, initial_state, *, blocks, interpret=False):
             spans=spans,
             packed=tables[0] is not None,
             precision=precision(qkv.dtype, interpret),
-        ),  # fmt: skip
+        ),
         "lightning_gpu_fwd",
         (width // blocks.part, num_heads * spans, batch),
         [

@@ -2,8 +2,8 @@
 
 chunk: 64, the rows of one warpgroup's matrix instruction. part: columns of the state that one
 program holds in registers, [H, part] float32: 64 at H = 128 with two warpgroups, 32 at H = 256;
-more would spill. span: tokens one program walks. A row is one span
-where batch, heads and parts alone fill the GPU; otherwise a cheap pass sums the spans first.
+more would spill. span: tokens one program walks. A row is one span where batch, heads and parts
+alone fill the GPU; otherwise a cheap pass sums the spans first.
 stages: chunks whose loads are in flight; 2 take 104 KiB of shared memory at H = 128 in bfloat16
 (of 227 on Hopper), and more than there is at H = 256 in float32.
 """
