@@ -58,8 +58,8 @@ def rounded(expression: str) -> str:
     return f"({expression}).astype(jnp.bfloat16).astype(jnp.float32)"
 
 
-STATE = "state[h] - loss * state[h] + added"
-D_STATE = "d_state[h] - loss * d_state[h] + added"
+STATE = "state[h] - loss * state[h] + gain"
+SAVED, D_STATE = "saved[0, :, 0]", "d_state[...]"
 MUTATIONS = (
     # The +1 of the query decay: o_i reads lambda^i of the carried state, i from 1.
     mutation(
@@ -71,7 +71,7 @@ MUTATIONS = (
         "jnp.where(document == 0, count, jnp.inf)", "jnp.where(document == 0, count - 1, jnp.inf)",
     ),
     mutation(
-        "no +1 in the query decay", "tpu", "tpu_fwd.py", "(slope, step + 1)", "(slope, step)"
+        "no +1 in the query decay", "tpu", "tpu_fwd.py", "iota(query_ramp, 0) + 1)", "iota(query_ramp, 0))"
     ),
     mutation(
         "no +1 in the query decay of packed chunks", "tpu", "boundaries.py",
@@ -119,11 +119,11 @@ MUTATIONS = (
     mutation("bfloat16 state", "tpu", "tpu_fwd.py", f" = {STATE}", f" = {rounded(STATE)}"),
     mutation(
         "bfloat16 state in the backward pass", "tpu", "tpu_bwd.py",
-        f" = {STATE}", f" = {rounded(STATE)}",
+        f"state[...] = {SAVED}", f"state[...] = {rounded(SAVED)}",
     ),
     mutation(
         "bfloat16 gradient of the state", "tpu", "tpu_bwd.py",
-        f" = {D_STATE}", f" = {rounded(D_STATE)}",
+        f"d_initial[0] = {D_STATE}", f"{D_STATE} = d_initial[0] = {rounded(D_STATE)}",
     ),
     # A document boundary that something crosses.
     mutation(

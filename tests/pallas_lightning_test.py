@@ -1,14 +1,26 @@
 """Every implementation of lightning attention against a float64 recurrence."""
 
+import functools
+
 import hypothesis
 import hypothesis.strategies as st
 import jax
+import jax.experimental.topologies
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from m1_jax import ModelConfig, lightning
-from pallas_kernels.lightning_attention import api, chunked, documents, reference, tiling, tpu
+from pallas_kernels.lightning_attention import (
+    api,
+    chunked,
+    documents,
+    gpu,
+    gpu_tiling,
+    reference,
+    tiling,
+    tpu,
+)
 
 HEADS, SIZE = 3, 16
 # The release's fastest and slowest head, one between, and what a lightning last layer would have.
@@ -67,7 +79,7 @@ def run(name, qkv, slopes, segment_ids=None, state=None):
         segment_ids=as_jax[2],
         initial_state=as_jax[3],
         implementation=name,
-        interpret=name == "tpu",
+        interpret=name in api.KERNELS,
     )
 
 
@@ -182,24 +194,17 @@ def packed_ids():
     return ids
 
 
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize(
-    ("length", "blocks"), [(150, (32, 64, 1)), (128, (32, 64, 3)), (33, (32, 32, 3)), (150, None)]
-)
-def test_tpu_blocks_change_neither_values_nor_gradients(length, blocks, packed):
+def check_against_reference(kernels, length, packed):
+    """Compare values and gradients; kernels is (qkv, slopes, segment_ids, state) -> (o, state)."""
     qkv, state = inputs(3, length)
     ids = packed_ids()[:, :length] if packed else np.ones((3, length), np.int32)
     mask = jnp.asarray(ids > 0)[:, :, None]
     weight, weight_state = inputs(3, length, seed=1)
     weight = jnp.where(mask, weight[:, :, : HEADS * SIZE], jnp.nan)  # nor may this leak
-    tile = blocks and tiling.Tiling(*blocks)
 
     def ours(qkv, state):
         segment_ids = jnp.asarray(ids) if packed else None
-        poisoned = jnp.where(mask, qkv, jnp.nan)
-        return tpu.lightning_attention(
-            poisoned, jnp.asarray(SLOPES), segment_ids, state, tile=tile, interpret=True
-        )
+        return kernels(jnp.where(mask, qkv, jnp.nan), jnp.asarray(SLOPES), segment_ids, state)
 
     def wanted(qkv, state):
         return reference.lightning_attention(qkv, jnp.asarray(SLOPES), jnp.asarray(ids), state)
@@ -215,20 +220,180 @@ def test_tpu_blocks_change_neither_values_nor_gradients(length, blocks, packed):
     assert worst_state(got[1], expected[1]) < 1e-4
 
 
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(
+    ("length", "blocks"), [(150, (32, 64, 1)), (128, (32, 64, 3)), (33, (32, 32, 3)), (150, None)]
+)
+def test_tpu_blocks_change_neither_values_nor_gradients(length, blocks, packed):
+    tile = blocks and tiling.Tiling(*blocks)
+    kernels = functools.partial(tpu.lightning_attention, tile=tile, interpret=True)
+    check_against_reference(kernels, length, packed)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(
+    ("length", "blocks"), [(150, (32, 64, 16)), (128, (32, 32, 8)), (150, (64, 192, 16))]
+)
+def test_gpu_spans_and_parts_change_neither_values_nor_gradients(length, blocks, packed):
+    kernels = functools.partial(
+        gpu.lightning_attention, blocks=gpu_tiling.Blocks(*blocks), interpret=True
+    )
+    check_against_reference(kernels, length, packed)
+
+
+def lower_for_gpu(function, *arguments):
+    """Lower for CUDA on any machine; newer JAX wants to be told which GPU."""
+    device = jax.sharding.AbstractDevice("NVIDIA H100 80GB HBM3", None, "gpu")
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device)):
+        return jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",))
+
+
+def gpu_gradients(batch, length, heads, width, dtype, packed, sharding=None):
+    """Return a function of values and gradients on GPU, and the shapes of its arguments."""
+
+    def gradients(qkv, slopes, segment_ids, state, d_o, d_state):
+        def run(qkv, state):
+            return gpu.lightning_attention(qkv, slopes, segment_ids, state)
+
+        o, pull = jax.vjp(run, qkv, state)
+        return o, pull((d_o, d_state))
+
+    def shape(*size, dtype=dtype):
+        return jax.ShapeDtypeStruct(size, dtype, sharding=sharding)
+
+    state = shape(batch, heads, width, width, dtype=jnp.float32)
+    ids = shape(batch, length, dtype=jnp.int32) if packed else None
+    qkv, d_o = (shape(batch, length, heads * n * width) for n in (3, 1))
+    return gradients, qkv, shape(heads, dtype=jnp.float32), ids, state, d_o, state
+
+
+# JAX 0.11 deprecates this way to a GPU and keeps it.
+triton_is_deprecated = pytest.mark.filterwarnings(
+    "ignore:The Pallas Triton backend is deprecated:DeprecationWarning"
+)
+
+
+@triton_is_deprecated
 def test_none_is_decided_by_the_platform_lowered_for():
     arguments = (
         jax.ShapeDtypeStruct((1, 200, 2 * 3 * 128), jnp.bfloat16),
         jax.ShapeDtypeStruct((2,), jnp.float32),
     )
     traced = jax.jit(api.lightning_attention).trace(*arguments)
-    assert "tpu_custom_call" in traced.lower(lowering_platforms=("tpu",)).as_text()
-    assert "tpu_custom_call" not in traced.lower(lowering_platforms=("cpu",)).as_text()
+    tpu_text = traced.lower(lowering_platforms=("tpu",)).as_text()
+    cpu_text = traced.lower(lowering_platforms=("cpu",)).as_text()
+    gpu_text = lower_for_gpu(api.lightning_attention, *arguments).as_text()
+    assert "tpu_custom_call" in tpu_text
+    assert "lightning_gpu_fwd" in gpu_text
+    assert "tpu_custom_call" not in cpu_text + gpu_text
+    assert "gpu.triton" not in cpu_text + tpu_text
 
 
-def test_named_tpu_raises_on_cpu():
-    qkv, _ = inputs(1, 8)
+@triton_is_deprecated
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(
+    ("batch", "length", "heads", "width", "dtype"),
+    [
+        (1, 8192, 64, 128, "bfloat16"),
+        (1, 8192, 8, 128, "float32"),  # few heads: spans
+        (2, 4096, 64, 64, "bfloat16"),
+        (1, 1000, 64, 256, "bfloat16"),  # a ragged tail
+        (1, 1 << 20, 64, 128, "bfloat16"),  # 2^33 elements of o: indices of 64 bits
+    ],
+)
+def test_gpu_kernels_lower_for_cuda_and_read_qkv_where_it_lies(
+    batch, length, heads, width, dtype, packed
+):
+    text = lower_for_gpu(*gpu_gradients(batch, length, heads, width, dtype, packed)).as_text()
+    assert "lightning_gpu_fwd" in text
+    assert "lightning_gpu_bwd" in text
+    assert ("lightning_gpu_sums" in text) == (heads == 8)
+    kind = {"bfloat16": "bf16", "float32": "f32"}[dtype]
+    arrays = [f"tensor<{batch}x{length}x{heads * n * width}x{kind}>" for n in (3, 1)]
+    for line in text.splitlines():
+        if any(array in line for array in arrays):
+            assert any(x in line for x in ("@__gpu$xla.gpu.triton", "func.", "call @", "return")), (
+                line[:200]
+            )
+
+
+@pytest.mark.parametrize("name", api.KERNELS)
+def test_bfloat16_gradients(name):
+    qkv, state = inputs(1, 130)
+    rounded = jnp.asarray(qkv, jnp.bfloat16)
+    weight, weight_state = inputs(1, 130, seed=1)
+    weight = jnp.asarray(weight[:, :, : HEADS * SIZE], jnp.bfloat16)
+
+    def gradients(name, qkv):
+        def ours(qkv, state):
+            return run(name, qkv, SLOPES, None, state)
+
+        (o, _), pull = jax.vjp(ours, qkv, jnp.asarray(state))
+        return pull((weight.astype(o.dtype), jnp.asarray(weight_state)))
+
+    got, wanted = gradients(name, rounded), gradients("reference", rounded.astype(jnp.float32))
+    assert got[0].dtype == jnp.bfloat16
+    assert got[1].dtype == jnp.float32
+    # Roundings of the pairs, of dS, of what is added to dS and of the result, 1.7e-3 each at most.
+    assert worst_head(got[0], wanted[0]) < 3.4e-3
+    assert worst_state(got[1], wanted[1]) < 3.4e-3
+
+
+H100 = """
+platform_name: "CUDA"
+device_description_str: "NVIDIA H100 80GB HBM3"
+dnn_version_info { major: 9 }
+gpu_device_info {
+  cuda_compute_capability { major: 9 }
+  threads_per_block_limit: 1024
+  threads_per_warp: 32
+  threads_per_core_limit: 2048
+  core_count: 132
+  fpus_per_core: 128
+  block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535
+  block_dim_limit_z: 65535
+  shared_memory_per_block: 49152
+  shared_memory_per_block_optin: 232448
+  shared_memory_per_core: 233472
+  registers_per_core_limit: 65536
+  registers_per_block_limit: 65536
+  memory_bandwidth: 3352320000000
+  device_memory_size: 84978434048
+  l2_cache_size: 52428800
+  clock_rate_ghz: 1.98
+}
+"""
+
+
+@triton_is_deprecated
+@pytest.mark.slow
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(
+    ("length", "heads", "width", "dtype"),
+    [
+        (8192, 64, 128, "bfloat16"),
+        (8192, 8, 128, "float32"),
+        (8192, 64, 64, "bfloat16"),
+        (1000, 64, 256, "bfloat16"),
+    ],
+)
+def test_gpu_kernels_compile_ahead_of_time_and_fit_an_h100(length, heads, width, dtype, packed):
+    """Needs `jax-cuda13-plugin`, `jax-cuda13-pjrt` and ptxas, but no GPU."""
+    pytest.importorskip("jax_plugins.xla_cuda13")
+    topology = jax.experimental.topologies.get_topology_desc(
+        platform="cuda", topology_name="h100", target_config=H100, topology="1x1x1"
+    )
+    sharding = jax.sharding.SingleDeviceSharding(topology.devices[0])
+    # XLA raises where a kernel asks for more shared memory than there is.
+    lower_for_gpu(*gpu_gradients(1, length, heads, width, dtype, packed, sharding)).compile()
+
+
+@pytest.mark.parametrize("name", api.KERNELS)
+def test_a_named_kernel_raises_on_cpu(name):
+    qkv, _ = inputs(1, 8, heads=2, size=64)
     with pytest.raises(ValueError, match="[Ii]nterpret mode"):
-        api.lightning_attention(jnp.asarray(qkv), jnp.asarray(SLOPES), implementation="tpu")
+        api.lightning_attention(jnp.asarray(qkv), jnp.asarray(SLOPES[:2]), implementation=name)
 
 
 _chunked = jax.jit(chunked.lightning_attention, static_argnums=4)
@@ -288,6 +453,7 @@ def test_documents():
         ({"segment_ids": jnp.zeros((1, 5), jnp.int32)}, "segment_ids: got shape"),
         ({"initial_state": jnp.zeros((1, 3, 16, 8))}, "initial_state: got"),
         ({"interpret": True}, "interpret: got"),
+        ({"implementation": "gpu"}, "GPU kernels: got float32 heads of 16"),
         ({"implementation": "triton"}, "implementation is 'triton'"),
     ],
 )

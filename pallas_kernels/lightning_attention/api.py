@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.lightning_attention import chunked, reference, tpu
+from pallas_kernels.lightning_attention import chunked, gpu, reference, tpu
 
 _log = logging.getLogger(__name__)
 
@@ -15,7 +15,9 @@ IMPLEMENTATIONS = {
     "reference": reference.lightning_attention,
     "chunked": chunked.lightning_attention,
     "tpu": tpu.lightning_attention,
+    "gpu": gpu.lightning_attention,
 }
+KERNELS = ("tpu", "gpu")
 
 
 def lightning_attention(
@@ -39,8 +41,8 @@ def lightning_attention(
         between two other ids starts a new document. None: one document, no padding.
       initial_state: float32 state that the row's first document continues. None: zeros.
       implementation: a key of `IMPLEMENTATIONS`, which then runs or raises; None chooses when the
-        program is lowered: "tpu" for TPU where the shapes fit, else "chunked".
-      interpret: run the "tpu" kernels in Pallas interpret mode on any backend, for tests.
+        program is lowered: "tpu" for TPU and "gpu" for CUDA where the shapes fit, else "chunked".
+      interpret: run the kernels in Pallas interpret mode on any backend, for tests.
 
     Returns:
       (o in qkv's dtype, heads concatenated; float32 state after the last real token, of the
@@ -48,39 +50,48 @@ def lightning_attention(
 
     Raises:
       ValueError: shapes or dtypes that do not fit, an unknown implementation, or `interpret`
-        with another implementation than "tpu".
+        with an implementation that is no kernel.
     """
     _validate(qkv, slopes, segment_ids, initial_state)
     if implementation not in (None, *IMPLEMENTATIONS):
         raise ValueError(
             f"implementation is {implementation!r}; wanted None or one of {list(IMPLEMENTATIONS)}"
         )
-    if interpret and implementation != "tpu":
-        raise ValueError(f"interpret: got implementation {implementation!r}; wanted 'tpu'")
+    if interpret and implementation not in KERNELS:
+        raise ValueError(
+            f"interpret: got implementation {implementation!r}; wanted one of {list(KERNELS)}"
+        )
     if initial_state is None:
         batch, _, width = qkv.shape
         head_dim = width // (3 * slopes.shape[0])
         initial_state = jnp.zeros((batch, slopes.shape[0], head_dim, head_dim), jnp.float32)
     arguments = qkv, slopes, segment_ids, initial_state
     if implementation is None:
-        return _choose(tpu.fits(qkv, slopes.shape[0]))(*arguments)
-    if interpret:
-        return tpu.lightning_attention(*arguments, interpret=True)
+        num_heads = slopes.shape[0]
+        return _choose(tpu.fits(qkv, num_heads), gpu.fits(qkv, num_heads))(*arguments)
+    if implementation in KERNELS:
+        return IMPLEMENTATIONS[implementation](*arguments, interpret=interpret)
     return IMPLEMENTATIONS[implementation](*arguments)
 
 
 @functools.cache
-def _choose(tpu_fits: bool):
+def _choose(tpu_fits: bool, gpu_fits: bool):
     """Return what implementation=None runs; cached, so that each choice is logged once."""
-    if not tpu_fits:
-        _log.info("lightning attention: chunked XLA, because the shapes do not fit the TPU kernels")
+    kernels = {}
+    if tpu_fits:
+        kernels["tpu"] = tpu.lightning_attention
+    if gpu_fits:
+        kernels["cuda"] = gpu.lightning_attention
+    if not kernels:
+        _log.info("lightning attention: chunked XLA, because the shapes fit no kernel")
         return chunked.lightning_attention
-    _log.info("lightning attention: Pallas kernels where lowered for TPU, chunked XLA elsewhere")
-    # Decided at lowering: a program compiled ahead of time for TPU on another machine gets them.
+    _log.info(
+        "lightning attention: Pallas kernels where lowered for %s, chunked XLA elsewhere",
+        " or ".join(kernels),
+    )
+    # Decided at lowering: a program compiled ahead of time on another machine gets them.
     return functools.partial(
-        jax.lax.platform_dependent,
-        tpu=tpu.lightning_attention,
-        default=chunked.lightning_attention,
+        jax.lax.platform_dependent, default=chunked.lightning_attention, **kernels
     )
 
 

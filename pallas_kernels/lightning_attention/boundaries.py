@@ -1,4 +1,4 @@
-"""Documents and padding as the TPU kernels read them: one scalar a chunk, one word a token.
+"""Documents and padding as the kernels read them: one scalar a chunk, one word a token.
 
 A chunk's scalar is `(document << 10) | total`: how many documents start inside it, and how many
 real tokens it holds. It equals the chunk size in a chunk without a boundary or padding, which
@@ -52,9 +52,27 @@ def pair_masks(words: Int[Array, "1 C"], scalar):
     col = jax.lax.broadcasted_iota(jnp.int32, (size, size), 1)
     # The column form is the diagonal of the row form: no second table, no transpose.
     column = jnp.sum(jnp.where(row == col, words, 0), axis=1, keepdims=True)
+    return masks(column, words, scalar)
+
+
+def masks(column: Int[Array, "C 1"], row: Int[Array, "1 C"], scalar, *, reverse: bool = False):
+    """Do the work of `pair_masks` on words given both ways.
+
+    Args:
+      column: words of a chunk, one a row.
+      row: the same words, one a column.
+      scalar: scalar of the chunk.
+      reverse: whether tokens meet later ones, as in a gradient, instead of earlier ones.
+    """
+    size = row.shape[1]
+    first = jax.lax.broadcasted_iota(jnp.int32, (size, size), 0)
+    second = jax.lax.broadcasted_iota(jnp.int32, (size, size), 1)
     real = column >= 0
-    same = (column >> BITS) == (words >> BITS)
-    gap = jnp.where((row >= col) & same & real, column - words, -1)
+    same = (column >> BITS) == (row >> BITS)
+    if reverse:
+        gap = jnp.where((first <= second) & same & real, row - column, -1)
+    else:
+        gap = jnp.where((first >= second) & same & real, column - row, -1)
     count, total = column & COUNT, scalar & COUNT
     query_steps = jnp.where((column >> BITS) == 0, count, -1)
     key_steps = jnp.where((column >> BITS) == (scalar >> BITS), total - count, -1)

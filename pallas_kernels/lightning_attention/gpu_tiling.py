@@ -1,0 +1,66 @@
+"""Block sizes of the GPU kernels and the reasons for them.
+
+chunk: 64, the rows of one warpgroup's matrix instruction. part: columns of the state that one
+program holds in registers, [H, part] float32: 64 at H = 128 with two warpgroups, 32 at H = 256;
+more would spill. span: tokens one program walks. A row is one span where batch, heads and parts
+alone fill the GPU; otherwise a cheap pass sums the spans first.
+stages: chunks whose loads are in flight; 2 take 104 KiB of shared memory at H = 128 in bfloat16
+(of 227 on Hopper), and more than there is at H = 256 in float32.
+"""
+
+import dataclasses
+
+import jax
+
+SMS = 132  # of an H100; a different number only shifts where rows are cut
+MIN_SPAN = 1024
+CHUNK = 64
+# Hopper and the Blackwell of data centres: the others have less shared memory than two stages take.
+CAPABILITIES = ("9", "10")
+
+
+@dataclasses.dataclass(frozen=True)
+class Blocks:
+    """Tokens in a chunk and in a span (whole chunks), state columns, and how Triton runs them."""
+
+    chunk: int
+    span: int
+    part: int
+    warps: int = 4
+    stages: int = 2
+
+    def __post_init__(self):
+        if self.span % self.chunk:
+            raise ValueError(f"span: got {self.span}; wanted a multiple of chunk {self.chunk}")
+
+
+def fits(head_dim: int, item_bytes: int) -> bool:
+    """Say whether heads this wide fit the GPU; without one here, the one compiled for."""
+    if jax.default_backend() == "gpu":
+        capability = getattr(jax.devices()[0], "compute_capability", "")
+        if capability.split(".")[0] not in CAPABILITIES:
+            return False
+    return head_dim in (64, 128) or (head_dim == 256 and item_bytes == 2)
+
+
+def choose(batch: int, num_heads: int, head_dim: int, length: int) -> Blocks:
+    """Return the block sizes for one call.
+
+    Args:
+      batch: rows.
+      num_heads: heads of a row.
+      head_dim: width of a head.
+      length: tokens of a row, at least one.
+    """
+    part = min(head_dim // 2, 64 if head_dim <= 128 else 32)
+    programs = batch * num_heads * (head_dim // part)
+    spans = 1
+    if programs < 3 * SMS // 4:
+        spans = max(1, min(2 * SMS // programs, length // MIN_SPAN))
+    chunks = -(-length // CHUNK)
+    return Blocks(
+        chunk=CHUNK,
+        span=-(-chunks // spans) * CHUNK,
+        part=part,
+        warps=4 if head_dim <= 64 else 8,
+    )
