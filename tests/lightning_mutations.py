@@ -71,7 +71,8 @@ MUTATIONS = (
         "jnp.where(document == 0, count, jnp.inf)", "jnp.where(document == 0, count - 1, jnp.inf)",
     ),
     mutation(
-        "no +1 in the query decay", "tpu", "tpu_fwd.py", "iota(query_ramp, 0) + 1)", "iota(query_ramp, 0))"
+        "no +1 in the query decay", "tpu", "tpu_fwd.py",
+        "iota(query_ramp, 0) + 1)", "iota(query_ramp, 0))",
     ),
     mutation(
         "no +1 in the query decay of packed chunks", "tpu", "boundaries.py",
@@ -163,7 +164,7 @@ MUTATIONS = (
     ),
     mutation(
         "pairs across a boundary", "tpu", "boundaries.py",
-        "(column >> BITS) == (words >> BITS)", "(column >> BITS) >= (words >> BITS)",
+        "(column >> BITS) == (row >> BITS)", "(column >> BITS) >= (row >> BITS)",
     ),
 )  # fmt: skip
 
