@@ -6,7 +6,6 @@ A converted directory holds
     release.json   how the tensors lay in the release's shards, for the way back
 """
 
-import dataclasses
 import json
 import pathlib
 from collections.abc import Callable, Mapping
@@ -56,8 +55,6 @@ def load(path, dtype=jnp.float32, mesh: jax.sharding.Mesh | None = None) -> mode
             f"{path} is no checkpoint: wanted a release directory (config.json, {release.INDEX}, "
             f"shards) or one made by m1_jax.convert ({PARAMS}/, {MANIFEST})"
         )
-    if mesh is None:  # XLA cannot partition a Pallas kernel, so a mesh keeps the config's XLA form
-        config = dataclasses.replace(config, lightning_implementation=None)
     model = abstract_model(config, dtype)
     params = parameters(model)
     wanted = {}

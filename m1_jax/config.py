@@ -32,7 +32,8 @@ class ModelConfig:
     the release takes from `intermediate_size`. `remat` is what the backward pass recomputes:
     "none", "layer" (keep each layer's input only) or "dots" (keep matmul outputs too).
     `lightning_implementation` is that of `lightning_attention.api`: "chunked", the XLA form, is
-    what XLA can partition over a mesh; on one device None picks the TPU kernels where they fit.
+    what XLA can partition over a mesh; on one device "tpu" takes the Pallas kernels, which have
+    been compiled for TPUs and not yet run on one.
 
     Raises:
       ConfigError: a value that is out of range or contradicts another one.

@@ -419,6 +419,54 @@ def test_chunk_size_and_splits_change_nothing(chunk, cut, packed):
         assert worst_state(second[1], wanted[1]) < 1e-5
 
 
+@pytest.mark.parametrize(
+    ("heads", "block", "unroll"), [(8, 8, 4), (8, 4, 2), (6, 3, 4), (4, 2, 3), (2, 1, 2)]
+)
+def test_pipelined_heads_and_products_side_by_side(heads, block, unroll):
+    """Full groups, groups with a boundary in one chunk, and a ragged tail; chunk as wide as H."""
+    tile = tiling.Tiling(SIZE, 8 * SIZE, block, unroll, wide=True)
+    slopes = np.geomspace(0.9, 5e-5, heads).astype(np.float32)
+    qkv, state = inputs(2, 25 * SIZE - 5, heads=heads)
+    ids = np.ones(qkv.shape[:2], np.int32)
+    ids[0, 9 * SIZE + 3 :] += 1  # the rest of its group of chunks is full
+    ids[0, 20 * SIZE :] += 1  # on the edge of a chunk
+    ids[1, 17 * SIZE : 18 * SIZE] = 0
+    qkv[ids == 0] = np.nan
+    d_o, d_state = (x[..., : heads * SIZE] for x in inputs(2, qkv.shape[1], seed=3, heads=heads))
+
+    def gradients(function):
+        (o, after), pull = jax.vjp(
+            lambda x, s: function(x, jnp.asarray(slopes), jnp.asarray(ids), s),
+            jnp.asarray(qkv),
+            jnp.asarray(state),
+        )
+        return o, after, *pull((jnp.asarray(d_o), jnp.asarray(d_state)))
+
+    got = gradients(functools.partial(tpu.lightning_attention, tile=tile, interpret=True))
+    wanted = gradients(reference.lightning_attention)
+    assert worst_head(got[0], wanted[0], heads) < 1e-5
+    assert worst_state(got[1], wanted[1]) < 1e-5
+    assert worst_head(got[2], wanted[2], heads) < 1e-4
+    assert worst_state(got[3], wanted[3]) < 1e-4
+    unpacked = functools.partial(tpu.lightning_attention, tile=tile, interpret=True)
+    full = jnp.asarray(np.nan_to_num(qkv[:, : 16 * SIZE]))  # no table of boundaries at all
+    got = unpacked(full, jnp.asarray(slopes), None, jnp.asarray(state))
+    wanted = reference.lightning_attention(
+        full, jnp.asarray(slopes), jnp.ones(full.shape[:2], jnp.int32), jnp.asarray(state)
+    )
+    assert worst_head(got[0], wanted[0], heads) < 1e-5
+    assert worst_state(got[1], wanted[1]) < 1e-5
+
+
+def test_odd_number_of_heads_of_64():
+    slopes = np.geomspace(0.9, 5e-5, 9).astype(np.float32)
+    qkv, state = inputs(1, 20, heads=9, size=64)
+    wanted_o, wanted_state = recurrence(qkv, slopes, None, state)
+    o, after = run("tpu", qkv, slopes, state=state)
+    assert worst_head(o, wanted_o, 9) < 1e-5
+    assert worst_state(after, wanted_state) < 1e-5
+
+
 def test_long_chain_of_the_slowest_head_needs_a_float32_state():
     """8k tokens of one head, D 16: the carried state stays at 1e-5, one in bfloat16 does not."""
     qkv, _ = inputs(1, 8192, heads=1)

@@ -64,6 +64,40 @@ def test_any_number_of_heads_has_blocks(num_heads, head_dim):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("heads", "head_dim", "dtype"),
+    [(4, 64, jnp.bfloat16), (9, 64, jnp.float32), (3, 128, jnp.float32), (2, 256, jnp.bfloat16)],
+)
+@pytest.mark.parametrize("chip", schedule.CHIPS)
+def test_packed_rows_of_any_head_compile(chip, heads, head_dim, dtype, monkeypatch):
+    pytest.importorskip("libtpu")
+    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
+    monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # nothing is loaded onto a chip
+    name = schedule.CHIPS[chip][0]
+    topology = topologies.get_topology_desc(platform="tpu", topology_name=name)
+    where = jax.sharding.SingleDeviceSharding(topology.devices[0])
+
+    def array(dtype, *shape):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
+
+    def both(qkv, slopes, ids, state, d_o):
+        def attend(qkv, state):
+            return api.lightning_attention(
+                qkv, slopes, segment_ids=ids, initial_state=state, implementation="tpu"
+            )
+
+        (o, after), pull = jax.vjp(attend, qkv, state)
+        return o, after, pull((d_o, after))
+
+    qkv, d_o = (array(dtype, 1, 3000, heads * n * head_dim) for n in (3, 1))
+    slopes, ids = array(jnp.float32, heads), array(jnp.int32, 1, 3000)
+    state = array(jnp.float32, 1, heads, head_dim, head_dim)
+    with tiling.compile_for(chip):
+        traced = jax.jit(both).trace(qkv, slopes, ids, state, d_o)
+    traced.lower(lowering_platforms=("tpu",)).compile()
+
+
+@pytest.mark.slow
 def test_nothing_copies_the_projection_around_the_kernels(monkeypatch):
     """Ragged packed rows, forward and backward: temporaries are far below one copy of qkv."""
     pytest.importorskip("libtpu")

@@ -208,9 +208,7 @@ class Kernel:
 # Least bytes at D = 128 in bfloat16 (kernels.md sections 3 and 5.5). Prefill: q, k, v, o, and a
 # state in and out for each sequence.
 KERNELS = {
-    "lightning_fwd": Kernel(
-        functools.partial(trace_training, backward=False), 1024, count_forward
-    ),
+    "lightning_fwd": Kernel(functools.partial(trace_training, backward=False), 1024, count_forward),
     "lightning_bwd": Kernel(functools.partial(trace_training, backward=True), 1856, count_backward),
     "lightning_decode": Kernel(
         functools.partial(trace_decode, ring=False),

@@ -114,9 +114,9 @@ def choose(
       generation: a key of `MATRIX_UNIT`; None takes that of `chip`.
     """
     generation = generation or chip()
-    # Half products side by side need whole lanes to be put together without moves.
-    wide = MATRIX_UNIT[generation] == 2 * head_dim and item_bytes == 2
     chunk = CHUNK
+    # Products are put side by side without moves where heads and chunks are equally wide.
+    wide = MATRIX_UNIT[generation] == 2 * chunk and head_dim == chunk and item_bytes == 2
     # The saved states cost 64 bytes per token and head up to D = 128, and at 256 in bfloat16.
     superblock = max(1024, head_dim**2 // (16 if item_bytes == 2 else 32))
     superblock = min(superblock, -(-max(length, 1) // chunk) * chunk)

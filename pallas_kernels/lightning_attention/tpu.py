@@ -15,7 +15,10 @@ def fits(qkv, num_heads: int) -> bool:
     return (
         width in (64, 128, 256)
         and 0 not in qkv.shape
-        and tiling.choose(num_heads, width, qkv.shape[1], qkv.dtype.itemsize) is not None
+        and any(
+            tiling.choose(heads, width, qkv.shape[1], qkv.dtype.itemsize)
+            for heads in (num_heads, num_heads + 1)
+        )
     )
 
 
@@ -45,10 +48,19 @@ def lightning_attention(
     if 0 in qkv.shape:
         return qkv[:, :, : num_heads * width], initial_state
     tile = tile or tiling.choose(num_heads, width, length, qkv.dtype.itemsize)
+    if tile is None and tiling.choose(num_heads + 1, width, length, qkv.dtype.itemsize):
+        # An odd number of heads of 64: blocks are whole lanes, so one more head, at the price of a
+        # copy of qkv.
+        qkv, slopes, initial_state = (
+            jnp.pad(x, [(0, more if i == axis else 0) for i in range(x.ndim)])
+            for x, axis, more in ((qkv, 2, 3 * width), (slopes, 0, 1), (initial_state, 1, 1))
+        )
+        o, state = lightning_attention(qkv, slopes, segment_ids, initial_state, interpret=interpret)
+        return o[:, :, : num_heads * width], state[:, :num_heads]
     if tile is None:
         raise ValueError(
-            f"no TPU block fits {num_heads} heads of {width}; wanted a divisor of the heads whose "
-            f"width is a multiple of {tiling.LANES}: use implementation='chunked'"
+            f"no TPU block fits {num_heads} heads of {width}; wanted heads of 64, 128 or 256: use "
+            "implementation='chunked'"
         )
     if segment_ids is None and length % tile.superblock:
         segment_ids = jnp.ones((batch, length), jnp.int32)
