@@ -33,9 +33,8 @@ class ModelConfig:
     "none", "layer" (keep each layer's input only) or "dots" (keep matmul outputs too).
     `expert_capacity` limits the rows that a device takes for its experts, as a multiple of a
     balanced router's share; None drops no token.
-    `lightning_implementation` is that of `lightning_attention.api`: "chunked", the XLA form, is
-    what XLA can partition over a mesh; on one device "tpu" takes the Pallas kernels, which have
-    been compiled for TPUs and not yet run on one.
+    `lightning_implementation` is that of `lightning_attention.api`: "chunked" is plain XLA; "tpu"
+    takes the Pallas kernels, which have been compiled for TPUs and not yet run on one.
 
     Raises:
       ConfigError: a value that is out of range or contradicts another one.
@@ -85,9 +84,8 @@ class ModelConfig:
         wanted = f"at most num_local_experts = {experts}"
         _require(active <= experts, "num_experts_per_tok", active, wanted)
         capacity = self.expert_capacity
-        number = isinstance(capacity, int | float) and not isinstance(capacity, bool)
-        fits = capacity is None or (number and 0 < capacity < math.inf)
-        _require(fits, "expert_capacity", capacity, "None or a number above 0")
+        if capacity is not None:
+            _check_value("expert_capacity", float, capacity)
         _require(self.remat in REMAT, "remat", self.remat, f"one of {REMAT}")
 
     @property
@@ -293,7 +291,7 @@ def _check_value(key: str, kind: Any, value: Any) -> None:
     elif kind is float:
         number = isinstance(value, int | float) and not isinstance(value, bool)
         _require(number and math.isfinite(value), key, value, "a number")
-        if key in ("rope_theta", "rms_norm_eps"):
+        if key in ("rope_theta", "rms_norm_eps", "expert_capacity"):
             _require(value > 0, key, value, "more than 0")
 
 

@@ -52,7 +52,7 @@ def run(
         return _add_up(y, order, inverse), jnp.zeros(())
     plan = _Plan(sharding.pieces(counts, "experts"), gate.shape[0], _capacity(rows, capacity))
     y = _exchange(capacity is None, plan, rows, scale, gate, up, down)
-    kept = plan.total_sent() if capacity is None else plan.sent(0)
+    kept = jnp.sum(counts if capacity is None else plan.leaving(0)[2])
     dropped = (jnp.sum(counts) - kept).astype(jnp.float32)
     return _add_up(y, order, inverse), dropped
 
@@ -99,40 +99,29 @@ class _Plan:
         per_device = jnp.sum(self.counts.reshape(self.counts.shape[0], -1, self.local), axis=(0, 2))
         return (jnp.max(per_device) + self.buffer - 1) // self.buffer
 
+    def arriving(self, turn):
+        """Return `window` of the chunks for this device's experts, each [P, local]."""
+        start = sharding.index("experts") * self.local
+        cut = functools.partial(jax.lax.dynamic_slice_in_dim, slice_size=self.local, axis=1)
+        return tuple(cut(x, start) for x in self.window(turn))
+
+    def leaving(self, turn):
+        """Return `window` of this device's own rows, each [E]."""
+        return tuple(x[sharding.index("experts")] for x in self.window(turn))
+
     def dispatch(self, turn):
-        """Return the arguments of `_travel` for this device's rows on their way to the experts."""
-        at, place, size = self.window(turn)
-        me = sharding.index("experts")
-        own = functools.partial(jnp.take, indices=me, axis=0)
-        arriving = jax.lax.dynamic_slice_in_dim(size, me * self.local, self.local, 1)
-        return own(at), own(size), own(place), arriving.reshape(-1)
+        """Return the arguments of `_travel` for rows on their way to the experts."""
+        at, place, size = self.leaving(turn)
+        return at, size, place, self.arriving(turn)[2].reshape(-1)
 
     def give_back(self, turn):
         """Return the arguments of `_travel` for the way back."""
-        at, place, size = self.window(turn)
-        me = sharding.index("experts")
-
-        def mine(x):
-            return jax.lax.dynamic_slice_in_dim(x, me * self.local, self.local, 1).reshape(-1)
-
-        return mine(place), mine(size), mine(at), jnp.take(size, me, axis=0)
+        at, place, size = (x.reshape(-1) for x in self.arriving(turn))
+        return place, size, at, self.leaving(turn)[2]
 
     def groups(self, turn):
         """Return how many rows of the buffer belong to each of this device's experts."""
-        _, _, size = self.window(turn)
-        return jnp.sum(
-            jax.lax.dynamic_slice_in_dim(
-                size, sharding.index("experts") * self.local, self.local, 1
-            ),
-            axis=0,
-        )
-
-    def sent(self, turn):
-        """Return how many of this device's rows pass in a round."""
-        return jnp.sum(jnp.take(self.window(turn)[2], sharding.index("experts"), axis=0))
-
-    def total_sent(self):
-        return jnp.sum(jnp.take(self.counts, sharding.index("experts"), axis=0))
+        return jnp.sum(self.arriving(turn)[2], axis=0)
 
 
 def _travel(rows, into, arguments):
@@ -200,24 +189,15 @@ def _receive(plan: _Plan, turn, rows, scale):
 
 def _scalars_to_experts(plan: _Plan, turn, scale):
     """Move one number a row the dense way: all of a group's together are few bytes."""
-    at, size, place, _ = _chunks_for_me(plan, turn)
+    at, place, size = plan.arriving(turn)
     everyone = sharding.pieces(scale, "experts")[..., None]
     into = jnp.zeros((plan.buffer, 1), scale.dtype)
     return _copy_chunks(everyone, into, at, size, place)[:, 0]
 
 
-def _chunks_for_me(plan: _Plan, turn):
-    at, place, size = plan.window(turn)
-    start = sharding.index("experts") * plan.local
-    at, place, size = (
-        jax.lax.dynamic_slice_in_dim(x, start, plan.local, 1) for x in (at, place, size)
-    )
-    return at, size, place, None
-
-
 def _scalars_back(plan: _Plan, turn, numbers, into):
     """Give one number a row of the buffer back to the rows' senders; adds nothing to others."""
-    at, size, place, _ = _chunks_for_me(plan, turn)
+    at, place, size = plan.arriving(turn)
     devices, length = sharding.count("experts"), into.shape[0]
     row = jnp.arange(length, dtype=jnp.int32)[None, :, None]
     inside = (row >= at[:, None]) & (row < (at + size)[:, None])
@@ -244,8 +224,8 @@ def _exchange_bwd(dropless, residuals, grad):
         d_out = _travel(grad, jnp.zeros_like(arrived), plan.dispatch(i))
         groups = plan.groups(i)
 
-        def function(arrived, weights, *matrices):
-            return experts.run(arrived, *matrices, groups, weights)
+        def function(arrived, weights, gate, up, down):
+            return experts.run(arrived, gate, up, down, groups, weights)
 
         _, pull = jax.vjp(function, arrived, weights, gate, up, down)
         d_arrived, d_weights, *more = pull(d_out)

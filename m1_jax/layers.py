@@ -108,20 +108,49 @@ class Embedding(nnx.Module):
 class Head(nnx.Module):
     """Logits with float32 products and sums (the repair of M1 section 3.2).
 
-    Precision: operands keep their dtype, since a product of two bfloat16 numbers is exact in
-    float32; the sum is never rounded below float32.
+    Precision: operands have x's dtype, since a product of two bfloat16 numbers is exact in
+    float32; the sum is never rounded below float32. Gradients of logits are rounded to x's dtype.
     """
 
     def __init__(self, rngs, hidden_size, vocab_size, *, std, param_dtype):
         self.kernel = param(rngs, (hidden_size, vocab_size), ("embed", "vocab"), param_dtype, std)
 
     def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
-        return jnp.matmul(
-            x,
-            self.kernel[...].astype(x.dtype),
-            precision=jax.lax.Precision.HIGHEST,
-            preferred_element_type=jnp.float32,
-        )
+        return _logits(x, self.kernel[...].astype(x.dtype))
+
+
+@jax.custom_vjp
+def _logits(x, kernel):
+    return _dot32(x, kernel, (x.ndim - 1,), (0,))
+
+
+def _dot32(a, b, contract_a, contract_b):
+    """Contract axes of each, with products and sums in float32."""
+    return jnp.tensordot(
+        a,
+        b,
+        axes=(contract_a, contract_b),
+        precision=jax.lax.Precision.HIGHEST,
+        preferred_element_type=jnp.float32,
+    )
+
+
+def _logits_fwd(x, kernel):
+    return _logits(x, kernel), (x, kernel)
+
+
+def _logits_bwd(residuals, grad):
+    # Autodiff would multiply float32 gradients with widened bfloat16 weights: six passes of the
+    # matrix unit for a gradient that is rounded to bfloat16 afterwards.
+    x, kernel = residuals
+    grad = grad.astype(x.dtype)
+    batch = tuple(range(x.ndim - 1))
+    d_x = _dot32(grad, kernel, (x.ndim - 1,), (1,))
+    d_kernel = _dot32(x, grad, batch, batch)
+    return d_x.astype(x.dtype), d_kernel.astype(kernel.dtype)
+
+
+_logits.defvjp(_logits_fwd, _logits_bwd)
 
 
 def rotate(

@@ -48,7 +48,7 @@ def _local(head: layers.Head, hidden, targets, *, chunk_vocab, layout):
     x, ids = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
     words = head.kernel.shape[-1]
     ids = ids - sharding.index("vocab") * words
-    chunk_vocab = min(chunk_vocab or max(LOGITS // x.shape[0], 1), words)
+    chunk_vocab = min(chunk_vocab or _chunk(words, max(LOGITS // x.shape[0], 1)), words)
     # Float32, so that the gradients of all chunks add up in float32.
     x32 = x.astype(jnp.float32)
 
@@ -84,6 +84,12 @@ def _local(head: layers.Head, hidden, targets, *, chunk_vocab, layout):
     total = sharding.total(total * jnp.exp(top - highest), "vocab")
     logp = sharding.total(chosen, "vocab") - highest - jnp.log(total)
     return logp.reshape(targets.shape)
+
+
+def _chunk(words: int, limit: int) -> int:
+    """Return the size of chunks up to a limit: equal ones where twice as many at most suffice."""
+    least = -(-words // limit)
+    return words // next((n for n in range(least, 2 * least) if words % n == 0), least)
 
 
 def _with_kernel(head: layers.Head, kernel) -> layers.Head:

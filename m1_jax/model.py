@@ -150,43 +150,30 @@ class MiniMaxM1(nnx.Module):
         """Return what `hidden` does, and the output of every layer: for comparing models."""
         return self._outputs(tokens, segment_ids, positions, keep_layers=True)
 
-    def _outputs(self, tokens, segment_ids, positions, keep_layers=False, logits=False):
+    def _outputs(
+        self, tokens, segment_ids, positions, keep_layers=False, logits=False
+    ) -> tuple[Any, ...]:
         """Return (what the head reads, or logits), router statistics, outputs of all layers."""
         layout, length = self.layout, tokens.shape[1]
-        if layout is not None:
-            sharding.check_rows(layout, tokens.shape[0])
-            more = -length % layout.size("length")
-            if more and segment_ids is None:
-                segment_ids = jnp.ones_like(tokens)
-            tokens, segment_ids, positions = (
-                None if x is None else jnp.pad(x, ((0, 0), (0, more)))
-                for x in (tokens, segment_ids, positions)
-            )
-        number = None
-        if segment_ids is not None:
-            if layout is not None:  # counting documents needs whole rows: a few bytes a token
-                rows = layout.array("batch", None)
-                segment_ids = jax.lax.with_sharding_constraint(segment_ids, rows)
-            number = documents_lib.document_index(segment_ids)
-            positions = documents_lib.positions(segment_ids) if positions is None else positions
-        elif positions is None:
-            positions = jnp.arange(tokens.shape[1], dtype=jnp.int32).reshape(1, -1)
+        tokens, context = _inputs(layout, tokens, segment_ids, positions)
         local = functools.partial(_forward, keep_layers=keep_layers, logits=logits)
         if layout is None:
-            return local(self, tokens, Context(positions, number))
-        context = Context(
-            layout.spec(None if positions.shape[0] == 1 else "batch", "length"),
-            None if number is None else layout.spec("batch", "length"),
+            return local(self, tokens, context)
+        rows = len(tokens)
+        where = jax.tree.map(
+            lambda a: layout.spec("batch" if len(a) == rows else None, "length"), context
         )
-        x = layout.spec("batch", "length", "vocab" if logits else None)
-        kept = layout.spec(None, "batch", "length", None) if keep_layers else None
         program = sharding.run(
             layout,
             local,
-            (sharding.param_specs(layout, self), layout.spec("batch", "length"), context),
-            (x, jax.sharding.PartitionSpec(), kept),
+            (sharding.param_specs(layout, self), layout.spec("batch", "length"), where),
+            (
+                layout.spec("batch", "length", "vocab" if logits else None),
+                jax.sharding.PartitionSpec(),
+                layout.spec(None, "batch", "length", None) if keep_layers else None,
+            ),
         )
-        x, stats, kept = program(self, tokens, Context(positions, number))
+        x, stats, kept = program(self, tokens, context)
         return x[:, :length], stats, None if kept is None else kept[:, :, :length]
 
     def init_state(self, batch: int, max_length: int) -> state_lib.DecodeState:
@@ -248,6 +235,30 @@ class MiniMaxM1(nnx.Module):
             carry, kept = jax.lax.scan(unit, carry, xs)
             kept = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), kept)
         return carry[0], kept[0], carry[1], kept[1]
+
+
+def _inputs(layout, tokens: Any, segment_ids, positions) -> tuple[Any, Context]:
+    """Return tokens and their `Context`; on a mesh, padded to a length that it splits."""
+    if layout is not None:
+        sharding.check_rows(layout, tokens.shape[0])
+        more = -tokens.shape[1] % layout.size("length")
+        if more and segment_ids is None:
+            segment_ids = jnp.ones_like(tokens)
+        tokens, segment_ids, positions = (
+            None if x is None else jnp.pad(x, ((0, 0), (0, more)))
+            for x in (tokens, segment_ids, positions)
+        )
+    if segment_ids is None:
+        if positions is None:
+            positions = jnp.arange(tokens.shape[1], dtype=jnp.int32).reshape(1, -1)
+        return tokens, Context(positions)
+    if layout is not None:
+        # Counting documents needs whole rows: a few bytes a token.
+        rows = layout.array("batch", None)
+        segment_ids = jax.lax.with_sharding_constraint(segment_ids, rows)
+    if positions is None:
+        positions = documents_lib.positions(segment_ids)
+    return tokens, Context(positions, documents_lib.document_index(segment_ids))
 
 
 @jax.jit
@@ -338,7 +349,9 @@ def _check_room(tokens, state: state_lib.DecodeState, num_tokens) -> None:
     added = np.broadcast_to(np.asarray(added), (rows,))
     if added.min() < 0 or added.max() > length:
         raise ValueError(f"num_tokens: got {added.tolist()}; wanted 0 to {length} each")
-    limit, total = state.max_length, int(np.max(np.asarray(state.length) + added))
+    # Of rows that several processes hold, each checks its own.
+    parts = [(part.index, np.asarray(part.data)) for part in state.length.addressable_shards]
+    limit, total = state.max_length, max(int(np.max(now + added[rows])) for rows, now in parts)
     if limit is not None and total > limit:
         raise ValueError(
             f"the cache holds {limit} tokens per row; got {total}. "
@@ -354,13 +367,16 @@ def check_tokens(tokens, vocab_size: int) -> None:
         raise ValueError(f"tokens: got dtype {tokens.dtype}; wanted int32")
     if isinstance(tokens, Tracer):
         return
-    tokens = np.asarray(tokens)
-    bad = tokens[(tokens < 0) | (tokens >= vocab_size)]
-    if bad.size:
-        raise ValueError(
-            f"token id {bad[0]} is outside of the vocabulary: wanted 0 to {vocab_size - 1}. "
-            "Does the tokenizer belong to this model?"
-        )
+    # Of an array that several processes hold, each checks what it can see.
+    parts = getattr(tokens, "addressable_shards", None)
+    for part in [tokens] if parts is None else [shard.data for shard in parts]:
+        values = np.asarray(part)
+        bad = values[(values < 0) | (values >= vocab_size)]
+        if bad.size:
+            raise ValueError(
+                f"token id {bad[0]} is outside of the vocabulary: wanted 0 to {vocab_size - 1}. "
+                "Does the tokenizer belong to this model?"
+            )
 
 
 def _stack(config, kind, rngs, param_dtype) -> DecoderLayer:

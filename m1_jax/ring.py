@@ -9,6 +9,7 @@ and in the backward pass their gradients go with them.
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -47,10 +48,11 @@ def attend(
     q = jnp.moveaxis(q.reshape(batch, length, num_kv, num_heads // num_kv, size), 1, 3)
     if q_document is None:
         q_document, k_document = jnp.ones_like(q_place), jnp.ones_like(k_place)
+    assert k_document is not None
     queries, keys = (q_place, q_document), (k_place, k_document)
     devices = sharding.count("length")
     if devices > 1 and gathers(k, devices):
-        k, v = (sharding.whole(x, "length", 2) for x in (k, v))
+        k, v = sharding.whole(k, "length", 2), sharding.whole(v, "length", 2)
         keys = tuple(sharding.whole(x, "length", 1) for x in keys)
         devices = 1
     if devices == 1 and (length * k.shape[2] <= DIRECT_PAIRS or length <= DIRECT_QUERIES):
@@ -58,7 +60,7 @@ def attend(
         o = total / _positive(scale)
     else:
         o = _blockwise(devices, q, k, v, queries, keys)
-    return jnp.moveaxis(o.astype(v.dtype), 3, 1).reshape(batch, length, num_heads, size)
+    return _heads_last(o, v.dtype)
 
 
 def attend_parts(q, k, v, q_place, k_place) -> Float[Array, "B T N H"]:
@@ -70,8 +72,12 @@ def attend_parts(q, k, v, q_place, k_place) -> Float[Array, "B T N H"]:
     highest = sharding.largest(top, "length")
     share = jnp.exp(top - jnp.where(jnp.isfinite(highest), highest, 0.0))
     total, scale = (sharding.total(x * share, "length") for x in (total, scale))
-    o = (total / _positive(scale)).astype(v.dtype)
-    return jnp.moveaxis(o, 3, 1).reshape(batch, length, num_heads, size)
+    return _heads_last(total / _positive(scale), v.dtype)
+
+
+def _heads_last(o, dtype) -> Float[Array, "B T N H"]:
+    o = jnp.moveaxis(o.astype(dtype), 3, 1)
+    return o.reshape(*o.shape[:2], -1, o.shape[-1])
 
 
 def gathers(k: Float[Array, "B K S H"], devices: int) -> bool:
@@ -116,7 +122,7 @@ def _merge(one, two):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _blockwise(devices: int, q, k, v, queries, keys):
+def _blockwise(devices: int, q, k, v, queries, keys) -> Any:
     """Attend to the keys of all devices of a ring; arguments as `_block` and `_mask` want them."""
     return _forward(devices, q, k, v, queries, keys)[0]
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -84,7 +85,8 @@ def init_state(
 
 def specs(state: DecodeState, layout: sharding.Layout) -> DecodeState:
     """Return the mesh axes of every array of a state."""
-    cache = layout.spec(None, "batch", "kv_heads", "length", None)
-    matrix = layout.spec(None, "batch", "heads", None, None)
+    cache: Any = layout.spec(None, "batch", "kv_heads", "length", None)
+    matrix: Any = layout.spec(None, "batch", "heads", None, None)
+    length: Any = layout.spec("batch")
     layers = [KVCache(cache, cache) if isinstance(x, KVCache) else matrix for x in state.layers]
-    return DecodeState(tuple(layers), layout.spec("batch"))
+    return DecodeState(tuple(layers), length)

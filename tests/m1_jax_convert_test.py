@@ -13,7 +13,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 import m1_jax
-from m1_jax import checkpoint, convert, params_map, release, sharding, testing
+from m1_jax import checkpoint, convert, params_map, release, testing
 
 _REPO = pathlib.Path(__file__).resolve().parents[1]
 # Orbax's own records, which hold times.

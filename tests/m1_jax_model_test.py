@@ -85,7 +85,9 @@ def test_router_statistics_leave_padding_out(model):
 
 
 def test_perfect_balance_is_the_number_of_slots():
-    stats = moe.RouterStats(jnp.full((3, 2, 8), 4.0), jnp.full((3, 8), 4.0), jnp.full((3,), 32.0), jnp.zeros(3))
+    stats = moe.RouterStats(
+        jnp.full((3, 2, 8), 4.0), jnp.full((3, 8), 4.0), jnp.full((3,), 32.0), jnp.zeros(3)
+    )
     np.testing.assert_allclose(moe.balance_loss(stats), 2.0, rtol=1e-6)
 
 
@@ -242,12 +244,17 @@ def test_token_logprobs_do_not_depend_on_the_chunk(model):
 def test_cpu_experts_equal_ragged_dot(sizes):
     rng = np.random.default_rng(0)
     draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)  # noqa: E731
-    rows, weights = draw(sum(sizes), 16), (draw(4, 16, 24), draw(4, 16, 24), draw(4, 24, 16))
+    num = sum(sizes)
+    rows, matrices = draw(num, 16), (draw(4, 16, 24), draw(4, 16, 24), draw(4, 24, 16))
+    weights = draw(num)
     sizes = jnp.asarray(sizes, jnp.int32)
     cotangent = draw(*rows.shape)
 
     def both(function):
-        out, vjp = jax.vjp(lambda *a: function(*a, sizes), rows, *weights)
+        def value(*arguments):
+            return function(*arguments[:4], sizes, arguments[4])
+
+        out, vjp = jax.vjp(value, rows, *matrices, weights)
         return out, *vjp(cotangent)
 
     wanted, got = jax.jit(lambda: both(experts._ragged))(), jax.jit(lambda: both(experts._tiled))()

@@ -1,0 +1,56 @@
+"""Several processes on one machine give the numbers of one."""
+
+import json
+import pathlib
+import socket
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+WORKER = pathlib.Path(__file__).parent / "processes_worker.py"
+
+
+def run(processes: int) -> list[dict]:
+    """Run the worker in `processes` processes of 8 devices together; return what each says."""
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        port = listener.getsockname()[1]
+    started = [
+        subprocess.Popen(
+            [sys.executable, WORKER, str(port), str(processes), str(index)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=WORKER.parents[1],
+        )
+        for index in range(processes)
+    ]
+    said = []
+    try:
+        for process in started:
+            out, err = process.communicate(timeout=600)
+            assert process.returncode == 0, err[-3000:]
+            said.append(json.loads(out.splitlines()[-1]))
+    finally:
+        for process in started:
+            process.kill()
+    return said
+
+
+@pytest.mark.slow
+def test_two_and_four_processes_equal_one():
+    (wanted,) = run(1)
+    assert wanted["devices"] == 8
+    for processes in (2, 4):
+        said = run(processes)
+        assert all(one["devices"] == 8 for one in said)
+        assert [one["local_devices"] for one in said] == [8 // processes] * processes
+        for one in said:
+            np.testing.assert_allclose(one["loss"], wanted["loss"], rtol=1e-6)
+            np.testing.assert_allclose(one["logits"], wanted["logits"], rtol=1e-5)
+            assert one["gradients"].keys() == wanted["gradients"].keys()
+            for name, norm in one["gradients"].items():
+                np.testing.assert_allclose(norm, wanted["gradients"][name], rtol=1e-5)
+            assert one["error"] == wanted["error"] != ""
