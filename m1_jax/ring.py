@@ -4,7 +4,8 @@ Every block of queries keeps a running softmax (sum of exp(score - top) v, sum o
 top) over the blocks of keys it can see; blocks that it cannot see are skipped. The backward pass
 computes the scores again from the saved log-sum-exp (Dao, arXiv 2307.08691). Where the length is
 split over devices, keys and values go round the ring, one neighbour a step (Liu, arXiv 2310.01889),
-and in the backward pass their gradients go with them.
+and in the backward pass their gradients go with them. There each device works on an early and a
+late part of the row, so that all have the same number of keys to look at.
 """
 
 import functools
@@ -51,6 +52,14 @@ def attend(
     assert k_document is not None
     queries, keys = (q_place, q_document), (k_place, k_document)
     devices = sharding.count("length")
+    # The last device of a causal row would have nearly twice the work of the average.
+    balance = devices > 1 and length == k.shape[2] and length % 2 == 0
+    if balance:
+        q = sharding.zigzag(q, "length", 3)
+        queries = tuple(sharding.zigzag(x, "length", 1) for x in queries)
+    if balance and not gathers(k, devices):
+        k, v = sharding.zigzag(k, "length", 2), sharding.zigzag(v, "length", 2)
+        keys = tuple(sharding.zigzag(x, "length", 1) for x in keys)
     if devices > 1 and gathers(k, devices):
         k, v = sharding.whole(k, "length", 2), sharding.whole(v, "length", 2)
         keys = tuple(sharding.whole(x, "length", 1) for x in keys)
@@ -60,6 +69,8 @@ def attend(
         o = total / _positive(scale)
     else:
         o = _blockwise(devices, q, k, v, queries, keys)
+    if balance:
+        o = sharding.zigzag(o, "length", 3, back=True)
     return _heads_last(o, v.dtype)
 
 

@@ -387,3 +387,18 @@ def pass_on(x, logical: str):
 def swap(x, axes: tuple[str, ...], split: int, join: int):
     """Cut dimension `split` into a part for each device, and join what comes along `join`."""
     return jax.lax.all_to_all(x, axes, split, join, tiled=True) if axes else x
+
+
+def zigzag(x, logical: str, dim: int, back: bool = False):
+    """Give each device an early and a late half of a piece, so that causal work is spread evenly.
+
+    Of 2 P halves device d gets d and 2 P - 1 - d (in an order that depends on d). `back` undoes it.
+    """
+    (axis,) = axes(logical)
+    num = count(logical)
+    halves = []
+    for number, half in enumerate(jnp.split(x, 2, axis=dim)):
+        moves = [(d, min(2 * d + number, 2 * num - 1 - (2 * d + number))) for d in range(num)]
+        moves = [(to, source) for source, to in moves] if back else moves
+        halves.append(jax.lax.ppermute(half, axis, moves))
+    return jnp.concatenate(halves, axis=dim)

@@ -23,7 +23,7 @@ SMALL = dataclasses.replace(
     initializer_range=0.2,
     shared_intermediate_size=96,
 )
-ROWS, LENGTH = 8, 49  # no mesh axis divides the length
+ROWS, LENGTH = 8, 51  # no mesh axis divides it; four devices get an odd, two an even number
 PAIRS = [dict(zip(pair, (2, 2), strict=True)) for pair in itertools.combinations(sharding.AXES, 2)]
 MESHES = [
     *({axis: 2} for axis in sharding.AXES),
@@ -70,11 +70,11 @@ def batch():
     tokens = rng.integers(0, SMALL.vocab_size, (ROWS, LENGTH))
     segments = np.ones((ROWS, LENGTH), np.int32)
     # Documents across the shards of every context axis, holes, padding at both ends, empty shards.
-    segments[0] = np.repeat([1, 2, 0, 3], [20, 3, 6, 20])
-    segments[1] = np.repeat([0, 1, 2, 0], [5, 30, 10, 4])
-    segments[2] = np.repeat([3, 1], [48, 1])
+    segments[0] = np.repeat([1, 2, 0, 3], [20, 3, 6, 22])
+    segments[1] = np.repeat([0, 1, 2, 0], [5, 30, 10, 6])
+    segments[2] = np.repeat([3, 1], [50, 1])
     segments[3, 1:] = 0
-    segments[4] = np.repeat([1, 0, 1], [10, 30, 9])
+    segments[4] = np.repeat([1, 0, 1], [10, 30, 11])
     return jnp.asarray(tokens, jnp.int32), jnp.asarray(segments)
 
 
@@ -126,7 +126,25 @@ def test_ring_attention(monkeypatch, segments):
     monkeypatch.setattr(ring, "GATHER_BYTES", 0)
     monkeypatch.setattr(ring, "BLOCK", 8)
     tokens, ids = batch()
+    if segments:
+        tokens, ids = tokens[:, :48], ids[:, :48]  # an even number for each device
     compare(one_device(), spread(layout_of({"context": 4})), tokens, ids if segments else None)
+
+
+@pytest.mark.parametrize("devices", [2, 4, 8])
+def test_zigzag_gives_early_and_late_halves(devices):
+    layout = layout_of({"context": devices})
+    halves = jnp.arange(2 * devices)
+
+    def local(x):
+        moved = sharding.zigzag(x, "length", 0)
+        return moved, sharding.zigzag(moved, "length", 0, back=True)
+
+    spec = layout.spec("length")
+    moved, back = sharding.run(layout, local, (spec,), (spec, spec))(halves)
+    np.testing.assert_array_equal(back, halves)
+    for device, pair in enumerate(np.asarray(moved).reshape(-1, 2)):
+        assert sorted(pair) == [device, 2 * devices - 1 - device]
 
 
 def all_to_the_first(model):
