@@ -27,7 +27,7 @@ def leads(heads: int, stages: int) -> tuple[int, ...]:
     An item's slots and state are free again two items after its last stage (heads may finish in
     pairs), so a stage can lead by `heads - 2`.
     """
-    wanted = {2: (2, 0), 3: (3, 2, 0)}[stages]
+    wanted = {2: (2, 0), 3: (5, 3, 0)}[stages]
     return tuple(max(0, min(lead, heads - 2)) for lead in wanted)
 
 
