@@ -27,7 +27,8 @@ F32, BF16 = jnp.float32, jnp.bfloat16
 PARAMS = pltpu.CompilerParams(
     dimension_semantics=("parallel", "parallel", "arbitrary"),
     vmem_limit_bytes=tiling.VMEM_BYTES,
-    # The compiler's default scheduler hoists loads until registers spill; this one spills none.
+    # The compiler's default scheduler hoists loads until registers spill. This one, which splash
+    # attention calls `use_experimental_scheduler`, spills none.
     flags={"XLA_TPU_FORCE_LP_LLO_SCHEDULER": True},
 )
 
