@@ -42,12 +42,15 @@ def _kernel(slopes, losses, *refs, tile: tiling.Tiling, packed: bool):
     def _():
         d_state[...] = d_final[0]
         tpu_fwd.fill_weights(slopes, losses, first_head, decay, query_ramp, key_ramp_t, full_loss)
-        for h in range(heads):
+
+        def fill(h, _):
             slope = slopes[first_head + h]
             row, col = tpu_fwd.iota(decay_t, 0), tpu_fwd.iota(decay_t, 1)
             decay_t[h] = boundaries.decay(slope, col - row)
             query_ramp_t[h] = boundaries.decay(slope, tpu_fwd.iota(query_ramp_t, 1) + 1)
             key_ramp[h] = boundaries.decay(slope, size - 1 - tpu_fwd.iota(key_ramp, 0))
+
+        jax.lax.fori_loop(0, heads, fill, None)
 
     state[...] = saved[0, :, 0]
 

@@ -61,13 +61,16 @@ def fill_weights(slopes, losses, first_head, pair_decay, query_ramp, key_ramp, f
     forgotten, as rows because scalars would all be spread over registers before the loop starts.
     """
     heads, size, _ = pair_decay.shape
-    for h in range(heads):
+
+    def fill(h, _):
         slope = slopes[first_head + h]
         pair_decay[h] = boundaries.decay(slope, iota(pair_decay, 0) - iota(pair_decay, 1))
         query_ramp[h] = boundaries.decay(slope, iota(query_ramp, 0) + 1)
         key_ramp[h] = boundaries.decay(slope, size - 1 - iota(key_ramp, 1))
         loss = losses[(first_head + h) * (size + 1) + size]
         full_loss[h] = jnp.full(full_loss.shape[1:], loss)
+
+    jax.lax.fori_loop(0, heads, fill, None)
 
 
 def two_products(a, b, c, d, wide: bool):
