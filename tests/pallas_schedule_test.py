@@ -16,6 +16,8 @@ from pallas_kernels.lightning_attention import api, schedule, tiling
 COMPILER = "0.0.51"
 BUDGETS = pathlib.Path(__file__).parent / "data" / "lightning_schedule.json"
 SLACK = 1.02
+# These spill no register on any generation, and a new budget cannot change that.
+SPILL_FREE = {"lightning_fwd", "lightning_bwd", "lightning_decode"}
 
 
 @pytest.mark.slow
@@ -30,6 +32,7 @@ def test_schedule_stays_within_its_budget(chip):
         budget = budgets[record["kernel"], chip]
         for key in ("bundles_per_token_head", "spills", "vmem_bytes"):
             assert record[key] <= budget[key] * SLACK, (record["kernel"], key)
+        assert not (record["kernel"] in SPILL_FREE and record["spills"]), record
 
 
 def test_blocks_are_those_of_the_generation_compiled_for():

@@ -54,7 +54,6 @@ CHIPS = {
 TRAIN = shapes.SHAPES["schedule"]
 DECODE = shapes.DECODE["schedule"]
 PREFILL = shapes.PREFILL["schedule"]
-NOISE = 20  # bundles: a smaller loop fills or copies, it is not a loop over chunks
 # Of the loops of a decoding kernel, in program order, the first starts the pipeline in a call's
 # first step and the last two drain it in the last step.
 DECODE_LOOPS, STEADY = 8, slice(1, 6)
@@ -169,13 +168,14 @@ def dumped(dump: str, kernel: str, suffix: str) -> str:
 
 
 def count_backward(bundles: Bundles, tile: tiling.Tiling) -> tuple[float, list[range]]:
-    loops = [loop for loop in bundles.loops if len(loop) >= NOISE]
+    """Count the loops over chunks, which are the longest; the others fill weights."""
+    loops = sorted(bundles.loops, key=len)[-2:]
     return sum(map(len, loops)) / (tile.chunk * tile.heads), loops
 
 
 def count_forward(bundles: Bundles, tile: tiling.Tiling) -> tuple[float, list[range]]:
-    per_token_head, loops = count_backward(bundles, tile)
-    return per_token_head / tile.group, loops
+    loop = max(bundles.loops, key=len)
+    return len(loop) / (tile.chunk * tile.heads * tile.group), [loop]
 
 
 def count_prefill(bundles: Bundles, tile: tiling.Tiling) -> tuple[float, list[range]]:

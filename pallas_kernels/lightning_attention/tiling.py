@@ -14,9 +14,8 @@ import dataclasses
 import jax
 
 CHUNK = 128
-# Sides of the matrix unit, and chunks in one loop body of the forward pass.
-MATRIX_UNIT = {"v5e": 128, "v5p": 128, "v6e": 256, "tpu7x": 256}
-UNROLL = {"v5e": 2, "v5p": 2, "v6e": 2, "tpu7x": 4}
+UNROLL = 4  # chunks in one loop body of the forward pass
+MATRIX_UNIT = {"v5e": 128, "v5p": 128, "v6e": 256, "tpu7x": 256}  # sides of it
 # Kernels ask for what they need of this; tpu7x has 64 MiB, the others 95 or more.
 VMEM_BYTES = 56 * 2**20
 LANES = 128
@@ -96,7 +95,7 @@ def vmem_bytes(tiling: Tiling, head_dim: int, item_bytes: int) -> int:
     blocks = 2 * (7 * tokens + 3 * 4 * state)
     states = (chunks * item_bytes + 8) * state
     square, oblong = tiling.chunk**2, tiling.chunk * head_dim
-    weights = tiling.heads * 4 * (2 * square + 4 * oblong)
+    weights = tiling.heads * 4 * (2 * square + 4 * oblong + 8 * head_dim)
     slots = tiling.heads * (item_bytes * (3 * square + 2 * oblong) + 4 * 3 * oblong)
     return blocks + states + weights + slots
 
@@ -124,7 +123,7 @@ def choose(
         # A block narrower than the array is a whole number of lanes.
         if num_heads % heads or (heads * head_dim % LANES and heads != num_heads):
             continue
-        tiling = Tiling(chunk, superblock, heads, UNROLL[generation], wide)
+        tiling = Tiling(chunk, superblock, heads, UNROLL, wide)
         if vmem_bytes(tiling, head_dim, item_bytes) <= VMEM_BYTES:
             return tiling
     return None

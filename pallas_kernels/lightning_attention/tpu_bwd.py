@@ -31,7 +31,7 @@ def _kernel(slopes, losses, *refs, tile: tiling.Tiling, packed: bool):
     scalars, words, *refs = refs if packed else (None, None, *refs)
     qkv, d_o, saved, d_final, d_qkv, d_initial, *refs = refs
     state, d_state, states, *refs = refs
-    decay, query_ramp, key_ramp_t, decay_t, query_ramp_t, key_ramp, *refs = refs
+    decay, query_ramp, key_ramp_t, full_loss, decay_t, query_ramp_t, key_ramp, *refs = refs
     queries_t, ramped_t, d_scores, scores_t, d_scores_t, dq_carried, dk_carried, dv_carried = refs
     size, heads, width = tile.chunk, tile.heads, state.shape[2]
     dtype, first_head, num = qkv.dtype, pl.program_id(1) * heads, tile.superblock // size
@@ -41,13 +41,16 @@ def _kernel(slopes, losses, *refs, tile: tiling.Tiling, packed: bool):
     @pl.when(pl.program_id(2) == 0)
     def _():
         d_state[...] = d_final[0]
-        tpu_fwd.fill_weights(slopes, first_head, decay, query_ramp, key_ramp_t)
-        for h in range(heads):
+        tpu_fwd.fill_weights(slopes, losses, first_head, decay, query_ramp, key_ramp_t, full_loss)
+
+        def fill(h, _):
             slope = slopes[first_head + h]
             row, col = tpu_fwd.iota(decay_t, 0), tpu_fwd.iota(decay_t, 1)
             decay_t[h] = boundaries.decay(slope, col - row)
             query_ramp_t[h] = boundaries.decay(slope, tpu_fwd.iota(query_ramp_t, 1) + 1)
             key_ramp[h] = boundaries.decay(slope, size - 1 - tpu_fwd.iota(key_ramp, 0))
+
+        jax.lax.fori_loop(0, heads, fill, None)
 
     state[...] = saved[0, :, 0]
 
@@ -61,9 +64,6 @@ def _kernel(slopes, losses, *refs, tile: tiling.Tiling, packed: bool):
         rows = tpu_fwd.chunk_rows(c, size)
         for i, x in enumerate(gradients):
             d_qkv[0, rows, pl.ds((3 * h + i) * width, width)] = x.astype(d_qkv.dtype)
-
-    def full_loss(h):
-        return losses[(first_head + h) * (size + 1) + size]
 
     def with_masks(c, scalar, run):
         """Call run(h, q k v do, decays, loss) for the heads of a chunk with a boundary."""
@@ -86,10 +86,10 @@ def _kernel(slopes, losses, *refs, tile: tiling.Tiling, packed: bool):
             gains = tpu_fwd.two_products(
                 keys_t[h - 1], load(c, h - 1)[2], keys_t[h], load(c, h)[2], True
             )
-            fade(state, h - 1, full_loss(h - 1), gains[0])
-            fade(state, h, full_loss(h), gains[1])
+            fade(state, h - 1, full_loss[h - 1], gains[0])
+            fade(state, h, full_loss[h], gains[1])
         elif not paired:
-            fade(state, h, full_loss(h), dot(keys_t[h], load(c, h)[2], 1, 0))
+            fade(state, h, full_loss[h], dot(keys_t[h], load(c, h)[2], 1, 0))
 
     def advance_boundary(c, scalar):
         states[c] = state[...].astype(dtype)
@@ -112,7 +112,9 @@ def _kernel(slopes, losses, *refs, tile: tiling.Tiling, packed: bool):
     # Gradients, from the last chunk to the first.
 
     def transpose_queries(c, h):
-        queries_t[h] = load(c, h)[0].T
+        q_t = load(c, h)[0].T
+        queries_t[h] = q_t
+        ramped_t[h] = (q_t * query_ramp_t[h]).astype(dtype)
 
     def score(c, h):
         _, k, v, d = load(c, h)
@@ -126,13 +128,12 @@ def _kernel(slopes, losses, *refs, tile: tiling.Tiling, packed: bool):
         both = dot(v, jnp.concatenate([d, d_next], 0), 1, 1)
         d_scores_t[h] = (both[:, :size] * decay_t[h]).astype(dtype)
         dk_carried[h] = key_ramp[h] * both[:, size:]
-        ramped_t[h] = (queries_t[h] * query_ramp_t[h]).astype(dtype)
 
     def finish(c, h):
         q, k, _, d = load(c, h)
         dv, dk = tpu_fwd.two_products(scores_t[h], d, d_scores_t[h], q, tile.wide)
         dq, gain = tpu_fwd.two_products(d_scores[h], k, ramped_t[h], d, tile.wide)
-        fade(d_state, h, full_loss(h), gain)
+        fade(d_state, h, full_loss[h], gain)
         store(c, h, (dq + dq_carried[h], dk + dk_carried[h], dv + dv_carried[h]))
 
     def finish_boundary(c, scalar):
@@ -211,13 +212,10 @@ def backward(qkv, slopes, tables, saved, d_o, d_final, *, tile, interpret=False)
             carried,
             carried,
             pltpu.VMEM(states, qkv.dtype),
-            *tpu_fwd.scratch(tile, "CC CH HC CC HC CH", width, qkv.dtype),
+            *tpu_fwd.scratch(tile, "CC CH HC RH CC HC CH", width, qkv.dtype),
             *tpu_fwd.scratch(tile, "hc hc cc cc cc CH CH CH", width, qkv.dtype),
         ],
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "arbitrary"),
-            vmem_limit_bytes=tiling.VMEM_BYTES,
-        ),
+        compiler_params=tpu_fwd.PARAMS,
         interpret=interpret,
     )(slopes, boundaries.losses(slopes, tile.chunk), *(tables if packed else ()),
       qkv, d_o, saved, d_final)  # fmt: skip

@@ -24,6 +24,13 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.lightning_attention import boundaries, pipeline, tiling
 
 F32, BF16 = jnp.float32, jnp.bfloat16
+PARAMS = pltpu.CompilerParams(
+    dimension_semantics=("parallel", "parallel", "arbitrary"),
+    vmem_limit_bytes=tiling.VMEM_BYTES,
+    # The compiler's default scheduler hoists loads until registers spill. This one, which splash
+    # attention calls `use_experimental_scheduler`, spills none.
+    flags={"XLA_TPU_FORCE_LP_LLO_SCHEDULER": True},
+)
 
 
 def dot(a, b, contract_a: int, contract_b: int):
@@ -46,18 +53,24 @@ def iota(ref, axis: int):
     return jax.lax.broadcasted_iota(jnp.int32, ref.shape[1:], axis)
 
 
-def fill_weights(slopes, first_head, pair_decay, query_ramp, key_ramp):
+def fill_weights(slopes, losses, first_head, pair_decay, query_ramp, key_ramp, full_loss):
     """Write the weights of a chunk without boundary: constants of a head, made once a block.
 
     pair_decay [N, C, C] at (i, j), query_ramp [N, C, H] along rows, key_ramp [N, H, C] along
-    columns, for keys that stand transposed.
+    columns, for keys that stand transposed; full_loss [N, 1, H], the share of the state that is
+    forgotten, as rows because scalars would all be spread over registers before the loop starts.
     """
     heads, size, _ = pair_decay.shape
-    for h in range(heads):
+
+    def fill(h, _):
         slope = slopes[first_head + h]
         pair_decay[h] = boundaries.decay(slope, iota(pair_decay, 0) - iota(pair_decay, 1))
         query_ramp[h] = boundaries.decay(slope, iota(query_ramp, 0) + 1)
         key_ramp[h] = boundaries.decay(slope, size - 1 - iota(key_ramp, 1))
+        loss = losses[(first_head + h) * (size + 1) + size]
+        full_loss[h] = jnp.full(full_loss.shape[1:], loss)
+
+    jax.lax.fori_loop(0, heads, fill, None)
 
 
 def two_products(a, b, c, d, wide: bool):
@@ -71,7 +84,7 @@ def two_products(a, b, c, d, wide: bool):
 
 
 def fade(state, h: int, loss, gain) -> None:
-    """Carry the state of head h over a chunk."""
+    """Carry the state of head h over a chunk; loss is a scalar or a row."""
     state[h] = state[h] - loss * state[h] + gain
 
 
@@ -88,7 +101,8 @@ def _kernel(slopes, losses, *refs, tile: tiling.Tiling, packed: bool, checkpoint
     scalars, words, *refs = refs if packed else (None, None, *refs)
     qkv, initial, o, final, *refs = refs
     saved, refs = (refs[0], refs[1:]) if checkpoints else (None, refs)
-    state, pair_decay, query_ramp, key_ramp, keys_t, added_keys, scores, carried, low_ramp = refs
+    state, pair_decay, query_ramp, key_ramp, full_loss, *refs = refs
+    keys_t, added_keys, scores, carried, low_ramp = refs
     size, heads, width = tile.chunk, tile.heads, state.shape[2]
     dtype, split = qkv.dtype, qkv.dtype == BF16
     first_head = pl.program_id(1) * heads
@@ -97,7 +111,7 @@ def _kernel(slopes, losses, *refs, tile: tiling.Tiling, packed: bool, checkpoint
     @pl.when(pl.program_id(2) == 0)
     def _():
         state[...] = initial[0]
-        fill_weights(slopes, first_head, pair_decay, query_ramp, key_ramp)
+        fill_weights(slopes, losses, first_head, pair_decay, query_ramp, key_ramp, full_loss)
         low_ramp[...] = query_ramp[...].astype(dtype)  # exact enough for what S rounds away
 
     if saved is not None:
@@ -110,7 +124,9 @@ def _kernel(slopes, losses, *refs, tile: tiling.Tiling, packed: bool, checkpoint
         o[0, chunk_rows(c, size), pl.ds(h * width, width)] = out.astype(o.dtype)
 
     def transpose(c, h):
-        keys_t[h] = load(c, h)[1].T
+        k_t = load(c, h)[1].T
+        keys_t[h] = k_t
+        added_keys[h] = (k_t * key_ramp[h]).astype(dtype)
 
     def score(c, h):
         q = load(c, h)[0]
@@ -118,7 +134,6 @@ def _kernel(slopes, losses, *refs, tile: tiling.Tiling, packed: bool, checkpoint
         both = dot(q, jnp.concatenate([keys_t[h], high], 1), 1, 0)
         scores[h] = (both[:, :size] * pair_decay[h]).astype(dtype)
         carried[h] = query_ramp[h] * both[:, size:]
-        added_keys[h] = (keys_t[h] * key_ramp[h]).astype(dtype)
 
     def finish(c, h):
         q, _, v = load(c, h)
@@ -131,13 +146,10 @@ def _kernel(slopes, losses, *refs, tile: tiling.Tiling, packed: bool, checkpoint
         store(c, h, out + carried[h])
         if paired and h % 2:
             gains = two_products(added_keys[h - 1], load(c, h - 1)[2], added_keys[h], v, True)
-            fade(state, h - 1, full_loss(h - 1), gains[0])
-            fade(state, h, full_loss(h), gains[1])
+            fade(state, h - 1, full_loss[h - 1], gains[0])
+            fade(state, h, full_loss[h], gains[1])
         elif not paired:
-            fade(state, h, full_loss(h), dot(added_keys[h], v, 1, 0))
-
-    def full_loss(h):
-        return losses[(first_head + h) * (size + 1) + size]
+            fade(state, h, full_loss[h], dot(added_keys[h], v, 1, 0))
 
     def boundary(c, scalar):
         rows = chunk_rows(c, size)
@@ -192,9 +204,9 @@ def table_specs(scalars, tile: tiling.Tiling, order):
 def scratch(tile: tiling.Tiling, shapes: str, width: int, dtype):
     """Return VMEM of [heads, rows, columns] arrays, named by their sides: "CH" is chunk by width.
 
-    Capitals are float32, small letters `dtype`.
+    R is one row. Capitals are float32, small letters `dtype`.
     """
-    sides = {"c": tile.chunk, "h": width}
+    sides = {"c": tile.chunk, "h": width, "r": 1}
     return [
         pltpu.VMEM(
             (tile.heads, *(sides[side] for side in shape.lower())),
@@ -244,11 +256,8 @@ def forward(qkv, slopes, tables, initial_state, *, tile, checkpoints, interpret=
                   tokens(3), state],
         out_specs=out_specs,
         out_shape=out_shape,
-        scratch_shapes=scratch(tile, "HH CC CH HC hc hc cc CH ch", width, qkv.dtype),
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "arbitrary"),
-            vmem_limit_bytes=tiling.VMEM_BYTES,
-        ),
+        scratch_shapes=scratch(tile, "HH CC CH HC RH hc hc cc CH ch", width, qkv.dtype),
+        compiler_params=PARAMS,
         interpret=interpret,
     )(slopes, boundaries.losses(slopes, tile.chunk), *(tables if packed else ()),
       qkv, initial_state)  # fmt: skip
