@@ -69,8 +69,7 @@ def forward(
     lightning_layers = config.num_hidden_layers - softmax_layers
     chunk = min(chunk or size, length)
     pairs = length * (length + 1) // 2 + length * context
-    shared = 6 * embed * config.shared_intermediate_size and 6 * embed * config.intermediate_size
-    chosen = config.num_experts_per_tok * 6 * embed * config.intermediate_size
+    experts = config.num_experts_per_tok + config.has_shared_expert
     # qkv, gate and out have width 3, 1 and 1; query and out 1 and 1, key and value the kv width.
     projections = lightning_layers * 5 * width + softmax_layers * 2 * (width + kv_width)
     return Flops(
@@ -79,7 +78,7 @@ def forward(
         lightning=4.0 * tokens * lightning_layers * width * (chunk + size),
         softmax=4.0 * sequences * pairs * softmax_layers * width,
         router=2.0 * tokens * config.num_hidden_layers * embed * config.num_local_experts,
-        experts=1.0 * tokens * config.num_hidden_layers * (chosen + shared),
+        experts=6.0 * tokens * config.num_hidden_layers * experts * embed * config.intermediate_size,
         head=2.0 * sequences * (length if logits is None else logits) * embed * config.vocab_size,
     )
 
@@ -87,14 +86,14 @@ def forward(
 def train(config: config_lib.ModelConfig, sequences: int, length: int, **kwargs) -> TrainFlops:
     """Return the operations of a training step: a backward pass is two forward passes.
 
-    Computed again: with remat "layer", each layer's forward pass; with "dots", its attention alone
-    (projections and router are kept); in all cases the scores of softmax attention, which its
-    blocks never keep, and the logits, which exist chunk by chunk.
+    Computed again: with remat "layer", each layer's forward pass; with "dots", attention
+    and experts (projections and router are kept). In all cases softmax attention twice more, for
+    its blocks of queries and then of keys keep nothing, and the logits, which come in chunks.
     """
     once = forward(config, sequences, length, **kwargs)
     again = {
-        "none": once.softmax,
-        "layer": once.layers + once.softmax,
-        "dots": once.lightning + 2 * once.softmax + once.experts,
+        "none": 0.0,
+        "layer": once.layers,
+        "dots": once.lightning + once.softmax + once.experts,
     }[config.remat]
-    return TrainFlops(model=3 * once.total, again=again + once.head)
+    return TrainFlops(model=3 * once.total, again=again + 2 * once.softmax + once.head)

@@ -140,3 +140,24 @@ def _loss(model, batch: Batch, totals, coefficient: float):
 
 def _num_real(batch: Batch) -> Float[Array, ""]:
     return jnp.sum((batch.segment_ids != 0).astype(jnp.float32))
+
+
+def abstract(model: model_lib.MiniMaxM1, optimizer: optim.AdamW) -> TrainState:
+    """Return the state of a model of sharded shapes, moments lying where their parameters do."""
+    mesh = jax.tree.leaves(model)[0].sharding.mesh
+    whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+
+    def place(shape, like):
+        return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=like.sharding)
+
+    def moment(part):
+        if isinstance(part, model_lib.MiniMaxM1):
+            return jax.tree.map(place, part, model)
+        return jax.ShapeDtypeStruct(part.shape, part.dtype, sharding=whole)
+
+    def is_moment(part):
+        return isinstance(part, model_lib.MiniMaxM1)
+
+    state = jax.eval_shape(lambda m: init(m, optimizer), model)
+    moments = jax.tree.map(moment, state.moments, is_leaf=is_moment)
+    return TrainState(moment(state.step), model, moments)
