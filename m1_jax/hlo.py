@@ -79,8 +79,8 @@ def collectives(text: str) -> tuple[dict[str, Traffic], int]:
     asynchronous pair once. Bytes are those that one chip of n in a group receives:
       all-gather: its output less the own shard. reduce-scatter: its input less the own shard.
       all-reduce: 2 (n - 1) / n of its size, a reduce-scatter and an all-gather.
-      all-to-all: (n - 1) / n of its size. ragged-all-to-all: the same of what it may SEND, the
-      static size of its operand, since the receiving buffer is sized for the worst case.
+      all-to-all: (n - 1) / n of its size. ragged-all-to-all: the same of the smaller of its two
+      buffers, since the other one is sized for the worst case.
       collective-permute, -broadcast: its output.
     """
     module = parse(text)
@@ -216,7 +216,7 @@ def _received(module, where, instruction, kind, n) -> tuple[str, float]:
         return kind, size * (n - 1)
     if kind == "ragged-all-to-all":
         sent = module.computations[where].get(instruction.operands[0])
-        return kind, (array_bytes(sent.shape) if sent else size) * others
+        return kind, min(array_bytes(sent.shape) if sent else size, size) * others
     return kind, size if kind in ("collective-permute", "collective-broadcast") else size * others
 
 
