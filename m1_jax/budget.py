@@ -16,6 +16,8 @@ from m1_jax import hlo, logprobs
 # As in sharding.py, whose table of axes this follows.
 DATA, FSDP, EXPERT, TENSOR, CONTEXT = AXES = ("data", "fsdp", "expert", "tensor", "context")
 BATCH_AXES = (DATA, FSDP, EXPERT)  # rows of a batch are split over these
+LATENCY_BYTES = 2**20
+HBM_OVER_NETWORK = 5  # bandwidths of a v5p chip: 2,765 and 600 GB/s
 # Axes that a job may use, besides `data` across slices.
 _SEARCHED = {
     "train": (FSDP, EXPERT, CONTEXT),
@@ -57,9 +59,14 @@ class Estimate:
     def total_bytes(self) -> float:
         return sum(self.hbm_bytes.values())
 
-    @property
-    def received_bytes(self) -> float:
-        return sum(traffic.bytes for traffic in self.collectives.values())
+    def cost(self, job: Job) -> float:
+        """Return what meshes are ranked by: time, in bytes received.
+
+        A collective waits for about 1 MiB however small it is. Serving reads all weights and
+        states in each pass, which training hides behind its products.
+        """
+        traffic = sum(t.bytes + t.count * LATENCY_BYTES for t in self.collectives.values())
+        return traffic if job.training else traffic + self.total_bytes / HBM_OVER_NETWORK
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +123,7 @@ def estimate(
     rows = job.batch / job.accumulate / math.prod(mesh[axis] for axis in BATCH_AXES)
     tokens = max(rows, 1) * job.new_tokens / mesh[CONTEXT]
     held = sum(p.elements * p.item_bytes for p in params)
-    parts = {"parameters": held}
+    parts: dict[str, float] = {"parameters": held}
     if job.training:
         moments = 2 * sum(4 * p.elements for p in params)
         parts |= {"optimizer": moments, "gradients": sum(4 * p.elements for p in params)}
@@ -186,7 +193,7 @@ def _collectives(config, job, mesh, rows, tokens, params) -> dict[str, hlo.Traff
     found: dict[str, list[float]] = {}
 
     def add(kind: str, count: float, size: float):
-        if size:
+        if size and count:
             entry = found.setdefault(kind, [0.0, 0.0])
             entry[0] += micro * count
             entry[1] += micro * count * size

@@ -1,16 +1,11 @@
-"""TPU slices described by name, without a TPU: their devices and the memory of one."""
+"""TPU slices by name, and their devices to compile for, without a TPU."""
 
 import dataclasses
 import math
 import os
 import re
 
-import jax
-import jax.numpy as jnp
 from jax.experimental import topologies
-
-GIB = 2**30
-_PROBE_BYTES = 2**42  # more than any chip has
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,37 +102,3 @@ def devices(where: Slice) -> list:
             f"topology {where.name}: got {len(found)} devices; wanted {where.num_devices}"
         )
     return list(found)
-
-
-def hbm_limit_bytes(device) -> float:
-    """Return the memory that the compiler grants one device, from its refusal to exceed it."""
-    one = jax.sharding.SingleDeviceSharding(device)
-    large = jax.ShapeDtypeStruct((_PROBE_BYTES // 4,), jnp.float32, sharding=one)
-    try:
-        compile_for_tpu(jax.jit(lambda x: x + 1).trace(large))
-    except jax.errors.JaxRuntimeError as error:
-        found = out_of_memory(str(error))
-        if found is not None:
-            return found[1]
-        raise
-    raise AssertionError(f"{device} took {_PROBE_BYTES} bytes")
-
-
-def compile_for_tpu(traced, **kwargs):
-    return traced.lower(lowering_platforms=("tpu",)).compile(**kwargs)
-
-
-def out_of_memory(message: str) -> tuple[float, float] | None:
-    """Return (needed, available) bytes from a compiler's RESOURCE_EXHAUSTED; None: another error.
-
-    What is needed covers arguments and results, whatever the message calls it.
-    """
-    if "RESOURCE_EXHAUSTED" not in message and "Ran out of memory" not in message:
-        return None
-    number = r"([\d.]+)\s*([KMGT]?)i?B?"
-    for form in (rf"\({number}\) exceeds available HBM \({number}\)", rf"Used {number} of {number}"):
-        found = re.search(form, message)
-        if found:
-            sizes = [float(found[i]) * 1024 ** " KMGT".index(found[i + 1] or " ") for i in (1, 3)]
-            return sizes[0], sizes[1]
-    return None

@@ -78,7 +78,12 @@ def forward(
         lightning=4.0 * tokens * lightning_layers * width * (chunk + size),
         softmax=4.0 * sequences * pairs * softmax_layers * width,
         router=2.0 * tokens * config.num_hidden_layers * embed * config.num_local_experts,
-        experts=6.0 * tokens * config.num_hidden_layers * experts * embed * config.intermediate_size,
+        experts=6.0
+        * tokens
+        * config.num_hidden_layers
+        * experts
+        * embed
+        * config.intermediate_size,
         head=2.0 * sequences * (length if logits is None else logits) * embed * config.vocab_size,
     )
 

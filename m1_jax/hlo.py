@@ -157,8 +157,9 @@ def trip_count(module: Module, where: str, loop: Instruction) -> int | None:
     if noted:
         return int(noted[1])
     called = loop.called()
-    condition = module.computations.get(*called.get("condition", [""]), {})
-    body = module.computations.get(*called.get("body", [""]), {})
+    condition, body = (
+        module.computations.get(called.get(name, [""])[0], {}) for name in ("condition", "body")
+    )
     compares = [i for i in condition.values() if i.opcode == "compare"]
     if len(compares) != 1 or "direction=LT" not in compares[0].rest:
         return None

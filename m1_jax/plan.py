@@ -11,15 +11,12 @@ device: on tpu7x half a chip, of which each has two.
 
 import contextlib
 import dataclasses
-import functools
-import glob
 import importlib.metadata
 import json
 import math
 import pathlib
 import resource
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -31,7 +28,7 @@ from absl import app, flags, logging
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from m1_jax import budget, checkpoint, chips, flops, hlo, plan_text, sharding
+from m1_jax import aot, budget, checkpoint, chips, flops, hlo, plan_text, sharding
 from m1_jax import config as config_lib
 from m1_jax import model as model_lib
 from m1_jax import state as state_lib
@@ -77,7 +74,9 @@ class Config:
 
     def __post_init__(self):
         if self.job in LATER:
-            raise PlanError(f"job {self.job}: its program does not exist yet; it joins this command")
+            raise PlanError(
+                f"job {self.job}: its program does not exist yet; it joins this command"
+            )
         if self.job not in JOBS:
             raise PlanError(f"job: got {self.job!r}; wanted one of {', '.join(JOBS)}")
         if min(self.seq, self.accumulate, self.tries) < 1 or self.batch < 0:
@@ -143,8 +142,8 @@ def trace_train(config: config_lib.ModelConfig, model, mesh: Mesh, job: budget.J
 
     settings = step.Settings(optim.AdamW(1e-4), accumulate=job.accumulate)
     state = step.abstract(model, settings.optimizer)
-    ints = abstract_rows(mesh, job.batch, job.seq)
-    weights = abstract_rows(mesh, job.batch, job.seq, jnp.float32)
+    ints: Any = abstract_rows(mesh, job.batch, job.seq)
+    weights: Any = abstract_rows(mesh, job.batch, job.seq, jnp.float32)
     batch = step.Batch(ints, ints, ints, ints, weights)
     parts = {"parameters": model, "optimizer": state.moments, "batch": batch}
     return step.update.trace(state, batch, settings=settings), parts
@@ -171,72 +170,6 @@ JOBS: dict[str, Callable] = {
 }
 
 
-# ---- compiling
-
-
-@dataclasses.dataclass(frozen=True)
-class Compiled:
-    """What the compiler says; bytes and operations are those of one chip.
-
-    needed: HBM for all; text: the optimised HLO; flops: its own count, None if it did not fit.
-    """
-
-    fits: bool
-    needed: float
-    limit: float
-    argument_bytes: float | None
-    temp_bytes: float | None
-    flops: float | None
-    text: str
-    secs: float
-
-
-def compile_program(traced, limit: float) -> Compiled:
-    """Compile for a TPU, keeping the compiler's own dump of the program.
-
-    A dump, because `as_text` of some TPU programs fails inside XLA, and because it is there even
-    of a program that does not fit.
-    """
-    started = time.perf_counter()
-    with tempfile.TemporaryDirectory() as dump, _without_cache():
-        options = {"xla_dump_to": dump, "xla_dump_hlo_as_text": True}
-        try:
-            program = chips.compile_for_tpu(traced, compiler_options=options)
-        except jax.errors.JaxRuntimeError as error:
-            too_much = chips.out_of_memory(str(error))
-            if too_much is None:
-                raise
-            secs = time.perf_counter() - started
-            return Compiled(False, *too_much, None, None, None, _dumped(dump), secs)
-        secs = time.perf_counter() - started
-        text = _dumped(dump)
-    memory = program.memory_analysis()
-    kept = memory.output_size_in_bytes - memory.alias_size_in_bytes
-    arguments, temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes
-    needed = arguments + kept + temporaries + memory.generated_code_size_in_bytes
-    count = (program.cost_analysis() or {}).get("flops")
-    return Compiled(needed <= limit, needed, limit, arguments, temporaries, count, text, secs)
-
-
-def _dumped(dump: str) -> str:
-    """Return the optimised text of the largest module: others are parts cut out of it."""
-    found = glob.glob(f"{dump}/*.after_optimizations.txt")
-    if not found:
-        return ""
-    return pathlib.Path(max(found, key=lambda path: pathlib.Path(path).stat().st_size)).read_text()
-
-
-@contextlib.contextmanager
-def _without_cache():
-    """What a compilation cache holds is not compiled, so dumps nothing and takes no time."""
-    before = jax.config.jax_enable_compilation_cache
-    jax.config.update("jax_enable_compilation_cache", False)
-    try:
-        yield
-    finally:
-        jax.config.update("jax_enable_compilation_cache", before)
-
-
 # ---- the command
 
 
@@ -247,9 +180,9 @@ def run(config: Config) -> dict[str, Any]:
       PlanError, TopologyError, ConfigError: arguments that no program can be made of.
     """
     where = chips.parse(config.topology, config.slices)
-    model_config = _model_config(config)
+    model_config = read_model_config(config)
     devices = chips.devices(where)
-    limit = chips.hbm_limit_bytes(devices[0])
+    limit = aot.hbm_limit_bytes(devices[0])
     default = {"train": len(devices) * TOKENS // config.seq, "prefill": 1, "decode": len(devices)}
     batch = config.batch or max(default[config.job], 1)
     job = budget.Job(config.job, config.seq, batch, config.accumulate)
@@ -275,7 +208,7 @@ def run(config: Config) -> dict[str, Any]:
 
 
 def rank(model_config, job: budget.Job, devices, num_slices: int, limit: float) -> list[dict]:
-    """Return the sensible meshes, best first: those that should fit by least traffic.
+    """Return the meshes that should fit by hand, cheapest first; if none does, the nearest one.
 
     Raises:
       PlanError: there are none.
@@ -283,15 +216,16 @@ def rank(model_config, job: budget.Job, devices, num_slices: int, limit: float) 
     found = []
     for shape in budget.meshes(model_config, job, len(devices), num_slices):
         mesh = make_mesh(shape, devices)
-        guess = _estimate(model_config, job, mesh, abstract_model(model_config, mesh, job.kind))
+        guess = estimate(model_config, job, mesh, abstract_model(model_config, mesh, job.kind))
         over = guess.total_bytes > limit
-        found.append(((over, guess.total_bytes if over else guess.received_bytes), shape))
+        found.append(((over, guess.total_bytes if over else guess.cost(job)), shape))
     if not found:
         raise PlanError(
             f"no mesh of {len(devices)} devices divides {job.batch} rows of {job.seq} tokens "
             f"in {job.accumulate} microbatches; choose another --batch, or give --mesh"
         )
-    return [shape for _, shape in sorted(found, key=lambda pair: pair[0])]
+    found.sort(key=lambda pair: pair[0])
+    return [shape for (over, _), shape in found if not over] or [found[0][1]]
 
 
 def parse_mesh(text: str, num_devices: int) -> dict[str, int]:
@@ -321,15 +255,23 @@ def plan_mesh(config: Config, model_config, job, shape, devices, limit, where) -
     """Compile one job on one mesh and return its record."""
     mesh = make_mesh(shape, devices)
     model = abstract_model(model_config, mesh, job.kind)
-    guess = _estimate(model_config, job, mesh, model)
+    guess = estimate(model_config, job, mesh, model)
     started = time.perf_counter()
     kernels = config.lightning == "tpu"
     chip = tiling.compile_for(where.generation) if kernels else contextlib.nullcontext()
-    with chip:
-        traced, arguments = JOBS[job.kind](model_config, model, mesh, job)
-        traced_secs = time.perf_counter() - started
-        compiled = compile_program(traced, limit)
-    parts = {name: budget.local_bytes(tree) for name, tree in arguments.items()}
+    try:
+        with chip:
+            traced, arguments = JOBS[job.kind](model_config, model, mesh, job)
+            traced_secs = time.perf_counter() - started
+            compiled = aot.compile_program(traced, limit)
+    except NotImplementedError as error:
+        if "Mosaic" not in str(error):
+            raise
+        raise PlanError(
+            "lightning tpu: XLA cannot partition the Pallas kernels of this program; "
+            "take --lightning=chunked"
+        ) from None
+    parts: dict[str, float] = {name: budget.local_bytes(tree) for name, tree in arguments.items()}
     held = compiled.argument_bytes or sum(parts.values())
     parts["activations"] = compiled.needed - sum(parts.values())
     counted, unknown = hlo.collectives(compiled.text) if compiled.text else ({}, 0)
@@ -359,7 +301,7 @@ def plan_mesh(config: Config, model_config, job, shape, devices, limit, where) -
     }
 
 
-def _estimate(model_config, job: budget.Job, mesh: Mesh, model) -> budget.Estimate:
+def estimate(model_config, job: budget.Job, mesh: Mesh, model) -> budget.Estimate:
     params = [
         budget.param(param.get_value(), param.get_metadata()["logical_axes"])
         for param in checkpoint.parameters(model).values()
@@ -380,11 +322,16 @@ def _flops(model_config, job: budget.Job) -> tuple[float, float]:
     return once.total, 0.0
 
 
-def _model_config(config: Config) -> config_lib.ModelConfig:
+def read_model_config(config: Config) -> config_lib.ModelConfig:
     if config.config in PRESETS:
         read = PRESETS[config.config]()
     else:
         path = pathlib.Path(config.config)
+        if not path.exists():
+            raise PlanError(
+                f"config: got {config.config!r}; wanted {' or '.join(PRESETS)}, a config.json or "
+                "the directory of one"
+            )
         read = config_lib.ModelConfig.from_file(path / "config.json" if path.is_dir() else path)
     remat = config.remat if config.job == "train" else "none"
     return dataclasses.replace(read, remat=remat, lightning_implementation=config.lightning)

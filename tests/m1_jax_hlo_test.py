@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from m1_jax import chips, hlo, plan
+from m1_jax import aot, chips, hlo
 
 # As XLA for TPU prints them: loops carry no note of their length.
 TPU_LOOPS = """HloModule jit_f, is_scheduled=true, num_partitions=8
@@ -33,7 +33,7 @@ FileNames
   %i.1 = s32[]{:T(128)} get-tuple-element(%p.1), index=0
   %x = f32[8,128]{1,0:T(8,128)} get-tuple-element(%p.1), index=1
   %next = s32[]{:T(128)} add(%i.1, %one)
-  %ar = f32[8,128]{1,0:T(8,128)} all-reduce(%x), channel_id=1, replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_1'}, use_global_device_ids=true, to_apply=%add, metadata={op_name="all-gather(x)"}
+  %ar = f32[8,128]{1,0} all-reduce(%x), replica_groups=mesh['x'=2,'y'=4] {'y'}, to_apply=%add
   ROOT %t = (s32[]{:T(128)}, f32[8,128]{1,0:T(8,128)}) tuple(%next, %ar)
 }
 
@@ -70,7 +70,8 @@ ENTRY %main (w: f32[8,128]) -> f32[8,128] {
 
 
 def entry(lines, before=""):
-    return f"HloModule m, num_partitions=4\n\n{before}\nENTRY %main (w: f32[4]) -> f32[4] {{\n{lines}\n}}\n"
+    head = f"HloModule m, num_partitions=4\n\n{before}\n"
+    return head + f"ENTRY %main (w: f32[4]) -> f32[4] {{\n{lines}\n}}\n"
 
 
 def count(text):
@@ -114,8 +115,7 @@ GROUPS = "replica_groups={{0,1},{2,3}}"
             ("collective-permute", 16),
         ),
         (
-            "f32[4] all-reduce(%w), to_apply=%add, "
-            "replica_groups=mesh['a'=2,'b'=8] {'a','b':(1)4}",
+            "f32[4] all-reduce(%w), to_apply=%add, replica_groups=mesh['a'=2,'b'=8] {'a','b':(1)4}",
             ("all-reduce", 28),
         ),
     ],
@@ -216,6 +216,6 @@ def test_program_compiled_for_tpu():
     pytest.importorskip("libtpu")
     devices = chips.devices(chips.parse("v5p:2x2x1"))
     program, ring = traced(devices)
-    compiled = plan.compile_program(program, chips.hbm_limit_bytes(devices[0]))
+    compiled = aot.compile_program(program, aot.hbm_limit_bytes(devices[0]))
     assert compiled.fits
     check_program(compiled.text, ring)

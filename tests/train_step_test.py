@@ -169,7 +169,9 @@ def test_update_is_clipped_adamw_by_hand():
     grads = jax.tree.map(lambda x: jnp.full(x.shape, 1e-2, x.dtype), net)
     norm = 1e-2 * np.sqrt(sum(x.size for x in jax.tree.leaves(net)))
     g, m, v = 1e-2 * min(1.0, 0.5 / norm), 0.0, 0.0
-    matrix, vector = (np.asarray(p, np.float64) for p in (net.head.kernel[...], net.norm.scale[...]))
+    matrix, vector = (
+        np.asarray(p, np.float64) for p in (net.head.kernel[...], net.norm.scale[...])
+    )
     for t in (1, 2):
         net, state, metrics = optimizer.update(grads, state, net, jnp.asarray(t - 1, jnp.int32))
         m, v = 0.9 * m + 0.1 * g, 0.95 * v + 0.05 * g * g

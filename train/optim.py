@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-Schedule = Callable[[Int[Array, ""]], Float[Array, ""]]
+Schedule = Callable[[Int[Array, ""]], Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +53,7 @@ class AdamW:
         if self.clip_norm is not None and self.clip_norm <= 0:
             raise ValueError(f"clip_norm: got {self.clip_norm}; wanted more than 0, or None")
 
-    def init(self, model: nnx.Module) -> optax.OptState:
+    def init(self, model: Any) -> optax.OptState:
         """Return zero moments, float32 and sharded like the parameters."""
         return self._moments().init(model)
 
@@ -92,9 +93,7 @@ def is_matrix(model: nnx.Module):
     return jax.tree.map(leaf, model, is_leaf=lambda x: isinstance(x, nnx.Param))
 
 
-def warmup_cosine(
-    peak: float, warmup_steps: int, total_steps: int, final: float = 0.0
-) -> Schedule:
+def warmup_cosine(peak: float, warmup_steps: int, total_steps: int, final: float = 0.0) -> Schedule:
     """Return a linear rise to `peak` and a half cosine down to `final` at `total_steps`.
 
     Equal arguments give the same object, so that a jitted step is not compiled again.

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -150,7 +151,7 @@ def abstract(model: model_lib.MiniMaxM1, optimizer: optim.AdamW) -> TrainState:
     def place(shape, like):
         return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=like.sharding)
 
-    def moment(part):
+    def moment(part) -> Any:
         if isinstance(part, model_lib.MiniMaxM1):
             return jax.tree.map(place, part, model)
         return jax.ShapeDtypeStruct(part.shape, part.dtype, sharding=whole)
