@@ -25,17 +25,25 @@ MANIFEST = "release.json"
 FORMAT = "m1_jax converted checkpoint, version 1"
 
 
-def load(path, dtype=jnp.float32, mesh: jax.sharding.Mesh | None = None) -> model_lib.MiniMaxM1:
+def load(
+    path,
+    dtype=jnp.float32,
+    mesh: jax.sharding.Mesh | None = None,
+    mode: str = sharding.TRAIN,
+) -> model_lib.MiniMaxM1:
     """Load a model for computation in `dtype`.
 
     Args:
       path: a release directory (config.json and safetensors), in the release's or transformers'
         native layout, or a directory that `m1_jax.convert` made.
       dtype: of activations and parameters, float32 or bfloat16; routers stay float32.
-      mesh: devices to spread the parameters over, by `sharding.PARAM_RULES`; None: one device.
-        Each process reads only what its own devices hold.
+      mesh: devices to spread the parameters over, with some of `sharding.AXES` (see
+        `sharding.make_mesh`); None: one device. Each process reads only what its own devices hold.
+      mode: "train" splits every large parameter over all devices, which gather it where they need
+        it; "prefill" and "decode" leave weights where they compute.
 
     Raises:
+      ValueError: a dtype, mesh or mode that this model cannot have.
       CheckpointError: a directory that is not a complete checkpoint.
       ConfigError: a config.json that this model cannot compute.
     """
@@ -55,20 +63,51 @@ def load(path, dtype=jnp.float32, mesh: jax.sharding.Mesh | None = None) -> mode
             f"{path} is no checkpoint: wanted a release directory (config.json, {release.INDEX}, "
             f"shards) or one made by m1_jax.convert ({PARAMS}/, {MANIFEST})"
         )
-    model = abstract_model(config, dtype)
+    model = abstract_model(config, dtype, layout=sharding.layout(mesh, config, mode))
     params = parameters(model)
-    wanted = {}
-    for name, param in params.items():
-        where = sharding.param_sharding(mesh, param.get_metadata()["logical_axes"], param.shape)
-        wanted[name] = jax.ShapeDtypeStruct(param.shape, param.dtype, sharding=where)
+    wanted = {name: param.get_value() for name, param in params.items()}
     for name, value in fill(wanted).items():
         params[name].set_value(value)
     return model
 
 
-def abstract_model(config: config_lib.ModelConfig, dtype=jnp.bfloat16) -> model_lib.MiniMaxM1:
-    """Return a model whose parameters are shapes and dtypes only; it costs no memory."""
-    return nnx.eval_shape(lambda: model_lib.MiniMaxM1(config, nnx.Rngs(0), dtype=dtype))
+def abstract_model(
+    config: config_lib.ModelConfig,
+    dtype=jnp.bfloat16,
+    param_dtype=None,
+    layout: sharding.Layout | None = None,
+) -> model_lib.MiniMaxM1:
+    """Return a model whose parameters are shapes, dtypes and shardings only; it costs no memory."""
+    model = nnx.eval_shape(
+        lambda: model_lib.MiniMaxM1(
+            config, nnx.Rngs(0), dtype=dtype, param_dtype=param_dtype, layout=layout
+        )
+    )
+    for param in parameters(model).values():
+        where = sharding.param_sharding(layout, param.get_metadata()["logical_axes"], param.shape)
+        param.set_value(jax.ShapeDtypeStruct(param.shape, param.dtype, sharding=where))
+    return model
+
+
+def random_model(
+    config: config_lib.ModelConfig,
+    key: jax.Array,
+    dtype=jnp.bfloat16,
+    param_dtype=None,
+    layout: sharding.Layout | None = None,
+) -> model_lib.MiniMaxM1:
+    """Return a model with fresh parameters, each made on the devices that hold it."""
+    model = abstract_model(config, dtype, param_dtype, layout)
+
+    def make(key):
+        made = model_lib.MiniMaxM1(config, nnx.Rngs(key), dtype=dtype, param_dtype=param_dtype)
+        return {name: param[...] for name, param in parameters(made).items()}
+
+    params = parameters(model)
+    where = {name: param.get_value().sharding for name, param in params.items()}
+    for name, value in jax.jit(make, out_shardings=where)(key).items():
+        params[name].set_value(value)
+    return model
 
 
 def parameters(model: model_lib.MiniMaxM1) -> dict[str, nnx.Param]:

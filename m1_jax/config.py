@@ -31,6 +31,8 @@ class ModelConfig:
     in order. `shared_intermediate_size` > 0 adds a shared expert to every layer, whose width
     the release takes from `intermediate_size`. `remat` is what the backward pass recomputes:
     "none", "layer" (keep each layer's input only) or "dots" (keep matmul outputs too).
+    `expert_capacity` limits the rows that a device takes for its experts, as a multiple of a
+    balanced router's share; None drops no token.
     `lightning_implementation` is that of `lightning_attention.api`: "chunked", the XLA form, is
     what XLA can partition over a mesh; on one device "tpu" takes the Pallas kernels, which have
     been compiled for TPUs and not yet run on one.
@@ -63,6 +65,7 @@ class ModelConfig:
     initializer_range: float = 0.02
     max_position_embeddings: int = 10_240_000
     remat: str = "none"
+    expert_capacity: float | None = None
     lightning_implementation: str | None = "chunked"
 
     def __post_init__(self):
@@ -81,6 +84,10 @@ class ModelConfig:
         active, experts = self.num_experts_per_tok, self.num_local_experts
         wanted = f"at most num_local_experts = {experts}"
         _require(active <= experts, "num_experts_per_tok", active, wanted)
+        capacity = self.expert_capacity
+        number = isinstance(capacity, int | float) and not isinstance(capacity, bool)
+        fits = capacity is None or (number and 0 < capacity < math.inf)
+        _require(fits, "expert_capacity", capacity, "None or a number above 0")
         _require(self.remat in REMAT, "remat", self.remat, f"one of {REMAT}")
 
     @property

@@ -16,40 +16,48 @@ def run(
     up: Float[Array, "E D F"],
     down: Float[Array, "E F D"],
     group_sizes: Int[Array, "E"],
+    weights: Float[Array, "M"],
 ) -> Float[Array, "M D"]:
-    """Return down_e(silu(gate_e x) * up_e x), rows sorted by expert e, group_sizes[e] rows each.
+    """Return w down_e(silu(gate_e x) * up_e x), rows sorted by expert e, group_sizes[e] rows each.
 
-    The sizes must add up to M. TPU and GPU run `jax.lax.ragged_dot`; on CPU that costs a dense
-    product with every expert (13x slower measured at 8 experts), so a loop over tiles runs there.
-    The choice is made when the program is lowered, so ahead-of-time compiles get the target's.
+    Rows past the last group come out as anything, and have no gradient for the experts. A row's
+    float32 weight is applied before `down`, where its gradient needs no output. TPU and GPU run
+    `jax.lax.ragged_dot`; on CPU that costs a dense product with every expert (13x slower measured
+    at 8 experts), so a loop over tiles runs there. The choice is made when the program is lowered,
+    so ahead-of-time compiles get the target's.
     """
     return jax.lax.platform_dependent(
-        rows, gate, up, down, group_sizes, cpu=_tiled, default=_ragged
+        rows, gate, up, down, group_sizes, weights, cpu=_tiled, default=_ragged
     )
 
 
-def _ragged(rows, gate, up, down, group_sizes):
+def _ragged(rows, gate, up, down, group_sizes, weights):
     matmul = functools.partial(jax.lax.ragged_dot, group_sizes=group_sizes)
-    return matmul(_hidden(matmul(rows, gate), matmul(rows, up)), down)
+    # What no group computes may be NaN, and NaN times 0 in the experts' gradients would spread.
+    real = (jnp.arange(rows.shape[0]) < jnp.sum(group_sizes))[:, None]
+    gated, upped = (jnp.where(real, matmul(rows, x), 0) for x in (gate, up))
+    return matmul(_hidden(gated, upped, weights), down)
 
 
-def _hidden(gated, up):
-    return jax.nn.silu(gated) * up
+def _hidden(gated, up, weights):
+    # Rounded once, after the weight.
+    hidden = jax.nn.silu(gated.astype(jnp.float32)) * up.astype(jnp.float32) * weights[:, None]
+    return hidden.astype(gated.dtype)
 
 
 # ---- CPU: a tile of rows stays in cache through all the matmuls of its expert
 
 
 @jax.custom_vjp
-def _tiled(rows, gate, up, down, group_sizes):
-    return _tiled_forward(rows, gate, up, down, group_sizes, keep=False)[0]
+def _tiled(rows, gate, up, down, group_sizes, weights):
+    return _tiled_forward(rows, gate, up, down, group_sizes, weights, keep=False)[0]
 
 
-def _tiled_forward(rows, gate, up, down, group_sizes, *, keep):
+def _tiled_forward(rows, gate, up, down, group_sizes, weights, *, keep):
     """Return the output, and where `keep`, what `gate` and `up` gave: the backward's residuals."""
     num_rows, tiles = rows.shape[0], _tiles(rows.shape[0])
     starts = jnp.cumsum(group_sizes) - group_sizes
-    rows = _pad(rows, tiles)
+    rows, weights = _pad(rows, tiles), _pad(weights, tiles)
     kept = jnp.zeros((rows.shape[0] if keep else 0, gate.shape[2]), rows.dtype)
 
     def expert(index, buffers):
@@ -61,7 +69,7 @@ def _tiled_forward(rows, gate, up, down, group_sizes, *, keep):
             at = starts[index] + row
             x = _rows(rows, at, tile)
             g, u = x @ gate_e, x @ up_e
-            out = _put(out, _hidden(g, u) @ down_e, at)
+            out = _put(out, _hidden(g, u, _rows(weights, at, tile)) @ down_e, at)
             return (out, _put(gated, g, at), _put(upped, u, at)) if keep else (out, gated, upped)
 
         return _for_tiles(group_sizes[index], tiles, body, buffers)
@@ -75,46 +83,49 @@ def _tiled_forward(rows, gate, up, down, group_sizes, *, keep):
     return out[:num_rows], gated, upped
 
 
-def _tiled_fwd(rows, gate, up, down, group_sizes):
-    out, gated, upped = _tiled_forward(rows, gate, up, down, group_sizes, keep=True)
-    return out, (rows, gate, up, down, group_sizes, gated, upped)
+def _tiled_fwd(*arguments):
+    out, gated, upped = _tiled_forward(*arguments, keep=True)
+    return out, (*arguments, gated, upped)
 
 
 def _tiled_bwd(residuals, grad):
-    rows, gate, up, down, group_sizes, gated, upped = residuals
+    rows, gate, up, down, group_sizes, weights, gated, upped = residuals
     num_rows, tiles = rows.shape[0], _tiles(rows.shape[0])
     starts = jnp.cumsum(group_sizes) - group_sizes
-    rows, grad = _pad(rows, tiles), _pad(grad, tiles)
+    rows, grad, weights = (_pad(x, tiles) for x in (rows, grad, weights))
 
-    def expert(rows_grad, xs):
+    def expert(carry, xs):
         gate_e, up_e, down_e, start, size = xs
 
         def body(carry, row, tile):
-            rows_grad, d_gate, d_up, d_down = carry
+            rows_grad, weights_grad, d_gate, d_up, d_down = carry
             at = start + row
             # Rows of the next expert must not reach this one's weights.
             mine = (row + jnp.arange(tile, dtype=jnp.int32) < size)[:, None]
             dy = jnp.where(mine, _rows(grad, at, tile), 0)
             x = _rows(rows, at, tile)
-            h, pull = jax.vjp(_hidden, _rows(gated, at, tile), _rows(upped, at, tile))
-            dg, du = pull(dy @ down_e.T)
+            kept = (_rows(of, at, tile) for of in (gated, upped, weights))
+            h, pull = jax.vjp(_hidden, *kept)
+            dg, du, dw = pull(dy @ down_e.T)
             rows_grad = _put(rows_grad, dg @ gate_e.T + du @ up_e.T, at)
-            return rows_grad, d_gate + x.T @ dg, d_up + x.T @ du, d_down + h.T @ dy
+            weights_grad = _put(weights_grad, dw, at)
+            return rows_grad, weights_grad, d_gate + x.T @ dg, d_up + x.T @ du, d_down + h.T @ dy
 
         zeros = tuple(map(jnp.zeros_like, (gate_e, up_e, down_e)))
-        rows_grad, *grads = _for_tiles(size, tiles, body, (rows_grad, *zeros))
-        return rows_grad, tuple(grads)
+        *carry, d_gate, d_up, d_down = _for_tiles(size, tiles, body, (*carry, *zeros))
+        return tuple(carry), (d_gate, d_up, d_down)
 
     xs = (gate, up, down, starts, group_sizes)
-    rows_grad, grads = jax.lax.scan(expert, jnp.zeros_like(rows), xs)
-    return rows_grad[:num_rows], *grads, None
+    carry = (jnp.zeros_like(rows), jnp.zeros_like(weights))
+    (rows_grad, weights_grad), grads = jax.lax.scan(expert, carry, xs)
+    return rows_grad[:num_rows], *grads, None, weights_grad[:num_rows]
 
 
 _tiled.defvjp(_tiled_fwd, _tiled_bwd)
 
 
 def _pad(x, tiles):
-    return jnp.pad(x, ((0, tiles[-1]), (0, 0)))
+    return jnp.pad(x, ((0, tiles[-1]), *((0, 0),) * (x.ndim - 1)))
 
 
 def _rows(x, start, size):

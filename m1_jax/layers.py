@@ -6,30 +6,38 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-NORMAL, ONES = "normal", "ones"
+from m1_jax import sharding
 
 
-def param(rngs: nnx.Rngs, shape, logical_axes, dtype, std: float | None = None) -> nnx.Param:
+def param(
+    rngs: nnx.Rngs, shape, logical_axes, dtype, std: float | None = None, float32: bool = False
+) -> nnx.Param:
     """Make a parameter drawn from normal(0, std), or of ones where std is None.
 
     `logical_axes` names each dimension for `sharding.py`. It is our own metadata key, because
-    Flax acts on its own one at creation and demands a mesh.
+    Flax acts on its own one at creation and demands a mesh. `float32` says that the parameter is
+    stored and computed with in float32, whatever the rest is.
     """
+    dtype = jnp.float32 if float32 else dtype
     if std is None:
         value = jnp.ones(shape, dtype)
     else:
         value = (std * jax.random.normal(rngs.params(), shape, jnp.float32)).astype(dtype)
-    return nnx.Param(value, logical_axes=tuple(logical_axes))
+    return nnx.Param(value, logical_axes=tuple(logical_axes), float32=float32)
 
 
 class Linear(nnx.Module):
-    """y = x W without bias; W is [in, out], the transpose of the release's layout."""
+    """y = x W without bias; W is [in, out], the transpose of the release's layout.
+
+    Where the rows of W are split over devices, their products are added up, in x's dtype.
+    """
 
     def __init__(self, rngs, in_size, out_size, logical_axes, *, std, param_dtype):
         self.kernel = param(rngs, (in_size, out_size), logical_axes, param_dtype, std)
+        self.rows = logical_axes[0]
 
     def __call__(self, x: Float[Array, "*batch I"]) -> Float[Array, "*batch O"]:
-        return _project(x, self.kernel[...].astype(x.dtype))
+        return sharding.total(_project(x, self.kernel[...].astype(x.dtype)), self.rows)
 
 
 @jax.custom_vjp
@@ -53,27 +61,48 @@ _project.defvjp(_project_fwd, _project_bwd)
 
 
 class RMSNorm(nnx.Module):
-    """w * cast(x32 / sqrt(mean(x32^2) + eps)); statistics in float32 (model code, RMSNorm)."""
+    """w * cast(x32 / sqrt(mean(x32^2) + eps)); statistics in float32 (model code, RMSNorm).
+
+    The mean goes over all devices that hold a part of x.
+    """
 
     def __init__(self, size: int, logical_axis: str, *, eps: float, param_dtype):
         self.scale = param(nnx.Rngs(0), (size,), (logical_axis,), param_dtype)
-        self.eps = eps
+        self.size, self.axis, self.eps = size, logical_axis, eps
 
     def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
         x32 = x.astype(jnp.float32)
-        x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
+        squares = sharding.total(jnp.sum(jnp.square(x32), axis=-1, keepdims=True), self.axis)
+        x32 = x32 * jax.lax.rsqrt(squares / self.size + self.eps)
         scale = self.scale[...].astype(x.dtype)
         return x32.astype(x.dtype) * scale.reshape((1,) * (x.ndim - 1) + (-1,))
 
 
 class Embedding(nnx.Module):
-    """Token ids to vectors."""
+    """Token ids to vectors.
+
+    Devices that split the columns of the table look up each other's tokens, and swap: that moves
+    one activation, where gathering would move the table.
+    """
 
     def __init__(self, rngs, vocab_size, hidden_size, *, std, param_dtype):
         self.table = param(rngs, (vocab_size, hidden_size), ("vocab", "embed"), param_dtype, std)
 
-    def __call__(self, tokens: Int[Array, "B T"], dtype) -> Float[Array, "B T D"]:
-        return jnp.take(self.table[...], tokens, axis=0).astype(dtype)
+    def __call__(
+        self, tokens: Int[Array, "B T"], dtype, layout: sharding.Layout | None = None
+    ) -> Float[Array, "B T D"]:
+        table = self.table[...]
+        axes = () if layout is None else layout.storage_axes(("vocab", "embed"))
+        ids = tokens.reshape(-1)
+        ids = jax.lax.all_gather(ids, axes, tiled=True) if axes else ids
+        if sharding.count("vocab") == 1:
+            x = jnp.take(table, ids, axis=0).astype(dtype)
+        else:
+            ids = ids - sharding.index("vocab") * table.shape[0]
+            mine = (ids >= 0) & (ids < table.shape[0])
+            x = jnp.take(table, jnp.where(mine, ids, 0), axis=0)
+            x = sharding.total(jnp.where(mine[:, None], x, 0).astype(dtype), "vocab")
+        return sharding.swap(x, axes, 0, 1).reshape(*tokens.shape, -1)
 
 
 class Head(nnx.Module):
@@ -87,10 +116,9 @@ class Head(nnx.Module):
         self.kernel = param(rngs, (hidden_size, vocab_size), ("embed", "vocab"), param_dtype, std)
 
     def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
-        dtype = jnp.promote_types(x.dtype, self.kernel.dtype)
         return jnp.matmul(
-            x.astype(dtype),
-            self.kernel[...].astype(dtype),
+            x,
+            self.kernel[...].astype(x.dtype),
             precision=jax.lax.Precision.HIGHEST,
             preferred_element_type=jnp.float32,
         )

@@ -1,5 +1,6 @@
 """The lightning block: fused projection, per-head decay, joint norm, output gate (M1 2)."""
 
+import functools
 import math
 
 import jax
@@ -8,7 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from m1_jax import config as config_lib
-from m1_jax import layers
+from m1_jax import layers, spans
 from pallas_kernels.lightning_attention import api
 
 NORM_EPS = 1e-6  # the release builds this one norm with its constructor's default
@@ -49,19 +50,19 @@ class LightningAttention(nnx.Module):
         self,
         h: Float[Array, "B T D"],
         slopes: Float[Array, "N"],
-        segment_ids: Int[Array, "B T"] | None,
+        documents: Int[Array, "B T"] | None,
         state: Float[Array, "B N H H"] | None,
+        split: bool = True,
     ) -> tuple[Float[Array, "B T D"], Float[Array, "B N H H"]]:
         """Return the block's output and the float32 state after the last real token.
 
-        `h` is the normed layer input; both the projection and the gate read it.
+        `h` is the normed layer input; both the projection and the gate read it. `documents`: see
+        `spans.attend`. `split`: whether the context axis, where there is one, splits the tokens.
         """
         qkv = jax.nn.silu(self.qkv(h))
-        o, state = api.lightning_attention(
-            qkv,
-            slopes,
-            segment_ids=segment_ids,
-            initial_state=state,
-            implementation=self.implementation,
-        )
+        kernel = functools.partial(api.lightning_attention, implementation=self.implementation)
+        if split:
+            o, state = spans.attend(kernel, qkv, slopes, documents, state)
+        else:
+            o, state = kernel(qkv, slopes, segment_ids=documents, initial_state=state)
         return self.out(self.norm(o) * jax.nn.sigmoid(self.gate(h))), state

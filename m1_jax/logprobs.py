@@ -1,42 +1,94 @@
 """Log-probabilities of given tokens without the logits of a whole sequence in memory."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from m1_jax import layers
+from m1_jax import layers, sharding
+from m1_jax import model as model_lib
 
-LOGITS = 2**27  # float32 logits alive at once: 512 MiB, 670 tokens of the release
+LOGITS = 2**27  # float32 logits alive at once on a device: 512 MiB
 
 
 def token_logprobs(
-    head: layers.Head,
+    model: model_lib.MiniMaxM1,
     hidden: Float[Array, "B T D"],
     targets: Int[Array, "B T"],
-    chunk_tokens: int | None = None,
+    chunk_vocab: int | None = None,
 ) -> Float[Array, "B T"]:
     """Return log softmax(head(hidden))[target] for every token, in float32.
 
-    Logits exist for `chunk_tokens` tokens at a time (None: as many as make `LOGITS`), in the
-    backward pass too, which computes them again. A sequence that fits one chunk keeps them.
-    `hidden` is the output of the model's final norm.
+    Logits exist for `chunk_vocab` words at a time (None: as many as make `LOGITS`), in the
+    backward pass too, which computes them again. Chunks of words, not of tokens: so a device that
+    holds a piece of the head gathers each part of it once. `hidden` is the output of the model's
+    final norm.
     """
+    layout, length = model.layout, hidden.shape[1]
+    local = functools.partial(_local, chunk_vocab=chunk_vocab, layout=layout)
+    if layout is None:
+        return local(model.head, hidden, targets)
+    sharding.check_rows(layout, hidden.shape[0])
+    more = -length % layout.size("length")
+    hidden = jnp.pad(hidden, ((0, 0), (0, more), (0, 0)))
+    targets = jnp.pad(targets, ((0, 0), (0, more)))
+    tokens = layout.spec("batch", "length")
+    program = sharding.run(
+        layout,
+        local,
+        (sharding.param_specs(layout, model.head), layout.spec("batch", "length", None), tokens),
+        tokens,
+    )
+    return program(model.head, hidden, targets)[:, :length]
+
+
+def _local(head: layers.Head, hidden, targets, *, chunk_vocab, layout):
     x, ids = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
-    chunk_tokens = chunk_tokens or max(LOGITS // head.kernel.shape[-1], 1)
+    words = head.kernel.shape[-1]
+    ids = ids - sharding.index("vocab") * words
+    chunk_vocab = min(chunk_vocab or max(LOGITS // x.shape[0], 1), words)
+    # Float32, so that the gradients of all chunks add up in float32.
+    x32 = x.astype(jnp.float32)
 
-    def chunk(xs):
-        x, ids = xs
-        logits = head(x)
-        chosen = jnp.take_along_axis(logits, ids[:, None], axis=-1)[:, 0]
-        return chosen - jax.nn.logsumexp(logits, axis=-1)
+    @jax.checkpoint
+    def chunk(carry, x32, kernel, start):
+        top, total, chosen = carry
+        part = sharding.ready(_with_kernel(head, kernel), layout, x.dtype)
+        logits = part(x32.astype(x.dtype))
+        higher = jnp.maximum(top, jax.lax.stop_gradient(jnp.max(logits, axis=-1)))
+        total = total * jnp.exp(top - higher) + jnp.sum(jnp.exp(logits - higher[:, None]), -1)
+        place, size = ids - start, kernel.shape[1]
+        here = (place >= 0) & (place < size)
+        picked = jnp.take_along_axis(logits, jnp.where(here, place, 0)[:, None], axis=-1)[:, 0]
+        return higher, total, chosen + jnp.where(here, picked, 0)
 
-    if x.shape[0] <= chunk_tokens:
-        return chunk((x, ids)).reshape(targets.shape)
-    chunk = jax.checkpoint(chunk)
-    full = x.shape[0] // chunk_tokens * chunk_tokens
-    parts = []
-    split = (x[:full].reshape(-1, chunk_tokens, x.shape[1]), ids[:full].reshape(-1, chunk_tokens))
-    parts.append(jax.lax.map(chunk, split).reshape(-1))
-    if full < x.shape[0]:
-        parts.append(chunk((x[full:], ids[full:])))
-    return jnp.concatenate(parts).reshape(targets.shape)
+    zeros = jnp.zeros(ids.shape, jnp.float32)
+    carry = (jnp.full(ids.shape, -jnp.inf, jnp.float32), zeros, zeros)
+    kernel = head.kernel[...]
+    full = words // chunk_vocab * chunk_vocab
+    if full > chunk_vocab:
+        parts = jnp.moveaxis(kernel[:, :full].reshape(kernel.shape[0], -1, chunk_vocab), 1, 0)
+        starts = jnp.arange(parts.shape[0], dtype=jnp.int32) * chunk_vocab
+        carry, _ = jax.lax.scan(
+            lambda carry, xs: (chunk(carry, x32, *xs), None), carry, (parts, starts)
+        )
+        kernel = kernel[:, full:]
+    else:
+        full = 0
+    if kernel.shape[1]:
+        carry = chunk(carry, x32, kernel, full)
+    top, total, chosen = carry
+    highest = sharding.largest(jax.lax.stop_gradient(top), "vocab")
+    total = sharding.total(total * jnp.exp(top - highest), "vocab")
+    logp = sharding.total(chosen, "vocab") - highest - jnp.log(total)
+    return logp.reshape(targets.shape)
+
+
+def _with_kernel(head: layers.Head, kernel) -> layers.Head:
+    return jax.tree.map(
+        lambda param: param.replace(kernel),
+        head,
+        is_leaf=lambda node: isinstance(node, nnx.Param),
+    )

@@ -11,25 +11,30 @@ from flax import nnx
 from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
-from m1_jax import attention, layers, lightning, moe
+from m1_jax import attention, layers, lightning, moe, ring, sharding
 from m1_jax import config as config_lib
 from m1_jax import state as state_lib
-from pallas_kernels.lightning_attention import documents
+from pallas_kernels.lightning_attention import documents as documents_lib
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Context:
-    """What every layer of one forward pass shares; None where no token is padding.
+    """What every layer of one forward pass shares.
 
-    positions: for RoPE. segment_ids, documents: 0 is padding; see `documents.py`.
-    real: 1.0 for real tokens, for the router's statistics.
+    positions: for RoPE, and places in the cache. documents: their numbers in the row, which never
+    fall; 0 is padding, None says that there is one and no padding. split: whether each device of
+    the context axis has its own part of the tokens.
     """
 
-    positions: Int[Array, "B T"]
-    segment_ids: Int[Array, "B T"] | None = None
+    positions: Int[Array, "#B T"]
     documents: Int[Array, "B T"] | None = None
-    real: Float[Array, "B T"] | None = None
+    split: bool = dataclasses.field(default=True, metadata={"static": True})
+
+    @property
+    def real(self) -> Float[Array, "B T"] | None:
+        """Return 1.0 for real tokens; None where all are."""
+        return None if self.documents is None else (self.documents > 0).astype(jnp.float32)
 
 
 class DecoderLayer(nnx.Module):
@@ -63,12 +68,12 @@ class DecoderLayer(nnx.Module):
         h = self.input_norm(x)
         if self.kind == config_lib.LIGHTNING:
             before = None if state is None else state[repeat]
-            o, after = self.attention(h, slopes, context.segment_ids, before)
+            o, after = self.attention(h, slopes, context.documents, before, context.split)
             state = None if state is None else state.at[repeat].set(after)
         elif state is None:
             o = self.attention(h, context.positions, context.documents)
         else:
-            o, state = self.attention.extend(h, context.positions, state, repeat)
+            o, state = self.attention.extend(h, context.positions, state, repeat, context.split)
         x = self._add(x, h, o, self.attention_scales)
         h = self.moe_norm(x)
         y, stats = self.moe(h, context.real)
@@ -84,7 +89,7 @@ class MiniMaxM1(nnx.Module):
 
     Parameters of the layers are stacked: `layers[p]` holds layer r * period + p at index r, for
     every repeat r of the unit. Activations have `dtype`, parameters `param_dtype`, routers and
-    states float32.
+    states float32. `layout` says how parameters and activations lie on a mesh; None: one device.
     """
 
     def __init__(
@@ -94,9 +99,10 @@ class MiniMaxM1(nnx.Module):
         *,
         dtype=jnp.bfloat16,
         param_dtype=None,
+        layout: sharding.Layout | None = None,
     ):
         param_dtype = jnp.dtype(param_dtype or dtype)
-        self.config, self.dtype = config, jnp.dtype(dtype)
+        self.config, self.dtype, self.layout = config, jnp.dtype(dtype), layout
         kwargs = {"std": config.initializer_range, "param_dtype": param_dtype}
         self.embed = layers.Embedding(rngs, config.vocab_size, config.hidden_size, **kwargs)
         unit = config.layer_types[: config.period]
@@ -123,7 +129,7 @@ class MiniMaxM1(nnx.Module):
         check_tokens(tokens, self.config.vocab_size)
         _check_shape("segment_ids", segment_ids, tokens)
         _check_shape("positions", positions, tokens)
-        return _logits(self, tokens, segment_ids, positions)
+        return _logits(self, tokens, segment_ids, positions)[0]
 
     def hidden(
         self,
@@ -132,7 +138,7 @@ class MiniMaxM1(nnx.Module):
         positions: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], moe.RouterStats]:
         """Return what the head reads, and router statistics with a leading axis of layers."""
-        hidden, stats, _ = self._hidden(tokens, segment_ids, positions)
+        hidden, stats, _ = self._outputs(tokens, segment_ids, positions)
         return hidden, stats
 
     def trace(
@@ -142,25 +148,50 @@ class MiniMaxM1(nnx.Module):
         positions: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], moe.RouterStats, Float[Array, "L B T D"]]:
         """Return what `hidden` does, and the output of every layer: for comparing models."""
-        return self._hidden(tokens, segment_ids, positions, keep_layers=True)
+        return self._outputs(tokens, segment_ids, positions, keep_layers=True)
 
-    def _hidden(self, tokens, segment_ids, positions, keep_layers=False):
-        if segment_ids is None:
-            if positions is None:
-                positions = jnp.arange(tokens.shape[1], dtype=jnp.int32).reshape(1, -1)
-            context = Context(positions)
-        else:
-            if positions is None:
-                positions = documents.positions(segment_ids)
-            number = documents.document_index(segment_ids)
-            context = Context(positions, segment_ids, number, (number > 0).astype(jnp.float32))
-        x = self.embed(tokens, self.dtype)
-        x, stats, _, outputs = self._run(x, context, keep_layers=keep_layers)
-        return self.norm(x), stats, outputs
+    def _outputs(self, tokens, segment_ids, positions, keep_layers=False, logits=False):
+        """Return (what the head reads, or logits), router statistics, outputs of all layers."""
+        layout, length = self.layout, tokens.shape[1]
+        if layout is not None:
+            sharding.check_rows(layout, tokens.shape[0])
+            more = -length % layout.size("length")
+            if more and segment_ids is None:
+                segment_ids = jnp.ones_like(tokens)
+            tokens, segment_ids, positions = (
+                None if x is None else jnp.pad(x, ((0, 0), (0, more)))
+                for x in (tokens, segment_ids, positions)
+            )
+        number = None
+        if segment_ids is not None:
+            if layout is not None:  # counting documents needs whole rows: a few bytes a token
+                rows = layout.array("batch", None)
+                segment_ids = jax.lax.with_sharding_constraint(segment_ids, rows)
+            number = documents_lib.document_index(segment_ids)
+            positions = documents_lib.positions(segment_ids) if positions is None else positions
+        elif positions is None:
+            positions = jnp.arange(tokens.shape[1], dtype=jnp.int32).reshape(1, -1)
+        local = functools.partial(_forward, keep_layers=keep_layers, logits=logits)
+        if layout is None:
+            return local(self, tokens, Context(positions, number))
+        context = Context(
+            layout.spec(None if positions.shape[0] == 1 else "batch", "length"),
+            None if number is None else layout.spec("batch", "length"),
+        )
+        x = layout.spec("batch", "length", "vocab" if logits else None)
+        kept = layout.spec(None, "batch", "length", None) if keep_layers else None
+        program = sharding.run(
+            layout,
+            local,
+            (sharding.param_specs(layout, self), layout.spec("batch", "length"), context),
+            (x, jax.sharding.PartitionSpec(), kept),
+        )
+        x, stats, kept = program(self, tokens, Context(positions, number))
+        return x[:, :length], stats, None if kept is None else kept[:, :, :length]
 
     def init_state(self, batch: int, max_length: int) -> state_lib.DecodeState:
         """Return the decode state of `batch` empty sequences of up to `max_length` tokens."""
-        return state_lib.init_state(self.config, batch, max_length, self.dtype)
+        return state_lib.init_state(self.config, batch, max_length, self.dtype, self.layout)
 
     def extend(
         self,
@@ -191,13 +222,19 @@ class MiniMaxM1(nnx.Module):
         """
         config = self.config
         slopes = jnp.asarray(lightning.slopes(config)).reshape(config.repeats, config.period, -1)
+        slopes = sharding.piece(slopes, "heads", 2)
+
+        def run(layer, *arguments):
+            return sharding.ready(layer, self.layout, self.dtype)(*arguments)
+
+        run = _remat(config.remat, run, self.layout is not None)
 
         def unit(carry, xs):
             x, states = carry
             stack, slopes, repeat = xs
             kept, after = [], []
             for layer, slope, before in zip(stack, slopes, states, strict=True):
-                x, stat, new = _remat(config.remat, layer)(x, slope, context, before, repeat)
+                x, stat, new = run(layer, x, slope, context, before, repeat)
                 kept.append((stat, x if keep_layers else None))
                 after.append(new)
             return (x, tuple(after)), jax.tree.map(lambda *s: jnp.stack(s), *kept)
@@ -215,27 +252,73 @@ class MiniMaxM1(nnx.Module):
 
 @jax.jit
 def _logits(model: MiniMaxM1, tokens, segment_ids, positions):
-    hidden, _ = model.hidden(tokens, segment_ids, positions)
-    return model.head(hidden)
+    return model._outputs(tokens, segment_ids, positions, logits=True)
+
+
+def _forward(model: MiniMaxM1, tokens, context: Context, *, keep_layers, logits):
+    """Run the model on this device's tokens."""
+    x = model.embed(tokens, model.dtype, model.layout)
+    x, stats, _, kept = model._run(x, context, keep_layers=keep_layers)
+    x = sharding.ready(model.norm, model.layout, model.dtype)(x)
+    if logits:
+        x = sharding.ready(model.head, model.layout, model.dtype)(x)
+    return x, jax.tree.map(lambda s: sharding.total(s, "tokens"), stats), kept
 
 
 @functools.partial(jax.jit, static_argnames="last_only")
 def _extend(model: MiniMaxM1, tokens, state, num_tokens, last_only):
-    step = jnp.arange(tokens.shape[1], dtype=jnp.int32).reshape(1, -1)
+    layout, length = model.layout, tokens.shape[1]
+    if layout is None:
+        return _extend_local(model, tokens, state, num_tokens, last_only=last_only, split=False)
+    sharding.check_rows(layout, tokens.shape[0])
+    # One token has no length to split.
+    split = length > 1 and layout.size("length") > 1
+    more = -length % layout.size("length") if split else 0
+    if more:
+        tokens = jnp.pad(tokens, ((0, 0), (0, more)))
+        if num_tokens is None:
+            num_tokens = jnp.full(tokens.shape[:1], length, jnp.int32)
+    states = state_lib.specs(state, layout)
+    where = "length" if split else None
+    program = sharding.run(
+        layout,
+        functools.partial(_extend_local, last_only=last_only, split=split),
+        (
+            sharding.param_specs(layout, model),
+            layout.spec("batch", where),
+            states,
+            None if num_tokens is None else layout.spec("batch"),
+        ),
+        (layout.spec("batch", None if last_only else where, "vocab"), states),
+    )
+    logits, state = program(model, tokens, state, num_tokens)
+    return logits[:, :length], state
+
+
+def _extend_local(model: MiniMaxM1, tokens, state, num_tokens, *, last_only, split):
+    """Append this device's tokens to its rows."""
+    length, devices = tokens.shape[1], sharding.count("length") if split else 1
+    start = sharding.index("length") * length if split else 0
+    step = start + jnp.arange(length, dtype=jnp.int32).reshape(1, -1)
     places = state.length[:, None] + step
     # Padding is an empty segment to lightning, and has no place in the cache of softmax.
     if num_tokens is None:
-        segment_ids, added = None, tokens.shape[1]
+        real, added = None, length * devices
     else:
         real, added = step < num_tokens[:, None], num_tokens
-        segment_ids = real.astype(jnp.int32)
-        places = jnp.where(real, places, attention.NEVER)
-    context = Context(places, segment_ids)
-    x, _, after, _ = model._run(model.embed(tokens, model.dtype), context, state.layers)
+        places = jnp.where(real, places, ring.NEVER)
+        real = real.astype(jnp.int32)
+    context = Context(places, real, split)
+    x = model.embed(tokens, model.dtype, model.layout)
+    x, _, after, _ = model._run(x, context, state.layers)
     if last_only:
-        last = jnp.broadcast_to(jnp.asarray(added) - 1, state.length.shape)
-        x = jnp.take_along_axis(x, jnp.maximum(last, 0)[:, None, None], axis=1)
-    logits = model.head(model.norm(x))
+        last = jnp.maximum(jnp.broadcast_to(jnp.asarray(added) - 1, state.length.shape), 0) - start
+        here = (last >= 0) & (last < length)
+        x = jnp.take_along_axis(x, jnp.clip(last, 0, length - 1)[:, None, None], axis=1)
+        if split:
+            x = sharding.total(jnp.where(here[:, None, None], x, 0), "length")
+    x = sharding.ready(model.norm, model.layout, model.dtype)(x)
+    logits = sharding.ready(model.head, model.layout, model.dtype)(x)
     return logits, state_lib.DecodeState(after, state.length + added)
 
 
@@ -295,8 +378,14 @@ def _stack(config, kind, rngs, param_dtype) -> DecoderLayer:
     return stacked
 
 
-def _remat(policy: str, layer):
-    if policy == "none":
-        return layer
-    saved = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if policy == "dots" else None
-    return jax.checkpoint(lambda *args: layer(*args), policy=saved)
+def _remat(policy: str, function, gathers: bool):
+    if policy == "none" and not gathers:
+        return function
+    policies = jax.checkpoint_policies
+    saved = {
+        # Gathered parameters are gathered again: kept for all layers they would not fit.
+        "none": policies.save_anything_except_these_names(sharding.GATHERED),
+        "layer": None,
+        "dots": policies.dots_with_no_batch_dims_saveable,
+    }
+    return jax.checkpoint(function, policy=saved[policy])

@@ -8,7 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from m1_jax import config as config_lib
-from m1_jax import experts, layers
+from m1_jax import exchange, layers, sharding
 
 
 @jax.tree_util.register_dataclass
@@ -17,12 +17,14 @@ class RouterStats:
     """Sums over the real tokens of a layer, float32: what the balance loss needs.
 
     chosen: how often expert e was a token's slot-th choice. prob: sum of its probabilities.
-    tokens: how many tokens were counted. A leading layer axis is allowed throughout.
+    tokens: how many tokens were counted. dropped: of their choices, how many a capacity limit
+    left out. A leading layer axis is allowed throughout.
     """
 
     chosen: Float[Array, "*L A E"]
     prob: Float[Array, "*L E"]
     tokens: Float[Array, "*L"]
+    dropped: Float[Array, "*L"]
 
 
 def balance_loss(stats: RouterStats) -> Float[Array, ""]:
@@ -38,8 +40,15 @@ def balance_loss(stats: RouterStats) -> Float[Array, ""]:
     return num_experts * jnp.sum(chosen * prob[None, :])
 
 
+def dropped_share(stats: RouterStats) -> Float[Array, ""]:
+    """Return the share of all choices that a capacity limit left out; 0 without one."""
+    return jnp.sum(stats.dropped) / jnp.maximum(jnp.sum(stats.chosen), 1.0)
+
+
 class MoE(nnx.Module):
-    """y = sum over the top A experts of p_e * down_e(silu(gate_e h) * up_e h); none is dropped.
+    """y = sum over the top A experts of p_e * down_e(silu(gate_e h) * up_e h).
+
+    No token is dropped, unless `config.expert_capacity` says so.
 
     With a shared expert, y becomes y (1 - c) + shared(h) c, c = sigmoid(h . coefficient).
     """
@@ -47,9 +56,10 @@ class MoE(nnx.Module):
     def __init__(self, config: config_lib.ModelConfig, rngs: nnx.Rngs, *, param_dtype):
         embed, hidden = config.hidden_size, config.intermediate_size
         number, std = config.num_local_experts, config.initializer_range
-        self.num_chosen = config.num_experts_per_tok
-        # float32 whatever the rest is: in bfloat16, near-ties would pick other experts.
-        self.router = layers.param(rngs, (embed, number), ("embed", None), jnp.float32, std)
+        self.num_chosen, self.capacity = config.num_experts_per_tok, config.expert_capacity
+        # In bfloat16, near-ties would pick other experts.
+        shape, axes = (embed, number), ("embed", None)
+        self.router = layers.param(rngs, shape, axes, param_dtype, std, float32=True)
         inward, outward = ("experts", "embed", "mlp"), ("experts", "mlp", "embed")
         self.gate = layers.param(rngs, (number, embed, hidden), inward, param_dtype, std)
         self.up = layers.param(rngs, (number, embed, hidden), inward, param_dtype, std)
@@ -65,14 +75,21 @@ class MoE(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], RouterStats]:
         """Return the output and statistics over the tokens with `real` = 1 (None: all)."""
         x = h.reshape(-1, h.shape[-1])
-        weights, chosen, stats = self._route(x, None if real is None else real.reshape(-1))
-        y = self._experts(x, weights, chosen).reshape(h.shape)
+        real = None if real is None else real.reshape(-1)
+        weights, chosen, stats = self._route(x, real)
+        if real is not None and sharding.count("experts") > 1:
+            # Padding stays at home.
+            number = self.gate.shape[0] * sharding.count("experts")
+            chosen = jnp.where(real[:, None] > 0, chosen, number)
+        gate, up, down = (p[...].astype(x.dtype) for p in (self.gate, self.up, self.down))
+        y, dropped = exchange.run(x, weights, chosen, gate, up, down, self.capacity)
+        y = sharding.total(y.astype(x.dtype), "mlp").reshape(h.shape)
         if self.shared is not None:
             y = self.shared(h, y)
-        return y, stats
+        return y, dataclasses.replace(stats, dropped=dropped)
 
     def _route(self, x, real):
-        """Return weights [M, A] in x's dtype, expert ids [M, A] and `RouterStats`."""
+        """Return float32 weights [M, A] rounded to x's dtype, expert ids [M, A], `RouterStats`."""
         logits = jnp.matmul(
             x.astype(jnp.float32), self.router[...], precision=jax.lax.Precision.HIGHEST
         )
@@ -85,22 +102,9 @@ class MoE(nnx.Module):
             chosen=jnp.sum(hits * real.reshape(-1, 1, 1), axis=0),
             prob=jnp.sum(prob * real.reshape(-1, 1), axis=0),
             tokens=jnp.sum(real),
+            dropped=jnp.zeros(()),
         )
-        return weights.astype(x.dtype), chosen, stats
-
-    def _experts(self, x, weights, chosen):
-        """Sort the (token, slot) pairs by expert, run each expert on its rows, and sum up."""
-        gate, up, down = (p[...].astype(x.dtype) for p in (self.gate, self.up, self.down))
-        flat = chosen.reshape(-1)
-        order = jnp.argsort(flat, stable=True)
-        inverse = jnp.argsort(order)
-        sizes = jnp.bincount(flat, length=gate.shape[0])
-        rows = _take_rows(x, order // self.num_chosen, inverse.reshape(-1, self.num_chosen))
-        y = experts.run(rows, gate, up, down, sizes)
-        y = _take_rows(y, inverse, order.reshape(-1, 1)).reshape(*chosen.shape, -1)
-        # Sum of the slots in float32, as a fused multiply and reduce.
-        total = jnp.sum(y.astype(jnp.float32) * weights.astype(jnp.float32)[:, :, None], axis=1)
-        return total.astype(x.dtype)
+        return weights.astype(x.dtype).astype(jnp.float32), chosen, stats
 
 
 class SharedExpert(nnx.Module):
@@ -112,7 +116,8 @@ class SharedExpert(nnx.Module):
         self.gate = layers.Linear(rngs, embed, hidden, ("embed", "mlp"), **kwargs)
         self.up = layers.Linear(rngs, embed, hidden, ("embed", "mlp"), **kwargs)
         self.down = layers.Linear(rngs, hidden, embed, ("mlp", "embed"), **kwargs)
-        self.coefficient = layers.param(rngs, (embed, 1), ("embed", None), jnp.float32, std)
+        shape, axes = (embed, 1), ("embed", None)
+        self.coefficient = layers.param(rngs, shape, axes, param_dtype, std, float32=True)
 
     def __call__(self, h: Float[Array, "B T D"], y: Float[Array, "B T D"]):
         c = jnp.matmul(
@@ -120,25 +125,3 @@ class SharedExpert(nnx.Module):
         )
         c = jax.nn.sigmoid(c).astype(h.dtype)
         return y * (1 - c) + self.down(jax.nn.silu(self.gate(h)) * self.up(h)) * c
-
-
-@jax.custom_vjp
-def _take_rows(
-    x: Float[Array, "M D"], index: Int[Array, "P"], inverse: Int[Array, "M A"]
-) -> Float[Array, "P D"]:
-    """x[index], where inverse[m] lists the A places at which row m was put.
-
-    The gradient gathers through `inverse`; autodiff would scatter, which is slow everywhere.
-    """
-    return jnp.take(x, index, axis=0)
-
-
-def _take_rows_fwd(x, index, inverse):
-    return _take_rows(x, index, inverse), inverse
-
-
-def _take_rows_bwd(inverse, grad):
-    return jnp.sum(jnp.take(grad, inverse, axis=0), axis=1), None, None
-
-
-_take_rows.defvjp(_take_rows_fwd, _take_rows_bwd)

@@ -1,35 +1,389 @@
-"""Which mesh axis each logical axis lies on: the only file that names mesh axes."""
+"""Mesh axes, what lies on which of them, and the collectives between: the one file to name them.
 
-from collections.abc import Sequence
+    data     copies of everything; the axis for slices that only a slow network joins
+    fsdp     tokens, and parameters that each layer gathers before it computes
+    expert   tokens outside of the experts, experts inside: tokens travel (`exchange.py`)
+    tensor   heads, columns of every product, vocabulary
+    context  the length of a sequence (`spans.py` for lightning, `ring.py` for softmax attention)
+
+The model runs in one `shard_map` with all axes manual (`run`), so every collective of a program is
+a call of this file. Outside of `run`, and over axes of one device, the collectives do nothing.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import ad_checkpoint
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
-# Logical axis -> mesh axis, for parameters. An axis that the mesh lacks, or whose size does not
-# divide the dimension, leaves the dimension whole.
+from m1_jax import config as config_lib
+
+AXES = ("data", "fsdp", "expert", "tensor", "context")
+TRAIN, PREFILL, DECODE = "train", "prefill", "decode"
+
+# Logical axis -> mesh axes. A mesh axis is used once per array: experts take theirs before embed.
+_WHOLE = {"layers": (), "norm": (), None: ()}
+_SPLIT = {
+    "vocab": ("tensor",),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "mlp": ("tensor",),
+    "experts": ("expert",),
+}
 PARAM_RULES = {
-    "vocab": "tensor",
-    "heads": "tensor",
-    "kv_heads": "tensor",
-    "mlp": "tensor",
-    "experts": "expert",
-    "embed": "fsdp",
-    "layers": None,
-    None: None,
+    # Every device holds its own piece of every large parameter, and of its optimizer state.
+    TRAIN: {**_WHOLE, **_SPLIT, "embed": ("fsdp", "expert", "context")},
+    # Weights stay where they are: gathering 912 GB for every token would cost more than computing.
+    PREFILL: {**_WHOLE, **_SPLIT, "embed": ()},
+    DECODE: {**_WHOLE, **_SPLIT, "embed": ()},
+}
+ACTIVATION_RULES = {
+    "batch": ("data", "fsdp", "expert"),
+    "length": ("context",),
+    "tokens": ("data", "fsdp", "expert", "context"),
+    "vocab": ("tensor",),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "mlp": ("tensor",),
+    "experts": ("expert",),
+    "embed": (),
+    "norm": (),
+    None: (),
+}
+GATHERED = "gathered"  # the name of gathered parameters, for rematerialisation
+UNUSABLE = {
+    TRAIN: {},
+    PREFILL: {"fsdp": "weights would be gathered for every prompt: use expert and tensor"},
+    DECODE: {"fsdp": "weights would be gathered for every token: use expert and tensor"},
 }
 
 
-def param_sharding(
-    mesh: Mesh | None, logical_axes: Sequence[str | None], shape: Sequence[int]
-) -> jax.sharding.Sharding:
-    """Return where a parameter lies; on the first device without a mesh."""
-    if mesh is None:
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """A mesh with all of `AXES`, and which table of `PARAM_RULES` places parameters on it."""
+
+    mesh: Mesh
+    mode: str = TRAIN
+
+    def size(self, logical: str) -> int:
+        """Return over how many devices a logical axis of activations is spread."""
+        return math.prod(self.mesh.shape[axis] for axis in ACTIVATION_RULES[logical])
+
+    def param_spec(self, logical_axes: Sequence[str | None]) -> PartitionSpec:
+        """Return the mesh axes of each dimension of a parameter."""
+        used: set[str] = set()
+        spec = []
+        for name in logical_axes:
+            axes = [a for a in PARAM_RULES[self.mode][name] if a not in used]
+            axes = [a for a in axes if self.mesh.shape[a] > 1]
+            used.update(axes)
+            spec.append(_entry(axes))
+        return PartitionSpec(*spec)
+
+    def param(self, logical_axes: Sequence[str | None]) -> NamedSharding:
+        return NamedSharding(self.mesh, self.param_spec(logical_axes))
+
+    def storage_axes(self, logical_axes: Sequence[str | None]) -> tuple[str, ...]:
+        """Return the mesh axes that split a parameter's `embed` dimension for storage."""
+        axes = self.param_spec(logical_axes)[logical_axes.index("embed")]
+        return (axes,) if isinstance(axes, str) else axes or ()
+
+    def spec(self, *logical: str | None) -> PartitionSpec:
+        """Return the mesh axes of each dimension of an activation."""
+        return PartitionSpec(*(_entry(ACTIVATION_RULES[name]) for name in logical))
+
+    def array(self, *logical: str | None) -> NamedSharding:
+        return NamedSharding(self.mesh, self.spec(*logical))
+
+
+def _entry(axes):
+    axes = tuple(axes)
+    return axes[0] if len(axes) == 1 else (axes or None)
+
+
+def param_sharding(layout: Layout | None, logical_axes, shape) -> jax.sharding.Sharding:
+    """Return where a parameter lies; on the first device without a layout.
+
+    Raises:
+      ValueError: a dimension that its mesh axes do not divide.
+    """
+    if layout is None:
         return SingleDeviceSharding(jax.local_devices()[0])
-    # jax.make_mesh gives explicit axes by default; here the compiler places the intermediates.
-    mesh = Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * mesh.devices.ndim)
-    spec = []
-    for name, size in zip(logical_axes, shape, strict=True):
-        axis = PARAM_RULES[name]
-        fits = axis in mesh.shape and axis not in spec and size % mesh.shape[axis] == 0
-        spec.append(axis if fits else None)
-    return NamedSharding(mesh, PartitionSpec(*spec))
+    where = layout.param(logical_axes)
+    for size, axes, name in zip(shape, where.spec, logical_axes, strict=True):
+        axes = (axes,) if isinstance(axes, str) else axes or ()
+        over = math.prod(layout.mesh.shape[axis] for axis in axes)
+        if size % over:
+            raise ValueError(
+                f"a {name} dimension of {size} cannot be split over {_times(layout.mesh, axes)} "
+                f"= {over} devices; make that a divisor of {size}"
+            )
+    return where
+
+
+# ---- meshes
+
+
+def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
+    """Return a mesh with all of `AXES` over the devices, neighbours in it near on the chip's links.
+
+    Devices of several slices meet over a slow network: `data` counts the slices as its slowest
+    part, and `fsdp` where there is no `data`; no other axis crosses slices.
+
+    Args:
+      sizes: devices along each axis; 1 where not named. One may be -1: all that are left.
+      devices: by default all of them, of every process.
+
+    Raises:
+      ValueError: an unknown axis, too few or too many devices, or slices that no axis can span.
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    unknown = set(sizes) - set(AXES)
+    if unknown:
+        raise ValueError(f"mesh: got axis {sorted(unknown)[0]!r}; wanted some of {AXES}")
+    shape = {axis: int(sizes.get(axis, 1)) for axis in AXES}
+    free = [axis for axis, size in shape.items() if size == -1]
+    if len(free) > 1 or any(size < 1 and size != -1 for size in shape.values()):
+        raise ValueError(f"mesh: got {dict(sizes)}; wanted sizes of at least 1, -1 at most once")
+    if free:
+        shape[free[0]] = max(len(devices) // -math.prod(shape.values()), 1)
+    wanted = math.prod(shape.values())
+    if wanted != len(devices):
+        short = "too few" if wanted > len(devices) else "more than that"
+        raise ValueError(
+            f"mesh: {_times(shape, [a for a in AXES if shape[a] > 1]) or '1'} is {wanted} devices; "
+            f"got {len(devices)}, {short}. Change a size, or give one as -1 to take what is left."
+        )
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices > 1:
+        across = next((a for a in ("data", "fsdp") if shape[a] % slices == 0), None)
+        if across is None:
+            raise ValueError(
+                f"mesh: {slices} slices, but neither data={shape['data']} nor "
+                f"fsdp={shape['fsdp']} is a multiple of {slices}; only these may cross slices"
+            )
+        inner = [n // slices if a == across else n for a, n in shape.items()]
+        outer = [slices if a == across else 1 for a in AXES]
+        array = mesh_utils.create_hybrid_device_mesh(
+            inner, outer, devices, allow_split_physical_axes=True
+        )
+    else:
+        array = mesh_utils.create_device_mesh(
+            list(shape.values()), devices, allow_split_physical_axes=True
+        )
+    return Mesh(array, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def with_all_axes(mesh: Mesh) -> Mesh:
+    """Return the mesh with every one of `AXES`, automatic outside of `run`.
+
+    Raises:
+      ValueError: an axis that is none of `AXES`.
+    """
+    unknown = set(mesh.axis_names) - set(AXES)
+    if unknown:
+        raise ValueError(f"mesh: got axis {sorted(unknown)[0]!r}; wanted some of {AXES}")
+    order = [axis for axis in AXES if axis in mesh.axis_names]
+    devices = np.transpose(mesh.devices, [mesh.axis_names.index(axis) for axis in order])
+    shape = [mesh.shape.get(axis, 1) for axis in AXES]
+    return Mesh(devices.reshape(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def layout(
+    mesh: Mesh | Layout | None, config: config_lib.ModelConfig, mode: str = TRAIN
+) -> Layout | None:
+    """Return the layout of a model on a mesh; None where there is no mesh.
+
+    Raises:
+      ValueError: a mesh that this model cannot lie on, or an axis of no use in this mode.
+    """
+    if mesh is None or isinstance(mesh, Layout):
+        return mesh
+    if mode not in PARAM_RULES:
+        raise ValueError(f"mode is {mode!r}; wanted one of {list(PARAM_RULES)}")
+    mesh = with_all_axes(mesh)
+    for axis, reason in UNUSABLE[mode].items():
+        if mesh.shape[axis] > 1:
+            raise ValueError(f"mesh: {axis}={mesh.shape[axis]} cannot be used to {mode}: {reason}")
+    dimensions = (
+        ("num_attention_heads", config.num_attention_heads, "heads"),
+        ("num_key_value_heads", config.num_key_value_heads, "kv_heads"),
+        ("intermediate_size", config.intermediate_size, "mlp"),
+        ("shared_intermediate_size", config.shared_intermediate_size, "mlp"),
+        ("vocab_size", config.vocab_size, "vocab"),
+        ("num_local_experts", config.num_local_experts, "experts"),
+        ("hidden_size", config.hidden_size, "embed"),
+    )
+    for field, size, logical in dimensions:
+        axes = PARAM_RULES[mode][logical]
+        over = math.prod(mesh.shape[axis] for axis in axes)
+        if size % over:
+            names = [axis for axis in axes if mesh.shape[axis] > 1]
+            raise ValueError(
+                f"mesh: {field} {size} cannot be split over {_times(mesh, names)}"
+                f"{f' = {over}' if len(names) > 1 else ''}; wanted a divisor of {size}"
+            )
+    return Layout(mesh, mode)
+
+
+def check_rows(layout: Layout | None, rows: int) -> None:
+    """Raise ValueError for a batch that the mesh cannot split evenly."""
+    if layout is not None and rows % layout.size("batch"):
+        axes = [a for a in ACTIVATION_RULES["batch"] if layout.mesh.shape[a] > 1]
+        raise ValueError(
+            f"batch: got {rows} rows over {_times(layout.mesh, axes)}; wanted a multiple of "
+            f"{layout.size('batch')}: add rows of padding, or use fewer devices on these axes"
+        )
+
+
+def _times(mesh, axes) -> str:
+    shape = mesh.shape if isinstance(mesh, Mesh) else mesh
+    return " * ".join(f"{axis}={shape[axis]}" for axis in axes)
+
+
+# ---- programs
+
+
+def run(layout: Layout, function: Callable, in_specs, out_specs) -> Callable:
+    """Return `function` of global arrays, run on each device's own piece of them.
+
+    Without JAX's replication types: a cotangent of a copied value is each copy's own share, and
+    the transpose of `total` adds the shares up.
+    """
+    return jax.shard_map(
+        function, mesh=layout.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
+    )
+
+
+def param_specs(layout: Layout, module):
+    """Return a module's parameters replaced by their specs."""
+    return _map_params(lambda p: layout.param_spec(_logical_axes(p)), module)
+
+
+def _map_params(function, module):
+    return jax.tree.map(function, module, is_leaf=lambda node: isinstance(node, nnx.Param))
+
+
+def _logical_axes(param: nnx.Param) -> tuple[str | None, ...]:
+    # A slice of stacked parameters has lost its leading axes.
+    names = param.get_metadata()["logical_axes"]
+    return names[len(names) - param.ndim :] if param.ndim else ()
+
+
+def ready(module, layout: Layout | None, dtype):
+    """Return a module whose parameters are ready to compute with: gathered, and in `dtype`.
+
+    Parameters marked `float32` (routers) keep that. Gathering moves `dtype`, and its transpose
+    reduces gradients in float32.
+    """
+
+    def one(param):
+        to = jnp.float32 if param.get_metadata().get("float32") else dtype
+        names, value = _logical_axes(param), param[...]
+        axes = () if layout is None or "embed" not in names else layout.storage_axes(names)
+        if not axes:
+            return param.replace(value.astype(to))
+        value = gather(value, names.index("embed"), axes, to)
+        return param.replace(ad_checkpoint.checkpoint_name(value, GATHERED))
+
+    return _map_params(one, module)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def gather(value, dim: int, axes: tuple[str, ...], dtype):
+    """Return all of a dimension that is split over mesh axes for storage alone, as `dtype`.
+
+    The gradient is reduced in float32 and scattered back.
+    """
+    return jax.lax.all_gather(value.astype(dtype), axes, axis=dim, tiled=True)
+
+
+def _gather_fwd(value, dim, axes, dtype):
+    return gather(value, dim, axes, dtype), jnp.zeros((0,), value.dtype)
+
+
+def _gather_bwd(dim, axes, dtype, like, grad):
+    grad = grad.astype(jnp.float32)
+    grad = jax.lax.psum_scatter(grad, axes, scatter_dimension=dim, tiled=True)
+    return (grad.astype(like.dtype),)
+
+
+gather.defvjp(_gather_fwd, _gather_bwd)
+
+
+# ---- collectives, by logical axis; inside of `run`
+
+
+def axes(logical: str) -> tuple[str, ...]:
+    """Return the mesh axes, of more than one device each, that split this logical axis here."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return tuple(
+        axis
+        for axis in ACTIVATION_RULES[logical]
+        if axis in mesh.manual_axes and mesh.shape[axis] > 1
+    )
+
+
+def count(logical: str) -> int:
+    """Return over how many devices a logical axis is split here."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return math.prod(mesh.shape[axis] for axis in axes(logical))
+
+
+def index(logical: str) -> jax.Array | int:
+    """Return which piece of a logical axis this device holds."""
+    over = axes(logical)
+    return jax.lax.axis_index(over) if over else 0
+
+
+def total(x, logical: str):
+    """Add up the devices' values."""
+    over = axes(logical)
+    return jax.lax.psum(x, over) if over else x
+
+
+def largest(x, logical: str):
+    """Take the largest of the devices' values; not differentiable."""
+    over = axes(logical)
+    return jax.lax.pmax(x, over) if over else x
+
+
+def pieces(x, logical: str):
+    """Return every device's value, stacked on a new leading axis."""
+    over = axes(logical)
+    return jax.lax.all_gather(x, over) if over else x[None]
+
+
+def whole(x, logical: str, dim: int):
+    """Return the whole of an array whose dimension `dim` is split."""
+    over = axes(logical)
+    return jax.lax.all_gather(x, over, axis=dim, tiled=True) if over else x
+
+
+def piece(x, logical: str, dim: int):
+    """Return this device's piece of an array that it holds the whole of."""
+    num = count(logical)
+    if num == 1:
+        return x
+    size = x.shape[dim] // num
+    return jax.lax.dynamic_slice_in_dim(x, index(logical) * size, size, dim)
+
+
+def pass_on(x, logical: str):
+    """Give the value to the next device along the axis, the last one's to the first."""
+    (axis,) = axes(logical)
+    num = count(logical)
+    return jax.lax.ppermute(x, axis, [(i, (i + 1) % num) for i in range(num)])
+
+
+def swap(x, axes: tuple[str, ...], split: int, join: int):
+    """Cut dimension `split` into a part for each device, and join what comes along `join`."""
+    return jax.lax.all_to_all(x, axes, split, join, tiled=True) if axes else x

@@ -1,12 +1,14 @@
 """What a sequence leaves behind for its next token, as one pytree."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from m1_jax import config as config_lib
+from m1_jax import sharding
 
 
 @jax.tree_util.register_dataclass
@@ -47,11 +49,28 @@ class DecodeState:
 
 
 def init_state(
-    config: config_lib.ModelConfig, batch: int, max_length: int, dtype=jnp.bfloat16
+    config: config_lib.ModelConfig,
+    batch: int,
+    max_length: int,
+    dtype=jnp.bfloat16,
+    layout: sharding.Layout | None = None,
 ) -> DecodeState:
-    """Return the state of `batch` empty sequences; KV in `dtype`, recurrent state in float32."""
+    """Return the state of `batch` empty sequences; KV in `dtype`, recurrent state in float32.
+
+    On a mesh rows, heads, and the length of the cache are split; max_length is rounded up for that.
+
+    Raises:
+      ValueError: sizes below 1, or rows that the mesh does not split evenly.
+    """
     if batch < 1 or max_length < 1:
         raise ValueError(f"got batch {batch}, max_length {max_length}; wanted at least 1 of each")
+    if layout is not None:
+        sharding.check_rows(layout, batch)
+        max_length += -max_length % layout.size("length")
+        make = functools.partial(init_state, config, batch, max_length, dtype)
+        where = specs(jax.eval_shape(make), layout)
+        where = jax.tree.map(lambda spec: jax.sharding.NamedSharding(layout.mesh, spec), where)
+        return jax.jit(make, out_shardings=where)()
     repeats, heads, size = config.repeats, config.num_attention_heads, config.head_dim
     layers: list[jax.Array | KVCache] = []
     for kind in config.layer_types[: config.period]:
@@ -61,3 +80,11 @@ def init_state(
             shape = (repeats, batch, config.num_key_value_heads, max_length, size)
             layers.append(KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)))
     return DecodeState(tuple(layers), jnp.zeros((batch,), jnp.int32))
+
+
+def specs(state: DecodeState, layout: sharding.Layout) -> DecodeState:
+    """Return the mesh axes of every array of a state."""
+    cache = layout.spec(None, "batch", "kv_heads", "length", None)
+    matrix = layout.spec(None, "batch", "heads", None, None)
+    layers = [KVCache(cache, cache) if isinstance(x, KVCache) else matrix for x in state.layers]
+    return DecodeState(tuple(layers), layout.spec("batch"))

@@ -129,7 +129,7 @@ def _forward(model, golden) -> Iterator[Row]:
         yield _absolute("logits", logits, golden["logits"])
     hidden, stats, outputs = jax.jit(model_lib.MiniMaxM1.trace)(model, tokens)
     if "next_token_logprobs" in golden:
-        got = logprobs.token_logprobs(model.head, hidden[:, :-1], tokens[:, 1:])
+        got = logprobs.token_logprobs(model, hidden[:, :-1], tokens[:, 1:])
         yield _absolute("next_token_logprobs", got, golden["next_token_logprobs"])
     if "aux_loss" in golden:
         yield _absolute("aux_loss", moe.balance_loss(stats), golden["aux_loss"])
@@ -215,7 +215,7 @@ def _gradients(model, golden) -> Iterator[Row]:
     @jax.value_and_grad
     def loss(model, tokens):
         hidden, stats = model.hidden(tokens)
-        logp = logprobs.token_logprobs(model.head, hidden[:, :-1], tokens[:, 1:])
+        logp = logprobs.token_logprobs(model, hidden[:, :-1], tokens[:, 1:])
         coefficient = model.config.router_aux_loss_coef
         return -jnp.mean(logp) + coefficient * moe.balance_loss(stats)
 

@@ -288,14 +288,13 @@ def test_load_reads_both_alike(small, small_converted, dtype):
 
 def test_load_spreads_over_a_mesh(small, small_converted):
     mesh = jax.make_mesh((2, 2, 2), ("fsdp", "expert", "tensor"))
-    tokens = jnp.arange(12, dtype=jnp.int32).reshape(2, 6)
+    tokens = jnp.arange(24, dtype=jnp.int32).reshape(4, 6)
     wanted = m1_jax.load(small)(tokens)
     for path in (small, small_converted):
         model = m1_jax.load(path, mesh=mesh)
         for name, parameter in checkpoint.parameters(model).items():
-            axes = parameter.get_metadata()["logical_axes"]
-            where = sharding.param_sharding(mesh, axes, parameter.shape)
-            assert parameter.sharding == where, name
+            wanted_sharding = model.layout.param(parameter.get_metadata()["logical_axes"])
+            assert parameter.sharding == wanted_sharding, name
         gate = checkpoint.parameters(model)["layers.0.moe.gate"]
         assert gate.addressable_shards[0].data.size == gate.size // 8
         np.testing.assert_allclose(model(tokens), wanted, rtol=0, atol=testing.TOLERANCES["logits"])

@@ -1,0 +1,286 @@
+"""Tokens travel to the devices that hold their experts, and the experts' answers come back.
+
+Every device of a group knows the whole group's routing (a few bytes a token), so each computes by
+itself where every row goes: the rows that a device receives are sorted by expert, then by sender.
+They pass through a buffer of fixed size, in as many rounds as the fullest device needs: one where
+the router is balanced, more where it is not, and no token is dropped. A capacity limit is one
+round only.
+"""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from m1_jax import experts, sharding
+
+# Rows of the receive buffer over those of a balanced router. A larger buffer costs memory, a
+# smaller one rounds; tokens per device of the release scatter by far less than a half.
+SLACK = 1.5
+
+
+def run(
+    x: Float[Array, "M D"],
+    weights: Float[Array, "M A"],
+    chosen: Int[Array, "M A"],
+    gate: Float[Array, "e D F"],
+    up: Float[Array, "e D F"],
+    down: Float[Array, "e F D"],
+    capacity: float | None = None,
+) -> tuple[Float[Array, "M D"], Float[Array, ""]]:
+    """Return each token's weighted sum of its experts' outputs, float32, and dropped choices.
+
+    Args:
+      x: tokens of this device.
+      weights: of the chosen experts, float32.
+      chosen: experts of all devices together; their number or more means none.
+      gate, up, down: experts of this device (of E in all, spread evenly).
+      capacity: None for dropless; else a device takes at most this many times the rows of a
+        balanced router, and the last ones of its last experts are dropped.
+    """
+    number = gate.shape[0] * sharding.count("experts")
+    order = jnp.argsort(chosen.reshape(-1), stable=True)
+    inverse = jnp.argsort(order).reshape(chosen.shape)
+    rows = _take_rows(x, order // chosen.shape[1], inverse)
+    scale = jnp.take(weights.reshape(-1), order)
+    counts = jnp.bincount(chosen.reshape(-1), length=number).astype(jnp.int32)
+    if capacity is None and sharding.count("experts") == 1:
+        y = experts.run(rows, gate, up, down, counts, scale)
+        return _add_up(y, order, inverse), jnp.zeros(())
+    plan = _Plan(sharding.pieces(counts, "experts"), gate.shape[0], _capacity(rows, capacity))
+    y = _exchange(capacity is None, plan, rows, scale, gate, up, down)
+    kept = plan.total_sent() if capacity is None else plan.sent(0)
+    dropped = (jnp.sum(counts) - kept).astype(jnp.float32)
+    return _add_up(y, order, inverse), dropped
+
+
+def _add_up(rows, order, inverse):
+    """Return the sum over each token's experts, float32; rows that went nowhere are zero."""
+    y = _take_rows(rows, inverse.reshape(-1), order.reshape(-1, 1))
+    return jnp.sum(y.reshape(*inverse.shape, -1).astype(jnp.float32), axis=1)
+
+
+def _capacity(rows, capacity: float | None) -> int:
+    """Return rows of the receive buffer: no more than could ever arrive, a multiple of 8."""
+    most = rows.shape[0] * sharding.count("experts")
+    wanted = math.ceil(rows.shape[0] * (SLACK if capacity is None else capacity) / 8) * 8
+    return min(max(wanted, 8), most)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """Where rows go. counts[s, e]: rows of sender s for expert e; `local` experts a device."""
+
+    counts: Int[Array, "P E"]
+    local: int = dataclasses.field(metadata={"static": True})
+    buffer: int = dataclasses.field(metadata={"static": True})
+
+    def _starts(self):
+        """Return where chunk (s, e) begins among the sender's rows, and among the receiver's."""
+        sent = jnp.cumsum(self.counts, axis=1) - self.counts
+        per_device = self.counts.T.reshape(-1, self.local * self.counts.shape[0])
+        received = jnp.cumsum(per_device, axis=1) - per_device
+        return sent, received.reshape(self.counts.shape[::-1]).T
+
+    def window(self, turn):
+        """Return offset at the sender, offset in the buffer, and size of every chunk's part."""
+        sent, received = self._starts()
+        low, high = turn * self.buffer, (turn + 1) * self.buffer
+        first = jnp.clip(received, low, high)
+        size = jnp.clip(received + self.counts, low, high) - first
+        return sent + first - received, first - low, size
+
+    def turns(self):
+        """Return in how many rounds all rows of all devices have passed."""
+        per_device = jnp.sum(self.counts.reshape(self.counts.shape[0], -1, self.local), axis=(0, 2))
+        return (jnp.max(per_device) + self.buffer - 1) // self.buffer
+
+    def dispatch(self, turn):
+        """Return the arguments of `_travel` for this device's rows on their way to the experts."""
+        at, place, size = self.window(turn)
+        me = sharding.index("experts")
+        own = functools.partial(jnp.take, indices=me, axis=0)
+        arriving = jax.lax.dynamic_slice_in_dim(size, me * self.local, self.local, 1)
+        return own(at), own(size), own(place), arriving.reshape(-1)
+
+    def give_back(self, turn):
+        """Return the arguments of `_travel` for the way back."""
+        at, place, size = self.window(turn)
+        me = sharding.index("experts")
+
+        def mine(x):
+            return jax.lax.dynamic_slice_in_dim(x, me * self.local, self.local, 1).reshape(-1)
+
+        return mine(place), mine(size), mine(at), jnp.take(size, me, axis=0)
+
+    def groups(self, turn):
+        """Return how many rows of the buffer belong to each of this device's experts."""
+        _, _, size = self.window(turn)
+        return jnp.sum(
+            jax.lax.dynamic_slice_in_dim(
+                size, sharding.index("experts") * self.local, self.local, 1
+            ),
+            axis=0,
+        )
+
+    def sent(self, turn):
+        """Return how many of this device's rows pass in a round."""
+        return jnp.sum(jnp.take(self.window(turn)[2], sharding.index("experts"), axis=0))
+
+    def total_sent(self):
+        return jnp.sum(jnp.take(self.counts, sharding.index("experts"), axis=0))
+
+
+def _travel(rows, into, arguments):
+    """Send chunks of rows to other devices' `into`. See `jax.lax.ragged_all_to_all`."""
+    if sharding.count("experts") == 1:
+        return _copy_chunks(rows[None], into, *(x[None] for x in arguments[:3]))
+    return jax.lax.platform_dependent(
+        rows, into, *arguments, cpu=_travel_densely, default=_travel_raggedly
+    )
+
+
+def _travel_raggedly(rows, into, at, size, place, arriving):
+    (axis,) = sharding.axes("experts")
+    return jax.lax.ragged_all_to_all(rows, into, at, size, place, arriving, axis_name=axis)
+
+
+def _travel_densely(rows, into, at, size, place, arriving):
+    """The same where there is no ragged exchange (XLA:CPU): everybody's rows, then a choice."""
+    del arriving
+    devices, me = sharding.count("experts"), sharding.index("experts")
+
+    def to_me(x):
+        return jnp.take(sharding.pieces(x, "experts").reshape(devices, devices, -1), me, axis=1)
+
+    return _copy_chunks(sharding.pieces(rows, "experts"), into, *map(to_me, (at, size, place)))
+
+
+def _copy_chunks(rows, into, at, size, place):
+    """Copy chunks of rows [P, n, D], at [P, k] and of the given sizes, to their places."""
+    target = jnp.arange(into.shape[0], dtype=jnp.int32)[:, None]
+    start, stop = place.reshape(1, -1), (place + size).reshape(1, -1)
+    inside = (target >= start) & (target < stop)
+    chunk = jnp.argmax(inside, axis=1)
+    sender = chunk // at.shape[1]
+    source = jnp.take(at.reshape(-1), chunk) + target[:, 0] - jnp.take(place.reshape(-1), chunk)
+    found = jnp.any(inside, axis=1)
+    flat = rows.reshape(-1, rows.shape[-1])
+    new = jnp.take(flat, jnp.where(found, sender * rows.shape[1] + source, 0), axis=0)
+    return jnp.where(found[:, None], new, into)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _exchange(dropless: bool, plan: _Plan, rows, scale, gate, up, down):
+    """Return scale * expert(row) for rows sorted by expert, in their order."""
+
+    def turn(i, y):
+        arrived, weights = _receive(plan, i, rows, scale)
+        out = experts.run(arrived, gate, up, down, plan.groups(i), weights)
+        return _travel(out, y, plan.give_back(i))
+
+    return jax.lax.fori_loop(0, _turns(dropless, plan), turn, jnp.zeros_like(rows))
+
+
+def _turns(dropless, plan):
+    # The same number everywhere: groups whose programs differ in length could wait for each other.
+    return sharding.largest(plan.turns(), "tokens") if dropless else 1
+
+
+def _receive(plan: _Plan, turn, rows, scale):
+    """Return the rows of this device's experts and their weights; the rest of the buffer is 0."""
+    into = jnp.zeros((plan.buffer, rows.shape[1]), rows.dtype)
+    arrived = _travel(rows, into, plan.dispatch(turn))
+    return arrived, _scalars_to_experts(plan, turn, scale)
+
+
+def _scalars_to_experts(plan: _Plan, turn, scale):
+    """Move one number a row the dense way: all of a group's together are few bytes."""
+    at, size, place, _ = _chunks_for_me(plan, turn)
+    everyone = sharding.pieces(scale, "experts")[..., None]
+    into = jnp.zeros((plan.buffer, 1), scale.dtype)
+    return _copy_chunks(everyone, into, at, size, place)[:, 0]
+
+
+def _chunks_for_me(plan: _Plan, turn):
+    at, place, size = plan.window(turn)
+    start = sharding.index("experts") * plan.local
+    at, place, size = (
+        jax.lax.dynamic_slice_in_dim(x, start, plan.local, 1) for x in (at, place, size)
+    )
+    return at, size, place, None
+
+
+def _scalars_back(plan: _Plan, turn, numbers, into):
+    """Give one number a row of the buffer back to the rows' senders; adds nothing to others."""
+    at, size, place, _ = _chunks_for_me(plan, turn)
+    devices, length = sharding.count("experts"), into.shape[0]
+    row = jnp.arange(length, dtype=jnp.int32)[None, :, None]
+    inside = (row >= at[:, None]) & (row < (at + size)[:, None])
+    source = jnp.sum(jnp.where(inside, place[:, None] + row - at[:, None], 0), axis=2)
+    found = jnp.any(inside, axis=2)
+    mine = jnp.where(found, jnp.take(numbers, source.reshape(-1)).reshape(devices, length), 0)
+    axes = sharding.axes("experts")
+    if axes:
+        return into + jax.lax.psum_scatter(mine, axes, scatter_dimension=0, tiled=True)[0]
+    return into + mine[0]
+
+
+def _exchange_fwd(dropless, plan, rows, scale, gate, up, down):
+    y = _exchange(dropless, plan, rows, scale, gate, up, down)
+    return y, (plan, rows, scale, gate, up, down)
+
+
+def _exchange_bwd(dropless, residuals, grad):
+    plan, rows, scale, gate, up, down = residuals
+
+    def turn(i, carry):
+        d_rows, d_scale, d_experts = carry
+        arrived, weights = _receive(plan, i, rows, scale)
+        d_out = _travel(grad, jnp.zeros_like(arrived), plan.dispatch(i))
+        groups = plan.groups(i)
+
+        def function(arrived, weights, *matrices):
+            return experts.run(arrived, *matrices, groups, weights)
+
+        _, pull = jax.vjp(function, arrived, weights, gate, up, down)
+        d_arrived, d_weights, *more = pull(d_out)
+        d_experts = [sum_ + x.astype(jnp.float32) for sum_, x in zip(d_experts, more, strict=True)]
+        d_rows = _travel(d_arrived, d_rows, plan.give_back(i))
+        return d_rows, _scalars_back(plan, i, d_weights, d_scale), d_experts
+
+    zeros = [jnp.zeros(x.shape, jnp.float32) for x in (gate, up, down)]
+    carry = (jnp.zeros_like(rows), jnp.zeros_like(scale), zeros)
+    turns = _turns(dropless, plan)
+    d_rows, d_scale, d_experts = jax.lax.fori_loop(0, turns, turn, carry)
+    d_experts = [d.astype(x.dtype) for d, x in zip(d_experts, (gate, up, down), strict=True)]
+    return None, d_rows, d_scale, *d_experts
+
+
+_exchange.defvjp(_exchange_fwd, _exchange_bwd)
+
+
+@jax.custom_vjp
+def _take_rows(
+    x: Float[Array, "M D"], index: Int[Array, "P"], inverse: Int[Array, "M A"]
+) -> Float[Array, "P D"]:
+    """x[index], where inverse[m] lists the A places at which row m was put.
+
+    The gradient gathers through `inverse`; autodiff would scatter, which is slow everywhere.
+    """
+    return jnp.take(x, index, axis=0)
+
+
+def _take_rows_fwd(x, index, inverse):
+    return _take_rows(x, index, inverse), inverse
+
+
+def _take_rows_bwd(inverse, grad):
+    return jnp.sum(jnp.take(grad, inverse, axis=0), axis=1), None, None
+
+
+_take_rows.defvjp(_take_rows_fwd, _take_rows_bwd)

@@ -1,0 +1,236 @@
+"""Softmax attention block by block: no [T, S] array, and keys that travel a ring of devices.
+
+Every block of queries keeps a running softmax (sum of exp(score - top) v, sum of exp(score - top),
+top) over the blocks of keys it can see; blocks that it cannot see are skipped. The backward pass
+computes the scores again from the saved log-sum-exp (Dao, arXiv 2307.08691). Where the length is
+split over devices, keys and values go round the ring, one neighbour a step (Liu, arXiv 2310.01889),
+and in the backward pass their gradients go with them.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from m1_jax import sharding
+
+BLOCK = 256  # queries and keys of a block
+DIRECT_PAIRS, DIRECT_QUERIES = 2**16, 8  # up to either, one block does it all
+# Gathering the keys and values of a sequence costs as many bytes as the ring and one step instead
+# of as many as there are devices, so it is faster as long as it fits: 512 MiB is 128k tokens of the
+# release in bfloat16, 1M where eight devices share the heads.
+GATHER_BYTES = 2**29
+NEVER = np.iinfo(np.int32).max  # the place of a padded key, after every query
+
+
+def attend(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B K S H"],
+    v: Float[Array, "B K S H"],
+    q_place: Int[Array, "#B T"],
+    k_place: Int[Array, "#B S"],
+    q_document: Int[Array, "B T"] | None = None,
+    k_document: Int[Array, "B S"] | None = None,
+) -> Float[Array, "B T N H"]:
+    """Softmax attention of each query to the keys at its place or before, in its document.
+
+    Query head n reads kv head n // (N / K). Inside of `sharding.run`, queries and keys are this
+    device's parts of rows whose length may be split; their places say what comes before what.
+
+    Precision: scores, softmax and sums in float32; probabilities are cast to v's dtype.
+    """
+    batch, length, num_heads, size = q.shape
+    num_kv = k.shape[1]
+    q = jnp.moveaxis(q.reshape(batch, length, num_kv, num_heads // num_kv, size), 1, 3)
+    if q_document is None:
+        q_document, k_document = jnp.ones_like(q_place), jnp.ones_like(k_place)
+    queries, keys = (q_place, q_document), (k_place, k_document)
+    devices = sharding.count("length")
+    if devices > 1 and gathers(k, devices):
+        k, v = (sharding.whole(x, "length", 2) for x in (k, v))
+        keys = tuple(sharding.whole(x, "length", 1) for x in keys)
+        devices = 1
+    if devices == 1 and (length * k.shape[2] <= DIRECT_PAIRS or length <= DIRECT_QUERIES):
+        total, scale, _ = _block(q, k, v, _mask(queries, keys))
+        o = total / _positive(scale)
+    else:
+        o = _blockwise(devices, q, k, v, queries, keys)
+    return jnp.moveaxis(o.astype(v.dtype), 3, 1).reshape(batch, length, num_heads, size)
+
+
+def attend_parts(q, k, v, q_place, k_place) -> Float[Array, "B T N H"]:
+    """`attend` where every device has all (few) queries, and its own part of the keys."""
+    batch, length, num_heads, size = q.shape
+    q = jnp.moveaxis(q.reshape(batch, length, k.shape[1], -1, size), 1, 3)
+    mask = (k_place[:, None, :] <= q_place[:, :, None])[:, None, None]
+    total, scale, top = _block(q, k, v, mask)
+    highest = sharding.largest(top, "length")
+    share = jnp.exp(top - jnp.where(jnp.isfinite(highest), highest, 0.0))
+    total, scale = (sharding.total(x * share, "length") for x in (total, scale))
+    o = (total / _positive(scale)).astype(v.dtype)
+    return jnp.moveaxis(o, 3, 1).reshape(batch, length, num_heads, size)
+
+
+def gathers(k: Float[Array, "B K S H"], devices: int) -> bool:
+    """Say whether the keys and values of all devices are gathered; else they go round the ring."""
+    return 2 * devices * k.size * k.dtype.itemsize <= GATHER_BYTES
+
+
+def _mask(queries, keys) -> Bool[Array, "#B 1 1 t s"]:
+    (q_place, q_document), (k_place, k_document) = queries, keys
+    seen = k_place[:, None, :] <= q_place[:, :, None]
+    same = q_document[:, :, None] == k_document[:, None, :]
+    return (seen & same)[:, None, None]
+
+
+def _scores(q, k, mask):
+    scores = jnp.einsum("bkgth,bksh->bkgts", q, k, preferred_element_type=jnp.float32)
+    return jnp.where(mask, scores / math.sqrt(q.shape[-1]), -jnp.inf)
+
+
+def _block(q, k, v, mask):
+    """Return sums of exp(score - top) v and of exp(score - top), and top, per query."""
+    scores = _scores(q, k, mask)
+    top = jnp.max(scores, axis=-1, keepdims=True)
+    # A query without any key (padding) would give exp(-inf + inf).
+    weights = jnp.exp(scores - jnp.where(jnp.isfinite(top), top, 0.0))
+    total = jnp.einsum(
+        "bkgts,bksh->bkgth", weights.astype(v.dtype), v, preferred_element_type=jnp.float32
+    )
+    return total, jnp.sum(weights, axis=-1, keepdims=True), top
+
+
+def _positive(scale):
+    return jnp.where(scale > 0, scale, 1.0)
+
+
+def _merge(one, two):
+    """Join two partial softmax sums (total, scale, top) of the same queries."""
+    top = jnp.maximum(one[2], two[2])
+    safe = jnp.where(jnp.isfinite(top), top, 0.0)
+    first, second = jnp.exp(one[2] - safe), jnp.exp(two[2] - safe)
+    return one[0] * first + two[0] * second, one[1] * first + two[1] * second, top
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _blockwise(devices: int, q, k, v, queries, keys):
+    """Attend to the keys of all devices of a ring; arguments as `_block` and `_mask` want them."""
+    return _forward(devices, q, k, v, queries, keys)[0]
+
+
+def _forward(devices, q, k, v, queries, keys):
+    length = q.shape[3]
+    q_blocks = (_cut(q, 3), _cut(queries[0], 1, -1), _cut(queries[1], 1))
+
+    def over_devices(carry, _):
+        partial, key_blocks = carry
+
+        def over_queries(_, xs):
+            (q, *queries), partial = xs
+
+            def over_keys(partial, key_block):
+                k, v, *keys = key_block
+                mask = _mask(queries, keys)
+                return jax.lax.cond(
+                    jnp.any(mask),
+                    lambda: _merge(partial, _block(q, k, v, mask)),
+                    lambda: partial,
+                ), None
+
+            return None, jax.lax.scan(over_keys, partial, key_blocks)[0]
+
+        _, partial = jax.lax.scan(over_queries, None, (q_blocks, partial))
+        return (partial, _next(devices, key_blocks)), None
+
+    shape = (*q_blocks[0].shape[:-1], 1)
+    start = (
+        jnp.zeros(q_blocks[0].shape, jnp.float32),
+        jnp.zeros(shape, jnp.float32),
+        jnp.full(shape, -jnp.inf, jnp.float32),
+    )
+    carry = (start, _key_blocks(k, v, keys))
+    ((total, scale, top), _), _ = jax.lax.scan(over_devices, carry, None, length=devices)
+    o = (total / _positive(scale)).astype(v.dtype)
+    lse = jnp.where(scale > 0, top + jnp.log(_positive(scale)), 0.0)
+    return _join(o, length), _join(lse, length)
+
+
+def _blockwise_fwd(devices, q, k, v, queries, keys):
+    o, lse = _forward(devices, q, k, v, queries, keys)
+    return o, (q, k, v, queries, keys, o, lse)
+
+
+def _blockwise_bwd(devices, residuals, d_o):
+    q, k, v, queries, keys, o, lse = residuals
+    length, key_length = q.shape[3], k.shape[2]
+    root = math.sqrt(q.shape[-1])
+    delta = jnp.sum(d_o.astype(jnp.float32) * o.astype(jnp.float32), axis=-1, keepdims=True)
+    q_blocks = tuple(_cut(x, 3) for x in (q, d_o, lse, delta))
+    q_blocks += (_cut(queries[0], 1, -1), _cut(queries[1], 1))
+    einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+
+    def over_devices(carry, _):
+        d_q, key_blocks, d_keys = carry
+
+        def over_keys(d_q, xs):
+            (k, v, *keys), d_key = xs
+
+            def over_queries(d_key, xs):
+                (q, d_o, lse, delta, *queries), d_q = xs
+                mask = _mask(queries, keys)
+
+                def visible():
+                    weights = jnp.exp(_scores(q, k, mask) - lse)
+                    d_v = einsum("bkgts,bkgth->bksh", weights.astype(d_o.dtype), d_o)
+                    d_weights = einsum("bkgth,bksh->bkgts", d_o, v)
+                    d_scores = (weights * (d_weights - delta) / root).astype(q.dtype)
+                    d_k = einsum("bkgts,bkgth->bksh", d_scores, q)
+                    more = einsum("bkgts,bksh->bkgth", d_scores, k)
+                    return (d_key[0] + d_k, d_key[1] + d_v), d_q + more
+
+                return jax.lax.cond(jnp.any(mask), visible, lambda: (d_key, d_q))
+
+            d_key, d_q = jax.lax.scan(over_queries, d_key, (q_blocks, d_q))
+            return d_q, d_key
+
+        d_q, d_keys = jax.lax.scan(over_keys, d_q, (key_blocks, d_keys))
+        return (d_q, *_next(devices, (key_blocks, d_keys))), None
+
+    zeros = functools.partial(jnp.zeros_like, dtype=jnp.float32)
+    key_blocks = _key_blocks(k, v, keys)
+    d_keys = (zeros(key_blocks[0]), zeros(key_blocks[1]))
+    # After a full turn every block of keys is home again, with all of its gradient.
+    carry = (zeros(q_blocks[0]), key_blocks, d_keys)
+    (d_q, _, (d_k, d_v)), _ = jax.lax.scan(over_devices, carry, None, length=devices)
+    d_k, d_v = (_join(x, key_length, 2).astype(y.dtype) for x, y in ((d_k, k), (d_v, v)))
+    return _join(d_q, length).astype(q.dtype), d_k, d_v, None, None
+
+
+_blockwise.defvjp(_blockwise_fwd, _blockwise_bwd)
+
+
+def _next(devices, tree):
+    if devices == 1:
+        return tree
+    return jax.tree.map(lambda x: sharding.pass_on(x, "length"), tree)
+
+
+def _key_blocks(k, v, keys):
+    return _cut(k, 2), _cut(v, 2), _cut(keys[0], 1, NEVER), _cut(keys[1], 1)
+
+
+def _cut(x, axis: int, fill=0):
+    """Cut an axis into blocks of `BLOCK` on a new leading axis, the last one filled up."""
+    pad = [(0, -x.shape[axis] % BLOCK if i == axis else 0) for i in range(x.ndim)]
+    x = jnp.pad(x, pad, constant_values=fill)
+    return jnp.moveaxis(x.reshape(*x.shape[:axis], -1, BLOCK, *x.shape[axis + 1 :]), axis, 0)
+
+
+def _join(x, length: int, axis: int = 3):
+    """Undo `_cut`."""
+    x = jnp.moveaxis(x, 0, axis)
+    x = x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
+    return jax.lax.slice_in_dim(x, 0, length, axis=axis)
