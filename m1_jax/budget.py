@@ -9,20 +9,19 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 
 import jax
+import numpy as np
+from jax.sharding import Mesh
 
+from m1_jax import checkpoint, hlo, logprobs, sharding
 from m1_jax import config as config_lib
-from m1_jax import hlo, logprobs
 
-# As in sharding.py, whose table of axes this follows.
-DATA, FSDP, EXPERT, TENSOR, CONTEXT = AXES = ("data", "fsdp", "expert", "tensor", "context")
-BATCH_AXES = (DATA, FSDP, EXPERT)  # rows of a batch are split over these
 LATENCY_BYTES = 2**20
 HBM_OVER_NETWORK = 5  # bandwidths of a v5p chip: 2,765 and 600 GB/s
-# Axes that a job may use, besides `data` across slices.
+# What a search splits devices over; slices meet in the first axis of the mesh.
 _SEARCHED = {
-    "train": (FSDP, EXPERT, CONTEXT),
-    "prefill": (DATA, EXPERT, TENSOR, CONTEXT),
-    "decode": (DATA, EXPERT, TENSOR),
+    sharding.TRAIN: ("fsdp", "expert", "context"),
+    sharding.PREFILL: ("data", "expert", "tensor", "context"),
+    sharding.DECODE: ("data", "expert", "tensor", "context"),
 }
 
 
@@ -91,68 +90,78 @@ def local_bytes(tree) -> int:
     )
 
 
-def param(value, logical_axes: Sequence[str | None]) -> Param:
-    """Read a parameter's part from its NamedSharding."""
-    sizes, spec = value.sharding.mesh.shape, value.sharding.spec
-    split: dict[str, str | None] = {}
-    for name, axes in zip(logical_axes, spec, strict=False):
-        for axis in (axes,) if isinstance(axes, str) else axes or ():
-            split[axis] = name
-    # Experts and heads are computed where they lie; what else is split is gathered before use.
-    kept = {TENSOR} | {axis for axis, name in split.items() if name == "experts"}
-    return Param(
-        elements=math.prod(value.sharding.shard_shape(value.shape)),
-        item_bytes=value.dtype.itemsize,
-        layers=value.shape[0] if logical_axes[0] == "layers" else 1,
-        gathered=math.prod(sizes[axis] for axis in split if axis not in kept),
-        summed=math.prod(
-            size for axis, size in sizes.items() if axis not in split and axis != TENSOR
-        ),
-    )
+def params(model, layout: sharding.Layout) -> list[Param]:
+    """Return what every parameter of a model of shapes would be on a layout."""
+    over = {axis for axis in sharding.ACTIVATION_RULES["tokens"] if layout.mesh.shape[axis] > 1}
+    found = []
+    for value in checkpoint.parameters(model).values():
+        names = value.get_metadata()["logical_axes"]
+        where = layout.param(names)
+        split = {
+            a for axes in where.spec for a in ((axes,) if isinstance(axes, str) else axes or ())
+        }
+        stored = layout.storage_axes(names) if "embed" in names else ()
+        found.append(
+            Param(
+                elements=math.prod(where.shard_shape(value.shape)),
+                item_bytes=value.dtype.itemsize,
+                layers=value.shape[0] if names[0] == "layers" else 1,
+                gathered=math.prod(layout.mesh.shape[axis] for axis in stored),
+                summed=math.prod(layout.mesh.shape[axis] for axis in over - split),
+            )
+        )
+    return found
 
 
 def estimate(
     config: config_lib.ModelConfig,
     job: Job,
-    mesh: Mapping[str, int],
+    layout: sharding.Layout,
     params: Sequence[Param],
     state_bytes: float = 0,
 ) -> Estimate:
-    """Return what `job` should need on each chip of a mesh; `state_bytes`: of decode states."""
-    mesh = dict.fromkeys(AXES, 1) | dict(mesh)
-    rows = job.batch / job.accumulate / math.prod(mesh[axis] for axis in BATCH_AXES)
-    tokens = max(rows, 1) * job.new_tokens / mesh[CONTEXT]
-    held = sum(p.elements * p.item_bytes for p in params)
-    parts: dict[str, float] = {"parameters": held}
+    """Return what `job` should need on each chip; `state_bytes`: of decode states."""
+    rows = job.batch / job.accumulate / layout.size("batch")
+    tokens = rows * job.new_tokens / (layout.size("length") if job.new_tokens > 1 else 1)
+    parts: dict[str, float] = {"parameters": sum(p.elements * p.item_bytes for p in params)}
     if job.training:
         moments = 2 * sum(4 * p.elements for p in params)
         parts |= {"optimizer": moments, "gradients": sum(4 * p.elements for p in params)}
-    parts["activations"] = _activations(config, job, mesh, tokens, params)
+    parts["activations"] = _activations(config, job, layout, tokens, params)
     if state_bytes:
         parts["state"] = state_bytes
-    return Estimate(parts, _collectives(config, job, mesh, rows, tokens, params))
+    return Estimate(parts, _collectives(config, job, layout, rows, tokens, params))
 
 
 def meshes(
-    config: config_lib.ModelConfig, job: Job, num_devices: int, num_slices: int = 1
+    config: config_lib.ModelConfig, job: Job, devices: Sequence, num_slices: int = 1
 ) -> Iterator[dict[str, int]]:
-    """Yield every sensible mesh of all devices: one whose sizes divide what they split."""
+    """Yield every mesh of all devices that the model, rows and length can lie on."""
     searched = _SEARCHED[job.kind]
-    rows = job.batch // job.accumulate
-    for sizes in _factors(num_devices // num_slices, len(searched)):
+    for sizes in _factors(len(devices) // num_slices, len(searched)):
         mesh = dict(zip(searched, sizes, strict=True))
         if num_slices > 1:
-            mesh[DATA] = mesh.get(DATA, 1) * num_slices
-        full = dict.fromkeys(AXES, 1) | mesh
-        divides = (
-            config.num_local_experts % full[EXPERT] == 0
-            and config.hidden_size % full[FSDP] == 0
-            and config.num_attention_heads % full[TENSOR] == 0
-            and job.new_tokens % full[CONTEXT] == 0
-            and rows % math.prod(full[axis] for axis in BATCH_AXES) == 0
+            mesh[sharding.AXES[0]] = mesh.get(sharding.AXES[0], 1) * num_slices
+        full = [mesh.get(axis, 1) for axis in sharding.AXES]
+        try:
+            layout = sharding.layout(
+                Mesh(np.array(devices).reshape(full), sharding.AXES), config, job.kind
+            )
+            assert layout is not None
+            check(job, layout)
+        except ValueError:
+            continue
+        yield {axis: size for axis, size in mesh.items() if size > 1}
+
+
+def check(job: Job, layout: sharding.Layout) -> None:
+    """Raise ValueError for rows or lengths that the layout does not split evenly."""
+    sharding.check_rows(layout, job.batch // job.accumulate)
+    if job.seq % layout.size("length"):
+        raise ValueError(
+            f"seq: got {job.seq} tokens over {layout.size('length')} devices along the length; "
+            "wanted a multiple"
         )
-        if divides:
-            yield {axis: full[axis] for axis in AXES if full[axis] > 1} or {FSDP: 1}
 
 
 def _factors(number: int, parts: int) -> Iterator[tuple[int, ...]]:
@@ -166,10 +175,10 @@ def _factors(number: int, parts: int) -> Iterator[tuple[int, ...]]:
                 yield (first, *rest)
 
 
-def _activations(config, job: Job, mesh, tokens: float, params: Sequence[Param]) -> float:
+def _activations(config, job: Job, layout, tokens: float, params: Sequence[Param]) -> float:
     """Estimate what lives besides arguments: kept layer inputs, one layer's work, its weights."""
-    width = config.num_attention_heads * config.head_dim / mesh[TENSOR]
-    embed, hidden = config.hidden_size, config.intermediate_size / mesh[TENSOR]
+    width = config.num_attention_heads * config.head_dim / layout.size("heads")
+    embed, hidden = config.hidden_size, config.intermediate_size / layout.size("mlp")
     slots = config.num_experts_per_tok + config.has_shared_expert
     # Layer's input, norms and output; q, k, v, gate, output twice; rows, gate, up, product, output.
     layer = 2 * tokens * (6 * embed + 6 * width + slots * (2 * embed + 3 * hidden))
@@ -183,7 +192,7 @@ def _activations(config, job: Job, mesh, tokens: float, params: Sequence[Param])
     return config.num_hidden_layers * kept + 2.5 * layer + 4 * weights + 3 * 4 * logprobs.LOGITS
 
 
-def _collectives(config, job, mesh, rows, tokens, params) -> dict[str, hlo.Traffic]:
+def _collectives(config, job, layout, rows, tokens, params) -> dict[str, hlo.Traffic]:
     """Return the paper count of one run; see `hlo.collectives` for what a byte received is."""
     layers, micro = config.num_hidden_layers, job.accumulate
     lightning = config.layer_types.count(config_lib.LIGHTNING)
@@ -204,15 +213,15 @@ def _collectives(config, job, mesh, rows, tokens, params) -> dict[str, hlo.Traff
         if job.training:
             add("reduce-scatter", p.layers, 4 * each * (p.gathered - 1))
             add("all-reduce", p.layers, 8 * each * (1 - 1 / p.summed))
-    split = 1 - 1 / mesh[EXPERT]
+    split = 1 - 1 / layout.size("experts")
     exchanged = 2 * tokens * config.num_experts_per_tok * config.hidden_size * split
     add("ragged-all-to-all", 2 * layers * passes, exchanged)
-    activations = 2 * 2 * tokens * config.hidden_size * (1 - 1 / mesh[TENSOR])
+    activations = 2 * 2 * tokens * config.hidden_size * (1 - 1 / layout.size("heads"))
     add("all-reduce", 2 * layers * passes, activations)
-    others = mesh[CONTEXT] - 1
-    state = 4 * rows * config.num_attention_heads * config.head_dim**2 / mesh[TENSOR]
+    others = layout.size("length") - 1
+    state = 4 * rows * config.num_attention_heads * config.head_dim**2 / layout.size("heads")
     add("all-gather", lightning * passes, state * others)
-    keys = 2 * 2 * tokens * config.num_key_value_heads * config.head_dim / mesh[TENSOR]
+    keys = 2 * 2 * tokens * config.num_key_value_heads * config.head_dim / layout.size("heads")
     # Keys and values each way round the ring, and back with their float32 gradients.
     rounds = (layers - lightning) * others
     add("collective-permute", 2 * rounds * forward, keys / 2)

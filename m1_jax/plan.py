@@ -18,19 +18,16 @@ import pathlib
 import resource
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from absl import app, flags, logging
-from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding
 
 from m1_jax import aot, budget, checkpoint, chips, flops, hlo, plan_text, sharding
 from m1_jax import config as config_lib
-from m1_jax import model as model_lib
 from m1_jax import state as state_lib
 from pallas_kernels.lightning_attention import tiling
 
@@ -85,74 +82,58 @@ class Config:
             raise PlanError(f"lightning: got {self.lightning!r}; wanted chunked or tpu")
 
 
-# ---- adapter: how a model and its inputs lie on a mesh
+# ---- how a model and its inputs lie on a mesh
 
 
-def make_mesh(shape: Mapping[str, int], devices: Sequence) -> Mesh:
-    return Mesh(np.array(devices).reshape(tuple(shape.values())), tuple(shape))
+def make_layout(config: config_lib.ModelConfig, shape, devices, job: budget.Job):
+    """Return the layout of a job on a mesh; raises ValueError where it cannot lie on it."""
+    found = sharding.layout(sharding.make_mesh(shape, devices), config, job.kind)
+    assert found is not None
+    budget.check(job, found)
+    return found
 
 
-def abstract_model(config: config_lib.ModelConfig, mesh: Mesh, job: str) -> model_lib.MiniMaxM1:
+def abstract_model(config: config_lib.ModelConfig, job: str, layout: sharding.Layout | None = None):
     """Return a bfloat16 model of sharded shapes; its parameters are float32 in training."""
     param_dtype = jnp.float32 if job == "train" else jnp.bfloat16
-    model = nnx.eval_shape(
-        lambda: model_lib.MiniMaxM1(
-            config, nnx.Rngs(0), dtype=jnp.bfloat16, param_dtype=param_dtype
-        )
-    )
-    for param in checkpoint.parameters(model).values():
-        where = sharding.param_sharding(mesh, param.get_metadata()["logical_axes"], param.shape)
-        param.set_value(jax.ShapeDtypeStruct(param.shape, param.dtype, sharding=where))
-    return model
+    return checkpoint.abstract_model(config, jnp.bfloat16, param_dtype, layout)
 
 
-def abstract_rows(mesh: Mesh, rows: int, length: int, dtype=jnp.int32) -> jax.ShapeDtypeStruct:
-    """Return an array [rows, length] that lies as tokens do."""
-    return _placed(mesh, (rows, length), dtype, {0: budget.BATCH_AXES, 1: (budget.CONTEXT,)})
+def abstract_rows(layout: sharding.Layout, rows: int, length: int, dtype=jnp.int32) -> Any:
+    """Return an array [rows, length] that lies as tokens do; one token has no length to split."""
+    where = layout.array("batch", "length" if length > 1 else None)
+    return jax.ShapeDtypeStruct((rows, length), dtype, sharding=where)
 
 
-def abstract_state(config: config_lib.ModelConfig, mesh: Mesh, batch: int, seq: int):
-    """Return a decode state: rows like tokens, heads over the tensor axis."""
-    state = jax.eval_shape(lambda: state_lib.init_state(config, batch, seq))
+def abstract_state(config: config_lib.ModelConfig, layout: sharding.Layout, job: budget.Job):
+    state = jax.eval_shape(lambda: state_lib.init_state(config, job.batch, job.seq))
 
-    def place(x):
-        rows = 1 if x.ndim > 1 else 0
-        return _placed(mesh, x.shape, x.dtype, {rows: budget.BATCH_AXES, 2: (budget.TENSOR,)})
+    def place(shape, spec):
+        where = NamedSharding(layout.mesh, spec)
+        return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=where)
 
-    return jax.tree.map(place, state)
-
-
-def _placed(mesh: Mesh, shape, dtype, wanted: Mapping[int, Sequence[str]]):
-    """Split the dimensions that divide over the axes that the mesh has."""
-    spec: list[Any] = [None] * len(shape)
-    for dim, names in wanted.items():
-        axes = tuple(axis for axis in names if axis in mesh.shape)
-        parts = math.prod(mesh.shape[axis] for axis in axes)
-        if dim < len(shape) and axes and shape[dim] % parts == 0:
-            spec[dim] = axes
-    where = NamedSharding(mesh, PartitionSpec(*spec))
-    return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
+    return jax.tree.map(place, state, state_lib.specs(state, layout))
 
 
 # ---- jobs: each returns the traced program and its arguments by part
 
 
-def trace_train(config: config_lib.ModelConfig, model, mesh: Mesh, job: budget.Job):
+def trace_train(config: config_lib.ModelConfig, model, layout, job: budget.Job):
     from train import optim, step
 
     settings = step.Settings(optim.AdamW(1e-4), accumulate=job.accumulate)
     state = step.abstract(model, settings.optimizer)
-    ints: Any = abstract_rows(mesh, job.batch, job.seq)
-    weights: Any = abstract_rows(mesh, job.batch, job.seq, jnp.float32)
+    ints = abstract_rows(layout, job.batch, job.seq)
+    weights = abstract_rows(layout, job.batch, job.seq, jnp.float32)
     batch = step.Batch(ints, ints, ints, ints, weights)
     parts = {"parameters": model, "optimizer": state.moments, "batch": batch}
     return step.update.trace(state, batch, settings=settings), parts
 
 
-def trace_extend(config: config_lib.ModelConfig, model, mesh: Mesh, job: budget.Job):
+def trace_extend(config: config_lib.ModelConfig, model, layout, job: budget.Job):
     """Trace the pass that appends tokens to a state: all of a prompt, or one of each row."""
-    state = abstract_state(config, mesh, job.batch, job.seq)
-    tokens = abstract_rows(mesh, job.batch, job.new_tokens)
+    state = abstract_state(config, layout, job)
+    tokens = abstract_rows(layout, job.batch, job.new_tokens)
     caches = [layer for layer in state.layers if isinstance(layer, state_lib.KVCache)]
     others = [layer for layer in state.layers if not isinstance(layer, state_lib.KVCache)]
     parts = {"parameters": model, "state": others, "kv": caches, "batch": tokens}
@@ -213,10 +194,10 @@ def rank(model_config, job: budget.Job, devices, num_slices: int, limit: float) 
     Raises:
       PlanError: there are none.
     """
-    found = []
-    for shape in budget.meshes(model_config, job, len(devices), num_slices):
-        mesh = make_mesh(shape, devices)
-        guess = estimate(model_config, job, mesh, abstract_model(model_config, mesh, job.kind))
+    found, model = [], abstract_model(model_config, job.kind)
+    for shape in budget.meshes(model_config, job, devices, num_slices):
+        layout = make_layout(model_config, shape, devices, job)
+        guess = estimate(model_config, job, layout, model)
         over = guess.total_bytes > limit
         found.append(((over, guess.total_bytes if over else guess.cost(job)), shape))
     if not found:
@@ -237,10 +218,10 @@ def parse_mesh(text: str, num_devices: int) -> dict[str, int]:
     shape = {}
     for part in text.split(","):
         axis, _, size = part.strip().partition("=")
-        if axis not in budget.AXES or axis in shape or not size.isdecimal() or int(size) < 1:
+        if axis not in sharding.AXES or axis in shape or not size.isdecimal() or int(size) < 1:
             raise PlanError(
                 f"mesh: got {part!r}; wanted axis=size, the axis once and one of "
-                f"{', '.join(budget.AXES)}"
+                f"{', '.join(sharding.AXES)}"
             )
         shape[axis] = int(size)
     if math.prod(shape.values()) != num_devices:
@@ -253,15 +234,15 @@ def parse_mesh(text: str, num_devices: int) -> dict[str, int]:
 
 def plan_mesh(config: Config, model_config, job, shape, devices, limit, where) -> dict[str, Any]:
     """Compile one job on one mesh and return its record."""
-    mesh = make_mesh(shape, devices)
-    model = abstract_model(model_config, mesh, job.kind)
-    guess = estimate(model_config, job, mesh, model)
+    layout = make_layout(model_config, shape, devices, job)
+    model = abstract_model(model_config, job.kind, layout)
+    guess = estimate(model_config, job, layout, model)
     started = time.perf_counter()
     kernels = config.lightning == "tpu"
     chip = tiling.compile_for(where.generation) if kernels else contextlib.nullcontext()
     try:
         with chip:
-            traced, arguments = JOBS[job.kind](model_config, model, mesh, job)
+            traced, arguments = JOBS[job.kind](model_config, model, layout, job)
             traced_secs = time.perf_counter() - started
             compiled = aot.compile_program(traced, limit)
     except NotImplementedError as error:
@@ -301,15 +282,11 @@ def plan_mesh(config: Config, model_config, job, shape, devices, limit, where) -
     }
 
 
-def estimate(model_config, job: budget.Job, mesh: Mesh, model) -> budget.Estimate:
-    params = [
-        budget.param(param.get_value(), param.get_metadata()["logical_axes"])
-        for param in checkpoint.parameters(model).values()
-    ]
+def estimate(model_config, job: budget.Job, layout, model) -> budget.Estimate:
     state = 0
     if not job.training:
-        state = budget.local_bytes(abstract_state(model_config, mesh, job.batch, job.seq))
-    return budget.estimate(model_config, job, mesh.shape, params, state)
+        state = budget.local_bytes(abstract_state(model_config, layout, job))
+    return budget.estimate(model_config, job, layout, budget.params(model, layout), state)
 
 
 def _flops(model_config, job: budget.Job) -> tuple[float, float]:

@@ -55,7 +55,9 @@ def attend(
     ends = jnp.cumsum(length, axis=0)
     place = me + (0 if state is None else 1)
     gap = (jnp.take(ends, place, axis=0) - jnp.take(length, place, axis=0))[None] - ends
-    flows = (jnp.arange(last.shape[0]) < place)[:, None] & (last == jnp.take(opens, me, axis=0)[None])
+    flows = (jnp.arange(last.shape[0]) < place)[:, None] & (
+        last == jnp.take(opens, me, axis=0)[None]
+    )
     steps = jnp.where(flows, gap, 0).astype(_F32)[:, :, None]
     weight = jnp.where(flows[:, :, None], jnp.exp(-slopes[None, None] * steps), 0)
     carry = jnp.sum(spans * weight[..., None, None], axis=0)

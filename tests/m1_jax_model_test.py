@@ -85,7 +85,9 @@ def test_router_statistics_leave_padding_out(model):
 
 
 def test_perfect_balance_is_the_number_of_slots():
-    stats = moe.RouterStats(jnp.full((3, 2, 8), 4.0), jnp.full((3, 8), 4.0), jnp.full((3,), 32.0), jnp.zeros(3))
+    stats = moe.RouterStats(
+        jnp.full((3, 2, 8), 4.0), jnp.full((3, 8), 4.0), jnp.full((3,), 32.0), jnp.zeros(3)
+    )
     np.testing.assert_allclose(moe.balance_loss(stats), 2.0, rtol=1e-6)
 
 

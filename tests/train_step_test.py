@@ -85,7 +85,7 @@ def test_first_loss_is_the_weighted_mean_of_real_tokens():
     batch, settings = _batch(), _settings(coefficient=0.1)
     net = _model()
     hidden, stats = _hidden(net, batch)
-    logps = np.asarray(logprobs.token_logprobs(net.head, hidden, batch.targets))
+    logps = np.asarray(logprobs.token_logprobs(net, hidden, batch.targets))
     weights = np.asarray(batch.weights)
     balance = float(moe.balance_loss(stats))
     _, metrics = step.update(step.init(net, settings.optimizer), batch, settings=settings)

@@ -131,7 +131,7 @@ def _loss(model, batch: Batch, totals, coefficient: float):
     """Return a microbatch's share of the loss, and its share of each metric."""
     weight, num_real = totals
     hidden, stats = model.hidden(batch.tokens, batch.segment_ids, batch.positions)
-    logps = logprobs.token_logprobs(model.head, hidden, batch.targets)
+    logps = logprobs.token_logprobs(model, hidden, batch.targets)
     loss = -jnp.sum(jnp.where(batch.weights != 0, batch.weights * logps, 0.0)) / weight
     tokens = _num_real(batch)
     balance = moe.balance_loss(stats) * tokens / num_real
