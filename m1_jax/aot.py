@@ -18,7 +18,8 @@ _PROBE_BYTES = 2**42  # more than any chip has
 class Compiled:
     """What the compiler says; bytes and operations are those of one chip.
 
-    needed: HBM for all; text: the optimised HLO; flops: its own count, None if it did not fit.
+    needed: HBM for all; text: the optimised HLO; flops: its own count, None if it did not fit;
+    cpu_secs: of all threads, which other processes do not stretch.
     """
 
     fits: bool
@@ -29,6 +30,7 @@ class Compiled:
     flops: float | None
     text: str
     secs: float
+    cpu_secs: float
 
 
 def compile_program(traced, limit: float) -> Compiled:
@@ -37,7 +39,11 @@ def compile_program(traced, limit: float) -> Compiled:
     A dump, because `as_text` of some TPU programs fails inside XLA, and because it is there even
     of a program that does not fit.
     """
-    started = time.perf_counter()
+    started, cpu_started = time.perf_counter(), time.process_time()
+
+    def spent():
+        return time.perf_counter() - started, time.process_time() - cpu_started
+
     with tempfile.TemporaryDirectory() as dump, _without_cache():
         options = {"xla_dump_to": dump, "xla_dump_hlo_as_text": True}
         try:
@@ -46,16 +52,15 @@ def compile_program(traced, limit: float) -> Compiled:
             too_much = out_of_memory(str(error))
             if too_much is None:
                 raise
-            secs = time.perf_counter() - started
-            return Compiled(False, *too_much, None, None, None, _dumped(dump), secs)
-        secs = time.perf_counter() - started
+            return Compiled(False, *too_much, None, None, None, _dumped(dump), *spent())
+        secs = spent()
         text = _dumped(dump)
     memory = program.memory_analysis()
     kept = memory.output_size_in_bytes - memory.alias_size_in_bytes
     arguments, temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes
     needed = arguments + kept + temporaries + memory.generated_code_size_in_bytes
     count = (program.cost_analysis() or {}).get("flops")
-    return Compiled(needed <= limit, needed, limit, arguments, temporaries, count, text, secs)
+    return Compiled(needed <= limit, needed, limit, arguments, temporaries, count, text, *secs)
 
 
 def _dumped(dump: str) -> str:

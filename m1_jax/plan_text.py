@@ -27,7 +27,8 @@ def report(record: Mapping[str, Any]) -> str:
         *_collectives(record),
         "",
         *_tried(record),
-        f"traced in {record['trace_secs']:.1f} s, compiled in {record['compile_secs']:.1f} s, "
+        f"traced in {record['trace_secs']:.1f} s, compiled in {record['compile_secs']:.1f} s "
+        f"({record['compile_cpu_secs']:.1f} s of CPU), "
         f"host memory {record['host_peak_bytes'] / GIB:.1f} GiB",
         verdict(record),
     ]
@@ -87,7 +88,7 @@ def _collectives(record) -> list[str]:
             row += f"{traffic['count']:>10.0f}{traffic['bytes'] / GIB:>10.2f}"
         lines.append(row)
     if record["unknown_loops"]:
-        lines.append(f"{record['unknown_loops']} loops of unknown length are counted once")
+        lines.append(f"{record['unknown_loops']} loops as long as the data asks count as one run")
     return lines
 
 
