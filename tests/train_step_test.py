@@ -231,7 +231,7 @@ def test_step_on_a_mesh_equals_the_step_on_one_device():
     expected, numbers = step.update(
         step.init(_model(), settings.optimizer), batch, settings=settings
     )
-    layout = sharding.layout(sharding.make_mesh({"fsdp": 2, "expert": 2, "context": 2}), CONFIG)
+    layout = sharding.layout(sharding.make_mesh({"expert": 2, "tensor": 2, "context": 2}), CONFIG)
     net = checkpoint.abstract_model(CONFIG, jnp.float32, layout=layout)
     values = checkpoint.parameters(_weights())
     for name, param in checkpoint.parameters(net).items():
