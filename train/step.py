@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from m1_jax import logprobs, moe
@@ -70,7 +71,7 @@ def init(model: model_lib.MiniMaxM1, optimizer: optim.AdamW) -> TrainState:
                 f"master weights: got a parameter in {leaf.dtype}; wanted float32. "
                 "Build the model with param_dtype=float32; dtype is that of the computation."
             )
-    return TrainState(jnp.zeros((), jnp.int32), model, optimizer.init(model))
+    return TrainState(jnp.zeros((), jnp.int32), model, pinned(optimizer.init(model)))
 
 
 @functools.partial(jax.jit, static_argnames="settings", donate_argnames="state")
@@ -89,8 +90,9 @@ def update(
       clipping), learning_rate, tokens (real ones).
     """
     grads, metrics = gradients(state.model, batch, settings)
+    grads = pinned(grads)
     model, moments, more = settings.optimizer.update(grads, state.moments, state.model, state.step)
-    return TrainState(state.step + 1, model, moments), metrics | more
+    return pinned(TrainState(state.step + 1, model, moments)), metrics | more
 
 
 def gradients(model: model_lib.MiniMaxM1, batch: Batch, settings: Settings):
@@ -125,6 +127,27 @@ def split(batch: Batch, parts: int) -> Batch:
     return jax.tree.map(
         lambda x: jnp.moveaxis(x.reshape(rows // parts, parts, length), 1, 0), batch
     )
+
+
+def pinned(tree):
+    """Hold every model in a pytree, and what is shaped like one, where its parameters lie.
+
+    Left alone, XLA may return a state that lies otherwise than the one it took, which the next
+    step would be compiled again for.
+    """
+
+    def pin(part):
+        if not isinstance(part, model_lib.MiniMaxM1) or part.layout is None:
+            return part
+        layout = part.layout
+
+        def one(param):
+            where = layout.param(param.get_metadata()["logical_axes"])
+            return param.replace(jax.lax.with_sharding_constraint(param.get_value(), where))
+
+        return jax.tree.map(one, part, is_leaf=lambda node: isinstance(node, nnx.Param))
+
+    return jax.tree.map(pin, tree, is_leaf=lambda part: isinstance(part, model_lib.MiniMaxM1))
 
 
 def _loss(model, batch: Batch, totals, coefficient: float):
