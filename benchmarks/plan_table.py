@@ -1,0 +1,115 @@
+"""The smallest slices that hold each job of the released model: writes docs/plan.md.
+
+    python benchmarks/plan_table.py [--out=docs/plan.md] [--records=.cache/plan]
+
+Runs `python -m m1_jax.plan` for one slice after another, the smallest first, each in a process of
+its own and minutes long. Every record is kept, so that an interrupted run goes on where it was;
+the table is written after every job. Delete a record to compile it again.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import tqdm
+
+from m1_jax import plan_text
+
+GIB = 2**30
+PARAMETERS = 456_089_655_296
+# HBM of a device in GiB and devices of a chip, for leaving out what cannot fit; slices by size.
+FLAT = [("4x4", 1), ("4x8", 1), ("8x8", 1), ("8x16", 1), *(("16x16", n) for n in (1, 2, 4, 8))]
+CUBES = ("2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16")
+CHIPS = {
+    "v5e": (15.75, 1, FLAT),
+    "v5p": (95.73, 1, [(shape, 1) for shape in CUBES]),
+    "v6e": (31.24, 1, FLAT),
+    "tpu7x": (94.74, 2, [(shape, 1) for shape in CUBES]),
+}
+# Name, bytes a parameter at least, flags. Training holds master weights, moments and gradients.
+JOBS = [
+    ("pretraining, 4k", 16, ["--job=train", "--seq=4096"]),
+    ("pretraining, 32k", 16, ["--job=train", "--seq=32768"]),
+    ("pretraining, 1M", 16, ["--job=train", "--seq=1048576"]),
+    ("SFT, 8k, rematerialised, 4 parts", 16, ["--job=train", "--seq=8192", "--accumulate=4"]),
+    ("decoding, 8k", 2, ["--job=decode", "--seq=8192"]),
+    ("decoding, 128k", 2, ["--job=decode", "--seq=131072"]),
+    ("decoding, 1M", 2, ["--job=decode", "--seq=1048576"]),
+]
+HEAD = """# Smallest slices
+
+Written by `python benchmarks/plan_table.py`: the released model, compiled ahead of time for ever
+larger slices until it fits. GiB are of a device (half a chip on tpu7x). Nothing here was timed, and
+decoding with int8 experts joins when the model has them.
+
+| job | slice | mesh | rows | GiB used / granted | tried smaller |
+|---|---|---|---|---|---|
+"""
+
+
+def slices(chip: str, item_bytes: int):
+    """Yield (topology, number of slices) that could hold the parameters, smallest first."""
+    gib, devices, shapes = CHIPS[chip]
+    for shape, number in shapes:
+        count = devices * number
+        for size in shape.split("x"):
+            count *= int(size)
+        if PARAMETERS * item_bytes < count * gib * GIB:
+            yield f"{chip}:{shape}", number
+
+
+def attempt(records: pathlib.Path, topology: str, number: int, flags: list[str]) -> dict:
+    """Return the record of one plan, compiled now or before; {"error": ...} where there is none."""
+    name = "_".join([topology.replace(":", "-"), str(number), *(f.strip("-") for f in flags)])
+    file = records / f"{name}.json"
+    if not file.exists():
+        part = file.with_suffix(".part")
+        command = [sys.executable, "-m", "m1_jax.plan", f"--topology={topology}"]
+        command += [f"--slices={number}", f"--json={part}", *flags]
+        env = os.environ | {"JAX_PLATFORMS": "cpu"}
+        done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+        if not part.exists():  # anything but the planner's own refusal may go better next time
+            last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+            if not last.startswith("error: "):
+                return {"error": last}
+            part.write_text(json.dumps({"error": last.removeprefix("error: ")}) + "\n")
+        part.rename(file)
+    return json.loads(file.read_text())
+
+
+def row(records: pathlib.Path, job: str, chip: str, item_bytes: int, flags: list[str], bar) -> str:
+    smaller = []
+    for topology, number in slices(chip, item_bytes):
+        name = topology if number == 1 else f"{number} x {topology}"
+        bar.set_postfix_str(f"{job} on {name}")
+        found = attempt(records, topology, number, flags)
+        if found.get("fits"):
+            used = f"{found['hbm_bytes_per_chip'] / GIB:.1f} / {found['hbm_limit_bytes'] / GIB:.1f}"
+            mesh = plan_text.mesh(found["mesh"])
+            tried = ", ".join(smaller)
+            return f"| {job} | {name} | {mesh} | {found['batch']} | {used} | {tried} |\n"
+        over = found.get("error") or f"{found['hbm_bytes_per_chip'] / GIB:.0f} GiB"
+        smaller.append(f"{name} ({over})")
+    return f"| {job} | none of {chip} | | | | {', '.join(smaller)} |\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("docs/plan.md"))
+    parser.add_argument("--records", type=pathlib.Path, default=pathlib.Path(".cache/plan"))
+    parser.add_argument("--chips", default=",".join(CHIPS), help="which generations")
+    arguments = parser.parse_args()
+    arguments.records.mkdir(parents=True, exist_ok=True)
+    todo = [(job, chip) for job in JOBS for chip in arguments.chips.split(",")]
+    text = HEAD
+    with tqdm.tqdm(todo) as bar:
+        for (job, item_bytes, flags), chip in bar:
+            text += row(arguments.records, job, chip, item_bytes, flags, bar)
+            arguments.out.write_text(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,230 @@
+"""What a job should need, by arithmetic: bytes on a chip, bytes received, and meshes worth trying.
+
+Exact where it can be (parameters, optimizer, states: from their shardings), an estimate for what
+the compiler decides (activations). `plan.py` prints these numbers beside the compiler's.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping, Sequence
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from m1_jax import checkpoint, hlo, logprobs, sharding
+from m1_jax import config as config_lib
+
+LATENCY_BYTES = 2**20
+HBM_OVER_NETWORK = 5  # bandwidths of a v5p chip: 2,765 and 600 GB/s
+# What a search splits devices over; slices meet in the first axis of the mesh.
+_SEARCHED = {
+    sharding.TRAIN: ("fsdp", "expert", "context"),
+    sharding.PREFILL: ("data", "expert", "tensor", "context"),
+    sharding.DECODE: ("data", "expert", "tensor", "context"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """kind: train, prefill or decode. seq: tokens a row (decode: of cache). batch: rows.
+
+    accumulate: microbatches of a training step.
+    """
+
+    kind: str
+    seq: int
+    batch: int
+    accumulate: int = 1
+
+    @property
+    def training(self) -> bool:
+        return self.kind == "train"
+
+    @property
+    def new_tokens(self) -> int:
+        """Tokens of a row that one pass computes."""
+        return 1 if self.kind == "decode" else self.seq
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """Bytes per chip by part, and what one chip receives in one run, by kind of collective."""
+
+    hbm_bytes: Mapping[str, float]
+    collectives: Mapping[str, hlo.Traffic]
+
+    @property
+    def total_bytes(self) -> float:
+        return sum(self.hbm_bytes.values())
+
+    def cost(self, job: Job) -> float:
+        """Return what meshes are ranked by: time, in bytes received.
+
+        A collective waits for about 1 MiB however small it is. Serving reads all weights and
+        states in each pass, which training hides behind its products.
+        """
+        traffic = sum(t.bytes + t.count * LATENCY_BYTES for t in self.collectives.values())
+        return traffic if job.training else traffic + self.total_bytes / HBM_OVER_NETWORK
+
+
+@dataclasses.dataclass(frozen=True)
+class Param:
+    """One parameter's part on a chip: elements, and over how many chips it is gathered or summed.
+
+    gathered: chips that hold the pieces of what one chip computes with. summed: chips that make a
+    gradient of the same elements and do not split them.
+    """
+
+    elements: int
+    item_bytes: int
+    layers: int
+    gathered: int
+    summed: int
+
+
+def local_bytes(tree) -> int:
+    """Return the bytes of a pytree of sharded shapes on one chip, without the padding of tiles."""
+    return sum(
+        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
+    )
+
+
+def params(model, layout: sharding.Layout) -> list[Param]:
+    """Return what every parameter of a model of shapes would be on a layout."""
+    over = {axis for axis in sharding.ACTIVATION_RULES["tokens"] if layout.mesh.shape[axis] > 1}
+    found = []
+    for value in checkpoint.parameters(model).values():
+        names = value.get_metadata()["logical_axes"]
+        where = layout.param(names)
+        split = {
+            a for axes in where.spec for a in ((axes,) if isinstance(axes, str) else axes or ())
+        }
+        stored = layout.storage_axes(names) if "embed" in names else ()
+        found.append(
+            Param(
+                elements=math.prod(where.shard_shape(value.shape)),
+                item_bytes=value.dtype.itemsize,
+                layers=value.shape[0] if names[0] == "layers" else 1,
+                gathered=math.prod(layout.mesh.shape[axis] for axis in stored),
+                summed=math.prod(layout.mesh.shape[axis] for axis in over - split),
+            )
+        )
+    return found
+
+
+def estimate(
+    config: config_lib.ModelConfig,
+    job: Job,
+    layout: sharding.Layout,
+    params: Sequence[Param],
+    state_bytes: float = 0,
+) -> Estimate:
+    """Return what `job` should need on each chip; `state_bytes`: of decode states."""
+    rows = job.batch / job.accumulate / layout.size("batch")
+    tokens = rows * job.new_tokens / (layout.size("length") if job.new_tokens > 1 else 1)
+    parts: dict[str, float] = {"parameters": sum(p.elements * p.item_bytes for p in params)}
+    if job.training:
+        moments = 2 * sum(4 * p.elements for p in params)
+        parts |= {"optimizer": moments, "gradients": sum(4 * p.elements for p in params)}
+    parts["activations"] = _activations(config, job, layout, tokens, params)
+    if state_bytes:
+        parts["state"] = state_bytes
+    return Estimate(parts, _collectives(config, job, layout, rows, tokens, params))
+
+
+def meshes(
+    config: config_lib.ModelConfig, job: Job, devices: Sequence, num_slices: int = 1
+) -> Iterator[dict[str, int]]:
+    """Yield every mesh of all devices that the model, rows and length can lie on."""
+    searched = _SEARCHED[job.kind]
+    for sizes in _factors(len(devices) // num_slices, len(searched)):
+        mesh = dict(zip(searched, sizes, strict=True))
+        if num_slices > 1:
+            mesh[sharding.AXES[0]] = mesh.get(sharding.AXES[0], 1) * num_slices
+        full = [mesh.get(axis, 1) for axis in sharding.AXES]
+        try:
+            layout = sharding.layout(
+                Mesh(np.array(devices).reshape(full), sharding.AXES), config, job.kind
+            )
+            assert layout is not None
+            check(job, layout)
+        except ValueError:
+            continue
+        yield {axis: size for axis, size in mesh.items() if size > 1}
+
+
+def check(job: Job, layout: sharding.Layout) -> None:
+    """Raise ValueError for rows or lengths that the layout does not split evenly."""
+    sharding.check_rows(layout, job.batch // job.accumulate)
+    if job.seq % layout.size("length"):
+        raise ValueError(
+            f"seq: got {job.seq} tokens over {layout.size('length')} devices along the length; "
+            "wanted a multiple"
+        )
+
+
+def _factors(number: int, parts: int) -> Iterator[tuple[int, ...]]:
+    """Yield every way to write `number` as an ordered product."""
+    if parts == 1:
+        yield (number,)
+        return
+    for first in range(1, number + 1):
+        if number % first == 0:
+            for rest in _factors(number // first, parts - 1):
+                yield (first, *rest)
+
+
+def _activations(config, job: Job, layout, tokens: float, params: Sequence[Param]) -> float:
+    """Estimate what lives besides arguments: kept layer inputs, one layer's work, its weights."""
+    width = config.num_attention_heads * config.head_dim / layout.size("heads")
+    embed, hidden = config.hidden_size, config.intermediate_size / layout.size("mlp")
+    slots = config.num_experts_per_tok + config.has_shared_expert
+    # Layer's input, norms and output; q, k, v, gate, output twice; rows, gate, up, product, output.
+    layer = 2 * tokens * (6 * embed + 6 * width + slots * (2 * embed + 3 * hidden))
+    gathered = [p.elements / p.layers * p.gathered for p in params if p.gathered > 1]
+    of_a_layer = [p.elements / p.layers * p.gathered for p in params if p.layers > 1]
+    weights = 2 * sum(of_a_layer) / config.period if gathered else 0
+    if not job.training:
+        return layer + 2 * weights + 4 * tokens * embed
+    kept = {"none": layer, "layer": 2 * tokens * embed, "dots": layer}[config.remat]
+    # A layer's weights twice (the next is on its way), their float32 gradient, backward work.
+    return config.num_hidden_layers * kept + 2.5 * layer + 4 * weights + 3 * 4 * logprobs.LOGITS
+
+
+def _collectives(config, job, layout, rows, tokens, params) -> dict[str, hlo.Traffic]:
+    """Return the paper count of one run; see `hlo.collectives` for what a byte received is."""
+    layers, micro = config.num_hidden_layers, job.accumulate
+    lightning = config.layer_types.count(config_lib.LIGHTNING)
+    # A forward pass, the same again with rematerialisation, and a backward pass.
+    forward = 1 if not job.training or config.remat == "none" else 2
+    passes = forward + job.training
+    found: dict[str, list[float]] = {}
+
+    def add(kind: str, count: float, size: float):
+        if size and count:
+            entry = found.setdefault(kind, [0.0, 0.0])
+            entry[0] += micro * count
+            entry[1] += micro * count * size
+
+    for p in params:
+        each = p.elements / p.layers
+        add("all-gather", p.layers * (1 + job.training), 2 * each * (p.gathered - 1))
+        if job.training:
+            add("reduce-scatter", p.layers, 4 * each * (p.gathered - 1))
+            add("all-reduce", p.layers, 8 * each * (1 - 1 / p.summed))
+    split = 1 - 1 / layout.size("experts")
+    exchanged = 2 * tokens * config.num_experts_per_tok * config.hidden_size * split
+    add("ragged-all-to-all", 2 * layers * passes, exchanged)
+    activations = 2 * 2 * tokens * config.hidden_size * (1 - 1 / layout.size("heads"))
+    add("all-reduce", 2 * layers * passes, activations)
+    others = layout.size("length") - 1
+    state = 4 * rows * config.num_attention_heads * config.head_dim**2 / layout.size("heads")
+    add("all-gather", lightning * passes, state * others)
+    keys = 2 * 2 * tokens * config.num_key_value_heads * config.head_dim / layout.size("heads")
+    # Keys and values each way round the ring, and back with their float32 gradients.
+    rounds = (layers - lightning) * others
+    add("collective-permute", 2 * rounds * forward, keys / 2)
+    if job.training:
+        add("collective-permute", 4 * rounds, keys * 3 / 4)
+    return {kind: hlo.Traffic(*found[kind]) for kind in hlo.KINDS if kind in found}

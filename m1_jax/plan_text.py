@@ -1,0 +1,103 @@
+"""The words and tables that `plan.py` prints for a record."""
+
+from collections.abc import Mapping
+from typing import Any
+
+GIB = 2**30
+
+
+def report(record: Mapping[str, Any]) -> str:
+    """Return a record of `plan.run` as text; the last line says whether the program fits."""
+    chips = f"{record['devices'] // record['devices_per_chip']} chips"
+    if record["devices_per_chip"] > 1:
+        chips += f", {record['devices']} devices of half a chip: below, a chip is such a half"
+    slices = f"{record['slices']} x " if record["slices"] > 1 else ""
+    lines = [
+        f"{record['job']} of {record['config']} on {slices}{record['topology']} ({chips}), "
+        f"mesh {mesh(record['mesh'])}",
+        f"{record['batch']} rows of {record['seq']} tokens"
+        + (f", remat {record['remat']}, {record['accumulate']} microbatches" * _trains(record))
+        + f", lightning {record['lightning']}, jax {record['versions']['jax']}, "
+        f"libtpu {record['versions']['libtpu']}",
+        "",
+        *_memory(record),
+        "",
+        *_flops(record),
+        "",
+        *_collectives(record),
+        "",
+        *_tried(record),
+        f"traced in {record['trace_secs']:.1f} s, compiled in {record['compile_secs']:.1f} s "
+        f"({record['compile_cpu_secs']:.1f} s of CPU), "
+        f"host memory {record['host_peak_bytes'] / GIB:.1f} GiB",
+        verdict(record),
+    ]
+    return "\n".join(lines)
+
+
+def mesh(shape: Mapping[str, int]) -> str:
+    return ",".join(f"{axis}={size}" for axis, size in shape.items())
+
+
+def verdict(record: Mapping[str, Any]) -> str:
+    needed, limit = record["hbm_bytes_per_chip"] / GIB, record["hbm_limit_bytes"] / GIB
+    if record["fits"]:
+        return f"fits: {needed:.2f} of {limit:.2f} GiB a chip, {limit - needed:.2f} GiB are free"
+    return (
+        f"does not fit: needs {needed:.2f} GiB a chip and has {limit:.2f}, "
+        f"{needed - limit:.2f} GiB too much"
+    )
+
+
+def _trains(record) -> bool:
+    return record["job"] == "train"
+
+
+def _memory(record) -> list[str]:
+    parts, guess = record["hbm_parts"], dict(record["hbm_estimate"])
+    # Gradients and activations are both temporaries of the program.
+    guess["activations"] += guess.pop("gradients", 0)
+    if "kv" in parts:
+        guess["state"] = guess.get("state", 0) - parts["kv"]
+        guess["kv"] = parts["kv"]
+    lines = [f"{'HBM of a chip, GiB':<28}{'compiled':>10}{'by hand':>10}"]
+    for name, size in parts.items():
+        label = {"activations": "activations and temporaries"}.get(name, name)
+        lines.append(f"{label:<28}{size / GIB:>10.2f}{guess.get(name, 0) / GIB:>10.2f}")
+    total = record["hbm_bytes_per_chip"] / GIB
+    return [*lines, f"{'total':<28}{total:>10.2f}{sum(guess.values()) / GIB:>10.2f}"]
+
+
+def _flops(record) -> list[str]:
+    ours, again = record["flops_per_chip"], record["flops_again_per_chip"]
+    compiler = record["flops_compiler_per_chip"]
+    theirs = "none" if compiler is None else f"{compiler / 1e12:.2f}"
+    return [
+        f"TFLOPs of a chip: {ours / 1e12:.2f}, of them {again / 1e12:.2f} computed again; "
+        f"compiler: {theirs} (it counts a loop once)"
+    ]
+
+
+def _collectives(record) -> list[str]:
+    counted, paper = record["collectives"], record["collectives_estimate"]
+    lines = [f"{'received by a chip':<22}{'compiled':>10}{'GiB':>10}{'by hand':>10}{'GiB':>10}"]
+    for kind in dict.fromkeys([*paper, *counted]):
+        row = f"{kind:<22}"
+        for source in (counted, paper):
+            traffic = source.get(kind, {"count": 0, "bytes": 0})
+            row += f"{traffic['count']:>10.0f}{traffic['bytes'] / GIB:>10.2f}"
+        lines.append(row)
+    if record["unknown_loops"]:
+        lines.append(f"{record['unknown_loops']} loops as long as the data asks count as one run")
+    return lines
+
+
+def _tried(record) -> list[str]:
+    if len(record["tried"]) < 2:
+        return []
+    rows = [
+        f"  {mesh(one['mesh'])}: {one['hbm_bytes_per_chip'] / GIB:.2f} GiB, "
+        f"{'fits' if one['fits'] else 'does not fit'}, {one['compile_secs']:.0f} s"
+        for one in record["tried"]
+    ]
+    return ["meshes tried:", *rows]

@@ -1,0 +1,264 @@
+"""The planner: its arguments, its arithmetic, and one program compiled through the command."""
+
+import dataclasses
+import json
+import math
+
+import jax
+import numpy as np
+import pytest
+from jax.experimental import topologies
+
+from m1_jax import ModelConfig, aot, budget, chips, config, hlo, plan, plan_text
+
+GIB = 2**30
+M1 = dataclasses.replace(ModelConfig.m1(), remat="layer")
+
+
+# ---- slices
+
+
+@pytest.mark.parametrize(
+    ("name", "slices", "num_chips", "num_devices"),
+    [
+        ("v5p:8x8x8", 1, 512, 512),
+        ("v5e:16x16", 1, 256, 256),
+        ("v6e:2x2", 2, 8, 8),
+        ("tpu7x:4x4x8", 1, 128, 256),
+    ],
+)
+def test_slices(name, slices, num_chips, num_devices):
+    found = chips.parse(name, slices)
+    assert (found.name, found.num_chips, found.num_devices) == (name, num_chips, num_devices)
+
+
+@pytest.mark.parametrize(
+    "name", ["", "v5p", "v5p:", "v5p:8x8", "v5e:4x4x4", "v4:2x2x1", "v6e:32x32", "v5p:0x2x2", "x"]
+)
+def test_wrong_topology_is_refused_with_an_example(name):
+    with pytest.raises(chips.TopologyError, match=r"wanted .*v\d\w:\d+x\d+"):
+        chips.parse(name)
+
+
+def test_missing_compiler_says_what_to_install(monkeypatch):
+    def missing(**_):
+        raise RuntimeError("JAX TPU support not installed; cannot generate TPU topology.")
+
+    monkeypatch.setattr(topologies, "get_topology_desc", missing)
+    with pytest.raises(chips.TopologyError, match="pip install libtpu"):
+        chips.devices(chips.parse("v5p:2x2x1"))
+
+
+def test_slice_that_the_compiler_refuses():
+    pytest.importorskip("libtpu")
+    with pytest.raises(chips.TopologyError, match="refuses 'v5p:3x2x2'.*Others: v5e"):
+        chips.devices(chips.parse("v5p:3x2x2"))
+
+
+@pytest.mark.parametrize(
+    ("name", "slices", "gib"),
+    [
+        ("v5e:2x2", 1, 15.75),
+        ("v5p:2x2x1", 2, 95.73),
+        ("v6e:2x2", 1, 31.24),
+        ("tpu7x:2x2x1", 1, 94.7),
+    ],
+)
+def test_devices_and_the_memory_that_the_compiler_grants(name, slices, gib):
+    pytest.importorskip("libtpu")
+    where = chips.parse(name, slices)
+    devices = chips.devices(where)
+    assert len(devices) == where.num_devices
+    assert aot.hbm_limit_bytes(devices[0]) / GIB == pytest.approx(gib, abs=0.1)
+
+
+@pytest.mark.parametrize(
+    ("message", "expected"),
+    [
+        (
+            "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total "
+            "memory required for HLO temporaries (557.45G) exceeds available HBM (95.73G).",
+            (557.45 * GIB, 95.73 * GIB),
+        ),
+        (
+            "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 1.20T of 15.75G hbm.",
+            (1.2 * 1024 * GIB, 15.75 * GIB),
+        ),
+        ("RESOURCE_EXHAUSTED: quota", None),
+        ("INTERNAL: (3G) exceeds available HBM (2G)", None),
+    ],
+)
+def test_out_of_memory_messages(message, expected):
+    assert aot.out_of_memory(message) == expected
+
+
+# ---- arguments
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"job": "rl_update"}, "rl_update: its program does not exist yet"),
+        ({"job": "reshard"}, "reshard: its program does not exist yet"),
+        ({"job": "serve"}, "wanted one of train, prefill, decode"),
+        ({"seq": 0}, "at least 1"),
+        ({"lightning": "gpu"}, "chunked or tpu"),
+    ],
+)
+def test_wrong_config_is_refused(changes, words):
+    with pytest.raises(plan.PlanError, match=words):
+        plan.Config(**{"topology": "v5p:2x2x1", "job": "train"} | changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"mesh": "model=4"}, "one of data, fsdp, expert, tensor, context"),
+        ({"mesh": "fsdp=2,fsdp=2"}, "the axis once"),
+        ({"mesh": "fsdp=x"}, "axis=size"),
+        ({"mesh": "fsdp=8"}, "makes 8 devices; wanted 4"),
+        ({"config": "nowhere"}, "wanted m1 or tiny"),
+        ({"batch": 3, "accumulate": 2}, "3 does not divide into 2"),
+        ({"batch": 1, "seq": 37}, "no mesh of 4 devices divides 1 rows of 37 tokens"),
+    ],
+)
+def test_plan_that_cannot_be_made(changes, words):
+    pytest.importorskip("libtpu")
+    with pytest.raises(plan.PlanError, match=words):
+        plan.run(plan.Config("v5p:2x2x1", "train", **changes))
+
+
+def test_config_is_read_from_a_file_or_its_directory(tmp_path):
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(ModelConfig.tiny().to_hf()))
+    for path in (file, tmp_path):
+        read = plan.read_model_config(plan.Config("v5p:2x2x1", "decode", config=str(path)))
+        assert read == ModelConfig.tiny()
+    file.write_text("{}")
+    with pytest.raises(config.ConfigError, match="model_type"):
+        plan.read_model_config(plan.Config("v5p:2x2x1", "decode", config=str(tmp_path)))
+
+
+# ---- arithmetic
+
+
+@pytest.fixture(scope="module")
+def params():
+    """The release's parameters on a mesh of CPU devices: fsdp 2, expert 2, tensor 2."""
+    job = budget.Job("train", 4096, 8)
+    layout = plan.make_layout(M1, {"fsdp": 2, "expert": 2, "tensor": 2}, jax.devices(), job)
+    model = plan.abstract_model(M1, "train", layout)
+    return model, plan.estimate(M1, job, layout, model)
+
+
+def test_state_of_training_is_twelve_bytes_a_parameter(params):
+    model, guess = params
+    total = sum(leaf.size for leaf in jax.tree.leaves(model))
+    held = guess.hbm_bytes["parameters"] + guess.hbm_bytes["optimizer"]
+    assert held == budget.local_bytes(model) * 3
+    # All but a few vectors is split 8 ways.
+    assert 12 * total / 8 < held < 12 * total / 7.99
+
+
+def test_traffic_of_training_by_hand(params):
+    _, guess = params
+    experts = 80 * 32 * 3 * 6144 * 9216
+    gather, scatter = guess.collectives["all-gather"], guess.collectives["reduce-scatter"]
+    # A chip computes with a quarter of the experts, has half of that, and gathers it twice.
+    assert gather.bytes > 2 * 2 * experts / 4 / 2
+    assert gather.bytes == scatter.bytes  # twice bfloat16, once float32
+    exchange = guess.collectives["ragged-all-to-all"]
+    # Two rows a chip; half leave it; out and back, in three passes of 80 layers.
+    assert exchange.bytes == 2 * 4096 * 2 * 6144 * 2 / 2 * 2 * 3 * 80
+    assert exchange.count == 2 * 3 * 80
+    assert "collective-permute" not in guess.collectives
+
+
+def test_meshes_divide_what_they_split():
+    job = budget.Job("train", 4096, 512)
+    devices = [jax.devices()[0]] * 512
+    found = list(budget.meshes(M1, job, devices))
+    assert {"fsdp": 16, "expert": 32} in found
+    assert len({tuple(mesh.items()) for mesh in found}) == len(found)
+    for mesh in found:
+        assert math.prod(mesh.values()) == 512
+        assert mesh.get("expert", 1) <= 32
+        assert "tensor" not in mesh
+    # One row of a million tokens can only be split by context.
+    assert list(budget.meshes(M1, budget.Job("train", 2**20, 1), devices[:64])) == [{"context": 64}]
+    assert not list(budget.meshes(M1, budget.Job("decode", 2**20 + 1, 3), devices[:256]))
+    slices = list(budget.meshes(M1, job, devices, num_slices=2))
+    assert all(mesh["data"] == 2 for mesh in slices)
+
+
+def test_serving_prefers_meshes_that_hold_less():
+    job = budget.Job("decode", 8192, 64)
+    small = budget.Estimate({"parameters": 10e9}, {"all-reduce": hlo.Traffic(10, 1e6)})
+    large = budget.Estimate({"parameters": 90e9}, {})
+    assert small.cost(job) < large.cost(job)
+    training = dataclasses.replace(job, kind="train")
+    assert small.cost(training) > large.cost(training)
+
+
+# ---- the command
+
+
+def test_a_small_program_through_the_command(tmp_path):
+    pytest.importorskip("libtpu")
+    file = tmp_path / "plan.json"
+    record = plan.run(
+        plan.Config("v5p:2x2x1", "decode", config="tiny", seq=64, batch=8, json=str(file))
+    )
+    check_record(record, file)
+    assert record["hbm_parts"]["kv"] == 2 * 2 * 8 * 2 * 64 * 32 * 2 / _split(record)
+    assert record["tried"][0]["mesh"] == record["mesh"]
+
+
+@pytest.mark.slow
+def test_a_training_step_through_the_command(tmp_path):
+    pytest.importorskip("libtpu")
+    file = tmp_path / "plan.json"
+    settings = {"config": "tiny", "seq": 128, "batch": 8, "accumulate": 2, "json": str(file)}
+    record = plan.run(plan.Config("v5p:2x2x1", "train", mesh="fsdp=2,expert=2", **settings))
+    check_record(record, file)
+    assert record["mesh"] == {"fsdp": 2, "expert": 2}
+    # What the compiler holds is our sum, up to the padding of tiles.
+    parts = sum(record["hbm_parts"][name] for name in ("parameters", "optimizer", "batch"))
+    assert parts <= record["argument_bytes"] < 3 * parts
+    assert record["collectives"]["all-gather"]["bytes"] > 0
+
+
+def _split(record):
+    return math.prod(size for axis, size in record["mesh"].items() if axis != "context")
+
+
+def check_record(record, file):
+    written = json.loads(file.read_text())
+    assert written == json.loads(json.dumps(record))
+    wanted = {
+        "job", "topology", "mesh", "fits", "hbm_bytes_per_chip", "hbm_limit_bytes",
+        "argument_bytes", "temp_bytes", "flops_per_chip", "collectives", "compile_secs",
+        "host_peak_bytes",
+    }  # fmt: skip
+    assert wanted <= written.keys()
+    assert written["fits"]
+    for key in ("argument_bytes", "temp_bytes", "flops_per_chip", "compile_secs"):
+        assert written[key] > 0
+    assert all({"count", "bytes"} == set(t) for t in written["collectives"].values())
+    text = plan_text.report(record)
+    assert text.splitlines()[-1].startswith("fits: ")
+    misfit = record | {"fits": False, "hbm_bytes_per_chip": 100 * GIB, "hbm_limit_bytes": 95 * GIB}
+    assert "5.00 GiB too much" in plan_text.report(misfit).splitlines()[-1]
+
+
+def test_program_that_does_not_fit_is_reported():
+    """At 16 TB an argument is too large anywhere; the refusal still has sizes."""
+    pytest.importorskip("libtpu")
+    device = chips.devices(chips.parse("v5e:2x2"))[0]
+    where = jax.sharding.SingleDeviceSharding(device)
+    large = jax.ShapeDtypeStruct((2**40,), np.float32, sharding=where)
+    compiled = aot.compile_program(jax.jit(lambda x: x * 2).trace(large), 1.0)
+    assert not compiled.fits
+    assert compiled.needed == pytest.approx(2**43)
+    assert compiled.limit < 16 * GIB
+    assert "ENTRY" in compiled.text

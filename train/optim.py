@@ -1,0 +1,111 @@
+"""AdamW with float32 moments over float32 master weights, and the schedules that drive it."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+Schedule = Callable[[Int[Array, ""]], Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class AdamW:
+    """theta <- theta - lr (m / (sqrt(v) + eps) + decay theta), m and v corrected for their start.
+
+    The gradient is first scaled to a global norm of at most `clip_norm`. Hashable: a jitted step
+    takes it as a constant.
+
+    Args:
+      schedule: step (0 for the first) to learning rate, or a constant rate.
+      b1, b2: decay of the moments, in [0, 1).
+      eps: M1's 1e-15 (M1 3.2: gradients there span 1e-18 to 1e-5, and neighbouring steps
+        correlate little, hence the b2).
+      weight_decay: of matrices only; vectors (norms) are never decayed.
+      clip_norm: more than 0; None leaves the gradient as it is.
+
+    Raises:
+      ValueError: a value out of range.
+    """
+
+    schedule: Schedule | float
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-15
+    weight_decay: float = 0.0
+    clip_norm: float | None = 1.0
+
+    def __post_init__(self):
+        for name in ("b1", "b2"):
+            value = getattr(self, name)
+            if not 0 <= value < 1:
+                raise ValueError(f"{name}: got {value}; wanted at least 0 and less than 1")
+        if self.eps <= 0 or self.weight_decay < 0:
+            raise ValueError(
+                f"got eps {self.eps}, weight_decay {self.weight_decay}; "
+                "wanted eps more than 0 and weight_decay at least 0"
+            )
+        if self.clip_norm is not None and self.clip_norm <= 0:
+            raise ValueError(f"clip_norm: got {self.clip_norm}; wanted more than 0, or None")
+
+    def init(self, model: Any) -> optax.OptState:
+        """Return zero moments, float32 and sharded like the parameters."""
+        return self._moments().init(model)
+
+    def update(self, grads, state: optax.OptState, model, step: Int[Array, ""]):
+        """Return (new model, new state, {"grad_norm", "learning_rate"}), norm before clipping.
+
+        Nothing here is written out per parameter but the new values: the clip, the moments and
+        the update of one parameter are one fusion, so gradients exist once.
+        """
+        norm = jnp.sqrt(sum(jnp.sum(jnp.square(g)) for g in jax.tree.leaves(grads)))
+        if self.clip_norm is not None:
+            scale = jnp.minimum(1.0, self.clip_norm / jnp.maximum(norm, 1e-30))
+            grads = jax.tree.map(lambda g: g * scale, grads)
+        directions, state = self._moments().update(grads, state, model)
+        rate = self.learning_rate(step)
+        model = jax.tree.map(lambda p, d: (p - rate * d).astype(p.dtype), model, directions)
+        return model, state, {"grad_norm": norm, "learning_rate": rate}
+
+    def learning_rate(self, step: Int[Array, ""]) -> Float[Array, ""]:
+        rate = self.schedule(step) if callable(self.schedule) else self.schedule
+        return jnp.asarray(rate, jnp.float32)
+
+    def _moments(self) -> optax.GradientTransformation:
+        adam = optax.scale_by_adam(self.b1, self.b2, self.eps, mu_dtype=jnp.float32)
+        if not self.weight_decay:
+            return adam
+        return optax.chain(adam, optax.add_decayed_weights(self.weight_decay, mask=is_matrix))
+
+
+def is_matrix(model: nnx.Module):
+    """Return the model with True at each parameter that has two axes besides `layers`."""
+
+    def leaf(param):
+        axes = [name for name in param.get_metadata()["logical_axes"] if name != "layers"]
+        return jax.tree.map(lambda _: len(axes) > 1, param)
+
+    return jax.tree.map(leaf, model, is_leaf=lambda x: isinstance(x, nnx.Param))
+
+
+def warmup_cosine(peak: float, warmup_steps: int, total_steps: int, final: float = 0.0) -> Schedule:
+    """Return a linear rise to `peak` and a half cosine down to `final` at `total_steps`.
+
+    Equal arguments give the same object, so that a jitted step is not compiled again.
+    """
+    if not 0 <= warmup_steps < total_steps:
+        raise ValueError(
+            f"got warmup_steps {warmup_steps}, total_steps {total_steps}; "
+            "wanted 0 <= warmup_steps < total_steps"
+        )
+    return _warmup_cosine(peak, warmup_steps, total_steps, final)
+
+
+@functools.cache
+def _warmup_cosine(peak, warmup_steps, total_steps, final):
+    return optax.warmup_cosine_decay_schedule(0.0, peak, warmup_steps, total_steps, final)
