@@ -42,10 +42,10 @@ class SoftmaxAttention(nnx.Module):
         h: Float[Array, "B T D"],
         places: Int[Array, "B T"],
         cache: state_lib.KVCache,
-        repeat: Int[Array, ""] | int,
+        place: tuple[Int[Array, ""] | int, ...],
         split: bool = False,
     ) -> tuple[Float[Array, "B T D"], state_lib.KVCache]:
-        """Append to the cache of the unit's given repeat, then attend to all of it.
+        """Append to the cache of the layer at `place` (repeat, number), then attend to all of it.
 
         A place at or past the cache's end is not written: that is how padding is left out.
         split: whether the context axis, where there is one, splits the tokens; it always splits
@@ -62,10 +62,12 @@ class SoftmaxAttention(nnx.Module):
         targets = jnp.where(targets < 0, cache.max_length, targets)
 
         def write(buffer, new):
-            return buffer.at[repeat, rows, :, targets].set(new.astype(buffer.dtype), mode="drop")
+            return buffer.at[(*place, rows, slice(None), targets)].set(
+                new.astype(buffer.dtype), mode="drop"
+            )
 
         cache = state_lib.KVCache(write(cache.keys, k), write(cache.values, v))
-        keys, values = cache.keys[repeat].astype(h.dtype), cache.values[repeat].astype(h.dtype)
+        keys, values = (x[place].astype(h.dtype) for x in (cache.keys, cache.values))
         attend = ring.attend if split or sharding.count("length") == 1 else ring.attend_parts
         return self._output(attend(q, keys, values, places, key_places)), cache
 

@@ -105,7 +105,7 @@ def params(model, layout: sharding.Layout) -> list[Param]:
             Param(
                 elements=math.prod(where.shard_shape(value.shape)),
                 item_bytes=value.dtype.itemsize,
-                layers=value.shape[0] if names[0] == "layers" else 1,
+                layers=math.prod(value.shape[: names.count("layers")]),
                 gathered=math.prod(layout.mesh.shape[axis] for axis in stored),
                 summed=math.prod(layout.mesh.shape[axis] for axis in over - split),
             )
@@ -184,7 +184,7 @@ def _activations(config, job: Job, layout, tokens: float, params: Sequence[Param
     layer = 2 * tokens * (6 * embed + 6 * width + slots * (2 * embed + 3 * hidden))
     gathered = [p.elements / p.layers * p.gathered for p in params if p.gathered > 1]
     of_a_layer = [p.elements / p.layers * p.gathered for p in params if p.layers > 1]
-    weights = 2 * sum(of_a_layer) / config.period if gathered else 0
+    weights = 2 * sum(of_a_layer) / len(config.runs) if gathered else 0
     if not job.training:
         return layer + 2 * weights + 4 * tokens * embed
     kept = {"none": layer, "layer": 2 * tokens * embed, "dots": layer}[config.remat]

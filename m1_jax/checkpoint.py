@@ -22,7 +22,7 @@ from m1_jax import params_map, release, sharding
 
 PARAMS = "params"
 MANIFEST = "release.json"
-FORMAT = "m1_jax converted checkpoint, version 1"
+FORMAT = "m1_jax converted checkpoint, version 2"
 
 
 def load(

@@ -6,6 +6,7 @@ Sources: `config.json` and `configuration_minimax_m1.py` of MiniMaxAI/MiniMax-M1
 
 import dataclasses
 import difflib
+import itertools
 import json
 import math
 import pathlib
@@ -107,6 +108,21 @@ class ModelConfig:
     def repeats(self) -> int:
         """How often the repeating unit occurs: 10 in the release."""
         return self.num_hidden_layers // self.period
+
+    @property
+    def runs(self) -> tuple[tuple[str, int], ...]:
+        """Neighbours of one kind in the unit: 7 lightning, then 1 softmax in the release."""
+        unit = itertools.groupby(self.layer_types[: self.period])
+        return tuple((kind, len(list(same))) for kind, same in unit)
+
+    def place(self, layer: int) -> tuple[int, int, int]:
+        """Return which of `runs` a layer belongs to, in which repeat of the unit, and its place."""
+        repeat, place = divmod(layer, self.period)
+        run = 0
+        while place >= self.runs[run][1]:
+            place -= self.runs[run][1]
+            run += 1
+        return run, repeat, place
 
     @property
     def has_shared_expert(self) -> bool:

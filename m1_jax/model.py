@@ -63,17 +63,17 @@ class DecoderLayer(nnx.Module):
         self.attention_scales = config.attention_scales(kind)
         self.moe_scales = (config.layernorm_mlp_alpha, config.layernorm_mlp_beta)
 
-    def __call__(self, x, slopes, context: Context, state=None, repeat=None):
-        """Return (x, router statistics, new state); state None starts and keeps none."""
+    def __call__(self, x, slopes, context: Context, state=None, place=None):
+        """Return (x, router statistics, new state of the run); None starts and keeps none."""
         h = self.input_norm(x)
         if self.kind == config_lib.LIGHTNING:
-            before = None if state is None else state[repeat]
+            before = None if state is None else state[place]
             o, after = self.attention(h, slopes, context.documents, before, context.split)
-            state = None if state is None else state.at[repeat].set(after)
+            state = None if state is None else state.at[place].set(after)
         elif state is None:
             o = self.attention(h, context.positions, context.documents)
         else:
-            o, state = self.attention.extend(h, context.positions, state, repeat, context.split)
+            o, state = self.attention.extend(h, context.positions, state, place, context.split)
         x = self._add(x, h, o, self.attention_scales)
         h = self.moe_norm(x)
         y, stats = self.moe(h, context.real)
@@ -87,9 +87,10 @@ class DecoderLayer(nnx.Module):
 class MiniMaxM1(nnx.Module):
     """The language model; see `m1_jax.load`. Also a pytree: pass it to jitted functions whole.
 
-    Parameters of the layers are stacked: `layers[p]` holds layer r * period + p at index r, for
-    every repeat r of the unit. Activations have `dtype`, parameters `param_dtype`, routers and
-    states float32. `layout` says how parameters and activations lie on a mesh; None: one device.
+    Parameters of the layers are stacked: `layers[p]` holds run p of equal layers in the repeating
+    unit, at index [repeat of the unit, place in the run] (`ModelConfig.place`). Activations have
+    `dtype`, parameters `param_dtype`, routers and states float32. `layout` says how parameters and
+    activations lie on a mesh; None: one device.
     """
 
     def __init__(
@@ -105,8 +106,8 @@ class MiniMaxM1(nnx.Module):
         self.config, self.dtype, self.layout = config, jnp.dtype(dtype), layout
         kwargs = {"std": config.initializer_range, "param_dtype": param_dtype}
         self.embed = layers.Embedding(rngs, config.vocab_size, config.hidden_size, **kwargs)
-        unit = config.layer_types[: config.period]
-        self.layers = nnx.List([_stack(config, kind, rngs, param_dtype) for kind in unit])
+        runs = [_stack(config, kind, number, rngs, param_dtype) for kind, number in config.runs]
+        self.layers = nnx.List(runs)
         self.norm = layers.RMSNorm(
             config.hidden_size, "embed", eps=config.rms_norm_eps, param_dtype=param_dtype
         )
@@ -218,23 +219,37 @@ class MiniMaxM1(nnx.Module):
 
         def unit(carry, xs):
             x, states = carry
-            stack, slopes, repeat = xs
+            *runs, repeat = xs
             kept, after = [], []
-            for layer, slope, before in zip(stack, slopes, states, strict=True):
-                x, stat, new = run(layer, x, slope, context, before, repeat)
-                kept.append((stat, x if keep_layers else None))
-                after.append(new)
-            return (x, tuple(after)), jax.tree.map(lambda *s: jnp.stack(s), *kept)
+            for (stack, slopes), state in zip(runs, states, strict=True):
 
-        carry = (x, (None,) * config.period if state is None else state)
-        stacks = list(self.layers)
-        if config.repeats == 1:
-            carry, kept = unit(carry, (jax.tree.map(lambda a: a[0], stacks), slopes[0], 0))
-        else:
-            xs = (stacks, slopes, jnp.arange(config.repeats))
-            carry, kept = jax.lax.scan(unit, carry, xs)
-            kept = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), kept)
+                def one(carry, xs):
+                    x, state = carry
+                    layer, slopes, number = xs
+                    place = (repeat, number)
+                    x, stat, state = run(layer, x, slopes, context, state, place)
+                    return (x, state), (stat, x if keep_layers else None)
+
+                (x, state), outputs = _scan(one, (x, state), (stack, slopes, len(slopes)))
+                kept.append(outputs)
+                after.append(state)
+            return (x, tuple(after)), jax.tree.map(lambda *parts: jnp.concatenate(parts), *kept)
+
+        carry = (x, (None,) * len(config.runs) if state is None else state)
+        starts = np.cumsum([number for _, number in config.runs])[:-1]
+        runs = zip(self.layers, jnp.split(slopes, starts, axis=1), strict=True)
+        carry, kept = _scan(unit, carry, (*runs, config.repeats))
+        kept = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), kept)
         return carry[0], kept[0], carry[1], kept[1]
+
+
+def _scan(body, carry, xs):
+    """Scan over arrays and the count of their leading axis, `xs[-1]`; no loop around one step."""
+    *arrays, count = xs
+    if count > 1:
+        return jax.lax.scan(body, carry, (*arrays, jnp.arange(count)))
+    carry, out = body(carry, (*jax.tree.map(lambda a: a[0], arrays), 0))
+    return carry, jax.tree.map(lambda a: a[None], out)
 
 
 def _inputs(layout, tokens: Any, segment_ids, positions) -> tuple[Any, Context]:
@@ -379,10 +394,11 @@ def check_tokens(tokens, vocab_size: int) -> None:
             )
 
 
-def _stack(config, kind, rngs, param_dtype) -> DecoderLayer:
-    """Make one layer of the unit for every repeat, parameters stacked on a leading axis."""
-    keys = jax.random.split(rngs.params(), config.repeats)
+def _stack(config, kind, number, rngs, param_dtype) -> DecoderLayer:
+    """Make a run of layers for every repeat of the unit, stacked on two leading axes."""
+    keys = jax.random.split(rngs.params(), (config.repeats, number))
 
+    @nnx.vmap
     @nnx.vmap
     def make(key):
         return DecoderLayer(config, kind, nnx.Rngs(key), param_dtype=param_dtype)
@@ -390,7 +406,8 @@ def _stack(config, kind, rngs, param_dtype) -> DecoderLayer:
     stacked = make(keys)
     for _, node in nnx.iter_graph(stacked):
         if isinstance(node, nnx.Param):
-            node.set_metadata(logical_axes=("layers", *node.get_metadata()["logical_axes"]))
+            names = node.get_metadata()["logical_axes"]
+            node.set_metadata(logical_axes=("layers", "layers", *names))
     return stacked
 
 

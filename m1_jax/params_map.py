@@ -1,8 +1,9 @@
 """Which tensor of the release is which part of which parameter: data only.
 
-One row per kind of tensor. `{l}` is the absolute layer, `{e}` the expert; `{p}` is the layer's
-place in the repeating unit. A parameter under `layers.{p}` is stacked over the R repeats, and an
-expert parameter over the experts too, so a tensor is one index of its parameter's leading axes.
+One row per kind of tensor. `{l}` is the absolute layer, `{e}` the expert; `{p}` is the run of equal
+layers in the repeating unit. A parameter under `layers.{p}` is stacked over the R repeats and the
+layers of its run, and an expert parameter over the experts too, so a tensor is one index of its
+parameter's leading axes.
 """
 
 import dataclasses
@@ -68,18 +69,18 @@ def entries(config: config_lib.ModelConfig) -> list[Entry]:
     """Return every tensor of a model once, in the order of the layers: 8,243 for the release."""
     out = [Entry(name, path, (), transposed) for name, path, transposed, _ in TABLE]
     for layer, kind in enumerate(config.layer_types):
-        repeat, place = divmod(layer, config.period)
+        run, *index = config.place(layer)
         present = {ANY, kind} | ({SHARED} if config.has_shared_expert else set())
         for name, path, transposed, where in LAYER_TABLE:
             if where not in present:
                 continue
-            path = path.format(p=place)
+            path = path.format(p=run)
             if "{e}" not in name:
-                out.append(Entry(name.format(l=layer), path, (repeat,), transposed))
+                out.append(Entry(name.format(l=layer), path, tuple(index), transposed))
                 continue
             for expert in range(config.num_local_experts):
                 full = name.format(l=layer, e=expert)
-                out.append(Entry(full, path, (repeat, expert), transposed))
+                out.append(Entry(full, path, (*index, expert), transposed))
     return out
 
 

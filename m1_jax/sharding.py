@@ -301,9 +301,13 @@ def ready(module, layout: Layout | None, dtype):
 def gather(value, dim: int, axes: tuple[str, ...], dtype):
     """Return all of a dimension that is split over mesh axes for storage alone, as `dtype`.
 
-    The gradient is reduced in float32 and scattered back.
+    The gradient is reduced in float32 and scattered back. One axis at a time, the small pieces
+    first: over several axes at once XLA makes each an all-reduce of the whole, twice the bytes.
     """
-    return jax.lax.all_gather(value.astype(dtype), axes, axis=dim, tiled=True)
+    value = value.astype(dtype)
+    for axis in reversed(axes):
+        value = jax.lax.all_gather(value, axis, axis=dim, tiled=True)
+    return value
 
 
 def _gather_fwd(value, dim, axes, dtype):
@@ -312,7 +316,8 @@ def _gather_fwd(value, dim, axes, dtype):
 
 def _gather_bwd(dim, axes, dtype, like, grad):
     grad = grad.astype(jnp.float32)
-    grad = jax.lax.psum_scatter(grad, axes, scatter_dimension=dim, tiled=True)
+    for axis in axes:
+        grad = jax.lax.psum_scatter(grad, axis, scatter_dimension=dim, tiled=True)
     return (grad.astype(like.dtype),)
 
 

@@ -15,18 +15,18 @@ from m1_jax import sharding
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KVCache:
-    """Rotated keys and values of the softmax layers at one place of the repeating unit.
+    """Rotated keys and values of one run of softmax layers in the repeating unit.
 
-    Shapes [R, B, K, S, H]: R repeats of the unit, S the longest sequence. Entries at and past a
-    row's length are garbage that is never attended to.
+    R repeats of the unit, P layers in the run, S the longest sequence. Entries at and past a row's
+    length are garbage that is never attended to.
     """
 
-    keys: Float[Array, "R B K S H"]
-    values: Float[Array, "R B K S H"]
+    keys: Float[Array, "R P B K S H"]
+    values: Float[Array, "R P B K S H"]
 
     @property
     def max_length(self) -> int:
-        return self.keys.shape[3]
+        return self.keys.shape[4]
 
 
 @jax.tree_util.register_dataclass
@@ -34,12 +34,13 @@ class KVCache:
 class DecodeState:
     """State of B sequences: 280 MiB each in the release, plus 40 KiB for every token of KV.
 
-    layers: one entry per layer of the repeating unit, stacked over its R repeats: a float32
-      matrix [R, B, N, H, H] (keys by values) for lightning, a `KVCache` for softmax.
+    layers: one entry per run of equal layers in the repeating unit, stacked over the R repeats of
+      the unit and the P layers of the run: float32 matrices (keys by values) for lightning, a
+      `KVCache` for softmax.
     length: [B] int32, tokens so far in each row.
     """
 
-    layers: tuple[Float[Array, "R B N H H"] | KVCache, ...]
+    layers: tuple[Float[Array, "R P B N H H"] | KVCache, ...]
     length: Int[Array, "B"]
 
     @property
@@ -74,19 +75,19 @@ def init_state(
         return jax.jit(make, out_shardings=where)()
     repeats, heads, size = config.repeats, config.num_attention_heads, config.head_dim
     layers: list[jax.Array | KVCache] = []
-    for kind in config.layer_types[: config.period]:
+    for kind, number in config.runs:
         if kind == config_lib.LIGHTNING:
-            layers.append(jnp.zeros((repeats, batch, heads, size, size), jnp.float32))
+            layers.append(jnp.zeros((repeats, number, batch, heads, size, size), jnp.float32))
         else:
-            shape = (repeats, batch, config.num_key_value_heads, max_length, size)
+            shape = (repeats, number, batch, config.num_key_value_heads, max_length, size)
             layers.append(KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)))
     return DecodeState(tuple(layers), jnp.zeros((batch,), jnp.int32))
 
 
 def specs(state: DecodeState, layout: sharding.Layout) -> DecodeState:
     """Return the mesh axes of every array of a state."""
-    cache: Any = layout.spec(None, "batch", "kv_heads", "length", None)
-    matrix: Any = layout.spec(None, "batch", "heads", None, None)
+    cache: Any = layout.spec(None, None, "batch", "kv_heads", "length", None)
+    matrix: Any = layout.spec(None, None, "batch", "heads", None, None)
     length: Any = layout.spec("batch")
     layers = [KVCache(cache, cache) if isinstance(x, KVCache) else matrix for x in state.layers]
     return DecodeState(tuple(layers), length)

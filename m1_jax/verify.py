@@ -149,26 +149,26 @@ def _state(model, golden) -> Iterator[Row]:
         return
     _, state = model.extend(golden.tokens, _empty_state(model, golden))
     if "lightning_state" in golden:
-        repeat, place = _place(model.config, golden, "lightning_layer", config_lib.LIGHTNING)
-        got = state.layers[place][repeat]
+        run, *place = _place(model.config, golden, "lightning_layer", config_lib.LIGHTNING)
+        got = state.layers[run][tuple(place)]
         yield _relative("lightning_state", got, golden["lightning_state"], STATE)
     if "softmax_k_last4" in golden:
-        repeat, place = _place(model.config, golden, "softmax_layer", config_lib.SOFTMAX)
-        cache = state.layers[place]
+        run, *place = _place(model.config, golden, "softmax_layer", config_lib.SOFTMAX)
+        cache = state.layers[run]
         for name, buffer in (("softmax_k_last4", cache.keys), ("softmax_v_last4", cache.values)):
-            last = jnp.moveaxis(buffer[repeat, :, :, -4:], 1, 2)
+            last = jnp.moveaxis(buffer[tuple(place)][:, :, -4:], 1, 2)
             yield _absolute(name, last, golden[name])
 
 
-def _place(config, golden, key: str, kind: str) -> tuple[int, int]:
-    """Return where the golden file's layer lies: which repeat of the unit, and where in it."""
+def _place(config, golden, key: str, kind: str) -> tuple[int, int, int]:
+    """Return where the golden file's layer lies; see `ModelConfig.place`."""
     layer = int(golden[key])
     if not 0 <= layer < config.num_hidden_layers or config.layer_types[layer] != kind:
         raise ValueError(
             f"golden {key} is {layer}; wanted a {kind} layer of this model. "
             "Was the file made with this model?"
         )
-    return divmod(layer, config.period)
+    return config.place(layer)
 
 
 def _decode(model, golden) -> Iterator[Row]:

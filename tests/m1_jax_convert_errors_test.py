@@ -288,7 +288,7 @@ def test_a_damaged_release_is_refused(source, tmp_path, command, damage, words):
 
 def _damage_chunk(edit):
     def damage(directory):
-        chunk = directory / "params" / "layers.1.moe.up" / "c" / "0" / "1" / "0" / "0"
+        chunk = directory / "params" / "layers.1.moe.up" / "c" / "0" / "0" / "1" / "0" / "0"
         content = chunk.read_bytes()
         chunk.unlink()
         if edit:
@@ -315,12 +315,12 @@ _ORBAX_ERRORS = [
     (_remove("params/layers.1.moe.up"), ["1 missing, e.g. layers.1.moe.up", "m1_jax.convert"]),
     (_remove("params"), ["missing", "m1_jax.convert"]),
     (_put("params/norm.scale/zarr.json", "{"), ["norm.scale", "Invalid JSON", "m1_jax.convert"]),
-    (_swap_array, ["layers.0.moe.up", "[1, 2, 96, 64]", "asks for [1, 2, 64, 96]"]),
+    (_swap_array, ["layers.0.moe.up", "[1, 1, 2, 96, 64]", "asks for [1, 1, 2, 64, 96]"]),
     (_integer_array, ["norm.scale", "int16", "bfloat16"]),
     (_remove("release.json"), ["release.json", "not complete", "m1_jax.convert"]),
     (_put("release.json", "{"), ["release.json", "not complete", "m1_jax.convert"]),
     (_put("release.json", "[]"), ["release.json", "format None", "wanted"]),
-    (_put("release.json", '{"format": "2"}'), ["release.json", "format '2'", "version 1"]),
+    (_put("release.json", '{"format": "2"}'), ["release.json", "format '2'", "version 2"]),
     (_remove("config.json"), ["config.json", "does not exist"]),
     (
         _json_change("config.json", shared_intermediate_size=96),

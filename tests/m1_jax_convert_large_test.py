@@ -132,4 +132,4 @@ def test_the_release_at_full_size_is_checked_in_seconds(tmp_path):
     assert got["peak_bytes"] < 2**30
     assert got["largest_chunk_bytes"] <= convert.CHUNK_BYTES
     stored = ocp.StandardCheckpointer().metadata(tmp_path / "params").item_metadata
-    assert stored["layers"]["7"]["moe"]["gate"].shape == (10, 32, 6144, 9216)
+    assert stored["layers"]["1"]["moe"]["gate"].shape == (10, 1, 32, 6144, 9216)

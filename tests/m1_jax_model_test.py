@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 import m1_jax
-from m1_jax import ModelConfig, checkpoint, experts, lightning, logprobs, moe, ring
+from m1_jax import ModelConfig, checkpoint, experts, lightning, logprobs, moe, ring, testing
 from m1_jax.config import LIGHTNING, SOFTMAX
 
 SMALL = dataclasses.replace(

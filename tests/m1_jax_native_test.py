@@ -239,4 +239,4 @@ def test_the_release_in_the_native_spelling():
     )
     assert config_lib.ModelConfig.from_hf(written.to_dict()) == m1
     parameters = checkpoint.parameters(checkpoint.abstract_model(m1))
-    assert parameters["layers.7.attention.query.kernel"].shape == (10, 6144, 8192)
+    assert parameters["layers.1.attention.query.kernel"].shape == (10, 1, 6144, 8192)

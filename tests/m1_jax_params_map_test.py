@@ -119,8 +119,8 @@ def test_a_layer_lies_at_its_place_in_the_repeating_unit(m1):
     by_name = {entry.name: entry for entry in params_map.entries(m1)}
     for layer in range(80):
         entry = by_name[f"model.layers.{layer}.block_sparse_moe.experts.31.w2.weight"]
-        assert entry.path == f"layers.{layer % 8}.moe.down"
-        assert entry.index == (layer // 8, 31)
+        assert entry.path == f"layers.{layer % 8 // 7}.moe.down"
+        assert entry.index == (layer // 8, layer % 8 % 7, 31)
 
 
 @pytest.mark.parametrize(
