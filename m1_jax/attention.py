@@ -21,7 +21,7 @@ class SoftmaxAttention(nnx.Module):
         self.query = layers.Linear(rngs, embed, width, ("embed", "heads"), **kwargs)
         self.key = layers.Linear(rngs, embed, kv_width, ("embed", "kv_heads"), **kwargs)
         self.value = layers.Linear(rngs, embed, kv_width, ("embed", "kv_heads"), **kwargs)
-        self.out = layers.Linear(rngs, width, embed, ("heads", "embed"), **kwargs)
+        self.out = layers.Linear(rngs, width, embed, ("heads_in", "embed_out"), **kwargs)
         self.head_dim, self.rotary_dim = size, config.rotary_dim
         self.rope_theta = config.rope_theta
 

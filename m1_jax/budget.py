@@ -100,7 +100,7 @@ def params(model, layout: sharding.Layout) -> list[Param]:
         split = {
             a for axes in where.spec for a in ((axes,) if isinstance(axes, str) else axes or ())
         }
-        stored = layout.storage_axes(names) if "embed" in names else ()
+        _, stored = layout.stored(names)
         found.append(
             Param(
                 elements=math.prod(where.shard_shape(value.shape)),
@@ -196,7 +196,7 @@ def _collectives(config, job, layout, rows, tokens, params) -> dict[str, hlo.Tra
     """Return the paper count of one run; see `hlo.collectives` for what a byte received is."""
     layers, micro = config.num_hidden_layers, job.accumulate
     lightning = config.layer_types.count(config_lib.LIGHTNING)
-    # A forward pass, the same again with rematerialisation, and a backward pass.
+    # A forward pass, its attention again with rematerialisation, and a backward pass.
     forward = 1 if not job.training or config.remat == "none" else 2
     passes = forward + job.training
     found: dict[str, list[float]] = {}
@@ -215,7 +215,8 @@ def _collectives(config, job, layout, rows, tokens, params) -> dict[str, hlo.Tra
             add("all-reduce", p.layers, 8 * each * (1 - 1 / p.summed))
     split = 1 - 1 / layout.size("experts")
     exchanged = 2 * tokens * config.num_experts_per_tok * config.hidden_size * split
-    add("ragged-all-to-all", 2 * layers * passes, exchanged)
+    # To the experts and back; the backward pass sends rows again, their gradients, and those back.
+    add("ragged-all-to-all", (5 if job.training else 2) * layers, exchanged)
     activations = 2 * 2 * tokens * config.hidden_size * (1 - 1 / layout.size("heads"))
     add("all-reduce", 2 * layers * passes, activations)
     others = layout.size("length") - 1

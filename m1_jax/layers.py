@@ -92,7 +92,7 @@ class Embedding(nnx.Module):
         self, tokens: Int[Array, "B T"], dtype, layout: sharding.Layout | None = None
     ) -> Float[Array, "B T D"]:
         table = self.table[...]
-        axes = () if layout is None else layout.storage_axes(("vocab", "embed"))
+        axes = () if layout is None else layout.stored(("vocab", "embed"))[1]
         ids = tokens.reshape(-1)
         ids = jax.lax.all_gather(ids, axes, tiled=True) if axes else ids
         if sharding.count("vocab") == 1:

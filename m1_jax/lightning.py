@@ -43,7 +43,7 @@ class LightningAttention(nnx.Module):
         self.qkv = layers.Linear(rngs, embed, 3 * width, ("embed", "heads"), **kwargs)
         self.gate = layers.Linear(rngs, embed, width, ("embed", "heads"), **kwargs)
         self.norm = layers.RMSNorm(width, "heads", eps=NORM_EPS, param_dtype=param_dtype)
-        self.out = layers.Linear(rngs, width, embed, ("heads", "embed"), **kwargs)
+        self.out = layers.Linear(rngs, width, embed, ("heads_in", "embed_out"), **kwargs)
         self.implementation = config.lightning_implementation
 
     def __call__(

@@ -60,7 +60,7 @@ class MoE(nnx.Module):
         # In bfloat16, near-ties would pick other experts.
         shape, axes = (embed, number), ("embed", None)
         self.router = layers.param(rngs, shape, axes, param_dtype, std, float32=True)
-        inward, outward = ("experts", "embed", "mlp"), ("experts", "mlp", "embed")
+        inward, outward = ("experts", "embed", "mlp"), ("experts", "mlp_in", "embed_out")
         self.gate = layers.param(rngs, (number, embed, hidden), inward, param_dtype, std)
         self.up = layers.param(rngs, (number, embed, hidden), inward, param_dtype, std)
         self.down = layers.param(rngs, (number, hidden, embed), outward, param_dtype, std)
@@ -115,7 +115,7 @@ class SharedExpert(nnx.Module):
         kwargs = {"std": std, "param_dtype": param_dtype}
         self.gate = layers.Linear(rngs, embed, hidden, ("embed", "mlp"), **kwargs)
         self.up = layers.Linear(rngs, embed, hidden, ("embed", "mlp"), **kwargs)
-        self.down = layers.Linear(rngs, hidden, embed, ("mlp", "embed"), **kwargs)
+        self.down = layers.Linear(rngs, hidden, embed, ("mlp_in", "embed_out"), **kwargs)
         shape, axes = (embed, 1), ("embed", None)
         self.coefficient = layers.param(rngs, shape, axes, param_dtype, std, float32=True)
 

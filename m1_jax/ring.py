@@ -140,6 +140,9 @@ def _blockwise(devices: int, q, k, v, queries, keys) -> Any:
 
 def _forward(devices, q, k, v, queries, keys):
     length = q.shape[3]
+    # Masks depend on places alone. Without this, JAX would compute those of all pairs of blocks
+    # once, outside of the loop over layers, and keep them.
+    q, k, v, queries, keys = jax.lax.optimization_barrier((q, k, v, queries, keys))
     q_blocks = (_cut(q, 3), _cut(queries[0], 1, -1), _cut(queries[1], 1))
 
     def over_devices(carry, _):

@@ -30,7 +30,10 @@ AXES = ("data", "fsdp", "expert", "tensor", "context")
 TRAIN, PREFILL, DECODE = "train", "prefill", "decode"
 
 # Logical axis -> mesh axes. A mesh axis is used once per array: experts take theirs before embed.
-_WHOLE = {"layers": (), "norm": (), None: ()}
+_WHOLE = {"layers": (), "norm": (), "embed_out": (), None: ()}
+# Axes over which a parameter is split only to store it, on top of those it computes on. They split
+# rows, the last dimension but one: XLA scatters rows in place, and copies to scatter columns.
+STORAGE = ("fsdp", "expert", "context")
 _SPLIT = {
     "vocab": ("tensor",),
     "heads": ("tensor",),
@@ -38,12 +41,19 @@ _SPLIT = {
     "mlp": ("tensor",),
     "experts": ("expert",),
 }
+_STILL = {**_WHOLE, **_SPLIT, "embed": (), "heads_in": ("tensor",), "mlp_in": ("tensor",)}
 PARAM_RULES = {
     # Every device holds its own piece of every large parameter, and of its optimizer state.
-    TRAIN: {**_WHOLE, **_SPLIT, "embed": ("fsdp", "expert", "context")},
+    TRAIN: {
+        **_WHOLE,
+        **_SPLIT,
+        "embed": STORAGE,
+        "heads_in": ("tensor", *STORAGE),
+        "mlp_in": ("tensor", *STORAGE),
+    },
     # Weights stay where they are: gathering 912 GB for every token would cost more than computing.
-    PREFILL: {**_WHOLE, **_SPLIT, "embed": ()},
-    DECODE: {**_WHOLE, **_SPLIT, "embed": ()},
+    PREFILL: _STILL,
+    DECODE: _STILL,
 }
 ACTIVATION_RULES = {
     "batch": ("data", "fsdp", "expert"),
@@ -53,6 +63,8 @@ ACTIVATION_RULES = {
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "mlp": ("tensor",),
+    "heads_in": ("tensor",),
+    "mlp_in": ("tensor",),
     "experts": ("expert",),
     "embed": (),
     "norm": (),
@@ -91,10 +103,14 @@ class Layout:
     def param(self, logical_axes: Sequence[str | None]) -> NamedSharding:
         return NamedSharding(self.mesh, self.param_spec(logical_axes))
 
-    def storage_axes(self, logical_axes: Sequence[str | None]) -> tuple[str, ...]:
-        """Return the mesh axes that split a parameter's `embed` dimension for storage."""
-        axes = self.param_spec(logical_axes)[logical_axes.index("embed")]
-        return (axes,) if isinstance(axes, str) else axes or ()
+    def stored(self, logical_axes: Sequence[str | None]) -> tuple[int, tuple[str, ...]]:
+        """Return which dimension of a parameter is split for storage, and over which axes."""
+        for dim, axes in enumerate(self.param_spec(logical_axes)):
+            axes = (axes,) if isinstance(axes, str) else axes or ()
+            kept = tuple(axis for axis in axes if axis in STORAGE)
+            if kept and logical_axes[dim] != "experts":
+                return dim, kept
+        return 0, ()
 
     def spec(self, *logical: str | None) -> PartitionSpec:
         """Return the mesh axes of each dimension of an activation."""
@@ -221,6 +237,7 @@ def layout(
         ("vocab_size", config.vocab_size, "vocab"),
         ("num_local_experts", config.num_local_experts, "experts"),
         ("hidden_size", config.hidden_size, "embed"),
+        ("heads * head_dim", config.num_attention_heads * config.head_dim, "heads_in"),
     )
     for field, size, logical in dimensions:
         axes = PARAM_RULES[mode][logical]
@@ -287,11 +304,11 @@ def ready(module, layout: Layout | None, dtype):
 
     def one(param):
         to = jnp.float32 if param.get_metadata().get("float32") else dtype
-        names, value = _logical_axes(param), param[...]
-        axes = () if layout is None or "embed" not in names else layout.storage_axes(names)
+        value = param[...]
+        dim, axes = (0, ()) if layout is None else layout.stored(_logical_axes(param))
         if not axes:
             return param.replace(value.astype(to))
-        value = gather(value, names.index("embed"), axes, to)
+        value = gather(value, dim, axes, to)
         return param.replace(ad_checkpoint.checkpoint_name(value, GATHERED))
 
     return _map_params(one, module)
