@@ -20,6 +20,8 @@ from m1_jax import plan_text
 
 GIB = 2**30
 PARAMETERS = 456_089_655_296
+# A slice is left out where parameters, moments and gradients alone take more than this share.
+FULL = 0.8
 # HBM of a device in GiB and devices of a chip, for leaving out what cannot fit; slices by size.
 FLAT = [("4x4", 1), ("4x8", 1), ("8x8", 1), ("8x16", 1), *(("16x16", n) for n in (1, 2, 4, 8))]
 CUBES = ("2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16")
@@ -42,8 +44,9 @@ JOBS = [
 HEAD = """# Smallest slices
 
 Written by `python benchmarks/plan_table.py`: the released model, compiled ahead of time for ever
-larger slices until it fits. GiB are of a device (half a chip on tpu7x). Nothing here was timed, and
-decoding with int8 experts joins when the model has them.
+larger slices until it fits, from the first where parameters (and in training their moments and
+gradients) take at most four fifths. GiB are of a device (half a chip on tpu7x). Nothing here was
+timed, and decoding with int8 experts joins when the model has them.
 
 | job | slice | mesh | rows | GiB used / granted | tried smaller |
 |---|---|---|---|---|---|
@@ -51,13 +54,13 @@ decoding with int8 experts joins when the model has them.
 
 
 def slices(chip: str, item_bytes: int):
-    """Yield (topology, number of slices) that could hold the parameters, smallest first."""
+    """Yield (topology, number of slices) that could hold the job, smallest first."""
     gib, devices, shapes = CHIPS[chip]
     for shape, number in shapes:
         count = devices * number
         for size in shape.split("x"):
             count *= int(size)
-        if PARAMETERS * item_bytes < count * gib * GIB:
+        if PARAMETERS * item_bytes < FULL * count * gib * GIB:
             yield f"{chip}:{shape}", number
 
 

@@ -19,7 +19,7 @@ LATENCY_BYTES = 2**20
 HBM_OVER_NETWORK = 5  # bandwidths of a v5p chip: 2,765 and 600 GB/s
 # What a search splits devices over; slices meet in the first axis of the mesh.
 _SEARCHED = {
-    sharding.TRAIN: ("fsdp", "expert", "context"),
+    sharding.TRAIN: ("fsdp", "expert", "tensor", "context"),
     sharding.PREFILL: ("data", "expert", "tensor", "context"),
     sharding.DECODE: ("data", "expert", "tensor", "context"),
 }
@@ -139,19 +139,19 @@ def meshes(
     """Yield every mesh of all devices that the model, rows and length can lie on."""
     searched = _SEARCHED[job.kind]
     for sizes in _factors(len(devices) // num_slices, len(searched)):
-        mesh = dict(zip(searched, sizes, strict=True))
-        if num_slices > 1:
-            mesh[sharding.AXES[0]] = mesh.get(sharding.AXES[0], 1) * num_slices
-        full = [mesh.get(axis, 1) for axis in sharding.AXES]
-        try:
-            layout = sharding.layout(
-                Mesh(np.array(devices).reshape(full), sharding.AXES), config, job.kind
-            )
-            assert layout is not None
-            check(job, layout)
-        except ValueError:
-            continue
-        yield {axis: size for axis, size in mesh.items() if size > 1}
+        for across in sharding.ACROSS_SLICES if num_slices > 1 else sharding.AXES[:1]:
+            mesh = dict(zip(searched, sizes, strict=True))
+            mesh[across] = mesh.get(across, 1) * num_slices
+            full = [mesh.get(axis, 1) for axis in sharding.AXES]
+            try:
+                layout = sharding.layout(
+                    Mesh(np.array(devices).reshape(full), sharding.AXES), config, job.kind
+                )
+                assert layout is not None
+                check(job, layout)
+            except ValueError:
+                continue
+            yield {axis: size for axis, size in mesh.items() if size > 1}
 
 
 def check(job: Job, layout: sharding.Layout) -> None:

@@ -34,6 +34,7 @@ _WHOLE = {"layers": (), "norm": (), "embed_out": (), None: ()}
 # Axes over which a parameter is split only to store it, on top of those it computes on. They split
 # rows, the last dimension but one: XLA scatters rows in place, and copies to scatter columns.
 STORAGE = ("fsdp", "expert", "context")
+ACROSS_SLICES = ("data", "fsdp")  # axes that a slow network may join, the first that can
 _SPLIT = {
     "vocab": ("tensor",),
     "heads": ("tensor",),
@@ -180,7 +181,7 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) ->
         )
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if slices > 1:
-        across = next((a for a in ("data", "fsdp") if shape[a] % slices == 0), None)
+        across = next((a for a in ACROSS_SLICES if shape[a] % slices == 0), None)
         if across is None:
             raise ValueError(
                 f"mesh: {slices} slices, but neither data={shape['data']} nor "
@@ -229,26 +230,28 @@ def layout(
     for axis, reason in UNUSABLE[mode].items():
         if mesh.shape[axis] > 1:
             raise ValueError(f"mesh: {axis}={mesh.shape[axis]} cannot be used to {mode}: {reason}")
+    found = Layout(mesh, mode)
+    width = config.num_attention_heads * config.head_dim
     dimensions = (
-        ("num_attention_heads", config.num_attention_heads, "heads"),
-        ("num_key_value_heads", config.num_key_value_heads, "kv_heads"),
-        ("intermediate_size", config.intermediate_size, "mlp"),
-        ("shared_intermediate_size", config.shared_intermediate_size, "mlp"),
-        ("vocab_size", config.vocab_size, "vocab"),
-        ("num_local_experts", config.num_local_experts, "experts"),
-        ("hidden_size", config.hidden_size, "embed"),
-        ("heads * head_dim", config.num_attention_heads * config.head_dim, "heads_in"),
+        ("num_attention_heads", config.num_attention_heads, ("embed", "heads"), 1),
+        ("num_key_value_heads", config.num_key_value_heads, ("embed", "kv_heads"), 1),
+        ("heads * head_dim", width, ("heads_in", "embed_out"), 0),
+        ("intermediate_size", config.intermediate_size, ("experts", "mlp_in", "embed_out"), 1),
+        ("shared_intermediate_size", config.shared_intermediate_size, ("mlp_in", "embed_out"), 0),
+        ("vocab_size", config.vocab_size, ("embed", "vocab"), 1),
+        ("num_local_experts", config.num_local_experts, ("experts", "embed", "mlp"), 0),
+        ("hidden_size", config.hidden_size, ("embed", "heads"), 0),
     )
-    for field, size, logical in dimensions:
-        axes = PARAM_RULES[mode][logical]
+    for field, size, logical_axes, dim in dimensions:
+        axes = found.param_spec(logical_axes)[dim]
+        axes = (axes,) if isinstance(axes, str) else axes or ()
         over = math.prod(mesh.shape[axis] for axis in axes)
         if size % over:
-            names = [axis for axis in axes if mesh.shape[axis] > 1]
             raise ValueError(
-                f"mesh: {field} {size} cannot be split over {_times(mesh, names)}"
-                f"{f' = {over}' if len(names) > 1 else ''}; wanted a divisor of {size}"
+                f"mesh: {field} {size} cannot be split over {_times(mesh, axes)}"
+                f"{f' = {over}' if len(axes) > 1 else ''}; wanted a divisor of {size}"
             )
-    return Layout(mesh, mode)
+    return found
 
 
 def check_rows(layout: Layout | None, rows: int) -> None:
