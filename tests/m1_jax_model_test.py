@@ -10,7 +10,17 @@ import pytest
 from flax import nnx
 
 import m1_jax
-from m1_jax import ModelConfig, checkpoint, experts, lightning, logprobs, moe, ring, testing
+from m1_jax import (
+    ModelConfig,
+    checkpoint,
+    experts,
+    lightning,
+    logprobs,
+    moe,
+    ring,
+    sharding,
+    testing,
+)
 from m1_jax.config import LIGHTNING, SOFTMAX
 
 SMALL = dataclasses.replace(
@@ -195,6 +205,27 @@ def test_memory_of_a_long_sequence_is_linear():
         sizes[length] = largest_array(program.jaxpr)
     assert 32_768 * 64 <= sizes[32_768] < 32_768**2 / 8
     assert sizes[32_768] <= 2.01 * sizes[16_384]
+
+
+@pytest.mark.parametrize("remat", ["none", "layer"])
+def test_memory_of_a_split_sequence_is_linear(monkeypatch, remat):
+    monkeypatch.setattr(ring, "GATHER_BYTES", 0)
+    config = dataclasses.replace(
+        SMALL, layer_types=(LIGHTNING, SOFTMAX) * 2, vocab_size=64, remat=remat
+    )
+    layout = sharding.layout(sharding.make_mesh({"context": 4}, jax.devices()[:4]), config)
+    model = checkpoint.abstract_model(config, jnp.float32, layout=layout)
+
+    def loss(model, tokens):
+        hidden, _ = model.hidden(tokens)
+        return jnp.sum(logprobs.token_logprobs(model, hidden, tokens, 1024))
+
+    sizes = {}
+    for length in (32_768, 65_536):
+        tokens = jax.ShapeDtypeStruct((1, length), jnp.int32)
+        sizes[length] = largest_array(jax.make_jaxpr(jax.grad(loss))(model, tokens).jaxpr)
+    # Masks of all pairs of blocks, moved out of the loop over layers, would be quadratic.
+    assert sizes[65_536] <= 2.01 * sizes[32_768]
 
 
 def test_program_size_does_not_grow_with_depth():
