@@ -73,7 +73,11 @@ def _capacity(rows, capacity: float | None) -> int:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _Plan:
-    """Where rows go. counts[s, e]: rows of sender s for expert e; `local` experts a device."""
+    """Where rows go.
+
+    counts[s, e]: rows of sender s for expert e. local: experts of a device. buffer: rows that a
+    device receives in a round.
+    """
 
     counts: Int[Array, "P E"]
     local: int = dataclasses.field(metadata={"static": True})
@@ -92,7 +96,9 @@ class _Plan:
         low, high = turn * self.buffer, (turn + 1) * self.buffer
         first = jnp.clip(received, low, high)
         size = jnp.clip(received + self.counts, low, high) - first
-        return sent + first - received, first - low, size
+        # Offsets of nothing could lie outside of the buffers.
+        at, place = (jnp.where(size > 0, x, 0) for x in (sent + first - received, first - low))
+        return at, place, size
 
     def turns(self):
         """Return in how many rounds all rows of all devices have passed."""

@@ -87,7 +87,8 @@ def update(
 
     Returns:
       The new state, and metrics: loss (of the tokens alone), balance_loss, grad_norm (before
-      clipping), learning_rate, tokens (real ones).
+      clipping), learning_rate, tokens (real ones), dropped (share of the tokens' expert choices
+      that `ModelConfig.expert_capacity` left out).
     """
     grads, metrics = gradients(state.model, batch, settings)
     grads = pinned(grads)
@@ -158,7 +159,8 @@ def _loss(model, batch: Batch, totals, coefficient: float):
     loss = -jnp.sum(jnp.where(batch.weights != 0, batch.weights * logps, 0.0)) / weight
     tokens = _num_real(batch)
     balance = moe.balance_loss(stats) * tokens / num_real
-    metrics = {"loss": loss, "balance_loss": balance, "tokens": tokens}
+    dropped = moe.dropped_share(stats) * tokens / num_real
+    metrics = {"loss": loss, "balance_loss": balance, "tokens": tokens, "dropped": dropped}
     return loss + coefficient * balance, metrics
 
 
