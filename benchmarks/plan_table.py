@@ -32,6 +32,7 @@ CHIPS = {
     "tpu7x": (94.74, 2, [(shape, 1) for shape in CUBES]),
 }
 # Name, bytes a parameter at least, flags. Training holds master weights, moments and gradients.
+INT8 = ["--job=decode", "--experts=int8"]
 JOBS = [
     ("pretraining, 4k", 16, ["--job=train", "--seq=4096"]),
     ("pretraining, 32k", 16, ["--job=train", "--seq=32768"]),
@@ -40,13 +41,16 @@ JOBS = [
     ("decoding, 8k", 2, ["--job=decode", "--seq=8192"]),
     ("decoding, 128k", 2, ["--job=decode", "--seq=131072"]),
     ("decoding, 1M", 2, ["--job=decode", "--seq=1048576"]),
+    ("decoding, int8 experts, 8k", 1, [*INT8, "--seq=8192"]),
+    ("decoding, int8 experts, 128k", 1, [*INT8, "--seq=131072"]),
+    ("decoding, int8 experts, 1M", 1, [*INT8, "--seq=1048576"]),
 ]
 HEAD = """# Smallest slices
 
 Written by `python benchmarks/plan_table.py`: the released model, compiled ahead of time for ever
 larger slices until it fits, from the first where parameters (and in training their moments and
 gradients) take at most four fifths. GiB are of a device (half a chip on tpu7x). Nothing here was
-timed, and decoding with int8 experts joins when the model has them.
+timed. Decoding has one row a device, and room for as many tokens as the job says.
 
 | job | slice | mesh | rows | GiB used / granted | tried smaller |
 |---|---|---|---|---|---|
@@ -95,6 +99,7 @@ def row(records: pathlib.Path, job: str, chip: str, item_bytes: int, flags: list
             tried = ", ".join(smaller)
             return f"| {job} | {name} | {mesh} | {found['batch']} | {used} | {tried} |\n"
         over = found.get("error") or f"{found['hbm_bytes_per_chip'] / GIB:.0f} GiB"
+        over = over[:100]
         smaller.append(f"{name} ({over})")
     return f"| {job} | none of {chip} | | | | {', '.join(smaller)} |\n"
 

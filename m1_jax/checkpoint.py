@@ -18,7 +18,7 @@ from flax import nnx
 
 from m1_jax import config as config_lib
 from m1_jax import model as model_lib
-from m1_jax import params_map, release, sharding
+from m1_jax import params_map, quantize, release, sharding
 
 PARAMS = "params"
 MANIFEST = "release.json"
@@ -30,6 +30,7 @@ def load(
     dtype=jnp.float32,
     mesh: jax.sharding.Mesh | None = None,
     mode: str = sharding.TRAIN,
+    expert_dtype=None,
 ) -> model_lib.MiniMaxM1:
     """Load a model for computation in `dtype`.
 
@@ -41,6 +42,8 @@ def load(
         `sharding.make_mesh`); None: one device. Each process reads only what its own devices hold.
       mode: "train" splits every large parameter over all devices, which gather it where they need
         it; "prefill" and "decode" leave weights where they compute.
+      expert_dtype: int8 quantizes the experts (`quantize.py`), each parameter as it is read, for
+        inference; None: as `dtype`.
 
     Raises:
       ValueError: a dtype, mesh or mode that this model cannot have.
@@ -63,9 +66,21 @@ def load(
             f"{path} is no checkpoint: wanted a release directory (config.json, {release.INDEX}, "
             f"shards) or one made by m1_jax.convert ({PARAMS}/, {MANIFEST})"
         )
-    model = abstract_model(config, dtype, layout=sharding.layout(mesh, config, mode))
+    if expert_dtype not in (None, jnp.int8):
+        raise ValueError(f"expert_dtype: got {expert_dtype}; wanted None or int8")
+    layout = sharding.layout(mesh, config, mode)
+    model = abstract_model(config, dtype, layout=layout, expert_dtype=expert_dtype)
     params = parameters(model)
     wanted = {name: param.get_value() for name, param in params.items()}
+    quantized = [name for name, value in wanted.items() if value.dtype == jnp.int8]
+    for name in quantized:  # one at a time: in `dtype` all of them might not fit
+        values, scales = wanted.pop(name), wanted.pop(f"{name}_scale")
+        source = jax.ShapeDtypeStruct(values.shape, dtype, sharding=values.sharding)
+        places = (values.sharding, scales.sharding)
+        whole = fill({name: source})[name]
+        values, scales = jax.jit(quantize.quantize, out_shardings=places)(whole)
+        params[name].set_value(values)
+        params[f"{name}_scale"].set_value(scales)
     for name, value in fill(wanted).items():
         params[name].set_value(value)
     return model
@@ -76,11 +91,17 @@ def abstract_model(
     dtype=jnp.bfloat16,
     param_dtype=None,
     layout: sharding.Layout | None = None,
+    expert_dtype=None,
 ) -> model_lib.MiniMaxM1:
     """Return a model whose parameters are shapes, dtypes and shardings only; it costs no memory."""
     model = nnx.eval_shape(
         lambda: model_lib.MiniMaxM1(
-            config, nnx.Rngs(0), dtype=dtype, param_dtype=param_dtype, layout=layout
+            config,
+            nnx.Rngs(0),
+            dtype=dtype,
+            param_dtype=param_dtype,
+            expert_dtype=expert_dtype,
+            layout=layout,
         )
     )
     for param in parameters(model).values():
@@ -168,6 +189,8 @@ def _fill_from_release(source: release.Release) -> Callable:
     def fill(wanted):
         parts: dict[str, dict[tuple[int, ...], np.ndarray]] = {name: {} for name in wanted}
         for entry in source.entries:
+            if entry.path not in wanted:
+                continue
             tensor = source.tensors[entry.name]
             check_shape(tensor, entry, wanted[entry.path].shape)
             data = tensor.read()

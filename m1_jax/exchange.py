@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from m1_jax import experts, sharding
+from m1_jax import experts, quantize, sharding
 
 # Rows of the receive buffer over those of a balanced router. A larger buffer costs memory, a
 # smaller one rounds; tokens per device of the release scatter by far less than a half.
@@ -26,9 +26,9 @@ def run(
     x: Float[Array, "M D"],
     weights: Float[Array, "M A"],
     chosen: Int[Array, "M A"],
-    gate: Float[Array, "e D F"],
-    up: Float[Array, "e D F"],
-    down: Float[Array, "e F D"],
+    gate: Float[Array, "e D F"] | quantize.Quantized,
+    up: Float[Array, "e D F"] | quantize.Quantized,
+    down: Float[Array, "e F D"] | quantize.Quantized,
     capacity: float | None = None,
 ) -> tuple[Float[Array, "M D"], Float[Array, ""]]:
     """Return each token's weighted sum of its experts' outputs, float32, and dropped choices.

@@ -6,15 +6,17 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from m1_jax import quantize
+
 # Rows per CPU matmul: big tiles first, small ones for what is left. Each costs compile time.
 TILES, FEW_ROWS_TILES = (256, 32), (8,)
 
 
 def run(
     rows: Float[Array, "M D"],
-    gate: Float[Array, "E D F"],
-    up: Float[Array, "E D F"],
-    down: Float[Array, "E F D"],
+    gate: Float[Array, "E D F"] | quantize.Quantized,
+    up: Float[Array, "E D F"] | quantize.Quantized,
+    down: Float[Array, "E F D"] | quantize.Quantized,
     group_sizes: Int[Array, "E"],
     weights: Float[Array, "M"],
 ) -> Float[Array, "M D"]:
@@ -24,7 +26,7 @@ def run(
     float32 weight is applied before `down`, where its gradient needs no output. TPU and GPU run
     `jax.lax.ragged_dot`; on CPU that costs a dense product with every expert (13x slower measured
     at 8 experts), so a loop over tiles runs there. The choice is made when the program is lowered,
-    so ahead-of-time compiles get the target's.
+    so ahead-of-time compiles get the target's. Quantized experts have no gradient.
     """
     return jax.lax.platform_dependent(
         rows, gate, up, down, group_sizes, weights, cpu=_tiled, default=_ragged
@@ -32,11 +34,22 @@ def run(
 
 
 def _ragged(rows, gate, up, down, group_sizes, weights):
-    matmul = functools.partial(jax.lax.ragged_dot, group_sizes=group_sizes)
+    matmul = functools.partial(_ragged_matmul, group_sizes=group_sizes)
     # What no group computes may be NaN, and NaN times 0 in the experts' gradients would spread.
     real = (jnp.arange(rows.shape[0]) < jnp.sum(group_sizes))[:, None]
     gated, upped = (jnp.where(real, matmul(rows, x), 0) for x in (gate, up))
     return matmul(_hidden(gated, upped, weights), down)
+
+
+def _ragged_matmul(rows, matrices, group_sizes):
+    if not isinstance(matrices, quantize.Quantized):
+        return jax.lax.ragged_dot(rows, matrices, group_sizes)
+    # int8 is exact in bfloat16; scales apply to the float32 sums.
+    values = matrices.values.astype(rows.dtype)
+    y = jax.lax.ragged_dot(rows, values, group_sizes, preferred_element_type=jnp.float32)
+    expert = jnp.arange(matrices.shape[0], dtype=jnp.int32)
+    expert = jnp.repeat(expert, group_sizes, total_repeat_length=rows.shape[0])
+    return (y * jnp.take(matrices.scale, expert, axis=0)).astype(rows.dtype)
 
 
 def _hidden(gated, up, weights):
@@ -61,7 +74,7 @@ def _tiled_forward(rows, gate, up, down, group_sizes, weights, *, keep):
     kept = jnp.zeros((rows.shape[0] if keep else 0, gate.shape[2]), rows.dtype)
 
     def expert(index, buffers):
-        gate_e, up_e, down_e = gate[index], up[index], down[index]
+        gate_e, up_e, down_e = (_matrix(x, index, rows.dtype) for x in (gate, up, down))
 
         # The last tile runs over into the next expert's rows, which that one then overwrites.
         def body(buffers, row, tile):
@@ -126,6 +139,12 @@ _tiled.defvjp(_tiled_fwd, _tiled_bwd)
 
 def _pad(x, tiles):
     return jnp.pad(x, ((0, tiles[-1]), *((0, 0),) * (x.ndim - 1)))
+
+
+def _matrix(matrices, index, dtype):
+    if isinstance(matrices, quantize.Quantized):
+        return matrices.expert(index, dtype)
+    return matrices[index]
 
 
 def _rows(x, start, size):

@@ -1,6 +1,7 @@
 """Mixture of experts: float32 router, dropless dispatch, experts, balance loss."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from m1_jax import config as config_lib
-from m1_jax import exchange, layers, sharding
+from m1_jax import exchange, layers, quantize, sharding
 
 
 @jax.tree_util.register_dataclass
@@ -53,7 +54,9 @@ class MoE(nnx.Module):
     With a shared expert, y becomes y (1 - c) + shared(h) c, c = sigmoid(h . coefficient).
     """
 
-    def __init__(self, config: config_lib.ModelConfig, rngs: nnx.Rngs, *, param_dtype):
+    def __init__(
+        self, config: config_lib.ModelConfig, rngs: nnx.Rngs, *, param_dtype, expert_dtype=None
+    ):
         embed, hidden = config.hidden_size, config.intermediate_size
         number, std = config.num_local_experts, config.initializer_range
         self.num_chosen, self.capacity = config.num_experts_per_tok, config.expert_capacity
@@ -61,9 +64,15 @@ class MoE(nnx.Module):
         shape, axes = (embed, number), ("embed", None)
         self.router = layers.param(rngs, shape, axes, param_dtype, std, float32=True)
         inward, outward = ("experts", "embed", "mlp"), ("experts", "mlp_in", "embed_out")
-        self.gate = layers.param(rngs, (number, embed, hidden), inward, param_dtype, std)
-        self.up = layers.param(rngs, (number, embed, hidden), inward, param_dtype, std)
-        self.down = layers.param(rngs, (number, hidden, embed), outward, param_dtype, std)
+        dtype = expert_dtype or param_dtype
+        self.gate = layers.param(rngs, (number, embed, hidden), inward, dtype, std)
+        self.up = layers.param(rngs, (number, embed, hidden), inward, dtype, std)
+        self.down = layers.param(rngs, (number, hidden, embed), outward, dtype, std)
+        if dtype == jnp.int8:
+            ones = functools.partial(layers.param, rngs, dtype=dtype, float32=True)
+            self.gate_scale = ones((number, hidden), ("experts", "mlp"))
+            self.up_scale = ones((number, hidden), ("experts", "mlp"))
+            self.down_scale = ones((number, embed), ("experts", "embed_out"))
         self.shared = (
             SharedExpert(config, rngs, param_dtype=param_dtype)
             if config.has_shared_expert
@@ -81,12 +90,18 @@ class MoE(nnx.Module):
             # Padding stays at home.
             number = self.gate.shape[0] * sharding.count("experts")
             chosen = jnp.where(real[:, None] > 0, chosen, number)
-        gate, up, down = (p[...].astype(x.dtype) for p in (self.gate, self.up, self.down))
+        gate, up, down = (self._matrices(name, x.dtype) for name in ("gate", "up", "down"))
         y, dropped = exchange.run(x, weights, chosen, gate, up, down, self.capacity)
         y = sharding.total(y.astype(x.dtype), "mlp").reshape(h.shape)
         if self.shared is not None:
             y = self.shared(h, y)
         return y, dataclasses.replace(stats, dropped=dropped)
+
+    def _matrices(self, name: str, dtype):
+        values = getattr(self, name)[...]
+        if values.dtype == jnp.int8:
+            return quantize.Quantized(values, getattr(self, f"{name}_scale")[...])
+        return values.astype(dtype)
 
     def _route(self, x, real):
         """Return float32 weights [M, A] rounded to x's dtype, expert ids [M, A], `RouterStats`."""

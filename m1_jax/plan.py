@@ -32,6 +32,7 @@ from m1_jax import state as state_lib
 from pallas_kernels.lightning_attention import tiling
 
 PRESETS = {"m1": config_lib.ModelConfig.m1, "tiny": config_lib.ModelConfig.tiny}
+EXPERTS = {"bfloat16": None, "int8": jnp.int8}
 LATER = ("rl_update", "reshard")  # their programs come with the code that runs them
 TOKENS = 4096  # a chip, where --batch is not given for training
 
@@ -54,6 +55,7 @@ class Config:
         else one row a chip.
       accumulate, remat: of training; see `train.step.Settings` and `ModelConfig`.
       lightning: chunked (XLA) or tpu (the Pallas kernels).
+      experts: bfloat16, or int8 where nothing is trained.
     """
 
     topology: str
@@ -66,6 +68,7 @@ class Config:
     accumulate: int = 1
     remat: str = "layer"
     lightning: str = "chunked"
+    experts: str = "bfloat16"
     tries: int = 3
     json: str = ""
 
@@ -78,6 +81,10 @@ class Config:
             raise PlanError(f"job: got {self.job!r}; wanted one of {', '.join(JOBS)}")
         if min(self.seq, self.accumulate, self.tries) < 1 or self.batch < 0:
             raise PlanError("seq, batch, accumulate, tries: wanted at least 1 of each")
+        if self.experts not in EXPERTS:
+            raise PlanError(f"experts: got {self.experts!r}; wanted one of {', '.join(EXPERTS)}")
+        if self.job == "train" and self.experts != "bfloat16":
+            raise PlanError(f"experts: {self.experts} cannot be trained; wanted bfloat16")
         if self.lightning not in ("chunked", "tpu"):
             raise PlanError(f"lightning: got {self.lightning!r}; wanted chunked or tpu")
 
@@ -93,10 +100,15 @@ def make_layout(config: config_lib.ModelConfig, shape, devices, job: budget.Job)
     return found
 
 
-def abstract_model(config: config_lib.ModelConfig, job: str, layout: sharding.Layout | None = None):
+def abstract_model(
+    config: config_lib.ModelConfig,
+    job: str,
+    layout: sharding.Layout | None = None,
+    experts: str = "bfloat16",
+):
     """Return a bfloat16 model of sharded shapes; its parameters are float32 in training."""
     param_dtype = jnp.float32 if job == "train" else jnp.bfloat16
-    return checkpoint.abstract_model(config, jnp.bfloat16, param_dtype, layout)
+    return checkpoint.abstract_model(config, jnp.bfloat16, param_dtype, layout, EXPERTS[experts])
 
 
 def abstract_rows(layout: sharding.Layout, rows: int, length: int, dtype=jnp.int32) -> Any:
@@ -172,7 +184,8 @@ def run(config: Config) -> dict[str, Any]:
     if config.mesh:
         ranked = [parse_mesh(config.mesh, len(devices))]
     else:
-        ranked = rank(model_config, job, devices, config.slices, limit)[: config.tries]
+        shapes = abstract_model(model_config, job.kind, experts=config.experts)
+        ranked = rank(model_config, job, devices, config.slices, limit, shapes)[: config.tries]
     records = []
     for mesh in ranked:
         logging.info("compiling %s on %s", config.job, mesh)
@@ -188,13 +201,13 @@ def run(config: Config) -> dict[str, Any]:
     return best
 
 
-def rank(model_config, job: budget.Job, devices, num_slices: int, limit: float) -> list[dict]:
+def rank(model_config, job: budget.Job, devices, num_slices: int, limit: float, model):
     """Return the meshes that should fit by hand, cheapest first; if none does, the nearest one.
 
     Raises:
       PlanError: there are none.
     """
-    found, model = [], abstract_model(model_config, job.kind)
+    found: list[tuple[tuple[bool, float], dict[str, int]]] = []
     for shape in budget.meshes(model_config, job, devices, num_slices):
         layout = make_layout(model_config, shape, devices, job)
         guess = estimate(model_config, job, layout, model)
@@ -235,7 +248,7 @@ def parse_mesh(text: str, num_devices: int) -> dict[str, int]:
 def plan_mesh(config: Config, model_config, job, shape, devices, limit, where) -> dict[str, Any]:
     """Compile one job on one mesh and return its record."""
     layout = make_layout(model_config, shape, devices, job)
-    model = abstract_model(model_config, job.kind, layout)
+    model = abstract_model(model_config, job.kind, layout, config.experts)
     guess = estimate(model_config, job, layout, model)
     started = time.perf_counter()
     kernels = config.lightning == "tpu"
@@ -346,6 +359,7 @@ def _define_flags() -> None:
     flags.DEFINE_integer("accumulate", 1, "microbatches of a training step")
     flags.DEFINE_enum("remat", "layer", list(config_lib.REMAT), "what training computes again")
     flags.DEFINE_enum("lightning", "chunked", ["chunked", "tpu"], "XLA or the Pallas kernels")
+    flags.DEFINE_enum("experts", "bfloat16", list(EXPERTS), "dtype of the experts")
     flags.DEFINE_integer("tries", 3, "meshes to compile at most")
     flags.DEFINE_string("json", "", "file for the record")
 

@@ -301,12 +301,13 @@ def _logical_axes(param: nnx.Param) -> tuple[str | None, ...]:
 def ready(module, layout: Layout | None, dtype):
     """Return a module whose parameters are ready to compute with: gathered, and in `dtype`.
 
-    Parameters marked `float32` (routers) keep that. Gathering moves `dtype`, and its transpose
-    reduces gradients in float32.
+    Parameters marked `float32` (routers) and int8 experts stay what they are. Gathering moves
+    `dtype`, and its transpose reduces gradients in float32.
     """
 
     def one(param):
         to = jnp.float32 if param.get_metadata().get("float32") else dtype
+        to = jnp.int8 if param.dtype == jnp.int8 else to
         value = param[...]
         dim, axes = (0, ()) if layout is None else layout.stored(_logical_axes(param))
         if not axes:
