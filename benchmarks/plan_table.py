@@ -109,9 +109,11 @@ def main() -> None:
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("docs/plan.md"))
     parser.add_argument("--records", type=pathlib.Path, default=pathlib.Path(".cache/plan"))
     parser.add_argument("--chips", default=",".join(CHIPS), help="which generations")
+    parser.add_argument("--jobs", default="", help="only jobs whose name holds this")
     arguments = parser.parse_args()
     arguments.records.mkdir(parents=True, exist_ok=True)
-    todo = [(job, chip) for job in JOBS for chip in arguments.chips.split(",")]
+    jobs = [job for job in JOBS if arguments.jobs in job[0]]
+    todo = [(job, chip) for job in jobs for chip in arguments.chips.split(",")]
     text = HEAD
     with tqdm.tqdm(todo) as bar:
         for (job, item_bytes, flags), chip in bar:

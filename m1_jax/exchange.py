@@ -50,7 +50,12 @@ def run(
     if capacity is None and sharding.count("experts") == 1:
         y = experts.run(rows, gate, up, down, counts, scale)
         return _add_up(y, order, inverse), jnp.zeros(())
-    plan = _Plan(sharding.pieces(counts, "experts"), gate.shape[0], _capacity(rows, capacity))
+    plan = _Plan(
+        sharding.pieces(counts, "experts"),
+        local=gate.shape[0],
+        buffer=_capacity(rows, capacity),
+        ragged=sharding.has_ragged_exchange(),
+    )
     y = _exchange(capacity is None, plan, rows, scale, gate, up, down)
     kept = jnp.sum(counts if capacity is None else plan.leaving(0)[2])
     dropped = (jnp.sum(counts) - kept).astype(jnp.float32)
@@ -76,12 +81,13 @@ class _Plan:
     """Where rows go.
 
     counts[s, e]: rows of sender s for expert e. local: experts of a device. buffer: rows that a
-    device receives in a round.
+    device receives in a round. ragged: whether the devices have a ragged all-to-all.
     """
 
     counts: Int[Array, "P E"]
     local: int = dataclasses.field(metadata={"static": True})
     buffer: int = dataclasses.field(metadata={"static": True})
+    ragged: bool = dataclasses.field(metadata={"static": True})
 
     def _starts(self):
         """Return where chunk (s, e) begins among the sender's rows, and among the receiver's."""
@@ -130,10 +136,12 @@ class _Plan:
         return jnp.sum(self.arriving(turn)[2], axis=0)
 
 
-def _travel(rows, into, arguments):
+def _travel(plan: _Plan, rows, into, arguments):
     """Send chunks of rows to other devices' `into`. See `jax.lax.ragged_all_to_all`."""
     if sharding.count("experts") == 1:
         return _copy_chunks(rows[None], into, *(x[None] for x in arguments[:3]))
+    if not plan.ragged:
+        return _travel_densely(rows, into, *arguments)
     return jax.lax.platform_dependent(
         rows, into, *arguments, cpu=_travel_densely, default=_travel_raggedly
     )
@@ -145,7 +153,7 @@ def _travel_raggedly(rows, into, at, size, place, arriving):
 
 
 def _travel_densely(rows, into, at, size, place, arriving):
-    """The same where there is no ragged exchange (XLA:CPU): everybody's rows, then a choice."""
+    """The same where there is no ragged exchange (CPU, v5e): everybody's rows, then a choice."""
     del arriving
     devices, me = sharding.count("experts"), sharding.index("experts")
 
@@ -176,7 +184,7 @@ def _exchange(dropless: bool, plan: _Plan, rows, scale, gate, up, down):
     def turn(i, y):
         arrived, weights = _receive(plan, i, rows, scale)
         out = experts.run(arrived, gate, up, down, plan.groups(i), weights)
-        return _travel(out, y, plan.give_back(i))
+        return _travel(plan, out, y, plan.give_back(i))
 
     return jax.lax.fori_loop(0, _turns(dropless, plan), turn, jnp.zeros_like(rows))
 
@@ -189,7 +197,7 @@ def _turns(dropless, plan):
 def _receive(plan: _Plan, turn, rows, scale):
     """Return the rows of this device's experts and their weights; the rest of the buffer is 0."""
     into = jnp.zeros((plan.buffer, rows.shape[1]), rows.dtype)
-    arrived = _travel(rows, into, plan.dispatch(turn))
+    arrived = _travel(plan, rows, into, plan.dispatch(turn))
     return arrived, _scalars_to_experts(plan, turn, scale)
 
 
@@ -227,7 +235,7 @@ def _exchange_bwd(dropless, residuals, grad):
     def turn(i, carry):
         d_rows, d_scale, d_experts = carry
         arrived, weights = _receive(plan, i, rows, scale)
-        d_out = _travel(grad, jnp.zeros_like(arrived), plan.dispatch(i))
+        d_out = _travel(plan, grad, jnp.zeros_like(arrived), plan.dispatch(i))
         groups = plan.groups(i)
 
         def function(arrived, weights, gate, up, down):
@@ -236,7 +244,7 @@ def _exchange_bwd(dropless, residuals, grad):
         _, pull = jax.vjp(function, arrived, weights, gate, up, down)
         d_arrived, d_weights, *more = pull(d_out)
         d_experts = [sum_ + x.astype(jnp.float32) for sum_, x in zip(d_experts, more, strict=True)]
-        d_rows = _travel(d_arrived, d_rows, plan.give_back(i))
+        d_rows = _travel(plan, d_arrived, d_rows, plan.give_back(i))
         return d_rows, _scalars_back(plan, i, d_weights, d_scale), d_experts
 
     zeros = [jnp.zeros(x.shape, jnp.float32) for x in (gate, up, down)]

@@ -71,6 +71,9 @@ ACTIVATION_RULES = {
     "norm": (),
     None: (),
 }
+# Kinds of devices whose links the compiler refuses to route a ragged all-to-all over.
+_NOT_RAGGED = ("TPU v5 lite", "TPU v5e")
+_ragged = jax.make_user_context(True)
 GATHERED = "gathered"  # the name of gathered parameters, for rematerialisation
 UNUSABLE = {
     TRAIN: {},
@@ -278,9 +281,20 @@ def run(layout: Layout, function: Callable, in_specs, out_specs) -> Callable:
     Without JAX's replication types: a cotangent of a copied value is each copy's own share, and
     the transpose of `total` adds the shares up.
     """
-    return jax.shard_map(
+    program = jax.shard_map(
         function, mesh=layout.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
     )
+
+    def traced(*arguments):
+        with _ragged(layout.mesh.devices.flat[0].device_kind not in _NOT_RAGGED):
+            return program(*arguments)
+
+    return traced
+
+
+def has_ragged_exchange() -> bool:
+    """Say whether the devices of the program being traced have a ragged all-to-all."""
+    return _ragged.value
 
 
 def param_specs(layout: Layout, module):

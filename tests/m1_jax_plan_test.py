@@ -269,3 +269,14 @@ def test_program_that_does_not_fit_is_reported():
     assert compiled.needed == pytest.approx(2**43)
     assert compiled.limit < 16 * GIB
     assert "ENTRY" in compiled.text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("job", ["train", "decode"])
+def test_chips_without_a_ragged_exchange(job):
+    pytest.importorskip("libtpu")
+    record = plan.run(
+        plan.Config("v5e:4x4", job, config="tiny", mesh="data=4,expert=4", seq=64, batch=16)
+    )
+    assert record["fits"]
+    assert "ragged-all-to-all" not in record["collectives"]
