@@ -26,6 +26,13 @@ hypothesis.settings.register_profile("repo", deadline=None, derandomize=True, da
 hypothesis.settings.load_profile("repo")
 
 
+@pytest.fixture(autouse=True, scope="module")
+def few_programs():
+    """Drop compiled programs: each maps memory, of which a process may have only so many pieces."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="session")
 def golden_dir() -> pathlib.Path:
     """The tiny checkpoint in the release's format, with `golden.npz` beside it."""

@@ -45,8 +45,8 @@ def layout_of(sizes, config=SMALL, mode="train"):
 
 
 @pytest.fixture(autouse=True)
-def few_programs():
-    """Drop compiled programs: each maps memory, of which a process may have only so many pieces."""
+def fewer_programs():
+    """Drop the programs of every test, which are large here."""
     yield
     jax.clear_caches()
 
