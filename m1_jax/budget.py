@@ -217,6 +217,10 @@ def _collectives(config, job, layout, rows, tokens, params) -> dict[str, hlo.Tra
     exchanged = 2 * tokens * config.num_experts_per_tok * config.hidden_size * split
     # To the experts and back; the backward pass sends rows again, their gradients, and those back.
     add("ragged-all-to-all", (5 if job.training else 2) * layers, exchanged)
+    # Each chip knows the weights of its group's choices, and gives their gradients back.
+    choices = 4 * tokens * config.num_experts_per_tok * (layout.size("experts") - 1)
+    add("all-gather", layers * (1 + job.training), choices)
+    add("reduce-scatter", layers * job.training, choices)
     activations = 2 * 2 * tokens * config.hidden_size * (1 - 1 / layout.size("heads"))
     add("all-reduce", 2 * layers * passes, activations)
     others = layout.size("length") - 1
