@@ -109,10 +109,10 @@ def main() -> None:
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("docs/plan.md"))
     parser.add_argument("--records", type=pathlib.Path, default=pathlib.Path(".cache/plan"))
     parser.add_argument("--chips", default=",".join(CHIPS), help="which generations")
-    parser.add_argument("--jobs", default="", help="only jobs whose name holds this")
+    parser.add_argument("--jobs", default="", help="parts of names; only jobs that hold one")
     arguments = parser.parse_args()
     arguments.records.mkdir(parents=True, exist_ok=True)
-    jobs = [job for job in JOBS if arguments.jobs in job[0]]
+    jobs = [job for job in JOBS if any(part in job[0] for part in arguments.jobs.split(";"))]
     todo = [(job, chip) for job in jobs for chip in arguments.chips.split(",")]
     text = HEAD
     with tqdm.tqdm(todo) as bar:
