@@ -30,6 +30,7 @@ def run(
     up: Float[Array, "e D F"] | quantize.Quantized,
     down: Float[Array, "e F D"] | quantize.Quantized,
     capacity: float | None = None,
+    place: tuple | None = None,
 ) -> tuple[Float[Array, "M D"], Float[Array, ""]]:
     """Return each token's weighted sum of its experts' outputs, float32, and dropped choices.
 
@@ -40,16 +41,22 @@ def run(
       gate, up, down: experts of this device (of E in all, spread evenly).
       capacity: None for dropless; else a device takes at most this many times the rows of a
         balanced router, and the last ones of its last experts are dropped.
+      place: of this layer, where gate, up and down are still stacked over layers; no gradient.
     """
-    number = gate.shape[0] * sharding.count("experts")
+    number = gate.shape[-3] * sharding.count("experts")
     order = jnp.argsort(chosen.reshape(-1), stable=True)
     inverse = jnp.argsort(order).reshape(chosen.shape)
     rows = _take_rows(x, order // chosen.shape[1], inverse)
     scale = jnp.take(weights.reshape(-1), order)
     counts = jnp.bincount(chosen.reshape(-1), length=number).astype(jnp.int32)
     if capacity is None and sharding.count("experts") == 1:
-        y = experts.run(rows, gate, up, down, counts, scale)
+        if place is None:
+            y = experts.run(rows, gate, up, down, counts, scale)
+        else:
+            y = experts.run_stacked(rows, gate, up, down, place, counts, scale)
         return _add_up(y, order, inverse), jnp.zeros(())
+    if place is not None:
+        gate, up, down = (jax.tree.map(lambda a: a[place], x) for x in (gate, up, down))
     plan = _Plan(
         sharding.pieces(counts, "experts"),
         local=gate.shape[0],

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int
 from m1_jax import quantize
 
 # Rows per CPU matmul: big tiles first, small ones for what is left. Each costs compile time.
-TILES, FEW_ROWS_TILES = (256, 32), (8,)
+TILES, FEW_ROWS_TILES = (256, 32), (16, 4)
 
 
 def run(
@@ -30,6 +30,26 @@ def run(
     """
     return jax.lax.platform_dependent(
         rows, gate, up, down, group_sizes, weights, cpu=_tiled, default=_ragged
+    )
+
+
+def run_stacked(rows, gate, up, down, place, group_sizes, weights) -> Float[Array, "M D"]:
+    """Return `run` of the layer at `place` of experts that are stacked over layers; no gradient.
+
+    On CPU only the matrices of busy experts are read: a layer sliced out in a loop over layers
+    would be copied whole, once for every token decoded.
+    """
+
+    def whole(rows, gate, up, down, place, group_sizes, weights):
+        gate, up, down = (jax.tree.map(lambda a: a[place], x) for x in (gate, up, down))
+        return _ragged(rows, gate, up, down, group_sizes, weights)
+
+    def tiled(rows, gate, up, down, place, group_sizes, weights):
+        arguments = (rows, gate, up, down, group_sizes, weights)
+        return _tiled_forward(*arguments, keep=False, place=place)[0]
+
+    return jax.lax.platform_dependent(
+        rows, gate, up, down, place, group_sizes, weights, cpu=tiled, default=whole
     )
 
 
@@ -66,15 +86,15 @@ def _tiled(rows, gate, up, down, group_sizes, weights):
     return _tiled_forward(rows, gate, up, down, group_sizes, weights, keep=False)[0]
 
 
-def _tiled_forward(rows, gate, up, down, group_sizes, weights, *, keep):
+def _tiled_forward(rows, gate, up, down, group_sizes, weights, *, keep, place=()):
     """Return the output, and where `keep`, what `gate` and `up` gave: the backward's residuals."""
     num_rows, tiles = rows.shape[0], _tiles(rows.shape[0])
     starts = jnp.cumsum(group_sizes) - group_sizes
     rows, weights = _pad(rows, tiles), _pad(weights, tiles)
-    kept = jnp.zeros((rows.shape[0] if keep else 0, gate.shape[2]), rows.dtype)
+    kept = jnp.zeros((rows.shape[0] if keep else 0, gate.shape[-1]), rows.dtype)
 
     def expert(index, buffers):
-        gate_e, up_e, down_e = (_matrix(x, index, rows.dtype) for x in (gate, up, down))
+        gate_e, up_e, down_e = (_matrix(x, (*place, index), rows.dtype) for x in (gate, up, down))
 
         # The last tile runs over into the next expert's rows, which that one then overwrites.
         def body(buffers, row, tile):
@@ -92,7 +112,7 @@ def _tiled_forward(rows, gate, up, down, group_sizes, weights, *, keep):
         return jax.lax.cond(group_sizes[index] > 0, expert, lambda _, b: b, index, buffers)
 
     buffers = (jnp.zeros_like(rows), kept, kept)
-    out, gated, upped = jax.lax.fori_loop(0, gate.shape[0], step, buffers)
+    out, gated, upped = jax.lax.fori_loop(0, gate.shape[-3], step, buffers)
     return out[:num_rows], gated, upped
 
 

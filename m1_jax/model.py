@@ -78,7 +78,7 @@ class DecoderLayer(nnx.Module):
             o, state = self.attention.extend(h, context.positions, state, place, context.split)
         x = self._add(x, h, o, self.attention_scales)
         h = self.moe_norm(x)
-        y, stats = self.moe(h, context.real)
+        y, stats = self.moe(h, context.real, place)
         return self._add(x, h, y, self.moe_scales), stats, state
 
     def _add(self, x, normed, branch, scales):
@@ -224,30 +224,48 @@ class MiniMaxM1(nnx.Module):
 
         run = _remat(config.remat, run, self.layout is not None)
 
+        starts = np.cumsum([number for _, number in config.runs])[:-1]
+        stacks = tuple(zip(self.layers, jnp.split(slopes, starts, axis=1), strict=True))
+
         def unit(carry, xs):
             x, states = carry
             *runs, repeat = xs
             kept, after = [], []
-            for (stack, slopes), state in zip(runs, states, strict=True):
+            for index, (_, number) in enumerate(config.runs):
 
-                def one(carry, xs):
+                def one(carry, xs, index=index):
                     x, state = carry
-                    layer, slopes, number = xs
+                    *sliced, number = xs
                     place = (repeat, number)
+                    layer, slopes = sliced[0] if sliced else self._layer(*stacks[index], place)
                     x, stat, state = run(layer, x, slopes, context, state, place)
                     return (x, state), (stat, x if keep_layers else None)
 
-                (x, state), outputs = _scan(one, (x, state), (stack, slopes, len(slopes)))
+                arrays = runs[index : index + 1]
+                (x, new), outputs = _scan(one, (x, states[index]), (*arrays, number))
                 kept.append(outputs)
-                after.append(state)
+                after.append(new)
             return (x, tuple(after)), jax.tree.map(lambda *parts: jnp.concatenate(parts), *kept)
 
-        carry = (x, (None,) * len(config.runs) if state is None else state)
-        starts = np.cumsum([number for _, number in config.runs])[:-1]
-        runs = zip(self.layers, jnp.split(slopes, starts, axis=1), strict=True)
-        carry, kept = _scan(unit, carry, (*runs, config.repeats))
+        if state is None:
+            carry, kept = _scan(unit, (x, (None,) * len(config.runs)), (*stacks, config.repeats))
+        else:
+            # No gradients: a slice of both axes at once, where a loop in a loop copies whole runs.
+            carry, kept = _scan(unit, (x, state), (config.repeats,))
         kept = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), kept)
         return carry[0], kept[0], carry[1], kept[1]
+
+    def _layer(self, stack: DecoderLayer, slopes, place):
+        """Return one layer of a run; on one device its experts stay stacked, see `experts.py`."""
+
+        def one(param):
+            stays = param.dtype in (self.dtype, jnp.int8) or param.get_metadata()["float32"]
+            if self.layout is None and stays and "experts" in param.get_metadata()["logical_axes"]:
+                return param
+            return param.replace(param[...][place])
+
+        leaf = functools.partial(jax.tree.map, is_leaf=lambda node: isinstance(node, nnx.Param))
+        return leaf(one, stack), slopes[place]
 
 
 def _scan(body, carry, xs):

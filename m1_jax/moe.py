@@ -80,18 +80,22 @@ class MoE(nnx.Module):
         )
 
     def __call__(
-        self, h: Float[Array, "B T D"], real: Float[Array, "B T"] | None
+        self, h: Float[Array, "B T D"], real: Float[Array, "B T"] | None, place=None
     ) -> tuple[Float[Array, "B T D"], RouterStats]:
-        """Return the output and statistics over the tokens with `real` = 1 (None: all)."""
+        """Return the output and statistics over the tokens with `real` = 1 (None: all).
+
+        place: this layer's, where its experts are left stacked over layers.
+        """
         x = h.reshape(-1, h.shape[-1])
         real = None if real is None else real.reshape(-1)
         weights, chosen, stats = self._route(x, real)
         if real is not None and sharding.count("experts") > 1:
             # Padding stays at home.
-            number = self.gate.shape[0] * sharding.count("experts")
+            number = self.gate.shape[-3] * sharding.count("experts")
             chosen = jnp.where(real[:, None] > 0, chosen, number)
         gate, up, down = (self._matrices(name, x.dtype) for name in ("gate", "up", "down"))
-        y, dropped = exchange.run(x, weights, chosen, gate, up, down, self.capacity)
+        place = place if self.gate.ndim > 3 else None
+        y, dropped = exchange.run(x, weights, chosen, gate, up, down, self.capacity, place)
         y = sharding.total(y.astype(x.dtype), "mlp").reshape(h.shape)
         if self.shared is not None:
             y = self.shared(h, y)
