@@ -32,25 +32,28 @@ CHIPS = {
     "tpu7x": (94.74, 2, [(shape, 1) for shape in CUBES]),
 }
 # Name, bytes a parameter at least, flags. Training holds master weights, moments and gradients.
+# Long caches have a row for 8 devices, the most that one row's 8 heads are spread over.
 INT8 = ["--job=decode", "--experts=int8"]
+DEVICES_PER_ROW, SPARSE = 8, "--batch={rows}"
 JOBS = [
     ("pretraining, 4k", 16, ["--job=train", "--seq=4096"]),
     ("pretraining, 32k", 16, ["--job=train", "--seq=32768"]),
     ("pretraining, 1M", 16, ["--job=train", "--seq=1048576"]),
     ("SFT, 8k, rematerialised, 4 parts", 16, ["--job=train", "--seq=8192", "--accumulate=4"]),
     ("decoding, 8k", 2, ["--job=decode", "--seq=8192"]),
-    ("decoding, 128k", 2, ["--job=decode", "--seq=131072"]),
-    ("decoding, 1M", 2, ["--job=decode", "--seq=1048576"]),
+    ("decoding, 128k", 2, ["--job=decode", "--seq=131072", SPARSE]),
+    ("decoding, 1M", 2, ["--job=decode", "--seq=1048576", SPARSE]),
     ("decoding, int8 experts, 8k", 1, [*INT8, "--seq=8192"]),
-    ("decoding, int8 experts, 128k", 1, [*INT8, "--seq=131072"]),
-    ("decoding, int8 experts, 1M", 1, [*INT8, "--seq=1048576"]),
+    ("decoding, int8 experts, 128k", 1, [*INT8, "--seq=131072", SPARSE]),
+    ("decoding, int8 experts, 1M", 1, [*INT8, "--seq=1048576", SPARSE]),
 ]
 HEAD = """# Smallest slices
 
 Written by `python benchmarks/plan_table.py`: the released model, compiled ahead of time for ever
 larger slices until it fits, from the first where parameters (and in training their moments and
 gradients) take at most four fifths. GiB are of a device (half a chip on tpu7x). Nothing here was
-timed. Decoding has one row a device, and room for as many tokens as the job says.
+timed. Decoding has room for as many tokens as the job says, in one row a device at 8k and one row
+for 8 devices above.
 
 | job | slice | mesh | rows | GiB used / granted | tried smaller |
 |---|---|---|---|---|---|
@@ -58,14 +61,14 @@ timed. Decoding has one row a device, and room for as many tokens as the job say
 
 
 def slices(chip: str, item_bytes: int):
-    """Yield (topology, number of slices) that could hold the job, smallest first."""
+    """Yield (topology, number of slices, devices) that could hold the job, smallest first."""
     gib, devices, shapes = CHIPS[chip]
     for shape, number in shapes:
         count = devices * number
         for size in shape.split("x"):
             count *= int(size)
         if PARAMETERS * item_bytes < FULL * count * gib * GIB:
-            yield f"{chip}:{shape}", number
+            yield f"{chip}:{shape}", number, count
 
 
 def attempt(records: pathlib.Path, topology: str, number: int, flags: list[str]) -> dict:
@@ -89,10 +92,11 @@ def attempt(records: pathlib.Path, topology: str, number: int, flags: list[str])
 
 def row(records: pathlib.Path, job: str, chip: str, item_bytes: int, flags: list[str], bar) -> str:
     smaller = []
-    for topology, number in slices(chip, item_bytes):
+    for topology, number, devices in slices(chip, item_bytes):
         name = topology if number == 1 else f"{number} x {topology}"
         bar.set_postfix_str(f"{job} on {name}")
-        found = attempt(records, topology, number, flags)
+        own = [flag.format(rows=devices // DEVICES_PER_ROW) for flag in flags]
+        found = attempt(records, topology, number, own)
         if found.get("fits"):
             used = f"{found['hbm_bytes_per_chip'] / GIB:.1f} / {found['hbm_limit_bytes'] / GIB:.1f}"
             mesh = plan_text.mesh(found["mesh"])
