@@ -1,6 +1,7 @@
 """Log-probabilities of given tokens without the logits of a whole sequence in memory."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +19,11 @@ def token_logprobs(
     hidden: Float[Array, "B T D"],
     targets: Int[Array, "B T"],
     chunk_vocab: int | None = None,
-) -> Float[Array, "B T"]:
-    """Return log softmax(head(hidden))[target] for every token, in float32.
+    normalizers: bool = False,
+) -> Any:
+    """Return log softmax(head(hidden))[target] for every token: [B, T] float32.
+
+    With `normalizers`, return (those, the log of each softmax's sum [B, T] float32).
 
     Logits exist for `chunk_vocab` words at a time (None: as many as make `LOGITS`), in the
     backward pass too, which computes them again. Chunks of words, not of tokens: so a device that
@@ -29,7 +33,8 @@ def token_logprobs(
     layout, length = model.layout, hidden.shape[1]
     local = functools.partial(_local, chunk_vocab=chunk_vocab, layout=layout)
     if layout is None:
-        return local(model.head, hidden, targets)
+        logps, sums = local(model.head, hidden, targets)
+        return (logps, sums) if normalizers else logps
     sharding.check_rows(layout, hidden.shape[0])
     more = -length % layout.size("length")
     hidden = jnp.pad(hidden, ((0, 0), (0, more), (0, 0)))
@@ -39,9 +44,10 @@ def token_logprobs(
         layout,
         local,
         (sharding.param_specs(layout, model.head), layout.spec("batch", "length", None), tokens),
-        tokens,
+        (tokens, tokens),
     )
-    return program(model.head, hidden, targets)[:, :length]
+    logps, sums = (x[:, :length] for x in program(model.head, hidden, targets))
+    return (logps, sums) if normalizers else logps
 
 
 def _local(head: layers.Head, hidden, targets, *, chunk_vocab, layout):
@@ -82,8 +88,9 @@ def _local(head: layers.Head, hidden, targets, *, chunk_vocab, layout):
     top, total, chosen = carry
     highest = sharding.largest(jax.lax.stop_gradient(top), "vocab")
     total = sharding.total(total * jnp.exp(top - highest), "vocab")
-    logp = sharding.total(chosen, "vocab") - highest - jnp.log(total)
-    return logp.reshape(targets.shape)
+    sums = highest + jnp.log(total)
+    logps = sharding.total(chosen, "vocab") - highest - jnp.log(total)
+    return logps.reshape(targets.shape), sums.reshape(targets.shape)
 
 
 def _chunk(words: int, limit: int) -> int:

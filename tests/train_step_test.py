@@ -273,3 +273,51 @@ def test_step_on_a_mesh_equals_the_step_on_one_device():
 def test_wrong_values_are_refused_in_words(make, words):
     with pytest.raises(ValueError, match=words):
         make()
+
+
+def test_z_loss_is_the_mean_squared_log_normalizer_and_has_a_gradient():
+    net, batch = _model(), _batch()
+    hidden, _ = _hidden(net, batch)
+    logits = net.head(hidden)
+    squares = jnp.square(jax.nn.logsumexp(logits, axis=-1))
+    wanted = jnp.sum(batch.weights * squares) / jnp.sum(batch.weights)
+    plain, metrics = _gradients(net, batch, _settings(1, 0.0))
+    np.testing.assert_allclose(metrics["z_loss"], wanted, rtol=1e-5)
+    settings = dataclasses.replace(_settings(1, 0.0), z_coefficient=0.1)
+    grads, _ = _gradients(net, batch, settings)
+
+    def loss(kernel):
+        logits = hidden @ kernel
+        sums = jax.nn.logsumexp(logits, axis=-1)
+        return 0.1 * jnp.sum(batch.weights * jnp.square(sums)) / jnp.sum(batch.weights)
+
+    wanted = jax.grad(loss)(net.head.kernel[...])
+    got = grads.head.kernel[...] - plain.head.kernel[...]
+    np.testing.assert_allclose(got, wanted, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("skip", [True, False])
+def test_a_gradient_that_is_not_finite_changes_nothing_and_is_told(skip):
+    settings = dataclasses.replace(_settings(), skip_nonfinite=skip)
+    state = step.init(_model(), settings.optimizer)
+    before = _leaves(state.model)
+    batch = dataclasses.replace(_batch(), weights=_batch().weights.at[0, 0].set(jnp.inf))
+    state, metrics = step.update(state, batch, settings=settings)
+    assert float(metrics["skipped"]) == 1.0
+    same = all(np.array_equal(a, b) for a, b in zip(before, _leaves(state.model), strict=True))
+    assert same == skip
+    assert int(state.step) == 1
+
+
+def test_metrics_tell_gradient_norms_by_part_and_the_load_of_experts():
+    settings = _settings()
+    _, metrics = step.update(step.init(_model(), settings.optimizer), _batch(), settings=settings)
+    parts = {name: value for name, value in metrics.items() if name.startswith("grad_norm/")}
+    assert parts.keys() == {
+        f"grad_norm/{kind}" for kind in ("embed", "head", "lightning", "softmax", "experts")
+    }
+    whole = np.sqrt(sum(float(value) ** 2 for value in parts.values()))
+    np.testing.assert_allclose(whole, metrics["grad_norm"], rtol=1e-5)
+    load = np.asarray(metrics["expert_load"])
+    assert load.shape == (CONFIG.num_hidden_layers, CONFIG.num_local_experts)
+    np.testing.assert_allclose(load.sum(-1), 1.0, rtol=1e-5)

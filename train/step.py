@@ -47,16 +47,24 @@ class Settings:
     """What one compiled step is made for.
 
     optimizer: see `optim.AdamW`. accumulate: microbatches in a batch, a divisor of its rows.
-    balance_coefficient: of `moe.balance_loss`; None takes the model's `router_aux_loss_coef`.
+    balance_coefficient: of `moe.balance_loss`, a number or a schedule by step; None takes the
+      model's `router_aux_loss_coef`.
+    z_coefficient: of the mean squared log of the softmax's sum, which keeps logits from drifting.
+    skip_nonfinite: whether a step whose gradient is not finite leaves parameters and moments as
+      they are.
     """
 
     optimizer: optim.AdamW
     accumulate: int = 1
-    balance_coefficient: float | None = None
+    balance_coefficient: optim.Schedule | float | None = None
+    z_coefficient: float = 0.0
+    skip_nonfinite: bool = True
 
     def __post_init__(self):
         if self.accumulate < 1:
             raise ValueError(f"accumulate: got {self.accumulate}; wanted at least 1")
+        if self.z_coefficient < 0:
+            raise ValueError(f"z_coefficient: got {self.z_coefficient}; wanted at least 0")
 
 
 def init(model: model_lib.MiniMaxM1, optimizer: optim.AdamW) -> TrainState:
@@ -80,30 +88,64 @@ def update(
 ) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
     """Make one optimizer step; `state` is donated, so the old one is gone.
 
-    loss = sum of weights * -logp(target) / sum of weights + coefficient * balance loss. Sums over
-    microbatches are divided by the whole batch's, so that splitting a batch changes nothing in
-    the first term. The balance loss is a product of means and therefore one of each microbatch,
-    averaged by tokens; over the whole batch it would need every forward pass twice.
+    loss = sum of weights * (-logp(target) + z_coefficient * log(sum of exp(logits))^2) / sum of
+    weights + balance_coefficient * balance loss. Sums over microbatches are divided by the whole
+    batch's, so that splitting a batch changes nothing in the first term. The balance loss is a
+    product of means and therefore one of each microbatch, averaged by tokens; over the whole batch
+    it would need every forward pass twice.
 
     Returns:
-      The new state, and metrics: loss (of the tokens alone), balance_loss, grad_norm (before
-      clipping), learning_rate, tokens (real ones), dropped (share of the tokens' expert choices
-      that `ModelConfig.expert_capacity` left out).
+      The new state, and metrics: loss (of -logp alone), balance_loss, z_loss (without their
+      coefficients), grad_norm (before clipping) and grad_norm/PART for the parts of
+      `layer_kinds`, learning_rate, tokens (real ones), weight (sum of the loss's), dropped (share
+      of the tokens' expert choices that `ModelConfig.expert_capacity` left out), skipped (1 where
+      the gradient was not finite and the step therefore changed nothing), expert_load [L, E] (the
+      share of a layer's choices that went to each expert).
     """
-    grads, metrics = gradients(state.model, batch, settings)
+    grads, metrics = gradients(state.model, batch, settings, state.step)
     grads = pinned(grads)
     model, moments, more = settings.optimizer.update(grads, state.moments, state.model, state.step)
-    return pinned(TrainState(state.step + 1, model, moments)), metrics | more
+    metrics |= more | {f"grad_norm/{kind}": norm for kind, norm in _norms(grads).items()}
+    finite = jnp.isfinite(metrics["grad_norm"])
+    metrics["skipped"] = 1.0 - finite
+    if settings.skip_nonfinite:
+        model, moments = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old),
+            (model, moments),
+            (state.model, state.moments),
+        )
+    return pinned(TrainState(state.step + 1, model, moments)), metrics
 
 
-def gradients(model: model_lib.MiniMaxM1, batch: Batch, settings: Settings):
+def layer_kinds(model: model_lib.MiniMaxM1) -> dict[str, list]:
+    """Return the model's modules by what they are: embed, head, attention of each kind, experts."""
+    parts: dict[str, list] = {"embed": [model.embed], "head": [model.head, model.norm]}
+    for layer in model.layers:
+        parts.setdefault(layer.kind, []).extend([layer.input_norm, layer.attention])
+        parts.setdefault("experts", []).extend([layer.moe_norm, layer.moe])
+    return parts
+
+
+def _norms(grads: model_lib.MiniMaxM1) -> dict[str, Float[Array, ""]]:
+    return {
+        kind: jnp.sqrt(sum(jnp.sum(jnp.square(g)) for g in jax.tree.leaves(modules)))
+        for kind, modules in layer_kinds(grads).items()
+    }
+
+
+def gradients(
+    model: model_lib.MiniMaxM1, batch: Batch, settings: Settings, step: Int[Array, ""] | int = 0
+):
     """Return float32 gradients of the whole batch's loss, summed microbatch by microbatch."""
     weight = jnp.sum(batch.weights)
     totals = (jnp.where(weight > 0, weight, 1.0), jnp.maximum(_num_real(batch), 1.0))
     coefficient = settings.balance_coefficient
     if coefficient is None:
         coefficient = model.config.router_aux_loss_coef
-    function = jax.grad(functools.partial(_loss, coefficient=coefficient), has_aux=True)
+    elif callable(coefficient):
+        coefficient = coefficient(step)
+    loss = functools.partial(_loss, coefficient=coefficient, z_coefficient=settings.z_coefficient)
+    function = jax.grad(loss, has_aux=True)
     if settings.accumulate == 1:
         return function(model, batch, totals)
 
@@ -151,17 +193,29 @@ def pinned(tree):
     return jax.tree.map(pin, tree, is_leaf=lambda part: isinstance(part, model_lib.MiniMaxM1))
 
 
-def _loss(model, batch: Batch, totals, coefficient: float):
+def _loss(model, batch: Batch, totals, *, coefficient, z_coefficient: float):
     """Return a microbatch's share of the loss, and its share of each metric."""
     weight, num_real = totals
     hidden, stats = model.hidden(batch.tokens, batch.segment_ids, batch.positions)
-    logps = logprobs.token_logprobs(model, hidden, batch.targets)
-    loss = -jnp.sum(jnp.where(batch.weights != 0, batch.weights * logps, 0.0)) / weight
-    tokens = _num_real(batch)
-    balance = moe.balance_loss(stats) * tokens / num_real
-    dropped = moe.dropped_share(stats) * tokens / num_real
-    metrics = {"loss": loss, "balance_loss": balance, "tokens": tokens, "dropped": dropped}
-    return loss + coefficient * balance, metrics
+    logps, sums = logprobs.token_logprobs(model, hidden, batch.targets, normalizers=True)
+
+    def mean(values):
+        return jnp.sum(jnp.where(batch.weights != 0, batch.weights * values, 0.0)) / weight
+
+    share = _num_real(batch) / num_real
+    metrics = {
+        "loss": -mean(logps),
+        "balance_loss": moe.balance_loss(stats) * share,
+        "z_loss": mean(jnp.square(sums)),
+        "tokens": _num_real(batch),
+        "weight": jnp.sum(batch.weights),
+        "dropped": moe.dropped_share(stats) * share,
+        "expert_load": jnp.sum(stats.chosen, 1) / (num_real * stats.chosen.shape[1]),
+    }
+    loss = metrics["loss"] + coefficient * metrics["balance_loss"]
+    if z_coefficient:
+        loss += z_coefficient * metrics["z_loss"]
+    return loss, metrics
 
 
 def _num_real(batch: Batch) -> Float[Array, ""]:
@@ -170,8 +224,9 @@ def _num_real(batch: Batch) -> Float[Array, ""]:
 
 def abstract(model: model_lib.MiniMaxM1, optimizer: optim.AdamW) -> TrainState:
     """Return the state of a model of sharded shapes, moments lying where their parameters do."""
-    mesh = jax.tree.leaves(model)[0].sharding.mesh
-    whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    whole = jax.tree.leaves(model)[0].sharding
+    if model.layout is not None:
+        whole = jax.sharding.NamedSharding(model.layout.mesh, jax.sharding.PartitionSpec())
 
     def place(shape, like):
         return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=like.sharding)
