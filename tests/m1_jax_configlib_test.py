@@ -1,0 +1,81 @@
+"""Config files: overrides by path, JSON there and back, and errors in words."""
+
+import dataclasses
+
+import pytest
+
+from m1_jax import configlib
+
+
+@dataclasses.dataclass(frozen=True)
+class Inner:
+    rate: float = 0.1
+    name: str | None = None
+    pairs: tuple[tuple[str, int], ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Outer:
+    inners: tuple[Inner, ...] = (Inner(), Inner(rate=0.2))
+    one: Inner = Inner()
+    maybe: Inner | None = None
+    number: int = 3
+    flag: bool = False
+
+
+@pytest.mark.parametrize(
+    ("override", "path", "value"),
+    [
+        ("number=7", lambda c: c.number, 7),
+        ("number=1e6", lambda c: c.number, 1_000_000),
+        ("one.rate=2", lambda c: c.one.rate, 2.0),
+        ("one.name=abc", lambda c: c.one.name, "abc"),
+        ("one.name=None", lambda c: c.one.name, None),
+        ("flag=True", lambda c: c.flag, True),
+        ("inners.1.rate=0.5", lambda c: c.inners[1].rate, 0.5),
+        ("inners.-1.pairs=[('a', 2)]", lambda c: c.inners[1].pairs, (("a", 2),)),
+        ("maybe={'rate': 3}", lambda c: c.maybe, Inner(rate=3.0)),
+    ],
+)
+def test_overrides_replace_one_value_of_its_own_type(override, path, value):
+    got = path(configlib.replaced(Outer(), override))
+    assert got == value
+    assert type(got) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("nunber=7", "did you mean number"),
+        ("number=x", "got 'x'; wanted int"),
+        ("number=True", "got True; wanted int"),
+        ("flag=1", "got 1; wanted bool"),
+        ("inners.2.rate=1", "there are 2"),
+        ("number.x=1", "has no fields"),
+        ("number", "wanted FIELD=VALUE"),
+        ("one={'rat': 1}", "did you mean rate"),
+    ],
+)
+def test_wrong_overrides_are_refused_in_words(override, words):
+    with pytest.raises(configlib.ConfigFileError, match=words):
+        configlib.replaced(Outer(), override)
+
+
+def test_json_round_trip_and_differences():
+    config = Outer(maybe=Inner(name="x", pairs=(("a", 1),)), flag=True)
+    assert configlib.from_json(Outer, configlib.to_json(config)) == config
+    changed = configlib.replaced(config, "inners.0.rate=9.0")
+    assert configlib.differences(config, changed) == ["inners.0.rate: 0.1 -> 9.0"]
+    assert configlib.differences(config, config) == []
+
+
+def test_files(tmp_path):
+    file = tmp_path / "c.py"
+    file.write_text("def get_config(arg=''):\n    return arg or 'none'\n")
+    assert configlib.load(str(file)) == "none"
+    assert configlib.load(f"{file}:some") == "some"
+    with pytest.raises(configlib.ConfigFileError, match="wanted a file"):
+        configlib.load(str(tmp_path / "missing.py"))
+    file.write_text("x = 1\n")
+    with pytest.raises(configlib.ConfigFileError, match="no function get_config"):
+        configlib.load(str(file))
