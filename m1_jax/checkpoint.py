@@ -1,6 +1,6 @@
 """Loading a model from a release directory or from a converted Orbax directory.
 
-A converted directory holds
+A converted directory, which `convert.py` and `export.py` write, holds
     params/        an Orbax checkpoint: the parameters as a nested dict, stacked as in the model
     config.json    as in the release, with the tokenizer and other small files beside it
     release.json   how the tensors lay in the release's shards, for the way back
@@ -31,19 +31,22 @@ def load(
     mesh: jax.sharding.Mesh | None = None,
     mode: str = sharding.TRAIN,
     expert_dtype=None,
+    param_dtype=None,
 ) -> model_lib.MiniMaxM1:
     """Load a model for computation in `dtype`.
 
     Args:
       path: a release directory (config.json and safetensors), in the release's or transformers'
-        native layout, or a directory that `m1_jax.convert` made.
-      dtype: of activations and parameters, float32 or bfloat16; routers stay float32.
+        native layout, or a directory that `m1_jax.convert` or `export.save` made.
+      dtype: of activations, float32 or bfloat16; routers stay float32.
       mesh: devices to spread the parameters over, with some of `sharding.AXES` (see
         `sharding.make_mesh`); None: one device. Each process reads only what its own devices hold.
       mode: "train" splits every large parameter over all devices, which gather it where they need
         it; "prefill" and "decode" leave weights where they compute.
       expert_dtype: int8 quantizes the experts (`quantize.py`), each parameter as it is read, for
-        inference; None: as `dtype`.
+        inference; None: as `param_dtype`.
+      param_dtype: of the parameters, float32 or bfloat16; None: as `dtype`. A trainer wants
+        float32 parameters with computation in bfloat16.
 
     Raises:
       ValueError: a dtype, mesh or mode that this model cannot have.
@@ -51,8 +54,10 @@ def load(
       ConfigError: a config.json that this model cannot compute.
     """
     path = pathlib.Path(path)
-    if jnp.dtype(dtype) not in (jnp.float32, jnp.bfloat16):
-        raise ValueError(f"dtype: got {jnp.dtype(dtype)}; wanted float32 or bfloat16")
+    param_dtype = param_dtype or dtype
+    for name, value in (("dtype", dtype), ("param_dtype", param_dtype)):
+        if jnp.dtype(value) not in (jnp.float32, jnp.bfloat16):
+            raise ValueError(f"{name}: got {jnp.dtype(value)}; wanted float32 or bfloat16")
     if is_converted(path):
         read_manifest(path)
         config = config_lib.ModelConfig.from_file(path / "config.json")
@@ -69,13 +74,13 @@ def load(
     if expert_dtype not in (None, jnp.int8):
         raise ValueError(f"expert_dtype: got {expert_dtype}; wanted None or int8")
     layout = sharding.layout(mesh, config, mode)
-    model = abstract_model(config, dtype, layout=layout, expert_dtype=expert_dtype)
+    model = abstract_model(config, dtype, param_dtype, layout, expert_dtype)
     params = parameters(model)
     wanted = {name: param.get_value() for name, param in params.items()}
     quantized = [name for name, value in wanted.items() if value.dtype == jnp.int8]
-    for name in quantized:  # one at a time: in `dtype` all of them might not fit
+    for name in quantized:  # one at a time: unquantized, all of them might not fit
         values, scales = wanted.pop(name), wanted.pop(f"{name}_scale")
-        source = jax.ShapeDtypeStruct(values.shape, dtype, sharding=values.sharding)
+        source = jax.ShapeDtypeStruct(values.shape, param_dtype, sharding=values.sharding)
         places = (values.sharding, scales.sharding)
         whole = fill({name: source})[name]
         values, scales = jax.jit(quantize.quantize, out_shardings=places)(whole)

@@ -13,24 +13,18 @@ import hashlib
 import json
 import os
 import pathlib
-import shutil
 import sys
 from collections import deque
 
 import numpy as np
-import orbax.checkpoint as ocp
 import tensorstore as ts
 import tqdm
 from absl import app, flags, logging
 
-from m1_jax import checkpoint, params_map, release
+from m1_jax import checkpoint, export, params_map, release
 from m1_jax import config as config_lib
 
-CHUNK_BYTES = 32 * 2**20  # of one array chunk on disk: what a device can read on its own
 SHARD_BYTES = 5 * 10**9  # of one shard, where the source does not say how it was cut
-_JOURNAL = "progress.txt"
-_SKIPPED = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".gguf", ".tmp")
-_OWN = (_JOURNAL, checkpoint.MANIFEST)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,25 +67,8 @@ def run(config: Config) -> pathlib.Path:
     else:
         _to_hf(src, partial, config)
     partial.rename(dst)
-    (dst / _JOURNAL).unlink()
+    (dst / export.JOURNAL).unlink()
     return dst
-
-
-@dataclasses.dataclass(frozen=True)
-class Leaf:
-    """One stacked parameter on disk; `lead` leading axes number its tensors."""
-
-    shape: tuple[int, ...]
-    dtype: np.dtype
-    lead: int
-
-    @property
-    def chunk_shape(self) -> tuple[int, ...]:
-        """One tensor per chunk, its first dimension halved until the chunk is small enough."""
-        rows, *rest = self.shape[self.lead :]
-        while rows % 2 == 0 and rows * np.prod(rest) * self.dtype.itemsize > CHUNK_BYTES:
-            rows //= 2
-        return (1,) * self.lead + (rows, *rest)
 
 
 # ---- release to Orbax
@@ -102,7 +79,7 @@ def _to_orbax(source: release.Release, partial: pathlib.Path, config: Config) ->
     done = _resume(partial, source.config, [shard.file for shard in source.shards])
     params = partial / checkpoint.PARAMS
     if not params.exists():
-        _allocate(params, leaves)
+        export.allocate(params, leaves)
     arrays = {
         path: ts.open(checkpoint.array_spec(params, path), open=True).result() for path in leaves
     }
@@ -124,20 +101,14 @@ def _to_orbax(source: release.Release, partial: pathlib.Path, config: Config) ->
                 target = arrays[entry.path][entry.index]
                 pending.append((tensor, target.write(data.T if entry.transposed else data)))
                 held += tensor.nbytes
-    _copy_small_files(source.directory, partial)
-    index = source.directory / release.INDEX
-    manifest = {
-        "format": checkpoint.FORMAT,
-        "index": index.read_text() if index.exists() else None,
-        "shards": {shard.file.name: shard.header for shard in source.shards},
-    }
-    (partial / checkpoint.MANIFEST).write_text(json.dumps(manifest))
+    export.copy_small_files(source.directory, partial)
+    (partial / checkpoint.MANIFEST).write_text(json.dumps(export.manifest(source)))
 
 
-def _leaves(source: release.Release) -> dict[str, Leaf]:
+def _leaves(source: release.Release) -> dict[str, export.Leaf]:
     """Return every parameter, after checking each of its tensors against it."""
     params = checkpoint.parameters(checkpoint.abstract_model(source.config))
-    leaves: dict[str, Leaf] = {}
+    leaves: dict[str, export.Leaf] = {}
     first: dict[str, release.Tensor] = {}
     for entry in source.entries:
         tensor, shape = source.tensors[entry.name], params[entry.path].shape
@@ -148,36 +119,10 @@ def _leaves(source: release.Release) -> dict[str, Leaf]:
                 f"{tensor.name} is {release.CODES[tensor.dtype]} but {before.name} is "
                 f"{release.CODES[before.dtype]}; they are parts of one parameter and must agree"
             )
-        leaves[entry.path] = Leaf(shape, tensor.dtype, len(entry.index))
+        leaves[entry.path] = export.Leaf(shape, tensor.dtype, len(entry.index))
     if left := params.keys() - leaves.keys():
         raise AssertionError(f"params_map.py has no row for {sorted(left)}")
     return leaves
-
-
-def _allocate(params: pathlib.Path, leaves: dict[str, Leaf]) -> None:
-    """Make an Orbax checkpoint of the right arrays, all still without data.
-
-    Orbax writes a skeleton of one-element arrays with all of its metadata; each array is then
-    created anew at its true shape. So no array of the true size is ever in memory.
-    """
-    skeleton = {path: np.zeros((1,), leaf.dtype) for path, leaf in leaves.items()}
-    building = params.with_name(params.name + ".building")
-    shutil.rmtree(building, ignore_errors=True)
-    handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_zarr3=True)
-    with ocp.Checkpointer(handler) as checkpointer:
-        tree = checkpoint.to_tree(skeleton)
-        checkpointer.save(building.resolve(), args=ocp.args.PyTreeSave(tree))
-    for path, leaf in leaves.items():
-        chunks = {"name": "regular", "configuration": {"chunk_shape": leaf.chunk_shape}}
-        metadata = {
-            "shape": leaf.shape,
-            "data_type": leaf.dtype.name,
-            "chunk_grid": chunks,
-            "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}],
-        }
-        spec = checkpoint.array_spec(building, path) | {"metadata": metadata}
-        ts.open(spec, create=True, delete_existing=True).result()
-    building.rename(params)
 
 
 # ---- Orbax to release
@@ -222,7 +167,7 @@ def _to_hf(src: pathlib.Path, partial: pathlib.Path, config: Config) -> None:
         index = json.dumps(content, indent=2) + "\n"
     if index is not None:
         (partial / release.INDEX).write_text(index)
-    _copy_small_files(src, partial)
+    export.copy_small_files(src, partial)
     release.Release(partial)  # the checks that every reader makes
 
 
@@ -295,7 +240,7 @@ class _Progress:
         self._bar = tqdm.tqdm(
             total=total, initial=initial, unit="B", unit_scale=True, disable=not show
         )
-        self._journal = (partial / _JOURNAL).open("a")
+        self._journal = (partial / export.JOURNAL).open("a")
 
     def __enter__(self):
         return self
@@ -321,7 +266,7 @@ def _resume(partial: pathlib.Path, model_config, files: list[pathlib.Path]) -> s
     stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     source = repr((model_config, stats))
     fingerprint = "source " + hashlib.sha256(source.encode()).hexdigest()
-    journal = partial / _JOURNAL
+    journal = partial / export.JOURNAL
     if not journal.exists():
         if partial.exists() and any(partial.iterdir()):
             raise FileExistsError(
@@ -342,16 +287,6 @@ def _resume(partial: pathlib.Path, model_config, files: list[pathlib.Path]) -> s
         )
     os.truncate(journal, len(text.encode()))
     return set(lines[1:])
-
-
-def _copy_small_files(src: pathlib.Path, dst: pathlib.Path) -> None:
-    """Copy tokenizer and other files beside the weights, but no weights; config.json last.
-
-    Without config.json nothing is a checkpoint, so a half-written result is not taken for one.
-    """
-    for file in sorted(src.iterdir(), key=lambda file: (file.name == "config.json", file.name)):
-        if file.is_file() and not file.name.endswith(_SKIPPED) and file.name not in _OWN:
-            shutil.copyfile(file, dst / file.name)
 
 
 # ---- command line

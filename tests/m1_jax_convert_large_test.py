@@ -11,7 +11,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 import m1_jax
-from m1_jax import convert, release, testing
+from m1_jax import export, release, testing
 
 _REPO = pathlib.Path(__file__).resolve().parents[1]
 _MEBIBYTE = 2**20
@@ -53,7 +53,7 @@ def _measure(code, *arguments):
 
 _PREAMBLE = """
 import json, math, pathlib, sys, threading, time
-from m1_jax import checkpoint, config, convert, release
+from m1_jax import checkpoint, config, convert, export, release
 def memory(key):
     lines = pathlib.Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key + ":"))
@@ -99,7 +99,7 @@ start = time.monotonic()
 source = release.Release(sys.argv[1])
 read_secs = time.monotonic() - start
 leaves = convert._leaves(source)
-convert._allocate(pathlib.Path(sys.argv[2]), leaves)
+export.allocate(pathlib.Path(sys.argv[2]), leaves)
 chunks = [math.prod(leaf.chunk_shape) * leaf.dtype.itemsize for leaf in leaves.values()]
 print(json.dumps({
     "is_m1": source.config == config.ModelConfig.m1(),
@@ -130,6 +130,6 @@ def test_the_release_at_full_size_is_checked_in_seconds(tmp_path):
     assert got["read_secs"] < 30
     assert got["total_secs"] < 60
     assert got["peak_bytes"] < 2**30
-    assert got["largest_chunk_bytes"] <= convert.CHUNK_BYTES
+    assert got["largest_chunk_bytes"] <= export.CHUNK_BYTES
     stored = ocp.StandardCheckpointer().metadata(tmp_path / "params").item_metadata
     assert stored["layers"]["1"]["moe"]["gate"].shape == (10, 1, 32, 6144, 9216)

@@ -13,7 +13,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 import m1_jax
-from m1_jax import checkpoint, convert, params_map, release, testing
+from m1_jax import checkpoint, convert, export, params_map, release, testing
 
 _REPO = pathlib.Path(__file__).resolve().parents[1]
 # Orbax's own records, which hold times.
@@ -185,10 +185,10 @@ def test_export_cuts_new_shards_where_the_old_ones_do_not_fit(converted, tmp_pat
     """As after training: other dtypes than the release's headers say."""
     config = m1_jax.ModelConfig.from_file(converted / "config.json")
     arrays = checkpoint.open_params(converted, config)
-    leaf = convert.Leaf(arrays["head.kernel"].shape, np.dtype(np.float32), 0)
+    leaf = export.Leaf(arrays["head.kernel"].shape, np.dtype(np.float32), 0)
     values = arrays["head.kernel"].read().result().astype(np.float32)
     shutil.rmtree(converted / "params" / "head.kernel")
-    convert._allocate(tmp_path / "new", {"head.kernel": leaf})
+    export.allocate(tmp_path / "new", {"head.kernel": leaf})
     (tmp_path / "new" / "head.kernel").rename(converted / "params" / "head.kernel")
     checkpoint.open_params(converted, config)["head.kernel"].write(values).result()
 
@@ -227,7 +227,7 @@ class _SlowArray:
 @pytest.mark.parametrize("budget", [1, 30_000, 200_000, 2**40])
 def test_bytes_under_way_stay_within_the_budget(small, tmp_path, monkeypatch, budget):
     under_way = []
-    monkeypatch.setattr(convert, "_allocate", lambda params, _: params.mkdir())
+    monkeypatch.setattr(export, "allocate", lambda params, _: params.mkdir())
     monkeypatch.setattr(convert.ts, "open", lambda *_, **__: _Done(_SlowArray(under_way)))
     _convert("orbax", small, tmp_path / "orbax", memory_gib=budget / 2**30)
     sizes = [tensor.nbytes for tensor in release.Release(small).tensors.values()]

@@ -12,14 +12,14 @@ import pytest
 WORKER = pathlib.Path(__file__).parent / "processes_worker.py"
 
 
-def run(processes: int) -> list[dict]:
+def run(processes: int, directory) -> list[dict]:
     """Run the worker in `processes` processes of 8 devices together; return what each says."""
     with socket.socket() as listener:
         listener.bind(("localhost", 0))
         port = listener.getsockname()[1]
     started = [
         subprocess.Popen(
-            [sys.executable, WORKER, str(port), str(processes), str(index)],
+            [sys.executable, WORKER, str(port), str(processes), str(index), directory],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -39,12 +39,21 @@ def run(processes: int) -> list[dict]:
     return said
 
 
+def files(directory) -> dict[str, bytes]:
+    """Return what a saved model consists of, without Orbax's records of times and places."""
+    found = {str(p.relative_to(directory)): p for p in directory.rglob("*") if p.is_file()}
+    own = ("params/_CHECKPOINT_METADATA", "params/commit_success.txt")
+    return {k: p.read_bytes() for k, p in found.items() if k not in own}
+
+
 @pytest.mark.slow
-def test_two_and_four_processes_equal_one():
-    (wanted,) = run(1)
+def test_two_and_four_processes_equal_one(tmp_path):
+    (wanted,) = run(1, tmp_path / "1")
+    assert wanted["restored"]
     assert wanted["devices"] == 8
     for processes in (2, 4):
-        said = run(processes)
+        said = run(processes, tmp_path / str(processes))
+        assert files(tmp_path / str(processes)) == files(tmp_path / "1")
         assert all(one["devices"] == 8 for one in said)
         assert [one["local_devices"] for one in said] == [8 // processes] * processes
         for one in said:
@@ -53,4 +62,5 @@ def test_two_and_four_processes_equal_one():
             assert one["gradients"].keys() == wanted["gradients"].keys()
             for name, norm in one["gradients"].items():
                 np.testing.assert_allclose(norm, wanted["gradients"][name], rtol=1e-5)
+            assert one["restored"]
             assert one["error"] == wanted["error"] != ""

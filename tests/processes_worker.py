@@ -1,4 +1,7 @@
-"""One of several processes that compute one loss: `processes_worker.py PORT PROCESSES INDEX`."""
+"""One of several processes that compute one loss and save one model.
+
+processes_worker.py PORT PROCESSES INDEX DIRECTORY
+"""
 
 import dataclasses
 import json
@@ -11,11 +14,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from m1_jax import ModelConfig, checkpoint, logprobs, moe, sharding
+from m1_jax import ModelConfig, checkpoint, export, load, logprobs, moe, sharding
 from m1_jax.config import LIGHTNING, SOFTMAX
 
 
-def main(port: str, processes: int, index: int) -> None:
+def main(port: str, processes: int, index: int, directory: str) -> None:
     jax.config.update("jax_num_cpu_devices", 8 // processes)
     if processes > 1:
         jax.distributed.initialize(f"localhost:{port}", processes, index)
@@ -49,7 +52,14 @@ def main(port: str, processes: int, index: int) -> None:
         model(place(np.full_like(tokens, 999)))
     except ValueError as refused:
         error = str(refused)
+    saved = load(export.save(model, directory), mesh=layout.mesh)
+    pairs = zip(jax.tree.leaves(model), jax.tree.leaves(saved), strict=True)
     said = {
+        "restored": all(
+            np.array_equal(a.data, b.data)
+            for one, other in pairs
+            for a, b in zip(one.addressable_shards, other.addressable_shards, strict=True)
+        ),
         "devices": jax.device_count(),
         "local_devices": jax.local_device_count(),
         "loss": float(value),
@@ -61,4 +71,4 @@ def main(port: str, processes: int, index: int) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])
