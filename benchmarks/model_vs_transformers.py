@@ -37,6 +37,7 @@ import transformers
 from absl import app, flags
 
 import m1_jax
+from train import optim, step
 
 _SIZE = flags.DEFINE_enum("size", "full", ["full", "tiny"], "120M parameters, or a quick try.")
 _REPEATS = flags.DEFINE_integer("repeats", 7, "Timed calls of each side per case.", lower_bound=1)
@@ -208,6 +209,45 @@ def _their_train_secs(model, tokens):
     return _clock(call)
 
 
+def _our_steps(ours, tokens):
+    """Return a call that makes one step of `train.step` on its own copy of the model."""
+    settings = step.Settings(optim.AdamW(1e-6), balance_coefficient=0.0)
+    held = [step.init(jax.tree.map(jnp.copy, ours), settings.optimizer)]
+    ones = jnp.ones_like(tokens)
+    places = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+    targets = jnp.roll(tokens, -1, axis=1)
+    weights = jnp.ones(tokens.shape, jnp.float32).at[:, -1].set(0.0)
+    batch = step.Batch(tokens, ones, places, targets, weights)
+
+    def call():
+        state, metrics = step.update(held.pop(), batch, settings=settings)
+        held.append(state)
+        return metrics, state.step
+
+    return lambda: _clock(call)
+
+
+def _their_steps(model, tokens: torch.Tensor):
+    """Return a call that makes one step of a plain loop: backward, clip, fused AdamW."""
+    model = copy.deepcopy(model)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), 1e-6, betas=(0.9, 0.95), eps=1e-15, weight_decay=0.0, fused=True
+    )
+
+    def call(experts: str):
+        model.set_experts_implementation(experts)
+
+        def one():
+            optimizer.zero_grad(set_to_none=True)
+            model(tokens, labels=tokens, use_cache=False).loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+
+        return _clock(one)
+
+    return call
+
+
 def _build(size: Size):
     """Return (our model, their model) with equal random weights, through a saved checkpoint."""
     torch.manual_seed(0)
@@ -358,6 +398,19 @@ def _cases(ours, theirs, size: Size) -> list[Case]:
             1.5,
         )
     )
+    if "training-step" in _CASES.value or not _CASES.value:
+        their_steps = _their_steps(theirs, train_torch)
+        cases.append(
+            Case(
+                "training-step",
+                train_torch.numel(),
+                _matmuls(size, train_torch.numel(), train_torch.numel(), passes=3),
+                _our_steps(ours, train_jax),
+                lambda: their_steps(theirs.config._experts_implementation),
+                many,
+                1.5,
+            )
+        )
     return cases
 
 

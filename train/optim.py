@@ -109,3 +109,47 @@ def warmup_cosine(peak: float, warmup_steps: int, total_steps: int, final: float
 @functools.cache
 def _warmup_cosine(peak, warmup_steps, total_steps, final):
     return optax.warmup_cosine_decay_schedule(0.0, peak, warmup_steps, total_steps, final)
+
+
+@functools.cache
+def over_tokens(
+    shape: str,
+    start: float,
+    end: float,
+    warmup_tokens: int,
+    tokens: int,
+    tokens_per_step: int,
+    first_step: int = 0,
+) -> Schedule:
+    """Return the learning rate of one stage of a run, by the run's step.
+
+    Args:
+      shape: "constant" is `end` throughout; "linear" and "cosine" go from `start` to `end`.
+      warmup_tokens: over which the rate is also multiplied by a rise from 0 to 1.
+      tokens, tokens_per_step: of the stage. first_step: the run's step at which it begins.
+    """
+
+    def schedule(step: Int[Array, ""]) -> Float[Array, ""]:
+        done = jnp.asarray(step - first_step, jnp.float32) * tokens_per_step
+        share = jnp.clip(done / tokens, 0.0, 1.0)
+        if shape == "cosine":
+            share = (1 - jnp.cos(jnp.pi * share)) / 2
+        rate = end if shape == "constant" else start + (end - start) * share
+        # The first step's own tokens count, so that it is not wasted on a rate of 0.
+        return rate * jnp.minimum(1.0, (done + tokens_per_step) / max(warmup_tokens, 1))
+
+    return schedule
+
+
+@functools.cache
+def joined(
+    points: tuple[tuple[int, float], ...], first_token: int, tokens_per_step: int, first_step: int
+) -> Schedule:
+    """Return lines between (token of the run, value) points by step, level outside of them."""
+    tokens, values = (jnp.asarray(column, jnp.float32) for column in zip(*points, strict=True))
+
+    def schedule(step: Int[Array, ""]) -> Float[Array, ""]:
+        at = first_token + jnp.asarray(step - first_step, jnp.float32) * tokens_per_step
+        return jnp.interp(at, tokens, values)
+
+    return schedule

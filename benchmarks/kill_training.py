@@ -1,0 +1,169 @@
+"""Kills a tiny training run again and again, and compares it with one that was left alone.
+
+    python benchmarks/kill_training.py [--kills=30] [--steps=120] [--devices=1] [--workers=0]
+
+Every start of the second run is killed after a random while, by SIGKILL or SIGTERM, until the
+given number of kills; the last start ends by itself. Losses of every step, sample ids of every
+step, weights, moments and data positions must be the same, to the bit. --devices=1,2 and
+--workers=0,1 take turns over the starts; with other numbers of devices losses and weights are
+compared within float32 rounding instead. Exit status 1 where anything differs.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+
+import numpy as np
+import tensorstore as ts
+import tqdm
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+EXACT = ("loss", "balance_loss", "grad_norm", "learning_rate", "tokens", "expert_load_max")
+ROWS, LENGTH = 4, 64
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kills", type=int, default=30)
+    parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--save_every", type=int, default=3)
+    parser.add_argument("--devices", default="1", help="of each start, in turn")
+    parser.add_argument("--workers", default="0", help="of each start, in turn")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    devices = [int(n) for n in arguments.devices.split(",")]
+    workers = [int(n) for n in arguments.workers.split(",")]
+    with tempfile.TemporaryDirectory() as temporary:
+        whole, killed = pathlib.Path(temporary) / "whole", pathlib.Path(temporary) / "killed"
+        start = time.monotonic()
+        wait(begin(whole, arguments, devices[0], workers[0]), None)
+        usual = time.monotonic() - start
+        counts = {"SIGKILL": 0, "SIGTERM": 0}
+        rng, number = random.Random(arguments.seed), 0
+        with tqdm.tqdm(total=arguments.kills, unit="kill") as bar:
+            while True:
+                process = begin(
+                    killed,
+                    arguments,
+                    devices[number % len(devices)],
+                    workers[number % len(workers)],
+                )
+                number += 1
+                # From before the first step to after the last one of a whole run.
+                secs = rng.uniform(0.1, 1.0) * usual if bar.n < arguments.kills else None
+                name = wait(process, secs, rng.choice([signal.SIGKILL, signal.SIGTERM]))
+                if name is None and (bar.n >= arguments.kills or number > 5 * arguments.kills):
+                    break
+                if name is not None:
+                    counts[name] += 1
+                    bar.update()
+                if name is None:  # it came to its end: take its last part away and go on
+                    rewind(killed, rng)
+        problems = compare(whole, killed, exact=len(set(devices)) == 1)
+    print(f"{counts}, {number} starts, {arguments.steps} steps")
+    print(
+        *problems or ["losses, samples, weights, moments and data positions are the same"], sep="\n"
+    )
+    sys.exit(bool(problems))
+
+
+def begin(workdir: pathlib.Path, arguments, devices: int, workers: int) -> subprocess.Popen:
+    values = {
+        "stages": f"[{{'seq_len': {LENGTH}, 'rows': {ROWS}, 'learning_rate': 3e-3, "
+        f"'tokens': {arguments.steps * ROWS * LENGTH}}}]",
+        "save.every_steps": arguments.save_every,
+        "evaluation.every_steps": 0,
+        "log.every_steps": 1,
+        "log.samples": True,
+        "data.workers": workers,
+    }
+    command = [sys.executable, "-m", "train.pretrain", f"--workdir={workdir}"]
+    command += ["--config=configs/tiny_pretrain.py", *(f"--set={k}={v}" for k, v in values.items())]
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
+    log = open(workdir.with_suffix(".log"), "a")  # noqa: SIM115
+    return subprocess.Popen(command, cwd=ROOT, env=env, stdout=log, stderr=log)
+
+
+def wait(process: subprocess.Popen, secs: float | None, number=signal.SIGKILL) -> str | None:
+    """Kill the process after `secs`; return the signal's name, or None if it ended before."""
+    try:
+        code = process.wait(secs)
+    except subprocess.TimeoutExpired:
+        process.send_signal(number)
+        code = process.wait()
+        if code in (-number, 128 + number):
+            return signal.Signals(number).name
+    if code:
+        raise SystemExit(f"a run ended with status {code}; its log: {log_of(process)}")
+    return None
+
+
+def log_of(process: subprocess.Popen) -> str:
+    workdir = next(a for a in process.args if a.startswith("--workdir=")).partition("=")[2]
+    return pathlib.Path(workdir).with_suffix(".log").read_text()[-3000:]
+
+
+def rewind(workdir: pathlib.Path, rng: random.Random) -> None:
+    """Delete the newest checkpoints but one, so that a finished run has something left to do."""
+    steps = sorted(int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit())
+    for step in steps[1:]:
+        subprocess.run(["rm", "-r", str(workdir / "checkpoints" / str(step))], check=True)
+
+
+def compare(whole: pathlib.Path, killed: pathlib.Path, exact: bool) -> list[str]:
+    problems = []
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        one, other = (
+            [json.loads(line) for line in (path / name).read_text().splitlines()]
+            for path in (whole, killed)
+        )
+        if [r["step"] for r in one] != [r["step"] for r in other]:
+            problems.append(f"{name}: other steps")
+            continue
+        for a, b in zip(one, other, strict=True):
+            for key in a.keys() & b.keys() & {*EXACT, "samples"}:
+                same = a[key] == b[key]
+                if not exact and key not in ("samples", "tokens"):
+                    same = np.isclose(a[key], b[key], rtol=2e-3, atol=1e-6)
+                if not same:
+                    problems.append(f"step {a['step']}: {key} {a[key]} against {b[key]}")
+    one, other = (arrays(path) for path in (whole, killed))
+    if one.keys() != other.keys():
+        problems.append("other arrays")
+    for name in one.keys() & other.keys():
+        close = np.allclose(one[name], other[name], rtol=1e-2, atol=1e-3)
+        if not (np.array_equal(one[name], other[name]) if exact else close):
+            gap = np.abs(one[name].astype(float) - other[name]).max()
+            problems.append(f"{name} differs by {gap:.2g}")
+    places = [newest(path) / "data" / "metadata" for path in (whole, killed)]
+    if places[0].read_text() != places[1].read_text():
+        problems.append("the position in the data differs")
+    return problems[:20]
+
+
+def newest(workdir: pathlib.Path) -> pathlib.Path:
+    return max((workdir / "checkpoints").iterdir(), key=lambda p: int(p.name))
+
+
+def arrays(workdir: pathlib.Path) -> dict[str, np.ndarray]:
+    """Read all arrays of the newest checkpoint, as Orbax stores them."""
+    directory = newest(workdir) / "state"
+    base = {"driver": "ocdbt", "base": f"file://{directory}/"}
+    keys = ts.KvStore.open(base).result().list().result()
+    names = sorted({key.decode().rsplit("/", 1)[0] for key in keys if key.endswith(b"/.zarray")})
+    spec = {"driver": "zarr"}
+    return {
+        n: ts.open(spec | {"kvstore": base | {"path": f"{n}/"}}).result().read().result()
+        for n in names
+    }
+
+
+if __name__ == "__main__":
+    main()

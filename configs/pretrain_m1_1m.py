@@ -1,0 +1,51 @@
+"""Growing the context of MiniMax-M1 from 32K to 1M tokens, in the report's four stages.
+
+    python -m train.pretrain --distributed --config=configs/pretrain_m1_1m.py:CHECKPOINT \\
+        --workdir=/mnt/run --set=save.directory=gs://BUCKET/RUN
+
+512 chips of TPU v5p (8x8x8), 2M tokens in a step throughout, so that only the length changes: the
+decay rates of early and late lightning layers differ so much that jumps in length, or fewer rows,
+make gradients explode (M1 2.2). Compiled for that slice:
+PLAN_1M
+"""
+
+from train.config import Data, Evaluation, Run, Save, Source, Stage
+
+K = 1024
+TOKENS_PER_STEP = 2 * K * K
+BILLION = 10**9
+STAGES = (
+    (32 * K, (("fsdp", 2), ("expert", 32), ("context", 8))),
+    (128 * K, (("expert", 16), ("context", 32))),
+    (512 * K, (("expert", 4), ("context", 128))),
+    (1024 * K, (("expert", 2), ("context", 256))),
+)
+
+
+def get_config(arg: str = "") -> Run:
+    stages = tuple(
+        Stage(
+            seq_len=length,
+            rows=TOKENS_PER_STEP // length,
+            tokens=50 * BILLION,
+            learning_rate=8e-6,
+            mesh=mesh,
+        )
+        for length, mesh in STAGES
+    )
+    return Run(
+        checkpoint=arg or "MiniMax-M1-80k",
+        remat="layer",
+        stages=stages,
+        data=Data(
+            sources=(
+                Source("long", "data/long-*.array_record", "text", weight=0.7),
+                Source("web", "data/pretrain-*.array_record", "text", weight=0.3),
+            ),
+            workers=8,
+        ),
+        evaluation=Evaluation(
+            sources=(Source("held_out", "data/held-out-*.array_record", "text"),), every_steps=500
+        ),
+        save=Save(every_steps=200, keep=3, keep_every=5_000),
+    )

@@ -1,0 +1,32 @@
+"""Continued pretraining of MiniMax-M1 at 4,096 tokens: the report's constant rate, then its decay.
+
+    python -m train.pretrain --distributed --config=configs/pretrain_m1_4k.py:CHECKPOINT \\
+        --workdir=gs://BUCKET/RUN
+
+512 chips of TPU v5p (8x8x8), 512 rows of 4,096 tokens in a step. Compiled for that slice:
+PLAN_4K
+"""
+
+from train.config import Data, Run, Save, Source, Stage
+
+ROWS, LENGTH = 512, 4096
+MESH = (("fsdp", 16), ("expert", 32))
+TRILLION = 10**12
+
+
+def get_config(arg: str = "") -> Run:
+    def stage(tokens: int, rate: float, **kwargs) -> Stage:
+        return Stage(
+            seq_len=LENGTH, rows=ROWS, tokens=tokens, learning_rate=rate, mesh=MESH, **kwargs
+        )
+
+    return Run(
+        checkpoint=arg or "MiniMax-M1-80k",
+        remat="layer",
+        stages=(
+            stage(5 * TRILLION // 2, 8e-5, warmup_tokens=10**10),
+            stage(5 * TRILLION, 8e-6, shape="linear"),
+        ),
+        data=Data(sources=(Source("web", "data/pretrain-*.array_record", "text"),), workers=8),
+        save=Save(every_steps=500, keep=3, keep_every=10_000),
+    )

@@ -1,0 +1,37 @@
+"""Cold-start SFT of MiniMax-M1 on long chains of thought, up to 32K tokens.
+
+    python -m train.sft --distributed --config=configs/sft_m1.py:CHECKPOINT \\
+        --workdir=/mnt/run --set=save.directory=gs://BUCKET/RUN
+
+512 chips of TPU v5p (8x8x8), 64 packed rows of 32,768 tokens in a step. Compiled for that slice:
+PLAN_SFT
+"""
+
+from train.config import Data, Run, Save, Source, Stage
+
+ROWS, LENGTH = 64, 32_768
+
+
+def get_config(arg: str = "") -> Run:
+    return Run(
+        checkpoint=arg or "MiniMax-M1-80k",
+        remat="layer",
+        stages=(
+            Stage(
+                seq_len=LENGTH,
+                rows=ROWS,
+                tokens=2_000 * ROWS * LENGTH,
+                learning_rate=1e-5,
+                warmup_tokens=50 * ROWS * LENGTH,
+                shape="cosine",
+                mesh=(("fsdp", 2), ("expert", 32), ("context", 8)),
+            ),
+        ),
+        data=Data(
+            sources=(Source("thoughts", "data/sft-*.array_record", "chat"),),
+            overlong="drop",
+            thinking="keep",
+            workers=8,
+        ),
+        save=Save(every_steps=200, keep=3),
+    )

@@ -1,0 +1,30 @@
+"""Supervised fine-tuning of the tiny model: sums, answered in a fixed form after a thought.
+
+    python -m train.sft --config=configs/tiny_sft.py --workdir=/tmp/tiny_sft
+
+Starts from a checkpoint: --config=configs/tiny_sft.py:DIR; else from random weights.
+Two CPU cores, under a minute.
+"""
+
+from m1_jax.config import ModelConfig
+from train.config import Data, Log, Run, Save, Source, Stage
+
+ROWS = 8
+
+
+def get_config(arg: str = "") -> Run:
+    return Run(
+        checkpoint=arg,
+        model=None if arg else ModelConfig.tiny(),
+        tokenizer="demo/data/tokenizer",
+        dtype="float32",
+        stages=(
+            Stage(seq_len=256, rows=ROWS, tokens=100 * ROWS * 256, learning_rate=3e-3,
+                  warmup_tokens=5 * ROWS * 256),
+        ),
+        data=Data(
+            sources=(Source("sums", "demo/data/chat.jsonl", "chat"),), overlong="error"
+        ),
+        save=Save(every_steps=50),
+        log=Log(every_steps=10),
+    )  # fmt: skip

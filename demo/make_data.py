@@ -1,0 +1,59 @@
+"""Writes demo/data: a little world in plain sentences, sums to answer, the tiny tokenizer.
+
+    PYTHONPATH=. python demo/make_data.py
+
+Always the same files.
+"""
+
+import json
+import pathlib
+import random
+
+from m1_jax import testing
+
+OUT = pathlib.Path(__file__).resolve().parent / "data"
+PLACES = {"harbour": "ships", "market": "apples", "library": "books", "mill": "flour"}
+PEOPLE = ["Ada", "Ben", "Cleo", "Dan", "Eve", "Finn"]
+TIMES = ["In the morning", "At noon", "In the evening"]
+
+
+def story(rng: random.Random) -> str:
+    """Return a few sentences whose later words follow from earlier ones."""
+    who, friend = rng.sample(PEOPLE, 2)
+    lines = []
+    for time in TIMES:
+        place = rng.choice(list(PLACES))
+        count = rng.randint(2, 9)
+        lines.append(f"{time} {who} goes to the {place} and counts {count} {PLACES[place]}.")
+        lines.append(f"{friend} asks how many {PLACES[place]} are at the {place}: there are {count}.")
+    return " ".join(lines)
+
+
+def sum_chat(rng: random.Random) -> dict:
+    """Return a conversation that thinks in one line and answers in a fixed form."""
+    a, b = rng.randint(1, 9), rng.randint(1, 9)
+    thought = f"{a} and {b} make {a + b}."
+    return {
+        "messages": [
+            {"role": "user", "content": f"What is {a} + {b}?"},
+            {"role": "assistant", "content": f"<think>\n{thought}\n</think>\n\nAnswer: {a + b}"},
+        ]
+    }
+
+
+def main() -> None:
+    rng = random.Random(0)
+    OUT.mkdir(exist_ok=True)
+    for name, number in (("text", 400), ("text_held_out", 20)):
+        write(name, [{"text": story(rng)} for _ in range(number)])
+    write("chat", [sum_chat(rng) for _ in range(600)])
+    testing.write_tiny_tokenizer(OUT / "tokenizer")
+
+
+def write(name: str, records: list[dict]) -> None:
+    lines = (json.dumps(record) + "\n" for record in records)
+    (OUT / f"{name}.jsonl").write_text("".join(lines))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,174 @@
+"""Checkpoints of a run with Orbax: state, data position and config in one atomic unit.
+
+A checkpoint holds
+    state/   parameters and moments by their paths, in float32; restored onto any mesh
+    data/    where every source stands, of all processes
+    run/     the resolved config, the fingerprint of the data, and a digest of the state
+"""
+
+import dataclasses
+import json
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+from jax.experimental import multihost_utils
+
+from train import config as config_lib
+from train import step as step_lib
+
+
+class ResumeError(ValueError):
+    """A checkpoint that this run cannot go on from; the message says why and what to do."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Position:
+    """What a checkpoint knows beside arrays. data: of `data.Stream.get_state`, all processes'."""
+
+    step: int
+    data: dict[str, Any]
+    config: dict[str, Any]
+    fingerprint: dict[str, Any]
+    digest: int
+
+
+class Checkpoints:
+    """The checkpoints below a run's directory; a context that waits for the last one to land."""
+
+    def __init__(self, directory: pathlib.Path, save: config_lib.Save):
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=save.keep,
+            keep_period=save.keep_every or None,
+            cleanup_tmp_directories=True,  # what a killed process left half written
+            enable_async_checkpointing=True,
+        )
+        handlers = {
+            "state": ocp.PyTreeCheckpointHandler(),
+            "data": ocp.JsonCheckpointHandler(),
+            "run": ocp.JsonCheckpointHandler(),
+        }
+        place = epath.Path(save.directory) if save.directory else epath.Path(directory.resolve())
+        self._manager = ocp.CheckpointManager(
+            place / "checkpoints", item_handlers=handlers, options=options
+        )
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self._manager.close()
+
+    def wait(self) -> None:
+        self._manager.wait_until_finished()
+
+    def latest_step(self) -> int | None:
+        return self._manager.latest_step()
+
+    def all_steps(self) -> list[int]:
+        return sorted(self._manager.all_steps())
+
+    def save(self, state: step_lib.TrainState, data: dict, config: dict, fingerprint: dict) -> None:
+        """Write a checkpoint; arrays are copied before this returns, files land behind it."""
+        run = {"config": config, "fingerprint": fingerprint, "digest": int(digest(state))}
+        items = ocp.args.Composite(
+            state=ocp.args.PyTreeSave(flatten(state)),
+            data=ocp.args.JsonSave(_of_all_processes(data)),
+            run=ocp.args.JsonSave(run),
+        )
+        self._manager.save(int(state.step), args=items, force=True)
+
+    def position(self, step: int) -> Position:
+        """Return what a checkpoint says of itself, without its arrays."""
+        items = ocp.args.Composite(data=ocp.args.JsonRestore(), run=ocp.args.JsonRestore())
+        found = self._manager.restore(step, args=items)
+        return Position(step=step, data=found["data"], **found["run"])
+
+    def restore(self, step: int, like: step_lib.TrainState) -> step_lib.TrainState:
+        """Read a state onto the shapes and shardings of `like`.
+
+        Raises:
+          ResumeError: a checkpoint of another model, or one whose arrays are not what was saved.
+        """
+        wanted = flatten(like)
+        saved = self._manager.item_metadata(step)["state"].tree
+        shapes = {name: tuple(meta.shape) for name, meta in saved.items()}
+        for name, leaf in wanted.items():
+            if shapes.get(name) != leaf.shape:
+                raise ResumeError(
+                    f"checkpoint of step {step}: {name} has shape {shapes.get(name)}; the model "
+                    f"wants {leaf.shape}. Is it another model's? Give a new --workdir."
+                )
+        places = {
+            name: ocp.ArrayRestoreArgs(
+                dtype=leaf.dtype, sharding=leaf.sharding, global_shape=leaf.shape
+            )
+            for name, leaf in wanted.items()
+        }
+        items = ocp.args.Composite(state=ocp.args.PyTreeRestore(wanted, restore_args=places))
+        state = unflatten(self._manager.restore(step, args=items)["state"], like)
+        expected, got = self.position(step).digest, int(digest(state))
+        if got != expected:
+            raise ResumeError(
+                f"checkpoint of step {step} is damaged: its digest is {got}, but {expected} was "
+                "saved. Delete it to go on from the one before."
+            )
+        return state
+
+
+def flatten(state: step_lib.TrainState) -> dict[str, Any]:
+    """Return a state's leaves by their paths."""
+    leaves = jax.tree_util.tree_leaves_with_path(state)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+
+
+def unflatten(leaves: dict[str, Any], like: step_lib.TrainState) -> step_lib.TrainState:
+    """Return a state shaped like another one with the leaves that `flatten` gave."""
+    return jax.tree.unflatten(jax.tree.structure(like), [leaves[name] for name in flatten(like)])
+
+
+@jax.jit
+def digest(state: step_lib.TrainState) -> jax.Array:
+    """Return one number of all bits, the same on any mesh: whole numbers add up in any order.
+
+    Each word is multiplied by an odd number of its place, so that swapped values do not cancel.
+    """
+
+    def one(leaf):
+        words = jax.lax.bitcast_convert_type(leaf, jnp.uint32)
+        for dim in range(words.ndim):
+            place = jax.lax.broadcasted_iota(jnp.uint32, words.shape, dim)
+            words = words * (place * jnp.uint32(2654435761) + jnp.uint32(2 * dim + 1) | 1)
+        return jnp.sum(words, dtype=jnp.uint32)
+
+    total = jnp.zeros((), jnp.uint32)
+    for leaf in jax.tree.leaves(state):
+        total = total * jnp.uint32(31) + one(leaf)
+    return total
+
+
+def _of_all_processes(data: dict) -> dict:
+    """Merge every process's dict; a small JSON of each goes over the network."""
+    if jax.process_count() == 1:
+        return data
+    text = np.frombuffer(json.dumps(data).encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.asarray([text.size]))
+    padded = np.zeros(int(sizes.max()), np.uint8)
+    padded[: text.size] = text
+    parts = multihost_utils.process_allgather(padded)
+    merged: dict = {}
+    for part, size in zip(parts, sizes.reshape(-1), strict=True):
+        merged = _merge(merged, json.loads(part[: int(size)].tobytes()))
+    return merged
+
+
+def _merge(one: dict, other: dict) -> dict:
+    both = dict(one)
+    for key, value in other.items():
+        old = both.get(key)
+        both[key] = _merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return both

@@ -1,0 +1,50 @@
+"""What the training commands share: flags, errors in one line, exit status."""
+
+import sys
+from collections.abc import Callable
+
+import jax
+from absl import app, flags, logging
+
+from m1_jax import configlib
+from train import config as config_lib
+from train import loop
+
+Fit = Callable[[config_lib.Run | None, str], loop.Summary]
+
+
+def cli(run: Fit) -> None:
+    """Run a command around `run(config, workdir)`."""
+    flags.DEFINE_string("config", None, "File with get_config(arg), as FILE or FILE:ARG.")
+    flags.DEFINE_multi_string("set", [], "FIELD=VALUE in the config; may be repeated.")
+    flags.DEFINE_string("workdir", None, "Directory of the run: checkpoints, metrics, config.")
+    flags.DEFINE_bool("distributed", False, "Join the other processes of a TPU slice or cluster.")
+    flags.DEFINE_bool("verbose", False, "Tell every step that is logged, and what libraries do.")
+    app.run(lambda argv: _main(argv, run))
+
+
+def _main(argv, run: Fit) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"unknown argument {argv[1]!r}")
+    given = flags.FLAGS
+    logging.set_verbosity(logging.INFO if given.verbose else logging.WARNING)
+    try:
+        if not given.workdir:
+            raise ValueError("workdir: got none; wanted a directory for the run")
+        if "://" in given.workdir:
+            raise ValueError(
+                f"workdir: got {given.workdir}; wanted a local or mounted directory. Checkpoints "
+                "alone go to a bucket: --set=save.directory=gs://BUCKET/RUN"
+            )
+        if given.set and not given.config:
+            raise ValueError("set: got overrides without --config, which they would change")
+        config = configlib.load(given.config, given.set) if given.config else None
+        if given.distributed:
+            jax.distributed.initialize()
+        summary = run(config, given.workdir)
+    except (ValueError, OSError, FloatingPointError) as error:
+        sys.exit("error: " + " ".join(str(error).split("\n")))
+    if summary.stopped_by is not None:
+        print(f"stopped at step {summary.step}; the same command goes on", file=sys.stderr)
+        sys.exit(128 + summary.stopped_by)
+    print(f"{summary.step} steps, loss {summary.loss:.4f}", file=sys.stderr)

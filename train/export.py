@@ -1,0 +1,61 @@
+"""Command: a run's newest checkpoint as a converted directory, for `m1_jax.load` and the way back.
+
+    python -m train.export --workdir=RUN --dst=DIR [--step=N] [--dtype=bfloat16]
+    python -m m1_jax.convert --to=hf --src=DIR --dst=RELEASE_DIR
+"""
+
+import pathlib
+import sys
+
+import jax.numpy as jnp
+from absl import app, flags, logging
+
+from m1_jax import export
+from train import checkpoints, loop
+
+
+def run(workdir, dst, step: int | None = None, dtype: str = "") -> pathlib.Path:
+    """Write the model of a run's checkpoint, by default the newest, to the new directory `dst`.
+
+    dtype: of the parameters on disk; empty takes that of the computation. Routers stay float32.
+
+    Raises:
+      ResumeError: a directory without a run, or without this checkpoint.
+      FileExistsError: `dst` exists.
+    """
+    config = loop.resolve(None, pathlib.Path(workdir))
+    session = loop.Session(config, pathlib.Path(workdir))
+    with checkpoints.Checkpoints(pathlib.Path(workdir), config.save) as saved:
+        there = saved.all_steps()
+        step = max(there, default=None) if step is None else step
+        if step not in there:
+            raise checkpoints.ResumeError(f"{workdir}: got step {step}; it has {there}")
+        state = saved.restore(step, session.abstract(len(config.stages) - 1))
+    dtype = dtype or config.dtype
+    export.save(state.model, dst, config.checkpoint or None, jnp.dtype(dtype))
+    if not config.checkpoint:
+        export.copy_small_files(pathlib.Path(config.tokenizer), pathlib.Path(dst))
+    return pathlib.Path(dst)
+
+
+def main(argv) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"unknown argument {argv[1]!r}")
+    logging.set_verbosity(logging.WARNING)
+    given = flags.FLAGS
+    try:
+        run(given.workdir, given.dst, given.step, given.dtype)
+    except (ValueError, OSError) as error:
+        sys.exit("error: " + " ".join(str(error).split("\n")))
+
+
+def cli() -> None:
+    flags.DEFINE_string("workdir", None, "Directory of the run.", required=True)
+    flags.DEFINE_string("dst", None, "New directory.", required=True)
+    flags.DEFINE_integer("step", None, "Of the checkpoint; by default the newest.")
+    flags.DEFINE_enum("dtype", "", ["", "bfloat16", "float32"], "On disk; empty: the run's.")
+    app.run(main)
+
+
+if __name__ == "__main__":
+    cli()

@@ -1,0 +1,444 @@
+"""The training loop: restore, read, step, log, evaluate, save, stop."""
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import pathlib
+import signal
+import threading
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from jax.experimental import multihost_utils
+
+from m1_jax import checkpoint, configlib, flops, release, sharding
+from m1_jax import config as model_config_lib
+from m1_jax import tokenizer as tokenizer_lib
+from train import checkpoints, data, evaluate, metrics, optim
+from train import config as config_lib
+from train import step as step_lib
+
+CONFIG = "config.json"
+# What may change when a run goes on: where it computes and what it tells, never what it computes.
+MAY_CHANGE = ("save.", "log.", "evaluation.", "data.workers", "data.prefetch", "compilation_cache")
+STAGE_MAY_CHANGE = (".mesh",)
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """How a run ended. stopped_by: the signal that ended it, or None at its full length."""
+
+    step: int
+    loss: float
+    stopped_by: int | None = None
+
+
+def fit(config: config_lib.Run | None, workdir) -> Summary:
+    """Train, from the newest checkpoint in `workdir` if there is one.
+
+    config: None goes on with the run that `workdir` holds. A run that was killed and started
+    again makes the same steps, to the bit, as one that was not.
+
+    Raises:
+      ValueError, CheckpointError, ConfigError: anything that is wrong, before the first step.
+    """
+    workdir = pathlib.Path(workdir)
+    config = resolve(config, workdir)
+    _use_compilation_cache(config.compilation_cache)
+    if jax.process_index() == 0:
+        workdir.mkdir(parents=True, exist_ok=True)
+        _write(workdir / CONFIG, json.dumps(configlib.to_json(config), indent=1))
+    session = Session(config, workdir)
+    with contextlib.ExitStack() as stack:
+        session.enter(stack)
+        return session.run()
+
+
+def resolve(config: config_lib.Run | None, workdir: pathlib.Path) -> config_lib.Run:
+    """Return the config to run: the given one, if `workdir` does not hold another run."""
+    file = workdir / CONFIG
+    if not file.exists():
+        if config is None:
+            raise checkpoints.ResumeError(f"{workdir} holds no run to go on with; give --config")
+        return config
+    saved = configlib.from_json(config_lib.Run, json.loads(file.read_text()))
+    if config is None:
+        return saved
+    changed = [
+        line
+        for line in configlib.differences(saved, config)
+        if not line.startswith(MAY_CHANGE)
+        and not any(f"{part}." in line or f"{part}:" in line for part in STAGE_MAY_CHANGE)
+    ]
+    if changed:
+        raise checkpoints.ResumeError(
+            f"{workdir} holds a run with another config: {'; '.join(changed)}. Go on with it by "
+            "leaving --config out, or give a new --workdir."
+        )
+    return config
+
+
+class Session:
+    """What one process keeps while it trains."""
+
+    def __init__(self, config: config_lib.Run, workdir: pathlib.Path):
+        self.config, self.workdir = config, workdir
+        self.model_config = _model_config(config)
+        self.tokenizer = tokenizer_lib.Tokenizer.load(config.tokenizer or config.checkpoint)
+        _check_tokenizer(self.tokenizer, self.model_config)
+        self.layouts = [_layout(stage, self.model_config) for stage in config.stages]
+        self.total_steps = sum(stage.steps for stage in config.stages)
+        self.spikes = metrics.Spikes(config.log.spike)
+        self.skipped, self.loss = 0, math.nan
+        self.signal: int | None = None
+
+    def enter(self, stack: contextlib.ExitStack) -> None:
+        """Open what must be closed again, and find where to start."""
+        self.checkpoints = stack.enter_context(
+            checkpoints.Checkpoints(self.workdir, self.config.save)
+        )
+        latest = self.checkpoints.latest_step()
+        self.position = None if latest is None else self.checkpoints.position(latest)
+        self.step = latest or 0
+        stack.enter_context(_caught(self._stop))
+        # Opened once here, so that bad data stops the run before anything is written.
+        with self._stream(0) as stream:
+            self.fingerprint = stream.fingerprint()
+        if self.position is not None:
+            _check_fingerprint(self.position.fingerprint, self.fingerprint)
+        self.writer = stack.enter_context(
+            metrics.Writer(self.workdir, self.step, self.total_steps)
+        )
+
+    def run(self) -> Summary:
+        state, data_state, first = None, None, 0
+        if self.position is not None:
+            data_state = self.position.data
+        for index, stage in enumerate(self.config.stages):
+            last = first + stage.steps
+            if self.step < last and self.signal is None:
+                state = self._state(index, state)
+                state, data_state = self._stage(index, first, state, data_state)
+            first = last
+        self.checkpoints.wait()
+        return Summary(self.step, self.loss, self.signal)
+
+    # ---- one stage
+
+    def _stage(self, index: int, first: int, state, data_state):
+        stage, layout = self.config.stages[index], self.layouts[index]
+        last, settings = first + stage.steps, self._settings(index, first)
+        place = _Place(layout, stage.rows)
+        waiting: list = []  # the step before: its numbers are fetched while this one computes
+        with self._stream(index, place) as stream, self._trace() as trace:
+            if data_state is not None:
+                stream.set_state(data_state)
+            self.clock, self.since = time.perf_counter(), self.step
+            while self.step < last:
+                trace(self.step)
+                rows = next(stream)
+                state, values = step_lib.update(state, place(rows.batch), settings=settings)
+                self.step += 1
+                waiting.append((self.step, values, rows))
+                stop = self._must_stop()
+                pause = stop or self.step == last or self._is_due(self.config.save.every_steps)
+                judge = self._is_due(self.config.evaluation.every_steps) or self.step == last
+                while len(waiting) > (0 if pause or judge else 1):
+                    self._report(index, *waiting.pop(0))
+                if judge and self.config.evaluation.every_steps:
+                    self._evaluate(index, state.model, place)
+                if pause:
+                    self._save(state, stream)
+                if stop:
+                    break
+            return state, stream.get_state()
+
+    def _is_due(self, every: int) -> bool:
+        return every > 0 and self.step % every == 0
+
+    def _save(self, state, stream) -> None:
+        self.writer.flush()
+        config = configlib.to_json(self.config)
+        self.checkpoints.save(state, stream.get_state(), config, self.fingerprint)
+
+    def _report(self, index: int, step: int, values: dict, rows: data.Rows) -> None:
+        """Log one step, and judge it."""
+        values = {name: np.asarray(value) for name, value in values.items()}
+        load = values.pop("expert_load")
+        record = {name: float(value) for name, value in values.items()}
+        self.loss = record["loss"]
+        self.writer.advance(step)
+        if self.config.log.samples:
+            self.writer.samples(step, rows.samples)
+        if record["skipped"] or not math.isfinite(self.loss):
+            self.skipped += 1
+            done = "skipped" if self.config.skip_nonfinite else "taken"
+            event = {"not_finite": done, "loss": self.loss, "grad_norm": record["grad_norm"]}
+            self.writer.write(step, "event", event)
+            if self.skipped >= self.config.max_skipped:
+                raise FloatingPointError(
+                    f"step {step}: {self.skipped} steps in a row without a finite gradient; "
+                    "lower the learning rate, or go on from an earlier checkpoint"
+                )
+        else:
+            self.skipped = 0
+            if self.spikes.is_one(self.loss):
+                event = {"loss_spike": self.loss, "grad_norm": record["grad_norm"]}
+                self.writer.write(step, "event", event)
+        if step % self.config.log.every_steps == 0 or step == self.total_steps:
+            record |= metrics.expert_load(load) | self._speed(index, step)
+            record |= {"stage": index, "utilisation": rows.utilisation, "data_secs": rows.wait_secs}
+            self.writer.write(step, "train", record)
+
+    def _speed(self, index: int, step: int) -> dict[str, float]:
+        stage, now = self.config.stages[index], time.perf_counter()
+        secs = (now - self.clock) / max(step - self.since, 1)
+        self.clock, self.since = now, step
+        needed = flops.train(self.model_config, stage.rows, stage.seq_len).model
+        speed = {"step_secs": secs, "tokens_per_sec": stage.rows * stage.seq_len / secs}
+        peak = metrics.peak_flops()
+        return speed if peak is None else speed | {"mfu": needed / secs / peak}
+
+    def _evaluate(self, index: int, model, place: "_Place") -> None:
+        config = self.config.evaluation
+        names = [source.name for source in config.sources]
+        totals, number = np.zeros((2, len(names), evaluate.NUM_BUCKETS)), 0
+        with self._stream(index, place, config.sources) as stream:
+            for rows in _together(stream, config.batches, place):
+                batch, sources = place((rows.batch, rows.sources))
+                totals += np.asarray(evaluate.sums(model, batch, sources, len(names)), np.float64)
+                number += 1
+        if not totals[1].any():
+            raise data.DataError(f"evaluation: no token with weight in {number} batches")
+        self.writer.write(self.step, "eval", evaluate.table(totals, names))
+        self.clock, self.since = time.perf_counter(), self.step
+
+    # ---- parts
+
+    def _state(self, index: int, state) -> step_lib.TrainState:
+        """Return the state on a stage's mesh: the one before, the checkpoint's, or a new one."""
+        if state is None and self.position is None:
+            return step_lib.init(self._fresh(index), self._settings(index, 0).optimizer)
+        like = self.abstract(index)
+        if state is None:
+            assert self.position is not None
+            return self.checkpoints.restore(self.position.step, like)
+        places = {name: leaf.sharding for name, leaf in checkpoints.flatten(like).items()}
+        moved = jax.device_put(checkpoints.flatten(state), places)
+        return checkpoints.unflatten(moved, like)
+
+    def abstract(self, index: int) -> step_lib.TrainState:
+        """Return the shapes of the state of a stage, where they lie on its mesh."""
+        dtype, layout = jnp.dtype(self.config.dtype), self.layouts[index]
+        model = checkpoint.abstract_model(self.model_config, dtype, jnp.float32, layout)
+        return step_lib.abstract(model, self._settings(index, 0).optimizer)
+
+    def _fresh(self, index: int):
+        dtype, layout = jnp.dtype(self.config.dtype), self.layouts[index]
+        if not self.config.checkpoint:
+            key = jax.random.key(self.config.seed)
+            return checkpoint.random_model(self.model_config, key, dtype, jnp.float32, layout)
+        model = checkpoint.load(
+            self.config.checkpoint, dtype=dtype, mesh=layout, param_dtype=jnp.float32
+        )
+        model.config = self.model_config
+        return model
+
+    def _settings(self, index: int, first: int) -> step_lib.Settings:
+        stage, loss = self.config.stages[index], self.config.loss
+        before = self.config.stages[:index]
+        per_step = stage.rows * stage.seq_len
+        rate = optim.over_tokens(
+            stage.shape,
+            before[-1].learning_rate if before else 0.0,
+            stage.learning_rate,
+            stage.warmup_tokens,
+            stage.tokens,
+            per_step,
+            first,
+        )
+        done = sum(stage.steps * stage.rows * stage.seq_len for stage in before)
+        balance = optim.joined(loss.balance, done, per_step, first) if loss.balance else None
+        fields = dataclasses.asdict(self.config.optimizer)
+        return step_lib.Settings(
+            optim.AdamW(rate, **fields), stage.accumulate, balance, loss.z, self.config.skip_nonfinite
+        )
+
+    def _stream(self, index: int, place: "_Place | None" = None, sources=None) -> data.Stream:
+        """Open the stage's data, or all of `sources` once."""
+        stage, given = self.config.stages[index], self.config.data
+        place = place or _Place(self.layouts[index], stage.rows)
+        fields = {f.name: getattr(given, f.name) for f in dataclasses.fields(given)}
+        if sources:
+            fields |= {"sources": sources, "weights": ()}
+        config = data.DataConfig(
+            **fields, seq_len=stage.seq_len, rows=stage.rows, seed=self.config.seed
+        )
+        epochs = 1 if sources else None
+        return data.Stream(config, self.tokenizer, place.block, place.num_blocks, epochs=epochs)
+
+    def _stop(self, number: int) -> None:
+        if self.signal is not None:  # the second one means it
+            raise KeyboardInterrupt
+        self.signal = number
+        logging.warning("%s: saving after this step", signal.Signals(number).name)
+
+    def _must_stop(self) -> bool:
+        """Return whether to save and stop now; all processes agree."""
+        if jax.process_count() == 1:
+            return self.signal is not None
+        if multihost_utils.reached_preemption_sync_point(self.step):
+            self.signal = signal.SIGTERM
+        return self.signal is not None
+
+    @contextlib.contextmanager
+    def _trace(self):
+        """Give a function of the step that starts and ends the recording for xprof."""
+        running = False
+
+        def at(step: int) -> None:
+            nonlocal running
+            start, number = self.config.log.trace or (-1, 0)
+            if step == start:
+                jax.profiler.start_trace(str(self.workdir / "trace"))
+                running = True
+            elif running and step >= start + number:
+                jax.profiler.stop_trace()
+                running = False
+
+        yield at
+        if running:
+            jax.profiler.stop_trace()
+
+
+class _Place:
+    """Puts this process's rows of a global batch where they belong.
+
+    block, num_blocks: which part of the rows this process reads; processes whose devices hold the
+    same rows (of other places in them) read the same part.
+    """
+
+    def __init__(self, layout: sharding.Layout | None, rows: int):
+        self.layout, self.rows = layout, rows
+        self.block, self.num_blocks = 0, 1
+        if layout is None:
+            return
+        where = layout.array("batch", None).addressable_devices_indices_map((rows, 1))
+        held = {row for index in where.values() for row in range(*index[0].indices(rows))}
+        self.first, size = min(held), len(held)
+        if self.first % size or rows % size or max(held) - self.first + 1 != size:
+            raise ValueError(
+                f"mesh: this process's devices hold {size} scattered rows of {rows}; wanted "
+                "neighbours. Put the data and fsdp axes over whole processes."
+            )
+        self.block, self.num_blocks = self.first // size, rows // size
+
+    def __call__(self, tree: Any) -> Any:
+        """Return global arrays [rows, T] of the local ones [rows / num_blocks, T]."""
+        if self.layout is None:
+            return jax.tree.map(jnp.asarray, tree)
+        where = self.layout.array("batch", "length")
+
+        def one(local):
+            def piece(index):
+                start, stop, _ = index[0].indices(self.rows)
+                return local[start - self.first : stop - self.first, index[1]]
+
+            return jax.make_array_from_callback((self.rows, local.shape[1]), where, piece)
+
+        return jax.tree.map(one, tree)
+
+
+def _together(stream, most: int, place: _Place):
+    """Yield rows until every process is out of them, or `most` (0: no limit) were given."""
+    number, empty = 0, None
+    while not most or number < most:
+        rows = next(stream, None)
+        more = np.asarray([rows is not None])
+        if not (multihost_utils.process_allgather(more) if jax.process_count() > 1 else more).any():
+            return
+        if rows is None:
+            if empty is None:
+                raise data.DataError("evaluation: fewer rows than processes; use fewer, or more data")
+            rows = empty
+        empty = jax.tree.map(np.zeros_like, rows) if dataclasses.is_dataclass(rows) else rows
+        number += 1
+        yield rows
+
+
+def _layout(stage: config_lib.Stage, model_config) -> sharding.Layout | None:
+    """Return a stage's layout; None on one device. Everything that cannot work is told here."""
+    mesh = None
+    if stage.mesh or jax.device_count() > 1:
+        mesh = sharding.make_mesh(dict(stage.mesh) or {"fsdp": -1})
+    layout = sharding.layout(mesh, model_config, sharding.TRAIN)
+    sharding.check_rows(layout, stage.rows // stage.accumulate)
+    if layout is not None and stage.seq_len % layout.size("length"):
+        raise ValueError(
+            f"seq_len: got {stage.seq_len} over context={layout.size('length')}; "
+            f"wanted a multiple of {layout.size('length')}"
+        )
+    return layout
+
+
+def _model_config(config: config_lib.Run) -> model_config_lib.ModelConfig:
+    found = config.model
+    if found is None:
+        path = pathlib.Path(config.checkpoint) / "config.json"
+        if not path.is_file():
+            raise release.CheckpointError(f"checkpoint: {config.checkpoint} has no config.json")
+        found = model_config_lib.ModelConfig.from_file(path)
+    return dataclasses.replace(found, remat=config.remat) if config.remat else found
+
+
+def _check_tokenizer(tokenizer, model_config) -> None:
+    if tokenizer.vocab_size > model_config.vocab_size:
+        raise ValueError(
+            f"tokenizer: its ids reach {tokenizer.vocab_size - 1}, but the model's vocabulary ends "
+            f"at {model_config.vocab_size - 1}. Is it the tokenizer of another model?"
+        )
+
+
+def _check_fingerprint(old: dict, new: dict) -> None:
+    changed = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k))
+    if changed:
+        raise data.DataError(
+            f"{', '.join(changed)}: changed since the checkpoint was saved, so its place in the "
+            "data means nothing. Put the old files back, or give a new --workdir."
+        )
+
+
+def _use_compilation_cache(directory: str) -> None:
+    path = pathlib.Path(directory or "~/.cache/m1_jax/xla").expanduser()
+    path.mkdir(parents=True, exist_ok=True)
+    jax.config.update("jax_compilation_cache_dir", str(path))
+
+
+def _write(path: pathlib.Path, text: str) -> None:
+    part = path.with_suffix(".part")
+    with part.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    part.rename(path)
+
+
+@contextlib.contextmanager
+def _caught(handler):
+    """Call `handler(number)` for SIGTERM and SIGINT; in other threads signals stay as they are."""
+    if threading.current_thread() is not threading.main_thread() or jax.process_count() > 1:
+        yield  # several processes: the coordination service watches for SIGTERM
+        return
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    old = [signal.signal(number, lambda n, _: handler(n)) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, before in zip(numbers, old, strict=True):
+            signal.signal(number, before)

@@ -1,0 +1,23 @@
+"""Command: continued pretraining.
+
+    python -m train.pretrain --config=configs/tiny_pretrain.py --workdir=DIR [--set=FIELD=VALUE]
+    python -m train.pretrain --workdir=DIR
+
+The second form goes on with the run that DIR holds; so does the first, if the config is the same.
+"""
+
+from train import command, loop
+from train import config as config_lib
+
+
+def run(config: config_lib.Run | None, workdir) -> loop.Summary:
+    """Train as `config` says in `workdir`; None goes on with the run there."""
+    return loop.fit(config, workdir)
+
+
+def cli() -> None:
+    command.cli(run)
+
+
+if __name__ == "__main__":
+    cli()
