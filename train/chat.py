@@ -25,6 +25,7 @@ from train import packing
 KINDS = ("auto", "text", "chat")
 OVERLONG = ("error", "drop", "split")
 THINKING = ("keep", "drop")
+PROFILES = prompt.PROFILES
 _THOUGHT = re.compile(r"\A\s*<think>.*?</think>\s*", re.DOTALL)
 
 
@@ -33,28 +34,33 @@ class Encoder:
     """Makes documents of records; the fields are those of `mixture.DataConfig`."""
 
     tokenizer: tokenizer_lib.Tokenizer
-    seq_len: int
-    overlong: str
-    thinking: str
-    profile: str
-    begin_token: str | None
-    end_token: str | None
+    seq_len: int = 0
+    overlong: str = "error"
+    thinking: str = "keep"
+    profile: str = "release"
+    begin_token: str | None = prompt.DOCUMENT
+    end_token: str | None = "<end_of_document>"
 
-    def document(self, record: dict, kind: str = "auto") -> packing.Document | None:
-        """Return a record's document, or None for a conversation that is left out as too long.
+    def encode(self, record: dict, kind: str = "auto") -> packing.Document:
+        """Return a record's document, whatever its length.
 
         Args:
           kind: one of `KINDS`; auto goes by the record's keys.
 
         Raises:
-          ValueError: a record that is of neither kind, is empty or cannot be rendered, or a
-            conversation that is too long.
+          ValueError: a record that is of neither kind, is empty or cannot be rendered.
         """
-        if not is_chat(record, kind):
-            return self._text(record["text"])
-        document = self._chat(record)
+        return self._chat(record) if is_chat(record, kind) else self._text(record["text"])
+
+    def document(self, record: dict, kind: str = "auto") -> packing.Document | None:
+        """Return the document of `encode`, or None for a conversation to leave out as too long.
+
+        Raises:
+          ValueError: as `encode`, or a conversation that is too long.
+        """
+        document = self.encode(record, kind)
         length = len(document.tokens)
-        if length <= self.seq_len or self.overlong == "split":
+        if length <= self.seq_len or self.overlong == "split" or not is_chat(record, kind):
             return document
         if self.overlong == "drop":
             return None
@@ -113,10 +119,10 @@ def conversation(
     Raises:
       ValueError: a conversation that cannot be rendered, or has no assistant turn to learn.
     """
-    messages = prompt.normalise(messages, profile)
-    learnt = [True] * sum(message["role"] == "assistant" for message in messages)
+    normal = prompt.normalise(messages, profile)
+    learnt = [True] * sum(message["role"] == "assistant" for message in normal)
     if thinking == "drop":
-        messages, learnt = _without_old_thoughts(messages)
+        messages, learnt = _without_old_thoughts(normal)
     if not any(learnt):
         raise ValueError("got no assistant turn to learn; wanted at least one")
     turns = iter(learnt)

@@ -172,7 +172,9 @@ class Stream:
 
     def _stack(self, rows: list[packing.Row], wait_secs: float) -> Rows:
         names = [field.name for field in dataclasses.fields(step.Batch)]
-        stacked = {name: np.stack([getattr(row, name) for row in rows]) for name in names}
+        stacked: dict[str, Any] = {
+            name: np.stack([getattr(row, name) for row in rows]) for name in names
+        }
         return Rows(
             batch=step.Batch(**stacked),
             sources=np.stack([row.sources for row in rows]),

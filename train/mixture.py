@@ -82,6 +82,7 @@ class DataConfig:
                 raise ValueError(f"{field}: got {getattr(self, field)}; wanted at least {least}")
         _one_of("overlong", self.overlong, chat.OVERLONG)
         _one_of("thinking", self.thinking, chat.THINKING)
+        _one_of("profile", self.profile, chat.PROFILES)
         if self.lanes % self.rows and self.rows % self.lanes:
             raise ValueError(
                 f"lanes: got {self.lanes} with {self.rows} rows; wanted a multiple or a divisor "

@@ -3,6 +3,7 @@
 import dataclasses
 import multiprocessing
 import queue
+import signal
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -82,16 +83,18 @@ class Producer:
             context = multiprocessing.get_context("spawn")
             queues = [context.Queue(depth) for _ in range(self._parts)]
             self._stop = context.Event()
-            make = context.Process
+            make, target = context.Process, _run_process
         else:
             self._parts = 1
             queues = [queue.Queue(depth)]
             self._stop = threading.Event()
-            make = threading.Thread
+            make, target = threading.Thread, _run
         self._queues: list[Any] = queues
         self._runners: list[Any] = []
         for part, out in enumerate(queues):
-            runner = make(target=_run, args=(work, part, self._parts, out, self._stop), daemon=True)
+            runner = make(
+                target=target, args=(work, part, self._parts, out, self._stop), daemon=True
+            )
             runner.start()
             self._runners.append(runner)
 
@@ -137,23 +140,37 @@ class Producer:
         return item
 
 
-def _run(work: Work, part: int, parts: int, out, stop) -> None:
-    """Fill a queue until told to stop; an error is the last thing in it."""
+def _run(work: Work, part: int, parts: int, out, stop) -> bool:
+    """Fill a queue until told to stop; an error is the last thing in it.
+
+    Returns whether what is in the queue is still wanted.
+    """
     try:
         for made in batches(work, part, parts):
             if not _put(out, made, stop):
-                return
+                return False
     except Exception as error:  # raised again where the batch is asked for
-        _put(out, error, stop)
+        return _put(out, error, stop)
+    return True
+
+
+def _run_process(work: Work, part: int, parts: int, out, stop) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C is for the trainer to end in order
+    if not _run(work, part, parts, out, stop):
+        out.cancel_join_thread()  # nobody reads any more
 
 
 def _put(out, item, stop) -> bool:
+    """Wait for room; False once told to stop, or once the reader was killed."""
+    parent = multiprocessing.parent_process()
     while not stop.is_set():
         try:
             out.put(item, timeout=_POLL_SECS)
             return True
         except queue.Full:
-            continue
+            # A thread lives and dies with its reader, whatever the reader's own parent does.
+            if not isinstance(out, queue.Queue) and parent and not parent.is_alive():
+                return False
     return False
 
 

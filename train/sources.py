@@ -11,13 +11,14 @@ import functools
 import hashlib
 import itertools
 import json
+import os
 from typing import Any
 
 import numpy as np
 import pyarrow
 import pyarrow.parquet
 import tqdm
-from array_record.python import array_record_module
+from array_record.python import array_record_module  # pyright: ignore[reportAttributeAccessIssue]
 from etils import epath
 
 _ENDS_BYTES = 64 * 2**10  # of a file's head and of its tail that its fingerprint covers
@@ -82,8 +83,15 @@ class Records:
         return reader.where(number)
 
     def fingerprint(self) -> list[list]:
-        """Return [name, bytes, records, digest of head and tail] of each file, JSON-able."""
-        return [[r.file.name, *_digest(r.file), r.num_records] for r in self._readers]
+        """Return [name, bytes, digest of head and tail, records] of each file, JSON-able.
+
+        Names begin below the folder that all files share, which may move.
+        """
+        shared = os.path.commonpath([str(reader.file.parent) for reader in self._readers])
+        return [
+            [str(reader.file)[len(shared) :].lstrip("/"), *_digest(reader.file), reader.num_records]
+            for reader in self._readers
+        ]
 
     def check(self, saved: list[list]) -> None:
         """Compare with an earlier fingerprint.
