@@ -34,7 +34,7 @@ _DIRECTION = {
     "infer/tool_calls.py": ("m1_jax.tokenizer",),
     "infer/": ("infer", "m1_jax"),
     "train/rollout.py": ("train", "m1_jax", "infer.engine"),
-    "train/data.py": ("train", "m1_jax", *_TEXT_LEAVES),
+    "train/chat.py": ("train", "m1_jax", *_TEXT_LEAVES),
     "train/agent.py": ("train", "m1_jax", *_TEXT_LEAVES),
     "train/rewards/": ("train", "m1_jax", *_TEXT_LEAVES),
     "train/": ("train", "m1_jax"),

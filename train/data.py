@@ -1,0 +1,185 @@
+"""Sources to batches: a stream that can stop after any batch and go on, on any number of hosts.
+
+The state names what was read and what waits, never tokens: see `mixture.Lane`. Each host keeps
+the lanes that its rows come from. The states of all hosts together, as one dict, restore a stream
+on any number of hosts.
+"""
+
+import copy
+import dataclasses
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int32
+
+from m1_jax import tokenizer as tokenizer_lib
+from train import mixture, packing, producer, sources, step
+
+Source = mixture.Source
+DataConfig = mixture.DataConfig
+DataError = sources.DataError
+
+
+@dataclasses.dataclass
+class Rows:
+    """This host's rows of one batch, numpy.
+
+    sources: number of the source from 1, 0 for padding. samples: see `packing.Row`.
+    utilisation: share of places that are no padding. wait_secs: how long the caller waited.
+    dropped: conversations that this host's lanes left out so far.
+    """
+
+    batch: step.Batch
+    sources: Int32[np.ndarray, "B T"]
+    samples: list[list[str]]
+    utilisation: float
+    wait_secs: float
+    dropped: int
+
+
+class Stream:
+    """An iterator over `Rows`; its state is that of the last batch handed out.
+
+    With `epochs` the stream ends, after rows of padding that fill up the last batch. It is then
+    read as a single lane, by every host in full: it packs tightly and ends everywhere at once.
+    That is meant for held-out data; train with `epochs=None`.
+    """
+
+    def __init__(
+        self,
+        config: DataConfig,
+        tokenizer: tokenizer_lib.Tokenizer,
+        process_index: int = 0,
+        process_count: int = 1,
+        epochs: int | None = None,
+    ):
+        """Open the sources; nothing is made ahead before the first batch is asked for.
+
+        Raises:
+          DataError: see `sources.Records`.
+          ValueError: rows or lanes that the hosts cannot share, or a tokenizer without the
+            config's control tokens.
+        """
+        if not 0 <= process_index < process_count:
+            raise ValueError(f"process {process_index} of {process_count}: wanted less than that")
+        lanes = config.lanes if epochs is None else 1
+        shared = {"rows": config.rows} | ({"lanes": lanes} if epochs is None else {})
+        for what, many in shared.items():
+            if many % process_count:
+                raise ValueError(
+                    f"{what}: got {many} for {process_count} hosts; wanted a multiple of the hosts"
+                )
+        for token in (config.begin_token, config.end_token):
+            if token is not None:
+                tokenizer.special_id(token)
+        self.config = config
+        self._lanes, self._epochs = lanes, epochs
+        self._records = {s.name: sources.Records(s.name, s.path) for s in config.sources}
+        local = config.rows // process_count
+        self._rows = range(process_index * local, (process_index + 1) * local)
+        self._made = self._rows if epochs is None else range(config.rows)
+        self._work = producer.Work(
+            config, tokenizer, self._records, lanes, self._made, epochs, step=0, states={}
+        )
+        owned = lanes // process_count if epochs is None else 1
+        first = process_index * owned if epochs is None else 0
+        self._owned = range(first, first + owned)
+        self._step = 0
+        self._states: dict[int, dict] = {lane: {} for lane in self._owned}
+        self._fingerprint: dict[str, list] | None = None
+        self._producer: producer.Producer | None = None
+
+    def __iter__(self) -> Iterator[Rows]:
+        return self
+
+    def __next__(self) -> Rows:
+        """Return this host's rows of the next batch.
+
+        Raises:
+          DataError: a record that cannot be used.
+          StopIteration: after the last epoch.
+        """
+        started = time.perf_counter()
+        if self._producer is None:
+            work = dataclasses.replace(self._work, step=self._step, states=self._states)
+            self._producer = producer.Producer(work)
+        made = self._producer.next()
+        if not any(one.row.samples for one in made.values()):
+            raise StopIteration
+        self._step += 1
+        for one in made.values():
+            self._states[one.lane] = one.state
+        rows = [made[number].row for number in self._rows]
+        return self._stack(rows, time.perf_counter() - started)
+
+    def get_state(self) -> dict[str, Any]:
+        """Return this host's part of the state, JSON-able; merge all hosts' with dict.update."""
+        return {
+            "step": self._step,
+            "lanes": self._lanes,
+            "seed": self.config.seed,
+            "fingerprint": self.fingerprint(),
+            **{str(lane): copy.deepcopy(state) for lane, state in self._states.items()},
+        }
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Go on after the batch that all hosts' merged `state` was taken at.
+
+        Raises:
+          DataError: a data file changed since, or a source is gone.
+          ValueError: another seed or number of lanes, or a host's part is missing.
+        """
+        for what, have in (("seed", self.config.seed), ("lanes", self._lanes)):
+            if state.get(what) != have:
+                raise ValueError(
+                    f"{what}: got {have}; wanted {state.get(what)}, as when the state was saved"
+                )
+        missing = [lane for lane in self._owned if str(lane) not in state]
+        if missing:
+            raise ValueError(
+                f"state: got none of lane {missing[0]}; wanted the states of all hosts in one dict"
+            )
+        for name, saved in state["fingerprint"].items():
+            if name not in self._records:
+                raise DataError(
+                    f"source {name!r}: the checkpoint has it and the config does not; wanted all "
+                    "of its sources. Give it weight 0 to read no more of it."
+                )
+            self._records[name].check(saved)
+        self.close()
+        self._step = state["step"]
+        self._states = {lane: copy.deepcopy(state[str(lane)]) for lane in self._owned}
+
+    def fingerprint(self) -> dict[str, list]:
+        """Return what tells each source's files from changed ones; see `sources.Records`."""
+        if self._fingerprint is None:
+            self._fingerprint = {name: one.fingerprint() for name, one in self._records.items()}
+        return copy.deepcopy(self._fingerprint)
+
+    def close(self) -> None:
+        """Stop what is made ahead; the next batch starts it again."""
+        if self._producer is not None:
+            self._producer.close()
+            self._producer = None
+
+    def __enter__(self) -> "Stream":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.close()
+
+    def _stack(self, rows: list[packing.Row], wait_secs: float) -> Rows:
+        names = [field.name for field in dataclasses.fields(step.Batch)]
+        stacked: dict[str, Any] = {
+            name: np.stack([getattr(row, name) for row in rows]) for name in names
+        }
+        return Rows(
+            batch=step.Batch(**stacked),
+            sources=np.stack([row.sources for row in rows]),
+            samples=[row.samples for row in rows],
+            utilisation=float(np.mean(stacked["segment_ids"] != 0)),
+            wait_secs=wait_secs,
+            dropped=sum(state.get("dropped", 0) for state in self._states.values()),
+        )

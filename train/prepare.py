@@ -1,0 +1,184 @@
+"""Command: raw JSONL, Parquet or ArrayRecord files to checked ArrayRecord shards.
+
+    python -m train.prepare --src='raw/*.jsonl' --dst=DIR --shards=64
+
+Every record is checked as training would: it is a text or a conversation that the chat template
+can render. Of its keys, text, messages and tools are kept, as JSON, one record to a group, so that
+training reads in any order. The result grows in DST.partial and is renamed when it is complete;
+the same command run again after an interruption goes on with the first shard that is missing.
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+import sys
+from typing import Any
+
+import tqdm
+from absl import app, flags
+from array_record.python import array_record_module  # pyright: ignore[reportAttributeAccessIssue]
+
+from m1_jax import tokenizer as tokenizer_lib
+from train import chat, sources
+
+MANIFEST = "prepare.json"
+_KEYS = ("text", "messages", "tools")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """src: as `sources.Records`. dst: a local directory to make. shards: its number of files.
+
+    kind: one of `chat.KINDS`. profile: of the chat template. checkpoint: a directory with a
+    tokenizer, to count tokens too. progress: show a bar.
+    """
+
+    src: str
+    dst: str
+    shards: int = 16
+    kind: str = "auto"
+    profile: str = "release"
+    checkpoint: str = ""
+    progress: bool = True
+
+    def __post_init__(self):
+        if not self.src or not self.dst:
+            raise ValueError("wanted both --src and --dst")
+        if "://" in self.dst:
+            raise ValueError(f"--dst is {self.dst}; wanted a local directory. Copy it from there.")
+        if self.shards < 1:
+            raise ValueError(f"--shards is {self.shards}; wanted at least 1")
+
+
+def run(config: Config) -> pathlib.Path:
+    """Write the shards, and return the finished directory.
+
+    Its `prepare.json` holds the source's fingerprint and, by shard, the number of records and,
+    with a tokenizer, of tokens in all and in the longest record.
+
+    Raises:
+      DataError: a record that training could not use; the message names file and record.
+      FileExistsError: the destination exists, or an unfinished one is of another source.
+    """
+    dst = pathlib.Path(config.dst)
+    if dst.exists():
+        raise FileExistsError(f"{dst} exists; wanted a new directory. Remove it or choose another.")
+    records = sources.Records("--src", config.src)
+    if len(records) < config.shards:
+        raise ValueError(f"--shards is {config.shards}; wanted at most the {len(records)} records")
+    encoder = None
+    if config.checkpoint:
+        tokenizer = tokenizer_lib.Tokenizer.load(config.checkpoint)
+        encoder = chat.Encoder(tokenizer, profile=config.profile)
+    partial = dst.with_name(dst.name + ".partial")
+    manifest = _open_partial(partial, config, records)
+    with tqdm.tqdm(total=len(records), unit=" records", disable=not config.progress) as bar:
+        for shard in range(config.shards):
+            name = f"{shard:05d}-of-{config.shards:05d}.arrayrecord"
+            start, end = (len(records) * i // config.shards for i in (shard, shard + 1))
+            if name not in manifest["shards"]:
+                growing = partial / (name + ".tmp")
+                counts = _write(growing, records, range(start, end), config, encoder, bar)
+                growing.rename(partial / name)
+                manifest["shards"][name] = counts
+                _save(partial / MANIFEST, manifest)
+            else:
+                bar.update(end - start)
+    partial.rename(dst)
+    return dst
+
+
+def _open_partial(partial: pathlib.Path, config: Config, records) -> dict[str, Any]:
+    """Return the manifest of an interrupted run of this command, or begin one."""
+    settings = {k: getattr(config, k) for k in ("shards", "kind", "profile", "checkpoint")}
+    wanted = {**settings, "source": records.fingerprint()}
+    path = partial / MANIFEST
+    if not path.exists():
+        partial.mkdir(parents=True, exist_ok=True)
+        _save(path, {"of": wanted, "shards": {}})
+    manifest = json.loads(path.read_text())
+    if manifest["of"] != wanted:
+        raise FileExistsError(
+            f"{partial} is an interrupted preparation of other data or with other settings. "
+            "Remove it to start anew, or choose another --dst."
+        )
+    return manifest
+
+
+def _save(path: pathlib.Path, value: dict) -> None:
+    """Replace a file in one go: it is never read half-written."""
+    growing = path.with_name(path.name + ".tmp")
+    with growing.open("w") as stream:
+        json.dump(value, stream, indent=1)
+        stream.flush()
+        os.fsync(stream.fileno())
+    growing.rename(path)
+
+
+def _write(path, records, indices, config: Config, encoder, bar) -> dict[str, int]:
+    """Write one shard and return its counts."""
+    counts = {"records": len(indices)}
+    if encoder is not None:
+        counts |= {"tokens": 0, "longest_tokens": 0}
+    writer = array_record_module.ArrayRecordWriter(str(path), "group_size:1")
+    try:
+        for index in indices:
+            record = records.read(index)
+            try:
+                line, tokens = _checked(record, config, encoder)
+            except ValueError as error:
+                raise sources.DataError(f"{records.where(index)}: {error}") from None
+            writer.write(line)
+            if encoder is not None:
+                counts["tokens"] += tokens
+                counts["longest_tokens"] = max(counts["longest_tokens"], tokens)
+            bar.update()
+    finally:
+        writer.close()
+    return counts
+
+
+def _checked(record: dict, config: Config, encoder: chat.Encoder | None) -> tuple[bytes, int]:
+    """Return a record as JSON, and its number of tokens where there is a tokenizer."""
+    tokens = 0
+    if encoder is not None:
+        tokens = len(encoder.encode(record, config.kind).tokens)
+    elif chat.is_chat(record, config.kind):
+        chat.conversation(record["messages"], record.get("tools"), profile=config.profile)
+    kept = {key: record[key] for key in _KEYS if record.get(key) is not None}
+    return json.dumps(kept, ensure_ascii=False).encode(), tokens
+
+
+# ---- command line
+
+
+def main(argv) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"unknown argument {argv[1]!r}")
+    try:
+        config = Config(
+            **{f.name: getattr(flags.FLAGS, f.name) for f in dataclasses.fields(Config)}
+        )
+        print(f"wrote {run(config)}")
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+def _define_flags() -> None:
+    flags.DEFINE_string("src", None, "File, directory or pattern to read.", required=True)
+    flags.DEFINE_string("dst", None, "Directory to make; must not exist.", required=True)
+    flags.DEFINE_integer("shards", 16, "How many files to write.")
+    flags.DEFINE_enum("kind", "auto", chat.KINDS, "What every record must be.")
+    flags.DEFINE_enum("profile", "release", chat.PROFILES, "Chat template.")
+    flags.DEFINE_string("checkpoint", "", "Directory with a tokenizer: count tokens too.")
+    flags.DEFINE_bool("progress", True, "Show a progress bar.")
+
+
+def cli() -> None:
+    _define_flags()
+    app.run(main)
+
+
+if __name__ == "__main__":
+    cli()

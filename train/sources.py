@@ -1,0 +1,276 @@
+"""Files of records: JSONL, Parquet and ArrayRecord, on disk or in a bucket, read in any order.
+
+A record is a JSON object with a `text`, or with `messages` and, where there are some, `tools`.
+What is read in random order is best written by `train.prepare` first: a Parquet file gives up a
+whole row group for one record, and a JSONL file is read through once to find its lines.
+"""
+
+import bisect
+import collections
+import functools
+import hashlib
+import itertools
+import json
+import os
+from typing import Any
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import tqdm
+from array_record.python import array_record_module  # pyright: ignore[reportAttributeAccessIssue]
+from etils import epath
+
+_ENDS_BYTES = 64 * 2**10  # of a file's head and of its tail that its fingerprint covers
+_KEPT_GROUPS = 4  # row groups of one Parquet file in memory
+_WILD = "*?["
+
+
+class DataError(ValueError):
+    """Data that cannot be trained on; the message names the file and the record."""
+
+
+class Records:
+    """All records of one source, numbered through its files in the order of their names.
+
+    Picklable: another process opens the files anew but does not look for the lines again.
+    """
+
+    def __init__(self, name: str, path: str):
+        """Find and open the files.
+
+        Args:
+          name: of the source, for messages.
+          path: a file, a directory, or a pattern such as gs://bucket/books/*.arrayrecord.
+
+        Raises:
+          DataError: no such file, an unknown format, a file that is damaged or has no record.
+        """
+        self.name = name
+        self._readers = [_READERS[file.suffix](file) for file in _find(name, path)]
+        for reader in self._readers:
+            if not reader.num_records:
+                raise DataError(
+                    f"{reader.file}: got no records; wanted at least one. Remove the file."
+                )
+        self._ends = list(itertools.accumulate(reader.num_records for reader in self._readers))
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def read(self, index: int) -> dict[str, Any]:
+        """Return a record.
+
+        Raises:
+          DataError: it cannot be read, or is not an object with text or messages.
+        """
+        reader, number = self._locate(index)
+        try:
+            record = reader.read(number)
+            record = json.loads(record) if isinstance(record, bytes) else record
+        except (ValueError, OSError, RuntimeError) as error:
+            raise DataError(f"{reader.where(number)}: not a JSON record: {error}") from None
+        if not isinstance(record, dict):
+            raise DataError(
+                f"{reader.where(number)}: got {record!r:.80}; wanted an object with text or "
+                "messages"
+            )
+        return record
+
+    def where(self, index: int) -> str:
+        """Return a record's file and number, for messages."""
+        reader, number = self._locate(index)
+        return reader.where(number)
+
+    def fingerprint(self) -> list[list]:
+        """Return [name, bytes, digest of head and tail, records] of each file, JSON-able.
+
+        Names begin below the folder that all files share, which may move.
+        """
+        shared = os.path.commonpath([str(reader.file.parent) for reader in self._readers])
+        return [
+            [str(reader.file)[len(shared) :].lstrip("/"), *_digest(reader.file), reader.num_records]
+            for reader in self._readers
+        ]
+
+    def check(self, saved: list[list]) -> None:
+        """Compare with an earlier fingerprint.
+
+        Raises:
+          DataError: the files are not those of then; the first that differs is named.
+        """
+        remedy = "Put the old files back, or begin a new run without the old state of the data."
+        now = {name: rest for name, *rest in self.fingerprint()}
+        then = {name: rest for name, *rest in saved}
+        for name in [*then, *now]:
+            if now.get(name) != then.get(name):
+                how = "is gone" if name not in now else "is new" if name not in then else "changed"
+                raise DataError(
+                    f"source {self.name!r}: {name} {how} since the checkpoint: got {now.get(name)};"
+                    f" wanted {then.get(name)} (bytes, digest, records). {remedy}"
+                )
+
+    def _locate(self, index: int) -> tuple[Any, int]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"{self.name}: got record {index}; wanted less than {len(self)}")
+        which = bisect.bisect_right(self._ends, index)
+        return self._readers[which], index - (self._ends[which - 1] if which else 0)
+
+
+class _Reader:
+    """One file. Handles are opened when they are first needed and stay out of pickles."""
+
+    num_records: int
+
+    def __init__(self, file: epath.Path):
+        self.file = file
+
+    def __getstate__(self):
+        return {key: value for key, value in self.__dict__.items() if key != "_handle"}
+
+    @functools.cached_property
+    def _handle(self) -> Any:
+        raise NotImplementedError
+
+    def read(self, number: int) -> bytes | dict:
+        raise NotImplementedError
+
+    def where(self, number: int) -> str:
+        return f"{self.file}, record {number}"
+
+
+class _Lines(_Reader):
+    """JSONL; lines of white space alone are no records."""
+
+    def __init__(self, file: epath.Path):
+        super().__init__(file)
+        offsets, offset = [], 0
+        # disable=None: no bar where nobody watches.
+        with (
+            file.open("rb") as stream,
+            tqdm.tqdm(
+                desc=f"lines of {file.name}",
+                total=file.stat().length,
+                unit="B",
+                unit_scale=True,
+                leave=False,
+                disable=None,
+            ) as bar,
+        ):
+            for line in stream:
+                if line.strip():
+                    offsets.append(offset)
+                offset += len(line)
+                bar.update(len(line))
+        self._offsets = np.array(offsets, np.int64)
+        self.num_records = len(offsets)
+
+    @functools.cached_property
+    def _handle(self):
+        return self.file.open("rb")
+
+    def read(self, number: int) -> bytes:
+        self._handle.seek(int(self._offsets[number]))
+        return self._handle.readline()
+
+    def where(self, number: int) -> str:
+        with self.file.open("rb") as stream:  # slow, and only for messages
+            lines_before = stream.read(int(self._offsets[number])).count(b"\n")
+        return f"{self.file}:{lines_before + 1}"
+
+
+class _Parquet(_Reader):
+    """Columns text, or messages and tools; the last two may also be strings of JSON."""
+
+    def __init__(self, file: epath.Path):
+        super().__init__(file)
+        metadata = self._handle.metadata
+        counts = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
+        self._ends = list(itertools.accumulate(counts))
+        self.num_records = metadata.num_rows
+        self._groups: collections.OrderedDict[int, Any] = collections.OrderedDict()
+
+    @functools.cached_property
+    def _handle(self):
+        try:
+            return pyarrow.parquet.ParquetFile(self.file.open("rb"))
+        except (pyarrow.ArrowException, OSError) as error:
+            raise DataError(f"{self.file}: not a Parquet file: {error}. Copy it again.") from None
+
+    def __getstate__(self):
+        return {**super().__getstate__(), "_groups": collections.OrderedDict()}
+
+    def read(self, number: int) -> dict:
+        which = bisect.bisect_right(self._ends, number)
+        if which not in self._groups:
+            have = set(self._handle.schema_arrow.names)
+            columns = [name for name in ("text", "messages", "tools") if name in have]
+            self._groups[which] = self._handle.read_row_group(which, columns=columns)
+            if len(self._groups) > _KEPT_GROUPS:
+                self._groups.popitem(last=False)
+        self._groups.move_to_end(which)
+        start = self._ends[which - 1] if which else 0
+        (record,) = self._groups[which].slice(number - start, 1).to_pylist()
+        for key in ("messages", "tools"):
+            if isinstance(record.get(key), str):
+                record[key] = json.loads(record[key])
+        return record
+
+
+class _ArrayRecord(_Reader):
+    """ArrayRecord of JSON; best with group_size:1, as `train.prepare` writes it."""
+
+    def __init__(self, file: epath.Path):
+        super().__init__(file)
+        self.num_records = self._handle.num_records()
+
+    @functools.cached_property
+    def _handle(self):
+        reader = array_record_module.ArrayRecordReader(str(self.file))
+        if not reader.ok():
+            raise DataError(f"{self.file}: not a whole ArrayRecord file. Write it again.")
+        return reader
+
+    def read(self, number: int) -> bytes:
+        return self._handle.read([number])[0]
+
+
+_READERS = {
+    ".jsonl": _Lines,
+    ".parquet": _Parquet,
+    ".arrayrecord": _ArrayRecord,
+    ".array_record": _ArrayRecord,
+}
+
+
+def _find(name: str, path: str) -> list[epath.Path]:
+    """Return the files that a path means, sorted; those of a directory by their suffix."""
+    whole = epath.Path(path)
+    parts = whole.parts
+    wild = next((i for i, part in enumerate(parts) if any(c in part for c in _WILD)), None)
+    if wild is not None:
+        files = list(epath.Path(*parts[:wild]).glob("/".join(parts[wild:])))
+    elif whole.is_dir():
+        files = [file for file in whole.iterdir() if file.suffix in _READERS]
+    else:
+        files = [whole] if whole.exists() else []
+    if not files:
+        raise DataError(f"source {name!r}: got {path}, where there is no file; wanted {_wanted()}")
+    for file in files:
+        if file.suffix not in _READERS:
+            raise DataError(f"{file}: got a file of another kind; wanted {_wanted()}")
+    return sorted(files, key=str)
+
+
+def _wanted() -> str:
+    return f"files ending in {', '.join(_READERS)}"
+
+
+def _digest(file: epath.Path) -> tuple[int, str]:
+    """Return a file's size and a digest of its ends: cheap, and no accident keeps both."""
+    size = file.stat().length
+    with file.open("rb") as stream:
+        digest = hashlib.sha256(stream.read(_ENDS_BYTES))
+        stream.seek(max(0, size - _ENDS_BYTES))
+        digest.update(stream.read(_ENDS_BYTES))
+    return size, digest.hexdigest()[:16]
