@@ -25,7 +25,9 @@ def story(rng: random.Random) -> str:
         place = rng.choice(list(PLACES))
         count = rng.randint(2, 9)
         lines.append(f"{time} {who} goes to the {place} and counts {count} {PLACES[place]}.")
-        lines.append(f"{friend} asks how many {PLACES[place]} are at the {place}: there are {count}.")
+        lines.append(
+            f"{friend} asks how many {PLACES[place]} are at the {place}: there are {count}."
+        )
     return " ".join(lines)
 
 

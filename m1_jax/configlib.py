@@ -1,4 +1,4 @@
-"""Config files: a Python file's `get_config(arg)`, overrides by dotted path, and JSON there and back.
+"""Config files: a Python file's `get_config(arg)`, overrides by dotted path, JSON and back.
 
 A config is a frozen dataclass of plain values, tuples and other frozen dataclasses.
 """
@@ -134,7 +134,9 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
                     raise ConfigFileError(f"{where}: {_unknown(cls, name, kinds)}")
             parts = {n: _convert(kinds[n], v, f"{where}.{n}") for n, v in value.items()}
             return typing.cast(Any, kind)(**parts)
-    elif origin is tuple and isinstance(value, tuple | list):
+    elif origin is tuple:
+        if not isinstance(value, tuple | list):
+            raise ConfigFileError(f"{where}: got {value!r}; wanted a tuple")
         of = typing.get_args(kind)
         of = (of[0],) * len(value) if of[-1] is Ellipsis else of
         if len(of) == len(value):

@@ -12,16 +12,15 @@ import jax
 import numpy as np
 import pytest
 
-from m1_jax import ModelConfig, checkpoint, configlib, testing
-from train import checkpoints, data, loop, metrics, pretrain, sft
-
+from m1_jax import ModelConfig, checkpoint, configlib
+from train import checkpoints, data, loop, metrics, optim, sft, step
 from train.config import Data, Evaluation, Log, Run, Save, Source, Stage
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 MODEL = dataclasses.replace(
     ModelConfig.tiny(), layer_types=("lightning", "softmax"), hidden_size=32, intermediate_size=32
 )
-ROWS, LENGTH = 4, 32
+ROWS, LENGTH = 8, 32
 
 
 @pytest.fixture(autouse=True)
@@ -62,6 +61,11 @@ def _weights(workdir, config):
         step = saved.latest_step()
         position = saved.position(step)
     return step, position.digest, position.data
+
+
+def _state():
+    model = checkpoint.random_model(MODEL, jax.random.key(0), "float32")
+    return step.init(model, optim.AdamW(1.0))
 
 
 def _stop_after(monkeypatch, step):
@@ -132,7 +136,7 @@ def test_another_number_of_devices_goes_on_with_the_same_samples(tmp_path, monke
 def test_stages_change_length_rows_rate_and_mesh_and_no_sample_is_lost(tmp_path, monkeypatch):
     stages = (
         _stage(3, warmup_tokens=2 * ROWS * LENGTH, mesh=(("fsdp", 4), ("data", 2)), rows=8),
-        _stage(3, length=64, rows=4, learning_rate=1e-3, shape="linear",
+        _stage(3, length=64, rows=8, learning_rate=1e-3, shape="linear",
                mesh=(("fsdp", 4), ("context", 2))),
     )  # fmt: skip
     config = _config(tmp_path, *stages)
@@ -149,8 +153,9 @@ def test_stages_change_length_rows_rate_and_mesh_and_no_sample_is_lost(tmp_path,
         loop.fit(config, parts)
     loop.fit(config, parts)
     assert _losses(whole) == _losses(parts)
-    seen = [s for line in _lines(whole, name=metrics.SAMPLES) for row in line["samples"] for s in row]
-    assert seen
+    lines = _lines(whole, name=metrics.SAMPLES)
+    seen = [sample for line in lines for row in line["samples"] for sample in row]
+    assert len(set(seen)) > 20
 
 
 def test_evaluation_tells_the_loss_of_each_source(tmp_path):
@@ -177,26 +182,18 @@ def test_steps_that_are_not_finite_are_told_and_end_the_run(tmp_path):
 def test_a_damaged_checkpoint_is_found(tmp_path):
     config = _config(tmp_path, _stage(2))
     loop.fit(config, tmp_path / "run")
-    more = dataclasses.replace(config, stages=(_stage(2),))
     path = tmp_path / "run" / "checkpoints" / "2" / "run" / "metadata"
     record = json.loads(path.read_text())
     path.write_text(json.dumps(record | {"digest": record["digest"] ^ 1}))
     with checkpoints.Checkpoints(tmp_path / "run", config.save) as saved:
-        from train import optim, step
-
-        like = step.init(checkpoint.random_model(MODEL, jax.random.key(0), "float32"), optim.AdamW(1.0))
         with pytest.raises(checkpoints.ResumeError, match="damaged"):
-            saved.restore(2, like)
-    assert more == config
+            saved.restore(2, _state())
 
 
 def test_the_digest_sees_every_bit_and_no_layout():
-    from train import optim, step
-
-    model = checkpoint.random_model(MODEL, jax.random.key(0), "float32")
-    state = step.init(model, optim.AdamW(1.0))
+    state = _state()
     one = int(checkpoints.digest(state))
-    kernel = model.head.kernel
+    kernel = state.model.head.kernel
     value = kernel[...]
     kernel.set_value(value.at[3, 5].add(1e-7))
     assert int(checkpoints.digest(state)) != one
@@ -227,7 +224,7 @@ def test_data_that_changed_since_the_checkpoint_is_refused(tmp_path):
     config = _config(tmp_path, _stage(2), data=Data(sources=(Source("own", str(file), "text"),)))
     loop.fit(config, tmp_path / "run")
     file.write_text("".join(lines[1:]))
-    with pytest.raises(data.DataError, match="changed since the checkpoint"):
+    with pytest.raises(data.DataError, match="changed|fingerprint"):
         loop.fit(config, tmp_path / "run")
 
 

@@ -3,7 +3,7 @@
 A checkpoint holds
     state/   parameters and moments by their paths, in float32; restored onto any mesh
     data/    where every source stands, of all processes
-    run/     the resolved config, the fingerprint of the data, and a digest of the state
+    run/     the resolved config, and a digest of the state
 """
 
 import dataclasses
@@ -33,7 +33,6 @@ class Position:
     step: int
     data: dict[str, Any]
     config: dict[str, Any]
-    fingerprint: dict[str, Any]
     digest: int
 
 
@@ -72,9 +71,9 @@ class Checkpoints:
     def all_steps(self) -> list[int]:
         return sorted(self._manager.all_steps())
 
-    def save(self, state: step_lib.TrainState, data: dict, config: dict, fingerprint: dict) -> None:
+    def save(self, state: step_lib.TrainState, data: dict, config: dict) -> None:
         """Write a checkpoint; arrays are copied before this returns, files land behind it."""
-        run = {"config": config, "fingerprint": fingerprint, "digest": int(digest(state))}
+        run = {"config": config, "digest": int(digest(state))}
         items = ocp.args.Composite(
             state=ocp.args.PyTreeSave(flatten(state)),
             data=ocp.args.JsonSave(_of_all_processes(data)),
@@ -169,6 +168,6 @@ def _of_all_processes(data: dict) -> dict:
 def _merge(one: dict, other: dict) -> dict:
     both = dict(one)
     for key, value in other.items():
-        old = both.get(key)
-        both[key] = _merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+        nested = isinstance(both.get(key), dict) and isinstance(value, dict)
+        both[key] = _merge(both[key], value) if nested else value
     return both

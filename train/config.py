@@ -4,7 +4,9 @@ import dataclasses
 import math
 
 from m1_jax import config as config_lib
-from train import data
+from train import mixture
+
+Source = mixture.Source
 
 SHAPES = ("constant", "linear", "cosine")
 
@@ -79,22 +81,27 @@ class Loss:
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """What is read; `data.DataConfig` says what the fields mean. Length and rows are the stage's."""
+    """What is read; see `mixture.DataConfig`, whose other fields the stage and the run have."""
 
-    sources: tuple[data.Source, ...]
+    sources: tuple[Source, ...]
     weights: tuple[tuple[int, tuple[tuple[str, float], ...]], ...] = ()
-    overlong: str = "split"
+    pack: bool = True
+    overlong: str = "error"
     thinking: str = "keep"
-    end_token: str | None = None
+    profile: str = "release"
+    begin_token: str | None = "<begin_of_document>"
+    end_token: str | None = "<end_of_document>"
     workers: int = 0
     prefetch: int = 2
+    lanes: int = 64
+    lookahead: int = 64
 
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
     """Held-out loss. every_steps: 0 never. batches: of each evaluation; 0 for all there are."""
 
-    sources: tuple[data.Source, ...] = ()
+    sources: tuple[Source, ...] = ()
     every_steps: int = 0
     batches: int = 8
 

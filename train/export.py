@@ -1,7 +1,7 @@
 """Command: a run's newest checkpoint as a converted directory, for `m1_jax.load` and the way back.
 
-    python -m train.export --workdir=RUN --dst=DIR [--step=N] [--dtype=bfloat16]
-    python -m m1_jax.convert --to=hf --src=DIR --dst=RELEASE_DIR
+python -m train.export --workdir=RUN --dst=DIR [--step=N] [--dtype=bfloat16]
+python -m m1_jax.convert --to=hf --src=DIR --dst=RELEASE_DIR
 """
 
 import pathlib

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -107,14 +108,12 @@ class Session:
         self.position = None if latest is None else self.checkpoints.position(latest)
         self.step = latest or 0
         stack.enter_context(_caught(self._stop))
-        # Opened once here, so that bad data stops the run before anything is written.
-        with self._stream(0) as stream:
-            self.fingerprint = stream.fingerprint()
-        if self.position is not None:
-            _check_fingerprint(self.position.fingerprint, self.fingerprint)
-        self.writer = stack.enter_context(
-            metrics.Writer(self.workdir, self.step, self.total_steps)
-        )
+        # Opened here for all stages, so that bad data stops the run before its first step.
+        for index in range(len(self.config.stages)):
+            with self._stream(index) as stream:
+                if self.position is not None:
+                    stream.set_state(self.position.data)
+        self.writer = stack.enter_context(metrics.Writer(self.workdir, self.step, self.total_steps))
 
     def run(self) -> Summary:
         state, data_state, first = None, None, 0
@@ -165,7 +164,7 @@ class Session:
     def _save(self, state, stream) -> None:
         self.writer.flush()
         config = configlib.to_json(self.config)
-        self.checkpoints.save(state, stream.get_state(), config, self.fingerprint)
+        self.checkpoints.save(state, stream.get_state(), config)
 
     def _report(self, index: int, step: int, values: dict, rows: data.Rows) -> None:
         """Log one step, and judge it."""
@@ -210,7 +209,7 @@ class Session:
         names = [source.name for source in config.sources]
         totals, number = np.zeros((2, len(names), evaluate.NUM_BUCKETS)), 0
         with self._stream(index, place, config.sources) as stream:
-            for rows in _together(stream, config.batches, place):
+            for rows in itertools.islice(stream, config.batches or None):
                 batch, sources = place((rows.batch, rows.sources))
                 totals += np.asarray(evaluate.sums(model, batch, sources, len(names)), np.float64)
                 number += 1
@@ -265,10 +264,9 @@ class Session:
         )
         done = sum(stage.steps * stage.rows * stage.seq_len for stage in before)
         balance = optim.joined(loss.balance, done, per_step, first) if loss.balance else None
-        fields = dataclasses.asdict(self.config.optimizer)
-        return step_lib.Settings(
-            optim.AdamW(rate, **fields), stage.accumulate, balance, loss.z, self.config.skip_nonfinite
-        )
+        optimizer = optim.AdamW(rate, **dataclasses.asdict(self.config.optimizer))
+        skip = self.config.skip_nonfinite
+        return step_lib.Settings(optimizer, stage.accumulate, balance, loss.z, skip)
 
     def _stream(self, index: int, place: "_Place | None" = None, sources=None) -> data.Stream:
         """Open the stage's data, or all of `sources` once."""
@@ -277,9 +275,8 @@ class Session:
         fields = {f.name: getattr(given, f.name) for f in dataclasses.fields(given)}
         if sources:
             fields |= {"sources": sources, "weights": ()}
-        config = data.DataConfig(
-            **fields, seq_len=stage.seq_len, rows=stage.rows, seed=self.config.seed
-        )
+        fields |= {"seq_len": stage.seq_len, "rows": stage.rows, "seed": self.config.seed}
+        config = data.DataConfig(**fields)
         epochs = 1 if sources else None
         return data.Stream(config, self.tokenizer, place.block, place.num_blocks, epochs=epochs)
 
@@ -355,23 +352,6 @@ class _Place:
         return jax.tree.map(one, tree)
 
 
-def _together(stream, most: int, place: _Place):
-    """Yield rows until every process is out of them, or `most` (0: no limit) were given."""
-    number, empty = 0, None
-    while not most or number < most:
-        rows = next(stream, None)
-        more = np.asarray([rows is not None])
-        if not (multihost_utils.process_allgather(more) if jax.process_count() > 1 else more).any():
-            return
-        if rows is None:
-            if empty is None:
-                raise data.DataError("evaluation: fewer rows than processes; use fewer, or more data")
-            rows = empty
-        empty = jax.tree.map(np.zeros_like, rows) if dataclasses.is_dataclass(rows) else rows
-        number += 1
-        yield rows
-
-
 def _layout(stage: config_lib.Stage, model_config) -> sharding.Layout | None:
     """Return a stage's layout; None on one device. Everything that cannot work is told here."""
     mesh = None
@@ -402,15 +382,6 @@ def _check_tokenizer(tokenizer, model_config) -> None:
         raise ValueError(
             f"tokenizer: its ids reach {tokenizer.vocab_size - 1}, but the model's vocabulary ends "
             f"at {model_config.vocab_size - 1}. Is it the tokenizer of another model?"
-        )
-
-
-def _check_fingerprint(old: dict, new: dict) -> None:
-    changed = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k))
-    if changed:
-        raise data.DataError(
-            f"{', '.join(changed)}: changed since the checkpoint was saved, so its place in the "
-            "data means nothing. Put the old files back, or give a new --workdir."
         )
 
 

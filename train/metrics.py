@@ -15,6 +15,7 @@ import tensorboardX
 import tqdm
 from absl import logging
 
+_SHOWN = ("loss", "learning_rate", "tokens_per_sec")
 FILE, SAMPLES = "metrics.jsonl", "samples.jsonl"
 # bfloat16 operations a second of a device, from the makers' data sheets, by jax's device_kind.
 PEAK_FLOPS = {
@@ -43,7 +44,8 @@ class Writer:
             return
         directory.mkdir(parents=True, exist_ok=True)
         self._files = {name: _reopen(directory / name, step) for name in (FILE, SAMPLES)}
-        self._board = tensorboardX.SummaryWriter(str(directory / "tensorboard"), purge_step=step + 1)
+        board = str(directory / "tensorboard")
+        self._board = tensorboardX.SummaryWriter(board, purge_step=step + 1)
         quiet = not sys.stderr.isatty()
         self._bar = tqdm.tqdm(total=total_steps, initial=step, unit="step", disable=quiet)
         self._quiet = quiet
@@ -66,7 +68,7 @@ class Writer:
         for name, value in values.items():
             if isinstance(value, int | float):
                 self._board.add_scalar(f"{kind}/{name}", value, step)
-        shown = {k: f"{values[k]:.4g}" for k in ("loss", "learning_rate", "tokens_per_sec") if k in values}
+        shown = {k: f"{values[k]:.4g}" for k in _SHOWN if k in values}
         if kind == "train" and self._quiet:
             logging.info("step %d: %s", step, " ".join(f"{k} {v}" for k, v in shown.items()))
         elif kind == "train":
