@@ -107,6 +107,7 @@ class Stream:
             self._producer = producer.Producer(work)
         made = self._producer.next()
         if not any(one.row.samples for one in made.values()):
+            self.close()
             raise StopIteration
         self._step += 1
         for one in made.values():
@@ -159,10 +160,12 @@ class Stream:
         return copy.deepcopy(self._fingerprint)
 
     def close(self) -> None:
-        """Stop what is made ahead; the next batch starts it again."""
+        """Stop what is made ahead and close the files; the next batch starts anew."""
         if self._producer is not None:
             self._producer.close()
             self._producer = None
+        for records in self._records.values():
+            records.close()
 
     def __enter__(self) -> "Stream":
         return self
