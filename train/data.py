@@ -105,7 +105,11 @@ class Stream:
         if self._producer is None:
             work = dataclasses.replace(self._work, step=self._step, states=self._states)
             self._producer = producer.Producer(work)
-        made = self._producer.next()
+        try:
+            made = self._producer.next()
+        except Exception:
+            self.close()
+            raise
         if not any(one.row.samples for one in made.values()):
             self.close()
             raise StopIteration
