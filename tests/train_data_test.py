@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import json
+import multiprocessing
 import os
 import pickle
 import random
@@ -466,6 +467,35 @@ def test_few_files_are_open_at_once(tmp_path, monkeypatch):
     if before is not None:
         assert len(os.listdir("/proc/self/fd")) == before + 2
     records.close()
+
+
+@pytest.mark.slow
+def test_a_killed_worker_is_an_error_and_not_a_wait(config, tokenizer):
+    with data.Stream(dataclasses.replace(config, workers=2), tokenizer) as stream:
+        next(stream)
+        multiprocessing.active_children()[0].kill()
+        with pytest.raises(RuntimeError, match=r"data worker \d ended without a word"):
+            take(stream, 20)
+
+
+def test_errors_of_workers_are_those_of_the_thread(tokenizer, tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", [{"txt": "a"}])
+    config = data.DataConfig((data.Source("a", f"{tmp_path}/a.jsonl"),), 16, 1, workers=1)
+    with (
+        data.Stream(config, tokenizer) as stream,
+        pytest.raises(data.DataError, match=r"a.jsonl:1: got the keys"),
+    ):
+        next(stream)
+
+
+def test_a_source_may_be_added_at_a_checkpoint(config, tokenizer):
+    fewer = dataclasses.replace(config, sources=config.sources[:2])
+    with data.Stream(fewer, tokenizer) as stream:
+        take(stream, 3)
+        state = merged([stream])
+    with data.Stream(config, tokenizer) as stream:
+        stream.set_state(state)
+        assert any((rows.sources == 3).any() for rows in take(stream, 6))
 
 
 _KILLED = """

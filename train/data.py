@@ -103,7 +103,8 @@ class Stream:
         """
         started = time.perf_counter()
         if self._producer is None:
-            work = dataclasses.replace(self._work, step=self._step, states=self._states)
+            states = dict(self._states)  # a lane begins with its own when it is first used
+            work = dataclasses.replace(self._work, step=self._step, states=states)
             self._producer = producer.Producer(work)
         try:
             made = self._producer.next()
