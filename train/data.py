@@ -103,10 +103,16 @@ class Stream:
         """
         started = time.perf_counter()
         if self._producer is None:
-            work = dataclasses.replace(self._work, step=self._step, states=self._states)
+            states = dict(self._states)  # a lane begins with its own when it is first used
+            work = dataclasses.replace(self._work, step=self._step, states=states)
             self._producer = producer.Producer(work)
-        made = self._producer.next()
+        try:
+            made = self._producer.next()
+        except Exception:
+            self.close()
+            raise
         if not any(one.row.samples for one in made.values()):
+            self.close()
             raise StopIteration
         self._step += 1
         for one in made.values():
@@ -159,10 +165,12 @@ class Stream:
         return copy.deepcopy(self._fingerprint)
 
     def close(self) -> None:
-        """Stop what is made ahead; the next batch starts it again."""
+        """Stop what is made ahead and close the files; the next batch starts anew."""
         if self._producer is not None:
             self._producer.close()
             self._producer = None
+        for records in self._records.values():
+            records.close()
 
     def __enter__(self) -> "Stream":
         return self

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float32, Int32
 _MOST_ROWS = 16  # rows' worth of tokens that wait at most, whatever the number of documents
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Document:
     """n tokens. learn: whether a token is one that the model must learn to predict."""
 
@@ -22,7 +22,7 @@ class Document:
     learn: Bool[np.ndarray, "n"]
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class Waiting:
     """The places start to end of a document that are in no row yet.
 
@@ -40,7 +40,7 @@ class Waiting:
         return self.end - self.start
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class Row:
     """T places of `step.Batch`, and where they come from.
 

@@ -8,6 +8,7 @@ training reads in any order. The result grows in DST.partial and is renamed when
 the same command run again after an interruption goes on with the first shard that is missing.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -64,14 +65,19 @@ def run(config: Config) -> pathlib.Path:
     dst = pathlib.Path(config.dst)
     if dst.exists():
         raise FileExistsError(f"{dst} exists; wanted a new directory. Remove it or choose another.")
-    records = sources.Records("--src", config.src)
+    with contextlib.closing(sources.Records("--src", config.src)) as records:
+        partial = _prepare(dst.with_name(dst.name + ".partial"), config, records)
+    partial.rename(dst)
+    return dst
+
+
+def _prepare(partial: pathlib.Path, config: Config, records: sources.Records) -> pathlib.Path:
     if len(records) < config.shards:
         raise ValueError(f"--shards is {config.shards}; wanted at most the {len(records)} records")
     encoder = None
     if config.checkpoint:
         tokenizer = tokenizer_lib.Tokenizer.load(config.checkpoint)
         encoder = chat.Encoder(tokenizer, profile=config.profile)
-    partial = dst.with_name(dst.name + ".partial")
     manifest = _open_partial(partial, config, records)
     with tqdm.tqdm(total=len(records), unit=" records", disable=not config.progress) as bar:
         for shard in range(config.shards):
@@ -85,8 +91,7 @@ def run(config: Config) -> pathlib.Path:
                 _save(partial / MANIFEST, manifest)
             else:
                 bar.update(end - start)
-    partial.rename(dst)
-    return dst
+    return partial
 
 
 def _open_partial(partial: pathlib.Path, config: Config, records) -> dict[str, Any]:

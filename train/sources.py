@@ -23,6 +23,7 @@ from etils import epath
 
 _ENDS_BYTES = 64 * 2**10  # of a file's head and of its tail that its fingerprint covers
 _KEPT_GROUPS = 4  # row groups of one Parquet file in memory
+_MOST_OPEN = 256  # files of one source, as a process may have only so many
 _WILD = "*?["
 
 
@@ -54,6 +55,10 @@ class Records:
                     f"{reader.file}: got no records; wanted at least one. Remove the file."
                 )
         self._ends = list(itertools.accumulate(reader.num_records for reader in self._readers))
+        self._open: dict[int, None] = {}  # numbers of files, the longest unused first
+
+    def __getstate__(self):
+        return {**self.__dict__, "_open": {}}
 
     def __len__(self) -> int:
         return self._ends[-1]
@@ -64,7 +69,13 @@ class Records:
         Raises:
           DataError: it cannot be read, or is not an object with text or messages.
         """
-        reader, number = self._locate(index)
+        which, reader, number = self._locate(index)
+        self._open.pop(which, None)
+        self._open[which] = None
+        if len(self._open) > _MOST_OPEN:
+            oldest = next(iter(self._open))
+            self._readers[oldest].close()
+            del self._open[oldest]
         try:
             record = reader.read(number)
             record = json.loads(record) if isinstance(record, bytes) else record
@@ -79,8 +90,14 @@ class Records:
 
     def where(self, index: int) -> str:
         """Return a record's file and number, for messages."""
-        reader, number = self._locate(index)
+        _, reader, number = self._locate(index)
         return reader.where(number)
+
+    def close(self) -> None:
+        """Close the files; reading opens them again."""
+        for which in self._open:
+            self._readers[which].close()
+        self._open.clear()
 
     def fingerprint(self) -> list[list]:
         """Return [name, bytes, digest of head and tail, records] of each file, JSON-able.
@@ -110,11 +127,11 @@ class Records:
                     f" wanted {then.get(name)} (bytes, digest, records). {remedy}"
                 )
 
-    def _locate(self, index: int) -> tuple[Any, int]:
+    def _locate(self, index: int) -> tuple[int, Any, int]:
         if not 0 <= index < len(self):
             raise IndexError(f"{self.name}: got record {index}; wanted less than {len(self)}")
         which = bisect.bisect_right(self._ends, index)
-        return self._readers[which], index - (self._ends[which - 1] if which else 0)
+        return which, self._readers[which], index - (self._ends[which - 1] if which else 0)
 
 
 class _Reader:
@@ -131,6 +148,11 @@ class _Reader:
     @functools.cached_property
     def _handle(self) -> Any:
         raise NotImplementedError
+
+    def close(self) -> None:
+        handle = self.__dict__.pop("_handle", None)
+        if handle is not None:
+            handle.close()
 
     def read(self, number: int) -> bytes | dict:
         raise NotImplementedError
@@ -189,16 +211,24 @@ class _Parquet(_Reader):
         self._ends = list(itertools.accumulate(counts))
         self.num_records = metadata.num_rows
         self._groups: collections.OrderedDict[int, Any] = collections.OrderedDict()
+        self.close()
 
     @functools.cached_property
     def _handle(self):
+        stream = self.file.open("rb")
         try:
-            return pyarrow.parquet.ParquetFile(self.file.open("rb"))
+            return pyarrow.parquet.ParquetFile(stream)
         except (pyarrow.ArrowException, OSError) as error:
+            stream.close()
             raise DataError(f"{self.file}: not a Parquet file: {error}. Copy it again.") from None
 
     def __getstate__(self):
         return {**super().__getstate__(), "_groups": collections.OrderedDict()}
+
+    def close(self) -> None:
+        if "_handle" in self.__dict__:
+            self.__dict__.pop("_handle").close(force=True)  # the stream, too
+        self._groups.clear()
 
     def read(self, number: int) -> dict:
         which = bisect.bisect_right(self._ends, number)
@@ -223,6 +253,7 @@ class _ArrayRecord(_Reader):
     def __init__(self, file: epath.Path):
         super().__init__(file)
         self.num_records = self._handle.num_records()
+        self.close()
 
     @functools.cached_property
     def _handle(self):

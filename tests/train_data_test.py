@@ -1,0 +1,542 @@
+"""Streams: the same rows again, from any batch, with any workers, on any number of hosts."""
+
+import collections
+import dataclasses
+import json
+import multiprocessing
+import os
+import pickle
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from array_record.python import array_record_module
+
+from m1_jax import testing
+from m1_jax import tokenizer as tokenizer_lib
+from train import data, sources
+
+WORDS = ["lightning", "attention", "keeps", "one", "matrix", "for", "each", "head", "and", "cache"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    path = testing.write_tiny_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+    return tokenizer_lib.Tokenizer.load(path)
+
+
+def texts(count, longest, seed=0):
+    rng = random.Random(seed)
+    return [" ".join(rng.choices(WORDS, k=rng.randint(1, longest))) for _ in range(count)]
+
+
+def write_jsonl(path, records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def write_array_record(path, records):
+    writer = array_record_module.ArrayRecordWriter(str(path), "group_size:1")
+    for record in records:
+        writer.write(json.dumps(record).encode())
+    writer.close()
+
+
+def write_parquet(path, records, rows=7):
+    import pyarrow
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), path, row_group_size=rows)
+
+
+def conversation(i):
+    return {
+        "messages": [
+            {"role": "user", "content": f"{i}?"},
+            {"role": "assistant", "content": WORDS[i % 9]},
+        ]
+    }
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Three sources in three formats: short texts in two files, chats, texts longer than a row."""
+    folder = tmp_path_factory.mktemp("corpus")
+    short = [{"text": text} for text in texts(90, 12)]
+    write_jsonl(folder / "short-0.jsonl", short[:50])
+    write_jsonl(folder / "short-1.jsonl", short[50:])
+    write_parquet(folder / "chat.parquet", [conversation(i) for i in range(40)])
+    write_array_record(folder / "long.arrayrecord", [{"text": t} for t in texts(25, 90, seed=1)])
+    return folder
+
+
+@pytest.fixture
+def config(folder):
+    return data.DataConfig(
+        sources=(
+            data.Source("short", f"{folder}/short-*.jsonl"),
+            data.Source("chat", f"{folder}/chat.parquet", kind="chat", weight=0.5),
+            data.Source("long", f"{folder}/long.arrayrecord", kind="text"),
+        ),
+        seq_len=64,
+        rows=4,
+        lanes=8,
+        lookahead=4,
+        seed=3,
+    )
+
+
+def arrays(rows):
+    fields = [getattr(rows.batch, f.name) for f in dataclasses.fields(rows.batch)]
+    return [*fields, rows.sources]
+
+
+def assert_same(a, b):
+    assert a.samples == b.samples
+    for one, other in zip(arrays(a), arrays(b), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def take(stream, count):
+    return [next(stream) for _ in range(count)]
+
+
+def merged(streams):
+    state = {}
+    for stream in streams:
+        state |= stream.get_state()
+    return json.loads(json.dumps(state))
+
+
+def joined(parts):
+    """Return the batch that several hosts' rows make together."""
+    samples = [row for part in parts for row in part.samples]
+    fields = zip(*map(arrays, parts), strict=True)
+    *batch, places = [np.concatenate(field) for field in fields]
+    return dataclasses.replace(
+        parts[0], batch=type(parts[0].batch)(*batch), sources=places, samples=samples
+    )
+
+
+def test_rows_are_what_the_step_takes(config, tokenizer):
+    with data.Stream(config, tokenizer) as stream:
+        rows = next(stream)
+    for array in arrays(rows):
+        assert array.shape == (4, 64)
+        assert array.dtype == (np.float32 if array is rows.batch.weights else np.int32)
+    assert rows.utilisation == np.mean(rows.batch.segment_ids > 0) > 0.5
+    assert set(np.unique(rows.sources)) <= {0, 1, 2, 3}
+    assert len(rows.samples) == 4
+    assert rows.wait_secs > 0
+
+
+def test_a_seed_gives_the_same_rows_and_another_gives_others(config, tokenizer):
+    with data.Stream(config, tokenizer) as a, data.Stream(config, tokenizer) as b:
+        first, again = take(a, 6), take(b, 6)
+    for one, other in zip(first, again, strict=True):
+        assert_same(one, other)
+    with data.Stream(dataclasses.replace(config, seed=4), tokenizer) as stream:
+        assert take(stream, 1)[0].samples != first[0].samples
+
+
+@pytest.mark.parametrize("rows", [2, 8, 16])
+def test_a_state_taken_after_any_batch_continues_exactly(config, tokenizer, rows):
+    config = dataclasses.replace(config, rows=rows)
+    with data.Stream(config, tokenizer) as stream:
+        states, wanted = [merged([stream])], []
+        for _ in range(7):
+            wanted.append(next(stream))
+            states.append(merged([stream]))
+    for done, state in enumerate(states):
+        with data.Stream(config, tokenizer) as stream:
+            stream.set_state(state)
+            assert merged([stream]) == state
+            for one, other in zip(wanted[done:], take(stream, 7 - done), strict=True):
+                assert_same(one, other)
+            assert merged([stream]) == states[-1]
+
+
+def test_set_state_turns_a_running_stream_back(config, tokenizer):
+    with data.Stream(config, tokenizer) as stream:
+        take(stream, 2)
+        state = stream.get_state()
+        first = take(stream, 3)
+        stream.set_state(state)
+        for one, other in zip(first, take(stream, 3), strict=True):
+            assert_same(one, other)
+
+
+def test_processes_give_the_rows_of_the_thread_and_take_over_from_it(config, tokenizer):
+    with data.Stream(config, tokenizer) as stream:
+        wanted = take(stream, 12)
+    with data.Stream(dataclasses.replace(config, workers=2), tokenizer) as stream:
+        found, state = take(stream, 5), stream.get_state()
+    with data.Stream(dataclasses.replace(config, workers=1), tokenizer) as stream:
+        stream.set_state(state)
+        found, state = found + take(stream, 4), stream.get_state()
+    with data.Stream(config, tokenizer) as stream:
+        stream.set_state(state)
+        found += take(stream, 3)
+    for one, other in zip(wanted, found, strict=True):
+        assert_same(one, other)
+
+
+@pytest.mark.parametrize("rows", [4, 16])
+def test_any_number_of_hosts_gives_the_rows_of_one_and_takes_over(config, tokenizer, rows):
+    config = dataclasses.replace(config, rows=rows)
+    with data.Stream(config, tokenizer) as stream:
+        wanted = take(stream, 9)
+    found, state = [], None
+    for hosts in (4, 1, 2):
+        streams = [data.Stream(config, tokenizer, host, hosts) for host in range(hosts)]
+        for stream in streams:
+            if state is not None:
+                stream.set_state(state)
+        found += [joined([next(stream) for stream in streams]) for _ in range(3)]
+        state = merged(streams)
+        for stream in streams:
+            stream.close()
+    for one, other in zip(wanted, found, strict=True):
+        assert_same(one, other)
+
+
+def places(rows):
+    """Yield (sample, place in its document) of all real tokens, and the token."""
+    for r, samples in enumerate(rows.samples):
+        for i, name in enumerate(samples):
+            sample, _, start = name.partition("@")
+            here = rows.batch.segment_ids[r] == i + 1
+            for place, token in enumerate(rows.batch.tokens[r][here]):
+                yield (sample, int(start or 0) + place), token
+
+
+def waiting(state):
+    """Yield (sample, place) of what a state says is in no row yet."""
+    for lane in range(state["lanes"]):
+        for entry in state[str(lane)]["waiting"]:
+            sample, _, span = entry.rpartition("@")
+            start, end = map(int, span.split("-"))
+            yield from ((sample, place) for place in range(start, end))
+
+
+def test_one_epoch_is_every_token_of_every_record_once(config, tokenizer):
+    found = collections.Counter()
+    batches = 0
+    with data.Stream(config, tokenizer, epochs=1) as stream:
+        for rows in stream:
+            assert rows.batch.tokens.shape == (4, 64)
+            found.update(dict(places(rows)).keys())
+            batches += 1
+        with pytest.raises(StopIteration):
+            next(stream)
+    assert set(found.values()) == {1}
+    assert {sample for sample, _ in found} == {
+        f"{name}:{i}:0" for name, n in (("short", 90), ("chat", 40), ("long", 25)) for i in range(n)
+    }
+    assert len(found) / (batches * 4 * 64) > 0.9
+
+
+def test_an_epoch_ends_on_all_hosts_at_once(config, tokenizer):
+    with data.Stream(config, tokenizer, epochs=2) as stream:
+        wanted = list(stream)
+    hosts = [list(data.Stream(config, tokenizer, host, 2, epochs=2)) for host in range(2)]
+    for one, *parts in zip(wanted, *hosts, strict=True):
+        assert_same(one, joined(parts))
+
+
+def test_stages_of_other_lengths_and_sizes_lose_nothing_and_repeat_nothing(config, tokenizer):
+    found, state = collections.Counter(), None
+    for seq_len, rows in ((32, 8), (128, 2), (48, 16), (64, 4)):
+        stage = dataclasses.replace(config, seq_len=seq_len, rows=rows)
+        with data.Stream(stage, tokenizer) as stream:
+            if state is not None:
+                stream.set_state(state)
+            for batch in take(stream, 5):
+                found.update([place for place, _ in places(batch)])
+            state = merged([stream])
+    found.update(waiting(state))
+    assert set(found.values()) == {1}
+    lengths = collections.Counter(sample for sample, _ in found)
+    last = dict.fromkeys(lengths, 0)
+    for sample, place in found:
+        last[sample] = max(last[sample], place)
+    assert all(last[sample] + 1 == length for sample, length in lengths.items())
+    # What was read of a source is the beginning of its order: nothing was passed over.
+    read = {name: sum(state[str(i)]["read"][name] for i in range(8)) for name in ("short", "long")}
+    for name, count in read.items():
+        assert sum(sample.startswith(name + ":") for sample in lengths) == count > 0
+
+
+def test_lanes_together_read_an_epoch_before_the_next(config, tokenizer):
+    config = dataclasses.replace(config, sources=config.sources[:1], lanes=4)
+    with data.Stream(config, tokenizer) as stream:
+        seen = [name for rows in take(stream, 20) for row in rows.samples for name in row]
+        seen += [
+            e.rpartition("@")[0] for i in range(4) for e in stream.get_state()[str(i)]["waiting"]
+        ]
+    first = {name for name in seen if name.endswith(":0")}
+    assert first == {f"short:{i}:0" for i in range(90)}
+    assert len({name for name in seen if name.endswith(":1")}) > 10
+
+
+def shares(rows):
+    counts = np.bincount(np.concatenate([r.sources.ravel() for r in rows]), minlength=4)[1:]
+    return counts / counts.sum()
+
+
+def test_weights_are_shares_of_tokens_and_change_with_the_step(config, tokenizer):
+    weights = (
+        (0, (("short", 1.0), ("long", 3.0))),
+        (40, (("chat", 1.0),)),
+    )
+    config = dataclasses.replace(config, weights=weights, lanes=4)
+    with data.Stream(config, tokenizer) as stream:
+        before = take(stream, 40)
+        state = stream.get_state()
+        after = take(stream, 10)
+        np.testing.assert_allclose(shares(before), [0.25, 0, 0.75], atol=0.06)
+        # What waited at the switch is still handed out.
+        np.testing.assert_allclose(shares(after[-4:]), [0, 1, 0], atol=0.05)
+        stream.set_state(state)
+        assert_same(next(stream), after[0])
+
+
+def test_one_document_a_row_without_packing(config, tokenizer):
+    with data.Stream(dataclasses.replace(config, pack=False), tokenizer) as stream:
+        rows = next(stream)
+    assert [len(samples) for samples in rows.samples] == [1] * 4
+
+
+def test_left_out_conversations_are_counted(config, tokenizer, tmp_path):
+    long = conversation(0)
+    long["messages"][0]["content"] = "so " * 100
+    write_jsonl(tmp_path / "a.jsonl", [conversation(1), long] * 3)
+    config = dataclasses.replace(config, sources=(data.Source("a", f"{tmp_path}/a.jsonl"),))
+    with pytest.raises(data.DataError, match=r"a\.jsonl:\d: got a conversation of \d+ tokens"):
+        next(data.Stream(config, tokenizer, epochs=1))
+    config = dataclasses.replace(config, overlong="drop")
+    with data.Stream(config, tokenizer, epochs=1) as stream:
+        (rows,) = list(stream)
+    assert rows.dropped == 3
+    write_jsonl(tmp_path / "a.jsonl", [long])
+    with pytest.raises(data.DataError, match="all longer than 64"):
+        next(data.Stream(config, tokenizer))
+
+
+def test_a_changed_file_is_named(config, tokenizer, tmp_path, folder):
+    for file in folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    moved = [
+        dataclasses.replace(s, path=s.path.replace(str(folder), str(tmp_path)))
+        for s in config.sources
+    ]
+    with data.Stream(config, tokenizer) as stream:
+        next(stream)
+        state = merged([stream])
+    config = dataclasses.replace(config, sources=tuple(moved))
+    data.Stream(config, tokenizer).set_state(state)  # the same files elsewhere
+    file = tmp_path / "short-1.jsonl"
+    file.write_bytes(file.read_bytes().replace(b"matrix", b"Matrix", 1))
+    with pytest.raises(data.DataError, match=r"'short': short-1.jsonl changed since"):
+        data.Stream(config, tokenizer).set_state(state)
+    file.unlink()
+    with pytest.raises(data.DataError, match=r"short-1.jsonl is gone"):
+        data.Stream(config, tokenizer).set_state(state)
+
+
+def test_states_that_do_not_fit_are_refused(config, tokenizer):
+    stream = data.Stream(config, tokenizer)
+    state = stream.get_state()
+    with pytest.raises(ValueError, match="seed: got 4; wanted 3"):
+        data.Stream(dataclasses.replace(config, seed=4), tokenizer).set_state(state)
+    with pytest.raises(ValueError, match="lanes: got 16; wanted 8"):
+        data.Stream(dataclasses.replace(config, lanes=16), tokenizer).set_state(state)
+    with pytest.raises(ValueError, match="the states of all hosts"):
+        stream.set_state(data.Stream(config, tokenizer, 0, 2).get_state())
+    fewer = dataclasses.replace(config, sources=config.sources[:2])
+    with pytest.raises(data.DataError, match="'long'.*Give it weight 0"):
+        data.Stream(fewer, tokenizer).set_state(state)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sources": ()}, "sources: got"),
+        ({"seq_len": 1}, "seq_len: got 1; wanted at least 2"),
+        ({"rows": 3}, "lanes: got 8 with 3 rows; .* such as 9"),
+        ({"overlong": "cut"}, "overlong: got 'cut'; wanted one of error"),
+        ({"thinking": "no"}, "thinking: got 'no'"),
+        ({"profile": "no"}, "profile: got 'no'"),
+        ({"weights": ((1, (("short", 1.0),)),)}, "ascending ones from 0"),
+        ({"weights": ((0, (("books", 1.0),)),)}, "got 'books'"),
+        ({"weights": ((0, (("short", 0.0),)),)}, "got none above 0"),
+        ({"weights": ((0, (("short", float("nan")),)),)}, "got 'short': nan"),
+    ],
+)
+def test_configs_that_are_refused(config, changes, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(config, **changes)
+
+
+def test_hosts_that_cannot_share_are_refused(config, tokenizer):
+    with pytest.raises(ValueError, match="rows: got 4 for 3 hosts"):
+        data.Stream(config, tokenizer, 0, 3)
+    with pytest.raises(ValueError, match="lanes: got 2 for 4 hosts"):
+        data.Stream(dataclasses.replace(config, lanes=2), tokenizer, 0, 4)
+    with pytest.raises(ValueError, match="process 2 of 2"):
+        data.Stream(config, tokenizer, 2, 2)
+    with pytest.raises(ValueError, match="special token: got '<eod>'"):
+        data.Stream(dataclasses.replace(config, end_token="<eod>"), tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"text": "a"}\n\n{"txt": "b"}\n', r"a.jsonl:3: got the keys"),
+        (b'{"text": "a"}\n{"text": \n', r"a.jsonl:2: not a JSON record"),
+        (b'{"text": "a"}\n[1]\n', r"a.jsonl:2: got \[1\]; wanted an object"),
+        (b'{"text": "a"}\n{"text": "\xff"}\n', r"a.jsonl:2: not a JSON record"),
+        (b'{"text": "\\ud800"}\n', r"a.jsonl:1: text: got a lone surrogate"),
+    ],
+)
+@pytest.mark.parametrize("epochs", [None, 1])
+def test_a_bad_record_is_named(tokenizer, tmp_path, content, message, epochs):
+    (tmp_path / "a.jsonl").write_bytes(content)
+    config = data.DataConfig((data.Source("a", f"{tmp_path}/a.jsonl"),), 16, 1, lanes=1)
+    with (
+        data.Stream(config, tokenizer, epochs=epochs) as stream,
+        pytest.raises(data.DataError, match=message),
+    ):
+        take(stream, 9)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", b"\n \n", "got no records"),
+        ("a.parquet", b"PAR1", "not a Parquet file"),
+        ("a.arrayrecord", b"RAR" * 9999, "not a whole ArrayRecord file"),
+        ("a.arrayrecord", b"", "not a whole ArrayRecord file"),
+        ("a.txt", b"", "a file of another kind"),
+    ],
+)
+def test_a_bad_file_is_named(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(data.DataError, match=f"{name}: .*{message}"):
+        sources.Records("s", str(tmp_path / "a.*"))
+
+
+def test_no_file_is_an_error(tmp_path):
+    for path in (tmp_path, tmp_path / "none.jsonl", tmp_path / "*.jsonl"):
+        with pytest.raises(data.DataError, match="where there is no file; wanted files ending in"):
+            sources.Records("s", str(path))
+
+
+def test_records_of_all_formats_are_the_same(tmp_path):
+    records = [{"text": f"number {i}"} for i in range(20)]
+    write_jsonl(tmp_path / "a.jsonl", records[:9])
+    write_array_record(tmp_path / "b.arrayrecord", records[9:13])
+    write_parquet(tmp_path / "c.parquet", records[13:], rows=1)
+    found = pickle.loads(pickle.dumps(sources.Records("s", str(tmp_path))))
+    assert len(found) == 20
+    for i in random.Random(0).sample(range(20), 20):
+        assert found.read(i) == records[i]
+    assert found.where(8).endswith("a.jsonl:9")
+    assert found.where(19).endswith("c.parquet, record 6")
+    found.close()
+
+
+def test_parquet_may_hold_conversations_as_strings(tmp_path):
+    record = conversation(3)
+    write_parquet(tmp_path / "a.parquet", [{"messages": json.dumps(record["messages"])}])
+    found = sources.Records("s", str(tmp_path / "a.parquet"))
+    assert found.read(0) == record
+    found.close()
+
+
+def test_few_files_are_open_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "_MOST_OPEN", 2)
+    for i in range(5):
+        write_jsonl(tmp_path / f"{i}.jsonl", [{"text": str(i)}])
+    records = sources.Records("s", str(tmp_path))
+    before = len(os.listdir("/proc/self/fd")) if os.path.exists("/proc/self/fd") else None
+    assert [records.read(i)["text"] for i in (0, 1, 2, 3, 4, 0)] == list("012340")
+    if before is not None:
+        assert len(os.listdir("/proc/self/fd")) == before + 2
+    records.close()
+
+
+@pytest.mark.slow
+def test_a_killed_worker_is_an_error_and_not_a_wait(config, tokenizer):
+    with data.Stream(dataclasses.replace(config, workers=2), tokenizer) as stream:
+        next(stream)
+        multiprocessing.active_children()[0].kill()
+        with pytest.raises(RuntimeError, match=r"data worker \d ended without a word"):
+            take(stream, 20)
+
+
+def test_errors_of_workers_are_those_of_the_thread(tokenizer, tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", [{"txt": "a"}])
+    config = data.DataConfig((data.Source("a", f"{tmp_path}/a.jsonl"),), 16, 1, workers=1)
+    with (
+        data.Stream(config, tokenizer) as stream,
+        pytest.raises(data.DataError, match=r"a.jsonl:1: got the keys"),
+    ):
+        next(stream)
+
+
+def test_a_source_may_be_added_at_a_checkpoint(config, tokenizer):
+    fewer = dataclasses.replace(config, sources=config.sources[:2])
+    with data.Stream(fewer, tokenizer) as stream:
+        take(stream, 3)
+        state = merged([stream])
+    with data.Stream(config, tokenizer) as stream:
+        stream.set_state(state)
+        assert any((rows.sources == 3).any() for rows in take(stream, 6))
+
+
+_KILLED = """
+import multiprocessing, pathlib, sys, time
+from m1_jax import tokenizer
+from train import data
+if __name__ == "__main__":
+    source = data.Source("short", sys.argv[1])
+    stream = data.Stream(
+        data.DataConfig((source,), 64, 4, lanes=4, workers=1), tokenizer.Tokenizer.load(sys.argv[2])
+    )
+    next(stream)
+    print(multiprocessing.active_children()[0].pid, flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.mark.slow
+def test_workers_end_when_their_trainer_is_killed(folder, tokenizer, tmp_path):
+    testing.write_tiny_tokenizer(tmp_path)
+    script = tmp_path / "trainer.py"
+    script.write_text(_KILLED)
+    trainer = subprocess.Popen(
+        [sys.executable, script, folder / "short-0.jsonl", tmp_path],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.getcwd()},
+    )
+    with trainer:
+        worker = int(trainer.stdout.readline())
+        trainer.send_signal(signal.SIGKILL)
+    deadline = time.monotonic() + 20
+    while _alive(worker) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert not _alive(worker)
+
+
+def _alive(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    status = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True)
+    return not status.stdout.startswith("Z") and status.returncode == 0
