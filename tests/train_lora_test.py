@@ -46,6 +46,10 @@ def _moved(model):
     return model
 
 
+def _int8(config):
+    return checkpoint.abstract_model(config, expert_dtype=jnp.int8)
+
+
 def _adapters(model):
     return {k: v for k, v in checkpoint.parameters(model).items() if ".adapter." in k}
 
@@ -153,7 +157,6 @@ def test_gradients_are_those_of_the_product_and_no_others(base):
         assert error < testing.TOLERANCES["gradients"], name
     # The compiler's count: the products for gradients of frozen weights are not there.
     flops = [compiled.cost_analysis()["flops"] for compiled in (program, all_of_it)]
-    print("FLOPS", flops)
     assert flops[0] < 0.8 * flops[1]
 
 
@@ -222,6 +225,7 @@ def test_a_mesh_computes_what_one_device_does(source, base):
         (lambda _: lora.Lora(modules="("), "no regular expression"),
         (lambda base: _adapted(base, lora.Lora(modules="router")), "'router' is found in none of"),
         (lambda base: _adapted(_adapted(base)), "has adapters already"),
+        (lambda base: _adapted(_int8(base.config)), "int8 experts have no gradient"),
     ],
 )
 def test_wrong_values_are_refused_in_words(base, make, words):

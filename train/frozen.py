@@ -1,9 +1,7 @@
 """What a step trains, and what it leaves alone: parameters marked `frozen` (`layers.param`)."""
 
-import jax
-from flax import nnx
-
 from m1_jax import model as model_lib
+from m1_jax import sharding
 
 
 def split(model: model_lib.MiniMaxM1) -> tuple[model_lib.MiniMaxM1, model_lib.MiniMaxM1]:
@@ -17,7 +15,7 @@ def split(model: model_lib.MiniMaxM1) -> tuple[model_lib.MiniMaxM1, model_lib.Mi
         def one(param):
             return param if param.get_metadata()["frozen"] == frozen else param.replace(None)
 
-        return jax.tree.map(one, model, is_leaf=_is_param)
+        return sharding.map_params(one, model)
 
     return part(False), part(True)
 
@@ -25,11 +23,7 @@ def split(model: model_lib.MiniMaxM1) -> tuple[model_lib.MiniMaxM1, model_lib.Mi
 def join(trained: model_lib.MiniMaxM1, frozen: model_lib.MiniMaxM1) -> model_lib.MiniMaxM1:
     """Undo `split`."""
 
-    def one(a, b):
-        return b if a.get_metadata()["frozen"] else a
+    def one(ours, theirs):
+        return theirs if ours.get_metadata()["frozen"] else ours
 
-    return jax.tree.map(one, trained, frozen, is_leaf=_is_param)
-
-
-def _is_param(node) -> bool:
-    return isinstance(node, nnx.Param)
+    return sharding.map_params(one, trained, frozen)

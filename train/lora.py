@@ -5,6 +5,7 @@ product A B exists only when the two are merged for good.
 """
 
 import dataclasses
+import functools
 import re
 
 import jax
@@ -48,12 +49,15 @@ def add(model: model_lib.MiniMaxM1, lora: Lora, key: jax.Array) -> model_lib.Min
     W may have any dtype. The model's arrays are shared, not copied.
 
     Raises:
-      ValueError: a model that has adapters already, or no projection that `modules` names.
+      ValueError: a model that has adapters already, int8 experts, which have no gradient, or no
+        projection that `modules` names.
     """
     model = jax.tree.map(lambda leaf: leaf, model)
     linears = _linears(model)
     if any(linear.adapter for linear in linears.values()):
         raise ValueError("the model has adapters already; merge them before adding others")
+    if any(leaf.dtype == jnp.int8 for leaf in jax.tree.leaves(model)):
+        raise ValueError("int8 experts have no gradient; load the model without expert_dtype")
     chosen = {name: linear for name, linear in linears.items() if re.search(lora.modules, name)}
     if not chosen:
         raise ValueError(
@@ -67,7 +71,7 @@ def add(model: model_lib.MiniMaxM1, lora: Lora, key: jax.Array) -> model_lib.Min
         return [_pair(one, lora.rank, key) for one, key in zip(chosen.values(), keys, strict=True)]
 
     shapes = jax.eval_shape(make, key)
-    where = jax.tree.map(lambda param: _place(model, param), shapes, is_leaf=_is_param)
+    where = sharding.map_params(functools.partial(_place, model.layout), shapes)
     pairs = jax.jit(make, out_shardings=where)(key)
     for linear, (a, b) in zip(chosen.values(), pairs, strict=True):
         linear.adapter = layers.Adapter(a, b, lora.alpha / lora.rank)
@@ -116,10 +120,6 @@ def _pair(linear: layers.Linear, rank: int, key: jax.Array) -> tuple[nnx.Param, 
     return a, b
 
 
-def _place(model: model_lib.MiniMaxM1, param: nnx.Param):
+def _place(layout: sharding.Layout | None, param):
     axes = param.get_metadata()["logical_axes"]
-    return param.replace(sharding.param_sharding(model.layout, axes, param.shape))
-
-
-def _is_param(node) -> bool:
-    return isinstance(node, nnx.Param)
+    return param.replace(sharding.param_sharding(layout, axes, param.shape))
