@@ -16,28 +16,48 @@ def param(
 
     `logical_axes` names each dimension for `sharding.py`. It is our own metadata key, because
     Flax acts on its own one at creation and demands a mesh. `float32` says that the parameter is
-    stored and computed with in float32, whatever the rest is.
+    stored and computed with in float32, whatever the rest is. A trainer leaves alone parameters
+    whose metadata `frozen` is set to True.
     """
     dtype = jnp.float32 if float32 else dtype
     if std is None:
         value = jnp.ones(shape, dtype)
     else:
         value = (std * jax.random.normal(rngs.params(), shape, jnp.float32)).astype(dtype)
-    return nnx.Param(value, logical_axes=tuple(logical_axes), float32=float32)
+    return nnx.Param(value, logical_axes=tuple(logical_axes), float32=float32, frozen=False)
 
 
 class Linear(nnx.Module):
     """y = x W without bias; W is [in, out], the transpose of the release's layout.
 
-    Where the rows of W are split over devices, their products are added up, in x's dtype.
+    Where the rows of W are split over devices, their products are added up, in x's dtype. With an
+    adapter, y = x W + adapter(x).
     """
 
     def __init__(self, rngs, in_size, out_size, logical_axes, *, std, param_dtype):
         self.kernel = param(rngs, (in_size, out_size), logical_axes, param_dtype, std)
         self.rows = logical_axes[0]
+        self.adapter: Adapter | None = nnx.data(None)
 
     def __call__(self, x: Float[Array, "*batch I"]) -> Float[Array, "*batch O"]:
-        return sharding.total(_project(x, self.kernel[...].astype(x.dtype)), self.rows)
+        y = _project(x, self.kernel[...].astype(x.dtype))
+        if self.adapter is not None:
+            y = y + self.adapter(x)
+        return sharding.total(y, self.rows)
+
+
+class Adapter(nnx.Module):
+    """x A B scale: a change of low rank to a `Linear` (LoRA, arXiv:2106.09685, 4.1).
+
+    A is split as the rows of W and B as its columns, so that the sums over devices are W's own.
+    """
+
+    def __init__(self, a: nnx.Param, b: nnx.Param, scale: float):
+        self.a, self.b, self.scale = a, b, scale
+
+    def __call__(self, x: Float[Array, "*batch I"]) -> Float[Array, "*batch O"]:
+        inner = _project(x, self.a[...].astype(x.dtype)) * self.scale
+        return _project(inner, self.b[...].astype(x.dtype))
 
 
 @jax.custom_vjp

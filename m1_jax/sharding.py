@@ -299,11 +299,15 @@ def has_ragged_exchange() -> bool:
 
 def param_specs(layout: Layout, module):
     """Return a module's parameters replaced by their specs."""
-    return _map_params(lambda p: layout.param_spec(_logical_axes(p)), module)
+    return map_params(lambda p: layout.param_spec(_logical_axes(p)), module)
 
 
-def _map_params(function, module):
-    return jax.tree.map(function, module, is_leaf=lambda node: isinstance(node, nnx.Param))
+def map_params(function, *modules):
+    """Return the first module with each parameter replaced by what `function` makes of it.
+
+    It gets the parameters of all modules, which are alike.
+    """
+    return jax.tree.map(function, *modules, is_leaf=lambda node: isinstance(node, nnx.Param))
 
 
 def _logical_axes(param: nnx.Param) -> tuple[str | None, ...]:
@@ -329,7 +333,7 @@ def ready(module, layout: Layout | None, dtype):
         value = gather(value, dim, axes, to)
         return param.replace(ad_checkpoint.checkpoint_name(value, GATHERED))
 
-    return _map_params(one, module)
+    return map_params(one, module)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))

@@ -25,7 +25,24 @@ ROWS, LENGTH = 8, 32
 
 @pytest.fixture(autouse=True)
 def _here(monkeypatch):
+    """Run in the checkout; on one device, but for stages that name a mesh."""
     monkeypatch.chdir(ROOT)
+    real = loop._layout
+    alone = lambda stage, config: real(stage, config) if stage.mesh else None  # noqa: E731
+    monkeypatch.setattr(loop, "_layout", alone)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _cache(tmp_path_factory):
+    """Compile each program once for all tests, and leave the setting as it was."""
+    before = jax.config.jax_compilation_cache_dir
+    Cache.directory = str(tmp_path_factory.mktemp("xla"))
+    yield
+    jax.config.update("jax_compilation_cache_dir", before)
+
+
+class Cache:
+    directory = ""
 
 
 def _stage(steps, length=LENGTH, rows=ROWS, **kwargs):
@@ -42,7 +59,7 @@ def _config(tmp_path, *stages, **kwargs):
         "data": Data(sources=(text,)),
         "save": Save(every_steps=2),
         "log": Log(every_steps=1, samples=True),
-        "compilation_cache": str(tmp_path / "xla"),
+        "compilation_cache": Cache.directory,
     }
     return Run(stages=stages or (_stage(6),), **fields | kwargs)
 
@@ -185,9 +202,11 @@ def test_a_damaged_checkpoint_is_found(tmp_path):
     path = tmp_path / "run" / "checkpoints" / "2" / "run" / "metadata"
     record = json.loads(path.read_text())
     path.write_text(json.dumps(record | {"digest": record["digest"] ^ 1}))
-    with checkpoints.Checkpoints(tmp_path / "run", config.save) as saved:
-        with pytest.raises(checkpoints.ResumeError, match="damaged"):
-            saved.restore(2, _state())
+    with (
+        checkpoints.Checkpoints(tmp_path / "run", config.save) as saved,
+        pytest.raises(checkpoints.ResumeError, match="damaged"),
+    ):
+        saved.restore(2, _state())
 
 
 def test_the_digest_sees_every_bit_and_no_layout():

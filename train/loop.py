@@ -52,12 +52,11 @@ def fit(config: config_lib.Run | None, workdir) -> Summary:
     workdir = pathlib.Path(workdir)
     config = resolve(config, workdir)
     _use_compilation_cache(config.compilation_cache)
-    if jax.process_index() == 0:
-        workdir.mkdir(parents=True, exist_ok=True)
-        _write(workdir / CONFIG, json.dumps(configlib.to_json(config), indent=1))
     session = Session(config, workdir)
     with contextlib.ExitStack() as stack:
         session.enter(stack)
+        if jax.process_index() == 0:
+            _write(workdir / CONFIG, json.dumps(configlib.to_json(config), indent=1))
         return session.run()
 
 

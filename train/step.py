@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from m1_jax import logprobs, moe
 from m1_jax import model as model_lib
-from train import optim
+from train import frozen, optim
 
 
 @jax.tree_util.register_dataclass
@@ -35,7 +35,10 @@ class Batch:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """All that a step changes: 12 bytes a parameter. step: how many updates were made."""
+    """All that a step changes: 12 bytes a parameter, if none is frozen.
+
+    step: how many updates were made. moments: of the parameters that are not frozen.
+    """
 
     step: Int[Array, ""]
     model: model_lib.MiniMaxM1
@@ -68,18 +71,19 @@ class Settings:
 
 
 def init(model: model_lib.MiniMaxM1, optimizer: optim.AdamW) -> TrainState:
-    """Return the state of a model that was made with param_dtype float32.
+    """Return the state of a model that was made with param_dtype float32, but for frozen parts.
 
     Raises:
       ValueError: other parameters, whose updates would be rounded away.
     """
-    for leaf in jax.tree.leaves(model):
+    trained, _ = frozen.split(model)
+    for leaf in jax.tree.leaves(trained):
         if leaf.dtype != jnp.float32:
             raise ValueError(
                 f"master weights: got a parameter in {leaf.dtype}; wanted float32. "
                 "Build the model with param_dtype=float32; dtype is that of the computation."
             )
-    return TrainState(jnp.zeros((), jnp.int32), model, pinned(optimizer.init(model)))
+    return TrainState(jnp.zeros((), jnp.int32), model, pinned(optimizer.init(trained)))
 
 
 @functools.partial(jax.jit, static_argnames="settings", donate_argnames="state")
@@ -104,17 +108,16 @@ def update(
     """
     grads, metrics = gradients(state.model, batch, settings, state.step)
     grads = pinned(grads)
-    model, moments, more = settings.optimizer.update(grads, state.moments, state.model, state.step)
+    trained, rest = frozen.split(state.model)
+    new, moments, more = settings.optimizer.update(grads, state.moments, trained, state.step)
     metrics |= more | {f"grad_norm/{kind}": norm for kind, norm in _norms(grads).items()}
     finite = jnp.isfinite(metrics["grad_norm"])
     metrics["skipped"] = 1.0 - finite
     if settings.skip_nonfinite:
-        model, moments = jax.tree.map(
-            lambda new, old: jnp.where(finite, new, old),
-            (model, moments),
-            (state.model, state.moments),
+        new, moments = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old), (new, moments), (trained, state.moments)
         )
-    return pinned(TrainState(state.step + 1, model, moments)), metrics
+    return pinned(TrainState(state.step + 1, frozen.join(new, rest), moments)), metrics
 
 
 def layer_kinds(model: model_lib.MiniMaxM1) -> dict[str, list]:
@@ -127,16 +130,19 @@ def layer_kinds(model: model_lib.MiniMaxM1) -> dict[str, list]:
 
 
 def _norms(grads: model_lib.MiniMaxM1) -> dict[str, Float[Array, ""]]:
+    leaves = {kind: jax.tree.leaves(modules) for kind, modules in layer_kinds(grads).items()}
     return {
-        kind: jnp.sqrt(sum(jnp.sum(jnp.square(g)) for g in jax.tree.leaves(modules)))
-        for kind, modules in layer_kinds(grads).items()
+        kind: jnp.sqrt(sum(jnp.sum(jnp.square(g)) for g in of)) for kind, of in leaves.items() if of
     }
 
 
 def gradients(
     model: model_lib.MiniMaxM1, batch: Batch, settings: Settings, step: Int[Array, ""] | int = 0
 ):
-    """Return float32 gradients of the whole batch's loss, summed microbatch by microbatch."""
+    """Return float32 gradients of the whole batch's loss, summed microbatch by microbatch.
+
+    Frozen parameters have none.
+    """
     weight = jnp.sum(batch.weights)
     totals = (jnp.where(weight > 0, weight, 1.0), jnp.maximum(_num_real(batch), 1.0))
     coefficient = settings.balance_coefficient
@@ -145,15 +151,20 @@ def gradients(
     elif callable(coefficient):
         coefficient = coefficient(step)
     loss = functools.partial(_loss, coefficient=coefficient, z_coefficient=settings.z_coefficient)
-    function = jax.grad(loss, has_aux=True)
+    trained, rest = frozen.split(model)
+
+    @functools.partial(jax.grad, has_aux=True)
+    def function(trained, part, totals):
+        return loss(frozen.join(trained, rest), part, totals)
+
     if settings.accumulate == 1:
-        return function(model, batch, totals)
+        return function(trained, batch, totals)
 
     def micro(carry, part):
-        return jax.tree.map(jnp.add, carry, function(model, part, totals)), None
+        return jax.tree.map(jnp.add, carry, function(trained, part, totals)), None
 
     parts = split(batch, settings.accumulate)
-    shapes = jax.eval_shape(function, model, jax.tree.map(lambda x: x[0], parts), totals)
+    shapes = jax.eval_shape(function, trained, jax.tree.map(lambda x: x[0], parts), totals)
     start = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     return jax.lax.scan(micro, start, parts)[0]
 
@@ -233,12 +244,13 @@ def abstract(model: model_lib.MiniMaxM1, optimizer: optim.AdamW) -> TrainState:
 
     def moment(part) -> Any:
         if isinstance(part, model_lib.MiniMaxM1):
-            return jax.tree.map(place, part, model)
+            return jax.tree.map(place, part, trained)
         return jax.ShapeDtypeStruct(part.shape, part.dtype, sharding=whole)
 
     def is_moment(part):
         return isinstance(part, model_lib.MiniMaxM1)
 
+    trained, _ = frozen.split(model)
     state = jax.eval_shape(lambda m: init(m, optimizer), model)
     moments = jax.tree.map(moment, state.moments, is_leaf=is_moment)
     return TrainState(moment(state.step), model, moments)

@@ -1,0 +1,125 @@
+"""LoRA: frozen weights, and for some projections a trained change of low rank.
+
+y = x W + (alpha / rank) x A B, with A [in, rank] and B [rank, out] (arXiv:2106.09685, 4.1). The
+product A B exists only when the two are merged for good.
+"""
+
+import dataclasses
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from m1_jax import checkpoint, layers, sharding
+from m1_jax import model as model_lib
+
+
+@dataclasses.dataclass(frozen=True)
+class Lora:
+    """rank: of A B, at least 1. alpha: the change is scaled by alpha / rank.
+
+    modules: a regular expression that is searched for in the paths of projections, which are
+    "layers.0.attention.qkv" (gate, out; in softmax layers query, key, value, out) and, where there
+    is a shared expert, "layers.0.moe.shared.gate" (up, down).
+    """
+
+    rank: int = 16
+    alpha: float = 32.0
+    modules: str = r"\.attention\."
+
+    def __post_init__(self):
+        if self.rank < 1 or self.alpha <= 0:
+            raise ValueError(
+                f"got rank {self.rank}, alpha {self.alpha}; wanted rank at least 1, alpha above 0"
+            )
+        try:
+            re.compile(self.modules)
+        except re.error as error:
+            raise ValueError(
+                f"modules: {self.modules!r} is no regular expression: {error}"
+            ) from None
+
+
+def add(model: model_lib.MiniMaxM1, lora: Lora, key: jax.Array) -> model_lib.MiniMaxM1:
+    """Return the model with adapters, all else frozen. It computes what the model did: B is 0.
+
+    A is drawn from normal(0, 1 / sqrt(in)). Both are float32 and lie as W's rows and columns do;
+    W may have any dtype. The model's arrays are shared, not copied.
+
+    Raises:
+      ValueError: a model that has adapters already, int8 experts, which have no gradient, or no
+        projection that `modules` names.
+    """
+    model = jax.tree.map(lambda leaf: leaf, model)
+    linears = _linears(model)
+    if any(linear.adapter for linear in linears.values()):
+        raise ValueError("the model has adapters already; merge them before adding others")
+    if any(leaf.dtype == jnp.int8 for leaf in jax.tree.leaves(model)):
+        raise ValueError("int8 experts have no gradient; load the model without expert_dtype")
+    chosen = {name: linear for name, linear in linears.items() if re.search(lora.modules, name)}
+    if not chosen:
+        raise ValueError(
+            f"modules: {lora.modules!r} is found in none of {', '.join(sorted(linears))}"
+        )
+    for param in checkpoint.parameters(model).values():
+        param.set_metadata(frozen=True)
+
+    def make(key):
+        keys = jax.random.split(key, len(chosen))
+        return [_pair(one, lora.rank, key) for one, key in zip(chosen.values(), keys, strict=True)]
+
+    shapes = jax.eval_shape(make, key)
+    where = sharding.map_params(functools.partial(_place, model.layout), shapes)
+    pairs = jax.jit(make, out_shardings=where)(key)
+    for linear, (a, b) in zip(chosen.values(), pairs, strict=True):
+        linear.adapter = layers.Adapter(a, b, lora.alpha / lora.rank)
+    return model
+
+
+def merge(model: model_lib.MiniMaxM1) -> model_lib.MiniMaxM1:
+    """Return the model without adapters: W + (alpha / rank) A B in their place, nothing frozen.
+
+    Precision: float32, then rounded to W's dtype. Everything else is shared, not copied.
+    """
+    model = jax.tree.map(lambda leaf: leaf, model)
+    for linear in _linears(model).values():
+        if linear.adapter is not None:
+            kernel, adapter = linear.kernel.get_value(), linear.adapter
+            merged = jax.jit(_merged, out_shardings=kernel.sharding)(
+                kernel, adapter.a.get_value(), adapter.b.get_value(), adapter.scale
+            )
+            linear.kernel.set_value(merged)
+            linear.adapter = None
+    for param in checkpoint.parameters(model).values():
+        param.set_metadata(frozen=False)
+    return model
+
+
+def _merged(kernel, a, b, scale):
+    change = jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST) * scale
+    return (kernel.astype(jnp.float32) + change).astype(kernel.dtype)
+
+
+def _linears(model: model_lib.MiniMaxM1) -> dict[str, layers.Linear]:
+    return {
+        ".".join(map(str, path)): node
+        for path, node in nnx.iter_graph(model)
+        if isinstance(node, layers.Linear)
+    }
+
+
+def _pair(linear: layers.Linear, rank: int, key: jax.Array) -> tuple[nnx.Param, nnx.Param]:
+    """Make A and B, stacked as the kernel is."""
+    *stack, rows, columns = linear.kernel.shape
+    *names, row_axis, column_axis = linear.kernel.get_metadata()["logical_axes"]
+    rngs, std = nnx.Rngs(key), rows**-0.5
+    a = layers.param(rngs, (*stack, rows, rank), (*names, row_axis, None), jnp.float32, std)
+    b = layers.param(rngs, (*stack, rank, columns), (*names, None, column_axis), jnp.float32, 0.0)
+    return a, b
+
+
+def _place(layout: sharding.Layout | None, param):
+    axes = param.get_metadata()["logical_axes"]
+    return param.replace(sharding.param_sharding(layout, axes, param.shape))
