@@ -24,10 +24,9 @@ def story(rng: random.Random) -> str:
     for time in TIMES:
         place = rng.choice(list(PLACES))
         count = rng.randint(2, 9)
-        lines.append(f"{time} {who} goes to the {place} and counts {count} {PLACES[place]}.")
-        lines.append(
-            f"{friend} asks how many {PLACES[place]} are at the {place}: there are {count}."
-        )
+        goods = PLACES[place]
+        lines.append(f"{time} {who} goes to the {place} and counts {count} {goods}.")
+        lines.append(f"{friend} asks how many {goods} are at the {place}: there are {count}.")
     return " ".join(lines)
 
 

@@ -19,6 +19,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from train import config as config_lib
+from train import frozen
 from train import step as step_lib
 
 
@@ -120,19 +121,23 @@ class Checkpoints:
 
 
 def flatten(state: step_lib.TrainState) -> dict[str, Any]:
-    """Return a state's leaves by their paths."""
-    leaves = jax.tree_util.tree_leaves_with_path(state)
+    """Return what a run changes of a state, by path: all leaves but frozen parameters."""
+    own = dataclasses.replace(state, model=frozen.split(state.model)[0])
+    leaves = jax.tree_util.tree_leaves_with_path(own)
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
 
 
 def unflatten(leaves: dict[str, Any], like: step_lib.TrainState) -> step_lib.TrainState:
-    """Return a state shaped like another one with the leaves that `flatten` gave."""
-    return jax.tree.unflatten(jax.tree.structure(like), [leaves[name] for name in flatten(like)])
+    """Return another state with the leaves that `flatten` gave in place of its own."""
+    own, rest = frozen.split(like.model)
+    shape = jax.tree.structure(dataclasses.replace(like, model=own))
+    state = jax.tree.unflatten(shape, [leaves[name] for name in flatten(like)])
+    return dataclasses.replace(state, model=frozen.join(state.model, rest))
 
 
 @jax.jit
 def digest(state: step_lib.TrainState) -> jax.Array:
-    """Return one number of all bits, the same on any mesh: whole numbers add up in any order.
+    """Return one number of all bits of `flatten`, on any mesh: integers add up in any order.
 
     Each word is multiplied by an odd number of its place, so that swapped values do not cancel.
     """
@@ -145,7 +150,7 @@ def digest(state: step_lib.TrainState) -> jax.Array:
         return jnp.sum(words, dtype=jnp.uint32)
 
     total = jnp.zeros((), jnp.uint32)
-    for leaf in jax.tree.leaves(state):
+    for leaf in flatten(state).values():
         total = total * jnp.uint32(31) + one(leaf)
     return total
 

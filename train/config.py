@@ -4,9 +4,11 @@ import dataclasses
 import math
 
 from m1_jax import config as config_lib
+from train import lora as lora_lib
 from train import mixture
 
 Source = mixture.Source
+Lora = lora_lib.Lora
 
 SHAPES = ("constant", "linear", "cosine")
 
@@ -153,7 +155,8 @@ class Run:
     checkpoint: a release directory or a converted one to start from; or else `model`, whose
     weights are drawn from `seed`. tokenizer: its directory; empty takes the checkpoint's.
     dtype: of the computation; master weights and moments are float32. remat: see `ModelConfig`;
-    empty leaves the model's. max_skipped: steps in a row without a finite gradient before the run
+    empty leaves the model's. lora: trains adapters of low rank instead of the weights, which then
+    have `dtype`. max_skipped: steps in a row without a finite gradient before the run
     stops. compilation_cache: directory; empty is ~/.cache/m1_jax.
     """
 
@@ -164,6 +167,7 @@ class Run:
     tokenizer: str = ""
     dtype: str = "bfloat16"
     remat: str = ""
+    lora: Lora | None = None
     optimizer: Optimizer = Optimizer()
     loss: Loss = Loss()
     evaluation: Evaluation = Evaluation()
@@ -180,6 +184,8 @@ class Run:
         _require(either, "checkpoint", self.checkpoint, "either this or a model, not both")
         _require(bool(self.checkpoint or self.tokenizer), "tokenizer", "", "its directory")
         _require(self.dtype in ("bfloat16", "float32"), "dtype", self.dtype, "bfloat16 or float32")
+        frozen = self.lora is None or bool(self.checkpoint)
+        _require(frozen, "lora", self.lora, "a checkpoint, as random weights would stay random")
         wanted = ("", *config_lib.REMAT)
         _require(self.remat in wanted, "remat", self.remat, f"one of {wanted}")
         _require(self.max_skipped >= 1, "max_skipped", self.max_skipped, "at least 1")

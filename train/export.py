@@ -1,4 +1,4 @@
-"""Command: a run's newest checkpoint as a converted directory, for `m1_jax.load` and the way back.
+"""Command: a run's checkpoint as a converted directory, LoRA adapters merged.
 
 python -m train.export --workdir=RUN --dst=DIR [--step=N] [--dtype=bfloat16]
 python -m m1_jax.convert --to=hf --src=DIR --dst=RELEASE_DIR
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from absl import app, flags, logging
 
 from m1_jax import export
-from train import checkpoints, loop
+from train import checkpoints, loop, lora
 
 
 def run(workdir, dst, step: int | None = None, dtype: str = "") -> pathlib.Path:
@@ -30,9 +30,9 @@ def run(workdir, dst, step: int | None = None, dtype: str = "") -> pathlib.Path:
         step = max(there, default=None) if step is None else step
         if step not in there:
             raise checkpoints.ResumeError(f"{workdir}: got step {step}; it has {there}")
-        state = saved.restore(step, session.abstract(len(config.stages) - 1))
+        state = session.restored(len(config.stages) - 1, saved, step)
     dtype = dtype or config.dtype
-    export.save(state.model, dst, config.checkpoint or None, jnp.dtype(dtype))
+    export.save(lora.merge(state.model), dst, config.checkpoint or None, jnp.dtype(dtype))
     if not config.checkpoint:
         export.copy_small_files(pathlib.Path(config.tokenizer), pathlib.Path(dst))
     return pathlib.Path(dst)

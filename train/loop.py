@@ -21,7 +21,7 @@ from jax.experimental import multihost_utils
 from m1_jax import checkpoint, configlib, flops, release, sharding
 from m1_jax import config as model_config_lib
 from m1_jax import tokenizer as tokenizer_lib
-from train import checkpoints, data, evaluate, metrics, optim
+from train import checkpoints, data, evaluate, lora, metrics, optim
 from train import config as config_lib
 from train import step as step_lib
 
@@ -223,30 +223,46 @@ class Session:
         """Return the state on a stage's mesh: the one before, the checkpoint's, or a new one."""
         if state is None and self.position is None:
             return step_lib.init(self._fresh(index), self._settings(index, 0).optimizer)
-        like = self.abstract(index)
-        if state is None:
-            assert self.position is not None
-            return self.checkpoints.restore(self.position.step, like)
-        places = {name: leaf.sharding for name, leaf in checkpoints.flatten(like).items()}
-        moved = jax.device_put(checkpoints.flatten(state), places)
-        return checkpoints.unflatten(moved, like)
+        if state is None and self.position is not None:
+            return self.restored(index, self.checkpoints, self.position.step)
+        like = self._abstract(index)
+        places = [leaf.sharding for leaf in jax.tree.leaves(like)]
+        return jax.tree.unflatten(
+            jax.tree.structure(like), jax.device_put(jax.tree.leaves(state), places)
+        )
 
-    def abstract(self, index: int) -> step_lib.TrainState:
+    def restored(self, index: int, saved: checkpoints.Checkpoints, step: int):
+        """Return the state of a checkpoint on a stage's mesh."""
+        like = self._abstract(index)
+        if self.config.lora is not None:  # frozen weights are the starting point's
+            like = dataclasses.replace(like, model=self._fresh(index))
+        return saved.restore(step, like)
+
+    def _abstract(self, index: int) -> step_lib.TrainState:
         """Return the shapes of the state of a stage, where they lie on its mesh."""
-        dtype, layout = jnp.dtype(self.config.dtype), self.layouts[index]
-        model = checkpoint.abstract_model(self.model_config, dtype, jnp.float32, layout)
-        return step_lib.abstract(model, self._settings(index, 0).optimizer)
+        layout = self.layouts[index]
+        model = checkpoint.abstract_model(self.model_config, *self._dtypes(), layout)
+        return step_lib.abstract(self._with_lora(model), self._settings(index, 0).optimizer)
 
     def _fresh(self, index: int):
-        dtype, layout = jnp.dtype(self.config.dtype), self.layouts[index]
+        layout, (dtype, param_dtype) = self.layouts[index], self._dtypes()
         if not self.config.checkpoint:
             key = jax.random.key(self.config.seed)
-            return checkpoint.random_model(self.model_config, key, dtype, jnp.float32, layout)
-        model = checkpoint.load(
-            self.config.checkpoint, dtype=dtype, mesh=layout, param_dtype=jnp.float32
-        )
+            return checkpoint.random_model(self.model_config, key, dtype, param_dtype, layout)
+        mesh = None if layout is None else layout.mesh
+        model = checkpoint.load(self.config.checkpoint, dtype, mesh, param_dtype=param_dtype)
         model.config = self.model_config
-        return model
+        return self._with_lora(model)
+
+    def _dtypes(self) -> tuple[Any, Any]:
+        """Return those of the computation and of parameters: float32, but for frozen ones."""
+        dtype = jnp.dtype(self.config.dtype)
+        return dtype, jnp.dtype(jnp.float32) if self.config.lora is None else dtype
+
+    def _with_lora(self, model):
+        if self.config.lora is None:
+            return model
+        return lora.add(model, self.config.lora, jax.random.key(self.config.seed))
 
     def _settings(self, index: int, first: int) -> step_lib.Settings:
         stage, loss = self.config.stages[index], self.config.loss
@@ -326,7 +342,8 @@ class _Place:
         if layout is None:
             return
         where = layout.array("batch", None).addressable_devices_indices_map((rows, 1))
-        held = {row for index in where.values() for row in range(*index[0].indices(rows))}
+        parts = [index[0] for index in where.values() if index is not None]
+        held = {row for part in parts for row in range(*part.indices(rows))}
         self.first, size = min(held), len(held)
         if self.first % size or rows % size or max(held) - self.first + 1 != size:
             raise ValueError(

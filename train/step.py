@@ -136,9 +136,7 @@ def _norms(grads: model_lib.MiniMaxM1) -> dict[str, Float[Array, ""]]:
     }
 
 
-def gradients(
-    model: model_lib.MiniMaxM1, batch: Batch, settings: Settings, step: Int[Array, ""] | int = 0
-):
+def gradients(model: model_lib.MiniMaxM1, batch: Batch, settings: Settings, step: Any = 0):
     """Return float32 gradients of the whole batch's loss, summed microbatch by microbatch.
 
     Frozen parameters have none.

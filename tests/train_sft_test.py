@@ -1,0 +1,132 @@
+"""From a run to a checkpoint that generates: SFT, LoRA, export."""
+
+import dataclasses
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import m1_jax
+from infer import generate
+from m1_jax import ModelConfig, checkpoint, configlib, convert, export
+from train import export as export_run
+from train import loop, lora, metrics, sft
+from train.config import Data, Log, Lora, Run, Save, Source, Stage
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+MODEL = dataclasses.replace(ModelConfig.tiny(), layer_types=("lightning", "softmax"))
+CHAT = Data(sources=(Source("sums", "demo/data/chat.jsonl", "chat"),))
+
+
+@pytest.fixture(autouse=True)
+def _one_device_in_the_checkout(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(loop, "_layout", lambda stage, config: None)
+    before = jax.config.jax_compilation_cache_dir
+    yield
+    jax.config.update("jax_compilation_cache_dir", before)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A converted checkpoint of random weights, with a tokenizer."""
+    path = tmp_path_factory.mktemp("base") / "converted"
+    model = checkpoint.random_model(MODEL, jax.random.key(1), "float32")
+    export.save(model, path)
+    export.copy_small_files(ROOT / "demo/data/tokenizer", path)
+    return path
+
+
+def _run(tmp_path, steps=4, **kwargs):
+    stage = Stage(seq_len=128, rows=4, tokens=steps * 512, learning_rate=3e-3)
+    fields = {
+        "stages": (stage,),
+        "data": CHAT,
+        "dtype": "float32",
+        "save": Save(every_steps=2),
+        "log": Log(every_steps=1),
+        "compilation_cache": str(tmp_path / "xla"),
+    }
+    return Run(**fields | kwargs)
+
+
+def _losses(workdir):
+    lines = (workdir / metrics.FILE).read_text().splitlines()
+    return [record["loss"] for record in map(json.loads, lines)]
+
+
+def test_an_exported_run_loads_and_goes_back_to_the_releases_form(tmp_path, base):
+    config = _run(tmp_path, checkpoint=str(base))
+    sft.run(config, tmp_path / "run")
+    assert _losses(tmp_path / "run")[0] == pytest.approx(np.log(512), abs=0.5)
+    export_run.run(tmp_path / "run", tmp_path / "new")
+    convert.run(convert.Config("hf", str(tmp_path / "new"), str(tmp_path / "release")))
+    tokens = jnp.arange(12, dtype=jnp.int32)[None]
+    logits = [m1_jax.load(path)(tokens) for path in (base, tmp_path / "new", tmp_path / "release")]
+    np.testing.assert_array_equal(logits[1], logits[2])
+    assert float(jnp.max(jnp.abs(logits[0] - logits[1]))) > 0.01
+    assert (tmp_path / "release" / "tokenizer.json").is_file()
+    with pytest.raises(FileExistsError):
+        export_run.run(tmp_path / "run", tmp_path / "new")
+    with pytest.raises(ValueError, match=r"got step 3; it has \[2, 4\]"):
+        export_run.run(tmp_path / "run", tmp_path / "other", step=3)
+
+
+def test_lora_saves_adapters_alone_goes_on_and_merges(tmp_path, base, monkeypatch):
+    config = _run(tmp_path, checkpoint=str(base), lora=Lora(rank=4, alpha=8.0))
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    loop.fit(config, whole)
+    real = loop.Session._must_stop
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Session, "_must_stop", lambda self: self.step == 2 or real(self))
+        loop.fit(config, parts)
+    loop.fit(None, parts)
+    assert _losses(whole) == _losses(parts)
+    saved = (whole / "checkpoints" / "4" / "state").rglob("*")
+    assert sum(file.stat().st_size for file in saved if file.is_file()) < 500_000
+    export_run.run(whole, tmp_path / "merged")
+    merged, old = m1_jax.load(tmp_path / "merged"), m1_jax.load(base)
+    changed = {
+        name
+        for name, param in checkpoint.parameters(merged).items()
+        if not np.array_equal(param[...], checkpoint.parameters(old)[name][...])
+    }
+    assert changed
+    assert all(".attention." in name for name in changed)
+
+
+def test_lora_of_random_weights_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="random weights would stay random"):
+        _run(tmp_path, model=MODEL, tokenizer="demo/data/tokenizer", lora=lora.Lora())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_tiny_configs_learn_a_text_and_then_a_format(tmp_path, seed):
+    def tiny(name, arg=""):
+        config = configlib.load(f"configs/{name}.py{arg and ':' + arg}", [f"seed={seed}"])
+        return dataclasses.replace(config, compilation_cache=str(tmp_path / "xla"))
+
+    loop.fit(tiny("tiny_pretrain"), tmp_path / "pretrain")
+    lines = (tmp_path / "pretrain" / metrics.FILE).read_text().splitlines()
+    held_out = [r["loss"] for r in map(json.loads, lines) if r["kind"] == "eval"]
+    assert held_out[-1] < 0.25  # the text's own choices are worth about 0.11 a token
+    export_run.run(tmp_path / "pretrain", tmp_path / "base", dtype="float32")
+    sft.run(tiny("tiny_sft", str(tmp_path / "base")), tmp_path / "sft")
+    export_run.run(tmp_path / "sft", tmp_path / "tuned", dtype="float32")
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("What is 3 + 4?\nWhat is 9 + 2?\nWhat is 5 + 5?\n")
+    outputs, _ = generate.run(
+        generate.Config(
+            checkpoint=str(tmp_path / "tuned"),
+            prompts_file=str(prompts),
+            max_tokens=64,
+            temperature=0.0,
+        )
+    )
+    for output in outputs:
+        assert "<think>" in output.text
+        assert "\nAnswer: " in output.text
