@@ -11,10 +11,13 @@ import signal
 import subprocess
 import sys
 import time
+from typing import ClassVar
 
+import fsspec
 import numpy as np
 import pytest
 from array_record.python import array_record_module
+from fsspec.implementations import memory
 
 from m1_jax import testing
 from m1_jax import tokenizer as tokenizer_lib
@@ -455,6 +458,31 @@ def test_parquet_may_hold_conversations_as_strings(tmp_path):
     found = sources.Records("s", str(tmp_path / "a.parquet"))
     assert found.read(0) == record
     found.close()
+
+
+class _Bucket(memory.MemoryFileSystem):
+    """Stands in for gs:// without a network."""
+
+    protocol = "gs"
+    store: ClassVar[dict] = {}
+    pseudo_dirs: ClassVar[list] = [""]
+
+    @classmethod
+    def _strip_protocol(cls, path):
+        return "/" + path.removeprefix("gs://").strip("/")
+
+
+def test_files_in_a_bucket(tmp_path, monkeypatch):
+    monkeypatch.setattr(fsspec, "filesystem", lambda *_, **__: _Bucket())
+    write_jsonl(tmp_path / "a.jsonl", [{"text": "a"}, {"text": "b"}])
+    write_parquet(tmp_path / "b.parquet", [{"text": "c"}])
+    for folder, name in (("one", "a.jsonl"), ("two", "b.parquet")):
+        _Bucket().pipe(f"gs://bucket/{folder}/{name}", (tmp_path / name).read_bytes())
+    records = sources.Records("s", "gs://bucket/*/*")
+    assert [records.read(i)["text"] for i in range(3)] == ["a", "b", "c"]
+    assert records.where(1) == "gs://bucket/one/a.jsonl:2"
+    assert [name for name, *_ in records.fingerprint()] == ["one/a.jsonl", "two/b.parquet"]
+    records.close()
 
 
 def test_few_files_are_open_at_once(tmp_path, monkeypatch):

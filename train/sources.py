@@ -104,9 +104,9 @@ class Records:
 
         Names begin below the folder that all files share, which may move.
         """
-        shared = os.path.commonpath([str(reader.file.parent) for reader in self._readers])
+        shared = len(os.path.commonprefix([reader.file.parent.parts for reader in self._readers]))
         return [
-            [str(reader.file)[len(shared) :].lstrip("/"), *_digest(reader.file), reader.num_records]
+            ["/".join(reader.file.parts[shared:]), *_digest(reader.file), reader.num_records]
             for reader in self._readers
         ]
 
