@@ -115,6 +115,7 @@ def test_overlong_conversations(tokenizer):
         ({"text": ""}, "auto", "not empty"),
         ({"text": 3}, "text", "wanted a string"),
         ({"messages": []}, "auto", "at least one message"),
+        ({"messages": ROUNDS, "tools": 3}, "auto", "tools: got 3; wanted a list"),
         ({"messages": ROUNDS[:2]}, "auto", "no assistant turn"),
         ({"messages": [{"role": "cat", "content": "miau"}]}, "auto", "role: got 'cat'"),
     ],

@@ -67,6 +67,17 @@ def test_records_of_all_formats_are_the_same(tmp_path):
     found.close()
 
 
+def test_parquet_adds_no_keys_to_conversations(tmp_path):
+    call = {"name": "f", "arguments": {"a": 1}}
+    tools = [{"name": "f", "parameters": {"a": 1}}, {"name": "g", "parameters": {"b": {"c": 2}}}]
+    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "tool_calls": [call]}]
+    write_parquet(tmp_path / "a.parquet", [{"messages": turns, "tools": tools}])
+    found = sources.Records("s", str(tmp_path / "a.parquet"))
+    record = found.read(0)
+    assert (record["messages"], record["tools"]) == (turns, tools)
+    found.close()
+
+
 def test_parquet_may_hold_conversations_as_strings(tmp_path):
     record = {"messages": [{"role": "user", "content": "a"}]}
     write_parquet(tmp_path / "a.parquet", [{"messages": json.dumps(record["messages"])}])
