@@ -38,7 +38,7 @@ def learnt(tokenizer, document) -> list[str]:
     """Return the text of each run of tokens that are learnt."""
     edges = np.flatnonzero(np.diff(np.concatenate([[0], document.learn.astype(int), [0]])))
     return [
-        tokenizer.decode(document.tokens[a:b], skip_special=False)
+        tokenizer.decode(document.tokens[a:b].tolist(), skip_special=False)
         for a, b in zip(edges[::2], edges[1::2], strict=True)
     ]
 
@@ -48,7 +48,7 @@ def test_learnt_is_what_the_assistant_writes_and_its_end(tokenizer, profile):
     encoder = chat.Encoder(tokenizer, profile=profile)
     document = encoder.encode({"messages": ROUNDS, "tools": TOOLS})
     assert learnt(tokenizer, document) == [FIRST + END, SECOND + END, THIRD + END]
-    whole = tokenizer.decode(document.tokens, skip_special=False)
+    whole = tokenizer.decode(document.tokens.tolist(), skip_special=False)
     assert whole == prompt.text(ROUNDS, TOOLS, add_generation_prompt=False, profile=profile)
 
 
@@ -64,7 +64,7 @@ def test_dropped_thinking_is_that_before_the_last_user_message(tokenizer):
     encoder = chat.Encoder(tokenizer, thinking="drop")
     document = encoder.encode({"messages": ROUNDS, "tools": TOOLS})
     assert learnt(tokenizer, document) == [SECOND + END, THIRD + END]
-    whole = tokenizer.decode(document.tokens)
+    whole = tokenizer.decode(document.tokens.tolist())
     assert "First thought" not in whole
     assert "ai name=assistant\nYes.\n" in whole
     assert "<think>42</think>" in whole  # a tool's result is nobody's thinking
@@ -115,6 +115,7 @@ def test_overlong_conversations(tokenizer):
         ({"text": ""}, "auto", "not empty"),
         ({"text": 3}, "text", "wanted a string"),
         ({"messages": []}, "auto", "at least one message"),
+        ({"messages": ROUNDS, "tools": 3}, "auto", "tools: got 3; wanted a list"),
         ({"messages": ROUNDS[:2]}, "auto", "no assistant turn"),
         ({"messages": [{"role": "cat", "content": "miau"}]}, "auto", "role: got 'cat'"),
     ],

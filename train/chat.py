@@ -105,6 +105,8 @@ def is_chat(record: dict, kind: str = "auto") -> bool:
             + (" and not both" if len(usable) > 1 else "")
         )
     if usable == {"messages"}:
+        if not isinstance(record.get("tools"), list | None):
+            raise ValueError(f"tools: got {record['tools']!r:.80}; wanted a list")
         return True
     if not isinstance(record["text"], str) or not record["text"]:
         raise ValueError(f"text: got {record['text']!r:.80}; wanted a string that is not empty")

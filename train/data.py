@@ -57,6 +57,11 @@ class Stream:
     ):
         """Open the sources; nothing is made ahead before the first batch is asked for.
 
+        Args:
+          process_index, process_count: of the hosts that have different rows. Hosts that share
+            rows, as under a split length, pass the same index.
+          epochs: how often to read all, or None for ever.
+
         Raises:
           DataError: see `sources.Records`.
           ValueError: rows or lanes that the hosts cannot share, or a tokenizer without the

@@ -148,8 +148,7 @@ class Lane:
         self._read: dict[str, int] = dict.fromkeys(self._sources, 0) | state.get("read", {})
         self._tokens: dict[str, int] = dict.fromkeys(self._sources, 0) | state.get("tokens", {})
         self._dropped: int = state.get("dropped", 0)
-        restored = [self._restore(entry) for entry in state.get("waiting", [])]
-        self._waiting = [one for one in restored if one is not None]
+        self._waiting = [one for entry in state.get("waiting", []) for one in self._restore(entry)]
 
     def row(self, step: int) -> packing.Row | None:
         """Return the lane's next row, for a batch of this step; None when nothing is left."""
@@ -159,12 +158,18 @@ class Lane:
         )
 
     def state(self) -> dict[str, Any]:
-        """Return what continues this lane, JSON-able and without any token."""
+        """Return what continues this lane, JSON-able and without any token.
+
+        read, tokens: documents and tokens by source. waiting: "sample@start-end/length" in tokens.
+        """
         return {
             "read": dict(self._read),
             "tokens": dict(self._tokens),
             "dropped": self._dropped,
-            "waiting": [f"{one.sample}@{one.start}-{one.end}" for one in self._waiting],
+            "waiting": [
+                f"{one.sample}@{one.start}-{one.end}/{len(one.document.tokens)}"
+                for one in self._waiting
+            ],
         }
 
     def _draw(self, step: int) -> list[packing.Waiting]:
@@ -226,20 +231,24 @@ class Lane:
         except ValueError as error:
             raise sources.DataError(f"{records.where(index)}: {error}") from None
 
-    def _restore(self, entry: str) -> packing.Waiting | None:
+    def _restore(self, entry: str) -> list[packing.Waiting]:
+        """Tokenise again what waited; a document of which nothing was handed out may change."""
         sample, places = entry.rsplit("@", 1)
         name, index, _ = sample.rsplit(":", 2)
-        start, end = map(int, places.split("-"))
+        start, end, length = map(int, re.split("[-/]", places))
         document = self._document(name, int(index))
         if document is None:  # rows have become shorter
             self._dropped += 1
-            return None
-        if end > len(document.tokens):
+            return []
+        if end - start == length:
+            return packing.wait(sample, self._order[name], document, self._config.seq_len)
+        if len(document.tokens) != length:
             raise sources.DataError(
-                f"{self._records[name].where(int(index))}: got {len(document.tokens)} tokens where "
-                f"the checkpoint had {end}. Take its tokenizer and its settings of the text."
+                f"{self._records[name].where(int(index))}: got {len(document.tokens)} tokens; "
+                f"wanted the {length} of which the checkpoint had handed out some. Take its "
+                "tokenizer and its settings of texts and conversations."
             )
-        return packing.Waiting(sample, self._order[name], document, start, end)
+        return [packing.Waiting(sample, self._order[name], document, start, end)]
 
 
 def _one_of(what: str, value: str, known: tuple[str, ...]) -> None:

@@ -104,9 +104,9 @@ class Records:
 
         Names begin below the folder that all files share, which may move.
         """
-        shared = os.path.commonpath([str(reader.file.parent) for reader in self._readers])
+        shared = len(os.path.commonprefix([reader.file.parent.parts for reader in self._readers]))
         return [
-            [str(reader.file)[len(shared) :].lstrip("/"), *_digest(reader.file), reader.num_records]
+            ["/".join(reader.file.parts[shared:]), *_digest(reader.file), reader.num_records]
             for reader in self._readers
         ]
 
@@ -196,13 +196,20 @@ class _Lines(_Reader):
         return self._handle.readline()
 
     def where(self, number: int) -> str:
+        left, lines_before = int(self._offsets[number]), 0
         with self.file.open("rb") as stream:  # slow, and only for messages
-            lines_before = stream.read(int(self._offsets[number])).count(b"\n")
+            while left:
+                block = stream.read(min(left, 2**20))
+                lines_before += block.count(b"\n")
+                left -= len(block)
         return f"{self.file}:{lines_before + 1}"
 
 
 class _Parquet(_Reader):
-    """Columns text, or messages and tools; the last two may also be strings of JSON."""
+    """Columns text, or messages and tools; the last two may also be strings of JSON.
+
+    Otherwise nulls in them are left out: a column has every key that any of its records has.
+    """
 
     def __init__(self, file: epath.Path):
         super().__init__(file)
@@ -244,6 +251,8 @@ class _Parquet(_Reader):
         for key in ("messages", "tools"):
             if isinstance(record.get(key), str):
                 record[key] = json.loads(record[key])
+            elif key in record:
+                record[key] = _without_nulls(record[key])
         return record
 
 
@@ -272,6 +281,12 @@ _READERS = {
     ".arrayrecord": _ArrayRecord,
     ".array_record": _ArrayRecord,
 }
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(one) for key, one in value.items() if one is not None}
+    return [_without_nulls(one) for one in value] if isinstance(value, list) else value
 
 
 def _find(name: str, path: str) -> list[epath.Path]:
