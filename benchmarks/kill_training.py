@@ -14,6 +14,7 @@ import json
 import os
 import pathlib
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -42,8 +43,9 @@ def main() -> None:
     workers = [int(n) for n in arguments.workers.split(",")]
     with tempfile.TemporaryDirectory() as temporary:
         whole, killed = pathlib.Path(temporary) / "whole", pathlib.Path(temporary) / "killed"
-        start = time.monotonic()
         wait(begin(whole, arguments, devices[0], workers[0]), None)
+        start = time.monotonic()  # the programs are compiled now
+        wait(begin(pathlib.Path(temporary) / "timed", arguments, devices[0], workers[0]), None)
         usual = time.monotonic() - start
         counts = {"SIGKILL": 0, "SIGTERM": 0}
         rng, number = random.Random(arguments.seed), 0
@@ -57,15 +59,15 @@ def main() -> None:
                 )
                 number += 1
                 # From before the first step to after the last one of a whole run.
-                secs = rng.uniform(0.1, 1.0) * usual if bar.n < arguments.kills else None
+                secs = rng.uniform(0.2, 1.0) * usual if bar.n < arguments.kills else None
                 name = wait(process, secs, rng.choice([signal.SIGKILL, signal.SIGTERM]))
                 if name is None and (bar.n >= arguments.kills or number > 5 * arguments.kills):
                     break
                 if name is not None:
                     counts[name] += 1
                     bar.update()
-                if name is None:  # it came to its end: take its last part away and go on
-                    rewind(killed, rng)
+                else:  # it came to its end: take its last part away and go on
+                    rewind(killed)
         problems = compare(whole, killed, exact=len(set(devices)) == 1)
     print(f"{counts}, {number} starts, {arguments.steps} steps")
     print(
@@ -79,6 +81,7 @@ def begin(workdir: pathlib.Path, arguments, devices: int, workers: int) -> subpr
         "stages": f"[{{'seq_len': {LENGTH}, 'rows': {ROWS}, 'learning_rate': 3e-3, "
         f"'tokens': {arguments.steps * ROWS * LENGTH}}}]",
         "save.every_steps": arguments.save_every,
+        "save.keep": arguments.steps,  # for `rewind`
         "evaluation.every_steps": 0,
         "log.every_steps": 1,
         "log.samples": True,
@@ -110,11 +113,11 @@ def log_of(process: subprocess.Popen) -> str:
     return pathlib.Path(workdir).with_suffix(".log").read_text()[-3000:]
 
 
-def rewind(workdir: pathlib.Path, rng: random.Random) -> None:
-    """Delete the newest checkpoints but one, so that a finished run has something left to do."""
+def rewind(workdir: pathlib.Path) -> None:
+    """Delete all checkpoints but the oldest, so that a finished run has something left to do."""
     steps = sorted(int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit())
     for step in steps[1:]:
-        subprocess.run(["rm", "-r", str(workdir / "checkpoints" / str(step))], check=True)
+        shutil.rmtree(workdir / "checkpoints" / str(step))
 
 
 def compare(whole: pathlib.Path, killed: pathlib.Path, exact: bool) -> list[str]:
