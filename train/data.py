@@ -84,16 +84,17 @@ class Stream:
         self._records = {s.name: sources.Records(s.name, s.path) for s in config.sources}
         local = config.rows // process_count
         self._rows = range(process_index * local, (process_index + 1) * local)
-        self._made = self._rows if epochs is None else range(config.rows)
+        made = self._rows if epochs is None else range(config.rows)
         self._work = producer.Work(
-            config, tokenizer, self._records, lanes, self._made, epochs, step=0, states={}
+            config, tokenizer, self._records, lanes, made, epochs, step=0, states={}
         )
         owned = lanes // process_count if epochs is None else 1
         first = process_index * owned if epochs is None else 0
         self._owned = range(first, first + owned)
         self._step = 0
         self._states: dict[int, dict] = {lane: {} for lane in self._owned}
-        self._fingerprint: dict[str, list] | None = None
+        # Of the files as they were opened, should one change before the first state is taken.
+        self._fingerprint = {name: one.fingerprint() for name, one in self._records.items()}
         self._producer: producer.Producer | None = None
 
     def __iter__(self) -> Iterator[Rows]:
@@ -165,8 +166,6 @@ class Stream:
 
     def fingerprint(self) -> dict[str, list]:
         """Return what tells each source's files from changed ones; see `sources.Records`."""
-        if self._fingerprint is None:
-            self._fingerprint = {name: one.fingerprint() for name, one in self._records.items()}
         return copy.deepcopy(self._fingerprint)
 
     def close(self) -> None:
