@@ -2,7 +2,8 @@
 
 Takes the tiny checkpoint in the release's own format (random weights, real shapes' ratios),
 converts it to Orbax, checks it against the release code's outputs, generates text, exports it
-back and compares bytes. Everything lands in demo/out.
+back and compares bytes. Then trains it: on a little text, and on sums that it is to answer in a
+fixed form, and shows what it answers. Everything lands in demo/out.
 """
 
 import os
@@ -11,6 +12,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import contextlib
 import io
+import json
 import pathlib
 import shutil
 import time
@@ -18,7 +20,8 @@ import time
 from absl import logging
 
 from infer import generate
-from m1_jax import convert, testing, verify
+from m1_jax import configlib, convert, testing, verify
+from train import export, metrics, pretrain, sft
 
 HERE = pathlib.Path(__file__).resolve().parent
 SOURCE = HERE.parent / "tests" / "data" / "m1-tiny"
@@ -67,11 +70,46 @@ def main() -> None:
             ]
         summary.append(f"greedy tokens equal from all three: {greedy[0] == greedy[1] == greedy[2]}")
 
+    with step("6. continued pretraining (python -m train.pretrain), and its model exported"):
+        train(pretrain, "tiny_pretrain", orbax, OUT / "pretrain")
+        losses = [record["loss"] for record in records(OUT / "pretrain", "eval")]
+        told = " -> ".join(f"{loss:.2f}" for loss in losses)
+        summary.append(f"held-out loss in pretraining: {told}")
+        export.run(OUT / "pretrain", OUT / "pretrained")
+
+    with step("7. supervised fine-tuning on sums (python -m train.sft), and the answers"):
+        train(sft, "tiny_sft", OUT / "pretrained", OUT / "sft")
+        export.run(OUT / "sft", OUT / "tuned")
+        prompts.write_text("What is 2 + 3?\nWhat is 7 + 8?\nWhat is 9 + 9?\n")
+        answers, _ = generate.run(
+            generate.Config(
+                checkpoint=str(OUT / "tuned"),
+                prompts_file=str(prompts),
+                max_tokens=48,
+                temperature=0.0,
+            )
+        )
+        formed = sum("Answer: " in answer.text for answer in answers)
+        summary.append(f"{formed} of {len(answers)} answers in the form that was taught")
+
     print("\nSummary")
     print(*(f"  {line}" for line in summary), sep="\n")
     print(f"  files in {OUT.relative_to(HERE.parent)}; {time.perf_counter() - START:.0f} s in all")
-    if passed < len(rows) or not all(same) or greedy[0] != greedy[1] or greedy[1] != greedy[2]:
+    equal = greedy[0] == greedy[1] == greedy[2]
+    if passed < len(rows) or not all(same) or not equal or losses[-1] > losses[0] or not formed:
         raise SystemExit("demo: FAILED")
+
+
+def train(command, name: str, checkpoint: pathlib.Path, workdir: pathlib.Path) -> None:
+    os.chdir(HERE.parent)  # the configs' data
+    command.run(configlib.load(f"configs/{name}.py:{checkpoint}"), workdir)
+    for record in records(workdir, "train")[::3]:
+        print(f"   step {record['step']:4}  loss {record['loss']:.3f}")
+
+
+def records(workdir: pathlib.Path, kind: str) -> list[dict]:
+    lines = (workdir / metrics.FILE).read_text().splitlines()
+    return [record for record in map(json.loads, lines) if record["kind"] == kind]
 
 
 @contextlib.contextmanager

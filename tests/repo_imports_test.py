@@ -22,6 +22,7 @@ _ENTRY_POINTS = {
     "train.sft",
     "train.rl",
     "train.prepare",
+    "train.export",
 }
 
 # What a file may import of ours: the first row whose prefix starts the file's path decides.

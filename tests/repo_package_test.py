@@ -47,7 +47,8 @@ def test_every_command_has_its_module(wheel):
     commands = configparser.ConfigParser()
     commands.read_string(_metadata(wheel, "entry_points.txt"))
     targets = dict(commands["console_scripts"])
-    assert targets.keys() == {"m1-convert", "m1-verify", "m1-generate", "m1-plan", "m1-prepare"}
+    names = ("convert", "verify", "generate", "plan", "prepare", "pretrain", "sft", "export")
+    assert targets.keys() == {f"m1-{name}" for name in names}
     for target in targets.values():
         module, function = target.split(":")
         source = wheel.read(module.replace(".", "/") + ".py").decode()

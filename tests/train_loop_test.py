@@ -136,6 +136,7 @@ def test_a_killed_run_makes_its_lost_steps_again(tmp_path, monkeypatch):
     assert _weights(whole, config) == _weights(parts, config)
 
 
+@pytest.mark.slow
 def test_another_number_of_devices_goes_on_with_the_same_samples(tmp_path, monkeypatch):
     one = _stage(6, mesh=(("fsdp", 4), ("expert", 1), ("data", 2)), rows=8)
     other = dataclasses.replace(one, mesh=(("expert", 4), ("tensor", 2)))
@@ -150,6 +151,7 @@ def test_another_number_of_devices_goes_on_with_the_same_samples(tmp_path, monke
     assert _lines(whole, name=metrics.SAMPLES) == _lines(parts, name=metrics.SAMPLES)
 
 
+@pytest.mark.slow
 def test_stages_change_length_rows_rate_and_mesh_and_no_sample_is_lost(tmp_path, monkeypatch):
     stages = (
         _stage(3, warmup_tokens=2 * ROWS * LENGTH, mesh=(("fsdp", 4), ("data", 2)), rows=8),
