@@ -4,7 +4,7 @@ import sys
 from collections.abc import Callable
 
 import jax
-from absl import app, flags, logging
+from absl import flags, logging
 
 from m1_jax import configlib
 from train import config as config_lib
@@ -20,12 +20,14 @@ def cli(run: Fit) -> None:
     flags.DEFINE_string("workdir", None, "Directory of the run: checkpoints, metrics, config.")
     flags.DEFINE_bool("distributed", False, "Join the other processes of a TPU slice or cluster.")
     flags.DEFINE_bool("verbose", False, "Tell every step that is logged, and what libraries do.")
+    from absl import app  # importing it defines flags, which only a command may
+
     app.run(lambda argv: _main(argv, run))
 
 
 def _main(argv, run: Fit) -> None:
     if len(argv) > 1:
-        raise app.UsageError(f"unknown argument {argv[1]!r}")
+        sys.exit(f"error: unknown argument {argv[1]!r}")
     given = flags.FLAGS
     logging.set_verbosity(logging.INFO if given.verbose else logging.WARNING)
     try:
