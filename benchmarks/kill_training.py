@@ -27,7 +27,7 @@ import tqdm
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 EXACT = ("loss", "balance_loss", "grad_norm", "learning_rate", "tokens", "expert_load_max")
-ROWS, LENGTH = 4, 64
+ROWS, LENGTH = 8, 64
 
 
 def main() -> None:

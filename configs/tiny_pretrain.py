@@ -21,7 +21,7 @@ def get_config(arg: str = "") -> Run:
         stages=(
             Stage(seq_len=128, rows=ROWS, tokens=100 * ROWS * 128, learning_rate=3e-3,
                   warmup_tokens=10 * ROWS * 128),
-            Stage(seq_len=256, rows=ROWS // 2, tokens=50 * ROWS * 128, learning_rate=3e-4,
+            Stage(seq_len=256, rows=ROWS // 2, tokens=50 * ROWS * 128, learning_rate=1e-3,
                   shape="cosine"),
         ),
         data=Data(sources=(Source("stories", "demo/data/text.jsonl", "text"),)),

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import shutil
 import socket
 import subprocess
 import sys
@@ -10,16 +11,17 @@ import numpy as np
 import pytest
 
 WORKER = pathlib.Path(__file__).parent / "processes_worker.py"
+TRAINER = pathlib.Path(__file__).parent / "training_worker.py"
 
 
-def run(processes: int, directory) -> list[dict]:
-    """Run the worker in `processes` processes of 8 devices together; return what each says."""
+def run(processes: int, directory, worker=WORKER) -> list[dict]:
+    """Run a worker in `processes` processes of 8 devices together; return what each says."""
     with socket.socket() as listener:
         listener.bind(("localhost", 0))
         port = listener.getsockname()[1]
     started = [
         subprocess.Popen(
-            [sys.executable, WORKER, str(port), str(processes), str(index), directory],
+            [sys.executable, worker, str(port), str(processes), str(index), directory],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -64,3 +66,22 @@ def test_two_and_four_processes_equal_one(tmp_path):
                 np.testing.assert_allclose(norm, wanted["gradients"][name], rtol=1e-5)
             assert one["restored"]
             assert one["error"] == wanted["error"] != ""
+
+
+def _losses(workdir) -> list[float]:
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    return [record["loss"] for record in map(json.loads, lines)]
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_does_and_one_goes_on_for_two(tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    (wanted,) = run(1, one, TRAINER)
+    said = run(2, two, TRAINER)
+    assert wanted["step"] == 4
+    assert [other["step"] for other in said] == [4, 4]
+    assert len(_losses(one)) == 5  # four steps and an evaluation
+    np.testing.assert_allclose(_losses(two), _losses(one), rtol=1e-5)
+    shutil.rmtree(two / "checkpoints" / "4")
+    run(1, two, TRAINER)
+    np.testing.assert_allclose(_losses(two), _losses(one), rtol=1e-5)

@@ -321,3 +321,31 @@ def test_metrics_tell_gradient_norms_by_part_and_the_load_of_experts():
     load = np.asarray(metrics["expert_load"])
     assert load.shape == (CONFIG.num_hidden_layers, CONFIG.num_local_experts)
     np.testing.assert_allclose(load.sum(-1), 1.0, rtol=1e-5)
+
+
+def test_packed_documents_have_the_gradients_of_separate_ones():
+    rng = np.random.default_rng(3)
+    documents = [rng.integers(0, CONFIG.vocab_size, n).astype(np.int32) for n in (5, 4, 3)]
+
+    def rows(groups):
+        """Return a batch with each group of documents in a row of its own."""
+        arrays = np.zeros((4, len(groups), LENGTH), np.int32)
+        weights = np.zeros((len(groups), LENGTH), np.float32)
+        for row, group in enumerate(groups):
+            at = 0
+            for number, document in enumerate(group, 1):
+                place = slice(at, at + len(document))
+                arrays[0, row, place] = document
+                arrays[1, row, place] = number
+                arrays[2, row, place] = np.arange(len(document))
+                arrays[3, row, place] = np.append(document[1:], 0)
+                weights[row, at : at + len(document) - 1] = 1
+                at += len(document)
+        return step.Batch(*map(jnp.asarray, (*arrays, weights)))
+
+    packed, _ = _gradients(_model(), rows([documents]), _settings(1, 0.0))
+    separate, _ = _gradients(_model(), rows([[d] for d in documents]), _settings(1, 0.0))
+    norm = np.sqrt(sum(np.sum(np.square(leaf)) for leaf in _leaves(separate)))
+    gaps = [a - b for a, b in zip(_leaves(packed), _leaves(separate), strict=True)]
+    gap = np.sqrt(sum(np.sum(np.square(g)) for g in gaps))
+    assert gap < 1e-5 * norm

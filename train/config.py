@@ -132,7 +132,8 @@ class Save:
 
 @dataclasses.dataclass(frozen=True)
 class Log:
-    """every_steps: between metrics. samples: whether samples.jsonl lists what every step read.
+    """every_steps: between metrics. samples: whether samples.jsonl lists what every step read
+    (with several processes, in the rows of the first).
 
     spike: a loss that exceeds the median of the last 100 by this factor is reported.
     trace: (first step, how many) to record for xprof.

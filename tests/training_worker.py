@@ -1,0 +1,48 @@
+"""One of several processes of 8 devices together that train a tiny model.
+
+training_worker.py PORT PROCESSES INDEX WORKDIR
+"""
+
+import dataclasses
+import json
+import os
+import sys
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+
+from m1_jax import ModelConfig
+from train import config as config_lib
+from train import loop
+
+
+def main(port: str, processes: int, index: int, workdir: str) -> None:
+    jax.config.update("jax_num_cpu_devices", 8 // processes)
+    if processes > 1:
+        jax.distributed.initialize(f"localhost:{port}", processes, index)
+    source = config_lib.Source("text", "demo/data/text.jsonl", "text")
+    config = config_lib.Run(
+        model=dataclasses.replace(ModelConfig.tiny(), layer_types=("lightning", "softmax")),
+        tokenizer="demo/data/tokenizer",
+        dtype="float32",
+        stages=(
+            config_lib.Stage(
+                seq_len=64,
+                rows=8,
+                tokens=4 * 8 * 64,
+                learning_rate=3e-3,
+                mesh=(("fsdp", 2), ("expert", 2), ("context", 2)),
+            ),
+        ),
+        data=config_lib.Data(sources=(source,)),
+        evaluation=config_lib.Evaluation((source,), every_steps=4, batches=2),
+        save=config_lib.Save(every_steps=2),
+        log=config_lib.Log(every_steps=1),
+    )
+    summary = loop.fit(config, workdir)
+    print(json.dumps({"step": summary.step, "loss": summary.loss}), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])
