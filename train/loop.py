@@ -21,7 +21,7 @@ from jax.experimental import multihost_utils
 from m1_jax import checkpoint, configlib, flops, release, sharding
 from m1_jax import config as model_config_lib
 from m1_jax import tokenizer as tokenizer_lib
-from train import checkpoints, data, evaluate, lora, metrics, optim
+from train import checkpoints, data, evaluate, lora, metrics, optim, placement
 from train import config as config_lib
 from train import step as step_lib
 
@@ -112,6 +112,8 @@ class Session:
             with self._stream(index) as stream:
                 if self.position is not None:
                     stream.set_state(self.position.data)
+        if self.config.evaluation.every_steps:
+            self._stream(0, sources=self.config.evaluation.sources).close()
         self.writer = stack.enter_context(metrics.Writer(self.workdir, self.step, self.total_steps))
 
     def run(self) -> Summary:
@@ -132,7 +134,7 @@ class Session:
     def _stage(self, index: int, first: int, state, data_state):
         stage, layout = self.config.stages[index], self.layouts[index]
         last, settings = first + stage.steps, self._settings(index, first)
-        place = _Place(layout, stage.rows)
+        place = placement.Placement(layout, stage.rows)
         waiting: list = []  # the step before: its numbers are fetched while this one computes
         with self._stream(index, place) as stream, self._trace() as trace:
             if data_state is not None:
@@ -203,7 +205,7 @@ class Session:
         peak = metrics.peak_flops()
         return speed if peak is None else speed | {"mfu": needed / secs / peak}
 
-    def _evaluate(self, index: int, model, place: "_Place") -> None:
+    def _evaluate(self, index: int, model, place: placement.Placement) -> None:
         config = self.config.evaluation
         names = [source.name for source in config.sources]
         totals, number = np.zeros((2, len(names), evaluate.NUM_BUCKETS)), 0
@@ -283,10 +285,12 @@ class Session:
         skip = self.config.skip_nonfinite
         return step_lib.Settings(optimizer, stage.accumulate, balance, loss.z, skip)
 
-    def _stream(self, index: int, place: "_Place | None" = None, sources=None) -> data.Stream:
+    def _stream(
+        self, index: int, place: placement.Placement | None = None, sources=None
+    ) -> data.Stream:
         """Open the stage's data, or all of `sources` once."""
         stage, given = self.config.stages[index], self.config.data
-        place = place or _Place(self.layouts[index], stage.rows)
+        place = place or placement.Placement(self.layouts[index], stage.rows)
         fields = {f.name: getattr(given, f.name) for f in dataclasses.fields(given)}
         if sources:
             fields |= {"sources": sources, "weights": ()}
@@ -327,45 +331,6 @@ class Session:
         yield at
         if running:
             jax.profiler.stop_trace()
-
-
-class _Place:
-    """Puts this process's rows of a global batch where they belong.
-
-    block, num_blocks: which part of the rows this process reads; processes whose devices hold the
-    same rows (of other places in them) read the same part.
-    """
-
-    def __init__(self, layout: sharding.Layout | None, rows: int):
-        self.layout, self.rows = layout, rows
-        self.block, self.num_blocks = 0, 1
-        if layout is None:
-            return
-        where = layout.array("batch", None).addressable_devices_indices_map((rows, 1))
-        parts = [index[0] for index in where.values() if index is not None]
-        held = {row for part in parts for row in range(*part.indices(rows))}
-        self.first, size = min(held), len(held)
-        if self.first % size or rows % size or max(held) - self.first + 1 != size:
-            raise ValueError(
-                f"mesh: this process's devices hold {size} scattered rows of {rows}; wanted "
-                "neighbours. Put the data and fsdp axes over whole processes."
-            )
-        self.block, self.num_blocks = self.first // size, rows // size
-
-    def __call__(self, tree: Any) -> Any:
-        """Return global arrays [rows, T] of the local ones [rows / num_blocks, T]."""
-        if self.layout is None:
-            return jax.tree.map(jnp.asarray, tree)
-        where = self.layout.array("batch", "length")
-
-        def one(local):
-            def piece(index):
-                start, stop, _ = index[0].indices(self.rows)
-                return local[start - self.first : stop - self.first, index[1]]
-
-            return jax.make_array_from_callback((self.rows, local.shape[1]), where, piece)
-
-        return jax.tree.map(one, tree)
 
 
 def _layout(stage: config_lib.Stage, model_config) -> sharding.Layout | None:
