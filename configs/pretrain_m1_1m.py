@@ -6,7 +6,16 @@
 512 chips of TPU v5p (8x8x8), 2M tokens in a step throughout, so that only the length changes: the
 decay rates of early and late lightning layers differ so much that jumps in length, or fewer rows,
 make gradients explode (M1 2.2). Compiled for that slice:
-PLAN_1M
+
+| length | rows | mesh | GiB of HBM, of 95.7 | TFLOP a chip and step | compile |
+|---|---|---|---|---|---|
+| 32K | 64 | fsdp=2,expert=32,context=8 | 37.1 | 1,687 | 168 s |
+| 128K | 16 | expert=16,context=32 | 89.9 | 2,083 | 169 s |
+| 512K | 4 | expert=4,context=128 | 36.7 | 3,666 | 176 s |
+| 1M | 2 | expert=2,context=256 | 47.1 | 5,777 | 183 s |
+
+by `python -m m1_jax.plan --topology=v5p:8x8x8 --job=train --seq=... --batch=... --mesh=...`. Not yet run
+on TPUs, so no time is given.
 """
 
 from train.config import Data, Evaluation, Run, Save, Source, Stage
