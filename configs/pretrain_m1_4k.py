@@ -4,8 +4,8 @@
         --workdir=/mnt/run --set=save.directory=gs://BUCKET/RUN
 
 512 chips of TPU v5p (8x8x8), 512 rows of 4,096 tokens in a step. Compiled for that slice:
-24.6 of 95.7 GiB of HBM a chip, 1,572 TFLOP of model and recomputation a chip and step, 163 s to compile
-(`python -m m1_jax.plan --topology=v5p:8x8x8 --job=train --seq=4096 --batch=512
+24.6 of 95.7 GiB of HBM a chip, 1,572 TFLOP a chip and step with what is recomputed, 163 s to
+compile (`python -m m1_jax.plan --topology=v5p:8x8x8 --job=train --seq=4096 --batch=512
 --mesh=fsdp=16,expert=32`). Not yet run on TPUs, so no time is given.
 """
 

@@ -4,8 +4,8 @@
         --workdir=/mnt/run --set=save.directory=gs://BUCKET/RUN
 
 512 chips of TPU v5p (8x8x8), 64 packed rows of 32,768 tokens in a step. Compiled for that slice:
-37.1 of 95.7 GiB of HBM a chip, 1,687 TFLOP of model and recomputation a chip and step, 168 s to compile
-(`python -m m1_jax.plan --topology=v5p:8x8x8 --job=train --seq=32768 --batch=64
+37.1 of 95.7 GiB of HBM a chip, 1,687 TFLOP a chip and step with what is recomputed, 168 s to
+compile (`python -m m1_jax.plan --topology=v5p:8x8x8 --job=train --seq=32768 --batch=64
 --mesh=fsdp=2,expert=32,context=8`). Not yet run on TPUs, so no time is given.
 """
 
