@@ -26,9 +26,9 @@ def run(
     x: Float[Array, "M D"],
     weights: Float[Array, "M A"],
     chosen: Int[Array, "M A"],
-    gate: Float[Array, "e D F"] | quantize.Quantized,
-    up: Float[Array, "e D F"] | quantize.Quantized,
-    down: Float[Array, "e F D"] | quantize.Quantized,
+    gate: Float[Array, "*n e D F"] | quantize.Quantized,
+    up: Float[Array, "*n e D F"] | quantize.Quantized,
+    down: Float[Array, "*n e F D"] | quantize.Quantized,
     capacity: float | None = None,
     place: tuple | None = None,
 ) -> tuple[Float[Array, "M D"], Float[Array, ""]]:

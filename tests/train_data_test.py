@@ -417,7 +417,7 @@ def test_a_killed_worker_is_an_error_and_not_a_wait(config, tokenizer):
         next(stream)
         multiprocessing.active_children()[0].kill()
         with pytest.raises(RuntimeError, match=r"data worker \d ended without a word"):
-            take(stream, 20)
+            take(stream, 5_000)  # more than a pipe holds
 
 
 def test_errors_of_workers_are_those_of_the_thread(tokenizer, tmp_path):
