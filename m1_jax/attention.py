@@ -7,7 +7,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from m1_jax import config as config_lib
-from m1_jax import layers, ring, sharding
+from m1_jax import layers, paged, ring, serving, sharding
 from m1_jax import state as state_lib
 
 
@@ -70,6 +70,18 @@ class SoftmaxAttention(nnx.Module):
         keys, values = (x[place].astype(h.dtype) for x in (cache.keys, cache.values))
         attend = ring.attend if split or sharding.count("length") == 1 else ring.attend_parts
         return self._output(attend(q, keys, values, places, key_places)), cache
+
+    def inputs(self, h: Float[Array, "M D"], positions: Int[Array, "M"]):
+        """Return rotated queries, rotated keys and values of rows [M, heads, H]."""
+        return tuple(x[0] for x in self._project(h[None], positions[None]))
+
+    def output(self, h, o: Float[Array, "M N H"]) -> Float[Array, "M D"]:
+        """Return the block's output, given what attention made of `inputs`."""
+        return self._output(o[None])[0]
+
+    def serve(self, qkv, slopes, work: serving.Work, pool, place):
+        """Run attention on rows of several sequences: see `paged.attend`; slopes have no part."""
+        return paged.attend(*qkv, work, pool, place)
 
     def _project(self, h, positions):
         def heads(x):

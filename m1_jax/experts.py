@@ -10,6 +10,9 @@ from m1_jax import quantize
 
 # Rows per CPU matmul: big tiles first, small ones for what is left. Each costs compile time.
 TILES, FEW_ROWS_TILES = (256, 32), (16, 4)
+# Set (`with fixed_tile(rows)`), every CPU matmul has that many rows, whatever the number of rows:
+# a row's numbers then do not depend on how many others its expert has.
+fixed_tile = jax.make_user_context(0)
 
 
 def run(
@@ -176,6 +179,8 @@ def _put(x, rows, start):
 
 
 def _tiles(num_rows: int) -> tuple[int, ...]:
+    if fixed_tile.value:
+        return (fixed_tile.value,)
     if num_rows >= TILES[0]:
         return TILES
     return FEW_ROWS_TILES if num_rows >= FEW_ROWS_TILES[0] else (num_rows,)

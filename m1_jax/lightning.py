@@ -9,7 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from m1_jax import config as config_lib
-from m1_jax import layers, spans
+from m1_jax import grid, layers, serving, spans
 from pallas_kernels.lightning_attention import api
 
 NORM_EPS = 1e-6  # the release builds this one norm with its constructor's default
@@ -59,10 +59,22 @@ class LightningAttention(nnx.Module):
         `h` is the normed layer input; both the projection and the gate read it. `documents`: see
         `spans.attend`. `split`: whether the context axis, where there is one, splits the tokens.
         """
-        qkv = jax.nn.silu(self.qkv(h))
+        qkv = self.inputs(h)
         kernel = functools.partial(api.lightning_attention, implementation=self.implementation)
         if split:
             o, state = spans.attend(kernel, qkv, slopes, documents, state)
         else:
             o, state = kernel(qkv, slopes, segment_ids=documents, initial_state=state)
-        return self.out(self.norm(o) * jax.nn.sigmoid(self.gate(h))), state
+        return self.output(h, o), state
+
+    def inputs(self, h: Float[Array, "*batch D"], positions=None) -> Float[Array, "*batch N3H"]:
+        """Return what attention reads of the normed layer input; positions have no part in it."""
+        return jax.nn.silu(self.qkv(h))
+
+    def output(self, h: Float[Array, "*batch D"], o: Float[Array, "*batch NH"]):
+        """Return the block's output, given what attention made of `inputs`."""
+        return self.out(self.norm(o) * jax.nn.sigmoid(self.gate(h)))
+
+    def serve(self, qkv: Float[Array, "M N3H"], slopes, work: serving.Work, pool, place):
+        """Run attention on rows of several sequences: see `grid.attend`."""
+        return grid.attend(qkv, slopes, work, pool, place)

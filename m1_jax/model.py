@@ -11,7 +11,7 @@ from flax import nnx
 from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
-from m1_jax import attention, layers, lightning, moe, ring, sharding
+from m1_jax import attention, layers, lightning, moe, ring, serving, sharding
 from m1_jax import config as config_lib
 from m1_jax import state as state_lib
 from pallas_kernels.lightning_attention import documents as documents_lib
@@ -65,8 +65,10 @@ class DecoderLayer(nnx.Module):
         self.attention_scales = config.attention_scales(kind)
         self.moe_scales = (config.layernorm_mlp_alpha, config.layernorm_mlp_beta)
 
-    def __call__(self, x, slopes, context: Context, state=None, place=None):
+    def __call__(self, x, slopes, context, state=None, place=None):
         """Return (x, router statistics, new state of the run); None starts and keeps none."""
+        if isinstance(context, serving.Work):
+            return self._serve(x, slopes, context, state, place)
         h = self.input_norm(x)
         if self.kind == config_lib.LIGHTNING:
             before = None if state is None else state[place]
@@ -80,6 +82,29 @@ class DecoderLayer(nnx.Module):
         h = self.moe_norm(x)
         y, stats = self.moe(h, context.real, place)
         return self._add(x, h, y, self.moe_scales), stats, state
+
+    def _serve(self, x: Float[Array, "M D"], slopes, work: serving.Work, pool, place):
+        """Do the same for rows of several sequences; `serving.py` says why in parts."""
+
+        def before(x, positions):
+            h = self.input_norm(x)
+            return h, self.attention.inputs(h, positions)
+
+        def between(x, h, o):
+            x = self._add(x, h, self.attention.output(h, o), self.attention_scales)
+            h = self.moe_norm(x)
+            weights, chosen, _ = self.moe.route(h, None)
+            return x, h, weights, chosen
+
+        def after(x, h, y):
+            return self._add(x, h, self.moe.mix(h, y), self.moe_scales)
+
+        h, inputs = work.by_tiles(before, x, work.positions)
+        o, pool = self.attention.serve(inputs, slopes, work, pool, place)
+        x, h, weights, chosen = work.by_tiles(between, x, h, o)
+        chosen = jnp.where(work.positions[:, None] >= 0, chosen, self.moe.nowhere)
+        y, _ = self.moe.dispatch(h, weights, chosen, place)
+        return work.by_tiles(after, x, h, y), None, pool
 
     def _add(self, x, normed, branch, scales):
         alpha, beta = scales
@@ -210,7 +235,7 @@ class MiniMaxM1(nnx.Module):
         _check_room(tokens, state, num_tokens)
         return _extend(self, tokens, state, num_tokens, last_only)
 
-    def _run(self, x, context: Context, state: Any = None, keep_layers=False) -> tuple[Any, ...]:
+    def _run(self, x, context: Context | serving.Work, state: Any = None, keep_layers=False) -> tuple[Any, ...]:
         """Run all layers.
 
         Returns (x, router statistics [L, ...], layer states, layer outputs [L, B, T, D] or None).

@@ -88,18 +88,27 @@ class MoE(nnx.Module):
         """
         x = h.reshape(-1, h.shape[-1])
         real = None if real is None else real.reshape(-1)
-        weights, chosen, stats = self._route(x, real)
+        weights, chosen, stats = self.route(x, real)
         if real is not None and sharding.count("experts") > 1:
-            # Padding stays at home.
-            number = self.gate.shape[-3] * sharding.count("experts")
-            chosen = jnp.where(real[:, None] > 0, chosen, number)
+            chosen = jnp.where(real[:, None] > 0, chosen, self.nowhere)  # padding stays at home
+        y, dropped = self.dispatch(x, weights, chosen, place)
+        return self.mix(h, y.reshape(h.shape)), dataclasses.replace(stats, dropped=dropped)
+
+    def dispatch(self, x: Float[Array, "M D"], weights, chosen, place=None):
+        """Return each row's weighted sum of its experts' outputs, and dropped choices."""
         gate, up, down = (self._matrices(name, x.dtype) for name in ("gate", "up", "down"))
         place = place if self.gate.ndim > 3 else None
         y, dropped = exchange.run(x, weights, chosen, gate, up, down, self.capacity, place)
-        y = sharding.total(y.astype(x.dtype), "mlp").reshape(h.shape)
-        if self.shared is not None:
-            y = self.shared(h, y)
-        return y, dataclasses.replace(stats, dropped=dropped)
+        return sharding.total(y.astype(x.dtype), "mlp"), dropped
+
+    def mix(self, h: Float[Array, "*batch D"], y: Float[Array, "*batch D"]):
+        """Return the block's output, given what the chosen experts say of `h`."""
+        return y if self.shared is None else self.shared(h, y)
+
+    @property
+    def nowhere(self) -> int:
+        """Return the number of no expert."""
+        return self.gate.shape[-3] * sharding.count("experts")
 
     def _matrices(self, name: str, dtype):
         values = getattr(self, name)[...]
@@ -107,7 +116,7 @@ class MoE(nnx.Module):
             return quantize.Quantized(values, getattr(self, f"{name}_scale")[...])
         return values.astype(dtype)
 
-    def _route(self, x, real):
+    def route(self, x: Float[Array, "M D"], real: Float[Array, "M"] | None):
         """Return float32 weights [M, A] rounded to x's dtype, expert ids [M, A], `RouterStats`."""
         logits = jnp.matmul(
             x.astype(jnp.float32), self.router[...], precision=jax.lax.Precision.HIGHEST
@@ -138,7 +147,7 @@ class SharedExpert(nnx.Module):
         shape, axes = (embed, 1), ("embed", None)
         self.coefficient = layers.param(rngs, shape, axes, param_dtype, std, float32=True)
 
-    def __call__(self, h: Float[Array, "B T D"], y: Float[Array, "B T D"]):
+    def __call__(self, h: Float[Array, "*batch D"], y: Float[Array, "*batch D"]):
         c = jnp.matmul(
             h.astype(jnp.float32), self.coefficient[...], precision=jax.lax.Precision.HIGHEST
         )

@@ -65,8 +65,8 @@ def attend(
         keys = tuple(sharding.whole(x, "length", 1) for x in keys)
         devices = 1
     if devices == 1 and (length * k.shape[2] <= DIRECT_PAIRS or length <= DIRECT_QUERIES):
-        total, scale, _ = _block(q, k, v, _mask(queries, keys))
-        o = total / _positive(scale)
+        total, scale, _ = block(q, k, v, _mask(queries, keys))
+        o = total / positive(scale)
     else:
         o = _blockwise(devices, q, k, v, queries, keys)
     if balance:
@@ -79,11 +79,11 @@ def attend_parts(q, k, v, q_place, k_place) -> Float[Array, "B T N H"]:
     batch, length, num_heads, size = q.shape
     q = jnp.moveaxis(q.reshape(batch, length, k.shape[1], -1, size), 1, 3)
     mask = (k_place[:, None, :] <= q_place[:, :, None])[:, None, None]
-    total, scale, top = _block(q, k, v, mask)
+    total, scale, top = block(q, k, v, mask)
     highest = sharding.largest(top, "length")
     share = jnp.exp(top - jnp.where(jnp.isfinite(highest), highest, 0.0))
     total, scale = (sharding.total(x * share, "length") for x in (total, scale))
-    return _heads_last(total / _positive(scale), v.dtype)
+    return _heads_last(total / positive(scale), v.dtype)
 
 
 def _heads_last(o, dtype) -> Float[Array, "B T N H"]:
@@ -108,7 +108,7 @@ def _scores(q, k, mask):
     return jnp.where(mask, scores / math.sqrt(q.shape[-1]), -jnp.inf)
 
 
-def _block(q, k, v, mask):
+def block(q, k, v, mask):
     """Return sums of exp(score - top) v and of exp(score - top), and top, per query."""
     scores = _scores(q, k, mask)
     top = jnp.max(scores, axis=-1, keepdims=True)
@@ -120,11 +120,11 @@ def _block(q, k, v, mask):
     return total, jnp.sum(weights, axis=-1, keepdims=True), top
 
 
-def _positive(scale):
+def positive(scale):
     return jnp.where(scale > 0, scale, 1.0)
 
 
-def _merge(one, two):
+def merge(one, two):
     """Join two partial softmax sums (total, scale, top) of the same queries."""
     top = jnp.maximum(one[2], two[2])
     safe = jnp.where(jnp.isfinite(top), top, 0.0)
@@ -156,7 +156,7 @@ def _forward(devices, q, k, v, queries, keys):
                 mask = _mask(queries, keys)
                 return jax.lax.cond(
                     jnp.any(mask),
-                    lambda: _merge(partial, _block(q, k, v, mask)),
+                    lambda: merge(partial, block(q, k, v, mask)),
                     lambda: partial,
                 ), None
 
@@ -173,8 +173,8 @@ def _forward(devices, q, k, v, queries, keys):
     )
     carry = (start, _key_blocks(k, v, keys))
     ((total, scale, top), _), _ = jax.lax.scan(over_devices, carry, None, length=devices)
-    o = (total / _positive(scale)).astype(v.dtype)
-    lse = jnp.where(scale > 0, top + jnp.log(_positive(scale)), 0.0)
+    o = (total / positive(scale)).astype(v.dtype)
+    lse = jnp.where(scale > 0, top + jnp.log(positive(scale)), 0.0)
     return _join(o, length), _join(lse, length)
 
 

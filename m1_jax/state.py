@@ -91,3 +91,82 @@ def specs(state: DecodeState, layout: sharding.Layout) -> DecodeState:
     length: Any = layout.spec("batch")
     layers = [KVCache(cache, cache) if isinstance(x, KVCache) else matrix for x in state.layers]
     return DecodeState(tuple(layers), length)
+
+
+# ---- serving: `serving.py`
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Slots:
+    """Recurrent states of one run of lightning layers by slot, with the rings of their chunks.
+
+    states: as of the last multiple of the chunk C, keys by values. keys, values: of the tokens
+    after that. Slot 0 is padding's.
+    """
+
+    states: Float[Array, "R P slots N H H"]
+    keys: Float[Array, "R P slots N C H"]
+    values: Float[Array, "R P slots N C H"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Pages:
+    """Rotated keys and values of one run of softmax layers, a page for C tokens; 0 is padding's."""
+
+    keys: Float[Array, "R P pages K C H"]
+    values: Float[Array, "R P pages K C H"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ServingState:
+    """Memory of all sequences of an engine; which of it is whose, `infer/cache.py` knows."""
+
+    layers: tuple[Slots | Pages, ...]
+
+
+def init_serving(
+    config: config_lib.ModelConfig,
+    num_slots: int,
+    num_pages: int,
+    chunk_tokens: int,
+    dtype=jnp.bfloat16,
+    layout: sharding.Layout | None = None,
+) -> ServingState:
+    """Return memory for slots 0 to num_slots and pages 0 to num_pages; on a mesh, split by heads.
+
+    Keys and values have `dtype`, recurrent states float32.
+    """
+    if layout is not None:
+        make = functools.partial(
+            init_serving, config, num_slots, num_pages, chunk_tokens, dtype, None
+        )
+        where = serving_specs(jax.eval_shape(make), layout)
+        where = jax.tree.map(lambda spec: jax.sharding.NamedSharding(layout.mesh, spec), where)
+        return jax.jit(make, out_shardings=where)()
+    repeats, heads, size = config.repeats, config.num_attention_heads, config.head_dim
+    layers: list[Slots | Pages] = []
+    for kind, number in config.runs:
+        if kind == config_lib.LIGHTNING:
+            lead = (repeats, number, num_slots + 1, heads)
+            states = jnp.zeros((*lead, size, size), jnp.float32)
+            ring = jnp.zeros((*lead, chunk_tokens, size), dtype)
+            layers.append(Slots(states, ring, ring))
+        else:
+            lead = (repeats, number, num_pages + 1, config.num_key_value_heads)
+            page = jnp.zeros((*lead, chunk_tokens, size), dtype)
+            layers.append(Pages(page, page))
+    return ServingState(tuple(layers))
+
+
+def serving_specs(state: ServingState, layout: sharding.Layout) -> ServingState:
+    """Return the mesh axes of every array of a serving state."""
+    heads: Any = layout.spec(None, None, None, "heads", None, None)
+    kv_heads: Any = layout.spec(None, None, None, "kv_heads", None, None)
+    layers = [
+        Slots(heads, heads, heads) if isinstance(x, Slots) else Pages(kv_heads, kv_heads)
+        for x in state.layers
+    ]
+    return ServingState(tuple(layers))
