@@ -152,12 +152,12 @@ def init_serving(
         if kind == config_lib.LIGHTNING:
             lead = (repeats, number, num_slots + 1, heads)
             states = jnp.zeros((*lead, size, size), jnp.float32)
-            ring = jnp.zeros((*lead, chunk_tokens, size), dtype)
-            layers.append(Slots(states, ring, ring))
+            ring = (*lead, chunk_tokens, size)
+            layers.append(Slots(states, jnp.zeros(ring, dtype), jnp.zeros(ring, dtype)))
         else:
             lead = (repeats, number, num_pages + 1, config.num_key_value_heads)
-            page = jnp.zeros((*lead, chunk_tokens, size), dtype)
-            layers.append(Pages(page, page))
+            page = (*lead, chunk_tokens, size)
+            layers.append(Pages(jnp.zeros(page, dtype), jnp.zeros(page, dtype)))
     return ServingState(tuple(layers))
 
 
