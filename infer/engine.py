@@ -1,0 +1,401 @@
+"""The engine: requests in, exact tokens out, by continuous batching on one device or mesh.
+
+    engine = Engine(model, tokenizer, config.Config(max_length=8192, max_rows=32))
+    request = engine.submit(prompt_ids, request.Options(max_tokens=100))
+    engine.run()                       # or start(), for a thread of its own
+    request.output().text
+
+The scheduler (`scheduler.py`) decides, the programs (`programs.py`) compute, and this file carries
+plans to the one and results back to the other, one plan ahead of the results: while the device
+runs a plan the host reads the tokens of the one before. Everything is compiled before the engine
+is made; nothing is compiled after.
+"""
+
+import collections
+import dataclasses
+import itertools
+import threading
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from infer import config as config_lib
+from infer import device, finish, grammar, plans, scheduler
+from infer import request as request_lib
+from m1_jax import tokenizer as tokenizer_lib
+
+
+@dataclasses.dataclass(frozen=True)
+class Token:
+    """One token of an output.
+
+    logp: under the distribution it was drawn from. logp_raw: under the model's plain logits.
+    version: of the weights that made it. top: the most likely tokens and their plain
+    log-probabilities, as many as asked for.
+    """
+
+    id: int
+    logp: float
+    logp_raw: float
+    version: int
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Output:
+    """A finished request.
+
+    finish_reason: "stop", "length", "loop", "cancelled" or "error" (logits that are not finite).
+    cached_tokens: of the prompt, found in the prefix cache; cache_reason says why if none.
+    """
+
+    tokens: tuple[Token, ...]
+    text: str
+    finish_reason: str
+    prompt_tokens: int
+    cached_tokens: int
+    cache_reason: str
+    reasoning_tokens: int
+
+
+class Request:
+    """A request under way; `Engine.submit` makes it.
+
+    Attributes:
+      tokens, text: so far. finish_reason: None while it goes on.
+    """
+
+    def __init__(self, number: int, prompt: Sequence[int], options, progress, matcher, on_token):
+        self.number, self.prompt, self.options = number, tuple(prompt), options
+        self.progress, self.matcher, self.on_token = progress, matcher, on_token
+        self.tokens: list[Token] = []
+        self.text, self.finish_reason = "", None
+        self.cached_tokens, self.cache_reason = 0, ""
+        self.slot = 0  # whose counts, bias and mask are this request's; 0 is none
+        self.done = threading.Event()
+
+    def output(self, timeout_secs: float | None = None) -> Output:
+        """Wait for the end, and return all of it.
+
+        Raises:
+          TimeoutError: it did not end in time.
+        """
+        if not self.done.wait(timeout_secs):
+            raise TimeoutError(f"request {self.number}: not finished after {timeout_secs} s")
+        return Output(
+            tuple(self.tokens),
+            self.text,
+            str(self.finish_reason),
+            len(self.prompt),
+            self.cached_tokens,
+            self.cache_reason,
+            self.progress.reasoning_tokens,
+        )
+
+
+@dataclasses.dataclass
+class _Flight:
+    """A plan given to the device: what it chose, by job and place in the arrays."""
+
+    places: dict[int, int]
+    chosen: Any
+    version: int
+
+
+class Engine:
+    """Serves requests with one model.
+
+    Thread safety: `submit`, `cancel`, `swap` and `close` from any thread. Either `start` a thread,
+    or call `run` or `step` from one thread of your own.
+
+    Attributes:
+      version: of the weights, 0 at first, one more with every `swap`.
+    """
+
+    def __init__(self, model: Any, tokenizer: tokenizer_lib.Tokenizer, config: config_lib.Config):
+        """Allocate all memory and compile all programs.
+
+        Raises:
+          ValueError: a config that the model cannot serve.
+        """
+        if config.max_length > model.config.max_position_embeddings:
+            raise ValueError(
+                f"max_length: got {config.max_length}; the model allows "
+                f"{model.config.max_position_embeddings} at most"
+            )
+        self.config, self.tokenizer = config, tokenizer
+        self.version = 0
+        self._model_config = model.config
+        self._device = device.Device(model, config)
+        self._compiler = grammar.Compiler(tokenizer, model.config.vocab_size)
+        self._scheduler = scheduler.Scheduler(self._limits(), self._key())
+        self._requests: dict[int, Request] = {}
+        self._flying: collections.deque[_Flight] = collections.deque()
+        self._slot_owner: dict[int, int] = {}
+        self._numbers = itertools.count()
+        self._lock = threading.RLock()
+        self._work = threading.Condition(self._lock)
+        self._thread: threading.Thread | None = None
+        self._closed = False
+
+    # ---- for callers
+
+    def submit(
+        self,
+        prompt: Sequence[int],
+        options: request_lib.Options,
+        on_token=None,
+    ) -> Request:
+        """Queue a prompt of token ids.
+
+        on_token: called with (request, token, new text) from the engine's thread.
+
+        Raises:
+          ValueError: options or ids that cannot be served. scheduler.QueueFull: too many wait.
+        """
+        vocab_size = self._model_config.vocab_size
+        bad = [token for token in prompt if not 0 <= token < vocab_size]
+        if bad:
+            raise ValueError(
+                f"prompt: got token id {bad[0]}; wanted 0 to {vocab_size - 1}. "
+                "Does the tokenizer belong to this model?"
+            )
+        request_lib.check(options, vocab_size, self.tokenizer.stop_ids)
+        progress = finish.Progress(options, self.tokenizer)
+        matcher = self._compiler.matcher(options)
+        with self._work:
+            if self._closed:
+                raise RuntimeError("the engine is closed")
+            made = Request(next(self._numbers), prompt, options, progress, matcher, on_token)
+            self._scheduler.submit(
+                made.number, list(prompt), options.max_tokens, single_step=matcher is not None
+            )
+            self._requests[made.number] = made
+            self._work.notify()
+        return made
+
+    def cancel(self, request: Request) -> None:
+        """End a request; its output so far stays. Nothing happens if it is over."""
+        with self._work:
+            if request.number in self._requests:
+                self._scheduler.cancel(request.number)
+                request.text += request.progress.flush()
+                self._end(request, "cancelled")
+
+    def swap(self, model: Any, keep_running: bool = True) -> int:
+        """Put other weights of the same shapes in place, between two dispatches; return their version.
+
+        keep_running: requests under way go on from the states that the old weights left; else
+        they are computed again from their tokens.
+
+        Raises:
+          ValueError: other shapes, dtypes or layout.
+        """
+        with self._work:
+            self._device.swap(model)
+            self.version += 1
+            self._scheduler.set_key(self._key(), keep_running)
+            return self.version
+
+    def preempt(self, request: Request) -> None:
+        """Take a request's memory away for now; it goes on later, and nobody can tell."""
+        with self._work:
+            self._scheduler.preempt(request.number)
+
+    def generate(
+        self, prompts: Iterable[Sequence[int]], options: request_lib.Options
+    ) -> list[Output]:
+        """Serve prompts to their ends, from a thread of your own."""
+        requests = [self.submit(prompt, options) for prompt in prompts]
+        self.run()
+        return [request.output() for request in requests]
+
+    def run(self) -> None:
+        """Work until nothing is left to do."""
+        while self.step():
+            pass
+
+    def start(self) -> None:
+        """Work in a thread until `close`."""
+        self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stop the thread; requests under way are cancelled."""
+        with self._work:
+            self._closed = True
+            for request in list(self._requests.values()):
+                self.cancel(request)
+            self._work.notify()
+        if self._thread is not None:
+            self._thread.join()
+
+    def stats(self) -> scheduler.Stats:
+        with self._lock:
+            return self._scheduler.stats()
+
+    # ---- the engine's own thread
+
+    def _loop(self) -> None:
+        while True:
+            with self._work:
+                while not self._closed and not self._requests and not self._flying:
+                    self._work.wait()
+                if self._closed and not self._flying:
+                    return
+            self.step()
+
+    def step(self) -> bool:
+        """Give the device its next plan, then take what an earlier one made; False: all is done."""
+        with self._lock:
+            plan = self._scheduler.plan()
+            if plan is not None:
+                self._dispatch(plan)
+            flight = None
+            if self._flying and (plan is None or len(self._flying) > 1):
+                flight = self._flying.popleft()
+        if flight is None:
+            return plan is not None
+        chosen = self._device.fetch(flight.chosen)  # waits, so without the lock
+        with self._lock:
+            self._take(flight, chosen)
+        return True
+
+    def _dispatch(self, plan: plans.Plan) -> None:
+        for action in plan.actions:
+            self._device.act(action)
+        work = plan.prefill or plan.decode
+        requests = [self._requests.get(item.job_id) for item in work]
+        for item, request in zip(work, requests, strict=True):
+            if request is not None:
+                self._prepare(item, request)
+        chosen = None
+        if plan.prefill:
+            tokens = [self._sequence(r, p) for r, p in zip(requests, plan.prefill, strict=True)]
+            chosen = self._device.prefill(plan.prefill, requests, tokens)
+        elif plan.decode:
+            chosen = self._device.decode(plan.decode, requests, plan.steps)
+        places = {item.job_id: place for place, item in enumerate(work)}
+        self._flying.append(_Flight(places, chosen, self.version))
+
+    def _sequence(self, request: Request | None, part: plans.Part) -> tuple[list[int], int]:
+        """Return a part's tokens, and the one after it where the sequence is computed again."""
+        if request is None:  # cancelled since: what is computed does not matter
+            return [0] * part.count, 0 if part.resume else -1
+        all_ = [*request.prompt, *(token.id for token in request.tokens)]
+        end = part.start + part.count
+        return all_[part.start : end], all_[end] if part.resume else -1
+
+    def _prepare(self, item: plans.Part | plans.Row, request: Request) -> None:
+        """Bring a slot's counts, bias and mask in line with the request that now has it."""
+        options = request.options
+        penalised = (
+            options.repetition_penalty != 1 or options.presence_penalty or options.frequency_penalty
+        )
+        needs = bool(penalised or options.logit_bias or request.matcher)
+        owner = self._slot_owner.get(item.slot, -1)
+        if owner != request.number and (needs or owner >= 0):
+            self._device.reset(item.slot, options.logit_bias)
+            self._slot_owner[item.slot] = request.number if needs else -1
+            if penalised:
+                self._device.count(item.slot, request.prompt, in_prompt=True)
+                made = [token.id for token in request.tokens]
+                self._device.count(item.slot, made, in_prompt=False)
+        if request.matcher is not None:
+            self._device.set_mask(item.slot, request.matcher.mask())
+
+    def _take(self, flight: _Flight, chosen) -> None:
+        """Take over the tokens that a plan made, and report them."""
+        results = {}
+        for number, place in flight.places.items():
+            request = self._requests.get(number)
+            if request is None:
+                continue
+            made = chosen.column(place)
+            before = len(request.tokens)
+            for one in made:
+                if request.finish_reason is None:
+                    self._push(request, one, flight.version)
+            if not made and request.finish_reason is None:
+                continue
+            cut = len(request.tokens) - before < len(made)
+            over = request.finish_reason is not None
+            # The device stops by itself at a stop token and at the limit alone.
+            exact = over and not cut and self._stops_device(request)
+            length = len(request.prompt) + len(request.tokens) - 1 if exact else None
+            ids = tuple(one.id for one in made)
+            results[number] = plans.Result(len(ids), over, length, ids)
+            if not request.cached_tokens and not request.cache_reason:
+                request.cached_tokens, request.cache_reason = self._scheduler.cached(number)
+            self._pace(request)
+        self._scheduler.report(results)
+        for number in results:
+            request = self._requests[number]
+            if request.finish_reason is not None:
+                self._end(request, request.finish_reason)
+
+    def _push(self, request: Request, one: device.Made, version: int) -> None:
+        if not np.isfinite(one.logp_raw):
+            request.finish_reason = "error"
+            return
+        update = request.progress.push(one.id, one.logp_raw)
+        token = Token(one.id, one.logp, one.logp_raw, version, one.top)
+        request.tokens.append(token)
+        request.text += update.text
+        request.finish_reason = update.finished
+        if request.matcher is not None and update.finished is None:
+            request.matcher.accept(one.id)
+        if request.on_token is not None:
+            request.on_token(request, token, update.text)
+
+    def _stops_device(self, request: Request) -> bool:
+        stop_ids = request_lib.stop_ids(request.options, self.tokenizer.stop_ids)
+        options, number = request.options, len(request.tokens)
+        stopped = request.tokens[-1].id in stop_ids and number > options.min_tokens
+        return stopped or number >= options.max_tokens
+
+    def _pace(self, request: Request) -> None:
+        """Let the host see every token where the next one may depend on what it has to say."""
+        pause = request.progress.pause_at
+        if request.matcher is None and request.options.thinking_tokens is not None:
+            # Two plans may be under way, and the next one is made now.
+            near = pause is not None and (
+                len(request.tokens) + 3 * self.config.decode_steps >= pause
+            )
+            self._scheduler.set_single_step(request.number, near)
+
+    def _end(self, request: Request, reason: str) -> None:
+        request.finish_reason = reason
+        self._requests.pop(request.number, None)
+        request.done.set()
+
+    # ---- sizes
+
+    def _key(self):
+        return (self.version, self.config.chunk_tokens, self.config.row_tile)
+
+    def _limits(self) -> plans.Limits:
+        config = self.config
+        state_bytes, page_bytes = self._device.state_bytes, self._device.page_bytes
+        cache_bytes = config.num_snapshots * state_bytes + config.pages * page_bytes
+        return plans.Limits(
+            num_slots=config.slots,
+            num_pages=config.pages,
+            chunk_tokens=config.chunk_tokens,
+            max_length=config.max_length,
+            max_queue=config.max_queue,
+            max_rows=config.max_rows,
+            max_prefill_tokens=config.prefill_tokens[-1],
+            prefill_parts=device.PREFILL_PARTS,
+            decode_steps=config.decode_steps,
+            snapshot_every_tokens=config.snapshot_every_tokens,
+            cache_bytes=cache_bytes if config.prefix_cache and config.num_snapshots else 0,
+            page_bytes=page_bytes,
+            state_bytes=state_bytes,
+            swap_tokens=config.swap_tokens,
+            host_bytes=config.host_bytes,
+            row_tokens=config.tile_rows,
+        )

@@ -1,0 +1,317 @@
+"""The programs an engine runs on the device; all are compiled before the first request.
+
+Every option of a request is an array, so nothing about requests changes a program: there is one
+decode program per number of rows, one prefill program per number of tokens, and a few that move
+memory. What lasts between them stays on the device: the serving state (`m1_jax/state.py`), and for
+each slot what choosing its next token needs (`Rows`). A program's own arguments (`Batch`) are fresh
+host arrays every time.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, UInt
+
+from infer import request, sampling
+from m1_jax import serving
+from m1_jax import state as state_lib
+
+SAMPLE_ROWS = 8  # rows that choosing takes at a time, for the reason given in `serving.py`
+COPIES = 8  # most slots copied by one call
+SWAP_PAGES = 16  # pages moved to or from the host by one call
+COUNT_TOKENS = 2048  # tokens counted by one call
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """By slot, what its sequence needs for its next token; slot 0 is padding's.
+
+    token: chosen, and not yet in the state. length: tokens in the state. running: until a stop
+    token or the limit. counts, bias, masks: as `sampling.choose` takes them.
+    """
+
+    token: Int[Array, "slots"]
+    length: Int[Array, "slots"]
+    running: Bool[Array, "slots"]
+    counts: Int[Array, "slots V"]
+    bias: Float[Array, "slots V"]
+    masks: UInt[Array, "slots W"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """Sequences of one program; rows of slot 0 are padding.
+
+    seeds: of the requests. stop_ids: -1 where there are fewer. free_from: length of prompt and
+    output from which on stop ids may be chosen. limit: length at which the sequence ends. forced:
+    token to choose, whatever the model says; -1 for none.
+    """
+
+    slots: Int[Array, "B"]
+    pages: Int[Array, "B P"]
+    options: sampling.SamplingOptions
+    seeds: UInt[Array, "B"]
+    stop_ids: Int[Array, "B S"]
+    free_from: Int[Array, "B"]
+    limit: Int[Array, "B"]
+    forced: Int[Array, "B"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Prompts:
+    """Parts of prompts, packed: each starts on a tile and is padded to whole tiles.
+
+    tokens, positions: of M rows; position -1 is padding. part: of each tile, -1 for padding.
+    last: row of each part's last token where the next token is to be chosen, else -1.
+    length: tokens in the state after this part, 0 if more of the prompt follows. known: the token
+    chosen already, for a sequence that is computed again; else -1.
+    """
+
+    tokens: Int[Array, "M"]
+    positions: Int[Array, "M"]
+    part: Int[Array, "I"]
+    last: Int[Array, "B"]
+    length: Int[Array, "B"]
+    known: Int[Array, "B"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """Sizes that decide the numbers: see `serving.Work`."""
+
+    tile_rows: int = dataclasses.field(default=8, metadata={"static": True})
+    row_tile: int = dataclasses.field(default=8, metadata={"static": True})
+
+
+def init_rows(num_slots: int, vocab_size: int) -> Rows:
+    """Return the rows of slots 0 to num_slots, none of them running."""
+    number = num_slots + 1
+    return Rows(
+        jnp.zeros(number, jnp.int32),
+        jnp.zeros(number, jnp.int32),
+        jnp.zeros(number, bool),
+        jnp.zeros((number, vocab_size), jnp.int32),
+        jnp.zeros((number, vocab_size), jnp.float32),
+        jnp.full((number, -(-vocab_size // 32)), 0xFFFFFFFF, jnp.uint32),
+    )
+
+
+def decode(
+    model: Any,
+    state: state_lib.ServingState,
+    rows: Rows,
+    batch: Batch,
+    steps: Int[Array, ""],
+    recipe: Recipe,
+    most_steps: int,
+) -> tuple[state_lib.ServingState, Rows, sampling.Chosen]:
+    """Make up to `steps` tokens for every running row; what was chosen has a leading step axis.
+
+    Tokens are -1 where a row had ended.
+    """
+
+    def going(carry):
+        step, _, rows, _ = carry
+        return (step < steps) & jnp.any(rows.running[batch.slots])
+
+    def body(carry):
+        step, state, rows, made = carry
+        running = rows.running[batch.slots] & (batch.slots > 0)
+        length = rows.length[batch.slots]
+        work = serving.Work(
+            jnp.where(running, length, -1),
+            jnp.where(running, batch.slots, 0),
+            batch.pages,
+            recipe.tile_rows,
+            recipe.row_tile,
+        )
+        logits, state = serving.serve(model, rows.token[batch.slots], work, state)
+        rows, chosen = _choose(logits, rows, batch, running, length + 1)
+        made = jax.tree.map(
+            lambda all_, one: jax.lax.dynamic_update_index_in_dim(all_, one, step, 0), made, chosen
+        )
+        return step + 1, state, rows, made
+
+    one = jax.eval_shape(lambda: body((jnp.int32(0), state, rows, _nothing(batch, most_steps)))[3])
+    made = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), one)
+    made = dataclasses.replace(made, token=made.token - 1)
+    _, state, rows, made = jax.lax.while_loop(going, body, (jnp.int32(0), state, rows, made))
+    return state, rows, made
+
+
+def _nothing(batch: Batch, steps: int) -> sampling.Chosen:
+    shape = (steps, batch.slots.shape[0])
+    top = (*shape, request.MAX_TOP_LOGPROBS)
+    return sampling.Chosen(
+        jnp.full(shape, -1, jnp.int32),
+        jnp.zeros(shape),
+        jnp.zeros(shape),
+        jnp.zeros(top, jnp.int32),
+        jnp.zeros(top),
+    )
+
+
+def prefill(
+    model: Any,
+    state: state_lib.ServingState,
+    rows: Rows,
+    batch: Batch,
+    prompts: Prompts,
+    recipe: Recipe,
+) -> tuple[state_lib.ServingState, Rows, sampling.Chosen]:
+    """Append parts of prompts; return what was chosen after those that are the last of theirs."""
+    part = jnp.maximum(prompts.part, 0)
+    work = serving.Work(
+        prompts.positions,
+        jnp.where(prompts.part >= 0, batch.slots[part], 0),
+        batch.pages[part],
+        recipe.tile_rows,
+        recipe.row_tile,
+    )
+    logits, state = serving.serve(model, prompts.tokens, work, state, prompts.last)
+    rows, chosen = _choose(logits, rows, batch, prompts.last >= 0, prompts.length)
+    again = prompts.known >= 0
+    slots = jnp.where(again, batch.slots, 0)
+    rows = dataclasses.replace(
+        rows,
+        token=rows.token.at[slots].set(prompts.known),
+        length=rows.length.at[slots].set(prompts.length),
+        running=rows.running.at[slots].set(again),
+    )
+    return state, rows, chosen
+
+
+def _choose(
+    logits: Float[Array, "B V"],
+    rows: Rows,
+    batch: Batch,
+    wanted: Bool[Array, "B"],
+    length: Int[Array, "B"],
+) -> tuple[Rows, sampling.Chosen]:
+    """Choose a token for the wanted rows, whose state holds `length` tokens."""
+
+    def tile(logits, slots, options, seeds, stop_ids, banned, forced, length):
+        keys = jax.vmap(lambda seed, at: jax.random.fold_in(jax.random.key(seed), at))
+        held = (rows.counts[slots], rows.bias[slots], rows.masks[slots])
+        banned = jnp.where(banned[:, None], stop_ids, -1)
+        chosen = sampling.choose(logits, options, keys(seeds, length), *held, banned)
+        return sampling.forced(chosen, logits, options, *held, banned, forced)
+
+    total = length + 1  # with the new token
+    chosen = serving.by_tiles(
+        tile,
+        SAMPLE_ROWS,
+        wanted,
+        logits,
+        batch.slots,
+        batch.options,
+        batch.seeds,
+        batch.stop_ids,
+        total < batch.free_from,
+        batch.forced,
+        length,
+    )
+    stopped = jnp.any(chosen.token[:, None] == batch.stop_ids, axis=1) & (total >= batch.free_from)
+    slots = jnp.where(wanted, batch.slots, 0)
+    rows = dataclasses.replace(
+        rows,
+        token=rows.token.at[slots].set(chosen.token),
+        length=rows.length.at[slots].set(length),
+        running=rows.running.at[slots].set(wanted & ~stopped & (total < batch.limit)),
+        counts=rows.counts.at[slots, chosen.token].add(wanted.astype(jnp.int32)),
+    )
+    return rows, dataclasses.replace(chosen, token=jnp.where(wanted, chosen.token, -1))
+
+
+# ---- memory
+
+
+def copy_states(state, sources: Int[Array, "n"], targets: Int[Array, "n"]):
+    """Copy recurrent states between slots, at a multiple of the chunk, where no ring counts."""
+
+    def one(layer):
+        if isinstance(layer, state_lib.Pages):
+            return layer
+        new = layer.states[:, :, sources]
+        return dataclasses.replace(layer, states=layer.states.at[:, :, targets].set(new))
+
+    return state_lib.ServingState(tuple(map(one, state.layers)))
+
+
+def read(state, slot: Int[Array, ""], pages: Int[Array, "n"]):
+    """Return everything in a slot, and in some pages."""
+    return jax.tree.map(lambda a, at: a[:, :, at], state, _places(state, slot, pages))
+
+
+def write(state, slot: Int[Array, ""], pages: Int[Array, "n"], held):
+    """Undo `read`, perhaps elsewhere."""
+    places = _places(state, slot, pages)
+    return jax.tree.map(lambda a, at, new: a.at[:, :, at].set(new), state, places, held)
+
+
+def _places(state, slot, pages):
+    layers = [
+        jax.tree.map(lambda _, x=x: pages if isinstance(x, state_lib.Pages) else slot, x)
+        for x in state.layers
+    ]
+    return state_lib.ServingState(tuple(layers))
+
+
+def go_on(rows: Rows, slot: Int[Array, ""], token: Int[Array, ""], length: Int[Array, ""]) -> Rows:
+    """Make a slot's sequence run again, at the token chosen last."""
+    return dataclasses.replace(
+        rows,
+        token=rows.token.at[slot].set(token),
+        length=rows.length.at[slot].set(length),
+        running=rows.running.at[slot].set(True),
+    )
+
+
+def reset(rows: Rows, slot, ids: Int[Array, "n"], values: Float[Array, "n"]) -> Rows:
+    """Forget what a slot's last sequence left, and set the new one's bias (value 0: none)."""
+    return dataclasses.replace(
+        rows,
+        counts=rows.counts.at[slot].set(0),
+        bias=rows.bias.at[slot].set(0.0).at[slot, ids].add(values),
+        masks=rows.masks.at[slot].set(jnp.uint32(0xFFFFFFFF)),
+    )
+
+
+def count(rows: Rows, slot, tokens: Int[Array, "n"], in_prompt: Bool[Array, ""]) -> Rows:
+    """Count tokens (-1: none) of the prompt or of the output."""
+    ids, real = jnp.maximum(tokens, 0), tokens >= 0
+    seen = rows.counts[slot]
+    prompt = seen | jnp.zeros_like(seen).at[ids].max(jnp.where(real, sampling.PROMPT_FLAG, 0))
+    output = seen.at[ids].add(real.astype(jnp.int32))
+    return dataclasses.replace(
+        rows, counts=rows.counts.at[slot].set(jnp.where(in_prompt, prompt, output))
+    )
+
+
+def set_mask(rows: Rows, slot, mask: UInt[Array, "W"]) -> Rows:
+    """Set which tokens a slot's sequence may have next."""
+    return dataclasses.replace(rows, masks=rows.masks.at[slot].set(mask))
+
+
+class Program:
+    """A function compiled for arguments of given shapes, some of which it consumes."""
+
+    def __init__(self, function: Callable, donated: Sequence[int], *arguments: Any):
+        # Leaves go in one by one: lowering puts descriptions of arrays into the classes of its
+        # arguments, and shape checks of those classes, on in tests, refuse them.
+        ends = np.cumsum([0, *(len(jax.tree.leaves(arg)) for arg in arguments)])
+        leaves, tree = jax.tree.flatten(arguments)
+        given = [leaf for arg in donated for leaf in range(ends[arg], ends[arg + 1])]
+        flat = jax.jit(lambda *x: function(*jax.tree.unflatten(tree, x)), donate_argnums=given)
+        self._compiled = flat.lower(*leaves).compile()
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self._compiled(*jax.tree.leaves(arguments))
