@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from infer import config as config_lib
@@ -116,14 +115,7 @@ class Device:
         tile = self._config.tile_rows
         padded = [-(-part.count // tile) * tile for part in parts]
         size = next(n for n in self._config.prefill_tokens if n >= sum(padded))
-        prompts = programs.Prompts(
-            np.zeros(size, np.int32),
-            np.full(size, -1, np.int32),
-            np.full(size // tile, -1, np.int32),
-            np.full(PREFILL_PARTS, -1, np.int32),
-            np.zeros(PREFILL_PARTS, np.int32),
-            np.full(PREFILL_PARTS, -1, np.int32),
-        )
+        prompts = _empty_prompts(size, self._config)
         at = 0
         for i, (part, (ids, known), width) in enumerate(zip(parts, tokens, padded, strict=True)):
             end = part.start + part.count
@@ -138,7 +130,7 @@ class Device:
         self._state, self._rows, chosen = self._prefill[size](
             self._leaves, self._state, self._rows, batch, prompts
         )
-        return _start_copy(jax.tree.map(lambda a: a, chosen))
+        return _start_copy(chosen)
 
     def fetch(self, chosen: Any) -> Fetched:
         """Wait for what a plan chose."""
@@ -159,14 +151,13 @@ class Device:
                 (jax.tree.map(np.asarray, self._read(self._state, slot, pages)))
                 for slot, pages in self._pieces(action)
             ]
-            slot = action.slot
-            tail = np.asarray(self._rows.token[slot]), np.asarray(self._rows.length[slot])
-            self._swapped[action.job_id].append(tail)
+            row = self._read_row(self._rows, np.int32(action.slot))
+            self._swapped[action.job_id].append(jax.tree.map(np.asarray, row))
         elif isinstance(action, plans.SwapIn):
-            *pieces, (token, length) = self._swapped.pop(action.job_id)
+            *pieces, row = self._swapped.pop(action.job_id)
             for (slot, pages), held in zip(self._pieces(action), pieces, strict=True):
                 self._state = self._write(self._state, slot, pages, held)
-            self._rows = self._go_on(self._rows, np.int32(action.slot), token, length)
+            self._rows = self._write_row(self._rows, np.int32(action.slot), row)
         else:
             self._swapped.pop(action.job_id, None)
 
@@ -238,6 +229,7 @@ class Device:
 
         one, some = np.int32(0), np.zeros(programs.SWAP_PAGES, np.int32)
         held = jax.eval_shape(programs.read, state, one, some)
+        row = jax.eval_shape(programs.read_row, rows, one)
         bias = np.zeros(request.MAX_BIASES, np.int32), np.zeros(request.MAX_BIASES, "f4")
         words = np.zeros(-(-self._vocab_size // 32), np.uint32)
         tokens = np.zeros(programs.COUNT_TOKENS, np.int32)
@@ -245,7 +237,8 @@ class Device:
             "copy": (programs.copy_states, (0,), state, one, one),
             "read": (programs.read, (), state, one, some),
             "write": (programs.write, (0,), state, one, some, held),
-            "go_on": (programs.go_on, (0,), rows, one, one, one),
+            "read_row": (programs.read_row, (), rows, one),
+            "write_row": (programs.write_row, (0,), rows, one, row),
             "reset": (programs.reset, (0,), rows, one, *bias),
             "count": (programs.count, (0,), rows, one, tokens, np.bool_(True)),
             "set_mask": (programs.set_mask, (0,), rows, one, words),
@@ -262,8 +255,9 @@ class Device:
             }
             done = {key: future.result() for key, future in made.items()}
         self._copy, self._read, self._write = done["copy"], done["read"], done["write"]
-        self._go_on, self._reset = done["go_on"], done["reset"]
-        self._count, self._set_mask = done["count"], done["set_mask"]
+        self._read_row, self._write_row = done["read_row"], done["write_row"]
+        self._reset, self._count = done["reset"], done["count"]
+        self._set_mask = done["set_mask"]
         self._decode = {size: done["decode", size] for size in config.decode_rows}
         self._prefill = {size: done["prefill", size] for size in config.prefill_tokens}
         self.num_programs = len(done)

@@ -18,8 +18,6 @@ import threading
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from infer import config as config_lib
@@ -68,13 +66,13 @@ class Request:
       tokens, text: so far. finish_reason: None while it goes on.
     """
 
-    def __init__(self, number: int, prompt: Sequence[int], options, progress, matcher, on_token):
-        self.number, self.prompt, self.options = number, tuple(prompt), options
+    def __init__(self, number: int, prompt, options, stop_ids, progress, matcher, on_token):
+        self.number, self.prompt = number, tuple(prompt)
+        self.options, self.stop_ids = options, stop_ids
         self.progress, self.matcher, self.on_token = progress, matcher, on_token
         self.tokens: list[Token] = []
         self.text, self.finish_reason = "", None
         self.cached_tokens, self.cache_reason = 0, ""
-        self.slot = 0  # whose counts, bias and mask are this request's; 0 is none
         self.done = threading.Event()
 
     def output(self, timeout_secs: float | None = None) -> Output:
@@ -169,9 +167,11 @@ class Engine:
         with self._work:
             if self._closed:
                 raise RuntimeError("the engine is closed")
-            made = Request(next(self._numbers), prompt, options, progress, matcher, on_token)
+            stop_ids = request_lib.stop_ids(options, self.tokenizer.stop_ids)
+            number = next(self._numbers)
+            made = Request(number, prompt, options, stop_ids, progress, matcher, on_token)
             self._scheduler.submit(
-                made.number, list(prompt), options.max_tokens, single_step=matcher is not None
+                number, made.prompt, options.max_tokens, single_step=self._single_step(made)
             )
             self._requests[made.number] = made
             self._work.notify()
@@ -267,6 +267,8 @@ class Engine:
     def _dispatch(self, plan: plans.Plan) -> None:
         for action in plan.actions:
             self._device.act(action)
+            if isinstance(action, plans.SwapIn):  # with its counts, bias and mask
+                self._slot_owner[action.slot] = action.job_id
         work = plan.prefill or plan.decode
         requests = [self._requests.get(item.job_id) for item in work]
         for item, request in zip(work, requests, strict=True):
@@ -330,7 +332,7 @@ class Engine:
             results[number] = plans.Result(len(ids), over, length, ids)
             if not request.cached_tokens and not request.cache_reason:
                 request.cached_tokens, request.cache_reason = self._scheduler.cached(number)
-            self._pace(request)
+            self._scheduler.set_single_step(number, self._single_step(request))
         self._scheduler.report(results)
         for number in results:
             request = self._requests[number]
@@ -352,20 +354,17 @@ class Engine:
             request.on_token(request, token, update.text)
 
     def _stops_device(self, request: Request) -> bool:
-        stop_ids = request_lib.stop_ids(request.options, self.tokenizer.stop_ids)
+        """Say whether the device knows that the last token is the last."""
         options, number = request.options, len(request.tokens)
-        stopped = request.tokens[-1].id in stop_ids and number > options.min_tokens
+        stopped = request.tokens[-1].id in request.stop_ids and number > options.min_tokens
         return stopped or number >= options.max_tokens
 
-    def _pace(self, request: Request) -> None:
-        """Let the host see every token where the next one may depend on what it has to say."""
+    def _single_step(self, request: Request) -> bool:
+        """Say whether the host must see each token before the next one is made."""
         pause = request.progress.pause_at
-        if request.matcher is None and request.options.thinking_tokens is not None:
-            # Two plans may be under way, and the next one is made now.
-            near = pause is not None and (
-                len(request.tokens) + 3 * self.config.decode_steps >= pause
-            )
-            self._scheduler.set_single_step(request.number, near)
+        # Two plans may be under way when this is asked.
+        near = pause is not None and len(request.tokens) + 3 * self.config.decode_steps >= pause
+        return request.matcher is not None or near
 
     def _end(self, request: Request, reason: str) -> None:
         request.finish_reason = reason

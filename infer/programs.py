@@ -21,7 +21,6 @@ from m1_jax import serving
 from m1_jax import state as state_lib
 
 SAMPLE_ROWS = 8  # rows that choosing takes at a time, for the reason given in `serving.py`
-COPIES = 8  # most slots copied by one call
 SWAP_PAGES = 16  # pages moved to or from the host by one call
 COUNT_TOKENS = 2048  # tokens counted by one call
 
@@ -234,14 +233,14 @@ def _choose(
 # ---- memory
 
 
-def copy_states(state, sources: Int[Array, "n"], targets: Int[Array, "n"]):
-    """Copy recurrent states between slots, at a multiple of the chunk, where no ring counts."""
+def copy_states(state, source: Int[Array, ""], target: Int[Array, ""]):
+    """Copy a slot's recurrent states, at a multiple of the chunk, where its ring is empty."""
 
     def one(layer):
         if isinstance(layer, state_lib.Pages):
             return layer
-        new = layer.states[:, :, sources]
-        return dataclasses.replace(layer, states=layer.states.at[:, :, targets].set(new))
+        new = layer.states.at[:, :, target].set(layer.states[:, :, source])
+        return dataclasses.replace(layer, states=new)
 
     return state_lib.ServingState(tuple(map(one, state.layers)))
 
@@ -265,14 +264,14 @@ def _places(state, slot, pages):
     return state_lib.ServingState(tuple(layers))
 
 
-def go_on(rows: Rows, slot: Int[Array, ""], token: Int[Array, ""], length: Int[Array, ""]) -> Rows:
-    """Make a slot's sequence run again, at the token chosen last."""
-    return dataclasses.replace(
-        rows,
-        token=rows.token.at[slot].set(token),
-        length=rows.length.at[slot].set(length),
-        running=rows.running.at[slot].set(True),
-    )
+def read_row(rows: Rows, slot: Int[Array, ""]) -> Rows:
+    """Return what one slot's sequence needs for its next token."""
+    return jax.tree.map(lambda a: a[slot], rows)
+
+
+def write_row(rows: Rows, slot: Int[Array, ""], row: Rows) -> Rows:
+    """Undo `read_row`, perhaps elsewhere."""
+    return jax.tree.map(lambda a, new: a.at[slot].set(new), rows, row)
 
 
 def reset(rows: Rows, slot, ids: Int[Array, "n"], values: Float[Array, "n"]) -> Rows:
