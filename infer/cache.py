@@ -46,18 +46,20 @@ class Pool:
     def share(self, ids: Iterable[int]) -> None:
         """Add a holder to each."""
         for one in ids:
-            if not self._holders[one]:
-                raise RuntimeError(f"got id {one}, which is free; wanted ids that are held")
+            self._check(one)
             self._holders[one] += 1
 
     def release(self, ids: Iterable[int]) -> None:
         """Take a holder from each; without any it is free."""
         for one in ids:
-            if not self._holders[one]:
-                raise RuntimeError(f"got id {one}, which is free; wanted ids that are held")
+            self._check(one)
             self._holders[one] -= 1
             if not self._holders[one]:
                 heapq.heappush(self._free, one)
+
+    def _check(self, one: int) -> None:
+        if not self._holders[one]:
+            raise RuntimeError(f"got id {one}, which is free; wanted ids that are held")
 
 
 @dataclasses.dataclass(eq=False)
@@ -159,7 +161,10 @@ class PrefixCache:
             small = "shorter than a chunk" if limit < self._chunk_tokens else "empty"
             return Hit(0, (), 0, 0, "off" if self.off else small, None)
         path = self._path(root, tokens)
-        common = path[-1].length + self._agreement(path[-1], tokens)
+        rest = tuple(tokens[path[-1].length :])
+        partly = path[-1].children.get(rest[: self._chunk_tokens], ())
+        more = (common_tokens(rest, child.edge, self._chunk_tokens) for child in partly)
+        common = path[-1].length + max(more, default=0)
         path = [node for node in path if node.length <= limit]
         pages = tuple(page for node in path for page in node.pages)
         if len(path) > 1:
@@ -233,7 +238,7 @@ class PrefixCache:
             self._slots.release([slot])
             return False
         self._add(parent, tuple(tokens[parent.length :]), pages[parent.length // chunk :], slot)
-        while self.stats().bytes > self._max_bytes and (cheapest := self._cheapest(False)):
+        while self.stats().bytes > self._max_bytes and (cheapest := self._cheapest()):
             self._remove(cheapest[1])
         return True
 
@@ -287,22 +292,10 @@ class PrefixCache:
             self._stats.evicted += 1
 
     def stats(self) -> Stats:
-        nodes = list(self._nodes())
-        pages = sum(len(node.pages) for node in nodes)
-        size_bytes = pages * self._page_bytes + len(nodes) * self._state_bytes
-        return dataclasses.replace(
-            self._stats,
-            nodes=len(nodes),
-            pages=pages,
-            slots=len(nodes),
-            bytes=size_bytes,
-            reasons=dict(self._stats.reasons),
-        )
-
-    def held(self) -> tuple[list[int], list[int]]:
-        """Return the pages and the slots of all nodes."""
-        nodes = list(self._nodes())
-        return [page for node in nodes for page in node.pages], [node.slot for node in nodes]
+        sizes = [len(node.pages) for node in self._nodes()]
+        size_bytes = sum(sizes) * self._page_bytes + len(sizes) * self._state_bytes
+        now = {"nodes": len(sizes), "pages": sum(sizes), "slots": len(sizes), "bytes": size_bytes}
+        return dataclasses.replace(self._stats, **now, reasons=dict(self._stats.reasons))
 
     def _nodes(self) -> Iterable[_Node]:
         for root in self._roots.values():
@@ -320,14 +313,6 @@ class PrefixCache:
                     break
             else:
                 return path
-
-    def _agreement(self, node: _Node, tokens: Sequence[int]) -> int:
-        """Return how far `tokens` go on along some edge below a node, in whole chunks."""
-        chunk, most = self._chunk_tokens, 0
-        rest = tuple(tokens[node.length :])
-        for child in node.children.get(rest[:chunk], ()):
-            most = max(most, common_tokens(rest, child.edge, chunk))
-        return most
 
     def _pin(self, hit: Hit, change: int) -> None:
         node = hit.node
@@ -355,20 +340,20 @@ class PrefixCache:
             self._attach(node, new)
         self._attach(new, parent)
 
-    def _cheapest(self, pages_alone: bool) -> tuple[float, _Node] | None:
+    def _cheapest(self, pages_alone: bool = False) -> tuple[float, _Node] | None:
         """Return (worth, node) of what to evict next.
 
-        pages_alone: only pages are short, so nodes that give one go before those that do not.
+        pages_alone: only pages are short, so leaves that give one go before those that do not.
         """
         best = None
         for node in self._nodes():
             children = [child for same in node.children.values() for child in same]
             if node.pins or len(children) > 1 or (pages_alone and children):
                 continue
-            gives = any(self._pages.holders(page) == 1 for page in node.pages)
+            alone = pages_alone and not any(self._pages.holders(page) == 1 for page in node.pages)
             worth = len(node.edge) / self._size_bytes(0 if children else len(node.pages))
             worth /= 1 + self._clock - node.last_use
-            order = (pages_alone and not gives, worth, node.number)
+            order = (alone, worth, node.number)
             if best is None or order < best[0]:
                 best = (order, node)
         return best and (best[0][1], best[1])

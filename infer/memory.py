@@ -60,19 +60,21 @@ class Memory:
             return cache.Hit(0, (), 0, 0, "off", None)
         return self.cache.lookup(self.key, job.tokens[: job.target], job.target - 1)
 
-    def admit(self, job: jobs.Job, hit: cache.Hit, spare_pages: int) -> bool:
+    def admit(
+        self, job: jobs.Job, hit: cache.Hit, spare_pages: int = 0, spare_slots: int = 0
+    ) -> bool:
         """Give a job a slot and pages for all it has to prefill, and restore its hit.
 
         Args:
           job: without memory. hit: what `lookup` returned just now.
-          spare_pages: to be left free or evictable.
+          spare_pages, spare_slots: to be left free or evictable.
 
         Returns:
           Whether there was room; if not, nothing has changed.
         """
         wanted = self.num_pages(job.target) - len(hit.pages)
         self.pages.share(hit.pages)  # so that they do not count as evictable
-        if not self._room(wanted + spare_pages):
+        if not self._room(wanted + spare_pages, 1 + spare_slots):
             self.pages.release(hit.pages)
             return False
         if job.cacheable:
@@ -158,13 +160,14 @@ class Memory:
         self.stats.swapped_out += 1
         return True
 
-    def swap_in(self, job: jobs.Job, spare_pages: int) -> bool:
+    def swap_in(self, job: jobs.Job, spare_pages: int = 0, spare_slots: int = 0) -> bool:
         """Bring a job back from the host; as `admit`."""
         total = job.swapped_pages
         if not job.decoding:
             total = max(total, self.num_pages(job.target))
-        if not self._room(total + spare_pages) or not self.cache.evict(total, 1):
+        if not self._room(total + spare_pages, 1 + spare_slots):
             return False
+        self.cache.evict(total, 1)
         (job.slot,) = self.slots.take(1)
         job.pages = self.pages.take(total)
         pages = tuple(job.pages[: job.swapped_pages])
@@ -198,10 +201,10 @@ class Memory:
     def _host_bytes(self, pages: int) -> int:
         return pages * self._limits.page_bytes + self._limits.state_bytes
 
-    def _room(self, pages: int) -> bool:
-        """Return whether a slot and so many pages are free or could be."""
-        if self.pages.free >= pages and self.slots.free:
+    def _room(self, pages: int, slots: int) -> bool:
+        """Return whether so many pages and slots are free or could be."""
+        if self.pages.free >= pages and self.slots.free >= slots:
             return True
         loose_pages, loose_slots = self.cache.evictable()
         enough = self.pages.free + loose_pages >= pages
-        return enough and self.slots.free + loose_slots > 0
+        return enough and self.slots.free + loose_slots >= slots

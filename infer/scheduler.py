@@ -248,7 +248,7 @@ class Scheduler:
         """Pack parts of the oldest sequences, admitting those that wait as they come up."""
         limits = self.limits
         parts: list[plans.Part] = []
-        left, blocked = limits.max_prefill_tokens, False
+        left, blocked, held = limits.max_prefill_tokens, False, []
         prefilling = [job for job in self._running if not job.decoding]
         for job in heapq.merge(prefilling, list(self._waiting), key=_age):
             if len(parts) == limits.prefill_parts or not left:
@@ -256,9 +256,10 @@ class Scheduler:
             if not job.slot:
                 first = min(limits.chunk_tokens, self._padded(job.target))
                 blocked = blocked or (left < first and not job.decoding)
-                if blocked or self._held(job):
-                    continue
-                blocked = not self._admit(job)
+                if not blocked and self._held(job):
+                    held.append(job)
+                elif not blocked:
+                    blocked = not self._admit(job, held)
             if job.slot and not job.decoding and (part := self._part(job, left, works)):
                 parts.append(part)
                 left -= self._padded(part.count)
@@ -308,29 +309,26 @@ class Scheduler:
             works.append(jobs.Work(job, job.run, steps=steps))
         return tuple(rows), steps
 
-    def _admit(self, job: jobs.Job) -> bool:
-        if len(self._running) >= self.limits.max_rows:
+    def _admit(self, job: jobs.Job, held: Sequence[jobs.Job]) -> bool:
+        """Make a job run if there is room for it, and for those older that are held back."""
+        if len(self._running) + len(held) >= self.limits.max_rows:
             return False
-        preempted = job.run or job.swapped_pages
-        if preempted and not job.swapped_pages and job.works_in_flight:
-            return False  # its tokens are not all known
+        spare_pages = sum(self._memory.num_pages(other.target) for other in held)
+        if self._running:  # one that was preempted must not be preempted again at once
+            spare_pages += len(self._running) if job.run or job.swapped_pages else 1
         if job.swapped_pages:
-            admitted = self._memory.swap_in(job, self._spare_pages(job))
+            admitted = self._memory.swap_in(job, spare_pages, len(held))
+        elif job.works_in_flight:
+            return False  # preempted, and its tokens are not all known
         else:
             hit = self._memory.lookup(job)
-            admitted = self._memory.admit(job, hit, self._spare_pages(job))
+            admitted = self._memory.admit(job, hit, spare_pages, len(held))
             if admitted:
                 self._plan_points(job, hit.common)
         if admitted:
             self._waiting.remove(job)
             bisect.insort(self._running, job, key=_age)
         return admitted
-
-    def _spare_pages(self, job: jobs.Job) -> int:
-        """Return pages to leave free: enough that the job is not preempted again at once."""
-        if not self._running:
-            return 0
-        return len(self._running) if job.run or job.swapped_pages else 1
 
     def _plan_points(self, job: jobs.Job, common: int) -> None:
         """Choose where snapshots of a job just admitted are to be taken."""

@@ -226,12 +226,20 @@ class Driver:
         self.born[self.submitted] = self.plans
 
     def plan(self):
+        oldest = self.scheduler._running[:1]
         plan = self.scheduler.plan()
+        for job in oldest:
+            older = self.scheduler._running[0].age < job.age  # came back in this plan
+            assert job.slot or older, "the oldest was preempted"
         if plan is None:
             assert self.unreported or not self.live, "nothing under way, and yet nothing to do"
             return
         self.plans += 1
         assert all(one.job_id in self.live for one in plan.prefill + plan.decode)
+        for row in plan.decode:
+            if self.scheduler._jobs[row.job_id].single_step:
+                assert plan.steps == 1
+                assert all(row.job_id not in results for results in self.unreported)
         self.unreported.append(self.device.run(plan))
         assert len(self.unreported) <= 2
 
@@ -282,7 +290,9 @@ class Driver:
 
     def audit(self):
         """Every page and slot is free, or held as often as there are owners."""
-        pages, slots = map(collections.Counter, self.memory.cache.held())
+        nodes = list(self.memory.cache._nodes())
+        pages = collections.Counter(page for node in nodes for page in node.pages)
+        slots = collections.Counter(node.slot for node in nodes)
         for job in self.scheduler._jobs.values():
             pages.update(job.pages)
             slots.update([job.slot] if job.slot else [])
@@ -295,7 +305,7 @@ class Driver:
         assert 0 <= self.memory.host_bytes <= self.limits.host_bytes
         running = self.scheduler._running
         assert [job.age for job in running] == sorted(job.age for job in running)
-        assert not any(node.pins for node in self.memory.cache._nodes())
+        assert not any(node.pins for node in nodes)
 
 
 def prompt_of(family, length, tail):
