@@ -1,0 +1,399 @@
+"""Who owns which memory: pages of keys and values, state slots, and the prefixes worth keeping.
+
+A lightning layer cannot go back to the middle of a prefix: a prefix can be continued only where a
+snapshot of the recurrent state was taken. So a node of the prefix tree is a snapshot point. It
+holds a state slot and the pages from its parent's point to its own, or it does not exist. Two
+branches that part between snapshot points therefore each keep their own pages of the shared span,
+until somebody inserts a snapshot at the point where they part.
+
+Nothing here touches a device; there is no clock but a counter, so equal calls give equal results.
+"""
+
+import dataclasses
+import heapq
+import math
+from collections.abc import Hashable, Iterable, Sequence
+
+
+class Pool:
+    """Ids 1 to `size`, each free or held by one or more holders; the lowest goes first."""
+
+    def __init__(self, size: int):
+        self.size = size
+        self._free = list(range(1, size + 1))
+        self._holders = [0] * (size + 1)
+
+    @property
+    def free(self) -> int:
+        return len(self._free)
+
+    def holders(self, one: int) -> int:
+        return self._holders[one]
+
+    def take(self, count: int) -> list[int]:
+        """Return `count` free ids, now held once each.
+
+        Raises:
+          RuntimeError: fewer are free; look at `free` first.
+        """
+        if count > self.free:
+            raise RuntimeError(f"got {self.free} free of {self.size}, wanted {count}; evict first")
+        taken = [heapq.heappop(self._free) for _ in range(count)]
+        for one in taken:
+            self._holders[one] = 1
+        return taken
+
+    def share(self, ids: Iterable[int]) -> None:
+        """Add a holder to each."""
+        for one in ids:
+            self._check(one)
+            self._holders[one] += 1
+
+    def release(self, ids: Iterable[int]) -> None:
+        """Take a holder from each; without any it is free."""
+        for one in ids:
+            self._check(one)
+            self._holders[one] -= 1
+            if not self._holders[one]:
+                heapq.heappush(self._free, one)
+
+    def _check(self, one: int) -> None:
+        if not self._holders[one]:
+            raise RuntimeError(f"got id {one}, which is free; wanted ids that are held")
+
+
+@dataclasses.dataclass(eq=False)
+class _Node:
+    """A snapshot of `length` tokens; `edge` and `pages` are of the span below the parent's.
+
+    children: by the first chunk of their edges, which several may share. pins: hits not released
+    here or below, so that nothing below an unpinned node is pinned.
+    """
+
+    parent: "_Node | None"
+    edge: tuple[int, ...]
+    length: int
+    pages: list[int]
+    slot: int
+    last_use: int = 0
+    number: int = 0
+    pins: int = 0
+    children: dict[tuple[int, ...], list["_Node"]] = dataclasses.field(default_factory=dict)
+
+    def below(self) -> Iterable["_Node"]:
+        """Yield every node below this one, parents first."""
+        waiting = [self]
+        while waiting:
+            for same in waiting.pop().children.values():
+                yield from same
+                waiting += same
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Hit:
+    """What the tree knows of a prompt.
+
+    length: tokens up to the snapshot, 0 without one; `pages` hold them, `slot` their state.
+    common: tokens that agree with the tree, whole chunks, at least `length`. reason: why `length`
+    is 0, or "".
+    """
+
+    length: int
+    pages: tuple[int, ...]
+    slot: int
+    common: int
+    reason: str
+    node: _Node | None = dataclasses.field(repr=False)
+
+
+@dataclasses.dataclass
+class Stats:
+    """Now: nodes, pages, slots, bytes. Since the start: the rest; `reasons` count the misses."""
+
+    nodes: int = 0
+    pages: int = 0
+    slots: int = 0
+    bytes: int = 0
+    hits: int = 0
+    misses: int = 0
+    hit_tokens: int = 0
+    inserted: int = 0
+    evicted: int = 0
+    reasons: dict[str, int] = dataclasses.field(default_factory=dict)
+
+
+class PrefixCache:
+    """Radix trees of snapshots, one per key: weights version and recipe, or what tells them apart.
+
+    Args:
+      pages, slots: the pools that sequences take from, too.
+      chunk_tokens: tokens of a page; every length is a multiple.
+      page_bytes, state_bytes: of one page and one snapshot.
+      max_bytes: of all nodes together; 0 switches the cache off.
+    """
+
+    def __init__(
+        self,
+        pages: Pool,
+        slots: Pool,
+        *,
+        chunk_tokens: int,
+        page_bytes: int,
+        state_bytes: int,
+        max_bytes: int,
+    ):
+        self._pages, self._slots = pages, slots
+        self._chunk_tokens = chunk_tokens
+        self._page_bytes, self._state_bytes = page_bytes, state_bytes
+        self._max_bytes = max_bytes
+        self._roots: dict[Hashable, _Node] = {}
+        self._clock = 0
+        self._stats = Stats()
+
+    @property
+    def off(self) -> bool:
+        return not self._max_bytes
+
+    def lookup(self, key: Hashable, tokens: Sequence[int], limit: int) -> Hit:
+        """As `match`, without pinning or counting: the hit is good until the next call."""
+        root = self._roots.get(key)
+        if self.off or limit < self._chunk_tokens or root is None or not root.children:
+            small = "shorter than a chunk" if limit < self._chunk_tokens else "empty"
+            return Hit(0, (), 0, 0, "off" if self.off else small, None)
+        path = self._path(root, tokens)
+        rest = tuple(tokens[path[-1].length :])
+        partly = path[-1].children.get(rest[: self._chunk_tokens], ())
+        more = (common_tokens(rest, child.edge, self._chunk_tokens) for child in partly)
+        common = path[-1].length + max(more, default=0)
+        path = [node for node in path if node.length <= limit]
+        pages = tuple(page for node in path for page in node.pages)
+        if len(path) > 1:
+            return Hit(path[-1].length, pages, path[-1].slot, common, "", path[-1])
+        reason = "no snapshot on the way" if common else "no common prefix"
+        return Hit(0, (), 0, common, reason, None)
+
+    def match(self, key: Hashable, tokens: Sequence[int], limit: int) -> Hit:
+        """Find the longest snapshot that `tokens` start with, and pin it until `release`.
+
+        Args:
+          tokens: the prompt.
+          limit: longest length that is of use: at least one token must remain to be computed.
+        """
+        hit = self.lookup(key, tokens, limit)
+        self._clock += 1
+        if hit.node is None:
+            self._stats.misses += 1
+            self._stats.reasons[hit.reason] = self._stats.reasons.get(hit.reason, 0) + 1
+            return hit
+        self._stats.hits += 1
+        self._stats.hit_tokens += hit.length
+        hit.node.last_use = self._clock
+        self._pin(hit, 1)
+        return hit
+
+    def release(self, hit: Hit) -> None:
+        """Unpin what `match` returned; once."""
+        self._pin(hit, -1)
+
+    def take_over(self, hit: Hit) -> int:
+        """Unpin a hit and take its slot out of the tree: the state moves without a copy.
+
+        The way out when no slot is free and nothing but this hit could give one. Whoever needs
+        its pages must have shared them before.
+
+        Raises:
+          RuntimeError: nodes below could have been evicted instead, or another hit needs it.
+        """
+        node = hit.node
+        if node is None or node.children or node.pins != 1:
+            raise RuntimeError("got a hit that others need; wanted a leaf pinned once; evict first")
+        self.release(hit)
+        self._slots.share([node.slot])
+        self._remove(node)
+        return node.slot
+
+    def insert(self, key: Hashable, tokens: Sequence[int], pages: Sequence[int], slot: int) -> bool:
+        """Add a snapshot of all of `tokens`; the slot is the cache's from now on.
+
+        Args:
+          tokens: a multiple of chunk_tokens of them. pages: theirs; those past the deepest
+            snapshot on the way get the cache as one more holder.
+          slot: holds the state. Released if the tree has this snapshot or no room for it.
+
+        Returns:
+          Whether a node was added.
+        """
+        chunk = self._chunk_tokens
+        if not tokens or len(tokens) % chunk or len(pages) != len(tokens) // chunk:
+            raise ValueError(
+                f"got {len(tokens)} tokens and {len(pages)} pages; wanted a multiple of {chunk} "
+                "tokens and a page for each chunk: cut at the last grid point"
+            )
+        self._clock += 1
+        root = self._roots.setdefault(key, _Node(None, (), 0, [], 0))
+        parent = self._path(root, tokens)[-1]
+        more = self._state_bytes + (len(pages) - parent.length // chunk) * self._page_bytes
+        if parent.length == len(tokens) or more > self._max_bytes:
+            parent.last_use = self._clock
+            self._slots.release([slot])
+            return False
+        self._add(parent, tuple(tokens[parent.length :]), pages[parent.length // chunk :], slot)
+        while self.stats().bytes > self._max_bytes and (cheapest := self._cheapest()):
+            self._remove(cheapest[1])
+        return True
+
+    def value(self, key: Hashable, tokens: Sequence[int]) -> float:
+        """Return what a snapshot of `tokens` would be worth beside those there; 0 if it is there.
+
+        Tokens to compute again without it, per byte.
+        """
+        root = self._roots.get(key)
+        start = self._path(root, tokens)[-1].length if root else 0
+        pages = (len(tokens) - start) // self._chunk_tokens
+        return (len(tokens) - start) / self._size_bytes(pages)
+
+    def evict(self, pages: int = 0, slots: int = 0, below: float = math.inf) -> bool:
+        """Remove the cheapest unpinned snapshots until as many pages and slots are free.
+
+        Leaves go with their pages; a node with one child leaves its pages to that child. Nothing
+        is removed when everything would not be enough.
+
+        Args:
+          pages, slots: wanted free in the pools, what is free already included.
+          below: only nodes worth less than this (see `value`).
+
+        Returns:
+          Whether they are free now.
+        """
+        if self._pages.free >= pages and self._slots.free >= slots:
+            return True
+        loose_pages, loose_slots = self.evictable()
+        if self._pages.free + loose_pages < pages or self._slots.free + loose_slots < slots:
+            return False
+        while self._pages.free < pages or self._slots.free < slots:
+            cheapest = self._cheapest(pages_alone=self._slots.free >= slots)
+            if cheapest is None or cheapest[0] >= below:
+                return False
+            self._remove(cheapest[1])
+        return True
+
+    def evictable(self) -> tuple[int, int]:
+        """Return how many pages and slots `evict` could free."""
+        loose = [node for node in self._nodes() if not node.pins]
+        pages = sum(self._pages.holders(page) == 1 for node in loose for page in node.pages)
+        return pages, len(loose)
+
+    def drop(self, key: Hashable) -> None:
+        """Forget all of one key, pinned or not."""
+        for node in self._roots.pop(key, _Node(None, (), 0, [], 0)).below():
+            self._pages.release(node.pages)
+            self._slots.release([node.slot])
+            node.parent = None
+            self._stats.evicted += 1
+
+    def stats(self) -> Stats:
+        sizes = [len(node.pages) for node in self._nodes()]
+        size_bytes = sum(sizes) * self._page_bytes + len(sizes) * self._state_bytes
+        now = {"nodes": len(sizes), "pages": sum(sizes), "slots": len(sizes), "bytes": size_bytes}
+        return dataclasses.replace(self._stats, **now, reasons=dict(self._stats.reasons))
+
+    def _nodes(self) -> Iterable[_Node]:
+        for root in self._roots.values():
+            yield from root.below()
+
+    def _path(self, root: _Node, tokens: Sequence[int]) -> list[_Node]:
+        """Return the nodes whose tokens are a prefix of `tokens`, from the root down."""
+        path = [root]
+        while True:
+            start = path[-1].length
+            first = tuple(tokens[start : start + self._chunk_tokens])
+            for child in path[-1].children.get(first, ()):
+                if tuple(tokens[start : child.length]) == child.edge:
+                    path.append(child)
+                    break
+            else:
+                return path
+
+    def _pin(self, hit: Hit, change: int) -> None:
+        node = hit.node
+        while node is not None:
+            if node.pins + change < 0:
+                raise RuntimeError("got a hit that was released before; wanted one release each")
+            node.pins += change
+            node = node.parent
+
+    def _add(self, parent: _Node, edge: tuple[int, ...], pages: Sequence[int], slot: int) -> None:
+        """Add a child; edges that go on past it are split and become its children."""
+        chunk = self._chunk_tokens
+        siblings = parent.children.get(edge[:chunk], [])
+        longer = [node for node in siblings if node.edge[: len(edge)] == edge]
+        own = longer[0].pages[: len(pages)] if longer else list(pages)
+        self._pages.share(own)
+        length = parent.length + len(edge)
+        self._stats.inserted += 1
+        new = _Node(parent, edge, length, own, slot, self._clock, self._stats.inserted)
+        for node in longer:
+            self._detach(node)
+            self._pages.release(node.pages[: len(pages)])
+            node.edge, node.pages = node.edge[len(edge) :], node.pages[len(pages) :]
+            new.pins += node.pins
+            self._attach(node, new)
+        self._attach(new, parent)
+
+    def _cheapest(self, pages_alone: bool = False) -> tuple[float, _Node] | None:
+        """Return (worth, node) of what to evict next.
+
+        pages_alone: only pages are short, so leaves that give one go before those that do not.
+        """
+        best = None
+        for node in self._nodes():
+            children = [child for same in node.children.values() for child in same]
+            if node.pins or len(children) > 1 or (pages_alone and children):
+                continue
+            alone = pages_alone and not any(self._pages.holders(page) == 1 for page in node.pages)
+            worth = len(node.edge) / self._size_bytes(0 if children else len(node.pages))
+            worth /= 1 + self._clock - node.last_use
+            order = (alone, worth, node.number)
+            if best is None or order < best[0]:
+                best = (order, node)
+        return best and (best[0][1], best[1])
+
+    def _size_bytes(self, pages: int) -> int:
+        return max(1, pages * self._page_bytes + self._state_bytes)
+
+    def _remove(self, node: _Node) -> None:
+        """Remove a leaf, or a node with one child, which gets its span."""
+        parent = node.parent
+        assert parent is not None
+        self._detach(node)
+        children = [child for same in node.children.values() for child in same]
+        if children:
+            (child,) = children
+            child.edge, child.pages = node.edge + child.edge, node.pages + child.pages
+            self._attach(child, parent)
+        else:
+            self._pages.release(node.pages)
+        self._slots.release([node.slot])
+        self._stats.evicted += 1
+
+    def _attach(self, node: _Node, parent: _Node) -> None:
+        node.parent = parent
+        parent.children.setdefault(node.edge[: self._chunk_tokens], []).append(node)
+
+    def _detach(self, node: _Node) -> None:
+        assert node.parent is not None
+        first = node.edge[: self._chunk_tokens]
+        same = node.parent.children[first]
+        same.remove(node)
+        if not same:
+            del node.parent.children[first]
+
+
+def common_tokens(one: Sequence[int], other: Sequence[int], chunk_tokens: int) -> int:
+    """Return how many tokens two sequences start with in common, in whole chunks."""
+    most = min(len(one), len(other)) // chunk_tokens * chunk_tokens
+    for start in range(0, most, chunk_tokens):
+        stop = start + chunk_tokens
+        if tuple(one[start:stop]) != tuple(other[start:stop]):
+            return start
+    return most

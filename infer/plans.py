@@ -1,0 +1,160 @@
+"""What scheduler and engine say to each other: limits, plans, results. Data only.
+
+A plan is what the device does next: `actions`, in order, then at most one program. The device runs
+plans strictly in the order in which they were made, so whatever a later plan is given was left by
+earlier ones, and memory that is free for the scheduler may still be in use by a plan under way.
+"""
+
+import dataclasses
+from collections.abc import Hashable
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """What the device was built for, and what requests may ask.
+
+    num_slots, num_pages: of the pools, dummies not counted. chunk_tokens: tokens of a page, the
+    grid. max_length: tokens of one sequence, prompt and output. max_queue: requests that wait.
+    max_rows: sequences that run side by side. max_prefill_tokens: rows of one prefill program,
+    in which each part is padded to a multiple of row_tokens. prefill_parts: most sequences in it.
+    decode_steps: most steps of one dispatch. snapshot_every_tokens: distance of snapshots inside
+    long prompts, 0 for none. cache_bytes: of all snapshots and their pages; 0 switches the prefix
+    cache off. page_bytes, state_bytes: of one page, one slot. swap_tokens: a preempted sequence of
+    at least as many tokens goes to host memory, a shorter one is computed again. host_bytes: of
+    the sequences there.
+    """
+
+    num_slots: int
+    num_pages: int
+    chunk_tokens: int
+    max_length: int
+    max_queue: int
+    max_rows: int
+    max_prefill_tokens: int
+    prefill_parts: int
+    decode_steps: int
+    snapshot_every_tokens: int = 0
+    cache_bytes: int = 0
+    page_bytes: int = 1
+    state_bytes: int = 1
+    swap_tokens: int = 0
+    host_bytes: int = 0
+    row_tokens: int = 8
+
+    def __post_init__(self):
+        least_one = ("num_slots", "num_pages", "chunk_tokens", "max_length", "max_queue")
+        least_one += ("max_rows", "prefill_parts", "decode_steps", "row_tokens")
+        least_one += ("page_bytes", "state_bytes")
+        for name in least_one:
+            if getattr(self, name) < 1:
+                raise ValueError(f"got {name} {getattr(self, name)}; wanted 1 or more: raise it")
+        for name in ("snapshot_every_tokens", "cache_bytes", "swap_tokens", "host_bytes"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"got {name} {getattr(self, name)}; wanted 0 or more: raise it")
+        chunk = self.chunk_tokens
+        if chunk % self.row_tokens or self.snapshot_every_tokens % chunk:
+            raise ValueError(
+                f"got chunk_tokens {chunk}, row_tokens {self.row_tokens}, snapshot_every_tokens "
+                f"{self.snapshot_every_tokens}; wanted each later one to fit the chunk: rows must "
+                "divide it and snapshots be a multiple of it"
+            )
+        if self.max_prefill_tokens < chunk or self.max_prefill_tokens % self.row_tokens:
+            raise ValueError(
+                f"got max_prefill_tokens {self.max_prefill_tokens}; wanted a multiple of "
+                f"{self.row_tokens}, at least one chunk: set {chunk} or more"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Copy:
+    """Copy a state slot: a snapshot taken or restored. The state is on the grid."""
+
+    source_slot: int
+    target_slot: int
+
+
+@dataclasses.dataclass(frozen=True)
+class SwapOut:
+    """Copy a sequence to host memory: pages and slot with all that is the sequence's own."""
+
+    job_id: Hashable
+    slot: int
+    pages: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class SwapIn:
+    """Copy it back, page by page in the same order, to other places; the host copy is done with."""
+
+    job_id: Hashable
+    slot: int
+    pages: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Drop:
+    """Forget the host copy."""
+
+    job_id: Hashable
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """Compute tokens `start` to `start + count` of a sequence.
+
+    From start 0 the state begins empty, whatever the slot held; otherwise it is the slot's.
+    pages: from the sequence's first on, up to the last token of this part.
+    last: decoding may follow. Then the device samples the next token, unless `resume`: that token
+    (the one after this part) is known already and decoding goes on from it.
+    """
+
+    job_id: Hashable
+    slot: int
+    start: int
+    count: int
+    pages: tuple[int, ...]
+    last: bool
+    resume: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """Decode on, by the plan's `steps` at most, until the sequence has `limit` tokens in all.
+
+    pages: up to the last token that this dispatch may compute.
+    """
+
+    job_id: Hashable
+    slot: int
+    pages: tuple[int, ...]
+    limit: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Actions in order, then one program: `prefill`, or `decode` for `steps`, or none."""
+
+    actions: tuple[Copy | SwapOut | SwapIn | Drop, ...] = ()
+    prefill: tuple[Part, ...] = ()
+    decode: tuple[Row, ...] = ()
+    steps: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What a plan made of one job.
+
+    tokens, new_tokens: how many it sampled, and which; all that the device made, even past what
+    the host calls the end. finished: the request is over, by whatever reason. length: tokens in
+    the device's state, if the device has stopped the row by itself, so that plans under way leave
+    it alone; None if that is not certain.
+    """
+
+    tokens: int = 0
+    finished: bool = False
+    length: int | None = None
+    new_tokens: tuple[int, ...] = ()
+
+
+class QueueFull(RuntimeError):
+    """No request can be taken now; try again later."""

@@ -1,0 +1,436 @@
+"""The scheduler against a device that only remembers, under random operations.
+
+The device knows which tokens each page and slot was computed from. It runs plans in order, as the
+real one does, and asserts that whatever a program reads is exactly the prefix that its sequence
+needs. Contents are hash chains: the value at a position depends on every token before it and on
+the weights version of each.
+"""
+
+import collections
+import dataclasses
+import random
+
+import hypothesis
+from hypothesis import stateful
+from hypothesis import strategies as st
+
+from infer import scheduler
+
+
+def chain_of(tokens, version):
+    """Return the content after 0, 1, ... tokens, all computed with one version."""
+    chain = [0]
+    for token in tokens:
+        chain.append(hash((chain[-1], token, version)))
+    return chain
+
+
+@dataclasses.dataclass
+class Slot:
+    """chunk: (length, content) of the state on the grid; last: the same with the open chunk.
+
+    token: sampled or known, not computed yet. stopped: the row does nothing any more.
+    """
+
+    chunk: tuple[int, int] = (0, 0)
+    last: tuple[int, int] = (0, 0)
+    token: int | None = None
+    stopped: bool = False
+
+
+@dataclasses.dataclass
+class Request:
+    """prompt, limit: as submitted. stop: length at which the device stops it by itself.
+
+    chain: contents of what the present run computed. made: tokens sampled so far.
+    """
+
+    prompt: list
+    limit: int
+    stop: int
+    chain: list = dataclasses.field(default_factory=list)
+    made: list = dataclasses.field(default_factory=list)
+
+    def next_token(self, length):
+        """Return the token at a position; the same however often it is computed."""
+        return (sum(self.prompt) + 7 * length) % 5
+
+
+class Device:
+    def __init__(self, limits, page_holders):
+        self.limits = limits
+        self.page_holders = page_holders
+        self.version = 0
+        self.slots = collections.defaultdict(Slot)
+        self.pages = {}  # (page, place): content
+        self.host = {}
+        self.requests = {}
+
+    def run(self, plan):
+        """Run a plan and return its results."""
+        for action in plan.actions:
+            self._act(action)
+        programs = plan.prefill + plan.decode
+        assert not (plan.prefill and plan.decode)
+        assert len({one.job_id for one in programs}) == len(programs)
+        assert len({one.slot for one in programs}) == len(programs)
+        rows = [-(-one.count // self.limits.row_tokens) for one in plan.prefill]
+        assert sum(rows) * self.limits.row_tokens <= self.limits.max_prefill_tokens
+        assert len(plan.prefill) <= self.limits.prefill_parts
+        assert len(plan.decode) <= self.limits.max_rows
+        assert plan.steps <= self.limits.decode_steps
+        results = {part.job_id: self._prefill(part) for part in plan.prefill}
+        return results | {row.job_id: self._decode(row, plan.steps) for row in plan.decode}
+
+    def _act(self, action):
+        match action:
+            case scheduler.Copy(source, target):
+                assert source != target
+                state = self.slots[source]
+                self.slots[target] = Slot(state.chunk, state.chunk)
+            case scheduler.SwapOut(job_id, slot, pages):
+                assert job_id not in self.host
+                state = self.slots.pop(slot)
+                self._assert_holds(job_id, pages, state.last)
+                contents = [[self.pages.get((page, i)) for i in self._places()] for page in pages]
+                self.host[job_id] = state, contents
+            case scheduler.SwapIn(job_id, slot, pages):
+                self.slots[slot], contents = self.host.pop(job_id)
+                for page, content in zip(pages, contents, strict=True):
+                    self.pages |= {(page, i): value for i, value in enumerate(content)}
+            case scheduler.Drop(job_id):
+                del self.host[job_id]
+
+    def _places(self):
+        return range(self.limits.chunk_tokens)
+
+    def _assert_holds(self, job_id, pages, state):
+        """Assert that pages and state are of the job's own prefix."""
+        length, content = state
+        chain = self.requests[job_id].chain
+        assert chain[length] == content
+        for position in range(length):
+            page, place = divmod(position, self.limits.chunk_tokens)
+            assert self.pages[pages[page], place] == chain[position + 1], (job_id, position)
+
+    def _compute(self, request, slot, pages, token):
+        """Compute one token: extend the chain, the page, the state."""
+        length, content = slot.last
+        page, place = divmod(length, self.limits.chunk_tokens)
+        assert len(request.chain) == length + 1
+        assert self.page_holders(pages[page]) == 1, "written while somebody else reads it"
+        content = hash((content, token, self.version))
+        request.chain.append(content)
+        self.pages[pages[page], place] = content
+        slot.last = (length + 1, content)
+        if slot.last[0] % self.limits.chunk_tokens == 0:
+            slot.chunk = slot.last
+
+    def _prefill(self, part):
+        request = self.requests[part.job_id]
+        tokens = request.prompt + request.made
+        chunk, start, end = self.limits.chunk_tokens, part.start, part.start + part.count
+        assert part.count > 0
+        assert len(part.pages) == -(-end // chunk)
+        if start == 0:
+            self.slots[part.slot] = Slot()
+        slot = self.slots[part.slot]
+        if start >= len(request.chain) or slot.chunk[1] != request.chain[start]:
+            request.chain = chain_of(tokens[:start], self.version)  # a hit, of these weights
+        request.chain = request.chain[: start + 1]
+        assert slot.chunk == (start, request.chain[start])
+        slot.last = slot.chunk
+        self._assert_holds(part.job_id, part.pages, slot.chunk)
+        for token in tokens[start:end]:
+            self._compute(request, slot, part.pages, token)
+        slot.stopped, slot.token = False, None
+        if not part.last:
+            assert end % chunk == 0
+            assert end < len(tokens)
+            return scheduler.Result()
+        if part.resume:
+            assert end == len(tokens) - 1 >= len(request.prompt)
+            slot.token = tokens[-1]
+            return scheduler.Result()
+        assert end == len(request.prompt)
+        assert not request.made
+        return self._sampled(request, slot, ())
+
+    def _sampled(self, request, slot, new):
+        """Sample the token after the state; stop where the request says."""
+        slot.token = request.next_token(slot.last[0])
+        request.made.append(slot.token)
+        new = (*new, slot.token)
+        slot.stopped = slot.last[0] + 1 >= min(request.stop, request.limit)
+        length = slot.last[0] if slot.stopped else None
+        return scheduler.Result(len(new), slot.stopped, length, new)
+
+    def _decode(self, row, steps):
+        request, slot = self.requests[row.job_id], self.slots[row.slot]
+        assert row.limit == request.limit
+        self._assert_holds(row.job_id, row.pages, slot.last)
+        result = scheduler.Result()
+        for _ in range(steps):
+            if slot.stopped:
+                break
+            assert slot.token == (request.prompt + request.made)[slot.last[0]]
+            self._compute(request, slot, row.pages, slot.token)
+            result = self._sampled(request, slot, result.new_tokens)
+        return result
+
+
+class Driver:
+    """Scheduler and device together; every operation checks what must always be true."""
+
+    def __init__(self, **changes):
+        limits = {
+            "num_slots": 5,
+            "num_pages": 24,
+            "chunk_tokens": 4,
+            "row_tokens": 2,
+            "max_length": 80,
+            "max_queue": 8,
+            "max_rows": 4,
+            "max_prefill_tokens": 16,
+            "prefill_parts": 3,
+            "decode_steps": 6,
+            "snapshot_every_tokens": 12,
+            "cache_bytes": 400,
+            "page_bytes": 3,
+            "state_bytes": 20,
+            "swap_tokens": 20,
+            "host_bytes": 120,
+        } | changes
+        self.limits = scheduler.Limits(**limits)
+        self.scheduler = scheduler.Scheduler(self.limits)
+        self.memory = self.scheduler._memory
+        self.device = Device(self.limits, self.memory.pages.holders)
+        self.live, self.outputs = {}, {}
+        self.unreported = collections.deque()
+        self.submitted = self.finished = self.plans = 0
+        self.born, self.longest_wait = {}, 0
+        self.host_stops = set()
+
+    def submit(self, prompt, max_tokens, stop_after, cacheable=True, single_step=False):
+        self.submitted += 1
+        options = {"cacheable": cacheable, "single_step": single_step}
+        try:
+            self.scheduler.submit(self.submitted, prompt, max_tokens, **options)
+        except scheduler.QueueFull:
+            assert self.scheduler.stats().waiting >= self.limits.max_queue
+            return
+        limit = len(prompt) + max_tokens
+        request = Request(list(prompt), limit, len(prompt) + stop_after)
+        self.live[self.submitted] = self.device.requests[self.submitted] = request
+        self.outputs[self.submitted] = []
+        self.born[self.submitted] = self.plans
+
+    def plan(self):
+        oldest = self.scheduler._running[:1]
+        plan = self.scheduler.plan()
+        for job in oldest:
+            older = self.scheduler._running[0].age < job.age  # came back in this plan
+            assert job.slot or older, "the oldest was preempted"
+        if plan is None:
+            assert self.unreported or not self.live, "nothing under way, and yet nothing to do"
+            return
+        self.plans += 1
+        assert all(one.job_id in self.live for one in plan.prefill + plan.decode)
+        for row in plan.decode:
+            if self.scheduler._jobs[row.job_id].single_step:
+                assert plan.steps == 1
+                assert all(row.job_id not in results for results in self.unreported)
+        self.unreported.append(self.device.run(plan))
+        assert len(self.unreported) <= 2
+
+    def report(self):
+        if not self.unreported:
+            return
+        results = self.unreported.popleft()
+        for job_id in self.host_stops & results.keys():
+            if results[job_id].tokens:  # a stop string: the device knows nothing of it
+                results[job_id] = dataclasses.replace(results[job_id], finished=True, length=None)
+        self.scheduler.report(results)
+        for job_id, result in results.items():
+            if job_id in self.live:
+                self.outputs[job_id] += result.new_tokens
+                if result.finished:
+                    self._finish(job_id)
+
+    def _finish(self, job_id):
+        request, output = self.live.pop(job_id), self.outputs.pop(job_id)
+        start = len(request.prompt)
+        assert output == [request.next_token(start + i) for i in range(len(output))]
+        if job_id not in self.host_stops:
+            assert len(output) == min(request.stop, request.limit) - start
+        self.finished += 1
+        self.longest_wait = max(self.longest_wait, self.plans - self.born.pop(job_id))
+
+    def cancel(self, job_id):
+        self.scheduler.cancel(job_id)
+        self.scheduler.cancel(job_id)
+        self.live.pop(job_id, None)
+
+    def set_key(self, keep_running):
+        self.device.version += 1
+        self.scheduler.set_key((self.device.version, ""), keep_running)
+
+    def drain(self):
+        """Finish everything in as many plans as there are tokens, with room to begin again."""
+        most = 50 + 10 * sum(request.limit for request in self.live.values())
+        while self.live or self.unreported:
+            self.plan()
+            self.report()
+            self.audit()
+            most -= 1
+            assert most > 0, f"no end for {list(self.live)}"
+        self.plan()  # what is left to drop
+        assert not self.device.host
+        assert self.memory.host_bytes == 0
+
+    def audit(self):
+        """Every page and slot is free, or held as often as there are owners."""
+        nodes = list(self.memory.cache._nodes())
+        pages = collections.Counter(page for node in nodes for page in node.pages)
+        slots = collections.Counter(node.slot for node in nodes)
+        for job in self.scheduler._jobs.values():
+            pages.update(job.pages)
+            slots.update([job.slot] if job.slot else [])
+        assert max(slots.values(), default=0) <= 1
+        for pool, held in ((self.memory.pages, pages), (self.memory.slots, slots)):
+            assert pool.free + len(held) == pool.size
+            assert all(pool.holders(one) == held[one] for one in range(1, pool.size + 1))
+        stats = self.memory.cache.stats()
+        assert stats.bytes <= self.limits.cache_bytes
+        assert 0 <= self.memory.host_bytes <= self.limits.host_bytes
+        running = self.scheduler._running
+        assert [job.age for job in running] == sorted(job.age for job in running)
+        assert not any(node.pins for node in nodes)
+
+
+def prompt_of(family, length, tail):
+    """Prompts of a family share a prefix of up to 24 tokens, and then differ by their tails."""
+    shared = [(family * 5 + i * i) % 3 for i in range(24)]
+    return (shared + [10 + tail] * 40)[:length] if tail % 2 else [*shared[:length], 10 + tail]
+
+
+class Machine(stateful.RuleBasedStateMachine):
+    @stateful.initialize(
+        num_slots=st.integers(1, 6),
+        num_pages=st.integers(18, 30),
+        max_rows=st.integers(1, 4),
+        cache_bytes=st.sampled_from([0, 100, 400]),
+        host_bytes=st.sampled_from([0, 60, 300]),
+        every=st.sampled_from([0, 8]),
+    )
+    def start(self, num_slots, num_pages, max_rows, cache_bytes, host_bytes, every):
+        self.driver = Driver(
+            num_slots=num_slots,
+            num_pages=num_pages,
+            max_rows=max_rows,
+            cache_bytes=cache_bytes,
+            host_bytes=host_bytes,
+            snapshot_every_tokens=every,
+        )
+
+    @stateful.rule(
+        family=st.integers(0, 1),
+        length=st.integers(1, 48),
+        tail=st.integers(0, 3),
+        max_tokens=st.integers(1, 24),
+        stop_after=st.integers(1, 30),
+        cacheable=st.sampled_from([True, True, True, False]),
+        single_step=st.sampled_from([False, False, False, True]),
+    )
+    def submit(self, family, length, tail, max_tokens, stop_after, cacheable, single_step):
+        prompt = prompt_of(family, length, tail)
+        self.driver.submit(prompt, max_tokens, stop_after, cacheable, single_step)
+
+    @stateful.rule(times=st.integers(1, 6))
+    def work(self, times):
+        for _ in range(times):
+            self.driver.plan()
+            self.driver.report()
+
+    @stateful.rule()
+    def plan(self):
+        self.driver.plan()
+
+    @stateful.rule()
+    def report(self):
+        self.driver.report()
+
+    @stateful.rule(data=st.data(), what=st.sampled_from(["cancel", "preempt", "stop"]))
+    def disturb(self, data, what):
+        if self.driver.live:
+            job_id = data.draw(st.sampled_from(sorted(self.driver.live)))
+            match what:
+                case "cancel":
+                    self.driver.cancel(job_id)
+                case "preempt":
+                    self.driver.scheduler.preempt(job_id)
+                case "stop":
+                    self.driver.host_stops.add(job_id)
+
+    @stateful.rule(keep_running=st.booleans())
+    def set_key(self, keep_running):
+        self.driver.set_key(keep_running)
+
+    @stateful.invariant()
+    def audit(self):
+        if hasattr(self, "driver"):
+            self.driver.audit()
+
+    def teardown(self):
+        if hasattr(self, "driver"):
+            self.driver.drain()
+
+
+TestMachine = Machine.TestCase
+TestMachine.settings = hypothesis.settings(max_examples=60, stateful_step_count=40)
+
+
+def operate(driver, chance, operations):
+    """Do so many random operations, with a queue that is rarely empty."""
+    for _ in range(operations):
+        what = chance.random()
+        ids = sorted(driver.live)
+        if what < 0.12:
+            prompt = prompt_of(chance.randrange(4), chance.randint(1, 48), chance.randrange(6))
+            options = {"cacheable": chance.random() < 0.9, "single_step": chance.random() < 0.05}
+            driver.submit(prompt, chance.randint(1, 30), chance.randint(1, 60), **options)
+        elif what < 0.13 and ids:
+            driver.cancel(chance.choice(ids))
+        elif what < 0.135 and ids:
+            driver.scheduler.preempt(chance.choice(ids))
+        elif what < 0.14 and ids:
+            driver.host_stops.add(chance.choice(ids))
+        elif what < 0.141:
+            driver.set_key(chance.random() < 0.5)
+        elif what < 0.57:
+            driver.plan()
+        else:
+            driver.report()
+        driver.audit()
+
+
+def test_long_run_meets_every_case():
+    driver = Driver()
+    operate(driver, random.Random(0), 20_000)
+    driver.drain()
+    stats = driver.scheduler.stats()
+    assert driver.finished > 1000
+    assert driver.longest_wait < 250
+    counts = dataclasses.asdict(stats.memory) | dataclasses.asdict(stats.cache)
+    wanted = ("swapped_out", "swapped_in", "restarted", "saved", "kept", "hits", "evicted")
+    few = {name: counts[name] for name in wanted if counts[name] < 50}
+    assert not few
+    assert counts["taken_over"]
+    assert counts["skipped"]
+    assert stats.held_back > 50
+    assert set(counts["reasons"]) == {
+        "empty",
+        "no common prefix",
+        "no snapshot on the way",
+        "shorter than a chunk",
+    }
