@@ -136,7 +136,7 @@ class _Rows:
     state: Any
     token: Int[Array, "B"]
     active: Bool[Array, "B"]
-    seen: Bool[Array, "B V"]
+    counts: Int[Array, "B V"]  # as in `sampling.choose`
 
 
 @jax.tree_util.register_dataclass
@@ -157,10 +157,10 @@ def _prefill(model, tokens, counts, state, last):
 
 def _choose(logits: Float[Array, "B V"], rows: _Rows, choice: _Choice) -> _Rows:
     keys = sampling.step_keys(choice.keys, rows.state.length)
-    token, _, _ = sampling.sample(logits, choice.options, keys, rows.seen)
-    seen = rows.seen.at[jnp.arange(token.shape[0]), token].set(True)
+    token = sampling.choose(logits, choice.options, keys, rows.counts).token
+    counts = rows.counts.at[jnp.arange(token.shape[0]), token].add(1)
     stopped = jnp.any(token[:, None] == choice.stop_ids[None, :], axis=1)
-    return _Rows(rows.state, token, rows.active & ~stopped, seen)
+    return _Rows(rows.state, token, rows.active & ~stopped, counts)
 
 
 def _decode(model, rows: _Rows, choice: _Choice, steps: Int[Array, ""]):
@@ -233,7 +233,7 @@ class _Batches:
         """Prefill; return the rows with their first token chosen."""
         vocab_size = self._model.config.vocab_size
         lengths = np.asarray([len(prompt) for prompt in prompts])
-        seen = np.zeros((self._batch, vocab_size), bool)
+        seen = np.zeros((self._batch, vocab_size), np.int32)
         state = self._model.init_state(batch=self._batch, max_length=self._max_length)
         last = jnp.zeros((self._batch, vocab_size), jnp.float32)
         active = jax.block_until_ready(jnp.arange(self._batch) < real)
@@ -246,7 +246,7 @@ class _Batches:
             for row, prompt in enumerate(prompts):
                 part = np.asarray(prompt[start : start + width], np.int32)
                 tokens[row, : len(part)] = part
-                seen[row, part] = True
+                seen[row, part] = sampling.PROMPT_FLAG
             args = (self._model, tokens, counts, state, last)
             state, last = self._compile(width, _prefill, (3, 4), *args)(*args)
             start += width

@@ -1,16 +1,16 @@
 """From logits to tokens: pure functions whose options are arrays, so that none recompiles.
 
-For each row, in this order: repetition penalty, temperature, top_k, top_p, min_p, and the largest
-of log p + Gumbel noise. Candidates are ordered by logit, equal logits by id: top_k keeps the first
-k of that order, top_p its shortest prefix that holds at least the mass p of what top_k kept, min_p
-what is at least min_p times as likely as the first.
+For each row, in this order: penalties, logit bias, grammar mask, temperature, top_k, top_p, min_p,
+and the largest of log p + Gumbel noise. Candidates are ordered by logit, equal logits by id: top_k
+keeps the first k of that order, top_p its shortest prefix that holds at least the mass p of what
+top_k kept, min_p what is at least min_p times as likely as the first.
 
-No step sorts. Borders are found by bisection over the bits of the logits: exact, 32 sums over the
-vocabulary at most (3 ms a row on one CPU core for 200,064 tokens, where a sort takes 43 ms), and
-skipped at run time unless some row asks for them.
+No step sorts the vocabulary. Borders are found by bisection over the bits of the logits: exact, 32
+sums over the vocabulary at most (3 ms a row on one CPU core for 200,064 tokens, where a sort takes
+43 ms). What no row asks for is skipped at run time.
 
-A row's noise depends on its own key alone, so neither the batch around it nor the order of
-requests changes what it says.
+A row's results depend on nothing but the row, to the bit: its noise on its own key alone, and
+whatever other rows ask for leaves it exactly as it was (x / 1, x - 0, a border below everything).
 """
 
 import dataclasses
@@ -23,14 +23,21 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Key, UInt
 
+from infer import request
+
+TOP_LOGPROBS = request.MAX_TOP_LOGPROBS
+PROMPT_FLAG = 1 << 30  # in `counts`: the token is in the prompt
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SamplingOptions:
-    """Options of each row; make them with `options`.
+    """Options of each row, as in `request.Options`; make them with `options`.
 
     temperature: 0 takes the most likely token. top_p: 1 is off. top_k: 0 is off. min_p: 0 is off.
     repetition_penalty: 1 is off; as in transformers, over the prompt and the output.
+    presence_penalty, frequency_penalty: 0 is off; over the output alone.
+    top_logprobs: more than 0 asks for the most likely tokens.
     """
 
     temperature: Float[Array, "B"]
@@ -38,16 +45,27 @@ class SamplingOptions:
     top_k: Int[Array, "B"]
     min_p: Float[Array, "B"]
     repetition_penalty: Float[Array, "B"]
+    presence_penalty: Float[Array, "B"]
+    frequency_penalty: Float[Array, "B"]
+    top_logprobs: Int[Array, "B"]
 
 
-# name: (the release's recommendation, check, what is wanted)
-_FIELDS = {
-    "temperature": (1.0, lambda x: x >= 0, "0 (greedy) or more"),
-    "top_p": (0.95, lambda x: 0 < x <= 1, "more than 0, at most 1 (off)"),
-    "top_k": (0, lambda x: 0 <= x < 2**31 and x == int(x), "a whole number, 0 (off) or more"),
-    "min_p": (0.0, lambda x: 0 <= x <= 1, "0 (off) to 1"),
-    "repetition_penalty": (1.0, lambda x: x > 0, "more than 0; 1 is off"),
-}
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Chosen:
+    """One token per row, with log-probabilities.
+
+    logp: under the distribution that was sampled from; 0 in greedy rows, which leave no choice.
+    logp_raw: under the plain logits, temperature 1.
+    top_ids, top_logp: the most likely tokens of the plain logits and theirs, in descending order,
+      equal ones by id; -1 and -inf in rows that did not ask, and beyond a small vocabulary.
+    """
+
+    token: Int[Array, "B"]
+    logp: Float[Array, "B"]
+    logp_raw: Float[Array, "B"]
+    top_ids: Int[Array, "B K"]
+    top_logp: Float[Array, "B K"]
 
 
 def options(batch: int, **values: float | Sequence[float]) -> SamplingOptions:
@@ -70,11 +88,12 @@ def check(batch: int, **values: float | Sequence[float]) -> dict[str, np.ndarray
       ValueError: a value out of range, a number of values other than `batch`.
       TypeError: an unknown option.
     """
-    unknown = values.keys() - _FIELDS.keys()
+    unknown = values.keys() - request.SAMPLING.keys()
     if unknown:
-        raise TypeError(f"got option {min(unknown)!r}; wanted one of {', '.join(_FIELDS)}")
+        wanted = ", ".join(request.SAMPLING)
+        raise TypeError(f"got option {min(unknown)!r}; wanted one of {wanted}")
     columns = {}
-    for name, (default, valid, wanted) in _FIELDS.items():
+    for name, (default, valid, wanted) in request.SAMPLING.items():
         column = np.asarray(values.get(name, default))
         if column.ndim == 0:
             column = np.full(batch, column)
@@ -84,7 +103,7 @@ def check(batch: int, **values: float | Sequence[float]) -> dict[str, np.ndarray
             number = isinstance(value, int | float) and not isinstance(value, bool)
             if not (number and math.isfinite(value) and valid(value)):
                 raise ValueError(f"{name}: got {value!r}; wanted {wanted}")
-        columns[name] = column.astype(np.int32 if name == "top_k" else np.float32)
+        columns[name] = column.astype(np.int32 if isinstance(default, int) else np.float32)
     return columns
 
 
@@ -104,35 +123,34 @@ def step_keys(keys: Key[Array, "B"], positions: Int[Array, "B"]) -> Key[Array, "
     return jax.vmap(jax.random.fold_in)(keys, positions)
 
 
-def sample(
+def choose(
     logits: Float[Array, "B V"],
     options: SamplingOptions,
     keys: Key[Array, "B"],
-    seen: Bool[Array, "B V"] | Int[Array, "B V"] | None = None,
-) -> tuple[Int[Array, "B"], Float[Array, "B"], Float[Array, "B"]]:
+    counts: Int[Array, "B V"] | None = None,
+    bias: Float[Array, "B V"] | None = None,
+    mask: UInt[Array, "B W"] | None = None,
+    banned: Int[Array, "B S"] | None = None,
+) -> Chosen:
     """Choose one token per row.
 
     Args:
-      logits: float32; -inf forbids a token.
+      logits: -inf forbids a token.
       options: per row.
       keys: from `step_keys`, another one for every position.
-      seen: which tokens (or how many of each) the row holds so far, prompt included; needed for
-        the repetition penalty, None is nothing.
-
-    Returns:
-      tokens int32; their log-probability under the distribution that was sampled from (0 for
-      greedy rows, which leave no choice); and their log-probability under the plain logits.
+      counts: how often each token occurs in the output, plus `PROMPT_FLAG` if it is in the
+        prompt; needed for the penalties.
+      bias: added to the logits.
+      mask: bit v % 32 of word v // 32 is set where a grammar allows token v.
+      banned: ids that are not to be chosen (stop tokens before min_tokens); -1 is none.
+        What mask and ban leave of a row must not be empty.
     """
     logits = logits.astype(jnp.float32)
-    greedy = options.temperature < jnp.finfo(jnp.float32).tiny  # divisors that flush to 0
-    x = logits if seen is None else _penalised(logits, seen != 0, options.repetition_penalty)
+    x = _changed(logits, options, counts, bias, mask, banned)
+    greedy = _greedy(options)
 
     def draw(x):
-        # The largest is subtracted first: a small temperature then cannot overflow.
-        hot = x - jnp.max(x, axis=-1, keepdims=True)
-        hot = hot / jnp.where(greedy, 1.0, options.temperature)[:, None]
-        narrowed = (options.top_k > 0) | (options.top_p < 1) | (options.min_p > 0)
-        hot = lax.cond(jnp.any(narrowed & ~greedy), _narrow, lambda x, _: x, hot, options)
+        hot = _distribution(x, options)
         noise = jax.vmap(lambda key: gumbel(jax.random.bits(key, x.shape[1:], jnp.uint32)))(keys)
         tokens = _argmax(jnp.where(greedy[:, None], x, hot + noise))
         return tokens, jnp.where(greedy, 0.0, _logp(hot, tokens))
@@ -140,8 +158,44 @@ def sample(
     def take_best(x):
         return _argmax(x), jnp.zeros(x.shape[:1], x.dtype)
 
-    tokens, logp_sampled = lax.cond(jnp.all(greedy), take_best, draw, x)
-    return tokens, logp_sampled, _logp(logits, tokens)
+    token, logp = lax.cond(jnp.all(greedy), take_best, draw, x)
+    return Chosen(token, logp, _logp(logits, token), *_most_likely(logits, options.top_logprobs))
+
+
+def forced(
+    chosen: Chosen,
+    logits: Float[Array, "B V"],
+    options: SamplingOptions,
+    counts: Int[Array, "B V"] | None,
+    bias: Float[Array, "B V"] | None,
+    mask: UInt[Array, "B W"] | None,
+    banned: Int[Array, "B S"] | None,
+    token: Int[Array, "B"],
+) -> Chosen:
+    """Put tokens that the host wants (the end of thinking) in place of what was chosen.
+
+    Args:
+      chosen: what `choose` returned for the other arguments.
+      token: -1 keeps a row's choice.
+
+    Returns:
+      `chosen` with these tokens and their log-probabilities under the same two distributions:
+      -inf where the row would never have chosen them itself.
+    """
+    logits = logits.astype(jnp.float32)
+    greedy = _greedy(options)
+
+    def replace(x):
+        x = _changed(x, options, counts, bias, mask, banned)
+        wanted = jnp.maximum(token, 0)
+        of_greedy = jnp.where(wanted == _argmax(x), 0.0, -jnp.inf)
+        logp = jnp.where(greedy, of_greedy, _logp(_distribution(x, options), wanted))
+        return wanted, logp, _logp(logits, wanted)
+
+    old = chosen.token, chosen.logp, chosen.logp_raw
+    new = lax.cond(jnp.any(token >= 0), replace, lambda _: old, logits)
+    made, logp, logp_raw = (jnp.where(token >= 0, a, b) for a, b in zip(new, old, strict=True))
+    return Chosen(made, logp, logp_raw, chosen.top_ids, chosen.top_logp)
 
 
 def gumbel(bits: UInt[Array, "..."]) -> Float[Array, "..."]:
@@ -161,9 +215,85 @@ def _argmax(x: Float[Array, "B V"]) -> Int[Array, "B"]:
     return jnp.min(jnp.where(x == largest, places, x.shape[1] - 1), axis=-1)
 
 
-def _penalised(logits, seen, penalty):
-    penalty = penalty[:, None]
-    return jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
+def _greedy(options: SamplingOptions) -> Bool[Array, "B"]:
+    return options.temperature < jnp.finfo(jnp.float32).tiny  # divisors that flush to 0
+
+
+def _distribution(x: Float[Array, "B V"], options: SamplingOptions) -> Float[Array, "B V"]:
+    """Return what is sampled from, as logits whose largest is 0; greedy rows have a stand-in."""
+    greedy = _greedy(options)
+    # The largest is subtracted first: a small temperature then cannot overflow.
+    hot = x - jnp.max(x, axis=-1, keepdims=True)
+    hot = hot / jnp.where(greedy, 1.0, options.temperature)[:, None]
+    narrowed = (options.top_k > 0) | (options.top_p < 1) | (options.min_p > 0)
+    return lax.cond(jnp.any(narrowed & ~greedy), _narrow, lambda x, _: x, hot, options)
+
+
+def _changed(
+    x: Float[Array, "B V"],
+    options: SamplingOptions,
+    counts: Int[Array, "B V"] | None,
+    bias: Float[Array, "B V"] | None,
+    mask: UInt[Array, "B W"] | None,
+    banned: Int[Array, "B S"] | None,
+) -> Float[Array, "B V"]:
+    """Apply penalties, bias, grammar mask and ban, each one if any row asks for it."""
+    if counts is not None:
+        penalty = (options.repetition_penalty != 1) | (options.presence_penalty != 0)
+        wanted = jnp.any(penalty | (options.frequency_penalty != 0))
+        x = lax.cond(wanted, lambda x: _penalised(x, options, counts), lambda x: x, x)
+    if bias is not None:
+        wanted = jnp.any(bias != 0)
+        x = lax.cond(wanted, lambda x: jnp.where(bias != 0, x + bias, x), lambda x: x, x)
+    if mask is not None:
+        wanted = jnp.any(mask != jnp.uint32(0xFFFFFFFF))
+        x = lax.cond(wanted, lambda x: _masked(x, mask), lambda x: x, x)
+    if banned is not None:
+        x = lax.cond(jnp.any(banned >= 0), lambda x: _without(x, banned), lambda x: x, x)
+    return x
+
+
+def _penalised(x, options: SamplingOptions, counts: Int[Array, "B V"]):
+    """Repetition over prompt and output, frequency and presence over the output."""
+    repetition = options.repetition_penalty[:, None]
+    frequency = options.frequency_penalty[:, None]
+    presence = options.presence_penalty[:, None]
+    output = counts & (PROMPT_FLAG - 1)
+    smaller = jnp.where(x > 0, x / repetition, x * repetition)
+    x = jnp.where((counts != 0) & (repetition != 1), smaller, x)
+    x = jnp.where(frequency != 0, x - frequency * output.astype(x.dtype), x)
+    return jnp.where((presence != 0) & (output > 0), x - presence, x)
+
+
+def _masked(x, mask: UInt[Array, "B W"]):
+    places = jnp.arange(32, dtype=jnp.uint32)[None, None]
+    bits = (mask[:, :, None] >> places) & 1
+    return jnp.where(bits.reshape(x.shape[0], -1)[:, : x.shape[1]] != 0, x, -jnp.inf)
+
+
+def _without(x, banned: Int[Array, "B S"]):
+    rows = jnp.arange(x.shape[0])[:, None]
+    # Negative places would count from the end; those past it are dropped.
+    return x.at[rows, jnp.where(banned < 0, x.shape[1], banned)].set(-jnp.inf, mode="drop")
+
+
+def _most_likely(
+    logits: Float[Array, "B V"], wanted: Int[Array, "B"]
+) -> tuple[Int[Array, "B K"], Float[Array, "B K"]]:
+    """Return ids and log-probabilities of the most likely tokens, if any row asks for them."""
+    shape = (logits.shape[0], TOP_LOGPROBS)
+    none = jnp.full(shape, -1, jnp.int32), jnp.full(shape, -jnp.inf, logits.dtype)
+
+    def find(logits):
+        found, ids = lax.top_k(logits, min(TOP_LOGPROBS, logits.shape[1]))
+        rest = ((0, 0), (0, TOP_LOGPROBS - found.shape[1]))
+        logp = found - jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+        ids = jnp.pad(ids, rest, constant_values=-1)
+        logp = jnp.pad(logp, rest, constant_values=-jnp.inf)
+        asked = (wanted > 0)[:, None]
+        return jnp.where(asked, ids, none[0]), jnp.where(asked, logp, none[1])
+
+    return lax.cond(jnp.any(wanted > 0), find, lambda _: none, logits)
 
 
 def _logp(x: Float[Array, "B V"], tokens: Int[Array, "B"]) -> Float[Array, "B"]:

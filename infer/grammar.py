@@ -1,0 +1,262 @@
+"""Constrained decoding: which tokens a JSON schema, a regular expression or a grammar allows next.
+
+llguidance does the parsing, over the bytes of our own tokenizer's tokens. On top of it stands free
+thinking: a model that may think first (`Options.after_thinking`) goes through
+
+    undecided    what it wrote begins both `<think>` and, perhaps, the constrained answer
+    thinking     everything is allowed but the end of the output
+    gap          after `</think>`, at most two newlines, which are not part of the answer
+    answer       the constraint, to its end
+
+and whatever it writes, the answer matches the constraint. Without thinking all is answer.
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+
+import llguidance
+import numpy as np
+from jaxtyping import UInt32
+
+from infer import finish, request
+from m1_jax import tokenizer as tokenizer_lib
+
+_OPEN, _CLOSE = finish.OPEN.encode(), finish.CLOSE.encode()
+_GAP_NEWLINES = 2
+# JSON between whose parts any white space may stand for ever is a trap at high temperatures.
+# This is enough for one line's indentation.
+_JSON_WHITESPACE = r"[ \t\n\r]{1,64}"
+_UNKNOWN = "\ufffd".encode()  # what the tokenizer reads for ids that it does not have
+_MAX_ERROR_CHARS = 400
+
+
+class Compiler:
+    """Makes matchers for one tokenizer; takes half a second with the release's."""
+
+    def __init__(self, tokenizer: tokenizer_lib.Tokenizer, vocab_size: int):
+        """Read the tokenizer's vocabulary.
+
+        Args:
+          tokenizer: the model's.
+          vocab_size: the model's, which may be padded; ids that the tokenizer lacks are forbidden.
+
+        Raises:
+          ValueError: a tokenizer without stop tokens, or with more ids than the model.
+        """
+        number = tokenizer.vocab_size
+        if not tokenizer.stop_ids:
+            raise ValueError(
+                "constrained decoding: got a tokenizer without stop tokens; wanted one at least. "
+                "Copy the release's tokenizer_config.json, which names eos_token."
+            )
+        if number > vocab_size or max(tokenizer.stop_ids) >= number:
+            raise ValueError(
+                f"constrained decoding: got a tokenizer of {number} ids with stop ids "
+                f"{tokenizer.stop_ids} for a model of {vocab_size}; wanted files of one release"
+            )
+        self._vocab_size = vocab_size
+        # Control tokens have no text, so a constraint on text never meets them.
+        tokens = [tokenizer.token_bytes(i) for i in range(number)]
+        self.token_bytes = [b"" if data == _UNKNOWN else data for data in tokens]
+        self._library = llguidance.LLTokenizer(
+            llguidance.TokenizerWrapper(_Vocabulary(tokenizer, self.token_bytes)),
+            eos_token=list(tokenizer.stop_ids),
+        )
+        known = [i for i, data in enumerate(tokens) if data != _UNKNOWN]
+        self._known = self.words(known)
+        self.free = self.words(i for i in known if i not in tokenizer.stop_ids)
+        texts = [(i, data) for i, data in enumerate(self.token_bytes) if data]
+        self.opening = [self.words(_opening(texts, n)) for n in range(len(_OPEN))]
+        self.not_closing = [~self.words(_closing_badly(texts, n)) for n in range(len(_CLOSE))]
+        newlines = {i: len(data) for i, data in texts if not data.strip(b"\n")}
+        self.newlines = [
+            self.words(i for i, n in newlines.items() if n <= left)
+            for left in range(_GAP_NEWLINES + 1)
+        ]
+
+    def matcher(self, options: request.Options) -> "Matcher | None":
+        """Compile a request's constraint; None if it has none.
+
+        Raises:
+          ValueError: a schema, expression or grammar that is wrong, not supported (a keyword of
+            JSON schema that llguidance does not know), or that no text matches.
+        """
+        name = options.constraint
+        if name is None:
+            return None
+        library = llguidance.LLMatcher
+        value = getattr(options, name)
+        if name == "json_schema":
+            grammar = library.grammar_from_json_schema(
+                _schema_text(value), overrides={"whitespace_pattern": _JSON_WHITESPACE}
+            )
+        elif name == "regex":
+            grammar = library.grammar_from_regex(value)
+        else:
+            grammar = library.grammar_from_lark(value)
+        inner = library(self._library, grammar, log_level=0)
+        inner.compute_bitmask()  # finds what no text matches
+        if inner.is_error():
+            raise ValueError(f"{name}: {_message(inner)}. Correct it or leave it out.")
+        return Matcher(self, inner, options.after_thinking)
+
+    def words(self, ids: Iterable[int]) -> UInt32[np.ndarray, "W"]:
+        """Return the mask that allows `ids` alone."""
+        bits = np.zeros(-(-self._vocab_size // 32) * 32, np.uint8)
+        bits[list(ids)] = 1
+        return np.packbits(bits, bitorder="little").view("<u4").astype(np.uint32)
+
+    def mask_of(self, inner: llguidance.LLMatcher) -> UInt32[np.ndarray, "W"]:
+        """Return the tokens that llguidance allows."""
+        found = np.frombuffer(inner.compute_bitmask(), "<u4")[: len(self._known)]
+        if inner.is_error():
+            raise ValueError(f"constrained decoding: {_message(inner)}")
+        mask = np.zeros_like(self._known)
+        mask[: len(found)] = found
+        return mask & self._known
+
+
+class Matcher:
+    """Follows one output; made by `Compiler.matcher`."""
+
+    def __init__(self, compiler: Compiler, inner: llguidance.LLMatcher, after_thinking: bool):
+        self._compiler, self._inner = compiler, inner
+        self._phase = "undecided" if after_thinking else "answer"
+        self._text = b""  # undecided: all of it; thinking: enough to find the tag's end
+        self._fits = True  # undecided: the answer may have begun
+        self._newlines_left = 0
+
+    @property
+    def finished(self) -> bool:
+        """Whether the answer is complete, so that nothing but a stop token may follow."""
+        return self._phase == "answer" and self._inner.is_stopped()
+
+    def mask(self) -> UInt32[np.ndarray, "W"]:
+        """Return a fresh mask: bit v % 32 of word v // 32 is set where token v may come next.
+
+        Raises:
+          ValueError: a grammar that grew beyond llguidance's limits on the way.
+        """
+        compiler = self._compiler
+        if self._phase == "thinking":
+            return compiler.free & compiler.not_closing[_overlap(self._text, _CLOSE)]
+        if self._phase == "undecided":
+            opening = compiler.opening[len(self._text)]
+            return opening | compiler.mask_of(self._inner) if self._fits else opening.copy()
+        mask = compiler.mask_of(self._inner)
+        return mask | compiler.newlines[self._newlines_left] if self._phase == "gap" else mask
+
+    def accept(self, token: int) -> None:
+        """Take the token that was chosen.
+
+        Raises:
+          ValueError: one that `mask` forbids.
+        """
+        texts = self._compiler.token_bytes
+        data = texts[token] if 0 <= token < len(texts) else b""
+        if self._phase == "thinking":
+            self._think(token, data)
+        elif self._phase == "undecided":
+            self._decide(token, data)
+        elif self._phase == "gap" and data in (
+            b"\n" * n for n in range(1, self._newlines_left + 1)
+        ):
+            self._newlines_left -= len(data)
+        else:
+            self._phase = "answer"
+            if not self._inner.consume_token(token):
+                raise self._refusal(token)
+
+    def _decide(self, token: int, data: bytes) -> None:
+        text = self._text + data
+        # Read off the mask: validate_tokens refuses the end of a complete answer.
+        self._fits = self._fits and _allows(self._compiler.mask_of(self._inner), token)
+        if data and text.startswith(_OPEN):
+            self._inner.reset()
+            self._phase, self._text = "thinking", b""
+            self._think(token, text[len(_OPEN) :])
+            return
+        opens = bool(data) and _OPEN.startswith(text)
+        if not (opens or self._fits):
+            raise self._refusal(token)
+        if self._fits:
+            self._inner.consume_token(token)
+        self._phase, self._text = ("undecided", text) if opens else ("answer", b"")
+
+    def _think(self, token: int, data: bytes) -> None:
+        thought, tag, after = (self._text + data).partition(_CLOSE)
+        if not tag:
+            self._text = thought[1 - len(_CLOSE) :]
+            return
+        if len(after) > _GAP_NEWLINES or after.strip(b"\n"):
+            raise self._refusal(token)
+        self._phase, self._newlines_left = "gap", _GAP_NEWLINES - len(after)
+
+    def _refusal(self, token: int) -> ValueError:
+        return ValueError(
+            f"constrained decoding: got token {token}; wanted one that mask() allows. Was another "
+            "mask applied, or one token left out?"
+        )
+
+
+class _Vocabulary:
+    """What llguidance asks of a tokenizer."""
+
+    def __init__(self, tokenizer: tokenizer_lib.Tokenizer, texts: list[bytes]):
+        self.eos_token_id, self.bos_token_id = tokenizer.stop_ids[0], None
+        self.special_token_ids = [i for i, data in enumerate(texts) if not data]
+        # A grammar may name control tokens, so those come with their names.
+        names = (tokenizer.token_bytes(i, skip_special=False) for i in self.special_token_ids)
+        self.tokens = list(texts)
+        for i, name in zip(self.special_token_ids, names, strict=True):
+            self.tokens[i] = b"<unknown_%d>" % i if name == _UNKNOWN else name
+        self._tokenizer = tokenizer
+
+    def __call__(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text)
+
+
+def _allows(mask: UInt32[np.ndarray, "W"], token: int) -> bool:
+    return 0 <= token < 32 * len(mask) and bool(int(mask[token // 32]) >> token % 32 & 1)
+
+
+def _opening(texts: list[tuple[int, bytes]], length: int) -> list[int]:
+    """Return tokens that go on with the opening tag, of which `length` bytes are written."""
+    rest = _OPEN[length:]
+    fitting = [(i, data) for i, data in texts if rest.startswith(data) or data.startswith(rest)]
+    return [i for i, data in fitting if not _badly_closed(data.removeprefix(rest))]
+
+
+def _closing_badly(texts: list[tuple[int, bytes]], length: int) -> list[int]:
+    """Return tokens that close a tag of which `length` bytes are written, and go on at once."""
+    close = _CLOSE[:length]
+    return [i for i, data in texts if b">" in data and _badly_closed(close + data)]
+
+
+def _badly_closed(text: bytes) -> bool:
+    after = text.partition(_CLOSE)[2]
+    return len(after) > _GAP_NEWLINES or bool(after.strip(b"\n"))
+
+
+def _overlap(text: bytes, tag: bytes) -> int:
+    """Return how many bytes of `tag` the end of `text` holds."""
+    return next((n for n in range(len(tag) - 1, 0, -1) if text.endswith(tag[:n])), 0)
+
+
+def _schema_text(schema: str | Mapping) -> str:
+    """Return a schema as JSON."""
+    try:
+        value = json.loads(schema) if isinstance(schema, str) else dict(schema)
+        text = json.dumps(value)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"json_schema: not JSON: {error}. Correct it or leave it out.") from None
+    if not isinstance(value, dict):
+        kind = type(value).__name__
+        raise ValueError(f"json_schema: got a JSON {kind}; wanted an object")
+    return text
+
+
+def _message(inner: llguidance.LLMatcher) -> str:
+    """Return llguidance's message without its dump of the parser's state."""
+    text = inner.get_error().partition("<state>")[0].strip()
+    return text[:_MAX_ERROR_CHARS] or "no text matches it"
