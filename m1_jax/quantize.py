@@ -81,7 +81,7 @@ def declare(model: nnx.Module, weights: str | None) -> None:
 
 
 def refuse(model: nnx.Module) -> None:
-    """Raise ValueError for int8 weights, which have no gradient and no float values to save."""
+    """Raise ValueError for a model with int8 weights, which cannot be trained."""
     if any(leaf.dtype == jnp.int8 for leaf in jax.tree.leaves(model)):
         raise ValueError(
             "got a model with int8 weights, which are for inference: they have no gradient. "
