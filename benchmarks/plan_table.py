@@ -34,7 +34,7 @@ CHIPS = {
 ACCUMULATE = "--accumulate=4"
 # Name, bytes a parameter at least, flags. Training holds master weights, moments and gradients.
 # Long caches have a row for 8 devices, the most that one row's 8 heads are spread over.
-INT8 = ["--job=decode", "--experts=int8"]
+INT8 = ["--job=decode", "--weights=int8-experts"]
 DEVICES_PER_ROW, SPARSE = 8, "--batch={rows}"
 JOBS = [
     ("pretraining, 4k", 16, ["--job=train", "--seq=4096"]),

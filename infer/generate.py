@@ -20,6 +20,7 @@ from absl import app, flags, logging
 import m1_jax
 from infer import batch, sampling
 from infer import prompt as prompt_lib
+from m1_jax import quantize
 from m1_jax import tokenizer as tokenizer_lib
 
 _DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -46,6 +47,7 @@ class Config:
     repetition_penalty: float = _flag(1.0, "Over prompt and output; 1 is off.")
     seed: int = _flag(0, "The same seed and prompt number draw the same text.")
     dtype: str = _flag("float32", "Of the computation: float32 or bfloat16.")
+    weights: str | None = _flag(None, "int8-experts or int8-all round weights; else as dtype.")
     max_length: int = _flag(0, "Most tokens of prompt and output; 0: what the model allows.")
     batch_size: int = _flag(8, "Most prompts side by side.")
     raw: bool = _flag(False, "Read prompts as they are, control tokens included: no template.")
@@ -66,6 +68,7 @@ class Config:
         for name, (valid, text) in wanted.items():
             if not valid:
                 raise ValueError(f"--{name}: got {getattr(self, name)!r}; wanted {text}")
+        quantize.check(self.weights)
         sampling.check(1, **self.sampling)
         if (self.prompt is None) == (self.prompts_file is None):
             raise ValueError("--prompt, --prompts_file: got both or neither; wanted one of them")
@@ -135,7 +138,8 @@ def prepare(config: Config) -> tuple[Any, tokenizer_lib.Tokenizer, list[list[int
     prompts = [_encode(config, tokenizer, i, request) for i, request in enumerate(requests)]
     model_config = m1_jax.ModelConfig.from_file(folder / "config.json")
     batch.check(prompts, config.max_tokens, model_config, config.max_length)
-    return m1_jax.load(folder, dtype=_DTYPES[config.dtype]), tokenizer, prompts
+    model = m1_jax.load(folder, dtype=_DTYPES[config.dtype], weights=config.weights)
+    return model, tokenizer, prompts
 
 
 def read_requests(config: Config) -> list[dict[str, Any]]:

@@ -30,7 +30,7 @@ def load(
     dtype=jnp.float32,
     mesh: jax.sharding.Mesh | None = None,
     mode: str = sharding.TRAIN,
-    expert_dtype=None,
+    weights: str | None = None,
     param_dtype=None,
 ) -> model_lib.MiniMaxM1:
     """Load a model for computation in `dtype`.
@@ -43,47 +43,43 @@ def load(
         `sharding.make_mesh`); None: one device. Each process reads only what its own devices hold.
       mode: "train" splits every large parameter over all devices, which gather it where they need
         it; "prefill" and "decode" leave weights where they compute.
-      expert_dtype: int8 quantizes the experts (`quantize.py`), each parameter as it is read, for
-        inference; None: as `param_dtype`.
+      weights: for inference, "int8-experts" rounds the experts to int8 as they are read, and
+        "int8-all" also the projections of attention and of a shared expert, see `quantize.py`;
+        None: all stay `param_dtype`.
       param_dtype: of the parameters, float32 or bfloat16; None: as `dtype`. A trainer wants
         float32 parameters with computation in bfloat16.
 
     Raises:
-      ValueError: a dtype, mesh or mode that this model cannot have.
+      ValueError: a dtype, recipe, mesh or mode that this model cannot have.
       CheckpointError: a directory that is not a complete checkpoint.
       ConfigError: a config.json that this model cannot compute.
     """
     path = pathlib.Path(path)
     param_dtype = param_dtype or dtype
+    quantize.check(weights)
     for name, value in (("dtype", dtype), ("param_dtype", param_dtype)):
         if jnp.dtype(value) not in (jnp.float32, jnp.bfloat16):
             raise ValueError(f"{name}: got {jnp.dtype(value)}; wanted float32 or bfloat16")
     if is_converted(path):
         read_manifest(path)
         config = config_lib.ModelConfig.from_file(path / "config.json")
-        fill = _fill_from_orbax(path, config)
+        fill, matrices = _from_orbax(path, config)
     elif (path / "config.json").is_file():
         source = release.Release(path)
         config = source.config
-        fill = _fill_from_release(source)
+        fill, matrices = _from_release(source)
     else:
         raise release.CheckpointError(
             f"{path} is no checkpoint: wanted a release directory (config.json, {release.INDEX}, "
             f"shards) or one made by m1_jax.convert ({PARAMS}/, {MANIFEST})"
         )
-    if expert_dtype not in (None, jnp.int8):
-        raise ValueError(f"expert_dtype: got {expert_dtype}; wanted None or int8")
     layout = sharding.layout(mesh, config, mode)
-    model = abstract_model(config, dtype, param_dtype, layout, expert_dtype)
+    model = abstract_model(config, dtype, param_dtype, layout, weights)
     params = parameters(model)
     wanted = {name: param.get_value() for name, param in params.items()}
-    quantized = [name for name, value in wanted.items() if value.dtype == jnp.int8]
-    for name in quantized:  # one at a time: unquantized, all of them might not fit
+    for name in [name for name, value in wanted.items() if value.dtype == jnp.int8]:
         values, scales = wanted.pop(name), wanted.pop(f"{name}_scale")
-        source = jax.ShapeDtypeStruct(values.shape, param_dtype, sharding=values.sharding)
-        places = (values.sharding, scales.sharding)
-        whole = fill({name: source})[name]
-        values, scales = jax.jit(quantize.quantize, out_shardings=places)(whole)
+        values, scales = quantize.assemble(values, scales, matrices(name, values.shape))
         params[name].set_value(values)
         params[f"{name}_scale"].set_value(scales)
     for name, value in fill(wanted).items():
@@ -96,19 +92,22 @@ def abstract_model(
     dtype=jnp.bfloat16,
     param_dtype=None,
     layout: sharding.Layout | None = None,
-    expert_dtype=None,
+    weights: str | None = None,
 ) -> model_lib.MiniMaxM1:
-    """Return a model whose parameters are shapes, dtypes and shardings only; it costs no memory."""
+    """Return a model whose parameters are shapes, dtypes and shardings only; it costs no memory.
+
+    weights: see `load`.
+    """
     model = nnx.eval_shape(
         lambda: model_lib.MiniMaxM1(
             config,
             nnx.Rngs(0),
             dtype=dtype,
             param_dtype=param_dtype,
-            expert_dtype=expert_dtype,
             layout=layout,
         )
     )
+    quantize.declare(model, weights)
     for param in parameters(model).values():
         where = sharding.param_sharding(layout, param.get_metadata()["logical_axes"], param.shape)
         param.set_value(jax.ShapeDtypeStruct(param.shape, param.dtype, sharding=where))
@@ -190,7 +189,12 @@ def check_shape(tensor: release.Tensor, entry: params_map.Entry, shape: tuple[in
         )
 
 
-def _fill_from_release(source: release.Release) -> Callable:
+# ---- where parameters come from: each source gives two functions
+#     fill({name: shape, dtype and sharding}) -> {name: array}
+#     matrices(name, shape)(place on the leading axes, columns) -> one matrix's columns, as stored
+
+
+def _from_release(source: release.Release) -> tuple[Callable, Callable]:
     def fill(wanted):
         parts: dict[str, dict[tuple[int, ...], np.ndarray]] = {name: {} for name in wanted}
         for entry in source.entries:
@@ -202,7 +206,18 @@ def _fill_from_release(source: release.Release) -> Callable:
             parts[entry.path][entry.index] = data.T if entry.transposed else data
         return {name: _assemble(spec, parts[name]) for name, spec in wanted.items()}
 
-    return fill
+    def matrices(name, shape):
+        entries = {entry.index: entry for entry in source.entries if entry.path == name}
+        for entry in entries.values():
+            check_shape(source.tensors[entry.name], entry, shape)
+
+        def read(place, columns):
+            data = source.tensors[entries[place].name].read()
+            return (data.T if entries[place].transposed else data)[:, columns]
+
+        return read
+
+    return fill, matrices
 
 
 def _assemble(spec: jax.ShapeDtypeStruct, parts: Mapping[tuple[int, ...], np.ndarray]):
@@ -278,7 +293,7 @@ def result(future: ts.Future, source: pathlib.Path):
         ) from None
 
 
-def _fill_from_orbax(path: pathlib.Path, config: config_lib.ModelConfig) -> Callable:
+def _from_orbax(path: pathlib.Path, config: config_lib.ModelConfig) -> tuple[Callable, Callable]:
     arrays = open_params(path, config)
 
     def fill(wanted):
@@ -286,7 +301,14 @@ def _fill_from_orbax(path: pathlib.Path, config: config_lib.ModelConfig) -> Call
             name: _read(arrays[name], spec, path / PARAMS / name) for name, spec in wanted.items()
         }
 
-    return fill
+    def matrices(name, _):
+        def read(place, columns):
+            reading = arrays[name][(*place, slice(None), columns)].read()
+            return result(reading, path / PARAMS / name)
+
+        return read
+
+    return fill, matrices
 
 
 def _read(array: ts.TensorStore, spec: jax.ShapeDtypeStruct, source: pathlib.Path) -> jax.Array:

@@ -104,8 +104,8 @@ def _tiled_forward(rows, gate, up, down, group_sizes, weights, *, keep, place=()
             out, gated, upped = buffers
             at = starts[index] + row
             x = _rows(rows, at, tile)
-            g, u = x @ gate_e, x @ up_e
-            out = _put(out, _hidden(g, u, _rows(weights, at, tile)) @ down_e, at)
+            g, u = gate_e(x), up_e(x)
+            out = _put(out, down_e(_hidden(g, u, _rows(weights, at, tile))), at)
             return (out, _put(gated, g, at), _put(upped, u, at)) if keep else (out, gated, upped)
 
         return _for_tiles(group_sizes[index], tiles, body, buffers)
@@ -165,9 +165,13 @@ def _pad(x, tiles):
 
 
 def _matrix(matrices, index, dtype):
+    """Return one expert's matrix as the function that multiplies with it."""
     if isinstance(matrices, quantize.Quantized):
-        return matrices.expert(index, dtype)
-    return matrices[index]
+        # Widened here and not in the loop over tiles.
+        values, scale = matrices.values[index].astype(dtype), matrices.scale[index]
+        return lambda x: quantize.matmul(x, values, scale)
+    matrix = matrices[index]
+    return lambda x: x @ matrix
 
 
 def _rows(x, start, size):

@@ -112,7 +112,7 @@ def _leaves(model: model_lib.MiniMaxM1, dtype) -> dict[str, Leaf]:
     if more := params.keys() - leads.keys():
         raise ValueError(
             f"a checkpoint has no place for {sorted(more)[0]} and {len(more) - 1} others; wanted "
-            "a model without adapters (merge them) and without int8 experts"
+            "a model without adapters (merge them) and without int8 weights"
         )
     leaves = {}
     for name, param in params.items():

@@ -6,7 +6,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from m1_jax import sharding
+from m1_jax import quantize, sharding
 
 
 def param(
@@ -31,16 +31,20 @@ class Linear(nnx.Module):
     """y = x W without bias; W is [in, out], the transpose of the release's layout.
 
     Where the rows of W are split over devices, their products are added up, in x's dtype. With an
-    adapter, y = x W + adapter(x).
+    adapter, y = x W + adapter(x). An int8 kernel comes with its scale, see `quantize.py`.
     """
 
     def __init__(self, rngs, in_size, out_size, logical_axes, *, std, param_dtype):
         self.kernel = param(rngs, (in_size, out_size), logical_axes, param_dtype, std)
         self.rows = logical_axes[0]
+        self.kernel_scale: nnx.Param | None = nnx.data(None)
         self.adapter: Adapter | None = nnx.data(None)
 
     def __call__(self, x: Float[Array, "*batch I"]) -> Float[Array, "*batch O"]:
-        y = _project(x, self.kernel[...].astype(x.dtype))
+        if self.kernel_scale is None:
+            y = _project(x, self.kernel[...].astype(x.dtype))
+        else:
+            y = quantize.matmul(x, self.kernel[...], self.kernel_scale[...])
         if self.adapter is not None:
             y = y + self.adapter(x)
         return sharding.total(y, self.rows)

@@ -43,9 +43,7 @@ class DecoderLayer(nnx.Module):
     The residual r is the normed input with postnorm (M1), the plain input without.
     """
 
-    def __init__(
-        self, config: config_lib.ModelConfig, kind: str, rngs, *, param_dtype, expert_dtype=None
-    ):
+    def __init__(self, config: config_lib.ModelConfig, kind: str, rngs, *, param_dtype):
         blocks = {
             config_lib.LIGHTNING: lightning.LightningAttention,
             config_lib.SOFTMAX: attention.SoftmaxAttention,
@@ -60,7 +58,7 @@ class DecoderLayer(nnx.Module):
         self.input_norm = norm()
         self.attention = blocks[kind](config, rngs, param_dtype=param_dtype)
         self.moe_norm = norm()
-        self.moe = moe.MoE(config, rngs, param_dtype=param_dtype, expert_dtype=expert_dtype)
+        self.moe = moe.MoE(config, rngs, param_dtype=param_dtype)
         self.kind, self.postnorm = kind, config.postnorm
         self.attention_scales = config.attention_scales(kind)
         self.moe_scales = (config.layernorm_mlp_alpha, config.layernorm_mlp_beta)
@@ -116,9 +114,8 @@ class MiniMaxM1(nnx.Module):
 
     Parameters of the layers are stacked: `layers[p]` holds run p of equal layers in the repeating
     unit, at index [repeat of the unit, place in the run] (`ModelConfig.place`). Activations have
-    `dtype`, parameters `param_dtype`, experts `expert_dtype` (int8: `quantize.py`), routers and
-    states float32. `layout` says how parameters and
-    activations lie on a mesh; None: one device.
+    `dtype`, parameters `param_dtype` (or int8: `quantize.py`), routers and states float32. `layout`
+    says how parameters and activations lie on a mesh; None: one device.
     """
 
     def __init__(
@@ -128,16 +125,13 @@ class MiniMaxM1(nnx.Module):
         *,
         dtype=jnp.bfloat16,
         param_dtype=None,
-        expert_dtype=None,
         layout: sharding.Layout | None = None,
     ):
         param_dtype = jnp.dtype(param_dtype or dtype)
         self.config, self.dtype, self.layout = config, jnp.dtype(dtype), layout
         kwargs = {"std": config.initializer_range, "param_dtype": param_dtype}
         self.embed = layers.Embedding(rngs, config.vocab_size, config.hidden_size, **kwargs)
-        make = functools.partial(
-            DecoderLayer, config, param_dtype=param_dtype, expert_dtype=expert_dtype
-        )
+        make = functools.partial(DecoderLayer, config, param_dtype=param_dtype)
         shapes = [(kind, (config.repeats, number)) for kind, number in config.runs]
         self.layers = nnx.List([_stack(make, kind, shape, rngs) for kind, shape in shapes])
         self.norm = layers.RMSNorm(

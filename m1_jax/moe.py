@@ -1,7 +1,6 @@
 """Mixture of experts: float32 router, dropless dispatch, experts, balance loss."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -54,9 +53,7 @@ class MoE(nnx.Module):
     With a shared expert, y becomes y (1 - c) + shared(h) c, c = sigmoid(h . coefficient).
     """
 
-    def __init__(
-        self, config: config_lib.ModelConfig, rngs: nnx.Rngs, *, param_dtype, expert_dtype=None
-    ):
+    def __init__(self, config: config_lib.ModelConfig, rngs: nnx.Rngs, *, param_dtype):
         embed, hidden = config.hidden_size, config.intermediate_size
         number, std = config.num_local_experts, config.initializer_range
         self.num_chosen, self.capacity = config.num_experts_per_tok, config.expert_capacity
@@ -64,15 +61,11 @@ class MoE(nnx.Module):
         shape, axes = (embed, number), ("embed", None)
         self.router = layers.param(rngs, shape, axes, param_dtype, std, float32=True)
         inward, outward = ("experts", "embed", "mlp"), ("experts", "mlp_in", "embed_out")
-        dtype = expert_dtype or param_dtype
-        self.gate = layers.param(rngs, (number, embed, hidden), inward, dtype, std)
-        self.up = layers.param(rngs, (number, embed, hidden), inward, dtype, std)
-        self.down = layers.param(rngs, (number, hidden, embed), outward, dtype, std)
-        if dtype == jnp.int8:
-            ones = functools.partial(layers.param, rngs, dtype=dtype, float32=True)
-            self.gate_scale = ones((number, hidden), ("experts", "mlp"))
-            self.up_scale = ones((number, hidden), ("experts", "mlp"))
-            self.down_scale = ones((number, embed), ("experts", "embed_out"))
+        self.gate = layers.param(rngs, (number, embed, hidden), inward, param_dtype, std)
+        self.up = layers.param(rngs, (number, embed, hidden), inward, param_dtype, std)
+        self.down = layers.param(rngs, (number, hidden, embed), outward, param_dtype, std)
+        # Of int8 experts alone, see `quantize.py`.
+        self.gate_scale = self.up_scale = self.down_scale = nnx.data(None)
         self.shared = (
             SharedExpert(config, rngs, param_dtype=param_dtype)
             if config.has_shared_expert

@@ -26,13 +26,12 @@ import jax.numpy as jnp
 from absl import app, flags, logging
 from jax.sharding import NamedSharding
 
-from m1_jax import aot, budget, checkpoint, chips, flops, hlo, plan_text, sharding
+from m1_jax import aot, budget, checkpoint, chips, flops, hlo, plan_text, quantize, sharding
 from m1_jax import config as config_lib
 from m1_jax import state as state_lib
 from pallas_kernels.lightning_attention import tiling
 
 PRESETS = {"m1": config_lib.ModelConfig.m1, "tiny": config_lib.ModelConfig.tiny}
-EXPERTS = {"bfloat16": None, "int8": jnp.int8}
 LATER = ("rl_update", "reshard")  # their programs come with the code that runs them
 TOKENS = 4096  # a chip, where --batch is not given for training
 
@@ -55,7 +54,7 @@ class Config:
         else one row a chip.
       accumulate, remat: of training; see `train.step.Settings` and `ModelConfig`.
       lightning: chunked (XLA) or tpu (the Pallas kernels).
-      experts: bfloat16, or int8 where nothing is trained.
+      weights: None (bfloat16) or, where nothing is trained, one of `quantize.RECIPES`.
     """
 
     topology: str
@@ -68,7 +67,7 @@ class Config:
     accumulate: int = 1
     remat: str = "layer"
     lightning: str = "chunked"
-    experts: str = "bfloat16"
+    weights: str | None = None
     tries: int = 3
     json: str = ""
 
@@ -81,10 +80,9 @@ class Config:
             raise PlanError(f"job: got {self.job!r}; wanted one of {', '.join(JOBS)}")
         if min(self.seq, self.accumulate, self.tries) < 1 or self.batch < 0:
             raise PlanError("seq, batch, accumulate, tries: wanted at least 1 of each")
-        if self.experts not in EXPERTS:
-            raise PlanError(f"experts: got {self.experts!r}; wanted one of {', '.join(EXPERTS)}")
-        if self.job == "train" and self.experts != "bfloat16":
-            raise PlanError(f"experts: {self.experts} cannot be trained; wanted bfloat16")
+        quantize.check(self.weights)
+        if self.job == "train" and self.weights is not None:
+            raise PlanError(f"weights: {self.weights} cannot be trained; leave --weights out")
         if self.lightning not in ("chunked", "tpu"):
             raise PlanError(f"lightning: got {self.lightning!r}; wanted chunked or tpu")
 
@@ -104,11 +102,11 @@ def abstract_model(
     config: config_lib.ModelConfig,
     job: str,
     layout: sharding.Layout | None = None,
-    experts: str = "bfloat16",
+    weights: str | None = None,
 ):
     """Return a bfloat16 model of sharded shapes; its parameters are float32 in training."""
     param_dtype = jnp.float32 if job == "train" else jnp.bfloat16
-    return checkpoint.abstract_model(config, jnp.bfloat16, param_dtype, layout, EXPERTS[experts])
+    return checkpoint.abstract_model(config, jnp.bfloat16, param_dtype, layout, weights)
 
 
 def abstract_rows(layout: sharding.Layout, rows: int, length: int, dtype=jnp.int32) -> Any:
@@ -184,7 +182,7 @@ def run(config: Config) -> dict[str, Any]:
     if config.mesh:
         ranked = [parse_mesh(config.mesh, len(devices))]
     else:
-        shapes = abstract_model(model_config, job.kind, experts=config.experts)
+        shapes = abstract_model(model_config, job.kind, weights=config.weights)
         ranked = rank(model_config, job, devices, config.slices, limit, shapes)[: config.tries]
     records = []
     for mesh in ranked:
@@ -248,7 +246,7 @@ def parse_mesh(text: str, num_devices: int) -> dict[str, int]:
 def plan_mesh(config: Config, model_config, job, shape, devices, limit, where) -> dict[str, Any]:
     """Compile one job on one mesh and return its record."""
     layout = make_layout(model_config, shape, devices, job)
-    model = abstract_model(model_config, job.kind, layout, config.experts)
+    model = abstract_model(model_config, job.kind, layout, config.weights)
     guess = estimate(model_config, job, layout, model)
     started = time.perf_counter()
     kernels = config.lightning == "tpu"
@@ -359,7 +357,8 @@ def _define_flags() -> None:
     flags.DEFINE_integer("accumulate", 1, "microbatches of a training step")
     flags.DEFINE_enum("remat", "layer", list(config_lib.REMAT), "what training computes again")
     flags.DEFINE_enum("lightning", "chunked", ["chunked", "tpu"], "XLA or the Pallas kernels")
-    flags.DEFINE_enum("experts", "bfloat16", list(EXPERTS), "dtype of the experts")
+    recipes = list(quantize.RECIPES)
+    flags.DEFINE_enum("weights", None, recipes, "int8 weights of decode and prefill; else bfloat16")
     flags.DEFINE_integer("tries", 3, "meshes to compile at most")
     flags.DEFINE_string("json", "", "file for the record")
 

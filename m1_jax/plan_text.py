@@ -17,6 +17,7 @@ def report(record: Mapping[str, Any]) -> str:
         f"mesh {mesh(record['mesh'])}",
         f"{record['batch']} rows of {record['seq']} tokens"
         + (f", remat {record['remat']}, {record['accumulate']} microbatches" * _trains(record))
+        + f", weights {record['weights']}" * (record["weights"] is not None)
         + f", lightning {record['lightning']}, jax {record['versions']['jax']}, "
         f"libtpu {record['versions']['libtpu']}",
         "",

@@ -224,6 +224,19 @@ def test_run_end_to_end(checkpoint):
     assert again == outputs
 
 
+def test_int8_weights(checkpoint):
+    config = generate.Config(
+        checkpoint=str(checkpoint), prompt="hi", max_tokens=4, temperature=0, weights="int8-all"
+    )
+    (output,), _ = generate.run(config, io.StringIO())
+    model, tok, (ids,) = generate.prepare(config)
+    assert model.layers[0].attention.qkv.kernel.dtype == jnp.int8
+    # One pass instead of a prefill and steps.
+    logits = model(jnp.asarray([ids + output.tokens], jnp.int32))[0, len(ids) - 1 : -1]
+    assert np.argmax(logits, axis=-1).tolist() == output.tokens
+    assert output.text == tok.decode(output.tokens)
+
+
 def test_prompts_file_raw_and_lines(checkpoint, tmp_path):
     file = tmp_path / "prompts.txt"
     file.write_text("one<end_of_sentence>\n\n two \r\n")
@@ -312,6 +325,7 @@ def test_refused_files(tmp_path):
         ({"max_length": -1}, "--max_length: got -1"),
         ({"batch_size": 0}, "--batch_size: got 0"),
         ({"dtype": "float16"}, "--dtype: got 'float16'; wanted float32 or bfloat16"),
+        ({"weights": "int8"}, "weights: got 'int8'; wanted None, int8-experts or int8-all; did"),
         ({"seed": -1}, "--seed: got -1"),
         ({"profile": "x"}, "--profile: got 'x'; wanted release or vllm"),
         ({"temperature": -1.0}, "temperature: got -1.0"),

@@ -47,7 +47,7 @@ def _moved(model):
 
 
 def _int8(config):
-    return checkpoint.abstract_model(config, expert_dtype=jnp.int8)
+    return checkpoint.abstract_model(config, weights="int8-all")
 
 
 def _adapters(model):
@@ -225,7 +225,8 @@ def test_a_mesh_computes_what_one_device_does(source, base):
         (lambda _: lora.Lora(modules="("), "no regular expression"),
         (lambda base: _adapted(base, lora.Lora(modules="router")), "'router' is found in none of"),
         (lambda base: _adapted(_adapted(base)), "has adapters already"),
-        (lambda base: _adapted(_int8(base.config)), "int8 experts have no gradient"),
+        (lambda base: _adapted(_int8(base.config)), "int8 weights, which are for inference"),
+        (lambda base: lora.merge(_int8(base.config)), "int8 weights, which are for inference"),
     ],
 )
 def test_wrong_values_are_refused_in_words(base, make, words):

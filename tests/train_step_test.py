@@ -64,6 +64,12 @@ def gradients():
     return {n: _gradients(_model(), _batch(), _settings(n, 0.0)) for n in (1, 2, 4)}
 
 
+def test_int8_weights_are_refused():
+    net = checkpoint.abstract_model(CONFIG, jnp.float32, weights="int8-all")
+    with pytest.raises(ValueError, match=r"int8 weights, .* no gradient\. Load the model without"):
+        step.init(net, optim.AdamW(1e-2))
+
+
 def test_loss_falls_in_bfloat16_and_masters_stay_float32():
     settings = _settings(schedule=optim.warmup_cosine(3e-3, 2, 40))
     state = step.init(_model(jnp.bfloat16), settings.optimizer)

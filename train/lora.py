@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from m1_jax import checkpoint, layers, sharding
+from m1_jax import checkpoint, layers, quantize, sharding
 from m1_jax import model as model_lib
 
 
@@ -49,15 +49,14 @@ def add(model: model_lib.MiniMaxM1, lora: Lora, key: jax.Array) -> model_lib.Min
     W may have any dtype. The model's arrays are shared, not copied.
 
     Raises:
-      ValueError: a model that has adapters already, int8 experts, which have no gradient, or no
+      ValueError: a model that has adapters already, int8 weights, which have no gradient, or no
         projection that `modules` names.
     """
     model = jax.tree.map(lambda leaf: leaf, model)
     linears = _linears(model)
     if any(linear.adapter for linear in linears.values()):
         raise ValueError("the model has adapters already; merge them before adding others")
-    if any(leaf.dtype == jnp.int8 for leaf in jax.tree.leaves(model)):
-        raise ValueError("int8 experts have no gradient; load the model without expert_dtype")
+    quantize.refuse(model)
     chosen = {name: linear for name, linear in linears.items() if re.search(lora.modules, name)}
     if not chosen:
         raise ValueError(
@@ -82,7 +81,11 @@ def merge(model: model_lib.MiniMaxM1) -> model_lib.MiniMaxM1:
     """Return the model without adapters: W + (alpha / rank) A B in their place, nothing frozen.
 
     Precision: float32, then rounded to W's dtype. Everything else is shared, not copied.
+
+    Raises:
+      ValueError: int8 weights, whose steps would swallow the change.
     """
+    quantize.refuse(model)
     model = jax.tree.map(lambda leaf: leaf, model)
     for linear in _linears(model).values():
         if linear.adapter is not None:

@@ -10,7 +10,7 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from m1_jax import logprobs, moe
+from m1_jax import logprobs, moe, quantize
 from m1_jax import model as model_lib
 from train import frozen, optim
 
@@ -74,8 +74,9 @@ def init(model: model_lib.MiniMaxM1, optimizer: optim.AdamW) -> TrainState:
     """Return the state of a model that was made with param_dtype float32, but for frozen parts.
 
     Raises:
-      ValueError: other parameters, whose updates would be rounded away.
+      ValueError: other parameters, whose updates would be rounded away, or int8 ones at all.
     """
+    quantize.refuse(model)
     trained, _ = frozen.split(model)
     for leaf in jax.tree.leaves(trained):
         if leaf.dtype != jnp.float32:

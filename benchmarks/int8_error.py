@@ -1,0 +1,134 @@
+"""Measures what int8 weights do to log-probabilities, beside what bfloat16 does to them.
+
+    python benchmarks/int8_error.py [--checkpoint=DIR] [--rows=4 --length=512] [--json=FILE]
+    python benchmarks/int8_error.py --size=120M
+
+Without --checkpoint, weights are random: those of the tests' tiny model, or of 120M parameters. The
+yardstick is the float32 model. On random tokens: |error| of the next tokens' log-probabilities,
+the divergence KL(float32 || other) of each place, how often both have the same likeliest token,
+and the bytes of all parameters. A near-tie of a router that rounding decides otherwise sends a
+token to another expert: that makes the largest errors (`docs/log.md`).
+"""
+
+import dataclasses
+import json
+import pathlib
+import tempfile
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags, logging
+
+import m1_jax
+from m1_jax import checkpoint, export, quantize
+
+TINY = pathlib.Path(__file__).parents[1] / "tests" / "data" / "m1-tiny"
+# Name, dtype of the computation, recipe.
+MODELS = (
+    ("bfloat16", jnp.bfloat16, None),
+    *((weights, jnp.float32, weights) for weights in quantize.RECIPES),
+    *((f"{weights}, bfloat16", jnp.bfloat16, weights) for weights in quantize.RECIPES),
+)
+
+
+def config_120m() -> m1_jax.ModelConfig:
+    """Return the model of `model_vs_transformers.py`: M1's ratios at 120M parameters."""
+    return dataclasses.replace(
+        m1_jax.ModelConfig.m1(),
+        vocab_size=8192,
+        hidden_size=512,
+        layer_types=("lightning",) * 7 + ("softmax",),
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        head_dim=64,
+        rotary_dim=32,
+        intermediate_size=1024,
+        num_local_experts=8,
+        max_position_embeddings=4096,
+        initializer_range=512**-0.5,  # the default would leave the logits to the embedding
+    )
+
+
+def random_checkpoint(directory: pathlib.Path) -> pathlib.Path:
+    model = checkpoint.random_model(config_120m(), jax.random.key(0), jnp.float32)
+    return export.save(model, directory / "random")
+
+
+def log_probs(model, tokens) -> np.ndarray:
+    """Return log-probabilities [B, T - 1, V] of what follows each token but the last."""
+    return np.concatenate([jax.nn.log_softmax(model(row[None])[:, :-1]) for row in tokens])
+
+
+def compare(name: str, got: np.ndarray, wanted: np.ndarray, tokens, model) -> dict:
+    next_tokens = np.asarray(tokens)[:, 1:, None]
+    error = np.abs(np.take_along_axis(got - wanted, next_tokens, axis=-1))
+    divergence = np.sum(np.exp(wanted) * (wanted - got), axis=-1)
+    return {
+        "weights": name,
+        "mean_error": float(error.mean()),
+        "max_error": float(error.max()),
+        "mean_kl": float(divergence.mean()),
+        "max_kl": float(divergence.max()),
+        "same_top": float(np.mean(got.argmax(-1) == wanted.argmax(-1))),
+        "parameter_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(model)),
+    }
+
+
+def run(path: pathlib.Path, rows: int, length: int) -> list[dict]:
+    """Return a record per model, that of the float32 model first; one is held at a time."""
+    model = m1_jax.load(path)
+    drawn = np.random.default_rng(0).integers(0, model.config.vocab_size, (rows, length))
+    tokens = jnp.asarray(drawn, jnp.int32)
+    wanted = log_probs(model, tokens)
+    records = [compare("float32", wanted, wanted, tokens, model)]
+    for name, dtype, weights in MODELS:
+        del model
+        model = m1_jax.load(path, dtype, weights=weights)
+        records.append(compare(name, log_probs(model, tokens), wanted, tokens, model))
+    return records
+
+
+def report(records: list[dict]) -> str:
+    lines = [
+        "| weights | mean error | max error | mean KL | max KL | same top token | MB |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for r in records:
+        lines.append(
+            f"| {r['weights']} | {r['mean_error']:.4f} | {r['max_error']:.3f} "
+            f"| {r['mean_kl']:.2e} | {r['max_kl']:.2e} | {r['same_top']:.1%} "
+            f"| {r['parameter_bytes'] / 1e6:.1f} |"
+        )
+    return "\n".join(lines)
+
+
+def main(argv) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"unknown argument {argv[1]!r}")
+    if not flags.FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.ERROR)  # Orbax tells every step at INFO
+    given = flags.FLAGS
+    with tempfile.TemporaryDirectory() as directory:
+        path = pathlib.Path(given.checkpoint or TINY)
+        if given.size == "120M":
+            path = random_checkpoint(pathlib.Path(directory))
+        records = run(path, given.rows, given.length)
+    print(report(records))
+    if given.json:
+        pathlib.Path(given.json).write_text(json.dumps(records, indent=1) + "\n")
+
+
+def cli() -> None:
+    flags.DEFINE_string(
+        "checkpoint", "", "release or converted directory; the tests' model if empty"
+    )
+    flags.DEFINE_enum("size", "tiny", ["tiny", "120M"], "random weights instead of a checkpoint")
+    flags.DEFINE_integer("rows", 4, "rows of random tokens", lower_bound=1)
+    flags.DEFINE_integer("length", 512, "tokens a row", lower_bound=2)
+    flags.DEFINE_string("json", "", "file for the numbers")
+    app.run(main)
+
+
+if __name__ == "__main__":
+    cli()
