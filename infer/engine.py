@@ -15,7 +15,7 @@ import collections
 import dataclasses
 import itertools
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -71,7 +71,8 @@ class Request:
         self.options, self.stop_ids = options, stop_ids
         self.progress, self.matcher, self.on_token = progress, matcher, on_token
         self.tokens: list[Token] = []
-        self.text, self.finish_reason = "", None
+        self.text = ""
+        self.finish_reason: str | None = None
         self.cached_tokens, self.cache_reason = 0, ""
         self.done = threading.Event()
 
@@ -98,7 +99,7 @@ class Request:
 class _Flight:
     """A plan given to the device: what it chose, by job and place in the arrays."""
 
-    places: dict[int, int]
+    places: dict[Hashable, int]
     chosen: Any
     version: int
 
@@ -130,9 +131,9 @@ class Engine:
         self._device = device.Device(model, config)
         self._compiler = grammar.Compiler(tokenizer, model.config.vocab_size)
         self._scheduler = scheduler.Scheduler(self._limits(), self._key())
-        self._requests: dict[int, Request] = {}
+        self._requests: dict[Hashable, Request] = {}
         self._flying: collections.deque[_Flight] = collections.deque()
-        self._slot_owner: dict[int, int] = {}
+        self._slot_owner: dict[int, Hashable] = {}
         self._numbers = itertools.count()
         self._lock = threading.RLock()
         self._work = threading.Condition(self._lock)
@@ -186,7 +187,9 @@ class Engine:
                 self._end(request, "cancelled")
 
     def swap(self, model: Any, keep_running: bool = True) -> int:
-        """Put other weights of the same shapes in place, between two dispatches; return their version.
+        """Put other weights of the same shapes in place; return their version.
+
+        They enter between two dispatches, and nothing is compiled.
 
         keep_running: requests under way go on from the states that the old weights left; else
         they are computed again from their tokens.
@@ -299,7 +302,7 @@ class Engine:
         )
         needs = bool(penalised or options.logit_bias or request.matcher)
         owner = self._slot_owner.get(item.slot, -1)
-        if owner != request.number and (needs or owner >= 0):
+        if owner != request.number and (needs or owner != -1):
             self._device.reset(item.slot, options.logit_bias)
             self._slot_owner[item.slot] = request.number if needs else -1
             if penalised:

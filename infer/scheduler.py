@@ -148,6 +148,12 @@ class Scheduler:
             if not keep_running:
                 self._restart(job)
 
+    def set_single_step(self, job_id: Hashable, single_step: bool) -> None:
+        """Change whether the host must see each token of a request before the next one is made."""
+        job = self._jobs.get(job_id)
+        if job:
+            job.single_step = single_step
+
     def cached(self, job_id: Hashable) -> tuple[int, str]:
         """Return how many prompt tokens came from the cache, and if none, why; until it is over."""
         job = self._jobs[job_id]

@@ -81,7 +81,8 @@ class SoftmaxAttention(nnx.Module):
 
     def serve(self, qkv, slopes, work: serving.Work, pool, place):
         """Run attention on rows of several sequences: see `paged.attend`; slopes have no part."""
-        return paged.attend(*qkv, work, pool, place)
+        q, k, v = qkv
+        return paged.attend(q, k, v, work, pool, place)
 
     def _project(self, h, positions):
         def heads(x):

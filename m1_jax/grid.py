@@ -85,5 +85,7 @@ def write(pool, index: tuple[Any, ...], place, rows: Float[Array, "N t H"], plac
     start = (*index, 0, place, 0)
     size = (*(1,) * len(index), *rows.shape)
     before = jax.lax.dynamic_slice(pool, start, size)
-    rows = jnp.where((places >= 0)[None, :, None], rows.astype(pool.dtype), before.reshape(rows.shape))
+    rows = jnp.where(
+        (places >= 0)[None, :, None], rows.astype(pool.dtype), before.reshape(rows.shape)
+    )
     return jax.lax.dynamic_update_slice(pool, rows.reshape(size), start)

@@ -229,7 +229,9 @@ class MiniMaxM1(nnx.Module):
         _check_room(tokens, state, num_tokens)
         return _extend(self, tokens, state, num_tokens, last_only)
 
-    def _run(self, x, context: Context | serving.Work, state: Any = None, keep_layers=False) -> tuple[Any, ...]:
+    def _run(
+        self, x, context: Context | serving.Work, state: Any = None, keep_layers=False
+    ) -> tuple[Any, ...]:
         """Run all layers.
 
         Returns (x, router statistics [L, ...], layer states, layer outputs [L, B, T, D] or None).

@@ -79,8 +79,8 @@ def serve(
 ) -> tuple[Float[Array, "O V"], state_lib.ServingState]:
     """Append the tokens to their sequences; return float32 logits of some rows, and the state.
 
-    rows: whose logits are wanted, -1 for none; None: all of them. On a mesh every device of the batch axes
-    holds all rows; heads, experts and vocabulary are split.
+    rows: whose logits are wanted, -1 for none; None: all of them. On a mesh every device of the
+    batch axes holds all rows; heads, experts and vocabulary are split.
     """
     layout = model.layout
     if layout is None:
