@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from infer import sampling
+from infer import request, sampling
 
 choose = jax.jit(sampling.choose)
 forced = jax.jit(sampling.forced)
@@ -205,6 +205,15 @@ def test_gumbel_noise():
 def test_refused_options(values, error):
     with pytest.raises(ValueError, match=error):
         sampling.options(2, **values)
+
+
+def test_options_of_requests():
+    asked = request.Options(temperature=0.5, top_k=3, top_logprobs=2)
+    made = sampling.options(1, **asked.sampling)
+    assert {f.name for f in dataclasses.fields(made)} == set(asked.sampling)
+    for name, value in asked.sampling.items():
+        np.testing.assert_allclose(getattr(made, name), [value])
+    assert (made.top_k.dtype, made.top_p.dtype) == (jnp.int32, jnp.float32)
 
 
 def test_unknown_option_and_seed():
