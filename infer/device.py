@@ -175,7 +175,7 @@ class Device:
             return None
         state = jax.tree.map(lambda a: a.sharding, self._held["state"])
         if name in ("copy", "write"):
-            return jax.tree.leaves(state)
+            return state
         if name == "read":  # without the axis of slots or pages, which is not split
             return None
         if name in ("decode", "prefill"):
