@@ -19,6 +19,7 @@ from m1_jax import state as state_lib
 # What a program takes of the device's memory, and which of it it gives back first.
 _TAKES = {
     "decode": ("model", "state", "rows"),
+    "verify": ("model", "state", "rows"),
     "prefill": ("model", "state", "rows"),
     "copy": ("state",),
     "read": ("state",),
@@ -109,21 +110,31 @@ class Device:
         """Take other weights.
 
         Raises:
-          ValueError: other shapes, dtypes or layout than the ones before.
+          ValueError: as `check`.
         """
+        self.check(model)
+        # An array committed elsewhere would ask for another program.
+        self._held["model"] = [
+            jax.device_put(new, old.sharding)
+            for old, new in zip(self._held["model"], jax.tree.leaves(model), strict=True)
+        ]
+
+    def check(self, model: Any) -> None:
+        """Raise ValueError for weights of other shapes, dtypes or layout."""
         leaves, tree = jax.tree.flatten(model)
         if tree != self._tree:
             raise ValueError("swap: got another model; wanted other weights of the same model")
-        before = self._held["model"]
-        for old, new in zip(before, leaves, strict=True):
+        for old, new in zip(self._held["model"], leaves, strict=True):
             if (old.shape, old.dtype) != (new.shape, new.dtype):
                 raise ValueError(
                     f"swap: got {jax.typeof(new)}; wanted {jax.typeof(old)}, as the weights before"
                 )
-        # An array committed elsewhere would ask for another program.
-        self._held["model"] = [
-            jax.device_put(new, old.sharding) for old, new in zip(before, leaves, strict=True)
-        ]
+
+    def rest(self) -> None:
+        """Do nothing: one process has nobody to wait with."""
+
+    def close(self) -> None:
+        """Do nothing, likewise."""
 
     def _compile(self, config: config_lib.Config, vocab_size: int) -> dict[Any, Any]:
         """Compile all programs, several at a time."""
@@ -139,6 +150,10 @@ class Device:
             model = jax.tree.unflatten(tree, leaves)
             return programs.prefill(model, state, rows, batch, prompts, recipe)
 
+        def verify(leaves, state, rows, batch, drafts):
+            model = jax.tree.unflatten(tree, leaves)
+            return programs.verify(model, state, rows, batch, drafts, recipe)
+
         one, some = np.int32(0), np.zeros(programs.SWAP_PAGES, np.int32)
         held = programs.Program(programs.read, (), state, one, some, where=self._where("read"))
         row = self._replicated(jax.eval_shape(programs.read_row, rows, one))
@@ -153,6 +168,10 @@ class Device:
         }
         for size in config.decode_rows:
             jobs["decode", size] = (decode, arguments.empty_batch(size, config), one)
+        if config.draft_tokens:
+            size = config.decode_rows[0]
+            drafts = np.zeros((size, config.tile_rows), np.int32)
+            jobs["verify", size] = (verify, arguments.empty_batch(size, config), drafts)
         for size in config.prefill_tokens:
             batch = arguments.empty_batch(arguments.PREFILL_PARTS, config)
             jobs["prefill", size] = (prefill, batch, arguments.empty_prompts(size, config))
@@ -178,7 +197,7 @@ class Device:
             return state
         if name == "read":  # without the axis of slots or pages, which is not split
             return None
-        if name in ("decode", "prefill"):
+        if name in ("decode", "verify", "prefill"):
             return (state, self._everywhere, self._everywhere)
         return self._everywhere
 

@@ -18,12 +18,15 @@ import threading
 from collections.abc import Hashable, Iterable, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
-from infer import arguments, device, finish, grammar, plans, programs, scheduler
+from infer import arguments, controller, device, finish, grammar, lookup, plans, programs, scheduler
 from infer import config as config_lib
 from infer import request as request_lib
 from m1_jax import tokenizer as tokenizer_lib
+
+_REST_SECS = 10.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +78,18 @@ class Request:
         self.finish_reason: str | None = None
         self.cached_tokens, self.cache_reason = 0, ""
         self.done = threading.Event()
+        self.lookup = lookup.Lookup(self.prompt)
+
+    @property
+    def penalised(self) -> bool:
+        """Whether its choices depend on what it said before."""
+        o = self.options
+        return o.repetition_penalty != 1 or o.presence_penalty != 0 or o.frequency_penalty != 0
+
+    @property
+    def plain(self) -> bool:
+        """Whether several of its tokens can be chosen at once."""
+        return not self.penalised and self.matcher is None and not self.progress.close()
 
     def output(self, timeout_secs: float | None = None) -> Output:
         """Wait for the end, and return all of it.
@@ -125,10 +140,17 @@ class Engine:
                 f"max_length: got {config.max_length}; the model allows "
                 f"{model.config.max_position_embeddings} at most"
             )
+        if jax.process_index():
+            raise ValueError(
+                f"engine: got process {jax.process_index()}; wanted process 0 to have it, and "
+                "the others in controller.follow(model, config)"
+            )
         self.config, self.tokenizer = config, tokenizer
         self.version = 0
         self._model_config = model.config
-        self._device = device.Device(model, config)
+        self._device: Any = device.Device(model, config)
+        if jax.process_count() > 1:
+            self._device = controller.Leader(self._device)
         self._compiler = grammar.Compiler(tokenizer, model.config.vocab_size)
         self._scheduler = scheduler.Scheduler(self._limits(), self._key())
         self._requests: dict[Hashable, Request] = {}
@@ -172,7 +194,11 @@ class Engine:
             number = next(self._numbers)
             made = Request(number, prompt, options, stop_ids, progress, matcher, on_token)
             self._scheduler.submit(
-                number, made.prompt, options.max_tokens, single_step=self._single_step(made)
+                number,
+                made.prompt,
+                options.max_tokens,
+                single_step=self._single_step(made),
+                waits=self.config.draft_tokens > 0,
             )
             self._requests[made.number] = made
             self._work.notify()
@@ -235,6 +261,8 @@ class Engine:
             self._work.notify()
         if self._thread is not None:
             self._thread.join()
+        self.run()  # what is under way
+        self._device.close()
 
     def stats(self) -> scheduler.Stats:
         with self._lock:
@@ -246,7 +274,8 @@ class Engine:
         while True:
             with self._work:
                 while not self._closed and not self._requests and not self._flying:
-                    self._work.wait()
+                    if not self._work.wait(_REST_SECS):
+                        self._device.rest()
                 if self._closed and not self._flying:
                     return
             self.step()
@@ -284,9 +313,32 @@ class Engine:
         elif plan.decode:
             size = next(n for n in self.config.decode_rows if n >= len(plan.decode))
             batch = arguments.batch(size, plan.decode, requests, self.config)
-            chosen = self._device.run("decode", size, batch, np.int32(plan.steps))
+            drafts = self._drafts(size, plan, requests)
+            if drafts is None:
+                chosen = self._device.run("decode", size, batch, np.int32(plan.steps))
+            else:
+                chosen = self._device.run("verify", size, batch, drafts)
         places = {item.job_id: place for place, item in enumerate(work)}
         self._flying.append(_Flight(places, chosen, self.version))
+
+    def _drafts(self, size: int, plan: plans.Plan, requests) -> Any:
+        """Return guesses for `programs.verify`; None where there are none to check."""
+        config = self.config
+        most = min(config.draft_tokens, plan.steps - 1)
+        if most < 1 or size != config.decode_rows[0]:
+            return None
+        drafts = np.full((size, config.tile_rows), -1, np.int32)
+        for row, request in enumerate(requests):
+            if request is None or not request.plain:
+                continue
+            length = len(request.prompt) + len(request.tokens) - 1
+            first = length % config.tile_rows + 1
+            room = config.tile_rows - first
+            if (length + 1 + room) % config.chunk_tokens == 0:
+                room -= 1  # the chunk's last place
+            guess = request.lookup.guess(min(room, most))
+            drafts[row, first : first + len(guess)] = guess
+        return drafts if np.any(drafts >= 0) else None
 
     def _act(self, action) -> None:
         """Move memory."""
@@ -312,17 +364,16 @@ class Engine:
     def _prepare(self, item: plans.Part | plans.Row, request: Request) -> None:
         """Bring a slot's counts, bias and mask in line with the request that now has it."""
         options = request.options
-        penalised = (
-            options.repetition_penalty != 1 or options.presence_penalty or options.frequency_penalty
-        )
-        needs = bool(penalised or options.logit_bias or request.matcher)
+        needs = bool(request.penalised or options.logit_bias or request.matcher)
         owner = self._slot_owner.get(item.slot, -1)
         run, slot = self._device.run, np.int32(item.slot)
         if owner != request.number and (needs or owner != -1):
             run("reset", 0, slot, *arguments.bias(options.logit_bias))
             self._slot_owner[item.slot] = request.number if needs else -1
             made = [token.id for token in request.tokens]
-            for tokens, in_prompt in ((request.prompt, True), (made, False)) if penalised else ():
+            for tokens, in_prompt in (
+                ((request.prompt, True), (made, False)) if request.penalised else ()
+            ):
                 for first in range(0, len(tokens), programs.COUNT_TOKENS):
                     some = arguments.counted(tokens[first : first + programs.COUNT_TOKENS])
                     run("count", 0, slot, some, np.bool_(in_prompt))
@@ -366,6 +417,7 @@ class Engine:
         update = request.progress.push(one.id, one.logp_raw)
         token = Token(one.id, one.logp, one.logp_raw, version, one.top)
         request.tokens.append(token)
+        request.lookup.push(one.id)
         request.text += update.text
         request.finish_reason = update.finished
         if request.matcher is not None and update.finished is None:

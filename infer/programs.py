@@ -147,6 +147,66 @@ def decode(
     return state, rows, made
 
 
+def verify(
+    model: Any,
+    state: state_lib.ServingState,
+    rows: Rows,
+    batch: Batch,
+    drafts: Int[Array, "B t"],
+    recipe: Recipe,
+) -> tuple[state_lib.ServingState, Rows, sampling.Chosen]:
+    """Make tokens as `decode` does, several at once where guesses at them turn out right.
+
+    drafts: by place in the sequence's open tile, guesses at the tokens after the next one to enter
+      the state; -1 is none. None at the last place of a chunk: the state would move on, for good.
+
+    Every guess is checked by choosing from the logits before it as `decode` would: a row of a tile
+    is computed as it is alone. What a wrong guess left in ring and pages is overwritten before
+    anything reads it.
+    """
+    size, tile = drafts.shape
+    running = rows.running[batch.slots] & (batch.slots > 0)
+    length = rows.length[batch.slots]
+    place = jnp.arange(tile, dtype=jnp.int32)[None]
+    first = (length % tile)[:, None]
+    real = running[:, None] & ((place == first) | ((place > first) & (drafts >= 0)))
+    positions = (length[:, None] - first + place).reshape(-1)
+    work = serving.Work(
+        jnp.where(real.reshape(-1), positions, -1),
+        jnp.where(running, batch.slots, 0),
+        batch.pages,
+        recipe.tile_rows,
+        recipe.row_tile,
+    )
+    tokens = jnp.where(place == first, rows.token[batch.slots][:, None], jnp.maximum(drafts, 0))
+    logits, state = serving.serve(model, tokens.reshape(-1), work, state)
+    logits = sharding.whole_array(logits, model.layout)
+    each = jax.tree.map(lambda a: jnp.repeat(a, tile, axis=0), dataclasses.replace(batch, pages=0))
+    chosen, stopped = _chosen(logits, rows, each, real.reshape(-1), positions + 1)
+    stopped = stopped.reshape(size, tile)
+    token = chosen.token.reshape(size, tile)
+    # A row counts if all before it were guessed right and did not end the sequence.
+    right = (place < first) | (jnp.roll(drafts, -1, axis=1) == token) & ~stopped
+    right = jnp.roll(right, 1, axis=1) | (place <= first)
+    made = (jnp.cumprod(right, axis=1) > 0) & real
+    last = jnp.max(jnp.where(made, place, 0), axis=1)
+    at = jnp.arange(size), last
+    slots = jnp.where(running, batch.slots, 0)
+    number = jnp.sum(made, axis=1)
+    rows = dataclasses.replace(
+        rows,
+        token=rows.token.at[slots].set(token[at]),
+        length=rows.length.at[slots].set(length + number),
+        running=rows.running.at[slots].set(running & ~stopped[at]),
+        counts=rows.counts.at[slots[:, None], jnp.maximum(token, 0)].add(made.astype(jnp.int32)),
+    )
+    chosen = dataclasses.replace(chosen, token=jnp.where(made.reshape(-1), chosen.token, -1))
+    by_step = jax.tree.map(
+        lambda a: jnp.moveaxis(a.reshape(size, tile, *a.shape[1:]), 1, 0), chosen
+    )
+    return state, rows, by_step
+
+
 def _nothing(batch: Batch, steps: int) -> sampling.Chosen:
     shape = (steps, batch.slots.shape[0])
     top = (*shape, request.MAX_TOP_LOGPROBS)
@@ -197,7 +257,21 @@ def _choose(
     wanted: Bool[Array, "B"],
     length: Int[Array, "B"],
 ) -> tuple[Rows, sampling.Chosen]:
-    """Choose a token for the wanted rows, whose state holds `length` tokens."""
+    """Choose a token for the wanted rows, whose state holds `length` tokens, and note it."""
+    chosen, stopped = _chosen(logits, rows, batch, wanted, length)
+    slots = jnp.where(wanted, batch.slots, 0)
+    rows = dataclasses.replace(
+        rows,
+        token=rows.token.at[slots].set(chosen.token),
+        length=rows.length.at[slots].set(length),
+        running=rows.running.at[slots].set(wanted & ~stopped),
+        counts=rows.counts.at[slots, chosen.token].add(wanted.astype(jnp.int32)),
+    )
+    return rows, dataclasses.replace(chosen, token=jnp.where(wanted, chosen.token, -1))
+
+
+def _chosen(logits, rows: Rows, batch: Batch, wanted, length):
+    """Return what is chosen, and whether it ends the sequence."""
 
     def tile(logits, slots, options, seeds, stop_ids, banned, forced, length):
         keys = jax.vmap(lambda seed, at: jax.random.fold_in(jax.random.key(seed), at))
@@ -207,6 +281,7 @@ def _choose(
         return sampling.forced(chosen, logits, options, *held, banned, forced)
 
     total = length + 1  # with the new token
+    free = total >= batch.free_from
     chosen = serving.by_tiles(
         tile,
         SAMPLE_ROWS,
@@ -216,20 +291,12 @@ def _choose(
         batch.options,
         batch.seeds,
         batch.stop_ids,
-        total < batch.free_from,
+        ~free,
         batch.forced,
         length,
     )
-    stopped = jnp.any(chosen.token[:, None] == batch.stop_ids, axis=1) & (total >= batch.free_from)
-    slots = jnp.where(wanted, batch.slots, 0)
-    rows = dataclasses.replace(
-        rows,
-        token=rows.token.at[slots].set(chosen.token),
-        length=rows.length.at[slots].set(length),
-        running=rows.running.at[slots].set(wanted & ~stopped & (total < batch.limit)),
-        counts=rows.counts.at[slots, chosen.token].add(wanted.astype(jnp.int32)),
-    )
-    return rows, dataclasses.replace(chosen, token=jnp.where(wanted, chosen.token, -1))
+    stopped = jnp.any(chosen.token[:, None] == batch.stop_ids, axis=1) & free
+    return chosen, stopped | (total >= batch.limit)
 
 
 # ---- memory

@@ -66,6 +66,7 @@ class Scheduler:
         *,
         cacheable: bool = True,
         single_step: bool = False,
+        waits: bool = False,
     ) -> None:
         """Queue a request.
 
@@ -73,6 +74,7 @@ class Scheduler:
           job_id: not in use. tokens: the prompt, at least one. max_tokens: longest output.
           cacheable: whether it may read and write the prefix cache.
           single_step: whether the host must see each token before the next one is made.
+          waits: whether it must see the tokens of each dispatch before the next one.
 
         Raises:
           ValueError: it is empty, longer than max_length or what all pages could hold, or the id
@@ -109,6 +111,7 @@ class Scheduler:
             limit,
             cacheable and not self._memory.cache.off,
             single_step,
+            waits,
         )
         self._jobs[job_id] = job
         self._waiting.append(job)
