@@ -327,6 +327,35 @@ def test_a_snapshot_is_taken_where_a_later_request_parts():
     assert until(sched, lambda plan: "b" in spans(plan)).prefill[0].start == 8
 
 
+@pytest.mark.parametrize(("other", "point"), [("abxy", 8), ("ab", 4), ("x", 16)])
+def test_a_snapshot_is_taken_where_one_that_waits_can_go_on(other, point):
+    sched = make()
+    sched.submit("a", words("abcdefgh"), 1)
+    sched.submit("b", words(other), 1)
+    assert spans(step(sched))["a"] == (0, point)
+
+
+def test_a_snapshot_is_taken_where_the_older_one_just_is():
+    sched = make(max_prefill_tokens=8)
+    sched.submit("a", words("abcdefgh"), 1)
+    step(sched)
+    sched.submit("b", words("abxy"), 1)
+    plan = step(sched)
+    assert plan.actions == (scheduler.Copy(1, 2),)
+    assert until(sched, lambda plan: "b" in spans(plan)).prefill[-1].start == 8
+
+
+def test_a_request_that_is_held_back_keeps_its_place():
+    sched = make(max_prefill_tokens=8, num_slots=2, prefill_parts=3)
+    sched.submit("a", words("abcde"), 1)
+    step(sched)
+    sched.submit("b", words("abcdx"), 30)
+    sched.submit("c", words("k"), 30)
+    seen = []
+    until(sched, lambda plan: seen.extend(spans(plan)) or "c" in seen)
+    assert seen.index("b") < seen.index("c")
+
+
 def test_a_snapshot_is_taken_where_a_request_leaves_the_tree():
     sched = make()
     sched.submit("a", words("abcde"), 1)
@@ -451,6 +480,38 @@ def test_a_preempted_request_waits_until_its_tokens_are_known():
     assert spans(step(sched)) == {"a": (0, 6)}
 
 
+@pytest.mark.parametrize("swap_tokens", [4, 1000])
+def test_a_planned_snapshot_is_taken_before_its_request_is_preempted(swap_tokens):
+    sched = make(swap_tokens=swap_tokens, host_bytes=100)
+    sched.submit("a", words("abc") + [1], 40)
+    step(sched)
+    sched.preempt("a")
+    assert sched.stats().cache.nodes == 1
+    plan = step(sched)
+    assert plan.actions[0] == scheduler.Copy(1, 2)
+    assert spans(plan) == {"a": (12, 13)}
+
+
+def test_an_older_one_that_was_preempted_goes_before_a_younger_prefill():
+    sched = make(cache_bytes=0)
+    sched.submit("a", [1] * 12, 40)
+    sched.submit("b", [2] * 40, 40)
+    assert list(spans(step(sched))) == ["a", "b"]
+    sched.preempt("a")
+    until(sched, lambda plan: plan.prefill)
+    sched.preempt("a")
+    sched.submit("c", [2] * 40, 40)
+    assert list(spans(until(sched, lambda plan: plan.prefill)))[0] == "a"
+
+
+def test_one_that_was_preempted_waits_for_some_room():
+    sched = make(num_pages=12, cache_bytes=0)
+    fill(sched)
+    while step(sched):
+        pass
+    assert sched.stats().memory.restarted == 3
+
+
 def test_single_steps():
     sched = make()
     sched.submit("a", [1], 9, single_step=True)
@@ -490,6 +551,8 @@ def test_new_weights_with_requests_that_begin_again():
     plan = step(sched)
     assert [type(action) for action in plan.actions][-1] == scheduler.Drop
     assert spans(plan)["a"][0] == 0
+    until(sched, lambda plan: "a" in spans(plan) and plan.prefill[0].last)
+    assert sched.stats().cache.nodes > 0
     sched.set_key((1, ""), keep_running=False)  # the same: nothing to do
     assert sched.stats().running > 0
 
