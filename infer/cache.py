@@ -193,7 +193,6 @@ class PrefixCache:
         return hit
 
     def release(self, hit: Hit) -> None:
-        """Unpin what `match` returned; once."""
         self._pin(hit, -1)
 
     def take_over(self, hit: Hit) -> int:
@@ -214,15 +213,14 @@ class PrefixCache:
         return node.slot
 
     def insert(self, key: Hashable, tokens: Sequence[int], pages: Sequence[int], slot: int) -> bool:
-        """Add a snapshot of all of `tokens`; the slot is the cache's from now on.
+        """Add a snapshot of all of `tokens`, and return whether a node was added.
+
+        The slot is the cache's from now on, whatever comes of it.
 
         Args:
           tokens: a multiple of chunk_tokens of them. pages: theirs; those past the deepest
             snapshot on the way get the cache as one more holder.
           slot: holds the state. Released if the tree has this snapshot or no room for it.
-
-        Returns:
-          Whether a node was added.
         """
         chunk = self._chunk_tokens
         if not pages or len(tokens) != len(pages) * chunk:
@@ -244,17 +242,14 @@ class PrefixCache:
         return True
 
     def value(self, key: Hashable, tokens: Sequence[int]) -> float:
-        """Return what a snapshot of `tokens` would be worth beside those there; 0 if it is there.
-
-        Tokens to compute again without it, per byte.
-        """
+        """Return what this snapshot would be worth: tokens saved per byte; 0 if it is there."""
         root = self._roots.get(key)
         start = self._path(root, tokens)[-1].length if root else 0
         pages = (len(tokens) - start) // self._chunk_tokens
         return (len(tokens) - start) / self._size_bytes(pages)
 
     def evict(self, pages: int = 0, slots: int = 0, below: float = math.inf) -> bool:
-        """Remove the cheapest unpinned snapshots until as many pages and slots are free.
+        """Remove the cheapest unpinned snapshots until so many are free; return whether they are.
 
         Leaves go with their pages; a node with one child leaves its pages to that child. Nothing
         is removed when everything would not be enough.
@@ -262,9 +257,6 @@ class PrefixCache:
         Args:
           pages, slots: wanted free in the pools, what is free already included.
           below: only nodes worth less than this (see `value`).
-
-        Returns:
-          Whether they are free now.
         """
         if not self.can_free(pages, slots):
             return False
