@@ -199,6 +199,14 @@ def test_an_inner_node_goes_by_giving_its_span_to_its_only_child():
     assert tree.pages.free == 32
 
 
+def test_no_inner_node_goes_for_pages():
+    tree = Tree(state_bytes=1000)
+    tree.insert("a")
+    tree.insert("abcdefgh")
+    assert tree.cache.evict(pages=36)
+    assert tree.find("abcdefgh") == (1, 1)
+
+
 def test_shared_pages_are_not_counted_as_gain():
     tree = Tree(num_pages=10)
     pages, _ = tree.insert("abcd", keep=True)
