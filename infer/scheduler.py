@@ -22,6 +22,7 @@ Copy, SwapOut, SwapIn, Drop = plans.Copy, plans.SwapOut, plans.SwapIn, plans.Dro
 QueueFull = plans.QueueFull
 
 _PLANS_IN_FLIGHT = 2  # one that runs, and one behind it
+_LOOKAHEAD_JOBS = 32  # that wait and are compared with one that begins: each costs time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,21 +116,19 @@ class Scheduler:
         )
         self._jobs[job_id] = job
         self._waiting.append(job)
-        for other in self._running:
+        for other in self._running if len(self._waiting) <= _LOOKAHEAD_JOBS else ():
             self._plan_shared_point(other, job)
             if job.cacheable and not other.decoding and self._common(other, job) == other.computed:
                 other.pending = other.computed  # the next plan starts with the copy
 
     def cancel(self, job_id: Hashable) -> None:
         """End a request now, if it is not over; plans under way may still name it."""
-        job = self._jobs.get(job_id)
-        if job:
+        if job := self._jobs.get(job_id):
             self._end(job, None)
 
     def preempt(self, job_id: Hashable) -> None:
         """Take a running request's memory; it goes on when there is room again."""
-        job = self._jobs.get(job_id)
-        if job and job.slot:
+        if (job := self._jobs.get(job_id)) and job.slot:
             self._preempt(job)
 
     def set_key(self, key: Hashable, keep_running: bool) -> None:
@@ -190,10 +189,10 @@ class Scheduler:
         if decode_turn and not rows:  # preemption took them all
             parts = self._plan_prefill(works)
         actions = tuple(self._memory.actions)
-        if not parts and not rows and not actions:
+        if not works and not actions:
             return None
         self._memory.actions.clear()
-        if parts or rows:
+        if works:
             self._prefill_last = bool(parts)
         for work in works:
             work.job.works_in_flight += 1
@@ -347,7 +346,7 @@ class Scheduler:
         points = {self._memory.grid(job.prompt_tokens - 1), common}
         points.update(range(every, job.target, every) if every else ())
         job.points = sorted(point for point in points if job.computed < point < job.target)
-        for other in self._waiting:
+        for other in self._waiting[:_LOOKAHEAD_JOBS]:
             if other is not job:
                 self._plan_shared_point(job, other)
 

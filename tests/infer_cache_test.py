@@ -43,6 +43,11 @@ class Tree:
         hit = self.cache.lookup(key, tokens_of(word), len(word) * C if limit is None else limit)
         return hit.length // C, hit.common // C
 
+    def evictable(self):
+        loose = [node for node in self.cache._nodes() if not node.pins]
+        held = [self.pages.holders(page) for node in loose for page in node.pages]
+        return held.count(1), len(loose)
+
     def stats(self):
         return self.cache.stats()
 
@@ -117,9 +122,9 @@ def test_a_split_keeps_the_pins_of_the_hits_below():
     tree.insert("abcd")
     hit = tree.cache.match(KEY, tokens_of("abcd"), 16)
     tree.insert("ab")
-    assert tree.cache.evictable() == (0, 0)
+    assert tree.evictable() == (0, 0)
     tree.cache.release(hit)
-    assert tree.cache.evictable() == (4, 2)
+    assert tree.evictable() == (4, 2)
     with pytest.raises(RuntimeError, match="released before"):
         tree.cache.release(hit)
 
@@ -194,11 +199,19 @@ def test_an_inner_node_goes_by_giving_its_span_to_its_only_child():
     assert tree.pages.free == 32
 
 
+def test_no_inner_node_goes_for_pages():
+    tree = Tree(state_bytes=1000)
+    tree.insert("a")
+    tree.insert("abcdefgh")
+    assert tree.cache.evict(pages=36)
+    assert tree.find("abcdefgh") == (1, 1)
+
+
 def test_shared_pages_are_not_counted_as_gain():
     tree = Tree(num_pages=10)
     pages, _ = tree.insert("abcd", keep=True)
     tree.insert("xyz")
-    assert tree.cache.evictable() == (3, 2)
+    assert tree.evictable() == (3, 2)
     assert not tree.cache.evict(pages=7)
     assert tree.stats().nodes == 2  # nothing is lost for nothing
     assert tree.cache.evict(pages=6)
@@ -211,7 +224,7 @@ def test_leaves_without_gain_go_when_they_are_in_the_way():
     tree = Tree(num_pages=10, state_bytes=1)
     tree.insert("abc")
     pages, _ = tree.insert("abcd", keep=True)
-    assert tree.cache.evictable() == (3, 2)
+    assert tree.evictable() == (3, 2)
     assert tree.cache.evict(pages=6)
     assert tree.stats().nodes == 0
     assert tree.pages.free == 10 - len(pages)
@@ -355,7 +368,7 @@ class Machine(stateful.RuleBasedStateMachine):
     @stateful.rule(pages=st.integers(0, 16), slots=st.integers(0, 6))
     def evict(self, pages, slots):
         before = dict(self.words)
-        loose = self.tree.cache.evictable()
+        loose = self.tree.evictable()
         most = self.tree.pages.free + loose[0], self.tree.slots.free + loose[1]
         done = self.tree.cache.evict(pages, slots)
         assert done == (most[0] >= pages and most[1] >= slots)
