@@ -14,8 +14,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, UInt
 
+from infer import config as config_lib
 from infer import request, sampling
 from m1_jax import serving, sharding
 from m1_jax import state as state_lib
@@ -145,6 +147,33 @@ def decode(
     made = dataclasses.replace(made, token=made.token - 1)
     _, state, rows, made = jax.lax.while_loop(going, body, (jnp.int32(0), state, rows, made))
     return state, rows, made
+
+
+def abstract_decode(
+    model_config: Any, layout: sharding.Layout, config: config_lib.Config
+) -> tuple[state_lib.ServingState, tuple[Any, ...]]:
+    """Return the state that `decode` takes, and what it takes after it, as sharded shapes."""
+    state = state_lib.abstract_serving(
+        model_config, config.slots, config.pages, config.chunk_tokens, layout
+    )
+    size = config.decode_rows[-1]
+    rows = jax.eval_shape(lambda: init_rows(config.slots, model_config.vocab_size))
+    ints = jax.ShapeDtypeStruct((size,), jnp.int32)
+    batch = Batch(
+        slots=ints,
+        pages=jax.ShapeDtypeStruct((size, config.pages_per_sequence), jnp.int32),
+        options=jax.eval_shape(lambda: sampling.options(size)),
+        seeds=jax.ShapeDtypeStruct((size,), jnp.uint32),
+        stop_ids=jax.ShapeDtypeStruct((size, request.MAX_STOP_IDS), jnp.int32),
+        free_from=ints,
+        limit=ints,
+        forced=ints,
+    )
+    everywhere = NamedSharding(layout.mesh, PartitionSpec())
+    return state, jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=everywhere),
+        (rows, batch, jax.ShapeDtypeStruct((), jnp.int32)),
+    )
 
 
 def verify(
