@@ -20,8 +20,8 @@ from typing import Any
 
 import numpy as np
 
+from infer import arguments, device, finish, grammar, plans, programs, scheduler
 from infer import config as config_lib
-from infer import device, finish, grammar, plans, scheduler
 from infer import request as request_lib
 from m1_jax import tokenizer as tokenizer_lib
 
@@ -262,16 +262,14 @@ class Engine:
                 flight = self._flying.popleft()
         if flight is None:
             return plan is not None
-        chosen = self._device.fetch(flight.chosen)  # waits, so without the lock
+        chosen = arguments.fetch(flight.chosen)  # waits, so without the lock
         with self._lock:
             self._take(flight, chosen)
         return True
 
     def _dispatch(self, plan: plans.Plan) -> None:
         for action in plan.actions:
-            self._device.act(action)
-            if isinstance(action, plans.SwapIn):  # with its counts, bias and mask
-                self._slot_owner[action.slot] = action.job_id
+            self._act(action)
         work = plan.prefill or plan.decode
         requests = [self._requests.get(item.job_id) for item in work]
         for item, request in zip(work, requests, strict=True):
@@ -280,11 +278,28 @@ class Engine:
         chosen = None
         if plan.prefill:
             tokens = [self._sequence(r, p) for r, p in zip(requests, plan.prefill, strict=True)]
-            chosen = self._device.prefill(plan.prefill, requests, tokens)
+            prompts = arguments.prompts(plan.prefill, tokens, self.config)
+            batch = arguments.batch(arguments.PREFILL_PARTS, plan.prefill, requests, self.config)
+            chosen = self._device.run("prefill", len(prompts.tokens), batch, prompts)
         elif plan.decode:
-            chosen = self._device.decode(plan.decode, requests, plan.steps)
+            size = next(n for n in self.config.decode_rows if n >= len(plan.decode))
+            batch = arguments.batch(size, plan.decode, requests, self.config)
+            chosen = self._device.run("decode", size, batch, np.int32(plan.steps))
         places = {item.job_id: place for place, item in enumerate(work)}
         self._flying.append(_Flight(places, chosen, self.version))
+
+    def _act(self, action) -> None:
+        """Move memory."""
+        run, device_ = self._device.run, self._device
+        if isinstance(action, plans.Copy):
+            run("copy", 0, np.int32(action.source_slot), np.int32(action.target_slot))
+        elif isinstance(action, plans.SwapOut):
+            device_.swap_out(action.job_id, arguments.pieces(action.slot, action.pages))
+        elif isinstance(action, plans.SwapIn):
+            device_.swap_in(action.job_id, arguments.pieces(action.slot, action.pages))
+            self._slot_owner[action.slot] = action.job_id  # with its counts, bias and mask
+        else:
+            device_.drop(action.job_id)
 
     def _sequence(self, request: Request | None, part: plans.Part) -> tuple[list[int], int]:
         """Return a part's tokens, and the one after it where the sequence is computed again."""
@@ -302,15 +317,17 @@ class Engine:
         )
         needs = bool(penalised or options.logit_bias or request.matcher)
         owner = self._slot_owner.get(item.slot, -1)
+        run, slot = self._device.run, np.int32(item.slot)
         if owner != request.number and (needs or owner != -1):
-            self._device.reset(item.slot, options.logit_bias)
+            run("reset", 0, slot, *arguments.bias(options.logit_bias))
             self._slot_owner[item.slot] = request.number if needs else -1
-            if penalised:
-                self._device.count(item.slot, request.prompt, in_prompt=True)
-                made = [token.id for token in request.tokens]
-                self._device.count(item.slot, made, in_prompt=False)
+            made = [token.id for token in request.tokens]
+            for tokens, in_prompt in ((request.prompt, True), (made, False)) if penalised else ():
+                for first in range(0, len(tokens), programs.COUNT_TOKENS):
+                    some = arguments.counted(tokens[first : first + programs.COUNT_TOKENS])
+                    run("count", 0, slot, some, np.bool_(in_prompt))
         if request.matcher is not None:
-            self._device.set_mask(item.slot, request.matcher.mask())
+            run("set_mask", 0, slot, request.matcher.mask())
 
     def _take(self, flight: _Flight, chosen) -> None:
         """Take over the tokens that a plan made, and report them."""
@@ -342,7 +359,7 @@ class Engine:
             if request.finish_reason is not None:
                 self._end(request, request.finish_reason)
 
-    def _push(self, request: Request, one: device.Made, version: int) -> None:
+    def _push(self, request: Request, one: arguments.Made, version: int) -> None:
         if not np.isfinite(one.logp_raw):
             request.finish_reason = "error"
             return
@@ -391,7 +408,7 @@ class Engine:
             max_queue=config.max_queue,
             max_rows=config.max_rows,
             max_prefill_tokens=config.prefill_tokens[-1],
-            prefill_parts=device.PREFILL_PARTS,
+            prefill_parts=arguments.PREFILL_PARTS,
             decode_steps=config.decode_steps,
             snapshot_every_tokens=config.snapshot_every_tokens,
             cache_bytes=cache_bytes if config.prefix_cache and config.num_snapshots else 0,

@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt
 
 from infer import request, sampling
-from m1_jax import serving
+from m1_jax import serving, sharding
 from m1_jax import state as state_lib
 
 SAMPLE_ROWS = 8  # rows that choosing takes at a time, for the reason given in `serving.py`
@@ -133,6 +133,7 @@ def decode(
             recipe.row_tile,
         )
         logits, state = serving.serve(model, rows.token[batch.slots], work, state)
+        logits = sharding.whole_array(logits, model.layout)
         rows, chosen = _choose(logits, rows, batch, running, length + 1)
         made = jax.tree.map(
             lambda all_, one: jax.lax.dynamic_update_index_in_dim(all_, one, step, 0), made, chosen
@@ -176,6 +177,7 @@ def prefill(
         recipe.row_tile,
     )
     logits, state = serving.serve(model, prompts.tokens, work, state, prompts.last)
+    logits = sharding.whole_array(logits, model.layout)
     rows, chosen = _choose(logits, rows, batch, prompts.last >= 0, prompts.length)
     again = prompts.known >= 0
     slots = jnp.where(again, batch.slots, 0)
@@ -301,16 +303,34 @@ def set_mask(rows: Rows, slot, mask: UInt[Array, "W"]) -> Rows:
 
 
 class Program:
-    """A function compiled for arguments of given shapes, some of which it consumes."""
+    """A function compiled for arguments of given shapes, some of which it consumes.
 
-    def __init__(self, function: Callable, donated: Sequence[int], *arguments: Any):
+    where: shardings of its outputs, None for one device.
+    """
+
+    def __init__(
+        self, function: Callable, donated: Sequence[int], *arguments: Any, where: Any = None
+    ):
         # Leaves go in one by one: lowering puts descriptions of arrays into the classes of its
         # arguments, and shape checks of those classes, on in tests, refuse them.
         ends = np.cumsum([0, *(len(jax.tree.leaves(arg)) for arg in arguments)])
         leaves, tree = jax.tree.flatten(arguments)
         given = [leaf for arg in donated for leaf in range(ends[arg], ends[arg + 1])]
-        flat = jax.jit(lambda *x: function(*jax.tree.unflatten(tree, x)), donate_argnums=given)
+        flat = jax.jit(
+            lambda *x: function(*jax.tree.unflatten(tree, x)),
+            donate_argnums=given,
+            out_shardings=where,
+        )
         self._compiled = flat.lower(*leaves).compile()
+
+    @property
+    def outputs(self) -> Any:
+        """Return shapes and shardings of what it returns."""
+        return jax.tree.map(
+            lambda a, where: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where),
+            self._compiled.out_info,
+            self._compiled.output_shardings,
+        )
 
     def __call__(self, *arguments: Any) -> Any:
         return self._compiled(*jax.tree.leaves(arguments))
