@@ -133,7 +133,7 @@ class Engine:
         self._scheduler = scheduler.Scheduler(self._limits(), self._key())
         self._requests: dict[Hashable, Request] = {}
         self._flying: collections.deque[_Flight] = collections.deque()
-        self._slot_owner: dict[int, Hashable] = {}
+        self._slot_owner: dict[int, Hashable] = {}  # see `_own`
         self._numbers = itertools.count()
         self._lock = threading.RLock()
         self._work = threading.Condition(self._lock)
@@ -320,7 +320,7 @@ class Engine:
         run, slot = self._device.run, np.int32(item.slot)
         if owner != request.number and (needs or owner != -1):
             run("reset", 0, slot, *arguments.bias(options.logit_bias))
-            self._slot_owner[item.slot] = request.number if needs else -1
+            self._own(item.slot, request.number if needs else -1)
             made = [token.id for token in request.tokens]
             for tokens, in_prompt in ((request.prompt, True), (made, False)) if penalised else ():
                 for first in range(0, len(tokens), programs.COUNT_TOKENS):
@@ -328,6 +328,13 @@ class Engine:
                     run("count", 0, slot, some, np.bool_(in_prompt))
         if request.matcher is not None:
             run("set_mask", 0, slot, request.matcher.mask())
+
+    def _own(self, slot: int, number: Hashable) -> None:
+        """Note whose counts, bias and mask a slot holds; -1 is nobody's: none."""
+        for other, owner in self._slot_owner.items():
+            if owner == number != -1:  # it was there before it was preempted
+                self._slot_owner[other] = None
+        self._slot_owner[slot] = number
 
     def _take(self, flight: _Flight, chosen) -> None:
         """Take over the tokens that a plan made, and report them."""
