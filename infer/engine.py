@@ -181,7 +181,7 @@ class Engine:
     def cancel(self, request: Request) -> None:
         """End a request; its output so far stays. Nothing happens if it is over."""
         with self._work:
-            if request.number in self._requests:
+            if request.number in self._requests and request.finish_reason is None:
                 self._scheduler.cancel(request.number)
                 request.text += request.progress.flush()
                 self._end(request, "cancelled")
@@ -348,6 +348,8 @@ class Engine:
             for one in made:
                 if request.finish_reason is None:
                     self._push(request, one, flight.version)
+            if number not in self._requests:  # cancelled by its own callback
+                continue
             if not made and request.finish_reason is None:
                 continue
             cut = len(request.tokens) - before < len(made)
