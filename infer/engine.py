@@ -373,7 +373,8 @@ class Engine:
             request.finish_reason = "error"
             return
         update = request.progress.push(one.id, one.logp_raw)
-        token = Token(one.id, one.logp, one.logp_raw, version, one.top)
+        top = one.top[: request.options.top_logprobs]
+        token = Token(one.id, one.logp, one.logp_raw, version, top)
         request.tokens.append(token)
         request.text += update.text
         request.finish_reason = update.finished
