@@ -156,7 +156,7 @@ class Engine:
           ValueError: options or ids that cannot be served. scheduler.QueueFull: too many wait.
         """
         vocab_size = self._model_config.vocab_size
-        bad = [token for token in prompt if not 0 <= token < vocab_size]
+        bad = [token for token in prompt if not _is_id(token, vocab_size)]
         if bad:
             raise ValueError(
                 f"prompt: got token id {bad[0]}; wanted 0 to {vocab_size - 1}. "
@@ -428,3 +428,7 @@ class Engine:
             host_bytes=config.host_bytes,
             row_tokens=config.tile_rows,
         )
+
+
+def _is_id(token: Any, vocab_size: int) -> bool:
+    return hasattr(token, "__index__") and 0 <= token < vocab_size
