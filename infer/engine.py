@@ -71,6 +71,7 @@ class Request:
         self.options, self.stop_ids = options, stop_ids
         self.progress, self.matcher, self.on_token = progress, matcher, on_token
         self.tokens: list[Token] = []
+        self.mask = None if matcher is None else matcher.mask()
         self.text = ""
         self.finish_reason: str | None = None
         self.cached_tokens, self.cache_reason = 0, ""
@@ -327,7 +328,7 @@ class Engine:
                     some = arguments.counted(tokens[first : first + programs.COUNT_TOKENS])
                     run("count", 0, slot, some, np.bool_(in_prompt))
         if request.matcher is not None:
-            run("set_mask", 0, slot, request.matcher.mask())
+            run("set_mask", 0, slot, request.mask)
 
     def _own(self, slot: int, number: Hashable) -> None:
         """Note whose counts, bias and mask a slot holds; -1 is nobody's: none."""
@@ -371,6 +372,7 @@ class Engine:
     def _push(self, request: Request, one: arguments.Made, version: int) -> None:
         if not np.isfinite(one.logp_raw):
             request.finish_reason = "error"
+            request.text += request.progress.flush()
             return
         update = request.progress.push(one.id, one.logp_raw)
         top = one.top[: request.options.top_logprobs]
@@ -379,7 +381,12 @@ class Engine:
         request.text += update.text
         request.finish_reason = update.finished
         if request.matcher is not None and update.finished is None:
-            request.matcher.accept(one.id)
+            try:
+                request.matcher.accept(one.id)
+                request.mask = request.matcher.mask()
+            except ValueError:  # the grammar grew beyond its limits
+                request.finish_reason = "error"
+                request.text += request.progress.flush()
         if request.on_token is not None:
             request.on_token(request, token, update.text)
 
