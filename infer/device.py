@@ -120,7 +120,9 @@ class Device:
                 raise ValueError(
                     f"swap: got {jax.typeof(new)}; wanted {jax.typeof(old)}, as the weights before"
                 )
-        # An array committed elsewhere would ask for another program.
+        # An array committed elsewhere would ask for another program. The caller may change host
+        # arrays later, which device_put need not copy.
+        leaves = [np.array(new) if isinstance(new, np.ndarray) else new for new in leaves]
         self._held["model"] = [
             jax.device_put(new, old.sharding) for old, new in zip(before, leaves, strict=True)
         ]
