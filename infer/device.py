@@ -113,10 +113,13 @@ class Device:
           ValueError: as `check`.
         """
         self.check(model)
-        # An array committed elsewhere would ask for another program.
+        # The caller may change host arrays later, which device_put need not copy; and an array
+        # committed elsewhere would ask for another program.
+        leaves = jax.tree.leaves(model)
+        leaves = [np.array(new) if isinstance(new, np.ndarray) else new for new in leaves]
         self._held["model"] = [
             jax.device_put(new, old.sharding)
-            for old, new in zip(self._held["model"], jax.tree.leaves(model), strict=True)
+            for old, new in zip(self._held["model"], leaves, strict=True)
         ]
 
     def check(self, model: Any) -> None:

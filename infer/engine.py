@@ -74,6 +74,7 @@ class Request:
         self.options, self.stop_ids = options, stop_ids
         self.progress, self.matcher, self.on_token = progress, matcher, on_token
         self.tokens: list[Token] = []
+        self.mask = None if matcher is None else matcher.mask()
         self.text = ""
         self.finish_reason: str | None = None
         self.cached_tokens, self.cache_reason = 0, ""
@@ -155,7 +156,7 @@ class Engine:
         self._scheduler = scheduler.Scheduler(self._limits(), self._key())
         self._requests: dict[Hashable, Request] = {}
         self._flying: collections.deque[_Flight] = collections.deque()
-        self._slot_owner: dict[int, Hashable] = {}
+        self._slot_owner: dict[int, Hashable] = {}  # see `_own`
         self._numbers = itertools.count()
         self._lock = threading.RLock()
         self._work = threading.Condition(self._lock)
@@ -178,7 +179,7 @@ class Engine:
           ValueError: options or ids that cannot be served. scheduler.QueueFull: too many wait.
         """
         vocab_size = self._model_config.vocab_size
-        bad = [token for token in prompt if not 0 <= token < vocab_size]
+        bad = [token for token in prompt if not _is_id(token, vocab_size)]
         if bad:
             raise ValueError(
                 f"prompt: got token id {bad[0]}; wanted 0 to {vocab_size - 1}. "
@@ -207,7 +208,7 @@ class Engine:
     def cancel(self, request: Request) -> None:
         """End a request; its output so far stays. Nothing happens if it is over."""
         with self._work:
-            if request.number in self._requests:
+            if request.number in self._requests and request.finish_reason is None:
                 self._scheduler.cancel(request.number)
                 request.text += request.progress.flush()
                 self._end(request, "cancelled")
@@ -369,7 +370,7 @@ class Engine:
         run, slot = self._device.run, np.int32(item.slot)
         if owner != request.number and (needs or owner != -1):
             run("reset", 0, slot, *arguments.bias(options.logit_bias))
-            self._slot_owner[item.slot] = request.number if needs else -1
+            self._own(item.slot, request.number if needs else -1)
             made = [token.id for token in request.tokens]
             for tokens, in_prompt in (
                 ((request.prompt, True), (made, False)) if request.penalised else ()
@@ -378,7 +379,14 @@ class Engine:
                     some = arguments.counted(tokens[first : first + programs.COUNT_TOKENS])
                     run("count", 0, slot, some, np.bool_(in_prompt))
         if request.matcher is not None:
-            run("set_mask", 0, slot, request.matcher.mask())
+            run("set_mask", 0, slot, request.mask)
+
+    def _own(self, slot: int, number: Hashable) -> None:
+        """Note whose counts, bias and mask a slot holds; -1 is nobody's: none."""
+        for other, owner in self._slot_owner.items():
+            if owner == number != -1:  # it was there before it was preempted
+                self._slot_owner[other] = None
+        self._slot_owner[slot] = number
 
     def _take(self, flight: _Flight, chosen) -> None:
         """Take over the tokens that a plan made, and report them."""
@@ -392,6 +400,8 @@ class Engine:
             for one in made:
                 if request.finish_reason is None:
                     self._push(request, one, flight.version)
+            if number not in self._requests:  # cancelled by its own callback
+                continue
             if not made and request.finish_reason is None:
                 continue
             cut = len(request.tokens) - before < len(made)
@@ -413,15 +423,22 @@ class Engine:
     def _push(self, request: Request, one: arguments.Made, version: int) -> None:
         if not np.isfinite(one.logp_raw):
             request.finish_reason = "error"
+            request.text += request.progress.flush()
             return
         update = request.progress.push(one.id, one.logp_raw)
-        token = Token(one.id, one.logp, one.logp_raw, version, one.top)
+        top = one.top[: request.options.top_logprobs]
+        token = Token(one.id, one.logp, one.logp_raw, version, top)
         request.tokens.append(token)
         request.lookup.push(one.id)
         request.text += update.text
         request.finish_reason = update.finished
         if request.matcher is not None and update.finished is None:
-            request.matcher.accept(one.id)
+            try:
+                request.matcher.accept(one.id)
+                request.mask = request.matcher.mask()
+            except ValueError:  # the grammar grew beyond its limits
+                request.finish_reason = "error"
+                request.text += request.progress.flush()
         if request.on_token is not None:
             request.on_token(request, token, update.text)
 
@@ -470,3 +487,7 @@ class Engine:
             host_bytes=config.host_bytes,
             row_tokens=config.tile_rows,
         )
+
+
+def _is_id(token: Any, vocab_size: int) -> bool:
+    return hasattr(token, "__index__") and 0 <= token < vocab_size
