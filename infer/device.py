@@ -52,7 +52,7 @@ class Device:
     def __init__(self, model: Any, config: config_lib.Config):
         self._config, self._vocab_size = config, model.config.vocab_size
         self._layout = model.layout
-        self._leaves, self._tree = jax.tree.flatten(model)
+        self.leaves, self._tree = jax.tree.flatten(model)
         self._state = state_lib.init_serving(
             model.config,
             config.slots,
@@ -87,14 +87,14 @@ class Device:
         leaves, tree = jax.tree.flatten(model)
         if tree != self._tree:
             raise ValueError("swap: got another model; wanted other weights of the same model")
-        for old, new in zip(self._leaves, leaves, strict=True):
+        for old, new in zip(self.leaves, leaves, strict=True):
             if (old.shape, old.dtype) != (new.shape, new.dtype):
                 raise ValueError(
                     f"swap: got {jax.typeof(new)}; wanted {jax.typeof(old)}, as the weights before"
                 )
         # An array committed elsewhere would ask for another program.
-        self._leaves = [
-            jax.device_put(new, old.sharding) for old, new in zip(self._leaves, leaves, strict=True)
+        self.leaves = [
+            jax.device_put(new, old.sharding) for old, new in zip(self.leaves, leaves, strict=True)
         ]
 
     # ---- plans
@@ -105,7 +105,7 @@ class Device:
         batch = self._batch(size, rows, requests)
         program = self._decode[size]
         self._state, self._rows, chosen = program(
-            self._leaves, self._state, self._rows, batch, np.int32(steps)
+            self.leaves, self._state, self._rows, batch, np.int32(steps)
         )
         return _start_copy(chosen)
 
@@ -127,7 +127,7 @@ class Device:
             at += width
         batch = self._batch(PREFILL_PARTS, parts, requests)
         self._state, self._rows, chosen = self._prefill[size](
-            self._leaves, self._state, self._rows, batch, prompts
+            self.leaves, self._state, self._rows, batch, prompts
         )
         return _start_copy(chosen)
 
@@ -232,30 +232,34 @@ class Device:
         bias = np.zeros(request.MAX_BIASES, np.int32), np.zeros(request.MAX_BIASES, "f4")
         words = np.zeros(-(-self._vocab_size // 32), np.uint32)
         tokens = np.zeros(programs.COUNT_TOKENS, np.int32)
-        jobs: dict[Any, tuple] = {
-            "copy": (programs.copy_states, (0,), state, one, one),
+        swapping: dict[Any, tuple] = {
             "read": (programs.read, (), state, one, some),
             "write": (programs.write, (0,), state, one, some, held),
             "read_row": (programs.read_row, (), rows, one),
             "write_row": (programs.write_row, (0,), rows, one, row),
+        }
+        jobs: dict[Any, tuple] = {
+            **(swapping if config.host_bytes else {}),
+            "copy": (programs.copy_states, (0,), state, one, one),
             "reset": (programs.reset, (0,), rows, one, *bias),
             "count": (programs.count, (0,), rows, one, tokens, np.bool_(True)),
             "set_mask": (programs.set_mask, (0,), rows, one, words),
         }
         for size in config.decode_rows:
             batch = _empty_batch(size, pages)
-            jobs["decode", size] = (decode, (1, 2), self._leaves, state, rows, batch, one)
+            jobs["decode", size] = (decode, (1, 2), self.leaves, state, rows, batch, one)
         for size in config.prefill_tokens:
             batch, prompts = _empty_batch(PREFILL_PARTS, pages), _empty_prompts(size, config)
-            jobs["prefill", size] = (prefill, (1, 2), self._leaves, state, rows, batch, prompts)
+            jobs["prefill", size] = (prefill, (1, 2), self.leaves, state, rows, batch, prompts)
         with concurrent.futures.ThreadPoolExecutor() as pool:
             made = {
                 key: pool.submit(programs.Program, *arguments) for key, arguments in jobs.items()
             }
             done = {key: future.result() for key, future in made.items()}
-        self._copy, self._read, self._write = done["copy"], done["read"], done["write"]
-        self._read_row, self._write_row = done["read_row"], done["write_row"]
-        self._reset, self._count = done["reset"], done["count"]
+        self._copy, self._reset, self._count = done["copy"], done["reset"], done["count"]
+        if config.host_bytes:
+            self._read, self._write = done["read"], done["write"]
+            self._read_row, self._write_row = done["read_row"], done["write_row"]
         self._set_mask = done["set_mask"]
         self._decode = {size: done["decode", size] for size in config.decode_rows}
         self._prefill = {size: done["prefill", size] for size in config.prefill_tokens}

@@ -198,11 +198,10 @@ def _choose(
     """Choose a token for the wanted rows, whose state holds `length` tokens."""
 
     def tile(logits, slots, options, seeds, stop_ids, banned, forced, length):
-        keys = jax.vmap(lambda seed, at: jax.random.fold_in(jax.random.key(seed), at))
         held = (rows.counts[slots], rows.bias[slots], rows.masks[slots])
         banned = jnp.where(banned[:, None], stop_ids, -1)
-        chosen = sampling.choose(logits, options, keys(seeds, length), *held, banned)
-        return sampling.forced(chosen, logits, options, *held, banned, forced)
+        keys = sampling.keys(seeds, length)
+        return sampling.choose(logits, options, keys, *held, banned, forced)
 
     total = length + 1  # with the new token
     chosen = serving.by_tiles(
