@@ -1,6 +1,10 @@
 """What an engine is built for: sizes that fix its programs and its memory."""
 
 import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+_MOST_PREFILL_TOKENS = 2048
 
 
 def _field(default, text: str):
@@ -81,3 +85,33 @@ class Config:
         while sizes[-1] < most:
             sizes.append(min(4 * sizes[-1], most))
         return tuple(sizes)
+
+
+def fitting(
+    requests: Sequence[tuple[int, int]], most_rows: int, most_length: int, **sizes: Any
+) -> Config:
+    """Return sizes for requests that are all known: with few programs, so that they start soon.
+
+    Args:
+      requests: tokens of each prompt, and of its longest output.
+      most_rows: sequences side by side. most_length: the model's.
+      **sizes: other fields, as they are to be.
+
+    Raises:
+      ValueError: sizes that do not fit each other.
+    """
+    made = Config(**sizes)
+    chunk = made.chunk_tokens
+    longest = max(prompt + output for prompt, output in requests)
+    rows = min(most_rows, len(requests))
+    # One prefill program, for the prompts that start together. Rows of no use cost little in it.
+    prompts = sorted((prompt for prompt, _ in requests), reverse=True)[:rows]
+    prefill = chunk
+    while prefill < min(_MOST_PREFILL_TOKENS, sum(prompts) + made.tile_rows * rows):
+        prefill *= 2
+    return dataclasses.replace(
+        made,
+        max_length=min(-(-longest // chunk) * chunk, most_length),
+        max_rows=rows,
+        prefill_tokens=(prefill,),
+    )

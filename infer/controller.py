@@ -35,6 +35,10 @@ class Leader:
         self.num_programs = own.num_programs
         self.rest()  # compiles what telling needs
 
+    @property
+    def leaves(self) -> list[Any]:
+        return self._own.leaves
+
     def run(self, name: str, size: int, *host: Any) -> Any:
         _tell(("run", (name, size, *host)))
         return self._own.run(name, size, *host)

@@ -69,6 +69,11 @@ class Device:
         self._programs = self._compile(config, model.config.vocab_size)
         self.num_programs = len(self._programs)
 
+    @property
+    def leaves(self) -> list[Any]:
+        """Return the weights, leaf by leaf."""
+        return self._held["model"]
+
     def run(self, name: str, size: int, *host: Any) -> Any:
         """Run a program of some size (0 where there is one alone) on host arrays.
 
@@ -158,17 +163,20 @@ class Device:
             return programs.verify(model, state, rows, batch, drafts, recipe)
 
         one, some = np.int32(0), np.zeros(programs.SWAP_PAGES, np.int32)
-        held = programs.Program(programs.read, (), state, one, some, where=self._where("read"))
-        row = self._replicated(jax.eval_shape(programs.read_row, rows, one))
         jobs: dict[tuple[str, int], tuple] = {
             ("copy", 0): (programs.copy_states, one, one),
-            ("read_row", 0): (programs.read_row, one),
-            ("write", 0): (programs.write, one, some, held.outputs),
-            ("write_row", 0): (programs.write_row, one, row),
             ("reset", 0): (programs.reset, one, *arguments.bias({})),
             ("count", 0): (programs.count, one, arguments.counted([]), np.bool_(True)),
             ("set_mask", 0): (programs.set_mask, one, arguments.free_mask(vocab_size)),
         }
+        done: dict[Any, Any] = {}
+        if config.host_bytes:
+            read = programs.Program(programs.read, (), state, one, some, where=self._where("read"))
+            row = self._replicated(jax.eval_shape(programs.read_row, rows, one))
+            done["read", 0] = read
+            jobs["write", 0] = (programs.write, one, some, read.outputs)
+            jobs["read_row", 0] = (programs.read_row, one)
+            jobs["write_row", 0] = (programs.write_row, one, row)
         for size in config.decode_rows:
             jobs["decode", size] = (decode, arguments.empty_batch(size, config), one)
         if config.draft_tokens:
@@ -188,8 +196,7 @@ class Device:
 
         with concurrent.futures.ThreadPoolExecutor() as pool:
             made = {key: pool.submit(make, key, *job) for key, job in jobs.items()}
-            done: dict[Any, Any] = {key: future.result() for key, future in made.items()}
-        return {("read", 0): held, **done}
+            return done | {key: future.result() for key, future in made.items()}
 
     def _where(self, name: str) -> Any:
         """Return the shardings of a program's outputs; None on one device."""

@@ -15,7 +15,7 @@ import collections
 import dataclasses
 import itertools
 import threading
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -49,7 +49,8 @@ class Token:
 class Output:
     """A finished request.
 
-    finish_reason: "stop", "length", "loop", "cancelled" or "error" (logits that are not finite).
+    finish_reason: "stop", "length", "loop", "cancelled", "suspended" or "error" (logits that are
+      not finite).
     cached_tokens: of the prompt, found in the prefix cache; cache_reason says why if none.
     """
 
@@ -91,6 +92,18 @@ class Request:
     def plain(self) -> bool:
         """Whether several of its tokens can be chosen at once."""
         return not self.penalised and self.matcher is None and not self.progress.close()
+
+    def push(self, token: Token) -> str:
+        """Take a token; return the text that it releases."""
+        update = self.progress.push(token.id, token.logp_raw)
+        self.tokens.append(token)
+        self.lookup.push(token.id)
+        self.text += update.text
+        self.finish_reason = update.finished
+        if self.matcher is not None and update.finished is None:
+            self.matcher.accept(token.id)
+            self.mask = self.matcher.mask()
+        return update.text
 
     def output(self, timeout_secs: float | None = None) -> Output:
         """Wait for the end, and return all of it.
@@ -170,10 +183,12 @@ class Engine:
         prompt: Sequence[int],
         options: request_lib.Options,
         on_token=None,
+        made: Sequence[Token] | None = None,
     ) -> Request:
         """Queue a prompt of token ids.
 
         on_token: called with (request, token, new text) from the engine's thread.
+        made: tokens of a request that was suspended and goes on after them.
 
         Raises:
           ValueError: options or ids that cannot be served. scheduler.QueueFull: too many wait.
@@ -193,17 +208,22 @@ class Engine:
                 raise RuntimeError("the engine is closed")
             stop_ids = request_lib.stop_ids(options, self.tokenizer.stop_ids)
             number = next(self._numbers)
-            made = Request(number, prompt, options, stop_ids, progress, matcher, on_token)
+            request = Request(number, prompt, options, stop_ids, progress, matcher, on_token)
+            for token in made or ():
+                request.push(token)
+            if request.finish_reason is not None:
+                raise ValueError("made: got a whole output; wanted one that goes on")
             self._scheduler.submit(
                 number,
-                made.prompt,
+                request.prompt,
                 options.max_tokens,
-                single_step=self._single_step(made),
+                single_step=self._single_step(request),
                 waits=self.config.draft_tokens > 0,
+                made=None if made is None else [token.id for token in made],
             )
-            self._requests[made.number] = made
+            self._requests[number] = request
             self._work.notify()
-        return made
+        return request
 
     def cancel(self, request: Request) -> None:
         """End a request; its output so far stays. Nothing happens if it is over."""
@@ -235,6 +255,22 @@ class Engine:
         with self._work:
             self._scheduler.preempt(request.number)
 
+    def suspend(self, keep: Callable[[list[Request]], None]) -> None:
+        """End all requests under way as "suspended", once `keep` has them; see `suspend.py`."""
+        with self._work:
+            requests = list(self._requests.values())
+            keep(requests)
+            for request in requests:
+                self._scheduler.cancel(request.number)
+                self._end(request, "suspended")
+
+    def continue_from(self, version: int) -> None:
+        """Count versions of the weights from this one on, if it is later than the engine's."""
+        with self._work:
+            if version > self.version:
+                self.version = version
+                self._scheduler.set_key(self._key(), True)
+
     def generate(
         self, prompts: Iterable[Sequence[int]], options: request_lib.Options
     ) -> list[Output]:
@@ -264,6 +300,15 @@ class Engine:
             self._thread.join()
         self.run()  # what is under way
         self._device.close()
+
+    @property
+    def model_config(self) -> Any:
+        return self._model_config
+
+    @property
+    def weights(self) -> list[Any]:
+        """Return the parameters, leaf by leaf."""
+        return self._device.leaves
 
     def stats(self) -> scheduler.Stats:
         with self._lock:
@@ -425,22 +470,15 @@ class Engine:
             request.finish_reason = "error"
             request.text += request.progress.flush()
             return
-        update = request.progress.push(one.id, one.logp_raw)
         top = one.top[: request.options.top_logprobs]
         token = Token(one.id, one.logp, one.logp_raw, version, top)
-        request.tokens.append(token)
-        request.lookup.push(one.id)
-        request.text += update.text
-        request.finish_reason = update.finished
-        if request.matcher is not None and update.finished is None:
-            try:
-                request.matcher.accept(one.id)
-                request.mask = request.matcher.mask()
-            except ValueError:  # the grammar grew beyond its limits
-                request.finish_reason = "error"
-                request.text += request.progress.flush()
+        try:
+            text = request.push(token)
+        except ValueError:  # the grammar grew beyond its limits
+            request.finish_reason, text = "error", ""
+            request.text += request.progress.flush()
         if request.on_token is not None:
-            request.on_token(request, token, update.text)
+            request.on_token(request, token, text)
 
     def _stops_device(self, request: Request) -> bool:
         """Say whether the device knows that the last token is the last."""

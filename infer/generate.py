@@ -6,46 +6,63 @@
 DIR is a release directory or one made by `m1_jax.convert`, with its tokenizer. FILE has a prompt
 per line, or, named .jsonl, an object per line: {"prompt": ..., "system": ...} or
 {"messages": [...], "tools": [...]}. Text goes to stdout as it comes, speed to stderr at the end.
+For many requests, each with options of its own, there is `infer.offline`.
+
+What a prompt becomes depends on the options, its number and the seed alone: its own seed is
+`lines.seed_of(seed, number)`, and the engine is exact whatever runs beside it.
 """
 
 import dataclasses
 import json
 import pathlib
 import sys
+import time
 from typing import Any, TextIO
 
-import jax.numpy as jnp
 from absl import app, flags, logging
 
 import m1_jax
-from infer import batch, sampling
+from infer import command, engine, finish, grammar, lines
+from infer import config as config_lib
 from infer import prompt as prompt_lib
+from infer import request as request_lib
 from m1_jax import quantize
 from m1_jax import tokenizer as tokenizer_lib
 
-_DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
-_SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-
-
-def _flag(default: Any, text: str) -> Any:
-    return dataclasses.field(default=default, metadata={"help": text})
+_flag = command.flag
+_OPTIONS = [field.name for field in dataclasses.fields(request_lib.Options)]
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """What to generate; each field is a flag of the command."""
+    """What to generate; each field is a flag of the command.
+
+    Options that are None are those of the preset, or else the defaults of `request.Options`.
+    """
 
     checkpoint: str = _flag("", "Release directory, or one made by m1_jax.convert.")
     prompt: str | None = _flag(None, "What the user says.")
     system: str | None = _flag(None, "System message, for prompts that do not bring their own.")
     prompts_file: str | None = _flag(None, "File with a prompt per line, or .jsonl objects.")
-    max_tokens: int = _flag(512, "Longest output, in tokens.")
-    temperature: float = _flag(1.0, "0 always takes the most likely token.")
-    top_p: float = _flag(0.95, "Keep the likeliest tokens with this probability; 1 is off.")
-    top_k: int = _flag(0, "Keep this many likeliest tokens; 0 is off.")
-    min_p: float = _flag(0.0, "Keep tokens this likely, relative to the likeliest; 0 is off.")
-    repetition_penalty: float = _flag(1.0, "Over prompt and output; 1 is off.")
+    preset: str | None = _flag(None, f"Options: {', '.join(request_lib.PRESETS)}.")
+    max_tokens: int | None = _flag(None, "Longest output, in tokens; 512 without a preset.")
+    min_tokens: int | None = _flag(None, "Shortest output; nothing stops it before.")
+    temperature: float | None = _flag(None, "0 always takes the most likely token; default 1.")
+    top_p: float | None = _flag(None, "Keep the likeliest tokens with this mass; default 0.95.")
+    top_k: int | None = _flag(None, "Keep this many likeliest tokens; 0 is off, the default.")
+    min_p: float | None = _flag(None, "Keep tokens this likely relative to the likeliest; 0: off.")
+    repetition_penalty: float | None = _flag(None, "Over prompt and output; 1 is off.")
+    presence_penalty: float | None = _flag(None, "Over the output; 0 is off.")
+    frequency_penalty: float | None = _flag(None, "Over the output, by count; 0 is off.")
     seed: int = _flag(0, "The same seed and prompt number draw the same text.")
+    stop: tuple[str, ...] = _flag((), "Text that ends the output, and is left out; repeatable.")
+    thinking_tokens: int | None = _flag(None, "Close thinking by force after so many tokens.")
+    json_schema: str | None = _flag(None, "JSON schema that the output matches, or @FILE.")
+    regex: str | None = _flag(None, "Regular expression that the output matches.")
+    grammar: str | None = _flag(None, "Lark grammar that the output matches, or @FILE.")
+    after_thinking: bool = _flag(False, "These hold after the model has thought freely.")
+    logprobs: str | None = _flag(None, "File for tokens with log-probabilities, a prompt a line.")
+    top_logprobs: int | None = _flag(None, "Most likely tokens at each place, too; 0 to 20.")
     dtype: str = _flag("float32", "Of the computation: float32 or bfloat16.")
     weights: str | None = _flag(None, "int8-experts or int8-all round weights; else as dtype.")
     max_length: int = _flag(0, "Most tokens of prompt and output; 0: what the model allows.")
@@ -56,42 +73,68 @@ class Config:
     profile: str = _flag("release", "Chat template: release or vllm.")
 
     def __post_init__(self):
+        most = self.max_tokens is None or self.max_tokens >= 1
         wanted = {
             "checkpoint": (bool(self.checkpoint), "a directory"),
-            "max_tokens": (self.max_tokens >= 1, "1 or more"),
+            "max_tokens": (most, "1 or more"),
             "max_length": (self.max_length >= 0, "0 (the model's own) or more"),
             "batch_size": (self.batch_size >= 1, "1 or more"),
-            "dtype": (self.dtype in _DTYPES, " or ".join(_DTYPES)),
+            "dtype": (self.dtype in command.DTYPES, " or ".join(command.DTYPES)),
             "seed": (0 <= self.seed < 2**32, f"0 to {2**32 - 1}"),
             "profile": (self.profile in prompt_lib.PROFILES, " or ".join(prompt_lib.PROFILES)),
         }
-        for name, (valid, text) in wanted.items():
-            if not valid:
-                raise ValueError(f"--{name}: got {getattr(self, name)!r}; wanted {text}")
+        command.demand(self, wanted)
         quantize.check(self.weights)
-        sampling.check(1, **self.sampling)
+        _ = self.options  # checks them
         if (self.prompt is None) == (self.prompts_file is None):
             raise ValueError("--prompt, --prompts_file: got both or neither; wanted one of them")
         if self.raw and self.system is not None:
             raise ValueError(
                 "--system: got one with --raw, which has no place for it; leave it out"
             )
+        if self.top_logprobs and self.logprobs is None:
+            raise ValueError("--top_logprobs: got it without --logprobs; name a file for them")
 
     @property
-    def sampling(self) -> dict[str, float]:
-        return {name: getattr(self, name) for name in _SAMPLING}
+    def options(self) -> request_lib.Options:
+        """Return the options of all prompts.
+
+        Raises:
+          ValueError: what `request.Options` refuses. OSError: a file that cannot be read.
+        """
+        given = {name: getattr(self, name) for name in _OPTIONS if hasattr(self, name)}
+        # False and () are what these flags are without a word about them.
+        given = {k: v for k, v in given.items() if v is not None and v is not False and v != ()}
+        for name in ("json_schema", "grammar"):
+            if given.get(name, "").startswith("@"):
+                given[name] = pathlib.Path(given[name][1:]).read_text(encoding="utf-8")
+        if self.preset is None:
+            return request_lib.Options(**given)
+        return request_lib.preset(self.preset, **given)
 
 
-@dataclasses.dataclass(frozen=True)
-class Output:
-    """tokens: as generated, a stop token included. finish: "stop" or "length"."""
+@dataclasses.dataclass
+class Stats:
+    """How many tokens in how many seconds; compiling is on its own."""
 
-    tokens: list[int]
-    text: str
-    finish: str
+    prefill_tokens: int = 0
+    prefill_secs: float = 0.0
+    decode_tokens: int = 0
+    decode_secs: float = 0.0
+    compile_secs: float = 0.0
+
+    def __str__(self):
+        def rate(tokens, secs):
+            return f"{tokens} tokens in {secs:.2f} s ({tokens / max(secs, 1e-9):.1f} tokens/s)"
+
+        return (
+            f"prefill: {rate(self.prefill_tokens, self.prefill_secs)}; "
+            f"decode: {rate(self.decode_tokens, self.decode_secs)}; "
+            f"compile: {self.compile_secs:.1f} s"
+        )
 
 
-def run(config: Config, out: TextIO | None = None) -> tuple[list[Output], batch.Stats]:
+def run(config: Config, out: TextIO | None = None) -> tuple[list[engine.Output], Stats]:
     """Generate for every prompt of `config`, printing text to `out` (stdout) as it comes.
 
     Raises:
@@ -106,131 +149,110 @@ def write(
     tokenizer: tokenizer_lib.Tokenizer,
     prompts: list[list[int]],
     out: TextIO,
-) -> tuple[list[Output], batch.Stats]:
+) -> tuple[list[engine.Output], Stats]:
     """Do what `run` does, with what `prepare` found."""
-    stop_ids = () if config.ignore_eos else tokenizer.stop_ids
-    printer = _Printer(tokenizer, len(prompts), stop_ids, config.stream, out)
-    tokens, stats = batch.generate(
-        model,
-        prompts,
-        max_tokens=config.max_tokens,
-        stop_ids=stop_ids,
-        seed=config.seed,
-        batch_size=config.batch_size,
-        on_token=printer.token,
-        **config.sampling,
+    options, stats, began = config.options, Stats(), time.perf_counter()
+    sizes = config_lib.fitting(
+        [(len(ids), options.max_tokens) for ids in prompts],
+        config.batch_size,
+        model.config.max_position_embeddings,
+        max_queue=len(prompts),
+        num_snapshots=min(8, len(prompts) - 1),  # a lone one has nobody to share a prefix with
     )
-    outputs = []
-    for ids, text in zip(tokens, printer.texts(), strict=True):
-        outputs.append(Output(ids, text, "stop" if ids[-1] in stop_ids else "length"))
+    served = engine.Engine(model, tokenizer, sizes)
+    now = time.perf_counter()
+    stats.compile_secs = now - began
+    printer = _Printer(len(prompts), config.stream, out)
+    decoded = [0]  # tokens after the first of each prompt
+
+    def on_token(request, token, text):
+        decoded[0] += len(request.tokens) > 1
+        printer.push(request.number, text, request.finish_reason is not None)
+
+    requests = []
+    for number, ids in enumerate(prompts):
+        seeded = dataclasses.replace(options, seed=lines.seed_of(config.seed, number))
+        requests.append(served.submit(ids, seeded, on_token))
+    going = True
+    while going:
+        before, decoded[0] = now, 0
+        going = served.step()
+        now = time.perf_counter()
+        stats.decode_tokens += decoded[0]
+        if decoded[0]:
+            stats.decode_secs += now - before
+        else:
+            stats.prefill_secs += now - before
+    outputs = [request.output() for request in requests]
+    stats.prefill_tokens = sum(output.prompt_tokens for output in outputs)
+    for number, output in enumerate(outputs):
+        if output.finish_reason == "error":  # nothing was pushed for it
+            printer.push(number, "", last=True)
+    if config.logprobs is not None:
+        records = [{"index": i, **record(output)} for i, output in enumerate(outputs)]
+        text = "".join(json.dumps(one) + "\n" for one in records)
+        pathlib.Path(config.logprobs).write_text(text)
     return outputs, stats
+
+
+def record(output: engine.Output) -> dict[str, Any]:
+    return {"finish_reason": output.finish_reason, "tokens": lines.tokens_json(output.tokens)}
 
 
 def prepare(config: Config) -> tuple[Any, tokenizer_lib.Tokenizer, list[list[int]]]:
     """Return the model, the tokenizer and the prompts' token ids; the model is loaded last."""
-    folder = pathlib.Path(config.checkpoint)
-    if not folder.is_dir():
-        raise ValueError(
-            f"--checkpoint: {folder} is no directory; wanted a release or a conversion"
-        )
+    folder, options = command.folder(config.checkpoint), config.options
     requests = read_requests(config)
+    if config.logprobs is not None and not pathlib.Path(config.logprobs).parent.is_dir():
+        raise ValueError(f"--logprobs: got {config.logprobs}; wanted a file in a directory")
     tokenizer = tokenizer_lib.Tokenizer.load(folder)
-    prompts = [_encode(config, tokenizer, i, request) for i, request in enumerate(requests)]
     model_config = m1_jax.ModelConfig.from_file(folder / "config.json")
-    batch.check(prompts, config.max_tokens, model_config, config.max_length)
-    model = m1_jax.load(folder, dtype=_DTYPES[config.dtype], weights=config.weights)
+    prompts = []
+    for i, request in enumerate(requests):
+        prompts.append(lines.encode(f"prompt {i}", tokenizer, request, config.profile))
+        own = (prompts[-1], options.max_tokens, model_config, config.max_length)
+        lines.check_length(f"prompt {i}", *own)
+    request_lib.check(options, model_config.vocab_size, tokenizer.stop_ids)
+    finish.Progress(options, tokenizer)
+    if options.constraint:  # reading the vocabulary takes a while
+        grammar.Compiler(tokenizer, model_config.vocab_size).matcher(options)
+    model = command.load(config.checkpoint, config.dtype, config.weights)
     return model, tokenizer, prompts
 
 
 def read_requests(config: Config) -> list[dict[str, Any]]:
     """Return {"prompt": ...} (raw) or {"messages": ..., "tools": ...} for every prompt."""
+    how = (config.system, config.raw)
     if config.prompts_file is None:
-        return [_request(config, "--prompt", {"prompt": config.prompt})]
+        return [lines.conversation("--prompt", {"prompt": config.prompt}, *how)]
     path = pathlib.Path(config.prompts_file)
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: got bytes that are not UTF-8: {error}") from None
     requests = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        where, value = f"{path}:{number}", {"prompt": line.removesuffix("\r")}
-        if path.suffix == ".jsonl":
-            try:
-                value = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{where}: not JSON: {error}") from None
-        requests.append(_request(config, where, value))
+    for where, line in lines.read(path):
+        value = lines.parse(where, line) if path.suffix == ".jsonl" else {"prompt": line}
+        requests.append(lines.conversation(where, value, *how))
     if not requests:
         raise ValueError(f"{path}: got no prompts; wanted one per line")
     return requests
 
 
-def _request(config: Config, where: str, value: Any) -> dict[str, Any]:
-    keys = set(value) if isinstance(value, dict) else None
-    if keys is None or not (keys <= {"prompt", "system"} or keys <= {"messages", "tools"}):
-        got = sorted(keys) if keys else value
-        raise ValueError(
-            f'{where}: got {got!r:.80}; wanted "prompt" and "system", or "messages" and "tools"'
-        )
-    if "messages" in value:
-        if config.raw or config.system is not None:
-            raise ValueError(f"{where}: got messages with --raw or --system; wanted neither")
-        return value
-    prompt, system = value.get("prompt"), value.get("system", config.system)
-    for name, text in (("prompt", prompt), ("system", "x" if system is None else system)):
-        if not isinstance(text, str) or not text:
-            raise ValueError(f"{where}: {name}: got {text!r}; wanted a text that is not empty")
-    if not config.raw:
-        front = [] if system is None else [{"role": "system", "content": system}]
-        return {"messages": [*front, {"role": "user", "content": prompt}]}
-    if system is not None:
-        raise ValueError(f"{where}: system: got one with --raw, which has no place for it")
-    return {"prompt": prompt}
-
-
-def _encode(config: Config, tokenizer: tokenizer_lib.Tokenizer, i: int, request: dict) -> list[int]:
-    try:
-        if "prompt" in request:
-            return tokenizer.encode(request["prompt"], allow_special=True)
-        return prompt_lib.encode(
-            tokenizer, request["messages"], request.get("tools"), profile=config.profile
-        )
-    except ValueError as error:
-        raise ValueError(f"prompt {i}: {error}") from None
-
-
 class _Printer:
-    """Prints texts as their tokens come: one alone as it is, several by lines marked `[i] `."""
+    """Prints texts as they come: one alone as it is, several by lines marked `[i] `."""
 
-    def __init__(self, tokenizer, count: int, stop_ids, stream: bool, out: TextIO):
-        self._decoders = [tokenizer.decoder() for _ in range(count)]
-        self._pieces: list[list[str]] = [[] for _ in range(count)]
+    def __init__(self, count: int, stream: bool, out: TextIO):
         self._unprinted = [""] * count
-        self._stop_ids, self._stream, self._out = stop_ids, stream, out
+        self._stream, self._out = stream, out
 
-    def texts(self) -> list[str]:
-        return ["".join(pieces) for pieces in self._pieces]
-
-    def token(self, number: int, token: int, last: bool) -> None:
-        decoder = self._decoders[number]
-        piece = "" if token in self._stop_ids else decoder.push(token)
-        if last:
-            piece += decoder.flush()
-        self._pieces[number].append(piece)
-        if self._stream:
-            self._print(number, piece, last)
-        elif last:
-            self._print(number, "".join(self._pieces[number]), last)
-
-    def _print(self, number: int, piece: str, last: bool) -> None:
+    def push(self, number: int, piece: str, last: bool) -> None:
         text = self._unprinted[number] + piece
+        self._unprinted[number] = ""
+        if not (self._stream or last):
+            self._unprinted[number] = text
+            return
         if last and not text.endswith("\n"):
             text += "\n"
-        if len(self._pieces) > 1:
-            *lines, self._unprinted[number] = text.split("\n")
-            text = "".join(f"[{number}] {line}\n" for line in lines)
+        if len(self._unprinted) > 1:
+            *whole, self._unprinted[number] = text.split("\n")
+            text = "".join(f"[{number}] {line}\n" for line in whole)
         if text:
             self._out.write(text)
             self._out.flush()
@@ -241,29 +263,26 @@ def main(argv) -> None:
         raise app.UsageError(f"unknown argument {argv[1]!r}")
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # Orbax tells every step at INFO
-    names = [field.name for field in dataclasses.fields(Config)]
     try:
-        config = Config(**{name: getattr(flags.FLAGS, name) for name in names})
+        config = command.from_flags(Config)
         prepared = prepare(config)
     except (ValueError, OSError) as error:
         sys.exit("error: " + " ".join(str(error).split("\n")))
     try:
-        _, stats = write(config, *prepared, sys.stdout)
+        outputs, stats = write(config, *prepared, sys.stdout)
     except KeyboardInterrupt:
         sys.exit(130)
     print(stats, file=sys.stderr)
-
-
-def _define_flags() -> None:
-    define = {bool: flags.DEFINE_bool, int: flags.DEFINE_integer, float: flags.DEFINE_float}
-    for field in dataclasses.fields(Config):
-        define.get(field.type, flags.DEFINE_string)(
-            field.name, field.default, field.metadata["help"]
+    broken = [i for i, output in enumerate(outputs) if output.finish_reason == "error"]
+    if broken:
+        sys.exit(
+            f"error: prompt {broken[0]}: got logits that are not finite after "
+            f"{len(outputs[broken[0]].tokens)} tokens; check the weights, or try --dtype=float32"
         )
 
 
 def cli() -> None:
-    _define_flags()
+    command.define_flags(Config)
     app.run(main)
 
 

@@ -158,8 +158,9 @@ def abstract_decode(
     )
     size = config.decode_rows[-1]
     rows = jax.eval_shape(lambda: init_rows(config.slots, model_config.vocab_size))
-    ints = jax.ShapeDtypeStruct((size,), jnp.int32)
-    batch = Batch(
+    ints: Any = jax.ShapeDtypeStruct((size,), jnp.int32)
+    make: Any = Batch
+    batch = make(
         slots=ints,
         pages=jax.ShapeDtypeStruct((size, config.pages_per_sequence), jnp.int32),
         options=jax.eval_shape(lambda: sampling.options(size)),
@@ -303,11 +304,10 @@ def _chosen(logits, rows: Rows, batch: Batch, wanted, length):
     """Return what is chosen, and whether it ends the sequence."""
 
     def tile(logits, slots, options, seeds, stop_ids, banned, forced, length):
-        keys = jax.vmap(lambda seed, at: jax.random.fold_in(jax.random.key(seed), at))
         held = (rows.counts[slots], rows.bias[slots], rows.masks[slots])
         banned = jnp.where(banned[:, None], stop_ids, -1)
-        chosen = sampling.choose(logits, options, keys(seeds, length), *held, banned)
-        return sampling.forced(chosen, logits, options, *held, banned, forced)
+        keys = sampling.keys(seeds, length)
+        return sampling.choose(logits, options, keys, *held, banned, forced)
 
     total = length + 1  # with the new token
     free = total >= batch.free_from

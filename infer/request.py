@@ -7,7 +7,7 @@ in silence. What needs a vocabulary waits for `check`.
 import dataclasses
 import difflib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 MAX_BIASES = 300
@@ -152,10 +152,40 @@ def stop_ids(options: Options, own_stop_ids: tuple[int, ...] = ()) -> tuple[int,
     return tuple(sorted({*own, *options.stop_token_ids}))
 
 
-def _known(kind, name, names) -> None:
-    if name not in names:
-        near = difflib.get_close_matches(str(name), names, n=3) or names
-        raise ValueError(f"{kind}: got {name!r}; did you mean {' or '.join(near)}?")
+def as_json(options: Options) -> dict[str, Any]:
+    """Return the fields that differ from their defaults, for `json` to write."""
+    values = dataclasses.asdict(options)
+    return {name: value for name, value in values.items() if value != getattr(_DEFAULT, name)}
+
+
+def from_json(values: Mapping[str, Any], base: Options | None = None) -> Options:
+    """Undo `as_json`, over other defaults where `base` is given.
+
+    JSON has no tuples, and text for keys: lists, one stop string and ids in quotes are taken too.
+
+    Raises:
+      ValueError: an unknown field, or what `Options` refuses.
+    """
+    names = [field.name for field in dataclasses.fields(Options)]
+    known("option", values, names)
+    values = dict(values)
+    if isinstance(values.get("stop"), str):
+        values["stop"] = (values["stop"],)
+    if isinstance(bias := values.get("logit_bias"), Mapping):
+        values["logit_bias"] = {_id_of(key): value for key, value in bias.items()}
+    return dataclasses.replace(base or _DEFAULT, **values)
+
+
+def _id_of(key: Any) -> Any:
+    return int(key) if isinstance(key, str) and key.isdecimal() and key.isascii() else key
+
+
+def known(kind: str, names: Iterable[str], allowed: Collection[str]) -> None:
+    """Raise ValueError for the first name that is not allowed, with near ones that are."""
+    for name in names:
+        if name not in allowed:
+            near = difflib.get_close_matches(str(name), allowed, n=3) or allowed
+            raise ValueError(f"{kind}: got {name!r}; did you mean {' or '.join(near)}?")
 
 
 def _demand(valid: bool, name: str, value: Any, wanted: str) -> None:
@@ -207,6 +237,7 @@ def _check_stop(stop: Any) -> tuple[str, ...]:
 
 
 # Last, because making them checks them.
+_DEFAULT = Options()
 PRESETS: dict[str, Options] = {
     # The output limits that the two checkpoints were trained with, a tenth of them kept for the
     # answer.
@@ -223,8 +254,7 @@ def preset(name: str, **changes: Any) -> Options:
     Raises:
       ValueError: an unknown name or field, or what `Options` refuses.
     """
-    _known("preset", name, PRESETS)
+    known("preset", [name], PRESETS)
     fields = [field.name for field in dataclasses.fields(Options)]
-    for change in changes:
-        _known("option", change, fields)
+    known("option", changes, fields)
     return dataclasses.replace(PRESETS[name], **changes)

@@ -107,20 +107,9 @@ def check(batch: int, **values: float | Sequence[float]) -> dict[str, np.ndarray
     return columns
 
 
-def row_keys(seed: int | Int[Array, ""], rows: Int[Array, "B"]) -> Key[Array, "B"]:
-    """Return one key per row from the run's seed and the row's own number.
-
-    Raises:
-      ValueError: a seed that 32 bits do not hold, and that would silently become another one.
-    """
-    if isinstance(seed, int) and not 0 <= seed < 2**32:
-        raise ValueError(f"seed: got {seed}; wanted 0 to {2**32 - 1}")
-    return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.asarray(rows))
-
-
-def step_keys(keys: Key[Array, "B"], positions: Int[Array, "B"]) -> Key[Array, "B"]:
-    """Return the keys for the tokens at these positions (counted from the prompt's start)."""
-    return jax.vmap(jax.random.fold_in)(keys, positions)
+def keys(seeds: UInt[Array, "B"], positions: Int[Array, "B"]) -> Key[Array, "B"]:
+    """Return one key per row from its request's seed and the token's place in the sequence."""
+    return jax.vmap(lambda seed, at: jax.random.fold_in(jax.random.key(seed), at))(seeds, positions)
 
 
 def choose(
@@ -131,71 +120,48 @@ def choose(
     bias: Float[Array, "B V"] | None = None,
     mask: UInt[Array, "B W"] | None = None,
     banned: Int[Array, "B S"] | None = None,
+    forced: Int[Array, "B"] | None = None,
 ) -> Chosen:
     """Choose one token per row.
 
     Args:
       logits: -inf forbids a token.
       options: per row.
-      keys: from `step_keys`, another one for every position.
+      keys: from `keys`, another one for every position.
       counts: how often each token occurs in the output, plus `PROMPT_FLAG` if it is in the
         prompt; needed for the penalties.
       bias: added to the logits.
       mask: bit v % 32 of word v // 32 is set where a grammar allows token v.
       banned: ids that are not to be chosen (stop tokens before min_tokens); -1 is none.
         What mask and ban leave of a row must not be empty.
+      forced: tokens that the host wants (the end of thinking) in place of what a row would
+        choose, with their log-probabilities: `logp` is -inf where it would never choose them;
+        -1 is none.
     """
     logits = logits.astype(jnp.float32)
     x = _changed(logits, options, counts, bias, mask, banned)
     greedy = _greedy(options)
 
+    def replaced(tokens):
+        return tokens if forced is None else jnp.where(forced >= 0, forced, tokens)
+
+    def greedy_logp(tokens, best):
+        return jnp.where(tokens == best, 0.0, -jnp.inf)
+
     def draw(x):
         hot = _distribution(x, options)
         noise = jax.vmap(lambda key: gumbel(jax.random.bits(key, x.shape[1:], jnp.uint32)))(keys)
-        tokens = _argmax(jnp.where(greedy[:, None], x, hot + noise))
-        return tokens, jnp.where(greedy, 0.0, _logp(hot, tokens))
+        drawn = _argmax(jnp.where(greedy[:, None], x, hot + noise))
+        tokens = replaced(drawn)
+        return tokens, jnp.where(greedy, greedy_logp(tokens, drawn), _logp(hot, tokens))
 
     def take_best(x):
-        return _argmax(x), jnp.zeros(x.shape[:1], x.dtype)
+        best = _argmax(x)
+        tokens = replaced(best)
+        return tokens, greedy_logp(tokens, best)
 
     token, logp = lax.cond(jnp.all(greedy), take_best, draw, x)
     return Chosen(token, logp, _logp(logits, token), *_most_likely(logits, options.top_logprobs))
-
-
-def forced(
-    chosen: Chosen,
-    logits: Float[Array, "B V"],
-    options: SamplingOptions,
-    counts: Int[Array, "B V"] | None,
-    bias: Float[Array, "B V"] | None,
-    mask: UInt[Array, "B W"] | None,
-    banned: Int[Array, "B S"] | None,
-    token: Int[Array, "B"],
-) -> Chosen:
-    """Put tokens that the host wants (the end of thinking) in place of what was chosen.
-
-    Args:
-      chosen: what `choose` returned for the other arguments.
-      token: -1 keeps a row's choice.
-
-    Returns:
-      `chosen` with these tokens and their log-probabilities under the same two distributions:
-      -inf where the row would never have chosen them itself.
-    """
-    logits = logits.astype(jnp.float32)
-    greedy = _greedy(options)
-
-    def replace(x):
-        x = _changed(x, options, counts, bias, mask, banned)
-        wanted = jnp.maximum(token, 0)
-        of_greedy = jnp.where(wanted == _argmax(x), 0.0, -jnp.inf)
-        logp = jnp.where(greedy, of_greedy, _logp(_distribution(x, options), wanted))
-        return wanted, logp, _logp(logits, wanted)
-
-    old = chosen.token, chosen.logp, chosen.logp_raw
-    new = lax.cond(jnp.any(token >= 0), replace, lambda _: old, logits)
-    made, logp, logp_raw = (jnp.where(token >= 0, a, b) for a, b in zip(new, old, strict=True))
-    return Chosen(made, logp, logp_raw, chosen.top_ids, chosen.top_logp)
 
 
 def gumbel(bits: UInt[Array, "..."]) -> Float[Array, "..."]:

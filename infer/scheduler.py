@@ -68,11 +68,14 @@ class Scheduler:
         cacheable: bool = True,
         single_step: bool = False,
         waits: bool = False,
+        made: Sequence[int] | None = None,
     ) -> None:
         """Queue a request.
 
         Args:
           job_id: not in use. tokens: the prompt, at least one. max_tokens: longest output.
+          made: its output so far, of a request that was suspended and is as one that was
+            preempted; such a request is taken into a full queue, too.
           cacheable: whether it may read and write the prefix cache.
           single_step: whether the host must see each token before the next one is made.
           waits: whether it must see the tokens of each dispatch before the next one.
@@ -98,7 +101,7 @@ class Scheduler:
                 f"got {len(tokens)} prompt tokens and max_tokens {max_tokens}, {limit} together; "
                 f"wanted {most} at most ({name}): shorten the prompt or lower max_tokens"
             )
-        if len(self._waiting) >= self.limits.max_queue:
+        if made is None and len(self._waiting) >= self.limits.max_queue:
             raise QueueFull(
                 f"got a request while {len(self._waiting)} wait; wanted fewer than "
                 f"{self.limits.max_queue} (max_queue): try again later"
@@ -107,12 +110,13 @@ class Scheduler:
         job = jobs.Job(
             job_id,
             self._submitted,
-            list(tokens),
+            [*tokens, *(made or ())],
             len(tokens),
             limit,
             cacheable and not self._memory.cache.off,
             single_step,
             waits,
+            run=int(bool(made)),
         )
         self._jobs[job_id] = job
         self._waiting.append(job)

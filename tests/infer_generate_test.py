@@ -1,4 +1,4 @@
-"""Tests of infer.batch and infer.generate: a fake model with the real one's API, then the real."""
+"""Tests of infer.generate on the tiny model."""
 
 import dataclasses
 import io
@@ -8,77 +8,14 @@ import shutil
 import subprocess
 import sys
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import m1_jax
-from infer import batch, generate, prompt
+from infer import generate, lines, prompt
 from m1_jax import testing
 from m1_jax import tokenizer as tokenizer_lib
-
-V, PRIME = 23, 9973
-
-
-@dataclasses.dataclass(frozen=True)
-class FakeConfig:
-    vocab_size: int = V
-    max_position_embeddings: int = 100_000
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class FakeState:
-    hash: jax.Array
-    length: jax.Array
-    room: jax.Array  # [S], for its size
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class FakeModel:
-    """Logits hash all real tokens of a row in order: a padded or lost one changes everything."""
-
-    table: jax.Array = dataclasses.field(default_factory=lambda: jnp.arange(1.0, V + 1))
-    config: FakeConfig = dataclasses.field(default=FakeConfig(), metadata={"static": True})
-
-    def init_state(self, batch, max_length):
-        zeros = jnp.zeros(batch, jnp.int32)
-        return FakeState(zeros, zeros + 0, jnp.zeros(max_length))
-
-    def extend(self, tokens, state, num_tokens=None, last_only=False):
-        width = tokens.shape[1]
-        real = jnp.full(state.length.shape, width) if num_tokens is None else num_tokens
-        assert width <= state.room.shape[0]
-
-        def step(carry, xs):
-            token, place = xs
-            after = (carry * 31 + token + 1) % PRIME
-            after = jnp.where(place < real, after, carry)
-            return after, after
-
-        last, every = jax.lax.scan(step, state.hash, (tokens.T, jnp.arange(width)))
-        hashes = last[:, None] if last_only else every.T
-        logits = jnp.sin(hashes[..., None] * self.table[None, None]) * 3
-        return logits, FakeState(last, state.length + real, state.room)
-
-
-def fake_greedy(prompt_ids, count, stop_ids=()):
-    ids, value = [], 0
-    for token in prompt_ids:
-        value = (value * 31 + token + 1) % PRIME
-    while len(ids) < count and not (ids and ids[-1] in stop_ids):
-        ids.append(
-            int(np.argmax(np.sin(np.float32(value) * np.arange(1, V + 1, dtype=np.float32))))
-        )
-        value = (value * 31 + ids[-1] + 1) % PRIME
-    return ids
-
-
-def prompts_of(*lengths):
-    rng = np.random.default_rng(0)
-    return [rng.integers(0, V, length).tolist() for length in lengths]
 
 
 @pytest.fixture(scope="module")
@@ -91,104 +28,65 @@ def checkpoint(tmp_path_factory):
     return testing.write_tiny_tokenizer(directory, vocab_size=512)
 
 
-def test_widths_are_few():
-    assert batch._widths(1) == batch._widths(64) == [64]
-    assert batch._widths(65) == batch._widths(128) == [128]
-    assert batch._widths(2048) == [2048]
-    assert batch._widths(5000) == [2048, 2048, 1024]
+def ids_of(output):
+    return [token.id for token in output.tokens]
 
 
-def test_greedy_of_different_lengths_and_batch_sizes():
-    prompts = prompts_of(1, 70, 3, 2100, 64)
-    wanted = [fake_greedy(ids, 9) for ids in prompts]
-    for batch_size in (2, 5):
-        tokens, stats = batch.generate(
-            FakeModel(), prompts, max_tokens=9, batch_size=batch_size, temperature=0
-        )
-        assert tokens == wanted
-        assert (stats.prefill_tokens, stats.decode_tokens) == (2238, 5 * 8)
-    assert "tokens/s" in str(stats)
-
-
-def test_sampling_depends_on_seed_and_number_alone(monkeypatch):
-    prompts = prompts_of(5, 9, 5)
-    prompts[2] = prompts[0]
-    options = {"max_tokens": 30, "temperature": 1.5, "top_p": 0.9, "repetition_penalty": 1.1}
-    together, _ = batch.generate(FakeModel(), prompts, **options)
-    assert together[0] != together[2]
-    monkeypatch.setattr(batch, "_DISPATCH_SECS", 0.0)  # one step per dispatch
-    alone, _ = batch.generate(FakeModel(), prompts, batch_size=1, **options)
-    assert alone == together
-    other, _ = batch.generate(FakeModel(), prompts, seed=1, **options)
-    assert other != together
-
-
-def test_rows_stop_on_their_own():
-    prompts = prompts_of(4, 6, 2)
-    endless = [fake_greedy(ids, 20) for ids in prompts]
-    stop = endless[1][3]
-    wanted = [fake_greedy(ids, 20, (stop,)) for ids in prompts]
-    assert {len(ids) for ids in wanted} != {20}
-    calls = []
-    tokens, _ = batch.generate(
-        FakeModel(),
-        prompts,
-        max_tokens=20,
-        stop_ids=(stop,),
-        temperature=0,
-        on_token=lambda *call: calls.append(call),
-    )
-    assert tokens == wanted
-    for number, ids in enumerate(wanted):
-        got = [call[1:] for call in calls if call[0] == number]
-        assert got == [(token, i == len(ids) - 1) for i, token in enumerate(ids)]
-
-
-def test_one_token_and_a_stop_at_once():
-    prompts = prompts_of(4, 6)
-    first = [fake_greedy(ids, 1) for ids in prompts]
-    tokens, stats = batch.generate(FakeModel(), prompts, max_tokens=1, temperature=0)
-    assert (tokens, stats.decode_tokens) == (first, 0)
-    stops = [ids[0] for ids in first]
-    tokens, _ = batch.generate(FakeModel(), prompts, max_tokens=5, stop_ids=stops, temperature=0)
-    assert tokens == first
-
-
-def test_repetition_penalty_counts_the_prompt():
-    tokens, _ = batch.generate(
-        FakeModel(), [[3, 4]], max_tokens=V - 2, temperature=0, repetition_penalty=1e6
-    )
-    # With so large a penalty a seen token has 0 or a huge negative logit: the positive ones of
-    # the unseen go first, then, with zeros left, whatever is largest. None of 3 and 4 comes early.
-    assert not {3, 4} & set(tokens[0][:5])
-    assert len(set(tokens[0][:5])) == 5
-
-
-@pytest.mark.parametrize(
-    ("prompts", "message"),
-    [
-        ([], "got 0 prompts"),
-        ([[1], []], "prompt 1: got no tokens"),
-        ([[V]], "prompt 0: got token id 23; wanted 0 to 22. Does the tokenizer"),
-        ([[-1]], "got token id -1"),
-        ([[1] * 99_999], "99999 tokens \\+ max_tokens 2 = 100001; wanted at most 100000. Shorten"),
-    ],
-)
-def test_refused_prompts(prompts, message):
-    with pytest.raises(ValueError, match=message):
-        batch.generate(FakeModel(), prompts, max_tokens=2)
-
-
-def test_golden_greedy_tokens(golden_dir):
+def test_golden_greedy_tokens(golden_dir, checkpoint):
     golden = np.load(golden_dir / "golden.npz")
-    model = m1_jax.load(golden_dir)
+    model, tok = m1_jax.load(checkpoint), tokenizer_lib.Tokenizer.load(checkpoint)
     prompts = golden["input_ids"][:, :100].tolist()
-    tokens, _ = batch.generate(model, prompts, max_tokens=48, temperature=0)
-    np.testing.assert_array_equal(tokens, golden["greedy_tokens"])
-    # Alone, and beside a prompt of another length, a row says the same.
-    shorter = [prompts[1][:30], prompts[0]]
-    tokens, _ = batch.generate(model, shorter, max_tokens=48, temperature=0)
-    np.testing.assert_array_equal(tokens[1], golden["greedy_tokens"][0])
+    config = generate.Config(
+        checkpoint="x", prompt="x", max_tokens=48, temperature=0, ignore_eos=True
+    )
+    # Beside each other, and beside a prompt of another length.
+    outputs, stats = generate.write(config, model, tok, prompts, io.StringIO())
+    assert [ids_of(output) for output in outputs] == golden["greedy_tokens"].tolist()
+    assert (stats.prefill_tokens, stats.decode_tokens) == (200, 2 * 47)
+    (_, other), _ = generate.write(config, model, tok, [prompts[1][:30], prompts[0]], io.StringIO())
+    assert ids_of(other) == golden["greedy_tokens"][0].tolist()
+
+
+def test_sampling_depends_on_seed_and_number_alone(checkpoint, tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_text("same\nanother one\nsame\n")
+    config = generate.Config(
+        checkpoint=str(checkpoint), prompts_file=str(file), max_tokens=20, repetition_penalty=1.1
+    )
+    together, _ = generate.run(config, io.StringIO())
+    assert together[0].tokens != together[2].tokens
+    alone, _ = generate.run(dataclasses.replace(config, batch_size=1), io.StringIO())
+    assert [output.tokens for output in alone] == [output.tokens for output in together]
+    other, _ = generate.run(dataclasses.replace(config, seed=1), io.StringIO())
+    assert other[1].tokens != together[1].tokens
+
+
+def test_options(checkpoint, tmp_path):
+    schema, file = tmp_path / "schema.json", tmp_path / "logprobs.jsonl"
+    schema.write_text('{"enum": ["red", "green"]}')
+    config = generate.Config(
+        checkpoint=str(checkpoint),
+        prompt="hi",
+        preset="lightning",
+        max_tokens=24,
+        temperature=1.5,
+        json_schema=f"@{schema}",
+        logprobs=str(file),
+        top_logprobs=2,
+    )
+    assert config.options.thinking_tokens == 1_024  # the preset's
+    out = io.StringIO()
+    (output,), _ = generate.run(config, out)
+    assert json.loads(out.getvalue()) in ("red", "green")
+    assert output.finish_reason == "stop"
+    record = json.loads(file.read_text())
+    assert [token["id"] for token in record["tokens"]] == ids_of(output)
+    assert all(len(token["top"]) == 2 for token in record["tokens"])
+    stopped = dataclasses.replace(config, json_schema=None, regex="ab+c+", stop=("bc",))
+    out = io.StringIO()
+    (output,), _ = generate.run(stopped, out)
+    assert output.finish_reason == "stop"
+    assert out.getvalue().removesuffix("\n") in ("a" + "b" * n for n in range(24))
 
 
 class Writes(io.StringIO):
@@ -218,7 +116,7 @@ def test_run_end_to_end(checkpoint):
     assert prompts == [wanted]
     assert out.getvalue() == outputs[0].text + "\n"
     assert out.count > 3
-    assert outputs[0].text == tok.decode(outputs[0].tokens)
+    assert outputs[0].text == tok.decode(ids_of(outputs[0]))
     assert 1 <= len(outputs[0].tokens) <= 12
     again, _ = generate.run(dataclasses.replace(config, stream=False), io.StringIO())
     assert again == outputs
@@ -232,9 +130,10 @@ def test_int8_weights(checkpoint):
     model, tok, (ids,) = generate.prepare(config)
     assert model.layers[0].attention.qkv.kernel.dtype == jnp.int8
     # One pass instead of a prefill and steps.
-    logits = model(jnp.asarray([ids + output.tokens], jnp.int32))[0, len(ids) - 1 : -1]
-    assert np.argmax(logits, axis=-1).tolist() == output.tokens
-    assert output.text == tok.decode(output.tokens)
+    made = ids_of(output)
+    logits = model(jnp.asarray([ids + made], jnp.int32))[0, len(ids) - 1 : -1]
+    assert np.argmax(logits, axis=-1).tolist() == made
+    assert output.text == tok.decode(made)
 
 
 def test_prompts_file_raw_and_lines(checkpoint, tmp_path):
@@ -251,7 +150,7 @@ def test_prompts_file_raw_and_lines(checkpoint, tmp_path):
     out = io.StringIO()
     outputs, _ = generate.run(config, out)
     assert [len(output.tokens) for output in outputs] == [20, 20]
-    assert {output.finish for output in outputs} == {"length"}
+    assert {output.finish_reason for output in outputs} == {"length"}
     lines = out.getvalue().split("\n")[:-1]
     for number, output in enumerate(outputs):
         mark = f"[{number}] "
@@ -330,6 +229,11 @@ def test_refused_files(tmp_path):
         ({"profile": "x"}, "--profile: got 'x'; wanted release or vllm"),
         ({"temperature": -1.0}, "temperature: got -1.0"),
         ({"raw": True, "system": "a"}, "--system: got one with --raw"),
+        ({"preset": "thinking"}, "preset: got 'thinking'; did you mean thinking-"),
+        ({"regex": "a", "grammar": "b"}, "got regex and grammar; wanted at most one"),
+        ({"stop": ("",)}, "stop: got ''; wanted strings of 1"),
+        ({"min_tokens": 600}, r"min_tokens: got 600; wanted 0 to 512 \(max_tokens\)"),
+        ({"top_logprobs": 3}, "--top_logprobs: got it without --logprobs"),
     ],
 )
 def test_refused_config(changes, message):
@@ -344,10 +248,18 @@ def test_errors_before_any_work(checkpoint, tmp_path, monkeypatch):
         generate.prepare(config)
     with pytest.raises(ValueError, match="prompt 0: got no tokens|prompt: got ''"):
         generate.prepare(dataclasses.replace(config, prompt=""))
+    with pytest.raises(ValueError, match="regex: "):
+        generate.prepare(dataclasses.replace(config, max_length=0, regex="("))
     with pytest.raises(ValueError, match="is no directory"):
         generate.prepare(dataclasses.replace(config, checkpoint=str(tmp_path / "none")))
     with pytest.raises(FileNotFoundError, match=r"tokenizer.json: no such file; wanted"):
         generate.prepare(dataclasses.replace(config, checkpoint=str(tmp_path)))
+
+
+def test_seeds_of_a_run_differ():
+    seeds = {lines.seed_of(seed, number) for seed in range(200) for number in range(1_000)}
+    assert len(seeds) == 200 * 1_000
+    assert lines.seed_of(7, 0) == 7
 
 
 def command(*arguments):

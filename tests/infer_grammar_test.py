@@ -102,7 +102,7 @@ def test_json_is_always_valid_through_the_sampler(compiler, tokenizer):
     options = request.Options(json_schema=json.dumps(SCHEMA))
     matchers = [compiler.matcher(options) if row % 4 else None for row in range(8)]
     made = sampling.options(8, temperature=5.0, top_p=0.9)
-    rng, keys = np.random.default_rng(0), sampling.row_keys(0, jnp.arange(8))
+    rng, seeds = np.random.default_rng(0), jnp.arange(8, dtype=jnp.uint32)
     outputs, ended = [[] for _ in matchers], [matcher is None for matcher in matchers]
     choose = sampling.jax.jit(sampling.choose)
     for step in range(1_500):
@@ -111,7 +111,7 @@ def test_json_is_always_valid_through_the_sampler(compiler, tokenizer):
             if not ended[row]:
                 everything[row] = matcher.mask()
         logits = rng.normal(size=(8, V)).astype(np.float32) * 4
-        at = sampling.step_keys(keys, jnp.full(8, step))
+        at = sampling.keys(seeds, jnp.full(8, step))
         tokens = np.asarray(choose(logits, made, at, mask=everything).token).tolist()
         for row, token in enumerate(tokens):
             if not ended[row]:

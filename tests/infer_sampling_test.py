@@ -12,7 +12,11 @@ from hypothesis import strategies as st
 from infer import request, sampling
 
 choose = jax.jit(sampling.choose)
-forced = jax.jit(sampling.forced)
+
+
+def row_keys(step, rows):
+    """Return keys of requests with these seeds, at one place of their sequences."""
+    return sampling.keys(jnp.asarray(rows, jnp.uint32), jnp.full(len(rows), step))
 
 
 def sample(logits, options, keys, counts=None):
@@ -93,7 +97,7 @@ def test_rows_are_narrowed_on_their_own():
 
 def draws(logits, count, counts=None, **options):
     """Draw `count` tokens from one row of logits."""
-    keys = sampling.row_keys(7, jnp.arange(count))
+    keys = row_keys(7, jnp.arange(count))
     rows = jnp.broadcast_to(jnp.asarray(logits, jnp.float32), (count, len(logits)))
     counts = None if counts is None else jnp.broadcast_to(jnp.asarray(counts), rows.shape)
     return sample(rows, sampling.options(count, **options), keys, counts)
@@ -116,7 +120,7 @@ def test_frequencies_and_logprobs(options):
 
 def test_greedy_takes_the_first_largest_and_has_no_choice():
     logits = jnp.asarray([[0.0, 3.0, 3.0], [-1.0, -2.0, -0.5]])
-    keys = sampling.row_keys(0, jnp.arange(2))
+    keys = row_keys(0, jnp.arange(2))
     tokens, logp, raw = sample(logits, sampling.options(2, temperature=0.0), keys)
     np.testing.assert_array_equal(tokens, [1, 2])
     np.testing.assert_array_equal(logp, [0.0, 0.0])
@@ -148,7 +152,7 @@ def test_repetition_penalty():
 def test_randomness_is_the_row_s_own():
     logits = jax.random.normal(jax.random.key(0), (5, 300)) * 2
     rows, positions = jnp.arange(5), jnp.asarray([3, 9, 9, 100, 2])
-    keys = sampling.step_keys(sampling.row_keys(3, rows), positions)
+    keys = sampling.keys(rows, positions)
     together = sample(logits, sampling.options(5), keys)
     for i in range(5):
         alone = sample(logits[i : i + 1], sampling.options(1), keys[i : i + 1])
@@ -158,13 +162,13 @@ def test_randomness_is_the_row_s_own():
     np.testing.assert_array_equal(shuffled[0], together[0][order])
     data = jax.random.key_data(keys)
     assert len(np.unique(data, axis=0)) == 5
-    other = jax.random.key_data(sampling.row_keys(4, rows))
-    assert not np.array_equal(other, jax.random.key_data(sampling.row_keys(3, rows)))
+    data = jax.random.key_data(row_keys(9, rows))
+    assert len(np.unique(data, axis=0)) == 5
 
 
 def test_options_never_recompile_and_nothing_sorts():
     function = jax.jit(lambda *args: sampling.choose(*args))
-    logits, keys = jnp.zeros((2, 9)), sampling.row_keys(0, jnp.arange(2))
+    logits, keys = jnp.zeros((2, 9)), row_keys(0, jnp.arange(2))
     many = {"presence_penalty": 1, "frequency_penalty": [0, 1], "top_logprobs": [0, 3]}
     for values in ({}, {"temperature": 0}, {"top_k": [3, 0]}, {"min_p": 0.5, "top_p": 0.3}, many):
         function(logits, sampling.options(2, **values), keys)
@@ -216,11 +220,9 @@ def test_options_of_requests():
     assert (made.top_k.dtype, made.top_p.dtype) == (jnp.int32, jnp.float32)
 
 
-def test_unknown_option_and_seed():
+def test_unknown_option():
     with pytest.raises(TypeError, match="got option 'topk'; wanted one of temperature"):
         sampling.options(1, topk=3)
-    with pytest.raises(ValueError, match="seed: got -1; wanted 0 to 4294967295"):
-        sampling.row_keys(-1, jnp.arange(1))
 
 
 V = 45  # not a whole number of words of a mask
@@ -307,7 +309,7 @@ def test_frequencies_with_every_feature(seed):
     options = sampling.options(batch, **PENALTIES, **narrow)
     tokens = []
     for number in range(draws // batch):
-        keys = sampling.row_keys(number, jnp.arange(batch))
+        keys = row_keys(number, jnp.arange(batch))
         chosen = choose(rows.logits, options, keys, *rows.args)
         np.testing.assert_allclose(chosen.logp, logp[np.asarray(chosen.token)], atol=1e-5)
         tokens.append(np.asarray(chosen.token))
@@ -323,7 +325,7 @@ def test_frequencies_with_every_feature(seed):
 
 
 def test_each_feature_alone():
-    case, keys = make_case(5), sampling.row_keys(0, jnp.arange(8))
+    case, keys = make_case(5), row_keys(0, jnp.arange(8))
     off = nothing(case)
     for changes, options, short in [
         ({"counts": case.counts}, {"presence_penalty": 1.5}, {"presence": 1.5}),
@@ -347,7 +349,7 @@ def test_mask_and_ban_leave_one_token():
     alone = nothing(case)
     alone.allowed[:] = False
     alone.allowed[np.arange(8), np.arange(8) * 6] = True
-    keys = sampling.row_keys(0, jnp.arange(8))
+    keys = row_keys(0, jnp.arange(8))
     options = sampling.options(8, temperature=[0.0, 5.0] * 4)
     chosen = choose(alone.logits, options, keys, *alone.args)
     np.testing.assert_array_equal(chosen.token, np.arange(8) * 6)
@@ -360,7 +362,7 @@ def test_mask_and_ban_leave_one_token():
 
 
 def test_most_likely_tokens():
-    case, keys = make_case(7), sampling.row_keys(0, jnp.arange(8))
+    case, keys = make_case(7), row_keys(0, jnp.arange(8))
     case.logits[1, 5:9] = 9.0  # ties go by id
     options = sampling.options(8, top_logprobs=[0, 1, 20, 0, 3, 0, 0, 0], **PENALTIES)
     chosen = choose(case.logits, options, keys, *case.args)
@@ -379,12 +381,12 @@ def test_most_likely_tokens():
 
 
 def test_forced_tokens():
-    case, keys = make_case(8), sampling.row_keys(0, jnp.arange(8))
+    case, keys = make_case(8), row_keys(0, jnp.arange(8))
     narrow = {"temperature": 1.4, "top_k": 20, "top_p": 0.9}
     options = sampling.options(8, **PENALTIES, **(narrow | {"temperature": [1.4] * 6 + [0, 0]}))
     chosen = choose(case.logits, options, keys, *case.args)
     token = np.asarray([-1, 0, 1, 2, -1, 44, 3, int(chosen.token[7])], np.int32)
-    after = forced(chosen, case.logits, options, *case.args, token)
+    after = choose(case.logits, options, keys, *case.args, token)
     np.testing.assert_array_equal(after.token, np.where(token < 0, chosen.token, token))
     np.testing.assert_array_equal(after.top_ids, chosen.top_ids)
     for row in range(8):
@@ -399,9 +401,9 @@ def test_forced_tokens():
         np.testing.assert_allclose(after.logp[row], wanted, atol=1e-5)
         raw = kept_reference(case.logits[row])[token[row]]
         np.testing.assert_allclose(after.logp_raw[row], raw, atol=1e-5)
-    # Forcing what was chosen anyway changes nothing but rounding.
-    same = forced(chosen, case.logits, options, *case.args, chosen.token)
-    np.testing.assert_allclose(same.logp, chosen.logp, atol=1e-6)
+    # Forcing what is chosen anyway changes nothing.
+    same = choose(case.logits, options, keys, *case.args, chosen.token)
+    jax.tree.map(np.testing.assert_array_equal, same, chosen)
 
 
 ROWS = {
@@ -424,7 +426,7 @@ def bits(chosen, row):
 @pytest.mark.parametrize("vocab_size", [V, 20_011])
 def test_other_rows_never_change_a_bit(vocab_size):
     """Each row among rows with every feature, and alone among greedy ones with none."""
-    case, keys = make_case(9, vocab_size), sampling.row_keys(1, jnp.arange(8))
+    case, keys = make_case(9, vocab_size), row_keys(1, jnp.arange(8))
     # Rows without limits of their own beside rows that have them; every row has counts.
     for row in (0, 5, 6):
         for name in ("bias", "allowed", "banned"):
@@ -433,7 +435,7 @@ def test_other_rows_never_change_a_bit(vocab_size):
     token = np.asarray([-1, 3, -1, -1, 5, -1, 2, -1], np.int32)
     options = sampling.options(8, **ROWS)
     together = choose(case.logits, options, keys, *case.args)
-    together_forced = forced(together, case.logits, options, *case.args, token)
+    together_forced = choose(case.logits, options, keys, *case.args, token)
     for row in range(8):
         alone = dataclasses.replace(nothing(case), counts=case.counts)
         for name in ("bias", "allowed", "banned"):
@@ -446,13 +448,13 @@ def test_other_rows_never_change_a_bit(vocab_size):
         chosen = choose(case.logits, options, keys, *alone.args)
         assert bits(chosen, row) == bits(together, row), row
         own = np.where(np.arange(8) == row, token, -1)
-        after = forced(chosen, case.logits, options, *alone.args, own)
+        after = choose(case.logits, options, keys, *alone.args, own)
         assert bits(after, row) == bits(together_forced, row), row
 
 
 @pytest.mark.parametrize("vocab_size", [V, 20_011])
 def test_a_row_s_place_never_changes_a_bit(vocab_size):
-    case, keys = make_case(10, vocab_size), sampling.row_keys(1, jnp.arange(8))
+    case, keys = make_case(10, vocab_size), row_keys(1, jnp.arange(8))
     options = sampling.options(8, **ROWS)
     straight = choose(case.logits, options, keys, *case.args)
     order = [7, 2, 0, 5, 1, 6, 3, 4]

@@ -1,0 +1,67 @@
+"""What the commands of this package share: flags from a dataclass, and weights to compute with."""
+
+import dataclasses
+import pathlib
+import typing
+from typing import Any
+
+import jax.numpy as jnp
+from absl import flags
+
+import m1_jax
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+
+def flag(default: Any, text: str) -> Any:
+    """Return a field of a dataclass whose fields are flags."""
+    return dataclasses.field(default=default, metadata={"help": text})
+
+
+def define_flags(config: type) -> None:
+    """Define a flag for each field, of the field's type; of those that may be None, the other."""
+    define = {
+        bool: flags.DEFINE_bool,
+        int: flags.DEFINE_integer,
+        float: flags.DEFINE_float,
+        tuple: flags.DEFINE_multi_string,
+    }
+    types = typing.get_type_hints(config)
+    fields: Any = dataclasses.fields(config)
+    for field in fields:
+        kinds = [kind for kind in typing.get_args(types[field.name]) if kind is not type(None)]
+        kind = typing.get_origin(types[field.name])
+        kind = tuple if kind is tuple else kinds[0] if kinds else types[field.name]
+        default = list(field.default) if kind is tuple else field.default
+        define.get(kind, flags.DEFINE_string)(field.name, default, field.metadata["help"])
+
+
+def from_flags(config: type) -> Any:
+    """Return the dataclass with the flags' values."""
+    values = {field.name: getattr(flags.FLAGS, field.name) for field in dataclasses.fields(config)}
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    return config(**values)
+
+
+def demand(config: Any, wanted: dict[str, tuple[bool, str]]) -> None:
+    """Raise ValueError for the first field that is not as wanted: {name: (valid, wanted)}."""
+    for name, (valid, text) in wanted.items():
+        if not valid:
+            raise ValueError(f"--{name}: got {getattr(config, name)!r}; wanted {text}")
+
+
+def folder(checkpoint: str) -> pathlib.Path:
+    """Return a checkpoint's directory.
+
+    Raises:
+      ValueError: it is none.
+    """
+    path = pathlib.Path(checkpoint)
+    if not path.is_dir():
+        raise ValueError(f"--checkpoint: {path} is no directory; wanted a release or a conversion")
+    return path
+
+
+def load(checkpoint: str, dtype: str, weights: str | None) -> Any:
+    """Load a model; errors as in `m1_jax.load`."""
+    return m1_jax.load(folder(checkpoint), dtype=DTYPES[dtype], weights=weights)

@@ -1,0 +1,196 @@
+"""Tests of infer.suspend: requests go on in another engine as if nothing had happened."""
+
+import dataclasses
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from infer import config, engine, request, suspend
+from m1_jax import config as config_lib
+from m1_jax import model as model_lib
+from m1_jax import testing
+from m1_jax import tokenizer as tokenizer_lib
+
+SIZES = config.Config(
+    max_length=128,
+    max_rows=3,
+    chunk_tokens=16,
+    prefill_tokens=(32,),
+    num_snapshots=3,
+    decode_steps=4,
+    max_queue=9,
+)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    directory = testing.write_tiny_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+    return tokenizer_lib.Tokenizer.load(directory)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return model_lib.MiniMaxM1(config_lib.ModelConfig.tiny(), nnx.Rngs(0), dtype=jnp.float32)
+
+
+@pytest.fixture(scope="module")
+def first(model, tokenizer):
+    return engine.Engine(model, tokenizer, SIZES)
+
+
+@pytest.fixture(scope="module")
+def second(model, tokenizer):
+    # Other sizes that change no number.
+    return engine.Engine(model, tokenizer, dataclasses.replace(SIZES, max_rows=4, max_queue=1))
+
+
+def requests():
+    """Prompts and options with all that an output's next token can depend on."""
+    rng = np.random.default_rng(0)
+    many = [
+        {"temperature": 0.0, "top_logprobs": 3},
+        {"repetition_penalty": 1.3, "presence_penalty": 0.5, "frequency_penalty": 0.2},
+        {"regex": r"<think>[a-z ]*\n</think>\n\n[a-z]{3,9}", "thinking_tokens": 20},
+        {"json_schema": {"type": "array", "items": {"type": "integer"}, "minItems": 9}},
+        {"logit_bias": {5: 3.0, 9: -100.0}, "min_tokens": 12, "stop": ("e", "th")},
+        {"top_k": 20, "min_p": 0.01, "stop_token_ids": (17,)},
+        {"max_tokens": 70},
+        {"max_tokens": 1},
+    ]
+    made = []
+    for number, changes in enumerate(many):
+        prompt = rng.integers(0, 300, 7 * (number + 1)).tolist()
+        changes = {"max_tokens": 48, "seed": number, **changes}
+        made.append((prompt, request.Options(**changes)))
+    return made
+
+
+@pytest.fixture(scope="module")
+def undisturbed(first):
+    submitted = [first.submit(*one) for one in requests()]
+    first.run()
+    return [one.output() for one in submitted]
+
+
+def same(got, wanted):
+    for name in ("tokens", "text", "finish_reason", "reasoning_tokens", "prompt_tokens"):
+        assert getattr(got, name) == getattr(wanted, name), name
+
+
+def test_the_cases_are_what_they_are_meant_to_be(undisturbed):
+    assert undisturbed[2].reasoning_tokens > 20
+    assert len(undisturbed[3].text) > 9
+    assert undisturbed[4].finish_reason == "stop"
+
+
+@pytest.mark.parametrize("steps", [0, 5, 14, 30])
+def test_resumed_outputs_are_the_same_to_the_bit(first, second, undisturbed, tmp_path, steps):
+    path = tmp_path / "requests.json"
+    submitted = [first.submit(*one) for one in requests()]
+    for _ in range(steps):
+        first.step()
+    ended = [one.done.is_set() for one in submitted]
+    assert suspend.save(first, path) == ended.count(False) > 0
+    first.run()  # what was under way ends
+    after = [one.output(timeout_secs=1) for one in submitted]
+    assert {one.finish_reason for one, e in zip(after, ended, strict=True) if not e} == {
+        "suspended"
+    }
+    heard = []
+    resumed = suspend.resume(second, path, lambda *call: heard.append(call))
+    before = sum(len(one.tokens) for one in resumed)
+    second.run()
+    outputs = iter([one.output(timeout_secs=1) for one in resumed])
+    for done, wanted, old in zip(ended, undisturbed, after, strict=True):
+        same(old if done else next(outputs), wanted)
+    assert len(heard) == sum(len(one.tokens) for one in resumed) - before
+    assert [one.name for one in tmp_path.iterdir()] == ["requests.json"]
+
+
+def test_twice(first, second, undisturbed, tmp_path):
+    path = tmp_path / "requests.json"
+    for one in requests():
+        first.submit(*one)
+    for _ in range(6):
+        first.step()
+    suspend.save(first, path)
+    suspend.resume(second, path)
+    for _ in range(6):
+        second.step()
+    suspend.save(second, path)
+    first.run()
+    resumed = suspend.resume(first, path)
+    first.run()
+    by_seed = {one.options.seed: one.output() for one in resumed}
+    assert by_seed
+    for seed, output in by_seed.items():
+        same(output, undisturbed[seed])
+
+
+def test_versions_go_on(first, second, model, tmp_path):
+    path = tmp_path / "requests.json"
+    version = first.swap(model)
+    first.submit([1, 2, 3], request.Options(max_tokens=20, ignore_eos=True))
+    for _ in range(4):
+        first.step()
+    suspend.save(first, path)
+    first.run()
+    (resumed,) = suspend.resume(second, path)
+    second.run()
+    assert {token.version for token in resumed.output().tokens} == {version}
+    assert second.version == version
+
+
+def test_refused_files(first, tmp_path):
+    path = tmp_path / "requests.json"
+    first.submit([1, 2, 3], request.Options(max_tokens=20))
+    first.step()
+    suspend.save(first, path)
+    first.run()
+    good = json.loads(path.read_text())
+
+    def refused(message, **changes):
+        path.write_text(json.dumps({**good, **changes}))
+        with pytest.raises(ValueError, match=message):
+            suspend.resume(first, path)
+
+    made_by = good["made_by"]
+    for name in ("model", "weights", "tokenizer", "recipe"):
+        refused(f"requests of another {name}: 'x'", made_by={**made_by, name: "x"})
+    refused("got no 'm1_jax suspended requests, version 1'", format="other")
+    (one,) = good["requests"]
+    refused("request 0: ValueError.*option: got 'x'", requests=[{**one, "options": {"x": 1}}])
+    refused(
+        "max_tokens 500; wanted 128 at most", requests=[{**one, "options": {"max_tokens": 500}}]
+    )
+    path.write_text("{")
+    with pytest.raises(ValueError, match="not JSON"):
+        suspend.resume(first, path)
+    with pytest.raises(FileNotFoundError):
+        suspend.resume(first, tmp_path / "none")
+    assert not first.step()
+
+
+def test_nothing_is_lost_where_nothing_can_be_written(first, tmp_path):
+    going = first.submit([1, 2, 3], request.Options(max_tokens=5, ignore_eos=True))
+    with pytest.raises(OSError, match="No such file"):
+        suspend.save(first, tmp_path / "none" / "requests.json")
+    first.run()
+    assert len(going.output(timeout_secs=1).tokens) == 5
+
+
+def test_digest_tells_weights_apart():
+    x = jnp.arange(12, dtype=jnp.float32).reshape(3, 4)
+    digests = {
+        suspend.digest([x]),
+        suspend.digest([x.at[1, 2].set(6.0000005)]),
+        suspend.digest([x.T]),
+        suspend.digest([x[::-1]]),
+        suspend.digest([x.astype(jnp.bfloat16)]),
+        suspend.digest([x, x]),
+    }
+    assert len(digests) == 6
+    assert suspend.digest([x]) == suspend.digest([x + 0])
