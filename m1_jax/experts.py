@@ -10,8 +10,9 @@ from m1_jax import quantize
 
 # Rows per CPU matmul: big tiles first, small ones for what is left. Each costs compile time.
 TILES, FEW_ROWS_TILES = (256, 32), (16, 4)
-# Set (`with fixed_tile(rows)`), every CPU matmul has that many rows, whatever the number of rows:
-# a row's numbers then do not depend on how many others its expert has.
+# Set (`with fixed_tile(rows)`), every CPU matmul has twice or half that many rows: a row's numbers
+# then do not depend on how many others its expert has. XLA:CPU gives a row the same bits in any
+# product of 2 to 32 rows; 1 row, or 64 and more, take other ways (tests/m1_jax_tiles_test.py).
 fixed_tile = jax.make_user_context(0)
 
 
@@ -184,7 +185,7 @@ def _put(x, rows, start):
 
 def _tiles(num_rows: int) -> tuple[int, ...]:
     if fixed_tile.value:
-        return (fixed_tile.value,)
+        return (2 * fixed_tile.value, max(fixed_tile.value // 2, 2))
     if num_rows >= TILES[0]:
         return TILES
     return FEW_ROWS_TILES if num_rows >= FEW_ROWS_TILES[0] else (num_rows,)
