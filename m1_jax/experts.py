@@ -10,8 +10,10 @@ from m1_jax import quantize
 
 # Rows per CPU matmul: big tiles first, small ones for what is left. Each costs compile time.
 TILES, FEW_ROWS_TILES = (256, 32), (16, 4)
-# Set (`with fixed_tile(rows)`), every CPU matmul has that many rows, whatever the number of rows:
-# a row's numbers then do not depend on how many others its expert has.
+# Set (`with fixed_tile(rows)`), every CPU matmul has that many rows, or twice and half as many
+# where that is known to change nothing: a row's numbers then do not depend on how many others its
+# expert has. XLA:CPU gives a row the same bits in any product of 2 to 32 rows; 1 row, or 64 and
+# more, take other ways (tests/m1_jax_tiles_test.py).
 fixed_tile = jax.make_user_context(0)
 
 
@@ -183,8 +185,10 @@ def _put(x, rows, start):
 
 
 def _tiles(num_rows: int) -> tuple[int, ...]:
-    if fixed_tile.value:
-        return (fixed_tile.value,)
+    if (size := fixed_tile.value) in (4, 8, 16):
+        return (2 * size, size // 2)
+    if size:
+        return (size,)
     if num_rows >= TILES[0]:
         return TILES
     return FEW_ROWS_TILES if num_rows >= FEW_ROWS_TILES[0] else (num_rows,)
