@@ -132,7 +132,9 @@ def test_killed_at_any_time(whole, tmp_path):
                 break
             time.sleep(0.001)
         told = process.communicate()[1]
-        assert process.returncode in (0, -number, 128 + number), told
+        # By the fourth line of eight, the end may be faster than the signal.
+        wanted = {signal.SIGKILL: (-number,), signal.SIGTERM: (0, 128 + number)}
+        assert process.returncode in wanted[number], told
     done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "8 of 8 requests" in done.stderr
