@@ -47,7 +47,7 @@ class Output:
     """A finished request.
 
     finish_reason: "stop", "length", "loop", "cancelled", "suspended" or "error" (logits that are
-      not finite).
+      not finite, or a grammar that outgrew its limits on the way).
     cached_tokens: of the prompt, found in the prefix cache; cache_reason says why if none.
     """
 
@@ -356,7 +356,10 @@ class Engine:
                 made = [token.id for token in request.tokens]
                 self._device.count(item.slot, made, in_prompt=False)
         if request.matcher is not None:
-            self._device.set_mask(item.slot, request.matcher.mask())
+            try:
+                self._device.set_mask(item.slot, request.matcher.mask())
+            except ValueError:  # the grammar outgrew its limits; the others have no part in it
+                request.finish_reason = "error"
 
     def _take(self, flight: _Flight, chosen) -> None:
         """Take over the tokens that a plan made, and report them."""
@@ -375,7 +378,7 @@ class Engine:
             cut = len(request.tokens) - before < len(made)
             over = request.finish_reason is not None
             # The device stops by itself at a stop token and at the limit alone.
-            exact = over and not cut and self._stops_device(request)
+            exact = over and bool(made) and not cut and self._stops_device(request)
             length = len(request.prompt) + len(request.tokens) - 1 if exact else None
             ids = tuple(one.id for one in made)
             results[number] = plans.Result(len(ids), over, length, ids)

@@ -276,8 +276,9 @@ def main(argv) -> None:
     broken = [i for i, output in enumerate(outputs) if output.finish_reason == "error"]
     if broken:
         sys.exit(
-            f"error: prompt {broken[0]}: got logits that are not finite after "
-            f"{len(outputs[broken[0]].tokens)} tokens; check the weights, or try --dtype=float32"
+            f"error: prompt {broken[0]}: got logits that are not finite, or a grammar beyond its "
+            f"limits, after {len(outputs[broken[0]].tokens)} tokens; check the weights, try "
+            "--dtype=float32, or simplify the grammar"
         )
 
 

@@ -102,11 +102,12 @@ class Line:
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """Requests: of the input, done before, done now. Tokens: of those done now."""
+    """Requests: of the input, done before, done now. Tokens, errors: of those done now."""
 
     requests: int
     before: int
     done: int
+    errors: int = 0
     prompt_tokens: int = 0
     cached_tokens: int = 0
     completion_tokens: int = 0
@@ -117,6 +118,7 @@ class Summary:
             f"{self.before + self.done} of {self.requests} requests, {self.done} of them now: "
             f"{self.prompt_tokens} prompt tokens ({self.cached_tokens} cached), "
             f"{self.completion_tokens} made"
+            + (f"; {self.errors} ended in errors" if self.errors else "")
         )
 
 
@@ -173,6 +175,7 @@ def _serve(config, served, todo, before, file, bar, stop) -> Summary:
             _append(file, line, made, config.tokens)
             bar.update()
             counts["done"] += 1
+            counts["errors"] += made.finish_reason == "error"
             for name in ("prompt_tokens", "cached_tokens"):
                 counts[name] += getattr(made, name)
             counts["completion_tokens"] += len(made.tokens)

@@ -14,7 +14,7 @@ import time
 import pytest
 
 import m1_jax
-from infer import offline
+from infer import grammar, offline
 from m1_jax import testing
 from m1_jax import tokenizer as tokenizer_lib
 
@@ -115,6 +115,26 @@ def test_interrupted_and_torn(whole, tmp_path):
     assert third.stopped_by is None
     assert third.before + third.done == 8
     assert by_index(output) == lines
+
+
+def test_a_grammar_that_fails_ends_its_own_request(whole, tmp_path, monkeypatch):
+    config, _, lines = whole
+    calls = []
+
+    def mask(self, whole_mask=grammar.Matcher.mask):
+        calls.append(self)
+        if self is calls[0] and calls.count(self) == 3:
+            raise ValueError("constrained decoding: too large")
+        return whole_mask(self)
+
+    monkeypatch.setattr(grammar.Matcher, "mask", mask)
+    summary = offline.run(dataclasses.replace(config, output=str(tmp_path / "out.jsonl")))
+    assert summary.errors == 1
+    assert "; 1 ended in errors" in str(summary)
+    got = by_index(tmp_path / "out.jsonl")
+    (different,) = (json.loads(a) for a, b in zip(got, lines, strict=True) if a != b)
+    assert (different["finish_reason"], different["completion_tokens"]) == ("error", 2)
+    assert len(got) == 8
 
 
 @pytest.mark.slow
