@@ -32,10 +32,10 @@ demo: $(DEMO_READY)
 	PYTHONPATH=. $(PYTHON) demo/run.py
 
 test: $(TEST_READY)
-	$(PYTHON) -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
+	$(PYTHON) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 test-fast: $(TEST_READY)
-	$(PYTHON) -m pytest -n 2 --dist loadfile -m "not slow" $(PYTEST_ARGS)
+	$(PYTHON) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow" $(PYTEST_ARGS)
 
 lint: $(TEST_READY)
 	$(PYTHON) -m ruff check .

@@ -6,13 +6,9 @@ Both sides compute in float32 with all cores. They are timed in turn (ours, thei
 and the ratio is that of the fastest calls (a virtual machine only ever adds time, at times
 threefold), for transformers of whichever of its expert implementations was fastest; medians stand
 beside them. `matmuls` is the time of nothing but the model's matmuls in torch, at the shapes of
-perfectly balanced experts: no float32 implementation on this machine can be much faster. A call
-during which other processes (or the hypervisor) took CPU time is made again:
-torch's threads spin at barriers, so a busy neighbour slows it tenfold where it slows us a little.
-Compilation and first calls are not timed. Before any timing, both must give the same numbers.
-
-The process starts itself again with a malloc that keeps freed memory, for both sides: on a virtual
-machine the page faults of fresh memory cost as much as a quarter of the work, and not equally.
+perfectly balanced experts: no float32 implementation on this machine can be much faster.
+Compilation and first calls are not timed, nor calls that were disturbed (`side_by_side.py`). Before
+any timing, both must give the same numbers.
 
 Needs the `parity` extra (torch, transformers).
 """
@@ -21,22 +17,17 @@ import copy
 import dataclasses
 import functools
 import json
-import os
-import platform
 import statistics
-import sys
-import tempfile
 import time
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import side_by_side
 import torch
-import transformers
 from absl import app, flags
 
-import m1_jax
 from train import optim, step
 
 _SIZE = flags.DEFINE_enum("size", "full", ["full", "tiny"], "120M parameters, or a quick try.")
@@ -44,13 +35,6 @@ _REPEATS = flags.DEFINE_integer("repeats", 7, "Timed calls of each side per case
 _CASES = flags.DEFINE_list("cases", [], "Names of the cases to run; all if empty.")
 _PATIENCE = flags.DEFINE_float("patience_secs", 120, "Longest wait per case for a quiet machine.")
 _JSON = flags.DEFINE_string("json", None, "Where to write the numbers as JSON.")
-
-_KEEP_MEMORY = {
-    "GLIBC_TUNABLES": "glibc.malloc.mmap_threshold=8589934592:"
-    "glibc.malloc.trim_threshold=17179869184",
-    # Computes in the main thread: only the main thread's arena can keep blocks this large.
-    "JAX_CPU_ENABLE_ASYNC_DISPATCH": "false",
-}
 
 _TOLERANCES = {
     # Absolute. Logits have a standard deviation near 1 and pass 8 layers of float32 reductions in
@@ -75,26 +59,12 @@ class Size:
     check_tokens: int
 
 
-_ALPHA = 3.5565588200778455  # The release's; transformers would default to 1.
-_MODEL = {
-    "num_hidden_layers": 8,
-    "layer_types": ["linear_attention"] * 7 + ["full_attention"],
-    "num_attention_heads": 8,
-    "num_key_value_heads": 2,
-    "num_local_experts": 8,
-    "num_experts_per_tok": 2,
-    "max_position_embeddings": 4096,
-    # transformers rotates the whole head whatever rotary_dim says, so this model must too.
-    "rope_parameters": {"rope_type": "default", "rope_theta": 1e7},
-    **{f"{kind}_alpha_factor": _ALPHA for kind in ("linear_attn", "full_attn", "mlp")},
-    "bos_token_id": None,
-    "eos_token_id": None,
-}
-_FULL = {"hidden_size": 512, "head_dim": 64, "intermediate_size": 1024, "vocab_size": 8192}
-_TINY = {"hidden_size": 64, "head_dim": 16, "intermediate_size": 96, "vocab_size": 512}
+_MODELS = side_by_side.MODELS
 _SIZES = {
-    "full": Size(_MODEL | _FULL, 2048, 128, 64, train_shape=(4, 512), check_tokens=300),
-    "tiny": Size(_MODEL | _TINY, 128, 16, 8, train_shape=(2, 64), check_tokens=40),
+    "full": Size(
+        side_by_side.MODELS["full"], 2048, 128, 64, train_shape=(4, 512), check_tokens=300
+    ),
+    "tiny": Size(side_by_side.MODELS["tiny"], 128, 16, 8, train_shape=(2, 64), check_tokens=40),
 }
 
 
@@ -116,38 +86,6 @@ class Case:
     theirs: Callable[[], float]
     experts: tuple[str, ...]
     target: float
-
-
-def _clock(call) -> float:
-    """Return the seconds of `call`, whose JAX result is waited for."""
-    start = time.perf_counter()
-    jax.block_until_ready(call())
-    return time.perf_counter() - start
-
-
-def _busy_secs() -> float:
-    """Return CPU seconds that anyone, the hypervisor too, has taken so far; 0 if unknown."""
-    try:
-        with open("/proc/stat") as file:
-            user, nice, system, _, _, irq, softirq, steal = map(int, file.readline().split()[1:9])
-    except OSError:
-        return 0.0
-    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
-
-
-def _undisturbed(call) -> tuple[float, bool]:
-    """Return (what `call` returns, whether the machine was ours meanwhile)."""
-    start, busy, own = time.perf_counter(), _busy_secs(), time.process_time()
-    secs = call()
-    others_secs = _busy_secs() - busy - (time.process_time() - own)
-    # /proc/stat counts in hundredths of a second per core, and the kernel has chores of its own.
-    return secs, others_secs < 0.04 + 0.05 * (time.perf_counter() - start)
-
-
-def _wait_for_peace(deadline: float) -> None:
-    """Sleep until nobody else computes: most calls on a busy machine would be made in vain."""
-    while time.monotonic() < deadline and not _undisturbed(lambda: time.sleep(0.3))[1]:
-        pass
 
 
 @functools.partial(jax.jit, static_argnames="max_length")
@@ -182,7 +120,7 @@ def _loss_and_gradients(model, tokens):
 
 def _our_decode_secs(model, token, state, num_steps):
     state = jax.block_until_ready(jax.tree.map(jnp.copy, state))  # The call consumes it.
-    return _clock(lambda: _decode(model, token, state, num_steps))
+    return side_by_side.clock(lambda: _decode(model, token, state, num_steps))
 
 
 @torch.no_grad()
@@ -197,7 +135,7 @@ def _their_decode_secs(model, token, cache, num_steps):
 
 @torch.no_grad()
 def _their_prefill_secs(model, tokens, **kwargs):
-    return _clock(lambda: model(tokens, **kwargs).logits.numpy())
+    return side_by_side.clock(lambda: model(tokens, **kwargs).logits.numpy())
 
 
 def _their_train_secs(model, tokens):
@@ -206,7 +144,7 @@ def _their_train_secs(model, tokens):
     def call():
         model(tokens, labels=tokens, use_cache=False).loss.backward()
 
-    return _clock(call)
+    return side_by_side.clock(call)
 
 
 def _our_steps(ours, tokens):
@@ -224,7 +162,7 @@ def _our_steps(ours, tokens):
         held.append(state)
         return metrics, state.step
 
-    return lambda: _clock(call)
+    return lambda: side_by_side.clock(call)
 
 
 def _their_steps(model, tokens: torch.Tensor):
@@ -243,21 +181,9 @@ def _their_steps(model, tokens: torch.Tensor):
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
 
-        return _clock(one)
+        return side_by_side.clock(one)
 
     return call
-
-
-def _build(size: Size):
-    """Return (our model, their model) with equal random weights, through a saved checkpoint."""
-    torch.manual_seed(0)
-    # transformers' default of 0.02 would leave the logits to the embedding: see every layer.
-    std = size.model["hidden_size"] ** -0.5
-    config = transformers.MiniMaxConfig(**size.model, initializer_range=std, dtype="float32")
-    theirs = transformers.MiniMaxForCausalLM(config).eval()
-    with tempfile.TemporaryDirectory() as directory:
-        theirs.save_pretrained(directory)
-        return m1_jax.load(directory, dtype=jnp.float32), theirs
 
 
 def _check(ours, theirs, size: Size) -> dict[str, float]:
@@ -333,7 +259,7 @@ def _matmul_secs(shapes, repeats: int) -> float:
         x, weight = torch.randn(rows, width), torch.randn(out, width)
         call = functools.partial(torch.nn.functional.linear, x, weight)
         call()
-        total += count * min(_clock(call) for _ in range(3 * repeats))
+        total += count * min(side_by_side.clock(call) for _ in range(3 * repeats))
     return total
 
 
@@ -354,7 +280,7 @@ def _cases(ours, theirs, size: Size) -> list[Case]:
             "prefill-all-logits",
             length,
             _matmuls(size, length, length),
-            lambda: _clock(lambda: ours(prefill_jax)),
+            lambda: side_by_side.clock(lambda: ours(prefill_jax)),
             lambda: _their_prefill_secs(theirs, prefill_torch, use_cache=False),
             many,
             1.2,
@@ -363,7 +289,7 @@ def _cases(ours, theirs, size: Size) -> list[Case]:
             "prefill-last-logits-and-cache",
             length,
             _matmuls(size, length, 1),
-            lambda: _clock(lambda: _prefill(ours, prefill_jax, max_length=length)),
+            lambda: side_by_side.clock(lambda: _prefill(ours, prefill_jax, max_length=length)),
             lambda: _their_prefill_secs(theirs, prefill_torch, use_cache=True, logits_to_keep=1),
             many,
             1.2,
@@ -392,7 +318,7 @@ def _cases(ours, theirs, size: Size) -> list[Case]:
             "forward-and-backward",
             train_torch.numel(),
             _matmuls(size, train_torch.numel(), train_torch.numel(), passes=3),
-            lambda: _clock(lambda: _loss_and_gradients(ours, train_jax)),
+            lambda: side_by_side.clock(lambda: _loss_and_gradients(ours, train_jax)),
             lambda: _their_train_secs(theirs, train_torch),
             many,
             1.5,
@@ -415,24 +341,14 @@ def _cases(ours, theirs, size: Size) -> list[Case]:
 
 
 def _measure(case: Case, theirs, repeats: int) -> dict:
-    """Time all sides in turn until each has `repeats` undisturbed calls."""
+    """Time all sides in turn."""
 
     def run(experts):
         theirs.set_experts_implementation(experts)
         return case.theirs()
 
     sides = {"ours": case.ours} | {name: functools.partial(run, name) for name in case.experts}
-    for side in sides.values():
-        side()
-    quiet, disturbed = ({name: [] for name in sides} for _ in range(2))
-    deadline = time.monotonic() + _PATIENCE.value
-    for _ in range(2 * repeats):
-        for name, side in sides.items():
-            if len(quiet[name]) < repeats:
-                _wait_for_peace(deadline)
-                secs, in_peace = _undisturbed(side)
-                (quiet if in_peace else disturbed)[name].append(secs)
-    secs = {name: quiet[name] or disturbed[name] for name in sides}
+    secs, quiet_calls = side_by_side.measure(sides, repeats, _PATIENCE.value)
     least = {name: min(values) for name, values in secs.items()}
     best = min(case.experts, key=least.get)
     return {
@@ -444,8 +360,8 @@ def _measure(case: Case, theirs, repeats: int) -> dict:
         "theirs": best,
         "ratio": least[best] / least["ours"],
         "target": case.target,
-        "quiet_calls": min(map(len, quiet.values())),
-        "quiet": all(len(values) == repeats for values in quiet.values()),
+        "quiet_calls": min(quiet_calls.values()),
+        "quiet": min(quiet_calls.values()) == repeats,
     }
 
 
@@ -459,37 +375,16 @@ def _print_row(row: dict) -> None:
     print(*cells, "" if row["quiet"] else "BUSY MACHINE: do not quote", flush=True)
 
 
-def _cpu_name() -> str:
-    if not os.path.exists("/proc/cpuinfo"):
-        return platform.machine()
-    with open("/proc/cpuinfo") as file:
-        return next((s.split(":")[1].strip() for s in file if s.startswith("model name")), "?")
-
-
 def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"got arguments {argv[1:]}, want flags only")
-    if "GLIBC_TUNABLES" not in os.environ:
-        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | _KEEP_MEMORY)
-    jax.config.update("jax_platforms", "cpu")
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    torch.set_num_threads(os.cpu_count())
+    side_by_side.start()
     size = _SIZES[_SIZE.value]
-    ours, theirs = _build(size)
+    ours, theirs = side_by_side.build(size.model)
     cases = _cases(ours, theirs, size)
     if unknown := sorted(set(_CASES.value) - {case.name for case in cases}):
         raise app.UsageError(f"got cases {unknown}, want some of {[case.name for case in cases]}")
-    machine = {
-        "date": time.strftime("%Y-%m-%d"),
-        "cpu": _cpu_name(),
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        "jax": jax.__version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "parameters": sum(p.numel() for p in theirs.parameters()),
-    }
+    machine = side_by_side.machine(theirs)
     print(*(f"{key} {value}" for key, value in machine.items()), sep=", ")
     differences = _check(ours, theirs, size)
     print("largest differences:", *(f"{k} {v:.1e}" for k, v in differences.items()))

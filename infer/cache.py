@@ -11,6 +11,7 @@ Nothing here touches a device; there is no clock but a counter, so equal calls g
 
 import dataclasses
 import heapq
+import itertools
 import math
 from collections.abc import Hashable, Iterable, Sequence
 
@@ -192,7 +193,6 @@ class PrefixCache:
         return hit
 
     def release(self, hit: Hit) -> None:
-        """Unpin what `match` returned; once."""
         self._pin(hit, -1)
 
     def take_over(self, hit: Hit) -> int:
@@ -213,18 +213,17 @@ class PrefixCache:
         return node.slot
 
     def insert(self, key: Hashable, tokens: Sequence[int], pages: Sequence[int], slot: int) -> bool:
-        """Add a snapshot of all of `tokens`; the slot is the cache's from now on.
+        """Add a snapshot of all of `tokens`, and return whether a node was added.
+
+        The slot is the cache's from now on, whatever comes of it.
 
         Args:
           tokens: a multiple of chunk_tokens of them. pages: theirs; those past the deepest
             snapshot on the way get the cache as one more holder.
           slot: holds the state. Released if the tree has this snapshot or no room for it.
-
-        Returns:
-          Whether a node was added.
         """
         chunk = self._chunk_tokens
-        if not tokens or len(tokens) % chunk or len(pages) != len(tokens) // chunk:
+        if not pages or len(tokens) != len(pages) * chunk:
             raise ValueError(
                 f"got {len(tokens)} tokens and {len(pages)} pages; wanted a multiple of {chunk} "
                 "tokens and a page for each chunk: cut at the last grid point"
@@ -243,17 +242,14 @@ class PrefixCache:
         return True
 
     def value(self, key: Hashable, tokens: Sequence[int]) -> float:
-        """Return what a snapshot of `tokens` would be worth beside those there; 0 if it is there.
-
-        Tokens to compute again without it, per byte.
-        """
+        """Return what this snapshot would be worth: tokens saved per byte; 0 if it is there."""
         root = self._roots.get(key)
         start = self._path(root, tokens)[-1].length if root else 0
         pages = (len(tokens) - start) // self._chunk_tokens
         return (len(tokens) - start) / self._size_bytes(pages)
 
     def evict(self, pages: int = 0, slots: int = 0, below: float = math.inf) -> bool:
-        """Remove the cheapest unpinned snapshots until as many pages and slots are free.
+        """Remove the cheapest unpinned snapshots until so many are free; return whether they are.
 
         Leaves go with their pages; a node with one child leaves its pages to that child. Nothing
         is removed when everything would not be enough.
@@ -261,14 +257,8 @@ class PrefixCache:
         Args:
           pages, slots: wanted free in the pools, what is free already included.
           below: only nodes worth less than this (see `value`).
-
-        Returns:
-          Whether they are free now.
         """
-        if self._pages.free >= pages and self._slots.free >= slots:
-            return True
-        loose_pages, loose_slots = self.evictable()
-        if self._pages.free + loose_pages < pages or self._slots.free + loose_slots < slots:
+        if not self.can_free(pages, slots):
             return False
         while self._pages.free < pages or self._slots.free < slots:
             cheapest = self._cheapest(pages_alone=self._slots.free >= slots)
@@ -277,11 +267,16 @@ class PrefixCache:
             self._remove(cheapest[1])
         return True
 
-    def evictable(self) -> tuple[int, int]:
-        """Return how many pages and slots `evict` could free."""
+    def can_free(self, pages: int, slots: int) -> bool:
+        """Return whether so many are free, or would be after evicting all that is not pinned."""
+        more_pages, more_slots = pages - self._pages.free, slots - self._slots.free
+        if more_pages <= 0 and more_slots <= 0:
+            return True
         loose = [node for node in self._nodes() if not node.pins]
-        pages = sum(self._pages.holders(page) == 1 for node in loose for page in node.pages)
-        return pages, len(loose)
+        if more_pages > 0:  # there may be very many: stop when it is enough
+            given = (1 for node in loose for p in node.pages if self._pages.holders(p) == 1)
+            more_pages -= sum(itertools.islice(given, more_pages))
+        return more_pages <= 0 and more_slots <= len(loose)
 
     def drop(self, key: Hashable) -> None:
         """Forget all of one key, pinned or not."""
@@ -390,10 +385,15 @@ class PrefixCache:
 
 
 def common_tokens(one: Sequence[int], other: Sequence[int], chunk_tokens: int) -> int:
-    """Return how many tokens two sequences start with in common, in whole chunks."""
+    """Return how many tokens two sequences of one type start with in common, in whole chunks."""
     most = min(len(one), len(other)) // chunk_tokens * chunk_tokens
-    for start in range(0, most, chunk_tokens):
-        stop = start + chunk_tokens
-        if tuple(one[start:stop]) != tuple(other[start:stop]):
-            return start
-    return most
+    same, step = 0, chunk_tokens
+    while same < most:
+        stop = min(same + step, most)
+        if one[same:stop] == other[same:stop]:
+            same, step = stop, 2 * step
+        elif step == chunk_tokens:
+            break
+        else:
+            step = chunk_tokens
+    return same

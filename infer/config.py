@@ -31,6 +31,7 @@ class Config:
     swap_tokens: int = _field(10_240, "From this length on, preempted sequences go to the host.")
     host_bytes: int = _field(0, "Memory of preempted sequences at the host; 0: none go there.")
     prefix_cache: bool = _field(True, "Keep states and pages of prompts and outputs for reuse.")
+    draft_tokens: int = _field(0, "Guesses (prompt lookup) checked at once; 0 guesses nothing.")
     tile_rows: int = _field(8, "Rows that attention computes at a time.")
     row_tile: int = _field(8, "Rows of every matrix product, for numbers that do not depend on "
                               "company; 0: all rows, numbers do.")  # fmt: skip
@@ -46,6 +47,11 @@ class Config:
             raise ValueError(
                 f"tile_rows: got {self.tile_rows}; wanted a divisor of chunk_tokens "
                 f"{self.chunk_tokens}"
+            )
+        if not 0 <= self.draft_tokens < self.tile_rows:
+            raise ValueError(
+                f"draft_tokens: got {self.draft_tokens}; wanted 0 to {self.tile_rows - 1}, less "
+                "than tile_rows"
             )
         sizes = self.prefill_tokens
         if not sizes or list(sizes) != sorted(set(sizes)) or sizes[-1] < self.chunk_tokens:

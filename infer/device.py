@@ -1,302 +1,230 @@
-"""The device's side of an engine: memory, compiled programs, plans turned into arguments."""
+"""The device's side of an engine: its memory, its programs, and nothing that decides.
+
+Whatever happens on the device is one of the calls of `Device`, with host arrays as arguments and in
+one order: that is what other processes of a mesh repeat (`controller.py`).
+"""
 
 import concurrent.futures
-import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
+from infer import arguments, programs
 from infer import config as config_lib
-from infer import plans, programs, request, sampling
 from m1_jax import state as state_lib
 
-PREFILL_PARTS = 8  # sequences in one prefill program
-
-
-@dataclasses.dataclass(frozen=True)
-class Made:
-    """One token as the device chose it; see `sampling.Chosen`."""
-
-    id: int
-    logp: float
-    logp_raw: float
-    top: tuple[tuple[int, float], ...]
-
-
-class Fetched:
-    """What a program chose, on the host: arrays [steps, rows, ...]."""
-
-    def __init__(self, chosen: sampling.Chosen | None):
-        self._chosen = chosen
-
-    def column(self, row: int) -> list[Made]:
-        """Return the tokens of one row, in order."""
-        chosen = self._chosen
-        if chosen is None:
-            return []
-        made = []
-        for step in np.flatnonzero(chosen.token[:, row] >= 0):
-            at = step, row
-            ids, logps = chosen.top_ids[at], chosen.top_logp[at]
-            top = tuple((int(i), float(p)) for i, p in zip(ids, logps, strict=True) if i >= 0)
-            logp, logp_raw = float(chosen.logp[at]), float(chosen.logp_raw[at])
-            made.append(Made(int(chosen.token[at]), logp, logp_raw, top))
-        return made
+# What a program takes of the device's memory, and which of it it gives back first.
+_TAKES = {
+    "decode": ("model", "state", "rows"),
+    "verify": ("model", "state", "rows"),
+    "prefill": ("model", "state", "rows"),
+    "copy": ("state",),
+    "read": ("state",),
+    "write": ("state",),
+    "read_row": ("rows",),
+    "write_row": ("rows",),
+    "reset": ("rows",),
+    "count": ("rows",),
+    "set_mask": ("rows",),
+}
+_ONLY_READ = ("read", "read_row")
 
 
 class Device:
-    """Holds the state on the device and runs programs on it, in the order of the calls."""
+    """Memory and compiled programs.
+
+    Attributes:
+      state_bytes, page_bytes: of one slot and one page, on all devices together.
+      num_programs: compiled.
+    """
 
     def __init__(self, model: Any, config: config_lib.Config):
-        self._config, self._vocab_size = config, model.config.vocab_size
-        self._layout = model.layout
-        self.leaves, self._tree = jax.tree.flatten(model)
-        self._state = state_lib.init_serving(
+        """Allocate and compile."""
+        leaves, self._tree = jax.tree.flatten(model)
+        layout = model.layout
+        self._everywhere = None if layout is None else NamedSharding(layout.mesh, PartitionSpec())
+        state = state_lib.init_serving(
             model.config,
             config.slots,
             config.pages,
             config.chunk_tokens,
             model.dtype,
-            model.layout,
+            layout,
         )
-        self._rows = programs.init_rows(config.slots, self._vocab_size)
-        self._swapped: dict[Any, list[Any]] = {}
-        self._recipe = programs.Recipe(config.tile_rows, config.row_tile)
-        self._compile(model)
+        rows = jax.jit(programs.init_rows, static_argnums=(0, 1), out_shardings=self._everywhere)(
+            config.slots, model.config.vocab_size
+        )
+        self._held: dict[str, Any] = {"model": leaves, "state": state, "rows": rows}
+        self._swapped: dict[Hashable, list[Any]] = {}
+        slots, pages = (
+            [x for x in state.layers if isinstance(x, kind)]
+            for kind in (state_lib.Slots, state_lib.Pages)
+        )
+        self.state_bytes, self.page_bytes = (
+            sum(a.nbytes // a.shape[2] for a in jax.tree.leaves(x)) or 1 for x in (slots, pages)
+        )
+        self._programs = self._compile(config, model.config.vocab_size)
+        self.num_programs = len(self._programs)
 
     @property
-    def state_bytes(self) -> int:
-        """Return the bytes of one slot."""
-        arrays = [x for x in self._state.layers if isinstance(x, state_lib.Slots)]
-        return sum(a.nbytes // a.shape[2] for a in jax.tree.leaves(arrays)) or 1
+    def leaves(self) -> list[Any]:
+        """Return the weights, leaf by leaf."""
+        return self._held["model"]
 
-    @property
-    def page_bytes(self) -> int:
-        """Return the bytes of one page."""
-        arrays = [x for x in self._state.layers if isinstance(x, state_lib.Pages)]
-        return sum(a.nbytes // a.shape[2] for a in jax.tree.leaves(arrays)) or 1
+    def run(self, name: str, size: int, *host: Any) -> Any:
+        """Run a program of some size (0 where there is one alone) on host arrays.
+
+        Returns:
+          what it makes beside the memory that stays here.
+        """
+        taken = _TAKES[name]
+        out = self._programs[name, size](*(self._held[part] for part in taken), *host)
+        if name in _ONLY_READ:
+            return out
+        kept = [part for part in taken if part != "model"]
+        if len(kept) == 1:
+            self._held[kept[0]] = out
+            return None
+        *new, made = out
+        self._held.update(zip(kept, new, strict=True))
+        for array in jax.tree.leaves(made):
+            array.copy_to_host_async()
+        return made
+
+    def swap_out(self, name: Hashable, pieces: Sequence[tuple[Any, Any]]) -> None:
+        """Copy a slot, pages and the slot's row to host memory; pieces: arguments of `read`."""
+        held = [self.run("read", 0, *piece) for piece in pieces]
+        row = self.run("read_row", 0, pieces[0][0])
+        self._swapped[name] = [jax.tree.map(_Kept, x) for x in (*held, row)]
+
+    def swap_in(self, name: Hashable, pieces: Sequence[tuple[Any, Any]]) -> None:
+        """Copy them back, perhaps elsewhere."""
+        back = [jax.tree.map(lambda kept: kept.array(), x) for x in self._swapped.pop(name)]
+        for piece, held in zip(pieces, back, strict=False):
+            self.run("write", 0, *piece, held)
+        self.run("write_row", 0, pieces[0][0], back[-1])
+
+    def drop(self, name: Hashable) -> None:
+        """Forget the host's copy."""
+        self._swapped.pop(name, None)
 
     def swap(self, model: Any) -> None:
         """Take other weights.
 
         Raises:
-          ValueError: other shapes, dtypes or layout than the ones before.
+          ValueError: as `check`.
         """
+        self.check(model)
+        # The caller may change host arrays later, which device_put need not copy; and an array
+        # committed elsewhere would ask for another program.
+        leaves = jax.tree.leaves(model)
+        leaves = [np.array(new) if isinstance(new, np.ndarray) else new for new in leaves]
+        self._held["model"] = [
+            jax.device_put(new, old.sharding)
+            for old, new in zip(self._held["model"], leaves, strict=True)
+        ]
+
+    def check(self, model: Any) -> None:
+        """Raise ValueError for weights of other shapes, dtypes or layout."""
         leaves, tree = jax.tree.flatten(model)
         if tree != self._tree:
             raise ValueError("swap: got another model; wanted other weights of the same model")
-        for old, new in zip(self.leaves, leaves, strict=True):
+        for old, new in zip(self._held["model"], leaves, strict=True):
             if (old.shape, old.dtype) != (new.shape, new.dtype):
                 raise ValueError(
                     f"swap: got {jax.typeof(new)}; wanted {jax.typeof(old)}, as the weights before"
                 )
-        # An array committed elsewhere would ask for another program.
-        self.leaves = [
-            jax.device_put(new, old.sharding) for old, new in zip(self.leaves, leaves, strict=True)
-        ]
 
-    # ---- plans
+    def rest(self) -> None:
+        """Do nothing: one process has nobody to wait with."""
 
-    def decode(self, rows: Sequence[plans.Row], requests: Sequence[Any], steps: int) -> Any:
-        """Run a decode plan; return what `fetch` turns into tokens."""
-        size = next(n for n in self._config.decode_rows if n >= len(rows))
-        batch = self._batch(size, rows, requests)
-        program = self._decode[size]
-        self._state, self._rows, chosen = program(
-            self.leaves, self._state, self._rows, batch, np.int32(steps)
-        )
-        return _start_copy(chosen)
+    def close(self) -> None:
+        """Do nothing, likewise."""
 
-    def prefill(self, parts: Sequence[plans.Part], requests: Sequence[Any], tokens) -> Any:
-        """Run a prefill plan; tokens: of each part, and the one after it if known, else -1."""
-        tile = self._config.tile_rows
-        padded = [-(-part.count // tile) * tile for part in parts]
-        size = next(n for n in self._config.prefill_tokens if n >= sum(padded))
-        prompts = _empty_prompts(size, self._config)
-        at = 0
-        for i, (part, (ids, known), width) in enumerate(zip(parts, tokens, padded, strict=True)):
-            end = part.start + part.count
-            prompts.tokens[at : at + part.count] = ids
-            prompts.positions[at : at + part.count] = np.arange(part.start, end)
-            prompts.part[at // tile : (at + width) // tile] = i
-            if part.last:
-                prompts.length[i], prompts.known[i] = end, known
-                prompts.last[i] = at + part.count - 1 if known < 0 else -1
-            at += width
-        batch = self._batch(PREFILL_PARTS, parts, requests)
-        self._state, self._rows, chosen = self._prefill[size](
-            self.leaves, self._state, self._rows, batch, prompts
-        )
-        return _start_copy(chosen)
-
-    def fetch(self, chosen: Any) -> Fetched:
-        """Wait for what a plan chose."""
-        if chosen is None:
-            return Fetched(None)
-        arrays = jax.tree.map(np.asarray, chosen)
-        if arrays.token.ndim == 1:
-            arrays = jax.tree.map(lambda a: a[None], arrays)
-        return Fetched(arrays)
-
-    def act(self, action: plans.Copy | plans.SwapOut | plans.SwapIn | plans.Drop) -> None:
-        """Move memory."""
-        if isinstance(action, plans.Copy):
-            source, target = (np.int32(x) for x in (action.source_slot, action.target_slot))
-            self._state = self._copy(self._state, source, target)
-        elif isinstance(action, plans.SwapOut):
-            self._swapped[action.job_id] = [
-                (jax.tree.map(np.asarray, self._read(self._state, slot, pages)))
-                for slot, pages in self._pieces(action)
-            ]
-            row = self._read_row(self._rows, np.int32(action.slot))
-            self._swapped[action.job_id].append(jax.tree.map(np.asarray, row))
-        elif isinstance(action, plans.SwapIn):
-            *pieces, row = self._swapped.pop(action.job_id)
-            for (slot, pages), held in zip(self._pieces(action), pieces, strict=True):
-                self._state = self._write(self._state, slot, pages, held)
-            self._rows = self._write_row(self._rows, np.int32(action.slot), row)
-        else:
-            self._swapped.pop(action.job_id, None)
-
-    def _pieces(self, action):
-        """Yield arguments of `read` and `write` that together cover a sequence."""
-        pages = list(action.pages)
-        for first in range(0, max(len(pages), 1), programs.SWAP_PAGES):
-            piece = np.zeros(programs.SWAP_PAGES, np.int32)
-            some = pages[first : first + programs.SWAP_PAGES]
-            piece[: len(some)] = some
-            yield np.int32(action.slot), piece
-
-    # ---- what choosing needs
-
-    def reset(self, slot: int, bias: Mapping[int, float]) -> None:
-        """Give a slot to a new request."""
-        ids, values = np.zeros(request.MAX_BIASES, np.int32), np.zeros(request.MAX_BIASES, "f4")
-        ids[: len(bias)], values[: len(bias)] = list(bias), list(bias.values())
-        self._rows = self._reset(self._rows, np.int32(slot), ids, values)
-
-    def count(self, slot: int, tokens: Sequence[int], in_prompt: bool) -> None:
-        """Count tokens for the penalties."""
-        for first in range(0, len(tokens), programs.COUNT_TOKENS):
-            piece = np.full(programs.COUNT_TOKENS, -1, np.int32)
-            some = tokens[first : first + programs.COUNT_TOKENS]
-            piece[: len(some)] = some
-            self._rows = self._count(self._rows, np.int32(slot), piece, np.bool_(in_prompt))
-
-    def set_mask(self, slot: int, mask: np.ndarray) -> None:
-        """Set which tokens may come next."""
-        self._rows = self._set_mask(self._rows, np.int32(slot), mask)
-
-    def _batch(self, size: int, items: Sequence[Any], requests: Sequence[Any]) -> Any:
-        """Return fresh host arrays: those of a dispatch under way must not change."""
-        batch = _empty_batch(size, self._config.pages_per_sequence)
-        for i, (item, asked) in enumerate(zip(items, requests, strict=True)):
-            if asked is None:  # cancelled since it was planned
-                continue
-            options, length = asked.options, len(asked.prompt)
-            batch.slots[i] = item.slot
-            batch.pages[i, : len(item.pages)] = item.pages
-            for field in dataclasses.fields(batch.options):
-                getattr(batch.options, field.name)[i] = getattr(options, field.name)
-            batch.seeds[i] = options.seed
-            batch.stop_ids[i, : len(asked.stop_ids)] = asked.stop_ids
-            batch.free_from[i] = length + options.min_tokens + 1
-            batch.limit[i] = length + options.max_tokens
-            forced = asked.progress.next_forced()
-            batch.forced[i] = -1 if forced is None else forced
-        return batch
-
-    # ---- compiling
-
-    def _compile(self, model: Any) -> None:
-        """Compile all programs, several at a time, and run the decode programs on nothing."""
-        config, recipe = self._config, self._recipe
-        pages = config.pages_per_sequence
-        tree = self._tree
-        state, rows = self._state, self._rows
+    def _compile(self, config: config_lib.Config, vocab_size: int) -> dict[Any, Any]:
+        """Compile all programs, several at a time."""
+        recipe = programs.Recipe(config.tile_rows, config.row_tile)
+        tree, state, rows = self._tree, self._held["state"], self._held["rows"]
 
         def decode(leaves, state, rows, batch, steps):
             model = jax.tree.unflatten(tree, leaves)
-            steps_ = config.decode_steps
-            return programs.decode(model, state, rows, batch, steps, recipe, steps_)
+            most = config.decode_steps
+            return programs.decode(model, state, rows, batch, steps, recipe, most)
 
         def prefill(leaves, state, rows, batch, prompts):
             model = jax.tree.unflatten(tree, leaves)
             return programs.prefill(model, state, rows, batch, prompts, recipe)
 
+        def verify(leaves, state, rows, batch, drafts):
+            model = jax.tree.unflatten(tree, leaves)
+            return programs.verify(model, state, rows, batch, drafts, recipe)
+
         one, some = np.int32(0), np.zeros(programs.SWAP_PAGES, np.int32)
-        held = jax.eval_shape(programs.read, state, one, some)
-        row = jax.eval_shape(programs.read_row, rows, one)
-        bias = np.zeros(request.MAX_BIASES, np.int32), np.zeros(request.MAX_BIASES, "f4")
-        words = np.zeros(-(-self._vocab_size // 32), np.uint32)
-        tokens = np.zeros(programs.COUNT_TOKENS, np.int32)
-        swapping: dict[Any, tuple] = {
-            "read": (programs.read, (), state, one, some),
-            "write": (programs.write, (0,), state, one, some, held),
-            "read_row": (programs.read_row, (), rows, one),
-            "write_row": (programs.write_row, (0,), rows, one, row),
+        jobs: dict[tuple[str, int], tuple] = {
+            ("copy", 0): (programs.copy_states, one, one),
+            ("reset", 0): (programs.reset, one, *arguments.bias({})),
+            ("count", 0): (programs.count, one, arguments.counted([]), np.bool_(True)),
+            ("set_mask", 0): (programs.set_mask, one, arguments.free_mask(vocab_size)),
         }
-        jobs: dict[Any, tuple] = {
-            **(swapping if config.host_bytes else {}),
-            "copy": (programs.copy_states, (0,), state, one, one),
-            "reset": (programs.reset, (0,), rows, one, *bias),
-            "count": (programs.count, (0,), rows, one, tokens, np.bool_(True)),
-            "set_mask": (programs.set_mask, (0,), rows, one, words),
-        }
-        for size in config.decode_rows:
-            batch = _empty_batch(size, pages)
-            jobs["decode", size] = (decode, (1, 2), self.leaves, state, rows, batch, one)
-        for size in config.prefill_tokens:
-            batch, prompts = _empty_batch(PREFILL_PARTS, pages), _empty_prompts(size, config)
-            jobs["prefill", size] = (prefill, (1, 2), self.leaves, state, rows, batch, prompts)
-        with concurrent.futures.ThreadPoolExecutor() as pool:
-            made = {
-                key: pool.submit(programs.Program, *arguments) for key, arguments in jobs.items()
-            }
-            done = {key: future.result() for key, future in made.items()}
-        self._copy, self._reset, self._count = done["copy"], done["reset"], done["count"]
+        done: dict[Any, Any] = {}
         if config.host_bytes:
-            self._read, self._write = done["read"], done["write"]
-            self._read_row, self._write_row = done["read_row"], done["write_row"]
-        self._set_mask = done["set_mask"]
-        self._decode = {size: done["decode", size] for size in config.decode_rows}
-        self._prefill = {size: done["prefill", size] for size in config.prefill_tokens}
-        self.num_programs = len(done)
+            read = programs.Program(programs.read, (), state, one, some, where=self._where("read"))
+            row = self._replicated(jax.eval_shape(programs.read_row, rows, one))
+            done["read", 0] = read
+            jobs["write", 0] = (programs.write, one, some, read.outputs)
+            jobs["read_row", 0] = (programs.read_row, one)
+            jobs["write_row", 0] = (programs.write_row, one, row)
+        for size in config.decode_rows:
+            jobs["decode", size] = (decode, arguments.empty_batch(size, config), one)
+        if config.draft_tokens:
+            size = config.decode_rows[0]
+            drafts = np.zeros((size, config.tile_rows), np.int32)
+            jobs["verify", size] = (verify, arguments.empty_batch(size, config), drafts)
+        for size in config.prefill_tokens:
+            batch = arguments.empty_batch(arguments.PREFILL_PARTS, config)
+            jobs["prefill", size] = (prefill, batch, arguments.empty_prompts(size, config))
+
+        def make(key, function, *host):
+            taken = _TAKES[key[0]]
+            memory = [self._held[part] for part in taken]
+            given = [i for i, part in enumerate(taken) if part != "model"]
+            given = [] if key[0] in _ONLY_READ else given
+            return programs.Program(function, given, *memory, *host, where=self._where(key[0]))
+
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            made = {key: pool.submit(make, key, *job) for key, job in jobs.items()}
+            return done | {key: future.result() for key, future in made.items()}
+
+    def _where(self, name: str) -> Any:
+        """Return the shardings of a program's outputs; None on one device."""
+        if self._everywhere is None:
+            return None
+        state = jax.tree.map(lambda a: a.sharding, self._held["state"])
+        if name in ("copy", "write"):
+            return state
+        if name == "read":  # without the axis of slots or pages, which is not split
+            return None
+        if name in ("decode", "verify", "prefill"):
+            return (state, self._everywhere, self._everywhere)
+        return self._everywhere
+
+    def _replicated(self, shapes: Any) -> Any:
+        return jax.tree.map(
+            lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=self._everywhere), shapes
+        )
 
 
-def _empty_batch(size: int, pages: int) -> Any:
-    host_options: Any = sampling.SamplingOptions
-    options = host_options(**sampling.check(size))
-    make: Any = programs.Batch  # of host arrays
-    return make(
-        slots=np.zeros(size, np.int32),
-        pages=np.zeros((size, pages), np.int32),
-        options=options,
-        seeds=np.zeros(size, np.uint32),
-        stop_ids=np.full((size, request.MAX_STOP_IDS), -1, np.int32),
-        free_from=np.zeros(size, np.int32),
-        limit=np.zeros(size, np.int32),
-        forced=np.full(size, -1, np.int32),
-    )
+class _Kept:
+    """This process's part of an array, in host memory."""
 
+    def __init__(self, array: jax.Array):
+        self._shape, self._sharding = array.shape, array.sharding
+        self._parts = [(part.device, np.asarray(part.data)) for part in array.addressable_shards]
 
-def _empty_prompts(size: int, config: config_lib.Config) -> Any:
-    tiles = size // config.tile_rows
-    make: Any = programs.Prompts
-    return make(
-        np.zeros(size, np.int32),
-        np.full(size, -1, np.int32),
-        np.full(tiles, -1, np.int32),
-        np.full(PREFILL_PARTS, -1, np.int32),
-        np.zeros(PREFILL_PARTS, np.int32),
-        np.full(PREFILL_PARTS, -1, np.int32),
-    )
-
-
-def _start_copy(chosen: Any) -> Any:
-    """Ask for the arrays on the host as soon as they are there."""
-    for array in jax.tree.leaves(chosen):
-        array.copy_to_host_async()
-    return chosen
+    def array(self) -> jax.Array:
+        """Return the array again."""
+        parts = [jax.device_put(data, device) for device, data in self._parts]
+        return jax.make_array_from_single_device_arrays(self._shape, self._sharding, parts)

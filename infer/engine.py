@@ -18,12 +18,15 @@ import threading
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
+from infer import arguments, controller, device, finish, grammar, lookup, plans, programs, scheduler
 from infer import config as config_lib
-from infer import device, finish, grammar, plans, scheduler
 from infer import request as request_lib
 from m1_jax import tokenizer as tokenizer_lib
+
+_REST_SECS = 10.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,19 +75,34 @@ class Request:
         self.options, self.stop_ids = options, stop_ids
         self.progress, self.matcher, self.on_token = progress, matcher, on_token
         self.tokens: list[Token] = []
+        self.mask = None if matcher is None else matcher.mask()
         self.text = ""
         self.finish_reason: str | None = None
         self.cached_tokens, self.cache_reason = 0, ""
         self.done = threading.Event()
+        self.lookup = lookup.Lookup(self.prompt)
+
+    @property
+    def penalised(self) -> bool:
+        """Whether its choices depend on what it said before."""
+        o = self.options
+        return o.repetition_penalty != 1 or o.presence_penalty != 0 or o.frequency_penalty != 0
+
+    @property
+    def plain(self) -> bool:
+        """Whether several of its tokens can be chosen at once."""
+        return not self.penalised and self.matcher is None and not self.progress.close()
 
     def push(self, token: Token) -> str:
         """Take a token; return the text that it releases."""
         update = self.progress.push(token.id, token.logp_raw)
         self.tokens.append(token)
+        self.lookup.push(token.id)
         self.text += update.text
         self.finish_reason = update.finished
         if self.matcher is not None and update.finished is None:
             self.matcher.accept(token.id)
+            self.mask = self.matcher.mask()
         return update.text
 
     def output(self, timeout_secs: float | None = None) -> Output:
@@ -136,15 +154,22 @@ class Engine:
                 f"max_length: got {config.max_length}; the model allows "
                 f"{model.config.max_position_embeddings} at most"
             )
+        if jax.process_index():
+            raise ValueError(
+                f"engine: got process {jax.process_index()}; wanted process 0 to have it, and "
+                "the others in controller.follow(model, config)"
+            )
         self.config, self.tokenizer = config, tokenizer
         self.version = 0
         self._model_config = model.config
-        self._device = device.Device(model, config)
+        self._device: Any = device.Device(model, config)
+        if jax.process_count() > 1:
+            self._device = controller.Leader(self._device)
         self._compiler = grammar.Compiler(tokenizer, model.config.vocab_size)
         self._scheduler = scheduler.Scheduler(self._limits(), self._key())
         self._requests: dict[Hashable, Request] = {}
         self._flying: collections.deque[_Flight] = collections.deque()
-        self._slot_owner: dict[int, Hashable] = {}
+        self._slot_owner: dict[int, Hashable] = {}  # see `_own`
         self._numbers = itertools.count()
         self._lock = threading.RLock()
         self._work = threading.Condition(self._lock)
@@ -169,7 +194,7 @@ class Engine:
           ValueError: options or ids that cannot be served. scheduler.QueueFull: too many wait.
         """
         vocab_size = self._model_config.vocab_size
-        bad = [token for token in prompt if not 0 <= token < vocab_size]
+        bad = [token for token in prompt if not _is_id(token, vocab_size)]
         if bad:
             raise ValueError(
                 f"prompt: got token id {bad[0]}; wanted 0 to {vocab_size - 1}. "
@@ -193,6 +218,7 @@ class Engine:
                 request.prompt,
                 options.max_tokens,
                 single_step=self._single_step(request),
+                waits=self.config.draft_tokens > 0,
                 made=None if made is None else [token.id for token in made],
             )
             self._requests[number] = request
@@ -202,7 +228,7 @@ class Engine:
     def cancel(self, request: Request) -> None:
         """End a request; its output so far stays. Nothing happens if it is over."""
         with self._work:
-            if request.number in self._requests:
+            if request.number in self._requests and request.finish_reason is None:
                 self._scheduler.cancel(request.number)
                 request.text += request.progress.flush()
                 self._end(request, "cancelled")
@@ -232,7 +258,8 @@ class Engine:
     def suspend(self, keep: Callable[[list[Request]], None]) -> None:
         """End all requests under way as "suspended", once `keep` has them; see `suspend.py`."""
         with self._work:
-            requests = list(self._requests.values())
+            # Those with a reason are over, and only not yet reported.
+            requests = [one for one in self._requests.values() if one.finish_reason is None]
             keep(requests)
             for request in requests:
                 self._scheduler.cancel(request.number)
@@ -272,6 +299,8 @@ class Engine:
             self._work.notify()
         if self._thread is not None:
             self._thread.join()
+        self.run()  # what is under way
+        self._device.close()
 
     @property
     def model_config(self) -> Any:
@@ -292,7 +321,8 @@ class Engine:
         while True:
             with self._work:
                 while not self._closed and not self._requests and not self._flying:
-                    self._work.wait()
+                    if not self._work.wait(_REST_SECS):
+                        self._device.rest()
                 if self._closed and not self._flying:
                     return
             self.step()
@@ -308,16 +338,14 @@ class Engine:
                 flight = self._flying.popleft()
         if flight is None:
             return plan is not None
-        chosen = self._device.fetch(flight.chosen)  # waits, so without the lock
+        chosen = arguments.fetch(flight.chosen)  # waits, so without the lock
         with self._lock:
             self._take(flight, chosen)
         return True
 
     def _dispatch(self, plan: plans.Plan) -> None:
         for action in plan.actions:
-            self._device.act(action)
-            if isinstance(action, plans.SwapIn):  # with its counts, bias and mask
-                self._slot_owner[action.slot] = action.job_id
+            self._act(action)
         work = plan.prefill or plan.decode
         requests = [self._requests.get(item.job_id) for item in work]
         for item, request in zip(work, requests, strict=True):
@@ -326,11 +354,51 @@ class Engine:
         chosen = None
         if plan.prefill:
             tokens = [self._sequence(r, p) for r, p in zip(requests, plan.prefill, strict=True)]
-            chosen = self._device.prefill(plan.prefill, requests, tokens)
+            prompts = arguments.prompts(plan.prefill, tokens, self.config)
+            batch = arguments.batch(arguments.PREFILL_PARTS, plan.prefill, requests, self.config)
+            chosen = self._device.run("prefill", len(prompts.tokens), batch, prompts)
         elif plan.decode:
-            chosen = self._device.decode(plan.decode, requests, plan.steps)
+            size = next(n for n in self.config.decode_rows if n >= len(plan.decode))
+            batch = arguments.batch(size, plan.decode, requests, self.config)
+            drafts = self._drafts(size, plan, requests)
+            if drafts is None:
+                chosen = self._device.run("decode", size, batch, np.int32(plan.steps))
+            else:
+                chosen = self._device.run("verify", size, batch, drafts)
         places = {item.job_id: place for place, item in enumerate(work)}
         self._flying.append(_Flight(places, chosen, self.version))
+
+    def _drafts(self, size: int, plan: plans.Plan, requests) -> Any:
+        """Return guesses for `programs.verify`; None where there are none to check."""
+        config = self.config
+        most = min(config.draft_tokens, plan.steps - 1)
+        if most < 1 or size != config.decode_rows[0]:
+            return None
+        drafts = np.full((size, config.tile_rows), -1, np.int32)
+        for row, request in enumerate(requests):
+            if request is None or not request.plain:
+                continue
+            length = len(request.prompt) + len(request.tokens) - 1
+            first = length % config.tile_rows + 1
+            room = config.tile_rows - first
+            if (length + 1 + room) % config.chunk_tokens == 0:
+                room -= 1  # the chunk's last place
+            guess = request.lookup.guess(min(room, most))
+            drafts[row, first : first + len(guess)] = guess
+        return drafts if np.any(drafts >= 0) else None
+
+    def _act(self, action) -> None:
+        """Move memory."""
+        run, device_ = self._device.run, self._device
+        if isinstance(action, plans.Copy):
+            run("copy", 0, np.int32(action.source_slot), np.int32(action.target_slot))
+        elif isinstance(action, plans.SwapOut):
+            device_.swap_out(action.job_id, arguments.pieces(action.slot, action.pages))
+        elif isinstance(action, plans.SwapIn):
+            device_.swap_in(action.job_id, arguments.pieces(action.slot, action.pages))
+            self._slot_owner[action.slot] = action.job_id  # with its counts, bias and mask
+        else:
+            device_.drop(action.job_id)
 
     def _sequence(self, request: Request | None, part: plans.Part) -> tuple[list[int], int]:
         """Return a part's tokens, and the one after it where the sequence is computed again."""
@@ -343,23 +411,28 @@ class Engine:
     def _prepare(self, item: plans.Part | plans.Row, request: Request) -> None:
         """Bring a slot's counts, bias and mask in line with the request that now has it."""
         options = request.options
-        penalised = (
-            options.repetition_penalty != 1 or options.presence_penalty or options.frequency_penalty
-        )
-        needs = bool(penalised or options.logit_bias or request.matcher)
+        needs = bool(request.penalised or options.logit_bias or request.matcher)
         owner = self._slot_owner.get(item.slot, -1)
+        run, slot = self._device.run, np.int32(item.slot)
         if owner != request.number and (needs or owner != -1):
-            self._device.reset(item.slot, options.logit_bias)
-            self._slot_owner[item.slot] = request.number if needs else -1
-            if penalised:
-                self._device.count(item.slot, request.prompt, in_prompt=True)
-                made = [token.id for token in request.tokens]
-                self._device.count(item.slot, made, in_prompt=False)
+            run("reset", 0, slot, *arguments.bias(options.logit_bias))
+            self._own(item.slot, request.number if needs else -1)
+            made = [token.id for token in request.tokens]
+            for tokens, in_prompt in (
+                ((request.prompt, True), (made, False)) if request.penalised else ()
+            ):
+                for first in range(0, len(tokens), programs.COUNT_TOKENS):
+                    some = arguments.counted(tokens[first : first + programs.COUNT_TOKENS])
+                    run("count", 0, slot, some, np.bool_(in_prompt))
         if request.matcher is not None:
-            try:
-                self._device.set_mask(item.slot, request.matcher.mask())
-            except ValueError:  # the grammar outgrew its limits; the others have no part in it
-                request.finish_reason = "error"
+            run("set_mask", 0, slot, request.mask)
+
+    def _own(self, slot: int, number: Hashable) -> None:
+        """Note whose counts, bias and mask a slot holds; -1 is nobody's: none."""
+        for other, owner in self._slot_owner.items():
+            if owner == number != -1:  # it was there before it was preempted
+                self._slot_owner[other] = None
+        self._slot_owner[slot] = number
 
     def _take(self, flight: _Flight, chosen) -> None:
         """Take over the tokens that a plan made, and report them."""
@@ -373,6 +446,8 @@ class Engine:
             for one in made:
                 if request.finish_reason is None:
                     self._push(request, one, flight.version)
+            if number not in self._requests:  # cancelled by its own callback
+                continue
             if not made and request.finish_reason is None:
                 continue
             cut = len(request.tokens) - before < len(made)
@@ -391,13 +466,18 @@ class Engine:
             if request.finish_reason is not None:
                 self._end(request, request.finish_reason)
 
-    def _push(self, request: Request, one: device.Made, version: int) -> None:
+    def _push(self, request: Request, one: arguments.Made, version: int) -> None:
         if not np.isfinite(one.logp_raw):
             request.finish_reason = "error"
+            request.text += request.progress.flush()
             return
         top = one.top[: request.options.top_logprobs]
         token = Token(one.id, one.logp, one.logp_raw, version, top)
-        text = request.push(token)
+        try:
+            text = request.push(token)
+        except ValueError:  # the grammar grew beyond its limits
+            request.finish_reason, text = "error", ""
+            request.text += request.progress.flush()
         if request.on_token is not None:
             request.on_token(request, token, text)
 
@@ -436,7 +516,7 @@ class Engine:
             max_queue=config.max_queue,
             max_rows=config.max_rows,
             max_prefill_tokens=config.prefill_tokens[-1],
-            prefill_parts=device.PREFILL_PARTS,
+            prefill_parts=arguments.PREFILL_PARTS,
             decode_steps=config.decode_steps,
             snapshot_every_tokens=config.snapshot_every_tokens,
             cache_bytes=cache_bytes if config.prefix_cache and config.num_snapshots else 0,
@@ -446,3 +526,7 @@ class Engine:
             host_bytes=config.host_bytes,
             row_tokens=config.tile_rows,
         )
+
+
+def _is_id(token: Any, vocab_size: int) -> bool:
+    return hasattr(token, "__index__") and 0 <= token < vocab_size

@@ -12,7 +12,8 @@ class Job:
     it ends. slot: 0 unless it runs. pages: held while it runs. swapped_pages: pages in host memory.
     computed: tokens in the state; while prefilling those of all plans made, afterwards those
     reported. steps_in_flight: decode steps of plans not reported. works_in_flight: plans with it
-    not reported. run: how often it began from nothing. pure: its state is of one weights version.
+    not reported. run: how often it began from nothing. waits: for its report before it is
+    dispatched again. pure: its state is of one weights version.
     points: where snapshots are to be taken. pending: the one that the state is at.
     common: by another job's age, tokens that both start with.
     """
@@ -24,6 +25,7 @@ class Job:
     limit: int
     cacheable: bool
     single_step: bool
+    waits: bool = False
     slot: int = 0
     pages: list[int] = dataclasses.field(default_factory=list)
     swapped_pages: int = 0
@@ -60,7 +62,7 @@ class Job:
     @property
     def ready(self) -> bool:
         """Whether another decode dispatch may be of use."""
-        waits = self.single_step and self.works_in_flight
+        waits = (self.single_step or self.waits) and self.works_in_flight
         return self.decoding and not waits and self.most_computed < self.limit - 1
 
     @property

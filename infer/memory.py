@@ -74,7 +74,7 @@ class Memory:
         """
         wanted = self.num_pages(job.target) - len(hit.pages)
         self.pages.share(hit.pages)  # so that they do not count as evictable
-        if not self._room(wanted + spare_pages, 1 + spare_slots):
+        if not self.cache.can_free(wanted + spare_pages, 1 + spare_slots):
             self.pages.release(hit.pages)
             return False
         if job.cacheable:
@@ -165,7 +165,7 @@ class Memory:
         total = job.swapped_pages
         if not job.decoding:
             total = max(total, self.num_pages(job.target))
-        if not self._room(total + spare_pages, 1 + spare_slots):
+        if not self.cache.can_free(total + spare_pages, 1 + spare_slots):
             return False
         self.cache.evict(total, 1)
         (job.slot,) = self.slots.take(1)
@@ -200,11 +200,3 @@ class Memory:
 
     def _host_bytes(self, pages: int) -> int:
         return pages * self._limits.page_bytes + self._limits.state_bytes
-
-    def _room(self, pages: int, slots: int) -> bool:
-        """Return whether so many pages and slots are free or could be."""
-        if self.pages.free >= pages and self.slots.free >= slots:
-            return True
-        loose_pages, loose_slots = self.cache.evictable()
-        enough = self.pages.free + loose_pages >= pages
-        return enough and self.slots.free + loose_slots >= slots

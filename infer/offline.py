@@ -62,6 +62,7 @@ class Config:
     max_rows: int = _flag(8, "Most sequences side by side.")
     num_pages: int = _flag(0, "Pages of 64 tokens of KV for all of them; 0: enough.")
     num_snapshots: int = _flag(8, "States kept for requests that begin alike.")
+    draft_tokens: int = _flag(0, "Guess so many tokens from what was said before; 0 to 7.")
     progress: bool = _flag(True, "Show a progress bar.")
 
     def __post_init__(self):
@@ -148,6 +149,7 @@ def run(config: Config, stop: Callable[[], int | None] = lambda: None) -> Summar
         model_config.max_position_embeddings,
         num_pages=config.num_pages,
         num_snapshots=config.num_snapshots,
+        draft_tokens=config.draft_tokens,
     )
     model = command.load(config.checkpoint, config.dtype, config.weights)
     served = engine.Engine(model, tokenizer, sizes)
@@ -182,6 +184,7 @@ def _serve(config, served, todo, before, file, bar, stop) -> Summary:
         bar.set_postfix(tokens=counts["completion_tokens"], refresh=False)
         signal_number = stop()
     os.fsync(file.fileno())
+    served.close()
     total = before + counts["done"] + len(waiting) + len(live)
     return Summary(total, before, **counts, stopped_by=signal_number)
 

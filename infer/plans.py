@@ -67,7 +67,7 @@ class Limits:
 
 @dataclasses.dataclass(frozen=True)
 class Copy:
-    """Copy a state slot: a snapshot taken or restored. The state is on the grid."""
+    """Copy the matrix of a state slot, which is on the grid: a snapshot taken or restored."""
 
     source_slot: int
     target_slot: int
@@ -102,7 +102,8 @@ class Drop:
 class Part:
     """Compute tokens `start` to `start + count` of a sequence.
 
-    From start 0 the state begins empty, whatever the slot held; otherwise it is the slot's.
+    `start` is on the grid. From 0 the state begins empty, otherwise it is the slot's matrix; all
+    else that the slot holds (open chunk, next token, whether it stopped) may be a stranger's.
     pages: from the sequence's first on, up to the last token of this part.
     last: decoding may follow. Then the device samples the next token, unless `resume`: that token
     (the one after this part) is known already and decoding goes on from it.

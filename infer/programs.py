@@ -14,10 +14,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, UInt
 
+from infer import config as config_lib
 from infer import request, sampling
-from m1_jax import serving
+from m1_jax import serving, sharding
 from m1_jax import state as state_lib
 
 SAMPLE_ROWS = 8  # rows that choosing takes at a time, for the reason given in `serving.py`
@@ -133,6 +135,7 @@ def decode(
             recipe.row_tile,
         )
         logits, state = serving.serve(model, rows.token[batch.slots], work, state)
+        logits = sharding.whole_array(logits, model.layout)
         rows, chosen = _choose(logits, rows, batch, running, length + 1)
         made = jax.tree.map(
             lambda all_, one: jax.lax.dynamic_update_index_in_dim(all_, one, step, 0), made, chosen
@@ -144,6 +147,94 @@ def decode(
     made = dataclasses.replace(made, token=made.token - 1)
     _, state, rows, made = jax.lax.while_loop(going, body, (jnp.int32(0), state, rows, made))
     return state, rows, made
+
+
+def abstract_decode(
+    model_config: Any, layout: sharding.Layout, config: config_lib.Config
+) -> tuple[state_lib.ServingState, tuple[Any, ...]]:
+    """Return the state that `decode` takes, and what it takes after it, as sharded shapes."""
+    state = state_lib.abstract_serving(
+        model_config, config.slots, config.pages, config.chunk_tokens, layout
+    )
+    size = config.decode_rows[-1]
+    rows = jax.eval_shape(lambda: init_rows(config.slots, model_config.vocab_size))
+    ints: Any = jax.ShapeDtypeStruct((size,), jnp.int32)
+    make: Any = Batch
+    batch = make(
+        slots=ints,
+        pages=jax.ShapeDtypeStruct((size, config.pages_per_sequence), jnp.int32),
+        options=jax.eval_shape(lambda: sampling.options(size)),
+        seeds=jax.ShapeDtypeStruct((size,), jnp.uint32),
+        stop_ids=jax.ShapeDtypeStruct((size, request.MAX_STOP_IDS), jnp.int32),
+        free_from=ints,
+        limit=ints,
+        forced=ints,
+    )
+    everywhere = NamedSharding(layout.mesh, PartitionSpec())
+    return state, jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=everywhere),
+        (rows, batch, jax.ShapeDtypeStruct((), jnp.int32)),
+    )
+
+
+def verify(
+    model: Any,
+    state: state_lib.ServingState,
+    rows: Rows,
+    batch: Batch,
+    drafts: Int[Array, "B t"],
+    recipe: Recipe,
+) -> tuple[state_lib.ServingState, Rows, sampling.Chosen]:
+    """Make tokens as `decode` does, several at once where guesses at them turn out right.
+
+    drafts: by place in the sequence's open tile, guesses at the tokens after the next one to enter
+      the state; -1 is none. None at the last place of a chunk: the state would move on, for good.
+
+    Every guess is checked by choosing from the logits before it as `decode` would: a row of a tile
+    is computed as it is alone. What a wrong guess left in ring and pages is overwritten before
+    anything reads it.
+    """
+    size, tile = drafts.shape
+    running = rows.running[batch.slots] & (batch.slots > 0)
+    length = rows.length[batch.slots]
+    place = jnp.arange(tile, dtype=jnp.int32)[None]
+    first = (length % tile)[:, None]
+    real = running[:, None] & ((place == first) | ((place > first) & (drafts >= 0)))
+    positions = (length[:, None] - first + place).reshape(-1)
+    work = serving.Work(
+        jnp.where(real.reshape(-1), positions, -1),
+        jnp.where(running, batch.slots, 0),
+        batch.pages,
+        recipe.tile_rows,
+        recipe.row_tile,
+    )
+    tokens = jnp.where(place == first, rows.token[batch.slots][:, None], jnp.maximum(drafts, 0))
+    logits, state = serving.serve(model, tokens.reshape(-1), work, state)
+    logits = sharding.whole_array(logits, model.layout)
+    each = jax.tree.map(lambda a: jnp.repeat(a, tile, axis=0), dataclasses.replace(batch, pages=0))
+    chosen, stopped = _chosen(logits, rows, each, real.reshape(-1), positions + 1)
+    stopped = stopped.reshape(size, tile)
+    token = chosen.token.reshape(size, tile)
+    # A row counts if all before it were guessed right and did not end the sequence.
+    right = (place < first) | (jnp.roll(drafts, -1, axis=1) == token) & ~stopped
+    right = jnp.roll(right, 1, axis=1) | (place <= first)
+    made = (jnp.cumprod(right, axis=1) > 0) & real
+    last = jnp.max(jnp.where(made, place, 0), axis=1)
+    at = jnp.arange(size), last
+    slots = jnp.where(running, batch.slots, 0)
+    number = jnp.sum(made, axis=1)
+    rows = dataclasses.replace(
+        rows,
+        token=rows.token.at[slots].set(token[at]),
+        length=rows.length.at[slots].set(length + number),
+        running=rows.running.at[slots].set(running & ~stopped[at]),
+        counts=rows.counts.at[slots[:, None], jnp.maximum(token, 0)].add(made.astype(jnp.int32)),
+    )
+    chosen = dataclasses.replace(chosen, token=jnp.where(made.reshape(-1), chosen.token, -1))
+    by_step = jax.tree.map(
+        lambda a: jnp.moveaxis(a.reshape(size, tile, *a.shape[1:]), 1, 0), chosen
+    )
+    return state, rows, by_step
 
 
 def _nothing(batch: Batch, steps: int) -> sampling.Chosen:
@@ -176,6 +267,7 @@ def prefill(
         recipe.row_tile,
     )
     logits, state = serving.serve(model, prompts.tokens, work, state, prompts.last)
+    logits = sharding.whole_array(logits, model.layout)
     rows, chosen = _choose(logits, rows, batch, prompts.last >= 0, prompts.length)
     again = prompts.known >= 0
     slots = jnp.where(again, batch.slots, 0)
@@ -195,7 +287,21 @@ def _choose(
     wanted: Bool[Array, "B"],
     length: Int[Array, "B"],
 ) -> tuple[Rows, sampling.Chosen]:
-    """Choose a token for the wanted rows, whose state holds `length` tokens."""
+    """Choose a token for the wanted rows, whose state holds `length` tokens, and note it."""
+    chosen, stopped = _chosen(logits, rows, batch, wanted, length)
+    slots = jnp.where(wanted, batch.slots, 0)
+    rows = dataclasses.replace(
+        rows,
+        token=rows.token.at[slots].set(chosen.token),
+        length=rows.length.at[slots].set(length),
+        running=rows.running.at[slots].set(wanted & ~stopped),
+        counts=rows.counts.at[slots, chosen.token].add(wanted.astype(jnp.int32)),
+    )
+    return rows, dataclasses.replace(chosen, token=jnp.where(wanted, chosen.token, -1))
+
+
+def _chosen(logits, rows: Rows, batch: Batch, wanted, length):
+    """Return what is chosen, and whether it ends the sequence."""
 
     def tile(logits, slots, options, seeds, stop_ids, banned, forced, length):
         held = (rows.counts[slots], rows.bias[slots], rows.masks[slots])
@@ -204,6 +310,7 @@ def _choose(
         return sampling.choose(logits, options, keys, *held, banned, forced)
 
     total = length + 1  # with the new token
+    free = total >= batch.free_from
     chosen = serving.by_tiles(
         tile,
         SAMPLE_ROWS,
@@ -213,20 +320,12 @@ def _choose(
         batch.options,
         batch.seeds,
         batch.stop_ids,
-        total < batch.free_from,
+        ~free,
         batch.forced,
         length,
     )
-    stopped = jnp.any(chosen.token[:, None] == batch.stop_ids, axis=1) & (total >= batch.free_from)
-    slots = jnp.where(wanted, batch.slots, 0)
-    rows = dataclasses.replace(
-        rows,
-        token=rows.token.at[slots].set(chosen.token),
-        length=rows.length.at[slots].set(length),
-        running=rows.running.at[slots].set(wanted & ~stopped & (total < batch.limit)),
-        counts=rows.counts.at[slots, chosen.token].add(wanted.astype(jnp.int32)),
-    )
-    return rows, dataclasses.replace(chosen, token=jnp.where(wanted, chosen.token, -1))
+    stopped = jnp.any(chosen.token[:, None] == batch.stop_ids, axis=1) & free
+    return chosen, stopped | (total >= batch.limit)
 
 
 # ---- memory
@@ -300,16 +399,34 @@ def set_mask(rows: Rows, slot, mask: UInt[Array, "W"]) -> Rows:
 
 
 class Program:
-    """A function compiled for arguments of given shapes, some of which it consumes."""
+    """A function compiled for arguments of given shapes, some of which it consumes.
 
-    def __init__(self, function: Callable, donated: Sequence[int], *arguments: Any):
+    where: shardings of its outputs, None for one device.
+    """
+
+    def __init__(
+        self, function: Callable, donated: Sequence[int], *arguments: Any, where: Any = None
+    ):
         # Leaves go in one by one: lowering puts descriptions of arrays into the classes of its
         # arguments, and shape checks of those classes, on in tests, refuse them.
         ends = np.cumsum([0, *(len(jax.tree.leaves(arg)) for arg in arguments)])
         leaves, tree = jax.tree.flatten(arguments)
         given = [leaf for arg in donated for leaf in range(ends[arg], ends[arg + 1])]
-        flat = jax.jit(lambda *x: function(*jax.tree.unflatten(tree, x)), donate_argnums=given)
+        flat = jax.jit(
+            lambda *x: function(*jax.tree.unflatten(tree, x)),
+            donate_argnums=given,
+            out_shardings=where,
+        )
         self._compiled = flat.lower(*leaves).compile()
+
+    @property
+    def outputs(self) -> Any:
+        """Return shapes and shardings of what it returns."""
+        return jax.tree.map(
+            lambda a, where: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where),
+            self._compiled.out_info,
+            self._compiled.output_shardings,
+        )
 
     def __call__(self, *arguments: Any) -> Any:
         return self._compiled(*jax.tree.leaves(arguments))

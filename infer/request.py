@@ -45,7 +45,8 @@ class Options:
     presence_penalty, frequency_penalty: over the output alone, as in OpenAI's API.
     logit_bias: added to the logits of these token ids, -100 to 100.
     seed: 0 to 2^32 - 1; the same seed draws the same tokens.
-    max_tokens: longest output. min_tokens: shortest, before which nothing stops it.
+    max_tokens: longest output. min_tokens: it has that many before anything ends it; a stop token
+      is one more, so it is not to be chosen while there are fewer than that.
     stop_token_ids: end the output beside the tokenizer's own. ignore_eos: those do not.
     stop: strings that end the output and are not part of its text.
     thinking_tokens: thinking that is still open after this many tokens is closed by force.
@@ -95,8 +96,13 @@ class Options:
         self._check_constraint()
 
     @property
+    def sampling(self) -> dict[str, float]:
+        """Return the fields of `SAMPLING`, as `infer.sampling.options` takes them."""
+        return {name: getattr(self, name) for name in SAMPLING}
+
+    @property
     def constraint(self) -> str | None:
-        """Name of the one constraint that is set."""
+        """Return the name of the one constraint that is set."""
         return next((name for name in _CONSTRAINTS if getattr(self, name) is not None), None)
 
     def _check_constraint(self) -> None:

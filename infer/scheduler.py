@@ -22,6 +22,7 @@ Copy, SwapOut, SwapIn, Drop = plans.Copy, plans.SwapOut, plans.SwapIn, plans.Dro
 QueueFull = plans.QueueFull
 
 _PLANS_IN_FLIGHT = 2  # one that runs, and one behind it
+_LOOKAHEAD_JOBS = 32  # that wait and are compared with one that begins: each costs time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +67,7 @@ class Scheduler:
         *,
         cacheable: bool = True,
         single_step: bool = False,
+        waits: bool = False,
         made: Sequence[int] | None = None,
     ) -> None:
         """Queue a request.
@@ -76,6 +78,7 @@ class Scheduler:
             preempted; such a request is taken into a full queue, too.
           cacheable: whether it may read and write the prefix cache.
           single_step: whether the host must see each token before the next one is made.
+          waits: whether it must see the tokens of each dispatch before the next one.
 
         Raises:
           ValueError: it is empty, longer than max_length or what all pages could hold, or the id
@@ -112,25 +115,24 @@ class Scheduler:
             limit,
             cacheable and not self._memory.cache.off,
             single_step,
+            waits,
             run=int(bool(made)),
         )
         self._jobs[job_id] = job
         self._waiting.append(job)
-        for other in self._running:
+        for other in self._running if len(self._waiting) <= _LOOKAHEAD_JOBS else ():
             self._plan_shared_point(other, job)
             if job.cacheable and not other.decoding and self._common(other, job) == other.computed:
                 other.pending = other.computed  # the next plan starts with the copy
 
     def cancel(self, job_id: Hashable) -> None:
         """End a request now, if it is not over; plans under way may still name it."""
-        job = self._jobs.get(job_id)
-        if job:
+        if job := self._jobs.get(job_id):
             self._end(job, None)
 
     def preempt(self, job_id: Hashable) -> None:
         """Take a running request's memory; it goes on when there is room again."""
-        job = self._jobs.get(job_id)
-        if job and job.slot:
+        if (job := self._jobs.get(job_id)) and job.slot:
             self._preempt(job)
 
     def set_key(self, key: Hashable, keep_running: bool) -> None:
@@ -191,10 +193,10 @@ class Scheduler:
         if decode_turn and not rows:  # preemption took them all
             parts = self._plan_prefill(works)
         actions = tuple(self._memory.actions)
-        if not parts and not rows and not actions:
+        if not works and not actions:
             return None
         self._memory.actions.clear()
-        if parts or rows:
+        if works:
             self._prefill_last = bool(parts)
         for work in works:
             work.job.works_in_flight += 1
@@ -348,7 +350,7 @@ class Scheduler:
         points = {self._memory.grid(job.prompt_tokens - 1), common}
         points.update(range(every, job.target, every) if every else ())
         job.points = sorted(point for point in points if job.computed < point < job.target)
-        for other in self._waiting:
+        for other in self._waiting[:_LOOKAHEAD_JOBS]:
             if other is not job:
                 self._plan_shared_point(job, other)
 

@@ -22,12 +22,14 @@ _SEARCHED = {
     sharding.TRAIN: ("fsdp", "expert", "tensor", "context"),
     sharding.PREFILL: ("data", "expert", "tensor", "context"),
     sharding.DECODE: ("data", "expert", "tensor", "context"),
+    "serve": ("expert", "tensor"),  # all devices hold all rows: see `serving.serve`
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """kind: train, prefill or decode. seq: tokens a row (decode: of cache). batch: rows.
+    """kind: train, prefill, decode or serve (the engine's decoding). seq: tokens a row (decode,
+    serve: of cache). batch: rows.
 
     accumulate: microbatches of a training step.
     """
@@ -44,7 +46,12 @@ class Job:
     @property
     def new_tokens(self) -> int:
         """Tokens of a row that one pass computes."""
-        return 1 if self.kind == "decode" else self.seq
+        return 1 if self.mode == sharding.DECODE else self.seq
+
+    @property
+    def mode(self) -> str:
+        """Return how its parameters lie: a key of `sharding.PARAM_RULES`."""
+        return sharding.DECODE if self.kind == "serve" else self.kind
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,7 +152,7 @@ def meshes(
             full = [mesh.get(axis, 1) for axis in sharding.AXES]
             try:
                 layout = sharding.layout(
-                    Mesh(np.array(devices).reshape(full), sharding.AXES), config, job.kind
+                    Mesh(np.array(devices).reshape(full), sharding.AXES), config, job.mode
                 )
                 assert layout is not None
                 check(job, layout)

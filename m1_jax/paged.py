@@ -33,7 +33,9 @@ def attend(
     num_kv, chunk, size = pool.keys.shape[3:]
     number = max(BLOCK_KEYS // chunk, 1)  # pages a block
     order = jnp.arange(number * chunk, dtype=jnp.int32)
-    more = -work.pages.shape[1] % number
+    # More than one block, also where one would do: it would be read before the loop, and XLA:CPU
+    # would fuse that with the write and copy the pool for every tile.
+    more = number - work.pages.shape[1] % number
 
     def tile(_, pages, places, qkv, pool):
         q, k, v = qkv

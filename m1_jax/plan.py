@@ -1,6 +1,6 @@
 """Command: compile a full-size program ahead of time for a TPU slice, and say what it needs.
 
-    python -m m1_jax.plan --topology=v5p:8x8x8 --job=train|prefill|decode [--config=m1|DIR|FILE]
+    python -m m1_jax.plan --topology=v5p:8x8x8 --job=train|prefill|decode|serve [--config=m1|DIR|FILE]
         [--mesh=fsdp=16,expert=32] [--seq=4096 --batch=512] [--json=FILE]
 
 No TPU is needed, and weights are shapes only. Prints HBM by part, operations and collectives, each
@@ -33,6 +33,7 @@ from pallas_kernels.lightning_attention import tiling
 
 PRESETS = {"m1": config_lib.ModelConfig.m1, "tiny": config_lib.ModelConfig.tiny}
 LATER = ("rl_update", "reshard")  # their programs come with the code that runs them
+LENGTHS = (8_192, 131_072, 1_048_576)  # of which a plan says how many rows fit
 TOKENS = 4096  # a chip, where --batch is not given for training
 
 
@@ -47,7 +48,8 @@ class Config:
     Args:
       topology: a slice, like v5p:8x8x8. slices: how many of them.
       job: train (a whole optimizer step), prefill (seq tokens into an empty state), decode (one
-        token each, with room for seq in the cache); rl_update and reshard join later.
+        token each, with room for seq in the cache), serve (the engine's decoding of batch
+        requests of seq tokens); rl_update and reshard join later.
       config: m1, tiny, a config.json or a directory that holds one.
       mesh: axis=size, comma separated; empty: search, compiling at most `tries` meshes.
       seq, batch: tokens a row, and rows of all chips; batch 0: 4,096 tokens a chip in training,
@@ -92,7 +94,7 @@ class Config:
 
 def make_layout(config: config_lib.ModelConfig, shape, devices, job: budget.Job):
     """Return the layout of a job on a mesh; raises ValueError where it cannot lie on it."""
-    found = sharding.layout(sharding.make_mesh(shape, devices), config, job.kind)
+    found = sharding.layout(sharding.make_mesh(shape, devices), config, job.mode)
     assert found is not None
     budget.check(job, found)
     return found
@@ -154,10 +156,30 @@ def trace_extend(config: config_lib.ModelConfig, model, layout, job: budget.Job)
     return jax.jit(extend, donate_argnums=2).trace(model, tokens, state), parts
 
 
+def trace_serve(config: config_lib.ModelConfig, model, layout, job: budget.Job):
+    """Trace what the engine dispatches to decode: several tokens of each row, and their choice."""
+    from infer import config as sizes
+    from infer import programs
+
+    engine = sizes.Config(max_length=job.seq, max_rows=job.batch, tile_rows=16, row_tile=0)
+    state, arguments = programs.abstract_decode(config, layout, engine)
+    pools = state.layers
+    pages = [pool for pool in pools if isinstance(pool, state_lib.Pages)]
+    slots = [pool for pool in pools if isinstance(pool, state_lib.Slots)]
+    parts = {"parameters": model, "state": slots, "kv": pages, "batch": arguments}
+
+    def decode(model, state, rows, batch, steps):
+        recipe = programs.Recipe(engine.tile_rows, engine.row_tile)
+        return programs.decode(model, state, rows, batch, steps, recipe, engine.decode_steps)
+
+    return jax.jit(decode, donate_argnums=(1, 2)).trace(model, state, *arguments), parts
+
+
 JOBS: dict[str, Callable] = {
     "train": trace_train,
     "prefill": trace_extend,
     "decode": trace_extend,
+    "serve": trace_serve,
 }
 
 
@@ -279,6 +301,9 @@ def plan_mesh(config: Config, model_config, job, shape, devices, limit, where) -
         "collectives": _traffic(counted),
         "collectives_estimate": _traffic(guess.collectives),
         "unknown_loops": unknown,
+        "capacity": {}
+        if job.training
+        else capacity(model_config, layout, job, compiled.limit - compiled.needed),
         "trace_secs": traced_secs,
         "compile_secs": compiled.secs,
         "compile_cpu_secs": compiled.cpu_secs,
@@ -287,10 +312,38 @@ def plan_mesh(config: Config, model_config, job, shape, devices, limit, where) -
 
 
 def estimate(model_config, job: budget.Job, layout, model) -> budget.Estimate:
-    state = 0
-    if not job.training:
-        state = budget.local_bytes(abstract_state(model_config, layout, job))
+    state = sum(_state_bytes(model_config, layout, job)) if not job.training else 0
     return budget.estimate(model_config, job, layout, budget.params(model, layout), state)
+
+
+def _state_bytes(model_config, layout, job: budget.Job) -> tuple[float, float]:
+    """Return the bytes on a chip of all rows' recurrent states and of their keys and values."""
+    if job.kind == "serve":
+        from infer import config as sizes
+
+        chunk = sizes.Config().chunk_tokens
+        pages = job.batch * -(-job.seq // chunk)
+        state = state_lib.abstract_serving(model_config, job.batch, pages, chunk, layout)
+    else:
+        state = abstract_state(model_config, layout, job)
+    caches = (state_lib.KVCache, state_lib.Pages)
+    kv = [layer for layer in state.layers if isinstance(layer, caches)]
+    total = budget.local_bytes(state)
+    return total - budget.local_bytes(kv), budget.local_bytes(kv)
+
+
+def capacity(model_config, layout, job: budget.Job, free_bytes: float) -> dict[int, int]:
+    """Return by length in tokens how many rows fit, if what is free now and held by rows is theirs.
+
+    free_bytes: on a chip beside the program of `job`.
+    """
+    state, kv = (size / job.batch for size in _state_bytes(model_config, layout, job))
+    spread = 1 if job.kind == "serve" else layout.size("batch")
+    found = {}
+    for length in LENGTHS:
+        each = state + kv * length / job.seq
+        found[length] = int(((state + kv) * job.batch + free_bytes) / each) // spread * spread
+    return found
 
 
 def _flops(model_config, job: budget.Job) -> tuple[float, float]:

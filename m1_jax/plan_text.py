@@ -28,6 +28,7 @@ def report(record: Mapping[str, Any]) -> str:
         *_collectives(record),
         "",
         *_tried(record),
+        *_capacity(record),
         f"traced in {record['trace_secs']:.1f} s, compiled in {record['compile_secs']:.1f} s "
         f"({record['compile_cpu_secs']:.1f} s of CPU), "
         f"host memory {record['host_peak_bytes'] / GIB:.1f} GiB",
@@ -91,6 +92,11 @@ def _collectives(record) -> list[str]:
     if record["unknown_loops"]:
         lines.append(f"{record['unknown_loops']} loops as long as the data asks count as one run")
     return lines
+
+
+def _capacity(record) -> list[str]:
+    rows = [f"{number} of {length:,} tokens" for length, number in record["capacity"].items()]
+    return [f"room for requests, weights in place: {', '.join(rows)}"] if rows else []
 
 
 def _tried(record) -> list[str]:

@@ -292,6 +292,14 @@ def run(layout: Layout, function: Callable, in_specs, out_specs) -> Callable:
     return traced
 
 
+def whole_array(x, layout: Layout | None):
+    """Return a global array of which every device has all."""
+    if layout is None:
+        return x
+    everywhere = NamedSharding(layout.mesh, PartitionSpec())
+    return jax.lax.with_sharding_constraint(x, everywhere)
+
+
 def has_ragged_exchange() -> bool:
     """Say whether the devices of the program being traced have a ragged all-to-all."""
     return _ragged.value

@@ -170,3 +170,20 @@ def serving_specs(state: ServingState, layout: sharding.Layout) -> ServingState:
         for x in state.layers
     ]
     return ServingState(tuple(layers))
+
+
+def abstract_serving(
+    config: config_lib.ModelConfig,
+    num_slots: int,
+    num_pages: int,
+    chunk_tokens: int,
+    layout: sharding.Layout,
+) -> ServingState:
+    """Return the bfloat16 memory of `init_serving` as sharded shapes."""
+    state = jax.eval_shape(lambda: init_serving(config, num_slots, num_pages, chunk_tokens))
+
+    def place(shape, spec):
+        where = jax.sharding.NamedSharding(layout.mesh, spec)
+        return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=where)
+
+    return jax.tree.map(place, state, serving_specs(state, layout))

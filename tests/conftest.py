@@ -26,6 +26,12 @@ hypothesis.settings.register_profile("repo", deadline=None, derandomize=True, da
 hypothesis.settings.load_profile("repo")
 
 
+def pytest_collection_modifyitems(items):
+    """Put files with slow tests first: workers take whole files, and the last should be short."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture(autouse=True, scope="module")
 def few_programs():
     """Drop compiled programs: each maps memory, of which a process may have only so many pieces."""

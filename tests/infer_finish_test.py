@@ -123,12 +123,32 @@ def test_released_text_is_never_taken_back(tokenizer, text, stops):
         assert held == "" or any(stop.startswith(held) for stop in stops)
 
 
+@hypothesis.given(
+    st.lists(st.text(st.sampled_from("abc"), max_size=6), max_size=6),
+    st.lists(st.text(st.sampled_from("abc"), min_size=1, max_size=4), max_size=4),
+)
+@hypothesis.settings(max_examples=300)
+def test_stop_strings_in_long_pieces(pieces, stops):
+    def released(pieces):
+        found, out = finish._Stops(stops), ""
+        for piece in pieces:
+            text, hit = found.push(piece, active=True)
+            out += text
+            if hit:
+                return out, True
+        return out + found.flush(), False
+
+    assert released(pieces) == released("".join(pieces))
+
+
 def test_stop_strings_across_tokens(tokenizer):
     progress = finish.Progress(request.Options(stop=("END", "N")), tokenizer)
     ids = tokenizer.encode("abc E") + tokenizer.encode("N") + tokenizer.encode("D")
     texts, reason = run(progress, ids)
     # "N" is complete before "END" is.
     assert ("".join(texts), reason) == ("abc E", "stop")
+    # So it is in one piece, too, and of two that end together the longer one is cut off.
+    assert finish._Stops(("abcd", "bc", "c")).push("xabcd", active=True) == ("xa", True)
     with pytest.raises(ValueError, match="got token 7 after the end"):
         progress.push(7, 0.0)
 

@@ -123,7 +123,7 @@ def test_a_grammar_that_fails_ends_its_own_request(whole, tmp_path, monkeypatch)
 
     def mask(self, whole_mask=grammar.Matcher.mask):
         calls.append(self)
-        if self is calls[0] and calls.count(self) == 3:
+        if self is calls[0] and calls.count(self) == 4:
             raise ValueError("constrained decoding: too large")
         return whole_mask(self)
 
@@ -133,7 +133,7 @@ def test_a_grammar_that_fails_ends_its_own_request(whole, tmp_path, monkeypatch)
     assert "; 1 ended in errors" in str(summary)
     got = by_index(tmp_path / "out.jsonl")
     (different,) = (json.loads(a) for a, b in zip(got, lines, strict=True) if a != b)
-    assert (different["finish_reason"], different["completion_tokens"]) == ("error", 2)
+    assert (different["finish_reason"], different["completion_tokens"]) == ("error", 3)
     assert len(got) == 8
 
 

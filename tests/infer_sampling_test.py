@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from infer import sampling
+from infer import request, sampling
 
 choose = jax.jit(sampling.choose)
 
@@ -209,6 +209,15 @@ def test_gumbel_noise():
 def test_refused_options(values, error):
     with pytest.raises(ValueError, match=error):
         sampling.options(2, **values)
+
+
+def test_options_of_requests():
+    asked = request.Options(temperature=0.5, top_k=3, top_logprobs=2)
+    made = sampling.options(1, **asked.sampling)
+    assert {f.name for f in dataclasses.fields(made)} == set(asked.sampling)
+    for name, value in asked.sampling.items():
+        np.testing.assert_allclose(getattr(made, name), [value])
+    assert (made.top_k.dtype, made.top_p.dtype) == (jnp.int32, jnp.float32)
 
 
 def test_unknown_option():
@@ -418,8 +427,9 @@ def bits(chosen, row):
 def test_other_rows_never_change_a_bit(vocab_size):
     """Each row among rows with every feature, and alone among greedy ones with none."""
     case, keys = make_case(9, vocab_size), row_keys(1, jnp.arange(8))
-    for row in (0, 5, 6):  # rows without limits of their own, beside rows that have them
-        for name in ("counts", "bias", "allowed", "banned"):
+    # Rows without limits of their own beside rows that have them; every row has counts.
+    for row in (0, 5, 6):
+        for name in ("bias", "allowed", "banned"):
             getattr(case, name)[row] = getattr(nothing(case), name)[row]
     case.logits[:, 3] = -0.0
     token = np.asarray([-1, 3, -1, -1, 5, -1, 2, -1], np.int32)
@@ -427,8 +437,8 @@ def test_other_rows_never_change_a_bit(vocab_size):
     together = choose(case.logits, options, keys, *case.args)
     together_forced = choose(case.logits, options, keys, *case.args, token)
     for row in range(8):
-        alone = nothing(case)
-        for name in ("counts", "bias", "allowed", "banned"):
+        alone = dataclasses.replace(nothing(case), counts=case.counts)
+        for name in ("bias", "allowed", "banned"):
             getattr(alone, name)[row] = getattr(case, name)[row]
         values = {}
         for name, column in ROWS.items():

@@ -131,6 +131,7 @@ class Device:
         tokens = request.prompt + request.made
         chunk, start, end = self.limits.chunk_tokens, part.start, part.start + part.count
         assert part.count > 0
+        assert part.last or not part.resume
         assert len(part.pages) == -(-end // chunk)
         if start == 0:
             self.slots[part.slot] = Slot()

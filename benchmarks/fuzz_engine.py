@@ -1,0 +1,318 @@
+"""Random operations on an engine; every request must give what it gives alone and cold.
+
+    python benchmarks/fuzz_engine.py [--operations=10000] [--seed=0] [--dtype=float32]
+
+A pool of requests, with all options and with prompts that share beginnings, is first served one by
+one by a plain engine without a prefix cache. Then engines of other sizes, short of pages and
+slots, get them over and over, between requests of strangers that are seen once: submitted,
+cancelled, preempted (to the host and to be computed again), with weights put in place anew.
+Tokens and log-probabilities must be the same to the bit, and nothing may be compiled. A token whose
+embedding is NaN makes some requests end in an error, and no other. Exit status 1 where anything
+differs, or where something was never tried.
+"""
+
+import argparse
+import collections
+import dataclasses
+import random
+import sys
+import tempfile
+import time
+
+import jax
+import jax.monitoring
+import jax.numpy as jnp
+import tqdm
+from flax import nnx
+
+from infer import config as config_lib
+from infer import engine as engine_lib
+from infer import plans, request
+from m1_jax import config as model_config_lib
+from m1_jax import model as model_lib
+from m1_jax import testing
+from m1_jax import tokenizer as tokenizer_lib
+
+CHUNK_TOKENS, MAX_LENGTH = 16, 256
+POISON = 0  # the token whose embedding is NaN; padding is made of it, too
+WHERE = {"max_length": MAX_LENGTH, "chunk_tokens": CHUNK_TOKENS}
+ALONE = config_lib.Config(
+    **WHERE, max_rows=1, num_snapshots=0, prefix_cache=False, decode_steps=1, prefill_tokens=(64,)
+)
+BUSY = (
+    # 16 pages hold one sequence of max_length.
+    config_lib.Config(
+        **WHERE,
+        max_rows=4,
+        num_pages=24,
+        num_snapshots=4,
+        decode_steps=4,
+        prefill_tokens=(32, 64),
+        snapshot_every_tokens=64,
+        swap_tokens=48,
+        host_bytes=2**20,
+        max_queue=12,
+    ),
+    config_lib.Config(
+        **WHERE,
+        max_rows=12,
+        num_pages=40,
+        num_snapshots=2,
+        decode_steps=7,
+        prefill_tokens=(16, 128),
+        snapshot_every_tokens=0,
+        swap_tokens=1,
+        host_bytes=2**22,
+        max_queue=20,
+    ),
+    config_lib.Config(
+        **WHERE, max_rows=2, num_snapshots=8, decode_steps=1, prefill_tokens=(24,), max_queue=6
+    ),
+)
+WANTED = ("submit", "stranger", "cancel", "preempt", "swap", "compared", "errors", "reasoning")
+WANTED += ("hits", "misses", "evicted", "swapped_out", "swapped_in", "restarted", "own_preemptions")
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A request, and what it gives."""
+
+    prompt: tuple[int, ...]
+    options: request.Options
+    output: engine_lib.Output
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--operations", type=int, default=10_000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--cases", type=int, default=60, help="requests in the pool")
+    parser.add_argument("--engines", type=int, default=len(BUSY), help="one after the other")
+    arguments = parser.parse_args()
+    rng = random.Random(arguments.seed)
+    with tempfile.TemporaryDirectory() as directory:
+        tokenizer = tokenizer_lib.Tokenizer.load(testing.write_tiny_tokenizer(directory))
+    model = make_model(jnp.dtype(arguments.dtype))
+    compiled: list[str] = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda name, _secs, **_: compiled.append(name) if "/compile/" in name else None
+    )
+    start = time.monotonic()
+    alone = engine_lib.Engine(model, tokenizer, ALONE)
+    programs = [time.monotonic() - start]
+    cases = make_cases(alone, tokenizer, rng, arguments.cases)
+    counts: collections.Counter[str] = collections.Counter()
+    problems: list[str] = []
+    secs = 0.0
+    with tqdm.tqdm(total=arguments.operations, unit="operation") as bar:
+        for number, config in enumerate(BUSY[: arguments.engines], 1):
+            start = time.monotonic()
+            engine = engine_lib.Engine(model, tokenizer, config)
+            programs.append(time.monotonic() - start)
+            compiled.clear()
+            start = time.monotonic()
+            run = Run(engine, model, cases, rng, counts)
+            while bar.n < arguments.operations * number // arguments.engines and not problems:
+                bar.update(run.operate())
+                problems += run.problems
+            run.finish()
+            secs += time.monotonic() - start
+            problems += run.problems + [f"compiled: {name}" for name in compiled]
+    problems += [f"never tried: {name}" for name in WANTED if not counts[name]]
+    print(", ".join(f"{name} {counts[name]}" for name in sorted(counts)))
+    print(f"{len(programs)} engines made in {sum(programs):.0f} s, busy for {secs:.0f} s")
+    print(*problems[:20] or ["all the same to the bit, nothing compiled"], sep="\n")
+    sys.exit(bool(problems))
+
+
+def make_model(dtype) -> model_lib.MiniMaxM1:
+    """Return a tiny model that has opinions, an irregular list of layers, and a poisonous token."""
+    kinds = (model_config_lib.LIGHTNING, model_config_lib.SOFTMAX)
+    config = dataclasses.replace(
+        model_config_lib.ModelConfig.tiny(),
+        layer_types=tuple(kinds[i] for i in (0, 0, 1, 0)),
+        initializer_range=0.1,
+    )
+    model = model_lib.MiniMaxM1(config, nnx.Rngs(0), dtype=dtype)
+    model.embed.table[...] = model.embed.table[...].at[POISON].set(jnp.nan)
+    return model
+
+
+# ---- requests
+
+
+def make_cases(alone, tokenizer, rng: random.Random, number: int) -> list[Case]:
+    """Serve a pool of requests one by one."""
+    cases: list[Case] = []
+    while len(cases) < number:
+        prompt = draw_prompt(rng, cases)
+        options = draw_options(rng, tokenizer)
+        (output,) = alone.generate([prompt], options)
+        cases.append(Case(prompt, options, output))
+    return cases
+
+
+def draw_prompt(rng: random.Random, cases: list[Case]) -> tuple[int, ...]:
+    """Return 1 to 200 tokens: new ones, or another prompt's beginning, or its next turn."""
+    new = tuple(rng.randrange(1, 500) for _ in range(rng.choice((1, 2, 9, 16, 33, 70, 140))))
+    kind = rng.random()
+    if cases and kind < 0.4:
+        one = rng.choice(cases).prompt
+        new = one[: rng.randint(1, len(one))] + new
+    elif cases and kind < 0.8:
+        one = rng.choice(cases)
+        new = one.prompt + tuple(token.id for token in one.output.tokens) + new
+    if POISON in new and rng.random() < 0.8:
+        new = tuple(token or 1 for token in new)
+    elif rng.random() < 0.03:
+        new = (*new[:100], POISON, *new[:40])
+    return new[:200]
+
+
+def draw_options(rng: random.Random, tokenizer) -> request.Options:
+    """Return options of any kind; letters are made likely where text matters."""
+    values: dict = {"seed": rng.randrange(2**32), "max_tokens": rng.randint(1, 40)}
+
+    def sometimes(chance, **choices):
+        for name, options in choices.items():
+            if rng.random() < chance:
+                values[name] = rng.choice(options)
+
+    sometimes(0.5, temperature=(0, 0.3, 1.7), top_p=(0.3, 1.0), top_k=(1, 5, 50), min_p=(0.1, 0.5))
+    sometimes(0.25, repetition_penalty=(0.8, 1.3), presence_penalty=(-1, 1.5))
+    sometimes(0.25, frequency_penalty=(-0.5, 2), top_logprobs=(1, 5, 20))
+    sometimes(0.2, stop_token_ids=((64, 65), (300, 301, 302)), ignore_eos=(True,))
+    sometimes(0.2, min_tokens=(1, values["max_tokens"]), stop_on_loop=(True,))
+    ids = rng.sample(range(1, 512), 8)
+    bias = {token: rng.uniform(-100, 8) for token in ids} if rng.random() < 0.3 else {}
+    kind = rng.randrange(9)
+    if kind == 0:  # stop strings, which tokens share
+        bias |= dict.fromkeys(tokenizer.encode("abcdefghij"), 9.0)
+        values["stop"] = rng.choice((("ab", "cde"), ("fa", "hhh", "ij"), ("d",)))
+    elif kind in (1, 8):  # an open thought: `<`, `think`, `>` in turn
+        bias = dict(zip(tokenizer.encode("<think>"), (100, 98.6, 97.3), strict=True))
+        values |= {"temperature": 0, "presence_penalty": 2, "frequency_penalty": 2}
+        values |= {"thinking_tokens": rng.randrange(20), "repetition_penalty": 1.0}
+        values |= {"max_tokens": rng.randint(20, 40), "min_tokens": 0}
+    elif kind in (2, 3):
+        values |= {"min_tokens": 0, "ignore_eos": False, "max_tokens": rng.randint(8, 40)}
+        values |= rng.choice(
+            (
+                {"regex": "[a-f]{2,20}[0-9]"},
+                {"json_schema": {"type": "array", "items": {"enum": ["a", 1, None]}}},
+                {"grammar": 'start: "(" start ")" | /[a-z]{1,3}/'},
+                {"regex": "[0-9]+", "after_thinking": True, "thinking_tokens": 9},
+            )
+        )
+    elif kind == 4 and rng.random() < 0.3:
+        bias |= {POISON: 12.0}
+    elif kind == 5:
+        values["stop_token_ids"] = tuple(rng.sample(range(1, 500), 7))
+    return request.Options(logit_bias=bias, **values)
+
+
+# ---- operations
+
+
+class Run:
+    """Random operations on one engine, and what is wrong with what comes out of it."""
+
+    def __init__(self, engine, model, cases, rng: random.Random, counts):
+        self._engine, self._model, self._cases = engine, model, cases
+        self._rng, self._counts = rng, counts
+        self._open: dict[engine_lib.Request, Case | None] = {}
+        self._preempted = 0
+        self.problems: list[str] = []
+
+    def operate(self) -> int:
+        """Do something; return how many operations it was (a step is none)."""
+        rng, chance = self._rng, self._rng.random()
+        waiting = self._engine.config.max_queue // 2 + self._engine.config.max_rows
+        if chance < 0.25 and (len(self._open) < waiting or chance < 0.01):
+            self._submit()
+        elif chance < 0.258 and self._open:
+            one = rng.choice(list(self._open))
+            self._count("cancel")
+            self._engine.cancel(one)
+        elif chance < 0.30 and self._open:
+            before = self._preemptions()
+            self._engine.preempt(rng.choice(list(self._open)))
+            self._preempted += self._preemptions() - before
+            self._count("preempt")
+        elif chance < 0.302:
+            before = self._preemptions()
+            self._engine.swap(self._model, keep_running=rng.random() < 0.5)
+            self._preempted += self._preemptions() - before
+            self._count("swap")
+        else:
+            self._engine.step()
+            self._check()
+            return 0
+        return 1
+
+    def finish(self) -> None:
+        """Serve what is left, and add up what the engine says of itself."""
+        self._engine.run()
+        self._check()
+        if self._open:
+            self.problems.append(f"{len(self._open)} requests never ended")
+        stats = self._engine.stats()
+        for name in ("hits", "misses", "hit_tokens", "evicted"):
+            self._counts[name] += getattr(stats.cache, name)
+        for name in ("swapped_out", "swapped_in", "restarted", "taken_over"):
+            self._counts[name] += getattr(stats.memory, name)
+        self._counts["own_preemptions"] += self._preemptions() - self._preempted
+        self._counts["held_back"] += stats.held_back
+        self._counts["steps"] += stats.plans
+
+    def _submit(self) -> None:
+        case = self._rng.choice(self._cases) if self._rng.random() < 0.7 else None
+        if case is not None:
+            prompt, options = case.prompt, case.options
+        else:
+            prompt = draw_prompt(self._rng, self._cases)
+            options = draw_options(self._rng, self._engine.tokenizer)
+        self._count("submit" if case else "stranger")
+        try:
+            self._open[self._engine.submit(prompt, options)] = case
+        except plans.QueueFull:
+            self._count("queue_full")
+
+    def _check(self) -> None:
+        for one in [one for one in self._open if one.done.is_set()]:
+            case, output = self._open.pop(one), one.output()
+            self._counts[f"ended_{output.finish_reason}"] += 1
+            if case is None:
+                continue
+            got, want = what(output), what(case.output)
+            if output.finish_reason == "cancelled":
+                number = len(output.tokens)  # the last may have left half a character
+                want = what(dataclasses.replace(case.output, tokens=case.output.tokens[:number]))
+                same = got[:number] == want[:number]
+                same = same and case.output.text.startswith(output.text.rstrip("\ufffd"))
+            else:
+                same = got == want
+                self._count("compared")
+                self._counts["errors"] += output.finish_reason == "error"
+                self._counts["reasoning"] += output.reasoning_tokens > 0
+            if not same:
+                pairs = [(a, b) for a, b in zip(got, want, strict=False) if a != b]
+                self.problems.append(f"{case}: of {len(got)} and {len(want)}, first {pairs[:1]}")
+
+    def _preemptions(self) -> int:
+        stats = self._engine.stats().memory
+        return stats.swapped_out + stats.restarted
+
+    def _count(self, name: str) -> None:
+        self._counts[name] += 1
+
+
+def what(output: engine_lib.Output) -> list:
+    """Return what must be the same: tokens, then the rest."""
+    tokens = [dataclasses.replace(token, version=0) for token in output.tokens]
+    return [*tokens, output.text, output.finish_reason, output.reasoning_tokens]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,147 @@
+"""What comparisons with transformers share: two equal models, a quiet machine, fair clocks.
+
+Both sides run in one process that starts itself again with a malloc that keeps freed memory: on a
+virtual machine the page faults of fresh memory cost as much as a quarter of the work, and not
+equally. A call during which other processes (or the hypervisor) took CPU time is made again:
+torch's threads spin at barriers, so a busy neighbour slows it tenfold where it slows us a little.
+"""
+
+import os
+import platform
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import torch
+import transformers
+
+import m1_jax
+
+_KEEP_MEMORY = {
+    "GLIBC_TUNABLES": "glibc.malloc.mmap_threshold=8589934592:"
+    "glibc.malloc.trim_threshold=17179869184",
+    # Computes in the main thread: only the main thread's arena can keep blocks this large.
+    "JAX_CPU_ENABLE_ASYNC_DISPATCH": "false",
+}
+
+_ALPHA = 3.5565588200778455  # The release's; transformers would default to 1.
+_MODEL = {
+    "num_hidden_layers": 8,
+    "layer_types": ["linear_attention"] * 7 + ["full_attention"],
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+    "max_position_embeddings": 4096,
+    # transformers rotates the whole head whatever rotary_dim says, so this model must too.
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e7},
+    **{f"{kind}_alpha_factor": _ALPHA for kind in ("linear_attn", "full_attn", "mlp")},
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+_FULL = {"hidden_size": 512, "head_dim": 64, "intermediate_size": 1024, "vocab_size": 8192}
+_TINY = {"hidden_size": 64, "head_dim": 16, "intermediate_size": 96, "vocab_size": 512}
+MODELS = {"full": _MODEL | _FULL, "tiny": _MODEL | _TINY}  # 120M parameters; a quick try
+
+
+def start() -> None:
+    """Start the process again with the right malloc, if need be, and set both sides up."""
+    if "GLIBC_TUNABLES" not in os.environ:
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | _KEEP_MEMORY)
+    jax.config.update("jax_platforms", "cpu")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    torch.set_num_threads(os.cpu_count() or 1)
+
+
+def build(model: Mapping[str, Any]):
+    """Return (our model, their model) with equal random weights, through a saved checkpoint."""
+    torch.manual_seed(0)
+    # transformers' default of 0.02 would leave the logits to the embedding: see every layer.
+    std = model["hidden_size"] ** -0.5
+    config = transformers.MiniMaxConfig(**model, initializer_range=std, dtype="float32")
+    theirs = transformers.MiniMaxForCausalLM(config).eval()
+    with tempfile.TemporaryDirectory() as directory:
+        theirs.save_pretrained(directory)
+        return m1_jax.load(directory, dtype=jnp.float32), theirs
+
+
+def machine(theirs) -> dict[str, Any]:
+    """Return what a published number comes with."""
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "parameters": sum(p.numel() for p in theirs.parameters()),
+    }
+
+
+def clock(call: Callable[[], Any]) -> float:
+    """Return the seconds of `call`, whose JAX result is waited for."""
+    start = time.perf_counter()
+    jax.block_until_ready(call())
+    return time.perf_counter() - start
+
+
+def measure(
+    sides: Mapping[str, Callable[[], Any]], repeats: int, patience_secs: float
+) -> tuple[dict[str, list[Any]], dict[str, int]]:
+    """Time all sides in turn until each has `repeats` undisturbed calls, after one for nothing.
+
+    Returns:
+      What each side returned: in its undisturbed calls, or where there were none in all; and the
+      number of undisturbed calls.
+    """
+    for side in sides.values():
+        side()
+    quiet: dict[str, list[Any]] = {name: [] for name in sides}
+    disturbed: dict[str, list[Any]] = {name: [] for name in sides}
+    deadline = time.monotonic() + patience_secs
+    for _ in range(2 * repeats):
+        for name, side in sides.items():
+            if len(quiet[name]) < repeats:
+                _wait_for_peace(deadline)
+                result, in_peace = _undisturbed(side)
+                (quiet if in_peace else disturbed)[name].append(result)
+    number = {name: len(values) for name, values in quiet.items()}
+    return {name: quiet[name] or disturbed[name] for name in sides}, number
+
+
+def _busy_secs() -> float:
+    """Return CPU seconds that anyone, the hypervisor too, has taken so far; 0 if unknown."""
+    try:
+        with open("/proc/stat") as file:
+            user, nice, system, _, _, irq, softirq, steal = map(int, file.readline().split()[1:9])
+    except OSError:
+        return 0.0
+    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+
+
+def _undisturbed(call: Callable[[], Any]) -> tuple[Any, bool]:
+    """Return (what `call` returns, whether the machine was ours meanwhile)."""
+    start, busy, own = time.perf_counter(), _busy_secs(), time.process_time()
+    result = call()
+    others_secs = _busy_secs() - busy - (time.process_time() - own)
+    # /proc/stat counts in hundredths of a second per core, and the kernel has chores of its own.
+    return result, others_secs < 0.04 + 0.05 * (time.perf_counter() - start)
+
+
+def _wait_for_peace(deadline: float) -> None:
+    """Sleep until nobody else computes: most calls on a busy machine would be made in vain."""
+    while time.monotonic() < deadline and not _undisturbed(lambda: time.sleep(0.3))[1]:
+        pass
+
+
+def _cpu_name() -> str:
+    if not os.path.exists("/proc/cpuinfo"):
+        return platform.machine()
+    with open("/proc/cpuinfo") as file:
+        return next((s.split(":")[1].strip() for s in file if s.startswith("model name")), "?")

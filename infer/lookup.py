@@ -1,0 +1,36 @@
+"""Guesses at the next tokens without a model: what followed the same tokens before (prompt lookup).
+
+Answers repeat what was asked and themselves; a guess costs nothing, and one forward pass checks
+several (`programs.verify`). What is made does not depend on the guesses, only how fast.
+"""
+
+from collections.abc import Iterable
+
+LENGTHS = (3, 2)  # of the tokens to recognise, the longest first
+
+
+class Lookup:
+    """One sequence's tokens so far, and where each run of them was seen last."""
+
+    def __init__(self, tokens: Iterable[int] = ()):
+        self._tokens: list[int] = []
+        self._after: dict[tuple[int, ...], int] = {}
+        for token in tokens:
+            self.push(token)
+
+    def push(self, token: int) -> None:
+        """Take the next token."""
+        # What ends before this token is followed by it: noted now, so that a run is not its own
+        # example.
+        for length in LENGTHS:
+            if len(self._tokens) >= length:
+                self._after[tuple(self._tokens[-length:])] = len(self._tokens)
+        self._tokens.append(token)
+
+    def guess(self, most: int) -> list[int]:
+        """Return up to `most` tokens that may come next."""
+        for length in LENGTHS:
+            start = self._after.get(tuple(self._tokens[-length:]))
+            if start is not None and len(self._tokens) >= length:
+                return self._tokens[start : start + most]
+        return []

@@ -1,0 +1,407 @@
+"""The engine's features on a tiny model: what ends an output, what is refused, who may cancel."""
+
+import dataclasses
+import functools
+import itertools
+import json
+import re
+import tempfile
+import threading
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from infer import config as config_lib
+from infer import engine as engine_lib
+from infer import finish, plans, request
+from m1_jax import config as model_config_lib
+from m1_jax import model as model_lib
+from m1_jax import testing
+from m1_jax import tokenizer as tokenizer_lib
+
+EOS, POISON = 510, 0
+CONFIG = config_lib.Config(
+    max_length=256,
+    max_rows=4,
+    num_pages=40,
+    chunk_tokens=16,
+    prefill_tokens=(32, 64),
+    num_snapshots=6,
+    decode_steps=4,
+    snapshot_every_tokens=64,
+    max_queue=8,
+    swap_tokens=40,
+    host_bytes=2**22,
+)
+PROMPT = tuple(range(20, 70))
+GREEDY = functools.partial(request.Options, temperature=0)
+
+
+@functools.cache
+def load_tokenizer():
+    with tempfile.TemporaryDirectory() as directory:
+        return tokenizer_lib.Tokenizer.load(testing.write_tiny_tokenizer(directory))
+
+
+def make_model(poison=True):
+    kinds = (model_config_lib.LIGHTNING, model_config_lib.SOFTMAX, model_config_lib.LIGHTNING)
+    config = dataclasses.replace(model_config_lib.ModelConfig.tiny(), layer_types=kinds)
+    model = model_lib.MiniMaxM1(config, nnx.Rngs(0), dtype=jnp.float32)
+    if poison:
+        model.embed.table[...] = model.embed.table[...].at[POISON].set(jnp.nan)
+    return model
+
+
+@functools.cache
+def engine_of(decode_steps):
+    config = dataclasses.replace(CONFIG, decode_steps=decode_steps)
+    return engine_lib.Engine(make_model(), load_tokenizer(), config)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def drop_engines():
+    yield
+    engine_of.cache_clear()
+
+
+@pytest.fixture
+def engine():
+    """Yield the engine, and check that it has all of its memory back afterwards."""
+    engine = engine_of(4)
+    yield engine
+    engine.run()
+    stats = engine.stats()
+    assert (stats.waiting, stats.running) == (0, 0)
+    assert stats.free_pages + stats.cache.pages == CONFIG.pages
+    assert stats.free_slots + stats.cache.slots == CONFIG.slots
+
+
+def one(engine, prompt=PROMPT, options=None, **values):
+    return engine.generate([prompt], options or request.Options(**values))[0]
+
+
+def ids(output):
+    return [token.id for token in output.tokens]
+
+
+def bits(output):
+    return [(token.id, token.logp, token.logp_raw) for token in output.tokens]
+
+
+# ---- what ends an output
+
+
+def open_thought(**values):
+    """Return options under which `<`, `think`, `>` come in turn, and again."""
+    bias = dict(zip(load_tokenizer().encode("<think>"), (100, 98.6, 97.3), strict=True))
+    return GREEDY(presence_penalty=2, frequency_penalty=2, logit_bias=bias, **values)
+
+
+@pytest.mark.parametrize("decode_steps", [1, 4])
+@pytest.mark.parametrize("budget", [0, 3, 4, 11, 16, 30])
+def test_a_thought_is_closed_at_the_budget(budget, decode_steps):
+    closing = list(finish.closing_tokens(load_tokenizer()))
+    assert len(closing) == 6
+    options = open_thought(thinking_tokens=budget, max_tokens=45)
+    output = one(engine_of(decode_steps), options=options)
+    free = ids(one(engine_of(decode_steps), options=open_thought(max_tokens=45)))
+    at = max(budget, 3)  # before that it is not open
+    assert ids(output)[:at] == free[:at]
+    assert ids(output)[at : at + 6] == closing
+    assert free[at : at + 6] != closing
+    assert output.reasoning_tokens == at + 4
+    assert output.text.startswith("<think>") and "\n</think>\n\n" in output.text
+    assert all(np.isfinite(token.logp_raw) for token in output.tokens)
+    assert len(output.tokens) == 45 and output.finish_reason == "length"
+
+
+def test_a_thought_in_company_is_closed_at_the_same_place(engine):
+    options = open_thought(thinking_tokens=13, max_tokens=40)
+    want = bits(one(engine, options=options))
+    others = [engine.submit(PROMPT[i:], request.Options(seed=i, max_tokens=60)) for i in range(3)]
+    mine = engine.submit(PROMPT, options)
+    engine.run()
+    assert bits(mine.output()) == want
+    assert all(other.output().reasoning_tokens == 0 for other in others)
+
+
+def test_loops_end_with_a_reason_of_their_own(engine, monkeypatch):
+    monkeypatch.setattr(finish, "Progress", functools.partial(finish.Progress, loop_tokens=10))
+    certain = make_model()
+    certain.head.kernel[...] = certain.head.kernel[...] * 1000
+    assert one(engine, max_tokens=30, stop_on_loop=True).finish_reason == "length"
+    engine.swap(certain)
+    output = one(engine, max_tokens=30, stop_on_loop=True, ignore_eos=True)
+    assert output.finish_reason == "loop" and len(output.tokens) < 30
+    assert all(np.exp(token.logp_raw) > 0.99 for token in output.tokens[-10:])
+    assert one(engine, max_tokens=30, ignore_eos=True).finish_reason == "length"
+    engine.swap(make_model())
+
+
+def test_stop_strings_over_borders_of_tokens(engine):
+    letters = dict.fromkeys(load_tokenizer().encode("abcdefgh"), 60.0)
+    values = {"logit_bias": letters, "seed": 3, "max_tokens": 40, "top_p": 1.0}
+    free = one(engine, **values)
+    assert len(free.text) == 40
+    for start, length in ((5, 3), (11, 5), (37, 3), (0, 2)):
+        stop = free.text[start : start + length]
+        first = free.text.find(stop)
+        seen = []
+        asked = engine.submit(
+            PROMPT,
+            request.Options(**values, stop=(stop, "never")),
+            on_token=lambda _, token, text, seen=seen: seen.append((token, text)),
+        )
+        engine.run()
+        output = asked.output()
+        assert output.text == free.text[:first] == "".join(text for _, text in seen)
+        assert output.finish_reason == "stop"
+        assert bits(output) == bits(free)[: first + length]
+        assert [token for token, _ in seen] == list(output.tokens)
+
+
+def test_stop_tokens_wait_for_min_tokens(engine):
+    likely = {EOS: 100.0}
+    output = one(engine, options=GREEDY(logit_bias=likely, max_tokens=20))
+    assert (ids(output), output.text, output.finish_reason) == ([EOS], "", "stop")
+    for least in (1, 5, 8, 19):
+        output = one(engine, options=GREEDY(logit_bias=likely, max_tokens=20, min_tokens=least))
+        assert len(output.tokens) == least + 1 and output.finish_reason == "stop"
+        assert EOS not in ids(output)[:-1]
+    output = one(engine, options=GREEDY(logit_bias=likely, max_tokens=20, min_tokens=20))
+    assert EOS not in ids(output) and output.finish_reason == "length"
+    output = one(engine, options=GREEDY(logit_bias=likely, max_tokens=9, ignore_eos=True))
+    assert ids(output) == [EOS] * 9 and output.finish_reason == "length"
+    output = one(engine, options=GREEDY(logit_bias={77: 100}, stop_token_ids=(77,)))
+    assert ids(output) == [77] and output.finish_reason == "stop"
+
+
+@pytest.mark.parametrize("max_tokens", [1, 2, 4, 5, 9])
+def test_max_tokens(engine, max_tokens):
+    output = one(engine, max_tokens=max_tokens, ignore_eos=True)
+    assert (len(output.tokens), output.finish_reason) == (max_tokens, "length")
+
+
+def test_top_logprobs(engine):
+    output = one(engine, max_tokens=25, top_logprobs=7, temperature=1.5, seed=2)
+    inside = 0
+    for token in output.tokens:
+        logps = [logp for _, logp in token.top]
+        assert len(token.top) == 7 == len(dict(token.top))
+        assert logps == sorted(logps, reverse=True) and np.sum(np.exp(logps)) < 1
+        if token.id in dict(token.top):
+            inside += 1
+            assert dict(token.top)[token.id] == pytest.approx(token.logp_raw, abs=1e-6)
+        else:
+            assert token.logp_raw <= logps[-1]
+    greedy = one(engine, options=GREEDY(max_tokens=10, top_logprobs=1))
+    assert [(token.id,) for token in greedy.tokens] == [
+        tuple(i for i, _ in token.top) for token in greedy.tokens
+    ]
+    assert all(not token.top for token in one(engine, max_tokens=5).tokens)
+
+
+def test_grammars(engine):
+    """All at once: each slot has a mask of its own."""
+    schema = {"type": "object", "properties": {"n": {"enum": [1, 22, 333]}}, "required": ["n"]}
+    expression = "[a-f]{3,9}-[0-9]{2}"
+    likely = dict.fromkeys(load_tokenizer().encode("0123456789"), -90.0)
+    options = [
+        request.Options(json_schema=schema, max_tokens=120, seed=1),
+        request.Options(regex=expression, max_tokens=60, seed=2),
+        request.Options(
+            regex="[0-9]+", after_thinking=True, thinking_tokens=9, logit_bias=likely, max_tokens=99
+        ),
+        request.Options(max_tokens=30, seed=4),
+    ]
+    asked = [engine.submit(PROMPT, each) for each in options]
+    engine.run()
+    outputs = [each.output() for each in asked]
+    assert json.loads(outputs[0].text)["n"] in (1, 22, 333)
+    assert re.fullmatch(expression, outputs[1].text)
+    assert outputs[2].reasoning_tokens > 0
+    assert re.fullmatch(r"\s*<think>.*</think>\s*[0-9]*", outputs[2].text, re.DOTALL)
+    assert [output.finish_reason for output in outputs[:2]] == ["stop", "stop"]
+    assert [bits(one(engine, options=each)) for each in options] == [bits(o) for o in outputs]
+
+
+def test_a_grammar_that_fails_on_the_way_ends_its_request_alone(engine, monkeypatch):
+    want = one(engine, seed=1, max_tokens=20)
+    good = engine.submit(PROMPT, request.Options(seed=1, max_tokens=20))
+    for name in ("mask", "accept"):
+        bad = engine.submit(PROMPT, request.Options(regex="[a-z]{50}", max_tokens=60))
+        work, calls = getattr(bad.matcher, name), itertools.count()
+
+        def fail(*arguments, work=work, calls=calls):
+            if next(calls) == 3:
+                raise ValueError("the grammar grew too large")
+            return work(*arguments)
+
+        monkeypatch.setattr(bad.matcher, name, fail)
+        engine.run()
+        assert bad.output().finish_reason == "error"
+        assert 3 <= len(bad.output().tokens) <= 4
+    assert bits(good.output()) == bits(want)
+
+
+# ---- logits that are not finite
+
+
+def test_nan_ends_its_request_alone(engine):
+    options = request.Options(seed=5, max_tokens=30, ignore_eos=True)
+    want = bits(one(engine, options=options))
+    poisoned = (*PROMPT[:30], POISON, *PROMPT[30:])
+    for _ in range(2):
+        bad = [
+            engine.submit(poisoned, options),
+            engine.submit(PROMPT[:20], GREEDY(logit_bias={POISON: 100}, max_tokens=30)),
+        ]
+        good = engine.submit(PROMPT, options)
+        engine.run()
+        assert bits(good.output()) == want
+        assert [len(each.output().tokens) for each in bad] == [0, 1]
+        assert {each.output().finish_reason for each in bad} == {"error"}
+
+
+def test_slots_and_pages_poisoned_with_nan_are_as_good_as_new(engine):
+    asked = [request.Options(seed=i, max_tokens=20, ignore_eos=True) for i in range(8)]
+    prompts = [tuple(range(100 + 7 * i, 160 + 7 * i)) for i in range(8)]
+    want = [bits(output) for output in map(functools.partial(one, engine), prompts, asked)]
+    for i in range(12):  # every slot and page
+        engine.submit((POISON, *range(200 + i, 290 + i)), asked[0]) if i < 8 else None
+    engine.run()
+    engine.swap(make_model())  # an empty cache: its memory is used again
+    together = [engine.submit(*each) for each in zip(prompts, asked, strict=True)]
+    engine.run()
+    assert [bits(each.output()) for each in together] == want
+
+
+# ---- cancelling
+
+
+def test_cancel_in_every_state(engine):
+    options = request.Options(seed=1, max_tokens=60, ignore_eos=True)
+    want = bits(one(engine, options=options))
+
+    def state(made):
+        job = engine._scheduler._jobs[made.number]
+        if job.swapped_pages:
+            return "swapped"
+        return "waiting" if not job.slot else "decoding" if job.decoding else "prefilling"
+
+    long = tuple(range(1, 190))
+    for wanted in ("waiting", "prefilling", "decoding", "swapped", "restarted"):
+        one_ = engine.submit(long[::-1], options)
+        other = engine.submit(PROMPT, options)
+        if wanted in ("decoding", "swapped", "restarted"):
+            while len(one_.tokens) < 6:
+                engine.step()
+        elif wanted == "prefilling":
+            engine.step()
+        if wanted == "swapped":
+            engine.preempt(one_)
+        if wanted == "restarted":
+            engine.swap(make_model(), keep_running=False)
+        assert state(one_) == ("waiting" if wanted == "restarted" else wanted)
+        engine.cancel(one_)
+        engine.cancel(one_)
+        before = one_.output(0)
+        assert before.finish_reason == "cancelled"
+        engine.run()
+        assert one_.output() == before
+        assert bits(other.output()) == want
+
+
+def test_cancel_from_the_callback(engine):
+    options = request.Options(seed=1, max_tokens=60, ignore_eos=True)
+    want = bits(one(engine, options=options))
+
+    def stop_at(number):
+        def on_token(request, *_):
+            if len(request.tokens) == number:
+                engine.cancel(request)
+
+        return on_token
+
+    asked = [engine.submit(PROMPT, options, on_token=stop_at(n)) for n in (1, 2, 7, 99)]
+    engine.run()
+    outputs = [each.output() for each in asked]
+    assert [bits(output) for output in outputs] == [want[:1], want[:2], want[:7], want]
+    assert [output.finish_reason for output in outputs] == ["cancelled"] * 3 + ["length"]
+
+
+def test_cancelling_what_is_over_changes_nothing(engine):
+    made = engine.submit(PROMPT, request.Options(max_tokens=3, ignore_eos=True))
+    engine.run()
+    before = made.output()
+    engine.cancel(made)
+    engine.preempt(made)
+    assert made.output() == before
+
+
+# ---- refusals
+
+
+@pytest.mark.parametrize(
+    ("prompt", "values", "message"),
+    [
+        ((), {}, "0 prompt tokens"),
+        ((1, 512), {}, "token id 512; wanted 0 to 511"),
+        ((-1, 2), {}, "token id -1; wanted 0 to 511"),
+        ((1, 2.5), {}, "token id 2.5; wanted"),
+        (range(1, 250), {"max_tokens": 8}, "249 prompt tokens and max_tokens 8"),
+        ((1,), {"stop_token_ids": (600,)}, "stop_token_ids"),
+        ((1,), {"stop_token_ids": tuple(range(9))}, "stop_token_ids"),
+        ((1,), {"logit_bias": {512: 1.0}}, "logit_bias"),
+        ((1,), {"regex": "(unclosed"}, "regex"),
+    ],
+)
+def test_refusals(engine, prompt, values, message):
+    with pytest.raises(ValueError, match=message):
+        engine.submit(prompt, request.Options(**{"max_tokens": 4} | values))
+
+
+def test_a_full_queue(engine):
+    asked = [engine.submit(PROMPT, request.Options(max_tokens=2)) for _ in range(8)]
+    with pytest.raises(plans.QueueFull, match="8"):
+        engine.submit(PROMPT, request.Options(max_tokens=2))
+    engine.run()
+    assert all(each.output().finish_reason for each in asked)
+    one(engine, max_tokens=2)
+
+
+def test_the_model_limits_the_length():
+    with pytest.raises(ValueError, match="max_length: got 8192; the model allows 4096"):
+        engine_lib.Engine(make_model(), load_tokenizer(), config_lib.Config(max_length=8192))
+
+
+# ---- threads
+
+
+def test_threads(engine):
+    options = [request.Options(seed=i, max_tokens=12, ignore_eos=True) for i in range(12)]
+    want = [bits(one(engine, options=each)) for each in options]
+    got: list = [None] * len(options)
+
+    def client(first):
+        for i in range(first, len(options), 4):
+            made = engine.submit(PROMPT, options[i])
+            got[i] = bits(made.output(60))
+
+    engine.start()
+    clients = [threading.Thread(target=client, args=(i,)) for i in range(4)]
+    for each in clients:
+        each.start()
+    for each in clients:
+        each.join()
+    assert got == want
+    made = engine.submit(PROMPT, request.Options(max_tokens=150, ignore_eos=True))
+    with pytest.raises(TimeoutError, match=f"request {made.number}: not finished"):
+        made.output(0)
+    engine.close()
+    assert made.output(0).finish_reason == "cancelled"
+    with pytest.raises(RuntimeError, match="closed"):
+        engine.submit(PROMPT, options[0])
+    engine_of.cache_clear()

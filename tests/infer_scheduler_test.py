@@ -1,0 +1,277 @@
+"""What the scheduler plans and refuses in single situations; the fuzz test has the rest."""
+
+import dataclasses
+
+import pytest
+
+from infer import scheduler
+
+C = 4
+LIMITS = scheduler.Limits(
+    num_slots=6,
+    num_pages=40,
+    chunk_tokens=C,
+    max_length=100,
+    max_queue=8,
+    max_rows=4,
+    max_prefill_tokens=16,
+    prefill_parts=4,
+    decode_steps=4,
+    cache_bytes=10_000,
+    state_bytes=10,
+    swap_tokens=1000,
+    row_tokens=2,
+)
+
+
+def make(**changes):
+    return scheduler.Scheduler(dataclasses.replace(LIMITS, **changes))
+
+
+def words(letters):
+    """Return a chunk of equal tokens for each letter."""
+    return [ord(letter) for letter in letters for _ in range(C)]
+
+
+def made(count, **more):
+    return scheduler.Result(count, new_tokens=(7,) * count, **more)
+
+
+def answer(plan, finished=()):
+    """Return results of a plan in which every row used all its steps."""
+    results = {}
+    for part in plan.prefill:
+        results[part.job_id] = made(int(part.last and not part.resume))
+    for row in plan.decode:
+        results[row.job_id] = made(plan.steps)
+    return {
+        job_id: dataclasses.replace(result, finished=job_id in finished)
+        for job_id, result in results.items()
+    }
+
+
+def step(sched, finished=()):
+    """Plan and report at once."""
+    plan = sched.plan()
+    if plan is not None:
+        sched.report(answer(plan, finished))
+    return plan
+
+
+def spans(plan):
+    return {part.job_id: (part.start, part.start + part.count) for part in plan.prefill}
+
+
+def test_nothing_to_do():
+    assert make().plan() is None
+
+
+def test_one_request_from_prompt_to_limit():
+    sched = make(cache_bytes=0)
+    sched.submit("a", words("abc") + [1], 6)
+    plan = step(sched)
+    assert plan == scheduler.Plan(
+        prefill=(scheduler.Part("a", 1, 0, 13, (1, 2, 3, 4), True, False),)
+    )
+    plan = step(sched)
+    assert plan == scheduler.Plan(decode=(scheduler.Row("a", 1, (1, 2, 3, 4, 5), 19),), steps=4)
+    assert step(sched).steps == 1
+    assert sched.plan() is None
+    stats = sched.stats()
+    assert (stats.running, stats.free_pages, stats.free_slots) == (0, 40, 6)
+
+
+def test_two_plans_are_under_way_at_most_and_stay_within_the_limit():
+    sched = make(cache_bytes=0)
+    sched.submit("a", [1], 7)
+    plans = [sched.plan(), sched.plan()]
+    assert plans[1].steps == 4
+    assert sched.plan() is None
+    sched.report(answer(plans[0]))
+    last = sched.plan()
+    assert last.steps == 2
+    assert len(last.decode[0].pages) == 2  # for 7 tokens; the eighth is never computed
+    sched.report(answer(plans[1]))
+    assert sched.plan() is None
+    sched.report(answer(last))
+    assert sched.stats().running == 0
+
+
+def test_one_token_needs_no_decoding():
+    sched = make()
+    sched.submit("a", words("a"), 1)
+    step(sched)
+    assert sched.plan() is None
+    assert sched.stats().running == 0
+
+
+def test_a_long_prompt_is_cut_on_the_grid():
+    sched = make(cache_bytes=0, max_prefill_tokens=14)
+    sched.submit("a", [1] * 27, 1)
+    cuts = [spans(step(sched))["a"] for _ in range(3)]
+    assert cuts == [(0, 12), (12, 24), (24, 27)]
+
+
+def test_parts_are_packed_oldest_first_with_padded_rows():
+    sched = make(cache_bytes=0)
+    sched.submit("a", [1] * 5, 1)
+    sched.submit("b", [2] * 3, 1)
+    sched.submit("c", [3] * 20, 1)
+    sched.submit("d", [4] * 4, 1)
+    assert spans(step(sched)) == {"a": (0, 5), "b": (0, 3), "c": (0, 4)}  # 6 + 4 + 4 of 16
+    assert spans(step(sched)) == {"c": (4, 20)}
+    assert spans(step(sched)) == {"d": (0, 4)}
+
+
+def test_prefill_and_decode_take_turns():
+    sched = make(cache_bytes=0, max_length=200, num_pages=80)
+    sched.submit("a", [1] * 4, 60)
+    step(sched)
+    sched.submit("b", [1] * 100, 5)
+    kinds = [bool(step(sched).prefill) for _ in range(10)]
+    assert kinds == [False, True] * 5
+
+
+def test_a_queue_that_is_full():
+    sched = make(max_queue=1)
+    sched.submit("a", [1], 1)
+    with pytest.raises(scheduler.QueueFull, match="while 1 wait; wanted fewer than 1 .*later"):
+        sched.submit("b", [1], 1)
+    step(sched)
+    sched.submit("b", [1], 1)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "max_tokens", "message"),
+    [
+        ([], 1, "got 0 prompt tokens and max_tokens 1; wanted 1 of each"),
+        ([1], 0, "got 1 prompt tokens and max_tokens 0; wanted 1 of each"),
+        ([1] * 90, 11, r"101 together; wanted 100 at most \(max_length\): shorten the prompt"),
+    ],
+)
+def test_requests_that_are_refused(tokens, max_tokens, message):
+    with pytest.raises(ValueError, match=message):
+        make().submit("a", tokens, max_tokens)
+
+
+def test_requests_that_the_pages_could_never_hold():
+    sched = make(num_pages=5)
+    with pytest.raises(ValueError, match=r"22 together; wanted 21 at most \(num_pages\)"):
+        sched.submit("a", [1] * 20, 2)
+    sched.submit("a", [1] * 20, 1)
+    assert len(step(sched).prefill[0].pages) == 4
+
+
+def test_an_id_in_use_is_refused_and_one_that_is_over_is_not():
+    sched = make()
+    sched.submit("a", [1], 1)
+    with pytest.raises(ValueError, match="got job_id 'a', which is in use"):
+        sched.submit("a", [1], 1)
+    step(sched)
+    sched.submit("a", [1], 1)
+
+
+def test_an_id_used_again_does_not_get_the_results_of_its_forerunner():
+    sched = make(cache_bytes=0)
+    sched.submit("a", [1], 9)
+    plans = [sched.plan(), sched.plan()]
+    sched.cancel("a")
+    sched.submit("a", [2], 9)
+    for plan in plans:
+        sched.report(answer(plan))
+    assert spans(step(sched)) == {"a": (0, 1)}
+    assert step(sched).steps == 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_slots": 0}, "got num_slots 0; wanted 1 or more"),
+        ({"cache_bytes": -1}, "got cache_bytes -1; wanted 0 or more"),
+        ({"row_tokens": 3}, "got chunk_tokens 4, row_tokens 3"),
+        ({"snapshot_every_tokens": 6}, "snapshot_every_tokens 6; wanted"),
+        ({"max_prefill_tokens": 2}, "got max_prefill_tokens 2; wanted a multiple of 2, at least"),
+        ({"max_prefill_tokens": 15}, "got max_prefill_tokens 15; wanted a multiple of 2"),
+    ],
+)
+def test_limits_that_do_not_fit(changes, message):
+    with pytest.raises(ValueError, match=message):
+        make(**changes)
+
+
+def test_reports_that_no_plan_can_have_had():
+    sched = make()
+    with pytest.raises(RuntimeError, match="wanted a plan first"):
+        sched.report({})
+    sched.submit("a", [1], 20)
+    sched.plan()
+    with pytest.raises(ValueError, match="got 0 tokens .* for job 'a', wanted 1 to 1"):
+        sched.report({})
+    sched.report({"a": made(1)})
+    sched.plan()
+    with pytest.raises(ValueError, match="got 5 tokens .* wanted 1 to 4"):
+        sched.report({"a": made(5)})
+    with pytest.raises(ValueError, match=r"got 2 tokens \(1 values\)"):
+        sched.report({"a": scheduler.Result(2, new_tokens=(1,))})
+    sched.report({"a": made(3)})
+    assert step(sched).steps == 4
+
+
+def test_no_more_run_than_there_are_rows():
+    sched = make(max_rows=2)
+    for name in "abc":
+        sched.submit(name, [1], 20)
+    assert spans(step(sched)).keys() == {"a", "b"}
+    assert len(step(sched).decode) == 2
+
+
+def test_single_steps():
+    sched = make()
+    sched.submit("a", [1], 9, single_step=True)
+    sched.submit("b", [1], 9)
+    first = sched.plan()
+    second = sched.plan()
+    assert [row.job_id for row in second.decode] == ["b"]  # the token of a must be seen first
+    assert second.steps == 1
+    sched.report(answer(first))
+    third = sched.plan()
+    assert [row.job_id for row in third.decode] == ["a", "b"]
+    assert third.steps == 1
+
+
+@pytest.mark.parametrize("cacheable", [True, False])
+def test_nobody_waits_for_what_arrives_later(cacheable):
+    sched = make(num_pages=20, max_rows=2, num_slots=3)
+    count = 0
+
+    def flood():
+        nonlocal count
+        while sched.stats().waiting < 8:
+            count += 1
+            prompt = words("ab"[: 1 + count % 2]) * (1 + count % 4)
+            sched.submit(count, prompt, 1 + count % 20, cacheable=cacheable)
+
+    flood()
+    born, worst = {}, 0
+    for now in range(600):
+        for job_id in sched._jobs:
+            born.setdefault(job_id, now)
+        step(sched)
+        for job_id in born.keys() - sched._jobs.keys():
+            worst = max(worst, now - born.pop(job_id))
+        flood()
+    assert count > 100
+    assert worst < 50
+
+
+def test_equal_calls_give_equal_plans():
+    def run():
+        sched = make(num_pages=14, swap_tokens=8, host_bytes=60)
+        plans = []
+        for number in range(40):
+            if number % 3 == 0:
+                sched.submit(number, words("abcab"[number % 4 :]), 9 + number % 7)
+            plans.append(step(sched))
+        return plans
+
+    assert run() == run()
