@@ -50,7 +50,7 @@ class Output:
     """A finished request.
 
     finish_reason: "stop", "length", "loop", "cancelled", "suspended" or "error" (logits that are
-      not finite).
+      not finite, or a grammar that outgrew its limits on the way).
     cached_tokens: of the prompt, found in the prefix cache; cache_reason says why if none.
     """
 
@@ -258,7 +258,8 @@ class Engine:
     def suspend(self, keep: Callable[[list[Request]], None]) -> None:
         """End all requests under way as "suspended", once `keep` has them; see `suspend.py`."""
         with self._work:
-            requests = list(self._requests.values())
+            # Those with a reason are over, and only not yet reported.
+            requests = [one for one in self._requests.values() if one.finish_reason is None]
             keep(requests)
             for request in requests:
                 self._scheduler.cancel(request.number)
@@ -452,7 +453,7 @@ class Engine:
             cut = len(request.tokens) - before < len(made)
             over = request.finish_reason is not None
             # The device stops by itself at a stop token and at the limit alone.
-            exact = over and not cut and self._stops_device(request)
+            exact = over and bool(made) and not cut and self._stops_device(request)
             length = len(request.prompt) + len(request.tokens) - 1 if exact else None
             ids = tuple(one.id for one in made)
             results[number] = plans.Result(len(ids), over, length, ids)

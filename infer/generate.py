@@ -164,10 +164,13 @@ def write(
     stats.compile_secs = now - began
     printer = _Printer(len(prompts), config.stream, out)
     decoded = [0]  # tokens after the first of each prompt
+    open_ = set(range(len(prompts)))
 
     def on_token(request, token, text):
         decoded[0] += len(request.tokens) > 1
         printer.push(request.number, text, request.finish_reason is not None)
+        if request.finish_reason is not None:
+            open_.discard(request.number)
 
     requests = []
     for number, ids in enumerate(prompts):
@@ -183,11 +186,11 @@ def write(
             stats.decode_secs += now - before
         else:
             stats.prefill_secs += now - before
+    served.close()
     outputs = [request.output() for request in requests]
     stats.prefill_tokens = sum(output.prompt_tokens for output in outputs)
-    for number, output in enumerate(outputs):
-        if output.finish_reason == "error":  # nothing was pushed for it
-            printer.push(number, "", last=True)
+    for number in sorted(open_):  # that ended without a token
+        printer.push(number, "", last=True)
     if config.logprobs is not None:
         records = [{"index": i, **record(output)} for i, output in enumerate(outputs)]
         text = "".join(json.dumps(one) + "\n" for one in records)
@@ -276,8 +279,9 @@ def main(argv) -> None:
     broken = [i for i, output in enumerate(outputs) if output.finish_reason == "error"]
     if broken:
         sys.exit(
-            f"error: prompt {broken[0]}: got logits that are not finite after "
-            f"{len(outputs[broken[0]].tokens)} tokens; check the weights, or try --dtype=float32"
+            f"error: prompt {broken[0]}: got logits that are not finite, or a grammar beyond its "
+            f"limits, after {len(outputs[broken[0]].tokens)} tokens; check the weights, try "
+            "--dtype=float32, or simplify the grammar"
         )
 
 

@@ -62,6 +62,7 @@ class Config:
     max_rows: int = _flag(8, "Most sequences side by side.")
     num_pages: int = _flag(0, "Pages of 64 tokens of KV for all of them; 0: enough.")
     num_snapshots: int = _flag(8, "States kept for requests that begin alike.")
+    draft_tokens: int = _flag(0, "Guess so many tokens from what was said before; 0 to 7.")
     progress: bool = _flag(True, "Show a progress bar.")
 
     def __post_init__(self):
@@ -102,11 +103,12 @@ class Line:
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """Requests: of the input, done before, done now. Tokens: of those done now."""
+    """Requests: of the input, done before, done now. Tokens, errors: of those done now."""
 
     requests: int
     before: int
     done: int
+    errors: int = 0
     prompt_tokens: int = 0
     cached_tokens: int = 0
     completion_tokens: int = 0
@@ -117,6 +119,7 @@ class Summary:
             f"{self.before + self.done} of {self.requests} requests, {self.done} of them now: "
             f"{self.prompt_tokens} prompt tokens ({self.cached_tokens} cached), "
             f"{self.completion_tokens} made"
+            + (f"; {self.errors} ended in errors" if self.errors else "")
         )
 
 
@@ -146,6 +149,7 @@ def run(config: Config, stop: Callable[[], int | None] = lambda: None) -> Summar
         model_config.max_position_embeddings,
         num_pages=config.num_pages,
         num_snapshots=config.num_snapshots,
+        draft_tokens=config.draft_tokens,
     )
     model = command.load(config.checkpoint, config.dtype, config.weights)
     served = engine.Engine(model, tokenizer, sizes)
@@ -173,12 +177,14 @@ def _serve(config, served, todo, before, file, bar, stop) -> Summary:
             _append(file, line, made, config.tokens)
             bar.update()
             counts["done"] += 1
+            counts["errors"] += made.finish_reason == "error"
             for name in ("prompt_tokens", "cached_tokens"):
                 counts[name] += getattr(made, name)
             counts["completion_tokens"] += len(made.tokens)
         bar.set_postfix(tokens=counts["completion_tokens"], refresh=False)
         signal_number = stop()
     os.fsync(file.fileno())
+    served.close()
     total = before + counts["done"] + len(waiting) + len(live)
     return Summary(total, before, **counts, stopped_by=signal_number)
 

@@ -212,18 +212,24 @@ class Driver:
         self.born, self.longest_wait = {}, 0
         self.host_stops = set()
 
-    def submit(self, prompt, max_tokens, stop_after, cacheable=True, single_step=False):
+    def submit(self, prompt, max_tokens, stop_after, cacheable=True, single_step=False, made=0):
+        """Submit a request; with `made` tokens, or as many as leave one, if it was suspended."""
         self.submitted += 1
         options = {"cacheable": cacheable, "single_step": single_step}
+        limit = len(prompt) + max_tokens
+        request = Request(list(prompt), limit, len(prompt) + stop_after)
+        for _ in range(min(made, max_tokens - 1, stop_after - 1)):
+            request.made.append(request.next_token(len(prompt) + len(request.made)))
+        if made:
+            options["made"] = request.made
         try:
             self.scheduler.submit(self.submitted, prompt, max_tokens, **options)
         except scheduler.QueueFull:
             assert self.scheduler.stats().waiting >= self.limits.max_queue
+            assert not made
             return
-        limit = len(prompt) + max_tokens
-        request = Request(list(prompt), limit, len(prompt) + stop_after)
         self.live[self.submitted] = self.device.requests[self.submitted] = request
-        self.outputs[self.submitted] = []
+        self.outputs[self.submitted] = list(request.made)
         self.born[self.submitted] = self.plans
 
     def plan(self):
@@ -342,10 +348,11 @@ class Machine(stateful.RuleBasedStateMachine):
         stop_after=st.integers(1, 30),
         cacheable=st.sampled_from([True, True, True, False]),
         single_step=st.sampled_from([False, False, False, True]),
+        made=st.sampled_from([0, 0, 0, 1, 2, 9]),
     )
-    def submit(self, family, length, tail, max_tokens, stop_after, cacheable, single_step):
+    def submit(self, family, length, tail, max_tokens, stop_after, cacheable, single_step, made):
         prompt = prompt_of(family, length, tail)
-        self.driver.submit(prompt, max_tokens, stop_after, cacheable, single_step)
+        self.driver.submit(prompt, max_tokens, stop_after, cacheable, single_step, made)
 
     @stateful.rule(times=st.integers(1, 6))
     def work(self, times):
@@ -399,6 +406,7 @@ def operate(driver, chance, operations):
         if what < 0.12:
             prompt = prompt_of(chance.randrange(4), chance.randint(1, 48), chance.randrange(6))
             options = {"cacheable": chance.random() < 0.9, "single_step": chance.random() < 0.05}
+            options["made"] = chance.choice([0, 0, 0, 0, 1, 5, 20])
             driver.submit(prompt, chance.randint(1, 30), chance.randint(1, 60), **options)
         elif what < 0.13 and ids:
             driver.cancel(chance.choice(ids))

@@ -17,6 +17,7 @@ _ENTRY_POINTS = {
     "m1_jax.verify",
     "m1_jax.plan",
     "infer.generate",
+    "infer.offline",
     "infer.server",
     "train.pretrain",
     "train.sft",

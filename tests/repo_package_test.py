@@ -47,7 +47,17 @@ def test_every_command_has_its_module(wheel):
     commands = configparser.ConfigParser()
     commands.read_string(_metadata(wheel, "entry_points.txt"))
     targets = dict(commands["console_scripts"])
-    names = ("convert", "verify", "generate", "plan", "prepare", "pretrain", "sft", "export")
+    names = (
+        "convert",
+        "verify",
+        "generate",
+        "batch",
+        "plan",
+        "prepare",
+        "pretrain",
+        "sft",
+        "export",
+    )
     assert targets.keys() == {f"m1-{name}" for name in names}
     for target in targets.values():
         module, function = target.split(":")
