@@ -163,7 +163,9 @@ _tiled.defvjp(_tiled_fwd, _tiled_bwd)
 
 
 def _pad(x, tiles):
-    return jnp.pad(x, ((0, tiles[-1]), *((0, 0),) * (x.ndim - 1)))
+    # The largest tile must fit even where it never runs.
+    more = max(tiles[-1], tiles[0] - len(x))
+    return jnp.pad(x, ((0, more), *((0, 0),) * (x.ndim - 1)))
 
 
 def _matrix(matrices, index, dtype):
