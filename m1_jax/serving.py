@@ -114,6 +114,10 @@ def by_tiles(function: Callable, size: int, real: Bool[Array, "M"], *rows: Any) 
     """Return function(*rows), `size` rows at a time; 0 past the last tile with a real row."""
     if not size:
         return function(*rows)
+    length, more = len(real), -len(real) % size
+    real, *rows = jax.tree.map(
+        lambda a: jnp.pad(a, ((0, more), *((0, 0),) * (a.ndim - 1))), (real, *rows)
+    )
     tiles = jax.tree.map(lambda a: a.reshape(-1, size, *a.shape[1:]), rows)
     shapes = jax.eval_shape(function, *jax.tree.map(lambda a: a[0], tiles))
     number = len(real) // size
@@ -126,7 +130,7 @@ def by_tiles(function: Callable, size: int, real: Bool[Array, "M"], *rows: Any) 
 
     outputs = jax.tree.map(lambda a: jnp.zeros((number, *a.shape), a.dtype), shapes)
     outputs = jax.lax.fori_loop(0, _count(real.reshape(number, size)), tile, outputs)
-    return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), outputs)
+    return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:])[:length], outputs)
 
 
 def _count(real: Bool[Array, "I t"]) -> Int[Array, ""]:
