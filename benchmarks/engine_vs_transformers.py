@@ -108,8 +108,10 @@ class Ours:
             testing.write_tiny_tokenizer(directory, model.config.vocab_size)
             words = tokenizer.Tokenizer.load(directory)
         self._engine = engine.Engine(model, words, dataclasses.replace(size.engine, **changes))
-        programs = self._engine._device._decode
-        self._decode = {rows: _Timed(program) for rows, program in programs.items()}
+        programs = self._engine._device._programs
+        self._decode = {
+            key: _Timed(program) for key, program in programs.items() if key[0] == "decode"
+        }
         programs.update(self._decode)
 
     def tokens(self, prompts, new_tokens: int) -> list[list[int]]:
