@@ -318,6 +318,16 @@ class Engine:
     # ---- the engine's own thread
 
     def _loop(self) -> None:
+        try:
+            self._serve()
+        except BaseException:  # a callback's, perhaps: nobody may wait for ever
+            with self._work:
+                self._closed = True
+                for request in list(self._requests.values()):
+                    self._end(request, "error")
+            raise
+
+    def _serve(self) -> None:
         while True:
             with self._work:
                 while not self._closed and not self._requests and not self._flying:

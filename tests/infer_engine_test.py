@@ -422,3 +422,19 @@ def test_threads(engine):
     with pytest.raises(RuntimeError, match="closed"):
         engine.submit(PROMPT, options[0])
     engine_of.cache_clear()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_nobody_waits_for_an_engine_that_failed():
+    def fail(*_):
+        raise RuntimeError("a callback with a bug")
+
+    engine = engine_of(1)
+    options = request.Options(max_tokens=150, ignore_eos=True)
+    asked = [engine.submit(PROMPT, options), engine.submit(PROMPT, options, on_token=fail)]
+    engine.start()
+    assert [each.output(60).finish_reason for each in asked] == ["error", "error"]
+    with pytest.raises(RuntimeError, match="closed"):
+        engine.submit(PROMPT, options)
+    engine.close()
+    engine_of.cache_clear()

@@ -128,7 +128,7 @@ def serve(server, one, parts, fill=()):
     return np.stack(one.logits)
 
 
-@pytest.mark.parametrize("chunk", [16, 64])
+@pytest.mark.parametrize("chunk", [16, pytest.param(64, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_agrees_with_the_forward_pass_and_with_extend(name, chunk):
     model, one = make(name), draw(chunk)
@@ -151,7 +151,12 @@ def test_agrees_with_the_forward_pass_and_with_extend(name, chunk):
 
 
 @pytest.mark.parametrize(
-    ("name", "dtype"), [(IRREGULAR, "float32"), (SHARED, "bfloat16"), (SHARED, "float32")]
+    ("name", "dtype"),
+    [
+        (IRREGULAR, "float32"),
+        pytest.param(SHARED, "bfloat16", marks=pytest.mark.slow),
+        pytest.param(SHARED, "float32", marks=pytest.mark.slow),
+    ],
 )
 @pytest.mark.parametrize("garbage", [0.0, np.nan])
 def test_cuts_and_garbage_change_no_bit(name, dtype, garbage):
@@ -163,7 +168,10 @@ def test_cuts_and_garbage_change_no_bit(name, dtype, garbage):
         np.testing.assert_array_equal(got, want, err_msg=str(parts))
 
 
-@pytest.mark.parametrize(("name", "dtype"), [(IRREGULAR, "float32"), (SHARED, "bfloat16")])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [(IRREGULAR, "float32"), pytest.param(SHARED, "bfloat16", marks=pytest.mark.slow)],
+)
 def test_company_changes_no_bit(name, dtype):
     model = make(name, dtype)
     want = serve(Server(model, 16), draw(16), (64,))
