@@ -69,8 +69,19 @@ BUSY = (
         **WHERE, max_rows=2, num_snapshots=8, decode_steps=1, prefill_tokens=(24,), max_queue=6
     ),
 )
-WANTED = ("submit", "stranger", "cancel", "preempt", "swap", "compared", "errors", "reasoning")
-WANTED += ("hits", "misses", "evicted", "swapped_out", "swapped_in", "restarted", "own_preemptions")
+WANTED = (
+    "submit",
+    "stranger",
+    "queue_full",
+    "cancel",
+    "preempt",
+    "swap",
+    "compared",
+    "errors",
+    "reasoning",
+)
+WANTED += ("hits", "misses", "evicted", "swapped_out", "swapped_in", "restarted")
+WANTED += ("own_preemptions",)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -228,27 +239,27 @@ class Run:
     def operate(self) -> int:
         """Do something; return how many operations it was (a step is none)."""
         rng, chance = self._rng, self._rng.random()
-        waiting = self._engine.config.max_queue // 2 + self._engine.config.max_rows
-        if chance < 0.25 and (len(self._open) < waiting or chance < 0.01):
+        config, before = self._engine.config, self._preemptions()
+        if chance < 0.25 and len(self._open) < config.max_queue // 2 + config.max_rows:
             self._submit()
-        elif chance < 0.258 and self._open:
-            one = rng.choice(list(self._open))
+        elif 0.25 < chance < 0.26 and self._open:
+            self._engine.cancel(rng.choice(list(self._open)))
             self._count("cancel")
-            self._engine.cancel(one)
-        elif chance < 0.30 and self._open:
-            before = self._preemptions()
+        elif 0.26 < chance < 0.29 and self._open:
             self._engine.preempt(rng.choice(list(self._open)))
-            self._preempted += self._preemptions() - before
             self._count("preempt")
-        elif chance < 0.302:
-            before = self._preemptions()
+        elif 0.29 < chance < 0.292:
             self._engine.swap(self._model, keep_running=rng.random() < 0.5)
-            self._preempted += self._preemptions() - before
             self._count("swap")
+        elif chance > 0.997:
+            while self._engine.stats().waiting < config.max_queue:
+                self._submit()
+            self._submit()
         else:
             self._engine.step()
             self._check()
             return 0
+        self._preempted += self._preemptions() - before
         return 1
 
     def finish(self) -> None:
@@ -267,7 +278,7 @@ class Run:
         self._counts["steps"] += stats.plans
 
     def _submit(self) -> None:
-        case = self._rng.choice(self._cases) if self._rng.random() < 0.7 else None
+        case = self._rng.choice(self._cases) if self._rng.random() < 0.6 else None
         if case is not None:
             prompt, options = case.prompt, case.options
         else:

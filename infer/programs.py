@@ -211,7 +211,9 @@ def verify(
     tokens = jnp.where(place == first, rows.token[batch.slots][:, None], jnp.maximum(drafts, 0))
     logits, state = serving.serve(model, tokens.reshape(-1), work, state)
     logits = sharding.whole_array(logits, model.layout)
-    each = jax.tree.map(lambda a: jnp.repeat(a, tile, axis=0), dataclasses.replace(batch, pages=0))
+    each = jax.tree.map(
+        lambda a: jnp.repeat(a, tile, axis=0), dataclasses.replace(batch, pages=batch.pages[:, :0])
+    )
     chosen, stopped = _chosen(logits, rows, each, real.reshape(-1), positions + 1)
     stopped = stopped.reshape(size, tile)
     token = chosen.token.reshape(size, tile)

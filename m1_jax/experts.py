@@ -10,8 +10,10 @@ from m1_jax import quantize
 
 # Rows per CPU matmul: big tiles first, small ones for what is left. Each costs compile time.
 TILES, FEW_ROWS_TILES = (256, 32), (16, 4)
-# Set (`with fixed_tile(rows)`), every CPU matmul has that many rows, whatever the number of rows:
-# a row's numbers then do not depend on how many others its expert has.
+# Set (`with fixed_tile(rows)`), every CPU matmul has that many rows, or twice and half as many
+# where that is known to change nothing: a row's numbers then do not depend on how many others its
+# expert has. XLA:CPU gives a row the same bits in any product of 2 to 32 rows; 1 row, or 64 and
+# more, take other ways (tests/m1_jax_tiles_test.py).
 fixed_tile = jax.make_user_context(0)
 
 
@@ -161,7 +163,9 @@ _tiled.defvjp(_tiled_fwd, _tiled_bwd)
 
 
 def _pad(x, tiles):
-    return jnp.pad(x, ((0, tiles[-1]), *((0, 0),) * (x.ndim - 1)))
+    # The largest tile must fit even where it never runs.
+    more = max(tiles[-1], tiles[0] - len(x))
+    return jnp.pad(x, ((0, more), *((0, 0),) * (x.ndim - 1)))
 
 
 def _matrix(matrices, index, dtype):
@@ -183,8 +187,10 @@ def _put(x, rows, start):
 
 
 def _tiles(num_rows: int) -> tuple[int, ...]:
-    if fixed_tile.value:
-        return (fixed_tile.value,)
+    if (size := fixed_tile.value) in (4, 8, 16):
+        return (2 * size, size // 2)
+    if size:
+        return (size,)
     if num_rows >= TILES[0]:
         return TILES
     return FEW_ROWS_TILES if num_rows >= FEW_ROWS_TILES[0] else (num_rows,)

@@ -100,12 +100,13 @@ class DecoderLayer(nnx.Module):
         h, inputs = work.by_tiles(before, x, work.positions)
         o, pool = self.attention.serve(inputs, slopes, work, pool, place)
         x, h, weights, chosen = work.by_tiles(between, x, h, o)
+        chosen = jnp.where(work.positions[:, None] >= 0, chosen, self.moe.nowhere)
         # Devices that share the experts hold all rows, too: each sends its part of them.
-        mine = jnp.arange(len(x)) % sharding.count("experts") == sharding.index("experts")
-        sent = mine & (work.positions >= 0)
-        chosen = jnp.where(sent[:, None], chosen, self.moe.nowhere)
-        y, _ = self.moe.dispatch(h, weights, chosen, place)
-        y = sharding.total(jnp.where(mine[:, None], y, 0), "experts")
+        more = ((0, -len(x) % sharding.count("experts")), (0, 0))
+        rows, weights = (sharding.piece(jnp.pad(a, more), "experts", 0) for a in (h, weights))
+        chosen = jnp.pad(chosen, more, constant_values=self.moe.nowhere)
+        y, _ = self.moe.dispatch(rows, weights, sharding.piece(chosen, "experts", 0), place)
+        y = sharding.whole(y, "experts", 0)[: len(x)]
         return work.by_tiles(after, x, h, y), None, pool
 
     def _add(self, x, normed, branch, scales):

@@ -1,7 +1,7 @@
 """Command: compile a full-size program ahead of time for a TPU slice, and say what it needs.
 
-    python -m m1_jax.plan --topology=v5p:8x8x8 --job=train|prefill|decode|serve [--config=m1|DIR|FILE]
-        [--mesh=fsdp=16,expert=32] [--seq=4096 --batch=512] [--json=FILE]
+    python -m m1_jax.plan --topology=v5p:8x8x8 --job=train|prefill|decode|serve
+        [--config=m1|DIR|FILE] [--mesh=fsdp=16,expert=32] [--seq=4096 --batch=512] [--json=FILE]
 
 No TPU is needed, and weights are shapes only. Prints HBM by part, operations and collectives, each
 as the compiler has it beside our own count; the exit status is 1 if the program does not fit.

@@ -5,8 +5,8 @@ chunk of the grid, so a tile reads one state and ends at most one chunk (`grid.p
 page (`paged.py`). Prefill has full tiles; decoding has one row in each.
 
 Exactness: with `row_tile`, every matrix product takes that many rows at a time, whatever the
-number of rows, and attention always takes `tile_rows` of one sequence. A row's numbers are then
-the same, to the bit, in any company, in prefill and in decoding.
+number of rows (experts: see `experts.fixed_tile`), and attention always takes `tile_rows` of one
+sequence. A row's numbers are then the same, to the bit, in any company, in prefill and in decoding.
 """
 
 import dataclasses

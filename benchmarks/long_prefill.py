@@ -1,0 +1,162 @@
+"""Prefill of long prompts, chunk after chunk through the engine's own program, at constant memory.
+
+    python benchmarks/long_prefill.py [--lengths=8192,65536,1048576] [--softmax_every=0]
+
+A tiny model of lightning layers reads prompts of these lengths. What the program needs beside its
+arguments must be the same for all of them, and so must the state; at the shortest length, the state
+and the last logits' choice are compared with the model's own chunked forward. With softmax layers
+(--softmax_every=2: every second one) the pages grow with the prompt, and so does the time of each
+chunk. Exit status 1 where anything of that is not so.
+"""
+
+import argparse
+import dataclasses
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from infer import arguments as arguments_lib
+from infer import config as config_lib
+from infer import plans, programs, request
+from m1_jax import config as model_config_lib
+from m1_jax import model as model_lib
+from m1_jax import state as state_lib
+
+CHUNK_TOKENS, ROWS = 64, 2048
+KINDS = (model_config_lib.LIGHTNING, model_config_lib.SOFTMAX)
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """What the program reads of a request: greedy, one token."""
+
+    prompt: np.ndarray
+    options: request.Options = dataclasses.field(
+        default_factory=lambda: request.Options(temperature=0, max_tokens=1)
+    )
+    stop_ids: tuple[int, ...] = ()
+
+    @property
+    def progress(self):
+        return self
+
+    def next_forced(self) -> None:
+        return None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--lengths", default="8192,65536,1048576")
+    parser.add_argument("--softmax_every", type=int, default=0)
+    given = parser.parse_args()
+    lengths = [int(length) for length in given.lengths.split(",")]
+    model = make_model(given.softmax_every)
+    tokens = np.random.default_rng(0).integers(0, model.config.vocab_size, max(lengths))
+    tokens = tokens.astype(np.int32)
+    temporary, problems = set(), []
+    for length in lengths:
+        program, config, state, rows = build(model, length)
+        sizes = program._compiled.memory_analysis()
+        start = time.monotonic()
+        chosen, state = prefill(program, config, model, state, rows, tokens[:length])
+        secs = time.monotonic() - start
+        temporary.add(sizes.temp_size_in_bytes)
+        finite = all(bool(jnp.isfinite(a).all()) for a in jax.tree.leaves(state))
+        print(
+            f"{length} tokens: {secs:.1f} s, {length / secs:.0f} tokens/s, temporary "
+            f"{sizes.temp_size_in_bytes} bytes, state {nbytes(state, state_lib.Slots)} bytes, "
+            f"pages {nbytes(state, state_lib.Pages)} bytes",
+            flush=True,
+        )
+        if not finite or not np.isfinite(chosen.logp_raw):
+            problems.append(f"{length} tokens: not finite")
+        if length == min(lengths):
+            problems += compare(model, tokens[:length], chosen, state)
+    if len(temporary) > 1 and not given.softmax_every:
+        problems.append(f"temporary memory differs: {sorted(temporary)} bytes")
+    print(*problems or ["constant memory, and the state of the chunked forward"], sep="\n")
+    sys.exit(bool(problems))
+
+
+def make_model(softmax_every: int) -> model_lib.MiniMaxM1:
+    every = softmax_every or 3
+    config = dataclasses.replace(
+        model_config_lib.ModelConfig.tiny(),
+        layer_types=tuple(KINDS[layer % every == every - 1] for layer in range(2)),
+        max_position_embeddings=2**21,
+        initializer_range=0.1,
+    )
+    return model_lib.MiniMaxM1(config, nnx.Rngs(0), dtype=jnp.float32)
+
+
+def build(model, length: int):
+    """Compile the prefill program of an engine for one sequence of this length."""
+    config = config_lib.Config(
+        max_length=length + CHUNK_TOKENS,
+        max_rows=1,
+        num_snapshots=0,
+        chunk_tokens=CHUNK_TOKENS,
+        prefill_tokens=(ROWS,),
+    )
+    state = state_lib.init_serving(
+        model.config, config.slots, config.pages, CHUNK_TOKENS, model.dtype
+    )
+    rows = programs.init_rows(config.slots, model.config.vocab_size)
+    recipe = programs.Recipe(config.tile_rows, config.row_tile)
+
+    def run(model, state, rows, batch, prompts):
+        return programs.prefill(model, state, rows, batch, prompts, recipe)
+
+    batch = arguments_lib.empty_batch(arguments_lib.PREFILL_PARTS, config)
+    prompts = arguments_lib.empty_prompts(ROWS, config)
+    return programs.Program(run, (1, 2), model, state, rows, batch, prompts), config, state, rows
+
+
+def prefill(program, config, model, state, rows, tokens):
+    """Read the prompt; return what was chosen after it, and the state."""
+    asked, chosen = Asked(tokens), None
+    for start in range(0, len(tokens), ROWS):
+        some = tokens[start : start + ROWS]
+        end = start + len(some)
+        pages = tuple(range(1, -(-end // CHUNK_TOKENS) + 1))
+        part = plans.Part(0, 1, start, len(some), pages, end == len(tokens), False)
+        prompts = arguments_lib.prompts([part], [(some, -1)], config)
+        batch = arguments_lib.batch(arguments_lib.PREFILL_PARTS, [part], [asked], config)
+        state, rows, chosen = program(model, state, rows, batch, prompts)
+    return arguments_lib.fetch(chosen).column(0)[0], state
+
+
+def nbytes(state, kind) -> int:
+    layers = [layer for layer in state.layers if isinstance(layer, kind)]
+    return sum(array.nbytes for array in jax.tree.leaves(layers))
+
+
+def compare(model, tokens, chosen, state) -> list[str]:
+    """Compare with the model's own forward of the whole prompt."""
+    length = len(tokens)
+    assert length % CHUNK_TOKENS == 0, "the state is on the grid"
+    logits, after = model.extend(
+        jnp.asarray(tokens)[None], model.init_state(1, length), last_only=True
+    )
+    problems = []
+    for mine, theirs in zip(state.layers, after.layers, strict=True):
+        if isinstance(mine, state_lib.Slots):
+            gap = float(jnp.max(jnp.abs(mine.states[:, :, 1] - theirs[:, :, 0])))
+            scale = float(jnp.max(jnp.abs(theirs)))
+            print(f"largest difference of states {gap:.2g}, of {scale:.2g} at most")
+            if not gap <= 1e-5 * scale:
+                problems.append("states differ")
+    logp = jax.nn.log_softmax(logits[0, 0])
+    gap = abs(float(jnp.max(logp)) - chosen.logp_raw)
+    print(f"greedy token {chosen.id}, its log-probability differs by {gap:.2g}")
+    if chosen.id != int(jnp.argmax(logp)) or not gap <= 1e-5:
+        problems.append("the next token differs")
+    return problems
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,64 @@
+"""One of several processes of 4 devices together that serve the tiny model: PORT PROCESSES INDEX.
+
+Process 0 prints what the engine made, as JSON.
+"""
+
+import json
+import os
+import sys
+import tempfile
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import jax.numpy as jnp
+
+import m1_jax
+from infer import config as config_lib
+from infer import controller, engine, request
+from m1_jax import sharding, testing, tokenizer
+from m1_jax.config import ModelConfig
+
+CONFIG = config_lib.Config(
+    max_length=64,
+    max_rows=4,
+    chunk_tokens=16,
+    prefill_tokens=(32,),
+    num_snapshots=4,
+    decode_steps=4,
+    swap_tokens=1,
+    host_bytes=10**9,
+)
+
+
+def main(port: str, processes: int, index: int) -> None:
+    jax.config.update("jax_num_cpu_devices", 4 // processes)
+    if processes > 1:
+        jax.distributed.initialize(f"localhost:{port}", processes, index)
+    mesh = sharding.make_mesh({"expert": 2, "tensor": 2})
+    path = "tests/data/m1-tiny"
+    layout = sharding.layout(mesh, ModelConfig.from_file(f"{path}/config.json"), sharding.DECODE)
+    model = m1_jax.load(path, dtype=jnp.float32, mesh=layout)
+    if index:
+        controller.follow(model, CONFIG, next_model=lambda: model)
+        return
+    with tempfile.TemporaryDirectory() as directory:
+        testing.write_tiny_tokenizer(directory)
+        made = engine.Engine(model, tokenizer.Tokenizer.load(directory), CONFIG)
+    prompts = [[7, 8, 9] * 6 + [n] for n in range(6)]
+    asked = [
+        made.submit(prompt, request.Options(max_tokens=12, seed=n, repetition_penalty=1 + n / 9))
+        for n, prompt in enumerate(prompts)
+    ]
+    for _ in range(4):
+        made.step()
+    made.preempt(asked[0])
+    made.swap(model)
+    made.run()
+    outputs = [one.output() for one in asked]
+    print(json.dumps([[(t.id, t.logp, t.logp_raw) for t in o.tokens] for o in outputs]))
+    made.close()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))

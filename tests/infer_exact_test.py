@@ -1,0 +1,290 @@
+"""The same request gives the same bits, whatever runs beside it, before it and with it."""
+
+import dataclasses
+import functools
+import json
+import os
+import pathlib
+import random
+import subprocess
+import sys
+import tempfile
+
+import jax
+import jax.monitoring
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from infer import config as config_lib
+from infer import engine as engine_lib
+from infer import request
+from m1_jax import config as model_config_lib
+from m1_jax import model as model_lib
+from m1_jax import testing
+from m1_jax import tokenizer as tokenizer_lib
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+CONFIG = config_lib.Config(
+    max_length=256,
+    max_rows=32,
+    num_pages=200,
+    chunk_tokens=16,
+    prefill_tokens=(64,),
+    num_snapshots=8,
+    decode_steps=4,
+    host_bytes=2**22,
+    swap_tokens=30,
+)
+PROMPT = tuple(range(40, 95))
+ONE = request.Options(seed=11, max_tokens=24, ignore_eos=True, repetition_penalty=1.1)
+
+
+@functools.cache
+def load_tokenizer():
+    with tempfile.TemporaryDirectory() as directory:
+        return tokenizer_lib.Tokenizer.load(testing.write_tiny_tokenizer(directory))
+
+
+@functools.cache
+def make_model(seed=0, dtype="float32"):
+    kinds = (model_config_lib.LIGHTNING, model_config_lib.SOFTMAX, model_config_lib.LIGHTNING)
+    config = dataclasses.replace(model_config_lib.ModelConfig.tiny(), layer_types=kinds)
+    model = model_lib.MiniMaxM1(config, nnx.Rngs(seed), dtype=jnp.dtype(dtype))
+    model.head.kernel[...] = model.head.kernel[...] * 15  # opinions, as a trained model has
+    return model
+
+
+@functools.cache
+def make_engine(seed=0, dtype="float32"):
+    return engine_lib.Engine(make_model(seed, dtype), load_tokenizer(), CONFIG)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def drop_engines():
+    yield
+    make_engine.cache_clear()
+    make_model.cache_clear()
+
+
+@pytest.fixture
+def engine():
+    """Return an engine with the first weights, and nothing in its cache."""
+    engine = make_engine()
+    engine.swap(make_model())
+    return engine
+
+
+@pytest.fixture
+def compiled():
+    """Return the names of compile events from now on."""
+    names: list[str] = []
+
+    def listen(name, _secs, **_):
+        if "/compile/" in name:
+            names.append(name)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield names
+    jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def bits(output):
+    return [(token.id, token.logp, token.logp_raw) for token in output.tokens]
+
+
+def others(number, seed=0):
+    rng = random.Random(seed)
+    for _ in range(number):
+        length = rng.randrange(1, 120)
+        options = request.Options(
+            seed=rng.randrange(99),
+            max_tokens=rng.randrange(1, 60),
+            temperature=rng.choice((0, 0.7, 1)),
+            presence_penalty=rng.choice((0, 1)),
+            top_logprobs=rng.choice((0, 3)),
+        )
+        yield tuple(rng.randrange(512) for _ in range(length)), options
+
+
+def worker():
+    """Print what a new process makes of the request."""
+    output = make_engine().generate([PROMPT], ONE)[0]
+    print(json.dumps(bits(output)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_random_operations(dtype):
+    """See `benchmarks/fuzz_engine.py`, also for what it demands to have happened."""
+    command = [sys.executable, "benchmarks/fuzz_engine.py", f"--dtype={dtype}"]
+    command += ["--operations=300", "--engines=1", "--cases=40"]
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+
+
+@pytest.mark.slow
+def test_a_seed_gives_the_same_alone_in_company_and_in_a_new_process(engine):
+    want = engine.generate([PROMPT], ONE)[0]
+    assert want.cached_tokens == 0
+    assert len(want.tokens) == 24
+    asked = [engine.submit(*other) for other in others(32)]
+    asked.insert(17, engine.submit(PROMPT, ONE))
+    engine.run()
+    assert bits(asked[17].output()) == bits(want)
+    assert bits(engine.generate([PROMPT], dataclasses.replace(ONE, seed=12))[0]) != bits(want)
+    code = f"import runpy; runpy.run_path({__file__!r})['worker']()"
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    text = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, check=True
+    ).stdout
+    assert [tuple(one) for one in json.loads(text)] == bits(want)
+
+
+def test_trained_is_served(engine):
+    """The trainer's forward of the whole sequence gives every token's plain log-probability."""
+    served, trained = serve_and_score(engine)
+    assert len(served) > 300
+    np.testing.assert_allclose(served, trained, rtol=0, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_trained_is_served_in_bfloat16():
+    served, trained = serve_and_score(make_engine(dtype="bfloat16"))
+    assert len(served) > 300
+    assert np.std(np.exp(trained)) > 0.1  # it has opinions
+    assert np.corrcoef(np.exp(served), np.exp(trained))[0, 1] > 0.9999
+
+
+def serve_and_score(engine):
+    rng = random.Random(5)
+    served, trained = [], []
+    model = make_model(dtype=str(engine._device._held["model"][0].dtype))
+    for seed in range(12):
+        prompt = tuple(rng.randrange(512) for _ in range(20 + 3 * seed))
+        options = request.Options(seed=seed, max_tokens=40, top_p=1.0, ignore_eos=True)
+        output = engine.generate([prompt], options)[0]
+        ids = [*prompt, *(token.id for token in output.tokens)]
+        padded = jnp.asarray([ids + [0] * (128 - len(ids))])
+        logp = jax.nn.log_softmax(model(padded)[0].astype(jnp.float32))
+        places = np.arange(len(prompt), len(ids))
+        trained += np.asarray(logp)[places - 1, np.asarray(ids)[places]].tolist()
+        served += [token.logp_raw for token in output.tokens]
+    return np.asarray(served), np.asarray(trained)
+
+
+# ---- other weights
+
+
+def test_new_weights_are_those_of_a_new_engine(engine):
+    requests = list(others(6, seed=3))
+    fresh = make_engine(seed=1)
+    want = [bits(fresh.generate([prompt], options)[0]) for prompt, options in requests]
+    old = [bits(engine.generate([prompt], options)[0]) for prompt, options in requests]
+    assert engine.generate([requests[0][0]], requests[0][1])[0].cached_tokens > 0
+    version = engine.swap(make_model(1))
+    for (prompt, options), expected, before in zip(requests, want, old, strict=True):
+        output = engine.generate([prompt], options)[0]
+        assert bits(output) == expected != before
+        assert {token.version for token in output.tokens} == {version}
+        assert output.cached_tokens == 0
+    again = [engine.generate([prompt], options)[0] for prompt, options in requests]
+    assert [bits(output) for output in again] == want
+    assert any(output.cached_tokens for output in again)
+
+
+@pytest.mark.parametrize("where", ["decoding", "at the host", "prefilling"])
+@pytest.mark.parametrize("keep_running", [True, False])
+def test_tokens_carry_their_version(engine, keep_running, where):
+    options = request.Options(seed=1, max_tokens=40, ignore_eos=True)
+    prompt = PROMPT * 3 if where == "prefilling" else PROMPT
+    want = bits(engine.generate([prompt], options)[0])
+    engine.swap(make_model())
+    made = engine.submit(prompt, options)
+    company = engine.submit(PROMPT[::-1], options)
+    engine.step()
+    while where != "prefilling" and len(made.tokens) < 9:
+        engine.step()
+    if where == "at the host":
+        engine.preempt(made)
+    known = len(made.tokens)
+    version = engine.swap(make_model(1), keep_running=keep_running)
+    engine.run()
+    output = made.output()
+    versions = [token.version for token in output.tokens]
+    old = versions.count(version - 1)
+    assert versions == [version - 1] * old + [version] * (40 - old)
+    assert known <= old <= known + 2 * CONFIG.decode_steps
+    assert bits(output)[:old] == want[:old]
+    assert bits(output) != want
+    assert {token.version for token in company.output().tokens} >= {version}
+    if not keep_running:
+        # As if all tokens before had been the prompt of an engine with the new weights.
+        fresh = make_engine(seed=1)
+        again = fresh.submit(prompt, options)
+        ids = [token.id for token in output.tokens[:old]]
+        again_bits = bits(replay(fresh, again, ids))
+        assert again_bits[old:] == bits(output)[old:]
+    # Nothing of a sequence with two versions may be found by later ones.
+    assert bits(engine.generate([prompt], options)[0]) == bits(
+        make_engine(seed=1).generate([prompt], options)[0]
+    )
+
+
+def replay(engine, made, ids):
+    """Serve a request that had already chosen `ids`, which its new state is computed from."""
+    number = made.number
+    job = engine._scheduler._jobs[number]
+    job.tokens += ids
+    for token in ids:
+        made.progress.push(token, 0.0)
+        made.tokens.append(engine_lib.Token(token, 0.0, 0.0, 0))
+    engine.run()
+    return made.output()
+
+
+def test_a_hundred_swaps_compile_nothing(engine, compiled):
+    leaves, tree = jax.tree.flatten(make_model(1))
+    device = [jax.tree.unflatten(tree, [leaf + 0 for leaf in leaves]), make_model()]
+    host = jax.tree.unflatten(tree, [np.asarray(leaf) for leaf in leaves])
+    made = None
+    compiled.clear()
+    for number in range(100):
+        if made is None or made.finish_reason is not None:
+            made = engine.submit(PROMPT, ONE)
+        engine.swap((*device, host)[number % 3], keep_running=number % 4 > 0)
+        engine.step()
+        if number % 7 == 0:
+            engine.preempt(made)
+    engine.run()
+    assert not compiled
+    assert made.output().finish_reason == "length"
+    compiled.clear()
+    jax.jit(lambda x: x * 3 + len(compiled))(np.float32(2))
+    assert compiled  # the listener hears
+
+
+def test_host_weights_may_change_after_the_swap(engine):
+    want = bits(make_engine(seed=1).generate([PROMPT], ONE)[0])
+    leaves, tree = jax.tree.flatten(make_model(1))
+    copies = [np.array(leaf) for leaf in leaves]
+    engine.swap(jax.tree.unflatten(tree, copies))
+    for copy in copies:
+        copy[:] = 0
+    assert bits(engine.generate([PROMPT], ONE)[0]) == want
+
+
+def test_other_shapes_are_refused(engine):
+    want = bits(engine.generate([PROMPT], ONE)[0])
+    config = make_model().config
+    wide = dataclasses.replace(config, intermediate_size=48)
+    deep = dataclasses.replace(config, layer_types=config.layer_types * 2)
+    version = engine.version
+    for other, dtype in ((wide, "float32"), (deep, "float32"), (config, "bfloat16")):
+        model = model_lib.MiniMaxM1(other, nnx.Rngs(0), dtype=jnp.dtype(dtype))
+        with pytest.raises(ValueError, match="swap: got .*; wanted"):
+            engine.swap(model)
+    assert engine.version == version
+    assert bits(engine.generate([PROMPT], ONE)[0]) == want

@@ -1,0 +1,112 @@
+"""The engine on meshes, and with guesses: the same outputs."""
+
+import functools
+import tempfile
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import m1_jax
+from infer import config as config_lib
+from infer import engine, lookup, request
+from m1_jax import config as model_config
+from m1_jax import sharding, testing
+from m1_jax import tokenizer as tokenizer_lib
+
+SIZES = {
+    "max_length": 192,
+    "max_rows": 4,
+    "chunk_tokens": 16,
+    "prefill_tokens": (64,),
+    "num_snapshots": 6,
+    "decode_steps": 8,
+}
+RNG = np.random.default_rng(0)
+BASE = RNG.integers(0, 300, 48).tolist()
+PROMPTS = [BASE[: 40 + n] + RNG.integers(0, 300, 5 * n).tolist() + BASE[:n] for n in range(6)]
+
+
+def options(number: int, **more) -> request.Options:
+    temperature = (0.0, 0.05, 1.0)[number % 3]
+    penalty = 1.2 if number == 3 else 1.0
+    return request.Options(
+        temperature=temperature, repetition_penalty=penalty, seed=number, ignore_eos=True, **more
+    )
+
+
+@functools.cache
+def load_tokenizer():
+    with tempfile.TemporaryDirectory() as directory:
+        return tokenizer_lib.Tokenizer.load(testing.write_tiny_tokenizer(directory))
+
+
+def make_engine(golden_dir, mesh=None, **sizes) -> engine.Engine:
+    layout = None
+    if mesh:
+        devices = jax.devices()[: int(np.prod(list(mesh.values())))]
+        read = model_config.ModelConfig.from_file(golden_dir / "config.json")
+        layout = sharding.layout(sharding.make_mesh(mesh, devices), read, sharding.DECODE)
+    model = m1_jax.load(golden_dir, dtype=jnp.float32, mesh=layout)
+    return engine.Engine(model, load_tokenizer(), config_lib.Config(**SIZES | sizes))
+
+
+def bits(output):
+    return [(token.id, token.logp, token.logp_raw) for token in output.tokens]
+
+
+@pytest.fixture(scope="module")
+def plain(golden_dir):
+    return make_engine(golden_dir)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "mesh", [{"expert": 4}, {"data": 2, "expert": 2, "tensor": 2}], ids=["expert", "all"]
+)
+def test_a_mesh_serves_as_one_device_does(golden_dir, plain, mesh):
+    spread = make_engine(golden_dir, mesh, host_bytes=10**9, swap_tokens=1)
+    asked = [spread.submit(p, options(n, max_tokens=20)) for n, p in enumerate(PROMPTS)]
+    for _ in range(5):
+        spread.step()
+    for one in asked[:3]:
+        spread.preempt(one)
+    spread.run()
+    assert spread.stats().memory.swapped_in > 0
+    for n, (prompt, one) in enumerate(zip(PROMPTS, asked, strict=True)):
+        (alone,) = spread.generate([prompt], options(n, max_tokens=20))
+        assert bits(alone) == bits(one.output())  # exact on one mesh
+        (single,) = plain.generate([prompt], options(n, max_tokens=20))
+        got, wanted = (np.asarray(bits(o)) for o in (alone, single))
+        np.testing.assert_array_equal(got[:, 0], wanted[:, 0])
+        # Sums over devices in float32: a few units of the last place of values near 6; logits
+        # are divided by the temperature before a token is drawn.
+        np.testing.assert_allclose(got[:, 2], wanted[:, 2], atol=1e-5)
+        scale = options(n, max_tokens=20).temperature or 1.0
+        np.testing.assert_allclose(got[:, 1], wanted[:, 1], atol=1e-5 / scale)
+
+
+def test_guesses_change_no_bit(golden_dir, plain):
+    guessing = make_engine(golden_dir, draft_tokens=7)
+    ran = []
+    run = guessing._device.run
+    guessing._device.run = lambda name, *rest: ran.append(name) or run(name, *rest)
+    asked = [guessing.submit(p, options(n, max_tokens=100)) for n, p in enumerate(PROMPTS)]
+    guessing.run()
+    assert ran.count("verify") > 10
+    made = sum(len(one.tokens) for one in asked)
+    assert made == 100 * len(PROMPTS)
+    for n, (prompt, one) in enumerate(zip(PROMPTS, asked, strict=True)):
+        (wanted,) = plain.generate([prompt], options(n, max_tokens=100))
+        assert bits(one.output()) == bits(wanted)
+
+
+def test_a_guess_is_what_came_after_the_same_tokens_last():
+    found = lookup.Lookup([1, 2, 3, 4, 5, 1, 2, 3, 6, 7, 2, 3])
+    assert found.guess(2) == [6, 7]
+    found.push(6)
+    assert found.guess(5) == [7, 2, 3, 6]
+    found.push(9)
+    assert found.guess(5) == []
+    assert lookup.Lookup([1]).guess(3) == []
