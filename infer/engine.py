@@ -136,8 +136,8 @@ class _Flight:
 class Engine:
     """Serves requests with one model.
 
-    Thread safety: `submit`, `cancel`, `swap` and `close` from any thread. Either `start` a thread,
-    or call `run` or `step` from one thread of your own.
+    Thread safety: `submit`, `cancel`, `swap`, `suspend` and `close` from any thread. Either `start`
+    a thread, or call `run` or `step` from one thread of your own.
 
     Attributes:
       version: of the weights, 0 at first, one more with every `swap`.

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import time
 
 import jax.numpy as jnp
 import numpy as np
@@ -44,7 +45,7 @@ def first(model, tokenizer):
 @pytest.fixture(scope="module")
 def second(model, tokenizer):
     # Other sizes that change no number.
-    return engine.Engine(model, tokenizer, dataclasses.replace(SIZES, max_rows=4, max_queue=1))
+    return engine.Engine(model, tokenizer, dataclasses.replace(SIZES, max_rows=4, max_queue=8))
 
 
 def requests():
@@ -180,6 +181,28 @@ def test_nothing_is_lost_where_nothing_can_be_written(first, tmp_path):
         suspend.save(first, tmp_path / "none" / "requests.json")
     first.run()
     assert len(going.output(timeout_secs=1).tokens) == 5
+
+
+def test_while_a_thread_works(first, second, undisturbed, tmp_path):
+    path = tmp_path / "requests.json"
+    second.start()
+    submitted = [second.submit(*one) for one in requests()]
+    while not any(len(one.tokens) > 9 for one in submitted):
+        time.sleep(0.001)
+    suspend.save(second, path)
+    outputs = {one.options.seed: one.output(timeout_secs=60) for one in submitted}
+    second.close()
+    for one in suspend.resume(first, path):
+        assert outputs[one.options.seed].finish_reason == "suspended"
+        first.run()
+        outputs[one.options.seed] = one.output()
+    for seed, output in outputs.items():
+        same(dataclasses.replace(output, tokens=versionless(output.tokens)), undisturbed[seed])
+
+
+def versionless(tokens):
+    """Return the tokens as of version 0: a test before swapped the same weights in."""
+    return tuple(dataclasses.replace(token, version=0) for token in tokens)
 
 
 def test_digest_tells_weights_apart():
