@@ -27,7 +27,7 @@ from flax import nnx
 
 from infer import config as config_lib
 from infer import engine as engine_lib
-from infer import plans, request
+from infer import outputs, plans, request
 from m1_jax import config as model_config_lib
 from m1_jax import model as model_lib
 from m1_jax import testing
@@ -90,7 +90,7 @@ class Case:
 
     prompt: tuple[int, ...]
     options: request.Options
-    output: engine_lib.Output
+    output: outputs.Output
 
 
 def main() -> None:
@@ -232,7 +232,7 @@ class Run:
     def __init__(self, engine, model, cases, rng: random.Random, counts):
         self._engine, self._model, self._cases = engine, model, cases
         self._rng, self._counts = rng, counts
-        self._open: dict[engine_lib.Request, Case | None] = {}
+        self._open: dict[outputs.Request, Case | None] = {}
         self._preempted = 0
         self.problems: list[str] = []
 
@@ -319,7 +319,7 @@ class Run:
         self._counts[name] += 1
 
 
-def what(output: engine_lib.Output) -> list:
+def what(output: outputs.Output) -> list:
     """Return what must be the same: tokens, then the rest."""
     tokens = [dataclasses.replace(token, version=0) for token in output.tokens]
     return [*tokens, output.text, output.finish_reason, output.reasoning_tokens]

@@ -21,7 +21,7 @@ from flax import nnx
 
 from infer import arguments as arguments_lib
 from infer import config as config_lib
-from infer import plans, programs, request
+from infer import device, plans, programs, request
 from m1_jax import config as model_config_lib
 from m1_jax import model as model_lib
 from m1_jax import state as state_lib
@@ -113,7 +113,7 @@ def build(model, length: int):
 
     batch = arguments_lib.empty_batch(arguments_lib.PREFILL_PARTS, config)
     prompts = arguments_lib.empty_prompts(ROWS, config)
-    return programs.Program(run, (1, 2), model, state, rows, batch, prompts), config, state, rows
+    return device.Program(run, (1, 2), model, state, rows, batch, prompts), config, state, rows
 
 
 def prefill(program, config, model, state, rows, tokens):

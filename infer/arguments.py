@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from infer import config as config_lib
-from infer import plans, programs, request, sampling
+from infer import moves, plans, programs, request, sampling
 
 PREFILL_PARTS = 8  # sequences in one prefill program
 
@@ -115,11 +115,11 @@ def empty_prompts(size: int, config: config_lib.Config) -> Any:
 
 
 def pieces(slot: int, pages: Sequence[int]) -> list[tuple[Any, Any]]:
-    """Return arguments of `programs.read` that together cover a sequence."""
+    """Return arguments of `moves.read` that together cover a sequence."""
     made = []
-    for first in range(0, max(len(pages), 1), programs.SWAP_PAGES):
-        piece = np.zeros(programs.SWAP_PAGES, np.int32)
-        some = pages[first : first + programs.SWAP_PAGES]
+    for first in range(0, max(len(pages), 1), moves.SWAP_PAGES):
+        piece = np.zeros(moves.SWAP_PAGES, np.int32)
+        some = pages[first : first + moves.SWAP_PAGES]
         piece[: len(some)] = some
         made.append((np.int32(slot), piece))
     return made
@@ -133,8 +133,8 @@ def bias(values: Mapping[int, float]) -> tuple[Any, Any]:
 
 
 def counted(tokens: Sequence[int]) -> Any:
-    """Return at most `programs.COUNT_TOKENS` tokens, padded."""
-    made = np.full(programs.COUNT_TOKENS, -1, np.int32)
+    """Return at most `moves.COUNT_TOKENS` tokens, padded."""
+    made = np.full(moves.COUNT_TOKENS, -1, np.int32)
     made[: len(tokens)] = tokens
     return made
 

@@ -5,14 +5,14 @@ one order: that is what other processes of a mesh repeat (`controller.py`).
 """
 
 import concurrent.futures
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from infer import arguments, programs
+from infer import arguments, moves, programs
 from infer import config as config_lib
 from m1_jax import state as state_lib
 
@@ -162,21 +162,21 @@ class Device:
             model = jax.tree.unflatten(tree, leaves)
             return programs.verify(model, state, rows, batch, drafts, recipe)
 
-        one, some = np.int32(0), np.zeros(programs.SWAP_PAGES, np.int32)
+        one, some = np.int32(0), np.zeros(moves.SWAP_PAGES, np.int32)
         jobs: dict[tuple[str, int], tuple] = {
-            ("copy", 0): (programs.copy_states, one, one),
-            ("reset", 0): (programs.reset, one, *arguments.bias({})),
-            ("count", 0): (programs.count, one, arguments.counted([]), np.bool_(True)),
-            ("set_mask", 0): (programs.set_mask, one, arguments.free_mask(vocab_size)),
+            ("copy", 0): (moves.copy_states, one, one),
+            ("reset", 0): (moves.reset, one, *arguments.bias({})),
+            ("count", 0): (moves.count, one, arguments.counted([]), np.bool_(True)),
+            ("set_mask", 0): (moves.set_mask, one, arguments.free_mask(vocab_size)),
         }
         done: dict[Any, Any] = {}
         if config.host_bytes:
-            read = programs.Program(programs.read, (), state, one, some, where=self._where("read"))
-            row = self._replicated(jax.eval_shape(programs.read_row, rows, one))
+            read = Program(moves.read, (), state, one, some, where=self._where("read"))
+            row = self._replicated(jax.eval_shape(moves.read_row, rows, one))
             done["read", 0] = read
-            jobs["write", 0] = (programs.write, one, some, read.outputs)
-            jobs["read_row", 0] = (programs.read_row, one)
-            jobs["write_row", 0] = (programs.write_row, one, row)
+            jobs["write", 0] = (moves.write, one, some, read.outputs)
+            jobs["read_row", 0] = (moves.read_row, one)
+            jobs["write_row", 0] = (moves.write_row, one, row)
         for size in config.decode_rows:
             jobs["decode", size] = (decode, arguments.empty_batch(size, config), one)
         if config.draft_tokens:
@@ -192,7 +192,7 @@ class Device:
             memory = [self._held[part] for part in taken]
             given = [i for i, part in enumerate(taken) if part != "model"]
             given = [] if key[0] in _ONLY_READ else given
-            return programs.Program(function, given, *memory, *host, where=self._where(key[0]))
+            return Program(function, given, *memory, *host, where=self._where(key[0]))
 
         with concurrent.futures.ThreadPoolExecutor() as pool:
             made = {key: pool.submit(make, key, *job) for key, job in jobs.items()}
@@ -228,3 +228,37 @@ class _Kept:
         """Return the array again."""
         parts = [jax.device_put(data, device) for device, data in self._parts]
         return jax.make_array_from_single_device_arrays(self._shape, self._sharding, parts)
+
+
+class Program:
+    """A function compiled for arguments of given shapes, some of which it consumes.
+
+    where: shardings of its outputs, None for one device.
+    """
+
+    def __init__(
+        self, function: Callable, donated: Sequence[int], *arguments: Any, where: Any = None
+    ):
+        # Leaves go in one by one: lowering puts descriptions of arrays into the classes of its
+        # arguments, and shape checks of those classes, on in tests, refuse them.
+        ends = np.cumsum([0, *(len(jax.tree.leaves(arg)) for arg in arguments)])
+        leaves, tree = jax.tree.flatten(arguments)
+        given = [leaf for arg in donated for leaf in range(ends[arg], ends[arg + 1])]
+        flat = jax.jit(
+            lambda *x: function(*jax.tree.unflatten(tree, x)),
+            donate_argnums=given,
+            out_shardings=where,
+        )
+        self._compiled = flat.lower(*leaves).compile()
+
+    @property
+    def outputs(self) -> Any:
+        """Return shapes and shardings of what it returns."""
+        return jax.tree.map(
+            lambda a, where: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where),
+            self._compiled.out_info,
+            self._compiled.output_shardings,
+        )
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self._compiled(*jax.tree.leaves(arguments))

@@ -21,107 +21,22 @@ from typing import Any
 import jax
 import numpy as np
 
-from infer import arguments, controller, device, finish, grammar, lookup, plans, programs, scheduler
+from infer import (
+    arguments,
+    controller,
+    device,
+    dispatch,
+    finish,
+    grammar,
+    outputs,
+    plans,
+    scheduler,
+)
 from infer import config as config_lib
 from infer import request as request_lib
 from m1_jax import tokenizer as tokenizer_lib
 
 _REST_SECS = 10.0
-
-
-@dataclasses.dataclass(frozen=True)
-class Token:
-    """One token of an output.
-
-    logp: under the distribution it was drawn from. logp_raw: under the model's plain logits.
-    version: of the weights that made it. top: the most likely tokens and their plain
-    log-probabilities, as many as asked for.
-    """
-
-    id: int
-    logp: float
-    logp_raw: float
-    version: int
-    top: tuple[tuple[int, float], ...] = ()
-
-
-@dataclasses.dataclass(frozen=True)
-class Output:
-    """A finished request.
-
-    finish_reason: "stop", "length", "loop", "cancelled", "suspended" or "error" (logits that are
-      not finite, or a grammar that outgrew its limits on the way).
-    cached_tokens: of the prompt, found in the prefix cache; cache_reason says why if none.
-    """
-
-    tokens: tuple[Token, ...]
-    text: str
-    finish_reason: str
-    prompt_tokens: int
-    cached_tokens: int
-    cache_reason: str
-    reasoning_tokens: int
-
-
-class Request:
-    """A request under way; `Engine.submit` makes it.
-
-    Attributes:
-      tokens, text: so far. finish_reason: None while it goes on.
-    """
-
-    def __init__(self, number: int, prompt, options, stop_ids, progress, matcher, on_token):
-        self.number, self.prompt = number, tuple(prompt)
-        self.options, self.stop_ids = options, stop_ids
-        self.progress, self.matcher, self.on_token = progress, matcher, on_token
-        self.tokens: list[Token] = []
-        self.mask = None if matcher is None else matcher.mask()
-        self.text = ""
-        self.finish_reason: str | None = None
-        self.cached_tokens, self.cache_reason = 0, ""
-        self.done = threading.Event()
-        self.lookup = lookup.Lookup(self.prompt)
-
-    @property
-    def penalised(self) -> bool:
-        """Whether its choices depend on what it said before."""
-        o = self.options
-        return o.repetition_penalty != 1 or o.presence_penalty != 0 or o.frequency_penalty != 0
-
-    @property
-    def plain(self) -> bool:
-        """Whether several of its tokens can be chosen at once."""
-        return not self.penalised and self.matcher is None and not self.progress.close()
-
-    def push(self, token: Token) -> str:
-        """Take a token; return the text that it releases."""
-        update = self.progress.push(token.id, token.logp_raw)
-        self.tokens.append(token)
-        self.lookup.push(token.id)
-        self.text += update.text
-        self.finish_reason = update.finished
-        if self.matcher is not None and update.finished is None:
-            self.matcher.accept(token.id)
-            self.mask = self.matcher.mask()
-        return update.text
-
-    def output(self, timeout_secs: float | None = None) -> Output:
-        """Wait for the end, and return all of it.
-
-        Raises:
-          TimeoutError: it did not end in time.
-        """
-        if not self.done.wait(timeout_secs):
-            raise TimeoutError(f"request {self.number}: not finished after {timeout_secs} s")
-        return Output(
-            tuple(self.tokens),
-            self.text,
-            str(self.finish_reason),
-            len(self.prompt),
-            self.cached_tokens,
-            self.cache_reason,
-            self.progress.reasoning_tokens,
-        )
 
 
 @dataclasses.dataclass
@@ -165,11 +80,11 @@ class Engine:
         self._device: Any = device.Device(model, config)
         if jax.process_count() > 1:
             self._device = controller.Leader(self._device)
+        self._dispatcher = dispatch.Dispatcher(self._device, config)
         self._compiler = grammar.Compiler(tokenizer, model.config.vocab_size)
         self._scheduler = scheduler.Scheduler(self._limits(), self._key())
-        self._requests: dict[Hashable, Request] = {}
+        self._requests: dict[Hashable, outputs.Request] = {}
         self._flying: collections.deque[_Flight] = collections.deque()
-        self._slot_owner: dict[int, Hashable] = {}  # see `_own`
         self._numbers = itertools.count()
         self._lock = threading.RLock()
         self._work = threading.Condition(self._lock)
@@ -183,8 +98,8 @@ class Engine:
         prompt: Sequence[int],
         options: request_lib.Options,
         on_token=None,
-        made: Sequence[Token] | None = None,
-    ) -> Request:
+        made: Sequence[outputs.Token] | None = None,
+    ) -> outputs.Request:
         """Queue a prompt of token ids.
 
         on_token: called with (request, token, new text) from the engine's thread.
@@ -208,7 +123,9 @@ class Engine:
                 raise RuntimeError("the engine is closed")
             stop_ids = request_lib.stop_ids(options, self.tokenizer.stop_ids)
             number = next(self._numbers)
-            request = Request(number, prompt, options, stop_ids, progress, matcher, on_token)
+            request = outputs.Request(
+                number, prompt, options, stop_ids, progress, matcher, on_token
+            )
             for token in made or ():
                 request.push(token)
             if request.finish_reason is not None:
@@ -225,7 +142,7 @@ class Engine:
             self._work.notify()
         return request
 
-    def cancel(self, request: Request) -> None:
+    def cancel(self, request: outputs.Request) -> None:
         """End a request; its output so far stays. Nothing happens if it is over."""
         with self._work:
             if request.number in self._requests and request.finish_reason is None:
@@ -250,12 +167,12 @@ class Engine:
             self._scheduler.set_key(self._key(), keep_running)
             return self.version
 
-    def preempt(self, request: Request) -> None:
+    def preempt(self, request: outputs.Request) -> None:
         """Take a request's memory away for now; it goes on later, and nobody can tell."""
         with self._work:
             self._scheduler.preempt(request.number)
 
-    def suspend(self, keep: Callable[[list[Request]], None]) -> None:
+    def suspend(self, keep: Callable[[list[outputs.Request]], None]) -> None:
         """End all requests under way as "suspended", once `keep` has them; see `suspend.py`."""
         with self._work:
             # Those with a reason are over, and only not yet reported.
@@ -274,7 +191,7 @@ class Engine:
 
     def generate(
         self, prompts: Iterable[Sequence[int]], options: request_lib.Options
-    ) -> list[Output]:
+    ) -> list[outputs.Output]:
         """Serve prompts to their ends, from a thread of your own."""
         requests = [self.submit(prompt, options) for prompt in prompts]
         self.run()
@@ -354,95 +271,11 @@ class Engine:
         return True
 
     def _dispatch(self, plan: plans.Plan) -> None:
-        for action in plan.actions:
-            self._act(action)
         work = plan.prefill or plan.decode
-        requests = [self._requests.get(item.job_id) for item in work]
-        for item, request in zip(work, requests, strict=True):
-            if request is not None:
-                self._prepare(item, request)
-        chosen = None
-        if plan.prefill:
-            tokens = [self._sequence(r, p) for r, p in zip(requests, plan.prefill, strict=True)]
-            prompts = arguments.prompts(plan.prefill, tokens, self.config)
-            batch = arguments.batch(arguments.PREFILL_PARTS, plan.prefill, requests, self.config)
-            chosen = self._device.run("prefill", len(prompts.tokens), batch, prompts)
-        elif plan.decode:
-            size = next(n for n in self.config.decode_rows if n >= len(plan.decode))
-            batch = arguments.batch(size, plan.decode, requests, self.config)
-            drafts = self._drafts(size, plan, requests)
-            if drafts is None:
-                chosen = self._device.run("decode", size, batch, np.int32(plan.steps))
-            else:
-                chosen = self._device.run("verify", size, batch, drafts)
+        asked = [self._requests.get(item.job_id) for item in work]
+        chosen = self._dispatcher.give(plan, asked)
         places = {item.job_id: place for place, item in enumerate(work)}
         self._flying.append(_Flight(places, chosen, self.version))
-
-    def _drafts(self, size: int, plan: plans.Plan, requests) -> Any:
-        """Return guesses for `programs.verify`; None where there are none to check."""
-        config = self.config
-        most = min(config.draft_tokens, plan.steps - 1)
-        if most < 1 or size != config.decode_rows[0]:
-            return None
-        drafts = np.full((size, config.tile_rows), -1, np.int32)
-        for row, request in enumerate(requests):
-            if request is None or not request.plain:
-                continue
-            length = len(request.prompt) + len(request.tokens) - 1
-            first = length % config.tile_rows + 1
-            room = config.tile_rows - first
-            if (length + 1 + room) % config.chunk_tokens == 0:
-                room -= 1  # the chunk's last place
-            guess = request.lookup.guess(min(room, most))
-            drafts[row, first : first + len(guess)] = guess
-        return drafts if np.any(drafts >= 0) else None
-
-    def _act(self, action) -> None:
-        """Move memory."""
-        run, device_ = self._device.run, self._device
-        if isinstance(action, plans.Copy):
-            run("copy", 0, np.int32(action.source_slot), np.int32(action.target_slot))
-        elif isinstance(action, plans.SwapOut):
-            device_.swap_out(action.job_id, arguments.pieces(action.slot, action.pages))
-        elif isinstance(action, plans.SwapIn):
-            device_.swap_in(action.job_id, arguments.pieces(action.slot, action.pages))
-            self._slot_owner[action.slot] = action.job_id  # with its counts, bias and mask
-        else:
-            device_.drop(action.job_id)
-
-    def _sequence(self, request: Request | None, part: plans.Part) -> tuple[list[int], int]:
-        """Return a part's tokens, and the one after it where the sequence is computed again."""
-        if request is None:  # cancelled since: what is computed does not matter
-            return [0] * part.count, 0 if part.resume else -1
-        all_ = [*request.prompt, *(token.id for token in request.tokens)]
-        end = part.start + part.count
-        return all_[part.start : end], all_[end] if part.resume else -1
-
-    def _prepare(self, item: plans.Part | plans.Row, request: Request) -> None:
-        """Bring a slot's counts, bias and mask in line with the request that now has it."""
-        options = request.options
-        needs = bool(request.penalised or options.logit_bias or request.matcher)
-        owner = self._slot_owner.get(item.slot, -1)
-        run, slot = self._device.run, np.int32(item.slot)
-        if owner != request.number and (needs or owner != -1):
-            run("reset", 0, slot, *arguments.bias(options.logit_bias))
-            self._own(item.slot, request.number if needs else -1)
-            made = [token.id for token in request.tokens]
-            for tokens, in_prompt in (
-                ((request.prompt, True), (made, False)) if request.penalised else ()
-            ):
-                for first in range(0, len(tokens), programs.COUNT_TOKENS):
-                    some = arguments.counted(tokens[first : first + programs.COUNT_TOKENS])
-                    run("count", 0, slot, some, np.bool_(in_prompt))
-        if request.matcher is not None:
-            run("set_mask", 0, slot, request.mask)
-
-    def _own(self, slot: int, number: Hashable) -> None:
-        """Note whose counts, bias and mask a slot holds; -1 is nobody's: none."""
-        for other, owner in self._slot_owner.items():
-            if owner == number != -1:  # it was there before it was preempted
-                self._slot_owner[other] = None
-        self._slot_owner[slot] = number
 
     def _take(self, flight: _Flight, chosen) -> None:
         """Take over the tokens that a plan made, and report them."""
@@ -476,13 +309,13 @@ class Engine:
             if request.finish_reason is not None:
                 self._end(request, request.finish_reason)
 
-    def _push(self, request: Request, one: arguments.Made, version: int) -> None:
+    def _push(self, request: outputs.Request, one: arguments.Made, version: int) -> None:
         if not np.isfinite(one.logp_raw):
             request.finish_reason = "error"
             request.text += request.progress.flush()
             return
         top = one.top[: request.options.top_logprobs]
-        token = Token(one.id, one.logp, one.logp_raw, version, top)
+        token = outputs.Token(one.id, one.logp, one.logp_raw, version, top)
         try:
             text = request.push(token)
         except ValueError:  # the grammar grew beyond its limits
@@ -491,20 +324,20 @@ class Engine:
         if request.on_token is not None:
             request.on_token(request, token, text)
 
-    def _stops_device(self, request: Request) -> bool:
+    def _stops_device(self, request: outputs.Request) -> bool:
         """Say whether the device knows that the last token is the last."""
         options, number = request.options, len(request.tokens)
         stopped = request.tokens[-1].id in request.stop_ids and number > options.min_tokens
         return stopped or number >= options.max_tokens
 
-    def _single_step(self, request: Request) -> bool:
+    def _single_step(self, request: outputs.Request) -> bool:
         """Say whether the host must see each token before the next one is made."""
         pause = request.progress.pause_at
         # Two plans may be under way when this is asked.
         near = pause is not None and len(request.tokens) + 3 * self.config.decode_steps >= pause
         return request.matcher is not None or near
 
-    def _end(self, request: Request, reason: str) -> None:
+    def _end(self, request: outputs.Request, reason: str) -> None:
         request.finish_reason = reason
         self._requests.pop(request.number, None)
         request.done.set()

@@ -22,7 +22,7 @@ from typing import Any, TextIO
 from absl import app, flags, logging
 
 import m1_jax
-from infer import command, engine, finish, grammar, lines
+from infer import command, engine, finish, grammar, lines, outputs
 from infer import config as config_lib
 from infer import prompt as prompt_lib
 from infer import request as request_lib
@@ -134,7 +134,7 @@ class Stats:
         )
 
 
-def run(config: Config, out: TextIO | None = None) -> tuple[list[engine.Output], Stats]:
+def run(config: Config, out: TextIO | None = None) -> tuple[list[outputs.Output], Stats]:
     """Generate for every prompt of `config`, printing text to `out` (stdout) as it comes.
 
     Raises:
@@ -149,7 +149,7 @@ def write(
     tokenizer: tokenizer_lib.Tokenizer,
     prompts: list[list[int]],
     out: TextIO,
-) -> tuple[list[engine.Output], Stats]:
+) -> tuple[list[outputs.Output], Stats]:
     """Do what `run` does, with what `prepare` found."""
     options, stats, began = config.options, Stats(), time.perf_counter()
     sizes = config_lib.fitting(
@@ -198,7 +198,7 @@ def write(
     return outputs, stats
 
 
-def record(output: engine.Output) -> dict[str, Any]:
+def record(output: outputs.Output) -> dict[str, Any]:
     return {"finish_reason": output.finish_reason, "tokens": lines.tokens_json(output.tokens)}
 
 

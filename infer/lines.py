@@ -121,7 +121,7 @@ def seed_of(seed: int, number: int) -> int:
 
 
 def tokens_json(tokens: Sequence[Any]) -> list[dict[str, Any]]:
-    """Return tokens of an `engine.Output` as JSON; log-probability null is minus infinity."""
+    """Return tokens of an `outputs.Output` as JSON; log-probability null is minus infinity."""
     made = []
     for token in tokens:
         one = {"id": token.id, "logp": finite(token.logp), "logp_raw": finite(token.logp_raw)}

@@ -31,7 +31,7 @@ import tqdm
 from absl import app, flags, logging
 
 import m1_jax
-from infer import command, engine, finish, grammar, lines
+from infer import command, engine, finish, grammar, lines, outputs
 from infer import config as config_lib
 from infer import prompt as prompt_lib
 from infer import request as request_lib
@@ -163,7 +163,7 @@ def run(config: Config, stop: Callable[[], int | None] = lambda: None) -> Summar
 def _serve(config, served, todo, before, file, bar, stop) -> Summary:
     """Run requests, writing each as it ends; a window of them is known to the engine."""
     waiting = collections.deque(todo)
-    live: dict[int, tuple[Line, engine.Request]] = {}
+    live: dict[int, tuple[Line, outputs.Request]] = {}
     window = min(3 * served.config.max_rows, served.config.max_queue)
     counts, signal_number, going = collections.Counter(), None, True
     while going and signal_number is None:
@@ -189,7 +189,7 @@ def _serve(config, served, todo, before, file, bar, stop) -> Summary:
     return Summary(total, before, **counts, stopped_by=signal_number)
 
 
-def _append(file, line: Line, made: engine.Output, tokens: bool) -> None:
+def _append(file, line: Line, made: outputs.Output, tokens: bool) -> None:
     """Write a line in one call, so that a kill tears the last one at most."""
     record = {
         **line.head,

@@ -8,12 +8,10 @@ host arrays every time.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, UInt
 
@@ -23,8 +21,6 @@ from m1_jax import serving, sharding
 from m1_jax import state as state_lib
 
 SAMPLE_ROWS = 8  # rows that choosing takes at a time, for the reason given in `serving.py`
-SWAP_PAGES = 16  # pages moved to or from the host by one call
-COUNT_TOKENS = 2048  # tokens counted by one call
 
 
 @jax.tree_util.register_dataclass
@@ -328,107 +324,3 @@ def _chosen(logits, rows: Rows, batch: Batch, wanted, length):
     )
     stopped = jnp.any(chosen.token[:, None] == batch.stop_ids, axis=1) & free
     return chosen, stopped | (total >= batch.limit)
-
-
-# ---- memory
-
-
-def copy_states(state, source: Int[Array, ""], target: Int[Array, ""]):
-    """Copy a slot's recurrent states, at a multiple of the chunk, where its ring is empty."""
-
-    def one(layer):
-        if isinstance(layer, state_lib.Pages):
-            return layer
-        new = layer.states.at[:, :, target].set(layer.states[:, :, source])
-        return dataclasses.replace(layer, states=new)
-
-    return state_lib.ServingState(tuple(map(one, state.layers)))
-
-
-def read(state, slot: Int[Array, ""], pages: Int[Array, "n"]):
-    """Return everything in a slot, and in some pages."""
-    return jax.tree.map(lambda a, at: a[:, :, at], state, _places(state, slot, pages))
-
-
-def write(state, slot: Int[Array, ""], pages: Int[Array, "n"], held):
-    """Undo `read`, perhaps elsewhere."""
-    places = _places(state, slot, pages)
-    return jax.tree.map(lambda a, at, new: a.at[:, :, at].set(new), state, places, held)
-
-
-def _places(state, slot, pages):
-    layers = [
-        jax.tree.map(lambda _, x=x: pages if isinstance(x, state_lib.Pages) else slot, x)
-        for x in state.layers
-    ]
-    return state_lib.ServingState(tuple(layers))
-
-
-def read_row(rows: Rows, slot: Int[Array, ""]) -> Rows:
-    """Return what one slot's sequence needs for its next token."""
-    return jax.tree.map(lambda a: a[slot], rows)
-
-
-def write_row(rows: Rows, slot: Int[Array, ""], row: Rows) -> Rows:
-    """Undo `read_row`, perhaps elsewhere."""
-    return jax.tree.map(lambda a, new: a.at[slot].set(new), rows, row)
-
-
-def reset(rows: Rows, slot, ids: Int[Array, "n"], values: Float[Array, "n"]) -> Rows:
-    """Forget what a slot's last sequence left, and set the new one's bias (value 0: none)."""
-    return dataclasses.replace(
-        rows,
-        counts=rows.counts.at[slot].set(0),
-        bias=rows.bias.at[slot].set(0.0).at[slot, ids].add(values),
-        masks=rows.masks.at[slot].set(jnp.uint32(0xFFFFFFFF)),
-    )
-
-
-def count(rows: Rows, slot, tokens: Int[Array, "n"], in_prompt: Bool[Array, ""]) -> Rows:
-    """Count tokens (-1: none) of the prompt or of the output."""
-    ids, real = jnp.maximum(tokens, 0), tokens >= 0
-    seen = rows.counts[slot]
-    prompt = seen | jnp.zeros_like(seen).at[ids].max(jnp.where(real, sampling.PROMPT_FLAG, 0))
-    output = seen.at[ids].add(real.astype(jnp.int32))
-    return dataclasses.replace(
-        rows, counts=rows.counts.at[slot].set(jnp.where(in_prompt, prompt, output))
-    )
-
-
-def set_mask(rows: Rows, slot, mask: UInt[Array, "W"]) -> Rows:
-    """Set which tokens a slot's sequence may have next."""
-    return dataclasses.replace(rows, masks=rows.masks.at[slot].set(mask))
-
-
-class Program:
-    """A function compiled for arguments of given shapes, some of which it consumes.
-
-    where: shardings of its outputs, None for one device.
-    """
-
-    def __init__(
-        self, function: Callable, donated: Sequence[int], *arguments: Any, where: Any = None
-    ):
-        # Leaves go in one by one: lowering puts descriptions of arrays into the classes of its
-        # arguments, and shape checks of those classes, on in tests, refuse them.
-        ends = np.cumsum([0, *(len(jax.tree.leaves(arg)) for arg in arguments)])
-        leaves, tree = jax.tree.flatten(arguments)
-        given = [leaf for arg in donated for leaf in range(ends[arg], ends[arg + 1])]
-        flat = jax.jit(
-            lambda *x: function(*jax.tree.unflatten(tree, x)),
-            donate_argnums=given,
-            out_shardings=where,
-        )
-        self._compiled = flat.lower(*leaves).compile()
-
-    @property
-    def outputs(self) -> Any:
-        """Return shapes and shardings of what it returns."""
-        return jax.tree.map(
-            lambda a, where: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where),
-            self._compiled.out_info,
-            self._compiled.output_shardings,
-        )
-
-    def __call__(self, *arguments: Any) -> Any:
-        return self._compiled(*jax.tree.leaves(arguments))

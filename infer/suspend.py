@@ -24,6 +24,7 @@ import numpy as np
 from jaxtyping import Array, Shaped, UInt
 
 from infer import engine as engine_lib
+from infer import outputs
 from infer import request as request_lib
 from m1_jax import tokenizer as tokenizer_lib
 
@@ -57,7 +58,7 @@ def save(engine: engine_lib.Engine, path) -> int:
 
 def resume(
     engine: engine_lib.Engine, path, on_token: Callable | None = None
-) -> list[engine_lib.Request]:
+) -> list[outputs.Request]:
     """Submit the requests of a file that `save` wrote, in order; they go on after their tokens.
 
     Args:
@@ -96,7 +97,7 @@ def resume(
     return requests
 
 
-def _request_json(request: engine_lib.Request) -> dict[str, Any]:
+def _request_json(request: outputs.Request) -> dict[str, Any]:
     return {
         "prompt": list(request.prompt),
         "options": request_lib.as_json(request.options),
@@ -112,7 +113,7 @@ def _parse(path: pathlib.Path, number: int, value: dict[str, Any]) -> tuple:
     """Return prompt, options, tokens and what the cache had."""
     try:
         tokens = [
-            engine_lib.Token(
+            outputs.Token(
                 id_, _logp(logp), _logp(raw), version, tuple((i, _logp(p)) for i, p in top)
             )
             for id_, logp, raw, version, top in value["tokens"]

@@ -115,10 +115,10 @@ def by_tiles(function: Callable, size: int, real: Bool[Array, "M"], *rows: Any) 
     if not size:
         return function(*rows)
     length, more = len(real), -len(real) % size
-    real, *rows = jax.tree.map(
+    real, *padded = jax.tree.map(
         lambda a: jnp.pad(a, ((0, more), *((0, 0),) * (a.ndim - 1))), (real, *rows)
     )
-    tiles = jax.tree.map(lambda a: a.reshape(-1, size, *a.shape[1:]), rows)
+    tiles = jax.tree.map(lambda a: a.reshape(-1, size, *a.shape[1:]), padded)
     shapes = jax.eval_shape(function, *jax.tree.map(lambda a: a[0], tiles))
     number = len(real) // size
 

@@ -19,7 +19,7 @@ from flax import nnx
 
 from infer import config as config_lib
 from infer import engine as engine_lib
-from infer import request
+from infer import outputs, request
 from m1_jax import config as model_config_lib
 from m1_jax import model as model_lib
 from m1_jax import testing
@@ -240,7 +240,7 @@ def replay(engine, made, ids):
     job.tokens += ids
     for token in ids:
         made.progress.push(token, 0.0)
-        made.tokens.append(engine_lib.Token(token, 0.0, 0.0, 0))
+        made.tokens.append(outputs.Token(token, 0.0, 0.0, 0))
     engine.run()
     return made.output()
 
