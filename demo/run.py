@@ -7,17 +7,15 @@ fixed form, and shows what it answers. Everything lands in demo/out.
 """
 
 import os
-import pathlib
 
-HERE = pathlib.Path(__file__).resolve().parent
-OUT = HERE / "out"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # The same model is served several times: compiled once.
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(OUT / "xla"))
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.dirname(__file__) + "/out/xla")
 
 import contextlib
 import io
 import json
+import pathlib
 import shutil
 import time
 
@@ -27,7 +25,9 @@ from infer import generate
 from m1_jax import configlib, convert, testing, verify
 from train import export, metrics, pretrain, sft
 
+HERE = pathlib.Path(__file__).resolve().parent
 SOURCE = HERE.parent / "tests" / "data" / "m1-tiny"
+OUT = HERE / "out"
 
 
 def main() -> None:
