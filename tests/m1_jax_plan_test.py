@@ -100,7 +100,7 @@ def test_out_of_memory_messages(message, expected):
     [
         ({"job": "rl_update"}, "rl_update: its program does not exist yet"),
         ({"job": "reshard"}, "reshard: its program does not exist yet"),
-        ({"job": "serve"}, "wanted one of train, prefill, decode"),
+        ({"job": "sing"}, "wanted one of train, prefill, decode, serve"),
         ({"seq": 0}, "at least 1"),
         ({"lightning": "gpu"}, "chunked or tpu"),
         ({"weights": "int8-all"}, "int8-all cannot be trained"),
