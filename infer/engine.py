@@ -89,7 +89,7 @@ class Engine:
         self._lock = threading.RLock()
         self._work = threading.Condition(self._lock)
         self._thread: threading.Thread | None = None
-        self._closed = False
+        self._closed = self._failed = False
 
     # ---- for callers
 
@@ -216,7 +216,8 @@ class Engine:
             self._work.notify()
         if self._thread is not None:
             self._thread.join()
-        self.run()  # what is under way
+        if not self._failed:
+            self.run()  # what is under way
         self._device.close()
 
     @property
@@ -239,7 +240,7 @@ class Engine:
             self._serve()
         except BaseException:  # a callback's, perhaps: nobody may wait for ever
             with self._work:
-                self._closed = True
+                self._closed = self._failed = True
                 for request in list(self._requests.values()):
                     self._end(request, "error")
             raise
