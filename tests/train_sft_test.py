@@ -106,11 +106,12 @@ def test_lora_of_random_weights_is_refused(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_tiny_configs_learn_a_text_and_then_a_format(tmp_path):
+@pytest.mark.parametrize("seed", ["0", "1"])
+def test_the_tiny_configs_learn_a_text_and_then_a_format(tmp_path, seed):
     worker = pathlib.Path(__file__).with_name("learning_worker.py")
     # Computes more than it compiles: with LLVM's optimisations, other than the rest of the suite.
     env = {**os.environ, "XLA_FLAGS": "", "PYTHONPATH": "."}
-    command = [sys.executable, str(worker), str(tmp_path), "1"]
+    command = [sys.executable, str(worker), str(tmp_path), seed]
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads(done.stdout.splitlines()[-1])
