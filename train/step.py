@@ -108,13 +108,19 @@ def update(
       share of a layer's choices that went to each expert).
     """
     grads, metrics = gradients(state.model, batch, settings, state.step)
+    state, more = apply(state, grads, settings.optimizer, settings.skip_nonfinite)
+    return state, metrics | more
+
+
+def apply(state: TrainState, grads, optimizer: optim.AdamW, skip_nonfinite: bool = True):
+    """Return the state after one update, and the metrics of `update` that are about gradients."""
     grads = pinned(grads)
     trained, rest = frozen.split(state.model)
-    new, moments, more = settings.optimizer.update(grads, state.moments, trained, state.step)
-    metrics |= more | {f"grad_norm/{kind}": norm for kind, norm in _norms(grads).items()}
+    new, moments, metrics = optimizer.update(grads, state.moments, trained, state.step)
+    metrics |= {f"grad_norm/{kind}": norm for kind, norm in _norms(grads).items()}
     finite = jnp.isfinite(metrics["grad_norm"])
     metrics["skipped"] = 1.0 - finite
-    if settings.skip_nonfinite:
+    if skip_nonfinite:
         new, moments = jax.tree.map(
             lambda new, old: jnp.where(finite, new, old), (new, moments), (trained, state.moments)
         )
