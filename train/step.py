@@ -213,16 +213,16 @@ def _loss(model, batch: Batch, totals, *, coefficient, z_coefficient: float):
     """Return a microbatch's share of the loss, and its share of each metric."""
     weight, num_real = totals
     hidden, stats = model.hidden(batch.tokens, batch.segment_ids, batch.positions)
-    logps, sums = logprobs.token_logprobs(model, hidden, batch.targets, normalizers=True)
+    tokens = logprobs.token_logprobs(model, hidden, batch.targets, normalizers=True)
 
     def mean(values):
         return jnp.sum(jnp.where(batch.weights != 0, batch.weights * values, 0.0)) / weight
 
     share = _num_real(batch) / num_real
     metrics = {
-        "loss": -mean(logps),
+        "loss": -mean(tokens.logp),
         "balance_loss": moe.balance_loss(stats) * share,
-        "z_loss": mean(jnp.square(sums)),
+        "z_loss": mean(jnp.square(tokens.normalizer)),
         "tokens": _num_real(batch),
         "weight": jnp.sum(batch.weights),
         "dropped": moe.dropped_share(stats) * share,
