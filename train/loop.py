@@ -68,9 +68,9 @@ class Session:
 
     def __init__(self, config: config_lib.Run, workdir: pathlib.Path):
         self.config, self.workdir = config, workdir
-        self.model_config = _model_config(config)
+        self.model_config = model_config(config.checkpoint, config.model, config.remat)
         self.tokenizer = tokenizer_lib.Tokenizer.load(config.tokenizer or config.checkpoint)
-        _check_tokenizer(self.tokenizer, self.model_config)
+        check_tokenizer(self.tokenizer, self.model_config)
         self.layouts = [_layout(stage, self.model_config) for stage in config.stages]
         self.total_steps = sum(stage.steps for stage in config.stages)
         self.spikes = metrics.Spikes(config.log.spike)
@@ -327,17 +327,17 @@ def _layout(stage: config_lib.Stage, model_config) -> sharding.Layout | None:
     return layout
 
 
-def _model_config(config: config_lib.Run) -> model_config_lib.ModelConfig:
-    found = config.model
-    if found is None:
-        path = pathlib.Path(config.checkpoint) / "config.json"
+def model_config(checkpoint_dir: str, given, remat: str) -> model_config_lib.ModelConfig:
+    """Return the model of a run: the given one, or else its checkpoint's."""
+    if given is None:
+        path = pathlib.Path(checkpoint_dir) / "config.json"
         if not path.is_file():
-            raise release.CheckpointError(f"checkpoint: {config.checkpoint} has no config.json")
-        found = model_config_lib.ModelConfig.from_file(path)
-    return dataclasses.replace(found, remat=config.remat) if config.remat else found
+            raise release.CheckpointError(f"checkpoint: {checkpoint_dir} has no config.json")
+        given = model_config_lib.ModelConfig.from_file(path)
+    return dataclasses.replace(given, remat=remat) if remat else given
 
 
-def _check_tokenizer(tokenizer, model_config) -> None:
+def check_tokenizer(tokenizer, model_config) -> None:
     if tokenizer.vocab_size > model_config.vocab_size:
         raise ValueError(
             f"tokenizer: its ids reach {tokenizer.vocab_size - 1}, but the model's vocabulary ends "

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jaxtyping import Array, Float, Int
 
 from m1_jax import sharding
@@ -116,6 +117,13 @@ def _empty(rows: int, seq_len: int, routes: tuple[int, int] | None) -> Any:
 
 _INTS = ("tokens", "segment_ids", "positions", "targets")
 _FLOATS = ("mask", "advantages", "coefficients", "logp_old", "logp_rollout", "logp_ref")
+
+
+def whole(array: Any) -> np.ndarray:
+    """Return all of an array, wherever it lies."""
+    if getattr(array, "is_fully_addressable", True):
+        return np.asarray(array)
+    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
 
 
 def place(rows: Any, layout: sharding.Layout | None) -> Rows:

@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from m1_jax import logprobs, moe
 from m1_jax import model as model_lib
@@ -49,17 +50,24 @@ def score(model: model_lib.MiniMaxM1, rows: rl_batch.Rows, temperature: float) -
 
 
 @functools.partial(jax.jit, static_argnames="settings", donate_argnames="sums")
-def add(sums: Any, model: model_lib.MiniMaxM1, rows: rl_batch.Rows, share: Any, settings: Settings):
+def add(
+    sums: Any,
+    model: model_lib.MiniMaxM1,
+    rows: rl_batch.Rows,
+    share: Any,
+    weight_mean: Any,
+    settings: Settings,
+):
     """Return (gradients, metrics) of a microbatch, added to those of the ones before.
 
     sums: None for the first. share: of the step's tokens that are in these rows; it weighs the
-    balance loss, which is a product of means.
+    balance loss, which is a product of means. weight_mean: see `objective.Terms`, or None.
     """
     trained, rest = frozen.split(model)
 
     @functools.partial(jax.grad, has_aux=True)
     def gradients(trained):
-        return _loss(frozen.join(trained, rest), rows, share, settings)
+        return _loss(frozen.join(trained, rest), rows, share, weight_mean, settings)
 
     grads, metrics = gradients(trained)
     grads = step_lib.pinned(grads)
@@ -68,7 +76,7 @@ def add(sums: Any, model: model_lib.MiniMaxM1, rows: rl_batch.Rows, share: Any, 
     return jax.tree.map(jnp.add, sums[0], grads), rl_metrics.add(sums[1], metrics)
 
 
-def _loss(model, rows: rl_batch.Rows, share, settings: Settings):
+def _loss(model, rows: rl_batch.Rows, share, weight_mean, settings: Settings):
     hidden, stats = model.hidden(rows.tokens, rows.segment_ids, rows.positions, routes=rows.routes)
     made = logprobs.token_logprobs(
         model,
@@ -87,10 +95,16 @@ def _loss(model, rows: rl_batch.Rows, share, settings: Settings):
         segment_ids=rows.segment_ids,
         logp_ref=rows.logp_ref if settings.objective.kl_coef else None,
         entropy=made.entropy,
+        weight_mean=weight_mean,
     )
     loss, metrics = objective.loss(settings.objective, terms)
     balance = moe.balance_loss(stats) * share
     metrics["shares"]["balance_loss"] = balance
+    ratio = objective.ratios(settings.objective, terms)
+    drops = rl_metrics.drop_counts(
+        rows.targets, ratio, rows.advantages, rows.mask, model.config.vocab_size
+    )
+    metrics["drops"] = {"by_token": drops}
     return loss + settings.balance_coefficient * balance, metrics
 
 
@@ -105,6 +119,13 @@ def update(
       second moments (`rl_metrics`), as M1 3.2 looks at them.
     """
     grads, _ = sums
-    magnitudes = rl_metrics.magnitudes(grads)
+    shares = {f"gradient/{name}": x for name, x in rl_metrics.gradient_shares(grads).items()}
     state, metrics = step_lib.apply(state, grads, settings.optimizer, settings.skip_nonfinite)
-    return state, metrics | magnitudes
+    second = [
+        leaf.nu for leaf in jax.tree.leaves(state.moments, is_leaf=_is_adam) if _is_adam(leaf)
+    ]
+    return state, metrics | shares | {"second_moment/zero": rl_metrics.zero_share(second)}
+
+
+def _is_adam(part: Any) -> bool:
+    return isinstance(part, optax.ScaleByAdamState)

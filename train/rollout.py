@@ -37,18 +37,27 @@ class Sampling:
     stop_on_loop: bool = True
 
     def __post_init__(self):
-        if self.temperature <= 0:
-            raise ValueError(f"temperature: got {self.temperature}; wanted more than 0")
+        if self.temperature < 0:
+            raise ValueError(f"temperature: got {self.temperature}; wanted 0 (greedy) or more")
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """One episode to run. seed: of its first turn. made: what it said before, if it goes on."""
+    """One episode to run.
+
+    seed: of its first turn. made: what it said before, if it goes on. slice_tokens: what it may add
+    to its one turn before it is paused; 0: all.
+    """
 
     key: Hashable
     episode: sample_lib.Episode
     seed: int
     made: sample_lib.Continuation | None = None
+    slice_tokens: int = 0
+
+
+class Stopped(Exception):
+    """The run is to end; what was under way is sampled again by the next one."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +74,13 @@ class Times:
     total_secs: float = 0.0
     waiting_secs: float = 0.0
     tokens: int = 0
+
+    def plus(self, other: "Times") -> "Times":
+        return Times(
+            self.total_secs + other.total_secs,
+            self.waiting_secs + other.waiting_secs,
+            self.tokens + other.tokens,
+        )
 
 
 @dataclasses.dataclass
@@ -111,28 +127,37 @@ class Rollout:
         self,
         make: Callable[[], Iterable[Job]],
         on_done: Callable[[Hashable, sample_lib.Sample | Paused], Iterable[Job]],
-        slice_tokens: int = 0,
         sampling: Sampling | None = None,
+        stopping: Callable[[], bool] = lambda: False,
     ) -> Times:
-        """Run episodes to their ends; every process calls this, process 0 alone does the work.
+        """Run episodes to their ends, on process 0; the others `follow` meanwhile.
 
         make: returns the first episodes. on_done: takes each that ends, in no order, and returns
-        more. slice_tokens: what an episode may add to its one turn before it is paused; 0: all.
+        more. sampling: in place of the run's. stopping: whether to give up.
+
+        Raises:
+          Stopped: `stopping` said so; nothing can be run after that.
         """
-        if self._engine is None:
-            assert self._follower is not None
-            self._follower.follow(lambda: self._next)
-            return Times()
+        assert self._engine is not None, "process 0 runs, the others follow"
         if self._stale:
             self._engine.swap(self._next, keep_running=False)
             self._engine.continue_from(self._version)
             self._stale = False
         began = time.perf_counter()
-        drive = _Drive(self._engine, self._pool, sampling or self._sampling, on_done, slice_tokens)
+        drive = _Drive(self._engine, self._pool, sampling or self._sampling, on_done, stopping)
         times = drive.run(list(make()))
-        self._engine.dismiss()
         times.total_secs = time.perf_counter() - began
         return times
+
+    def follow(self) -> None:
+        """Do process 0's work on this process's devices, until it dismisses the others."""
+        assert self._follower is not None
+        self._follower.follow(lambda: self._next)
+
+    def dismiss(self) -> None:
+        """Let the others go on to training."""
+        assert self._engine is not None
+        self._engine.dismiss()
 
     @property
     def version(self) -> int:
@@ -155,9 +180,9 @@ class Rollout:
 class _Drive:
     """One call of `Rollout.run`."""
 
-    def __init__(self, served: engine.Engine, pool, sampling: Sampling, on_done, slice_tokens: int):
+    def __init__(self, served: engine.Engine, pool, sampling: Sampling, on_done, stopping):
         self._engine, self._pool, self._sampling = served, pool, sampling
-        self._on_done, self._slice = on_done, slice_tokens
+        self._on_done, self._stopping = on_done, stopping
         self._open: dict[Hashable, _Open] = {}
         self._times = Times()
 
@@ -165,6 +190,8 @@ class _Drive:
         for job in jobs:
             self._start(job)
         while self._open:
+            if self._stopping():
+                raise Stopped
             if not self._engine.step():
                 self._wait()
             for one in list(self._open.values()):
@@ -195,7 +222,8 @@ class _Drive:
             return
         made, one.most = one.job.made if one.turn == 0 else None, wanted.max_tokens
         number = len(made.tokens) if made else 0
-        limit = min(wanted.max_tokens, number + self._slice) if self._slice else wanted.max_tokens
+        cut = one.job.slice_tokens
+        limit = min(wanted.max_tokens, number + cut) if cut else wanted.max_tokens
         options = request.Options(
             **dataclasses.asdict(self._sampling),
             seed=(one.job.seed + one.turn * 0x85EBCA6B) % 2**32,

@@ -8,11 +8,14 @@ tools     tools
 """
 
 import dataclasses
+import hashlib
 from collections.abc import Mapping
 from typing import Any
 
 from train import sample as sample_lib
 from train import sources
+from train.environments import catalog as environments
+from train.rewards import logic
 
 # Ours -> the keys that are tried, in this order; a dot goes into an object.
 KEYS = {
@@ -29,17 +32,68 @@ class Source:
 
     name: names its rewards in the config. path: JSON lines, Parquet or ArrayRecord files. keys:
     (ours, theirs) pairs in place of `KEYS`. metadata that is a list becomes {its key: the list}.
+    make: instead of a path, an environment ("lookup", "files", "repair"), or "logic:NAME" for a
+    generator of reasoning-gym, that makes `size` tasks from `seed`; options: the generator's.
     """
 
     name: str
-    path: str
+    path: str = ""
     keys: tuple[tuple[str, str], ...] = ()
+    make: str = ""
+    size: int = 0
+    seed: int = 0
+    options: tuple[tuple[str, Any], ...] = ()
 
     def __post_init__(self):
+        if bool(self.path) == bool(self.make) or (self.make and self.size < 1):
+            raise ValueError(
+                f"tasks {self.name}: got path {self.path!r}, make {self.make!r}, size {self.size}; "
+                "wanted either a path, or make and a size of at least 1"
+            )
         unknown = [ours for ours, _ in self.keys if ours not in KEYS]
         if unknown:
             raise ValueError(
                 f"tasks {self.name}: got the key {unknown[0]!r}; wanted some of {', '.join(KEYS)}"
+            )
+
+
+def open_source(source: Source) -> "Tasks | Made":
+    """Return a source's tasks.
+
+    Raises:
+      DataError: files that cannot be read. ValueError: no such environment or generator.
+    """
+    return Tasks(source) if source.path else Made(source)
+
+
+class Made:
+    """Tasks that are made on the spot: the same for the same source."""
+
+    def __init__(self, source: Source):
+        kind, _, name = source.make.partition(":")
+        if kind == "logic":
+            made = logic.tasks(name, source.size, source.seed, **dict(source.options))
+        else:
+            made = environments.tasks(source.make, source.size, source.seed)
+        self._tasks = [dataclasses.replace(task, source=source.name) for task in made]
+
+    def __len__(self) -> int:
+        return len(self._tasks)
+
+    def __getitem__(self, index: int) -> sample_lib.Task:
+        return self._tasks[index]
+
+    def fingerprint(self) -> list[list]:
+        """Return what tells the tasks from others."""
+        text = "\n".join(f"{task.messages!r} {task.label!r}" for task in self._tasks)
+        return [["made", len(self), hashlib.sha256(text.encode()).hexdigest()]]
+
+    def check(self, saved: list[list]) -> None:
+        """Raise DataError where the tasks are not those of a fingerprint."""
+        if saved != self.fingerprint():
+            raise sources.DataError(
+                f"tasks: got {self.fingerprint()}; wanted {saved}, as the run began with. Install "
+                "the version of the generator that made them, or begin a new run."
             )
 
 
