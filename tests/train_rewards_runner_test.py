@@ -184,7 +184,6 @@ def test_network_is_cut(isolated):
 def test_refuses_where_namespaces_are_not_permitted(monkeypatch, tmp_path):
     source = runner._CONFINE.read_text()
     broken = tmp_path / "confine.py"
-    assert '        _call("unshare", flags)' in source
     # As in a container: the flag is one that no kernel knows.
     broken.write_text(source.replace("flags, uid, gid = ", "flags, uid, gid = 1 | "))
     monkeypatch.setattr(runner, "_CONFINE", broken)

@@ -164,6 +164,7 @@ class _Run:
             self._kill()
             os.close(self._read)
             for stream in (self._process.stdout, self._process.stderr):
+                assert stream is not None  # they were asked for
                 stream.close()
         if "refused" in report:
             raise Unavailable(
