@@ -1,0 +1,1 @@
+"""Rewards: verifiers, one per file, and what runs, combines and watches them."""
