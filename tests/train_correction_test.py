@@ -87,7 +87,9 @@ def test_samples_in_one_row_are_weighed_apart():
         {"level": "geometric", "high": 1.1},
         {"how": "truncate", "low": 1.5, "high": 2.0, "veto": 0.5},
     ):
-        for packed, apart in zip(weigh(d, None, mask, ids, **options), weigh(**options)):
+        for packed, apart in zip(
+            weigh(d, None, mask, ids, **options), weigh(**options), strict=True
+        ):
             np.testing.assert_array_equal(packed[:, :8], np.asarray(apart).reshape(1, 8))
             assert packed[0, 8] == 1
 
