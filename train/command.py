@@ -1,20 +1,25 @@
 """What the training commands share: flags, errors in one line, exit status."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 from absl import flags, logging
 
 from m1_jax import configlib
-from train import config as config_lib
 from train import loop
 
-Fit = Callable[[config_lib.Run | None, str], loop.Summary]
+Fit = Callable[[Any, str], loop.Summary]
+# Changes a config as further arguments want it, and says what to print.
+Change = Callable[[Any, Sequence[str]], tuple[Any, str]]
 
 
-def cli(run: Fit) -> None:
-    """Run a command around `run(config, workdir)`."""
+def cli(run: Fit, change: Change | None = None) -> None:
+    """Run a command around `run(config, workdir)`.
+
+    change: takes the arguments that are not flags of ours; without it there may be none.
+    """
     flags.DEFINE_string("config", None, "File with get_config(arg), as FILE or FILE:ARG.")
     flags.DEFINE_multi_string("set", [], "FIELD=VALUE in the config; may be repeated.")
     flags.DEFINE_string("workdir", None, "Directory of the run: checkpoints, metrics, config.")
@@ -22,11 +27,15 @@ def cli(run: Fit) -> None:
     flags.DEFINE_bool("verbose", False, "Tell every step that is logged, and what libraries do.")
     from absl import app  # importing it defines flags, which only a command may
 
-    app.run(lambda argv: _main(argv, run))
+    def parse(argv):
+        flags.FLAGS.set_gnu_getopt(True)  # values of others' flags stand between ours
+        return flags.FLAGS(argv, known_only=change is not None)
+
+    app.run(lambda argv: _main(argv, run, change), flags_parser=parse)
 
 
-def _main(argv, run: Fit) -> None:
-    if len(argv) > 1:
+def _main(argv, run: Fit, change: Change | None) -> None:
+    if len(argv) > 1 and change is None:
         sys.exit(f"error: unknown argument {argv[1]!r}")
     given = flags.FLAGS
     logging.set_verbosity(logging.INFO if given.verbose else logging.WARNING)
@@ -41,6 +50,11 @@ def _main(argv, run: Fit) -> None:
         if given.set and not given.config:
             raise ValueError("set: got overrides without --config, which they would change")
         config = configlib.load(given.config, given.set) if given.config else None
+        if change is not None and argv[1:]:
+            if config is None:
+                raise ValueError(f"got {argv[1]!r} without --config, which it would change")
+            config, told = change(config, argv[1:])
+            print(told, file=sys.stderr)
         if given.distributed:
             jax.distributed.initialize()
         summary = run(config, given.workdir)
@@ -49,4 +63,4 @@ def _main(argv, run: Fit) -> None:
     if summary.stopped_by is not None:
         print(f"stopped at step {summary.step}; the same command goes on", file=sys.stderr)
         sys.exit(128 + summary.stopped_by)
-    print(f"{summary.step} steps, loss {summary.loss:.4f}", file=sys.stderr)
+    print(summary, file=sys.stderr)

@@ -38,6 +38,9 @@ class Summary:
     loss: float
     stopped_by: int | None = None
 
+    def __str__(self) -> str:
+        return f"{self.step} steps, loss {self.loss:.4f}"
+
 
 def fit(config: config_lib.Run | None, workdir) -> Summary:
     """Train, from the newest checkpoint in `workdir` if there is one.

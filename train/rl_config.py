@@ -5,17 +5,20 @@ from typing import Any
 
 from m1_jax import config as model_config
 from train import config as config_lib
-from train import lora, objective, tasks, windows
+from train import lora as lora_lib
+from train import objective as objective_lib
+from train import tasks, windows
 from train.rewards import compose, curriculum, length_bias
 
 Optimizer, Save, Log = config_lib.Optimizer, config_lib.Save, config_lib.Log
-Objective, PRESETS = objective.Objective, objective.PRESETS
+Objective, PRESETS = objective_lib.Objective, objective_lib.PRESETS
 Source, Windows = tasks.Source, windows.Windows
 Rewards, Curriculum, PassRates = (
     compose.RewardsConfig,
     curriculum.Curriculum,
     curriculum.PassRateConfig,
 )
+Lora, LengthBias = lora_lib.Lora, length_bias.LengthBiasConfig
 _require = config_lib._require
 
 
@@ -157,11 +160,11 @@ class Run:
     agent: Agent | None = None
     curriculum: Curriculum | None = None
     pass_rates: PassRates | None = None
-    length_bias: length_bias.LengthBiasConfig | None = None
+    length_bias: LengthBias | None = None
     tokenizer: str = ""
     dtype: str = "bfloat16"
     remat: str = ""
-    lora: lora.Lora | None = None
+    lora: Lora | None = None
     mesh: tuple[tuple[str, int], ...] = ()
     serving_mesh: tuple[tuple[str, int], ...] = ()
     optimizer: Optimizer = Optimizer()

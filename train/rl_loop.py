@@ -37,6 +37,7 @@ from train import (
     rl_config,
     rl_update,
     rollout,
+    slime,
     tasks,
     windows,
 )
@@ -50,7 +51,19 @@ _MAY_CHANGE = re.compile(
 )
 
 
-def fit(config: rl_config.Run | None, workdir) -> loop.Summary:
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """How a run ended. step: batches made. stopped_by: the signal that ended it, or None."""
+
+    step: int
+    reward: float
+    stopped_by: int | None = None
+
+    def __str__(self) -> str:
+        return f"{self.step} batches, reward {self.reward:.4f}"
+
+
+def fit(config: rl_config.Run | None, workdir) -> Summary:
     """Train, from the newest checkpoint in `workdir` if there is one; None goes on as before.
 
     Raises:
@@ -130,10 +143,10 @@ class Session:
             config, self.model_config, self.layout, optimizer(config), self._reference()
         )
 
-    def run(self) -> loop.Summary:
+    def run(self) -> Summary:
         config, reward = self.config, math.nan
         if jax.process_index() == 0:
-            logging.info("%s", describe(config))
+            logging.info("%s", slime.describe(config.objective))
         if self.batch == 0 and config.evaluation.every_batches:
             self._evaluate()
         while self.batch < config.batches and not self._must_stop():
@@ -164,7 +177,7 @@ class Session:
         if self.signal is not None and self.saved != self.batch:
             self._save()
         self.checkpoints.wait()
-        return loop.Summary(self.batch, -reward, self.signal)
+        return Summary(self.batch, reward, self.signal)
 
     # ---- parts of a batch
 
@@ -350,16 +363,3 @@ def optimizer(config: rl_config.Run) -> optim.AdamW:
         "constant", 0.0, update.learning_rate, update.warmup_steps, number, 1, 0
     )
     return optim.AdamW(rate, **dataclasses.asdict(config.optimizer))
-
-
-def describe(config: rl_config.Run) -> str:
-    """Return what is optimised, in a line: the choices that papers and programs differ in."""
-    o = config.objective
-    other = "prompt-mean" if o.aggregation == "token-mean" else "token-mean"
-    low = "0" if o.is_weight_min is None else f"{o.is_weight_min:g}"
-    high = "inf" if o.is_weight_max is None else f"{o.is_weight_max:g}"
-    return (
-        f"objective {o.name}: weights in [{low}, {high}] against {o.anchor!r} log-probabilities, "
-        f"aggregation {o.aggregation} (not {other}), {config.update.minibatches} minibatches x "
-        f"{config.update.epochs} epochs a batch"
-    )

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 
 from infer import config as engine_config
-from infer import controller, engine, request
+from infer import controller, engine, outputs, request
 from m1_jax import tokenizer as tokenizer_lib
 from train import sample as sample_lib
 
@@ -277,7 +277,7 @@ class _Drive:
 def _tokens(made: sample_lib.Continuation | None) -> list[Any]:
     if made is None:
         return []
-    make: Any = engine.outputs.Token
+    make: Any = outputs.Token
     return [
         make(*one) for one in zip(made.tokens, made.logprobs, made.raw, made.versions, strict=True)
     ]

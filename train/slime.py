@@ -17,7 +17,7 @@ ESTIMATORS = {name: name for name in objective_lib.PRESETS} | {
     "reinforce_plus_plus_baseline": "reinforce_pp_baseline",
 }
 # slime's flag: (type, our option), of what is not the objective's.
-_OPTIONS: dict[str, tuple[type, str]] = {
+OPTIONS: dict[str, tuple[type, str]] = {
     "n-samples-per-prompt": (int, "group_size"),
     "rollout-batch-size": (int, "prompts_per_batch"),
     "over-sampling-batch-size": (int, "prompts_per_round"),
@@ -62,7 +62,7 @@ _OBJECTIVE: dict[str, type] = {
     "tis-clip": float,
     "tis-clip-low": float,
 }
-_TYPES = {name: kind for name, (kind, _) in _OPTIONS.items()} | _OBJECTIVE
+_TYPES = {name: kind for name, (kind, _) in OPTIONS.items()} | _OBJECTIVE
 # A flag that slime reads only beside another one.
 _NEEDS = {
     "kl-loss-coef": "use-kl-loss",
@@ -134,7 +134,7 @@ def translate(flags: Mapping[str, Any]) -> Run:
         raise ValueError(f"--advantage-estimator: got {estimator!r}; wanted one of {known}.{hint}")
     preset = objective_lib.PRESETS[ESTIMATORS[estimator]]
     objective = dataclasses.replace(preset, **_changes(preset, given))
-    options = {ours: given[name] for name, (_, ours) in _OPTIONS.items() if name in given}
+    options = {ours: given[name] for name, (_, ours) in OPTIONS.items() if name in given}
     _check_batch(options)
     text = "\n".join([describe(objective), *_differences(preset, given)])
     return Run(objective, options, text)

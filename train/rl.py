@@ -1,0 +1,28 @@
+"""Command: reinforcement learning (CISPO and its relatives) on tasks with rewards.
+
+    python -m train.rl --config=configs/tiny_cispo.py --workdir=DIR [--set=FIELD=VALUE]
+    python -m train.rl --workdir=DIR
+
+The second form goes on with the run that DIR holds; so does the first, if the config is the same.
+slime's spellings of the objective and of sampling (--advantage-estimator, --eps-clip-high,
+--n-samples-per-prompt, ...) are understood too, and change the config; see `train/slime.py`.
+"""
+
+from train import command, rl_config, rl_flags, rl_loop
+
+
+def run(config: rl_config.Run | None, workdir):
+    """Train as `config` says in `workdir`; None goes on with the run there.
+
+    Raises:
+      ValueError: anything that is wrong, before the first batch.
+    """
+    return rl_loop.fit(config, workdir)
+
+
+def cli() -> None:
+    command.cli(run, rl_flags.change)
+
+
+if __name__ == "__main__":
+    cli()
