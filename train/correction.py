@@ -90,7 +90,7 @@ def weights(
     if correction.veto is not None:
         bad = (jnp.exp(d) < correction.veto).astype(d.dtype)
         keep &= segment_totals(bad, segment_ids) == 0
-    return jnp.where(real, weight, 1.0), keep | ~real
+    return jnp.where(real, weight, 1.0), keep
 
 
 def mean_weight(weight: Float[Array, "B T"], mask: Float[Array, "B T"]) -> Float[Array, "2"]:
