@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Real
 
 from train import advantages as advantages_lib
 
@@ -121,7 +121,7 @@ def drop_counts(
     tokens: Int[Array, "B T"],
     ratio: Float[Array, "B T"],
     advantages: Float[Array, "B T"],
-    mask: Float[Array, "B T"],
+    mask: Real[Array, "B T"],
     vocab_size: int,
 ) -> Int[Array, "2 V"]:
     """Return how often each token id was dropped by `ppo_drop`, and how often it was there."""
@@ -132,7 +132,7 @@ def drop_counts(
     return jnp.stack(both)
 
 
-def most_dropped(counts: np.ndarray, num: int = 10) -> list[tuple[int, int, int]]:
+def most_dropped(counts: Any, num: int = 10) -> list[tuple[int, int, int]]:
     """Return (token id, times dropped, times there) of the ids that were dropped most often."""
     dropped, there = np.asarray(counts)
     order = np.argsort(-dropped, kind="stable")[:num]
