@@ -396,6 +396,14 @@ def test_kl_and_entropy_have_their_own_gradients():
         objective.loss(options, rows([[0.0]], [[0.0]]))
 
 
+def test_a_divergence_that_is_only_measured_may_be_infinite():
+    terms = rows([[-1000.0]], [[1.0]], logp_ref=jnp.zeros((1, 1)))
+    value, grad, metrics = value_and_grad(CISPO, terms)
+    assert metrics["shares"]["kl_loss"] == np.inf
+    near(value, 1000)
+    near(grad, [[-1]])
+
+
 def test_rloo_is_reinforce_whatever_the_ratio():
     terms = shared(PRESETS["rloo"])
     _, grad, _ = value_and_grad(PRESETS["rloo"], terms)
