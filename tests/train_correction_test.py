@@ -1,6 +1,8 @@
 """Weights between sampler and trainer: vectors, what a sample is, and what is masked."""
 
 import math
+import pathlib
+import types
 
 import jax
 import jax.numpy as jnp
@@ -25,11 +27,11 @@ def near(got, wanted, tolerance=1e-6):
     np.testing.assert_allclose(np.asarray(got), wanted, rtol=0, atol=tolerance)
 
 
-def weigh(old=D, rollout=None, mask=MASK, ids=ONES, **options):
+def weigh(old=D, rollout=None, mask=MASK, ids=ONES, module=correction, **options):
     """Return (weights, kept) of d = old - rollout."""
     rollout = np.zeros(old.shape) if rollout is None else rollout
     arrays = (jnp.asarray(x) for x in (old, rollout, mask, ids))
-    return correction.weights(correction.Correction(**options), *arrays)
+    return module.weights(module.Correction(**options), *arrays)
 
 
 def test_t7_tokens_are_truncated_or_rejected():
@@ -48,16 +50,20 @@ def test_t7_tokens_are_truncated_or_rejected():
 
 
 def test_t7_sequences():
+    check_sequences()
+
+
+def check_sequences(module=correction):
     a, b = 1.82211880, 1.05127110
-    weight, keep = weigh(level="sequence", how="mask", high=3.0)
+    weight, keep = weigh(module=module, level="sequence", how="mask", high=3.0)
     near(weight, [[a] * 4, [b, b, 1, 1]])
     assert np.asarray(keep).all()
-    _, keep = weigh(level="sequence", how="mask", high=1.5)
+    _, keep = weigh(module=module, level="sequence", how="mask", high=1.5)
     np.testing.assert_array_equal(keep, [[0] * 4, [1] * 4])
-    weight, _ = weigh(level="sequence", how="truncate", high=1.5)
+    weight, _ = weigh(module=module, level="sequence", how="truncate", high=1.5)
     near(weight, [[1.5] * 4, [b, b, 1, 1]])
     a, b = 1.16183424, 1.02531512
-    near(weigh(level="geometric", high=None)[0], [[a] * 4, [b, b, 1, 1]])
+    near(weigh(module=module, level="geometric", high=None)[0], [[a] * 4, [b, b, 1, 1]])
 
 
 def test_t8_a_rejected_sequence_keeps_its_weight():
@@ -70,15 +76,23 @@ def test_t8_a_rejected_sequence_keeps_its_weight():
 
 
 def test_t10_bad_samples_that_the_policy_has_left_are_masked():
+    check_on_policy()
+
+
+def check_on_policy(module=correction):
     kl, dirt = np.array([2, 0.5, 2]), np.array([1e4, -1e4, np.nan])
     logp, rollout = np.zeros((3, 3)), np.stack([kl, kl, dirt], 1)
     mask, ids = np.array([[1, 1, 0]] * 3), np.ones((3, 3), np.int32)
     a = np.broadcast_to(np.array([[1.0], [-1], [-1]]), (3, 3))
-    keep = correction.on_policy(1.0, *(jnp.asarray(x) for x in (a, logp, rollout, mask, ids)))
+    keep = module.on_policy(1.0, *(jnp.asarray(x) for x in (a, logp, rollout, mask, ids)))
     np.testing.assert_array_equal(keep[:, :2], [[1, 1], [1, 1], [0, 0]])
 
 
 def test_samples_in_one_row_are_weighed_apart():
+    check_packed()
+
+
+def check_packed(module=correction):
     d = np.concatenate([D[0], D[1], [5.0]])[None]
     mask = np.concatenate([MASK[0], MASK[1], [0]])[None]
     ids = np.array([[1] * 4 + [2] * 4 + [0]], np.int32)
@@ -88,10 +102,12 @@ def test_samples_in_one_row_are_weighed_apart():
         {"how": "truncate", "low": 1.5, "high": 2.0, "veto": 0.5},
     ):
         for packed, apart in zip(
-            weigh(d, None, mask, ids, **options), weigh(**options), strict=True
+            weigh(d, None, mask, ids, module, **options),
+            weigh(module=module, **options),
+            strict=True,
         ):
             np.testing.assert_array_equal(packed[:, :8], np.asarray(apart).reshape(1, 8))
-            assert packed[0, 8] == 1
+            assert np.asarray(packed)[0, [6, 7, 8]].tolist() == [1, 1, 1]  # masked
 
 
 def test_veto_drops_the_whole_sample():
@@ -102,10 +118,14 @@ def test_veto_drops_the_whole_sample():
 
 
 def test_no_gradient_and_no_overflow():
+    check_gradient()
+
+
+def check_gradient(module=correction):
     def total(old):
-        options = correction.Correction("sequence", high=None)
+        options = module.Correction("sequence", high=None)
         zeros = jnp.zeros((1, 3))
-        weight, _ = correction.weights(
+        weight, _ = module.weights(
             options, old, zeros, jnp.ones((1, 3)), jnp.ones((1, 3), jnp.int32)
         )
         return jnp.sum(weight)
@@ -136,3 +156,30 @@ def test_mean_weight_counts_what_was_rejected_but_not_what_is_masked():
 def test_options_are_checked(options, message):
     with pytest.raises(ValueError, match=message):
         correction.Correction(**options)
+
+
+def check_all(module):
+    for check in (check_sequences, check_on_policy, check_packed, check_gradient):
+        check(module)
+
+
+GUARDS = [
+    ("jax.lax.stop_gradient(_clipped(", "(_clipped("),
+    ("jnp.where(real, logp_old - logp_rollout, 0.0)", "logp_old - logp_rollout"),
+    ("jnp.where(real, weight, 1.0)", "weight"),
+    ("jnp.where(real, logp_rollout - logp, 0.0)", "logp_rollout - logp"),
+    ("jnp.exp(_clipped(level))", "jnp.exp(level)"),
+    ("(advantages < 0) & ", ""),
+    ("segment_totals(d, segment_ids)\n", "jnp.sum(d, axis=1, keepdims=True) + 0 * d\n"),
+]
+
+
+@pytest.mark.parametrize(("guard", "without"), GUARDS)
+def test_removing_a_guard_is_noticed(guard, without):
+    source = pathlib.Path(correction.__file__).read_text()
+    assert source.count(guard) == 1
+    module = types.ModuleType("mutant")
+    module.__dict__["__name__"] = correction.__name__  # where dataclasses look annotations up
+    exec(compile(source.replace(guard, without), "mutant", "exec"), module.__dict__)
+    with pytest.raises(AssertionError):
+        check_all(module)

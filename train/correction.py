@@ -11,7 +11,7 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Real
 
 LEVELS = ("token", "sequence", "geometric")
 HOWS = ("truncate", "mask")
@@ -64,7 +64,7 @@ def weights(
     correction: Correction,
     logp_old: Float[Array, "B T"],
     logp_rollout: Float[Array, "B T"],
-    mask: Float[Array, "B T"],
+    mask: Real[Array, "B T"],
     segment_ids: Int[Array, "B T"],
 ) -> tuple[Float[Array, "B T"], Bool[Array, "B T"]]:
     """Return each token's weight, not normalised, and whether it is kept; no gradient.
@@ -90,10 +90,10 @@ def weights(
     if correction.veto is not None:
         bad = (jnp.exp(d) < correction.veto).astype(d.dtype)
         keep &= segment_totals(bad, segment_ids) == 0
-    return jnp.where(real, weight, 1.0), keep | ~real
+    return jnp.where(real, weight, 1.0), keep
 
 
-def mean_weight(weight: Float[Array, "B T"], mask: Float[Array, "B T"]) -> Float[Array, "2"]:
+def mean_weight(weight: Float[Array, "B T"], mask: Real[Array, "B T"]) -> Float[Array, "2"]:
     """Return (sum of the tokens' weights, number of tokens), rejected ones included.
 
     These add up over rows and hosts; their quotient over the whole step is `Terms.weight_mean`.
@@ -106,7 +106,7 @@ def on_policy(
     advantages: Float[Array, "B T"],
     logp: Float[Array, "B T"],
     logp_rollout: Float[Array, "B T"],
-    mask: Float[Array, "B T"],
+    mask: Real[Array, "B T"],
     segment_ids: Int[Array, "B T"],
 ) -> Bool[Array, "B T"]:
     """Return False for bad samples (A < 0) that the policy has already left.

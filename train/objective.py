@@ -278,10 +278,12 @@ def loss(objective: Objective, terms: Terms) -> tuple[Any, dict[str, dict[str, A
     total, shares = policy, {"policy_loss": policy, "ppo_loss": ppo}
     if terms.logp_ref is not None:
         shares["kl_loss"] = divergence(objective, terms.logp_ref - terms.logp)
-        total += objective.kl_coef * shares["kl_loss"]
+        if objective.kl_coef:  # 0 times an infinite estimate is not 0
+            total += objective.kl_coef * shares["kl_loss"]
     if terms.entropy is not None:
         shares["entropy_loss"] = -terms.entropy
-        total -= objective.entropy_coef * terms.entropy
+        if objective.entropy_coef:
+            total -= objective.entropy_coef * terms.entropy
     shares = {"loss": total} | shares
     shares = {name: jnp.sum(terms.coefficients * x) for name, x in shares.items()}
     sums, maxima = rl_metrics.token_sums(terms, ratio, weight, trusted, rho, keep)
