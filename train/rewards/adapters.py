@@ -21,7 +21,7 @@ from train.rewards import generative, pool, worker
 class _Adapter:
     """Base: holds the pool and the path."""
 
-    pooled = True
+    limit_secs = None  # the pool's
 
     def __init__(self, workers: pool.Pool, path: str, **options: Any):
         """options: passed on, see the subclass.
