@@ -118,7 +118,8 @@ def test_long_file_is_cut():
     assert (result.exit_code, "File too large" in result.stderr) == (1, True)
 
 
-def test_fork_bomb_is_stopped_and_nothing_is_left():
+@pytest.mark.parametrize("isolated", [True, False])
+def test_fork_bomb_is_stopped_and_nothing_is_left(isolated):
     source = """
 import os
 while True:
@@ -129,7 +130,8 @@ while True:
 """
     mark = f"mark-{os.getpid()}-{time.monotonic_ns()}"
     command = [sys.executable, "main.py", mark]
-    result = runner.run({"main.py": source}, command, LIMITS)
+    files = {"main.py": source}
+    result = runner.run(files, command, LIMITS, allow_network=not isolated)
     assert (result.exit_code, result.reason) == (None, "processes")
     assert not _alive(mark)
 
