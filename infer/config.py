@@ -33,6 +33,7 @@ class Config:
     prefix_cache: bool = _field(True, "Keep states and pages of prompts and outputs for reuse.")
     draft_tokens: int = _field(0, "Guesses (prompt lookup) checked at once; 0 guesses nothing.")
     tile_rows: int = _field(8, "Rows that attention computes at a time.")
+    record_routes: bool = _field(False, "Keep each token's experts, for a trainer to replay.")
     row_tile: int = _field(8, "Rows of every matrix product, for numbers that do not depend on "
                               "company; 0: all rows, numbers do.")  # fmt: skip
 

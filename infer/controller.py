@@ -8,6 +8,9 @@ agreed on.
         engine.Engine(model, tokenizer, config)   # as on one process; close() ends all
     else:
         controller.follow(model, config)          # returns when process 0 closes
+
+Where the processes do something else together in between, such as training, process 0 calls
+`dismiss` and the others, with a `Follower`, come back to `follow`.
 """
 
 import pickle
@@ -23,7 +26,7 @@ from infer import device
 
 _PIECE_BYTES = 1 << 16  # one shape, so that telling compiles once
 _HEAD_BYTES = 8
-_CALLS = ("run", "swap_out", "swap_in", "drop", "swap", "rest", "close")
+_CALLS = ("run", "swap_out", "swap_in", "drop", "swap", "rest", "dismiss", "close")
 
 
 class Leader:
@@ -65,32 +68,46 @@ class Leader:
         """Keep the others waiting: collectives have time limits."""
         _tell(("rest", ()))
 
+    def dismiss(self) -> None:
+        """Let the others go for now."""
+        _tell(("dismiss", ()))
+
     def close(self) -> None:
         """Let the others go."""
         _tell(("close", ()))
 
 
+class Follower:
+    """The device of a process that is not the first."""
+
+    def __init__(self, model: Any, config: config_lib.Config):
+        self._own = device.Device(model, config)
+
+    def follow(self, next_model: Callable[[], Any] | None = None) -> None:
+        """Do what process 0 does, until it closes its engine or dismisses the others.
+
+        next_model: returns the next weights, where process 0 swaps them.
+
+        Raises:
+          ValueError: weights are swapped and there is no `next_model`.
+        """
+        while True:
+            call, arguments = _hear()
+            if call in ("close", "dismiss"):
+                return
+            if call == "swap":
+                if next_model is None:
+                    raise ValueError("swap: process 0 swaps weights; wanted follow(next_model=...)")
+                self._own.swap(next_model())
+            elif call != "rest":
+                getattr(self._own, call)(*arguments)
+
+
 def follow(
     model: Any, config: config_lib.Config, next_model: Callable[[], Any] | None = None
 ) -> None:
-    """Do what process 0 does, until it closes its engine.
-
-    next_model: returns the next weights, where process 0 swaps them.
-
-    Raises:
-      ValueError: weights are swapped and there is no `next_model`.
-    """
-    own = device.Device(model, config)
-    while True:
-        call, arguments = _hear()
-        if call == "close":
-            return
-        if call == "swap":
-            if next_model is None:
-                raise ValueError("swap: process 0 swaps weights; wanted follow(next_model=...)")
-            own.swap(next_model())
-        elif call != "rest":
-            getattr(own, call)(*arguments)
+    """Follow process 0 from the making of its engine on; see `Follower`."""
+    Follower(model, config).follow(next_model)
 
 
 def _tell(message: tuple[str, tuple]) -> None:

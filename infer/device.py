@@ -23,6 +23,7 @@ _TAKES = {
     "prefill": ("model", "state", "rows"),
     "copy": ("state",),
     "read": ("state",),
+    "read_routes": ("state",),
     "write": ("state",),
     "read_row": ("rows",),
     "write_row": ("rows",),
@@ -30,7 +31,7 @@ _TAKES = {
     "count": ("rows",),
     "set_mask": ("rows",),
 }
-_ONLY_READ = ("read", "read_row")
+_ONLY_READ = ("read", "read_row", "read_routes")
 
 
 class Device:
@@ -53,6 +54,7 @@ class Device:
             config.chunk_tokens,
             model.dtype,
             layout,
+            config.record_routes,
         )
         rows = jax.jit(programs.init_rows, static_argnums=(0, 1), out_shardings=self._everywhere)(
             config.slots, model.config.vocab_size
@@ -66,6 +68,9 @@ class Device:
         self.state_bytes, self.page_bytes = (
             sum(a.nbytes // a.shape[2] for a in jax.tree.leaves(x)) or 1 for x in (slots, pages)
         )
+        if state.routes is not None:
+            chosen = state.routes.chosen
+            self.page_bytes += chosen.nbytes // chosen.shape[2]
         self._programs = self._compile(config, model.config.vocab_size)
         self.num_programs = len(self._programs)
 
@@ -141,6 +146,9 @@ class Device:
     def rest(self) -> None:
         """Do nothing: one process has nobody to wait with."""
 
+    def dismiss(self) -> None:
+        """Do nothing, likewise."""
+
     def close(self) -> None:
         """Do nothing, likewise."""
 
@@ -177,6 +185,8 @@ class Device:
             jobs["write", 0] = (moves.write, one, some, read.outputs)
             jobs["read_row", 0] = (moves.read_row, one)
             jobs["write_row", 0] = (moves.write_row, one, row)
+        if config.record_routes:
+            jobs["read_routes", 0] = (moves.read_routes, some)
         for size in config.decode_rows:
             jobs["decode", size] = (decode, arguments.empty_batch(size, config), one)
         if config.draft_tokens:

@@ -207,6 +207,19 @@ class Engine:
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
         self._thread.start()
 
+    def dismiss(self) -> None:
+        """Let the other processes go until this one works again; see `controller.Follower`.
+
+        Raises:
+          RuntimeError: requests are under way.
+        """
+        with self._work:
+            if self._requests or self._flying:
+                raise RuntimeError(
+                    "dismiss: requests are under way; run() them to their ends first"
+                )
+            self._device.dismiss()
+
     def close(self) -> None:
         """Stop the thread; requests under way are cancelled."""
         with self._work:
@@ -304,11 +317,27 @@ class Engine:
             if not request.cached_tokens and not request.cache_reason:
                 request.cached_tokens, request.cache_reason = self._scheduler.cached(number)
             self._scheduler.set_single_step(number, self._single_step(request))
+            if over and self.config.record_routes:
+                request.routes = self._routes(request)
         self._scheduler.report(results)
         for number in results:
             request = self._requests[number]
             if request.finish_reason is not None:
                 self._end(request, request.finish_reason)
+
+    def _routes(self, request: outputs.Request) -> np.ndarray | None:
+        """Return the experts of all tokens but the last, which is in no page yet.
+
+        None where the request lost its pages while its last token was on the way.
+        """
+        pages = self._scheduler.pages(request.number)
+        if not pages:
+            return None
+        pieces = arguments.pieces(0, pages)
+        parts = [self._device.run("read_routes", 0, piece) for _, piece in pieces]
+        chosen = np.concatenate([np.asarray(part) for part in parts])
+        length = len(request.prompt) + len(request.tokens) - 1
+        return chosen.reshape(-1, *chosen.shape[2:])[:length]
 
     def _push(self, request: outputs.Request, one: arguments.Made, version: int) -> None:
         if not np.isfinite(one.logp_raw):

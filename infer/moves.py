@@ -22,7 +22,7 @@ def copy_states(state, source: Int[Array, ""], target: Int[Array, ""]):
         new = layer.states.at[:, :, target].set(layer.states[:, :, source])
         return dataclasses.replace(layer, states=new)
 
-    return state_lib.ServingState(tuple(map(one, state.layers)))
+    return dataclasses.replace(state, layers=tuple(map(one, state.layers)))
 
 
 def read(state, slot: Int[Array, ""], pages: Int[Array, "n"]):
@@ -41,7 +41,13 @@ def _places(state, slot, pages):
         jax.tree.map(lambda _, x=x: pages if isinstance(x, state_lib.Pages) else slot, x)
         for x in state.layers
     ]
-    return state_lib.ServingState(tuple(layers))
+    routes = jax.tree.map(lambda _: pages, state.routes)
+    return state_lib.ServingState(tuple(layers), routes)
+
+
+def read_routes(state, pages: Int[Array, "n"]) -> Int[Array, "n C L A"]:
+    """Return the experts of some pages' tokens."""
+    return state.routes.chosen[0, 0, pages]
 
 
 def read_row(rows: programs.Rows, slot: Int[Array, ""]) -> programs.Rows:

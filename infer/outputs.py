@@ -2,6 +2,7 @@
 
 import dataclasses
 import threading
+from typing import Any
 
 from infer import lookup
 
@@ -45,6 +46,7 @@ class Request:
 
     Attributes:
       tokens, text: so far. finish_reason: None while it goes on.
+      routes: at the end, [tokens computed, layers, choices] int8, if the engine records them.
     """
 
     def __init__(self, number: int, prompt, options, stop_ids, progress, matcher, on_token):
@@ -56,6 +58,7 @@ class Request:
         self.text = ""
         self.finish_reason: str | None = None
         self.cached_tokens, self.cache_reason = 0, ""
+        self.routes: Any = None
         self.done = threading.Event()
         self.lookup = lookup.Lookup(self.prompt)
 

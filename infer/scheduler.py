@@ -165,6 +165,10 @@ class Scheduler:
         job = self._jobs[job_id]
         return job.cached_tokens, job.cached_reason
 
+    def pages(self, job_id: Hashable) -> list[int]:
+        """Return the pages that a request holds, in order; none if it was preempted."""
+        return list(self._jobs[job_id].pages)
+
     def stats(self) -> Stats:
         return Stats(
             len(self._waiting),

@@ -1,5 +1,6 @@
 """Log-probabilities of given tokens without the logits of a whole sequence in memory."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -14,43 +15,76 @@ from m1_jax import model as model_lib
 LOGITS = 2**27  # float32 logits alive at once on a device: 512 MiB
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Tokens:
+    """What was asked for of every token, [B, T] float32; None of what was not.
+
+    logp: of the token. normalizer: the log of the softmax's sum. entropy: of the distribution the
+    token is one of, -sum p log p, at least 0.
+    """
+
+    logp: Any
+    normalizer: Any = None
+    entropy: Any = None
+
+
 def token_logprobs(
     model: model_lib.MiniMaxM1,
     hidden: Float[Array, "B T D"],
     targets: Int[Array, "B T"],
     chunk_vocab: int | None = None,
     normalizers: bool = False,
+    entropy: bool = False,
+    temperature: float = 1.0,
 ) -> Any:
-    """Return log softmax(head(hidden))[target] for every token: [B, T] float32.
+    """Return log softmax(head(hidden) / temperature)[target] for every token: [B, T] float32.
 
-    With `normalizers`, return (those, the log of each softmax's sum [B, T] float32).
+    With `normalizers` or `entropy`, return `Tokens`. The entropy is exact, over all words, and has
+    a gradient like the rest.
 
     Logits exist for `chunk_vocab` words at a time (None: as many as make `LOGITS`), in the
     backward pass too, which computes them again. Chunks of words, not of tokens: so a device that
     holds a piece of the head gathers each part of it once. `hidden` is the output of the model's
     final norm.
+
+    Raises:
+      ValueError: a temperature that is not more than 0.
     """
+    if not temperature > 0:
+        raise ValueError(
+            f"temperature: got {temperature}; wanted more than 0. Greedy tokens have no "
+            "distribution to be trained on; sample with a temperature."
+        )
     layout, length = model.layout, hidden.shape[1]
-    local = functools.partial(_local, chunk_vocab=chunk_vocab, layout=layout)
-    if layout is None:
-        logps, sums = local(model.head, hidden, targets)
-        return (logps, sums) if normalizers else logps
-    sharding.check_rows(layout, hidden.shape[0])
-    more = -length % layout.size("length")
-    hidden = jnp.pad(hidden, ((0, 0), (0, more), (0, 0)))
-    targets = jnp.pad(targets, ((0, 0), (0, more)))
-    tokens = layout.spec("batch", "length")
-    program = sharding.run(
-        layout,
-        local,
-        (sharding.param_specs(layout, model.head), layout.spec("batch", "length", None), tokens),
-        (tokens, tokens),
+    local = functools.partial(
+        _local, chunk_vocab=chunk_vocab, layout=layout, entropy=entropy, temperature=temperature
     )
-    logps, sums = (x[:, :length] for x in program(model.head, hidden, targets))
-    return (logps, sums) if normalizers else logps
+    if layout is None:
+        out = local(model.head, hidden, targets)
+    else:
+        sharding.check_rows(layout, hidden.shape[0])
+        more = -length % layout.size("length")
+        hidden = jnp.pad(hidden, ((0, 0), (0, more), (0, 0)))
+        targets = jnp.pad(targets, ((0, 0), (0, more)))
+        tokens = layout.spec("batch", "length")
+        program = sharding.run(
+            layout,
+            local,
+            (
+                sharding.param_specs(layout, model.head),
+                layout.spec("batch", "length", None),
+                tokens,
+            ),
+            tokens,
+        )
+        out = jax.tree.map(lambda x: x[:, :length], program(model.head, hidden, targets))
+    if not (normalizers or entropy):
+        return out.logp
+    return out if normalizers else dataclasses.replace(out, normalizer=None)
 
 
-def _local(head: layers.Head, hidden, targets, *, chunk_vocab, layout):
+def _local(head: layers.Head, hidden, targets, *, chunk_vocab, layout, entropy, temperature):
     x, ids = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
     words = head.kernel.shape[-1]
     ids = ids - sharding.index("vocab") * words
@@ -60,18 +94,13 @@ def _local(head: layers.Head, hidden, targets, *, chunk_vocab, layout):
 
     @jax.checkpoint
     def chunk(carry, x32, kernel, start):
-        top, total, chosen = carry
         part = sharding.ready(_with_kernel(head, kernel), layout, x.dtype)
         logits = part(x32.astype(x.dtype))
-        higher = jnp.maximum(top, jax.lax.stop_gradient(jnp.max(logits, axis=-1)))
-        total = total * jnp.exp(top - higher) + jnp.sum(jnp.exp(logits - higher[:, None]), -1)
-        place, size = ids - start, kernel.shape[1]
-        here = (place >= 0) & (place < size)
-        picked = jnp.take_along_axis(logits, jnp.where(here, place, 0)[:, None], axis=-1)[:, 0]
-        return higher, total, chosen + jnp.where(here, picked, 0)
+        return _add(carry, logits if temperature == 1 else logits / temperature, ids - start)
 
     zeros = jnp.zeros(ids.shape, jnp.float32)
-    carry = (jnp.full(ids.shape, -jnp.inf, jnp.float32), zeros, zeros)
+    moment = zeros if entropy else None
+    carry = (jnp.full(ids.shape, -jnp.inf, jnp.float32), zeros, zeros, moment)
     kernel = head.kernel[...]
     full = words // chunk_vocab * chunk_vocab
     if full > chunk_vocab:
@@ -85,12 +114,41 @@ def _local(head: layers.Head, hidden, targets, *, chunk_vocab, layout):
         full = 0
     if kernel.shape[1]:
         carry = chunk(carry, x32, kernel, full)
-    top, total, chosen = carry
+    top, total, chosen, moment = carry
     highest = sharding.largest(jax.lax.stop_gradient(top), "vocab")
+    moment = _moved(moment, total, top, highest)
     total = sharding.total(total * jnp.exp(top - highest), "vocab")
-    sums = highest + jnp.log(total)
-    logps = sharding.total(chosen, "vocab") - highest - jnp.log(total)
-    return logps.reshape(targets.shape), sums.reshape(targets.shape)
+    out = Tokens(
+        sharding.total(chosen, "vocab") - highest - jnp.log(total),
+        highest + jnp.log(total),
+        None if moment is None else jnp.log(total) - sharding.total(moment, "vocab") / total,
+    )
+    return jax.tree.map(lambda x: x.reshape(targets.shape), out)
+
+
+def _add(carry, logits, place):
+    """Take more words into (highest logit, sum of e = exp(logit - highest), chosen logit, moment).
+
+    The moment is the sum of e * (logit - highest), or None.
+    """
+    top, total, chosen, moment = carry
+    higher = jnp.maximum(top, jax.lax.stop_gradient(jnp.max(logits, axis=-1)))
+    moment = _moved(moment, total, top, higher)
+    lower = logits - higher[:, None]
+    total = total * jnp.exp(top - higher) + jnp.sum(jnp.exp(lower), -1)
+    if moment is not None:
+        moment += jnp.sum(jnp.exp(lower) * lower, -1)
+    here = (place >= 0) & (place < logits.shape[1])
+    picked = jnp.take_along_axis(logits, jnp.where(here, place, 0)[:, None], axis=-1)[:, 0]
+    return higher, total, chosen + jnp.where(here, picked, 0), moment
+
+
+def _moved(moment, total, top, higher):
+    """Return the moment for another highest logit."""
+    if moment is None:
+        return None
+    shift = jnp.where(top > -jnp.inf, top - higher, 0.0)  # no word yet: 0 * -inf would be NaN
+    return jnp.exp(shift) * (moment + shift * total)
 
 
 def _chunk(words: int, limit: int) -> int:

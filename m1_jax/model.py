@@ -23,18 +23,24 @@ class Context:
     """What every layer of one forward pass shares.
 
     positions: for RoPE, and places in the cache. documents: their numbers in the row, which never
-    fall; 0 is padding, None says that there is one and no padding. split: whether each device of
+    fall; 0 is padding, None says that there is one and no padding. routes: the experts that each
+    layer is to take, -1 where it chooses itself; None: everywhere. split: whether each device of
     the context axis has its own part of the tokens.
     """
 
     positions: Int[Array, "#B T"]
     documents: Int[Array, "B T"] | None = None
+    routes: Int[Array, "B T L A"] | None = None
     split: bool = dataclasses.field(default=True, metadata={"static": True})
 
     @property
     def real(self) -> Float[Array, "B T"] | None:
         """Return 1.0 for real tokens; None where all are."""
         return None if self.documents is None else (self.documents > 0).astype(jnp.float32)
+
+    def routes_of(self, layer) -> Int[Array, "B T A"] | None:
+        """Return the routes of one layer."""
+        return None if self.routes is None else jnp.take(self.routes, layer, axis=2)
 
 
 class DecoderLayer(nnx.Module):
@@ -63,8 +69,11 @@ class DecoderLayer(nnx.Module):
         self.attention_scales = config.attention_scales(kind)
         self.moe_scales = (config.layernorm_mlp_alpha, config.layernorm_mlp_beta)
 
-    def __call__(self, x, slopes, context, state=None, place=None):
-        """Return (x, router statistics, new state of the run); None starts and keeps none."""
+    def __call__(self, x, slopes, context, state=None, place=None, layer=None):
+        """Return (x, router statistics, new state of the run); None starts and keeps none.
+
+        place, layer: this one's index in its run's stack, and its number in the model.
+        """
         if isinstance(context, serving.Work):
             return self._serve(x, slopes, context, state, place)
         h = self.input_norm(x)
@@ -78,7 +87,7 @@ class DecoderLayer(nnx.Module):
             o, state = self.attention.extend(h, context.positions, state, place, context.split)
         x = self._add(x, h, o, self.attention_scales)
         h = self.moe_norm(x)
-        y, stats = self.moe(h, context.real, place)
+        y, stats = self.moe(h, context.real, place, context.routes_of(layer))
         return self._add(x, h, y, self.moe_scales), stats, state
 
     def _serve(self, x: Float[Array, "M D"], slopes, work: serving.Work, pool, place):
@@ -91,23 +100,23 @@ class DecoderLayer(nnx.Module):
         def between(x, h, o):
             x = self._add(x, h, self.attention.output(h, o), self.attention_scales)
             h = self.moe_norm(x)
-            weights, chosen, _ = self.moe.route(h, None)
-            return x, h, weights, chosen
+            weights, routes, _ = self.moe.route(h, None)
+            return x, h, weights, routes
 
         def after(x, h, y):
             return self._add(x, h, self.moe.mix(h, y), self.moe_scales)
 
         h, inputs = work.by_tiles(before, x, work.positions)
         o, pool = self.attention.serve(inputs, slopes, work, pool, place)
-        x, h, weights, chosen = work.by_tiles(between, x, h, o)
-        chosen = jnp.where(work.positions[:, None] >= 0, chosen, self.moe.nowhere)
+        x, h, weights, routes = work.by_tiles(between, x, h, o)
+        chosen = jnp.where(work.positions[:, None] >= 0, routes, self.moe.nowhere)
         # Devices that share the experts hold all rows, too: each sends its part of them.
         more = ((0, -len(x) % sharding.count("experts")), (0, 0))
         rows, weights = (sharding.piece(jnp.pad(a, more), "experts", 0) for a in (h, weights))
         chosen = jnp.pad(chosen, more, constant_values=self.moe.nowhere)
         y, _ = self.moe.dispatch(rows, weights, sharding.piece(chosen, "experts", 0), place)
         y = sharding.whole(y, "experts", 0)[: len(x)]
-        return work.by_tiles(after, x, h, y), None, pool
+        return work.by_tiles(after, x, h, y), routes, pool
 
     def _add(self, x, normed, branch, scales):
         alpha, beta = scales
@@ -168,9 +177,14 @@ class MiniMaxM1(nnx.Module):
         tokens: Int[Array, "B T"],
         segment_ids: Int[Array, "B T"] | None = None,
         positions: Int[Array, "B T"] | None = None,
+        routes: Int[Array, "B T L A"] | None = None,
     ) -> tuple[Float[Array, "B T D"], moe.RouterStats]:
-        """Return what the head reads, and router statistics with a leading axis of layers."""
-        hidden, stats, _ = self._outputs(tokens, segment_ids, positions)
+        """Return what the head reads, and router statistics with a leading axis of layers.
+
+        routes: experts that the tokens are sent to, such as those that a sampler chose; a layer
+          chooses itself where they are -1. Weights are the router's own either way.
+        """
+        hidden, stats, _ = self._outputs(tokens, segment_ids, positions, routes)
         return hidden, stats
 
     def trace(
@@ -183,11 +197,11 @@ class MiniMaxM1(nnx.Module):
         return self._outputs(tokens, segment_ids, positions, keep_layers=True)
 
     def _outputs(
-        self, tokens, segment_ids, positions, keep_layers=False, logits=False
+        self, tokens, segment_ids, positions, routes=None, keep_layers=False, logits=False
     ) -> tuple[Any, ...]:
         """Return (what the head reads, or logits), router statistics, outputs of all layers."""
         layout, length = self.layout, tokens.shape[1]
-        tokens, context = _inputs(layout, tokens, segment_ids, positions)
+        tokens, context = _inputs(layout, tokens, segment_ids, positions, routes)
         local = functools.partial(_forward, keep_layers=keep_layers, logits=logits)
         if layout is None:
             return local(self, tokens, context)
@@ -250,7 +264,8 @@ class MiniMaxM1(nnx.Module):
 
         run = _remat(config.remat, run, self.layout is not None)
 
-        starts = np.cumsum([number for _, number in config.runs])[:-1]
+        ends = np.cumsum([number for _, number in config.runs])
+        starts = ends[:-1]
         stacks = tuple(zip(self.layers, jnp.split(slopes, starts, axis=1), strict=True))
 
         def unit(carry, xs):
@@ -264,7 +279,8 @@ class MiniMaxM1(nnx.Module):
                     *sliced, number = xs
                     place = (repeat, number)
                     layer, slopes = sliced[0] if sliced else self._layer(*stacks[index], place)
-                    x, stat, state = run(layer, x, slopes, context, state, place)
+                    which = repeat * config.period + (ends[index] - config.runs[index][1]) + number
+                    x, stat, state = run(layer, x, slopes, context, state, place, which)
                     return (x, state), (stat, x if keep_layers else None)
 
                 arrays = runs[index : index + 1]
@@ -303,7 +319,7 @@ def _scan(body, carry, xs):
     return carry, jax.tree.map(lambda a: a[None], out)
 
 
-def _inputs(layout, tokens: Any, segment_ids, positions) -> tuple[Any, Context]:
+def _inputs(layout, tokens: Any, segment_ids, positions, routes) -> tuple[Any, Context]:
     """Return tokens and their `Context`; on a mesh, padded to a length that it splits."""
     if layout is not None:
         sharding.check_rows(layout, tokens.shape[0])
@@ -314,17 +330,19 @@ def _inputs(layout, tokens: Any, segment_ids, positions) -> tuple[Any, Context]:
             None if x is None else jnp.pad(x, ((0, 0), (0, more)))
             for x in (tokens, segment_ids, positions)
         )
+        if routes is not None:
+            routes = jnp.pad(routes, ((0, 0), (0, more), (0, 0), (0, 0)), constant_values=-1)
     if segment_ids is None:
         if positions is None:
             positions = jnp.arange(tokens.shape[1], dtype=jnp.int32).reshape(1, -1)
-        return tokens, Context(positions)
+        return tokens, Context(positions, routes=routes)
     if layout is not None:
         # Counting documents needs whole rows: a few bytes a token.
         rows = layout.array("batch", None)
         segment_ids = jax.lax.with_sharding_constraint(segment_ids, rows)
     if positions is None:
         positions = documents_lib.positions(segment_ids)
-    return tokens, Context(positions, documents_lib.document_index(segment_ids))
+    return tokens, Context(positions, documents_lib.document_index(segment_ids), routes)
 
 
 @jax.jit
@@ -385,7 +403,7 @@ def _extend_local(model: MiniMaxM1, tokens, state, num_tokens, *, last_only, spl
         real, added = step < num_tokens[:, None], num_tokens
         places = jnp.where(real, places, ring.NEVER)
         real = real.astype(jnp.int32)
-    context = Context(places, real, split)
+    context = Context(places, real, split=split)
     x = model.embed(tokens, model.dtype, model.layout)
     x, _, after, _ = model._run(x, context, state.layers)
     if last_only:

@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from m1_jax import config as config_lib
 from m1_jax import exchange, layers, quantize, sharding
@@ -73,15 +73,21 @@ class MoE(nnx.Module):
         )
 
     def __call__(
-        self, h: Float[Array, "B T D"], real: Float[Array, "B T"] | None, place=None
+        self,
+        h: Float[Array, "B T D"],
+        real: Float[Array, "B T"] | None,
+        place=None,
+        routes: Int[Array, "B T A"] | None = None,
     ) -> tuple[Float[Array, "B T D"], RouterStats]:
         """Return the output and statistics over the tokens with `real` = 1 (None: all).
 
-        place: this layer's, where its experts are left stacked over layers.
+        place: this layer's, where its experts are left stacked over layers. routes: experts to
+        take, -1 where the router chooses.
         """
         x = h.reshape(-1, h.shape[-1])
         real = None if real is None else real.reshape(-1)
-        weights, chosen, stats = self.route(x, real)
+        routes = None if routes is None else routes.reshape(-1, self.num_chosen)
+        weights, chosen, stats = self.route(x, real, routes)
         if real is not None and sharding.count("experts") > 1:
             chosen = jnp.where(real[:, None] > 0, chosen, self.nowhere)  # padding stays at home
         y, dropped = self.dispatch(x, weights, chosen, place)
@@ -109,13 +115,21 @@ class MoE(nnx.Module):
             return quantize.Quantized(values, getattr(self, f"{name}_scale")[...])
         return values.astype(dtype)
 
-    def route(self, x: Float[Array, "M D"], real: Float[Array, "M"] | None):
+    def route(
+        self,
+        x: Float[Array, "M D"],
+        real: Float[Array, "M"] | None,
+        routes: Int[Array, "M A"] | None = None,
+    ):
         """Return float32 weights [M, A] rounded to x's dtype, expert ids [M, A], `RouterStats`."""
         logits = jnp.matmul(
             x.astype(jnp.float32), self.router[...], precision=jax.lax.Precision.HIGHEST
         )
         prob = jax.nn.softmax(logits, axis=-1)
         top, chosen = jax.lax.top_k(prob, self.num_chosen)
+        if routes is not None:
+            chosen = jnp.where(routes >= 0, routes.astype(chosen.dtype), chosen)
+            top = jnp.take_along_axis(prob, chosen, axis=-1)
         weights = top / jnp.sum(top, axis=-1, keepdims=True)
         real = jnp.ones(x.shape[0], jnp.float32) if real is None else real.astype(jnp.float32)
         hits = jax.nn.one_hot(chosen, prob.shape[-1], dtype=jnp.float32)

@@ -101,13 +101,24 @@ def _serve(model, tokens, work: Work, state, rows):
     wanted = jnp.where(rows >= 0, work.positions[rows] >= 0, False)
     with experts.fixed_tile(work.row_tile):
         x = model.embed(tokens[None], model.dtype, model.layout)[0]
-        x, _, after, _ = model._run(x, work, state.layers)
+        x, chosen, after, _ = model._run(x, work, state.layers)
+        routes = None if state.routes is None else _record(state.routes, chosen, work)
         norm, head = (
             sharding.ready(part, model.layout, model.dtype) for part in (model.norm, model.head)
         )
         x = jnp.take(x, jnp.maximum(rows, 0), axis=0)
         logits = by_tiles(lambda x: head(norm(x)), work.row_tile, wanted, x)
-    return logits, state_lib.ServingState(after)
+    return logits, state_lib.ServingState(after, routes)
+
+
+def _record(routes: state_lib.Routes, chosen: Int[Array, "L M A"], work: Work) -> state_lib.Routes:
+    """Note the experts of every real row in its page."""
+    chunk, real = routes.chosen.shape[3], work.positions >= 0
+    pages = jnp.repeat(work.pages, len(real) // len(work.slots), axis=0)
+    at = jnp.maximum(work.positions, 0)
+    page = jnp.where(real, jnp.take_along_axis(pages, at[:, None] // chunk, axis=1)[:, 0], 0)
+    new = jnp.moveaxis(chosen, 0, 1).astype(routes.chosen.dtype)
+    return state_lib.Routes(routes.chosen.at[0, 0, page, at % chunk].set(new))
 
 
 def by_tiles(function: Callable, size: int, real: Bool[Array, "M"], *rows: Any) -> Any:

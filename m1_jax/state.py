@@ -121,10 +121,22 @@ class Pages:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class Routes:
+    """The experts that every layer chose for the tokens of a page; two axes as others have them."""
+
+    chosen: Int[Array, "1 1 pages C L A"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class ServingState:
-    """Memory of all sequences of an engine; which of it is whose, `infer/cache.py` knows."""
+    """Memory of all sequences of an engine; which of it is whose, `infer/cache.py` knows.
+
+    routes: None where they are not recorded.
+    """
 
     layers: tuple[Slots | Pages, ...]
+    routes: Routes | None = None
 
 
 def init_serving(
@@ -134,14 +146,16 @@ def init_serving(
     chunk_tokens: int,
     dtype=jnp.bfloat16,
     layout: sharding.Layout | None = None,
+    record_routes: bool = False,
 ) -> ServingState:
     """Return memory for slots 0 to num_slots and pages 0 to num_pages; on a mesh, split by heads.
 
-    Keys and values have `dtype`, recurrent states float32.
+    Keys and values have `dtype`, recurrent states float32, routes int8: 2 bytes a token and layer
+    in the release, kept where `record_routes` says so.
     """
     if layout is not None:
         make = functools.partial(
-            init_serving, config, num_slots, num_pages, chunk_tokens, dtype, None
+            init_serving, config, num_slots, num_pages, chunk_tokens, dtype, None, record_routes
         )
         where = serving_specs(jax.eval_shape(make), layout)
         where = jax.tree.map(lambda spec: jax.sharding.NamedSharding(layout.mesh, spec), where)
@@ -158,7 +172,11 @@ def init_serving(
             lead = (repeats, number, num_pages + 1, config.num_key_value_heads)
             page = (*lead, chunk_tokens, size)
             layers.append(Pages(jnp.zeros(page, dtype), jnp.zeros(page, dtype)))
-    return ServingState(tuple(layers))
+    if not record_routes:
+        return ServingState(tuple(layers))
+    choices = (len(config.layer_types), config.num_experts_per_tok)
+    chosen = jnp.full((1, 1, num_pages + 1, chunk_tokens, *choices), -1, jnp.int8)
+    return ServingState(tuple(layers), Routes(chosen))
 
 
 def serving_specs(state: ServingState, layout: sharding.Layout) -> ServingState:
@@ -169,7 +187,9 @@ def serving_specs(state: ServingState, layout: sharding.Layout) -> ServingState:
         Slots(heads, heads, heads) if isinstance(x, Slots) else Pages(kv_heads, kv_heads)
         for x in state.layers
     ]
-    return ServingState(tuple(layers))
+    everywhere: Any = layout.spec()
+    routes = None if state.routes is None else Routes(everywhere)
+    return ServingState(tuple(layers), routes)
 
 
 def abstract_serving(

@@ -268,6 +268,50 @@ def test_token_logprobs_do_not_depend_on_the_chunk(model):
         close(logprobs.token_logprobs(model, hidden, tokens, chunk), wanted, 1e-5)
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("chunk", [None, 7, 100])
+def test_entropy_of_chunks_is_that_of_the_whole(model, chunk, temperature):
+    tokens = tokens_of(2, 20)
+    hidden = 3 * model.hidden(tokens)[0]  # sharper, so that no gradient is lost in rounding
+
+    def chunked(hidden):
+        out = logprobs.token_logprobs(
+            model, hidden, tokens, chunk, normalizers=True, entropy=True, temperature=temperature
+        )
+        return out.logp, out.normalizer, out.entropy
+
+    def whole(hidden):
+        logits = model.head(hidden) / temperature
+        logp = jax.nn.log_softmax(logits, axis=-1)
+        chosen = jnp.take_along_axis(logp, tokens[:, :, None], axis=-1)[:, :, 0]
+        return (
+            chosen,
+            jax.scipy.special.logsumexp(logits, axis=-1),
+            -jnp.sum(jnp.exp(logp) * logp, axis=-1),
+        )
+
+    factors = jnp.asarray(np.random.default_rng(0).standard_normal(tokens.shape), jnp.float32)
+    for index in range(3):
+        close(chunked(hidden)[index], whole(hidden)[index], 1e-5)
+        got, wanted = (
+            jax.grad(lambda h, f=f, i=index: jnp.sum(factors * f(h)[i]))(hidden)
+            for f in (chunked, whole)
+        )
+        assert np.abs(wanted).max() > 1e-3
+        close(got, wanted, 1e-5)
+
+
+def test_only_what_was_asked_of_log_probabilities_is_there(model):
+    tokens = tokens_of(1, 5)
+    hidden, _ = model.hidden(tokens)
+    out = logprobs.token_logprobs(model, hidden, tokens, normalizers=True)
+    assert out.entropy is None
+    out = logprobs.token_logprobs(model, hidden, tokens, entropy=True)
+    assert out.normalizer is None
+    with pytest.raises(ValueError, match="temperature: got 0; wanted more than 0"):
+        logprobs.token_logprobs(model, hidden, tokens, temperature=0)
+
+
 # ---- parts
 
 

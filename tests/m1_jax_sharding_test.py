@@ -222,9 +222,27 @@ def test_log_probabilities_need_no_whole_vocabulary():
     tokens, _ = batch()
     for chunk in (None, 7, 64):
         got, wanted = (
-            logprobs.token_logprobs(m, m.hidden(tokens)[0], tokens, chunk) for m in (many, one)
+            logprobs.token_logprobs(m, m.hidden(tokens)[0], tokens, chunk, entropy=True)
+            for m in (many, one)
         )
-        np.testing.assert_allclose(np.asarray(got), np.asarray(wanted), rtol=0, atol=1e-5)
+        np.testing.assert_allclose(got.logp, wanted.logp, rtol=0, atol=1e-5)
+        np.testing.assert_allclose(got.entropy, wanted.entropy, rtol=0, atol=1e-5)
+
+
+def test_entropy_of_a_split_vocabulary_has_the_same_gradient():
+    one, many = one_device(), spread(layout_of({"tensor": 2, "fsdp": 2}))
+    tokens, _ = batch()
+    hidden = np.asarray(3 * one.hidden(tokens)[0])  # on no device
+
+    def gradient(model):
+        def total(hidden):
+            return jnp.sum(logprobs.token_logprobs(model, hidden, tokens, 7, entropy=True).entropy)
+
+        return np.asarray(jax.jit(jax.grad(total))(hidden))
+
+    got, wanted = gradient(many), gradient(one)
+    assert np.abs(wanted).max() > 1e-3
+    np.testing.assert_allclose(got, wanted, rtol=0, atol=1e-5)
 
 
 # ---- meshes, and what they cannot do

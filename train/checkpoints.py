@@ -72,15 +72,21 @@ class Checkpoints:
     def all_steps(self) -> list[int]:
         return sorted(self._manager.all_steps())
 
-    def save(self, state: step_lib.TrainState, data: dict, config: dict) -> None:
-        """Write a checkpoint; arrays are copied before this returns, files land behind it."""
+    def save(
+        self, state: step_lib.TrainState, data: dict, config: dict, number: int | None = None
+    ) -> None:
+        """Write a checkpoint; arrays are copied before this returns, files land behind it.
+
+        number: that it goes by; None takes the state's step.
+        """
         run = {"config": config, "digest": int(digest(state))}
         items = ocp.args.Composite(
             state=ocp.args.PyTreeSave(flatten(state)),
             data=ocp.args.JsonSave(_of_all_processes(data)),
             run=ocp.args.JsonSave(run),
         )
-        self._manager.save(int(state.step), args=items, force=True)
+        number = int(state.step) if number is None else number
+        self._manager.save(number, args=items, force=True)
 
     def position(self, step: int) -> Position:
         """Return what a checkpoint says of itself, without its arrays."""

@@ -3,12 +3,10 @@
 import contextlib
 import dataclasses
 import itertools
-import json
 import math
-import os
 import pathlib
+import re
 import signal
-import threading
 import time
 from typing import Any
 
@@ -24,11 +22,12 @@ from m1_jax import tokenizer as tokenizer_lib
 from train import checkpoints, data, evaluate, lora, metrics, optim, placement
 from train import config as config_lib
 from train import step as step_lib
+from train import workdir as workdir_lib
 
-CONFIG = "config.json"
 # What may change when a run goes on: where it computes and what it tells, never what it computes.
-MAY_CHANGE = ("save.", "log.", "evaluation.", "data.workers", "data.prefetch", "compilation_cache")
-STAGE_MAY_CHANGE = (".mesh",)
+_MAY_CHANGE = re.compile(
+    r"(save|log|evaluation)\.|data\.(workers|prefetch)|compilation_cache|stages\.\d+\.mesh"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,37 +50,17 @@ def fit(config: config_lib.Run | None, workdir) -> Summary:
     """
     workdir = pathlib.Path(workdir)
     config = resolve(config, workdir)
-    _use_compilation_cache(config.compilation_cache)
+    workdir_lib.use_compilation_cache(config.compilation_cache)
     session = Session(config, workdir)
     with contextlib.ExitStack() as stack:
         session.enter(stack)
-        if jax.process_index() == 0:
-            _write(workdir / CONFIG, json.dumps(configlib.to_json(config), indent=1))
+        workdir_lib.record(config, workdir)
         return session.run()
 
 
 def resolve(config: config_lib.Run | None, workdir: pathlib.Path) -> config_lib.Run:
     """Return the config to run: the given one, if `workdir` does not hold another run."""
-    file = workdir / CONFIG
-    if not file.exists():
-        if config is None:
-            raise checkpoints.ResumeError(f"{workdir} holds no run to go on with; give --config")
-        return config
-    saved = configlib.from_json(config_lib.Run, json.loads(file.read_text()))
-    if config is None:
-        return saved
-    changed = [
-        line
-        for line in configlib.differences(saved, config)
-        if not line.startswith(MAY_CHANGE)
-        and not any(f"{part}." in line or f"{part}:" in line for part in STAGE_MAY_CHANGE)
-    ]
-    if changed:
-        raise checkpoints.ResumeError(
-            f"{workdir} holds a run with another config: {'; '.join(changed)}. Go on with it by "
-            "leaving --config out, or give a new --workdir."
-        )
-    return config
+    return workdir_lib.resolve(config_lib.Run, config, workdir, _MAY_CHANGE)
 
 
 class Session:
@@ -89,9 +68,9 @@ class Session:
 
     def __init__(self, config: config_lib.Run, workdir: pathlib.Path):
         self.config, self.workdir = config, workdir
-        self.model_config = _model_config(config)
+        self.model_config = model_config(config.checkpoint, config.model, config.remat)
         self.tokenizer = tokenizer_lib.Tokenizer.load(config.tokenizer or config.checkpoint)
-        _check_tokenizer(self.tokenizer, self.model_config)
+        check_tokenizer(self.tokenizer, self.model_config)
         self.layouts = [_layout(stage, self.model_config) for stage in config.stages]
         self.total_steps = sum(stage.steps for stage in config.stages)
         self.spikes = metrics.Spikes(config.log.spike)
@@ -106,7 +85,7 @@ class Session:
         latest = self.checkpoints.latest_step()
         self.position = None if latest is None else self.checkpoints.position(latest)
         self.step = latest or 0
-        stack.enter_context(_caught(self._stop))
+        stack.enter_context(workdir_lib.caught(self._stop))
         # Opened here for all stages, so that bad data stops the run before its first step.
         for index in range(len(self.config.stages)):
             with self._stream(index) as stream:
@@ -348,49 +327,19 @@ def _layout(stage: config_lib.Stage, model_config) -> sharding.Layout | None:
     return layout
 
 
-def _model_config(config: config_lib.Run) -> model_config_lib.ModelConfig:
-    found = config.model
-    if found is None:
-        path = pathlib.Path(config.checkpoint) / "config.json"
+def model_config(checkpoint_dir: str, given, remat: str) -> model_config_lib.ModelConfig:
+    """Return the model of a run: the given one, or else its checkpoint's."""
+    if given is None:
+        path = pathlib.Path(checkpoint_dir) / "config.json"
         if not path.is_file():
-            raise release.CheckpointError(f"checkpoint: {config.checkpoint} has no config.json")
-        found = model_config_lib.ModelConfig.from_file(path)
-    return dataclasses.replace(found, remat=config.remat) if config.remat else found
+            raise release.CheckpointError(f"checkpoint: {checkpoint_dir} has no config.json")
+        given = model_config_lib.ModelConfig.from_file(path)
+    return dataclasses.replace(given, remat=remat) if remat else given
 
 
-def _check_tokenizer(tokenizer, model_config) -> None:
+def check_tokenizer(tokenizer, model_config) -> None:
     if tokenizer.vocab_size > model_config.vocab_size:
         raise ValueError(
             f"tokenizer: its ids reach {tokenizer.vocab_size - 1}, but the model's vocabulary ends "
             f"at {model_config.vocab_size - 1}. Is it the tokenizer of another model?"
         )
-
-
-def _use_compilation_cache(directory: str) -> None:
-    path = pathlib.Path(directory or "~/.cache/m1_jax/xla").expanduser()
-    path.mkdir(parents=True, exist_ok=True)
-    jax.config.update("jax_compilation_cache_dir", str(path))
-
-
-def _write(path: pathlib.Path, text: str) -> None:
-    part = path.with_suffix(".part")
-    with part.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    part.rename(path)
-
-
-@contextlib.contextmanager
-def _caught(handler):
-    """Call `handler(number)` for SIGTERM and SIGINT; in other threads signals stay as they are."""
-    if threading.current_thread() is not threading.main_thread() or jax.process_count() > 1:
-        yield  # several processes: the coordination service watches for SIGTERM
-        return
-    numbers = (signal.SIGTERM, signal.SIGINT)
-    old = [signal.signal(number, lambda n, _: handler(n)) for number in numbers]
-    try:
-        yield
-    finally:
-        for number, before in zip(numbers, old, strict=True):
-            signal.signal(number, before)

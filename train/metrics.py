@@ -7,6 +7,7 @@ import os
 import pathlib
 import statistics
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -38,7 +39,11 @@ class Writer:
     Lines of metrics.jsonl are {"step", "kind": "train" | "eval" | "event", ...}.
     """
 
-    def __init__(self, directory: pathlib.Path, step: int, total_steps: int):
+    def __init__(
+        self, directory: pathlib.Path, step: int, total_steps: int, shown: Sequence[str] = _SHOWN
+    ):
+        """Open the files. shown: which numbers the terminal gets of a step."""
+        self._shown = shown
         self._on = jax.process_index() == 0
         if not self._on:
             return
@@ -68,7 +73,7 @@ class Writer:
         for name, value in values.items():
             if isinstance(value, int | float):
                 self._board.add_scalar(f"{kind}/{name}", value, step)
-        shown = {k: f"{values[k]:.4g}" for k in _SHOWN if k in values}
+        shown = {k: f"{values[k]:.4g}" for k in self._shown if k in values}
         if kind == "train" and self._quiet:
             logging.info("step %d: %s", step, " ".join(f"{k} {v}" for k, v in shown.items()))
         elif kind == "train":

@@ -42,13 +42,16 @@ class Continuation:
     """What the model said.
 
     logprobs: of each token under the distribution it was drawn from. versions: of the weights that
-    made each. status: one of `STATUSES`.
+    made each. status: one of `STATUSES`. routes: see `Sample`, of all tokens so far. raw: as
+    logprobs, under the model's plain logits.
     """
 
     tokens: tuple[int, ...]
     logprobs: tuple[float, ...]
     versions: tuple[int, ...]
     status: str
+    routes: Any = None
+    raw: tuple[float, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +68,8 @@ class Sample:
     prompt: token ids. tokens: of the answer, with what tools said in between; never rendered or
       tokenised again. mask: 1 where the model wrote the token. logprobs: 0.0 where mask is 0.
     versions: of the weights that made each token, -1 where mask is 0.
+    routes: [tokens, layers, choices] int8, the experts that the sampler sent the tokens to, of
+      prompt and answer, but for the last ones, which it did not compute; None: not recorded.
     text: of the answer. messages: of all turns after the prompt.
     turn_rewards: (place in `tokens`, reward) of what was rewarded on the way: the place is that of
       the turn's last token.
@@ -78,6 +83,7 @@ class Sample:
     mask: list[int] = dataclasses.field(default_factory=list)
     logprobs: list[float] = dataclasses.field(default_factory=list)
     versions: list[int] = dataclasses.field(default_factory=list)
+    routes: Any = None
     status: str = "stop"
     text: str = ""
     messages: list[dict] = dataclasses.field(default_factory=list)
@@ -93,6 +99,7 @@ class Sample:
         self.logprobs += made.logprobs
         self.versions += made.versions
         self.status = made.status
+        self.routes = made.routes
 
     def read(self, tokens: tuple[int, ...] | list[int]) -> None:
         """Append what the model was told."""

@@ -108,13 +108,19 @@ def update(
       share of a layer's choices that went to each expert).
     """
     grads, metrics = gradients(state.model, batch, settings, state.step)
+    state, more = apply(state, grads, settings.optimizer, settings.skip_nonfinite)
+    return state, metrics | more
+
+
+def apply(state: TrainState, grads, optimizer: optim.AdamW, skip_nonfinite: bool = True):
+    """Return the state after one update, and the metrics of `update` that are about gradients."""
     grads = pinned(grads)
     trained, rest = frozen.split(state.model)
-    new, moments, more = settings.optimizer.update(grads, state.moments, trained, state.step)
-    metrics |= more | {f"grad_norm/{kind}": norm for kind, norm in _norms(grads).items()}
+    new, moments, metrics = optimizer.update(grads, state.moments, trained, state.step)
+    metrics |= {f"grad_norm/{kind}": norm for kind, norm in _norms(grads).items()}
     finite = jnp.isfinite(metrics["grad_norm"])
     metrics["skipped"] = 1.0 - finite
-    if settings.skip_nonfinite:
+    if skip_nonfinite:
         new, moments = jax.tree.map(
             lambda new, old: jnp.where(finite, new, old), (new, moments), (trained, state.moments)
         )
@@ -207,16 +213,16 @@ def _loss(model, batch: Batch, totals, *, coefficient, z_coefficient: float):
     """Return a microbatch's share of the loss, and its share of each metric."""
     weight, num_real = totals
     hidden, stats = model.hidden(batch.tokens, batch.segment_ids, batch.positions)
-    logps, sums = logprobs.token_logprobs(model, hidden, batch.targets, normalizers=True)
+    tokens = logprobs.token_logprobs(model, hidden, batch.targets, normalizers=True)
 
     def mean(values):
         return jnp.sum(jnp.where(batch.weights != 0, batch.weights * values, 0.0)) / weight
 
     share = _num_real(batch) / num_real
     metrics = {
-        "loss": -mean(logps),
+        "loss": -mean(tokens.logp),
         "balance_loss": moe.balance_loss(stats) * share,
-        "z_loss": mean(jnp.square(sums)),
+        "z_loss": mean(jnp.square(tokens.normalizer)),
         "tokens": _num_real(batch),
         "weight": jnp.sum(batch.weights),
         "dropped": moe.dropped_share(stats) * share,

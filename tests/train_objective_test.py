@@ -1,0 +1,446 @@
+"""The objective: what no split, packing or padding may change, and guards that are needed."""
+
+import dataclasses
+import functools
+import pathlib
+import types
+
+import hypothesis
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import strategies as st
+
+from train import correction, objective, rl_metrics
+
+PRESETS = objective.PRESETS
+CISPO = PRESETS["cispo"]
+MIX = dataclasses.replace(CISPO, aggregation="mix", mix_lambda=0.5)
+
+OLD = np.array([[-0.5, -1, -2, -3], [-0.7, -0.2, -9, -9]])
+RATIO = np.array([[1, 1.5, 0.5, 8], [2, 0.9, 1, 1]])
+MASK = np.array([[1, 1, 1, 1], [1, 1, 0, 0]])
+
+
+@pytest.fixture(autouse=True)
+def double():
+    with jax.enable_x64(True):
+        yield
+
+
+def near(got, wanted, tolerance=1e-6):
+    np.testing.assert_allclose(np.asarray(got), wanted, rtol=0, atol=tolerance)
+
+
+def rows(logp, advantages, mask=None, old=None, **more):
+    """Return terms of one sample a row, with coefficients of 1."""
+    logp = np.asarray(logp, np.float64)
+    mask = np.ones(logp.shape) if mask is None else np.asarray(mask)
+    old = logp if old is None else old
+    given = {
+        "logp": logp,
+        "logp_old": old,
+        "logp_rollout": old,
+        "advantages": np.broadcast_to(np.asarray(advantages, np.float64), logp.shape),
+        "mask": mask,
+        "coefficients": mask,
+        "segment_ids": np.ones(logp.shape, np.int32),
+    }
+    return objective.Terms(**jax.tree.map(jnp.asarray, given | more))
+
+
+def shared(options, prompts=(0, 1), module=objective):
+    """Return the terms of the vectors T2 and T6."""
+    each = module.coefficients(options, MASK.sum(1), np.array(prompts), np.ones(2, bool))
+    return rows(OLD + np.log(RATIO), [[1], [-1]], MASK, OLD, coefficients=MASK * each[:, None])
+
+
+def value_and_grad(options, terms, module=objective):
+    def of(logp):
+        return module.loss(options, dataclasses.replace(terms, logp=logp))
+
+    (value, metrics), grad = jax.value_and_grad(of, has_aux=True)(terms.logp)
+    return value, grad, metrics
+
+
+def bounds(low, high):
+    return dataclasses.replace(CISPO, is_weight_min=low, is_weight_max=high)
+
+
+# ---- a batch worked by hand, in whatever aggregation
+
+
+FULL = [[-0.16666667, -0.25, -0.08333333, -0.83333333], [0.33333333, 0.15, 0, 0]]
+HALF = [[-0.125, -0.1875, -0.0625, -0.625], [0.5, 0.225, 0, 0]]
+DAPO_GRAD = [[-0.16666667, 0, -0.08333333, 0], [0.33333333, 0.15, 0, 0]]
+T2 = {
+    "cispo": (CISPO, (0, 1), 1.17543969, FULL),
+    "seq-mean": (
+        dataclasses.replace(CISPO, aggregation="seq-mean-token-mean"),
+        (0, 1),
+        0.84551350,
+        HALF,
+    ),
+    "two prompts": (
+        dataclasses.replace(CISPO, aggregation="prompt-mean"),
+        (0, 1),
+        0.84551350,
+        HALF,
+    ),
+    "one prompt": (
+        dataclasses.replace(CISPO, aggregation="prompt-mean"),
+        (5, 5),
+        1.17543969,
+        FULL,
+    ),
+    "mix": (
+        MIX,
+        (0, 1),
+        1.01047659,
+        [[-0.14583333, -0.21875, -0.07291667, -0.72916667], [0.41666667, 0.1875, 0, 0]],
+    ),
+    "slime .2/5": (
+        bounds(0.8, 6),
+        (0, 1),
+        1.46352345,
+        [[-0.16666667, -0.25, -0.13333333, -1], [0.33333333, 0.15, 0, 0]],
+    ),
+    "nemo": (
+        bounds(0, 6),
+        (0, 1),
+        1.32886610,
+        [[-0.16666667, -0.25, -0.08333333, -1], [0.33333333, 0.15, 0, 0]],
+    ),
+    "verl": (
+        bounds(-9, 1.2),
+        (0, 1),
+        0.56360629,
+        [[-0.16666667, -0.2, -0.08333333, -0.2], [0.2, 0.15, 0, 0]],
+    ),
+    "trl": (bounds(None, 0.2), (0, 1), 0.14653424, [[-1 / 30] * 4, [1 / 30, 1 / 30, 0, 0]]),
+    "dapo": (PRESETS["dapo"], (0, 1), 0.25967391, DAPO_GRAD),
+    "grpo": (
+        PRESETS["grpo"],
+        (0, 1),
+        0.15868917,
+        [[-0.125, 0, -0.0625, 0], [0.5, 0.225, 0, 0]],
+    ),
+    "dr_grpo": (
+        dataclasses.replace(PRESETS["dr_grpo"], length_max=8),
+        (0, 1),
+        0.09737772,
+        [[-0.0625, 0, -0.03125, 0], [0.125, 0.05625, 0, 0]],
+    ),
+    "gspo": (
+        PRESETS["gspo"],
+        (0, 1),
+        -0.10471954,
+        [[0, 0, 0, 0], [0.33541020, 0.33541020, 0, 0]],
+    ),
+    "gspo unclipped": (
+        dataclasses.replace(PRESETS["gspo"], clip_low=0.5, clip_high=0.9),
+        (0, 1),
+        0.81637980,
+        [[-0.19563557] * 4, [0.33541020, 0.33541020, 0, 0]],
+    ),
+}
+
+
+def check_t2(name, module=objective):
+    options, prompts, value, grad = T2[name]
+    got, slope, _ = value_and_grad(options, shared(options, prompts, module), module)
+    near(got, value)
+    near(slope, grad)
+
+
+@pytest.mark.parametrize("name", list(T2))
+def test_t2_and_t6_value_and_gradient(name):
+    check_t2(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("dapo", -0.19333333),
+        ("grpo", 0.23750000),
+        ("dr_grpo", -0.06250000),
+        ("gspo", 0.17062039),
+        ("gspo unclipped", -0.11172190),
+    ],
+)
+def test_t6_value_in_the_form_of_a_minimum(name, value):
+    options, prompts, _, _ = T2[name]
+    _, _, metrics = value_and_grad(options, shared(options, prompts))
+    near(metrics["shares"]["ppo_loss"], value)
+
+
+def check_ratios(module=objective):
+    terms = shared(CISPO)
+    near(module.ratios(CISPO, terms), RATIO)
+    a, b = 1.56508458, 1.34164079
+    near(module.ratios(PRESETS["gspo"], terms), [[a, a, a, a], [b, b, 1, 1]])
+
+
+def test_ratios_of_tokens_and_sequences():
+    check_ratios()
+
+
+# ---- properties
+
+
+def draw(seed, lengths):
+    """Return samples of these lengths: a dict of arrays for each."""
+    rng = np.random.default_rng(seed)
+    out = []
+    for n in lengths:
+        old = -rng.exponential(1.0, n)
+        # Not near 1.2 and the like: rounding may not decide what is clipped.
+        out.append(
+            {
+                "logp": old + rng.choice([-0.5, -0.1, 0.1, 0.4, 1.9], n),
+                "logp_old": old,
+                "logp_rollout": old + rng.normal(0, 0.1, n),
+                "logp_ref": old + rng.normal(0, 0.3, n),
+                "entropy": rng.exponential(1.0, n),
+                "advantages": np.full(n, rng.choice([-1.3, 0.0, 0.8])),
+                "mask": (rng.random(n) < 0.8).astype(np.float64),
+            }
+        )
+    return out
+
+
+def pack(samples, each, places, num_rows, length, dirt=0.0):
+    """Put samples into rows, `places` (row, start); everything masked is `dirt`."""
+    names = samples[0].keys() | {"coefficients"}
+    out = {name: np.full((num_rows, length), dirt) for name in names}
+    out["mask"][:] = 0
+    ids = np.zeros((num_rows, length), np.int32)
+    for n, (sample, (row, start)) in enumerate(zip(samples, places, strict=True)):
+        here = (row, slice(start, start + len(sample["mask"])))
+        for name, values in sample.items():
+            keep = values if name == "mask" else np.where(sample["mask"] > 0, values, dirt)
+            out[name][here] = keep
+        out["coefficients"][here] = np.where(sample["mask"] > 0, each[n], dirt)
+        ids[here] = ids[row].max() + 1
+    return objective.Terms(**jax.tree.map(jnp.asarray, out), segment_ids=jnp.asarray(ids))
+
+
+def apart(num):
+    return [(n, 0) for n in range(num)]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def jitted(options, terms):
+    return value_and_grad(options, terms)
+
+
+LENGTHS = (5, 3, 7, 1, 4, 6, 2, 8)
+FULL_OPTIONS = [
+    *PRESETS.values(),
+    dataclasses.replace(
+        CISPO,
+        kl_coef=0.1,
+        entropy_coef=0.01,
+        aggregation="mix",
+        mix_lambda=0.3,
+        correction=correction.Correction("sequence", "mask", 0.5, 1.5, veto=0.3),
+        off_policy_max=0.3,
+    ),
+    dataclasses.replace(
+        CISPO, aggregation="prompt-mean", correction=correction.Correction("geometric")
+    ),
+]
+SPLIT = [PRESETS[name] for name in ("cispo", "dr_grpo", "gspo")] + FULL_OPTIONS[-2:]
+
+
+def coefficients(options, samples, valid=None):
+    lengths = np.array([s["mask"].sum() for s in samples])
+    prompts = np.arange(len(samples)) // 2
+    valid = np.ones(len(samples), bool) if valid is None else valid
+    return objective.coefficients(options, lengths, prompts, valid)
+
+
+@pytest.mark.parametrize("options", SPLIT, ids=lambda o: f"{o.name}-{o.aggregation}")
+@hypothesis.given(st.integers(0, 2**32), st.permutations(range(8)))
+@hypothesis.settings(max_examples=4)
+def test_micro_batches_and_packing_change_nothing(options, seed, order):
+    samples = draw(seed, LENGTHS)
+    each = coefficients(options, samples)
+    terms = pack(samples, each, apart(8), 8, 9)
+    value, grad, metrics = jitted(options, terms)
+    wanted = rl_metrics.report(metrics)
+    for parts in (2, 4):  # of the same step, in another order of rows
+        size, found, total = 8 // parts, np.zeros((8, 9)), 0.0
+        added = None
+        for i in range(parts):
+            here = np.array(order[i * size : (i + 1) * size])
+            one, found[here], more = jitted(options, jax.tree.map(lambda x, h=here: x[h], terms))
+            total += one
+            added = more if added is None else rl_metrics.add(added, more)
+        near(total, value, 1e-12)
+        near(found, grad, 1e-12)
+        for name, number in rl_metrics.report(added).items():
+            near(number, wanted[name], 1e-9)
+    places = [(0, 0), (0, 5), (0, 8), (1, 0), (1, 2), (1, 6), (2, 1), (2, 3)]
+    packed = pack(samples, each, places, 3, 15, dirt=np.nan)
+    one, found, more = jitted(options, packed)
+    near(one, value, 1e-12)
+    for n, (row, start) in enumerate(places):
+        near(found[row, start : start + LENGTHS[n]], grad[n, : LENGTHS[n]], 1e-12)
+    for name, number in rl_metrics.report(more).items():
+        near(number, wanted[name], 1e-9)
+
+
+def check_on_policy(module=objective):
+    """With r = 1 the presets are REINFORCE, each with its mean."""
+    samples = draw(3, LENGTHS)
+    for sample in samples:
+        sample["logp"] = sample["logp_old"]
+    for aggregation in ("token-mean", "seq-mean-token-mean"):
+        grads = {}
+        for name in ("cispo", "grpo", "dapo", "gspo"):
+            options = dataclasses.replace(PRESETS[name], aggregation=aggregation)
+            terms = pack(samples, coefficients(options, samples), apart(8), 8, 9)
+            grads[name] = value_and_grad(options, terms, module)[1]
+            near(grads[name], -terms.coefficients * terms.advantages, 1e-12)
+        assert np.abs(grads["cispo"]).max() > 0.01
+
+
+def test_on_policy_all_are_reinforce():
+    check_on_policy()
+
+
+@pytest.mark.parametrize("dirt", [np.nan, np.inf, -np.inf, 1e30])
+def test_what_is_masked_is_never_seen(dirt):
+    check_masked(dirt)
+
+
+def check_masked(dirt, module=objective):
+    samples = draw(7, LENGTHS)
+    for options in FULL_OPTIONS:
+        each = coefficients(options, samples)
+        clean = value_and_grad(options, pack(samples, each, apart(8), 8, 9), module)
+        dirty = value_and_grad(options, pack(samples, each, apart(8), 8, 9, dirt), module)
+        for wanted, got in zip(jax.tree.leaves(clean), jax.tree.leaves(dirty), strict=True):
+            np.testing.assert_array_equal(got, wanted)
+
+
+def check_sources(module=objective):
+    """A gradient reaches logp and entropy, and nothing else."""
+    options = FULL_OPTIONS[-2]
+    samples = draw(5, LENGTHS)
+    terms = pack(samples, coefficients(options, samples), apart(8), 8, 9)
+    grads = jax.grad(lambda t: module.loss(options, t)[0], allow_int=True)(terms)
+    for field in dataclasses.fields(terms):
+        grad = getattr(grads, field.name)
+        if field.name in ("logp", "entropy"):
+            assert np.abs(grad).max() > 0
+        elif grad is not None and field.name != "segment_ids":
+            assert not np.asarray(grad).any(), field.name
+
+
+def test_a_gradient_reaches_the_policy_alone():
+    check_sources()
+
+
+def check_dtypes(module=objective):
+    samples = draw(9, LENGTHS)
+    terms = pack(samples, coefficients(CISPO, samples), apart(8), 8, 9)
+    for dtype, wanted in [
+        (jnp.bfloat16, jnp.float32),
+        (jnp.float32, jnp.float32),
+        (jnp.float64, jnp.float64),
+    ]:
+        low = jax.tree.map(lambda x, d=dtype: x.astype(d), terms)
+        low = dataclasses.replace(low, segment_ids=terms.segment_ids)
+        up = jax.tree.map(lambda x, w=wanted: x.astype(w), low)
+        up = dataclasses.replace(up, segment_ids=terms.segment_ids)
+        value, metrics = module.loss(CISPO, low)
+        again, others = module.loss(CISPO, up)
+        for got, same in zip(jax.tree.leaves(metrics), jax.tree.leaves(others), strict=True):
+            assert got.dtype == wanted
+            np.testing.assert_array_equal(got, same)
+        assert value.dtype == wanted
+        assert value == again
+
+
+def test_computes_in_float32_at_least():
+    check_dtypes()
+
+
+def test_kl_and_entropy_have_their_own_gradients():
+    options = dataclasses.replace(CISPO, kl_coef=0.5, entropy_coef=0.25)
+    logp, ref, entropy = (jnp.asarray([[x]]) for x in (-1.0, -0.4, 2.0))
+
+    def of(logp, entropy):
+        terms = rows([[0.0]], [[0.0]], logp_ref=ref, entropy=entropy)
+        return objective.loss(options, dataclasses.replace(terms, logp=logp))[0]
+
+    near(of(logp, entropy), 0.5 * (np.exp(0.6) - 1.6) - 0.25 * 2)
+    slopes = jax.grad(of, (0, 1))(logp, entropy)
+    near(slopes[0], [[0.5 * (1 - np.exp(0.6))]])
+    near(slopes[1], [[-0.25]])
+    with pytest.raises(ValueError, match="got terms without logp_ref, entropy"):
+        objective.loss(options, rows([[0.0]], [[0.0]]))
+
+
+def test_rloo_is_reinforce_whatever_the_ratio():
+    terms = shared(PRESETS["rloo"])
+    _, grad, _ = value_and_grad(PRESETS["rloo"], terms)
+    near(grad, [[-0.5] * 4, [0.5, 0.5, 0, 0]])
+
+
+def test_a_correction_is_normalised_by_the_whole_step():
+    options = dataclasses.replace(CISPO, correction=correction.Correction(normalise=True))
+    terms = dataclasses.replace(shared(CISPO), logp_rollout=jnp.asarray(OLD - 0.5))
+    with pytest.raises(ValueError, match="without weight_mean"):
+        objective.loss(options, terms)
+    mean = jnp.asarray(np.exp(0.5))  # all weights are that
+    value, grad, _ = value_and_grad(options, dataclasses.replace(terms, weight_mean=mean))
+    near(value, 1.17543969)
+    near(grad, FULL)
+
+
+# ---- each guard is needed: without it one of the checks above fails
+
+GUARDS = [
+    ("jax.lax.stop_gradient(jnp.exp(d))", "jnp.exp(d)"),
+    ("value = jax.lax.stop_gradient(value)", "pass"),
+    ("jnp.where(real, value, 0.0)", "value * terms.mask"),
+    ("jnp.where(real, value, 0.0)", "value"),
+    ("value.astype(jnp.promote_types(value.dtype, jnp.float32))", "value"),
+    ("jnp.where(trusted & keep, rho, 0.0)", "jnp.where(keep, rho, 0.0)"),
+    ("d = d * terms.mask", "d = d"),
+    ("jnp.clip(ratio, objective.is_weight_min, objective.is_weight_max)", "ratio"),
+    ("(advantages > 0) & (ratio > 1 + objective.clip_high)", "ratio > 1 + objective.clip_high"),
+    ("(advantages < 0) & (ratio < 1 - objective.clip_low)", "ratio < 1 - objective.clip_low"),
+]
+
+
+def suite(module):
+    for name in T2:
+        check_t2(name, module)
+    check_ratios(module)
+    check_on_policy(module)
+    check_masked(np.inf, module)
+    check_sources(module)
+    check_dtypes(module)
+
+
+@pytest.mark.parametrize(("guard", "without"), GUARDS)
+def test_removing_a_guard_is_noticed(guard, without):
+    source = pathlib.Path(objective.__file__).read_text()
+    assert source.count(guard) == 1
+    module = types.ModuleType("mutant")
+    module.__dict__["__name__"] = objective.__name__  # where dataclasses look annotations up
+    exec(compile(source.replace(guard, without), "mutant", "exec"), module.__dict__)
+    with pytest.raises((AssertionError, TypeError)):
+        suite(module)
+
+
+def test_presets_carry_their_names_and_are_hashable():
+    assert all(options.name == name for name, options in PRESETS.items())
+    assert len({hash(options) for options in PRESETS.values()}) == len(PRESETS)
+    assert objective.Objective() == CISPO
+    assert (CISPO.is_weight_min, CISPO.is_weight_max) == (None, 5.0)

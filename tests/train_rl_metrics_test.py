@@ -1,0 +1,165 @@
+"""Metrics of reinforcement learning, against numbers counted by hand or by numpy."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from train import objective, rl_metrics
+
+CISPO, DAPO = objective.PRESETS["cispo"], objective.PRESETS["dapo"]
+RATIO = np.array([[1, 1.5, 0.5, 8], [2, 0.9, 0.7, 1.25]])
+A = np.array([[1.0] * 4, [-1.0] * 4])
+MASK = np.array([[1, 1, 1, 1], [1, 1, 1, 0]])
+
+
+def near(got, wanted, tolerance=1e-6):
+    np.testing.assert_allclose(got, wanted, rtol=0, atol=tolerance)
+
+
+def measure(options, ratio=RATIO, a=A, mask=MASK, **more):
+    old = np.full(ratio.shape, -1.0)
+    terms = objective.Terms(
+        logp=old + np.log(ratio),
+        logp_old=old,
+        logp_rollout=old,
+        advantages=a,
+        mask=mask,
+        coefficients=mask / 8,
+        segment_ids=np.ones(ratio.shape, np.int32),
+        **more,
+    )
+    with jax.enable_x64(True):
+        return objective.loss(options, jax.tree.map(jnp.asarray, terms))[1]
+
+
+def test_clips_are_counted_by_sign():
+    got = rl_metrics.report(measure(CISPO))
+    assert got["tokens"] == 7
+    near(got["positive"], 4 / 7)
+    near(got["weight_high/positive"], 1 / 4)
+    assert got["weight_high/negative"] == got["clip_high"] == got["clip_low"] == 0
+    near(got["ppo_drop"], 3 / 7)  # what PPO would have dropped, though nothing was
+    near(got["ppo_drop/positive"], 2 / 4)
+    near(got["ppo_drop/negative"], 1 / 3)
+    got = rl_metrics.report(measure(DAPO))
+    near(got["clip_high"], 2 / 4)
+    near(got["clip_low"], 1 / 3)
+    assert got["rejected"] == 0
+
+
+def test_ratios_weights_and_divergences():
+    real, weight = RATIO[MASK > 0], np.minimum(RATIO, 5)[MASK > 0]
+    ref = np.full(RATIO.shape, -1.5)
+    got = rl_metrics.report(measure(CISPO, logp_ref=ref, entropy=np.full(RATIO.shape, 0.7)))
+    near(got["ratio"], real.mean())
+    assert (got["ratio_max"], got["ratio_min"]) == pytest.approx((8, 0.5))
+    assert 8 <= got["ratio_p99"] <= 8 * math.exp(0.05)
+    near(got["weight_effective"], weight.sum() ** 2 / (weight**2).sum() / 7)
+    near(got["rho_effective"], 1)
+    x = -np.log(real)
+    near(got["k1_old"], -x.mean())
+    near(got["k3_old"], np.mean(np.exp(x) - 1 - x))
+    x = -0.5 - np.log(real)
+    near(got["k1_ref"], -x.mean())
+    near(got["k3_ref"], np.mean(np.exp(x) - 1 - x))
+    near(got["entropy"], 0.7)
+    near(got["entropy_loss"], -0.7 * 7 / 8)
+
+
+def test_parts_add_up():
+    whole = measure(DAPO)
+    parts = [measure(DAPO, RATIO[i : i + 1], A[i : i + 1], MASK[i : i + 1]) for i in range(2)]
+    got, wanted = (rl_metrics.report(x) for x in (rl_metrics.add(*parts), whole))
+    assert got.keys() == wanted.keys()
+    for name in got:
+        near(got[name], wanted[name], 1e-12)
+
+
+def test_a_batch_without_a_token_is_measured():
+    got = rl_metrics.report(measure(CISPO, mask=0 * MASK))
+    assert got["tokens"] == got["ratio"] == got["weight_effective"] == got["loss"] == 0
+
+
+def test_most_dropped_tokens():
+    tokens = np.array([[3, 5, 5, 5], [4, 3, 4, 4]])
+    counts = rl_metrics.drop_counts(*(jnp.asarray(x) for x in (tokens, RATIO, A, MASK)), 9)
+    assert rl_metrics.most_dropped(counts) == [(5, 2, 3), (4, 1, 2)]
+    assert rl_metrics.most_dropped(counts, 1) == [(5, 2, 3)]
+
+
+D = np.array([[0, 0.3, -0.9, 1.2], [0.1, -0.05, np.nan, 3]])
+
+
+def test_t7_mismatch():
+    mask = np.array([[1, 1, 1, 1], [1, 1, 0, 0]])
+    rollout = np.array([[-2, -3, -1, -4], [-2, -0.5, 0, 0]])
+    got = rl_metrics.mismatch(rollout, rollout + D, mask)
+    near(got["k1"], -0.10833333)
+    near(got["k3"], 0.24715762)
+    near(got["chi2_token"], 1.68947237)
+    near(got["chi2_sequence"], (1.82211880**2 + 1.05127110**2) / 2 - 1)
+    near(got["perplexity_ratio"], np.exp(-0.10833333))
+    near(got["logp_gap_max"], 1.2)
+    near(got["logp_gap_mean"], 2.55 / 6)
+    p, q = (np.exp(x[mask > 0]) for x in (rollout + D, rollout))
+    near(got["pearson"], np.corrcoef(p, q)[0, 1], 1e-12)
+    near(got["probability_gap_mean"], np.abs(p - q).mean())
+    near(got["probability_gap_max"], np.abs(p - q).max())
+    # The same samples in one row.
+    ids = np.array([[1] * 4 + [2] * 4])
+    flat = [x.reshape(1, 8) for x in (rollout, rollout + D, mask)]
+    assert rl_metrics.mismatch(*flat, ids) == pytest.approx(got)
+
+
+def test_mismatch_of_equals_and_of_nothing():
+    logp = np.log(np.array([[0.1, 0.5, 0.9]]))
+    got = rl_metrics.mismatch(logp, logp, np.ones((1, 3)))
+    near(got["pearson"], 1, 1e-12)
+    assert got["k3"] == got["probability_gap_max"] == got["chi2_sequence"] == 0
+    assert math.isnan(rl_metrics.mismatch(0 * logp, logp, np.ones((1, 3)))["pearson"])
+    with pytest.raises(ValueError, match="no token that the model wrote"):
+        rl_metrics.mismatch(logp, logp, np.zeros((1, 3)))
+
+
+def test_groups():
+    got = rl_metrics.groups(
+        rewards=[1, 0, 1, 1, 0, 0, np.nan, 0.5],
+        groups=["a", "a", "b", "b", "c", "c", "c", "d"],
+        valid=[True] * 6 + [False, True],
+        lengths=[1, 2, 3, 4, 5, 6, 7, 100],
+        statuses=["stop"] * 5 + ["length", "repetition", "length"],
+    )
+    near(got["reward_mean"], 3.5 / 7)
+    near(got["pass_at_k"], 2 / 4)
+    near(got["flat"], 3 / 4)
+    near(got["flat_right"], 1 / 4)
+    near(got["flat_wrong"], 2 / 4)
+    near(got["invalid"], 1 / 8)
+    near(got["truncated"], 2 / 8)
+    near(got["repetition"], 1 / 8)
+    assert (got["length_p50"], got["length_max"]) == (4.5, 100)
+    nothing = rl_metrics.groups([np.nan], [0], [False], [3], ["error"])
+    assert math.isnan(nothing["reward_mean"])
+    assert nothing["flat"] == 0
+    assert rl_metrics.groups([], [], [], [], [])["invalid"] == 0
+
+
+def test_gradient_magnitudes():
+    tree = {"a": jnp.asarray([[0.0, 1e-21], [3e-15, -3e-15]]), "b": jnp.asarray(-2.0)}
+    tree["c"] = jnp.asarray([0.5, 1e-5, 2e-5])
+    shares = rl_metrics.gradient_shares(tree)
+    near(shares["below_1e-14"], 4 / 8)
+    near(shares["zero"], 1 / 8)
+    got = rl_metrics.gradient_histogram(shares)
+    filled = {"1e-20": 2 / 8, "1e-14": 2 / 8, "1e-4": 2 / 8, "1e0": 1 / 8, "above": 1 / 8}
+    for name, value in got.items():
+        near(value, filled.get(name, 0))
+
+
+def test_share_of_zeros_counts_beyond_what_float32_can():
+    moments = {"v": jnp.zeros((3, 2**23), jnp.float32).at[0].set(1.0)}
+    near(rl_metrics.zero_share(moments), 2 / 3)
+    assert rl_metrics.zero_share({"v": jnp.full(5, 1e-37)}) == 0

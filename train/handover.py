@@ -1,0 +1,73 @@
+"""From the trainer's layout and dtype to the sampler's: one jitted identity on one set of chips.
+
+Trainer and sampler share a mesh's devices (M1 trains colocated; plain multi-controller JAX cannot
+copy between disjoint meshes of several hosts), so new weights are one program of collectives away.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from m1_jax import checkpoint, sharding
+from m1_jax import config as config_lib
+from m1_jax import model as model_lib
+from train import lora
+
+
+class Handover:
+    """Copies a trainer's weights into a sampler's model; compiled once.
+
+    Args:
+      config: of the model. dtype: the sampler's; routers stay float32.
+      layout: where the sampler wants its weights, on the trainer's devices; None: one device.
+    """
+
+    def __init__(
+        self, config: config_lib.ModelConfig, dtype, layout: sharding.Layout | None = None
+    ):
+        self.like = checkpoint.abstract_model(config, dtype, dtype, layout)
+        shapes = {n: p.get_value() for n, p in checkpoint.parameters(self.like).items()}
+
+        def cast(values):
+            # A copy also where nothing changes: the trainer donates what it hands over.
+            return {n: jnp.copy(values[n]).astype(shapes[n].dtype) for n in shapes}
+
+        where = {name: shape.sharding for name, shape in shapes.items()}
+        self.program = jax.jit(cast, out_shardings=where)
+
+    def __call__(self, model: model_lib.MiniMaxM1) -> model_lib.MiniMaxM1:
+        """Return the sampler's model with the trainer's weights, adapters merged."""
+        merged = lora.merge(model)
+        values = {n: p.get_value() for n, p in checkpoint.parameters(merged).items()}
+        made = jax.tree.map(lambda leaf: leaf, self.like)
+        params = checkpoint.parameters(made)
+        for name, value in self.program(values).items():
+            params[name].set_value(value)
+        return made
+
+
+def serving_mesh(
+    mesh: jax.sharding.Mesh | None, sizes: Mapping[str, int] | Sequence[tuple[str, int]]
+) -> jax.sharding.Mesh | None:
+    """Return a mesh of the trainer's devices, in the same order, cut along other axes.
+
+    sizes: (axis, devices); empty takes the trainer's mesh as it is.
+
+    Raises:
+      ValueError: an unknown axis, or sizes whose product is another number of devices.
+    """
+    sizes = dict(sizes)
+    if mesh is None or not sizes:
+        return mesh
+    unknown = [name for name in sizes if name not in sharding.AXES]
+    number = int(np.prod(list(sizes.values())))
+    if unknown or number != mesh.size:
+        raise ValueError(
+            f"serving mesh: got {sizes}; wanted axes of {', '.join(sharding.AXES)} whose product "
+            f"is the trainer's {mesh.size} devices"
+        )
+    shape = [sizes.get(name, 1) for name in sharding.AXES]
+    types = (jax.sharding.AxisType.Auto,) * len(shape)
+    return jax.sharding.Mesh(mesh.devices.reshape(shape), sharding.AXES, axis_types=types)

@@ -1,0 +1,365 @@
+"""The loop of reinforcement learning: sample, score, update, hand over; exact resume.
+
+Everything that decides what comes next is in the checkpoint of a batch: weights, moments, the
+version of the weights, the tasks' cursor, finished and open groups, window, curriculum, monitors.
+Samples are functions of weights and seeds, so a run that was killed anywhere goes on from its last
+checkpoint to the very batches, rewards and weights that it would have had.
+"""
+
+import contextlib
+import dataclasses
+import math
+import pathlib
+import re
+import signal
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from jax.experimental import multihost_utils
+
+from infer import prompt
+from m1_jax import checkpoint, configlib, sharding
+from m1_jax import tokenizer as tokenizer_lib
+from train import (
+    agent,
+    checkpoints,
+    groups,
+    handover,
+    loop,
+    lora,
+    metrics,
+    optim,
+    processes,
+    rl_config,
+    rl_update,
+    rollout,
+    tasks,
+    windows,
+)
+from train import step as step_lib
+from train import workdir as workdir_lib
+from train.environments import catalog as environments
+from train.rewards import compose
+
+_MAY_CHANGE = re.compile(
+    r"(save|log|evaluation)\.|compilation_cache|mesh|serving_mesh|batches|rewards\.(workers|limit)"
+)
+
+
+def fit(config: rl_config.Run | None, workdir) -> loop.Summary:
+    """Train, from the newest checkpoint in `workdir` if there is one; None goes on as before.
+
+    Raises:
+      ValueError, CheckpointError, ConfigError: anything that is wrong, before the first batch.
+    """
+    workdir = pathlib.Path(workdir)
+    config = resolve(config, workdir)
+    workdir_lib.use_compilation_cache(config.compilation_cache)
+    session = Session(config, workdir)
+    with contextlib.ExitStack() as stack:
+        session.enter(stack)
+        workdir_lib.record(config, workdir)
+        return session.run()
+
+
+def resolve(config: rl_config.Run | None, workdir: pathlib.Path) -> rl_config.Run:
+    """Return the config to run: the given one, if `workdir` does not hold another run."""
+    return workdir_lib.resolve(rl_config.Run, config, workdir, _MAY_CHANGE)
+
+
+class Session:
+    """What one process keeps while it trains."""
+
+    def __init__(self, config: rl_config.Run, workdir: pathlib.Path):
+        self.config, self.workdir = config, workdir
+        self.model_config = loop.model_config(config.checkpoint, None, config.remat)
+        self.tokenizer = tokenizer_lib.Tokenizer.load(config.tokenizer or config.checkpoint)
+        loop.check_tokenizer(self.tokenizer, self.model_config)
+        mesh = None
+        if config.mesh or jax.device_count() > 1:
+            mesh = sharding.make_mesh(dict(config.mesh) or {"fsdp": -1})
+        self.layout = sharding.layout(mesh, self.model_config, sharding.TRAIN)
+        sharding.check_rows(self.layout, config.update.rows)
+        serving = handover.serving_mesh(mesh, config.serving_mesh)
+        self.serving_layout = sharding.layout(serving, self.model_config, sharding.DECODE)
+        self.stage = windows.Stage(config.rollout.windows)
+        self.signal: int | None = None
+
+    def enter(self, stack: contextlib.ExitStack) -> None:
+        """Open what must be closed again, and find where to start."""
+        config = self.config
+        self.tasks = {one.name: tasks.open_source(one) for one in config.sources}
+        self._check_prompts(self.tasks)
+        self.held_out = {one.name: tasks.open_source(one) for one in config.evaluation.sources}
+        self._check_prompts(self.held_out)
+        self.rewards = None
+        if config.rewards is not None and jax.process_index() == 0:
+            self.rewards = compose.Rewards(config.rewards)
+            stack.callback(self.rewards.close)
+        self.checkpoints = stack.enter_context(checkpoints.Checkpoints(self.workdir, config.save))
+        self.batch = self.checkpoints.latest_step() or 0
+        self.saved = self.batch
+        kept: dict[str, Any] = {}
+        if self.batch:
+            kept = self.checkpoints.position(self.batch).data
+            for name, saved in kept["fingerprints"].items():
+                self.tasks[name].check(saved)
+            self.stage.restore(kept["window"])
+        self.collector = groups.Collector(
+            config, self.tasks, self._episode, self.rewards, kept.get("collector")
+        )
+        self.version = kept.get("version", 0)
+        stack.enter_context(workdir_lib.caught(self._stop))
+        self.writer = stack.enter_context(
+            metrics.Writer(self.workdir, self.batch, config.batches, shown=_SHOWN)
+        )
+        self.state = self._state()
+        self.handover = handover.Handover(
+            self.model_config, jnp.dtype(config.dtype), self.serving_layout
+        )
+        self.sampler = rollout.Rollout(
+            self.handover(self.state.model), self.tokenizer, self._engine_sizes(), self._sampling()
+        )
+        stack.callback(self.sampler.close)
+        self.sampler.continue_from(self.version)
+        self.updater = rl_update.Updater(
+            config, self.model_config, self.layout, optimizer(config), self._reference()
+        )
+
+    def run(self) -> loop.Summary:
+        config, reward = self.config, math.nan
+        if jax.process_index() == 0:
+            logging.info("%s", describe(config))
+        if self.batch == 0 and config.evaluation.every_batches:
+            self._evaluate()
+        while self.batch < config.batches and not self._must_stop():
+            began = time.perf_counter()
+            try:
+                batch = self._collect()
+            except rollout.Stopped:
+                break
+            # From here on the state is in pieces until the batch is over.
+            values = self.updater(self.state, batch.groups, self.batch, self.version)
+            self.state = self.updater.state
+            since = time.perf_counter()
+            self.version += 1
+            self.sampler.swap(self.handover(self.state.model), self.version)
+            jax.block_until_ready(jax.tree.leaves(self.state.model))
+            values |= {"resharding_secs": time.perf_counter() - since}
+            self.batch += 1
+            reward = values.get("reward_mean", math.nan)
+            self._report(batch, values, time.perf_counter() - began)
+            if self.stage.push(values.get("length_p99", 0.0), values.get("nll", 0.0)):
+                self.writer.write(self.batch, "event", {"window_tokens": self.stage.tokens})
+            last = self.batch == config.batches
+            every = config.evaluation.every_batches
+            if every and (last or self.batch % every == 0):
+                self._evaluate()
+            if last or self.batch % config.save.every_steps == 0 or self.signal is not None:
+                self._save()
+        if self.signal is not None and self.saved != self.batch:
+            self._save()
+        self.checkpoints.wait()
+        return loop.Summary(self.batch, -reward, self.signal)
+
+    # ---- parts of a batch
+
+    def _collect(self) -> groups.Batch:
+        """Sample and score; what process 0 has, all have."""
+        batch = None
+        if jax.process_index() == 0:
+            batch = self.collector.collect(
+                self.sampler, self.batch, self.stage.tokens, lambda: self.signal is not None
+            )
+            self.sampler.dismiss()
+        else:
+            self.sampler.follow()
+        return processes.broadcast(batch)
+
+    def _report(self, batch: groups.Batch, values: dict, secs: float) -> None:
+        self.writer.advance(self.batch)
+        record = batch.metrics | values
+        known = ("sampling_secs", "waiting_secs", "training_secs", "resharding_secs")
+        record["batch_secs"] = secs
+        record["other_secs"] = secs - sum(record.get(name, 0.0) for name in known)
+        record |= {"window_tokens": self.stage.tokens, "version": self.version}
+        if record.get("pearson", 1.0) < self.config.pearson_min:
+            event = {"alarm": "sampler and trainer disagree", "pearson": record["pearson"]}
+            self.writer.write(self.batch, "event", event)
+        if self.config.log.samples:
+            rows = [
+                [f"{group.number}/{i}", sample.task.id, str(sample.reward), str(sample.valid)]
+                for group in batch.groups
+                for i, sample in enumerate(groups.finished(group))
+            ]
+            self.writer.samples(self.batch, rows)
+        if self.batch % self.config.log.every_steps == 0 or self.batch == self.config.batches:
+            self.writer.write(self.batch, "train", record)
+
+    def _evaluate(self) -> None:
+        """Log the mean reward of held-out tasks, by source."""
+        if jax.process_index():
+            self.sampler.follow()
+            return
+        config, samples, jobs = self.config.evaluation, {}, []
+        for name, some in self.held_out.items():
+            for i in range(len(some)):
+                for n in range(config.samples):
+                    seed = groups.sample_seed(self.config.seed, i, n)
+                    episode = self._episode(some[i], self.stage.tokens)
+                    jobs.append(rollout.Job((name, i, n), episode, seed))
+
+        def take(key, sample):
+            future = None if self.rewards is None else self.rewards.submit([sample])
+            samples[key] = (sample, future)
+            return ()
+
+        sampling = dataclasses.replace(self._sampling(), temperature=config.temperature)
+        stopping = lambda: self.signal is not None  # noqa: E731
+        with contextlib.suppress(rollout.Stopped):
+            self.sampler.run(lambda: jobs, take, sampling, stopping)
+            self.sampler.dismiss()
+            scored: dict[str, list[float]] = {}
+            for (name, _, _), (sample, future) in samples.items():
+                if future is not None:
+                    groups.take_score(sample, future.result()[0])
+                if sample.valid and sample.reward is not None:
+                    scored.setdefault(name, []).append(sample.reward)
+            values: dict[str, Any] = {f"reward/{k}": float(np.mean(v)) for k, v in scored.items()}
+            number = sum(map(len, scored.values()))
+            values |= {"samples": number, "failed": len(samples) - number, "version": self.version}
+            values["reward"] = float(np.mean([x for v in scored.values() for x in v] or [math.nan]))
+            self.writer.write(self.batch, "eval", values)
+
+    def _save(self) -> None:
+        self.writer.flush()
+        kept = {}
+        if jax.process_index() == 0:
+            prints = {name: some.fingerprint() for name, some in self.tasks.items()}
+            kept = {
+                "collector": self.collector.state(),
+                "version": self.version,
+                "window": self.stage.state(),
+                "fingerprints": prints,
+            }
+        kept = processes.broadcast(kept)
+        config = configlib.to_json(self.config)
+        self.checkpoints.save(self.state, kept, config, self.batch)
+        self.saved = self.batch
+
+    # ---- what a run is made of
+
+    def _episode(self, task, window: int):
+        config, given = self.config.rollout, self.config.agent
+        if given is None:
+            return agent.single_turn(task, self.tokenizer, window)
+        limits = agent.Limits(
+            given.max_turns, config.max_prompt_tokens + window, min(given.turn_tokens, window)
+        )
+        return agent.episode(task, environments.make(given.environment), self.tokenizer, limits)
+
+    def _check_prompts(self, sources) -> None:
+        most = self.config.rollout.max_prompt_tokens
+        for some in sources.values():
+            for i in range(len(some)):
+                task = some[i]
+                length = len(prompt.encode(self.tokenizer, task.messages, task.tools or None))
+                if length > most:
+                    raise ValueError(
+                        f"task {task.id}: got a prompt of {length} tokens; wanted at most {most} "
+                        "(rollout.max_prompt_tokens). Raise that, or leave the task out."
+                    )
+
+    def _engine_sizes(self):
+        config = self.config.rollout
+        sizes: dict[str, Any] = {"record_routes": config.replay_routes, **dict(config.engine)}
+        held_out = sum(map(len, self.held_out.values())) * self.config.evaluation.samples
+        most = round(config.groups * config.oversample) * config.group_size
+        return rollout.engine_sizes(sizes, config.max_tokens, max(most, held_out, 1))
+
+    def _sampling(self) -> rollout.Sampling:
+        names = [field.name for field in dataclasses.fields(rollout.Sampling)]
+        return rollout.Sampling(**{name: getattr(self.config.rollout, name) for name in names})
+
+    def _state(self) -> step_lib.TrainState:
+        """Return the newest checkpoint's state, or that of the first batch."""
+        return self.restored(self.checkpoints, self.batch) if self.batch else self._fresh_state()
+
+    def restored(self, saved: checkpoints.Checkpoints, batch: int) -> step_lib.TrainState:
+        """Return the state of a checkpoint."""
+        like = self._fresh_state() if self.config.lora is not None else self._abstract_state()
+        return saved.restore(batch, like)
+
+    def _fresh_state(self) -> step_lib.TrainState:
+        return step_lib.init(self._with_lora(self._load(*self._dtypes())), optimizer(self.config))
+
+    def _abstract_state(self) -> step_lib.TrainState:
+        model = checkpoint.abstract_model(self.model_config, *self._dtypes(), self.layout)
+        return step_lib.abstract(model, optimizer(self.config))
+
+    def _reference(self):
+        """Return the model that the KL term compares with, where there is one."""
+        objective = self.config.objective
+        if not objective.kl_coef and not objective.reward_kl_coef:
+            return None
+        dtype = jnp.dtype(self.config.dtype)
+        return self._load(dtype, dtype)
+
+    def _load(self, dtype, param_dtype):
+        mesh = None if self.layout is None else self.layout.mesh
+        model = checkpoint.load(self.config.checkpoint, dtype, mesh, param_dtype=param_dtype)
+        model.config = self.model_config
+        return model
+
+    def _dtypes(self) -> tuple[Any, Any]:
+        dtype = jnp.dtype(self.config.dtype)
+        return dtype, jnp.dtype(jnp.float32) if self.config.lora is None else dtype
+
+    def _with_lora(self, model):
+        if self.config.lora is None:
+            return model
+        return lora.add(model, self.config.lora, jax.random.key(self.config.seed))
+
+    def _stop(self, number: int) -> None:
+        if self.signal is not None:  # the second one means it
+            raise KeyboardInterrupt
+        self.signal = number
+        logging.warning("%s: ending this batch", signal.Signals(number).name)
+
+    def _must_stop(self) -> bool:
+        """Return whether to save and stop now; all processes agree."""
+        if jax.process_count() == 1:
+            return self.signal is not None
+        if multihost_utils.reached_preemption_sync_point(self.batch):
+            self.signal = signal.SIGTERM
+        return self.signal is not None
+
+
+_SHOWN = ("reward_mean", "length_mean", "pearson", "batch_secs")
+
+
+def optimizer(config: rl_config.Run) -> optim.AdamW:
+    """Return AdamW at a rate that stays, after its warm-up."""
+    update = config.update
+    number = max(config.batches * update.minibatches * update.epochs, 1)
+    rate = optim.over_tokens(
+        "constant", 0.0, update.learning_rate, update.warmup_steps, number, 1, 0
+    )
+    return optim.AdamW(rate, **dataclasses.asdict(config.optimizer))
+
+
+def describe(config: rl_config.Run) -> str:
+    """Return what is optimised, in a line: the choices that papers and programs differ in."""
+    o = config.objective
+    other = "prompt-mean" if o.aggregation == "token-mean" else "token-mean"
+    low = "0" if o.is_weight_min is None else f"{o.is_weight_min:g}"
+    high = "inf" if o.is_weight_max is None else f"{o.is_weight_max:g}"
+    return (
+        f"objective {o.name}: weights in [{low}, {high}] against {o.anchor!r} log-probabilities, "
+        f"aggregation {o.aggregation} (not {other}), {config.update.minibatches} minibatches x "
+        f"{config.update.epochs} epochs a batch"
+    )

@@ -1,0 +1,131 @@
+"""The jitted parts of an RL update: the trainer's own probabilities, gradients, AdamW.
+
+    sums = None
+    for rows in microbatches:
+        sums = add(sums, state.model, rows, share, settings)
+    state, metrics = update(state, sums, settings)
+
+Gradients are added up over any number of microbatches of one shape, so a step is compiled once,
+however much its samples wrote. The coefficients in the rows have the whole step's denominators.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from m1_jax import logprobs, moe
+from m1_jax import model as model_lib
+from train import frozen, objective, optim, rl_batch, rl_metrics
+from train import step as step_lib
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What the compiled functions are made for.
+
+    temperature: of the sampler, and so of the trainer's probabilities. balance_coefficient: of
+    `moe.balance_loss`. entropy: whether to compute each distribution's, which the metrics want.
+    """
+
+    optimizer: optim.AdamW
+    objective: objective.Objective
+    temperature: float = 1.0
+    balance_coefficient: float = 0.0
+    entropy: bool = True
+    skip_nonfinite: bool = True
+
+
+@functools.partial(jax.jit, static_argnames="temperature")
+def score(model: model_lib.MiniMaxM1, rows: rl_batch.Rows, temperature: float) -> Any:
+    """Return (log-probabilities of the targets, entropies), float32 [B, T]."""
+    hidden, _ = model.hidden(rows.tokens, rows.segment_ids, rows.positions, routes=rows.routes)
+    made = logprobs.token_logprobs(
+        model, hidden, rows.targets, entropy=True, temperature=temperature
+    )
+    return made.logp, made.entropy
+
+
+@functools.partial(jax.jit, static_argnames="settings", donate_argnames="sums")
+def add(
+    sums: Any,
+    model: model_lib.MiniMaxM1,
+    rows: rl_batch.Rows,
+    share: Any,
+    weight_mean: Any,
+    settings: Settings,
+):
+    """Return (gradients, metrics) of a microbatch, added to those of the ones before.
+
+    sums: None for the first. share: of the step's tokens that are in these rows; it weighs the
+    balance loss, which is a product of means. weight_mean: see `objective.Terms`, or None.
+    """
+    trained, rest = frozen.split(model)
+
+    @functools.partial(jax.grad, has_aux=True)
+    def gradients(trained):
+        return _loss(frozen.join(trained, rest), rows, share, weight_mean, settings)
+
+    grads, metrics = gradients(trained)
+    grads = step_lib.pinned(grads)
+    if sums is None:
+        return grads, metrics
+    return jax.tree.map(jnp.add, sums[0], grads), rl_metrics.add(sums[1], metrics)
+
+
+def _loss(model, rows: rl_batch.Rows, share, weight_mean, settings: Settings):
+    hidden, stats = model.hidden(rows.tokens, rows.segment_ids, rows.positions, routes=rows.routes)
+    made = logprobs.token_logprobs(
+        model,
+        hidden,
+        rows.targets,
+        entropy=settings.entropy,
+        temperature=settings.temperature,
+    )
+    terms = objective.Terms(
+        logp=made.logp,
+        logp_old=rows.logp_old,
+        logp_rollout=rows.logp_rollout,
+        advantages=rows.advantages,
+        mask=rows.mask,
+        coefficients=rows.coefficients,
+        segment_ids=rows.segment_ids,
+        logp_ref=rows.logp_ref if settings.objective.kl_coef else None,
+        entropy=made.entropy,
+        weight_mean=weight_mean,
+    )
+    loss, metrics = objective.loss(settings.objective, terms)
+    balance = moe.balance_loss(stats) * share
+    metrics["shares"]["balance_loss"] = balance
+    ratio = objective.ratios(settings.objective, terms)
+    drops = rl_metrics.drop_counts(
+        rows.targets, ratio, rows.advantages, rows.mask, model.config.vocab_size
+    )
+    metrics["drops"] = {"by_token": drops}
+    return loss + settings.balance_coefficient * balance, metrics
+
+
+@functools.partial(jax.jit, static_argnames="settings", donate_argnames=("state", "sums"))
+def update(
+    state: step_lib.TrainState, sums: Any, settings: Settings
+) -> tuple[step_lib.TrainState, dict[str, Any]]:
+    """Make one optimizer step with the gradients that `add` summed; both arguments are donated.
+
+    Returns:
+      The new state, and metrics: those of `step.apply`, and the magnitudes of gradients and
+      second moments (`rl_metrics`), as M1 3.2 looks at them.
+    """
+    grads, _ = sums
+    shares = {f"gradient/{name}": x for name, x in rl_metrics.gradient_shares(grads).items()}
+    state, metrics = step_lib.apply(state, grads, settings.optimizer, settings.skip_nonfinite)
+    second = [
+        leaf.nu for leaf in jax.tree.leaves(state.moments, is_leaf=_is_adam) if _is_adam(leaf)
+    ]
+    return state, metrics | shares | {"second_moment/zero": rl_metrics.zero_share(second)}
+
+
+def _is_adam(part: Any) -> bool:
+    return isinstance(part, optax.ScaleByAdamState)

@@ -1,0 +1,252 @@
+"""One generation batch through the trainer: its own probabilities, advantages, updates, metrics."""
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from m1_jax import config as model_config_lib
+from m1_jax import sharding
+from train import (
+    advantages,
+    correction,
+    groups,
+    objective,
+    optim,
+    rl_batch,
+    rl_config,
+    rl_metrics,
+    rl_step,
+)
+from train import step as step_lib
+
+
+class Updater:
+    """Trains on groups.
+
+    Args:
+      config: of the run. layout: of the trainer. reference: the model of the KL term, or None.
+      optimizer: of the steps.
+
+    Attributes:
+      state: after the last call; the one given to it is gone.
+    """
+
+    state: step_lib.TrainState
+
+    def __init__(
+        self,
+        config: rl_config.Run,
+        model_config: model_config_lib.ModelConfig,
+        layout: sharding.Layout | None,
+        optimizer: optim.AdamW,
+        reference: Any = None,
+    ):
+        self._config, self._layout, self._reference = config, layout, reference
+        self._routes = None
+        if config.rollout.replay_routes:
+            self._routes = (len(model_config.layer_types), model_config.num_experts_per_tok)
+        self._settings = rl_step.Settings(
+            optimizer, config.objective, config.rollout.temperature, config.update.balance
+        )
+
+    def __call__(
+        self, state: step_lib.TrainState, batch: Sequence[groups.Group], number: int, version: int
+    ) -> dict[str, Any]:
+        """Make the updates of batch `number`; return its metrics.
+
+        version: of the weights before them.
+
+        Raises:
+          FloatingPointError: no update had a finite gradient.
+        """
+        self.state, began = state, time.perf_counter()
+        samples = [sample for group in batch for sample in groups.finished(group)]
+        numbers = [group.number for group in batch for _ in group.samples]
+        found = self._group_metrics(samples, numbers)
+        parts = [self._pack(part) for part in self._split(batch, number)]
+        parts = [part for part in parts if part.rows]
+        if not parts:
+            return found | {"updates": 0.0, "training_secs": time.perf_counter() - began}
+        entropy = self._score(parts)
+        scored = time.perf_counter()
+        found |= _mismatch(parts, version) | {"entropy_old": entropy}
+        self._fill_advantages(parts, samples, numbers)
+        updates = []
+        for _ in range(self._config.update.epochs):
+            updates += [self._update(part) for part in parts]
+        found |= _over_updates(updates)
+        if found["skipped"] == found["updates"]:
+            raise FloatingPointError(
+                f"batch {number}: none of {len(updates)} updates had a finite gradient; lower the "
+                "learning rate, or go on from an earlier checkpoint"
+            )
+        found["scoring_forward_secs"] = scored - began
+        found["training_secs"] = time.perf_counter() - began
+        return found
+
+    # ---- before the updates
+
+    def _split(self, batch: Sequence[groups.Group], number: int) -> list[list[groups.Group]]:
+        """Return the minibatches, each of whole groups, in an order drawn for this batch."""
+        order = np.random.default_rng((self._config.seed, number)).permutation(len(batch))
+        return [
+            [batch[i] for i in part]
+            for part in np.array_split(order, self._config.update.minibatches)
+        ]
+
+    def _pack(self, part: Sequence[groups.Group]) -> "_Part":
+        rollout = self._config.rollout
+        pairs = [(group.number, one) for group in part for one in groups.finished(group)]
+        kept = [(number, one) for number, one in pairs if one.valid]
+        packed = rl_batch.pack(
+            [one for _, one in kept], self._config.update.rows, rollout.max_tokens, self._routes
+        )
+        lengths = np.array([sum(one.mask) for _, one in kept])
+        prompts = np.array([number for number, _ in kept])
+        each = objective.coefficients(
+            self._config.objective, lengths, prompts, np.ones(len(kept), bool)
+        )
+        packed.fill("coefficients", list(each))
+        return _Part(packed, prompts)
+
+    def _score(self, parts: list["_Part"]) -> float:
+        """Write the trainer's probabilities of everything; return the mean entropy."""
+        total, tokens = 0.0, 0.0
+        for part in parts:
+            for rows in part.rows:
+                placed = rl_batch.place(rows, self._layout)
+                temperature = self._settings.temperature
+                logp, entropy = rl_step.score(self.state.model, placed, temperature)
+                real = rows.mask > 0
+                rows.logp_old[:] = np.where(real, rl_batch.whole(logp), 0)
+                total += float(np.sum(np.where(real, rl_batch.whole(entropy), 0)))
+                tokens += float(np.sum(real))
+                if self._reference is not None:
+                    logp, _ = rl_step.score(self._reference, placed, temperature)
+                    rows.logp_ref[:] = np.where(real, rl_batch.whole(logp), 0)
+        return total / max(tokens, 1.0)
+
+    def _fill_advantages(self, parts, samples, numbers) -> None:
+        chosen = self._config.objective
+        rewards = [0.0 if one.reward is None else one.reward for one in samples]
+        valid = [one.valid for one in samples]
+        turns = [one.turn_rewards for one in samples]
+        if chosen.advantage.startswith("return") or any(turns):
+            kls = None
+            if chosen.reward_kl_coef:
+                kls = [np.zeros(len(one.tokens)) for one in samples]
+                place = {id(one): i for i, one in enumerate(samples)}
+                for part in parts:
+                    gaps = part.packed.take([rows.logp_old - rows.logp_ref for rows in part.rows])
+                    for one, gap in zip(part.packed.samples, gaps, strict=True):
+                        kls[place[id(one)]] = gap
+            masks = [np.asarray(one.mask) for one in samples]
+            made = advantages.per_token(chosen, rewards, numbers, valid, masks, turns, kls)
+        else:
+            made = list(advantages.per_sample(chosen, rewards, numbers, valid))
+        of = {id(one): value for one, value in zip(samples, made, strict=True)}
+        for part in parts:
+            part.packed.fill("advantages", [of[id(one)] for one in part.packed.samples])
+
+    # ---- an update
+
+    def _update(self, part: "_Part") -> tuple[Any, Any]:
+        """Make one step; return its metrics, still on the device."""
+        weight_mean, sums = self._weight_mean(part), None
+        tokens = [float(np.sum(rows.segment_ids > 0)) for rows in part.rows]
+        for rows, number in zip(part.rows, tokens, strict=True):
+            placed = rl_batch.place(rows, self._layout)
+            share = np.float32(number / sum(tokens))
+            sums = rl_step.add(sums, self.state.model, placed, share, weight_mean, self._settings)
+        assert sums is not None
+        measured = jax.tree.map(lambda x: x + 0, sums[1])  # the sums are donated
+        self.state, metrics = rl_step.update(self.state, sums, self._settings)
+        return measured, metrics
+
+    def _weight_mean(self, part: "_Part"):
+        chosen = self._config.objective.correction
+        if chosen is None or not chosen.normalise:
+            return None
+        totals = np.zeros(2)
+        for rows in part.rows:
+            weight, _ = correction.weights(
+                chosen, rows.logp_old, rows.logp_rollout, rows.mask, rows.segment_ids
+            )
+            totals += np.asarray(correction.mean_weight(weight, rows.mask))
+        return np.float32(totals[0] / max(totals[1], 1.0))
+
+    def _group_metrics(self, samples, numbers) -> dict[str, float]:
+        rewards = [math.nan if one.reward is None else one.reward for one in samples]
+        lengths = [sum(one.mask) for one in samples]
+        found = rl_metrics.groups(
+            rewards,
+            numbers,
+            [one.valid for one in samples],
+            lengths,
+            [one.status for one in samples],
+        )
+        said = [
+            logp for one in samples for logp, m in zip(one.logprobs, one.mask, strict=True) if m
+        ]
+        found["nll"] = -float(np.mean(said)) if said else 0.0
+        names = sorted({name for one in samples for name in one.parts})
+        for name in names:
+            values = [one.parts[name] for one in samples if name in one.parts]
+            found[f"reward/{name}"] = float(np.mean(values))
+        return found
+
+
+class _Part:
+    """A minibatch. prompts: the group of each packed sample."""
+
+    def __init__(self, packed: rl_batch.Packed, prompts: np.ndarray):
+        self.packed, self.prompts = packed, prompts
+
+    @property
+    def rows(self) -> list[Any]:
+        return self.packed.rows
+
+
+def _mismatch(parts: list[_Part], version: int) -> dict[str, float]:
+    """Compare sampler and trainer on what the present weights wrote."""
+    columns: list[list[np.ndarray]] = [[], [], []]
+    for part in parts:
+        old = part.packed.take([rows.logp_old for rows in part.rows])
+        for one, trainer in zip(part.packed.samples, old, strict=True):
+            same = (np.asarray(one.mask) > 0) & (np.asarray(one.versions) == version)
+            number = np.full(int(same.sum()), len(columns[2]))
+            for column, value in zip(
+                columns, (np.asarray(one.logprobs)[same], trainer[same], number), strict=True
+            ):
+                column.append(value)
+    rollout, old, ids = (np.concatenate(column)[None] for column in columns)
+    if not rollout.size:
+        return {}
+    return rl_metrics.mismatch(rollout, old, np.ones(rollout.shape), ids)
+
+
+def _over_updates(updates: list[tuple[Any, Any]]) -> dict[str, Any]:
+    """Return the metrics of all updates of a batch together: means, and extremes of extremes."""
+    reports = [rl_metrics.report(jax.device_get(measured)) for measured, _ in updates]
+    found: dict[str, Any] = {}
+    for name in reports[0]:
+        how: Callable = {"ratio_min": min, "ratio_max": max, "ratio_p99": max}.get(name, np.mean)
+        found[name] = float(how([one[name] for one in reports]))
+    drops = sum(np.asarray(measured["drops"]["by_token"]) for measured, _ in updates)
+    found["most_dropped"] = rl_metrics.most_dropped(np.asarray(drops))
+    steps = jax.device_get([metrics for _, metrics in updates])
+    last = steps[-1]
+    shares = {n.removeprefix("gradient/"): v for n, v in last.items() if n.startswith("gradient/")}
+    histogram = rl_metrics.gradient_histogram(shares)
+    found |= {f"gradient/decade_{name}": value for name, value in histogram.items()}
+    found["gradient/below_1e-14"] = float(shares["below_1e-14"])
+    for name in last:
+        if not name.startswith("gradient/"):
+            found[name] = float(np.mean([step[name] for step in steps]))
+    found["skipped"] = float(sum(step["skipped"] for step in steps))
+    found["updates"] = float(len(updates))
+    return found

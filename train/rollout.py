@@ -1,0 +1,299 @@
+"""Samples drawn from the live weights by the generation engine, on the trainer's own mesh.
+
+Process 0 runs episodes over the engine; the others follow it (`infer/controller.py`). A sample
+depends on the weights, its task and its seed alone: not on its company, nor on when it ran, so a
+run that was killed draws the same samples again.
+"""
+
+import concurrent.futures
+import dataclasses
+import time
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from typing import Any
+
+import jax
+
+from infer import config as engine_config
+from infer import controller, engine, request
+from m1_jax import tokenizer as tokenizer_lib
+from train import sample as sample_lib
+
+_STATUS = {"stop": "stop", "length": "length", "loop": "repetition"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn.
+
+    top_p, top_k, min_p: anything but "off" makes probabilities that the trainer does not have,
+    and biases its ratios.
+    stop_on_loop: an answer ends that was sure of 3,000 tokens in a row (M1 4.3).
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    stop_on_loop: bool = True
+
+    def __post_init__(self):
+        if self.temperature < 0:
+            raise ValueError(f"temperature: got {self.temperature}; wanted 0 (greedy) or more")
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One episode to run.
+
+    seed: of its first turn. made: what it said before, if it goes on. slice_tokens: what it may add
+    to its one turn before it is paused; 0: all.
+    """
+
+    key: Hashable
+    episode: sample_lib.Episode
+    seed: int
+    made: sample_lib.Continuation | None = None
+    slice_tokens: int = 0
+
+
+class Stopped(Exception):
+    """The run is to end; what was under way is sampled again by the next one."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Paused:
+    """An episode that used up its slice: everything that it said so far."""
+
+    made: sample_lib.Continuation
+
+
+@dataclasses.dataclass
+class Times:
+    """Seconds: of all, and of those in which the device had nothing to do but wait for tools."""
+
+    total_secs: float = 0.0
+    waiting_secs: float = 0.0
+    tokens: int = 0
+
+    def plus(self, other: "Times") -> "Times":
+        return Times(
+            self.total_secs + other.total_secs,
+            self.waiting_secs + other.waiting_secs,
+            self.tokens + other.tokens,
+        )
+
+
+@dataclasses.dataclass
+class _Open:
+    job: Job
+    asked: Any = None  # the engine's request, if it is the model's turn
+    acting: concurrent.futures.Future | None = None
+    most: int = 0  # tokens that the turn may have in all
+    turn: int = 0
+
+
+class Rollout:
+    """The sampler of one run.
+
+    model: with the first weights, as `Handover` gives them. config: sizes of the engine.
+    workers: tools at work side by side.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: tokenizer_lib.Tokenizer,
+        config: engine_config.Config,
+        sampling: Sampling,
+        workers: int = 8,
+    ):
+        self._sampling = sampling
+        self._next = model
+        self._engine: engine.Engine | None = None
+        self._follower: controller.Follower | None = None
+        if jax.process_index() == 0:
+            self._engine = engine.Engine(model, tokenizer, config)
+        else:
+            self._follower = controller.Follower(model, config)
+        self._stale = False
+        self._pool = concurrent.futures.ThreadPoolExecutor(workers, "tool")
+
+    def swap(self, model: Any, version: int) -> None:
+        """Take new weights; they are used from the next `run` on. Every process calls this."""
+        self._next, self._stale = model, True
+        self._version = version
+
+    def run(
+        self,
+        make: Callable[[], Iterable[Job]],
+        on_done: Callable[[Hashable, sample_lib.Sample | Paused], Iterable[Job]],
+        sampling: Sampling | None = None,
+        stopping: Callable[[], bool] = lambda: False,
+    ) -> Times:
+        """Run episodes to their ends, on process 0; the others `follow` meanwhile.
+
+        make: returns the first episodes. on_done: takes each that ends, in no order, and returns
+        more. sampling: in place of the run's. stopping: whether to give up.
+
+        Raises:
+          Stopped: `stopping` said so; nothing can be run after that.
+        """
+        assert self._engine is not None, "process 0 runs, the others follow"
+        if self._stale:
+            self._engine.swap(self._next, keep_running=False)
+            self._engine.continue_from(self._version)
+            self._stale = False
+        began = time.perf_counter()
+        drive = _Drive(self._engine, self._pool, sampling or self._sampling, on_done, stopping)
+        times = drive.run(list(make()))
+        times.total_secs = time.perf_counter() - began
+        return times
+
+    def follow(self) -> None:
+        """Do process 0's work on this process's devices, until it dismisses the others."""
+        assert self._follower is not None
+        self._follower.follow(lambda: self._next)
+
+    def dismiss(self) -> None:
+        """Let the others go on to training."""
+        assert self._engine is not None
+        self._engine.dismiss()
+
+    @property
+    def version(self) -> int:
+        assert self._engine is not None
+        return self._engine.version
+
+    def continue_from(self, version: int) -> None:
+        """Count versions of the weights from here on, as the run before this one did."""
+        if self._engine is not None:
+            self._engine.continue_from(version)
+
+    def close(self) -> None:
+        self._pool.shutdown(cancel_futures=True)
+        if self._engine is not None:
+            self._engine.close()
+        elif self._follower is not None:
+            self._follower.follow()
+
+
+class _Drive:
+    """One call of `Rollout.run`."""
+
+    def __init__(self, served: engine.Engine, pool, sampling: Sampling, on_done, stopping):
+        self._engine, self._pool, self._sampling = served, pool, sampling
+        self._on_done, self._stopping = on_done, stopping
+        self._open: dict[Hashable, _Open] = {}
+        self._times = Times()
+
+    def run(self, jobs: list[Job]) -> Times:
+        for job in jobs:
+            self._start(job)
+        while self._open:
+            if self._stopping():
+                raise Stopped
+            if not self._engine.step():
+                self._wait()
+            for one in list(self._open.values()):
+                if one.asked is not None and one.asked.finish_reason is not None:
+                    self._said(one)
+                elif one.acting is not None and one.acting.done():
+                    self._acted(one)
+        while self._engine.step():  # what ended by the host's word alone is still under way
+            pass
+        return self._times
+
+    def _start(self, job: Job) -> None:
+        if job.key in self._open:
+            raise ValueError(f"episode {job.key!r}: got it twice; wanted keys that differ")
+        one = self._open[job.key] = _Open(job)
+        self._advance(one, None)
+
+    def _advance(self, one: _Open, answer: Any, throw: BaseException | None = None) -> None:
+        """Send an answer to the episode, and begin what it wants next."""
+        one.asked = one.acting = None
+        try:
+            wanted = one.job.episode.throw(throw) if throw else one.job.episode.send(answer)
+        except StopIteration as stop:
+            self._end(one, stop.value)
+            return
+        if isinstance(wanted, sample_lib.Act):
+            one.acting = self._pool.submit(wanted.function)
+            return
+        made, one.most = one.job.made if one.turn == 0 else None, wanted.max_tokens
+        number = len(made.tokens) if made else 0
+        cut = one.job.slice_tokens
+        limit = min(wanted.max_tokens, number + cut) if cut else wanted.max_tokens
+        options = request.Options(
+            **dataclasses.asdict(self._sampling),
+            seed=(one.job.seed + one.turn * 0x85EBCA6B) % 2**32,
+            max_tokens=limit,
+        )
+        one.turn += 1
+        one.asked = self._engine.submit(wanted.tokens, options, made=_tokens(made) or None)
+
+    def _said(self, one: _Open) -> None:
+        asked = one.asked
+        first = len(one.job.made.tokens) if one.turn == 1 and one.job.made else 0
+        self._times.tokens += len(asked.tokens) - first
+        made = sample_lib.Continuation(
+            tuple(token.id for token in asked.tokens),
+            tuple(token.logp for token in asked.tokens),
+            tuple(token.version for token in asked.tokens),
+            _STATUS.get(asked.finish_reason, "error"),
+            asked.routes,
+            tuple(token.logp_raw for token in asked.tokens),
+        )
+        if made.status == "length" and len(made.tokens) < one.most:
+            one.job.episode.close()
+            self._end(one, Paused(made))
+            return
+        self._advance(one, made)
+
+    def _acted(self, one: _Open) -> None:
+        assert one.acting is not None
+        error = one.acting.exception()
+        if error is None:
+            self._advance(one, one.acting.result())
+        else:
+            self._advance(one, None, throw=error)
+
+    def _end(self, one: _Open, result: sample_lib.Sample | Paused) -> None:
+        del self._open[one.job.key]
+        for job in self._on_done(one.job.key, result):
+            self._start(job)
+
+    def _wait(self) -> None:
+        """Wait for a tool, where nothing else can go on."""
+        acting = [one.acting for one in self._open.values() if one.acting is not None]
+        over = [one for one in self._open.values() if one.asked and one.asked.finish_reason]
+        if over or not acting:
+            return
+        began = time.perf_counter()
+        concurrent.futures.wait(acting, return_when=concurrent.futures.FIRST_COMPLETED)
+        self._times.waiting_secs += time.perf_counter() - began
+
+
+def _tokens(made: sample_lib.Continuation | None) -> list[Any]:
+    if made is None:
+        return []
+    make: Any = engine.outputs.Token
+    return [
+        make(*one) for one in zip(made.tokens, made.logprobs, made.raw, made.versions, strict=True)
+    ]
+
+
+def engine_sizes(sizes: Mapping[str, Any], max_length: int, max_queue: int) -> engine_config.Config:
+    """Return an engine's config for sequences of at most `max_length` tokens.
+
+    Raises:
+      ValueError: sizes that do not fit each other, or an unknown one.
+    """
+    known = {field.name for field in dataclasses.fields(engine_config.Config)}
+    for name in sizes:
+        if name not in known or name in ("max_length", "max_queue"):
+            raise ValueError(
+                f"rollout.engine: got {name!r}; wanted some of "
+                f"{', '.join(sorted(known - {'max_length', 'max_queue'}))}"
+            )
+    return engine_config.Config(max_length=max_length, max_queue=max_queue, **sizes)

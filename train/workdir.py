@@ -1,0 +1,78 @@
+"""What every run does with its directory and its process: config, compilation cache, signals."""
+
+import contextlib
+import json
+import os
+import pathlib
+import re
+import signal
+import threading
+from typing import Any
+
+import jax
+
+from m1_jax import configlib
+from train import checkpoints
+
+CONFIG = "config.json"
+
+
+def resolve(kind: type, config: Any, workdir: pathlib.Path, may_change: re.Pattern) -> Any:
+    """Return the config to run: the given one, if `workdir` does not hold another run.
+
+    kind: of the config. may_change: matches the paths of fields that a run may go on with others
+      of; None for `config` goes on as before.
+
+    Raises:
+      ResumeError: no run to go on with, or one of another config.
+    """
+    file = workdir / CONFIG
+    if not file.exists():
+        if config is None:
+            raise checkpoints.ResumeError(f"{workdir} holds no run to go on with; give --config")
+        return config
+    saved = configlib.from_json(kind, json.loads(file.read_text()))
+    if config is None:
+        return saved
+    lines = configlib.differences(saved, config)
+    changed = [line for line in lines if not may_change.match(line)]
+    if changed:
+        raise checkpoints.ResumeError(
+            f"{workdir} holds a run with another config: {'; '.join(changed)}. Go on with it by "
+            "leaving --config out, or give a new --workdir."
+        )
+    return config
+
+
+def record(config: Any, workdir: pathlib.Path) -> None:
+    """Write the config into the directory, whole or not at all; process 0 does."""
+    if jax.process_index():
+        return
+    path = workdir / CONFIG
+    part = path.with_suffix(".part")
+    with part.open("w") as file:
+        file.write(json.dumps(configlib.to_json(config), indent=1))
+        file.flush()
+        os.fsync(file.fileno())
+    part.rename(path)
+
+
+def use_compilation_cache(directory: str) -> None:
+    path = pathlib.Path(directory or "~/.cache/m1_jax/xla").expanduser()
+    path.mkdir(parents=True, exist_ok=True)
+    jax.config.update("jax_compilation_cache_dir", str(path))
+
+
+@contextlib.contextmanager
+def caught(handler):
+    """Call `handler(number)` for SIGTERM and SIGINT; in other threads signals stay as they are."""
+    if threading.current_thread() is not threading.main_thread() or jax.process_count() > 1:
+        yield  # several processes: the coordination service watches for SIGTERM
+        return
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    old = [signal.signal(number, lambda n, _: handler(n)) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, before in zip(numbers, old, strict=True):
+            signal.signal(number, before)
