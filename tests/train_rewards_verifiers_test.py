@@ -218,6 +218,9 @@ def test_functions_of_other_trainers(workers):
     path = "foreign_functions:"
     slime = adapters.Slime(workers, path + "rm", scale=2)
     assert _score(slime, "x", "x") == {"score": 2.0}
+    sample = _sample("x", "x")
+    sample.routes = lambda: "what does not pickle stays here"
+    assert asyncio.run(slime.reward(sample)) == {"score": 2.0}
     verl = adapters.Verl(workers, path + "compute_score")
     assert [_score(verl, text, "x", level=1) for text in "xy"] == [1.0, 0.0]
     tunix = adapters.Tunix(workers, path + "fn", twice=True)
