@@ -146,6 +146,16 @@ def test_logic_errors(workers):
         _score(logic.Logic(workers), "x", generator="chain_sum")
 
 
+def _open():
+    """Whether programs must run with an open network: this system permits no namespaces."""
+    try:
+        runner.run({}, ["true"])
+    except runner.Unavailable:
+        return True
+    return False
+
+
+OPEN = _open()
 ADD = (
     "<think>```python\nno\n```</think>Here:\n```python\nprint(sum(map(int, input().split())))\n```"
 )
@@ -169,8 +179,10 @@ def _code(source):
     ],
 )
 def test_programs_that_print(text, share):
-    assert _score(coding.Code(), text, tests=TESTS) == share
-    assert _score(coding.Code(partial=False), text, tests=TESTS) == float(share == 1)
+    assert _score(coding.Code(allow_network=OPEN), text, tests=TESTS) == share
+    assert _score(coding.Code(partial=False, allow_network=OPEN), text, tests=TESTS) == float(
+        share == 1
+    )
 
 
 @pytest.mark.parametrize(
@@ -185,11 +197,11 @@ def test_programs_that_print(text, share):
 )
 def test_programs_with_asserts(source, passes):
     tests = "from solution import f\nassert f(1) == 2\n"
-    assert _score(coding.Code(), _code(source), test_code=tests) == passes
+    assert _score(coding.Code(allow_network=OPEN), _code(source), test_code=tests) == passes
 
 
 def test_programs_over_their_limits_fail_and_stall_nothing():
-    reward = coding.Code(cpu_secs=1, wall_secs=1.0, processes=4)
+    reward = coding.Code(cpu_secs=1, wall_secs=1.0, processes=4, allow_network=OPEN)
     for source in ("while True: pass", "import os\nwhile True: os.fork()", "x = 'x' * 2**33"):
         assert _score(reward, _code(source), tests=TESTS[:1]) == 0.0
 
@@ -203,15 +215,15 @@ def test_wall_time_is_tried_again(monkeypatch):
         return runner.Result("3", "", None if slow else 0, "wall" if slow else "exit")
 
     monkeypatch.setattr(runner, "run", run)
-    assert _score(coding.Code(), ADD, tests=TESTS[:1]) == 1.0
+    assert _score(coding.Code(allow_network=OPEN), ADD, tests=TESTS[:1]) == 1.0
     assert calls == ["1 2\n"] * 2
 
 
 def test_code_that_cannot_be_run_is_a_failure():
     with pytest.raises(runner.Unavailable):
-        _score(coding.Code(python="no-such-python"), ADD, tests=TESTS)
+        _score(coding.Code(python="no-such-python", allow_network=OPEN), ADD, tests=TESTS)
     with pytest.raises(ValueError, match="got no tests"):
-        _score(coding.Code(), ADD)
+        _score(coding.Code(allow_network=OPEN), ADD)
 
 
 def test_functions_of_other_trainers(workers):

@@ -99,6 +99,7 @@ def _start(options: dict, uid: int, report: int) -> None:
             file.write("1000")  # should memory run out, this goes first, not the caller
         if os.getuid() == 0:
             _leave_root(uid)
+        _prctl(DEATH_SIGNAL, signal.SIGKILL)  # for where there is no namespace to die with
         _prctl(NO_NEW_PRIVS, 1)
         _limit(options)
         for number in (signal.SIGPIPE, signal.SIGXFSZ):  # which Python ignores

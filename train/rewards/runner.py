@@ -92,7 +92,8 @@ def run(
       files: text by relative path.
       command: program and arguments; the program is found as the caller's PATH says.
       allow_network: do without namespaces: the network is open, and only processes that stay
-        descendants of the command are counted and killed. For systems that permit none.
+        descendants of the command are counted and killed, but for those whose caller was
+        killed itself. For systems that permit none.
 
     Raises:
       Unavailable: namespaces are not permitted and `allow_network` is false; or the program does
