@@ -89,7 +89,7 @@ def test_worker_never_imports_jax(one, functions):
     _value(one, "train.rewards.mathematics:grade", "Answer: 1", "1")
     task = sample_lib.Task("1", (), "s")
     sample = sample_lib.Sample(task, (1,), text="x")
-    assert _value(one, "train.rewards.adapters:call", functions + "length", sample, {}) == 1
+    assert _value(one, "train.rewards.adapters:call", functions + "length", {}, sample) == 1
     loaded = _value(one, functions + "modules")
     assert "math_verify" in loaded
     assert not [name for name in loaded if name.split(".")[0] in ("jax", "jaxlib", "flax", "grain")]

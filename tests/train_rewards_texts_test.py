@@ -94,7 +94,8 @@ A_OTHER = {"name": "a", "arguments": {"x": True, "y": {"k": [1.5, None]}}}
     [
         (_calls(A, B), 1.0, 1.0),
         (_calls(A_SAME, B), 1.0, 1.0),
-        (_calls(A) + " and " + _calls(B), 1.0, 1.0),
+        (_calls(A) + " and\n" + _calls(B), 1.0, 1.0),
+        ("<think>" + _calls(B) + "</think>\n" + _calls(A, B), 1.0, 1.0),
         (_calls(B, A), 0.5, 1.0),
         (_calls(A), 2 / 3, 2 / 3),
         (_calls(A, A, B), 0.8, 0.8),
@@ -103,8 +104,8 @@ A_OTHER = {"name": "a", "arguments": {"x": True, "y": {"k": [1.5, None]}}}
         ("<tool_calls>\n{oops\n</tool_calls>", 0.0, 0.0),
         ('<tool_calls>\n{"name": "a"}\n</tool_calls>', 0.0, 0.0),
         ("[" * 100_000, 0.0, 0.0),
-        ("<tool_calls>" + "[" * 100_000 + "</tool_calls>", 0.0, 0.0),
-        (_calls(A, B) + "<tool_calls>", 0.0, 0.0),
+        ("<tool_calls>\n" + "[" * 100_000 + "</tool_calls>", 0.0, 0.0),
+        (_calls(A, B) + "<tool_calls>\n", 0.0, 0.0),
         (f"<think>{_calls(A, B)}</think>", 0.0, 0.0),
     ],
 )

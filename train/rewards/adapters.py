@@ -9,6 +9,7 @@ Options: path="module:function", found on the trainer's search path. A mapping's
 parts: choose the one that counts with a weight such as (("score", 1.0),).
 """
 
+import dataclasses
 import inspect
 import types
 from collections.abc import Mapping
@@ -19,9 +20,9 @@ from train.rewards import generative, pool, worker
 
 
 class _Adapter:
-    """Base: holds the pool and the path."""
+    """Base: calls one of the functions below in a worker."""
 
-    pooled = True
+    limit_secs = None  # the pool's
 
     def __init__(self, workers: pool.Pool, path: str, **options: Any):
         """options: passed on, see the subclass.
@@ -33,13 +34,21 @@ class _Adapter:
             raise ValueError(f"path: got {path!r}; wanted 'module:function'")
         self._pool, self._path, self._options = workers, path, options
 
+    async def _call(self, function: str, samples: Any) -> Any:
+        return await self._pool.call(f"{__name__}:{function}", self._path, self._options, samples)
+
+
+def _light(sample: sample_lib.Sample) -> sample_lib.Sample:
+    """Leave out the routes: they are long, and as a device's array they would bring jax along."""
+    return dataclasses.replace(sample, routes=None)
+
 
 class Function(_Adapter):
     """Calls `reward(sample, **options)`."""
 
     async def reward(self, sample: sample_lib.Sample) -> Any:
         """Score one sample."""
-        return await self._pool.call(f"{__name__}:call", self._path, sample, self._options)
+        return await self._call("call", _light(sample))
 
 
 class Slime(_Adapter):
@@ -47,7 +56,7 @@ class Slime(_Adapter):
 
     async def reward(self, sample: sample_lib.Sample) -> Any:
         """Score one sample."""
-        return await self._pool.call(f"{__name__}:slime", self._path, self._options, sample)
+        return await self._call("slime", _light(sample))
 
 
 class Verl(_Adapter):
@@ -55,7 +64,7 @@ class Verl(_Adapter):
 
     async def reward(self, sample: sample_lib.Sample) -> Any:
         """Score one sample."""
-        return await self._pool.call(f"{__name__}:verl", self._path, self._options, sample)
+        return await self._call("verl", _light(sample))
 
 
 class Tunix(_Adapter):
@@ -65,7 +74,7 @@ class Tunix(_Adapter):
 
     async def reward_group(self, samples: list[sample_lib.Sample]) -> Any:
         """Score a group."""
-        return await self._pool.call(f"{__name__}:tunix", self._path, self._options, samples)
+        return await self._call("tunix", [_light(sample) for sample in samples])
 
 
 def prepare(path: str, *_: Any) -> None:
@@ -73,7 +82,7 @@ def prepare(path: str, *_: Any) -> None:
     worker.find(path)
 
 
-async def call(path: str, sample: sample_lib.Sample, options: dict[str, Any]) -> Any:
+async def call(path: str, options: dict[str, Any], sample: sample_lib.Sample) -> Any:
     """Call a function of this project's kind; this and what follows run in a worker."""
     return await _finish(worker.find(path)(sample, **options))
 

@@ -2,7 +2,8 @@
 
 A reward is an object with `async def reward(sample) -> float | Mapping[str, float]`, or with
 `async def reward_group(samples)` that returns such a value for each. It raises where it has no
-score, or returns None; 0 is a score.
+score, or returns None; 0 is a score. Two attributes are optional: `limit_secs`, its own limit
+(None: it keeps the time itself), and `parallel`, how many samples it scores at once.
 """
 
 from collections.abc import Callable

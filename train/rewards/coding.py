@@ -27,7 +27,12 @@ def extract(text: str) -> str | None:
 
 
 class Code:
-    """The share of the tests that pass, or all or nothing; 0 where there is no program."""
+    """The share of the tests that pass, or all or nothing; 0 where there is no program.
+
+    After a test that ran out of time the others are not run: they count as failed.
+    """
+
+    limit_secs = None  # each program has its own
 
     def __init__(
         self,
@@ -76,22 +81,23 @@ class Code:
         passed = 0
         for test in tests:
             if test is None:
-                passed += await self._asserts(program, metadata["test_code"])
+                result, good = await self._asserts(program, metadata["test_code"])
             else:
-                passed += await self._prints(program, test["stdin"], test["stdout"])
-            if not passed and not self._partial:
-                return 0.0
+                result, good = await self._prints(program, test["stdin"], test["stdout"])
+            passed += good and result.exit_code == 0
+            if result.reason in ("cpu", "wall") or not (passed or self._partial):
+                break
         return passed / len(tests) if self._partial else float(passed == len(tests))
 
-    async def _prints(self, program: str, stdin: str, wanted: str) -> bool:
+    async def _prints(self, program: str, stdin: str, wanted: str) -> tuple[runner.Result, bool]:
         result = await self._try({"main.py": program}, "main.py", stdin)
-        return result.exit_code == 0 and _lines(result.stdout) == _lines(wanted)
+        return result, _lines(result.stdout) == _lines(wanted)
 
-    async def _asserts(self, program: str, tests: str) -> bool:
+    async def _asserts(self, program: str, tests: str) -> tuple[runner.Result, bool]:
         done = secrets.token_hex(16)  # so that a program that ends the process early has not passed
         files = {"solution.py": program, "test.py": f"{tests}\nprint({done!r})\n"}
         result = await self._try(files, "test.py", "")
-        return result.exit_code == 0 and result.stdout.rstrip().endswith(done)
+        return result, result.stdout.rstrip().endswith(done)
 
     async def _try(self, files: dict[str, str], main: str, stdin: str) -> runner.Result:
         """Run once, or twice if the clock on the wall ended it: the machine may have been busy."""

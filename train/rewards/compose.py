@@ -33,7 +33,8 @@ class RewardsConfig:
       reward: a name in `catalog.FACTORIES`. weight: of its value, a mapping's being the sum of its
       parts; or ((part, weight), ...), of parts that must be there; parts without a weight are only
       reported. options: ((name, value), ...).
-    limit_secs: of one reward of one sample, of the whole group for a reward of groups.
+    limit_secs: of one reward of one sample, of the whole group for a reward of groups; some have
+      a limit of their own: "code" has those of its programs, judges that of their requests.
     retries: of time-outs and crashes, so that a busy machine does not change scores.
     workers: processes.
     parallel: samples at once of a reward that waits for others, unless it has its own number.
@@ -72,12 +73,13 @@ class RewardsConfig:
 
 @dataclasses.dataclass(frozen=True)
 class _Term:
-    """A reward of a source. gate: lets so many samples in at once; a pool needs none."""
+    """A reward of a source. gate: lets so many samples in at once; only then time is counted."""
 
     name: str
     reward: Any
     weight: Weight
     gate: asyncio.Semaphore
+    limit_secs: float | None
 
 
 class _Failure(Exception):
@@ -154,12 +156,14 @@ class Rewards:
             self._loop.close()
 
     def _make(self, terms: tuple[tuple[str, Weight, Options], ...]) -> list[_Term]:
+        most = max(self._config.parallel, self._config.workers)
         return [
             _Term(
                 name,
                 reward := catalog.make(name, self._pool, dict(options)),
                 weight,
-                asyncio.Semaphore(getattr(reward, "parallel", self._config.parallel)),
+                asyncio.Semaphore(getattr(reward, "parallel", most)),
+                getattr(reward, "limit_secs", self._config.limit_secs),
             )
             for name, weight, options in terms
         ]
@@ -203,12 +207,10 @@ class Rewards:
         failure: _Failure | None = None
         for _ in range(1 + self._config.retries):
             try:
-                if getattr(term.reward, "pooled", False):  # the pool keeps the time itself
-                    return await call()
                 async with term.gate:
-                    return await asyncio.wait_for(call(), self._config.limit_secs)
-            except TimeoutError:
-                failure = _Failure("timeout", f"no score in {self._config.limit_secs} s")
+                    return await asyncio.wait_for(call(), term.limit_secs)
+            except TimeoutError as error:
+                failure = _Failure("timeout", str(error) or f"no score in {term.limit_secs} s")
             except pool.PoolError as error:
                 failure = _Failure(error.kind, str(error))
             except Exception as error:

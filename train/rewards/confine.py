@@ -8,6 +8,7 @@ its descendants.
 """
 
 import ctypes
+import errno
 import json
 import os
 import resource
@@ -56,15 +57,23 @@ def _leave_root(uid: int) -> None:
 
     The kernel does not count root's processes. Reading stays: interpreters lie in root's home.
     """
-    for folder, _, names in os.walk("."):
-        for name in (".", *names):
-            os.chown(os.path.join(folder, name), uid, uid)
+    try:
+        for folder, _, names in os.walk("."):
+            for name in (".", *names):
+                os.chown(os.path.join(folder, name), uid, uid)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        return  # a container that does not have this id: its root is an ordinary user outside
     _prctl(KEEP_CAPS, 1)
     os.setgroups([])
     os.setresgid(uid, uid, uid)
     os.setresuid(uid, uid, uid)
     bit = 1 << CAP_DAC_READ_SEARCH
-    _call("capset", (ctypes.c_uint32 * 2)(CAP_VERSION, 0), (ctypes.c_uint32 * 6)(bit, bit, bit))
+    try:
+        _call("capset", (ctypes.c_uint32 * 2)(CAP_VERSION, 0), (ctypes.c_uint32 * 6)(bit, bit, bit))
+    except PermissionError:
+        return  # a container's root may not have it; its interpreters are for everybody
     _prctl(AMBIENT, 2, CAP_DAC_READ_SEARCH)
 
 
@@ -86,8 +95,11 @@ def _limit(options: dict) -> None:
 def _start(options: dict, uid: int, report: int) -> None:
     """Become the command; what fails on the way is told to the caller."""
     try:
+        with open("/proc/self/oom_score_adj", "w") as file:
+            file.write("1000")  # should memory run out, this goes first, not the caller
         if os.getuid() == 0:
             _leave_root(uid)
+        _prctl(DEATH_SIGNAL, signal.SIGKILL)  # for where there is no namespace to die with
         _prctl(NO_NEW_PRIVS, 1)
         _limit(options)
         for number in (signal.SIGPIPE, signal.SIGXFSZ):  # which Python ignores

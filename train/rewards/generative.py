@@ -65,7 +65,7 @@ class Judge:
 
         Args:
           url: of the API, as in "http://localhost:8000/v1".
-          secs, retries, backoff_secs: see `client.post`.
+          secs: of a verdict, retries included. retries, backoff_secs: see `client.post`.
           max_tokens: of a verdict.
           key_variable: the environment variable that holds the key, if there is one.
           remembered: answers kept, by the prompt's hash.
@@ -75,6 +75,7 @@ class Judge:
         """
         self._url = url.rstrip("/") + "/chat/completions"
         self._model, self._max_tokens, self._size = model, max_tokens, remembered
+        self.secs = secs
         self._options: dict[str, Any] = {
             "secs": secs,
             "retries": retries,
@@ -125,6 +126,7 @@ class Graded:
     def __init__(self, **judge: Any):
         """judge: see `Judge`."""
         self._judge = Judge(**judge)
+        self.limit_secs = self._judge.secs + 1
 
     async def reward(self, sample: sample_lib.Sample) -> float | None:
         """Score one sample; None for a verdict that cannot be read.
@@ -153,6 +155,7 @@ class Pairwise:
     def __init__(self, **judge: Any):
         """judge: see `Judge`."""
         self._judge = Judge(**judge)
+        self.limit_secs = 2 * self._judge.secs + 1
 
     async def reward(self, sample: sample_lib.Sample) -> float | None:
         """Score one sample; None for a verdict that cannot be read.

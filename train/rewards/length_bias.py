@@ -68,7 +68,11 @@ class LengthBias:
         Raises:
           ValueError: of different lengths.
         """
-        pairs = list(zip(lengths, rewards, strict=True))
+        if len(lengths) != len(rewards):
+            raise ValueError(
+                f"group: got {len(lengths)} lengths and {len(rewards)} rewards; wanted as many"
+            )
+        pairs = zip(lengths, rewards, strict=True)
         scored = [(length, reward) for length, reward in pairs if reward is not None]
         won = many = 0
         for (length, reward), (other_length, other) in itertools.combinations(scored, 2):

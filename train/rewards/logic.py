@@ -68,7 +68,7 @@ def grade(text: str, metadata: Mapping[str, Any], strict: bool) -> float:
 class Logic:
     """See `grade`."""
 
-    pooled = True
+    limit_secs = None  # the pool's
 
     def __init__(self, workers: pool.Pool, strict: bool = False):
         """Take the pool to work in.

@@ -46,7 +46,7 @@ def grade(text: str, label: str) -> float:
 class Mathematics:
     """See `grade`."""
 
-    pooled = True
+    limit_secs = None  # the pool's
 
     def __init__(self, workers: pool.Pool):
         """Take the pool to work in.

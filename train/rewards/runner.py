@@ -9,7 +9,8 @@ It keeps honest mistakes and plain mischief from harming a run. What stops what,
     20 ms; output: cut while it is read; files: the length of each (rlimit), not their sum;
   * network: an empty network namespace, without even a loopback device;
   * writing: a caller that is root runs the program as a user of its own, who can write what
-    everybody can; any other caller's program can write what the caller can.
+    everybody can; any other caller's program (that of a container's root with few user ids, too)
+    can write what the caller can.
 
 Not stopped: reading every file that the caller can read, `/proc` of the host, Unix sockets in the
 file system, filling a disk with many files, attacks on the kernel. For hostile code use a remote
@@ -31,6 +32,7 @@ from collections.abc import Mapping, Sequence
 
 _CONFINE = pathlib.Path(__file__).with_name("confine.py")
 _LOOK_SECS = 0.02
+_KILL_SECS = 10.0
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
@@ -90,7 +92,8 @@ def run(
       files: text by relative path.
       command: program and arguments; the program is found as the caller's PATH says.
       allow_network: do without namespaces: the network is open, and only processes that stay
-        descendants of the command are counted and killed. For systems that permit none.
+        descendants of the command are counted and killed, but for those whose caller was
+        killed itself. For systems that permit none.
 
     Raises:
       Unavailable: namespaces are not permitted and `allow_network` is false; or the program does
@@ -210,7 +213,8 @@ class _Run:
                 reason = self._look()
                 if reason:
                     return reason, {}
-                look = now + _LOOK_SECS
+                took = time.monotonic() - now  # it grows with the processes of the whole machine
+                look = now + max(_LOOK_SECS, 5 * took)
 
     def _drain(self, selector: selectors.BaseSelector) -> str | None:
         """Read what is left; return "output" when it is too much."""
@@ -245,7 +249,10 @@ class _Run:
         """Kill all descendants, then the outermost process."""
         if self._process.returncode is not None:
             return
+        until = time.monotonic() + _KILL_SECS
         while tree := descendants(self._process.pid):
+            if time.monotonic() > until:
+                raise Unavailable(f"runner: got {len(tree)} processes that survive SIGKILL")
             # The first is the namespace's first, with which the kernel kills all others.
             for pid in tree:
                 with contextlib.suppress(ProcessLookupError):

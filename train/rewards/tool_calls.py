@@ -1,53 +1,17 @@
 """Are the tool calls of an answer the expected ones?"""
 
-import dataclasses
 import json
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from infer import tool_calls as parser
 from train import sample as sample_lib
 from train.rewards import answer
 
-_BLOCK = re.compile(r"<tool_calls>(.*?)</tool_calls>", re.DOTALL)
 
-
-@dataclasses.dataclass(frozen=True)
-class Call:
-    """A call as the model wrote it."""
-
-    name: str
-    arguments: dict[str, Any]
-
-
-def parse(text: str) -> tuple[str, list[Call]]:
-    """Return the text without its `<tool_calls>` blocks, and their calls, one per line.
-
-    Raises:
-      ValueError: a block without its end, or a line that is no call.
-    """
-    calls = []
-    for block in _BLOCK.findall(text):
-        for line in filter(None, map(str.strip, block.splitlines())):
-            calls.append(_call(line))
-    rest = _BLOCK.sub("", text)
-    if "<tool_calls>" in rest or "</tool_calls>" in rest:
-        raise ValueError("tool calls: got one tag without the other; wanted both")
-    return rest.strip(), calls
-
-
-def _call(line: str) -> Call:
-    try:
-        call = json.loads(line)
-    except RecursionError:
-        raise ValueError(f"tool call: got {line[:80]!r}, which nests too deep") from None
-    named = isinstance(call, dict) and isinstance(call.get("name"), str)
-    if not named or not isinstance(call.get("arguments"), dict):
-        raise ValueError(f"tool call: got {line[:80]!r}; wanted an object: name, arguments")
-    return Call(call["name"], call["arguments"])
-
-
-def share(made: Sequence[Any], expected: Sequence[Mapping[str, Any]], ordered: bool) -> float:
+def share(
+    made: Sequence[parser.Call], expected: Sequence[Mapping[str, Any]], ordered: bool
+) -> float:
     """Return 2 * matched / (made + expected), in [0, 1]; 1 where none is expected and made.
 
     A call matches if its name and arguments are the same JSON values. ordered: matched calls must
@@ -112,7 +76,7 @@ class ToolCalls:
                 "objects with name and arguments in the metadata"
             )
         try:
-            _, made = parse(answer.after_thinking(sample.text))
+            made = parser.parse(answer.after_thinking(sample.text)).calls
         except ValueError:
             return 0.0
         score = share(made, expected, self._ordered)
