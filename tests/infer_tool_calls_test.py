@@ -65,7 +65,9 @@ def test_a_whole_turn():
     ],
 )
 def test_kinds(text, kinds):
-    assert [event[0] for event in events(text)] == kinds
+    whole = events(text)
+    assert [event[0] for event in whole] == kinds
+    assert events(text, range(len(text))) == whole
 
 
 @pytest.mark.parametrize(

@@ -236,6 +236,20 @@ def test_never_longer_than_the_context(tokenizer, room, turn_tokens):
     assert sample.valid
 
 
+def test_no_room_after_what_it_is_told(tokenizer):
+    for spare, turns in ((0, 1), (1, 2)):
+        steps = [base.Step(("a result",))]
+        run = agent.episode(TASK, Scripted(steps), tokenizer, WIDE)
+        _, asked = drive(run, tokenizer, [call(text="a"), "Done."])
+        limits = agent.Limits(5, len(asked[1].tokens) + spare, 1000)
+        run = agent.episode(TASK, Scripted(steps), tokenizer, limits)
+        sample, asked = drive(run, tokenizer, [call(text="a"), "Done."])
+        assert (sample.status, len(asked)) == ("length", turns)
+        assert len(sample.prompt) + len(sample.tokens) == (
+            limits.max_tokens if spare else len(asked[0].tokens) + sum(sample.mask)
+        )
+
+
 def test_cut_off_in_a_turn(tokenizer):
     world = Scripted()
     run = agent.episode(TASK, world, tokenizer, agent.Limits(5, 10_000, 4))

@@ -233,7 +233,7 @@ def test_edited_tests_count_for_nothing(broken):
         "import unittest; unittest.TestCase.assertEqual = lambda *_: None",
         "import atexit; atexit.register(lambda: print('[]'))",
         "import json; json.dumps = lambda *_: '[]'",
-        "print('[')",
+        "import atexit; atexit.register(print, '[')",
         "syntax error",
         "",
     ],
@@ -242,6 +242,13 @@ def test_hacks_do_not_pay(broken, hack):
     environment, name, _ = broken
     bad = say(environment, "read", path=f"{name}.py")
     say(environment, "write", path=f"{name}.py", text=f"{hack}\n{bad}" if hack else "")
+    assert environment.finish("") == 0.0
+
+
+def test_only_the_sources_are_graded(broken):
+    environment, name, source = broken
+    say(environment, "write", path=f"test_{name}.py", text=source)
+    say(environment, "write", path=f"{name}.py", text=f"from test_{name} import {name}\n")
     assert environment.finish("") == 0.0
 
 
@@ -286,6 +293,12 @@ def test_limits_and_failures_of_the_runner():
     assert said.endswith("x\nstopped: wall limit")
     assert len(said) < repair.MAX_OUTPUT + 50
     assert environment.finish("") == 0.0
+    right = json.dumps([outcome for _, _, outcome in task.metadata["cases"]])
+    for reason, reward in (("exit", 1.0), ("output", 0.0)):
+        done = types.SimpleNamespace(stdout=right, stderr="", exit_code=0, reason=reason)
+        environment = repair.Repair(lambda *_, done=done: done)
+        environment.start(task)
+        assert environment.finish("") == reward
 
     def fail(*_):
         raise OSError("no runner")
