@@ -22,6 +22,7 @@ from array_record.python import array_record_module  # pyright: ignore[reportAtt
 from etils import epath
 
 _ENDS_BYTES = 64 * 2**10  # of a file's head and of its tail that its fingerprint covers
+_COLUMNS = ("text", "messages", "tools")  # what supervised training reads
 _KEPT_GROUPS = 4  # row groups of one Parquet file in memory
 _MOST_OPEN = 256  # files of one source, as a process may have only so many
 _WILD = "*?["
@@ -37,12 +38,13 @@ class Records:
     Picklable: another process opens the files anew but does not look for the lines again.
     """
 
-    def __init__(self, name: str, path: str):
+    def __init__(self, name: str, path: str, columns: tuple[str, ...] | None = _COLUMNS):
         """Find and open the files.
 
         Args:
           name: of the source, for messages.
           path: a file, a directory, or a pattern such as gs://bucket/books/*.arrayrecord.
+          columns: of Parquet files that are read; None: all.
 
         Raises:
           DataError: no such file, an unknown format, a file that is damaged or has no record.
@@ -50,6 +52,7 @@ class Records:
         self.name = name
         self._readers = [_READERS[file.suffix](file) for file in _find(name, path)]
         for reader in self._readers:
+            reader.columns = columns
             if not reader.num_records:
                 raise DataError(
                     f"{reader.file}: got no records; wanted at least one. Remove the file."
@@ -138,6 +141,7 @@ class _Reader:
     """One file. Handles are opened when they are first needed and stay out of pickles."""
 
     num_records: int
+    columns: tuple[str, ...] | None = None  # of a table, to be read; None: all
 
     def __init__(self, file: epath.Path):
         self.file = file
@@ -206,9 +210,9 @@ class _Lines(_Reader):
 
 
 class _Parquet(_Reader):
-    """Columns text, or messages and tools; the last two may also be strings of JSON.
+    """Columns; messages and tools may also be strings of JSON.
 
-    Otherwise nulls in them are left out: a column has every key that any of its records has.
+    Otherwise nulls within them are left out: a column has every key that any of its records has.
     """
 
     def __init__(self, file: epath.Path):
@@ -240,19 +244,19 @@ class _Parquet(_Reader):
     def read(self, number: int) -> dict:
         which = bisect.bisect_right(self._ends, number)
         if which not in self._groups:
-            have = set(self._handle.schema_arrow.names)
-            columns = [name for name in ("text", "messages", "tools") if name in have]
+            columns = None
+            if self.columns is not None:
+                have = set(self._handle.schema_arrow.names)
+                columns = [name for name in self.columns if name in have]
             self._groups[which] = self._handle.read_row_group(which, columns=columns)
             if len(self._groups) > _KEPT_GROUPS:
                 self._groups.popitem(last=False)
         self._groups.move_to_end(which)
         start = self._ends[which - 1] if which else 0
         (record,) = self._groups[which].slice(number - start, 1).to_pylist()
-        for key in ("messages", "tools"):
-            if isinstance(record.get(key), str):
-                record[key] = json.loads(record[key])
-            elif key in record:
-                record[key] = _without_nulls(record[key])
+        for key, value in record.items():
+            is_json = key in ("messages", "tools") and isinstance(value, str)
+            record[key] = json.loads(value) if is_json else _without_nulls(value)
         return record
 
 

@@ -9,6 +9,7 @@ tools     tools
 
 import dataclasses
 import hashlib
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -33,7 +34,7 @@ class Source:
     name: names its rewards in the config. path: JSON lines, Parquet or ArrayRecord files. keys:
     (ours, theirs) pairs in place of `KEYS`. metadata that is a list becomes {its key: the list}.
     make: instead of a path, an environment ("lookup", "files", "repair"), or "logic:NAME" for a
-    generator of reasoning-gym, that makes `size` tasks from `seed`; options: the generator's.
+    generator of reasoning-gym, that makes `size` tasks from `seed`; options: that generator's.
     """
 
     name: str
@@ -49,6 +50,11 @@ class Source:
             raise ValueError(
                 f"tasks {self.name}: got path {self.path!r}, make {self.make!r}, size {self.size}; "
                 "wanted either a path, or make and a size of at least 1"
+            )
+        if (self.keys and self.make) or (self.options and not self.make.startswith("logic:")):
+            raise ValueError(
+                f"tasks {self.name}: got keys {self.keys}, options {self.options}; wanted keys "
+                "with a path alone, and options with make='logic:NAME' alone"
             )
         unknown = [ours for ours, _ in self.keys if ours not in KEYS]
         if unknown:
@@ -108,15 +114,25 @@ class Tasks:
     """
 
     def __init__(self, source: Source):
-        self._source, self._records = source, sources.Records(source.name, source.path)
+        self._source = source
+        self._records = sources.Records(source.name, source.path, columns=None)
         if not len(self._records):
             raise sources.DataError(f"tasks {source.name}: {source.path} has no records")
         first, asked = self._records.read(0), dict(source.keys)
+        self._records.close()
         self.keys = {ours: theirs for ours, theirs in asked.items() if theirs}
+        for ours, theirs in self.keys.items():
+            if not _has(first, theirs):
+                raise sources.DataError(
+                    f"tasks {source.name}: got the keys {sorted(first)}; wanted {theirs}, as keys= "
+                    f"says of the {ours}"
+                )
         for ours, tried in KEYS.items():
-            found = next((key for key in tried if _get(first, key) is not None), None)
-            if ours not in asked and found is not None:
-                self.keys[ours] = found
+            # A key with nothing in it may have something in other records.
+            there = [key for key in tried if _has(first, key)]
+            there.sort(key=lambda key: _get(first, key) is None)
+            if ours not in asked and there:
+                self.keys[ours] = there[0]
         if "prompt" not in self.keys:
             raise sources.DataError(
                 f"tasks {source.name}: got the keys {sorted(first)}; wanted a prompt in one of "
@@ -138,7 +154,7 @@ class Tasks:
             source=self._source.name,
             label=found.get("label"),
             metadata=dict(metadata),
-            tools=tuple(found.get("tools") or ()),
+            tools=_tools(found.get("tools"), where),
         )
 
     def fingerprint(self) -> list[list]:
@@ -161,6 +177,21 @@ def _messages(prompt: Any, where: str) -> tuple[Mapping[str, Any], ...]:
     raise sources.DataError(
         f"{where}: got the prompt {prompt!r:.80}; wanted a string or a list of messages"
     )
+
+
+def _tools(value: Any, where: str) -> tuple[Mapping[str, Any], ...]:
+    tools = json.loads(value) if isinstance(value, str) and value.startswith("[") else value
+    if isinstance(tools or [], list) and all(isinstance(tool, Mapping) for tool in tools or ()):
+        return tuple(tools or ())
+    raise sources.DataError(
+        f"{where}: got the tools {value!r:.80}; wanted a list of function schemas, or its JSON"
+    )
+
+
+def _has(record: Any, key: str) -> bool:
+    above, _, name = key.rpartition(".")
+    record = _get(record, above) if above else record
+    return isinstance(record, Mapping) and name in record
 
 
 def _get(record: Any, key: str) -> Any:
