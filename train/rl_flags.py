@@ -13,49 +13,31 @@ _REWARDS = {"math": "mathematics", "dapo": "mathematics", "deepscaler": "mathema
 def change(config: rl_config.Run, argv: Sequence[str]) -> tuple[rl_config.Run, str]:
     """Return the config as the flags want it, and what to print about that.
 
+    Flags of the objective change its preset: the one they name, or that of the config's objective.
+    Those of tasks change the first source.
+
     Raises:
       ValueError: a flag that is unknown or cannot be followed here, or values that do not fit.
     """
     flags = slime.parse(argv)
     if not flags:
         return config, ""
-    found = slime.translate(flags)
+    own = config.objective.name
+    known = own in slime.ESTIMATORS and own != "cispo"  # which absent flags mean anyway
+    found = slime.translate({"advantage-estimator": own, **flags} if known else flags)
     options = dict(found.options)
-    objective = config.objective
+    objective, text = config.objective, slime.describe(config.objective)
     if set(flags) - set(slime.OPTIONS):
-        objective = found.objective
-    rollout, update = config.rollout, config.update
-    groups = options.pop("prompts_per_batch", rollout.groups)
-    size = options.pop("group_size", rollout.group_size)
-    oversample = options.pop("prompts_per_round", groups * rollout.oversample) / groups
-    prompt_tokens = options.pop("prompt_tokens", rollout.max_prompt_tokens)
-    windows = rollout.windows
-    if "context_tokens" in options:
-        windows = dataclasses.replace(
-            windows, tokens=(options.pop("context_tokens") - prompt_tokens,)
-        )
-    if "answer_tokens" in options:
-        windows = dataclasses.replace(windows, tokens=(options.pop("answer_tokens"),))
-    minibatches = options.pop("minibatches", update.minibatches)
-    if "samples_per_update" in options:
-        minibatches = _whole(groups * size, options.pop("samples_per_update"))
-    sampling = {n: options.pop(n) for n in ("temperature", "top_p", "top_k") if n in options}
-    sampling["top_k"] = max(sampling.get("top_k", rollout.top_k), 0)  # slime's off is -1
+        objective, text = found.objective, found.text
+    rollout = _rollout(config.rollout, options)
+    update = config.update
     config = dataclasses.replace(
         config,
         objective=objective,
-        rollout=dataclasses.replace(
-            rollout,
-            groups=groups,
-            group_size=size,
-            oversample=oversample,
-            max_prompt_tokens=prompt_tokens,
-            windows=windows,
-            **sampling,
-        ),
+        rollout=rollout,
         update=dataclasses.replace(
             update,
-            minibatches=minibatches,
+            minibatches=_minibatches(rollout, update.minibatches, options),
             learning_rate=options.pop("learning_rate", update.learning_rate),
         ),
         optimizer=dataclasses.replace(
@@ -66,11 +48,45 @@ def change(config: rl_config.Run, argv: Sequence[str]) -> tuple[rl_config.Run, s
     )
     config = _with_tasks(config, options)
     if options:
+        names = [f"--{name}" for name, (_, ours) in slime.OPTIONS.items() if ours in options]
         raise ValueError(
-            f"slime's flags: got {', '.join(sorted(options))}, which nothing here follows; wanted "
-            "the config to say it, see train/rl_config.py"
+            f"slime's flags: got {', '.join(names)}, which nothing here follows; wanted the config "
+            "to say it, see train/rl_config.py"
         )
-    return config, found.text
+    return config, text
+
+
+def _rollout(rollout: rl_config.Rollout, options: dict[str, Any]) -> rl_config.Rollout:
+    """Return the rollout with its flags followed, which are taken out of `options`."""
+    names = {"prompts_per_batch": "groups", "prompt_tokens": "max_prompt_tokens"}
+    names |= {name: name for name in ("group_size", "temperature", "top_p", "top_k")}
+    changes = {name: options.pop(flag) for flag, name in names.items() if flag in options}
+    if "top_k" in changes:
+        changes["top_k"] = max(changes["top_k"], 0)  # slime's off is -1
+    if "prompts_per_round" in options:
+        number = options.pop("prompts_per_round")
+        changes["oversample"] = number / max(changes.get("groups", rollout.groups), 1)
+    limits = [options.pop("answer_tokens")] if "answer_tokens" in options else []
+    if "context_tokens" in options:
+        prompt_tokens = changes.get("max_prompt_tokens", rollout.max_prompt_tokens)
+        limits.append(options.pop("context_tokens") - prompt_tokens)
+    if limits:
+        changes["windows"] = dataclasses.replace(rollout.windows, tokens=(min(limits),))
+    return dataclasses.replace(rollout, **changes)
+
+
+def _minibatches(rollout: rl_config.Rollout, given: int, options: dict[str, Any]) -> int:
+    """Return how many updates the flags want, or those given; flags are taken out of `options`."""
+    asked, each = options.pop("minibatches", None), options.pop("samples_per_update", None)
+    if each is None:
+        return given if asked is None else asked
+    samples = rollout.groups * rollout.group_size
+    if each < 1 or samples % each or asked not in (None, samples // each):
+        raise ValueError(
+            f"--global-batch-size: got {each} of the {samples} samples of a batch, and "
+            f"--num-steps-per-rollout {asked}; wanted a divisor, and as many steps as it leaves"
+        )
+    return samples // each
 
 
 def _with_tasks(config: rl_config.Run, options: dict[str, Any]) -> rl_config.Run:
@@ -79,14 +95,14 @@ def _with_tasks(config: rl_config.Run, options: dict[str, Any]) -> rl_config.Run
         raise ValueError("--apply-chat-template: got false; wanted true: prompts are messages here")
     ours = {"prompt_key": "prompt", "label_key": "label"}
     ours |= {"metadata_key": "metadata", "tools_key": "tools"}
-    keys = {name: options.pop(flag) for flag, name in ours.items() if flag in options}
+    keys: dict[str, str] = {n: options.pop(flag) for flag, n in ours.items() if flag in options}
     path, reward = options.pop("tasks", ""), options.pop("reward", "")
     first, *others = config.sources
     if keys or path:
         first = dataclasses.replace(
             first,
             keys=tuple((dict(first.keys) | keys).items()),
-            **({"path": path, "make": "", "size": 0} if path else {}),
+            **({"path": path, "make": "", "size": 0, "options": ()} if path else {}),
         )
     rewards = config.rewards
     if reward:
@@ -97,11 +113,3 @@ def _with_tasks(config: rl_config.Run, options: dict[str, Any]) -> rl_config.Run
             rewards or rl_config.Rewards(sources=(mine,)), sources=(mine, *rest)
         )
     return dataclasses.replace(config, sources=(first, *others), rewards=rewards)
-
-
-def _whole(samples: int, each: int) -> int:
-    if each < 1 or samples % each:
-        raise ValueError(
-            f"--global-batch-size: got {each} of the {samples} samples of a batch; wanted a divisor"
-        )
-    return samples // each
