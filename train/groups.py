@@ -71,24 +71,13 @@ class Collector:
         state = state or {}
         self._config, self._rollout = config, config.rollout
         self._tasks, self._start, self._rewards = tasks, start, rewards
-        sizes = {name: len(some) for name, some in tasks.items()}
-        self._draws = curriculum.Draws(config.schedule(), sizes, state.get("draws"))
-        self._pass_rates = self._bias = None
-        if config.pass_rates is not None:
-            self._pass_rates = curriculum.PassRates(config.pass_rates, state.get("pass_rates"))
-        if config.length_bias is not None:
-            self._bias = length_bias.LengthBias(config.length_bias, state.get("length_bias"))
-        self._number = state.get("number", 0)
+        self._count(state)
         self._ready = [self._read(one) for one in state.get("ready", [])]
         self._open = [self._read(one) for one in state.get("open", [])]
 
     def state(self) -> dict[str, Any]:
         """Return what continues this collector, JSON-able."""
-        return {
-            "draws": self._draws.state(),
-            "pass_rates": self._pass_rates and self._pass_rates.state(),
-            "length_bias": self._bias and self._bias.state(),
-            "number": self._number,
+        return self._counts() | {
             "ready": [_written(group) for group in self._ready],
             "open": [_written(group) for group in self._open],
         }
@@ -99,8 +88,42 @@ class Collector:
         """Sample until there are enough groups that teach something, or no more rounds.
 
         Raises:
-          rollout.Stopped: `stopping` said so. length_bias.Paused: the judge wants looking after.
+          rollout.Stopped: `stopping` said so; it is as if this call had never been, so that its
+            batch is sampled again as a whole. length_bias.Paused: the judge wants looking after.
         """
+        counts, ready, opened = self._counts(), _copied(self._ready), _copied(self._open)
+        try:
+            return self._collect(sampler, step, window, stopping)
+        except rollout.Stopped:
+            self._count(counts)
+            self._ready, self._open = ready, opened
+            raise
+
+    # ---- parts
+
+    def _counts(self) -> dict[str, Any]:
+        return {
+            "draws": self._draws.state(),
+            "pass_rates": self._pass_rates and self._pass_rates.state(),
+            "length_bias": self._bias and self._bias.state(),
+            "number": self._number,
+        }
+
+    def _count(self, state: Mapping[str, Any]) -> None:
+        """Go on from `_counts`."""
+        config = self._config
+        sizes = {name: len(some) for name, some in self._tasks.items()}
+        self._draws = curriculum.Draws(config.schedule(), sizes, state.get("draws"))
+        self._pass_rates = self._bias = None
+        if config.pass_rates is not None:
+            self._pass_rates = curriculum.PassRates(config.pass_rates, state.get("pass_rates"))
+        if config.length_bias is not None:
+            self._bias = length_bias.LengthBias(config.length_bias, state.get("length_bias"))
+        self._number = state.get("number", 0)
+
+    def _collect(
+        self, sampler: rollout.Rollout, step: int, window: int, stopping: Callable[[], bool]
+    ) -> Batch:
         config, began = self._rollout, time.perf_counter()
         self._seen: list[Group] = []  # finished in this call
         times, rounds, waited = rollout.Times(), 0, 0.0
@@ -127,8 +150,6 @@ class Collector:
         }
         return Batch(used, secs | self._metrics(used, times.tokens, rounds, sampler.version))
 
-    # ---- parts
-
     def _draw(self, step: int, window: int) -> Group:
         for _ in range(_TRIES):
             source, index = self._draws.next(step)
@@ -145,8 +166,8 @@ class Collector:
     def _jobs(self, version: int) -> Iterable[rollout.Job]:
         config = self._rollout
         for group in self._open:
-            oldest = group.oldest
-            last = oldest is not None and version + 1 - oldest > config.max_staleness
+            oldest = version if group.oldest is None else group.oldest
+            last = version + 1 - oldest > config.max_staleness
             cut = 0 if last else config.partial_tokens
             for i, sample in enumerate(group.samples):
                 if sample is None:
@@ -181,7 +202,8 @@ class Collector:
             sample.reward for sample in samples if sample.valid and sample.reward is not None
         ]
         if self._bias is not None:
-            self._bias.push([len(s.tokens) for s in samples], [s.reward for s in samples])
+            judged = [sample.reward if sample.valid else None for sample in samples]
+            self._bias.push([len(sample.tokens) for sample in samples], judged)
         if self._pass_rates is not None:
             passed = sum(reward >= 1 for reward in group.rewards)
             self._pass_rates.push(group.task.id, passed, len(group.rewards))
@@ -243,6 +265,21 @@ def finished(group: Group) -> list[sample_lib.Sample]:
     return [sample for sample in group.samples if sample is not None]
 
 
+def _copied(some: Sequence[Group]) -> list[Group]:
+    """Return copies that what happens to the groups, and to their samples' scores, leaves alone."""
+    return [
+        dataclasses.replace(
+            group,
+            samples=[
+                one if one is None else dataclasses.replace(one, parts=dict(one.parts))
+                for one in group.samples
+            ],
+            made=list(group.made),
+        )
+        for group in some
+    ]
+
+
 def sample_seed(seed: int, group: int, index: int) -> int:
     """Return the seed of one sample of a run: of 2^32, neighbours far apart."""
     return (seed * 0xC2B2AE35 + group * 0x9E3779B9 + index * 0x27D4EB2F) % 2**32
@@ -279,8 +316,8 @@ def _to_json(one: Any, leave_out: tuple[str, ...] = ()) -> dict[str, Any]:
         if name in value:
             value[name] = base64.b64encode(np.asarray(value[name], dtype).tobytes()).decode()
     if value["routes"] is not None:
-        text = base64.b64encode(value["routes"].tobytes()).decode()
-        value["routes"] = [list(value["routes"].shape), text]
+        routes = np.asarray(value["routes"], np.int8)
+        value["routes"] = [list(routes.shape), base64.b64encode(routes.tobytes()).decode()]
     return value
 
 

@@ -31,9 +31,9 @@ class Rollout:
     dynamic: groups whose rewards are all the same are left out, and others sampled in their place,
       in at most `max_rounds` rounds; then the batch goes on with what it has (DAPO).
     oversample: groups that are begun for each that is needed.
-    partial_tokens: what a sample may add in one batch; it goes on in the next with new weights,
-      unless those that began it are `max_staleness` versions old by then: then it may finish.
-      0: all samples are finished in their batch.
+    partial_tokens: what a sample may add in one round; it goes on in the next, which may be the
+      next batch's with new weights. One that would be more than `max_staleness` versions old by
+      then may finish. 0: all samples are finished in their round.
     overlong_buffer_tokens: of the window's end, where the reward falls by up to 1 (DAPO); 0 off.
     mask_truncated, mask_repetition: such samples count for nothing.
     temperature, top_p, top_k, min_p, stop_on_loop: see `rollout.Sampling`.
@@ -132,6 +132,9 @@ class Evaluation:
     temperature: float = 0.0
 
     def __post_init__(self):
+        for name, least in (("every_batches", 0), ("samples", 1), ("temperature", 0)):
+            value = getattr(self, name)
+            _require(value >= least, f"evaluation.{name}", value, f"at least {least}")
         fits = self.every_batches == 0 or bool(self.sources)
         _require(fits, "evaluation.sources", self.sources, "a source, as every_batches is not 0")
 
