@@ -4,11 +4,11 @@ Trainer and sampler share a mesh's devices (M1 trains colocated; plain multi-con
 copy between disjoint meshes of several hosts), so new weights are one program of collectives away.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from m1_jax import checkpoint, sharding
 from m1_jax import config as config_lib
@@ -53,21 +53,21 @@ def serving_mesh(
 ) -> jax.sharding.Mesh | None:
     """Return a mesh of the trainer's devices, in the same order, cut along other axes.
 
-    sizes: (axis, devices); empty takes the trainer's mesh as it is.
+    sizes: (axis, devices); empty is expert over all, which serves whatever the trainer's axes.
 
     Raises:
       ValueError: an unknown axis, or sizes whose product is another number of devices.
     """
-    sizes = dict(sizes)
-    if mesh is None or not sizes:
-        return mesh
+    number = 1 if mesh is None else mesh.size
+    sizes = dict(sizes) or {"expert": number}
     unknown = [name for name in sizes if name not in sharding.AXES]
-    number = int(np.prod(list(sizes.values())))
-    if unknown or number != mesh.size:
+    if unknown or min(sizes.values()) < 1 or math.prod(sizes.values()) != number:
         raise ValueError(
             f"serving mesh: got {sizes}; wanted axes of {', '.join(sharding.AXES)} whose product "
-            f"is the trainer's {mesh.size} devices"
+            f"is the trainer's {number} devices"
         )
+    if mesh is None:
+        return None
     shape = [sizes.get(name, 1) for name in sharding.AXES]
     types = (jax.sharding.AxisType.Auto,) * len(shape)
     return jax.sharding.Mesh(mesh.devices.reshape(shape), sharding.AXES, axis_types=types)

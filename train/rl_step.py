@@ -2,7 +2,7 @@
 
     sums = None
     for rows in microbatches:
-        sums = add(sums, state.model, rows, share, settings)
+        sums = add(sums, state.model, rows, share, weight_mean, settings)
     state, metrics = update(state, sums, settings)
 
 Gradients are added up over any number of microbatches of one shape, so a step is compiled once,
