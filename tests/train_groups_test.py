@@ -1,0 +1,416 @@
+"""Generation batches of a sampler that ends episodes in any order, without a model."""
+
+import concurrent.futures
+import json
+import random
+
+import hypothesis
+import numpy as np
+import pytest
+from hypothesis import strategies as st
+
+from train import advantages, groups, rl_config, rollout, tasks, windows
+from train import sample as sample_lib
+
+SIZE = 3
+TASKS = [sample_lib.Task(f"t{i}", ({"role": "user", "content": str(i)},), "s") for i in range(8)]
+
+
+class Sampler:
+    """Answers like `rollout.Rollout`: every token is a function of seed, place and version.
+
+    order: of the ends of what runs side by side, as `random.Random.shuffle` of this seed; None is
+    that of the beginnings. length: of an answer, by its seed. slow: answers are the longer.
+    """
+
+    def __init__(self, order=None, length=lambda seed: 1 + seed % 7, status=None, version=0):
+        self.version, self.runs, self.calls = version, [], 0
+        self._order = None if order is None else random.Random(order)
+        self._length, self._status = length, status or (lambda seed: "stop")
+
+    def run(self, make, on_done, sampling=None, stopping=lambda: False):
+        self.calls += 1
+        waiting, times = list(make()), rollout.Times()
+        self.runs.append([job.key for job in waiting])
+        while waiting:
+            if stopping():
+                raise rollout.Stopped
+            if self._order is not None:
+                self._order.shuffle(waiting)
+            job = waiting.pop(0)
+            result, tokens = self._answer(job)
+            times.tokens += tokens
+            waiting += on_done(job.key, result)
+        return times
+
+    def _answer(self, job):
+        asked = next(job.episode)
+        made, length = job.made, min(self._length(job.seed), asked.max_tokens)
+        first = len(made.tokens) if made else 0
+        last = min(first + job.slice_tokens, length) if job.slice_tokens else length
+        ids = [(job.seed + 31 * i) % 997 for i in range(first, last)]
+        logprobs = [float(np.float32(-1 / (1 + i))) for i in ids]
+        full = last == asked.max_tokens and self._length(job.seed) > last
+        status = "length" if last < length or full else self._status(job.seed)
+        routes = np.arange((len(asked.tokens) + last - 1) * 4).reshape(-1, 2, 2).astype(np.int8)
+        whole = sample_lib.Continuation(
+            (*(made.tokens if made else ()), *ids),
+            (*(made.logprobs if made else ()), *logprobs),
+            (*(made.versions if made else ()), *[self.version] * len(ids)),
+            status,
+            routes,
+            (*(made.raw if made else ()), *logprobs),
+        )
+        if last < length:
+            job.episode.close()
+            return rollout.Paused(whole), len(ids)
+        try:
+            job.episode.send(whole)
+        except StopIteration as stop:
+            return stop.value, len(ids)
+        raise AssertionError("one turn")
+
+
+class Rewards:
+    """Scores at once: what `value` makes of a sample, or a failure where that is None."""
+
+    def __init__(self, value):
+        self.value, self.order = value, []
+
+    def submit(self, samples):
+        self.order.append(samples[0].task.id)
+        scores = [
+            sample_lib.Score(value, {"exact": value or 0.0}, "" if value is not None else "broken")
+            for value in map(self.value, samples)
+        ]
+        future = concurrent.futures.Future()
+        future.set_result(scores)
+        return future
+
+    def counts(self):
+        return {"reward/error/exact/crash": 0}
+
+
+def start(task, window):
+    sample = sample_lib.Sample(task, (1, 2, int(task.id[1:])))
+    made = yield sample_lib.Continue(sample.prompt, window)
+    sample.write(made)
+    return sample
+
+
+def varied(sample):
+    """Return rewards that differ within every group."""
+    return float(sum(sample.tokens) % 101) / 100
+
+
+def by_task(flat):
+    """Return rewards that are the same for the tasks of these ids."""
+    return lambda sample: 0.5 if sample.task.id in flat else varied(sample)
+
+
+def config(number=2, **changes):
+    more = {k: changes.pop(k) for k in ("pass_rates", "curriculum", "length_bias") if k in changes}
+    limits = windows.Windows((changes.pop("window", 20),))
+    fields = {"group_size": SIZE, **changes}
+    return rl_config.Run(
+        checkpoint="c", batches=9, sources=(tasks.Source("s", "s.jsonl"),),
+        rollout=rl_config.Rollout(number, limits, 8, **fields),
+        update=rl_config.Update(1e-3, minibatches=1),
+        rewards=rl_config.Rewards(sources=(("s", (("exact", 1.0, ()),)),)), **more,
+    )  # fmt: skip
+
+
+def collector(value=varied, state=None, some=None, **changes):
+    given = config(**changes)
+    return groups.Collector(given, some or {"s": TASKS}, start, Rewards(value), state)
+
+
+def collect(one, sampler, step=0, stopping=lambda: False, window=20):
+    return one.collect(sampler, step, window, stopping)
+
+
+def told(batch):
+    """Return all of a batch that training sees."""
+    return [
+        (group.number, group.task.id, group.rewards, [
+            (s.prompt, s.tokens, s.mask, s.logprobs, s.versions, s.status, s.reward, s.parts,
+             s.valid, s.routes.tolist())
+            for s in groups.finished(group)
+        ])
+        for group in batch.groups
+    ]  # fmt: skip
+
+
+@hypothesis.settings(max_examples=25)
+@hypothesis.given(
+    order=st.integers(0, 10**6),
+    flat=st.sets(st.sampled_from([task.id for task in TASKS]), max_size=6),
+    oversample=st.sampled_from([1.0, 1.5, 2.0]),
+    slices=st.sampled_from([0, 2, 3]),
+)
+def test_the_order_of_ends_decides_nothing(order, flat, oversample, slices):
+    made = []
+    for given_order in (None, order):
+        one = collector(by_task(flat), oversample=oversample, partial_tokens=slices)
+        sampler, batches = Sampler(given_order), []
+        for step in range(3):
+            batch = collect(one, sampler, step)
+            secs = [name for name in batch.metrics if name.endswith("_secs")]
+            assert len(secs) == 4
+            counted = {k: v for k, v in batch.metrics.items() if k not in secs}
+            batches.append((told(batch), counted))
+            sampler.version += 1
+        made.append((batches, one.state()))
+    assert made[0] == made[1]
+
+
+def test_short_answers_do_not_go_first():
+    # Later groups answer shorter and shorter, and the shortest ends first.
+    one = collector(oversample=2.0)
+    batch = collect(one, Sampler(order=3, length=lambda seed: 15 - seed % 13))
+    assert [group.number for group in batch.groups] == [0, 1]
+    assert batch.metrics["groups_waiting"] == 2
+    again = collect(one, Sampler(), 1)
+    assert [group.number for group in again.groups] == [2, 3]
+    assert again.metrics["rounds"] == 0
+    assert again.metrics["tokens_sampled"] == 0
+
+
+def test_flat_groups_are_replaced_and_paid_for():
+    ids = [group.task.id for group in collect(collector(number=4), Sampler()).groups]
+    one, sampler = collector(by_task(ids[:2])), Sampler()
+    batch = collect(one, sampler)
+    assert [group.task.id for group in batch.groups] == ids[2:]
+    assert [group.number for group in batch.groups] == [2, 3]
+    metrics = batch.metrics
+    assert (metrics["rounds"], metrics["groups_sampled"], metrics["groups_flat"]) == (2, 4, 2)
+    trained = sum(len(s.tokens) for g in batch.groups for s in groups.finished(g))
+    assert metrics["tokens_trained"] == trained
+    everything = collect(collector(number=4), Sampler())
+    assert metrics["tokens_sampled"] == everything.metrics["tokens_trained"] > trained
+
+
+def test_refilling_ends_at_max_rounds():
+    one, sampler = collector(lambda sample: 1.0, max_rounds=3), Sampler()
+    batch = collect(one, sampler)
+    assert (batch.groups, sampler.calls) == ([], 3)
+    assert (batch.metrics["groups_sampled"], batch.metrics["groups"]) == (6, 0)
+    assert batch.metrics["tokens_trained"] == 0
+    assert len(collect(collector(lambda sample: 1.0, dynamic=False), Sampler()).groups) == 2
+
+
+def test_a_failed_reward_is_not_a_reward_of_0():
+    fails = []
+
+    def value(sample):
+        fails.append(sample)
+        return None if len(fails) % SIZE == 1 else len(fails) / 10
+
+    batch = collect(collector(value), Sampler())
+    for group in batch.groups:
+        first, *others = groups.finished(group)
+        assert (first.valid, first.reward) == (False, None)
+        assert all(one.valid and one.reward > 0 for one in others)
+        assert len(group.rewards) == SIZE - 1
+    assert batch.metrics["tokens_trained"] == sum(
+        len(s.tokens) for g in batch.groups for s in groups.finished(g) if s.valid
+    )
+    assert batch.metrics["reward/error/exact/crash"] == 0
+    # One failure leaves two answers of the same worth: nothing is learnt from them.
+    calls = []
+    one = collector(lambda s: calls.append(s) or (None if len(calls) % SIZE == 1 else 1.0))
+    assert collect(one, Sampler()).groups == []
+
+
+def test_a_reward_adds_to_the_environments_and_fails_with_it():
+    sample = sample_lib.Sample(TASKS[0], (1,), reward=0.5, parts={"final": 0.5})
+    groups.take_score(sample, sample_lib.Score(0.25, {"exact": 0.25}))
+    assert (sample.reward, sample.valid) == (0.75, True)
+    assert sample.parts == {"final": 0.5, "exact": 0.25}
+    groups.take_score(sample, sample_lib.Score(None, {}, "crash"))
+    assert not sample.valid
+
+
+@pytest.mark.parametrize(
+    ("option", "status"), [("mask_truncated", "length"), ("mask_repetition", "repetition")]
+)
+def test_masked_ends_count_for_nothing(option, status):
+    def ends(seed):
+        return status if seed % 3 == 0 else "stop"
+
+    made = {}
+    for on in (False, True):
+        # Truncated are those that the window cuts off.
+        sampler = Sampler(length=lambda seed: 99 if ends(seed) == "length" else 5, status=ends)
+        made[on] = collect(collector(number=6, **{option: on}), sampler)
+        found = [s for g in made[on].groups for s in groups.finished(g)]
+        masked = [s for s in found if s.status == status]
+        assert masked
+        assert all(s.valid == (not (on and s.status == status)) for s in found)
+        assert all(s.reward is not None for s in masked)
+        for group in made[on].groups:
+            assert len(group.rewards) == sum(s.valid for s in groups.finished(group))
+
+
+def test_an_error_of_the_sampler_is_never_trained_on():
+    sampler = Sampler(status=lambda seed: "error" if seed % 2 else "stop")
+    found = [s for g in collect(collector(), sampler).groups for s in groups.finished(g)]
+    assert {(s.status, s.valid) for s in found} == {("error", False), ("stop", True)}
+
+
+def test_penalties_of_length_do_not_make_a_group_teach():
+    lengths = {"length": lambda seed: 11 + seed % 10}
+    batch = collect(collector(lambda s: 1.0, overlong_buffer_tokens=10), Sampler(**lengths))
+    assert batch.groups == []
+    batch = collect(collector(overlong_buffer_tokens=10), Sampler(**lengths))
+    seen = set()
+    for group in batch.groups:
+        for sample, before in zip(groups.finished(group), group.rewards, strict=True):
+            penalty = advantages.overlong_penalty(len(sample.tokens), 20, 10)
+            assert sample.parts == {"exact": before, "overlong": penalty}
+            assert sample.reward == before + penalty
+            seen.add(penalty)
+    assert len(seen) > 2
+
+
+def test_partial_answers_go_on_under_new_weights_up_to_a_bound():
+    one = collector(partial_tokens=2, max_staleness=1, max_rounds=1, dynamic=False)
+    sampler = Sampler(length=lambda seed: 7, version=5)
+    first = collect(one, sampler)
+    assert first.groups == []
+    assert first.metrics["groups_open"] == 2
+    assert first.metrics["tokens_sampled"] == 2 * 2 * SIZE
+    sampler.version = 6
+    second = collect(one, sampler, 1)
+    assert second.metrics["tokens_sampled"] == 2 * 5 * SIZE  # only what is new
+    assert second.metrics["tokens_trained"] == 2 * 7 * SIZE
+    assert second.metrics["staleness_max"] == 1
+    for group in second.groups:
+        for sample in groups.finished(group):
+            assert sample.versions == [5, 5, 6, 6, 6, 6, 6]
+
+
+@pytest.mark.parametrize("bound", [0, 1, 2, 3])
+def test_nothing_trained_on_is_staler_than_the_bound(bound):
+    one = collector(partial_tokens=1, max_staleness=bound, max_rounds=1, dynamic=False)
+    sampler, ages = Sampler(length=lambda seed: 6, version=3), []
+    for step in range(6):
+        batch = collect(one, sampler, step)
+        assert batch.metrics["staleness_max"] <= bound
+        ages += [sampler.version - group.oldest for group in batch.groups]
+        sampler.version += 1
+    assert set(ages) == {bound}
+
+
+def test_a_collector_goes_on_from_its_state():
+    def value(sample):
+        return float(len(sample.tokens) > 3 and sample.tokens[-1] % 2)
+
+    given = {
+        "partial_tokens": 3,
+        "oversample": 4.0,
+        "max_rounds": 2,
+        "max_staleness": 3,
+        "pass_rates": rl_config.PassRates(least=3),
+        "length_bias": rl_config.LengthBias(),
+    }
+    length = {"length": lambda seed: 1 + seed % 14}
+    one, sampler = collector(value, **given), Sampler(4, **length)
+    waiting = opened = finished = 0
+    for step in range(6):
+        batch = collect(one, sampler, step)
+        waiting += batch.metrics["groups_waiting"]
+        text = json.dumps(one.state())
+        state = json.loads(text)
+        opened += sum(one is not None for group in state["open"] for one in group["made"])
+        finished += sum(one is not None for group in state["open"] for one in group["samples"])
+        other = collector(value, state=state, **given)
+        assert json.dumps(other.state()) == text
+        sampler.version += 1
+        # The copy runs first, on another machine that ends answers in another order.
+        twin = Sampler(9, **length, version=sampler.version)
+        expected = told(collect(other, twin, step + 1))
+        state_after = json.dumps(other.state())
+        fresh = collector(value, state=json.loads(text), **given)
+        same = Sampler(None, **length, version=sampler.version)
+        assert told(collect(fresh, same, step + 1)) == expected
+        assert json.dumps(fresh.state()) == state_after
+    assert min(waiting, opened, finished) > 0  # all kinds of what is kept were there
+
+
+def test_a_batch_that_was_stopped_leaves_nothing_behind():
+    changes = {
+        "number": 3,
+        "partial_tokens": 3,
+        "overlong_buffer_tokens": 20,
+        "pass_rates": rl_config.PassRates(least=3),
+    }
+    ids = [group.task.id for group in collect(collector(number=6), Sampler()).groups]
+    one, sampler = collector(by_task(ids[1:5]), **changes), Sampler(1)
+    collect(one, sampler)
+    before = json.dumps(one.state())
+    assert json.loads(before)["ready"] or json.loads(before)["open"]
+    asked = []
+    twin = collector(by_task(ids[1:5]), state=json.loads(before), **changes)
+    collect(twin, Sampler(version=1), 1, lambda: asked.append(1))
+    assert len(asked) > 10
+    for calls in range(0, len(asked), 3):
+        left = iter([False] * calls)
+        with pytest.raises(rollout.Stopped):
+            collect(one, Sampler(calls, version=1), 1, lambda left=left: next(left, True))
+        assert json.dumps(one.state()) == before
+    twin = collector(by_task(ids[1:5]), state=json.loads(before), **changes)
+    batches = [told(collect(c, Sampler(version=1), 1)) for c in (one, twin)]
+    assert batches[0] == batches[1]
+
+
+def test_tasks_that_are_too_easy_or_too_hard_are_left_out():
+    easy, hard = TASKS[0].id, TASKS[1].id
+    rewards = {easy: 1.0, hard: 0.0}
+
+    def value(sample):
+        return rewards.get(sample.task.id, float(sample.tokens[0] % 2))
+
+    limits = rl_config.PassRates(low=0.0, high=0.9, least=SIZE)
+    one, seen = collector(value, number=8, max_rounds=1, pass_rates=limits, dynamic=False), []
+    for step in range(3):
+        batch = collect(one, Sampler(), step)
+        seen.append([group.task.id for group in batch.groups])
+    assert {easy, hard} < set(seen[0])
+    assert not {easy, hard} & {*seen[1], *seen[2]}
+    assert batch.metrics["curriculum/tasks_dropped"] >= 2
+    stuck = collector(lambda s: 1.0, number=8, pass_rates=limits)
+    with pytest.raises(ValueError, match="tasks in a row that are too easy or too hard"):
+        collect(stuck, Sampler())
+
+
+def test_the_curriculum_chooses_by_the_batchs_number():
+    some = {"s": TASKS[:4], "late": TASKS[4:]}
+    plan = rl_config.Curriculum(((0, (("s", 1.0),)), (10, (("late", 1.0),))))
+    given = config(number=6)
+    given = rl_config.Run(
+        **vars(given)
+        | {"sources": (*given.sources, tasks.Source("late", "l.jsonl")), "curriculum": plan}
+    )
+    one = groups.Collector(given, some, start, Rewards(varied))
+    assert {group.source for group in collect(one, Sampler(), 0).groups} == {"s"}
+    assert {group.source for group in collect(one, Sampler(), 5).groups} == {"s", "late"}
+    assert {group.source for group in collect(one, Sampler(), 10).groups} == {"late"}
+
+
+def test_a_judge_that_likes_length_pauses_the_run():
+    limits = rl_config.LengthBias(window=4, least=2, pause=True)
+
+    def value(sample):
+        return float(len(sample.tokens))
+
+    one = collector(value, length_bias=limits)
+    with pytest.raises(RuntimeError, match="Recalibrate the judge"):
+        collect(one, Sampler(length=lambda seed: 1 + seed % 11))
+
+
+def test_seeds_of_a_run_differ():
+    seeds = {groups.sample_seed(0, group, index) for group in range(500) for index in range(16)}
+    assert len(seeds) == 8000
+    assert all(0 <= seed < 2**32 for seed in seeds)
+    assert groups.sample_seed(1, 0, 0) != groups.sample_seed(0, 0, 0)
