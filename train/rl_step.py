@@ -108,11 +108,13 @@ def _loss(model, rows: rl_batch.Rows, share, weight_mean, settings: Settings):
     return loss + settings.balance_coefficient * balance, metrics
 
 
-@functools.partial(jax.jit, static_argnames="settings", donate_argnames=("state", "sums"))
+@functools.partial(jax.jit, static_argnames="settings", donate_argnames="state")
 def update(
     state: step_lib.TrainState, sums: Any, settings: Settings
 ) -> tuple[step_lib.TrainState, dict[str, Any]]:
-    """Make one optimizer step with the gradients that `add` summed; both arguments are donated.
+    """Make one optimizer step with the gradients that `add` summed; the state is donated.
+
+    Not the sums: no output is left that could take their memory.
 
     Returns:
       The new state, and metrics: those of `step.apply`, and the magnitudes of gradients and

@@ -1,0 +1,360 @@
+"""The compiled parts of an RL update: gradients that do not depend on how samples lie in rows."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from m1_jax import ModelConfig, checkpoint
+from train import advantages, correction, lora, objective, optim, rl_batch, rl_step, step
+from train import sample as sample_lib
+
+CONFIG = dataclasses.replace(
+    ModelConfig.tiny(),
+    layer_types=("lightning", "softmax"),
+    hidden_size=32,
+    intermediate_size=32,
+    vocab_size=64,
+    initializer_range=0.2,
+)
+SEQ_LEN, ROUTES = 24, (2, 2)
+TASK = sample_lib.Task("t", (), "s")
+ADAMW = optim.AdamW(1e-2)
+# Float32 sums in another order: gradients of about 1 are off by some 1e-6; the bound is ten times
+# that, and a microbatch that counted for another share would be off by 1e-1.
+CLOSE = {"rtol": 1e-4, "atol": 2e-5}
+
+
+@functools.cache
+def weights():
+    return checkpoint.random_model(CONFIG, jax.random.key(0), jnp.float32)
+
+
+def model():
+    """Return a copy of the same weights: an update takes its model's away."""
+    return jax.tree.map(jnp.copy, weights())
+
+
+def make_samples(seed=0, lengths=((4, 6), (4, 8), (3, 9), (3, 5), (5, 4), (5, 12), (2, 3))):
+    rng = np.random.default_rng(seed)
+    made = []
+    for prompt, answer in lengths:
+        tokens = rng.integers(0, 64, prompt + answer).tolist()
+        one = sample_lib.Sample(TASK, tuple(tokens[:prompt]), tokens[prompt:], [1] * answer)
+        one.mask[answer // 2] = 0  # a tool's token
+        one.logprobs = (rng.uniform(-5, -3, answer) * one.mask).tolist()
+        made.append(one)
+    return made
+
+
+SAMPLES = make_samples()
+GROUPS = np.array([0, 0, 1, 1, 2, 2, 2])
+REWARDS = np.array([1.0, 0.0, 0.3, 0.9, 0.0, 1.0, 0.5])
+VALID = np.ones(7, bool)
+
+
+def pack(rows, chosen, samples=None, seq_len=SEQ_LEN, routes=None, **filled):
+    """Return rows as the trainer makes them; filled: other fields, by sample."""
+    samples = SAMPLES if samples is None else samples
+    packed = rl_batch.pack(samples, rows, seq_len, routes)
+    lengths = np.array([sum(one.mask) for one in samples])
+    places = [SAMPLES.index(one) for one in samples]
+    each = objective.coefficients(chosen, lengths, GROUPS[places], VALID)
+    worth = advantages.per_sample(chosen, REWARDS[places], GROUPS[places], VALID)
+    old = [[logp - 0.3 for logp in one.logprobs] for one in samples]
+    filled = {"coefficients": each, "advantages": worth, "logp_old": old} | filled
+    for name, values in filled.items():
+        packed.fill(name, list(values))
+    return packed
+
+
+def settings(chosen, **changes):
+    return rl_step.Settings(ADAMW, chosen, **changes)
+
+
+def sums_of(packed, chosen, net=None, change=lambda rows: rows, **changes):
+    """Return (gradients, metrics) of a whole step, microbatch by microbatch."""
+    sums, net = None, weights() if net is None else net
+    tokens = [float(np.sum(rows.segment_ids > 0)) for rows in packed.rows]
+    for rows, number in zip(packed.rows, tokens, strict=True):
+        share = np.float32(number / sum(tokens))
+        placed = rl_batch.place(change(rows), None)
+        sums = rl_step.add(sums, net, placed, share, None, settings(chosen, **changes))
+    assert sums is not None
+    return sums
+
+
+def leaves(tree):
+    return [np.asarray(leaf) for leaf in jax.tree.leaves(tree)]
+
+
+def assert_close(one, other, **bound):
+    for a, b in zip(leaves(one), leaves(other), strict=True):
+        np.testing.assert_allclose(a, b, **(bound or CLOSE))
+
+
+def assert_same(one, other):
+    for a, b in zip(leaves(one), leaves(other), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+CISPO = objective.PRESETS["cispo"]
+
+
+@pytest.fixture(scope="module")
+def whole():
+    """A step's gradients and metrics from one microbatch of 4 rows."""
+    packed = pack(4, CISPO)
+    assert len(packed.rows) == 1
+    assert max(here.segment_ids.max() for here in packed.rows) >= 2  # several in a row
+    return sums_of(packed, CISPO)
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_the_gradient_does_not_depend_on_microbatches(whole, rows):
+    packed = pack(rows, CISPO)
+    assert len(packed.rows) >= 2
+    grads, metrics = sums_of(packed, CISPO)
+    assert_close(grads, whole[0])
+    for name in ("loss", "policy_loss", "ppo_loss"):
+        np.testing.assert_allclose(metrics["shares"][name], whole[1]["shares"][name], rtol=1e-5)
+    for name in ("tokens", "positive", "negative", "weight_high/positive", "ppo_drop"):
+        assert float(metrics["sums"][name]) == float(whole[1]["sums"][name])
+    assert_same(metrics["drops"], whole[1]["drops"])
+    np.testing.assert_allclose(
+        metrics["maxima"]["ratio_max"], whole[1]["maxima"]["ratio_max"], 1e-5
+    )
+    assert float(metrics["sums"]["tokens"]) == sum(sum(one.mask) for one in SAMPLES)
+
+
+def test_the_gradient_does_not_depend_on_packing(whole):
+    order = [SAMPLES[i] for i in (5, 2, 6, 0, 3, 1, 4)]
+    packed = pack(4, CISPO, order)
+    assert packed.places != [pack(4, CISPO).places[SAMPLES.index(one)] for one in order]
+    assert_close(sums_of(packed, CISPO)[0], whole[0])
+
+
+def test_what_stands_at_masked_places_is_never_seen(whole):
+    rng = np.random.default_rng(0)
+
+    def spoil(rows):
+        changes = {}
+        for name in ("logp_old", "logp_rollout", "logp_ref", "advantages"):
+            wrong = rng.choice([np.nan, np.inf, -np.inf, 1e30], rows.mask.shape)
+            changes[name] = np.where(rows.mask > 0, getattr(rows, name), wrong).astype("float32")
+        return dataclasses.replace(rows, **changes)
+
+    packed = pack(4, CISPO)
+    grads, metrics = sums_of(packed, CISPO, change=spoil)
+    assert_same(grads, whole[0])
+    # A number of its own, so that NaN equal to NaN is not taken for right.
+    assert np.isfinite(float(metrics["shares"]["loss"]))
+    assert_same(metrics["sums"], whole[1]["sums"])
+
+
+@functools.cache
+def own_logps():
+    """What the trainer says of the samples, as `score` has it."""
+    packed = rl_batch.pack(SAMPLES, 4, SEQ_LEN)
+    made = [rl_step.score(weights(), rl_batch.place(rows, None), 1.0) for rows in packed.rows]
+    return packed.take([logp for logp, _ in made])
+
+
+@jax.jit
+def forward(net, tokens, segment_ids):
+    """Return (logits, how often each expert was chosen)."""
+    hidden, stats = net.hidden(tokens, segment_ids)
+    return net.head(hidden).astype(jnp.float32), stats.chosen
+
+
+def alone(one, number=SEQ_LEN):
+    """Return what `forward` takes of the first tokens of one sample, in a row of its own."""
+    tokens = np.zeros((1, SEQ_LEN), np.int32)
+    whole = [*one.prompt, *one.tokens]
+    tokens[0, : len(whole)] = whole
+    return tokens, (np.arange(SEQ_LEN) < min(number, len(whole))).astype(np.int32)[None]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_scores_are_those_of_the_models_logits(temperature):
+    packed = rl_batch.pack(SAMPLES, 4, SEQ_LEN)
+    made = rl_step.score(weights(), rl_batch.place(packed.rows[0], None), temperature)
+    logps, entropies = packed.take([made[0]]), packed.take([made[1]])
+    for one, logp, entropy in zip(SAMPLES, logps, entropies, strict=True):
+        logits = np.asarray(forward(weights(), *alone(one))[0][0]) / temperature
+        first = len(one.prompt) - 1
+        rows = np.asarray(jax.nn.log_softmax(logits[first : first + len(one.tokens)]))
+        # Alone in its row, and with others: sums in another order.
+        np.testing.assert_allclose(logp, rows[np.arange(len(rows)), one.tokens], atol=5e-5)
+        np.testing.assert_allclose(entropy, -(np.exp(rows) * rows).sum(-1), atol=5e-5)
+
+
+def test_on_policy_all_objectives_have_one_gradient():
+    logps, grads = own_logps(), {}
+    for name in ("cispo", "grpo", "dapo"):
+        chosen = dataclasses.replace(objective.PRESETS[name], aggregation="token-mean")
+        packed = pack(4, chosen, logp_old=logps)
+        grads[name], metrics = sums_of(packed, chosen)
+        assert float(metrics["sums"]["clip_high"]) == 0
+    # The weights are exp(0), but for the last bits of a forward pass that is compiled anew.
+    for name in ("grpo", "dapo"):
+        assert_close(grads[name], grads["cispo"])
+    assert max(np.abs(leaf).max() for leaf in leaves(grads["cispo"])) > 1e-2
+
+
+def test_off_policy_they_differ(whole):
+    dapo = objective.PRESETS["dapo"]
+    grads, metrics = sums_of(pack(4, dapo), dapo)
+    assert float(metrics["sums"]["clip_high"]) > 0
+    gaps = [np.abs(a - b).max() for a, b in zip(leaves(grads), leaves(whole[0]), strict=True)]
+    assert max(gaps) > 1e-2
+
+
+CORRECTED = dataclasses.replace(
+    CISPO, correction=correction.Correction("token", "truncate", None, 2.0, normalise=True)
+)
+
+
+def parts(packed, share, weight_mean):
+    """Return (gradients, balance loss) with a balance loss and a correction."""
+    rows = rl_batch.place(packed.rows[0], None)
+    chosen = settings(CORRECTED, balance_coefficient=0.5)
+    mean = None if weight_mean is None else np.float32(weight_mean)
+    grads, metrics = rl_step.add(None, weights(), rows, np.float32(share), mean, chosen)
+    return grads, float(metrics["shares"]["balance_loss"])
+
+
+def test_the_balance_loss_counts_by_the_rows_share_of_tokens():
+    packed = pack(4, CORRECTED, advantages=np.zeros(7))
+    (one, whole), (other, part) = (parts(packed, share, 1.0) for share in (1.0, 0.25))
+    assert part == whole / 4 > 0
+    assert_close(jax.tree.map(lambda x: x / 4, one), other)
+    assert max(np.abs(leaf).max() for leaf in leaves(one)) > 1e-2
+
+
+def test_a_correction_that_normalises_is_given_its_mean():
+    packed = pack(4, CORRECTED)
+    with pytest.raises(ValueError, match="weight_mean"):
+        parts(packed, 0.0, None)
+    one, two = (parts(packed, 0.0, mean)[0] for mean in (1.0, 2.0))
+    assert_close(jax.tree.map(lambda x: x / 2, one), two)
+    assert max(np.abs(leaf).max() for leaf in leaves(two)) > 1e-2
+
+
+# ---- routes
+
+
+def recorded():
+    """Return the samples with the experts that the model chooses, found by leaving tokens out."""
+    made = []
+    for one in SAMPLES:
+        numbers = range(len(one.prompt) + len(one.tokens))
+        counts = [np.asarray(forward(weights(), *alone(one, n))[1]) for n in numbers]
+        routes = np.diff(np.stack(counts), axis=0).argmax(-1).astype(np.int8)
+        made.append(dataclasses.replace(one, routes=routes))
+    return made
+
+
+def test_own_routes_change_nothing_and_others_do():
+    some = recorded()
+    assert all(len(one.routes) == len(one.prompt) + len(one.tokens) - 1 for one in some)
+    rows = rl_batch.pack(some, 4, SEQ_LEN, ROUTES).rows[0]
+    real = rows.mask > 0
+
+    def scored(routes):
+        placed = rl_batch.place(dataclasses.replace(rows, routes=routes), None)
+        return np.asarray(rl_step.score(weights(), placed, 1.0)[0])[real]
+
+    free = scored(None)
+    np.testing.assert_array_equal(scored(rows.routes), free)
+    np.testing.assert_array_equal(scored(np.full_like(rows.routes, -1)), free)
+    other = np.where(rows.routes >= 0, (rows.routes + 1) % 8, -1).astype(np.int8)
+    assert np.abs(scored(other) - free).max() > 1e-2
+
+
+# ---- the update
+
+
+def trained(net=None, packed=None, steps=1, chosen=CISPO):
+    """Return the state after some updates, and the metrics of the last."""
+    net = model() if net is None else net
+    state, metrics = step.init(net, ADAMW), {}
+    for _ in range(steps):
+        sums = sums_of(packed or pack(4, chosen), chosen, state.model)
+        state, metrics = rl_step.update(state, sums, settings(chosen))
+    return state, metrics
+
+
+def adam(state):
+    (found,) = [
+        leaf
+        for leaf in jax.tree.leaves(state.moments, is_leaf=lambda x: hasattr(x, "nu"))
+        if hasattr(leaf, "nu")
+    ]
+    return found
+
+
+def test_an_update_makes_the_moments(whole):
+    grads = leaves(whole[0])
+    state, metrics = trained()
+    norm = np.sqrt(sum(np.sum(g.astype(np.float64) ** 2) for g in grads))
+    np.testing.assert_allclose(metrics["grad_norm"], norm, rtol=1e-5)
+    scale = min(1.0, 1.0 / norm)
+    for g, mu, nu in zip(grads, leaves(adam(state).mu), leaves(adam(state).nu), strict=True):
+        np.testing.assert_allclose(mu, 0.1 * scale * g, rtol=1e-4, atol=1e-9)
+        np.testing.assert_allclose(nu, 0.05 * (scale * g) ** 2, rtol=1e-4, atol=1e-12)
+    zeros = sum((nu == 0).sum() for nu in leaves(adam(state).nu))
+    size = sum(g.size for g in grads)
+    np.testing.assert_allclose(metrics["second_moment/zero"], zeros / size, rtol=1e-5)
+    small = sum((np.abs(g) < 1e-14).sum() for g in grads) / size
+    np.testing.assert_allclose(metrics["gradient/below_1e-14"], small, rtol=1e-5, atol=1e-7)
+    assert (int(state.step), float(metrics["skipped"])) == (1, 0)
+    # The samples that were worth more have become likelier, those worth less less likely.
+    packed = rl_batch.pack(SAMPLES, 4, SEQ_LEN)
+    after, _ = rl_step.score(state.model, rl_batch.place(packed.rows[0], None), 1.0)
+    changes = [
+        np.mean((a - b)[np.array(one.mask) > 0])
+        for one, a, b in zip(SAMPLES, packed.take([after]), own_logps(), strict=True)
+    ]
+    worth = advantages.per_sample(CISPO, REWARDS, GROUPS, VALID)
+    assert np.corrcoef(changes, worth)[0, 1] > 0.8
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing():
+    state = step.init(model(), ADAMW)
+    grads, metrics = sums_of(pack(4, CISPO), CISPO)
+    grads = jax.tree.map(lambda x: x * jnp.inf, grads)
+    state, told = rl_step.update(state, (grads, metrics), settings(CISPO))
+    assert (float(told["skipped"]), int(state.step)) == (1, 1)
+    assert_same(state.model, weights())
+    assert not any(leaf.any() for leaf in [*leaves(adam(state).mu), *leaves(adam(state).nu)])
+
+
+def test_adapters_alone_are_trained():
+    net = lora.add(model(), lora.Lora(rank=2, alpha=4.0), jax.random.key(1))
+    before = {name: np.asarray(p[...]) for name, p in checkpoint.parameters(net).items()}
+    state, _ = trained(net, steps=2)
+    for name, param in checkpoint.parameters(state.model).items():
+        assert np.array_equal(param[...], before[name]) == (".adapter." not in name), name
+
+
+def test_what_the_caller_keeps_is_not_donated():
+    net, packed = model(), pack(2, CISPO)
+    placed = [rl_batch.place(rows, None) for rows in packed.rows]
+    half, chosen = np.float32(0.5), settings(CISPO)
+    first = rl_step.add(None, net, placed[0], half, None, chosen)
+    both = rl_step.add(first, net, placed[1], half, None, chosen)
+    kept = leaves(both)
+    assert_same(net, weights())  # model and rows are read again for every epoch
+    again = rl_step.add(None, net, placed[0], half, None, chosen)
+    assert_same(rl_step.add(again, net, placed[1], half, None, chosen), kept)
+    state = step.init(net, ADAMW)
+    rl_step.update(state, both, chosen)
+    assert_same(both, kept)  # the metrics are read after the update
+    with pytest.raises(RuntimeError, match="deleted"):
+        np.asarray(jax.tree.leaves(state.model)[0])
+    with pytest.raises(RuntimeError, match="deleted"):
+        np.asarray(jax.tree.leaves(first[0])[0])
