@@ -1,0 +1,113 @@
+"""The trainer's weights in the sampler's layout and dtype."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from m1_jax import ModelConfig, checkpoint, sharding
+from train import handover, lora, optim, step
+
+CONFIG = dataclasses.replace(
+    ModelConfig.tiny(),
+    layer_types=("lightning", "softmax"),
+    hidden_size=32,
+    intermediate_size=32,
+    vocab_size=64,
+)
+KEY = jax.random.key(0)
+
+
+def values(model):
+    return {name: param.get_value() for name, param in checkpoint.parameters(model).items()}
+
+
+def assert_handed_over(trained, served, dtype):
+    """Compare values; routers are in float32, all else in `dtype`."""
+    trained, served = values(trained), values(served)
+    assert trained.keys() == served.keys()
+    kept = {name for name, value in served.items() if value.dtype != dtype}
+    routers = {name for name in served if name.endswith("moe.router")}
+    assert kept == (set() if dtype == jnp.float32 else routers)
+    assert routers
+    for name, value in served.items():
+        wanted = np.asarray(trained[name]).astype(value.dtype)
+        np.testing.assert_array_equal(np.asarray(value), wanted, err_msg=name)
+
+
+ZEROS = jax.jit(lambda tree: jax.tree.map(lambda x: x * 0, tree), donate_argnums=0)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_the_samplers_copy_outlives_the_trainers_state(dtype):
+    model = checkpoint.random_model(CONFIG, KEY, dtype, jnp.float32)
+    kept = jax.tree.map(jnp.copy, model)
+    hand_over = handover.Handover(CONFIG, dtype)
+    state = step.init(model, optim.AdamW(1e-2))
+    served = hand_over(state.model)
+    after = ZEROS(state)  # as an update does, into the same memory
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(model))
+    assert_handed_over(kept, served, dtype)
+    assert served.dtype == dtype
+    # The next weights are another copy, by the same program; the first is still the sampler's.
+    again = hand_over(after.model)
+    assert not any(np.asarray(x).any() for x in values(again).values())
+    assert_handed_over(kept, served, dtype)
+    assert hand_over.program._cache_size() == 1
+
+
+def test_adapters_are_merged_for_the_sampler():
+    model = lora.add(checkpoint.random_model(CONFIG, KEY, jnp.float32), lora.Lora(2, 4.0), KEY)
+    for name, param in checkpoint.parameters(model).items():
+        if name.endswith("adapter.b"):
+            param.set_value(jax.random.normal(KEY, param.shape))
+    served = handover.Handover(CONFIG, jnp.dtype(jnp.float32))(model)
+    merged = lora.merge(model)
+    assert_handed_over(merged, served, jnp.float32)
+    base = values(checkpoint.random_model(CONFIG, KEY, jnp.float32))
+    changed = {name for name, value in values(served).items() if (value != base[name]).any()}
+    assert changed
+    assert changed < set(base)
+    assert any(".adapter." in name for name in values(model))  # the trainer keeps its own
+
+
+@pytest.mark.parametrize(
+    "sizes", [{"expert": 4, "tensor": 2}, {"data": 2, "expert": 2, "tensor": 2}, {}]
+)
+def test_from_the_trainers_mesh_to_the_samplers(sizes):
+    mesh = sharding.make_mesh({"fsdp": 4, "expert": 2})
+    layout = sharding.layout(mesh, CONFIG, sharding.TRAIN)
+    model = checkpoint.random_model(CONFIG, KEY, jnp.bfloat16, jnp.float32, layout)
+    serving = sharding.layout(handover.serving_mesh(mesh, sizes), CONFIG, sharding.DECODE)
+    assert serving.mesh.devices.flat[:].tolist() == mesh.devices.flat[:].tolist()
+    served = handover.Handover(CONFIG, jnp.dtype(jnp.bfloat16), serving)(model)
+    assert_handed_over(model, served, jnp.bfloat16)
+    assert served.layout == serving
+    wanted = values(checkpoint.abstract_model(CONFIG, jnp.bfloat16, layout=serving))
+    for name, value in values(served).items():
+        assert value.sharding.is_equivalent_to(wanted[name].sharding, value.ndim), name
+        assert (value.shape, value.dtype) == (wanted[name].shape, wanted[name].dtype)
+    assert {value.sharding.mesh for value in values(model).values()} == {mesh}
+
+
+def test_meshes_of_the_sampler():
+    mesh = sharding.make_mesh({"fsdp": 4, "expert": 2})
+    plain = handover.serving_mesh(mesh, ())
+    assert dict(plain.shape) == dict.fromkeys(sharding.AXES, 1) | {"expert": 8}
+    cut = handover.serving_mesh(mesh, (("tensor", 2), ("data", 4)))
+    assert dict(cut.shape) == dict.fromkeys(sharding.AXES, 1) | {"tensor": 2, "data": 4}
+    assert handover.serving_mesh(None, ()) is None
+    assert handover.serving_mesh(None, {"expert": 1}) is None
+
+
+@pytest.mark.parametrize(
+    "sizes", [{"expert": 4}, {"expert": 16}, {"rows": 8}, {"expert": -4, "tensor": -2}]
+)
+def test_meshes_that_cannot_be(sizes):
+    mesh = sharding.make_mesh({"fsdp": 8})
+    with pytest.raises(ValueError, match=r"serving mesh: got .*; wanted .* the trainer's 8 dev"):
+        handover.serving_mesh(mesh, sizes)
+    with pytest.raises(ValueError, match="the trainer's 1 devices"):
+        handover.serving_mesh(None, sizes)
