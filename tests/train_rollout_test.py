@@ -1,0 +1,314 @@
+"""Samples from the generation engine: slices, versions, tools and seeds, with a small model."""
+
+import dataclasses
+import json
+import threading
+import types
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from infer import config as engine_config
+from m1_jax import ModelConfig, checkpoint, testing
+from m1_jax import tokenizer as tokenizer_lib
+from train import groups, rollout
+from train import sample as sample_lib
+
+CONFIG = dataclasses.replace(
+    ModelConfig.tiny(),
+    layer_types=("lightning", "softmax"),
+    hidden_size=32,
+    intermediate_size=32,
+    initializer_range=0.2,
+)
+SIZES = rollout.engine_sizes(
+    {"max_rows": 4, "chunk_tokens": 16, "prefill_tokens": (32,), "num_snapshots": 3,
+     "decode_steps": 4, "record_routes": True}, 96, 16,
+)  # fmt: skip
+PROMPT = tuple(range(7, 30))
+LENGTH = 21
+TASK = sample_lib.Task("t", (), "s")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    directory = testing.write_tiny_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+    return tokenizer_lib.Tokenizer.load(directory)
+
+
+@pytest.fixture(scope="module")
+def models():
+    """Two models of one shape."""
+    return [checkpoint.random_model(CONFIG, jax.random.key(n), jnp.float32) for n in range(2)]
+
+
+@pytest.fixture(scope="module")
+def sampler(models, tokenizer):
+    made = rollout.Rollout(models[0], tokenizer, SIZES, rollout.Sampling())
+    yield made
+    made.close()
+
+
+def single(prompt=PROMPT, length=LENGTH):
+    sample = sample_lib.Sample(TASK, prompt)
+    sample.write((yield sample_lib.Continue(prompt, length)))
+    return sample
+
+
+def run(sampler, *jobs, **options):
+    """Return what became of the jobs, by key, and the times."""
+    found = {}
+
+    def take(key, result):
+        assert key not in found
+        found[key] = result
+        return ()
+
+    times = sampler.run(lambda: iter(jobs), take, **options)
+    return found, times
+
+
+def job(key, episode=None, seed=None, **more):
+    return rollout.Job(key, episode or single(), key if seed is None else seed, **more)
+
+
+def said(one):
+    """Return what training sees of an answer, but for the versions."""
+    return one.tokens, one.logprobs, one.status, one.routes.tolist()
+
+
+@pytest.fixture(scope="module")
+def plain(sampler):
+    """Answers to seeds 0 to 3 that run side by side, unsliced."""
+    found, times = run(sampler, *(job(seed) for seed in range(4)))
+    assert times.tokens == sum(len(one.tokens) for one in found.values())
+    assert 0 <= times.waiting_secs <= times.total_secs
+    return found
+
+
+def test_a_sample_depends_on_its_seed_alone(sampler, plain):
+    assert len({tuple(one.tokens) for one in plain.values()}) == 4
+    for one in plain.values():
+        assert one.mask == [1] * LENGTH
+        assert one.status == "length"
+        assert all(logp < 0 for logp in one.logprobs)
+        assert one.routes.shape == (len(PROMPT) + LENGTH - 1, 2, 2)
+    alone, _ = run(sampler, job("alone", seed=2))
+    assert said(alone["alone"]) == said(plain[2])
+    crowd = [job(i, single(PROMPT[i:], 5), 99 + i) for i in range(5)]
+    found, _ = run(sampler, *crowd, job("last", seed=1))
+    assert said(found["last"]) == said(plain[1])
+
+
+@pytest.mark.parametrize("slice_tokens", [1, 4, 10, LENGTH])
+def test_slices_make_the_answer_of_one_piece(sampler, plain, slice_tokens):
+    made, tokens, calls = dict.fromkeys(range(4)), 0, 0
+    finished = {}
+    while made:
+        jobs = [job(n, made=one, slice_tokens=slice_tokens) for n, one in made.items()]
+        found, times = run(sampler, *jobs)
+        tokens += times.tokens
+        calls += 1
+        for key, result in found.items():
+            del made[key]
+            if isinstance(result, rollout.Paused):
+                # As a checkpoint keeps it.
+                kept = json.loads(json.dumps(groups._to_json(result.made)))
+                made[key] = groups._continuation(kept)
+                assert made[key].tokens == result.made.tokens
+                assert made[key].logprobs == result.made.logprobs
+                assert made[key].raw == result.made.raw
+                assert len(result.made.tokens) == calls * slice_tokens
+            else:
+                finished[key] = result
+    assert {key: said(one) for key, one in finished.items()} == {
+        key: said(one) for key, one in plain.items()
+    }
+    assert calls == -(-LENGTH // slice_tokens)
+    assert tokens == 4 * LENGTH  # each is counted once
+
+
+def test_greedy_samples_do_not_depend_on_seeds(sampler, plain):
+    jobs = [job("a", seed=1), job("b", seed=2)]
+    found, _ = run(sampler, *jobs, sampling=rollout.Sampling(temperature=0.0))
+    assert found["a"].tokens == found["b"].tokens
+    assert found["a"].tokens not in [one.tokens for one in plain.values()]
+    again, _ = run(sampler, job(3))  # the run's own sampling is back
+    assert said(again[3]) == said(plain[3])
+
+
+def test_turns_with_tools_in_between(sampler):
+    where, told = [], (40, 41, 42)
+
+    def tool():
+        where.append(threading.current_thread().name)
+        return told
+
+    def talk():
+        sample = sample_lib.Sample(TASK, PROMPT)
+        for _ in range(3):
+            sample.write((yield sample_lib.Continue((*PROMPT, *sample.tokens), 4)))
+            sample.read((yield sample_lib.Act(tool)))
+        return sample
+
+    found, times = run(sampler, *(job(n, talk(), 5) for n in range(2)))
+    one, other = found[0], found[1]
+    assert said(one) == said(other)
+    assert one.mask == ([1] * 4 + [0] * 3) * 3
+    assert one.tokens[4:7] == list(told)
+    assert one.versions == ([sampler.version] * 4 + [-1] * 3) * 3
+    # Of all that the last turn had before it, and of its own tokens but the last.
+    assert len(one.routes) == len(PROMPT) + len(one.tokens) - len(told) - 1
+    assert times.tokens == 2 * 12
+    assert len(where) == 6
+    assert all(name.startswith("tool") for name in where)
+    # Every turn draws with a seed of its own: equal turns are not alike.
+    turn = sample_lib.Continue(PROMPT, 8)
+
+    def repeat():
+        first = yield turn
+        second = yield turn
+        return first.tokens, second.tokens
+
+    first, second = run(sampler, job(0, repeat()))[0][0]
+    assert first != second
+
+
+def test_tools_work_side_by_side_and_are_waited_for(sampler):
+    both = threading.Barrier(2)
+
+    def act():
+        return (yield sample_lib.Act(lambda: both.wait(timeout=60)))
+
+    found, times = run(sampler, job(0, act()), job(1, act()))
+    assert sorted(found.values()) == [0, 1]
+    assert times.tokens == 0
+
+
+def test_a_tools_exception_reaches_its_episode(sampler, plain):
+    class Broken(Exception):
+        pass
+
+    def fail():
+        raise Broken("no such file")
+
+    def act():
+        try:
+            yield sample_lib.Act(fail)
+        except Broken as error:
+            return str(error)
+
+    found, _ = run(sampler, job("broken", act()), job("fine", seed=0))
+    assert found["broken"] == "no such file"
+    assert said(found["fine"]) == said(plain[0])
+
+
+def test_more_jobs_follow_those_that_end(sampler, plain):
+    done = []
+
+    def take(key, result):
+        done.append((key, result.tokens))
+        return [job(key + 1)] if key < 3 else []
+
+    times = sampler.run(lambda: [job(0)], take)
+    assert done == [(seed, one.tokens) for seed, one in plain.items()]
+    assert times.tokens == 4 * LENGTH
+    assert sampler.run(list, take).tokens == 0  # nothing to do
+
+
+def test_equal_keys_are_refused(sampler, plain):
+    with pytest.raises(ValueError, match="episode 1: got it twice"):
+        run(sampler, job(1), job(1))
+
+
+def test_new_weights_begin_with_the_next_run(sampler, models, plain):
+    before = sampler.version
+    paused = run(sampler, job(0, slice_tokens=5))[0][0]
+    assert paused.made.versions == (before,) * 5
+    sampler.swap(models[1], before + 1)
+    assert sampler.version == before + 1  # told before the next run has taken them
+    found, _ = run(sampler, job(0, made=paused.made), job(1))
+    assert found[0].versions == [before] * 5 + [before + 1] * (LENGTH - 5)
+    assert found[0].tokens[:5] == plain[0].tokens[:5]
+    assert found[0].logprobs[:5] == plain[0].logprobs[:5]
+    assert found[0].tokens != plain[0].tokens
+    assert found[1].versions == [before + 1] * LENGTH
+    sampler.swap(models[0], before + 2)
+    again, _ = run(sampler, job(1))
+    assert said(again[1]) == said(plain[1])
+    assert again[1].versions == [before + 2] * LENGTH
+    sampler.continue_from(before + 7)
+    assert sampler.version == before + 7
+
+
+def test_a_run_can_be_stopped(models, tokenizer):
+    made = rollout.Rollout(models[0], tokenizer, SIZES, rollout.Sampling())
+    asked = []
+
+    def stopping():
+        asked.append(1)
+        return len(asked) > 2
+
+    with pytest.raises(rollout.Stopped):
+        run(made, job(0), job(1), stopping=stopping)
+    made.close()  # which has requests under way
+
+
+class Ending:
+    """An engine whose requests end at once, for a reason of their own."""
+
+    reasons = ("stop", "length", "loop", "error", "cancelled")
+    version = 4
+
+    def __init__(self, *_):
+        self.submitted = []
+
+    def submit(self, tokens, options, made=None):
+        reason = self.reasons[len(self.submitted)]
+        make = types.SimpleNamespace
+        token = make(id=3, logp=-1.0, logp_raw=-1.5, version=self.version)
+        self.submitted.append(options)
+        number = options.max_tokens if reason == "length" else 1
+        return make(tokens=[token] * number, finish_reason=reason, routes=None)
+
+    def step(self):
+        return False
+
+    def close(self):
+        pass
+
+
+def test_why_answers_end(monkeypatch):
+    monkeypatch.setattr(rollout.engine, "Engine", Ending)
+    sampling = rollout.Sampling(temperature=0.7, top_p=0.9, top_k=5, min_p=0.1, stop_on_loop=False)
+    made = rollout.Rollout(None, None, SIZES, sampling)
+    found, times = run(made, *(job(n) for n in range(5)))
+    statuses = [found[n].status for n in range(5)]
+    assert statuses == ["stop", "length", "repetition", "error", "error"]
+    assert set(statuses) == set(sample_lib.STATUSES)
+    assert times.tokens == 4 + LENGTH
+    for n, options in enumerate(made._engine.submitted):
+        for field in dataclasses.fields(sampling):
+            assert getattr(options, field.name) == getattr(sampling, field.name)
+        assert (options.seed, options.max_tokens) == (n, LENGTH)
+    made.close()
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"temperature": -1.0}, {"top_p": 0.0}, {"top_p": 1.5}, {"top_k": -1}, {"min_p": 2.0}]
+)
+def test_sampling_out_of_range(wrong):
+    (name,) = wrong
+    with pytest.raises(ValueError, match=f"{name}: got .*; wanted"):
+        rollout.Sampling(**wrong)
+
+
+def test_sizes_of_the_engine():
+    assert isinstance(SIZES, engine_config.Config)
+    assert (SIZES.max_length, SIZES.max_queue, SIZES.record_routes) == (96, 16, True)
+    for name in ("rows", "max_length", "max_queue"):
+        with pytest.raises(ValueError, match=rf"rollout\.engine: got '{name}'; wanted some of"):
+            rollout.engine_sizes({name: 8}, 96, 16)
+    with pytest.raises(ValueError, match="max_rows"):
+        rollout.engine_sizes({"max_rows": 0}, 96, 16)
