@@ -1,14 +1,16 @@
-"""The small parts of a run of reinforcement learning: windows, tasks, configs, flags, names."""
+"""The small parts of a run of reinforcement learning: windows, tasks, configs, flags, processes."""
 
 import dataclasses
 import importlib.util
 import json
 
+import jax
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
 
-from train import objective, rl_config, rl_flags, sources, tasks, windows
+from train import objective, processes, rl_config, rl_flags, sources, tasks, windows
 from train.environments import catalog, lookup
 
 # ---- windows
@@ -221,6 +223,36 @@ def test_environments_by_name():
     for function in (catalog.make, lambda name: catalog.tasks(name, 1, 0)):
         with pytest.raises(ValueError, match="got 'maze'; wanted one of files, lookup, repair"):
             function("maze")
+
+
+# ---- processes
+
+
+@pytest.mark.parametrize("size", [0, 1, 60, 200, 4096])
+def test_all_processes_hear_what_the_first_says(monkeypatch, size):
+    sent, value = [], {"text": "x" * size, "routes": np.arange(size, dtype=np.int8)}
+
+    def tell(array, is_source):
+        if is_source:
+            sent.append(np.array(array))
+            return array
+        heard = sent.pop(0)
+        assert (heard.shape, heard.dtype) == (array.shape, array.dtype)  # one program for all
+        assert not array.any()
+        return heard
+
+    assert processes.broadcast(value) is value  # alone
+    monkeypatch.setattr(processes, "_PIECE_BYTES", 128)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(processes.multihost_utils, "broadcast_one_to_all", tell)
+    said = [processes.broadcast(value)]
+    assert max(array.size for array in sent) <= 128
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    said.append(processes.broadcast(None))
+    assert not sent
+    for one in said:
+        assert one["text"] == value["text"]
+        np.testing.assert_array_equal(one["routes"], value["routes"])
 
 
 # ---- the config

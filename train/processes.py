@@ -1,4 +1,4 @@
-"""What process 0 knows, told to all: plain values, in one broadcast of bytes."""
+"""What process 0 knows, told to all: plain values, in broadcasts of bytes."""
 
 import pickle
 from typing import Any
@@ -7,6 +7,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+_PIECE_BYTES = 1 << 28  # at once; a batch with routes may have more than an int32 counts
+
 
 def broadcast(value: Any) -> Any:
     """Return process 0's value, on every process; others give anything."""
@@ -14,9 +16,15 @@ def broadcast(value: Any) -> Any:
         return value
     first = jax.process_index() == 0
     data = np.frombuffer(pickle.dumps(value) if first else b"", np.uint8)
-    size = multihost_utils.broadcast_one_to_all(np.asarray(data.size), is_source=first)
-    # Powers of two, so that few programs are compiled.
-    buffer = np.zeros(1 << max(int(size) - 1, 1).bit_length(), np.uint8)
-    buffer[: data.size] = data
-    sent = multihost_utils.broadcast_one_to_all(buffer, is_source=first)
-    return pickle.loads(np.asarray(sent).astype(np.uint8).tobytes()[: int(size)])
+    pieces, rest = divmod(data.size, _PIECE_BYTES)
+    head = multihost_utils.broadcast_one_to_all(np.array([pieces, rest], np.int32), first)
+    pieces, rest = map(int, np.asarray(head))
+    told = []
+    for number, size in enumerate([_PIECE_BYTES] * pieces + [rest]):
+        # Powers of two, so that few programs are compiled.
+        buffer = np.zeros(1 << max(size - 1, 1).bit_length(), np.uint8)
+        piece = data[number * _PIECE_BYTES :][:size]
+        buffer[: piece.size] = piece
+        sent = multihost_utils.broadcast_one_to_all(buffer, first)
+        told.append(np.asarray(sent).astype(np.uint8)[:size].tobytes())
+    return pickle.loads(b"".join(told))
