@@ -180,9 +180,9 @@ def _messages(prompt: Any, where: str) -> tuple[Mapping[str, Any], ...]:
 
 
 def _tools(value: Any, where: str) -> tuple[Mapping[str, Any], ...]:
-    tools = json.loads(value) if isinstance(value, str) and value.startswith("[") else value
-    if isinstance(tools or [], list) and all(isinstance(tool, Mapping) for tool in tools or ()):
-        return tuple(tools or ())
+    tools = json.loads(value) if isinstance(value, str) and value.startswith("[") else value or []
+    if isinstance(tools, list) and all(isinstance(tool, Mapping) for tool in tools):
+        return tuple(tools)
     raise sources.DataError(
         f"{where}: got the tools {value!r:.80}; wanted a list of function schemas, or its JSON"
     )
