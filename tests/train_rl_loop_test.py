@@ -147,7 +147,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_bit(start, tmp_path, monkeypatch,
 
 
 def _break(patch, place):
-    """Stop a run within its second batch: by a signal while it samples, or at once in training."""
+    """Stop a run: by a signal while it samples for another batch, or between two updates."""
     real_run, real_update = rollout.Rollout.run, rl_loop.rl_update.Updater._update
 
     def run(self, make, on_done, sampling=None, stopping=lambda: False):
@@ -155,8 +155,11 @@ def _break(patch, place):
             stopping.__closure__[0].cell_contents.signal = signal.SIGTERM
         return real_run(self, make, on_done, sampling, stopping)
 
+    updates = []
+
     def update(self, part):
-        if place == "training" and int(self.state.step) == 3:
+        updates.append(part)
+        if place == "training" and len(updates) == 2:
             raise KeyboardInterrupt
         return real_update(self, part)
 

@@ -115,7 +115,7 @@ class Rollout:
             self._engine = engine.Engine(model, tokenizer, config)
         else:
             self._follower = controller.Follower(model, config)
-        self._stale = False
+        self._stale, self._version = False, 0
         self._pool = concurrent.futures.ThreadPoolExecutor(workers, "tool")
 
     def swap(self, model: Any, version: int) -> None:
@@ -161,8 +161,9 @@ class Rollout:
 
     @property
     def version(self) -> int:
+        """Return that of the weights that the next tokens will come from."""
         assert self._engine is not None
-        return self._engine.version
+        return self._version if self._stale else self._engine.version
 
     def continue_from(self, version: int) -> None:
         """Count versions of the weights from here on, as the run before this one did."""
