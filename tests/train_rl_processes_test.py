@@ -1,0 +1,55 @@
+"""Two processes of one mesh learn from rewards as one does."""
+
+import json
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from m1_jax import ModelConfig, checkpoint, export
+from train import metrics
+
+WORKER = pathlib.Path(__file__).with_name("rl_worker.py")
+ROOT = WORKER.parents[1]
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    """A checkpoint of random weights."""
+    model = checkpoint.random_model(ModelConfig.tiny(), jax.random.key(0), jnp.float32)
+    directory = tmp_path_factory.mktemp("start") / "model"
+    export.save(model, directory, None, jnp.float32)
+    export.copy_small_files(ROOT / "demo/data/tokenizer", directory)
+    return str(directory)
+
+
+def learn(processes, start, workdir):
+    """Return the lines of the run's metrics."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, str(WORKER), str(port), str(processes)]
+    env = {**os.environ, "PYTHONPATH": "."}
+    started = [
+        subprocess.Popen([*command, str(index), start, str(workdir)], cwd=ROOT, env=env)
+        for index in range(processes)
+    ]
+    assert [process.wait(timeout=900) for process in started] == [0] * processes
+    lines = (workdir / metrics.FILE).read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+@pytest.mark.slow
+def test_two_processes_learn_as_one(start, tmp_path):
+    one, two = (learn(number, start, tmp_path / str(number)) for number in (1, 2))
+    assert [line["kind"] for line in one] == [line["kind"] for line in two]
+    for a, b in zip(one, two, strict=True):
+        for name in ("tokens_sampled", "groups", "reward", "reward_sampled", "version"):
+            assert a.get(name) == b.get(name), name
+        for name in ("loss", "grad_norm", "entropy"):
+            assert a.get(name) == pytest.approx(b.get(name), rel=1e-4, abs=1e-6), name
