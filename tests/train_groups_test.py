@@ -158,7 +158,7 @@ def test_the_order_of_ends_decides_nothing(order, flat, oversample, slices):
             secs = [name for name in batch.metrics if name.endswith("_secs")]
             assert len(secs) == 4
             counted = {k: v for k, v in batch.metrics.items() if k not in secs}
-            batches.append((told(batch), counted))
+            batches.append((told(batch), json.dumps(counted, sort_keys=True)))
             sampler.version += 1
         made.append((batches, one.state()))
     assert made[0] == made[1]
@@ -186,6 +186,9 @@ def test_flat_groups_are_replaced_and_paid_for():
     assert (metrics["rounds"], metrics["groups_sampled"], metrics["groups_flat"]) == (2, 4, 2)
     trained = sum(len(s.tokens) for g in batch.groups for s in groups.finished(g))
     assert metrics["tokens_trained"] == trained
+    kept = [reward for group in batch.groups for reward in group.rewards]
+    wanted = np.mean([0.5] * 2 * SIZE + kept)
+    np.testing.assert_allclose(metrics["reward_sampled"], wanted)
     everything = collect(collector(number=4), Sampler())
     assert metrics["tokens_sampled"] == everything.metrics["tokens_trained"] > trained
 

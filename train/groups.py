@@ -16,6 +16,7 @@ import numpy as np
 
 from train import advantages, rl_config, rollout
 from train import sample as sample_lib
+from train import tasks as tasks_lib
 from train.rewards import compose, curriculum, length_bias
 
 Start = Callable[[sample_lib.Task, int], sample_lib.Episode]  # of a task and a window
@@ -64,7 +65,7 @@ class Collector:
     def __init__(
         self,
         config: rl_config.Run,
-        tasks: Mapping[str, Sequence[sample_lib.Task]],
+        tasks: Mapping[str, tasks_lib.Tasks | tasks_lib.Made | Sequence[sample_lib.Task]],
         start: Start,
         rewards: compose.Rewards | None,
         state: Mapping[str, Any] | None = None,
@@ -184,7 +185,7 @@ class Collector:
             return ()
         group.samples[i], group.made[i] = result, None
         if all(sample is not None for sample in group.samples):
-            future = None if self._rewards is None else self._rewards.submit(group.samples)
+            future = None if self._rewards is None else self._rewards.submit(finished(group))
             self._scoring.append((group, future))
         return ()
 
@@ -344,10 +345,10 @@ def _sample(value: Mapping[str, Any], task: sample_lib.Task) -> sample_lib.Sampl
 
 
 def _continuation(value: Mapping[str, Any]) -> sample_lib.Continuation:
-    fields = _from_json(value)
-    return sample_lib.Continuation(
-        **{name: tuple(v) if isinstance(v, list) else v for name, v in fields.items()}
-    )
+    fields: dict[str, Any] = {
+        name: tuple(v) if isinstance(v, list) else v for name, v in _from_json(value).items()
+    }
+    return sample_lib.Continuation(**fields)
 
 
 def _floats(values: Mapping[str, Any]) -> dict[str, float]:

@@ -10,15 +10,18 @@ from train import objective as objective_lib
 from train import tasks, windows
 from train.rewards import compose, curriculum, length_bias
 
-Optimizer, Save, Log = config_lib.Optimizer, config_lib.Save, config_lib.Log
-Objective, PRESETS = objective_lib.Objective, objective_lib.PRESETS
-Source, Windows = tasks.Source, windows.Windows
-Rewards, Curriculum, PassRates = (
-    compose.RewardsConfig,
-    curriculum.Curriculum,
-    curriculum.PassRateConfig,
-)
-Lora, LengthBias = lora_lib.Lora, length_bias.LengthBiasConfig
+Optimizer = config_lib.Optimizer
+Save = config_lib.Save
+Log = config_lib.Log
+Objective = objective_lib.Objective
+PRESETS = objective_lib.PRESETS
+Source = tasks.Source
+Windows = windows.Windows
+Rewards = compose.RewardsConfig
+Curriculum = curriculum.Curriculum
+PassRates = curriculum.PassRateConfig
+Lora = lora_lib.Lora
+LengthBias = length_bias.LengthBiasConfig
 _require = config_lib._require
 
 

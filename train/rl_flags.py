@@ -96,7 +96,8 @@ def _with_tasks(config: rl_config.Run, options: dict[str, Any]) -> rl_config.Run
     ours = {"prompt_key": "prompt", "label_key": "label"}
     ours |= {"metadata_key": "metadata", "tools_key": "tools"}
     keys: dict[str, str] = {n: options.pop(flag) for flag, n in ours.items() if flag in options}
-    path, reward = options.pop("tasks", ""), options.pop("reward", "")
+    path: str = options.pop("tasks", "")
+    reward: str = options.pop("reward", "")
     first, *others = config.sources
     if keys or path:
         first = dataclasses.replace(
