@@ -242,17 +242,19 @@ def test_new_weights_begin_with_the_next_run(sampler, models, plain):
     assert sampler.version == before + 7
 
 
-def test_a_run_can_be_stopped(models, tokenizer):
-    made = rollout.Rollout(models[0], tokenizer, SIZES, rollout.Sampling())
+def test_a_run_can_be_stopped_and_leaves_nothing_under_way(sampler, plain):
     asked = []
 
     def stopping():
         asked.append(1)
-        return len(asked) > 2
+        return len(asked) > 3
 
     with pytest.raises(rollout.Stopped):
-        run(made, job(0), job(1), stopping=stopping)
-    made.close()  # which has requests under way
+        run(sampler, *(job(n) for n in range(6)), stopping=stopping)
+    sampler.dismiss()  # refuses while requests are under way
+    found, times = run(sampler, job(2))
+    assert said(found[2]) == said(plain[2])
+    assert times.tokens == LENGTH
 
 
 class Ending:

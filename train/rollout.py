@@ -135,7 +135,7 @@ class Rollout:
         more. sampling: in place of the run's. stopping: whether to give up.
 
         Raises:
-          Stopped: `stopping` said so; nothing can be run after that.
+          Stopped: `stopping` said so; what was under way is given up.
         """
         assert self._engine is not None, "process 0 runs, the others follow"
         if self._stale:
@@ -191,6 +191,10 @@ class _Drive:
             self._start(job)
         while self._open:
             if self._stopping():
+                for one in self._open.values():
+                    if one.asked is not None:
+                        self._engine.cancel(one.asked)
+                self._drain()
                 raise Stopped
             if not self._engine.step():
                 self._wait()
@@ -199,9 +203,13 @@ class _Drive:
                     self._said(one)
                 elif one.acting is not None and one.acting.done():
                     self._acted(one)
-        while self._engine.step():  # what ended by the host's word alone is still under way
-            pass
+        self._drain()
         return self._times
+
+    def _drain(self) -> None:
+        """Finish what ended by the host's word alone, which is still under way."""
+        while self._engine.step():
+            pass
 
     def _start(self, job: Job) -> None:
         if job.key in self._open:
