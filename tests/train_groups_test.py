@@ -225,15 +225,6 @@ def test_a_failed_reward_is_not_a_reward_of_0():
     assert collect(one, Sampler()).groups == []
 
 
-def test_a_reward_adds_to_the_environments_and_fails_with_it():
-    sample = sample_lib.Sample(TASKS[0], (1,), reward=0.5, parts={"final": 0.5})
-    groups.take_score(sample, sample_lib.Score(0.25, {"exact": 0.25}))
-    assert (sample.reward, sample.valid) == (0.75, True)
-    assert sample.parts == {"final": 0.5, "exact": 0.25}
-    groups.take_score(sample, sample_lib.Score(None, {}, "crash"))
-    assert not sample.valid
-
-
 @pytest.mark.parametrize(
     ("option", "status"), [("mask_truncated", "length"), ("mask_repetition", "repetition")]
 )
@@ -403,17 +394,6 @@ def test_the_curriculum_chooses_by_the_batchs_number():
 
 def test_a_judge_that_likes_length_pauses_the_run():
     limits = rl_config.LengthBias(window=4, least=2, pause=True)
-
-    def value(sample):
-        return float(len(sample.tokens))
-
-    one = collector(value, length_bias=limits)
+    one = collector(lambda sample: float(len(sample.tokens)), length_bias=limits)
     with pytest.raises(RuntimeError, match="Recalibrate the judge"):
         collect(one, Sampler(length=lambda seed: 1 + seed % 11))
-
-
-def test_seeds_of_a_run_differ():
-    seeds = {groups.sample_seed(0, group, index) for group in range(500) for index in range(16)}
-    assert len(seeds) == 8000
-    assert all(0 <= seed < 2**32 for seed in seeds)
-    assert groups.sample_seed(1, 0, 0) != groups.sample_seed(0, 0, 0)
