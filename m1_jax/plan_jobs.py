@@ -220,8 +220,8 @@ def rl_update(setting: Setting) -> list[Program]:
         ),
         Program(
             "update",
-            rl_step.update.trace(state, sums, settings),
-            parameters | moments | {"sums": sums},
+            rl_step.update.trace(state, sums[0], settings),
+            parameters | moments | {"sums": sums[0]},
             budget.Estimate(held | added | step, {}),
             beside=sampler,
         ),

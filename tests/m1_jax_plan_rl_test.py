@@ -51,9 +51,11 @@ def test_every_program_of_an_update_counts_state_sums_and_sampler(programs):
         assert parts["sampler"] == sampler
         assert abs(parts["optimizer"] - 2 * weights) < 64  # two counters
         assert ("sums" in parts) == (program.name != "score")
-        if "sums" in parts:  # gradients, and the metrics' few numbers
+        if program.name == "add":  # gradients, and the metrics' few numbers
             drops = 4 * SMALL.vocab_size
             assert weights + drops < parts["sums"] < weights + drops + 4096
+        if program.name == "update":
+            assert parts["sums"] == weights
         # What the compiler is not told of is what the program does not take.
         assert not program.arguments.keys() & program.beside.keys()
     assert found["update"].beside.keys() == {"sampler"}
@@ -115,9 +117,15 @@ def test_reshard_through_the_command(tmp_path):
     pytest.importorskip("libtpu")
     file, model = tmp_path / "plan.json", tmp_path / "config.json"
     model.write_text(json.dumps(SMALL.to_hf()))
-    meshes = {"mesh": "expert=2,context=2", "serving_mesh": "expert=2,tensor=2"}
     record = plan.run(
-        plan.Config("v5p:2x2x1", "reshard", config=str(model), json=str(file), **meshes)
+        plan.Config(
+            "v5p:2x2x1",
+            "reshard",
+            config=str(model),
+            mesh="expert=2,context=2",
+            serving_mesh="expert=2,tensor=2",
+            json=str(file),
+        )
     )
     text = read(file, record)
     assert "serving mesh expert=2,tensor=2" in text
@@ -133,9 +141,16 @@ def test_an_update_through_the_command(tmp_path):
     pytest.importorskip("libtpu")
     file, model = tmp_path / "plan.json", tmp_path / "config.json"
     model.write_text(json.dumps(SMALL.to_hf()))
-    settings = {"config": str(model), "seq": 64, "batch": 4, "json": str(file)}
     record = plan.run(
-        plan.Config("v5p:2x2x1", "rl_update", serving_mesh="expert=2,tensor=2", **settings)
+        plan.Config(
+            "v5p:2x2x1",
+            "rl_update",
+            config=str(model),
+            serving_mesh="expert=2,tensor=2",
+            seq=64,
+            batch=4,
+            json=str(file),
+        )
     )
     text = read(file, record)
     for program in record["programs"]:
