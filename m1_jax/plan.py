@@ -233,7 +233,7 @@ def _compile(program: plan_jobs.Program, limit: float, num_devices: int) -> dict
     needed = compiled.needed + sum(beside.values())
     arguments = {name: budget.local_bytes(tree) for name, tree in program.arguments.items()}
     results = {name: budget.local_bytes(tree) for name, tree in program.results.items()}
-    parts: dict[str, float] = arguments | results
+    parts: dict[str, float] = {**arguments, **results}
     held = compiled.argument_bytes or sum(arguments.values())
     parts["activations"] = compiled.needed - sum(parts.values())
     counted, unknown = hlo.collectives(compiled.text) if compiled.text else ({}, 0)
