@@ -1,4 +1,4 @@
-"""Writes demo/data: a little world in plain sentences, sums to answer, the tiny tokenizer.
+"""Writes demo/data: a little world in plain sentences, sums, careless sums, the tiny tokenizer.
 
     PYTHONPATH=. python demo/make_data.py
 
@@ -14,6 +14,7 @@ from m1_jax import testing
 OUT = pathlib.Path(__file__).resolve().parent / "data"
 PLACES = {"harbour": "ships", "market": "apples", "library": "books", "mill": "flour"}
 PEOPLE = ["Ada", "Ben", "Cleo", "Dan", "Eve", "Finn"]
+MOST = 5  # the largest number in a sum that reinforcement learning is to get right
 TIMES = ["In the morning", "At noon", "In the evening"]
 
 
@@ -42,12 +43,29 @@ def sum_chat(rng: random.Random) -> dict:
     }
 
 
+def careless_chat(rng: random.Random) -> dict:
+    """Return a conversation about a smaller sum whose answer is wrong every other time."""
+    a, b = rng.randint(1, MOST), rng.randint(1, MOST)
+    said = a + b + (rng.choice((-2, -1, 1, 2)) if rng.random() < 0.5 else 0)
+    answer = f"<think>\n{a} and {b} make {said}.\n</think>\n\nAnswer: {said}"
+    return {
+        "messages": [
+            {"role": "user", "content": f"What is {a} + {b}?"},
+            {"role": "assistant", "content": answer},
+        ]
+    }
+
+
 def main() -> None:
     rng = random.Random(0)
     OUT.mkdir(exist_ok=True)
     for name, number in (("text", 400), ("text_held_out", 20)):
         write(name, [{"text": story(rng)} for _ in range(number)])
     write("chat", [sum_chat(rng) for _ in range(600)])
+    rng = random.Random(1)
+    write("careless", [careless_chat(rng) for _ in range(1000)])
+    pairs = [(a, b) for a in range(1, MOST + 1) for b in range(1, MOST + 1)]
+    write("sums", [{"prompt": f"What is {a} + {b}?", "label": str(a + b)} for a, b in pairs])
     testing.write_tiny_tokenizer(OUT / "tokenizer")
 
 

@@ -3,7 +3,8 @@
 Takes the tiny checkpoint in the release's own format (random weights, real shapes' ratios),
 converts it to Orbax, checks it against the release code's outputs, generates text, exports it
 back and compares bytes. Then trains it: on a little text, and on sums that it is to answer in a
-fixed form, and shows what it answers. Everything lands in demo/out.
+fixed form, but half of which it is taught wrong. Then it learns from rewards to get them right.
+Everything lands in demo/out.
 """
 
 import os
@@ -23,7 +24,7 @@ from absl import logging
 
 from infer import generate
 from m1_jax import configlib, convert, testing, verify
-from train import export, metrics, pretrain, sft
+from train import export, metrics, pretrain, rl, sft
 
 HERE = pathlib.Path(__file__).resolve().parent
 SOURCE = HERE.parent / "tests" / "data" / "m1-tiny"
@@ -79,13 +80,23 @@ def main() -> None:
         summary.append(f"held-out loss in pretraining: {told}")
         export.run(OUT / "pretrain", OUT / "pretrained")
 
-    with step("7. supervised fine-tuning on sums (python -m train.sft), and the answers"):
-        train(sft, "tiny_sft", OUT / "pretrained", OUT / "sft")
-        export.run(OUT / "sft", OUT / "tuned")
-        prompts.write_text("What is 2 + 3?\nWhat is 7 + 8?\nWhat is 9 + 9?\n")
+    with step("7. supervised fine-tuning on sums, half of them wrong (python -m train.sft)"):
+        train(sft, "tiny_cispo_sft", OUT / "pretrained", OUT / "sft")
+        export.run(OUT / "sft", OUT / "tuned", dtype="float32")
+
+    with step("8. CISPO: the right answer is rewarded (python -m train.rl)"):
+        train(rl, "tiny_cispo", OUT / "tuned", OUT / "cispo")
+        accuracy = [record["reward"] for record in records(OUT / "cispo", "eval")]
+        told = " -> ".join(f"{share:.0%}" for share in accuracy)
+        summary.append(f"right answers during CISPO: {told}")
+
+    with step("9. export to the release's format, and the answers"):
+        export.run(OUT / "cispo", OUT / "learnt")
+        convert.run(convert.Config("hf", str(OUT / "learnt"), str(OUT / "final")))
+        prompts.write_text("What is 2 + 3?\nWhat is 4 + 4?\nWhat is 5 + 1?\n")
         answers, _ = generate.run(
             generate.Config(
-                checkpoint=str(OUT / "tuned"),
+                checkpoint=str(OUT / "final"),
                 prompts_file=str(prompts),
                 max_tokens=48,
                 temperature=0.0,
@@ -98,7 +109,8 @@ def main() -> None:
     print(*(f"  {line}" for line in summary), sep="\n")
     print(f"  files in {OUT.relative_to(HERE.parent)}; {time.perf_counter() - START:.0f} s in all")
     equal = greedy[0] == greedy[1] == greedy[2]
-    if passed < len(rows) or not all(same) or not equal or losses[-1] > losses[0] or not formed:
+    learnt = losses[-1] < losses[0] and accuracy[-1] > accuracy[0] and formed
+    if passed < len(rows) or not all(same) or not equal or not learnt:
         raise SystemExit("demo: FAILED")
 
 
@@ -106,7 +118,9 @@ def train(command, name: str, checkpoint: pathlib.Path, workdir: pathlib.Path) -
     os.chdir(HERE.parent)  # the configs' data
     command.run(configlib.load(f"configs/{name}.py:{checkpoint}"), workdir)
     for record in records(workdir, "train")[::3]:
-        print(f"   step {record['step']:4}  loss {record['loss']:.3f}")
+        reward = record.get("reward_sampled")
+        told = f"loss {record['loss']:.3f}" if reward is None else f"reward {reward:.2f}"
+        print(f"   step {record['step']:4}  {told}")
 
 
 def records(workdir: pathlib.Path, kind: str) -> list[dict]:

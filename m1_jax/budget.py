@@ -24,12 +24,16 @@ _SEARCHED = {
     sharding.DECODE: ("data", "expert", "tensor", "context"),
     "serve": ("expert", "tensor"),  # all devices hold all rows: see `serving.serve`
 }
+_SEARCHED["rl_update"] = _SEARCHED[sharding.TRAIN]
+
+_MODES = {"serve": sharding.DECODE, "rl_update": sharding.TRAIN, "reshard": sharding.TRAIN}
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """kind: train, prefill, decode or serve (the engine's decoding). seq: tokens a row (decode,
-    serve: of cache). batch: rows.
+    """kind: train, prefill, decode, serve (the engine's decoding), rl_update (one microbatch and
+    the step) or reshard, which has no rows. seq: tokens a row (decode, serve: of cache). batch:
+    rows.
 
     accumulate: microbatches of a training step.
     """
@@ -41,7 +45,7 @@ class Job:
 
     @property
     def training(self) -> bool:
-        return self.kind == "train"
+        return self.kind in ("train", "rl_update")
 
     @property
     def new_tokens(self) -> int:
@@ -51,7 +55,7 @@ class Job:
     @property
     def mode(self) -> str:
         """Return how its parameters lie: a key of `sharding.PARAM_RULES`."""
-        return sharding.DECODE if self.kind == "serve" else self.kind
+        return _MODES.get(self.kind, self.kind)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,6 +167,8 @@ def meshes(
 
 def check(job: Job, layout: sharding.Layout) -> None:
     """Raise ValueError for rows or lengths that the layout does not split evenly."""
+    if job.kind == "reshard":
+        return
     sharding.check_rows(layout, job.batch // job.accumulate)
     if job.seq % layout.size("length"):
         raise ValueError(

@@ -1,7 +1,8 @@
 """Command: compile a full-size program ahead of time for a TPU slice, and say what it needs.
 
-    python -m m1_jax.plan --topology=v5p:8x8x8 --job=train|prefill|decode|serve
+    python -m m1_jax.plan --topology=v5p:8x8x8 --job=train|prefill|decode|serve|rl_update|reshard
         [--config=m1|DIR|FILE] [--mesh=fsdp=16,expert=32] [--seq=4096 --batch=512] [--json=FILE]
+        [--serving_mesh=data=2,expert=32,tensor=8]
 
 No TPU is needed, and weights are shapes only. Prints HBM by part, operations and collectives, each
 as the compiler has it beside our own count; the exit status is 1 if the program does not fit.
@@ -18,21 +19,18 @@ import pathlib
 import resource
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from absl import app, flags, logging
-from jax.sharding import NamedSharding
 
-from m1_jax import aot, budget, checkpoint, chips, flops, hlo, plan_text, quantize, sharding
+from m1_jax import aot, budget, chips, hlo, plan_jobs, plan_text, quantize, sharding
 from m1_jax import config as config_lib
-from m1_jax import state as state_lib
 from pallas_kernels.lightning_attention import tiling
 
 PRESETS = {"m1": config_lib.ModelConfig.m1, "tiny": config_lib.ModelConfig.tiny}
-LATER = ("rl_update", "reshard")  # their programs come with the code that runs them
+COLOCATED = ("rl_update", "reshard")  # with a sampler on the trainer's devices
 LENGTHS = (8_192, 131_072, 1_048_576)  # of which a plan says how many rows fit
 TOKENS = 4096  # a chip, where --batch is not given for training
 
@@ -49,9 +47,11 @@ class Config:
       topology: a slice, like v5p:8x8x8. slices: how many of them.
       job: train (a whole optimizer step), prefill (seq tokens into an empty state), decode (one
         token each, with room for seq in the cache), serve (the engine's decoding of batch
-        requests of seq tokens); rl_update and reshard join later.
+        requests of seq tokens), rl_update (the programs of an RL update, for microbatches of batch
+        rows), reshard (the copy of a trainer's weights for the sampler on the same devices).
       config: m1, tiny, a config.json or a directory that holds one.
       mesh: axis=size, comma separated; empty: search, compiling at most `tries` meshes.
+      serving_mesh: the sampler's, of rl_update and reshard; as mesh.
       seq, batch: tokens a row, and rows of all chips; batch 0: 4,096 tokens a chip in training,
         else one row a chip.
       accumulate, remat: of training; see `train.step.Settings` and `ModelConfig`.
@@ -63,6 +63,7 @@ class Config:
     job: str
     config: str = "m1"
     mesh: str = ""
+    serving_mesh: str = ""
     seq: int = 4096
     batch: int = 0
     slices: int = 1
@@ -74,113 +75,27 @@ class Config:
     json: str = ""
 
     def __post_init__(self):
-        if self.job in LATER:
+        if self.job not in plan_jobs.JOBS:
+            raise PlanError(f"job: got {self.job!r}; wanted one of {', '.join(plan_jobs.JOBS)}")
+        if (self.job in COLOCATED) != bool(self.serving_mesh):
             raise PlanError(
-                f"job {self.job}: its program does not exist yet; it joins this command"
+                f"serving_mesh: got {self.serving_mesh!r} for the job {self.job}; wanted "
+                f"axis=size,... of the sampler for {' and '.join(COLOCATED)}, and for no other"
             )
-        if self.job not in JOBS:
-            raise PlanError(f"job: got {self.job!r}; wanted one of {', '.join(JOBS)}")
+        if self.job == "reshard" and not self.mesh:
+            raise PlanError("mesh: got none; wanted axis=size,... of the trainer, for reshard")
+        if self.job == "rl_update" and self.accumulate != 1:
+            raise PlanError(
+                f"accumulate: got {self.accumulate}; wanted 1 for rl_update, whose microbatches "
+                "are runs of one program: give the rows of one as --batch"
+            )
         if min(self.seq, self.accumulate, self.tries) < 1 or self.batch < 0:
             raise PlanError("seq, batch, accumulate, tries: wanted at least 1 of each")
         quantize.check(self.weights)
-        if self.job == "train" and self.weights is not None:
+        if self.job in ("train", *COLOCATED) and self.weights is not None:
             raise PlanError(f"weights: {self.weights} cannot be trained; leave --weights out")
         if self.lightning not in ("chunked", "tpu"):
             raise PlanError(f"lightning: got {self.lightning!r}; wanted chunked or tpu")
-
-
-# ---- how a model and its inputs lie on a mesh
-
-
-def make_layout(config: config_lib.ModelConfig, shape, devices, job: budget.Job):
-    """Return the layout of a job on a mesh; raises ValueError where it cannot lie on it."""
-    found = sharding.layout(sharding.make_mesh(shape, devices), config, job.mode)
-    assert found is not None
-    budget.check(job, found)
-    return found
-
-
-def abstract_model(
-    config: config_lib.ModelConfig,
-    job: str,
-    layout: sharding.Layout | None = None,
-    weights: str | None = None,
-):
-    """Return a bfloat16 model of sharded shapes; its parameters are float32 in training."""
-    param_dtype = jnp.float32 if job == "train" else jnp.bfloat16
-    return checkpoint.abstract_model(config, jnp.bfloat16, param_dtype, layout, weights)
-
-
-def abstract_rows(layout: sharding.Layout, rows: int, length: int, dtype=jnp.int32) -> Any:
-    """Return an array [rows, length] that lies as tokens do; one token has no length to split."""
-    where = layout.array("batch", "length" if length > 1 else None)
-    return jax.ShapeDtypeStruct((rows, length), dtype, sharding=where)
-
-
-def abstract_state(config: config_lib.ModelConfig, layout: sharding.Layout, job: budget.Job):
-    state = jax.eval_shape(lambda: state_lib.init_state(config, job.batch, job.seq))
-
-    def place(shape, spec):
-        where = NamedSharding(layout.mesh, spec)
-        return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=where)
-
-    return jax.tree.map(place, state, state_lib.specs(state, layout))
-
-
-# ---- jobs: each returns the traced program and its arguments by part
-
-
-def trace_train(config: config_lib.ModelConfig, model, layout, job: budget.Job):
-    from train import optim, step
-
-    settings = step.Settings(optim.AdamW(1e-4), accumulate=job.accumulate)
-    state = step.abstract(model, settings.optimizer)
-    ints = abstract_rows(layout, job.batch, job.seq)
-    weights = abstract_rows(layout, job.batch, job.seq, jnp.float32)
-    batch = step.Batch(ints, ints, ints, ints, weights)
-    parts = {"parameters": model, "optimizer": state.moments, "batch": batch}
-    return step.update.trace(state, batch, settings=settings), parts
-
-
-def trace_extend(config: config_lib.ModelConfig, model, layout, job: budget.Job):
-    """Trace the pass that appends tokens to a state: all of a prompt, or one of each row."""
-    state = abstract_state(config, layout, job)
-    tokens = abstract_rows(layout, job.batch, job.new_tokens)
-    caches = [layer for layer in state.layers if isinstance(layer, state_lib.KVCache)]
-    others = [layer for layer in state.layers if not isinstance(layer, state_lib.KVCache)]
-    parts = {"parameters": model, "state": others, "kv": caches, "batch": tokens}
-
-    def extend(model, tokens, state):
-        return model.extend(tokens, state, last_only=True)
-
-    return jax.jit(extend, donate_argnums=2).trace(model, tokens, state), parts
-
-
-def trace_serve(config: config_lib.ModelConfig, model, layout, job: budget.Job):
-    """Trace what the engine dispatches to decode: several tokens of each row, and their choice."""
-    from infer import config as sizes
-    from infer import programs
-
-    engine = sizes.Config(max_length=job.seq, max_rows=job.batch, tile_rows=16, row_tile=0)
-    state, arguments = programs.abstract_decode(config, layout, engine)
-    pools = state.layers
-    pages = [pool for pool in pools if isinstance(pool, state_lib.Pages)]
-    slots = [pool for pool in pools if isinstance(pool, state_lib.Slots)]
-    parts = {"parameters": model, "state": slots, "kv": pages, "batch": arguments}
-
-    def decode(model, state, rows, batch, steps):
-        recipe = programs.Recipe(engine.tile_rows, engine.row_tile)
-        return programs.decode(model, state, rows, batch, steps, recipe, engine.decode_steps)
-
-    return jax.jit(decode, donate_argnums=(1, 2)).trace(model, state, *arguments), parts
-
-
-JOBS: dict[str, Callable] = {
-    "train": trace_train,
-    "prefill": trace_extend,
-    "decode": trace_extend,
-    "serve": trace_serve,
-}
 
 
 # ---- the command
@@ -196,7 +111,7 @@ def run(config: Config) -> dict[str, Any]:
     model_config = read_model_config(config)
     devices = chips.devices(where)
     limit = aot.hbm_limit_bytes(devices[0])
-    tokens = TOKENS if config.job == "train" else config.seq  # of a chip
+    tokens = TOKENS if config.job in ("train", "rl_update") else config.seq  # of a chip
     batch = config.batch or max(len(devices) * tokens // config.seq, 1)
     job = budget.Job(config.job, config.seq, batch, config.accumulate)
     if job.batch % job.accumulate:
@@ -204,7 +119,7 @@ def run(config: Config) -> dict[str, Any]:
     if config.mesh:
         ranked = [parse_mesh(config.mesh, len(devices))]
     else:
-        shapes = abstract_model(model_config, job.kind, weights=config.weights)
+        shapes = plan_jobs.abstract_model(model_config, job, weights=config.weights)
         ranked = rank(model_config, job, devices, config.slices, limit, shapes)[: config.tries]
     records = []
     for mesh in ranked:
@@ -230,7 +145,7 @@ def rank(model_config, job: budget.Job, devices, num_slices: int, limit: float, 
     found: list[tuple[tuple[bool, float], dict[str, int]]] = []
     for shape in budget.meshes(model_config, job, devices, num_slices):
         layout = make_layout(model_config, shape, devices, job)
-        guess = estimate(model_config, job, layout, model)
+        guess = plan_jobs.estimate(model_config, job, layout, model)
         over = guess.total_bytes > limit
         found.append(((over, guess.total_bytes if over else guess.cost(job)), shape))
     if not found:
@@ -265,95 +180,111 @@ def parse_mesh(text: str, num_devices: int) -> dict[str, int]:
     return shape
 
 
+def make_layout(config: config_lib.ModelConfig, shape, devices, job: budget.Job):
+    """Return the layout of a job on a mesh; raises ValueError where it cannot lie on it."""
+    found = sharding.layout(sharding.make_mesh(shape, devices), config, job.mode)
+    assert found is not None
+    budget.check(job, found)
+    return found
+
+
 def plan_mesh(config: Config, model_config, job, shape, devices, limit, where) -> dict[str, Any]:
-    """Compile one job on one mesh and return its record."""
+    """Compile the programs of one job on one mesh; return the record of what needs most memory.
+
+    Of a job with several programs, "programs" has all of them, and times are of all together.
+    """
     layout = make_layout(model_config, shape, devices, job)
-    model = abstract_model(model_config, job.kind, layout, config.weights)
-    guess = estimate(model_config, job, layout, model)
+    model = plan_jobs.abstract_model(model_config, job, layout, config.weights)
+    serving = None
+    if config.serving_mesh:
+        sizes = parse_mesh(config.serving_mesh, len(devices))
+        serving = plan_jobs.serving_layout(model_config, layout, sizes)
+    setting = plan_jobs.Setting(model_config, job, layout, model, serving)
     started = time.perf_counter()
     kernels = config.lightning == "tpu"
     chip = tiling.compile_for(where.generation) if kernels else contextlib.nullcontext()
     with chip:
-        traced, arguments = JOBS[job.kind](model_config, model, layout, job)
+        traced = plan_jobs.JOBS[job.kind](setting)
         traced_secs = time.perf_counter() - started
-        compiled = aot.compile_program(traced, limit)
-    parts: dict[str, float] = {name: budget.local_bytes(tree) for name, tree in arguments.items()}
-    held = compiled.argument_bytes or sum(parts.values())
-    parts["activations"] = compiled.needed - sum(parts.values())
-    counted, unknown = hlo.collectives(compiled.text) if compiled.text else ({}, 0)
-    model_flops, again = _flops(model_config, job)
+        programs = [_compile(program, limit, len(devices)) for program in traced]
+    most = max(programs, key=lambda program: program["hbm_bytes_per_chip"])
     return {
         **dataclasses.asdict(config),
         "mesh": dict(shape),
         "batch": job.batch,
         "devices": len(devices),
         "devices_per_chip": len(devices) // where.num_chips,
-        "fits": compiled.fits,
-        "hbm_bytes_per_chip": compiled.needed,
-        "hbm_limit_bytes": compiled.limit,
-        "hbm_parts": parts,
-        "hbm_estimate": dict(guess.hbm_bytes),
-        "argument_bytes": held,
-        "temp_bytes": compiled.temp_bytes or compiled.needed - held,
-        "flops_per_chip": (model_flops + again) / len(devices),
-        "flops_again_per_chip": again / len(devices),
-        "flops_compiler_per_chip": compiled.flops,
-        "collectives": _traffic(counted),
-        "collectives_estimate": _traffic(guess.collectives),
-        "unknown_loops": unknown,
-        "capacity": {}
-        if job.training
-        else capacity(model_config, layout, job, compiled.limit - compiled.needed),
+        **most,
+        "fits": all(program["fits"] for program in programs),
+        "programs": programs,
+        "capacity": _room(setting, most),
         "trace_secs": traced_secs,
-        "compile_secs": compiled.secs,
-        "compile_cpu_secs": compiled.cpu_secs,
+        "compile_secs": sum(program["compile_secs"] for program in programs),
+        "compile_cpu_secs": sum(program["compile_cpu_secs"] for program in programs),
         "versions": {name: _version(name) for name in ("jax", "libtpu")},
     }
 
 
-def estimate(model_config, job: budget.Job, layout, model) -> budget.Estimate:
-    state = sum(_state_bytes(model_config, layout, job)) if not job.training else 0
-    return budget.estimate(model_config, job, layout, budget.params(model, layout), state)
+def _compile(program: plan_jobs.Program, limit: float, num_devices: int) -> dict[str, Any]:
+    """Compile a program; the memory of what lies beside it counts as its own."""
+    beside = {name: budget.local_bytes(tree) for name, tree in program.beside.items()}
+    logging.info("compiling %s", program.name)
+    compiled = aot.compile_program(program.traced, limit)
+    needed = compiled.needed + sum(beside.values())
+    arguments = {name: budget.local_bytes(tree) for name, tree in program.arguments.items()}
+    results = {name: budget.local_bytes(tree) for name, tree in program.results.items()}
+    parts: dict[str, float] = {**arguments, **results}
+    held = compiled.argument_bytes or sum(arguments.values())
+    parts["activations"] = compiled.needed - sum(parts.values())
+    counted, unknown = hlo.collectives(compiled.text) if compiled.text else ({}, 0)
+    model_flops, again = program.flops
+    return {
+        "program": program.name,
+        "fits": needed <= compiled.limit and compiled.fits,
+        "hbm_bytes_per_chip": needed,
+        "hbm_limit_bytes": compiled.limit,
+        "hbm_parts": parts,
+        "hbm_beside": beside,
+        "hbm_estimate": dict(program.guess.hbm_bytes),
+        "argument_bytes": held,
+        "temp_bytes": compiled.temp_bytes or compiled.needed - held,
+        "flops_per_chip": (model_flops + again) / num_devices,
+        "flops_again_per_chip": again / num_devices,
+        "flops_compiler_per_chip": compiled.flops,
+        "collectives": _traffic(counted),
+        "collectives_estimate": _traffic(program.guess.collectives),
+        "unknown_loops": unknown,
+        "compile_secs": compiled.secs,
+        "compile_cpu_secs": compiled.cpu_secs,
+    }
 
 
-def _state_bytes(model_config, layout, job: budget.Job) -> tuple[float, float]:
-    """Return the bytes on a chip of all rows' recurrent states and of their keys and values."""
-    if job.kind == "serve":
-        from infer import config as sizes
-
-        chunk = sizes.Config().chunk_tokens
-        pages = job.batch * -(-job.seq // chunk)
-        state = state_lib.abstract_serving(model_config, job.batch, pages, chunk, layout)
-    else:
-        state = abstract_state(model_config, layout, job)
-    caches = (state_lib.KVCache, state_lib.Pages)
-    kv = [layer for layer in state.layers if isinstance(layer, caches)]
-    total = budget.local_bytes(state)
-    return total - budget.local_bytes(kv), budget.local_bytes(kv)
+def _room(setting: plan_jobs.Setting, most: Mapping[str, Any]) -> dict[int, int]:
+    """Return `capacity` with what the program that needs most leaves free."""
+    job, layout = setting.job, setting.layout
+    free = most["hbm_limit_bytes"] - most["hbm_bytes_per_chip"]
+    if job.kind == "rl_update":  # the sampler's memory of its requests stays there, too
+        assert setting.serving is not None
+        serve = dataclasses.replace(job, kind="serve")
+        return capacity(setting.config, setting.serving, serve, free, (job.seq,))
+    if job.mode == sharding.TRAIN:
+        return {}
+    held = sum(plan_jobs.state_bytes(setting.config, layout, job))
+    return capacity(setting.config, layout, job, free + held)
 
 
-def capacity(model_config, layout, job: budget.Job, free_bytes: float) -> dict[int, int]:
-    """Return by length in tokens how many rows fit, if what is free now and held by rows is theirs.
-
-    free_bytes: on a chip beside the program of `job`.
-    """
-    state, kv = (size / job.batch for size in _state_bytes(model_config, layout, job))
+def capacity(
+    model_config, layout, job: budget.Job, room_bytes: float, lengths: Sequence[int] = LENGTHS
+) -> dict[int, int]:
+    """Return by length in tokens how many rows fit into so much of a chip's memory."""
+    both = plan_jobs.state_bytes(model_config, layout, job)
+    state, kv = (size / job.batch for size in both)
     spread = 1 if job.kind == "serve" else layout.size("batch")
     found = {}
-    for length in LENGTHS:
+    for length in lengths:
         each = state + kv * length / job.seq
-        found[length] = int(((state + kv) * job.batch + free_bytes) / each) // spread * spread
+        found[length] = max(int(room_bytes / each), 0) // spread * spread
     return found
-
-
-def _flops(model_config, job: budget.Job) -> tuple[float, float]:
-    """Return operations of all chips together: of the model, and computed again."""
-    if job.training:
-        count = flops.train(model_config, job.batch, job.seq)
-        return count.model, count.again
-    context = job.seq - job.new_tokens
-    once = flops.forward(model_config, job.batch, job.new_tokens, context, logits=1)
-    return once.total, 0.0
 
 
 def read_model_config(config: Config) -> config_lib.ModelConfig:
@@ -367,7 +298,7 @@ def read_model_config(config: Config) -> config_lib.ModelConfig:
                 "the directory of one"
             )
         read = config_lib.ModelConfig.from_file(path / "config.json" if path.is_dir() else path)
-    remat = config.remat if config.job == "train" else "none"
+    remat = config.remat if config.job in ("train", "rl_update") else "none"
     return dataclasses.replace(read, remat=remat, lightning_implementation=config.lightning)
 
 
@@ -401,9 +332,10 @@ def main(argv) -> None:
 
 def _define_flags() -> None:
     flags.DEFINE_string("topology", None, "slice, like v5p:8x8x8", required=True)
-    flags.DEFINE_enum("job", None, [*JOBS, *LATER], "program to compile", required=True)
+    flags.DEFINE_enum("job", None, list(plan_jobs.JOBS), "program to compile", required=True)
     flags.DEFINE_string("config", "m1", "m1, tiny, a config.json or the directory of one")
     flags.DEFINE_string("mesh", "", "axis=size,... ; empty: search for one")
+    flags.DEFINE_string("serving_mesh", "", "axis=size,... of the sampler; rl_update, reshard")
     flags.DEFINE_integer("seq", 4096, "tokens a row; decode: room in the cache")
     flags.DEFINE_integer("batch", 0, "rows on all chips; 0: 4,096 tokens a chip, or one row")
     flags.DEFINE_integer("slices", 1, "number of slices")

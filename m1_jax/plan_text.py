@@ -12,21 +12,19 @@ def report(record: Mapping[str, Any]) -> str:
     if record["devices_per_chip"] > 1:
         chips += f", {record['devices']} devices of half a chip: below, a chip is such a half"
     slices = f"{record['slices']} x " if record["slices"] > 1 else ""
+    serving = f", serving mesh {record['serving_mesh']}" if record["serving_mesh"] else ""
     lines = [
         f"{record['job']} of {record['config']} on {slices}{record['topology']} ({chips}), "
-        f"mesh {mesh(record['mesh'])}",
-        f"{record['batch']} rows of {record['seq']} tokens"
-        + (f", remat {record['remat']}, {record['accumulate']} microbatches" * _trains(record))
-        + f", weights {record['weights']}" * (record["weights"] is not None)
-        + f", lightning {record['lightning']}, jax {record['versions']['jax']}, "
-        f"libtpu {record['versions']['libtpu']}",
+        f"mesh {mesh(record['mesh'])}{serving}",
+        _sizes(record),
         "",
-        *_memory(record),
-        "",
-        *_flops(record),
-        "",
-        *_collectives(record),
-        "",
+    ]
+    for program in record["programs"]:
+        if len(record["programs"]) > 1:
+            lines.append(f"program {program['program']}")
+        for part in (_memory(program), _flops(program), _collectives(program)):
+            lines += [*part, ""] if part else []
+    lines += [
         *_tried(record),
         *_capacity(record),
         f"traced in {record['trace_secs']:.1f} s, compiled in {record['compile_secs']:.1f} s "
@@ -35,6 +33,24 @@ def report(record: Mapping[str, Any]) -> str:
         verdict(record),
     ]
     return "\n".join(lines)
+
+
+def _sizes(record) -> str:
+    words = [] if record["job"] == "reshard" else [_rows(record)]
+    if record["weights"] is not None:
+        words.append(f"weights {record['weights']}")
+    words.append(f"lightning {record['lightning']}")
+    words += [f"{name} {record['versions'][name]}" for name in ("jax", "libtpu")]
+    return ", ".join(words)
+
+
+def _rows(record) -> str:
+    rows = f"{record['batch']} rows of {record['seq']} tokens"
+    if record["job"] == "rl_update":
+        return f"{rows} in a microbatch, remat {record['remat']}"
+    if record["job"] == "train":
+        return f"{rows}, remat {record['remat']}, {record['accumulate']} microbatches"
+    return rows
 
 
 def mesh(shape: Mapping[str, int]) -> str:
@@ -51,10 +67,6 @@ def verdict(record: Mapping[str, Any]) -> str:
     )
 
 
-def _trains(record) -> bool:
-    return record["job"] == "train"
-
-
 def _memory(record) -> list[str]:
     parts, guess = record["hbm_parts"], dict(record["hbm_estimate"])
     # Gradients and activations are both temporaries of the program.
@@ -66,11 +78,16 @@ def _memory(record) -> list[str]:
     for name, size in parts.items():
         label = {"activations": "activations and temporaries"}.get(name, name)
         lines.append(f"{label:<28}{size / GIB:>10.2f}{guess.get(name, 0) / GIB:>10.2f}")
+    for name, size in record["hbm_beside"].items():  # the compiler does not know of it
+        guess[f"{name}, beside"] = size
+        lines.append(f"{f'{name}, beside':<28}{size / GIB:>10.2f}{size / GIB:>10.2f}")
     total = record["hbm_bytes_per_chip"] / GIB
     return [*lines, f"{'total':<28}{total:>10.2f}{sum(guess.values()) / GIB:>10.2f}"]
 
 
 def _flops(record) -> list[str]:
+    if not record["flops_per_chip"]:
+        return []
     ours, again = record["flops_per_chip"], record["flops_again_per_chip"]
     compiler = record["flops_compiler_per_chip"]
     theirs = "none" if compiler is None else f"{compiler / 1e12:.2f}"
@@ -82,10 +99,11 @@ def _flops(record) -> list[str]:
 
 def _collectives(record) -> list[str]:
     counted, paper = record["collectives"], record["collectives_estimate"]
-    lines = [f"{'received by a chip':<22}{'compiled':>10}{'GiB':>10}{'by hand':>10}{'GiB':>10}"]
+    head = f"{'received by a chip':<22}{'compiled':>10}{'GiB':>10}"
+    lines = [head + (f"{'by hand':>10}{'GiB':>10}" if paper else "")]
     for kind in dict.fromkeys([*paper, *counted]):
         row = f"{kind:<22}"
-        for source in (counted, paper):
+        for source in (counted, paper) if paper else (counted,):
             traffic = source.get(kind, {"count": 0, "bytes": 0})
             row += f"{traffic['count']:>10.0f}{traffic['bytes'] / GIB:>10.2f}"
         lines.append(row)
@@ -96,7 +114,8 @@ def _collectives(record) -> list[str]:
 
 def _capacity(record) -> list[str]:
     rows = [f"{number} of {length:,} tokens" for length, number in record["capacity"].items()]
-    return [f"room for requests, weights in place: {', '.join(rows)}"] if rows else []
+    beside = "the sampler's requests beside it" if record["job"] == "rl_update" else "requests"
+    return [f"room for {beside}, weights in place: {', '.join(rows)}"] if rows else []
 
 
 def _tried(record) -> list[str]:

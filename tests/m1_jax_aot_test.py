@@ -1,10 +1,14 @@
 """Programs of the released size compile for TPU slices and fit, on a machine without a TPU."""
 
+import functools
+
 import pytest
 
-from m1_jax import plan
+from m1_jax import ModelConfig, budget, chips, configlib, plan, sharding
+from m1_jax import state as state_lib
+from train import rollout
 
-M = 2**20
+M, GIB = 2**20, 2**30
 # job, slice, mesh, tokens a row, rows, and GiB that the program took when this was written.
 PROGRAMS = {
     "train-4k": ("train", "v5p:8x8x8", "fsdp=16,expert=32", 4096, 512, 26),
@@ -37,3 +41,39 @@ def test_full_size_program_fits(name):
         paper = record["collectives_estimate"].get(kind, {"bytes": 0})["bytes"]
         counted = record["collectives"].get(kind, {"bytes": 0})["bytes"]
         assert abs(counted - paper) <= 0.1 * paper + M, kind
+
+
+# ---- reinforcement learning, as configs/cispo_m1.py has it
+
+
+@functools.cache
+def load_run():
+    run = configlib.load("configs/cispo_m1.py")
+    meshes = [",".join(f"{axis}={n}" for axis, n in m) for m in (run.mesh, run.serving_mesh)]
+    return run, *meshes
+
+
+def engine_bytes(run) -> int:
+    """Return what the sampler's requests hold of a chip: states, keys and values, routes."""
+    sizes = {"record_routes": run.rollout.replay_routes, **dict(run.rollout.engine)}
+    engine = rollout.engine_sizes(sizes, run.rollout.max_tokens, 512)
+    config, devices = ModelConfig.m1(), chips.devices(chips.parse("v5p:8x8x8"))
+    layout = sharding.layout(
+        sharding.make_mesh(dict(run.serving_mesh), devices), config, sharding.DECODE
+    )
+    assert layout is not None
+    state = state_lib.abstract_serving(
+        config, engine.slots, engine.pages, engine.chunk_tokens, layout
+    )
+    routes = config.num_hidden_layers * config.num_experts_per_tok if engine.record_routes else 0
+    return budget.local_bytes(state) + engine.pages * engine.chunk_tokens * routes
+
+
+@pytest.mark.slow
+def test_full_size_reshard_fits_beside_the_sampler():
+    pytest.importorskip("libtpu")
+    run, mesh, serving = load_run()
+    record = plan.run(plan.Config("v5p:8x8x8", "reshard", mesh=mesh, serving_mesh=serving))
+    assert record["fits"]
+    assert record["hbm_bytes_per_chip"] < 65 * 1.1 * GIB
+    assert record["hbm_bytes_per_chip"] + engine_bytes(run) < record["hbm_limit_bytes"]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.experimental import topologies
 
-from m1_jax import ModelConfig, aot, budget, chips, config, hlo, plan, plan_text
+from m1_jax import ModelConfig, aot, budget, chips, config, hlo, plan, plan_jobs, plan_text
 
 GIB = 2**30
 M1 = dataclasses.replace(ModelConfig.m1(), remat="layer")
@@ -98,9 +98,15 @@ def test_out_of_memory_messages(message, expected):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"job": "rl_update"}, "rl_update: its program does not exist yet"),
-        ({"job": "reshard"}, "reshard: its program does not exist yet"),
-        ({"job": "sing"}, "wanted one of train, prefill, decode, serve"),
+        ({"job": "sing"}, "wanted one of train, prefill, decode, serve, rl_update, reshard"),
+        ({"job": "rl_update"}, "got '' for the job rl_update; wanted axis=size"),
+        ({"serving_mesh": "expert=4"}, "got 'expert=4' for the job train; .* for no other"),
+        ({"job": "reshard", "serving_mesh": "expert=4"}, "mesh: got none.* of the trainer"),
+        ({"job": "rl_update", "serving_mesh": "expert=4", "accumulate": 2}, "wanted 1 for rl"),
+        (
+            {"job": "rl_update", "serving_mesh": "expert=4", "weights": "int8-all"},
+            "int8-all cannot be trained",
+        ),
         ({"seq": 0}, "at least 1"),
         ({"lightning": "gpu"}, "chunked or tpu"),
         ({"weights": "int8-all"}, "int8-all cannot be trained"),
@@ -151,8 +157,8 @@ def params():
     """The release's parameters on a mesh of CPU devices: fsdp 2, expert 2, tensor 2."""
     job = budget.Job("train", 4096, 8)
     layout = plan.make_layout(M1, {"fsdp": 2, "expert": 2, "tensor": 2}, jax.devices(), job)
-    model = plan.abstract_model(M1, "train", layout)
-    return model, plan.estimate(M1, job, layout, model)
+    model = plan_jobs.abstract_model(M1, job, layout)
+    return model, plan_jobs.estimate(M1, job, layout, model)
 
 
 def test_state_of_training_is_twelve_bytes_a_parameter(params):
@@ -186,8 +192,8 @@ def test_bytes_of_int8_weights():
     layout = plan.make_layout(M1, {"expert": 4, "tensor": 2}, jax.devices(), job)
 
     def held(weights):
-        model = plan.abstract_model(M1, "decode", layout, weights)
-        return plan.estimate(M1, job, layout, model).hbm_bytes["parameters"]
+        model = plan_jobs.abstract_model(M1, job, layout, weights)
+        return plan_jobs.estimate(M1, job, layout, model).hbm_bytes["parameters"]
 
     whole, experts, every = map(held, (None, "int8-experts", "int8-all"))
     matrices, width = 80 * 32 / 4 * 3 * 6144 * 9216 / 2, 64 * 128

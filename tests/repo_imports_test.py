@@ -48,7 +48,7 @@ _DIRECTION = {
     "tests/": _PACKAGES,
 }
 # The planner compiles exactly what runs, so it reaches up, inside the function that needs it.
-_INSIDE_FUNCTIONS = {"m1_jax/plan.py": ("train", "infer")}
+_INSIDE_FUNCTIONS = dict.fromkeys(("m1_jax/plan.py", "m1_jax/plan_jobs.py"), ("train", "infer"))
 
 _DYNAMIC_IMPORTS = ("importlib.import_module", "import_module", "__import__")
 _KERNELS_THIRD_PARTY = {"jax", "jaxtyping", "numpy", "absl"}

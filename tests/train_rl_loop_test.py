@@ -183,8 +183,8 @@ def test_metrics_of_a_batch(start, tmp_path):
     assert told["entropy"] > 0
     evaluated = _lines(tmp_path, "eval")
     assert [(one["step"], one["version"], one["samples"]) for one in evaluated] == [
-        (0, 0, 81),
-        (1, 1, 81),
+        (0, 0, 25),
+        (1, 1, 25),
     ]
 
 

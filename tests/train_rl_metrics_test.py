@@ -163,3 +163,8 @@ def test_share_of_zeros_counts_beyond_what_float32_can():
     moments = {"v": jnp.zeros((3, 2**23), jnp.float32).at[0].set(1.0)}
     near(rl_metrics.zero_share(moments), 2 / 3)
     assert rl_metrics.zero_share({"v": jnp.full(5, 1e-37)}) == 0
+
+
+def test_a_model_with_more_entries_than_an_int32_counts():
+    large = jax.ShapeDtypeStruct((80, 32, 6144, 9216), jnp.float32)
+    assert jax.eval_shape(rl_metrics.zero_share, [large]).shape == ()

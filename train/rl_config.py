@@ -104,14 +104,16 @@ class Update:
     """How a generation batch becomes optimizer steps.
 
     minibatches: steps that share the batch's groups; M1's 16 off-policy updates. epochs: how often
-    all of them are gone through. rows: of `Rollout.max_tokens` tokens in a microbatch.
-    warmup_steps: of the learning rate, which then stays. balance: of the routers' balance loss.
+    all of them are gone through. rows: in a microbatch. row_tokens: of each row; 0 is the longest
+    sample's `Rollout.max_tokens`, and more packs short samples better. warmup_steps: of the
+    learning rate, which then stays. balance: of the routers' balance loss.
     """
 
     learning_rate: float
     minibatches: int = 16
     epochs: int = 1
     rows: int = 1
+    row_tokens: int = 0
     warmup_steps: int = 0
     balance: float = 0.0
 
@@ -195,6 +197,9 @@ class Run:
         groups, number = self.rollout.groups, self.update.minibatches
         wanted = f"a divisor of rollout.groups = {groups}, as groups stay whole"
         _require(groups % number == 0, "update.minibatches", number, wanted)
+        fits = self.update.row_tokens in (0, max(self.update.row_tokens, self.rollout.max_tokens))
+        wanted = f"0, or at least {self.rollout.max_tokens}, the longest sample"
+        _require(fits, "update.row_tokens", self.update.row_tokens, wanted)
         unknown = set(self.curriculum.sources) - set(names) if self.curriculum else set()
         _require(not unknown, "curriculum", sorted(unknown), f"sources of {names}")
         partial = not (self.agent and self.rollout.partial_tokens)

@@ -247,7 +247,7 @@ def zero_share(tree: Any) -> Float[Array, ""]:
 
 
 def _fraction(leaves):
-    size = sum(x.size for x in leaves)
+    size = float(sum(x.size for x in leaves))  # of a large model no int32
     # Integers along the last axis: float32 would stop counting ones at 2^24.
     rows = [jnp.sum(jnp.atleast_1d(x), axis=-1, dtype=jnp.int32) for x in leaves]
     return jnp.sum(jnp.stack([jnp.sum(x.astype(jnp.float32)) / size for x in rows]))

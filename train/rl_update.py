@@ -103,7 +103,10 @@ class Updater:
         pairs = [(group.number, one) for group in part for one in groups.finished(group)]
         kept = [(number, one) for number, one in pairs if one.valid]
         packed = rl_batch.pack(
-            [one for _, one in kept], self._config.update.rows, rollout.max_tokens, self._routes
+            [one for _, one in kept],
+            self._config.update.rows,
+            self._config.update.row_tokens or rollout.max_tokens,
+            self._routes,
         )
         lengths = np.array([sum(one.mask) for _, one in kept])
         prompts = np.array([number for number, _ in kept])

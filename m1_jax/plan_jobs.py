@@ -1,0 +1,316 @@
+"""The programs of each job that `plan.py` compiles: those that run, and what lies beside them.
+
+Each is traced from shapes by the function that owns it, so it is imported from `train` or `infer`
+inside the function that needs it.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+
+from m1_jax import budget, checkpoint, flops, sharding
+from m1_jax import config as config_lib
+from m1_jax import state as state_lib
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """model: of sharded shapes on `layout`. serving: where a sampler has its weights, in RL."""
+
+    config: config_lib.ModelConfig
+    job: budget.Job
+    layout: sharding.Layout
+    model: Any
+    serving: sharding.Layout | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A traced program of a job.
+
+    arguments: pytrees of shapes by part. results: those that take memory of their own, not that of
+    a donated argument. beside: what else is in the memory of its chips while it runs, which the
+    compiler does not know of. guess: our count of all of it, without `beside`.
+    flops: of all chips together, of the model and computed again.
+    """
+
+    name: str
+    traced: Any
+    arguments: Mapping[str, Any]
+    guess: budget.Estimate
+    flops: tuple[float, float] = (0.0, 0.0)
+    results: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    beside: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+# ---- how a model and its inputs lie on a mesh
+
+
+def abstract_model(
+    config: config_lib.ModelConfig,
+    job: budget.Job,
+    layout: sharding.Layout | None = None,
+    weights: str | None = None,
+):
+    """Return a bfloat16 model of sharded shapes; a trainer's parameters are float32."""
+    param_dtype = jnp.float32 if job.mode == sharding.TRAIN else jnp.bfloat16
+    return checkpoint.abstract_model(config, jnp.bfloat16, param_dtype, layout, weights)
+
+
+def serving_layout(
+    config: config_lib.ModelConfig, layout: sharding.Layout, sizes: Mapping[str, int]
+) -> sharding.Layout:
+    """Return how a sampler's weights lie on the trainer's devices, cut along `sizes`.
+
+    Raises:
+      ValueError: sizes that are not those of all devices, or that the model cannot lie on.
+    """
+    from train import handover
+
+    found = sharding.layout(handover.serving_mesh(layout.mesh, sizes), config, sharding.DECODE)
+    assert found is not None
+    return found
+
+
+def abstract_rows(layout: sharding.Layout, rows: int, length: int, dtype=jnp.int32) -> Any:
+    """Return an array [rows, length] that lies as tokens do; one token has no length to split."""
+    where = layout.array("batch", "length" if length > 1 else None)
+    return jax.ShapeDtypeStruct((rows, length), dtype, sharding=where)
+
+
+def abstract_state(config: config_lib.ModelConfig, layout: sharding.Layout, job: budget.Job):
+    state = jax.eval_shape(lambda: state_lib.init_state(config, job.batch, job.seq))
+
+    def place(shape, spec):
+        where = NamedSharding(layout.mesh, spec)
+        return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=where)
+
+    return jax.tree.map(place, state, state_lib.specs(state, layout))
+
+
+def state_bytes(
+    config: config_lib.ModelConfig, layout: sharding.Layout, job: budget.Job
+) -> tuple[float, float]:
+    """Return the bytes on a chip of all rows' recurrent states and of their keys and values."""
+    if job.kind == "serve":
+        from infer import config as sizes
+
+        chunk = sizes.Config().chunk_tokens
+        pages = job.batch * -(-job.seq // chunk)
+        state = state_lib.abstract_serving(config, job.batch, pages, chunk, layout)
+    else:
+        state = abstract_state(config, layout, job)
+    caches = (state_lib.KVCache, state_lib.Pages)
+    kv = [layer for layer in state.layers if isinstance(layer, caches)]
+    total = budget.local_bytes(state)
+    return total - budget.local_bytes(kv), budget.local_bytes(kv)
+
+
+def estimate(
+    config: config_lib.ModelConfig, job: budget.Job, layout: sharding.Layout, model
+) -> budget.Estimate:
+    """Return our own count of a job, by which meshes are ranked."""
+    state = 0.0 if job.mode == sharding.TRAIN else sum(state_bytes(config, layout, job))
+    return budget.estimate(config, job, layout, budget.params(model, layout), state)
+
+
+# ---- jobs: each returns its programs
+
+
+def train(setting: Setting) -> list[Program]:
+    from train import optim
+    from train import step as step_lib
+
+    job, layout = setting.job, setting.layout
+    settings = step_lib.Settings(optim.AdamW(1e-4), accumulate=job.accumulate)
+    state = step_lib.abstract(setting.model, settings.optimizer)
+    ints = abstract_rows(layout, job.batch, job.seq)
+    weights = abstract_rows(layout, job.batch, job.seq, jnp.float32)
+    batch = step_lib.Batch(ints, ints, ints, ints, weights)
+    parts = {"parameters": setting.model, "optimizer": state.moments, "batch": batch}
+    traced = step_lib.update.trace(state, batch, settings=settings)
+    return [Program("update", traced, parts, _estimate(setting), _train_flops(setting))]
+
+
+def extend(setting: Setting) -> list[Program]:
+    """Trace the pass that appends tokens to a state: all of a prompt, or one of each row."""
+    job = setting.job
+    state = abstract_state(setting.config, setting.layout, job)
+    tokens = abstract_rows(setting.layout, job.batch, job.new_tokens)
+    caches = [layer for layer in state.layers if isinstance(layer, state_lib.KVCache)]
+    others = [layer for layer in state.layers if not isinstance(layer, state_lib.KVCache)]
+    parts = {"parameters": setting.model, "state": others, "kv": caches, "batch": tokens}
+
+    def extend(model, tokens, state):
+        return model.extend(tokens, state, last_only=True)
+
+    traced = jax.jit(extend, donate_argnums=2).trace(setting.model, tokens, state)
+    return [Program("extend", traced, parts, _estimate(setting), _forward_flops(setting))]
+
+
+def serve(setting: Setting) -> list[Program]:
+    """Trace what the engine dispatches to decode: several tokens of each row, and their choice."""
+    from infer import config as sizes
+    from infer import programs
+
+    job = setting.job
+    engine = sizes.Config(max_length=job.seq, max_rows=job.batch, tile_rows=16, row_tile=0)
+    state, arguments = programs.abstract_decode(setting.config, setting.layout, engine)
+    pools = state.layers
+    pages = [pool for pool in pools if isinstance(pool, state_lib.Pages)]
+    slots = [pool for pool in pools if isinstance(pool, state_lib.Slots)]
+    parts = {"parameters": setting.model, "state": slots, "kv": pages, "batch": arguments}
+
+    def decode(model, state, rows, batch, steps):
+        recipe = programs.Recipe(engine.tile_rows, engine.row_tile)
+        return programs.decode(model, state, rows, batch, steps, recipe, engine.decode_steps)
+
+    traced = jax.jit(decode, donate_argnums=(1, 2)).trace(setting.model, state, *arguments)
+    return [Program("decode", traced, parts, _estimate(setting), _forward_flops(setting))]
+
+
+def rl_update(setting: Setting) -> list[Program]:
+    """Trace the three programs of an update: scores, gradients added to sums, the step.
+
+    Rows carry the sampler's routes. The sampler's weights stay beside each program, and the
+    moments beside those that do not take them.
+    """
+    from train import objective, optim, rl_step
+    from train import step as step_lib
+
+    job, model = setting.job, setting.model
+    settings = rl_step.Settings(optim.AdamW(1e-4), objective.PRESETS["cispo"])
+    state = step_lib.abstract(model, settings.optimizer)
+    rows = _rl_rows(setting)
+    share = jax.ShapeDtypeStruct((), jnp.float32)
+    shapes = jax.eval_shape(
+        lambda *args: rl_step.add(None, *args, None, settings), model, rows, share
+    )
+    sums = (_like_model(shapes[0], model), _everywhere(shapes[1], setting.layout))
+    sampler = {"sampler": sampler_model(setting)}
+    moments = {"optimizer": state.moments}
+    parameters, batch = {"parameters": model}, {"batch": rows}
+    params = budget.params(model, setting.layout)
+    whole = budget.estimate(setting.config, job, setting.layout, params)
+    once = dataclasses.replace(job, kind=sharding.PREFILL)  # one forward pass
+    held = {"parameters": whole.hbm_bytes["parameters"]}
+    added = {"sums": whole.hbm_bytes["gradients"]}
+    work = {name: whole.hbm_bytes[name] for name in ("gradients", "activations")}
+    step = {"optimizer": whole.hbm_bytes["optimizer"], "activations": 0.0}
+    return [
+        Program(
+            "score",
+            rl_step.score.trace(model, rows, settings.temperature),
+            parameters | batch,
+            budget.estimate(setting.config, once, setting.layout, params),
+            (flops.forward(setting.config, job.batch, job.seq).total, 0.0),
+            beside=moments | sampler,
+        ),
+        Program(
+            "add",
+            rl_step.add.trace(sums, model, rows, share, None, settings),
+            parameters | {"sums": sums} | batch,
+            budget.Estimate(held | added | work, whole.collectives),
+            _train_flops(setting),
+            beside=moments | sampler,
+        ),
+        Program(
+            "update",
+            rl_step.update.trace(state, sums[0], settings),
+            parameters | moments | {"sums": sums[0]},
+            budget.Estimate(held | added | step, {}),
+            beside=sampler,
+        ),
+    ]
+
+
+def reshard(setting: Setting) -> list[Program]:
+    """Trace the copy of a trainer's weights for the sampler, whose old ones still lie beside it."""
+    from train import handover, optim
+    from train import step as step_lib
+
+    assert setting.serving is not None
+    model = setting.model
+    program = handover.Handover(setting.config, jnp.bfloat16, setting.serving)
+    values = {n: p.get_value() for n, p in checkpoint.parameters(model).items()}
+    parts, made = {"parameters": model}, {"new sampler": program.like}
+    guess = {name: float(budget.local_bytes(tree)) for name, tree in (parts | made).items()}
+    moments = step_lib.abstract(model, optim.AdamW(1e-4)).moments
+    return [
+        Program(
+            "reshard",
+            program.program.trace(values),
+            parts,
+            budget.Estimate(guess | {"activations": 0.0}, {}),
+            results=made,
+            beside={"optimizer": moments, "sampler": program.like},
+        )
+    ]
+
+
+JOBS: dict[str, Callable[[Setting], list[Program]]] = {
+    "train": train,
+    "prefill": extend,
+    "decode": extend,
+    "serve": serve,
+    "rl_update": rl_update,
+    "reshard": reshard,
+}
+
+
+# ---- parts of them
+
+
+def sampler_model(setting: Setting) -> Any:
+    """Return the bfloat16 weights that the sampler keeps, as shapes."""
+    assert setting.serving is not None
+    return checkpoint.abstract_model(setting.config, jnp.bfloat16, jnp.bfloat16, setting.serving)
+
+
+def _rl_rows(setting: Setting) -> Any:
+    """Return a microbatch as `rl_batch.place` puts it on the devices."""
+    from train import rl_batch
+
+    config, job, layout = setting.config, setting.job, setting.layout
+    ints = abstract_rows(layout, job.batch, job.seq)
+    floats = abstract_rows(layout, job.batch, job.seq, jnp.float32)
+    kinds = {"tokens": ints, "segment_ids": ints, "positions": ints, "targets": ints}
+    fields = {
+        field.name: kinds.get(field.name, floats) for field in dataclasses.fields(rl_batch.Rows)
+    }
+    shape = (job.batch, job.seq, config.num_hidden_layers, config.num_experts_per_tok)
+    where = layout.array("batch", "length", None, None)
+    fields["routes"] = jax.ShapeDtypeStruct(shape, jnp.int8, sharding=where)
+    return rl_batch.Rows(**fields)
+
+
+def _like_model(shapes: Any, model: Any) -> Any:
+    def place(shape, like):
+        return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=like.sharding)
+
+    return jax.tree.map(place, shapes, model)
+
+
+def _everywhere(shapes: Any, layout: sharding.Layout) -> Any:
+    where = layout.array()
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), shapes)
+
+
+def _estimate(setting: Setting) -> budget.Estimate:
+    return estimate(setting.config, setting.job, setting.layout, setting.model)
+
+
+def _train_flops(setting: Setting) -> tuple[float, float]:
+    count = flops.train(setting.config, setting.job.batch, setting.job.seq)
+    return count.model, count.again
+
+
+def _forward_flops(setting: Setting) -> tuple[float, float]:
+    job = setting.job
+    context = job.seq - job.new_tokens
+    once = flops.forward(setting.config, job.batch, job.new_tokens, context, logits=1)
+    return once.total, 0.0
