@@ -14,7 +14,7 @@ from m1_jax import testing
 OUT = pathlib.Path(__file__).resolve().parent / "data"
 PLACES = {"harbour": "ships", "market": "apples", "library": "books", "mill": "flour"}
 PEOPLE = ["Ada", "Ben", "Cleo", "Dan", "Eve", "Finn"]
-MOST = 5  # the largest number in a sum that reinforcement learning is to get right
+MOST = 4  # the largest number in a sum that reinforcement learning is to get right
 TIMES = ["In the morning", "At noon", "In the evening"]
 
 

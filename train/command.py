@@ -8,9 +8,8 @@ import jax
 from absl import flags, logging
 
 from m1_jax import configlib
-from train import loop
 
-Fit = Callable[[Any, str], loop.Summary]
+Fit = Callable[[Any, str], Any]  # returns a summary: step, stopped_by, and what it prints as
 # Changes a config as further arguments want it, and says what to print.
 Change = Callable[[Any, Sequence[str]], tuple[Any, str]]
 

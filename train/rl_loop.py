@@ -361,15 +361,11 @@ def layouts(config: rl_config.Run, model_config: Any) -> tuple[Any, Any]:
     mesh = None
     if config.mesh or jax.device_count() > 1:
         mesh = sharding.make_mesh(dict(config.mesh) or {"fsdp": -1})
-    serving = handover.serving_mesh(mesh, config.serving_mesh or _own(mesh))
+    serving = handover.serving_mesh(mesh, config.serving_mesh)
     return (
         sharding.layout(mesh, model_config, sharding.TRAIN),
         sharding.layout(serving, model_config, sharding.DECODE),
     )
-
-
-def _own(mesh: Any) -> dict[str, int]:
-    return {} if mesh is None else {"expert": mesh.size}
 
 
 def optimizer(config: rl_config.Run) -> optim.AdamW:
