@@ -25,7 +25,7 @@ $(VENV)/.m1-jax-runs: pyproject.toml
 
 $(VENV)/.m1-jax-tests: $(VENV)/.m1-jax-runs
 	[ "$$(uname -sm)" != "Linux x86_64" ] || $(VENV)/bin/python -m pip install --quiet $(TORCH) $(LIBTPU)
-	$(VENV)/bin/python -m pip install --quiet -e '.[test,parity,dev]'
+	$(VENV)/bin/python -m pip install --quiet -e '.[test,rl,parity,dev]'
 	touch $@
 
 demo: $(DEMO_READY)

@@ -148,10 +148,10 @@ def _median(rows: np.ndarray) -> np.ndarray:
     ordered = np.sort(rows, axis=1)
     size = rows.shape[1]
     one, other = ordered[:, (size - 1) // 2], ordered[:, size // 2]
-    with np.errstate(divide="ignore", invalid="ignore"):
-        mean = np.sqrt(one) * np.sqrt(other)
-    # 0 and infinity in the middle: the ratio may be anything, and is told as the worse.
-    return np.where(np.isnan(mean), other, mean)
+    # Beside an unknown one the middle is unknown too; the worse of the two is told.
+    known = (one > 0) & np.isfinite(other)
+    mean = np.sqrt(np.where(known, one * other, 1.0))
+    return np.where(one == other, one, np.where(known, mean, np.where(one > 0, np.inf, other)))
 
 
 def best_rate(found: dict[float, Sequence[Outcome]]) -> float:

@@ -135,11 +135,8 @@ class Lab:
         home = self._directory / f"model-{trial.task}-{plan.learn_steps}-{plan.set_steps}"
         share = cispo_tasks.FORK_SHARES[trial.task]
         checkpoint = cispo_tasks.tune(home, share, plan.learn_steps, plan.set_steps)
-        # DAPO's sampling and length penalty belong to the published DAPO and CISPO. Sampling
-        # again until groups differ hides what is right already: there held-out tasks are scored.
-        published = trial.table == "published"
-        whole = published and trial.arm != "grpo"
-        held_out = rl_config.Source("sums", str(home / "held_out.jsonl"))
+        # DAPO's sampling and length penalty belong to the published DAPO and CISPO.
+        whole = trial.table == "published" and trial.arm != "grpo"
         return rl_config.Run(
             checkpoint=str(checkpoint),
             batches=plan.batches,
@@ -157,7 +154,6 @@ class Lab:
             update=rl_config.Update(trial.rate, minibatches=trial.updates, rows=16),
             objective=ARMS[trial.table][trial.arm],
             dtype="float32",
-            evaluation=rl_config.Evaluation((held_out,), int(published), temperature=1.0),
             save=rl_config.Save(every_steps=10, keep=1),
             seed=trial.seed,
         )
@@ -178,16 +174,14 @@ class Lab:
                 sys.exit(f"stopped in {trial}; the same command goes on")
         fork = cispo_tasks.fork_id(config.checkpoint)
         lines = (workdir / metrics.FILE).read_text().splitlines()
-        records = [json.loads(line) for line in lines]
-        found = [one for one in records if one["kind"] == "train"]
-        held_out = [one["reward"] for one in records if one["kind"] == "eval"]
-        rewards = held_out or [one["reward_mean"] for one in found]
+        found = [one for one in map(json.loads, lines) if one["kind"] == "train"]
         clipped = [{i: counts for i, *counts in one.get("most_clipped", [])} for one in found]
         shutil.rmtree(workdir)
         return {
             "config": configlib.to_json(config),
             "failed": failed,
-            "rewards": rewards[: len(found)],  # each from before its batch's updates
+            # Of all samples, also of groups that dynamic sampling leaves out.
+            "rewards": [one["reward_sampled"] for one in found],
             "tokens": [one["tokens_sampled"] for one in found],
             "fork": [counts.get(fork, [0, 0]) for counts in clipped],
             "secs": [one["batch_secs"] for one in found],

@@ -64,6 +64,8 @@ BUSY = (
         swap_tokens=1,
         host_bytes=2**22,
         max_queue=20,
+        draft_tokens=5,
+        record_routes=True,
     ),
     config_lib.Config(
         **WHERE, max_rows=2, num_snapshots=8, decode_steps=1, prefill_tokens=(24,), max_queue=6

@@ -1,12 +1,15 @@
 """Kills a tiny training run again and again, and compares it with one that was left alone.
 
     python benchmarks/kill_training.py [--kills=30] [--steps=120] [--devices=1] [--workers=0]
+    python benchmarks/kill_training.py --rl=CHECKPOINT --kills=20 --steps=12
 
 Every start of the second run is killed after a random while, by SIGKILL or SIGTERM, until the
 given number of kills; the last start ends by itself. Losses of every step, sample ids of every
 step, weights, moments and data positions must be the same, to the bit. --devices=1,2 and
 --workers=0,1 take turns over the starts; with other numbers of devices losses and weights are
-compared within float32 rounding instead. Exit status 1 where anything differs.
+compared within float32 rounding instead. --rl kills reinforcement learning of a checkpoint that
+configs/tiny_cispo.py takes: while it samples, scores or trains. Exit status 1 where anything
+differs.
 """
 
 import argparse
@@ -27,6 +30,7 @@ import tqdm
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 EXACT = ("loss", "balance_loss", "grad_norm", "learning_rate", "tokens", "expert_load_max")
+EXACT += ("reward_mean", "reward_sampled", "tokens_sampled", "staleness_max")
 ROWS, LENGTH = 8, 64
 
 
@@ -38,6 +42,7 @@ def main() -> None:
     parser.add_argument("--devices", default="1", help="of each start, in turn")
     parser.add_argument("--workers", default="0", help="of each start, in turn")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--rl", default="", help="checkpoint; pretraining where there is none")
     arguments = parser.parse_args()
     devices = [int(n) for n in arguments.devices.split(",")]
     workers = [int(n) for n in arguments.workers.split(",")]
@@ -77,18 +82,34 @@ def main() -> None:
 
 
 def begin(workdir: pathlib.Path, arguments, devices: int, workers: int) -> subprocess.Popen:
-    values = {
-        "stages": f"[{{'seq_len': {LENGTH}, 'rows': {ROWS}, 'learning_rate': 3e-3, "
-        f"'tokens': {arguments.steps * ROWS * LENGTH}}}]",
+    learning = {
+        "batches": arguments.steps,
+        "rollout.groups": 8,
+        "rollout.partial_tokens": 12,
+        "rollout.oversample": 1.5,
+        "evaluation.every_batches": 0,
+    }
+    values = (
+        learning
+        if arguments.rl
+        else {
+            "stages": f"[{{'seq_len': {LENGTH}, 'rows': {ROWS}, 'learning_rate': 3e-3, "
+            f"'tokens': {arguments.steps * ROWS * LENGTH}}}]",
+            "evaluation.every_steps": 0,
+            "data.workers": workers,
+        }
+    )
+    values |= {
         "save.every_steps": arguments.save_every,
         "save.keep": arguments.steps,  # for `rewind`
-        "evaluation.every_steps": 0,
         "log.every_steps": 1,
         "log.samples": True,
-        "data.workers": workers,
     }
-    command = [sys.executable, "-m", "train.pretrain", f"--workdir={workdir}"]
-    command += ["--config=configs/tiny_pretrain.py", *(f"--set={k}={v}" for k, v in values.items())]
+    module, config = "train.pretrain", "configs/tiny_pretrain.py"
+    if arguments.rl:
+        module, config = "train.rl", f"configs/tiny_cispo.py:{arguments.rl}"
+    command = [sys.executable, "-m", module, f"--workdir={workdir}", f"--config={config}"]
+    command += [f"--set={name}={value}" for name, value in values.items()]
     env = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
     log = open(workdir.with_suffix(".log"), "a")  # noqa: SIM115
     return subprocess.Popen(command, cwd=ROOT, env=env, stdout=log, stderr=log)

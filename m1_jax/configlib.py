@@ -112,11 +112,16 @@ def _of_none(kind: Any, origin: type) -> Any:
     return kind
 
 
+def _plain(value: Any) -> Any:
+    """Return a value whose lists are tuples, as JSON has no tuples and configs have no lists."""
+    return tuple(map(_plain, value)) if isinstance(value, list | tuple) else value
+
+
 def _convert(kind: Any, value: Any, where: str) -> Any:
     """Return `value` as a field of type `kind` holds it; a whole number will do for a float."""
     origin = typing.get_origin(kind)
     if kind is Any:
-        return value
+        return _plain(value)
     if isinstance(kind, types.UnionType) or origin is typing.Union:
         for member in typing.get_args(kind):
             try:

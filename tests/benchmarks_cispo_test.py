@@ -225,7 +225,7 @@ def test_plans_can_be_run():
 def gradients(tokenizer):
     """Return what one microbatch's gradients are under an arm, `shift` after its anchor."""
     config = dataclasses.replace(tasks.MODEL, layer_types=("lightning", "softmax"))
-    model = model_lib.MiniMaxM1(config, jnp.float32, jnp.float32, rngs=nnx.Rngs(0))
+    model = model_lib.MiniMaxM1(config, nnx.Rngs(0), dtype=jnp.float32)
     samples = []
     for i, text in enumerate(("W100513\nAnswer: 3", "\nAnswer: 7", "\nAnswer: 3", "\nAnswer: 9")):
         task = sample_lib.Task("t", ({"role": "user", "content": "190562"},), "sums", "3")

@@ -1,17 +1,20 @@
-"""Command: a run's checkpoint as a converted directory, LoRA adapters merged.
+"""Command: a run's checkpoint as a converted directory, LoRA adapters merged; RL runs too.
 
 python -m train.export --workdir=RUN --dst=DIR [--step=N] [--dtype=bfloat16]
 python -m m1_jax.convert --to=hf --src=DIR --dst=RELEASE_DIR
 """
 
+import json
 import pathlib
 import sys
+from typing import Any
 
 import jax.numpy as jnp
 from absl import app, flags, logging
 
 from m1_jax import export
-from train import checkpoints, loop, lora
+from train import checkpoints, loop, lora, rl_loop
+from train import workdir as workdir_lib
 
 
 def run(workdir, dst, step: int | None = None, dtype: str = "") -> pathlib.Path:
@@ -23,19 +26,27 @@ def run(workdir, dst, step: int | None = None, dtype: str = "") -> pathlib.Path:
       ResumeError: a directory without a run, or without this checkpoint.
       FileExistsError: `dst` exists.
     """
-    config = loop.resolve(None, pathlib.Path(workdir))
-    session = loop.Session(config, pathlib.Path(workdir))
+    session = _session(pathlib.Path(workdir))
+    config = session.config
     with checkpoints.Checkpoints(pathlib.Path(workdir), config.save) as saved:
         there = saved.all_steps()
         step = max(there, default=None) if step is None else step
         if step not in there:
             raise checkpoints.ResumeError(f"{workdir}: got step {step}; it has {there}")
-        state = session.restored(len(config.stages) - 1, saved, step)
+        state = session.restored(saved, step)
     dtype = dtype or config.dtype
     export.save(lora.merge(state.model), dst, config.checkpoint or None, jnp.dtype(dtype))
     if not config.checkpoint:
         export.copy_small_files(pathlib.Path(config.tokenizer), pathlib.Path(dst))
     return pathlib.Path(dst)
+
+
+def _session(workdir: pathlib.Path) -> Any:
+    """Return the run of a directory."""
+    file = workdir / workdir_lib.CONFIG
+    if file.exists() and "rollout" in json.loads(file.read_text()):
+        return rl_loop.Session(rl_loop.resolve(None, workdir), workdir)
+    return loop.Session(loop.resolve(None, workdir), workdir)
 
 
 def main(argv) -> None:

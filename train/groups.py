@@ -7,6 +7,7 @@ their ends, which would favour short answers; and samples are cut off by countin
 
 import base64
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -203,7 +204,10 @@ class Collector:
     def _metrics(self, used: list[Group], tokens: int, rounds: int, version: int):
         trained = [sample for group in used for sample in finished(group)]
         oldest = [group.oldest for group in used]
+        every = [reward for group in self._seen for reward in group.rewards]
         found = {
+            # Of all that was sampled, before penalties: what the model can do.
+            "reward_sampled": sum(every) / len(every) if every else math.nan,
             "rounds": rounds,
             "groups": len(used),
             "groups_sampled": len(self._seen),

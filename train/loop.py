@@ -208,15 +208,15 @@ class Session:
         if state is None and self.position is None:
             return step_lib.init(self._fresh(index), self._settings(index, 0).optimizer)
         if state is None and self.position is not None:
-            return self.restored(index, self.checkpoints, self.position.step)
+            return self.restored(self.checkpoints, self.position.step, index)
         like = self._abstract(index)
         places = [leaf.sharding for leaf in jax.tree.leaves(like)]
         return jax.tree.unflatten(
             jax.tree.structure(like), jax.device_put(jax.tree.leaves(state), places)
         )
 
-    def restored(self, index: int, saved: checkpoints.Checkpoints, step: int):
-        """Return the state of a checkpoint on a stage's mesh."""
+    def restored(self, saved: checkpoints.Checkpoints, step: int, index: int = -1):
+        """Return the state of a checkpoint on a stage's mesh, by default the last one's."""
         like = self._abstract(index)
         if self.config.lora is not None:  # frozen weights are the starting point's
             like = dataclasses.replace(like, model=self._fresh(index))

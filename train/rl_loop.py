@@ -92,23 +92,16 @@ class Session:
         self.model_config = loop.model_config(config.checkpoint, None, config.remat)
         self.tokenizer = tokenizer_lib.Tokenizer.load(config.tokenizer or config.checkpoint)
         loop.check_tokenizer(self.tokenizer, self.model_config)
-        mesh = None
-        if config.mesh or jax.device_count() > 1:
-            mesh = sharding.make_mesh(dict(config.mesh) or {"fsdp": -1})
-        self.layout = sharding.layout(mesh, self.model_config, sharding.TRAIN)
+        self.layout, self.serving_layout = layouts(config, self.model_config)
         sharding.check_rows(self.layout, config.update.rows)
-        serving = handover.serving_mesh(mesh, config.serving_mesh)
-        self.serving_layout = sharding.layout(serving, self.model_config, sharding.DECODE)
         self.stage = windows.Stage(config.rollout.windows)
         self.signal: int | None = None
 
     def enter(self, stack: contextlib.ExitStack) -> None:
         """Open what must be closed again, and find where to start."""
         config = self.config
-        self.tasks = {one.name: tasks.open_source(one) for one in config.sources}
-        self._check_prompts(self.tasks)
-        self.held_out = {one.name: tasks.open_source(one) for one in config.evaluation.sources}
-        self._check_prompts(self.held_out)
+        self.tasks = self._opened(config.sources, stack)
+        self.held_out = self._opened(config.evaluation.sources, stack)
         self.rewards = None
         if config.rewards is not None and jax.process_index() == 0:
             self.rewards = compose.Rewards(config.rewards)
@@ -164,7 +157,7 @@ class Session:
             jax.block_until_ready(jax.tree.leaves(self.state.model))
             values |= {"resharding_secs": time.perf_counter() - since}
             self.batch += 1
-            reward = values.get("reward_mean", math.nan)
+            reward = batch.metrics["reward_sampled"]
             self._report(batch, values, time.perf_counter() - began)
             if self.stage.push(values.get("length_p99", 0.0), values.get("nll", 0.0)):
                 self.writer.write(self.batch, "event", {"window_tokens": self.stage.tokens})
@@ -275,9 +268,16 @@ class Session:
         )
         return agent.episode(task, environments.make(given.environment), self.tokenizer, limits)
 
-    def _check_prompts(self, sources) -> None:
-        most = self.config.rollout.max_prompt_tokens
-        for some in sources.values():
+    def _opened(self, sources, stack: contextlib.ExitStack) -> dict[str, Any]:
+        """Return tasks by source.
+
+        Raises:
+          ValueError: one whose prompt is too long.
+        """
+        most, opened = self.config.rollout.max_prompt_tokens, {}
+        for one in sources:
+            some = opened[one.name] = tasks.open_source(one)
+            stack.callback(some.close)
             for i in range(len(some)):
                 task = some[i]
                 length = len(prompt.encode(self.tokenizer, task.messages, task.tools or None))
@@ -286,6 +286,7 @@ class Session:
                         f"task {task.id}: got a prompt of {length} tokens; wanted at most {most} "
                         "(rollout.max_prompt_tokens). Raise that, or leave the task out."
                     )
+        return opened
 
     def _engine_sizes(self):
         config = self.config.rollout
@@ -352,7 +353,23 @@ class Session:
         return self.signal is not None
 
 
-_SHOWN = ("reward_mean", "length_mean", "pearson", "batch_secs")
+_SHOWN = ("reward_sampled", "length_mean", "pearson", "batch_secs")
+
+
+def layouts(config: rl_config.Run, model_config: Any) -> tuple[Any, Any]:
+    """Return the trainer's and the sampler's layout of the same devices; None on one device."""
+    mesh = None
+    if config.mesh or jax.device_count() > 1:
+        mesh = sharding.make_mesh(dict(config.mesh) or {"fsdp": -1})
+    serving = handover.serving_mesh(mesh, config.serving_mesh or _own(mesh))
+    return (
+        sharding.layout(mesh, model_config, sharding.TRAIN),
+        sharding.layout(serving, model_config, sharding.DECODE),
+    )
+
+
+def _own(mesh: Any) -> dict[str, int]:
+    return {} if mesh is None else {"expert": mesh.size}
 
 
 def optimizer(config: rl_config.Run) -> optim.AdamW:

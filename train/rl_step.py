@@ -3,7 +3,7 @@
     sums = None
     for rows in microbatches:
         sums = add(sums, state.model, rows, share, settings)
-    state, metrics = update(state, sums, settings)
+    state, metrics = update(state, sums[0], settings)
 
 Gradients are added up over any number of microbatches of one shape, so a step is compiled once,
 however much its samples wrote. The coefficients in the rows have the whole step's denominators.
@@ -122,17 +122,16 @@ def _upper_bound(chosen: objective.Objective) -> float | None:
     return min((x for x in (dropped, chosen.is_weight_max) if x is not None), default=None)
 
 
-@functools.partial(jax.jit, static_argnames="settings", donate_argnames=("state", "sums"))
+@functools.partial(jax.jit, static_argnames="settings", donate_argnames="state")
 def update(
-    state: step_lib.TrainState, sums: Any, settings: Settings
+    state: step_lib.TrainState, grads: Any, settings: Settings
 ) -> tuple[step_lib.TrainState, dict[str, Any]]:
-    """Make one optimizer step with the gradients that `add` summed; both arguments are donated.
+    """Make one optimizer step with the gradients that `add` summed; the state is donated.
 
     Returns:
       The new state, and metrics: those of `step.apply`, and the magnitudes of gradients and
       second moments (`rl_metrics`), as M1 3.2 looks at them.
     """
-    grads, _ = sums
     shares = {f"gradient/{name}": x for name, x in rl_metrics.gradient_shares(grads).items()}
     state, metrics = step_lib.apply(state, grads, settings.optimizer, settings.skip_nonfinite)
     second = [

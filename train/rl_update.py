@@ -163,9 +163,8 @@ class Updater:
             share = np.float32(number / sum(tokens))
             sums = rl_step.add(sums, self.state.model, placed, share, weight_mean, self._settings)
         assert sums is not None
-        measured = jax.tree.map(lambda x: x + 0, sums[1])  # the sums are donated
-        self.state, metrics = rl_step.update(self.state, sums, self._settings)
-        return measured, metrics
+        self.state, metrics = rl_step.update(self.state, sums[0], self._settings)
+        return sums[1], metrics
 
     def _weight_mean(self, part: "_Part"):
         chosen = self._config.objective.correction

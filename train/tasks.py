@@ -83,6 +83,9 @@ class Made:
     def __getitem__(self, index: int) -> sample_lib.Task:
         return self._tasks[index]
 
+    def close(self) -> None:
+        """Do nothing: nothing is open."""
+
     def fingerprint(self) -> list[list]:
         """Return what tells the tasks from others."""
         text = "\n".join(f"{task.messages!r} {task.label!r}" for task in self._tasks)

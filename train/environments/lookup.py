@@ -56,7 +56,7 @@ def tasks(size: int, seed: int) -> list[sample_lib.Task]:
     return [_task(random.Random(f"lookup {seed} {i}"), f"lookup-{seed}-{i}") for i in range(size)]
 
 
-def demonstrations(size: int, seed: int, careless: float = 0.6) -> list[dict[str, Any]]:
+def demonstrations(size: int, seed: int, careless: float = 0.5) -> list[dict[str, Any]]:
     """Return records for supervised training, as `train.chat` reads them.
 
     careless: the share, in [0, 1], that looks up another key and says its value. A model that

@@ -91,9 +91,8 @@ def run(
     Args:
       files: text by relative path.
       command: program and arguments; the program is found as the caller's PATH says.
-      allow_network: do without namespaces: the network is open, and only processes that stay
-        descendants of the command are counted and killed, but for those whose caller was
-        killed itself. For systems that permit none.
+      allow_network: do without namespaces, on systems that permit none: the network is open, and
+        should the caller be killed, what the command started may live on.
 
     Raises:
       Unavailable: namespaces are not permitted and `allow_network` is false; or the program does

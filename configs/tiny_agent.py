@@ -1,0 +1,39 @@
+"""CISPO on the tiny model with a tool: look a value up, and say it.
+
+    python -m train.sft --config=configs/tiny_agent_sft.py --workdir=/tmp/agent_sft
+    python -m train.export --workdir=/tmp/agent_sft --dst=/tmp/agent_start --dtype=float32
+    python -m train.rl --config=configs/tiny_agent.py:/tmp/agent_start --workdir=/tmp/agent
+
+The demonstrations are careless: half of them look up another key. The environment rewards the
+right value alone.
+"""
+
+from train.rl_config import Agent, Evaluation, Log, Rollout, Run, Save, Source, Update, Windows
+
+LOOKUP = Source("lookup", make="lookup", size=512, seed=1)
+HELD_OUT = Source("lookup", make="lookup", size=64, seed=2)
+
+
+def get_config(arg: str = "") -> Run:
+    return Run(
+        checkpoint=arg or "/tmp/agent_start",
+        batches=20,
+        sources=(LOOKUP,),
+        agent=Agent("lookup", max_turns=3, turn_tokens=64),
+        rollout=Rollout(
+            groups=32,
+            group_size=8,
+            max_rounds=1,
+            max_prompt_tokens=32,
+            windows=Windows((128,)),
+            engine=(
+                ("max_rows", 64), ("chunk_tokens", 16), ("prefill_tokens", (64, 256)),
+                ("num_snapshots", 64), ("decode_steps", 8),
+            ),
+        ),
+        update=Update(learning_rate=2e-4, minibatches=4, rows=8),
+        dtype="float32",
+        evaluation=Evaluation(sources=(HELD_OUT,), every_batches=5, temperature=1.0),
+        save=Save(every_steps=10),
+        log=Log(every_steps=1),
+    )  # fmt: skip

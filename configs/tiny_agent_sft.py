@@ -1,0 +1,29 @@
+"""Supervised fine-tuning of the tiny model on lookups with a tool, half of them careless.
+
+    python -m train.sft --config=configs/tiny_agent_sft.py --workdir=/tmp/agent_sft
+
+From random weights; `configs/tiny_agent.py` goes on from there. Two CPU cores, two minutes.
+"""
+
+from m1_jax.config import ModelConfig
+from train.config import Data, Log, Run, Save, Source, Stage
+
+ROWS = 8
+
+
+def get_config(arg: str = "") -> Run:
+    return Run(
+        checkpoint=arg,
+        model=None if arg else ModelConfig.tiny(),
+        tokenizer="demo/data/tokenizer",
+        dtype="float32",
+        stages=(
+            Stage(seq_len=256, rows=ROWS, tokens=200 * ROWS * 256, learning_rate=3e-3,
+                  warmup_tokens=5 * ROWS * 256),
+        ),
+        data=Data(
+            sources=(Source("lookups", "demo/data/agent.jsonl", "chat"),), overlong="error"
+        ),
+        save=Save(every_steps=100),
+        log=Log(every_steps=10),
+    )  # fmt: skip

@@ -1,0 +1,222 @@
+"""Reinforcement learning as a whole: resuming to the bit, metrics, meshes, evaluation."""
+
+import dataclasses
+import json
+import pathlib
+import signal
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from m1_jax import ModelConfig, checkpoint, export
+from train import checkpoints, metrics, rl_loop, rollout
+from train.rl_config import (
+    PRESETS,
+    Evaluation,
+    Log,
+    Rewards,
+    Rollout,
+    Run,
+    Save,
+    Source,
+    Update,
+    Windows,
+)
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+MODEL = dataclasses.replace(
+    ModelConfig.tiny(), layer_types=("lightning", "softmax"), hidden_size=32, intermediate_size=32
+)
+LETTERS = ("function", 1.0, (("path", "letters_reward:reward"),))
+SUMS = Source("sums", "demo/data/sums.jsonl")
+ENGINE = (
+    ("max_rows", 8),
+    ("chunk_tokens", 16),
+    ("prefill_tokens", (64,)),
+    ("decode_steps", 4),
+    ("num_snapshots", 4),
+)
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    """A checkpoint of random weights."""
+    model = checkpoint.random_model(MODEL, jax.random.key(0), jnp.float32)
+    directory = tmp_path_factory.mktemp("start") / "model"
+    export.save(model, directory, None, jnp.float32)
+    export.copy_small_files(ROOT / "demo/data/tokenizer", directory)
+    return str(directory)
+
+
+@pytest.fixture(autouse=True)
+def _here(monkeypatch):
+    """Run in the checkout; on one device, but for runs that name a mesh."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.syspath_prepend(ROOT / "tests")  # the reward's module
+    real = rl_loop.layouts
+    alone = lambda config, model: real(config, model) if config.mesh else (None, None)  # noqa: E731
+    monkeypatch.setattr(rl_loop, "layouts", alone)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _cache(tmp_path_factory):
+    """Compile each program once for all tests, and leave the setting as it was."""
+    before = jax.config.jax_compilation_cache_dir
+    Cache.directory = str(tmp_path_factory.mktemp("xla"))
+    yield
+    jax.config.update("jax_compilation_cache_dir", before)
+
+
+class Cache:
+    directory = ""
+
+
+def _config(start, rollout_fields=(), **kwargs):
+    fields = {
+        "groups": 4,
+        "group_size": 2,
+        "max_prompt_tokens": 32,
+        "windows": Windows((12,)),
+        "engine": ENGINE,
+    }
+    given = {
+        "batches": 4,
+        "sources": (SUMS,),
+        "rewards": Rewards(sources=(("sums", (LETTERS,)),), workers=1),
+        "rollout": Rollout(**fields | dict(rollout_fields)),
+        "update": Update(learning_rate=1e-3, minibatches=2, rows=2),
+        "dtype": "float32",
+        "save": Save(every_steps=2, keep=4),
+        "log": Log(every_steps=1, samples=True),
+        "compilation_cache": Cache.directory,
+    }
+    return Run(checkpoint=start, **given | kwargs)
+
+
+def _lines(workdir, kind="train", name=metrics.FILE):
+    records = [json.loads(line) for line in (workdir / name).read_text().splitlines()]
+    return [r for r in records if r.get("kind", kind) == kind]
+
+
+def _told(workdir):
+    """Return what must not depend on when a run was stopped: all but times."""
+    lines = _lines(workdir)
+    return [{k: v for k, v in one.items() if not k.endswith("_secs")} for one in lines]
+
+
+def _end(workdir, config):
+    with checkpoints.Checkpoints(workdir, config.save) as saved:
+        position = saved.position(saved.latest_step())
+    return position.step, position.digest, position.data
+
+
+_CARRIED = {
+    "partial_tokens": 5,
+    "max_staleness": 2,
+    "oversample": 2.0,
+    "dynamic": True,
+    "replay_routes": True,
+    "overlong_buffer_tokens": 6,
+    "windows": Windows((8, 12), near=0.5, tolerance=10.0, patience=1),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fields", [{}, _CARRIED], ids=["plain", "carried"])
+def test_a_run_that_was_stopped_goes_on_to_the_bit(start, tmp_path, monkeypatch, fields):
+    config = _config(start, fields)
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert rl_loop.fit(config, whole).step == 4
+    for place in ("sampling", "training"):
+        with monkeypatch.context() as patch:
+            _break(patch, place)
+            if place == "sampling":
+                assert rl_loop.fit(config, parts).stopped_by == signal.SIGTERM
+            else:
+                with pytest.raises(KeyboardInterrupt):
+                    rl_loop.fit(config, parts)
+    assert rl_loop.fit(None, parts).step == 4  # the workdir is all it needs
+    assert _told(whole) == _told(parts)
+    samples = [_lines(path, name=metrics.SAMPLES) for path in (whole, parts)]
+    assert samples[0] == samples[1]
+    assert _end(whole, config) == _end(parts, config)
+    if fields:
+        assert max(one["staleness_max"] for one in _told(whole)) >= 1
+        assert max(one["groups_open"] + one["groups_waiting"] for one in _told(whole)) > 0
+
+
+def _break(patch, place):
+    """Stop a run within its second batch: by a signal while it samples, or at once in training."""
+    real_run, real_update = rollout.Rollout.run, rl_loop.rl_update.Updater._update
+
+    def run(self, make, on_done, sampling=None, stopping=lambda: False):
+        if place == "sampling" and self.version >= 1:
+            stopping.__closure__[0].cell_contents.signal = signal.SIGTERM
+        return real_run(self, make, on_done, sampling, stopping)
+
+    def update(self, part):
+        if place == "training" and int(self.state.step) == 3:
+            raise KeyboardInterrupt
+        return real_update(self, part)
+
+    patch.setattr(rollout.Rollout, "run", run)
+    patch.setattr(rl_loop.rl_update.Updater, "_update", update)
+
+
+def test_metrics_of_a_batch(start, tmp_path):
+    config = _config(
+        start, batches=1, evaluation=Evaluation((SUMS,), every_batches=1, temperature=1.0)
+    )
+    rl_loop.fit(config, tmp_path)
+    (told,) = _lines(tmp_path)
+    assert told["logp_gap_max"] <= 1e-5  # sampler against trainer
+    assert told["pearson"] > 0.9999
+    assert told["updates"] == 2
+    assert told["tokens_trained"] <= told["tokens_sampled"]
+    parts = ("sampling_secs", "waiting_secs", "training_secs", "resharding_secs", "other_secs")
+    assert sum(told[name] for name in parts) == pytest.approx(told["batch_secs"])
+    assert 0 <= told["ppo_drop"] <= 1
+    assert told["entropy"] > 0
+    evaluated = _lines(tmp_path, "eval")
+    assert [(one["step"], one["version"], one["samples"]) for one in evaluated] == [
+        (0, 0, 81),
+        (1, 1, 81),
+    ]
+
+
+@pytest.mark.slow
+def test_on_meshes_as_on_one_device(start, tmp_path):
+    rows = {"update": Update(learning_rate=1e-3, minibatches=2, rows=8), "batches": 1}
+    alone = _config(start, **rows)
+    rl_loop.fit(alone, tmp_path / "alone")
+    mesh = (("fsdp", 4), ("expert", 2))
+    over = _config(start, **rows, mesh=mesh, serving_mesh=(("expert", 2), ("data", 4)))
+    rl_loop.fit(over, tmp_path / "mesh")
+    (one,), (other,) = _lines(tmp_path / "alone"), _lines(tmp_path / "mesh")
+    assert one["tokens_trained"] == other["tokens_trained"]
+    for name in ("loss", "grad_norm", "entropy", "reward_mean", "pearson"):
+        assert one[name] == pytest.approx(other[name], rel=1e-4, abs=1e-6), name
+    assert other["logp_gap_max"] <= 1e-5
+
+
+def test_errors_before_any_work(start, tmp_path):
+    config = _config(start, {"max_prompt_tokens": 8})
+    with pytest.raises(ValueError, match="got a prompt of 25 tokens; wanted at most 8"):
+        rl_loop.fit(config, tmp_path)
+    with pytest.raises(ValueError, match=r"a divisor of rollout.groups = 4"):
+        _config(start, update=Update(learning_rate=1e-3, minibatches=3))
+    with pytest.raises(ValueError, match="engine"):
+        rl_loop.fit(_config(start, {"engine": (("rows", 8),)}), tmp_path)
+
+
+@pytest.mark.parametrize("name", ["grpo", "reinforce_pp"])
+@pytest.mark.slow
+def test_other_objectives_run(start, tmp_path, name):
+    objective = dataclasses.replace(PRESETS[name], kl_coef=0.01, entropy_coef=0.001)
+    if name == "reinforce_pp":
+        objective = dataclasses.replace(objective, reward_kl_coef=0.01)
+    rl_loop.fit(_config(start, batches=1, objective=objective), tmp_path)
+    (told,) = _lines(tmp_path)
+    assert told["skipped"] == 0
+    assert told["k3_ref"] >= 0
