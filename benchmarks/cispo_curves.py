@@ -148,10 +148,9 @@ def _median(rows: np.ndarray) -> np.ndarray:
     ordered = np.sort(rows, axis=1)
     size = rows.shape[1]
     one, other = ordered[:, (size - 1) // 2], ordered[:, size // 2]
-    # Beside an unknown one the middle is unknown too; the worse of the two is told.
-    known = (one > 0) & np.isfinite(other)
-    mean = np.sqrt(np.where(known, one * other, 1.0))
-    return np.where(one == other, one, np.where(known, mean, np.where(one > 0, np.inf, other)))
+    with np.errstate(invalid="ignore"):
+        mean = np.sqrt(one * other)
+    return np.where(np.isnan(mean), other, mean)  # between 0 and infinity: the worse
 
 
 def best_rate(found: dict[float, Sequence[Outcome]]) -> float:

@@ -50,8 +50,8 @@ class Section:
 
 
 _HEAD = (
-    "arm", "rate", "seeds", ">= .5", ">= .9 for good", "tokens to .9", "mean", "last 8", "W clipped",
-    "collapsed",
+    "arm", "rate", "seeds", ">= .5", ">= .9 for good", "tokens to .9", "mean", "last 8",
+    "W clipped", "collapsed",
 )  # fmt: skip
 _TABLES = {"clip": "arms that differ in the clip rule alone", "published": "presets as published"}
 

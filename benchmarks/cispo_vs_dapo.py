@@ -17,6 +17,7 @@ package's own dependencies; --plot wants matplotlib.
 
 import argparse
 import dataclasses
+import itertools
 import json
 import os
 import pathlib
@@ -122,7 +123,7 @@ class Lab:
             part.write_text(json.dumps(self._run(trial, wanted), indent=1))
             part.rename(file)
         kept = json.loads(file.read_text())
-        if kept["config"] != configlib.to_json(wanted):
+        if configlib.from_json(rl_config.Run, kept["config"]) != wanted:
             raise ValueError(
                 f"{file}: got a run of another config; wanted that of this code and plan. Move "
                 "it away, or give a new --dir."
@@ -219,6 +220,9 @@ def experiment(lab: Lab, table: str, task: str, updates: int) -> cispo_report.Se
     curves: dict[str, list[float]] = {}
     secs: list[float] = []
     seeds = plan.tuning_seeds or plan.seeds
+    # Arms innermost, so that what is there of a stopped plan can be compared.
+    for seed, rate, arm in itertools.product(seeds, plan.rates, arms):
+        lab.curves([Trial(table, task, updates, rate, arm, seed)])
     tuning = {arm: {rate: outcomes(arm, rate, seeds) for rate in plan.rates} for arm in arms}
     best = {arm: cispo_curves.best_rate(tuning[arm]) for arm in arms}
     common = plan.rates[0]
