@@ -14,12 +14,14 @@ import cispo_curves
 class Section:
     """All runs of one table, task and number of updates; outcomes by arm and, tuning, by rate.
 
+    measured: of the tuned model, the probability of W, and of right work after it.
     best: at each arm's own rate. curves: rewards by run. secs: of every batch.
     """
 
     table: str
     task: str
     updates: int
+    measured: tuple[float, float]
     batches: int
     common_rate: float
     seeds: tuple[int, ...]
@@ -61,6 +63,8 @@ def text(section: Section, parameters: int) -> str:
     lines = [
         f"## {_TABLES[section.table]}: task {section.task}, {section.updates} updates a batch",
         "",
+        f"Before: W begins {section.measured[0]:.3f} of the answers; after it "
+        f"{section.measured[1]:.3f} of the work is right.",
         f"Batches trained before the first window of three (per seed, >{section.batches}: never in "
         "so many);",
         "W clipped: of W tokens with A > 0 in the first six batches, dropped (CISPO: capped).",

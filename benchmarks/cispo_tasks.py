@@ -14,10 +14,12 @@ import shutil
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import tokenizers
 from flax import nnx
 
-from m1_jax import checkpoint
+from infer import prompt
+from m1_jax import checkpoint, logprobs
 from m1_jax import config as model_config
 from m1_jax import tokenizer as tokenizer_lib
 from train import config as config_lib
@@ -100,6 +102,23 @@ def parameters() -> int:
     """Return how many numbers the model has."""
     model = checkpoint.abstract_model(MODEL, jnp.float32, jnp.float32)
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(nnx.state(model)))
+
+
+def measure(directory, number: int = 256) -> tuple[float, float]:
+    """Return the mean probability of W as the first token, and of all the right work after it."""
+    model = checkpoint.load(directory, jnp.float32, None, param_dtype=jnp.float32)
+    tokenizer, rng = tokenizer_lib.Tokenizer.load(directory), random.Random(5)
+    rows = []
+    for _ in range(number):
+        digits, label = problem(rng)
+        asked = prompt.encode(tokenizer, [{"role": "user", "content": digits}])
+        rows.append(asked + tokenizer.encode(answer(digits, label, True)))
+    tokens = jnp.asarray(rows)
+    places = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    hidden, _ = model.hidden(tokens, jnp.ones_like(tokens), places)
+    logp = logprobs.token_logprobs(model, hidden, jnp.roll(tokens, -1, axis=1))
+    said = np.exp(np.asarray(logp)[:, PROMPT_TOKENS - 1 : -1])
+    return float(said[:, 0].mean()), float(said[:, 1:].prod(axis=1).mean())
 
 
 def fork_id(directory) -> int:

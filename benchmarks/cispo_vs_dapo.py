@@ -66,7 +66,7 @@ class Plan:
     groups: int = 64
     group_size: int = 8
     learn_steps: int = 1000
-    set_steps: int = 100
+    set_steps: int = 300
 
 
 PLANS = {
@@ -130,10 +130,14 @@ class Lab:
             )
         return kept
 
+    def home(self, task: str) -> pathlib.Path:
+        """Return the directory of a task's model."""
+        return self._directory / f"model-{task}-{self.plan.learn_steps}-{self.plan.set_steps}"
+
     def config(self, trial: Trial) -> rl_config.Run:
         """Return the run's config, whose model is made first where it is missing."""
         plan = self.plan
-        home = self._directory / f"model-{trial.task}-{plan.learn_steps}-{plan.set_steps}"
+        home = self.home(trial.task)
         share = cispo_tasks.FORK_SHARES[trial.task]
         checkpoint = cispo_tasks.tune(home, share, plan.learn_steps, plan.set_steps)
         # DAPO's sampling and length penalty belong to the published DAPO and CISPO.
@@ -230,6 +234,7 @@ def experiment(lab: Lab, table: str, task: str, updates: int) -> cispo_report.Se
         table=table,
         task=task,
         updates=updates,
+        measured=cispo_tasks.measure(lab.home(task) / "tuned"),
         batches=plan.batches,
         common_rate=common,
         seeds=plan.seeds,

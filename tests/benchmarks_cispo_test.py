@@ -146,12 +146,26 @@ def section(cispo, dapo, task="a"):
     rates = dict.fromkeys(some, 3e-4)
     tuning = {arm: {3e-4: found} for arm, found in some.items()}
     return report.Section(
-        "clip", task, 16, 12, 3e-4, (0, 1), (), tuning, rates, some, some, {"a-x-0": [0.1]}, [1.0]
+        table="clip",
+        task=task,
+        updates=16,
+        measured=(0.021, 0.99),
+        batches=12,
+        common_rate=3e-4,
+        seeds=(0, 1),
+        tuning_seeds=(),
+        tuning=tuning,
+        best_rates=rates,
+        common=some,
+        best=some,
+        curves={"a-x-0": [0.1]},
+        secs=[1.0],
     )
 
 
 def test_sentence_follows_the_numbers():
     said = report.text(section([4, 4], [8, 8]), 782_848)
+    assert "W begins 0.021 of the answers; after it 0.990 of the work is right" in said
     assert "0.8M-parameter toy" in said
     assert "in 0.50 (0.50 to 0.50) times" in said
     assert "This reproduces the mechanism of M1 section 3.1, not its AIME result." in said
