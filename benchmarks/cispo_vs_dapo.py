@@ -7,7 +7,8 @@ tasks, and seed of every sample. Then, with --full, a second table has them as p
 measures were fixed before the first run (`cispo_curves.py`), and every seed is shown.
 
 --smoke: that it runs; a few batches of hardly trained models, whose numbers mean nothing.
---quick: task a (W begins 2% of the answers), 16 updates a batch, two rates, three seeds.
+--quick: task a (W begins 2% of the answers), 16 updates a batch, two rates, three seeds; about
+  an hour on two busy cores.
 --full: tasks a and b (W begins half of them: no difference is expected), 1, 4 and 16 updates,
   three rates chosen from on two seeds and compared on five others, then the published presets.
 
