@@ -88,6 +88,20 @@ def test_most_dropped_tokens():
     counts = rl_metrics.drop_counts(*(jnp.asarray(x) for x in (tokens, RATIO, A, MASK)), 9)
     assert rl_metrics.most_dropped(counts) == [(5, 2, 3), (4, 1, 2)]
     assert rl_metrics.most_dropped(counts, 1) == [(5, 2, 3)]
+    assert rl_metrics.most_dropped(counts, least=0) == [(5, 2, 3), (4, 1, 2), (3, 0, 2)]
+
+
+@pytest.mark.parametrize(
+    ("bound", "wanted"), [(1.2, [(5, 2, 3), (3, 0, 1)]), (5.0, [(5, 1, 3), (3, 0, 1)]), (None, [])]
+)
+def test_clipped_tokens_are_those_of_good_samples_above_the_bound(bound, wanted):
+    tokens = np.array([[3, 5, 5, 5], [4, 3, 4, 4]])
+    counts = rl_metrics.clip_counts(
+        *(jnp.asarray(x) for x in (tokens, RATIO, A, MASK)), bound, vocab_size=9
+    )
+    there = [(5, 0, 3), (3, 0, 1)] if bound is None else wanted
+    assert rl_metrics.most_dropped(counts, least=0) == there
+    assert rl_metrics.most_dropped(counts) == [one for one in wanted if one[1]]
 
 
 D = np.array([[0, 0.3, -0.9, 1.2], [0.1, -0.05, np.nan, 3]])

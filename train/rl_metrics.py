@@ -125,18 +125,42 @@ def drop_counts(
     vocab_size: int,
 ) -> Int[Array, "2 V"]:
     """Return how often each token id was dropped by `ppo_drop`, and how often it was there."""
-    real = (mask > 0).reshape(-1)
-    dropped = real & ppo_drop(ratio, advantages).reshape(-1)
+    real = mask > 0
+    return _by_token(tokens, (real & ppo_drop(ratio, advantages), real), vocab_size)
+
+
+def clip_counts(
+    tokens: Int[Array, "B T"],
+    ratio: Float[Array, "B T"],
+    advantages: Float[Array, "B T"],
+    mask: Real[Array, "B T"],
+    bound: float | None,
+    vocab_size: int,
+) -> Int[Array, "2 V"]:
+    """Return how often each id with A > 0 had a ratio above `bound`, and how often it was there.
+
+    bound: the objective's own, above which it drops such a token or caps its weight; None: none.
+    """
+    good = (mask > 0) & (advantages > 0)
+    above = jnp.zeros_like(good) if bound is None else good & (ratio > bound)
+    return _by_token(tokens, (above, good), vocab_size)
+
+
+def _by_token(tokens, flags, vocab_size: int):
     ids = tokens.reshape(-1)
-    both = [jax.ops.segment_sum(x.astype(jnp.int32), ids, vocab_size) for x in (dropped, real)]
-    return jnp.stack(both)
+    counts = [x.reshape(-1).astype(jnp.int32) for x in flags]
+    return jnp.stack([jax.ops.segment_sum(x, ids, vocab_size) for x in counts])
 
 
-def most_dropped(counts: Any, num: int = 10) -> list[tuple[int, int, int]]:
-    """Return (token id, times dropped, times there) of the ids that were dropped most often."""
+def most_dropped(counts: Any, num: int = 10, least: int = 1) -> list[tuple[int, int, int]]:
+    """Return (token id, times dropped, times there) of the ids that were dropped most often.
+
+    counts: of `drop_counts` or `clip_counts`. least: times dropped; 0 lists others that were there.
+    """
     dropped, there = np.asarray(counts)
-    order = np.argsort(-dropped, kind="stable")[:num]
-    return [(int(i), int(dropped[i]), int(there[i])) for i in order if dropped[i]]
+    listed = np.flatnonzero((dropped >= least) & (there > 0))
+    order = listed[np.lexsort((-there[listed], -dropped[listed]))][:num]
+    return [(int(i), int(dropped[i]), int(there[i])) for i in order]
 
 
 def mismatch(

@@ -104,8 +104,22 @@ def _loss(model, rows: rl_batch.Rows, share, weight_mean, settings: Settings):
     drops = rl_metrics.drop_counts(
         rows.targets, ratio, rows.advantages, rows.mask, model.config.vocab_size
     )
-    metrics["drops"] = {"by_token": drops}
+    clips = rl_metrics.clip_counts(
+        rows.targets,
+        ratio,
+        rows.advantages,
+        rows.mask,
+        _upper_bound(settings.objective),
+        model.config.vocab_size,
+    )
+    metrics["drops"] = {"by_token": drops, "clipped": clips}
     return loss + settings.balance_coefficient * balance, metrics
+
+
+def _upper_bound(chosen: objective.Objective) -> float | None:
+    """Return the ratio above which a token with A > 0 is dropped or its weight capped."""
+    dropped = None if chosen.clip_high is None else 1 + chosen.clip_high
+    return min((x for x in (dropped, chosen.is_weight_max) if x is not None), default=None)
 
 
 @functools.partial(jax.jit, static_argnames="settings", donate_argnames="state")

@@ -238,8 +238,12 @@ def _over_updates(updates: list[tuple[Any, Any]]) -> dict[str, Any]:
     for name in reports[0]:
         how: Callable = {"ratio_min": min, "ratio_max": max, "ratio_p99": max}.get(name, np.mean)
         found[name] = float(how([one[name] for one in reports]))
-    drops = sum(np.asarray(measured["drops"]["by_token"]) for measured, _ in updates)
-    found["most_dropped"] = rl_metrics.most_dropped(np.asarray(drops))
+    counts = {
+        name: np.sum([measured["drops"][name] for measured, _ in updates], axis=0)
+        for name in ("by_token", "clipped")
+    }
+    found["most_dropped"] = rl_metrics.most_dropped(counts["by_token"])
+    found["most_clipped"] = rl_metrics.most_dropped(counts["clipped"], num=32, least=0)
     steps = jax.device_get([metrics for _, metrics in updates])
     last = steps[-1]
     shares = {n.removeprefix("gradient/"): v for n, v in last.items() if n.startswith("gradient/")}

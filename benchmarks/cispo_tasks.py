@@ -1,0 +1,199 @@
+"""What `cispo_vs_dapo.py` trains on: sums with a rare first token, and models tuned on them.
+
+Six digits; the answer is their sum's last digit. The model may answer at once, which a small one
+gets right hardly more often than by chance, or write `W` and the running sums first, after which
+the answer is easy. Fine-tuning sets how often it begins with `W`, and so the fork that
+reinforcement learning meets. A task is right or wrong, with nothing in between.
+"""
+
+import json
+import math
+import pathlib
+import random
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tokenizers
+from flax import nnx
+
+from infer import prompt
+from m1_jax import checkpoint, logprobs
+from m1_jax import config as model_config
+from m1_jax import tokenizer as tokenizer_lib
+from train import config as config_lib
+from train import export, sft
+
+FORK = "W"
+ANSWER = "\nAnswer: "
+DIGITS = 6
+# How often a tuned model begins with W: a token that is rare, and one that is not.
+FORK_SHARES = {"a": 0.02, "b": 0.5}
+PROMPT_TOKENS, ANSWER_TOKENS = 13, 19  # 32 a row: two short samples or a long one
+TASKS = 4096
+_DOCUMENTS = 50_000
+_LEARN_SHARE = 0.8
+_ROWS, _LENGTH = 8, 128
+_SPECIAL = (
+    "<begin_of_document>",
+    "<beginning_of_sentence>",
+    "<end_of_sentence>",
+    "<end_of_document>",
+)
+# One token each, so that a sample is short: what the template writes, and what an answer needs.
+_WORDS = ("user name=user\n", "ai name=assistant\n", ANSWER)
+
+MODEL = model_config.ModelConfig(
+    vocab_size=264,
+    hidden_size=64,
+    layer_types=(model_config.LIGHTNING,) * 7 + (model_config.SOFTMAX,),
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    rotary_dim=8,
+    intermediate_size=96,
+    num_local_experts=4,
+    num_experts_per_tok=2,
+    postnorm=True,
+    # The release's (2 L)^(1/4), of 8 layers instead of 80; its 0.02 is too small for this width.
+    layernorm_linear_attention_alpha=2.0,
+    layernorm_full_attention_alpha=2.0,
+    layernorm_mlp_alpha=2.0,
+    initializer_range=0.1,
+    max_position_embeddings=4096,
+)
+
+
+def problem(rng: random.Random) -> tuple[str, str]:
+    """Return six digits, and the last digit of their sum."""
+    digits = [rng.randrange(10) for _ in range(DIGITS)]
+    return "".join(map(str, digits)), str(sum(digits) % 10)
+
+
+def answer(digits: str, label: str, work: bool) -> str:
+    """Return what fine-tuning teaches: the answer, with the work before it or without."""
+    if not work:
+        return ANSWER + label
+    sums = [sum(map(int, digits[: i + 1])) % 10 for i in range(len(digits))]
+    return FORK + "".join(map(str, sums)) + ANSWER + label
+
+
+def write_tokenizer(directory) -> pathlib.Path:
+    """Write a tokenizer of bytes and a few words: one token a digit, 263 in all."""
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    library = tokenizers.Tokenizer(
+        tokenizers.models.BPE(vocab={char: i for i, char in enumerate(sorted(alphabet))}, merges=[])
+    )
+    library.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    library.decoder = tokenizers.decoders.ByteLevel()
+    words = [tokenizers.AddedToken(word, normalized=False, special=False) for word in _WORDS]
+    library.add_tokens(words)
+    library.add_special_tokens(list(_SPECIAL))
+    directory = pathlib.Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    library.save(str(directory / "tokenizer.json"))
+    settings = {"eos_token": "<end_of_sentence>", "tokenizer_class": "GPT2Tokenizer"}
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=2))
+    return directory
+
+
+def parameters() -> int:
+    """Return how many numbers the model has."""
+    model = checkpoint.abstract_model(MODEL, jnp.float32, jnp.float32)
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(nnx.state(model)))
+
+
+def measure(directory, number: int = 256) -> tuple[float, float]:
+    """Return the mean probability of W as the first token, and of all the right work after it."""
+    model = checkpoint.load(directory, jnp.float32, None, param_dtype=jnp.float32)
+    tokenizer, rng = tokenizer_lib.Tokenizer.load(directory), random.Random(5)
+    rows = []
+    for _ in range(number):
+        digits, label = problem(rng)
+        asked = prompt.encode(tokenizer, [{"role": "user", "content": digits}])
+        rows.append(asked + tokenizer.encode(answer(digits, label, True)))
+    tokens = jnp.asarray(rows)
+    places = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    hidden, _ = model.hidden(tokens, jnp.ones_like(tokens), places)
+    logp = logprobs.token_logprobs(model, hidden, jnp.roll(tokens, -1, axis=1))
+    said = np.exp(np.asarray(logp)[:, PROMPT_TOKENS - 1 : -1])
+    return float(said[:, 0].mean()), float(said[:, 1:].prod(axis=1).mean())
+
+
+def fork_id(directory) -> int:
+    """Return the id of W."""
+    (only,) = tokenizer_lib.Tokenizer.load(directory).encode(FORK)
+    return only
+
+
+def write_tasks(path: pathlib.Path, number: int, seed: int) -> None:
+    """Write tasks as JSON lines."""
+    rng = random.Random(seed)
+    lines = []
+    for _ in range(number):
+        digits, label = problem(rng)
+        lines.append(json.dumps({"prompt": digits, "label": label}))
+    path.write_text("\n".join(lines) + "\n")
+
+
+def write_conversations(path: pathlib.Path, number: int, share: float, seed: int) -> None:
+    """Write conversations; `share` of them, drawn one by one, do the work."""
+    rng = random.Random(seed)
+    lines = []
+    for _ in range(number):
+        digits, label = problem(rng)
+        said = answer(digits, label, rng.random() < share)
+        messages = [
+            {"role": "user", "content": digits},
+            {"role": "assistant", "content": said},
+        ]
+        lines.append(json.dumps({"messages": messages}))
+    path.write_text("\n".join(lines) + "\n")
+
+
+def tune(directory: pathlib.Path, share: float, learn_steps: int, set_steps: int) -> pathlib.Path:
+    """Return a checkpoint that begins with W in about `share` of its answers, made once.
+
+    learn_steps: on answers most of which do the work, to learn to. set_steps: on answers `share`
+    of which do. Tasks and tokenizer lie beside it.
+    """
+    done = directory / "tuned"
+    if done.exists():
+        return done
+    directory.mkdir(parents=True, exist_ok=True)
+    for left in ("run", "part"):  # of a run that was cut off
+        shutil.rmtree(directory / left, ignore_errors=True)
+    write_tokenizer(directory / "tokenizer")
+    write_tasks(directory / "tasks.jsonl", TASKS, seed=3)
+    write_conversations(directory / "learn.jsonl", _DOCUMENTS, _LEARN_SHARE, seed=1)
+    write_conversations(directory / "set.jsonl", _DOCUMENTS, share, seed=2)
+    sft.run(_config(directory, learn_steps, set_steps), directory / "run")
+    export.run(directory / "run", directory / "part", dtype="float32")
+    (directory / "part").rename(done)
+    return done
+
+
+def _config(directory: pathlib.Path, learn_steps: int, set_steps: int) -> config_lib.Run:
+    sizes = {"seq_len": _LENGTH, "rows": _ROWS}
+    step = _ROWS * _LENGTH
+    names = ("learn", "set")
+    return config_lib.Run(
+        model=MODEL,
+        tokenizer=str(directory / "tokenizer"),
+        dtype="float32",
+        stages=(
+            config_lib.Stage(
+                **sizes, tokens=learn_steps * step, learning_rate=3e-3, warmup_tokens=20 * step
+            ),
+            config_lib.Stage(**sizes, tokens=set_steps * step, learning_rate=5e-4),
+        ),
+        data=config_lib.Data(
+            sources=tuple(
+                config_lib.Source(name, str(directory / f"{name}.jsonl"), "chat") for name in names
+            ),
+            weights=((0, (("learn", 1.0),)), (learn_steps, (("set", 1.0),))),
+        ),
+        save=config_lib.Save(every_steps=learn_steps + set_steps),
+        log=config_lib.Log(every_steps=50),
+    )

@@ -1,0 +1,293 @@
+"""CISPO against DAPO and GRPO on a toy with a rare token that matters (M1 3.1's argument).
+
+    python benchmarks/cispo_vs_dapo.py --quick --dir=DIR [--plot=FILE.png]
+
+First the arms differ in their clip rule alone: the same aggregation (token-mean), tasks, order of
+tasks, and seed of every sample. Then, with --full, a second table has them as published. The
+measures were fixed before the first run (`cispo_curves.py`), and every seed is shown.
+
+--smoke: that it runs; a few batches of hardly trained models, whose numbers mean nothing.
+--quick: task a (W begins 2% of the answers), 16 updates a batch, two rates, three seeds; about
+  an hour on two busy cores.
+--full: tasks a and b (W begins half of them: no difference is expected), 1, 4 and 16 updates,
+  three rates chosen from on two seeds and compared on five others, then the published presets.
+
+A run that is done is kept in DIR and not made again; one that was stopped goes on. Needs the
+package's own dependencies; --plot wants matplotlib.
+"""
+
+import argparse
+import dataclasses
+import itertools
+import json
+import os
+import pathlib
+import platform
+import shutil
+import sys
+import time
+
+# By path, the script's own directory comes first; the packages lie above it.
+sys.path.append(str(pathlib.Path(__file__).resolve().parents[1]))
+
+import cispo_curves
+import cispo_report
+import cispo_tasks
+import jax
+import tqdm
+
+from m1_jax import configlib
+from train import metrics, rl_config, rl_loop
+from train import objective as objective_lib
+
+PUBLISHED = {name: objective_lib.PRESETS[name] for name in ("grpo", "dapo", "cispo")}
+# The same in all but the clip rule; the presets of DAPO and CISPO are so already.
+CLIP = PUBLISHED | {"grpo": dataclasses.replace(PUBLISHED["dapo"], name="grpo", clip_high=0.2)}
+ARMS = {"clip": CLIP, "published": PUBLISHED}
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What is run.
+
+    tables: of `ARMS`. updates: of each batch. rates: the first is the common one. tuning_seeds:
+    to choose each arm's rate on; none: every rate is run on `seeds`, which choose it as well.
+    published_updates: of the second table. learn_steps, set_steps: of fine-tuning.
+    """
+
+    name: str
+    tasks: tuple[str, ...]
+    updates: tuple[int, ...]
+    rates: tuple[float, ...]
+    tuning_seeds: tuple[int, ...]
+    seeds: tuple[int, ...]
+    batches: int
+    tables: tuple[str, ...] = ("clip",)
+    published_updates: tuple[int, ...] = (16,)
+    groups: int = 64
+    group_size: int = 8
+    learn_steps: int = 1000
+    set_steps: int = 300
+
+
+PLANS = {
+    "smoke": Plan("smoke", ("a",), (4,), (3e-4,), (), (0,), 2, ("clip",), (), 8, 4, 20, 5),
+    "quick": Plan("quick", ("a",), (16,), (3e-4, 5e-4), (), (0, 1, 2), 24),
+    "full": Plan(
+        "full",
+        ("a", "b"),
+        (1, 4, 16),
+        (3e-4, 5e-4, 1e-3),
+        (100, 101),
+        (0, 1, 2, 3, 4),
+        30,
+        ("clip", "published"),
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """One run."""
+
+    table: str
+    task: str
+    updates: int
+    rate: float
+    arm: str
+    seed: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.table}-{self.task}-updates{self.updates}-rate{self.rate:g}-{self.arm}"
+            f"-seed{self.seed}"
+        )
+
+
+class Lab:
+    """Makes the runs of a plan in a directory, each once."""
+
+    def __init__(self, plan: Plan, directory: pathlib.Path):
+        self.plan, self._directory = plan, directory
+        self._began, self._made = time.monotonic(), 0
+
+    def curves(self, trials: list[Trial]) -> dict[Trial, dict]:
+        """Return what each run recorded; those that are missing are made now."""
+        return {trial: self._curve(trial) for trial in trials}
+
+    def _curve(self, trial: Trial) -> dict:
+        file = self._directory / self.plan.name / f"{trial}.json"
+        wanted = self.config(trial)
+        if not file.exists():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            part = file.with_suffix(".part")
+            part.write_text(json.dumps(self._run(trial, wanted), indent=1))
+            part.rename(file)
+        kept = json.loads(file.read_text())
+        if configlib.from_json(rl_config.Run, kept["config"]) != wanted:
+            raise ValueError(
+                f"{file}: got a run of another config; wanted that of this code and plan. Move "
+                "it away, or give a new --dir."
+            )
+        return kept
+
+    def home(self, task: str) -> pathlib.Path:
+        """Return the directory of a task's model."""
+        return self._directory / f"model-{task}-{self.plan.learn_steps}-{self.plan.set_steps}"
+
+    def config(self, trial: Trial) -> rl_config.Run:
+        """Return the run's config, whose model is made first where it is missing."""
+        plan = self.plan
+        home = self.home(trial.task)
+        share = cispo_tasks.FORK_SHARES[trial.task]
+        checkpoint = cispo_tasks.tune(home, share, plan.learn_steps, plan.set_steps)
+        # DAPO's sampling and length penalty belong to the published DAPO and CISPO.
+        whole = trial.table == "published" and trial.arm != "grpo"
+        return rl_config.Run(
+            checkpoint=str(checkpoint),
+            batches=plan.batches,
+            sources=(rl_config.Source("sums", str(home / "tasks.jsonl")),),
+            rewards=rl_config.Rewards(sources=(("sums", (("exact", 1.0, ()),)),), workers=1),
+            rollout=rl_config.Rollout(
+                groups=plan.groups,
+                group_size=plan.group_size,
+                max_prompt_tokens=cispo_tasks.PROMPT_TOKENS,
+                windows=rl_config.Windows((cispo_tasks.ANSWER_TOKENS,)),
+                dynamic=whole,
+                overlong_buffer_tokens=4 if whole else 0,
+                engine=_ENGINE,
+            ),
+            update=rl_config.Update(trial.rate, minibatches=trial.updates, rows=16),
+            objective=ARMS[trial.table][trial.arm],
+            dtype="float32",
+            save=rl_config.Save(every_steps=10, keep=1),
+            seed=trial.seed,
+        )
+
+    def _run(self, trial: Trial, config: rl_config.Run) -> dict:
+        """Train; return the config and what `cispo_curves` reads."""
+        self._made += 1
+        minutes = (time.monotonic() - self._began) / 60
+        tqdm.tqdm.write(f"[{minutes:.0f} min] run {self._made} of this start: {trial}", sys.stderr)
+        workdir = self._directory / self.plan.name / f"{trial}.run"
+        failed = ""
+        try:
+            summary = rl_loop.fit(config, workdir)
+        except FloatingPointError as error:  # an outcome: the rate was too much for this arm
+            failed = str(error)
+        else:
+            if summary.stopped_by is not None:
+                sys.exit(f"stopped in {trial}; the same command goes on")
+        fork = cispo_tasks.fork_id(config.checkpoint)
+        lines = (workdir / metrics.FILE).read_text().splitlines()
+        found = [one for one in map(json.loads, lines) if one["kind"] == "train"]
+        clipped = [{i: counts for i, *counts in one.get("most_clipped", [])} for one in found]
+        shutil.rmtree(workdir)
+        return {
+            "config": configlib.to_json(config),
+            "failed": failed,
+            # Of all samples, also of groups that dynamic sampling leaves out.
+            "rewards": [one["reward_sampled"] for one in found],
+            "tokens": [one["tokens_sampled"] for one in found],
+            "fork": [counts.get(fork, [0, 0]) for counts in clipped],
+            "secs": [one["batch_secs"] for one in found],
+            "sampling_secs": [one["sampling_secs"] for one in found],
+            "pearson": [one.get("pearson") for one in found],
+        }
+
+
+# Products in tiles of 8 rows: a sample does not depend on its company, so arms are paired exactly.
+_ENGINE = (
+    ("max_rows", 64),
+    ("chunk_tokens", 16),
+    ("prefill_tokens", (64, 256)),
+    ("num_snapshots", 32),
+    ("decode_steps", 8),
+    ("row_tile", 8),
+)
+
+
+def experiment(lab: Lab, table: str, task: str, updates: int) -> cispo_report.Section:
+    """Make one section's runs: tuning, the common rate, and each arm's own rate."""
+    plan, arms = lab.plan, list(ARMS[table])
+
+    def outcomes(arm: str, rate: float, seeds: tuple[int, ...]) -> list[cispo_curves.Outcome]:
+        trials = [Trial(table, task, updates, rate, arm, seed) for seed in seeds]
+        found = lab.curves(trials)
+        for trial, kept in found.items():
+            curves[str(trial)] = kept["rewards"]
+            secs.extend(kept["secs"])
+        return [
+            cispo_curves.outcome(one["rewards"], one["tokens"], one["fork"], bool(one["failed"]))
+            for one in found.values()
+        ]
+
+    curves: dict[str, list[float]] = {}
+    secs: list[float] = []
+    seeds = plan.tuning_seeds or plan.seeds
+    # Arms innermost, so that what is there of a stopped plan can be compared.
+    for seed, rate, arm in itertools.product(seeds, plan.rates, arms):
+        lab.curves([Trial(table, task, updates, rate, arm, seed)])
+    tuning = {arm: {rate: outcomes(arm, rate, seeds) for rate in plan.rates} for arm in arms}
+    best = {arm: cispo_curves.best_rate(tuning[arm]) for arm in arms}
+    common = plan.rates[0]
+    return cispo_report.Section(
+        table=table,
+        task=task,
+        updates=updates,
+        measured=cispo_tasks.measure(lab.home(task) / "tuned"),
+        batches=plan.batches,
+        common_rate=common,
+        seeds=plan.seeds,
+        tuning_seeds=plan.tuning_seeds,
+        tuning=tuning,
+        best_rates=best,
+        common={arm: outcomes(arm, common, plan.seeds) for arm in arms},
+        best={arm: outcomes(arm, best[arm], plan.seeds) for arm in arms},
+        curves=curves,
+        secs=secs,
+    )
+
+
+def sections(plan: Plan) -> list[tuple[str, str, int]]:
+    """Return (table, task, updates) of each section, in the order in which they are made."""
+    return [
+        (table, task, updates)
+        for table in plan.tables
+        for task in (plan.tasks if table == "clip" else plan.tasks[:1])
+        for updates in (plan.updates if table == "clip" else plan.published_updates)
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    which = parser.add_mutually_exclusive_group(required=True)
+    for name in PLANS:
+        which.add_argument(f"--{name}", dest="plan", action="store_const", const=name)
+    parser.add_argument("--dir", required=True, type=pathlib.Path, help="of models and results")
+    parser.add_argument("--plot", type=pathlib.Path, help="a file for the curves")
+    arguments = parser.parse_args()
+    if arguments.plot is not None:
+        cispo_report.require_matplotlib()
+    plan, directory = PLANS[arguments.plan], arguments.dir.resolve()
+    lab, done = Lab(plan, directory), []
+    for table, task, updates in sections(plan):
+        section = experiment(lab, table, task, updates)
+        print(cispo_report.text(section, cispo_tasks.parameters()), flush=True)
+        done.append(section)
+        values = {
+            "plan": dataclasses.asdict(plan),
+            "command": " ".join(sys.argv),
+            "date": time.strftime("%Y-%m-%d"),
+            "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+            "jax": jax.__version__,
+            "sections": [cispo_report.to_json(one) for one in done],
+        }
+        (directory / f"{plan.name}.json").write_text(json.dumps(values, indent=1))
+    print(f"all numbers: {directory / plan.name}.json")
+    if arguments.plot is not None:
+        cispo_report.plot(done, arguments.plot)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,312 @@
+"""CISPO against DAPO: what is read off curves, that the arms are paired, and that it all runs."""
+
+import dataclasses
+import functools
+import importlib.util
+import json
+import math
+import os
+import pathlib
+import random
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from infer import prompt
+from m1_jax import model as model_lib
+from m1_jax import tokenizer as tokenizer_lib
+from train import objective, optim, rl_batch, rl_step
+from train import sample as sample_lib
+
+_REPO = pathlib.Path(__file__).resolve().parents[1]
+
+
+@functools.cache
+def load(name):
+    """Load a benchmark file as the script does, under the name that its neighbours import."""
+    spec = importlib.util.spec_from_file_location(name, _REPO / "benchmarks" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+curves, tasks, report = map(load, ("cispo_curves", "cispo_tasks", "cispo_report"))
+main = load("cispo_vs_dapo")
+
+
+def outcome(rewards, fork=(0, 0), failed=False):
+    return curves.outcome(rewards, [100.0] * len(rewards), [fork] * len(rewards), failed)
+
+
+# ---- curves
+
+
+@pytest.mark.parametrize(
+    ("rewards", "first", "for_good"),
+    [
+        ([0.1, 0.9, 0.9, 0.9, 1.0], 1, 1),
+        ([0.9, 0.9, 0.9, 0.9], 0, 0),
+        ([0.9, 0.9, 0.9, 0.1, 1.0, 1.0, 1.0], 0, 4),  # left again: the second time counts
+        ([0.1, 1.0, 1.0, 1.0, 0.6], 1, None),  # left at the end
+        ([0.7, 1.0, 1.0], 0, 0),  # a mean of three, not each
+        ([0.1] * 5, None, None),
+        ([1.0, 1.0], None, None),  # no window of three
+    ],
+)
+def test_crossings(rewards, first, for_good):
+    assert curves.first(rewards, 0.9) == first
+    assert curves.sustained(rewards, 0.9) == for_good
+
+
+def test_outcome_of_a_run():
+    found = curves.outcome(
+        [0.1, 0.6, 0.8, 0.9, 0.9, 1.0, 1.0, 1.0, 1.0],
+        [10.0, 20.0, 30.0, 40.0, 50.0, 60.0, 70.0, 80.0, 90.0],
+        [(0, 2), (3, 4), (0, 0), (1, 2), (0, 0), (0, 0), (9, 9), (0, 0), (0, 0)],
+    )
+    assert (found.sustained, found.half, found.tokens) == (3, 0, 60)
+    assert found.fork_clipped == 4 / 8  # of the first six batches
+    assert (found.lowest, found.collapsed) == (0.6, False)
+    np.testing.assert_allclose(found.mean, 7.3 / 9)
+
+
+def test_collapse():
+    assert outcome([0.1, 0.9, 0.9, 0.9] + [0.1] * 8).collapsed
+    assert not outcome([0.1, 0.9, 0.9, 0.9] + [0.5] * 8).collapsed
+    assert outcome([0.9] * 9, failed=True).collapsed
+    assert outcome([0.9] * 9, failed=True).sustained is None
+
+
+def test_unlike_columns_are_refused():
+    with pytest.raises(ValueError, match="wanted one of each for every batch"):
+        curves.outcome([0.1, 0.2], [1.0], [(0, 0)])
+    with pytest.raises(ValueError, match="at least one batch"):
+        curves.outcome([], [], [])
+
+
+def test_ratio_of_what_did_not_arrive():
+    assert curves.ratio(6, 8) == 0.75
+    assert curves.ratio(None, 8) == math.inf
+    assert curves.ratio(6, None) == 0
+    assert curves.ratio(None, None) is None
+    assert (curves.ratio(0, 0), curves.ratio(2, 0)) == (1, math.inf)
+
+
+def test_paired_ratio():
+    same = curves.paired([4, 6, 8], [8, 12, 16])
+    assert (same.median, same.low, same.high, same.pairs) == (0.5, 0.5, 0.5, 3)
+    found = curves.paired([8, 8, 8, 8, 8], [10, 9, 8, 16, 8])
+    assert found.median == pytest.approx(8 / 9)
+    assert (found.low, found.high) == (0.5, 1.0)
+    assert found == curves.paired([8, 8, 8, 8, 8], [10, 9, 8, 16, 8])  # the seed is fixed
+
+
+def test_paired_ratio_keeps_what_did_not_arrive():
+    found = curves.paired([None, 4, None, 4, 4], [8, 8, None, None, 8])
+    assert (found.median, found.pairs, found.unknown) == (0.5, 4, 1)
+    assert found.low == 0
+    assert found.high == math.inf
+    assert curves.paired([None], [None]) is None
+
+
+def test_median_of_an_even_number_is_the_geometric_mean():
+    assert curves.paired([1, 4], [2, 2]).median == pytest.approx(1.0)
+    assert curves.paired([1, None], [None, 1]).median == math.inf  # 0 and infinity: the worse
+
+
+def test_best_rate():
+    def runs(*batches):
+        made = []
+        for number in batches:
+            before = 12 if number is None else number
+            made.append(outcome([0.1] * before + [1.0] * (12 - before)))
+        return made
+
+    assert curves.best_rate({1e-3: runs(4, 6), 3e-4: runs(5, 7)}) == 1e-3
+    assert curves.best_rate({1e-3: runs(2, None), 3e-4: runs(5, 7)}) == 3e-4  # arriving first
+    assert curves.best_rate({1e-3: runs(5, 7), 3e-4: runs(5, 7)}) == 3e-4
+
+
+# ---- what is printed
+
+
+def section(cispo, dapo, task="a"):
+    def make(batches):
+        return [outcome([0.1] * n + [1.0] * (12 - n), (1, 2)) for n in batches]
+
+    some = {"grpo": make(dapo), "dapo": make(dapo), "cispo": make(cispo)}
+    rates = dict.fromkeys(some, 3e-4)
+    tuning = {arm: {3e-4: found} for arm, found in some.items()}
+    return report.Section(
+        table="clip",
+        task=task,
+        updates=16,
+        measured=(0.021, 0.99),
+        batches=12,
+        common_rate=3e-4,
+        seeds=(0, 1),
+        tuning_seeds=(),
+        tuning=tuning,
+        best_rates=rates,
+        common=some,
+        best=some,
+        curves={"a-x-0": [0.1]},
+        secs=[1.0],
+    )
+
+
+def test_sentence_follows_the_numbers():
+    said = report.text(section([4, 4], [8, 8]), 782_848)
+    assert "W begins 0.021 of the answers; after it 0.990 of the work is right" in said
+    assert "0.8M-parameter toy" in said
+    assert "in 0.50 (0.50 to 0.50) times" in said
+    assert "This reproduces the mechanism of M1 section 3.1, not its AIME result." in said
+    assert "Collapsed runs, at all rates: GRPO 0 of 2, DAPO 0 of 2, CISPO 0 of 2." in said
+    assert "chosen on the very seeds" in said
+    assert "does not show the mechanism" in report.text(section([8, 8], [8, 8]), 782_848)
+    assert "no difference was expected" in report.text(section([8, 8], [8, 8], "b"), 782_848)
+
+
+def test_what_did_not_arrive_is_shown():
+    said = report.text(section([12, 12], [12, 12]), 1)
+    assert ">12,>12" in said
+    assert "Neither CISPO nor DAPO reached the target" in said
+    json.dumps(report.to_json(section([12, 4], [4, 12])), allow_nan=False)
+
+
+# ---- tasks and arms
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    directory = tasks.write_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+    return tokenizer_lib.Tokenizer.load(directory)
+
+
+def test_an_answer_with_the_work():
+    assert tasks.answer("190562", "3", True) == "W100513\nAnswer: 3"
+    assert tasks.answer("190562", "3", False) == "\nAnswer: 3"
+
+
+def test_longest_sample_fits(tokenizer):
+    digits, label = tasks.problem(random.Random(0))
+    asked = prompt.encode(tokenizer, [{"role": "user", "content": digits}])
+    assert len(asked) == tasks.PROMPT_TOKENS
+    said = tokenizer.encode(tasks.answer(digits, label, True))
+    assert len(said) == 9
+    assert len(said) + 1 <= tasks.ANSWER_TOKENS
+    assert max(asked + said) < tasks.MODEL.vocab_size
+
+
+def test_share_of_conversations(tmp_path):
+    tasks.write_conversations(tmp_path / "set.jsonl", 4000, 0.1, seed=0)
+    lines = (tmp_path / "set.jsonl").read_text().splitlines()
+    said = [json.loads(line)["messages"][1]["content"] for line in lines]
+    assert 0.08 < sum(one.startswith(tasks.FORK) for one in said) / 4000 < 0.12
+
+
+def test_model_is_of_the_announced_shape():
+    assert [kind == "softmax" for kind in tasks.MODEL.layer_types] == [False] * 7 + [True]
+    assert 0.5e6 < tasks.parameters() < 1e6
+
+
+def test_arms_differ_in_their_clip_alone():
+    clip = {"name", "clip_low", "clip_high", "is_weight_max", "is_weight_min"}
+    first, *others = main.ARMS["clip"].values()
+    for other in others:
+        names = {f.name for f in dataclasses.fields(first)}
+        differing = {n for n in names if getattr(first, n) != getattr(other, n)}
+        assert differing <= clip
+    assert [one.clip_high for one in main.ARMS["clip"].values()] == [0.2, 0.28, None]
+
+
+def test_plans_can_be_run():
+    for plan in main.PLANS.values():
+        assert all(plan.groups % updates == 0 for updates in plan.updates)
+        assert not set(plan.seeds) & set(plan.tuning_seeds)
+    assert len(main.sections(main.PLANS["full"])) == 2 * 3 + 1
+
+
+@pytest.fixture(scope="module")
+def gradients(tokenizer):
+    """Return what one microbatch's gradients are under an arm, `shift` after its anchor."""
+    config = dataclasses.replace(tasks.MODEL, layer_types=("lightning", "softmax"))
+    model = model_lib.MiniMaxM1(config, nnx.Rngs(0), dtype=jnp.float32)
+    samples = []
+    for i, text in enumerate(("W100513\nAnswer: 3", "\nAnswer: 7", "\nAnswer: 3", "\nAnswer: 9")):
+        task = sample_lib.Task("t", ({"role": "user", "content": "190562"},), "sums", "3")
+        said = tokenizer.encode(text) + [tokenizer.special_id(prompt.END)]
+        sample = sample_lib.Sample(task, tuple(prompt.encode(tokenizer, task.messages)))
+        made = tuple(said), (0.0,) * len(said), (0,) * len(said), "stop"
+        sample.write(sample_lib.Continuation(*made))
+        sample.reward = float(i in (0, 2))
+        samples.append(sample)
+    packed = rl_batch.pack(samples, 4, 32)
+    packed.fill("advantages", [1.0, -1.0, 1.0, -1.0])
+    rows = packed.rows[0]
+
+    def run(arm: objective.Objective, shift: float):
+        packed.fill("coefficients", [0.05] * 4)
+        logp, _ = rl_step.score(model, jax.tree.map(jnp.asarray, rows), 1.0)
+        moved = dataclasses.replace(rows, logp_old=np.asarray(logp) - shift)
+        placed = jax.tree.map(jnp.asarray, moved)
+        settings = rl_step.Settings(optim.AdamW(1e-3), arm)
+        grads, measured = rl_step.add(None, model, placed, np.float32(1), None, settings)
+        flat = np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(grads)])
+        return flat, np.asarray(measured["drops"]["clipped"])
+
+    return run
+
+
+def test_arms_agree_at_the_first_update_and_part_later(gradients, tokenizer):
+    fork = tokenizer.encode(tasks.FORK)[0]
+    arms = main.ARMS["clip"]
+    on, clipped = zip(*(gradients(arm, 0.0) for arm in arms.values()), strict=True)
+    for other in on[1:]:
+        # Ratios are 1 but for the order of sums in two programs.
+        assert np.linalg.norm(other - on[0]) < 1e-4 * np.linalg.norm(on[0])
+    assert all(one[0].sum() == 0 for one in clipped)
+    assert all(tuple(one[:, fork]) == (0, 1) for one in clipped)
+    # e^0.24 = 1.27 lies between the bounds of GRPO and DAPO.
+    off, clipped = zip(*(gradients(arm, 0.24) for arm in arms.values()), strict=True)
+    assert [tuple(one[:, fork]) for one in clipped] == [(1, 1), (0, 1), (0, 1)]
+    assert np.linalg.norm(off[1] - off[2]) < 1e-4 * np.linalg.norm(off[2])
+    assert np.linalg.norm(off[0] - off[2]) > 0.1 * np.linalg.norm(off[2])
+
+
+# ---- the command
+
+
+def test_plot_without_matplotlib_says_what_to_do(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(SystemExit, match="pip install matplotlib"):
+        report.require_matplotlib()
+
+
+@pytest.mark.slow
+def test_smoke_runs_and_makes_nothing_twice(tmp_path):
+    command = [sys.executable, "benchmarks/cispo_vs_dapo.py", "--smoke", f"--dir={tmp_path}"]
+    environment = os.environ | {"PYTHONPATH": str(_REPO)}
+    options = {"cwd": _REPO, "env": environment, "capture_output": True, "text": True}
+    first = subprocess.run(command, **options, timeout=900)
+    assert first.returncode == 0, first.stderr[-2000:]
+    found = json.loads((tmp_path / "smoke.json").read_text())["sections"]
+    (only,) = found
+    assert sorted(only["common"]) == ["cispo", "dapo", "grpo"]
+    assert len(only["curves"]) == 3
+    # Before the first updates all arms are the same model.
+    assert len({rewards[0] for rewards in only["curves"].values()}) == 1
+    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "smoke").glob("*.json")}
+    assert len(times) == 3
+    second = subprocess.run(command, **options, timeout=300)
+    assert second.returncode == 0, second.stderr[-2000:]
+    assert times == {path: path.stat().st_mtime_ns for path in times}
+    assert second.stdout == first.stdout
