@@ -49,7 +49,7 @@ def test_two_processes_learn_as_one(start, tmp_path):
     one, two = (learn(number, start, tmp_path / str(number)) for number in (1, 2))
     assert [line["kind"] for line in one] == [line["kind"] for line in two]
     for a, b in zip(one, two, strict=True):
-        for name in ("tokens_sampled", "groups", "reward", "reward_sampled", "version"):
+        for name in ("tokens_sampled", "groups", "reward_sampled", "version"):
             assert a.get(name) == b.get(name), name
-        for name in ("loss", "grad_norm", "entropy"):
-            assert a.get(name) == pytest.approx(b.get(name), rel=1e-4, abs=1e-6), name
+        for name in a.keys() & {"loss", "grad_norm", "entropy"}:
+            assert a[name] == pytest.approx(b[name], rel=1e-4, abs=1e-6), name
