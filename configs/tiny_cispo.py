@@ -33,20 +33,20 @@ ENGINE = {
 def get_config(arg: str = "") -> Run:
     return Run(
         checkpoint=arg or "/tmp/sums_start",
-        batches=20,
+        batches=28,
         sources=(SUMS,),
         rewards=Rewards(sources=(("sums", (("exact", 1.0, ()),)),)),
         rollout=Rollout(
-            groups=32,
-            group_size=8,
-            max_rounds=1,  # a model that is always right has nothing to learn from
+            groups=16,
+            group_size=16,
+            max_rounds=2,  # a model that is mostly right finds few groups to learn from
             max_prompt_tokens=32,
             windows=Windows((64,)),
             engine=tuple(ENGINE.items()),
         ),
-        update=Update(learning_rate=3e-4, minibatches=4, rows=4, row_tokens=256),
+        update=Update(learning_rate=3e-4, minibatches=2, warmup_steps=4, rows=4, row_tokens=256),
         dtype="float32",
-        evaluation=Evaluation(sources=(SUMS,), every_batches=5, samples=8, temperature=1.0),
+        evaluation=Evaluation(sources=(SUMS,), every_batches=4, samples=8, temperature=1.0),
         save=Save(every_steps=10),
         log=Log(every_steps=1),
     )
