@@ -17,13 +17,13 @@ HELD_OUT = Source("lookup", make="lookup", size=64, seed=2)
 def get_config(arg: str = "") -> Run:
     return Run(
         checkpoint=arg or "/tmp/agent_start",
-        batches=20,
+        batches=16,
         sources=(LOOKUP,),
         agent=Agent("lookup", max_turns=3, turn_tokens=64),
         rollout=Rollout(
-            groups=32,
-            group_size=8,
-            max_rounds=1,
+            groups=16,
+            group_size=16,
+            max_rounds=2,
             max_prompt_tokens=32,
             windows=Windows((128,)),
             engine=(
@@ -31,9 +31,11 @@ def get_config(arg: str = "") -> Run:
                 ("num_snapshots", 64), ("decode_steps", 8),
             ),
         ),
-        update=Update(learning_rate=2e-4, minibatches=4, rows=8),
+        update=Update(
+            learning_rate=3e-4, minibatches=2, warmup_steps=4, rows=4, row_tokens=320
+        ),
         dtype="float32",
-        evaluation=Evaluation(sources=(HELD_OUT,), every_batches=5, temperature=1.0),
+        evaluation=Evaluation(sources=(HELD_OUT,), every_batches=4, temperature=1.0),
         save=Save(every_steps=10),
         log=Log(every_steps=1),
     )  # fmt: skip

@@ -18,8 +18,11 @@ def get_config(arg: str = "") -> Run:
         tokenizer="demo/data/tokenizer",
         dtype="float32",
         stages=(
-            Stage(seq_len=256, rows=ROWS, tokens=200 * ROWS * 256, learning_rate=3e-3,
+            Stage(seq_len=256, rows=ROWS, tokens=160 * ROWS * 256, learning_rate=3e-3,
                   warmup_tokens=5 * ROWS * 256),
+            # Reinforcement learning starts from where small steps no longer hurt.
+            Stage(seq_len=256, rows=ROWS, tokens=80 * ROWS * 256, learning_rate=1e-4,
+                  shape="linear"),
         ),
         data=Data(
             sources=(Source("lookups", "demo/data/agent.jsonl", "chat"),), overlong="error"
