@@ -85,7 +85,7 @@ def main() -> None:
         export.run(OUT / "sft", OUT / "tuned", dtype="float32")
 
     with step("8. CISPO: the right answer is rewarded (python -m train.rl)"):
-        train(rl, "tiny_cispo", OUT / "tuned", OUT / "cispo")
+        train(rl, "tiny_cispo", OUT / "tuned", OUT / "cispo", ["batches=16"])
         accuracy = [record["reward"] for record in records(OUT / "cispo", "eval")]
         told = " -> ".join(f"{share:.0%}" for share in accuracy)
         summary.append(f"right answers during CISPO: {told}")
@@ -114,9 +114,9 @@ def main() -> None:
         raise SystemExit("demo: FAILED")
 
 
-def train(command, name: str, checkpoint: pathlib.Path, workdir: pathlib.Path) -> None:
+def train(command, name: str, checkpoint: pathlib.Path, workdir: pathlib.Path, set_=()) -> None:
     os.chdir(HERE.parent)  # the configs' data
-    command.run(configlib.load(f"configs/{name}.py:{checkpoint}"), workdir)
+    command.run(configlib.load(f"configs/{name}.py:{checkpoint}", set_), workdir)
     for record in records(workdir, "train")[::3]:
         reward = record.get("reward_sampled")
         told = f"loss {record['loss']:.3f}" if reward is None else f"reward {reward:.2f}"
