@@ -72,11 +72,7 @@ def fit(config: rl_config.Run | None, workdir) -> Summary:
     workdir = pathlib.Path(workdir)
     config = resolve(config, workdir)
     workdir_lib.use_compilation_cache(config.compilation_cache)
-    session = Session(config, workdir)
-    with contextlib.ExitStack() as stack:
-        session.enter(stack)
-        workdir_lib.record(config, workdir)
-        return session.run()
+    return workdir_lib.run(Session(config, workdir), workdir)
 
 
 def resolve(config: rl_config.Run | None, workdir: pathlib.Path) -> rl_config.Run:

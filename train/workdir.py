@@ -57,6 +57,14 @@ def record(config: Any, workdir: pathlib.Path) -> None:
     part.rename(path)
 
 
+def run(session: Any, workdir: pathlib.Path) -> Any:
+    """Open a session, note its config, run it, and close all of it; return what it returns."""
+    with contextlib.ExitStack() as stack:
+        session.enter(stack)
+        record(session.config, workdir)
+        return session.run()
+
+
 def use_compilation_cache(directory: str) -> None:
     path = pathlib.Path(directory or "~/.cache/m1_jax/xla").expanduser()
     path.mkdir(parents=True, exist_ok=True)
