@@ -56,6 +56,7 @@ def test_every_command_has_its_module(wheel):
         "prepare",
         "pretrain",
         "sft",
+        "rl",
         "export",
     )
     assert targets.keys() == {f"m1-{name}" for name in names}
