@@ -2,7 +2,7 @@
 
     python -m train.sft --config=configs/tiny_agent_sft.py --workdir=/tmp/agent_sft
 
-From random weights; `configs/tiny_agent.py` goes on from there. Two CPU cores, two minutes.
+From random weights; `configs/tiny_agent.py` goes on from there.
 """
 
 from m1_jax.config import ModelConfig

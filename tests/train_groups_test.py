@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from train import advantages, groups, rl_config, rollout, tasks, windows
 from train import sample as sample_lib
+from train.rewards import length_bias
 
 SIZE = 3
 TASKS = [sample_lib.Task(f"t{i}", ({"role": "user", "content": str(i)},), "s") for i in range(8)]
@@ -384,7 +385,11 @@ def test_the_curriculum_chooses_by_the_batchs_number():
     given = config(number=6)
     given = rl_config.Run(
         **vars(given)
-        | {"sources": (*given.sources, tasks.Source("late", "l.jsonl")), "curriculum": plan}
+        | {
+            "sources": (*given.sources, tasks.Source("late", "l.jsonl")),
+            "curriculum": plan,
+            "rewards": rl_config.Rewards(sources=(("*", (("exact", 1.0, ()),)),)),
+        }
     )
     one = groups.Collector(given, some, start, Rewards(varied))
     assert {group.source for group in collect(one, Sampler(), 0).groups} == {"s"}
@@ -395,5 +400,5 @@ def test_the_curriculum_chooses_by_the_batchs_number():
 def test_a_judge_that_likes_length_pauses_the_run():
     limits = rl_config.LengthBias(window=4, least=2, pause=True)
     one = collector(lambda sample: float(len(sample.tokens)), length_bias=limits)
-    with pytest.raises(RuntimeError, match="Recalibrate the judge"):
+    with pytest.raises(length_bias.Paused, match="Recalibrate the judge"):
         collect(one, Sampler(length=lambda seed: 1 + seed % 11))

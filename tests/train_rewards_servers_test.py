@@ -1,6 +1,7 @@
 """What asks servers: the client, the remote sandbox, the judges; and the watch over the judges."""
 
 import asyncio
+import dataclasses
 import http.server
 import json
 import math
@@ -314,7 +315,7 @@ def test_biased_judge_raises_an_alarm_and_pauses_until_recalibrated(caplog):
     watch = _watched(WATCH, _groups(0.9))
     assert "rewards length" in caplog.text
     assert len(caplog.records) == 1
-    with pytest.raises(length_bias.Paused, match=r"call recalibrate\(\)"):
+    with pytest.raises(length_bias.Paused, match="--set=length_bias.recalibrated=1"):
         watch.check()
     again = length_bias.LengthBias(WATCH, json.loads(json.dumps(watch.state())))
     assert again.metrics() == watch.metrics()
@@ -323,7 +324,8 @@ def test_biased_judge_raises_an_alarm_and_pauses_until_recalibrated(caplog):
     assert not again.alarm
     with pytest.raises(length_bias.Paused):
         again.check()
-    again.recalibrate()
+    mended = dataclasses.replace(WATCH, recalibrated=1)
+    again = length_bias.LengthBias(mended, again.state())
     again.check()
     assert math.isnan(again.metrics()["reward/length/win_rate"])
 

@@ -155,7 +155,8 @@ def test_flags_of_tasks_change_the_first_source():
     made = (tasks.Source("a", make="logic:chain_sum", size=3, options=(("max_terms", 2),)),)
     changed, _ = change("--prompt-data new.jsonl", sources=made)
     assert changed.sources == (tasks.Source("a", "new.jsonl"),)
-    changed, _ = change("--rm-type exact", rewards=None, agent=rl_config.Agent("lookup"))
+    agent = {"rewards": None, "agent": rl_config.Agent("lookup"), "sources": config().sources[:1]}
+    changed, _ = change("--rm-type exact", **agent)
     assert changed.rewards.sources == (("a", (("exact", 1.0, ()),)),)
 
 
@@ -199,3 +200,9 @@ def test_flags_of_the_objective():
 def test_flags_that_cannot_be_followed(command, message):
     with pytest.raises(ValueError, match=message):
         change(command)
+
+
+def test_every_source_needs_rewards():
+    rewards = rl_config.Rewards(sources=(("a", (("exact", 1.0, ()),)),))
+    with pytest.raises(ValueError, match="none for b.*wanted rewards for every source"):
+        config(rewards=rewards)

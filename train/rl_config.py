@@ -194,6 +194,12 @@ class Run:
         _require(self.remat in wanted, "remat", self.remat, f"one of {wanted}")
         names = [source.name for source in self.sources]
         _require(len(set(names)) == len(names), "sources", names, "different names")
+        if self.rewards is not None:
+            known = {name for name, _ in self.rewards.sources}
+            every = {one.name for one in (*self.sources, *self.evaluation.sources)}
+            left = [] if compose.ANY in known else sorted(every - known)
+            wanted = f"rewards for every source of tasks, or for {compose.ANY!r}"
+            _require(not left, "rewards.sources", f"none for {', '.join(left)}", wanted)
         groups, number = self.rollout.groups, self.update.minibatches
         wanted = f"a divisor of rollout.groups = {groups}, as groups stay whole"
         _require(groups % number == 0, "update.minibatches", number, wanted)

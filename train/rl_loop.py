@@ -47,7 +47,7 @@ from train.environments import catalog as environments
 from train.rewards import compose
 
 _MAY_CHANGE = re.compile(
-    r"(save|log|evaluation)\.|compilation_cache|mesh|serving_mesh|batches|rewards\.(workers|limit)"
+    r"(save|log|evaluation)\.|compilation_cache|mesh|serving_mesh|batches|length_bias\.|rewards\.(workers|limit)"
 )
 
 
@@ -134,8 +134,7 @@ class Session:
 
     def run(self) -> Summary:
         config, reward = self.config, math.nan
-        if jax.process_index() == 0:
-            logging.info("%s", slime.describe(config.objective))
+        self.writer.write(self.batch, "event", {"objective": slime.describe(config.objective)})
         if self.batch == 0 and config.evaluation.every_batches:
             self._evaluate()
         while self.batch < config.batches and not self._must_stop():

@@ -28,15 +28,13 @@ class Settings:
     """What the compiled functions are made for.
 
     temperature: of the sampler, and so of the trainer's probabilities. balance_coefficient: of
-    `moe.balance_loss`. entropy: whether to compute each distribution's, which the metrics want.
+    `moe.balance_loss`.
     """
 
     optimizer: optim.AdamW
     objective: objective.Objective
     temperature: float = 1.0
     balance_coefficient: float = 0.0
-    entropy: bool = True
-    skip_nonfinite: bool = True
 
 
 @functools.partial(jax.jit, static_argnames="temperature")
@@ -82,7 +80,7 @@ def _loss(model, rows: rl_batch.Rows, share, weight_mean, settings: Settings):
         model,
         hidden,
         rows.targets,
-        entropy=settings.entropy,
+        entropy=True,
         temperature=settings.temperature,
     )
     terms = objective.Terms(
@@ -133,7 +131,7 @@ def update(
       second moments (`rl_metrics`), as M1 3.2 looks at them.
     """
     shares = {f"gradient/{name}": x for name, x in rl_metrics.gradient_shares(grads).items()}
-    state, metrics = step_lib.apply(state, grads, settings.optimizer, settings.skip_nonfinite)
+    state, metrics = step_lib.apply(state, grads, settings.optimizer)
     second = [
         leaf.nu for leaf in jax.tree.leaves(state.moments, is_leaf=_is_adam) if _is_adam(leaf)
     ]

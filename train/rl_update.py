@@ -98,7 +98,7 @@ class Updater:
             for part in np.array_split(order, self._config.update.minibatches)
         ]
 
-    def _pack(self, part: Sequence[groups.Group]) -> "_Part":
+    def _pack(self, part: Sequence[groups.Group]) -> rl_batch.Packed:
         rollout = self._config.rollout
         pairs = [(group.number, one) for group in part for one in groups.finished(group)]
         kept = [(number, one) for number, one in pairs if one.valid]
@@ -114,23 +114,27 @@ class Updater:
             self._config.objective, lengths, prompts, np.ones(len(kept), bool)
         )
         packed.fill("coefficients", list(each))
-        return _Part(packed, prompts)
+        return packed
 
-    def _score(self, parts: list["_Part"]) -> float:
+    def _score(self, parts: list[rl_batch.Packed]) -> float:
         """Write the trainer's probabilities of everything; return the mean entropy."""
+        made, temperature = [], self._settings.temperature
+        for rows in (rows for part in parts for rows in part.rows):
+            placed = rl_batch.place(rows, self._layout)
+            logp, entropy = rl_step.score(self.state.model, placed, temperature)
+            ref = None
+            if self._reference is not None:
+                ref, _ = rl_step.score(self._reference, placed, temperature)
+            made.append((rows, logp, entropy, ref))
+        # Fetched when all are on their way, so that the device never waits for the host.
         total, tokens = 0.0, 0.0
-        for part in parts:
-            for rows in part.rows:
-                placed = rl_batch.place(rows, self._layout)
-                temperature = self._settings.temperature
-                logp, entropy = rl_step.score(self.state.model, placed, temperature)
-                real = rows.mask > 0
-                rows.logp_old[:] = np.where(real, rl_batch.whole(logp), 0)
-                total += float(np.sum(np.where(real, rl_batch.whole(entropy), 0)))
-                tokens += float(np.sum(real))
-                if self._reference is not None:
-                    logp, _ = rl_step.score(self._reference, placed, temperature)
-                    rows.logp_ref[:] = np.where(real, rl_batch.whole(logp), 0)
+        for rows, logp, entropy, ref in made:
+            real = rows.mask > 0
+            rows.logp_old[:] = np.where(real, rl_batch.whole(logp), 0)
+            if ref is not None:
+                rows.logp_ref[:] = np.where(real, rl_batch.whole(ref), 0)
+            total += float(np.sum(np.where(real, rl_batch.whole(entropy), 0)))
+            tokens += float(np.sum(real))
         return total / max(tokens, 1.0)
 
     def _fill_advantages(self, parts, samples, numbers) -> None:
@@ -144,8 +148,8 @@ class Updater:
                 kls = [np.zeros(len(one.tokens)) for one in samples]
                 place = {id(one): i for i, one in enumerate(samples)}
                 for part in parts:
-                    gaps = part.packed.take([rows.logp_old - rows.logp_ref for rows in part.rows])
-                    for one, gap in zip(part.packed.samples, gaps, strict=True):
+                    gaps = part.take([rows.logp_old - rows.logp_ref for rows in part.rows])
+                    for one, gap in zip(part.samples, gaps, strict=True):
                         kls[place[id(one)]] = gap
             masks = [np.asarray(one.mask) for one in samples]
             made = advantages.per_token(chosen, rewards, numbers, valid, masks, turns, kls)
@@ -153,11 +157,11 @@ class Updater:
             made = list(advantages.per_sample(chosen, rewards, numbers, valid))
         of = {id(one): value for one, value in zip(samples, made, strict=True)}
         for part in parts:
-            part.packed.fill("advantages", [of[id(one)] for one in part.packed.samples])
+            part.fill("advantages", [of[id(one)] for one in part.samples])
 
     # ---- an update
 
-    def _update(self, part: "_Part") -> tuple[Any, Any]:
+    def _update(self, part: rl_batch.Packed) -> tuple[Any, Any]:
         """Make one step; return its metrics, still on the device."""
         weight_mean, sums = self._weight_mean(part), None
         tokens = [float(np.sum(rows.segment_ids > 0)) for rows in part.rows]
@@ -169,7 +173,7 @@ class Updater:
         self.state, metrics = rl_step.update(self.state, sums[0], self._settings)
         return sums[1], metrics
 
-    def _weight_mean(self, part: "_Part"):
+    def _weight_mean(self, part: rl_batch.Packed):
         chosen = self._config.objective.correction
         if chosen is None or not chosen.normalise:
             return None
@@ -202,23 +206,12 @@ class Updater:
         return found
 
 
-class _Part:
-    """A minibatch. prompts: the group of each packed sample."""
-
-    def __init__(self, packed: rl_batch.Packed, prompts: np.ndarray):
-        self.packed, self.prompts = packed, prompts
-
-    @property
-    def rows(self) -> list[Any]:
-        return self.packed.rows
-
-
-def _mismatch(parts: list[_Part], version: int) -> dict[str, float]:
+def _mismatch(parts: list[rl_batch.Packed], version: int) -> dict[str, float]:
     """Compare sampler and trainer on what the present weights wrote."""
     columns: list[list[np.ndarray]] = [[], [], []]
     for part in parts:
-        old = part.packed.take([rows.logp_old for rows in part.rows])
-        for one, trainer in zip(part.packed.samples, old, strict=True):
+        old = part.take([rows.logp_old for rows in part.rows])
+        for one, trainer in zip(part.samples, old, strict=True):
             same = (np.asarray(one.mask) > 0) & (np.asarray(one.versions) == version)
             number = np.full(int(same.sum()), len(columns[2]))
             for column, value in zip(

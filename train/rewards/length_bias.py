@@ -21,7 +21,7 @@ class LengthBiasConfig:
     """window: groups looked at. least: groups before there can be an alarm.
 
     correlation, win_rate: above either there is an alarm; 1 is never. pause: whether it stops the
-    run.
+    run. recalibrated: how often the judge was looked after; one more begins anew.
     """
 
     window: int = 512
@@ -29,6 +29,7 @@ class LengthBiasConfig:
     correlation: float = 0.4
     win_rate: float = 0.7
     pause: bool = False
+    recalibrated: int = 0
 
     def __post_init__(self):
         if not 1 <= self.least <= self.window:
@@ -40,7 +41,7 @@ class LengthBiasConfig:
                 raise ValueError(f"{field}: got {getattr(self, field)}; wanted 0 to 1")
 
 
-class Paused(RuntimeError):
+class Paused(ValueError):
     """The judge rewards length; somebody must look."""
 
 
@@ -48,12 +49,14 @@ class LengthBias:
     """The monitor of one judge.
 
     `push` every group, log `metrics`, call `check` before training on the judge's scores. After an
-    alarm with pause, `check` raises until `recalibrate` is called, also after a restart.
+    alarm with pause, `check` raises until a config says that the judge was recalibrated.
     """
 
     def __init__(self, config: LengthBiasConfig, state: dict[str, Any] | None = None):
-        """Go on from a `state`."""
+        """Go on from a `state`; begin anew where the judge was recalibrated since."""
         state = state or {}
+        if state.get("recalibrated", 0) != config.recalibrated:
+            state = {}
         self._config = config
         # Of each group: its correlation or None, pairs won by the longer, pairs.
         self._groups: list[tuple[float | None, int, int]] = [
@@ -107,13 +110,9 @@ class LengthBias:
                 f"judge: got a correlation of reward and length of {correlation:.2f} and "
                 f"{win_rate:.0%} wins of the longer answer; wanted at most "
                 f"{self._config.correlation} and {self._config.win_rate:.0%}. Recalibrate the "
-                "judge, then call recalibrate()."
+                "judge, then go on with --config=... "
+                f"--set=length_bias.recalibrated={self._config.recalibrated + 1}."
             )
-
-    def recalibrate(self) -> None:
-        """Begin anew, with a judge that has been looked after."""
-        self._groups.clear()
-        self.alarm = self.paused = False
 
     def state(self) -> dict[str, Any]:
         """Return what continues this monitor, JSON-able."""
@@ -121,6 +120,7 @@ class LengthBias:
             "groups": [list(group) for group in self._groups],
             "alarm": self.alarm,
             "paused": self.paused,
+            "recalibrated": self._config.recalibrated,
         }
 
     def _means(self) -> tuple[float, float]:
