@@ -1,0 +1,109 @@
+"""How well sampler and trainer agree, with logits in float32 and rounded to bfloat16 (M1 3.2).
+
+    python benchmarks/head_precision.py CHECKPOINT TASKS.jsonl [--groups=64] [--size=8]
+
+A small analogue of M1's Figure 3: a model in bfloat16 samples answers through the engine, and the
+trainer's forward pass gives the same tokens' probabilities; once with the head as it is, whose
+sums stay in float32, and once with logits rounded to bfloat16 on both sides, as a head in that
+dtype makes them. The rest of the model is the same. `benchmarks/cispo_vs_dapo.py` leaves a
+checkpoint and tasks that fit in DIR/model-a-*: tuned and tasks.jsonl.
+"""
+
+import argparse
+import itertools
+import pathlib
+import sys
+
+# By path, the script's own directory comes first; the packages lie above it.
+sys.path.append(str(pathlib.Path(__file__).resolve().parents[1]))
+
+import jax.numpy as jnp
+import numpy as np
+import tqdm
+
+from infer import prompt
+from m1_jax import checkpoint, layers
+from m1_jax import tokenizer as tokenizer_lib
+from train import agent, groups, rl_batch, rl_metrics, rl_step, rollout, tasks
+
+MOST = 64  # tokens of an answer
+ROWS = 16
+MEASURES = ("pearson", "probability_gap_mean", "logp_gap_mean", "logp_gap_max", "k3")
+
+
+class RoundedHead(layers.Head):
+    """Logits as a head in bfloat16 gives them."""
+
+    def __call__(self, x):
+        return super().__call__(x).astype(jnp.bfloat16).astype(jnp.float32)
+
+
+def load(directory: str, rounded: bool):
+    """Return the model in bfloat16."""
+    model = checkpoint.load(directory, jnp.bfloat16)
+    if rounded:
+        model.head.__class__ = RoundedHead
+    return model
+
+
+def sample(model, tokenizer, some, size: int) -> list:
+    """Draw `size` answers to each task."""
+    longest = max(len(prompt.encode(tokenizer, task.messages)) for task in some) + MOST
+    jobs = [
+        rollout.Job((i, n), agent.single_turn(task, tokenizer, MOST), groups.sample_seed(0, i, n))
+        for (i, task), n in itertools.product(enumerate(some), range(size))
+    ]
+    found = {}
+
+    def take(key, one):
+        found[key] = one
+        bar.update()
+        return ()
+
+    sizes = {"max_rows": ROWS, "chunk_tokens": 16, "prefill_tokens": (64, 256)}
+    config = rollout.engine_sizes(sizes, longest, len(jobs))
+    sampler = rollout.Rollout(model, tokenizer, config, rollout.Sampling())
+    with tqdm.tqdm(total=len(jobs), unit="answer") as bar:
+        try:
+            sampler.run(lambda: jobs, take)
+        finally:
+            sampler.close()
+    return [found[key] for key in sorted(found)]
+
+
+def measure(model, samples) -> tuple[int, dict[str, float]]:
+    """Return the number of tokens and `rl_metrics.mismatch` of the trainer's probabilities."""
+    length = max(len(one.prompt) + len(one.tokens) for one in samples)
+    packed = rl_batch.pack(samples, ROWS, length)
+    logp = [
+        np.asarray(rl_step.score(model, rl_batch.place(rows, None), 1.0)[0]) for rows in packed.rows
+    ]
+    sampler, mask, segments = (
+        np.concatenate([getattr(rows, name) for rows in packed.rows])
+        for name in ("logp_rollout", "mask", "segment_ids")
+    )
+    return int(mask.sum()), rl_metrics.mismatch(sampler, np.concatenate(logp), mask, segments)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("checkpoint")
+    parser.add_argument("tasks")
+    parser.add_argument("--groups", type=int, default=64, help="tasks that are answered")
+    parser.add_argument("--size", type=int, default=8, help="answers to each")
+    arguments = parser.parse_args()
+    tokenizer = tokenizer_lib.Tokenizer.load(arguments.checkpoint)
+    source = tasks.open_source(tasks.Source("tasks", arguments.tasks))
+    if len(source) < arguments.groups:
+        parser.error(f"--groups: got {arguments.groups}; wanted at most {len(source)}")
+    some = [source[i] for i in range(arguments.groups)]
+    print("| logits | tokens |", *(f"{name} |" for name in MEASURES))
+    print("|---" * (2 + len(MEASURES)) + "|")
+    for name, rounded in (("float32", False), ("bfloat16", True)):
+        model = load(arguments.checkpoint, rounded)
+        tokens, found = measure(model, sample(model, tokenizer, some, arguments.size))
+        print(f"| {name} | {tokens} |", *(f"{found[key]:.6g} |" for key in MEASURES), flush=True)
+
+
+if __name__ == "__main__":
+    main()
