@@ -104,6 +104,7 @@ def begin(workdir: pathlib.Path, arguments, devices: int, workers: int) -> subpr
         "save.keep": arguments.steps,  # for `rewind`
         "log.every_steps": 1,
         "log.samples": True,
+        "compilation_cache": workdir.parent / "xla",
     }
     module, config = "train.pretrain", "configs/tiny_pretrain.py"
     if arguments.rl:

@@ -68,7 +68,7 @@ def attend(
         total, scale, _ = block(q, k, v, _mask(queries, keys))
         o = total / positive(scale)
     else:
-        o = _blockwise(devices, q, k, v, queries, keys)
+        o, _ = _blockwise(devices, q, k, v, queries, keys)
     if balance:
         o = sharding.zigzag(o, "length", 3, back=True)
     return _heads_last(o, v.dtype)
@@ -134,11 +134,10 @@ def merge(one, two):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _blockwise(devices: int, q, k, v, queries, keys) -> Any:
-    """Attend to the keys of all devices of a ring; arguments as `_block` and `_mask` want them."""
-    return _forward(devices, q, k, v, queries, keys)[0]
+    """Attend to the keys of all devices of a ring; arguments as `block` and `_mask` want them.
 
-
-def _forward(devices, q, k, v, queries, keys):
+    Returns the outputs, and the log of each softmax's sum, which has no gradient.
+    """
     length = q.shape[3]
     # Masks depend on places alone. Without this, JAX would compute those of all pairs of blocks
     # once, outside of the loop over layers, and keep them.
@@ -179,11 +178,14 @@ def _forward(devices, q, k, v, queries, keys):
 
 
 def _blockwise_fwd(devices, q, k, v, queries, keys):
-    o, lse = _forward(devices, q, k, v, queries, keys)
-    return o, (q, k, v, queries, keys, o, lse)
+    # By its own name: a function with a rule stays whole. Its loops written out here, jax.checkpoint
+    # would take their conditionals apart and keep the partial sums of all pairs of blocks.
+    o, lse = _blockwise(devices, q, k, v, queries, keys)
+    return (o, lse), (q, k, v, queries, keys, o, lse)
 
 
-def _blockwise_bwd(devices, residuals, d_o):
+def _blockwise_bwd(devices, residuals, gradients):
+    d_o, _ = gradients
     q, k, v, queries, keys, o, lse = residuals
     length, key_length = q.shape[3], k.shape[2]
     root = math.sqrt(q.shape[-1])

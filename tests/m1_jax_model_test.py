@@ -365,6 +365,35 @@ def test_blockwise_attention_equals_one_block(monkeypatch, packed):
         close(a, b, 1e-5)
 
 
+def test_rematerialised_attention_keeps_no_pair_of_blocks(monkeypatch):
+    """The conditionals of a loop, differentiated by jax, would keep sums for every pair."""
+    monkeypatch.setattr(ring, "BLOCK", 16)
+    monkeypatch.setattr(ring, "DIRECT_PAIRS", 0)
+    queries, keys = ((1, 96, 4, 8), (1, 2, 96, 8))
+    places = jnp.arange(96, dtype=jnp.int32)[None]
+
+    @jax.checkpoint
+    def value(q, k, v):
+        return jnp.sum(ring.attend(q, k, v, places, places))
+
+    shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in (queries, keys, keys)]
+    traced = jax.make_jaxpr(jax.grad(value, (0, 1, 2)))(*shapes)
+    assert max(_sizes(traced.jaxpr)) <= 96 * 4 * 8  # as many numbers as q has
+
+
+def _sizes(jaxpr):
+    """Return the size of every array that a program computes, also in its loops."""
+    for equation in jaxpr.eqns:
+        yield from (math.prod(getattr(x.aval, "shape", ())) for x in equation.outvars)
+        for value in jax.tree.leaves(list(equation.params.values()), is_leaf=_is_program):
+            if _is_program(value):
+                yield from _sizes(getattr(value, "jaxpr", value))
+
+
+def _is_program(value):
+    return hasattr(getattr(value, "jaxpr", value), "eqns")
+
+
 def test_slopes_are_the_release_s():
     slopes = lightning.slopes(ModelConfig.m1())
     assert slopes.shape == (80, 64)

@@ -187,6 +187,25 @@ def test_metrics_of_a_batch(start, tmp_path):
     assert found == [(0, 0, number), (1, 1, number)]
 
 
+def test_an_evaluation_that_was_stopped_is_made_up_for(start, tmp_path, monkeypatch):
+    config = _config(start, batches=1, evaluation=Evaluation((SUMS,), every_batches=1))
+    real = rl_loop.Session._evaluate
+
+    def stopped(self):
+        self.signal = signal.SIGTERM if self.batch else None
+        real(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(rl_loop.Session, "_evaluate", stopped)
+        assert rl_loop.fit(config, tmp_path).stopped_by == signal.SIGTERM
+    assert [one["step"] for one in _lines(tmp_path, "eval")] == [0]
+    for _ in range(2):  # made up for once
+        assert rl_loop.fit(None, tmp_path).step == 1
+        assert [one["step"] for one in _lines(tmp_path, "eval")] == [0, 1]
+    (told,) = _lines(tmp_path, "event")
+    assert "token-mean" in told["objective"]
+
+
 @pytest.mark.slow
 def test_on_meshes_as_on_one_device(start, tmp_path):
     rows = {"update": Update(learning_rate=1e-3, minibatches=2, rows=8), "batches": 1}

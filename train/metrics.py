@@ -37,6 +37,8 @@ class Writer:
     """Writes what process 0 is told, by step; after a restart, over what came after `step`.
 
     Lines of metrics.jsonl are {"step", "kind": "train" | "eval" | "event", ...}.
+
+    newest: the last step of each kind that was there before, on process 0.
     """
 
     def __init__(
@@ -45,10 +47,11 @@ class Writer:
         """Open the files. shown: which numbers the terminal gets of a step."""
         self._shown = shown
         self._on = jax.process_index() == 0
+        self.newest: dict[str, int] = {}
         if not self._on:
             return
         directory.mkdir(parents=True, exist_ok=True)
-        self._files = {name: _reopen(directory / name, step) for name in (FILE, SAMPLES)}
+        self._files = {name: _reopen(directory / name, step, self.newest) for name in (FILE, SAMPLES)}
         board = str(directory / "tensorboard")
         self._board = tensorboardX.SummaryWriter(board, purge_step=step + 1)
         quiet = not sys.stderr.isatty()
@@ -133,10 +136,13 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _reopen(path: pathlib.Path, step: int):
-    """Open a file for appending, without the lines of steps that will be made again."""
+def _reopen(path: pathlib.Path, step: int, newest: dict[str, int]):
+    """Open a file for appending, without the lines of steps that will be made again.
+
+    newest: takes the last step of each kind of line that stays. A run from step 0 begins anew.
+    """
     kept = []
-    if path.exists():
+    if path.exists() and step:
         for line in path.read_text().splitlines():
             try:
                 record = json.loads(line)
@@ -145,7 +151,8 @@ def _reopen(path: pathlib.Path, step: int):
             if record["step"] > step:
                 break
             kept.append(line + "\n")
-        part = path.with_suffix(".part")
-        part.write_text("".join(kept))
-        part.rename(path)
+            newest[record.get("kind", "samples")] = record["step"]
+    part = path.with_suffix(".part")
+    part.write_text("".join(kept))
+    part.rename(path)
     return path.open("a")

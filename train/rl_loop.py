@@ -134,8 +134,10 @@ class Session:
 
     def run(self) -> Summary:
         config, reward = self.config, math.nan
-        self.writer.write(self.batch, "event", {"objective": slime.describe(config.objective)})
-        if self.batch == 0 and config.evaluation.every_batches:
+        if self.batch == 0:
+            self.writer.write(0, "event", {"objective": slime.describe(config.objective)})
+        # Also where the run was stopped within an evaluation.
+        if self._is_due() and processes.broadcast(self.writer.newest.get("eval")) != self.batch:
             self._evaluate()
         while self.batch < config.batches and not self._must_stop():
             began = time.perf_counter()
@@ -156,10 +158,9 @@ class Session:
             self._report(batch, values, time.perf_counter() - began)
             if self.stage.push(values.get("length_p99", 0.0), values.get("nll", 0.0)):
                 self.writer.write(self.batch, "event", {"window_tokens": self.stage.tokens})
-            last = self.batch == config.batches
-            every = config.evaluation.every_batches
-            if every and (last or self.batch % every == 0):
+            if self._is_due():
                 self._evaluate()
+            last = self.batch == config.batches
             if last or self.batch % config.save.every_steps == 0 or self.signal is not None:
                 self._save()
         if self.signal is not None and self.saved != self.batch:
@@ -200,6 +201,11 @@ class Session:
             self.writer.samples(self.batch, rows)
         if self.batch % self.config.log.every_steps == 0 or self.batch == self.config.batches:
             self.writer.write(self.batch, "train", record)
+
+    def _is_due(self) -> bool:
+        """Return whether held-out tasks are looked at now."""
+        every = self.config.evaluation.every_batches
+        return every > 0 and (self.batch % every == 0 or self.batch == self.config.batches)
 
     def _evaluate(self) -> None:
         """Log the mean reward of held-out tasks, by source."""
