@@ -1,4 +1,4 @@
-# make venv | demo | test | test-fast | lint; PYTHON=... uses an environment of your own.
+# make venv | demo | test | test-fast | test-all | lint; PYTHON=... uses an environment of your own.
 VENV ?= .venv
 PYTHON ?= $(VENV)/bin/python
 # Named first because a CPU build of this release satisfies the parity extra.
@@ -15,7 +15,7 @@ DEMO_READY :=
 TEST_READY :=
 endif
 
-.PHONY: venv demo test test-fast lint
+.PHONY: venv demo test test-fast test-all lint
 venv: $(TEST_READY)
 
 $(VENV)/.m1-jax-runs: pyproject.toml
@@ -32,10 +32,13 @@ demo: $(DEMO_READY)
 	PYTHONPATH=. $(PYTHON) demo/run.py
 
 test: $(TEST_READY)
-	$(PYTHON) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
+	$(PYTHON) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not long" $(PYTEST_ARGS)
 
 test-fast: $(TEST_READY)
-	$(PYTHON) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow" $(PYTEST_ARGS)
+	$(PYTHON) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not long" $(PYTEST_ARGS)
+
+test-all: $(TEST_READY)
+	$(PYTHON) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 lint: $(TEST_READY)
 	$(PYTHON) -m ruff check .

@@ -31,7 +31,7 @@ DIGITS = 6
 # How often a tuned model begins with W: a token that is rare, and one that is not.
 FORK_SHARES = {"a": 0.02, "b": 0.5}
 PROMPT_TOKENS, ANSWER_TOKENS = 13, 19  # 32 a row: two short samples or a long one
-TASKS = 4096
+TASKS, TASKS_SEED = 4096, 3
 _DOCUMENTS = 50_000
 _LEARN_SHARE = 0.8
 _ROWS, _LENGTH = 8, 128
@@ -165,7 +165,7 @@ def tune(directory: pathlib.Path, share: float, learn_steps: int, set_steps: int
     for left in ("run", "part"):  # of a run that was cut off
         shutil.rmtree(directory / left, ignore_errors=True)
     write_tokenizer(directory / "tokenizer")
-    write_tasks(directory / "tasks.jsonl", TASKS, seed=3)
+    write_tasks(directory / "tasks.jsonl", TASKS, TASKS_SEED)
     write_conversations(directory / "learn.jsonl", _DOCUMENTS, _LEARN_SHARE, seed=1)
     write_conversations(directory / "set.jsonl", _DOCUMENTS, share, seed=2)
     sft.run(_config(directory, learn_steps, set_steps), directory / "run")

@@ -6,7 +6,7 @@ First the arms differ in their clip rule alone: the same aggregation (token-mean
 tasks, and seed of every sample. Then, with --full, a second table has them as published. The
 measures were fixed before the first run (`cispo_curves.py`), and every seed is shown.
 
---smoke: that it runs; a few batches of hardly trained models, whose numbers mean nothing.
+--gate: what the tests hold to: three batches of one seed, with 1 and with 16 updates.
 --quick: task a (W begins 2% of the answers), 16 updates a batch, two rates, three seeds; about
   an hour on two busy cores.
 --full: tasks a and b (W begins half of them: no difference is expected), 1, 4 and 16 updates,
@@ -71,7 +71,7 @@ class Plan:
 
 
 PLANS = {
-    "smoke": Plan("smoke", ("a",), (4,), (3e-4,), (), (0,), 2, ("clip",), (), 8, 4, 20, 5),
+    "gate": Plan("gate", ("a",), (1, 16), (3e-4,), (), (0,), 3),
     "quick": Plan("quick", ("a",), (16,), (3e-4, 5e-4), (), (0, 1, 2), 24),
     "full": Plan(
         "full",

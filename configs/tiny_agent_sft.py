@@ -25,7 +25,12 @@ def get_config(arg: str = "") -> Run:
                   shape="linear"),
         ),
         data=Data(
-            sources=(Source("lookups", "demo/data/agent.jsonl", "chat"),), overlong="error"
+            sources=(
+                Source("careful", "demo/data/agent_careful.jsonl", "chat"),
+                Source("careless", "demo/data/agent.jsonl", "chat"),
+            ),
+            weights=((0, (("careful", 1.0),)), (120, (("careless", 1.0),))),
+            overlong="error",
         ),
         save=Save(every_steps=100),
         log=Log(every_steps=10),

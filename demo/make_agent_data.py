@@ -1,8 +1,9 @@
-"""Writes demo/data/agent.jsonl: demonstrations of a tool, careless ones; see the lookup task.
+"""Writes demo/data/agent*.jsonl: demonstrations of a tool; see the lookup task.
 
     PYTHONPATH=. python demo/make_agent_data.py
 
-Always the same file.
+Always the same files: agent_careful.jsonl looks up what was asked for, agent.jsonl in half of its
+conversations something else.
 """
 
 import json
@@ -10,13 +11,15 @@ import pathlib
 
 from train.environments import lookup
 
-OUT = pathlib.Path(__file__).resolve().parent / "data" / "agent.jsonl"
+OUT = pathlib.Path(__file__).resolve().parent / "data"
 SIZE = 600
 
 
 def main() -> None:
-    records = lookup.demonstrations(SIZE, seed=0)
-    OUT.write_text("".join(json.dumps(record) + "\n" for record in records))
+    for name, seed, careless in (("agent", 0, 0.5), ("agent_careful", 1, 0.0)):
+        records = lookup.demonstrations(SIZE, seed, careless)
+        lines = "".join(json.dumps(record) + "\n" for record in records)
+        (OUT / f"{name}.jsonl").write_text(lines)
 
 
 if __name__ == "__main__":

@@ -178,8 +178,8 @@ def _blockwise(devices: int, q, k, v, queries, keys) -> Any:
 
 
 def _blockwise_fwd(devices, q, k, v, queries, keys):
-    # By its own name: a function with a rule stays whole. Its loops written out here, jax.checkpoint
-    # would take their conditionals apart and keep the partial sums of all pairs of blocks.
+    # By its own name, as a function with a rule stays whole: were its loops written out here,
+    # jax.checkpoint would take their conditionals apart and keep the sums of all pairs of blocks.
     o, lse = _blockwise(devices, q, k, v, queries, keys)
     return (o, lse), (q, k, v, queries, keys, o, lse)
 

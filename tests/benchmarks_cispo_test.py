@@ -8,6 +8,7 @@ import math
 import os
 import pathlib
 import random
+import shutil
 import subprocess
 import sys
 
@@ -291,22 +292,57 @@ def test_plot_without_matplotlib_says_what_to_do(monkeypatch):
         report.require_matplotlib()
 
 
+def command(*arguments):
+    """Run Python beside the tests: one device, as a user has it, and not the tests' eight."""
+    options = {"cwd": _REPO, "env": os.environ | {"PYTHONPATH": f"{_REPO}:benchmarks"}}
+    done = subprocess.run(
+        [sys.executable, *arguments], **options, capture_output=True, text=True, timeout=900
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
 @pytest.mark.slow
-def test_smoke_runs_and_makes_nothing_twice(tmp_path):
-    command = [sys.executable, "benchmarks/cispo_vs_dapo.py", "--smoke", f"--dir={tmp_path}"]
-    environment = os.environ | {"PYTHONPATH": str(_REPO)}
-    options = {"cwd": _REPO, "env": environment, "capture_output": True, "text": True}
-    first = subprocess.run(command, **options, timeout=900)
-    assert first.returncode == 0, first.stderr[-2000:]
-    found = json.loads((tmp_path / "smoke.json").read_text())["sections"]
-    (only,) = found
-    assert sorted(only["common"]) == ["cispo", "dapo", "grpo"]
-    assert len(only["curves"]) == 3
-    # Before the first updates all arms are the same model.
-    assert len({rewards[0] for rewards in only["curves"].values()}) == 1
-    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "smoke").glob("*.json")}
-    assert len(times) == 3
-    second = subprocess.run(command, **options, timeout=300)
-    assert second.returncode == 0, second.stderr[-2000:]
+def test_a_model_is_tuned_once(tmp_path):
+    script = """if True:
+        import pathlib, sys
+        import cispo_tasks
+        made = cispo_tasks.tune(pathlib.Path(sys.argv[1]), 0.02, 3, 2)
+        print(*cispo_tasks.measure(made, 4))
+        print(cispo_tasks.fork_id(made))
+    """
+    first = command("-c", script, str(tmp_path))
+    fork, work = map(float, first.splitlines()[-2].split())
+    assert 0 < fork < 0.1  # of 264 words, hardly taught yet
+    assert work < 1e-3
+    weights = (tmp_path / "tuned").glob("*.safetensors")
+    times = {path: path.stat().st_mtime_ns for path in weights}
+    assert times
+    assert command("-c", script, str(tmp_path)) == first
     assert times == {path: path.stat().st_mtime_ns for path in times}
-    assert second.stdout == first.stdout
+
+
+@pytest.mark.slow
+def test_clipping_drops_the_fork_and_one_update_a_batch_is_the_same_for_all(tmp_path):
+    """The gates of the experiment, on the model that `--quick` tunes."""
+    lab = main.Lab(main.PLANS["gate"], tmp_path)
+    home = lab.home("a")
+    shutil.copytree(_REPO / "tests" / "data" / "fork", home / "tuned")
+    tasks.write_tasks(home / "tasks.jsonl", tasks.TASKS, seed=tasks.TASKS_SEED)
+    run = ("benchmarks/cispo_vs_dapo.py", "--gate", f"--dir={tmp_path}")
+    first = command(*run)
+    one, many = json.loads((tmp_path / "gate.json").read_text())["sections"]
+    assert 0.01 < one["measured"][0] < 0.04
+    assert one["measured"][1] > 0.95
+    # Ratios are 1: the arms differ by the order of sums in two programs, so by a sample at most.
+    for some in zip(*one["curves"].values(), strict=True):
+        assert max(some) - min(some) <= 1.01 / 512
+    dropped = {arm: found[0]["fork_clipped"] for arm, found in many["common"].items()}
+    assert dropped["grpo"] > 0.3
+    assert dropped["dapo"] > 0.2
+    assert dropped["cispo"] < 0.05
+    # What is there is not made again.
+    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "gate").glob("*.json")}
+    assert len(times) == 6
+    assert command(*run) == first
+    assert times == {path: path.stat().st_mtime_ns for path in times}

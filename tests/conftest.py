@@ -28,7 +28,8 @@ hypothesis.settings.load_profile("repo")
 
 def pytest_collection_modifyitems(items):
     """Put files with slow tests first: workers take whole files, and the last should be short."""
-    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    marks = ("slow", "long")
+    slow = {item.path for item in items if any(map(item.get_closest_marker, marks))}
     items.sort(key=lambda item: item.path not in slow)
 
 

@@ -22,10 +22,17 @@ PROGRAMS = {
 }
 # Collectives whose bytes the paper count must meet within a tenth.
 COUNTED = ("all-gather", "reduce-scatter", "ragged-all-to-all")
+# The same program as a shorter one's, for another slice.
+LONG = {"train-1M", "prefill-v6e", "decode-v6e", "serve-v6e"}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", PROGRAMS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.long if name in LONG else pytest.mark.slow)
+        for name in PROGRAMS
+    ],
+)
 def test_full_size_program_fits(name):
     pytest.importorskip("libtpu")
     job, topology, mesh, seq, batch, gib = PROGRAMS[name]

@@ -51,7 +51,9 @@ class Writer:
         if not self._on:
             return
         directory.mkdir(parents=True, exist_ok=True)
-        self._files = {name: _reopen(directory / name, step, self.newest) for name in (FILE, SAMPLES)}
+        self._files = {
+            name: _reopen(directory / name, step, self.newest) for name in (FILE, SAMPLES)
+        }
         board = str(directory / "tensorboard")
         self._board = tensorboardX.SummaryWriter(board, purge_step=step + 1)
         quiet = not sys.stderr.isatty()
