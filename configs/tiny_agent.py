@@ -17,7 +17,7 @@ HELD_OUT = Source("lookup", make="lookup", size=64, seed=2)
 def get_config(arg: str = "") -> Run:
     return Run(
         checkpoint=arg or "/tmp/agent_start",
-        batches=16,
+        batches=24,
         sources=(LOOKUP,),
         agent=Agent("lookup", max_turns=3, turn_tokens=64),
         rollout=Rollout(

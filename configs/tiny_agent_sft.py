@@ -18,7 +18,7 @@ def get_config(arg: str = "") -> Run:
         tokenizer="demo/data/tokenizer",
         dtype="float32",
         stages=(
-            Stage(seq_len=256, rows=ROWS, tokens=160 * ROWS * 256, learning_rate=3e-3,
+            Stage(seq_len=256, rows=ROWS, tokens=200 * ROWS * 256, learning_rate=3e-3,
                   warmup_tokens=5 * ROWS * 256),
             # Reinforcement learning starts from where small steps no longer hurt.
             Stage(seq_len=256, rows=ROWS, tokens=80 * ROWS * 256, learning_rate=1e-4,
@@ -29,7 +29,9 @@ def get_config(arg: str = "") -> Run:
                 Source("careful", "demo/data/agent_careful.jsonl", "chat"),
                 Source("careless", "demo/data/agent.jsonl", "chat"),
             ),
-            weights=((0, (("careful", 1.0),)), (120, (("careless", 1.0),))),
+            weights=((0, (("careful", 1.0),)), (180, (("careless", 1.0),))),
+            lanes=8,
+            lookahead=4,  # so that the careless ones are not behind hundreds of careful ones
             overlong="error",
         ),
         save=Save(every_steps=100),

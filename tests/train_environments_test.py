@@ -98,9 +98,12 @@ def test_demonstrations_are_right_as_often_as_said():
         lookup.demonstrations(1, 0, 1.5)
 
 
-def test_the_demo_file_is_what_the_script_writes():
-    lines = (DEMO / "agent.jsonl").read_text().splitlines()
-    assert list(map(json.loads, lines)) == lookup.demonstrations(len(lines), seed=0)
+@pytest.mark.parametrize(
+    ("name", "seed", "careless"), [("agent", 0, 0.5), ("agent_careful", 1, 0.0)]
+)
+def test_the_demo_files_are_what_the_script_writes(name, seed, careless):
+    lines = (DEMO / f"{name}.jsonl").read_text().splitlines()
+    assert list(map(json.loads, lines)) == lookup.demonstrations(len(lines), seed, careless)
     tokenizer = tokenizer_lib.Tokenizer.load(DEMO / "tokenizer")
     encoder = chat.Encoder(tokenizer)
     assert max(len(encoder.encode(json.loads(line)).tokens) for line in lines[:50]) <= 100

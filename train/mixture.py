@@ -46,6 +46,7 @@ class DataConfig:
     sources: what to read. seq_len: T. rows: of the global batch.
     weights: (first step, ((source, weight), ...)), ascending from step 0; sources that are not
       named have weight 0. A weight is a source's share of the tokens, up to the sum of all.
+      New ones are for what is drawn from then on: up to lanes * lookahead documents wait already.
     seed: of the order of documents. pack: several documents in a row.
     overlong: "error", "drop" or "split" for conversations longer than a row; texts are split.
     thinking: "keep" or "drop", see `chat`. profile: of the chat template, see `infer.prompt`.
