@@ -8,7 +8,7 @@ measures were fixed before the first run (`cispo_curves.py`), and every seed is 
 
 --gate: what the tests hold to: three batches of one seed, with 1 and with 16 updates.
 --quick: task a (W begins 2% of the answers), 16 updates a batch, two rates, three seeds; about
-  an hour on two busy cores.
+XX
 --full: tasks a and b (W begins half of them: no difference is expected), 1, 4 and 16 updates,
   three rates chosen from on two seeds and compared on five others, then the published presets.
 
@@ -72,7 +72,7 @@ class Plan:
 
 PLANS = {
     "gate": Plan("gate", ("a",), (1, 16), (3e-4,), (), (0,), 3),
-    "quick": Plan("quick", ("a",), (16,), (3e-4, 5e-4), (), (0, 1, 2), 24),
+    "quick": Plan("quick", ("a",), (16,), (3e-4, 5e-4), (), (0, 1, 2), 16),
     "full": Plan(
         "full",
         ("a", "b"),

@@ -315,8 +315,8 @@ def test_a_model_is_tuned_once(tmp_path):
     fork, work = map(float, first.splitlines()[-2].split())
     assert 0 < fork < 0.1  # of 264 words, hardly taught yet
     assert work < 1e-3
-    weights = (tmp_path / "tuned").glob("*.safetensors")
-    times = {path: path.stat().st_mtime_ns for path in weights}
+    files = [path for path in (tmp_path / "tuned").rglob("*") if path.is_file()]
+    times = {path: path.stat().st_mtime_ns for path in files}
     assert times
     assert command("-c", script, str(tmp_path)) == first
     assert times == {path: path.stat().st_mtime_ns for path in times}
@@ -333,7 +333,7 @@ def test_clipping_drops_the_fork_and_one_update_a_batch_is_the_same_for_all(tmp_
     first = command(*run)
     one, many = json.loads((tmp_path / "gate.json").read_text())["sections"]
     assert 0.01 < one["measured"][0] < 0.04
-    assert one["measured"][1] > 0.95
+    assert one["measured"][1] > 0.9
     # Ratios are 1: the arms differ by the order of sums in two programs, so by a sample at most.
     for some in zip(*one["curves"].values(), strict=True):
         assert max(some) - min(some) <= 1.01 / 512

@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tqdm
 from absl import logging
 from jax.experimental import multihost_utils
 
@@ -279,7 +280,8 @@ class Session:
         for one in sources:
             some = opened[one.name] = tasks.open_source(one)
             stack.callback(some.close)
-            for i in range(len(some)):
+            # Minutes, where there are many.
+            for i in tqdm.tqdm(range(len(some)), f"prompts of {one.name}", disable=None):
                 task = some[i]
                 length = len(prompt.encode(self.tokenizer, task.messages, task.tools or None))
                 if length > most:
