@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from m1_jax import ModelConfig, checkpoint, configlib
-from train import checkpoints, data, loop, metrics, optim, sft, step
+from train import checkpoints, data, loop, metrics, optim, sft, step, workdir
 from train.config import Data, Evaluation, Log, Run, Save, Source, Stage
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -87,14 +87,14 @@ def _state():
 
 def _stop_after(monkeypatch, step):
     """Make a run stop as if a signal came during a step."""
-    real = loop.Session._must_stop
+    real = workdir.Stop.reached
 
-    def must_stop(self):
-        if self.step == step:
+    def reached(self, now):
+        if now == step:
             self.signal = signal.SIGTERM
-        return real(self)
+        return real(self, now)
 
-    monkeypatch.setattr(loop.Session, "_must_stop", must_stop)
+    monkeypatch.setattr(workdir.Stop, "reached", reached)
 
 
 def test_a_run_that_was_stopped_goes_on_to_the_bit(tmp_path, monkeypatch):

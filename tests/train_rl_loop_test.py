@@ -152,7 +152,7 @@ def _break(patch, place):
 
     def run(self, make, on_done, sampling=None, stopping=lambda: False):
         if place == "sampling" and self.version >= 1:
-            stopping.__closure__[0].cell_contents.signal = signal.SIGTERM
+            stopping.__closure__[0].cell_contents.stop.signal = signal.SIGTERM
         return real_run(self, make, on_done, sampling, stopping)
 
     updates = []
@@ -192,7 +192,7 @@ def test_an_evaluation_that_was_stopped_is_made_up_for(start, tmp_path, monkeypa
     real = rl_loop.Session._evaluate
 
     def stopped(self):
-        self.signal = signal.SIGTERM if self.batch else None
+        self.stop.signal = signal.SIGTERM if self.batch else None
         real(self)
 
     with monkeypatch.context() as patch:

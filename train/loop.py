@@ -6,15 +6,12 @@ import itertools
 import math
 import pathlib
 import re
-import signal
 import time
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import logging
-from jax.experimental import multihost_utils
 
 from m1_jax import checkpoint, configlib, flops, release, sharding
 from m1_jax import config as model_config_lib
@@ -74,7 +71,7 @@ class Session:
         self.total_steps = sum(stage.steps for stage in config.stages)
         self.spikes = metrics.Spikes(config.log.spike)
         self.skipped, self.loss = 0, math.nan
-        self.signal: int | None = None
+        self.stop = workdir_lib.Stop("saving after this step")
 
     def enter(self, stack: contextlib.ExitStack) -> None:
         """Open what must be closed again, and find where to start."""
@@ -84,7 +81,7 @@ class Session:
         latest = self.checkpoints.latest_step()
         self.position = None if latest is None else self.checkpoints.position(latest)
         self.step = latest or 0
-        stack.enter_context(workdir_lib.caught(self._stop))
+        stack.enter_context(self.stop.caught())
         # Opened here for all stages, so that bad data stops the run before its first step.
         for index in range(len(self.config.stages)):
             with self._stream(index) as stream:
@@ -100,12 +97,12 @@ class Session:
             data_state = self.position.data
         for index, stage in enumerate(self.config.stages):
             last = first + stage.steps
-            if self.step < last and self.signal is None:
+            if self.step < last and self.stop.signal is None:
                 state = self._state(index, state)
                 state, data_state = self._stage(index, first, state, data_state)
             first = last
         self.checkpoints.wait()
-        return Summary(self.step, self.loss, self.signal)
+        return Summary(self.step, self.loss, self.stop.signal)
 
     # ---- one stage
 
@@ -124,7 +121,7 @@ class Session:
                 state, values = step_lib.update(state, place(rows.batch), settings=settings)
                 self.step += 1
                 waiting.append((self.step, values, rows))
-                stop = self._must_stop()
+                stop = self.stop.reached(self.step)
                 pause = stop or self.step == last or self._is_due(self.config.save.every_steps)
                 judge = self._is_due(self.config.evaluation.every_steps) or self.step == last
                 while len(waiting) > (0 if pause or judge else 1):
@@ -276,20 +273,6 @@ class Session:
         config = data.DataConfig(**fields)
         epochs = 1 if sources else None
         return data.Stream(config, self.tokenizer, place.block, place.num_blocks, epochs=epochs)
-
-    def _stop(self, number: int) -> None:
-        if self.signal is not None:  # the second one means it
-            raise KeyboardInterrupt
-        self.signal = number
-        logging.warning("%s: saving after this step", signal.Signals(number).name)
-
-    def _must_stop(self) -> bool:
-        """Return whether to save and stop now; all processes agree."""
-        if jax.process_count() == 1:
-            return self.signal is not None
-        if multihost_utils.reached_preemption_sync_point(self.step):
-            self.signal = signal.SIGTERM
-        return self.signal is not None
 
     @contextlib.contextmanager
     def _trace(self):

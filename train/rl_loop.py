@@ -11,7 +11,6 @@ import dataclasses
 import math
 import pathlib
 import re
-import signal
 import time
 from typing import Any
 
@@ -19,8 +18,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tqdm
-from absl import logging
-from jax.experimental import multihost_utils
 
 from infer import prompt
 from m1_jax import checkpoint, configlib, sharding
@@ -92,7 +89,7 @@ class Session:
         self.layout, self.serving_layout = layouts(config, self.model_config)
         sharding.check_rows(self.layout, config.update.rows)
         self.stage = windows.Stage(config.rollout.windows)
-        self.signal: int | None = None
+        self.stop = workdir_lib.Stop("ending this batch")
 
     def enter(self, stack: contextlib.ExitStack) -> None:
         """Open what must be closed again, and find where to start."""
@@ -116,7 +113,7 @@ class Session:
             config, self.tasks, self._episode, self.rewards, kept.get("collector")
         )
         self.version = kept.get("version", 0)
-        stack.enter_context(workdir_lib.caught(self._stop))
+        stack.enter_context(self.stop.caught())
         self.writer = stack.enter_context(
             metrics.Writer(self.workdir, self.batch, config.batches, shown=_SHOWN)
         )
@@ -140,7 +137,7 @@ class Session:
         # Also where the run was stopped within an evaluation.
         if self._is_due() and processes.broadcast(self.writer.newest.get("eval")) != self.batch:
             self._evaluate()
-        while self.batch < config.batches and not self._must_stop():
+        while self.batch < config.batches and not self.stop.reached(self.batch):
             began = time.perf_counter()
             try:
                 batch = self._collect()
@@ -162,12 +159,12 @@ class Session:
             if self._is_due():
                 self._evaluate()
             last = self.batch == config.batches
-            if last or self.batch % config.save.every_steps == 0 or self.signal is not None:
+            if last or self.batch % config.save.every_steps == 0 or self.stop.signal is not None:
                 self._save()
-        if self.signal is not None and self.saved != self.batch:
+        if self.stop.signal is not None and self.saved != self.batch:
             self._save()
         self.checkpoints.wait()
-        return Summary(self.batch, reward, self.signal)
+        return Summary(self.batch, reward, self.stop.signal)
 
     # ---- parts of a batch
 
@@ -176,7 +173,7 @@ class Session:
         batch = None
         if jax.process_index() == 0:
             batch = self.collector.collect(
-                self.sampler, self.batch, self.stage.tokens, lambda: self.signal is not None
+                self.sampler, self.batch, self.stage.tokens, lambda: self.stop.signal is not None
             )
             self.sampler.dismiss()
         else:
@@ -227,7 +224,7 @@ class Session:
             return ()
 
         sampling = dataclasses.replace(self._sampling(), temperature=config.temperature)
-        stopping = lambda: self.signal is not None  # noqa: E731
+        stopping = lambda: self.stop.signal is not None  # noqa: E731
         with contextlib.suppress(rollout.Stopped):
             self.sampler.run(lambda: jobs, take, sampling, stopping)
             self.sampler.dismiss()
@@ -340,20 +337,6 @@ class Session:
         if self.config.lora is None:
             return model
         return lora.add(model, self.config.lora, jax.random.key(self.config.seed))
-
-    def _stop(self, number: int) -> None:
-        if self.signal is not None:  # the second one means it
-            raise KeyboardInterrupt
-        self.signal = number
-        logging.warning("%s: ending this batch", signal.Signals(number).name)
-
-    def _must_stop(self) -> bool:
-        """Return whether to save and stop now; all processes agree."""
-        if jax.process_count() == 1:
-            return self.signal is not None
-        if multihost_utils.reached_preemption_sync_point(self.batch):
-            self.signal = signal.SIGTERM
-        return self.signal is not None
 
 
 _SHOWN = ("reward_sampled", "length_mean", "pearson", "batch_secs")

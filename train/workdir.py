@@ -10,6 +10,8 @@ import threading
 from typing import Any
 
 import jax
+from absl import logging
+from jax.experimental import multihost_utils
 
 from m1_jax import configlib
 from train import checkpoints
@@ -71,16 +73,38 @@ def use_compilation_cache(directory: str) -> None:
     jax.config.update("jax_compilation_cache_dir", str(path))
 
 
-@contextlib.contextmanager
-def caught(handler):
-    """Call `handler(number)` for SIGTERM and SIGINT; in other threads signals stay as they are."""
-    if threading.current_thread() is not threading.main_thread() or jax.process_count() > 1:
-        yield  # several processes: the coordination service watches for SIGTERM
-        return
-    numbers = (signal.SIGTERM, signal.SIGINT)
-    old = [signal.signal(number, lambda n, _: handler(n)) for number in numbers]
-    try:
-        yield
-    finally:
-        for number, before in zip(numbers, old, strict=True):
-            signal.signal(number, before)
+class Stop:
+    """What asks a run to end early: SIGTERM or SIGINT, and the second one means it.
+
+    signal: the number, or None. then: what the user is told that happens now.
+    """
+
+    def __init__(self, then: str):
+        self.signal: int | None = None
+        self._then = then
+
+    @contextlib.contextmanager
+    def caught(self):
+        """Listen to signals; in other threads they stay as they are."""
+        if threading.current_thread() is not threading.main_thread() or jax.process_count() > 1:
+            yield  # several processes: the coordination service watches for SIGTERM
+            return
+        numbers = (signal.SIGTERM, signal.SIGINT)
+        old = [signal.signal(number, lambda n, _: self._take(n)) for number in numbers]
+        try:
+            yield
+        finally:
+            for number, before in zip(numbers, old, strict=True):
+                signal.signal(number, before)
+
+    def reached(self, step: int) -> bool:
+        """Return whether to stop after this step; all processes agree."""
+        if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
+            self.signal = signal.SIGTERM
+        return self.signal is not None
+
+    def _take(self, number: int) -> None:
+        if self.signal is not None:
+            raise KeyboardInterrupt
+        self.signal = number
+        logging.warning("%s: %s", signal.Signals(number).name, self._then)
