@@ -68,7 +68,8 @@ def attend(
         total, scale, _ = block(q, k, v, _mask(queries, keys))
         o = total / positive(scale)
     else:
-        o, _ = _blockwise(devices, q, k, v, queries, keys)
+        made: Any = _blockwise(devices, q, k, v, queries, keys)
+        o, _ = made
     if balance:
         o = sharding.zigzag(o, "length", 3, back=True)
     return _heads_last(o, v.dtype)
@@ -180,8 +181,8 @@ def _blockwise(devices: int, q, k, v, queries, keys) -> Any:
 def _blockwise_fwd(devices, q, k, v, queries, keys):
     # By its own name, as a function with a rule stays whole: were its loops written out here,
     # jax.checkpoint would take their conditionals apart and keep the sums of all pairs of blocks.
-    o, lse = _blockwise(devices, q, k, v, queries, keys)
-    return (o, lse), (q, k, v, queries, keys, o, lse)
+    made: Any = _blockwise(devices, q, k, v, queries, keys)
+    return made, (q, k, v, queries, keys, *made)
 
 
 def _blockwise_bwd(devices, residuals, gradients):
