@@ -8,9 +8,11 @@ measures were fixed before the first run (`cispo_curves.py`), and every seed is 
 
 --gate: what the tests hold to: three batches of one seed, with 1 and with 16 updates.
 --quick: task a (W begins 2% of the answers), 16 updates a batch, two rates, three seeds; about
-XX
+  half an hour on two cores.
 --full: tasks a and b (W begins half of them: no difference is expected), 1, 4 and 16 updates,
   three rates chosen from on two seeds and compared on five others, then the published presets.
+
+--rates, --batches: others than the plan's, to look further; say so where they are told.
 
 A run that is done is kept in DIR and not made again; one that was stopped goes on. Needs the
 package's own dependencies; --plot wants matplotlib.
@@ -266,10 +268,16 @@ def main() -> None:
         which.add_argument(f"--{name}", dest="plan", action="store_const", const=name)
     parser.add_argument("--dir", required=True, type=pathlib.Path, help="of models and results")
     parser.add_argument("--plot", type=pathlib.Path, help="a file for the curves")
+    parser.add_argument("--rates", help="such as 1e-4,2e-4, in place of the plan's")
+    parser.add_argument("--batches", type=int, help="of a run, in place of the plan's")
     arguments = parser.parse_args()
     if arguments.plot is not None:
         cispo_report.require_matplotlib()
     plan, directory = PLANS[arguments.plan], arguments.dir.resolve()
+    if arguments.rates:
+        plan = dataclasses.replace(plan, rates=tuple(map(float, arguments.rates.split(","))))
+    if arguments.batches:
+        plan = dataclasses.replace(plan, batches=arguments.batches)
     lab, done = Lab(plan, directory), []
     for table, task, updates in sections(plan):
         section = experiment(lab, table, task, updates)

@@ -9,7 +9,7 @@ that slice:
 
 | length | rows | mesh | GiB of HBM, of 95.7 | TFLOP a chip and step | compile |
 |---|---|---|---|---|---|
-| 32K | 64 | fsdp=2,expert=32,context=8 | 37.1 | 1,687 | 168 s |
+| 32K | 64 | fsdp=2,expert=32,context=8 | 24.3 | 1,687 | 447 s, busy |
 | 128K | 16 | expert=16,context=32 | 26.1 | 2,083 | 278 s, busy |
 | 512K | 4 | expert=4,context=128 | 36.7 | 3,666 | 176 s |
 | 1M | 2 | expert=2,context=256 | 47.1 | 5,777 | 183 s |
