@@ -294,7 +294,9 @@ def test_plot_without_matplotlib_says_what_to_do(monkeypatch):
 
 def command(*arguments):
     """Run Python beside the tests: one device, as a user has it, and not the tests' eight."""
-    options = {"cwd": _REPO, "env": os.environ | {"PYTHONPATH": f"{_REPO}:benchmarks"}}
+    # Computes more than it compiles: with LLVM's optimisations, other than the rest of the suite.
+    env = os.environ | {"PYTHONPATH": f"{_REPO}:benchmarks", "XLA_FLAGS": ""}
+    options = {"cwd": _REPO, "env": env}
     done = subprocess.run(
         [sys.executable, *arguments], **options, capture_output=True, text=True, timeout=900
     )
@@ -307,14 +309,14 @@ def test_a_model_is_tuned_once(tmp_path):
     script = """if True:
         import pathlib, sys
         import cispo_tasks
-        made = cispo_tasks.tune(pathlib.Path(sys.argv[1]), 0.02, 3, 2)
+        made = cispo_tasks.tune(pathlib.Path(sys.argv[1]), 0.02, 20, 5)
         print(*cispo_tasks.measure(made, 4))
         print(cispo_tasks.fork_id(made))
     """
     first = command("-c", script, str(tmp_path))
     fork, work = map(float, first.splitlines()[-2].split())
-    assert 0 < fork < 0.1  # of 264 words, hardly taught yet
-    assert work < 1e-3
+    assert 0.02 < fork < 1  # four of five answers of the first stage begin with W
+    assert work < 1e-3  # hardly taught yet
     files = [path for path in (tmp_path / "tuned").rglob("*") if path.is_file()]
     times = {path: path.stat().st_mtime_ns for path in files}
     assert times
