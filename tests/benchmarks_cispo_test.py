@@ -304,7 +304,7 @@ def command(*arguments):
     return done.stdout
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_model_is_tuned_once(tmp_path):
     script = """if True:
         import pathlib, sys
@@ -324,7 +324,7 @@ def test_a_model_is_tuned_once(tmp_path):
     assert times == {path: path.stat().st_mtime_ns for path in times}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_clipping_drops_the_fork_and_one_update_a_batch_is_the_same_for_all(tmp_path):
     """The gates of the experiment, on the model that `--quick` tunes."""
     lab = main.Lab(main.PLANS["gate"], tmp_path)

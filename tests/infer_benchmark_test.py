@@ -11,7 +11,7 @@ import pytest
 _REPO = pathlib.Path(__file__).resolve().parents[1]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_engine_vs_transformers_runs(tmp_path):
     pytest.importorskip("transformers")
     report = tmp_path / "report.json"

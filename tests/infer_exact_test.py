@@ -114,8 +114,13 @@ def worker():
     print(json.dumps(bits(output)))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        pytest.param("float32", marks=pytest.mark.slow),
+        pytest.param("bfloat16", marks=pytest.mark.long),
+    ],
+)
 def test_random_operations(dtype):
     """See `benchmarks/fuzz_engine.py`, also for what it demands to have happened."""
     command = [sys.executable, "benchmarks/fuzz_engine.py", f"--dtype={dtype}"]

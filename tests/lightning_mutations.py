@@ -1,6 +1,6 @@
 """Command: break the training kernels one line at a time and see the suite go red.
 
-    python tests/lightning_mutations.py [--only=WORDS] [--every=N] [--dry-run]
+    python tests/lightning_mutations.py [--only=WORDS] [--dry-run]
 
 Every mutation is an exact text of a source file that must occur once there, and what replaces it.
 It is applied to a temporary copy of the packages, never to the checkout; a narrow selection of
@@ -228,10 +228,9 @@ def judge(label: str, status: int, output: str, since: float, *, wanted_red: boo
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", default="", help="run the mutations whose label contains this")
-    parser.add_argument("--every", type=int, default=1, help="run every Nth of them")
     parser.add_argument("--dry-run", action="store_true", help="only look for the texts")
     args = parser.parse_args()
-    chosen = [m for m in MUTATIONS if args.only in f"{m.implementation}: {m.name}"][:: args.every]
+    chosen = [m for m in MUTATIONS if args.only in f"{m.implementation}: {m.name}"]
     if not chosen:
         parser.error(f"--only: no mutation's label contains {args.only!r}")
     for change in chosen:

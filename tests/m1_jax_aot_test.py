@@ -22,8 +22,8 @@ PROGRAMS = {
 }
 # Collectives whose bytes the paper count must meet within a tenth.
 COUNTED = ("all-gather", "reduce-scatter", "ragged-all-to-all")
-# The same program as a shorter one's, for another slice.
-LONG = {"train-1M", "prefill-v6e", "decode-v6e", "serve-v6e"}
+# Like the others: longer rows, other slices, and prefill, which serving has in it.
+LONG = {"train-1M", "prefill-v5p", "prefill-v6e", "decode-v6e", "serve-v6e"}
 
 
 @pytest.mark.parametrize(

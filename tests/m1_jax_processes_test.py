@@ -73,7 +73,7 @@ def _losses(workdir) -> list[float]:
     return [record["loss"] for record in map(json.loads, lines)]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_processes_train_as_one_does_and_one_goes_on_for_two(tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     (wanted,) = run(1, one, TRAINER)

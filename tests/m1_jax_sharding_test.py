@@ -108,8 +108,14 @@ def compare(model, other, tokens, segments):
         assert np.linalg.norm(two - one) <= 1e-4 * np.linalg.norm(one) + 1e-12, name
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("sizes", MESHES, ids=name_of)
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        pytest.param(sizes, marks=pytest.mark.long if sizes in PAIRS else pytest.mark.slow)
+        for sizes in MESHES
+    ],
+    ids=name_of,
+)
 def test_packed_rows_on_every_mesh(sizes):
     compare(one_device(), spread(layout_of(sizes)), *batch())
 

@@ -231,7 +231,7 @@ def test_bfloat16_is_never_worse_than_the_release(name, chunk):
     check_rounding(name, slopes, 700, 128, (chunk, 512, 4), noise=0.02)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", NAMES)
 def test_bfloat16_is_never_worse_than_the_release_on_any_head(name):
     check_rounding(name, release_slopes(), 512, 64, (128, 512, 4), noise=0.05)
@@ -292,7 +292,7 @@ def test_every_remainder_of_a_chunk(name):
     assert np.all(np.where(padding, got[2], 0) == 0)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", NAMES)
 def test_every_remainder_of_a_length(name):
     """The same without segment ids: the array itself ends inside a chunk."""

@@ -271,11 +271,12 @@ def test_every_config_loads_and_survives_json(name):
     assert configlib.from_json(type(config), configlib.to_json(config)) == config
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "arguments",
     [
-        pytest.param(["--kills=3", "--steps=24", "--workers=0,2"], marks=pytest.mark.slow),
-        pytest.param(["--kills=3", "--steps=24", "--devices=1,2"], marks=pytest.mark.long),
+        ["--kills=3", "--steps=24", "--devices=1,2"],
+        ["--kills=4", "--steps=24", "--workers=0,2"],
     ],
 )
 def test_a_run_that_is_killed_again_and_again_is_the_same_run(arguments):

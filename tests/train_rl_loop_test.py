@@ -206,7 +206,7 @@ def test_an_evaluation_that_was_stopped_is_made_up_for(start, tmp_path, monkeypa
     assert "token-mean" in told["objective"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_on_meshes_as_on_one_device(start, tmp_path):
     rows = {"update": Update(learning_rate=1e-3, minibatches=2, rows=8), "batches": 1}
     alone = _config(start, **rows)

@@ -104,10 +104,8 @@ def test_lora_of_random_weights_is_refused(tmp_path):
         _run(tmp_path, model=MODEL, tokenizer="demo/data/tokenizer", lora=lora.Lora())
 
 
-@pytest.mark.parametrize(
-    "seed",
-    [pytest.param("0", marks=pytest.mark.slow), pytest.param("1", marks=pytest.mark.long)],
-)
+@pytest.mark.long
+@pytest.mark.parametrize("seed", ["0", "1"])
 def test_the_tiny_configs_learn_a_text_and_then_a_format(tmp_path, seed):
     worker = pathlib.Path(__file__).with_name("learning_worker.py")
     # Computes more than it compiles: with LLVM's optimisations, other than the rest of the suite.

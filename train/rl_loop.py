@@ -117,6 +117,8 @@ class Session:
         self.writer = stack.enter_context(
             metrics.Writer(self.workdir, self.batch, config.batches, shown=_SHOWN)
         )
+        # Told before there is a sampler, which tells the others when to listen to what.
+        self.evaluated = processes.broadcast(self.writer.newest.get("eval"))
         self.state = self._state()
         self.handover = handover.Handover(
             self.model_config, jnp.dtype(config.dtype), self.serving_layout
@@ -135,7 +137,7 @@ class Session:
         if self.batch == 0:
             self.writer.write(0, "event", {"objective": slime.describe(config.objective)})
         # Also where the run was stopped within an evaluation.
-        if self._is_due() and processes.broadcast(self.writer.newest.get("eval")) != self.batch:
+        if self._is_due() and self.evaluated != self.batch:
             self._evaluate()
         while self.batch < config.batches and not self.stop.reached(self.batch):
             began = time.perf_counter()
