@@ -85,7 +85,7 @@ def main() -> None:
         export.run(OUT / "sft", OUT / "tuned", dtype="float32")
 
     with step("8. CISPO: the right answer is rewarded (python -m train.rl)"):
-        train(rl, "tiny_cispo", OUT / "tuned", OUT / "cispo", ["batches=16"])
+        train(rl, "tiny_cispo", OUT / "tuned", OUT / "cispo", ["batches=12"])
         accuracy = [record["reward"] for record in records(OUT / "cispo", "eval")]
         told = " -> ".join(f"{share:.0%}" for share in accuracy)
         summary.append(f"right answers during CISPO: {told}")
