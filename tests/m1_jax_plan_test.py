@@ -258,7 +258,7 @@ def test_a_small_program_through_the_command(tmp_path):
     assert record["tried"][0]["mesh"] == record["mesh"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_training_step_through_the_command(tmp_path):
     pytest.importorskip("libtpu")
     file = tmp_path / "plan.json"

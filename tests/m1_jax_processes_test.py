@@ -48,7 +48,7 @@ def files(directory) -> dict[str, bytes]:
     return {k: p.read_bytes() for k, p in found.items() if k not in own}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_and_four_processes_equal_one(tmp_path):
     (wanted,) = run(1, tmp_path / "1")
     assert wanted["restored"]

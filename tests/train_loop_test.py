@@ -136,7 +136,7 @@ def test_a_killed_run_makes_its_lost_steps_again(tmp_path, monkeypatch):
     assert _weights(whole, config) == _weights(parts, config)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_another_number_of_devices_goes_on_with_the_same_samples(tmp_path, monkeypatch):
     one = _stage(6, mesh=(("fsdp", 4), ("expert", 1), ("data", 2)), rows=8)
     other = dataclasses.replace(one, mesh=(("expert", 4), ("tensor", 2)))
