@@ -268,14 +268,14 @@ def main() -> None:
         which.add_argument(f"--{name}", dest="plan", action="store_const", const=name)
     parser.add_argument("--dir", required=True, type=pathlib.Path, help="of models and results")
     parser.add_argument("--plot", type=pathlib.Path, help="a file for the curves")
-    parser.add_argument("--rates", help="such as 1e-4,2e-4, in place of the plan's")
+    parser.add_argument("--rates", nargs="+", type=float, help="in place of the plan's")
     parser.add_argument("--batches", type=int, help="of a run, in place of the plan's")
     arguments = parser.parse_args()
     if arguments.plot is not None:
         cispo_report.require_matplotlib()
     plan, directory = PLANS[arguments.plan], arguments.dir.resolve()
     if arguments.rates:
-        plan = dataclasses.replace(plan, rates=tuple(map(float, arguments.rates.split(","))))
+        plan = dataclasses.replace(plan, rates=tuple(arguments.rates))
     if arguments.batches:
         plan = dataclasses.replace(plan, batches=arguments.batches)
     lab, done = Lab(plan, directory), []

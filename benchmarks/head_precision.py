@@ -94,8 +94,11 @@ def main() -> None:
     arguments = parser.parse_args()
     tokenizer = tokenizer_lib.Tokenizer.load(arguments.checkpoint)
     source = tasks.open_source(tasks.Source("tasks", arguments.tasks))
-    if len(source) < arguments.groups:
-        parser.error(f"--groups: got {arguments.groups}; wanted at most {len(source)}")
+    if not (1 <= arguments.groups <= len(source) and arguments.size >= 1):
+        parser.error(
+            f"got --groups={arguments.groups} --size={arguments.size}; wanted 1 to {len(source)} "
+            "groups, as many as there are tasks, and a size of at least 1"
+        )
     some = [source[i] for i in range(arguments.groups)]
     print("| logits | tokens |", *(f"{name} |" for name in MEASURES))
     print("|---" * (2 + len(MEASURES)) + "|")

@@ -4,8 +4,8 @@
     python -m train.export --workdir=/tmp/agent_sft --dst=/tmp/agent_start --dtype=float32
     python -m train.rl --config=configs/tiny_agent.py:/tmp/agent_start --workdir=/tmp/agent
 
-The demonstrations are careless: half of them look up another key. The environment rewards the
-right value alone.
+The demonstrations that came last are careless: half of them look up another key. The environment
+rewards the right value alone.
 """
 
 from train.rl_config import Agent, Evaluation, Log, Rollout, Run, Save, Source, Update, Windows

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning of the tiny model on lookups with a tool, half of them careless.
+"""Supervised fine-tuning of the tiny model on lookups with a tool: careful, then careless ones.
 
     python -m train.sft --config=configs/tiny_agent_sft.py --workdir=/tmp/agent_sft
 
