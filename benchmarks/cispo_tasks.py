@@ -174,26 +174,27 @@ def tune(directory: pathlib.Path, share: float, learn_steps: int, set_steps: int
     return done
 
 
-def _config(directory: pathlib.Path, learn_steps: int, set_steps: int) -> config_lib.Run:
+def _config(directory: pathlib.Path, learn_steps: int, set_steps: int) -> config_lib.TrainConfig:
     sizes = {"seq_len": _LENGTH, "rows": _ROWS}
     step = _ROWS * _LENGTH
     names = ("learn", "set")
-    return config_lib.Run(
+    return config_lib.TrainConfig(
         model=MODEL,
         tokenizer=str(directory / "tokenizer"),
         dtype="float32",
         stages=(
-            config_lib.Stage(
+            config_lib.TrainStage(
                 **sizes, tokens=learn_steps * step, learning_rate=3e-3, warmup_tokens=20 * step
             ),
-            config_lib.Stage(**sizes, tokens=set_steps * step, learning_rate=5e-4),
+            config_lib.TrainStage(**sizes, tokens=set_steps * step, learning_rate=5e-4),
         ),
-        data=config_lib.Data(
+        data=config_lib.DataConfig(
             sources=tuple(
-                config_lib.Source(name, str(directory / f"{name}.jsonl"), "chat") for name in names
+                config_lib.DataSource(name, str(directory / f"{name}.jsonl"), "chat")
+                for name in names
             ),
             weights=((0, (("learn", 1.0),)), (learn_steps, (("set", 1.0),))),
         ),
-        save=config_lib.Save(every_steps=learn_steps + set_steps),
-        log=config_lib.Log(every_steps=50),
+        save=config_lib.SaveConfig(every_steps=learn_steps + set_steps),
+        log=config_lib.LogConfig(every_steps=50),
     )

@@ -126,7 +126,7 @@ class Lab:
             part.write_text(json.dumps(self._run(trial, wanted), indent=1))
             part.rename(file)
         kept = json.loads(file.read_text())
-        if configlib.from_json(rl_config.Run, kept["config"]) != wanted:
+        if configlib.from_json(rl_config.RlConfig, kept["config"]) != wanted:
             raise ValueError(
                 f"{file}: got a run of another config; wanted that of this code and plan. Move "
                 "it away, or give a new --dir."
@@ -137,7 +137,7 @@ class Lab:
         """Return the directory of a task's model."""
         return self._directory / f"model-{task}-{self.plan.learn_steps}-{self.plan.set_steps}"
 
-    def config(self, trial: Trial) -> rl_config.Run:
+    def config(self, trial: Trial) -> rl_config.RlConfig:
         """Return the run's config, whose model is made first where it is missing."""
         plan = self.plan
         home = self.home(trial.task)
@@ -145,28 +145,28 @@ class Lab:
         checkpoint = cispo_tasks.tune(home, share, plan.learn_steps, plan.set_steps)
         # DAPO's sampling and length penalty belong to the published DAPO and CISPO.
         whole = trial.table == "published" and trial.arm != "grpo"
-        return rl_config.Run(
+        return rl_config.RlConfig(
             checkpoint=str(checkpoint),
             batches=plan.batches,
-            sources=(rl_config.Source("sums", str(home / "tasks.jsonl")),),
-            rewards=rl_config.Rewards(sources=(("sums", (("exact", 1.0, ()),)),), workers=1),
-            rollout=rl_config.Rollout(
+            sources=(rl_config.TaskSource("sums", str(home / "tasks.jsonl")),),
+            rewards=rl_config.RewardsConfig(sources=(("sums", (("exact", 1.0, ()),)),), workers=1),
+            rollout=rl_config.RolloutConfig(
                 groups=plan.groups,
                 group_size=plan.group_size,
                 max_prompt_tokens=cispo_tasks.PROMPT_TOKENS,
-                windows=rl_config.Windows((cispo_tasks.ANSWER_TOKENS,)),
+                windows=rl_config.LengthSchedule((cispo_tasks.ANSWER_TOKENS,)),
                 dynamic=whole,
                 overlong_buffer_tokens=4 if whole else 0,
                 engine=_ENGINE,
             ),
-            update=rl_config.Update(trial.rate, minibatches=trial.updates, rows=16),
+            update=rl_config.UpdateConfig(trial.rate, minibatches=trial.updates, rows=16),
             objective=ARMS[trial.table][trial.arm],
             dtype="float32",
-            save=rl_config.Save(every_steps=10, keep=1),
+            save=rl_config.SaveConfig(every_steps=10, keep=1),
             seed=trial.seed,
         )
 
-    def _run(self, trial: Trial, config: rl_config.Run) -> dict:
+    def _run(self, trial: Trial, config: rl_config.RlConfig) -> dict:
         """Train; return the config and what `cispo_curves` reads."""
         self._made += 1
         minutes = (time.monotonic() - self._began) / 60
@@ -174,14 +174,14 @@ class Lab:
         workdir = self._directory / self.plan.name / f"{trial}.run"
         failed = ""
         try:
-            summary = rl_loop.fit(config, workdir)
+            summary = rl_loop.run_rl_training(config, workdir)
         except FloatingPointError as error:  # an outcome: the rate was too much for this arm
             failed = str(error)
         else:
             if summary.stopped_by is not None:
                 sys.exit(f"stopped in {trial}; the same command goes on")
         fork = cispo_tasks.fork_id(config.checkpoint)
-        lines = (workdir / metrics.FILE).read_text().splitlines()
+        lines = (workdir / metrics.METRICS_FILE).read_text().splitlines()
         found = [one for one in map(json.loads, lines) if one["kind"] == "train"]
         clipped = [{i: counts for i, *counts in one.get("most_clipped", [])} for one in found]
         shutil.rmtree(workdir)

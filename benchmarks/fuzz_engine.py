@@ -246,13 +246,13 @@ class Run:
             self._submit()
         elif 0.25 < chance < 0.26 and self._open:
             self._engine.cancel(rng.choice(list(self._open)))
-            self._count("cancel")
+            self._restore_cursor("cancel")
         elif 0.26 < chance < 0.29 and self._open:
             self._engine.preempt(rng.choice(list(self._open)))
-            self._count("preempt")
+            self._restore_cursor("preempt")
         elif 0.29 < chance < 0.292:
             self._engine.swap(self._model, keep_running=rng.random() < 0.5)
-            self._count("swap")
+            self._restore_cursor("swap")
         elif chance > 0.997:
             while self._engine.stats().waiting < config.max_queue:
                 self._submit()
@@ -286,11 +286,11 @@ class Run:
         else:
             prompt = draw_prompt(self._rng, self._cases)
             options = draw_options(self._rng, self._engine.tokenizer)
-        self._count("submit" if case else "stranger")
+        self._restore_cursor("submit" if case else "stranger")
         try:
             self._open[self._engine.submit(prompt, options)] = case
         except plans.QueueFull:
-            self._count("queue_full")
+            self._restore_cursor("queue_full")
 
     def _check(self) -> None:
         for one in [one for one in self._open if one.done.is_set()]:
@@ -306,7 +306,7 @@ class Run:
                 same = same and case.output.text.startswith(output.text.rstrip("\ufffd"))
             else:
                 same = got == want
-                self._count("compared")
+                self._restore_cursor("compared")
                 self._counts["errors"] += output.finish_reason == "error"
                 self._counts["reasoning"] += output.reasoning_tokens > 0
             if not same:
@@ -317,7 +317,7 @@ class Run:
         stats = self._engine.stats().memory
         return stats.swapped_out + stats.restarted
 
-    def _count(self, name: str) -> None:
+    def _restore_cursor(self, name: str) -> None:
         self._counts[name] += 1
 
 

@@ -50,7 +50,9 @@ def sample(model, tokenizer, some, size: int) -> list:
     """Draw `size` answers to each task."""
     longest = max(len(prompt.encode(tokenizer, task.messages)) for task in some) + MOST
     jobs = [
-        rollout.Job((i, n), agent.single_turn(task, tokenizer, MOST), groups.sample_seed(0, i, n))
+        rollout.EpisodeJob(
+            (i, n), agent.single_turn_episode(task, tokenizer, MOST), groups.sample_seed(0, i, n)
+        )
         for (i, task), n in itertools.product(enumerate(some), range(size))
     ]
     found = {}
@@ -61,8 +63,8 @@ def sample(model, tokenizer, some, size: int) -> list:
         return ()
 
     sizes = {"max_rows": ROWS, "chunk_tokens": 16, "prefill_tokens": (64, 256)}
-    config = rollout.engine_sizes(sizes, longest, len(jobs))
-    sampler = rollout.Rollout(model, tokenizer, config, rollout.Sampling())
+    config = rollout.make_engine_config(sizes, longest, len(jobs))
+    sampler = rollout.RolloutSampler(model, tokenizer, config, rollout.RolloutSampling())
     with tqdm.tqdm(total=len(jobs), unit="answer") as bar:
         try:
             sampler.run(lambda: jobs, take)
@@ -72,17 +74,20 @@ def sample(model, tokenizer, some, size: int) -> list:
 
 
 def measure(model, samples) -> tuple[int, dict[str, float]]:
-    """Return the number of tokens and `rl_metrics.mismatch` of the trainer's probabilities."""
+    """Return the number of tokens and `rl_metrics.measure_mismatch` of the trainer's probabilities."""
     length = max(len(one.prompt) + len(one.tokens) for one in samples)
-    packed = rl_batch.pack(samples, ROWS, length)
+    packed = rl_batch.pack_samples(samples, ROWS, length)
     logp = [
-        np.asarray(rl_step.score(model, rl_batch.place(rows, None), 1.0)[0]) for rows in packed.rows
+        np.asarray(rl_step.score_logprobs(model, rl_batch.device_put_rows(rows, None), 1.0)[0])
+        for rows in packed.microbatches
     ]
     sampler, mask, segments = (
-        np.concatenate([getattr(rows, name) for rows in packed.rows])
+        np.concatenate([getattr(rows, name) for rows in packed.microbatches])
         for name in ("logp_rollout", "mask", "segment_ids")
     )
-    return int(mask.sum()), rl_metrics.mismatch(sampler, np.concatenate(logp), mask, segments)
+    return int(mask.sum()), rl_metrics.measure_mismatch(
+        sampler, np.concatenate(logp), mask, segments
+    )
 
 
 def main() -> None:
@@ -93,7 +98,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=8, help="answers to each")
     arguments = parser.parse_args()
     tokenizer = tokenizer_lib.Tokenizer.load(arguments.checkpoint)
-    source = tasks.open_source(tasks.Source("tasks", arguments.tasks))
+    source = tasks.open_tasks(tasks.TaskSource("tasks", arguments.tasks))
     if not (1 <= arguments.groups <= len(source) and arguments.size >= 1):
         parser.error(
             f"got --groups={arguments.groups} --size={arguments.size}; wanted 1 to {len(source)} "

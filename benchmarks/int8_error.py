@@ -27,8 +27,8 @@ TINY = pathlib.Path(__file__).parents[1] / "tests" / "data" / "m1-tiny"
 # Name, dtype of the computation, recipe.
 MODELS = (
     ("bfloat16", jnp.bfloat16, None),
-    *((weights, jnp.float32, weights) for weights in quantize.RECIPES),
-    *((f"{weights}, bfloat16", jnp.bfloat16, weights) for weights in quantize.RECIPES),
+    *((weights, jnp.float32, weights) for weights in quantize.INT8_RECIPES),
+    *((f"{weights}, bfloat16", jnp.bfloat16, weights) for weights in quantize.INT8_RECIPES),
 )
 
 

@@ -68,8 +68,8 @@ def main() -> None:
         finite = all(bool(jnp.isfinite(a).all()) for a in jax.tree.leaves(state))
         print(
             f"{length} tokens: {secs:.1f} s, {length / secs:.0f} tokens/s, temporary "
-            f"{sizes.temp_size_in_bytes} bytes, state {nbytes(state, state_lib.Slots)} bytes, "
-            f"pages {nbytes(state, state_lib.Pages)} bytes",
+            f"{sizes.temp_size_in_bytes} bytes, state {nbytes(state, state_lib.LightningSlots)} bytes, "
+            f"pages {nbytes(state, state_lib.PagedKVCache)} bytes",
             flush=True,
         )
         if not finite or not np.isfinite(chosen.logp_raw):
@@ -102,7 +102,7 @@ def build(model, length: int):
         chunk_tokens=CHUNK_TOKENS,
         prefill_tokens=(ROWS,),
     )
-    state = state_lib.init_serving(
+    state = state_lib.init_serving_state(
         model.config, config.slots, config.pages, CHUNK_TOKENS, model.dtype
     )
     rows = programs.init_rows(config.slots, model.config.vocab_size)
@@ -144,7 +144,7 @@ def compare(model, tokens, chosen, state) -> list[str]:
     )
     problems = []
     for mine, theirs in zip(state.layers, after.layers, strict=True):
-        if isinstance(mine, state_lib.Slots):
+        if isinstance(mine, state_lib.LightningSlots):
             gap = float(jnp.max(jnp.abs(mine.states[:, :, 1] - theirs[:, :, 0])))
             scale = float(jnp.max(jnp.abs(theirs)))
             print(f"largest difference of states {gap:.2g}, of {scale:.2g} at most")

@@ -149,16 +149,16 @@ def _their_train_secs(model, tokens):
 
 def _our_steps(ours, tokens):
     """Return a call that makes one step of `train.step` on its own copy of the model."""
-    settings = step.Settings(optim.AdamW(1e-6), balance_coefficient=0.0)
-    held = [step.init(jax.tree.map(jnp.copy, ours), settings.optimizer)]
+    settings = step.TrainStepSettings(optim.AdamW(1e-6), balance_coefficient=0.0)
+    held = [step.init_state(jax.tree.map(jnp.copy, ours), settings.optimizer)]
     ones = jnp.ones_like(tokens)
     places = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
     targets = jnp.roll(tokens, -1, axis=1)
     weights = jnp.ones(tokens.shape, jnp.float32).at[:, -1].set(0.0)
-    batch = step.Batch(tokens, ones, places, targets, weights)
+    batch = step.TrainBatch(tokens, ones, places, targets, weights)
 
     def call():
-        state, metrics = step.update(held.pop(), batch, settings=settings)
+        state, metrics = step.train_step(held.pop(), batch, settings=settings)
         held.append(state)
         return metrics, state.step
 

@@ -21,16 +21,16 @@ no time is given.
 from train.rl_config import (
     PRESETS,
     Curriculum,
-    LengthBias,
-    Log,
-    PassRates,
-    Rewards,
-    Rollout,
-    Run,
-    Save,
-    Source,
-    Update,
-    Windows,
+    LengthBiasConfig,
+    LengthSchedule,
+    LogConfig,
+    PassRateConfig,
+    RewardsConfig,
+    RlConfig,
+    RolloutConfig,
+    SaveConfig,
+    TaskSource,
+    UpdateConfig,
 )
 
 K = 1024
@@ -56,26 +56,26 @@ RULES = (("mathematics", 0.4), *((name, 0.4 / len(PUZZLES)) for name in PUZZLES)
 MIXED = (*((name, 0.75 * weight) for name, weight in RULES), ("general", 0.25))
 
 
-def get_config(arg: str = "") -> Run:
-    return Run(
+def get_config(arg: str = "") -> RlConfig:
+    return RlConfig(
         checkpoint=arg or "m1-tuned",
         batches=1_000,
         sources=(
-            Source("mathematics", "data/rl-mathematics-*.jsonl"),
-            *(Source(name, make=f"logic:{name}", size=8_000) for name in PUZZLES),
-            Source("code", "data/rl-code-*.jsonl"),
-            Source("general", "data/rl-general-*.jsonl"),
+            TaskSource("mathematics", "data/rl-mathematics-*.jsonl"),
+            *(TaskSource(name, make=f"logic:{name}", size=8_000) for name in PUZZLES),
+            TaskSource("code", "data/rl-code-*.jsonl"),
+            TaskSource("general", "data/rl-general-*.jsonl"),
         ),
         curriculum=Curriculum(weights=((0, RULES), (200, RULES), (400, MIXED))),
-        pass_rates=PassRates(low=0.0, high=0.9, least=10),
-        rewards=Rewards(sources=REWARDS, workers=16, parallel=64),
-        length_bias=LengthBias(pause=True),
+        pass_rates=PassRateConfig(low=0.0, high=0.9, least=10),
+        rewards=RewardsConfig(sources=REWARDS, workers=16, parallel=64),
+        length_bias=LengthBiasConfig(pause=True),
         objective=PRESETS["cispo"],  # weights up to 5, tokens averaged over the whole update
-        rollout=Rollout(
+        rollout=RolloutConfig(
             groups=32,
             group_size=16,
             max_prompt_tokens=4 * K,
-            windows=Windows(WINDOWS),
+            windows=LengthSchedule(WINDOWS),
             # An answer goes on over at most three batches.
             partial_tokens=32 * K,
             max_staleness=2,
@@ -88,10 +88,10 @@ def get_config(arg: str = "") -> Run:
                 ("row_tile", 0),
             ),
         ),
-        update=Update(learning_rate=1e-6, minibatches=16, rows=16, warmup_steps=160),
+        update=UpdateConfig(learning_rate=1e-6, minibatches=16, rows=16, warmup_steps=160),
         remat="layer",
         mesh=MESH,
         serving_mesh=SERVING,
-        save=Save(every_steps=10, keep=3, keep_every=100),
-        log=Log(every_steps=1),
+        save=SaveConfig(every_steps=10, keep=3, keep_every=100),
+        log=LogConfig(every_steps=1),
     )  # fmt: skip

@@ -18,7 +18,14 @@ by `python -m m1_jax.plan --topology=v5p:8x8x8 --job=train --seq=... --batch=...
 yet run on TPUs, so no time is given.
 """
 
-from train.config import Data, Evaluation, Run, Save, Source, Stage
+from train.config import (
+    DataConfig,
+    DataSource,
+    EvaluationConfig,
+    SaveConfig,
+    TrainConfig,
+    TrainStage,
+)
 
 K = 1024
 TOKENS_PER_STEP = 2 * K * K
@@ -31,9 +38,9 @@ STAGES = (
 )
 
 
-def get_config(arg: str = "") -> Run:
+def get_config(arg: str = "") -> TrainConfig:
     stages = tuple(
-        Stage(
+        TrainStage(
             seq_len=length,
             rows=TOKENS_PER_STEP // length,
             tokens=50 * BILLION,
@@ -42,19 +49,20 @@ def get_config(arg: str = "") -> Run:
         )
         for length, mesh in STAGES
     )
-    return Run(
+    return TrainConfig(
         checkpoint=arg or "MiniMax-M1-80k",
         remat="layer",
         stages=stages,
-        data=Data(
+        data=DataConfig(
             sources=(
-                Source("long", "data/long-*.array_record", "text", weight=0.7),
-                Source("web", "data/pretrain-*.array_record", "text", weight=0.3),
+                DataSource("long", "data/long-*.array_record", "text", weight=0.7),
+                DataSource("web", "data/pretrain-*.array_record", "text", weight=0.3),
             ),
             workers=8,
         ),
-        evaluation=Evaluation(
-            sources=(Source("held_out", "data/held-out-*.array_record", "text"),), every_steps=500
+        evaluation=EvaluationConfig(
+            sources=(DataSource("held_out", "data/held-out-*.array_record", "text"),),
+            every_steps=500,
         ),
-        save=Save(every_steps=200, keep=3, keep_every=5_000),
+        save=SaveConfig(every_steps=200, keep=3, keep_every=5_000),
     )

@@ -9,26 +9,28 @@ compile (`python -m m1_jax.plan --topology=v5p:8x8x8 --job=train --seq=4096 --ba
 --mesh=fsdp=16,expert=32`). Not yet run on TPUs, so no time is given.
 """
 
-from train.config import Data, Run, Save, Source, Stage
+from train.config import DataConfig, DataSource, SaveConfig, TrainConfig, TrainStage
 
 ROWS, LENGTH = 512, 4096
 MESH = (("fsdp", 16), ("expert", 32))
 TRILLION = 10**12
 
 
-def get_config(arg: str = "") -> Run:
-    def stage(tokens: int, rate: float, **kwargs) -> Stage:
-        return Stage(
+def get_config(arg: str = "") -> TrainConfig:
+    def stage(tokens: int, rate: float, **kwargs) -> TrainStage:
+        return TrainStage(
             seq_len=LENGTH, rows=ROWS, tokens=tokens, learning_rate=rate, mesh=MESH, **kwargs
         )
 
-    return Run(
+    return TrainConfig(
         checkpoint=arg or "MiniMax-M1-80k",
         remat="layer",
         stages=(
             stage(5 * TRILLION // 2, 8e-5, warmup_tokens=10**10),
             stage(5 * TRILLION, 8e-6, shape="linear"),
         ),
-        data=Data(sources=(Source("web", "data/pretrain-*.array_record", "text"),), workers=8),
-        save=Save(every_steps=500, keep=3, keep_every=10_000),
+        data=DataConfig(
+            sources=(DataSource("web", "data/pretrain-*.array_record", "text"),), workers=8
+        ),
+        save=SaveConfig(every_steps=500, keep=3, keep_every=10_000),
     )

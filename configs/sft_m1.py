@@ -9,17 +9,17 @@ compile (`python -m m1_jax.plan --topology=v5p:8x8x8 --job=train --seq=32768 --b
 --mesh=fsdp=2,expert=32,context=8`). Not yet run on TPUs, so no time is given.
 """
 
-from train.config import Data, Run, Save, Source, Stage
+from train.config import DataConfig, DataSource, SaveConfig, TrainConfig, TrainStage
 
 ROWS, LENGTH = 64, 32_768
 
 
-def get_config(arg: str = "") -> Run:
-    return Run(
+def get_config(arg: str = "") -> TrainConfig:
+    return TrainConfig(
         checkpoint=arg or "MiniMax-M1-80k",
         remat="layer",
         stages=(
-            Stage(
+            TrainStage(
                 seq_len=LENGTH,
                 rows=ROWS,
                 tokens=2_000 * ROWS * LENGTH,
@@ -29,11 +29,11 @@ def get_config(arg: str = "") -> Run:
                 mesh=(("fsdp", 2), ("expert", 32), ("context", 8)),
             ),
         ),
-        data=Data(
-            sources=(Source("thoughts", "data/sft-*.array_record", "chat"),),
+        data=DataConfig(
+            sources=(DataSource("thoughts", "data/sft-*.array_record", "chat"),),
             overlong="drop",
             thinking="keep",
             workers=8,
         ),
-        save=Save(every_steps=200, keep=3),
+        save=SaveConfig(every_steps=200, keep=3),
     )

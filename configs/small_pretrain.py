@@ -6,12 +6,12 @@ The shapes of `benchmarks/model_vs_transformers.py`. Two CPU cores, 8 s a step.
 """
 
 from m1_jax.config import LIGHTNING, SOFTMAX, ModelConfig
-from train.config import Data, Log, Run, Save, Source, Stage
+from train.config import DataConfig, DataSource, LogConfig, SaveConfig, TrainConfig, TrainStage
 
 ROWS, LENGTH, STEPS = 4, 512, 20
 
 
-def get_config(arg: str = "") -> Run:
+def get_config(arg: str = "") -> TrainConfig:
     model = ModelConfig(
         vocab_size=8192,
         hidden_size=512,
@@ -25,14 +25,14 @@ def get_config(arg: str = "") -> Run:
         num_experts_per_tok=2,
         max_position_embeddings=4096,
     )
-    return Run(
+    return TrainConfig(
         model=model,
         tokenizer="demo/data/tokenizer",
         dtype="float32",
         stages=(
-            Stage(seq_len=LENGTH, rows=ROWS, tokens=STEPS * ROWS * LENGTH, learning_rate=1e-3),
+            TrainStage(seq_len=LENGTH, rows=ROWS, tokens=STEPS * ROWS * LENGTH, learning_rate=1e-3),
         ),
-        data=Data(sources=(Source("stories", "demo/data/text.jsonl", "text"),)),
-        save=Save(every_steps=1000),
-        log=Log(every_steps=1),
+        data=DataConfig(sources=(DataSource("stories", "demo/data/text.jsonl", "text"),)),
+        save=SaveConfig(every_steps=1000),
+        log=LogConfig(every_steps=1),
     )

@@ -8,34 +8,44 @@ The demonstrations that came last are careless: half of them look up another key
 rewards the right value alone.
 """
 
-from train.rl_config import Agent, Evaluation, Log, Rollout, Run, Save, Source, Update, Windows
+from train.rl_config import (
+    AgentConfig,
+    LengthSchedule,
+    LogConfig,
+    RlConfig,
+    RlEvaluationConfig,
+    RolloutConfig,
+    SaveConfig,
+    TaskSource,
+    UpdateConfig,
+)
 
-LOOKUP = Source("lookup", make="lookup", size=512, seed=1)
-HELD_OUT = Source("lookup", make="lookup", size=64, seed=2)
+LOOKUP = TaskSource("lookup", make="lookup", size=512, seed=1)
+HELD_OUT = TaskSource("lookup", make="lookup", size=64, seed=2)
 
 
-def get_config(arg: str = "") -> Run:
-    return Run(
+def get_config(arg: str = "") -> RlConfig:
+    return RlConfig(
         checkpoint=arg or "/tmp/agent_start",
         batches=24,
         sources=(LOOKUP,),
-        agent=Agent("lookup", max_turns=3, turn_tokens=64),
-        rollout=Rollout(
+        agent=AgentConfig("lookup", max_turns=3, turn_tokens=64),
+        rollout=RolloutConfig(
             groups=16,
             group_size=16,
             max_rounds=2,
             max_prompt_tokens=32,
-            windows=Windows((128,)),
+            windows=LengthSchedule((128,)),
             engine=(
                 ("max_rows", 64), ("chunk_tokens", 16), ("prefill_tokens", (64, 256)),
                 ("num_snapshots", 64), ("decode_steps", 8),
             ),
         ),
-        update=Update(
+        update=UpdateConfig(
             learning_rate=3e-4, minibatches=2, warmup_steps=4, rows=4, row_tokens=320
         ),
         dtype="float32",
-        evaluation=Evaluation(sources=(HELD_OUT,), every_batches=4, temperature=1.0),
-        save=Save(every_steps=10),
-        log=Log(every_steps=1),
+        evaluation=RlEvaluationConfig(sources=(HELD_OUT,), every_batches=4, temperature=1.0),
+        save=SaveConfig(every_steps=10),
+        log=LogConfig(every_steps=1),
     )  # fmt: skip

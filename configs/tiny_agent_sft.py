@@ -6,34 +6,34 @@ From random weights; `configs/tiny_agent.py` goes on from there.
 """
 
 from m1_jax.config import ModelConfig
-from train.config import Data, Log, Run, Save, Source, Stage
+from train.config import DataConfig, DataSource, LogConfig, SaveConfig, TrainConfig, TrainStage
 
 ROWS = 8
 
 
-def get_config(arg: str = "") -> Run:
-    return Run(
+def get_config(arg: str = "") -> TrainConfig:
+    return TrainConfig(
         checkpoint=arg,
         model=None if arg else ModelConfig.tiny(),
         tokenizer="demo/data/tokenizer",
         dtype="float32",
         stages=(
-            Stage(seq_len=256, rows=ROWS, tokens=200 * ROWS * 256, learning_rate=3e-3,
+            TrainStage(seq_len=256, rows=ROWS, tokens=200 * ROWS * 256, learning_rate=3e-3,
                   warmup_tokens=5 * ROWS * 256),
             # Reinforcement learning starts from where small steps no longer hurt.
-            Stage(seq_len=256, rows=ROWS, tokens=80 * ROWS * 256, learning_rate=1e-4,
+            TrainStage(seq_len=256, rows=ROWS, tokens=80 * ROWS * 256, learning_rate=1e-4,
                   shape="linear"),
         ),
-        data=Data(
+        data=DataConfig(
             sources=(
-                Source("careful", "demo/data/agent_careful.jsonl", "chat"),
-                Source("careless", "demo/data/agent.jsonl", "chat"),
+                DataSource("careful", "demo/data/agent_careful.jsonl", "chat"),
+                DataSource("careless", "demo/data/agent.jsonl", "chat"),
             ),
             weights=((0, (("careful", 1.0),)), (180, (("careless", 1.0),))),
             lanes=8,
             lookahead=4,  # so that the careless ones are not behind hundreds of careful ones
             overlong="error",
         ),
-        save=Save(every_steps=100),
-        log=Log(every_steps=10),
+        save=SaveConfig(every_steps=100),
+        log=LogConfig(every_steps=10),
     )  # fmt: skip

@@ -9,18 +9,18 @@ number after "Answer:" is rewarded. `make demo` does all of it; `docs/log.md` ha
 """
 
 from train.rl_config import (
-    Evaluation,
-    Log,
-    Rewards,
-    Rollout,
-    Run,
-    Save,
-    Source,
-    Update,
-    Windows,
+    LengthSchedule,
+    LogConfig,
+    RewardsConfig,
+    RlConfig,
+    RlEvaluationConfig,
+    RolloutConfig,
+    SaveConfig,
+    TaskSource,
+    UpdateConfig,
 )
 
-SUMS = Source("sums", "demo/data/sums.jsonl")
+SUMS = TaskSource("sums", "demo/data/sums.jsonl")
 ENGINE = {
     "max_rows": 64,
     "chunk_tokens": 16,
@@ -30,23 +30,25 @@ ENGINE = {
 }
 
 
-def get_config(arg: str = "") -> Run:
-    return Run(
+def get_config(arg: str = "") -> RlConfig:
+    return RlConfig(
         checkpoint=arg or "/tmp/sums_start",
         batches=28,
         sources=(SUMS,),
-        rewards=Rewards(sources=(("sums", (("exact", 1.0, ()),)),)),
-        rollout=Rollout(
+        rewards=RewardsConfig(sources=(("sums", (("exact", 1.0, ()),)),)),
+        rollout=RolloutConfig(
             groups=16,
             group_size=16,
             max_rounds=2,  # a model that is mostly right finds few groups to learn from
             max_prompt_tokens=32,
-            windows=Windows((64,)),
+            windows=LengthSchedule((64,)),
             engine=tuple(ENGINE.items()),
         ),
-        update=Update(learning_rate=3e-4, minibatches=2, warmup_steps=4, rows=4, row_tokens=256),
+        update=UpdateConfig(
+            learning_rate=3e-4, minibatches=2, warmup_steps=4, rows=4, row_tokens=256
+        ),
         dtype="float32",
-        evaluation=Evaluation(sources=(SUMS,), every_batches=4, samples=8, temperature=1.0),
-        save=Save(every_steps=10),
-        log=Log(every_steps=1),
+        evaluation=RlEvaluationConfig(sources=(SUMS,), every_batches=4, samples=8, temperature=1.0),
+        save=SaveConfig(every_steps=10),
+        log=LogConfig(every_steps=1),
     )

@@ -7,27 +7,27 @@ minutes.
 """
 
 from m1_jax.config import ModelConfig
-from train.config import Data, Log, Run, Save, Source, Stage
+from train.config import DataConfig, DataSource, LogConfig, SaveConfig, TrainConfig, TrainStage
 
 ROWS = 8
 
 
-def get_config(arg: str = "") -> Run:
-    return Run(
+def get_config(arg: str = "") -> TrainConfig:
+    return TrainConfig(
         checkpoint=arg,
         model=None if arg else ModelConfig.tiny(),
         tokenizer="demo/data/tokenizer",
         dtype="float32",
         stages=(
-            Stage(seq_len=256, rows=ROWS, tokens=120 * ROWS * 256, learning_rate=3e-3,
+            TrainStage(seq_len=256, rows=ROWS, tokens=120 * ROWS * 256, learning_rate=3e-3,
                   warmup_tokens=5 * ROWS * 256),
             # Reinforcement learning starts from where small steps no longer hurt.
-            Stage(seq_len=256, rows=ROWS, tokens=80 * ROWS * 256, learning_rate=1e-4,
+            TrainStage(seq_len=256, rows=ROWS, tokens=80 * ROWS * 256, learning_rate=1e-4,
                   shape="linear"),
         ),
-        data=Data(
-            sources=(Source("sums", "demo/data/careless.jsonl", "chat"),), overlong="error"
+        data=DataConfig(
+            sources=(DataSource("sums", "demo/data/careless.jsonl", "chat"),), overlong="error"
         ),
-        save=Save(every_steps=100),
-        log=Log(every_steps=10),
+        save=SaveConfig(every_steps=100),
+        log=LogConfig(every_steps=10),
     )  # fmt: skip

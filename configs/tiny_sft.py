@@ -7,24 +7,24 @@ Two CPU cores, under a minute.
 """
 
 from m1_jax.config import ModelConfig
-from train.config import Data, Log, Run, Save, Source, Stage
+from train.config import DataConfig, DataSource, LogConfig, SaveConfig, TrainConfig, TrainStage
 
 ROWS = 8
 
 
-def get_config(arg: str = "") -> Run:
-    return Run(
+def get_config(arg: str = "") -> TrainConfig:
+    return TrainConfig(
         checkpoint=arg,
         model=None if arg else ModelConfig.tiny(),
         tokenizer="demo/data/tokenizer",
         dtype="float32",
         stages=(
-            Stage(seq_len=256, rows=ROWS, tokens=100 * ROWS * 256, learning_rate=3e-3,
+            TrainStage(seq_len=256, rows=ROWS, tokens=100 * ROWS * 256, learning_rate=3e-3,
                   warmup_tokens=5 * ROWS * 256),
         ),
-        data=Data(
-            sources=(Source("sums", "demo/data/chat.jsonl", "chat"),), overlong="error"
+        data=DataConfig(
+            sources=(DataSource("sums", "demo/data/chat.jsonl", "chat"),), overlong="error"
         ),
-        save=Save(every_steps=50),
-        log=Log(every_steps=10),
+        save=SaveConfig(every_steps=50),
+        log=LogConfig(every_steps=10),
     )  # fmt: skip

@@ -43,11 +43,11 @@ def main() -> None:
         print(*sorted(f"   {file.name}" for file in release.iterdir()), sep="\n")
 
     with step("2. release -> Orbax (python -m m1_jax.convert --to=orbax)"):
-        convert.run(convert.Config("orbax", str(release), str(orbax)))
+        convert.run(convert.ConvertConfig("orbax", str(release), str(orbax)))
 
     with step("3. check against the release code's outputs (python -m m1_jax.verify)"):
-        rows = verify.run(verify.Config(str(orbax), str(SOURCE / "golden.npz")))
-        print(verify.table(rows))
+        rows = verify.run(verify.VerifyConfig(str(orbax), str(SOURCE / "golden.npz")))
+        print(verify.format_table(rows))
         passed = sum(row.passed for row in rows)
         summary.append(f"{passed} of {len(rows)} golden quantities within tolerance")
 
@@ -60,7 +60,7 @@ def main() -> None:
         summary.append(f"{len(outputs)} prompts of different lengths: {stats}")
 
     with step("5. Orbax -> release (python -m m1_jax.convert --to=hf), bytes compared"):
-        convert.run(convert.Config("hf", str(orbax), str(back)))
+        convert.run(convert.ConvertConfig("hf", str(orbax), str(back)))
         files = sorted(release.iterdir())
         same = [file.read_bytes() == (back / file.name).read_bytes() for file in files]
         summary.append(f"{sum(same)} of {len(files)} exported files equal byte for byte")
@@ -92,7 +92,7 @@ def main() -> None:
 
     with step("9. export to the release's format, and the answers"):
         export.run(OUT / "cispo", OUT / "learnt")
-        convert.run(convert.Config("hf", str(OUT / "learnt"), str(OUT / "final")))
+        convert.run(convert.ConvertConfig("hf", str(OUT / "learnt"), str(OUT / "final")))
         prompts.write_text("What is 2 + 3?\nWhat is 4 + 4?\nWhat is 5 + 1?\n")
         answers, _ = generate.run(
             generate.Config(
@@ -116,7 +116,7 @@ def main() -> None:
 
 def train(command, name: str, checkpoint: pathlib.Path, workdir: pathlib.Path, set_=()) -> None:
     os.chdir(HERE.parent)  # the configs' data
-    command.run(configlib.load(f"configs/{name}.py:{checkpoint}", set_), workdir)
+    command.run(configlib.load_config(f"configs/{name}.py:{checkpoint}", set_), workdir)
     for record in records(workdir, "train")[::3]:
         reward = record.get("reward_sampled")
         told = f"loss {record['loss']:.3f}" if reward is None else f"reward {reward:.2f}"
@@ -124,7 +124,7 @@ def train(command, name: str, checkpoint: pathlib.Path, workdir: pathlib.Path, s
 
 
 def records(workdir: pathlib.Path, kind: str) -> list[dict]:
-    lines = (workdir / metrics.FILE).read_text().splitlines()
+    lines = (workdir / metrics.METRICS_FILE).read_text().splitlines()
     return [record for record in map(json.loads, lines) if record["kind"] == kind]
 
 

@@ -47,7 +47,7 @@ class Device:
         leaves, self._tree = jax.tree.flatten(model)
         layout = model.layout
         self._everywhere = None if layout is None else NamedSharding(layout.mesh, PartitionSpec())
-        state = state_lib.init_serving(
+        state = state_lib.init_serving_state(
             model.config,
             config.slots,
             config.pages,
@@ -63,13 +63,13 @@ class Device:
         self._swapped: dict[Hashable, list[Any]] = {}
         slots, pages = (
             [x for x in state.layers if isinstance(x, kind)]
-            for kind in (state_lib.Slots, state_lib.Pages)
+            for kind in (state_lib.LightningSlots, state_lib.PagedKVCache)
         )
         self.state_bytes, self.page_bytes = (
             sum(a.nbytes // a.shape[2] for a in jax.tree.leaves(x)) or 1 for x in (slots, pages)
         )
-        if state.routes is not None:
-            chosen = state.routes.chosen
+        if state.expert_id_pages is not None:
+            chosen = state.expert_id_pages.expert_ids
             self.page_bytes += chosen.nbytes // chosen.shape[2]
         self._programs = self._compile(config, model.config.vocab_size)
         self.num_programs = len(self._programs)

@@ -49,7 +49,7 @@ class Progress:
     Attributes:
       num_tokens: pushed so far, the stop token included.
       reasoning_tokens: those up to the one that ends thinking; 0 if the output does not think.
-      finished: as in the last `Update`.
+      finished: as in the last `UpdateConfig`.
     """
 
     def __init__(

@@ -84,7 +84,7 @@ class Config:
             "profile": (self.profile in prompt_lib.PROFILES, " or ".join(prompt_lib.PROFILES)),
         }
         command.demand(self, wanted)
-        quantize.check(self.weights)
+        quantize.check_recipe(self.weights)
         _ = self.options  # checks them
         if (self.prompt is None) == (self.prompts_file is None):
             raise ValueError("--prompt, --prompts_file: got both or neither; wanted one of them")

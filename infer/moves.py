@@ -17,7 +17,7 @@ def copy_states(state, source: Int[Array, ""], target: Int[Array, ""]):
     """Copy a slot's recurrent states, at a multiple of the chunk, where its ring is empty."""
 
     def one(layer):
-        if isinstance(layer, state_lib.Pages):
+        if isinstance(layer, state_lib.PagedKVCache):
             return layer
         new = layer.states.at[:, :, target].set(layer.states[:, :, source])
         return dataclasses.replace(layer, states=new)
@@ -38,16 +38,16 @@ def write(state, slot: Int[Array, ""], pages: Int[Array, "n"], held):
 
 def _places(state, slot, pages):
     layers = [
-        jax.tree.map(lambda _, x=x: pages if isinstance(x, state_lib.Pages) else slot, x)
+        jax.tree.map(lambda _, x=x: pages if isinstance(x, state_lib.PagedKVCache) else slot, x)
         for x in state.layers
     ]
-    routes = jax.tree.map(lambda _: pages, state.routes)
+    routes = jax.tree.map(lambda _: pages, state.expert_id_pages)
     return state_lib.ServingState(tuple(layers), routes)
 
 
 def read_routes(state, pages: Int[Array, "n"]) -> Int[Array, "n C L A"]:
     """Return the experts of some pages' tokens."""
-    return state.routes.chosen[0, 0, pages]
+    return state.expert_id_pages.expert_ids[0, 0, pages]
 
 
 def read_row(rows: programs.Rows, slot: Int[Array, ""]) -> programs.Rows:

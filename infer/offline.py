@@ -77,7 +77,7 @@ class Config:
             "max_rows": (self.max_rows >= 1, "1 or more"),
         }
         command.demand(self, wanted)
-        quantize.check(self.weights)
+        quantize.check_recipe(self.weights)
         _ = self.options
 
     @property

@@ -82,7 +82,7 @@ class Prompts:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """Sizes that decide the numbers: see `serving.Work`."""
+    """Sizes that decide the numbers: see `serving.RaggedBatch`."""
 
     tile_rows: int = dataclasses.field(default=8, metadata={"static": True})
     row_tile: int = dataclasses.field(default=8, metadata={"static": True})
@@ -123,15 +123,15 @@ def decode(
         step, state, rows, made = carry
         running = rows.running[batch.slots] & (batch.slots > 0)
         length = rows.length[batch.slots]
-        work = serving.Work(
+        work = serving.RaggedBatch(
             jnp.where(running, length, -1),
             jnp.where(running, batch.slots, 0),
             batch.pages,
             recipe.tile_rows,
             recipe.row_tile,
         )
-        logits, state = serving.serve(model, rows.token[batch.slots], work, state)
-        logits = sharding.whole_array(logits, model.layout)
+        logits, state = serving.forward_ragged(model, rows.token[batch.slots], work, state)
+        logits = sharding.replicate_array(logits, model.layout)
         rows, chosen = _choose(logits, rows, batch, running, length + 1)
         made = jax.tree.map(
             lambda all_, one: jax.lax.dynamic_update_index_in_dim(all_, one, step, 0), made, chosen
@@ -146,10 +146,10 @@ def decode(
 
 
 def abstract_decode(
-    model_config: Any, layout: sharding.Layout, config: config_lib.Config
+    model_config: Any, layout: sharding.MeshLayout, config: config_lib.Config
 ) -> tuple[state_lib.ServingState, tuple[Any, ...]]:
     """Return the state that `decode` takes, and what it takes after it, as sharded shapes."""
-    state = state_lib.abstract_serving(
+    state = state_lib.abstract_serving_state(
         model_config, config.slots, config.pages, config.chunk_tokens, layout
     )
     size = config.decode_rows[-1]
@@ -197,7 +197,7 @@ def verify(
     first = (length % tile)[:, None]
     real = running[:, None] & ((place == first) | ((place > first) & (drafts >= 0)))
     positions = (length[:, None] - first + place).reshape(-1)
-    work = serving.Work(
+    work = serving.RaggedBatch(
         jnp.where(real.reshape(-1), positions, -1),
         jnp.where(running, batch.slots, 0),
         batch.pages,
@@ -205,8 +205,8 @@ def verify(
         recipe.row_tile,
     )
     tokens = jnp.where(place == first, rows.token[batch.slots][:, None], jnp.maximum(drafts, 0))
-    logits, state = serving.serve(model, tokens.reshape(-1), work, state)
-    logits = sharding.whole_array(logits, model.layout)
+    logits, state = serving.forward_ragged(model, tokens.reshape(-1), work, state)
+    logits = sharding.replicate_array(logits, model.layout)
     each = jax.tree.map(
         lambda a: jnp.repeat(a, tile, axis=0), dataclasses.replace(batch, pages=batch.pages[:, :0])
     )
@@ -257,15 +257,15 @@ def prefill(
 ) -> tuple[state_lib.ServingState, Rows, sampling.Chosen]:
     """Append parts of prompts; return what was chosen after those that are the last of theirs."""
     part = jnp.maximum(prompts.part, 0)
-    work = serving.Work(
+    work = serving.RaggedBatch(
         prompts.positions,
         jnp.where(prompts.part >= 0, batch.slots[part], 0),
         batch.pages[part],
         recipe.tile_rows,
         recipe.row_tile,
     )
-    logits, state = serving.serve(model, prompts.tokens, work, state, prompts.last)
-    logits = sharding.whole_array(logits, model.layout)
+    logits, state = serving.forward_ragged(model, prompts.tokens, work, state, prompts.last)
+    logits = sharding.replicate_array(logits, model.layout)
     rows, chosen = _choose(logits, rows, batch, prompts.last >= 0, prompts.length)
     again = prompts.known >= 0
     slots = jnp.where(again, batch.slots, 0)
@@ -309,7 +309,7 @@ def _chosen(logits, rows: Rows, batch: Batch, wanted, length):
 
     total = length + 1  # with the new token
     free = total >= batch.free_from
-    chosen = serving.by_tiles(
+    chosen = serving.map_row_tiles(
         tile,
         SAMPLE_ROWS,
         wanted,

@@ -147,7 +147,7 @@ def encode(
     ids: list[int] = []
     for piece in render(messages, tools, add_generation_prompt, profile):
         if piece.special:
-            ids.append(tokenizer.special_id(piece.text))
+            ids.append(tokenizer.special_token_id(piece.text))
         else:
             ids += tokenizer.encode(piece.text)
     return ids

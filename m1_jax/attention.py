@@ -29,21 +29,23 @@ class SoftmaxAttention(nnx.Module):
         self,
         h: Float[Array, "B T D"],
         positions: Int[Array, "#B T"],
-        documents: Int[Array, "B T"] | None,
+        segment_ids: Int[Array, "B T"] | None,
     ) -> Float[Array, "B T D"]:
         """Attend to the earlier tokens of the same document (`documents`: 0 is padding)."""
-        q, k, v = self._project(h, positions)
-        place = _places(h.shape[1])
+        q, k, v = self._project_qkv(h, positions)
+        place = _local_positions(h.shape[1])
         k, v = (jnp.moveaxis(x, 2, 1) for x in (k, v))
-        return self._output(ring.attend(q, k, v, place, place, documents, documents))
+        return self._project_heads(
+            ring.causal_attention(q, k, v, place, place, segment_ids, segment_ids)
+        )
 
     def extend(
         self,
         h: Float[Array, "B T D"],
-        places: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
         cache: state_lib.KVCache,
-        place: tuple[Int[Array, ""] | int, ...],
-        split: bool = False,
+        stack_index: tuple[Int[Array, ""] | int, ...],
+        length_sharded: bool = False,
     ) -> tuple[Float[Array, "B T D"], state_lib.KVCache]:
         """Append to the cache of the layer at `place` (repeat, number), then attend to all of it.
 
@@ -51,53 +53,60 @@ class SoftmaxAttention(nnx.Module):
         split: whether the context axis, where there is one, splits the tokens; it always splits
         the cache.
         """
-        q, k, v = self._project(h, places)
+        q, k, v = self._project_qkv(h, positions)
         rows = jnp.arange(h.shape[0], dtype=jnp.int32).reshape(-1, 1)
-        key_places = _places(cache.max_length)
+        key_places = _local_positions(cache.max_length)
         # Where devices split the length, each writes what falls into its part of the cache.
-        targets = places
-        if split:
-            k, v, targets = (sharding.whole(x, "length", 1) for x in (k, v, places))
+        targets = positions
+        if length_sharded:
+            k, v, targets = (sharding.all_gather(x, "length", 1) for x in (k, v, positions))
         targets = targets - key_places[:, :1]
         targets = jnp.where(targets < 0, cache.max_length, targets)
 
         def write(buffer, new):
-            return buffer.at[(*place, rows, slice(None), targets)].set(
+            return buffer.at[(*stack_index, rows, slice(None), targets)].set(
                 new.astype(buffer.dtype), mode="drop"
             )
 
         cache = state_lib.KVCache(write(cache.keys, k), write(cache.values, v))
-        keys, values = (x[place].astype(h.dtype) for x in (cache.keys, cache.values))
-        attend = ring.attend if split or sharding.count("length") == 1 else ring.attend_parts
-        return self._output(attend(q, keys, values, places, key_places)), cache
+        keys, values = (x[stack_index].astype(h.dtype) for x in (cache.keys, cache.values))
+        attend = (
+            ring.causal_attention
+            if length_sharded or sharding.axis_size("length") == 1
+            else ring.sharded_key_attention
+        )
+        return self._project_heads(attend(q, keys, values, positions, key_places)), cache
 
-    def inputs(self, h: Float[Array, "M D"], positions: Int[Array, "M"]):
+    def project_inputs(self, h: Float[Array, "M D"], positions: Int[Array, "M"]):
         """Return rotated queries, rotated keys and values of rows [M, heads, H]."""
-        return tuple(x[0] for x in self._project(h[None], positions[None]))
+        return tuple(x[0] for x in self._project_qkv(h[None], positions[None]))
 
-    def output(self, h, o: Float[Array, "M N H"]) -> Float[Array, "M D"]:
+    def project_output(self, h, o: Float[Array, "M N H"]) -> Float[Array, "M D"]:
         """Return the block's output, given what attention made of `inputs`."""
-        return self._output(o[None])[0]
+        return self._project_heads(o[None])[0]
 
-    def serve(self, qkv, slopes, work: serving.Work, pool, place):
-        """Run attention on rows of several sequences: see `paged.attend`; slopes have no part."""
+    def serve_rows(self, qkv, slopes, batch: serving.RaggedBatch, pool, stack_index):
+        """Run attention on rows of several sequences: see `paged.attend_pages`; slopes have no part."""
         q, k, v = qkv
-        return paged.attend(q, k, v, work, pool, place)
+        return paged.attend_pages(q, k, v, batch, pool, stack_index)
 
-    def _project(self, h, positions):
+    def _project_qkv(self, h, positions):
         def heads(x):
             return x.reshape(*h.shape[:2], -1, self.head_dim)
 
         rope = functools.partial(
-            layers.rotate, positions=positions, rotary_dim=self.rotary_dim, theta=self.rope_theta
+            layers.apply_rope,
+            positions=positions,
+            rotary_dim=self.rotary_dim,
+            theta=self.rope_theta,
         )
         return rope(heads(self.query(h))), rope(heads(self.key(h))), heads(self.value(h))
 
-    def _output(self, o: Float[Array, "B T N H"]) -> Float[Array, "B T D"]:
+    def _project_heads(self, o: Float[Array, "B T N H"]) -> Float[Array, "B T D"]:
         return self.out(o.reshape(*o.shape[:2], -1))
 
 
-def _places(length: int) -> Int[Array, "1 T"]:
+def _local_positions(length: int) -> Int[Array, "1 T"]:
     """Return the places in the row of this device's tokens."""
-    start = sharding.index("length") * length
+    start = sharding.axis_index("length") * length
     return (start + jnp.arange(length, dtype=jnp.int32)).reshape(1, -1)

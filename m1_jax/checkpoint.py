@@ -20,9 +20,9 @@ from m1_jax import config as config_lib
 from m1_jax import model as model_lib
 from m1_jax import params_map, quantize, release, sharding
 
-PARAMS = "params"
-MANIFEST = "release.json"
-FORMAT = "m1_jax converted checkpoint, version 2"
+PARAMS_DIR = "params"
+MANIFEST_FILE = "release.json"
+FORMAT_VERSION = "m1_jax converted checkpoint, version 2"
 
 
 def load(
@@ -39,7 +39,7 @@ def load(
       path: a release directory (config.json and safetensors), in the release's or transformers'
         native layout, or a directory that `m1_jax.convert` or `export.save` made.
       dtype: of activations, float32 or bfloat16; routers stay float32.
-      mesh: devices to spread the parameters over, with some of `sharding.AXES` (see
+      mesh: devices to spread the parameters over, with some of `sharding.MESH_AXES` (see
         `sharding.make_mesh`); None: one device. Each process reads only what its own devices hold.
       mode: "train" splits every large parameter over all devices, which gather it where they need
         it; "prefill" and "decode" leave weights where they compute.
@@ -56,30 +56,32 @@ def load(
     """
     path = pathlib.Path(path)
     param_dtype = param_dtype or dtype
-    quantize.check(weights)
+    quantize.check_recipe(weights)
     for name, value in (("dtype", dtype), ("param_dtype", param_dtype)):
         if jnp.dtype(value) not in (jnp.float32, jnp.bfloat16):
             raise ValueError(f"{name}: got {jnp.dtype(value)}; wanted float32 or bfloat16")
     if is_converted(path):
         read_manifest(path)
         config = config_lib.ModelConfig.from_file(path / "config.json")
-        fill, matrices = _from_orbax(path, config)
+        fill, matrices = _make_orbax_readers(path, config)
     elif (path / "config.json").is_file():
         source = release.Release(path)
         config = source.config
-        fill, matrices = _from_release(source)
+        fill, matrices = _make_release_readers(source)
     else:
         raise release.CheckpointError(
-            f"{path} is no checkpoint: wanted a release directory (config.json, {release.INDEX}, "
-            f"shards) or one made by m1_jax.convert ({PARAMS}/, {MANIFEST})"
+            f"{path} is no checkpoint: wanted a release directory (config.json, {release.INDEX_FILE}, "
+            f"shards) or one made by m1_jax.convert ({PARAMS_DIR}/, {MANIFEST_FILE})"
         )
-    layout = sharding.layout(mesh, config, mode)
+    layout = sharding.make_layout(mesh, config, mode)
     model = abstract_model(config, dtype, param_dtype, layout, weights)
-    params = parameters(model)
+    params = params_by_path(model)
     wanted = {name: param.get_value() for name, param in params.items()}
     for name in [name for name, value in wanted.items() if value.dtype == jnp.int8]:
         values, scales = wanted.pop(name), wanted.pop(f"{name}_scale")
-        values, scales = quantize.assemble(values, scales, matrices(name, values.shape))
+        values, scales = quantize.build_quantized_arrays(
+            values, scales, matrices(name, values.shape)
+        )
         params[name].set_value(values)
         params[f"{name}_scale"].set_value(scales)
     for name, value in fill(wanted).items():
@@ -91,7 +93,7 @@ def abstract_model(
     config: config_lib.ModelConfig,
     dtype=jnp.bfloat16,
     param_dtype=None,
-    layout: sharding.Layout | None = None,
+    layout: sharding.MeshLayout | None = None,
     weights: str | None = None,
 ) -> model_lib.MiniMaxM1:
     """Return a model whose parameters are shapes, dtypes and shardings only; it costs no memory.
@@ -107,9 +109,11 @@ def abstract_model(
             layout=layout,
         )
     )
-    quantize.declare(model, weights)
-    for param in parameters(model).values():
-        where = sharding.param_sharding(layout, param.get_metadata()["logical_axes"], param.shape)
+    quantize.declare_int8_params(model, weights)
+    for param in params_by_path(model).values():
+        where = sharding.make_param_sharding(
+            layout, param.get_metadata()["logical_axes"], param.shape
+        )
         param.set_value(jax.ShapeDtypeStruct(param.shape, param.dtype, sharding=where))
     return model
 
@@ -119,23 +123,23 @@ def random_model(
     key: jax.Array,
     dtype=jnp.bfloat16,
     param_dtype=None,
-    layout: sharding.Layout | None = None,
+    layout: sharding.MeshLayout | None = None,
 ) -> model_lib.MiniMaxM1:
     """Return a model with fresh parameters, each made on the devices that hold it."""
     model = abstract_model(config, dtype, param_dtype, layout)
 
     def make(key):
         made = model_lib.MiniMaxM1(config, nnx.Rngs(key), dtype=dtype, param_dtype=param_dtype)
-        return {name: param[...] for name, param in parameters(made).items()}
+        return {name: param[...] for name, param in params_by_path(made).items()}
 
-    params = parameters(model)
+    params = params_by_path(model)
     where = {name: param.get_value().sharding for name, param in params.items()}
     for name, value in jax.jit(make, out_shardings=where)(key).items():
         params[name].set_value(value)
     return model
 
 
-def parameters(model: model_lib.MiniMaxM1) -> dict[str, nnx.Param]:
+def params_by_path(model: model_lib.MiniMaxM1) -> dict[str, nnx.Param]:
     """Return the model's own parameters by the dotted paths of `params_map`."""
     return {
         ".".join(map(str, path)): node
@@ -145,28 +149,28 @@ def parameters(model: model_lib.MiniMaxM1) -> dict[str, nnx.Param]:
 
 
 def is_converted(path: pathlib.Path) -> bool:
-    return (path / PARAMS).is_dir() or (path / MANIFEST).exists()
+    return (path / PARAMS_DIR).is_dir() or (path / MANIFEST_FILE).exists()
 
 
 def read_manifest(path: pathlib.Path) -> dict:
     """Return release.json of a converted directory, which is written last."""
     try:
-        manifest = json.loads((path / MANIFEST).read_text())
+        manifest = json.loads((path / MANIFEST_FILE).read_text())
     except (FileNotFoundError, ValueError):
         raise release.CheckpointError(
-            f"{path}: {MANIFEST} is missing or damaged, so this conversion is not complete. "
+            f"{path}: {MANIFEST_FILE} is missing or damaged, so this conversion is not complete. "
             "Run m1_jax.convert again."
         ) from None
     made_by = manifest.get("format") if isinstance(manifest, dict) else None
-    if made_by != FORMAT:
+    if made_by != FORMAT_VERSION:
         raise release.CheckpointError(
-            f"{path / MANIFEST}: got format {made_by!r}; wanted {FORMAT!r}. "
+            f"{path / MANIFEST_FILE}: got format {made_by!r}; wanted {FORMAT_VERSION!r}. "
             "Run this version's m1_jax.convert again."
         )
     return manifest
 
 
-def to_tree(flat: Mapping[str, object]) -> dict:
+def unflatten_paths(flat: Mapping[str, object]) -> dict:
     """Nest a dict of dotted paths: {"a.b": x} becomes {"a": {"b": x}}."""
     tree: dict = {}
     for path, value in flat.items():
@@ -178,7 +182,9 @@ def to_tree(flat: Mapping[str, object]) -> dict:
     return tree
 
 
-def check_shape(tensor: release.Tensor, entry: params_map.Entry, shape: tuple[int, ...]) -> None:
+def check_tensor_shape(
+    tensor: release.ReleaseTensor, entry: params_map.TensorEntry, shape: tuple[int, ...]
+) -> None:
     """Compare a tensor with the parameter of the given (stacked) shape that it belongs to."""
     wanted = shape[len(entry.index) :]
     wanted = wanted[::-1] if entry.transposed else wanted
@@ -194,22 +200,22 @@ def check_shape(tensor: release.Tensor, entry: params_map.Entry, shape: tuple[in
 #     matrices(name, shape)(place on the leading axes, columns) -> one matrix's columns, as stored
 
 
-def _from_release(source: release.Release) -> tuple[Callable, Callable]:
+def _make_release_readers(source: release.Release) -> tuple[Callable, Callable]:
     def fill(wanted):
         parts: dict[str, dict[tuple[int, ...], np.ndarray]] = {name: {} for name in wanted}
         for entry in source.entries:
-            if entry.path not in wanted:
+            if entry.param_path not in wanted:
                 continue
             tensor = source.tensors[entry.name]
-            check_shape(tensor, entry, wanted[entry.path].shape)
+            check_tensor_shape(tensor, entry, wanted[entry.param_path].shape)
             data = tensor.read()
-            parts[entry.path][entry.index] = data.T if entry.transposed else data
-        return {name: _assemble(spec, parts[name]) for name, spec in wanted.items()}
+            parts[entry.param_path][entry.index] = data.T if entry.transposed else data
+        return {name: _assemble_array(spec, parts[name]) for name, spec in wanted.items()}
 
     def matrices(name, shape):
-        entries = {entry.index: entry for entry in source.entries if entry.path == name}
+        entries = {entry.index: entry for entry in source.entries if entry.param_path == name}
         for entry in entries.values():
-            check_shape(source.tensors[entry.name], entry, shape)
+            check_tensor_shape(source.tensors[entry.name], entry, shape)
 
         def read(place, columns):
             data = source.tensors[entries[place].name].read()
@@ -220,7 +226,7 @@ def _from_release(source: release.Release) -> tuple[Callable, Callable]:
     return fill, matrices
 
 
-def _assemble(spec: jax.ShapeDtypeStruct, parts: Mapping[tuple[int, ...], np.ndarray]):
+def _assemble_array(spec: jax.ShapeDtypeStruct, parts: Mapping[tuple[int, ...], np.ndarray]):
     """Build a sharded array from its parts, each device's slice on its own."""
     depth = len(next(iter(parts)))
 
@@ -235,7 +241,7 @@ def _assemble(spec: jax.ShapeDtypeStruct, parts: Mapping[tuple[int, ...], np.nda
     return jax.make_array_from_callback(spec.shape, spec.sharding, piece)
 
 
-def array_spec(params: pathlib.Path, name: str) -> dict:
+def tensorstore_spec(params: pathlib.Path, name: str) -> dict:
     """Return the TensorStore spec of one parameter below an Orbax directory."""
     return {
         "driver": "zarr3",
@@ -255,34 +261,34 @@ def open_params(path: pathlib.Path, config: config_lib.ModelConfig) -> dict[str,
       CheckpointError: a parameter that is missing, left over, or of another shape than config.json
         asks for.
     """
-    params = path / PARAMS
-    wanted = parameters(abstract_model(config))
+    params = path / PARAMS_DIR
+    wanted = params_by_path(abstract_model(config))
     stored = {file.parent.name for file in params.glob("*/zarr.json")}
     if stored != wanted.keys():
         raise release.CheckpointError(
             f"{params}: config.json and the parameters disagree: "
-            f"{release.some(wanted.keys() - stored, 'missing')}; "
-            f"{release.some(stored - wanted.keys(), 'not in the model')}. "
+            f"{release.describe_names(wanted.keys() - stored, 'missing')}; "
+            f"{release.describe_names(stored - wanted.keys(), 'not in the model')}. "
             "Is config.json the one of this conversion? Else run m1_jax.convert again."
         )
     arrays = {}
     for name, param in wanted.items():
-        array = result(ts.open(array_spec(params, name), open=True), params / name)
+        array = wait_for_read(ts.open(tensorstore_spec(params, name), open=True), params / name)
         if array.shape != param.shape:
             raise release.CheckpointError(
                 f"{params / name} has shape {list(array.shape)}; config.json asks for "
                 f"{list(param.shape)}. Is config.json the one of this conversion?"
             )
-        if array.dtype.numpy_dtype not in release.CODES:
+        if array.dtype.numpy_dtype not in release.CODES_BY_DTYPE:
             raise release.CheckpointError(
                 f"{params / name} has dtype {array.dtype.name}; wanted one of "
-                f"{', '.join(dtype.name for dtype in release.CODES)}"
+                f"{', '.join(dtype.name for dtype in release.CODES_BY_DTYPE)}"
             )
         arrays[name] = array
     return arrays
 
 
-def result(future: ts.Future, source: pathlib.Path):
+def wait_for_read(future: ts.Future, source: pathlib.Path):
     """Wait for a TensorStore read; say in one line which file is wrong."""
     try:
         return future.result()
@@ -293,30 +299,35 @@ def result(future: ts.Future, source: pathlib.Path):
         ) from None
 
 
-def _from_orbax(path: pathlib.Path, config: config_lib.ModelConfig) -> tuple[Callable, Callable]:
+def _make_orbax_readers(
+    path: pathlib.Path, config: config_lib.ModelConfig
+) -> tuple[Callable, Callable]:
     arrays = open_params(path, config)
 
     def fill(wanted):
         return {
-            name: _read(arrays[name], spec, path / PARAMS / name) for name, spec in wanted.items()
+            name: _read_sharded_array(arrays[name], spec, path / PARAMS_DIR / name)
+            for name, spec in wanted.items()
         }
 
     def matrices(name, _):
         def read(place, columns):
             reading = arrays[name][(*place, slice(None), columns)].read()
-            return result(reading, path / PARAMS / name)
+            return wait_for_read(reading, path / PARAMS_DIR / name)
 
         return read
 
     return fill, matrices
 
 
-def _read(array: ts.TensorStore, spec: jax.ShapeDtypeStruct, source: pathlib.Path) -> jax.Array:
+def _read_sharded_array(
+    array: ts.TensorStore, spec: jax.ShapeDtypeStruct, source: pathlib.Path
+) -> jax.Array:
     """Read what this process's devices hold, all slices at once and replicas only once."""
     places = spec.sharding.addressable_devices_indices_map(spec.shape).values()
     reading = {repr(index): array[index].read() for index in places}
 
     def piece(index):
-        return result(reading[repr(index)], source).astype(spec.dtype, copy=False)
+        return wait_for_read(reading[repr(index)], source).astype(spec.dtype, copy=False)
 
     return jax.make_array_from_callback(spec.shape, spec.sharding, piece)

@@ -9,20 +9,20 @@ from jax.experimental import topologies
 
 
 @dataclasses.dataclass(frozen=True)
-class Generation:
+class TpuGeneration:
     """dims: numbers in a slice's name. most: chips of the largest slice. devices: per chip."""
 
-    dims: int
-    most: int
+    num_dims: int
+    max_chips: int
     example: str
-    devices: int = 1
+    devices_per_chip: int = 1
 
 
-GENERATIONS = {
-    "v5e": Generation(2, 256, "v5e:16x16"),
-    "v5p": Generation(3, 6144, "v5p:8x8x8"),
-    "v6e": Generation(2, 256, "v6e:16x16"),
-    "tpu7x": Generation(3, 9216, "tpu7x:4x4x8", devices=2),
+TPU_GENERATIONS = {
+    "v5e": TpuGeneration(2, 256, "v5e:16x16"),
+    "v5p": TpuGeneration(3, 6144, "v5p:8x8x8"),
+    "v6e": TpuGeneration(2, 256, "v6e:16x16"),
+    "tpu7x": TpuGeneration(3, 9216, "tpu7x:4x4x8", devices_per_chip=2),
 }
 
 
@@ -31,7 +31,7 @@ class TopologyError(ValueError):
 
 
 @dataclasses.dataclass(frozen=True)
-class Slice:
+class TpuSlice:
     """What a name like v5p:8x8x8 stands for. num_slices: how many, joined by the data network."""
 
     generation: str
@@ -48,32 +48,32 @@ class Slice:
 
     @property
     def num_devices(self) -> int:
-        return self.num_chips * GENERATIONS[self.generation].devices
+        return self.num_chips * TPU_GENERATIONS[self.generation].devices_per_chip
 
 
-def parse(name: str, num_slices: int = 1) -> Slice:
+def parse_slice(name: str, num_slices: int = 1) -> TpuSlice:
     """Read a slice's name.
 
     Raises:
       TopologyError: a name of another form, or a slice larger than there are.
     """
-    examples = ", ".join(g.example for g in GENERATIONS.values())
+    examples = ", ".join(g.example for g in TPU_GENERATIONS.values())
     found = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", name)
-    generation = GENERATIONS.get(found[1]) if found else None
+    generation = TPU_GENERATIONS.get(found[1]) if found else None
     if found is None or generation is None:
         raise TopologyError(f"topology: got {name!r}; wanted one like {examples}")
     shape = tuple(map(int, found[2].split("x")))
-    if len(shape) != generation.dims or not 1 <= math.prod(shape) <= generation.most:
+    if len(shape) != generation.num_dims or not 1 <= math.prod(shape) <= generation.max_chips:
         raise TopologyError(
-            f"topology: got {name!r}; wanted {generation.dims} numbers and at most "
-            f"{generation.most} chips, like {generation.example}"
+            f"topology: got {name!r}; wanted {generation.num_dims} numbers and at most "
+            f"{generation.max_chips} chips, like {generation.example}"
         )
     if num_slices < 1:
         raise TopologyError(f"slices: got {num_slices}; wanted at least 1")
-    return Slice(found[1], shape, num_slices)
+    return TpuSlice(found[1], shape, num_slices)
 
 
-def devices(where: Slice) -> list:
+def get_slice_devices(tpu_slice: TpuSlice) -> list:
     """Return devices that programs can be compiled for, those of one slice after another.
 
     Raises:
@@ -82,10 +82,10 @@ def devices(where: Slice) -> list:
     # Only compiles: asks no metadata server for a TPU, and may run beside another such process.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    more = {"num_slices": where.num_slices} if where.num_slices > 1 else {}
+    more = {"num_slices": tpu_slice.num_slices} if tpu_slice.num_slices > 1 else {}
     try:
         found = topologies.get_topology_desc(
-            platform="tpu", topology_name=where.name, **more
+            platform="tpu", topology_name=tpu_slice.name, **more
         ).devices
     except Exception as error:  # jaxlib raises several kinds
         reason = str(error).splitlines()[0]
@@ -93,12 +93,12 @@ def devices(where: Slice) -> list:
             raise TopologyError(
                 f"the TPU compiler cannot be loaded: {reason}. Install it: pip install libtpu"
             ) from None
-        examples = ", ".join(g.example for g in GENERATIONS.values())
+        examples = ", ".join(g.example for g in TPU_GENERATIONS.values())
         raise TopologyError(
-            f"topology: the compiler refuses {where.name!r}: {reason}. Others: {examples}"
+            f"topology: the compiler refuses {tpu_slice.name!r}: {reason}. Others: {examples}"
         ) from None
-    if len(found) != where.num_devices:
+    if len(found) != tpu_slice.num_devices:
         raise TopologyError(
-            f"topology {where.name}: got {len(found)} devices; wanted {where.num_devices}"
+            f"topology {tpu_slice.name}: got {len(found)} devices; wanted {tpu_slice.num_devices}"
         )
     return list(found)

@@ -14,10 +14,10 @@ from collections.abc import Mapping
 from typing import Any
 
 LIGHTNING, SOFTMAX = "lightning", "softmax"
-REMAT = ("none", "layer", "dots")
+REMAT_POLICIES = ("none", "layer", "dots")
 
-_RELEASE_TYPES = ("minimax_m1", "minimax_text_01", "MiniMaxM1", "MiniMaxText01")
-_NATIVE_TYPES = ("minimax",)
+_RELEASE_MODEL_TYPES = ("minimax_m1", "minimax_text_01", "MiniMaxM1", "MiniMaxText01")
+_NATIVE_MODEL_TYPES = ("minimax",)
 
 
 class ConfigError(ValueError):
@@ -70,24 +70,26 @@ class ModelConfig:
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
-            _check_value(field.name, field.type, getattr(self, field.name))
+            _check_scalar(field.name, field.type, getattr(self, field.name))
         listed = isinstance(self.layer_types, tuple) and len(self.layer_types) > 0
-        _require(listed, "layer_types", self.layer_types, "a tuple of at least one layer")
+        _check_field(listed, "layer_types", self.layer_types, "a tuple of at least one layer")
         for kind in self.layer_types:
-            _require(kind in (LIGHTNING, SOFTMAX), "layer_types", kind, f"{LIGHTNING} or {SOFTMAX}")
+            _check_field(
+                kind in (LIGHTNING, SOFTMAX), "layer_types", kind, f"{LIGHTNING} or {SOFTMAX}"
+            )
         heads, groups = self.num_attention_heads, self.num_key_value_heads
         wanted = f"a divisor of num_attention_heads = {heads}"
-        _require(heads % groups == 0, "num_key_value_heads", groups, wanted)
+        _check_field(heads % groups == 0, "num_key_value_heads", groups, wanted)
         fits = self.rotary_dim % 2 == 0 and self.rotary_dim <= self.head_dim
         wanted = f"an even number up to head_dim = {self.head_dim}"
-        _require(fits, "rotary_dim", self.rotary_dim, wanted)
+        _check_field(fits, "rotary_dim", self.rotary_dim, wanted)
         active, experts = self.num_experts_per_tok, self.num_local_experts
         wanted = f"at most num_local_experts = {experts}"
-        _require(active <= experts, "num_experts_per_tok", active, wanted)
+        _check_field(active <= experts, "num_experts_per_tok", active, wanted)
         capacity = self.expert_capacity
         if capacity is not None:
-            _check_value("expert_capacity", float, capacity)
-        _require(self.remat in REMAT, "remat", self.remat, f"one of {REMAT}")
+            _check_scalar("expert_capacity", float, capacity)
+        _check_field(self.remat in REMAT_POLICIES, "remat", self.remat, f"one of {REMAT_POLICIES}")
 
     @property
     def num_hidden_layers(self) -> int:
@@ -110,17 +112,17 @@ class ModelConfig:
         return self.num_hidden_layers // self.period
 
     @property
-    def runs(self) -> tuple[tuple[str, int], ...]:
+    def layer_groups(self) -> tuple[tuple[str, int], ...]:
         """Neighbours of one kind in the unit: 7 lightning, then 1 softmax in the release."""
         unit = itertools.groupby(self.layer_types[: self.period])
         return tuple((kind, len(list(same))) for kind, same in unit)
 
-    def place(self, layer: int) -> tuple[int, int, int]:
+    def stack_index_of(self, layer: int) -> tuple[int, int, int]:
         """Return which of `runs` a layer belongs to, in which repeat of the unit, and its place."""
         repeat, place = divmod(layer, self.period)
         run = 0
-        while place >= self.runs[run][1]:
-            place -= self.runs[run][1]
+        while place >= self.layer_groups[run][1]:
+            place -= self.layer_groups[run][1]
             run += 1
         return run, repeat, place
 
@@ -180,15 +182,15 @@ class ModelConfig:
           ConfigError: a key that is unknown, missing, contradictory, or asks for a computation
             that this model does not have.
         """
-        _require(isinstance(hf, Mapping), "config.json", hf, "a JSON object")
+        _check_field(isinstance(hf, Mapping), "config.json", hf, "a JSON object")
         kind = hf.get("model_type")
-        if kind in _RELEASE_TYPES:
-            return _from_release(hf)
-        if kind in _NATIVE_TYPES:
-            return _from_native(hf)
+        if kind in _RELEASE_MODEL_TYPES:
+            return _parse_release_config(hf)
+        if kind in _NATIVE_MODEL_TYPES:
+            return _parse_native_config(hf)
         raise ConfigError(
             f"config.json: model_type is {kind!r}; this code reads "
-            f"{', '.join(_RELEASE_TYPES[:2] + _NATIVE_TYPES)}"
+            f"{', '.join(_RELEASE_MODEL_TYPES[:2] + _NATIVE_MODEL_TYPES)}"
         )
 
     @classmethod
@@ -196,7 +198,7 @@ class ModelConfig:
         """Read a `config.json` file; see `from_hf`."""
         path = pathlib.Path(path)
         try:
-            hf = json.loads(path.read_text(), object_pairs_hook=_without_repeats)
+            hf = json.loads(path.read_text(), object_pairs_hook=_refuse_repeated_keys)
         except FileNotFoundError:
             raise ConfigError(f"{path} does not exist; it must lie beside the weights") from None
         except ConfigError:
@@ -213,7 +215,7 @@ class ModelConfig:
             "model_type": "minimax_m1",
             "num_hidden_layers": self.num_hidden_layers,
             "attn_type_list": [int(kind == SOFTMAX) for kind in self.layer_types],
-            **_FIXED,
+            **_FIXED_VALUES,
         }
 
 
@@ -232,7 +234,7 @@ _SHARED_FIELDS = {
     "initializer_range": False,
     "max_position_embeddings": False,
 }
-_NATIVE_ALPHAS = {
+_NATIVE_SCALE_NAMES = {
     "linear_attn_alpha_factor": "layernorm_linear_attention_alpha",
     "linear_attn_beta_factor": "layernorm_linear_attention_beta",
     "full_attn_alpha_factor": "layernorm_full_attention_alpha",
@@ -245,7 +247,7 @@ _RELEASE_FIELDS = _SHARED_FIELDS | {
     "rope_theta": True,
     "postnorm": False,
     "shared_intermediate_size": False,
-    **dict.fromkeys(_NATIVE_ALPHAS.values(), False),
+    **dict.fromkeys(_NATIVE_SCALE_NAMES.values(), False),
 }
 # transformers leaves out of the file what equals its own defaults (MiniMaxConfig, 5.x).
 _NATIVE_DEFAULTS = {
@@ -263,10 +265,10 @@ _NATIVE_DEFAULTS = {
     "max_position_embeddings": 4096 * 32,
 }
 _NATIVE_ROPE_THETA = 1e6
-_NATIVE_KINDS = {"full_attention": SOFTMAX, "linear_attention": LIGHTNING}
+_NATIVE_LAYER_KINDS = {"full_attention": SOFTMAX, "linear_attention": LIGHTNING}
 
 # Keys that would change the computation if they held anything else.
-_FIXED = {
+_FIXED_VALUES = {
     "hidden_act": "silu",
     "attention_dropout": 0.0,
     "router_jitter_noise": 0.0,
@@ -275,10 +277,10 @@ _FIXED = {
     "shared_moe_mode": "sigmoid",  # the release never reads it and always computes this form
 }
 # Native checkpoints still carry these keys of the release; transformers has no other form.
-_NATIVE_FIXED = _FIXED | {"postnorm": True, "shared_intermediate_size": 0}
+_NATIVE_FIXED_VALUES = _FIXED_VALUES | {"postnorm": True, "shared_intermediate_size": 0}
 
 # Keys that describe files, tokens or library behaviour, not the computation.
-_INERT_TEXT = """
+_INERT_KEYS_TEXT = """
     architectures auto_map model_type torch_dtype dtype transformers_version use_cache
     output_router_logits output_hidden_states output_attentions return_dict bos_token_id
     eos_token_id pad_token_id unk_token_id sep_token_id decoder_start_token_id tokenizer_class
@@ -287,34 +289,34 @@ _INERT_TEXT = """
     tie_encoder_decoder chunk_size_feed_forward _attn_implementation
     _attn_implementation_autoset _experts_implementation block_size
 """
-_INERT = frozenset(_INERT_TEXT.split())
+_INERT_KEYS = frozenset(_INERT_KEYS_TEXT.split())
 # block_size only regroups the same sums; it is inert for the result up to rounding.
 
 
-def _require(condition: bool, key: str, got: Any, wanted: str) -> None:
+def _check_field(condition: bool, key: str, got: Any, wanted: str) -> None:
     if not condition:
         raise ConfigError(f"config: {key} is {got!r}; wanted {wanted}")
 
 
-def _check_value(key: str, kind: Any, value: Any) -> None:
+def _check_scalar(key: str, kind: Any, value: Any) -> None:
     """Check the type and sign of a field: JSON may hold a string or a bool instead of a number."""
     if kind is bool:
-        _require(isinstance(value, bool), key, value, "true or false")
+        _check_field(isinstance(value, bool), key, value, "true or false")
     elif kind is int:
         least = 0 if key == "shared_intermediate_size" else 1
         whole = isinstance(value, int) and not isinstance(value, bool)
-        _require(whole and value >= least, key, value, f"an integer, {least} or more")
+        _check_field(whole and value >= least, key, value, f"an integer, {least} or more")
     elif kind is float:
         number = isinstance(value, int | float) and not isinstance(value, bool)
-        _require(number and math.isfinite(value), key, value, "a number")
+        _check_field(number and math.isfinite(value), key, value, "a number")
         if key in ("rope_theta", "rms_norm_eps", "expert_capacity"):
-            _require(value > 0, key, value, "more than 0")
+            _check_field(value > 0, key, value, "more than 0")
 
 
 def _check_keys(hf: Mapping[str, Any], known: set[str], fixed: Mapping[str, Any]) -> None:
     for key, wanted in fixed.items():
         got = hf.get(key, wanted)
-        _require(got == wanted, key, got, f"{wanted!r}: this model has no other form")
+        _check_field(got == wanted, key, got, f"{wanted!r}: this model has no other form")
     for key in hf:
         if key not in known and key not in fixed:
             near = difflib.get_close_matches(key, known, n=1)
@@ -325,7 +327,7 @@ def _check_keys(hf: Mapping[str, Any], known: set[str], fixed: Mapping[str, Any]
             )
 
 
-def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _refuse_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Make a JSON object, refusing a key that is given twice: which one holds is anyone's guess."""
     out: dict[str, Any] = {}
     for key, value in pairs:
@@ -335,22 +337,22 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return out
 
 
-def _take(hf: Mapping[str, Any], fields: Mapping[str, bool]) -> dict[str, Any]:
+def _select_fields(hf: Mapping[str, Any], fields: Mapping[str, bool]) -> dict[str, Any]:
     missing = [name for name, needed in fields.items() if needed and hf.get(name) is None]
     if missing:
         raise ConfigError(f"config.json: missing {', '.join(missing)}")
     return {name: hf[name] for name in fields if hf.get(name) is not None}
 
 
-def _layer_types(
+def _translate_layer_types(
     hf: Mapping[str, Any], key: str, listed: Any, kinds: Mapping[Any, str]
 ) -> tuple[str, ...]:
     """Translate the file's list of layers, of the length that num_hidden_layers says."""
-    _require(isinstance(listed, list | tuple), key, listed, "a list with one entry per layer")
+    _check_field(isinstance(listed, list | tuple), key, listed, "a list with one entry per layer")
     for kind in listed:
         wanted = " or ".join(f"{k} ({v})" for k, v in kinds.items())
-        _require(kind in list(kinds), key, kind, wanted)
-    wanted = _take(hf, {"num_hidden_layers": True})["num_hidden_layers"]
+        _check_field(kind in list(kinds), key, kind, wanted)
+    wanted = _select_fields(hf, {"num_hidden_layers": True})["num_hidden_layers"]
     if wanted != len(listed):
         raise ConfigError(
             f"config.json: {key} lists {len(listed)} layers but num_hidden_layers is {wanted!r}"
@@ -358,53 +360,57 @@ def _layer_types(
     return tuple(kinds[kind] for kind in listed)
 
 
-def _from_release(hf: Mapping[str, Any]) -> ModelConfig:
-    known = {*_RELEASE_FIELDS, *_INERT, "num_hidden_layers", "attn_type_list"}
-    _check_keys(hf, known, _FIXED)
-    listed = _take(hf, {"attn_type_list": True})["attn_type_list"]
-    types = _layer_types(hf, "attn_type_list", listed, {0: LIGHTNING, 1: SOFTMAX})
-    return ModelConfig(layer_types=types, **_take(hf, _RELEASE_FIELDS))
+def _parse_release_config(hf: Mapping[str, Any]) -> ModelConfig:
+    known = {*_RELEASE_FIELDS, *_INERT_KEYS, "num_hidden_layers", "attn_type_list"}
+    _check_keys(hf, known, _FIXED_VALUES)
+    listed = _select_fields(hf, {"attn_type_list": True})["attn_type_list"]
+    types = _translate_layer_types(hf, "attn_type_list", listed, {0: LIGHTNING, 1: SOFTMAX})
+    return ModelConfig(layer_types=types, **_select_fields(hf, _RELEASE_FIELDS))
 
 
-def _from_native(hf: Mapping[str, Any]) -> ModelConfig:
+def _parse_native_config(hf: Mapping[str, Any]) -> ModelConfig:
     own = {"num_hidden_layers", "layer_types", "rope_parameters", "rope_theta", "rotary_dim"}
-    _check_keys(hf, {*_SHARED_FIELDS, *_NATIVE_ALPHAS, *_INERT, *own}, _NATIVE_FIXED)
+    _check_keys(
+        hf, {*_SHARED_FIELDS, *_NATIVE_SCALE_NAMES, *_INERT_KEYS, *own}, _NATIVE_FIXED_VALUES
+    )
     no_groups = "num_key_value_heads" in hf and hf["num_key_value_heads"] is None
     hf = _NATIVE_DEFAULTS | {key: value for key, value in hf.items() if value is not None}
     for key in ("num_hidden_layers", "num_attention_heads", "hidden_size"):
-        _check_value(key, int, hf[key])
+        _check_scalar(key, int, hf[key])
     heads = hf["num_attention_heads"]
     if no_groups:  # transformers reads null as one KV head per head, an absent key as its default
         hf["num_key_value_heads"] = heads
     hf.setdefault("head_dim", hf["hidden_size"] // heads)
-    _check_value("head_dim", int, hf["head_dim"])
-    default = [list(_NATIVE_KINDS)[layer % 2] for layer in range(hf["num_hidden_layers"])]
-    types = _layer_types(hf, "layer_types", hf.get("layer_types", default), _NATIVE_KINDS)
+    _check_scalar("head_dim", int, hf["head_dim"])
+    default = [list(_NATIVE_LAYER_KINDS)[layer % 2] for layer in range(hf["num_hidden_layers"])]
+    types = _translate_layer_types(
+        hf, "layer_types", hf.get("layer_types", default), _NATIVE_LAYER_KINDS
+    )
     if LIGHTNING in types:
         wanted = "a power of 2: beyond it transformers' decay rates are not the release's"
-        _require(heads & (heads - 1) == 0, "num_attention_heads", heads, wanted)
+        _check_field(heads & (heads - 1) == 0, "num_attention_heads", heads, wanted)
     return ModelConfig(
         layer_types=types,
         postnorm=True,
-        **_take(hf, _SHARED_FIELDS),
-        **_native_rope(hf),
-        **{ours: hf[theirs] for theirs, ours in _NATIVE_ALPHAS.items() if theirs in hf},
+        **_select_fields(hf, _SHARED_FIELDS),
+        **_parse_native_rope(hf),
+        **{ours: hf[theirs] for theirs, ours in _NATIVE_SCALE_NAMES.items() if theirs in hf},
     )
 
 
-def _native_rope(hf: Mapping[str, Any]) -> dict[str, Any]:
+def _parse_native_rope(hf: Mapping[str, Any]) -> dict[str, Any]:
     """Return rope_theta and rotary_dim; full rotary unless the file says otherwise."""
     rope = hf.get("rope_parameters", {})
-    _require(isinstance(rope, Mapping), "rope_parameters", rope, "an object")
+    _check_field(isinstance(rope, Mapping), "rope_parameters", rope, "an object")
     rope = dict(rope)
     kind = rope.pop("rope_type", "default")
-    _require(kind == "default", "rope_parameters.rope_type", kind, "'default'")
-    theta = _agreed("rope_theta", rope.pop("rope_theta", None), hf.get("rope_theta"))
+    _check_field(kind == "default", "rope_parameters.rope_type", kind, "'default'")
+    theta = _reconcile_rope_key("rope_theta", rope.pop("rope_theta", None), hf.get("rope_theta"))
     dims = fraction = rope.pop("partial_rotary_factor", None)
     if fraction is not None:
-        _check_value("partial_rotary_factor", float, fraction)
+        _check_scalar("partial_rotary_factor", float, fraction)
         dims = int(fraction * hf["head_dim"])
-    dims = _agreed("rotary_dim", dims, hf.get("rotary_dim"))
+    dims = _reconcile_rope_key("rotary_dim", dims, hf.get("rotary_dim"))
     if rope:
         raise ConfigError(f"config.json: unknown key in rope_parameters: {sorted(rope)}")
     return {
@@ -413,7 +419,7 @@ def _native_rope(hf: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _agreed(key: str, nested: Any, plain: Any) -> Any:
+def _reconcile_rope_key(key: str, nested: Any, plain: Any) -> Any:
     """Return what rope_parameters or the key beside it says, None if neither does."""
     if None not in (nested, plain) and nested != plain:
         raise ConfigError(f"config.json: {key} is {plain!r} but rope_parameters say {nested!r}")

@@ -18,7 +18,7 @@ class ConfigFileError(ValueError):
     """A config file or override that cannot be used; the message says which and why."""
 
 
-def load(spec: str, overrides: Sequence[str] = ()) -> Any:
+def load_config(spec: str, overrides: Sequence[str] = ()) -> Any:
     """Return `get_config(arg)` of "file.py:arg", with "path.to.field=value" replaced in it.
 
     Raises:
@@ -32,11 +32,11 @@ def load(spec: str, overrides: Sequence[str] = ()) -> Any:
         raise ConfigFileError(f"{path} has no function get_config(arg)")
     config = make(arg) if arg else make()
     for override in overrides:
-        config = replaced(config, override)
+        config = apply_override(config, override)
     return config
 
 
-def replaced(config: Any, override: str) -> Any:
+def apply_override(config: Any, override: str) -> Any:
     """Return the config with one "path.to.field=value"; items of tuples go by their number.
 
     Values are Python literals; a plain word is a string.
@@ -48,7 +48,7 @@ def replaced(config: Any, override: str) -> Any:
         value = ast.literal_eval(text)
     except (ValueError, SyntaxError):
         value = text
-    return _replace(config, type(config), path.split("."), value, path)
+    return _replace_at_path(config, type(config), path.split("."), value, path)
 
 
 def to_json(config: Any) -> Any:
@@ -58,74 +58,78 @@ def to_json(config: Any) -> Any:
 
 def from_json(kind: type, value: Any) -> Any:
     """Return a config of class `kind` from what `to_json` gave, checked field by field."""
-    return _convert(kind, value, kind.__name__)
+    return _convert_value(kind, value, kind.__name__)
 
 
-def differences(old: Any, new: Any, path: str = "") -> list[str]:
+def list_differences(old: Any, new: Any, path: str = "") -> list[str]:
     """Return "path: old -> new" for every value in which two configs of one class differ."""
     if dataclasses.is_dataclass(old) and type(old) is type(new):
-        pairs = [(f.name, getattr(old, f.name), getattr(new, f.name)) for f in _fields(old)]
+        pairs = [
+            (f.name, getattr(old, f.name), getattr(new, f.name)) for f in _dataclass_fields(old)
+        ]
     elif isinstance(old, tuple) and isinstance(new, tuple) and len(old) == len(new):
         pairs = [(str(i), a, b) for i, (a, b) in enumerate(zip(old, new, strict=True))]
     else:
         return [] if old == new else [f"{path}: {old!r} -> {new!r}"]
     return [
-        line for name, a, b in pairs for line in differences(a, b, f"{path}.{name}".lstrip("."))
+        line
+        for name, a, b in pairs
+        for line in list_differences(a, b, f"{path}.{name}".lstrip("."))
     ]
 
 
-def _fields(kind: Any) -> tuple[dataclasses.Field, ...]:
+def _dataclass_fields(kind: Any) -> tuple[dataclasses.Field, ...]:
     return dataclasses.fields(kind)
 
 
-def _replace(node: Any, kind: Any, path: list[str], value: Any, whole: str) -> Any:
+def _replace_at_path(node: Any, kind: Any, path: list[str], value: Any, full_path: str) -> Any:
     if not path:
-        return _convert(kind, value, whole)
+        return _convert_value(kind, value, full_path)
     name, *rest = path
     if isinstance(node, tuple) and name.lstrip("-").isdigit():
         if not -len(node) <= int(name) < len(node):
-            raise ConfigFileError(f"{whole}: got item {name}; there are {len(node)}")
+            raise ConfigFileError(f"{full_path}: got item {name}; there are {len(node)}")
         items = list(node)
-        of = typing.get_args(_of_none(kind, tuple)) or (Any,)
+        of = typing.get_args(_unwrap_optional(kind, tuple)) or (Any,)
         of = of[0] if of[-1] is Ellipsis else of[int(name)]
-        items[int(name)] = _replace(items[int(name)], of, rest, value, whole)
+        items[int(name)] = _replace_at_path(items[int(name)], of, rest, value, full_path)
         return tuple(items)
     if not dataclasses.is_dataclass(node):
-        raise ConfigFileError(f"{whole}: {name!r} is below {node!r}, which has no fields")
+        raise ConfigFileError(f"{full_path}: {name!r} is below {node!r}, which has no fields")
     kinds = typing.get_type_hints(type(node))
     if name not in kinds:
-        raise ConfigFileError(f"{whole}: {_unknown(type(node), name, kinds)}")
-    new = _replace(getattr(node, name), kinds[name], rest, value, whole)
+        raise ConfigFileError(f"{full_path}: {_describe_unknown_field(type(node), name, kinds)}")
+    new = _replace_at_path(getattr(node, name), kinds[name], rest, value, full_path)
     return dataclasses.replace(typing.cast(Any, node), **{name: new})
 
 
-def _unknown(kind: type, name: str, names) -> str:
+def _describe_unknown_field(kind: type, name: str, names) -> str:
     near = difflib.get_close_matches(name, list(names), 1)
     hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(names)}"
     return f"{kind.__name__} has no field {name!r}; {hint}"
 
 
-def _of_none(kind: Any, origin: type) -> Any:
+def _unwrap_optional(kind: Any, origin: type) -> Any:
     """Return the member of `X | None` that has the given origin, or the kind itself."""
     if isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union:
         return next((k for k in typing.get_args(kind) if typing.get_origin(k) is origin), kind)
     return kind
 
 
-def _plain(value: Any) -> Any:
+def _lists_to_tuples(value: Any) -> Any:
     """Return a value whose lists are tuples, as JSON has no tuples and configs have no lists."""
-    return tuple(map(_plain, value)) if isinstance(value, list | tuple) else value
+    return tuple(map(_lists_to_tuples, value)) if isinstance(value, list | tuple) else value
 
 
-def _convert(kind: Any, value: Any, where: str) -> Any:
+def _convert_value(kind: Any, value: Any, path: str) -> Any:
     """Return `value` as a field of type `kind` holds it; a whole number will do for a float."""
     origin = typing.get_origin(kind)
     if kind is Any:
-        return _plain(value)
+        return _lists_to_tuples(value)
     if isinstance(kind, types.UnionType) or origin is typing.Union:
         for member in typing.get_args(kind):
             try:
-                return _convert(member, value, where)
+                return _convert_value(member, value, path)
             except ConfigFileError:
                 continue
     elif dataclasses.is_dataclass(kind):
@@ -136,17 +140,17 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
             for name in value:
                 if name not in kinds:
                     cls = typing.cast(type, kind)
-                    raise ConfigFileError(f"{where}: {_unknown(cls, name, kinds)}")
-            parts = {n: _convert(kinds[n], v, f"{where}.{n}") for n, v in value.items()}
+                    raise ConfigFileError(f"{path}: {_describe_unknown_field(cls, name, kinds)}")
+            parts = {n: _convert_value(kinds[n], v, f"{path}.{n}") for n, v in value.items()}
             return typing.cast(Any, kind)(**parts)
     elif origin is tuple:
         if not isinstance(value, tuple | list):
-            raise ConfigFileError(f"{where}: got {value!r}; wanted a tuple")
+            raise ConfigFileError(f"{path}: got {value!r}; wanted a tuple")
         of = typing.get_args(kind)
         of = (of[0],) * len(value) if of[-1] is Ellipsis else of
         if len(of) == len(value):
             pairs = enumerate(zip(of, value, strict=True))
-            return tuple(_convert(k, v, f"{where}.{i}") for i, (k, v) in pairs)
+            return tuple(_convert_value(k, v, f"{path}.{i}") for i, (k, v) in pairs)
     elif kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     elif kind is int and isinstance(value, float) and value.is_integer():  # 1e6
@@ -157,4 +161,4 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
     elif isinstance(value, kind) and not (isinstance(value, bool) and kind is not bool):
         return value
     name = getattr(kind, "__name__", str(kind)) if origin is None else str(kind)
-    raise ConfigFileError(f"{where}: got {value!r}; wanted {name}")
+    raise ConfigFileError(f"{path}: got {value!r}; wanted {name}")

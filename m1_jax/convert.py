@@ -24,11 +24,11 @@ from absl import app, flags, logging
 from m1_jax import checkpoint, export, params_map, release
 from m1_jax import config as config_lib
 
-SHARD_BYTES = 5 * 10**9  # of one shard, where the source does not say how it was cut
+MAX_SHARD_BYTES = 5 * 10**9  # of one shard, where the source does not say how it was cut
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class ConvertConfig:
     """to: "orbax" or "hf". src, dst: directories; dst must not exist. progress: show a bar."""
 
     to: str
@@ -46,7 +46,7 @@ class Config:
             raise ValueError(f"--memory_gib is {self.memory_gib}; wanted more than 0")
 
 
-def run(config: Config) -> pathlib.Path:
+def run(config: ConvertConfig) -> pathlib.Path:
     """Convert, and return the finished directory.
 
     Raises:
@@ -63,32 +63,35 @@ def run(config: Config) -> pathlib.Path:
         raise release.CheckpointError(f"{src} is {what}; --to={config.to} does not apply to it")
     partial = dst.with_name(dst.name + ".partial")
     if config.to == "orbax":
-        _to_orbax(release.Release(src), partial, config)
+        _convert_to_orbax(release.Release(src), partial, config)
     else:
-        _to_hf(src, partial, config)
+        _convert_to_hf(src, partial, config)
     partial.rename(dst)
-    (dst / export.JOURNAL).unlink()
+    (dst / export.JOURNAL_FILE).unlink()
     return dst
 
 
 # ---- release to Orbax
 
 
-def _to_orbax(source: release.Release, partial: pathlib.Path, config: Config) -> None:
-    leaves = _leaves(source)
-    done = _resume(partial, source.config, [shard.file for shard in source.shards])
-    params = partial / checkpoint.PARAMS
+def _convert_to_orbax(
+    source: release.Release, partial: pathlib.Path, config: ConvertConfig
+) -> None:
+    leaves = _stored_params_from_release(source)
+    done = _start_or_resume(partial, source.config, [shard.file for shard in source.shards])
+    params = partial / checkpoint.PARAMS_DIR
     if not params.exists():
-        export.allocate(params, leaves)
+        export.allocate_params(params, leaves)
     arrays = {
-        path: ts.open(checkpoint.array_spec(params, path), open=True).result() for path in leaves
+        path: ts.open(checkpoint.tensorstore_spec(params, path), open=True).result()
+        for path in leaves
     }
     by_name = {entry.name: entry for entry in source.entries}
     # In the order of the shards' bytes, so that a disk reads each file once from front to back.
     tensors = [t for shard in source.shards for t in shard.tensors if t.name in by_name]
     budget, held = int(config.memory_gib * 2**30), 0
-    pending: deque[tuple[release.Tensor, ts.WriteFutures]] = deque()
-    with _Progress(partial, tensors, done, config.progress) as progress:
+    pending: deque[tuple[release.ReleaseTensor, ts.WriteFutures]] = deque()
+    with _ConvertProgress(partial, tensors, done, config.progress) as progress:
         for tensor in (*(t for t in tensors if t.name not in done), None):
             # None ends the list: everything still under way is waited for.
             while pending and (tensor is None or held + tensor.nbytes > budget):
@@ -98,28 +101,28 @@ def _to_orbax(source: release.Release, partial: pathlib.Path, config: Config) ->
                 held -= oldest.nbytes
             if tensor is not None:
                 entry, data = by_name[tensor.name], tensor.read()
-                target = arrays[entry.path][entry.index]
+                target = arrays[entry.param_path][entry.index]
                 pending.append((tensor, target.write(data.T if entry.transposed else data)))
                 held += tensor.nbytes
     export.copy_small_files(source.directory, partial)
-    (partial / checkpoint.MANIFEST).write_text(json.dumps(export.manifest(source)))
+    (partial / checkpoint.MANIFEST_FILE).write_text(json.dumps(export.build_manifest(source)))
 
 
-def _leaves(source: release.Release) -> dict[str, export.Leaf]:
+def _stored_params_from_release(source: release.Release) -> dict[str, export.StoredParam]:
     """Return every parameter, after checking each of its tensors against it."""
-    params = checkpoint.parameters(checkpoint.abstract_model(source.config))
-    leaves: dict[str, export.Leaf] = {}
-    first: dict[str, release.Tensor] = {}
+    params = checkpoint.params_by_path(checkpoint.abstract_model(source.config))
+    leaves: dict[str, export.StoredParam] = {}
+    first: dict[str, release.ReleaseTensor] = {}
     for entry in source.entries:
-        tensor, shape = source.tensors[entry.name], params[entry.path].shape
-        checkpoint.check_shape(tensor, entry, shape)
-        before = first.setdefault(entry.path, tensor)
+        tensor, shape = source.tensors[entry.name], params[entry.param_path].shape
+        checkpoint.check_tensor_shape(tensor, entry, shape)
+        before = first.setdefault(entry.param_path, tensor)
         if before.dtype != tensor.dtype:
             raise release.CheckpointError(
-                f"{tensor.name} is {release.CODES[tensor.dtype]} but {before.name} is "
-                f"{release.CODES[before.dtype]}; they are parts of one parameter and must agree"
+                f"{tensor.name} is {release.CODES_BY_DTYPE[tensor.dtype]} but {before.name} is "
+                f"{release.CODES_BY_DTYPE[before.dtype]}; they are parts of one parameter and must agree"
             )
-        leaves[entry.path] = export.Leaf(shape, tensor.dtype, len(entry.index))
+        leaves[entry.param_path] = export.StoredParam(shape, tensor.dtype, len(entry.index))
     if left := params.keys() - leaves.keys():
         raise AssertionError(f"params_map.py has no row for {sorted(left)}")
     return leaves
@@ -128,18 +131,18 @@ def _leaves(source: release.Release) -> dict[str, export.Leaf]:
 # ---- Orbax to release
 
 
-def _to_hf(src: pathlib.Path, partial: pathlib.Path, config: Config) -> None:
+def _convert_to_hf(src: pathlib.Path, partial: pathlib.Path, config: ConvertConfig) -> None:
     manifest = checkpoint.read_manifest(src)
     model_config = config_lib.ModelConfig.from_file(src / "config.json")
     arrays = checkpoint.open_params(src, model_config)
-    tensors = _tensors(src, model_config, arrays)
-    shards = _original_shards(manifest, tensors) or _new_shards(tensors)
-    done = _resume(partial, model_config, [src / checkpoint.MANIFEST])
-    entries = {entry.name: entry for entry in params_map.entries(model_config)}
-    order = {file: _names(header) for file, header in shards.items()}
+    tensors = _describe_tensors(src, model_config, arrays)
+    shards = _original_shard_headers(manifest, tensors) or _new_shard_headers(tensors)
+    done = _start_or_resume(partial, model_config, [src / checkpoint.MANIFEST_FILE])
+    entries = {entry.name: entry for entry in params_map.list_tensor_entries(model_config)}
+    order = {file: _sort_names_by_offset(header) for file, header in shards.items()}
     listed = [tensors[name] for names in order.values() for name in names]
     finished = {name for file in order if file in done for name in order[file]}
-    with _Progress(partial, listed, finished, config.progress) as progress:
+    with _ConvertProgress(partial, listed, finished, config.progress) as progress:
         for file, header in shards.items():
             if file in done:
                 continue
@@ -149,8 +152,10 @@ def _to_hf(src: pathlib.Path, partial: pathlib.Path, config: Config) -> None:
                 stream.write(len(raw).to_bytes(8, "little") + raw)
                 for name in order[file]:
                     entry = entries[name]
-                    reading = arrays[entry.path][entry.index].read()
-                    data = checkpoint.result(reading, src / checkpoint.PARAMS / entry.path)
+                    reading = arrays[entry.param_path][entry.index].read()
+                    data = checkpoint.wait_for_read(
+                        reading, src / checkpoint.PARAMS_DIR / entry.param_path
+                    )
                     data = np.ascontiguousarray(data.T if entry.transposed else data)
                     stream.write(data.reshape(-1).view(np.uint8).data)
                     progress.advance(data.nbytes)
@@ -158,7 +163,7 @@ def _to_hf(src: pathlib.Path, partial: pathlib.Path, config: Config) -> None:
                 os.fsync(stream.fileno())  # the journal must not say more than the disk holds
             growing.rename(partial / file)
             progress.finish(file, 0)
-    if _is_original(manifest, shards):
+    if _has_original_shards(manifest, shards):
         index = manifest["index"]
     else:
         total = sum(tensor.nbytes for tensor in tensors.values())
@@ -166,43 +171,43 @@ def _to_hf(src: pathlib.Path, partial: pathlib.Path, config: Config) -> None:
         content = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
         index = json.dumps(content, indent=2) + "\n"
     if index is not None:
-        (partial / release.INDEX).write_text(index)
+        (partial / release.INDEX_FILE).write_text(index)
     export.copy_small_files(src, partial)
     release.Release(partial)  # the checks that every reader makes
 
 
-def _tensors(src, model_config, arrays) -> dict[str, release.Tensor]:
+def _describe_tensors(src, model_config, arrays) -> dict[str, release.ReleaseTensor]:
     """Return what each tensor will look like in the release."""
     tensors = {}
-    for entry in params_map.entries(model_config):
-        array = arrays[entry.path]
+    for entry in params_map.list_tensor_entries(model_config):
+        array = arrays[entry.param_path]
         shape, dtype = array.shape[len(entry.index) :], array.dtype.numpy_dtype
         shape = shape[::-1] if entry.transposed else shape
         nbytes = int(np.prod(shape)) * dtype.itemsize
-        tensors[entry.name] = release.Tensor(entry.name, src, dtype, shape, 0, nbytes)
+        tensors[entry.name] = release.ReleaseTensor(entry.name, src, dtype, shape, 0, nbytes)
     return tensors
 
 
-def _is_original(manifest: dict, shards: dict[str, str]) -> bool:
+def _has_original_shards(manifest: dict, shards: dict[str, str]) -> bool:
     return shards == manifest["shards"]
 
 
-def _original_shards(manifest, tensors) -> dict[str, str] | None:
+def _original_shard_headers(manifest, tensors) -> dict[str, str] | None:
     """Return the release's own headers by file, if they still describe these tensors."""
     found = {}
     for header in manifest["shards"].values():
         for name, spec in json.loads(header).items():
             if name != "__metadata__":
                 found[name] = (spec["dtype"], tuple(spec["shape"]))
-    ours = {t.name: (release.CODES[t.dtype], t.shape) for t in tensors.values()}
+    ours = {t.name: (release.CODES_BY_DTYPE[t.dtype], t.shape) for t in tensors.values()}
     return manifest["shards"] if found == ours else None
 
 
-def _new_shards(tensors: dict[str, release.Tensor]) -> dict[str, str]:
+def _new_shard_headers(tensors: dict[str, release.ReleaseTensor]) -> dict[str, str]:
     """Cut the tensors into shards of up to SHARD_BYTES; return a header per file."""
-    groups: list[list[release.Tensor]] = [[]]
+    groups: list[list[release.ReleaseTensor]] = [[]]
     for tensor in tensors.values():
-        if groups[-1] and sum(t.nbytes for t in groups[-1]) + tensor.nbytes > SHARD_BYTES:
+        if groups[-1] and sum(t.nbytes for t in groups[-1]) + tensor.nbytes > MAX_SHARD_BYTES:
             groups.append([])
         groups[-1].append(tensor)
     shards = {}
@@ -212,7 +217,7 @@ def _new_shards(tensors: dict[str, release.Tensor]) -> dict[str, str]:
         for tensor in group:
             start, end = end, end + tensor.nbytes
             header[tensor.name] = {
-                "dtype": release.CODES[tensor.dtype],
+                "dtype": release.CODES_BY_DTYPE[tensor.dtype],
                 "shape": list(tensor.shape),
                 "data_offsets": [start, end],
             }
@@ -222,7 +227,7 @@ def _new_shards(tensors: dict[str, release.Tensor]) -> dict[str, str]:
     return shards
 
 
-def _names(header: str) -> list[str]:
+def _sort_names_by_offset(header: str) -> list[str]:
     """Return the tensors of a header in the order of their bytes."""
     content = {k: v for k, v in json.loads(header).items() if k != "__metadata__"}
     return sorted(content, key=lambda name: content[name]["data_offsets"])
@@ -231,16 +236,16 @@ def _names(header: str) -> list[str]:
 # ---- both ways
 
 
-class _Progress:
+class _ConvertProgress:
     """A bar over bytes, and the journal of what is finished."""
 
-    def __init__(self, partial: pathlib.Path, tensors, done, show: bool):
+    def __init__(self, partial: pathlib.Path, tensors, finished_names, show_bar: bool):
         total = sum(tensor.nbytes for tensor in tensors)
-        initial = sum(tensor.nbytes for tensor in tensors if tensor.name in done)
+        initial = sum(tensor.nbytes for tensor in tensors if tensor.name in finished_names)
         self._bar = tqdm.tqdm(
-            total=total, initial=initial, unit="B", unit_scale=True, disable=not show
+            total=total, initial=initial, unit="B", unit_scale=True, disable=not show_bar
         )
-        self._journal = (partial / export.JOURNAL).open("a")
+        self._journal = (partial / export.JOURNAL_FILE).open("a")
 
     def __enter__(self):
         return self
@@ -258,15 +263,17 @@ class _Progress:
         self.advance(nbytes)
 
 
-def _resume(partial: pathlib.Path, model_config, files: list[pathlib.Path]) -> set[str]:
+def _start_or_resume(
+    partial: pathlib.Path, model_config, source_files: list[pathlib.Path]
+) -> set[str]:
     """Start or continue `partial`; return what its journal says is finished.
 
     files: what the source is told by. Two models of one shape differ in when they were written.
     """
-    stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in source_files]
     source = repr((model_config, stats))
     fingerprint = "source " + hashlib.sha256(source.encode()).hexdigest()
-    journal = partial / export.JOURNAL
+    journal = partial / export.JOURNAL_FILE
     if not journal.exists():
         if partial.exists() and any(partial.iterdir()):
             raise FileExistsError(
@@ -298,8 +305,8 @@ def main(argv) -> None:
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.ERROR)  # Orbax tells every step, and warns of none of ours
     try:
-        config = Config(
-            **{f.name: getattr(flags.FLAGS, f.name) for f in dataclasses.fields(Config)}
+        config = ConvertConfig(
+            **{f.name: getattr(flags.FLAGS, f.name) for f in dataclasses.fields(ConvertConfig)}
         )
         print(f"wrote {run(config)}")
     except (ValueError, OSError) as error:

@@ -9,19 +9,19 @@ from jaxtyping import Array, Float, Int
 from m1_jax import quantize
 
 # Rows per CPU matmul: big tiles first, small ones for what is left. Each costs compile time.
-TILES, FEW_ROWS_TILES = (256, 32), (16, 4)
+ROW_TILES, FEW_ROWS_TILES = (256, 32), (16, 4)
 # Set (`with fixed_tile(rows)`), every CPU matmul has that many rows, or twice and half as many
 # where that is known to change nothing: a row's numbers then do not depend on how many others its
 # expert has. XLA:CPU gives a row the same bits in any product of 2 to 32 rows; 1 row, or 64 and
 # more, take other ways (tests/m1_jax_tiles_test.py).
-fixed_tile = jax.make_user_context(0)
+matmul_tile = jax.make_user_context(0)
 
 
-def run(
+def grouped_mlp(
     rows: Float[Array, "M D"],
-    gate: Float[Array, "E D F"] | quantize.Quantized,
-    up: Float[Array, "E D F"] | quantize.Quantized,
-    down: Float[Array, "E F D"] | quantize.Quantized,
+    gate: Float[Array, "E D F"] | quantize.QuantizedMatrices,
+    up: Float[Array, "E D F"] | quantize.QuantizedMatrices,
+    down: Float[Array, "E F D"] | quantize.QuantizedMatrices,
     group_sizes: Int[Array, "E"],
     weights: Float[Array, "M"],
 ) -> Float[Array, "M D"]:
@@ -34,12 +34,21 @@ def run(
     so ahead-of-time compiles get the target's. Quantized experts have no gradient.
     """
     return jax.lax.platform_dependent(
-        rows, gate, up, down, group_sizes, weights, cpu=_tiled, default=_ragged
+        rows,
+        gate,
+        up,
+        down,
+        group_sizes,
+        weights,
+        cpu=_grouped_mlp_tiled,
+        default=_grouped_mlp_ragged,
     )
 
 
-def run_stacked(rows, gate, up, down, place, group_sizes, weights) -> Float[Array, "M D"]:
-    """Return `run` of the layer at `place` of experts that are stacked over layers; no gradient.
+def grouped_mlp_stacked(
+    rows, gate, up, down, stack_index, group_sizes, weights
+) -> Float[Array, "M D"]:
+    """Return `grouped_mlp` of the layer at `place` of experts that are stacked over layers; no gradient.
 
     On CPU only the matrices of busy experts are read: a layer sliced out in a loop over layers
     would be copied whole, once for every token decoded.
@@ -47,27 +56,27 @@ def run_stacked(rows, gate, up, down, place, group_sizes, weights) -> Float[Arra
 
     def whole(rows, gate, up, down, place, group_sizes, weights):
         gate, up, down = (jax.tree.map(lambda a: a[place], x) for x in (gate, up, down))
-        return _ragged(rows, gate, up, down, group_sizes, weights)
+        return _grouped_mlp_ragged(rows, gate, up, down, group_sizes, weights)
 
     def tiled(rows, gate, up, down, place, group_sizes, weights):
         arguments = (rows, gate, up, down, group_sizes, weights)
-        return _tiled_forward(*arguments, keep=False, place=place)[0]
+        return _run_expert_tiles(*arguments, keep_residuals=False, stack_index=place)[0]
 
     return jax.lax.platform_dependent(
-        rows, gate, up, down, place, group_sizes, weights, cpu=tiled, default=whole
+        rows, gate, up, down, stack_index, group_sizes, weights, cpu=tiled, default=whole
     )
 
 
-def _ragged(rows, gate, up, down, group_sizes, weights):
+def _grouped_mlp_ragged(rows, gate, up, down, group_sizes, weights):
     matmul = functools.partial(_ragged_matmul, group_sizes=group_sizes)
     # What no group computes may be NaN, and NaN times 0 in the experts' gradients would spread.
     real = (jnp.arange(rows.shape[0]) < jnp.sum(group_sizes))[:, None]
     gated, upped = (jnp.where(real, matmul(rows, x), 0) for x in (gate, up))
-    return matmul(_hidden(gated, upped, weights), down)
+    return matmul(_weighted_hidden(gated, upped, weights), down)
 
 
 def _ragged_matmul(rows, matrices, group_sizes):
-    if not isinstance(matrices, quantize.Quantized):
+    if not isinstance(matrices, quantize.QuantizedMatrices):
         return jax.lax.ragged_dot(rows, matrices, group_sizes)
     # int8 is exact in bfloat16; scales apply to the float32 sums.
     values = matrices.values.astype(rows.dtype)
@@ -77,7 +86,7 @@ def _ragged_matmul(rows, matrices, group_sizes):
     return (y * jnp.take(matrices.scale, expert, axis=0)).astype(rows.dtype)
 
 
-def _hidden(gated, up, weights):
+def _weighted_hidden(gated, up, weights):
     # Rounded once, after the weight.
     hidden = jax.nn.silu(gated.astype(jnp.float32)) * up.astype(jnp.float32) * weights[:, None]
     return hidden.astype(gated.dtype)
@@ -87,30 +96,40 @@ def _hidden(gated, up, weights):
 
 
 @jax.custom_vjp
-def _tiled(rows, gate, up, down, group_sizes, weights):
-    return _tiled_forward(rows, gate, up, down, group_sizes, weights, keep=False)[0]
+def _grouped_mlp_tiled(rows, gate, up, down, group_sizes, weights):
+    return _run_expert_tiles(rows, gate, up, down, group_sizes, weights, keep_residuals=False)[0]
 
 
-def _tiled_forward(rows, gate, up, down, group_sizes, weights, *, keep, place=()):
+def _run_expert_tiles(
+    rows, gate, up, down, group_sizes, weights, *, keep_residuals, stack_index=()
+):
     """Return the output, and where `keep`, what `gate` and `up` gave: the backward's residuals."""
-    num_rows, tiles = rows.shape[0], _tiles(rows.shape[0])
+    num_rows, tiles = rows.shape[0], _choose_tiles(rows.shape[0])
     starts = jnp.cumsum(group_sizes) - group_sizes
-    rows, weights = _pad(rows, tiles), _pad(weights, tiles)
-    kept = jnp.zeros((rows.shape[0] if keep else 0, gate.shape[-1]), rows.dtype)
+    rows, weights = _pad_rows(rows, tiles), _pad_rows(weights, tiles)
+    kept = jnp.zeros((rows.shape[0] if keep_residuals else 0, gate.shape[-1]), rows.dtype)
 
     def expert(index, buffers):
-        gate_e, up_e, down_e = (_matrix(x, (*place, index), rows.dtype) for x in (gate, up, down))
+        gate_e, up_e, down_e = (
+            _make_expert_matmul(x, (*stack_index, index), rows.dtype) for x in (gate, up, down)
+        )
 
         # The last tile runs over into the next expert's rows, which that one then overwrites.
         def body(buffers, row, tile):
             out, gated, upped = buffers
             at = starts[index] + row
-            x = _rows(rows, at, tile)
+            x = _slice_rows(rows, at, tile)
             g, u = gate_e(x), up_e(x)
-            out = _put(out, down_e(_hidden(g, u, _rows(weights, at, tile))), at)
-            return (out, _put(gated, g, at), _put(upped, u, at)) if keep else (out, gated, upped)
+            out = _write_rows(
+                out, down_e(_weighted_hidden(g, u, _slice_rows(weights, at, tile))), at
+            )
+            return (
+                (out, _write_rows(gated, g, at), _write_rows(upped, u, at))
+                if keep_residuals
+                else (out, gated, upped)
+            )
 
-        return _for_tiles(group_sizes[index], tiles, body, buffers)
+        return _loop_over_tiles(group_sizes[index], tiles, body, buffers)
 
     def step(index, buffers):
         # Idle experts are skipped before their weights are read: most of them, in decoding.
@@ -121,16 +140,16 @@ def _tiled_forward(rows, gate, up, down, group_sizes, weights, *, keep, place=()
     return out[:num_rows], gated, upped
 
 
-def _tiled_fwd(*arguments):
-    out, gated, upped = _tiled_forward(*arguments, keep=True)
+def _grouped_mlp_tiled_fwd(*arguments):
+    out, gated, upped = _run_expert_tiles(*arguments, keep_residuals=True)
     return out, (*arguments, gated, upped)
 
 
-def _tiled_bwd(residuals, grad):
+def _grouped_mlp_tiled_bwd(residuals, grad):
     rows, gate, up, down, group_sizes, weights, gated, upped = residuals
-    num_rows, tiles = rows.shape[0], _tiles(rows.shape[0])
+    num_rows, tiles = rows.shape[0], _choose_tiles(rows.shape[0])
     starts = jnp.cumsum(group_sizes) - group_sizes
-    rows, grad, weights = (_pad(x, tiles) for x in (rows, grad, weights))
+    rows, grad, weights = (_pad_rows(x, tiles) for x in (rows, grad, weights))
 
     def expert(carry, xs):
         gate_e, up_e, down_e, start, size = xs
@@ -140,17 +159,17 @@ def _tiled_bwd(residuals, grad):
             at = start + row
             # Rows of the next expert must not reach this one's weights.
             mine = (row + jnp.arange(tile, dtype=jnp.int32) < size)[:, None]
-            dy = jnp.where(mine, _rows(grad, at, tile), 0)
-            x = _rows(rows, at, tile)
-            kept = (_rows(of, at, tile) for of in (gated, upped, weights))
-            h, pull = jax.vjp(_hidden, *kept)
+            dy = jnp.where(mine, _slice_rows(grad, at, tile), 0)
+            x = _slice_rows(rows, at, tile)
+            kept = (_slice_rows(of, at, tile) for of in (gated, upped, weights))
+            h, pull = jax.vjp(_weighted_hidden, *kept)
             dg, du, dw = pull(dy @ down_e.T)
-            rows_grad = _put(rows_grad, dg @ gate_e.T + du @ up_e.T, at)
-            weights_grad = _put(weights_grad, dw, at)
+            rows_grad = _write_rows(rows_grad, dg @ gate_e.T + du @ up_e.T, at)
+            weights_grad = _write_rows(weights_grad, dw, at)
             return rows_grad, weights_grad, d_gate + x.T @ dg, d_up + x.T @ du, d_down + h.T @ dy
 
         zeros = tuple(map(jnp.zeros_like, (gate_e, up_e, down_e)))
-        *carry, d_gate, d_up, d_down = _for_tiles(size, tiles, body, (*carry, *zeros))
+        *carry, d_gate, d_up, d_down = _loop_over_tiles(size, tiles, body, (*carry, *zeros))
         return tuple(carry), (d_gate, d_up, d_down)
 
     xs = (gate, up, down, starts, group_sizes)
@@ -159,44 +178,44 @@ def _tiled_bwd(residuals, grad):
     return rows_grad[:num_rows], *grads, None, weights_grad[:num_rows]
 
 
-_tiled.defvjp(_tiled_fwd, _tiled_bwd)
+_grouped_mlp_tiled.defvjp(_grouped_mlp_tiled_fwd, _grouped_mlp_tiled_bwd)
 
 
-def _pad(x, tiles):
+def _pad_rows(x, tiles):
     # The largest tile must fit even where it never runs.
     more = max(tiles[-1], tiles[0] - len(x))
     return jnp.pad(x, ((0, more), *((0, 0),) * (x.ndim - 1)))
 
 
-def _matrix(matrices, index, dtype):
+def _make_expert_matmul(matrices, index, dtype):
     """Return one expert's matrix as the function that multiplies with it."""
-    if isinstance(matrices, quantize.Quantized):
+    if isinstance(matrices, quantize.QuantizedMatrices):
         # Widened here and not in the loop over tiles.
         values, scale = matrices.values[index].astype(dtype), matrices.scale[index]
-        return lambda x: quantize.matmul(x, values, scale)
+        return lambda x: quantize.scaled_matmul(x, values, scale)
     matrix = matrices[index]
     return lambda x: x @ matrix
 
 
-def _rows(x, start, size):
+def _slice_rows(x, start, size):
     return jax.lax.dynamic_slice_in_dim(x, start, size)
 
 
-def _put(x, rows, start):
+def _write_rows(x, rows, start):
     return jax.lax.dynamic_update_slice_in_dim(x, rows, start, 0)
 
 
-def _tiles(num_rows: int) -> tuple[int, ...]:
-    if (size := fixed_tile.value) in (4, 8, 16):
+def _choose_tiles(num_rows: int) -> tuple[int, ...]:
+    if (size := matmul_tile.value) in (4, 8, 16):
         return (2 * size, size // 2)
     if size:
         return (size,)
-    if num_rows >= TILES[0]:
-        return TILES
+    if num_rows >= ROW_TILES[0]:
+        return ROW_TILES
     return FEW_ROWS_TILES if num_rows >= FEW_ROWS_TILES[0] else (num_rows,)
 
 
-def _for_tiles(size, tiles, body, carry):
+def _loop_over_tiles(size, tiles, body, carry):
     """Run body(carry, first row, tile) over tiles that cover `size` rows, largest first."""
     done = jnp.zeros((), jnp.int32)
     for tile in tiles:

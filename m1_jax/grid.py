@@ -21,13 +21,13 @@ from m1_jax import serving
 from m1_jax import state as state_lib
 
 
-def attend(
+def attend_slots(
     qkv: Float[Array, "M N3H"],
     slopes: Float[Array, "N"],
-    work: serving.Work,
-    pool: state_lib.Slots,
-    place: tuple[Any, ...],
-) -> tuple[Float[Array, "M NH"], state_lib.Slots]:
+    batch: serving.RaggedBatch,
+    pool: state_lib.LightningSlots,
+    stack_index: tuple[Any, ...],
+) -> tuple[Float[Array, "M NH"], state_lib.LightningSlots]:
     """Append rows to their sequences' rings, and return what they read.
 
     place: of the layer in the pool (repeat, number).
@@ -41,11 +41,11 @@ def attend(
     loss = -jnp.expm1(-slopes * chunk)
 
     def tile(slot, _, places, heads, pool):
-        index = (*place, slot)
-        rows, start = places % chunk, first(places) % chunk
+        index = (*stack_index, slot)
+        rows, start = places % chunk, first_position(places) % chunk
         q, k, v = jnp.moveaxis(heads, 0, 2).transpose(1, 0, 2, 3)  # [N, t, H] each
-        keys = write(pool.keys, index, start, k, places)
-        values = write(pool.values, index, start, v, places)
+        keys = write_rows(pool.keys, index, start, k, places)
+        values = write_rows(pool.values, index, start, v, places)
         # Rows that are not written yet hold anything, NaN too.
         last = jnp.max(jnp.where(places >= 0, rows, -1))
         written = (jnp.arange(chunk, dtype=jnp.int32) <= last)[None, :, None]
@@ -54,38 +54,40 @@ def attend(
         q = q.astype(jnp.float32)
         gap = rows[:, None] - jnp.arange(chunk, dtype=jnp.int32)[None]
         weights = jnp.where((gap >= 0)[None], powers[:, jnp.maximum(gap, 0)], 0.0)
-        within = _dot("nij,njv->niv", _dot("nik,njk->nij", q, k) * weights, v)
-        o = within + powers[:, rows + 1][:, :, None] * _dot("nik,nkv->niv", q, state)
+        within = _einsum_highest("nij,njv->niv", _einsum_highest("nik,njk->nij", q, k) * weights, v)
+        o = within + powers[:, rows + 1][:, :, None] * _einsum_highest("nik,nkv->niv", q, state)
 
         def full(state):
             ramp = powers[:, chunk - 1 :: -1][:, :, None]
-            return state - loss[:, None, None] * state + _dot("njk,njv->nkv", k * ramp, v)
+            return (
+                state - loss[:, None, None] * state + _einsum_highest("njk,njv->nkv", k * ramp, v)
+            )
 
         state = jax.lax.cond(last == chunk - 1, full, lambda state: state, state)
         states = pool.states.at[index].set(state)
         o = jnp.moveaxis(o, 0, 1).astype(qkv.dtype).reshape(len(places), -1)
-        return o, state_lib.Slots(states, keys, values)
+        return o, state_lib.LightningSlots(states, keys, values)
 
-    o, pool = serving.for_tiles(tile, work, work.tiles(heads), pool)
-    return work.rows(o), pool
+    o, pool = serving.scan_attention_tiles(tile, batch, batch.to_tiles(heads), pool)
+    return batch.to_rows(o), pool
 
 
-def first(places):
+def first_position(positions):
     """Return the position of a tile's first row, padding or not."""
-    order = jnp.arange(len(places), dtype=jnp.int32)
-    return jnp.maximum(jnp.max(jnp.where(places >= 0, places - order, -1)), 0)
+    order = jnp.arange(len(positions), dtype=jnp.int32)
+    return jnp.maximum(jnp.max(jnp.where(positions >= 0, positions - order, -1)), 0)
 
 
-def _dot(formula, a, b):
+def _einsum_highest(formula, a, b):
     return jnp.einsum(formula, a, b, precision="highest")
 
 
-def write(pool, index: tuple[Any, ...], place, rows: Float[Array, "N t H"], places):
+def write_rows(pool, index: tuple[Any, ...], offset, rows: Float[Array, "N t H"], positions):
     """Return a pool [*index, N, C, H] with a tile's real rows written from `place` on."""
-    start = (*index, 0, place, 0)
+    start = (*index, 0, offset, 0)
     size = (*(1,) * len(index), *rows.shape)
     before = jax.lax.dynamic_slice(pool, start, size)
     rows = jnp.where(
-        (places >= 0)[None, :, None], rows.astype(pool.dtype), before.reshape(rows.shape)
+        (positions >= 0)[None, :, None], rows.astype(pool.dtype), before.reshape(rows.shape)
     )
     return jax.lax.dynamic_update_slice(pool, rows.reshape(size), start)

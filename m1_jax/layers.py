@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int
 from m1_jax import quantize, sharding
 
 
-def param(
+def make_param(
     rngs: nnx.Rngs, shape, logical_axes, dtype, std: float | None = None, float32: bool = False
 ) -> nnx.Param:
     """Make a parameter drawn from normal(0, std), or of ones where std is None.
@@ -35,22 +35,22 @@ class Linear(nnx.Module):
     """
 
     def __init__(self, rngs, in_size, out_size, logical_axes, *, std, param_dtype):
-        self.kernel = param(rngs, (in_size, out_size), logical_axes, param_dtype, std)
-        self.rows = logical_axes[0]
+        self.kernel = make_param(rngs, (in_size, out_size), logical_axes, param_dtype, std)
+        self.row_axis = logical_axes[0]
         self.kernel_scale: nnx.Param | None = nnx.data(None)
-        self.adapter: Adapter | None = nnx.data(None)
+        self.adapter: LoraAdapter | None = nnx.data(None)
 
     def __call__(self, x: Float[Array, "*batch I"]) -> Float[Array, "*batch O"]:
         if self.kernel_scale is None:
-            y = _project(x, self.kernel[...].astype(x.dtype))
+            y = _linear_matmul(x, self.kernel[...].astype(x.dtype))
         else:
-            y = quantize.matmul(x, self.kernel[...], self.kernel_scale[...])
+            y = quantize.scaled_matmul(x, self.kernel[...], self.kernel_scale[...])
         if self.adapter is not None:
             y = y + self.adapter(x)
-        return sharding.total(y, self.rows)
+        return sharding.psum(y, self.row_axis)
 
 
-class Adapter(nnx.Module):
+class LoraAdapter(nnx.Module):
     """x A B scale: a change of low rank to a `Linear` (LoRA, arXiv:2106.09685, 4.1).
 
     A is split as the rows of W and B as its columns, so that the sums over devices are W's own.
@@ -60,20 +60,20 @@ class Adapter(nnx.Module):
         self.a, self.b, self.scale = a, b, scale
 
     def __call__(self, x: Float[Array, "*batch I"]) -> Float[Array, "*batch O"]:
-        inner = _project(x, self.a[...].astype(x.dtype)) * self.scale
-        return _project(inner, self.b[...].astype(x.dtype))
+        inner = _linear_matmul(x, self.a[...].astype(x.dtype)) * self.scale
+        return _linear_matmul(inner, self.b[...].astype(x.dtype))
 
 
 @jax.custom_vjp
-def _project(x, kernel):
+def _linear_matmul(x, kernel):
     return x @ kernel
 
 
-def _project_fwd(x, kernel):
+def _linear_matmul_fwd(x, kernel):
     return x @ kernel, (x, kernel)
 
 
-def _project_bwd(residuals, grad):
+def _linear_matmul_bwd(residuals, grad):
     # Autodiff asks for the transposed kernel gradient, and XLA:CPU then transposes `grad`, which
     # doubles the time of the projection's backward pass.
     x, kernel = residuals
@@ -81,7 +81,7 @@ def _project_bwd(residuals, grad):
     return grad @ kernel.T, jnp.tensordot(x, grad, axes=(batch, batch))
 
 
-_project.defvjp(_project_fwd, _project_bwd)
+_linear_matmul.defvjp(_linear_matmul_fwd, _linear_matmul_bwd)
 
 
 class RMSNorm(nnx.Module):
@@ -91,12 +91,12 @@ class RMSNorm(nnx.Module):
     """
 
     def __init__(self, size: int, logical_axis: str, *, eps: float, param_dtype):
-        self.scale = param(nnx.Rngs(0), (size,), (logical_axis,), param_dtype)
-        self.size, self.axis, self.eps = size, logical_axis, eps
+        self.scale = make_param(nnx.Rngs(0), (size,), (logical_axis,), param_dtype)
+        self.size, self.logical_axis, self.eps = size, logical_axis, eps
 
     def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
         x32 = x.astype(jnp.float32)
-        squares = sharding.total(jnp.sum(jnp.square(x32), axis=-1, keepdims=True), self.axis)
+        squares = sharding.psum(jnp.sum(jnp.square(x32), axis=-1, keepdims=True), self.logical_axis)
         x32 = x32 * jax.lax.rsqrt(squares / self.size + self.eps)
         scale = self.scale[...].astype(x.dtype)
         return x32.astype(x.dtype) * scale.reshape((1,) * (x.ndim - 1) + (-1,))
@@ -110,23 +110,25 @@ class Embedding(nnx.Module):
     """
 
     def __init__(self, rngs, vocab_size, hidden_size, *, std, param_dtype):
-        self.table = param(rngs, (vocab_size, hidden_size), ("vocab", "embed"), param_dtype, std)
+        self.table = make_param(
+            rngs, (vocab_size, hidden_size), ("vocab", "embed"), param_dtype, std
+        )
 
     def __call__(
-        self, tokens: Int[Array, "B T"], dtype, layout: sharding.Layout | None = None
+        self, tokens: Int[Array, "B T"], dtype, layout: sharding.MeshLayout | None = None
     ) -> Float[Array, "B T D"]:
         table = self.table[...]
-        axes = () if layout is None else layout.stored(("vocab", "embed"))[1]
+        axes = () if layout is None else layout.fsdp_dim_and_axes(("vocab", "embed"))[1]
         ids = tokens.reshape(-1)
         ids = jax.lax.all_gather(ids, axes, tiled=True) if axes else ids
-        if sharding.count("vocab") == 1:
+        if sharding.axis_size("vocab") == 1:
             x = jnp.take(table, ids, axis=0).astype(dtype)
         else:
-            ids = ids - sharding.index("vocab") * table.shape[0]
+            ids = ids - sharding.axis_index("vocab") * table.shape[0]
             mine = (ids >= 0) & (ids < table.shape[0])
             x = jnp.take(table, jnp.where(mine, ids, 0), axis=0)
-            x = sharding.total(jnp.where(mine[:, None], x, 0).astype(dtype), "vocab")
-        return sharding.swap(x, axes, 0, 1).reshape(*tokens.shape, -1)
+            x = sharding.psum(jnp.where(mine[:, None], x, 0).astype(dtype), "vocab")
+        return sharding.all_to_all(x, axes, 0, 1).reshape(*tokens.shape, -1)
 
 
 class Head(nnx.Module):
@@ -137,18 +139,20 @@ class Head(nnx.Module):
     """
 
     def __init__(self, rngs, hidden_size, vocab_size, *, std, param_dtype):
-        self.kernel = param(rngs, (hidden_size, vocab_size), ("embed", "vocab"), param_dtype, std)
+        self.kernel = make_param(
+            rngs, (hidden_size, vocab_size), ("embed", "vocab"), param_dtype, std
+        )
 
     def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
-        return _logits(x, self.kernel[...].astype(x.dtype))
+        return _float32_logits(x, self.kernel[...].astype(x.dtype))
 
 
 @jax.custom_vjp
-def _logits(x, kernel):
-    return _dot32(x, kernel, (x.ndim - 1,), (0,))
+def _float32_logits(x, kernel):
+    return _contract_float32(x, kernel, (x.ndim - 1,), (0,))
 
 
-def _dot32(a, b, contract_a, contract_b):
+def _contract_float32(a, b, contract_a, contract_b):
     """Contract axes of each, with products and sums in float32."""
     return jnp.tensordot(
         a,
@@ -159,25 +163,25 @@ def _dot32(a, b, contract_a, contract_b):
     )
 
 
-def _logits_fwd(x, kernel):
-    return _logits(x, kernel), (x, kernel)
+def _float32_logits_fwd(x, kernel):
+    return _float32_logits(x, kernel), (x, kernel)
 
 
-def _logits_bwd(residuals, grad):
+def _float32_logits_bwd(residuals, grad):
     # Autodiff would multiply float32 gradients with widened bfloat16 weights: six passes of the
     # matrix unit for a gradient that is rounded to bfloat16 afterwards.
     x, kernel = residuals
     grad = grad.astype(x.dtype)
     batch = tuple(range(x.ndim - 1))
-    d_x = _dot32(grad, kernel, (x.ndim - 1,), (1,))
-    d_kernel = _dot32(x, grad, batch, batch)
+    d_x = _contract_float32(grad, kernel, (x.ndim - 1,), (1,))
+    d_kernel = _contract_float32(x, grad, batch, batch)
     return d_x.astype(x.dtype), d_kernel.astype(kernel.dtype)
 
 
-_logits.defvjp(_logits_fwd, _logits_bwd)
+_float32_logits.defvjp(_float32_logits_fwd, _float32_logits_bwd)
 
 
-def rotate(
+def apply_rope(
     x: Float[Array, "B T N H"], positions: Int[Array, "#B T"], rotary_dim: int, theta: float
 ) -> Float[Array, "B T N H"]:
     """Rotate the first `rotary_dim` dims of each head; dim i pairs with i + rotary_dim / 2.

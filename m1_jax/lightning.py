@@ -15,20 +15,20 @@ from pallas_kernels.lightning_attention import api
 NORM_EPS = 1e-6  # the release builds this one norm with its constructor's default
 
 
-def head_slopes(num_heads: int) -> list[float]:
+def alibi_slopes(num_heads: int) -> list[float]:
     """Return the ALiBi slopes: 2^(-8 (h + 1) / H), interleaved from 2H where H is no power of 2."""
     if math.log2(num_heads).is_integer():
         return [2.0 ** (-8.0 * (head + 1) / num_heads) for head in range(num_heads)]
     below = 2 ** math.floor(math.log2(num_heads))
-    return head_slopes(below) + head_slopes(2 * below)[0::2][: num_heads - below]
+    return alibi_slopes(below) + alibi_slopes(2 * below)[0::2][: num_heads - below]
 
 
-def slopes(config: config_lib.ModelConfig) -> Float[np.ndarray, "L N"]:
+def decay_slopes(config: config_lib.ModelConfig) -> Float[np.ndarray, "L N"]:
     """Return decay rates s(l, h), float32; l is the ABSOLUTE layer index, softmax layers counted.
 
     s = head slope * (1 - l / (L - 1) + 1e-5), so that later layers forget more slowly.
     """
-    base = np.asarray(head_slopes(config.num_attention_heads), np.float32)
+    base = np.asarray(alibi_slopes(config.num_attention_heads), np.float32)
     last = max(config.num_hidden_layers - 1, 1)
     factors = [1 - layer / last + 1e-5 for layer in range(config.num_hidden_layers)]
     return base[None, :] * np.asarray(factors, np.float32)[:, None]
@@ -50,31 +50,35 @@ class LightningAttention(nnx.Module):
         self,
         h: Float[Array, "B T D"],
         slopes: Float[Array, "N"],
-        documents: Int[Array, "B T"] | None,
+        segment_ids: Int[Array, "B T"] | None,
         state: Float[Array, "B N H H"] | None,
-        split: bool = True,
+        length_sharded: bool = True,
     ) -> tuple[Float[Array, "B T D"], Float[Array, "B N H H"]]:
         """Return the block's output and the float32 state after the last real token.
 
         `h` is the normed layer input; both the projection and the gate read it. `documents`: see
-        `spans.attend`. `split`: whether the context axis, where there is one, splits the tokens.
+        `spans.attend_sharded_length`. `split`: whether the context axis, where there is one, splits the tokens.
         """
-        qkv = self.inputs(h)
+        qkv = self.project_inputs(h)
         kernel = functools.partial(api.lightning_attention, implementation=self.implementation)
-        if split:
-            o, state = spans.attend(kernel, qkv, slopes, documents, state)
+        if length_sharded:
+            o, state = spans.attend_sharded_length(kernel, qkv, slopes, segment_ids, state)
         else:
-            o, state = kernel(qkv, slopes, segment_ids=documents, initial_state=state)
-        return self.output(h, o), state
+            o, state = kernel(qkv, slopes, segment_ids=segment_ids, initial_state=state)
+        return self.project_output(h, o), state
 
-    def inputs(self, h: Float[Array, "*batch D"], positions=None) -> Float[Array, "*batch N3H"]:
+    def project_inputs(
+        self, h: Float[Array, "*batch D"], positions=None
+    ) -> Float[Array, "*batch N3H"]:
         """Return what attention reads of the normed layer input; positions have no part in it."""
         return jax.nn.silu(self.qkv(h))
 
-    def output(self, h: Float[Array, "*batch D"], o: Float[Array, "*batch NH"]):
+    def project_output(self, h: Float[Array, "*batch D"], o: Float[Array, "*batch NH"]):
         """Return the block's output, given what attention made of `inputs`."""
         return self.out(self.norm(o) * jax.nn.sigmoid(self.gate(h)))
 
-    def serve(self, qkv: Float[Array, "M N3H"], slopes, work: serving.Work, pool, place):
-        """Run attention on rows of several sequences: see `grid.attend`."""
-        return grid.attend(qkv, slopes, work, pool, place)
+    def serve_rows(
+        self, qkv: Float[Array, "M N3H"], slopes, batch: serving.RaggedBatch, pool, stack_index
+    ):
+        """Run attention on rows of several sequences: see `grid.attend_slots`."""
+        return grid.attend_slots(qkv, slopes, batch, pool, stack_index)

@@ -12,12 +12,12 @@ from jaxtyping import Array, Float, Int
 from m1_jax import layers, sharding
 from m1_jax import model as model_lib
 
-LOGITS = 2**27  # float32 logits alive at once on a device: 512 MiB
+MAX_LIVE_LOGITS = 2**27  # float32 logits alive at once on a device: 512 MiB
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Tokens:
+class TokenLogprobs:
     """What was asked for of every token, [B, T] float32; None of what was not.
 
     logp: of the token. normalizer: the log of the softmax's sum. entropy: of the distribution the
@@ -25,7 +25,7 @@ class Tokens:
     """
 
     logp: Any
-    normalizer: Any = None
+    log_normalizer: Any = None
     entropy: Any = None
 
 
@@ -33,17 +33,17 @@ def token_logprobs(
     model: model_lib.MiniMaxM1,
     hidden: Float[Array, "B T D"],
     targets: Int[Array, "B T"],
-    chunk_vocab: int | None = None,
-    normalizers: bool = False,
-    entropy: bool = False,
+    vocab_chunk_size: int | None = None,
+    with_log_normalizer: bool = False,
+    with_entropy: bool = False,
     temperature: float = 1.0,
 ) -> Any:
     """Return log softmax(head(hidden) / temperature)[target] for every token: [B, T] float32.
 
-    With `normalizers` or `entropy`, return `Tokens`. The entropy is exact, over all words, and has
+    With `normalizers` or `entropy`, return `TokenLogprobs`. The entropy is exact, over all words, and has
     a gradient like the rest.
 
-    Logits exist for `chunk_vocab` words at a time (None: as many as make `LOGITS`), in the
+    Logits exist for `chunk_vocab` words at a time (None: as many as make `MAX_LIVE_LOGITS`), in the
     backward pass too, which computes them again. Chunks of words, not of tokens: so a device that
     holds a piece of the head gathers each part of it once. `hidden` is the output of the model's
     final norm.
@@ -58,54 +58,64 @@ def token_logprobs(
         )
     layout, length = model.layout, hidden.shape[1]
     local = functools.partial(
-        _local, chunk_vocab=chunk_vocab, layout=layout, entropy=entropy, temperature=temperature
+        _local_logprobs,
+        vocab_chunk_size=vocab_chunk_size,
+        layout=layout,
+        with_entropy=with_entropy,
+        temperature=temperature,
     )
     if layout is None:
         out = local(model.head, hidden, targets)
     else:
-        sharding.check_rows(layout, hidden.shape[0])
-        more = -length % layout.size("length")
+        sharding.check_batch_rows(layout, hidden.shape[0])
+        more = -length % layout.axis_size("length")
         hidden = jnp.pad(hidden, ((0, 0), (0, more), (0, 0)))
         targets = jnp.pad(targets, ((0, 0), (0, more)))
-        tokens = layout.spec("batch", "length")
-        program = sharding.run(
+        tokens = layout.activation_spec("batch", "length")
+        program = sharding.run_sharded(
             layout,
             local,
             (
                 sharding.param_specs(layout, model.head),
-                layout.spec("batch", "length", None),
+                layout.activation_spec("batch", "length", None),
                 tokens,
             ),
             tokens,
         )
         out = jax.tree.map(lambda x: x[:, :length], program(model.head, hidden, targets))
-    if not (normalizers or entropy):
+    if not (with_log_normalizer or with_entropy):
         return out.logp
-    return out if normalizers else dataclasses.replace(out, normalizer=None)
+    return out if with_log_normalizer else dataclasses.replace(out, log_normalizer=None)
 
 
-def _local(head: layers.Head, hidden, targets, *, chunk_vocab, layout, entropy, temperature):
+def _local_logprobs(
+    head: layers.Head, hidden, targets, *, vocab_chunk_size, layout, with_entropy, temperature
+):
     x, ids = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
     words = head.kernel.shape[-1]
-    ids = ids - sharding.index("vocab") * words
-    chunk_vocab = min(chunk_vocab or _chunk(words, max(LOGITS // x.shape[0], 1)), words)
+    ids = ids - sharding.axis_index("vocab") * words
+    vocab_chunk_size = min(
+        vocab_chunk_size or _choose_chunk_size(words, max(MAX_LIVE_LOGITS // x.shape[0], 1)), words
+    )
     # Float32, so that the gradients of all chunks add up in float32.
     x32 = x.astype(jnp.float32)
 
     @jax.checkpoint
     def chunk(carry, x32, kernel, start):
-        part = sharding.ready(_with_kernel(head, kernel), layout, x.dtype)
+        part = sharding.gather_params(_replace_kernel(head, kernel), layout, x.dtype)
         logits = part(x32.astype(x.dtype))
-        return _add(carry, logits if temperature == 1 else logits / temperature, ids - start)
+        return _accumulate_logits(
+            carry, logits if temperature == 1 else logits / temperature, ids - start
+        )
 
     zeros = jnp.zeros(ids.shape, jnp.float32)
-    moment = zeros if entropy else None
+    moment = zeros if with_entropy else None
     carry = (jnp.full(ids.shape, -jnp.inf, jnp.float32), zeros, zeros, moment)
     kernel = head.kernel[...]
-    full = words // chunk_vocab * chunk_vocab
-    if full > chunk_vocab:
-        parts = jnp.moveaxis(kernel[:, :full].reshape(kernel.shape[0], -1, chunk_vocab), 1, 0)
-        starts = jnp.arange(parts.shape[0], dtype=jnp.int32) * chunk_vocab
+    full = words // vocab_chunk_size * vocab_chunk_size
+    if full > vocab_chunk_size:
+        parts = jnp.moveaxis(kernel[:, :full].reshape(kernel.shape[0], -1, vocab_chunk_size), 1, 0)
+        starts = jnp.arange(parts.shape[0], dtype=jnp.int32) * vocab_chunk_size
         carry, _ = jax.lax.scan(
             lambda carry, xs: (chunk(carry, x32, *xs), None), carry, (parts, starts)
         )
@@ -115,35 +125,35 @@ def _local(head: layers.Head, hidden, targets, *, chunk_vocab, layout, entropy, 
     if kernel.shape[1]:
         carry = chunk(carry, x32, kernel, full)
     top, total, chosen, moment = carry
-    highest = sharding.largest(jax.lax.stop_gradient(top), "vocab")
-    moment = _moved(moment, total, top, highest)
-    total = sharding.total(total * jnp.exp(top - highest), "vocab")
-    out = Tokens(
-        sharding.total(chosen, "vocab") - highest - jnp.log(total),
+    highest = sharding.pmax(jax.lax.stop_gradient(top), "vocab")
+    moment = _shift_moment(moment, total, top, highest)
+    total = sharding.psum(total * jnp.exp(top - highest), "vocab")
+    out = TokenLogprobs(
+        sharding.psum(chosen, "vocab") - highest - jnp.log(total),
         highest + jnp.log(total),
-        None if moment is None else jnp.log(total) - sharding.total(moment, "vocab") / total,
+        None if moment is None else jnp.log(total) - sharding.psum(moment, "vocab") / total,
     )
     return jax.tree.map(lambda x: x.reshape(targets.shape), out)
 
 
-def _add(carry, logits, place):
+def _accumulate_logits(carry, logits, target_index):
     """Take more words into (highest logit, sum of e = exp(logit - highest), chosen logit, moment).
 
     The moment is the sum of e * (logit - highest), or None.
     """
     top, total, chosen, moment = carry
     higher = jnp.maximum(top, jax.lax.stop_gradient(jnp.max(logits, axis=-1)))
-    moment = _moved(moment, total, top, higher)
+    moment = _shift_moment(moment, total, top, higher)
     lower = logits - higher[:, None]
     total = total * jnp.exp(top - higher) + jnp.sum(jnp.exp(lower), -1)
     if moment is not None:
         moment += jnp.sum(jnp.exp(lower) * lower, -1)
-    here = (place >= 0) & (place < logits.shape[1])
-    picked = jnp.take_along_axis(logits, jnp.where(here, place, 0)[:, None], axis=-1)[:, 0]
+    here = (target_index >= 0) & (target_index < logits.shape[1])
+    picked = jnp.take_along_axis(logits, jnp.where(here, target_index, 0)[:, None], axis=-1)[:, 0]
     return higher, total, chosen + jnp.where(here, picked, 0), moment
 
 
-def _moved(moment, total, top, higher):
+def _shift_moment(moment, total, top, higher):
     """Return the moment for another highest logit."""
     if moment is None:
         return None
@@ -151,13 +161,13 @@ def _moved(moment, total, top, higher):
     return jnp.exp(shift) * (moment + shift * total)
 
 
-def _chunk(words: int, limit: int) -> int:
+def _choose_chunk_size(words: int, limit: int) -> int:
     """Return the size of chunks up to a limit: equal ones where twice as many at most suffice."""
     least = -(-words // limit)
     return words // next((n for n in range(least, 2 * least) if words % n == 0), least)
 
 
-def _with_kernel(head: layers.Head, kernel) -> layers.Head:
+def _replace_kernel(head: layers.Head, kernel) -> layers.Head:
     return jax.tree.map(
         lambda param: param.replace(kernel),
         head,

@@ -19,7 +19,7 @@ from pallas_kernels.lightning_attention import documents as documents_lib
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Context:
+class ForwardContext:
     """What every layer of one forward pass shares.
 
     positions: for RoPE, and places in the cache. documents: their numbers in the row, which never
@@ -29,18 +29,18 @@ class Context:
     """
 
     positions: Int[Array, "#B T"]
-    documents: Int[Array, "B T"] | None = None
-    routes: Int[Array, "B T L A"] | None = None
-    split: bool = dataclasses.field(default=True, metadata={"static": True})
+    segment_ids: Int[Array, "B T"] | None = None
+    expert_ids: Int[Array, "B T L A"] | None = None
+    length_sharded: bool = dataclasses.field(default=True, metadata={"static": True})
 
     @property
-    def real(self) -> Float[Array, "B T"] | None:
+    def token_mask(self) -> Float[Array, "B T"] | None:
         """Return 1.0 for real tokens; None where all are."""
-        return None if self.documents is None else (self.documents > 0).astype(jnp.float32)
+        return None if self.segment_ids is None else (self.segment_ids > 0).astype(jnp.float32)
 
-    def routes_of(self, layer) -> Int[Array, "B T A"] | None:
+    def layer_expert_ids(self, layer) -> Int[Array, "B T A"] | None:
         """Return the routes of one layer."""
-        return None if self.routes is None else jnp.take(self.routes, layer, axis=2)
+        return None if self.expert_ids is None else jnp.take(self.expert_ids, layer, axis=2)
 
 
 class DecoderLayer(nnx.Module):
@@ -69,56 +69,66 @@ class DecoderLayer(nnx.Module):
         self.attention_scales = config.attention_scales(kind)
         self.moe_scales = (config.layernorm_mlp_alpha, config.layernorm_mlp_beta)
 
-    def __call__(self, x, slopes, context, state=None, place=None, layer=None):
+    def __call__(self, x, slopes, context, state=None, stack_index=None, layer_index=None):
         """Return (x, router statistics, new state of the run); None starts and keeps none.
 
         place, layer: this one's index in its run's stack, and its number in the model.
         """
-        if isinstance(context, serving.Work):
-            return self._serve(x, slopes, context, state, place)
+        if isinstance(context, serving.RaggedBatch):
+            return self._serve_ragged(x, slopes, context, state, stack_index)
         h = self.input_norm(x)
         if self.kind == config_lib.LIGHTNING:
-            before = None if state is None else state[place]
-            o, after = self.attention(h, slopes, context.documents, before, context.split)
-            state = None if state is None else state.at[place].set(after)
+            before = None if state is None else state[stack_index]
+            o, after = self.attention(
+                h, slopes, context.segment_ids, before, context.length_sharded
+            )
+            state = None if state is None else state.at[stack_index].set(after)
         elif state is None:
-            o = self.attention(h, context.positions, context.documents)
+            o = self.attention(h, context.positions, context.segment_ids)
         else:
-            o, state = self.attention.extend(h, context.positions, state, place, context.split)
-        x = self._add(x, h, o, self.attention_scales)
+            o, state = self.attention.extend(
+                h, context.positions, state, stack_index, context.length_sharded
+            )
+        x = self._add_branch(x, h, o, self.attention_scales)
         h = self.moe_norm(x)
-        y, stats = self.moe(h, context.real, place, context.routes_of(layer))
-        return self._add(x, h, y, self.moe_scales), stats, state
+        y, stats = self.moe(
+            h, context.token_mask, stack_index, context.layer_expert_ids(layer_index)
+        )
+        return self._add_branch(x, h, y, self.moe_scales), stats, state
 
-    def _serve(self, x: Float[Array, "M D"], slopes, work: serving.Work, pool, place):
+    def _serve_ragged(
+        self, x: Float[Array, "M D"], slopes, batch: serving.RaggedBatch, pool, stack_index
+    ):
         """Do the same for rows of several sequences; `serving.py` says why in parts."""
 
         def before(x, positions):
             h = self.input_norm(x)
-            return h, self.attention.inputs(h, positions)
+            return h, self.attention.project_inputs(h, positions)
 
         def between(x, h, o):
-            x = self._add(x, h, self.attention.output(h, o), self.attention_scales)
+            x = self._add_branch(x, h, self.attention.output(h, o), self.attention_scales)
             h = self.moe_norm(x)
             weights, routes, _ = self.moe.route(h, None)
             return x, h, weights, routes
 
         def after(x, h, y):
-            return self._add(x, h, self.moe.mix(h, y), self.moe_scales)
+            return self._add_branch(x, h, self.moe.combine(h, y), self.moe_scales)
 
-        h, inputs = work.by_tiles(before, x, work.positions)
-        o, pool = self.attention.serve(inputs, slopes, work, pool, place)
-        x, h, weights, routes = work.by_tiles(between, x, h, o)
-        chosen = jnp.where(work.positions[:, None] >= 0, routes, self.moe.nowhere)
+        h, inputs = batch.map_matmul_tiles(before, x, batch.positions)
+        o, pool = self.attention.serve_rows(inputs, slopes, batch, pool, stack_index)
+        x, h, weights, routes = batch.map_matmul_tiles(between, x, h, o)
+        chosen = jnp.where(batch.positions[:, None] >= 0, routes, self.moe.no_expert)
         # Devices that share the experts hold all rows, too: each sends its part of them.
-        more = ((0, -len(x) % sharding.count("experts")), (0, 0))
-        rows, weights = (sharding.piece(jnp.pad(a, more), "experts", 0) for a in (h, weights))
-        chosen = jnp.pad(chosen, more, constant_values=self.moe.nowhere)
-        y, _ = self.moe.dispatch(rows, weights, sharding.piece(chosen, "experts", 0), place)
-        y = sharding.whole(y, "experts", 0)[: len(x)]
-        return work.by_tiles(after, x, h, y), routes, pool
+        more = ((0, -len(x) % sharding.axis_size("experts")), (0, 0))
+        rows, weights = (sharding.local_slice(jnp.pad(a, more), "experts", 0) for a in (h, weights))
+        chosen = jnp.pad(chosen, more, constant_values=self.moe.no_expert)
+        y, _ = self.moe.dispatch(
+            rows, weights, sharding.local_slice(chosen, "experts", 0), stack_index
+        )
+        y = sharding.all_gather(y, "experts", 0)[: len(x)]
+        return batch.map_matmul_tiles(after, x, h, y), routes, pool
 
-    def _add(self, x, normed, branch, scales):
+    def _add_branch(self, x, normed, branch, scales):
         alpha, beta = scales
         return (normed if self.postnorm else x) * alpha + branch * beta
 
@@ -127,7 +137,7 @@ class MiniMaxM1(nnx.Module):
     """The language model; see `m1_jax.load`. Also a pytree: pass it to jitted functions whole.
 
     Parameters of the layers are stacked: `layers[p]` holds run p of equal layers in the repeating
-    unit, at index [repeat of the unit, place in the run] (`ModelConfig.place`). Activations have
+    unit, at index [repeat of the unit, place in the run] (`ModelConfig.stack_index_of`). Activations have
     `dtype`, parameters `param_dtype` (or int8: `quantize.py`), routers and states float32. `layout`
     says how parameters and activations lie on a mesh; None: one device.
     """
@@ -139,15 +149,15 @@ class MiniMaxM1(nnx.Module):
         *,
         dtype=jnp.bfloat16,
         param_dtype=None,
-        layout: sharding.Layout | None = None,
+        layout: sharding.MeshLayout | None = None,
     ):
         param_dtype = jnp.dtype(param_dtype or dtype)
         self.config, self.dtype, self.layout = config, jnp.dtype(dtype), layout
         kwargs = {"std": config.initializer_range, "param_dtype": param_dtype}
         self.embed = layers.Embedding(rngs, config.vocab_size, config.hidden_size, **kwargs)
         make = functools.partial(DecoderLayer, config, param_dtype=param_dtype)
-        shapes = [(kind, (config.repeats, number)) for kind, number in config.runs]
-        self.layers = nnx.List([_stack(make, kind, shape, rngs) for kind, shape in shapes])
+        shapes = [(kind, (config.repeats, number)) for kind, number in config.layer_groups]
+        self.layers = nnx.List([_stack_layers(make, kind, shape, rngs) for kind, shape in shapes])
         self.norm = layers.RMSNorm(
             config.hidden_size, "embed", eps=config.rms_norm_eps, param_dtype=param_dtype
         )
@@ -167,24 +177,24 @@ class MiniMaxM1(nnx.Module):
         Raises:
           ValueError: shapes that do not fit, or (outside of jit) ids outside the vocabulary.
         """
-        check_tokens(tokens, self.config.vocab_size)
-        _check_shape("segment_ids", segment_ids, tokens)
-        _check_shape("positions", positions, tokens)
-        return _logits(self, tokens, segment_ids, positions)[0]
+        check_token_ids(tokens, self.config.vocab_size)
+        _check_token_shape("segment_ids", segment_ids, tokens)
+        _check_token_shape("positions", positions, tokens)
+        return _compute_logits(self, tokens, segment_ids, positions)[0]
 
     def hidden(
         self,
         tokens: Int[Array, "B T"],
         segment_ids: Int[Array, "B T"] | None = None,
         positions: Int[Array, "B T"] | None = None,
-        routes: Int[Array, "B T L A"] | None = None,
+        expert_ids: Int[Array, "B T L A"] | None = None,
     ) -> tuple[Float[Array, "B T D"], moe.RouterStats]:
         """Return what the head reads, and router statistics with a leading axis of layers.
 
         routes: experts that the tokens are sent to, such as those that a sampler chose; a layer
           chooses itself where they are -1. Weights are the router's own either way.
         """
-        hidden, stats, _ = self._outputs(tokens, segment_ids, positions, routes)
+        hidden, stats, _ = self._compute_outputs(tokens, segment_ids, positions, expert_ids)
         return hidden, stats
 
     def trace(
@@ -194,29 +204,39 @@ class MiniMaxM1(nnx.Module):
         positions: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], moe.RouterStats, Float[Array, "L B T D"]]:
         """Return what `hidden` does, and the output of every layer: for comparing models."""
-        return self._outputs(tokens, segment_ids, positions, keep_layers=True)
+        return self._compute_outputs(tokens, segment_ids, positions, keep_layer_outputs=True)
 
-    def _outputs(
-        self, tokens, segment_ids, positions, routes=None, keep_layers=False, logits=False
+    def _compute_outputs(
+        self,
+        tokens,
+        segment_ids,
+        positions,
+        expert_ids=None,
+        keep_layer_outputs=False,
+        with_logits=False,
     ) -> tuple[Any, ...]:
         """Return (what the head reads, or logits), router statistics, outputs of all layers."""
         layout, length = self.layout, tokens.shape[1]
-        tokens, context = _inputs(layout, tokens, segment_ids, positions, routes)
-        local = functools.partial(_forward, keep_layers=keep_layers, logits=logits)
+        tokens, context = _prepare_inputs(layout, tokens, segment_ids, positions, expert_ids)
+        local = functools.partial(
+            _forward_local, keep_layer_outputs=keep_layer_outputs, with_logits=with_logits
+        )
         if layout is None:
             return local(self, tokens, context)
         rows = len(tokens)
         where = jax.tree.map(
-            lambda a: layout.spec("batch" if len(a) == rows else None, "length"), context
+            lambda a: layout.activation_spec("batch" if len(a) == rows else None, "length"), context
         )
-        program = sharding.run(
+        program = sharding.run_sharded(
             layout,
             local,
-            (sharding.param_specs(layout, self), layout.spec("batch", "length"), where),
+            (sharding.param_specs(layout, self), layout.activation_spec("batch", "length"), where),
             (
-                layout.spec("batch", "length", "vocab" if logits else None),
+                layout.activation_spec("batch", "length", "vocab" if with_logits else None),
                 jax.sharding.PartitionSpec(),
-                layout.spec(None, "batch", "length", None) if keep_layers else None,
+                layout.activation_spec(None, "batch", "length", None)
+                if keep_layer_outputs
+                else None,
             ),
         )
         x, stats, kept = program(self, tokens, context)
@@ -224,7 +244,7 @@ class MiniMaxM1(nnx.Module):
 
     def init_state(self, batch: int, max_length: int) -> state_lib.DecodeState:
         """Return the decode state of `batch` empty sequences of up to `max_length` tokens."""
-        return state_lib.init_state(self.config, batch, max_length, self.dtype, self.layout)
+        return state_lib.init_decode_state(self.config, batch, max_length, self.dtype, self.layout)
 
     def extend(
         self,
@@ -244,27 +264,33 @@ class MiniMaxM1(nnx.Module):
             than the cache holds. Ids and lengths are checked only outside of jit, where their
             values are known.
         """
-        check_tokens(tokens, self.config.vocab_size)
-        _check_room(tokens, state, num_tokens)
-        return _extend(self, tokens, state, num_tokens, last_only)
+        check_token_ids(tokens, self.config.vocab_size)
+        _check_capacity(tokens, state, num_tokens)
+        return _extend_sequences(self, tokens, state, num_tokens, last_only)
 
-    def _run(
-        self, x, context: Context | serving.Work, state: Any = None, keep_layers=False
+    def run_layers(
+        self,
+        x,
+        context: ForwardContext | serving.RaggedBatch,
+        state: Any = None,
+        keep_layer_outputs=False,
     ) -> tuple[Any, ...]:
         """Run all layers.
 
         Returns (x, router statistics [L, ...], layer states, layer outputs [L, B, T, D] or None).
         """
         config = self.config
-        slopes = jnp.asarray(lightning.slopes(config)).reshape(config.repeats, config.period, -1)
-        slopes = sharding.piece(slopes, "heads", 2)
+        slopes = jnp.asarray(lightning.decay_slopes(config)).reshape(
+            config.repeats, config.period, -1
+        )
+        slopes = sharding.local_slice(slopes, "heads", 2)
 
         def run(layer, *arguments):
-            return sharding.ready(layer, self.layout, self.dtype)(*arguments)
+            return sharding.gather_params(layer, self.layout, self.dtype)(*arguments)
 
-        run = _remat(config.remat, run, self.layout is not None)
+        run = _apply_remat(config.remat, run, self.layout is not None)
 
-        ends = np.cumsum([number for _, number in config.runs])
+        ends = np.cumsum([number for _, number in config.layer_groups])
         starts = ends[:-1]
         stacks = tuple(zip(self.layers, jnp.split(slopes, starts, axis=1), strict=True))
 
@@ -272,45 +298,53 @@ class MiniMaxM1(nnx.Module):
             x, states = carry
             *runs, repeat = xs
             kept, after = [], []
-            for index, (_, number) in enumerate(config.runs):
+            for index, (_, number) in enumerate(config.layer_groups):
 
                 def one(carry, xs, index=index):
                     x, state = carry
                     *sliced, number = xs
                     place = (repeat, number)
-                    layer, slopes = sliced[0] if sliced else self._layer(*stacks[index], place)
-                    which = repeat * config.period + (ends[index] - config.runs[index][1]) + number
+                    layer, slopes = (
+                        sliced[0] if sliced else self._slice_layer(*stacks[index], place)
+                    )
+                    which = (
+                        repeat * config.period
+                        + (ends[index] - config.layer_groups[index][1])
+                        + number
+                    )
                     x, stat, state = run(layer, x, slopes, context, state, place, which)
-                    return (x, state), (stat, x if keep_layers else None)
+                    return (x, state), (stat, x if keep_layer_outputs else None)
 
                 arrays = runs[index : index + 1]
-                (x, new), outputs = _scan(one, (x, states[index]), (*arrays, number))
+                (x, new), outputs = _scan_indexed(one, (x, states[index]), (*arrays, number))
                 kept.append(outputs)
                 after.append(new)
             return (x, tuple(after)), jax.tree.map(lambda *parts: jnp.concatenate(parts), *kept)
 
         if state is None:
-            carry, kept = _scan(unit, (x, (None,) * len(config.runs)), (*stacks, config.repeats))
+            carry, kept = _scan_indexed(
+                unit, (x, (None,) * len(config.layer_groups)), (*stacks, config.repeats)
+            )
         else:
             # No gradients: a slice of both axes at once, where a loop in a loop copies whole runs.
-            carry, kept = _scan(unit, (x, state), (config.repeats,))
+            carry, kept = _scan_indexed(unit, (x, state), (config.repeats,))
         kept = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), kept)
         return carry[0], kept[0], carry[1], kept[1]
 
-    def _layer(self, stack: DecoderLayer, slopes, place):
+    def _slice_layer(self, stack: DecoderLayer, slopes, stack_index):
         """Return one layer of a run; on one device its experts stay stacked, see `experts.py`."""
 
         def one(param):
             stays = param.dtype in (self.dtype, jnp.int8) or param.get_metadata()["float32"]
             if self.layout is None and stays and "experts" in param.get_metadata()["logical_axes"]:
                 return param
-            return param.replace(param[...][place])
+            return param.replace(param[...][stack_index])
 
         leaf = functools.partial(jax.tree.map, is_leaf=lambda node: isinstance(node, nnx.Param))
-        return leaf(one, stack), slopes[place]
+        return leaf(one, stack), slopes[stack_index]
 
 
-def _scan(body, carry, xs):
+def _scan_indexed(body, carry, xs):
     """Scan over arrays and the count of their leading axis, `xs[-1]`; no loop around one step."""
     *arrays, count = xs
     if count > 1:
@@ -319,10 +353,12 @@ def _scan(body, carry, xs):
     return carry, jax.tree.map(lambda a: a[None], out)
 
 
-def _inputs(layout, tokens: Any, segment_ids, positions, routes) -> tuple[Any, Context]:
-    """Return tokens and their `Context`; on a mesh, padded to a length that it splits."""
+def _prepare_inputs(
+    layout, tokens: Any, segment_ids, positions, expert_ids
+) -> tuple[Any, ForwardContext]:
+    """Return tokens and their `ForwardContext`; on a mesh, padded to a length that it splits."""
     if layout is not None:
-        sharding.check_rows(layout, tokens.shape[0])
+        sharding.check_batch_rows(layout, tokens.shape[0])
         more = -tokens.shape[1] % layout.size("length")
         if more and segment_ids is None:
             segment_ids = jnp.ones_like(tokens)
@@ -330,70 +366,76 @@ def _inputs(layout, tokens: Any, segment_ids, positions, routes) -> tuple[Any, C
             None if x is None else jnp.pad(x, ((0, 0), (0, more)))
             for x in (tokens, segment_ids, positions)
         )
-        if routes is not None:
-            routes = jnp.pad(routes, ((0, 0), (0, more), (0, 0), (0, 0)), constant_values=-1)
+        if expert_ids is not None:
+            expert_ids = jnp.pad(
+                expert_ids, ((0, 0), (0, more), (0, 0), (0, 0)), constant_values=-1
+            )
     if segment_ids is None:
         if positions is None:
             positions = jnp.arange(tokens.shape[1], dtype=jnp.int32).reshape(1, -1)
-        return tokens, Context(positions, routes=routes)
+        return tokens, ForwardContext(positions, expert_ids=expert_ids)
     if layout is not None:
         # Counting documents needs whole rows: a few bytes a token.
-        rows = layout.array("batch", None)
+        rows = layout.activation_sharding("batch", None)
         segment_ids = jax.lax.with_sharding_constraint(segment_ids, rows)
     if positions is None:
         positions = documents_lib.positions(segment_ids)
-    return tokens, Context(positions, documents_lib.document_index(segment_ids), routes)
+    return tokens, ForwardContext(positions, documents_lib.document_index(segment_ids), expert_ids)
 
 
 @jax.jit
-def _logits(model: MiniMaxM1, tokens, segment_ids, positions):
-    return model._outputs(tokens, segment_ids, positions, logits=True)
+def _compute_logits(model: MiniMaxM1, tokens, segment_ids, positions):
+    return model._compute_outputs(tokens, segment_ids, positions, with_logits=True)
 
 
-def _forward(model: MiniMaxM1, tokens, context: Context, *, keep_layers, logits):
+def _forward_local(
+    model: MiniMaxM1, tokens, context: ForwardContext, *, keep_layer_outputs, with_logits
+):
     """Run the model on this device's tokens."""
     x = model.embed(tokens, model.dtype, model.layout)
-    x, stats, _, kept = model._run(x, context, keep_layers=keep_layers)
-    x = sharding.ready(model.norm, model.layout, model.dtype)(x)
-    if logits:
-        x = sharding.ready(model.head, model.layout, model.dtype)(x)
-    return x, jax.tree.map(lambda s: sharding.total(s, "tokens"), stats), kept
+    x, stats, _, kept = model.run_layers(x, context, keep_layer_outputs=keep_layer_outputs)
+    x = sharding.gather_params(model.norm, model.layout, model.dtype)(x)
+    if with_logits:
+        x = sharding.gather_params(model.head, model.layout, model.dtype)(x)
+    return x, jax.tree.map(lambda s: sharding.psum(s, "tokens"), stats), kept
 
 
 @functools.partial(jax.jit, static_argnames="last_only")
-def _extend(model: MiniMaxM1, tokens, state, num_tokens, last_only):
+def _extend_sequences(model: MiniMaxM1, tokens, state, num_tokens, last_only):
     layout, length = model.layout, tokens.shape[1]
     if layout is None:
-        return _extend_local(model, tokens, state, num_tokens, last_only=last_only, split=False)
-    sharding.check_rows(layout, tokens.shape[0])
+        return _extend_local(
+            model, tokens, state, num_tokens, last_only=last_only, length_sharded=False
+        )
+    sharding.check_batch_rows(layout, tokens.shape[0])
     # One token has no length to split.
-    split = length > 1 and layout.size("length") > 1
-    more = -length % layout.size("length") if split else 0
+    split = length > 1 and layout.axis_size("length") > 1
+    more = -length % layout.axis_size("length") if split else 0
     if more:
         tokens = jnp.pad(tokens, ((0, 0), (0, more)))
         if num_tokens is None:
             num_tokens = jnp.full(tokens.shape[:1], length, jnp.int32)
-    states = state_lib.specs(state, layout)
+    states = state_lib.decode_state_specs(state, layout)
     where = "length" if split else None
-    program = sharding.run(
+    program = sharding.run_sharded(
         layout,
-        functools.partial(_extend_local, last_only=last_only, split=split),
+        functools.partial(_extend_local, last_only=last_only, length_sharded=split),
         (
             sharding.param_specs(layout, model),
-            layout.spec("batch", where),
+            layout.activation_spec("batch", where),
             states,
-            None if num_tokens is None else layout.spec("batch"),
+            None if num_tokens is None else layout.activation_spec("batch"),
         ),
-        (layout.spec("batch", None if last_only else where, "vocab"), states),
+        (layout.activation_spec("batch", None if last_only else where, "vocab"), states),
     )
     logits, state = program(model, tokens, state, num_tokens)
     return logits[:, :length], state
 
 
-def _extend_local(model: MiniMaxM1, tokens, state, num_tokens, *, last_only, split):
+def _extend_local(model: MiniMaxM1, tokens, state, num_tokens, *, last_only, length_sharded):
     """Append this device's tokens to its rows."""
-    length, devices = tokens.shape[1], sharding.count("length") if split else 1
-    start = sharding.index("length") * length if split else 0
+    length, devices = tokens.shape[1], sharding.axis_size("length") if length_sharded else 1
+    start = sharding.axis_index("length") * length if length_sharded else 0
     step = start + jnp.arange(length, dtype=jnp.int32).reshape(1, -1)
     places = state.length[:, None] + step
     # Padding is an empty segment to lightning, and has no place in the cache of softmax.
@@ -401,28 +443,28 @@ def _extend_local(model: MiniMaxM1, tokens, state, num_tokens, *, last_only, spl
         real, added = None, length * devices
     else:
         real, added = step < num_tokens[:, None], num_tokens
-        places = jnp.where(real, places, ring.NEVER)
+        places = jnp.where(real, places, ring.PADDING_POSITION)
         real = real.astype(jnp.int32)
-    context = Context(places, real, split=split)
+    context = ForwardContext(places, real, length_sharded=length_sharded)
     x = model.embed(tokens, model.dtype, model.layout)
-    x, _, after, _ = model._run(x, context, state.layers)
+    x, _, after, _ = model.run_layers(x, context, state.layers)
     if last_only:
         last = jnp.maximum(jnp.broadcast_to(jnp.asarray(added) - 1, state.length.shape), 0) - start
         here = (last >= 0) & (last < length)
         x = jnp.take_along_axis(x, jnp.clip(last, 0, length - 1)[:, None, None], axis=1)
-        if split:
-            x = sharding.total(jnp.where(here[:, None, None], x, 0), "length")
-    x = sharding.ready(model.norm, model.layout, model.dtype)(x)
-    logits = sharding.ready(model.head, model.layout, model.dtype)(x)
+        if length_sharded:
+            x = sharding.psum(jnp.where(here[:, None, None], x, 0), "length")
+    x = sharding.gather_params(model.norm, model.layout, model.dtype)(x)
+    logits = sharding.gather_params(model.head, model.layout, model.dtype)(x)
     return logits, state_lib.DecodeState(after, state.length + added)
 
 
-def _check_shape(name: str, array, tokens) -> None:
+def _check_token_shape(name: str, array, tokens) -> None:
     if array is not None and array.shape != tokens.shape:
         raise ValueError(f"{name}: got shape {array.shape}; wanted that of tokens, {tokens.shape}")
 
 
-def _check_room(tokens, state: state_lib.DecodeState, num_tokens) -> None:
+def _check_capacity(tokens, state: state_lib.DecodeState, num_tokens) -> None:
     """Refuse what the state cannot take; lengths are checked outside of jit only."""
     rows, length = state.length.shape[0], tokens.shape[1]
     if tokens.shape[0] != rows:
@@ -443,7 +485,7 @@ def _check_room(tokens, state: state_lib.DecodeState, num_tokens) -> None:
         )
 
 
-def check_tokens(tokens, vocab_size: int) -> None:
+def check_token_ids(tokens, vocab_size: int) -> None:
     """Raise ValueError for a wrong shape, or (outside of jit) an id outside the vocabulary."""
     if tokens.ndim != 2 or 0 in tokens.shape:
         raise ValueError(f"tokens: got shape {tokens.shape}; wanted [B >= 1, T >= 1]")
@@ -463,13 +505,13 @@ def check_tokens(tokens, vocab_size: int) -> None:
             )
 
 
-def _stack(make, kind: str, shape: tuple[int, int], rngs) -> DecoderLayer:
+def _stack_layers(make_layer, kind: str, shape: tuple[int, int], rngs) -> DecoderLayer:
     """Make a run of layers for every repeat of the unit, stacked on two leading axes."""
 
     @nnx.vmap
     @nnx.vmap
     def one(key):
-        return make(kind, nnx.Rngs(key))
+        return make_layer(kind, nnx.Rngs(key))
 
     stacked = one(jax.random.split(rngs.params(), shape))
     for _, node in nnx.iter_graph(stacked):
@@ -479,13 +521,13 @@ def _stack(make, kind: str, shape: tuple[int, int], rngs) -> DecoderLayer:
     return stacked
 
 
-def _remat(policy: str, function, gathers: bool):
-    if policy == "none" and not gathers:
+def _apply_remat(policy: str, function, has_gathered_params: bool):
+    if policy == "none" and not has_gathered_params:
         return function
     policies = jax.checkpoint_policies
     saved = {
         # Gathered parameters are gathered again: kept for all layers they would not fit.
-        "none": policies.save_anything_except_these_names(sharding.GATHERED),
+        "none": policies.save_anything_except_these_names(sharding.GATHERED_NAME),
         "layer": None,
         "dots": policies.dots_with_no_batch_dims_saveable,
     }

@@ -21,10 +21,10 @@ class RouterStats:
     left out. A leading layer axis is allowed throughout.
     """
 
-    chosen: Float[Array, "*L A E"]
-    prob: Float[Array, "*L E"]
-    tokens: Float[Array, "*L"]
-    dropped: Float[Array, "*L"]
+    choice_counts: Float[Array, "*L A E"]
+    prob_sums: Float[Array, "*L E"]
+    num_tokens: Float[Array, "*L"]
+    num_dropped: Float[Array, "*L"]
 
 
 def balance_loss(stats: RouterStats) -> Float[Array, ""]:
@@ -33,16 +33,16 @@ def balance_loss(stats: RouterStats) -> Float[Array, ""]:
     f is the share of tokens whose slot-th choice is e, P the mean probability (the release's
     `load_balancing_loss_func`). Perfect balance gives the number of slots: 2 in the release.
     """
-    num_experts = stats.prob.shape[-1]
-    tokens = jnp.maximum(jnp.sum(stats.tokens), 1.0)
-    chosen = stats.chosen.reshape(-1, *stats.chosen.shape[-2:]).sum(0) / tokens
-    prob = stats.prob.reshape(-1, num_experts).sum(0) / tokens
+    num_experts = stats.prob_sums.shape[-1]
+    tokens = jnp.maximum(jnp.sum(stats.num_tokens), 1.0)
+    chosen = stats.choice_counts.reshape(-1, *stats.choice_counts.shape[-2:]).sum(0) / tokens
+    prob = stats.prob_sums.reshape(-1, num_experts).sum(0) / tokens
     return num_experts * jnp.sum(chosen * prob[None, :])
 
 
 def dropped_share(stats: RouterStats) -> Float[Array, ""]:
     """Return the share of all choices that a capacity limit left out; 0 without one."""
-    return jnp.sum(stats.dropped) / jnp.maximum(jnp.sum(stats.chosen), 1.0)
+    return jnp.sum(stats.num_dropped) / jnp.maximum(jnp.sum(stats.choice_counts), 1.0)
 
 
 class MoE(nnx.Module):
@@ -56,14 +56,17 @@ class MoE(nnx.Module):
     def __init__(self, config: config_lib.ModelConfig, rngs: nnx.Rngs, *, param_dtype):
         embed, hidden = config.hidden_size, config.intermediate_size
         number, std = config.num_local_experts, config.initializer_range
-        self.num_chosen, self.capacity = config.num_experts_per_tok, config.expert_capacity
+        self.num_experts_per_token, self.expert_capacity = (
+            config.num_experts_per_tok,
+            config.expert_capacity,
+        )
         # In bfloat16, near-ties would pick other experts.
         shape, axes = (embed, number), ("embed", None)
-        self.router = layers.param(rngs, shape, axes, param_dtype, std, float32=True)
+        self.router = layers.make_param(rngs, shape, axes, param_dtype, std, float32=True)
         inward, outward = ("experts", "embed", "mlp"), ("experts", "mlp_in", "embed_out")
-        self.gate = layers.param(rngs, (number, embed, hidden), inward, param_dtype, std)
-        self.up = layers.param(rngs, (number, embed, hidden), inward, param_dtype, std)
-        self.down = layers.param(rngs, (number, hidden, embed), outward, param_dtype, std)
+        self.gate = layers.make_param(rngs, (number, embed, hidden), inward, param_dtype, std)
+        self.up = layers.make_param(rngs, (number, embed, hidden), inward, param_dtype, std)
+        self.down = layers.make_param(rngs, (number, hidden, embed), outward, param_dtype, std)
         # Of int8 experts alone, see `quantize.py`.
         self.gate_scale = self.up_scale = self.down_scale = nnx.data(None)
         self.shared = (
@@ -75,9 +78,9 @@ class MoE(nnx.Module):
     def __call__(
         self,
         h: Float[Array, "B T D"],
-        real: Float[Array, "B T"] | None,
-        place=None,
-        routes: Int[Array, "B T A"] | None = None,
+        token_mask: Float[Array, "B T"] | None,
+        stack_index=None,
+        forced_expert_ids: Int[Array, "B T A"] | None = None,
     ) -> tuple[Float[Array, "B T D"], RouterStats]:
         """Return the output and statistics over the tokens with `real` = 1 (None: all).
 
@@ -85,59 +88,73 @@ class MoE(nnx.Module):
         take, -1 where the router chooses.
         """
         x = h.reshape(-1, h.shape[-1])
-        real = None if real is None else real.reshape(-1)
-        routes = None if routes is None else routes.reshape(-1, self.num_chosen)
-        weights, chosen, stats = self.route(x, real, routes)
-        if real is not None and sharding.count("experts") > 1:
-            chosen = jnp.where(real[:, None] > 0, chosen, self.nowhere)  # padding stays at home
-        y, dropped = self.dispatch(x, weights, chosen, place)
-        return self.mix(h, y.reshape(h.shape)), dataclasses.replace(stats, dropped=dropped)
+        token_mask = None if token_mask is None else token_mask.reshape(-1)
+        forced_expert_ids = (
+            None
+            if forced_expert_ids is None
+            else forced_expert_ids.reshape(-1, self.num_experts_per_token)
+        )
+        weights, chosen, stats = self.route(x, token_mask, forced_expert_ids)
+        if token_mask is not None and sharding.axis_size("experts") > 1:
+            chosen = jnp.where(
+                token_mask[:, None] > 0, chosen, self.no_expert
+            )  # padding stays at home
+        y, dropped = self.dispatch(x, weights, chosen, stack_index)
+        return self.combine(h, y.reshape(h.shape)), dataclasses.replace(stats, num_dropped=dropped)
 
-    def dispatch(self, x: Float[Array, "M D"], weights, chosen, place=None):
+    def dispatch(self, x: Float[Array, "M D"], weights, expert_ids, stack_index=None):
         """Return each row's weighted sum of its experts' outputs, and dropped choices."""
-        gate, up, down = (self._matrices(name, x.dtype) for name in ("gate", "up", "down"))
-        place = place if self.gate.ndim > 3 else None
-        y, dropped = exchange.run(x, weights, chosen, gate, up, down, self.capacity, place)
-        return sharding.total(y.astype(x.dtype), "mlp"), dropped
+        gate, up, down = (self._expert_matrices(name, x.dtype) for name in ("gate", "up", "down"))
+        stack_index = stack_index if self.gate.ndim > 3 else None
+        y, dropped = exchange.run_routed_experts(
+            x, weights, expert_ids, gate, up, down, self.expert_capacity, stack_index
+        )
+        return sharding.psum(y.astype(x.dtype), "mlp"), dropped
 
-    def mix(self, h: Float[Array, "*batch D"], y: Float[Array, "*batch D"]):
+    def combine(self, h: Float[Array, "*batch D"], y: Float[Array, "*batch D"]):
         """Return the block's output, given what the chosen experts say of `h`."""
         return y if self.shared is None else self.shared(h, y)
 
     @property
-    def nowhere(self) -> int:
+    def no_expert(self) -> int:
         """Return the number of no expert."""
-        return self.gate.shape[-3] * sharding.count("experts")
+        return self.gate.shape[-3] * sharding.axis_size("experts")
 
-    def _matrices(self, name: str, dtype):
+    def _expert_matrices(self, name: str, dtype):
         values = getattr(self, name)[...]
         if values.dtype == jnp.int8:
-            return quantize.Quantized(values, getattr(self, f"{name}_scale")[...])
+            return quantize.QuantizedMatrices(values, getattr(self, f"{name}_scale")[...])
         return values.astype(dtype)
 
     def route(
         self,
         x: Float[Array, "M D"],
-        real: Float[Array, "M"] | None,
-        routes: Int[Array, "M A"] | None = None,
+        token_mask: Float[Array, "M"] | None,
+        forced_expert_ids: Int[Array, "M A"] | None = None,
     ):
         """Return float32 weights [M, A] rounded to x's dtype, expert ids [M, A], `RouterStats`."""
         logits = jnp.matmul(
             x.astype(jnp.float32), self.router[...], precision=jax.lax.Precision.HIGHEST
         )
         prob = jax.nn.softmax(logits, axis=-1)
-        top, chosen = jax.lax.top_k(prob, self.num_chosen)
-        if routes is not None:
-            chosen = jnp.where(routes >= 0, routes.astype(chosen.dtype), chosen)
+        top, chosen = jax.lax.top_k(prob, self.num_experts_per_token)
+        if forced_expert_ids is not None:
+            chosen = jnp.where(
+                forced_expert_ids >= 0, forced_expert_ids.astype(chosen.dtype), chosen
+            )
             top = jnp.take_along_axis(prob, chosen, axis=-1)
         weights = top / jnp.sum(top, axis=-1, keepdims=True)
-        real = jnp.ones(x.shape[0], jnp.float32) if real is None else real.astype(jnp.float32)
+        token_mask = (
+            jnp.ones(x.shape[0], jnp.float32)
+            if token_mask is None
+            else token_mask.astype(jnp.float32)
+        )
         hits = jax.nn.one_hot(chosen, prob.shape[-1], dtype=jnp.float32)
         stats = RouterStats(
-            chosen=jnp.sum(hits * real.reshape(-1, 1, 1), axis=0),
-            prob=jnp.sum(prob * real.reshape(-1, 1), axis=0),
-            tokens=jnp.sum(real),
-            dropped=jnp.zeros(()),
+            choice_counts=jnp.sum(hits * token_mask.reshape(-1, 1, 1), axis=0),
+            prob_sums=jnp.sum(prob * token_mask.reshape(-1, 1), axis=0),
+            num_tokens=jnp.sum(token_mask),
+            num_dropped=jnp.zeros(()),
         )
         return weights.astype(x.dtype).astype(jnp.float32), chosen, stats
 
@@ -152,7 +169,7 @@ class SharedExpert(nnx.Module):
         self.up = layers.Linear(rngs, embed, hidden, ("embed", "mlp"), **kwargs)
         self.down = layers.Linear(rngs, hidden, embed, ("mlp_in", "embed_out"), **kwargs)
         shape, axes = (embed, 1), ("embed", None)
-        self.coefficient = layers.param(rngs, shape, axes, param_dtype, std, float32=True)
+        self.coefficient = layers.make_param(rngs, shape, axes, param_dtype, std, float32=True)
 
     def __call__(self, h: Float[Array, "*batch D"], y: Float[Array, "*batch D"]):
         c = jnp.matmul(

@@ -16,14 +16,14 @@ from m1_jax import state as state_lib
 BLOCK_KEYS = 256
 
 
-def attend(
+def attend_pages(
     q: Float[Array, "M N H"],
     k: Float[Array, "M K H"],
     v: Float[Array, "M K H"],
-    work: serving.Work,
-    pool: state_lib.Pages,
-    place: tuple[Any, ...],
-) -> tuple[Float[Array, "M N H"], state_lib.Pages]:
+    batch: serving.RaggedBatch,
+    pool: state_lib.PagedKVCache,
+    stack_index: tuple[Any, ...],
+) -> tuple[Float[Array, "M N H"], state_lib.PagedKVCache]:
     """Append rows to their sequences' pages, and attend to all of the sequence up to each row.
 
     place: of the layer in the pool (repeat, number).
@@ -35,29 +35,31 @@ def attend(
     order = jnp.arange(number * chunk, dtype=jnp.int32)
     # More than one block, also where one would do: it would be read before the loop, and XLA:CPU
     # would fuse that with the write and copy the pool for every tile.
-    more = number - work.pages.shape[1] % number
+    more = number - batch.pages.shape[1] % number
 
     def tile(_, pages, places, qkv, pool):
         q, k, v = qkv
         pages = jnp.pad(pages, (0, more))
-        last, first = jnp.max(places), grid.first(places)
-        index = (*place, jnp.where(last >= 0, pages[first // chunk], 0))
+        last, first = jnp.max(places), grid.first_position(places)
+        index = (*stack_index, jnp.where(last >= 0, pages[first // chunk], 0))
         k, v = (jnp.moveaxis(x, 1, 0) for x in (k, v))
-        keys = grid.write(pool.keys, index, first % chunk, k, places)
-        values = grid.write(pool.values, index, first % chunk, v, places)
+        keys = grid.write_rows(pool.keys, index, first % chunk, k, places)
+        values = grid.write_rows(pool.values, index, first % chunk, v, places)
         q = jnp.moveaxis(q.reshape(len(places), num_kv, -1, size), 0, 2)[None]
 
         def block(i, partial):
             ids = jax.lax.dynamic_slice_in_dim(pages, i * number, number)
             at = i * number * chunk + order
             k, v = (
-                jnp.moveaxis(x[(*place, ids)], 1, 0).reshape(1, num_kv, -1, size).astype(q.dtype)
+                jnp.moveaxis(x[(*stack_index, ids)], 1, 0)
+                .reshape(1, num_kv, -1, size)
+                .astype(q.dtype)
                 for x in (keys, values)
             )
             # Places that are not written yet hold anything, NaN too.
             k, v = (jnp.where((at <= last)[None, None, :, None], x, 0) for x in (k, v))
             seen = (at[None] <= places[:, None])[None, None, None]
-            return ring.merge(partial, ring.block(q, k, v, seen))
+            return ring.merge_partials(partial, ring.attend_block(q, k, v, seen))
 
         shape = (*q.shape[:-1], 1)
         start = (
@@ -67,9 +69,9 @@ def attend(
         )
         count = last // (number * chunk) + 1
         total, scale, _ = jax.lax.fori_loop(0, count, block, start)
-        o = jnp.moveaxis((total / ring.positive(scale))[0].astype(q.dtype), 2, 0)
-        return o.reshape(len(places), -1, size), state_lib.Pages(keys, values)
+        o = jnp.moveaxis((total / ring.replace_zeros_with_ones(scale))[0].astype(q.dtype), 2, 0)
+        return o.reshape(len(places), -1, size), state_lib.PagedKVCache(keys, values)
 
-    arrays = tuple(work.tiles(x) for x in (q, k, v))
-    o, pool = serving.for_tiles(tile, work, arrays, pool)
-    return work.rows(o), pool
+    arrays = tuple(batch.to_tiles(x) for x in (q, k, v))
+    o, pool = serving.scan_attention_tiles(tile, batch, arrays, pool)
+    return batch.to_rows(o), pool

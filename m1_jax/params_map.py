@@ -10,41 +10,41 @@ import dataclasses
 
 from m1_jax import config as config_lib
 
-ANY, LIGHTNING, SOFTMAX = "any", config_lib.LIGHTNING, config_lib.SOFTMAX
-SHARED = "shared"  # layers of a model with a shared expert
+ANY_KIND, LIGHTNING, SOFTMAX = "any", config_lib.LIGHTNING, config_lib.SOFTMAX
+SHARED_EXPERT = "shared"  # layers of a model with a shared expert
 
 # (release name, our path, transposed, layers that have it)
-TABLE = (
-    ("model.embed_tokens.weight", "embed.table", False, ANY),
-    ("lm_head.weight", "head.kernel", True, ANY),
-    ("model.norm.weight", "norm.scale", False, ANY),
+MODEL_TABLE = (
+    ("model.embed_tokens.weight", "embed.table", False, ANY_KIND),
+    ("lm_head.weight", "head.kernel", True, ANY_KIND),
+    ("model.norm.weight", "norm.scale", False, ANY_KIND),
 )
-_LAYER, _OURS = "model.layers.{l}.", "layers.{p}."
+_LAYER, _PATH = "model.layers.{l}.", "layers.{p}."
 _MOE = _LAYER + "block_sparse_moe."
 LAYER_TABLE = (
-    (_LAYER + "input_layernorm.weight", _OURS + "input_norm.scale", False, ANY),
-    (_LAYER + "post_attention_layernorm.weight", _OURS + "moe_norm.scale", False, ANY),
-    (_LAYER + "self_attn.qkv_proj.weight", _OURS + "attention.qkv.kernel", True, LIGHTNING),
-    (_LAYER + "self_attn.output_gate.weight", _OURS + "attention.gate.kernel", True, LIGHTNING),
-    (_LAYER + "self_attn.norm.weight", _OURS + "attention.norm.scale", False, LIGHTNING),
-    (_LAYER + "self_attn.out_proj.weight", _OURS + "attention.out.kernel", True, LIGHTNING),
-    (_LAYER + "self_attn.q_proj.weight", _OURS + "attention.query.kernel", True, SOFTMAX),
-    (_LAYER + "self_attn.k_proj.weight", _OURS + "attention.key.kernel", True, SOFTMAX),
-    (_LAYER + "self_attn.v_proj.weight", _OURS + "attention.value.kernel", True, SOFTMAX),
-    (_LAYER + "self_attn.o_proj.weight", _OURS + "attention.out.kernel", True, SOFTMAX),
-    (_MOE + "gate.weight", _OURS + "moe.router", True, ANY),
-    (_MOE + "experts.{e}.w1.weight", _OURS + "moe.gate", True, ANY),
-    (_MOE + "experts.{e}.w3.weight", _OURS + "moe.up", True, ANY),
-    (_MOE + "experts.{e}.w2.weight", _OURS + "moe.down", True, ANY),
-    (_LAYER + "shared_mlp.gate_proj.weight", _OURS + "moe.shared.gate.kernel", True, SHARED),
-    (_LAYER + "shared_mlp.up_proj.weight", _OURS + "moe.shared.up.kernel", True, SHARED),
-    (_LAYER + "shared_mlp.down_proj.weight", _OURS + "moe.shared.down.kernel", True, SHARED),
-    (_LAYER + "coefficient.weight", _OURS + "moe.shared.coefficient", True, SHARED),
+    (_LAYER + "input_layernorm.weight", _PATH + "input_norm.scale", False, ANY_KIND),
+    (_LAYER + "post_attention_layernorm.weight", _PATH + "moe_norm.scale", False, ANY_KIND),
+    (_LAYER + "self_attn.qkv_proj.weight", _PATH + "attention.qkv.kernel", True, LIGHTNING),
+    (_LAYER + "self_attn.output_gate.weight", _PATH + "attention.gate.kernel", True, LIGHTNING),
+    (_LAYER + "self_attn.norm.weight", _PATH + "attention.norm.scale", False, LIGHTNING),
+    (_LAYER + "self_attn.out_proj.weight", _PATH + "attention.out.kernel", True, LIGHTNING),
+    (_LAYER + "self_attn.q_proj.weight", _PATH + "attention.query.kernel", True, SOFTMAX),
+    (_LAYER + "self_attn.k_proj.weight", _PATH + "attention.key.kernel", True, SOFTMAX),
+    (_LAYER + "self_attn.v_proj.weight", _PATH + "attention.value.kernel", True, SOFTMAX),
+    (_LAYER + "self_attn.o_proj.weight", _PATH + "attention.out.kernel", True, SOFTMAX),
+    (_MOE + "gate.weight", _PATH + "moe.router", True, ANY_KIND),
+    (_MOE + "experts.{e}.w1.weight", _PATH + "moe.gate", True, ANY_KIND),
+    (_MOE + "experts.{e}.w3.weight", _PATH + "moe.up", True, ANY_KIND),
+    (_MOE + "experts.{e}.w2.weight", _PATH + "moe.down", True, ANY_KIND),
+    (_LAYER + "shared_mlp.gate_proj.weight", _PATH + "moe.shared.gate.kernel", True, SHARED_EXPERT),
+    (_LAYER + "shared_mlp.up_proj.weight", _PATH + "moe.shared.up.kernel", True, SHARED_EXPERT),
+    (_LAYER + "shared_mlp.down_proj.weight", _PATH + "moe.shared.down.kernel", True, SHARED_EXPERT),
+    (_LAYER + "coefficient.weight", _PATH + "moe.shared.coefficient", True, SHARED_EXPERT),
 )
 
 # Constants that transformers' native model saves beside its weights, in every lightning layer.
 SLOPE_RATE = _LAYER + "self_attn.slope_rate"
-DERIVED = (
+DERIVED_TENSORS = (
     SLOPE_RATE,
     _LAYER + "self_attn.query_decay",
     _LAYER + "self_attn.key_decay",
@@ -53,42 +53,42 @@ DERIVED = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Entry:
+class TensorEntry:
     """One tensor: its release name, its parameter, and the index of its place in it.
 
     The tensor equals parameter[index], or its transpose where `transposed`.
     """
 
     name: str
-    path: str
+    param_path: str
     index: tuple[int, ...]
     transposed: bool
 
 
-def entries(config: config_lib.ModelConfig) -> list[Entry]:
+def list_tensor_entries(config: config_lib.ModelConfig) -> list[TensorEntry]:
     """Return every tensor of a model once, in the order of the layers: 8,243 for the release."""
-    out = [Entry(name, path, (), transposed) for name, path, transposed, _ in TABLE]
+    out = [TensorEntry(name, path, (), transposed) for name, path, transposed, _ in MODEL_TABLE]
     for layer, kind in enumerate(config.layer_types):
-        run, *index = config.place(layer)
-        present = {ANY, kind} | ({SHARED} if config.has_shared_expert else set())
+        run, *index = config.stack_index_of(layer)
+        present = {ANY_KIND, kind} | ({SHARED_EXPERT} if config.has_shared_expert else set())
         for name, path, transposed, where in LAYER_TABLE:
             if where not in present:
                 continue
             path = path.format(p=run)
             if "{e}" not in name:
-                out.append(Entry(name.format(l=layer), path, tuple(index), transposed))
+                out.append(TensorEntry(name.format(l=layer), path, tuple(index), transposed))
                 continue
             for expert in range(config.num_local_experts):
                 full = name.format(l=layer, e=expert)
-                out.append(Entry(full, path, (*index, expert), transposed))
+                out.append(TensorEntry(full, path, (*index, expert), transposed))
     return out
 
 
-def derived(config: config_lib.ModelConfig) -> dict[str, int]:
+def list_derived_tensors(config: config_lib.ModelConfig) -> dict[str, int]:
     """Return the names of the native layout's constants and the layer of each."""
     return {
         name.format(l=layer): layer
         for layer, kind in enumerate(config.layer_types)
         if kind == LIGHTNING
-        for name in DERIVED
+        for name in DERIVED_TENSORS
     }

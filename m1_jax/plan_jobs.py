@@ -1,6 +1,6 @@
 """The programs of each job that `plan.py` compiles: those that run, and what lies beside them.
 
-Each is traced from shapes by the function that owns it, so it is imported from `train` or `infer`
+Each is traced from shapes by the function that owns it, so it is imported from `trace_train` or `infer`
 inside the function that needs it.
 """
 
@@ -18,18 +18,18 @@ from m1_jax import state as state_lib
 
 
 @dataclasses.dataclass(frozen=True)
-class Setting:
+class JobSetting:
     """model: of sharded shapes on `layout`. serving: where a sampler has its weights, in RL."""
 
     config: config_lib.ModelConfig
-    job: budget.Job
-    layout: sharding.Layout
+    job: budget.PlanJob
+    layout: sharding.MeshLayout
     model: Any
-    serving: sharding.Layout | None = None
+    serving_layout: sharding.MeshLayout | None = None
 
 
 @dataclasses.dataclass(frozen=True)
-class Program:
+class TracedProgram:
     """A traced program of a job.
 
     arguments: pytrees of shapes by part. results: those that take memory of their own, not that of
@@ -41,19 +41,19 @@ class Program:
     name: str
     traced: Any
     arguments: Mapping[str, Any]
-    guess: budget.Estimate
+    resource_estimate: budget.ResourceEstimate
     flops: tuple[float, float] = (0.0, 0.0)
     results: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    beside: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    co_resident: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 # ---- how a model and its inputs lie on a mesh
 
 
-def abstract_model(
+def abstract_job_model(
     config: config_lib.ModelConfig,
-    job: budget.Job,
-    layout: sharding.Layout | None = None,
+    job: budget.PlanJob,
+    layout: sharding.MeshLayout | None = None,
     weights: str | None = None,
 ):
     """Return a bfloat16 model of sharded shapes; a trainer's parameters are float32."""
@@ -61,9 +61,9 @@ def abstract_model(
     return checkpoint.abstract_model(config, jnp.bfloat16, param_dtype, layout, weights)
 
 
-def serving_layout(
-    config: config_lib.ModelConfig, layout: sharding.Layout, sizes: Mapping[str, int]
-) -> sharding.Layout:
+def make_serving_layout(
+    config: config_lib.ModelConfig, layout: sharding.MeshLayout, axis_sizes: Mapping[str, int]
+) -> sharding.MeshLayout:
     """Return how a sampler's weights lie on the trainer's devices, cut along `sizes`.
 
     Raises:
@@ -71,29 +71,33 @@ def serving_layout(
     """
     from train import handover
 
-    found = sharding.layout(handover.serving_mesh(layout.mesh, sizes), config, sharding.DECODE)
+    found = sharding.make_layout(
+        handover.make_serving_mesh(layout.mesh, axis_sizes), config, sharding.DECODE
+    )
     assert found is not None
     return found
 
 
-def abstract_rows(layout: sharding.Layout, rows: int, length: int, dtype=jnp.int32) -> Any:
+def abstract_rows(layout: sharding.MeshLayout, num_rows: int, length: int, dtype=jnp.int32) -> Any:
     """Return an array [rows, length] that lies as tokens do; one token has no length to split."""
-    where = layout.array("batch", "length" if length > 1 else None)
-    return jax.ShapeDtypeStruct((rows, length), dtype, sharding=where)
+    where = layout.activation_sharding("batch", "length" if length > 1 else None)
+    return jax.ShapeDtypeStruct((num_rows, length), dtype, sharding=where)
 
 
-def abstract_state(config: config_lib.ModelConfig, layout: sharding.Layout, job: budget.Job):
-    state = jax.eval_shape(lambda: state_lib.init_state(config, job.batch, job.seq))
+def abstract_state(
+    config: config_lib.ModelConfig, layout: sharding.MeshLayout, job: budget.PlanJob
+):
+    state = jax.eval_shape(lambda: state_lib.init_decode_state(config, job.batch, job.seq))
 
     def place(shape, spec):
         where = NamedSharding(layout.mesh, spec)
         return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=where)
 
-    return jax.tree.map(place, state, state_lib.specs(state, layout))
+    return jax.tree.map(place, state, state_lib.decode_state_specs(state, layout))
 
 
-def state_bytes(
-    config: config_lib.ModelConfig, layout: sharding.Layout, job: budget.Job
+def state_and_kv_bytes(
+    config: config_lib.ModelConfig, layout: sharding.MeshLayout, job: budget.PlanJob
 ) -> tuple[float, float]:
     """Return the bytes on a chip of all rows' recurrent states and of their keys and values."""
     if job.kind == "serve":
@@ -101,42 +105,48 @@ def state_bytes(
 
         chunk = sizes.Config().chunk_tokens
         pages = job.batch * -(-job.seq // chunk)
-        state = state_lib.abstract_serving(config, job.batch, pages, chunk, layout)
+        state = state_lib.abstract_serving_state(config, job.batch, pages, chunk, layout)
     else:
         state = abstract_state(config, layout, job)
-    caches = (state_lib.KVCache, state_lib.Pages)
+    caches = (state_lib.KVCache, state_lib.PagedKVCache)
     kv = [layer for layer in state.layers if isinstance(layer, caches)]
     total = budget.local_bytes(state)
     return total - budget.local_bytes(kv), budget.local_bytes(kv)
 
 
-def estimate(
-    config: config_lib.ModelConfig, job: budget.Job, layout: sharding.Layout, model
-) -> budget.Estimate:
+def estimate_job(
+    config: config_lib.ModelConfig, job: budget.PlanJob, layout: sharding.MeshLayout, model
+) -> budget.ResourceEstimate:
     """Return our own count of a job, by which meshes are ranked."""
-    state = 0.0 if job.mode == sharding.TRAIN else sum(state_bytes(config, layout, job))
-    return budget.estimate(config, job, layout, budget.params(model, layout), state)
+    state = 0.0 if job.mode == sharding.TRAIN else sum(state_and_kv_bytes(config, layout, job))
+    return budget.estimate_resources(
+        config, job, layout, budget.list_param_shards(model, layout), state
+    )
 
 
 # ---- jobs: each returns its programs
 
 
-def train(setting: Setting) -> list[Program]:
+def trace_train(setting: JobSetting) -> list[TracedProgram]:
     from train import optim
     from train import step as step_lib
 
     job, layout = setting.job, setting.layout
-    settings = step_lib.Settings(optim.AdamW(1e-4), accumulate=job.accumulate)
-    state = step_lib.abstract(setting.model, settings.optimizer)
+    settings = step_lib.TrainStepSettings(optim.AdamW(1e-4), accumulate=job.accumulate)
+    state = step_lib.abstract_state(setting.model, settings.optimizer)
     ints = abstract_rows(layout, job.batch, job.seq)
     weights = abstract_rows(layout, job.batch, job.seq, jnp.float32)
-    batch = step_lib.Batch(ints, ints, ints, ints, weights)
+    batch = step_lib.TrainBatch(ints, ints, ints, ints, weights)
     parts = {"parameters": setting.model, "optimizer": state.moments, "batch": batch}
-    traced = step_lib.update.trace(state, batch, settings=settings)
-    return [Program("update", traced, parts, _estimate(setting), _train_flops(setting))]
+    traced = step_lib.train_step.trace(state, batch, settings=settings)
+    return [
+        TracedProgram(
+            "update", traced, parts, _estimate_setting(setting), _count_train_flops(setting)
+        )
+    ]
 
 
-def extend(setting: Setting) -> list[Program]:
+def trace_extend(setting: JobSetting) -> list[TracedProgram]:
     """Trace the pass that appends tokens to a state: all of a prompt, or one of each row."""
     job = setting.job
     state = abstract_state(setting.config, setting.layout, job)
@@ -149,10 +159,14 @@ def extend(setting: Setting) -> list[Program]:
         return model.extend(tokens, state, last_only=True)
 
     traced = jax.jit(extend, donate_argnums=2).trace(setting.model, tokens, state)
-    return [Program("extend", traced, parts, _estimate(setting), _forward_flops(setting))]
+    return [
+        TracedProgram(
+            "extend", traced, parts, _estimate_setting(setting), _count_forward_flops(setting)
+        )
+    ]
 
 
-def serve(setting: Setting) -> list[Program]:
+def trace_serve(setting: JobSetting) -> list[TracedProgram]:
     """Trace what the engine dispatches to decode: several tokens of each row, and their choice."""
     from infer import config as sizes
     from infer import programs
@@ -161,8 +175,8 @@ def serve(setting: Setting) -> list[Program]:
     engine = sizes.Config(max_length=job.seq, max_rows=job.batch, tile_rows=16, row_tile=0)
     state, arguments = programs.abstract_decode(setting.config, setting.layout, engine)
     pools = state.layers
-    pages = [pool for pool in pools if isinstance(pool, state_lib.Pages)]
-    slots = [pool for pool in pools if isinstance(pool, state_lib.Slots)]
+    pages = [pool for pool in pools if isinstance(pool, state_lib.PagedKVCache)]
+    slots = [pool for pool in pools if isinstance(pool, state_lib.LightningSlots)]
     parts = {"parameters": setting.model, "state": slots, "kv": pages, "batch": arguments}
 
     def decode(model, state, rows, batch, steps):
@@ -170,10 +184,14 @@ def serve(setting: Setting) -> list[Program]:
         return programs.decode(model, state, rows, batch, steps, recipe, engine.decode_steps)
 
     traced = jax.jit(decode, donate_argnums=(1, 2)).trace(setting.model, state, *arguments)
-    return [Program("decode", traced, parts, _estimate(setting), _forward_flops(setting))]
+    return [
+        TracedProgram(
+            "decode", traced, parts, _estimate_setting(setting), _count_forward_flops(setting)
+        )
+    ]
 
 
-def rl_update(setting: Setting) -> list[Program]:
+def trace_rl_update(setting: JobSetting) -> list[TracedProgram]:
     """Trace the three programs of an update: scores, gradients added to sums, the step.
 
     Rows carry the sampler's routes. The sampler's weights stay beside each program, and the
@@ -183,96 +201,98 @@ def rl_update(setting: Setting) -> list[Program]:
     from train import step as step_lib
 
     job, model = setting.job, setting.model
-    settings = rl_step.Settings(optim.AdamW(1e-4), objective.PRESETS["cispo"])
-    state = step_lib.abstract(model, settings.optimizer)
-    rows = _rl_rows(setting)
+    settings = rl_step.RlStepSettings(optim.AdamW(1e-4), objective.PRESETS["cispo"])
+    state = step_lib.abstract_state(model, settings.optimizer)
+    rows = _abstract_rl_rows(setting)
     share = jax.ShapeDtypeStruct((), jnp.float32)
     shapes = jax.eval_shape(
-        lambda *args: rl_step.add(None, *args, None, settings), model, rows, share
+        lambda *args: rl_step.accumulate_gradients(None, *args, None, settings), model, rows, share
     )
-    sums = (_like_model(shapes[0], model), _everywhere(shapes[1], setting.layout))
-    sampler = {"sampler": sampler_model(setting)}
+    sums = (_shard_like_model(shapes[0], model), _replicate_shapes(shapes[1], setting.layout))
+    sampler = {"sampler": abstract_sampler_model(setting)}
     moments = {"optimizer": state.moments}
     parameters, batch = {"parameters": model}, {"batch": rows}
-    params = budget.params(model, setting.layout)
-    whole = budget.estimate(setting.config, job, setting.layout, params)
+    params = budget.list_param_shards(model, setting.layout)
+    whole = budget.estimate_resources(setting.config, job, setting.layout, params)
     once = dataclasses.replace(job, kind=sharding.PREFILL)  # one forward pass
     held = {"parameters": whole.hbm_bytes["parameters"]}
     added = {"sums": whole.hbm_bytes["gradients"]}
     work = {name: whole.hbm_bytes[name] for name in ("gradients", "activations")}
     step = {"optimizer": whole.hbm_bytes["optimizer"], "activations": 0.0}
     return [
-        Program(
+        TracedProgram(
             "score",
-            rl_step.score.trace(model, rows, settings.temperature),
+            rl_step.score_logprobs.trace(model, rows, settings.temperature),
             parameters | batch,
-            budget.estimate(setting.config, once, setting.layout, params),
-            (flops.forward(setting.config, job.batch, job.seq).total, 0.0),
-            beside=moments | sampler,
+            budget.estimate_resources(setting.config, once, setting.layout, params),
+            (flops.count_forward_flops(setting.config, job.batch, job.seq).total, 0.0),
+            co_resident=moments | sampler,
         ),
-        Program(
+        TracedProgram(
             "add",
-            rl_step.add.trace(sums, model, rows, share, None, settings),
+            rl_step.accumulate_gradients.trace(sums, model, rows, share, None, settings),
             parameters | {"sums": sums} | batch,
-            budget.Estimate(held | added | work, whole.collectives),
-            _train_flops(setting),
-            beside=moments | sampler,
+            budget.ResourceEstimate(held | added | work, whole.collectives),
+            _count_train_flops(setting),
+            co_resident=moments | sampler,
         ),
-        Program(
+        TracedProgram(
             "update",
-            rl_step.update.trace(state, sums[0], settings),
+            rl_step.apply_update.trace(state, sums[0], settings),
             parameters | moments | {"sums": sums[0]},
-            budget.Estimate(held | added | step, {}),
-            beside=sampler,
+            budget.ResourceEstimate(held | added | step, {}),
+            co_resident=sampler,
         ),
     ]
 
 
-def reshard(setting: Setting) -> list[Program]:
+def trace_reshard(setting: JobSetting) -> list[TracedProgram]:
     """Trace the copy of a trainer's weights for the sampler, whose old ones still lie beside it."""
     from train import handover, optim
     from train import step as step_lib
 
-    assert setting.serving is not None
+    assert setting.serving_layout is not None
     model = setting.model
-    program = handover.Handover(setting.config, jnp.bfloat16, setting.serving)
-    values = {n: p.get_value() for n, p in checkpoint.parameters(model).items()}
-    parts, made = {"parameters": model}, {"new sampler": program.like}
+    program = handover.WeightSync(setting.config, jnp.bfloat16, setting.serving_layout)
+    values = {n: p.get_value() for n, p in checkpoint.params_by_path(model).items()}
+    parts, made = {"parameters": model}, {"new sampler": program.abstract_model}
     guess = {name: float(budget.local_bytes(tree)) for name, tree in (parts | made).items()}
-    moments = step_lib.abstract(model, optim.AdamW(1e-4)).moments
+    moments = step_lib.abstract_state(model, optim.AdamW(1e-4)).moments
     return [
-        Program(
+        TracedProgram(
             "reshard",
             program.program.trace(values),
             parts,
-            budget.Estimate(guess | {"activations": 0.0}, {}),
+            budget.ResourceEstimate(guess | {"activations": 0.0}, {}),
             results=made,
-            beside={"optimizer": moments, "sampler": program.like},
+            co_resident={"optimizer": moments, "sampler": program.abstract_model},
         )
     ]
 
 
-JOBS: dict[str, Callable[[Setting], list[Program]]] = {
-    "train": train,
-    "prefill": extend,
-    "decode": extend,
-    "serve": serve,
-    "rl_update": rl_update,
-    "reshard": reshard,
+JOB_TRACERS: dict[str, Callable[[JobSetting], list[TracedProgram]]] = {
+    "train": trace_train,
+    "prefill": trace_extend,
+    "decode": trace_extend,
+    "serve": trace_serve,
+    "rl_update": trace_rl_update,
+    "reshard": trace_reshard,
 }
 
 
 # ---- parts of them
 
 
-def sampler_model(setting: Setting) -> Any:
+def abstract_sampler_model(setting: JobSetting) -> Any:
     """Return the bfloat16 weights that the sampler keeps, as shapes."""
-    assert setting.serving is not None
-    return checkpoint.abstract_model(setting.config, jnp.bfloat16, jnp.bfloat16, setting.serving)
+    assert setting.serving_layout is not None
+    return checkpoint.abstract_model(
+        setting.config, jnp.bfloat16, jnp.bfloat16, setting.serving_layout
+    )
 
 
-def _rl_rows(setting: Setting) -> Any:
-    """Return a microbatch as `rl_batch.place` puts it on the devices."""
+def _abstract_rl_rows(setting: JobSetting) -> Any:
+    """Return a microbatch as `rl_batch.device_put_rows` puts it on the devices."""
     from train import rl_batch
 
     config, job, layout = setting.config, setting.job, setting.layout
@@ -280,37 +300,40 @@ def _rl_rows(setting: Setting) -> Any:
     floats = abstract_rows(layout, job.batch, job.seq, jnp.float32)
     kinds = {"tokens": ints, "segment_ids": ints, "positions": ints, "targets": ints}
     fields = {
-        field.name: kinds.get(field.name, floats) for field in dataclasses.fields(rl_batch.Rows)
+        field.name: kinds.get(field.name, floats)
+        for field in dataclasses.fields(rl_batch.PackedRows)
     }
     shape = (job.batch, job.seq, config.num_hidden_layers, config.num_experts_per_tok)
-    where = layout.array("batch", "length", None, None)
-    fields["routes"] = jax.ShapeDtypeStruct(shape, jnp.int8, sharding=where)
-    return rl_batch.Rows(**fields)
+    where = layout.activation_sharding("batch", "length", None, None)
+    fields["expert_ids"] = jax.ShapeDtypeStruct(shape, jnp.int8, sharding=where)
+    return rl_batch.PackedRows(**fields)
 
 
-def _like_model(shapes: Any, model: Any) -> Any:
+def _shard_like_model(shapes: Any, model: Any) -> Any:
     def place(shape, like):
         return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=like.sharding)
 
     return jax.tree.map(place, shapes, model)
 
 
-def _everywhere(shapes: Any, layout: sharding.Layout) -> Any:
-    where = layout.array()
+def _replicate_shapes(shapes: Any, layout: sharding.MeshLayout) -> Any:
+    where = layout.activation_sharding()
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), shapes)
 
 
-def _estimate(setting: Setting) -> budget.Estimate:
-    return estimate(setting.config, setting.job, setting.layout, setting.model)
+def _estimate_setting(setting: JobSetting) -> budget.ResourceEstimate:
+    return estimate_job(setting.config, setting.job, setting.layout, setting.model)
 
 
-def _train_flops(setting: Setting) -> tuple[float, float]:
-    count = flops.train(setting.config, setting.job.batch, setting.job.seq)
-    return count.model, count.again
+def _count_train_flops(setting: JobSetting) -> tuple[float, float]:
+    count = flops.count_train_flops(setting.config, setting.job.batch, setting.job.seq)
+    return count.model, count.recomputed
 
 
-def _forward_flops(setting: Setting) -> tuple[float, float]:
+def _count_forward_flops(setting: JobSetting) -> tuple[float, float]:
     job = setting.job
     context = job.seq - job.new_tokens
-    once = flops.forward(setting.config, job.batch, job.new_tokens, context, logits=1)
+    once = flops.count_forward_flops(
+        setting.config, job.batch, job.new_tokens, context, num_logits=1
+    )
     return once.total, 0.0

@@ -6,7 +6,7 @@ from typing import Any
 GIB = 2**30
 
 
-def report(record: Mapping[str, Any]) -> str:
+def format_report(record: Mapping[str, Any]) -> str:
     """Return a record of `plan.run` as text; the last line says whether the program fits."""
     chips = f"{record['devices'] // record['devices_per_chip']} chips"
     if record["devices_per_chip"] > 1:
@@ -15,28 +15,28 @@ def report(record: Mapping[str, Any]) -> str:
     serving = f", serving mesh {record['serving_mesh']}" if record["serving_mesh"] else ""
     lines = [
         f"{record['job']} of {record['config']} on {slices}{record['topology']} ({chips}), "
-        f"mesh {mesh(record['mesh'])}{serving}",
-        _sizes(record),
+        f"mesh {format_mesh(record['mesh'])}{serving}",
+        _describe_job(record),
         "",
     ]
     for program in record["programs"]:
         if len(record["programs"]) > 1:
             lines.append(f"program {program['program']}")
-        for part in (_memory(program), _flops(program), _collectives(program)):
+        for part in (_format_memory(program), _format_flops(program), _format_collectives(program)):
             lines += [*part, ""] if part else []
     lines += [
-        *_tried(record),
-        *_capacity(record),
+        *_format_tried_meshes(record),
+        *_format_capacity(record),
         f"traced in {record['trace_secs']:.1f} s, compiled in {record['compile_secs']:.1f} s "
         f"({record['compile_cpu_secs']:.1f} s of CPU), "
         f"host memory {record['host_peak_bytes'] / GIB:.1f} GiB",
-        verdict(record),
+        format_verdict(record),
     ]
     return "\n".join(lines)
 
 
-def _sizes(record) -> str:
-    words = [] if record["job"] == "reshard" else [_rows(record)]
+def _describe_job(record) -> str:
+    words = [] if record["job"] == "reshard" else [_describe_rows(record)]
     if record["weights"] is not None:
         words.append(f"weights {record['weights']}")
     words.append(f"lightning {record['lightning']}")
@@ -44,7 +44,7 @@ def _sizes(record) -> str:
     return ", ".join(words)
 
 
-def _rows(record) -> str:
+def _describe_rows(record) -> str:
     rows = f"{record['batch']} rows of {record['seq']} tokens"
     if record["job"] == "rl_update":
         return f"{rows} in a microbatch, remat {record['remat']}"
@@ -53,11 +53,11 @@ def _rows(record) -> str:
     return rows
 
 
-def mesh(shape: Mapping[str, int]) -> str:
+def format_mesh(shape: Mapping[str, int]) -> str:
     return ",".join(f"{axis}={size}" for axis, size in shape.items())
 
 
-def verdict(record: Mapping[str, Any]) -> str:
+def format_verdict(record: Mapping[str, Any]) -> str:
     needed, limit = record["hbm_bytes_per_chip"] / GIB, record["hbm_limit_bytes"] / GIB
     if record["fits"]:
         return f"fits: {needed:.2f} of {limit:.2f} GiB a chip, {limit - needed:.2f} GiB are free"
@@ -67,7 +67,7 @@ def verdict(record: Mapping[str, Any]) -> str:
     )
 
 
-def _memory(record) -> list[str]:
+def _format_memory(record) -> list[str]:
     parts, guess = record["hbm_parts"], dict(record["hbm_estimate"])
     # Gradients and activations are both temporaries of the program.
     guess["activations"] += guess.pop("gradients", 0)
@@ -85,7 +85,7 @@ def _memory(record) -> list[str]:
     return [*lines, f"{'total':<28}{total:>10.2f}{sum(guess.values()) / GIB:>10.2f}"]
 
 
-def _flops(record) -> list[str]:
+def _format_flops(record) -> list[str]:
     if not record["flops_per_chip"]:
         return []
     ours, again = record["flops_per_chip"], record["flops_again_per_chip"]
@@ -97,7 +97,7 @@ def _flops(record) -> list[str]:
     ]
 
 
-def _collectives(record) -> list[str]:
+def _format_collectives(record) -> list[str]:
     counted, paper = record["collectives"], record["collectives_estimate"]
     head = f"{'received by a chip':<22}{'compiled':>10}{'GiB':>10}"
     lines = [head + (f"{'by hand':>10}{'GiB':>10}" if paper else "")]
@@ -112,17 +112,17 @@ def _collectives(record) -> list[str]:
     return lines
 
 
-def _capacity(record) -> list[str]:
+def _format_capacity(record) -> list[str]:
     rows = [f"{number} of {length:,} tokens" for length, number in record["capacity"].items()]
     beside = "the sampler's requests beside it" if record["job"] == "rl_update" else "requests"
     return [f"room for {beside}, weights in place: {', '.join(rows)}"] if rows else []
 
 
-def _tried(record) -> list[str]:
+def _format_tried_meshes(record) -> list[str]:
     if len(record["tried"]) < 2:
         return []
     rows = [
-        f"  {mesh(one['mesh'])}: {one['hbm_bytes_per_chip'] / GIB:.2f} GiB, "
+        f"  {format_mesh(one['mesh'])}: {one['hbm_bytes_per_chip'] / GIB:.2f} GiB, "
         f"{'fits' if one['fits'] else 'does not fit'}, {one['compile_secs']:.0f} s"
         for one in record["tried"]
     ]

@@ -19,27 +19,27 @@ from jaxtyping import Array, Bool, Float, Int
 
 from m1_jax import sharding
 
-BLOCK = 256  # queries and keys of a block
-DIRECT_PAIRS, DIRECT_QUERIES = 2**16, 8  # up to either, one block does it all
+BLOCK_TOKENS = 256  # queries and keys of a block
+MAX_DIRECT_PAIRS, MAX_DIRECT_QUERIES = 2**16, 8  # up to either, one block does it all
 # Gathering the keys and values of a sequence costs as many bytes as the ring and one step instead
 # of as many as there are devices, so it is faster as long as it fits: 512 MiB is 128k tokens of the
 # release in bfloat16, 1M where eight devices share the heads.
-GATHER_BYTES = 2**29
-NEVER = np.iinfo(np.int32).max  # the place of a padded key, after every query
+MAX_GATHER_BYTES = 2**29
+PADDING_POSITION = np.iinfo(np.int32).max  # the place of a padded key, after every query
 
 
-def attend(
+def causal_attention(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B K S H"],
     v: Float[Array, "B K S H"],
-    q_place: Int[Array, "#B T"],
-    k_place: Int[Array, "#B S"],
-    q_document: Int[Array, "B T"] | None = None,
-    k_document: Int[Array, "B S"] | None = None,
+    q_positions: Int[Array, "#B T"],
+    k_positions: Int[Array, "#B S"],
+    q_segment_ids: Int[Array, "B T"] | None = None,
+    k_segment_ids: Int[Array, "B S"] | None = None,
 ) -> Float[Array, "B T N H"]:
     """Softmax attention of each query to the keys at its place or before, in its document.
 
-    Query head n reads kv head n // (N / K). Inside of `sharding.run`, queries and keys are this
+    Query head n reads kv head n // (N / K). Inside of `sharding.run_sharded`, queries and keys are this
     device's parts of rows whose length may be split; their places say what comes before what.
 
     Precision: scores, softmax and sums in float32; probabilities are cast to v's dtype.
@@ -47,71 +47,71 @@ def attend(
     batch, length, num_heads, size = q.shape
     num_kv = k.shape[1]
     q = jnp.moveaxis(q.reshape(batch, length, num_kv, num_heads // num_kv, size), 1, 3)
-    if q_document is None:
-        q_document, k_document = jnp.ones_like(q_place), jnp.ones_like(k_place)
-    assert k_document is not None
-    queries, keys = (q_place, q_document), (k_place, k_document)
-    devices = sharding.count("length")
+    if q_segment_ids is None:
+        q_segment_ids, k_segment_ids = jnp.ones_like(q_positions), jnp.ones_like(k_positions)
+    assert k_segment_ids is not None
+    queries, keys = (q_positions, q_segment_ids), (k_positions, k_segment_ids)
+    devices = sharding.axis_size("length")
     # The last device of a causal row would have nearly twice the work of the average.
     balance = devices > 1 and length == k.shape[2] and length % 2 == 0
     if balance:
-        q = sharding.zigzag(q, "length", 3)
-        queries = tuple(sharding.zigzag(x, "length", 1) for x in queries)
-    if balance and not gathers(k, devices):
-        k, v = sharding.zigzag(k, "length", 2), sharding.zigzag(v, "length", 2)
-        keys = tuple(sharding.zigzag(x, "length", 1) for x in keys)
-    if devices > 1 and gathers(k, devices):
-        k, v = sharding.whole(k, "length", 2), sharding.whole(v, "length", 2)
-        keys = tuple(sharding.whole(x, "length", 1) for x in keys)
+        q = sharding.permute_zigzag(q, "length", 3)
+        queries = tuple(sharding.permute_zigzag(x, "length", 1) for x in queries)
+    if balance and not should_gather_keys(k, devices):
+        k, v = sharding.permute_zigzag(k, "length", 2), sharding.permute_zigzag(v, "length", 2)
+        keys = tuple(sharding.permute_zigzag(x, "length", 1) for x in keys)
+    if devices > 1 and should_gather_keys(k, devices):
+        k, v = sharding.all_gather(k, "length", 2), sharding.all_gather(v, "length", 2)
+        keys = tuple(sharding.all_gather(x, "length", 1) for x in keys)
         devices = 1
-    if devices == 1 and (length * k.shape[2] <= DIRECT_PAIRS or length <= DIRECT_QUERIES):
-        total, scale, _ = block(q, k, v, _mask(queries, keys))
-        o = total / positive(scale)
+    if devices == 1 and (length * k.shape[2] <= MAX_DIRECT_PAIRS or length <= MAX_DIRECT_QUERIES):
+        total, scale, _ = attend_block(q, k, v, _attention_mask(queries, keys))
+        o = total / replace_zeros_with_ones(scale)
     else:
-        made: Any = _blockwise(devices, q, k, v, queries, keys)
+        made: Any = _blockwise_attention(devices, q, k, v, queries, keys)
         o, _ = made
     if balance:
-        o = sharding.zigzag(o, "length", 3, back=True)
-    return _heads_last(o, v.dtype)
+        o = sharding.permute_zigzag(o, "length", 3, inverse=True)
+    return _move_heads_last(o, v.dtype)
 
 
-def attend_parts(q, k, v, q_place, k_place) -> Float[Array, "B T N H"]:
-    """`attend` where every device has all (few) queries, and its own part of the keys."""
+def sharded_key_attention(q, k, v, q_positions, k_positions) -> Float[Array, "B T N H"]:
+    """`causal_attention` where every device has all (few) queries, and its own part of the keys."""
     batch, length, num_heads, size = q.shape
     q = jnp.moveaxis(q.reshape(batch, length, k.shape[1], -1, size), 1, 3)
-    mask = (k_place[:, None, :] <= q_place[:, :, None])[:, None, None]
-    total, scale, top = block(q, k, v, mask)
-    highest = sharding.largest(top, "length")
+    mask = (k_positions[:, None, :] <= q_positions[:, :, None])[:, None, None]
+    total, scale, top = attend_block(q, k, v, mask)
+    highest = sharding.pmax(top, "length")
     share = jnp.exp(top - jnp.where(jnp.isfinite(highest), highest, 0.0))
-    total, scale = (sharding.total(x * share, "length") for x in (total, scale))
-    return _heads_last(total / positive(scale), v.dtype)
+    total, scale = (sharding.psum(x * share, "length") for x in (total, scale))
+    return _move_heads_last(total / replace_zeros_with_ones(scale), v.dtype)
 
 
-def _heads_last(o, dtype) -> Float[Array, "B T N H"]:
+def _move_heads_last(o, dtype) -> Float[Array, "B T N H"]:
     o = jnp.moveaxis(o.astype(dtype), 3, 1)
     return o.reshape(*o.shape[:2], -1, o.shape[-1])
 
 
-def gathers(k: Float[Array, "B K S H"], devices: int) -> bool:
+def should_gather_keys(k: Float[Array, "B K S H"], devices: int) -> bool:
     """Say whether the keys and values of all devices are gathered; else they go round the ring."""
-    return 2 * devices * k.size * k.dtype.itemsize <= GATHER_BYTES
+    return 2 * devices * k.size * k.dtype.itemsize <= MAX_GATHER_BYTES
 
 
-def _mask(queries, keys) -> Bool[Array, "#B 1 1 t s"]:
+def _attention_mask(queries, keys) -> Bool[Array, "#B 1 1 t s"]:
     (q_place, q_document), (k_place, k_document) = queries, keys
     seen = k_place[:, None, :] <= q_place[:, :, None]
     same = q_document[:, :, None] == k_document[:, None, :]
     return (seen & same)[:, None, None]
 
 
-def _scores(q, k, mask):
+def _masked_scores(q, k, mask):
     scores = jnp.einsum("bkgth,bksh->bkgts", q, k, preferred_element_type=jnp.float32)
     return jnp.where(mask, scores / math.sqrt(q.shape[-1]), -jnp.inf)
 
 
-def block(q, k, v, mask):
+def attend_block(q, k, v, mask):
     """Return sums of exp(score - top) v and of exp(score - top), and top, per query."""
-    scores = _scores(q, k, mask)
+    scores = _masked_scores(q, k, mask)
     top = jnp.max(scores, axis=-1, keepdims=True)
     # A query without any key (padding) would give exp(-inf + inf).
     weights = jnp.exp(scores - jnp.where(jnp.isfinite(top), top, 0.0))
@@ -121,21 +121,21 @@ def block(q, k, v, mask):
     return total, jnp.sum(weights, axis=-1, keepdims=True), top
 
 
-def positive(scale):
+def replace_zeros_with_ones(scale):
     return jnp.where(scale > 0, scale, 1.0)
 
 
-def merge(one, two):
+def merge_partials(left, right):
     """Join two partial softmax sums (total, scale, top) of the same queries."""
-    top = jnp.maximum(one[2], two[2])
+    top = jnp.maximum(left[2], right[2])
     safe = jnp.where(jnp.isfinite(top), top, 0.0)
-    first, second = jnp.exp(one[2] - safe), jnp.exp(two[2] - safe)
-    return one[0] * first + two[0] * second, one[1] * first + two[1] * second, top
+    first, second = jnp.exp(left[2] - safe), jnp.exp(right[2] - safe)
+    return left[0] * first + right[0] * second, left[1] * first + right[1] * second, top
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _blockwise(devices: int, q, k, v, queries, keys) -> Any:
-    """Attend to the keys of all devices of a ring; arguments as `block` and `_mask` want them.
+def _blockwise_attention(devices: int, q, k, v, queries, keys) -> Any:
+    """Attend to the keys of all devices of a ring; arguments as `attend_block` and `_attention_mask` want them.
 
     Returns the outputs, and the log of each softmax's sum, which has no gradient.
     """
@@ -143,7 +143,7 @@ def _blockwise(devices: int, q, k, v, queries, keys) -> Any:
     # Masks depend on places alone. Without this, JAX would compute those of all pairs of blocks
     # once, outside of the loop over layers, and keep them.
     q, k, v, queries, keys = jax.lax.optimization_barrier((q, k, v, queries, keys))
-    q_blocks = (_cut(q, 3), _cut(queries[0], 1, -1), _cut(queries[1], 1))
+    q_blocks = (_split_blocks(q, 3), _split_blocks(queries[0], 1, -1), _split_blocks(queries[1], 1))
 
     def over_devices(carry, _):
         partial, key_blocks = carry
@@ -153,17 +153,17 @@ def _blockwise(devices: int, q, k, v, queries, keys) -> Any:
 
             def over_keys(partial, key_block):
                 k, v, *keys = key_block
-                mask = _mask(queries, keys)
+                mask = _attention_mask(queries, keys)
                 return jax.lax.cond(
                     jnp.any(mask),
-                    lambda: merge(partial, block(q, k, v, mask)),
+                    lambda: merge_partials(partial, attend_block(q, k, v, mask)),
                     lambda: partial,
                 ), None
 
             return None, jax.lax.scan(over_keys, partial, key_blocks)[0]
 
         _, partial = jax.lax.scan(over_queries, None, (q_blocks, partial))
-        return (partial, _next(devices, key_blocks)), None
+        return (partial, _send_to_next_device(devices, key_blocks)), None
 
     shape = (*q_blocks[0].shape[:-1], 1)
     start = (
@@ -171,28 +171,28 @@ def _blockwise(devices: int, q, k, v, queries, keys) -> Any:
         jnp.zeros(shape, jnp.float32),
         jnp.full(shape, -jnp.inf, jnp.float32),
     )
-    carry = (start, _key_blocks(k, v, keys))
+    carry = (start, _split_key_blocks(k, v, keys))
     ((total, scale, top), _), _ = jax.lax.scan(over_devices, carry, None, length=devices)
-    o = (total / positive(scale)).astype(v.dtype)
-    lse = jnp.where(scale > 0, top + jnp.log(positive(scale)), 0.0)
-    return _join(o, length), _join(lse, length)
+    o = (total / replace_zeros_with_ones(scale)).astype(v.dtype)
+    lse = jnp.where(scale > 0, top + jnp.log(replace_zeros_with_ones(scale)), 0.0)
+    return _join_blocks(o, length), _join_blocks(lse, length)
 
 
-def _blockwise_fwd(devices, q, k, v, queries, keys):
+def _blockwise_attention_fwd(devices, q, k, v, queries, keys):
     # By its own name, as a function with a rule stays whole: were its loops written out here,
     # jax.checkpoint would take their conditionals apart and keep the sums of all pairs of blocks.
-    made: Any = _blockwise(devices, q, k, v, queries, keys)
+    made: Any = _blockwise_attention(devices, q, k, v, queries, keys)
     return made, (q, k, v, queries, keys, *made)
 
 
-def _blockwise_bwd(devices, residuals, gradients):
+def _blockwise_attention_bwd(devices, residuals, gradients):
     d_o, _ = gradients
     q, k, v, queries, keys, o, lse = residuals
     length, key_length = q.shape[3], k.shape[2]
     root = math.sqrt(q.shape[-1])
     delta = jnp.sum(d_o.astype(jnp.float32) * o.astype(jnp.float32), axis=-1, keepdims=True)
-    q_blocks = tuple(_cut(x, 3) for x in (q, d_o, lse, delta))
-    q_blocks += (_cut(queries[0], 1, -1), _cut(queries[1], 1))
+    q_blocks = tuple(_split_blocks(x, 3) for x in (q, d_o, lse, delta))
+    q_blocks += (_split_blocks(queries[0], 1, -1), _split_blocks(queries[1], 1))
     einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
     def over_devices(carry, _):
@@ -203,10 +203,10 @@ def _blockwise_bwd(devices, residuals, gradients):
 
             def over_queries(d_key, xs):
                 (q, d_o, lse, delta, *queries), d_q = xs
-                mask = _mask(queries, keys)
+                mask = _attention_mask(queries, keys)
 
                 def visible():
-                    weights = jnp.exp(_scores(q, k, mask) - lse)
+                    weights = jnp.exp(_masked_scores(q, k, mask) - lse)
                     d_v = einsum("bkgts,bkgth->bksh", weights.astype(d_o.dtype), d_o)
                     d_weights = einsum("bkgth,bksh->bkgts", d_o, v)
                     d_scores = (weights * (d_weights - delta) / root).astype(q.dtype)
@@ -220,40 +220,45 @@ def _blockwise_bwd(devices, residuals, gradients):
             return d_q, d_key
 
         d_q, d_keys = jax.lax.scan(over_keys, d_q, (key_blocks, d_keys))
-        return (d_q, *_next(devices, (key_blocks, d_keys))), None
+        return (d_q, *_send_to_next_device(devices, (key_blocks, d_keys))), None
 
     zeros = functools.partial(jnp.zeros_like, dtype=jnp.float32)
-    key_blocks = _key_blocks(k, v, keys)
+    key_blocks = _split_key_blocks(k, v, keys)
     d_keys = (zeros(key_blocks[0]), zeros(key_blocks[1]))
     # After a full turn every block of keys is home again, with all of its gradient.
     carry = (zeros(q_blocks[0]), key_blocks, d_keys)
     (d_q, _, (d_k, d_v)), _ = jax.lax.scan(over_devices, carry, None, length=devices)
-    d_k, d_v = (_join(x, key_length, 2).astype(y.dtype) for x, y in ((d_k, k), (d_v, v)))
-    return _join(d_q, length).astype(q.dtype), d_k, d_v, None, None
+    d_k, d_v = (_join_blocks(x, key_length, 2).astype(y.dtype) for x, y in ((d_k, k), (d_v, v)))
+    return _join_blocks(d_q, length).astype(q.dtype), d_k, d_v, None, None
 
 
-_blockwise.defvjp(_blockwise_fwd, _blockwise_bwd)
+_blockwise_attention.defvjp(_blockwise_attention_fwd, _blockwise_attention_bwd)
 
 
-def _next(devices, tree):
+def _send_to_next_device(devices, tree):
     if devices == 1:
         return tree
-    return jax.tree.map(lambda x: sharding.pass_on(x, "length"), tree)
+    return jax.tree.map(lambda x: sharding.ppermute_next(x, "length"), tree)
 
 
-def _key_blocks(k, v, keys):
-    return _cut(k, 2), _cut(v, 2), _cut(keys[0], 1, NEVER), _cut(keys[1], 1)
+def _split_key_blocks(k, v, keys):
+    return (
+        _split_blocks(k, 2),
+        _split_blocks(v, 2),
+        _split_blocks(keys[0], 1, PADDING_POSITION),
+        _split_blocks(keys[1], 1),
+    )
 
 
-def _cut(x, axis: int, fill=0):
-    """Cut an axis into blocks of `BLOCK` on a new leading axis, the last one filled up."""
-    pad = [(0, -x.shape[axis] % BLOCK if i == axis else 0) for i in range(x.ndim)]
+def _split_blocks(x, axis: int, fill=0):
+    """Cut an axis into blocks of `BLOCK_TOKENS` on a new leading axis, the last one filled up."""
+    pad = [(0, -x.shape[axis] % BLOCK_TOKENS if i == axis else 0) for i in range(x.ndim)]
     x = jnp.pad(x, pad, constant_values=fill)
-    return jnp.moveaxis(x.reshape(*x.shape[:axis], -1, BLOCK, *x.shape[axis + 1 :]), axis, 0)
+    return jnp.moveaxis(x.reshape(*x.shape[:axis], -1, BLOCK_TOKENS, *x.shape[axis + 1 :]), axis, 0)
 
 
-def _join(x, length: int, axis: int = 3):
-    """Undo `_cut`."""
+def _join_blocks(x, length: int, axis: int = 3):
+    """Undo `_split_blocks`."""
     x = jnp.moveaxis(x, 0, axis)
     x = x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
     return jax.lax.slice_in_dim(x, 0, length, axis=axis)

@@ -6,8 +6,8 @@
     tensor   heads, columns of every product, vocabulary
     context  the length of a sequence (`spans.py` for lightning, `ring.py` for softmax attention)
 
-The model runs in one `shard_map` with all axes manual (`run`), so every collective of a program is
-a call of this file. Outside of `run`, and over axes of one device, the collectives do nothing.
+The model runs in one `shard_map` with all axes manual (`run_sharded`), so every collective of a program is
+a call of this file. Outside of `run_sharded`, and over axes of one device, the collectives do nothing.
 """
 
 import dataclasses
@@ -26,35 +26,41 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDev
 
 from m1_jax import config as config_lib
 
-AXES = ("data", "fsdp", "expert", "tensor", "context")
+MESH_AXES = ("data", "fsdp", "expert", "tensor", "context")
 TRAIN, PREFILL, DECODE = "train", "prefill", "decode"
 
 # Logical axis -> mesh axes. A mesh axis is used once per array: experts take theirs before embed.
-_WHOLE = {"layers": (), "norm": (), "embed_out": (), None: ()}
+_UNSPLIT_RULES = {"layers": (), "norm": (), "embed_out": (), None: ()}
 # Axes over which a parameter is split only to store it, on top of those it computes on. They split
 # rows, the last dimension but one: XLA scatters rows in place, and copies to scatter columns.
-STORAGE = ("fsdp", "expert", "context")
-ACROSS_SLICES = ("data", "fsdp")  # axes that a slow network may join, the first that can
-_SPLIT = {
+FSDP_AXES = ("fsdp", "expert", "context")
+CROSS_SLICE_AXES = ("data", "fsdp")  # axes that a slow network may join, the first that can
+_SPLIT_RULES = {
     "vocab": ("tensor",),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "mlp": ("tensor",),
     "experts": ("expert",),
 }
-_STILL = {**_WHOLE, **_SPLIT, "embed": (), "heads_in": ("tensor",), "mlp_in": ("tensor",)}
+STATIONARY_RULES = {
+    **_UNSPLIT_RULES,
+    **_SPLIT_RULES,
+    "embed": (),
+    "heads_in": ("tensor",),
+    "mlp_in": ("tensor",),
+}
 PARAM_RULES = {
     # Every device holds its own piece of every large parameter, and of its optimizer state.
     TRAIN: {
-        **_WHOLE,
-        **_SPLIT,
-        "embed": STORAGE,
-        "heads_in": ("tensor", *STORAGE),
-        "mlp_in": ("tensor", *STORAGE),
+        **_UNSPLIT_RULES,
+        **_SPLIT_RULES,
+        "embed": FSDP_AXES,
+        "heads_in": ("tensor", *FSDP_AXES),
+        "mlp_in": ("tensor", *FSDP_AXES),
     },
     # Weights stay where they are: gathering 912 GB for every token would cost more than computing.
-    PREFILL: _STILL,
-    DECODE: _STILL,
+    PREFILL: STATIONARY_RULES,
+    DECODE: STATIONARY_RULES,
 }
 ACTIVATION_RULES = {
     "batch": ("data", "fsdp", "expert"),
@@ -72,10 +78,10 @@ ACTIVATION_RULES = {
     None: (),
 }
 # Kinds of devices whose links the compiler refuses to route a ragged all-to-all over.
-_NOT_RAGGED = ("TPU v5 lite", "TPU v5e")
-_ragged = jax.make_user_context(True)
-GATHERED = "gathered"  # the name of gathered parameters, for rematerialisation
-UNUSABLE = {
+_NO_RAGGED_DEVICE_KINDS = ("TPU v5 lite", "TPU v5e")
+_supports_ragged_all_to_all = jax.make_user_context(True)
+GATHERED_NAME = "gathered"  # the name of gathered parameters, for rematerialisation
+UNUSABLE_AXES = {
     TRAIN: {},
     PREFILL: {"fsdp": "weights would be gathered for every prompt: use expert and tensor"},
     DECODE: {"fsdp": "weights would be gathered for every token: use expert and tensor"},
@@ -83,13 +89,13 @@ UNUSABLE = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Layout:
-    """A mesh with all of `AXES`, and which table of `PARAM_RULES` places parameters on it."""
+class MeshLayout:
+    """A mesh with all of `MESH_AXES`, and which table of `PARAM_RULES` places parameters on it."""
 
     mesh: Mesh
     mode: str = TRAIN
 
-    def size(self, logical: str) -> int:
+    def axis_size(self, logical: str) -> int:
         """Return over how many devices a logical axis of activations is spread."""
         return math.prod(self.mesh.shape[axis] for axis in ACTIVATION_RULES[logical])
 
@@ -101,35 +107,35 @@ class Layout:
             axes = [a for a in PARAM_RULES[self.mode][name] if a not in used]
             axes = [a for a in axes if self.mesh.shape[a] > 1]
             used.update(axes)
-            spec.append(_entry(axes))
+            spec.append(_make_spec_entry(axes))
         return PartitionSpec(*spec)
 
-    def param(self, logical_axes: Sequence[str | None]) -> NamedSharding:
+    def param_sharding(self, logical_axes: Sequence[str | None]) -> NamedSharding:
         return NamedSharding(self.mesh, self.param_spec(logical_axes))
 
-    def stored(self, logical_axes: Sequence[str | None]) -> tuple[int, tuple[str, ...]]:
+    def fsdp_dim_and_axes(self, logical_axes: Sequence[str | None]) -> tuple[int, tuple[str, ...]]:
         """Return which dimension of a parameter is split for storage, and over which axes."""
         for dim, axes in enumerate(self.param_spec(logical_axes)):
             axes = (axes,) if isinstance(axes, str) else axes or ()
-            kept = tuple(axis for axis in axes if axis in STORAGE)
+            kept = tuple(axis for axis in axes if axis in FSDP_AXES)
             if kept and logical_axes[dim] != "experts":
                 return dim, kept
         return 0, ()
 
-    def spec(self, *logical: str | None) -> PartitionSpec:
+    def activation_spec(self, *logical: str | None) -> PartitionSpec:
         """Return the mesh axes of each dimension of an activation."""
-        return PartitionSpec(*(_entry(ACTIVATION_RULES[name]) for name in logical))
+        return PartitionSpec(*(_make_spec_entry(ACTIVATION_RULES[name]) for name in logical))
 
-    def array(self, *logical: str | None) -> NamedSharding:
-        return NamedSharding(self.mesh, self.spec(*logical))
+    def activation_sharding(self, *logical: str | None) -> NamedSharding:
+        return NamedSharding(self.mesh, self.activation_spec(*logical))
 
 
-def _entry(axes):
+def _make_spec_entry(axes):
     axes = tuple(axes)
     return axes[0] if len(axes) == 1 else (axes or None)
 
 
-def param_sharding(layout: Layout | None, logical_axes, shape) -> jax.sharding.Sharding:
+def make_param_sharding(layout: MeshLayout | None, logical_axes, shape) -> jax.sharding.Sharding:
     """Return where a parameter lies; on the first device without a layout.
 
     Raises:
@@ -137,13 +143,13 @@ def param_sharding(layout: Layout | None, logical_axes, shape) -> jax.sharding.S
     """
     if layout is None:
         return SingleDeviceSharding(jax.local_devices()[0])
-    where = layout.param(logical_axes)
+    where = layout.param_sharding(logical_axes)
     for size, axes, name in zip(shape, where.spec, logical_axes, strict=True):
         axes = (axes,) if isinstance(axes, str) else axes or ()
         over = math.prod(layout.mesh.shape[axis] for axis in axes)
         if size % over:
             raise ValueError(
-                f"a {name} dimension of {size} cannot be split over {_times(layout.mesh, axes)} "
+                f"a {name} dimension of {size} cannot be split over {_format_axis_sizes(layout.mesh, axes)} "
                 f"= {over} devices; make that a divisor of {size}"
             )
     return where
@@ -153,7 +159,7 @@ def param_sharding(layout: Layout | None, logical_axes, shape) -> jax.sharding.S
 
 
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
-    """Return a mesh with all of `AXES` over the devices, neighbours in it near on the chip's links.
+    """Return a mesh with all of `MESH_AXES` over the devices, neighbours in it near on the chip's links.
 
     Devices of several slices meet over a slow network: `data` counts the slices as its slowest
     part, and `fsdp` where there is no `data`; no other axis crosses slices.
@@ -166,10 +172,10 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) ->
       ValueError: an unknown axis, too few or too many devices, or slices that no axis can span.
     """
     devices = jax.devices() if devices is None else list(devices)
-    unknown = set(sizes) - set(AXES)
+    unknown = set(sizes) - set(MESH_AXES)
     if unknown:
-        raise ValueError(f"mesh: got axis {sorted(unknown)[0]!r}; wanted some of {AXES}")
-    shape = {axis: int(sizes.get(axis, 1)) for axis in AXES}
+        raise ValueError(f"mesh: got axis {sorted(unknown)[0]!r}; wanted some of {MESH_AXES}")
+    shape = {axis: int(sizes.get(axis, 1)) for axis in MESH_AXES}
     free = [axis for axis, size in shape.items() if size == -1]
     if len(free) > 1 or any(size < 1 and size != -1 for size in shape.values()):
         raise ValueError(f"mesh: got {dict(sizes)}; wanted sizes of at least 1, -1 at most once")
@@ -179,19 +185,19 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) ->
     if wanted != len(devices):
         short = "too few" if wanted > len(devices) else "more than that"
         raise ValueError(
-            f"mesh: {_times(shape, [a for a in AXES if shape[a] > 1]) or '1'} is {wanted} devices; "
+            f"mesh: {_format_axis_sizes(shape, [a for a in MESH_AXES if shape[a] > 1]) or '1'} is {wanted} devices; "
             f"got {len(devices)}, {short}. Change a size, or give one as -1 to take what is left."
         )
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if slices > 1:
-        across = next((a for a in ACROSS_SLICES if shape[a] % slices == 0), None)
+        across = next((a for a in CROSS_SLICE_AXES if shape[a] % slices == 0), None)
         if across is None:
             raise ValueError(
                 f"mesh: {slices} slices, but neither data={shape['data']} nor "
                 f"fsdp={shape['fsdp']} is a multiple of {slices}; only these may cross slices"
             )
         inner = [n // slices if a == across else n for a, n in shape.items()]
-        outer = [slices if a == across else 1 for a in AXES]
+        outer = [slices if a == across else 1 for a in MESH_AXES]
         array = mesh_utils.create_hybrid_device_mesh(
             inner, outer, devices, allow_split_physical_axes=True
         )
@@ -199,41 +205,41 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) ->
         array = mesh_utils.create_device_mesh(
             list(shape.values()), devices, allow_split_physical_axes=True
         )
-    return Mesh(array, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return Mesh(array, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
-def with_all_axes(mesh: Mesh) -> Mesh:
-    """Return the mesh with every one of `AXES`, automatic outside of `run`.
+def add_missing_axes(mesh: Mesh) -> Mesh:
+    """Return the mesh with every one of `MESH_AXES`, automatic outside of `run_sharded`.
 
     Raises:
-      ValueError: an axis that is none of `AXES`.
+      ValueError: an axis that is none of `MESH_AXES`.
     """
-    unknown = set(mesh.axis_names) - set(AXES)
+    unknown = set(mesh.axis_names) - set(MESH_AXES)
     if unknown:
-        raise ValueError(f"mesh: got axis {sorted(unknown)[0]!r}; wanted some of {AXES}")
-    order = [axis for axis in AXES if axis in mesh.axis_names]
+        raise ValueError(f"mesh: got axis {sorted(unknown)[0]!r}; wanted some of {MESH_AXES}")
+    order = [axis for axis in MESH_AXES if axis in mesh.axis_names]
     devices = np.transpose(mesh.devices, [mesh.axis_names.index(axis) for axis in order])
-    shape = [mesh.shape.get(axis, 1) for axis in AXES]
-    return Mesh(devices.reshape(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    shape = [mesh.shape.get(axis, 1) for axis in MESH_AXES]
+    return Mesh(devices.reshape(shape), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
-def layout(
-    mesh: Mesh | Layout | None, config: config_lib.ModelConfig, mode: str = TRAIN
-) -> Layout | None:
+def make_layout(
+    mesh: Mesh | MeshLayout | None, config: config_lib.ModelConfig, mode: str = TRAIN
+) -> MeshLayout | None:
     """Return the layout of a model on a mesh; None where there is no mesh.
 
     Raises:
       ValueError: a mesh that this model cannot lie on, or an axis of no use in this mode.
     """
-    if mesh is None or isinstance(mesh, Layout):
+    if mesh is None or isinstance(mesh, MeshLayout):
         return mesh
     if mode not in PARAM_RULES:
         raise ValueError(f"mode is {mode!r}; wanted one of {list(PARAM_RULES)}")
-    mesh = with_all_axes(mesh)
-    for axis, reason in UNUSABLE[mode].items():
+    mesh = add_missing_axes(mesh)
+    for axis, reason in UNUSABLE_AXES[mode].items():
         if mesh.shape[axis] > 1:
             raise ValueError(f"mesh: {axis}={mesh.shape[axis]} cannot be used to {mode}: {reason}")
-    found = Layout(mesh, mode)
+    found = MeshLayout(mesh, mode)
     width = config.num_attention_heads * config.head_dim
     dimensions = (
         ("num_attention_heads", config.num_attention_heads, ("embed", "heads"), 1),
@@ -251,23 +257,23 @@ def layout(
         over = math.prod(mesh.shape[axis] for axis in axes)
         if size % over:
             raise ValueError(
-                f"mesh: {field} {size} cannot be split over {_times(mesh, axes)}"
+                f"mesh: {field} {size} cannot be split over {_format_axis_sizes(mesh, axes)}"
                 f"{f' = {over}' if len(axes) > 1 else ''}; wanted a divisor of {size}"
             )
     return found
 
 
-def check_rows(layout: Layout | None, rows: int) -> None:
+def check_batch_rows(layout: MeshLayout | None, rows: int) -> None:
     """Raise ValueError for a batch that the mesh cannot split evenly."""
-    if layout is not None and rows % layout.size("batch"):
+    if layout is not None and rows % layout.axis_size("batch"):
         axes = [a for a in ACTIVATION_RULES["batch"] if layout.mesh.shape[a] > 1]
         raise ValueError(
-            f"batch: got {rows} rows over {_times(layout.mesh, axes)}; wanted a multiple of "
-            f"{layout.size('batch')}: add rows of padding, or use fewer devices on these axes"
+            f"batch: got {rows} rows over {_format_axis_sizes(layout.mesh, axes)}; wanted a multiple of "
+            f"{layout.axis_size('batch')}: add rows of padding, or use fewer devices on these axes"
         )
 
 
-def _times(mesh, axes) -> str:
+def _format_axis_sizes(mesh, axes) -> str:
     shape = mesh.shape if isinstance(mesh, Mesh) else mesh
     return " * ".join(f"{axis}={shape[axis]}" for axis in axes)
 
@@ -275,24 +281,26 @@ def _times(mesh, axes) -> str:
 # ---- programs
 
 
-def run(layout: Layout, function: Callable, in_specs, out_specs) -> Callable:
+def run_sharded(layout: MeshLayout, function: Callable, in_specs, out_specs) -> Callable:
     """Return `function` of global arrays, run on each device's own piece of them.
 
     Without JAX's replication types: a cotangent of a copied value is each copy's own share, and
-    the transpose of `total` adds the shares up.
+    the transpose of `psum` adds the shares up.
     """
     program = jax.shard_map(
         function, mesh=layout.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
     )
 
     def traced(*arguments):
-        with _ragged(layout.mesh.devices.flat[0].device_kind not in _NOT_RAGGED):
+        with _supports_ragged_all_to_all(
+            layout.mesh.devices.flat[0].device_kind not in _NO_RAGGED_DEVICE_KINDS
+        ):
             return program(*arguments)
 
     return traced
 
 
-def whole_array(x, layout: Layout | None):
+def replicate_array(x, layout: MeshLayout | None):
     """Return a global array of which every device has all."""
     if layout is None:
         return x
@@ -300,12 +308,12 @@ def whole_array(x, layout: Layout | None):
     return jax.lax.with_sharding_constraint(x, everywhere)
 
 
-def has_ragged_exchange() -> bool:
+def has_ragged_all_to_all() -> bool:
     """Say whether the devices of the program being traced have a ragged all-to-all."""
-    return _ragged.value
+    return _supports_ragged_all_to_all.value
 
 
-def param_specs(layout: Layout, module):
+def param_specs(layout: MeshLayout, module):
     """Return a module's parameters replaced by their specs."""
     return map_params(lambda p: layout.param_spec(_logical_axes(p)), module)
 
@@ -324,7 +332,7 @@ def _logical_axes(param: nnx.Param) -> tuple[str | None, ...]:
     return names[len(names) - param.ndim :] if param.ndim else ()
 
 
-def ready(module, layout: Layout | None, dtype):
+def gather_params(module, layout: MeshLayout | None, dtype):
     """Return a module whose parameters are ready to compute with: gathered, and in `dtype`.
 
     Parameters marked `float32` (routers) and int8 experts stay what they are. Gathering moves
@@ -335,17 +343,17 @@ def ready(module, layout: Layout | None, dtype):
         to = jnp.float32 if param.get_metadata().get("float32") else dtype
         to = jnp.int8 if param.dtype == jnp.int8 else to
         value = param[...]
-        dim, axes = (0, ()) if layout is None else layout.stored(_logical_axes(param))
+        dim, axes = (0, ()) if layout is None else layout.fsdp_dim_and_axes(_logical_axes(param))
         if not axes:
             return param.replace(value.astype(to))
-        value = gather(value, dim, axes, to)
-        return param.replace(ad_checkpoint.checkpoint_name(value, GATHERED))
+        value = all_gather_fsdp(value, dim, axes, to)
+        return param.replace(ad_checkpoint.checkpoint_name(value, GATHERED_NAME))
 
     return map_params(one, module)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
-def gather(value, dim: int, axes: tuple[str, ...], dtype):
+def all_gather_fsdp(value, dim: int, axes: tuple[str, ...], dtype):
     """Return all of a dimension that is split over mesh axes for storage alone, as `dtype`.
 
     The gradient is reduced in float32 and scattered back. One axis at a time, the small pieces
@@ -357,24 +365,24 @@ def gather(value, dim: int, axes: tuple[str, ...], dtype):
     return value
 
 
-def _gather_fwd(value, dim, axes, dtype):
-    return gather(value, dim, axes, dtype), jnp.zeros((0,), value.dtype)
+def _all_gather_fsdp_fwd(value, dim, axes, dtype):
+    return all_gather_fsdp(value, dim, axes, dtype), jnp.zeros((0,), value.dtype)
 
 
-def _gather_bwd(dim, axes, dtype, like, grad):
+def _all_gather_fsdp_bwd(dim, axes, dtype, like, grad):
     grad = grad.astype(jnp.float32)
     for axis in axes:
         grad = jax.lax.psum_scatter(grad, axis, scatter_dimension=dim, tiled=True)
     return (grad.astype(like.dtype),)
 
 
-gather.defvjp(_gather_fwd, _gather_bwd)
+all_gather_fsdp.defvjp(_all_gather_fsdp_fwd, _all_gather_fsdp_bwd)
 
 
-# ---- collectives, by logical axis; inside of `run`
+# ---- collectives, by logical axis; inside of `run_sharded`
 
 
-def axes(logical: str) -> tuple[str, ...]:
+def mesh_axes(logical: str) -> tuple[str, ...]:
     """Return the mesh axes, of more than one device each, that split this logical axis here."""
     mesh = jax.sharding.get_abstract_mesh()
     return tuple(
@@ -384,73 +392,73 @@ def axes(logical: str) -> tuple[str, ...]:
     )
 
 
-def count(logical: str) -> int:
+def axis_size(logical: str) -> int:
     """Return over how many devices a logical axis is split here."""
     mesh = jax.sharding.get_abstract_mesh()
-    return math.prod(mesh.shape[axis] for axis in axes(logical))
+    return math.prod(mesh.shape[axis] for axis in mesh_axes(logical))
 
 
-def index(logical: str) -> jax.Array | int:
+def axis_index(logical: str) -> jax.Array | int:
     """Return which piece of a logical axis this device holds."""
-    over = axes(logical)
+    over = mesh_axes(logical)
     return jax.lax.axis_index(over) if over else 0
 
 
-def total(x, logical: str):
+def psum(x, logical: str):
     """Add up the devices' values."""
-    over = axes(logical)
+    over = mesh_axes(logical)
     return jax.lax.psum(x, over) if over else x
 
 
-def largest(x, logical: str):
+def pmax(x, logical: str):
     """Take the largest of the devices' values; not differentiable."""
-    over = axes(logical)
+    over = mesh_axes(logical)
     return jax.lax.pmax(x, over) if over else x
 
 
-def pieces(x, logical: str):
+def all_gather_stacked(x, logical: str):
     """Return every device's value, stacked on a new leading axis."""
-    over = axes(logical)
+    over = mesh_axes(logical)
     return jax.lax.all_gather(x, over) if over else x[None]
 
 
-def whole(x, logical: str, dim: int):
+def all_gather(x, logical: str, dim: int):
     """Return the whole of an array whose dimension `dim` is split."""
-    over = axes(logical)
+    over = mesh_axes(logical)
     return jax.lax.all_gather(x, over, axis=dim, tiled=True) if over else x
 
 
-def piece(x, logical: str, dim: int):
+def local_slice(x, logical: str, dim: int):
     """Return this device's piece of an array that it holds the whole of."""
-    num = count(logical)
+    num = axis_size(logical)
     if num == 1:
         return x
     size = x.shape[dim] // num
-    return jax.lax.dynamic_slice_in_dim(x, index(logical) * size, size, dim)
+    return jax.lax.dynamic_slice_in_dim(x, axis_index(logical) * size, size, dim)
 
 
-def pass_on(x, logical: str):
+def ppermute_next(x, logical: str):
     """Give the value to the next device along the axis, the last one's to the first."""
-    (axis,) = axes(logical)
-    num = count(logical)
+    (axis,) = mesh_axes(logical)
+    num = axis_size(logical)
     return jax.lax.ppermute(x, axis, [(i, (i + 1) % num) for i in range(num)])
 
 
-def swap(x, axes: tuple[str, ...], split: int, join: int):
+def all_to_all(x, axes: tuple[str, ...], split_dim: int, concat_dim: int):
     """Cut dimension `split` into a part for each device, and join what comes along `join`."""
-    return jax.lax.all_to_all(x, axes, split, join, tiled=True) if axes else x
+    return jax.lax.all_to_all(x, axes, split_dim, concat_dim, tiled=True) if axes else x
 
 
-def zigzag(x, logical: str, dim: int, back: bool = False):
+def permute_zigzag(x, logical: str, dim: int, inverse: bool = False):
     """Give each device an early and a late half of a piece, so that causal work is spread evenly.
 
     Of 2 P halves device d gets d and 2 P - 1 - d (in an order that depends on d). `back` undoes it.
     """
-    (axis,) = axes(logical)
-    num = count(logical)
+    (axis,) = mesh_axes(logical)
+    num = axis_size(logical)
     halves = []
     for number, half in enumerate(jnp.split(x, 2, axis=dim)):
         moves = [(d, min(2 * d + number, 2 * num - 1 - (2 * d + number))) for d in range(num)]
-        moves = [(to, source) for source, to in moves] if back else moves
+        moves = [(to, source) for source, to in moves] if inverse else moves
         halves.append(jax.lax.ppermute(half, axis, moves))
     return jnp.concatenate(halves, axis=dim)

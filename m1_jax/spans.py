@@ -16,11 +16,11 @@ from m1_jax import sharding
 _F32 = jnp.float32
 
 
-def attend(
+def attend_sharded_length(
     kernel: Callable,
     qkv: Float[Array, "B t N3H"],
     slopes: Float[Array, "N"],
-    documents: Int[Array, "B t"] | None,
+    segment_ids: Int[Array, "B t"] | None,
     state: Float[Array, "B N H H"] | None,
 ) -> tuple[Float[Array, "B t NH"], Float[Array, "B N H H"]]:
     """Run `kernel`, an `api.lightning_attention`, on this device's part of each row.
@@ -35,14 +35,16 @@ def attend(
     Returns:
       (o of this device's tokens, the state after the whole row, the same on all devices).
     """
-    devices = sharding.count("length")
+    devices = sharding.axis_size("length")
     if devices == 1:
-        return kernel(qkv, slopes, segment_ids=documents, initial_state=state)
-    me = sharding.index("length")
+        return kernel(qkv, slopes, segment_ids=segment_ids, initial_state=state)
+    me = sharding.axis_index("length")
     heads = qkv.reshape(*qkv.shape[:2], slopes.shape[0], 3, -1)
-    span, first, last, length = _span(heads[:, :, :, 1], heads[:, :, :, 2], slopes, documents)
-    spans = sharding.pieces(span, "length")  # [P, B, N, H, H]
-    first, last, length = (sharding.pieces(x, "length") for x in (first, last, length))
+    span, first, last, length = _summarize_span(
+        heads[:, :, :, 1], heads[:, :, :, 2], slopes, segment_ids
+    )
+    spans = sharding.all_gather_stacked(span, "length")  # [P, B, N, H, H]
+    first, last, length = (sharding.all_gather_stacked(x, "length") for x in (first, last, length))
     # The document that is open when a device's tokens begin; one that the row brought in is 1.
     before = jnp.concatenate([jnp.ones_like(last[:1]), jnp.maximum(jax.lax.cummax(last), 1)[:-1]])
     opens = jnp.where(first > 0, first, before)
@@ -59,12 +61,12 @@ def attend(
     steps = jnp.where(flows, gap, 0).astype(_F32)[:, :, None]
     weight = jnp.where(flows[:, :, None], jnp.exp(-slopes[None, None] * steps), 0)
     carry = jnp.sum(spans * weight[..., None, None], axis=0)
-    o, after = kernel(qkv, slopes, segment_ids=documents, initial_state=carry)
+    o, after = kernel(qkv, slopes, segment_ids=segment_ids, initial_state=carry)
     final = jnp.where(me == devices - 1, after, 0)
-    return o, sharding.total(final, "length")
+    return o, sharding.psum(final, "length")
 
 
-def _span(k, v, slopes, documents):
+def _summarize_span(k, v, slopes, segment_ids):
     """Return what these tokens alone leave of their last document, and three numbers a row.
 
     The numbers: first and last document (0: no real token), and how many real tokens there are.
@@ -72,18 +74,18 @@ def _span(k, v, slopes, documents):
     Precision: as in the kernels, k is weighted in float32 and rounded to its dtype once.
     """
     batch, length = k.shape[:2]
-    if documents is None:
+    if segment_ids is None:
         ones = jnp.ones((batch,), jnp.int32)
         after = jnp.broadcast_to(jnp.arange(length - 1, -1, -1, dtype=_F32), (batch, length))
         first, last, number, mine = ones, ones, ones * length, None
     else:
-        real = documents > 0
-        last = jnp.max(documents, axis=1)
-        first = jnp.min(jnp.where(real, documents, jnp.iinfo(jnp.int32).max), axis=1)
+        real = segment_ids > 0
+        last = jnp.max(segment_ids, axis=1)
+        first = jnp.min(jnp.where(real, segment_ids, jnp.iinfo(jnp.int32).max), axis=1)
         first = jnp.where(last > 0, first, 0)
         number = jnp.sum(real, axis=1, dtype=jnp.int32)
         after = (number[:, None] - jnp.cumsum(real, axis=1, dtype=jnp.int32)).astype(_F32)
-        mine = real & (documents == last[:, None])
+        mine = real & (segment_ids == last[:, None])
     ramp = jnp.exp(-after[:, :, None] * slopes[None, None])
     weighted = k.astype(_F32) * ramp[..., None]
     if mine is not None:

@@ -50,12 +50,12 @@ class DecodeState:
         return caches[0].max_length if caches else None
 
 
-def init_state(
+def init_decode_state(
     config: config_lib.ModelConfig,
     batch: int,
     max_length: int,
     dtype=jnp.bfloat16,
-    layout: sharding.Layout | None = None,
+    layout: sharding.MeshLayout | None = None,
 ) -> DecodeState:
     """Return the state of `batch` empty sequences; KV in `dtype`, recurrent state in float32.
 
@@ -67,15 +67,15 @@ def init_state(
     if batch < 1 or max_length < 1:
         raise ValueError(f"got batch {batch}, max_length {max_length}; wanted at least 1 of each")
     if layout is not None:
-        sharding.check_rows(layout, batch)
-        max_length += -max_length % layout.size("length")
-        make = functools.partial(init_state, config, batch, max_length, dtype)
-        where = specs(jax.eval_shape(make), layout)
+        sharding.check_batch_rows(layout, batch)
+        max_length += -max_length % layout.axis_size("length")
+        make = functools.partial(init_decode_state, config, batch, max_length, dtype)
+        where = decode_state_specs(jax.eval_shape(make), layout)
         where = jax.tree.map(lambda spec: jax.sharding.NamedSharding(layout.mesh, spec), where)
         return jax.jit(make, out_shardings=where)()
     repeats, heads, size = config.repeats, config.num_attention_heads, config.head_dim
     layers: list[jax.Array | KVCache] = []
-    for kind, number in config.runs:
+    for kind, number in config.layer_groups:
         if kind == config_lib.LIGHTNING:
             layers.append(jnp.zeros((repeats, number, batch, heads, size, size), jnp.float32))
         else:
@@ -84,11 +84,11 @@ def init_state(
     return DecodeState(tuple(layers), jnp.zeros((batch,), jnp.int32))
 
 
-def specs(state: DecodeState, layout: sharding.Layout) -> DecodeState:
+def decode_state_specs(state: DecodeState, layout: sharding.MeshLayout) -> DecodeState:
     """Return the mesh axes of every array of a state."""
-    cache: Any = layout.spec(None, None, "batch", "kv_heads", "length", None)
-    matrix: Any = layout.spec(None, None, "batch", "heads", None, None)
-    length: Any = layout.spec("batch")
+    cache: Any = layout.activation_spec(None, None, "batch", "kv_heads", "length", None)
+    matrix: Any = layout.activation_spec(None, None, "batch", "heads", None, None)
+    length: Any = layout.activation_spec("batch")
     layers = [KVCache(cache, cache) if isinstance(x, KVCache) else matrix for x in state.layers]
     return DecodeState(tuple(layers), length)
 
@@ -98,7 +98,7 @@ def specs(state: DecodeState, layout: sharding.Layout) -> DecodeState:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Slots:
+class LightningSlots:
     """Recurrent states of one run of lightning layers by slot, with the rings of their chunks.
 
     states: as of the last multiple of the chunk C, keys by values. keys, values: of the tokens
@@ -112,7 +112,7 @@ class Slots:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Pages:
+class PagedKVCache:
     """Rotated keys and values of one run of softmax layers, a page for C tokens; 0 is padding's."""
 
     keys: Float[Array, "R P pages K C H"]
@@ -121,10 +121,10 @@ class Pages:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Routes:
+class ExpertIdPages:
     """The experts that every layer chose for the tokens of a page; two axes as others have them."""
 
-    chosen: Int[Array, "1 1 pages C L A"]
+    expert_ids: Int[Array, "1 1 pages C L A"]
 
 
 @jax.tree_util.register_dataclass
@@ -135,17 +135,17 @@ class ServingState:
     routes: None where they are not recorded.
     """
 
-    layers: tuple[Slots | Pages, ...]
-    routes: Routes | None = None
+    layers: tuple[LightningSlots | PagedKVCache, ...]
+    expert_id_pages: ExpertIdPages | None = None
 
 
-def init_serving(
+def init_serving_state(
     config: config_lib.ModelConfig,
     num_slots: int,
     num_pages: int,
     chunk_tokens: int,
     dtype=jnp.bfloat16,
-    layout: sharding.Layout | None = None,
+    layout: sharding.MeshLayout | None = None,
     record_routes: bool = False,
 ) -> ServingState:
     """Return memory for slots 0 to num_slots and pages 0 to num_pages; on a mesh, split by heads.
@@ -155,55 +155,64 @@ def init_serving(
     """
     if layout is not None:
         make = functools.partial(
-            init_serving, config, num_slots, num_pages, chunk_tokens, dtype, None, record_routes
+            init_serving_state,
+            config,
+            num_slots,
+            num_pages,
+            chunk_tokens,
+            dtype,
+            None,
+            record_routes,
         )
-        where = serving_specs(jax.eval_shape(make), layout)
+        where = serving_state_specs(jax.eval_shape(make), layout)
         where = jax.tree.map(lambda spec: jax.sharding.NamedSharding(layout.mesh, spec), where)
         return jax.jit(make, out_shardings=where)()
     repeats, heads, size = config.repeats, config.num_attention_heads, config.head_dim
-    layers: list[Slots | Pages] = []
-    for kind, number in config.runs:
+    layers: list[LightningSlots | PagedKVCache] = []
+    for kind, number in config.layer_groups:
         if kind == config_lib.LIGHTNING:
             lead = (repeats, number, num_slots + 1, heads)
             states = jnp.zeros((*lead, size, size), jnp.float32)
             ring = (*lead, chunk_tokens, size)
-            layers.append(Slots(states, jnp.zeros(ring, dtype), jnp.zeros(ring, dtype)))
+            layers.append(LightningSlots(states, jnp.zeros(ring, dtype), jnp.zeros(ring, dtype)))
         else:
             lead = (repeats, number, num_pages + 1, config.num_key_value_heads)
             page = (*lead, chunk_tokens, size)
-            layers.append(Pages(jnp.zeros(page, dtype), jnp.zeros(page, dtype)))
+            layers.append(PagedKVCache(jnp.zeros(page, dtype), jnp.zeros(page, dtype)))
     if not record_routes:
         return ServingState(tuple(layers))
     choices = (len(config.layer_types), config.num_experts_per_tok)
     chosen = jnp.full((1, 1, num_pages + 1, chunk_tokens, *choices), -1, jnp.int8)
-    return ServingState(tuple(layers), Routes(chosen))
+    return ServingState(tuple(layers), ExpertIdPages(chosen))
 
 
-def serving_specs(state: ServingState, layout: sharding.Layout) -> ServingState:
+def serving_state_specs(state: ServingState, layout: sharding.MeshLayout) -> ServingState:
     """Return the mesh axes of every array of a serving state."""
-    heads: Any = layout.spec(None, None, None, "heads", None, None)
-    kv_heads: Any = layout.spec(None, None, None, "kv_heads", None, None)
+    heads: Any = layout.activation_spec(None, None, None, "heads", None, None)
+    kv_heads: Any = layout.activation_spec(None, None, None, "kv_heads", None, None)
     layers = [
-        Slots(heads, heads, heads) if isinstance(x, Slots) else Pages(kv_heads, kv_heads)
+        LightningSlots(heads, heads, heads)
+        if isinstance(x, LightningSlots)
+        else PagedKVCache(kv_heads, kv_heads)
         for x in state.layers
     ]
-    everywhere: Any = layout.spec()
-    routes = None if state.routes is None else Routes(everywhere)
+    everywhere: Any = layout.activation_spec()
+    routes = None if state.expert_id_pages is None else ExpertIdPages(everywhere)
     return ServingState(tuple(layers), routes)
 
 
-def abstract_serving(
+def abstract_serving_state(
     config: config_lib.ModelConfig,
     num_slots: int,
     num_pages: int,
     chunk_tokens: int,
-    layout: sharding.Layout,
+    layout: sharding.MeshLayout,
 ) -> ServingState:
-    """Return the bfloat16 memory of `init_serving` as sharded shapes."""
-    state = jax.eval_shape(lambda: init_serving(config, num_slots, num_pages, chunk_tokens))
+    """Return the bfloat16 memory of `init_serving_state` as sharded shapes."""
+    state = jax.eval_shape(lambda: init_serving_state(config, num_slots, num_pages, chunk_tokens))
 
     def place(shape, spec):
         where = jax.sharding.NamedSharding(layout.mesh, spec)
         return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=where)
 
-    return jax.tree.map(place, state, serving_specs(state, layout))
+    return jax.tree.map(place, state, serving_state_specs(state, layout))

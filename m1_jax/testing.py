@@ -33,7 +33,7 @@ TOLERANCES = {
     "gradients": 1e-3,
 }
 
-_TINY = json.loads("""{
+_TINY_CONFIG = json.loads("""{
   "architectures": ["MiniMaxM1ForCausalLM"], "model_type": "minimax_m1", "torch_dtype": "bfloat16",
   "transformers_version": "4.45.2", "bos_token_id": null, "eos_token_id": null, "use_cache": true,
   "vocab_size": 512, "hidden_size": 64, "num_hidden_layers": 8, "initializer_range": 0.02,
@@ -78,13 +78,17 @@ def tiny_config(**overrides) -> dict:
     Raises:
       ValueError: an override is not a key of the release.
     """
-    if unknown := sorted(set(overrides) - set(_TINY)):
-        raise ValueError(f"got overrides {unknown}, want keys of config.json: {sorted(_TINY)}")
+    if unknown := sorted(set(overrides) - set(_TINY_CONFIG)):
+        raise ValueError(
+            f"got overrides {unknown}, want keys of config.json: {sorted(_TINY_CONFIG)}"
+        )
     if "attn_type_list" in overrides:
         overrides.setdefault("num_hidden_layers", len(overrides["attn_type_list"]))
     elif num_layers := overrides.get("num_hidden_layers"):
         overrides["attn_type_list"] = [int(layer % 4 == 3) for layer in range(num_layers)]
-    return json.loads(json.dumps({**_TINY, **overrides}))  # A copy: callers may change the list.
+    return json.loads(
+        json.dumps({**_TINY_CONFIG, **overrides})
+    )  # A copy: callers may change the list.
 
 
 def tensor_shapes(config: dict) -> dict[str, tuple[int, ...]]:
@@ -192,7 +196,7 @@ def write_tiny_tokenizer(directory, vocab_size: int = 512) -> pathlib.Path:
     return directory
 
 
-def oracle(config: dict, tensors: dict, tokens, dtype=jnp.float32, segment_ids=None) -> dict:
+def run_oracle(config: dict, tensors: dict, tokens, dtype=jnp.float32, segment_ids=None) -> dict:
     """Compute what the release computes for `tokens`, slowly and plainly.
 
     Differentiable in `tensors`; jittable in `tensors` and `tokens` when `segment_ids` is None.
@@ -229,7 +233,7 @@ def oracle(config: dict, tensors: dict, tokens, dtype=jnp.float32, segment_ids=N
 
 def oracle_loss(config: dict, tensors: dict, tokens):
     """Return mean next-token cross-entropy of [B, T] tokens + router_aux_loss_coef * aux loss."""
-    out = oracle(config, tensors, tokens)
+    out = run_oracle(config, tensors, tokens)
     logprobs = jax.nn.log_softmax(out["logits"][:, :-1])
     chosen = jnp.take_along_axis(logprobs, jnp.asarray(tokens)[:, 1:, None], axis=-1)
     return -jnp.mean(chosen) + config["router_aux_loss_coef"] * out["aux_loss"]
@@ -251,10 +255,10 @@ def lightning_slopes(config: dict, layer: int) -> np.ndarray:
 
 @functools.cache
 def _compiled_forward(config_json):
-    return jax.jit(functools.partial(_forward, json.loads(config_json)))
+    return jax.jit(functools.partial(_forward_rows, json.loads(config_json)))
 
 
-def _forward(config, tensors, tokens):
+def _forward_rows(config, tensors, tokens):
     """Return (dict of per-token outputs [B, T, ...], lightning states) of unpacked rows."""
     out = {"hidden_states": [], "keys": {}, "values": {}, "router_logits": []}
     states = {}
@@ -262,26 +266,28 @@ def _forward(config, tensors, tokens):
     x = tensors["model.embed_tokens.weight"][jnp.asarray(tokens)]
     for layer, is_softmax in enumerate(config["attn_type_list"]):
         out["hidden_states"].append(x)
-        weights = _below(tensors, f"model.layers.{layer}.")
+        weights = _select_prefix(tensors, f"model.layers.{layer}.")
 
         h = _rms_norm(x, weights["input_layernorm.weight"], eps)
         if is_softmax:
             branch, out["keys"][layer], out["values"][layer] = _softmax_attention(
-                config, _below(weights, "self_attn."), h
+                config, _select_prefix(weights, "self_attn."), h
             )
         else:
             slopes = jnp.asarray(lightning_slopes(config, layer))
-            branch, states[layer] = _lightning(config, _below(weights, "self_attn."), slopes, h)
+            branch, states[layer] = _lightning_attention(
+                config, _select_prefix(weights, "self_attn."), slopes, h
+            )
         kind = "full_attention" if is_softmax else "linear_attention"
         x = _add_branch(config, kind, x, h, branch)
 
         h = _rms_norm(x, weights["post_attention_layernorm.weight"], eps)
-        branch, router_logits = _moe(config, weights, h)
+        branch, router_logits = _moe_block(config, weights, h)
         out["router_logits"].append(router_logits)
         x = _add_branch(config, "mlp", x, h, branch)
     x = _rms_norm(x, tensors["model.norm.weight"], eps)
     out["hidden_states"].append(x)
-    out["logits"] = _linear(x, tensors["lm_head.weight"])
+    out["logits"] = _apply_linear(x, tensors["lm_head.weight"])
     return out, states
 
 
@@ -294,16 +300,16 @@ def _forward_documents(config, tensors, tokens, segment_ids):
         for document in dict.fromkeys(segments[segments > 0].tolist()):
             columns = np.flatnonzero(segments == document)
             own_tokens, own_states = forward(tensors, tokens[row : row + 1, columns])
-            by_token = _put(by_token, own_tokens, (row, columns))
-            states = _put(states, own_states, row)
+            by_token = _write_outputs(by_token, own_tokens, (row, columns))
+            states = _write_outputs(states, own_states, row)
     return by_token, states
 
 
-def _put(whole, own, at):
-    return jax.tree.map(lambda whole, own: whole.at[at].set(own[0]), whole, own)
+def _write_outputs(outputs, own, at):
+    return jax.tree.map(lambda whole, own: whole.at[at].set(own[0]), outputs, own)
 
 
-def _below(tensors, prefix):
+def _select_prefix(tensors, prefix):
     return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
 
@@ -312,7 +318,7 @@ def _add_branch(config, kind, x, h, branch):
     return (h if config.get("postnorm", False) else x) * alpha + branch * beta
 
 
-def _linear(x, weight):
+def _apply_linear(x, weight):
     return jnp.einsum("bti,oi->bto", x, weight)
 
 
@@ -328,10 +334,10 @@ def _lightning_step(carry, qkv):
     return (state, decay), jnp.einsum("bnk,bnkv->bnv", q, state)
 
 
-def _lightning(config, weights, slopes, h):
+def _lightning_attention(config, weights, slopes, h):
     batch, length, _ = h.shape
     heads, head_dim = config["num_attention_heads"], config["head_dim"]
-    qkv = jax.nn.silu(_linear(h, weights["qkv_proj.weight"]))
+    qkv = jax.nn.silu(_apply_linear(h, weights["qkv_proj.weight"]))
     qkv = qkv.reshape(batch, length, heads, 3 * head_dim)  # The split is inside each head.
     by_time = [jnp.moveaxis(part, 1, 0) for part in jnp.split(qkv, 3, axis=-1)]
     decay = jnp.exp(-slopes.astype(h.dtype))[None, :, None, None]
@@ -340,11 +346,11 @@ def _lightning(config, weights, slopes, h):
     o = jnp.moveaxis(o, 0, 1).reshape(batch, length, heads * head_dim)
     # One norm over all heads; its eps is the release's constructor default, not rms_norm_eps.
     o = _rms_norm(o, weights["norm.weight"], 1e-6)
-    o = o * jax.nn.sigmoid(_linear(h, weights["output_gate.weight"]))
-    return _linear(o, weights["out_proj.weight"]), state
+    o = o * jax.nn.sigmoid(_apply_linear(h, weights["output_gate.weight"]))
+    return _apply_linear(o, weights["out_proj.weight"]), state
 
 
-def _rotate(config, x):
+def _apply_rope(config, x):
     """Rotate dims i and i + R/2 of each head of [B, T, heads, H] by position * theta^(-2i/R)."""
     rotary_dim = config["rotary_dim"]
     half = rotary_dim // 2
@@ -359,33 +365,35 @@ def _softmax_attention(config, weights, h):
     batch, length, _ = h.shape
     head_dim, kv_heads = config["head_dim"], config["num_key_value_heads"]
     q, k, v = (
-        _linear(h, weights[f"{name}_proj.weight"]).reshape(batch, length, -1, head_dim)
+        _apply_linear(h, weights[f"{name}_proj.weight"]).reshape(batch, length, -1, head_dim)
         for name in "qkv"
     )
-    q, k = _rotate(config, q), _rotate(config, k)
+    q, k = _apply_rope(config, q), _apply_rope(config, k)
     repeats = config["num_attention_heads"] // kv_heads
     scores = jnp.einsum("btnh,bsnh->bnts", q, jnp.repeat(k, repeats, axis=2)) / head_dim**0.5
     causal = np.tril(np.ones((length, length), bool))[None, None]
     p = jax.nn.softmax(jnp.where(causal, scores, -jnp.inf), axis=-1)
     o = jnp.einsum("bnts,bsnh->btnh", p, jnp.repeat(v, repeats, axis=2))
-    return _linear(o.reshape(batch, length, -1), weights["o_proj.weight"]), k, v
+    return _apply_linear(o.reshape(batch, length, -1), weights["o_proj.weight"]), k, v
 
 
-def _moe(config, weights, h):
+def _moe_block(config, weights, h):
     """Return (mixture of experts and optional shared MLP [B, T, D], router logits [B, T, E])."""
-    logits = _linear(h, weights["block_sparse_moe.gate.weight"])
+    logits = _apply_linear(h, weights["block_sparse_moe.gate.weight"])
     top_p, top_e = jax.lax.top_k(jax.nn.softmax(logits, axis=-1), config["num_experts_per_tok"])
     top_p = top_p / jnp.sum(top_p, axis=-1, keepdims=True)
     y = jnp.zeros_like(h)
     for expert in range(config["num_local_experts"]):
         prefix = f"block_sparse_moe.experts.{expert}"
-        gate, up = (_linear(h, weights[f"{prefix}.{name}.weight"]) for name in ("w1", "w3"))
+        gate, up = (_apply_linear(h, weights[f"{prefix}.{name}.weight"]) for name in ("w1", "w3"))
         share = jnp.sum(jnp.where(top_e == expert, top_p, 0.0), axis=-1, keepdims=True)
-        y = y + share * _linear(jax.nn.silu(gate) * up, weights[f"{prefix}.w2.weight"])
+        y = y + share * _apply_linear(jax.nn.silu(gate) * up, weights[f"{prefix}.w2.weight"])
     if config["shared_intermediate_size"] > 0:
-        gate, up = (_linear(h, weights[f"shared_mlp.{n}_proj.weight"]) for n in ("gate", "up"))
-        shared = _linear(jax.nn.silu(gate) * up, weights["shared_mlp.down_proj.weight"])
-        c = jax.nn.sigmoid(_linear(h, weights["coefficient.weight"]))
+        gate, up = (
+            _apply_linear(h, weights[f"shared_mlp.{n}_proj.weight"]) for n in ("gate", "up")
+        )
+        shared = _apply_linear(jax.nn.silu(gate) * up, weights["shared_mlp.down_proj.weight"])
+        c = jax.nn.sigmoid(_apply_linear(h, weights["coefficient.weight"]))
         y = y * (1 - c) + shared * c
     return y, logits
 

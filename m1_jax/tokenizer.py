@@ -17,22 +17,22 @@ import tokenizers
 
 # The template's own marks. tokenizer.json may flag them as ordinary added tokens, which the
 # library would then read out of any text.
-STRUCTURE = (
+STRUCTURE_TOKENS = (
     "<begin_of_document>",
     "<end_of_document>",
     "<beginning_of_sentence>",
     "<end_of_sentence>",
 )
-_DEFAULT_EOS = "<end_of_sentence>"
-_NAMED = ("bos", "eos", "unk", "pad", "sep", "cls", "mask")
-_UNKNOWN = "\ufffd".encode()  # for ids that exist in the model's padded vocabulary alone
+_DEFAULT_EOS_TOKEN = "<end_of_sentence>"
+_TOKEN_ROLES = ("bos", "eos", "unk", "pad", "sep", "cls", "mask")
+_UNKNOWN_ID_BYTES = "\ufffd".encode()  # for ids that exist in the model's padded vocabulary alone
 
 
 class Tokenizer:
     """A byte-level BPE tokenizer as the release ships it; make one with `Tokenizer.load`.
 
     Control tokens are the added tokens marked special, those that tokenizer_config.json names and
-    the template's own `STRUCTURE`. Other added tokens are text and are matched in text.
+    the template's own `STRUCTURE_TOKENS`. Other added tokens are text and are matched in text.
 
     Attributes:
       vocab_size: highest id + 1. The model's vocabulary may be padded beyond it.
@@ -43,12 +43,12 @@ class Tokenizer:
         self._library = library
         self._vocab = library.get_vocab(with_added_tokens=True)
         self.vocab_size = max(self._vocab.values()) + 1
-        self._control = self._mark_control(settings)
-        longest_first = sorted(self._control, key=len, reverse=True)
+        self._control_token_ids = self._mark_control_tokens(settings)
+        longest_first = sorted(self._control_token_ids, key=len, reverse=True)
         self._control_pattern = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
         added = {i: token.content for i, token in library.get_added_tokens_decoder().items()}
         self._added_bytes = {i: content.encode() for i, content in added.items()}
-        self._control_ids = frozenset(self._control.values())
+        self._control_id_set = frozenset(self._control_token_ids.values())
         self.stop_ids = self._find_stop_ids(settings, generation)
 
     @classmethod
@@ -68,7 +68,7 @@ class Tokenizer:
                 f"{path}: no such file; wanted the release's tokenizer. Copy tokenizer.json and "
                 "tokenizer_config.json from the release into that directory."
             )
-        text = _read(path)
+        text = _read_text(path)
         try:
             library = tokenizers.Tokenizer.from_str(text)
         except Exception as error:  # the library raises bare Exception
@@ -80,8 +80,8 @@ class Tokenizer:
         library.no_truncation()
         library.no_padding()
         folder = path.parent
-        settings = _read_object(folder / "tokenizer_config.json")
-        return cls(library, settings, _read_object(folder / "generation_config.json"))
+        settings = _read_json_object(folder / "tokenizer_config.json")
+        return cls(library, settings, _read_json_object(folder / "generation_config.json"))
 
     def encode(self, text: str, allow_special: bool = False) -> list[int]:
         """Return the ids of `text`, adding nothing to it.
@@ -105,11 +105,11 @@ class Tokenizer:
         start = 0
         for match in self._control_pattern.finditer(text):
             ids += self._encode_text(text[start : match.start()])
-            ids.append(self._control[match.group()])
+            ids.append(self._control_token_ids[match.group()])
             start = match.end()
         return ids + self._encode_text(text[start:])
 
-    def special_id(self, name: str) -> int:
+    def special_token_id(self, name: str) -> int:
         """Return the id of the added token `name`, e.g. `<end_of_sentence>`.
 
         Raises:
@@ -135,13 +135,13 @@ class Tokenizer:
         token_id = int(token_id)
         if token_id < 0:
             raise ValueError(f"token id: got {token_id}; wanted 0 or more")
-        if token_id in self._control_ids and skip_special:
+        if token_id in self._control_id_set and skip_special:
             return b""
         if token_id in self._added_bytes:
             return self._added_bytes[token_id]
         token = self._library.id_to_token(token_id)
         if token is None:
-            return _UNKNOWN
+            return _UNKNOWN_ID_BYTES
         try:
             return bytes(_BYTE_OF_CHAR[char] for char in token)
         except KeyError:  # not in the byte alphabet, so not from training: it stands for itself
@@ -155,10 +155,14 @@ class Tokenizer:
         """Return a fresh decoder for one stream of ids."""
         return StreamDecoder(self, skip_special)
 
-    def _mark_control(self, settings: dict) -> dict[str, int]:
+    def _mark_control_tokens(self, settings: dict) -> dict[str, int]:
         """Make the library spell out every control token; return their ids by name."""
         names = {t.content for t in self._library.get_added_tokens_decoder().values() if t.special}
-        names |= {name for name in (*STRUCTURE, *_named(settings)) if name in self._vocab}
+        names |= {
+            name
+            for name in (*STRUCTURE_TOKENS, *_iterate_token_names(settings))
+            if name in self._vocab
+        }
         marked = [tokenizers.AddedToken(n, special=True, normalized=False) for n in sorted(names)]
         self._library.add_special_tokens(marked)
         self._library.encode_special_tokens = True
@@ -166,18 +170,18 @@ class Tokenizer:
 
     def _encode_text(self, text: str) -> list[int]:
         ids = self._library.encode(text, add_special_tokens=False).ids
-        if self._control_ids.isdisjoint(ids):
+        if self._control_id_set.isdisjoint(ids):
             return ids
         # A model that looks whole words up in its vocabulary (ignore_merges) can still hit one.
         # Cut the names after their first character: no piece then spells a control token.
         ids = []
-        for piece in self._cut(text):
+        for piece in self._split_control_names(text):
             ids += self._library.encode(piece, add_special_tokens=False).ids
-        if not self._control_ids.isdisjoint(ids):
+        if not self._control_id_set.isdisjoint(ids):
             raise ValueError(f"text: this tokenizer spells {text[:60]!r} with control tokens only")
         return ids
 
-    def _cut(self, text: str) -> Iterator[str]:
+    def _split_control_names(self, text: str) -> Iterator[str]:
         start = 0
         while match := self._control_pattern.search(text, start):
             yield text[start : match.start() + 1]
@@ -190,9 +194,9 @@ class Tokenizer:
         bad = [i for i in stop if isinstance(i, bool) or not isinstance(i, int) or i < 0]
         if bad:
             raise ValueError(f"generation_config.json: eos_token_id: got {bad[0]!r}; wanted an id")
-        name = _content(settings.get("eos_token"))
+        name = _parse_token_name(settings.get("eos_token"))
         if name is None:
-            name = _DEFAULT_EOS if _DEFAULT_EOS in self._vocab else None
+            name = _DEFAULT_EOS_TOKEN if _DEFAULT_EOS_TOKEN in self._vocab else None
         elif name not in self._vocab:
             raise ValueError(
                 f"tokenizer_config.json: got eos_token {name!r}, which tokenizer.json does not "
@@ -209,20 +213,20 @@ class StreamDecoder:
 
     def __init__(self, tokenizer: Tokenizer, skip_special: bool = True):
         self._tokenizer, self._skip_special = tokenizer, skip_special
-        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._utf8_decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, token_id: int) -> str:
         """Return the text that this token completes, often empty inside a character."""
-        return self._utf8.decode(self._tokenizer.token_bytes(token_id, self._skip_special))
+        return self._utf8_decoder.decode(self._tokenizer.token_bytes(token_id, self._skip_special))
 
     def flush(self) -> str:
         """End the stream: return what an unfinished character reads as, and start anew."""
-        rest = self._utf8.decode(b"", final=True)
-        self._utf8.reset()
+        rest = self._utf8_decoder.decode(b"", final=True)
+        self._utf8_decoder.reset()
         return rest
 
 
-def _byte_of_char() -> dict[str, int]:
+def _make_byte_alphabet() -> dict[str, int]:
     """Return the byte-level alphabet: printable bytes are themselves, the rest start at U+0100."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
@@ -230,22 +234,22 @@ def _byte_of_char() -> dict[str, int]:
     return {chr(byte): byte for byte in printable} | shifted
 
 
-_BYTE_OF_CHAR = _byte_of_char()
+_BYTE_OF_CHAR = _make_byte_alphabet()
 
 
-def _read(path: pathlib.Path) -> str:
+def _read_text(path: pathlib.Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8: {error}. Copy it again.") from None
 
 
-def _read_object(path: pathlib.Path) -> dict:
+def _read_json_object(path: pathlib.Path) -> dict:
     """Return a JSON object, empty where the file does not exist."""
     if not path.exists():
         return {}
     try:
-        value = json.loads(_read(path))
+        value = json.loads(_read_text(path))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}: not JSON: {error}. Copy it again.") from None
     if not isinstance(value, dict):
@@ -253,7 +257,7 @@ def _read_object(path: pathlib.Path) -> dict:
     return value
 
 
-def _content(token) -> str | None:
+def _parse_token_name(token) -> str | None:
     """Return the name in a token entry, which is a string or an object with `content`."""
     token = token.get("content") if isinstance(token, dict) else token
     if token is not None and not isinstance(token, str):
@@ -261,9 +265,9 @@ def _content(token) -> str | None:
     return token
 
 
-def _named(settings: dict) -> Iterator[str]:
+def _iterate_token_names(settings: dict) -> Iterator[str]:
     more = settings.get("additional_special_tokens") or []
-    for token in (*(settings.get(f"{name}_token") for name in _NAMED), *more):
-        name = _content(token)
+    for token in (*(settings.get(f"{name}_token") for name in _TOKEN_ROLES), *more):
+        name = _parse_token_name(token)
         if name is not None:
             yield name

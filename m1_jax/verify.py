@@ -24,13 +24,13 @@ from m1_jax import config as config_lib
 from m1_jax import model as model_lib
 
 # Float32 sums in another order than the release's, over eight layers: see the fixture's README.
-ABSOLUTE, STATE, GRADIENT = 2e-4, 1e-4, 1e-3
+ABSOLUTE_TOLERANCE, STATE_TOLERANCE, GRADIENT_TOLERANCE = 2e-4, 1e-4, 1e-3
 LOSS_TOKENS = 320  # the fixture's loss covers the first 320 positions
-GREEDY_PROMPT = 100
+GREEDY_PROMPT_TOKENS = 100
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class VerifyConfig:
     """checkpoint: directory that `m1_jax.load` reads. golden: .npz file. progress: show a bar."""
 
     checkpoint: str
@@ -39,7 +39,7 @@ class Config:
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class ComparisonRow:
     """One compared quantity. `difference` is absolute or relative, as `measure` says."""
 
     name: str
@@ -52,7 +52,7 @@ class Row:
         return bool(self.difference <= self.tolerance)  # NaN fails
 
 
-class Golden:
+class GoldenFile:
     """The file's arrays, checked to fit the model."""
 
     def __init__(self, path: str, config: config_lib.ModelConfig):
@@ -71,7 +71,7 @@ class Golden:
                 f"{path}: input_ids has shape {ids.shape} and dtype {ids.dtype}; wanted integers "
                 "[B, T]"
             )
-        model_lib.check_tokens(ids, config.vocab_size)
+        model_lib.check_token_ids(ids, config.vocab_size)
         self.tokens = jnp.asarray(ids, jnp.int32)
 
     def __contains__(self, key: str) -> bool:
@@ -86,15 +86,21 @@ class Golden:
         return self.arrays[key]
 
 
-def run(config: Config) -> list[Row]:
+def run(config: VerifyConfig) -> list[ComparisonRow]:
     """Return a row per quantity of the golden file, computed in float32."""
     model = checkpoint.load(pathlib.Path(config.checkpoint), jnp.float32)
-    golden = Golden(config.golden, model.config)
+    golden = GoldenFile(config.golden, model.config)
     rows = []
     # TPUs would otherwise multiply float32 in bfloat16.
     with jax.default_matmul_precision("highest"):
         # Each compiles programs of its own, which is where the time goes.
-        comparisons = (_forward, _state, _decode, _greedy, _gradients)
+        comparisons = (
+            _compare_forward,
+            _compare_state,
+            _compare_decode,
+            _compare_greedy,
+            _compare_gradients,
+        )
         for compare in tqdm.tqdm(comparisons, "verify", disable=not config.progress):
             rows.extend(compare(model, golden))
     if not rows:
@@ -102,16 +108,18 @@ def run(config: Config) -> list[Row]:
     return rows
 
 
-def _absolute(name, got, wanted, tolerance=ABSOLUTE) -> Row:
+def _compare_absolute(name, got, wanted, tolerance=ABSOLUTE_TOLERANCE) -> ComparisonRow:
     _check_shapes(name, got, wanted)
-    return Row(name, float(np.max(np.abs(np.asarray(got) - wanted))), tolerance, "max absolute")
+    return ComparisonRow(
+        name, float(np.max(np.abs(np.asarray(got) - wanted))), tolerance, "max absolute"
+    )
 
 
-def _relative(name, got, wanted, tolerance) -> Row:
+def _compare_relative(name, got, wanted, tolerance) -> ComparisonRow:
     _check_shapes(name, got, wanted)
     error = np.linalg.norm((np.asarray(got) - wanted).astype(np.float64))
     size = np.linalg.norm(np.asarray(wanted, np.float64))
-    return Row(name, float(error / max(size, 1e-30)), tolerance, "relative L2")
+    return ComparisonRow(name, float(error / max(size, 1e-30)), tolerance, "relative L2")
 
 
 def _check_shapes(name, got, wanted) -> None:
@@ -122,92 +130,94 @@ def _check_shapes(name, got, wanted) -> None:
         )
 
 
-def _forward(model, golden) -> Iterator[Row]:
+def _compare_forward(model, golden) -> Iterator[ComparisonRow]:
     tokens = golden.tokens
     if "logits" in golden:
         logits = model(tokens)[:, golden["logits_positions"]]
-        yield _absolute("logits", logits, golden["logits"])
+        yield _compare_absolute("logits", logits, golden["logits"])
     hidden, stats, outputs = jax.jit(model_lib.MiniMaxM1.trace)(model, tokens)
     if "next_token_logprobs" in golden:
         got = logprobs.token_logprobs(model, hidden[:, :-1], tokens[:, 1:])
-        yield _absolute("next_token_logprobs", got, golden["next_token_logprobs"])
+        yield _compare_absolute("next_token_logprobs", got, golden["next_token_logprobs"])
     if "aux_loss" in golden:
-        yield _absolute("aux_loss", moe.balance_loss(stats), golden["aux_loss"])
+        yield _compare_absolute("aux_loss", moe.balance_loss(stats), golden["aux_loss"])
     if "hidden_norms" in golden:
         seen = [model.embed(tokens, model.dtype), *outputs[:-1], hidden]
         norms = jnp.stack([jnp.mean(jnp.linalg.norm(x, axis=-1)) for x in seen])
-        yield _relative("hidden_norms", norms, golden["hidden_norms"], STATE)
+        yield _compare_relative("hidden_norms", norms, golden["hidden_norms"], STATE_TOLERANCE)
 
 
-def _empty_state(model, golden):
+def _init_empty_state(model, golden):
     """One capacity for all, so that they share their compiled steps."""
     return model.init_state(*golden.tokens.shape)
 
 
-def _state(model, golden) -> Iterator[Row]:
+def _compare_state(model, golden) -> Iterator[ComparisonRow]:
     if "lightning_state" not in golden and "softmax_k_last4" not in golden:
         return
-    _, state = model.extend(golden.tokens, _empty_state(model, golden))
+    _, state = model.extend(golden.tokens, _init_empty_state(model, golden))
     if "lightning_state" in golden:
-        run, *place = _place(model.config, golden, "lightning_layer", config_lib.LIGHTNING)
+        run, *place = _find_stack_index(
+            model.config, golden, "lightning_layer", config_lib.LIGHTNING
+        )
         got = state.layers[run][tuple(place)]
-        yield _relative("lightning_state", got, golden["lightning_state"], STATE)
+        yield _compare_relative("lightning_state", got, golden["lightning_state"], STATE_TOLERANCE)
     if "softmax_k_last4" in golden:
-        run, *place = _place(model.config, golden, "softmax_layer", config_lib.SOFTMAX)
+        run, *place = _find_stack_index(model.config, golden, "softmax_layer", config_lib.SOFTMAX)
         cache = state.layers[run]
         for name, buffer in (("softmax_k_last4", cache.keys), ("softmax_v_last4", cache.values)):
             last = jnp.moveaxis(buffer[tuple(place)][:, :, -4:], 1, 2)
-            yield _absolute(name, last, golden[name])
+            yield _compare_absolute(name, last, golden[name])
 
 
-def _place(config, golden, key: str, kind: str) -> tuple[int, int, int]:
-    """Return where the golden file's layer lies; see `ModelConfig.place`."""
+def _find_stack_index(config, golden, key: str, kind: str) -> tuple[int, int, int]:
+    """Return where the golden file's layer lies; see `ModelConfig.stack_index_of`."""
     layer = int(golden[key])
     if not 0 <= layer < config.num_hidden_layers or config.layer_types[layer] != kind:
         raise ValueError(
             f"golden {key} is {layer}; wanted a {kind} layer of this model. "
             "Was the file made with this model?"
         )
-    return config.place(layer)
+    return config.stack_index_of(layer)
 
 
-def _decode(model, golden) -> Iterator[Row]:
+def _compare_decode(model, golden) -> Iterator[ComparisonRow]:
     if "decode_logits" not in golden:
         return
     start, wanted = int(golden["decode_start"]), golden["decode_logits"]
-    state = _empty_state(model, golden)
+    state = _init_empty_state(model, golden)
     _, state = model.extend(golden.tokens[:, :start], state, last_only=True)
     steps = []
     for place in range(start, start + wanted.shape[1]):
         logits, state = model.extend(golden.tokens[:, place : place + 1], state)
         steps.append(logits)
     got = jnp.concatenate(steps, axis=1)
-    yield _absolute("decode_logits", got, wanted)
+    yield _compare_absolute("decode_logits", got, wanted)
     # The same tokens in one pass: what training would have seen.
     full = model(golden.tokens[:, : start + wanted.shape[1]])[:, start:]
-    yield _absolute("decode against full pass", got, np.asarray(full))
+    yield _compare_absolute("decode against full pass", got, np.asarray(full))
 
 
-def _greedy(model, golden) -> Iterator[Row]:
+def _compare_greedy(model, golden) -> Iterator[ComparisonRow]:
     if "greedy_tokens" not in golden:
         return
     wanted = golden["greedy_tokens"]
-    state = _empty_state(model, golden)
-    logits, state = model.extend(golden.tokens[:, :GREEDY_PROMPT], state, last_only=True)
+    state = _init_empty_state(model, golden)
+    logits, state = model.extend(golden.tokens[:, :GREEDY_PROMPT_TOKENS], state, last_only=True)
     tokens = []
     for _ in range(wanted.shape[1]):
         tokens.append(jnp.argmax(logits[:, -1:], axis=-1))
         logits, state = model.extend(tokens[-1], state)
     got = np.asarray(jnp.concatenate(tokens, axis=1))
     _check_shapes("greedy_tokens", got, wanted)
-    yield Row("greedy_tokens", float(np.sum(got != wanted)), 0.0, "tokens that differ")
+    yield ComparisonRow("greedy_tokens", float(np.sum(got != wanted)), 0.0, "tokens that differ")
 
 
-def _gradients(model, golden) -> Iterator[Row]:
+def _compare_gradients(model, golden) -> Iterator[ComparisonRow]:
     wanted = {key[5:]: value for key, value in golden.arrays.items() if key.startswith("grad/")}
     if "loss" not in golden and not wanted:
         return
-    entries = {entry.name: entry for entry in params_map.entries(model.config)}
+    entries = {entry.name: entry for entry in params_map.list_tensor_entries(model.config)}
     if unknown := sorted(wanted.keys() - entries.keys()):
         raise ValueError(f"golden grad/{unknown[0]}: the model has no such tensor")
 
@@ -221,16 +231,16 @@ def _gradients(model, golden) -> Iterator[Row]:
 
     value, grads = loss(model, golden.tokens[:, :LOSS_TOKENS])
     if "loss" in golden:
-        yield _absolute("loss", value, golden["loss"])
-    grads = checkpoint.parameters(grads)
+        yield _compare_absolute("loss", value, golden["loss"])
+    grads = checkpoint.params_by_path(grads)
     for name, tensor in sorted(wanted.items()):
-        got = np.asarray(grads[entries[name].path][...][entries[name].index])
-        yield _relative(
-            f"grad {name}", got.T if entries[name].transposed else got, tensor, GRADIENT
+        got = np.asarray(grads[entries[name].param_path][...][entries[name].index])
+        yield _compare_relative(
+            f"grad {name}", got.T if entries[name].transposed else got, tensor, GRADIENT_TOLERANCE
         )
 
 
-def table(rows: list[Row]) -> str:
+def format_table(rows: list[ComparisonRow]) -> str:
     """Return the rows as aligned text."""
     width = max(len(row.name) for row in rows)
     lines = [f"{'quantity':{width}}  difference  tolerance  measure"]
@@ -249,10 +259,10 @@ def main(argv) -> None:
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.ERROR)
     try:
-        rows = run(Config(flags.FLAGS.checkpoint, flags.FLAGS.golden, flags.FLAGS.progress))
+        rows = run(VerifyConfig(flags.FLAGS.checkpoint, flags.FLAGS.golden, flags.FLAGS.progress))
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
-    print(table(rows))
+    print(format_table(rows))
     failed = sum(not row.passed for row in rows)
     print(f"{len(rows) - failed} of {len(rows)} within tolerance")
     sys.exit(1 if failed else 0)

@@ -63,7 +63,7 @@ def outcome(rewards, fork=(0, 0), failed=False):
     ],
 )
 def test_crossings(rewards, first, for_good):
-    assert curves.first(rewards, 0.9) == first
+    assert curves.first_row(rewards, 0.9) == first
     assert curves.sustained(rewards, 0.9) == for_good
 
 
@@ -244,23 +244,25 @@ def gradients(tokenizer):
     samples = []
     for i, text in enumerate(("W100513\nAnswer: 3", "\nAnswer: 7", "\nAnswer: 3", "\nAnswer: 9")):
         task = sample_lib.Task("t", ({"role": "user", "content": "190562"},), "sums", "3")
-        said = tokenizer.encode(text) + [tokenizer.special_id(prompt.END)]
+        said = tokenizer.encode(text) + [tokenizer.special_token_id(prompt.END)]
         sample = sample_lib.Sample(task, tuple(prompt.encode(tokenizer, task.messages)))
         made = tuple(said), (0.0,) * len(said), (0,) * len(said), "stop"
-        sample.write(sample_lib.Continuation(*made))
+        sample.append_generated(sample_lib.Generation(*made))
         sample.reward = float(i in (0, 2))
         samples.append(sample)
-    packed = rl_batch.pack(samples, 4, 32)
+    packed = rl_batch.pack_samples(samples, 4, 32)
     packed.fill("advantages", [1.0, -1.0, 1.0, -1.0])
-    rows = packed.rows[0]
+    rows = packed.microbatches[0]
 
     def run(arm: objective.Objective, shift: float):
         packed.fill("coefficients", [0.05] * 4)
-        logp, _ = rl_step.score(model, jax.tree.map(jnp.asarray, rows), 1.0)
+        logp, _ = rl_step.score_logprobs(model, jax.tree.map(jnp.asarray, rows), 1.0)
         moved = dataclasses.replace(rows, logp_old=np.asarray(logp) - shift)
         placed = jax.tree.map(jnp.asarray, moved)
-        settings = rl_step.Settings(optim.AdamW(1e-3), arm)
-        grads, measured = rl_step.add(None, model, placed, np.float32(1), None, settings)
+        settings = rl_step.RlStepSettings(optim.AdamW(1e-3), arm)
+        grads, measured = rl_step.accumulate_gradients(
+            None, model, placed, np.float32(1), None, settings
+        )
         flat = np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(grads)])
         return flat, np.asarray(measured["drops"]["clipped"])
 

@@ -37,7 +37,9 @@ def main(port: str, processes: int, index: int) -> None:
         jax.distributed.initialize(f"localhost:{port}", processes, index)
     mesh = sharding.make_mesh({"expert": 2, "tensor": 2})
     path = "tests/data/m1-tiny"
-    layout = sharding.layout(mesh, ModelConfig.from_file(f"{path}/config.json"), sharding.DECODE)
+    layout = sharding.make_layout(
+        mesh, ModelConfig.from_file(f"{path}/config.json"), sharding.DECODE
+    )
     model = m1_jax.load(path, dtype=jnp.float32, mesh=layout)
     if index:
         controller.follow(model, CONFIG, next_model=lambda: model)

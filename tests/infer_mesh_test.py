@@ -47,7 +47,7 @@ def make_engine(golden_dir, mesh=None, **sizes) -> engine.Engine:
     if mesh:
         devices = jax.devices()[: int(np.prod(list(mesh.values())))]
         read = model_config.ModelConfig.from_file(golden_dir / "config.json")
-        layout = sharding.layout(sharding.make_mesh(mesh, devices), read, sharding.DECODE)
+        layout = sharding.make_layout(sharding.make_mesh(mesh, devices), read, sharding.DECODE)
     model = m1_jax.load(golden_dir, dtype=jnp.float32, mesh=layout)
     return engine.Engine(model, load_tokenizer(), config_lib.Config(**SIZES | sizes))
 

@@ -43,7 +43,7 @@ def _stats(model, tokens):
 
 @jax.jit
 def _chosen(model, tokens, segment_ids):
-    return model.hidden(tokens, segment_ids)[1].chosen
+    return model.hidden(tokens, segment_ids)[1].choice_counts
 
 
 def test_recorded_routes_are_those_of_the_trainer(served):
@@ -68,10 +68,10 @@ def test_replayed_routes_are_taken():
     tokens = jnp.arange(20, dtype=jnp.int32)[None]
     free = jnp.full((1, 20, 8, 2), -1, jnp.int8)
     own, _ = model.hidden(tokens)
-    np.testing.assert_array_equal(own, model.hidden(tokens, routes=free)[0])
+    np.testing.assert_array_equal(own, model.hidden(tokens, expert_ids=free)[0])
     forced = free.at[:, 3].set(jnp.array([6, 1], jnp.int8))
-    other, stats = model.hidden(tokens, routes=forced)
+    other, stats = model.hidden(tokens, expert_ids=forced)
     np.testing.assert_array_equal(own[:, :3], other[:, :3])
     assert np.abs(own[:, 3:] - other[:, 3:]).min(axis=-1).max() > 0
-    assert np.all(np.asarray(stats.chosen)[:, 0, 6] >= 1)
-    assert np.all(np.asarray(stats.chosen)[:, 1, 1] >= 1)
+    assert np.all(np.asarray(stats.choice_counts)[:, 0, 6] >= 1)
+    assert np.all(np.asarray(stats.choice_counts)[:, 1, 1] >= 1)

@@ -128,7 +128,7 @@ class Device:
 
     def _prefill(self, part):
         request = self.requests[part.job_id]
-        tokens = request.prompt + request.made
+        tokens = request.prompt + request.partial
         chunk, start, end = self.limits.chunk_tokens, part.start, part.start + part.count
         assert part.count > 0
         assert part.last or not part.resume
@@ -154,13 +154,13 @@ class Device:
             slot.token = tokens[-1]
             return scheduler.Result()
         assert end == len(request.prompt)
-        assert not request.made
+        assert not request.partial
         return self._sampled(request, slot, ())
 
     def _sampled(self, request, slot, new):
         """Sample the token after the state; stop where the request says."""
         slot.token = request.next_token(slot.last[0])
-        request.made.append(slot.token)
+        request.partial.append(slot.token)
         new = (*new, slot.token)
         slot.stopped = slot.last[0] + 1 >= min(request.stop, request.limit)
         length = slot.last[0] if slot.stopped else None
@@ -174,7 +174,7 @@ class Device:
         for _ in range(steps):
             if slot.stopped:
                 break
-            assert slot.token == (request.prompt + request.made)[slot.last[0]]
+            assert slot.token == (request.prompt + request.partial)[slot.last[0]]
             self._compute(request, slot, row.pages, slot.token)
             result = self._sampled(request, slot, result.new_tokens)
         return result
@@ -219,9 +219,9 @@ class Driver:
         limit = len(prompt) + max_tokens
         request = Request(list(prompt), limit, len(prompt) + stop_after)
         for _ in range(min(made, max_tokens - 1, stop_after - 1)):
-            request.made.append(request.next_token(len(prompt) + len(request.made)))
+            request.partial.append(request.next_token(len(prompt) + len(request.partial)))
         if made:
-            options["made"] = request.made
+            options["made"] = request.partial
         try:
             self.scheduler.submit(self.submitted, prompt, max_tokens, **options)
         except scheduler.QueueFull:
@@ -229,7 +229,7 @@ class Driver:
             assert not made
             return
         self.live[self.submitted] = self.device.requests[self.submitted] = request
-        self.outputs[self.submitted] = list(request.made)
+        self.outputs[self.submitted] = list(request.partial)
         self.born[self.submitted] = self.plans
 
     def plan(self):

@@ -51,7 +51,7 @@ def make(name, dtype="float32"):
 
 @functools.partial(jax.jit, donate_argnums=3)
 def program(model, tokens, work, state):
-    return serving.serve(model, tokens, work, state)
+    return serving.forward_ragged(model, tokens, work, state)
 
 
 @dataclasses.dataclass
@@ -73,7 +73,7 @@ class Server:
     """A serving state, and programs of two sizes on it."""
 
     def __init__(self, model, chunk, garbage=0.0):
-        state = state_lib.init_serving(model.config, SLOTS, PAGES, chunk, model.dtype)
+        state = state_lib.init_serving_state(model.config, SLOTS, PAGES, chunk, model.dtype)
         self.model, self.chunk = model, chunk
         self.state = jax.tree.map(lambda a: jnp.full_like(a, garbage), state)
 
@@ -109,7 +109,7 @@ class Server:
                 one.take(logits[lane : lane + 1])
 
     def _run(self, tokens, positions, slots, pages):
-        work = serving.Work(positions, slots, pages, TILE, 8)
+        work = serving.RaggedBatch(positions, slots, pages, TILE, 8)
         logits, self.state = program(self.model, tokens, work, self.state)
         return np.asarray(logits)
 
@@ -140,7 +140,7 @@ def test_agrees_with_the_forward_pass_and_with_extend(name, chunk):
     whole = LENGTH // chunk * chunk
     _, extended = model.extend(jnp.asarray(one.tokens)[None, :whole], model.init_state(1, LENGTH))
     for mine, theirs in zip(server.state.layers, extended.layers, strict=True):
-        if isinstance(mine, state_lib.Slots):
+        if isinstance(mine, state_lib.LightningSlots):
             scale = float(jnp.max(jnp.abs(theirs)))
             got, want = mine.states[:, :, one.slot], theirs[:, :, 0]
             np.testing.assert_allclose(got, want, rtol=0, atol=1e-5 * scale)
@@ -231,6 +231,6 @@ def test_all_rows_at_a_time_agree_within_rounding():
     want = serve(server, one, (64,))
     positions = np.where(np.arange(ROWS) < 60, np.arange(ROWS), -1)
     pages = np.tile(np.asarray([*one.pages] + [0] * (PAGES - len(one.pages))), (ROWS // TILE, 1))
-    work = serving.Work(positions, np.full(ROWS // TILE, 1), pages, TILE, 0)
+    work = serving.RaggedBatch(positions, np.full(ROWS // TILE, 1), pages, TILE, 0)
     logits, _ = program(model, one.tokens[:ROWS], work, Server(model, 16).state)
     np.testing.assert_allclose(logits[:60], want[:60], rtol=0, atol=2e-5)

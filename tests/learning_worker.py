@@ -15,11 +15,11 @@ PROMPTS = "What is 3 + 4?\nWhat is 9 + 2?\nWhat is 5 + 5?\n"
 
 def main(directory: pathlib.Path, seed: str) -> None:
     def tiny(name, arg=""):
-        config = configlib.load(f"configs/{name}.py{arg and ':' + arg}", [f"seed={seed}"])
+        config = configlib.load_config(f"configs/{name}.py{arg and ':' + arg}", [f"seed={seed}"])
         return dataclasses.replace(config, compilation_cache=str(directory / "xla"))
 
-    loop.fit(tiny("tiny_pretrain"), directory / "pretrain")
-    lines = (directory / "pretrain" / metrics.FILE).read_text().splitlines()
+    loop.run_training(tiny("tiny_pretrain"), directory / "pretrain")
+    lines = (directory / "pretrain" / metrics.METRICS_FILE).read_text().splitlines()
     held_out = [r["loss"] for r in map(json.loads, lines) if r["kind"] == "eval"]
     export_run.run(directory / "pretrain", directory / "base", dtype="float32")
     sft.run(tiny("tiny_sft", str(directory / "base")), directory / "sft")

@@ -36,7 +36,7 @@ LONG = {"train-1M", "prefill-v5p", "prefill-v6e", "decode-v6e", "serve-v6e"}
 def test_full_size_program_fits(name):
     pytest.importorskip("libtpu")
     job, topology, mesh, seq, batch, gib = PROGRAMS[name]
-    config = plan.Config(topology=topology, job=job, mesh=mesh, seq=seq, batch=batch)
+    config = plan.PlanConfig(topology=topology, job=job, mesh=mesh, seq=seq, batch=batch)
     record = plan.run(config)
     assert record["fits"]
     assert record["argument_bytes"] < record["hbm_bytes_per_chip"] < gib * 1.1 * 2**30
@@ -55,7 +55,7 @@ def test_full_size_program_fits(name):
 
 @functools.cache
 def load_run():
-    run = configlib.load("configs/cispo_m1.py")
+    run = configlib.load_config("configs/cispo_m1.py")
     meshes = [",".join(f"{axis}={n}" for axis, n in m) for m in (run.mesh, run.serving_mesh)]
     return run, *meshes
 
@@ -63,13 +63,13 @@ def load_run():
 def engine_bytes(run) -> int:
     """Return what the sampler's requests hold of a chip: states, keys and values, routes."""
     sizes = {"record_routes": run.rollout.replay_routes, **dict(run.rollout.engine)}
-    engine = rollout.engine_sizes(sizes, run.rollout.max_tokens, 512)
-    config, devices = ModelConfig.m1(), chips.devices(chips.parse("v5p:8x8x8"))
-    layout = sharding.layout(
+    engine = rollout.make_engine_config(sizes, run.rollout.max_tokens, 512)
+    config, devices = ModelConfig.m1(), chips.get_slice_devices(chips.parse_slice("v5p:8x8x8"))
+    layout = sharding.make_layout(
         sharding.make_mesh(dict(run.serving_mesh), devices), config, sharding.DECODE
     )
     assert layout is not None
-    state = state_lib.abstract_serving(
+    state = state_lib.abstract_serving_state(
         config, engine.slots, engine.pages, engine.chunk_tokens, layout
     )
     routes = config.num_hidden_layers * config.num_experts_per_tok if engine.record_routes else 0
@@ -80,7 +80,7 @@ def engine_bytes(run) -> int:
 def test_full_size_reshard_fits_beside_the_sampler():
     pytest.importorskip("libtpu")
     run, mesh, serving = load_run()
-    record = plan.run(plan.Config("v5p:8x8x8", "reshard", mesh=mesh, serving_mesh=serving))
+    record = plan.run(plan.PlanConfig("v5p:8x8x8", "reshard", mesh=mesh, serving_mesh=serving))
     assert record["fits"]
     assert record["hbm_bytes_per_chip"] < 65 * 1.1 * GIB
     assert record["hbm_bytes_per_chip"] + engine_bytes(run) < record["hbm_limit_bytes"]

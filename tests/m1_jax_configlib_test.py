@@ -38,7 +38,7 @@ class Outer:
     ],
 )
 def test_overrides_replace_one_value_of_its_own_type(override, path, value):
-    got = path(configlib.replaced(Outer(), override))
+    got = path(configlib.apply_override(Outer(), override))
     assert got == value
     assert type(got) is type(value)
 
@@ -58,24 +58,24 @@ def test_overrides_replace_one_value_of_its_own_type(override, path, value):
 )
 def test_wrong_overrides_are_refused_in_words(override, words):
     with pytest.raises(configlib.ConfigFileError, match=words):
-        configlib.replaced(Outer(), override)
+        configlib.apply_override(Outer(), override)
 
 
 def test_json_round_trip_and_differences():
     config = Outer(maybe=Inner(name="x", pairs=(("a", 1),)), flag=True)
     assert configlib.from_json(Outer, configlib.to_json(config)) == config
-    changed = configlib.replaced(config, "inners.0.rate=9.0")
-    assert configlib.differences(config, changed) == ["inners.0.rate: 0.1 -> 9.0"]
-    assert configlib.differences(config, config) == []
+    changed = configlib.apply_override(config, "inners.0.rate=9.0")
+    assert configlib.list_differences(config, changed) == ["inners.0.rate: 0.1 -> 9.0"]
+    assert configlib.list_differences(config, config) == []
 
 
 def test_files(tmp_path):
     file = tmp_path / "c.py"
     file.write_text("def get_config(arg=''):\n    return arg or 'none'\n")
-    assert configlib.load(str(file)) == "none"
-    assert configlib.load(f"{file}:some") == "some"
+    assert configlib.load_config(str(file)) == "none"
+    assert configlib.load_config(f"{file}:some") == "some"
     with pytest.raises(configlib.ConfigFileError, match="wanted a file"):
-        configlib.load(str(tmp_path / "missing.py"))
+        configlib.load_config(str(tmp_path / "missing.py"))
     file.write_text("x = 1\n")
     with pytest.raises(configlib.ConfigFileError, match="no function get_config"):
-        configlib.load(str(file))
+        configlib.load_config(str(file))

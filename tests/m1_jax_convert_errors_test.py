@@ -13,13 +13,13 @@ import m1_jax
 from m1_jax import config as config_lib
 from m1_jax import convert, release, testing
 
-_INDEX = release.INDEX
+_INDEX = release.INDEX_FILE
 _REFUSALS = (release.CheckpointError, config_lib.ConfigError)
 _SMALL = {"attn_type_list": [0, 1], "num_local_experts": 2, "num_experts_per_tok": 1}
 
 
 def _convert(to, src, dst, **settings):
-    return convert.run(convert.Config(to, str(src), str(dst), progress=False, **settings))
+    return convert.run(convert.ConvertConfig(to, str(src), str(dst), progress=False, **settings))
 
 
 def _write(directory, seed=0, num_shards=3, **overrides):
@@ -374,11 +374,11 @@ def test_a_source_of_the_wrong_kind_is_refused(small, small_converted, tmp_path,
 
 def test_settings_are_checked(small):
     with pytest.raises(ValueError, match="--to is 'torch'; wanted orbax or hf"):
-        convert.Config("torch", "a", "b")
+        convert.ConvertConfig("torch", "a", "b")
     with pytest.raises(ValueError, match="memory_gib is 0"):
-        convert.Config("hf", "a", "b", memory_gib=0)
+        convert.ConvertConfig("hf", "a", "b", memory_gib=0)
     with pytest.raises(ValueError, match="--src and --dst"):
-        convert.Config("hf", "a", "")
+        convert.ConvertConfig("hf", "a", "")
     with pytest.raises(release.CheckpointError, match="is no checkpoint"):
         m1_jax.load(small / "nothing")
     with pytest.raises(ValueError, match="float16"):

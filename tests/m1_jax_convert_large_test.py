@@ -39,7 +39,7 @@ def _write_sparse(directory, hf, num_shards):
         os.truncate(file, 8 + len(raw) + end)
         total += end
     index = {"metadata": {"total_size": total}, "weight_map": where}
-    (directory / release.INDEX).write_text(json.dumps(index))
+    (directory / release.INDEX_FILE).write_text(json.dumps(index))
     return directory
 
 
@@ -121,7 +121,7 @@ def test_the_release_at_full_size_is_checked_in_seconds(tmp_path):
         pytest.skip(f"this file system holds no sparse files of 912 GB: {error}")
     if sum(path.stat().st_blocks * 512 for path in src.iterdir()) > 50 * _MEBIBYTE:
         pytest.skip("this file system does not make holes")
-    index = json.loads((src / release.INDEX).read_text())
+    index = json.loads((src / release.INDEX_FILE).read_text())
     assert index["metadata"]["total_size"] == 912_210_767_872
 
     got = _measure(_PLAN, src, tmp_path / "params")

@@ -19,7 +19,7 @@ _SMALL = {"attn_type_list": [0, 1], "num_local_experts": 2, "num_experts_per_tok
 
 
 def _convert(to, src, dst, **settings):
-    return convert.run(convert.Config(to, str(src), str(dst), progress=False, **settings))
+    return convert.run(convert.ConvertConfig(to, str(src), str(dst), progress=False, **settings))
 
 
 def _files(directory):
@@ -69,9 +69,9 @@ def stop_after(monkeypatch):
             if left is not None and next(left, None) is None:
                 raise _Killed
 
-        monkeypatch.setattr(convert._Progress, method, step)
+        monkeypatch.setattr(convert._ConvertProgress, method, step)
 
-    originals = {name: getattr(convert._Progress, name) for name in ("finish", "advance")}
+    originals = {name: getattr(convert._ConvertProgress, name) for name in ("finish", "advance")}
     return arm
 
 
@@ -86,9 +86,9 @@ def _assert_unfinished(dst):
 
 def _spy_on_reads(monkeypatch):
     seen = []
-    original = release.Tensor.read
+    original = release.ReleaseTensor.read
     monkeypatch.setattr(
-        release.Tensor, "read", lambda tensor: seen.append(tensor.name) or original(tensor)
+        release.ReleaseTensor, "read", lambda tensor: seen.append(tensor.name) or original(tensor)
     )
     return seen
 
@@ -179,7 +179,7 @@ def test_an_export_without_its_last_file_does_not_load(
         with pytest.raises(_Killed):
             _convert("hf", small_converted, tmp_path / "back")
     partial = _assert_unfinished(tmp_path / "back")
-    assert (partial / release.INDEX).exists()
+    assert (partial / release.INDEX_FILE).exists()
     _convert("hf", small_converted, tmp_path / "back")
     assert _files(tmp_path / "back") == _files(small)
 

@@ -22,7 +22,7 @@ _SMALL = {"attn_type_list": [0, 1], "num_local_experts": 2, "num_experts_per_tok
 
 
 def _convert(to, src, dst, **settings):
-    return convert.run(convert.Config(to, str(src), str(dst), progress=False, **settings))
+    return convert.run(convert.ConvertConfig(to, str(src), str(dst), progress=False, **settings))
 
 
 def _there_and_back(src, directory):
@@ -132,11 +132,11 @@ def test_other_models(tmp_path, overrides):
 def test_a_single_file_without_an_index(source, tmp_path):
     hf = json.loads((source / "config.json").read_text())
     single = testing.write_release(tmp_path / "single", hf, testing.random_tensors(hf), 1)
-    (single / release.INDEX).unlink()
-    (single / "model-00000-of-00001.safetensors").rename(single / release.SINGLE)
+    (single / release.INDEX_FILE).unlink()
+    (single / "model-00000-of-00001.safetensors").rename(single / release.SINGLE_SHARD_FILE)
     _, back = _there_and_back(single, tmp_path)
     assert _files(back) == _files(single)
-    assert not (back / release.INDEX).exists()
+    assert not (back / release.INDEX_FILE).exists()
 
 
 @pytest.mark.parametrize(
@@ -153,8 +153,8 @@ def test_dtypes_are_kept(tmp_path, dtypes):
     assert _files(back) == _files(src)
     wanted = {tensor.name: tensor.dtype for tensor in release.Release(src).tensors.values()}
     stored = checkpoint.open_params(converted, m1_jax.ModelConfig.from_hf(hf))
-    for entry in params_map.entries(m1_jax.ModelConfig.from_hf(hf)):
-        assert stored[entry.path].dtype.numpy_dtype == wanted[entry.name]
+    for entry in params_map.list_tensor_entries(m1_jax.ModelConfig.from_hf(hf)):
+        assert stored[entry.param_path].dtype.numpy_dtype == wanted[entry.name]
 
 
 def test_bits_that_are_no_numbers_survive(source, tmp_path):
@@ -185,14 +185,14 @@ def test_export_cuts_new_shards_where_the_old_ones_do_not_fit(converted, tmp_pat
     """As after training: other dtypes than the release's headers say."""
     config = m1_jax.ModelConfig.from_file(converted / "config.json")
     arrays = checkpoint.open_params(converted, config)
-    leaf = export.Leaf(arrays["head.kernel"].shape, np.dtype(np.float32), 0)
+    leaf = export.StoredParam(arrays["head.kernel"].shape, np.dtype(np.float32), 0)
     values = arrays["head.kernel"].read().result().astype(np.float32)
     shutil.rmtree(converted / "params" / "head.kernel")
-    export.allocate(tmp_path / "new", {"head.kernel": leaf})
+    export.allocate_params(tmp_path / "new", {"head.kernel": leaf})
     (tmp_path / "new" / "head.kernel").rename(converted / "params" / "head.kernel")
     checkpoint.open_params(converted, config)["head.kernel"].write(values).result()
 
-    monkeypatch.setattr(convert, "SHARD_BYTES", 100_000)
+    monkeypatch.setattr(convert, "MAX_SHARD_BYTES", 100_000)
     back = _convert("hf", converted, tmp_path / "back")
     shards = [release.read_shard(path) for path in sorted(back.glob("*.safetensors"))]
     assert len(shards) > 3
@@ -227,7 +227,7 @@ class _SlowArray:
 @pytest.mark.parametrize("budget", [1, 30_000, 200_000, 2**40])
 def test_bytes_under_way_stay_within_the_budget(small, tmp_path, monkeypatch, budget):
     under_way = []
-    monkeypatch.setattr(export, "allocate", lambda params, _: params.mkdir())
+    monkeypatch.setattr(export, "allocate_params", lambda params, _: params.mkdir())
     monkeypatch.setattr(convert.ts, "open", lambda *_, **__: _Done(_SlowArray(under_way)))
     _convert("orbax", small, tmp_path / "orbax", memory_gib=budget / 2**30)
     sizes = [tensor.nbytes for tensor in release.Release(small).tensors.values()]
@@ -254,7 +254,7 @@ class _Done:
 
 
 def test_progress_is_shown(small, tmp_path, capsys):
-    convert.run(convert.Config("orbax", str(small), str(tmp_path / "orbax")))
+    convert.run(convert.ConvertConfig("orbax", str(small), str(tmp_path / "orbax")))
     assert "100%" in capsys.readouterr().err
 
 
@@ -264,9 +264,11 @@ def test_progress_is_shown(small, tmp_path, capsys):
 def test_orbax_reads_it_without_us(small, small_converted):
     tree = ocp.StandardCheckpointer().restore(small_converted / "params")
     tensors = release.Release(small).tensors
-    for entry in params_map.entries(m1_jax.ModelConfig.from_file(small / "config.json")):
+    for entry in params_map.list_tensor_entries(
+        m1_jax.ModelConfig.from_file(small / "config.json")
+    ):
         leaf = tree
-        for key in entry.path.split("."):
+        for key in entry.param_path.split("."):
             leaf = leaf[key]
         wanted = tensors[entry.name].read()
         got = np.asarray(leaf[entry.index])
@@ -277,7 +279,7 @@ def test_orbax_reads_it_without_us(small, small_converted):
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_load_reads_both_alike(small, small_converted, dtype):
     ours, theirs = (
-        checkpoint.parameters(m1_jax.load(path, dtype)) for path in (small, small_converted)
+        checkpoint.params_by_path(m1_jax.load(path, dtype)) for path in (small, small_converted)
     )
     assert ours.keys() == theirs.keys()
     for name, parameter in ours.items():
@@ -292,10 +294,10 @@ def test_load_spreads_over_a_mesh(small, small_converted):
     wanted = m1_jax.load(small)(tokens)
     for path in (small, small_converted):
         model = m1_jax.load(path, mesh=mesh)
-        for name, parameter in checkpoint.parameters(model).items():
-            wanted_sharding = model.layout.param(parameter.get_metadata()["logical_axes"])
+        for name, parameter in checkpoint.params_by_path(model).items():
+            wanted_sharding = model.layout.param_sharding(parameter.get_metadata()["logical_axes"])
             assert parameter.sharding == wanted_sharding, name
-        gate = checkpoint.parameters(model)["layers.0.moe.gate"]
+        gate = checkpoint.params_by_path(model)["layers.0.moe.gate"]
         assert gate.addressable_shards[0].data.size == gate.size // 8
         np.testing.assert_allclose(model(tokens), wanted, rtol=0, atol=testing.TOLERANCES["logits"])
 

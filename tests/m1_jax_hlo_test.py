@@ -75,7 +75,7 @@ def entry(lines, before=""):
 
 
 def count(text):
-    found, unknown = hlo.collectives(text)
+    found, unknown = hlo.count_collectives(text)
     return {kind: (traffic.count, traffic.bytes) for kind, traffic in found.items()}, unknown
 
 
@@ -159,7 +159,7 @@ def test_pairs_branches_and_fusions():
 
 def test_text_without_a_program_is_refused():
     with pytest.raises(ValueError, match="ENTRY"):
-        hlo.collectives("HloModule m\n")
+        hlo.count_collectives("HloModule m\n")
 
 
 LAYERS, WIDTH, ROWS = 5, 256, 64
@@ -214,8 +214,8 @@ def test_program_compiled_for_cpu():
 
 def test_program_compiled_for_tpu():
     pytest.importorskip("libtpu")
-    devices = chips.devices(chips.parse("v5p:2x2x1"))
+    devices = chips.get_slice_devices(chips.parse_slice("v5p:2x2x1"))
     program, ring = traced(devices)
-    compiled = aot.compile_program(program, aot.hbm_limit_bytes(devices[0]))
+    compiled = aot.compile_program(program, aot.probe_hbm_limit_bytes(devices[0]))
     assert compiled.fits
-    check_program(compiled.text, ring)
+    check_program(compiled.hlo_text, ring)

@@ -209,11 +209,11 @@ def test_memory_of_a_long_sequence_is_linear():
 
 @pytest.mark.parametrize("remat", ["none", "layer"])
 def test_memory_of_a_split_sequence_is_linear(monkeypatch, remat):
-    monkeypatch.setattr(ring, "GATHER_BYTES", 0)
+    monkeypatch.setattr(ring, "MAX_GATHER_BYTES", 0)
     config = dataclasses.replace(
         SMALL, layer_types=(LIGHTNING, SOFTMAX) * 2, vocab_size=64, remat=remat
     )
-    layout = sharding.layout(sharding.make_mesh({"context": 4}, jax.devices()[:4]), config)
+    layout = sharding.make_layout(sharding.make_mesh({"context": 4}, jax.devices()[:4]), config)
     model = checkpoint.abstract_model(config, jnp.float32, layout=layout)
 
     def loss(model, tokens):
@@ -252,8 +252,8 @@ def test_remat_changes_no_gradient(model, remat):
         return jax.jit(jax.grad(lambda m: jnp.sum(m.hidden(tokens)[0] ** 2)))(other)
 
     wanted, got = grads(SMALL), grads(dataclasses.replace(SMALL, remat=remat))
-    got = checkpoint.parameters(got)
-    for name, param in checkpoint.parameters(wanted).items():
+    got = checkpoint.params_by_path(got)
+    for name, param in checkpoint.params_by_path(wanted).items():
         scale = np.max(np.abs(param[...])) + 1e-30
         assert np.max(np.abs(got[name][...] - param[...])) / scale < 1e-5, name
 
@@ -276,9 +276,15 @@ def test_entropy_of_chunks_is_that_of_the_whole(model, chunk, temperature):
 
     def chunked(hidden):
         out = logprobs.token_logprobs(
-            model, hidden, tokens, chunk, normalizers=True, entropy=True, temperature=temperature
+            model,
+            hidden,
+            tokens,
+            chunk,
+            with_log_normalizer=True,
+            with_entropy=True,
+            temperature=temperature,
         )
-        return out.logp, out.normalizer, out.entropy
+        return out.logp, out.log_normalizer, out.entropy
 
     def whole(hidden):
         logits = model.head(hidden) / temperature
@@ -304,10 +310,10 @@ def test_entropy_of_chunks_is_that_of_the_whole(model, chunk, temperature):
 def test_only_what_was_asked_of_log_probabilities_is_there(model):
     tokens = tokens_of(1, 5)
     hidden, _ = model.hidden(tokens)
-    out = logprobs.token_logprobs(model, hidden, tokens, normalizers=True)
+    out = logprobs.token_logprobs(model, hidden, tokens, with_log_normalizer=True)
     assert out.entropy is None
-    out = logprobs.token_logprobs(model, hidden, tokens, entropy=True)
-    assert out.normalizer is None
+    out = logprobs.token_logprobs(model, hidden, tokens, with_entropy=True)
+    assert out.log_normalizer is None
     with pytest.raises(ValueError, match="temperature: got 0; wanted more than 0"):
         logprobs.token_logprobs(model, hidden, tokens, temperature=0)
 
@@ -332,7 +338,10 @@ def test_cpu_experts_equal_ragged_dot(sizes):
         out, vjp = jax.vjp(value, rows, *matrices, weights)
         return out, *vjp(cotangent)
 
-    wanted, got = jax.jit(lambda: both(experts._ragged))(), jax.jit(lambda: both(experts._tiled))()
+    wanted, got = (
+        jax.jit(lambda: both(experts._grouped_mlp_ragged))(),
+        jax.jit(lambda: both(experts._grouped_mlp_tiled))(),
+    )
     for a, b in zip(got, wanted, strict=True):
         assert np.max(np.abs(a - b)) <= 1e-5 * np.max(np.abs(b)) + 1e-30
 
@@ -350,15 +359,15 @@ def test_blockwise_attention_equals_one_block(monkeypatch, packed):
         documents = [jnp.asarray(ids[:, 15:]), jnp.asarray(ids)]
 
     def value(q, k, v):
-        return ring.attend(q, k, v, places, key_places, *documents)
+        return ring.causal_attention(q, k, v, places, key_places, *documents)
 
     def both(q, k, v):
         out, vjp = jax.vjp(value, q, k, v)
         return out, *vjp(jnp.cos(out))
 
     wanted = jax.jit(both)(q, k, v)
-    monkeypatch.setattr(ring, "BLOCK", 16)
-    monkeypatch.setattr(ring, "DIRECT_PAIRS", 0)
+    monkeypatch.setattr(ring, "BLOCK_TOKENS", 16)
+    monkeypatch.setattr(ring, "MAX_DIRECT_PAIRS", 0)
     got = jax.jit(lambda *a: both(*a))(q, k, v)
     for a, b in zip(got, wanted, strict=True):
         assert np.isfinite(a).all()
@@ -367,14 +376,14 @@ def test_blockwise_attention_equals_one_block(monkeypatch, packed):
 
 def test_rematerialised_attention_keeps_no_pair_of_blocks(monkeypatch):
     """The conditionals of a loop, differentiated by jax, would keep sums for every pair."""
-    monkeypatch.setattr(ring, "BLOCK", 16)
-    monkeypatch.setattr(ring, "DIRECT_PAIRS", 0)
+    monkeypatch.setattr(ring, "BLOCK_TOKENS", 16)
+    monkeypatch.setattr(ring, "MAX_DIRECT_PAIRS", 0)
     queries, keys = ((1, 96, 4, 8), (1, 2, 96, 8))
     places = jnp.arange(96, dtype=jnp.int32)[None]
 
     @jax.checkpoint
     def value(q, k, v):
-        return jnp.sum(ring.attend(q, k, v, places, places))
+        return jnp.sum(ring.causal_attention(q, k, v, places, places))
 
     shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in (queries, keys, keys)]
     traced = jax.make_jaxpr(jax.grad(value, (0, 1, 2)))(*shapes)
@@ -395,7 +404,7 @@ def _is_program(value):
 
 
 def test_slopes_are_the_release_s():
-    slopes = lightning.slopes(ModelConfig.m1())
+    slopes = lightning.decay_slopes(ModelConfig.m1())
     assert slopes.shape == (80, 64)
     assert slopes.dtype == np.float32
     np.testing.assert_allclose(slopes[0, 0], 0.917, rtol=1e-3)
@@ -405,7 +414,7 @@ def test_slopes_are_the_release_s():
     )
     for layer in range(3):
         np.testing.assert_array_equal(
-            lightning.slopes(ModelConfig.from_hf(config))[layer],
+            lightning.decay_slopes(ModelConfig.from_hf(config))[layer],
             testing.lightning_slopes(config, layer),
         )
 

@@ -116,7 +116,7 @@ def test_conversion_and_back(native, tokens, tmp_path):
     """The weights come back byte for byte; transformers rebuilds its constants by itself."""
     model, directory = native
     for to, src, dst in (("orbax", directory, "orbax"), ("hf", tmp_path / "orbax", "back")):
-        convert.run(convert.Config(to, str(src), str(tmp_path / dst), progress=False))
+        convert.run(convert.ConvertConfig(to, str(src), str(tmp_path / dst), progress=False))
     _assert_close(m1_jax.load(tmp_path / "orbax")(tokens), _logits(model, tokens))
     before, after = release.Release(directory).tensors, release.Release(tmp_path / "back").tensors
     assert before.keys() == after.keys()
@@ -238,5 +238,5 @@ def test_the_release_in_the_native_spelling():
         **{k: m1.layernorm_mlp_alpha for k in _ALPHAS if "alpha" in k},
     )
     assert config_lib.ModelConfig.from_hf(written.to_dict()) == m1
-    parameters = checkpoint.parameters(checkpoint.abstract_model(m1))
+    parameters = checkpoint.params_by_path(checkpoint.abstract_model(m1))
     assert parameters["layers.1.attention.query.kernel"].shape == (10, 1, 6144, 8192)

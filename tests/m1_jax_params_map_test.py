@@ -57,7 +57,7 @@ def m1():
 
 @pytest.fixture(scope="module")
 def abstract(m1):
-    return checkpoint.parameters(checkpoint.abstract_model(m1, jnp.bfloat16))
+    return checkpoint.params_by_path(checkpoint.abstract_model(m1, jnp.bfloat16))
 
 
 def _tensor_shape(entry, parameters):
@@ -92,22 +92,22 @@ def test_the_patterns_written_here_are_the_release_s():
 
 def test_every_tensor_of_the_release_is_covered_once(m1):
     wanted = [name for pattern, *_ in _PATTERNS for name in _names(pattern)]
-    got = [entry.name for entry in params_map.entries(m1)]
+    got = [entry.name for entry in params_map.list_tensor_entries(m1)]
     assert len(got) == len(set(got)) == 8243
     assert set(got) == set(wanted)
 
 
 def test_every_tensor_has_the_release_s_shape_and_dtype(m1, abstract):
-    by_name = {entry.name: entry for entry in params_map.entries(m1)}
+    by_name = {entry.name: entry for entry in params_map.list_tensor_entries(m1)}
     for pattern, _, shape, size in _PATTERNS:
         for name in _names(pattern):
             entry = by_name[name]
             assert _tensor_shape(entry, abstract) == shape, name
-            assert abstract[entry.path].dtype.itemsize == size, name
+            assert abstract[entry.param_path].dtype.itemsize == size, name
 
 
 def test_every_element_of_the_parameters_is_covered_once(m1, abstract):
-    _assert_covers(params_map.entries(m1), abstract)
+    _assert_covers(params_map.list_tensor_entries(m1), abstract)
 
 
 def test_parameters_and_bytes_of_the_release(abstract):
@@ -116,10 +116,10 @@ def test_parameters_and_bytes_of_the_release(abstract):
 
 
 def test_a_layer_lies_at_its_place_in_the_repeating_unit(m1):
-    by_name = {entry.name: entry for entry in params_map.entries(m1)}
+    by_name = {entry.name: entry for entry in params_map.list_tensor_entries(m1)}
     for layer in range(80):
         entry = by_name[f"model.layers.{layer}.block_sparse_moe.experts.31.w2.weight"]
-        assert entry.path == f"layers.{layer % 8 // 7}.moe.down"
+        assert entry.param_path == f"layers.{layer % 8 // 7}.moe.down"
         assert entry.index == (layer // 8, layer % 8 % 7, 31)
 
 
@@ -138,8 +138,8 @@ def test_a_layer_lies_at_its_place_in_the_repeating_unit(m1):
 def test_other_models(overrides):
     hf = testing.tiny_config(**overrides)
     config = config_lib.ModelConfig.from_hf(hf)
-    parameters = checkpoint.parameters(checkpoint.abstract_model(config))
-    entries = params_map.entries(config)
+    parameters = checkpoint.params_by_path(checkpoint.abstract_model(config))
+    entries = params_map.list_tensor_entries(config)
     _assert_covers(entries, parameters)
     got = {entry.name: _tensor_shape(entry, parameters) for entry in entries}
     assert len(got) == len(entries)
@@ -148,25 +148,27 @@ def test_other_models(overrides):
 
 def test_a_shared_expert_adds_four_tensors_to_every_layer(m1):
     shared = dataclasses.replace(m1, shared_intermediate_size=18432)
-    added = {e.name for e in params_map.entries(shared)} - {e.name for e in params_map.entries(m1)}
+    added = {e.name for e in params_map.list_tensor_entries(shared)} - {
+        e.name for e in params_map.list_tensor_entries(m1)
+    }
     parts = ("coefficient", *(f"shared_mlp.{part}_proj" for part in ("gate", "up", "down")))
     assert added == {f"model.layers.{n}.{part}.weight" for n in range(80) for part in parts}
-    abstract = checkpoint.parameters(checkpoint.abstract_model(shared, jnp.bfloat16))
+    abstract = checkpoint.params_by_path(checkpoint.abstract_model(shared, jnp.bfloat16))
     extra = sum(math.prod(p.shape) for p in abstract.values()) - _PARAMETERS
     # The width is intermediate_size, not the key that enables it.
     assert extra == 80 * (3 * 9216 * 6144 + 6144)
 
 
 def test_every_row_has_its_own_name_and_parameter():
-    rows = (*params_map.TABLE, *params_map.LAYER_TABLE)
+    rows = (*params_map.MODEL_TABLE, *params_map.LAYER_TABLE)
     names, paths = [row[0] for row in rows], [(row[1], row[3]) for row in rows]
     assert len(set(names)) == len(names)
     assert len(set(paths)) == len(paths)
 
 
 def test_constants_of_the_native_layout(m1):
-    derived = params_map.derived(m1)
+    derived = params_map.list_derived_tensors(m1)
     assert len(derived) == 4 * 70
-    assert not derived.keys() & {entry.name for entry in params_map.entries(m1)}
+    assert not derived.keys() & {entry.name for entry in params_map.list_tensor_entries(m1)}
     assert derived["model.layers.78.self_attn.slope_rate"] == 78
     assert "model.layers.79.self_attn.slope_rate" not in derived

@@ -49,7 +49,7 @@ def case(request, tmp_path_factory):
     @jax.jit
     def oracle(tensors):
         def loss(tensors):
-            out = testing.oracle(config, tensors, tokens)
+            out = testing.run_oracle(config, tensors, tokens)
             logp = jax.nn.log_softmax(out["logits"][:, :-1], axis=-1)
             chosen = jnp.take_along_axis(logp, tokens[:, 1:, None], axis=-1)
             return -jnp.mean(chosen) + config["router_aux_loss_coef"] * out["aux_loss"], out
@@ -89,9 +89,9 @@ def test_forward_and_every_gradient_match_the_oracle(case):
     assert outputs.shape[0] == len(config["attn_type_list"])
     for layer, output in enumerate(outputs[:-1]):
         assert relative(output, wanted["hidden_states"][layer + 1]) < 1e-4, layer
-    grads = checkpoint.parameters(grads)
-    for entry in params_map.entries(model.config):
-        got = np.asarray(grads[entry.path][...][entry.index])
+    grads = checkpoint.params_by_path(grads)
+    for entry in params_map.list_tensor_entries(model.config):
+        got = np.asarray(grads[entry.param_path][...][entry.index])
         got = got.T if entry.transposed else got
         assert relative(got, wanted_grads[entry.name]) < 1e-3, entry.name
 
@@ -108,7 +108,7 @@ def test_prefill_then_decoding_matches_the_oracle(case):
     np.testing.assert_allclose(jnp.concatenate(parts, 1), wanted["logits"], rtol=0, atol=2e-4)
     assert state.length.tolist() == [LENGTH, LENGTH]
     for layer, kind in enumerate(config["attn_type_list"]):
-        run, *place = model.config.place(layer)
+        run, *place = model.config.stack_index_of(layer)
         if kind == 0:
             got, matrix = state.layers[run][tuple(place)], wanted["lightning_states"][layer]
             assert relative(got, matrix) < 1e-4

@@ -15,11 +15,11 @@ MESH, SERVING = {"expert": 2, "context": 4}, {"data": 2, "expert": 2, "tensor": 
 
 
 def make_setting(kind):
-    job = budget.Job(kind, 64, 2)
+    job = budget.PlanJob(kind, 64, 2)
     layout = plan.make_layout(SMALL, MESH, jax.devices(), job)
-    model = plan_jobs.abstract_model(SMALL, job, layout)
-    serving = plan_jobs.serving_layout(SMALL, layout, SERVING)
-    return plan_jobs.Setting(SMALL, job, layout, model, serving)
+    model = plan_jobs.abstract_job_model(SMALL, job, layout)
+    serving = plan_jobs.make_serving_layout(SMALL, layout, SERVING)
+    return plan_jobs.JobSetting(SMALL, job, layout, model, serving)
 
 
 def held(part):
@@ -29,7 +29,9 @@ def held(part):
 @pytest.fixture(scope="module")
 def programs():
     setting = make_setting("rl_update")
-    return setting, {program.name: program for program in plan_jobs.JOBS["rl_update"](setting)}
+    return setting, {
+        program.name: program for program in plan_jobs.JOB_TRACERS["rl_update"](setting)
+    }
 
 
 def test_every_program_of_an_update_counts_state_sums_and_sampler(programs):
@@ -38,15 +40,15 @@ def test_every_program_of_an_update_counts_state_sums_and_sampler(programs):
     weights = budget.local_bytes(setting.model)
     routers = sum(
         budget.local_bytes(p.get_value())
-        for n, p in checkpoint.parameters(plan_jobs.sampler_model(setting)).items()
+        for n, p in checkpoint.params_by_path(plan_jobs.abstract_sampler_model(setting)).items()
         if p.dtype == "float32"
     )
-    sampler = budget.local_bytes(plan_jobs.sampler_model(setting))
+    sampler = budget.local_bytes(plan_jobs.abstract_sampler_model(setting))
     assert routers > 0
     # bfloat16 but for the routers, and split 4 ways where the trainer's are split 8 ways.
     assert sampler > (weights - routers) / 2
     for program in found.values():
-        parts = held(program.arguments) | held(program.beside)
+        parts = held(program.arguments) | held(program.co_resident)
         assert parts["parameters"] == weights
         assert parts["sampler"] == sampler
         assert abs(parts["optimizer"] - 2 * weights) < 64  # two counters
@@ -57,8 +59,8 @@ def test_every_program_of_an_update_counts_state_sums_and_sampler(programs):
         if program.name == "update":
             assert parts["sums"] == weights
         # What the compiler is not told of is what the program does not take.
-        assert not program.arguments.keys() & program.beside.keys()
-    assert found["update"].beside.keys() == {"sampler"}
+        assert not program.arguments.keys() & program.co_resident.keys()
+    assert found["update"].co_resident.keys() == {"sampler"}
 
 
 def test_hand_count_of_an_update_has_the_same_parts(programs):
@@ -66,16 +68,18 @@ def test_hand_count_of_an_update_has_the_same_parts(programs):
     for program in found.values():
         parts = held(program.arguments)
         for name in parts.keys() - {"batch", "sums", "optimizer"}:
-            assert program.guess.hbm_bytes[name] == parts[name]
-        assert (program.guess.hbm_bytes.get("gradients", 0) > 0) == (program.name == "add")
+            assert program.resource_estimate.hbm_bytes[name] == parts[name]
+        assert (program.resource_estimate.hbm_bytes.get("gradients", 0) > 0) == (
+            program.name == "add"
+        )
 
 
 def test_traced_rows_are_those_of_a_batch(programs):
     setting, found = programs
     task = sample_lib.Task("t", ({"role": "user", "content": "x"},), "s")
     samples = [sample_lib.Sample(task, (1, 2), [3, 4], [1, 1], [0.0] * 2, [0] * 2)] * 2
-    packed = rl_batch.pack(samples, 2, 64, (2, 2))
-    placed = rl_batch.place(packed.rows[0], setting.layout)
+    packed = rl_batch.pack_samples(samples, 2, 64, (2, 2))
+    placed = rl_batch.device_put_rows(packed.microbatches[0], setting.layout)
     traced = found["add"].arguments["batch"]
 
     def shape(x):
@@ -87,30 +91,32 @@ def test_traced_rows_are_those_of_a_batch(programs):
 
 def test_reshard_is_the_handover_on_the_same_devices():
     setting = make_setting("reshard")
-    (program,) = plan_jobs.JOBS["reshard"](setting)
-    assert setting.serving is not None
-    assert setting.serving.mode == sharding.DECODE
-    assert list(setting.serving.mesh.devices.flat) == list(setting.layout.mesh.devices.flat)
+    (program,) = plan_jobs.JOB_TRACERS["reshard"](setting)
+    assert setting.serving_layout is not None
+    assert setting.serving_layout.mode == sharding.DECODE
+    assert list(setting.serving_layout.mesh.devices.flat) == list(setting.layout.mesh.devices.flat)
     made = jax.tree.leaves(program.results["new sampler"])
     assert {leaf.dtype.name for leaf in made} == {"bfloat16", "float32"}
     # The old weights lie beside the new ones until these are there, and the moments all the time.
-    assert held(program.beside)["sampler"] == held(program.results)["new sampler"]
-    assert abs(held(program.beside)["optimizer"] - 2 * held(program.arguments)["parameters"]) < 64
+    assert held(program.co_resident)["sampler"] == held(program.results)["new sampler"]
+    assert (
+        abs(held(program.co_resident)["optimizer"] - 2 * held(program.arguments)["parameters"]) < 64
+    )
 
 
 def test_serving_mesh_of_other_sizes_is_refused():
     setting = make_setting("reshard")
     with pytest.raises(ValueError, match="product is the trainer's 8 devices"):
-        plan_jobs.serving_layout(SMALL, setting.layout, {"expert": 2})
+        plan_jobs.make_serving_layout(SMALL, setting.layout, {"expert": 2})
     with pytest.raises(ValueError, match="fsdp=8 cannot be used to decode"):
-        plan_jobs.serving_layout(SMALL, setting.layout, {"fsdp": 8})
+        plan_jobs.make_serving_layout(SMALL, setting.layout, {"fsdp": 8})
 
 
 def read(file, record):
     written = json.loads(file.read_text())
     assert written == json.loads(json.dumps(record))
     assert written["fits"]
-    return plan_text.report(record)
+    return plan_text.format_report(record)
 
 
 def test_reshard_through_the_command(tmp_path):
@@ -118,7 +124,7 @@ def test_reshard_through_the_command(tmp_path):
     file, model = tmp_path / "plan.json", tmp_path / "config.json"
     model.write_text(json.dumps(SMALL.to_hf()))
     record = plan.run(
-        plan.Config(
+        plan.PlanConfig(
             "v5p:2x2x1",
             "reshard",
             config=str(model),
@@ -142,7 +148,7 @@ def test_an_update_through_the_command(tmp_path):
     file, model = tmp_path / "plan.json", tmp_path / "config.json"
     model.write_text(json.dumps(SMALL.to_hf()))
     record = plan.run(
-        plan.Config(
+        plan.PlanConfig(
             "v5p:2x2x1",
             "rl_update",
             config=str(model),

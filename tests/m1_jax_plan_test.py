@@ -28,7 +28,7 @@ M1 = dataclasses.replace(ModelConfig.m1(), remat="layer")
     ],
 )
 def test_slices(name, slices, num_chips, num_devices):
-    found = chips.parse(name, slices)
+    found = chips.parse_slice(name, slices)
     assert (found.name, found.num_chips, found.num_devices) == (name, num_chips, num_devices)
 
 
@@ -37,7 +37,7 @@ def test_slices(name, slices, num_chips, num_devices):
 )
 def test_wrong_topology_is_refused_with_an_example(name):
     with pytest.raises(chips.TopologyError, match=r"wanted .*v\d\w:\d+x\d+"):
-        chips.parse(name)
+        chips.parse_slice(name)
 
 
 def test_missing_compiler_says_what_to_install(monkeypatch):
@@ -46,13 +46,13 @@ def test_missing_compiler_says_what_to_install(monkeypatch):
 
     monkeypatch.setattr(topologies, "get_topology_desc", missing)
     with pytest.raises(chips.TopologyError, match="pip install libtpu"):
-        chips.devices(chips.parse("v5p:2x2x1"))
+        chips.get_slice_devices(chips.parse_slice("v5p:2x2x1"))
 
 
 def test_slice_that_the_compiler_refuses():
     pytest.importorskip("libtpu")
     with pytest.raises(chips.TopologyError, match="refuses 'v5p:3x2x2'.*Others: v5e"):
-        chips.devices(chips.parse("v5p:3x2x2"))
+        chips.get_slice_devices(chips.parse_slice("v5p:3x2x2"))
 
 
 @pytest.mark.parametrize(
@@ -66,10 +66,10 @@ def test_slice_that_the_compiler_refuses():
 )
 def test_devices_and_the_memory_that_the_compiler_grants(name, slices, gib):
     pytest.importorskip("libtpu")
-    where = chips.parse(name, slices)
-    devices = chips.devices(where)
+    where = chips.parse_slice(name, slices)
+    devices = chips.get_slice_devices(where)
     assert len(devices) == where.num_devices
-    assert aot.hbm_limit_bytes(devices[0]) / GIB == pytest.approx(gib, abs=0.1)
+    assert aot.probe_hbm_limit_bytes(devices[0]) / GIB == pytest.approx(gib, abs=0.1)
 
 
 @pytest.mark.parametrize(
@@ -89,7 +89,7 @@ def test_devices_and_the_memory_that_the_compiler_grants(name, slices, gib):
     ],
 )
 def test_out_of_memory_messages(message, expected):
-    assert aot.out_of_memory(message) == expected
+    assert aot.parse_out_of_memory(message) == expected
 
 
 # ---- arguments
@@ -114,7 +114,7 @@ def test_out_of_memory_messages(message, expected):
 )
 def test_wrong_config_is_refused(changes, words):
     with pytest.raises(plan.PlanError, match=words):
-        plan.Config(**{"topology": "v5p:2x2x1", "job": "train"} | changes)
+        plan.PlanConfig(**{"topology": "v5p:2x2x1", "job": "train"} | changes)
 
 
 @pytest.mark.parametrize(
@@ -135,18 +135,18 @@ def test_wrong_config_is_refused(changes, words):
 def test_plan_that_cannot_be_made(changes, words):
     pytest.importorskip("libtpu")
     with pytest.raises(plan.PlanError, match=words):
-        plan.run(plan.Config("v5p:2x2x1", "train", **changes))
+        plan.run(plan.PlanConfig("v5p:2x2x1", "train", **changes))
 
 
 def test_config_is_read_from_a_file_or_its_directory(tmp_path):
     file = tmp_path / "config.json"
     file.write_text(json.dumps(ModelConfig.tiny().to_hf()))
     for path in (file, tmp_path):
-        read = plan.read_model_config(plan.Config("v5p:2x2x1", "decode", config=str(path)))
+        read = plan.read_model_config(plan.PlanConfig("v5p:2x2x1", "decode", config=str(path)))
         assert read == ModelConfig.tiny()
     file.write_text("{}")
     with pytest.raises(config.ConfigError, match="model_type"):
-        plan.read_model_config(plan.Config("v5p:2x2x1", "decode", config=str(tmp_path)))
+        plan.read_model_config(plan.PlanConfig("v5p:2x2x1", "decode", config=str(tmp_path)))
 
 
 # ---- arithmetic
@@ -155,10 +155,10 @@ def test_config_is_read_from_a_file_or_its_directory(tmp_path):
 @pytest.fixture(scope="module")
 def params():
     """The release's parameters on a mesh of CPU devices: fsdp 2, expert 2, tensor 2."""
-    job = budget.Job("train", 4096, 8)
+    job = budget.PlanJob("train", 4096, 8)
     layout = plan.make_layout(M1, {"fsdp": 2, "expert": 2, "tensor": 2}, jax.devices(), job)
-    model = plan_jobs.abstract_model(M1, job, layout)
-    return model, plan_jobs.estimate(M1, job, layout, model)
+    model = plan_jobs.abstract_job_model(M1, job, layout)
+    return model, plan_jobs.estimate_job(M1, job, layout, model)
 
 
 def test_state_of_training_is_twelve_bytes_a_parameter(params):
@@ -188,12 +188,12 @@ def test_traffic_of_training_by_hand(params):
 
 def test_bytes_of_int8_weights():
     """Of the release on 8 devices: a byte a weight, but for what no recipe rounds."""
-    job = budget.Job("decode", 8192, 8)
+    job = budget.PlanJob("decode", 8192, 8)
     layout = plan.make_layout(M1, {"expert": 4, "tensor": 2}, jax.devices(), job)
 
     def held(weights):
-        model = plan_jobs.abstract_model(M1, job, layout, weights)
-        return plan_jobs.estimate(M1, job, layout, model).hbm_bytes["parameters"]
+        model = plan_jobs.abstract_job_model(M1, job, layout, weights)
+        return plan_jobs.estimate_job(M1, job, layout, model).hbm_bytes["parameters"]
 
     whole, experts, every = map(held, (None, "int8-experts", "int8-all"))
     matrices, width = 80 * 32 / 4 * 3 * 6144 * 9216 / 2, 64 * 128
@@ -206,19 +206,21 @@ def test_bytes_of_int8_weights():
 
 
 def test_meshes_divide_what_they_split():
-    job = budget.Job("train", 4096, 512)
+    job = budget.PlanJob("train", 4096, 512)
     devices = [jax.devices()[0]] * 512
-    found = list(budget.meshes(M1, job, devices))
+    found = list(budget.iterate_meshes(M1, job, devices))
     assert {"fsdp": 16, "expert": 32} in found
     assert len({tuple(mesh.items()) for mesh in found}) == len(found)
     for mesh in found:
         assert math.prod(mesh.values()) == 512
         assert mesh.get("expert", 1) <= 32
     # One row of a million tokens can only be split by heads and context.
-    for mesh in budget.meshes(M1, budget.Job("train", 2**20, 1), devices[:64]):
+    for mesh in budget.iterate_meshes(M1, budget.PlanJob("train", 2**20, 1), devices[:64]):
         assert mesh.keys() <= {"tensor", "context"}
-    assert not list(budget.meshes(M1, budget.Job("decode", 2**20 + 1, 3), devices[:256]))
-    slices = list(budget.meshes(M1, job, devices, num_slices=2))
+    assert not list(
+        budget.iterate_meshes(M1, budget.PlanJob("decode", 2**20 + 1, 3), devices[:256])
+    )
+    slices = list(budget.iterate_meshes(M1, job, devices, num_slices=2))
     assert {"data": 2, "fsdp": 8, "expert": 32} in slices
     assert {"fsdp": 16, "expert": 32} in slices
     for mesh in slices:
@@ -226,9 +228,11 @@ def test_meshes_divide_what_they_split():
 
 
 def test_serving_prefers_meshes_that_hold_less():
-    job = budget.Job("decode", 8192, 64)
-    small = budget.Estimate({"parameters": 10e9}, {"all-reduce": hlo.Traffic(10, 1e6)})
-    large = budget.Estimate({"parameters": 90e9}, {})
+    job = budget.PlanJob("decode", 8192, 64)
+    small = budget.ResourceEstimate(
+        {"parameters": 10e9}, {"all-reduce": hlo.CollectiveTraffic(10, 1e6)}
+    )
+    large = budget.ResourceEstimate({"parameters": 90e9}, {})
     assert small.cost(job) < large.cost(job)
     training = dataclasses.replace(job, kind="train")
     assert small.cost(training) > large.cost(training)
@@ -240,18 +244,18 @@ def test_serving_prefers_meshes_that_hold_less():
 def test_int8_weights_through_the_command():
     pytest.importorskip("libtpu")
     settings = {"config": "tiny", "seq": 64, "batch": 4, "mesh": "expert=2,tensor=2"}
-    record = plan.run(plan.Config("v5p:2x2x1", "decode", weights="int8-all", **settings))
+    record = plan.run(plan.PlanConfig("v5p:2x2x1", "decode", weights="int8-all", **settings))
     # What the compiler holds is our sum, up to the padding of tiles.
     parts = sum(record["hbm_parts"][name] for name in ("parameters", "state", "kv", "batch"))
     assert parts <= record["argument_bytes"] < 3 * parts
-    assert "weights int8-all" in plan_text.report(record)
+    assert "weights int8-all" in plan_text.format_report(record)
 
 
 def test_a_small_program_through_the_command(tmp_path):
     pytest.importorskip("libtpu")
     file = tmp_path / "plan.json"
     record = plan.run(
-        plan.Config("v5p:2x2x1", "decode", config="tiny", seq=64, batch=8, json=str(file))
+        plan.PlanConfig("v5p:2x2x1", "decode", config="tiny", seq=64, batch=8, json=str(file))
     )
     check_record(record, file)
     assert record["hbm_parts"]["kv"] == 2 * 2 * 8 * 2 * 64 * 32 * 2 / _split(record)
@@ -263,7 +267,7 @@ def test_a_training_step_through_the_command(tmp_path):
     pytest.importorskip("libtpu")
     file = tmp_path / "plan.json"
     settings = {"config": "tiny", "seq": 128, "batch": 8, "accumulate": 2, "json": str(file)}
-    record = plan.run(plan.Config("v5p:2x2x1", "train", mesh="fsdp=2,expert=2", **settings))
+    record = plan.run(plan.PlanConfig("v5p:2x2x1", "train", mesh="fsdp=2,expert=2", **settings))
     check_record(record, file)
     assert record["mesh"] == {"fsdp": 2, "expert": 2}
     # What the compiler holds is our sum, up to the padding of tiles.
@@ -289,23 +293,23 @@ def check_record(record, file):
     for key in ("argument_bytes", "temp_bytes", "flops_per_chip", "compile_secs"):
         assert written[key] > 0
     assert all({"count", "bytes"} == set(t) for t in written["collectives"].values())
-    text = plan_text.report(record)
+    text = plan_text.format_report(record)
     assert text.splitlines()[-1].startswith("fits: ")
     misfit = record | {"fits": False, "hbm_bytes_per_chip": 100 * GIB, "hbm_limit_bytes": 95 * GIB}
-    assert "5.00 GiB too much" in plan_text.report(misfit).splitlines()[-1]
+    assert "5.00 GiB too much" in plan_text.format_report(misfit).splitlines()[-1]
 
 
 def test_program_that_does_not_fit_is_reported():
     """At 16 TB an argument is too large anywhere; the refusal still has sizes."""
     pytest.importorskip("libtpu")
-    device = chips.devices(chips.parse("v5e:2x2"))[0]
+    device = chips.get_slice_devices(chips.parse_slice("v5e:2x2"))[0]
     where = jax.sharding.SingleDeviceSharding(device)
     large = jax.ShapeDtypeStruct((2**40,), np.float32, sharding=where)
     compiled = aot.compile_program(jax.jit(lambda x: x * 2).trace(large), 1.0)
     assert not compiled.fits
-    assert compiled.needed == pytest.approx(2**43)
-    assert compiled.limit < 16 * GIB
-    assert "ENTRY" in compiled.text
+    assert compiled.needed_bytes == pytest.approx(2**43)
+    assert compiled.limit_bytes < 16 * GIB
+    assert "ENTRY" in compiled.hlo_text
 
 
 @pytest.mark.slow
@@ -313,7 +317,7 @@ def test_program_that_does_not_fit_is_reported():
 def test_chips_without_a_ragged_exchange(job):
     pytest.importorskip("libtpu")
     record = plan.run(
-        plan.Config("v5e:4x4", job, config="tiny", mesh="data=4,expert=4", seq=64, batch=16)
+        plan.PlanConfig("v5e:4x4", job, config="tiny", mesh="data=4,expert=4", seq=64, batch=16)
     )
     assert record["fits"]
     assert "ragged-all-to-all" not in record["collectives"]

@@ -12,7 +12,7 @@ from flax import nnx
 import m1_jax
 from m1_jax import checkpoint, convert, experts, layers, quantize, release, sharding, testing
 
-EXPERTS, ALL = quantize.RECIPES
+EXPERTS, ALL = quantize.INT8_RECIPES
 EXPERT_NAMES = {"moe.gate", "moe.up", "moe.down"}
 SHARED_NAMES = {f"moe.shared.{name}.kernel" for name in ("gate", "up", "down")}
 LIGHTNING_NAMES = {f"attention.{name}.kernel" for name in ("qkv", "gate", "out")}
@@ -39,7 +39,7 @@ def loaded(path, weights=None):
 
 
 def values_of(model):
-    return {name: np.asarray(p.get_value()) for name, p in checkpoint.parameters(model).items()}
+    return {name: np.asarray(p.get_value()) for name, p in checkpoint.params_by_path(model).items()}
 
 
 def int8_names(model):
@@ -49,7 +49,7 @@ def int8_names(model):
 def restored(path, weights):
     """Return the float32 model of the weights that a recipe's integers stand for."""
     model, values = m1_jax.load(path), values_of(loaded(path, weights))
-    for name, param in checkpoint.parameters(model).items():
+    for name, param in checkpoint.params_by_path(model).items():
         if values[name].dtype == jnp.int8:
             whole = values[name] * values[f"{name}_scale"][..., None, :]
             param.set_value(jnp.asarray(whole))
@@ -67,11 +67,11 @@ def test_rounding_is_to_the_nearest_of_255_steps():
     weights = np.random.default_rng(0).standard_normal((3, 40, 7)).astype(np.float32)
     weights[1, :, 2] = 0
     weights[2, 5, 3] = -9
-    values, scale = quantize.quantize(weights)
+    values, scale = quantize.quantize_columns(weights)
     assert (values.dtype, scale.dtype) == (np.int8, np.float32)
     assert scale.shape == (3, 7)
-    assert np.max(np.abs(values)) == quantize.LARGEST
-    assert values[2, 5, 3] == -quantize.LARGEST
+    assert np.max(np.abs(values)) == quantize.MAX_INT8
+    assert values[2, 5, 3] == -quantize.MAX_INT8
     assert np.all(values[1, :, 2] == 0)
     assert scale[1, 2] == 1
     assert np.all(np.abs(values * scale[:, None] - weights) <= scale[:, None] / 2 * 1.0001)
@@ -80,11 +80,11 @@ def test_rounding_is_to_the_nearest_of_255_steps():
 def test_rounding_of_columns_that_are_hardly_numbers():
     weights = np.ones((5, 3), np.float32)
     weights[2] = 190 * 2.0**-149, np.nan, np.inf  # 190 / 127 subnormal steps is 1
-    values, scale = map(jnp.asarray, quantize.quantize(weights[2:3]))
-    assert values[0, 0] == quantize.LARGEST
+    values, scale = map(jnp.asarray, quantize.quantize_columns(weights[2:3]))
+    assert values[0, 0] == quantize.MAX_INT8
     for column in (1, 2):
         own = slice(column, column + 1)
-        product = quantize.matmul(jnp.ones((1, 1)), values[:, own], scale[own])
+        product = quantize.scaled_matmul(jnp.ones((1, 1)), values[:, own], scale[own])
         assert not np.all(np.isfinite(product))
 
 
@@ -93,8 +93,8 @@ def test_backends_agree(sizes):
     rng = np.random.default_rng(0)
 
     def matrices(rows, columns):
-        values, scale = quantize.quantize(rng.standard_normal((4, rows, columns)))
-        return quantize.Quantized(jnp.asarray(values), jnp.asarray(scale))
+        values, scale = quantize.quantize_columns(rng.standard_normal((4, rows, columns)))
+        return quantize.QuantizedMatrices(jnp.asarray(values), jnp.asarray(scale))
 
     gate, up, down = matrices(16, 24), matrices(16, 24), matrices(24, 16)
     num = sum(sizes)
@@ -103,7 +103,10 @@ def test_backends_agree(sizes):
     # bfloat16 rounds gate, up, hidden and output by 2^-9 each; sums may do so in another order.
     for dtype, error in ((jnp.float32, 1e-5), (jnp.bfloat16, 4 * 2**-9)):
         arguments = rows.astype(dtype), gate, up, down, jnp.asarray(sizes, jnp.int32), weights
-        one, two = (jax.jit(f)(*arguments) for f in (experts._ragged, experts._tiled))
+        one, two = (
+            jax.jit(f)(*arguments)
+            for f in (experts._grouped_mlp_ragged, experts._grouped_mlp_tiled)
+        )
         one, two = np.asarray(one, np.float32), np.asarray(two, np.float32)
         assert np.max(np.abs(one - two)) <= error * np.max(np.abs(two))
 
@@ -156,7 +159,7 @@ def test_logits_are_those_of_the_rounded_weights(source, weights):
 def test_a_projection_is_summed_in_float32_and_scaled_once(dtype):
     """Also below an adapter, whose product is added to it."""
     rng = np.random.default_rng(0)
-    values, scale = quantize.quantize(rng.standard_normal((512, 6)))
+    values, scale = quantize.quantize_columns(rng.standard_normal((512, 6)))
     x = jnp.asarray(rng.standard_normal((2, 3, 512)), dtype)
     linear = layers.Linear(
         nnx.Rngs(0), 512, 6, ("embed", "heads"), std=0.1, param_dtype=jnp.float32
@@ -169,7 +172,7 @@ def test_a_projection_is_summed_in_float32_and_scaled_once(dtype):
     assert np.all(np.abs(np.asarray(linear(x), np.float64) - exact) <= error)
     a, b = (nnx.Param(jnp.asarray(rng.standard_normal(s), dtype)) for s in ((512, 2), (2, 6)))
     before = linear(x)
-    linear.adapter = layers.Adapter(a, b, 0.5)
+    linear.adapter = layers.LoraAdapter(a, b, 0.5)
     np.testing.assert_array_equal(linear(x), before + linear.adapter(x))
 
 
@@ -177,7 +180,7 @@ def noisy(path, weights, seed):
     """Return the float32 model with random errors: each uniform in half a step either way."""
     model, values = m1_jax.load(path), values_of(loaded(path, weights))
     rng = np.random.default_rng(seed)
-    for name, param in checkpoint.parameters(model).items():
+    for name, param in checkpoint.params_by_path(model).items():
         if values[name].dtype == jnp.int8:
             half = values[f"{name}_scale"][..., None, :] / 2
             noise = rng.uniform(-1, 1, param.shape).astype(np.float32) * half
@@ -211,8 +214,8 @@ def test_the_golden_log_probabilities_move_as_by_random_halves_of_a_step(golden_
 
 
 def test_one_matrix_at_a_time(source, monkeypatch):
-    seen, whole = [], quantize.quantize
-    monkeypatch.setattr(quantize, "quantize", lambda x: (seen.append(x.shape), whole(x))[1])
+    seen, whole = [], quantize.quantize_columns
+    monkeypatch.setattr(quantize, "quantize_columns", lambda x: (seen.append(x.shape), whole(x))[1])
     m1_jax.load(source, weights=ALL)
     assert len(seen) == 2 * (3 * loaded(source).config.num_local_experts + 3) + 3 + 4
     assert {len(shape) for shape in seen} == {2}
@@ -220,7 +223,9 @@ def test_one_matrix_at_a_time(source, monkeypatch):
 
 def test_integers_are_those_of_the_stored_weights(source, tmp_path):
     """Whatever the directory's form and the dtype of the computation."""
-    dst = convert.run(convert.Config(src=str(source), dst=str(tmp_path / "orbax"), to="orbax"))
+    dst = convert.run(
+        convert.ConvertConfig(src=str(source), dst=str(tmp_path / "orbax"), to="orbax")
+    )
     wanted = values_of(loaded(source, ALL))
     for path, dtype in ((dst, jnp.float32), (source, jnp.bfloat16), (dst, jnp.bfloat16)):
         got = values_of(m1_jax.load(path, dtype, weights=ALL))
@@ -243,13 +248,13 @@ def test_a_mesh_has_the_same_numbers_and_computes_with_them(source, mode, sizes)
     one = loaded(source, ALL)
     mesh = sharding.make_mesh(sizes, jax.devices()[: math.prod(sizes.values())])
     many = m1_jax.load(source, mesh=mesh, mode=mode, weights=ALL)
-    for name, param in checkpoint.parameters(many).items():
-        np.testing.assert_array_equal(param[...], checkpoint.parameters(one)[name][...])
+    for name, param in checkpoint.params_by_path(many).items():
+        np.testing.assert_array_equal(param[...], checkpoint.params_by_path(one)[name][...])
         axes = param.get_metadata()["logical_axes"]
         assert param.get_value().sharding.is_equivalent_to(
-            sharding.param_sharding(many.layout, axes, param.shape), param.ndim
+            sharding.make_param_sharding(many.layout, axes, param.shape), param.ndim
         )
-    params = checkpoint.parameters(many)
+    params = checkpoint.params_by_path(many)
     for name in INT8_IN_ALL:
         *rest, _, columns = params[name].get_value().sharding.shard_shape(params[name].shape)
         scale = params[f"{name}_scale"].get_value()
@@ -284,8 +289,10 @@ def test_other_recipes_are_refused_before_anything_is_read(name, words, tmp_path
 
 
 def test_a_damaged_matrix_is_named(source, tmp_path):
-    dst = convert.run(convert.Config(src=str(source), dst=str(tmp_path / "orbax"), to="orbax"))
-    chunks = dst / checkpoint.PARAMS / "layers.0.moe.up" / "c"
+    dst = convert.run(
+        convert.ConvertConfig(src=str(source), dst=str(tmp_path / "orbax"), to="orbax")
+    )
+    chunks = dst / checkpoint.PARAMS_DIR / "layers.0.moe.up" / "c"
     file = sorted(path for path in chunks.rglob("*") if path.is_file())[0]
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(release.CheckpointError, match=r"layers\.0\.moe\.up"):

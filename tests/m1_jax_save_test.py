@@ -30,13 +30,13 @@ def converted(source):
 
 
 def _convert(to, src, dst):
-    return convert.run(convert.Config(to, str(src), str(dst), progress=False))
+    return convert.run(convert.ConvertConfig(to, str(src), str(dst), progress=False))
 
 
 def _moved(path, **settings):
     """Return a loaded model after a training step's worth of change."""
     model = m1_jax.load(path, **settings)
-    for param in checkpoint.parameters(model).values():
+    for param in checkpoint.params_by_path(model).values():
         param.set_value(param.get_value() * 1.01)
     return model
 
@@ -46,7 +46,7 @@ def _mesh():
 
 
 def _values(model):
-    return {name: np.asarray(p.get_value()) for name, p in checkpoint.parameters(model).items()}
+    return {name: np.asarray(p.get_value()) for name, p in checkpoint.params_by_path(model).items()}
 
 
 def _equal(one, other):
@@ -72,7 +72,7 @@ def test_what_is_saved_is_loaded_and_exported(source, tmp_path, dtype, mesh):
     _equal(_values(m1_jax.load(saved, dtype)), wanted)
     _equal(_values(m1_jax.load(saved, dtype, _mesh())), wanted)
     back = _convert("hf", saved, tmp_path / "back")
-    assert {release.CODES[t.dtype] for t in release.Release(back).tensors.values()} == (
+    assert {release.CODES_BY_DTYPE[t.dtype] for t in release.Release(back).tensors.values()} == (
         {"F32"} if dtype == jnp.float32 else {"BF16", "F32"}
     )
     one, two = (m1_jax.load(path, dtype) for path in (saved, back))
@@ -115,7 +115,7 @@ def test_chunks_lie_within_what_one_device_holds(source, tmp_path):
     """Two processes that wrote parts of one chunk would lose each other's."""
     model = m1_jax.load(source, mesh=_mesh())
     saved = export.save(model, tmp_path / "saved", source)
-    for name, param in checkpoint.parameters(model).items():
+    for name, param in checkpoint.params_by_path(model).items():
         metadata = json.loads((saved / "params" / name / "zarr.json").read_text())
         chunk = metadata["chunk_grid"]["configuration"]["chunk_shape"]
         piece = param.get_value().sharding.shard_shape(param.shape)
@@ -137,7 +137,7 @@ def test_existing_directories_are_left_alone(source, tmp_path):
         shutil.rmtree(theirs.parent)
 
 
-@pytest.mark.parametrize("where", ["allocate", "_write", "copy_small_files"])
+@pytest.mark.parametrize("where", ["allocate_params", "_write_param", "copy_small_files"])
 def test_an_interrupted_save_is_no_checkpoint_and_is_made_anew(
     source, tmp_path, monkeypatch, where
 ):

@@ -24,9 +24,11 @@ SMALL = dataclasses.replace(
     shared_intermediate_size=96,
 )
 ROWS, LENGTH = 8, 51  # no mesh axis divides it; four devices get an odd, two an even number
-PAIRS = [dict(zip(pair, (2, 2), strict=True)) for pair in itertools.combinations(sharding.AXES, 2)]
+PAIRS = [
+    dict(zip(pair, (2, 2), strict=True)) for pair in itertools.combinations(sharding.MESH_AXES, 2)
+]
 MESHES = [
-    *({axis: 2} for axis in sharding.AXES),
+    *({axis: 2} for axis in sharding.MESH_AXES),
     *PAIRS,
     {"fsdp": 2, "expert": 2, "context": 2},
     {"expert": 8},
@@ -41,7 +43,7 @@ def name_of(sizes) -> str:
 
 def layout_of(sizes, config=SMALL, mode="train"):
     num = int(np.prod(list(sizes.values())))
-    return sharding.layout(sharding.make_mesh(sizes, jax.devices()[:num]), config, mode)
+    return sharding.make_layout(sharding.make_mesh(sizes, jax.devices()[:num]), config, mode)
 
 
 @pytest.fixture(autouse=True)
@@ -58,9 +60,9 @@ def one_device():
 
 def spread(layout, model=None):
     """Put a model's parameters on a mesh."""
-    source = checkpoint.parameters(model or one_device())
+    source = checkpoint.params_by_path(model or one_device())
     out = checkpoint.abstract_model((model or one_device()).config, jnp.float32, layout=layout)
-    for name, param in checkpoint.parameters(out).items():
+    for name, param in checkpoint.params_by_path(out).items():
         param.set_value(jax.device_put(np.asarray(source[name][...]), param.get_value().sharding))
     return out
 
@@ -102,7 +104,7 @@ def compare(model, other, tokens, segments):
     (value, _, _), wanted = loss_and_gradients(model, tokens, segments)
     (other_value, _, _), got = loss_and_gradients(other, tokens, segments)
     assert abs(float(value) - float(other_value)) <= 1e-5 * abs(float(value))
-    wanted, got = checkpoint.parameters(wanted), checkpoint.parameters(got)
+    wanted, got = checkpoint.params_by_path(wanted), checkpoint.params_by_path(got)
     for name, param in wanted.items():
         one, two = np.asarray(param[...]), np.asarray(got[name][...])
         assert np.linalg.norm(two - one) <= 1e-4 * np.linalg.norm(one) + 1e-12, name
@@ -129,8 +131,8 @@ def test_plain_rows(sizes):
 
 @pytest.mark.parametrize("segments", [False, True])
 def test_ring_attention(monkeypatch, segments):
-    monkeypatch.setattr(ring, "GATHER_BYTES", 0)
-    monkeypatch.setattr(ring, "BLOCK", 8)
+    monkeypatch.setattr(ring, "MAX_GATHER_BYTES", 0)
+    monkeypatch.setattr(ring, "BLOCK_TOKENS", 8)
     tokens, ids = batch()
     if segments:
         tokens, ids = tokens[:, :48], ids[:, :48]  # an even number for each device
@@ -143,11 +145,11 @@ def test_zigzag_gives_early_and_late_halves(devices):
     halves = jnp.arange(2 * devices)
 
     def local(x):
-        moved = sharding.zigzag(x, "length", 0)
-        return moved, sharding.zigzag(moved, "length", 0, back=True)
+        moved = sharding.permute_zigzag(x, "length", 0)
+        return moved, sharding.permute_zigzag(moved, "length", 0, inverse=True)
 
-    spec = layout.spec("length")
-    moved, back = sharding.run(layout, local, (spec,), (spec, spec))(halves)
+    spec = layout.activation_spec("length")
+    moved, back = sharding.run_sharded(layout, local, (spec,), (spec, spec))(halves)
     np.testing.assert_array_equal(back, halves)
     for device, pair in enumerate(np.asarray(moved).reshape(-1, 2)):
         assert sorted(pair) == [device, 2 * devices - 1 - device]
@@ -155,7 +157,7 @@ def test_zigzag_gives_early_and_late_halves(devices):
 
 def all_to_the_first(model):
     """Make every token choose experts 0 and 1: of equal probabilities the first are taken."""
-    for name, param in checkpoint.parameters(model).items():
+    for name, param in checkpoint.params_by_path(model).items():
         if name.endswith("moe.router"):
             param.set_value(jnp.zeros_like(param[...]))
     return model
@@ -165,7 +167,7 @@ def test_no_token_is_dropped_where_all_choose_one_device():
     model = all_to_the_first(checkpoint.random_model(SMALL, jax.random.key(1), jnp.float32))
     many = spread(layout_of({"expert": 4}), model)
     # The buffer of a device holds 1.5 shares, and 4 come: three rounds.
-    assert exchange.SLACK < 4
+    assert exchange.BUFFER_SLACK < 4
     compare(model, many, *batch())
 
 
@@ -178,7 +180,7 @@ def test_capacity_drops_and_says_how_much():
         many = spread(layout_of({"expert": 4}, config), model)
         many.config = config
         for layer in many.layers:
-            layer.moe.capacity = capacity
+            layer.moe.expert_capacity = capacity
         (value, _, dropped), _ = loss_and_gradients(many, tokens, None)
         assert np.isfinite(value)
         return float(dropped)
@@ -228,7 +230,7 @@ def test_log_probabilities_need_no_whole_vocabulary():
     tokens, _ = batch()
     for chunk in (None, 7, 64):
         got, wanted = (
-            logprobs.token_logprobs(m, m.hidden(tokens)[0], tokens, chunk, entropy=True)
+            logprobs.token_logprobs(m, m.hidden(tokens)[0], tokens, chunk, with_entropy=True)
             for m in (many, one)
         )
         np.testing.assert_allclose(got.logp, wanted.logp, rtol=0, atol=1e-5)
@@ -242,7 +244,9 @@ def test_entropy_of_a_split_vocabulary_has_the_same_gradient():
 
     def gradient(model):
         def total(hidden):
-            return jnp.sum(logprobs.token_logprobs(model, hidden, tokens, 7, entropy=True).entropy)
+            return jnp.sum(
+                logprobs.token_logprobs(model, hidden, tokens, 7, with_entropy=True).entropy
+            )
 
         return np.asarray(jax.jit(jax.grad(total))(hidden))
 
@@ -286,7 +290,7 @@ def test_errors_name_the_axis_and_the_remedy():
     assert "3 rows" in said
     assert "multiple of 4" in said
     other = jax.make_mesh((8,), ("model",))
-    assert "'model'" in error(sharding.layout, other, SMALL)
+    assert "'model'" in error(sharding.make_layout, other, SMALL)
 
 
 def test_one_size_may_be_left_open():
@@ -320,12 +324,12 @@ def test_only_data_and_fsdp_cross_slices():
 
 def table(mode, sizes):
     """Return {parameter: [shape, spec, GiB a device in bfloat16]}."""
-    shape = tuple(sizes.get(axis, 1) for axis in sharding.AXES)
-    mesh = AbstractMesh(shape, sharding.AXES, axis_types=(AxisType.Auto,) * len(shape))
-    layout = sharding.Layout(mesh, mode)
+    shape = tuple(sizes.get(axis, 1) for axis in sharding.MESH_AXES)
+    mesh = AbstractMesh(shape, sharding.MESH_AXES, axis_types=(AxisType.Auto,) * len(shape))
+    layout = sharding.MeshLayout(mesh, mode)
     model = checkpoint.abstract_model(ModelConfig.m1())
     rows = {}
-    for name, param in checkpoint.parameters(model).items():
+    for name, param in checkpoint.params_by_path(model).items():
         spec = layout.param_spec(param.get_metadata()["logical_axes"])
         axes = [(a,) if isinstance(a, str) else a or () for a in spec]
         parts = int(np.prod([mesh.shape[axis] for dim in axes for axis in dim]))

@@ -37,8 +37,8 @@ def test_a_row_does_not_depend_on_the_other_rows_of_its_expert(dtype):
 
     @jax.jit
     def run(rows, sizes, weights):
-        with experts.fixed_tile(8):
-            return experts.run(rows, gate, up, down, sizes, weights)
+        with experts.matmul_tile(8):
+            return experts.grouped_mlp(rows, gate, up, down, sizes, weights)
 
     # Row 40 is the first, one in the middle, and the last of expert 1.
     results = []

@@ -33,13 +33,13 @@ def edited(directory, tmp_path, edit):
 
 def with_names(text):
     """Text in which names of control tokens are likely."""
-    return st.lists(text | st.sampled_from(tokenizer_lib.STRUCTURE), max_size=6).map("".join)
+    return st.lists(text | st.sampled_from(tokenizer_lib.STRUCTURE_TOKENS), max_size=6).map("".join)
 
 
 @hypothesis.given(with_names(st.text(max_size=20)))
 def test_text_survives_and_never_becomes_a_control_token(tok, text):
     ids = tok.encode(text)
-    assert not {tok.special_id(name) for name in tokenizer_lib.STRUCTURE} & set(ids)
+    assert not {tok.special_token_id(name) for name in tokenizer_lib.STRUCTURE_TOKENS} & set(ids)
     assert tok.decode(ids, skip_special=False) == text
     assert tok.decode(ids) == text
 
@@ -81,14 +81,14 @@ def test_ids_beyond_the_tokenizer(tok):
 
 
 def test_special_ids(tok):
-    assert tok.special_id(END) == 510
+    assert tok.special_token_id(END) == 510
     assert tok.stop_ids == (510,)
     assert tok.decode([510]) == ""
     assert tok.decode([510], skip_special=False) == END
     with pytest.raises(ValueError, match=r"got '<nope>'; this tokenizer.json has <begin"):
-        tok.special_id("<nope>")
+        tok.special_token_id("<nope>")
     with pytest.raises(ValueError, match="special token: got 'a'"):
-        tok.special_id("a")
+        tok.special_token_id("a")
 
 
 def test_added_tokens_without_the_special_flag(directory, tmp_path):
@@ -99,8 +99,8 @@ def test_added_tokens_without_the_special_flag(directory, tmp_path):
         content["added_tokens"].append(entry)
 
     tok = edited(directory, tmp_path, edit)
-    assert tok.special_id(END) not in tok.encode(f"a{END}b")
-    assert tok.encode(f"a{END}b", allow_special=True)[1] == tok.special_id(END)
+    assert tok.special_token_id(END) not in tok.encode(f"a{END}b")
+    assert tok.encode(f"a{END}b", allow_special=True)[1] == tok.special_token_id(END)
     assert tok.encode("<think>") == [512]  # an added token that is text
     assert tok.decode([512]) == "<think>"
     assert tok.decode([510]) == ""

@@ -27,7 +27,7 @@ def small(tensors, tmp_path_factory):
     """A small release and a golden file for it, of a few quantities that compile fast."""
     directory = testing.write_release(tmp_path_factory.mktemp("small"), _HF, tensors)
     tokens = np.random.default_rng(0).integers(0, 512, (2, 24), np.int32)
-    out = testing.oracle(_HF, tensors, tokens)
+    out = testing.run_oracle(_HF, tensors, tokens)
     positions = np.arange(0, 24, 5)
     np.savez(
         directory / "golden.npz",
@@ -48,7 +48,7 @@ def _golden(small, path, **changes):
 
 
 def _run(checkpoint, golden):
-    return verify.run(verify.Config(str(checkpoint), str(golden)))
+    return verify.run(verify.VerifyConfig(str(checkpoint), str(golden)))
 
 
 @pytest.fixture
@@ -80,7 +80,9 @@ def command(capsys):
 def test_the_golden_checkpoint_passes(golden_dir, tmp_path, layout):
     checkpoint = golden_dir
     if layout == "orbax":
-        settings = convert.Config("orbax", str(golden_dir), str(tmp_path / "orbax"), progress=False)
+        settings = convert.ConvertConfig(
+            "orbax", str(golden_dir), str(tmp_path / "orbax"), progress=False
+        )
         checkpoint = convert.run(settings)
     rows = _run(checkpoint, golden_dir / "golden.npz")
     assert [row for row in rows if not row.passed] == []
@@ -134,7 +136,7 @@ def test_a_golden_nan_fails(small, tmp_path):
 
 def test_differences_at_the_tolerance_pass_and_above_fail():
     for difference, passed in ((2e-4, True), (2.001e-4, False), (float("nan"), False)):
-        assert verify.Row("x", difference, 2e-4, "max absolute").passed is passed
+        assert verify.ComparisonRow("x", difference, 2e-4, "max absolute").passed is passed
 
 
 def test_absent_quantities_are_left_out(small, tmp_path):

@@ -38,7 +38,7 @@ def test_full_size_layer_compiles_with_the_kernels(chip):
         return model.DecoderLayer(full, config.LIGHTNING, rngs, param_dtype=jnp.bfloat16)
 
     def loss(layer, x, slopes):
-        context = model.Context(jnp.arange(LENGTH, dtype=jnp.int32).reshape(1, -1))
+        context = model.ForwardContext(jnp.arange(LENGTH, dtype=jnp.int32).reshape(1, -1))
         y, _, _ = layer(x, slopes, context)
         return jnp.sum(y.astype(jnp.float32) ** 2)
 

@@ -26,7 +26,7 @@ EXTREMES = np.array([8, 0.0039, 0], np.float32)
 def release_slopes():
     """The decay rates of the 70 x 64 lightning heads of M1."""
     config = ModelConfig.m1()
-    return lightning.slopes(config)[np.array(config.layer_types) == "lightning"]
+    return lightning.decay_slopes(config)[np.array(config.layer_types) == "lightning"]
 
 
 def inputs(batch, length, heads, size=SIZE, seed=0):

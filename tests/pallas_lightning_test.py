@@ -145,7 +145,7 @@ class TestImplementations:
         config = ModelConfig.m1()
         kinds = np.array(config.layer_types) == "lightning"
         slopes = np.concatenate(
-            [lightning.slopes(config)[kinds][[0, 35, 69]].reshape(-1), [0, 3.9e-8, 8]]
+            [lightning.decay_slopes(config)[kinds][[0, 35, 69]].reshape(-1), [0, 3.9e-8, 8]]
         ).astype(np.float32)
         size = 128 if name == "tpu" else 8  # blocks of the kernels are whole lanes
         qkv, state = inputs(1, 130, heads=len(slopes), size=size)

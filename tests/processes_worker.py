@@ -25,14 +25,16 @@ def main(port: str, processes: int, index: int, directory: str) -> None:
     config = dataclasses.replace(
         ModelConfig.tiny(), layer_types=(LIGHTNING, SOFTMAX), vocab_size=128, initializer_range=0.2
     )
-    layout = sharding.layout(sharding.make_mesh({"fsdp": 2, "expert": 2, "context": 2}), config)
+    layout = sharding.make_layout(
+        sharding.make_mesh({"fsdp": 2, "expert": 2, "context": 2}), config
+    )
     model = checkpoint.random_model(config, jax.random.key(0), jnp.float32, layout=layout)
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, 128, (4, 32)).astype(np.int32)
     segments = np.repeat([[1, 2, 0]] * 4, [20, 7, 5], axis=1).astype(np.int32)
 
     def place(array):
-        where = layout.array("batch", "length")
+        where = layout.activation_sharding("batch", "length")
         return jax.make_array_from_callback(array.shape, where, lambda part: array[part])
 
     @jax.jit
@@ -44,7 +46,7 @@ def main(port: str, processes: int, index: int, directory: str) -> None:
 
     value, gradients = loss(model, place(tokens), place(segments))
     norms = jax.jit(lambda tree: jax.tree.map(jnp.linalg.norm, tree))
-    norms = norms({k: v[...] for k, v in checkpoint.parameters(gradients).items()})
+    norms = norms({k: v[...] for k, v in checkpoint.params_by_path(gradients).items()})
     logits = model(place(tokens), place(segments))
     sums = jax.jit(lambda x: jnp.sum(jnp.abs(x), axis=(0, 1)))(logits)
     error = ""

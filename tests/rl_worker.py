@@ -12,9 +12,19 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax
 
 from train import rl_loop
-from train.rl_config import Evaluation, Log, Rewards, Rollout, Run, Save, Source, Update, Windows
+from train.rl_config import (
+    LengthSchedule,
+    LogConfig,
+    RewardsConfig,
+    RlConfig,
+    RlEvaluationConfig,
+    RolloutConfig,
+    SaveConfig,
+    TaskSource,
+    UpdateConfig,
+)
 
-SUMS = Source("sums", "demo/data/sums.jsonl")
+SUMS = TaskSource("sums", "demo/data/sums.jsonl")
 LETTERS = ("function", 1.0, (("path", "letters_reward:reward"),))
 
 
@@ -24,28 +34,28 @@ def main(port: str, processes: int, index: int, checkpoint: str, workdir: str) -
         jax.distributed.initialize(f"localhost:{port}", processes, index)
     sys.path.append(str(pathlib.Path(__file__).parent))
     engine = {"max_rows": 8, "chunk_tokens": 16, "prefill_tokens": (64,), "decode_steps": 4}
-    config = Run(
+    config = RlConfig(
         checkpoint=checkpoint,
         batches=2,
         sources=(SUMS,),
-        rewards=Rewards(sources=(("sums", (LETTERS,)),), workers=1),
-        rollout=Rollout(
+        rewards=RewardsConfig(sources=(("sums", (LETTERS,)),), workers=1),
+        rollout=RolloutConfig(
             groups=4,
             group_size=2,
             max_prompt_tokens=32,
-            windows=Windows((12,)),
+            windows=LengthSchedule((12,)),
             engine=tuple(engine.items()),
             replay_routes=True,
         ),
-        update=Update(learning_rate=1e-4, minibatches=2, rows=4),
+        update=UpdateConfig(learning_rate=1e-4, minibatches=2, rows=4),
         mesh=(("fsdp", 2), ("expert", 2)),
         serving_mesh=(("expert", 2), ("tensor", 2)),
         dtype="float32",
-        evaluation=Evaluation((SUMS,), every_batches=2),
-        save=Save(every_steps=1),
-        log=Log(every_steps=1),
+        evaluation=RlEvaluationConfig((SUMS,), every_batches=2),
+        save=SaveConfig(every_steps=1),
+        log=LogConfig(every_steps=1),
     )
-    print(rl_loop.fit(config, workdir), flush=True)
+    print(rl_loop.run_rl_training(config, workdir), flush=True)
 
 
 if __name__ == "__main__":

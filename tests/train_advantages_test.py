@@ -20,14 +20,14 @@ def options(name="grpo", **changes):
 def per_sample(rewards, groups=None, valid=None, of=None):
     groups = [0] * len(rewards) if groups is None else groups
     valid = [True] * len(rewards) if valid is None else valid
-    return advantages.per_sample(of or options(), rewards, groups, valid)
+    return advantages.sample_advantages(of or options(), rewards, groups, valid)
 
 
 def per_token(of, rewards, lengths, groups=None, **more):
     groups = [0] * len(rewards) if groups is None else groups
     masks = more.pop("masks", [np.ones(n) for n in lengths])
     valid = more.pop("valid", [True] * len(rewards))
-    return advantages.per_token(of, rewards, groups, valid, masks, **more)
+    return advantages.token_advantages(of, rewards, groups, valid, masks, **more)
 
 
 def near(got, wanted, tolerance=1e-8):
@@ -77,7 +77,7 @@ def test_samples_without_a_reward_are_in_nobodys_mean():
 def test_equal_rewards_teach_nothing_at_all(reward, num, name):
     of = options(name, advantage_eps=0.0)
     assert not per_sample([reward] * num, of=of).any()
-    assert advantages.is_flat([reward] * num)
+    assert advantages.has_zero_variance([reward] * num)
 
 
 def test_leave_one_out_of_one_is_nothing():
@@ -133,9 +133,9 @@ def test_discounted_returns_pay_for_their_distance_to_the_reference():
 
 
 def test_flat_groups():
-    assert advantages.is_flat([1.0])
-    assert advantages.is_flat([1.0, 1.0 + 1e-6])
-    assert not advantages.is_flat([1.0, 1.0 + 1e-5])
+    assert advantages.has_zero_variance([1.0])
+    assert advantages.has_zero_variance([1.0, 1.0 + 1e-6])
+    assert not advantages.has_zero_variance([1.0, 1.0 + 1e-5])
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from train import sample as sample_lib
 from train.environments import base, lookup
 
 DEMO = pathlib.Path(__file__).parents[1] / "demo" / "data"
-WIDE = agent.Limits(max_turns=8, max_tokens=100_000, turn_tokens=10_000)
+WIDE = agent.EpisodeLimits(max_turns=8, max_tokens=100_000, turn_tokens=10_000)
 TOOLS = (base.tool("say", "Say it.", text="string"),)
 TASK = sample_lib.Task("t", ({"role": "user", "content": "Go."},), "test", tools=TOOLS)
 
@@ -66,7 +66,7 @@ def drive(episode, tokenizer, turns, ends=True, version=3, status="stop"):
         try:
             if wanted is None:
                 wanted = next(episode)
-            if isinstance(wanted, sample_lib.Act):
+            if isinstance(wanted, sample_lib.RunTool):
                 try:
                     result = wanted.function()
                 except Exception as error:
@@ -75,13 +75,13 @@ def drive(episode, tokenizer, turns, ends=True, version=3, status="stop"):
                     wanted = episode.send(result)
                 continue
             assert list(wanted.tokens[: len(written)]) == written  # nothing is taken back
-            ids = tokenizer.encode(turns.pop(0)) + [tokenizer.special_id(prompt.END)] * ends
+            ids = tokenizer.encode(turns.pop(0)) + [tokenizer.special_token_id(prompt.END)] * ends
             cut = len(ids) > wanted.max_tokens
             ids = ids[: wanted.max_tokens]
             asked.append(wanted)
             written = [*wanted.tokens, *ids]
             logprobs = tuple(-0.5 - i for i in range(len(ids)))
-            made = sample_lib.Continuation(
+            made = sample_lib.Generation(
                 tuple(ids), logprobs, (version,) * len(ids), "length" if cut else status
             )
             wanted = episode.send(made)
@@ -92,9 +92,9 @@ def drive(episode, tokenizer, turns, ends=True, version=3, status="stop"):
 
 
 def test_one_turn(tokenizer):
-    sample, asked = drive(agent.single_turn(TASK, tokenizer, 50), tokenizer, ["Well, 4."])
-    ids = tokenizer.encode("Well, 4.") + [tokenizer.special_id(prompt.END)]
-    assert asked == [sample_lib.Continue(sample.prompt, 50)]
+    sample, asked = drive(agent.single_turn_episode(TASK, tokenizer, 50), tokenizer, ["Well, 4."])
+    ids = tokenizer.encode("Well, 4.") + [tokenizer.special_token_id(prompt.END)]
+    assert asked == [sample_lib.Generate(sample.prompt, 50)]
     assert list(sample.prompt) == prompt.encode(tokenizer, TASK.messages, TASK.tools)
     assert (sample.tokens, sample.mask) == (ids, [1] * len(ids))
     assert (sample.text, sample.status, sample.reward) == ("Well, 4.", "stop", None)
@@ -103,7 +103,9 @@ def test_one_turn(tokenizer):
 
 
 def test_an_answer_that_is_cut_off(tokenizer):
-    sample, _ = drive(agent.single_turn(TASK, tokenizer, 3), tokenizer, ["Well, so it is 4."])
+    sample, _ = drive(
+        agent.single_turn_episode(TASK, tokenizer, 3), tokenizer, ["Well, so it is 4."]
+    )
     assert (sample.status, len(sample.tokens)) == ("length", 3)
     assert sample.text == tokenizer.decode(tokenizer.encode("Well, so it is 4.")[:3])
 
@@ -112,14 +114,16 @@ def test_an_answer_that_is_cut_off(tokenizer):
 def test_turns_with_a_tool(tokenizer, ends):
     world = Scripted([base.Step(("one",), reward=0.25), base.Step(("two",))], final=0.5)
     turns = [call(text="a"), call(text="b") + "\n", "<think>\nHm.\n</think>\nDone."]
-    sample, asked = drive(agent.episode(TASK, world, tokenizer, WIDE), tokenizer, turns, ends)
+    sample, asked = drive(
+        agent.multi_turn_episode(TASK, world, tokenizer, WIDE), tokenizer, turns, ends
+    )
     assert [list(map(tuple, calls)) for calls in world.calls] == [
         [("say", {"text": "a"})],
         [("say", {"text": "b"})],
     ]
     assert (world.text, world.closed, len(asked)) == ("Done.", 1, 3)
     first = len(asked[1].tokens) - len(sample.prompt)
-    end = tokenizer.special_id(prompt.END)
+    end = tokenizer.special_token_id(prompt.END)
     written = len(tokenizer.encode(turns[0])) + ends
     assert sample.mask[: first + 1] == [1] * written + [0] * (first - written) + [1]
     assert sample.logprobs[written:first] == [0.0] * (first - written)
@@ -149,7 +153,9 @@ def test_tokens_are_those_of_the_whole_conversation(tokenizer, turns, last, ends
     texts.append(f"So: {last}.")
     hypothesis.assume("<t" not in "".join(text for text, _ in turns) + last)
     world = Scripted([base.Step(tuple(said for _, said in calls)) for _, calls in turns])
-    sample, _ = drive(agent.episode(TASK, world, tokenizer, WIDE, profile), tokenizer, texts, ends)
+    sample, _ = drive(
+        agent.multi_turn_episode(TASK, world, tokenizer, WIDE, profile), tokenizer, texts, ends
+    )
     end = "" if ends else prompt.END
     whole = tokenizer.decode([*sample.prompt, *sample.tokens], skip_special=False) + end + "\n"
     messages = [*TASK.messages, *sample.messages]
@@ -165,7 +171,7 @@ def test_tokens_are_those_of_the_whole_conversation(tokenizer, turns, last, ends
 
 @pytest.mark.parametrize("careless", [0.0, 1.0])
 def test_an_episode_is_what_supervised_training_sees(tokenizer, careless):
-    encoder = chat.Encoder(tokenizer)
+    encoder = chat.RecordEncoder(tokenizer)
     tasks = lookup.tasks(8, 5)
     for task, record in zip(tasks, lookup.demonstrations(8, 5, careless), strict=True):
         document = encoder.encode(record)
@@ -174,12 +180,12 @@ def test_an_episode_is_what_supervised_training_sees(tokenizer, careless):
             for message in record["messages"]
             if message["role"] == "assistant"
         ]
-        run = agent.episode(task, lookup.Lookup(), tokenizer, WIDE)
+        run = agent.multi_turn_episode(task, lookup.Lookup(), tokenizer, WIDE)
         sample, _ = drive(run, tokenizer, turns)
         tail = len(tokenizer.encode("\n"))  # after the last turn
         assert [*sample.prompt, *sample.tokens] == document.tokens[:-tail].tolist()
         mask = [0] * len(sample.prompt) + sample.mask
-        assert mask == document.learn[:-tail].astype(int).tolist()
+        assert mask == document.loss_mask[:-tail].astype(int).tolist()
         assert sample.reward == 1.0 - careless
         assert len(document.tokens) < 128
 
@@ -189,7 +195,7 @@ BAD = "<tool_calls>\nsay(it)\n</tool_calls>"
 
 def test_a_malformed_call_is_told(tokenizer):
     world = Scripted()
-    run = agent.episode(TASK, world, tokenizer, WIDE)
+    run = agent.multi_turn_episode(TASK, world, tokenizer, WIDE)
     sample, _ = drive(run, tokenizer, [BAD, "Sorry."])
     assert sample.messages[1]["name"] == "tool_calls"
     assert "error: tool calls: got" in sample.messages[1]["content"]
@@ -198,7 +204,7 @@ def test_a_malformed_call_is_told(tokenizer):
 
 def test_a_malformed_call_ends(tokenizer):
     world = Scripted(final=0.0, tell_malformed=False)
-    sample, asked = drive(agent.episode(TASK, world, tokenizer, WIDE), tokenizer, [BAD])
+    sample, asked = drive(agent.multi_turn_episode(TASK, world, tokenizer, WIDE), tokenizer, [BAD])
     assert (sample.reward, sample.status, world.text, len(asked)) == (0.0, "stop", "", 1)
     assert sample.valid
 
@@ -206,16 +212,16 @@ def test_a_malformed_call_ends(tokenizer):
 def test_the_environment_ends_it(tokenizer):
     world = Scripted([base.Step(("",), reward=2.0, done=True)])
     turns = ["Last.\n" + call(text="a")]
-    sample, _ = drive(agent.episode(TASK, world, tokenizer, WIDE), tokenizer, turns)
+    sample, _ = drive(agent.multi_turn_episode(TASK, world, tokenizer, WIDE), tokenizer, turns)
     assert (sample.reward, world.text, sample.mask[-1]) == (3.0, "Last.\n", 1)
     assert sample.turn_rewards == [(len(sample.tokens) - 1, 2.0)]
 
 
 def test_no_more_turns(tokenizer):
     world = Scripted([base.Step(("one",)), base.Step(("two",), reward=1.0)])
-    limits = agent.Limits(2, 100_000, 1000)
+    limits = agent.EpisodeLimits(2, 100_000, 1000)
     turns = [call(text="a"), call(text="b")]
-    sample, _ = drive(agent.episode(TASK, world, tokenizer, limits), tokenizer, turns)
+    sample, _ = drive(agent.multi_turn_episode(TASK, world, tokenizer, limits), tokenizer, turns)
     assert (sample.status, world.text, len(world.calls)) == ("length", "", 2)
     assert (sample.mask[-1], sample.reward) == (1, 2.0)  # nobody would read the results
 
@@ -224,10 +230,12 @@ def test_no_more_turns(tokenizer):
 @hypothesis.settings(max_examples=60, deadline=None)
 def test_never_longer_than_the_context(tokenizer, room, turn_tokens):
     size = len(prompt.encode(tokenizer, TASK.messages, TOOLS))
-    limits = agent.Limits(5, size + room, turn_tokens)
+    limits = agent.EpisodeLimits(5, size + room, turn_tokens)
     world = Scripted([base.Step(("a longer result " * 3,))] * 3)
     turns = [call(text="a")] * 3 + ["Done."]
-    sample, asked = drive(agent.episode(TASK, world, tokenizer, limits), tokenizer, turns)
+    sample, asked = drive(
+        agent.multi_turn_episode(TASK, world, tokenizer, limits), tokenizer, turns
+    )
     assert len(sample.prompt) + len(sample.tokens) <= limits.max_tokens
     assert all(1 <= one.max_tokens <= turn_tokens for one in asked)
     assert all(len(one.tokens) + one.max_tokens <= limits.max_tokens for one in asked)
@@ -239,10 +247,10 @@ def test_never_longer_than_the_context(tokenizer, room, turn_tokens):
 def test_no_room_after_what_it_is_told(tokenizer):
     for spare, turns in ((0, 1), (1, 2)):
         steps = [base.Step(("a result",))]
-        run = agent.episode(TASK, Scripted(steps), tokenizer, WIDE)
+        run = agent.multi_turn_episode(TASK, Scripted(steps), tokenizer, WIDE)
         _, asked = drive(run, tokenizer, [call(text="a"), "Done."])
-        limits = agent.Limits(5, len(asked[1].tokens) + spare, 1000)
-        run = agent.episode(TASK, Scripted(steps), tokenizer, limits)
+        limits = agent.EpisodeLimits(5, len(asked[1].tokens) + spare, 1000)
+        run = agent.multi_turn_episode(TASK, Scripted(steps), tokenizer, limits)
         sample, asked = drive(run, tokenizer, [call(text="a"), "Done."])
         assert (sample.status, len(asked)) == ("length", turns)
         assert len(sample.prompt) + len(sample.tokens) == (
@@ -252,11 +260,11 @@ def test_no_room_after_what_it_is_told(tokenizer):
 
 def test_cut_off_in_a_turn(tokenizer):
     world = Scripted()
-    run = agent.episode(TASK, world, tokenizer, agent.Limits(5, 10_000, 4))
+    run = agent.multi_turn_episode(TASK, world, tokenizer, agent.EpisodeLimits(5, 10_000, 4))
     sample, _ = drive(run, tokenizer, ["Done, and it is 4."])
     assert (sample.status, world.text) == ("length", "")
     world = Scripted()
-    run = agent.episode(TASK, world, tokenizer, WIDE)
+    run = agent.multi_turn_episode(TASK, world, tokenizer, WIDE)
     sample, _ = drive(run, tokenizer, [call(text="a")], ends=False, status="repetition")
     assert (sample.status, world.calls, sample.valid) == ("repetition", [], True)
 
@@ -274,7 +282,7 @@ def test_cut_off_in_a_turn(tokenizer):
     ],
 )
 def test_a_failure_makes_no_reward(tokenizer, world, caplog):
-    run = agent.episode(TASK, world, tokenizer, WIDE)
+    run = agent.multi_turn_episode(TASK, world, tokenizer, WIDE)
     sample, _ = drive(run, tokenizer, [call(text="a"), "Done."])
     assert (sample.valid, sample.reward, sample.status) == (False, None, "error")
     assert sample.parts == {"error": 1.0}
@@ -284,17 +292,19 @@ def test_a_failure_makes_no_reward(tokenizer, world, caplog):
 
 def test_an_engine_that_fails(tokenizer):
     world = Scripted()
-    run = agent.episode(TASK, world, tokenizer, WIDE)
+    run = agent.multi_turn_episode(TASK, world, tokenizer, WIDE)
     sample, _ = drive(run, tokenizer, ["Do"], ends=False, status="error")
     assert (sample.valid, sample.reward, sample.status) == (False, None, "error")
     assert (world.text, world.closed) == (None, 1)
-    sample, _ = drive(agent.single_turn(TASK, tokenizer, 9), tokenizer, ["Do"], status="error")
+    sample, _ = drive(
+        agent.single_turn_episode(TASK, tokenizer, 9), tokenizer, ["Do"], status="error"
+    )
     assert not sample.valid
 
 
 def test_a_prompt_that_does_not_fit(tokenizer, caplog):
     world = Scripted()
-    run = agent.episode(TASK, world, tokenizer, agent.Limits(5, 20, 4))
+    run = agent.multi_turn_episode(TASK, world, tokenizer, agent.EpisodeLimits(5, 20, 4))
     sample, asked = drive(run, tokenizer, [])
     assert (sample.valid, sample.tokens, asked) == (False, [], [])
     assert "wanted fewer than max_tokens, 20" in caplog.text
@@ -302,7 +312,7 @@ def test_a_prompt_that_does_not_fit(tokenizer, caplog):
 
 def test_closed_when_given_up(tokenizer):
     world = Scripted()
-    run = agent.episode(TASK, world, tokenizer, WIDE)
+    run = agent.multi_turn_episode(TASK, world, tokenizer, WIDE)
     next(run)
     run.close()
     assert world.closed == 1
@@ -310,19 +320,19 @@ def test_closed_when_given_up(tokenizer):
 
 def test_bad_limits():
     with pytest.raises(ValueError, match="max_turns: got 0; wanted at least 1"):
-        agent.Limits(0, 1, 1)
+        agent.EpisodeLimits(0, 1, 1)
 
 
 def test_a_task_that_cannot_be_rendered(tokenizer):
     task = sample_lib.Task("t", (), "test")
     with pytest.raises(ValueError, match="at least one message"):
-        next(agent.episode(task, Scripted(), tokenizer, WIDE))
+        next(agent.multi_turn_episode(task, Scripted(), tokenizer, WIDE))
 
 
 def test_environments_side_by_side(tokenizer):
     """Episodes that take turns, their environments in other threads, do not mix."""
     tasks = lookup.tasks(12, 1)
-    runs = [agent.episode(task, lookup.Lookup(), tokenizer, WIDE) for task in tasks]
+    runs = [agent.multi_turn_episode(task, lookup.Lookup(), tokenizer, WIDE) for task in tasks]
     waiting = {run: next(run) for run in runs}
     samples = {}
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
@@ -330,7 +340,7 @@ def test_environments_side_by_side(tokenizer):
             started = {
                 run: pool.submit(wanted.function)
                 for run, wanted in waiting.items()
-                if isinstance(wanted, sample_lib.Act)
+                if isinstance(wanted, sample_lib.RunTool)
             }
             for run, wanted in list(waiting.items()):
                 result = started[run].result() if run in started else oracle(tokenizer, wanted)
@@ -348,5 +358,5 @@ def oracle(tokenizer, wanted):
     text = tokenizer.decode(wanted.tokens)
     said = text.rpartition("tool result: ")[2].split("\n")[0] if "tool result" in text else ""
     key = text.partition("Get ")[2][:1]
-    ids = tokenizer.encode(said or call("get", key=key)) + [tokenizer.special_id(prompt.END)]
-    return sample_lib.Continuation(tuple(ids), (-1.0,) * len(ids), (0,) * len(ids), "stop")
+    ids = tokenizer.encode(said or call("get", key=key)) + [tokenizer.special_token_id(prompt.END)]
+    return sample_lib.Generation(tuple(ids), (-1.0,) * len(ids), (0,) * len(ids), "stop")

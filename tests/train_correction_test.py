@@ -137,7 +137,7 @@ def check_gradient(module=correction):
 
 def test_mean_weight_counts_what_was_rejected_but_not_what_is_masked():
     weight, _ = weigh(how="mask", high=1.0)
-    total, count = correction.mean_weight(weight, jnp.asarray(MASK))
+    total, count = correction.weight_sum_and_count(weight, jnp.asarray(MASK))
     near(total, np.sum(np.array(EXP) * MASK))
     assert count == 6
 
@@ -155,7 +155,7 @@ def test_mean_weight_counts_what_was_rejected_but_not_what_is_masked():
 )
 def test_options_are_checked(options, message):
     with pytest.raises(ValueError, match=message):
-        correction.Correction(**options)
+        correction.RolloutCorrection(**options)
 
 
 def check_all(module):

@@ -105,7 +105,7 @@ def test_the_demo_files_are_what_the_script_writes(name, seed, careless):
     lines = (DEMO / f"{name}.jsonl").read_text().splitlines()
     assert list(map(json.loads, lines)) == lookup.demonstrations(len(lines), seed, careless)
     tokenizer = tokenizer_lib.Tokenizer.load(DEMO / "tokenizer")
-    encoder = chat.Encoder(tokenizer)
+    encoder = chat.RecordEncoder(tokenizer)
     assert max(len(encoder.encode(json.loads(line)).tokens) for line in lines[:50]) <= 100
 
 

@@ -18,7 +18,7 @@ TASKS = [sample_lib.Task(f"t{i}", ({"role": "user", "content": str(i)},), "s") f
 
 
 class Sampler:
-    """Answers like `rollout.Rollout`: every token is a function of seed, place and version.
+    """Answers like `rollout.RolloutSampler`: every token is a function of seed, place and version.
 
     order: of the ends of what runs side by side, as `random.Random.shuffle` of this seed; None is
     that of the beginnings. length: of an answer, by its seed. slow: answers are the longer.
@@ -26,27 +26,27 @@ class Sampler:
 
     def __init__(self, order=None, length=lambda seed: 1 + seed % 7, status=None, version=0):
         self.version, self.runs, self.calls = version, [], 0
-        self._order = None if order is None else random.Random(order)
+        self._source_indices = None if order is None else random.Random(order)
         self._length, self._status = length, status or (lambda seed: "stop")
 
     def run(self, make, on_done, sampling=None, stopping=lambda: False):
         self.calls += 1
-        waiting, times = list(make()), rollout.Times()
+        waiting, times = list(make()), rollout.RolloutStats()
         self.runs.append([job.key for job in waiting])
         while waiting:
             if stopping():
-                raise rollout.Stopped
-            if self._order is not None:
-                self._order.shuffle(waiting)
+                raise rollout.RolloutStopped
+            if self._source_indices is not None:
+                self._source_indices.shuffle(waiting)
             job = waiting.pop(0)
             result, tokens = self._answer(job)
-            times.tokens += tokens
+            times.num_tokens += tokens
             waiting += on_done(job.key, result)
         return times
 
     def _answer(self, job):
         asked = next(job.episode)
-        made, length = job.made, min(self._length(job.seed), asked.max_tokens)
+        made, length = job.partial, min(self._length(job.seed), asked.max_tokens)
         first = len(made.tokens) if made else 0
         last = min(first + job.slice_tokens, length) if job.slice_tokens else length
         ids = [(job.seed + 31 * i) % 997 for i in range(first, last)]
@@ -54,7 +54,7 @@ class Sampler:
         full = last == asked.max_tokens and self._length(job.seed) > last
         status = "length" if last < length or full else self._status(job.seed)
         routes = np.arange((len(asked.tokens) + last - 1) * 4).reshape(-1, 2, 2).astype(np.int8)
-        whole = sample_lib.Continuation(
+        whole = sample_lib.Generation(
             (*(made.tokens if made else ()), *ids),
             (*(made.logprobs if made else ()), *logprobs),
             (*(made.versions if made else ()), *[self.version] * len(ids)),
@@ -64,7 +64,7 @@ class Sampler:
         )
         if last < length:
             job.episode.close()
-            return rollout.Paused(whole), len(ids)
+            return rollout.PausedEpisode(whole), len(ids)
         try:
             job.episode.send(whole)
         except StopIteration as stop:
@@ -81,7 +81,9 @@ class Rewards:
     def submit(self, samples):
         self.order.append(samples[0].task.id)
         scores = [
-            sample_lib.Score(value, {"exact": value or 0.0}, "" if value is not None else "broken")
+            sample_lib.RewardScore(
+                value, {"exact": value or 0.0}, "" if value is not None else "broken"
+            )
             for value in map(self.value, samples)
         ]
         future = concurrent.futures.Future()
@@ -94,8 +96,8 @@ class Rewards:
 
 def start(task, window):
     sample = sample_lib.Sample(task, (1, 2, int(task.id[1:])))
-    made = yield sample_lib.Continue(sample.prompt, window)
-    sample.write(made)
+    made = yield sample_lib.Generate(sample.prompt, window)
+    sample.append_generated(made)
     return sample
 
 
@@ -111,19 +113,19 @@ def by_task(flat):
 
 def config(number=2, **changes):
     more = {k: changes.pop(k) for k in ("pass_rates", "curriculum", "length_bias") if k in changes}
-    limits = windows.Windows((changes.pop("window", 20),))
+    limits = windows.LengthSchedule((changes.pop("window", 20),))
     fields = {"group_size": SIZE, **changes}
-    return rl_config.Run(
-        checkpoint="c", batches=9, sources=(tasks.Source("s", "s.jsonl"),),
-        rollout=rl_config.Rollout(number, limits, 8, **fields),
-        update=rl_config.Update(1e-3, minibatches=1),
-        rewards=rl_config.Rewards(sources=(("s", (("exact", 1.0, ()),)),)), **more,
+    return rl_config.RlConfig(
+        checkpoint="c", batches=9, sources=(tasks.TaskSource("s", "s.jsonl"),),
+        rollout=rl_config.RolloutConfig(number, limits, 8, **fields),
+        update=rl_config.UpdateConfig(1e-3, minibatches=1),
+        rewards=rl_config.RewardsConfig(sources=(("s", (("exact", 1.0, ()),)),)), **more,
     )  # fmt: skip
 
 
 def collector(value=varied, state=None, some=None, **changes):
     given = config(**changes)
-    return groups.Collector(given, some or {"s": TASKS}, start, Rewards(value), state)
+    return groups.GroupCollector(given, some or {"s": TASKS}, start, Rewards(value), state)
 
 
 def collect(one, sampler, step=0, stopping=lambda: False, window=20):
@@ -136,7 +138,7 @@ def told(batch):
         (group.number, group.task.id, group.rewards, [
             (s.prompt, s.tokens, s.mask, s.logprobs, s.versions, s.status, s.reward, s.parts,
              s.valid, s.routes.tolist())
-            for s in groups.finished(group)
+            for s in groups.finished_samples(group)
         ])
         for group in batch.groups
     ]  # fmt: skip
@@ -169,10 +171,10 @@ def test_short_answers_do_not_go_first():
     # Later groups answer shorter and shorter, and the shortest ends first.
     one = collector(oversample=2.0)
     batch = collect(one, Sampler(order=3, length=lambda seed: 15 - seed % 13))
-    assert [group.number for group in batch.groups] == [0, 1]
+    assert [group.group_id for group in batch.groups] == [0, 1]
     assert batch.metrics["groups_waiting"] == 2
     again = collect(one, Sampler(), 1)
-    assert [group.number for group in again.groups] == [2, 3]
+    assert [group.group_id for group in again.groups] == [2, 3]
     assert again.metrics["rounds"] == 0
     assert again.metrics["tokens_sampled"] == 0
 
@@ -182,10 +184,14 @@ def test_flat_groups_are_replaced_and_paid_for():
     one, sampler = collector(by_task(ids[:2])), Sampler()
     batch = collect(one, sampler)
     assert [group.task.id for group in batch.groups] == ids[2:]
-    assert [group.number for group in batch.groups] == [2, 3]
+    assert [group.group_id for group in batch.groups] == [2, 3]
     metrics = batch.metrics
-    assert (metrics["rounds"], metrics["groups_sampled"], metrics["groups_flat"]) == (2, 4, 2)
-    trained = sum(len(s.tokens) for g in batch.groups for s in groups.finished(g))
+    assert (metrics["rounds"], metrics["groups_sampled"], metrics["groups_zero_variance"]) == (
+        2,
+        4,
+        2,
+    )
+    trained = sum(len(s.tokens) for g in batch.groups for s in groups.finished_samples(g))
     assert metrics["tokens_trained"] == trained
     kept = [reward for group in batch.groups for reward in group.rewards]
     wanted = np.mean([0.5] * 2 * SIZE + kept)
@@ -212,12 +218,12 @@ def test_a_failed_reward_is_not_a_reward_of_0():
 
     batch = collect(collector(value), Sampler())
     for group in batch.groups:
-        first, *others = groups.finished(group)
+        first, *others = groups.finished_samples(group)
         assert (first.valid, first.reward) == (False, None)
         assert all(one.valid and one.reward > 0 for one in others)
         assert len(group.rewards) == SIZE - 1
     assert batch.metrics["tokens_trained"] == sum(
-        len(s.tokens) for g in batch.groups for s in groups.finished(g) if s.valid
+        len(s.tokens) for g in batch.groups for s in groups.finished_samples(g) if s.valid
     )
     assert batch.metrics["reward/error/exact/crash"] == 0
     # One failure leaves two answers of the same worth: nothing is learnt from them.
@@ -238,18 +244,18 @@ def test_masked_ends_count_for_nothing(option, status):
         # Truncated are those that the window cuts off.
         sampler = Sampler(length=lambda seed: 99 if ends(seed) == "length" else 5, status=ends)
         made[on] = collect(collector(number=6, **{option: on}), sampler)
-        found = [s for g in made[on].groups for s in groups.finished(g)]
+        found = [s for g in made[on].groups for s in groups.finished_samples(g)]
         masked = [s for s in found if s.status == status]
         assert masked
         assert all(s.valid == (not (on and s.status == status)) for s in found)
         assert all(s.reward is not None for s in masked)
         for group in made[on].groups:
-            assert len(group.rewards) == sum(s.valid for s in groups.finished(group))
+            assert len(group.rewards) == sum(s.valid for s in groups.finished_samples(group))
 
 
 def test_an_error_of_the_sampler_is_never_trained_on():
     sampler = Sampler(status=lambda seed: "error" if seed % 2 else "stop")
-    found = [s for g in collect(collector(), sampler).groups for s in groups.finished(g)]
+    found = [s for g in collect(collector(), sampler).groups for s in groups.finished_samples(g)]
     assert {(s.status, s.valid) for s in found} == {("error", False), ("stop", True)}
 
 
@@ -260,7 +266,7 @@ def test_penalties_of_length_do_not_make_a_group_teach():
     batch = collect(collector(overlong_buffer_tokens=10), Sampler(**lengths))
     seen = set()
     for group in batch.groups:
-        for sample, before in zip(groups.finished(group), group.rewards, strict=True):
+        for sample, before in zip(groups.finished_samples(group), group.rewards, strict=True):
             penalty = advantages.overlong_penalty(len(sample.tokens), 20, 10)
             assert sample.parts == {"exact": before, "overlong": penalty}
             assert sample.reward == before + penalty
@@ -281,7 +287,7 @@ def test_partial_answers_go_on_under_new_weights_up_to_a_bound():
     assert second.metrics["tokens_trained"] == 2 * 7 * SIZE
     assert second.metrics["staleness_max"] == 1
     for group in second.groups:
-        for sample in groups.finished(group):
+        for sample in groups.finished_samples(group):
             assert sample.versions == [5, 5, 6, 6, 6, 6, 6]
 
 
@@ -292,7 +298,7 @@ def test_nothing_trained_on_is_staler_than_the_bound(bound):
     for step in range(6):
         batch = collect(one, sampler, step)
         assert batch.metrics["staleness_max"] <= bound
-        ages += [sampler.version - group.oldest for group in batch.groups]
+        ages += [sampler.version - group.oldest_version for group in batch.groups]
         sampler.version += 1
     assert set(ages) == {bound}
 
@@ -306,8 +312,8 @@ def test_a_collector_goes_on_from_its_state():
         "oversample": 4.0,
         "max_rounds": 2,
         "max_staleness": 3,
-        "pass_rates": rl_config.PassRates(least=3),
-        "length_bias": rl_config.LengthBias(),
+        "pass_rates": rl_config.PassRateConfig(least=3),
+        "length_bias": rl_config.LengthBiasConfig(),
     }
     length = {"length": lambda seed: 1 + seed % 14}
     one, sampler = collector(value, **given), Sampler(4, **length)
@@ -338,7 +344,7 @@ def test_a_batch_that_was_stopped_leaves_nothing_behind():
         "number": 3,
         "partial_tokens": 3,
         "overlong_buffer_tokens": 20,
-        "pass_rates": rl_config.PassRates(least=3),
+        "pass_rates": rl_config.PassRateConfig(least=3),
     }
     ids = [group.task.id for group in collect(collector(number=6), Sampler()).groups]
     one, sampler = collector(by_task(ids[1:5]), **changes), Sampler(1)
@@ -351,7 +357,7 @@ def test_a_batch_that_was_stopped_leaves_nothing_behind():
     assert len(asked) > 10
     for calls in range(0, len(asked), 3):
         left = iter([False] * calls)
-        with pytest.raises(rollout.Stopped):
+        with pytest.raises(rollout.RolloutStopped):
             collect(one, Sampler(calls, version=1), 1, lambda left=left: next(left, True))
         assert json.dumps(one.state()) == before
     twin = collector(by_task(ids[1:5]), state=json.loads(before), **changes)
@@ -366,7 +372,7 @@ def test_tasks_that_are_too_easy_or_too_hard_are_left_out():
     def value(sample):
         return rewards.get(sample.task.id, float(sample.tokens[0] % 2))
 
-    limits = rl_config.PassRates(low=0.0, high=0.9, least=SIZE)
+    limits = rl_config.PassRateConfig(low=0.0, high=0.9, least=SIZE)
     one, seen = collector(value, number=8, max_rounds=1, pass_rates=limits, dynamic=False), []
     for step in range(3):
         batch = collect(one, Sampler(), step)
@@ -383,22 +389,22 @@ def test_the_curriculum_chooses_by_the_batchs_number():
     some = {"s": TASKS[:4], "late": TASKS[4:]}
     plan = rl_config.Curriculum(((0, (("s", 1.0),)), (10, (("late", 1.0),))))
     given = config(number=6)
-    given = rl_config.Run(
+    given = rl_config.RlConfig(
         **vars(given)
         | {
-            "sources": (*given.sources, tasks.Source("late", "l.jsonl")),
+            "sources": (*given.sources, tasks.TaskSource("late", "l.jsonl")),
             "curriculum": plan,
-            "rewards": rl_config.Rewards(sources=(("*", (("exact", 1.0, ()),)),)),
+            "rewards": rl_config.RewardsConfig(sources=(("*", (("exact", 1.0, ()),)),)),
         }
     )
-    one = groups.Collector(given, some, start, Rewards(varied))
+    one = groups.GroupCollector(given, some, start, Rewards(varied))
     assert {group.source for group in collect(one, Sampler(), 0).groups} == {"s"}
     assert {group.source for group in collect(one, Sampler(), 5).groups} == {"s", "late"}
     assert {group.source for group in collect(one, Sampler(), 10).groups} == {"late"}
 
 
 def test_a_judge_that_likes_length_pauses_the_run():
-    limits = rl_config.LengthBias(window=4, least=2, pause=True)
+    limits = rl_config.LengthBiasConfig(window=4, least=2, pause=True)
     one = collector(lambda sample: float(len(sample.tokens)), length_bias=limits)
     with pytest.raises(length_bias.Paused, match="Recalibrate the judge"):
         collect(one, Sampler(length=lambda seed: 1 + seed % 11))

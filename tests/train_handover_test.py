@@ -21,7 +21,7 @@ KEY = jax.random.key(0)
 
 
 def values(model):
-    return {name: param.get_value() for name, param in checkpoint.parameters(model).items()}
+    return {name: param.get_value() for name, param in checkpoint.params_by_path(model).items()}
 
 
 def assert_handed_over(trained, served, dtype):
@@ -44,8 +44,8 @@ ZEROS = jax.jit(lambda tree: jax.tree.map(lambda x: x * 0, tree), donate_argnums
 def test_the_samplers_copy_outlives_the_trainers_state(dtype):
     model = checkpoint.random_model(CONFIG, KEY, dtype, jnp.float32)
     kept = jax.tree.map(jnp.copy, model)
-    hand_over = handover.Handover(CONFIG, dtype)
-    state = step.init(model, optim.AdamW(1e-2))
+    hand_over = handover.WeightSync(CONFIG, dtype)
+    state = step.init_state(model, optim.AdamW(1e-2))
     served = hand_over(state.model)
     after = ZEROS(state)  # as an update does, into the same memory
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(model))
@@ -59,12 +59,14 @@ def test_the_samplers_copy_outlives_the_trainers_state(dtype):
 
 
 def test_adapters_are_merged_for_the_sampler():
-    model = lora.add(checkpoint.random_model(CONFIG, KEY, jnp.float32), lora.Lora(2, 4.0), KEY)
-    for name, param in checkpoint.parameters(model).items():
+    model = lora.add_adapters(
+        checkpoint.random_model(CONFIG, KEY, jnp.float32), lora.LoraConfig(2, 4.0), KEY
+    )
+    for name, param in checkpoint.params_by_path(model).items():
         if name.endswith("adapter.b"):
             param.set_value(jax.random.normal(KEY, param.shape))
-    served = handover.Handover(CONFIG, jnp.dtype(jnp.float32))(model)
-    merged = lora.merge(model)
+    served = handover.WeightSync(CONFIG, jnp.dtype(jnp.float32))(model)
+    merged = lora.merge_adapters(model)
     assert_handed_over(merged, served, jnp.float32)
     base = values(checkpoint.random_model(CONFIG, KEY, jnp.float32))
     changed = {name for name, value in values(served).items() if (value != base[name]).any()}
@@ -78,11 +80,11 @@ def test_adapters_are_merged_for_the_sampler():
 )
 def test_from_the_trainers_mesh_to_the_samplers(sizes):
     mesh = sharding.make_mesh({"fsdp": 4, "expert": 2})
-    layout = sharding.layout(mesh, CONFIG, sharding.TRAIN)
+    layout = sharding.make_layout(mesh, CONFIG, sharding.TRAIN)
     model = checkpoint.random_model(CONFIG, KEY, jnp.bfloat16, jnp.float32, layout)
-    serving = sharding.layout(handover.serving_mesh(mesh, sizes), CONFIG, sharding.DECODE)
+    serving = sharding.make_layout(handover.make_serving_mesh(mesh, sizes), CONFIG, sharding.DECODE)
     assert serving.mesh.devices.flat[:].tolist() == mesh.devices.flat[:].tolist()
-    served = handover.Handover(CONFIG, jnp.dtype(jnp.bfloat16), serving)(model)
+    served = handover.WeightSync(CONFIG, jnp.dtype(jnp.bfloat16), serving)(model)
     assert_handed_over(model, served, jnp.bfloat16)
     assert served.layout == serving
     wanted = values(checkpoint.abstract_model(CONFIG, jnp.bfloat16, layout=serving))
@@ -94,12 +96,12 @@ def test_from_the_trainers_mesh_to_the_samplers(sizes):
 
 def test_meshes_of_the_sampler():
     mesh = sharding.make_mesh({"fsdp": 4, "expert": 2})
-    plain = handover.serving_mesh(mesh, ())
-    assert dict(plain.shape) == dict.fromkeys(sharding.AXES, 1) | {"expert": 8}
-    cut = handover.serving_mesh(mesh, (("tensor", 2), ("data", 4)))
-    assert dict(cut.shape) == dict.fromkeys(sharding.AXES, 1) | {"tensor": 2, "data": 4}
-    assert handover.serving_mesh(None, ()) is None
-    assert handover.serving_mesh(None, {"expert": 1}) is None
+    plain = handover.make_serving_mesh(mesh, ())
+    assert dict(plain.shape) == dict.fromkeys(sharding.MESH_AXES, 1) | {"expert": 8}
+    cut = handover.make_serving_mesh(mesh, (("tensor", 2), ("data", 4)))
+    assert dict(cut.shape) == dict.fromkeys(sharding.MESH_AXES, 1) | {"tensor": 2, "data": 4}
+    assert handover.make_serving_mesh(None, ()) is None
+    assert handover.make_serving_mesh(None, {"expert": 1}) is None
 
 
 @pytest.mark.parametrize(
@@ -108,6 +110,6 @@ def test_meshes_of_the_sampler():
 def test_meshes_that_cannot_be(sizes):
     mesh = sharding.make_mesh({"fsdp": 8})
     with pytest.raises(ValueError, match=r"serving mesh: got .*; wanted .* the trainer's 8 dev"):
-        handover.serving_mesh(mesh, sizes)
+        handover.make_serving_mesh(mesh, sizes)
     with pytest.raises(ValueError, match="the trainer's 1 devices"):
-        handover.serving_mesh(None, sizes)
+        handover.make_serving_mesh(None, sizes)

@@ -14,7 +14,15 @@ import pytest
 
 from m1_jax import ModelConfig, checkpoint, configlib
 from train import checkpoints, data, loop, metrics, optim, sft, step, workdir
-from train.config import Data, Evaluation, Log, Run, Save, Source, Stage
+from train.config import (
+    DataConfig,
+    DataSource,
+    EvaluationConfig,
+    LogConfig,
+    SaveConfig,
+    TrainConfig,
+    TrainStage,
+)
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 MODEL = dataclasses.replace(
@@ -27,9 +35,9 @@ ROWS, LENGTH = 8, 32
 def _here(monkeypatch):
     """Run in the checkout; on one device, but for stages that name a mesh."""
     monkeypatch.chdir(ROOT)
-    real = loop._layout
+    real = loop._make_stage_layout
     alone = lambda stage, config: real(stage, config) if stage.mesh else None  # noqa: E731
-    monkeypatch.setattr(loop, "_layout", alone)
+    monkeypatch.setattr(loop, "_make_stage_layout", alone)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -47,24 +55,24 @@ class Cache:
 
 def _stage(steps, length=LENGTH, rows=ROWS, **kwargs):
     kwargs = {"learning_rate": 3e-3} | kwargs
-    return Stage(seq_len=length, rows=rows, tokens=steps * rows * length, **kwargs)
+    return TrainStage(seq_len=length, rows=rows, tokens=steps * rows * length, **kwargs)
 
 
 def _config(tmp_path, *stages, **kwargs):
-    text = Source("stories", "demo/data/text.jsonl", "text")
+    text = DataSource("stories", "demo/data/text.jsonl", "text")
     fields = {
         "model": MODEL,
         "tokenizer": "demo/data/tokenizer",
         "dtype": "float32",
-        "data": Data(sources=(text,)),
-        "save": Save(every_steps=2),
-        "log": Log(every_steps=1, samples=True),
+        "data": DataConfig(sources=(text,)),
+        "save": SaveConfig(every_steps=2),
+        "log": LogConfig(every_steps=1, samples=True),
         "compilation_cache": Cache.directory,
     }
-    return Run(stages=stages or (_stage(6),), **fields | kwargs)
+    return TrainConfig(stages=stages or (_stage(6),), **fields | kwargs)
 
 
-def _lines(workdir, kind="train", name=metrics.FILE):
+def _lines(workdir, kind="train", name=metrics.METRICS_FILE):
     records = [json.loads(line) for line in (workdir / name).read_text().splitlines()]
     return [r for r in records if r.get("kind", kind) == kind]
 
@@ -74,51 +82,51 @@ def _losses(workdir):
 
 
 def _weights(workdir, config):
-    with checkpoints.Checkpoints(workdir, config.save) as saved:
+    with checkpoints.CheckpointStore(workdir, config.save) as saved:
         step = saved.latest_step()
-        position = saved.position(step)
+        position = saved.read_info(step)
     return step, position.digest, position.data
 
 
 def _state():
     model = checkpoint.random_model(MODEL, jax.random.key(0), "float32")
-    return step.init(model, optim.AdamW(1.0))
+    return step.init_state(model, optim.AdamW(1.0))
 
 
 def _stop_after(monkeypatch, step):
     """Make a run stop as if a signal came during a step."""
-    real = workdir.Stop.reached
+    real = workdir.StopRequest.should_stop
 
     def reached(self, now):
         if now == step:
-            self.signal = signal.SIGTERM
+            self.signal_number = signal.SIGTERM
         return real(self, now)
 
-    monkeypatch.setattr(workdir.Stop, "reached", reached)
+    monkeypatch.setattr(workdir.StopRequest, "should_stop", reached)
 
 
 def test_a_run_that_was_stopped_goes_on_to_the_bit(tmp_path, monkeypatch):
     config = _config(tmp_path)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    assert loop.fit(config, whole).step == 6
+    assert loop.run_training(config, whole).step == 6
     with monkeypatch.context() as patch:
         _stop_after(patch, 3)
-        summary = loop.fit(config, parts)
+        summary = loop.run_training(config, parts)
     assert (summary.step, summary.stopped_by) == (3, signal.SIGTERM)
-    assert loop.fit(None, parts).step == 6  # the workdir is all it needs
+    assert loop.run_training(None, parts).step == 6  # the workdir is all it needs
     assert _losses(whole) == _losses(parts)
-    samples = [_lines(path, name=metrics.SAMPLES) for path in (whole, parts)]
+    samples = [_lines(path, name=metrics.SAMPLES_FILE) for path in (whole, parts)]
     assert samples[0] == samples[1]
     assert len(samples[0]) == 6
     assert _weights(whole, config) == _weights(parts, config)
 
 
 def test_a_killed_run_makes_its_lost_steps_again(tmp_path, monkeypatch):
-    config = _config(tmp_path, save=Save(every_steps=4))
+    config = _config(tmp_path, save=SaveConfig(every_steps=4))
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    loop.fit(config, whole)
+    loop.run_training(config, whole)
 
-    real = loop.Session._report
+    real = loop.TrainSession._log_step
 
     def dies(self, index, step, *rest):
         real(self, index, step, *rest)
@@ -126,12 +134,12 @@ def test_a_killed_run_makes_its_lost_steps_again(tmp_path, monkeypatch):
             raise OSError("killed")
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop.Session, "_report", dies)
+        patch.setattr(loop.TrainSession, "_log_step", dies)
         with pytest.raises(OSError, match="killed"):
-            loop.fit(config, parts)
-    with (parts / metrics.FILE).open("a") as file:
+            loop.run_training(config, parts)
+    with (parts / metrics.METRICS_FILE).open("a") as file:
         file.write('{"step": 6, "ki')  # a line cut off
-    assert loop.fit(config, parts).step == 6
+    assert loop.run_training(config, parts).step == 6
     assert _losses(whole) == _losses(parts)
     assert _weights(whole, config) == _weights(parts, config)
 
@@ -142,13 +150,13 @@ def test_another_number_of_devices_goes_on_with_the_same_samples(tmp_path, monke
     other = dataclasses.replace(one, mesh=(("expert", 4), ("tensor", 2)))
     config = _config(tmp_path, one)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    loop.fit(config, whole)
+    loop.run_training(config, whole)
     with monkeypatch.context() as patch:
         _stop_after(patch, 3)
-        loop.fit(config, parts)
-    loop.fit(dataclasses.replace(config, stages=(other,)), parts)
+        loop.run_training(config, parts)
+    loop.run_training(dataclasses.replace(config, stages=(other,)), parts)
     np.testing.assert_allclose(_losses(whole), _losses(parts), rtol=2e-4)
-    assert _lines(whole, name=metrics.SAMPLES) == _lines(parts, name=metrics.SAMPLES)
+    assert _lines(whole, name=metrics.SAMPLES_FILE) == _lines(parts, name=metrics.SAMPLES_FILE)
 
 
 @pytest.mark.slow
@@ -160,7 +168,7 @@ def test_stages_change_length_rows_rate_and_mesh_and_no_sample_is_lost(tmp_path,
     )  # fmt: skip
     config = _config(tmp_path, *stages)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    loop.fit(config, whole)
+    loop.run_training(config, whole)
     rates = [r["learning_rate"] for r in _lines(whole)]
     per, per2 = 3e-3, (1e-3 - 3e-3) / 3
     np.testing.assert_allclose(
@@ -169,20 +177,20 @@ def test_stages_change_length_rows_rate_and_mesh_and_no_sample_is_lost(tmp_path,
     assert [r["stage"] for r in _lines(whole)] == [0, 0, 0, 1, 1, 1]
     with monkeypatch.context() as patch:
         _stop_after(patch, 3)
-        loop.fit(config, parts)
-    loop.fit(config, parts)
+        loop.run_training(config, parts)
+    loop.run_training(config, parts)
     assert _losses(whole) == _losses(parts)
-    lines = _lines(whole, name=metrics.SAMPLES)
+    lines = _lines(whole, name=metrics.SAMPLES_FILE)
     seen = [sample for line in lines for row in line["samples"] for sample in row]
     assert len(set(seen)) > 20
 
 
 def test_evaluation_tells_the_loss_of_each_source(tmp_path):
-    held_out = Source("held_out", "demo/data/text_held_out.jsonl", "text")
+    held_out = DataSource("held_out", "demo/data/text_held_out.jsonl", "text")
     config = _config(
-        tmp_path, _stage(2), evaluation=Evaluation((held_out,), every_steps=2, batches=2)
+        tmp_path, _stage(2), evaluation=EvaluationConfig((held_out,), every_steps=2, batches=2)
     )
-    loop.fit(config, tmp_path / "run")
+    loop.run_training(config, tmp_path / "run")
     (record,) = _lines(tmp_path / "run", "eval")
     assert record["loss"] == pytest.approx(record["loss/held_out"])
     assert record["loss"] == pytest.approx(record["loss_from/0"])
@@ -193,19 +201,19 @@ def test_steps_that_are_not_finite_are_told_and_end_the_run(tmp_path):
     config = _config(tmp_path, max_skipped=2)
     broken = dataclasses.replace(config, model=dataclasses.replace(MODEL, initializer_range=1e30))
     with pytest.raises(FloatingPointError, match="2 steps in a row without a finite gradient"):
-        loop.fit(broken, tmp_path / "run")
+        loop.run_training(broken, tmp_path / "run")
     events = _lines(tmp_path / "run", "event")
     assert [e["not_finite"] for e in events] == ["skipped", "skipped"]
 
 
 def test_a_damaged_checkpoint_is_found(tmp_path):
     config = _config(tmp_path, _stage(2))
-    loop.fit(config, tmp_path / "run")
+    loop.run_training(config, tmp_path / "run")
     path = tmp_path / "run" / "checkpoints" / "2" / "run" / "metadata"
     record = json.loads(path.read_text())
     path.write_text(json.dumps(record | {"digest": record["digest"] ^ 1}))
     with (
-        checkpoints.Checkpoints(tmp_path / "run", config.save) as saved,
+        checkpoints.CheckpointStore(tmp_path / "run", config.save) as saved,
         pytest.raises(checkpoints.ResumeError, match="damaged"),
     ):
         saved.restore(2, _state())
@@ -213,14 +221,14 @@ def test_a_damaged_checkpoint_is_found(tmp_path):
 
 def test_the_digest_sees_every_bit_and_no_layout():
     state = _state()
-    one = int(checkpoints.digest(state))
+    one = int(checkpoints.digest_state(state))
     kernel = state.model.head.kernel
     value = kernel[...]
     kernel.set_value(value.at[3, 5].add(1e-7))
-    assert int(checkpoints.digest(state)) != one
+    assert int(checkpoints.digest_state(state)) != one
     swapped = value.at[0, 0].set(value[0, 1]).at[0, 1].set(value[0, 0])
     kernel.set_value(swapped)
-    assert int(checkpoints.digest(state)) != one
+    assert int(checkpoints.digest_state(state)) != one
 
 
 @pytest.mark.parametrize(
@@ -233,41 +241,43 @@ def test_the_digest_sees_every_bit_and_no_layout():
 )  # fmt: skip
 def test_a_workdir_of_another_run_is_refused(tmp_path, change, error, words):
     config = _config(tmp_path, _stage(1))
-    loop.fit(config, tmp_path / "run")
+    loop.run_training(config, tmp_path / "run")
     with pytest.raises(error, match=words):
-        loop.fit(dataclasses.replace(config, **change(config)), tmp_path / "run")
+        loop.run_training(dataclasses.replace(config, **change(config)), tmp_path / "run")
 
 
 def test_data_that_changed_since_the_checkpoint_is_refused(tmp_path):
     file = tmp_path / "text.jsonl"
     lines = (ROOT / "demo/data/text.jsonl").read_text().splitlines(keepends=True)
     file.write_text("".join(lines))
-    config = _config(tmp_path, _stage(2), data=Data(sources=(Source("own", str(file), "text"),)))
-    loop.fit(config, tmp_path / "run")
+    config = _config(
+        tmp_path, _stage(2), data=DataConfig(sources=(DataSource("own", str(file), "text"),))
+    )
+    loop.run_training(config, tmp_path / "run")
     file.write_text("".join(lines[1:]))
     with pytest.raises(data.DataError, match="changed|fingerprint"):
-        loop.fit(config, tmp_path / "run")
+        loop.run_training(config, tmp_path / "run")
 
 
 def test_errors_come_before_the_first_step(tmp_path):
     def refused(words, error=ValueError, **kwargs):
         with pytest.raises(error, match=words):
-            loop.fit(_config(tmp_path, **kwargs), tmp_path / "none")
+            loop.run_training(_config(tmp_path, **kwargs), tmp_path / "none")
         assert not (tmp_path / "none" / "checkpoints" / "1").exists()
 
     refused("vocabulary ends at 99", model=dataclasses.replace(MODEL, vocab_size=100))
-    refused("nowhere.jsonl", data=Data(sources=(Source("x", "nowhere.jsonl", "text"),)))
+    refused("nowhere.jsonl", data=DataConfig(sources=(DataSource("x", "nowhere.jsonl", "text"),)))
     refused("has no config.json", checkpoint="nowhere", model=None)
     with pytest.raises(checkpoints.ResumeError, match="holds no run"):
-        loop.fit(None, tmp_path / "none_there")
-    text = Source("stories", "demo/data/text.jsonl", "text")
+        loop.run_training(None, tmp_path / "none_there")
+    text = DataSource("stories", "demo/data/text.jsonl", "text")
     with pytest.raises(ValueError, match="wanted 'chat'"):
-        sft.run(_config(tmp_path, data=Data(sources=(text,))), tmp_path / "none")
+        sft.run(_config(tmp_path, data=DataConfig(sources=(text,))), tmp_path / "none")
 
 
 @pytest.mark.parametrize("name", sorted(p.name for p in (ROOT / "configs").glob("*.py")))
 def test_every_config_loads_and_survives_json(name):
-    config = configlib.load(str(ROOT / "configs" / name))
+    config = configlib.load_config(str(ROOT / "configs" / name))
     assert configlib.from_json(type(config), configlib.to_json(config)) == config
 
 

@@ -14,8 +14,8 @@ from train import frozen, lora, optim, step
 
 ROWS, LENGTH, VOCAB = 4, 12, 512
 _HF = testing.tiny_config(attn_type_list=[0, 1], num_local_experts=4)
-_LORA = lora.Lora(rank=4, alpha=8.0)
-_SETTINGS = step.Settings(optim.AdamW(1e-2, weight_decay=0.1))
+_LORA = lora.LoraConfig(rank=4, alpha=8.0)
+_SETTINGS = step.TrainStepSettings(optim.AdamW(1e-2, weight_decay=0.1))
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def base(source):
 
 
 def _adapted(model, settings=_LORA):
-    return lora.add(model, settings, jax.random.key(1))
+    return lora.add_adapters(model, settings, jax.random.key(1))
 
 
 def _moved(model):
@@ -51,7 +51,7 @@ def _int8(config):
 
 
 def _adapters(model):
-    return {k: v for k, v in checkpoint.parameters(model).items() if ".adapter." in k}
+    return {k: v for k, v in checkpoint.params_by_path(model).items() if ".adapter." in k}
 
 
 def _batch():
@@ -61,20 +61,20 @@ def _batch():
     ids[0, 9:] = 0
     positions = np.broadcast_to(np.arange(LENGTH, dtype=np.int32), ids.shape)
     arrays = (tokens[:, :-1], ids, positions, tokens[:, 1:], (ids > 0).astype(np.float32))
-    return step.Batch(*map(jnp.asarray, arrays))
+    return step.TrainBatch(*map(jnp.asarray, arrays))
 
 
 def _mesh_layout(config):
-    return sharding.layout(sharding.make_mesh({"fsdp": 2, "tensor": 2, "expert": 2}), config)
+    return sharding.make_layout(sharding.make_mesh({"fsdp": 2, "tensor": 2, "expert": 2}), config)
 
 
 @functools.partial(jax.jit, static_argnames="settings")
 def _gradients(model, batch, settings):
-    return step.gradients(model, batch, settings)
+    return step.compute_gradients(model, batch, settings)
 
 
 def _values(model):
-    return {name: np.asarray(p.get_value()) for name, p in checkpoint.parameters(model).items()}
+    return {name: np.asarray(p.get_value()) for name, p in checkpoint.params_by_path(model).items()}
 
 
 # ---- the model
@@ -85,12 +85,12 @@ def test_at_first_nothing_changes(base):
     model = _adapted(base)
     np.testing.assert_array_equal(model(tokens), base(tokens))
     assert not _adapters(base)
-    assert frozen.split(base)[1].head.kernel.get_value() is None  # base itself is not frozen
+    assert frozen.partition(base)[1].head.kernel.get_value() is None  # base itself is not frozen
 
 
 def test_adapters_are_where_they_are_asked_for(base):
     def where(modules):
-        names = _adapters(_adapted(base, lora.Lora(modules=modules)))
+        names = _adapters(_adapted(base, lora.LoraConfig(modules=modules)))
         return sorted(name.removesuffix(".adapter.a") for name in names if name.endswith(".a"))
 
     lightning = [f"layers.0.attention.{name}" for name in ("gate", "out", "qkv")]
@@ -103,7 +103,7 @@ def test_a_shared_expert_may_have_adapters():
     hf = testing.tiny_config(attn_type_list=[0], shared_intermediate_size=8)
     config = m1_jax.ModelConfig.from_hf(hf)
     model = checkpoint.random_model(config, jax.random.key(0), jnp.float32)
-    model = _adapted(model, lora.Lora(modules=r"shared\."))
+    model = _adapted(model, lora.LoraConfig(modules=r"shared\."))
     assert {name.rsplit(".", 2)[0] for name in _adapters(model)} == {
         f"layers.0.moe.shared.{name}" for name in ("gate", "up", "down")
     }
@@ -127,12 +127,12 @@ def test_only_adapters_change_and_the_loss_falls(source):
     settings = dataclasses.replace(_SETTINGS, accumulate=2)
     model = _adapted(m1_jax.load(source, jnp.bfloat16))
     before = _values(model)
-    state = step.init(model, settings.optimizer)
+    state = step.init_state(model, settings.optimizer)
     sizes = sum(p.get_value().size for p in _adapters(model).values())
     assert sum(x.size for x in jax.tree.leaves(state.moments[0].mu)) == sizes
     losses = []
     for _ in range(15):
-        state, metrics = step.update(state, _batch(), settings=settings)
+        state, metrics = step.train_step(state, _batch(), settings=settings)
         losses.append(float(metrics["loss"]))
     assert losses[-1] < 0.5 * losses[0]
     for name, value in _values(state.model).items():
@@ -144,9 +144,10 @@ def test_gradients_are_those_of_the_product_and_no_others(base):
     """dA = scale dW B^T and dB = scale A^T dW, with dW from the merged model."""
     model = _moved(_adapted(base))
     program, all_of_it = (
-        _gradients.lower(net, _batch(), _SETTINGS).compile() for net in (model, lora.merge(model))
+        _gradients.lower(net, _batch(), _SETTINGS).compile()
+        for net in (model, lora.merge_adapters(model))
     )
-    got, whole = program(model, _batch())[0], all_of_it(lora.merge(model), _batch())[0]
+    got, whole = program(model, _batch())[0], all_of_it(lora.merge_adapters(model), _batch())[0]
     whole, params = _values(whole), _values(model)
     for name, grad in _adapters(got).items():
         path, which = name.rsplit(".adapter.", 1)
@@ -165,7 +166,7 @@ def test_gradients_are_those_of_the_product_and_no_others(base):
 
 def test_merged_weights_give_the_same_logits(base):
     model, tokens = _moved(_adapted(base)), _batch().tokens
-    merged = lora.merge(model)
+    merged = lora.merge_adapters(model)
     np.testing.assert_allclose(merged(tokens), model(tokens), atol=1e-5)
     assert jax.tree.structure(merged) == jax.tree.structure(base)
     assert _adapters(model)
@@ -175,9 +176,11 @@ def test_the_merged_model_is_saved_and_exported(source, base, tmp_path):
     model, tokens = _moved(_adapted(base)), _batch().tokens
     with pytest.raises(ValueError, match="adapter"):
         export.save(model, tmp_path / "saved", source)
-    merged = lora.merge(model)
+    merged = lora.merge_adapters(model)
     saved = export.save(merged, tmp_path / "saved", source)
-    back = convert.run(convert.Config("hf", str(saved), str(tmp_path / "back"), progress=False))
+    back = convert.run(
+        convert.ConvertConfig("hf", str(saved), str(tmp_path / "back"), progress=False)
+    )
     for path in (saved, back):
         np.testing.assert_array_equal(m1_jax.load(path)(tokens), merged(tokens))
 
@@ -196,13 +199,15 @@ def test_a_mesh_computes_what_one_device_does(source, base):
     many = _moved(many)
     logits = one(batch.tokens)
     np.testing.assert_allclose(many(batch.tokens), logits, atol=1e-5)
-    np.testing.assert_allclose(lora.merge(many)(batch.tokens), logits, atol=1e-5)
+    np.testing.assert_allclose(lora.merge_adapters(many)(batch.tokens), logits, atol=1e-5)
 
     where = [leaf.sharding for leaf in jax.tree.leaves(many)]
-    planned = jax.tree.leaves(step.abstract(many, _SETTINGS.optimizer).moments)
-    spread = jax.device_put(batch, layout.array("batch", "length"))
+    planned = jax.tree.leaves(step.abstract_state(many, _SETTINGS.optimizer).moments)
+    spread = jax.device_put(batch, layout.activation_sharding("batch", "length"))
     (first, numbers), (state, metrics) = (
-        step.update(jax.jit(step.init, static_argnums=1)(net, _SETTINGS.optimizer), part, _SETTINGS)
+        step.train_step(
+            jax.jit(step.init_state, static_argnums=1)(net, _SETTINGS.optimizer), part, _SETTINGS
+        )
         for net, part in ((jax.tree.map(jnp.copy, one), batch), (many, spread))
     )
     for name in numbers:
@@ -220,13 +225,19 @@ def test_a_mesh_computes_what_one_device_does(source, base):
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda _: lora.Lora(rank=0), "got rank 0"),
-        (lambda _: lora.Lora(alpha=0.0), "alpha 0.0"),
-        (lambda _: lora.Lora(modules="("), "no regular expression"),
-        (lambda base: _adapted(base, lora.Lora(modules="router")), "'router' is found in none of"),
+        (lambda _: lora.LoraConfig(rank=0), "got rank 0"),
+        (lambda _: lora.LoraConfig(alpha=0.0), "alpha 0.0"),
+        (lambda _: lora.LoraConfig(modules="("), "no regular expression"),
+        (
+            lambda base: _adapted(base, lora.LoraConfig(modules="router")),
+            "'router' is found in none of",
+        ),
         (lambda base: _adapted(_adapted(base)), "has adapters already"),
         (lambda base: _adapted(_int8(base.config)), "int8 weights, which are for inference"),
-        (lambda base: lora.merge(_int8(base.config)), "int8 weights, which are for inference"),
+        (
+            lambda base: lora.merge_adapters(_int8(base.config)),
+            "int8 weights, which are for inference",
+        ),
     ],
 )
 def test_wrong_values_are_refused_in_words(base, make, words):

@@ -47,7 +47,7 @@ def rows(logp, advantages, mask=None, old=None, **more):
         "coefficients": mask,
         "segment_ids": np.ones(logp.shape, np.int32),
     }
-    return objective.Terms(**jax.tree.map(jnp.asarray, given | more))
+    return objective.TokenTerms(**jax.tree.map(jnp.asarray, given | more))
 
 
 def shared(options, prompts=(0, 1), module=objective):
@@ -223,7 +223,7 @@ def pack(samples, each, places, num_rows, length, dirt=0.0):
             out[name][here] = keep
         out["coefficients"][here] = np.where(sample["mask"] > 0, each[n], dirt)
         ids[here] = ids[row].max() + 1
-    return objective.Terms(**jax.tree.map(jnp.asarray, out), segment_ids=jnp.asarray(ids))
+    return objective.TokenTerms(**jax.tree.map(jnp.asarray, out), segment_ids=jnp.asarray(ids))
 
 
 def apart(num):
@@ -244,11 +244,11 @@ SPLIT = [
         entropy_coef=0.01,
         aggregation="mix",
         mix_lambda=0.3,
-        correction=correction.Correction("sequence", "mask", 0.5, 1.5, veto=0.3),
+        correction=correction.RolloutCorrection("sequence", "mask", 0.5, 1.5, veto=0.3),
         off_policy_max=0.3,
     ),
     dataclasses.replace(
-        CISPO, aggregation="prompt-mean", correction=correction.Correction("geometric")
+        CISPO, aggregation="prompt-mean", correction=correction.RolloutCorrection("geometric")
     ),
 ]
 
@@ -257,7 +257,7 @@ def coefficients(options, samples, valid=None):
     lengths = np.array([s["mask"].sum() for s in samples])
     prompts = np.arange(len(samples)) // 2
     valid = np.ones(len(samples), bool) if valid is None else valid
-    return objective.coefficients(options, lengths, prompts, valid)
+    return objective.token_coefficients(options, lengths, prompts, valid)
 
 
 @pytest.mark.parametrize("options", SPLIT, ids=lambda o: f"{o.name}-{o.aggregation}")
@@ -268,7 +268,7 @@ def test_micro_batches_and_packing_change_nothing(options, seed, order):
     each = coefficients(options, samples)
     terms = pack(samples, each, apart(8), 8, 9)
     value, grad, metrics = jitted(options, terms)
-    wanted = rl_metrics.report(metrics)
+    wanted = rl_metrics.summarize_metrics(metrics)
     for parts in (2, 4):  # of the same step, in another order of rows
         size, found, total = 8 // parts, np.zeros((8, 9)), 0.0
         added = None
@@ -276,10 +276,10 @@ def test_micro_batches_and_packing_change_nothing(options, seed, order):
             here = np.array(order[i * size : (i + 1) * size])
             one, found[here], more = jitted(options, jax.tree.map(lambda x, h=here: x[h], terms))
             total += one
-            added = more if added is None else rl_metrics.add(added, more)
+            added = more if added is None else rl_metrics.add_metrics(added, more)
         near(total, value, 1e-12)
         near(found, grad, 1e-12)
-        for name, number in rl_metrics.report(added).items():
+        for name, number in rl_metrics.summarize_metrics(added).items():
             near(number, wanted[name], 1e-9)
     places = [(0, 0), (0, 5), (0, 8), (1, 0), (1, 2), (1, 6), (2, 1), (2, 3)]
     packed = pack(samples, each, places, 3, 15, dirt=np.nan)
@@ -287,7 +287,7 @@ def test_micro_batches_and_packing_change_nothing(options, seed, order):
     near(one, value, 1e-12)
     for n, (row, start) in enumerate(places):
         near(found[row, start : start + LENGTHS[n]], grad[n, : LENGTHS[n]], 1e-12)
-    for name, number in rl_metrics.report(more).items():
+    for name, number in rl_metrics.summarize_metrics(more).items():
         near(number, wanted[name], 1e-9)
 
 
@@ -386,14 +386,14 @@ def test_kl_and_entropy_have_their_own_gradients():
 
     def of(logp, entropy):
         terms = rows([[0.0]], [[0.0]], logp_ref=ref, entropy=entropy)
-        return objective.loss(options, dataclasses.replace(terms, logp=logp))[0]
+        return objective.compute_loss(options, dataclasses.replace(terms, logp=logp))[0]
 
     near(of(logp, entropy), 0.5 * (np.exp(0.6) - 1.6) - 0.25 * 2)
     slopes = jax.grad(of, (0, 1))(logp, entropy)
     near(slopes[0], [[0.5 * (1 - np.exp(0.6))]])
     near(slopes[1], [[-0.25]])
     with pytest.raises(ValueError, match="got terms without logp_ref, entropy"):
-        objective.loss(options, rows([[0.0]], [[0.0]]))
+        objective.compute_loss(options, rows([[0.0]], [[0.0]]))
 
 
 def test_a_divergence_that_is_only_measured_may_be_infinite():
@@ -411,10 +411,10 @@ def test_rloo_is_reinforce_whatever_the_ratio():
 
 
 def test_a_correction_is_normalised_by_the_whole_step():
-    options = dataclasses.replace(CISPO, correction=correction.Correction(normalise=True))
+    options = dataclasses.replace(CISPO, correction=correction.RolloutCorrection(normalise=True))
     terms = dataclasses.replace(shared(CISPO), logp_rollout=jnp.asarray(OLD - 0.5))
     with pytest.raises(ValueError, match="without weight_mean"):
-        objective.loss(options, terms)
+        objective.compute_loss(options, terms)
     mean = jnp.asarray(np.exp(0.5))  # all weights are that
     value, grad, _ = value_and_grad(options, dataclasses.replace(terms, weight_mean=mean))
     near(value, 1.17543969)

@@ -38,12 +38,12 @@ def rows(logp, advantages, mask=None, old=None, **more):
         "coefficients": mask,
         "segment_ids": np.ones(logp.shape, np.int32),
     }
-    return objective.Terms(**jax.tree.map(jnp.asarray, given | more))
+    return objective.TokenTerms(**jax.tree.map(jnp.asarray, given | more))
 
 
 def value_and_grad(options, terms):
     def of(logp):
-        return objective.loss(options, dataclasses.replace(terms, logp=logp))
+        return objective.compute_loss(options, dataclasses.replace(terms, logp=logp))
 
     (value, metrics), grad = jax.value_and_grad(of, has_aux=True)(terms.logp)
     return value, grad, metrics
@@ -84,7 +84,9 @@ def test_t3_with_and_without_the_samplers_weight():
     third = np.full((1, 3), 1 / 3)
     terms = rows(logp, a, old=old, coefficients=third, logp_rollout=gen)
     near(value_and_grad(bounds(0.8, 1.2), terms)[0], 0.59379733)
-    options = dataclasses.replace(bounds(0.8, 1.2), correction=correction.Correction(high=None))
+    options = dataclasses.replace(
+        bounds(0.8, 1.2), correction=correction.RolloutCorrection(high=None)
+    )
     near(value_and_grad(options, terms)[0], 0.11368688)
 
 
@@ -124,7 +126,7 @@ def test_t9_kl(clamps, wanted):
     x = np.array([0, -15, -30.0]) - -1.0
     for kind, values in zip(("k1", "k2", "k3"), wanted, strict=True):
         options = dataclasses.replace(CISPO, kl_kind=kind, **clamps)
-        near(objective.divergence(options, jnp.asarray(x)), values)
+        near(objective.estimate_kl(options, jnp.asarray(x)), values)
 
 
 @pytest.mark.parametrize(
@@ -148,7 +150,9 @@ def test_t12_aggregations(name, of_two, of_three):
     sums, lengths = np.array([10, 30, 6]), np.array([4, 2, 1])
 
     def total(n, prompts, valid):
-        each = objective.coefficients(options, lengths[:n], np.array(prompts), np.array(valid))
+        each = objective.token_coefficients(
+            options, lengths[:n], np.array(prompts), np.array(valid)
+        )
         return (each * sums[:n]).sum()
 
     near(total(2, [0, 1], [True] * 2), of_two, 1e-8)
@@ -161,7 +165,9 @@ def test_t12_aggregations(name, of_two, of_three):
 def test_an_empty_sample_counts_and_no_divisor_is_below_one():
     def each(name, lengths, valid):
         options = dataclasses.replace(CISPO, aggregation=name)
-        return objective.coefficients(options, np.array(lengths), np.arange(2), np.array(valid))
+        return objective.token_coefficients(
+            options, np.array(lengths), np.arange(2), np.array(valid)
+        )
 
     near(each("seq-mean-token-mean", [4, 0], [True, True]), [1 / 8, 1 / 2])
     near(each("prompt-mean", [4, 0], [True, True])[0], 1 / 8)
@@ -169,7 +175,7 @@ def test_an_empty_sample_counts_and_no_divisor_is_below_one():
     for name in ("token-mean", "prompt-mean", "seq-mean-token-mean"):
         assert not each(name, [3, 3], [False, False]).any()
     with pytest.raises(ValueError, match="wanted one number of each for every sample"):
-        objective.coefficients(CISPO, np.ones(2), np.ones(3), np.ones(2, bool))
+        objective.token_coefficients(CISPO, np.ones(2), np.ones(3), np.ones(2, bool))
 
 
 # ---- options
@@ -180,7 +186,10 @@ def test_an_empty_sample_counts_and_no_divisor_is_below_one():
     [
         ({"dual_clip": 3.0}, "cispo with dual_clip"),
         ({"ratio": "sequence"}, "cispo with ratio 'sequence'"),
-        ({"anchor": "rollout", "correction": correction.Correction()}, "mismatch of sampler"),
+        (
+            {"anchor": "rollout", "correction": correction.RolloutCorrection()},
+            "mismatch of sampler",
+        ),
         ({"aggregation": "seq-sum-const"}, "with length_max None"),
         ({"length_max": 8}, "with length_max 8"),
         ({"aggregation": "mix"}, "with mix_lambda None"),

@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from train import packing
 
 
-def document(length: int, number: int = 0) -> packing.Document:
+def document(length: int, number: int = 0) -> packing.TokenizedDocument:
     """Tokens that are different everywhere."""
-    return packing.Document(
+    return packing.TokenizedDocument(
         np.arange(length, dtype=np.int32) + 10_000 * (number + 1), np.ones(length, bool)
     )
 
@@ -21,10 +21,10 @@ def pack(lengths, seq_len, lookahead=8, pack=True, documents=None):
 
     def draw():
         i = next(numbers, None)
-        return [] if i is None else packing.wait(f"s:{i}:0", 0, documents[i], seq_len)
+        return [] if i is None else packing.split_document(f"s:{i}:0", 0, documents[i], seq_len)
 
     rows, waiting = [], []
-    while (row := packing.next_row(waiting, draw, seq_len, lookahead, pack)) is not None:
+    while (row := packing.pack_next_row(waiting, draw, seq_len, lookahead, pack)) is not None:
         rows.append(row)
     assert not waiting
     return rows
@@ -88,7 +88,7 @@ def test_a_document_of_n_tokens_gives_n_minus_1_predictions_even_if_cut(lengths,
 
 def test_weights_follow_what_is_to_be_learnt():
     learn = np.array([True, False, True, False, False, True])
-    (row,) = pack([], 8, documents=[packing.Document(np.arange(6, dtype=np.int32), learn)])
+    (row,) = pack([], 8, documents=[packing.TokenizedDocument(np.arange(6, dtype=np.int32), learn)])
     np.testing.assert_array_equal(row.weights, [0, 1, 0, 0, 1, 0, 0, 0])
     np.testing.assert_array_equal(row.targets, [1, 2, 3, 4, 5, 0, 0, 0])
     assert {a.dtype.name for a in (row.tokens, row.segment_ids, row.targets)} == {"int32"}

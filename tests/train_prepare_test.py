@@ -27,11 +27,11 @@ def src(tmp_path):
 
 def config(folder, **changes):
     settings = {"src": f"{folder}/*.jsonl", "dst": f"{folder}/out", "shards": 3, "progress": False}
-    return prepare.Config(**{**settings, **changes})
+    return prepare.PrepareConfig(**{**settings, **changes})
 
 
 def read(folder):
-    records = sources.Records("s", str(folder))
+    records = sources.RecordFiles("s", str(folder))
     found = [records.read(i) for i in range(len(records))]
     records.close()
     return found
@@ -41,7 +41,7 @@ def test_shards_hold_the_records_in_order(src):
     done = prepare.run(config(src))
     assert sorted(file.name for file in done.iterdir()) == [
         *(f"0000{i}-of-00003.arrayrecord" for i in range(3)),
-        prepare.MANIFEST,
+        prepare.MANIFEST_FILE,
     ]
     assert read(done) == RECORDS
     assert not (src / "out.partial").exists()
@@ -52,14 +52,14 @@ def test_shards_hold_the_records_in_order(src):
 def test_tokens_are_counted_with_a_tokenizer(src):
     testing.write_tiny_tokenizer(src / "tokenizer")
     done = prepare.run(config(src, checkpoint=f"{src}/tokenizer"))
-    counts = json.loads((done / prepare.MANIFEST).read_text())["shards"].values()
+    counts = json.loads((done / prepare.MANIFEST_FILE).read_text())["shards"].values()
     assert sum(count["records"] for count in counts) == 10
     assert all(0 < count["longest_tokens"] < count["tokens"] for count in counts)
 
 
 def test_an_interrupted_run_goes_on_and_is_no_result_before(src, monkeypatch):
     whole = prepare.run(config(src, dst=f"{src}/whole"))
-    write, written = prepare._write, []
+    write, written = prepare._write_shard, []
 
     def interrupted(path, *rest):
         written.append(path.name)
@@ -68,7 +68,7 @@ def test_an_interrupted_run_goes_on_and_is_no_result_before(src, monkeypatch):
             raise KeyboardInterrupt
         return write(path, *rest)
 
-    monkeypatch.setattr(prepare, "_write", interrupted)
+    monkeypatch.setattr(prepare, "_write_shard", interrupted)
     with pytest.raises(KeyboardInterrupt):
         prepare.run(config(src))
     assert not (src / "out").exists()
@@ -84,7 +84,7 @@ def test_an_interrupted_run_of_other_data_is_not_continued(src, monkeypatch):
         raise OSError("disk full")
 
     with monkeypatch.context() as patch:
-        patch.setattr(prepare, "_write", fail)
+        patch.setattr(prepare, "_write_shard", fail)
         with pytest.raises(OSError, match="disk full"):
             prepare.run(config(src))
     (src / "a.jsonl").write_text('{"text": "other"}\n')

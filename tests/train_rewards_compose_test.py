@@ -76,8 +76,8 @@ def test_weighted_sum_and_parts(make):
     )
     good, bad = _scores(rewards, "parts</think>Answer: 1", "parts Answer: 1")
     parts = {"exact": 1.0, "format": 1.0, "function/a": 1.0, "function/b": 0.5}
-    assert good == sample_lib.Score(2 + 0.5 + 10 * 0.5 + 1, parts)
-    assert bad == sample_lib.Score(8.0, {**parts, "format": 0.0})
+    assert good == sample_lib.RewardScore(2 + 0.5 + 10 * 0.5 + 1, parts)
+    assert bad == sample_lib.RewardScore(8.0, {**parts, "format": 0.0})
     assert not any(rewards.counts().values())
 
 

@@ -39,10 +39,10 @@ LENGTHS = st.lists(
 @hypothesis.given(LENGTHS, st.integers(1, 4), st.integers(0, 99))
 def test_every_token_is_in_one_place(lengths, rows, seed):
     some = samples(lengths, seed)
-    packed = rl_batch.pack(some, rows, SEQ_LEN)
-    free = [np.ones((rows, SEQ_LEN), bool) for _ in packed.rows]
-    for one, (micro, row, start) in zip(some, packed.places, strict=True):
-        here, whole = packed.rows[micro], [*one.prompt, *one.tokens]
+    packed = rl_batch.pack_samples(some, rows, SEQ_LEN)
+    free = [np.ones((rows, SEQ_LEN), bool) for _ in packed.microbatches]
+    for one, (micro, row, start) in zip(some, packed.locations, strict=True):
+        here, whole = packed.microbatches[micro], [*one.prompt, *one.tokens]
         part = slice(start, start + len(whole))
         assert free[micro][row, part].all()
         assert len(free[micro][row, part]) == len(whole)  # within one row
@@ -59,79 +59,84 @@ def test_every_token_is_in_one_place(lengths, rows, seed):
         assert here.mask[row, answer].tolist() == one.mask
         assert here.logp_rollout[row, answer].tolist() == one.logprobs
         assert here.mask[row, part].sum() == sum(one.mask)
-    for here, empty in zip(packed.rows, free, strict=True):
+    for here, empty in zip(packed.microbatches, free, strict=True):
         assert here.routes is None
         for name in ("tokens", "segment_ids", "positions", "targets", "mask", "logp_rollout"):
             assert not getattr(here, name)[empty].any()
         for name in ("advantages", "coefficients", "logp_old", "logp_ref"):
             assert not getattr(here, name).any()
-    assert sum(one.mask.sum() for one in packed.rows) == sum(sum(one.mask) for one in some)
+    assert sum(one.mask.sum() for one in packed.microbatches) == sum(sum(one.mask) for one in some)
 
 
 @hypothesis.given(LENGTHS, st.integers(1, 4), st.integers(0, 99))
 def test_what_is_filled_in_can_be_taken_out(lengths, rows, seed):
     some = samples(lengths, seed)
-    packed = rl_batch.pack(some, rows, SEQ_LEN)
+    packed = rl_batch.pack_samples(some, rows, SEQ_LEN)
     rng = np.random.default_rng(seed)
     values = [rng.standard_normal(len(one.tokens)).astype(np.float32) for one in some]
     # What stands at masked tokens is never seen.
     dirty = [np.where(one.mask, value, np.nan) for one, value in zip(some, values, strict=True)]
     packed.fill("logp_old", dirty)
     packed.fill("advantages", list(range(1, len(some) + 1)))
-    taken = packed.take([one.logp_old for one in packed.rows])
-    numbers = packed.take([one.advantages for one in packed.rows])
+    taken = packed.extract([one.logp_old for one in packed.microbatches])
+    numbers = packed.extract([one.advantages for one in packed.microbatches])
     for i, (one, value) in enumerate(zip(some, values, strict=True)):
         np.testing.assert_array_equal(taken[i], np.where(one.mask, value, 0))
         np.testing.assert_array_equal(numbers[i], np.array(one.mask) * (i + 1.0))
 
 
 def test_rows_are_filled_longest_first():
-    packed = rl_batch.pack(samples([(2, 2), (4, 6), (1, 1), (5, 3)]), 2, SEQ_LEN)
-    assert len(packed.rows) == 1
-    assert packed.places == [(0, 1, 8), (0, 0, 0), (0, 0, 10), (0, 1, 0)]
+    packed = rl_batch.pack_samples(samples([(2, 2), (4, 6), (1, 1), (5, 3)]), 2, SEQ_LEN)
+    assert len(packed.microbatches) == 1
+    assert packed.locations == [(0, 1, 8), (0, 0, 0), (0, 0, 10), (0, 1, 0)]
     # Numbered in the order of the samples: what counts is that neighbours differ.
-    assert packed.rows[0].segment_ids.tolist() == [[1] * 10 + [2] * 2, [2] * 8 + [1] * 4]
+    assert packed.microbatches[0].segment_ids.tolist() == [[1] * 10 + [2] * 2, [2] * 8 + [1] * 4]
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3])
 def test_microbatches_have_one_shape(rows):
-    packed = rl_batch.pack(samples([(4, 4)] * 4), rows, SEQ_LEN)
-    assert len(packed.rows) == -(-4 // rows)
-    assert {one.tokens.shape for one in packed.rows} == {(rows, SEQ_LEN)}
-    assert rl_batch.pack([], rows, SEQ_LEN).rows == []
+    packed = rl_batch.pack_samples(samples([(4, 4)] * 4), rows, SEQ_LEN)
+    assert len(packed.microbatches) == -(-4 // rows)
+    assert {one.tokens.shape for one in packed.microbatches} == {(rows, SEQ_LEN)}
+    assert rl_batch.pack_samples([], rows, SEQ_LEN).microbatches == []
 
 
 def test_a_sample_longer_than_a_row_is_an_error():
-    rl_batch.pack(samples([(5, 7)]), 1, SEQ_LEN)
+    rl_batch.pack_samples(samples([(5, 7)]), 1, SEQ_LEN)
     with pytest.raises(ValueError, match="got a sample of 13 tokens; wanted at most 12"):
-        rl_batch.pack(samples([(2, 2), (5, 8)]), 1, SEQ_LEN)
+        rl_batch.pack_samples(samples([(2, 2), (5, 8)]), 1, SEQ_LEN)
 
 
 def test_routes_are_at_their_tokens_and_unknown_elsewhere():
     some = samples([(3, 4), (2, 2), (1, 3)], routes=(2, 2))
     some[1].routes = None
-    packed = rl_batch.pack(some, 2, SEQ_LEN, (2, 2))
-    left = [one.routes.copy() for one in packed.rows]
-    for one, (micro, row, start) in zip(some, packed.places, strict=True):
+    packed = rl_batch.pack_samples(some, 2, SEQ_LEN, (2, 2))
+    left = [one.routes.copy() for one in packed.microbatches]
+    for one, (micro, row, start) in zip(some, packed.locations, strict=True):
         if one.routes is not None:
             part = slice(start, start + len(one.routes))
-            np.testing.assert_array_equal(packed.rows[micro].routes[row, part], one.routes)
+            np.testing.assert_array_equal(packed.microbatches[micro].routes[row, part], one.routes)
             left[micro][row, part] = -1
     assert {x.dtype for x in left} == {np.dtype(np.int8)}
     assert all((x == -1).all() for x in left)
     # A trainer that does not replay has none.
-    assert rl_batch.pack(some, 2, SEQ_LEN).rows[0].routes is None
+    assert rl_batch.pack_samples(some, 2, SEQ_LEN).microbatches[0].routes is None
 
 
 def test_a_microbatch_on_a_mesh_is_the_same():
     some = samples([(3, 4), (2, 2), (1, 3), (5, 6), (4, 4)], routes=(2, 2))
-    (rows,) = rl_batch.pack(some, 4, SEQ_LEN, (2, 2)).rows
+    (rows,) = rl_batch.pack_samples(some, 4, SEQ_LEN, (2, 2)).microbatches
     mesh = sharding.make_mesh({"fsdp": 2, "expert": 2, "tensor": 2})
-    layout = sharding.layout(mesh, ModelConfig.tiny())
-    for placed in (rl_batch.place(rows, layout), rl_batch.place(rows, None)):
+    layout = sharding.make_layout(mesh, ModelConfig.tiny())
+    for placed in (rl_batch.device_put_rows(rows, layout), rl_batch.device_put_rows(rows, None)):
         for got, wanted in zip(jax.tree.leaves(placed), jax.tree.leaves(rows), strict=True):
             assert isinstance(got, jax.Array)
-            np.testing.assert_array_equal(rl_batch.whole(got), wanted)
-    spread = rl_batch.place(rows, layout).tokens
+            np.testing.assert_array_equal(rl_batch.gather_to_host(got), wanted)
+    spread = rl_batch.device_put_rows(rows, layout).tokens
     assert {piece.data.shape for piece in spread.addressable_shards} == {(1, SEQ_LEN)}
-    assert rl_batch.place(rl_batch.pack(some, 4, SEQ_LEN).rows[0], layout).routes is None
+    assert (
+        rl_batch.device_put_rows(
+            rl_batch.pack_samples(some, 4, SEQ_LEN).microbatches[0], layout
+        ).expert_ids
+        is None
+    )

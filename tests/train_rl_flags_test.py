@@ -11,14 +11,14 @@ def config(**changes):
     fields = {
         "checkpoint": "c",
         "batches": 3,
-        "sources": (tasks.Source("a", "a.jsonl"), tasks.Source("b", "b.jsonl")),
-        "rollout": rl_config.Rollout(4, windows.Windows((64, 96)), 32, group_size=2),
-        "update": rl_config.Update(1e-6, minibatches=2),
-        "rewards": rl_config.Rewards(
+        "sources": (tasks.TaskSource("a", "a.jsonl"), tasks.TaskSource("b", "b.jsonl")),
+        "rollout": rl_config.RolloutConfig(4, windows.LengthSchedule((64, 96)), 32, group_size=2),
+        "update": rl_config.UpdateConfig(1e-6, minibatches=2),
+        "rewards": rl_config.RewardsConfig(
             sources=(("a", (("exact", 1.0, ()),)), ("b", (("format", 1.0, ()),)))
         ),
     }
-    return rl_config.Run(**fields | changes)
+    return rl_config.RlConfig(**fields | changes)
 
 
 @pytest.mark.parametrize(
@@ -52,17 +52,22 @@ def test_parts_out_of_range(part, wrong):
     [
         ({"batches": 0}, "batches: got 0"),
         ({"sources": ()}, "sources: .*at least one"),
-        ({"sources": (tasks.Source("a", "x"), tasks.Source("a", "y"))}, "different names"),
+        ({"sources": (tasks.TaskSource("a", "x"), tasks.TaskSource("a", "y"))}, "different names"),
         ({"rewards": None}, "rewards: got None; wanted some, as there is no agent"),
         ({"checkpoint": ""}, "checkpoint"),
         ({"dtype": "float16"}, "dtype: got 'float16'"),
         ({"remat": "some"}, "remat: got 'some'"),
-        ({"update": rl_config.Update(1e-6, minibatches=3)}, r"a divisor of rollout\.groups = 4"),
+        (
+            {"update": rl_config.UpdateConfig(1e-6, minibatches=3)},
+            r"a divisor of rollout\.groups = 4",
+        ),
         ({"curriculum": rl_config.Curriculum(((0, (("c", 1.0),)),))}, r"curriculum: got \['c'\]"),
         (
             {
-                "agent": rl_config.Agent("lookup"),
-                "rollout": rl_config.Rollout(2, windows.Windows((9,)), 9, partial_tokens=5),
+                "agent": rl_config.AgentConfig("lookup"),
+                "rollout": rl_config.RolloutConfig(
+                    2, windows.LengthSchedule((9,)), 9, partial_tokens=5
+                ),
             },
             "0 with an agent",
         ),
@@ -74,18 +79,18 @@ def test_runs_that_contradict_themselves(changes, message):
 
 
 def test_without_a_curriculum_sources_weigh_the_same():
-    assert config(seed=7).schedule().weights_at(5) == {"a": 0.5, "b": 0.5}
-    assert config(seed=7).schedule().seed == 7
+    assert config(seed=7).task_curriculum().weights_at(5) == {"a": 0.5, "b": 0.5}
+    assert config(seed=7).task_curriculum().seed == 7
     given = rl_config.Curriculum(((0, (("b", 1.0),)),))
-    assert config(curriculum=given).schedule() is given
-    assert config().rollout.max_tokens == 32 + 96
+    assert config(curriculum=given).task_curriculum() is given
+    assert config().rollout.max_sample_tokens == 32 + 96
 
 
 # ---- slime's flags
 
 
 def change(command, **changes):
-    return rl_flags.change(config(**changes), command.split())
+    return rl_flags.apply_flags(config(**changes), command.split())
 
 
 def test_no_flag_changes_nothing():
@@ -147,15 +152,19 @@ def test_flags_of_tasks_change_the_first_source():
         "--rm-type math"
     )
     keys = (("prompt", "q"), ("label", "l"), ("metadata", "m"), ("tools", "t"))
-    assert changed.sources == (tasks.Source("a", "new.parquet", keys), config().sources[1])
+    assert changed.sources == (tasks.TaskSource("a", "new.parquet", keys), config().sources[1])
     assert dict(changed.rewards.sources) == {
         "a": (("mathematics", 1.0, ()),),
         "b": (("format", 1.0, ()),),
     }
-    made = (tasks.Source("a", make="logic:chain_sum", size=3, options=(("max_terms", 2),)),)
+    made = (tasks.TaskSource("a", make="logic:chain_sum", size=3, options=(("max_terms", 2),)),)
     changed, _ = change("--prompt-data new.jsonl", sources=made)
-    assert changed.sources == (tasks.Source("a", "new.jsonl"),)
-    agent = {"rewards": None, "agent": rl_config.Agent("lookup"), "sources": config().sources[:1]}
+    assert changed.sources == (tasks.TaskSource("a", "new.jsonl"),)
+    agent = {
+        "rewards": None,
+        "agent": rl_config.AgentConfig("lookup"),
+        "sources": config().sources[:1],
+    }
     changed, _ = change("--rm-type exact", **agent)
     assert changed.rewards.sources == (("a", (("exact", 1.0, ()),)),)
 
@@ -203,6 +212,6 @@ def test_flags_that_cannot_be_followed(command, message):
 
 
 def test_every_source_needs_rewards():
-    rewards = rl_config.Rewards(sources=(("a", (("exact", 1.0, ()),)),))
+    rewards = rl_config.RewardsConfig(sources=(("a", (("exact", 1.0, ()),)),))
     with pytest.raises(ValueError, match="none for b.*wanted rewards for every source"):
         config(rewards=rewards)

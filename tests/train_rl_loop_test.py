@@ -13,15 +13,15 @@ from m1_jax import ModelConfig, checkpoint, export
 from train import checkpoints, metrics, rl_loop, rollout
 from train.rl_config import (
     PRESETS,
-    Evaluation,
-    Log,
-    Rewards,
-    Rollout,
-    Run,
-    Save,
-    Source,
-    Update,
-    Windows,
+    LengthSchedule,
+    LogConfig,
+    RewardsConfig,
+    RlConfig,
+    RlEvaluationConfig,
+    RolloutConfig,
+    SaveConfig,
+    TaskSource,
+    UpdateConfig,
 )
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -29,7 +29,7 @@ MODEL = dataclasses.replace(
     ModelConfig.tiny(), layer_types=("lightning", "softmax"), hidden_size=32, intermediate_size=32
 )
 LETTERS = ("function", 1.0, (("path", "letters_reward:reward"),))
-SUMS = Source("sums", "demo/data/sums.jsonl")
+SUMS = TaskSource("sums", "demo/data/sums.jsonl")
 ENGINE = (
     ("max_rows", 8),
     ("chunk_tokens", 16),
@@ -54,9 +54,9 @@ def _here(monkeypatch):
     """Run in the checkout; on one device, but for runs that name a mesh."""
     monkeypatch.chdir(ROOT)
     monkeypatch.syspath_prepend(ROOT / "tests")  # the reward's module
-    real = rl_loop.layouts
+    real = rl_loop.make_layouts
     alone = lambda config, model: real(config, model) if config.mesh else (None, None)  # noqa: E731
-    monkeypatch.setattr(rl_loop, "layouts", alone)
+    monkeypatch.setattr(rl_loop, "make_layouts", alone)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -77,24 +77,24 @@ def _config(start, rollout_fields=(), **kwargs):
         "groups": 4,
         "group_size": 2,
         "max_prompt_tokens": 32,
-        "windows": Windows((12,)),
+        "windows": LengthSchedule((12,)),
         "engine": ENGINE,
     }
     given = {
         "batches": 4,
         "sources": (SUMS,),
-        "rewards": Rewards(sources=(("sums", (LETTERS,)),), workers=1),
-        "rollout": Rollout(**fields | dict(rollout_fields)),
-        "update": Update(learning_rate=1e-3, minibatches=2, rows=2),
+        "rewards": RewardsConfig(sources=(("sums", (LETTERS,)),), workers=1),
+        "rollout": RolloutConfig(**fields | dict(rollout_fields)),
+        "update": UpdateConfig(learning_rate=1e-3, minibatches=2, rows=2),
         "dtype": "float32",
-        "save": Save(every_steps=2, keep=4),
-        "log": Log(every_steps=1, samples=True),
+        "save": SaveConfig(every_steps=2, keep=4),
+        "log": LogConfig(every_steps=1, samples=True),
         "compilation_cache": Cache.directory,
     }
-    return Run(checkpoint=start, **given | kwargs)
+    return RlConfig(checkpoint=start, **given | kwargs)
 
 
-def _lines(workdir, kind="train", name=metrics.FILE):
+def _lines(workdir, kind="train", name=metrics.METRICS_FILE):
     records = [json.loads(line) for line in (workdir / name).read_text().splitlines()]
     return [r for r in records if r.get("kind", kind) == kind]
 
@@ -106,8 +106,8 @@ def _told(workdir):
 
 
 def _end(workdir, config):
-    with checkpoints.Checkpoints(workdir, config.save) as saved:
-        position = saved.position(saved.latest_step())
+    with checkpoints.CheckpointStore(workdir, config.save) as saved:
+        position = saved.read_info(saved.latest_step())
     return position.step, position.digest, position.data
 
 
@@ -118,7 +118,7 @@ _CARRIED = {
     "dynamic": True,
     "replay_routes": True,
     "overlong_buffer_tokens": 6,
-    "windows": Windows((8, 12), near=0.5, tolerance=10.0, patience=1),
+    "windows": LengthSchedule((8, 12), near=0.5, tolerance=10.0, patience=1),
 }
 
 
@@ -127,18 +127,18 @@ _CARRIED = {
 def test_a_run_that_was_stopped_goes_on_to_the_bit(start, tmp_path, monkeypatch, fields):
     config = _config(start, fields)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    assert rl_loop.fit(config, whole).step == 4
+    assert rl_loop.run_rl_training(config, whole).step == 4
     for place in ("sampling", "training"):
         with monkeypatch.context() as patch:
             _break(patch, place)
             if place == "sampling":
-                assert rl_loop.fit(config, parts).stopped_by == signal.SIGTERM
+                assert rl_loop.run_rl_training(config, parts).stopped_by == signal.SIGTERM
             else:
                 with pytest.raises(KeyboardInterrupt):
-                    rl_loop.fit(config, parts)
-    assert rl_loop.fit(None, parts).step == 4  # the workdir is all it needs
+                    rl_loop.run_rl_training(config, parts)
+    assert rl_loop.run_rl_training(None, parts).step == 4  # the workdir is all it needs
     assert _told(whole) == _told(parts)
-    samples = [_lines(path, name=metrics.SAMPLES) for path in (whole, parts)]
+    samples = [_lines(path, name=metrics.SAMPLES_FILE) for path in (whole, parts)]
     assert samples[0] == samples[1]
     assert _end(whole, config) == _end(parts, config)
     if fields:
@@ -148,11 +148,11 @@ def test_a_run_that_was_stopped_goes_on_to_the_bit(start, tmp_path, monkeypatch,
 
 def _break(patch, place):
     """Stop a run: by a signal while it samples for another batch, or between two updates."""
-    real_run, real_update = rollout.Rollout.run, rl_loop.rl_update.Updater._update
+    real_run, real_update = rollout.RolloutSampler.run, rl_loop.rl_update.Updater._update_minibatch
 
     def run(self, make, on_done, sampling=None, stopping=lambda: False):
         if place == "sampling" and self.version >= 1:
-            stopping.__closure__[0].cell_contents.stop.signal = signal.SIGTERM
+            stopping.__closure__[0].cell_contents.stop.signal_number = signal.SIGTERM
         return real_run(self, make, on_done, sampling, stopping)
 
     updates = []
@@ -163,15 +163,15 @@ def _break(patch, place):
             raise KeyboardInterrupt
         return real_update(self, part)
 
-    patch.setattr(rollout.Rollout, "run", run)
-    patch.setattr(rl_loop.rl_update.Updater, "_update", update)
+    patch.setattr(rollout.RolloutSampler, "run", run)
+    patch.setattr(rl_loop.rl_update.Updater, "_update_minibatch", update)
 
 
 def test_metrics_of_a_batch(start, tmp_path):
     config = _config(
-        start, batches=1, evaluation=Evaluation((SUMS,), every_batches=1, temperature=1.0)
+        start, batches=1, evaluation=RlEvaluationConfig((SUMS,), every_batches=1, temperature=1.0)
     )
-    rl_loop.fit(config, tmp_path)
+    rl_loop.run_rl_training(config, tmp_path)
     (told,) = _lines(tmp_path)
     assert told["logp_gap_max"] <= 1e-5  # sampler against trainer
     assert told["pearson"] > 0.9999
@@ -188,19 +188,19 @@ def test_metrics_of_a_batch(start, tmp_path):
 
 
 def test_an_evaluation_that_was_stopped_is_made_up_for(start, tmp_path, monkeypatch):
-    config = _config(start, batches=1, evaluation=Evaluation((SUMS,), every_batches=1))
-    real = rl_loop.Session._evaluate
+    config = _config(start, batches=1, evaluation=RlEvaluationConfig((SUMS,), every_batches=1))
+    real = rl_loop.RlSession._evaluate
 
     def stopped(self):
-        self.stop.signal = signal.SIGTERM if self.batch else None
+        self.stop.signal_number = signal.SIGTERM if self.batch else None
         real(self)
 
     with monkeypatch.context() as patch:
-        patch.setattr(rl_loop.Session, "_evaluate", stopped)
-        assert rl_loop.fit(config, tmp_path).stopped_by == signal.SIGTERM
+        patch.setattr(rl_loop.RlSession, "_evaluate", stopped)
+        assert rl_loop.run_rl_training(config, tmp_path).stopped_by == signal.SIGTERM
     assert [one["step"] for one in _lines(tmp_path, "eval")] == [0]
     for _ in range(2):  # made up for once
-        assert rl_loop.fit(None, tmp_path).step == 1
+        assert rl_loop.run_rl_training(None, tmp_path).step == 1
         assert [one["step"] for one in _lines(tmp_path, "eval")] == [0, 1]
     (told,) = _lines(tmp_path, "event")
     assert "token-mean" in told["objective"]
@@ -208,12 +208,12 @@ def test_an_evaluation_that_was_stopped_is_made_up_for(start, tmp_path, monkeypa
 
 @pytest.mark.long
 def test_on_meshes_as_on_one_device(start, tmp_path):
-    rows = {"update": Update(learning_rate=1e-3, minibatches=2, rows=8), "batches": 1}
+    rows = {"update": UpdateConfig(learning_rate=1e-3, minibatches=2, rows=8), "batches": 1}
     alone = _config(start, **rows)
-    rl_loop.fit(alone, tmp_path / "alone")
+    rl_loop.run_rl_training(alone, tmp_path / "alone")
     mesh = (("fsdp", 4), ("expert", 2))
     over = _config(start, **rows, mesh=mesh, serving_mesh=(("expert", 2), ("data", 4)))
-    rl_loop.fit(over, tmp_path / "mesh")
+    rl_loop.run_rl_training(over, tmp_path / "mesh")
     (one,), (other,) = _lines(tmp_path / "alone"), _lines(tmp_path / "mesh")
     assert one["tokens_trained"] == other["tokens_trained"]
     for name in ("loss", "grad_norm", "entropy", "reward_mean", "pearson"):
@@ -224,11 +224,11 @@ def test_on_meshes_as_on_one_device(start, tmp_path):
 def test_errors_before_any_work(start, tmp_path):
     config = _config(start, {"max_prompt_tokens": 8})
     with pytest.raises(ValueError, match="got a prompt of 25 tokens; wanted at most 8"):
-        rl_loop.fit(config, tmp_path)
+        rl_loop.run_rl_training(config, tmp_path)
     with pytest.raises(ValueError, match=r"a divisor of rollout.groups = 4"):
-        _config(start, update=Update(learning_rate=1e-3, minibatches=3))
+        _config(start, update=UpdateConfig(learning_rate=1e-3, minibatches=3))
     with pytest.raises(ValueError, match="engine"):
-        rl_loop.fit(_config(start, {"engine": (("rows", 8),)}), tmp_path)
+        rl_loop.run_rl_training(_config(start, {"engine": (("rows", 8),)}), tmp_path)
 
 
 @pytest.mark.parametrize("name", ["grpo", "reinforce_pp"])
@@ -237,7 +237,7 @@ def test_other_objectives_run(start, tmp_path, name):
     objective = dataclasses.replace(PRESETS[name], kl_coef=0.01, entropy_coef=0.001)
     if name == "reinforce_pp":
         objective = dataclasses.replace(objective, reward_kl_coef=0.01)
-    rl_loop.fit(_config(start, batches=1, objective=objective), tmp_path)
+    rl_loop.run_rl_training(_config(start, batches=1, objective=objective), tmp_path)
     (told,) = _lines(tmp_path)
     assert told["skipped"] == 0
     assert told["k3_ref"] >= 0

@@ -21,7 +21,7 @@ def near(got, wanted, tolerance=1e-6):
 
 def measure(options, ratio=RATIO, a=A, mask=MASK, **more):
     old = np.full(ratio.shape, -1.0)
-    terms = objective.Terms(
+    terms = objective.TokenTerms(
         logp=old + np.log(ratio),
         logp_old=old,
         logp_rollout=old,
@@ -32,11 +32,11 @@ def measure(options, ratio=RATIO, a=A, mask=MASK, **more):
         **more,
     )
     with jax.enable_x64(True):
-        return objective.loss(options, jax.tree.map(jnp.asarray, terms))[1]
+        return objective.compute_loss(options, jax.tree.map(jnp.asarray, terms))[1]
 
 
 def test_clips_are_counted_by_sign():
-    got = rl_metrics.report(measure(CISPO))
+    got = rl_metrics.summarize_metrics(measure(CISPO))
     assert got["tokens"] == 7
     near(got["positive"], 4 / 7)
     near(got["weight_high/positive"], 1 / 4)
@@ -44,7 +44,7 @@ def test_clips_are_counted_by_sign():
     near(got["ppo_drop"], 3 / 7)  # what PPO would have dropped, though nothing was
     near(got["ppo_drop/positive"], 2 / 4)
     near(got["ppo_drop/negative"], 1 / 3)
-    got = rl_metrics.report(measure(DAPO))
+    got = rl_metrics.summarize_metrics(measure(DAPO))
     near(got["clip_high"], 2 / 4)
     near(got["clip_low"], 1 / 3)
     assert got["rejected"] == 0
@@ -53,7 +53,9 @@ def test_clips_are_counted_by_sign():
 def test_ratios_weights_and_divergences():
     real, weight = RATIO[MASK > 0], np.minimum(RATIO, 5)[MASK > 0]
     ref = np.full(RATIO.shape, -1.5)
-    got = rl_metrics.report(measure(CISPO, logp_ref=ref, entropy=np.full(RATIO.shape, 0.7)))
+    got = rl_metrics.summarize_metrics(
+        measure(CISPO, logp_ref=ref, entropy=np.full(RATIO.shape, 0.7))
+    )
     near(got["ratio"], real.mean())
     assert (got["ratio_max"], got["ratio_min"]) == pytest.approx((8, 0.5))
     assert 8 <= got["ratio_p99"] <= 8 * math.exp(0.05)
@@ -72,23 +74,27 @@ def test_ratios_weights_and_divergences():
 def test_parts_add_up():
     whole = measure(DAPO)
     parts = [measure(DAPO, RATIO[i : i + 1], A[i : i + 1], MASK[i : i + 1]) for i in range(2)]
-    got, wanted = (rl_metrics.report(x) for x in (rl_metrics.add(*parts), whole))
+    got, wanted = (rl_metrics.summarize_metrics(x) for x in (rl_metrics.add_metrics(*parts), whole))
     assert got.keys() == wanted.keys()
     for name in got:
         near(got[name], wanted[name], 1e-12)
 
 
 def test_a_batch_without_a_token_is_measured():
-    got = rl_metrics.report(measure(CISPO, mask=0 * MASK))
+    got = rl_metrics.summarize_metrics(measure(CISPO, mask=0 * MASK))
     assert got["tokens"] == got["ratio"] == got["weight_effective"] == got["loss"] == 0
 
 
 def test_most_dropped_tokens():
     tokens = np.array([[3, 5, 5, 5], [4, 3, 4, 4]])
-    counts = rl_metrics.drop_counts(*(jnp.asarray(x) for x in (tokens, RATIO, A, MASK)), 9)
-    assert rl_metrics.most_dropped(counts) == [(5, 2, 3), (4, 1, 2)]
-    assert rl_metrics.most_dropped(counts, 1) == [(5, 2, 3)]
-    assert rl_metrics.most_dropped(counts, least=0) == [(5, 2, 3), (4, 1, 2), (3, 0, 2)]
+    counts = rl_metrics.count_drops_by_token(*(jnp.asarray(x) for x in (tokens, RATIO, A, MASK)), 9)
+    assert rl_metrics.rank_dropped_tokens(counts) == [(5, 2, 3), (4, 1, 2)]
+    assert rl_metrics.rank_dropped_tokens(counts, 1) == [(5, 2, 3)]
+    assert rl_metrics.rank_dropped_tokens(counts, min_dropped=0) == [
+        (5, 2, 3),
+        (4, 1, 2),
+        (3, 0, 2),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -96,12 +102,12 @@ def test_most_dropped_tokens():
 )
 def test_clipped_tokens_are_those_of_good_samples_above_the_bound(bound, wanted):
     tokens = np.array([[3, 5, 5, 5], [4, 3, 4, 4]])
-    counts = rl_metrics.clip_counts(
+    counts = rl_metrics.count_clips_by_token(
         *(jnp.asarray(x) for x in (tokens, RATIO, A, MASK)), bound, vocab_size=9
     )
     there = [(5, 0, 3), (3, 0, 1)] if bound is None else wanted
-    assert rl_metrics.most_dropped(counts, least=0) == there
-    assert rl_metrics.most_dropped(counts) == [one for one in wanted if one[1]]
+    assert rl_metrics.rank_dropped_tokens(counts, min_dropped=0) == there
+    assert rl_metrics.rank_dropped_tokens(counts) == [one for one in wanted if one[1]]
 
 
 D = np.array([[0, 0.3, -0.9, 1.2], [0.1, -0.05, np.nan, 3]])
@@ -110,7 +116,7 @@ D = np.array([[0, 0.3, -0.9, 1.2], [0.1, -0.05, np.nan, 3]])
 def test_t7_mismatch():
     mask = np.array([[1, 1, 1, 1], [1, 1, 0, 0]])
     rollout = np.array([[-2, -3, -1, -4], [-2, -0.5, 0, 0]])
-    got = rl_metrics.mismatch(rollout, rollout + D, mask)
+    got = rl_metrics.measure_mismatch(rollout, rollout + D, mask)
     near(got["k1"], -0.10833333)
     near(got["k3"], 0.24715762)
     near(got["chi2_token"], 1.68947237)
@@ -125,40 +131,40 @@ def test_t7_mismatch():
     # The same samples in one row.
     ids = np.array([[1] * 4 + [2] * 4])
     flat = [x.reshape(1, 8) for x in (rollout, rollout + D, mask)]
-    assert rl_metrics.mismatch(*flat, ids) == pytest.approx(got)
+    assert rl_metrics.measure_mismatch(*flat, ids) == pytest.approx(got)
 
 
 def test_mismatch_of_equals_and_of_nothing():
     logp = np.log(np.array([[0.1, 0.5, 0.9]]))
-    got = rl_metrics.mismatch(logp, logp, np.ones((1, 3)))
+    got = rl_metrics.measure_mismatch(logp, logp, np.ones((1, 3)))
     near(got["pearson"], 1, 1e-12)
     assert got["k3"] == got["probability_gap_max"] == got["chi2_sequence"] == 0
-    assert math.isnan(rl_metrics.mismatch(0 * logp, logp, np.ones((1, 3)))["pearson"])
+    assert math.isnan(rl_metrics.measure_mismatch(0 * logp, logp, np.ones((1, 3)))["pearson"])
     with pytest.raises(ValueError, match="no token that the model wrote"):
-        rl_metrics.mismatch(logp, logp, np.zeros((1, 3)))
+        rl_metrics.measure_mismatch(logp, logp, np.zeros((1, 3)))
 
 
 def test_groups():
-    got = rl_metrics.groups(
+    got = rl_metrics.summarize_groups(
         rewards=[1, 0, 1, 1, 0, 0, np.nan, 0.5],
-        groups=["a", "a", "b", "b", "c", "c", "c", "d"],
+        group_ids=["a", "a", "b", "b", "c", "c", "c", "d"],
         valid=[True] * 6 + [False, True],
         lengths=[1, 2, 3, 4, 5, 6, 7, 100],
         statuses=["stop"] * 5 + ["length", "repetition", "length"],
     )
     near(got["reward_mean"], 3.5 / 7)
     near(got["pass_at_k"], 2 / 4)
-    near(got["flat"], 3 / 4)
-    near(got["flat_right"], 1 / 4)
-    near(got["flat_wrong"], 2 / 4)
+    near(got["zero_variance"], 3 / 4)
+    near(got["zero_variance_right"], 1 / 4)
+    near(got["zero_variance_wrong"], 2 / 4)
     near(got["invalid"], 1 / 8)
     near(got["truncated"], 2 / 8)
     near(got["repetition"], 1 / 8)
     assert (got["length_p50"], got["length_max"]) == (4.5, 100)
-    nothing = rl_metrics.groups([np.nan], [0], [False], [3], ["error"])
+    nothing = rl_metrics.summarize_groups([np.nan], [0], [False], [3], ["error"])
     assert math.isnan(nothing["reward_mean"])
-    assert nothing["flat"] == 0
-    assert rl_metrics.groups([], [], [], [], [])["invalid"] == 0
+    assert nothing["zero_variance"] == 0
+    assert rl_metrics.summarize_groups([], [], [], [], [])["invalid"] == 0
 
 
 def test_gradient_magnitudes():

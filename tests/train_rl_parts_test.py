@@ -18,17 +18,19 @@ from train.environments import catalog, lookup
 
 
 def test_the_window_grows_when_answers_fill_it_and_their_perplexity_stays():
-    stage = windows.Stage(windows.Windows((100, 200), near=0.9, tolerance=0.1, patience=3))
+    stage = windows.LengthStage(
+        windows.LengthSchedule((100, 200), near=0.9, tolerance=0.1, patience=3)
+    )
     assert [stage.push(90, nll) for nll in (1.0, 1.05)] == [False, False]  # too few batches
-    assert stage.tokens == 100
+    assert stage.window_tokens == 100
     assert not stage.push(89, 1.0)  # answers are too short
     assert stage.push(90, 1.0)
-    assert (stage.index, stage.tokens) == (1, 200)
+    assert (stage.index, stage.window_tokens) == (1, 200)
     assert [stage.push(200, 1.0) for _ in range(9)] == [False] * 9  # there is no other window
 
 
 def test_the_window_waits_for_a_perplexity_that_still_falls():
-    stage = windows.Stage(windows.Windows((8, 16, 32), tolerance=0.1, patience=2))
+    stage = windows.LengthStage(windows.LengthSchedule((8, 16, 32), tolerance=0.1, patience=2))
     assert not any(stage.push(8, nll) for nll in (2.0, 1.5, 1.2, 1.0))
     assert stage.push(8, 0.95)
     assert not stage.push(16, 0.95)  # what was before this window does not count
@@ -36,13 +38,17 @@ def test_the_window_waits_for_a_perplexity_that_still_falls():
 
 
 def test_a_window_goes_on_from_its_state():
-    config = windows.Windows((8, 16, 32), tolerance=0.1, patience=3)
-    one, other = windows.Stage(config), windows.Stage(config)
+    config = windows.LengthSchedule((8, 16, 32), tolerance=0.1, patience=3)
+    one, other = windows.LengthStage(config), windows.LengthStage(config)
     for nll in (1.0, 1.0, 1.0, 1.1, 1.1):
         one.push(16, nll)
     assert one.index == 1
     other.restore(json.loads(json.dumps(one.state())))
-    assert [one.push(16, 1.1), one.tokens] == [other.push(16, 1.1), other.tokens] == [True, 32]
+    assert (
+        [one.push(16, 1.1), one.window_tokens]
+        == [other.push(16, 1.1), other.window_tokens]
+        == [True, 32]
+    )
 
 
 @pytest.mark.parametrize(
@@ -52,7 +58,7 @@ def test_a_window_goes_on_from_its_state():
 )  # fmt: skip
 def test_windows_of_no_use_are_refused(wrong):
     with pytest.raises(ValueError, match="windows.*wanted"):
-        windows.Windows(**{"tokens": (8, 16)} | wrong)
+        windows.LengthSchedule(**{"tokens": (8, 16)} | wrong)
 
 
 # ---- tasks
@@ -67,7 +73,7 @@ def fixture_read():
     opened = []
 
     def read(source):
-        opened.append(tasks.open_source(source))
+        opened.append(tasks.open_tasks(source))
         return opened[-1]
 
     yield read
@@ -113,7 +119,7 @@ def write(path, *records):
     ],
 )  # fmt: skip
 def test_keys_of_all_dialects(tmp_path, read, record, keys, label, metadata):
-    some = read(tasks.Source("s", write(tmp_path / "a.jsonl", record), keys))
+    some = read(tasks.TaskSource("s", write(tmp_path / "a.jsonl", record), keys))
     task = some[0]
     assert (len(some), task.id, task.source, task.messages) == (1, "s/0", "s", (TURN,))
     assert (task.label, task.metadata, task.tools) == (label, metadata, ())
@@ -121,13 +127,13 @@ def test_keys_of_all_dialects(tmp_path, read, record, keys, label, metadata):
 
 def test_tools_are_lists_or_their_json(tmp_path, read):
     records = [{"prompt": "p", "tools": value} for value in (None, [TOOL], json.dumps([TOOL]))]
-    some = read(tasks.Source("s", write(tmp_path / "a.jsonl", *records)))
+    some = read(tasks.TaskSource("s", write(tmp_path / "a.jsonl", *records)))
     # Nothing is in the first record's, and yet the key is found.
     assert [some[i].tools for i in range(3)] == [(), (TOOL,), (TOOL,)]
     for wrong in ("get", {"name": "get"}, ["get"], 3):
         path = write(tmp_path / "b.jsonl", {"prompt": "p", "tools": wrong})
         with pytest.raises(sources.DataError, match=r"b\.jsonl.*got the tools.*wanted a list"):
-            read(tasks.Source("s", path))[0]
+            read(tasks.TaskSource("s", path))[0]
 
 
 def test_tasks_of_a_table(tmp_path, read):
@@ -135,7 +141,7 @@ def test_tasks_of_a_table(tmp_path, read):
     rows[0]["extra_info"], rows[1]["extra_info"] = None, {"index": 1}
     rows[2]["extra_info"] = {"split": "test"}
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
-    some = read(tasks.Source("s", str(tmp_path / "a.parquet")))
+    some = read(tasks.TaskSource("s", str(tmp_path / "a.parquet")))
     assert some.keys == {
         "prompt": "prompt",
         "label": "reward_model.ground_truth",
@@ -159,7 +165,7 @@ def test_tasks_of_a_table(tmp_path, read):
 )
 def test_tasks_that_cannot_be_read(tmp_path, read, record, keys, message):
     with pytest.raises(sources.DataError, match=message):
-        read(tasks.Source("s", write(tmp_path / "a.jsonl", record), keys))[0]
+        read(tasks.TaskSource("s", write(tmp_path / "a.jsonl", record), keys))[0]
 
 
 @pytest.mark.parametrize(
@@ -176,24 +182,24 @@ def test_tasks_that_cannot_be_read(tmp_path, read, record, keys, message):
 )
 def test_sources_that_contradict_themselves(fields, message):
     with pytest.raises(ValueError, match=message):
-        tasks.Source("s", **fields)
+        tasks.TaskSource("s", **fields)
 
 
 def test_made_tasks_are_the_same_again():
-    source = tasks.Source("mine", make="lookup", size=5, seed=3)
-    one, other = tasks.open_source(source), tasks.open_source(source)
+    source = tasks.TaskSource("mine", make="lookup", size=5, seed=3)
+    one, other = tasks.open_tasks(source), tasks.open_tasks(source)
     assert [one[i] for i in range(5)] == [other[i] for i in range(len(other))]
     assert [one[i].label for i in range(5)] == [t.label for t in lookup.tasks(5, 3)]
     assert {one[i].source for i in range(5)} == {"mine"}
     prints = json.loads(json.dumps(one.fingerprint()))
-    other.check(prints)
-    changed = tasks.open_source(dataclasses.replace(source, seed=4))
+    other.check_fingerprint(prints)
+    changed = tasks.open_tasks(dataclasses.replace(source, seed=4))
     with pytest.raises(sources.DataError, match="as the run began with"):
-        changed.check(prints)
+        changed.check_fingerprint(prints)
 
 
 def test_files_are_told_from_others(tmp_path, read):
-    source = tasks.Source("s", write(tmp_path / "a.jsonl", {"prompt": "p"}))
+    source = tasks.TaskSource("s", write(tmp_path / "a.jsonl", {"prompt": "p"}))
     prints = json.loads(json.dumps(read(source).fingerprint()))
     read(source).check(prints)
     write(tmp_path / "a.jsonl", {"prompt": "q"})
@@ -203,14 +209,14 @@ def test_files_are_told_from_others(tmp_path, read):
 
 @pytest.mark.skipif(importlib.util.find_spec("reasoning_gym") is None, reason="the extra 'rl'")
 def test_generated_logic():
-    source = tasks.Source("sums", make="logic:chain_sum", size=3, options=(("max_terms", 2),))
-    some = tasks.open_source(source)
+    source = tasks.TaskSource("sums", make="logic:chain_sum", size=3, options=(("max_terms", 2),))
+    some = tasks.open_tasks(source)
     assert len(some) == 3
     assert {some[i].metadata["generator"] for i in range(3)} == {"chain_sum"}
     assert [some[i].source for i in range(3)] == ["sums"] * 3
-    some.check(tasks.open_source(source).fingerprint())
+    some.check_fingerprint(tasks.open_tasks(source).fingerprint())
     with pytest.raises(ValueError, match="no_such_task"):
-        tasks.open_source(dataclasses.replace(source, make="logic:no_such_task"))
+        tasks.open_tasks(dataclasses.replace(source, make="logic:no_such_task"))
 
 
 def test_environments_by_name():
@@ -242,14 +248,14 @@ def test_all_processes_hear_what_the_first_says(monkeypatch, size):
         assert not array.any()
         return heard
 
-    assert processes.broadcast(value) is value  # alone
-    monkeypatch.setattr(processes, "_PIECE_BYTES", 128)
+    assert processes.broadcast_object(value) is value  # alone
+    monkeypatch.setattr(processes, "_CHUNK_BYTES", 128)
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(processes.multihost_utils, "broadcast_one_to_all", tell)
-    said = [processes.broadcast(value)]
+    said = [processes.broadcast_object(value)]
     assert max(array.size for array in sent) <= 128
     monkeypatch.setattr(jax, "process_index", lambda: 1)
-    said.append(processes.broadcast(None))
+    said.append(processes.broadcast_object(None))
     assert not sent
     for one in said:
         assert one["text"] == value["text"]
@@ -263,10 +269,10 @@ def test_a_reward_adds_to_the_environments_and_fails_with_it():
     sample = sample_lib.Sample(
         sample_lib.Task("t", (TURN,), "s"), (1,), reward=0.5, parts={"final": 0.5}
     )
-    groups.take_score(sample, sample_lib.Score(0.25, {"exact": 0.25}))
+    groups.apply_score(sample, sample_lib.RewardScore(0.25, {"exact": 0.25}))
     assert (sample.reward, sample.valid) == (0.75, True)
     assert sample.parts == {"final": 0.5, "exact": 0.25}
-    groups.take_score(sample, sample_lib.Score(None, {}, "crash"))
+    groups.apply_score(sample, sample_lib.RewardScore(None, {}, "crash"))
     assert not sample.valid
 
 

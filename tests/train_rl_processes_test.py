@@ -40,7 +40,7 @@ def learn(processes, start, workdir):
         for index in range(processes)
     ]
     assert [process.wait(timeout=900) for process in started] == [0] * processes
-    lines = (workdir / metrics.FILE).read_text().splitlines()
+    lines = (workdir / metrics.METRICS_FILE).read_text().splitlines()
     return [json.loads(line) for line in lines]
 
 

@@ -59,11 +59,11 @@ VALID = np.ones(7, bool)
 def pack(rows, chosen, samples=None, seq_len=SEQ_LEN, routes=None, **filled):
     """Return rows as the trainer makes them; filled: other fields, by sample."""
     samples = SAMPLES if samples is None else samples
-    packed = rl_batch.pack(samples, rows, seq_len, routes)
+    packed = rl_batch.pack_samples(samples, rows, seq_len, routes)
     lengths = np.array([sum(one.mask) for one in samples])
     places = [SAMPLES.index(one) for one in samples]
-    each = objective.coefficients(chosen, lengths, GROUPS[places], VALID)
-    worth = advantages.per_sample(chosen, REWARDS[places], GROUPS[places], VALID)
+    each = objective.token_coefficients(chosen, lengths, GROUPS[places], VALID)
+    worth = advantages.sample_advantages(chosen, REWARDS[places], GROUPS[places], VALID)
     old = [[logp - 0.3 for logp in one.logprobs] for one in samples]
     filled = {"coefficients": each, "advantages": worth, "logp_old": old} | filled
     for name, values in filled.items():
@@ -72,17 +72,19 @@ def pack(rows, chosen, samples=None, seq_len=SEQ_LEN, routes=None, **filled):
 
 
 def settings(chosen, **changes):
-    return rl_step.Settings(ADAMW, chosen, **changes)
+    return rl_step.RlStepSettings(ADAMW, chosen, **changes)
 
 
 def sums_of(packed, chosen, net=None, change=lambda rows: rows, **changes):
     """Return (gradients, metrics) of a whole step, microbatch by microbatch."""
     sums, net = None, weights() if net is None else net
-    tokens = [float(np.sum(rows.segment_ids > 0)) for rows in packed.rows]
-    for rows, number in zip(packed.rows, tokens, strict=True):
+    tokens = [float(np.sum(rows.segment_ids > 0)) for rows in packed.microbatches]
+    for rows, number in zip(packed.microbatches, tokens, strict=True):
         share = np.float32(number / sum(tokens))
-        placed = rl_batch.place(change(rows), None)
-        sums = rl_step.add(sums, net, placed, share, None, settings(chosen, **changes))
+        placed = rl_batch.device_put_rows(change(rows), None)
+        sums = rl_step.accumulate_gradients(
+            sums, net, placed, share, None, settings(chosen, **changes)
+        )
     assert sums is not None
     return sums
 
@@ -108,15 +110,15 @@ CISPO = objective.PRESETS["cispo"]
 def whole():
     """A step's gradients and metrics from one microbatch of 4 rows."""
     packed = pack(4, CISPO)
-    assert len(packed.rows) == 1
-    assert max(here.segment_ids.max() for here in packed.rows) >= 2  # several in a row
+    assert len(packed.microbatches) == 1
+    assert max(here.segment_ids.max() for here in packed.microbatches) >= 2  # several in a row
     return sums_of(packed, CISPO)
 
 
 @pytest.mark.parametrize("rows", [1, 2])
 def test_the_gradient_does_not_depend_on_microbatches(whole, rows):
     packed = pack(rows, CISPO)
-    assert len(packed.rows) >= 2
+    assert len(packed.microbatches) >= 2
     grads, metrics = sums_of(packed, CISPO)
     assert_close(grads, whole[0])
     for name in ("loss", "policy_loss", "ppo_loss"):
@@ -133,7 +135,7 @@ def test_the_gradient_does_not_depend_on_microbatches(whole, rows):
 def test_the_gradient_does_not_depend_on_packing(whole):
     order = [SAMPLES[i] for i in (5, 2, 6, 0, 3, 1, 4)]
     packed = pack(4, CISPO, order)
-    assert packed.places != [pack(4, CISPO).places[SAMPLES.index(one)] for one in order]
+    assert packed.locations != [pack(4, CISPO).locations[SAMPLES.index(one)] for one in order]
     assert_close(sums_of(packed, CISPO)[0], whole[0])
 
 
@@ -158,16 +160,19 @@ def test_what_stands_at_masked_places_is_never_seen(whole):
 @functools.cache
 def own_logps():
     """What the trainer says of the samples, as `score` has it."""
-    packed = rl_batch.pack(SAMPLES, 4, SEQ_LEN)
-    made = [rl_step.score(weights(), rl_batch.place(rows, None), 1.0) for rows in packed.rows]
-    return packed.take([logp for logp, _ in made])
+    packed = rl_batch.pack_samples(SAMPLES, 4, SEQ_LEN)
+    made = [
+        rl_step.score_logprobs(weights(), rl_batch.device_put_rows(rows, None), 1.0)
+        for rows in packed.microbatches
+    ]
+    return packed.extract([logp for logp, _ in made])
 
 
 @jax.jit
 def forward(net, tokens, segment_ids):
     """Return (logits, how often each expert was chosen)."""
     hidden, stats = net.hidden(tokens, segment_ids)
-    return net.head(hidden).astype(jnp.float32), stats.chosen
+    return net.head(hidden).astype(jnp.float32), stats.choice_counts
 
 
 def alone(one, number=SEQ_LEN):
@@ -180,9 +185,11 @@ def alone(one, number=SEQ_LEN):
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 def test_scores_are_those_of_the_models_logits(temperature):
-    packed = rl_batch.pack(SAMPLES, 4, SEQ_LEN)
-    made = rl_step.score(weights(), rl_batch.place(packed.rows[0], None), temperature)
-    logps, entropies = packed.take([made[0]]), packed.take([made[1]])
+    packed = rl_batch.pack_samples(SAMPLES, 4, SEQ_LEN)
+    made = rl_step.score_logprobs(
+        weights(), rl_batch.device_put_rows(packed.microbatches[0], None), temperature
+    )
+    logps, entropies = packed.extract([made[0]]), packed.extract([made[1]])
     for one, logp, entropy in zip(SAMPLES, logps, entropies, strict=True):
         logits = np.asarray(forward(weights(), *alone(one))[0][0]) / temperature
         first = len(one.prompt) - 1
@@ -214,16 +221,18 @@ def test_off_policy_they_differ(whole):
 
 
 CORRECTED = dataclasses.replace(
-    CISPO, correction=correction.Correction("token", "truncate", None, 2.0, normalise=True)
+    CISPO, correction=correction.RolloutCorrection("token", "truncate", None, 2.0, normalise=True)
 )
 
 
 def parts(packed, share, weight_mean):
     """Return (gradients, balance loss) with a balance loss and a correction."""
-    rows = rl_batch.place(packed.rows[0], None)
+    rows = rl_batch.device_put_rows(packed.microbatches[0], None)
     chosen = settings(CORRECTED, balance_coefficient=0.5)
     mean = None if weight_mean is None else np.float32(weight_mean)
-    grads, metrics = rl_step.add(None, weights(), rows, np.float32(share), mean, chosen)
+    grads, metrics = rl_step.accumulate_gradients(
+        None, weights(), rows, np.float32(share), mean, chosen
+    )
     return grads, float(metrics["shares"]["balance_loss"])
 
 
@@ -261,17 +270,17 @@ def recorded():
 def test_own_routes_change_nothing_and_others_do():
     some = recorded()
     assert all(len(one.routes) == len(one.prompt) + len(one.tokens) - 1 for one in some)
-    rows = rl_batch.pack(some, 4, SEQ_LEN, ROUTES).rows[0]
+    rows = rl_batch.pack_samples(some, 4, SEQ_LEN, ROUTES).microbatches[0]
     real = rows.mask > 0
 
     def scored(routes):
-        placed = rl_batch.place(dataclasses.replace(rows, routes=routes), None)
-        return np.asarray(rl_step.score(weights(), placed, 1.0)[0])[real]
+        placed = rl_batch.device_put_rows(dataclasses.replace(rows, expert_ids=routes), None)
+        return np.asarray(rl_step.score_logprobs(weights(), placed, 1.0)[0])[real]
 
     free = scored(None)
-    np.testing.assert_array_equal(scored(rows.routes), free)
-    np.testing.assert_array_equal(scored(np.full_like(rows.routes, -1)), free)
-    other = np.where(rows.routes >= 0, (rows.routes + 1) % 8, -1).astype(np.int8)
+    np.testing.assert_array_equal(scored(rows.expert_ids), free)
+    np.testing.assert_array_equal(scored(np.full_like(rows.expert_ids, -1)), free)
+    other = np.where(rows.expert_ids >= 0, (rows.expert_ids + 1) % 8, -1).astype(np.int8)
     assert np.abs(scored(other) - free).max() > 1e-2
 
 
@@ -281,10 +290,10 @@ def test_own_routes_change_nothing_and_others_do():
 def trained(net=None, packed=None, steps=1, chosen=CISPO):
     """Return the state after some updates, and the metrics of the last."""
     net = model() if net is None else net
-    state, metrics = step.init(net, ADAMW), {}
+    state, metrics = step.init_state(net, ADAMW), {}
     for _ in range(steps):
         sums = sums_of(packed or pack(4, chosen), chosen, state.model)
-        state, metrics = rl_step.update(state, sums[0], settings(chosen))
+        state, metrics = rl_step.apply_update(state, sums[0], settings(chosen))
     return state, metrics
 
 
@@ -313,46 +322,48 @@ def test_an_update_makes_the_moments(whole):
     np.testing.assert_allclose(metrics["gradient/below_1e-14"], small, rtol=1e-5, atol=1e-7)
     assert (int(state.step), float(metrics["skipped"])) == (1, 0)
     # The samples that were worth more have become likelier, those worth less less likely.
-    packed = rl_batch.pack(SAMPLES, 4, SEQ_LEN)
-    after, _ = rl_step.score(state.model, rl_batch.place(packed.rows[0], None), 1.0)
+    packed = rl_batch.pack_samples(SAMPLES, 4, SEQ_LEN)
+    after, _ = rl_step.score_logprobs(
+        state.model, rl_batch.device_put_rows(packed.microbatches[0], None), 1.0
+    )
     changes = [
         np.mean((a - b)[np.array(one.mask) > 0])
-        for one, a, b in zip(SAMPLES, packed.take([after]), own_logps(), strict=True)
+        for one, a, b in zip(SAMPLES, packed.extract([after]), own_logps(), strict=True)
     ]
-    worth = advantages.per_sample(CISPO, REWARDS, GROUPS, VALID)
+    worth = advantages.sample_advantages(CISPO, REWARDS, GROUPS, VALID)
     assert np.corrcoef(changes, worth)[0, 1] > 0.8
 
 
 def test_a_gradient_that_is_not_finite_changes_nothing():
-    state = step.init(model(), ADAMW)
+    state = step.init_state(model(), ADAMW)
     grads, _ = sums_of(pack(4, CISPO), CISPO)
     grads = jax.tree.map(lambda x: x * jnp.inf, grads)
-    state, told = rl_step.update(state, grads, settings(CISPO))
+    state, told = rl_step.apply_update(state, grads, settings(CISPO))
     assert (float(told["skipped"]), int(state.step)) == (1, 1)
     assert_same(state.model, weights())
     assert not any(leaf.any() for leaf in [*leaves(adam(state).mu), *leaves(adam(state).nu)])
 
 
 def test_adapters_alone_are_trained():
-    net = lora.add(model(), lora.Lora(rank=2, alpha=4.0), jax.random.key(1))
-    before = {name: np.asarray(p[...]) for name, p in checkpoint.parameters(net).items()}
+    net = lora.add_adapters(model(), lora.LoraConfig(rank=2, alpha=4.0), jax.random.key(1))
+    before = {name: np.asarray(p[...]) for name, p in checkpoint.params_by_path(net).items()}
     state, _ = trained(net, steps=2)
-    for name, param in checkpoint.parameters(state.model).items():
+    for name, param in checkpoint.params_by_path(state.model).items():
         assert np.array_equal(param[...], before[name]) == (".adapter." not in name), name
 
 
 def test_what_the_caller_keeps_is_not_donated():
     net, packed = model(), pack(2, CISPO)
-    placed = [rl_batch.place(rows, None) for rows in packed.rows]
+    placed = [rl_batch.device_put_rows(rows, None) for rows in packed.microbatches]
     half, chosen = np.float32(0.5), settings(CISPO)
-    first = rl_step.add(None, net, placed[0], half, None, chosen)
-    both = rl_step.add(first, net, placed[1], half, None, chosen)
+    first = rl_step.accumulate_gradients(None, net, placed[0], half, None, chosen)
+    both = rl_step.accumulate_gradients(first, net, placed[1], half, None, chosen)
     kept = leaves(both)
     assert_same(net, weights())  # model and rows are read again for every epoch
-    again = rl_step.add(None, net, placed[0], half, None, chosen)
-    assert_same(rl_step.add(again, net, placed[1], half, None, chosen), kept)
-    state = step.init(net, ADAMW)
-    rl_step.update(state, both[0], chosen)
+    again = rl_step.accumulate_gradients(None, net, placed[0], half, None, chosen)
+    assert_same(rl_step.accumulate_gradients(again, net, placed[1], half, None, chosen), kept)
+    state = step.init_state(net, ADAMW)
+    rl_step.apply_update(state, both[0], chosen)
     assert_same(both, kept)
     with pytest.raises(RuntimeError, match="deleted"):
         np.asarray(jax.tree.leaves(state.model)[0])

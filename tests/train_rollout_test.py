@@ -22,7 +22,7 @@ CONFIG = dataclasses.replace(
     intermediate_size=32,
     initializer_range=0.2,
 )
-SIZES = rollout.engine_sizes(
+SIZES = rollout.make_engine_config(
     {"max_rows": 4, "chunk_tokens": 16, "prefill_tokens": (32,), "num_snapshots": 3,
      "decode_steps": 4, "record_routes": True}, 96, 16,
 )  # fmt: skip
@@ -45,14 +45,14 @@ def models():
 
 @pytest.fixture(scope="module")
 def sampler(models, tokenizer):
-    made = rollout.Rollout(models[0], tokenizer, SIZES, rollout.Sampling())
+    made = rollout.RolloutSampler(models[0], tokenizer, SIZES, rollout.RolloutSampling())
     yield made
     made.close()
 
 
 def single(prompt=PROMPT, length=LENGTH):
     sample = sample_lib.Sample(TASK, prompt)
-    sample.write((yield sample_lib.Continue(prompt, length)))
+    sample.append_generated((yield sample_lib.Generate(prompt, length)))
     return sample
 
 
@@ -70,7 +70,7 @@ def run(sampler, *jobs, **options):
 
 
 def job(key, episode=None, seed=None, **more):
-    return rollout.Job(key, episode or single(), key if seed is None else seed, **more)
+    return rollout.EpisodeJob(key, episode or single(), key if seed is None else seed, **more)
 
 
 def said(one):
@@ -112,14 +112,14 @@ def test_slices_make_the_answer_of_one_piece(sampler, plain, slice_tokens):
         calls += 1
         for key, result in found.items():
             del made[key]
-            if isinstance(result, rollout.Paused):
+            if isinstance(result, rollout.PausedEpisode):
                 # As a checkpoint keeps it.
-                kept = json.loads(json.dumps(groups._to_json(result.made)))
-                made[key] = groups._continuation(kept)
-                assert made[key].tokens == result.made.tokens
-                assert made[key].logprobs == result.made.logprobs
-                assert made[key].raw == result.made.raw
-                assert len(result.made.tokens) == calls * slice_tokens
+                kept = json.loads(json.dumps(groups._fields_to_json(result.partial)))
+                made[key] = groups._generation_from_json(kept)
+                assert made[key].tokens == result.partial.tokens
+                assert made[key].logprobs == result.partial.logprobs
+                assert made[key].raw == result.partial.raw
+                assert len(result.partial.tokens) == calls * slice_tokens
             else:
                 finished[key] = result
     assert {key: said(one) for key, one in finished.items()} == {
@@ -131,7 +131,7 @@ def test_slices_make_the_answer_of_one_piece(sampler, plain, slice_tokens):
 
 def test_greedy_samples_do_not_depend_on_seeds(sampler, plain):
     jobs = [job("a", seed=1), job("b", seed=2)]
-    found, _ = run(sampler, *jobs, sampling=rollout.Sampling(temperature=0.0))
+    found, _ = run(sampler, *jobs, sampling=rollout.RolloutSampling(temperature=0.0))
     assert found["a"].tokens == found["b"].tokens
     assert found["a"].tokens not in [one.tokens for one in plain.values()]
     again, _ = run(sampler, job(3))  # the run's own sampling is back
@@ -148,8 +148,8 @@ def test_turns_with_tools_in_between(sampler):
     def talk():
         sample = sample_lib.Sample(TASK, PROMPT)
         for _ in range(3):
-            sample.write((yield sample_lib.Continue((*PROMPT, *sample.tokens), 4)))
-            sample.read((yield sample_lib.Act(tool)))
+            sample.append_generated((yield sample_lib.Generate((*PROMPT, *sample.tokens), 4)))
+            sample.append_observation((yield sample_lib.RunTool(tool)))
         return sample
 
     found, times = run(sampler, *(job(n, talk(), 5) for n in range(2)))
@@ -164,7 +164,7 @@ def test_turns_with_tools_in_between(sampler):
     assert len(where) == 6
     assert all(name.startswith("tool") for name in where)
     # Every turn draws with a seed of its own: equal turns are not alike.
-    turn = sample_lib.Continue(PROMPT, 8)
+    turn = sample_lib.Generate(PROMPT, 8)
 
     def repeat():
         first = yield turn
@@ -179,7 +179,7 @@ def test_tools_work_side_by_side_and_are_waited_for(sampler):
     both = threading.Barrier(2)
 
     def act():
-        return (yield sample_lib.Act(lambda: both.wait(timeout=60)))
+        return (yield sample_lib.RunTool(lambda: both.wait(timeout=60)))
 
     found, times = run(sampler, job(0, act()), job(1, act()))
     assert sorted(found.values()) == [0, 1]
@@ -195,7 +195,7 @@ def test_a_tools_exception_reaches_its_episode(sampler, plain):
 
     def act():
         try:
-            yield sample_lib.Act(fail)
+            yield sample_lib.RunTool(fail)
         except Broken as error:
             return str(error)
 
@@ -225,10 +225,10 @@ def test_equal_keys_are_refused(sampler, plain):
 def test_new_weights_begin_with_the_next_run(sampler, models, plain):
     before = sampler.version
     paused = run(sampler, job(0, slice_tokens=5))[0][0]
-    assert paused.made.versions == (before,) * 5
+    assert paused.partial.versions == (before,) * 5
     sampler.swap(models[1], before + 1)
     assert sampler.version == before + 1  # told before the next run has taken them
-    found, _ = run(sampler, job(0, made=paused.made), job(1))
+    found, _ = run(sampler, job(0, made=paused.partial), job(1))
     assert found[0].versions == [before] * 5 + [before + 1] * (LENGTH - 5)
     assert found[0].tokens[:5] == plain[0].tokens[:5]
     assert found[0].logprobs[:5] == plain[0].logprobs[:5]
@@ -249,7 +249,7 @@ def test_a_run_can_be_stopped_and_leaves_nothing_under_way(sampler, plain):
         asked.append(1)
         return len(asked) > 3
 
-    with pytest.raises(rollout.Stopped):
+    with pytest.raises(rollout.RolloutStopped):
         run(sampler, *(job(n) for n in range(6)), stopping=stopping)
     sampler.dismiss()  # refuses while requests are under way
     found, times = run(sampler, job(2))
@@ -283,13 +283,15 @@ class Ending:
 
 def test_why_answers_end(monkeypatch):
     monkeypatch.setattr(rollout.engine, "Engine", Ending)
-    sampling = rollout.Sampling(temperature=0.7, top_p=0.9, top_k=5, min_p=0.1, stop_on_loop=False)
-    made = rollout.Rollout(None, None, SIZES, sampling)
+    sampling = rollout.RolloutSampling(
+        temperature=0.7, top_p=0.9, top_k=5, min_p=0.1, stop_on_loop=False
+    )
+    made = rollout.RolloutSampler(None, None, SIZES, sampling)
     found, times = run(made, *(job(n) for n in range(5)))
     statuses = [found[n].status for n in range(5)]
     assert statuses == ["stop", "length", "repetition", "error", "error"]
-    assert set(statuses) == set(sample_lib.STATUSES)
-    assert times.tokens == 4 + LENGTH
+    assert set(statuses) == set(sample_lib.SAMPLE_STATUSES)
+    assert times.num_tokens == 4 + LENGTH
     for n, options in enumerate(made._engine.submitted):
         for field in dataclasses.fields(sampling):
             assert getattr(options, field.name) == getattr(sampling, field.name)
@@ -303,7 +305,7 @@ def test_why_answers_end(monkeypatch):
 def test_sampling_out_of_range(wrong):
     (name,) = wrong
     with pytest.raises(ValueError, match=f"{name}: got .*; wanted"):
-        rollout.Sampling(**wrong)
+        rollout.RolloutSampling(**wrong)
 
 
 def test_sizes_of_the_engine():
@@ -311,6 +313,6 @@ def test_sizes_of_the_engine():
     assert (SIZES.max_length, SIZES.max_queue, SIZES.record_routes) == (96, 16, True)
     for name in ("rows", "max_length", "max_queue"):
         with pytest.raises(ValueError, match=rf"rollout\.engine: got '{name}'; wanted some of"):
-            rollout.engine_sizes({name: 8}, 96, 16)
+            rollout.make_engine_config({name: 8}, 96, 16)
     with pytest.raises(ValueError, match="max_rows"):
-        rollout.engine_sizes({"max_rows": 0}, 96, 16)
+        rollout.make_engine_config({"max_rows": 0}, 96, 16)

@@ -16,17 +16,25 @@ import m1_jax
 from m1_jax import ModelConfig, checkpoint, convert, export
 from train import export as export_run
 from train import loop, lora, metrics, sft, workdir
-from train.config import Data, Log, Lora, Run, Save, Source, Stage
+from train.config import (
+    DataConfig,
+    DataSource,
+    LogConfig,
+    LoraConfig,
+    SaveConfig,
+    TrainConfig,
+    TrainStage,
+)
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 MODEL = dataclasses.replace(ModelConfig.tiny(), layer_types=("lightning", "softmax"))
-CHAT = Data(sources=(Source("sums", "demo/data/chat.jsonl", "chat"),))
+CHAT = DataConfig(sources=(DataSource("sums", "demo/data/chat.jsonl", "chat"),))
 
 
 @pytest.fixture(autouse=True)
 def _one_device_in_the_checkout(monkeypatch):
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(loop, "_layout", lambda stage, config: None)
+    monkeypatch.setattr(loop, "_make_stage_layout", lambda stage, config: None)
     before = jax.config.jax_compilation_cache_dir
     yield
     jax.config.update("jax_compilation_cache_dir", before)
@@ -43,20 +51,20 @@ def base(tmp_path_factory):
 
 
 def _run(tmp_path, steps=4, **kwargs):
-    stage = Stage(seq_len=128, rows=4, tokens=steps * 512, learning_rate=3e-3)
+    stage = TrainStage(seq_len=128, rows=4, tokens=steps * 512, learning_rate=3e-3)
     fields = {
         "stages": (stage,),
         "data": CHAT,
         "dtype": "float32",
-        "save": Save(every_steps=2),
-        "log": Log(every_steps=1),
+        "save": SaveConfig(every_steps=2),
+        "log": LogConfig(every_steps=1),
         "compilation_cache": str(tmp_path / "xla"),
     }
-    return Run(**fields | kwargs)
+    return TrainConfig(**fields | kwargs)
 
 
 def _losses(workdir):
-    lines = (workdir / metrics.FILE).read_text().splitlines()
+    lines = (workdir / metrics.METRICS_FILE).read_text().splitlines()
     return [record["loss"] for record in map(json.loads, lines)]
 
 
@@ -65,7 +73,7 @@ def test_an_exported_run_loads_and_goes_back_to_the_releases_form(tmp_path, base
     sft.run(config, tmp_path / "run")
     assert _losses(tmp_path / "run")[0] == pytest.approx(np.log(512), abs=0.5)
     export_run.run(tmp_path / "run", tmp_path / "new")
-    convert.run(convert.Config("hf", str(tmp_path / "new"), str(tmp_path / "release")))
+    convert.run(convert.ConvertConfig("hf", str(tmp_path / "new"), str(tmp_path / "release")))
     tokens = jnp.arange(12, dtype=jnp.int32)[None]
     logits = [m1_jax.load(path)(tokens) for path in (base, tmp_path / "new", tmp_path / "release")]
     np.testing.assert_array_equal(logits[1], logits[2])
@@ -78,13 +86,13 @@ def test_an_exported_run_loads_and_goes_back_to_the_releases_form(tmp_path, base
 
 
 def test_lora_saves_adapters_alone_goes_on_and_merges(tmp_path, base, monkeypatch):
-    config = _run(tmp_path, checkpoint=str(base), lora=Lora(rank=4, alpha=8.0))
+    config = _run(tmp_path, checkpoint=str(base), lora=LoraConfig(rank=4, alpha=8.0))
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    loop.fit(config, whole)
+    loop.run_training(config, whole)
     with monkeypatch.context() as patch:
-        patch.setattr(workdir.Stop, "reached", lambda self, step: step == 2)
-        loop.fit(config, parts)
-    loop.fit(None, parts)
+        patch.setattr(workdir.StopRequest, "should_stop", lambda self, step: step == 2)
+        loop.run_training(config, parts)
+    loop.run_training(None, parts)
     assert _losses(whole) == _losses(parts)
     saved = (whole / "checkpoints" / "4" / "state").rglob("*")
     assert sum(file.stat().st_size for file in saved if file.is_file()) < 500_000
@@ -92,8 +100,8 @@ def test_lora_saves_adapters_alone_goes_on_and_merges(tmp_path, base, monkeypatc
     merged, old = m1_jax.load(tmp_path / "merged"), m1_jax.load(base)
     changed = {
         name
-        for name, param in checkpoint.parameters(merged).items()
-        if not np.array_equal(param[...], checkpoint.parameters(old)[name][...])
+        for name, param in checkpoint.params_by_path(merged).items()
+        if not np.array_equal(param[...], checkpoint.params_by_path(old)[name][...])
     }
     assert changed
     assert all(".attention." in name for name in changed)
@@ -101,7 +109,7 @@ def test_lora_saves_adapters_alone_goes_on_and_merges(tmp_path, base, monkeypatc
 
 def test_lora_of_random_weights_is_refused(tmp_path):
     with pytest.raises(ValueError, match="random weights would stay random"):
-        _run(tmp_path, model=MODEL, tokenizer="demo/data/tokenizer", lora=lora.Lora())
+        _run(tmp_path, model=MODEL, tokenizer="demo/data/tokenizer", lora=lora.LoraConfig())
 
 
 @pytest.mark.long

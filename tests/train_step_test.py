@@ -42,15 +42,15 @@ def _batch(rows=ROWS, seed=0):
     weights[1, :5] = 0  # a prompt
     positions = np.broadcast_to(np.arange(LENGTH, dtype=np.int32), ids.shape)
     arrays = (tokens[:, :-1], ids, positions, tokens[:, 1:], weights)
-    return step.Batch(*map(jnp.asarray, arrays))
+    return step.TrainBatch(*map(jnp.asarray, arrays))
 
 
 def _settings(accumulate=1, coefficient=None, **kwargs):
     optimizer = optim.AdamW(kwargs.pop("schedule", 1e-2), **kwargs)
-    return step.Settings(optimizer, accumulate, coefficient)
+    return step.TrainStepSettings(optimizer, accumulate, coefficient)
 
 
-_gradients = jax.jit(step.gradients, static_argnums=2)
+_gradients = jax.jit(step.compute_gradients, static_argnums=2)
 _hidden = jax.jit(lambda net, batch: net.hidden(batch.tokens, batch.segment_ids, batch.positions))
 
 
@@ -67,15 +67,15 @@ def gradients():
 def test_int8_weights_are_refused():
     net = checkpoint.abstract_model(CONFIG, jnp.float32, weights="int8-all")
     with pytest.raises(ValueError, match=r"int8 weights, .* no gradient\. Load the model without"):
-        step.init(net, optim.AdamW(1e-2))
+        step.init_state(net, optim.AdamW(1e-2))
 
 
 def test_loss_falls_in_bfloat16_and_masters_stay_float32():
     settings = _settings(schedule=optim.warmup_cosine(3e-3, 2, 40))
-    state = step.init(_model(jnp.bfloat16), settings.optimizer)
+    state = step.init_state(_model(jnp.bfloat16), settings.optimizer)
     losses = []
     for _ in range(20):
-        state, metrics = step.update(state, _batch(), settings=settings)
+        state, metrics = step.train_step(state, _batch(), settings=settings)
         losses.append(float(metrics["loss"]))
     assert losses[-1] < 0.5 * losses[0]
     assert int(state.step) == 20
@@ -93,7 +93,7 @@ def test_first_loss_is_the_weighted_mean_of_real_tokens():
     logps = np.asarray(logprobs.token_logprobs(net, hidden, batch.targets))
     weights = np.asarray(batch.weights)
     balance = float(moe.balance_loss(stats))
-    _, metrics = step.update(step.init(net, settings.optimizer), batch, settings=settings)
+    _, metrics = step.train_step(step.init_state(net, settings.optimizer), batch, settings=settings)
     np.testing.assert_allclose(metrics["loss"], -(weights * logps).sum() / weights.sum(), rtol=1e-5)
     np.testing.assert_allclose(metrics["balance_loss"], balance, rtol=1e-5)
     assert float(metrics["tokens"]) == ROWS * LENGTH - 3
@@ -160,9 +160,9 @@ def test_tokens_without_weight_or_followers_change_nothing(gradients):
 
 def test_state_is_donated():
     settings = _settings()
-    state = step.init(_model(), settings.optimizer)
+    state = step.init_state(_model(), settings.optimizer)
     before = jax.tree.leaves(state)
-    step.update(state, _batch(), settings=settings)
+    step.train_step(state, _batch(), settings=settings)
     assert all(leaf.is_deleted() for leaf in before)
 
 
@@ -199,7 +199,7 @@ def test_small_gradients_are_not_clipped_and_tiny_ones_still_move():
 
 
 def test_decay_spares_norms_only():
-    mask = optim.is_matrix(_model())
+    mask = optim.matrix_mask(_model())
     names = {
         ".".join(map(str, path)): bool(param.get_value())
         for path, param in nnx.iter_graph(mask)
@@ -219,10 +219,10 @@ def test_warmup_cosine():
 
 
 def test_abstract_state_lies_where_parameters_do():
-    layout = sharding.layout(sharding.make_mesh({"fsdp": 2, "expert": 4}), CONFIG)
+    layout = sharding.make_layout(sharding.make_mesh({"fsdp": 2, "expert": 4}), CONFIG)
     net = checkpoint.abstract_model(CONFIG, param_dtype=jnp.float32, layout=layout)
     optimizer = optim.AdamW(1.0, weight_decay=0.1)
-    state = step.abstract(net, optimizer)
+    state = step.abstract_state(net, optimizer)
     adam = state.moments[0]
     assert isinstance(adam, optax.ScaleByAdamState)
     wanted = [x.sharding for x in jax.tree.leaves(net)]
@@ -234,19 +234,21 @@ def test_abstract_state_lies_where_parameters_do():
 
 def test_step_on_a_mesh_equals_the_step_on_one_device():
     batch, settings = _batch(), _settings(2, 0.01)
-    expected, numbers = step.update(
-        step.init(_model(), settings.optimizer), batch, settings=settings
+    expected, numbers = step.train_step(
+        step.init_state(_model(), settings.optimizer), batch, settings=settings
     )
-    layout = sharding.layout(sharding.make_mesh({"expert": 2, "tensor": 2, "context": 2}), CONFIG)
+    layout = sharding.make_layout(
+        sharding.make_mesh({"expert": 2, "tensor": 2, "context": 2}), CONFIG
+    )
     net = checkpoint.abstract_model(CONFIG, jnp.float32, layout=layout)
-    values = checkpoint.parameters(_weights())
-    for name, param in checkpoint.parameters(net).items():
+    values = checkpoint.params_by_path(_weights())
+    for name, param in checkpoint.params_by_path(net).items():
         where = param.get_value().sharding
         param.set_value(jax.device_put(np.asarray(values[name].get_value()), where))
     before = [leaf.sharding for leaf in jax.tree.leaves(net)]
-    batch = jax.device_put(batch, layout.array("batch", "length"))
-    state = jax.jit(step.init, static_argnums=1)(net, settings.optimizer)
-    state, metrics = step.update(state, batch, settings=settings)
+    batch = jax.device_put(batch, layout.activation_sharding("batch", "length"))
+    state = jax.jit(step.init_state, static_argnums=1)(net, settings.optimizer)
+    state, metrics = step.train_step(state, batch, settings=settings)
     for name in numbers:
         np.testing.assert_allclose(metrics[name], numbers[name], rtol=1e-4)
     # Adam turns a gradient's last bits into steps of any size below the rate, 1e-2.
@@ -255,9 +257,9 @@ def test_step_on_a_mesh_equals_the_step_on_one_device():
     for tree in (state.model, state.moments.mu, state.moments.nu):
         for leaf, where in zip(jax.tree.leaves(tree), before, strict=True):
             assert leaf.sharding.is_equivalent_to(where, leaf.ndim)
-    size = step.update._cache_size()
-    step.update(state, batch, settings=settings)
-    assert step.update._cache_size() == size  # the second step is the same program
+    size = step.train_step._cache_size()
+    step.train_step(state, batch, settings=settings)
+    assert step.train_step._cache_size() == size  # the second step is the same program
 
 
 @pytest.mark.parametrize(
@@ -269,9 +271,9 @@ def test_step_on_a_mesh_equals_the_step_on_one_device():
         (lambda: optim.AdamW(1.0, clip_norm=0.0), "clip_norm"),
         (lambda: optim.warmup_cosine(1.0, 5, 5), "warmup_steps"),
         (lambda: _settings(0), "accumulate"),
-        (lambda: step.split(_batch(), 3), "4 rows in 3 microbatches"),
+        (lambda: step.split_microbatches(_batch(), 3), "4 rows in 3 microbatches"),
         (
-            lambda: step.init(model.MiniMaxM1(CONFIG, nnx.Rngs(0)), optim.AdamW(1.0)),
+            lambda: step.init_state(model.MiniMaxM1(CONFIG, nnx.Rngs(0)), optim.AdamW(1.0)),
             "param_dtype=float32",
         ),
     ],
@@ -305,10 +307,10 @@ def test_z_loss_is_the_mean_squared_log_normalizer_and_has_a_gradient():
 @pytest.mark.parametrize("skip", [True, False])
 def test_a_gradient_that_is_not_finite_changes_nothing_and_is_told(skip):
     settings = dataclasses.replace(_settings(), skip_nonfinite=skip)
-    state = step.init(_model(), settings.optimizer)
+    state = step.init_state(_model(), settings.optimizer)
     before = _leaves(state.model)
     batch = dataclasses.replace(_batch(), weights=_batch().weights.at[0, 0].set(jnp.inf))
-    state, metrics = step.update(state, batch, settings=settings)
+    state, metrics = step.train_step(state, batch, settings=settings)
     assert float(metrics["skipped"]) == 1.0
     same = all(np.array_equal(a, b) for a, b in zip(before, _leaves(state.model), strict=True))
     assert same == skip
@@ -317,7 +319,9 @@ def test_a_gradient_that_is_not_finite_changes_nothing_and_is_told(skip):
 
 def test_metrics_tell_gradient_norms_by_part_and_the_load_of_experts():
     settings = _settings()
-    _, metrics = step.update(step.init(_model(), settings.optimizer), _batch(), settings=settings)
+    _, metrics = step.train_step(
+        step.init_state(_model(), settings.optimizer), _batch(), settings=settings
+    )
     parts = {name: value for name, value in metrics.items() if name.startswith("grad_norm/")}
     assert parts.keys() == {
         f"grad_norm/{kind}" for kind in ("embed", "head", "lightning", "softmax", "experts")
@@ -347,7 +351,7 @@ def test_packed_documents_have_the_gradients_of_separate_ones():
                 arrays[3, row, place] = np.append(document[1:], 0)
                 weights[row, at : at + len(document) - 1] = 1
                 at += len(document)
-        return step.Batch(*map(jnp.asarray, (*arrays, weights)))
+        return step.TrainBatch(*map(jnp.asarray, (*arrays, weights)))
 
     packed, _ = _gradients(_model(), rows([documents]), _settings(1, 0.0))
     separate, _ = _gradients(_model(), rows([[d] for d in documents]), _settings(1, 0.0))

@@ -21,13 +21,13 @@ def main(port: str, processes: int, index: int, workdir: str) -> None:
     jax.config.update("jax_num_cpu_devices", 8 // processes)
     if processes > 1:
         jax.distributed.initialize(f"localhost:{port}", processes, index)
-    source = config_lib.Source("text", "demo/data/text.jsonl", "text")
-    config = config_lib.Run(
+    source = config_lib.DataSource("text", "demo/data/text.jsonl", "text")
+    config = config_lib.TrainConfig(
         model=dataclasses.replace(ModelConfig.tiny(), layer_types=("lightning", "softmax")),
         tokenizer="demo/data/tokenizer",
         dtype="float32",
         stages=(
-            config_lib.Stage(
+            config_lib.TrainStage(
                 seq_len=64,
                 rows=8,
                 tokens=4 * 8 * 64,
@@ -35,12 +35,12 @@ def main(port: str, processes: int, index: int, workdir: str) -> None:
                 mesh=(("fsdp", 2), ("expert", 2), ("context", 2)),
             ),
         ),
-        data=config_lib.Data(sources=(source,)),
-        evaluation=config_lib.Evaluation((source,), every_steps=4, batches=2),
-        save=config_lib.Save(every_steps=2),
-        log=config_lib.Log(every_steps=1),
+        data=config_lib.DataConfig(sources=(source,)),
+        evaluation=config_lib.EvaluationConfig((source,), every_steps=4, batches=2),
+        save=config_lib.SaveConfig(every_steps=2),
+        log=config_lib.LogConfig(every_steps=1),
     )
-    summary = loop.fit(config, workdir)
+    summary = loop.run_training(config, workdir)
     print(json.dumps({"step": summary.step, "loss": summary.loss}), flush=True)
 
 

@@ -12,31 +12,31 @@ import numpy as np
 if TYPE_CHECKING:  # which imports the metrics, which import this
     from train import objective as objective_lib
 
-FLAT = 1e-6  # a standard deviation at or below it is none
+ZERO_VARIANCE_STD = 1e-6  # a standard deviation at or below it is none
 _WHITEN_EPS = 1e-8  # added to the variance
 
 
-def per_sample(
-    objective: "objective_lib.Objective", rewards: Any, groups: Any, valid: Any
+def sample_advantages(
+    objective: "objective_lib.Objective", rewards: Any, group_ids: Any, valid: Any
 ) -> np.ndarray:
     """Return A of every sample, [N] float64 (M1 Eq. 2; `Objective.advantage` has the kinds).
 
     Standard deviations have N - 1 in the denominator. A group of one, or of equal rewards, has
     advantages of exactly 0. For "return" this is R, for "return-baseline" R less the group's mean;
-    `per_token` whitens them.
+    `token_advantages` whitens them.
 
     Raises:
       ValueError: arguments of different lengths, or a valid sample's reward that is not finite.
     """
-    rewards, groups, valid = _checked(rewards, groups, valid)
-    away = np.where(valid, rewards - _baseline(objective, rewards, groups, valid), 0.0)
-    return away / _scale(objective, away * away, groups, valid)
+    rewards, group_ids, valid = _validate_inputs(rewards, group_ids, valid)
+    away = np.where(valid, rewards - _reward_baseline(objective, rewards, group_ids, valid), 0.0)
+    return away / _advantage_scale(objective, away * away, group_ids, valid)
 
 
-def per_token(
+def token_advantages(
     objective: "objective_lib.Objective",
     rewards: Any,
-    groups: Any,
+    group_ids: Any,
     valid: Any,
     masks: Sequence[np.ndarray],
     turn_rewards: Sequence[Sequence[tuple[int, float]]] | None = None,
@@ -45,7 +45,7 @@ def per_token(
     """Return A of every token, one float64 array a sample, 0 where the mask is.
 
     With G_t the discounted rewards from token t on (`token_returns`, the discount 1 but for
-    returns) and b the baseline that `per_sample` takes off R: G_t - b. "group" divides that by
+    returns) and b the baseline that `sample_advantages` takes off R: G_t - b. "group" divides that by
     (s + advantage_eps), s^2 being the sum over the group's samples of their tokens' mean square,
     over N - 1: the standard deviation, where rewards come at the end alone. Returns are whitened:
     less the mean, over sqrt(variance + 1e-8), of all tokens of the batch.
@@ -57,10 +57,10 @@ def per_token(
       kls: logp_old - logp_ref of each token, for `reward_kl_coef`.
 
     Raises:
-      ValueError: as `per_sample`; a `reward_kl_coef` without kls; a place outside of a sample.
+      ValueError: as `sample_advantages`; a `reward_kl_coef` without kls; a place outside of a sample.
     """
-    rewards, groups, valid = _checked(rewards, groups, valid)
-    _same_length(rewards, masks=masks, turn_rewards=turn_rewards, kls=kls)
+    rewards, group_ids, valid = _validate_inputs(rewards, group_ids, valid)
+    _check_lengths(rewards, masks=masks, turn_rewards=turn_rewards, kls=kls)
     if objective.reward_kl_coef and kls is None:
         raise ValueError(
             f"reward_kl_coef {objective.reward_kl_coef}: got no kls; "
@@ -68,7 +68,7 @@ def per_token(
         )
     real = [np.asarray(mask) > 0 for mask in masks]
     away = []
-    base = _baseline(objective, rewards, groups, valid)
+    base = _reward_baseline(objective, rewards, group_ids, valid)
     for n, mask in enumerate(real):
         turns = turn_rewards[n] if turn_rewards is not None else ()
         final = rewards[n] - sum(reward for _, reward in turns) if valid[n] else 0.0
@@ -78,15 +78,15 @@ def per_token(
         returns = token_returns(turns, final, len(mask), objective.discount, costs)
         away.append(np.where(mask & valid[n], returns - base[n], 0.0))
     if objective.advantage.startswith("return"):
-        return _whitened(away, [mask & ok for mask, ok in zip(real, valid, strict=True)])
+        return _whiten_tokens(away, [mask & ok for mask, ok in zip(real, valid, strict=True)])
     squares = [(x * x).sum() / max(m.sum(), 1) for x, m in zip(away, real, strict=True)]
-    scale = _scale(objective, np.asarray(squares), groups, valid)
+    scale = _advantage_scale(objective, np.asarray(squares), group_ids, valid)
     return [x / s for x, s in zip(away, scale, strict=True)]
 
 
 def token_returns(
     turn_rewards: Sequence[tuple[int, float]],
-    final: float,
+    final_reward: float,
     length: int,
     gamma: float = 1.0,
     costs: np.ndarray | None = None,
@@ -104,7 +104,7 @@ def token_returns(
             raise ValueError(f"turn reward: got place {place}; wanted 0 to {length - 1}")
         rewards[place] += reward
     if length:
-        rewards[-1] += final
+        rewards[-1] += final_reward
     if gamma == 1:
         return np.cumsum(rewards[::-1])[::-1]
     total, out = 0.0, np.zeros(length)
@@ -113,10 +113,10 @@ def token_returns(
     return out
 
 
-def is_flat(rewards: Any) -> bool:
+def has_zero_variance(rewards: Any) -> bool:
     """Return whether a group's rewards teach nothing: a standard deviation of at most 1e-6."""
     rewards = np.asarray(rewards, np.float64)
-    return len(rewards) < 2 or bool(rewards.std(ddof=1) <= FLAT)
+    return len(rewards) < 2 or bool(rewards.std(ddof=1) <= ZERO_VARIANCE_STD)
 
 
 def overlong_penalty(num_tokens: int, max_tokens: int, buffer_tokens: int) -> float:
@@ -133,7 +133,7 @@ def overlong_penalty(num_tokens: int, max_tokens: int, buffer_tokens: int) -> fl
     return float(np.clip((max_tokens - buffer_tokens - num_tokens) / buffer_tokens, -1.0, 0.0))
 
 
-def _checked(rewards, groups, valid):
+def _validate_inputs(rewards, groups, valid):
     rewards, valid = np.asarray(rewards, np.float64), np.asarray(valid, bool)
     groups = np.unique(np.asarray(groups), return_inverse=True)[1].reshape(-1)
     if rewards.ndim != 1 or not len(rewards) == len(groups) == len(valid):
@@ -150,7 +150,7 @@ def _checked(rewards, groups, valid):
     return np.where(valid, rewards, 0.0), groups, valid
 
 
-def _same_length(rewards, **others):
+def _check_lengths(rewards, **others):
     for name, values in others.items():
         if values is not None and len(values) != len(rewards):
             raise ValueError(
@@ -158,12 +158,12 @@ def _same_length(rewards, **others):
             )
 
 
-def _baseline(objective, rewards, groups, valid):
+def _reward_baseline(objective, rewards, groups, valid):
     """Return what is taken off each sample's reward."""
     if objective.advantage == "return":
         return np.zeros(len(rewards))
-    count = _totals(valid, groups)
-    mean = _totals(rewards, groups) / np.maximum(count, 1)
+    count = _group_totals(valid, groups)
+    mean = _group_totals(rewards, groups) / np.maximum(count, 1)
     # The mean of equal numbers may differ from them in the last bit, which a division enlarges.
     low, high = np.full(len(rewards), np.inf), np.full(len(rewards), -np.inf)
     np.minimum.at(low, groups, np.where(valid, rewards, np.inf))
@@ -174,22 +174,22 @@ def _baseline(objective, rewards, groups, valid):
     return mean - (rewards - mean) / np.maximum(count - 1, 1)
 
 
-def _scale(objective, squares, groups, valid):
+def _advantage_scale(objective, squares, groups, valid):
     """Return what each sample's distance from its baseline is divided by."""
     if objective.advantage != "group":
         return np.ones(len(squares))
-    count = _totals(valid, groups)
+    count = _group_totals(valid, groups)
     squares = np.where(valid, squares, 0.0)
-    std = np.sqrt(_totals(squares, groups) / np.maximum(count - 1, 1))
+    std = np.sqrt(_group_totals(squares, groups) / np.maximum(count - 1, 1))
     scale = std + objective.advantage_eps
     return np.where(scale > 0, scale, 1.0)
 
 
-def _totals(values, groups):
+def _group_totals(values, groups):
     return np.bincount(groups, values)[groups] if len(groups) else np.zeros(0)
 
 
-def _whitened(values, masks):
+def _whiten_tokens(values, masks):
     if not any(mask.any() for mask in masks):
         return values
     tokens = np.concatenate([x[mask] for x, mask in zip(values, masks, strict=True)])

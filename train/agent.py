@@ -25,11 +25,11 @@ from m1_jax import tokenizer as tokenizer_lib
 from train import sample as sample_lib
 from train.environments import base
 
-_MALFORMED = "tool_calls"  # who answers a call that has no tool's name
+_MALFORMED_CALL_NAME = "tool_calls"  # who answers a call that has no tool's name
 
 
 @dataclasses.dataclass(frozen=True)
-class Limits:
+class EpisodeLimits:
     """What an episode may use, each at least 1.
 
     max_turns: of the model. max_tokens: prompt, answers and results together; no episode is
@@ -48,11 +48,11 @@ class Limits:
                 )
 
 
-class _Failure(Exception):
+class _EpisodeFailure(Exception):
     """The environment failed, or broke its promises; the cause says how."""
 
 
-def single_turn(
+def single_turn_episode(
     task: sample_lib.Task,
     tokenizer: tokenizer_lib.Tokenizer,
     max_tokens: int,
@@ -67,17 +67,17 @@ def single_turn(
     Raises:
       ValueError: messages or tools that cannot be rendered.
     """
-    sample = _start(task, tokenizer, profile)
-    made = yield sample_lib.Continue(sample.prompt, max_tokens)
-    _write(sample, made, tokenizer)
+    sample = _start_sample(task, tokenizer, profile)
+    made = yield sample_lib.Generate(sample.prompt, max_tokens)
+    _append_generation(sample, made, tokenizer)
     return sample
 
 
-def episode(
+def multi_turn_episode(
     task: sample_lib.Task,
     environment: base.Environment,
     tokenizer: tokenizer_lib.Tokenizer,
-    limits: Limits,
+    limits: EpisodeLimits,
     profile: str = "release",
 ) -> sample_lib.Episode:
     """Make a sample of several turns, with its rewards; see the module's docstring.
@@ -92,27 +92,27 @@ def episode(
     Raises:
       ValueError: messages or tools that cannot be rendered.
     """
-    sample = _start(task, tokenizer, profile)
+    sample = _start_sample(task, tokenizer, profile)
     try:
         if len(sample.prompt) >= limits.max_tokens:
-            raise _Failure(
+            raise _EpisodeFailure(
                 f"got a prompt of {len(sample.prompt)} tokens; wanted fewer than max_tokens, "
                 f"{limits.max_tokens}. Leave the task out."
             )
-        yield from _act(lambda: environment.start(task))
-        text = yield from _turns(sample, environment, tokenizer, limits, profile)
+        yield from _run_environment(lambda: environment.start(task))
+        text = yield from _run_turns(sample, environment, tokenizer, limits, profile)
         if sample.valid:
-            final = yield from _act(lambda: _reward(environment.finish(text)))
-            _score(sample, final)
-    except _Failure as failure:
+            final = yield from _run_environment(lambda: _check_reward(environment.finish(text)))
+            _set_reward(sample, final)
+    except _EpisodeFailure as failure:
         logging.warning("task %s: %s", task.id, failure, exc_info=failure.__cause__)
-        _fail(sample)
+        _mark_failed(sample)
     finally:
         environment.close()
     return sample
 
 
-def _start(
+def _start_sample(
     task: sample_lib.Task, tokenizer: tokenizer_lib.Tokenizer, profile: str
 ) -> sample_lib.Sample:
     tools = task.tools or None  # an empty list would be rendered by some profiles
@@ -121,19 +121,19 @@ def _start(
     )
 
 
-def _turns(
+def _run_turns(
     sample: sample_lib.Sample,
     environment: base.Environment,
     tokenizer: tokenizer_lib.Tokenizer,
-    limits: Limits,
+    limits: EpisodeLimits,
     profile: str,
 ) -> Generator[Any, Any, str]:
     """Return the answer, empty where the model did not come to one."""
     for turn in range(1, limits.max_turns + 1):
         so_far = (*sample.prompt, *sample.tokens)
         room = min(limits.turn_tokens, limits.max_tokens - len(so_far))
-        made = yield sample_lib.Continue(so_far, room)
-        _write(sample, made, tokenizer)
+        made = yield sample_lib.Generate(so_far, room)
+        _append_generation(sample, made, tokenizer)
         if made.status != "stop":
             return ""
         try:
@@ -141,11 +141,13 @@ def _turns(
         except ValueError as error:
             if not environment.tell_malformed:
                 return ""
-            results = [(_MALFORMED, f"error: {error}")]
+            results = [(_MALFORMED_CALL_NAME, f"error: {error}")]
         else:
             if not parsed.calls:
                 return parsed.text
-            step = yield from _act(lambda calls=parsed.calls: _step(environment, calls))
+            step = yield from _run_environment(
+                lambda calls=parsed.calls: _step_environment(environment, calls)
+            )
             if step.reward:
                 sample.turn_rewards.append((len(sample.tokens) - 1, step.reward))
             if step.done:
@@ -153,36 +155,36 @@ def _turns(
             names = [call.name for call in parsed.calls]
             results = list(zip(names, step.results, strict=True))
         messages = [{"role": "tool", "name": name, "content": said} for name, said in results]
-        told = _told(messages, tokenizer, profile, made.tokens)
+        told = _encode_observation(messages, tokenizer, profile, made.tokens)
         if turn == limits.max_turns or len(so_far) + len(made.tokens) + len(told) >= (
             limits.max_tokens
         ):
             break
-        sample.read(told)
+        sample.append_observation(told)
         sample.messages += messages
     sample.status = "length"
     return ""
 
 
-def _write(
+def _append_generation(
     sample: sample_lib.Sample,
-    made: sample_lib.Continuation,
+    generation: sample_lib.Generation,
     tokenizer: tokenizer_lib.Tokenizer,
 ) -> None:
     """Append a turn to tokens and messages; its text is without the token that ends it."""
-    sample.write(made)
-    ended = bool(made.tokens) and made.tokens[-1] in tokenizer.stop_ids
-    sample.text = tokenizer.decode(made.tokens[: len(made.tokens) - ended])
+    sample.append_generated(generation)
+    ended = bool(generation.tokens) and generation.tokens[-1] in tokenizer.stop_ids
+    sample.text = tokenizer.decode(generation.tokens[: len(generation.tokens) - ended])
     sample.messages.append({"role": "assistant", "content": sample.text})
-    if made.status == "error":
-        _fail(sample)
+    if generation.status == "error":
+        _mark_failed(sample)
 
 
-def _told(
+def _encode_observation(
     messages: Sequence[dict[str, Any]],
     tokenizer: tokenizer_lib.Tokenizer,
     profile: str,
-    written: Sequence[int],
+    written_tokens: Sequence[int],
 ) -> list[int]:
     """Return what stands between a turn and the next: its end, the results, the next head.
 
@@ -194,47 +196,47 @@ def _told(
     ids: list[int] = []
     for piece in pieces:
         if piece.special:
-            ids.append(tokenizer.special_id(piece.text))
+            ids.append(tokenizer.special_token_id(piece.text))
         else:
             ids += tokenizer.encode(piece.text)
-    return ids[1:] if written and written[-1] == ids[0] else ids
+    return ids[1:] if written_tokens and written_tokens[-1] == ids[0] else ids
 
 
-def _act(function: Callable[[], Any]) -> Generator[sample_lib.Act, Any, Any]:
+def _run_environment(function: Callable[[], Any]) -> Generator[sample_lib.RunTool, Any, Any]:
     """Have the environment do something.
 
     Raises:
       _Failure: it did not.
     """
     try:
-        return (yield sample_lib.Act(function))
+        return (yield sample_lib.RunTool(function))
     except Exception as error:
-        raise _Failure(f"the environment failed: {type(error).__name__}: {error}") from error
+        raise _EpisodeFailure(f"the environment failed: {type(error).__name__}: {error}") from error
 
 
-def _step(environment: base.Environment, calls: Sequence[base.Call]) -> base.Step:
+def _step_environment(environment: base.Environment, calls: Sequence[base.Call]) -> base.Step:
     step = environment.step(calls)
     if len(step.results) != len(calls):
         raise ValueError(f"got {len(step.results)} results; wanted one for each of {len(calls)}")
     for result in step.results:
         result.encode()  # a lone surrogate is no text
-    _reward(step.reward)
+    _check_reward(step.reward)
     return step
 
 
-def _reward(value: float) -> float:
+def _check_reward(value: float) -> float:
     if not math.isfinite(value):
         raise ValueError(f"got the reward {value}; wanted a finite number")
     return float(value)
 
 
-def _score(sample: sample_lib.Sample, final: float) -> None:
+def _set_reward(sample: sample_lib.Sample, final: float) -> None:
     sample.reward = final + sum(reward for _, reward in sample.turn_rewards)
     sample.parts["final"] = final
     if sample.turn_rewards:
         sample.parts["turns"] = sample.reward - final
 
 
-def _fail(sample: sample_lib.Sample) -> None:
+def _mark_failed(sample: sample_lib.Sample) -> None:
     sample.valid, sample.status = False, "error"
     sample.parts["error"] = 1.0

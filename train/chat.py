@@ -22,16 +22,16 @@ from infer import prompt
 from m1_jax import tokenizer as tokenizer_lib
 from train import packing
 
-KINDS = ("auto", "text", "chat")
-OVERLONG = ("error", "drop", "split")
-THINKING = ("keep", "drop")
+RECORD_KINDS = ("auto", "text", "chat")
+OVERLONG_MODES = ("error", "drop", "split")
+THINKING_MODES = ("keep", "drop")
 PROFILES = prompt.PROFILES
-_THOUGHT = re.compile(r"\A\s*<think>.*?</think>\s*", re.DOTALL)
+_THOUGHT_PATTERN = re.compile(r"\A\s*<think>.*?</think>\s*", re.DOTALL)
 
 
 @dataclasses.dataclass(frozen=True)
-class Encoder:
-    """Makes documents of records; the fields are those of `mixture.DataConfig`."""
+class RecordEncoder:
+    """Makes documents of records; the fields are those of `mixture.StreamConfig`."""
 
     tokenizer: tokenizer_lib.Tokenizer
     seq_len: int = 0
@@ -41,18 +41,22 @@ class Encoder:
     begin_token: str | None = prompt.DOCUMENT
     end_token: str | None = "<end_of_document>"
 
-    def encode(self, record: dict, kind: str = "auto") -> packing.Document:
+    def encode(self, record: dict, kind: str = "auto") -> packing.TokenizedDocument:
         """Return a record's document, whatever its length.
 
         Args:
-          kind: one of `KINDS`; auto goes by the record's keys.
+          kind: one of `RECORD_KINDS`; auto goes by the record's keys.
 
         Raises:
           ValueError: a record that is of neither kind, is empty or cannot be rendered.
         """
-        return self._chat(record) if is_chat(record, kind) else self._text(record["text"])
+        return (
+            self._encode_chat(record)
+            if is_chat(record, kind)
+            else self._encode_text(record["text"])
+        )
 
-    def document(self, record: dict, kind: str = "auto") -> packing.Document | None:
+    def encode_or_drop(self, record: dict, kind: str = "auto") -> packing.TokenizedDocument | None:
         """Return the document of `encode`, or None for a conversation to leave out as too long.
 
         Raises:
@@ -69,25 +73,27 @@ class Encoder:
             "Choose overlong='drop' or 'split', or longer rows."
         )
 
-    def _text(self, text: str) -> packing.Document:
+    def _encode_text(self, text: str) -> packing.TokenizedDocument:
         ids = self.tokenizer.encode(text)
         if self.begin_token is not None:
-            ids.insert(0, self.tokenizer.special_id(self.begin_token))
+            ids.insert(0, self.tokenizer.special_token_id(self.begin_token))
         if self.end_token is not None:
-            ids.append(self.tokenizer.special_id(self.end_token))
-        return packing.Document(np.array(ids, np.int32), np.ones(len(ids), bool))
+            ids.append(self.tokenizer.special_token_id(self.end_token))
+        return packing.TokenizedDocument(np.array(ids, np.int32), np.ones(len(ids), bool))
 
-    def _chat(self, record: dict) -> packing.Document:
+    def _encode_chat(self, record: dict) -> packing.TokenizedDocument:
         ids: list[int] = []
         learn: list[bool] = []
-        pieces = conversation(record["messages"], record.get("tools"), self.thinking, self.profile)
+        pieces = render_conversation(
+            record["messages"], record.get("tools"), self.thinking, self.profile
+        )
         for piece, learnt in pieces:
-            encode = self.tokenizer.special_id if piece.special else self.tokenizer.encode
+            encode = self.tokenizer.special_token_id if piece.special else self.tokenizer.encode
             new = encode(piece.text)
             new = [new] if isinstance(new, int) else new
             ids += new
             learn += [learnt] * len(new)
-        return packing.Document(np.array(ids, np.int32), np.array(learn, bool))
+        return packing.TokenizedDocument(np.array(ids, np.int32), np.array(learn, bool))
 
 
 def is_chat(record: dict, kind: str = "auto") -> bool:
@@ -113,7 +119,7 @@ def is_chat(record: dict, kind: str = "auto") -> bool:
     return False
 
 
-def conversation(
+def render_conversation(
     messages: Any, tools: Any = None, thinking: str = "keep", profile: str = "release"
 ) -> list[tuple[prompt.Piece, bool]]:
     """Return a conversation's pieces, as `prompt.render`, each with whether it is learnt.
@@ -124,7 +130,7 @@ def conversation(
     normal = prompt.normalise(messages, profile)
     learnt = [True] * sum(message["role"] == "assistant" for message in normal)
     if thinking == "drop":
-        messages, learnt = _without_old_thoughts(normal)
+        messages, learnt = _drop_old_thoughts(normal)
     if not any(learnt):
         raise ValueError("got no assistant turn to learn; wanted at least one")
     turns = iter(learnt)
@@ -146,14 +152,14 @@ def conversation(
     return pieces
 
 
-def _without_old_thoughts(messages: list[dict]) -> tuple[list[dict], list[bool]]:
+def _drop_old_thoughts(messages: list[dict]) -> tuple[list[dict], list[bool]]:
     """Return the messages, and for each assistant turn whether it is still to be learnt."""
     last = max((i for i, m in enumerate(messages) if m["role"] == "user"), default=0)
     kept, learnt = [], []
     for i, message in enumerate(messages):
         if message["role"] == "assistant":
             text = message["content"][0]["text"]
-            rest = _THOUGHT.sub("", text) if i < last else text
+            rest = _THOUGHT_PATTERN.sub("", text) if i < last else text
             learnt.append(rest == text)
             message = {**message, "content": [{"type": "text", "text": rest}]}
         kept.append(message)

@@ -28,8 +28,8 @@ class ResumeError(ValueError):
 
 
 @dataclasses.dataclass(frozen=True)
-class Position:
-    """What a checkpoint knows beside arrays. data: of `data.Stream.get_state`, all processes'."""
+class CheckpointInfo:
+    """What a checkpoint knows beside arrays. data: of `data.BatchStream.get_state`, all processes'."""
 
     step: int
     data: dict[str, Any]
@@ -37,10 +37,10 @@ class Position:
     digest: int
 
 
-class Checkpoints:
+class CheckpointStore:
     """The checkpoints below a run's directory; a context that waits for the last one to land."""
 
-    def __init__(self, directory: pathlib.Path, save: config_lib.Save):
+    def __init__(self, directory: pathlib.Path, save: config_lib.SaveConfig):
         options = ocp.CheckpointManagerOptions(
             max_to_keep=save.keep,
             keep_period=save.keep_every or None,
@@ -73,26 +73,26 @@ class Checkpoints:
         return sorted(self._manager.all_steps())
 
     def save(
-        self, state: step_lib.TrainState, data: dict, config: dict, number: int | None = None
+        self, state: step_lib.TrainState, data: dict, config: dict, step: int | None = None
     ) -> None:
         """Write a checkpoint; arrays are copied before this returns, files land behind it.
 
         number: that it goes by; None takes the state's step.
         """
-        run = {"config": config, "digest": int(digest(state))}
+        run = {"config": config, "digest": int(digest_state(state))}
         items = ocp.args.Composite(
-            state=ocp.args.PyTreeSave(flatten(state)),
-            data=ocp.args.JsonSave(_of_all_processes(data)),
+            state=ocp.args.PyTreeSave(flatten_state(state)),
+            data=ocp.args.JsonSave(_merge_across_processes(data)),
             run=ocp.args.JsonSave(run),
         )
-        number = int(state.step) if number is None else number
-        self._manager.save(number, args=items, force=True)
+        step = int(state.step) if step is None else step
+        self._manager.save(step, args=items, force=True)
 
-    def position(self, step: int) -> Position:
+    def read_info(self, step: int) -> CheckpointInfo:
         """Return what a checkpoint says of itself, without its arrays."""
         items = ocp.args.Composite(data=ocp.args.JsonRestore(), run=ocp.args.JsonRestore())
         found = self._manager.restore(step, args=items)
-        return Position(step=step, data=found["data"], **found["run"])
+        return CheckpointInfo(step=step, data=found["data"], **found["run"])
 
     def restore(self, step: int, like: step_lib.TrainState) -> step_lib.TrainState:
         """Read a state onto the shapes and shardings of `like`.
@@ -100,7 +100,7 @@ class Checkpoints:
         Raises:
           ResumeError: a checkpoint of another model, or one whose arrays are not what was saved.
         """
-        wanted = flatten(like)
+        wanted = flatten_state(like)
         saved = self._manager.item_metadata(step)["state"].tree
         shapes = {name: tuple(meta.shape) for name, meta in saved.items()}
         for name, leaf in wanted.items():
@@ -116,8 +116,8 @@ class Checkpoints:
             for name, leaf in wanted.items()
         }
         items = ocp.args.Composite(state=ocp.args.PyTreeRestore(wanted, restore_args=places))
-        state = unflatten(self._manager.restore(step, args=items)["state"], like)
-        expected, got = self.position(step).digest, int(digest(state))
+        state = unflatten_state(self._manager.restore(step, args=items)["state"], like)
+        expected, got = self.read_info(step).digest, int(digest_state(state))
         if got != expected:
             raise ResumeError(
                 f"checkpoint of step {step} is damaged: its digest is {got}, but {expected} was "
@@ -126,24 +126,24 @@ class Checkpoints:
         return state
 
 
-def flatten(state: step_lib.TrainState) -> dict[str, Any]:
+def flatten_state(state: step_lib.TrainState) -> dict[str, Any]:
     """Return what a run changes of a state, by path: all leaves but frozen parameters."""
-    own = dataclasses.replace(state, model=frozen.split(state.model)[0])
+    own = dataclasses.replace(state, model=frozen.partition(state.model)[0])
     leaves = jax.tree_util.tree_leaves_with_path(own)
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
 
 
-def unflatten(leaves: dict[str, Any], like: step_lib.TrainState) -> step_lib.TrainState:
-    """Return another state with the leaves that `flatten` gave in place of its own."""
-    own, rest = frozen.split(like.model)
+def unflatten_state(leaves: dict[str, Any], like: step_lib.TrainState) -> step_lib.TrainState:
+    """Return another state with the leaves that `flatten_state` gave in place of its own."""
+    own, rest = frozen.partition(like.model)
     shape = jax.tree.structure(dataclasses.replace(like, model=own))
-    state = jax.tree.unflatten(shape, [leaves[name] for name in flatten(like)])
-    return dataclasses.replace(state, model=frozen.join(state.model, rest))
+    state = jax.tree.unflatten(shape, [leaves[name] for name in flatten_state(like)])
+    return dataclasses.replace(state, model=frozen.combine(state.model, rest))
 
 
 @jax.jit
-def digest(state: step_lib.TrainState) -> jax.Array:
-    """Return one number of all bits of `flatten`, on any mesh: integers add up in any order.
+def digest_state(state: step_lib.TrainState) -> jax.Array:
+    """Return one number of all bits of `flatten_state`, on any mesh: integers add up in any order.
 
     Each word is multiplied by an odd number of its place, so that swapped values do not cancel.
     """
@@ -156,12 +156,12 @@ def digest(state: step_lib.TrainState) -> jax.Array:
         return jnp.sum(words, dtype=jnp.uint32)
 
     total = jnp.zeros((), jnp.uint32)
-    for leaf in flatten(state).values():
+    for leaf in flatten_state(state).values():
         total = total * jnp.uint32(31) + one(leaf)
     return total
 
 
-def _of_all_processes(data: dict) -> dict:
+def _merge_across_processes(data: dict) -> dict:
     """Merge every process's dict; a small JSON of each goes over the network."""
     if jax.process_count() == 1:
         return data
@@ -172,13 +172,13 @@ def _of_all_processes(data: dict) -> dict:
     parts = multihost_utils.process_allgather(padded)
     merged: dict = {}
     for part, size in zip(parts, sizes.reshape(-1), strict=True):
-        merged = _merge(merged, json.loads(part[: int(size)].tobytes()))
+        merged = _merge_dicts(merged, json.loads(part[: int(size)].tobytes()))
     return merged
 
 
-def _merge(one: dict, other: dict) -> dict:
-    both = dict(one)
-    for key, value in other.items():
+def _merge_dicts(left: dict, right: dict) -> dict:
+    both = dict(left)
+    for key, value in right.items():
         nested = isinstance(both.get(key), dict) and isinstance(value, dict)
-        both[key] = _merge(both[key], value) if nested else value
+        both[key] = _merge_dicts(both[key], value) if nested else value
     return both

@@ -9,12 +9,14 @@ from absl import flags, logging
 
 from m1_jax import configlib
 
-Fit = Callable[[Any, str], Any]  # returns a summary: step, stopped_by, and what it prints as
+RunFunction = Callable[
+    [Any, str], Any
+]  # returns a summary: step, stopped_by, and what it prints as
 # Changes a config as further arguments want it, and says what to print.
-Change = Callable[[Any, Sequence[str]], tuple[Any, str]]
+ConfigEdit = Callable[[Any, Sequence[str]], tuple[Any, str]]
 
 
-def cli(run: Fit, change: Change | None = None) -> None:
+def cli(run: RunFunction, edit_config: ConfigEdit | None = None) -> None:
     """Run a command around `run(config, workdir)`.
 
     change: takes the arguments that are not flags of ours; without it there may be none.
@@ -28,13 +30,13 @@ def cli(run: Fit, change: Change | None = None) -> None:
 
     def parse(argv):
         flags.FLAGS.set_gnu_getopt(True)  # values of others' flags stand between ours
-        return flags.FLAGS(argv, known_only=change is not None)
+        return flags.FLAGS(argv, known_only=edit_config is not None)
 
-    app.run(lambda argv: _main(argv, run, change), flags_parser=parse)
+    app.run(lambda argv: _run_command(argv, run, edit_config), flags_parser=parse)
 
 
-def _main(argv, run: Fit, change: Change | None) -> None:
-    if len(argv) > 1 and change is None:
+def _run_command(argv, run: RunFunction, edit_config: ConfigEdit | None) -> None:
+    if len(argv) > 1 and edit_config is None:
         sys.exit(f"error: unknown argument {argv[1]!r}")
     given = flags.FLAGS
     logging.set_verbosity(logging.INFO if given.verbose else logging.WARNING)
@@ -48,11 +50,11 @@ def _main(argv, run: Fit, change: Change | None) -> None:
             )
         if given.set and not given.config:
             raise ValueError("set: got overrides without --config, which they would change")
-        config = configlib.load(given.config, given.set) if given.config else None
-        if change is not None and argv[1:]:
+        config = configlib.load_config(given.config, given.set) if given.config else None
+        if edit_config is not None and argv[1:]:
             if config is None:
                 raise ValueError(f"got {argv[1]!r} without --config, which it would change")
-            config, told = change(config, argv[1:])
+            config, told = edit_config(config, argv[1:])
             print(told, file=sys.stderr)
         if given.distributed:
             jax.distributed.initialize()

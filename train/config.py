@@ -7,19 +7,19 @@ from m1_jax import config as config_lib
 from train import lora as lora_lib
 from train import mixture
 
-Source = mixture.Source
-Lora = lora_lib.Lora
+DataSource = mixture.DataSource
+LoraConfig = lora_lib.LoraConfig
 
-SHAPES = ("constant", "linear", "cosine")
+SCHEDULE_SHAPES = ("constant", "linear", "cosine")
 
 
-def _require(condition: bool, name: str, got, wanted: str) -> None:
+def _check_field(condition: bool, name: str, got, wanted: str) -> None:
     if not condition:
         raise ValueError(f"{name}: got {got!r}; wanted {wanted}")
 
 
 @dataclasses.dataclass(frozen=True)
-class Stage:
+class TrainStage:
     """Training at one length on one mesh.
 
     seq_len: tokens in a row. rows: in a global batch. tokens: of the stage, padding counted as it
@@ -40,21 +40,26 @@ class Stage:
 
     def __post_init__(self):
         for name in ("seq_len", "rows", "tokens", "accumulate"):
-            _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        _require(self.learning_rate >= 0, "learning_rate", self.learning_rate, "at least 0")
-        _require(self.shape in SHAPES, "shape", self.shape, f"one of {', '.join(SHAPES)}")
+            _check_field(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        _check_field(self.learning_rate >= 0, "learning_rate", self.learning_rate, "at least 0")
+        _check_field(
+            self.shape in SCHEDULE_SHAPES,
+            "shape",
+            self.shape,
+            f"one of {', '.join(SCHEDULE_SHAPES)}",
+        )
         fits = 0 <= self.warmup_tokens <= self.tokens
-        _require(fits, "warmup_tokens", self.warmup_tokens, f"0 to tokens = {self.tokens}")
+        _check_field(fits, "warmup_tokens", self.warmup_tokens, f"0 to tokens = {self.tokens}")
         wanted = f"a divisor of rows = {self.rows}"
-        _require(self.rows % self.accumulate == 0, "accumulate", self.accumulate, wanted)
+        _check_field(self.rows % self.accumulate == 0, "accumulate", self.accumulate, wanted)
 
     @property
-    def steps(self) -> int:
+    def num_steps(self) -> int:
         return math.ceil(self.tokens / (self.rows * self.seq_len))
 
 
 @dataclasses.dataclass(frozen=True)
-class Optimizer:
+class OptimizerConfig:
     """AdamW; see `optim.AdamW`. M1 trains with eps 1e-15."""
 
     b1: float = 0.9
@@ -65,7 +70,7 @@ class Optimizer:
 
 
 @dataclasses.dataclass(frozen=True)
-class Loss:
+class LossConfig:
     """Coefficients beside the tokens' loss.
 
     balance: of the routers' balance loss, as (token, coefficient) points joined by lines; empty
@@ -77,15 +82,15 @@ class Loss:
 
     def __post_init__(self):
         tokens = [token for token, _ in self.balance]
-        _require(tokens == sorted(set(tokens)), "loss.balance", tokens, "rising tokens")
-        _require(self.z >= 0, "loss.z", self.z, "at least 0")
+        _check_field(tokens == sorted(set(tokens)), "loss.balance", tokens, "rising tokens")
+        _check_field(self.z >= 0, "loss.z", self.z, "at least 0")
 
 
 @dataclasses.dataclass(frozen=True)
-class Data:
-    """What is read; see `mixture.DataConfig`, whose other fields the stage and the run have."""
+class DataConfig:
+    """What is read; see `mixture.StreamConfig`, whose other fields the stage and the run have."""
 
-    sources: tuple[Source, ...]
+    sources: tuple[DataSource, ...]
     weights: tuple[tuple[int, tuple[tuple[str, float], ...]], ...] = ()
     pack: bool = True
     overlong: str = "error"
@@ -100,20 +105,20 @@ class Data:
 
 
 @dataclasses.dataclass(frozen=True)
-class Evaluation:
+class EvaluationConfig:
     """Held-out loss. every_steps: 0 never. batches: of each evaluation; 0 for all there are."""
 
-    sources: tuple[Source, ...] = ()
+    sources: tuple[DataSource, ...] = ()
     every_steps: int = 0
     batches: int = 8
 
     def __post_init__(self):
         fits = self.every_steps == 0 or bool(self.sources)
-        _require(fits, "evaluation.sources", self.sources, "a source, as every_steps is not 0")
+        _check_field(fits, "evaluation.sources", self.sources, "a source, as every_steps is not 0")
 
 
 @dataclasses.dataclass(frozen=True)
-class Save:
+class SaveConfig:
     """Checkpoints.
 
     keep: how many of the newest. keep_every: steps of those kept for ever, or 0. directory: where
@@ -126,12 +131,12 @@ class Save:
     directory: str = ""
 
     def __post_init__(self):
-        _require(self.every_steps >= 1, "save.every_steps", self.every_steps, "at least 1")
-        _require(self.keep >= 1, "save.keep", self.keep, "at least 1")
+        _check_field(self.every_steps >= 1, "save.every_steps", self.every_steps, "at least 1")
+        _check_field(self.keep >= 1, "save.keep", self.keep, "at least 1")
 
 
 @dataclasses.dataclass(frozen=True)
-class Log:
+class LogConfig:
     """every_steps: between metrics. samples: whether samples.jsonl lists what every step read
     (with several processes, in the rows of the first).
 
@@ -145,12 +150,12 @@ class Log:
     trace: tuple[int, int] | None = None
 
     def __post_init__(self):
-        _require(self.every_steps >= 1, "log.every_steps", self.every_steps, "at least 1")
-        _require(self.spike > 1, "log.spike", self.spike, "more than 1")
+        _check_field(self.every_steps >= 1, "log.every_steps", self.every_steps, "at least 1")
+        _check_field(self.spike > 1, "log.spike", self.spike, "more than 1")
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
+class TrainConfig:
     """One training run.
 
     checkpoint: a release directory or a converted one to start from; or else `model`, whose
@@ -161,32 +166,34 @@ class Run:
     stops. compilation_cache: directory; empty is ~/.cache/m1_jax.
     """
 
-    stages: tuple[Stage, ...]
-    data: Data
+    stages: tuple[TrainStage, ...]
+    data: DataConfig
     checkpoint: str = ""
     model: config_lib.ModelConfig | None = None
     tokenizer: str = ""
     dtype: str = "bfloat16"
     remat: str = ""
-    lora: Lora | None = None
-    optimizer: Optimizer = Optimizer()
-    loss: Loss = Loss()
-    evaluation: Evaluation = Evaluation()
-    save: Save = Save()
-    log: Log = Log()
+    lora: LoraConfig | None = None
+    optimizer: OptimizerConfig = OptimizerConfig()
+    loss: LossConfig = LossConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    save: SaveConfig = SaveConfig()
+    log: LogConfig = LogConfig()
     seed: int = 0
     skip_nonfinite: bool = True
     max_skipped: int = 10
     compilation_cache: str = ""
 
     def __post_init__(self):
-        _require(len(self.stages) > 0, "stages", self.stages, "at least one")
+        _check_field(len(self.stages) > 0, "stages", self.stages, "at least one")
         either = bool(self.checkpoint) != (self.model is not None)
-        _require(either, "checkpoint", self.checkpoint, "either this or a model, not both")
-        _require(bool(self.checkpoint or self.tokenizer), "tokenizer", "", "its directory")
-        _require(self.dtype in ("bfloat16", "float32"), "dtype", self.dtype, "bfloat16 or float32")
+        _check_field(either, "checkpoint", self.checkpoint, "either this or a model, not both")
+        _check_field(bool(self.checkpoint or self.tokenizer), "tokenizer", "", "its directory")
+        _check_field(
+            self.dtype in ("bfloat16", "float32"), "dtype", self.dtype, "bfloat16 or float32"
+        )
         frozen = self.lora is None or bool(self.checkpoint)
-        _require(frozen, "lora", self.lora, "a checkpoint, as random weights would stay random")
-        wanted = ("", *config_lib.REMAT)
-        _require(self.remat in wanted, "remat", self.remat, f"one of {wanted}")
-        _require(self.max_skipped >= 1, "max_skipped", self.max_skipped, "at least 1")
+        _check_field(frozen, "lora", self.lora, "a checkpoint, as random weights would stay random")
+        wanted = ("", *config_lib.REMAT_POLICIES)
+        _check_field(self.remat in wanted, "remat", self.remat, f"one of {wanted}")
+        _check_field(self.max_skipped >= 1, "max_skipped", self.max_skipped, "at least 1")

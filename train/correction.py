@@ -13,13 +13,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Real
 
-LEVELS = ("token", "sequence", "geometric")
-HOWS = ("truncate", "mask")
-MAX_LOG = 20.0  # exp beyond it is useless as a weight, and soon infinite
+WEIGHT_LEVELS = ("token", "sequence", "geometric")
+CORRECTION_MODES = ("truncate", "mask")
+MAX_LOG_RATIO = 20.0  # exp beyond it is useless as a weight, and soon infinite
 
 
 @dataclasses.dataclass(frozen=True)
-class Correction:
+class RolloutCorrection:
     """How tokens are weighted by sampler and trainer; hashable.
 
     Args:
@@ -28,7 +28,7 @@ class Correction:
       how: "truncate" moves weights into [low, high]; "mask" rejects those outside.
       low, high: bounds of the weight, at least 0; None is none.
       veto: rejects a sample any of whose tokens has exp(d) below it; None for none.
-      normalise: divides by the mean weight of the whole step's tokens, see `mean_weight`.
+      normalise: divides by the mean weight of the whole step's tokens, see `weight_sum_and_count`.
 
     Raises:
       ValueError: a name that does not exist, or bounds that no weight can meet.
@@ -42,7 +42,7 @@ class Correction:
     normalise: bool = False
 
     def __post_init__(self):
-        for name, known in (("level", LEVELS), ("how", HOWS)):
+        for name, known in (("level", WEIGHT_LEVELS), ("how", CORRECTION_MODES)):
             if getattr(self, name) not in known:
                 raise ValueError(
                     f"correction: {name}: got {getattr(self, name)!r}; "
@@ -60,8 +60,8 @@ class Correction:
             raise ValueError("correction: got how 'mask' without low and high; wanted one of them")
 
 
-def weights(
-    correction: Correction,
+def correction_weights(
+    correction: RolloutCorrection,
     logp_old: Float[Array, "B T"],
     logp_rollout: Float[Array, "B T"],
     mask: Real[Array, "B T"],
@@ -73,13 +73,13 @@ def weights(
     segment_ids: which sample of its row a token belongs to, 0 to T.
     """
     real = mask > 0
-    d = jax.lax.stop_gradient(_clipped(jnp.where(real, logp_old - logp_rollout, 0.0)))
+    d = jax.lax.stop_gradient(_clip_log_ratio(jnp.where(real, logp_old - logp_rollout, 0.0)))
     level = d
     if correction.level != "token":
         level = segment_totals(d, segment_ids)
     if correction.level == "geometric":
         level = level / jnp.maximum(segment_totals(real.astype(d.dtype), segment_ids), 1.0)
-    weight = jnp.exp(_clipped(level))
+    weight = jnp.exp(_clip_log_ratio(level))
     keep = jnp.ones(weight.shape, bool)
     if correction.how == "truncate":
         weight = jnp.clip(weight, correction.low, correction.high)
@@ -93,15 +93,17 @@ def weights(
     return jnp.where(real, weight, 1.0), keep
 
 
-def mean_weight(weight: Float[Array, "B T"], mask: Real[Array, "B T"]) -> Float[Array, "2"]:
+def weight_sum_and_count(
+    weight: Float[Array, "B T"], mask: Real[Array, "B T"]
+) -> Float[Array, "2"]:
     """Return (sum of the tokens' weights, number of tokens), rejected ones included.
 
-    These add up over rows and hosts; their quotient over the whole step is `Terms.weight_mean`.
+    These add up over rows and hosts; their quotient over the whole step is `TokenTerms.weight_mean`.
     """
     return jnp.stack([jnp.sum(jnp.where(mask > 0, weight, 0.0)), jnp.sum(mask > 0)])
 
 
-def on_policy(
+def on_policy_mask(
     threshold: float,
     advantages: Float[Array, "B T"],
     logp: Float[Array, "B T"],
@@ -127,5 +129,5 @@ def segment_totals(values: Float[Array, "T"], segment_ids: Int[Array, "T"]) -> F
     return total(values, segment_ids)[segment_ids]
 
 
-def _clipped(x):
-    return jnp.clip(x, -MAX_LOG, MAX_LOG)
+def _clip_log_ratio(x):
+    return jnp.clip(x, -MAX_LOG_RATIO, MAX_LOG_RATIO)

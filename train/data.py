@@ -1,6 +1,6 @@
 """Sources to batches: a stream that can stop after any batch and go on, on any number of hosts.
 
-The state names what was read and what waits, never tokens: see `mixture.Lane`. Each host keeps
+The state names what was read and what waits, never tokens: see `mixture.DataLane`. Each host keeps
 the lanes that its rows come from. The states of all hosts together, as one dict, restore a stream
 on any number of hosts.
 """
@@ -17,30 +17,30 @@ from jaxtyping import Int32
 from m1_jax import tokenizer as tokenizer_lib
 from train import mixture, packing, producer, sources, step
 
-Source = mixture.Source
-DataConfig = mixture.DataConfig
+DataSource = mixture.DataSource
+StreamConfig = mixture.StreamConfig
 DataError = sources.DataError
 
 
 @dataclasses.dataclass
-class Rows:
+class HostBatch:
     """This host's rows of one batch, numpy.
 
-    sources: number of the source from 1, 0 for padding. samples: see `packing.Row`.
+    sources: number of the source from 1, 0 for padding. samples: see `packing.PackedRow`.
     utilisation: share of places that are no padding. wait_secs: how long the caller waited.
     dropped: conversations that this host's lanes left out so far.
     """
 
-    batch: step.Batch
-    sources: Int32[np.ndarray, "B T"]
-    samples: list[list[str]]
-    utilisation: float
+    batch: step.TrainBatch
+    source_ids: Int32[np.ndarray, "B T"]
+    sample_ids: list[list[str]]
+    utilization: float
     wait_secs: float
-    dropped: int
+    num_dropped: int
 
 
-class Stream:
-    """An iterator over `Rows`; its state is that of the last batch handed out.
+class BatchStream:
+    """An iterator over `HostBatch`; its state is that of the last batch handed out.
 
     With `epochs` the stream ends, after rows of padding that fill up the last batch. It is then
     read as a single lane, by every host in full: it packs tightly and ends everywhere at once.
@@ -49,11 +49,11 @@ class Stream:
 
     def __init__(
         self,
-        config: DataConfig,
+        config: StreamConfig,
         tokenizer: tokenizer_lib.Tokenizer,
         process_index: int = 0,
         process_count: int = 1,
-        epochs: int | None = None,
+        num_epochs: int | None = None,
     ):
         """Open the sources; nothing is made ahead before the first batch is asked for.
 
@@ -63,14 +63,14 @@ class Stream:
           epochs: how often to read all, or None for ever.
 
         Raises:
-          DataError: see `sources.Records`.
+          DataError: see `sources.RecordFiles`.
           ValueError: rows or lanes that the hosts cannot share, or a tokenizer without the
             config's control tokens.
         """
         if not 0 <= process_index < process_count:
             raise ValueError(f"process {process_index} of {process_count}: wanted less than that")
-        lanes = config.lanes if epochs is None else 1
-        shared = {"rows": config.rows} | ({"lanes": lanes} if epochs is None else {})
+        lanes = config.lanes if num_epochs is None else 1
+        shared = {"rows": config.rows} | ({"lanes": lanes} if num_epochs is None else {})
         for what, many in shared.items():
             if many % process_count:
                 raise ValueError(
@@ -78,29 +78,29 @@ class Stream:
                 )
         for token in (config.begin_token, config.end_token):
             if token is not None:
-                tokenizer.special_id(token)
+                tokenizer.special_token_id(token)
         self.config = config
-        self._lanes, self._epochs = lanes, epochs
-        self._records = {s.name: sources.Records(s.name, s.path) for s in config.sources}
+        self._num_lanes, self._num_epochs = lanes, num_epochs
+        self._records = {s.name: sources.RecordFiles(s.name, s.path) for s in config.sources}
         local = config.rows // process_count
-        self._rows = range(process_index * local, (process_index + 1) * local)
-        made = self._rows if epochs is None else range(config.rows)
-        self._work = producer.Work(
-            config, tokenizer, self._records, lanes, made, epochs, step=0, states={}
+        self._row_numbers = range(process_index * local, (process_index + 1) * local)
+        made = self._row_numbers if num_epochs is None else range(config.rows)
+        self._prefetch_spec = producer.PrefetchSpec(
+            config, tokenizer, self._records, lanes, made, num_epochs, step=0, states={}
         )
-        owned = lanes // process_count if epochs is None else 1
-        first = process_index * owned if epochs is None else 0
-        self._owned = range(first, first + owned)
+        owned = lanes // process_count if num_epochs is None else 1
+        first = process_index * owned if num_epochs is None else 0
+        self._owned_lanes = range(first, first + owned)
         self._step = 0
-        self._states: dict[int, dict] = {lane: {} for lane in self._owned}
+        self._lane_states: dict[int, dict] = {lane: {} for lane in self._owned_lanes}
         # Of the files as they were opened, should one change before the first state is taken.
         self._fingerprint = {name: one.fingerprint() for name, one in self._records.items()}
-        self._producer: producer.Producer | None = None
+        self._prefetcher: producer.RowPrefetcher | None = None
 
-    def __iter__(self) -> Iterator[Rows]:
+    def __iter__(self) -> Iterator[HostBatch]:
         return self
 
-    def __next__(self) -> Rows:
+    def __next__(self) -> HostBatch:
         """Return this host's rows of the next batch.
 
         Raises:
@@ -108,32 +108,32 @@ class Stream:
           StopIteration: after the last epoch.
         """
         started = time.perf_counter()
-        if self._producer is None:
-            states = dict(self._states)  # a lane begins with its own when it is first used
-            work = dataclasses.replace(self._work, step=self._step, states=states)
-            self._producer = producer.Producer(work)
+        if self._prefetcher is None:
+            states = dict(self._lane_states)  # a lane begins with its own when it is first used
+            work = dataclasses.replace(self._prefetch_spec, step=self._step, states=states)
+            self._prefetcher = producer.RowPrefetcher(work)
         try:
-            made = self._producer.next()
+            made = self._prefetcher.next_rows()
         except Exception:
             self.close()
             raise
-        if not any(one.row.samples for one in made.values()):
+        if not any(one.row.sample_ids for one in made.values()):
             self.close()
             raise StopIteration
         self._step += 1
         for one in made.values():
-            self._states[one.lane] = one.state
-        rows = [made[number].row for number in self._rows]
-        return self._stack(rows, time.perf_counter() - started)
+            self._lane_states[one.lane_number] = one.state
+        rows = [made[number].row for number in self._row_numbers]
+        return self._stack_rows(rows, time.perf_counter() - started)
 
     def get_state(self) -> dict[str, Any]:
         """Return this host's part of the state, JSON-able; merge all hosts' with dict.update."""
         return {
             "step": self._step,
-            "lanes": self._lanes,
+            "lanes": self._num_lanes,
             "seed": self.config.seed,
             "fingerprint": self.fingerprint(),
-            **{str(lane): copy.deepcopy(state) for lane, state in self._states.items()},
+            **{str(lane): copy.deepcopy(state) for lane, state in self._lane_states.items()},
         }
 
     def set_state(self, state: dict[str, Any]) -> None:
@@ -143,12 +143,12 @@ class Stream:
           DataError: a data file changed since, or a source is gone.
           ValueError: another seed or number of lanes, or a host's part is missing.
         """
-        for what, have in (("seed", self.config.seed), ("lanes", self._lanes)):
+        for what, have in (("seed", self.config.seed), ("lanes", self._num_lanes)):
             if state.get(what) != have:
                 raise ValueError(
                     f"{what}: got {have}; wanted {state.get(what)}, as when the state was saved"
                 )
-        missing = [lane for lane in self._owned if str(lane) not in state]
+        missing = [lane for lane in self._owned_lanes if str(lane) not in state]
         if missing:
             raise ValueError(
                 f"state: got none of lane {missing[0]}; wanted the states of all hosts in one dict"
@@ -159,39 +159,39 @@ class Stream:
                     f"source {name!r}: the checkpoint has it and the config does not; wanted all "
                     "of its sources. Give it weight 0 to read no more of it."
                 )
-            self._records[name].check(saved)
+            self._records[name].check_fingerprint(saved)
         self.close()
         self._step = state["step"]
-        self._states = {lane: copy.deepcopy(state[str(lane)]) for lane in self._owned}
+        self._lane_states = {lane: copy.deepcopy(state[str(lane)]) for lane in self._owned_lanes}
 
     def fingerprint(self) -> dict[str, list]:
-        """Return what tells each source's files from changed ones; see `sources.Records`."""
+        """Return what tells each source's files from changed ones; see `sources.RecordFiles`."""
         return copy.deepcopy(self._fingerprint)
 
     def close(self) -> None:
         """Stop what is made ahead and close the files; the next batch starts anew."""
-        if self._producer is not None:
-            self._producer.close()
-            self._producer = None
+        if self._prefetcher is not None:
+            self._prefetcher.close()
+            self._prefetcher = None
         for records in self._records.values():
             records.close()
 
-    def __enter__(self) -> "Stream":
+    def __enter__(self) -> "BatchStream":
         return self
 
     def __exit__(self, *exception) -> None:
         self.close()
 
-    def _stack(self, rows: list[packing.Row], wait_secs: float) -> Rows:
-        names = [field.name for field in dataclasses.fields(step.Batch)]
+    def _stack_rows(self, rows: list[packing.PackedRow], wait_secs: float) -> HostBatch:
+        names = [field.name for field in dataclasses.fields(step.TrainBatch)]
         stacked: dict[str, Any] = {
             name: np.stack([getattr(row, name) for row in rows]) for name in names
         }
-        return Rows(
-            batch=step.Batch(**stacked),
-            sources=np.stack([row.sources for row in rows]),
-            samples=[row.samples for row in rows],
-            utilisation=float(np.mean(stacked["segment_ids"] != 0)),
+        return HostBatch(
+            batch=step.TrainBatch(**stacked),
+            source_ids=np.stack([row.source_ids for row in rows]),
+            sample_ids=[row.sample_ids for row in rows],
+            utilization=float(np.mean(stacked["segment_ids"] != 0)),
             wait_secs=wait_secs,
-            dropped=sum(state.get("dropped", 0) for state in self._states.values()),
+            num_dropped=sum(state.get("dropped", 0) for state in self._lane_states.values()),
         )

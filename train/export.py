@@ -26,27 +26,27 @@ def run(workdir, dst, step: int | None = None, dtype: str = "") -> pathlib.Path:
       ResumeError: a directory without a run, or without this checkpoint.
       FileExistsError: `dst` exists.
     """
-    session = _session(pathlib.Path(workdir))
+    session = _make_session(pathlib.Path(workdir))
     config = session.config
-    with checkpoints.Checkpoints(pathlib.Path(workdir), config.save) as saved:
+    with checkpoints.CheckpointStore(pathlib.Path(workdir), config.save) as saved:
         there = saved.all_steps()
         step = max(there, default=None) if step is None else step
         if step not in there:
             raise checkpoints.ResumeError(f"{workdir}: got step {step}; it has {there}")
-        state = session.restored(saved, step)
+        state = session.restore_state(saved, step)
     dtype = dtype or config.dtype
-    export.save(lora.merge(state.model), dst, config.checkpoint or None, jnp.dtype(dtype))
+    export.save(lora.merge_adapters(state.model), dst, config.checkpoint or None, jnp.dtype(dtype))
     if not config.checkpoint:
         export.copy_small_files(pathlib.Path(config.tokenizer), pathlib.Path(dst))
     return pathlib.Path(dst)
 
 
-def _session(workdir: pathlib.Path) -> Any:
+def _make_session(workdir: pathlib.Path) -> Any:
     """Return the run of a directory."""
-    file = workdir / workdir_lib.CONFIG
+    file = workdir / workdir_lib.CONFIG_FILE
     if file.exists() and "rollout" in json.loads(file.read_text()):
-        return rl_loop.Session(rl_loop.resolve(None, workdir), workdir)
-    return loop.Session(loop.resolve(None, workdir), workdir)
+        return rl_loop.RlSession(rl_loop.resolve_rl_config(None, workdir), workdir)
+    return loop.TrainSession(loop.resolve_train_config(None, workdir), workdir)
 
 
 def main(argv) -> None:

@@ -16,7 +16,7 @@ from m1_jax import model as model_lib
 from train import lora
 
 
-class Handover:
+class WeightSync:
     """Copies a trainer's weights into a sampler's model; compiled once.
 
     Args:
@@ -25,10 +25,12 @@ class Handover:
     """
 
     def __init__(
-        self, config: config_lib.ModelConfig, dtype, layout: sharding.Layout | None = None
+        self, config: config_lib.ModelConfig, dtype, layout: sharding.MeshLayout | None = None
     ):
-        self.like = checkpoint.abstract_model(config, dtype, dtype, layout)
-        shapes = {n: p.get_value() for n, p in checkpoint.parameters(self.like).items()}
+        self.abstract_model = checkpoint.abstract_model(config, dtype, dtype, layout)
+        shapes = {
+            n: p.get_value() for n, p in checkpoint.params_by_path(self.abstract_model).items()
+        }
 
         def cast(values):
             # A copy also where nothing changes: the trainer donates what it hands over.
@@ -39,16 +41,16 @@ class Handover:
 
     def __call__(self, model: model_lib.MiniMaxM1) -> model_lib.MiniMaxM1:
         """Return the sampler's model with the trainer's weights, adapters merged."""
-        merged = lora.merge(model)
-        values = {n: p.get_value() for n, p in checkpoint.parameters(merged).items()}
-        made = jax.tree.map(lambda leaf: leaf, self.like)
-        params = checkpoint.parameters(made)
+        merged = lora.merge_adapters(model)
+        values = {n: p.get_value() for n, p in checkpoint.params_by_path(merged).items()}
+        made = jax.tree.map(lambda leaf: leaf, self.abstract_model)
+        params = checkpoint.params_by_path(made)
         for name, value in self.program(values).items():
             params[name].set_value(value)
         return made
 
 
-def serving_mesh(
+def make_serving_mesh(
     mesh: jax.sharding.Mesh | None, sizes: Mapping[str, int] | Sequence[tuple[str, int]]
 ) -> jax.sharding.Mesh | None:
     """Return a mesh of the trainer's devices, in the same order, cut along other axes.
@@ -60,14 +62,14 @@ def serving_mesh(
     """
     number = 1 if mesh is None else mesh.size
     sizes = dict(sizes) or {"expert": number}
-    unknown = [name for name in sizes if name not in sharding.AXES]
+    unknown = [name for name in sizes if name not in sharding.MESH_AXES]
     if unknown or min(sizes.values()) < 1 or math.prod(sizes.values()) != number:
         raise ValueError(
-            f"serving mesh: got {sizes}; wanted axes of {', '.join(sharding.AXES)} whose product "
+            f"serving mesh: got {sizes}; wanted axes of {', '.join(sharding.MESH_AXES)} whose product "
             f"is the trainer's {number} devices"
         )
     if mesh is None:
         return None
-    shape = [sizes.get(name, 1) for name in sharding.AXES]
+    shape = [sizes.get(name, 1) for name in sharding.MESH_AXES]
     types = (jax.sharding.AxisType.Auto,) * len(shape)
-    return jax.sharding.Mesh(mesh.devices.reshape(shape), sharding.AXES, axis_types=types)
+    return jax.sharding.Mesh(mesh.devices.reshape(shape), sharding.MESH_AXES, axis_types=types)

@@ -22,13 +22,13 @@ from train import step as step_lib
 from train import workdir as workdir_lib
 
 # What may change when a run goes on: where it computes and what it tells, never what it computes.
-_MAY_CHANGE = re.compile(
+_CHANGEABLE_FIELDS = re.compile(
     r"(save|log|evaluation)\.|data\.(workers|prefetch)|compilation_cache|stages\.\d+\.mesh"
 )
 
 
 @dataclasses.dataclass(frozen=True)
-class Summary:
+class TrainSummary:
     """How a run ended. stopped_by: the signal that ended it, or None at its full length."""
 
     step: int
@@ -39,7 +39,7 @@ class Summary:
         return f"{self.step} steps, loss {self.loss:.4f}"
 
 
-def fit(config: config_lib.Run | None, workdir) -> Summary:
+def run_training(config: config_lib.TrainConfig | None, workdir) -> TrainSummary:
     """Train, from the newest checkpoint in `workdir` if there is one.
 
     config: None goes on with the run that `workdir` holds. A run that was killed and started
@@ -49,100 +49,104 @@ def fit(config: config_lib.Run | None, workdir) -> Summary:
       ValueError, CheckpointError, ConfigError: anything that is wrong, before the first step.
     """
     workdir = pathlib.Path(workdir)
-    config = resolve(config, workdir)
+    config = resolve_train_config(config, workdir)
     workdir_lib.use_compilation_cache(config.compilation_cache)
-    return workdir_lib.run(Session(config, workdir), workdir)
+    return workdir_lib.run_session(TrainSession(config, workdir), workdir)
 
 
-def resolve(config: config_lib.Run | None, workdir: pathlib.Path) -> config_lib.Run:
+def resolve_train_config(
+    config: config_lib.TrainConfig | None, workdir: pathlib.Path
+) -> config_lib.TrainConfig:
     """Return the config to run: the given one, if `workdir` does not hold another run."""
-    return workdir_lib.resolve(config_lib.Run, config, workdir, _MAY_CHANGE)
+    return workdir_lib.resolve_config(config_lib.TrainConfig, config, workdir, _CHANGEABLE_FIELDS)
 
 
-class Session:
+class TrainSession:
     """What one process keeps while it trains."""
 
-    def __init__(self, config: config_lib.Run, workdir: pathlib.Path):
+    def __init__(self, config: config_lib.TrainConfig, workdir: pathlib.Path):
         self.config, self.workdir = config, workdir
-        self.model_config = model_config(config.checkpoint, config.model, config.remat)
+        self.model_config = load_model_config(config.checkpoint, config.model, config.remat)
         self.tokenizer = tokenizer_lib.Tokenizer.load(config.tokenizer or config.checkpoint)
         check_tokenizer(self.tokenizer, self.model_config)
-        self.layouts = [_layout(stage, self.model_config) for stage in config.stages]
-        self.total_steps = sum(stage.steps for stage in config.stages)
-        self.spikes = metrics.Spikes(config.log.spike)
-        self.skipped, self.loss = 0, math.nan
-        self.stop = workdir_lib.Stop("saving after this step")
+        self.layouts = [_make_stage_layout(stage, self.model_config) for stage in config.stages]
+        self.total_steps = sum(stage.num_steps for stage in config.stages)
+        self.spike_detector = metrics.SpikeDetector(config.log.spike)
+        self.num_skipped_in_row, self.loss = 0, math.nan
+        self.stop_request = workdir_lib.StopRequest("saving after this step")
 
     def enter(self, stack: contextlib.ExitStack) -> None:
         """Open what must be closed again, and find where to start."""
         self.checkpoints = stack.enter_context(
-            checkpoints.Checkpoints(self.workdir, self.config.save)
+            checkpoints.CheckpointStore(self.workdir, self.config.save)
         )
         latest = self.checkpoints.latest_step()
-        self.position = None if latest is None else self.checkpoints.position(latest)
+        self.checkpoint_info = None if latest is None else self.checkpoints.read_info(latest)
         self.step = latest or 0
-        stack.enter_context(self.stop.caught())
+        stack.enter_context(self.stop_request.handle_signals())
         # Opened here for all stages, so that bad data stops the run before its first step.
         for index in range(len(self.config.stages)):
-            with self._stream(index) as stream:
-                if self.position is not None:
-                    stream.set_state(self.position.data)
+            with self._open_stream(index) as stream:
+                if self.checkpoint_info is not None:
+                    stream.set_state(self.checkpoint_info.data)
         if self.config.evaluation.every_steps:
-            self._stream(0, sources=self.config.evaluation.sources).close()
-        self.writer = stack.enter_context(metrics.Writer(self.workdir, self.step, self.total_steps))
+            self._open_stream(0, sources=self.config.evaluation.sources).close()
+        self.writer = stack.enter_context(
+            metrics.MetricsWriter(self.workdir, self.step, self.total_steps)
+        )
 
-    def run(self) -> Summary:
+    def run(self) -> TrainSummary:
         state, data_state, first = None, None, 0
-        if self.position is not None:
-            data_state = self.position.data
+        if self.checkpoint_info is not None:
+            data_state = self.checkpoint_info.data
         for index, stage in enumerate(self.config.stages):
-            last = first + stage.steps
-            if self.step < last and self.stop.signal is None:
-                state = self._state(index, state)
-                state, data_state = self._stage(index, first, state, data_state)
+            last = first + stage.num_steps
+            if self.step < last and self.stop_request.signal_number is None:
+                state = self._stage_state(index, state)
+                state, data_state = self._run_stage(index, first, state, data_state)
             first = last
         self.checkpoints.wait()
-        return Summary(self.step, self.loss, self.stop.signal)
+        return TrainSummary(self.step, self.loss, self.stop_request.signal_number)
 
     # ---- one stage
 
-    def _stage(self, index: int, first: int, state, data_state):
+    def _run_stage(self, index: int, first_step: int, state, data_state):
         stage, layout = self.config.stages[index], self.layouts[index]
-        last, settings = first + stage.steps, self._settings(index, first)
-        place = placement.Placement(layout, stage.rows)
+        last, settings = first_step + stage.num_steps, self._step_settings(index, first_step)
+        place = placement.BatchPlacement(layout, stage.rows)
         waiting: list = []  # the step before: its numbers are fetched while this one computes
-        with self._stream(index, place) as stream, self._trace() as trace:
+        with self._open_stream(index, place) as stream, self._profiler_trace() as trace:
             if data_state is not None:
                 stream.set_state(data_state)
-            self.clock, self.since = time.perf_counter(), self.step
+            self.interval_start_secs, self.interval_start_step = time.perf_counter(), self.step
             while self.step < last:
                 trace(self.step)
                 rows = next(stream)
-                state, values = step_lib.update(state, place(rows.batch), settings=settings)
+                state, values = step_lib.train_step(state, place(rows.batch), settings=settings)
                 self.step += 1
                 waiting.append((self.step, values, rows))
-                stop = self.stop.reached(self.step)
+                stop = self.stop_request.should_stop(self.step)
                 pause = stop or self.step == last or self._is_due(self.config.save.every_steps)
                 judge = self._is_due(self.config.evaluation.every_steps) or self.step == last
                 while len(waiting) > (0 if pause or judge else 1):
-                    self._report(index, *waiting.pop(0))
+                    self._log_step(index, *waiting.pop(0))
                 if judge and self.config.evaluation.every_steps:
                     self._evaluate(index, state.model, place)
                 if pause:
-                    self._save(state, stream)
+                    self._save_checkpoint(state, stream)
                 if stop:
                     break
             return state, stream.get_state()
 
-    def _is_due(self, every: int) -> bool:
-        return every > 0 and self.step % every == 0
+    def _is_due(self, every_steps: int) -> bool:
+        return every_steps > 0 and self.step % every_steps == 0
 
-    def _save(self, state, stream) -> None:
+    def _save_checkpoint(self, state, stream) -> None:
         self.writer.flush()
         config = configlib.to_json(self.config)
         self.checkpoints.save(state, stream.get_state(), config)
 
-    def _report(self, index: int, step: int, values: dict, rows: data.Rows) -> None:
+    def _log_step(self, index: int, step: int, values: dict, host_batch: data.HostBatch) -> None:
         """Log one step, and judge it."""
         values = {name: np.asarray(value) for name, value in values.items()}
         load = values.pop("expert_load")
@@ -150,78 +154,90 @@ class Session:
         self.loss = record["loss"]
         self.writer.advance(step)
         if self.config.log.samples:
-            self.writer.samples(step, rows.samples)
+            self.writer.write_samples(step, host_batch.sample_ids)
         if record["skipped"] or not math.isfinite(self.loss):
-            self.skipped += 1
+            self.num_skipped_in_row += 1
             done = "skipped" if self.config.skip_nonfinite else "taken"
             event = {"not_finite": done, "loss": self.loss, "grad_norm": record["grad_norm"]}
             self.writer.write(step, "event", event)
-            if self.skipped >= self.config.max_skipped:
+            if self.num_skipped_in_row >= self.config.max_skipped:
                 raise FloatingPointError(
-                    f"step {step}: {self.skipped} steps in a row without a finite gradient; "
+                    f"step {step}: {self.num_skipped_in_row} steps in a row without a finite gradient; "
                     "lower the learning rate, or go on from an earlier checkpoint"
                 )
         else:
-            self.skipped = 0
-            if self.spikes.is_one(self.loss):
+            self.num_skipped_in_row = 0
+            if self.spike_detector.is_spike(self.loss):
                 event = {"loss_spike": self.loss, "grad_norm": record["grad_norm"]}
                 self.writer.write(step, "event", event)
         if step % self.config.log.every_steps == 0 or step == self.total_steps:
-            record |= metrics.expert_load(load) | self._speed(index, step)
-            record |= {"stage": index, "utilisation": rows.utilisation, "data_secs": rows.wait_secs}
+            record |= metrics.summarize_expert_load(load) | self._measure_speed(index, step)
+            record |= {
+                "stage": index,
+                "utilisation": host_batch.utilization,
+                "data_secs": host_batch.wait_secs,
+            }
             self.writer.write(step, "train", record)
 
-    def _speed(self, index: int, step: int) -> dict[str, float]:
+    def _measure_speed(self, index: int, step: int) -> dict[str, float]:
         stage, now = self.config.stages[index], time.perf_counter()
-        secs = (now - self.clock) / max(step - self.since, 1)
-        self.clock, self.since = now, step
-        needed = flops.train(self.model_config, stage.rows, stage.seq_len).model
+        secs = (now - self.interval_start_secs) / max(step - self.interval_start_step, 1)
+        self.interval_start_secs, self.interval_start_step = now, step
+        needed = flops.count_train_flops(self.model_config, stage.rows, stage.seq_len).model
         speed = {"step_secs": secs, "tokens_per_sec": stage.rows * stage.seq_len / secs}
         peak = metrics.peak_flops()
         return speed if peak is None else speed | {"mfu": needed / secs / peak}
 
-    def _evaluate(self, index: int, model, place: placement.Placement) -> None:
+    def _evaluate(self, index: int, model, batch_placement: placement.BatchPlacement) -> None:
         config = self.config.evaluation
         names = [source.name for source in config.sources]
         totals, number = np.zeros((2, len(names), evaluate.NUM_BUCKETS)), 0
-        with self._stream(index, place, config.sources) as stream:
+        with self._open_stream(index, batch_placement, config.sources) as stream:
             for rows in itertools.islice(stream, config.batches or None):
-                batch, sources = place((rows.batch, rows.sources))
-                totals += np.asarray(evaluate.sums(model, batch, sources, len(names)), np.float64)
+                batch, sources = batch_placement((rows.batch, rows.source_ids))
+                totals += np.asarray(
+                    evaluate.sum_losses(model, batch, sources, len(names)), np.float64
+                )
                 number += 1
         if not totals[1].any():
             raise data.DataError(f"evaluation: no token with weight in {number} batches")
-        self.writer.write(self.step, "eval", evaluate.table(totals, names))
-        self.clock, self.since = time.perf_counter(), self.step
+        self.writer.write(self.step, "eval", evaluate.tabulate_losses(totals, names))
+        self.interval_start_secs, self.interval_start_step = time.perf_counter(), self.step
 
     # ---- parts
 
-    def _state(self, index: int, state) -> step_lib.TrainState:
+    def _stage_state(self, index: int, state) -> step_lib.TrainState:
         """Return the state on a stage's mesh: the one before, the checkpoint's, or a new one."""
-        if state is None and self.position is None:
-            return step_lib.init(self._fresh(index), self._settings(index, 0).optimizer)
-        if state is None and self.position is not None:
-            return self.restored(self.checkpoints, self.position.step, index)
-        like = self._abstract(index)
+        if state is None and self.checkpoint_info is None:
+            return step_lib.init_state(
+                self._initial_model(index), self._step_settings(index, 0).optimizer
+            )
+        if state is None and self.checkpoint_info is not None:
+            return self.restore_state(self.checkpoints, self.checkpoint_info.step, index)
+        like = self._abstract_state(index)
         places = [leaf.sharding for leaf in jax.tree.leaves(like)]
         return jax.tree.unflatten(
             jax.tree.structure(like), jax.device_put(jax.tree.leaves(state), places)
         )
 
-    def restored(self, saved: checkpoints.Checkpoints, step: int, index: int = -1):
+    def restore_state(
+        self, checkpoint_store: checkpoints.CheckpointStore, step: int, index: int = -1
+    ):
         """Return the state of a checkpoint on a stage's mesh, by default the last one's."""
-        like = self._abstract(index)
+        like = self._abstract_state(index)
         if self.config.lora is not None:  # frozen weights are the starting point's
-            like = dataclasses.replace(like, model=self._fresh(index))
-        return saved.restore(step, like)
+            like = dataclasses.replace(like, model=self._initial_model(index))
+        return checkpoint_store.restore(step, like)
 
-    def _abstract(self, index: int) -> step_lib.TrainState:
+    def _abstract_state(self, index: int) -> step_lib.TrainState:
         """Return the shapes of the state of a stage, where they lie on its mesh."""
         layout = self.layouts[index]
         model = checkpoint.abstract_model(self.model_config, *self._dtypes(), layout)
-        return step_lib.abstract(self._with_lora(model), self._settings(index, 0).optimizer)
+        return step_lib.abstract_state(
+            self._add_lora(model), self._step_settings(index, 0).optimizer
+        )
 
-    def _fresh(self, index: int):
+    def _initial_model(self, index: int):
         layout, (dtype, param_dtype) = self.layouts[index], self._dtypes()
         if not self.config.checkpoint:
             key = jax.random.key(self.config.seed)
@@ -229,53 +245,65 @@ class Session:
         mesh = None if layout is None else layout.mesh
         model = checkpoint.load(self.config.checkpoint, dtype, mesh, param_dtype=param_dtype)
         model.config = self.model_config
-        return self._with_lora(model)
+        return self._add_lora(model)
 
     def _dtypes(self) -> tuple[Any, Any]:
         """Return those of the computation and of parameters: float32, but for frozen ones."""
         dtype = jnp.dtype(self.config.dtype)
         return dtype, jnp.dtype(jnp.float32) if self.config.lora is None else dtype
 
-    def _with_lora(self, model):
+    def _add_lora(self, model):
         if self.config.lora is None:
             return model
-        return lora.add(model, self.config.lora, jax.random.key(self.config.seed))
+        return lora.add_adapters(model, self.config.lora, jax.random.key(self.config.seed))
 
-    def _settings(self, index: int, first: int) -> step_lib.Settings:
+    def _step_settings(self, index: int, first_step: int) -> step_lib.TrainStepSettings:
         stage, loss = self.config.stages[index], self.config.loss
         before = self.config.stages[:index]
         per_step = stage.rows * stage.seq_len
-        rate = optim.over_tokens(
+        rate = optim.make_stage_schedule(
             stage.shape,
             before[-1].learning_rate if before else 0.0,
             stage.learning_rate,
             stage.warmup_tokens,
             stage.tokens,
             per_step,
-            first,
+            first_step,
         )
-        done = sum(stage.steps * stage.rows * stage.seq_len for stage in before)
-        balance = optim.joined(loss.balance, done, per_step, first) if loss.balance else None
+        done = sum(stage.num_steps * stage.rows * stage.seq_len for stage in before)
+        balance = (
+            optim.make_piecewise_schedule(loss.balance, done, per_step, first_step)
+            if loss.balance
+            else None
+        )
         optimizer = optim.AdamW(rate, **dataclasses.asdict(self.config.optimizer))
         skip = self.config.skip_nonfinite
-        return step_lib.Settings(optimizer, stage.accumulate, balance, loss.z, skip)
+        return step_lib.TrainStepSettings(optimizer, stage.accumulate, balance, loss.z, skip)
 
-    def _stream(
-        self, index: int, place: placement.Placement | None = None, sources=None
-    ) -> data.Stream:
+    def _open_stream(
+        self, index: int, batch_placement: placement.BatchPlacement | None = None, sources=None
+    ) -> data.BatchStream:
         """Open the stage's data, or all of `sources` once."""
         stage, given = self.config.stages[index], self.config.data
-        place = place or placement.Placement(self.layouts[index], stage.rows)
+        batch_placement = batch_placement or placement.BatchPlacement(
+            self.layouts[index], stage.rows
+        )
         fields = {f.name: getattr(given, f.name) for f in dataclasses.fields(given)}
         if sources:
             fields |= {"sources": sources, "weights": ()}
         fields |= {"seq_len": stage.seq_len, "rows": stage.rows, "seed": self.config.seed}
-        config = data.DataConfig(**fields)
+        config = data.StreamConfig(**fields)
         epochs = 1 if sources else None
-        return data.Stream(config, self.tokenizer, place.block, place.num_blocks, epochs=epochs)
+        return data.BatchStream(
+            config,
+            self.tokenizer,
+            batch_placement.block_index,
+            batch_placement.num_blocks,
+            num_epochs=epochs,
+        )
 
     @contextlib.contextmanager
-    def _trace(self):
+    def _profiler_trace(self):
         """Give a function of the step that starts and ends the recording for xprof."""
         running = False
 
@@ -294,29 +322,29 @@ class Session:
             jax.profiler.stop_trace()
 
 
-def _layout(stage: config_lib.Stage, model_config) -> sharding.Layout | None:
+def _make_stage_layout(stage: config_lib.TrainStage, model_config) -> sharding.MeshLayout | None:
     """Return a stage's layout; None on one device. Everything that cannot work is told here."""
     mesh = None
     if stage.mesh or jax.device_count() > 1:
         mesh = sharding.make_mesh(dict(stage.mesh) or {"fsdp": -1})
-    layout = sharding.layout(mesh, model_config, sharding.TRAIN)
-    sharding.check_rows(layout, stage.rows // stage.accumulate)
-    if layout is not None and stage.seq_len % layout.size("length"):
+    layout = sharding.make_layout(mesh, model_config, sharding.TRAIN)
+    sharding.check_batch_rows(layout, stage.rows // stage.accumulate)
+    if layout is not None and stage.seq_len % layout.axis_size("length"):
         raise ValueError(
-            f"seq_len: got {stage.seq_len} over context={layout.size('length')}; "
-            f"wanted a multiple of {layout.size('length')}"
+            f"seq_len: got {stage.seq_len} over context={layout.axis_size('length')}; "
+            f"wanted a multiple of {layout.axis_size('length')}"
         )
     return layout
 
 
-def model_config(checkpoint_dir: str, given, remat: str) -> model_config_lib.ModelConfig:
+def load_model_config(checkpoint_dir: str, config, remat: str) -> model_config_lib.ModelConfig:
     """Return the model of a run: the given one, or else its checkpoint's."""
-    if given is None:
+    if config is None:
         path = pathlib.Path(checkpoint_dir) / "config.json"
         if not path.is_file():
             raise release.CheckpointError(f"checkpoint: {checkpoint_dir} has no config.json")
-        given = model_config_lib.ModelConfig.from_file(path)
-    return dataclasses.replace(given, remat=remat) if remat else given
+        config = model_config_lib.ModelConfig.from_file(path)
+    return dataclasses.replace(config, remat=remat) if remat else config
 
 
 def check_tokenizer(tokenizer, model_config) -> None:

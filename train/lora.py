@@ -17,7 +17,7 @@ from m1_jax import model as model_lib
 
 
 @dataclasses.dataclass(frozen=True)
-class Lora:
+class LoraConfig:
     """rank: of A B, at least 1. alpha: the change is scaled by alpha / rank.
 
     modules: a regular expression that is searched for in the paths of projections, which are
@@ -42,7 +42,9 @@ class Lora:
             ) from None
 
 
-def add(model: model_lib.MiniMaxM1, lora: Lora, key: jax.Array) -> model_lib.MiniMaxM1:
+def add_adapters(
+    model: model_lib.MiniMaxM1, config: LoraConfig, key: jax.Array
+) -> model_lib.MiniMaxM1:
     """Return the model with adapters, all else frozen. It computes what the model did: B is 0.
 
     A is drawn from normal(0, 1 / sqrt(in)). Both are float32 and lie as W's rows and columns do;
@@ -53,31 +55,34 @@ def add(model: model_lib.MiniMaxM1, lora: Lora, key: jax.Array) -> model_lib.Min
         projection that `modules` names.
     """
     model = jax.tree.map(lambda leaf: leaf, model)
-    linears = _linears(model)
+    linears = _find_linears(model)
     if any(linear.adapter for linear in linears.values()):
         raise ValueError("the model has adapters already; merge them before adding others")
-    quantize.refuse(model)
-    chosen = {name: linear for name, linear in linears.items() if re.search(lora.modules, name)}
+    quantize.refuse_int8_weights(model)
+    chosen = {name: linear for name, linear in linears.items() if re.search(config.modules, name)}
     if not chosen:
         raise ValueError(
-            f"modules: {lora.modules!r} is found in none of {', '.join(sorted(linears))}"
+            f"modules: {config.modules!r} is found in none of {', '.join(sorted(linears))}"
         )
-    for param in checkpoint.parameters(model).values():
+    for param in checkpoint.params_by_path(model).values():
         param.set_metadata(frozen=True)
 
     def make(key):
         keys = jax.random.split(key, len(chosen))
-        return [_pair(one, lora.rank, key) for one, key in zip(chosen.values(), keys, strict=True)]
+        return [
+            _init_factors(one, config.rank, key)
+            for one, key in zip(chosen.values(), keys, strict=True)
+        ]
 
     shapes = jax.eval_shape(make, key)
-    where = sharding.map_params(functools.partial(_place, model.layout), shapes)
+    where = sharding.map_params(functools.partial(_shard_factor, model.layout), shapes)
     pairs = jax.jit(make, out_shardings=where)(key)
     for linear, (a, b) in zip(chosen.values(), pairs, strict=True):
-        linear.adapter = layers.Adapter(a, b, lora.alpha / lora.rank)
+        linear.adapter = layers.LoraAdapter(a, b, config.alpha / config.rank)
     return model
 
 
-def merge(model: model_lib.MiniMaxM1) -> model_lib.MiniMaxM1:
+def merge_adapters(model: model_lib.MiniMaxM1) -> model_lib.MiniMaxM1:
     """Return the model without adapters: W + (alpha / rank) A B in their place, nothing frozen.
 
     Precision: float32, then rounded to W's dtype. Everything else is shared, not copied.
@@ -85,27 +90,27 @@ def merge(model: model_lib.MiniMaxM1) -> model_lib.MiniMaxM1:
     Raises:
       ValueError: int8 weights, whose steps would swallow the change.
     """
-    quantize.refuse(model)
+    quantize.refuse_int8_weights(model)
     model = jax.tree.map(lambda leaf: leaf, model)
-    for linear in _linears(model).values():
+    for linear in _find_linears(model).values():
         if linear.adapter is not None:
             kernel, adapter = linear.kernel.get_value(), linear.adapter
-            merged = jax.jit(_merged, out_shardings=kernel.sharding)(
+            merged = jax.jit(_merge_kernel, out_shardings=kernel.sharding)(
                 kernel, adapter.a.get_value(), adapter.b.get_value(), adapter.scale
             )
             linear.kernel.set_value(merged)
             linear.adapter = None
-    for param in checkpoint.parameters(model).values():
+    for param in checkpoint.params_by_path(model).values():
         param.set_metadata(frozen=False)
     return model
 
 
-def _merged(kernel, a, b, scale):
+def _merge_kernel(kernel, a, b, scale):
     change = jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST) * scale
     return (kernel.astype(jnp.float32) + change).astype(kernel.dtype)
 
 
-def _linears(model: model_lib.MiniMaxM1) -> dict[str, layers.Linear]:
+def _find_linears(model: model_lib.MiniMaxM1) -> dict[str, layers.Linear]:
     return {
         ".".join(map(str, path)): node
         for path, node in nnx.iter_graph(model)
@@ -113,16 +118,18 @@ def _linears(model: model_lib.MiniMaxM1) -> dict[str, layers.Linear]:
     }
 
 
-def _pair(linear: layers.Linear, rank: int, key: jax.Array) -> tuple[nnx.Param, nnx.Param]:
+def _init_factors(linear: layers.Linear, rank: int, key: jax.Array) -> tuple[nnx.Param, nnx.Param]:
     """Make A and B, stacked as the kernel is."""
     *stack, rows, columns = linear.kernel.shape
     *names, row_axis, column_axis = linear.kernel.get_metadata()["logical_axes"]
     rngs, std = nnx.Rngs(key), rows**-0.5
-    a = layers.param(rngs, (*stack, rows, rank), (*names, row_axis, None), jnp.float32, std)
-    b = layers.param(rngs, (*stack, rank, columns), (*names, None, column_axis), jnp.float32, 0.0)
+    a = layers.make_param(rngs, (*stack, rows, rank), (*names, row_axis, None), jnp.float32, std)
+    b = layers.make_param(
+        rngs, (*stack, rank, columns), (*names, None, column_axis), jnp.float32, 0.0
+    )
     return a, b
 
 
-def _place(layout: sharding.Layout | None, param):
+def _shard_factor(layout: sharding.MeshLayout | None, param):
     axes = param.get_metadata()["logical_axes"]
-    return param.replace(sharding.param_sharding(layout, axes, param.shape))
+    return param.replace(sharding.make_param_sharding(layout, axes, param.shape))

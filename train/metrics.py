@@ -16,8 +16,8 @@ import tensorboardX
 import tqdm
 from absl import logging
 
-_SHOWN = ("loss", "learning_rate", "tokens_per_sec")
-FILE, SAMPLES = "metrics.jsonl", "samples.jsonl"
+_TERMINAL_METRICS = ("loss", "learning_rate", "tokens_per_sec")
+METRICS_FILE, SAMPLES_FILE = "metrics.jsonl", "samples.jsonl"
 # bfloat16 operations a second of a device, from the makers' data sheets, by jax's device_kind.
 PEAK_FLOPS = {
     "TPU v4": 275e12,
@@ -33,7 +33,7 @@ PEAK_FLOPS = {
 }
 
 
-class Writer:
+class MetricsWriter:
     """Writes what process 0 is told, by step; after a restart, over what came after `step`.
 
     Lines of metrics.jsonl are {"step", "kind": "train" | "eval" | "event", ...}.
@@ -42,81 +42,89 @@ class Writer:
     """
 
     def __init__(
-        self, directory: pathlib.Path, step: int, total_steps: int, shown: Sequence[str] = _SHOWN
+        self,
+        directory: pathlib.Path,
+        step: int,
+        total_steps: int,
+        terminal_metrics: Sequence[str] = _TERMINAL_METRICS,
     ):
         """Open the files. shown: which numbers the terminal gets of a step."""
-        self._shown = shown
-        self._on = jax.process_index() == 0
-        self.newest: dict[str, int] = {}
-        if not self._on:
+        self._terminal_metrics = terminal_metrics
+        self._is_primary = jax.process_index() == 0
+        self.last_steps: dict[str, int] = {}
+        if not self._is_primary:
             return
         directory.mkdir(parents=True, exist_ok=True)
         self._files = {
-            name: _reopen(directory / name, step, self.newest) for name in (FILE, SAMPLES)
+            name: _reopen_log(directory / name, step, self.last_steps)
+            for name in (METRICS_FILE, SAMPLES_FILE)
         }
         board = str(directory / "tensorboard")
-        self._board = tensorboardX.SummaryWriter(board, purge_step=step + 1)
+        self._tensorboard = tensorboardX.SummaryWriter(board, purge_step=step + 1)
         quiet = not sys.stderr.isatty()
-        self._bar = tqdm.tqdm(total=total_steps, initial=step, unit="step", disable=quiet)
-        self._quiet = quiet
+        self._progress_bar = tqdm.tqdm(total=total_steps, initial=step, unit="step", disable=quiet)
+        self._is_quiet = quiet
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
-        if self._on:
-            self._board.close()
-            self._bar.close()
+        if self._is_primary:
+            self._tensorboard.close()
+            self._progress_bar.close()
             for file in self._files.values():
                 file.close()
 
     def write(self, step: int, kind: str, values: dict[str, Any]) -> None:
         """Record numbers of a step; also what is not finite, which JSON tells as a string."""
-        if not self._on:
+        if not self._is_primary:
             return
-        self._line(FILE, {"step": step, "kind": kind} | {k: _plain(v) for k, v in values.items()})
+        self._write_line(
+            METRICS_FILE,
+            {"step": step, "kind": kind} | {k: _to_json_value(v) for k, v in values.items()},
+        )
         for name, value in values.items():
             if isinstance(value, int | float):
-                self._board.add_scalar(f"{kind}/{name}", value, step)
-        shown = {k: f"{values[k]:.4g}" for k in self._shown if k in values}
-        if kind == "train" and self._quiet:
+                self._tensorboard.add_scalar(f"{kind}/{name}", value, step)
+        shown = {k: f"{values[k]:.4g}" for k in self._terminal_metrics if k in values}
+        if kind == "train" and self._is_quiet:
             logging.info("step %d: %s", step, " ".join(f"{k} {v}" for k, v in shown.items()))
         elif kind == "train":
-            self._bar.set_postfix(shown, refresh=False)
+            self._progress_bar.set_postfix(shown, refresh=False)
         else:
-            told = " ".join(f"{k} {_plain(v)}" for k, v in values.items())
-            self._bar.write(f"step {step}: {kind}: {told}", file=sys.stderr)
+            told = " ".join(f"{k} {_to_json_value(v)}" for k, v in values.items())
+            self._progress_bar.write(f"step {step}: {kind}: {told}", file=sys.stderr)
 
-    def samples(self, step: int, rows: list[list[str]]) -> None:
-        if self._on:
-            self._line(SAMPLES, {"step": step, "samples": rows})
+    def write_samples(self, step: int, rows: list[list[str]]) -> None:
+        if self._is_primary:
+            self._write_line(SAMPLES_FILE, {"step": step, "samples": rows})
 
     def advance(self, step: int) -> None:
-        if self._on:
-            self._bar.update(step - self._bar.n)
+        if self._is_primary:
+            self._progress_bar.update(step - self._progress_bar.n)
 
     def flush(self) -> None:
         """Bring lines to the disk, before the checkpoint that they belong to."""
-        if self._on:
+        if self._is_primary:
             for file in self._files.values():
                 file.flush()
                 os.fsync(file.fileno())
 
-    def _line(self, name: str, record: dict) -> None:
+    def _write_line(self, name: str, record: dict) -> None:
         self._files[name].write(json.dumps(record) + "\n")
 
 
-class Spikes:
+class SpikeDetector:
     """Tells losses that stand out from the last hundred."""
 
     def __init__(self, factor: float):
-        self._factor, self._last = factor, collections.deque(maxlen=100)
+        self._factor, self._recent_losses = factor, collections.deque(maxlen=100)
 
-    def is_one(self, loss: float) -> bool:
-        enough = len(self._last) >= 10
-        high = enough and loss > self._factor * statistics.median(self._last)
+    def is_spike(self, loss: float) -> bool:
+        enough = len(self._recent_losses) >= 10
+        high = enough and loss > self._factor * statistics.median(self._recent_losses)
         if math.isfinite(loss) and not high:
-            self._last.append(loss)
+            self._recent_losses.append(loss)
         return high
 
 
@@ -126,19 +134,19 @@ def peak_flops() -> float | None:
     return None if one is None else one * jax.device_count()
 
 
-def expert_load(load: np.ndarray) -> dict[str, float]:
+def summarize_expert_load(load: np.ndarray) -> dict[str, float]:
     """Return the busiest and the idlest expert's share over the mean, worst of all layers."""
     scaled = np.asarray(load, np.float64) * load.shape[-1]
     return {"expert_load_max": float(scaled.max()), "expert_load_min": float(scaled.min())}
 
 
-def _plain(value: Any) -> Any:
+def _to_json_value(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     return value
 
 
-def _reopen(path: pathlib.Path, step: int, newest: dict[str, int]):
+def _reopen_log(path: pathlib.Path, step: int, last_steps: dict[str, int]):
     """Open a file for appending, without the lines of steps that will be made again.
 
     newest: takes the last step of each kind of line that stays. A run from step 0 begins anew.
@@ -153,7 +161,7 @@ def _reopen(path: pathlib.Path, step: int, newest: dict[str, int]):
             if record["step"] > step:
                 break
             kept.append(line + "\n")
-            newest[record.get("kind", "samples")] = record["step"]
+            last_steps[record.get("kind", "samples")] = record["step"]
     part = path.with_suffix(".part")
     part.write_text("".join(kept))
     part.rename(path)

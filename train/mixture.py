@@ -18,10 +18,10 @@ from train import chat, packing, sources
 
 
 @dataclasses.dataclass(frozen=True)
-class Source:
-    """name: letters, digits, `_`, `-`, `.`. path, kind: see `sources.Records`, `chat.KINDS`.
+class DataSource:
+    """name: letters, digits, `_`, `-`, `.`. path, kind: see `sources.RecordFiles`, `chat.RECORD_KINDS`.
 
-    weight: where `DataConfig.weights` has none.
+    weight: where `StreamConfig.weights` has none.
     """
 
     name: str
@@ -32,7 +32,7 @@ class Source:
     def __post_init__(self):
         if not re.fullmatch(r"[\w.-]+", self.name):
             raise ValueError(f"source: got the name {self.name!r}; wanted letters, digits, _ - .")
-        _one_of(f"source {self.name!r}: kind", self.kind, chat.KINDS)
+        _check_choice(f"source {self.name!r}: kind", self.kind, chat.RECORD_KINDS)
         if not self.weight >= 0:
             raise ValueError(
                 f"source {self.name!r}: got the weight {self.weight}; wanted 0 or more"
@@ -40,7 +40,7 @@ class Source:
 
 
 @dataclasses.dataclass(frozen=True)
-class DataConfig:
+class StreamConfig:
     """A stream of batches.
 
     sources: what to read. seq_len: T. rows: of the global batch.
@@ -58,7 +58,7 @@ class DataConfig:
     lookahead: how many documents a lane's packer chooses from.
     """
 
-    sources: tuple[Source, ...]
+    sources: tuple[DataSource, ...]
     seq_len: int
     rows: int
     weights: tuple[tuple[int, tuple[tuple[str, float], ...]], ...] = ()
@@ -78,12 +78,12 @@ class DataConfig:
         names = [source.name for source in self.sources]
         if not names or len(set(names)) < len(names):
             raise ValueError(f"sources: got {names}; wanted at least one, of different names")
-        for field, least in _LEAST.items():
+        for field, least in _MIN_FIELD_VALUES.items():
             if getattr(self, field) < least:
                 raise ValueError(f"{field}: got {getattr(self, field)}; wanted at least {least}")
-        _one_of("overlong", self.overlong, chat.OVERLONG)
-        _one_of("thinking", self.thinking, chat.THINKING)
-        _one_of("profile", self.profile, chat.PROFILES)
+        _check_choice("overlong", self.overlong, chat.OVERLONG_MODES)
+        _check_choice("thinking", self.thinking, chat.THINKING_MODES)
+        _check_choice("profile", self.profile, chat.PROFILES)
         if self.lanes % self.rows and self.rows % self.lanes:
             raise ValueError(
                 f"lanes: got {self.lanes} with {self.rows} rows; wanted a multiple or a divisor "
@@ -113,89 +113,112 @@ class DataConfig:
         return dict(self.weights[which][1])
 
 
-_LEAST = {"seq_len": 2, "rows": 1, "workers": 0, "prefetch": 1, "lanes": 1, "lookahead": 1}
+_MIN_FIELD_VALUES = {
+    "seq_len": 2,
+    "rows": 1,
+    "workers": 0,
+    "prefetch": 1,
+    "lanes": 1,
+    "lookahead": 1,
+}
 
 
-def lane_of(step: int, row: int, rows: int, lanes: int) -> int:
+def find_lane(step: int, row: int, num_rows: int, num_lanes: int) -> int:
     """Return the lane that a row of a step's batch comes from.
 
     Each row has its block of lanes, which serve it in turn, or each lane its block of rows: hosts
     with consecutive rows have consecutive lanes.
     """
-    if lanes >= rows:
-        turns = lanes // rows
+    if num_lanes >= num_rows:
+        turns = num_lanes // num_rows
         return row * turns + step % turns
-    return row // (rows // lanes)
+    return row // (num_rows // num_lanes)
 
 
-class Lane:
+class DataLane:
     """One reader; see the module's docstring."""
 
     def __init__(
         self,
-        number: int,
-        lanes: int,
-        config: DataConfig,
-        records: dict[str, sources.Records],
-        encoder: chat.Encoder,
-        epochs: int | None,
+        lane_number: int,
+        num_lanes: int,
+        config: StreamConfig,
+        records: dict[str, sources.RecordFiles],
+        encoder: chat.RecordEncoder,
+        num_epochs: int | None,
         state: dict[str, Any],
     ):
         """Go on from `state`; an empty one is the beginning. epochs: None reads for ever."""
-        self._number, self._lanes, self._epochs = number, lanes, epochs
+        self._lane_number, self._num_lanes, self._num_epochs = lane_number, num_lanes, num_epochs
         self._config, self._records, self._encoder = config, records, encoder
         self._sources = {source.name: source for source in config.sources}
-        self._order = {name: i for i, name in enumerate(self._sources)}
-        self._read: dict[str, int] = dict.fromkeys(self._sources, 0) | state.get("read", {})
-        self._tokens: dict[str, int] = dict.fromkeys(self._sources, 0) | state.get("tokens", {})
-        self._dropped: int = state.get("dropped", 0)
-        self._waiting = [one for entry in state.get("waiting", []) for one in self._restore(entry)]
+        self._source_indices = {name: i for i, name in enumerate(self._sources)}
+        self._documents_read: dict[str, int] = dict.fromkeys(self._sources, 0) | state.get(
+            "read", {}
+        )
+        self._tokens_read: dict[str, int] = dict.fromkeys(self._sources, 0) | state.get(
+            "tokens", {}
+        )
+        self._num_dropped: int = state.get("dropped", 0)
+        self._pending = [
+            one for entry in state.get("waiting", []) for one in self._restore_pieces(entry)
+        ]
 
-    def row(self, step: int) -> packing.Row | None:
+    def next_row(self, step: int) -> packing.PackedRow | None:
         """Return the lane's next row, for a batch of this step; None when nothing is left."""
         config = self._config
-        return packing.next_row(
-            self._waiting, lambda: self._draw(step), config.seq_len, config.lookahead, config.pack
+        return packing.pack_next_row(
+            self._pending,
+            lambda: self._draw_document(step),
+            config.seq_len,
+            config.lookahead,
+            config.pack,
         )
 
-    def state(self) -> dict[str, Any]:
+    def get_state(self) -> dict[str, Any]:
         """Return what continues this lane, JSON-able and without any token.
 
         read, tokens: documents and tokens by source. waiting: "sample@start-end/length" in tokens.
         """
         return {
-            "read": dict(self._read),
-            "tokens": dict(self._tokens),
-            "dropped": self._dropped,
+            "read": dict(self._documents_read),
+            "tokens": dict(self._tokens_read),
+            "dropped": self._num_dropped,
             "waiting": [
-                f"{one.sample}@{one.start}-{one.end}/{len(one.document.tokens)}"
-                for one in self._waiting
+                f"{one.sample_id}@{one.start}-{one.end}/{len(one.document.tokens)}"
+                for one in self._pending
             ],
         }
 
-    def _draw(self, step: int) -> list[packing.Waiting]:
+    def _draw_document(self, step: int) -> list[packing.PendingPiece]:
         """Return what the next document brings, nothing at the end of the last epoch."""
-        while (name := self._choose(step)) is not None:
+        while (name := self._choose_source(step)) is not None:
             size = len(self._records[name])
-            place = self._read[name] * self._lanes + self._number
-            self._read[name] += 1
+            place = self._documents_read[name] * self._num_lanes + self._lane_number
+            self._documents_read[name] += 1
             epoch, place = divmod(place, size)
-            seed = _hash(self._config.seed, name, epoch) % 2**32
+            seed = _stable_hash(self._config.seed, name, epoch) % 2**32
             index = grain.index_shuffle(place, max_index=size - 1, seed=seed, rounds=4)
-            document = self._document(name, index)
+            document = self._encode_record(name, index)
             if document is not None:
-                self._tokens[name] += len(document.tokens)
+                self._tokens_read[name] += len(document.tokens)
                 sample = f"{name}:{index}:{epoch}"
-                return packing.wait(sample, self._order[name], document, self._config.seq_len)
-            self._dropped += 1
-            if self._read[name] >= size and not self._tokens[name] and self._epochs is None:
+                return packing.split_document(
+                    sample, self._source_indices[name], document, self._config.seq_len
+                )
+            self._num_dropped += 1
+            if (
+                self._documents_read[name] >= size
+                and not self._tokens_read[name]
+                and self._num_epochs is None
+            ):
                 raise sources.DataError(
-                    f"source {name!r}: got {self._read[name]} conversations, all longer than "
+                    f"source {name!r}: got {self._documents_read[name]} conversations, all longer than "
                     f"{self._config.seq_len} tokens; wanted some that fit. Use longer rows."
                 )
         return []
 
-    def _choose(self, step: int) -> str | None:
+    def _choose_source(self, step: int) -> str | None:
         """Return the next document's source.
 
         Chances are by weight over the mean length of what the lane read of a source so far, which
@@ -205,13 +228,13 @@ class Lane:
         open_ = [name for name in self._sources if weights.get(name) and self._is_open(name)]
         if not open_:
             return None
-        read, tokens = sum(self._read.values()), sum(self._tokens.values())
+        read, tokens = sum(self._documents_read.values()), sum(self._tokens_read.values())
         chances = []
         for name in open_:
-            many, total = self._read[name], self._tokens[name]
+            many, total = self._documents_read[name], self._tokens_read[name]
             mean = (total / many if total else tokens / read) if tokens else 1.0
             chances.append(weights[name] / mean)
-        at = _hash(self._config.seed, self._number, read) / 2**64 * sum(chances)
+        at = _stable_hash(self._config.seed, self._lane_number, read) / 2**64 * sum(chances)
         for name, chance in zip(open_, chances, strict=True):
             at -= chance
             if at < 0:
@@ -219,45 +242,47 @@ class Lane:
         return open_[-1]
 
     def _is_open(self, name: str) -> bool:
-        if self._epochs is None:
+        if self._num_epochs is None:
             return True
-        place = self._read[name] * self._lanes + self._number
-        return place < self._epochs * len(self._records[name])
+        place = self._documents_read[name] * self._num_lanes + self._lane_number
+        return place < self._num_epochs * len(self._records[name])
 
-    def _document(self, name: str, index: int) -> packing.Document | None:
+    def _encode_record(self, name: str, index: int) -> packing.TokenizedDocument | None:
         records = self._records[name]
         record = records.read(index)
         try:
-            return self._encoder.document(record, self._sources[name].kind)
+            return self._encoder.encode_or_drop(record, self._sources[name].kind)
         except ValueError as error:
-            raise sources.DataError(f"{records.where(index)}: {error}") from None
+            raise sources.DataError(f"{records.location(index)}: {error}") from None
 
-    def _restore(self, entry: str) -> list[packing.Waiting]:
+    def _restore_pieces(self, entry: str) -> list[packing.PendingPiece]:
         """Tokenise again what waited; a document of which nothing was handed out may change."""
         sample, places = entry.rsplit("@", 1)
         name, index, _ = sample.rsplit(":", 2)
         start, end, length = map(int, re.split("[-/]", places))
-        document = self._document(name, int(index))
+        document = self._encode_record(name, int(index))
         if document is None:  # rows have become shorter
-            self._dropped += 1
+            self._num_dropped += 1
             return []
         if end - start == length:
-            return packing.wait(sample, self._order[name], document, self._config.seq_len)
+            return packing.split_document(
+                sample, self._source_indices[name], document, self._config.seq_len
+            )
         if len(document.tokens) != length:
             raise sources.DataError(
-                f"{self._records[name].where(int(index))}: got {len(document.tokens)} tokens; "
+                f"{self._records[name].location(int(index))}: got {len(document.tokens)} tokens; "
                 f"wanted the {length} of which the checkpoint had handed out some. Take its "
                 "tokenizer and its settings of texts and conversations."
             )
-        return [packing.Waiting(sample, self._order[name], document, start, end)]
+        return [packing.PendingPiece(sample, self._source_indices[name], document, start, end)]
 
 
-def _one_of(what: str, value: str, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise ValueError(f"{what}: got {value!r}; wanted one of {', '.join(known)}")
+def _check_choice(field: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{field}: got {value!r}; wanted one of {', '.join(choices)}")
 
 
-def _hash(*parts) -> int:
+def _stable_hash(*parts) -> int:
     """Return 64 bits that look random and are the same everywhere and always."""
     text = ":".join(map(str, parts)).encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")

@@ -27,7 +27,7 @@ import numpy as np
 from train import correction as correction_lib
 from train import rl_metrics
 
-ADVANTAGES = ("group", "mean", "leave-one-out", "return", "return-baseline")
+ADVANTAGE_KINDS = ("group", "mean", "leave-one-out", "return", "return-baseline")
 AGGREGATIONS = (
     "token-mean",
     "prompt-mean",
@@ -36,8 +36,8 @@ AGGREGATIONS = (
     "seq-sum-const",
     "mix",
 )
-_CHOICES = {
-    "advantage": ADVANTAGES,
+_FIELD_CHOICES = {
+    "advantage": ADVANTAGE_KINDS,
     "aggregation": AGGREGATIONS,
     "ratio": ("token", "sequence"),
     "anchor": ("old", "rollout"),
@@ -61,14 +61,14 @@ class Objective:
         log-probabilities at the start of the batch, or "rollout", the sampler's.
       is_weight_max, is_weight_min: absolute bounds of w; None is none. weighted: False for w = 1.
       clip_low, clip_high, dual_clip: of M; None is off.
-      aggregation: how tokens are averaged, see `coefficients`. mix_lambda: for "mix" alone, in
+      aggregation: how tokens are averaged, see `token_coefficients`. mix_lambda: for "mix" alone, in
         [0, 1]. length_max: for "seq-sum-const" alone, tokens.
       kl_coef, kl_kind: of the KL to the reference model, x = logp_ref - logp: k1 = -x,
         k2 = x^2 / 2, k3 = exp(x) - 1 - x. kl_clamp: x stays within +-that; kl_max: so does the
         result.
       entropy_coef: rewards the distribution's exact entropy.
       correction: between sampler and trainer, see `correction`.
-      off_policy_max: see `correction.on_policy`.
+      off_policy_max: see `correction.on_policy_mask`.
 
     Raises:
       ValueError: a value out of range, or options that contradict each other.
@@ -95,90 +95,96 @@ class Objective:
     kl_clamp: float | None = None
     kl_max: float | None = None
     entropy_coef: float = 0.0
-    correction: correction_lib.Correction | None = None
+    correction: correction_lib.RolloutCorrection | None = None
     off_policy_max: float | None = None
 
     def __post_init__(self):
-        for name, known in _CHOICES.items():
+        for name, known in _FIELD_CHOICES.items():
             if getattr(self, name) not in known:
-                _refuse(f"{name} {getattr(self, name)!r}", f"one of {', '.join(known)}")
+                _reject_value(f"{name} {getattr(self, name)!r}", f"one of {', '.join(known)}")
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if isinstance(value, float) and not math.isfinite(value):
-                _refuse(f"{field.name} {value}", "a finite number, or None for no bound")
+                _reject_value(f"{field.name} {value}", "a finite number, or None for no bound")
         for name in ("advantage_eps", "reward_kl_coef", "clip_low", "clip_high", "kl_coef"):
             if (getattr(self, name) or 0.0) < 0:
-                _refuse(f"{name} {getattr(self, name)}", "at least 0")
+                _reject_value(f"{name} {getattr(self, name)}", "at least 0")
         for name in ("is_weight_max", "kl_clamp", "kl_max"):
             value = getattr(self, name)
             if value is not None and value <= 0:
-                _refuse(f"{name} {value}", "more than 0, or None for no bound")
+                _reject_value(f"{name} {value}", "more than 0, or None for no bound")
         if not 0 <= self.discount <= 1:
-            _refuse(f"discount {self.discount}", "0 to 1")
+            _reject_value(f"discount {self.discount}", "0 to 1")
         if self.dual_clip is not None and self.dual_clip <= 1:
-            _refuse(f"dual_clip {self.dual_clip}", "more than 1")
+            _reject_value(f"dual_clip {self.dual_clip}", "more than 1")
         low = -math.inf if self.is_weight_min is None else self.is_weight_min
         if self.is_weight_max is not None and low > self.is_weight_max:
-            _refuse(f"is_weight_min {low} above is_weight_max", "the lower one first")
+            _reject_value(f"is_weight_min {low} above is_weight_max", "the lower one first")
         self._refuse_conflicts()
 
     def _refuse_conflicts(self):
         if self.name == "cispo" and self.dual_clip is not None:
-            _refuse("cispo with dual_clip", "none: it drops no token. Take grpo or dapo")
+            _reject_value("cispo with dual_clip", "none: it drops no token. Take grpo or dapo")
         if self.name == "cispo" and self.ratio == "sequence":
-            _refuse("cispo with ratio 'sequence'", "'token'. Take gspo")
+            _reject_value("cispo with ratio 'sequence'", "'token'. Take gspo")
         if self.anchor == "rollout" and self.correction is not None:
-            _refuse(
+            _reject_value(
                 "anchor 'rollout' with a correction",
                 "one of them: this ratio has the mismatch of sampler and trainer in it already",
             )
         if not self.weighted and (self.is_weight_max, self.is_weight_min) != (None, None):
-            _refuse("weighted False with is_weight bounds", "no bounds: the weight is 1")
+            _reject_value("weighted False with is_weight bounds", "no bounds: the weight is 1")
         for name, owner in (("mix_lambda", "mix"), ("length_max", "seq-sum-const")):
             if (getattr(self, name) is not None) != (self.aggregation == owner):
-                _refuse(
+                _reject_value(
                     f"aggregation {self.aggregation!r} with {name} {getattr(self, name)}",
                     f"{name} with {owner!r}, and with no other",
                 )
         if self.mix_lambda is not None and not 0 <= self.mix_lambda <= 1:
-            _refuse(f"mix_lambda {self.mix_lambda}", "0 (tokens) to 1 (samples)")
+            _reject_value(f"mix_lambda {self.mix_lambda}", "0 (tokens) to 1 (samples)")
         if self.length_max is not None and self.length_max < 1:
-            _refuse(f"length_max {self.length_max}", "at least 1")
+            _reject_value(f"length_max {self.length_max}", "at least 1")
         returns = self.advantage.startswith("return")
         if not returns and (self.discount != 1 or self.reward_kl_coef):
-            _refuse(
+            _reject_value(
                 f"discount {self.discount}, reward_kl_coef {self.reward_kl_coef} with advantage "
                 f"{self.advantage!r}",
                 "1 and 0: these are for 'return' and 'return-baseline'. kl_coef is the loss's",
             )
 
 
-def _refuse(got: str, wanted: str):
+def _reject_value(got: str, wanted: str):
     raise ValueError(f"objective: got {got}; wanted {wanted}")
 
 
-_OFF: dict[str, Any] = {"is_weight_max": None}
-_PPO: dict[str, Any] = _OFF | {"clip_low": 0.2, "clip_high": 0.2}
-_SAMPLES: dict[str, Any] = {"aggregation": "seq-mean-token-mean"}
+_UNBOUNDED_WEIGHT: dict[str, Any] = {"is_weight_max": None}
+_PPO_CLIP: dict[str, Any] = _UNBOUNDED_WEIGHT | {"clip_low": 0.2, "clip_high": 0.2}
+_SAMPLE_MEAN: dict[str, Any] = {"aggregation": "seq-mean-token-mean"}
 # The constant only scales the loss; M1's first window, until a run sets its own.
-_CONSTANT: dict[str, Any] = {"aggregation": "seq-sum-const", "length_max": 40_960}
+_CONSTANT_LENGTH: dict[str, Any] = {"aggregation": "seq-sum-const", "length_max": 40_960}
 PRESETS: dict[str, Objective] = {
     "cispo": Objective(),
-    "grpo": Objective("grpo", **_PPO, **_SAMPLES),
-    "dapo": Objective("dapo", clip_low=0.2, clip_high=0.28, **_OFF),
-    "dr_grpo": Objective("dr_grpo", "mean", **_PPO, **_CONSTANT),
-    "gspo": Objective("gspo", ratio="sequence", clip_low=3e-4, clip_high=4e-4, **_OFF, **_SAMPLES),
-    "reinforce_pp": Objective("reinforce_pp", "return", **_PPO),
-    "reinforce_pp_baseline": Objective("reinforce_pp_baseline", "return-baseline", **_PPO),
+    "grpo": Objective("grpo", **_PPO_CLIP, **_SAMPLE_MEAN),
+    "dapo": Objective("dapo", clip_low=0.2, clip_high=0.28, **_UNBOUNDED_WEIGHT),
+    "dr_grpo": Objective("dr_grpo", "mean", **_PPO_CLIP, **_CONSTANT_LENGTH),
+    "gspo": Objective(
+        "gspo", ratio="sequence", clip_low=3e-4, clip_high=4e-4, **_UNBOUNDED_WEIGHT, **_SAMPLE_MEAN
+    ),
+    "reinforce_pp": Objective("reinforce_pp", "return", **_PPO_CLIP),
+    "reinforce_pp_baseline": Objective("reinforce_pp_baseline", "return-baseline", **_PPO_CLIP),
     "rloo": Objective(
-        "rloo", "leave-one-out", weighted=False, aggregation="seq-mean-token-sum", **_OFF
+        "rloo",
+        "leave-one-out",
+        weighted=False,
+        aggregation="seq-mean-token-sum",
+        **_UNBOUNDED_WEIGHT,
     ),
 }
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Terms:
+class TokenTerms:
     """What the loss is made of, for B packed rows of T tokens; [B, T], but for the last one.
 
     A gradient flows through logp and entropy alone. Where mask is 0, anything may stand.
@@ -187,10 +193,10 @@ class Terms:
       the sampler. logp_ref: by the reference model, or None. All at one temperature.
     entropy: of the token's distribution, or None.
     advantages: see `advantages`. mask: 1 where the model wrote the token.
-    coefficients: of the token's loss, see `coefficients`.
+    coefficients: of the token's loss, see `token_coefficients`.
     segment_ids: which sample of its row a token belongs to, 0 to T; samples do not span rows.
     weight_mean: of the whole step, for a correction that normalises, see
-      `correction.mean_weight`.
+      `correction.weight_sum_and_count`.
     """
 
     logp: Any
@@ -205,8 +211,8 @@ class Terms:
     weight_mean: Any = None
 
 
-def coefficients(
-    objective: Objective, lengths: np.ndarray, prompts: np.ndarray, valid: np.ndarray
+def token_coefficients(
+    objective: Objective, lengths: np.ndarray, prompt_ids: np.ndarray, valid: np.ndarray
 ) -> np.ndarray:
     """Return what each of a sample's masked tokens counts in the loss of a whole step: [N].
 
@@ -220,15 +226,15 @@ def coefficients(
     Args:
       lengths: n, [N]. prompts: of each sample, any equal id for one group. valid: bool.
     """
-    lengths, prompts, valid = (np.asarray(x) for x in (lengths, prompts, valid))
-    if not lengths.shape == prompts.shape == valid.shape or lengths.ndim != 1:
+    lengths, prompt_ids, valid = (np.asarray(x) for x in (lengths, prompt_ids, valid))
+    if not lengths.shape == prompt_ids.shape == valid.shape or lengths.ndim != 1:
         raise ValueError(
-            f"got lengths {lengths.shape}, prompts {prompts.shape}, valid {valid.shape}; "
+            f"got lengths {lengths.shape}, prompts {prompt_ids.shape}, valid {valid.shape}; "
             "wanted one number of each for every sample"
         )
     valid = valid.astype(bool)
     lengths = np.where(valid, lengths, 0).astype(np.float64)
-    _, group = np.unique(prompts, return_inverse=True)
+    _, group = np.unique(prompt_ids, return_inverse=True)
     num_samples = max(valid.sum(), 1)
     num_prompts = max(len(np.unique(group[valid])), 1)
     own, whole = np.maximum(lengths, 1), max(lengths.sum(), 1)
@@ -250,7 +256,7 @@ def coefficients(
     return np.where(valid, each, 0.0)
 
 
-def loss(objective: Objective, terms: Terms) -> tuple[Any, dict[str, dict[str, Any]]]:
+def compute_loss(objective: Objective, terms: TokenTerms) -> tuple[Any, dict[str, dict[str, Any]]]:
     """Return these rows' share of the step's loss, and their part of its metrics.
 
     Precision: float32, or float64 for such terms.
@@ -259,25 +265,25 @@ def loss(objective: Objective, terms: Terms) -> tuple[Any, dict[str, dict[str, A
       The share, a plain sum; and metrics in three dicts. "shares": loss, policy_loss, ppo_loss (in
       PPO's form of a minimum, whose value differs), kl_loss and entropy_loss (without their
       coefficients), to be added up. "sums": see `rl_metrics.token_sums`, to be added up and
-      divided. "maxima": the largest is taken. `rl_metrics.add` and `rl_metrics.report` do so.
+      divided. "maxima": the largest is taken. `rl_metrics.add_metrics` and `rl_metrics.summarize_metrics` do so.
 
     Raises:
       ValueError: terms that the objective needs are None.
     """
-    _check(objective, terms)
-    terms = _cleaned(terms)
-    ratio = ratios(objective, terms)
+    _check_terms(objective, terms)
+    terms = _clean_terms(terms)
+    ratio = importance_ratios(objective, terms)
     weight = jnp.ones_like(ratio)
     if objective.weighted:
         weight = jnp.clip(ratio, objective.is_weight_min, objective.is_weight_max)
-    trusted = _trusted(objective, ratio, terms.advantages)
-    rho, keep = _correction(objective, terms)
+    trusted = _compute_clip_mask(objective, ratio, terms.advantages)
+    rho, keep = _rho_and_keep_mask(objective, terms)
     scale = jnp.where(trusted & keep, rho, 0.0)
     policy = -weight * terms.advantages * terms.logp * scale
     ppo = _minimum_form(objective, ratio, terms.advantages) * jnp.where(keep, rho, 0.0)
     total, shares = policy, {"policy_loss": policy, "ppo_loss": ppo}
     if terms.logp_ref is not None:
-        shares["kl_loss"] = divergence(objective, terms.logp_ref - terms.logp)
+        shares["kl_loss"] = estimate_kl(objective, terms.logp_ref - terms.logp)
         if objective.kl_coef:  # 0 times an infinite estimate is not 0
             total += objective.kl_coef * shares["kl_loss"]
     if terms.entropy is not None:
@@ -290,11 +296,11 @@ def loss(objective: Objective, terms: Terms) -> tuple[Any, dict[str, dict[str, A
     return shares["loss"], {"shares": shares, "sums": sums, "maxima": maxima}
 
 
-def ratios(objective: Objective, terms: Terms) -> Any:
+def importance_ratios(objective: Objective, terms: TokenTerms) -> Any:
     """Return r of every token, 1 where mask is 0: [B, T]; no gradient."""
-    terms = _cleaned(terms)
+    terms = _clean_terms(terms)
     anchor = terms.logp_old if objective.anchor == "old" else terms.logp_rollout
-    limit = correction_lib.MAX_LOG
+    limit = correction_lib.MAX_LOG_RATIO
     d = jnp.clip(terms.logp - anchor, -limit, limit)
     if objective.ratio == "sequence":
         count = correction_lib.segment_totals(terms.mask, terms.segment_ids)
@@ -303,18 +309,22 @@ def ratios(objective: Objective, terms: Terms) -> Any:
     return jax.lax.stop_gradient(jnp.exp(d))
 
 
-def divergence(objective: Objective, x: Any) -> Any:
+def estimate_kl(objective: Objective, log_ratio: Any) -> Any:
     """Return the estimate of the KL to the reference model from x = logp_ref - logp."""
     if objective.kl_clamp is not None:
-        x = jnp.clip(x, -objective.kl_clamp, objective.kl_clamp)
-    kl = {"k1": lambda: -x, "k2": lambda: x * x / 2, "k3": lambda: jnp.expm1(x) - x}
+        log_ratio = jnp.clip(log_ratio, -objective.kl_clamp, objective.kl_clamp)
+    kl = {
+        "k1": lambda: -log_ratio,
+        "k2": lambda: log_ratio * log_ratio / 2,
+        "k3": lambda: jnp.expm1(log_ratio) - log_ratio,
+    }
     value = kl[objective.kl_kind]()
     return (
         value if objective.kl_max is None else jnp.clip(value, -objective.kl_max, objective.kl_max)
     )
 
 
-def _check(objective: Objective, terms: Terms) -> None:
+def _check_terms(objective: Objective, terms: TokenTerms) -> None:
     wanted = {
         "logp_ref": objective.kl_coef != 0,
         "entropy": objective.entropy_coef != 0,
@@ -328,7 +338,7 @@ def _check(objective: Objective, terms: Terms) -> None:
         )
 
 
-def _cleaned(terms: Terms) -> Terms:
+def _clean_terms(terms: TokenTerms) -> TokenTerms:
     """Return terms with 0 where mask is 0, before any exp sees what stands there."""
     real = terms.mask > 0
 
@@ -343,10 +353,10 @@ def _cleaned(terms: Terms) -> Terms:
         # Not a product with the mask: 0 times infinity is not 0.
         return value if value.ndim == 0 else jnp.where(real, value, 0.0)
 
-    return Terms(**{field.name: clean(field.name) for field in dataclasses.fields(Terms)})
+    return TokenTerms(**{field.name: clean(field.name) for field in dataclasses.fields(TokenTerms)})
 
 
-def _trusted(objective: Objective, ratio, advantages):
+def _compute_clip_mask(objective: Objective, ratio, advantages):
     """Return M of Eq. 7 as booleans."""
     dropped = jnp.zeros(ratio.shape, bool)
     if objective.clip_high is not None:
@@ -358,11 +368,11 @@ def _trusted(objective: Objective, ratio, advantages):
     return ~dropped
 
 
-def _correction(objective: Objective, terms: Terms):
+def _rho_and_keep_mask(objective: Objective, terms: TokenTerms):
     """Return (rho, whether the token is kept)."""
     rho, keep = jnp.ones_like(terms.logp_old), terms.mask > 0
     if objective.correction is not None:
-        rho, kept = correction_lib.weights(
+        rho, kept = correction_lib.correction_weights(
             objective.correction,
             terms.logp_old,
             terms.logp_rollout,
@@ -373,7 +383,7 @@ def _correction(objective: Objective, terms: Terms):
         if objective.correction.normalise:
             rho = rho / terms.weight_mean
     if objective.off_policy_max is not None:
-        keep &= correction_lib.on_policy(
+        keep &= correction_lib.on_policy_mask(
             objective.off_policy_max,
             terms.advantages,
             terms.logp,

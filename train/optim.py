@@ -55,7 +55,7 @@ class AdamW:
 
     def init(self, model: Any) -> optax.OptState:
         """Return zero moments, float32 and sharded like the parameters."""
-        return self._moments().init(model)
+        return self._moment_transform().init(model)
 
     def update(self, grads, state: optax.OptState, model, step: Int[Array, ""]):
         """Return (new model, new state, {"grad_norm", "learning_rate"}), norm before clipping.
@@ -67,7 +67,7 @@ class AdamW:
         if self.clip_norm is not None:
             scale = jnp.minimum(1.0, self.clip_norm / jnp.maximum(norm, 1e-30))
             grads = jax.tree.map(lambda g: g * scale, grads)
-        directions, state = self._moments().update(grads, state, model)
+        directions, state = self._moment_transform().update(grads, state, model)
         rate = self.learning_rate(step)
         model = jax.tree.map(lambda p, d: (p - rate * d).astype(p.dtype), model, directions)
         return model, state, {"grad_norm": norm, "learning_rate": rate}
@@ -76,14 +76,14 @@ class AdamW:
         rate = self.schedule(step) if callable(self.schedule) else self.schedule
         return jnp.asarray(rate, jnp.float32)
 
-    def _moments(self) -> optax.GradientTransformation:
+    def _moment_transform(self) -> optax.GradientTransformation:
         adam = optax.scale_by_adam(self.b1, self.b2, self.eps, mu_dtype=jnp.float32)
         if not self.weight_decay:
             return adam
-        return optax.chain(adam, optax.add_decayed_weights(self.weight_decay, mask=is_matrix))
+        return optax.chain(adam, optax.add_decayed_weights(self.weight_decay, mask=matrix_mask))
 
 
-def is_matrix(model: nnx.Module):
+def matrix_mask(model: nnx.Module):
     """Return the model with True at each parameter that has two axes besides `layers`."""
 
     def leaf(param):
@@ -112,7 +112,7 @@ def _warmup_cosine(peak, warmup_steps, total_steps, final):
 
 
 @functools.cache
-def over_tokens(
+def make_stage_schedule(
     shape: str,
     start: float,
     end: float,
@@ -142,7 +142,7 @@ def over_tokens(
 
 
 @functools.cache
-def joined(
+def make_piecewise_schedule(
     points: tuple[tuple[int, float], ...], first_token: int, tokens_per_step: int, first_step: int
 ) -> Schedule:
     """Return lines between (token of the run, value) points by step, level outside of them."""

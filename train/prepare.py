@@ -23,15 +23,15 @@ from array_record.python import array_record_module  # pyright: ignore[reportAtt
 from m1_jax import tokenizer as tokenizer_lib
 from train import chat, sources
 
-MANIFEST = "prepare.json"
-_KEYS = ("text", "messages", "tools")
+MANIFEST_FILE = "prepare.json"
+_RECORD_KEYS = ("text", "messages", "tools")
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
-    """src: as `sources.Records`. dst: a local directory to make. shards: its number of files.
+class PrepareConfig:
+    """src: as `sources.RecordFiles`. dst: a local directory to make. shards: its number of files.
 
-    kind: one of `chat.KINDS`. profile: of the chat template. checkpoint: a directory with a
+    kind: one of `chat.RECORD_KINDS`. profile: of the chat template. checkpoint: a directory with a
     tokenizer, to count tokens too. progress: show a bar.
     """
 
@@ -52,7 +52,7 @@ class Config:
             raise ValueError(f"--shards is {self.shards}; wanted at least 1")
 
 
-def run(config: Config) -> pathlib.Path:
+def run(config: PrepareConfig) -> pathlib.Path:
     """Write the shards, and return the finished directory.
 
     Its `prepare.json` holds the source's fingerprint and, by shard, the number of records and,
@@ -65,43 +65,45 @@ def run(config: Config) -> pathlib.Path:
     dst = pathlib.Path(config.dst)
     if dst.exists():
         raise FileExistsError(f"{dst} exists; wanted a new directory. Remove it or choose another.")
-    with contextlib.closing(sources.Records("--src", config.src)) as records:
-        partial = _prepare(dst.with_name(dst.name + ".partial"), config, records)
+    with contextlib.closing(sources.RecordFiles("--src", config.src)) as records:
+        partial = _write_shards(dst.with_name(dst.name + ".partial"), config, records)
     partial.rename(dst)
     return dst
 
 
-def _prepare(partial: pathlib.Path, config: Config, records: sources.Records) -> pathlib.Path:
+def _write_shards(
+    partial: pathlib.Path, config: PrepareConfig, records: sources.RecordFiles
+) -> pathlib.Path:
     if len(records) < config.shards:
         raise ValueError(f"--shards is {config.shards}; wanted at most the {len(records)} records")
     encoder = None
     if config.checkpoint:
         tokenizer = tokenizer_lib.Tokenizer.load(config.checkpoint)
-        encoder = chat.Encoder(tokenizer, profile=config.profile)
-    manifest = _open_partial(partial, config, records)
+        encoder = chat.RecordEncoder(tokenizer, profile=config.profile)
+    manifest = _open_manifest(partial, config, records)
     with tqdm.tqdm(total=len(records), unit=" records", disable=not config.progress) as bar:
         for shard in range(config.shards):
             name = f"{shard:05d}-of-{config.shards:05d}.arrayrecord"
             start, end = (len(records) * i // config.shards for i in (shard, shard + 1))
             if name not in manifest["shards"]:
                 growing = partial / (name + ".tmp")
-                counts = _write(growing, records, range(start, end), config, encoder, bar)
+                counts = _write_shard(growing, records, range(start, end), config, encoder, bar)
                 growing.rename(partial / name)
                 manifest["shards"][name] = counts
-                _save(partial / MANIFEST, manifest)
+                _write_json_atomically(partial / MANIFEST_FILE, manifest)
             else:
                 bar.update(end - start)
     return partial
 
 
-def _open_partial(partial: pathlib.Path, config: Config, records) -> dict[str, Any]:
+def _open_manifest(partial: pathlib.Path, config: PrepareConfig, records) -> dict[str, Any]:
     """Return the manifest of an interrupted run of this command, or begin one."""
     settings = {k: getattr(config, k) for k in ("shards", "kind", "profile", "checkpoint")}
     wanted = {**settings, "source": records.fingerprint()}
-    path = partial / MANIFEST
+    path = partial / MANIFEST_FILE
     if not path.exists():
         partial.mkdir(parents=True, exist_ok=True)
-        _save(path, {"of": wanted, "shards": {}})
+        _write_json_atomically(path, {"of": wanted, "shards": {}})
     manifest = json.loads(path.read_text())
     if manifest["of"] != wanted:
         raise FileExistsError(
@@ -111,7 +113,7 @@ def _open_partial(partial: pathlib.Path, config: Config, records) -> dict[str, A
     return manifest
 
 
-def _save(path: pathlib.Path, value: dict) -> None:
+def _write_json_atomically(path: pathlib.Path, value: dict) -> None:
     """Replace a file in one go: it is never read half-written."""
     growing = path.with_name(path.name + ".tmp")
     with growing.open("w") as stream:
@@ -121,7 +123,7 @@ def _save(path: pathlib.Path, value: dict) -> None:
     growing.rename(path)
 
 
-def _write(path, records, indices, config: Config, encoder, bar) -> dict[str, int]:
+def _write_shard(path, records, indices, config: PrepareConfig, encoder, bar) -> dict[str, int]:
     """Write one shard and return its counts."""
     counts = {"records": len(indices)}
     if encoder is not None:
@@ -131,7 +133,7 @@ def _write(path, records, indices, config: Config, encoder, bar) -> dict[str, in
         for index in indices:
             record = records.read(index)
             try:
-                line, tokens = _checked(record, config, encoder)
+                line, tokens = _check_record(record, config, encoder)
             except ValueError as error:
                 raise sources.DataError(f"{records.where(index)}: {error}") from None
             writer.write(line)
@@ -144,14 +146,16 @@ def _write(path, records, indices, config: Config, encoder, bar) -> dict[str, in
     return counts
 
 
-def _checked(record: dict, config: Config, encoder: chat.Encoder | None) -> tuple[bytes, int]:
+def _check_record(
+    record: dict, config: PrepareConfig, encoder: chat.RecordEncoder | None
+) -> tuple[bytes, int]:
     """Return a record as JSON, and its number of tokens where there is a tokenizer."""
     tokens = 0
     if encoder is not None:
         tokens = len(encoder.encode(record, config.kind).tokens)
     elif chat.is_chat(record, config.kind):
-        chat.conversation(record["messages"], record.get("tools"), profile=config.profile)
-    kept = {key: record[key] for key in _KEYS if record.get(key) is not None}
+        chat.render_conversation(record["messages"], record.get("tools"), profile=config.profile)
+    kept = {key: record[key] for key in _RECORD_KEYS if record.get(key) is not None}
     return json.dumps(kept, ensure_ascii=False).encode(), tokens
 
 
@@ -162,8 +166,8 @@ def main(argv) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unknown argument {argv[1]!r}")
     try:
-        config = Config(
-            **{f.name: getattr(flags.FLAGS, f.name) for f in dataclasses.fields(Config)}
+        config = PrepareConfig(
+            **{f.name: getattr(flags.FLAGS, f.name) for f in dataclasses.fields(PrepareConfig)}
         )
         print(f"wrote {run(config)}")
     except (ValueError, OSError) as error:
@@ -174,7 +178,7 @@ def _define_flags() -> None:
     flags.DEFINE_string("src", None, "File, directory or pattern to read.", required=True)
     flags.DEFINE_string("dst", None, "Directory to make; must not exist.", required=True)
     flags.DEFINE_integer("shards", 16, "How many files to write.")
-    flags.DEFINE_enum("kind", "auto", chat.KINDS, "What every record must be.")
+    flags.DEFINE_enum("kind", "auto", chat.RECORD_KINDS, "What every record must be.")
     flags.DEFINE_enum("profile", "release", chat.PROFILES, "Chat template.")
     flags.DEFINE_string("checkpoint", "", "Directory with a tokenizer: count tokens too.")
     flags.DEFINE_bool("progress", True, "Show a progress bar.")

@@ -10,9 +10,9 @@ from train import command, loop
 from train import config as config_lib
 
 
-def run(config: config_lib.Run | None, workdir) -> loop.Summary:
+def run(config: config_lib.TrainConfig | None, workdir) -> loop.TrainSummary:
     """Train as `config` says in `workdir`; None goes on with the run there."""
-    return loop.fit(config, workdir)
+    return loop.run_training(config, workdir)
 
 
 def cli() -> None:

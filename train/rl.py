@@ -11,17 +11,17 @@ slime's spellings of the objective and of sampling (--advantage-estimator, --eps
 from train import command, rl_config, rl_flags, rl_loop
 
 
-def run(config: rl_config.Run | None, workdir):
+def run(config: rl_config.RlConfig | None, workdir):
     """Train as `config` says in `workdir`; None goes on with the run there.
 
     Raises:
       ValueError: anything that is wrong, before the first batch.
     """
-    return rl_loop.fit(config, workdir)
+    return rl_loop.run_rl_training(config, workdir)
 
 
 def cli() -> None:
-    command.cli(run, rl_flags.change)
+    command.cli(run, rl_flags.apply_flags)
 
 
 if __name__ == "__main__":

@@ -10,23 +10,23 @@ from train import objective as objective_lib
 from train import tasks, windows
 from train.rewards import compose, curriculum, length_bias
 
-Optimizer = config_lib.Optimizer
-Save = config_lib.Save
-Log = config_lib.Log
+OptimizerConfig = config_lib.OptimizerConfig
+SaveConfig = config_lib.SaveConfig
+LogConfig = config_lib.LogConfig
 Objective = objective_lib.Objective
 PRESETS = objective_lib.PRESETS
-Source = tasks.Source
-Windows = windows.Windows
-Rewards = compose.RewardsConfig
+TaskSource = tasks.TaskSource
+LengthSchedule = windows.LengthSchedule
+RewardsConfig = compose.RewardsConfig
 Curriculum = curriculum.Curriculum
-PassRates = curriculum.PassRateConfig
-Lora = lora_lib.Lora
-LengthBias = length_bias.LengthBiasConfig
-_require = config_lib._require
+PassRateConfig = curriculum.PassRateConfig
+LoraConfig = lora_lib.LoraConfig
+LengthBiasConfig = length_bias.LengthBiasConfig
+_check_field = config_lib._check_field
 
 
 @dataclasses.dataclass(frozen=True)
-class Rollout:
+class RolloutConfig:
     """What is sampled for one generation batch.
 
     groups, group_size: tasks, and samples of each. max_prompt_tokens: a longer prompt is an error.
@@ -39,13 +39,13 @@ class Rollout:
       then may finish. 0: all samples are finished in their round.
     overlong_buffer_tokens: of the window's end, where the reward falls by up to 1 (DAPO); 0 off.
     mask_truncated, mask_repetition: such samples count for nothing.
-    temperature, top_p, top_k, min_p, stop_on_loop: see `rollout.Sampling`.
+    temperature, top_p, top_k, min_p, stop_on_loop: see `rollout.RolloutSampling`.
     engine: (field, value) pairs of `infer.config.Config`. replay_routes: the trainer sends tokens
       to the experts that the sampler chose.
     """
 
     groups: int
-    windows: Windows
+    windows: LengthSchedule
     max_prompt_tokens: int
     group_size: int = 8
     dynamic: bool = True
@@ -66,25 +66,29 @@ class Rollout:
 
     def __post_init__(self):
         for name in ("groups", "max_prompt_tokens", "max_rounds"):
-            _require(getattr(self, name) >= 1, f"rollout.{name}", getattr(self, name), "at least 1")
-        _require(self.group_size >= 2, "rollout.group_size", self.group_size, "at least 2")
+            _check_field(
+                getattr(self, name) >= 1, f"rollout.{name}", getattr(self, name), "at least 1"
+            )
+        _check_field(self.group_size >= 2, "rollout.group_size", self.group_size, "at least 2")
         for name in ("partial_tokens", "max_staleness"):
-            _require(getattr(self, name) >= 0, f"rollout.{name}", getattr(self, name), "at least 0")
-        _require(self.oversample >= 1, "rollout.oversample", self.oversample, "at least 1")
+            _check_field(
+                getattr(self, name) >= 0, f"rollout.{name}", getattr(self, name), "at least 0"
+            )
+        _check_field(self.oversample >= 1, "rollout.oversample", self.oversample, "at least 1")
         fits = 0 <= self.overlong_buffer_tokens <= self.windows.tokens[0]
         wanted = f"0 to the first window, {self.windows.tokens[0]}"
         name = "rollout.overlong_buffer_tokens"
-        _require(fits, name, self.overlong_buffer_tokens, wanted)
-        _require(self.temperature > 0, "rollout.temperature", self.temperature, "more than 0")
+        _check_field(fits, name, self.overlong_buffer_tokens, wanted)
+        _check_field(self.temperature > 0, "rollout.temperature", self.temperature, "more than 0")
 
     @property
-    def max_tokens(self) -> int:
+    def max_sample_tokens(self) -> int:
         """Return the longest prompt and answer together."""
         return self.max_prompt_tokens + self.windows.tokens[-1]
 
 
 @dataclasses.dataclass(frozen=True)
-class Agent:
+class AgentConfig:
     """Turns with tools. environment: "files", "repair" or "lookup", see `train/environments`.
 
     max_turns, turn_tokens: at most of an episode, and tokens in each; the window bounds them all.
@@ -96,16 +100,18 @@ class Agent:
 
     def __post_init__(self):
         for name in ("max_turns", "turn_tokens"):
-            _require(getattr(self, name) >= 1, f"agent.{name}", getattr(self, name), "at least 1")
+            _check_field(
+                getattr(self, name) >= 1, f"agent.{name}", getattr(self, name), "at least 1"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
-class Update:
+class UpdateConfig:
     """How a generation batch becomes optimizer steps.
 
     minibatches: steps that share the batch's groups; M1's 16 off-policy updates. epochs: how often
     all of them are gone through. rows: in a microbatch. row_tokens: of each row; 0 is the longest
-    sample's `Rollout.max_tokens`, and more packs short samples better. warmup_steps: of the
+    sample's `RolloutConfig.max_sample_tokens`, and more packs short samples better. warmup_steps: of the
     learning rate, which then stays. balance: of the routers' balance loss.
     """
 
@@ -119,19 +125,21 @@ class Update:
 
     def __post_init__(self):
         for name in ("minibatches", "epochs", "rows"):
-            _require(getattr(self, name) >= 1, f"update.{name}", getattr(self, name), "at least 1")
-        _require(self.learning_rate >= 0, "learning_rate", self.learning_rate, "at least 0")
-        _require(self.warmup_steps >= 0, "warmup_steps", self.warmup_steps, "at least 0")
+            _check_field(
+                getattr(self, name) >= 1, f"update.{name}", getattr(self, name), "at least 1"
+            )
+        _check_field(self.learning_rate >= 0, "learning_rate", self.learning_rate, "at least 0")
+        _check_field(self.warmup_steps >= 0, "warmup_steps", self.warmup_steps, "at least 0")
 
 
 @dataclasses.dataclass(frozen=True)
-class Evaluation:
+class RlEvaluationConfig:
     """Mean reward of held-out tasks, before the first batch, every so many batches and at the end.
 
     samples: of each task, at `temperature` (0 is greedy).
     """
 
-    sources: tuple[Source, ...] = ()
+    sources: tuple[TaskSource, ...] = ()
     every_batches: int = 0
     samples: int = 1
     temperature: float = 0.0
@@ -139,13 +147,15 @@ class Evaluation:
     def __post_init__(self):
         for name, least in (("every_batches", 0), ("samples", 1), ("temperature", 0)):
             value = getattr(self, name)
-            _require(value >= least, f"evaluation.{name}", value, f"at least {least}")
+            _check_field(value >= least, f"evaluation.{name}", value, f"at least {least}")
         fits = self.every_batches == 0 or bool(self.sources)
-        _require(fits, "evaluation.sources", self.sources, "a source, as every_batches is not 0")
+        _check_field(
+            fits, "evaluation.sources", self.sources, "a source, as every_batches is not 0"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
+class RlConfig:
     """One run of reinforcement learning.
 
     checkpoint: a release directory or a converted one. tokenizer: empty takes the checkpoint's.
@@ -160,59 +170,66 @@ class Run:
 
     checkpoint: str
     batches: int
-    sources: tuple[Source, ...]
-    rollout: Rollout
-    update: Update
-    rewards: Rewards | None = None
+    sources: tuple[TaskSource, ...]
+    rollout: RolloutConfig
+    update: UpdateConfig
+    rewards: RewardsConfig | None = None
     objective: Objective = PRESETS["cispo"]
-    agent: Agent | None = None
+    agent: AgentConfig | None = None
     curriculum: Curriculum | None = None
-    pass_rates: PassRates | None = None
-    length_bias: LengthBias | None = None
+    pass_rates: PassRateConfig | None = None
+    length_bias: LengthBiasConfig | None = None
     tokenizer: str = ""
     dtype: str = "bfloat16"
     remat: str = ""
-    lora: Lora | None = None
+    lora: LoraConfig | None = None
     mesh: tuple[tuple[str, int], ...] = ()
     serving_mesh: tuple[tuple[str, int], ...] = ()
-    optimizer: Optimizer = Optimizer()
-    evaluation: Evaluation = Evaluation()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    evaluation: RlEvaluationConfig = RlEvaluationConfig()
     pearson_min: float = 0.99
-    save: Save = Save(every_steps=1)
-    log: Log = Log(every_steps=1)
+    save: SaveConfig = SaveConfig(every_steps=1)
+    log: LogConfig = LogConfig(every_steps=1)
     seed: int = 0
     compilation_cache: str = ""
 
     def __post_init__(self):
-        _require(self.batches >= 1, "batches", self.batches, "at least 1")
-        _require(bool(self.sources), "sources", self.sources, "at least one")
+        _check_field(self.batches >= 1, "batches", self.batches, "at least 1")
+        _check_field(bool(self.sources), "sources", self.sources, "at least one")
         wanted = "some, as there is no agent whose environment gives them"
-        _require(bool(self.rewards or self.agent), "rewards", self.rewards, wanted)
-        _require(bool(self.checkpoint), "checkpoint", self.checkpoint, "a directory")
-        _require(self.dtype in ("bfloat16", "float32"), "dtype", self.dtype, "bfloat16 or float32")
-        wanted = ("", *model_config.REMAT)
-        _require(self.remat in wanted, "remat", self.remat, f"one of {wanted}")
+        _check_field(bool(self.rewards or self.agent), "rewards", self.rewards, wanted)
+        _check_field(bool(self.checkpoint), "checkpoint", self.checkpoint, "a directory")
+        _check_field(
+            self.dtype in ("bfloat16", "float32"), "dtype", self.dtype, "bfloat16 or float32"
+        )
+        wanted = ("", *model_config.REMAT_POLICIES)
+        _check_field(self.remat in wanted, "remat", self.remat, f"one of {wanted}")
         names = [source.name for source in self.sources]
-        _require(len(set(names)) == len(names), "sources", names, "different names")
+        _check_field(len(set(names)) == len(names), "sources", names, "different names")
         if self.rewards is not None:
             known = {name for name, _ in self.rewards.sources}
             every = {one.name for one in (*self.sources, *self.evaluation.sources)}
             left = [] if compose.ANY in known else sorted(every - known)
             wanted = f"rewards for every source of tasks, or for {compose.ANY!r}"
-            _require(not left, "rewards.sources", f"none for {', '.join(left)}", wanted)
+            _check_field(not left, "rewards.sources", f"none for {', '.join(left)}", wanted)
         groups, number = self.rollout.groups, self.update.minibatches
         wanted = f"a divisor of rollout.groups = {groups}, as groups stay whole"
-        _require(groups % number == 0, "update.minibatches", number, wanted)
-        fits = self.update.row_tokens in (0, max(self.update.row_tokens, self.rollout.max_tokens))
-        wanted = f"0, or at least {self.rollout.max_tokens}, the longest sample"
-        _require(fits, "update.row_tokens", self.update.row_tokens, wanted)
+        _check_field(groups % number == 0, "update.minibatches", number, wanted)
+        fits = self.update.row_tokens in (
+            0,
+            max(self.update.row_tokens, self.rollout.max_sample_tokens),
+        )
+        wanted = f"0, or at least {self.rollout.max_sample_tokens}, the longest sample"
+        _check_field(fits, "update.row_tokens", self.update.row_tokens, wanted)
         unknown = set(self.curriculum.sources) - set(names) if self.curriculum else set()
-        _require(not unknown, "curriculum", sorted(unknown), f"sources of {names}")
+        _check_field(not unknown, "curriculum", sorted(unknown), f"sources of {names}")
         partial = not (self.agent and self.rollout.partial_tokens)
         got = self.rollout.partial_tokens
-        _require(partial, "rollout.partial_tokens", got, "0 with an agent: its world cannot wait")
+        _check_field(
+            partial, "rollout.partial_tokens", got, "0 with an agent: its world cannot wait"
+        )
 
-    def schedule(self) -> Curriculum:
+    def task_curriculum(self) -> Curriculum:
         """Return the curriculum, or one of equal weights."""
         if self.curriculum is not None:
             return self.curriculum

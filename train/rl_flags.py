@@ -7,10 +7,10 @@ from typing import Any
 from train import rl_config, slime
 
 # slime's reward types that have a name of ours.
-_REWARDS = {"math": "mathematics", "dapo": "mathematics", "deepscaler": "mathematics"}
+_REWARD_NAMES = {"math": "mathematics", "dapo": "mathematics", "deepscaler": "mathematics"}
 
 
-def change(config: rl_config.Run, argv: Sequence[str]) -> tuple[rl_config.Run, str]:
+def apply_flags(config: rl_config.RlConfig, argv: Sequence[str]) -> tuple[rl_config.RlConfig, str]:
     """Return the config as the flags want it, and what to print about that.
 
     Flags of the objective change its preset: the one they name, or that of the config's objective.
@@ -19,17 +19,17 @@ def change(config: rl_config.Run, argv: Sequence[str]) -> tuple[rl_config.Run, s
     Raises:
       ValueError: a flag that is unknown or cannot be followed here, or values that do not fit.
     """
-    flags = slime.parse(argv)
+    flags = slime.parse_flags(argv)
     if not flags:
         return config, ""
     own = config.objective.name
-    known = own in slime.ESTIMATORS and own != "cispo"  # which absent flags mean anyway
-    found = slime.translate({"advantage-estimator": own, **flags} if known else flags)
+    known = own in slime.ESTIMATOR_PRESETS and own != "cispo"  # which absent flags mean anyway
+    found = slime.translate_flags({"advantage-estimator": own, **flags} if known else flags)
     options = dict(found.options)
-    objective, text = config.objective, slime.describe(config.objective)
-    if set(flags) - set(slime.OPTIONS):
+    objective, text = config.objective, slime.describe_objective(config.objective)
+    if set(flags) - set(slime.FLAG_OPTIONS):
         objective, text = found.objective, found.text
-    rollout = _rollout(config.rollout, options)
+    rollout = _apply_rollout_flags(config.rollout, options)
     update = config.update
     config = dataclasses.replace(
         config,
@@ -37,7 +37,7 @@ def change(config: rl_config.Run, argv: Sequence[str]) -> tuple[rl_config.Run, s
         rollout=rollout,
         update=dataclasses.replace(
             update,
-            minibatches=_minibatches(rollout, update.minibatches, options),
+            minibatches=_num_minibatches(rollout, update.minibatches, options),
             learning_rate=options.pop("learning_rate", update.learning_rate),
         ),
         optimizer=dataclasses.replace(
@@ -46,9 +46,9 @@ def change(config: rl_config.Run, argv: Sequence[str]) -> tuple[rl_config.Run, s
         batches=options.pop("batches", config.batches),
         seed=options.pop("seed", config.seed),
     )
-    config = _with_tasks(config, options)
+    config = _apply_task_flags(config, options)
     if options:
-        names = [f"--{name}" for name, (_, ours) in slime.OPTIONS.items() if ours in options]
+        names = [f"--{name}" for name, (_, ours) in slime.FLAG_OPTIONS.items() if ours in options]
         raise ValueError(
             f"slime's flags: got {', '.join(names)}, which nothing here follows; wanted the config "
             "to say it, see train/rl_config.py"
@@ -56,7 +56,9 @@ def change(config: rl_config.Run, argv: Sequence[str]) -> tuple[rl_config.Run, s
     return config, text
 
 
-def _rollout(rollout: rl_config.Rollout, options: dict[str, Any]) -> rl_config.Rollout:
+def _apply_rollout_flags(
+    rollout: rl_config.RolloutConfig, options: dict[str, Any]
+) -> rl_config.RolloutConfig:
     """Return the rollout with its flags followed, which are taken out of `options`."""
     names = {"prompts_per_batch": "groups", "prompt_tokens": "max_prompt_tokens"}
     names |= {name: name for name in ("group_size", "temperature", "top_p", "top_k")}
@@ -75,7 +77,7 @@ def _rollout(rollout: rl_config.Rollout, options: dict[str, Any]) -> rl_config.R
     return dataclasses.replace(rollout, **changes)
 
 
-def _minibatches(rollout: rl_config.Rollout, given: int, options: dict[str, Any]) -> int:
+def _num_minibatches(rollout: rl_config.RolloutConfig, given: int, options: dict[str, Any]) -> int:
     """Return how many updates the flags want, or those given; flags are taken out of `options`."""
     asked, each = options.pop("minibatches", None), options.pop("samples_per_update", None)
     if each is None:
@@ -89,7 +91,7 @@ def _minibatches(rollout: rl_config.Rollout, given: int, options: dict[str, Any]
     return samples // each
 
 
-def _with_tasks(config: rl_config.Run, options: dict[str, Any]) -> rl_config.Run:
+def _apply_task_flags(config: rl_config.RlConfig, options: dict[str, Any]) -> rl_config.RlConfig:
     """Return the config with the flags about tasks followed, which are taken out of `options`."""
     if options.pop("apply_chat_template", True) is False:
         raise ValueError("--apply-chat-template: got false; wanted true: prompts are messages here")
@@ -107,10 +109,10 @@ def _with_tasks(config: rl_config.Run, options: dict[str, Any]) -> rl_config.Run
         )
     rewards = config.rewards
     if reward:
-        name = _REWARDS.get(reward, reward)
+        name = _REWARD_NAMES.get(reward, reward)
         mine = (first.name, ((name, 1.0, ()),))
         rest = () if rewards is None else tuple(s for s in rewards.sources if s[0] != first.name)
         rewards = dataclasses.replace(
-            rewards or rl_config.Rewards(sources=(mine,)), sources=(mine, *rest)
+            rewards or rl_config.RewardsConfig(sources=(mine,)), sources=(mine, *rest)
         )
     return dataclasses.replace(config, sources=(first, *others), rewards=rewards)

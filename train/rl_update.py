@@ -24,7 +24,7 @@ from train import (
 from train import step as step_lib
 
 
-class Updater:
+class PolicyUpdater:
     """Trains on groups.
 
     Args:
@@ -39,22 +39,29 @@ class Updater:
 
     def __init__(
         self,
-        config: rl_config.Run,
+        config: rl_config.RlConfig,
         model_config: model_config_lib.ModelConfig,
-        layout: sharding.Layout | None,
+        layout: sharding.MeshLayout | None,
         optimizer: optim.AdamW,
         reference: Any = None,
     ):
         self._config, self._layout, self._reference = config, layout, reference
-        self._routes = None
+        self._expert_ids_shape = None
         if config.rollout.replay_routes:
-            self._routes = (len(model_config.layer_types), model_config.num_experts_per_tok)
-        self._settings = rl_step.Settings(
+            self._expert_ids_shape = (
+                len(model_config.layer_types),
+                model_config.num_experts_per_tok,
+            )
+        self._settings = rl_step.RlStepSettings(
             optimizer, config.objective, config.rollout.temperature, config.update.balance
         )
 
     def __call__(
-        self, state: step_lib.TrainState, batch: Sequence[groups.Group], number: int, version: int
+        self,
+        state: step_lib.TrainState,
+        batch: Sequence[groups.SampleGroup],
+        batch_number: int,
+        weight_version: int,
     ) -> dict[str, Any]:
         """Make the updates of batch `number`; return its metrics.
 
@@ -64,24 +71,26 @@ class Updater:
           FloatingPointError: no update had a finite gradient.
         """
         self.state, began = state, time.perf_counter()
-        samples = [sample for group in batch for sample in groups.finished(group)]
-        numbers = [group.number for group in batch for _ in group.samples]
+        samples = [sample for group in batch for sample in groups.finished_samples(group)]
+        numbers = [group.group_id for group in batch for _ in group.samples]
         found = self._group_metrics(samples, numbers)
-        parts = [self._pack(part) for part in self._split(batch, number)]
-        parts = [part for part in parts if part.rows]
+        parts = [
+            self._pack_minibatch(part) for part in self._split_minibatches(batch, batch_number)
+        ]
+        parts = [part for part in parts if part.microbatches]
         if not parts:
             return found | {"updates": 0.0, "training_secs": time.perf_counter() - began}
-        entropy = self._score(parts)
+        entropy = self._fill_logprobs(parts)
         scored = time.perf_counter()
-        found |= _mismatch(parts, version) | {"entropy_old": entropy}
+        found |= _mismatch_metrics(parts, weight_version) | {"entropy_old": entropy}
         self._fill_advantages(parts, samples, numbers)
         updates = []
         for _ in range(self._config.update.epochs):
-            updates += [self._update(part) for part in parts]
-        found |= _over_updates(updates)
+            updates += [self._update_minibatch(part) for part in parts]
+        found |= _merge_update_metrics(updates)
         if found["skipped"] == found["updates"]:
             raise FloatingPointError(
-                f"batch {number}: none of {len(updates)} updates had a finite gradient; lower the "
+                f"batch {batch_number}: none of {len(updates)} updates had a finite gradient; lower the "
                 "learning rate, or go on from an earlier checkpoint"
             )
         found["scoring_forward_secs"] = scored - began
@@ -90,7 +99,9 @@ class Updater:
 
     # ---- before the updates
 
-    def _split(self, batch: Sequence[groups.Group], number: int) -> list[list[groups.Group]]:
+    def _split_minibatches(
+        self, batch: Sequence[groups.SampleGroup], number: int
+    ) -> list[list[groups.SampleGroup]]:
         """Return the minibatches, each of whole groups, in an order drawn for this batch."""
         order = np.random.default_rng((self._config.seed, number)).permutation(len(batch))
         return [
@@ -98,42 +109,42 @@ class Updater:
             for part in np.array_split(order, self._config.update.minibatches)
         ]
 
-    def _pack(self, part: Sequence[groups.Group]) -> rl_batch.Packed:
+    def _pack_minibatch(self, part: Sequence[groups.SampleGroup]) -> rl_batch.PackedSamples:
         rollout = self._config.rollout
-        pairs = [(group.number, one) for group in part for one in groups.finished(group)]
+        pairs = [(group.group_id, one) for group in part for one in groups.finished_samples(group)]
         kept = [(number, one) for number, one in pairs if one.valid]
-        packed = rl_batch.pack(
+        packed = rl_batch.pack_samples(
             [one for _, one in kept],
             self._config.update.rows,
-            self._config.update.row_tokens or rollout.max_tokens,
-            self._routes,
+            self._config.update.row_tokens or rollout.max_sample_tokens,
+            self._expert_ids_shape,
         )
         lengths = np.array([sum(one.mask) for _, one in kept])
         prompts = np.array([number for number, _ in kept])
-        each = objective.coefficients(
+        each = objective.token_coefficients(
             self._config.objective, lengths, prompts, np.ones(len(kept), bool)
         )
         packed.fill("coefficients", list(each))
         return packed
 
-    def _score(self, parts: list[rl_batch.Packed]) -> float:
+    def _fill_logprobs(self, parts: list[rl_batch.PackedSamples]) -> float:
         """Write the trainer's probabilities of everything; return the mean entropy."""
         made, temperature = [], self._settings.temperature
-        for rows in (rows for part in parts for rows in part.rows):
-            placed = rl_batch.place(rows, self._layout)
-            logp, entropy = rl_step.score(self.state.model, placed, temperature)
+        for rows in (rows for part in parts for rows in part.microbatches):
+            placed = rl_batch.device_put_rows(rows, self._layout)
+            logp, entropy = rl_step.score_logprobs(self.state.model, placed, temperature)
             ref = None
             if self._reference is not None:
-                ref, _ = rl_step.score(self._reference, placed, temperature)
+                ref, _ = rl_step.score_logprobs(self._reference, placed, temperature)
             made.append((rows, logp, entropy, ref))
         # Fetched when all are on their way, so that the device never waits for the host.
         total, tokens = 0.0, 0.0
         for rows, logp, entropy, ref in made:
             real = rows.mask > 0
-            rows.logp_old[:] = np.where(real, rl_batch.whole(logp), 0)
+            rows.logp_old[:] = np.where(real, rl_batch.gather_to_host(logp), 0)
             if ref is not None:
-                rows.logp_ref[:] = np.where(real, rl_batch.whole(ref), 0)
-            total += float(np.sum(np.where(real, rl_batch.whole(entropy), 0)))
+                rows.logp_ref[:] = np.where(real, rl_batch.gather_to_host(ref), 0)
+            total += float(np.sum(np.where(real, rl_batch.gather_to_host(entropy), 0)))
             tokens += float(np.sum(real))
         return total / max(tokens, 1.0)
 
@@ -148,47 +159,51 @@ class Updater:
                 kls = [np.zeros(len(one.tokens)) for one in samples]
                 place = {id(one): i for i, one in enumerate(samples)}
                 for part in parts:
-                    gaps = part.take([rows.logp_old - rows.logp_ref for rows in part.rows])
+                    gaps = part.extract(
+                        [rows.logp_old - rows.logp_ref for rows in part.microbatches]
+                    )
                     for one, gap in zip(part.samples, gaps, strict=True):
                         kls[place[id(one)]] = gap
             masks = [np.asarray(one.mask) for one in samples]
-            made = advantages.per_token(chosen, rewards, numbers, valid, masks, turns, kls)
+            made = advantages.token_advantages(chosen, rewards, numbers, valid, masks, turns, kls)
         else:
-            made = list(advantages.per_sample(chosen, rewards, numbers, valid))
+            made = list(advantages.sample_advantages(chosen, rewards, numbers, valid))
         of = {id(one): value for one, value in zip(samples, made, strict=True)}
         for part in parts:
             part.fill("advantages", [of[id(one)] for one in part.samples])
 
     # ---- an update
 
-    def _update(self, part: rl_batch.Packed) -> tuple[Any, Any]:
+    def _update_minibatch(self, part: rl_batch.PackedSamples) -> tuple[Any, Any]:
         """Make one step; return its metrics, still on the device."""
         weight_mean, sums = self._weight_mean(part), None
-        tokens = [float(np.sum(rows.segment_ids > 0)) for rows in part.rows]
-        for rows, number in zip(part.rows, tokens, strict=True):
-            placed = rl_batch.place(rows, self._layout)
+        tokens = [float(np.sum(rows.segment_ids > 0)) for rows in part.microbatches]
+        for rows, number in zip(part.microbatches, tokens, strict=True):
+            placed = rl_batch.device_put_rows(rows, self._layout)
             share = np.float32(number / sum(tokens))
-            sums = rl_step.add(sums, self.state.model, placed, share, weight_mean, self._settings)
+            sums = rl_step.accumulate_gradients(
+                sums, self.state.model, placed, share, weight_mean, self._settings
+            )
         assert sums is not None
-        self.state, metrics = rl_step.update(self.state, sums[0], self._settings)
+        self.state, metrics = rl_step.apply_update(self.state, sums[0], self._settings)
         return sums[1], metrics
 
-    def _weight_mean(self, part: rl_batch.Packed):
+    def _weight_mean(self, part: rl_batch.PackedSamples):
         chosen = self._config.objective.correction
         if chosen is None or not chosen.normalise:
             return None
         totals = np.zeros(2)
-        for rows in part.rows:
-            weight, _ = correction.weights(
+        for rows in part.microbatches:
+            weight, _ = correction.correction_weights(
                 chosen, rows.logp_old, rows.logp_rollout, rows.mask, rows.segment_ids
             )
-            totals += np.asarray(correction.mean_weight(weight, rows.mask))
+            totals += np.asarray(correction.weight_sum_and_count(weight, rows.mask))
         return np.float32(totals[0] / max(totals[1], 1.0))
 
     def _group_metrics(self, samples, numbers) -> dict[str, float]:
         rewards = [math.nan if one.reward is None else one.reward for one in samples]
         lengths = [sum(one.mask) for one in samples]
-        found = rl_metrics.groups(
+        found = rl_metrics.summarize_groups(
             rewards,
             numbers,
             [one.valid for one in samples],
@@ -206,11 +221,11 @@ class Updater:
         return found
 
 
-def _mismatch(parts: list[rl_batch.Packed], version: int) -> dict[str, float]:
+def _mismatch_metrics(parts: list[rl_batch.PackedSamples], version: int) -> dict[str, float]:
     """Compare sampler and trainer on what the present weights wrote."""
     columns: list[list[np.ndarray]] = [[], [], []]
     for part in parts:
-        old = part.take([rows.logp_old for rows in part.rows])
+        old = part.extract([rows.logp_old for rows in part.microbatches])
         for one, trainer in zip(part.samples, old, strict=True):
             same = (np.asarray(one.mask) > 0) & (np.asarray(one.versions) == version)
             number = np.full(int(same.sum()), len(columns[2]))
@@ -221,12 +236,12 @@ def _mismatch(parts: list[rl_batch.Packed], version: int) -> dict[str, float]:
     rollout, old, ids = (np.concatenate(column)[None] for column in columns)
     if not rollout.size:
         return {}
-    return rl_metrics.mismatch(rollout, old, np.ones(rollout.shape), ids)
+    return rl_metrics.measure_mismatch(rollout, old, np.ones(rollout.shape), ids)
 
 
-def _over_updates(updates: list[tuple[Any, Any]]) -> dict[str, Any]:
+def _merge_update_metrics(updates: list[tuple[Any, Any]]) -> dict[str, Any]:
     """Return the metrics of all updates of a batch together: means, and extremes of extremes."""
-    reports = [rl_metrics.report(jax.device_get(measured)) for measured, _ in updates]
+    reports = [rl_metrics.summarize_metrics(jax.device_get(measured)) for measured, _ in updates]
     found: dict[str, Any] = {}
     for name in reports[0]:
         how: Callable = {"ratio_min": min, "ratio_max": max, "ratio_p99": max}.get(name, np.mean)
@@ -235,8 +250,8 @@ def _over_updates(updates: list[tuple[Any, Any]]) -> dict[str, Any]:
         name: np.sum([measured["drops"][name] for measured, _ in updates], axis=0)
         for name in ("by_token", "clipped")
     }
-    found["most_dropped"] = rl_metrics.most_dropped(counts["by_token"])
-    found["most_clipped"] = rl_metrics.most_dropped(counts["clipped"], num=32, least=0)
+    found["most_dropped"] = rl_metrics.rank_dropped_tokens(counts["by_token"])
+    found["most_clipped"] = rl_metrics.rank_dropped_tokens(counts["clipped"], num=32, min_dropped=0)
     steps = jax.device_get([metrics for _, metrics in updates])
     last = steps[-1]
     shares = {n.removeprefix("gradient/"): v for n, v in last.items() if n.startswith("gradient/")}

@@ -18,11 +18,11 @@ from infer import controller, engine, outputs, request
 from m1_jax import tokenizer as tokenizer_lib
 from train import sample as sample_lib
 
-_STATUS = {"stop": "stop", "length": "length", "loop": "repetition"}
+_STATUS_BY_FINISH_REASON = {"stop": "stop", "length": "length", "loop": "repetition"}
 
 
 @dataclasses.dataclass(frozen=True)
-class Sampling:
+class RolloutSampling:
     """How tokens are drawn.
 
     top_p, top_k, min_p: anything but "off" makes probabilities that the trainer does not have,
@@ -41,7 +41,7 @@ class Sampling:
 
 
 @dataclasses.dataclass(frozen=True)
-class Job:
+class EpisodeJob:
     """One episode to run.
 
     seed: of its first turn. made: what it said before, if it goes on. slice_tokens: what it may add
@@ -51,50 +51,50 @@ class Job:
     key: Hashable
     episode: sample_lib.Episode
     seed: int
-    made: sample_lib.Continuation | None = None
+    partial: sample_lib.Generation | None = None
     slice_tokens: int = 0
 
 
-class Stopped(Exception):
+class RolloutStopped(Exception):
     """The run is to end; what was under way is sampled again by the next one."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Paused:
+class PausedEpisode:
     """An episode that used up its slice: everything that it said so far."""
 
-    made: sample_lib.Continuation
+    partial: sample_lib.Generation
 
 
 @dataclasses.dataclass
-class Times:
+class RolloutStats:
     """Seconds: of all, and of those in which the device had nothing to do but wait for tools."""
 
     total_secs: float = 0.0
     waiting_secs: float = 0.0
-    tokens: int = 0
+    num_tokens: int = 0
 
-    def plus(self, other: "Times") -> "Times":
-        return Times(
+    def plus(self, other: "RolloutStats") -> "RolloutStats":
+        return RolloutStats(
             self.total_secs + other.total_secs,
             self.waiting_secs + other.waiting_secs,
-            self.tokens + other.tokens,
+            self.num_tokens + other.num_tokens,
         )
 
 
 @dataclasses.dataclass
-class _Open:
-    job: Job
-    asked: Any = None  # the engine's request, if it is the model's turn
-    acting: concurrent.futures.Future | None = None
-    most: int = 0  # tokens that the turn may have in all
+class _RunningEpisode:
+    job: EpisodeJob
+    request: Any = None  # the engine's request, if it is the model's turn
+    tool_future: concurrent.futures.Future | None = None
+    max_tokens: int = 0  # tokens that the turn may have in all
     turn: int = 0
 
 
-class Rollout:
+class RolloutSampler:
     """The sampler of one run.
 
-    model: with the first weights, as `Handover` gives them. config: sizes of the engine.
+    model: with the first weights, as `WeightSync` gives them. config: sizes of the engine.
     workers: tools at work side by side.
     """
 
@@ -103,8 +103,8 @@ class Rollout:
         model: Any,
         tokenizer: tokenizer_lib.Tokenizer,
         config: engine_config.Config,
-        sampling: Sampling,
-        workers: int = 8,
+        sampling: RolloutSampling,
+        num_tool_workers: int = 8,
     ):
         self._sampling = sampling
         self._next = model
@@ -115,20 +115,20 @@ class Rollout:
         else:
             self._follower = controller.Follower(model, config)
         self._stale, self._version = False, 0
-        self._pool = concurrent.futures.ThreadPoolExecutor(workers, "tool")
+        self._pool = concurrent.futures.ThreadPoolExecutor(num_tool_workers, "tool")
 
-    def swap(self, model: Any, version: int) -> None:
+    def update_weights(self, model: Any, version: int) -> None:
         """Take new weights; they are used from the next `run` on. Every process calls this."""
         self._next, self._stale = model, True
         self._version = version
 
     def run(
         self,
-        make: Callable[[], Iterable[Job]],
-        on_done: Callable[[Hashable, sample_lib.Sample | Paused], Iterable[Job]],
-        sampling: Sampling | None = None,
-        stopping: Callable[[], bool] = lambda: False,
-    ) -> Times:
+        make_jobs: Callable[[], Iterable[EpisodeJob]],
+        on_done: Callable[[Hashable, sample_lib.Sample | PausedEpisode], Iterable[EpisodeJob]],
+        sampling: RolloutSampling | None = None,
+        should_stop: Callable[[], bool] = lambda: False,
+    ) -> RolloutStats:
         """Run episodes to their ends, on process 0; the others `follow` meanwhile.
 
         make: returns the first episodes. on_done: takes each that ends, in no order, and returns
@@ -143,8 +143,10 @@ class Rollout:
             self._engine.continue_from(self._version)
             self._stale = False
         began = time.perf_counter()
-        drive = _Drive(self._engine, self._pool, sampling or self._sampling, on_done, stopping)
-        times = drive.run(list(make()))
+        drive = _EpisodeLoop(
+            self._engine, self._pool, sampling or self._sampling, on_done, should_stop
+        )
+        times = drive.run(list(make_jobs()))
         times.total_secs = time.perf_counter() - began
         return times
 
@@ -177,58 +179,62 @@ class Rollout:
             self._follower.follow()
 
 
-class _Drive:
+class _EpisodeLoop:
     """One call of `Rollout.run`."""
 
-    def __init__(self, served: engine.Engine, pool, sampling: Sampling, on_done, stopping):
+    def __init__(
+        self, served: engine.Engine, pool, sampling: RolloutSampling, on_done, should_stop
+    ):
         self._engine, self._pool, self._sampling = served, pool, sampling
-        self._on_done, self._stopping = on_done, stopping
-        self._open: dict[Hashable, _Open] = {}
-        self._times = Times()
+        self._on_done, self._should_stop = on_done, should_stop
+        self._running: dict[Hashable, _RunningEpisode] = {}
+        self._stats = RolloutStats()
 
-    def run(self, jobs: list[Job]) -> Times:
+    def run(self, jobs: list[EpisodeJob]) -> RolloutStats:
         for job in jobs:
             self._start(job)
-        while self._open:
-            if self._stopping():
-                for one in self._open.values():
-                    if one.asked is not None:
-                        self._engine.cancel(one.asked)
+        while self._running:
+            if self._should_stop():
+                for one in self._running.values():
+                    if one.request is not None:
+                        self._engine.cancel(one.request)
                 self._drain()
-                raise Stopped
+                raise RolloutStopped
             if not self._engine.step():
-                self._wait()
-            for one in list(self._open.values()):
-                if one.asked is not None and one.asked.finish_reason is not None:
-                    self._said(one)
-                elif one.acting is not None and one.acting.done():
-                    self._acted(one)
+                self._wait_for_tools()
+            for one in list(self._running.values()):
+                if one.request is not None and one.request.finish_reason is not None:
+                    self._on_generated(one)
+                elif one.tool_future is not None and one.tool_future.done():
+                    self._on_tool_done(one)
         self._drain()
-        return self._times
+        return self._stats
 
     def _drain(self) -> None:
         """Finish what ended by the host's word alone, which is still under way."""
         while self._engine.step():
             pass
 
-    def _start(self, job: Job) -> None:
-        if job.key in self._open:
+    def _start(self, job: EpisodeJob) -> None:
+        if job.key in self._running:
             raise ValueError(f"episode {job.key!r}: got it twice; wanted keys that differ")
-        one = self._open[job.key] = _Open(job)
+        one = self._running[job.key] = _RunningEpisode(job)
         self._advance(one, None)
 
-    def _advance(self, one: _Open, answer: Any, throw: BaseException | None = None) -> None:
+    def _advance(
+        self, one: _RunningEpisode, answer: Any, throw: BaseException | None = None
+    ) -> None:
         """Send an answer to the episode, and begin what it wants next."""
-        one.asked = one.acting = None
+        one.request = one.tool_future = None
         try:
             wanted = one.job.episode.throw(throw) if throw else one.job.episode.send(answer)
         except StopIteration as stop:
-            self._end(one, stop.value)
+            self._finish(one, stop.value)
             return
-        if isinstance(wanted, sample_lib.Act):
-            one.acting = self._pool.submit(wanted.function)
+        if isinstance(wanted, sample_lib.RunTool):
+            one.tool_future = self._pool.submit(wanted.function)
             return
-        made, one.most = one.job.made if one.turn == 0 else None, wanted.max_tokens
+        made, one.max_tokens = one.job.partial if one.turn == 0 else None, wanted.max_tokens
         number = len(made.tokens) if made else 0
         cut = one.job.slice_tokens
         limit = min(wanted.max_tokens, number + cut) if cut else wanted.max_tokens
@@ -238,60 +244,65 @@ class _Drive:
             max_tokens=limit,
         )
         one.turn += 1
-        one.asked = self._engine.submit(wanted.tokens, options, made=_tokens(made) or None)
+        one.request = self._engine.submit(
+            wanted.tokens, options, made=_resumed_tokens(made) or None
+        )
 
-    def _said(self, one: _Open) -> None:
-        asked = one.asked
-        first = len(one.job.made.tokens) if one.turn == 1 and one.job.made else 0
-        self._times.tokens += len(asked.tokens) - first
-        made = sample_lib.Continuation(
+    def _on_generated(self, one: _RunningEpisode) -> None:
+        asked = one.request
+        first = len(one.job.partial.tokens) if one.turn == 1 and one.job.partial else 0
+        self._stats.num_tokens += len(asked.tokens) - first
+        made = sample_lib.Generation(
             tuple(token.id for token in asked.tokens),
             tuple(token.logp for token in asked.tokens),
             tuple(token.version for token in asked.tokens),
-            _STATUS.get(asked.finish_reason, "error"),
+            _STATUS_BY_FINISH_REASON.get(asked.finish_reason, "error"),
             asked.routes,
             tuple(token.logp_raw for token in asked.tokens),
         )
-        if made.status == "length" and len(made.tokens) < one.most:
+        if made.status == "length" and len(made.tokens) < one.max_tokens:
             one.job.episode.close()
-            self._end(one, Paused(made))
+            self._finish(one, PausedEpisode(made))
             return
         self._advance(one, made)
 
-    def _acted(self, one: _Open) -> None:
-        assert one.acting is not None
-        error = one.acting.exception()
+    def _on_tool_done(self, one: _RunningEpisode) -> None:
+        assert one.tool_future is not None
+        error = one.tool_future.exception()
         if error is None:
-            self._advance(one, one.acting.result())
+            self._advance(one, one.tool_future.result())
         else:
             self._advance(one, None, throw=error)
 
-    def _end(self, one: _Open, result: sample_lib.Sample | Paused) -> None:
-        del self._open[one.job.key]
+    def _finish(self, one: _RunningEpisode, result: sample_lib.Sample | PausedEpisode) -> None:
+        del self._running[one.job.key]
         for job in self._on_done(one.job.key, result):
             self._start(job)
 
-    def _wait(self) -> None:
+    def _wait_for_tools(self) -> None:
         """Wait for a tool, where nothing else can go on."""
-        acting = [one.acting for one in self._open.values() if one.acting is not None]
-        over = [one for one in self._open.values() if one.asked and one.asked.finish_reason]
+        acting = [one.tool_future for one in self._running.values() if one.tool_future is not None]
+        over = [one for one in self._running.values() if one.request and one.request.finish_reason]
         if over or not acting:
             return
         began = time.perf_counter()
         concurrent.futures.wait(acting, return_when=concurrent.futures.FIRST_COMPLETED)
-        self._times.waiting_secs += time.perf_counter() - began
+        self._stats.waiting_secs += time.perf_counter() - began
 
 
-def _tokens(made: sample_lib.Continuation | None) -> list[Any]:
-    if made is None:
+def _resumed_tokens(partial: sample_lib.Generation | None) -> list[Any]:
+    if partial is None:
         return []
     make: Any = outputs.Token
     return [
-        make(*one) for one in zip(made.tokens, made.logprobs, made.raw, made.versions, strict=True)
+        make(*one)
+        for one in zip(partial.tokens, partial.logprobs, partial.raw, partial.versions, strict=True)
     ]
 
 
-def engine_sizes(sizes: Mapping[str, Any], max_length: int, max_queue: int) -> engine_config.Config:
+def make_engine_config(
+    sizes: Mapping[str, Any], max_length: int, max_queue: int
+) -> engine_config.Config:
     """Return an engine's config for sequences of at most `max_length` tokens.
 
     Raises:

@@ -1,7 +1,7 @@
 """What reinforcement learning passes around: tasks, episodes and samples; plain Python.
 
-An episode is a generator that makes one sample. It yields what it needs next, `Continue` (tokens
-from the model) or `Act` (work outside of it, such as a tool), and is sent the result, so one loop
+An episode is a generator that makes one sample. It yields what it needs next, `Generate` (tokens
+from the model) or `RunTool` (work outside of it, such as a tool), and is sent the result, so one loop
 runs any number of episodes side by side, and a test runs one without a model.
 """
 
@@ -10,7 +10,7 @@ from collections.abc import Callable, Generator, Mapping
 from typing import Any
 
 # Why the model stopped: an end token, a window that was full, certainty without end (M1 4.3).
-STATUSES = ("stop", "length", "repetition", "error")
+SAMPLE_STATUSES = ("stop", "length", "repetition", "error")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,19 +30,19 @@ class Task:
 
 
 @dataclasses.dataclass(frozen=True)
-class Continue:
-    """Asks for at most `max_tokens` tokens after these; answered by a `Continuation`."""
+class Generate:
+    """Asks for at most `max_tokens` tokens after these; answered by a `Generation`."""
 
     tokens: tuple[int, ...]
     max_tokens: int
 
 
 @dataclasses.dataclass(frozen=True)
-class Continuation:
+class Generation:
     """What the model said.
 
     logprobs: of each token under the distribution it was drawn from. versions: of the weights that
-    made each. status: one of `STATUSES`. routes: see `Sample`, of all tokens so far. raw: as
+    made each. status: one of `SAMPLE_STATUSES`. routes: see `Sample`, of all tokens so far. raw: as
     logprobs, under the model's plain logits.
     """
 
@@ -55,7 +55,7 @@ class Continuation:
 
 
 @dataclasses.dataclass(frozen=True)
-class Act:
+class RunTool:
     """Asks for `function()`, called in another thread; answered by what it returns or raises."""
 
     function: Callable[[], Any]
@@ -92,16 +92,16 @@ class Sample:
     parts: dict[str, float] = dataclasses.field(default_factory=dict)
     valid: bool = True
 
-    def write(self, made: Continuation) -> None:
+    def append_generated(self, generation: Generation) -> None:
         """Append what the model said."""
-        self.tokens += made.tokens
-        self.mask += [1] * len(made.tokens)
-        self.logprobs += made.logprobs
-        self.versions += made.versions
-        self.status = made.status
-        self.routes = made.routes
+        self.tokens += generation.tokens
+        self.mask += [1] * len(generation.tokens)
+        self.logprobs += generation.logprobs
+        self.versions += generation.versions
+        self.status = generation.status
+        self.routes = generation.routes
 
-    def read(self, tokens: tuple[int, ...] | list[int]) -> None:
+    def append_observation(self, tokens: tuple[int, ...] | list[int]) -> None:
         """Append what the model was told."""
         self.tokens += tokens
         self.mask += [0] * len(tokens)
@@ -109,11 +109,11 @@ class Sample:
         self.versions += [-1] * len(tokens)
 
 
-Episode = Generator[Continue | Act, Any, Sample]
+Episode = Generator[Generate | RunTool, Any, Sample]
 
 
 @dataclasses.dataclass(frozen=True)
-class Score:
+class RewardScore:
     """What a reward says of one sample: its value, by named parts, or why there is none."""
 
     value: float | None

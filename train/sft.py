@@ -10,11 +10,11 @@ from train import command, loop
 from train import config as config_lib
 
 
-def run(config: config_lib.Run | None, workdir) -> loop.Summary:
+def run(config: config_lib.TrainConfig | None, workdir) -> loop.TrainSummary:
     """Train as `config` says in `workdir`; None goes on with the run there.
 
     Raises:
-      ValueError: a source that is not of conversations, besides what `loop.fit` raises.
+      ValueError: a source that is not of conversations, besides what `loop.run_training` raises.
     """
     for source in config.data.sources if config is not None else ():
         if source.kind != "chat":
@@ -22,7 +22,7 @@ def run(config: config_lib.Run | None, workdir) -> loop.Summary:
                 f"data.sources: {source.name!r} is of kind {source.kind!r}; wanted 'chat', "
                 "whose loss is on the assistant's tokens alone (plain text: train.pretrain)"
             )
-    return loop.fit(config, workdir)
+    return loop.run_training(config, workdir)
 
 
 def cli() -> None:

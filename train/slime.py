@@ -12,12 +12,12 @@ from typing import Any
 from train import correction as correction_lib
 from train import objective as objective_lib
 
-ESTIMATORS = {name: name for name in objective_lib.PRESETS} | {
+ESTIMATOR_PRESETS = {name: name for name in objective_lib.PRESETS} | {
     "reinforce_plus_plus": "reinforce_pp",
     "reinforce_plus_plus_baseline": "reinforce_pp_baseline",
 }
 # slime's flag: (type, our option), of what is not the objective's.
-OPTIONS: dict[str, tuple[type, str]] = {
+FLAG_OPTIONS: dict[str, tuple[type, str]] = {
     "n-samples-per-prompt": (int, "group_size"),
     "rollout-batch-size": (int, "prompts_per_batch"),
     "over-sampling-batch-size": (int, "prompts_per_round"),
@@ -43,7 +43,7 @@ OPTIONS: dict[str, tuple[type, str]] = {
     "rm-type": (str, "reward"),
     "apply-chat-template": (bool, "apply_chat_template"),
 }
-_OBJECTIVE: dict[str, type] = {
+_OBJECTIVE_FLAG_TYPES: dict[str, type] = {
     "advantage-estimator": str,
     "eps-clip": float,
     "eps-clip-high": float,
@@ -62,19 +62,19 @@ _OBJECTIVE: dict[str, type] = {
     "tis-clip": float,
     "tis-clip-low": float,
 }
-_TYPES = {name: kind for name, (kind, _) in OPTIONS.items()} | _OBJECTIVE
+_FLAG_TYPES = {name: kind for name, (kind, _) in FLAG_OPTIONS.items()} | _OBJECTIVE_FLAG_TYPES
 # A flag that slime reads only beside another one.
-_NEEDS = {
+_REQUIRED_FLAGS = {
     "kl-loss-coef": "use-kl-loss",
     "kl-loss-type": "use-kl-loss",
     "tis-clip": "use-tis",
     "tis-clip-low": "use-tis",
 }
-_KL = {"k1": ("k1", None), "k2": ("k2", None), "k3": ("k3", None), "low_var_kl": ("k3", 10.0)}
+_KL_KINDS = {"k1": ("k1", None), "k2": ("k2", None), "k3": ("k3", None), "low_var_kl": ("k3", 10.0)}
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
+class SlimeOverrides:
     """What flags come to.
 
     options: by our names, of the flags that were given. text: to print at the start.
@@ -85,7 +85,7 @@ class Run:
     text: str
 
 
-def parse(argv: Sequence[str]) -> dict[str, Any]:
+def parse_flags(argv: Sequence[str]) -> dict[str, Any]:
     """Return the flags of a command line, `--name value`, `--name=value` or `--switch`, by name.
 
     Raises:
@@ -98,20 +98,20 @@ def parse(argv: Sequence[str]) -> dict[str, Any]:
         if not word.startswith("--"):
             raise ValueError(f"got {word!r}; wanted a flag, such as --eps-clip-high")
         name, equals, value = word.removeprefix("--").partition("=")
-        name = _known(name)
-        if not equals and _TYPES[name] is bool:
+        name = _check_flag_name(name)
+        if not equals and _FLAG_TYPES[name] is bool:
             value = "true"
         elif not equals:
             if not left or left[0].startswith("--"):
                 raise ValueError(f"--{name}: got no value; wanted --{name} VALUE")
             value = left.pop(0)
-        value = _typed(name, value)
+        value = _parse_value(name, value)
         if out.setdefault(name, value) != value:
             raise ValueError(f"--{name}: got {out[name]} and {value}; wanted one of them")
     return out
 
 
-def translate(flags: Mapping[str, Any]) -> Run:
+def translate_flags(flags: Mapping[str, Any]) -> SlimeOverrides:
     """Return the objective and options of slime's flags, by name with or without the dashes.
 
     Under cispo, eps-clip x and eps-clip-high y bound the weight by 1 - x (none, at 0 or below)
@@ -122,25 +122,25 @@ def translate(flags: Mapping[str, Any]) -> Run:
     """
     given: dict[str, Any] = {}
     for name, value in flags.items():
-        name = _known(name.removeprefix("--"))
-        given[name] = _typed(name, value)
-    for name, needed in _NEEDS.items():
+        name = _check_flag_name(name.removeprefix("--"))
+        given[name] = _parse_value(name, value)
+    for name, needed in _REQUIRED_FLAGS.items():
         if name in given and not given.get(needed):
             raise ValueError(f"--{name}: got it without --{needed}; wanted both, or neither")
     estimator = given.get("advantage-estimator", "cispo")
-    if estimator not in ESTIMATORS:
+    if estimator not in ESTIMATOR_PRESETS:
         hint = " 'ppo' needs a critic, which is not here." if estimator == "ppo" else ""
-        known = ", ".join(ESTIMATORS)
+        known = ", ".join(ESTIMATOR_PRESETS)
         raise ValueError(f"--advantage-estimator: got {estimator!r}; wanted one of {known}.{hint}")
-    preset = objective_lib.PRESETS[ESTIMATORS[estimator]]
-    objective = dataclasses.replace(preset, **_changes(preset, given))
-    options = {ours: given[name] for name, (_, ours) in OPTIONS.items() if name in given}
-    _check_batch(options)
-    text = "\n".join([describe(objective), *_differences(preset, given)])
-    return Run(objective, options, text)
+    preset = objective_lib.PRESETS[ESTIMATOR_PRESETS[estimator]]
+    objective = dataclasses.replace(preset, **_objective_changes(preset, given))
+    options = {ours: given[name] for name, (_, ours) in FLAG_OPTIONS.items() if name in given}
+    _check_batch_sizes(options)
+    text = "\n".join([describe_objective(objective), *_default_differences(preset, given)])
+    return SlimeOverrides(objective, options, text)
 
 
-def describe(objective: objective_lib.Objective) -> str:
+def describe_objective(objective: objective_lib.Objective) -> str:
     """Return what every run prints of its objective: the intervals, and how it is averaged."""
     low, high = objective.is_weight_min, objective.is_weight_max
     parts = [f"objective {objective.name}: "]
@@ -149,11 +149,13 @@ def describe(objective: objective_lib.Objective) -> str:
     elif (low, high) == (None, None):
         parts.append("weight r, not bounded")
     else:
-        parts.append(f"weight r within [{_bound(low)}, {_bound(high)}]")
+        parts.append(f"weight r within [{_format_bound(low)}, {_format_bound(high)}]")
     if (objective.clip_low, objective.clip_high) != (None, None):
         bottom = None if objective.clip_low is None else 1 - objective.clip_low
         top = None if objective.clip_high is None else 1 + objective.clip_high
-        parts.append(f"; tokens dropped where r leaves [{_bound(bottom)}, {_bound(top)}]")
+        parts.append(
+            f"; tokens dropped where r leaves [{_format_bound(bottom)}, {_format_bound(top)}]"
+        )
     if objective.dual_clip is not None:
         parts.append(f", or is above {objective.dual_clip:g} with A < 0")
     parts.append(f"; r of a {objective.ratio} against {objective.anchor}")
@@ -167,7 +169,7 @@ def describe(objective: objective_lib.Objective) -> str:
     return "".join(parts)
 
 
-def metadata(value: Any) -> dict[str, Any]:
+def parse_metadata(value: Any) -> dict[str, Any]:
     """Return what the column of --metadata-key holds as a dict; a list is of tool calls.
 
     Raises:
@@ -184,7 +186,7 @@ def metadata(value: Any) -> dict[str, Any]:
     )
 
 
-def _changes(preset: objective_lib.Objective, given: Mapping[str, Any]) -> dict[str, Any]:
+def _objective_changes(preset: objective_lib.Objective, given: Mapping[str, Any]) -> dict[str, Any]:
     """Return the fields of the objective that flags set."""
     names = {"eps-clip-c": "dual_clip", "gamma": "discount", "kl-coef": "reward_kl_coef"}
     names |= {"entropy-coef": "entropy_coef", "kl-loss-coef": "kl_coef"}
@@ -214,29 +216,29 @@ def _changes(preset: objective_lib.Objective, given: Mapping[str, Any]) -> dict[
             "reinforce_plus_plus or its baseline, which whiten over the batch anyway"
         )
     if "kl-loss-type" in given:
-        if given["kl-loss-type"] not in _KL:
+        if given["kl-loss-type"] not in _KL_KINDS:
             raise ValueError(
-                f"--kl-loss-type: got {given['kl-loss-type']!r}; wanted one of {', '.join(_KL)}"
+                f"--kl-loss-type: got {given['kl-loss-type']!r}; wanted one of {', '.join(_KL_KINDS)}"
             )
-        out["kl_kind"], out["kl_max"] = _KL[given["kl-loss-type"]]
+        out["kl_kind"], out["kl_max"] = _KL_KINDS[given["kl-loss-type"]]
     if given.get("use-rollout-logprobs"):
         out["anchor"] = "rollout"
     if given.get("use-tis"):
         low, high = given.get("tis-clip-low") or None, given.get("tis-clip", 2.0)
-        out["correction"] = correction_lib.Correction("token", "truncate", low, high)
+        out["correction"] = correction_lib.RolloutCorrection("token", "truncate", low, high)
     return out
 
 
-def _differences(preset: objective_lib.Objective, given: Mapping[str, Any]) -> list[str]:
+def _default_differences(preset: objective_lib.Objective, given: Mapping[str, Any]) -> list[str]:
     """Return a line for each absent flag whose default is another one in slime."""
     low = given.get("eps-clip", 0.2)
     high = given.get("eps-clip-high", low)
     if preset.name == "cispo":
-        ours = (_bound(preset.is_weight_min), _bound(preset.is_weight_max))
+        ours = (_format_bound(preset.is_weight_min), _format_bound(preset.is_weight_max))
         theirs = (f"{1 - low:g}", f"{1 + high:g}")
     else:
         ours, theirs = (
-            (_bound(preset.clip_low), _bound(preset.clip_high)),
+            (_format_bound(preset.clip_low), _format_bound(preset.clip_high)),
             (f"{low:g}", f"{high:g}"),
         )
     rows = [
@@ -260,7 +262,7 @@ def _differences(preset: objective_lib.Objective, given: Mapping[str, Any]) -> l
     ]
 
 
-def _check_batch(options: Mapping[str, Any]) -> None:
+def _check_batch_sizes(options: Mapping[str, Any]) -> None:
     names = ("prompts_per_batch", "group_size", "samples_per_update", "minibatches")
     if any(name not in options for name in names):
         return
@@ -273,15 +275,15 @@ def _check_batch(options: Mapping[str, Any]) -> None:
         )
 
 
-def _known(name: str) -> str:
+def _check_flag_name(name: str) -> str:
     name = name.replace("_", "-")
-    if name not in _TYPES:
-        raise ValueError(f"--{name}: got an unknown flag; wanted one of {', '.join(_TYPES)}")
+    if name not in _FLAG_TYPES:
+        raise ValueError(f"--{name}: got an unknown flag; wanted one of {', '.join(_FLAG_TYPES)}")
     return name
 
 
-def _typed(name: str, value: Any) -> Any:
-    kind = _TYPES[name]
+def _parse_value(name: str, value: Any) -> Any:
+    kind = _FLAG_TYPES[name]
     try:
         if kind is bool:
             return {"true": True, "false": False}[str(value).lower()]
@@ -293,5 +295,5 @@ def _typed(name: str, value: Any) -> Any:
         raise ValueError(f"--{name}: got {value!r}; wanted {wanted}") from None
 
 
-def _bound(value: float | None) -> str:
+def _format_bound(value: float | None) -> str:
     return "none" if value is None else f"{value:g}"

@@ -21,24 +21,24 @@ import tqdm
 from array_record.python import array_record_module  # pyright: ignore[reportAttributeAccessIssue]
 from etils import epath
 
-_ENDS_BYTES = 64 * 2**10  # of a file's head and of its tail that its fingerprint covers
-_COLUMNS = ("text", "messages", "tools")  # what supervised training reads
-_KEPT_GROUPS = 4  # row groups of one Parquet file in memory
-_MOST_OPEN = 256  # files of one source, as a process may have only so many
-_WILD = "*?["
+_DIGEST_BYTES = 64 * 2**10  # of a file's head and of its tail that its fingerprint covers
+_RECORD_COLUMNS = ("text", "messages", "tools")  # what supervised training reads
+_MAX_CACHED_GROUPS = 4  # row groups of one Parquet file in memory
+_MAX_OPEN_FILES = 256  # files of one source, as a process may have only so many
+_WILDCARDS = "*?["
 
 
 class DataError(ValueError):
     """Data that cannot be trained on; the message names the file and the record."""
 
 
-class Records:
+class RecordFiles:
     """All records of one source, numbered through its files in the order of their names.
 
     Picklable: another process opens the files anew but does not look for the lines again.
     """
 
-    def __init__(self, name: str, path: str, columns: tuple[str, ...] | None = _COLUMNS):
+    def __init__(self, name: str, path: str, columns: tuple[str, ...] | None = _RECORD_COLUMNS):
         """Find and open the files.
 
         Args:
@@ -50,21 +50,23 @@ class Records:
           DataError: no such file, an unknown format, a file that is damaged or has no record.
         """
         self.name = name
-        self._readers = [_READERS[file.suffix](file) for file in _find(name, path)]
+        self._readers = [_READERS_BY_SUFFIX[file.suffix](file) for file in _find_files(name, path)]
         for reader in self._readers:
             reader.columns = columns
             if not reader.num_records:
                 raise DataError(
                     f"{reader.file}: got no records; wanted at least one. Remove the file."
                 )
-        self._ends = list(itertools.accumulate(reader.num_records for reader in self._readers))
+        self._cumulative_records = list(
+            itertools.accumulate(reader.num_records for reader in self._readers)
+        )
         self._open: dict[int, None] = {}  # numbers of files, the longest unused first
 
     def __getstate__(self):
         return {**self.__dict__, "_open": {}}
 
     def __len__(self) -> int:
-        return self._ends[-1]
+        return self._cumulative_records[-1]
 
     def read(self, index: int) -> dict[str, Any]:
         """Return a record.
@@ -75,7 +77,7 @@ class Records:
         which, reader, number = self._locate(index)
         self._open.pop(which, None)
         self._open[which] = None
-        if len(self._open) > _MOST_OPEN:
+        if len(self._open) > _MAX_OPEN_FILES:
             oldest = next(iter(self._open))
             self._readers[oldest].close()
             del self._open[oldest]
@@ -83,18 +85,18 @@ class Records:
             record = reader.read(number)
             record = json.loads(record) if isinstance(record, bytes) else record
         except (ValueError, OSError, RuntimeError) as error:
-            raise DataError(f"{reader.where(number)}: not a JSON record: {error}") from None
+            raise DataError(f"{reader.location(number)}: not a JSON record: {error}") from None
         if not isinstance(record, dict):
             raise DataError(
-                f"{reader.where(number)}: got {record!r:.80}; wanted an object with text or "
+                f"{reader.location(number)}: got {record!r:.80}; wanted an object with text or "
                 "messages"
             )
         return record
 
-    def where(self, index: int) -> str:
+    def location(self, index: int) -> str:
         """Return a record's file and number, for messages."""
         _, reader, number = self._locate(index)
-        return reader.where(number)
+        return reader.location(number)
 
     def close(self) -> None:
         """Close the files; reading opens them again."""
@@ -109,11 +111,11 @@ class Records:
         """
         shared = len(os.path.commonprefix([reader.file.parent.parts for reader in self._readers]))
         return [
-            ["/".join(reader.file.parts[shared:]), *_digest(reader.file), reader.num_records]
+            ["/".join(reader.file.parts[shared:]), *_digest_file(reader.file), reader.num_records]
             for reader in self._readers
         ]
 
-    def check(self, saved: list[list]) -> None:
+    def check_fingerprint(self, saved: list[list]) -> None:
         """Compare with an earlier fingerprint.
 
         Raises:
@@ -133,11 +135,15 @@ class Records:
     def _locate(self, index: int) -> tuple[int, Any, int]:
         if not 0 <= index < len(self):
             raise IndexError(f"{self.name}: got record {index}; wanted less than {len(self)}")
-        which = bisect.bisect_right(self._ends, index)
-        return which, self._readers[which], index - (self._ends[which - 1] if which else 0)
+        which = bisect.bisect_right(self._cumulative_records, index)
+        return (
+            which,
+            self._readers[which],
+            index - (self._cumulative_records[which - 1] if which else 0),
+        )
 
 
-class _Reader:
+class _RecordReader:
     """One file. Handles are opened when they are first needed and stay out of pickles."""
 
     num_records: int
@@ -161,11 +167,11 @@ class _Reader:
     def read(self, number: int) -> bytes | dict:
         raise NotImplementedError
 
-    def where(self, number: int) -> str:
+    def location(self, number: int) -> str:
         return f"{self.file}, record {number}"
 
 
-class _Lines(_Reader):
+class _JsonlReader(_RecordReader):
     """JSONL; lines of white space alone are no records."""
 
     def __init__(self, file: epath.Path):
@@ -199,7 +205,7 @@ class _Lines(_Reader):
         self._handle.seek(int(self._offsets[number]))
         return self._handle.readline()
 
-    def where(self, number: int) -> str:
+    def location(self, number: int) -> str:
         left, lines_before = int(self._offsets[number]), 0
         with self.file.open("rb") as stream:  # slow, and only for messages
             while left:
@@ -209,7 +215,7 @@ class _Lines(_Reader):
         return f"{self.file}:{lines_before + 1}"
 
 
-class _Parquet(_Reader):
+class _ParquetReader(_RecordReader):
     """Columns; messages and tools may also be strings of JSON.
 
     Otherwise nulls within them are left out: a column has every key that any of its records has.
@@ -219,7 +225,7 @@ class _Parquet(_Reader):
         super().__init__(file)
         metadata = self._handle.metadata
         counts = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
-        self._ends = list(itertools.accumulate(counts))
+        self._cumulative_rows = list(itertools.accumulate(counts))
         self.num_records = metadata.num_rows
         self._groups: collections.OrderedDict[int, Any] = collections.OrderedDict()
         self.close()
@@ -242,25 +248,25 @@ class _Parquet(_Reader):
         self._groups.clear()
 
     def read(self, number: int) -> dict:
-        which = bisect.bisect_right(self._ends, number)
+        which = bisect.bisect_right(self._cumulative_rows, number)
         if which not in self._groups:
             columns = None
             if self.columns is not None:
                 have = set(self._handle.schema_arrow.names)
                 columns = [name for name in self.columns if name in have]
             self._groups[which] = self._handle.read_row_group(which, columns=columns)
-            if len(self._groups) > _KEPT_GROUPS:
+            if len(self._groups) > _MAX_CACHED_GROUPS:
                 self._groups.popitem(last=False)
         self._groups.move_to_end(which)
-        start = self._ends[which - 1] if which else 0
+        start = self._cumulative_rows[which - 1] if which else 0
         (record,) = self._groups[which].slice(number - start, 1).to_pylist()
         for key, value in record.items():
             is_json = key in ("messages", "tools") and isinstance(value, str)
-            record[key] = json.loads(value) if is_json else _without_nulls(value)
+            record[key] = json.loads(value) if is_json else _drop_nulls(value)
         return record
 
 
-class _ArrayRecord(_Reader):
+class _ArrayRecordReader(_RecordReader):
     """ArrayRecord of JSON; best with group_size:1, as `train.prepare` writes it."""
 
     def __init__(self, file: epath.Path):
@@ -279,48 +285,50 @@ class _ArrayRecord(_Reader):
         return self._handle.read([number])[0]
 
 
-_READERS = {
-    ".jsonl": _Lines,
-    ".parquet": _Parquet,
-    ".arrayrecord": _ArrayRecord,
-    ".array_record": _ArrayRecord,
+_READERS_BY_SUFFIX = {
+    ".jsonl": _JsonlReader,
+    ".parquet": _ParquetReader,
+    ".arrayrecord": _ArrayRecordReader,
+    ".array_record": _ArrayRecordReader,
 }
 
 
-def _without_nulls(value: Any) -> Any:
+def _drop_nulls(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _without_nulls(one) for key, one in value.items() if one is not None}
-    return [_without_nulls(one) for one in value] if isinstance(value, list) else value
+        return {key: _drop_nulls(one) for key, one in value.items() if one is not None}
+    return [_drop_nulls(one) for one in value] if isinstance(value, list) else value
 
 
-def _find(name: str, path: str) -> list[epath.Path]:
+def _find_files(name: str, path: str) -> list[epath.Path]:
     """Return the files that a path means, sorted; those of a directory by their suffix."""
     whole = epath.Path(path)
     parts = whole.parts
-    wild = next((i for i, part in enumerate(parts) if any(c in part for c in _WILD)), None)
+    wild = next((i for i, part in enumerate(parts) if any(c in part for c in _WILDCARDS)), None)
     if wild is not None:
         files = list(epath.Path(*parts[:wild]).glob("/".join(parts[wild:])))
     elif whole.is_dir():
-        files = [file for file in whole.iterdir() if file.suffix in _READERS]
+        files = [file for file in whole.iterdir() if file.suffix in _READERS_BY_SUFFIX]
     else:
         files = [whole] if whole.exists() else []
     if not files:
-        raise DataError(f"source {name!r}: got {path}, where there is no file; wanted {_wanted()}")
+        raise DataError(
+            f"source {name!r}: got {path}, where there is no file; wanted {_describe_formats()}"
+        )
     for file in files:
-        if file.suffix not in _READERS:
-            raise DataError(f"{file}: got a file of another kind; wanted {_wanted()}")
+        if file.suffix not in _READERS_BY_SUFFIX:
+            raise DataError(f"{file}: got a file of another kind; wanted {_describe_formats()}")
     return sorted(files, key=str)
 
 
-def _wanted() -> str:
-    return f"files ending in {', '.join(_READERS)}"
+def _describe_formats() -> str:
+    return f"files ending in {', '.join(_READERS_BY_SUFFIX)}"
 
 
-def _digest(file: epath.Path) -> tuple[int, str]:
+def _digest_file(file: epath.Path) -> tuple[int, str]:
     """Return a file's size and a digest of its ends: cheap, and no accident keeps both."""
     size = file.stat().length
     with file.open("rb") as stream:
-        digest = hashlib.sha256(stream.read(_ENDS_BYTES))
-        stream.seek(max(0, size - _ENDS_BYTES))
-        digest.update(stream.read(_ENDS_BYTES))
+        digest = hashlib.sha256(stream.read(_DIGEST_BYTES))
+        stream.seek(max(0, size - _DIGEST_BYTES))
+        digest.update(stream.read(_DIGEST_BYTES))
     return size, digest.hexdigest()[:16]

@@ -17,7 +17,7 @@ from train import frozen, optim
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Batch:
+class TrainBatch:
     """B packed rows of T tokens.
 
     tokens, positions: of the input. segment_ids: 0 is padding, a change starts a new document.
@@ -46,7 +46,7 @@ class TrainState:
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class TrainStepSettings:
     """What one compiled step is made for.
 
     optimizer: see `optim.AdamW`. accumulate: microbatches in a batch, a divisor of its rows.
@@ -70,26 +70,26 @@ class Settings:
             raise ValueError(f"z_coefficient: got {self.z_coefficient}; wanted at least 0")
 
 
-def init(model: model_lib.MiniMaxM1, optimizer: optim.AdamW) -> TrainState:
+def init_state(model: model_lib.MiniMaxM1, optimizer: optim.AdamW) -> TrainState:
     """Return the state of a model that was made with param_dtype float32, but for frozen parts.
 
     Raises:
       ValueError: other parameters, whose updates would be rounded away, or int8 ones at all.
     """
-    quantize.refuse(model)
-    trained, _ = frozen.split(model)
+    quantize.refuse_int8_weights(model)
+    trained, _ = frozen.partition(model)
     for leaf in jax.tree.leaves(trained):
         if leaf.dtype != jnp.float32:
             raise ValueError(
                 f"master weights: got a parameter in {leaf.dtype}; wanted float32. "
                 "Build the model with param_dtype=float32; dtype is that of the computation."
             )
-    return TrainState(jnp.zeros((), jnp.int32), model, pinned(optimizer.init(trained)))
+    return TrainState(jnp.zeros((), jnp.int32), model, constrain_shardings(optimizer.init(trained)))
 
 
 @functools.partial(jax.jit, static_argnames="settings", donate_argnames="state")
-def update(
-    state: TrainState, batch: Batch, settings: Settings
+def train_step(
+    state: TrainState, batch: TrainBatch, settings: TrainStepSettings
 ) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
     """Make one optimizer step; `state` is donated, so the old one is gone.
 
@@ -102,32 +102,34 @@ def update(
     Returns:
       The new state, and metrics: loss (of -logp alone), balance_loss, z_loss (without their
       coefficients), grad_norm (before clipping) and grad_norm/PART for the parts of
-      `layer_kinds`, learning_rate, tokens (real ones), weight (sum of the loss's), dropped (share
+      `group_modules_by_kind`, learning_rate, tokens (real ones), weight (sum of the loss's), dropped (share
       of the tokens' expert choices that `ModelConfig.expert_capacity` left out), skipped (1 where
       the gradient was not finite and the step therefore changed nothing), expert_load [L, E] (the
       share of a layer's choices that went to each expert).
     """
-    grads, metrics = gradients(state.model, batch, settings, state.step)
-    state, more = apply(state, grads, settings.optimizer, settings.skip_nonfinite)
+    grads, metrics = compute_gradients(state.model, batch, settings, state.step)
+    state, more = apply_gradients(state, grads, settings.optimizer, settings.skip_nonfinite)
     return state, metrics | more
 
 
-def apply(state: TrainState, grads, optimizer: optim.AdamW, skip_nonfinite: bool = True):
-    """Return the state after one update, and the metrics of `update` that are about gradients."""
-    grads = pinned(grads)
-    trained, rest = frozen.split(state.model)
+def apply_gradients(state: TrainState, grads, optimizer: optim.AdamW, skip_nonfinite: bool = True):
+    """Return the state after one update, and the metrics of `train_step` that are about gradients."""
+    grads = constrain_shardings(grads)
+    trained, rest = frozen.partition(state.model)
     new, moments, metrics = optimizer.update(grads, state.moments, trained, state.step)
-    metrics |= {f"grad_norm/{kind}": norm for kind, norm in _norms(grads).items()}
+    metrics |= {f"grad_norm/{kind}": norm for kind, norm in _grad_norms(grads).items()}
     finite = jnp.isfinite(metrics["grad_norm"])
     metrics["skipped"] = 1.0 - finite
     if skip_nonfinite:
         new, moments = jax.tree.map(
             lambda new, old: jnp.where(finite, new, old), (new, moments), (trained, state.moments)
         )
-    return pinned(TrainState(state.step + 1, frozen.join(new, rest), moments)), metrics
+    return constrain_shardings(
+        TrainState(state.step + 1, frozen.combine(new, rest), moments)
+    ), metrics
 
 
-def layer_kinds(model: model_lib.MiniMaxM1) -> dict[str, list]:
+def group_modules_by_kind(model: model_lib.MiniMaxM1) -> dict[str, list]:
     """Return the model's modules by what they are: embed, head, attention of each kind, experts."""
     parts: dict[str, list] = {"embed": [model.embed], "head": [model.head, model.norm]}
     for layer in model.layers:
@@ -136,31 +138,37 @@ def layer_kinds(model: model_lib.MiniMaxM1) -> dict[str, list]:
     return parts
 
 
-def _norms(grads: model_lib.MiniMaxM1) -> dict[str, Float[Array, ""]]:
-    leaves = {kind: jax.tree.leaves(modules) for kind, modules in layer_kinds(grads).items()}
+def _grad_norms(grads: model_lib.MiniMaxM1) -> dict[str, Float[Array, ""]]:
+    leaves = {
+        kind: jax.tree.leaves(modules) for kind, modules in group_modules_by_kind(grads).items()
+    }
     return {
         kind: jnp.sqrt(sum(jnp.sum(jnp.square(g)) for g in of)) for kind, of in leaves.items() if of
     }
 
 
-def gradients(model: model_lib.MiniMaxM1, batch: Batch, settings: Settings, step: Any = 0):
+def compute_gradients(
+    model: model_lib.MiniMaxM1, batch: TrainBatch, settings: TrainStepSettings, step: Any = 0
+):
     """Return float32 gradients of the whole batch's loss, summed microbatch by microbatch.
 
     Frozen parameters have none.
     """
     weight = jnp.sum(batch.weights)
-    totals = (jnp.where(weight > 0, weight, 1.0), jnp.maximum(_num_real(batch), 1.0))
+    totals = (jnp.where(weight > 0, weight, 1.0), jnp.maximum(_num_tokens(batch), 1.0))
     coefficient = settings.balance_coefficient
     if coefficient is None:
         coefficient = model.config.router_aux_loss_coef
     elif callable(coefficient):
         coefficient = coefficient(step)
-    loss = functools.partial(_loss, coefficient=coefficient, z_coefficient=settings.z_coefficient)
-    trained, rest = frozen.split(model)
+    loss = functools.partial(
+        _microbatch_loss, coefficient=coefficient, z_coefficient=settings.z_coefficient
+    )
+    trained, rest = frozen.partition(model)
 
     @functools.partial(jax.grad, has_aux=True)
     def function(trained, part, totals):
-        return loss(frozen.join(trained, rest), part, totals)
+        return loss(frozen.combine(trained, rest), part, totals)
 
     if settings.accumulate == 1:
         return function(trained, batch, totals)
@@ -168,27 +176,30 @@ def gradients(model: model_lib.MiniMaxM1, batch: Batch, settings: Settings, step
     def micro(carry, part):
         return jax.tree.map(jnp.add, carry, function(trained, part, totals)), None
 
-    parts = split(batch, settings.accumulate)
+    parts = split_microbatches(batch, settings.accumulate)
     shapes = jax.eval_shape(function, trained, jax.tree.map(lambda x: x[0], parts), totals)
     start = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     return jax.lax.scan(micro, start, parts)[0]
 
 
-def split(batch: Batch, parts: int) -> Batch:
+def split_microbatches(batch: TrainBatch, num_microbatches: int) -> TrainBatch:
     """Split [B, T] into [parts, B / parts, T], each device's rows staying where they are.
 
     Raises:
       ValueError: rows that do not divide.
     """
     rows, length = batch.tokens.shape
-    if rows % parts:
-        raise ValueError(f"got {rows} rows in {parts} microbatches; wanted a divisor of the rows")
+    if rows % num_microbatches:
+        raise ValueError(
+            f"got {rows} rows in {num_microbatches} microbatches; wanted a divisor of the rows"
+        )
     return jax.tree.map(
-        lambda x: jnp.moveaxis(x.reshape(rows // parts, parts, length), 1, 0), batch
+        lambda x: jnp.moveaxis(x.reshape(rows // num_microbatches, num_microbatches, length), 1, 0),
+        batch,
     )
 
 
-def pinned(tree):
+def constrain_shardings(tree):
     """Hold every model in a pytree, and what is shaped like one, where its parameters lie.
 
     Left alone, XLA may return a state that lies otherwise than the one it took, which the next
@@ -201,7 +212,7 @@ def pinned(tree):
         layout = part.layout
 
         def one(param):
-            where = layout.param(param.get_metadata()["logical_axes"])
+            where = layout.param_sharding(param.get_metadata()["logical_axes"])
             return param.replace(jax.lax.with_sharding_constraint(param.get_value(), where))
 
         return jax.tree.map(one, part, is_leaf=lambda node: isinstance(node, nnx.Param))
@@ -209,24 +220,24 @@ def pinned(tree):
     return jax.tree.map(pin, tree, is_leaf=lambda part: isinstance(part, model_lib.MiniMaxM1))
 
 
-def _loss(model, batch: Batch, totals, *, coefficient, z_coefficient: float):
+def _microbatch_loss(model, batch: TrainBatch, totals, *, coefficient, z_coefficient: float):
     """Return a microbatch's share of the loss, and its share of each metric."""
     weight, num_real = totals
     hidden, stats = model.hidden(batch.tokens, batch.segment_ids, batch.positions)
-    tokens = logprobs.token_logprobs(model, hidden, batch.targets, normalizers=True)
+    tokens = logprobs.token_logprobs(model, hidden, batch.targets, with_log_normalizer=True)
 
     def mean(values):
         return jnp.sum(jnp.where(batch.weights != 0, batch.weights * values, 0.0)) / weight
 
-    share = _num_real(batch) / num_real
+    share = _num_tokens(batch) / num_real
     metrics = {
         "loss": -mean(tokens.logp),
         "balance_loss": moe.balance_loss(stats) * share,
-        "z_loss": mean(jnp.square(tokens.normalizer)),
-        "tokens": _num_real(batch),
+        "z_loss": mean(jnp.square(tokens.log_normalizer)),
+        "tokens": _num_tokens(batch),
         "weight": jnp.sum(batch.weights),
         "dropped": moe.dropped_share(stats) * share,
-        "expert_load": jnp.sum(stats.chosen, 1) / (num_real * stats.chosen.shape[1]),
+        "expert_load": jnp.sum(stats.choice_counts, 1) / (num_real * stats.choice_counts.shape[1]),
     }
     loss = metrics["loss"] + coefficient * metrics["balance_loss"]
     if z_coefficient:
@@ -234,11 +245,11 @@ def _loss(model, batch: Batch, totals, *, coefficient, z_coefficient: float):
     return loss, metrics
 
 
-def _num_real(batch: Batch) -> Float[Array, ""]:
+def _num_tokens(batch: TrainBatch) -> Float[Array, ""]:
     return jnp.sum((batch.segment_ids != 0).astype(jnp.float32))
 
 
-def abstract(model: model_lib.MiniMaxM1, optimizer: optim.AdamW) -> TrainState:
+def abstract_state(model: model_lib.MiniMaxM1, optimizer: optim.AdamW) -> TrainState:
     """Return the state of a model of sharded shapes, moments lying where their parameters do."""
     whole = jax.tree.leaves(model)[0].sharding
     if model.layout is not None:
@@ -255,7 +266,7 @@ def abstract(model: model_lib.MiniMaxM1, optimizer: optim.AdamW) -> TrainState:
     def is_moment(part):
         return isinstance(part, model_lib.MiniMaxM1)
 
-    trained, _ = frozen.split(model)
-    state = jax.eval_shape(lambda m: init(m, optimizer), model)
+    trained, _ = frozen.partition(model)
+    state = jax.eval_shape(lambda m: init_state(m, optimizer), model)
     moments = jax.tree.map(moment, state.moments, is_leaf=is_moment)
     return TrainState(moment(state.step), model, moments)

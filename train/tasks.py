@@ -19,7 +19,7 @@ from train.environments import catalog as environments
 from train.rewards import logic
 
 # Ours -> the keys that are tried, in this order; a dot goes into an object.
-KEYS = {
+TASK_KEYS = {
     "prompt": ("prompt", "messages", "input", "question", "problem"),
     "label": ("label", "reward_model.ground_truth", "answer", "ground_truth", "solution"),
     "metadata": ("metadata", "extra_info"),
@@ -28,11 +28,11 @@ KEYS = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Source:
+class TaskSource:
     """Where tasks come from.
 
     name: names its rewards in the config. path: JSON lines, Parquet or ArrayRecord files. keys:
-    (ours, theirs) pairs in place of `KEYS`. metadata that is a list becomes {its key: the list}.
+    (ours, theirs) pairs in place of `TASK_KEYS`. metadata that is a list becomes {its key: the list}.
     make: instead of a path, an environment ("lookup", "files", "repair"), or "logic:NAME" for a
     generator of reasoning-gym, that makes `size` tasks from `seed`; options: that generator's.
     """
@@ -56,26 +56,26 @@ class Source:
                 f"tasks {self.name}: got keys {self.keys}, options {self.options}; wanted keys "
                 "with a path alone, and options with make='logic:NAME' alone"
             )
-        unknown = [ours for ours, _ in self.keys if ours not in KEYS]
+        unknown = [ours for ours, _ in self.keys if ours not in TASK_KEYS]
         if unknown:
             raise ValueError(
-                f"tasks {self.name}: got the key {unknown[0]!r}; wanted some of {', '.join(KEYS)}"
+                f"tasks {self.name}: got the key {unknown[0]!r}; wanted some of {', '.join(TASK_KEYS)}"
             )
 
 
-def open_source(source: Source) -> "Tasks | Made":
+def open_tasks(source: TaskSource) -> "FileTasks | GeneratedTasks":
     """Return a source's tasks.
 
     Raises:
       DataError: files that cannot be read. ValueError: no such environment or generator.
     """
-    return Tasks(source) if source.path else Made(source)
+    return FileTasks(source) if source.path else GeneratedTasks(source)
 
 
-class Made:
+class GeneratedTasks:
     """Tasks that are made on the spot: the same for the same source."""
 
-    def __init__(self, source: Source):
+    def __init__(self, source: TaskSource):
         kind, _, name = source.make.partition(":")
         if kind == "logic":
             made = logic.tasks(name, source.size, source.seed, **dict(source.options))
@@ -97,7 +97,7 @@ class Made:
         text = "\n".join(f"{task.messages!r} {task.label!r}" for task in self._tasks)
         return [["made", len(self), hashlib.sha256(text.encode()).hexdigest()]]
 
-    def check(self, saved: list[list]) -> None:
+    def check_fingerprint(self, saved: list[list]) -> None:
         """Raise DataError where the tasks are not those of a fingerprint."""
         if saved != self.fingerprint():
             raise sources.DataError(
@@ -106,7 +106,7 @@ class Made:
             )
 
 
-class Tasks:
+class FileTasks:
     """The tasks of one source, by number.
 
     Attributes:
@@ -116,63 +116,63 @@ class Tasks:
       DataError: no such file, no records, or a record without a prompt.
     """
 
-    def __init__(self, source: Source):
+    def __init__(self, source: TaskSource):
         self._source = source
-        self._records = sources.Records(source.name, source.path, columns=None)
+        self._records = sources.RecordFiles(source.name, source.path, columns=None)
         if not len(self._records):
             raise sources.DataError(f"tasks {source.name}: {source.path} has no records")
         first, asked = self._records.read(0), dict(source.keys)
         self._records.close()
         self.keys = {ours: theirs for ours, theirs in asked.items() if theirs}
         for ours, theirs in self.keys.items():
-            if not _has(first, theirs):
+            if not _has_key(first, theirs):
                 raise sources.DataError(
                     f"tasks {source.name}: got the keys {sorted(first)}; wanted {theirs}, as keys= "
                     f"says of the {ours}"
                 )
-        for ours, tried in KEYS.items():
+        for ours, tried in TASK_KEYS.items():
             # A key with nothing in it may have something in other records.
-            there = [key for key in tried if _has(first, key)]
-            there.sort(key=lambda key: _get(first, key) is None)
+            there = [key for key in tried if _has_key(first, key)]
+            there.sort(key=lambda key: _get_value(first, key) is None)
             if ours not in asked and there:
                 self.keys[ours] = there[0]
         if "prompt" not in self.keys:
             raise sources.DataError(
                 f"tasks {source.name}: got the keys {sorted(first)}; wanted a prompt in one of "
-                f"{', '.join(KEYS['prompt'])}, or keys=(('prompt', KEY),)"
+                f"{', '.join(TASK_KEYS['prompt'])}, or keys=(('prompt', KEY),)"
             )
 
     def __len__(self) -> int:
         return len(self._records)
 
     def __getitem__(self, index: int) -> sample_lib.Task:
-        record, where = self._records.read(index), self._records.where(index)
-        found = {ours: _get(record, theirs) for ours, theirs in self.keys.items()}
+        record, where = self._records.read(index), self._records.location(index)
+        found = {ours: _get_value(record, theirs) for ours, theirs in self.keys.items()}
         metadata = found.get("metadata") or {}
         if not isinstance(metadata, Mapping):
             metadata = {self.keys["metadata"].rpartition(".")[2]: metadata}
         return sample_lib.Task(
             id=f"{self._source.name}/{index}",
-            messages=_messages(found.get("prompt"), where),
+            messages=_parse_messages(found.get("prompt"), where),
             source=self._source.name,
             label=found.get("label"),
             metadata=dict(metadata),
-            tools=_tools(found.get("tools"), where),
+            tools=_parse_tools(found.get("tools"), where),
         )
 
     def fingerprint(self) -> list[list]:
-        """Return what tells the files from others; see `sources.Records`."""
+        """Return what tells the files from others; see `sources.RecordFiles`."""
         return self._records.fingerprint()
 
-    def check(self, saved: list[list]) -> None:
+    def check_fingerprint(self, saved: list[list]) -> None:
         """Raise DataError where the files are not those of a fingerprint."""
-        self._records.check(saved)
+        self._records.check_fingerprint(saved)
 
     def close(self) -> None:
         self._records.close()
 
 
-def _messages(prompt: Any, where: str) -> tuple[Mapping[str, Any], ...]:
+def _parse_messages(prompt: Any, where: str) -> tuple[Mapping[str, Any], ...]:
     if isinstance(prompt, str) and prompt:
         return ({"role": "user", "content": prompt},)
     if isinstance(prompt, list) and prompt and all(isinstance(m, Mapping) for m in prompt):
@@ -182,7 +182,7 @@ def _messages(prompt: Any, where: str) -> tuple[Mapping[str, Any], ...]:
     )
 
 
-def _tools(value: Any, where: str) -> tuple[Mapping[str, Any], ...]:
+def _parse_tools(value: Any, where: str) -> tuple[Mapping[str, Any], ...]:
     tools = json.loads(value) if isinstance(value, str) and value.startswith("[") else value or []
     if isinstance(tools, list) and all(isinstance(tool, Mapping) for tool in tools):
         return tuple(tools)
@@ -191,13 +191,13 @@ def _tools(value: Any, where: str) -> tuple[Mapping[str, Any], ...]:
     )
 
 
-def _has(record: Any, key: str) -> bool:
+def _has_key(record: Any, key: str) -> bool:
     above, _, name = key.rpartition(".")
-    record = _get(record, above) if above else record
+    record = _get_value(record, above) if above else record
     return isinstance(record, Mapping) and name in record
 
 
-def _get(record: Any, key: str) -> Any:
+def _get_value(record: Any, key: str) -> Any:
     for part in key.split("."):
         record = record.get(part) if isinstance(record, Mapping) else None
     return record

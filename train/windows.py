@@ -11,7 +11,7 @@ from typing import Any
 
 
 @dataclasses.dataclass(frozen=True)
-class Windows:
+class LengthSchedule:
     """tokens: of an answer, in each stage.
 
     near: the share of the window that the 99th percentile of lengths has to reach. tolerance: by
@@ -35,29 +35,29 @@ class Windows:
             )
 
 
-class Stage:
+class LengthStage:
     """The window that a run is in.
 
     Attributes:
       index: of the window.
     """
 
-    def __init__(self, windows: Windows):
-        self._windows, self.index, self._nlls = windows, 0, []
+    def __init__(self, schedule: LengthSchedule):
+        self._schedule, self.index, self._nlls = schedule, 0, []
 
     @property
-    def tokens(self) -> int:
-        return self._windows.tokens[self.index]
+    def window_tokens(self) -> int:
+        return self._schedule.tokens[self.index]
 
     def push(self, p99_tokens: float, mean_nll: float) -> bool:
         """Take one batch's signals; return whether the next window begins."""
-        windows = self._windows
+        windows = self._schedule
         self._nlls = [*self._nlls, mean_nll][-windows.patience :]
         last = self.index + 1 == len(windows.tokens)
         mean = sum(self._nlls) / len(self._nlls)
         spread = max(self._nlls) - min(self._nlls)
         converged = len(self._nlls) == windows.patience and spread <= windows.tolerance * abs(mean)
-        if last or not converged or p99_tokens < windows.near * self.tokens:
+        if last or not converged or p99_tokens < windows.near * self.window_tokens:
             return False
         self.index, self._nlls = self.index + 1, []
         return True

@@ -16,10 +16,12 @@ from jax.experimental import multihost_utils
 from m1_jax import configlib
 from train import checkpoints
 
-CONFIG = "config.json"
+CONFIG_FILE = "config.json"
 
 
-def resolve(kind: type, config: Any, workdir: pathlib.Path, may_change: re.Pattern) -> Any:
+def resolve_config(
+    config_class: type, config: Any, workdir: pathlib.Path, changeable: re.Pattern
+) -> Any:
     """Return the config to run: the given one, if `workdir` does not hold another run.
 
     kind: of the config. may_change: matches the paths of fields that a run may go on with others
@@ -28,16 +30,16 @@ def resolve(kind: type, config: Any, workdir: pathlib.Path, may_change: re.Patte
     Raises:
       ResumeError: no run to go on with, or one of another config.
     """
-    file = workdir / CONFIG
+    file = workdir / CONFIG_FILE
     if not file.exists():
         if config is None:
             raise checkpoints.ResumeError(f"{workdir} holds no run to go on with; give --config")
         return config
-    saved = configlib.from_json(kind, json.loads(file.read_text()))
+    saved = configlib.from_json(config_class, json.loads(file.read_text()))
     if config is None:
         return saved
-    lines = configlib.differences(saved, config)
-    changed = [line for line in lines if not may_change.match(line)]
+    lines = configlib.list_differences(saved, config)
+    changed = [line for line in lines if not changeable.match(line)]
     if changed:
         raise checkpoints.ResumeError(
             f"{workdir} holds a run with another config: {'; '.join(changed)}. Go on with it by "
@@ -46,11 +48,11 @@ def resolve(kind: type, config: Any, workdir: pathlib.Path, may_change: re.Patte
     return config
 
 
-def record(config: Any, workdir: pathlib.Path) -> None:
+def save_config(config: Any, workdir: pathlib.Path) -> None:
     """Write the config into the directory, whole or not at all; process 0 does."""
     if jax.process_index():
         return
-    path = workdir / CONFIG
+    path = workdir / CONFIG_FILE
     part = path.with_suffix(".part")
     with part.open("w") as file:
         file.write(json.dumps(configlib.to_json(config), indent=1))
@@ -59,11 +61,11 @@ def record(config: Any, workdir: pathlib.Path) -> None:
     part.rename(path)
 
 
-def run(session: Any, workdir: pathlib.Path) -> Any:
+def run_session(session: Any, workdir: pathlib.Path) -> Any:
     """Open a session, note its config, run it, and close all of it; return what it returns."""
     with contextlib.ExitStack() as stack:
         session.enter(stack)
-        record(session.config, workdir)
+        save_config(session.config, workdir)
         return session.run()
 
 
@@ -73,38 +75,38 @@ def use_compilation_cache(directory: str) -> None:
     jax.config.update("jax_compilation_cache_dir", str(path))
 
 
-class Stop:
+class StopRequest:
     """What asks a run to end early: SIGTERM or SIGINT, and the second one means it.
 
     signal: the number, or None. then: what the user is told that happens now.
     """
 
-    def __init__(self, then: str):
-        self.signal: int | None = None
-        self._then = then
+    def __init__(self, notice: str):
+        self.signal_number: int | None = None
+        self._notice = notice
 
     @contextlib.contextmanager
-    def caught(self):
+    def handle_signals(self):
         """Listen to signals; in other threads they stay as they are."""
         if threading.current_thread() is not threading.main_thread() or jax.process_count() > 1:
             yield  # several processes: the coordination service watches for SIGTERM
             return
         numbers = (signal.SIGTERM, signal.SIGINT)
-        old = [signal.signal(number, lambda n, _: self._take(n)) for number in numbers]
+        old = [signal.signal(number, lambda n, _: self._receive(n)) for number in numbers]
         try:
             yield
         finally:
             for number, before in zip(numbers, old, strict=True):
                 signal.signal(number, before)
 
-    def reached(self, step: int) -> bool:
+    def should_stop(self, step: int) -> bool:
         """Return whether to stop after this step; all processes agree."""
         if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
-            self.signal = signal.SIGTERM
-        return self.signal is not None
+            self.signal_number = signal.SIGTERM
+        return self.signal_number is not None
 
-    def _take(self, number: int) -> None:
-        if self.signal is not None:
+    def _receive(self, number: int) -> None:
+        if self.signal_number is not None:
             raise KeyboardInterrupt
-        self.signal = number
-        logging.warning("%s: %s", signal.Signals(number).name, self._then)
+        self.signal_number = number
+        logging.warning("%s: %s", signal.Signals(number).name, self._notice)

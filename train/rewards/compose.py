@@ -1,6 +1,6 @@
 """Scores groups of samples: runs the rewards of each source, weighs and adds them up.
 
-Nothing that a reward does reaches the caller but as `Score(value=None, error=...)` and as a
+Nothing that a reward does reaches the caller but as `RewardScore(value=None, error=...)` and as a
 count: not an exception, a time-out, a crash, NaN, or a value of the wrong type. A failure is never
 a score of 0.
 """
@@ -114,7 +114,7 @@ class Rewards:
 
     def submit(
         self, group: Sequence[sample_lib.Sample]
-    ) -> "concurrent.futures.Future[list[sample_lib.Score]]":
+    ) -> "concurrent.futures.Future[list[sample_lib.RewardScore]]":
         """Score samples of one task; the scores come in their order.
 
         The future raises nothing but, after `close`, `CancelledError`.
@@ -176,7 +176,7 @@ class Rewards:
 
     async def _score(
         self, terms: list[_Term], group: list[sample_lib.Sample]
-    ) -> list[sample_lib.Score]:
+    ) -> list[sample_lib.RewardScore]:
         columns = await asyncio.gather(*(self._column(term, group) for term in terms))
         return [_combine(terms, row) for row in zip(*columns, strict=True)]
 
@@ -245,7 +245,7 @@ def _is_finite(value: Any) -> bool:
 
 def _combine(
     terms: Sequence[_Term], row: Sequence[dict[str, float] | _Failure]
-) -> sample_lib.Score:
+) -> sample_lib.RewardScore:
     """Return the weighted sum; one failure is enough for there to be none."""
     value, parts, errors = 0.0, {}, []
     for term, said in zip(terms, row, strict=True):
@@ -259,5 +259,5 @@ def _combine(
             )
             value += weight * part
     if errors:
-        return sample_lib.Score(None, parts, "; ".join(errors))
-    return sample_lib.Score(value, parts)
+        return sample_lib.RewardScore(None, parts, "; ".join(errors))
+    return sample_lib.RewardScore(value, parts)
