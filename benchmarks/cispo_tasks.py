@@ -19,9 +19,10 @@ import tokenizers
 from flax import nnx
 
 from infer import prompt
-from m1_jax import checkpoint, logprobs
 from m1_jax import config as model_config
+from m1_jax import logprobs
 from m1_jax import tokenizer as tokenizer_lib
+from m1_jax.checkpoints import load as load_lib
 from train import config as config_lib
 from train import export, sft
 
@@ -100,13 +101,13 @@ def write_tokenizer(directory) -> pathlib.Path:
 
 def parameters() -> int:
     """Return how many numbers the model has."""
-    model = checkpoint.abstract_model(MODEL, jnp.float32, jnp.float32)
+    model = load_lib.abstract_model(MODEL, jnp.float32, jnp.float32)
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(nnx.state(model)))
 
 
 def measure(directory, number: int = 256) -> tuple[float, float]:
     """Return the mean probability of W as the first token, and of all the right work after it."""
-    model = checkpoint.load(directory, jnp.float32, None, param_dtype=jnp.float32)
+    model = load_lib.load(directory, jnp.float32, None, param_dtype=jnp.float32)
     tokenizer, rng = tokenizer_lib.Tokenizer.load(directory), random.Random(5)
     rows = []
     for _ in range(number):

@@ -39,8 +39,10 @@ import jax
 import tqdm
 
 from m1_jax import configlib
-from train import metrics, rl_config, rl_loop
-from train import objective as objective_lib
+from train import metrics
+from train.rl import config as rl_config
+from train.rl import loop as rl_loop
+from train.rl import objective as objective_lib
 
 PUBLISHED = {name: objective_lib.PRESETS[name] for name in ("grpo", "dapo", "cispo")}
 # The same in all but the clip rule; the presets of DAPO and CISPO are so already.

@@ -30,7 +30,8 @@ import torch
 import transformers
 from absl import app, flags
 
-from infer import config, engine, request
+from infer import config, engine
+from infer import options as options_lib
 from m1_jax import testing, tokenizer
 
 _SIZE = flags.DEFINE_enum("size", "full", ["full", "tiny"], "120M parameters, or a quick try.")
@@ -173,8 +174,8 @@ def _their_generate(model, experts: str, prompts, new_tokens: int) -> tuple[Any,
     return tokens[:, prompts.shape[1] :], Timing(end - start, end - first.at, made)
 
 
-def _greedy(new_tokens: int) -> request.Options:
-    return request.Options(temperature=0.0, max_tokens=new_tokens, ignore_eos=True)
+def _greedy(new_tokens: int) -> options_lib.Options:
+    return options_lib.Options(temperature=0.0, max_tokens=new_tokens, ignore_eos=True)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -27,7 +27,9 @@ from flax import nnx
 
 from infer import config as config_lib
 from infer import engine as engine_lib
-from infer import outputs, plans, request
+from infer import options as options_lib
+from infer import request
+from infer.scheduling import plan as plan_lib
 from m1_jax import config as model_config_lib
 from m1_jax import model as model_lib
 from m1_jax import testing
@@ -91,8 +93,8 @@ class Case:
     """A request, and what it gives."""
 
     prompt: tuple[int, ...]
-    options: request.Options
-    output: outputs.Output
+    options: options_lib.Options
+    output: request.Output
 
 
 def main() -> None:
@@ -183,7 +185,7 @@ def draw_prompt(rng: random.Random, cases: list[Case]) -> tuple[int, ...]:
     return new[:200]
 
 
-def draw_options(rng: random.Random, tokenizer) -> request.Options:
+def draw_options(rng: random.Random, tokenizer) -> options_lib.Options:
     """Return options of any kind; letters are made likely where text matters."""
     values: dict = {"seed": rng.randrange(2**32), "max_tokens": rng.randint(1, 40)}
 
@@ -222,7 +224,7 @@ def draw_options(rng: random.Random, tokenizer) -> request.Options:
         bias |= {POISON: 12.0}
     elif kind == 5:
         values["stop_token_ids"] = tuple(rng.sample(range(1, 500), 7))
-    return request.Options(logit_bias=bias, **values)
+    return options_lib.Options(logit_bias=bias, **values)
 
 
 # ---- operations
@@ -234,7 +236,7 @@ class Run:
     def __init__(self, engine, model, cases, rng: random.Random, counts):
         self._engine, self._model, self._cases = engine, model, cases
         self._rng, self._counts = rng, counts
-        self._open: dict[outputs.Request, Case | None] = {}
+        self._open: dict[request.Request, Case | None] = {}
         self._preempted = 0
         self.problems: list[str] = []
 
@@ -289,7 +291,7 @@ class Run:
         self._restore_cursor("submit" if case else "stranger")
         try:
             self._open[self._engine.submit(prompt, options)] = case
-        except plans.QueueFull:
+        except plan_lib.QueueFull:
             self._restore_cursor("queue_full")
 
     def _check(self) -> None:
@@ -321,7 +323,7 @@ class Run:
         self._counts[name] += 1
 
 
-def what(output: outputs.Output) -> list:
+def what(output: request.Output) -> list:
     """Return what must be the same: tokens, then the rest."""
     tokens = [dataclasses.replace(token, version=0) for token in output.tokens]
     return [*tokens, output.text, output.finish_reason, output.reasoning_tokens]

@@ -22,9 +22,13 @@ import numpy as np
 import tqdm
 
 from infer import prompt
-from m1_jax import checkpoint, layers
+from m1_jax import layers
 from m1_jax import tokenizer as tokenizer_lib
-from train import agent, groups, rl_batch, rl_metrics, rl_step, rollout, tasks
+from m1_jax.checkpoints import load as load_lib
+from train.rl import batch as rl_batch
+from train.rl import episodes, groups, rollout, tasks
+from train.rl import metrics as rl_metrics
+from train.rl import step as rl_step
 
 MOST = 64  # tokens of an answer
 ROWS = 16
@@ -40,7 +44,7 @@ class RoundedHead(layers.Head):
 
 def load(directory: str, rounded: bool):
     """Return the model in bfloat16."""
-    model = checkpoint.load(directory, jnp.bfloat16)
+    model = load_lib.load(directory, jnp.bfloat16)
     if rounded:
         model.head.__class__ = RoundedHead
     return model
@@ -51,7 +55,7 @@ def sample(model, tokenizer, some, size: int) -> list:
     longest = max(len(prompt.encode(tokenizer, task.messages)) for task in some) + MOST
     jobs = [
         rollout.EpisodeJob(
-            (i, n), agent.single_turn_episode(task, tokenizer, MOST), groups.sample_seed(0, i, n)
+            (i, n), episodes.single_turn_episode(task, tokenizer, MOST), groups.sample_seed(0, i, n)
         )
         for (i, task), n in itertools.product(enumerate(some), range(size))
     ]

@@ -21,7 +21,9 @@ import numpy as np
 from absl import app, flags, logging
 
 import m1_jax
-from m1_jax import checkpoint, export, quantize
+from m1_jax import quantize
+from m1_jax.checkpoints import load as load_lib
+from m1_jax.checkpoints import save as save_lib
 
 TINY = pathlib.Path(__file__).parents[1] / "tests" / "data" / "m1-tiny"
 # Name, dtype of the computation, recipe.
@@ -51,8 +53,8 @@ def config_120m() -> m1_jax.ModelConfig:
 
 
 def random_checkpoint(directory: pathlib.Path) -> pathlib.Path:
-    model = checkpoint.random_model(config_120m(), jax.random.key(0), jnp.float32)
-    return export.save(model, directory / "random")
+    model = load_lib.random_model(config_120m(), jax.random.key(0), jnp.float32)
+    return save_lib.save(model, directory / "random")
 
 
 def log_probs(model, tokens) -> np.ndarray:

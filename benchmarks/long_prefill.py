@@ -19,9 +19,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from infer import arguments as arguments_lib
 from infer import config as config_lib
-from infer import device, plans, programs, request
+from infer import options
+from infer.execution import device, programs
+from infer.execution import host_batch as host_batch_lib
+from infer.scheduling import plan as plan_lib
 from m1_jax import config as model_config_lib
 from m1_jax import model as model_lib
 from m1_jax import state as state_lib
@@ -35,8 +37,8 @@ class Asked:
     """What the program reads of a request: greedy, one token."""
 
     prompt: np.ndarray
-    options: request.Options = dataclasses.field(
-        default_factory=lambda: request.Options(temperature=0, max_tokens=1)
+    options: options.Options = dataclasses.field(
+        default_factory=lambda: options.Options(temperature=0, max_tokens=1)
     )
     stop_ids: tuple[int, ...] = ()
 
@@ -111,8 +113,8 @@ def build(model, length: int):
     def run(model, state, rows, batch, prompts):
         return programs.prefill(model, state, rows, batch, prompts, recipe)
 
-    batch = arguments_lib.empty_batch(arguments_lib.PREFILL_PARTS, config)
-    prompts = arguments_lib.empty_prompts(ROWS, config)
+    batch = host_batch_lib.empty_batch(host_batch_lib.PREFILL_PARTS, config)
+    prompts = host_batch_lib.empty_prompts(ROWS, config)
     return device.Program(run, (1, 2), model, state, rows, batch, prompts), config, state, rows
 
 
@@ -123,11 +125,11 @@ def prefill(program, config, model, state, rows, tokens):
         some = tokens[start : start + ROWS]
         end = start + len(some)
         pages = tuple(range(1, -(-end // CHUNK_TOKENS) + 1))
-        part = plans.Part(0, 1, start, len(some), pages, end == len(tokens), False)
-        prompts = arguments_lib.prompts([part], [(some, -1)], config)
-        batch = arguments_lib.batch(arguments_lib.PREFILL_PARTS, [part], [asked], config)
+        part = plan_lib.Part(0, 1, start, len(some), pages, end == len(tokens), False)
+        prompts = host_batch_lib.prompts([part], [(some, -1)], config)
+        batch = host_batch_lib.batch(host_batch_lib.PREFILL_PARTS, [part], [asked], config)
         state, rows, chosen = program(model, state, rows, batch, prompts)
-    return arguments_lib.fetch(chosen).column(0)[0], state
+    return host_batch_lib.fetch(chosen).column(0)[0], state
 
 
 def nbytes(state, kind) -> int:

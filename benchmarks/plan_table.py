@@ -16,7 +16,7 @@ import sys
 
 import tqdm
 
-from m1_jax import plan_text
+from m1_jax.plan import report
 
 GIB = 2**30
 PARAMETERS = 456_089_655_296
@@ -105,7 +105,7 @@ def row(records: pathlib.Path, job: str, chip: str, item_bytes: int, flags: list
                 found, parts = again, 4
         if found.get("fits"):
             used = f"{found['hbm_bytes_per_chip'] / GIB:.1f} / {found['hbm_limit_bytes'] / GIB:.1f}"
-            mesh = plan_text.format_mesh(found["mesh"]) + (f", {parts} parts" if parts > 1 else "")
+            mesh = report.format_mesh(found["mesh"]) + (f", {parts} parts" if parts > 1 else "")
             tried = ", ".join(smaller)
             return f"| {job} | {name} | {mesh} | {found['batch']} | {used} | {tried} |\n"
         over = found.get("error") or f"{found['hbm_bytes_per_chip'] / GIB:.0f} GiB"

@@ -18,7 +18,7 @@ by `python -m m1_jax.plan --topology=v5p:8x8x8 --mesh=expert=16,context=32
 no time is given.
 """
 
-from train.rl_config import (
+from train.rl.config import (
     PRESETS,
     Curriculum,
     LengthBiasConfig,

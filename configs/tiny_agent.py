@@ -8,7 +8,7 @@ The demonstrations that came last are careless: half of them look up another key
 rewards the right value alone.
 """
 
-from train.rl_config import (
+from train.rl.config import (
     AgentConfig,
     LengthSchedule,
     LogConfig,

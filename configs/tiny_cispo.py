@@ -8,7 +8,7 @@ The model knows more than it says: it answers as often wrong as those who taught
 number after "Answer:" is rewarded. `make demo` does all of it; `docs/log.md` has five seeds.
 """
 
-from train.rl_config import (
+from train.rl.config import (
     LengthSchedule,
     LogConfig,
     RewardsConfig,

@@ -9,7 +9,7 @@ conversations something else.
 import json
 import pathlib
 
-from train.environments import lookup
+from train.rl.environments import lookup
 
 OUT = pathlib.Path(__file__).resolve().parent / "data"
 SIZE = 600

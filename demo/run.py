@@ -24,7 +24,8 @@ from absl import logging
 
 from infer import generate
 from m1_jax import configlib, convert, testing, verify
-from train import export, metrics, pretrain, rl, sft
+from train import export, metrics, pretrain, sft
+from train.rl import __main__ as rl_command
 
 HERE = pathlib.Path(__file__).resolve().parent
 SOURCE = HERE.parent / "tests" / "data" / "m1-tiny"
@@ -85,7 +86,7 @@ def main() -> None:
         export.run(OUT / "sft", OUT / "tuned", dtype="float32")
 
     with step("8. CISPO: the right answer is rewarded (python -m train.rl)"):
-        train(rl, "tiny_cispo", OUT / "tuned", OUT / "cispo", ["batches=12"])
+        train(rl_command, "tiny_cispo", OUT / "tuned", OUT / "cispo", ["batches=12"])
         accuracy = [record["reward"] for record in records(OUT / "cispo", "eval")]
         told = " -> ".join(f"{share:.0%}" for share in accuracy)
         summary.append(f"right answers during CISPO: {told}")

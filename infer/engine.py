@@ -5,7 +5,7 @@
     engine.run()                       # or start(), for a thread of its own
     request.output().text
 
-The scheduler (`scheduler.py`) decides, the programs (`programs.py`) compute, and this file carries
+The scheduler (`scheduling/scheduler.py`) decides, the programs (`execution/programs.py`) compute, and this file carries
 plans to the one and results back to the other, one plan ahead of the results: while the device
 runs a plan the host reads the tokens of the one before. Everything is compiled before the engine
 is made; nothing is compiled after.
@@ -21,19 +21,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from infer import (
-    arguments,
-    controller,
-    device,
-    dispatch,
-    finish,
-    grammar,
-    outputs,
-    plans,
-    scheduler,
-)
 from infer import config as config_lib
+from infer import grammar, stopping
+from infer import options as options_lib
 from infer import request as request_lib
+from infer.execution import device, dispatcher, host_batch, leader_follower
+from infer.scheduling import plan as plan_lib
+from infer.scheduling import scheduler
 from m1_jax import tokenizer as tokenizer_lib
 
 _REST_SECS = 10.0
@@ -79,11 +73,11 @@ class Engine:
         self._model_config = model.config
         self._device: Any = device.Device(model, config)
         if jax.process_count() > 1:
-            self._device = controller.Leader(self._device)
-        self._dispatcher = dispatch.Dispatcher(self._device, config)
+            self._device = leader_follower.Leader(self._device)
+        self._dispatcher = dispatcher.Dispatcher(self._device, config)
         self._compiler = grammar.Compiler(tokenizer, model.config.vocab_size)
         self._scheduler = scheduler.Scheduler(self._limits(), self._key())
-        self._requests: dict[Hashable, outputs.Request] = {}
+        self._requests: dict[Hashable, request_lib.Request] = {}
         self._flying: collections.deque[_Flight] = collections.deque()
         self._numbers = itertools.count()
         self._lock = threading.RLock()
@@ -96,10 +90,10 @@ class Engine:
     def submit(
         self,
         prompt: Sequence[int],
-        options: request_lib.Options,
+        options: options_lib.Options,
         on_token=None,
-        made: Sequence[outputs.Token] | None = None,
-    ) -> outputs.Request:
+        made: Sequence[request_lib.Token] | None = None,
+    ) -> request_lib.Request:
         """Queue a prompt of token ids.
 
         on_token: called with (request, token, new text) from the engine's thread.
@@ -115,15 +109,15 @@ class Engine:
                 f"prompt: got token id {bad[0]}; wanted 0 to {vocab_size - 1}. "
                 "Does the tokenizer belong to this model?"
             )
-        request_lib.check(options, vocab_size, self.tokenizer.stop_ids)
-        progress = finish.Progress(options, self.tokenizer)
+        options_lib.check(options, vocab_size, self.tokenizer.stop_ids)
+        progress = stopping.Progress(options, self.tokenizer)
         matcher = self._compiler.matcher(options)
         with self._work:
             if self._closed:
                 raise RuntimeError("the engine is closed")
-            stop_ids = request_lib.stop_ids(options, self.tokenizer.stop_ids)
+            stop_ids = options_lib.stop_ids(options, self.tokenizer.stop_ids)
             number = next(self._numbers)
-            request = outputs.Request(
+            request = request_lib.Request(
                 number, prompt, options, stop_ids, progress, matcher, on_token
             )
             for token in made or ():
@@ -142,7 +136,7 @@ class Engine:
             self._work.notify()
         return request
 
-    def cancel(self, request: outputs.Request) -> None:
+    def cancel(self, request: request_lib.Request) -> None:
         """End a request; its output so far stays. Nothing happens if it is over."""
         with self._work:
             if request.number in self._requests and request.finish_reason is None:
@@ -167,12 +161,12 @@ class Engine:
             self._scheduler.set_key(self._key(), keep_running)
             return self.version
 
-    def preempt(self, request: outputs.Request) -> None:
+    def preempt(self, request: request_lib.Request) -> None:
         """Take a request's memory away for now; it goes on later, and nobody can tell."""
         with self._work:
             self._scheduler.preempt(request.number)
 
-    def suspend(self, keep: Callable[[list[outputs.Request]], None]) -> None:
+    def suspend(self, keep: Callable[[list[request_lib.Request]], None]) -> None:
         """End all requests under way as "suspended", once `keep` has them; see `suspend.py`."""
         with self._work:
             # Those with a reason are over, and only not yet reported.
@@ -190,8 +184,8 @@ class Engine:
                 self._scheduler.set_key(self._key(), True)
 
     def generate(
-        self, prompts: Iterable[Sequence[int]], options: request_lib.Options
-    ) -> list[outputs.Output]:
+        self, prompts: Iterable[Sequence[int]], options: options_lib.Options
+    ) -> list[request_lib.Output]:
         """Serve prompts to their ends, from a thread of your own."""
         requests = [self.submit(prompt, options) for prompt in prompts]
         self.run()
@@ -279,12 +273,12 @@ class Engine:
                 flight = self._flying.popleft()
         if flight is None:
             return plan is not None
-        chosen = arguments.fetch(flight.chosen)  # waits, so without the lock
+        chosen = host_batch.fetch(flight.chosen)  # waits, so without the lock
         with self._lock:
             self._take(flight, chosen)
         return True
 
-    def _dispatch(self, plan: plans.Plan) -> None:
+    def _dispatch(self, plan: plan_lib.Plan) -> None:
         work = plan.prefill or plan.decode
         asked = [self._requests.get(item.job_id) for item in work]
         chosen = self._dispatcher.give(plan, asked)
@@ -313,7 +307,7 @@ class Engine:
             exact = over and bool(made) and not cut and self._stops_device(request)
             length = len(request.prompt) + len(request.tokens) - 1 if exact else None
             ids = tuple(one.id for one in made)
-            results[number] = plans.Result(len(ids), over, length, ids)
+            results[number] = plan_lib.Result(len(ids), over, length, ids)
             if not request.cached_tokens and not request.cache_reason:
                 request.cached_tokens, request.cache_reason = self._scheduler.cached(number)
             self._scheduler.set_single_step(number, self._single_step(request))
@@ -325,7 +319,7 @@ class Engine:
             if request.finish_reason is not None:
                 self._end(request, request.finish_reason)
 
-    def _routes(self, request: outputs.Request) -> np.ndarray | None:
+    def _routes(self, request: request_lib.Request) -> np.ndarray | None:
         """Return the experts of all tokens but the last, which is in no page yet.
 
         None where the request lost its pages while its last token was on the way.
@@ -333,19 +327,19 @@ class Engine:
         pages = self._scheduler.pages(request.number)
         if not pages:
             return None
-        pieces = arguments.pieces(0, pages)
+        pieces = host_batch.pieces(0, pages)
         parts = [self._device.run("read_routes", 0, piece) for _, piece in pieces]
         chosen = np.concatenate([np.asarray(part) for part in parts])
         length = len(request.prompt) + len(request.tokens) - 1
         return chosen.reshape(-1, *chosen.shape[2:])[:length]
 
-    def _push(self, request: outputs.Request, one: arguments.Made, version: int) -> None:
+    def _push(self, request: request_lib.Request, one: host_batch.Made, version: int) -> None:
         if not np.isfinite(one.logp_raw):
             request.finish_reason = "error"
             request.text += request.progress.flush()
             return
         top = one.top[: request.options.top_logprobs]
-        token = outputs.Token(one.id, one.logp, one.logp_raw, version, top)
+        token = request_lib.Token(one.id, one.logp, one.logp_raw, version, top)
         try:
             text = request.push(token)
         except ValueError:  # the grammar grew beyond its limits
@@ -354,20 +348,20 @@ class Engine:
         if request.on_token is not None:
             request.on_token(request, token, text)
 
-    def _stops_device(self, request: outputs.Request) -> bool:
+    def _stops_device(self, request: request_lib.Request) -> bool:
         """Say whether the device knows that the last token is the last."""
         options, number = request.options, len(request.tokens)
         stopped = request.tokens[-1].id in request.stop_ids and number > options.min_tokens
         return stopped or number >= options.max_tokens
 
-    def _single_step(self, request: outputs.Request) -> bool:
+    def _single_step(self, request: request_lib.Request) -> bool:
         """Say whether the host must see each token before the next one is made."""
         pause = request.progress.pause_at
         # Two plans may be under way when this is asked.
         near = pause is not None and len(request.tokens) + 3 * self.config.decode_steps >= pause
         return request.matcher is not None or near
 
-    def _end(self, request: outputs.Request, reason: str) -> None:
+    def _end(self, request: request_lib.Request, reason: str) -> None:
         request.finish_reason = reason
         self._requests.pop(request.number, None)
         request.done.set()
@@ -377,11 +371,11 @@ class Engine:
     def _key(self):
         return (self.version, self.config.chunk_tokens, self.config.row_tile)
 
-    def _limits(self) -> plans.Limits:
+    def _limits(self) -> plan_lib.Limits:
         config = self.config
         state_bytes, page_bytes = self._device.state_bytes, self._device.page_bytes
         cache_bytes = config.num_snapshots * state_bytes + config.pages * page_bytes
-        return plans.Limits(
+        return plan_lib.Limits(
             num_slots=config.slots,
             num_pages=config.pages,
             chunk_tokens=config.chunk_tokens,
@@ -389,7 +383,7 @@ class Engine:
             max_queue=config.max_queue,
             max_rows=config.max_rows,
             max_prefill_tokens=config.prefill_tokens[-1],
-            prefill_parts=arguments.PREFILL_PARTS,
+            prefill_parts=host_batch.PREFILL_PARTS,
             decode_steps=config.decode_steps,
             snapshot_every_tokens=config.snapshot_every_tokens,
             cache_bytes=cache_bytes if config.prefix_cache and config.num_snapshots else 0,

@@ -22,15 +22,16 @@ from typing import Any, TextIO
 from absl import app, flags, logging
 
 import m1_jax
-from infer import command, engine, finish, grammar, lines, outputs
+from infer import command, engine, grammar, jsonl, stopping
 from infer import config as config_lib
+from infer import options as options_lib
 from infer import prompt as prompt_lib
 from infer import request as request_lib
 from m1_jax import quantize
 from m1_jax import tokenizer as tokenizer_lib
 
 _flag = command.flag
-_OPTIONS = [field.name for field in dataclasses.fields(request_lib.Options)]
+_OPTIONS = [field.name for field in dataclasses.fields(options_lib.Options)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Config:
     prompt: str | None = _flag(None, "What the user says.")
     system: str | None = _flag(None, "System message, for prompts that do not bring their own.")
     prompts_file: str | None = _flag(None, "File with a prompt per line, or .jsonl objects.")
-    preset: str | None = _flag(None, f"Options: {', '.join(request_lib.PRESETS)}.")
+    preset: str | None = _flag(None, f"Options: {', '.join(options_lib.PRESETS)}.")
     max_tokens: int | None = _flag(None, "Longest output, in tokens; 512 without a preset.")
     min_tokens: int | None = _flag(None, "Shortest output; nothing stops it before.")
     temperature: float | None = _flag(None, "0 always takes the most likely token; default 1.")
@@ -96,7 +97,7 @@ class Config:
             raise ValueError("--top_logprobs: got it without --logprobs; name a file for them")
 
     @property
-    def options(self) -> request_lib.Options:
+    def options(self) -> options_lib.Options:
         """Return the options of all prompts.
 
         Raises:
@@ -109,8 +110,8 @@ class Config:
             if given.get(name, "").startswith("@"):
                 given[name] = pathlib.Path(given[name][1:]).read_text(encoding="utf-8")
         if self.preset is None:
-            return request_lib.Options(**given)
-        return request_lib.preset(self.preset, **given)
+            return options_lib.Options(**given)
+        return options_lib.preset(self.preset, **given)
 
 
 @dataclasses.dataclass
@@ -134,7 +135,7 @@ class Stats:
         )
 
 
-def run(config: Config, out: TextIO | None = None) -> tuple[list[outputs.Output], Stats]:
+def run(config: Config, out: TextIO | None = None) -> tuple[list[request_lib.Output], Stats]:
     """Generate for every prompt of `config`, printing text to `out` (stdout) as it comes.
 
     Raises:
@@ -149,7 +150,7 @@ def write(
     tokenizer: tokenizer_lib.Tokenizer,
     prompts: list[list[int]],
     out: TextIO,
-) -> tuple[list[outputs.Output], Stats]:
+) -> tuple[list[request_lib.Output], Stats]:
     """Do what `run` does, with what `prepare` found."""
     options, stats, began = config.options, Stats(), time.perf_counter()
     sizes = config_lib.fitting(
@@ -174,7 +175,7 @@ def write(
 
     requests = []
     for number, ids in enumerate(prompts):
-        seeded = dataclasses.replace(options, seed=lines.seed_of(config.seed, number))
+        seeded = dataclasses.replace(options, seed=jsonl.seed_of(config.seed, number))
         requests.append(served.submit(ids, seeded, on_token))
     going = True
     while going:
@@ -198,8 +199,8 @@ def write(
     return outputs, stats
 
 
-def record(output: outputs.Output) -> dict[str, Any]:
-    return {"finish_reason": output.finish_reason, "tokens": lines.tokens_json(output.tokens)}
+def record(output: request_lib.Output) -> dict[str, Any]:
+    return {"finish_reason": output.finish_reason, "tokens": jsonl.tokens_json(output.tokens)}
 
 
 def prepare(config: Config) -> tuple[Any, tokenizer_lib.Tokenizer, list[list[int]]]:
@@ -212,11 +213,11 @@ def prepare(config: Config) -> tuple[Any, tokenizer_lib.Tokenizer, list[list[int
     model_config = m1_jax.ModelConfig.from_file(folder / "config.json")
     prompts = []
     for i, request in enumerate(requests):
-        prompts.append(lines.encode(f"prompt {i}", tokenizer, request, config.profile))
+        prompts.append(jsonl.encode(f"prompt {i}", tokenizer, request, config.profile))
         own = (prompts[-1], options.max_tokens, model_config, config.max_length)
-        lines.check_length(f"prompt {i}", *own)
-    request_lib.check(options, model_config.vocab_size, tokenizer.stop_ids)
-    finish.Progress(options, tokenizer)
+        jsonl.check_length(f"prompt {i}", *own)
+    options_lib.check(options, model_config.vocab_size, tokenizer.stop_ids)
+    stopping.Progress(options, tokenizer)
     if options.constraint:  # reading the vocabulary takes a while
         grammar.Compiler(tokenizer, model_config.vocab_size).matcher(options)
     model = command.load(config.checkpoint, config.dtype, config.weights)
@@ -227,12 +228,12 @@ def read_requests(config: Config) -> list[dict[str, Any]]:
     """Return {"prompt": ...} (raw) or {"messages": ..., "tools": ...} for every prompt."""
     how = (config.system, config.raw)
     if config.prompts_file is None:
-        return [lines.conversation("--prompt", {"prompt": config.prompt}, *how)]
+        return [jsonl.conversation("--prompt", {"prompt": config.prompt}, *how)]
     path = pathlib.Path(config.prompts_file)
     requests = []
-    for where, line in lines.read(path):
-        value = lines.parse(where, line) if path.suffix == ".jsonl" else {"prompt": line}
-        requests.append(lines.conversation(where, value, *how))
+    for where, line in jsonl.read(path):
+        value = jsonl.parse(where, line) if path.suffix == ".jsonl" else {"prompt": line}
+        requests.append(jsonl.conversation(where, value, *how))
     if not requests:
         raise ValueError(f"{path}: got no prompts; wanted one per line")
     return requests

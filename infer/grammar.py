@@ -18,10 +18,11 @@ import llguidance
 import numpy as np
 from jaxtyping import UInt32
 
-from infer import finish, request
+from infer import options as options_lib
+from infer import stopping
 from m1_jax import tokenizer as tokenizer_lib
 
-_OPEN, _CLOSE = finish.OPEN.encode(), finish.CLOSE.encode()
+_OPEN, _CLOSE = stopping.OPEN.encode(), stopping.CLOSE.encode()
 _GAP_NEWLINES = 2
 # JSON between whose parts any white space may stand for ever is a trap at high temperatures.
 # This is enough for one line's indentation.
@@ -76,7 +77,7 @@ class Compiler:
             for left in range(_GAP_NEWLINES + 1)
         ]
 
-    def matcher(self, options: request.Options) -> "Matcher | None":
+    def matcher(self, options: options_lib.Options) -> "Matcher | None":
         """Compile a request's constraint; None if it has none.
 
         Raises:

@@ -31,8 +31,9 @@ import tqdm
 from absl import app, flags, logging
 
 import m1_jax
-from infer import command, engine, finish, grammar, lines, outputs
+from infer import command, engine, grammar, jsonl, stopping
 from infer import config as config_lib
+from infer import options as options_lib
 from infer import prompt as prompt_lib
 from infer import request as request_lib
 from m1_jax import quantize
@@ -40,7 +41,7 @@ from m1_jax import tokenizer as tokenizer_lib
 
 _flag = command.flag
 _MOST_BAD_LINES = 10  # told at once
-_OWN_FIELDS = (*lines.FIELDS, "id", "preset")
+_OWN_FIELDS = (*jsonl.FIELDS, "id", "preset")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,12 +82,12 @@ class Config:
         _ = self.options
 
     @property
-    def options(self) -> request_lib.Options:
-        values = lines.parse("--defaults", self.defaults)
+    def options(self) -> options_lib.Options:
+        values = jsonl.parse("--defaults", self.defaults)
         if not isinstance(values, dict):
             raise ValueError(f"--defaults: got {self.defaults}; wanted a JSON object")
         try:
-            return lines.options(request_lib.Options(), values)
+            return jsonl.options(options_lib.Options(), values)
         except ValueError as error:
             raise ValueError(f"--defaults: {error}") from None
 
@@ -98,7 +99,7 @@ class Line:
     index: int
     head: dict[str, Any]
     prompt: tuple[int, ...]
-    options: request_lib.Options
+    options: options_lib.Options
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,7 +164,7 @@ def run(config: Config, stop: Callable[[], int | None] = lambda: None) -> Summar
 def _serve(config, served, todo, before, file, bar, stop) -> Summary:
     """Run requests, writing each as it ends; a window of them is known to the engine."""
     waiting = collections.deque(todo)
-    live: dict[int, tuple[Line, outputs.Request]] = {}
+    live: dict[int, tuple[Line, request_lib.Request]] = {}
     window = min(3 * served.config.max_rows, served.config.max_queue)
     counts, signal_number, going = collections.Counter(), None, True
     while going and signal_number is None:
@@ -189,7 +190,7 @@ def _serve(config, served, todo, before, file, bar, stop) -> Summary:
     return Summary(total, before, **counts, stopped_by=signal_number)
 
 
-def _append(file, line: Line, made: outputs.Output, tokens: bool) -> None:
+def _append(file, line: Line, made: request_lib.Output, tokens: bool) -> None:
     """Write a line in one call, so that a kill tears the last one at most."""
     record = {
         **line.head,
@@ -200,7 +201,7 @@ def _append(file, line: Line, made: outputs.Output, tokens: bool) -> None:
         "reasoning_tokens": made.reasoning_tokens,
     }
     if tokens:
-        record["tokens"] = lines.tokens_json(made.tokens)
+        record["tokens"] = jsonl.tokens_json(made.tokens)
     file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
     file.flush()
 
@@ -215,7 +216,7 @@ def read(config: Config, tokenizer: tokenizer_lib.Tokenizer, model_config: Any) 
       ValueError: bad lines, up to ten of them.
     """
     path = pathlib.Path(config.input)
-    found = lines.read(path)
+    found = jsonl.read(path)
     if not found:
         raise ValueError(f"{path}: got no requests; wanted one per line")
     reader = _Reader(config, tokenizer, model_config)
@@ -239,26 +240,26 @@ class _Reader:
     def __init__(self, config: Config, tokenizer: tokenizer_lib.Tokenizer, model_config: Any):
         self._config, self._tokenizer, self._model_config = config, tokenizer, model_config
         self._defaults = config.options
-        self._names = [field.name for field in dataclasses.fields(request_lib.Options)]
+        self._names = [field.name for field in dataclasses.fields(options_lib.Options)]
         self._ids: dict[str, str] = {}
         self._compiler: grammar.Compiler | None = None
         self._constraints: set[str] = set()
 
     def read(self, index: int, where: str, text: str) -> Line:
-        value = lines.parse(where, text)
+        value = jsonl.parse(where, text)
         if not isinstance(value, dict):
             raise ValueError(f"got {value!r:.80}; wanted an object")
-        request_lib.known("field", value, (*_OWN_FIELDS, *self._names))
-        asked = {k: v for k, v in value.items() if k in lines.FIELDS}
+        options_lib.known("field", value, (*_OWN_FIELDS, *self._names))
+        asked = {k: v for k, v in value.items() if k in jsonl.FIELDS}
         config = self._config
-        asked = lines.conversation(where, asked, config.system, config.raw)
-        prompt = lines.encode(where, self._tokenizer, asked, config.profile)
+        asked = jsonl.conversation(where, asked, config.system, config.raw)
+        prompt = jsonl.encode(where, self._tokenizer, asked, config.profile)
         own = {k: v for k, v in value.items() if k == "preset" or k in self._names}
-        options = lines.options(self._defaults, own)
+        options = jsonl.options(self._defaults, own)
         if "seed" not in own:
-            options = dataclasses.replace(options, seed=lines.seed_of(config.seed, index))
+            options = dataclasses.replace(options, seed=jsonl.seed_of(config.seed, index))
         limits = (self._model_config, config.max_length)
-        lines.check_length(where, prompt, options.max_tokens, *limits)
+        jsonl.check_length(where, prompt, options.max_tokens, *limits)
         self._check(options)
         return Line(index, self._head(index, where, value), tuple(prompt), options)
 
@@ -273,11 +274,11 @@ class _Reader:
             raise ValueError(f"id: got {name!r:.80} again, first at {first}; wanted another one")
         return {"index": index, "id": name}
 
-    def _check(self, options: request_lib.Options) -> None:
+    def _check(self, options: options_lib.Options) -> None:
         """Raise now what `Engine.submit` would raise later."""
         vocab_size = self._model_config.vocab_size
-        request_lib.check(options, vocab_size, self._tokenizer.stop_ids)
-        finish.Progress(options, self._tokenizer)
+        options_lib.check(options, vocab_size, self._tokenizer.stop_ids)
+        stopping.Progress(options, self._tokenizer)
         name = options.constraint
         if name is None:
             return
@@ -305,7 +306,7 @@ def _fingerprint(config: Config, folder: pathlib.Path) -> dict[str, Any]:
         "checkpoint": str(folder.resolve()),
         "files": hashlib.sha256(repr((listed, texts)).encode()).hexdigest(),
         **{name: getattr(config, name) for name in names},
-        "defaults": lines.parse("--defaults", config.defaults),
+        "defaults": jsonl.parse("--defaults", config.defaults),
         "recipe": [sizes.chunk_tokens, sizes.tile_rows, sizes.row_tile],
         "jax": f"{jax.__version__} on {jax.default_backend()}",
     }
@@ -326,7 +327,7 @@ def _begin(output: pathlib.Path, fingerprint: dict[str, Any], count: int) -> set
         return set()
     if not beside.exists():
         raise ValueError(f"--output: {output} exists, and {beside.name} not; wanted a new file")
-    old = lines.parse(str(beside), beside.read_text())
+    old = jsonl.parse(str(beside), beside.read_text())
     changed = [name for name in fingerprint if old.get(name) != fingerprint[name]]
     if changed:
         name = changed[0]
@@ -346,7 +347,7 @@ def _done(output: pathlib.Path, count: int) -> set[int]:
             if not line.endswith(b"\n"):
                 break
             end += len(line)
-            value = lines.parse(f"{output}:{number}", line.decode())
+            value = jsonl.parse(f"{output}:{number}", line.decode())
             index = value.get("index") if isinstance(value, dict) else None
             if not isinstance(index, int) or not 0 <= index < count or index in done:
                 raise ValueError(

@@ -1,260 +1,104 @@
-"""What one request may ask for: plain values, checked on the host before anything runs.
-
-A value out of range is a ValueError that names the field; nothing is clipped, rounded or ignored
-in silence. What needs a vocabulary waits for `check`.
-"""
+"""A request under way, and what comes of it."""
 
 import dataclasses
-import difflib
-import math
-from collections.abc import Callable, Collection, Iterable, Mapping
+import threading
 from typing import Any
 
-MAX_BIASES = 300
-MAX_STOP_IDS = 8  # the tokenizer's own included; the device compares with this many
-MAX_STOPS = 16
-MAX_STOP_CHARS = 1024
-MAX_TOP_LOGPROBS = 20
-
-# What the device does with a row's logits.
-# name: (the release's recommendation, check, what is wanted)
-SAMPLING: dict[str, tuple[float, Callable[[float], bool], str]] = {
-    "temperature": (1.0, lambda x: x >= 0, "0 (greedy) or more"),
-    "top_p": (0.95, lambda x: 0 < x <= 1, "more than 0, at most 1 (off)"),
-    "top_k": (0, lambda x: 0 <= x < 2**31 and x == int(x), "a whole number, 0 (off) or more"),
-    "min_p": (0.0, lambda x: 0 <= x <= 1, "0 (off) to 1"),
-    "repetition_penalty": (1.0, lambda x: x > 0, "more than 0; 1 is off"),
-    "presence_penalty": (0.0, lambda x: -2 <= x <= 2, "-2 to 2; 0 is off"),
-    "frequency_penalty": (0.0, lambda x: -2 <= x <= 2, "-2 to 2; 0 is off"),
-    "top_logprobs": (
-        0,
-        lambda x: 0 <= x <= MAX_TOP_LOGPROBS and x == int(x),
-        f"a whole number, 0 (off) to {MAX_TOP_LOGPROBS}",
-    ),
-}
-_CONSTRAINTS = ("json_schema", "regex", "grammar")
+from infer import prompt_lookup
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Options:
-    """How to continue one prompt.
+@dataclasses.dataclass(frozen=True)
+class Token:
+    """One token of an output.
 
-    temperature, top_p, top_k, min_p, top_logprobs: see `SAMPLING`; the order in which they act
-      is that of `infer.sampling`.
-    repetition_penalty: over prompt and output, as in transformers.
-    presence_penalty, frequency_penalty: over the output alone, as in OpenAI's API.
-    logit_bias: added to the logits of these token ids, -100 to 100.
-    seed: 0 to 2^32 - 1; the same seed draws the same tokens.
-    max_tokens: longest output. min_tokens: it has that many before anything ends it; a stop token
-      is one more, so it is not to be chosen while there are fewer than that.
-    stop_token_ids: end the output beside the tokenizer's own. ignore_eos: those do not.
-    stop: strings that end the output and are not part of its text.
-    thinking_tokens: thinking that is still open after this many tokens is closed by force.
-    stop_on_loop: end an output that has long been certain of every token; see `infer.finish`.
-    json_schema, regex, grammar: at most one of a JSON schema (an object or its JSON), a regular
-      expression and a grammar in Lark's notation, which the output matches as a whole.
-    after_thinking: the model may first think freely; the constraint holds for what follows.
+    logp: under the distribution it was drawn from. logp_raw: under the model's plain logits.
+    version: of the weights that made it. top: the most likely tokens and their plain
+    log-probabilities, as many as asked for.
     """
 
-    temperature: float = 1.0
-    top_p: float = 0.95
-    top_k: int = 0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    logit_bias: Mapping[int, float] = dataclasses.field(default_factory=dict)
-    seed: int = 0
-    max_tokens: int = 512
-    min_tokens: int = 0
-    stop_token_ids: tuple[int, ...] = ()
-    ignore_eos: bool = False
-    stop: tuple[str, ...] = ()
-    thinking_tokens: int | None = None
-    stop_on_loop: bool = False
-    top_logprobs: int = 0
-    json_schema: str | Mapping[str, Any] | None = None
-    regex: str | None = None
-    grammar: str | None = None
-    after_thinking: bool = False
+    id: int
+    logp: float
+    logp_raw: float
+    version: int
+    top: tuple[tuple[int, float], ...] = ()
 
-    def __post_init__(self):
-        for name, (_, valid, wanted) in SAMPLING.items():
-            _demand(_is_number(value := getattr(self, name)) and valid(value), name, value, wanted)
-        _whole("seed", self.seed, 0, 2**32 - 1)
-        _whole("max_tokens", self.max_tokens, 1)
-        _whole("min_tokens", self.min_tokens, 0, self.max_tokens, " (max_tokens)")
-        if self.thinking_tokens is not None:
-            _whole("thinking_tokens", self.thinking_tokens, 0)
-        for name in ("ignore_eos", "stop_on_loop", "after_thinking"):
-            value = getattr(self, name)
-            _demand(isinstance(value, bool), name, value, "True or False")
-        # Copies: what the caller does later with its own list or dict changes nothing here.
-        object.__setattr__(self, "logit_bias", _check_bias(self.logit_bias))
-        object.__setattr__(self, "stop_token_ids", _check_stop_ids(self.stop_token_ids))
-        object.__setattr__(self, "stop", _check_stop(self.stop))
-        self._check_constraint()
+
+@dataclasses.dataclass(frozen=True)
+class Output:
+    """A finished request.
+
+    finish_reason: "stop", "length", "loop", "cancelled", "suspended" or "error" (logits that are
+      not finite, or a grammar that outgrew its limits on the way).
+    cached_tokens: of the prompt, found in the prefix cache; cache_reason says why if none.
+    """
+
+    tokens: tuple[Token, ...]
+    text: str
+    finish_reason: str
+    prompt_tokens: int
+    cached_tokens: int
+    cache_reason: str
+    reasoning_tokens: int
+
+
+class Request:
+    """A request under way; `Engine.submit` makes it.
+
+    Attributes:
+      tokens, text: so far. finish_reason: None while it goes on.
+      routes: at the end, [tokens computed, layers, choices] int8, if the engine records them.
+    """
+
+    def __init__(self, number: int, prompt, options, stop_ids, progress, matcher, on_token):
+        self.number, self.prompt = number, tuple(prompt)
+        self.options, self.stop_ids = options, stop_ids
+        self.progress, self.matcher, self.on_token = progress, matcher, on_token
+        self.tokens: list[Token] = []
+        self.mask = None if matcher is None else matcher.mask()
+        self.text = ""
+        self.finish_reason: str | None = None
+        self.cached_tokens, self.cache_reason = 0, ""
+        self.routes: Any = None
+        self.done = threading.Event()
+        self.lookup = prompt_lookup.Lookup(self.prompt)
 
     @property
-    def sampling(self) -> dict[str, float]:
-        """Return the fields of `SAMPLING`, as `infer.sampling.options` takes them."""
-        return {name: getattr(self, name) for name in SAMPLING}
+    def penalised(self) -> bool:
+        """Whether its choices depend on what it said before."""
+        o = self.options
+        return o.repetition_penalty != 1 or o.presence_penalty != 0 or o.frequency_penalty != 0
 
     @property
-    def constraint(self) -> str | None:
-        """Return the name of the one constraint that is set."""
-        return next((name for name in _CONSTRAINTS if getattr(self, name) is not None), None)
+    def plain(self) -> bool:
+        """Whether several of its tokens can be chosen at once."""
+        return not self.penalised and self.matcher is None and not self.progress.close()
 
-    def _check_constraint(self) -> None:
-        given = [name for name in _CONSTRAINTS if getattr(self, name) is not None]
-        if len(given) > 1:
-            raise ValueError(f"got {' and '.join(given)}; wanted at most one of them")
-        for name in given:
-            value = getattr(self, name)
-            kinds = str | Mapping if name == "json_schema" else str
-            wanted = "text or an object" if name == "json_schema" else "text"
-            _demand(isinstance(value, kinds) and bool(value or value == {}), name, value, wanted)
-            # A finished structure has nothing to add but the end.
-            for other in ("ignore_eos", "min_tokens"):
-                if getattr(self, other):
-                    raise ValueError(
-                        f"{other}: got {getattr(self, other)} with {name}, whose end it would "
-                        "forbid; leave one of them out"
-                    )
+    def push(self, token: Token) -> str:
+        """Take a token; return the text that it releases."""
+        update = self.progress.push(token.id, token.logp_raw)
+        self.tokens.append(token)
+        self.lookup.push(token.id)
+        self.text += update.text
+        self.finish_reason = update.finished
+        if self.matcher is not None and update.finished is None:
+            self.matcher.accept(token.id)
+            self.mask = self.matcher.mask()
+        return update.text
 
+    def output(self, timeout_secs: float | None = None) -> Output:
+        """Wait for the end, and return all of it.
 
-def check(options: Options, vocab_size: int, own_stop_ids: tuple[int, ...] = ()) -> None:
-    """Check what depends on the model: token ids, and how many of them end the output.
-
-    Args:
-      options: of one request.
-      vocab_size: the model's.
-      own_stop_ids: the tokenizer's.
-
-    Raises:
-      ValueError: a token id outside of the vocabulary, or more than `MAX_STOP_IDS` stop ids.
-    """
-    ids = {"logit_bias": options.logit_bias, "stop_token_ids": options.stop_token_ids}
-    for name, values in ids.items():
-        for token in values:
-            _demand(token < vocab_size, name, token, f"token ids of 0 to {vocab_size - 1}")
-    number = len(stop_ids(options, own_stop_ids))
-    if number > MAX_STOP_IDS:
-        raise ValueError(
-            f"stop_token_ids: got {number} with the tokenizer's own {len(own_stop_ids)}; wanted "
-            f"at most {MAX_STOP_IDS} in all. Use stop strings for the others."
+        Raises:
+          TimeoutError: it did not end in time.
+        """
+        if not self.done.wait(timeout_secs):
+            raise TimeoutError(f"request {self.number}: not finished after {timeout_secs} s")
+        return Output(
+            tuple(self.tokens),
+            self.text,
+            str(self.finish_reason),
+            len(self.prompt),
+            self.cached_tokens,
+            self.cache_reason,
+            self.progress.reasoning_tokens,
         )
-
-
-def stop_ids(options: Options, own_stop_ids: tuple[int, ...] = ()) -> tuple[int, ...]:
-    """Return all token ids that end the output, ascending."""
-    own = () if options.ignore_eos else own_stop_ids
-    return tuple(sorted({*own, *options.stop_token_ids}))
-
-
-def as_json(options: Options) -> dict[str, Any]:
-    """Return the fields that differ from their defaults, for `json` to write."""
-    values = dataclasses.asdict(options)
-    return {name: value for name, value in values.items() if value != getattr(_DEFAULT, name)}
-
-
-def from_json(values: Mapping[str, Any], base: Options | None = None) -> Options:
-    """Undo `as_json`, over other defaults where `base` is given.
-
-    JSON has no tuples, and text for keys: lists, one stop string and ids in quotes are taken too.
-
-    Raises:
-      ValueError: an unknown field, or what `Options` refuses.
-    """
-    names = [field.name for field in dataclasses.fields(Options)]
-    known("option", values, names)
-    values = dict(values)
-    if isinstance(values.get("stop"), str):
-        values["stop"] = (values["stop"],)
-    if isinstance(bias := values.get("logit_bias"), Mapping):
-        values["logit_bias"] = {_id_of(key): value for key, value in bias.items()}
-    return dataclasses.replace(base or _DEFAULT, **values)
-
-
-def _id_of(key: Any) -> Any:
-    return int(key) if isinstance(key, str) and key.isdecimal() and key.isascii() else key
-
-
-def known(kind: str, names: Iterable[str], allowed: Collection[str]) -> None:
-    """Raise ValueError for the first name that is not allowed, with near ones that are."""
-    for name in names:
-        if name not in allowed:
-            near = difflib.get_close_matches(str(name), allowed, n=3) or allowed
-            raise ValueError(f"{kind}: got {name!r}; did you mean {' or '.join(near)}?")
-
-
-def _demand(valid: bool, name: str, value: Any, wanted: str) -> None:
-    if not valid:
-        raise ValueError(f"{name}: got {value!r}; wanted {wanted}")
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _is_id(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-
-def _whole(name: str, value: Any, low: int, high: float = math.inf, what: str = "") -> None:
-    wanted = f"a whole number, {low} or more" if high == math.inf else f"{low} to {high}{what}"
-    _demand(_is_id(value) and low <= value <= high, name, value, wanted)
-
-
-def _check_bias(bias: Any) -> dict[int, float]:
-    _demand(isinstance(bias, Mapping), "logit_bias", bias, "a mapping of token ids to numbers")
-    if len(bias) > MAX_BIASES:
-        raise ValueError(f"logit_bias: got {len(bias)} entries; wanted at most {MAX_BIASES}")
-    for token, value in bias.items():
-        _demand(_is_id(token), "logit_bias", token, "token ids, whole numbers from 0")
-        _demand(
-            _is_number(value) and abs(value) <= 100, f"logit_bias[{token}]", value, "-100 to 100"
-        )
-    return dict(bias)
-
-
-def _check_stop_ids(ids: Any) -> tuple[int, ...]:
-    name = "stop_token_ids"
-    _demand(isinstance(ids, tuple | list), name, ids, "a tuple of token ids")
-    for token in ids:
-        _demand(_is_id(token), name, token, "token ids, whole numbers from 0")
-    return tuple(ids)
-
-
-def _check_stop(stop: Any) -> tuple[str, ...]:
-    _demand(isinstance(stop, tuple | list), "stop", stop, "a tuple of strings")
-    if len(stop) > MAX_STOPS:
-        raise ValueError(f"stop: got {len(stop)} strings; wanted at most {MAX_STOPS}")
-    for text in stop:
-        valid = isinstance(text, str) and 1 <= len(text) <= MAX_STOP_CHARS
-        _demand(valid, "stop", text, f"strings of 1 to {MAX_STOP_CHARS} characters")
-    return tuple(stop)
-
-
-# Last, because making them checks them.
-_DEFAULT = Options()
-PRESETS: dict[str, Options] = {
-    # The output limits that the two checkpoints were trained with, a tenth of them kept for the
-    # answer.
-    "thinking-40k": Options(max_tokens=40_000, thinking_tokens=36_000),
-    "thinking-80k": Options(max_tokens=80_000, thinking_tokens=72_000),
-    "lightning": Options(max_tokens=4_096, thinking_tokens=1_024),
-    "pro": Options(max_tokens=96_000, thinking_tokens=80_000, stop_on_loop=True),
-}
-
-
-def preset(name: str, **changes: Any) -> Options:
-    """Return the preset of this name, with some fields replaced.
-
-    Raises:
-      ValueError: an unknown name or field, or what `Options` refuses.
-    """
-    known("preset", [name], PRESETS)
-    fields = [field.name for field in dataclasses.fields(Options)]
-    known("option", changes, fields)
-    return dataclasses.replace(PRESETS[name], **changes)

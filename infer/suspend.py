@@ -24,7 +24,7 @@ import numpy as np
 from jaxtyping import Array, Shaped, UInt
 
 from infer import engine as engine_lib
-from infer import outputs
+from infer import options as options_lib
 from infer import request as request_lib
 from m1_jax import tokenizer as tokenizer_lib
 
@@ -58,7 +58,7 @@ def save(engine: engine_lib.Engine, path) -> int:
 
 def resume(
     engine: engine_lib.Engine, path, on_token: Callable | None = None
-) -> list[outputs.Request]:
+) -> list[request_lib.Request]:
     """Submit the requests of a file that `save` wrote, in order; they go on after their tokens.
 
     Args:
@@ -97,10 +97,10 @@ def resume(
     return requests
 
 
-def _request_json(request: outputs.Request) -> dict[str, Any]:
+def _request_json(request: request_lib.Request) -> dict[str, Any]:
     return {
         "prompt": list(request.prompt),
-        "options": request_lib.as_json(request.options),
+        "options": options_lib.as_json(request.options),
         "tokens": [
             [t.id, _number(t.logp), _number(t.logp_raw), t.version, _top_json(t.top)]
             for t in request.tokens
@@ -113,12 +113,12 @@ def _parse(path: pathlib.Path, number: int, value: dict[str, Any]) -> tuple:
     """Return prompt, options, tokens and what the cache had."""
     try:
         tokens = [
-            outputs.Token(
+            request_lib.Token(
                 id_, _logp(logp), _logp(raw), version, tuple((i, _logp(p)) for i, p in top)
             )
             for id_, logp, raw, version, top in value["tokens"]
         ]
-        options = request_lib.from_json(value["options"])
+        options = options_lib.from_json(value["options"])
         return tuple(value["prompt"]), options, tokens, tuple(value["cached"])
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: request {number}: {error!r}; the file is damaged") from None

@@ -1,7 +1,8 @@
-"""MiniMax-M1 in JAX: `load` a checkpoint, call the model, extend sequences."""
+"""MiniMax-M1 in JAX: `load` a checkpoint, call the model, extend sequences, `save` it again."""
 
-from m1_jax.checkpoint import load
+from m1_jax.checkpoints.load import load
+from m1_jax.checkpoints.save import save
 from m1_jax.config import ModelConfig
 from m1_jax.model import MiniMaxM1
 
-__all__ = ["MiniMaxM1", "ModelConfig", "load"]
+__all__ = ["MiniMaxM1", "ModelConfig", "load", "save"]

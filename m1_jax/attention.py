@@ -7,8 +7,10 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from m1_jax import config as config_lib
-from m1_jax import layers, paged, ring, serving, sharding
+from m1_jax import layers, ring_attention, sharding
 from m1_jax import state as state_lib
+from m1_jax.serving import ragged_batch
+from m1_jax.serving import softmax as serving_softmax
 
 
 class SoftmaxAttention(nnx.Module):
@@ -36,7 +38,7 @@ class SoftmaxAttention(nnx.Module):
         place = _local_positions(h.shape[1])
         k, v = (jnp.moveaxis(x, 2, 1) for x in (k, v))
         return self._project_heads(
-            ring.causal_attention(q, k, v, place, place, segment_ids, segment_ids)
+            ring_attention.causal_attention(q, k, v, place, place, segment_ids, segment_ids)
         )
 
     def extend(
@@ -71,9 +73,9 @@ class SoftmaxAttention(nnx.Module):
         cache = state_lib.KVCache(write(cache.keys, k), write(cache.values, v))
         keys, values = (x[stack_index].astype(h.dtype) for x in (cache.keys, cache.values))
         attend = (
-            ring.causal_attention
+            ring_attention.causal_attention
             if length_sharded or sharding.axis_size("length") == 1
-            else ring.sharded_key_attention
+            else ring_attention.sharded_key_attention
         )
         return self._project_heads(attend(q, keys, values, positions, key_places)), cache
 
@@ -85,10 +87,10 @@ class SoftmaxAttention(nnx.Module):
         """Return the block's output, given what attention made of `inputs`."""
         return self._project_heads(o[None])[0]
 
-    def serve_rows(self, qkv, slopes, batch: serving.RaggedBatch, pool, stack_index):
+    def serve_rows(self, qkv, slopes, batch: ragged_batch.RaggedBatch, pool, stack_index):
         """Run attention on rows of several sequences: see `paged.attend_pages`; slopes have no part."""
         q, k, v = qkv
-        return paged.attend_pages(q, k, v, batch, pool, stack_index)
+        return serving_softmax.attend_pages(q, k, v, batch, pool, stack_index)
 
     def _project_qkv(self, h, positions):
         def heads(x):

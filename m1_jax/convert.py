@@ -21,8 +21,10 @@ import tensorstore as ts
 import tqdm
 from absl import app, flags, logging
 
-from m1_jax import checkpoint, export, params_map, release
 from m1_jax import config as config_lib
+from m1_jax.checkpoints import load as load_lib
+from m1_jax.checkpoints import params_map, release
+from m1_jax.checkpoints import save as save_lib
 
 MAX_SHARD_BYTES = 5 * 10**9  # of one shard, where the source does not say how it was cut
 
@@ -58,7 +60,7 @@ def run(config: ConvertConfig) -> pathlib.Path:
         raise FileExistsError(f"{dst} exists; wanted a new directory. Remove it or choose another.")
     if not src.is_dir():
         raise release.CheckpointError(f"{src} is not a directory; wanted the checkpoint to convert")
-    if checkpoint.is_converted(src) != (config.to == "hf"):
+    if load_lib.is_converted(src) != (config.to == "hf"):
         what = "not converted yet" if config.to == "hf" else "converted already"
         raise release.CheckpointError(f"{src} is {what}; --to={config.to} does not apply to it")
     partial = dst.with_name(dst.name + ".partial")
@@ -67,7 +69,7 @@ def run(config: ConvertConfig) -> pathlib.Path:
     else:
         _convert_to_hf(src, partial, config)
     partial.rename(dst)
-    (dst / export.JOURNAL_FILE).unlink()
+    (dst / save_lib.JOURNAL_FILE).unlink()
     return dst
 
 
@@ -79,11 +81,11 @@ def _convert_to_orbax(
 ) -> None:
     leaves = _stored_params_from_release(source)
     done = _start_or_resume(partial, source.config, [shard.file for shard in source.shards])
-    params = partial / checkpoint.PARAMS_DIR
+    params = partial / load_lib.PARAMS_DIR
     if not params.exists():
-        export.allocate_params(params, leaves)
+        save_lib.allocate_params(params, leaves)
     arrays = {
-        path: ts.open(checkpoint.tensorstore_spec(params, path), open=True).result()
+        path: ts.open(load_lib.tensorstore_spec(params, path), open=True).result()
         for path in leaves
     }
     by_name = {entry.name: entry for entry in source.entries}
@@ -104,25 +106,25 @@ def _convert_to_orbax(
                 target = arrays[entry.param_path][entry.index]
                 pending.append((tensor, target.write(data.T if entry.transposed else data)))
                 held += tensor.nbytes
-    export.copy_small_files(source.directory, partial)
-    (partial / checkpoint.MANIFEST_FILE).write_text(json.dumps(export.build_manifest(source)))
+    save_lib.copy_small_files(source.directory, partial)
+    (partial / load_lib.MANIFEST_FILE).write_text(json.dumps(save_lib.build_manifest(source)))
 
 
-def _stored_params_from_release(source: release.Release) -> dict[str, export.StoredParam]:
+def _stored_params_from_release(source: release.Release) -> dict[str, save_lib.StoredParam]:
     """Return every parameter, after checking each of its tensors against it."""
-    params = checkpoint.params_by_path(checkpoint.abstract_model(source.config))
-    leaves: dict[str, export.StoredParam] = {}
+    params = load_lib.params_by_path(load_lib.abstract_model(source.config))
+    leaves: dict[str, save_lib.StoredParam] = {}
     first: dict[str, release.ReleaseTensor] = {}
     for entry in source.entries:
         tensor, shape = source.tensors[entry.name], params[entry.param_path].shape
-        checkpoint.check_tensor_shape(tensor, entry, shape)
+        load_lib.check_tensor_shape(tensor, entry, shape)
         before = first.setdefault(entry.param_path, tensor)
         if before.dtype != tensor.dtype:
             raise release.CheckpointError(
                 f"{tensor.name} is {release.CODES_BY_DTYPE[tensor.dtype]} but {before.name} is "
                 f"{release.CODES_BY_DTYPE[before.dtype]}; they are parts of one parameter and must agree"
             )
-        leaves[entry.param_path] = export.StoredParam(shape, tensor.dtype, len(entry.index))
+        leaves[entry.param_path] = save_lib.StoredParam(shape, tensor.dtype, len(entry.index))
     if left := params.keys() - leaves.keys():
         raise AssertionError(f"params_map.py has no row for {sorted(left)}")
     return leaves
@@ -132,12 +134,12 @@ def _stored_params_from_release(source: release.Release) -> dict[str, export.Sto
 
 
 def _convert_to_hf(src: pathlib.Path, partial: pathlib.Path, config: ConvertConfig) -> None:
-    manifest = checkpoint.read_manifest(src)
+    manifest = load_lib.read_manifest(src)
     model_config = config_lib.ModelConfig.from_file(src / "config.json")
-    arrays = checkpoint.open_params(src, model_config)
+    arrays = load_lib.open_params(src, model_config)
     tensors = _describe_tensors(src, model_config, arrays)
     shards = _original_shard_headers(manifest, tensors) or _new_shard_headers(tensors)
-    done = _start_or_resume(partial, model_config, [src / checkpoint.MANIFEST_FILE])
+    done = _start_or_resume(partial, model_config, [src / load_lib.MANIFEST_FILE])
     entries = {entry.name: entry for entry in params_map.list_tensor_entries(model_config)}
     order = {file: _sort_names_by_offset(header) for file, header in shards.items()}
     listed = [tensors[name] for names in order.values() for name in names]
@@ -153,8 +155,8 @@ def _convert_to_hf(src: pathlib.Path, partial: pathlib.Path, config: ConvertConf
                 for name in order[file]:
                     entry = entries[name]
                     reading = arrays[entry.param_path][entry.index].read()
-                    data = checkpoint.wait_for_read(
-                        reading, src / checkpoint.PARAMS_DIR / entry.param_path
+                    data = load_lib.wait_for_read(
+                        reading, src / load_lib.PARAMS_DIR / entry.param_path
                     )
                     data = np.ascontiguousarray(data.T if entry.transposed else data)
                     stream.write(data.reshape(-1).view(np.uint8).data)
@@ -172,7 +174,7 @@ def _convert_to_hf(src: pathlib.Path, partial: pathlib.Path, config: ConvertConf
         index = json.dumps(content, indent=2) + "\n"
     if index is not None:
         (partial / release.INDEX_FILE).write_text(index)
-    export.copy_small_files(src, partial)
+    save_lib.copy_small_files(src, partial)
     release.Release(partial)  # the checks that every reader makes
 
 
@@ -245,7 +247,7 @@ class _ConvertProgress:
         self._bar = tqdm.tqdm(
             total=total, initial=initial, unit="B", unit_scale=True, disable=not show_bar
         )
-        self._journal = (partial / export.JOURNAL_FILE).open("a")
+        self._journal = (partial / save_lib.JOURNAL_FILE).open("a")
 
     def __enter__(self):
         return self
@@ -273,7 +275,7 @@ def _start_or_resume(
     stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in source_files]
     source = repr((model_config, stats))
     fingerprint = "source " + hashlib.sha256(source.encode()).hexdigest()
-    journal = partial / export.JOURNAL_FILE
+    journal = partial / save_lib.JOURNAL_FILE
     if not journal.exists():
         if partial.exists() and any(partial.iterdir()):
             raise FileExistsError(

@@ -9,7 +9,9 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from m1_jax import config as config_lib
-from m1_jax import grid, layers, serving, spans
+from m1_jax import context_parallel, layers
+from m1_jax.serving import lightning as serving_lightning
+from m1_jax.serving import ragged_batch
 from pallas_kernels.lightning_attention import api
 
 NORM_EPS = 1e-6  # the release builds this one norm with its constructor's default
@@ -62,7 +64,9 @@ class LightningAttention(nnx.Module):
         qkv = self.project_inputs(h)
         kernel = functools.partial(api.lightning_attention, implementation=self.implementation)
         if length_sharded:
-            o, state = spans.attend_sharded_length(kernel, qkv, slopes, segment_ids, state)
+            o, state = context_parallel.attend_sharded_length(
+                kernel, qkv, slopes, segment_ids, state
+            )
         else:
             o, state = kernel(qkv, slopes, segment_ids=segment_ids, initial_state=state)
         return self.project_output(h, o), state
@@ -78,7 +82,7 @@ class LightningAttention(nnx.Module):
         return self.out(self.norm(o) * jax.nn.sigmoid(self.gate(h)))
 
     def serve_rows(
-        self, qkv: Float[Array, "M N3H"], slopes, batch: serving.RaggedBatch, pool, stack_index
+        self, qkv: Float[Array, "M N3H"], slopes, batch: ragged_batch.RaggedBatch, pool, stack_index
     ):
         """Run attention on rows of several sequences: see `grid.attend_slots`."""
-        return grid.attend_slots(qkv, slopes, batch, pool, stack_index)
+        return serving_lightning.attend_slots(qkv, slopes, batch, pool, stack_index)

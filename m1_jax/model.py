@@ -11,9 +11,10 @@ from flax import nnx
 from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
-from m1_jax import attention, layers, lightning, moe, ring, serving, sharding
+from m1_jax import attention, layers, lightning, moe, ring_attention, sharding
 from m1_jax import config as config_lib
 from m1_jax import state as state_lib
+from m1_jax.serving import ragged_batch
 from pallas_kernels.lightning_attention import documents as documents_lib
 
 
@@ -74,7 +75,7 @@ class DecoderLayer(nnx.Module):
 
         place, layer: this one's index in its run's stack, and its number in the model.
         """
-        if isinstance(context, serving.RaggedBatch):
+        if isinstance(context, ragged_batch.RaggedBatch):
             return self._serve_ragged(x, slopes, context, state, stack_index)
         h = self.input_norm(x)
         if self.kind == config_lib.LIGHTNING:
@@ -97,9 +98,9 @@ class DecoderLayer(nnx.Module):
         return self._add_branch(x, h, y, self.moe_scales), stats, state
 
     def _serve_ragged(
-        self, x: Float[Array, "M D"], slopes, batch: serving.RaggedBatch, pool, stack_index
+        self, x: Float[Array, "M D"], slopes, batch: ragged_batch.RaggedBatch, pool, stack_index
     ):
-        """Do the same for rows of several sequences; `serving.py` says why in parts."""
+        """Do the same for rows of several sequences; `serving/ragged_batch.py` says why in parts."""
 
         def before(x, positions):
             h = self.input_norm(x)
@@ -271,7 +272,7 @@ class MiniMaxM1(nnx.Module):
     def run_layers(
         self,
         x,
-        context: ForwardContext | serving.RaggedBatch,
+        context: ForwardContext | ragged_batch.RaggedBatch,
         state: Any = None,
         keep_layer_outputs=False,
     ) -> tuple[Any, ...]:
@@ -443,7 +444,7 @@ def _extend_local(model: MiniMaxM1, tokens, state, num_tokens, *, last_only, len
         real, added = None, length * devices
     else:
         real, added = step < num_tokens[:, None], num_tokens
-        places = jnp.where(real, places, ring.PADDING_POSITION)
+        places = jnp.where(real, places, ring_attention.PADDING_POSITION)
         real = real.astype(jnp.int32)
     context = ForwardContext(places, real, length_sharded=length_sharded)
     x = model.embed(tokens, model.dtype, model.layout)

@@ -8,7 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from m1_jax import config as config_lib
-from m1_jax import exchange, layers, quantize, sharding
+from m1_jax import expert_exchange, layers, quantize, sharding
 
 
 @jax.tree_util.register_dataclass
@@ -106,7 +106,7 @@ class MoE(nnx.Module):
         """Return each row's weighted sum of its experts' outputs, and dropped choices."""
         gate, up, down = (self._expert_matrices(name, x.dtype) for name in ("gate", "up", "down"))
         stack_index = stack_index if self.gate.ndim > 3 else None
-        y, dropped = exchange.run_routed_experts(
+        y, dropped = expert_exchange.run_routed_experts(
             x, weights, expert_ids, gate, up, down, self.expert_capacity, stack_index
         )
         return sharding.psum(y.astype(x.dtype), "mlp"), dropped

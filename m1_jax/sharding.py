@@ -2,9 +2,9 @@
 
     data     copies of everything; the axis for slices that only a slow network joins
     fsdp     tokens, and parameters that each layer gathers before it computes
-    expert   tokens outside of the experts, experts inside: tokens travel (`exchange.py`)
+    expert   tokens outside of the experts, experts inside: tokens travel (`expert_exchange.py`)
     tensor   heads, columns of every product, vocabulary
-    context  the length of a sequence (`spans.py` for lightning, `ring.py` for softmax attention)
+    context  the length of a sequence (`context_parallel.py` for lightning, `ring_attention.py` for softmax attention)
 
 The model runs in one `shard_map` with all axes manual (`run_sharded`), so every collective of a program is
 a call of this file. Outside of `run_sharded`, and over axes of one device, the collectives do nothing.

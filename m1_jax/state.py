@@ -93,7 +93,7 @@ def decode_state_specs(state: DecodeState, layout: sharding.MeshLayout) -> Decod
     return DecodeState(tuple(layers), length)
 
 
-# ---- serving: `serving.py`
+# ---- serving: `serving/ragged_batch.py`
 
 
 @jax.tree_util.register_dataclass
@@ -130,7 +130,7 @@ class ExpertIdPages:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ServingState:
-    """Memory of all sequences of an engine; which of it is whose, `infer/cache.py` knows.
+    """Memory of all sequences of an engine; which of it is whose, `infer/scheduling/prefix_cache.py` knows.
 
     routes: None where they are not recorded.
     """

@@ -19,9 +19,11 @@ import numpy as np
 import tqdm
 from absl import app, flags, logging
 
-from m1_jax import checkpoint, logprobs, moe, params_map
 from m1_jax import config as config_lib
+from m1_jax import logprobs, moe
 from m1_jax import model as model_lib
+from m1_jax.checkpoints import load as load_lib
+from m1_jax.checkpoints import params_map
 
 # Float32 sums in another order than the release's, over eight layers: see the fixture's README.
 ABSOLUTE_TOLERANCE, STATE_TOLERANCE, GRADIENT_TOLERANCE = 2e-4, 1e-4, 1e-3
@@ -88,7 +90,7 @@ class GoldenFile:
 
 def run(config: VerifyConfig) -> list[ComparisonRow]:
     """Return a row per quantity of the golden file, computed in float32."""
-    model = checkpoint.load(pathlib.Path(config.checkpoint), jnp.float32)
+    model = load_lib.load(pathlib.Path(config.checkpoint), jnp.float32)
     golden = GoldenFile(config.golden, model.config)
     rows = []
     # TPUs would otherwise multiply float32 in bfloat16.
@@ -232,7 +234,7 @@ def _compare_gradients(model, golden) -> Iterator[ComparisonRow]:
     value, grads = loss(model, golden.tokens[:, :LOSS_TOKENS])
     if "loss" in golden:
         yield _compare_absolute("loss", value, golden["loss"])
-    grads = checkpoint.params_by_path(grads)
+    grads = load_lib.params_by_path(grads)
     for name, tensor in sorted(wanted.items()):
         got = np.asarray(grads[entries[name].param_path][...][entries[name].index])
         yield _compare_relative(

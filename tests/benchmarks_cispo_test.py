@@ -21,8 +21,11 @@ from flax import nnx
 from infer import prompt
 from m1_jax import model as model_lib
 from m1_jax import tokenizer as tokenizer_lib
-from train import objective, optim, rl_batch, rl_step
-from train import sample as sample_lib
+from train import optim
+from train.rl import batch as rl_batch
+from train.rl import objective
+from train.rl import sample as sample_lib
+from train.rl import step as rl_step
 
 _REPO = pathlib.Path(__file__).resolve().parents[1]
 

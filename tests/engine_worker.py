@@ -15,7 +15,8 @@ import jax.numpy as jnp
 
 import m1_jax
 from infer import config as config_lib
-from infer import controller, engine, request
+from infer import engine, options
+from infer.execution import leader_follower
 from m1_jax import sharding, testing, tokenizer
 from m1_jax.config import ModelConfig
 
@@ -42,14 +43,14 @@ def main(port: str, processes: int, index: int) -> None:
     )
     model = m1_jax.load(path, dtype=jnp.float32, mesh=layout)
     if index:
-        controller.follow(model, CONFIG, next_model=lambda: model)
+        leader_follower.follow(model, CONFIG, next_model=lambda: model)
         return
     with tempfile.TemporaryDirectory() as directory:
         testing.write_tiny_tokenizer(directory)
         made = engine.Engine(model, tokenizer.Tokenizer.load(directory), CONFIG)
     prompts = [[7, 8, 9] * 6 + [n] for n in range(6)]
     asked = [
-        made.submit(prompt, request.Options(max_tokens=12, seed=n, repetition_penalty=1 + n / 9))
+        made.submit(prompt, options.Options(max_tokens=12, seed=n, repetition_penalty=1 + n / 9))
         for n, prompt in enumerate(prompts)
     ]
     for _ in range(4):

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import stateful
 from hypothesis import strategies as st
 
-from infer import cache
+from infer.scheduling import prefix_cache
 
 C = 4
 KEY = (0, "bf16")
@@ -20,8 +20,8 @@ class Tree:
     """A prefix cache with its pools, written to in words: each letter is a chunk."""
 
     def __init__(self, num_pages=40, num_slots=12, max_bytes=10_000, page_bytes=1, state_bytes=10):
-        self.pages, self.slots = cache.Pool(num_pages), cache.Pool(num_slots)
-        self.cache = cache.PrefixCache(
+        self.pages, self.slots = prefix_cache.Pool(num_pages), prefix_cache.Pool(num_slots)
+        self.cache = prefix_cache.PrefixCache(
             self.pages,
             self.slots,
             chunk_tokens=C,
@@ -53,7 +53,7 @@ class Tree:
 
 
 def test_pool_gives_the_lowest_and_counts_holders():
-    pool = cache.Pool(4)
+    pool = prefix_cache.Pool(4)
     assert pool.take(3) == [1, 2, 3]
     pool.share([2])
     pool.release([1, 2, 3])

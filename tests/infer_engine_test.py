@@ -15,7 +15,9 @@ from flax import nnx
 
 from infer import config as config_lib
 from infer import engine as engine_lib
-from infer import finish, plans, request
+from infer import options as options_lib
+from infer import stopping
+from infer.scheduling import plan as plan_lib
 from m1_jax import config as model_config_lib
 from m1_jax import model as model_lib
 from m1_jax import testing
@@ -36,7 +38,7 @@ CONFIG = config_lib.Config(
     host_bytes=2**22,
 )
 PROMPT = tuple(range(20, 70))
-GREEDY = functools.partial(request.Options, temperature=0)
+GREEDY = functools.partial(options_lib.Options, temperature=0)
 
 
 @functools.cache
@@ -79,7 +81,7 @@ def engine():
 
 
 def one(engine, prompt=PROMPT, options=None, **values):
-    return engine.generate([prompt], options or request.Options(**values))[0]
+    return engine.generate([prompt], options or options_lib.Options(**values))[0]
 
 
 def ids(output):
@@ -102,7 +104,7 @@ def open_thought(**values):
 @pytest.mark.parametrize("decode_steps", [1, 4])
 @pytest.mark.parametrize("budget", [0, 3, 4, 11, 16, 30])
 def test_a_thought_is_closed_at_the_budget(budget, decode_steps):
-    closing = list(finish.closing_tokens(load_tokenizer()))
+    closing = list(stopping.closing_tokens(load_tokenizer()))
     assert len(closing) == 6
     options = open_thought(thinking_tokens=budget, max_tokens=45)
     output = one(engine_of(decode_steps), options=options)
@@ -122,7 +124,9 @@ def test_a_thought_is_closed_at_the_budget(budget, decode_steps):
 def test_a_thought_in_company_is_closed_at_the_same_place(engine):
     options = open_thought(thinking_tokens=13, max_tokens=40)
     want = bits(one(engine, options=options))
-    others = [engine.submit(PROMPT[i:], request.Options(seed=i, max_tokens=60)) for i in range(3)]
+    others = [
+        engine.submit(PROMPT[i:], options_lib.Options(seed=i, max_tokens=60)) for i in range(3)
+    ]
     mine = engine.submit(PROMPT, options)
     engine.run()
     assert bits(mine.output()) == want
@@ -130,7 +134,7 @@ def test_a_thought_in_company_is_closed_at_the_same_place(engine):
 
 
 def test_loops_end_with_a_reason_of_their_own(engine, monkeypatch):
-    monkeypatch.setattr(finish, "Progress", functools.partial(finish.Progress, loop_tokens=10))
+    monkeypatch.setattr(stopping, "Progress", functools.partial(stopping.Progress, loop_tokens=10))
     certain = make_model()
     certain.head.kernel[...] = certain.head.kernel[...] * 1000
     assert one(engine, max_tokens=30, stop_on_loop=True).finish_reason == "length"
@@ -156,7 +160,7 @@ def test_stop_strings_over_borders_of_tokens(engine):
         seen = []
         asked = engine.submit(
             PROMPT,
-            request.Options(**values, stop=(stop, "never")),
+            options_lib.Options(**values, stop=(stop, "never")),
             on_token=lambda _, token, text, seen=seen: seen.append((token, text)),
         )
         engine.run()
@@ -220,16 +224,16 @@ def test_grammars(engine):
     texts = {token: load_tokenizer().decode([token]) for token in range(512)}
     unlikely = {token: -90.0 for token, text in texts.items() if re.search("[0-9]", text)}
     options = [
-        request.Options(json_schema=schema, max_tokens=120, seed=1),
-        request.Options(regex=expression, max_tokens=60, seed=2),
-        request.Options(
+        options_lib.Options(json_schema=schema, max_tokens=120, seed=1),
+        options_lib.Options(regex=expression, max_tokens=60, seed=2),
+        options_lib.Options(
             regex="[0-9]+",
             after_thinking=True,
             thinking_tokens=9,
             logit_bias=unlikely,
             max_tokens=99,
         ),
-        request.Options(max_tokens=30, seed=4),
+        options_lib.Options(max_tokens=30, seed=4),
     ]
     asked = [engine.submit(PROMPT, each) for each in options]
     engine.run()
@@ -244,9 +248,9 @@ def test_grammars(engine):
 
 def test_a_grammar_that_fails_on_the_way_ends_its_request_alone(engine, monkeypatch):
     want = one(engine, seed=1, max_tokens=20)
-    good = engine.submit(PROMPT, request.Options(seed=1, max_tokens=20))
+    good = engine.submit(PROMPT, options_lib.Options(seed=1, max_tokens=20))
     for name in ("mask", "accept"):
-        bad = engine.submit(PROMPT, request.Options(regex="[a-z]{50}", max_tokens=60))
+        bad = engine.submit(PROMPT, options_lib.Options(regex="[a-z]{50}", max_tokens=60))
         work, calls = getattr(bad.matcher, name), itertools.count()
 
         def fail(*arguments, work=work, calls=calls):
@@ -265,7 +269,7 @@ def test_a_grammar_that_fails_on_the_way_ends_its_request_alone(engine, monkeypa
 
 
 def test_nan_ends_its_request_alone(engine):
-    options = request.Options(seed=5, max_tokens=30, ignore_eos=True)
+    options = options_lib.Options(seed=5, max_tokens=30, ignore_eos=True)
     want = bits(one(engine, options=options))
     poisoned = (*PROMPT[:30], POISON, *PROMPT[30:])
     for _ in range(2):
@@ -281,7 +285,7 @@ def test_nan_ends_its_request_alone(engine):
 
 
 def test_slots_and_pages_poisoned_with_nan_are_as_good_as_new(engine):
-    asked = [request.Options(seed=i, max_tokens=20, ignore_eos=True) for i in range(8)]
+    asked = [options_lib.Options(seed=i, max_tokens=20, ignore_eos=True) for i in range(8)]
     prompts = [tuple(range(100 + 7 * i, 160 + 7 * i)) for i in range(8)]
     want = [bits(output) for output in map(functools.partial(one, engine), prompts, asked)]
     for i in range(12):  # every slot and page
@@ -297,7 +301,7 @@ def test_slots_and_pages_poisoned_with_nan_are_as_good_as_new(engine):
 
 
 def test_cancel_in_every_state(engine):
-    options = request.Options(seed=2, max_tokens=60, ignore_eos=True)
+    options = options_lib.Options(seed=2, max_tokens=60, ignore_eos=True)
     want = bits(one(engine, options=options))
     assert len(want) == 60
 
@@ -331,7 +335,7 @@ def test_cancel_in_every_state(engine):
 
 
 def test_cancel_from_the_callback(engine):
-    options = request.Options(seed=2, max_tokens=60, ignore_eos=True)
+    options = options_lib.Options(seed=2, max_tokens=60, ignore_eos=True)
     want = bits(one(engine, options=options))
     assert len(want) == 60
 
@@ -350,7 +354,7 @@ def test_cancel_from_the_callback(engine):
 
 
 def test_cancelling_what_is_over_changes_nothing(engine):
-    made = engine.submit(PROMPT, request.Options(max_tokens=3, ignore_eos=True))
+    made = engine.submit(PROMPT, options_lib.Options(max_tokens=3, ignore_eos=True))
     engine.run()
     before = made.output()
     engine.cancel(made)
@@ -377,13 +381,13 @@ def test_cancelling_what_is_over_changes_nothing(engine):
 )
 def test_refusals(engine, prompt, values, message):
     with pytest.raises(ValueError, match=message):
-        engine.submit(prompt, request.Options(**{"max_tokens": 4} | values))
+        engine.submit(prompt, options_lib.Options(**{"max_tokens": 4} | values))
 
 
 def test_a_full_queue(engine):
-    asked = [engine.submit(PROMPT, request.Options(max_tokens=2)) for _ in range(8)]
-    with pytest.raises(plans.QueueFull, match="8"):
-        engine.submit(PROMPT, request.Options(max_tokens=2))
+    asked = [engine.submit(PROMPT, options_lib.Options(max_tokens=2)) for _ in range(8)]
+    with pytest.raises(plan_lib.QueueFull, match="8"):
+        engine.submit(PROMPT, options_lib.Options(max_tokens=2))
     engine.run()
     assert all(each.output().finish_reason for each in asked)
     one(engine, max_tokens=2)
@@ -398,7 +402,7 @@ def test_the_model_limits_the_length():
 
 
 def test_threads(engine):
-    options = [request.Options(seed=i, max_tokens=12, ignore_eos=True) for i in range(12)]
+    options = [options_lib.Options(seed=i, max_tokens=12, ignore_eos=True) for i in range(12)]
     want = [bits(one(engine, options=each)) for each in options]
     got: list = [None] * len(options)
 
@@ -414,7 +418,7 @@ def test_threads(engine):
     for each in clients:
         each.join()
     assert got == want
-    made = engine.submit(PROMPT, request.Options(max_tokens=150, ignore_eos=True))
+    made = engine.submit(PROMPT, options_lib.Options(max_tokens=150, ignore_eos=True))
     with pytest.raises(TimeoutError, match=f"request {made.number}: not finished"):
         made.output(0)
     engine.close()
@@ -430,7 +434,7 @@ def test_nobody_waits_for_an_engine_that_failed():
         raise RuntimeError("a callback with a bug")
 
     engine = engine_of(1)
-    options = request.Options(max_tokens=150, ignore_eos=True)
+    options = options_lib.Options(max_tokens=150, ignore_eos=True)
     asked = [engine.submit(PROMPT, options), engine.submit(PROMPT, options, on_token=fail)]
     engine.start()
     assert [each.output(60).finish_reason for each in asked] == ["error", "error"]

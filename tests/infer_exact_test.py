@@ -19,7 +19,8 @@ from flax import nnx
 
 from infer import config as config_lib
 from infer import engine as engine_lib
-from infer import outputs, request
+from infer import options as options_lib
+from infer import request
 from m1_jax import config as model_config_lib
 from m1_jax import model as model_lib
 from m1_jax import testing
@@ -38,7 +39,7 @@ CONFIG = config_lib.Config(
     swap_tokens=30,
 )
 PROMPT = tuple(range(40, 95))
-ONE = request.Options(seed=11, max_tokens=24, ignore_eos=True, repetition_penalty=1.1)
+ONE = options_lib.Options(seed=11, max_tokens=24, ignore_eos=True, repetition_penalty=1.1)
 
 
 @functools.cache
@@ -98,7 +99,7 @@ def others(number, seed=0):
     rng = random.Random(seed)
     for _ in range(number):
         length = rng.randrange(1, 120)
-        options = request.Options(
+        options = options_lib.Options(
             seed=rng.randrange(99),
             max_tokens=rng.randrange(1, 60),
             temperature=rng.choice((0, 0.7, 1)),
@@ -170,7 +171,7 @@ def serve_and_score(engine):
     model = make_model(dtype=str(engine._device._held["model"][0].dtype))
     for seed in range(12):
         prompt = tuple(rng.randrange(512) for _ in range(20 + 3 * seed))
-        options = request.Options(seed=seed, max_tokens=40, top_p=1.0, ignore_eos=True)
+        options = options_lib.Options(seed=seed, max_tokens=40, top_p=1.0, ignore_eos=True)
         output = engine.generate([prompt], options)[0]
         ids = [*prompt, *(token.id for token in output.tokens)]
         padded = jnp.asarray([ids + [0] * (128 - len(ids))])
@@ -204,7 +205,7 @@ def test_new_weights_are_those_of_a_new_engine(engine):
 @pytest.mark.parametrize("where", ["decoding", "at the host", "prefilling"])
 @pytest.mark.parametrize("keep_running", [True, False])
 def test_tokens_carry_their_version(engine, keep_running, where):
-    options = request.Options(seed=1, max_tokens=40, ignore_eos=True)
+    options = options_lib.Options(seed=1, max_tokens=40, ignore_eos=True)
     prompt = PROMPT * 3 if where == "prefilling" else PROMPT
     want = bits(engine.generate([prompt], options)[0])
     engine.swap(make_model())
@@ -246,7 +247,7 @@ def replay(engine, made, ids):
     job.tokens += ids
     for token in ids:
         made.progress.push(token, 0.0)
-        made.tokens.append(outputs.Token(token, 0.0, 0.0, 0))
+        made.tokens.append(request.Token(token, 0.0, 0.0, 0))
     engine.run()
     return made.output()
 

@@ -1,4 +1,4 @@
-"""Tests of infer.finish: text, stop strings and ends against naive rules over the whole text."""
+"""Tests of infer.stopping: text, stop strings and ends against naive rules over the whole text."""
 
 import codecs
 import math
@@ -7,7 +7,8 @@ import hypothesis
 import pytest
 from hypothesis import strategies as st
 
-from infer import finish, request
+from infer import options as options_lib
+from infer import stopping
 from m1_jax import testing
 from m1_jax import tokenizer as tokenizer_lib
 
@@ -55,7 +56,7 @@ def byte_ids(tokenizer):
 
 def naive(tokenizer, ids, options):
     """Decode everything again for each token; look for stop strings at each character."""
-    stop_ids = request.stop_ids(options, tokenizer.stop_ids)
+    stop_ids = options_lib.stop_ids(options, tokenizer.stop_ids)
     data, before = b"", 0
     for number, token in enumerate(ids, 1):
         stopped = token in stop_ids and number > options.min_tokens
@@ -87,11 +88,11 @@ STOPS = st.lists(st.text(st.sampled_from("ab<é"), min_size=1, max_size=4), max_
 )
 @hypothesis.settings(max_examples=300)
 def test_against_the_whole_text(tokenizer, text, cuts, stops, min_tokens, more, junk):
-    options = request.Options(
+    options = options_lib.Options(
         stop=tuple(stops), min_tokens=min_tokens, max_tokens=min_tokens + more
     )
     ids = spell(tokenizer, text, cuts) + [200] * junk + [510, 3]
-    progress = finish.Progress(options, tokenizer)
+    progress = stopping.Progress(options, tokenizer)
     texts, reason = run(progress, ids)
     wanted, wanted_reason, number = naive(tokenizer, ids, options)
     assert (reason, progress.num_tokens) == (wanted_reason, number)
@@ -102,11 +103,11 @@ def test_against_the_whole_text(tokenizer, text, cuts, stops, min_tokens, more, 
 
 @hypothesis.given(TEXT, st.lists(st.integers(0, 100), max_size=20), STOPS)
 def test_borders_of_tokens_do_not_matter(tokenizer, text, cuts, stops):
-    options = request.Options(stop=tuple(stops))
+    options = options_lib.Options(stop=tuple(stops))
     results = set()
     for borders in ([], cuts, range(len(text) * 4)):
         texts, reason = run(
-            finish.Progress(options, tokenizer), [*spell(tokenizer, text, borders), 510]
+            stopping.Progress(options, tokenizer), [*spell(tokenizer, text, borders), 510]
         )
         results.add(("".join(texts), reason))
     assert len(results) == 1
@@ -114,7 +115,7 @@ def test_borders_of_tokens_do_not_matter(tokenizer, text, cuts, stops):
 
 @hypothesis.given(TEXT, STOPS)
 def test_released_text_is_never_taken_back(tokenizer, text, stops):
-    progress = finish.Progress(request.Options(stop=tuple(stops)), tokenizer)
+    progress = stopping.Progress(options_lib.Options(stop=tuple(stops)), tokenizer)
     texts, reason = run(progress, spell(tokenizer, text, range(100)))
     if reason is None:
         assert "".join(texts) + progress.flush() == text
@@ -130,7 +131,7 @@ def test_released_text_is_never_taken_back(tokenizer, text, stops):
 @hypothesis.settings(max_examples=300)
 def test_stop_strings_in_long_pieces(pieces, stops):
     def released(pieces):
-        found, out = finish._Stops(stops), ""
+        found, out = stopping._Stops(stops), ""
         for piece in pieces:
             text, hit = found.push(piece, active=True)
             out += text
@@ -142,32 +143,32 @@ def test_stop_strings_in_long_pieces(pieces, stops):
 
 
 def test_stop_strings_across_tokens(tokenizer):
-    progress = finish.Progress(request.Options(stop=("END", "N")), tokenizer)
+    progress = stopping.Progress(options_lib.Options(stop=("END", "N")), tokenizer)
     ids = tokenizer.encode("abc E") + tokenizer.encode("N") + tokenizer.encode("D")
     texts, reason = run(progress, ids)
     # "N" is complete before "END" is.
     assert ("".join(texts), reason) == ("abc E", "stop")
     # So it is in one piece, too, and of two that end together the longer one is cut off.
-    assert finish._Stops(("abcd", "bc", "c")).push("xabcd", active=True) == ("xa", True)
+    assert stopping._Stops(("abcd", "bc", "c")).push("xabcd", active=True) == ("xa", True)
     with pytest.raises(ValueError, match="got token 7 after the end"):
         progress.push(7, 0.0)
 
 
 def test_stop_tokens_have_no_text(tokenizer):
     (token,) = tokenizer.encode("a")
-    options = request.Options(stop_token_ids=(token,), ignore_eos=True, min_tokens=2)
-    texts, reason = run(finish.Progress(options, tokenizer), [token, 510, token])
+    options = options_lib.Options(stop_token_ids=(token,), ignore_eos=True, min_tokens=2)
+    texts, reason = run(stopping.Progress(options, tokenizer), [token, 510, token])
     assert ("".join(texts), reason) == ("a", "stop")
 
 
 def test_unfinished_character_at_the_end(tokenizer):
     first = byte_ids(tokenizer)["é".encode()[0]]
-    texts, reason = run(finish.Progress(request.Options(max_tokens=1), tokenizer), [first])
+    texts, reason = run(stopping.Progress(options_lib.Options(max_tokens=1), tokenizer), [first])
     assert (texts, reason) == (["\ufffd"], "length")
 
 
 def test_loops():
-    assert (finish.LOOP_TOKENS, finish.LOOP_PROBABILITY) == (3_000, 0.99)
+    assert (stopping.LOOP_TOKENS, stopping.LOOP_PROBABILITY) == (3_000, 0.99)
 
 
 @pytest.mark.parametrize(
@@ -182,14 +183,14 @@ def test_loops():
     ],
 )
 def test_loop_stop(tokenizer, logps, options, reason, number):
-    progress = finish.Progress(request.Options(**options), tokenizer, loop_tokens=4)
+    progress = stopping.Progress(options_lib.Options(**options), tokenizer, loop_tokens=4)
     _, found = run(progress, [65] * len(logps), logps)
     assert (found, progress.num_tokens) == (reason, number)
 
 
 def drive(tokenizer, text, budget, burst, **options):
     """Play the engine: dispatch up to `burst` tokens of a model that writes `text`, then look."""
-    progress = finish.Progress(request.Options(thinking_tokens=budget, **options), tokenizer)
+    progress = stopping.Progress(options_lib.Options(thinking_tokens=budget, **options), tokenizer)
     model, out, texts = tokenizer.encode(text), [], []
 
     def push(token):
@@ -229,7 +230,7 @@ def test_budget_is_exact_whatever_the_bursts(tokenizer, budget):
     assert all(result == results[0] for result in results)
     ids, text = results[0]
     opened = len(tokenizer.encode("<think>"))
-    closing = list(finish.closing_tokens(tokenizer))
+    closing = list(stopping.closing_tokens(tokenizer))
     start = max(budget, opened)  # never inside of the opening tag
     assert ids[start : start + len(closing)] == closing
     assert text.count("</think>") == 1
@@ -261,14 +262,14 @@ def test_budget_with_a_stop_string_and_a_limit(tokenizer):
 
 
 def test_unforced_token_is_an_error(tokenizer):
-    progress = finish.Progress(request.Options(thinking_tokens=3), tokenizer)
+    progress = stopping.Progress(options_lib.Options(thinking_tokens=3), tokenizer)
     run(progress, tokenizer.encode("<think>"))
     with pytest.raises(ValueError, match="got token 9; wanted .*, which closes the thinking"):
         progress.push(9, 0.0)
 
 
 def test_closing_needs_few_tokens(tokenizer, monkeypatch):
-    monkeypatch.setattr(finish, "MAX_CLOSING_TOKENS", 5)
-    finish.Progress(request.Options(), tokenizer)
+    monkeypatch.setattr(stopping, "MAX_CLOSING_TOKENS", 5)
+    stopping.Progress(options_lib.Options(), tokenizer)
     with pytest.raises(ValueError, match="with 6 tokens .* wanted at most 5 tokens"):
-        finish.Progress(request.Options(thinking_tokens=3), tokenizer)
+        stopping.Progress(options_lib.Options(thinking_tokens=3), tokenizer)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import m1_jax
-from infer import generate, lines, prompt
+from infer import generate, jsonl, prompt
 from m1_jax import testing
 from m1_jax import tokenizer as tokenizer_lib
 
@@ -257,9 +257,9 @@ def test_errors_before_any_work(checkpoint, tmp_path, monkeypatch):
 
 
 def test_seeds_of_a_run_differ():
-    seeds = {lines.seed_of(seed, number) for seed in range(200) for number in range(1_000)}
+    seeds = {jsonl.seed_of(seed, number) for seed in range(200) for number in range(1_000)}
     assert len(seeds) == 200 * 1_000
-    assert lines.seed_of(7, 0) == 7
+    assert jsonl.seed_of(7, 0) == 7
 
 
 def command(*arguments):

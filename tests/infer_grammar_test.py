@@ -7,7 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from infer import finish, grammar, request, sampling
+from infer import grammar, stopping
+from infer import options as options_lib
+from infer.execution import sampling
 from m1_jax import testing
 from m1_jax import tokenizer as tokenizer_lib
 
@@ -73,8 +75,8 @@ def draw(rng, mask, temperature=5.0):
 
 def write(matcher, rng, tokenizer, prefix=(), thinking_tokens=None):
     """Play the engine for a model that knows nothing; return the text."""
-    options = request.Options(max_tokens=3_000, thinking_tokens=thinking_tokens)
-    progress, texts = finish.Progress(options, tokenizer), []
+    options = options_lib.Options(max_tokens=3_000, thinking_tokens=thinking_tokens)
+    progress, texts = stopping.Progress(options, tokenizer), []
     given = list(prefix)
     while progress.finished is None:
         mask, token = matcher.mask(), progress.next_forced()
@@ -89,7 +91,7 @@ def write(matcher, rng, tokenizer, prefix=(), thinking_tokens=None):
 
 
 def test_json_is_always_valid(compiler, tokenizer):
-    options = request.Options(json_schema=SCHEMA)
+    options = options_lib.Options(json_schema=SCHEMA)
     texts = {
         write(compiler.matcher(options), np.random.default_rng(i), tokenizer) for i in range(12)
     }
@@ -99,7 +101,7 @@ def test_json_is_always_valid(compiler, tokenizer):
 
 def test_json_is_always_valid_through_the_sampler(compiler, tokenizer):
     """Eight rows at temperature 5, two of them unconstrained, logits that change at each step."""
-    options = request.Options(json_schema=json.dumps(SCHEMA))
+    options = options_lib.Options(json_schema=json.dumps(SCHEMA))
     matchers = [compiler.matcher(options) if row % 4 else None for row in range(8)]
     made = sampling.options(8, temperature=5.0, top_p=0.9)
     rng, seeds = np.random.default_rng(0), jnp.arange(8, dtype=jnp.uint32)
@@ -134,13 +136,13 @@ def test_json_is_always_valid_through_the_sampler(compiler, tokenizer):
 def test_regex_and_grammar(compiler, tokenizer, options):
     pattern = options.get("regex", r"[a-c]{2,4}(-[a-c]{2,4})?")
     for i in range(20):
-        matcher = compiler.matcher(request.Options(**options))
+        matcher = compiler.matcher(options_lib.Options(**options))
         text = write(matcher, np.random.default_rng(i), tokenizer)
         assert re.fullmatch(pattern, text)
 
 
 def test_masks_hold_no_foreign_ids(compiler, tokenizer):
-    matcher = compiler.matcher(request.Options(regex=r"(.|\n)*"))
+    matcher = compiler.matcher(options_lib.Options(regex=r"(.|\n)*"))
     ids = allowed(matcher.mask())
     assert STOP in ids
     assert max(ids) < tokenizer.vocab_size
@@ -148,11 +150,11 @@ def test_masks_hold_no_foreign_ids(compiler, tokenizer):
     first, second = matcher.mask(), matcher.mask()
     assert first is not second
     np.testing.assert_array_equal(first, second)
-    assert compiler.matcher(request.Options()) is None
+    assert compiler.matcher(options_lib.Options()) is None
 
 
 def test_only_the_end_is_left(compiler, tokenizer):
-    matcher = compiler.matcher(request.Options(regex="ab"))
+    matcher = compiler.matcher(options_lib.Options(regex="ab"))
     for token in (*tokenizer.encode("a"), *tokenizer.encode("b")):
         assert not matcher.finished
         matcher.accept(token)
@@ -160,11 +162,11 @@ def test_only_the_end_is_left(compiler, tokenizer):
     assert allowed(matcher.mask()) == {STOP}
     matcher.accept(STOP)
     with pytest.raises(ValueError, match="got token 65; wanted one that mask"):
-        compiler.matcher(request.Options(regex="zz")).accept(65)
+        compiler.matcher(options_lib.Options(regex="zz")).accept(65)
 
 
 def test_json_white_space_ends(compiler, tokenizer):
-    matcher = compiler.matcher(request.Options(json_schema=SCHEMA))
+    matcher = compiler.matcher(options_lib.Options(json_schema=SCHEMA))
     (brace,), (space,) = tokenizer.encode("{"), tokenizer.encode(" ")
     matcher.accept(brace)
     for _ in range(64):
@@ -187,7 +189,7 @@ def answer(text):
 
 def test_thinking_is_free_and_the_answer_valid(compiler, tokenizer):
     """A random model may think or not; one that is pushed thinks and goes on at random."""
-    options = request.Options(json_schema=SCHEMA, after_thinking=True)
+    options = options_lib.Options(json_schema=SCHEMA, after_thinking=True)
     for i in range(20):
         prefix = ["", "<", THOUGHT, THOUGHT + ">"][i % 4]
         ids = tokenizer.encode(prefix)
@@ -199,7 +201,7 @@ def test_thinking_is_free_and_the_answer_valid(compiler, tokenizer):
 
 
 def test_thinking_allows_all_but_the_end(compiler, tokenizer):
-    matcher = compiler.matcher(request.Options(regex="yes", after_thinking=True))
+    matcher = compiler.matcher(options_lib.Options(regex="yes", after_thinking=True))
     (y,) = tokenizer.encode("y")
     opening = tokenizer.encode("<think>")
     assert {y, opening[0]} <= allowed(matcher.mask())
@@ -225,8 +227,8 @@ def test_thinking_allows_all_but_the_end(compiler, tokenizer):
 
 
 def test_forced_closing_fits(compiler, tokenizer):
-    matcher = compiler.matcher(request.Options(regex="yes", after_thinking=True))
-    for token in (*tokenizer.encode("<think> hm"), *finish.closing_tokens(tokenizer)):
+    matcher = compiler.matcher(options_lib.Options(regex="yes", after_thinking=True))
+    for token in (*tokenizer.encode("<think> hm"), *stopping.closing_tokens(tokenizer)):
         assert token in allowed(matcher.mask())
         matcher.accept(token)
     assert write(matcher, np.random.default_rng(0), tokenizer) == "yes"
@@ -234,7 +236,7 @@ def test_forced_closing_fits(compiler, tokenizer):
 
 def test_answer_that_begins_like_the_tag(compiler, tokenizer):
     for text in ("<thin", "<b>", "a"):
-        options = request.Options(regex="<thin|<b>|a", after_thinking=True)
+        options = options_lib.Options(regex="<thin|<b>|a", after_thinking=True)
         matcher = compiler.matcher(options)
         for token in tokenizer.encode(text):
             assert token in allowed(matcher.mask())
@@ -285,7 +287,7 @@ def test_tokens_across_the_end_of_the_tag():
         return {i - 256 for i in np.flatnonzero(bits).tolist() if i >= 256}
 
     def start(text):
-        options = request.Options(regex="[xy]", after_thinking=True)
+        options = options_lib.Options(regex="[xy]", after_thinking=True)
         matcher = compiler.matcher(options)
         for byte in text.encode():
             matcher.accept(byte)
@@ -323,7 +325,7 @@ def test_tokens_across_the_end_of_the_tag():
 )
 def test_refused_constraints(compiler, options, error):
     with pytest.raises(ValueError, match=error):
-        compiler.matcher(request.Options(**options))
+        compiler.matcher(options_lib.Options(**options))
 
 
 def test_refused_tokenizers(tokenizer):

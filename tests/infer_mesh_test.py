@@ -10,7 +10,8 @@ import pytest
 
 import m1_jax
 from infer import config as config_lib
-from infer import engine, lookup, request
+from infer import engine, prompt_lookup
+from infer import options as options_lib
 from m1_jax import config as model_config
 from m1_jax import sharding, testing
 from m1_jax import tokenizer as tokenizer_lib
@@ -28,10 +29,10 @@ BASE = RNG.integers(0, 300, 48).tolist()
 PROMPTS = [BASE[: 40 + n] + RNG.integers(0, 300, 5 * n).tolist() + BASE[:n] for n in range(6)]
 
 
-def options(number: int, **more) -> request.Options:
+def options(number: int, **more) -> options_lib.Options:
     temperature = (0.0, 0.05, 1.0)[number % 3]
     penalty = 1.2 if number == 3 else 1.0
-    return request.Options(
+    return options_lib.Options(
         temperature=temperature, repetition_penalty=penalty, seed=number, ignore_eos=True, **more
     )
 
@@ -103,10 +104,10 @@ def test_guesses_change_no_bit(golden_dir, plain):
 
 
 def test_a_guess_is_what_came_after_the_same_tokens_last():
-    found = lookup.Lookup([1, 2, 3, 4, 5, 1, 2, 3, 6, 7, 2, 3])
+    found = prompt_lookup.Lookup([1, 2, 3, 4, 5, 1, 2, 3, 6, 7, 2, 3])
     assert found.guess(2) == [6, 7]
     found.push(6)
     assert found.guess(5) == [7, 2, 3, 6]
     found.push(9)
     assert found.guess(5) == []
-    assert lookup.Lookup([1]).guess(3) == []
+    assert prompt_lookup.Lookup([1]).guess(3) == []

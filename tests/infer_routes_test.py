@@ -5,8 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from infer import config, engine, request
-from m1_jax import checkpoint, testing, tokenizer
+from infer import config, engine
+from infer import options as options_lib
+from m1_jax import testing, tokenizer
+from m1_jax.checkpoints import load as load_lib
 from m1_jax.config import ModelConfig
 
 CONFIG = config.Config(
@@ -18,7 +20,7 @@ CONFIG = config.Config(
 @pytest.fixture(scope="module")
 def served(tmp_path_factory):
     directory = testing.write_tiny_tokenizer(tmp_path_factory.mktemp("tokenizer"))
-    model = checkpoint.random_model(ModelConfig.tiny(), jax.random.key(0), jnp.float32)
+    model = load_lib.random_model(ModelConfig.tiny(), jax.random.key(0), jnp.float32)
     return model, engine.Engine(model, tokenizer.Tokenizer.load(directory), CONFIG)
 
 
@@ -49,7 +51,7 @@ def _chosen(model, tokens, segment_ids):
 def test_recorded_routes_are_those_of_the_trainer(served):
     model, made = served
     shared = list(range(5, 38))
-    options = request.Options(max_tokens=12, top_p=1.0)
+    options = options_lib.Options(max_tokens=12, top_p=1.0)
     first = made.submit([*shared, 40], options)
     made.run()
     second = made.submit([*shared, 41], options)  # the beginning comes from the cache
@@ -64,7 +66,7 @@ def test_recorded_routes_are_those_of_the_trainer(served):
 
 
 def test_replayed_routes_are_taken():
-    model = checkpoint.random_model(ModelConfig.tiny(), jax.random.key(0), jnp.float32)
+    model = load_lib.random_model(ModelConfig.tiny(), jax.random.key(0), jnp.float32)
     tokens = jnp.arange(20, dtype=jnp.int32)[None]
     free = jnp.full((1, 20, 8, 2), -1, jnp.int8)
     own, _ = model.hidden(tokens)

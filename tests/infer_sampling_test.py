@@ -1,4 +1,4 @@
-"""Tests of infer.sampling against a plain NumPy reference, and of what must not matter."""
+"""Tests of infer.execution.sampling against a plain NumPy reference, and of what must not matter."""
 
 import dataclasses
 
@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from infer import request, sampling
+from infer import options as options_lib
+from infer.execution import sampling
 
 choose = jax.jit(sampling.choose)
 
@@ -212,7 +213,7 @@ def test_refused_options(values, error):
 
 
 def test_options_of_requests():
-    asked = request.Options(temperature=0.5, top_k=3, top_logprobs=2)
+    asked = options_lib.Options(temperature=0.5, top_k=3, top_logprobs=2)
     made = sampling.options(1, **asked.sampling)
     assert {f.name for f in dataclasses.fields(made)} == set(asked.sampling)
     for name, value in asked.sampling.items():

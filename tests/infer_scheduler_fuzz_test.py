@@ -14,7 +14,7 @@ import hypothesis
 from hypothesis import stateful
 from hypothesis import strategies as st
 
-from infer import scheduler
+from infer.scheduling import scheduler
 
 
 def chain_of(tokens, version):

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from infer import scheduler
+from infer.scheduling import scheduler
 
 C = 4
 LIMITS = scheduler.Limits(

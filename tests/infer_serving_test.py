@@ -11,8 +11,8 @@ from flax import nnx
 
 from m1_jax import config as config_lib
 from m1_jax import model as model_lib
-from m1_jax import serving
 from m1_jax import state as state_lib
+from m1_jax.serving import ragged_batch
 
 TILE, ROWS, LANES, PAGES, SLOTS = 8, 64, 8, 24, 4
 LENGTH = 83
@@ -51,7 +51,7 @@ def make(name, dtype="float32"):
 
 @functools.partial(jax.jit, donate_argnums=3)
 def program(model, tokens, work, state):
-    return serving.forward_ragged(model, tokens, work, state)
+    return ragged_batch.forward_ragged(model, tokens, work, state)
 
 
 @dataclasses.dataclass
@@ -109,7 +109,7 @@ class Server:
                 one.take(logits[lane : lane + 1])
 
     def _run(self, tokens, positions, slots, pages):
-        work = serving.RaggedBatch(positions, slots, pages, TILE, 8)
+        work = ragged_batch.RaggedBatch(positions, slots, pages, TILE, 8)
         logits, self.state = program(self.model, tokens, work, self.state)
         return np.asarray(logits)
 
@@ -231,6 +231,6 @@ def test_all_rows_at_a_time_agree_within_rounding():
     want = serve(server, one, (64,))
     positions = np.where(np.arange(ROWS) < 60, np.arange(ROWS), -1)
     pages = np.tile(np.asarray([*one.pages] + [0] * (PAGES - len(one.pages))), (ROWS // TILE, 1))
-    work = serving.RaggedBatch(positions, np.full(ROWS // TILE, 1), pages, TILE, 0)
+    work = ragged_batch.RaggedBatch(positions, np.full(ROWS // TILE, 1), pages, TILE, 0)
     logits, _ = program(model, one.tokens[:ROWS], work, Server(model, 16).state)
     np.testing.assert_allclose(logits[:60], want[:60], rtol=0, atol=2e-5)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from infer import config, engine, request, suspend
+from infer import config, engine, options, suspend
 from m1_jax import config as config_lib
 from m1_jax import model as model_lib
 from m1_jax import testing
@@ -65,7 +65,7 @@ def requests():
     for number, changes in enumerate(many):
         prompt = rng.integers(0, 300, 7 * (number + 1)).tolist()
         changes = {"max_tokens": 48, "seed": number, **changes}
-        made.append((prompt, request.Options(**changes)))
+        made.append((prompt, options.Options(**changes)))
     return made
 
 
@@ -134,7 +134,7 @@ def test_twice(first, second, undisturbed, tmp_path):
 def test_versions_go_on(first, second, model, tmp_path):
     path = tmp_path / "requests.json"
     version = first.swap(model)
-    first.submit([1, 2, 3], request.Options(max_tokens=20, ignore_eos=True))
+    first.submit([1, 2, 3], options.Options(max_tokens=20, ignore_eos=True))
     for _ in range(4):
         first.step()
     suspend.save(first, path)
@@ -147,7 +147,7 @@ def test_versions_go_on(first, second, model, tmp_path):
 
 def test_refused_files(first, tmp_path):
     path = tmp_path / "requests.json"
-    first.submit([1, 2, 3], request.Options(max_tokens=20))
+    first.submit([1, 2, 3], options.Options(max_tokens=20))
     first.step()
     suspend.save(first, path)
     first.run()
@@ -176,7 +176,7 @@ def test_refused_files(first, tmp_path):
 
 
 def test_nothing_is_lost_where_nothing_can_be_written(first, tmp_path):
-    going = first.submit([1, 2, 3], request.Options(max_tokens=5, ignore_eos=True))
+    going = first.submit([1, 2, 3], options.Options(max_tokens=5, ignore_eos=True))
     with pytest.raises(OSError, match="No such file"):
         suspend.save(first, tmp_path / "none" / "requests.json")
     first.run()

@@ -4,9 +4,12 @@ import functools
 
 import pytest
 
-from m1_jax import ModelConfig, budget, chips, configlib, plan, sharding
+from m1_jax import ModelConfig, configlib, sharding
 from m1_jax import state as state_lib
-from train import rollout
+from m1_jax.plan import command as plan_command
+from m1_jax.plan import estimate
+from m1_jax.plan import topology as topology_lib
+from train.rl import rollout
 
 M, GIB = 2**20, 2**30
 # job, slice, mesh, tokens a row, rows, and GiB that the program took when this was written.
@@ -36,8 +39,8 @@ LONG = {"train-1M", "prefill-v5p", "prefill-v6e", "decode-v6e", "serve-v6e"}
 def test_full_size_program_fits(name):
     pytest.importorskip("libtpu")
     job, topology, mesh, seq, batch, gib = PROGRAMS[name]
-    config = plan.PlanConfig(topology=topology, job=job, mesh=mesh, seq=seq, batch=batch)
-    record = plan.run(config)
+    config = plan_command.PlanConfig(topology=topology, job=job, mesh=mesh, seq=seq, batch=batch)
+    record = plan_command.run(config)
     assert record["fits"]
     assert record["argument_bytes"] < record["hbm_bytes_per_chip"] < gib * 1.1 * 2**30
     assert record["host_peak_bytes"] < 8 * 2**30
@@ -64,7 +67,10 @@ def engine_bytes(run) -> int:
     """Return what the sampler's requests hold of a chip: states, keys and values, routes."""
     sizes = {"record_routes": run.rollout.replay_routes, **dict(run.rollout.engine)}
     engine = rollout.make_engine_config(sizes, run.rollout.max_tokens, 512)
-    config, devices = ModelConfig.m1(), chips.get_slice_devices(chips.parse_slice("v5p:8x8x8"))
+    config, devices = (
+        ModelConfig.m1(),
+        topology_lib.get_slice_devices(topology_lib.parse_slice("v5p:8x8x8")),
+    )
     layout = sharding.make_layout(
         sharding.make_mesh(dict(run.serving_mesh), devices), config, sharding.DECODE
     )
@@ -73,14 +79,16 @@ def engine_bytes(run) -> int:
         config, engine.slots, engine.pages, engine.chunk_tokens, layout
     )
     routes = config.num_hidden_layers * config.num_experts_per_tok if engine.record_routes else 0
-    return budget.local_bytes(state) + engine.pages * engine.chunk_tokens * routes
+    return estimate.local_bytes(state) + engine.pages * engine.chunk_tokens * routes
 
 
 @pytest.mark.slow
 def test_full_size_reshard_fits_beside_the_sampler():
     pytest.importorskip("libtpu")
     run, mesh, serving = load_run()
-    record = plan.run(plan.PlanConfig("v5p:8x8x8", "reshard", mesh=mesh, serving_mesh=serving))
+    record = plan_command.run(
+        plan_command.PlanConfig("v5p:8x8x8", "reshard", mesh=mesh, serving_mesh=serving)
+    )
     assert record["fits"]
     assert record["hbm_bytes_per_chip"] < 65 * 1.1 * GIB
     assert record["hbm_bytes_per_chip"] + engine_bytes(run) < record["hbm_limit_bytes"]

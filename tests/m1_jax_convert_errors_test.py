@@ -11,7 +11,8 @@ from absl import flags
 
 import m1_jax
 from m1_jax import config as config_lib
-from m1_jax import convert, release, testing
+from m1_jax import convert, testing
+from m1_jax.checkpoints import release
 
 _INDEX = release.INDEX_FILE
 _REFUSALS = (release.CheckpointError, config_lib.ConfigError)

@@ -10,7 +10,9 @@ import sys
 import pytest
 
 import m1_jax
-from m1_jax import convert, export, release, testing
+from m1_jax import convert, testing
+from m1_jax.checkpoints import release
+from m1_jax.checkpoints import save as save_lib
 
 _REPO = pathlib.Path(__file__).resolve().parents[1]
 # Orbax's own records, which hold times.
@@ -152,7 +154,7 @@ def test_interrupted_at_the_very_end(small, small_converted, tmp_path, monkeypat
 
     with monkeypatch.context() as patch:
         if moment == "copy":
-            patch.setattr(export, "copy_small_files", die)
+            patch.setattr(save_lib, "copy_small_files", die)
         else:
             patch.setattr(pathlib.Path, "rename", _dies_on(dst, pathlib.Path.rename))
         with pytest.raises(_Killed):
@@ -167,7 +169,7 @@ def test_interrupted_at_the_very_end(small, small_converted, tmp_path, monkeypat
 def test_an_export_without_its_last_file_does_not_load(
     small, small_converted, tmp_path, monkeypatch
 ):
-    copy, left = export.shutil.copyfile, iter(("tokenizer.json", "tokenizer_config.json"))
+    copy, left = save_lib.shutil.copyfile, iter(("tokenizer.json", "tokenizer_config.json"))
 
     def copy_or_die(src, dst):
         if next(left, None) is None:
@@ -175,7 +177,7 @@ def test_an_export_without_its_last_file_does_not_load(
         copy(src, dst)
 
     with monkeypatch.context() as patch:
-        patch.setattr(export.shutil, "copyfile", copy_or_die)
+        patch.setattr(save_lib.shutil, "copyfile", copy_or_die)
         with pytest.raises(_Killed):
             _convert("hf", small_converted, tmp_path / "back")
     partial = _assert_unfinished(tmp_path / "back")

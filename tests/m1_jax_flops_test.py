@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from m1_jax import ModelConfig, checkpoint, experts, flops, model
+from m1_jax import ModelConfig, experts, flops, model
+from m1_jax.checkpoints import load as load_lib
 
 M1 = ModelConfig.m1()
 
@@ -28,7 +29,7 @@ def test_one_token_of_the_release_by_hand():
 
 
 def test_matrices_are_two_operations_a_parameter():
-    params = checkpoint.params_by_path(checkpoint.abstract_model(M1))
+    params = load_lib.params_by_path(load_lib.abstract_model(M1))
     active = 0.0
     for name, param in params.items():
         axes = param.get_metadata()["logical_axes"]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from m1_jax import aot, chips, hlo
+from m1_jax.plan import aot, hlo, topology
 
 # As XLA for TPU prints them: loops carry no note of their length.
 TPU_LOOPS = """HloModule jit_f, is_scheduled=true, num_partitions=8
@@ -214,7 +214,7 @@ def test_program_compiled_for_cpu():
 
 def test_program_compiled_for_tpu():
     pytest.importorskip("libtpu")
-    devices = chips.get_slice_devices(chips.parse_slice("v5p:2x2x1"))
+    devices = topology.get_slice_devices(topology.parse_slice("v5p:2x2x1"))
     program, ring = traced(devices)
     compiled = aot.compile_program(program, aot.probe_hbm_limit_bytes(devices[0]))
     assert compiled.fits

@@ -10,17 +10,8 @@ import pytest
 from flax import nnx
 
 import m1_jax
-from m1_jax import (
-    ModelConfig,
-    checkpoint,
-    experts,
-    lightning,
-    logprobs,
-    moe,
-    ring,
-    sharding,
-    testing,
-)
+from m1_jax import ModelConfig, experts, lightning, logprobs, moe, ring_attention, sharding, testing
+from m1_jax.checkpoints import load as load_lib
 from m1_jax.config import LIGHTNING, SOFTMAX
 
 SMALL = dataclasses.replace(
@@ -170,7 +161,7 @@ def test_bad_calls_say_what_is_wrong(model, call, message):
 
 
 def test_full_size_model_has_the_release_s_parameters_and_bytes():
-    leaves = jax.tree.leaves(checkpoint.abstract_model(ModelConfig.m1()))
+    leaves = jax.tree.leaves(load_lib.abstract_model(ModelConfig.m1()))
     assert sum(math.prod(x.shape) for x in leaves) == 456_089_655_296
     assert sum(math.prod(x.shape) * x.dtype.itemsize for x in leaves) == 912_210_767_872
 
@@ -192,7 +183,7 @@ def largest_array(jaxpr) -> int:
 
 def test_memory_of_a_long_sequence_is_linear():
     config = dataclasses.replace(SMALL, vocab_size=64)
-    model = checkpoint.abstract_model(config, jnp.float32)
+    model = load_lib.abstract_model(config, jnp.float32)
 
     def loss(model, tokens):
         hidden, _ = model.hidden(tokens)
@@ -209,12 +200,12 @@ def test_memory_of_a_long_sequence_is_linear():
 
 @pytest.mark.parametrize("remat", ["none", "layer"])
 def test_memory_of_a_split_sequence_is_linear(monkeypatch, remat):
-    monkeypatch.setattr(ring, "MAX_GATHER_BYTES", 0)
+    monkeypatch.setattr(ring_attention, "MAX_GATHER_BYTES", 0)
     config = dataclasses.replace(
         SMALL, layer_types=(LIGHTNING, SOFTMAX) * 2, vocab_size=64, remat=remat
     )
     layout = sharding.make_layout(sharding.make_mesh({"context": 4}, jax.devices()[:4]), config)
-    model = checkpoint.abstract_model(config, jnp.float32, layout=layout)
+    model = load_lib.abstract_model(config, jnp.float32, layout=layout)
 
     def loss(model, tokens):
         hidden, _ = model.hidden(tokens)
@@ -231,7 +222,7 @@ def test_memory_of_a_split_sequence_is_linear(monkeypatch, remat):
 def test_program_size_does_not_grow_with_depth():
     def size(repeats):
         config = dataclasses.replace(SMALL, layer_types=SMALL.layer_types * repeats)
-        model = checkpoint.abstract_model(config, jnp.float32)
+        model = load_lib.abstract_model(config, jnp.float32)
         tokens = jax.ShapeDtypeStruct((1, 32), jnp.int32)
         program = jax.make_jaxpr(lambda m, t: m.hidden(t))(model, tokens)
         return sum(1 for _ in equations(program.jaxpr))
@@ -252,8 +243,8 @@ def test_remat_changes_no_gradient(model, remat):
         return jax.jit(jax.grad(lambda m: jnp.sum(m.hidden(tokens)[0] ** 2)))(other)
 
     wanted, got = grads(SMALL), grads(dataclasses.replace(SMALL, remat=remat))
-    got = checkpoint.params_by_path(got)
-    for name, param in checkpoint.params_by_path(wanted).items():
+    got = load_lib.params_by_path(got)
+    for name, param in load_lib.params_by_path(wanted).items():
         scale = np.max(np.abs(param[...])) + 1e-30
         assert np.max(np.abs(got[name][...] - param[...])) / scale < 1e-5, name
 
@@ -359,15 +350,15 @@ def test_blockwise_attention_equals_one_block(monkeypatch, packed):
         documents = [jnp.asarray(ids[:, 15:]), jnp.asarray(ids)]
 
     def value(q, k, v):
-        return ring.causal_attention(q, k, v, places, key_places, *documents)
+        return ring_attention.causal_attention(q, k, v, places, key_places, *documents)
 
     def both(q, k, v):
         out, vjp = jax.vjp(value, q, k, v)
         return out, *vjp(jnp.cos(out))
 
     wanted = jax.jit(both)(q, k, v)
-    monkeypatch.setattr(ring, "BLOCK_TOKENS", 16)
-    monkeypatch.setattr(ring, "MAX_DIRECT_PAIRS", 0)
+    monkeypatch.setattr(ring_attention, "BLOCK_TOKENS", 16)
+    monkeypatch.setattr(ring_attention, "MAX_DIRECT_PAIRS", 0)
     got = jax.jit(lambda *a: both(*a))(q, k, v)
     for a, b in zip(got, wanted, strict=True):
         assert np.isfinite(a).all()
@@ -376,14 +367,14 @@ def test_blockwise_attention_equals_one_block(monkeypatch, packed):
 
 def test_rematerialised_attention_keeps_no_pair_of_blocks(monkeypatch):
     """The conditionals of a loop, differentiated by jax, would keep sums for every pair."""
-    monkeypatch.setattr(ring, "BLOCK_TOKENS", 16)
-    monkeypatch.setattr(ring, "MAX_DIRECT_PAIRS", 0)
+    monkeypatch.setattr(ring_attention, "BLOCK_TOKENS", 16)
+    monkeypatch.setattr(ring_attention, "MAX_DIRECT_PAIRS", 0)
     queries, keys = ((1, 96, 4, 8), (1, 2, 96, 8))
     places = jnp.arange(96, dtype=jnp.int32)[None]
 
     @jax.checkpoint
     def value(q, k, v):
-        return jnp.sum(ring.causal_attention(q, k, v, places, places))
+        return jnp.sum(ring_attention.causal_attention(q, k, v, places, places))
 
     shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in (queries, keys, keys)]
     traced = jax.make_jaxpr(jax.grad(value, (0, 1, 2)))(*shapes)
@@ -421,7 +412,7 @@ def test_slopes_are_the_release_s():
 
 @pytest.mark.slow
 def test_full_size_programs_lower_for_tpu_in_a_minute():
-    model = checkpoint.abstract_model(ModelConfig.m1())
+    model = load_lib.abstract_model(ModelConfig.m1())
     tokens = jax.ShapeDtypeStruct((1, 4096), jnp.int32)
 
     def loss(model, tokens):

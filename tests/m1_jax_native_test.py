@@ -8,8 +8,10 @@ import pytest
 import safetensors.numpy
 
 import m1_jax
-from m1_jax import checkpoint, convert, release, testing
 from m1_jax import config as config_lib
+from m1_jax import convert, testing
+from m1_jax.checkpoints import load as load_lib
+from m1_jax.checkpoints import release
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -238,5 +240,5 @@ def test_the_release_in_the_native_spelling():
         **{k: m1.layernorm_mlp_alpha for k in _ALPHAS if "alpha" in k},
     )
     assert config_lib.ModelConfig.from_hf(written.to_dict()) == m1
-    parameters = checkpoint.params_by_path(checkpoint.abstract_model(m1))
+    parameters = load_lib.params_by_path(load_lib.abstract_model(m1))
     assert parameters["layers.1.attention.query.kernel"].shape == (10, 1, 6144, 8192)

@@ -7,8 +7,10 @@ import math
 import jax.numpy as jnp
 import pytest
 
-from m1_jax import checkpoint, params_map, testing
 from m1_jax import config as config_lib
+from m1_jax import testing
+from m1_jax.checkpoints import load as load_lib
+from m1_jax.checkpoints import params_map
 
 # The 17 patterns of the release: name, count, shape [out, in], bytes per element.
 _PATTERNS = (
@@ -57,7 +59,7 @@ def m1():
 
 @pytest.fixture(scope="module")
 def abstract(m1):
-    return checkpoint.params_by_path(checkpoint.abstract_model(m1, jnp.bfloat16))
+    return load_lib.params_by_path(load_lib.abstract_model(m1, jnp.bfloat16))
 
 
 def _tensor_shape(entry, parameters):
@@ -138,7 +140,7 @@ def test_a_layer_lies_at_its_place_in_the_repeating_unit(m1):
 def test_other_models(overrides):
     hf = testing.tiny_config(**overrides)
     config = config_lib.ModelConfig.from_hf(hf)
-    parameters = checkpoint.params_by_path(checkpoint.abstract_model(config))
+    parameters = load_lib.params_by_path(load_lib.abstract_model(config))
     entries = params_map.list_tensor_entries(config)
     _assert_covers(entries, parameters)
     got = {entry.name: _tensor_shape(entry, parameters) for entry in entries}
@@ -153,7 +155,7 @@ def test_a_shared_expert_adds_four_tensors_to_every_layer(m1):
     }
     parts = ("coefficient", *(f"shared_mlp.{part}_proj" for part in ("gate", "up", "down")))
     assert added == {f"model.layers.{n}.{part}.weight" for n in range(80) for part in parts}
-    abstract = checkpoint.params_by_path(checkpoint.abstract_model(shared, jnp.bfloat16))
+    abstract = load_lib.params_by_path(load_lib.abstract_model(shared, jnp.bfloat16))
     extra = sum(math.prod(p.shape) for p in abstract.values()) - _PARAMETERS
     # The width is intermediate_size, not the key that enables it.
     assert extra == 80 * (3 * 9216 * 6144 + 6144)

@@ -6,24 +6,28 @@ import json
 import jax
 import pytest
 
-from m1_jax import ModelConfig, budget, checkpoint, plan, plan_jobs, plan_text, sharding
-from train import rl_batch
-from train import sample as sample_lib
+from m1_jax import ModelConfig, sharding
+from m1_jax.checkpoints import load as load_lib
+from m1_jax.plan import command as plan_command
+from m1_jax.plan import estimate, report
+from m1_jax.plan import jobs as plan_jobs
+from train.rl import batch as rl_batch
+from train.rl import sample as sample_lib
 
 SMALL = dataclasses.replace(ModelConfig.tiny(), layer_types=("lightning", "softmax"), remat="layer")
 MESH, SERVING = {"expert": 2, "context": 4}, {"data": 2, "expert": 2, "tensor": 2}
 
 
 def make_setting(kind):
-    job = budget.PlanJob(kind, 64, 2)
-    layout = plan.make_layout(SMALL, MESH, jax.devices(), job)
+    job = estimate.PlanJob(kind, 64, 2)
+    layout = plan_command.make_layout(SMALL, MESH, jax.devices(), job)
     model = plan_jobs.abstract_job_model(SMALL, job, layout)
     serving = plan_jobs.make_serving_layout(SMALL, layout, SERVING)
     return plan_jobs.JobSetting(SMALL, job, layout, model, serving)
 
 
 def held(part):
-    return {name: budget.local_bytes(tree) for name, tree in part.items()}
+    return {name: estimate.local_bytes(tree) for name, tree in part.items()}
 
 
 @pytest.fixture(scope="module")
@@ -37,13 +41,13 @@ def programs():
 def test_every_program_of_an_update_counts_state_sums_and_sampler(programs):
     setting, found = programs
     assert list(found) == ["score", "add", "update"]
-    weights = budget.local_bytes(setting.model)
+    weights = estimate.local_bytes(setting.model)
     routers = sum(
-        budget.local_bytes(p.get_value())
-        for n, p in checkpoint.params_by_path(plan_jobs.abstract_sampler_model(setting)).items()
+        estimate.local_bytes(p.get_value())
+        for n, p in load_lib.params_by_path(plan_jobs.abstract_sampler_model(setting)).items()
         if p.dtype == "float32"
     )
-    sampler = budget.local_bytes(plan_jobs.abstract_sampler_model(setting))
+    sampler = estimate.local_bytes(plan_jobs.abstract_sampler_model(setting))
     assert routers > 0
     # bfloat16 but for the routers, and split 4 ways where the trainer's are split 8 ways.
     assert sampler > (weights - routers) / 2
@@ -116,15 +120,15 @@ def read(file, record):
     written = json.loads(file.read_text())
     assert written == json.loads(json.dumps(record))
     assert written["fits"]
-    return plan_text.format_report(record)
+    return report.format_report(record)
 
 
 def test_reshard_through_the_command(tmp_path):
     pytest.importorskip("libtpu")
     file, model = tmp_path / "plan.json", tmp_path / "config.json"
     model.write_text(json.dumps(SMALL.to_hf()))
-    record = plan.run(
-        plan.PlanConfig(
+    record = plan_command.run(
+        plan_command.PlanConfig(
             "v5p:2x2x1",
             "reshard",
             config=str(model),
@@ -147,8 +151,8 @@ def test_an_update_through_the_command(tmp_path):
     pytest.importorskip("libtpu")
     file, model = tmp_path / "plan.json", tmp_path / "config.json"
     model.write_text(json.dumps(SMALL.to_hf()))
-    record = plan.run(
-        plan.PlanConfig(
+    record = plan_command.run(
+        plan_command.PlanConfig(
             "v5p:2x2x1",
             "rl_update",
             config=str(model),

@@ -9,7 +9,10 @@ import numpy as np
 import pytest
 from jax.experimental import topologies
 
-from m1_jax import ModelConfig, aot, budget, chips, config, hlo, plan, plan_jobs, plan_text
+from m1_jax import ModelConfig, config
+from m1_jax.plan import aot, estimate, hlo, report, topology
+from m1_jax.plan import command as plan_command
+from m1_jax.plan import jobs as plan_jobs
 
 GIB = 2**30
 M1 = dataclasses.replace(ModelConfig.m1(), remat="layer")
@@ -28,7 +31,7 @@ M1 = dataclasses.replace(ModelConfig.m1(), remat="layer")
     ],
 )
 def test_slices(name, slices, num_chips, num_devices):
-    found = chips.parse_slice(name, slices)
+    found = topology.parse_slice(name, slices)
     assert (found.name, found.num_chips, found.num_devices) == (name, num_chips, num_devices)
 
 
@@ -36,8 +39,8 @@ def test_slices(name, slices, num_chips, num_devices):
     "name", ["", "v5p", "v5p:", "v5p:8x8", "v5e:4x4x4", "v4:2x2x1", "v6e:32x32", "v5p:0x2x2", "x"]
 )
 def test_wrong_topology_is_refused_with_an_example(name):
-    with pytest.raises(chips.TopologyError, match=r"wanted .*v\d\w:\d+x\d+"):
-        chips.parse_slice(name)
+    with pytest.raises(topology.TopologyError, match=r"wanted .*v\d\w:\d+x\d+"):
+        topology.parse_slice(name)
 
 
 def test_missing_compiler_says_what_to_install(monkeypatch):
@@ -45,14 +48,14 @@ def test_missing_compiler_says_what_to_install(monkeypatch):
         raise RuntimeError("JAX TPU support not installed; cannot generate TPU topology.")
 
     monkeypatch.setattr(topologies, "get_topology_desc", missing)
-    with pytest.raises(chips.TopologyError, match="pip install libtpu"):
-        chips.get_slice_devices(chips.parse_slice("v5p:2x2x1"))
+    with pytest.raises(topology.TopologyError, match="pip install libtpu"):
+        topology.get_slice_devices(topology.parse_slice("v5p:2x2x1"))
 
 
 def test_slice_that_the_compiler_refuses():
     pytest.importorskip("libtpu")
-    with pytest.raises(chips.TopologyError, match="refuses 'v5p:3x2x2'.*Others: v5e"):
-        chips.get_slice_devices(chips.parse_slice("v5p:3x2x2"))
+    with pytest.raises(topology.TopologyError, match="refuses 'v5p:3x2x2'.*Others: v5e"):
+        topology.get_slice_devices(topology.parse_slice("v5p:3x2x2"))
 
 
 @pytest.mark.parametrize(
@@ -66,8 +69,8 @@ def test_slice_that_the_compiler_refuses():
 )
 def test_devices_and_the_memory_that_the_compiler_grants(name, slices, gib):
     pytest.importorskip("libtpu")
-    where = chips.parse_slice(name, slices)
-    devices = chips.get_slice_devices(where)
+    where = topology.parse_slice(name, slices)
+    devices = topology.get_slice_devices(where)
     assert len(devices) == where.num_devices
     assert aot.probe_hbm_limit_bytes(devices[0]) / GIB == pytest.approx(gib, abs=0.1)
 
@@ -113,8 +116,8 @@ def test_out_of_memory_messages(message, expected):
     ],
 )
 def test_wrong_config_is_refused(changes, words):
-    with pytest.raises(plan.PlanError, match=words):
-        plan.PlanConfig(**{"topology": "v5p:2x2x1", "job": "train"} | changes)
+    with pytest.raises(plan_command.PlanError, match=words):
+        plan_command.PlanConfig(**{"topology": "v5p:2x2x1", "job": "train"} | changes)
 
 
 @pytest.mark.parametrize(
@@ -134,19 +137,23 @@ def test_wrong_config_is_refused(changes, words):
 )
 def test_plan_that_cannot_be_made(changes, words):
     pytest.importorskip("libtpu")
-    with pytest.raises(plan.PlanError, match=words):
-        plan.run(plan.PlanConfig("v5p:2x2x1", "train", **changes))
+    with pytest.raises(plan_command.PlanError, match=words):
+        plan_command.run(plan_command.PlanConfig("v5p:2x2x1", "train", **changes))
 
 
 def test_config_is_read_from_a_file_or_its_directory(tmp_path):
     file = tmp_path / "config.json"
     file.write_text(json.dumps(ModelConfig.tiny().to_hf()))
     for path in (file, tmp_path):
-        read = plan.read_model_config(plan.PlanConfig("v5p:2x2x1", "decode", config=str(path)))
+        read = plan_command.read_model_config(
+            plan_command.PlanConfig("v5p:2x2x1", "decode", config=str(path))
+        )
         assert read == ModelConfig.tiny()
     file.write_text("{}")
     with pytest.raises(config.ConfigError, match="model_type"):
-        plan.read_model_config(plan.PlanConfig("v5p:2x2x1", "decode", config=str(tmp_path)))
+        plan_command.read_model_config(
+            plan_command.PlanConfig("v5p:2x2x1", "decode", config=str(tmp_path))
+        )
 
 
 # ---- arithmetic
@@ -155,8 +162,8 @@ def test_config_is_read_from_a_file_or_its_directory(tmp_path):
 @pytest.fixture(scope="module")
 def params():
     """The release's parameters on a mesh of CPU devices: fsdp 2, expert 2, tensor 2."""
-    job = budget.PlanJob("train", 4096, 8)
-    layout = plan.make_layout(M1, {"fsdp": 2, "expert": 2, "tensor": 2}, jax.devices(), job)
+    job = estimate.PlanJob("train", 4096, 8)
+    layout = plan_command.make_layout(M1, {"fsdp": 2, "expert": 2, "tensor": 2}, jax.devices(), job)
     model = plan_jobs.abstract_job_model(M1, job, layout)
     return model, plan_jobs.estimate_job(M1, job, layout, model)
 
@@ -165,7 +172,7 @@ def test_state_of_training_is_twelve_bytes_a_parameter(params):
     model, guess = params
     total = sum(leaf.size for leaf in jax.tree.leaves(model))
     held = guess.hbm_bytes["parameters"] + guess.hbm_bytes["optimizer"]
-    assert held == budget.local_bytes(model) * 3
+    assert held == estimate.local_bytes(model) * 3
     # All but a few vectors is split 8 ways.
     assert 12 * total / 8 < held < 12 * total / 7.99
 
@@ -188,8 +195,8 @@ def test_traffic_of_training_by_hand(params):
 
 def test_bytes_of_int8_weights():
     """Of the release on 8 devices: a byte a weight, but for what no recipe rounds."""
-    job = budget.PlanJob("decode", 8192, 8)
-    layout = plan.make_layout(M1, {"expert": 4, "tensor": 2}, jax.devices(), job)
+    job = estimate.PlanJob("decode", 8192, 8)
+    layout = plan_command.make_layout(M1, {"expert": 4, "tensor": 2}, jax.devices(), job)
 
     def held(weights):
         model = plan_jobs.abstract_job_model(M1, job, layout, weights)
@@ -206,21 +213,21 @@ def test_bytes_of_int8_weights():
 
 
 def test_meshes_divide_what_they_split():
-    job = budget.PlanJob("train", 4096, 512)
+    job = estimate.PlanJob("train", 4096, 512)
     devices = [jax.devices()[0]] * 512
-    found = list(budget.iterate_meshes(M1, job, devices))
+    found = list(estimate.iterate_meshes(M1, job, devices))
     assert {"fsdp": 16, "expert": 32} in found
     assert len({tuple(mesh.items()) for mesh in found}) == len(found)
     for mesh in found:
         assert math.prod(mesh.values()) == 512
         assert mesh.get("expert", 1) <= 32
     # One row of a million tokens can only be split by heads and context.
-    for mesh in budget.iterate_meshes(M1, budget.PlanJob("train", 2**20, 1), devices[:64]):
+    for mesh in estimate.iterate_meshes(M1, estimate.PlanJob("train", 2**20, 1), devices[:64]):
         assert mesh.keys() <= {"tensor", "context"}
     assert not list(
-        budget.iterate_meshes(M1, budget.PlanJob("decode", 2**20 + 1, 3), devices[:256])
+        estimate.iterate_meshes(M1, estimate.PlanJob("decode", 2**20 + 1, 3), devices[:256])
     )
-    slices = list(budget.iterate_meshes(M1, job, devices, num_slices=2))
+    slices = list(estimate.iterate_meshes(M1, job, devices, num_slices=2))
     assert {"data": 2, "fsdp": 8, "expert": 32} in slices
     assert {"fsdp": 16, "expert": 32} in slices
     for mesh in slices:
@@ -228,11 +235,11 @@ def test_meshes_divide_what_they_split():
 
 
 def test_serving_prefers_meshes_that_hold_less():
-    job = budget.PlanJob("decode", 8192, 64)
-    small = budget.ResourceEstimate(
+    job = estimate.PlanJob("decode", 8192, 64)
+    small = estimate.ResourceEstimate(
         {"parameters": 10e9}, {"all-reduce": hlo.CollectiveTraffic(10, 1e6)}
     )
-    large = budget.ResourceEstimate({"parameters": 90e9}, {})
+    large = estimate.ResourceEstimate({"parameters": 90e9}, {})
     assert small.cost(job) < large.cost(job)
     training = dataclasses.replace(job, kind="train")
     assert small.cost(training) > large.cost(training)
@@ -244,18 +251,22 @@ def test_serving_prefers_meshes_that_hold_less():
 def test_int8_weights_through_the_command():
     pytest.importorskip("libtpu")
     settings = {"config": "tiny", "seq": 64, "batch": 4, "mesh": "expert=2,tensor=2"}
-    record = plan.run(plan.PlanConfig("v5p:2x2x1", "decode", weights="int8-all", **settings))
+    record = plan_command.run(
+        plan_command.PlanConfig("v5p:2x2x1", "decode", weights="int8-all", **settings)
+    )
     # What the compiler holds is our sum, up to the padding of tiles.
     parts = sum(record["hbm_parts"][name] for name in ("parameters", "state", "kv", "batch"))
     assert parts <= record["argument_bytes"] < 3 * parts
-    assert "weights int8-all" in plan_text.format_report(record)
+    assert "weights int8-all" in report.format_report(record)
 
 
 def test_a_small_program_through_the_command(tmp_path):
     pytest.importorskip("libtpu")
     file = tmp_path / "plan.json"
-    record = plan.run(
-        plan.PlanConfig("v5p:2x2x1", "decode", config="tiny", seq=64, batch=8, json=str(file))
+    record = plan_command.run(
+        plan_command.PlanConfig(
+            "v5p:2x2x1", "decode", config="tiny", seq=64, batch=8, json=str(file)
+        )
     )
     check_record(record, file)
     assert record["hbm_parts"]["kv"] == 2 * 2 * 8 * 2 * 64 * 32 * 2 / _split(record)
@@ -267,7 +278,9 @@ def test_a_training_step_through_the_command(tmp_path):
     pytest.importorskip("libtpu")
     file = tmp_path / "plan.json"
     settings = {"config": "tiny", "seq": 128, "batch": 8, "accumulate": 2, "json": str(file)}
-    record = plan.run(plan.PlanConfig("v5p:2x2x1", "train", mesh="fsdp=2,expert=2", **settings))
+    record = plan_command.run(
+        plan_command.PlanConfig("v5p:2x2x1", "train", mesh="fsdp=2,expert=2", **settings)
+    )
     check_record(record, file)
     assert record["mesh"] == {"fsdp": 2, "expert": 2}
     # What the compiler holds is our sum, up to the padding of tiles.
@@ -293,16 +306,16 @@ def check_record(record, file):
     for key in ("argument_bytes", "temp_bytes", "flops_per_chip", "compile_secs"):
         assert written[key] > 0
     assert all({"count", "bytes"} == set(t) for t in written["collectives"].values())
-    text = plan_text.format_report(record)
+    text = report.format_report(record)
     assert text.splitlines()[-1].startswith("fits: ")
     misfit = record | {"fits": False, "hbm_bytes_per_chip": 100 * GIB, "hbm_limit_bytes": 95 * GIB}
-    assert "5.00 GiB too much" in plan_text.format_report(misfit).splitlines()[-1]
+    assert "5.00 GiB too much" in report.format_report(misfit).splitlines()[-1]
 
 
 def test_program_that_does_not_fit_is_reported():
     """At 16 TB an argument is too large anywhere; the refusal still has sizes."""
     pytest.importorskip("libtpu")
-    device = chips.get_slice_devices(chips.parse_slice("v5e:2x2"))[0]
+    device = topology.get_slice_devices(topology.parse_slice("v5e:2x2"))[0]
     where = jax.sharding.SingleDeviceSharding(device)
     large = jax.ShapeDtypeStruct((2**40,), np.float32, sharding=where)
     compiled = aot.compile_program(jax.jit(lambda x: x * 2).trace(large), 1.0)
@@ -316,8 +329,10 @@ def test_program_that_does_not_fit_is_reported():
 @pytest.mark.parametrize("job", ["train", "decode"])
 def test_chips_without_a_ragged_exchange(job):
     pytest.importorskip("libtpu")
-    record = plan.run(
-        plan.PlanConfig("v5e:4x4", job, config="tiny", mesh="data=4,expert=4", seq=64, batch=16)
+    record = plan_command.run(
+        plan_command.PlanConfig(
+            "v5e:4x4", job, config="tiny", mesh="data=4,expert=4", seq=64, batch=16
+        )
     )
     assert record["fits"]
     assert "ragged-all-to-all" not in record["collectives"]

@@ -9,7 +9,10 @@ import numpy as np
 import pytest
 
 import m1_jax
-from m1_jax import checkpoint, convert, export, release, sharding, testing
+from m1_jax import convert, sharding, testing
+from m1_jax.checkpoints import load as load_lib
+from m1_jax.checkpoints import release
+from m1_jax.checkpoints import save as save_lib
 
 _SMALL = {"attn_type_list": [0, 1], "num_local_experts": 4}
 
@@ -36,7 +39,7 @@ def _convert(to, src, dst):
 def _moved(path, **settings):
     """Return a loaded model after a training step's worth of change."""
     model = m1_jax.load(path, **settings)
-    for param in checkpoint.params_by_path(model).values():
+    for param in load_lib.params_by_path(model).values():
         param.set_value(param.get_value() * 1.01)
     return model
 
@@ -46,7 +49,7 @@ def _mesh():
 
 
 def _values(model):
-    return {name: np.asarray(p.get_value()) for name, p in checkpoint.params_by_path(model).items()}
+    return {name: np.asarray(p.get_value()) for name, p in load_lib.params_by_path(model).items()}
 
 
 def _equal(one, other):
@@ -65,7 +68,7 @@ def _tokens():
 def test_what_is_saved_is_loaded_and_exported(source, tmp_path, dtype, mesh):
     mesh = mesh and mesh()
     model = _moved(source, param_dtype=jnp.float32, mesh=mesh)
-    saved = export.save(model, tmp_path / "saved", source, dtype)
+    saved = save_lib.save(model, tmp_path / "saved", source, dtype)
     wanted = _values(model)
     routers = {name for name in wanted if name.endswith("router")}
     wanted = {k: v if k in routers else v.astype(dtype) for k, v in wanted.items()}
@@ -84,7 +87,7 @@ def test_what_is_saved_is_loaded_and_exported(source, tmp_path, dtype, mesh):
 def test_an_unchanged_model_comes_back_byte_for_byte(request, source, tmp_path, kind):
     """The release's own cut into shards, its index, and the files beside it."""
     path = request.getfixturevalue(kind)
-    saved = export.save(m1_jax.load(path, jnp.bfloat16, _mesh()), tmp_path / "saved", path)
+    saved = save_lib.save(m1_jax.load(path, jnp.bfloat16, _mesh()), tmp_path / "saved", path)
     back = _convert("hf", saved, tmp_path / "back")
     names = sorted(file.name for file in source.iterdir())
     assert sorted(file.name for file in back.iterdir()) == names
@@ -94,7 +97,7 @@ def test_an_unchanged_model_comes_back_byte_for_byte(request, source, tmp_path, 
 
 def test_without_a_source_the_config_is_written(source, tmp_path):
     model = m1_jax.load(source)
-    saved = export.save(model, tmp_path / "saved")
+    saved = save_lib.save(model, tmp_path / "saved")
     assert m1_jax.ModelConfig.from_file(saved / "config.json") == model.config
     _equal(_values(m1_jax.load(saved)), _values(model))
     back = _convert("hf", saved, tmp_path / "back")
@@ -114,8 +117,8 @@ def test_float32_parameters_of_a_bfloat16_checkpoint(source, converted):
 def test_chunks_lie_within_what_one_device_holds(source, tmp_path):
     """Two processes that wrote parts of one chunk would lose each other's."""
     model = m1_jax.load(source, mesh=_mesh())
-    saved = export.save(model, tmp_path / "saved", source)
-    for name, param in checkpoint.params_by_path(model).items():
+    saved = save_lib.save(model, tmp_path / "saved", source)
+    for name, param in load_lib.params_by_path(model).items():
         metadata = json.loads((saved / "params" / name / "zarr.json").read_text())
         chunk = metadata["chunk_grid"]["configuration"]["chunk_shape"]
         piece = param.get_value().sharding.shard_shape(param.shape)
@@ -132,7 +135,7 @@ def test_existing_directories_are_left_alone(source, tmp_path):
         theirs.parent.mkdir()
         theirs.write_text("1")
         with pytest.raises(FileExistsError, match=f"{name} exists"):
-            export.save(model, tmp_path / "saved", source)
+            save_lib.save(model, tmp_path / "saved", source)
         assert theirs.read_text() == "1"
         shutil.rmtree(theirs.parent)
 
@@ -147,13 +150,13 @@ def test_an_interrupted_save_is_no_checkpoint_and_is_made_anew(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(export, where, stop)
+        patch.setattr(save_lib, where, stop)
         with pytest.raises(KeyboardInterrupt):
-            export.save(model, tmp_path / "saved", source)
+            save_lib.save(model, tmp_path / "saved", source)
     assert not (tmp_path / "saved").exists()
     with pytest.raises(release.CheckpointError):
         m1_jax.load(tmp_path / "saved.partial")
-    saved = export.save(model, tmp_path / "saved", source)
+    saved = save_lib.save(model, tmp_path / "saved", source)
     _equal(_values(m1_jax.load(saved)), _values(model))
     assert not (tmp_path / "saved.partial").exists()
 
@@ -161,13 +164,13 @@ def test_an_interrupted_save_is_no_checkpoint_and_is_made_anew(
 def test_other_models_are_refused_in_words(source, tmp_path):
     path = tmp_path / "saved"
     with pytest.raises(ValueError, match="dtype: got float16"):
-        export.save(m1_jax.load(source), path, source, jnp.float16)
+        save_lib.save(m1_jax.load(source), path, source, jnp.float16)
     with pytest.raises(ValueError, match=r"no place for layers\.0\.moe\.down_scale and 5 others"):
-        export.save(m1_jax.load(source, weights="int8-experts"), path, source)
+        save_lib.save(m1_jax.load(source, weights="int8-experts"), path, source)
     other = testing.tiny_config(**_SMALL | {"rope_theta": 1000})
     testing.write_release(tmp_path / "other", other, testing.random_tensors(other))
     with pytest.raises(ValueError, match="got rope_theta 1000; the model has 10000000"):
-        export.save(m1_jax.load(source), path, tmp_path / "other")
+        save_lib.save(m1_jax.load(source), path, tmp_path / "other")
     assert not path.exists()
 
 
@@ -175,13 +178,13 @@ def test_devices_of_copies_write_once(source, tmp_path, monkeypatch):
     mesh = sharding.make_mesh({"data": 4, "tensor": 2})
     model = m1_jax.load(source, mesh=mesh)
     written = []
-    array_write = export.ts.TensorStore.write
+    array_write = save_lib.ts.TensorStore.write
 
     def write(array, data, **orbax):
         if not orbax:
             written.append(data.size)
         return array_write(array, data, **orbax)
 
-    monkeypatch.setattr(export.ts.TensorStore, "write", write)
-    export.save(model, tmp_path / "saved", source)
+    monkeypatch.setattr(save_lib.ts.TensorStore, "write", write)
+    save_lib.save(model, tmp_path / "saved", source)
     assert sum(written) == sum(leaf.size for leaf in jax.tree.leaves(model))

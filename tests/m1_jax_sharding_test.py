@@ -13,7 +13,8 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType
 
 import m1_jax
-from m1_jax import ModelConfig, checkpoint, exchange, logprobs, moe, ring, sharding
+from m1_jax import ModelConfig, expert_exchange, logprobs, moe, ring_attention, sharding
+from m1_jax.checkpoints import load as load_lib
 from m1_jax.config import LIGHTNING, SOFTMAX
 
 SMALL = dataclasses.replace(
@@ -55,14 +56,14 @@ def fewer_programs():
 
 @functools.cache
 def one_device():
-    return checkpoint.random_model(SMALL, jax.random.key(0), jnp.float32)
+    return load_lib.random_model(SMALL, jax.random.key(0), jnp.float32)
 
 
 def spread(layout, model=None):
     """Put a model's parameters on a mesh."""
-    source = checkpoint.params_by_path(model or one_device())
-    out = checkpoint.abstract_model((model or one_device()).config, jnp.float32, layout=layout)
-    for name, param in checkpoint.params_by_path(out).items():
+    source = load_lib.params_by_path(model or one_device())
+    out = load_lib.abstract_model((model or one_device()).config, jnp.float32, layout=layout)
+    for name, param in load_lib.params_by_path(out).items():
         param.set_value(jax.device_put(np.asarray(source[name][...]), param.get_value().sharding))
     return out
 
@@ -104,7 +105,7 @@ def compare(model, other, tokens, segments):
     (value, _, _), wanted = loss_and_gradients(model, tokens, segments)
     (other_value, _, _), got = loss_and_gradients(other, tokens, segments)
     assert abs(float(value) - float(other_value)) <= 1e-5 * abs(float(value))
-    wanted, got = checkpoint.params_by_path(wanted), checkpoint.params_by_path(got)
+    wanted, got = load_lib.params_by_path(wanted), load_lib.params_by_path(got)
     for name, param in wanted.items():
         one, two = np.asarray(param[...]), np.asarray(got[name][...])
         assert np.linalg.norm(two - one) <= 1e-4 * np.linalg.norm(one) + 1e-12, name
@@ -131,8 +132,8 @@ def test_plain_rows(sizes):
 
 @pytest.mark.parametrize("segments", [False, True])
 def test_ring_attention(monkeypatch, segments):
-    monkeypatch.setattr(ring, "MAX_GATHER_BYTES", 0)
-    monkeypatch.setattr(ring, "BLOCK_TOKENS", 8)
+    monkeypatch.setattr(ring_attention, "MAX_GATHER_BYTES", 0)
+    monkeypatch.setattr(ring_attention, "BLOCK_TOKENS", 8)
     tokens, ids = batch()
     if segments:
         tokens, ids = tokens[:, :48], ids[:, :48]  # an even number for each device
@@ -157,22 +158,22 @@ def test_zigzag_gives_early_and_late_halves(devices):
 
 def all_to_the_first(model):
     """Make every token choose experts 0 and 1: of equal probabilities the first are taken."""
-    for name, param in checkpoint.params_by_path(model).items():
+    for name, param in load_lib.params_by_path(model).items():
         if name.endswith("moe.router"):
             param.set_value(jnp.zeros_like(param[...]))
     return model
 
 
 def test_no_token_is_dropped_where_all_choose_one_device():
-    model = all_to_the_first(checkpoint.random_model(SMALL, jax.random.key(1), jnp.float32))
+    model = all_to_the_first(load_lib.random_model(SMALL, jax.random.key(1), jnp.float32))
     many = spread(layout_of({"expert": 4}), model)
     # The buffer of a device holds 1.5 shares, and 4 come: three rounds.
-    assert exchange.BUFFER_SLACK < 4
+    assert expert_exchange.BUFFER_SLACK < 4
     compare(model, many, *batch())
 
 
 def test_capacity_drops_and_says_how_much():
-    model = all_to_the_first(checkpoint.random_model(SMALL, jax.random.key(1), jnp.float32))
+    model = all_to_the_first(load_lib.random_model(SMALL, jax.random.key(1), jnp.float32))
     tokens, _ = batch()
 
     def share(capacity):
@@ -327,9 +328,9 @@ def table(mode, sizes):
     shape = tuple(sizes.get(axis, 1) for axis in sharding.MESH_AXES)
     mesh = AbstractMesh(shape, sharding.MESH_AXES, axis_types=(AxisType.Auto,) * len(shape))
     layout = sharding.MeshLayout(mesh, mode)
-    model = checkpoint.abstract_model(ModelConfig.m1())
+    model = load_lib.abstract_model(ModelConfig.m1())
     rows = {}
-    for name, param in checkpoint.params_by_path(model).items():
+    for name, param in load_lib.params_by_path(model).items():
         spec = layout.param_spec(param.get_metadata()["logical_axes"])
         axes = [(a,) if isinstance(a, str) else a or () for a in spec]
         parts = int(np.prod([mesh.shape[axis] for dim in axes for axis in dim]))

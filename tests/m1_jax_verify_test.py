@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from absl import flags
 
-from m1_jax import convert, release, testing, verify
+from m1_jax import convert, testing, verify
+from m1_jax.checkpoints import release
 
 _REPO = pathlib.Path(__file__).resolve().parents[1]
 _HF = testing.tiny_config(attn_type_list=[0, 1], num_local_experts=2, shared_intermediate_size=8)

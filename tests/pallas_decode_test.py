@@ -12,7 +12,9 @@ import pytest
 from jax.experimental import topologies
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.lightning_attention import decode_api, decode_ring, tpu_decode, tpu_decode_ring
+from pallas_kernels.lightning_decode import api as decode_api
+from pallas_kernels.lightning_decode import ring as decode_ring
+from pallas_kernels.lightning_decode import tpu_in_place, tpu_ring
 
 # The release's fastest and slowest head, one between, and what a lightning last layer would have.
 SLOPES = np.array([0.917, 0.0039, 4.949e-5, 3.9e-8], np.float32)
@@ -20,7 +22,7 @@ TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "
 
 
 def interpreted(*args):
-    return tpu_decode.lightning_decode(*args, interpret=True)
+    return tpu_in_place.lightning_decode(*args, interpret=True)
 
 
 KERNELS = {"reference": decode_api.DECODE["reference"], "tpu": interpreted}
@@ -185,12 +187,12 @@ def test_copies_wait_for_each_other():
     slopes, slots = jnp.asarray(spread(32)), jnp.array([5, 3, -1, 7, 4, 1, 0, -1, 2], jnp.int32)
     qkv, pool = inputs(9, 8, 32, 16)
     wanted = decode_api.lightning_decode(qkv, slopes, pool, slots, implementation="reference")
-    got = tpu_decode.lightning_decode(qkv, slopes, pool, slots, interpret=late)
+    got = tpu_in_place.lightning_decode(qkv, slopes, pool, slots, interpret=late)
     assert worst_head(got[0], wanted[0], 32) < 1e-6
     assert worst_head(got[1], wanted[1], 32) < 1e-6
     pool, positions = ring_pool(pool, np.arange(8), 4), jnp.maximum(slots, 0)
     wanted = decode_ring.lightning_decode(qkv, slopes, pool, slots, positions)
-    got = tpu_decode_ring.lightning_decode(qkv, slopes, pool, slots, positions, interpret=late)
+    got = tpu_ring.lightning_decode(qkv, slopes, pool, slots, positions, interpret=late)
     assert worst_head(got[0], wanted[0], 32) < 1e-5
     for field in ("hi", "lo", "ring", "base"):
         wanted_field, field = getattr(wanted[1], field), getattr(got[1], field)
@@ -199,7 +201,7 @@ def test_copies_wait_for_each_other():
 
 RING = {
     "reference": jax.jit(decode_ring.lightning_decode),
-    "tpu": jax.jit(functools.partial(tpu_decode_ring.lightning_decode, interpret=True)),
+    "tpu": jax.jit(functools.partial(tpu_ring.lightning_decode, interpret=True)),
 }
 
 

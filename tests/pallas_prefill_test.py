@@ -12,7 +12,9 @@ import pytest
 from jax.experimental import topologies
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.lightning_attention import decode_api, decode_reference, tpu_decode, tpu_prefill
+from pallas_kernels.lightning_decode import api as decode_api
+from pallas_kernels.lightning_decode import reference as decode_reference
+from pallas_kernels.lightning_decode import tpu_in_place, tpu_prefill
 
 # The release's fastest and slowest head, one between, and what a lightning last layer would have.
 SLOPES = np.array([0.917, 0.0039, 4.949e-5, 3.9e-8], np.float32)
@@ -140,7 +142,7 @@ class TestPrefill:
     def test_prefill_decode_prefill(self, name):
         decode = {
             "reference": decode_reference.lightning_decode,
-            "tpu": lambda *args: tpu_decode.lightning_decode(*args, interpret=True),
+            "tpu": lambda *args: tpu_in_place.lightning_decode(*args, interpret=True),
         }[name]
         qkv, pool = inputs(200)
         wanted_o, wanted_pool = recurrence(qkv, SLOPES, pool, [(5, 0, 200, True)])

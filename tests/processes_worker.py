@@ -14,7 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from m1_jax import ModelConfig, checkpoint, export, load, logprobs, moe, sharding
+from m1_jax import ModelConfig, load, logprobs, moe, sharding
+from m1_jax.checkpoints import load as load_lib
+from m1_jax.checkpoints import save as save_lib
 from m1_jax.config import LIGHTNING, SOFTMAX
 
 
@@ -28,7 +30,7 @@ def main(port: str, processes: int, index: int, directory: str) -> None:
     layout = sharding.make_layout(
         sharding.make_mesh({"fsdp": 2, "expert": 2, "context": 2}), config
     )
-    model = checkpoint.random_model(config, jax.random.key(0), jnp.float32, layout=layout)
+    model = load_lib.random_model(config, jax.random.key(0), jnp.float32, layout=layout)
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, 128, (4, 32)).astype(np.int32)
     segments = np.repeat([[1, 2, 0]] * 4, [20, 7, 5], axis=1).astype(np.int32)
@@ -46,7 +48,7 @@ def main(port: str, processes: int, index: int, directory: str) -> None:
 
     value, gradients = loss(model, place(tokens), place(segments))
     norms = jax.jit(lambda tree: jax.tree.map(jnp.linalg.norm, tree))
-    norms = norms({k: v[...] for k, v in checkpoint.params_by_path(gradients).items()})
+    norms = norms({k: v[...] for k, v in load_lib.params_by_path(gradients).items()})
     logits = model(place(tokens), place(segments))
     sums = jax.jit(lambda x: jnp.sum(jnp.abs(x), axis=(0, 1)))(logits)
     error = ""
@@ -54,7 +56,7 @@ def main(port: str, processes: int, index: int, directory: str) -> None:
         model(place(np.full_like(tokens, 999)))
     except ValueError as refused:
         error = str(refused)
-    saved = load(export.save(model, directory), mesh=layout.mesh)
+    saved = load(save_lib.save(model, directory), mesh=layout.mesh)
     pairs = zip(jax.tree.leaves(model), jax.tree.leaves(saved), strict=True)
     said = {
         "restored": all(

@@ -15,13 +15,14 @@ _LOADED_BY_PATH = ("configs", "demo", "benchmarks", "tests")
 _ENTRY_POINTS = {
     "m1_jax.convert",
     "m1_jax.verify",
-    "m1_jax.plan",
+    "m1_jax.plan.command",
+    "m1_jax.plan.__main__",
     "infer.generate",
     "infer.offline",
     "infer.server",
     "train.pretrain",
     "train.sft",
-    "train.rl",
+    "train.rl.__main__",
     "train.prepare",
     "train.export",
 }
@@ -29,26 +30,40 @@ _ENTRY_POINTS = {
 # What a file may import of ours: the first row whose prefix starts the file's path decides.
 # An import is allowed when it is, or lies below, one of the row's modules.
 _TEXT_LEAVES = ("infer.prompt", "infer.tool_calls")
-_ENGINE = ("infer.engine", "infer.config", "infer.controller", "infer.outputs", "infer.request")
+_ENGINE = (
+    "infer.engine",
+    "infer.config",
+    "infer.execution.leader_follower",
+    "infer.options",
+    "infer.request",
+)
+_SCHEMAS = ("m1_jax.config", "train.config", "train.rl.config", "infer.config")
 _DIRECTION = {
     "pallas_kernels/": ("pallas_kernels",),
+    "m1_jax/plan/__main__.py": ("m1_jax.plan.command",),
     "m1_jax/": ("m1_jax", "pallas_kernels"),
     "infer/prompt.py": ("m1_jax.tokenizer",),
     "infer/tool_calls.py": ("m1_jax.tokenizer",),
+    "infer/scheduling/": ("infer.scheduling",),
+    "infer/execution/": ("infer", "m1_jax"),
     "infer/": ("infer", "m1_jax"),
-    "train/rollout.py": ("train", "m1_jax", *_ENGINE),
-    "train/chat.py": ("train", "m1_jax", *_TEXT_LEAVES),
-    "train/agent.py": ("train", "m1_jax", *_TEXT_LEAVES),
-    "train/rewards/": ("train", "m1_jax", *_TEXT_LEAVES),
-    "train/rl_loop.py": ("train", "m1_jax", "infer.prompt"),
+    "train/data/chat.py": ("train.data", "m1_jax", *_TEXT_LEAVES),
+    "train/data/": ("train.data", "m1_jax"),
+    "train/rl/rollout.py": ("train", "m1_jax", *_ENGINE),
+    "train/rl/episodes.py": ("train", "m1_jax", *_TEXT_LEAVES),
+    "train/rl/loop.py": ("train", "m1_jax", "infer.prompt"),
+    "train/rl/rewards/": ("train.rl", "m1_jax", *_TEXT_LEAVES),
+    "train/rl/environments/": ("train.rl", "m1_jax"),
     "train/": ("train", "m1_jax"),
-    "configs/": ("m1_jax.config", "train.config", "train.rl_config", "infer.config"),
+    "configs/": _SCHEMAS,
     "demo/": _PACKAGES,
     "benchmarks/": _PACKAGES,
     "tests/": _PACKAGES,
 }
 # The planner compiles exactly what runs, so it reaches up, inside the function that needs it.
-_INSIDE_FUNCTIONS = dict.fromkeys(("m1_jax/plan.py", "m1_jax/plan_jobs.py"), ("train", "infer"))
+_INSIDE_FUNCTIONS = {"m1_jax/plan/jobs.py": ("train", "infer")}
+# Packages that a folder must not load: the scheduler decides without a device.
+_FORBIDDEN = {"infer/scheduling/": ("jax", "flax", "numpy")}
 
 _DYNAMIC_IMPORTS = ("importlib.import_module", "import_module", "__import__")
 _KERNELS_THIRD_PARTY = {"jax", "jaxtyping", "numpy", "absl"}
@@ -99,6 +114,9 @@ def _complaint(file, module, in_function):
     if top in _LOADED_BY_PATH:
         return "nobody imports configs, demo, benchmarks or tests"
     if top not in _PACKAGES:
+        forbidden = next((names for k, names in _FORBIDDEN.items() if file.startswith(k)), ())
+        if top in forbidden:
+            return f"plain Python only: {top} is for the layers that run"
         if not file.startswith(_ONLY_IN.get(top, ("",))):
             return f"{top} belongs in {', '.join(_ONLY_IN[top])} only"
         third_party = top not in sys.stdlib_module_names and top not in _KERNELS_THIRD_PARTY
@@ -129,10 +147,10 @@ def test_imports_follow_the_direction():
 
 
 def _plant(root, file, source):
-    others = ("m1_jax.tokenizer", "train.step", "train.config", "infer.engine", *_TEXT_LEAVES)
+    others = ("m1_jax.tokenizer", "infer.execution.device", "train.step", "train.config", "infer.engine", *_TEXT_LEAVES)
     for module in (*_ENTRY_POINTS, *others):
         path = root.joinpath(*module.split(".")).with_suffix(".py")
-        path.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
     path = root / file
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -148,8 +166,8 @@ def _plant(root, file, source):
         ("m1_jax/__init__.py", "from m1_jax import convert"),
         ("m1_jax/__init__.py", "from .verify import run"),
         ("m1_jax/__init__.py", "from . import plan"),
-        ("m1_jax/plan.py", "from train import step"),
-        ("m1_jax/plan.py", "def f():\n  from train import rl"),
+        ("m1_jax/plan/command.py", "from train import step"),
+        ("m1_jax/plan/command.py", "def f():\n  from train import rl"),
         ("pallas_kernels/lightning_attention/api.py", "import m1_jax"),
         ("pallas_kernels/lightning_attention/api.py", "import flax"),
         ("infer/engine.py", "import train"),
@@ -157,9 +175,13 @@ def _plant(root, file, source):
         ("infer/engine.py", "import fastapi"),
         ("infer/prompt.py", "from infer import engine"),
         ("infer/tool_calls.py", "import m1_jax"),
+        ("infer/scheduling/memory.py", "import jax.numpy"),
+        ("infer/scheduling/memory.py", "from infer.execution import device"),
+        ("train/data/packing.py", "from train import step"),
+        ("train/rl/rewards/maths.py", "from train import step"),
         ("train/loop.py", "from infer import engine"),
         ("train/loop.py", "import importlib; importlib.import_module('infer.engine')"),
-        ("train/rollout.py", "from infer import prompt"),
+        ("train/rl/rollout.py", "from infer import prompt"),
         ("train/loop.py", "import configs.tiny"),
         ("configs/tiny_rl.py", "from train import step"),
         ("demo/run.py", "from tests import conftest"),
@@ -173,13 +195,13 @@ def test_planted_violation_is_found(tmp_path, file, source):
 @pytest.mark.parametrize(
     ("file", "source"),
     [
-        ("m1_jax/plan.py", "def f():\n  from train import step"),
+        ("m1_jax/plan/command.py", "def f():\n  from train import step"),
         ("m1_jax/tokenizer.py", "import transformers"),
         ("infer/prompt.py", "from m1_jax import tokenizer"),
-        ("train/rollout.py", "from infer import engine"),
-        ("train/rewards/maths.py", "from infer import tool_calls"),
+        ("train/rl/rollout.py", "from infer import engine"),
+        ("train/rl/rewards/maths.py", "from infer import tool_calls"),
         ("configs/tiny_rl.py", "from train import config"),
-        ("tests/train_rl_test.py", "import torch\nfrom train import rl"),
+        ("tests/train_rl_test.py", "import torch\nfrom train.rl import __main__"),
     ],
 )
 def test_allowed_import_is_not_reported(tmp_path, file, source):
@@ -188,7 +210,7 @@ def test_allowed_import_is_not_reported(tmp_path, file, source):
 
 
 def test_application_file_names_shadow_nothing():
-    """`python train/rl.py` puts `train/` first on sys.path, where `profile.py` breaks cProfile."""
+    """`python train/rl/__main__.py` puts `train/` first on sys.path, where `profile.py` breaks cProfile."""
     installed = importlib.metadata.packages_distributions()
     taken = sys.stdlib_module_names | (installed.keys() - set(_PACKAGES))
     paths = [path for top in ("train", "infer") for path in (_REPO / top).rglob("*")]

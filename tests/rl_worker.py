@@ -11,8 +11,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
 
-from train import rl_loop
-from train.rl_config import (
+from train.rl import loop as rl_loop
+from train.rl.config import (
     LengthSchedule,
     LogConfig,
     RewardsConfig,

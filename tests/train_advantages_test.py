@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from train import advantages, objective
+from train.rl import advantages, objective
 
 PRESETS = objective.PRESETS
 ONE = [1.0, 0, 0, 0]

@@ -1,4 +1,4 @@
-"""Tests of train.agent: scripted models, so that every token of an episode is known beforehand."""
+"""Tests of train.rl.episodes: scripted models, so that every token of an episode is known beforehand."""
 
 import concurrent.futures
 import pathlib
@@ -9,12 +9,13 @@ from hypothesis import strategies as st
 
 from infer import prompt
 from m1_jax import tokenizer as tokenizer_lib
-from train import agent, chat
-from train import sample as sample_lib
-from train.environments import base, lookup
+from train.data import chat
+from train.rl import episodes
+from train.rl import sample as sample_lib
+from train.rl.environments import base, lookup
 
 DEMO = pathlib.Path(__file__).parents[1] / "demo" / "data"
-WIDE = agent.EpisodeLimits(max_turns=8, max_tokens=100_000, turn_tokens=10_000)
+WIDE = episodes.EpisodeLimits(max_turns=8, max_tokens=100_000, turn_tokens=10_000)
 TOOLS = (base.tool("say", "Say it.", text="string"),)
 TASK = sample_lib.Task("t", ({"role": "user", "content": "Go."},), "test", tools=TOOLS)
 
@@ -92,7 +93,9 @@ def drive(episode, tokenizer, turns, ends=True, version=3, status="stop"):
 
 
 def test_one_turn(tokenizer):
-    sample, asked = drive(agent.single_turn_episode(TASK, tokenizer, 50), tokenizer, ["Well, 4."])
+    sample, asked = drive(
+        episodes.single_turn_episode(TASK, tokenizer, 50), tokenizer, ["Well, 4."]
+    )
     ids = tokenizer.encode("Well, 4.") + [tokenizer.special_token_id(prompt.END)]
     assert asked == [sample_lib.Generate(sample.prompt, 50)]
     assert list(sample.prompt) == prompt.encode(tokenizer, TASK.messages, TASK.tools)
@@ -104,7 +107,7 @@ def test_one_turn(tokenizer):
 
 def test_an_answer_that_is_cut_off(tokenizer):
     sample, _ = drive(
-        agent.single_turn_episode(TASK, tokenizer, 3), tokenizer, ["Well, so it is 4."]
+        episodes.single_turn_episode(TASK, tokenizer, 3), tokenizer, ["Well, so it is 4."]
     )
     assert (sample.status, len(sample.tokens)) == ("length", 3)
     assert sample.text == tokenizer.decode(tokenizer.encode("Well, so it is 4.")[:3])
@@ -115,7 +118,7 @@ def test_turns_with_a_tool(tokenizer, ends):
     world = Scripted([base.Step(("one",), reward=0.25), base.Step(("two",))], final=0.5)
     turns = [call(text="a"), call(text="b") + "\n", "<think>\nHm.\n</think>\nDone."]
     sample, asked = drive(
-        agent.multi_turn_episode(TASK, world, tokenizer, WIDE), tokenizer, turns, ends
+        episodes.multi_turn_episode(TASK, world, tokenizer, WIDE), tokenizer, turns, ends
     )
     assert [list(map(tuple, calls)) for calls in world.calls] == [
         [("say", {"text": "a"})],
@@ -154,7 +157,7 @@ def test_tokens_are_those_of_the_whole_conversation(tokenizer, turns, last, ends
     hypothesis.assume("<t" not in "".join(text for text, _ in turns) + last)
     world = Scripted([base.Step(tuple(said for _, said in calls)) for _, calls in turns])
     sample, _ = drive(
-        agent.multi_turn_episode(TASK, world, tokenizer, WIDE, profile), tokenizer, texts, ends
+        episodes.multi_turn_episode(TASK, world, tokenizer, WIDE, profile), tokenizer, texts, ends
     )
     end = "" if ends else prompt.END
     whole = tokenizer.decode([*sample.prompt, *sample.tokens], skip_special=False) + end + "\n"
@@ -180,7 +183,7 @@ def test_an_episode_is_what_supervised_training_sees(tokenizer, careless):
             for message in record["messages"]
             if message["role"] == "assistant"
         ]
-        run = agent.multi_turn_episode(task, lookup.Lookup(), tokenizer, WIDE)
+        run = episodes.multi_turn_episode(task, lookup.Lookup(), tokenizer, WIDE)
         sample, _ = drive(run, tokenizer, turns)
         tail = len(tokenizer.encode("\n"))  # after the last turn
         assert [*sample.prompt, *sample.tokens] == document.tokens[:-tail].tolist()
@@ -195,7 +198,7 @@ BAD = "<tool_calls>\nsay(it)\n</tool_calls>"
 
 def test_a_malformed_call_is_told(tokenizer):
     world = Scripted()
-    run = agent.multi_turn_episode(TASK, world, tokenizer, WIDE)
+    run = episodes.multi_turn_episode(TASK, world, tokenizer, WIDE)
     sample, _ = drive(run, tokenizer, [BAD, "Sorry."])
     assert sample.messages[1]["name"] == "tool_calls"
     assert "error: tool calls: got" in sample.messages[1]["content"]
@@ -204,7 +207,9 @@ def test_a_malformed_call_is_told(tokenizer):
 
 def test_a_malformed_call_ends(tokenizer):
     world = Scripted(final=0.0, tell_malformed=False)
-    sample, asked = drive(agent.multi_turn_episode(TASK, world, tokenizer, WIDE), tokenizer, [BAD])
+    sample, asked = drive(
+        episodes.multi_turn_episode(TASK, world, tokenizer, WIDE), tokenizer, [BAD]
+    )
     assert (sample.reward, sample.status, world.text, len(asked)) == (0.0, "stop", "", 1)
     assert sample.valid
 
@@ -212,16 +217,16 @@ def test_a_malformed_call_ends(tokenizer):
 def test_the_environment_ends_it(tokenizer):
     world = Scripted([base.Step(("",), reward=2.0, done=True)])
     turns = ["Last.\n" + call(text="a")]
-    sample, _ = drive(agent.multi_turn_episode(TASK, world, tokenizer, WIDE), tokenizer, turns)
+    sample, _ = drive(episodes.multi_turn_episode(TASK, world, tokenizer, WIDE), tokenizer, turns)
     assert (sample.reward, world.text, sample.mask[-1]) == (3.0, "Last.\n", 1)
     assert sample.turn_rewards == [(len(sample.tokens) - 1, 2.0)]
 
 
 def test_no_more_turns(tokenizer):
     world = Scripted([base.Step(("one",)), base.Step(("two",), reward=1.0)])
-    limits = agent.EpisodeLimits(2, 100_000, 1000)
+    limits = episodes.EpisodeLimits(2, 100_000, 1000)
     turns = [call(text="a"), call(text="b")]
-    sample, _ = drive(agent.multi_turn_episode(TASK, world, tokenizer, limits), tokenizer, turns)
+    sample, _ = drive(episodes.multi_turn_episode(TASK, world, tokenizer, limits), tokenizer, turns)
     assert (sample.status, world.text, len(world.calls)) == ("length", "", 2)
     assert (sample.mask[-1], sample.reward) == (1, 2.0)  # nobody would read the results
 
@@ -230,11 +235,11 @@ def test_no_more_turns(tokenizer):
 @hypothesis.settings(max_examples=60, deadline=None)
 def test_never_longer_than_the_context(tokenizer, room, turn_tokens):
     size = len(prompt.encode(tokenizer, TASK.messages, TOOLS))
-    limits = agent.EpisodeLimits(5, size + room, turn_tokens)
+    limits = episodes.EpisodeLimits(5, size + room, turn_tokens)
     world = Scripted([base.Step(("a longer result " * 3,))] * 3)
     turns = [call(text="a")] * 3 + ["Done."]
     sample, asked = drive(
-        agent.multi_turn_episode(TASK, world, tokenizer, limits), tokenizer, turns
+        episodes.multi_turn_episode(TASK, world, tokenizer, limits), tokenizer, turns
     )
     assert len(sample.prompt) + len(sample.tokens) <= limits.max_tokens
     assert all(1 <= one.max_tokens <= turn_tokens for one in asked)
@@ -247,10 +252,10 @@ def test_never_longer_than_the_context(tokenizer, room, turn_tokens):
 def test_no_room_after_what_it_is_told(tokenizer):
     for spare, turns in ((0, 1), (1, 2)):
         steps = [base.Step(("a result",))]
-        run = agent.multi_turn_episode(TASK, Scripted(steps), tokenizer, WIDE)
+        run = episodes.multi_turn_episode(TASK, Scripted(steps), tokenizer, WIDE)
         _, asked = drive(run, tokenizer, [call(text="a"), "Done."])
-        limits = agent.EpisodeLimits(5, len(asked[1].tokens) + spare, 1000)
-        run = agent.multi_turn_episode(TASK, Scripted(steps), tokenizer, limits)
+        limits = episodes.EpisodeLimits(5, len(asked[1].tokens) + spare, 1000)
+        run = episodes.multi_turn_episode(TASK, Scripted(steps), tokenizer, limits)
         sample, asked = drive(run, tokenizer, [call(text="a"), "Done."])
         assert (sample.status, len(asked)) == ("length", turns)
         assert len(sample.prompt) + len(sample.tokens) == (
@@ -260,11 +265,11 @@ def test_no_room_after_what_it_is_told(tokenizer):
 
 def test_cut_off_in_a_turn(tokenizer):
     world = Scripted()
-    run = agent.multi_turn_episode(TASK, world, tokenizer, agent.EpisodeLimits(5, 10_000, 4))
+    run = episodes.multi_turn_episode(TASK, world, tokenizer, episodes.EpisodeLimits(5, 10_000, 4))
     sample, _ = drive(run, tokenizer, ["Done, and it is 4."])
     assert (sample.status, world.text) == ("length", "")
     world = Scripted()
-    run = agent.multi_turn_episode(TASK, world, tokenizer, WIDE)
+    run = episodes.multi_turn_episode(TASK, world, tokenizer, WIDE)
     sample, _ = drive(run, tokenizer, [call(text="a")], ends=False, status="repetition")
     assert (sample.status, world.calls, sample.valid) == ("repetition", [], True)
 
@@ -282,7 +287,7 @@ def test_cut_off_in_a_turn(tokenizer):
     ],
 )
 def test_a_failure_makes_no_reward(tokenizer, world, caplog):
-    run = agent.multi_turn_episode(TASK, world, tokenizer, WIDE)
+    run = episodes.multi_turn_episode(TASK, world, tokenizer, WIDE)
     sample, _ = drive(run, tokenizer, [call(text="a"), "Done."])
     assert (sample.valid, sample.reward, sample.status) == (False, None, "error")
     assert sample.parts == {"error": 1.0}
@@ -292,19 +297,19 @@ def test_a_failure_makes_no_reward(tokenizer, world, caplog):
 
 def test_an_engine_that_fails(tokenizer):
     world = Scripted()
-    run = agent.multi_turn_episode(TASK, world, tokenizer, WIDE)
+    run = episodes.multi_turn_episode(TASK, world, tokenizer, WIDE)
     sample, _ = drive(run, tokenizer, ["Do"], ends=False, status="error")
     assert (sample.valid, sample.reward, sample.status) == (False, None, "error")
     assert (world.text, world.closed) == (None, 1)
     sample, _ = drive(
-        agent.single_turn_episode(TASK, tokenizer, 9), tokenizer, ["Do"], status="error"
+        episodes.single_turn_episode(TASK, tokenizer, 9), tokenizer, ["Do"], status="error"
     )
     assert not sample.valid
 
 
 def test_a_prompt_that_does_not_fit(tokenizer, caplog):
     world = Scripted()
-    run = agent.multi_turn_episode(TASK, world, tokenizer, agent.EpisodeLimits(5, 20, 4))
+    run = episodes.multi_turn_episode(TASK, world, tokenizer, episodes.EpisodeLimits(5, 20, 4))
     sample, asked = drive(run, tokenizer, [])
     assert (sample.valid, sample.tokens, asked) == (False, [], [])
     assert "wanted fewer than max_tokens, 20" in caplog.text
@@ -312,7 +317,7 @@ def test_a_prompt_that_does_not_fit(tokenizer, caplog):
 
 def test_closed_when_given_up(tokenizer):
     world = Scripted()
-    run = agent.multi_turn_episode(TASK, world, tokenizer, WIDE)
+    run = episodes.multi_turn_episode(TASK, world, tokenizer, WIDE)
     next(run)
     run.close()
     assert world.closed == 1
@@ -320,19 +325,19 @@ def test_closed_when_given_up(tokenizer):
 
 def test_bad_limits():
     with pytest.raises(ValueError, match="max_turns: got 0; wanted at least 1"):
-        agent.EpisodeLimits(0, 1, 1)
+        episodes.EpisodeLimits(0, 1, 1)
 
 
 def test_a_task_that_cannot_be_rendered(tokenizer):
     task = sample_lib.Task("t", (), "test")
     with pytest.raises(ValueError, match="at least one message"):
-        next(agent.multi_turn_episode(task, Scripted(), tokenizer, WIDE))
+        next(episodes.multi_turn_episode(task, Scripted(), tokenizer, WIDE))
 
 
 def test_environments_side_by_side(tokenizer):
     """Episodes that take turns, their environments in other threads, do not mix."""
     tasks = lookup.tasks(12, 1)
-    runs = [agent.multi_turn_episode(task, lookup.Lookup(), tokenizer, WIDE) for task in tasks]
+    runs = [episodes.multi_turn_episode(task, lookup.Lookup(), tokenizer, WIDE) for task in tasks]
     waiting = {run: next(run) for run in runs}
     samples = {}
     with concurrent.futures.ThreadPoolExecutor(4) as pool:

@@ -6,7 +6,7 @@ import pytest
 from infer import prompt
 from m1_jax import testing
 from m1_jax import tokenizer as tokenizer_lib
-from train import chat
+from train.data import chat
 
 END = "<end_of_sentence>"
 TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {"a": 1}}}]

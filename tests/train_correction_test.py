@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from train import correction
+from train.rl import rollout_correction
 
 D = np.array([[0, 0.3, -0.9, 1.2], [0.1, -0.05, np.nan, np.inf]])
 MASK = np.array([[1, 1, 1, 1], [1, 1, 0, 0]])
@@ -27,7 +27,7 @@ def near(got, wanted, tolerance=1e-6):
     np.testing.assert_allclose(np.asarray(got), wanted, rtol=0, atol=tolerance)
 
 
-def weigh(old=D, rollout=None, mask=MASK, ids=ONES, module=correction, **options):
+def weigh(old=D, rollout=None, mask=MASK, ids=ONES, module=rollout_correction, **options):
     """Return (weights, kept) of d = old - rollout."""
     rollout = np.zeros(old.shape) if rollout is None else rollout
     arrays = (jnp.asarray(x) for x in (old, rollout, mask, ids))
@@ -53,7 +53,7 @@ def test_t7_sequences():
     check_sequences()
 
 
-def check_sequences(module=correction):
+def check_sequences(module=rollout_correction):
     a, b = 1.82211880, 1.05127110
     weight, keep = weigh(module=module, level="sequence", how="mask", high=3.0)
     near(weight, [[a] * 4, [b, b, 1, 1]])
@@ -79,7 +79,7 @@ def test_t10_bad_samples_that_the_policy_has_left_are_masked():
     check_on_policy()
 
 
-def check_on_policy(module=correction):
+def check_on_policy(module=rollout_correction):
     kl, dirt = np.array([2, 0.5, 2]), np.array([1e4, -1e4, np.nan])
     logp, rollout = np.zeros((3, 3)), np.stack([kl, kl, dirt], 1)
     mask, ids = np.array([[1, 1, 0]] * 3), np.ones((3, 3), np.int32)
@@ -92,7 +92,7 @@ def test_samples_in_one_row_are_weighed_apart():
     check_packed()
 
 
-def check_packed(module=correction):
+def check_packed(module=rollout_correction):
     d = np.concatenate([D[0], D[1], [5.0]])[None]
     mask = np.concatenate([MASK[0], MASK[1], [0]])[None]
     ids = np.array([[1] * 4 + [2] * 4 + [0]], np.int32)
@@ -121,7 +121,7 @@ def test_no_gradient_and_no_overflow():
     check_gradient()
 
 
-def check_gradient(module=correction):
+def check_gradient(module=rollout_correction):
     def total(old):
         options = module.Correction("sequence", high=None)
         zeros = jnp.zeros((1, 3))
@@ -137,7 +137,7 @@ def check_gradient(module=correction):
 
 def test_mean_weight_counts_what_was_rejected_but_not_what_is_masked():
     weight, _ = weigh(how="mask", high=1.0)
-    total, count = correction.weight_sum_and_count(weight, jnp.asarray(MASK))
+    total, count = rollout_correction.weight_sum_and_count(weight, jnp.asarray(MASK))
     near(total, np.sum(np.array(EXP) * MASK))
     assert count == 6
 
@@ -155,7 +155,7 @@ def test_mean_weight_counts_what_was_rejected_but_not_what_is_masked():
 )
 def test_options_are_checked(options, message):
     with pytest.raises(ValueError, match=message):
-        correction.RolloutCorrection(**options)
+        rollout_correction.RolloutCorrection(**options)
 
 
 def check_all(module):
@@ -176,10 +176,12 @@ GUARDS = [
 
 @pytest.mark.parametrize(("guard", "without"), GUARDS)
 def test_removing_a_guard_is_noticed(guard, without):
-    source = pathlib.Path(correction.__file__).read_text()
+    source = pathlib.Path(rollout_correction.__file__).read_text()
     assert source.count(guard) == 1
     module = types.ModuleType("mutant")
-    module.__dict__["__name__"] = correction.__name__  # where dataclasses look annotations up
+    module.__dict__["__name__"] = (
+        rollout_correction.__name__
+    )  # where dataclasses look annotations up
     exec(compile(source.replace(guard, without), "mutant", "exec"), module.__dict__)
     with pytest.raises(AssertionError):
         check_all(module)

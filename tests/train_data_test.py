@@ -19,7 +19,7 @@ from array_record.python import array_record_module
 
 from m1_jax import testing
 from m1_jax import tokenizer as tokenizer_lib
-from train import data
+from train.data import stream as stream_lib
 
 WORDS = ["lightning", "attention", "keeps", "one", "matrix", "for", "each", "head", "and", "cache"]
 
@@ -73,11 +73,11 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def config(folder):
-    return data.StreamConfig(
+    return stream_lib.StreamConfig(
         sources=(
-            data.DataSource("short", f"{folder}/short-*.jsonl"),
-            data.DataSource("chat", f"{folder}/chat.parquet", kind="chat", weight=0.5),
-            data.DataSource("long", f"{folder}/long.arrayrecord", kind="text"),
+            stream_lib.DataSource("short", f"{folder}/short-*.jsonl"),
+            stream_lib.DataSource("chat", f"{folder}/chat.parquet", kind="chat", weight=0.5),
+            stream_lib.DataSource("long", f"{folder}/long.arrayrecord", kind="text"),
         ),
         seq_len=64,
         rows=4,
@@ -120,7 +120,7 @@ def joined(parts):
 
 
 def test_rows_are_what_the_step_takes(config, tokenizer):
-    with data.BatchStream(config, tokenizer) as stream:
+    with stream_lib.BatchStream(config, tokenizer) as stream:
         rows = next(stream)
     for array in arrays(rows):
         assert array.shape == (4, 64)
@@ -132,24 +132,27 @@ def test_rows_are_what_the_step_takes(config, tokenizer):
 
 
 def test_a_seed_gives_the_same_rows_and_another_gives_others(config, tokenizer):
-    with data.BatchStream(config, tokenizer) as a, data.BatchStream(config, tokenizer) as b:
+    with (
+        stream_lib.BatchStream(config, tokenizer) as a,
+        stream_lib.BatchStream(config, tokenizer) as b,
+    ):
         first, again = take(a, 6), take(b, 6)
     for one, other in zip(first, again, strict=True):
         assert_same(one, other)
-    with data.BatchStream(dataclasses.replace(config, seed=4), tokenizer) as stream:
+    with stream_lib.BatchStream(dataclasses.replace(config, seed=4), tokenizer) as stream:
         assert take(stream, 1)[0].sample_ids != first[0].sample_ids
 
 
 @pytest.mark.parametrize("rows", [2, 8, 16])
 def test_a_state_taken_after_any_batch_continues_exactly(config, tokenizer, rows):
     config = dataclasses.replace(config, rows=rows)
-    with data.BatchStream(config, tokenizer) as stream:
+    with stream_lib.BatchStream(config, tokenizer) as stream:
         states, wanted = [merged([stream])], []
         for _ in range(7):
             wanted.append(next(stream))
             states.append(merged([stream]))
     for done, state in enumerate(states):
-        with data.BatchStream(config, tokenizer) as stream:
+        with stream_lib.BatchStream(config, tokenizer) as stream:
             stream.set_state(state)
             assert merged([stream]) == state
             for one, other in zip(wanted[done:], take(stream, 7 - done), strict=True):
@@ -158,7 +161,7 @@ def test_a_state_taken_after_any_batch_continues_exactly(config, tokenizer, rows
 
 
 def test_set_state_turns_a_running_stream_back(config, tokenizer):
-    with data.BatchStream(config, tokenizer) as stream:
+    with stream_lib.BatchStream(config, tokenizer) as stream:
         take(stream, 2)
         state = stream.get_state()
         first = take(stream, 3)
@@ -168,14 +171,14 @@ def test_set_state_turns_a_running_stream_back(config, tokenizer):
 
 
 def test_processes_give_the_rows_of_the_thread_and_take_over_from_it(config, tokenizer):
-    with data.BatchStream(config, tokenizer) as stream:
+    with stream_lib.BatchStream(config, tokenizer) as stream:
         wanted = take(stream, 12)
-    with data.BatchStream(dataclasses.replace(config, workers=2), tokenizer) as stream:
+    with stream_lib.BatchStream(dataclasses.replace(config, workers=2), tokenizer) as stream:
         found, state = take(stream, 5), stream.get_state()
-    with data.BatchStream(dataclasses.replace(config, workers=1), tokenizer) as stream:
+    with stream_lib.BatchStream(dataclasses.replace(config, workers=1), tokenizer) as stream:
         stream.set_state(state)
         found, state = found + take(stream, 4), stream.get_state()
-    with data.BatchStream(config, tokenizer) as stream:
+    with stream_lib.BatchStream(config, tokenizer) as stream:
         stream.set_state(state)
         found += take(stream, 3)
     for one, other in zip(wanted, found, strict=True):
@@ -185,11 +188,11 @@ def test_processes_give_the_rows_of_the_thread_and_take_over_from_it(config, tok
 @pytest.mark.parametrize("rows", [4, 16])
 def test_any_number_of_hosts_gives_the_rows_of_one_and_takes_over(config, tokenizer, rows):
     config = dataclasses.replace(config, rows=rows)
-    with data.BatchStream(config, tokenizer) as stream:
+    with stream_lib.BatchStream(config, tokenizer) as stream:
         wanted = take(stream, 9)
     found, state = [], None
     for hosts in (4, 1, 2):
-        streams = [data.BatchStream(config, tokenizer, host, hosts) for host in range(hosts)]
+        streams = [stream_lib.BatchStream(config, tokenizer, host, hosts) for host in range(hosts)]
         for stream in streams:
             if state is not None:
                 stream.set_state(state)
@@ -223,7 +226,7 @@ def waiting(state):
 def test_one_epoch_is_every_token_of_every_record_once(config, tokenizer):
     found = collections.Counter()
     batches = 0
-    with data.BatchStream(config, tokenizer, num_epochs=1) as stream:
+    with stream_lib.BatchStream(config, tokenizer, num_epochs=1) as stream:
         for rows in stream:
             assert rows.batch.tokens.shape == (4, 64)
             found.update(dict(places(rows)).keys())
@@ -238,9 +241,11 @@ def test_one_epoch_is_every_token_of_every_record_once(config, tokenizer):
 
 
 def test_an_epoch_ends_on_all_hosts_at_once(config, tokenizer):
-    with data.BatchStream(config, tokenizer, num_epochs=2) as stream:
+    with stream_lib.BatchStream(config, tokenizer, num_epochs=2) as stream:
         wanted = list(stream)
-    hosts = [list(data.BatchStream(config, tokenizer, host, 2, num_epochs=2)) for host in range(2)]
+    hosts = [
+        list(stream_lib.BatchStream(config, tokenizer, host, 2, num_epochs=2)) for host in range(2)
+    ]
     for one, *parts in zip(wanted, *hosts, strict=True):
         assert_same(one, joined(parts))
 
@@ -249,7 +254,7 @@ def test_stages_of_other_lengths_and_sizes_lose_nothing_and_repeat_nothing(confi
     found, state = collections.Counter(), None
     for seq_len, rows in ((32, 8), (128, 2), (48, 16), (64, 4)):
         stage = dataclasses.replace(config, seq_len=seq_len, rows=rows)
-        with data.BatchStream(stage, tokenizer) as stream:
+        with stream_lib.BatchStream(stage, tokenizer) as stream:
             if state is not None:
                 stream.set_state(state)
             for batch in take(stream, 5):
@@ -270,7 +275,7 @@ def test_stages_of_other_lengths_and_sizes_lose_nothing_and_repeat_nothing(confi
 
 def test_lanes_together_read_an_epoch_before_the_next(config, tokenizer):
     config = dataclasses.replace(config, sources=config.sources[:1], lanes=4)
-    with data.BatchStream(config, tokenizer) as stream:
+    with stream_lib.BatchStream(config, tokenizer) as stream:
         seen = [name for rows in take(stream, 20) for row in rows.sample_ids for name in row]
         seen += [
             e.rpartition("@")[0] for i in range(4) for e in stream.get_state()[str(i)]["waiting"]
@@ -291,7 +296,7 @@ def test_weights_are_shares_of_tokens_and_change_with_the_step(config, tokenizer
         (40, (("chat", 1.0),)),
     )
     config = dataclasses.replace(config, weights=weights, lanes=4)
-    with data.BatchStream(config, tokenizer) as stream:
+    with stream_lib.BatchStream(config, tokenizer) as stream:
         before = take(stream, 40)
         state = stream.get_state()
         after = take(stream, 10)
@@ -303,7 +308,7 @@ def test_weights_are_shares_of_tokens_and_change_with_the_step(config, tokenizer
 
 
 def test_one_document_a_row_without_packing(config, tokenizer):
-    with data.BatchStream(dataclasses.replace(config, pack=False), tokenizer) as stream:
+    with stream_lib.BatchStream(dataclasses.replace(config, pack=False), tokenizer) as stream:
         rows = next(stream)
     assert [len(samples) for samples in rows.sample_ids] == [1] * 4
 
@@ -312,16 +317,20 @@ def test_left_out_conversations_are_counted(config, tokenizer, tmp_path):
     long = conversation(0)
     long["messages"][0]["content"] = "so " * 100
     write_jsonl(tmp_path / "a.jsonl", [conversation(1), long] * 3)
-    config = dataclasses.replace(config, sources=(data.DataSource("a", f"{tmp_path}/a.jsonl"),))
-    with pytest.raises(data.DataError, match=r"a\.jsonl:\d: got a conversation of \d+ tokens"):
-        next(data.BatchStream(config, tokenizer, num_epochs=1))
+    config = dataclasses.replace(
+        config, sources=(stream_lib.DataSource("a", f"{tmp_path}/a.jsonl"),)
+    )
+    with pytest.raises(
+        stream_lib.DataError, match=r"a\.jsonl:\d: got a conversation of \d+ tokens"
+    ):
+        next(stream_lib.BatchStream(config, tokenizer, num_epochs=1))
     config = dataclasses.replace(config, overlong="drop")
-    with data.BatchStream(config, tokenizer, num_epochs=1) as stream:
+    with stream_lib.BatchStream(config, tokenizer, num_epochs=1) as stream:
         (rows,) = list(stream)
     assert rows.num_dropped == 3
     write_jsonl(tmp_path / "a.jsonl", [long])
-    with pytest.raises(data.DataError, match="all longer than 64"):
-        next(data.BatchStream(config, tokenizer))
+    with pytest.raises(stream_lib.DataError, match="all longer than 64"):
+        next(stream_lib.BatchStream(config, tokenizer))
 
 
 def test_a_changed_file_is_named(config, tokenizer, tmp_path, folder):
@@ -331,32 +340,32 @@ def test_a_changed_file_is_named(config, tokenizer, tmp_path, folder):
         dataclasses.replace(s, path=s.path.replace(str(folder), str(tmp_path)))
         for s in config.sources
     ]
-    with data.BatchStream(config, tokenizer) as stream:
+    with stream_lib.BatchStream(config, tokenizer) as stream:
         next(stream)
         state = merged([stream])
     config = dataclasses.replace(config, sources=tuple(moved))
-    data.BatchStream(config, tokenizer).set_state(state)  # the same files elsewhere
+    stream_lib.BatchStream(config, tokenizer).set_state(state)  # the same files elsewhere
     file = tmp_path / "short-1.jsonl"
     file.write_bytes(file.read_bytes().replace(b"matrix", b"Matrix", 1))
-    with pytest.raises(data.DataError, match=r"'short': short-1.jsonl changed since"):
-        data.BatchStream(config, tokenizer).set_state(state)
+    with pytest.raises(stream_lib.DataError, match=r"'short': short-1.jsonl changed since"):
+        stream_lib.BatchStream(config, tokenizer).set_state(state)
     file.unlink()
-    with pytest.raises(data.DataError, match=r"short-1.jsonl is gone"):
-        data.BatchStream(config, tokenizer).set_state(state)
+    with pytest.raises(stream_lib.DataError, match=r"short-1.jsonl is gone"):
+        stream_lib.BatchStream(config, tokenizer).set_state(state)
 
 
 def test_states_that_do_not_fit_are_refused(config, tokenizer):
-    stream = data.BatchStream(config, tokenizer)
+    stream = stream_lib.BatchStream(config, tokenizer)
     state = stream.get_state()
     with pytest.raises(ValueError, match="seed: got 4; wanted 3"):
-        data.BatchStream(dataclasses.replace(config, seed=4), tokenizer).set_state(state)
+        stream_lib.BatchStream(dataclasses.replace(config, seed=4), tokenizer).set_state(state)
     with pytest.raises(ValueError, match="lanes: got 16; wanted 8"):
-        data.BatchStream(dataclasses.replace(config, lanes=16), tokenizer).set_state(state)
+        stream_lib.BatchStream(dataclasses.replace(config, lanes=16), tokenizer).set_state(state)
     with pytest.raises(ValueError, match="the states of all hosts"):
-        stream.set_state(data.BatchStream(config, tokenizer, 0, 2).get_state())
+        stream.set_state(stream_lib.BatchStream(config, tokenizer, 0, 2).get_state())
     fewer = dataclasses.replace(config, sources=config.sources[:2])
-    with pytest.raises(data.DataError, match="'long'.*Give it weight 0"):
-        data.BatchStream(fewer, tokenizer).set_state(state)
+    with pytest.raises(stream_lib.DataError, match="'long'.*Give it weight 0"):
+        stream_lib.BatchStream(fewer, tokenizer).set_state(state)
 
 
 @pytest.mark.parametrize(
@@ -381,13 +390,13 @@ def test_configs_that_are_refused(config, changes, message):
 
 def test_hosts_that_cannot_share_are_refused(config, tokenizer):
     with pytest.raises(ValueError, match="rows: got 4 for 3 hosts"):
-        data.BatchStream(config, tokenizer, 0, 3)
+        stream_lib.BatchStream(config, tokenizer, 0, 3)
     with pytest.raises(ValueError, match="lanes: got 2 for 4 hosts"):
-        data.BatchStream(dataclasses.replace(config, lanes=2), tokenizer, 0, 4)
+        stream_lib.BatchStream(dataclasses.replace(config, lanes=2), tokenizer, 0, 4)
     with pytest.raises(ValueError, match="process 2 of 2"):
-        data.BatchStream(config, tokenizer, 2, 2)
+        stream_lib.BatchStream(config, tokenizer, 2, 2)
     with pytest.raises(ValueError, match="special token: got '<eod>'"):
-        data.BatchStream(dataclasses.replace(config, end_token="<eod>"), tokenizer)
+        stream_lib.BatchStream(dataclasses.replace(config, end_token="<eod>"), tokenizer)
 
 
 @pytest.mark.parametrize(
@@ -403,17 +412,19 @@ def test_hosts_that_cannot_share_are_refused(config, tokenizer):
 @pytest.mark.parametrize("epochs", [None, 1])
 def test_a_bad_record_is_named(tokenizer, tmp_path, content, message, epochs):
     (tmp_path / "a.jsonl").write_bytes(content)
-    config = data.StreamConfig((data.DataSource("a", f"{tmp_path}/a.jsonl"),), 16, 1, lanes=1)
+    config = stream_lib.StreamConfig(
+        (stream_lib.DataSource("a", f"{tmp_path}/a.jsonl"),), 16, 1, lanes=1
+    )
     with (
-        data.BatchStream(config, tokenizer, num_epochs=epochs) as stream,
-        pytest.raises(data.DataError, match=message),
+        stream_lib.BatchStream(config, tokenizer, num_epochs=epochs) as stream,
+        pytest.raises(stream_lib.DataError, match=message),
     ):
         take(stream, 9)
 
 
 @pytest.mark.slow
 def test_a_killed_worker_is_an_error_and_not_a_wait(config, tokenizer):
-    with data.BatchStream(dataclasses.replace(config, workers=2), tokenizer) as stream:
+    with stream_lib.BatchStream(dataclasses.replace(config, workers=2), tokenizer) as stream:
         next(stream)
         multiprocessing.active_children()[0].kill()
         with pytest.raises(RuntimeError, match=r"data worker \d ended without a word"):
@@ -422,31 +433,35 @@ def test_a_killed_worker_is_an_error_and_not_a_wait(config, tokenizer):
 
 def test_errors_of_workers_are_those_of_the_thread(tokenizer, tmp_path):
     write_jsonl(tmp_path / "a.jsonl", [{"txt": "a"}])
-    config = data.StreamConfig((data.DataSource("a", f"{tmp_path}/a.jsonl"),), 16, 1, workers=1)
+    config = stream_lib.StreamConfig(
+        (stream_lib.DataSource("a", f"{tmp_path}/a.jsonl"),), 16, 1, workers=1
+    )
     with (
-        data.BatchStream(config, tokenizer) as stream,
-        pytest.raises(data.DataError, match=r"a.jsonl:1: got the keys"),
+        stream_lib.BatchStream(config, tokenizer) as stream,
+        pytest.raises(stream_lib.DataError, match=r"a.jsonl:1: got the keys"),
     ):
         next(stream)
 
 
 def test_another_tokenisation_of_what_was_half_handed_out_is_refused(config, tokenizer):
     config = dataclasses.replace(config, sources=config.sources[2:], rows=8)
-    with data.BatchStream(config, tokenizer) as stream:
+    with stream_lib.BatchStream(config, tokenizer) as stream:
         take(stream, 2)
         state = merged([stream])
-    with data.BatchStream(dataclasses.replace(config, end_token=None), tokenizer) as stream:
+    with stream_lib.BatchStream(dataclasses.replace(config, end_token=None), tokenizer) as stream:
         stream.set_state(state)
-        with pytest.raises(data.DataError, match="of which the checkpoint had handed out some"):
+        with pytest.raises(
+            stream_lib.DataError, match="of which the checkpoint had handed out some"
+        ):
             next(stream)
 
 
 def test_a_source_may_be_added_at_a_checkpoint(config, tokenizer):
     fewer = dataclasses.replace(config, sources=config.sources[:2])
-    with data.BatchStream(fewer, tokenizer) as stream:
+    with stream_lib.BatchStream(fewer, tokenizer) as stream:
         take(stream, 3)
         state = merged([stream])
-    with data.BatchStream(config, tokenizer) as stream:
+    with stream_lib.BatchStream(config, tokenizer) as stream:
         stream.set_state(state)
         assert any((rows.source_ids == 3).any() for rows in take(stream, 6))
 

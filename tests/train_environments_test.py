@@ -1,4 +1,4 @@
-"""Tests of train.environments: tools, grading, and that cheating does not pay."""
+"""Tests of train.rl.environments: tools, grading, and that cheating does not pay."""
 
 import json
 import pathlib
@@ -12,9 +12,9 @@ import pytest
 from hypothesis import strategies as st
 
 from m1_jax import tokenizer as tokenizer_lib
-from train import chat
-from train import sample as sample_lib
-from train.environments import base, bugs, files, lookup, repair
+from train.data import chat
+from train.rl import sample as sample_lib
+from train.rl.environments import base, bugs, files, lookup, repair
 
 DEMO = pathlib.Path(__file__).parents[1] / "demo" / "data"
 
@@ -329,7 +329,7 @@ def test_every_bug_shows_in_either_kind_of_case(function, bug):
 
 
 def test_with_the_runner_itself():
-    pytest.importorskip("train.rewards.runner")
+    pytest.importorskip("train.rl.rewards.runner")
     task = repair.tasks(1, 0)[0]
     environment = repair.Repair()
     environment.start(task)

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from train import advantages, groups, rl_config, rollout, tasks, windows
-from train import sample as sample_lib
-from train.rewards import length_bias
+from train.rl import advantages, groups, length_schedule, rollout, tasks
+from train.rl import config as rl_config
+from train.rl import sample as sample_lib
+from train.rl.rewards import length_bias
 
 SIZE = 3
 TASKS = [sample_lib.Task(f"t{i}", ({"role": "user", "content": str(i)},), "s") for i in range(8)]
@@ -113,7 +114,7 @@ def by_task(flat):
 
 def config(number=2, **changes):
     more = {k: changes.pop(k) for k in ("pass_rates", "curriculum", "length_bias") if k in changes}
-    limits = windows.LengthSchedule((changes.pop("window", 20),))
+    limits = length_schedule.LengthSchedule((changes.pop("window", 20),))
     fields = {"group_size": SIZE, **changes}
     return rl_config.RlConfig(
         checkpoint="c", batches=9, sources=(tasks.TaskSource("s", "s.jsonl"),),

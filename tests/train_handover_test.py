@@ -7,8 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from m1_jax import ModelConfig, checkpoint, sharding
-from train import handover, lora, optim, step
+from m1_jax import ModelConfig, sharding
+from m1_jax.checkpoints import load as load_lib
+from train import lora, optim, step
+from train.rl import weight_sync
 
 CONFIG = dataclasses.replace(
     ModelConfig.tiny(),
@@ -21,7 +23,7 @@ KEY = jax.random.key(0)
 
 
 def values(model):
-    return {name: param.get_value() for name, param in checkpoint.params_by_path(model).items()}
+    return {name: param.get_value() for name, param in load_lib.params_by_path(model).items()}
 
 
 def assert_handed_over(trained, served, dtype):
@@ -42,9 +44,9 @@ ZEROS = jax.jit(lambda tree: jax.tree.map(lambda x: x * 0, tree), donate_argnums
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_the_samplers_copy_outlives_the_trainers_state(dtype):
-    model = checkpoint.random_model(CONFIG, KEY, dtype, jnp.float32)
+    model = load_lib.random_model(CONFIG, KEY, dtype, jnp.float32)
     kept = jax.tree.map(jnp.copy, model)
-    hand_over = handover.WeightSync(CONFIG, dtype)
+    hand_over = weight_sync.WeightSync(CONFIG, dtype)
     state = step.init_state(model, optim.AdamW(1e-2))
     served = hand_over(state.model)
     after = ZEROS(state)  # as an update does, into the same memory
@@ -60,15 +62,15 @@ def test_the_samplers_copy_outlives_the_trainers_state(dtype):
 
 def test_adapters_are_merged_for_the_sampler():
     model = lora.add_adapters(
-        checkpoint.random_model(CONFIG, KEY, jnp.float32), lora.LoraConfig(2, 4.0), KEY
+        load_lib.random_model(CONFIG, KEY, jnp.float32), lora.LoraConfig(2, 4.0), KEY
     )
-    for name, param in checkpoint.params_by_path(model).items():
+    for name, param in load_lib.params_by_path(model).items():
         if name.endswith("adapter.b"):
             param.set_value(jax.random.normal(KEY, param.shape))
-    served = handover.WeightSync(CONFIG, jnp.dtype(jnp.float32))(model)
+    served = weight_sync.WeightSync(CONFIG, jnp.dtype(jnp.float32))(model)
     merged = lora.merge_adapters(model)
     assert_handed_over(merged, served, jnp.float32)
-    base = values(checkpoint.random_model(CONFIG, KEY, jnp.float32))
+    base = values(load_lib.random_model(CONFIG, KEY, jnp.float32))
     changed = {name for name, value in values(served).items() if (value != base[name]).any()}
     assert changed
     assert changed < set(base)
@@ -81,13 +83,15 @@ def test_adapters_are_merged_for_the_sampler():
 def test_from_the_trainers_mesh_to_the_samplers(sizes):
     mesh = sharding.make_mesh({"fsdp": 4, "expert": 2})
     layout = sharding.make_layout(mesh, CONFIG, sharding.TRAIN)
-    model = checkpoint.random_model(CONFIG, KEY, jnp.bfloat16, jnp.float32, layout)
-    serving = sharding.make_layout(handover.make_serving_mesh(mesh, sizes), CONFIG, sharding.DECODE)
+    model = load_lib.random_model(CONFIG, KEY, jnp.bfloat16, jnp.float32, layout)
+    serving = sharding.make_layout(
+        weight_sync.make_serving_mesh(mesh, sizes), CONFIG, sharding.DECODE
+    )
     assert serving.mesh.devices.flat[:].tolist() == mesh.devices.flat[:].tolist()
-    served = handover.WeightSync(CONFIG, jnp.dtype(jnp.bfloat16), serving)(model)
+    served = weight_sync.WeightSync(CONFIG, jnp.dtype(jnp.bfloat16), serving)(model)
     assert_handed_over(model, served, jnp.bfloat16)
     assert served.layout == serving
-    wanted = values(checkpoint.abstract_model(CONFIG, jnp.bfloat16, layout=serving))
+    wanted = values(load_lib.abstract_model(CONFIG, jnp.bfloat16, layout=serving))
     for name, value in values(served).items():
         assert value.sharding.is_equivalent_to(wanted[name].sharding, value.ndim), name
         assert (value.shape, value.dtype) == (wanted[name].shape, wanted[name].dtype)
@@ -96,12 +100,12 @@ def test_from_the_trainers_mesh_to_the_samplers(sizes):
 
 def test_meshes_of_the_sampler():
     mesh = sharding.make_mesh({"fsdp": 4, "expert": 2})
-    plain = handover.make_serving_mesh(mesh, ())
+    plain = weight_sync.make_serving_mesh(mesh, ())
     assert dict(plain.shape) == dict.fromkeys(sharding.MESH_AXES, 1) | {"expert": 8}
-    cut = handover.make_serving_mesh(mesh, (("tensor", 2), ("data", 4)))
+    cut = weight_sync.make_serving_mesh(mesh, (("tensor", 2), ("data", 4)))
     assert dict(cut.shape) == dict.fromkeys(sharding.MESH_AXES, 1) | {"tensor": 2, "data": 4}
-    assert handover.make_serving_mesh(None, ()) is None
-    assert handover.make_serving_mesh(None, {"expert": 1}) is None
+    assert weight_sync.make_serving_mesh(None, ()) is None
+    assert weight_sync.make_serving_mesh(None, {"expert": 1}) is None
 
 
 @pytest.mark.parametrize(
@@ -110,6 +114,6 @@ def test_meshes_of_the_sampler():
 def test_meshes_that_cannot_be(sizes):
     mesh = sharding.make_mesh({"fsdp": 8})
     with pytest.raises(ValueError, match=r"serving mesh: got .*; wanted .* the trainer's 8 dev"):
-        handover.make_serving_mesh(mesh, sizes)
+        weight_sync.make_serving_mesh(mesh, sizes)
     with pytest.raises(ValueError, match="the trainer's 1 devices"):
-        handover.make_serving_mesh(None, sizes)
+        weight_sync.make_serving_mesh(None, sizes)

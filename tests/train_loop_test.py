@@ -12,8 +12,9 @@ import jax
 import numpy as np
 import pytest
 
-from m1_jax import ModelConfig, checkpoint, configlib
-from train import checkpoints, data, loop, metrics, optim, sft, step, workdir
+from m1_jax import ModelConfig, configlib
+from m1_jax.checkpoints import load as load_lib
+from train import checkpoints, loop, metrics, optim, sft, step, workdir
 from train.config import (
     DataConfig,
     DataSource,
@@ -23,6 +24,7 @@ from train.config import (
     TrainConfig,
     TrainStage,
 )
+from train.data import stream
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 MODEL = dataclasses.replace(
@@ -89,7 +91,7 @@ def _weights(workdir, config):
 
 
 def _state():
-    model = checkpoint.random_model(MODEL, jax.random.key(0), "float32")
+    model = load_lib.random_model(MODEL, jax.random.key(0), "float32")
     return step.init_state(model, optim.AdamW(1.0))
 
 
@@ -255,7 +257,7 @@ def test_data_that_changed_since_the_checkpoint_is_refused(tmp_path):
     )
     loop.run_training(config, tmp_path / "run")
     file.write_text("".join(lines[1:]))
-    with pytest.raises(data.DataError, match="changed|fingerprint"):
+    with pytest.raises(stream.DataError, match="changed|fingerprint"):
         loop.run_training(config, tmp_path / "run")
 
 

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 
 import m1_jax
-from m1_jax import checkpoint, convert, export, sharding, testing
-from train import frozen, lora, optim, step
+from m1_jax import convert, sharding, testing
+from m1_jax.checkpoints import load as load_lib
+from m1_jax.checkpoints import save as save_lib
+from train import lora, optim, step, trainable
 
 ROWS, LENGTH, VOCAB = 4, 12, 512
 _HF = testing.tiny_config(attn_type_list=[0, 1], num_local_experts=4)
@@ -47,11 +49,11 @@ def _moved(model):
 
 
 def _int8(config):
-    return checkpoint.abstract_model(config, weights="int8-all")
+    return load_lib.abstract_model(config, weights="int8-all")
 
 
 def _adapters(model):
-    return {k: v for k, v in checkpoint.params_by_path(model).items() if ".adapter." in k}
+    return {k: v for k, v in load_lib.params_by_path(model).items() if ".adapter." in k}
 
 
 def _batch():
@@ -74,7 +76,7 @@ def _gradients(model, batch, settings):
 
 
 def _values(model):
-    return {name: np.asarray(p.get_value()) for name, p in checkpoint.params_by_path(model).items()}
+    return {name: np.asarray(p.get_value()) for name, p in load_lib.params_by_path(model).items()}
 
 
 # ---- the model
@@ -85,7 +87,7 @@ def test_at_first_nothing_changes(base):
     model = _adapted(base)
     np.testing.assert_array_equal(model(tokens), base(tokens))
     assert not _adapters(base)
-    assert frozen.partition(base)[1].head.kernel.get_value() is None  # base itself is not frozen
+    assert trainable.partition(base)[1].head.kernel.get_value() is None  # base itself is not frozen
 
 
 def test_adapters_are_where_they_are_asked_for(base):
@@ -102,7 +104,7 @@ def test_adapters_are_where_they_are_asked_for(base):
 def test_a_shared_expert_may_have_adapters():
     hf = testing.tiny_config(attn_type_list=[0], shared_intermediate_size=8)
     config = m1_jax.ModelConfig.from_hf(hf)
-    model = checkpoint.random_model(config, jax.random.key(0), jnp.float32)
+    model = load_lib.random_model(config, jax.random.key(0), jnp.float32)
     model = _adapted(model, lora.LoraConfig(modules=r"shared\."))
     assert {name.rsplit(".", 2)[0] for name in _adapters(model)} == {
         f"layers.0.moe.shared.{name}" for name in ("gate", "up", "down")
@@ -175,9 +177,9 @@ def test_merged_weights_give_the_same_logits(base):
 def test_the_merged_model_is_saved_and_exported(source, base, tmp_path):
     model, tokens = _moved(_adapted(base)), _batch().tokens
     with pytest.raises(ValueError, match="adapter"):
-        export.save(model, tmp_path / "saved", source)
+        save_lib.save(model, tmp_path / "saved", source)
     merged = lora.merge_adapters(model)
-    saved = export.save(merged, tmp_path / "saved", source)
+    saved = save_lib.save(merged, tmp_path / "saved", source)
     back = convert.run(
         convert.ConvertConfig("hf", str(saved), str(tmp_path / "back"), progress=False)
     )

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from train import correction, objective, rl_metrics
+from train.rl import metrics as rl_metrics
+from train.rl import objective, rollout_correction
 
 PRESETS = objective.PRESETS
 CISPO = PRESETS["cispo"]
@@ -244,11 +245,13 @@ SPLIT = [
         entropy_coef=0.01,
         aggregation="mix",
         mix_lambda=0.3,
-        correction=correction.RolloutCorrection("sequence", "mask", 0.5, 1.5, veto=0.3),
+        correction=rollout_correction.RolloutCorrection("sequence", "mask", 0.5, 1.5, veto=0.3),
         off_policy_max=0.3,
     ),
     dataclasses.replace(
-        CISPO, aggregation="prompt-mean", correction=correction.RolloutCorrection("geometric")
+        CISPO,
+        aggregation="prompt-mean",
+        correction=rollout_correction.RolloutCorrection("geometric"),
     ),
 ]
 
@@ -411,7 +414,9 @@ def test_rloo_is_reinforce_whatever_the_ratio():
 
 
 def test_a_correction_is_normalised_by_the_whole_step():
-    options = dataclasses.replace(CISPO, correction=correction.RolloutCorrection(normalise=True))
+    options = dataclasses.replace(
+        CISPO, correction=rollout_correction.RolloutCorrection(normalise=True)
+    )
     terms = dataclasses.replace(shared(CISPO), logp_rollout=jnp.asarray(OLD - 0.5))
     with pytest.raises(ValueError, match="without weight_mean"):
         objective.compute_loss(options, terms)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from train import correction, objective
+from train.rl import objective, rollout_correction
 
 CISPO = objective.PRESETS["cispo"]
 OFF = dataclasses.replace(CISPO, is_weight_max=None)
@@ -85,7 +85,7 @@ def test_t3_with_and_without_the_samplers_weight():
     terms = rows(logp, a, old=old, coefficients=third, logp_rollout=gen)
     near(value_and_grad(bounds(0.8, 1.2), terms)[0], 0.59379733)
     options = dataclasses.replace(
-        bounds(0.8, 1.2), correction=correction.RolloutCorrection(high=None)
+        bounds(0.8, 1.2), correction=rollout_correction.RolloutCorrection(high=None)
     )
     near(value_and_grad(options, terms)[0], 0.11368688)
 
@@ -187,7 +187,7 @@ def test_an_empty_sample_counts_and_no_divisor_is_below_one():
         ({"dual_clip": 3.0}, "cispo with dual_clip"),
         ({"ratio": "sequence"}, "cispo with ratio 'sequence'"),
         (
-            {"anchor": "rollout", "correction": correction.RolloutCorrection()},
+            {"anchor": "rollout", "correction": rollout_correction.RolloutCorrection()},
             "mismatch of sampler",
         ),
         ({"aggregation": "seq-sum-const"}, "with length_max None"),

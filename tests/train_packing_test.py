@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from train import packing
+from train.data import packing
 
 
 def document(length: int, number: int = 0) -> packing.TokenizedDocument:

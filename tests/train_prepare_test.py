@@ -7,7 +7,8 @@ import sys
 import pytest
 
 from m1_jax import testing
-from train import prepare, sources
+from train import prepare
+from train.data import records as records_lib
 
 RECORDS = [{"text": f"number {i}"} for i in range(9)] + [
     {
@@ -31,7 +32,7 @@ def config(folder, **changes):
 
 
 def read(folder):
-    records = sources.RecordFiles("s", str(folder))
+    records = records_lib.RecordFiles("s", str(folder))
     found = [records.read(i) for i in range(len(records))]
     records.close()
     return found
@@ -100,7 +101,7 @@ def test_a_bad_record_is_named_and_leaves_no_result(src):
         ('{"text": "\\ud800"}', "surrogate"),
     ):
         (src / "b.jsonl").write_text('{"text": "a"}\n' + line + "\n")
-        with pytest.raises(sources.DataError, match=rf"b\.jsonl:2: .*{message}"):
+        with pytest.raises(records_lib.DataError, match=rf"b\.jsonl:2: .*{message}"):
             prepare.run(config(src, shards=1, dst=f"{src}/{message}"))
         assert not (src / message).exists()
 
@@ -117,7 +118,7 @@ def test_settings_that_are_refused(src):
     (src / "out").mkdir()
     with pytest.raises(FileExistsError, match="out exists"):
         prepare.run(config(src))
-    with pytest.raises(sources.DataError, match="where there is no file"):
+    with pytest.raises(records_lib.DataError, match="where there is no file"):
         prepare.run(config(src, src=f"{src}/*.parquet", dst=f"{src}/new"))
 
 

@@ -7,8 +7,8 @@ import time
 
 import pytest
 
-from train import sample as sample_lib
-from train.rewards import catalog, compose
+from train.rl import sample as sample_lib
+from train.rl.rewards import catalog, compose
 
 # What an outside reward does, chosen by the sample's text.
 _FUNCTIONS = """

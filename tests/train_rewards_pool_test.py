@@ -11,8 +11,8 @@ import time
 
 import pytest
 
-from train import sample as sample_lib
-from train.rewards import pool
+from train.rl import sample as sample_lib
+from train.rl.rewards import pool
 
 # In a worker: no module of tests is importable, so functions come from a folder on sys.path.
 _FUNCTIONS = '''
@@ -86,10 +86,10 @@ def test_calls_return_and_reuse_the_worker(one, functions):
 
 
 def test_worker_never_imports_jax(one, functions):
-    _value(one, "train.rewards.mathematics:grade", "Answer: 1", "1")
+    _value(one, "train.rl.rewards.mathematics:grade", "Answer: 1", "1")
     task = sample_lib.Task("1", (), "s")
     sample = sample_lib.Sample(task, (1,), text="x")
-    assert _value(one, "train.rewards.adapters:call", functions + "length", {}, sample) == 1
+    assert _value(one, "train.rl.rewards.adapters:call", functions + "length", {}, sample) == 1
     loaded = _value(one, functions + "modules")
     assert "math_verify" in loaded
     assert not [name for name in loaded if name.split(".")[0] in ("jax", "jaxlib", "flax", "grain")]
@@ -189,7 +189,7 @@ def test_close_kills_what_runs_and_cancels_what_waits(functions):
 def test_workers_die_with_the_trainer(functions, tmp_path):
     source = (
         f"import sys; sys.path.append({sys.path[-1]!r})\n"
-        "from train.rewards import pool\n"
+        "from train.rl.rewards import pool\n"
         "workers = pool.Pool(1, 60)\n"
         f"print(workers.submit('{functions}pid').result(), flush=True)\n"
         f"workers.submit('{functions}hang').result()\n"

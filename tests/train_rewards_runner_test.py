@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from train.rewards import runner
+from train.rl.rewards import runner
 
 LIMITS = runner.Limits(
     cpu_secs=5, wall_secs=15, memory_bytes=2**28, output_bytes=10_000, processes=12
@@ -230,7 +230,7 @@ def test_root_gives_up_its_rights():
 def test_program_dies_with_its_caller(tmp_path):
     mark = f"mark-{os.getpid()}-{time.monotonic_ns()}"
     source = (
-        "from train.rewards import runner\n"
+        "from train.rl.rewards import runner\n"
         f"runner.run({{}}, ['sh', '-c', 'sleep 1000; : {mark}'], runner.Limits(wall_secs=60))"
     )
     caller = subprocess.Popen(

@@ -11,8 +11,8 @@ import time
 
 import pytest
 
-from train import sample as sample_lib
-from train.rewards import client, coding, compose, generative, length_bias, remote, runner
+from train.rl import sample as sample_lib
+from train.rl.rewards import client, coding, compose, generative, length_bias, remote, runner
 
 
 class _Server:

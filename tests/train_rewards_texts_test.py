@@ -5,8 +5,9 @@ import json
 
 import pytest
 
-from train import sample as sample_lib
-from train.rewards import answer, curriculum, format, tool_calls
+from train.rl import curriculum
+from train.rl import sample as sample_lib
+from train.rl.rewards import answer, format, tool_calls
 
 
 def _sample(text, label="5", status="stop", **metadata):

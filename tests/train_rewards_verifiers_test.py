@@ -5,8 +5,8 @@ import sys
 
 import pytest
 
-from train import sample as sample_lib
-from train.rewards import adapters, catalog, coding, logic, mathematics, pool, runner
+from train.rl import sample as sample_lib
+from train.rl.rewards import adapters, catalog, coding, logic, mathematics, pool, runner
 
 _FOREIGN = """
 import numpy

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import strategies as st
 
 from m1_jax import ModelConfig, sharding
-from train import rl_batch
-from train import sample as sample_lib
+from train.rl import batch as rl_batch
+from train.rl import sample as sample_lib
 
 TASK = sample_lib.Task("t", (), "s")
 SEQ_LEN = 12

@@ -4,7 +4,8 @@ import dataclasses
 
 import pytest
 
-from train import objective, rl_config, rl_flags, tasks, windows
+from train.rl import config as rl_config
+from train.rl import length_schedule, objective, slime_overrides, tasks
 
 
 def config(**changes):
@@ -12,7 +13,9 @@ def config(**changes):
         "checkpoint": "c",
         "batches": 3,
         "sources": (tasks.TaskSource("a", "a.jsonl"), tasks.TaskSource("b", "b.jsonl")),
-        "rollout": rl_config.RolloutConfig(4, windows.LengthSchedule((64, 96)), 32, group_size=2),
+        "rollout": rl_config.RolloutConfig(
+            4, length_schedule.LengthSchedule((64, 96)), 32, group_size=2
+        ),
         "update": rl_config.UpdateConfig(1e-6, minibatches=2),
         "rewards": rl_config.RewardsConfig(
             sources=(("a", (("exact", 1.0, ()),)), ("b", (("format", 1.0, ()),)))
@@ -66,7 +69,7 @@ def test_parts_out_of_range(part, wrong):
             {
                 "agent": rl_config.AgentConfig("lookup"),
                 "rollout": rl_config.RolloutConfig(
-                    2, windows.LengthSchedule((9,)), 9, partial_tokens=5
+                    2, length_schedule.LengthSchedule((9,)), 9, partial_tokens=5
                 ),
             },
             "0 with an agent",
@@ -90,7 +93,7 @@ def test_without_a_curriculum_sources_weigh_the_same():
 
 
 def change(command, **changes):
-    return rl_flags.apply_flags(config(**changes), command.split())
+    return slime_overrides.apply_flags(config(**changes), command.split())
 
 
 def test_no_flag_changes_nothing():

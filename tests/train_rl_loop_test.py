@@ -9,9 +9,13 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from m1_jax import ModelConfig, checkpoint, export
-from train import checkpoints, metrics, rl_loop, rollout
-from train.rl_config import (
+from m1_jax import ModelConfig
+from m1_jax.checkpoints import load as load_lib
+from m1_jax.checkpoints import save as save_lib
+from train import checkpoints, metrics
+from train.rl import loop as rl_loop
+from train.rl import rollout
+from train.rl.config import (
     PRESETS,
     LengthSchedule,
     LogConfig,
@@ -42,10 +46,10 @@ ENGINE = (
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
     """A checkpoint of random weights."""
-    model = checkpoint.random_model(MODEL, jax.random.key(0), jnp.float32)
+    model = load_lib.random_model(MODEL, jax.random.key(0), jnp.float32)
     directory = tmp_path_factory.mktemp("start") / "model"
-    export.save(model, directory, None, jnp.float32)
-    export.copy_small_files(ROOT / "demo/data/tokenizer", directory)
+    save_lib.save(model, directory, None, jnp.float32)
+    save_lib.copy_small_files(ROOT / "demo/data/tokenizer", directory)
     return str(directory)
 
 

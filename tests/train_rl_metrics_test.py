@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from train import objective, rl_metrics
+from train.rl import metrics as rl_metrics
+from train.rl import objective
 
 CISPO, DAPO = objective.PRESETS["cispo"], objective.PRESETS["dapo"]
 RATIO = np.array([[1, 1.5, 0.5, 8], [2, 0.9, 0.7, 1.25]])

@@ -10,16 +10,18 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from train import groups, processes, sources, tasks, windows
-from train import sample as sample_lib
-from train.environments import catalog, lookup
+from m1_jax import multihost
+from train.data import records as records_lib
+from train.rl import groups, length_schedule, tasks
+from train.rl import sample as sample_lib
+from train.rl.environments import catalog, lookup
 
 # ---- windows
 
 
 def test_the_window_grows_when_answers_fill_it_and_their_perplexity_stays():
-    stage = windows.LengthStage(
-        windows.LengthSchedule((100, 200), near=0.9, tolerance=0.1, patience=3)
+    stage = length_schedule.LengthStage(
+        length_schedule.LengthSchedule((100, 200), near=0.9, tolerance=0.1, patience=3)
     )
     assert [stage.push(90, nll) for nll in (1.0, 1.05)] == [False, False]  # too few batches
     assert stage.window_tokens == 100
@@ -30,7 +32,9 @@ def test_the_window_grows_when_answers_fill_it_and_their_perplexity_stays():
 
 
 def test_the_window_waits_for_a_perplexity_that_still_falls():
-    stage = windows.LengthStage(windows.LengthSchedule((8, 16, 32), tolerance=0.1, patience=2))
+    stage = length_schedule.LengthStage(
+        length_schedule.LengthSchedule((8, 16, 32), tolerance=0.1, patience=2)
+    )
     assert not any(stage.push(8, nll) for nll in (2.0, 1.5, 1.2, 1.0))
     assert stage.push(8, 0.95)
     assert not stage.push(16, 0.95)  # what was before this window does not count
@@ -38,8 +42,8 @@ def test_the_window_waits_for_a_perplexity_that_still_falls():
 
 
 def test_a_window_goes_on_from_its_state():
-    config = windows.LengthSchedule((8, 16, 32), tolerance=0.1, patience=3)
-    one, other = windows.LengthStage(config), windows.LengthStage(config)
+    config = length_schedule.LengthSchedule((8, 16, 32), tolerance=0.1, patience=3)
+    one, other = length_schedule.LengthStage(config), length_schedule.LengthStage(config)
     for nll in (1.0, 1.0, 1.0, 1.1, 1.1):
         one.push(16, nll)
     assert one.index == 1
@@ -58,7 +62,7 @@ def test_a_window_goes_on_from_its_state():
 )  # fmt: skip
 def test_windows_of_no_use_are_refused(wrong):
     with pytest.raises(ValueError, match="windows.*wanted"):
-        windows.LengthSchedule(**{"tokens": (8, 16)} | wrong)
+        length_schedule.LengthSchedule(**{"tokens": (8, 16)} | wrong)
 
 
 # ---- tasks
@@ -132,7 +136,7 @@ def test_tools_are_lists_or_their_json(tmp_path, read):
     assert [some[i].tools for i in range(3)] == [(), (TOOL,), (TOOL,)]
     for wrong in ("get", {"name": "get"}, ["get"], 3):
         path = write(tmp_path / "b.jsonl", {"prompt": "p", "tools": wrong})
-        with pytest.raises(sources.DataError, match=r"b\.jsonl.*got the tools.*wanted a list"):
+        with pytest.raises(records_lib.DataError, match=r"b\.jsonl.*got the tools.*wanted a list"):
             read(tasks.TaskSource("s", path))[0]
 
 
@@ -164,7 +168,7 @@ def test_tasks_of_a_table(tmp_path, read):
     ],
 )
 def test_tasks_that_cannot_be_read(tmp_path, read, record, keys, message):
-    with pytest.raises(sources.DataError, match=message):
+    with pytest.raises(records_lib.DataError, match=message):
         read(tasks.TaskSource("s", write(tmp_path / "a.jsonl", record), keys))[0]
 
 
@@ -194,7 +198,7 @@ def test_made_tasks_are_the_same_again():
     prints = json.loads(json.dumps(one.fingerprint()))
     other.check_fingerprint(prints)
     changed = tasks.open_tasks(dataclasses.replace(source, seed=4))
-    with pytest.raises(sources.DataError, match="as the run began with"):
+    with pytest.raises(records_lib.DataError, match="as the run began with"):
         changed.check_fingerprint(prints)
 
 
@@ -203,7 +207,7 @@ def test_files_are_told_from_others(tmp_path, read):
     prints = json.loads(json.dumps(read(source).fingerprint()))
     read(source).check(prints)
     write(tmp_path / "a.jsonl", {"prompt": "q"})
-    with pytest.raises(sources.DataError, match=r"a\.jsonl changed since the checkpoint"):
+    with pytest.raises(records_lib.DataError, match=r"a\.jsonl changed since the checkpoint"):
         read(source).check(prints)
 
 
@@ -248,14 +252,14 @@ def test_all_processes_hear_what_the_first_says(monkeypatch, size):
         assert not array.any()
         return heard
 
-    assert processes.broadcast_object(value) is value  # alone
-    monkeypatch.setattr(processes, "_CHUNK_BYTES", 128)
+    assert multihost.broadcast_object(value) is value  # alone
+    monkeypatch.setattr(multihost, "_CHUNK_BYTES", 128)
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    monkeypatch.setattr(processes.multihost_utils, "broadcast_one_to_all", tell)
-    said = [processes.broadcast_object(value)]
+    monkeypatch.setattr(multihost.multihost_utils, "broadcast_one_to_all", tell)
+    said = [multihost.broadcast_object(value)]
     assert max(array.size for array in sent) <= 128
     monkeypatch.setattr(jax, "process_index", lambda: 1)
-    said.append(processes.broadcast_object(None))
+    said.append(multihost.broadcast_object(None))
     assert not sent
     for one in said:
         assert one["text"] == value["text"]

@@ -11,7 +11,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from m1_jax import ModelConfig, checkpoint, export
+from m1_jax import ModelConfig
+from m1_jax.checkpoints import load as load_lib
+from m1_jax.checkpoints import save as save_lib
 from train import metrics
 
 WORKER = pathlib.Path(__file__).with_name("rl_worker.py")
@@ -21,10 +23,10 @@ ROOT = WORKER.parents[1]
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
     """A checkpoint of random weights."""
-    model = checkpoint.random_model(ModelConfig.tiny(), jax.random.key(0), jnp.float32)
+    model = load_lib.random_model(ModelConfig.tiny(), jax.random.key(0), jnp.float32)
     directory = tmp_path_factory.mktemp("start") / "model"
-    export.save(model, directory, None, jnp.float32)
-    export.copy_small_files(ROOT / "demo/data/tokenizer", directory)
+    save_lib.save(model, directory, None, jnp.float32)
+    save_lib.copy_small_files(ROOT / "demo/data/tokenizer", directory)
     return str(directory)
 
 

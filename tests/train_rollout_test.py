@@ -10,10 +10,11 @@ import jax.numpy as jnp
 import pytest
 
 from infer import config as engine_config
-from m1_jax import ModelConfig, checkpoint, testing
+from m1_jax import ModelConfig, testing
 from m1_jax import tokenizer as tokenizer_lib
-from train import groups, rollout
-from train import sample as sample_lib
+from m1_jax.checkpoints import load as load_lib
+from train.rl import groups, rollout
+from train.rl import sample as sample_lib
 
 CONFIG = dataclasses.replace(
     ModelConfig.tiny(),
@@ -40,7 +41,7 @@ def tokenizer(tmp_path_factory):
 @pytest.fixture(scope="module")
 def models():
     """Two models of one shape."""
-    return [checkpoint.random_model(CONFIG, jax.random.key(n), jnp.float32) for n in range(2)]
+    return [load_lib.random_model(CONFIG, jax.random.key(n), jnp.float32) for n in range(2)]
 
 
 @pytest.fixture(scope="module")

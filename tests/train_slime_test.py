@@ -4,11 +4,11 @@ import dataclasses
 
 import pytest
 
-from train import correction, objective, slime
+from train.rl import objective, rollout_correction, slime_flags
 
 
 def run(command):
-    return slime.translate_flags(slime.parse_flags(command.split()))
+    return slime_flags.translate_flags(slime_flags.parse_flags(command.split()))
 
 
 @pytest.mark.parametrize(
@@ -66,10 +66,10 @@ def test_other_parts_of_the_objective():
         "--use-tis --tis-clip 3 --tis-clip-low .5 --use-kl-loss --kl-loss-coef 0.01 "
         "--kl-loss-type low_var_kl --entropy-coef .001 --disable-grpo-std-normalization"
     ).objective
-    assert got.correction == correction.RolloutCorrection("token", "truncate", 0.5, 3.0)
+    assert got.correction == rollout_correction.RolloutCorrection("token", "truncate", 0.5, 3.0)
     assert (got.kl_coef, got.kl_kind, got.kl_max) == (0.01, "k3", 10.0)
     assert (got.entropy_coef, got.advantage) == (0.001, "mean")
-    assert run("--use-tis").objective.correction == correction.RolloutCorrection(high=2.0)
+    assert run("--use-tis").objective.correction == rollout_correction.RolloutCorrection(high=2.0)
     assert run("--use-rollout-logprobs").objective.anchor == "rollout"
     got = run("--advantage-estimator reinforce_plus_plus --gamma .9 --kl-coef .1").objective
     assert (got.discount, got.reward_kl_coef, got.kl_coef) == (0.9, 0.1, 0)
@@ -92,8 +92,8 @@ def test_options_by_our_names():
         "temperature": 0.9,
         "apply_chat_template": True,
     }
-    assert slime.translate_flags({"n_samples_per_prompt": "8"}).options == {"group_size": 8}
-    assert slime.translate_flags({"--lr": 1e-6}).options == {"learning_rate": 1e-6}
+    assert slime_flags.translate_flags({"n_samples_per_prompt": "8"}).options == {"group_size": 8}
+    assert slime_flags.translate_flags({"--lr": 1e-6}).options == {"learning_rate": 1e-6}
 
 
 @pytest.mark.parametrize(
@@ -134,15 +134,15 @@ def test_mistakes_are_refused(command, message):
 
 def test_descriptions():
     mix = dataclasses.replace(objective.PRESETS["cispo"], aggregation="mix", mix_lambda=0.5)
-    assert "mix (0.5 by sample: our reading of M1 section 5)" in slime.describe_objective(mix)
-    assert "weight 1;" in slime.describe_objective(objective.PRESETS["rloo"])
+    assert "mix (0.5 by sample: our reading of M1 section 5)" in slime_flags.describe_objective(mix)
+    assert "weight 1;" in slime_flags.describe_objective(objective.PRESETS["rloo"])
     literal = dataclasses.replace(objective.PRESETS["cispo"], aggregation="prompt-mean")
-    assert "most implementations: token-mean" in slime.describe_objective(literal)
+    assert "most implementations: token-mean" in slime_flags.describe_objective(literal)
 
 
 def test_metadata_is_a_dict_and_a_list_is_of_tool_calls():
-    assert slime.parse_metadata([{"name": "f"}]) == {"tool_calls": [{"name": "f"}]}
-    assert slime.parse_metadata({"a": 1}) == {"a": 1}
-    assert slime.parse_metadata(None) == {}
+    assert slime_flags.parse_metadata([{"name": "f"}]) == {"tool_calls": [{"name": "f"}]}
+    assert slime_flags.parse_metadata({"a": 1}) == {"a": 1}
+    assert slime_flags.parse_metadata(None) == {}
     with pytest.raises(ValueError, match="metadata: got str 'x'"):
-        slime.parse_metadata("x")
+        slime_flags.parse_metadata("x")

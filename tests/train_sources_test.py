@@ -13,7 +13,7 @@ import pytest
 from array_record.python import array_record_module
 from fsspec.implementations import memory
 
-from train import sources
+from train.data import records as records_lib
 
 
 def write_jsonl(path, records):
@@ -43,14 +43,14 @@ def write_parquet(path, records, rows=7):
 )
 def test_a_bad_file_is_named(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(sources.DataError, match=f"{name}: .*{message}"):
-        sources.RecordFiles("s", str(tmp_path / "a.*"))
+    with pytest.raises(records_lib.DataError, match=f"{name}: .*{message}"):
+        records_lib.RecordFiles("s", str(tmp_path / "a.*"))
 
 
 def test_no_file_is_an_error(tmp_path):
     for path in (tmp_path, tmp_path / "none.jsonl", tmp_path / "*.jsonl"):
-        with pytest.raises(sources.DataError, match="there is no file; wanted files ending in"):
-            sources.RecordFiles("s", str(path))
+        with pytest.raises(records_lib.DataError, match="there is no file; wanted files ending in"):
+            records_lib.RecordFiles("s", str(path))
 
 
 def test_records_of_all_formats_are_the_same(tmp_path):
@@ -58,7 +58,7 @@ def test_records_of_all_formats_are_the_same(tmp_path):
     write_jsonl(tmp_path / "a.jsonl", records[:9])
     write_array_record(tmp_path / "b.arrayrecord", records[9:13])
     write_parquet(tmp_path / "c.parquet", records[13:], rows=1)
-    found = pickle.loads(pickle.dumps(sources.RecordFiles("s", str(tmp_path))))
+    found = pickle.loads(pickle.dumps(records_lib.RecordFiles("s", str(tmp_path))))
     assert len(found) == 20
     for i in random.Random(0).sample(range(20), 20):
         assert found.read(i) == records[i]
@@ -72,7 +72,7 @@ def test_parquet_adds_no_keys_to_conversations(tmp_path):
     tools = [{"name": "f", "parameters": {"a": 1}}, {"name": "g", "parameters": {"b": {"c": 2}}}]
     turns = [{"role": "user", "content": "?"}, {"role": "assistant", "tool_calls": [call]}]
     write_parquet(tmp_path / "a.parquet", [{"messages": turns, "tools": tools}])
-    found = sources.RecordFiles("s", str(tmp_path / "a.parquet"))
+    found = records_lib.RecordFiles("s", str(tmp_path / "a.parquet"))
     record = found.read(0)
     assert (record["messages"], record["tools"]) == (turns, tools)
     found.close()
@@ -81,7 +81,7 @@ def test_parquet_adds_no_keys_to_conversations(tmp_path):
 def test_parquet_may_hold_conversations_as_strings(tmp_path):
     record = {"messages": [{"role": "user", "content": "a"}]}
     write_parquet(tmp_path / "a.parquet", [{"messages": json.dumps(record["messages"])}])
-    found = sources.RecordFiles("s", str(tmp_path / "a.parquet"))
+    found = records_lib.RecordFiles("s", str(tmp_path / "a.parquet"))
     assert found.read(0) == record
     found.close()
 
@@ -104,7 +104,7 @@ def test_files_in_a_bucket(tmp_path, monkeypatch):
     write_parquet(tmp_path / "b.parquet", [{"text": "c"}])
     for folder, name in (("one", "a.jsonl"), ("two", "b.parquet")):
         _Bucket().pipe(f"gs://bucket/{folder}/{name}", (tmp_path / name).read_bytes())
-    records = sources.RecordFiles("s", "gs://bucket/*/*")
+    records = records_lib.RecordFiles("s", "gs://bucket/*/*")
     assert [records.read(i)["text"] for i in range(3)] == ["a", "b", "c"]
     assert records.location(1) == "gs://bucket/one/a.jsonl:2"
     assert [name for name, *_ in records.fingerprint()] == ["one/a.jsonl", "two/b.parquet"]
@@ -112,10 +112,10 @@ def test_files_in_a_bucket(tmp_path, monkeypatch):
 
 
 def test_few_files_are_open_at_once(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "_MAX_OPEN_FILES", 2)
+    monkeypatch.setattr(records_lib, "_MAX_OPEN_FILES", 2)
     for i in range(5):
         write_jsonl(tmp_path / f"{i}.jsonl", [{"text": str(i)}])
-    records = sources.RecordFiles("s", str(tmp_path))
+    records = records_lib.RecordFiles("s", str(tmp_path))
     before = len(os.listdir("/proc/self/fd")) if os.path.exists("/proc/self/fd") else None
     assert [records.read(i)["text"] for i in (0, 1, 2, 3, 4, 0)] == list("012340")
     if before is not None:

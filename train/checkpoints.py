@@ -19,8 +19,8 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from train import config as config_lib
-from train import frozen
 from train import step as step_lib
+from train import trainable
 
 
 class ResumeError(ValueError):
@@ -128,17 +128,17 @@ class CheckpointStore:
 
 def flatten_state(state: step_lib.TrainState) -> dict[str, Any]:
     """Return what a run changes of a state, by path: all leaves but frozen parameters."""
-    own = dataclasses.replace(state, model=frozen.partition(state.model)[0])
+    own = dataclasses.replace(state, model=trainable.partition(state.model)[0])
     leaves = jax.tree_util.tree_leaves_with_path(own)
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
 
 
 def unflatten_state(leaves: dict[str, Any], like: step_lib.TrainState) -> step_lib.TrainState:
     """Return another state with the leaves that `flatten_state` gave in place of its own."""
-    own, rest = frozen.partition(like.model)
+    own, rest = trainable.partition(like.model)
     shape = jax.tree.structure(dataclasses.replace(like, model=own))
     state = jax.tree.unflatten(shape, [leaves[name] for name in flatten_state(like)])
-    return dataclasses.replace(state, model=frozen.combine(state.model, rest))
+    return dataclasses.replace(state, model=trainable.combine(state.model, rest))
 
 
 @jax.jit

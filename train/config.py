@@ -5,7 +5,7 @@ import math
 
 from m1_jax import config as config_lib
 from train import lora as lora_lib
-from train import mixture
+from train.data import mixture
 
 DataSource = mixture.DataSource
 LoraConfig = lora_lib.LoraConfig

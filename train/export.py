@@ -12,9 +12,10 @@ from typing import Any
 import jax.numpy as jnp
 from absl import app, flags, logging
 
-from m1_jax import export
-from train import checkpoints, loop, lora, rl_loop
+from m1_jax.checkpoints import save as save_lib
+from train import checkpoints, loop, lora
 from train import workdir as workdir_lib
+from train.rl import loop as rl_loop
 
 
 def run(workdir, dst, step: int | None = None, dtype: str = "") -> pathlib.Path:
@@ -35,9 +36,11 @@ def run(workdir, dst, step: int | None = None, dtype: str = "") -> pathlib.Path:
             raise checkpoints.ResumeError(f"{workdir}: got step {step}; it has {there}")
         state = session.restore_state(saved, step)
     dtype = dtype or config.dtype
-    export.save(lora.merge_adapters(state.model), dst, config.checkpoint or None, jnp.dtype(dtype))
+    save_lib.save(
+        lora.merge_adapters(state.model), dst, config.checkpoint or None, jnp.dtype(dtype)
+    )
     if not config.checkpoint:
-        export.copy_small_files(pathlib.Path(config.tokenizer), pathlib.Path(dst))
+        save_lib.copy_small_files(pathlib.Path(config.tokenizer), pathlib.Path(dst))
     return pathlib.Path(dst)
 
 

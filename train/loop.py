@@ -13,13 +13,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from m1_jax import checkpoint, configlib, flops, release, sharding
 from m1_jax import config as model_config_lib
+from m1_jax import configlib, flops, sharding
 from m1_jax import tokenizer as tokenizer_lib
-from train import checkpoints, data, evaluate, lora, metrics, optim, placement
+from m1_jax.checkpoints import load as load_lib
+from m1_jax.checkpoints import release
+from train import checkpoints, evaluate, lora, metrics, optim
 from train import config as config_lib
 from train import step as step_lib
 from train import workdir as workdir_lib
+from train.data import placement
+from train.data import stream as stream_lib
 
 # What may change when a run goes on: where it computes and what it tells, never what it computes.
 _CHANGEABLE_FIELDS = re.compile(
@@ -146,7 +150,9 @@ class TrainSession:
         config = configlib.to_json(self.config)
         self.checkpoints.save(state, stream.get_state(), config)
 
-    def _log_step(self, index: int, step: int, values: dict, host_batch: data.HostBatch) -> None:
+    def _log_step(
+        self, index: int, step: int, values: dict, host_batch: stream_lib.HostBatch
+    ) -> None:
         """Log one step, and judge it."""
         values = {name: np.asarray(value) for name, value in values.items()}
         load = values.pop("expert_load")
@@ -200,7 +206,7 @@ class TrainSession:
                 )
                 number += 1
         if not totals[1].any():
-            raise data.DataError(f"evaluation: no token with weight in {number} batches")
+            raise stream_lib.DataError(f"evaluation: no token with weight in {number} batches")
         self.writer.write(self.step, "eval", evaluate.tabulate_losses(totals, names))
         self.interval_start_secs, self.interval_start_step = time.perf_counter(), self.step
 
@@ -232,7 +238,7 @@ class TrainSession:
     def _abstract_state(self, index: int) -> step_lib.TrainState:
         """Return the shapes of the state of a stage, where they lie on its mesh."""
         layout = self.layouts[index]
-        model = checkpoint.abstract_model(self.model_config, *self._dtypes(), layout)
+        model = load_lib.abstract_model(self.model_config, *self._dtypes(), layout)
         return step_lib.abstract_state(
             self._add_lora(model), self._step_settings(index, 0).optimizer
         )
@@ -241,9 +247,9 @@ class TrainSession:
         layout, (dtype, param_dtype) = self.layouts[index], self._dtypes()
         if not self.config.checkpoint:
             key = jax.random.key(self.config.seed)
-            return checkpoint.random_model(self.model_config, key, dtype, param_dtype, layout)
+            return load_lib.random_model(self.model_config, key, dtype, param_dtype, layout)
         mesh = None if layout is None else layout.mesh
-        model = checkpoint.load(self.config.checkpoint, dtype, mesh, param_dtype=param_dtype)
+        model = load_lib.load(self.config.checkpoint, dtype, mesh, param_dtype=param_dtype)
         model.config = self.model_config
         return self._add_lora(model)
 
@@ -282,7 +288,7 @@ class TrainSession:
 
     def _open_stream(
         self, index: int, batch_placement: placement.BatchPlacement | None = None, sources=None
-    ) -> data.BatchStream:
+    ) -> stream_lib.BatchStream:
         """Open the stage's data, or all of `sources` once."""
         stage, given = self.config.stages[index], self.config.data
         batch_placement = batch_placement or placement.BatchPlacement(
@@ -292,9 +298,9 @@ class TrainSession:
         if sources:
             fields |= {"sources": sources, "weights": ()}
         fields |= {"seq_len": stage.seq_len, "rows": stage.rows, "seed": self.config.seed}
-        config = data.StreamConfig(**fields)
+        config = stream_lib.StreamConfig(**fields)
         epochs = 1 if sources else None
-        return data.BatchStream(
+        return stream_lib.BatchStream(
             config,
             self.tokenizer,
             batch_placement.block_index,

@@ -21,7 +21,8 @@ from absl import app, flags
 from array_record.python import array_record_module  # pyright: ignore[reportAttributeAccessIssue]
 
 from m1_jax import tokenizer as tokenizer_lib
-from train import chat, sources
+from train.data import chat
+from train.data import records as records_lib
 
 MANIFEST_FILE = "prepare.json"
 _RECORD_KEYS = ("text", "messages", "tools")
@@ -65,14 +66,14 @@ def run(config: PrepareConfig) -> pathlib.Path:
     dst = pathlib.Path(config.dst)
     if dst.exists():
         raise FileExistsError(f"{dst} exists; wanted a new directory. Remove it or choose another.")
-    with contextlib.closing(sources.RecordFiles("--src", config.src)) as records:
+    with contextlib.closing(records_lib.RecordFiles("--src", config.src)) as records:
         partial = _write_shards(dst.with_name(dst.name + ".partial"), config, records)
     partial.rename(dst)
     return dst
 
 
 def _write_shards(
-    partial: pathlib.Path, config: PrepareConfig, records: sources.RecordFiles
+    partial: pathlib.Path, config: PrepareConfig, records: records_lib.RecordFiles
 ) -> pathlib.Path:
     if len(records) < config.shards:
         raise ValueError(f"--shards is {config.shards}; wanted at most the {len(records)} records")
@@ -135,7 +136,7 @@ def _write_shard(path, records, indices, config: PrepareConfig, encoder, bar) ->
             try:
                 line, tokens = _check_record(record, config, encoder)
             except ValueError as error:
-                raise sources.DataError(f"{records.where(index)}: {error}") from None
+                raise records_lib.DataError(f"{records.where(index)}: {error}") from None
             writer.write(line)
             if encoder is not None:
                 counts["tokens"] += tokens

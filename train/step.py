@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from m1_jax import logprobs, moe, quantize
 from m1_jax import model as model_lib
-from train import frozen, optim
+from train import optim, trainable
 
 
 @jax.tree_util.register_dataclass
@@ -77,7 +77,7 @@ def init_state(model: model_lib.MiniMaxM1, optimizer: optim.AdamW) -> TrainState
       ValueError: other parameters, whose updates would be rounded away, or int8 ones at all.
     """
     quantize.refuse_int8_weights(model)
-    trained, _ = frozen.partition(model)
+    trained, _ = trainable.partition(model)
     for leaf in jax.tree.leaves(trained):
         if leaf.dtype != jnp.float32:
             raise ValueError(
@@ -115,7 +115,7 @@ def train_step(
 def apply_gradients(state: TrainState, grads, optimizer: optim.AdamW, skip_nonfinite: bool = True):
     """Return the state after one update, and the metrics of `train_step` that are about gradients."""
     grads = constrain_shardings(grads)
-    trained, rest = frozen.partition(state.model)
+    trained, rest = trainable.partition(state.model)
     new, moments, metrics = optimizer.update(grads, state.moments, trained, state.step)
     metrics |= {f"grad_norm/{kind}": norm for kind, norm in _grad_norms(grads).items()}
     finite = jnp.isfinite(metrics["grad_norm"])
@@ -125,7 +125,7 @@ def apply_gradients(state: TrainState, grads, optimizer: optim.AdamW, skip_nonfi
             lambda new, old: jnp.where(finite, new, old), (new, moments), (trained, state.moments)
         )
     return constrain_shardings(
-        TrainState(state.step + 1, frozen.combine(new, rest), moments)
+        TrainState(state.step + 1, trainable.combine(new, rest), moments)
     ), metrics
 
 
@@ -164,11 +164,11 @@ def compute_gradients(
     loss = functools.partial(
         _microbatch_loss, coefficient=coefficient, z_coefficient=settings.z_coefficient
     )
-    trained, rest = frozen.partition(model)
+    trained, rest = trainable.partition(model)
 
     @functools.partial(jax.grad, has_aux=True)
     def function(trained, part, totals):
-        return loss(frozen.combine(trained, rest), part, totals)
+        return loss(trainable.combine(trained, rest), part, totals)
 
     if settings.accumulate == 1:
         return function(trained, batch, totals)
@@ -266,7 +266,7 @@ def abstract_state(model: model_lib.MiniMaxM1, optimizer: optim.AdamW) -> TrainS
     def is_moment(part):
         return isinstance(part, model_lib.MiniMaxM1)
 
-    trained, _ = frozen.partition(model)
+    trained, _ = trainable.partition(model)
     state = jax.eval_shape(lambda m: init_state(m, optimizer), model)
     moments = jax.tree.map(moment, state.moments, is_leaf=is_moment)
     return TrainState(moment(state.step), model, moments)

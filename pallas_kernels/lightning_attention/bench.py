@@ -21,7 +21,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.lightning_attention import api, decode_api, decode_ring, shapes
+from pallas_kernels.lightning_attention import api, shapes
+from pallas_kernels.lightning_decode import api as decode_api
+from pallas_kernels.lightning_decode import ring as decode_ring
 
 CHECKED_TOKENS = 4096
 WARM_UP = 3  # repeats that are thrown away; the first compiles

@@ -32,17 +32,10 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
 
-from pallas_kernels.lightning_attention import (
-    decode_api,
-    decode_ring,
-    shapes,
-    tiling,
-    tpu_bwd,
-    tpu_decode,
-    tpu_decode_ring,
-    tpu_fwd,
-    tpu_prefill,
-)
+from pallas_kernels.lightning_attention import shapes, tiling, tpu_bwd, tpu_fwd
+from pallas_kernels.lightning_decode import api as decode_api
+from pallas_kernels.lightning_decode import ring as decode_ring
+from pallas_kernels.lightning_decode import tpu_in_place, tpu_prefill, tpu_ring
 
 # Topology, assumed clock and HBM bandwidth of one TensorCore (kernels.md section 4).
 CHIPS = {
@@ -193,7 +186,7 @@ def count_decode(heads: int, window: int, bundles: Bundles, tile) -> tuple[float
     flush = [branch for branch in bundles.branches if branch.start in compute][-1]
     row = sum(map(len, loops)) - len(flush) * (1 - 1 / window)
     step = len(bundles.grid) - sum(map(len, bundles.loops))
-    return (step + tpu_decode.ROWS * row) / (tpu_decode.ROWS * heads), loops
+    return (step + tpu_in_place.ROWS * row) / (tpu_in_place.ROWS * heads), loops
 
 
 @dataclasses.dataclass(frozen=True)
@@ -213,12 +206,12 @@ KERNELS = {
     "lightning_decode": Kernel(
         functools.partial(trace_decode, ring=False),
         decode_ring.bytes_per_step_in_place(DECODE.head_dim),
-        functools.partial(count_decode, tpu_decode.HEADS, 1),
+        functools.partial(count_decode, tpu_in_place.HEADS, 1),
     ),
     "lightning_decode_ring": Kernel(
         functools.partial(trace_decode, ring=True),
         decode_ring.bytes_per_step(DECODE.head_dim, DECODE.window),
-        functools.partial(count_decode, tpu_decode_ring.HEADS, DECODE.window),
+        functools.partial(count_decode, tpu_ring.HEADS, DECODE.window),
     ),
     "lightning_prefill": Kernel(
         trace_prefill,

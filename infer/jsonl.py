@@ -1,0 +1,147 @@
+"""Requests as people write them: lines of files, JSON objects; and outputs as JSON.
+
+A request is {"prompt": ..., "system": ...} or {"messages": [...], "tools": [...]}. With `raw` a
+prompt is text for the model as it is, otherwise what the user says.
+"""
+
+import json
+import math
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from infer import options as options_lib
+from infer import prompt as prompt_lib
+from m1_jax import tokenizer as tokenizer_lib
+
+_PLAIN, _CHAT = ("prompt", "system"), ("messages", "tools")
+FIELDS = (*_PLAIN, *_CHAT)
+
+
+def read(path: pathlib.Path) -> list[tuple[str, str]]:
+    """Return the lines of a file that hold something, each with its place, FILE:LINE.
+
+    Raises:
+      ValueError: bytes that are not UTF-8. OSError: it cannot be read.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: got bytes that are not UTF-8: {error}") from None
+    numbered = enumerate(lines, start=1)
+    return [(f"{path}:{n}", line.removesuffix("\r")) for n, line in numbered if line.strip()]
+
+
+def parse(where: str, line: str) -> Any:
+    """Return a line's JSON; ValueError with its place if it is none."""
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}: not JSON: {error}") from None
+
+
+def conversation(where: str, value: Any, system: str | None, raw: bool) -> dict[str, Any]:
+    """Return what `encode` takes: {"prompt": ...} (raw), or {"messages": ..., "tools": ...}.
+
+    Args:
+      where: for errors. value: the request. system: system message of a prompt without its own.
+      raw: prompts are no user's messages.
+
+    Raises:
+      ValueError: other fields, or values of other kinds.
+    """
+    keys = set(value) if isinstance(value, dict) else None
+    if keys is None or not (keys <= set(_PLAIN) or keys <= set(_CHAT)):
+        got = sorted(keys) if keys else value
+        raise ValueError(
+            f'{where}: got {got!r:.80}; wanted "prompt" and "system", or "messages" and "tools"'
+        )
+    if "messages" in value:
+        if raw or system is not None:
+            raise ValueError(f"{where}: got messages with --raw or --system; wanted neither")
+        return value
+    prompt, system = value.get("prompt"), value.get("system", system)
+    for name, text in (("prompt", prompt), ("system", "x" if system is None else system)):
+        if not isinstance(text, str) or not text:
+            raise ValueError(f"{where}: {name}: got {text!r}; wanted a text that is not empty")
+    if not raw:
+        front = [] if system is None else [{"role": "system", "content": system}]
+        return {"messages": [*front, {"role": "user", "content": prompt}]}
+    if system is not None:
+        raise ValueError(f"{where}: system: got one with --raw, which has no place for it")
+    return {"prompt": prompt}
+
+
+def encode(
+    where: str, tokenizer: tokenizer_lib.Tokenizer, value: Mapping[str, Any], profile: str
+) -> list[int]:
+    """Return the token ids of what `conversation` made; ValueError if they cannot be had."""
+    try:
+        if "prompt" in value:
+            return tokenizer.encode(value["prompt"], allow_special=True)
+        return prompt_lib.encode(tokenizer, value["messages"], value.get("tools"), profile=profile)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+
+
+def check_length(
+    where: str, ids: Sequence[int], max_tokens: int, model_config: Any, max_length: int = 0
+) -> None:
+    """Raise ValueError for a prompt that is empty, too long or outside of the vocabulary.
+
+    max_length: limit of prompt and output together, beside the model's own; 0 is none.
+    """
+    own = model_config.max_position_embeddings
+    limit, remedy = own, "lower --max_tokens (the model allows no more)"
+    if 0 < max_length < own:
+        limit, remedy = max_length, "raise --max_length"
+    if not ids:
+        raise ValueError(f"{where}: got no tokens; wanted at least one")
+    if len(ids) + max_tokens > limit:
+        raise ValueError(
+            f"{where}: got {len(ids)} tokens + max_tokens {max_tokens} = {len(ids) + max_tokens}; "
+            f"wanted at most {limit}. Shorten the prompt or {remedy}."
+        )
+    bad = [token for token in ids if not 0 <= token < model_config.vocab_size]
+    if bad:
+        raise ValueError(
+            f"{where}: got token id {bad[0]}; wanted 0 to {model_config.vocab_size - 1}. "
+            "Does the tokenizer belong to this model?"
+        )
+
+
+def seed_of(seed: int, number: int) -> int:
+    """Return the seed of a run's request: a function of the run's seed and the request's number.
+
+    Number 0 has the run's own. All numbers of one run differ, and the runs of two seeds that are
+    less than 200 apart have none in common up to a million requests: multiples of 2^32 over the
+    golden ratio lie far from each other.
+    """
+    return (seed + number * 0x9E3779B9) % 2**32
+
+
+def tokens_json(tokens: Sequence[Any]) -> list[dict[str, Any]]:
+    """Return tokens of an `outputs.Output` as JSON; log-probability null is minus infinity."""
+    made = []
+    for token in tokens:
+        one = {"id": token.id, "logp": finite(token.logp), "logp_raw": finite(token.logp_raw)}
+        if token.top:
+            one["top"] = [[other, finite(logp)] for other, logp in token.top]
+        made.append(one)
+    return made
+
+
+def finite(logp: float) -> float | None:
+    return logp if math.isfinite(logp) else None
+
+
+def options(base: options_lib.Options, values: Mapping[str, Any]) -> options_lib.Options:
+    """Return options with fields replaced by JSON values; "preset" replaces all the others first.
+
+    Raises:
+      ValueError: an unknown field, or what `request.Options` refuses.
+    """
+    values = dict(values)
+    if "preset" in values:
+        base = options_lib.preset(values.pop("preset"))
+    return options_lib.from_json(values, base)

@@ -1,0 +1,1 @@
+"""What the device does next, in plain Python without JAX."""

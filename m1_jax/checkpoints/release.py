@@ -1,0 +1,219 @@
+"""Reading a release directory: config.json, safetensors shards, index; nothing is trusted.
+
+Format of a shard (safetensors): 8 bytes little-endian header length, a JSON header of dtype,
+shape and byte range per tensor, then the bytes, without gaps.
+"""
+
+import dataclasses
+import json
+import pathlib
+
+import ml_dtypes
+import numpy as np
+
+from m1_jax import config as config_lib
+from m1_jax import lightning
+from m1_jax.checkpoints import params_map
+
+INDEX_FILE = "model.safetensors.index.json"
+SINGLE_SHARD_FILE = "model.safetensors"
+DTYPES_BY_CODE = {
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
+CODES_BY_DTYPE = {dtype: code for code, dtype in DTYPES_BY_CODE.items()}
+_MAX_HEADER_BYTES = 100_000_000  # bytes; the format's own limit
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be read as what it claims to be."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ReleaseTensor:
+    """Where a tensor's bytes lie. shape is in the release's layout, start counts from byte 0."""
+
+    name: str
+    file: pathlib.Path
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    byte_offset: int
+    nbytes: int
+
+    def read(self) -> np.ndarray:
+        """Map the tensor read-only; bytes are fetched from disk when they are used."""
+        if self.nbytes == 0:
+            return np.zeros(self.shape, self.dtype)
+        raw = np.memmap(self.file, np.uint8, "r", offset=self.byte_offset, shape=(self.nbytes,))
+        return raw.view(self.dtype).reshape(self.shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class ReleaseShard:
+    """One file: its raw header and its tensors in the order of their bytes."""
+
+    file: pathlib.Path
+    header: str
+    tensors: tuple[ReleaseTensor, ...]
+
+
+class Release:
+    """A checked release directory: every tensor that the config asks for, once, and no other.
+
+    Raises:
+      CheckpointError: a missing or truncated shard, an index that disagrees with the files, or
+        tensors that do not fit config.json.
+    """
+
+    def __init__(self, directory):
+        self.directory = pathlib.Path(directory)
+        self.config = config_lib.ModelConfig.from_file(self.directory / "config.json")
+        self.shards = _read_shards(self.directory)
+        self.tensors = _collect_tensors(self.shards)
+        self.entries = params_map.list_tensor_entries(self.config)
+        self._check_names()
+
+    def _check_names(self) -> None:
+        wanted = {entry.name for entry in self.entries}
+        derived = params_map.list_derived_tensors(self.config)
+        for name in sorted(self.tensors.keys() & derived.keys()):
+            self._check_slope(name, derived[name])
+            del self.tensors[name]
+        missing, extra = wanted - self.tensors.keys(), self.tensors.keys() - wanted
+        if missing or extra:
+            raise CheckpointError(
+                f"{self.directory}: config.json and the weights disagree: "
+                f"{describe_names(missing, 'missing')}; {describe_names(extra, 'not in the model')}. "
+                "Is config.json the one that these weights were saved with?"
+            )
+
+    def _check_slope(self, name: str, layer: int) -> None:
+        """Compare a stored decay rate with ours; the rest of the constants follows from it."""
+        if not name.endswith(params_map.SLOPE_RATE.rsplit(".", 1)[1]):
+            return
+        got = self.tensors[name].read().astype(np.float32).reshape(-1)
+        wanted = lightning.decay_slopes(self.config)[layer]
+        # transformers divides by L - 1 + 1e-5: less than 1e-5 / (L - 1) of a head's slope, which
+        # is a third of a slope in a last layer and nothing elsewhere. bfloat16 storage rounds too.
+        near = 1e-5 / max(self.config.num_hidden_layers - 1, 1)
+        near *= np.asarray(lightning.alibi_slopes(wanted.size))
+        near += wanted * (1e-4 if self.tensors[name].dtype == np.float32 else 1e-2)
+        if got.shape != wanted.shape or not np.all(np.abs(got - wanted) <= near):
+            raise CheckpointError(
+                f"{name}: got decay rates {got[:3]}...; wanted {wanted[:3]}..., those of layer "
+                f"{layer} of {self.config.num_hidden_layers} with {wanted.size} heads. "
+                "Is config.json the one that these weights were saved with?"
+            )
+
+
+def _collect_tensors(shards: list[ReleaseShard]) -> dict[str, ReleaseTensor]:
+    found: dict[str, ReleaseTensor] = {}
+    for tensor in (tensor for shard in shards for tensor in shard.tensors):
+        if tensor.name in found:
+            raise CheckpointError(
+                f"{tensor.file.parent}: {tensor.name} is in {found[tensor.name].file.name} and in "
+                f"{tensor.file.name}; wanted it once. Download both again."
+            )
+        found[tensor.name] = tensor
+    return found
+
+
+def describe_names(names, label: str) -> str:
+    if not names:
+        return f"none {label}"
+    return f"{len(names)} {label}, e.g. {', '.join(sorted(names)[:3])}"
+
+
+def _read_shards(directory: pathlib.Path) -> list[ReleaseShard]:
+    index = directory / INDEX_FILE
+    if not index.exists():
+        if not (directory / SINGLE_SHARD_FILE).exists():
+            raise CheckpointError(f"{directory}: has neither {INDEX_FILE} nor {SINGLE_SHARD_FILE}")
+        return [read_shard(directory / SINGLE_SHARD_FILE)]
+    try:
+        content = json.loads(index.read_text())
+        where = {str(name): str(file) for name, file in content["weight_map"].items()}
+        total = (content.get("metadata") or {}).get("total_size")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{index} is damaged ({error!r}); wanted JSON with a weight_map. Download it again."
+        ) from None
+    files = sorted(set(where.values()))
+    missing = [name for name in files if not (directory / name).is_file()]
+    if missing:
+        raise CheckpointError(
+            f"{directory}: {describe_names(missing, 'shards missing')} of {len(files)} in {INDEX_FILE}. "
+            "Download them again."
+        )
+    shards = [read_shard(directory / name) for name in files]
+    found = {name: tensor.file.name for name, tensor in _collect_tensors(shards).items()}
+    for name in sorted(where.keys() | found.keys()):
+        if where.get(name) != found.get(name):
+            raise CheckpointError(
+                f"{index} disagrees with the files on {name}: the index says "
+                f"{where.get(name, 'no_expert')}, it is in {found.get(name, 'no shard')}. "
+                "Are both of one download?"
+            )
+    size = sum(tensor.nbytes for shard in shards for tensor in shard.tensors)
+    if total is not None and total != size:
+        raise CheckpointError(
+            f"{index}: total_size is {total}; the shards hold {size} bytes. "
+            "Are both of one download?"
+        )
+    return shards
+
+
+def read_shard(file: pathlib.Path) -> ReleaseShard:
+    """Read and check one safetensors header against the file's size."""
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
+            raise CheckpointError(
+                f"{file} is truncated: {size} bytes do not hold its header of {length}. "
+                "Download it again."
+            )
+        raw = stream.read(length)
+    try:
+        header = raw.decode()
+        content = {k: v for k, v in json.loads(header).items() if k != "__metadata__"}
+        tensors = [_parse_tensor(file, name, spec, 8 + length) for name, spec in content.items()]
+    except CheckpointError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{file} has a damaged safetensors header: {error!r}. Download it again."
+        ) from None
+    tensors.sort(key=lambda tensor: tensor.byte_offset)
+    end = 8 + length
+    for tensor in tensors:
+        if tensor.byte_offset != end:
+            raise CheckpointError(
+                f"{file} has a damaged safetensors header: {tensor.name} starts at byte "
+                f"{tensor.byte_offset}; wanted {end}, where the tensor before it ends. Download it again."
+            )
+        end += tensor.nbytes
+    if end != size:
+        problem = "truncated" if size < end else "longer than its header says"
+        raise CheckpointError(
+            f"{file} is {problem}: got {size} bytes, wanted {end}. Download it again."
+        )
+    return ReleaseShard(file, header, tuple(tensors))
+
+
+def _parse_tensor(file, name, spec, data_offset) -> ReleaseTensor:
+    if spec["dtype"] not in DTYPES_BY_CODE:
+        raise CheckpointError(
+            f"{file}: {name} has dtype {spec['dtype']}; wanted one of {', '.join(DTYPES_BY_CODE)}"
+        )
+    dtype, shape = DTYPES_BY_CODE[spec["dtype"]], tuple(spec["shape"])
+    start, end = spec["data_offsets"]
+    nbytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    if end - start != nbytes:
+        raise CheckpointError(
+            f"{file} has a damaged safetensors header: {name} of shape {list(shape)} and dtype "
+            f"{spec['dtype']} takes {nbytes} bytes, but its range has {end - start}. "
+            "Download it again."
+        )
+    return ReleaseTensor(name, file, dtype, shape, data_offset + start, nbytes)

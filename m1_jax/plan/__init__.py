@@ -1,0 +1,1 @@
+"""Compile full-size programs ahead of time, without the hardware."""

@@ -1,0 +1,261 @@
+"""The entry to decoding and serving prefill: validates, and chooses the implementation."""
+
+import functools
+import logging
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import core
+from jaxtyping import Array, Bool, Float, Int
+
+from pallas_kernels.lightning_decode import reference as decode_reference
+from pallas_kernels.lightning_decode import ring as decode_ring
+from pallas_kernels.lightning_decode import tpu_in_place, tpu_prefill, tpu_ring
+
+_log = logging.getLogger(__name__)
+
+DECODE = {
+    "reference": decode_reference.lightning_decode,
+    "tpu": tpu_in_place.lightning_decode,
+}
+DECODE_RING = {
+    "reference": decode_ring.lightning_decode,
+    "tpu": tpu_ring.lightning_decode,
+}
+PREFILL = {
+    "reference": decode_reference.lightning_prefill,
+    "tpu": tpu_prefill.lightning_prefill,
+}
+
+
+def lightning_decode(
+    qkv: Float[Array, "B N3H"],
+    slopes: Float[Array, "N"],
+    pool: Float[Array, "slots N H H"],
+    slots: Int[Array, "B"],
+    *,
+    implementation: str | None = None,
+) -> tuple[Float[Array, "B NH"], Float[Array, "slots N H H"]]:
+    """Advance the states of B sequences by one token: S <- S - c S + k^T v, then o = q S.
+
+    c = -expm1(-s). Source: M1 section 2; kernels.md 5.5.
+
+    Args:
+      qkv: one row per sequence of the fused projection; each head is q | k | v, H wide each.
+      slopes: decay rates s >= 0, one per head.
+      pool: float32 states by slot. Donate it to the surrounding jit, or XLA copies it.
+      slots: the slot of each row, each at most once. Negative: the row is inactive, its output
+        zero. Slots that no row names keep their bytes.
+      implementation: a key of `DECODE`, which then runs or raises; None takes the kernel where
+        the program is lowered for TPU, and the reference elsewhere.
+
+    Returns:
+      (o in qkv's dtype, heads concatenated; the pool after this token).
+
+    Raises:
+      ValueError: shapes or dtypes that do not fit, an unknown implementation; where `slots` is
+        concrete, also duplicates and slots beyond the pool. Under jit their values are unknown:
+        call `check_slots` before; a slot beyond the pool is then inactive, and of rows that
+        share a slot any one may win.
+    """
+    _validate("pool", pool, qkv, slopes, ndim=2)
+    _validate_rows("slots", slots, qkv.shape[0])
+    slots = _within(slots, pool.shape[0])
+    return _dispatch(DECODE, implementation, "decode")(qkv, slopes, pool, slots)
+
+
+def lightning_decode_ring(
+    qkv: Float[Array, "B N3H"],
+    slopes: Float[Array, "N"],
+    pool: decode_ring.RingPool,
+    slots: Int[Array, "B"],
+    positions: Int[Array, "B"],
+    *,
+    implementation: str | None = None,
+) -> tuple[Float[Array, "B NH"], decode_ring.RingPool]:
+    """Advance B sequences by one token and write their states only every W tokens.
+
+    What `lightning_decode` computes, for 0.36 of its bytes at W = 16: see `decode_ring`.
+
+    Args:
+      qkv, slopes, slots: as in `lightning_decode`; k and v are kept in bfloat16.
+      pool: of `init_ring_pool`, filled by `decode_ring.write`. Donate it to the surrounding jit.
+      positions: how many tokens of each row's sequence come before this one. Passing an earlier
+        position than last time takes tokens back: up to `pool.depth`, and never below what the
+        slot's state already holds.
+      implementation: a key of `DECODE_RING`, which then runs or raises; None takes the kernel
+        where the program is lowered for TPU, and the reference elsewhere.
+
+    Returns:
+      (o in qkv's dtype, heads concatenated; the pool after this token).
+
+    Precision: o reads the state rounded to bfloat16 (2^-9 of each element); the state itself is
+    kept to 2^-17, and rounded every W tokens only.
+
+    Raises:
+      ValueError: as `lightning_decode`. Where slots and positions are concrete, also a position
+        that the slot cannot take: below its state, or past the newest token by more than one.
+    """
+    if pool.hi.dtype != jnp.bfloat16 or pool.lo.dtype != jnp.bfloat16:
+        raise ValueError(f"pool: got planes {pool.hi.dtype}, {pool.lo.dtype}; wanted bfloat16")
+    _validate("pool", jax.ShapeDtypeStruct(pool.hi.shape, jnp.float32), qkv, slopes, ndim=2)
+    _validate_rows("slots", slots, qkv.shape[0])
+    _validate_rows("positions", positions, qkv.shape[0])
+    if not any(isinstance(x, core.Tracer) for x in (slots, positions, pool.base)):
+        check_slots(slots, pool.hi.shape[0])
+        _check_positions(pool, slots, positions)
+    slots = _within(slots, pool.hi.shape[0])
+    positions = jnp.maximum(positions, 0).astype(jnp.int32)
+    run = _dispatch(DECODE_RING, implementation, "ring decode")
+    return run(qkv, slopes, pool, slots, positions)
+
+
+def init_ring_pool(
+    num_slots: int, num_heads: int, head_dim: int, *, window: int = 16, depth: int = 0
+) -> decode_ring.RingPool:
+    """Return a pool of empty sequences for `lightning_decode_ring`.
+
+    Args:
+      window: W, tokens between two flushes. 16 moves the fewest bytes at H = 128.
+      depth: tokens that can always be taken back; each costs one more row of the ring.
+    """
+    if window < 1 or depth < 0:
+        raise ValueError(f"got window {window}, depth {depth}; wanted at least 1 and 0")
+    blocks = num_heads // tpu_ring.heads_per_block(num_heads, head_dim)
+    return decode_ring.init_pool(
+        num_slots, num_heads, head_dim, window=window, depth=depth, blocks=blocks
+    )
+
+
+def _check_positions(pool, slots, positions) -> None:
+    slots, positions = np.asarray(slots), np.asarray(positions)
+    active = slots >= 0
+    base = np.asarray(pool.base)[slots[active]]
+    held = positions[active][:, None] - base
+    wrong = np.any((held < 0) | (held >= pool.ring.shape[1]), axis=1)
+    if np.any(wrong):
+        low, high = base.max(1)[wrong], base.min(1)[wrong] + pool.ring.shape[1] - 1
+        wanted = [f"{a}..{b}" for a, b in zip(low.tolist(), high.tolist(), strict=True)]
+        got = positions[active][wrong].tolist()
+        raise ValueError(f"positions: got {got} in slots {slots[active][wrong]}; wanted {wanted}")
+
+
+def lightning_prefill(
+    qkv: Float[Array, "T N3H"],
+    slopes: Float[Array, "N"],
+    pool: Float[Array, "slots N H H"],
+    slots: Int[Array, "R"],
+    starts: Int[Array, "R"],
+    lengths: Int[Array, "R"],
+    fresh: Bool[Array, "R"],
+    *,
+    implementation: str | None = None,
+) -> tuple[Float[Array, "T NH"], Float[Array, "slots N H H"]]:
+    """Run R sequences of any lengths through lightning attention, each from its slot's state.
+
+    S_t = exp(-s) S_(t-1) + k_t^T v_t, o_t = q_t S_t. Source: M1 section 2; kernels.md 5.6.
+
+    Args:
+      qkv: the tokens of all sequences in one flat array; rows of no sequence may hold anything.
+      slopes: decay rates s >= 0, one per head.
+      pool: float32 states by slot. Donate it to the surrounding jit, or XLA copies it.
+      slots: the slot of each sequence, each at most once. Negative: the sequence is ignored.
+      starts: first row of each sequence, in any order and at any row.
+      lengths: rows of each sequence; 0 leaves its slot alone.
+      fresh: the sequence starts from a zero state, whatever its slot holds.
+      implementation: a key of `PREFILL`, which then runs or raises; None takes the kernel where
+        the program is lowered for TPU, and the reference elsewhere.
+
+    Returns:
+      (o in qkv's dtype, zero in rows of no sequence; the pool with the states after each
+      sequence's last token, every other slot byte for byte as it was).
+
+    Raises:
+      ValueError: shapes or dtypes that do not fit, an unknown implementation; where the values
+        are concrete, also duplicate slots, slots beyond the pool, and sequences that overlap or
+        leave the rows. Under jit call `check_slots` and `check_sequences` before.
+    """
+    _validate("pool", pool, qkv, slopes, ndim=2)
+    count = len(slots)
+    for name, values in (("slots", slots), ("starts", starts), ("lengths", lengths)):
+        _validate_rows(name, values, count)
+    if count == 0 or fresh.shape != (count,) or fresh.dtype != jnp.bool_:
+        raise ValueError(f"fresh: got {jax.typeof(fresh)}; wanted bool[{max(count, 1)}]")
+    if not any(isinstance(x, core.Tracer) for x in (slots, starts, lengths)):
+        check_sequences(slots, starts, lengths, qkv.shape[0])
+    slots = _within(slots, pool.shape[0])
+    starts, lengths = (x.astype(jnp.int32) for x in (starts, lengths))
+    run = _dispatch(PREFILL, implementation, "prefill")
+    return run(qkv, slopes, pool, slots, starts, lengths, fresh)
+
+
+def check_sequences(slots, starts, lengths, num_tokens: int) -> None:
+    """Raise ValueError for active sequences that overlap or leave rows 0..num_tokens-1."""
+    slots, starts, lengths = (np.asarray(x) for x in (slots, starts, lengths))
+    active = (slots >= 0) & (lengths != 0)
+    order = np.argsort(starts[active])
+    first, length = starts[active][order], lengths[active][order]
+    last = first + length
+    if np.any(length < 0) or np.any(first < 0) or np.any(last > num_tokens):
+        got = f"starts {starts.tolist()} and lengths {lengths.tolist()}"
+        raise ValueError(f"sequences: got {got}; wanted them in {num_tokens} rows")
+    if np.any(first[1:] < last[:-1]):
+        raise ValueError(f"sequences: rows {first[1:][first[1:] < last[:-1]].tolist()} have two")
+
+
+def check_slots(slots, num_slots: int) -> None:
+    """Raise ValueError for slots beyond the pool or named twice; negative ones are inactive."""
+    slots = np.asarray(slots)
+    beyond = slots[slots >= num_slots]
+    if beyond.size:
+        raise ValueError(f"slots: got {sorted(set(beyond.tolist()))}; the pool has {num_slots}")
+    active, counts = np.unique(slots[slots >= 0], return_counts=True)
+    if np.any(counts > 1):
+        raise ValueError(f"slots: {active[counts > 1].tolist()} named more than once")
+
+
+def _within(slots, num_slots):
+    """Check concrete slots; make those beyond the pool inactive where they are traced."""
+    if not isinstance(slots, core.Tracer):
+        check_slots(slots, num_slots)
+    return jnp.where(slots < num_slots, slots, -1).astype(jnp.int32)
+
+
+def _dispatch(table: dict[str, Callable], implementation: str | None, what: str) -> Callable:
+    if implementation is not None:
+        if implementation not in table:
+            wanted = f"None or one of {list(table)}"
+            raise ValueError(f"implementation is {implementation!r}; wanted {wanted}")
+        return table[implementation]
+    _log_choice(what)
+    # Chosen when the program is lowered, so that a machine without a TPU can compile for one.
+    return functools.partial(
+        jax.lax.platform_dependent, tpu=table["tpu"], default=table["reference"]
+    )
+
+
+@functools.cache
+def _log_choice(what: str) -> None:
+    _log.info("lightning %s: the Pallas kernel on TPU, the XLA reference elsewhere", what)
+
+
+def _validate(name, pool, qkv, slopes, *, ndim) -> None:
+    if slopes.ndim != 1 or slopes.dtype != jnp.float32:
+        raise ValueError(f"slopes: got {jax.typeof(slopes)}; wanted float32[N]")
+    num_heads = slopes.shape[0]
+    square = pool.ndim == 4 and pool.shape[1] == num_heads and pool.shape[2] == pool.shape[3]
+    if not square or pool.dtype != jnp.float32:
+        wanted = f"float32[slots, {num_heads}, H, H]"
+        raise ValueError(f"{name}: got {jax.typeof(pool)}; wanted {wanted}")
+    width = num_heads * 3 * pool.shape[3]
+    if qkv.ndim != ndim or qkv.shape[-1] != width or qkv.shape[0] == 0:
+        raise ValueError(f"qkv: got shape {qkv.shape}; wanted at least one row of {width}")
+    if qkv.dtype not in (jnp.float32, jnp.bfloat16):
+        raise ValueError(f"qkv: got dtype {qkv.dtype}; wanted float32 or bfloat16")
+
+
+def _validate_rows(name, values, count) -> None:
+    if values.shape != (count,) or not jnp.issubdtype(values.dtype, jnp.integer):
+        raise ValueError(f"{name}: got {jax.typeof(values)}; wanted int32[{count}]")

@@ -1,0 +1,189 @@
+"""Decoding that writes the state every W tokens only: the pool, its bookkeeping, and the XLA form.
+
+A slot holds the state S of its first `base` tokens as two bfloat16 planes, hi = bf16(S) and
+lo = bf16(S - hi), and the k and v of the tokens since then in a ring. The token at position p,
+with n = p - base, reads hi and the ring alone:
+
+    o = lambda^(n+1) q hi + sum_{a <= n} lambda^a (q . k_(p-a)) v_(p-a)
+
+and only a flush, which takes in the m oldest tokens of the ring, touches lo:
+
+    S <- S + expm1(-s m) S + sum_{i < m} lambda^(m-1-i) k_(base+i)^T v_(base+i),   base += m
+
+Source: kernels.md 5.5, second kernel; inference.md 4.4 for the grid. base lies on a fixed grid of
+absolute positions, whatever rollbacks came between: multiples of W, shifted from one block of
+heads to the next, so that every step flushes about 1/W of the heads and none flushes all of them.
+
+A flush waits until the newest token it takes in is `depth` tokens old. So the last `depth` tokens
+can always be taken back, by passing an earlier position with the next token: nothing is restored.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, BFloat16, Float, Int
+
+from pallas_kernels.lightning_decode import reference as decode_reference
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class RingPool:
+    """States of many sequences by slot.
+
+    hi, lo: the planes of S. ring: k | v of the token at position p in row p mod R, where
+    R = window + depth; heads lie inside rows, so that appending a token is one contiguous write.
+    base: how many tokens S holds, for each block of heads.
+    """
+
+    hi: BFloat16[Array, "slots N H H"]
+    lo: BFloat16[Array, "slots N H H"]
+    ring: BFloat16[Array, "slots R N 2*H"]
+    base: Int[Array, "slots blocks"]
+    window: int = dataclasses.field(metadata={"static": True})
+
+    @property
+    def depth(self) -> int:
+        """How many of the newest tokens a slot can always take back."""
+        return self.ring.shape[1] - self.window
+
+
+def bytes_per_step(head_dim: int, window: int, depth: int = 0) -> float:
+    """Return the pool's bytes a head and token moves, averaged over a window.
+
+    hi and the ring are read, one row of the ring is written; every `window` tokens lo is read and
+    both planes are written.
+    """
+    plane, row = 2 * head_dim**2, 4 * head_dim
+    return plane + (window + depth) * row + row + 3 * plane / window
+
+
+def bytes_per_step_in_place(head_dim: int) -> float:
+    """Return what `decode_api.lightning_decode` moves instead: float32 S, read and written."""
+    return 8 * head_dim**2
+
+
+def split(state: Float[Array, "*B"]) -> tuple[BFloat16[Array, "*B"], BFloat16[Array, "*B"]]:
+    """Return bfloat16 hi and lo with hi + lo = state to 2^-17 of its magnitude."""
+    # Not a cast alone: XLA may skip the rounding of a cast there and back, and lo would be zero.
+    hi = jax.lax.reduce_precision(state, exponent_bits=8, mantissa_bits=7)
+    return hi.astype(jnp.bfloat16), (state - hi).astype(jnp.bfloat16)
+
+
+def init_pool(num_slots, num_heads, head_dim, *, window=16, depth=0, blocks=8) -> RingPool:
+    """Return a pool of empty sequences; `blocks` must be the kernel's blocks of heads."""
+    plane = jnp.zeros((num_slots, num_heads, head_dim, head_dim), jnp.bfloat16)
+    ring = jnp.zeros((num_slots, window + depth, num_heads, 2 * head_dim), jnp.bfloat16)
+    return RingPool(plane, plane, ring, jnp.zeros((num_slots, blocks), jnp.int32), window)
+
+
+def write(
+    pool: RingPool,
+    slots: Int[Array, "B"],
+    states: Float[Array, "B N H H"],
+    lengths: Int[Array, "B"],
+) -> RingPool:
+    """Put states after `lengths` tokens, as a prefill leaves them, into slots."""
+    hi, lo = split(states)
+    base = jnp.broadcast_to(lengths[:, None], (len(slots), pool.base.shape[1]))
+    return dataclasses.replace(
+        pool,
+        hi=pool.hi.at[slots].set(hi),
+        lo=pool.lo.at[slots].set(lo),
+        base=pool.base.at[slots].set(base),
+    )
+
+
+def read(
+    pool: RingPool, slopes: Float[Array, "N"], slots: Int[Array, "B"], lengths: Int[Array, "B"]
+) -> Float[Array, "B N H H"]:
+    """Return the float32 states after `lengths` tokens, for a snapshot or another prefill."""
+    held = lengths[:, None] - pool.base[slots]
+    return _absorb(pool, slopes, slots, lengths - 1, held - 1, held)
+
+
+def flush_spans(
+    base: Int[Array, "B blocks"], positions: Int[Array, "B"], window: int, depth: int
+) -> Int[Array, "B blocks"]:
+    """Return how many tokens to flush once the token at each position is in the ring; mostly 0."""
+    blocks = base.shape[1]
+    shift = (jnp.arange(blocks) * window // blocks).reshape(1, -1)
+    span = window - (base + shift) % window  # to the next point of the block's grid
+    return jnp.where(positions[:, None] + 1 - (base + span) >= depth, span, 0).astype(jnp.int32)
+
+
+def advance(
+    base: Int[Array, "slots blocks"], slots: Int[Array, "B"], spans: Int[Array, "B blocks"]
+) -> Int[Array, "slots blocks"]:
+    """Add the flushed tokens to the bases of the named slots."""
+    # By comparison, not by scatter: the compiler would send so small a scatter to the SparseCore.
+    named = slots.reshape(-1, 1, 1) == jnp.arange(base.shape[0]).reshape(1, -1, 1)
+    return base + jnp.sum(jnp.where(named, spans[:, None, :], 0), axis=0)
+
+
+def lightning_decode(
+    qkv: Float[Array, "B N3H"],
+    slopes: Float[Array, "N"],
+    pool: RingPool,
+    slots: Int[Array, "B"],
+    positions: Int[Array, "B"],
+) -> tuple[Float[Array, "B NH"], RingPool]:
+    """Gather, attend, flush, scatter. See `decode_api.lightning_decode_ring`."""
+    num_slots, num_heads = pool.hi.shape[:2]
+    active, there = slots >= 0, jnp.maximum(slots, 0)
+    # Selects, so that a NaN in an inactive row goes nowhere.
+    q, k, v = decode_reference.split_heads(jnp.where(active[:, None], qkv, 0), num_heads)
+    drop = jnp.where(active, slots, num_slots)  # one past the end: dropped
+    row = jnp.concatenate([k, v], axis=2).astype(jnp.bfloat16)
+    size = pool.ring.shape[1]
+    ring = pool.ring.at[drop, positions % size].set(row, mode="drop")
+    pool = dataclasses.replace(pool, ring=ring)
+
+    held = positions[:, None] - pool.base[there]
+    age, entered = _ages(pool, positions, held)
+    live = (age <= entered)[:, :, :, None] & active.reshape(-1, 1, 1, 1)
+    keys, values = jnp.split(jnp.where(live, ring[there].astype(jnp.float32), 0), 2, axis=3)
+    rate = slopes.reshape(1, 1, -1)
+    weight = jnp.exp(-rate * age) * jnp.einsum("bnk,brnk->brn", q, keys, precision="highest")
+    o = jnp.einsum("brn,brnv->bnv", weight, values, precision="highest")
+    hi = jnp.where(active.reshape(-1, 1, 1, 1), pool.hi[there], 0).astype(jnp.float32)
+    carried = jnp.einsum("bnk,bnkv->bnv", q, hi, precision="highest")
+    o = o + jnp.exp(-slopes.reshape(1, -1, 1) * (entered[:, 0, :, None] + 1)) * carried
+    o = jnp.where(active.reshape(-1, 1, 1), o, 0)
+
+    span = flush_spans(pool.base[there], positions, pool.window, pool.depth)
+    new_hi, new_lo = split(_absorb(pool, slopes, there, positions, held, span))
+    flushed = jnp.repeat(span > 0, num_heads // span.shape[1], axis=1)[:, :, None, None]
+    pool = dataclasses.replace(
+        pool,
+        hi=pool.hi.at[drop].set(jnp.where(flushed, new_hi, pool.hi[there]), mode="drop"),
+        lo=pool.lo.at[drop].set(jnp.where(flushed, new_lo, pool.lo[there]), mode="drop"),
+        base=advance(pool.base, slots, span),
+    )
+    return o.reshape(o.shape[0], -1).astype(qkv.dtype), pool
+
+
+def _ages(pool, positions, held):
+    """Ages [B, R, N] of the ring's rows, and [B, 1, N] how many tokens entered before the last."""
+    size, num_heads = pool.ring.shape[1:3]
+    age = (positions[:, None] - jnp.arange(size).reshape(1, -1)) % size
+    entered = jnp.repeat(held, num_heads // held.shape[1], axis=1)[:, None, :]
+    return jnp.broadcast_to(age[:, :, None], (*age.shape, num_heads)), entered
+
+
+def _absorb(pool, slopes, slots, positions, held, span):
+    """Return S after `span` more tokens of the ring, whose newest is at `positions`."""
+    num_heads = pool.hi.shape[1]
+    age, entered = _ages(pool, positions, held)
+    count = jnp.repeat(span, num_heads // span.shape[1], axis=1)[:, None, :]
+    since = entered - age  # tokens of the ring before this one, from base on
+    taken = (since >= 0) & (since < count)
+    rows = jnp.where(taken[:, :, :, None], pool.ring[slots].astype(jnp.float32), 0)
+    keys, values = jnp.split(rows, 2, axis=3)
+    left = jnp.where(taken, count - 1 - since, 0)
+    faded = keys * jnp.exp(-slopes.reshape(1, 1, -1) * left)[:, :, :, None]
+    state = pool.hi[slots].astype(jnp.float32) + pool.lo[slots].astype(jnp.float32)
+    loss = jnp.expm1(-slopes.reshape(1, -1) * count[:, 0])[:, :, None, None]
+    update = jnp.einsum("brnk,brnv->bnkv", faded, values, precision="highest")
+    return state + loss * state + update

@@ -1,0 +1,1 @@
+"""Files to batches: records, mixture, packing, prefetch, placement. Imports no model."""

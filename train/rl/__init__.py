@@ -1,0 +1,1 @@
+"""Reinforcement learning: sample, score, update, sync."""

@@ -1,0 +1,201 @@
+"""Advantages: what a sample, or a token of it, is worth against its group; numpy on the host.
+
+Samples are in groups by id, of any sizes and in any order; a sample that is not valid has the
+advantage 0 and is in nobody's mean.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:  # which imports the metrics, which import this
+    from train.rl import objective as objective_lib
+
+ZERO_VARIANCE_STD = 1e-6  # a standard deviation at or below it is none
+_WHITEN_EPS = 1e-8  # added to the variance
+
+
+def sample_advantages(
+    objective: "objective_lib.Objective", rewards: Any, group_ids: Any, valid: Any
+) -> np.ndarray:
+    """Return A of every sample, [N] float64 (M1 Eq. 2; `Objective.advantage` has the kinds).
+
+    Standard deviations have N - 1 in the denominator. A group of one, or of equal rewards, has
+    advantages of exactly 0. For "return" this is R, for "return-baseline" R less the group's mean;
+    `token_advantages` whitens them.
+
+    Raises:
+      ValueError: arguments of different lengths, or a valid sample's reward that is not finite.
+    """
+    rewards, group_ids, valid = _validate_inputs(rewards, group_ids, valid)
+    away = np.where(valid, rewards - _reward_baseline(objective, rewards, group_ids, valid), 0.0)
+    return away / _advantage_scale(objective, away * away, group_ids, valid)
+
+
+def token_advantages(
+    objective: "objective_lib.Objective",
+    rewards: Any,
+    group_ids: Any,
+    valid: Any,
+    masks: Sequence[np.ndarray],
+    turn_rewards: Sequence[Sequence[tuple[int, float]]] | None = None,
+    kls: Sequence[np.ndarray] | None = None,
+) -> list[np.ndarray]:
+    """Return A of every token, one float64 array a sample, 0 where the mask is.
+
+    With G_t the discounted rewards from token t on (`token_returns`, the discount 1 but for
+    returns) and b the baseline that `sample_advantages` takes off R: G_t - b. "group" divides that by
+    (s + advantage_eps), s^2 being the sum over the group's samples of their tokens' mean square,
+    over N - 1: the standard deviation, where rewards come at the end alone. Returns are whitened:
+    less the mean, over sqrt(variance + 1e-8), of all tokens of the batch.
+
+    Args:
+      rewards: the sum a sample is trained on, turn rewards included.
+      masks: [n] of each sample, 1 where the model wrote the token.
+      turn_rewards: (place, reward) of what was rewarded on the way.
+      kls: logp_old - logp_ref of each token, for `reward_kl_coef`.
+
+    Raises:
+      ValueError: as `sample_advantages`; a `reward_kl_coef` without kls; a place outside of a sample.
+    """
+    rewards, group_ids, valid = _validate_inputs(rewards, group_ids, valid)
+    _check_lengths(rewards, masks=masks, turn_rewards=turn_rewards, kls=kls)
+    if objective.reward_kl_coef and kls is None:
+        raise ValueError(
+            f"reward_kl_coef {objective.reward_kl_coef}: got no kls; "
+            "wanted logp_old - logp_ref of every token"
+        )
+    real = [np.asarray(mask) > 0 for mask in masks]
+    away = []
+    base = _reward_baseline(objective, rewards, group_ids, valid)
+    for n, mask in enumerate(real):
+        turns = turn_rewards[n] if turn_rewards is not None else ()
+        final = rewards[n] - sum(reward for _, reward in turns) if valid[n] else 0.0
+        costs = np.zeros(len(mask))
+        if objective.reward_kl_coef and kls is not None:
+            costs = np.where(mask, objective.reward_kl_coef * np.asarray(kls[n], np.float64), 0.0)
+        returns = token_returns(turns, final, len(mask), objective.discount, costs)
+        away.append(np.where(mask & valid[n], returns - base[n], 0.0))
+    if objective.advantage.startswith("return"):
+        return _whiten_tokens(away, [mask & ok for mask, ok in zip(real, valid, strict=True)])
+    squares = [(x * x).sum() / max(m.sum(), 1) for x, m in zip(away, real, strict=True)]
+    scale = _advantage_scale(objective, np.asarray(squares), group_ids, valid)
+    return [x / s for x, s in zip(away, scale, strict=True)]
+
+
+def token_returns(
+    turn_rewards: Sequence[tuple[int, float]],
+    final_reward: float,
+    length: int,
+    gamma: float = 1.0,
+    costs: np.ndarray | None = None,
+) -> np.ndarray:
+    """Return G_t = sum over k >= t of gamma^(k - t) (reward of token k - costs[k]), [length].
+
+    final: the last token's reward, besides what `turn_rewards` (place, reward) gives it.
+
+    Raises:
+      ValueError: a place outside of the tokens.
+    """
+    rewards = np.zeros(length) if costs is None else -np.asarray(costs, np.float64)
+    for place, reward in turn_rewards:
+        if not 0 <= place < length:
+            raise ValueError(f"turn reward: got place {place}; wanted 0 to {length - 1}")
+        rewards[place] += reward
+    if length:
+        rewards[-1] += final_reward
+    if gamma == 1:
+        return np.cumsum(rewards[::-1])[::-1]
+    total, out = 0.0, np.zeros(length)
+    for t in range(length - 1, -1, -1):
+        total = out[t] = rewards[t] + gamma * total
+    return out
+
+
+def has_zero_variance(rewards: Any) -> bool:
+    """Return whether a group's rewards teach nothing: a standard deviation of at most 1e-6."""
+    rewards = np.asarray(rewards, np.float64)
+    return len(rewards) < 2 or bool(rewards.std(ddof=1) <= ZERO_VARIANCE_STD)
+
+
+def overlong_penalty(num_tokens: int, max_tokens: int, buffer_tokens: int) -> float:
+    """Return DAPO's soft penalty of length, 0 to -1: 0 until the last `buffer_tokens` tokens.
+
+    Raises:
+      ValueError: a buffer of nothing, or of more than `max_tokens`.
+    """
+    if not 0 < buffer_tokens <= max_tokens:
+        raise ValueError(
+            f"overlong penalty: got buffer_tokens {buffer_tokens}, max_tokens {max_tokens}; "
+            "wanted 0 < buffer_tokens <= max_tokens"
+        )
+    return float(np.clip((max_tokens - buffer_tokens - num_tokens) / buffer_tokens, -1.0, 0.0))
+
+
+def _validate_inputs(rewards, groups, valid):
+    rewards, valid = np.asarray(rewards, np.float64), np.asarray(valid, bool)
+    groups = np.unique(np.asarray(groups), return_inverse=True)[1].reshape(-1)
+    if rewards.ndim != 1 or not len(rewards) == len(groups) == len(valid):
+        raise ValueError(
+            f"got rewards {rewards.shape}, groups {groups.shape}, valid {valid.shape}; "
+            "wanted one of each for every sample"
+        )
+    wrong = np.flatnonzero(valid & ~np.isfinite(rewards))
+    if wrong.size:
+        raise ValueError(
+            f"sample {wrong[0]}: got the reward {rewards[wrong[0]]}; wanted a finite number. "
+            "A sample without a reward is not valid."
+        )
+    return np.where(valid, rewards, 0.0), groups, valid
+
+
+def _check_lengths(rewards, **others):
+    for name, values in others.items():
+        if values is not None and len(values) != len(rewards):
+            raise ValueError(
+                f"{name}: got {len(values)} for {len(rewards)} samples; wanted one for each"
+            )
+
+
+def _reward_baseline(objective, rewards, groups, valid):
+    """Return what is taken off each sample's reward."""
+    if objective.advantage == "return":
+        return np.zeros(len(rewards))
+    count = _group_totals(valid, groups)
+    mean = _group_totals(rewards, groups) / np.maximum(count, 1)
+    # The mean of equal numbers may differ from them in the last bit, which a division enlarges.
+    low, high = np.full(len(rewards), np.inf), np.full(len(rewards), -np.inf)
+    np.minimum.at(low, groups, np.where(valid, rewards, np.inf))
+    np.maximum.at(high, groups, np.where(valid, rewards, -np.inf))
+    mean = np.where(count > 0, np.clip(mean, low[groups], high[groups]), 0.0)
+    if objective.advantage != "leave-one-out":
+        return mean
+    return mean - (rewards - mean) / np.maximum(count - 1, 1)
+
+
+def _advantage_scale(objective, squares, groups, valid):
+    """Return what each sample's distance from its baseline is divided by."""
+    if objective.advantage != "group":
+        return np.ones(len(squares))
+    count = _group_totals(valid, groups)
+    squares = np.where(valid, squares, 0.0)
+    std = np.sqrt(_group_totals(squares, groups) / np.maximum(count - 1, 1))
+    scale = std + objective.advantage_eps
+    return np.where(scale > 0, scale, 1.0)
+
+
+def _group_totals(values, groups):
+    return np.bincount(groups, values)[groups] if len(groups) else np.zeros(0)
+
+
+def _whiten_tokens(values, masks):
+    if not any(mask.any() for mask in masks):
+        return values
+    tokens = np.concatenate([x[mask] for x, mask in zip(values, masks, strict=True)])
+    variance = tokens.var(ddof=1) if len(tokens) > 1 else 0.0
+    scale = np.sqrt(variance + _WHITEN_EPS)
+    return [
+        np.where(mask, (x - tokens.mean()) / scale, 0.0)
+        for x, mask in zip(values, masks, strict=True)
+    ]

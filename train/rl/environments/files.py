@@ -1,0 +1,143 @@
+"""Questions about a few files: search them, read them, calculate, answer."""
+
+import ast
+import operator
+import random
+import re
+from collections.abc import Sequence
+
+from train.rl import sample as sample_lib
+from train.rl.environments import base
+
+TOOLS = (
+    base.tool("search", "Return the lines that hold all of these words.", words="string"),
+    base.tool("read", "Return a file.", name="string"),
+    base.tool("calculate", "Return the value of an arithmetic expression.", expression="string"),
+)
+MAX_LINES = 8  # of a search
+_ANSWER = re.compile(r"^Answer: (-?[0-9]{1,18})\s*\Z", re.MULTILINE)
+_MAX_LENGTH, _MAX_VALUE, _MAX_EXPONENT = 200, 10**18, 64
+_OPERATORS = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+    ast.FloorDiv: operator.floordiv,
+    ast.Mod: operator.mod,
+    ast.Pow: operator.pow,
+    ast.UAdd: operator.pos,
+    ast.USub: operator.neg,
+}
+_PLACES = ("Aldby", "Brigg", "Corby", "Dalton", "Elton", "Fenwick", "Garth", "Hexley")
+_GOODS = ("apples", "pears", "sheep", "geese", "carts")
+
+
+class Files(base.Environment):
+    """Final reward 1 if the last line is `Answer: ` and the right whole number, otherwise 0.
+
+    Task.metadata: {"files": {name: text}}. Task.label: the number.
+    """
+
+    def start(self, task: sample_lib.Task) -> None:
+        """Take the files; see the class."""
+        files = task.metadata.get("files")
+        if not isinstance(files, dict) or not isinstance(task.label, int):
+            raise ValueError(
+                f"task {task.id!r}: got files {files!r:.80} and the label {task.label!r:.80}; "
+                "wanted an object and a whole number. Make tasks with files.tasks."
+            )
+        self._files, self._label = files, task.label
+
+    def step(self, calls: Sequence[base.Call]) -> base.Step:
+        """Search, read and calculate."""
+        tools = {"search": self._search, "read": self._read, "calculate": calculate}
+        return base.Step(base.carry_out(calls, TOOLS, tools))
+
+    def finish(self, text: str) -> float:
+        """Compare the answer with the label."""
+        answer = _ANSWER.search(text)
+        return float(answer is not None and int(answer.group(1)) == self._label)
+
+    def _search(self, words: str) -> str:
+        wanted = words.lower().split()
+        if not wanted:
+            raise base.CallError("words: got none; wanted at least one")
+        lines = [
+            f"{name}: {line}"
+            for name, text in self._files.items()
+            for line in text.splitlines()
+            if all(word in line.lower() for word in wanted)
+        ]
+        more = [f"and {len(lines) - MAX_LINES} more"] if len(lines) > MAX_LINES else []
+        return "\n".join([*lines[:MAX_LINES], *more]) or "nothing found"
+
+    def _read(self, name: str) -> str:
+        if name not in self._files:
+            raise base.CallError(f"got the file {name!r}; wanted one that a search names")
+        return self._files[name]
+
+
+def calculate(expression: str) -> str:
+    """Return the value of numbers, + - * / // % ** and brackets.
+
+    Raises:
+      base.CallError: anything else, or a value that is not real or beyond 10**18.
+    """
+    if len(expression) > _MAX_LENGTH or not re.fullmatch(r"[0-9\s.+\-*/%()]+", expression):
+        raise base.CallError(
+            f"expression: got {expression!r:.80}; wanted at most {_MAX_LENGTH} characters: "
+            "numbers, + - * / // % ** and brackets"
+        )
+    try:
+        value = _value(ast.parse(expression.strip(), mode="eval").body)
+    except (SyntaxError, ArithmeticError) as error:
+        raise base.CallError(f"expression: got {expression!r:.80}: {error}") from None
+    return str(round(value, 10)) if value % 1 else str(int(value))
+
+
+def _value(node: ast.expr) -> int | float:
+    if isinstance(node, ast.Constant) and isinstance(node.value, int | float):
+        value = node.value
+    elif isinstance(node, ast.UnaryOp):
+        value = _OPERATORS[type(node.op)](_value(node.operand))
+    elif isinstance(node, ast.BinOp):
+        left, right = _value(node.left), _value(node.right)
+        if isinstance(node.op, ast.Pow) and abs(right) > _MAX_EXPONENT:
+            raise base.CallError(f"got the exponent {right}; wanted at most {_MAX_EXPONENT}")
+        value = _OPERATORS[type(node.op)](left, right)
+    else:
+        raise base.CallError(f"got {ast.unparse(node)!r:.80}; wanted arithmetic on numbers")
+    if isinstance(value, complex) or not abs(value) <= _MAX_VALUE:
+        raise base.CallError(f"got {ast.unparse(node)!r:.80}; wanted real values up to 10**18")
+    return value
+
+
+def tasks(size: int, seed: int) -> list[sample_lib.Task]:
+    """Return so many tasks; the first of a longer list are those of a shorter one."""
+    return [_task(random.Random(f"files {seed} {i}"), f"files-{seed}-{i}") for i in range(size)]
+
+
+def _task(rng: random.Random, name: str) -> sample_lib.Task:
+    """Return a sum over some places, each in a file whose name does not tell which."""
+    stock = {place: {goods: rng.randint(10, 99) for goods in _GOODS} for place in _PLACES}
+    numbers = rng.sample(range(1, 100), len(_PLACES))
+    files = {
+        f"note-{number:02}.txt": "\n".join(
+            [f"What there is in {place}.", *(f"{goods}: {many}" for goods, many in has.items())]
+        )
+        for number, (place, has) in sorted(zip(numbers, stock.items(), strict=True))
+    }
+    asked, goods = rng.sample(_PLACES, rng.randint(2, 3)), rng.choice(_GOODS)
+    where = f"{', '.join(asked[:-1])} and {asked[-1]}"
+    question = (
+        f"How many {goods} are there in {where} together? Search the notes. "
+        "End with a line 'Answer: ' and the number."
+    )
+    return sample_lib.Task(
+        id=name,
+        messages=({"role": "user", "content": question},),
+        source="files",
+        label=sum(stock[place][goods] for place in asked),
+        metadata={"files": files},
+        tools=TOOLS,
+    )

@@ -1,0 +1,99 @@
+"""The smallest task with a tool: look a value up and say it. For tiny models, and for tests.
+
+The prompt does not show the tool, which would take most of a tiny model's context: what a call
+looks like is learnt from demonstrations. Those are careless on purpose, so that a model which has
+learnt them well is still often wrong and reinforcement learning has something to do.
+"""
+
+import random
+from collections.abc import Sequence
+from typing import Any
+
+from train.rl import sample as sample_lib
+from train.rl.environments import base
+
+KEYS = ("a", "b", "c", "d")
+TOOLS = (base.tool("get", "Return the value of a key.", key="string"),)
+
+
+class Lookup(base.Environment):
+    """Final reward 1 for the value of the right key and nothing else, otherwise 0.
+
+    Task.metadata: {"values": {key: value}}. Task.label: the value asked for.
+    """
+
+    tell_malformed = False
+
+    def start(self, task: sample_lib.Task) -> None:
+        """Take the values; see the class."""
+        values = task.metadata.get("values")
+        if not isinstance(values, dict) or not isinstance(task.label, str):
+            raise ValueError(
+                f"task {task.id!r}: got values {values!r:.80} and the label {task.label!r:.80}; "
+                "wanted an object and a string. Make tasks with lookup.tasks."
+            )
+        self._values, self._label = values, task.label
+
+    def step(self, calls: Sequence[base.Call]) -> base.Step:
+        """Return the values that are asked for."""
+        return base.Step(base.carry_out(calls, TOOLS, {"get": self._get}))
+
+    def finish(self, text: str) -> float:
+        """Compare the answer with the label."""
+        return float(text.strip() == self._label)
+
+    def _get(self, key: str) -> str:
+        if key not in self._values:
+            raise base.CallError(f"got the key {key!r}; wanted {', '.join(self._values)}")
+        return self._values[key]
+
+
+def tasks(size: int, seed: int) -> list[sample_lib.Task]:
+    """Return so many tasks; the first of a longer list are those of a shorter one.
+
+    All of them together are 4 keys times 5,040 ways to give them different digits.
+    """
+    return [_task(random.Random(f"lookup {seed} {i}"), f"lookup-{seed}-{i}") for i in range(size)]
+
+
+def demonstrations(size: int, seed: int, careless: float = 0.5) -> list[dict[str, Any]]:
+    """Return records for supervised training, as `train.data.chat` reads them.
+
+    careless: the share, in [0, 1], that looks up another key and says its value. A model that
+      imitates them perfectly is right in 1 - careless of its answers.
+
+    Raises:
+      ValueError: `careless` outside its range.
+    """
+    if not 0 <= careless <= 1:
+        raise ValueError(f"careless: got {careless}; wanted a share between 0 and 1")
+    return [
+        _demonstration(task, random.Random(f"demonstration {task.id}"), careless)
+        for task in tasks(size, seed)
+    ]
+
+
+def _task(rng: random.Random, name: str) -> sample_lib.Task:
+    values = dict(zip(KEYS, rng.sample("0123456789", len(KEYS)), strict=True))
+    key = rng.choice(KEYS)
+    return sample_lib.Task(
+        id=name,
+        messages=({"role": "user", "content": f"Get {key}."},),
+        source="lookup",
+        label=values[key],
+        metadata={"values": values},
+    )
+
+
+def _demonstration(task: sample_lib.Task, rng: random.Random, careless: float) -> dict[str, Any]:
+    values = task.metadata["values"]
+    key = next(key for key in KEYS if values[key] == task.label)
+    if rng.random() < careless:
+        key = rng.choice([other for other in KEYS if other != key])
+    call = {"name": "get", "arguments": {"key": key}}
+    turns = [
+        {"role": "assistant", "tool_calls": [call]},
+        {"role": "tool", "name": "get", "content": values[key]},
+        {"role": "assistant", "content": values[key]},
+    ]
+    return {"messages": [*task.messages, *turns]}

@@ -1,0 +1,299 @@
+"""slime's flags for reinforcement learning, read as this project's options.
+
+Pure functions: no flag is defined here. An absent flag takes our default, and the text that is
+printed at the start says where slime's would have been another one. A flag that we do not know is
+an error, for it would change nothing without a word.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from train.rl import objective as objective_lib
+from train.rl import rollout_correction as rollout_correction_lib
+
+ESTIMATOR_PRESETS = {name: name for name in objective_lib.PRESETS} | {
+    "reinforce_plus_plus": "reinforce_pp",
+    "reinforce_plus_plus_baseline": "reinforce_pp_baseline",
+}
+# slime's flag: (type, our option), of what is not the objective's.
+FLAG_OPTIONS: dict[str, tuple[type, str]] = {
+    "n-samples-per-prompt": (int, "group_size"),
+    "rollout-batch-size": (int, "prompts_per_batch"),
+    "over-sampling-batch-size": (int, "prompts_per_round"),
+    "global-batch-size": (int, "samples_per_update"),
+    "num-steps-per-rollout": (int, "minibatches"),
+    "num-rollout": (int, "batches"),
+    "rollout-max-response-len": (int, "answer_tokens"),
+    "rollout-max-prompt-len": (int, "prompt_tokens"),
+    "rollout-max-context-len": (int, "context_tokens"),
+    "rollout-temperature": (float, "temperature"),
+    "rollout-top-p": (float, "top_p"),
+    "rollout-top-k": (int, "top_k"),
+    "rollout-seed": (int, "seed"),
+    "lr": (float, "learning_rate"),
+    "clip-grad": (float, "clip_norm"),
+    "ref-load": (str, "reference"),
+    "prompt-data": (str, "tasks"),
+    "input-key": (str, "prompt_key"),
+    "label-key": (str, "label_key"),
+    "metadata-key": (str, "metadata_key"),
+    "tool-key": (str, "tools_key"),
+    "reward-key": (str, "reward_key"),
+    "rm-type": (str, "reward"),
+    "apply-chat-template": (bool, "apply_chat_template"),
+}
+_OBJECTIVE_FLAG_TYPES: dict[str, type] = {
+    "advantage-estimator": str,
+    "eps-clip": float,
+    "eps-clip-high": float,
+    "eps-clip-c": float,
+    "calculate-per-token-loss": bool,
+    "disable-grpo-std-normalization": bool,
+    "normalize-advantages": bool,
+    "gamma": float,
+    "kl-coef": float,
+    "use-kl-loss": bool,
+    "kl-loss-coef": float,
+    "kl-loss-type": str,
+    "entropy-coef": float,
+    "use-rollout-logprobs": bool,
+    "use-tis": bool,
+    "tis-clip": float,
+    "tis-clip-low": float,
+}
+_FLAG_TYPES = {name: kind for name, (kind, _) in FLAG_OPTIONS.items()} | _OBJECTIVE_FLAG_TYPES
+# A flag that slime reads only beside another one.
+_REQUIRED_FLAGS = {
+    "kl-loss-coef": "use-kl-loss",
+    "kl-loss-type": "use-kl-loss",
+    "tis-clip": "use-tis",
+    "tis-clip-low": "use-tis",
+}
+_KL_KINDS = {"k1": ("k1", None), "k2": ("k2", None), "k3": ("k3", None), "low_var_kl": ("k3", 10.0)}
+
+
+@dataclasses.dataclass(frozen=True)
+class SlimeOverrides:
+    """What flags come to.
+
+    options: by our names, of the flags that were given. text: to print at the start.
+    """
+
+    objective: objective_lib.Objective
+    options: Mapping[str, Any]
+    text: str
+
+
+def parse_flags(argv: Sequence[str]) -> dict[str, Any]:
+    """Return the flags of a command line, `--name value`, `--name=value` or `--switch`, by name.
+
+    Raises:
+      ValueError: an unknown flag, one twice with different values, or a value missing or wrong.
+    """
+    out: dict[str, Any] = {}
+    left = list(argv)
+    while left:
+        word = left.pop(0)
+        if not word.startswith("--"):
+            raise ValueError(f"got {word!r}; wanted a flag, such as --eps-clip-high")
+        name, equals, value = word.removeprefix("--").partition("=")
+        name = _check_flag_name(name)
+        if not equals and _FLAG_TYPES[name] is bool:
+            value = "true"
+        elif not equals:
+            if not left or left[0].startswith("--"):
+                raise ValueError(f"--{name}: got no value; wanted --{name} VALUE")
+            value = left.pop(0)
+        value = _parse_value(name, value)
+        if out.setdefault(name, value) != value:
+            raise ValueError(f"--{name}: got {out[name]} and {value}; wanted one of them")
+    return out
+
+
+def translate_flags(flags: Mapping[str, Any]) -> SlimeOverrides:
+    """Return the objective and options of slime's flags, by name with or without the dashes.
+
+    Under cispo, eps-clip x and eps-clip-high y bound the weight by 1 - x (none, at 0 or below)
+    and 1 + y; under the others they are clip_low and clip_high.
+
+    Raises:
+      ValueError: an unknown flag, a wrong value, or flags that contradict each other.
+    """
+    given: dict[str, Any] = {}
+    for name, value in flags.items():
+        name = _check_flag_name(name.removeprefix("--"))
+        given[name] = _parse_value(name, value)
+    for name, needed in _REQUIRED_FLAGS.items():
+        if name in given and not given.get(needed):
+            raise ValueError(f"--{name}: got it without --{needed}; wanted both, or neither")
+    estimator = given.get("advantage-estimator", "cispo")
+    if estimator not in ESTIMATOR_PRESETS:
+        hint = " 'ppo' needs a critic, which is not here." if estimator == "ppo" else ""
+        known = ", ".join(ESTIMATOR_PRESETS)
+        raise ValueError(f"--advantage-estimator: got {estimator!r}; wanted one of {known}.{hint}")
+    preset = objective_lib.PRESETS[ESTIMATOR_PRESETS[estimator]]
+    objective = dataclasses.replace(preset, **_objective_changes(preset, given))
+    options = {ours: given[name] for name, (_, ours) in FLAG_OPTIONS.items() if name in given}
+    _check_batch_sizes(options)
+    text = "\n".join([describe_objective(objective), *_default_differences(preset, given)])
+    return SlimeOverrides(objective, options, text)
+
+
+def describe_objective(objective: objective_lib.Objective) -> str:
+    """Return what every run prints of its objective: the intervals, and how it is averaged."""
+    low, high = objective.is_weight_min, objective.is_weight_max
+    parts = [f"objective {objective.name}: "]
+    if not objective.weighted:
+        parts.append("weight 1")
+    elif (low, high) == (None, None):
+        parts.append("weight r, not bounded")
+    else:
+        parts.append(f"weight r within [{_format_bound(low)}, {_format_bound(high)}]")
+    if (objective.clip_low, objective.clip_high) != (None, None):
+        bottom = None if objective.clip_low is None else 1 - objective.clip_low
+        top = None if objective.clip_high is None else 1 + objective.clip_high
+        parts.append(
+            f"; tokens dropped where r leaves [{_format_bound(bottom)}, {_format_bound(top)}]"
+        )
+    if objective.dual_clip is not None:
+        parts.append(f", or is above {objective.dual_clip:g} with A < 0")
+    parts.append(f"; r of a {objective.ratio} against {objective.anchor}")
+    parts.append(f"; aggregation {objective.aggregation}")
+    if objective.aggregation == "mix":
+        parts.append(f" ({objective.mix_lambda:g} by sample: our reading of M1 section 5)")
+    elif objective.aggregation == "prompt-mean":
+        parts.append(" (M1's Eq. 4 as printed; most implementations: token-mean)")
+    elif objective.aggregation == "token-mean":
+        parts.append(" (M1's Eq. 4 as printed: prompt-mean)")
+    return "".join(parts)
+
+
+def parse_metadata(value: Any) -> dict[str, Any]:
+    """Return what the column of --metadata-key holds as a dict; a list is of tool calls.
+
+    Raises:
+      ValueError: neither.
+    """
+    if value is None:
+        return {}
+    if isinstance(value, list):
+        return {"tool_calls": value}
+    if isinstance(value, Mapping):
+        return dict(value)
+    raise ValueError(
+        f"metadata: got {type(value).__name__} {value!r}; wanted an object, or a list of tool calls"
+    )
+
+
+def _objective_changes(preset: objective_lib.Objective, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of the objective that flags set."""
+    names = {"eps-clip-c": "dual_clip", "gamma": "discount", "kl-coef": "reward_kl_coef"}
+    names |= {"entropy-coef": "entropy_coef", "kl-loss-coef": "kl_coef"}
+    out = {ours: given[name] for name, ours in names.items() if name in given}
+    low, high = given.get("eps-clip"), given.get("eps-clip-high")
+    if preset.name == "cispo":
+        if low is not None:
+            # Rounded, so that 1 - 0.2 is the 0.8 that it reads as.
+            out["is_weight_min"] = round(1 - low, 12) if low < 1 else None
+        if high is not None:
+            out["is_weight_max"] = round(1 + high, 12)
+    else:
+        out |= {"clip_low": low} if low is not None else {}
+        out |= {"clip_high": high} if high is not None else {}
+    if given.get("calculate-per-token-loss"):
+        out |= {"aggregation": "token-mean", "length_max": None}
+    if given.get("disable-grpo-std-normalization"):
+        if preset.advantage not in ("group", "mean"):
+            raise ValueError(
+                f"--disable-grpo-std-normalization: got advantage {preset.advantage!r}; "
+                "wanted an estimator that divides by the group's deviation"
+            )
+        out["advantage"] = "mean"
+    if given.get("normalize-advantages") and not preset.advantage.startswith("return"):
+        raise ValueError(
+            f"--normalize-advantages: got the estimator {preset.name}; wanted "
+            "reinforce_plus_plus or its baseline, which whiten over the batch anyway"
+        )
+    if "kl-loss-type" in given:
+        if given["kl-loss-type"] not in _KL_KINDS:
+            raise ValueError(
+                f"--kl-loss-type: got {given['kl-loss-type']!r}; wanted one of {', '.join(_KL_KINDS)}"
+            )
+        out["kl_kind"], out["kl_max"] = _KL_KINDS[given["kl-loss-type"]]
+    if given.get("use-rollout-logprobs"):
+        out["anchor"] = "rollout"
+    if given.get("use-tis"):
+        low, high = given.get("tis-clip-low") or None, given.get("tis-clip", 2.0)
+        out["correction"] = rollout_correction_lib.RolloutCorrection("token", "truncate", low, high)
+    return out
+
+
+def _default_differences(preset: objective_lib.Objective, given: Mapping[str, Any]) -> list[str]:
+    """Return a line for each absent flag whose default is another one in slime."""
+    low = given.get("eps-clip", 0.2)
+    high = given.get("eps-clip-high", low)
+    if preset.name == "cispo":
+        ours = (_format_bound(preset.is_weight_min), _format_bound(preset.is_weight_max))
+        theirs = (f"{1 - low:g}", f"{1 + high:g}")
+    else:
+        ours, theirs = (
+            (_format_bound(preset.clip_low), _format_bound(preset.clip_high)),
+            (f"{low:g}", f"{high:g}"),
+        )
+    rows = [
+        ("advantage-estimator", "cispo", "grpo"),
+        ("eps-clip", ours[0], theirs[0]),
+        ("eps-clip-high", ours[1], theirs[1]),
+        ("calculate-per-token-loss", preset.aggregation, "seq-mean-token-mean"),
+    ]
+    if given.get("use-kl-loss"):
+        rows += [("kl-loss-type", preset.kl_kind, "k1")]
+        rows += [("kl-loss-coef", f"{preset.kl_coef:g}", "0")]
+    meaning = {
+        "eps-clip": "lowest weight" if preset.name == "cispo" else "clip_low",
+        "eps-clip-high": "highest weight" if preset.name == "cispo" else "clip_high",
+        "calculate-per-token-loss": "aggregation",
+    }
+    return [
+        f"--{name} not given: {meaning.get(name, 'value')} {mine}; slime would use {other}"
+        for name, mine, other in rows
+        if not given.get(name) and mine != other
+    ]
+
+
+def _check_batch_sizes(options: Mapping[str, Any]) -> None:
+    names = ("prompts_per_batch", "group_size", "samples_per_update", "minibatches")
+    if any(name not in options for name in names):
+        return
+    prompts, size, samples, parts = (options[name] for name in names)
+    if prompts * size != samples * parts:
+        raise ValueError(
+            f"got {prompts} prompts of {size} samples in {parts} updates of {samples} samples; "
+            "wanted --rollout-batch-size * --n-samples-per-prompt = --global-batch-size * "
+            "--num-steps-per-rollout. Leave one of the last two out."
+        )
+
+
+def _check_flag_name(name: str) -> str:
+    name = name.replace("_", "-")
+    if name not in _FLAG_TYPES:
+        raise ValueError(f"--{name}: got an unknown flag; wanted one of {', '.join(_FLAG_TYPES)}")
+    return name
+
+
+def _parse_value(name: str, value: Any) -> Any:
+    kind = _FLAG_TYPES[name]
+    try:
+        if kind is bool:
+            return {"true": True, "false": False}[str(value).lower()]
+        if kind is int and isinstance(value, float):
+            raise ValueError
+        return kind(value)
+    except (KeyError, TypeError, ValueError):
+        wanted = "true or false" if kind is bool else f"a value of type {kind.__name__}"
+        raise ValueError(f"--{name}: got {value!r}; wanted {wanted}") from None
+
+
+def _format_bound(value: float | None) -> str:
+    return "none" if value is None else f"{value:g}"

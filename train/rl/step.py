@@ -1,0 +1,157 @@
+"""The jitted parts of an RL update: the trainer's own probabilities, gradients, AdamW.
+
+    sums = None
+    for rows in microbatches:
+        sums = add(sums, state.model, rows, share, weight_mean, settings)
+    state, metrics = update(state, sums[0], settings)
+
+Gradients are added up over any number of microbatches of one shape, so a step is compiled once,
+however much its samples wrote. The coefficients in the rows have the whole step's denominators.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from m1_jax import logprobs, moe
+from m1_jax import model as model_lib
+from train import optim, trainable
+from train import step as step_lib
+from train.rl import batch as rl_batch
+from train.rl import metrics as rl_metrics
+from train.rl import objective
+
+
+@dataclasses.dataclass(frozen=True)
+class RlStepSettings:
+    """What the compiled functions are made for.
+
+    temperature: of the sampler, and so of the trainer's probabilities. balance_coefficient: of
+    `moe.balance_loss`.
+    """
+
+    optimizer: optim.AdamW
+    objective: objective.Objective
+    temperature: float = 1.0
+    balance_coefficient: float = 0.0
+
+
+@functools.partial(jax.jit, static_argnames="temperature")
+def score_logprobs(
+    model: model_lib.MiniMaxM1, rows: rl_batch.PackedRows, temperature: float
+) -> Any:
+    """Return (log-probabilities of the targets, entropies), float32 [B, T]."""
+    hidden, _ = model.hidden(
+        rows.tokens, rows.segment_ids, rows.positions, expert_ids=rows.expert_ids
+    )
+    made = logprobs.token_logprobs(
+        model, hidden, rows.targets, with_entropy=True, temperature=temperature
+    )
+    return made.logp, made.entropy
+
+
+@functools.partial(jax.jit, static_argnames="settings", donate_argnames="sums")
+def accumulate_gradients(
+    sums: Any,
+    model: model_lib.MiniMaxM1,
+    rows: rl_batch.PackedRows,
+    token_share: Any,
+    weight_mean: Any,
+    settings: RlStepSettings,
+):
+    """Return (gradients, metrics) of a microbatch, added to those of the ones before.
+
+    sums: None for the first. share: of the step's tokens that are in these rows; it weighs the
+    balance loss, which is a product of means. weight_mean: see `objective.TokenTerms`, or None.
+    """
+    trained, rest = trainable.partition(model)
+
+    @functools.partial(jax.grad, has_aux=True)
+    def gradients(trained):
+        return _microbatch_loss(
+            trainable.combine(trained, rest), rows, token_share, weight_mean, settings
+        )
+
+    grads, metrics = gradients(trained)
+    grads = step_lib.constrain_shardings(grads)
+    if sums is None:
+        return grads, metrics
+    return jax.tree.map(jnp.add, sums[0], grads), rl_metrics.add_metrics(sums[1], metrics)
+
+
+def _microbatch_loss(
+    model, rows: rl_batch.PackedRows, share, weight_mean, settings: RlStepSettings
+):
+    hidden, stats = model.hidden(
+        rows.tokens, rows.segment_ids, rows.positions, expert_ids=rows.expert_ids
+    )
+    made = logprobs.token_logprobs(
+        model,
+        hidden,
+        rows.targets,
+        with_entropy=True,
+        temperature=settings.temperature,
+    )
+    terms = objective.TokenTerms(
+        logp=made.logp,
+        logp_old=rows.logp_old,
+        logp_rollout=rows.logp_rollout,
+        advantages=rows.advantages,
+        mask=rows.mask,
+        coefficients=rows.coefficients,
+        segment_ids=rows.segment_ids,
+        logp_ref=rows.logp_ref if settings.objective.kl_coef else None,
+        entropy=made.entropy,
+        weight_mean=weight_mean,
+    )
+    loss, metrics = objective.compute_loss(settings.objective, terms)
+    balance = moe.balance_loss(stats) * share
+    metrics["shares"]["balance_loss"] = balance
+    ratio = objective.importance_ratios(settings.objective, terms)
+    drops = rl_metrics.count_drops_by_token(
+        rows.targets, ratio, rows.advantages, rows.mask, model.config.vocab_size
+    )
+    clips = rl_metrics.count_clips_by_token(
+        rows.targets,
+        ratio,
+        rows.advantages,
+        rows.mask,
+        _ratio_upper_bound(settings.objective),
+        model.config.vocab_size,
+    )
+    metrics["drops"] = {"by_token": drops, "clipped": clips}
+    return loss + settings.balance_coefficient * balance, metrics
+
+
+def _ratio_upper_bound(chosen: objective.Objective) -> float | None:
+    """Return the ratio above which a token with A > 0 is dropped or its weight capped."""
+    dropped = None if chosen.clip_high is None else 1 + chosen.clip_high
+    return min((x for x in (dropped, chosen.is_weight_max) if x is not None), default=None)
+
+
+@functools.partial(jax.jit, static_argnames="settings", donate_argnames="state")
+def apply_update(
+    state: step_lib.TrainState, grads: Any, settings: RlStepSettings
+) -> tuple[step_lib.TrainState, dict[str, Any]]:
+    """Make one optimizer step with the gradients that `accumulate_gradients` summed; the state is donated.
+
+    Returns:
+      The new state, and metrics: those of `step.apply_gradients`, and the magnitudes of gradients and
+      second moments (`rl_metrics`), as M1 3.2 looks at them.
+    """
+    shares = {f"gradient/{name}": x for name, x in rl_metrics.gradient_shares(grads).items()}
+    state, metrics = step_lib.apply_gradients(state, grads, settings.optimizer)
+    second = [
+        leaf.nu
+        for leaf in jax.tree.leaves(state.moments, is_leaf=_is_adam_state)
+        if _is_adam_state(leaf)
+    ]
+    return state, metrics | shares | {"second_moment/zero": rl_metrics.zero_share(second)}
+
+
+def _is_adam_state(part: Any) -> bool:
+    return isinstance(part, optax.ScaleByAdamState)
