@@ -360,7 +360,7 @@ def _prepare_inputs(
     """Return tokens and their `ForwardContext`; on a mesh, padded to a length that it splits."""
     if layout is not None:
         sharding.check_batch_rows(layout, tokens.shape[0])
-        more = -tokens.shape[1] % layout.size("length")
+        more = -tokens.shape[1] % layout.axis_size("length")
         if more and segment_ids is None:
             segment_ids = jnp.ones_like(tokens)
         tokens, segment_ids, positions = (

@@ -299,7 +299,7 @@ def count_fitting_rows(
     """Return by length in tokens how many rows fit into so much of a chip's memory."""
     both = plan_jobs.state_and_kv_bytes(model_config, layout, job)
     state, kv = (size / job.batch for size in both)
-    spread = 1 if job.kind == "serve" else layout.size("batch")
+    spread = 1 if job.kind == "serve" else layout.axis_size("batch")
     found = {}
     for length in lengths:
         each = state + kv * length / job.seq

@@ -194,8 +194,8 @@ def _estimate_activations(
     config, job: PlanJob, layout, tokens: float, params: Sequence[ParamShard]
 ) -> float:
     """Estimate what lives besides arguments: kept layer inputs, one layer's work, its weights."""
-    width = config.num_attention_heads * config.head_dim / layout.size("heads")
-    embed, hidden = config.hidden_size, config.intermediate_size / layout.size("mlp")
+    width = config.num_attention_heads * config.head_dim / layout.axis_size("heads")
+    embed, hidden = config.hidden_size, config.intermediate_size / layout.axis_size("mlp")
     slots = config.num_experts_per_tok + config.has_shared_expert
     # Layer's input, norms and output; q, k, v, gate, output twice; rows, gate, up, product, output.
     layer = 2 * tokens * (6 * embed + 6 * width + slots * (2 * embed + 3 * hidden))
@@ -243,20 +243,20 @@ def _estimate_collectives(
         if job.is_training:
             add("reduce-scatter", p.layers, 4 * each * (p.gather_group_size - 1))
             add("all-reduce", p.layers, 8 * each * (1 - 1 / p.reduce_group_size))
-    split = 1 - 1 / layout.size("experts")
+    split = 1 - 1 / layout.axis_size("experts")
     exchanged = 2 * tokens * config.num_experts_per_tok * config.hidden_size * split
     # To the experts and back; the backward pass sends rows again, their gradients, and those back.
     add("ragged-all-to-all", (5 if job.is_training else 2) * layers, exchanged)
     # Each chip knows the weights of its group's choices, and gives their gradients back.
-    choices = 4 * tokens * config.num_experts_per_tok * (layout.size("experts") - 1)
+    choices = 4 * tokens * config.num_experts_per_tok * (layout.axis_size("experts") - 1)
     add("all-gather", layers * (1 + job.is_training), choices)
     add("reduce-scatter", layers * job.is_training, choices)
-    activations = 2 * 2 * tokens * config.hidden_size * (1 - 1 / layout.size("heads"))
+    activations = 2 * 2 * tokens * config.hidden_size * (1 - 1 / layout.axis_size("heads"))
     add("all-reduce", 2 * layers * passes, activations)
-    others = layout.size("length") - 1
-    state = 4 * rows * config.num_attention_heads * config.head_dim**2 / layout.size("heads")
+    others = layout.axis_size("length") - 1
+    state = 4 * rows * config.num_attention_heads * config.head_dim**2 / layout.axis_size("heads")
     add("all-gather", lightning * passes, state * others)
-    keys = 2 * 2 * tokens * config.num_key_value_heads * config.head_dim / layout.size("heads")
+    keys = 2 * 2 * tokens * config.num_key_value_heads * config.head_dim / layout.axis_size("heads")
     # Keys and values each way round the ring, and back with their float32 gradients.
     rounds = (layers - lightning) * others
     add("collective-permute", 2 * rounds * forward, keys / 2)
