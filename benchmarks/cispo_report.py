@@ -69,22 +69,22 @@ def text(section: Section, parameters: int) -> str:
         "so many);",
         "W clipped: of W tokens with A > 0 in the first six batches, dropped (CISPO: capped).",
         "",
-        _row(_HEAD),
-        _row(["---"] * len(_HEAD)),
+        _table_row(_HEAD),
+        _table_row(["---"] * len(_HEAD)),
     ]
-    lines += [_row(_cells(section, *run)) for run in section.runs()]
-    lines += ["", *_ratios(section), "", *_sentence(section, parameters), ""]
+    lines += [_table_row(_row_cells(section, *run)) for run in section.runs()]
+    lines += ["", *_ratio_lines(section), "", *_conclusion_lines(section, parameters), ""]
     return "\n".join(lines)
 
 
-def _cells(section, arm: str, rate: float, what: str, found) -> list[str]:
+def _row_cells(section, arm: str, rate: float, what: str, found) -> list[str]:
     clipped = [one.fork_clipped for one in found if one.fork_clipped is not None]
     return [
         arm,
         f"{rate:g}",
         f"{len(found)} {what}".strip(),
-        _counts([one.half for one in found], section.batches),
-        _counts([one.sustained for one in found], section.batches),
+        _format_counts([one.half for one in found], section.batches),
+        _format_counts([one.sustained for one in found], section.batches),
         ", ".join("-" if one.tokens is None else str(one.tokens) for one in found),
         f"{statistics.mean(one.mean for one in found):.3f}",
         f"{statistics.mean(one.last for one in found):.3f}/{min(one.lowest for one in found):.3f}",
@@ -93,7 +93,7 @@ def _cells(section, arm: str, rate: float, what: str, found) -> list[str]:
     ]
 
 
-def _ratios(section: Section) -> list[str]:
+def _ratio_lines(section: Section) -> list[str]:
     lines = []
     for what, some in (("the common rate", section.common), ("own best rates", section.best)):
         for other in ("dapo", "grpo"):
@@ -102,7 +102,7 @@ def _ratios(section: Section) -> list[str]:
             if some is section.best:
                 rates = section.best_rates
                 at = f"{rates['cispo']:g} against {rates[other]:g}"
-            lines.append(f"CISPO / {other.upper()} at {what} ({at}): {_told(found)}")
+            lines.append(f"CISPO / {other.upper()} at {what} ({at}): {_format_ratio(found)}")
     if not section.tuning_seeds:
         lines.append("Own rates were chosen on the very seeds that they are compared on.")
     return lines
@@ -114,7 +114,7 @@ def ratio(some: dict[str, list[cispo_curves.Outcome]], other: str) -> cispo_curv
     return cispo_curves.paired(ours, theirs)
 
 
-def _sentence(section: Section, parameters: int) -> list[str]:
+def _conclusion_lines(section: Section, parameters: int) -> list[str]:
     """Return what may be said, and beside it how many runs collapsed."""
     rows = section.runs()
     collapsed = []
@@ -138,18 +138,18 @@ def _sentence(section: Section, parameters: int) -> list[str]:
     )
     return [
         f"On a {size}-parameter toy built so that a rare token matters, CISPO reached the target "
-        f"in {_told(common, short=True)} times",
+        f"in {_format_ratio(common, short=True)} times",
         "the generation batches of DAPO at the same learning rate; with learning rates tuned per "
-        f"arm the ratio was {_told(best, short=True)}.",
+        f"arm the ratio was {_format_ratio(best, short=True)}.",
         made,
         beside,
     ]
 
 
-def _told(found: cispo_curves.Paired | None, short: bool = False) -> str:
+def _format_ratio(found: cispo_curves.Paired | None, short: bool = False) -> str:
     if found is None:
         return "unknown: no pair arrived"
-    numbers = [_number(x) for x in (found.median, found.low, found.high)]
+    numbers = [_format_number(x) for x in (found.median, found.low, found.high)]
     if short:
         return f"{numbers[0]} ({numbers[1]} to {numbers[2]})"
     unknown = f", {found.unknown} more where neither arrived" if found.unknown else ""
@@ -159,17 +159,17 @@ def _told(found: cispo_curves.Paired | None, short: bool = False) -> str:
     )
 
 
-def _number(value: float) -> str:
+def _format_number(value: float) -> str:
     if math.isinf(value):
         return "more than known"
     return "less than known" if value == 0 else f"{value:.2f}"
 
 
-def _counts(values: Sequence[int | None], batches: int) -> str:
+def _format_counts(values: Sequence[int | None], batches: int) -> str:
     return ",".join(f">{batches}" if value is None else str(value) for value in values)
 
 
-def _row(cells: Sequence[str]) -> str:
+def _table_row(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 

@@ -88,7 +88,7 @@ class Timing:
         return self.decode_secs / max(self.decode_tokens, 1)
 
 
-class _Timed:
+class _TimedProgram:
     """A program of the engine that waits for its results and notes when it ran."""
 
     def __init__(self, program):
@@ -101,7 +101,7 @@ class _Timed:
         return results
 
 
-class Ours:
+class OurEngine:
     """An engine whose prompts are all its own: it remembers those of earlier calls."""
 
     def __init__(self, model, size: Size, **changes: Any):
@@ -111,13 +111,13 @@ class Ours:
         self._engine = engine.Engine(model, words, dataclasses.replace(size.engine, **changes))
         programs = self._engine._device._programs
         self._decode = {
-            key: _Timed(program) for key, program in programs.items() if key[0] == "decode"
+            key: _TimedProgram(program) for key, program in programs.items() if key[0] == "decode"
         }
         programs.update(self._decode)
 
     def tokens(self, prompts, new_tokens: int) -> list[list[int]]:
         """Return what follows each prompt."""
-        outputs = self._engine.generate([p.tolist() for p in prompts], _greedy(new_tokens))
+        outputs = self._engine.generate([p.tolist() for p in prompts], _greedy_options(new_tokens))
         return [[token.id for token in output.tokens] for output in outputs]
 
     def generate(self, prompts, new_tokens: int) -> Timing:
@@ -130,7 +130,7 @@ class Ours:
             times.append(time.perf_counter())
             first.setdefault(asked.number, times[-1])
 
-        options = _greedy(new_tokens)
+        options = _greedy_options(new_tokens)
         start = time.perf_counter()
         for prompt in prompts:
             self._engine.submit(prompt.tolist(), options, note)
@@ -174,7 +174,7 @@ def _their_generate(model, experts: str, prompts, new_tokens: int) -> tuple[Any,
     return tokens[:, prompts.shape[1] :], Timing(end - start, end - first.at, made)
 
 
-def _greedy(new_tokens: int) -> options_lib.Options:
+def _greedy_options(new_tokens: int) -> options_lib.Options:
     return options_lib.Options(temperature=0.0, max_tokens=new_tokens, ignore_eos=True)
 
 
@@ -187,7 +187,9 @@ class Case:
     rows: Callable[[dict[str, list[Timing]]], list[dict]]
 
 
-def _row(case: str, what: str, secs: dict[str, list[float]], tokens, target, ours="ours") -> dict:
+def _make_row(
+    case: str, what: str, secs: dict[str, list[float]], tokens, target, ours="ours"
+) -> dict:
     """Return one line: the side `ours` against the fastest of the others."""
     least = {name: min(values) for name, values in secs.items()}
     others = [name for name in least if name != ours]
@@ -212,7 +214,9 @@ def _batch_case(batch: int, size: Size, prompts, ours, theirs) -> Case:
     # batched_mm copies the weights of each token's experts: right for one token.
     experts = ("eager", "grouped_mm", "batched_mm") if batch == 1 else ("eager", "grouped_mm")
     sides: dict[str, Callable[[], Timing]] = {
-        name: functools.partial(_fresh, made.generate, prompts, (batch, length), new)
+        name: functools.partial(
+            _call_with_new_prompts, made.generate, prompts, (batch, length), new
+        )
         for name, made in ours.items()
     }
     for name in experts:
@@ -227,15 +231,15 @@ def _batch_case(batch: int, size: Size, prompts, ours, theirs) -> Case:
         fair, own = ["ours", *experts], ["ours", "all rows"]
         target = size.targets[batch]
         return [
-            _row(case, "decoding, tokens/s", seconds("token_secs", fair), 1, target),
-            _row(case, "whole, tokens/s", seconds("whole_secs", fair), batch * new, None),
-            _row(case, "exactness, decoding", seconds("token_secs", own), 1, None),
+            _make_row(case, "decoding, tokens/s", seconds("token_secs", fair), 1, target),
+            _make_row(case, "whole, tokens/s", seconds("whole_secs", fair), batch * new, None),
+            _make_row(case, "exactness, decoding", seconds("token_secs", own), 1, None),
         ]
 
     return Case(case, sides, rows)
 
 
-def _fresh(call, prompts, shape, new_tokens) -> Timing:
+def _call_with_new_prompts(call, prompts, shape, new_tokens) -> Timing:
     return call(prompts(*shape), new_tokens)
 
 
@@ -247,7 +251,7 @@ def _prefill_case(size: Size, prompts, ours, theirs) -> Case:
     """Read one long prompt and make a token."""
     shape, experts = (1, size.prefill_tokens), ("eager", "grouped_mm")
     sides: dict[str, Callable[[], Timing]] = {
-        name: functools.partial(_fresh, made.generate, prompts, shape, 1)
+        name: functools.partial(_call_with_new_prompts, made.generate, prompts, shape, 1)
         for name, made in ours.items()
     }
     for name in experts:
@@ -259,8 +263,8 @@ def _prefill_case(size: Size, prompts, ours, theirs) -> Case:
         exact = {name: secs[name] for name in ("ours", "all rows")}
         fair = {name: secs[name] for name in ("ours", *experts)}
         return [
-            _row("prefill", "prompt tokens/s", fair, shape[1], None),
-            _row("prefill", "exactness, prefill", exact, shape[1], None),
+            _make_row("prefill", "prompt tokens/s", fair, shape[1], None),
+            _make_row("prefill", "exactness, prefill", exact, shape[1], None),
         ]
 
     return Case("prefill", sides, rows)
@@ -276,12 +280,14 @@ def _shared_case(size: Size, prompts, ours) -> Case:
 
     sides = {
         "ours": together,
-        "one": functools.partial(_fresh, ours.generate, prompts, (1, size.prefix_tokens), 1),
+        "one": functools.partial(
+            _call_with_new_prompts, ours.generate, prompts, (1, size.prefix_tokens), 1
+        ),
     }
 
     def rows(timings):
         secs = {name: [t.whole_secs for t in timings[name]] for name in sides}
-        row = _row("shared-prefix", f"{size.followers} over one, time", secs, 1, 1.3, "one")
+        row = _make_row("shared-prefix", f"{size.followers} over one, time", secs, 1, 1.3, "one")
         return [row]
 
     return Case("shared-prefix", sides, rows)
@@ -291,7 +297,7 @@ def _host_case(size: Size, prompts, ours) -> Case:
     """Say which part of decoding the device spends waiting for the host."""
     batch = max(size.targets)
     side = functools.partial(
-        _fresh, ours.generate, prompts, (batch, size.prompt_tokens), size.new_tokens
+        _call_with_new_prompts, ours.generate, prompts, (batch, size.prompt_tokens), size.new_tokens
     )
 
     def rows(timings):
@@ -303,7 +309,7 @@ def _host_case(size: Size, prompts, ours) -> Case:
     return Case("host", {"ours": side}, rows)
 
 
-def _check(prompts, size: Size, ours, theirs) -> None:
+def _check_same_tokens(prompts, size: Size, ours, theirs) -> None:
     """Demand the same greedy tokens of both sides.
 
     Raises:
@@ -341,7 +347,7 @@ def main(argv):
     if unknown := sorted(set(_CASES.value) - set(names)):
         raise app.UsageError(f"got cases {unknown}, want some of {names}")
     model, theirs = side_by_side.build(side_by_side.MODELS[_SIZE.value])
-    ours = {"ours": Ours(model, size), "all rows": Ours(model, size, row_tile=0)}
+    ours = {"ours": OurEngine(model, size), "all rows": OurEngine(model, size, row_tile=0)}
     rng = np.random.default_rng(3)
 
     def prompts(*shape):
@@ -349,7 +355,7 @@ def main(argv):
 
     machine = side_by_side.machine(theirs)
     print(*(f"{key} {value}" for key, value in machine.items()), sep=", ")
-    _check(prompts, size, ours, theirs)
+    _check_same_tokens(prompts, size, ours, theirs)
     cases = [_batch_case(batch, size, prompts, ours, theirs) for batch in size.targets]
     cases.append(_prefill_case(size, prompts, ours, theirs))
     cases.append(_shared_case(size, prompts, ours["ours"]))

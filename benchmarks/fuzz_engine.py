@@ -37,14 +37,19 @@ from m1_jax import tokenizer as tokenizer_lib
 
 CHUNK_TOKENS, MAX_LENGTH = 16, 256
 POISON = 0  # the token whose embedding is NaN; padding is made of it, too
-WHERE = {"max_length": MAX_LENGTH, "chunk_tokens": CHUNK_TOKENS}
-ALONE = config_lib.Config(
-    **WHERE, max_rows=1, num_snapshots=0, prefix_cache=False, decode_steps=1, prefill_tokens=(64,)
+SHARED_SIZES = {"max_length": MAX_LENGTH, "chunk_tokens": CHUNK_TOKENS}
+REFERENCE_CONFIG = config_lib.Config(
+    **SHARED_SIZES,
+    max_rows=1,
+    num_snapshots=0,
+    prefix_cache=False,
+    decode_steps=1,
+    prefill_tokens=(64,),
 )
-BUSY = (
+BUSY_CONFIGS = (
     # 16 pages hold one sequence of max_length.
     config_lib.Config(
-        **WHERE,
+        **SHARED_SIZES,
         max_rows=4,
         num_pages=24,
         num_snapshots=4,
@@ -56,7 +61,7 @@ BUSY = (
         max_queue=12,
     ),
     config_lib.Config(
-        **WHERE,
+        **SHARED_SIZES,
         max_rows=12,
         num_pages=40,
         num_snapshots=2,
@@ -70,10 +75,15 @@ BUSY = (
         record_routes=True,
     ),
     config_lib.Config(
-        **WHERE, max_rows=2, num_snapshots=8, decode_steps=1, prefill_tokens=(24,), max_queue=6
+        **SHARED_SIZES,
+        max_rows=2,
+        num_snapshots=8,
+        decode_steps=1,
+        prefill_tokens=(24,),
+        max_queue=6,
     ),
 )
-WANTED = (
+REQUIRED_COUNTS = (
     "submit",
     "stranger",
     "queue_full",
@@ -84,12 +94,12 @@ WANTED = (
     "errors",
     "reasoning",
 )
-WANTED += ("hits", "misses", "evicted", "swapped_out", "swapped_in", "restarted")
-WANTED += ("own_preemptions",)
+REQUIRED_COUNTS += ("hits", "misses", "evicted", "swapped_out", "swapped_in", "restarted")
+REQUIRED_COUNTS += ("own_preemptions",)
 
 
 @dataclasses.dataclass(frozen=True)
-class Case:
+class FuzzCase:
     """A request, and what it gives."""
 
     prompt: tuple[int, ...]
@@ -103,7 +113,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--cases", type=int, default=60, help="requests in the pool")
-    parser.add_argument("--engines", type=int, default=len(BUSY), help="one after the other")
+    parser.add_argument(
+        "--engines", type=int, default=len(BUSY_CONFIGS), help="one after the other"
+    )
     arguments = parser.parse_args()
     rng = random.Random(arguments.seed)
     with tempfile.TemporaryDirectory() as directory:
@@ -114,27 +126,27 @@ def main() -> None:
         lambda name, _secs, **_: compiled.append(name) if "/compile/" in name else None
     )
     start = time.monotonic()
-    alone = engine_lib.Engine(model, tokenizer, ALONE)
+    alone = engine_lib.Engine(model, tokenizer, REFERENCE_CONFIG)
     programs = [time.monotonic() - start]
     cases = make_cases(alone, tokenizer, rng, arguments.cases)
     counts: collections.Counter[str] = collections.Counter()
     problems: list[str] = []
     secs = 0.0
     with tqdm.tqdm(total=arguments.operations, unit="operation") as bar:
-        for number, config in enumerate(BUSY[: arguments.engines], 1):
+        for number, config in enumerate(BUSY_CONFIGS[: arguments.engines], 1):
             start = time.monotonic()
             engine = engine_lib.Engine(model, tokenizer, config)
             programs.append(time.monotonic() - start)
             compiled.clear()
             start = time.monotonic()
-            run = Run(engine, model, cases, rng, counts)
+            run = FuzzRun(engine, model, cases, rng, counts)
             while bar.n < arguments.operations * number // arguments.engines and not problems:
                 bar.update(run.operate())
                 problems += run.problems
             run.finish()
             secs += time.monotonic() - start
             problems += run.problems + [f"compiled: {name}" for name in compiled]
-    problems += [f"never tried: {name}" for name in WANTED if not counts[name]]
+    problems += [f"never tried: {name}" for name in REQUIRED_COUNTS if not counts[name]]
     print(", ".join(f"{name} {counts[name]}" for name in sorted(counts)))
     print(f"{len(programs)} engines made in {sum(programs):.0f} s, busy for {secs:.0f} s")
     print(*problems[:20] or ["all the same to the bit, nothing compiled"], sep="\n")
@@ -157,18 +169,18 @@ def make_model(dtype) -> model_lib.MiniMaxM1:
 # ---- requests
 
 
-def make_cases(alone, tokenizer, rng: random.Random, number: int) -> list[Case]:
+def make_cases(alone, tokenizer, rng: random.Random, number: int) -> list[FuzzCase]:
     """Serve a pool of requests one by one."""
-    cases: list[Case] = []
+    cases: list[FuzzCase] = []
     while len(cases) < number:
         prompt = draw_prompt(rng, cases)
         options = draw_options(rng, tokenizer)
         (output,) = alone.generate([prompt], options)
-        cases.append(Case(prompt, options, output))
+        cases.append(FuzzCase(prompt, options, output))
     return cases
 
 
-def draw_prompt(rng: random.Random, cases: list[Case]) -> tuple[int, ...]:
+def draw_prompt(rng: random.Random, cases: list[FuzzCase]) -> tuple[int, ...]:
     """Return 1 to 200 tokens: new ones, or another prompt's beginning, or its next turn."""
     new = tuple(rng.randrange(1, 500) for _ in range(rng.choice((1, 2, 9, 16, 33, 70, 140))))
     kind = rng.random()
@@ -230,13 +242,13 @@ def draw_options(rng: random.Random, tokenizer) -> options_lib.Options:
 # ---- operations
 
 
-class Run:
+class FuzzRun:
     """Random operations on one engine, and what is wrong with what comes out of it."""
 
     def __init__(self, engine, model, cases, rng: random.Random, counts):
         self._engine, self._model, self._cases = engine, model, cases
         self._rng, self._counts = rng, counts
-        self._open: dict[request.Request, Case | None] = {}
+        self._open: dict[request.Request, FuzzCase | None] = {}
         self._preempted = 0
         self.problems: list[str] = []
 
@@ -300,10 +312,12 @@ class Run:
             self._counts[f"ended_{output.finish_reason}"] += 1
             if case is None:
                 continue
-            got, want = what(output), what(case.output)
+            got, want = comparable_output(output), comparable_output(case.output)
             if output.finish_reason == "cancelled":
                 number = len(output.tokens)  # the last may have left half a character
-                want = what(dataclasses.replace(case.output, tokens=case.output.tokens[:number]))
+                want = comparable_output(
+                    dataclasses.replace(case.output, tokens=case.output.tokens[:number])
+                )
                 same = got[:number] == want[:number]
                 same = same and case.output.text.startswith(output.text.rstrip("\ufffd"))
             else:
@@ -323,7 +337,7 @@ class Run:
         self._counts[name] += 1
 
 
-def what(output: request.Output) -> list:
+def comparable_output(output: request.Output) -> list:
     """Return what must be the same: tokens, then the rest."""
     tokens = [dataclasses.replace(token, version=0) for token in output.tokens]
     return [*tokens, output.text, output.finish_reason, output.reasoning_tokens]

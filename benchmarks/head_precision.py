@@ -30,7 +30,7 @@ from train.rl import episodes, groups, rollout, tasks
 from train.rl import metrics as rl_metrics
 from train.rl import step as rl_step
 
-MOST = 64  # tokens of an answer
+MAX_ANSWER_TOKENS = 64  # tokens of an answer
 ROWS = 16
 MEASURES = ("pearson", "probability_gap_mean", "logp_gap_mean", "logp_gap_max", "k3")
 
@@ -42,7 +42,7 @@ class RoundedHead(layers.Head):
         return super().__call__(x).astype(jnp.bfloat16).astype(jnp.float32)
 
 
-def load(directory: str, rounded: bool):
+def load_model(directory: str, rounded: bool):
     """Return the model in bfloat16."""
     model = load_lib.load(directory, jnp.bfloat16)
     if rounded:
@@ -50,12 +50,14 @@ def load(directory: str, rounded: bool):
     return model
 
 
-def sample(model, tokenizer, some, size: int) -> list:
+def sample_answers(model, tokenizer, some, size: int) -> list:
     """Draw `size` answers to each task."""
-    longest = max(len(prompt.encode(tokenizer, task.messages)) for task in some) + MOST
+    longest = max(len(prompt.encode(tokenizer, task.messages)) for task in some) + MAX_ANSWER_TOKENS
     jobs = [
         rollout.EpisodeJob(
-            (i, n), episodes.single_turn_episode(task, tokenizer, MOST), groups.sample_seed(0, i, n)
+            (i, n),
+            episodes.single_turn_episode(task, tokenizer, MAX_ANSWER_TOKENS),
+            groups.sample_seed(0, i, n),
         )
         for (i, task), n in itertools.product(enumerate(some), range(size))
     ]
@@ -77,7 +79,7 @@ def sample(model, tokenizer, some, size: int) -> list:
     return [found[key] for key in sorted(found)]
 
 
-def measure(model, samples) -> tuple[int, dict[str, float]]:
+def measure_agreement(model, samples) -> tuple[int, dict[str, float]]:
     """Return the number of tokens and `rl_metrics.measure_mismatch` of the trainer's probabilities."""
     length = max(len(one.prompt) + len(one.tokens) for one in samples)
     packed = rl_batch.pack_samples(samples, ROWS, length)
@@ -112,8 +114,10 @@ def main() -> None:
     print("| logits | tokens |", *(f"{name} |" for name in MEASURES))
     print("|---" * (2 + len(MEASURES)) + "|")
     for name, rounded in (("float32", False), ("bfloat16", True)):
-        model = load(arguments.checkpoint, rounded)
-        tokens, found = measure(model, sample(model, tokenizer, some, arguments.size))
+        model = load_model(arguments.checkpoint, rounded)
+        tokens, found = measure_agreement(
+            model, sample_answers(model, tokenizer, some, arguments.size)
+        )
         print(f"| {name} | {tokens} |", *(f"{found[key]:.6g} |" for key in MEASURES), flush=True)
 
 

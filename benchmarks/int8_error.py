@@ -62,7 +62,7 @@ def log_probs(model, tokens) -> np.ndarray:
     return np.concatenate([jax.nn.log_softmax(model(row[None])[:, :-1]) for row in tokens])
 
 
-def compare(name: str, got: np.ndarray, wanted: np.ndarray, tokens, model) -> dict:
+def compare_log_probs(name: str, got: np.ndarray, wanted: np.ndarray, tokens, model) -> dict:
     next_tokens = np.asarray(tokens)[:, 1:, None]
     error = np.abs(np.take_along_axis(got - wanted, next_tokens, axis=-1))
     divergence = np.sum(np.exp(wanted) * (wanted - got), axis=-1)
@@ -83,15 +83,15 @@ def run(path: pathlib.Path, rows: int, length: int) -> list[dict]:
     drawn = np.random.default_rng(0).integers(0, model.config.vocab_size, (rows, length))
     tokens = jnp.asarray(drawn, jnp.int32)
     wanted = log_probs(model, tokens)
-    records = [compare("float32", wanted, wanted, tokens, model)]
+    records = [compare_log_probs("float32", wanted, wanted, tokens, model)]
     for name, dtype, weights in MODELS:
         del model
         model = m1_jax.load(path, dtype, weights=weights)
-        records.append(compare(name, log_probs(model, tokens), wanted, tokens, model))
+        records.append(compare_log_probs(name, log_probs(model, tokens), wanted, tokens, model))
     return records
 
 
-def report(records: list[dict]) -> str:
+def format_table(records: list[dict]) -> str:
     lines = [
         "| weights | mean error | max error | mean KL | max KL | same top token | MB |",
         "|---|---|---|---|---|---|---|",
@@ -116,7 +116,7 @@ def main(argv) -> None:
         if given.size == "120M":
             path = random_checkpoint(pathlib.Path(directory))
         records = run(path, given.rows, given.length)
-    print(report(records))
+    print(format_table(records))
     if given.json:
         pathlib.Path(given.json).write_text(json.dumps(records, indent=1) + "\n")
 

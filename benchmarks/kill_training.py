@@ -29,8 +29,15 @@ import tensorstore as ts
 import tqdm
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-EXACT = ("loss", "balance_loss", "grad_norm", "learning_rate", "tokens", "expert_load_max")
-EXACT += ("reward_mean", "reward_sampled", "tokens_sampled", "staleness_max")
+COMPARED_METRICS = (
+    "loss",
+    "balance_loss",
+    "grad_norm",
+    "learning_rate",
+    "tokens",
+    "expert_load_max",
+)
+COMPARED_METRICS += ("reward_mean", "reward_sampled", "tokens_sampled", "staleness_max")
 ROWS, LENGTH = 8, 64
 
 
@@ -48,15 +55,18 @@ def main() -> None:
     workers = [int(n) for n in arguments.workers.split(",")]
     with tempfile.TemporaryDirectory() as temporary:
         whole, killed = pathlib.Path(temporary) / "whole", pathlib.Path(temporary) / "killed"
-        wait(begin(whole, arguments, devices[0], workers[0]), None)
+        wait_or_kill(start_training(whole, arguments, devices[0], workers[0]), None)
         start = time.monotonic()  # the programs are compiled now
-        wait(begin(pathlib.Path(temporary) / "timed", arguments, devices[0], workers[0]), None)
+        wait_or_kill(
+            start_training(pathlib.Path(temporary) / "timed", arguments, devices[0], workers[0]),
+            None,
+        )
         usual = time.monotonic() - start
         counts = {"SIGKILL": 0, "SIGTERM": 0}
         rng, number = random.Random(arguments.seed), 0
         with tqdm.tqdm(total=arguments.kills, unit="kill") as bar:
             while True:
-                process = begin(
+                process = start_training(
                     killed,
                     arguments,
                     devices[number % len(devices)],
@@ -65,15 +75,15 @@ def main() -> None:
                 number += 1
                 # From before the first step to after the last one of a whole run.
                 secs = rng.uniform(0.2, 1.0) * usual if bar.n < arguments.kills else None
-                name = wait(process, secs, rng.choice([signal.SIGKILL, signal.SIGTERM]))
+                name = wait_or_kill(process, secs, rng.choice([signal.SIGKILL, signal.SIGTERM]))
                 if name is None and (bar.n >= arguments.kills or number > 5 * arguments.kills):
                     break
                 if name is not None:
                     counts[name] += 1
                     bar.update()
                 else:  # it came to its end: take its last part away and go on
-                    rewind(killed)
-        problems = compare(whole, killed, exact=len(set(devices)) == 1)
+                    rewind_checkpoints(killed)
+        problems = compare_runs(whole, killed, exact=len(set(devices)) == 1)
     print(f"{counts}, {number} starts, {arguments.steps} steps")
     print(
         *problems or ["losses, samples, weights, moments and data positions are the same"], sep="\n"
@@ -81,7 +91,9 @@ def main() -> None:
     sys.exit(bool(problems))
 
 
-def begin(workdir: pathlib.Path, arguments, devices: int, workers: int) -> subprocess.Popen:
+def start_training(
+    workdir: pathlib.Path, arguments, devices: int, workers: int
+) -> subprocess.Popen:
     learning = {
         "batches": arguments.steps,
         "rollout.groups": 8,
@@ -101,7 +113,7 @@ def begin(workdir: pathlib.Path, arguments, devices: int, workers: int) -> subpr
     )
     values |= {
         "save.every_steps": arguments.save_every,
-        "save.keep": arguments.steps,  # for `rewind`
+        "save.keep": arguments.steps,  # for `rewind_checkpoints`
         "log.every_steps": 1,
         "log.samples": True,
         "compilation_cache": workdir.parent / "xla",
@@ -116,7 +128,9 @@ def begin(workdir: pathlib.Path, arguments, devices: int, workers: int) -> subpr
     return subprocess.Popen(command, cwd=ROOT, env=env, stdout=log, stderr=log)
 
 
-def wait(process: subprocess.Popen, secs: float | None, number=signal.SIGKILL) -> str | None:
+def wait_or_kill(
+    process: subprocess.Popen, secs: float | None, number=signal.SIGKILL
+) -> str | None:
     """Kill the process after `secs`; return the signal's name, or None if it ended before."""
     try:
         code = process.wait(secs)
@@ -126,23 +140,23 @@ def wait(process: subprocess.Popen, secs: float | None, number=signal.SIGKILL) -
         if code in (-number, 128 + number):
             return signal.Signals(number).name
     if code:
-        raise SystemExit(f"a run ended with status {code}; its log: {log_of(process)}")
+        raise SystemExit(f"a run ended with status {code}; its log: {read_log(process)}")
     return None
 
 
-def log_of(process: subprocess.Popen) -> str:
+def read_log(process: subprocess.Popen) -> str:
     workdir = next(a for a in process.args if a.startswith("--workdir=")).partition("=")[2]
     return pathlib.Path(workdir).with_suffix(".log").read_text()[-3000:]
 
 
-def rewind(workdir: pathlib.Path) -> None:
+def rewind_checkpoints(workdir: pathlib.Path) -> None:
     """Delete all checkpoints but the oldest, so that a finished run has something left to do."""
     steps = sorted(int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit())
     for step in steps[1:]:
         shutil.rmtree(workdir / "checkpoints" / str(step))
 
 
-def compare(whole: pathlib.Path, killed: pathlib.Path, exact: bool) -> list[str]:
+def compare_runs(whole: pathlib.Path, killed: pathlib.Path, exact: bool) -> list[str]:
     problems = []
     for name in ("metrics.jsonl", "samples.jsonl"):
         one, other = (
@@ -153,13 +167,13 @@ def compare(whole: pathlib.Path, killed: pathlib.Path, exact: bool) -> list[str]
             problems.append(f"{name}: other steps")
             continue
         for a, b in zip(one, other, strict=True):
-            for key in a.keys() & b.keys() & {*EXACT, "samples"}:
+            for key in a.keys() & b.keys() & {*COMPARED_METRICS, "samples"}:
                 same = a[key] == b[key]
                 if not exact and key not in ("samples", "tokens"):
                     same = np.isclose(a[key], b[key], rtol=2e-3, atol=1e-6)
                 if not same:
                     problems.append(f"step {a['step']}: {key} {a[key]} against {b[key]}")
-    one, other = (arrays(path) for path in (whole, killed))
+    one, other = (read_arrays(path) for path in (whole, killed))
     if one.keys() != other.keys():
         problems.append("other arrays")
     for name in one.keys() & other.keys():
@@ -167,19 +181,19 @@ def compare(whole: pathlib.Path, killed: pathlib.Path, exact: bool) -> list[str]
         if not (np.array_equal(one[name], other[name]) if exact else close):
             gap = np.abs(one[name].astype(float) - other[name]).max()
             problems.append(f"{name} differs by {gap:.2g}")
-    places = [newest(path) / "data" / "metadata" for path in (whole, killed)]
+    places = [newest_checkpoint(path) / "data" / "metadata" for path in (whole, killed)]
     if places[0].read_text() != places[1].read_text():
         problems.append("the position in the data differs")
     return problems[:20]
 
 
-def newest(workdir: pathlib.Path) -> pathlib.Path:
+def newest_checkpoint(workdir: pathlib.Path) -> pathlib.Path:
     return max((workdir / "checkpoints").iterdir(), key=lambda p: int(p.name))
 
 
-def arrays(workdir: pathlib.Path) -> dict[str, np.ndarray]:
+def read_arrays(workdir: pathlib.Path) -> dict[str, np.ndarray]:
     """Read all arrays of the newest checkpoint, as Orbax stores them."""
-    directory = newest(workdir) / "state"
+    directory = newest_checkpoint(workdir) / "state"
     base = {"driver": "ocdbt", "base": f"file://{directory}/"}
     keys = ts.KvStore.open(base).result().list().result()
     names = sorted({key.decode().rsplit("/", 1)[0] for key in keys if key.endswith(b"/.zarray")})

@@ -18,12 +18,12 @@ from pallas_kernels.lightning_attention import bench, shapes
 FORMS = ("chunk_simple_gla", "fused_chunk_simple_gla")
 
 
-def measure(torch, gla, form: str, name: str, repeats: int) -> dict:
+def measure_form(torch, gla, form: str, name: str, repeats: int) -> dict:
     """Return the median and p90 of the forward pass by CUDA events, and its error."""
-    shape = shapes.SHAPES[name]
-    qkv, _ = bench.inputs(shape)
-    slopes = bench.slopes_of(shape.heads)
-    split = np.asarray(qkv.astype(jnp.float32)).reshape(*qkv.shape[:2], shape.heads, 3, -1)
+    shape = shapes.TRAINING_SHAPES[name]
+    qkv, _ = bench.make_random_inputs(shape)
+    slopes = bench.middle_layer_slopes(shape.num_heads)
+    split = np.asarray(qkv.astype(jnp.float32)).reshape(*qkv.shape[:2], shape.num_heads, 3, -1)
     q, k, v = (
         torch.tensor(split[:, :, :, i], device="cuda", dtype=torch.bfloat16) for i in range(3)
     )
@@ -42,7 +42,13 @@ def measure(torch, gla, form: str, name: str, repeats: int) -> dict:
         seconds.append(start.elapsed_time(end) / 1e3)
     flat = jnp.asarray(o.float().cpu().numpy().reshape(*qkv.shape[:2], -1))
     error = bench.training_error(flat, qkv, slopes, shape)
-    moved = bench.FORWARD_BYTES * shape.batch * shape.length * shape.heads * shape.head_dim
+    moved = (
+        bench.FORWARD_BYTES_PER_ELEMENT
+        * shape.batch_size
+        * shape.length
+        * shape.num_heads
+        * shape.head_dim
+    )
     median, p90 = np.median(seconds[20:]), np.percentile(seconds[20:], 90)
     speed = moved / median / 1e9
     return {
@@ -69,7 +75,7 @@ def main() -> None:
         print("flash-linear-attention not timed: torch sees no GPU")
         return
     for form in FORMS:
-        print(measure(torch, gla, form, args.shape, args.repeats))
+        print(measure_form(torch, gla, form, args.shape, args.repeats))
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ KINDS = (model_config_lib.LIGHTNING, model_config_lib.SOFTMAX)
 
 
 @dataclasses.dataclass(frozen=True)
-class Asked:
+class PrefillRequest:
     """What the program reads of a request: greedy, one token."""
 
     prompt: np.ndarray
@@ -61,23 +61,23 @@ def main() -> None:
     tokens = tokens.astype(np.int32)
     temporary, problems = set(), []
     for length in lengths:
-        program, config, state, rows = build(model, length)
+        program, config, state, rows = build_program(model, length)
         sizes = program._compiled.memory_analysis()
         start = time.monotonic()
-        chosen, state = prefill(program, config, model, state, rows, tokens[:length])
+        chosen, state = prefill_prompt(program, config, model, state, rows, tokens[:length])
         secs = time.monotonic() - start
         temporary.add(sizes.temp_size_in_bytes)
         finite = all(bool(jnp.isfinite(a).all()) for a in jax.tree.leaves(state))
         print(
             f"{length} tokens: {secs:.1f} s, {length / secs:.0f} tokens/s, temporary "
-            f"{sizes.temp_size_in_bytes} bytes, state {nbytes(state, state_lib.LightningSlots)} bytes, "
-            f"pages {nbytes(state, state_lib.PagedKVCache)} bytes",
+            f"{sizes.temp_size_in_bytes} bytes, state {count_state_bytes(state, state_lib.LightningSlots)} bytes, "
+            f"pages {count_state_bytes(state, state_lib.PagedKVCache)} bytes",
             flush=True,
         )
         if not finite or not np.isfinite(chosen.logp_raw):
             problems.append(f"{length} tokens: not finite")
         if length == min(lengths):
-            problems += compare(model, tokens[:length], chosen, state)
+            problems += compare_with_forward(model, tokens[:length], chosen, state)
     if len(temporary) > 1 and not given.softmax_every:
         problems.append(f"temporary memory differs: {sorted(temporary)} bytes")
     print(*problems or ["constant memory, and the state of the chunked forward"], sep="\n")
@@ -95,7 +95,7 @@ def make_model(softmax_every: int) -> model_lib.MiniMaxM1:
     return model_lib.MiniMaxM1(config, nnx.Rngs(0), dtype=jnp.float32)
 
 
-def build(model, length: int):
+def build_program(model, length: int):
     """Compile the prefill program of an engine for one sequence of this length."""
     config = config_lib.Config(
         max_length=length + CHUNK_TOKENS,
@@ -118,9 +118,9 @@ def build(model, length: int):
     return device.Program(run, (1, 2), model, state, rows, batch, prompts), config, state, rows
 
 
-def prefill(program, config, model, state, rows, tokens):
+def prefill_prompt(program, config, model, state, rows, tokens):
     """Read the prompt; return what was chosen after it, and the state."""
-    asked, chosen = Asked(tokens), None
+    asked, chosen = PrefillRequest(tokens), None
     for start in range(0, len(tokens), ROWS):
         some = tokens[start : start + ROWS]
         end = start + len(some)
@@ -132,12 +132,12 @@ def prefill(program, config, model, state, rows, tokens):
     return host_batch_lib.fetch(chosen).column(0)[0], state
 
 
-def nbytes(state, kind) -> int:
+def count_state_bytes(state, kind) -> int:
     layers = [layer for layer in state.layers if isinstance(layer, kind)]
     return sum(array.nbytes for array in jax.tree.leaves(layers))
 
 
-def compare(model, tokens, chosen, state) -> list[str]:
+def compare_with_forward(model, tokens, chosen, state) -> list[str]:
     """Compare with the model's own forward of the whole prompt."""
     length = len(tokens)
     assert length % CHUNK_TOKENS == 0, "the state is on the grid"

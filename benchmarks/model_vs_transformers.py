@@ -89,14 +89,14 @@ class Case:
 
 
 @functools.partial(jax.jit, static_argnames="max_length")
-def _prefill(model, tokens, max_length):
+def _prefill_prompt(model, tokens, max_length):
     """Return (logits [B, 1, V] of the last token, the state with the whole prompt)."""
     state = model.init_state(batch=tokens.shape[0], max_length=max_length)
     return model.extend(tokens, state, last_only=True)
 
 
 @functools.partial(jax.jit, static_argnames="num_steps", donate_argnames="state")
-def _decode(model, token, state, num_steps):
+def _decode_greedily(model, token, state, num_steps):
     """Continue greedily from `token` [B, 1]; return tokens [num_steps, B, 1] and the state."""
 
     def step(carry, _):
@@ -120,7 +120,7 @@ def _loss_and_gradients(model, tokens):
 
 def _our_decode_secs(model, token, state, num_steps):
     state = jax.block_until_ready(jax.tree.map(jnp.copy, state))  # The call consumes it.
-    return side_by_side.clock(lambda: _decode(model, token, state, num_steps))
+    return side_by_side.clock(lambda: _decode_greedily(model, token, state, num_steps))
 
 
 @torch.no_grad()
@@ -147,7 +147,7 @@ def _their_train_secs(model, tokens):
     return side_by_side.clock(call)
 
 
-def _our_steps(ours, tokens):
+def _make_our_step(ours, tokens):
     """Return a call that makes one step of `train.step` on its own copy of the model."""
     settings = step.TrainStepSettings(optim.AdamW(1e-6), balance_coefficient=0.0)
     held = [step.init_state(jax.tree.map(jnp.copy, ours), settings.optimizer)]
@@ -165,7 +165,7 @@ def _our_steps(ours, tokens):
     return lambda: side_by_side.clock(call)
 
 
-def _their_steps(model, tokens: torch.Tensor):
+def _make_their_step(model, tokens: torch.Tensor):
     """Return a call that makes one step of a plain loop: backward, clip, fused AdamW."""
     model = copy.deepcopy(model)
     optimizer = torch.optim.AdamW(
@@ -186,7 +186,7 @@ def _their_steps(model, tokens: torch.Tensor):
     return call
 
 
-def _check(ours, theirs, size: Size) -> dict[str, float]:
+def _check_differences(ours, theirs, size: Size) -> dict[str, float]:
     """Compare logits of one pass and of decoding, loss and gradients.
 
     The sequences are short: every token is one more chance that rounding decides a near tie of
@@ -203,7 +203,7 @@ def _check(ours, theirs, size: Size) -> dict[str, float]:
     differences = {"logits": float(np.max(np.abs(ours(on_jax) - expected)))}
 
     start = size.check_tokens - 8
-    logits, state = _prefill(ours, on_jax[:, :start], max_length=size.check_tokens)
+    logits, state = _prefill_prompt(ours, on_jax[:, :start], max_length=size.check_tokens)
     steps = [logits]
     for i in range(start, size.check_tokens):
         logits, state = ours.extend(on_jax[:, i : i + 1], state)
@@ -229,8 +229,8 @@ def _check(ours, theirs, size: Size) -> dict[str, float]:
     return differences
 
 
-def _matmuls(size: Size, tokens: int, head_tokens: int, passes: int = 1):
-    """Return `Case.matmuls` of `passes` as costly as a forward pass: 3 with gradients."""
+def _count_matmuls(size: Size, tokens: int, head_tokens: int, passes: int = 1):
+    """Return `FuzzCase.matmuls` of `passes` as costly as a forward pass: 3 with gradients."""
     m = size.model
     hidden, ffn, heads = m["hidden_size"], m["intermediate_size"], m["num_attention_heads"]
     width = heads * m["head_dim"]
@@ -263,7 +263,7 @@ def _matmul_secs(shapes, repeats: int) -> float:
     return total
 
 
-def _cases(ours, theirs, size: Size) -> list[Case]:
+def _make_cases(ours, theirs, size: Size) -> list[Case]:
     rng = np.random.default_rng(2)
 
     def tokens(*shape):
@@ -279,7 +279,7 @@ def _cases(ours, theirs, size: Size) -> list[Case]:
         Case(
             "prefill-all-logits",
             length,
-            _matmuls(size, length, length),
+            _count_matmuls(size, length, length),
             lambda: side_by_side.clock(lambda: ours(prefill_jax)),
             lambda: _their_prefill_secs(theirs, prefill_torch, use_cache=False),
             many,
@@ -288,8 +288,10 @@ def _cases(ours, theirs, size: Size) -> list[Case]:
         Case(
             "prefill-last-logits-and-cache",
             length,
-            _matmuls(size, length, 1),
-            lambda: side_by_side.clock(lambda: _prefill(ours, prefill_jax, max_length=length)),
+            _count_matmuls(size, length, 1),
+            lambda: side_by_side.clock(
+                lambda: _prefill_prompt(ours, prefill_jax, max_length=length)
+            ),
             lambda: _their_prefill_secs(theirs, prefill_torch, use_cache=True, logits_to_keep=1),
             many,
             1.2,
@@ -298,7 +300,7 @@ def _cases(ours, theirs, size: Size) -> list[Case]:
     for batch in (1, 8):
         prompt_jax, prompt_torch = tokens(batch, size.prompt_tokens)
         steps = size.decode_tokens
-        _, state = _prefill(ours, prompt_jax, max_length=size.prompt_tokens + steps)
+        _, state = _prefill_prompt(ours, prompt_jax, max_length=size.prompt_tokens + steps)
         with torch.no_grad():
             cache = theirs(prompt_torch, use_cache=True).past_key_values
         token_jax, token_torch = tokens(batch, 1)
@@ -317,7 +319,7 @@ def _cases(ours, theirs, size: Size) -> list[Case]:
         Case(
             "forward-and-backward",
             train_torch.numel(),
-            _matmuls(size, train_torch.numel(), train_torch.numel(), passes=3),
+            _count_matmuls(size, train_torch.numel(), train_torch.numel(), passes=3),
             lambda: side_by_side.clock(lambda: _loss_and_gradients(ours, train_jax)),
             lambda: _their_train_secs(theirs, train_torch),
             many,
@@ -325,13 +327,13 @@ def _cases(ours, theirs, size: Size) -> list[Case]:
         )
     )
     if "training-step" in _CASES.value or not _CASES.value:
-        their_steps = _their_steps(theirs, train_torch)
+        their_steps = _make_their_step(theirs, train_torch)
         cases.append(
             Case(
                 "training-step",
                 train_torch.numel(),
-                _matmuls(size, train_torch.numel(), train_torch.numel(), passes=3),
-                _our_steps(ours, train_jax),
+                _count_matmuls(size, train_torch.numel(), train_torch.numel(), passes=3),
+                _make_our_step(ours, train_jax),
                 lambda: their_steps(theirs.config._experts_implementation),
                 many,
                 1.5,
@@ -340,7 +342,7 @@ def _cases(ours, theirs, size: Size) -> list[Case]:
     return cases
 
 
-def _measure(case: Case, theirs, repeats: int) -> dict:
+def _measure_case(case: Case, theirs, repeats: int) -> dict:
     """Time all sides in turn."""
 
     def run(experts):
@@ -381,12 +383,12 @@ def main(argv):
     side_by_side.start()
     size = _SIZES[_SIZE.value]
     ours, theirs = side_by_side.build(size.model)
-    cases = _cases(ours, theirs, size)
+    cases = _make_cases(ours, theirs, size)
     if unknown := sorted(set(_CASES.value) - {case.name for case in cases}):
         raise app.UsageError(f"got cases {unknown}, want some of {[case.name for case in cases]}")
     machine = side_by_side.machine(theirs)
     print(*(f"{key} {value}" for key, value in machine.items()), sep=", ")
-    differences = _check(ours, theirs, size)
+    differences = _check_differences(ours, theirs, size)
     print("largest differences:", *(f"{k} {v:.1e}" for k, v in differences.items()))
     columns = f"{'median s':>8} {'min s':>8} {'tokens/s':>9}"
     print(f"{'':<29} {'ours':<27} {'transformers':<27}")
@@ -394,7 +396,7 @@ def main(argv):
     rows = []
     for case in cases:
         if not _CASES.value or case.name in _CASES.value:
-            rows.append(_measure(case, theirs, _REPEATS.value))
+            rows.append(_measure_case(case, theirs, _REPEATS.value))
             _print_row(rows[-1])
     if _JSON.value:
         with open(_JSON.value, "w") as file:

@@ -19,36 +19,36 @@ import tqdm
 from m1_jax.plan import report
 
 GIB = 2**30
-PARAMETERS = 456_089_655_296
+NUM_PARAMETERS = 456_089_655_296
 # A slice is left out where parameters, moments and gradients alone take more than this share.
-FULL = 0.8
+MAX_PARAMETER_SHARE = 0.8
 # HBM of a device in GiB and devices of a chip, for leaving out what cannot fit; slices by size.
-FLAT = [("4x4", 1), ("4x8", 1), ("8x8", 1), ("8x16", 1), *(("16x16", n) for n in (1, 2, 4, 8))]
-CUBES = ("2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16")
+SLICES_2D = [("4x4", 1), ("4x8", 1), ("8x8", 1), ("8x16", 1), *(("16x16", n) for n in (1, 2, 4, 8))]
+SLICES_3D = ("2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16")
 CHIPS = {
-    "v5e": (15.75, 1, FLAT),
-    "v5p": (95.73, 1, [(shape, 1) for shape in CUBES]),
-    "v6e": (31.24, 1, FLAT),
-    "tpu7x": (94.74, 2, [(shape, 1) for shape in CUBES]),
+    "v5e": (15.75, 1, SLICES_2D),
+    "v5p": (95.73, 1, [(shape, 1) for shape in SLICES_3D]),
+    "v6e": (31.24, 1, SLICES_2D),
+    "tpu7x": (94.74, 2, [(shape, 1) for shape in SLICES_3D]),
 }
-ACCUMULATE = "--accumulate=4"
+ACCUMULATE_FLAG = "--accumulate=4"
 # Name, bytes a parameter at least, flags. Training holds master weights, moments and gradients.
 # Long caches have a row for 8 devices, the most that one row's 8 heads are spread over.
-INT8 = ["--job=decode", "--weights=int8-experts"]
-DEVICES_PER_ROW, SPARSE = 8, "--batch={rows}"
+INT8_FLAGS = ["--job=decode", "--weights=int8-experts"]
+DEVICES_PER_ROW, ROWS_FLAG = 8, "--batch={rows}"
 JOBS = [
     ("pretraining, 4k", 16, ["--job=train", "--seq=4096"]),
     ("pretraining, 32k", 16, ["--job=train", "--seq=32768"]),
     ("pretraining, 1M", 16, ["--job=train", "--seq=1048576"]),
-    ("SFT, 8k, rematerialised, 4 parts", 16, ["--job=train", "--seq=8192", ACCUMULATE]),
+    ("SFT, 8k, rematerialised, 4 parts", 16, ["--job=train", "--seq=8192", ACCUMULATE_FLAG]),
     ("decoding, 8k", 2, ["--job=decode", "--seq=8192"]),
-    ("decoding, 128k", 2, ["--job=decode", "--seq=131072", SPARSE]),
-    ("decoding, 1M", 2, ["--job=decode", "--seq=1048576", SPARSE]),
-    ("decoding, int8 experts, 8k", 1, [*INT8, "--seq=8192"]),
-    ("decoding, int8 experts, 128k", 1, [*INT8, "--seq=131072", SPARSE]),
-    ("decoding, int8 experts, 1M", 1, [*INT8, "--seq=1048576", SPARSE]),
+    ("decoding, 128k", 2, ["--job=decode", "--seq=131072", ROWS_FLAG]),
+    ("decoding, 1M", 2, ["--job=decode", "--seq=1048576", ROWS_FLAG]),
+    ("decoding, int8 experts, 8k", 1, [*INT8_FLAGS, "--seq=8192"]),
+    ("decoding, int8 experts, 128k", 1, [*INT8_FLAGS, "--seq=131072", ROWS_FLAG]),
+    ("decoding, int8 experts, 1M", 1, [*INT8_FLAGS, "--seq=1048576", ROWS_FLAG]),
 ]
-HEAD = """# Smallest slices
+TABLE_HEADER = """# Smallest slices
 
 Written by `python benchmarks/plan_table.py`: the released model, compiled ahead of time for ever
 larger slices until it fits, from the first where parameters (and in training their moments and
@@ -62,18 +62,18 @@ only these fit.
 """
 
 
-def slices(chip: str, item_bytes: int):
+def candidate_slices(chip: str, item_bytes: int):
     """Yield (topology, number of slices, devices) that could hold the job, smallest first."""
     gib, devices, shapes = CHIPS[chip]
     for shape, number in shapes:
         count = devices * number
         for size in shape.split("x"):
             count *= int(size)
-        if PARAMETERS * item_bytes < FULL * count * gib * GIB:
+        if NUM_PARAMETERS * item_bytes < MAX_PARAMETER_SHARE * count * gib * GIB:
             yield f"{chip}:{shape}", number, count
 
 
-def attempt(records: pathlib.Path, topology: str, number: int, flags: list[str]) -> dict:
+def compile_plan(records: pathlib.Path, topology: str, number: int, flags: list[str]) -> dict:
     """Return the record of one plan, compiled now or before; {"error": ...} where there is none."""
     name = "_".join([topology.replace(":", "-"), str(number), *(f.strip("-") for f in flags)])
     file = records / f"{name}.json"
@@ -92,15 +92,17 @@ def attempt(records: pathlib.Path, topology: str, number: int, flags: list[str])
     return json.loads(file.read_text())
 
 
-def row(records: pathlib.Path, job: str, chip: str, item_bytes: int, flags: list[str], bar) -> str:
+def make_row(
+    records: pathlib.Path, job: str, chip: str, item_bytes: int, flags: list[str], bar
+) -> str:
     smaller = []
-    for topology, number, devices in slices(chip, item_bytes):
+    for topology, number, devices in candidate_slices(chip, item_bytes):
         name = topology if number == 1 else f"{number} x {topology}"
         bar.set_postfix_str(f"{job} on {name}")
         own = [flag.format(rows=devices // DEVICES_PER_ROW) for flag in flags]
-        found, parts = attempt(records, topology, number, own), 1
-        if not found.get("fits") and "--job=train" in flags and ACCUMULATE not in flags:
-            again = attempt(records, topology, number, [*own, ACCUMULATE])
+        found, parts = compile_plan(records, topology, number, own), 1
+        if not found.get("fits") and "--job=train" in flags and ACCUMULATE_FLAG not in flags:
+            again = compile_plan(records, topology, number, [*own, ACCUMULATE_FLAG])
             if again.get("fits"):
                 found, parts = again, 4
         if found.get("fits"):
@@ -124,10 +126,10 @@ def main() -> None:
     arguments.records.mkdir(parents=True, exist_ok=True)
     jobs = [job for job in JOBS if any(part in job[0] for part in arguments.jobs.split(";"))]
     todo = [(job, chip) for job in jobs for chip in arguments.chips.split(",")]
-    text = HEAD
+    text = TABLE_HEADER
     with tqdm.tqdm(todo) as bar:
         for (job, item_bytes, flags), chip in bar:
-            text += row(arguments.records, job, chip, item_bytes, flags, bar)
+            text += make_row(arguments.records, job, chip, item_bytes, flags, bar)
             arguments.out.write_text(text)
 
 

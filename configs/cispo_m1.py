@@ -20,7 +20,7 @@ no time is given.
 
 from train.rl.config import (
     PRESETS,
-    Curriculum,
+    CurriculumConfig,
     LengthBiasConfig,
     LengthSchedule,
     LogConfig,
@@ -66,7 +66,7 @@ def get_config(arg: str = "") -> RlConfig:
             TaskSource("code", "data/rl-code-*.jsonl"),
             TaskSource("general", "data/rl-general-*.jsonl"),
         ),
-        curriculum=Curriculum(weights=((0, RULES), (200, RULES), (400, MIXED))),
+        curriculum=CurriculumConfig(weights=((0, RULES), (200, RULES), (400, MIXED))),
         pass_rates=PassRateConfig(low=0.0, high=0.9, least=10),
         rewards=RewardsConfig(sources=REWARDS, workers=16, parallel=64),
         length_bias=LengthBiasConfig(pause=True),

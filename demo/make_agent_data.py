@@ -11,15 +11,15 @@ import pathlib
 
 from train.rl.environments import lookup
 
-OUT = pathlib.Path(__file__).resolve().parent / "data"
-SIZE = 600
+OUTPUT_DIR = pathlib.Path(__file__).resolve().parent / "data"
+NUM_CONVERSATIONS = 600
 
 
 def main() -> None:
     for name, seed, careless in (("agent", 0, 0.5), ("agent_careful", 1, 0.0)):
-        records = lookup.demonstrations(SIZE, seed, careless)
+        records = lookup.make_demonstrations(NUM_CONVERSATIONS, seed, careless)
         lines = "".join(json.dumps(record) + "\n" for record in records)
-        (OUT / f"{name}.jsonl").write_text(lines)
+        (OUTPUT_DIR / f"{name}.jsonl").write_text(lines)
 
 
 if __name__ == "__main__":

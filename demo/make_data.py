@@ -11,14 +11,14 @@ import random
 
 from m1_jax import testing
 
-OUT = pathlib.Path(__file__).resolve().parent / "data"
+OUTPUT_DIR = pathlib.Path(__file__).resolve().parent / "data"
 PLACES = {"harbour": "ships", "market": "apples", "library": "books", "mill": "flour"}
 PEOPLE = ["Ada", "Ben", "Cleo", "Dan", "Eve", "Finn"]
-MOST = 4  # the largest number in a sum that reinforcement learning is to get right
+MAX_ADDEND = 4  # the largest number in a sum that reinforcement learning is to get right
 TIMES = ["In the morning", "At noon", "In the evening"]
 
 
-def story(rng: random.Random) -> str:
+def draw_story(rng: random.Random) -> str:
     """Return a few sentences whose later words follow from earlier ones."""
     who, friend = rng.sample(PEOPLE, 2)
     lines = []
@@ -31,7 +31,7 @@ def story(rng: random.Random) -> str:
     return " ".join(lines)
 
 
-def sum_chat(rng: random.Random) -> dict:
+def draw_sum_chat(rng: random.Random) -> dict:
     """Return a conversation that thinks in one line and answers in a fixed form."""
     a, b = rng.randint(1, 9), rng.randint(1, 9)
     thought = f"{a} and {b} make {a + b}."
@@ -43,9 +43,9 @@ def sum_chat(rng: random.Random) -> dict:
     }
 
 
-def careless_chat(rng: random.Random) -> dict:
+def draw_careless_chat(rng: random.Random) -> dict:
     """Return a conversation about a smaller sum whose answer is wrong every other time."""
-    a, b = rng.randint(1, MOST), rng.randint(1, MOST)
+    a, b = rng.randint(1, MAX_ADDEND), rng.randint(1, MAX_ADDEND)
     said = a + b + (rng.choice((-2, -1, 1, 2)) if rng.random() < 0.5 else 0)
     answer = f"<think>\n{a} and {b} make {said}.\n</think>\n\nAnswer: {said}"
     return {
@@ -58,20 +58,22 @@ def careless_chat(rng: random.Random) -> dict:
 
 def main() -> None:
     rng = random.Random(0)
-    OUT.mkdir(exist_ok=True)
+    OUTPUT_DIR.mkdir(exist_ok=True)
     for name, number in (("text", 400), ("text_held_out", 20)):
-        write(name, [{"text": story(rng)} for _ in range(number)])
-    write("chat", [sum_chat(rng) for _ in range(600)])
+        write_records(name, [{"text": draw_story(rng)} for _ in range(number)])
+    write_records("chat", [draw_sum_chat(rng) for _ in range(600)])
     rng = random.Random(1)
-    write("careless", [careless_chat(rng) for _ in range(1000)])
-    pairs = [(a, b) for a in range(1, MOST + 1) for b in range(1, MOST + 1)]
-    write("sums", [{"prompt": f"What is {a} + {b}?", "label": str(a + b)} for a, b in pairs])
-    testing.write_tiny_tokenizer(OUT / "tokenizer")
+    write_records("careless", [draw_careless_chat(rng) for _ in range(1000)])
+    pairs = [(a, b) for a in range(1, MAX_ADDEND + 1) for b in range(1, MAX_ADDEND + 1)]
+    write_records(
+        "sums", [{"prompt": f"What is {a} + {b}?", "label": str(a + b)} for a, b in pairs]
+    )
+    testing.write_tiny_tokenizer(OUTPUT_DIR / "tokenizer")
 
 
-def write(name: str, records: list[dict]) -> None:
+def write_records(name: str, records: list[dict]) -> None:
     lines = (json.dumps(record) + "\n" for record in records)
-    (OUT / f"{name}.jsonl").write_text("".join(lines))
+    (OUTPUT_DIR / f"{name}.jsonl").write_text("".join(lines))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Constrained decoding: which tokens a JSON schema, a regular expression or a grammar allows next.
 
 llguidance does the parsing, over the bytes of our own tokenizer's tokens. On top of it stands free
-thinking: a model that may think first (`Options.after_thinking`) goes through
+thinking: a model that may think first (`RewardOptions.after_thinking`) goes through
 
     undecided    what it wrote begins both `<think>` and, perhaps, the constrained answer
     thinking     everything is allowed but the end of the output

@@ -164,7 +164,7 @@ def from_json(values: Mapping[str, Any], base: Options | None = None) -> Options
     JSON has no tuples, and text for keys: lists, one stop string and ids in quotes are taken too.
 
     Raises:
-      ValueError: an unknown field, or what `Options` refuses.
+      ValueError: an unknown field, or what `RewardOptions` refuses.
     """
     names = [field.name for field in dataclasses.fields(Options)]
     known("option", values, names)
@@ -252,7 +252,7 @@ def preset(name: str, **changes: Any) -> Options:
     """Return the preset of this name, with some fields replaced.
 
     Raises:
-      ValueError: an unknown name or field, or what `Options` refuses.
+      ValueError: an unknown name or field, or what `RewardOptions` refuses.
     """
     known("preset", [name], PRESETS)
     fields = [field.name for field in dataclasses.fields(Options)]

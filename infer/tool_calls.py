@@ -49,7 +49,7 @@ class Call(NamedTuple):
 class Event:
     """The next part of the text.
 
-    kind: one of `KINDS`. raw: the text as it stands. calls: of a block. error: of a malformed one,
+    kind: one of `FAILURE_KINDS`. raw: the text as it stands. calls: of a block. error: of a malformed one,
     what was got and wanted.
     """
 

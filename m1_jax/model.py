@@ -380,8 +380,10 @@ def _prepare_inputs(
         rows = layout.activation_sharding("batch", None)
         segment_ids = jax.lax.with_sharding_constraint(segment_ids, rows)
     if positions is None:
-        positions = documents_lib.positions(segment_ids)
-    return tokens, ForwardContext(positions, documents_lib.document_index(segment_ids), expert_ids)
+        positions = documents_lib.document_positions(segment_ids)
+    return tokens, ForwardContext(
+        positions, documents_lib.document_numbers(segment_ids), expert_ids
+    )
 
 
 @jax.jit

@@ -33,26 +33,26 @@ def test_smoke_shape_gives_a_record_of_every_pass(tmp_path, monkeypatch):
 
 def test_unknown_names_are_errors():
     with pytest.raises(ValueError, match="shape is '9k'; wanted one of"):
-        bench.run(["9k"], ["chunked"], 1)
+        bench.run_benchmarks(["9k"], ["chunked"], 1)
     with pytest.raises(ValueError, match="implementation is 'cuda'"):
-        bench.run(["8k"], ["cuda"], 1)
+        bench.run_benchmarks(["8k"], ["cuda"], 1)
 
 
 def test_minimum_bytes_are_those_of_the_design_notes():
-    assert 128 * bench.FORWARD_BYTES == 1024
-    assert 128 * (bench.TRAIN_BYTES - bench.FORWARD_BYTES) == 1856
+    assert 128 * bench.FORWARD_BYTES_PER_ELEMENT == 1024
+    assert 128 * (bench.TRAIN_BYTES_PER_ELEMENT - bench.FORWARD_BYTES_PER_ELEMENT) == 1856
 
 
 @pytest.mark.parametrize(
     ("name", "count"), [("64k_equal", 16), ("64k_short", 512), ("64k_lognormal", None)]
 )
 def test_packed_rows_are_full_of_documents(name, count):
-    ids = shapes.SHAPES[name].segment_ids()
+    ids = shapes.TRAINING_SHAPES[name].segment_ids()
     assert ids.shape == (1, 65536)
     lengths = np.bincount(ids[0])[1:]
     assert lengths.min() > 0
     np.testing.assert_array_equal(np.unique(ids), np.arange(1, len(lengths) + 1))
-    np.testing.assert_array_equal(ids, shapes.SHAPES[name].segment_ids())
+    np.testing.assert_array_equal(ids, shapes.TRAINING_SHAPES[name].segment_ids())
     if count:
         assert len(lengths) == count
     else:

@@ -25,7 +25,7 @@ def interpreted(*args):
     return tpu_in_place.lightning_decode(*args, interpret=True)
 
 
-KERNELS = {"reference": decode_api.DECODE["reference"], "tpu": interpreted}
+KERNELS = {"reference": decode_api.DECODE_IMPLEMENTATIONS["reference"], "tpu": interpreted}
 
 
 def inputs(batch, num_slots, heads=4, size=32, seed=0, dtype=np.float32):
@@ -207,8 +207,8 @@ RING = {
 
 def ring_pool(states, lengths, window, depth=0):
     num_slots, heads, size, _ = states.shape
-    pool = decode_api.init_ring_pool(num_slots, heads, size, window=window, depth=depth)
-    return decode_ring.write(pool, jnp.arange(num_slots), states, jnp.asarray(lengths))
+    pool = decode_api.init_ring_pool(num_slots, heads, size, window=window, rollback_tokens=depth)
+    return decode_ring.write_states(pool, jnp.arange(num_slots), states, jnp.asarray(lengths))
 
 
 @pytest.mark.parametrize("name", RING)
@@ -234,7 +234,7 @@ class TestRing:
             np.testing.assert_array_equal(np.asarray(o, np.float32)[~active], 0)
         named = np.sort(slots[active])
         ends = jnp.asarray(lengths[named] + 40, jnp.int32)
-        after = decode_ring.read(pool, jnp.asarray(slopes), jnp.asarray(named), ends)
+        after = decode_ring.read_states(pool, jnp.asarray(slopes), jnp.asarray(named), ends)
         # Each flush rounds to 2^-18 or so of an element; there are at most 40.
         assert worst_head(after, wanted[named], heads) < 3e-5
         fresh = ring_pool(states, lengths, window, depth)
@@ -279,7 +279,7 @@ class TestRing:
             for draft in range(depth):
                 _, drafted = decode(drafted, position + 1 + draft, 1000 + draft)
         ends = jnp.array([26], jnp.int32)
-        got, wanted = (decode_ring.read(x, slopes, slots, ends) for x in (drafted, plain))
+        got, wanted = (decode_ring.read_states(x, slopes, slots, ends) for x in (drafted, plain))
         assert worst_head(got, wanted, heads) < 3e-5
 
     def test_what_an_earlier_sequence_left_in_the_ring_is_not_read(self, name):
@@ -299,7 +299,7 @@ def test_bytes_per_step():
     assert decode_ring.bytes_per_step(128, 16) == 32768 + 16 * 512 + 512 + 3 * 32768 / 16
     ratio = decode_ring.bytes_per_step(128, 16) / decode_ring.bytes_per_step_in_place(128)
     assert ratio < 0.364
-    assert decode_ring.bytes_per_step(128, 16, depth=16) < 0.45 * 131072
+    assert decode_ring.bytes_per_step(128, 16, rollback_tokens=16) < 0.45 * 131072
 
 
 def test_ring_positions_are_checked_outside_jit():
@@ -356,7 +356,9 @@ def test_the_pool_is_updated_in_place():
 
 
 def ring_program(chip, batch, heads, size, dtype=jnp.bfloat16, depth=0):
-    pool = jax.eval_shape(lambda: decode_api.init_ring_pool(batch + 1, heads, size, depth=depth))
+    pool = jax.eval_shape(
+        lambda: decode_api.init_ring_pool(batch + 1, heads, size, rollback_tokens=depth)
+    )
     leaves, tree = jax.tree.flatten(pool)
 
     def decode(qkv, slopes, slots, positions, *leaves):

@@ -139,8 +139,10 @@ def forward(name, blocks, qkv, slopes, segment_ids, state):
     """Run an implementation in blocks (chunk, superblock, heads of a block)."""
     if name == "chunked":
         return chunked.lightning_attention(qkv, slopes, segment_ids, state, blocks[0])
-    tile = tiling.Tiling(*blocks)
-    return tpu.lightning_attention(qkv, slopes, segment_ids, state, tile=tile, interpret=True)
+    tile = tiling.TpuBlockSizes(*blocks)
+    return tpu.lightning_attention(
+        qkv, slopes, segment_ids, state, block_sizes=tile, interpret=True
+    )
 
 
 @functools.partial(jax.jit, static_argnames=("name", "blocks", "cuts"))

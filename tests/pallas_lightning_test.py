@@ -79,7 +79,7 @@ def run(name, qkv, slopes, segment_ids=None, state=None):
         segment_ids=as_jax[2],
         initial_state=as_jax[3],
         implementation=name,
-        interpret=name in api.KERNELS,
+        interpret=name in api.KERNEL_IMPLEMENTATIONS,
     )
 
 
@@ -225,8 +225,8 @@ def check_against_reference(kernels, length, packed):
     ("length", "blocks"), [(150, (32, 64, 1)), (128, (32, 64, 3)), (33, (32, 32, 3)), (150, None)]
 )
 def test_tpu_blocks_change_neither_values_nor_gradients(length, blocks, packed):
-    tile = blocks and tiling.Tiling(*blocks)
-    kernels = functools.partial(tpu.lightning_attention, tile=tile, interpret=True)
+    tile = blocks and tiling.TpuBlockSizes(*blocks)
+    kernels = functools.partial(tpu.lightning_attention, block_sizes=tile, interpret=True)
     check_against_reference(kernels, length, packed)
 
 
@@ -236,7 +236,7 @@ def test_tpu_blocks_change_neither_values_nor_gradients(length, blocks, packed):
 )
 def test_gpu_spans_and_parts_change_neither_values_nor_gradients(length, blocks, packed):
     kernels = functools.partial(
-        gpu.lightning_attention, blocks=gpu_tiling.Blocks(*blocks), interpret=True
+        gpu.lightning_attention, block_sizes=gpu_tiling.GpuBlockSizes(*blocks), interpret=True
     )
     check_against_reference(kernels, length, packed)
 
@@ -317,7 +317,7 @@ def test_gpu_kernels_lower_for_cuda_and_read_qkv_where_it_lies(
             )
 
 
-@pytest.mark.parametrize("name", api.KERNELS)
+@pytest.mark.parametrize("name", api.KERNEL_IMPLEMENTATIONS)
 def test_bfloat16_gradients(name):
     qkv, state = inputs(1, 130)
     rounded = jnp.asarray(qkv, jnp.bfloat16)
@@ -389,7 +389,7 @@ def test_gpu_kernels_compile_ahead_of_time_and_fit_an_h100(length, heads, width,
     lower_for_gpu(*gpu_gradients(1, length, heads, width, dtype, packed, sharding)).compile()
 
 
-@pytest.mark.parametrize("name", api.KERNELS)
+@pytest.mark.parametrize("name", api.KERNEL_IMPLEMENTATIONS)
 def test_a_named_kernel_raises_on_cpu(name):
     qkv, _ = inputs(1, 8, heads=2, size=64)
     with pytest.raises(ValueError, match="[Ii]nterpret mode"):
@@ -424,7 +424,7 @@ def test_chunk_size_and_splits_change_nothing(chunk, cut, packed):
 )
 def test_pipelined_heads_and_products_side_by_side(heads, block, unroll):
     """Full groups, groups with a boundary in one chunk, and a ragged tail; chunk as wide as H."""
-    tile = tiling.Tiling(SIZE, 8 * SIZE, block, unroll, wide=True)
+    tile = tiling.TpuBlockSizes(SIZE, 8 * SIZE, block, unroll, has_paired_products=True)
     slopes = np.geomspace(0.9, 5e-5, heads).astype(np.float32)
     qkv, state = inputs(2, 25 * SIZE - 5, heads=heads)
     ids = np.ones(qkv.shape[:2], np.int32)
@@ -442,13 +442,13 @@ def test_pipelined_heads_and_products_side_by_side(heads, block, unroll):
         )
         return o, after, *pull((jnp.asarray(d_o), jnp.asarray(d_state)))
 
-    got = gradients(functools.partial(tpu.lightning_attention, tile=tile, interpret=True))
+    got = gradients(functools.partial(tpu.lightning_attention, block_sizes=tile, interpret=True))
     wanted = gradients(reference.lightning_attention)
     assert worst_head(got[0], wanted[0], heads) < 1e-5
     assert worst_state(got[1], wanted[1]) < 1e-5
     assert worst_head(got[2], wanted[2], heads) < 1e-4
     assert worst_state(got[3], wanted[3]) < 1e-4
-    unpacked = functools.partial(tpu.lightning_attention, tile=tile, interpret=True)
+    unpacked = functools.partial(tpu.lightning_attention, block_sizes=tile, interpret=True)
     full = jnp.asarray(np.nan_to_num(qkv[:, : 16 * SIZE]))  # no table of boundaries at all
     got = unpacked(full, jnp.asarray(slopes), None, jnp.asarray(state))
     wanted = reference.lightning_attention(
@@ -488,8 +488,8 @@ def test_documents():
     ids = jnp.asarray([[0, 5, 5, 0, 5, 7, 0, 7, 5, 0]], jnp.int32)
     starts = documents.document_starts(ids)
     assert starts.astype(int).tolist() == [[0, 0, 0, 0, 0, 1, 0, 0, 1, 0]]
-    assert documents.document_index(ids).tolist() == [[0, 1, 1, 0, 1, 2, 0, 2, 3, 0]]
-    assert documents.positions(ids).tolist() == [[0, 0, 1, 0, 2, 0, 0, 1, 0, 0]]
+    assert documents.document_numbers(ids).tolist() == [[0, 1, 1, 0, 1, 2, 0, 2, 3, 0]]
+    assert documents.document_positions(ids).tolist() == [[0, 0, 1, 0, 2, 0, 0, 1, 0, 0]]
 
 
 @pytest.mark.parametrize(

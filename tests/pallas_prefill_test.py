@@ -183,7 +183,7 @@ def test_tiles_cover_every_token_once(data):
     slots = np.array(data.draw(st.permutations(range(-1, len(pieces) - 1))), np.int32)
     starts = np.array([a for a, _ in pieces], np.int32)
     lengths = np.array([b - a for a, b in pieces], np.int32)
-    tiles, order = decode_reference.prefill_tiles(
+    tiles, order = decode_reference.cut_prefill_tiles(
         jnp.asarray(slots), jnp.asarray(starts), jnp.asarray(lengths), num_tokens, chunk
     )
     wanted, got = np.full(num_tokens, -1), np.full(num_tokens, -1)
@@ -196,8 +196,8 @@ def test_tiles_cover_every_token_once(data):
         assert high <= chunk
         if high > low:
             got[rows] = order[sequence]
-        firsts += [int(order[sequence])] * bool(flags & decode_reference.FIRST)
-        lasts += [int(order[sequence])] * bool(flags & decode_reference.LAST)
+        firsts += [int(order[sequence])] * bool(flags & decode_reference.FIRST_TILE)
+        lasts += [int(order[sequence])] * bool(flags & decode_reference.LAST_TILE)
         opened += [int(block)] * bool(flags & decode_reference.OPENS_BLOCK)
     np.testing.assert_array_equal(got, wanted)
     assert firsts == lasts

@@ -21,14 +21,14 @@ SPILL_FREE = {"lightning_fwd", "lightning_bwd", "lightning_decode"}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("chip", schedule.CHIPS)
+@pytest.mark.parametrize("chip", schedule.CHIP_SPECS)
 def test_schedule_stays_within_its_budget(chip):
     pytest.importorskip("libtpu")
     if (got := metadata.version("libtpu")) != COMPILER:
         pytest.skip(f"libtpu: got {got}; the budgets were counted with {COMPILER}")
     budgets = {(r["kernel"], r["chip"]): r for r in json.loads(BUDGETS.read_text())}
-    assert {name for name, on in budgets if on == chip} == set(schedule.KERNELS)
-    for record in schedule.measure(chip):
+    assert {name for name, on in budgets if on == chip} == set(schedule.SCHEDULED_KERNELS)
+    for record in schedule.measure_schedule(chip):
         budget = budgets[record["kernel"], chip]
         for key in ("bundles_per_token_head", "spills", "vmem_bytes"):
             assert record[key] <= budget[key] * SLACK, (record["kernel"], key)
@@ -37,33 +37,33 @@ def test_schedule_stays_within_its_budget(chip):
 
 def test_blocks_are_those_of_the_generation_compiled_for():
     """The generation is part of jit's key: one function traced twice gets two block sizes."""
-    program = jax.jit(lambda x: x * tiling.MATRIX_UNIT[tiling.chip()])
+    program = jax.jit(lambda x: x * tiling.MATRIX_UNIT_SIDES[tiling.current_generation()])
     assert program(1) == 128  # off-device: v5p
     with tiling.compile_for("v6e"):
-        assert tiling.chip() == "v6e"
+        assert tiling.current_generation() == "v6e"
         assert program(1) == 256
         with tiling.compile_for("v5e"):
             assert program(1) == 128
-    assert tiling.chip() == "v5p"
+    assert tiling.current_generation() == "v5p"
     with pytest.raises(ValueError, match=r"generation is 'v7'; wanted one of \['v5e'"):
         tiling.compile_for("v7")
 
 
 def test_saved_states_cost_at_most_64_bytes_per_token_and_head():
     for head_dim in (64, 128, 256):
-        tile = tiling.choose(8, head_dim, 1 << 20, 2, "v5p")
-        assert head_dim**2 * 4 / tile.superblock <= 64
+        tile = tiling.choose_block_sizes(8, head_dim, 1 << 20, 2, "v5p")
+        assert head_dim**2 * 4 / tile.superblock_tokens <= 64
 
 
 @pytest.mark.parametrize("num_heads", [1, 3, 6, 16, 61, 64])
 @pytest.mark.parametrize("head_dim", [128, 256])
 def test_any_number_of_heads_has_blocks(num_heads, head_dim):
-    for generation in tiling.MATRIX_UNIT:
+    for generation in tiling.MATRIX_UNIT_SIDES:
         for item_bytes in (2, 4):
-            tile = tiling.choose(num_heads, head_dim, 5000, item_bytes, generation)
+            tile = tiling.choose_block_sizes(num_heads, head_dim, 5000, item_bytes, generation)
             assert tile is not None
-            assert num_heads % tile.heads == 0
-            assert tiling.vmem_bytes(tile, head_dim, item_bytes) <= tiling.VMEM_BYTES
+            assert num_heads % tile.block_heads == 0
+            assert tiling.estimate_vmem_bytes(tile, head_dim, item_bytes) <= tiling.VMEM_LIMIT_BYTES
 
 
 @pytest.mark.slow
@@ -71,12 +71,12 @@ def test_any_number_of_heads_has_blocks(num_heads, head_dim):
     ("heads", "head_dim", "dtype"),
     [(4, 64, jnp.bfloat16), (9, 64, jnp.float32), (3, 128, jnp.float32), (2, 256, jnp.bfloat16)],
 )
-@pytest.mark.parametrize("chip", schedule.CHIPS)
+@pytest.mark.parametrize("chip", schedule.CHIP_SPECS)
 def test_packed_rows_of_any_head_compile(chip, heads, head_dim, dtype, monkeypatch):
     pytest.importorskip("libtpu")
     monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
     monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # nothing is loaded onto a chip
-    name = schedule.CHIPS[chip][0]
+    name = schedule.CHIP_SPECS[chip][0]
     topology = topologies.get_topology_desc(platform="tpu", topology_name=name)
     where = jax.sharding.SingleDeviceSharding(topology.devices[0])
 

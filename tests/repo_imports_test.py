@@ -147,7 +147,14 @@ def test_imports_follow_the_direction():
 
 
 def _plant(root, file, source):
-    others = ("m1_jax.tokenizer", "infer.execution.device", "train.step", "train.config", "infer.engine", *_TEXT_LEAVES)
+    others = (
+        "m1_jax.tokenizer",
+        "infer.execution.device",
+        "train.step",
+        "train.config",
+        "infer.engine",
+        *_TEXT_LEAVES,
+    )
     for module in (*_ENTRY_POINTS, *others):
         path = root.joinpath(*module.split(".")).with_suffix(".py")
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -16,7 +16,7 @@ from train.rl.environments import base, lookup
 
 DEMO = pathlib.Path(__file__).parents[1] / "demo" / "data"
 WIDE = episodes.EpisodeLimits(max_turns=8, max_tokens=100_000, turn_tokens=10_000)
-TOOLS = (base.tool("say", "Say it.", text="string"),)
+TOOLS = (base.make_tool_schema("say", "Say it.", text="string"),)
 TASK = sample_lib.Task("t", ({"role": "user", "content": "Go."},), "test", tools=TOOLS)
 
 
@@ -30,7 +30,7 @@ class Scripted(base.Environment):
 
     def __init__(self, steps=(), final=1.0, tell_malformed=True, start=None):
         self.steps, self.final, self.fails_at_start = list(steps), final, start
-        self.tell_malformed = tell_malformed
+        self.reports_malformed_calls = tell_malformed
         self.calls, self.text, self.closed = [], None, 0
 
     def start(self, task):
@@ -115,7 +115,9 @@ def test_an_answer_that_is_cut_off(tokenizer):
 
 @pytest.mark.parametrize("ends", [True, False])
 def test_turns_with_a_tool(tokenizer, ends):
-    world = Scripted([base.Step(("one",), reward=0.25), base.Step(("two",))], final=0.5)
+    world = Scripted(
+        [base.EnvironmentStep(("one",), reward=0.25), base.EnvironmentStep(("two",))], final=0.5
+    )
     turns = [call(text="a"), call(text="b") + "\n", "<think>\nHm.\n</think>\nDone."]
     sample, asked = drive(
         episodes.multi_turn_episode(TASK, world, tokenizer, WIDE), tokenizer, turns, ends
@@ -155,7 +157,7 @@ def test_tokens_are_those_of_the_whole_conversation(tokenizer, turns, last, ends
         texts.append(prompt.normalise([message])[0]["content"][0]["text"])
     texts.append(f"So: {last}.")
     hypothesis.assume("<t" not in "".join(text for text, _ in turns) + last)
-    world = Scripted([base.Step(tuple(said for _, said in calls)) for _, calls in turns])
+    world = Scripted([base.EnvironmentStep(tuple(said for _, said in calls)) for _, calls in turns])
     sample, _ = drive(
         episodes.multi_turn_episode(TASK, world, tokenizer, WIDE, profile), tokenizer, texts, ends
     )
@@ -175,15 +177,15 @@ def test_tokens_are_those_of_the_whole_conversation(tokenizer, turns, last, ends
 @pytest.mark.parametrize("careless", [0.0, 1.0])
 def test_an_episode_is_what_supervised_training_sees(tokenizer, careless):
     encoder = chat.RecordEncoder(tokenizer)
-    tasks = lookup.tasks(8, 5)
-    for task, record in zip(tasks, lookup.demonstrations(8, 5, careless), strict=True):
+    tasks = lookup.make_tasks(8, 5)
+    for task, record in zip(tasks, lookup.make_demonstrations(8, 5, careless), strict=True):
         document = encoder.encode(record)
         turns = [
             prompt.normalise([message])[0]["content"][0]["text"]
             for message in record["messages"]
             if message["role"] == "assistant"
         ]
-        run = episodes.multi_turn_episode(task, lookup.Lookup(), tokenizer, WIDE)
+        run = episodes.multi_turn_episode(task, lookup.LookupEnvironment(), tokenizer, WIDE)
         sample, _ = drive(run, tokenizer, turns)
         tail = len(tokenizer.encode("\n"))  # after the last turn
         assert [*sample.prompt, *sample.tokens] == document.tokens[:-tail].tolist()
@@ -206,7 +208,7 @@ def test_a_malformed_call_is_told(tokenizer):
 
 
 def test_a_malformed_call_ends(tokenizer):
-    world = Scripted(final=0.0, tell_malformed=False)
+    world = Scripted(final=0.0, reports_malformed_calls=False)
     sample, asked = drive(
         episodes.multi_turn_episode(TASK, world, tokenizer, WIDE), tokenizer, [BAD]
     )
@@ -215,7 +217,7 @@ def test_a_malformed_call_ends(tokenizer):
 
 
 def test_the_environment_ends_it(tokenizer):
-    world = Scripted([base.Step(("",), reward=2.0, done=True)])
+    world = Scripted([base.EnvironmentStep(("",), reward=2.0, done=True)])
     turns = ["Last.\n" + call(text="a")]
     sample, _ = drive(episodes.multi_turn_episode(TASK, world, tokenizer, WIDE), tokenizer, turns)
     assert (sample.reward, world.text, sample.mask[-1]) == (3.0, "Last.\n", 1)
@@ -223,7 +225,7 @@ def test_the_environment_ends_it(tokenizer):
 
 
 def test_no_more_turns(tokenizer):
-    world = Scripted([base.Step(("one",)), base.Step(("two",), reward=1.0)])
+    world = Scripted([base.EnvironmentStep(("one",)), base.EnvironmentStep(("two",), reward=1.0)])
     limits = episodes.EpisodeLimits(2, 100_000, 1000)
     turns = [call(text="a"), call(text="b")]
     sample, _ = drive(episodes.multi_turn_episode(TASK, world, tokenizer, limits), tokenizer, turns)
@@ -236,7 +238,7 @@ def test_no_more_turns(tokenizer):
 def test_never_longer_than_the_context(tokenizer, room, turn_tokens):
     size = len(prompt.encode(tokenizer, TASK.messages, TOOLS))
     limits = episodes.EpisodeLimits(5, size + room, turn_tokens)
-    world = Scripted([base.Step(("a longer result " * 3,))] * 3)
+    world = Scripted([base.EnvironmentStep(("a longer result " * 3,))] * 3)
     turns = [call(text="a")] * 3 + ["Done."]
     sample, asked = drive(
         episodes.multi_turn_episode(TASK, world, tokenizer, limits), tokenizer, turns
@@ -251,7 +253,7 @@ def test_never_longer_than_the_context(tokenizer, room, turn_tokens):
 
 def test_no_room_after_what_it_is_told(tokenizer):
     for spare, turns in ((0, 1), (1, 2)):
-        steps = [base.Step(("a result",))]
+        steps = [base.EnvironmentStep(("a result",))]
         run = episodes.multi_turn_episode(TASK, Scripted(steps), tokenizer, WIDE)
         _, asked = drive(run, tokenizer, [call(text="a"), "Done."])
         limits = episodes.EpisodeLimits(5, len(asked[1].tokens) + spare, 1000)
@@ -279,11 +281,11 @@ def test_cut_off_in_a_turn(tokenizer):
     [
         Scripted(start=KeyError("no such task")),
         Scripted([OSError("disk is full")]),
-        Scripted([base.Step(())]),
-        Scripted([base.Step(("\ud800",))]),
-        Scripted([base.Step(("one",), reward=float("nan"))]),
-        Scripted([base.Step(("one",))], final=float("inf")),
-        Scripted([base.Step(("one",))], final=RuntimeError("no runner")),
+        Scripted([base.EnvironmentStep(())]),
+        Scripted([base.EnvironmentStep(("\ud800",))]),
+        Scripted([base.EnvironmentStep(("one",), reward=float("nan"))]),
+        Scripted([base.EnvironmentStep(("one",))], final=float("inf")),
+        Scripted([base.EnvironmentStep(("one",))], final=RuntimeError("no runner")),
     ],
 )
 def test_a_failure_makes_no_reward(tokenizer, world, caplog):
@@ -336,8 +338,11 @@ def test_a_task_that_cannot_be_rendered(tokenizer):
 
 def test_environments_side_by_side(tokenizer):
     """Episodes that take turns, their environments in other threads, do not mix."""
-    tasks = lookup.tasks(12, 1)
-    runs = [episodes.multi_turn_episode(task, lookup.Lookup(), tokenizer, WIDE) for task in tasks]
+    tasks = lookup.make_tasks(12, 1)
+    runs = [
+        episodes.multi_turn_episode(task, lookup.LookupEnvironment(), tokenizer, WIDE)
+        for task in tasks
+    ]
     waiting = {run: next(run) for run in runs}
     samples = {}
     with concurrent.futures.ThreadPoolExecutor(4) as pool:

@@ -36,7 +36,9 @@ def test_tasks_are_json_and_a_function_of_the_seed(module):
         assert json.loads(json.dumps(fields)) == fields
 
 
-@pytest.mark.parametrize("kind", [lookup.Lookup, files.Files, repair.Repair])
+@pytest.mark.parametrize(
+    "kind", [lookup.LookupEnvironment, files.FilesEnvironment, repair.RepairEnvironment]
+)
 def test_foreign_tasks_are_refused(kind):
     with pytest.raises(ValueError, match="task 'x': got .*; wanted .*Make tasks with"):
         kind().start(sample_lib.Task("x", (), "other"))
@@ -60,8 +62,8 @@ def test_a_wrong_call_is_told(name, arguments, said):
             raise base.CallError("too many")
         return s * n
 
-    schema = base.tool("two", "Repeat.", n="integer", s="string")
-    good, wrong = base.carry_out(
+    schema = base.make_tool_schema("two", "Repeat.", n="integer", s="string")
+    good, wrong = base.execute_calls(
         [("two", {"n": 2, "s": "ab"}), (name, arguments)], [schema], {"two": two}
     )
     assert good == "abab"
@@ -69,12 +71,12 @@ def test_a_wrong_call_is_told(name, arguments, said):
 
 
 def test_lookup():
-    task = lookup.tasks(1, 0)[0]
-    environment = lookup.Lookup()
+    task = lookup.make_tasks(1, 0)[0]
+    environment = lookup.LookupEnvironment()
     environment.start(task)
     values = task.metadata["values"]
-    assert len(set(values.values())) == len(lookup.KEYS)
-    assert {key: say(environment, "get", key=key) for key in lookup.KEYS} == values
+    assert len(set(values.values())) == len(lookup.VALUE_KEYS)
+    assert {key: say(environment, "get", key=key) for key in lookup.VALUE_KEYS} == values
     assert say(environment, "get", key="z").startswith("error: got the key 'z'; wanted a, b")
     key = task.messages[0]["content"][4]
     assert environment.finish(f"{values[key]}\n") == 1.0
@@ -84,8 +86,8 @@ def test_lookup():
 
 def test_demonstrations_are_right_as_often_as_said():
     for careless in (0.0, 0.6, 1.0):
-        tasks = lookup.tasks(400, 7)
-        records = lookup.demonstrations(400, 7, careless)
+        tasks = lookup.make_tasks(400, 7)
+        records = lookup.make_demonstrations(400, 7, careless)
         right = [
             record["messages"][-1]["content"] == task.label
             for task, record in zip(tasks, records, strict=True)
@@ -95,7 +97,7 @@ def test_demonstrations_are_right_as_often_as_said():
             key = record["messages"][1]["tool_calls"][0]["arguments"]["key"]
             assert task.metadata["values"][key] == record["messages"][2]["content"]
     with pytest.raises(ValueError, match="careless: got 1.5; wanted a share"):
-        lookup.demonstrations(1, 0, 1.5)
+        lookup.make_demonstrations(1, 0, 1.5)
 
 
 @pytest.mark.parametrize(
@@ -103,7 +105,7 @@ def test_demonstrations_are_right_as_often_as_said():
 )
 def test_the_demo_files_are_what_the_script_writes(name, seed, careless):
     lines = (DEMO / f"{name}.jsonl").read_text().splitlines()
-    assert list(map(json.loads, lines)) == lookup.demonstrations(len(lines), seed, careless)
+    assert list(map(json.loads, lines)) == lookup.make_demonstrations(len(lines), seed, careless)
     tokenizer = tokenizer_lib.Tokenizer.load(DEMO / "tokenizer")
     encoder = chat.RecordEncoder(tokenizer)
     assert max(len(encoder.encode(json.loads(line)).tokens) for line in lines[:50]) <= 100
@@ -123,7 +125,7 @@ def test_the_demo_files_are_what_the_script_writes(name, seed, careless):
     ],
 )
 def test_calculate(expression, value):
-    assert files.calculate(expression) == value
+    assert files.evaluate_expression(expression) == value
 
 
 @pytest.mark.parametrize(
@@ -136,22 +138,22 @@ def test_calculate(expression, value):
 )
 def test_what_cannot_be_calculated(expression):
     with pytest.raises(base.CallError):
-        files.calculate(expression)
+        files.evaluate_expression(expression)
 
 
 @hypothesis.given(st.text("0123456789.+-*/%() ", max_size=30))
 @hypothesis.settings(max_examples=300)
 def test_calculate_answers_or_says_why(expression):
     try:
-        value = files.calculate(expression)
+        value = files.evaluate_expression(expression)
     except base.CallError:
         return
     assert abs(float(value)) <= 10**18
 
 
 def test_files_can_be_solved():
-    for task in files.tasks(10, 0):
-        environment = files.Files()
+    for task in files.make_tasks(10, 0):
+        environment = files.FilesEnvironment()
         environment.start(task)
         question = task.messages[0]["content"]
         goods = question.split()[2]
@@ -167,10 +169,10 @@ def test_files_can_be_solved():
 
 
 def test_searching():
-    environment = files.Files()
-    environment.start(files.tasks(1, 0)[0])
+    environment = files.FilesEnvironment()
+    environment.start(files.make_tasks(1, 0)[0])
     assert say(environment, "search", words="IN  elton there").endswith(": What there is in Elton.")
-    assert len(say(environment, "search", words="apples").splitlines()) == files.MAX_LINES
+    assert len(say(environment, "search", words="apples").splitlines()) == files.MAX_SEARCH_LINES
     assert say(environment, "search", words=":").splitlines()[-1] == "and 32 more"
     assert say(environment, "search", words="nowhere") == "nothing found"
     assert say(environment, "search", words=" ").startswith("error: words: got none")
@@ -199,10 +201,10 @@ def run(sources, command, stdin):
 @pytest.fixture
 def broken():
     """Return an environment, the name of its broken function, and how to repair it."""
-    task = repair.tasks(1, 0)[0]
-    environment = repair.Repair(run)
+    task = repair.make_tasks(1, 0)[0]
+    environment = repair.RepairEnvironment(run)
     environment.start(task)
-    sources = {f.name: f.source() for f in bugs.FUNCTIONS}
+    sources = {f.name: f.source() for f in bugs.BUGGY_FUNCTIONS}
     paths = [path for path in task.metadata["files"] if not path.startswith("test_")]
     (name,) = (p[:-3] for p in paths if task.metadata["files"][p] != sources[p[:-3]])
     return environment, name, sources[name]
@@ -267,12 +269,12 @@ def test_breaking_another_function_does_not_pay(broken):
 
 def test_the_files_are_the_episodes_own(broken):
     environment, name, source = broken
-    task = repair.tasks(1, 0)[0]
+    task = repair.make_tasks(1, 0)[0]
     before = json.dumps(task.metadata)
     environment.start(task)
     say(environment, "write", path=f"{name}.py", text=source)
     assert json.dumps(task.metadata) == before
-    assert repair.tasks(1, 0)[0].metadata == task.metadata
+    assert repair.make_tasks(1, 0)[0].metadata == task.metadata
 
 
 def test_editing(broken):
@@ -288,25 +290,25 @@ def test_editing(broken):
 
 
 def test_limits_and_failures_of_the_runner():
-    task = repair.tasks(1, 0)[0]
+    task = repair.make_tasks(1, 0)[0]
     slow = types.SimpleNamespace(stdout="[]\n", stderr="x" * 9999, exit_code=None, reason="wall")
-    environment = repair.Repair(lambda *_: slow)
+    environment = repair.RepairEnvironment(lambda *_: slow)
     environment.start(task)
     said = say(environment, "run_tests")
     assert said.endswith("x\nstopped: wall limit")
-    assert len(said) < repair.MAX_OUTPUT + 50
+    assert len(said) < repair.MAX_OUTPUT_CHARS + 50
     assert environment.finish("") == 0.0
     right = json.dumps([outcome for _, _, outcome in task.metadata["cases"]])
     for reason, reward in (("exit", 1.0), ("output", 0.0)):
         done = types.SimpleNamespace(stdout=right, stderr="", exit_code=0, reason=reason)
-        environment = repair.Repair(lambda *_, done=done: done)
+        environment = repair.RepairEnvironment(lambda *_, done=done: done)
         environment.start(task)
         assert environment.finish("") == reward
 
     def fail(*_):
         raise OSError("no runner")
 
-    environment = repair.Repair(fail)
+    environment = repair.RepairEnvironment(fail)
     environment.start(task)
     with pytest.raises(OSError, match="no runner"):  # not the model's fault, so not its 0
         environment.finish("")
@@ -316,26 +318,32 @@ def test_limits_and_failures_of_the_runner():
 
 @pytest.mark.parametrize(
     ("function", "bug"),
-    [(function, bug) for function in bugs.FUNCTIONS for bug in range(len(function.breaks))],
+    [
+        (function, bug)
+        for function in bugs.BUGGY_FUNCTIONS
+        for bug in range(len(function.mutations))
+    ],
     ids=lambda value: getattr(value, "name", value),
 )
 def test_every_bug_shows_in_either_kind_of_case(function, bug):
-    assert function.source().count(function.breaks[bug][0]) == 1
-    shown, hidden = repair._cases(random.Random(0), function, function.source(bug), fails=True)
+    assert function.source().count(function.mutations[bug][0]) == 1
+    shown, hidden = repair._make_cases(
+        random.Random(0), function, function.source(bug), is_broken=True
+    )
     for cases in (shown, hidden):
-        assert any(bugs.outcome(function.source(bug), n, a) != right for n, a, right in cases)
-        assert all(bugs.outcome(function.source(), n, a) == right for n, a, right in cases)
+        assert any(bugs.evaluate_call(function.source(bug), n, a) != right for n, a, right in cases)
+        assert all(bugs.evaluate_call(function.source(), n, a) == right for n, a, right in cases)
         assert all(right[0] == "value" for _, _, right in cases)
 
 
 def test_with_the_runner_itself():
     pytest.importorskip("train.rl.rewards.runner")
-    task = repair.tasks(1, 0)[0]
-    environment = repair.Repair()
+    task = repair.make_tasks(1, 0)[0]
+    environment = repair.RepairEnvironment()
     environment.start(task)
     assert "12 tests, " in say(environment, "run_tests")
     assert environment.finish("") == 0.0
-    for function in bugs.FUNCTIONS:
+    for function in bugs.BUGGY_FUNCTIONS:
         if f"{function.name}.py" in task.metadata["files"]:
             say(environment, "write", path=f"{function.name}.py", text=function.source())
     assert say(environment, "run_tests") == "12 tests, 0 failed"

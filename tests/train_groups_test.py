@@ -388,7 +388,7 @@ def test_tasks_that_are_too_easy_or_too_hard_are_left_out():
 
 def test_the_curriculum_chooses_by_the_batchs_number():
     some = {"s": TASKS[:4], "late": TASKS[4:]}
-    plan = rl_config.Curriculum(((0, (("s", 1.0),)), (10, (("late", 1.0),))))
+    plan = rl_config.CurriculumConfig(((0, (("s", 1.0),)), (10, (("late", 1.0),))))
     given = config(number=6)
     given = rl_config.RlConfig(
         **vars(given)
@@ -407,5 +407,5 @@ def test_the_curriculum_chooses_by_the_batchs_number():
 def test_a_judge_that_likes_length_pauses_the_run():
     limits = rl_config.LengthBiasConfig(window=4, least=2, pause=True)
     one = collector(lambda sample: float(len(sample.tokens)), length_bias=limits)
-    with pytest.raises(length_bias.Paused, match="Recalibrate the judge"):
+    with pytest.raises(length_bias.LengthBiasPause, match="Recalibrate the judge"):
         collect(one, Sampler(length=lambda seed: 1 + seed % 11))

@@ -53,7 +53,7 @@ def make():
 
     def start(*terms, source="s", **options):
         config = compose.RewardsConfig(sources=((source, terms),), **options)
-        made.append(compose.Rewards(config))
+        made.append(compose.GroupScorer(config))
         return made[-1]
 
     yield start
@@ -150,14 +150,14 @@ class _Odd:
     """A reward in the trainer's process that misbehaves."""
 
     def __init__(self, said):
-        self._said = said
+        self._verdicts = said
 
     async def reward_group(self, samples):
-        if self._said == "sleep":
+        if self._verdicts == "sleep":
             await asyncio.sleep(1000)
-        if self._said == "raise":
+        if self._verdicts == "raise":
             raise SystemError("broken")
-        return self._said
+        return self._verdicts
 
 
 @pytest.mark.parametrize(
@@ -165,7 +165,7 @@ class _Odd:
     [("sleep", "timeout"), ("raise", "exception"), ([1.0], "garbage"), (1.0, "garbage")],
 )
 def test_reward_of_groups_fails_as_one(make, monkeypatch, said, kind):
-    monkeypatch.setitem(catalog.FACTORIES, "odd", lambda workers: _Odd(said))
+    monkeypatch.setitem(catalog.REWARD_FACTORIES, "odd", lambda workers: _Odd(said))
     rewards = make(("odd", 1.0, ()), limit_secs=0.3)
     assert [score.value for score in _scores(rewards, "a", "b")] == [None, None]
     assert rewards.counts()[f"reward/error/odd/{kind}"] == 2
@@ -173,7 +173,7 @@ def test_reward_of_groups_fails_as_one(make, monkeypatch, said, kind):
 
 def test_reward_of_groups_scores_each(make, monkeypatch):
     said = [1.0, float("nan"), {"x": 2.0}]
-    monkeypatch.setitem(catalog.FACTORIES, "odd", lambda workers: _Odd(said))
+    monkeypatch.setitem(catalog.REWARD_FACTORIES, "odd", lambda workers: _Odd(said))
     values = [score.value for score in _scores(make(("odd", 1.0, ())), "a", "b", "c")]
     assert values == [1.0, None, 2.0]
 

@@ -69,7 +69,7 @@ def functions(tmp_path_factory):
 @pytest.fixture(scope="module")
 def one(functions):
     """One worker: whatever a call leaves behind, the next one meets."""
-    workers = pool.Pool(1, limit_secs=1.5)
+    workers = pool.WorkerPool(1, limit_secs=1.5)
     yield workers
     workers.close()
 
@@ -86,10 +86,12 @@ def test_calls_return_and_reuse_the_worker(one, functions):
 
 
 def test_worker_never_imports_jax(one, functions):
-    _value(one, "train.rl.rewards.mathematics:grade", "Answer: 1", "1")
+    _value(one, "train.rl.rewards.mathematics:grade_answer", "Answer: 1", "1")
     task = sample_lib.Task("1", (), "s")
     sample = sample_lib.Sample(task, (1,), text="x")
-    assert _value(one, "train.rl.rewards.adapters:call", functions + "length", {}, sample) == 1
+    assert (
+        _value(one, "train.rl.rewards.adapters:call_reward", functions + "length", {}, sample) == 1
+    )
     loaded = _value(one, functions + "modules")
     assert "math_verify" in loaded
     assert not [name for name in loaded if name.split(".")[0] in ("jax", "jaxlib", "flax", "grain")]
@@ -98,18 +100,18 @@ def test_worker_never_imports_jax(one, functions):
 @pytest.mark.parametrize(
     ("name", "error", "says"),
     [
-        ("fail", pool.PoolError, "KeyError: 'no such thing'"),
-        ("missing", pool.PoolError, "wanted a function"),
-        ("thing", pool.PoolError, "got a object"),
-        ("leave", pool.Crash, "closed"),
-        ("segfault", pool.Crash, "closed"),
-        ("shut", pool.Crash, "shut"),
-        ("hang", pool.Timeout, "1.5 s"),
-        ("stop", pool.Timeout, "1.5 s"),
-        ("spin", pool.Timeout, "1.5 s"),
-        ("leave_child", pool.Timeout, "1.5 s"),
-        ("huge", pool.Garbage, "2097"),
-        ("forge", pool.Garbage, "forge"),
+        ("fail", pool.WorkerError, "KeyError: 'no such thing'"),
+        ("missing", pool.WorkerError, "wanted a function"),
+        ("thing", pool.WorkerError, "got a object"),
+        ("leave", pool.WorkerCrash, "closed"),
+        ("segfault", pool.WorkerCrash, "closed"),
+        ("shut", pool.WorkerCrash, "shut"),
+        ("hang", pool.WorkerTimeout, "1.5 s"),
+        ("stop", pool.WorkerTimeout, "1.5 s"),
+        ("spin", pool.WorkerTimeout, "1.5 s"),
+        ("leave_child", pool.WorkerTimeout, "1.5 s"),
+        ("huge", pool.WorkerGarbage, "2097"),
+        ("forge", pool.WorkerGarbage, "forge"),
     ],
 )
 def test_failure_is_named_and_the_next_call_works(one, functions, name, error, says):
@@ -126,7 +128,7 @@ def test_children_of_a_worker_die_with_it(one, functions):
     while not _alive(mark):
         assert not future.done()
         time.sleep(0.02)
-    with pytest.raises(pool.Timeout):
+    with pytest.raises(pool.WorkerTimeout):
         future.result(20)
     deadline = time.monotonic() + 5
     while _alive(mark):
@@ -146,7 +148,7 @@ def _alive(mark):
 
 
 def test_arguments_that_do_not_pickle(one, functions):
-    with pytest.raises(pool.PoolError, match="do not pickle"):
+    with pytest.raises(pool.WorkerError, match="do not pickle"):
         _value(one, functions + "add", 1, threading.Lock())
 
 
@@ -156,7 +158,7 @@ def test_waiting_for_a_worker_is_no_time_of_the_call(one, functions):
 
 
 def test_hanging_call_stops_no_other(functions):
-    workers = pool.Pool(2, limit_secs=3)
+    workers = pool.WorkerPool(2, limit_secs=3)
     try:
         stuck = workers.submit(functions + "hang")
         assert [_value(workers, functions + "add", i, i) for i in range(20)] == list(
@@ -165,12 +167,12 @@ def test_hanging_call_stops_no_other(functions):
         assert not stuck.done()
     finally:
         workers.close()
-    with pytest.raises((pool.Crash, concurrent.futures.CancelledError)):
+    with pytest.raises((pool.WorkerCrash, concurrent.futures.CancelledError)):
         stuck.result(1)
 
 
 def test_close_kills_what_runs_and_cancels_what_waits(functions):
-    workers = pool.Pool(1, limit_secs=60)
+    workers = pool.WorkerPool(1, limit_secs=60)
     pid = _value(workers, functions + "pid")
     running, waiting = (workers.submit(functions + "hang") for _ in range(2))
     while not running.running():
@@ -178,7 +180,7 @@ def test_close_kills_what_runs_and_cancels_what_waits(functions):
     workers.close()
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
-    with pytest.raises(pool.Crash):
+    with pytest.raises(pool.WorkerCrash):
         running.result(1)
     with pytest.raises(concurrent.futures.CancelledError):
         waiting.result(1)
@@ -190,7 +192,7 @@ def test_workers_die_with_the_trainer(functions, tmp_path):
     source = (
         f"import sys; sys.path.append({sys.path[-1]!r})\n"
         "from train.rl.rewards import pool\n"
-        "workers = pool.Pool(1, 60)\n"
+        "workers = pool.WorkerPool(1, 60)\n"
         f"print(workers.submit('{functions}pid').result(), flush=True)\n"
         f"workers.submit('{functions}hang').result()\n"
     )
@@ -209,4 +211,4 @@ def test_workers_die_with_the_trainer(functions, tmp_path):
 @pytest.mark.parametrize(("workers", "secs"), [(0, 1), (1, 0), (1, float("nan"))])
 def test_pool_checks_its_numbers(workers, secs):
     with pytest.raises(ValueError, match="wanted at least 1"):
-        pool.Pool(workers, secs)
+        pool.WorkerPool(workers, secs)

@@ -10,15 +10,15 @@ import pytest
 
 from train.rl.rewards import runner
 
-LIMITS = runner.Limits(
+LIMITS = runner.RunnerLimits(
     cpu_secs=5, wall_secs=15, memory_bytes=2**28, output_bytes=10_000, processes=12
 )
 
 
 def _can_isolate():
     try:
-        return runner.run({}, ["true"], LIMITS).reason == "exit"
-    except runner.Unavailable:
+        return runner.run_program({}, ["true"], LIMITS).reason == "exit"
+    except runner.RunnerUnavailable:
         return False
 
 
@@ -37,7 +37,7 @@ BOTH_WAYS = pytest.mark.parametrize(
 
 def _python(source, limits=LIMITS, allow_network=not CAN_ISOLATE):
     command = [sys.executable, "main.py"]
-    return runner.run({"main.py": source}, command, limits, allow_network=allow_network)
+    return runner.run_program({"main.py": source}, command, limits, allow_network=allow_network)
 
 
 def _alive(mark):
@@ -56,10 +56,10 @@ def _alive(mark):
 def test_output_input_and_files():
     source = "import sys, lib.two\nprint(input(), lib.two.X)\nprint('e', file=sys.stderr)\nexit(3)"
     files = {"main.py": source, "lib/two.py": "X = 2"}
-    result = runner.run(
+    result = runner.run_program(
         files, [sys.executable, "main.py"], LIMITS, stdin="hé\n", allow_network=not CAN_ISOLATE
     )
-    assert result == runner.Result("hé 2\n", "e\n", 3, "exit")
+    assert result == runner.RunResult("hé 2\n", "e\n", 3, "exit")
 
 
 def test_folder_is_fresh_writable_and_removed():
@@ -78,12 +78,12 @@ def test_signal_is_a_negative_code():
 @pytest.mark.parametrize("path", ["/tmp/x", "../x", "a/../../x", ""])
 def test_path_out_of_the_folder_is_refused(path):
     with pytest.raises(ValueError, match="wanted a relative one"):
-        runner.run({path: ""}, ["true"], LIMITS)
+        runner.run_program({path: ""}, ["true"], LIMITS)
 
 
 def test_missing_program_is_an_error():
-    with pytest.raises(runner.Unavailable, match="No such file"):
-        runner.run({}, ["no-such-program"], LIMITS, allow_network=not CAN_ISOLATE)
+    with pytest.raises(runner.RunnerUnavailable, match="No such file"):
+        runner.run_program({}, ["no-such-program"], LIMITS, allow_network=not CAN_ISOLATE)
 
 
 @BOTH_WAYS
@@ -95,14 +95,14 @@ for number in set(signal.Signals) - {signal.SIGKILL, signal.SIGSTOP}:
 time.sleep(1000)
 """
     start = time.monotonic()
-    limits = runner.Limits(wall_secs=1)
+    limits = runner.RunnerLimits(wall_secs=1)
     result = _python(source, limits, allow_network=not isolated)
     assert (result.exit_code, result.reason) == (None, "wall")
     assert time.monotonic() - start < 6
 
 
 def test_cpu_time_ends():
-    result = _python("while True: pass", runner.Limits(cpu_secs=1))
+    result = _python("while True: pass", runner.RunnerLimits(cpu_secs=1))
     assert (result.exit_code, result.reason) == (None, "cpu")
 
 
@@ -137,7 +137,7 @@ time.sleep(60)
 
 def test_long_file_is_cut():
     source = "open('big', 'wb').write(b'x' * 2**20)"
-    result = _python(source, runner.Limits(file_bytes=2**16))
+    result = _python(source, runner.RunnerLimits(file_bytes=2**16))
     assert (result.exit_code, "File too large" in result.stderr) == (1, True)
 
 
@@ -154,7 +154,7 @@ while True:
     mark = f"mark-{os.getpid()}-{time.monotonic_ns()}"
     command = [sys.executable, "main.py", mark]
     files = {"main.py": source}
-    result = runner.run(files, command, LIMITS, allow_network=not isolated)
+    result = runner.run_program(files, command, LIMITS, allow_network=not isolated)
     assert (result.exit_code, result.reason) == (None, "processes")
     assert not _alive(mark)
 
@@ -176,8 +176,8 @@ def test_daemon_is_killed(isolated):
     mark = f"mark-{os.getpid()}-{time.monotonic_ns()}"
     command = [sys.executable, "main.py", mark]
     files = {"main.py": _LEAVES_A_CHILD}
-    result = runner.run(files, command, LIMITS, allow_network=not isolated)
-    assert result == runner.Result("done\n", "", 0, "exit")
+    result = runner.run_program(files, command, LIMITS, allow_network=not isolated)
+    assert result == runner.RunResult("done\n", "", 0, "exit")
     assert not _alive(mark)
 
 
@@ -185,7 +185,7 @@ def test_many_processes_without_namespaces_are_stopped():
     source = "import os, time\nfor _ in range(40):\n  if not os.fork(): time.sleep(99)\nos.wait()"
     mark = f"mark-{os.getpid()}-{time.monotonic_ns()}"
     command = [sys.executable, "main.py", mark]
-    result = runner.run({"main.py": source}, command, LIMITS, allow_network=True)
+    result = runner.run_program({"main.py": source}, command, LIMITS, allow_network=True)
     assert result.reason == "processes"
     assert not _alive(mark)
 
@@ -207,12 +207,12 @@ def test_network_is_cut(isolated):
 
 
 def test_refuses_where_namespaces_are_not_permitted(monkeypatch, tmp_path):
-    source = runner._CONFINE.read_text()
+    source = runner._CONFINE_SCRIPT.read_text()
     broken = tmp_path / "confine.py"
     # As in a container: the flag is one that no kernel knows.
     broken.write_text(source.replace("flags, uid, gid = ", "flags, uid, gid = 1 | "))
-    monkeypatch.setattr(runner, "_CONFINE", broken)
-    with pytest.raises(runner.Unavailable, match="allow_network=True"):
+    monkeypatch.setattr(runner, "_CONFINE_SCRIPT", broken)
+    with pytest.raises(runner.RunnerUnavailable, match="allow_network=True"):
         _python("print(1)", allow_network=False)
     assert _python("print(1)", allow_network=True).stdout == "1\n"
 
@@ -231,11 +231,11 @@ def test_program_dies_with_its_caller(tmp_path):
     mark = f"mark-{os.getpid()}-{time.monotonic_ns()}"
     source = (
         "from train.rl.rewards import runner\n"
-        f"runner.run({{}}, ['sh', '-c', 'sleep 1000; : {mark}'], runner.Limits(wall_secs=60))"
+        f"runner.run_program({{}}, ['sh', '-c', 'sleep 1000; : {mark}'], runner.RunnerLimits(wall_secs=60))"
     )
     caller = subprocess.Popen(
         [sys.executable, "-c", source],
-        cwd=runner._CONFINE.parents[2],
+        cwd=runner._CONFINE_SCRIPT.parents[2],
         env={**os.environ, "TMPDIR": str(tmp_path)},  # a killed caller leaves its folder
     )
     wait = time.monotonic() + 10
@@ -251,4 +251,4 @@ def test_program_dies_with_its_caller(tmp_path):
 
 def test_limits_are_checked():
     with pytest.raises(ValueError, match="wall_secs: got 0; wanted more than 0"):
-        runner.Limits(wall_secs=0)
+        runner.RunnerLimits(wall_secs=0)

@@ -79,7 +79,7 @@ def _turns(*said):
 
 
 def _post(server, **options):
-    return client.post(server.url, {"x": 1}, **{"secs": 5, "backoff_secs": 0.01, **options})
+    return client.post_json(server.url, {"x": 1}, **{"secs": 5, "backoff_secs": 0.01, **options})
 
 
 def test_post_returns_the_answer(server):
@@ -113,7 +113,7 @@ def test_server_that_fails(server, said, times, says):
 
 
 def test_too_long_an_answer_is_refused(server, monkeypatch):
-    monkeypatch.setattr(client, "MAX_BYTES", 100)
+    monkeypatch.setattr(client, "MAX_ANSWER_BYTES", 100)
     server.answer = lambda body: "x" * 200
     with pytest.raises(client.ServerError, match="over 100 bytes"):
         _post(server)
@@ -137,7 +137,7 @@ def test_nobody_listens(server):
     url = server.url
     server.close()
     with pytest.raises(client.ServerError, match="refused"):
-        client.post(url, {}, secs=5, retries=1, backoff_secs=0.01)
+        client.post_json(url, {}, secs=5, retries=1, backoff_secs=0.01)
 
 
 RESULT = {"stdout": "3", "stderr": "", "exit_code": 0, "reason": "exit"}
@@ -145,12 +145,12 @@ RESULT = {"stdout": "3", "stderr": "", "exit_code": 0, "reason": "exit"}
 
 def test_remote_sandbox(server):
     server.answer = lambda body: RESULT
-    limits = runner.Limits(cpu_secs=2)
-    result = remote.Sandbox(server.url).run({"a": "b"}, ["python3", "a"], limits, stdin="i")
-    assert result == runner.Result("3", "", 0, "exit")
+    limits = runner.RunnerLimits(cpu_secs=2)
+    result = remote.RemoteSandbox(server.url).run({"a": "b"}, ["python3", "a"], limits, stdin="i")
+    assert result == runner.RunResult("3", "", 0, "exit")
     body = server.bodies[0]
     assert (body["files"], body["command"], body["stdin"]) == ({"a": "b"}, ["python3", "a"], "i")
-    assert runner.Limits(**body["limits"]) == limits
+    assert runner.RunnerLimits(**body["limits"]) == limits
 
 
 @pytest.mark.parametrize(
@@ -159,7 +159,7 @@ def test_remote_sandbox(server):
 def test_remote_garbage_is_refused(server, change):
     server.answer = lambda body: {**RESULT, **change}
     with pytest.raises(client.ServerError, match="wanted stdout"):
-        remote.Sandbox(server.url).run({}, ["true"], runner.Limits())
+        remote.RemoteSandbox(server.url).run({}, ["true"], runner.RunnerLimits())
 
 
 def _sample(text, label="ref", **metadata):
@@ -178,7 +178,7 @@ def _score(reward, *arguments, **options):
 def test_code_in_a_remote_sandbox(server):
     server.answer = _turns(RESULT, {**RESULT, "stdout": "4"})
     tests = [{"stdin": "", "stdout": "3"}] * 2
-    reward = coding.Code(url=server.url)
+    reward = coding.CodeReward(url=server.url)
     assert _score(reward, "```python\nprint(3)\n```", tests=tests) == 0.5
     assert server.bodies[0]["command"] == ["python3", "main.py"]
 
@@ -205,7 +205,7 @@ def _judge(server, **options):
 )
 def test_grades(server, text, value):
     server.answer = lambda body: _says(text)
-    assert _score(generative.Graded(**_judge(server)), "<think>t</think>my {answer}") == value
+    assert _score(generative.GradedReward(**_judge(server)), "<think>t</think>my {answer}") == value
     body = server.bodies[0]
     prompt = body["messages"][0]["content"]
     assert all(part in prompt for part in ("be good", "why {x}?", "ref", "my {answer}"))
@@ -216,7 +216,7 @@ def test_grades(server, text, value):
 def test_verdicts_are_remembered(server, monkeypatch):
     monkeypatch.setenv("JUDGE_KEY", "secret")
     server.answer = _turns(_says("?"), _says("Grade: 4"))
-    reward = generative.Graded(**_judge(server, key_variable="JUDGE_KEY", remembered=1))
+    reward = generative.GradedReward(**_judge(server, key_variable="JUDGE_KEY", remembered=1))
     assert [_score(reward, "a") for _ in range(3)] == [None, 0.75, 0.75]
     assert len(server.bodies) == 2
     assert server.headers[0]["Authorization"] == "Bearer secret"
@@ -239,7 +239,7 @@ def _prefers(wanted):
 @pytest.mark.parametrize(("wanted", "value"), [("mine", 1), ("ref", -1), ("A", 0), ("tie", 0)])
 def test_pairs_are_asked_both_ways(server, wanted, value):
     server.answer = _prefers(wanted)
-    reward = generative.Pairwise(**_judge(server))
+    reward = generative.PairwiseReward(**_judge(server))
     assert _score(reward, "mine") == value
     assert _score(reward, "mine", "other", reference="ref") == value
     assert len(server.bodies) == 2
@@ -247,19 +247,19 @@ def test_pairs_are_asked_both_ways(server, wanted, value):
 
 def test_pair_with_one_verdict_is_no_score(server):
     server.answer = _turns(_says("Better: A"), _says("hm"))
-    assert _score(generative.Pairwise(**_judge(server)), "mine") is None
+    assert _score(generative.PairwiseReward(**_judge(server)), "mine") is None
 
 
 def test_judge_errors(server, monkeypatch):
     server.answer = lambda body: {"error": "no model"}
     with pytest.raises(client.ServerError, match="wanted choices"):
-        _score(generative.Graded(**_judge(server)), "a")
-    for reward in (generative.Graded, generative.Pairwise):
+        _score(generative.GradedReward(**_judge(server)), "a")
+    for reward in (generative.GradedReward, generative.PairwiseReward):
         with pytest.raises(ValueError, match="wanted"):
             _score(reward(**_judge(server)), "a", None)
     monkeypatch.delenv("JUDGE_KEY", raising=False)
     with pytest.raises(ValueError, match=r"got no \$JUDGE_KEY"):
-        generative.Graded(**_judge(server, key_variable="JUDGE_KEY"))
+        generative.GradedReward(**_judge(server, key_variable="JUDGE_KEY"))
 
 
 def test_hanging_judge_stalls_no_step(server):
@@ -271,14 +271,14 @@ def test_hanging_judge_stalls_no_step(server):
     server.answer = answer
     options = tuple(_judge(server, secs=0.5).items())
     config = compose.RewardsConfig((("s", (("graded", 1.0, options),)),), retries=0, parallel=2)
-    rewards = compose.Rewards(config)
+    rewards = compose.GroupScorer(config)
     try:
         start = time.monotonic()
         texts = ["slow 1", "slow 2", "slow 3", "good", "slow 4", "fine"]
         scores = rewards.submit([_sample(text) for text in texts]).result(20)
         assert [score.value for score in scores] == [None, None, None, 1.0, None, 1.0]
         assert time.monotonic() - start < 6
-        assert rewards.counts()["reward/error/graded/timeout"] == 4
+        assert rewards.failure_counts()["reward/error/graded/timeout"] == 4
     finally:
         rewards.close()
 
@@ -296,7 +296,7 @@ WATCH = length_bias.LengthBiasConfig(window=30, least=10, pause=True)
 
 
 def _watched(config, groups):
-    watch = length_bias.LengthBias(config)
+    watch = length_bias.LengthBiasMonitor(config)
     for lengths, rewards in groups:
         watch.push(lengths, rewards)
     return watch
@@ -315,17 +315,17 @@ def test_biased_judge_raises_an_alarm_and_pauses_until_recalibrated(caplog):
     watch = _watched(WATCH, _groups(0.9))
     assert "rewards length" in caplog.text
     assert len(caplog.records) == 1
-    with pytest.raises(length_bias.Paused, match="--set=length_bias.recalibrated=1"):
+    with pytest.raises(length_bias.LengthBiasPause, match="--set=length_bias.recalibrated=1"):
         watch.check()
-    again = length_bias.LengthBias(WATCH, json.loads(json.dumps(watch.state())))
+    again = length_bias.LengthBiasMonitor(WATCH, json.loads(json.dumps(watch.state())))
     assert again.metrics() == watch.metrics()
     for lengths, rewards in _groups(0.0):  # a pause does not pass by itself
         again.push(lengths, rewards)
-    assert not again.alarm
-    with pytest.raises(length_bias.Paused):
+    assert not again.has_alarm
+    with pytest.raises(length_bias.LengthBiasPause):
         again.check()
     mended = dataclasses.replace(WATCH, recalibrated=1)
-    again = length_bias.LengthBias(mended, again.state())
+    again = length_bias.LengthBiasMonitor(mended, again.state())
     again.check()
     assert math.isnan(again.metrics()["reward/length/win_rate"])
 
@@ -335,11 +335,11 @@ def test_alarm_alone_does_not_stop():
     watch = _watched(config, _groups(0.9))
     watch.check()
     assert watch.metrics()["reward/length/alarm"] == 1.0
-    assert not _watched(config, _groups(0.9, many=9)).alarm
+    assert not _watched(config, _groups(0.9, many=9)).has_alarm
 
 
 def test_numbers_of_one_group():
-    watch = length_bias.LengthBias(length_bias.LengthBiasConfig(window=2, least=1))
+    watch = length_bias.LengthBiasMonitor(length_bias.LengthBiasConfig(window=2, least=1))
     watch.push([1, 2, 3, 9], [1.0, 3.0, 2.0, None])
     metrics = watch.metrics()
     assert metrics["reward/length/correlation"] == pytest.approx(0.5)

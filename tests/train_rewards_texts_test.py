@@ -36,15 +36,15 @@ def _reward(reward, *arguments, **options):
     ],
 )
 def test_answer(text, found):
-    assert answer.extract(text) == found
+    assert answer.extract_answer(text) == found
 
 
 def test_exact():
-    assert _reward(answer.Exact(), "x Answer: 5") == 1.0
-    assert _reward(answer.Exact(), "x Answer: 5.0") == 0.0
-    assert _reward(answer.Exact(), "x Answer: 5", label=5) == 1.0
+    assert _reward(answer.ExactReward(), "x Answer: 5") == 1.0
+    assert _reward(answer.ExactReward(), "x Answer: 5.0") == 0.0
+    assert _reward(answer.ExactReward(), "x Answer: 5", label=5) == 1.0
     with pytest.raises(ValueError, match="got no label"):
-        _reward(answer.Exact(), "Answer: 5", label=None)
+        _reward(answer.ExactReward(), "Answer: 5", label=None)
 
 
 @pytest.mark.parametrize(
@@ -64,21 +64,21 @@ def test_exact():
     ],
 )
 def test_format(text, well):
-    assert _reward(format.Format(), text) == float(well)
+    assert _reward(format.FormatReward(), text) == float(well)
 
 
 def test_format_wants_an_end():
-    assert _reward(format.Format(), "<think>a</think>b", status="length") == 0.0
+    assert _reward(format.FormatReward(), "<think>a</think>b", status="length") == 0.0
 
 
 def test_repetition():
-    assert format.repeated_share("a b a b a b", 2) == pytest.approx(3 / 5)
-    assert format.repeated_share("a b c", 2) == format.repeated_share("a", 2) == 0.0
-    assert _reward(format.Repetition(n=2), "a b a b a b") == pytest.approx(-0.6)
-    assert _reward(format.Repetition(n=2, free=0.5), "a b a b a b") == pytest.approx(-0.1)
-    assert _reward(format.Repetition(n=2, free=0.7), "a b a b a b") == 0.0
+    assert format.repeated_ngram_share("a b a b a b", 2) == pytest.approx(3 / 5)
+    assert format.repeated_ngram_share("a b c", 2) == format.repeated_ngram_share("a", 2) == 0.0
+    assert _reward(format.RepetitionReward(n=2), "a b a b a b") == pytest.approx(-0.6)
+    assert _reward(format.RepetitionReward(n=2, free=0.5), "a b a b a b") == pytest.approx(-0.1)
+    assert _reward(format.RepetitionReward(n=2, free=0.7), "a b a b a b") == 0.0
     with pytest.raises(ValueError, match="wanted n >= 1"):
-        format.Repetition(n=0)
+        format.RepetitionReward(n=0)
 
 
 def _calls(*calls):
@@ -130,7 +130,7 @@ def test_expected_tool_calls_are_checked(expected):
         _reward(tool_calls.ToolCalls(), "text", tool_calls=expected)
 
 
-SCHEDULE = curriculum.Curriculum(
+SCHEDULE = curriculum.CurriculumConfig(
     weights=((0, (("math", 2.0),)), (10, (("math", 1.0),)), (20, (("math", 1.0), ("chat", 3.0))))
 )
 
@@ -143,9 +143,9 @@ def test_weights_go_in_straight_lines():
 
 
 def test_draws_follow_the_weights_and_pass_over_each_task_once_per_epoch():
-    draws = curriculum.Draws(SCHEDULE, {"math": 40, "chat": 30, "unused": 1})
-    assert [draws.next(0)[0] for _ in range(50)] == ["math"] * 50
-    drawn = [draws.next(20) for _ in range(1000)]
+    draws = curriculum.TaskDraws(SCHEDULE, {"math": 40, "chat": 30, "unused": 1})
+    assert [draws.draw_task(0)[0] for _ in range(50)] == ["math"] * 50
+    drawn = [draws.draw_task(20) for _ in range(1000)]
     assert 700 < sum(name == "chat" for name, _ in drawn) < 800
     chat = [index for name, index in drawn if name == "chat"]
     epochs = [chat[i : i + 30] for i in range(0, 690, 30)]
@@ -155,14 +155,16 @@ def test_draws_follow_the_weights_and_pass_over_each_task_once_per_epoch():
 
 def test_draws_go_on_from_their_state():
     sizes = {"math": 7, "chat": 5}
-    draws = curriculum.Draws(SCHEDULE, sizes)
+    draws = curriculum.TaskDraws(SCHEDULE, sizes)
     for step in range(33):
-        draws.next(step)
+        draws.draw_task(step)
     state = json.loads(json.dumps(draws.state()))
-    again = curriculum.Draws(SCHEDULE, sizes, state)
-    assert [draws.next(s) for s in range(50)] == [again.next(s) for s in range(50)]
-    other = curriculum.Draws(curriculum.Curriculum(SCHEDULE.weights, seed=1), sizes, state)
-    assert [draws.next(s) for s in range(50)] != [other.next(s) for s in range(50)]
+    again = curriculum.TaskDraws(SCHEDULE, sizes, state)
+    assert [draws.draw_task(s) for s in range(50)] == [again.draw_task(s) for s in range(50)]
+    other = curriculum.TaskDraws(
+        curriculum.CurriculumConfig(SCHEDULE.weights, seed=1), sizes, state
+    )
+    assert [draws.draw_task(s) for s in range(50)] != [other.draw_task(s) for s in range(50)]
 
 
 @pytest.mark.parametrize(
@@ -179,26 +181,32 @@ def test_draws_go_on_from_their_state():
 )
 def test_schedule_is_checked(weights):
     with pytest.raises(ValueError, match="weights"):
-        curriculum.Curriculum(weights=weights)
+        curriculum.CurriculumConfig(weights=weights)
 
 
 def test_source_without_tasks_is_refused():
     with pytest.raises(ValueError, match="source 'chat': got None tasks"):
-        curriculum.Draws(SCHEDULE, {"math": 3})
+        curriculum.TaskDraws(SCHEDULE, {"math": 3})
 
 
 def test_pass_rates_drop_what_is_always_or_never_solved():
-    rates = curriculum.PassRates(curriculum.PassRateConfig(low=0.0, high=0.9, least=10))
+    rates = curriculum.PassRateTracker(curriculum.PassRateConfig(low=0.0, high=0.9, least=10))
     for task, passed in (("never", 0), ("some", 1), ("most", 8), ("nearly", 9), ("all", 10)):
         rates.push(task, passed // 2, 5)
-        assert rates.keeps(task)  # not enough yet
+        assert rates.should_draw(task)  # not enough yet
         rates.push(task, passed - passed // 2, 5)
-    kept = [task for task in ("never", "some", "most", "nearly", "all", "new") if rates.keeps(task)]
+    kept = [
+        task
+        for task in ("never", "some", "most", "nearly", "all", "new")
+        if rates.should_draw(task)
+    ]
     assert kept == ["some", "most", "new"]
     assert rates.metrics() == {"curriculum/tasks_seen": 5.0, "curriculum/tasks_dropped": 3.0}
-    again = curriculum.PassRates(curriculum.PassRateConfig(), json.loads(json.dumps(rates.state())))
+    again = curriculum.PassRateTracker(
+        curriculum.PassRateConfig(), json.loads(json.dumps(rates.state()))
+    )
     assert again.state() == rates.state()
-    assert not again.keeps("nearly")
+    assert not again.should_draw("nearly")
     with pytest.raises(ValueError, match="got 3 of 2 passed"):
         rates.push("x", 3, 2)
 

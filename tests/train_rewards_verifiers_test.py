@@ -30,7 +30,7 @@ def workers(tmp_path_factory):
     folder = tmp_path_factory.mktemp("functions")
     (folder / "foreign_functions.py").write_text(_FOREIGN)
     sys.path.append(str(folder))
-    made = pool.Pool(1, limit_secs=20)
+    made = pool.WorkerPool(1, limit_secs=20)
     yield made
     made.close()
     sys.path.remove(str(folder))
@@ -61,38 +61,38 @@ def _score(reward, *arguments, **options):
     ],
 )
 def test_mathematics(workers, text, label, right):
-    assert _score(mathematics.Mathematics(workers), text, label) == right
+    assert _score(mathematics.MathematicsReward(workers), text, label) == right
 
 
 def test_label_comes_first(workers):
     """An interval answers an inequality, but not the other way round."""
-    reward = mathematics.Mathematics(workers)
+    reward = mathematics.MathematicsReward(workers)
     assert _score(reward, r"\boxed{(1,2)}", "1<x<2") == 1
     assert _score(reward, r"\boxed{1<x<2}", "(1,2)") == 0
 
 
 def test_mathematics_that_would_never_end_is_stopped():
-    short = pool.Pool(1, limit_secs=1.0)
+    short = pool.WorkerPool(1, limit_secs=1.0)
     try:
-        with pytest.raises(pool.Timeout):
-            _score(mathematics.Mathematics(short), r"\boxed{9^{9^{9^{9}}}}", "3")
-        assert _score(mathematics.Mathematics(short), r"\boxed{3}", "3") == 1
+        with pytest.raises(pool.WorkerTimeout):
+            _score(mathematics.MathematicsReward(short), r"\boxed{9^{9^{9^{9}}}}", "3")
+        assert _score(mathematics.MathematicsReward(short), r"\boxed{3}", "3") == 1
     finally:
         short.close()
 
 
 def test_mathematics_needs_a_label(workers):
     with pytest.raises(ValueError, match="got no label"):
-        _score(mathematics.Mathematics(workers), "Answer: 5")
-    with pytest.raises(pool.PoolError, match="wanted a formula"):
-        _score(mathematics.Mathematics(workers), "Answer: 5", "")
+        _score(mathematics.MathematicsReward(workers), "Answer: 5")
+    with pytest.raises(pool.WorkerError, match="wanted a formula"):
+        _score(mathematics.MathematicsReward(workers), "Answer: 5", "")
 
 
 @pytest.mark.parametrize("name", ["mathematics", "logic"])
 def test_missing_library_names_the_remedy(workers, monkeypatch, name):
     monkeypatch.setattr("importlib.util.find_spec", lambda module: None)
     with pytest.raises(ImportError, match=r"pip install 'm1-jax\[rl\]'"):
-        catalog.make(name, workers, {})
+        catalog.make_reward(name, workers, {})
 
 
 @pytest.mark.parametrize(
@@ -104,15 +104,15 @@ def test_missing_library_names_the_remedy(workers, monkeypatch, name):
     ],
 )
 def test_logic_answer(text, found):
-    assert logic.extract(text) == found
+    assert logic.extract_answer(text) == found
 
 
 def test_logic_tasks_and_verifier(workers):
-    first, second = (list(logic.tasks("chain_sum", 3, 1, max_terms=3)) for _ in range(2))
+    first, second = (list(logic.generate_tasks("chain_sum", 3, 1, max_terms=3)) for _ in range(2))
     assert first == second
-    assert first != list(logic.tasks("chain_sum", 3, 2, max_terms=3))
+    assert first != list(logic.generate_tasks("chain_sum", 3, 2, max_terms=3))
     assert len({task.id for task in first}) == 3
-    reward = logic.Logic(workers)
+    reward = logic.LogicReward(workers)
     for task in first:
         right = sample_lib.Sample(task, (), text=f"so <answer>{task.label}</answer>")
         wrong = sample_lib.Sample(task, (), text="<answer>nonsense</answer>")
@@ -122,35 +122,35 @@ def test_logic_tasks_and_verifier(workers):
 
 def test_logic_verifier_that_looks_at_the_entry(workers):
     """Any route counts, not only the one in the label."""
-    task = next(logic.tasks("countdown", 1, 7, min_numbers=2, max_numbers=2))
+    task = next(logic.generate_tasks("countdown", 1, 7, min_numbers=2, max_numbers=2))
     numbers = task.metadata["entry"]["metadata"]["numbers"]
     assert len(numbers) == 2
     for text, wanted in ((task.label, True), ("+".join(map(str, numbers * 2)), False)):
         sample = sample_lib.Sample(task, (), text=text)
-        assert (asyncio.run(logic.Logic(workers, strict=True).reward(sample)) == 1) is wanted
+        assert (asyncio.run(logic.LogicReward(workers, strict=True).reward(sample)) == 1) is wanted
 
 
 def test_partial_credit_may_be_refused(workers):
-    task = next(logic.tasks("chain_sum", 1, 1))
+    task = next(logic.generate_tasks("chain_sum", 1, 1))
     partial = sample_lib.Sample(task, (), text=f"it is {task.label} or so")
-    assert 0 < asyncio.run(logic.Logic(workers).reward(partial)) < 1
-    assert asyncio.run(logic.Logic(workers, strict=True).reward(partial)) == 0
+    assert 0 < asyncio.run(logic.LogicReward(workers).reward(partial)) < 1
+    assert asyncio.run(logic.LogicReward(workers, strict=True).reward(partial)) == 0
 
 
 def test_logic_errors(workers):
     with pytest.raises(ValueError, match="got the generator 'no_such'"):
-        next(logic.tasks("no_such", 1, 1))
+        next(logic.generate_tasks("no_such", 1, 1))
     with pytest.raises(ValueError, match="got the generator 'chain_sum' with {'no': 1}"):
-        next(logic.tasks("chain_sum", 1, 1, no=1))
+        next(logic.generate_tasks("chain_sum", 1, 1, no=1))
     with pytest.raises(ValueError, match="wanted generator and entry"):
-        _score(logic.Logic(workers), "x", generator="chain_sum")
+        _score(logic.LogicReward(workers), "x", generator="chain_sum")
 
 
 def _open():
     """Whether programs must run with an open network: this system permits no namespaces."""
     try:
-        runner.run({}, ["true"])
-    except runner.Unavailable:
+        runner.run_program({}, ["true"])
+    except runner.RunnerUnavailable:
         return True
     return False
 
@@ -179,8 +179,8 @@ def _code(source):
     ],
 )
 def test_programs_that_print(text, share):
-    assert _score(coding.Code(allow_network=OPEN), text, tests=TESTS) == share
-    assert _score(coding.Code(partial=False, allow_network=OPEN), text, tests=TESTS) == float(
+    assert _score(coding.CodeReward(allow_network=OPEN), text, tests=TESTS) == share
+    assert _score(coding.CodeReward(partial=False, allow_network=OPEN), text, tests=TESTS) == float(
         share == 1
     )
 
@@ -197,11 +197,11 @@ def test_programs_that_print(text, share):
 )
 def test_programs_with_asserts(source, passes):
     tests = "from solution import f\nassert f(1) == 2\n"
-    assert _score(coding.Code(allow_network=OPEN), _code(source), test_code=tests) == passes
+    assert _score(coding.CodeReward(allow_network=OPEN), _code(source), test_code=tests) == passes
 
 
 def test_programs_over_their_limits_fail_and_stall_nothing():
-    reward = coding.Code(cpu_secs=1, wall_secs=1.0, processes=4, allow_network=OPEN)
+    reward = coding.CodeReward(cpu_secs=1, wall_secs=1.0, processes=4, allow_network=OPEN)
     for source in ("while True: pass", "import os\nwhile True: os.fork()", "x = 'x' * 2**33"):
         assert _score(reward, _code(source), tests=TESTS[:1]) == 0.0
 
@@ -212,31 +212,31 @@ def test_wall_time_is_tried_again(monkeypatch):
     def run(files, command, limits, *, stdin, allow_network):
         calls.append(stdin)
         slow = len(calls) == 1
-        return runner.Result("3", "", None if slow else 0, "wall" if slow else "exit")
+        return runner.RunResult("3", "", None if slow else 0, "wall" if slow else "exit")
 
-    monkeypatch.setattr(runner, "run", run)
-    assert _score(coding.Code(allow_network=OPEN), ADD, tests=TESTS[:1]) == 1.0
+    monkeypatch.setattr(runner, "run_program", run)
+    assert _score(coding.CodeReward(allow_network=OPEN), ADD, tests=TESTS[:1]) == 1.0
     assert calls == ["1 2\n"] * 2
 
 
 def test_code_that_cannot_be_run_is_a_failure():
-    with pytest.raises(runner.Unavailable):
-        _score(coding.Code(python="no-such-python", allow_network=OPEN), ADD, tests=TESTS)
+    with pytest.raises(runner.RunnerUnavailable):
+        _score(coding.CodeReward(python="no-such-python", allow_network=OPEN), ADD, tests=TESTS)
     with pytest.raises(ValueError, match="got no tests"):
-        _score(coding.Code(allow_network=OPEN), ADD)
+        _score(coding.CodeReward(allow_network=OPEN), ADD)
 
 
 def test_functions_of_other_trainers(workers):
     path = "foreign_functions:"
-    slime = adapters.Slime(workers, path + "rm", scale=2)
+    slime = adapters.SlimeReward(workers, path + "rm", scale=2)
     assert _score(slime, "x", "x") == {"score": 2.0}
     sample = _sample("x", "x")
     sample.routes = lambda: "what does not pickle stays here"
     assert asyncio.run(slime.reward(sample)) == {"score": 2.0}
-    verl = adapters.Verl(workers, path + "compute_score")
+    verl = adapters.VerlReward(workers, path + "compute_score")
     assert [_score(verl, text, "x", level=1) for text in "xy"] == [1.0, 0.0]
-    tunix = adapters.Tunix(workers, path + "fn", twice=True)
+    tunix = adapters.TunixReward(workers, path + "fn", twice=True)
     group = [_sample(text, "x", level=10) for text in "xy"]
     assert asyncio.run(tunix.reward_group(group)) == [11.0, 10.0]
-    with pytest.raises(pool.PoolError, match="ModuleNotFoundError"):
-        _score(adapters.Function(workers, "no_such_module:f"), "x")
+    with pytest.raises(pool.WorkerError, match="ModuleNotFoundError"):
+        _score(adapters.FunctionReward(workers, "no_such_module:f"), "x")

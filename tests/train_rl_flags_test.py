@@ -64,7 +64,10 @@ def test_parts_out_of_range(part, wrong):
             {"update": rl_config.UpdateConfig(1e-6, minibatches=3)},
             r"a divisor of rollout\.groups = 4",
         ),
-        ({"curriculum": rl_config.Curriculum(((0, (("c", 1.0),)),))}, r"curriculum: got \['c'\]"),
+        (
+            {"curriculum": rl_config.CurriculumConfig(((0, (("c", 1.0),)),))},
+            r"curriculum: got \['c'\]",
+        ),
         (
             {
                 "agent": rl_config.AgentConfig("lookup"),
@@ -84,7 +87,7 @@ def test_runs_that_contradict_themselves(changes, message):
 def test_without_a_curriculum_sources_weigh_the_same():
     assert config(seed=7).task_curriculum().weights_at(5) == {"a": 0.5, "b": 0.5}
     assert config(seed=7).task_curriculum().seed == 7
-    given = rl_config.Curriculum(((0, (("b", 1.0),)),))
+    given = rl_config.CurriculumConfig(((0, (("b", 1.0),)),))
     assert config(curriculum=given).task_curriculum() is given
     assert config().rollout.max_sample_tokens == 32 + 96
 

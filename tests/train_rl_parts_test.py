@@ -193,7 +193,7 @@ def test_made_tasks_are_the_same_again():
     source = tasks.TaskSource("mine", make="lookup", size=5, seed=3)
     one, other = tasks.open_tasks(source), tasks.open_tasks(source)
     assert [one[i] for i in range(5)] == [other[i] for i in range(len(other))]
-    assert [one[i].label for i in range(5)] == [t.label for t in lookup.tasks(5, 3)]
+    assert [one[i].label for i in range(5)] == [t.label for t in lookup.make_tasks(5, 3)]
     assert {one[i].source for i in range(5)} == {"mine"}
     prints = json.loads(json.dumps(one.fingerprint()))
     other.check_fingerprint(prints)
@@ -224,14 +224,14 @@ def test_generated_logic():
 
 
 def test_environments_by_name():
-    for name, kind in catalog.ENVIRONMENTS.items():
-        world = catalog.make(name)
+    for name, kind in catalog.ENVIRONMENT_CLASSES.items():
+        world = catalog.make_environment(name)
         assert type(world) is kind
-        assert catalog.make(name) is not world
-        (task,) = catalog.tasks(name, 1, 0)
+        assert catalog.make_environment(name) is not world
+        (task,) = catalog.make_tasks(name, 1, 0)
         world.start(task)  # each has tasks of its own kind
         world.close()
-    for function in (catalog.make, lambda name: catalog.tasks(name, 1, 0)):
+    for function in (catalog.make_environment, lambda name: catalog.make_tasks(name, 1, 0)):
         with pytest.raises(ValueError, match="got 'maze'; wanted one of files, lookup, repair"):
             function("maze")
 

@@ -62,8 +62,8 @@ def test_records_of_all_formats_are_the_same(tmp_path):
     assert len(found) == 20
     for i in random.Random(0).sample(range(20), 20):
         assert found.read(i) == records[i]
-    assert found.where(8).endswith("a.jsonl:9")
-    assert found.where(19).endswith("c.parquet, record 6")
+    assert found.location(8).endswith("a.jsonl:9")
+    assert found.location(19).endswith("c.parquet, record 6")
     found.close()
 
 

@@ -136,7 +136,7 @@ def _write_shard(path, records, indices, config: PrepareConfig, encoder, bar) ->
             try:
                 line, tokens = _check_record(record, config, encoder)
             except ValueError as error:
-                raise records_lib.DataError(f"{records.where(index)}: {error}") from None
+                raise records_lib.DataError(f"{records.location(index)}: {error}") from None
             writer.write(line)
             if encoder is not None:
                 counts["tokens"] += tokens

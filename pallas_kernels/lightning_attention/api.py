@@ -17,7 +17,7 @@ IMPLEMENTATIONS = {
     "tpu": tpu.lightning_attention,
     "gpu": gpu.lightning_attention,
 }
-KERNELS = ("tpu", "gpu")
+KERNEL_IMPLEMENTATIONS = ("tpu", "gpu")
 
 
 def lightning_attention(
@@ -52,14 +52,14 @@ def lightning_attention(
       ValueError: shapes or dtypes that do not fit, an unknown implementation, or `interpret`
         with an implementation that is no kernel.
     """
-    _validate(qkv, slopes, segment_ids, initial_state)
+    _validate_inputs(qkv, slopes, segment_ids, initial_state)
     if implementation not in (None, *IMPLEMENTATIONS):
         raise ValueError(
             f"implementation is {implementation!r}; wanted None or one of {list(IMPLEMENTATIONS)}"
         )
-    if interpret and implementation not in KERNELS:
+    if interpret and implementation not in KERNEL_IMPLEMENTATIONS:
         raise ValueError(
-            f"interpret: got implementation {implementation!r}; wanted one of {list(KERNELS)}"
+            f"interpret: got implementation {implementation!r}; wanted one of {list(KERNEL_IMPLEMENTATIONS)}"
         )
     if initial_state is None:
         batch, _, width = qkv.shape
@@ -68,14 +68,16 @@ def lightning_attention(
     arguments = qkv, slopes, segment_ids, initial_state
     if implementation is None:
         num_heads = slopes.shape[0]
-        return _choose(tpu.fits(qkv, num_heads), gpu.fits(qkv, num_heads))(*arguments)
-    if implementation in KERNELS:
+        return _choose_implementation(
+            tpu.supports_shapes(qkv, num_heads), gpu.supports_shapes(qkv, num_heads)
+        )(*arguments)
+    if implementation in KERNEL_IMPLEMENTATIONS:
         return IMPLEMENTATIONS[implementation](*arguments, interpret=interpret)
     return IMPLEMENTATIONS[implementation](*arguments)
 
 
 @functools.cache
-def _choose(tpu_fits: bool, gpu_fits: bool):
+def _choose_implementation(tpu_fits: bool, gpu_fits: bool):
     """Return what implementation=None runs; cached, so that each choice is logged once."""
     kernels = {}
     if tpu_fits:
@@ -95,7 +97,7 @@ def _choose(tpu_fits: bool, gpu_fits: bool):
     )
 
 
-def _validate(qkv, slopes, segment_ids, initial_state) -> None:
+def _validate_inputs(qkv, slopes, segment_ids, initial_state) -> None:
     if slopes.ndim != 1 or slopes.dtype != jnp.float32:
         raise ValueError(f"slopes: got {jax.typeof(slopes)}; wanted float32[N]")
     num_heads = slopes.shape[0]

@@ -26,56 +26,56 @@ from pallas_kernels.lightning_decode import api as decode_api
 from pallas_kernels.lightning_decode import ring as decode_ring
 
 CHECKED_TOKENS = 4096
-WARM_UP = 3  # repeats that are thrown away; the first compiles
-CALLS = {"cpu": 1}  # calls queued in one repeat; 10 on accelerators
+WARM_UP_REPEATS = 3  # repeats that are thrown away; the first compiles
+CALLS_PER_REPEAT = {"cpu": 1}  # calls queued in one repeat; 10 on accelerators
 # Per element of o, in bfloat16: at D = 128 1,024 a token and head, and 1,856 more for the backward.
-FORWARD_BYTES, TRAIN_BYTES = 8, 8 + 14.5
+FORWARD_BYTES_PER_ELEMENT, TRAIN_BYTES_PER_ELEMENT = 8, 8 + 14.5
 
 
 def time_calls(call, state, repeats: int) -> list[float]:
     """Return seconds per call of each repeat; state = call(state) runs in a chain."""
-    count, seconds = CALLS.get(jax.default_backend(), 10), []
-    for _ in range(WARM_UP + repeats):
+    count, seconds = CALLS_PER_REPEAT.get(jax.default_backend(), 10), []
+    for _ in range(WARM_UP_REPEATS + repeats):
         jax.block_until_ready(state)
         start = time.perf_counter()
         for _ in range(count):
             state = call(state)
         jax.block_until_ready(state)
         seconds.append((time.perf_counter() - start) / count)
-    return seconds[WARM_UP:]
+    return seconds[WARM_UP_REPEATS:]
 
 
-def copy_bandwidth(repeats: int) -> float:
+def measure_copy_bandwidth(repeats: int) -> float:
     """Return bytes read and written per second by x + 1 over a large array."""
     x = jnp.zeros((2**24 if jax.default_backend() == "cpu" else 2**28,), jnp.float32)
     seconds = time_calls(jax.jit(lambda x: x + 1, donate_argnums=0), x, repeats)
     return 2 * x.size * 4 / float(np.median(seconds))
 
 
-def slopes_of(heads: int) -> np.ndarray:
+def middle_layer_slopes(num_heads: int) -> np.ndarray:
     """Return the slopes of the release's middle layer, 40 of 80."""
-    base = 2.0 ** (-8.0 * np.arange(1, heads + 1) / heads)
+    base = 2.0 ** (-8.0 * np.arange(1, num_heads + 1) / num_heads)
     return np.asarray(base * (1 - 40 / 79 + 1e-5), np.float32)
 
 
-def inputs(shape: shapes.Shape):
+def make_random_inputs(shape: shapes.TrainingShape):
     """Return qkv, silu of a normal as in the model, and a cotangent of o."""
     rng = np.random.default_rng(shapes.SEED)
-    width = shape.heads * shape.head_dim
-    x = rng.standard_normal((shape.batch, shape.length, 3 * width), np.float32)
-    d_o = rng.standard_normal((shape.batch, shape.length, width), np.float32)
+    width = shape.num_heads * shape.head_dim
+    x = rng.standard_normal((shape.batch_size, shape.length, 3 * width), np.float32)
+    d_o = rng.standard_normal((shape.batch_size, shape.length, width), np.float32)
     return (jnp.asarray(a, shape.dtype) for a in (x / (1 + np.exp(-x)), d_o))
 
 
-def relative(got, wanted) -> float:
-    got = np.asarray(got.astype(jnp.float32), np.float64)
-    return float(np.linalg.norm(got - wanted) / np.linalg.norm(wanted))
+def relative_l2_error(actual, expected) -> float:
+    actual = np.asarray(actual.astype(jnp.float32), np.float64)
+    return float(np.linalg.norm(actual - expected) / np.linalg.norm(expected))
 
 
-def training_error(o, qkv, slopes, shape: shapes.Shape) -> float:
+def training_error(o, qkv, slopes, shape: shapes.TrainingShape) -> float:
     """Compare o with the float64 recurrence on two heads of the first tokens."""
-    heads, count = sorted({0, shape.heads - 1}), min(shape.length, CHECKED_TOKENS)
-    qkv = qkv[0, :count].reshape(count, shape.heads, 3, shape.head_dim)[:, np.array(heads)]
+    heads, count = sorted({0, shape.num_heads - 1}), min(shape.length, CHECKED_TOKENS)
+    qkv = qkv[0, :count].reshape(count, shape.num_heads, 3, shape.head_dim)[:, np.array(heads)]
     x = np.asarray(qkv.astype(jnp.float32), np.float64)
     ids = shape.segment_ids()
     ids = np.ones(count, np.int32) if ids is None else ids[0, :count]
@@ -87,14 +87,19 @@ def training_error(o, qkv, slopes, shape: shapes.Shape) -> float:
             state = np.zeros_like(state)
         state = decay * state + x[t, :, 1, :, None] * x[t, :, 2, None, :]
         wanted[t] = np.einsum("nk,nkv->nv", x[t, :, 0], state)
-    got = o[0, :count].reshape(count, shape.heads, shape.head_dim)[:, np.array(heads)]
-    return relative(got, wanted)
+    got = o[0, :count].reshape(count, shape.num_heads, shape.head_dim)[:, np.array(heads)]
+    return relative_l2_error(got, wanted)
 
 
-def bench_training(name: str, implementation: str, repeats: int, copy: float) -> list[dict]:
+def bench_training(
+    shape_name: str, implementation: str, repeats: int, copy_bytes_per_sec: float
+) -> list[dict]:
     """Time forward, and forward with backward, of one named shape."""
-    shape, slopes = shapes.SHAPES[name], slopes_of(shapes.SHAPES[name].heads)
-    (qkv, d_o), ids = inputs(shape), shape.segment_ids()
+    shape, slopes = (
+        shapes.TRAINING_SHAPES[shape_name],
+        middle_layer_slopes(shapes.TRAINING_SHAPES[shape_name].num_heads),
+    )
+    (qkv, d_o), ids = make_random_inputs(shape), shape.segment_ids()
     run = functools.partial(
         api.lightning_attention,
         slopes=jnp.asarray(slopes),
@@ -109,25 +114,36 @@ def bench_training(name: str, implementation: str, repeats: int, copy: float) ->
 
     gradient = jax.jit(both)
     error = training_error(forward(qkv), qkv, slopes, shape)
-    elements = shape.batch * shape.length * shape.heads * shape.head_dim
+    elements = shape.batch_size * shape.length * shape.num_heads * shape.head_dim
     scale = elements * jnp.dtype(shape.dtype).itemsize / 2
     passes = {
-        "forward": (lambda _: forward(qkv), FORWARD_BYTES),
-        "forward_backward": (lambda _: gradient(qkv, d_o), TRAIN_BYTES),
+        "forward": (lambda _: forward(qkv), FORWARD_BYTES_PER_ELEMENT),
+        "forward_backward": (lambda _: gradient(qkv, d_o), TRAIN_BYTES_PER_ELEMENT),
     }
     return [
-        record(
-            name, what, implementation, time_calls(call, (), repeats), scale * least, copy, error
+        make_record(
+            shape_name,
+            what,
+            implementation,
+            time_calls(call, (), repeats),
+            scale * least,
+            copy_bytes_per_sec,
+            error,
         )
         for what, (call, least) in passes.items()
     ]
 
 
-def bench_decode(name: str, implementation: str, repeats: int, copy: float) -> list[dict]:
+def bench_decode(
+    shape_name: str, implementation: str, repeats: int, copy_bytes_per_sec: float
+) -> list[dict]:
     """Time one step in place and in the ring form, of one named workload."""
-    shape, slopes = shapes.DECODE[name], slopes_of(shapes.DECODE[name].heads)
-    heads, width, batch = shape.heads, shape.head_dim, shape.batch
-    qkv, _ = inputs(shapes.Shape(1, batch, heads, width, shape.dtype))
+    shape, slopes = (
+        shapes.DECODE_SHAPES[shape_name],
+        middle_layer_slopes(shapes.DECODE_SHAPES[shape_name].num_heads),
+    )
+    heads, width, batch = shape.num_heads, shape.head_dim, shape.batch_size
+    qkv, _ = make_random_inputs(shapes.TrainingShape(1, batch, heads, width, shape.dtype))
     qkv, slots, rate = qkv[0], jnp.asarray(shape.slots()), jnp.asarray(slopes)
     rng = np.random.default_rng(shapes.SEED)
     states = jnp.asarray(rng.standard_normal((batch, heads, width, width), np.float32))
@@ -147,7 +163,7 @@ def bench_decode(name: str, implementation: str, repeats: int, copy: float) -> l
         return o, pool, position + 1
 
     ring = decode_api.init_ring_pool(batch, heads, width, window=shape.window)
-    ring = decode_ring.write(ring, jnp.arange(batch), states, jnp.zeros((batch,), jnp.int32))
+    ring = decode_ring.write_states(ring, jnp.arange(batch), states, jnp.zeros((batch,), jnp.int32))
     forms = {
         "decode": (in_place, states, decode_ring.bytes_per_step_in_place(width)),
         "decode_ring": (in_ring, ring, decode_ring.bytes_per_step(width, shape.window)),
@@ -156,50 +172,54 @@ def bench_decode(name: str, implementation: str, repeats: int, copy: float) -> l
     for what, (function, pool, least) in forms.items():
         step = jax.jit(function, donate_argnums=(0, 1, 2))
         carry = step(jnp.zeros_like(qkv[:, : heads * width]), pool, jnp.zeros((), jnp.int32))
-        error = relative(carry[0][0], wanted)
+        error = relative_l2_error(carry[0][0], wanted)
         seconds = time_calls(lambda carry, step=step: step(*carry), carry, repeats)
         moved = batch * heads * least
-        records.append(record(name, what, implementation, seconds, moved, copy, error))
+        records.append(
+            make_record(shape_name, what, implementation, seconds, moved, copy_bytes_per_sec, error)
+        )
     return records
 
 
-def record(name, what, implementation, seconds, minimum_bytes, copy, error) -> dict:
+def make_record(
+    shape_name, pass_name, implementation, seconds, minimum_bytes, copy_bytes_per_sec, error
+) -> dict:
     median = float(np.median(seconds))
     return {
-        "shape": name,
-        "pass": what,
+        "shape": shape_name,
+        "pass": pass_name,
         "implementation": implementation,
         "device": jax.devices()[0].device_kind,
         "median_secs": median,
         "p90_secs": float(np.percentile(seconds, 90)),
         "minimum_bytes": minimum_bytes,
         "gb_per_sec": minimum_bytes / median / 1e9,
-        "copy_gb_per_sec": copy / 1e9,
-        "share_of_copy": minimum_bytes / median / copy,
+        "copy_gb_per_sec": copy_bytes_per_sec / 1e9,
+        "share_of_copy": minimum_bytes / median / copy_bytes_per_sec,
         "error": error,
     }
 
 
-def run(names: list[str], implementations: list[str], repeats: int) -> list[dict]:
+def run_benchmarks(shape_names: list[str], implementations: list[str], repeats: int) -> list[dict]:
     """Return a record of each shape, pass and implementation; decoding has no "chunked" form.
 
     Raises:
       ValueError: a shape or an implementation that does not exist.
     """
-    known = [*shapes.SHAPES, *shapes.DECODE]
-    for name in names:
+    known = [*shapes.TRAINING_SHAPES, *shapes.DECODE_SHAPES]
+    for name in shape_names:
         if name not in known:
             raise ValueError(f"shape is {name!r}; wanted one of {known}")
     for name in implementations:
         if name not in api.IMPLEMENTATIONS:
             raise ValueError(f"implementation is {name!r}; wanted {list(api.IMPLEMENTATIONS)}")
-    copy, records = copy_bandwidth(repeats), []
-    for name in names:
+    copy, records = measure_copy_bandwidth(repeats), []
+    for name in shape_names:
         for implementation in implementations:
             # A few names, such as cpu_smoke, are both a training and a decoding workload.
-            if name in shapes.SHAPES:
+            if name in shapes.TRAINING_SHAPES:
                 records += bench_training(name, implementation, repeats, copy)
-            if name in shapes.DECODE and implementation in decode_api.DECODE:
+            if name in shapes.DECODE_SHAPES and implementation in decode_api.DECODE_IMPLEMENTATIONS:
                 records += bench_decode(name, implementation, repeats, copy)
     return records
 
@@ -216,7 +236,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=100)
     parser.add_argument("--json", help="also write the records to this file")
     args = parser.parse_args()
-    records = run(args.shapes.split(","), args.implementations.split(","), args.repeats)
+    records = run_benchmarks(args.shapes.split(","), args.implementations.split(","), args.repeats)
     for r in records:
         print(
             f"{r['shape']:18} {r['pass']:16} {r['implementation']:10} "

@@ -14,32 +14,32 @@ from jaxtyping import Array, Int
 
 from pallas_kernels.lightning_attention import documents
 
-BITS = 10
-COUNT = (1 << BITS) - 1
+COUNT_BITS = 10
+COUNT_MASK = (1 << COUNT_BITS) - 1
 
 
-def tables(
-    segment_ids: Int[Array, "B T"], chunk: int, superblock: int
+def build_boundary_tables(
+    segment_ids: Int[Array, "B T"], chunk_tokens: int, superblock_tokens: int
 ) -> tuple[Int[Array, "B S 1 C"], Int[Array, "B 1 P"]]:
     """Return the scalar of each chunk, by superblock, and the word of each token.
 
     The words are padded to whole superblocks (4 bytes a token, shared by all heads; qkv is not).
     """
     batch, length = segment_ids.shape
-    pad = -length % superblock
+    pad = -length % superblock_tokens
     start = jnp.pad(documents.document_starts(segment_ids), ((0, 0), (0, pad)))
     real = jnp.pad(segment_ids > 0, ((0, 0), (0, pad)))
 
     def by_chunk(x):
-        return x.reshape(batch, -1, chunk).astype(jnp.int32)
+        return x.reshape(batch, -1, chunk_tokens).astype(jnp.int32)
 
-    word = (jnp.cumsum(by_chunk(start), 2) << BITS) + jnp.cumsum(by_chunk(real), 2)
-    chunks = word[:, :, -1].reshape(batch, -1, 1, superblock // chunk)
+    word = (jnp.cumsum(by_chunk(start), 2) << COUNT_BITS) + jnp.cumsum(by_chunk(real), 2)
+    chunks = word[:, :, -1].reshape(batch, -1, 1, superblock_tokens // chunk_tokens)
     words = jnp.where(by_chunk(real) > 0, word, -1)
     return chunks, words.reshape(batch, 1, length + pad)
 
 
-def pair_masks(words: Int[Array, "1 C"], scalar):
+def expand_words(words: Int[Array, "1 C"], scalar):
     """Expand the words of a chunk, inside a kernel, to what every head of it shares.
 
     Returns:
@@ -52,11 +52,13 @@ def pair_masks(words: Int[Array, "1 C"], scalar):
     col = jax.lax.broadcasted_iota(jnp.int32, (size, size), 1)
     # The column form is the diagonal of the row form: no second table, no transpose.
     column = jnp.sum(jnp.where(row == col, words, 0), axis=1, keepdims=True)
-    return masks(column, words, scalar)
+    return expand_word_pairs(column, words, scalar)
 
 
-def masks(column: Int[Array, "C 1"], row: Int[Array, "1 C"], scalar, *, reverse: bool = False):
-    """Do the work of `pair_masks` on words given both ways.
+def expand_word_pairs(
+    column: Int[Array, "C 1"], row: Int[Array, "1 C"], scalar, *, reverse: bool = False
+):
+    """Do the work of `expand_words` on words given both ways.
 
     Args:
       column: words of a chunk, one a row.
@@ -68,27 +70,27 @@ def masks(column: Int[Array, "C 1"], row: Int[Array, "1 C"], scalar, *, reverse:
     first = jax.lax.broadcasted_iota(jnp.int32, (size, size), 0)
     second = jax.lax.broadcasted_iota(jnp.int32, (size, size), 1)
     real = column >= 0
-    same = (column >> BITS) == (row >> BITS)
+    same = (column >> COUNT_BITS) == (row >> COUNT_BITS)
     if reverse:
         gap = jnp.where((first <= second) & same & real, row - column, -1)
     else:
         gap = jnp.where((first >= second) & same & real, column - row, -1)
-    count, total = column & COUNT, scalar & COUNT
-    query_steps = jnp.where((column >> BITS) == 0, count, -1)
-    key_steps = jnp.where((column >> BITS) == (scalar >> BITS), total - count, -1)
+    count, total = column & COUNT_MASK, scalar & COUNT_MASK
+    query_steps = jnp.where((column >> COUNT_BITS) == 0, count, -1)
+    key_steps = jnp.where((column >> COUNT_BITS) == (scalar >> COUNT_BITS), total - count, -1)
     return real, gap, query_steps, key_steps
 
 
-def decay(slope, steps):
+def masked_decay(slope, steps):
     """exp(-slope * steps), 0 for negative steps; the exponent is masked, never the product."""
     power = jnp.exp(-slope * jnp.maximum(steps, 0).astype(jnp.float32))
     return jnp.where(steps >= 0, power, 0.0)
 
 
-def losses(slopes, chunk: int):
+def forgotten_fraction_table(slopes, chunk_tokens: int):
     """Return 1 - exp(-slope n) for n = 0..chunk, flat: head h, n steps at h (chunk + 1) + n.
 
     Subtracted from the state: float32 exp(-slope) itself misstates the slowest slopes.
     """
-    steps = jnp.arange(chunk + 1, dtype=jnp.float32)
+    steps = jnp.arange(chunk_tokens + 1, dtype=jnp.float32)
     return -jnp.expm1(-slopes[:, None] * steps[None]).reshape(-1)

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.lightning_attention import documents
 
-MIN_CHUNK = 64
+MIN_CHUNK_TOKENS = 64
 
 
 def lightning_attention(
@@ -25,7 +25,7 @@ def lightning_attention(
     slopes: Float[Array, "N"],
     segment_ids: Int[Array, "B T"] | None,
     initial_state: Float[Array, "B N H H"],
-    chunk_size: int | None = None,
+    chunk_tokens: int | None = None,
 ) -> tuple[Float[Array, "B T NH"], Float[Array, "B N H H"]]:
     """Scan over chunks, carrying the state in float32. See `api.lightning_attention`.
 
@@ -34,11 +34,11 @@ def lightning_attention(
     """
     batch, length, width = qkv.shape
     # A chunk as long as a head is wide balances its two products, C x C and H x H.
-    chunk_size = chunk_size or max(MIN_CHUNK, initial_state.shape[2])
-    full = length // chunk_size * chunk_size
+    chunk_tokens = chunk_tokens or max(MIN_CHUNK_TOKENS, initial_state.shape[2])
+    full = length // chunk_tokens * chunk_tokens
     outputs, state = [], initial_state
     # Full chunks in one scan, then the ragged tail as one chunk of its own size.
-    for start, stop, size in ((0, full, chunk_size), (full, length, length - full)):
+    for start, stop, size in ((0, full, chunk_tokens), (full, length, length - full)):
         if start == stop:
             continue
         num = (stop - start) // size
@@ -47,10 +47,10 @@ def lightning_attention(
             return jnp.moveaxis(x[:, start:stop].reshape(batch, num, size, *x.shape[2:]), 1, 0)
 
         if segment_ids is None:
-            body = functools.partial(_chunk, slopes, weights=_dense_weights(slopes, size))
+            body = functools.partial(_attend_chunk, slopes, weights=_dense_weights(slopes, size))
             xs = (split(qkv),)
         else:
-            body = functools.partial(_packed_chunk, slopes)
+            body = functools.partial(_attend_packed_chunk, slopes)
             xs = (split(qkv), split(segment_ids), split(documents.document_starts(segment_ids)))
         if num == 1:
             state, o = body(state, jax.tree.map(lambda x: x[0], xs))
@@ -67,19 +67,19 @@ def _dense_weights(slopes: Float[Array, "N"], size: int):
     count = jnp.arange(1, size + 1, dtype=jnp.float32)
     rate = slopes.reshape(1, -1, 1, 1)
     gap = count.reshape(-1, 1) - count.reshape(1, -1)
-    tile = _decay(rate, jnp.where(gap >= 0, gap, jnp.inf)[None, None])
-    query_ramp = _decay(rate, count.reshape(1, 1, -1, 1))
-    key_ramp = _decay(rate, (size - count).reshape(1, 1, -1, 1))
+    tile = _decay_weights(rate, jnp.where(gap >= 0, gap, jnp.inf)[None, None])
+    query_ramp = _decay_weights(rate, count.reshape(1, 1, -1, 1))
+    key_ramp = _decay_weights(rate, (size - count).reshape(1, 1, -1, 1))
     return tile, query_ramp, key_ramp, -jnp.expm1(-rate * size)
 
 
-def _decay(rate, steps):
+def _decay_weights(rate, steps):
     """exp(-rate * steps); steps may be inf for "never", also where the rate is 0."""
     finite = jnp.isfinite(steps)
     return jnp.where(finite, jnp.exp(-rate * jnp.where(finite, steps, 0.0)), 0.0)
 
 
-def _chunk(slopes, state, xs, *, weights):
+def _attend_chunk(slopes, state, xs, *, weights):
     """One chunk; `weights` as `_dense_weights` returns them, batch dimension optional."""
     (qkv,) = xs
     tile, query_ramp, key_ramp, loss = weights
@@ -96,7 +96,7 @@ def _chunk(slopes, state, xs, *, weights):
     return state, o.astype(qkv.dtype)
 
 
-def _packed_chunk(slopes, state, xs):
+def _attend_packed_chunk(slopes, state, xs):
     """One chunk with padding and document starts inside it."""
     qkv, segment_ids, start = xs
     real = segment_ids > 0
@@ -109,11 +109,13 @@ def _packed_chunk(slopes, state, xs):
     gap = count[:, :, None] - count[:, None, :]
     causal = jnp.tril(jnp.ones((count.shape[1],) * 2, bool))[None]
     pair = causal & (document[:, :, None] == document[:, None, :])
-    tile = _decay(rate, jnp.where(pair, gap, jnp.inf)[:, None])
-    query_ramp = _decay(rate, jnp.where(document == 0, count, jnp.inf)[:, None, :, None])
-    key_ramp = _decay(rate, jnp.where(document == last, total - count, jnp.inf)[:, None, :, None])
+    tile = _decay_weights(rate, jnp.where(pair, gap, jnp.inf)[:, None])
+    query_ramp = _decay_weights(rate, jnp.where(document == 0, count, jnp.inf)[:, None, :, None])
+    key_ramp = _decay_weights(
+        rate, jnp.where(document == last, total - count, jnp.inf)[:, None, :, None]
+    )
     unbroken = (last == 0)[:, :, None, None]
     loss = jnp.where(unbroken, -jnp.expm1(-rate * total[:, :, None, None]), 1.0)
 
-    state, o = _chunk(slopes, state, (qkv,), weights=(tile, query_ramp, key_ramp, loss))
+    state, o = _attend_chunk(slopes, state, (qkv,), weights=(tile, query_ramp, key_ramp, loss))
     return state, jnp.where(real[:, :, None], o, 0)

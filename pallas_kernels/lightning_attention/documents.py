@@ -19,13 +19,13 @@ def document_starts(segment_ids: Int[Array, "B T"]) -> Bool[Array, "B T"]:
     return real & (before >= 0) & (segment_ids != previous)
 
 
-def document_index(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
+def document_numbers(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
     """Number the documents of each row from 1; padding is 0."""
     number = 1 + jnp.cumsum(document_starts(segment_ids).astype(jnp.int32), axis=1)
     return jnp.where(segment_ids > 0, number, 0)
 
 
-def positions(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
+def document_positions(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
     """Count the real tokens of the same document before each token; 0 for padding."""
     real = segment_ids > 0
     count = jnp.cumsum(real.astype(jnp.int32), axis=1) - 1

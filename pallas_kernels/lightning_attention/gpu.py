@@ -9,10 +9,10 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.lightning_attention import boundaries, gpu_bwd, gpu_fwd, gpu_tiling
 
 
-def fits(qkv, num_heads: int) -> bool:
+def supports_shapes(qkv, num_heads: int) -> bool:
     """Say whether the kernels take these shapes."""
     width = qkv.shape[2] // (3 * num_heads)
-    return 0 not in qkv.shape and gpu_tiling.fits(width, qkv.dtype.itemsize)
+    return 0 not in qkv.shape and gpu_tiling.supports_head_dim(width, qkv.dtype.itemsize)
 
 
 def lightning_attention(
@@ -21,7 +21,7 @@ def lightning_attention(
     segment_ids: Int[Array, "B T"] | None,
     initial_state: Float[Array, "B N H H"],
     *,
-    blocks: gpu_tiling.Blocks | None = None,
+    block_sizes: gpu_tiling.GpuBlockSizes | None = None,
     interpret: bool = False,
 ) -> tuple[Float[Array, "B T NH"], Float[Array, "B N H H"]]:
     """Run the GPU kernels. See `api.lightning_attention`.
@@ -31,7 +31,7 @@ def lightning_attention(
     means float32 throughout, on a GPU as three products of TF32.
 
     Args:
-      blocks: block sizes; None lets `gpu_tiling.choose` find them.
+      blocks: block sizes; None lets `gpu_tiling.choose_block_sizes` find them.
       interpret: run the kernels' Python on any backend, for tests.
 
     Raises:
@@ -41,44 +41,54 @@ def lightning_attention(
     num_heads, width = initial_state.shape[1:3]
     if 0 in qkv.shape:
         return qkv[:, :, : num_heads * width], initial_state
-    if not interpret and not fits(qkv, num_heads):
+    if not interpret and not supports_shapes(qkv, num_heads):
         raise ValueError(
             f"GPU kernels: got {qkv.dtype} heads of {width}; wanted 64, 128 or (bfloat16) 256, on "
-            f"a GPU of compute capability {' or '.join(gpu_tiling.CAPABILITIES)}: "
+            f"a GPU of compute capability {' or '.join(gpu_tiling.COMPUTE_CAPABILITIES)}: "
             "use implementation='chunked'"
         )
-    blocks = blocks or gpu_tiling.choose(batch, num_heads, width, length)
-    if segment_ids is None and length % blocks.chunk:
+    block_sizes = block_sizes or gpu_tiling.choose_block_sizes(batch, num_heads, width, length)
+    if segment_ids is None and length % block_sizes.chunk_tokens:
         segment_ids = jnp.ones((batch, length), jnp.int32)
     tables = (None, None)
     if segment_ids is not None:
-        tables = boundaries.tables(segment_ids, blocks.chunk, blocks.chunk)
+        tables = boundaries.build_boundary_tables(
+            segment_ids, block_sizes.chunk_tokens, block_sizes.chunk_tokens
+        )
         tables = tuple(x.reshape(batch, -1) for x in tables)
-    return _attend(blocks, interpret, qkv, slopes, tables, initial_state)
+    return _lightning_attention(block_sizes, interpret, qkv, slopes, tables, initial_state)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attend(blocks, interpret, qkv, slopes, tables, initial_state):
-    o, final, _ = gpu_fwd.forward(
-        qkv, slopes, tables, initial_state, blocks=blocks, interpret=interpret
+def _lightning_attention(block_sizes, interpret, qkv, slopes, tables, initial_state):
+    o, final, _ = gpu_fwd.lightning_forward(
+        qkv, slopes, tables, initial_state, block_sizes=block_sizes, interpret=interpret
     )
     return o, final
 
 
-def _attend_fwd(blocks, interpret, qkv, slopes, tables, initial_state):
-    o, final, sums = gpu_fwd.forward(
-        qkv, slopes, tables, initial_state, blocks=blocks, interpret=interpret
+def _lightning_attention_fwd(block_sizes, interpret, qkv, slopes, tables, initial_state):
+    o, final, sums = gpu_fwd.lightning_forward(
+        qkv, slopes, tables, initial_state, block_sizes=block_sizes, interpret=interpret
     )
     return (o, final), (qkv, slopes, tables, initial_state, sums)
 
 
-def _attend_bwd(blocks, interpret, residuals, cotangents):
+def _lightning_attention_bwd(block_sizes, interpret, residuals, cotangents):
     qkv, slopes, tables, initial_state, sums = residuals
     d_o, d_final = cotangents
-    d_qkv, d_initial = gpu_bwd.backward(
-        qkv, slopes, tables, initial_state, sums, d_o, d_final, blocks=blocks, interpret=interpret
+    d_qkv, d_initial = gpu_bwd.lightning_backward(
+        qkv,
+        slopes,
+        tables,
+        initial_state,
+        sums,
+        d_o,
+        d_final,
+        block_sizes=block_sizes,
+        interpret=interpret,
     )
     return d_qkv, jnp.zeros_like(slopes), None, d_initial  # slopes are constants of the model
 
 
-_attend.defvjp(_attend_fwd, _attend_bwd)
+_lightning_attention.defvjp(_lightning_attention_fwd, _lightning_attention_bwd)

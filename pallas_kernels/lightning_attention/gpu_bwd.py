@@ -29,16 +29,16 @@ from pallas_kernels.lightning_attention import gpu_fwd
 F32 = jnp.float32
 
 
-def _kernel(slopes, *refs, blocks, spans, packed, precision):
+def _backward_kernel(slopes, *refs, block_sizes, num_spans, packed, precision):
     tables, refs = (refs[:2], refs[2:]) if packed else ((None, None), refs)
     qkv, d_o, initial, d_final, *refs = refs
-    counts, sums, d_sums, d_qkv, d_initial = refs if spans > 1 else (None, None, None, *refs)
-    parts, batch = initial.shape[3] // blocks.part, pl.program_id(2)
+    counts, sums, d_sums, d_qkv, d_initial = refs if num_spans > 1 else (None, None, None, *refs)
+    parts, batch = initial.shape[3] // block_sizes.part_columns, pl.program_id(2)
     role, part = pl.program_id(0) // parts, pl.program_id(0) % parts
-    head, span = pl.program_id(1) // spans, pl.program_id(1) % spans
+    head, span = pl.program_id(1) // num_spans, pl.program_id(1) % num_spans
     slope, length, width = slopes[head], qkv.shape[1], initial.shape[3]
-    start = part * blocks.part
-    columns = pl.ds(start, blocks.part)
+    start = part * block_sizes.part_columns
+    columns = pl.ds(start, block_sizes.part_columns)
 
     def source(name):
         """Return the array that holds q, k, v or do, and the head's first column there."""
@@ -58,25 +58,25 @@ def _kernel(slopes, *refs, blocks, spans, packed, precision):
         def operands(rows, real):
             (q, q_at), (k, k_at), (v, v_at) = source(query), source(key), source(value)
             return (
-                gpu_fwd.load(q, batch, rows, q_at, width, real),
-                gpu_fwd.load(k, batch, rows, k_at, width, real),
-                gpu_fwd.load(v, batch, rows, v_at + start, blocks.part, real),
+                gpu_fwd.load_columns(q, batch, rows, q_at, width, real),
+                gpu_fwd.load_columns(k, batch, rows, k_at, width, real),
+                gpu_fwd.load_columns(v, batch, rows, v_at + start, block_sizes.part_columns, real),
             )
 
         def write(rows, inside, out):
-            column = pl.ds(source(target)[1] + start, blocks.part)
+            column = pl.ds(source(target)[1] + start, block_sizes.part_columns)
             plgpu.store(d_qkv.at[batch, rows, column], out.astype(d_qkv.dtype), mask=inside)
 
         state = state_part(d_final if reverse else initial, transpose=transpose)
-        if spans > 1:
+        if num_spans > 1:
             between = d_sums if reverse else sums
-            state = gpu_fwd.fold(
+            state = gpu_fwd.fold_span_sums(
                 state, lambda i: state_part(between, i, transpose=transpose), counts, slope,
-                (batch, span), spans, reverse=reverse,
+                (batch, span), num_spans, reverse=reverse,
             )  # fmt: skip
-        return gpu_fwd.walk(
+        return gpu_fwd.walk_span(
             operands, write, state, slope, tables, (batch, span),
-            blocks=blocks, length=length, reverse=reverse, precision=precision, halves=1,
+            block_sizes=block_sizes, length=length, reverse=reverse, precision=precision, num_halves=1,
         )  # fmt: skip
 
     @pl.when(role == 0)
@@ -96,9 +96,11 @@ def _kernel(slopes, *refs, blocks, spans, packed, precision):
             plgpu.store(d_initial.at[batch, head, :, columns], state)
 
 
-@functools.partial(jax.jit, static_argnames=("blocks", "interpret"))
-def backward(qkv, slopes, tables, initial_state, sums, d_o, d_final, *, blocks, interpret=False):
-    """Return (d_qkv in qkv's dtype, d_initial_state float32). Arguments as in `gpu_fwd.forward`.
+@functools.partial(jax.jit, static_argnames=("block_sizes", "interpret"))
+def lightning_backward(
+    qkv, slopes, tables, initial_state, sums, d_o, d_final, *, block_sizes, interpret=False
+):
+    """Return (d_qkv in qkv's dtype, d_initial_state float32). Arguments as in `gpu_fwd.lightning_forward`.
 
     Args:
       sums: of the spans, from `forward` with the same `blocks`.
@@ -107,27 +109,34 @@ def backward(qkv, slopes, tables, initial_state, sums, d_o, d_final, *, blocks, 
     """
     batch, length, _ = qkv.shape
     num_heads, width = initial_state.shape[1:3]
-    spans = -(-length // blocks.span)
-    d_sums = gpu_fwd.span_sums(
-        qkv, d_o, slopes, tables, width=width, blocks=blocks, reverse=True, interpret=interpret
+    spans = -(-length // block_sizes.span_tokens)
+    d_sums = gpu_fwd.compute_span_sums(
+        qkv,
+        d_o,
+        slopes,
+        tables,
+        width=width,
+        block_sizes=block_sizes,
+        reverse=True,
+        interpret=interpret,
     )
-    counts = None if sums is None else gpu_fwd.span_counts(tables, batch, length, blocks)
-    d_qkv, d_initial = gpu_fwd.launch(
+    counts = None if sums is None else gpu_fwd.count_span_tokens(tables, batch, length, block_sizes)
+    d_qkv, d_initial = gpu_fwd.launch_kernel(
         functools.partial(
-            _kernel,
-            blocks=blocks,
-            spans=spans,
+            _backward_kernel,
+            block_sizes=block_sizes,
+            num_spans=spans,
             packed=tables[0] is not None,
-            precision=gpu_fwd.precision(qkv.dtype, interpret),
+            precision=gpu_fwd.dot_precision(qkv.dtype, interpret),
         ),
         "lightning_gpu_bwd",
-        (3 * (width // blocks.part), num_heads * spans, batch),
+        (3 * (width // block_sizes.part_columns), num_heads * spans, batch),
         [
             jax.ShapeDtypeStruct(qkv.shape, qkv.dtype),
             jax.ShapeDtypeStruct(initial_state.shape, F32),
         ],
         [slopes, *tables, qkv, d_o, initial_state, d_final, counts, sums, d_sums],
-        blocks,
+        block_sizes,
         interpret,
     )
     return d_qkv, d_initial

@@ -12,38 +12,40 @@ import dataclasses
 
 import jax
 
-SMS = 132  # of an H100; a different number only shifts where rows are cut
-MIN_SPAN = 1024
-CHUNK = 64
+NUM_SMS = 132  # of an H100; a different number only shifts where rows are cut
+MIN_SPAN_TOKENS = 1024
+CHUNK_TOKENS = 64
 # Hopper and the Blackwell of data centres: the others have less shared memory than two stages take.
-CAPABILITIES = ("9", "10")
+COMPUTE_CAPABILITIES = ("9", "10")
 
 
 @dataclasses.dataclass(frozen=True)
-class Blocks:
+class GpuBlockSizes:
     """Tokens in a chunk and in a span (whole chunks), state columns, and how Triton runs them."""
 
-    chunk: int
-    span: int
-    part: int
-    warps: int = 4
-    stages: int = 2
+    chunk_tokens: int
+    span_tokens: int
+    part_columns: int
+    num_warps: int = 4
+    num_stages: int = 2
 
     def __post_init__(self):
-        if self.span % self.chunk:
-            raise ValueError(f"span: got {self.span}; wanted a multiple of chunk {self.chunk}")
+        if self.span_tokens % self.chunk_tokens:
+            raise ValueError(
+                f"span: got {self.span_tokens}; wanted a multiple of chunk {self.chunk_tokens}"
+            )
 
 
-def fits(head_dim: int, item_bytes: int) -> bool:
+def supports_head_dim(head_dim: int, item_bytes: int) -> bool:
     """Say whether heads this wide fit the GPU; without one here, the one compiled for."""
     if jax.default_backend() == "gpu":
         capability = getattr(jax.devices()[0], "compute_capability", "")
-        if capability.split(".")[0] not in CAPABILITIES:
+        if capability.split(".")[0] not in COMPUTE_CAPABILITIES:
             return False
     return head_dim in (64, 128) or (head_dim == 256 and item_bytes == 2)
 
 
-def choose(batch: int, num_heads: int, head_dim: int, length: int) -> Blocks:
+def choose_block_sizes(batch: int, num_heads: int, head_dim: int, length: int) -> GpuBlockSizes:
     """Return the block sizes for one call.
 
     Args:
@@ -55,12 +57,12 @@ def choose(batch: int, num_heads: int, head_dim: int, length: int) -> Blocks:
     part = min(head_dim // 2, 64 if head_dim <= 128 else 32)
     programs = batch * num_heads * (head_dim // part)
     spans = 1
-    if programs < 3 * SMS // 4:
-        spans = max(1, min(2 * SMS // programs, length // MIN_SPAN))
-    chunks = -(-length // CHUNK)
-    return Blocks(
-        chunk=CHUNK,
-        span=-(-chunks // spans) * CHUNK,
-        part=part,
-        warps=4 if head_dim <= 64 else 8,
+    if programs < 3 * NUM_SMS // 4:
+        spans = max(1, min(2 * NUM_SMS // programs, length // MIN_SPAN_TOKENS))
+    chunks = -(-length // CHUNK_TOKENS)
+    return GpuBlockSizes(
+        chunk_tokens=CHUNK_TOKENS,
+        span_tokens=-(-chunks // spans) * CHUNK_TOKENS,
+        part_columns=part,
+        num_warps=4 if head_dim <= 64 else 8,
     )

@@ -17,31 +17,31 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-Stage = Callable[[jax.Array, int], None]
-Boundary = Callable[[jax.Array, jax.Array], None]
+PipelineStage = Callable[[jax.Array, int], None]
+BoundaryHandler = Callable[[jax.Array, jax.Array], None]
 
 
-def leads(heads: int, stages: int) -> tuple[int, ...]:
+def stage_leads(num_heads: int, num_stages: int) -> tuple[int, ...]:
     """Return how many items each of two or three stages is ahead, at most what slots allow.
 
     An item's slots and state are free again two items after its last stage (heads may finish in
     pairs), so a stage can lead by `heads - 2`. Of the leads tried, 5 and 3 spill no register on
     any generation and are among the fastest.
     """
-    wanted = {2: (2, 0), 3: (5, 3, 0)}[stages]
-    return tuple(max(0, min(lead, heads - 2)) for lead in wanted)
+    wanted = {2: (2, 0), 3: (5, 3, 0)}[num_stages]
+    return tuple(max(0, min(lead, num_heads - 2)) for lead in wanted)
 
 
-def run(
-    num: int,
-    heads: int,
-    stages: Sequence[Stage],
+def run_pipeline(
+    num_chunks: int,
+    num_heads: int,
+    stages: Sequence[PipelineStage],
     *,
-    group: int = 1,
+    chunks_per_loop: int = 1,
     reverse: bool = False,
     scalars=None,
-    full: int = 0,
-    boundary: Boundary = lambda chunk, scalar: None,
+    full_scalar: int = 0,
+    handle_boundary: BoundaryHandler = lambda chunk, scalar: None,
 ) -> None:
     """Run every stage for every head of `num` chunks.
 
@@ -51,17 +51,17 @@ def run(
       stages: called as stage(chunk, head); the head is a Python number.
       group: chunks of one loop body; between bodies the pipeline drains, some 300 cycles.
       reverse: walk the chunks from the last to the first.
-      scalars: `boundaries.tables`' scalars of the chunks, [1, 1, 1, num] in SMEM; None says that
+      scalars: `boundaries.build_boundary_tables`' scalars of the chunks, [1, 1, 1, num] in SMEM; None says that
         all chunks are full.
       full: the scalar of a chunk without boundary or padding.
       boundary: called as boundary(chunk, scalar) for any other chunk.
 
     Stages but the last may run for a chunk that is never finished, so they write only to slots.
     """
-    ahead = leads(heads, len(stages))
+    ahead = stage_leads(num_heads, len(stages))
 
     def chunk(position):
-        return num - 1 - position if reverse else position
+        return num_chunks - 1 - position if reverse else position
 
     def warm_up(position):
         for stage, lead in zip(stages, ahead, strict=True):
@@ -69,15 +69,20 @@ def run(
                 stage(chunk(position), head)
 
     def body(position, count, last):
-        for step in range(count * heads):
+        for step in range(count * num_heads):
             for stage, lead in zip(stages, ahead, strict=True):
-                offset, head = divmod(step + lead, heads)
+                offset, head = divmod(step + lead, num_heads)
                 later = position + offset
                 stage(chunk(jnp.minimum(later, last) if offset == count else later), head)
 
     if scalars is None:
         warm_up(0)
-        jax.lax.fori_loop(0, num // group, lambda g, _: body(g * group, group, num - 1), None)
+        jax.lax.fori_loop(
+            0,
+            num_chunks // chunks_per_loop,
+            lambda g, _: body(g * chunks_per_loop, chunks_per_loop, num_chunks - 1),
+            None,
+        )
         return
 
     def scalar(position):
@@ -86,28 +91,28 @@ def run(
     def alone(position, _):
         value = scalar(position)
 
-        @pl.when(value == full)
+        @pl.when(value == full_scalar)
         def _():
             warm_up(position)
             body(position, 1, position)
 
-        pl.when(value != full)(lambda: boundary(chunk(position), value))
+        pl.when(value != full_scalar)(lambda: handle_boundary(chunk(position), value))
 
     def step(g, warm):
-        first = g * group
-        smooth = scalar(first) == full
-        for i in range(1, group):
-            smooth &= scalar(first + i) == full
+        first = g * chunks_per_loop
+        smooth = scalar(first) == full_scalar
+        for i in range(1, chunks_per_loop):
+            smooth &= scalar(first + i) == full_scalar
         pl.when(smooth & ~warm)(lambda: warm_up(first))
-        pl.when(smooth)(lambda: body(first, group, num - 1))
+        pl.when(smooth)(lambda: body(first, chunks_per_loop, num_chunks - 1))
 
         @pl.when(jnp.logical_not(smooth))
         def _():
-            if group == 1:
-                boundary(chunk(first), scalar(first))
+            if chunks_per_loop == 1:
+                handle_boundary(chunk(first), scalar(first))
             else:
-                jax.lax.fori_loop(first, first + group, alone, None)
+                jax.lax.fori_loop(first, first + chunks_per_loop, alone, None)
 
         return smooth
 
-    jax.lax.fori_loop(0, num // group, step, jnp.bool_(False))
+    jax.lax.fori_loop(0, num_chunks // chunks_per_loop, step, jnp.bool_(False))

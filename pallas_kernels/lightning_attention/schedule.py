@@ -38,57 +38,67 @@ from pallas_kernels.lightning_decode import ring as decode_ring
 from pallas_kernels.lightning_decode import tpu_in_place, tpu_prefill, tpu_ring
 
 # Topology, assumed clock and HBM bandwidth of one TensorCore (kernels.md section 4).
-CHIPS = {
+CHIP_SPECS = {
     "v5e": ("v5e:2x2", 1.5e9, 820e9),
     "v5p": ("v5p:2x2x1", 1.75e9, 1230e9),
     "v6e": ("v6e:2x2", 1.75e9, 1640e9),
     "tpu7x": ("tpu7x:2x2x1", 2.2e9, 3700e9),
 }
-TRAIN = shapes.SHAPES["schedule"]
-DECODE = shapes.DECODE["schedule"]
-PREFILL = shapes.PREFILL["schedule"]
+TRAIN_SHAPE = shapes.TRAINING_SHAPES["schedule"]
+DECODE_SHAPE = shapes.DECODE_SHAPES["schedule"]
+PREFILL_SHAPE = shapes.PREFILL_SHAPES["schedule"]
 # Of the loops of a decoding kernel, in program order, the first starts the pipeline in a call's
 # first step and the last two drain it in the last step.
-DECODE_LOOPS, STEADY = 8, slice(1, 6)
+NUM_DECODE_LOOPS, STEADY_LOOPS = 8, slice(1, 6)
 
 
 # ---- how to trace each kernel; array(dtype, *dims) makes an argument on the chip
 
 
 def trace_training(array, backward: bool):
-    tile = block_sizes()
-    dims, width = (TRAIN.batch, TRAIN.length), TRAIN.heads * TRAIN.head_dim
-    square = (TRAIN.head_dim, TRAIN.head_dim)
-    qkv, d_o = (array(TRAIN.dtype, *dims, n * width) for n in (3, 1))
-    slopes = array("float32", TRAIN.heads)
-    state = array("float32", TRAIN.batch, TRAIN.heads, *square)
+    tile = training_block_sizes()
+    dims, width = (
+        (TRAIN_SHAPE.batch_size, TRAIN_SHAPE.length),
+        TRAIN_SHAPE.num_heads * TRAIN_SHAPE.head_dim,
+    )
+    square = (TRAIN_SHAPE.head_dim, TRAIN_SHAPE.head_dim)
+    qkv, d_o = (array(TRAIN_SHAPE.dtype, *dims, n * width) for n in (3, 1))
+    slopes = array("float32", TRAIN_SHAPE.num_heads)
+    state = array("float32", TRAIN_SHAPE.batch_size, TRAIN_SHAPE.num_heads, *square)
     none = (None, None)
     if not backward:
-        return tpu_fwd.forward.trace(qkv, slopes, none, state, tile=tile, checkpoints=True)
-    steps = TRAIN.length // tile.superblock
-    saved = array("float32", TRAIN.batch, TRAIN.heads, steps, *square)
-    return tpu_bwd.backward.trace(qkv, slopes, none, saved, d_o, state, tile=tile)
+        return tpu_fwd.lightning_forward.trace(
+            qkv, slopes, none, state, block_sizes=tile, save_superblock_states=True
+        )
+    steps = TRAIN_SHAPE.length // tile.superblock_tokens
+    saved = array("float32", TRAIN_SHAPE.batch_size, TRAIN_SHAPE.num_heads, steps, *square)
+    return tpu_bwd.lightning_backward.trace(qkv, slopes, none, saved, d_o, state, block_sizes=tile)
 
 
 def trace_decode(array, ring: bool):
-    batch, heads, width = DECODE.batch, DECODE.heads, DECODE.head_dim
-    qkv, slopes = array(DECODE.dtype, batch, heads * 3 * width), array("float32", heads)
+    batch, heads, width = DECODE_SHAPE.batch_size, DECODE_SHAPE.num_heads, DECODE_SHAPE.head_dim
+    qkv, slopes = array(DECODE_SHAPE.dtype, batch, heads * 3 * width), array("float32", heads)
     ids = array("int32", batch)
     if not ring:
         pool = array("float32", batch, heads, width, width)
         run = functools.partial(decode_api.lightning_decode, implementation="tpu")
         return jax.jit(run, donate_argnums=2).trace(qkv, slopes, pool, ids)
-    make = functools.partial(decode_api.init_ring_pool, batch, heads, width, window=DECODE.window)
+    make = functools.partial(
+        decode_api.init_ring_pool, batch, heads, width, window=DECODE_SHAPE.window
+    )
     pool = jax.tree.map(lambda x: array(x.dtype, *x.shape), jax.eval_shape(make))
     run = functools.partial(decode_api.lightning_decode_ring, implementation="tpu")
     return jax.jit(run, donate_argnums=2).trace(qkv, slopes, pool, ids, ids)
 
 
 def trace_prefill(array):
-    heads, width = PREFILL.heads, PREFILL.head_dim
-    qkv = array(PREFILL.dtype, PREFILL.tokens, heads * 3 * width)
-    ids, fresh = array("int32", PREFILL.sequences), array("bool", PREFILL.sequences)
-    pool = array("float32", PREFILL.sequences, heads, width, width)
+    heads, width = PREFILL_SHAPE.num_heads, PREFILL_SHAPE.head_dim
+    qkv = array(PREFILL_SHAPE.dtype, PREFILL_SHAPE.num_tokens, heads * 3 * width)
+    ids, fresh = (
+        array("int32", PREFILL_SHAPE.num_sequences),
+        array("bool", PREFILL_SHAPE.num_sequences),
+    )
+    pool = array("float32", PREFILL_SHAPE.num_sequences, heads, width, width)
     run = functools.partial(decode_api.lightning_prefill, implementation="tpu")
     traced = jax.jit(run, donate_argnums=2)
     return traced.trace(qkv, array("float32", heads), pool, ids, ids, ids, fresh)
@@ -98,15 +108,15 @@ def trace_prefill(array):
 
 
 @dataclasses.dataclass(frozen=True)
-class Bundles:
+class KernelBundles:
     """What a final_bundles dump shows: the grid's loop, the loops in it, and forward branches."""
 
-    grid: range
-    loops: list[range]
-    branches: list[range]
+    grid_loop: range
+    inner_loops: list[range]
+    forward_branches: list[range]
 
 
-def read_bundles(path: str) -> Bundles:
+def read_bundles(path: str) -> KernelBundles:
     """Return loops and conditional forward branches of one kernel as ranges of its bundles."""
     loops, jumps, ends, total = [], [], {}, 0
     with open(path, errors="replace") as lines:
@@ -128,10 +138,10 @@ def read_bundles(path: str) -> Bundles:
             total += 1
     (grid,) = (range(first, last + 1) for depth, first, last in loops if depth == 1)
     inner = [range(first, last + 1) for depth, first, last in loops if depth == 2]
-    return Bundles(grid, inner, [range(at, ends[to]) for at, to in jumps if to in ends])
+    return KernelBundles(grid, inner, [range(at, ends[to]) for at, to in jumps if to in ends])
 
 
-def spill_rows(path: str) -> list[int]:
+def read_spill_counts(path: str) -> list[int]:
     """Return the vector registers each bundle writes to the spill area."""
     with open(path) as file:
         lines = file.read().splitlines()
@@ -139,9 +149,9 @@ def spill_rows(path: str) -> list[int]:
     return [int(line.split()[column]) for line in lines[4:] if line.strip()]
 
 
-def vmem_bytes(dump: str, kernel: str) -> int | None:
+def read_vmem_bytes(dump_dir: str, kernel: str) -> int | None:
     """Return the scoped VMEM of a kernel from the compiler's report."""
-    for path in glob.glob(f"{dump}/*vmem_report.html"):
+    for path in glob.glob(f"{dump_dir}/*vmem_report.html"):
         with open(path) as file:
             text = file.read()
         data, _ = json.JSONDecoder().raw_decode(text, text.index("{", text.index("const DATA")))
@@ -151,100 +161,121 @@ def vmem_bytes(dump: str, kernel: str) -> int | None:
     return None
 
 
-def dumped(dump: str, kernel: str, suffix: str) -> str:
+def find_dump_file(dump_dir: str, kernel: str, suffix: str) -> str:
     pattern = rf".*-{kernel}(\.\d+)?-\d+-{suffix}"
-    (path,) = (path for path in glob.glob(f"{dump}/*{suffix}") if re.fullmatch(pattern, path))
+    (path,) = (path for path in glob.glob(f"{dump_dir}/*{suffix}") if re.fullmatch(pattern, path))
     return path
 
 
 # ---- what to count: (bundles per token and head, the loops they lie in)
 
 
-def count_backward(bundles: Bundles, tile: tiling.Tiling) -> tuple[float, list[range]]:
+def count_backward_bundles(
+    bundles: KernelBundles, block_sizes: tiling.TpuBlockSizes
+) -> tuple[float, list[range]]:
     """Count the loops over chunks, which are the longest; the others fill weights."""
-    loops = sorted(bundles.loops, key=len)[-2:]
-    return sum(map(len, loops)) / (tile.chunk * tile.heads), loops
+    loops = sorted(bundles.inner_loops, key=len)[-2:]
+    return sum(map(len, loops)) / (block_sizes.chunk_tokens * block_sizes.block_heads), loops
 
 
-def count_forward(bundles: Bundles, tile: tiling.Tiling) -> tuple[float, list[range]]:
-    loop = max(bundles.loops, key=len)
-    return len(loop) / (tile.chunk * tile.heads * tile.group), [loop]
+def count_forward_bundles(
+    bundles: KernelBundles, block_sizes: tiling.TpuBlockSizes
+) -> tuple[float, list[range]]:
+    loop = max(bundles.inner_loops, key=len)
+    return len(loop) / (
+        block_sizes.chunk_tokens * block_sizes.block_heads * block_sizes.chunks_per_loop
+    ), [loop]
 
 
-def count_prefill(bundles: Bundles, tile: tiling.Tiling) -> tuple[float, list[range]]:
-    loop = max(bundles.loops, key=len)
-    return len(loop) / (tpu_prefill.CHUNK * tpu_prefill.GROUP), [loop]
+def count_prefill_bundles(
+    bundles: KernelBundles, block_sizes: tiling.TpuBlockSizes
+) -> tuple[float, list[range]]:
+    loop = max(bundles.inner_loops, key=len)
+    return len(loop) / (tpu_prefill.CHUNK_TOKENS * tpu_prefill.HEADS_PER_GROUP), [loop]
 
 
-def count_decode(heads: int, window: int, bundles: Bundles, tile) -> tuple[float, list[range]]:
+def count_decode_bundles(
+    heads: int, window: int, bundles: KernelBundles, block_sizes
+) -> tuple[float, list[range]]:
     """Count a step of ROWS rows; window 1 means that every row runs all of its compute loop."""
-    if len(bundles.loops) != DECODE_LOOPS:
-        raise ValueError(f"got {len(bundles.loops)} loops in a step; wanted {DECODE_LOOPS}")
-    loops = bundles.loops[STEADY]
+    if len(bundles.inner_loops) != NUM_DECODE_LOOPS:
+        raise ValueError(
+            f"got {len(bundles.inner_loops)} loops in a step; wanted {NUM_DECODE_LOOPS}"
+        )
+    loops = bundles.inner_loops[STEADY_LOOPS]
     compute = max(loops, key=len)
     # The first branch of the compute loop skips inactive rows; the last one guards the flush.
-    flush = [branch for branch in bundles.branches if branch.start in compute][-1]
+    flush = [branch for branch in bundles.forward_branches if branch.start in compute][-1]
     row = sum(map(len, loops)) - len(flush) * (1 - 1 / window)
-    step = len(bundles.grid) - sum(map(len, bundles.loops))
-    return (step + tpu_in_place.ROWS * row) / (tpu_in_place.ROWS * heads), loops
+    step = len(bundles.grid_loop) - sum(map(len, bundles.inner_loops))
+    return (step + tpu_in_place.ROWS_PER_STEP * row) / (tpu_in_place.ROWS_PER_STEP * heads), loops
 
 
 @dataclasses.dataclass(frozen=True)
-class Kernel:
+class ScheduledKernel:
     """trace(array) of the program, least bytes per token and head, and how to count its loops."""
 
     trace: Callable
     minimum_bytes: float
-    count: Callable[[Bundles, tiling.Tiling], tuple[float, list[range]]]
+    count_bundles: Callable[[KernelBundles, tiling.TpuBlockSizes], tuple[float, list[range]]]
 
 
 # Least bytes at D = 128 in bfloat16 (kernels.md sections 3 and 5.5). Prefill: q, k, v, o, and a
 # state in and out for each sequence.
-KERNELS = {
-    "lightning_fwd": Kernel(functools.partial(trace_training, backward=False), 1024, count_forward),
-    "lightning_bwd": Kernel(functools.partial(trace_training, backward=True), 1856, count_backward),
-    "lightning_decode": Kernel(
+SCHEDULED_KERNELS = {
+    "lightning_fwd": ScheduledKernel(
+        functools.partial(trace_training, backward=False), 1024, count_forward_bundles
+    ),
+    "lightning_bwd": ScheduledKernel(
+        functools.partial(trace_training, backward=True), 1856, count_backward_bundles
+    ),
+    "lightning_decode": ScheduledKernel(
         functools.partial(trace_decode, ring=False),
-        decode_ring.bytes_per_step_in_place(DECODE.head_dim),
-        functools.partial(count_decode, tpu_in_place.HEADS, 1),
+        decode_ring.bytes_per_step_in_place(DECODE_SHAPE.head_dim),
+        functools.partial(count_decode_bundles, tpu_in_place.HEADS_PER_STEP, 1),
     ),
-    "lightning_decode_ring": Kernel(
+    "lightning_decode_ring": ScheduledKernel(
         functools.partial(trace_decode, ring=True),
-        decode_ring.bytes_per_step(DECODE.head_dim, DECODE.window),
-        functools.partial(count_decode, tpu_ring.HEADS, DECODE.window),
+        decode_ring.bytes_per_step(DECODE_SHAPE.head_dim, DECODE_SHAPE.window),
+        functools.partial(count_decode_bundles, tpu_ring.HEADS_PER_STEP, DECODE_SHAPE.window),
     ),
-    "lightning_prefill": Kernel(
+    "lightning_prefill": ScheduledKernel(
         trace_prefill,
-        1024 + 8 * PREFILL.head_dim**2 * PREFILL.sequences / PREFILL.tokens,
-        count_prefill,
+        1024
+        + 8 * PREFILL_SHAPE.head_dim**2 * PREFILL_SHAPE.num_sequences / PREFILL_SHAPE.num_tokens,
+        count_prefill_bundles,
     ),
 }
 
 
-def block_sizes() -> tiling.Tiling:
-    tile = tiling.choose(TRAIN.heads, TRAIN.head_dim, TRAIN.length, 2)
+def training_block_sizes() -> tiling.TpuBlockSizes:
+    tile = tiling.choose_block_sizes(
+        TRAIN_SHAPE.num_heads, TRAIN_SHAPE.head_dim, TRAIN_SHAPE.length, 2
+    )
     assert tile is not None  # the named shape is one that fits
     return tile
 
 
 def compile_kernels(chip: str) -> None:
     """Compile every kernel; runs in a process of its own."""
-    device = topologies.get_topology_desc(platform="tpu", topology_name=CHIPS[chip][0]).devices[0]
+    device = topologies.get_topology_desc(
+        platform="tpu", topology_name=CHIP_SPECS[chip][0]
+    ).devices[0]
     where = jax.sharding.SingleDeviceSharding(device)
 
     def array(dtype, *dims):
         return jax.ShapeDtypeStruct(dims, jnp.dtype(dtype), sharding=where)
 
     with tiling.compile_for(chip):
-        for kernel in KERNELS.values():
+        for kernel in SCHEDULED_KERNELS.values():
             kernel.trace(array).lower(lowering_platforms=("tpu",)).compile()
 
 
-def measure(chip: str) -> list[dict]:
+def measure_schedule(chip: str) -> list[dict]:
     """Compile for one chip and return a record of each kernel."""
-    _, clock, bandwidth = CHIPS[chip]
+    _, clock, bandwidth = CHIP_SPECS[chip]
     with tiling.compile_for(chip):
-        tile = block_sizes()
+        tile = training_block_sizes()
     records = []
     with tempfile.TemporaryDirectory() as dump:
         flags = f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true"
@@ -253,10 +284,12 @@ def measure(chip: str) -> list[dict]:
         settings |= {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "JAX_ENABLE_COMPILATION_CACHE": "0"}
         command = [sys.executable, "-m", __spec__.name, f"--compile={chip}"]
         subprocess.run(command, env={**os.environ, **settings}, check=True, capture_output=True)
-        for name, kernel in KERNELS.items():
-            bundles = read_bundles(dumped(dump, name, "final_bundles.txt"))
-            per_token_head, loops = kernel.count(bundles, tile)
-            spills = spill_rows(dumped(dump, name, "final_hlo-static-per-bundle-utilization.txt"))
+        for name, kernel in SCHEDULED_KERNELS.items():
+            bundles = read_bundles(find_dump_file(dump, name, "final_bundles.txt"))
+            per_token_head, loops = kernel.count_bundles(bundles, tile)
+            spills = read_spill_counts(
+                find_dump_file(dump, name, "final_hlo-static-per-bundle-utilization.txt")
+            )
             static = per_token_head / clock * 1e9
             hbm = kernel.minimum_bytes / bandwidth * 1e9
             records.append(
@@ -265,7 +298,7 @@ def measure(chip: str) -> list[dict]:
                     "chip": chip,
                     "bundles_per_token_head": round(per_token_head, 4),
                     "spills": sum(spills[i] for loop in loops for i in loop if i < len(spills)),
-                    "vmem_bytes": vmem_bytes(dump, name),
+                    "vmem_bytes": read_vmem_bytes(dump, name),
                     "static_ns_per_token_head": round(static, 4),
                     "hbm_ns_per_token_head": round(hbm, 4),
                     "ratio": round(static / hbm, 3),
@@ -279,13 +312,13 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--json", help="also write the records to this file")
-    parser.add_argument("--chips", default=",".join(CHIPS))
+    parser.add_argument("--chips", default=",".join(CHIP_SPECS))
     parser.add_argument("--compile", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.compile:
         compile_kernels(args.compile)
         return
-    records = [record for chip in args.chips.split(",") for record in measure(chip)]
+    records = [record for chip in args.chips.split(",") for record in measure_schedule(chip)]
     for record in records:
         print("  ".join(f"{key}={value}" for key, value in record.items()))
     if args.json:

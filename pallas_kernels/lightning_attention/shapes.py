@@ -9,61 +9,61 @@ SEED = 0
 
 
 @dataclasses.dataclass(frozen=True)
-class Shape:
+class TrainingShape:
     """One call: rows, tokens of a row, heads, width of a head, dtype of qkv, packed documents.
 
-    documents: a key of `DOCUMENTS`, or None for one document a row.
+    documents: a key of `DOCUMENT_PATTERNS`, or None for one document a row.
     """
 
-    batch: int
+    batch_size: int
     length: int
-    heads: int
+    num_heads: int
     head_dim: int = 128
     dtype: str = "bfloat16"
-    documents: str | None = None
+    document_pattern: str | None = None
 
     def segment_ids(self) -> Int[np.ndarray, "B T"] | None:
         """Return the documents' ids, from 1, the same on every call and in every row."""
-        if self.documents is None:
+        if self.document_pattern is None:
             return None
-        lengths = DOCUMENTS[self.documents](self.length)
+        lengths = DOCUMENT_PATTERNS[self.document_pattern](self.length)
         ids = np.repeat(np.arange(1, len(lengths) + 1, dtype=np.int32), lengths)
-        return np.tile(ids, (self.batch, 1))
+        return np.tile(ids, (self.batch_size, 1))
 
 
 @dataclasses.dataclass(frozen=True)
 class DecodeShape:
     """One decoding step: sequences, heads, width of a head, tokens between flushes of the ring."""
 
-    batch: int
-    heads: int = 64
+    batch_size: int
+    num_heads: int = 64
     head_dim: int = 128
     dtype: str = "bfloat16"
     window: int = 16
 
     def slots(self) -> Int[np.ndarray, "B"]:
         """Return the sequences' slots of a pool of `batch` slots, in a fixed random order."""
-        return np.random.default_rng(SEED).permutation(self.batch).astype(np.int32)
+        return np.random.default_rng(SEED).permutation(self.batch_size).astype(np.int32)
 
 
 @dataclasses.dataclass(frozen=True)
 class PrefillShape:
     """One serving prefill: tokens of all sequences, equally long sequences, heads, head width."""
 
-    tokens: int
-    sequences: int
-    heads: int = 64
+    num_tokens: int
+    num_sequences: int
+    num_heads: int = 64
     head_dim: int = 128
     dtype: str = "bfloat16"
 
 
-def equal_documents(length: int) -> Int[np.ndarray, "documents"]:
+def equal_document_lengths(length: int) -> Int[np.ndarray, "documents"]:
     """Cut into 16 documents of one length, the last one taking what is left."""
     ends = np.append(np.arange(1, 16) * (length // 16), length)
     return np.diff(ends, prepend=0)
 
 
-def lognormal_documents(length: int) -> Int[np.ndarray, "documents"]:
+def lognormal_document_lengths(length: int) -> Int[np.ndarray, "documents"]:
     """Draw log-normal lengths of mean 2,048 and sigma 1; the last document is cut off."""
     rng = np.random.default_rng(SEED)
     drawn = rng.lognormal(np.log(2048) - 0.5, 1.0, max(16, length // 64)).astype(int) + 1
@@ -71,40 +71,40 @@ def lognormal_documents(length: int) -> Int[np.ndarray, "documents"]:
     return np.diff(ends[: np.argmax(ends == length) + 1], prepend=0)
 
 
-def short_documents(length: int) -> Int[np.ndarray, "documents"]:
+def short_document_lengths(length: int) -> Int[np.ndarray, "documents"]:
     """Cut at every 128 tokens, each cut moved by up to 32 tokens."""
     cuts = np.arange(128, length, 128)
     cuts = cuts + np.random.default_rng(SEED).integers(-32, 33, len(cuts))
     return np.diff(np.append(cuts, length), prepend=0)
 
 
-DOCUMENTS = {
-    "equal": equal_documents,
-    "lognormal": lognormal_documents,
-    "short": short_documents,
+DOCUMENT_PATTERNS = {
+    "equal": equal_document_lengths,
+    "lognormal": lognormal_document_lengths,
+    "short": short_document_lengths,
 }
 
-SHAPES = {
+TRAINING_SHAPES = {
     # What the static schedule counts: full superblocks, whole head blocks, no boundary.
-    "schedule": Shape(1, 8192, 16),
-    "cpu_smoke": Shape(1, 256, 2, 64, "float32"),
-    "cpu_smoke_packed": Shape(1, 512, 2, 64, "float32", "short"),
-    "2k": Shape(1, 2048, 64),
-    "8k": Shape(1, 8192, 64),
-    "32k": Shape(1, 32768, 64),
-    "64k": Shape(1, 65536, 64),
-    "64k_equal": Shape(1, 65536, 64, documents="equal"),
-    "64k_lognormal": Shape(1, 65536, 64, documents="lognormal"),
-    "64k_short": Shape(1, 65536, 64, documents="short"),
-    "128k": Shape(1, 131072, 64),
-    "1m": Shape(1, 1 << 20, 8),
-    "two_rows": Shape(2, 8192, 64),
-    "few_heads": Shape(1, 65536, 8),
+    "schedule": TrainingShape(1, 8192, 16),
+    "cpu_smoke": TrainingShape(1, 256, 2, 64, "float32"),
+    "cpu_smoke_packed": TrainingShape(1, 512, 2, 64, "float32", "short"),
+    "2k": TrainingShape(1, 2048, 64),
+    "8k": TrainingShape(1, 8192, 64),
+    "32k": TrainingShape(1, 32768, 64),
+    "64k": TrainingShape(1, 65536, 64),
+    "64k_equal": TrainingShape(1, 65536, 64, document_pattern="equal"),
+    "64k_lognormal": TrainingShape(1, 65536, 64, document_pattern="lognormal"),
+    "64k_short": TrainingShape(1, 65536, 64, document_pattern="short"),
+    "128k": TrainingShape(1, 131072, 64),
+    "1m": TrainingShape(1, 1 << 20, 8),
+    "two_rows": TrainingShape(2, 8192, 64),
+    "few_heads": TrainingShape(1, 65536, 8),
 }
-DECODE = {
+DECODE_SHAPES = {
     "schedule": DecodeShape(64),
     "cpu_smoke": DecodeShape(4, 16, 16, "float32"),
     **{f"decode_{batch}": DecodeShape(batch) for batch in (1, 8, 32, 64, 128, 256)},
     **{f"decode_{batch}_few_heads": DecodeShape(batch, 8) for batch in (1, 8, 32, 64, 128, 256)},
 }
-PREFILL = {"schedule": PrefillShape(8192, 16)}
+PREFILL_SHAPES = {"schedule": PrefillShape(8192, 16)}

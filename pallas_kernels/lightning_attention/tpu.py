@@ -9,14 +9,14 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.lightning_attention import boundaries, tiling, tpu_bwd, tpu_fwd
 
 
-def fits(qkv, num_heads: int) -> bool:
+def supports_shapes(qkv, num_heads: int) -> bool:
     """Say whether the kernels take these shapes."""
     width = qkv.shape[2] // (3 * num_heads)
     return (
         width in (64, 128, 256)
         and 0 not in qkv.shape
         and any(
-            tiling.choose(heads, width, qkv.shape[1], qkv.dtype.itemsize)
+            tiling.choose_block_sizes(heads, width, qkv.shape[1], qkv.dtype.itemsize)
             for heads in (num_heads, num_heads + 1)
         )
     )
@@ -28,7 +28,7 @@ def lightning_attention(
     segment_ids: Int[Array, "B T"] | None,
     initial_state: Float[Array, "B N H H"],
     *,
-    tile: tiling.Tiling | None = None,
+    block_sizes: tiling.TpuBlockSizes | None = None,
     interpret: bool = False,
 ) -> tuple[Float[Array, "B T NH"], Float[Array, "B N H H"]]:
     """Run the TPU kernels. See `api.lightning_attention`.
@@ -37,7 +37,7 @@ def lightning_attention(
     that queries read as two bfloat16 halves; float32 input means float32 throughout.
 
     Args:
-      tile: block sizes; None lets `tiling.choose` find them.
+      tile: block sizes; None lets `tiling.choose_block_sizes` find them.
       interpret: run the kernels' Python on any backend, for tests.
 
     Raises:
@@ -47,8 +47,12 @@ def lightning_attention(
     num_heads, width = initial_state.shape[1:3]
     if 0 in qkv.shape:
         return qkv[:, :, : num_heads * width], initial_state
-    tile = tile or tiling.choose(num_heads, width, length, qkv.dtype.itemsize)
-    if tile is None and tiling.choose(num_heads + 1, width, length, qkv.dtype.itemsize):
+    block_sizes = block_sizes or tiling.choose_block_sizes(
+        num_heads, width, length, qkv.dtype.itemsize
+    )
+    if block_sizes is None and tiling.choose_block_sizes(
+        num_heads + 1, width, length, qkv.dtype.itemsize
+    ):
         # An odd number of heads of 64: blocks are whole lanes, so one more head, at the price of a
         # copy of qkv.
         qkv, slopes, initial_state = (
@@ -57,41 +61,55 @@ def lightning_attention(
         )
         o, state = lightning_attention(qkv, slopes, segment_ids, initial_state, interpret=interpret)
         return o[:, :, : num_heads * width], state[:, :num_heads]
-    if tile is None:
+    if block_sizes is None:
         raise ValueError(
             f"no TPU block fits {num_heads} heads of {width}; wanted heads of 64, 128 or 256: use "
             "implementation='chunked'"
         )
-    if segment_ids is None and length % tile.superblock:
+    if segment_ids is None and length % block_sizes.superblock_tokens:
         segment_ids = jnp.ones((batch, length), jnp.int32)
     tables = (None, None)
     if segment_ids is not None:
-        tables = boundaries.tables(segment_ids, tile.chunk, tile.superblock)
-    return _attend(tile, interpret, qkv, slopes, tables, initial_state)
+        tables = boundaries.build_boundary_tables(
+            segment_ids, block_sizes.chunk_tokens, block_sizes.superblock_tokens
+        )
+    return _lightning_attention(block_sizes, interpret, qkv, slopes, tables, initial_state)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attend(tile, interpret, qkv, slopes, tables, initial_state):
-    o, final, _ = tpu_fwd.forward(
-        qkv, slopes, tables, initial_state, tile=tile, checkpoints=False, interpret=interpret
+def _lightning_attention(block_sizes, interpret, qkv, slopes, tables, initial_state):
+    o, final, _ = tpu_fwd.lightning_forward(
+        qkv,
+        slopes,
+        tables,
+        initial_state,
+        block_sizes=block_sizes,
+        save_superblock_states=False,
+        interpret=interpret,
     )
     return o, final
 
 
-def _attend_fwd(tile, interpret, qkv, slopes, tables, initial_state):
-    o, final, saved = tpu_fwd.forward(
-        qkv, slopes, tables, initial_state, tile=tile, checkpoints=True, interpret=interpret
+def _lightning_attention_fwd(block_sizes, interpret, qkv, slopes, tables, initial_state):
+    o, final, saved = tpu_fwd.lightning_forward(
+        qkv,
+        slopes,
+        tables,
+        initial_state,
+        block_sizes=block_sizes,
+        save_superblock_states=True,
+        interpret=interpret,
     )
     return (o, final), (qkv, slopes, tables, saved)
 
 
-def _attend_bwd(tile, interpret, residuals, cotangents):
+def _lightning_attention_bwd(block_sizes, interpret, residuals, cotangents):
     qkv, slopes, tables, saved = residuals
     d_o, d_final = cotangents
-    d_qkv, d_initial = tpu_bwd.backward(
-        qkv, slopes, tables, saved, d_o, d_final, tile=tile, interpret=interpret
+    d_qkv, d_initial = tpu_bwd.lightning_backward(
+        qkv, slopes, tables, saved, d_o, d_final, block_sizes=block_sizes, interpret=interpret
     )
     return d_qkv, jnp.zeros_like(slopes), None, d_initial  # slopes are constants of the model
 
 
-_attend.defvjp(_attend_fwd, _attend_bwd)
+_lightning_attention.defvjp(_lightning_attention_fwd, _lightning_attention_bwd)

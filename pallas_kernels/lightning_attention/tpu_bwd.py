@@ -9,7 +9,7 @@ Superblocks run backwards, each reading q, k, v and do once: from its saved floa
 states at its chunks are computed again into VMEM, then its chunks run backwards with dS in
 scratch. Slopes are constants of the model and get no gradient.
 
-Chunks without boundary or padding run through `pipeline.run`, with products side by side as in the
+Chunks without boundary or padding run through `pipeline.run_pipeline`, with products side by side as in the
 forward pass: do [v^T, S^T], k [q^T, dS], v [do^T, dS^T], then P^T do with dP^T q and dP k with
 q^T do. P is computed transposed from the start, dP both ways: cheaper than a transposition.
 """
@@ -24,31 +24,39 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.lightning_attention import boundaries, pipeline, tiling, tpu_fwd
 
 F32 = jnp.float32
-dot, fade = tpu_fwd.dot, tpu_fwd.fade
+dot, advance_state = tpu_fwd.dot, tpu_fwd.advance_state
 
 
-def _kernel(slopes, losses, *refs, tile: tiling.Tiling, packed: bool):
+def _backward_kernel(
+    slopes, forgotten_fractions, *refs, block_sizes: tiling.TpuBlockSizes, packed: bool
+):
     scalars, words, *refs = refs if packed else (None, None, *refs)
     qkv, d_o, saved, d_final, d_qkv, d_initial, *refs = refs
     state, d_state, states, *refs = refs
     decay, query_ramp, key_ramp_t, full_loss, decay_t, query_ramp_t, key_ramp, *refs = refs
     queries_t, ramped_t, d_scores, scores_t, d_scores_t, dq_carried, dk_carried, dv_carried = refs
-    size, heads, width = tile.chunk, tile.heads, state.shape[2]
-    dtype, first_head, num = qkv.dtype, pl.program_id(1) * heads, tile.superblock // size
-    paired = tile.wide and heads % 2 == 0
+    size, heads, width = block_sizes.chunk_tokens, block_sizes.block_heads, state.shape[2]
+    dtype, first_head, num = (
+        qkv.dtype,
+        pl.program_id(1) * heads,
+        block_sizes.superblock_tokens // size,
+    )
+    paired = block_sizes.has_paired_products and heads % 2 == 0
     keys_t = ramped_t  # a slot that only the recomputation uses before the chunks run backwards
 
     @pl.when(pl.program_id(2) == 0)
     def _():
         d_state[...] = d_final[0]
-        tpu_fwd.fill_weights(slopes, losses, first_head, decay, query_ramp, key_ramp_t, full_loss)
+        tpu_fwd.fill_weights(
+            slopes, forgotten_fractions, first_head, decay, query_ramp, key_ramp_t, full_loss
+        )
 
         def fill(h, _):
             slope = slopes[first_head + h]
             row, col = tpu_fwd.iota(decay_t, 0), tpu_fwd.iota(decay_t, 1)
-            decay_t[h] = boundaries.decay(slope, col - row)
-            query_ramp_t[h] = boundaries.decay(slope, tpu_fwd.iota(query_ramp_t, 1) + 1)
-            key_ramp[h] = boundaries.decay(slope, size - 1 - tpu_fwd.iota(key_ramp, 0))
+            decay_t[h] = boundaries.masked_decay(slope, col - row)
+            query_ramp_t[h] = boundaries.masked_decay(slope, tpu_fwd.iota(query_ramp_t, 1) + 1)
+            key_ramp[h] = boundaries.masked_decay(slope, size - 1 - tpu_fwd.iota(key_ramp, 0))
 
         jax.lax.fori_loop(0, heads, fill, None)
 
@@ -56,7 +64,7 @@ def _kernel(slopes, losses, *refs, tile: tiling.Tiling, packed: bool):
 
     def load(c, h):
         rows = tpu_fwd.chunk_rows(c, size)
-        return tpu_fwd.load_heads(qkv, rows, h, width, 3) + tpu_fwd.load_heads(
+        return tpu_fwd.load_head_slices(qkv, rows, h, width, 3) + tpu_fwd.load_head_slices(
             d_o, rows, h, width, 1
         )
 
@@ -69,11 +77,18 @@ def _kernel(slopes, losses, *refs, tile: tiling.Tiling, packed: bool):
         """Call run(h, q k v do, decays, loss) for the heads of a chunk with a boundary."""
         rows = tpu_fwd.chunk_rows(c, size)
         assert words is not None
-        real, *masks = boundaries.pair_masks(words[0, :, rows], scalar)
+        real, *masks = boundaries.expand_words(words[0, :, rows], scalar)
         for h in range(heads):
             parts = [jnp.where(real, x, 0) for x in load(c, h)]
-            decays = [boundaries.decay(slopes[first_head + h], n) for n in masks]
-            run(h, parts, decays, tpu_fwd.packed_loss(losses, first_head + h, scalar, size))
+            decays = [boundaries.masked_decay(slopes[first_head + h], n) for n in masks]
+            run(
+                h,
+                parts,
+                decays,
+                tpu_fwd.packed_forgotten_fraction(
+                    forgotten_fractions, first_head + h, scalar, size
+                ),
+            )
 
     # States at the starts of chunks.
 
@@ -86,27 +101,27 @@ def _kernel(slopes, losses, *refs, tile: tiling.Tiling, packed: bool):
             gains = tpu_fwd.two_products(
                 keys_t[h - 1], load(c, h - 1)[2], keys_t[h], load(c, h)[2], True
             )
-            fade(state, h - 1, full_loss[h - 1], gains[0])
-            fade(state, h, full_loss[h], gains[1])
+            advance_state(state, h - 1, full_loss[h - 1], gains[0])
+            advance_state(state, h, full_loss[h], gains[1])
         elif not paired:
-            fade(state, h, full_loss[h], dot(keys_t[h], load(c, h)[2], 1, 0))
+            advance_state(state, h, full_loss[h], dot(keys_t[h], load(c, h)[2], 1, 0))
 
     def advance_boundary(c, scalar):
         states[c] = state[...].astype(dtype)
 
         def run(h, parts, decays, loss):
             gain = dot((parts[1] * decays[2]).astype(dtype), parts[2], 0, 0)
-            fade(state, h, loss, gain)
+            advance_state(state, h, loss, gain)
 
         pl.when(scalar != 0)(lambda: with_masks(c, scalar, run))
 
-    pipeline.run(
+    pipeline.run_pipeline(
         num,
         heads,
         (transpose_keys, advance),
         scalars=scalars,
-        full=size,
-        boundary=advance_boundary,
+        full_scalar=size,
+        handle_boundary=advance_boundary,
     )
 
     # Gradients, from the last chunk to the first.
@@ -131,9 +146,13 @@ def _kernel(slopes, losses, *refs, tile: tiling.Tiling, packed: bool):
 
     def finish(c, h):
         q, k, _, d = load(c, h)
-        dv, dk = tpu_fwd.two_products(scores_t[h], d, d_scores_t[h], q, tile.wide)
-        dq, gain = tpu_fwd.two_products(d_scores[h], k, ramped_t[h], d, tile.wide)
-        fade(d_state, h, full_loss[h], gain)
+        dv, dk = tpu_fwd.two_products(
+            scores_t[h], d, d_scores_t[h], q, block_sizes.has_paired_products
+        )
+        dq, gain = tpu_fwd.two_products(
+            d_scores[h], k, ramped_t[h], d, block_sizes.has_paired_products
+        )
+        advance_state(d_state, h, full_loss[h], gain)
         store(c, h, (dq + dq_carried[h], dk + dk_carried[h], dv + dv_carried[h]))
 
     def finish_boundary(c, scalar):
@@ -146,7 +165,7 @@ def _kernel(slopes, losses, *refs, tile: tiling.Tiling, packed: bool):
             dk = dot(dp, q, 0, 0) + ramp_k * dot(v, d_next, 1, 1)
             dv = dot(p, d, 0, 0) + ramp_k * dot(k, d_next, 1, 0)
             gain = dot((q * ramp_q).astype(dtype), d, 0, 0)
-            fade(d_state, h, loss, gain)
+            advance_state(d_state, h, loss, gain)
             store(c, h, (dq, dk, dv))
 
         @pl.when(scalar == 0)
@@ -157,21 +176,23 @@ def _kernel(slopes, losses, *refs, tile: tiling.Tiling, packed: bool):
 
         pl.when(scalar != 0)(lambda: with_masks(c, scalar, run))
 
-    pipeline.run(
+    pipeline.run_pipeline(
         num,
         heads,
         (transpose_queries, score, finish),
         reverse=True,
         scalars=scalars,
-        full=size,
-        boundary=finish_boundary,
+        full_scalar=size,
+        handle_boundary=finish_boundary,
     )
     d_initial[0] = d_state[...]
 
 
-@functools.partial(jax.jit, static_argnames=("tile", "interpret"))
-def backward(qkv, slopes, tables, saved, d_o, d_final, *, tile, interpret=False):
-    """Return (d_qkv in qkv's dtype, d_initial_state float32). Arguments as in `tpu_fwd.forward`.
+@functools.partial(jax.jit, static_argnames=("block_sizes", "interpret"))
+def lightning_backward(
+    qkv, slopes, tables, superblock_states, d_o, d_final, *, block_sizes, interpret=False
+):
+    """Return (d_qkv in qkv's dtype, d_initial_state float32). Arguments as in `tpu_fwd.lightning_forward`.
 
     Args:
       saved: states at superblock starts, from `forward` with the same `tile`.
@@ -179,29 +200,35 @@ def backward(qkv, slopes, tables, saved, d_o, d_final, *, tile, interpret=False)
       d_final: gradient of the final state, float32.
     """
     batch, length, _ = qkv.shape
-    num_heads, steps, width = saved.shape[1:4]
+    num_heads, steps, width = superblock_states.shape[1:4]
 
     def order(t):
         return steps - 1 - t
 
     def tokens(n):
         return pl.BlockSpec(
-            (1, tile.superblock, n * tile.heads * width), lambda b, h, t: (b, order(t), h)
+            (1, block_sizes.superblock_tokens, n * block_sizes.block_heads * width),
+            lambda b, h, t: (b, order(t), h),
         )
 
-    state = pl.BlockSpec((1, tile.heads, width, width), lambda b, h, t: (b, h, 0, 0))
+    state = pl.BlockSpec((1, block_sizes.block_heads, width, width), lambda b, h, t: (b, h, 0, 0))
     checkpoint = pl.BlockSpec(
-        (1, tile.heads, 1, width, width), lambda b, h, t: (b, h, order(t), 0, 0)
+        (1, block_sizes.block_heads, 1, width, width), lambda b, h, t: (b, h, order(t), 0, 0)
     )
     smem = pl.BlockSpec(memory_space=pltpu.SMEM)
     packed = tables[0] is not None
-    states = (tile.superblock // tile.chunk, tile.heads, width, width)
-    carried = pltpu.VMEM((tile.heads, width, width), F32)
+    states = (
+        block_sizes.superblock_tokens // block_sizes.chunk_tokens,
+        block_sizes.block_heads,
+        width,
+        width,
+    )
+    carried = pltpu.VMEM((block_sizes.block_heads, width, width), F32)
     return pl.pallas_call(
-        functools.partial(_kernel, tile=tile, packed=packed),
+        functools.partial(_backward_kernel, block_sizes=block_sizes, packed=packed),
         name="lightning_bwd",
-        grid=(batch, num_heads // tile.heads, steps),
-        in_specs=[smem, smem, *tpu_fwd.table_specs(tables[0], tile, order),
+        grid=(batch, num_heads // block_sizes.block_heads, steps),
+        in_specs=[smem, smem, *tpu_fwd.boundary_table_specs(tables[0], block_sizes, order),
                   tokens(3), tokens(1), checkpoint, state],
         out_specs=[tokens(3), state],
         out_shape=[
@@ -212,10 +239,10 @@ def backward(qkv, slopes, tables, saved, d_o, d_final, *, tile, interpret=False)
             carried,
             carried,
             pltpu.VMEM(states, qkv.dtype),
-            *tpu_fwd.scratch(tile, "CC CH HC RH CC HC CH", width, qkv.dtype),
-            *tpu_fwd.scratch(tile, "hc hc cc cc cc CH CH CH", width, qkv.dtype),
+            *tpu_fwd.scratch_buffers(block_sizes, "CC CH HC RH CC HC CH", width, qkv.dtype),
+            *tpu_fwd.scratch_buffers(block_sizes, "hc hc cc cc cc CH CH CH", width, qkv.dtype),
         ],
-        compiler_params=tpu_fwd.PARAMS,
+        compiler_params=tpu_fwd.COMPILER_PARAMS,
         interpret=interpret,
-    )(slopes, boundaries.losses(slopes, tile.chunk), *(tables if packed else ()),
-      qkv, d_o, saved, d_final)  # fmt: skip
+    )(slopes, boundaries.forgotten_fraction_table(slopes, block_sizes.chunk_tokens), *(tables if packed else ()),
+      qkv, d_o, superblock_states, d_final)  # fmt: skip

@@ -16,15 +16,15 @@ from pallas_kernels.lightning_decode import tpu_in_place, tpu_prefill, tpu_ring
 
 _log = logging.getLogger(__name__)
 
-DECODE = {
+DECODE_IMPLEMENTATIONS = {
     "reference": decode_reference.lightning_decode,
     "tpu": tpu_in_place.lightning_decode,
 }
-DECODE_RING = {
+RING_DECODE_IMPLEMENTATIONS = {
     "reference": decode_ring.lightning_decode,
     "tpu": tpu_ring.lightning_decode,
 }
-PREFILL = {
+PREFILL_IMPLEMENTATIONS = {
     "reference": decode_reference.lightning_prefill,
     "tpu": tpu_prefill.lightning_prefill,
 }
@@ -48,7 +48,7 @@ def lightning_decode(
       pool: float32 states by slot. Donate it to the surrounding jit, or XLA copies it.
       slots: the slot of each row, each at most once. Negative: the row is inactive, its output
         zero. Slots that no row names keep their bytes.
-      implementation: a key of `DECODE`, which then runs or raises; None takes the kernel where
+      implementation: a key of `DECODE_IMPLEMENTATIONS`, which then runs or raises; None takes the kernel where
         the program is lowered for TPU, and the reference elsewhere.
 
     Returns:
@@ -60,10 +60,12 @@ def lightning_decode(
         call `check_slots` before; a slot beyond the pool is then inactive, and of rows that
         share a slot any one may win.
     """
-    _validate("pool", pool, qkv, slopes, ndim=2)
-    _validate_rows("slots", slots, qkv.shape[0])
-    slots = _within(slots, pool.shape[0])
-    return _dispatch(DECODE, implementation, "decode")(qkv, slopes, pool, slots)
+    _validate_inputs("pool", pool, qkv, slopes, ndim=2)
+    _validate_int_vector("slots", slots, qkv.shape[0])
+    slots = _check_or_mask_slots(slots, pool.shape[0])
+    return _choose_implementation(DECODE_IMPLEMENTATIONS, implementation, "decode")(
+        qkv, slopes, pool, slots
+    )
 
 
 def lightning_decode_ring(
@@ -85,7 +87,7 @@ def lightning_decode_ring(
       positions: how many tokens of each row's sequence come before this one. Passing an earlier
         position than last time takes tokens back: up to `pool.depth`, and never below what the
         slot's state already holds.
-      implementation: a key of `DECODE_RING`, which then runs or raises; None takes the kernel
+      implementation: a key of `RING_DECODE_IMPLEMENTATIONS`, which then runs or raises; None takes the kernel
         where the program is lowered for TPU, and the reference elsewhere.
 
     Returns:
@@ -100,20 +102,20 @@ def lightning_decode_ring(
     """
     if pool.hi.dtype != jnp.bfloat16 or pool.lo.dtype != jnp.bfloat16:
         raise ValueError(f"pool: got planes {pool.hi.dtype}, {pool.lo.dtype}; wanted bfloat16")
-    _validate("pool", jax.ShapeDtypeStruct(pool.hi.shape, jnp.float32), qkv, slopes, ndim=2)
-    _validate_rows("slots", slots, qkv.shape[0])
-    _validate_rows("positions", positions, qkv.shape[0])
+    _validate_inputs("pool", jax.ShapeDtypeStruct(pool.hi.shape, jnp.float32), qkv, slopes, ndim=2)
+    _validate_int_vector("slots", slots, qkv.shape[0])
+    _validate_int_vector("positions", positions, qkv.shape[0])
     if not any(isinstance(x, core.Tracer) for x in (slots, positions, pool.base)):
         check_slots(slots, pool.hi.shape[0])
         _check_positions(pool, slots, positions)
-    slots = _within(slots, pool.hi.shape[0])
+    slots = _check_or_mask_slots(slots, pool.hi.shape[0])
     positions = jnp.maximum(positions, 0).astype(jnp.int32)
-    run = _dispatch(DECODE_RING, implementation, "ring decode")
+    run = _choose_implementation(RING_DECODE_IMPLEMENTATIONS, implementation, "ring decode")
     return run(qkv, slopes, pool, slots, positions)
 
 
 def init_ring_pool(
-    num_slots: int, num_heads: int, head_dim: int, *, window: int = 16, depth: int = 0
+    num_slots: int, num_heads: int, head_dim: int, *, window: int = 16, rollback_tokens: int = 0
 ) -> decode_ring.RingPool:
     """Return a pool of empty sequences for `lightning_decode_ring`.
 
@@ -121,11 +123,16 @@ def init_ring_pool(
       window: W, tokens between two flushes. 16 moves the fewest bytes at H = 128.
       depth: tokens that can always be taken back; each costs one more row of the ring.
     """
-    if window < 1 or depth < 0:
-        raise ValueError(f"got window {window}, depth {depth}; wanted at least 1 and 0")
+    if window < 1 or rollback_tokens < 0:
+        raise ValueError(f"got window {window}, depth {rollback_tokens}; wanted at least 1 and 0")
     blocks = num_heads // tpu_ring.heads_per_block(num_heads, head_dim)
     return decode_ring.init_pool(
-        num_slots, num_heads, head_dim, window=window, depth=depth, blocks=blocks
+        num_slots,
+        num_heads,
+        head_dim,
+        window=window,
+        rollback_tokens=rollback_tokens,
+        num_blocks=blocks,
     )
 
 
@@ -165,7 +172,7 @@ def lightning_prefill(
       starts: first row of each sequence, in any order and at any row.
       lengths: rows of each sequence; 0 leaves its slot alone.
       fresh: the sequence starts from a zero state, whatever its slot holds.
-      implementation: a key of `PREFILL`, which then runs or raises; None takes the kernel where
+      implementation: a key of `PREFILL_IMPLEMENTATIONS`, which then runs or raises; None takes the kernel where
         the program is lowered for TPU, and the reference elsewhere.
 
     Returns:
@@ -177,17 +184,17 @@ def lightning_prefill(
         are concrete, also duplicate slots, slots beyond the pool, and sequences that overlap or
         leave the rows. Under jit call `check_slots` and `check_sequences` before.
     """
-    _validate("pool", pool, qkv, slopes, ndim=2)
+    _validate_inputs("pool", pool, qkv, slopes, ndim=2)
     count = len(slots)
     for name, values in (("slots", slots), ("starts", starts), ("lengths", lengths)):
-        _validate_rows(name, values, count)
+        _validate_int_vector(name, values, count)
     if count == 0 or fresh.shape != (count,) or fresh.dtype != jnp.bool_:
         raise ValueError(f"fresh: got {jax.typeof(fresh)}; wanted bool[{max(count, 1)}]")
     if not any(isinstance(x, core.Tracer) for x in (slots, starts, lengths)):
         check_sequences(slots, starts, lengths, qkv.shape[0])
-    slots = _within(slots, pool.shape[0])
+    slots = _check_or_mask_slots(slots, pool.shape[0])
     starts, lengths = (x.astype(jnp.int32) for x in (starts, lengths))
-    run = _dispatch(PREFILL, implementation, "prefill")
+    run = _choose_implementation(PREFILL_IMPLEMENTATIONS, implementation, "prefill")
     return run(qkv, slopes, pool, slots, starts, lengths, fresh)
 
 
@@ -216,32 +223,34 @@ def check_slots(slots, num_slots: int) -> None:
         raise ValueError(f"slots: {active[counts > 1].tolist()} named more than once")
 
 
-def _within(slots, num_slots):
+def _check_or_mask_slots(slots, num_slots):
     """Check concrete slots; make those beyond the pool inactive where they are traced."""
     if not isinstance(slots, core.Tracer):
         check_slots(slots, num_slots)
     return jnp.where(slots < num_slots, slots, -1).astype(jnp.int32)
 
 
-def _dispatch(table: dict[str, Callable], implementation: str | None, what: str) -> Callable:
+def _choose_implementation(
+    implementations: dict[str, Callable], implementation: str | None, operation: str
+) -> Callable:
     if implementation is not None:
-        if implementation not in table:
-            wanted = f"None or one of {list(table)}"
+        if implementation not in implementations:
+            wanted = f"None or one of {list(implementations)}"
             raise ValueError(f"implementation is {implementation!r}; wanted {wanted}")
-        return table[implementation]
-    _log_choice(what)
+        return implementations[implementation]
+    _log_choice(operation)
     # Chosen when the program is lowered, so that a machine without a TPU can compile for one.
     return functools.partial(
-        jax.lax.platform_dependent, tpu=table["tpu"], default=table["reference"]
+        jax.lax.platform_dependent, tpu=implementations["tpu"], default=implementations["reference"]
     )
 
 
 @functools.cache
-def _log_choice(what: str) -> None:
-    _log.info("lightning %s: the Pallas kernel on TPU, the XLA reference elsewhere", what)
+def _log_choice(operation: str) -> None:
+    _log.info("lightning %s: the Pallas kernel on TPU, the XLA reference elsewhere", operation)
 
 
-def _validate(name, pool, qkv, slopes, *, ndim) -> None:
+def _validate_inputs(name, pool, qkv, slopes, *, ndim) -> None:
     if slopes.ndim != 1 or slopes.dtype != jnp.float32:
         raise ValueError(f"slopes: got {jax.typeof(slopes)}; wanted float32[N]")
     num_heads = slopes.shape[0]
@@ -256,6 +265,6 @@ def _validate(name, pool, qkv, slopes, *, ndim) -> None:
         raise ValueError(f"qkv: got dtype {qkv.dtype}; wanted float32 or bfloat16")
 
 
-def _validate_rows(name, values, count) -> None:
+def _validate_int_vector(name, values, count) -> None:
     if values.shape != (count,) or not jnp.issubdtype(values.dtype, jnp.integer):
         raise ValueError(f"{name}: got {jax.typeof(values)}; wanted int32[{count}]")

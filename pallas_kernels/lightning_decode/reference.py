@@ -8,8 +8,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.lightning_attention import chunked
 
-CHUNK = 64  # rows of a prefill tile here; the kernel has its own
-FIRST, LAST, OPENS_BLOCK = 1, 2, 4  # flags of a prefill tile
+CHUNK_TOKENS = 64  # rows of a prefill tile here; the kernel has its own
+FIRST_TILE, LAST_TILE, OPENS_BLOCK = 1, 2, 4  # flags of a prefill tile
 
 
 def split_heads(qkv: Float[Array, "*B N3H"], num_heads: int):
@@ -38,12 +38,12 @@ def lightning_decode(
     return o.reshape(o.shape[0], -1).astype(qkv.dtype), pool
 
 
-def prefill_tiles(
+def cut_prefill_tiles(
     slots: Int[Array, "R"],
     starts: Int[Array, "R"],
     lengths: Int[Array, "R"],
     num_tokens: int,
-    chunk: int,
+    chunk_tokens: int,
 ) -> tuple[Int[Array, "5 tiles"], Int[Array, "R"]]:
     """Cut flat tokens at multiples of `chunk` and where sequences start and end.
 
@@ -51,28 +51,28 @@ def prefill_tiles(
       Per tile (block, low, high, sequence, flags), in the order of the tokens, and the order of
       the sequences. Rows low..high-1 of its block belong to the sequence of that rank; low ==
       high marks a tile without work. Each block appears, its first tile flagged `OPENS_BLOCK`;
-      a sequence's first and last tile are flagged `FIRST` and `LAST`.
+      a sequence's first and last tile are flagged `FIRST_TILE` and `LAST_TILE`.
     """
     active = (slots >= 0) & (lengths > 0)
     starts = jnp.where(active, starts, num_tokens)
     order = jnp.argsort(starts)
     ends = jnp.where(active, starts + lengths, num_tokens)[order]
     starts = starts[order]
-    num_blocks = -(-num_tokens // chunk)
-    cuts = jnp.concatenate([jnp.arange(num_blocks, dtype=jnp.int32) * chunk, starts, ends])
+    num_blocks = -(-num_tokens // chunk_tokens)
+    cuts = jnp.concatenate([jnp.arange(num_blocks, dtype=jnp.int32) * chunk_tokens, starts, ends])
     cuts = jnp.sort(cuts.astype(jnp.int32))
     until = jnp.append(cuts[1:], num_tokens)
 
-    block = jnp.minimum(cuts // chunk, num_blocks - 1)
+    block = jnp.minimum(cuts // chunk_tokens, num_blocks - 1)
     sequence = jnp.searchsorted(starts, cuts, side="right") - 1
     sequence = jnp.maximum(sequence, 0).astype(jnp.int32)
     inside = (cuts >= starts[sequence]) & (cuts < ends[sequence]) & (until > cuts)
     opens = jnp.diff(block, prepend=-1) != 0
-    flags = FIRST * (inside & (cuts == starts[sequence]))
-    flags += LAST * (inside & (until == ends[sequence]))
+    flags = FIRST_TILE * (inside & (cuts == starts[sequence]))
+    flags += LAST_TILE * (inside & (until == ends[sequence]))
     flags += OPENS_BLOCK * opens
-    low = cuts - block * chunk
-    high = jnp.where(inside, until - block * chunk, low)
+    low = cuts - block * chunk_tokens
+    high = jnp.where(inside, until - block * chunk_tokens, low)
     return jnp.stack([block, low, high, sequence, flags]).astype(jnp.int32), order
 
 
@@ -87,18 +87,18 @@ def lightning_prefill(
 ) -> tuple[Float[Array, "T NH"], Float[Array, "slots N H H"]]:
     """Scan over tiles, one masked chunk each. See `decode_api.lightning_prefill`."""
     num_tokens, num_slots = qkv.shape[0], pool.shape[0]
-    chunk = min(CHUNK, num_tokens)
-    tiles, order = prefill_tiles(slots, starts, lengths, num_tokens, chunk)
+    chunk = min(CHUNK_TOKENS, num_tokens)
+    tiles, order = cut_prefill_tiles(slots, starts, lengths, num_tokens, chunk)
     slots, fresh = slots[order], fresh[order]
     padded = jnp.pad(qkv, ((0, -num_tokens % chunk), (0, 0)))
     row = jnp.arange(chunk)
-    whole = functools.partial(chunked.lightning_attention, chunk_size=chunk)
+    whole = functools.partial(chunked.lightning_attention, chunk_tokens=chunk)
 
     def step(carry, tile):
         state, pool, o = carry
         block, low, high, sequence, flags = tile
         slot = slots[sequence]
-        first = (flags & FIRST) != 0
+        first = (flags & FIRST_TILE) != 0
         old = jnp.where(fresh[sequence], 0, pool[jnp.maximum(slot, 0)])
         state = jnp.where(first, old, state)
         rows = jax.lax.dynamic_slice_in_dim(padded, block * chunk, chunk)
@@ -108,7 +108,7 @@ def lightning_prefill(
         before = jax.lax.dynamic_slice_in_dim(o, block * chunk, chunk)
         out = jnp.where(valid[:, None], out[0], before)
         o = jax.lax.dynamic_update_slice_in_dim(o, out, block * chunk, 0)
-        where = jnp.where((flags & LAST) != 0, slot, num_slots)
+        where = jnp.where((flags & LAST_TILE) != 0, slot, num_slots)
         return (state, pool.at[where].set(state, mode="drop"), o), None
 
     o = jnp.zeros((padded.shape[0], qkv.shape[1] // 3), qkv.dtype)

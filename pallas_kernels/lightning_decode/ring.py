@@ -44,19 +44,19 @@ class RingPool:
     window: int = dataclasses.field(metadata={"static": True})
 
     @property
-    def depth(self) -> int:
+    def rollback_tokens(self) -> int:
         """How many of the newest tokens a slot can always take back."""
         return self.ring.shape[1] - self.window
 
 
-def bytes_per_step(head_dim: int, window: int, depth: int = 0) -> float:
+def bytes_per_step(head_dim: int, window: int, rollback_tokens: int = 0) -> float:
     """Return the pool's bytes a head and token moves, averaged over a window.
 
     hi and the ring are read, one row of the ring is written; every `window` tokens lo is read and
     both planes are written.
     """
     plane, row = 2 * head_dim**2, 4 * head_dim
-    return plane + (window + depth) * row + row + 3 * plane / window
+    return plane + (window + rollback_tokens) * row + row + 3 * plane / window
 
 
 def bytes_per_step_in_place(head_dim: int) -> float:
@@ -64,28 +64,32 @@ def bytes_per_step_in_place(head_dim: int) -> float:
     return 8 * head_dim**2
 
 
-def split(state: Float[Array, "*B"]) -> tuple[BFloat16[Array, "*B"], BFloat16[Array, "*B"]]:
+def split_into_planes(
+    state: Float[Array, "*B"],
+) -> tuple[BFloat16[Array, "*B"], BFloat16[Array, "*B"]]:
     """Return bfloat16 hi and lo with hi + lo = state to 2^-17 of its magnitude."""
     # Not a cast alone: XLA may skip the rounding of a cast there and back, and lo would be zero.
     hi = jax.lax.reduce_precision(state, exponent_bits=8, mantissa_bits=7)
     return hi.astype(jnp.bfloat16), (state - hi).astype(jnp.bfloat16)
 
 
-def init_pool(num_slots, num_heads, head_dim, *, window=16, depth=0, blocks=8) -> RingPool:
+def init_pool(
+    num_slots, num_heads, head_dim, *, window=16, rollback_tokens=0, num_blocks=8
+) -> RingPool:
     """Return a pool of empty sequences; `blocks` must be the kernel's blocks of heads."""
     plane = jnp.zeros((num_slots, num_heads, head_dim, head_dim), jnp.bfloat16)
-    ring = jnp.zeros((num_slots, window + depth, num_heads, 2 * head_dim), jnp.bfloat16)
-    return RingPool(plane, plane, ring, jnp.zeros((num_slots, blocks), jnp.int32), window)
+    ring = jnp.zeros((num_slots, window + rollback_tokens, num_heads, 2 * head_dim), jnp.bfloat16)
+    return RingPool(plane, plane, ring, jnp.zeros((num_slots, num_blocks), jnp.int32), window)
 
 
-def write(
+def write_states(
     pool: RingPool,
     slots: Int[Array, "B"],
     states: Float[Array, "B N H H"],
     lengths: Int[Array, "B"],
 ) -> RingPool:
     """Put states after `lengths` tokens, as a prefill leaves them, into slots."""
-    hi, lo = split(states)
+    hi, lo = split_into_planes(states)
     base = jnp.broadcast_to(lengths[:, None], (len(slots), pool.base.shape[1]))
     return dataclasses.replace(
         pool,
@@ -95,25 +99,27 @@ def write(
     )
 
 
-def read(
+def read_states(
     pool: RingPool, slopes: Float[Array, "N"], slots: Int[Array, "B"], lengths: Int[Array, "B"]
 ) -> Float[Array, "B N H H"]:
     """Return the float32 states after `lengths` tokens, for a snapshot or another prefill."""
     held = lengths[:, None] - pool.base[slots]
-    return _absorb(pool, slopes, slots, lengths - 1, held - 1, held)
+    return _absorb_ring_tokens(pool, slopes, slots, lengths - 1, held - 1, held)
 
 
-def flush_spans(
-    base: Int[Array, "B blocks"], positions: Int[Array, "B"], window: int, depth: int
+def tokens_to_flush(
+    base: Int[Array, "B blocks"], positions: Int[Array, "B"], window: int, rollback_tokens: int
 ) -> Int[Array, "B blocks"]:
     """Return how many tokens to flush once the token at each position is in the ring; mostly 0."""
     blocks = base.shape[1]
     shift = (jnp.arange(blocks) * window // blocks).reshape(1, -1)
     span = window - (base + shift) % window  # to the next point of the block's grid
-    return jnp.where(positions[:, None] + 1 - (base + span) >= depth, span, 0).astype(jnp.int32)
+    return jnp.where(positions[:, None] + 1 - (base + span) >= rollback_tokens, span, 0).astype(
+        jnp.int32
+    )
 
 
-def advance(
+def advance_bases(
     base: Int[Array, "slots blocks"], slots: Int[Array, "B"], spans: Int[Array, "B blocks"]
 ) -> Int[Array, "slots blocks"]:
     """Add the flushed tokens to the bases of the named slots."""
@@ -141,7 +147,7 @@ def lightning_decode(
     pool = dataclasses.replace(pool, ring=ring)
 
     held = positions[:, None] - pool.base[there]
-    age, entered = _ages(pool, positions, held)
+    age, entered = _ring_row_ages(pool, positions, held)
     live = (age <= entered)[:, :, :, None] & active.reshape(-1, 1, 1, 1)
     keys, values = jnp.split(jnp.where(live, ring[there].astype(jnp.float32), 0), 2, axis=3)
     rate = slopes.reshape(1, 1, -1)
@@ -152,30 +158,34 @@ def lightning_decode(
     o = o + jnp.exp(-slopes.reshape(1, -1, 1) * (entered[:, 0, :, None] + 1)) * carried
     o = jnp.where(active.reshape(-1, 1, 1), o, 0)
 
-    span = flush_spans(pool.base[there], positions, pool.window, pool.depth)
-    new_hi, new_lo = split(_absorb(pool, slopes, there, positions, held, span))
+    span = tokens_to_flush(pool.base[there], positions, pool.window, pool.rollback_tokens)
+    new_hi, new_lo = split_into_planes(
+        _absorb_ring_tokens(pool, slopes, there, positions, held, span)
+    )
     flushed = jnp.repeat(span > 0, num_heads // span.shape[1], axis=1)[:, :, None, None]
     pool = dataclasses.replace(
         pool,
         hi=pool.hi.at[drop].set(jnp.where(flushed, new_hi, pool.hi[there]), mode="drop"),
         lo=pool.lo.at[drop].set(jnp.where(flushed, new_lo, pool.lo[there]), mode="drop"),
-        base=advance(pool.base, slots, span),
+        base=advance_bases(pool.base, slots, span),
     )
     return o.reshape(o.shape[0], -1).astype(qkv.dtype), pool
 
 
-def _ages(pool, positions, held):
+def _ring_row_ages(pool, positions, steps_since_base):
     """Ages [B, R, N] of the ring's rows, and [B, 1, N] how many tokens entered before the last."""
     size, num_heads = pool.ring.shape[1:3]
     age = (positions[:, None] - jnp.arange(size).reshape(1, -1)) % size
-    entered = jnp.repeat(held, num_heads // held.shape[1], axis=1)[:, None, :]
+    entered = jnp.repeat(steps_since_base, num_heads // steps_since_base.shape[1], axis=1)[
+        :, None, :
+    ]
     return jnp.broadcast_to(age[:, :, None], (*age.shape, num_heads)), entered
 
 
-def _absorb(pool, slopes, slots, positions, held, span):
+def _absorb_ring_tokens(pool, slopes, slots, positions, steps_since_base, span):
     """Return S after `span` more tokens of the ring, whose newest is at `positions`."""
     num_heads = pool.hi.shape[1]
-    age, entered = _ages(pool, positions, held)
+    age, entered = _ring_row_ages(pool, positions, steps_since_base)
     count = jnp.repeat(span, num_heads // span.shape[1], axis=1)[:, None, :]
     since = entered - age  # tokens of the ring before this one, from base on
     taken = (since >= 0) & (since < count)

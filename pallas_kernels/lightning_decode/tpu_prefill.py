@@ -27,10 +27,12 @@ from jaxtyping import Array, Bool, Float, Int
 from pallas_kernels.lightning_decode import reference as decode_reference
 from pallas_kernels.lightning_decode import tpu_in_place
 
-CHUNK = 128  # a matrix unit's side on v5e and v5p; the same everywhere, so that results agree
-HEADS = 16  # heads a step: 2,048 token-heads, which outlast the overhead of a step
-GROUP = 4  # heads unrolled together, to hide each other's latency
-BUFFERS = 3  # states of one sequence loading, one in use, one storing
+CHUNK_TOKENS = (
+    128  # a matrix unit's side on v5e and v5p; the same everywhere, so that results agree
+)
+HEADS_PER_STEP = 16  # heads a step: 2,048 token-heads, which outlast the overhead of a step
+HEADS_PER_GROUP = 4  # heads unrolled together, to hide each other's latency
+NUM_BUFFERS = 3  # states of one sequence loading, one in use, one storing
 
 
 def lightning_prefill(
@@ -51,9 +53,9 @@ def lightning_prefill(
     """
     num_tokens = qkv.shape[0]
     _, num_heads, head_dim, _ = pool.shape
-    heads = tpu_in_place.heads_per_block(num_heads, head_dim, HEADS)
-    chunk = min(CHUNK, num_tokens)
-    tiles, order = decode_reference.prefill_tiles(slots, starts, lengths, num_tokens, chunk)
+    heads = tpu_in_place.heads_per_block(num_heads, head_dim, HEADS_PER_STEP)
+    chunk = min(CHUNK_TOKENS, num_tokens)
+    tiles, order = decode_reference.cut_prefill_tiles(slots, starts, lengths, num_tokens, chunk)
     sequences = jnp.stack([jnp.where(lengths > 0, slots, -1), fresh.astype(jnp.int32)])[:, order]
 
     def block(head_block, tile, tiles, *_):
@@ -63,7 +65,10 @@ def lightning_prefill(
     table_bytes = 4 * heads * chunk * max(chunk, 128)
     state_bytes = 4 * heads * head_dim * max(head_dim, 128)
     o, pool = pl.pallas_call(
-        functools.partial(_kernel, group=tpu_in_place.heads_per_block(heads, head_dim, GROUP)),
+        functools.partial(
+            _prefill_kernel,
+            heads_per_group=tpu_in_place.heads_per_block(heads, head_dim, HEADS_PER_GROUP),
+        ),
         name="lightning_prefill",
         out_shape=(
             jax.ShapeDtypeStruct((num_tokens, num_heads * head_dim), qkv.dtype),
@@ -76,31 +81,33 @@ def lightning_prefill(
             out_specs=[pl.BlockSpec((chunk, heads * head_dim), block), in_hbm],
             scratch_shapes=[
                 pltpu.VMEM((heads, chunk, chunk), jnp.float32),
-                pltpu.VMEM((BUFFERS, heads, head_dim, head_dim), jnp.float32),
-                pltpu.SemaphoreType.DMA((BUFFERS,)),
-                pltpu.SemaphoreType.DMA((BUFFERS,)),
+                pltpu.VMEM((NUM_BUFFERS, heads, head_dim, head_dim), jnp.float32),
+                pltpu.SemaphoreType.DMA((NUM_BUFFERS,)),
+                pltpu.SemaphoreType.DMA((NUM_BUFFERS,)),
             ],
         ),
         input_output_aliases={4: 1},
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"),
-            vmem_limit_bytes=table_bytes + BUFFERS * state_bytes + 24 * 2**20,
+            vmem_limit_bytes=table_bytes + NUM_BUFFERS * state_bytes + 24 * 2**20,
         ),
         interpret=interpret,
     )(tiles, sequences, slopes, qkv, pool)
     return o, pool
 
 
-def _kernel(tiles, sequences, slopes, x, _, o, pool, decay, states, loads, stores, *, group):
+def _prefill_kernel(
+    tiles, sequences, slopes, x, _, o, pool, decay, states, loads, stores, *, heads_per_group
+):
     """One tile of one block of heads; its state travels between pool and VMEM once a sequence."""
     head_block, tile = pl.program_id(0), pl.program_id(1)
     heads = decay.shape[0]
     _, low, high, sequence, flags = (tiles[field, tile] for field in range(5))
-    buffer = jax.lax.rem(sequence, BUFFERS)
+    buffer = jax.lax.rem(sequence, NUM_BUFFERS)
 
     def state_refs(sequence):
         slot = sequences[0, sequence]
-        buffer = jax.lax.rem(sequence, BUFFERS)
+        buffer = jax.lax.rem(sequence, NUM_BUFFERS)
         return pool.at[slot, pl.ds(head_block * heads, heads)], states.at[buffer], buffer
 
     def load(sequence, act):
@@ -133,11 +140,11 @@ def _kernel(tiles, sequences, slopes, x, _, o, pool, decay, states, loads, store
     def _():
         o[...] = jnp.zeros_like(o)
 
-    @pl.when((flags & decode_reference.FIRST) != 0)
+    @pl.when((flags & decode_reference.FIRST_TILE) != 0)
     def _():
-        @pl.when(sequence >= BUFFERS - 1)  # the next sequence loads where this one stored from
+        @pl.when(sequence >= NUM_BUFFERS - 1)  # the next sequence loads where this one stored from
         def _():
-            store(sequence - (BUFFERS - 1), wait)
+            store(sequence - (NUM_BUFFERS - 1), wait)
 
         @pl.when(sequence + 1 < sequences.shape[1])
         def _():
@@ -152,14 +159,16 @@ def _kernel(tiles, sequences, slopes, x, _, o, pool, decay, states, loads, store
     @pl.when(high > low)
     def _():
         def head_group(index, carry):
-            first = head_block * heads + index * group
-            rates = [slopes[first + head] for head in range(group)]
-            _group(x, o, decay, states.at[buffer], index * group, rates, low, high)
+            first = head_block * heads + index * heads_per_group
+            rates = [slopes[first + head] for head in range(heads_per_group)]
+            _attend_head_group(
+                x, o, decay, states.at[buffer], index * heads_per_group, rates, low, high
+            )
             return carry
 
-        jax.lax.fori_loop(0, heads // group, head_group, 0)
+        jax.lax.fori_loop(0, heads // heads_per_group, head_group, 0)
 
-    @pl.when((flags & decode_reference.LAST) != 0)
+    @pl.when((flags & decode_reference.LAST_TILE) != 0)
     def _():
         store(sequence, start)
 
@@ -168,7 +177,7 @@ def _kernel(tiles, sequences, slopes, x, _, o, pool, decay, states, loads, store
         count = jax.lax.fori_loop(
             0, sequences.shape[1], lambda i, n: n + (sequences[0, i] >= 0).astype(jnp.int32), 0
         )
-        for back in reversed(range(1, BUFFERS)):
+        for back in reversed(range(1, NUM_BUFFERS)):
 
             @pl.when(count >= back)
             def _(back=back):
@@ -183,7 +192,7 @@ def _decay_tile(rate, size):
     return jnp.where(row >= col, jnp.exp(-rate * gap), 0.0)
 
 
-def _group(x, o, decay, states, first, rates, low, high):
+def _attend_head_group(x, o, decay, states, first_head, rates, low, high):
     """Advance heads `first`, `first` + 1, ... of the block by rows low..high-1."""
     size, head_dim = x.shape[0], states.shape[1]
     group, dtype = len(rates), x.dtype
@@ -199,14 +208,14 @@ def _group(x, o, decay, states, first, rates, low, high):
         """View the group's columns; each head has `width` of them."""
         if group * head_dim % 128 != 0:
             return ref  # such a group is the whole row
-        return ref.at[:, pl.ds(pl.multiple_of(first * width, 128), group * width)]
+        return ref.at[:, pl.ds(pl.multiple_of(first_head * width, 128), group * width)]
 
     x, o = columns(x, 3 * head_dim), columns(o, head_dim)
     for head, rate in enumerate(rates):
         parts = range(3 * head, 3 * head + 3)
         q, k, v = (jnp.where(valid, x[:, pl.ds(i * head_dim, head_dim)], 0) for i in parts)
-        state = states[first + head]
-        scores = (mm(q, k, 1, 1) * decay[first + head]).astype(dtype)
+        state = states[first_head + head]
+        scores = (mm(q, k, 1, 1) * decay[first_head + head]).astype(dtype)
         if dtype == jnp.float32:
             carried = mm(q, state, 1, 0)
         else:
@@ -215,12 +224,14 @@ def _group(x, o, decay, states, first, rates, low, high):
             carried = mm(q, half, 1, 0) + mm(q, rest, 1, 0)
         out = mm(scores, v, 1, 0) + jnp.exp(-rate * since) * carried
         faded = (k.astype(jnp.float32) * jnp.exp(-rate * until)).astype(dtype)
-        states[first + head] = state + expm1(-rate * length) * state + mm(faded, v, 0, 0)
+        states[first_head + head] = (
+            state + expm1_nonpositive(-rate * length) * state + mm(faded, v, 0, 0)
+        )
         where = pl.ds(head * head_dim, head_dim)
         o[:, where] = jnp.where(valid, out.astype(dtype), o[:, where])
 
 
-def expm1(x):
+def expm1_nonpositive(x):
     """exp(x) - 1 for x <= 0 without the cancellation near 0; relative error below 1e-6."""
     small = x * (1 + x / 2 * (1 + x / 3 * (1 + x / 4 * (1 + x / 5 * (1 + x / 6 * (1 + x / 7))))))
     return jnp.where(x > -0.5, small, jnp.exp(x) - 1)

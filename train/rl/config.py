@@ -18,7 +18,7 @@ PRESETS = objective_lib.PRESETS
 TaskSource = tasks.TaskSource
 LengthSchedule = length_schedule.LengthSchedule
 RewardsConfig = compose.RewardsConfig
-Curriculum = curriculum.Curriculum
+CurriculumConfig = curriculum.CurriculumConfig
 PassRateConfig = curriculum.PassRateConfig
 LoraConfig = lora_lib.LoraConfig
 LengthBiasConfig = length_bias.LengthBiasConfig
@@ -176,7 +176,7 @@ class RlConfig:
     rewards: RewardsConfig | None = None
     objective: Objective = PRESETS["cispo"]
     agent: AgentConfig | None = None
-    curriculum: Curriculum | None = None
+    curriculum: CurriculumConfig | None = None
     pass_rates: PassRateConfig | None = None
     length_bias: LengthBiasConfig | None = None
     tokenizer: str = ""
@@ -209,8 +209,8 @@ class RlConfig:
         if self.rewards is not None:
             known = {name for name, _ in self.rewards.sources}
             every = {one.name for one in (*self.sources, *self.evaluation.sources)}
-            left = [] if compose.ANY in known else sorted(every - known)
-            wanted = f"rewards for every source of tasks, or for {compose.ANY!r}"
+            left = [] if compose.ANY_SOURCE in known else sorted(every - known)
+            wanted = f"rewards for every source of tasks, or for {compose.ANY_SOURCE!r}"
             _check_field(not left, "rewards.sources", f"none for {', '.join(left)}", wanted)
         groups, number = self.rollout.groups, self.update.minibatches
         wanted = f"a divisor of rollout.groups = {groups}, as groups stay whole"
@@ -229,9 +229,9 @@ class RlConfig:
             partial, "rollout.partial_tokens", got, "0 with an agent: its world cannot wait"
         )
 
-    def task_curriculum(self) -> Curriculum:
+    def task_curriculum(self) -> CurriculumConfig:
         """Return the curriculum, or one of equal weights."""
         if self.curriculum is not None:
             return self.curriculum
         weights = tuple((source.name, 1.0) for source in self.sources)
-        return Curriculum(weights=((0, weights),), seed=self.seed)
+        return CurriculumConfig(weights=((0, weights),), seed=self.seed)

@@ -15,7 +15,7 @@ from grain import experimental as grain
 
 
 @dataclasses.dataclass(frozen=True)
-class Curriculum:
+class CurriculumConfig:
     """weights: (step, ((source, weight), ...)), ascending from step 0. Between two steps a weight
     goes from one value to the other in a straight line; after the last it stays. Sources that are
     not named have weight 0. seed: of what is drawn.
@@ -49,21 +49,24 @@ class Curriculum:
         first, low = self.weights[after - 1]
         last, high = self.weights[min(after, len(self.weights) - 1)]
         share = (step - first) / (last - first) if last > first else 0.0
-        here, there = _normalised(low), _normalised(high)
+        here, there = _normalize_weights(low), _normalize_weights(high)
         return {
             name: (1 - share) * here.get(name, 0.0) + share * there.get(name, 0.0)
             for name in self.sources
         }
 
 
-class Draws:
+class TaskDraws:
     """Draws (source, index) for ever, each source in a shuffled order of its own per epoch.
 
     A draw is a function of the seed, its number, the step, and how often each source came before.
     """
 
     def __init__(
-        self, config: Curriculum, sizes: Mapping[str, int], state: dict[str, Any] | None = None
+        self,
+        config: CurriculumConfig,
+        sizes: Mapping[str, int],
+        state: dict[str, Any] | None = None,
     ):
         """Go on from a `state`. sizes: tasks by source.
 
@@ -78,26 +81,28 @@ class Draws:
                 )
         state = state or {}
         self._config, self._sizes = config, dict(sizes)
-        self._number: int = state.get("number", 0)
-        self._read: dict[str, int] = dict.fromkeys(config.sources, 0) | state.get("read", {})
+        self._num_draws: int = state.get("number", 0)
+        self._num_draws_by_source: dict[str, int] = dict.fromkeys(config.sources, 0) | state.get(
+            "read", {}
+        )
 
-    def next(self, step: int) -> tuple[str, int]:
+    def draw_task(self, step: int) -> tuple[str, int]:
         """Return the source and the index of the next task, for a batch of this step."""
-        name = self._choose(step)
-        epoch, place = divmod(self._read[name], self._sizes[name])
-        self._number += 1
-        self._read[name] += 1
-        seed = _hash(self._config.seed, name, epoch) % 2**32
+        name = self._draw_source(step)
+        epoch, place = divmod(self._num_draws_by_source[name], self._sizes[name])
+        self._num_draws += 1
+        self._num_draws_by_source[name] += 1
+        seed = _hash_parts(self._config.seed, name, epoch) % 2**32
         last = self._sizes[name] - 1
         return name, grain.index_shuffle(place, max_index=last, seed=seed, rounds=4)
 
     def state(self) -> dict[str, Any]:
         """Return what continues these draws, JSON-able."""
-        return {"number": self._number, "read": dict(self._read)}
+        return {"number": self._num_draws, "read": dict(self._num_draws_by_source)}
 
-    def _choose(self, step: int) -> str:
+    def _draw_source(self, step: int) -> str:
         weights = {k: w for k, w in self._config.weights_at(step).items() if w > 0}
-        at = _hash(self._config.seed, self._number) / 2**64 * math.fsum(weights.values())
+        at = _hash_parts(self._config.seed, self._num_draws) / 2**64 * math.fsum(weights.values())
         for name, weight in weights.items():
             at -= weight
             if at < 0:
@@ -123,7 +128,7 @@ class PassRateConfig:
             )
 
 
-class PassRates:
+class PassRateTracker:
     """Counts how often each task was solved, and says which to leave out."""
 
     def __init__(self, config: PassRateConfig, state: dict[str, Any] | None = None):
@@ -144,7 +149,7 @@ class PassRates:
         before, many = self._counts.get(task, (0, 0))
         self._counts[task] = (before + passed, many + total)
 
-    def keeps(self, task: str) -> bool:
+    def should_draw(self, task: str) -> bool:
         """Tell whether the task should still be drawn."""
         passed, total = self._counts.get(task, (0, 0))
         enough = total >= self._config.least
@@ -152,7 +157,7 @@ class PassRates:
 
     def metrics(self) -> dict[str, float]:
         """Return what to log."""
-        dropped = sum(not self.keeps(task) for task in self._counts)
+        dropped = sum(not self.should_draw(task) for task in self._counts)
         return {
             "curriculum/tasks_seen": float(len(self._counts)),
             "curriculum/tasks_dropped": float(dropped),
@@ -163,12 +168,12 @@ class PassRates:
         return {task: list(counts) for task, counts in self._counts.items()}
 
 
-def _normalised(weights: tuple[tuple[str, float], ...]) -> dict[str, float]:
+def _normalize_weights(weights: tuple[tuple[str, float], ...]) -> dict[str, float]:
     total = math.fsum(weight for _, weight in weights)
     return {name: weight / total for name, weight in weights}
 
 
-def _hash(*parts) -> int:
+def _hash_parts(*parts) -> int:
     """Return 64 bits that look random and are the same everywhere and always."""
     text = ":".join(map(str, parts)).encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")

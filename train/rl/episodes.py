@@ -139,7 +139,7 @@ def _run_turns(
         try:
             parsed = tool_calls.parse(sample.text)
         except ValueError as error:
-            if not environment.tell_malformed:
+            if not environment.reports_malformed_calls:
                 return ""
             results = [(_MALFORMED_CALL_NAME, f"error: {error}")]
         else:
@@ -214,7 +214,9 @@ def _run_environment(function: Callable[[], Any]) -> Generator[sample_lib.RunToo
         raise _EpisodeFailure(f"the environment failed: {type(error).__name__}: {error}") from error
 
 
-def _step_environment(environment: base.Environment, calls: Sequence[base.Call]) -> base.Step:
+def _step_environment(
+    environment: base.Environment, calls: Sequence[base.EnvironmentCall]
+) -> base.EnvironmentStep:
     step = environment.step(calls)
     if len(step.results) != len(calls):
         raise ValueError(f"got {len(step.results)} results; wanted one for each of {len(calls)}")

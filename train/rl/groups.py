@@ -72,7 +72,7 @@ class GroupCollector:
             str, tasks_lib.FileTasks | tasks_lib.GeneratedTasks | Sequence[sample_lib.Task]
         ],
         make_episode: EpisodeFactory,
-        rewards: compose.Rewards | None,
+        rewards: compose.GroupScorer | None,
         state: Mapping[str, Any] | None = None,
     ):
         state = state or {}
@@ -128,12 +128,16 @@ class GroupCollector:
         """Go on from `_counts`."""
         config = self._config
         sizes = {name: len(some) for name, some in self._tasks.items()}
-        self._draws = curriculum.Draws(config.task_curriculum(), sizes, state.get("draws"))
+        self._draws = curriculum.TaskDraws(config.task_curriculum(), sizes, state.get("draws"))
         self._pass_rates = self._length_bias = None
         if config.pass_rates is not None:
-            self._pass_rates = curriculum.PassRates(config.pass_rates, state.get("pass_rates"))
+            self._pass_rates = curriculum.PassRateTracker(
+                config.pass_rates, state.get("pass_rates")
+            )
         if config.length_bias is not None:
-            self._length_bias = length_bias.LengthBias(config.length_bias, state.get("length_bias"))
+            self._length_bias = length_bias.LengthBiasMonitor(
+                config.length_bias, state.get("length_bias")
+            )
         self._next_group_id = state.get("number", 0)
 
     def _collect_rounds(
@@ -177,9 +181,9 @@ class GroupCollector:
 
     def _draw_group(self, step: int, window: int) -> SampleGroup:
         for _ in range(_MAX_DRAWS):
-            source, index = self._draws.next(step)
+            source, index = self._draws.draw_task(step)
             task = self._tasks[source][index]
-            if self._pass_rates is None or self._pass_rates.keeps(task.id):
+            if self._pass_rates is None or self._pass_rates.should_draw(task.id):
                 number, size = self._next_group_id, self._rollout_config.group_size
                 self._next_group_id += 1
                 return SampleGroup(
@@ -278,7 +282,7 @@ class GroupCollector:
         found = {name: float(value) for name, value in found.items()}
         for part in (self._pass_rates, self._length_bias):
             found |= {} if part is None else part.metrics()
-        return found | ({} if self._rewards is None else _to_floats(self._rewards.counts()))
+        return found | ({} if self._rewards is None else _to_floats(self._rewards.failure_counts()))
 
     def _group_from_json(self, value: Mapping[str, Any]) -> SampleGroup:
         source, index = value["source"], value["index"]

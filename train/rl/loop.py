@@ -88,7 +88,7 @@ class RlSession:
         self.held_out_tasks = self._open_tasks(config.evaluation.sources, stack)
         self.rewards = None
         if config.rewards is not None and jax.process_index() == 0:
-            self.rewards = compose.Rewards(config.rewards)
+            self.rewards = compose.GroupScorer(config.rewards)
             stack.callback(self.rewards.close)
         self.checkpoints = stack.enter_context(
             checkpoints.CheckpointStore(self.workdir, config.save)
@@ -290,7 +290,7 @@ class RlSession:
             given.max_turns, config.max_prompt_tokens + window, min(given.turn_tokens, window)
         )
         return episodes.multi_turn_episode(
-            task, catalog.make(given.environment), self.tokenizer, limits
+            task, catalog.make_environment(given.environment), self.tokenizer, limits
         )
 
     def _open_tasks(self, sources, stack: contextlib.ExitStack) -> dict[str, Any]:

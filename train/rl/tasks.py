@@ -78,9 +78,9 @@ class GeneratedTasks:
     def __init__(self, source: TaskSource):
         kind, _, name = source.make.partition(":")
         if kind == "logic":
-            made = logic.tasks(name, source.size, source.seed, **dict(source.options))
+            made = logic.generate_tasks(name, source.size, source.seed, **dict(source.options))
         else:
-            made = catalog.tasks(source.make, source.size, source.seed)
+            made = catalog.make_tasks(source.make, source.size, source.seed)
         self._tasks = [dataclasses.replace(task, source=source.name) for task in made]
 
     def __len__(self) -> int:

@@ -7,9 +7,15 @@ from typing import Any
 
 from train.rl import sample as sample_lib
 
-Call = tuple[str, dict[str, Any]]  # a tool's name and arguments, see `infer.tool_calls.Call`
-Tool = Callable[..., str]
-_TYPES: dict[str, type | tuple[type, ...]] = {"string": str, "integer": int, "number": (int, float)}
+EnvironmentCall = tuple[
+    str, dict[str, Any]
+]  # a tool's name and arguments, see `infer.tool_calls.Call`
+ToolFunction = Callable[..., str]
+_PYTHON_TYPES: dict[str, type | tuple[type, ...]] = {
+    "string": str,
+    "integer": int,
+    "number": (int, float),
+}
 
 
 class CallError(Exception):
@@ -17,7 +23,7 @@ class CallError(Exception):
 
 
 @dataclasses.dataclass(frozen=True)
-class Step:
+class EnvironmentStep:
     """What a turn's calls brought.
 
     results: the text of each call's result, in order. reward: for this turn. done: the episode is
@@ -39,7 +45,7 @@ class Environment(abc.ABC):
     """
 
     # Whether a model that writes a malformed call is told and may try again; else it is the end.
-    tell_malformed = True
+    reports_malformed_calls = True
 
     @abc.abstractmethod
     def start(self, task: sample_lib.Task) -> None:
@@ -50,7 +56,7 @@ class Environment(abc.ABC):
         """
 
     @abc.abstractmethod
-    def step(self, calls: Sequence[Call]) -> Step:
+    def step(self, calls: Sequence[EnvironmentCall]) -> EnvironmentStep:
         """Carry out the calls of one turn, of which there is at least one."""
 
     @abc.abstractmethod
@@ -64,7 +70,7 @@ class Environment(abc.ABC):
         """Give back what the episode holds; it may never have been started."""
 
 
-def tool(name: str, description: str, /, **parameters: str) -> dict[str, Any]:
+def make_tool_schema(name: str, description: str, /, **parameters: str) -> dict[str, Any]:
     """Return a function schema; every parameter is required.
 
     parameters: the JSON type of each, one of string, integer, number.
@@ -80,32 +86,40 @@ def tool(name: str, description: str, /, **parameters: str) -> dict[str, Any]:
     }
 
 
-def carry_out(
-    calls: Sequence[Call], schemas: Sequence[Mapping[str, Any]], tools: Mapping[str, Tool]
+def execute_calls(
+    calls: Sequence[EnvironmentCall],
+    schemas: Sequence[Mapping[str, Any]],
+    tools: Mapping[str, ToolFunction],
 ) -> tuple[str, ...]:
     """Return each call's result; of a wrong one, what was wrong with it.
 
     tools: the functions by name; they raise `CallError` for what the model got wrong.
     """
     by_name = {schema["name"]: schema for schema in schemas}
-    return tuple(_result(call, by_name, tools) for call in calls)
+    return tuple(_execute_call(call, by_name, tools) for call in calls)
 
 
-def _result(call: Call, schemas: Mapping[str, Mapping[str, Any]], tools: Mapping[str, Tool]) -> str:
+def _execute_call(
+    call: EnvironmentCall,
+    schemas: Mapping[str, Mapping[str, Any]],
+    tools: Mapping[str, ToolFunction],
+) -> str:
     name, arguments = call
     try:
         if name not in schemas:
             raise CallError(f"got the tool {name!r}; wanted {', '.join(schemas)}")
-        _check(arguments, schemas[name]["parameters"]["properties"])
+        _check_arguments(arguments, schemas[name]["parameters"]["properties"])
         return tools[name](**arguments)
     except CallError as error:
         return f"error: {error}"
 
 
-def _check(arguments: Mapping[str, Any], properties: Mapping[str, Mapping[str, str]]) -> None:
+def _check_arguments(
+    arguments: Mapping[str, Any], properties: Mapping[str, Mapping[str, str]]
+) -> None:
     if arguments.keys() != properties.keys():
         raise CallError(f"got the arguments {sorted(arguments)}; wanted {sorted(properties)}")
     for key, value in arguments.items():
         kind = properties[key]["type"]
-        if isinstance(value, bool) or not isinstance(value, _TYPES[kind]):
+        if isinstance(value, bool) or not isinstance(value, _PYTHON_TYPES[kind]):
             raise CallError(f"{key}: got {value!r:.80}; wanted a {kind}")

@@ -1,6 +1,6 @@
 """Small functions and ways to break them: what the repair task's repositories are made of.
 
-Each function stands here as its repository has it; `FUNCTIONS` says how it is broken and what it
+Each function stands here as its repository has it; `BUGGY_FUNCTIONS` says how it is broken and what it
 is tried on. The functions take and return JSON values.
 """
 
@@ -93,90 +93,90 @@ def find(ordered, wanted):
     return low if low < len(ordered) and ordered[low] == wanted else -1
 
 
-def _numbers(rng: random.Random, least: int = 1) -> list[int]:
+def _draw_numbers(rng: random.Random, least: int = 1) -> list[int]:
     return [rng.randint(0, 9) for _ in range(rng.randint(least, 7))]
 
 
-def _spans(rng: random.Random) -> list[list[int]]:
+def _draw_spans(rng: random.Random) -> list[list[int]]:
     starts = [rng.randint(0, 15) for _ in range(rng.randint(2, 5))]
     return [[start, start + rng.randint(1, 6)] for start in starts]
 
 
-def _words(rng: random.Random) -> str:
+def _draw_words(rng: random.Random) -> str:
     return " ".join(rng.choice(["A", "a", "dog", "Dog,", "ran.", "!"]) for _ in range(6))
 
 
 @dataclasses.dataclass(frozen=True)
-class Function:
+class BuggyFunction:
     """good: right. breaks: (text, what stands there instead). draw: arguments to try it on."""
 
-    good: Callable[..., Any]
-    breaks: tuple[tuple[str, str], ...]
+    correct: Callable[..., Any]
+    mutations: tuple[tuple[str, str], ...]
     draw: Callable[[random.Random], list[Any]]
 
     @property
     def name(self) -> str:
         """Return the function's name, which is its module's too."""
-        return self.good.__name__
+        return self.correct.__name__
 
-    def source(self, broken: int | None = None) -> str:
+    def source(self, mutation_index: int | None = None) -> str:
         """Return the function's text, with one of its bugs or right."""
-        text = inspect.getsource(self.good)
-        return text if broken is None else text.replace(*self.breaks[broken])
+        text = inspect.getsource(self.correct)
+        return text if mutation_index is None else text.replace(*self.mutations[mutation_index])
 
 
-FUNCTIONS = (
-    Function(
+BUGGY_FUNCTIONS = (
+    BuggyFunction(
         median,
         (
             ("sorted(numbers)", "list(numbers)"),
             ("ordered[half - 1] + ordered[half]", "ordered[half] + ordered[-half]"),
         ),
-        lambda rng: [_numbers(rng)],
+        lambda rng: [_draw_numbers(rng)],
     ),
-    Function(
+    BuggyFunction(
         runs,
         (("found[-1][0] ==", "found[0][0] =="), ("[char, 1]", "[char, 0]")),
         lambda rng: ["".join(rng.choice("aab") for _ in range(rng.randint(0, 6)))],
     ),
-    Function(
+    BuggyFunction(
         merge,
         (
             ("start <= merged", "start < merged"),
             ("max(merged[-1][1], end)", "end"),
             ("in sorted(spans)", "in spans"),
         ),
-        lambda rng: [_spans(rng)],
+        lambda rng: [_draw_spans(rng)],
     ),
-    Function(
+    BuggyFunction(
         rotate,
         (("-steps %", "steps %"), ("items[cut:] + items[:cut]", "items[:cut] + items[cut:]")),
-        lambda rng: [_numbers(rng, least=0), rng.randint(-3, 9)],
+        lambda rng: [_draw_numbers(rng, least=0), rng.randint(-3, 9)],
     ),
-    Function(
+    BuggyFunction(
         change,
         (("coin <= total", "coin < total"), ("min(ways)", "ways[0]")),
         lambda rng: [rng.randint(0, 20), rng.sample([1, 2, 5, 7, 8], 3)],
     ),
-    Function(
+    BuggyFunction(
         count_words,
         ((".lower()", ""), ("counts.get(word, 0) + 1", "1"), ('".,!?"', '"."')),
-        lambda rng: [_words(rng)],
+        lambda rng: [_draw_words(rng)],
     ),
-    Function(
+    BuggyFunction(
         roman,
         (("number >= value", "number > value"), (' (4, "IV"),', ""), ('(90, "XC")', '(90, "CX")')),
         lambda rng: [rng.randint(1, 399)],
     ),
-    Function(
+    BuggyFunction(
         find,
         (("low < len(ordered) and ", ""), ("middle] < wanted", "middle] <= wanted")),
-        lambda rng: [sorted(_numbers(rng, least=0)), rng.randint(0, 9)],
+        lambda rng: [sorted(_draw_numbers(rng, least=0)), rng.randint(0, 9)],
     ),
 )
 
 
-def outcome(source: str, name: str, arguments: list[Any]) -> list[Any]:
+def evaluate_call(source: str, name: str, arguments: list[Any]) -> list[Any]:
     """Return ["value", value] or ["error", its type] of calling a function of this file.
 
     Never for what a model wrote: that runs in `train.rl.rewards.runner` alone.

@@ -3,29 +3,39 @@
 from train.rl import sample as sample_lib
 from train.rl.environments import base, files, lookup, repair
 
-ENVIRONMENTS = {"files": files.Files, "lookup": lookup.Lookup, "repair": repair.Repair}
-_TASKS = {"files": files.tasks, "lookup": lookup.tasks, "repair": repair.tasks}
+ENVIRONMENT_CLASSES = {
+    "files": files.FilesEnvironment,
+    "lookup": lookup.LookupEnvironment,
+    "repair": repair.RepairEnvironment,
+}
+_TASK_GENERATORS = {
+    "files": files.make_tasks,
+    "lookup": lookup.make_tasks,
+    "repair": repair.make_tasks,
+}
 
 
-def make(name: str) -> base.Environment:
+def make_environment(name: str) -> base.Environment:
     """Return a fresh environment.
 
     Raises:
       ValueError: no such environment.
     """
-    return ENVIRONMENTS[_known(name)]()
+    return ENVIRONMENT_CLASSES[_check_environment_name(name)]()
 
 
-def tasks(name: str, size: int, seed: int) -> list[sample_lib.Task]:
+def make_tasks(name: str, size: int, seed: int) -> list[sample_lib.Task]:
     """Return `size` tasks of an environment; the same seed makes the same.
 
     Raises:
       ValueError: no such environment.
     """
-    return _TASKS[_known(name)](size, seed)
+    return _TASK_GENERATORS[_check_environment_name(name)](size, seed)
 
 
-def _known(name: str) -> str:
-    if name not in ENVIRONMENTS:
-        raise ValueError(f"environment: got {name!r}; wanted one of {', '.join(ENVIRONMENTS)}")
+def _check_environment_name(name: str) -> str:
+    if name not in ENVIRONMENT_CLASSES:
+        raise ValueError(
+            f"environment: got {name!r}; wanted one of {', '.join(ENVIRONMENT_CLASSES)}"
+        )
     return name

@@ -9,14 +9,18 @@ from collections.abc import Sequence
 from train.rl import sample as sample_lib
 from train.rl.environments import base
 
-TOOLS = (
-    base.tool("search", "Return the lines that hold all of these words.", words="string"),
-    base.tool("read", "Return a file.", name="string"),
-    base.tool("calculate", "Return the value of an arithmetic expression.", expression="string"),
+TOOL_SCHEMAS = (
+    base.make_tool_schema(
+        "search", "Return the lines that hold all of these words.", words="string"
+    ),
+    base.make_tool_schema("read", "Return a file.", name="string"),
+    base.make_tool_schema(
+        "calculate", "Return the value of an arithmetic expression.", expression="string"
+    ),
 )
-MAX_LINES = 8  # of a search
-_ANSWER = re.compile(r"^Answer: (-?[0-9]{1,18})\s*\Z", re.MULTILINE)
-_MAX_LENGTH, _MAX_VALUE, _MAX_EXPONENT = 200, 10**18, 64
+MAX_SEARCH_LINES = 8  # of a search
+_ANSWER_PATTERN = re.compile(r"^Answer: (-?[0-9]{1,18})\s*\Z", re.MULTILINE)
+_MAX_EXPRESSION_CHARS, _MAX_VALUE, _MAX_EXPONENT = 200, 10**18, 64
 _OPERATORS = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
@@ -32,7 +36,7 @@ _PLACES = ("Aldby", "Brigg", "Corby", "Dalton", "Elton", "Fenwick", "Garth", "He
 _GOODS = ("apples", "pears", "sheep", "geese", "carts")
 
 
-class Files(base.Environment):
+class FilesEnvironment(base.Environment):
     """Final reward 1 if the last line is `Answer: ` and the right whole number, otherwise 0.
 
     Task.metadata: {"files": {name: text}}. Task.label: the number.
@@ -44,18 +48,18 @@ class Files(base.Environment):
         if not isinstance(files, dict) or not isinstance(task.label, int):
             raise ValueError(
                 f"task {task.id!r}: got files {files!r:.80} and the label {task.label!r:.80}; "
-                "wanted an object and a whole number. Make tasks with files.tasks."
+                "wanted an object and a whole number. Make tasks with files.make_tasks."
             )
         self._files, self._label = files, task.label
 
-    def step(self, calls: Sequence[base.Call]) -> base.Step:
+    def step(self, calls: Sequence[base.EnvironmentCall]) -> base.EnvironmentStep:
         """Search, read and calculate."""
-        tools = {"search": self._search, "read": self._read, "calculate": calculate}
-        return base.Step(base.carry_out(calls, TOOLS, tools))
+        tools = {"search": self._search, "read": self._read_file, "calculate": evaluate_expression}
+        return base.EnvironmentStep(base.execute_calls(calls, TOOL_SCHEMAS, tools))
 
     def finish(self, text: str) -> float:
         """Compare the answer with the label."""
-        answer = _ANSWER.search(text)
+        answer = _ANSWER_PATTERN.search(text)
         return float(answer is not None and int(answer.group(1)) == self._label)
 
     def _search(self, words: str) -> str:
@@ -68,40 +72,44 @@ class Files(base.Environment):
             for line in text.splitlines()
             if all(word in line.lower() for word in wanted)
         ]
-        more = [f"and {len(lines) - MAX_LINES} more"] if len(lines) > MAX_LINES else []
-        return "\n".join([*lines[:MAX_LINES], *more]) or "nothing found"
+        more = (
+            [f"and {len(lines) - MAX_SEARCH_LINES} more"] if len(lines) > MAX_SEARCH_LINES else []
+        )
+        return "\n".join([*lines[:MAX_SEARCH_LINES], *more]) or "nothing found"
 
-    def _read(self, name: str) -> str:
+    def _read_file(self, name: str) -> str:
         if name not in self._files:
             raise base.CallError(f"got the file {name!r}; wanted one that a search names")
         return self._files[name]
 
 
-def calculate(expression: str) -> str:
+def evaluate_expression(expression: str) -> str:
     """Return the value of numbers, + - * / // % ** and brackets.
 
     Raises:
       base.CallError: anything else, or a value that is not real or beyond 10**18.
     """
-    if len(expression) > _MAX_LENGTH or not re.fullmatch(r"[0-9\s.+\-*/%()]+", expression):
+    if len(expression) > _MAX_EXPRESSION_CHARS or not re.fullmatch(
+        r"[0-9\s.+\-*/%()]+", expression
+    ):
         raise base.CallError(
-            f"expression: got {expression!r:.80}; wanted at most {_MAX_LENGTH} characters: "
+            f"expression: got {expression!r:.80}; wanted at most {_MAX_EXPRESSION_CHARS} characters: "
             "numbers, + - * / // % ** and brackets"
         )
     try:
-        value = _value(ast.parse(expression.strip(), mode="eval").body)
+        value = _evaluate_node(ast.parse(expression.strip(), mode="eval").body)
     except (SyntaxError, ArithmeticError) as error:
         raise base.CallError(f"expression: got {expression!r:.80}: {error}") from None
     return str(round(value, 10)) if value % 1 else str(int(value))
 
 
-def _value(node: ast.expr) -> int | float:
+def _evaluate_node(node: ast.expr) -> int | float:
     if isinstance(node, ast.Constant) and isinstance(node.value, int | float):
         value = node.value
     elif isinstance(node, ast.UnaryOp):
-        value = _OPERATORS[type(node.op)](_value(node.operand))
+        value = _OPERATORS[type(node.op)](_evaluate_node(node.operand))
     elif isinstance(node, ast.BinOp):
-        left, right = _value(node.left), _value(node.right)
+        left, right = _evaluate_node(node.left), _evaluate_node(node.right)
         if isinstance(node.op, ast.Pow) and abs(right) > _MAX_EXPONENT:
             raise base.CallError(f"got the exponent {right}; wanted at most {_MAX_EXPONENT}")
         value = _OPERATORS[type(node.op)](left, right)
@@ -112,12 +120,14 @@ def _value(node: ast.expr) -> int | float:
     return value
 
 
-def tasks(size: int, seed: int) -> list[sample_lib.Task]:
+def make_tasks(size: int, seed: int) -> list[sample_lib.Task]:
     """Return so many tasks; the first of a longer list are those of a shorter one."""
-    return [_task(random.Random(f"files {seed} {i}"), f"files-{seed}-{i}") for i in range(size)]
+    return [
+        _make_task(random.Random(f"files {seed} {i}"), f"files-{seed}-{i}") for i in range(size)
+    ]
 
 
-def _task(rng: random.Random, name: str) -> sample_lib.Task:
+def _make_task(rng: random.Random, name: str) -> sample_lib.Task:
     """Return a sum over some places, each in a file whose name does not tell which."""
     stock = {place: {goods: rng.randint(10, 99) for goods in _GOODS} for place in _PLACES}
     numbers = rng.sample(range(1, 100), len(_PLACES))
@@ -139,5 +149,5 @@ def _task(rng: random.Random, name: str) -> sample_lib.Task:
         source="files",
         label=sum(stock[place][goods] for place in asked),
         metadata={"files": files},
-        tools=TOOLS,
+        tools=TOOL_SCHEMAS,
     )

@@ -12,17 +12,17 @@ from typing import Any
 from train.rl import sample as sample_lib
 from train.rl.environments import base
 
-KEYS = ("a", "b", "c", "d")
-TOOLS = (base.tool("get", "Return the value of a key.", key="string"),)
+VALUE_KEYS = ("a", "b", "c", "d")
+TOOL_SCHEMAS = (base.make_tool_schema("get", "Return the value of a key.", key="string"),)
 
 
-class Lookup(base.Environment):
+class LookupEnvironment(base.Environment):
     """Final reward 1 for the value of the right key and nothing else, otherwise 0.
 
     Task.metadata: {"values": {key: value}}. Task.label: the value asked for.
     """
 
-    tell_malformed = False
+    reports_malformed_calls = False
 
     def start(self, task: sample_lib.Task) -> None:
         """Take the values; see the class."""
@@ -30,33 +30,37 @@ class Lookup(base.Environment):
         if not isinstance(values, dict) or not isinstance(task.label, str):
             raise ValueError(
                 f"task {task.id!r}: got values {values!r:.80} and the label {task.label!r:.80}; "
-                "wanted an object and a string. Make tasks with lookup.tasks."
+                "wanted an object and a string. Make tasks with lookup.make_tasks."
             )
         self._values, self._label = values, task.label
 
-    def step(self, calls: Sequence[base.Call]) -> base.Step:
+    def step(self, calls: Sequence[base.EnvironmentCall]) -> base.EnvironmentStep:
         """Return the values that are asked for."""
-        return base.Step(base.carry_out(calls, TOOLS, {"get": self._get}))
+        return base.EnvironmentStep(
+            base.execute_calls(calls, TOOL_SCHEMAS, {"get": self._get_value})
+        )
 
     def finish(self, text: str) -> float:
         """Compare the answer with the label."""
         return float(text.strip() == self._label)
 
-    def _get(self, key: str) -> str:
+    def _get_value(self, key: str) -> str:
         if key not in self._values:
             raise base.CallError(f"got the key {key!r}; wanted {', '.join(self._values)}")
         return self._values[key]
 
 
-def tasks(size: int, seed: int) -> list[sample_lib.Task]:
+def make_tasks(size: int, seed: int) -> list[sample_lib.Task]:
     """Return so many tasks; the first of a longer list are those of a shorter one.
 
     All of them together are 4 keys times 5,040 ways to give them different digits.
     """
-    return [_task(random.Random(f"lookup {seed} {i}"), f"lookup-{seed}-{i}") for i in range(size)]
+    return [
+        _make_task(random.Random(f"lookup {seed} {i}"), f"lookup-{seed}-{i}") for i in range(size)
+    ]
 
 
-def demonstrations(size: int, seed: int, careless: float = 0.5) -> list[dict[str, Any]]:
+def make_demonstrations(size: int, seed: int, careless_share: float = 0.5) -> list[dict[str, Any]]:
     """Return records for supervised training, as `train.data.chat` reads them.
 
     careless: the share, in [0, 1], that looks up another key and says its value. A model that
@@ -65,17 +69,17 @@ def demonstrations(size: int, seed: int, careless: float = 0.5) -> list[dict[str
     Raises:
       ValueError: `careless` outside its range.
     """
-    if not 0 <= careless <= 1:
-        raise ValueError(f"careless: got {careless}; wanted a share between 0 and 1")
+    if not 0 <= careless_share <= 1:
+        raise ValueError(f"careless: got {careless_share}; wanted a share between 0 and 1")
     return [
-        _demonstration(task, random.Random(f"demonstration {task.id}"), careless)
-        for task in tasks(size, seed)
+        _make_demonstration(task, random.Random(f"demonstration {task.id}"), careless_share)
+        for task in make_tasks(size, seed)
     ]
 
 
-def _task(rng: random.Random, name: str) -> sample_lib.Task:
-    values = dict(zip(KEYS, rng.sample("0123456789", len(KEYS)), strict=True))
-    key = rng.choice(KEYS)
+def _make_task(rng: random.Random, name: str) -> sample_lib.Task:
+    values = dict(zip(VALUE_KEYS, rng.sample("0123456789", len(VALUE_KEYS)), strict=True))
+    key = rng.choice(VALUE_KEYS)
     return sample_lib.Task(
         id=name,
         messages=({"role": "user", "content": f"Get {key}."},),
@@ -85,11 +89,13 @@ def _task(rng: random.Random, name: str) -> sample_lib.Task:
     )
 
 
-def _demonstration(task: sample_lib.Task, rng: random.Random, careless: float) -> dict[str, Any]:
+def _make_demonstration(
+    task: sample_lib.Task, rng: random.Random, careless_share: float
+) -> dict[str, Any]:
     values = task.metadata["values"]
-    key = next(key for key in KEYS if values[key] == task.label)
-    if rng.random() < careless:
-        key = rng.choice([other for other in KEYS if other != key])
+    key = next(key for key in VALUE_KEYS if values[key] == task.label)
+    if rng.random() < careless_share:
+        key = rng.choice([other for other in VALUE_KEYS if other != key])
     call = {"name": "get", "arguments": {"key": key}}
     turns = [
         {"role": "assistant", "tool_calls": [call]},

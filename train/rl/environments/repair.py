@@ -15,22 +15,22 @@ from typing import Any
 from train.rl import sample as sample_lib
 from train.rl.environments import base, bugs
 
-TOOLS = (
-    base.tool("read", "Return a file.", path="string"),
-    base.tool("write", "Replace a whole file.", path="string", text="string"),
-    base.tool(
+TOOL_SCHEMAS = (
+    base.make_tool_schema("read", "Return a file.", path="string"),
+    base.make_tool_schema("write", "Replace a whole file.", path="string", text="string"),
+    base.make_tool_schema(
         "replace",
         "Replace text that is in a file exactly once.",
         path="string",
         old="string",
         new="string",
     ),
-    base.tool("run_tests", "Run the tests."),
+    base.make_tool_schema("run_tests", "Run the tests."),
 )
-MAX_OUTPUT, MAX_FILE = 2_000, 20_000  # characters
-_PYTHON = (sys.executable, "-S", "-c")  # without what is installed, which is slow to find
+MAX_OUTPUT_CHARS, MAX_FILE_CHARS = 2_000, 20_000  # characters
+_PYTHON_COMMAND = (sys.executable, "-S", "-c")  # without what is installed, which is slow to find
 # Neither paths nor times, which differ from run to run.
-_TESTS = """
+_TEST_PROGRAM = """
 import unittest
 suite = unittest.defaultTestLoader.discover(".")
 result = unittest.TestResult()
@@ -40,7 +40,7 @@ for case, trace in bad:
     print(case.id() + ": " + trace.strip().splitlines()[-1])
 print(f"{result.testsRun} tests, {len(bad)} failed")
 """
-_CALLS = """
+_CALL_PROGRAM = """
 import importlib, json, sys
 outcomes = []
 for name, arguments in json.load(sys.stdin):
@@ -52,32 +52,32 @@ for name, arguments in json.load(sys.stdin):
 print("\\n" + json.dumps(outcomes))
 """
 
-# Files, command and stdin to a `runner.Result`.
-Run = Callable[[Mapping[str, str], Sequence[str], str], Any]
+# Files, command and stdin to a `runner.RunResult`.
+RunCommand = Callable[[Mapping[str, str], Sequence[str], str], Any]
 
 
 def run_locally(files: Mapping[str, str], command: Sequence[str], stdin: str) -> Any:
-    """Return the `runner.Result` of a command of a few seconds."""
+    """Return the `runner.RunResult` of a command of a few seconds."""
     from train.rl.rewards import runner
 
-    limits = runner.Limits(
+    limits = runner.RunnerLimits(
         cpu_secs=5, wall_secs=15, memory_bytes=2**29, output_bytes=2**18, processes=4
     )
-    return runner.run(files, command, limits, stdin=stdin)
+    return runner.run_program(files, command, limits, stdin=stdin)
 
 
-class Repair(base.Environment):
+class RepairEnvironment(base.Environment):
     """Final reward 1 if all functions of the repository return what they should, otherwise 0.
 
     Task.metadata: {"files": {path: text}, "cases": [[function, arguments, outcome]]}; the
-    outcomes are those of `bugs.outcome`.
+    outcomes are those of `bugs.evaluate_call`.
     """
 
-    def __init__(self, run: Run = run_locally):
+    def __init__(self, run_command: RunCommand = run_locally):
         """Make one. run: what runs programs; it raises where it cannot, which is no fault of the
         program.
         """
-        self._run = run
+        self._run_command = run_command
 
     def start(self, task: sample_lib.Task) -> None:
         """Take a copy of the files; see the class."""
@@ -85,19 +85,19 @@ class Repair(base.Environment):
         if not isinstance(files, dict) or not isinstance(cases, list) or not cases:
             raise ValueError(
                 f"task {task.id!r}: got files {files!r:.80} and cases {cases!r:.80}; wanted an "
-                "object and a list that is not empty. Make tasks with repair.tasks."
+                "object and a list that is not empty. Make tasks with repair.make_tasks."
             )
         self._original, self._files, self._cases = files, dict(files), cases
 
-    def step(self, calls: Sequence[base.Call]) -> base.Step:
+    def step(self, calls: Sequence[base.EnvironmentCall]) -> base.EnvironmentStep:
         """Read, write and test."""
         tools = {
-            "read": self._read,
-            "write": self._write,
-            "replace": self._replace,
+            "read": self._read_file,
+            "write": self._write_file,
+            "replace": self._replace_text,
             "run_tests": self._run_tests,
         }
-        return base.Step(base.carry_out(calls, TOOLS, tools))
+        return base.EnvironmentStep(base.execute_calls(calls, TOOL_SCHEMAS, tools))
 
     def finish(self, text: str) -> float:
         """Grade the files; what the model says about them counts for nothing."""
@@ -105,7 +105,7 @@ class Repair(base.Environment):
         modules = {path for path in self._original if not path.startswith("test_")}
         files = {path: self._files[path] for path in modules}
         calls = json.dumps([[name, arguments] for name, arguments, _ in self._cases])
-        result = self._run(files, [*_PYTHON, _CALLS], calls)
+        result = self._run_command(files, [*_PYTHON_COMMAND, _CALL_PROGRAM], calls)
         lines = result.stdout.splitlines()
         if result.reason != "exit" or result.exit_code != 0 or not lines:
             return 0.0
@@ -115,48 +115,50 @@ class Repair(base.Environment):
             return 0.0
         return float(outcomes == [outcome for _, _, outcome in self._cases])
 
-    def _read(self, path: str) -> str:
+    def _read_file(self, path: str) -> str:
         if path not in self._files:
             raise base.CallError(f"got the file {path!r}; wanted {', '.join(self._files)}")
         return self._files[path]
 
-    def _write(self, path: str, text: str) -> str:
-        self._read(path)
-        if len(text) > MAX_FILE:
-            raise base.CallError(f"got {len(text)} characters; wanted at most {MAX_FILE}")
+    def _write_file(self, path: str, text: str) -> str:
+        self._read_file(path)
+        if len(text) > MAX_FILE_CHARS:
+            raise base.CallError(f"got {len(text)} characters; wanted at most {MAX_FILE_CHARS}")
         self._files[path] = text
         return "written"
 
-    def _replace(self, path: str, old: str, new: str) -> str:
-        text = self._read(path)
+    def _replace_text(self, path: str, old: str, new: str) -> str:
+        text = self._read_file(path)
         count = text.count(old) if old else 0
         if count != 1:
             raise base.CallError(f"old: got text that is there {count} times; wanted once")
-        return self._write(path, text.replace(old, new))
+        return self._write_file(path, text.replace(old, new))
 
     def _run_tests(self) -> str:
-        result = self._run(self._files, [*_PYTHON, _TESTS], "")
-        said = (result.stdout + result.stderr).strip()[-MAX_OUTPUT:]
+        result = self._run_command(self._files, [*_PYTHON_COMMAND, _TEST_PROGRAM], "")
+        said = (result.stdout + result.stderr).strip()[-MAX_OUTPUT_CHARS:]
         return said if result.reason == "exit" else f"{said}\nstopped: {result.reason} limit"
 
 
-def tasks(size: int, seed: int) -> list[sample_lib.Task]:
+def make_tasks(size: int, seed: int) -> list[sample_lib.Task]:
     """Return so many tasks; the first of a longer list are those of a shorter one."""
-    return [_task(random.Random(f"repair {seed} {i}"), f"repair-{seed}-{i}") for i in range(size)]
+    return [
+        _make_task(random.Random(f"repair {seed} {i}"), f"repair-{seed}-{i}") for i in range(size)
+    ]
 
 
-def _task(rng: random.Random, name: str, modules: int = 3) -> sample_lib.Task:
+def _make_task(rng: random.Random, name: str, modules: int = 3) -> sample_lib.Task:
     """Return a repository of so many modules, one of which is broken, and shows it in its tests."""
-    functions = rng.sample(bugs.FUNCTIONS, modules)
+    functions = rng.sample(bugs.BUGGY_FUNCTIONS, modules)
     broken = rng.choice(functions)
-    bug = rng.randrange(len(broken.breaks))
+    bug = rng.randrange(len(broken.mutations))
     files: dict[str, str] = {}
     cases: list[list[Any]] = []
     for function in sorted(functions, key=lambda function: function.name):
         source = function.source(bug if function is broken else None)
-        shown, hidden = _cases(rng, function, source, function is broken)
+        shown, hidden = _make_cases(rng, function, source, function is broken)
         files[f"{function.name}.py"] = source
-        files[f"test_{function.name}.py"] = _test_file(function.name, shown)
+        files[f"test_{function.name}.py"] = _make_test_file(function.name, shown)
         cases += [*shown, *hidden]
     question = (
         f"A test of this repository fails. Find the bug and repair it. Files: {', '.join(files)}."
@@ -166,24 +168,26 @@ def _task(rng: random.Random, name: str, modules: int = 3) -> sample_lib.Task:
         messages=({"role": "user", "content": question},),
         source="repair",
         metadata={"files": files, "cases": cases},
-        tools=TOOLS,
+        tools=TOOL_SCHEMAS,
     )
 
 
-def _cases(
-    rng: random.Random, function: bugs.Function, source: str, fails: bool
+def _make_cases(
+    rng: random.Random, function: bugs.BuggyFunction, source: str, is_broken: bool
 ) -> tuple[list[list[Any]], list[list[Any]]]:
     """Return cases for the tests and hidden ones; a bug fails some of either."""
     good = function.source()
     while True:
         drawn = [function.draw(rng) for _ in range(12)]
-        cases = [[function.name, args, bugs.outcome(good, function.name, args)] for args in drawn]
-        wrong = [bugs.outcome(source, name, args) != right for name, args, right in cases]
-        if not fails or (any(wrong[:4]) and any(wrong[4:])):
+        cases = [
+            [function.name, args, bugs.evaluate_call(good, function.name, args)] for args in drawn
+        ]
+        wrong = [bugs.evaluate_call(source, name, args) != right for name, args, right in cases]
+        if not is_broken or (any(wrong[:4]) and any(wrong[4:])):
             return cases[:4], cases[4:]
 
 
-def _test_file(name: str, cases: Sequence[Sequence[Any]]) -> str:
+def _make_test_file(name: str, cases: Sequence[Sequence[Any]]) -> str:
     tests = "".join(
         f"\n    def test_{i}(self):\n        self.assertEqual({name}({arguments}), {value!r})\n"
         for i, (_, args, (_, value)) in enumerate(cases)

@@ -19,12 +19,12 @@ from train.rl import sample as sample_lib
 from train.rl.rewards import generative, pool, worker
 
 
-class _Adapter:
+class _RewardAdapter:
     """Base: calls one of the functions below in a worker."""
 
     limit_secs = None  # the pool's
 
-    def __init__(self, workers: pool.Pool, path: str, **options: Any):
+    def __init__(self, workers: pool.WorkerPool, path: str, **options: Any):
         """options: passed on, see the subclass.
 
         Raises:
@@ -34,60 +34,60 @@ class _Adapter:
             raise ValueError(f"path: got {path!r}; wanted 'module:function'")
         self._pool, self._path, self._options = workers, path, options
 
-    async def _call(self, function: str, samples: Any) -> Any:
+    async def _call_in_worker(self, function: str, samples: Any) -> Any:
         return await self._pool.call(f"{__name__}:{function}", self._path, self._options, samples)
 
 
-def _light(sample: sample_lib.Sample) -> sample_lib.Sample:
+def _drop_routes(sample: sample_lib.Sample) -> sample_lib.Sample:
     """Leave out the routes: they are long, and as a device's array they would bring jax along."""
     return dataclasses.replace(sample, routes=None)
 
 
-class Function(_Adapter):
+class FunctionReward(_RewardAdapter):
     """Calls `reward(sample, **options)`."""
 
     async def reward(self, sample: sample_lib.Sample) -> Any:
         """Score one sample."""
-        return await self._call("call", _light(sample))
+        return await self._call_in_worker("call", _drop_routes(sample))
 
 
-class Slime(_Adapter):
+class SlimeReward(_RewardAdapter):
     """Calls `rm(args, sample)`; args has the options, sample slime's names for what there is."""
 
     async def reward(self, sample: sample_lib.Sample) -> Any:
         """Score one sample."""
-        return await self._call("slime", _light(sample))
+        return await self._call_in_worker("slime", _drop_routes(sample))
 
 
-class Verl(_Adapter):
+class VerlReward(_RewardAdapter):
     """Calls `compute_score(..., **options)`; extra_info is the metadata."""
 
     async def reward(self, sample: sample_lib.Sample) -> Any:
         """Score one sample."""
-        return await self._call("verl", _light(sample))
+        return await self._call_in_worker("verl", _drop_routes(sample))
 
 
-class Tunix(_Adapter):
+class TunixReward(_RewardAdapter):
     """Calls `fn` once per group; the columns are the metadata's entries, the label as `answer`, and
     the options.
     """
 
     async def reward_group(self, samples: list[sample_lib.Sample]) -> Any:
         """Score a group."""
-        return await self._call("tunix", [_light(sample) for sample in samples])
+        return await self._call_in_worker("tunix", [_drop_routes(sample) for sample in samples])
 
 
-def prepare(path: str, *_: Any) -> None:
+def prepare_worker(path: str, *_: Any) -> None:
     """Import the function's module; the pool calls this outside of the time limit."""
-    worker.find(path)
+    worker.find_function(path)
 
 
-async def call(path: str, options: dict[str, Any], sample: sample_lib.Sample) -> Any:
+async def call_reward(path: str, options: dict[str, Any], sample: sample_lib.Sample) -> Any:
     """Call a function of this project's kind; this and what follows run in a worker."""
-    return await _finish(worker.find(path)(sample, **options))
+    return await _await_result(worker.find_function(path)(sample, **options))
 
 
-async def slime(path: str, options: dict[str, Any], sample: sample_lib.Sample) -> Any:
+async def call_slime(path: str, options: dict[str, Any], sample: sample_lib.Sample) -> Any:
     """Call slime's kind."""
     view = types.SimpleNamespace(
         prompt=[dict(message) for message in sample.task.messages],
@@ -98,35 +98,39 @@ async def slime(path: str, options: dict[str, Any], sample: sample_lib.Sample) -
         label=sample.task.label,
         metadata=dict(sample.task.metadata),
     )
-    return await _finish(worker.find(path)(types.SimpleNamespace(**options), view))
+    return await _await_result(worker.find_function(path)(types.SimpleNamespace(**options), view))
 
 
-async def verl(path: str, options: dict[str, Any], sample: sample_lib.Sample) -> Any:
+async def call_verl(path: str, options: dict[str, Any], sample: sample_lib.Sample) -> Any:
     """Call verl's kind."""
     task = sample.task
-    said = worker.find(path)(
+    said = worker.find_function(path)(
         data_source=task.source,
         solution_str=sample.text,
         ground_truth=task.label,
         extra_info=dict(task.metadata),
         **options,
     )
-    return await _finish(said)
+    return await _await_result(said)
 
 
-async def tunix(path: str, options: dict[str, Any], samples: list[sample_lib.Sample]) -> list[Any]:
+async def call_tunix(
+    path: str, options: dict[str, Any], samples: list[sample_lib.Sample]
+) -> list[Any]:
     """Call tunix's kind."""
     names = sorted({name for sample in samples for name in sample.task.metadata})
     columns = {name: [sample.task.metadata.get(name) for sample in samples] for name in names}
     columns["answer"] = [sample.task.label for sample in samples]
-    prompts = [generative.question(sample.task) for sample in samples]
-    said = worker.find(path)(prompts, [sample.text for sample in samples], **columns, **options)
-    return list(await _finish(said))
+    prompts = [generative.render_question(sample.task) for sample in samples]
+    said = worker.find_function(path)(
+        prompts, [sample.text for sample in samples], **columns, **options
+    )
+    return list(await _await_result(said))
 
 
-async def _finish(said: Any) -> Any:
+async def _await_result(result: Any) -> Any:
     """Await a coroutine; of a mapping, leave out what is no number."""
-    said = await said if inspect.isawaitable(said) else said
-    if not isinstance(said, Mapping):
-        return said
-    return {name: value for name, value in said.items() if not isinstance(value, str | None)}
+    result = await result if inspect.isawaitable(result) else result
+    if not isinstance(result, Mapping):
+        return result
+    return {name: value for name, value in result.items() if not isinstance(value, str | None)}

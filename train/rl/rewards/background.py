@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 
-async def call(function: Callable, *arguments: Any) -> Any:
+async def call_in_thread(function: Callable, *arguments: Any) -> Any:
     """Return `function(*arguments)`, called in a thread; who gives up waiting leaves it behind."""
     future: concurrent.futures.Future = concurrent.futures.Future()
     future.set_running_or_notify_cancel()

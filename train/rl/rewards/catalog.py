@@ -22,33 +22,33 @@ from train.rl.rewards import (
 )
 
 # Each takes the pool of workers and the reward's options. Heavy libraries are imported in workers.
-FACTORIES: dict[str, Callable[..., Any]] = {
-    "exact": lambda workers, **options: answer.Exact(**options),
-    "mathematics": lambda workers, **options: mathematics.Mathematics(workers, **options),
-    "logic": lambda workers, **options: logic.Logic(workers, **options),
-    "code": lambda workers, **options: coding.Code(**options),
-    "format": lambda workers, **options: format.Format(**options),
-    "repetition": lambda workers, **options: format.Repetition(**options),
+REWARD_FACTORIES: dict[str, Callable[..., Any]] = {
+    "exact": lambda workers, **options: answer.ExactReward(**options),
+    "mathematics": lambda workers, **options: mathematics.MathematicsReward(workers, **options),
+    "logic": lambda workers, **options: logic.LogicReward(workers, **options),
+    "code": lambda workers, **options: coding.CodeReward(**options),
+    "format": lambda workers, **options: format.FormatReward(**options),
+    "repetition": lambda workers, **options: format.RepetitionReward(**options),
     "tool_calls": lambda workers, **options: tool_calls.ToolCalls(**options),
-    "graded": lambda workers, **options: generative.Graded(**options),
-    "pairwise": lambda workers, **options: generative.Pairwise(**options),
-    "function": lambda workers, **options: adapters.Function(workers, **options),
-    "slime": lambda workers, **options: adapters.Slime(workers, **options),
-    "verl": lambda workers, **options: adapters.Verl(workers, **options),
-    "tunix": lambda workers, **options: adapters.Tunix(workers, **options),
+    "graded": lambda workers, **options: generative.GradedReward(**options),
+    "pairwise": lambda workers, **options: generative.PairwiseReward(**options),
+    "function": lambda workers, **options: adapters.FunctionReward(workers, **options),
+    "slime": lambda workers, **options: adapters.SlimeReward(workers, **options),
+    "verl": lambda workers, **options: adapters.VerlReward(workers, **options),
+    "tunix": lambda workers, **options: adapters.TunixReward(workers, **options),
 }
 
 
-def make(name: str, workers: pool.Pool, options: dict[str, Any]) -> Any:
+def make_reward(name: str, workers: pool.WorkerPool, options: dict[str, Any]) -> Any:
     """Return the reward of a name.
 
     Raises:
       ValueError: no such name, or options it does not take.
       ImportError: its library is not installed.
     """
-    if name not in FACTORIES:
-        raise ValueError(f"reward: got {name!r}; wanted one of {', '.join(FACTORIES)}")
+    if name not in REWARD_FACTORIES:
+        raise ValueError(f"reward: got {name!r}; wanted one of {', '.join(REWARD_FACTORIES)}")
     try:
-        return FACTORIES[name](workers, **options)
+        return REWARD_FACTORIES[name](workers, **options)
     except TypeError as error:
         raise ValueError(f"reward {name!r}: got the options {options}: {error}") from error

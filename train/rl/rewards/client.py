@@ -8,15 +8,15 @@ import urllib.request
 from collections.abc import Mapping
 from typing import Any
 
-MAX_BYTES = 2**24
-_BUSY = (408, 425, 429, 500, 502, 503, 504)
+MAX_ANSWER_BYTES = 2**24
+_RETRY_STATUS_CODES = (408, 425, 429, 500, 502, 503, 504)
 
 
 class ServerError(RuntimeError):
     """The server did not answer as wanted."""
 
 
-def post(
+def post_json(
     url: str,
     payload: Any,
     *,
@@ -44,11 +44,11 @@ def post(
     )
     for tries in range(retries + 1):
         try:
-            return _once(request, until)
+            return _post_once(request, until)
         except urllib.error.HTTPError as error:
             with error:
                 why = f"HTTP {error.code}: {error.read(500).decode(errors='replace')}"
-            if error.code not in _BUSY:
+            if error.code not in _RETRY_STATUS_CODES:
                 raise ServerError(f"{url}: got {why}; wanted 200") from None
         except (urllib.error.URLError, http.client.HTTPException, ConnectionError) as error:
             if isinstance(getattr(error, "reason", None), TimeoutError):
@@ -62,23 +62,25 @@ def post(
     raise ServerError(f"{url}: got {why} {retries + 1} times; wanted an answer")
 
 
-def _once(request: urllib.request.Request, until: float) -> Any:
-    with urllib.request.urlopen(request, timeout=_left(request, until)) as response:
+def _post_once(request: urllib.request.Request, deadline: float) -> Any:
+    with urllib.request.urlopen(request, timeout=_remaining_secs(request, deadline)) as response:
         data = b""
         # Piece by piece: the time limit of a socket starts again with every byte.
         while piece := response.read1(2**16):
             data += piece
-            _left(request, until)
-            if len(data) > MAX_BYTES:
-                raise ServerError(f"{request.full_url}: got over {MAX_BYTES} bytes; wanted less")
+            _remaining_secs(request, deadline)
+            if len(data) > MAX_ANSWER_BYTES:
+                raise ServerError(
+                    f"{request.full_url}: got over {MAX_ANSWER_BYTES} bytes; wanted less"
+                )
     try:
         return json.loads(data)
     except (ValueError, RecursionError):
         raise ServerError(f"{request.full_url}: got {data[:80]!r}; wanted JSON") from None
 
 
-def _left(request: urllib.request.Request, until: float) -> float:
-    left = until - time.monotonic()
+def _remaining_secs(request: urllib.request.Request, deadline: float) -> float:
+    left = deadline - time.monotonic()
     if left <= 0:
         raise TimeoutError(f"{request.full_url}: no whole answer in time")
     return left

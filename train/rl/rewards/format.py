@@ -5,7 +5,7 @@ import re
 from train.rl import sample as sample_lib
 
 # The thinking may have been opened by the prompt.
-_FORM = re.compile(r"\s*(?:<think>)?(?P<thinking>.*?)</think>(?P<answer>.*)", re.DOTALL)
+_FORM_PATTERN = re.compile(r"\s*(?:<think>)?(?P<thinking>.*?)</think>(?P<answer>.*)", re.DOTALL)
 
 
 def is_well_formed(text: str) -> bool:
@@ -13,7 +13,7 @@ def is_well_formed(text: str) -> bool:
 
     The opening tag may be missing: templates often end the prompt with it.
     """
-    found = _FORM.fullmatch(text)
+    found = _FORM_PATTERN.fullmatch(text)
     if found is None:
         return False
     inside, after = found["thinking"], found["answer"]
@@ -21,14 +21,14 @@ def is_well_formed(text: str) -> bool:
     return bool(after.strip()) and not stray
 
 
-def repeated_share(text: str, n: int) -> float:
+def repeated_ngram_share(text: str, n: int) -> float:
     """Return which share of a text's n-grams of words came before in it, in [0, 1)."""
     words = text.lower().split()
     grams = list(zip(*(words[i:] for i in range(n)), strict=False))
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
-class Format:
+class FormatReward:
     """1 for a text of the right form that ended by itself, else 0."""
 
     async def reward(self, sample: sample_lib.Sample) -> float:
@@ -36,7 +36,7 @@ class Format:
         return float(sample.status == "stop" and is_well_formed(sample.text))
 
 
-class Repetition:
+class RepetitionReward:
     """Minus the share of repeated n-grams, from `free` on: in (-1, 0]."""
 
     def __init__(self, n: int = 20, free: float = 0.0):
@@ -51,4 +51,4 @@ class Repetition:
 
     async def reward(self, sample: sample_lib.Sample) -> float:
         """Score one sample."""
-        return min(0.0, self._free - repeated_share(sample.text, self._n))
+        return min(0.0, self._free - repeated_ngram_share(sample.text, self._n))

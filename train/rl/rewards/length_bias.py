@@ -41,11 +41,11 @@ class LengthBiasConfig:
                 raise ValueError(f"{field}: got {getattr(self, field)}; wanted 0 to 1")
 
 
-class Paused(ValueError):
+class LengthBiasPause(ValueError):
     """The judge rewards length; somebody must look."""
 
 
-class LengthBias:
+class LengthBiasMonitor:
     """The monitor of one judge.
 
     `push` every group, log `metrics`, call `check` before training on the judge's scores. After an
@@ -62,8 +62,8 @@ class LengthBias:
         self._groups: list[tuple[float | None, int, int]] = [
             (correlation, won, pairs) for correlation, won, pairs in state.get("groups", [])
         ][-config.window :]
-        self.alarm: bool = state.get("alarm", False)
-        self.paused: bool = state.get("paused", False)
+        self.has_alarm: bool = state.get("alarm", False)
+        self.is_paused: bool = state.get("paused", False)
 
     def push(self, lengths: Sequence[int], rewards: Sequence[float | None]) -> None:
         """Take a group: each answer's tokens and reward; answers without one do not count.
@@ -84,18 +84,18 @@ class LengthBias:
                 won += (length > other_length) == (reward > other)
         if not many:
             return  # nothing to learn from
-        self._groups.append((_correlation(scored), won, many))
+        self._groups.append((_pearson_correlation(scored), won, many))
         del self._groups[: -self._config.window]
-        self._judge()
+        self._update_alarm()
 
     def metrics(self) -> dict[str, float]:
         """Return what to log: "reward/length/..."; NaN where there is nothing yet."""
-        correlation, win_rate = self._means()
+        correlation, win_rate = self._mean_statistics()
         return {
             "reward/length/correlation": correlation,
             "reward/length/win_rate": win_rate,
             "reward/length/groups": float(len(self._groups)),
-            "reward/length/alarm": float(self.alarm),
+            "reward/length/alarm": float(self.has_alarm),
         }
 
     def check(self) -> None:
@@ -104,9 +104,9 @@ class LengthBias:
         Raises:
           Paused: after an alarm, where the config asks for a pause.
         """
-        if self.paused:
-            correlation, win_rate = self._means()
-            raise Paused(
+        if self.is_paused:
+            correlation, win_rate = self._mean_statistics()
+            raise LengthBiasPause(
                 f"judge: got a correlation of reward and length of {correlation:.2f} and "
                 f"{win_rate:.0%} wins of the longer answer; wanted at most "
                 f"{self._config.correlation} and {self._config.win_rate:.0%}. Recalibrate the "
@@ -118,12 +118,12 @@ class LengthBias:
         """Return what continues this monitor, JSON-able."""
         return {
             "groups": [list(group) for group in self._groups],
-            "alarm": self.alarm,
-            "paused": self.paused,
+            "alarm": self.has_alarm,
+            "paused": self.is_paused,
             "recalibrated": self._config.recalibrated,
         }
 
-    def _means(self) -> tuple[float, float]:
+    def _mean_statistics(self) -> tuple[float, float]:
         known = [one for one, _, _ in self._groups if one is not None]
         pairs = sum(pairs for _, _, pairs in self._groups)
         won = sum(won for _, won, _ in self._groups)
@@ -132,21 +132,21 @@ class LengthBias:
             won / pairs if pairs else math.nan,
         )
 
-    def _judge(self) -> None:
-        correlation, win_rate = self._means()
+    def _update_alarm(self) -> None:
+        correlation, win_rate = self._mean_statistics()
         enough = len(self._groups) >= self._config.least
         above = correlation > self._config.correlation or win_rate > self._config.win_rate
-        if enough and above and not self.alarm:
+        if enough and above and not self.has_alarm:
             _log.warning(
                 "the judge rewards length: correlation %.3f, wins of the longer answer %.3f",
                 correlation,
                 win_rate,
             )
-        self.alarm = enough and above
-        self.paused = self.paused or (self.alarm and self._config.pause)
+        self.has_alarm = enough and above
+        self.is_paused = self.is_paused or (self.has_alarm and self._config.pause)
 
 
-def _correlation(scored: list[tuple[int, float]]) -> float | None:
+def _pearson_correlation(scored: list[tuple[int, float]]) -> float | None:
     """Return Pearson's correlation, or None where one side does not vary."""
     n = len(scored)
     mean_x = math.fsum(x for x, _ in scored) / n

@@ -24,36 +24,38 @@ from typing import Any
 
 from train.rl.rewards import worker
 
-MAX_BYTES = 2**20  # of a result
-START_SECS = 120.0  # of an interpreter, and of a function's imports
-_BOOT = "import sys; sys.path[:] = {path!r}; from train.rl.rewards import worker; worker.main()"
+MAX_RESULT_BYTES = 2**20  # of a result
+STARTUP_SECS = 120.0  # of an interpreter, and of a function's imports
+_BOOT_CODE = (
+    "import sys; sys.path[:] = {path!r}; from train.rl.rewards import worker; worker.main()"
+)
 
 
-class PoolError(Exception):
+class WorkerError(Exception):
     """A call that brought no result."""
 
     kind = "exception"
 
 
-class Timeout(PoolError):
+class WorkerTimeout(WorkerError):
     """It took longer than its limit."""
 
     kind = "timeout"
 
 
-class Crash(PoolError):
+class WorkerCrash(WorkerError):
     """The worker died."""
 
     kind = "crash"
 
 
-class Garbage(PoolError):
+class WorkerGarbage(WorkerError):
     """The worker sent no JSON, or too much."""
 
     kind = "garbage"
 
 
-class Pool:
+class WorkerPool:
     """`workers` processes, started with the first calls."""
 
     def __init__(self, workers: int, limit_secs: float):
@@ -66,12 +68,13 @@ class Pool:
             raise ValueError(
                 f"pool: got {workers} workers, {limit_secs} s; wanted at least 1, more than 0"
             )
-        self._limit = limit_secs
+        self._limit_secs = limit_secs
         self._jobs: queue.SimpleQueue = queue.SimpleQueue()
-        self._closing = False
-        self._slots = [_Slot() for _ in range(workers)]
+        self._is_closing = False
+        self._slots = [_WorkerSlot() for _ in range(workers)]
         self._threads = [
-            threading.Thread(target=self._work, args=(slot,), daemon=True) for slot in self._slots
+            threading.Thread(target=self._serve_slot, args=(slot,), daemon=True)
+            for slot in self._slots
         ]
         for thread in self._threads:
             thread.start()
@@ -82,10 +85,10 @@ class Pool:
         arguments: can be pickled. The result is what JSON makes of the function's. A module's
         `prepare(*arguments)`, if it has one, is called first, outside of the time limit: it may
         import.
-        The future raises a `PoolError`.
+        The future raises a `WorkerError`.
         """
         future: concurrent.futures.Future = concurrent.futures.Future()
-        if self._closing:
+        if self._is_closing:
             raise RuntimeError("pool: got a call after close(); wanted none")
         self._jobs.put((future, path, arguments))
         return future
@@ -95,8 +98,8 @@ class Pool:
         return await asyncio.wrap_future(self.submit(path, *arguments))
 
     def close(self) -> None:
-        """Kill all workers; calls that wait or run are cancelled or raise `Crash`."""
-        self._closing = True
+        """Kill all workers; calls that wait or run are cancelled or raise `WorkerCrash`."""
+        self._is_closing = True
         for _ in self._threads:
             self._jobs.put(None)
         # Again and again: a slot may just be starting one.
@@ -108,92 +111,92 @@ class Pool:
         for slot in self._slots:
             slot.kill()
 
-    def _work(self, slot: "_Slot") -> None:
+    def _serve_slot(self, slot: "_WorkerSlot") -> None:
         while (job := self._jobs.get()) is not None:
             future, path, arguments = job
-            if self._closing:
+            if self._is_closing:
                 future.cancel()
             if not future.set_running_or_notify_cancel():
                 continue
             try:
-                future.set_result(slot.call(path, arguments, self._limit))
+                future.set_result(slot.call(path, arguments, self._limit_secs))
             except Exception as error:
                 future.set_exception(error)
 
 
-class _Slot:
+class _WorkerSlot:
     """One worker process at a time."""
 
     def __init__(self):
-        self._live: tuple[subprocess.Popen, socket.socket] | None = None
+        self._worker: tuple[subprocess.Popen, socket.socket] | None = None
         self._lock = threading.Lock()  # of starting and killing
 
     def call(self, path: str, arguments: tuple, limit_secs: float) -> Any:
         try:
             data = pickle.dumps((path, arguments))
         except Exception as error:  # pickling runs the arguments' own code
-            raise PoolError(f"{path}: got arguments that do not pickle: {error}") from error
+            raise WorkerError(f"{path}: got arguments that do not pickle: {error}") from error
         try:
             channel = self._start()
-            until = time.monotonic() + START_SECS
-            channel.settimeout(START_SECS)
-            worker.send(channel, data)
-            answer = _receive(channel, until)
+            until = time.monotonic() + STARTUP_SECS
+            channel.settimeout(STARTUP_SECS)
+            worker.send_message(channel, data)
+            answer = _receive_message(channel, until)
             if answer.get("started"):
-                answer = _receive(channel, time.monotonic() + limit_secs)
+                answer = _receive_message(channel, time.monotonic() + limit_secs)
         except TimeoutError:
             self.kill()
-            raise Timeout(f"{path}: no result in {limit_secs} s") from None
+            raise WorkerTimeout(f"{path}: no result in {limit_secs} s") from None
         except OSError as error:
             self.kill()
-            raise Crash(f"{path}: the worker died: {error}") from None
+            raise WorkerCrash(f"{path}: the worker died: {error}") from None
         except ValueError as error:
             self.kill()
-            raise Garbage(f"{path}: {error}") from None
+            raise WorkerGarbage(f"{path}: {error}") from None
         if "error" in answer:
-            raise PoolError(f"{path}: {answer['error']}")
+            raise WorkerError(f"{path}: {answer['error']}")
         return answer["value"]
 
     def kill(self) -> None:
         """Kill the process and its group."""
         with self._lock:
-            if self._live is None:
+            if self._worker is None:
                 return
-            process, channel = self._live
+            process, channel = self._worker
             with contextlib.suppress(ProcessLookupError):  # it was not waited for: its id is ours
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
             channel.close()
-            self._live = None
+            self._worker = None
 
     def _start(self) -> socket.socket:
         with self._lock:
-            if self._live is not None:
-                return self._live[1]
+            if self._worker is not None:
+                return self._worker[1]
             ours, theirs = socket.socketpair()
             with theirs:
                 process = subprocess.Popen(
-                    [sys.executable, "-c", _BOOT.format(path=sys.path), str(theirs.fileno())],
+                    [sys.executable, "-c", _BOOT_CODE.format(path=sys.path), str(theirs.fileno())],
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.DEVNULL,  # some verifiers print
                     pass_fds=(theirs.fileno(),),
                     start_new_session=True,
                 )
-            self._live = process, ours
+            self._worker = process, ours
             return ours
 
 
-def _receive(channel: socket.socket, until: float) -> dict[str, Any]:
+def _receive_message(channel: socket.socket, deadline: float) -> dict[str, Any]:
     """Return one message.
 
     Raises:
       TimeoutError, ConnectionError: it did not come.
       ValueError: it is none.
     """
-    size = struct.unpack("<Q", _read(channel, 8, until))[0]
-    if size > MAX_BYTES:
-        raise ValueError(f"got a result of {size} bytes; wanted at most {MAX_BYTES}")
-    data = _read(channel, size, until)
+    size = struct.unpack("<Q", _receive_bytes(channel, 8, deadline))[0]
+    if size > MAX_RESULT_BYTES:
+        raise ValueError(f"got a result of {size} bytes; wanted at most {MAX_RESULT_BYTES}")
+    data = _receive_bytes(channel, size, deadline)
     try:
         answer = json.loads(data)
     except RecursionError:
@@ -203,10 +206,10 @@ def _receive(channel: socket.socket, until: float) -> dict[str, Any]:
     return answer
 
 
-def _read(channel: socket.socket, size: int, until: float) -> bytes:
+def _receive_bytes(channel: socket.socket, size: int, deadline: float) -> bytes:
     data = b""
     while len(data) < size:
-        channel.settimeout(max(1e-3, until - time.monotonic()))
+        channel.settimeout(max(1e-3, deadline - time.monotonic()))
         more = channel.recv(size - len(data))
         if not more:
             raise ConnectionError("it closed its end")

@@ -30,14 +30,14 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 
-_CONFINE = pathlib.Path(__file__).with_name("confine.py")
-_LOOK_SECS = 0.02
-_KILL_SECS = 10.0
-_PAGE = os.sysconf("SC_PAGE_SIZE")
+_CONFINE_SCRIPT = pathlib.Path(__file__).with_name("confine.py")
+_POLL_SECS = 0.02
+_KILL_TIMEOUT_SECS = 10.0
+_PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
 
 @dataclasses.dataclass(frozen=True)
-class Limits:
+class RunnerLimits:
     """What a program may use.
 
     cpu_secs: whole seconds, per process. wall_secs: of the whole. memory_bytes: address space of
@@ -61,7 +61,7 @@ class Limits:
 
 
 @dataclasses.dataclass(frozen=True)
-class Result:
+class RunResult:
     """How a program ended.
 
     exit_code: negative for a signal; None where it was killed for a limit of ours.
@@ -74,18 +74,18 @@ class Result:
     reason: str
 
 
-class Unavailable(RuntimeError):
+class RunnerUnavailable(RuntimeError):
     """The system does not permit to cut off the network, or the command could not be started."""
 
 
-def run(
+def run_program(
     files: Mapping[str, str],
     command: Sequence[str],
-    limits: Limits = Limits(),
+    limits: RunnerLimits = RunnerLimits(),
     *,
     stdin: str = "",
     allow_network: bool = False,
-) -> Result:
+) -> RunResult:
     """Run `command` in a fresh folder that holds `files`, and kill all that it started.
 
     Args:
@@ -100,14 +100,16 @@ def run(
       ValueError: an absolute path, or one out of the folder.
     """
     with tempfile.TemporaryDirectory(prefix="run-", ignore_cleanup_errors=True) as folder:
-        _write(pathlib.Path(folder), files)
+        _write_files(pathlib.Path(folder), files)
         with tempfile.TemporaryFile() as source:
             source.write(stdin.encode())
             source.seek(0)
-            return _Run(folder, command, limits, not allow_network, source.fileno()).finish()
+            return _RunningProgram(
+                folder, command, limits, not allow_network, source.fileno()
+            ).finish()
 
 
-def _write(folder: pathlib.Path, files: Mapping[str, str]) -> None:
+def _write_files(folder: pathlib.Path, files: Mapping[str, str]) -> None:
     for name, text in files.items():
         path = pathlib.PurePosixPath(name)
         if path.is_absolute() or ".." in path.parts or not path.parts:
@@ -117,16 +119,21 @@ def _write(folder: pathlib.Path, files: Mapping[str, str]) -> None:
         target.write_text(text)
 
 
-class _Run:
+class _RunningProgram:
     """One program that runs."""
 
     def __init__(
-        self, folder: str, command: Sequence[str], limits: Limits, namespaces: bool, stdin: int
+        self,
+        folder: str,
+        command: Sequence[str],
+        limits: RunnerLimits,
+        namespaces: bool,
+        stdin: int,
     ):
         self._limits = limits
         self._output: dict[str, bytearray] = {"stdout": bytearray(), "stderr": bytearray()}
-        self._read, write = os.pipe()
-        self._end = time.monotonic() + limits.wall_secs
+        self._report_fd, write = os.pipe()
+        self._deadline = time.monotonic() + limits.wall_secs
         options = dataclasses.asdict(limits) | {
             "command": list(command),
             "namespaces": namespaces,
@@ -143,7 +150,7 @@ class _Run:
         }
         try:
             self._process = subprocess.Popen(
-                [sys.executable, "-I", "-S", str(_CONFINE), json.dumps(options)],
+                [sys.executable, "-I", "-S", str(_CONFINE_SCRIPT), json.dumps(options)],
                 cwd=folder,
                 stdin=stdin,
                 stdout=subprocess.PIPE,
@@ -154,7 +161,7 @@ class _Run:
         finally:
             os.close(write)
 
-    def finish(self) -> Result:
+    def finish(self) -> RunResult:
         """Wait for the end, or bring it about."""
         try:
             with selectors.DefaultSelector() as selector:
@@ -164,24 +171,24 @@ class _Run:
                     reason = self._drain(selector) or reason
         finally:
             self._kill()
-            os.close(self._read)
+            os.close(self._report_fd)
             for stream in (self._process.stdout, self._process.stderr):
                 assert stream is not None  # they were asked for
                 stream.close()
         if "refused" in report:
-            raise Unavailable(
+            raise RunnerUnavailable(
                 f"runner: got {report['refused']!r}; wanted namespaces that cut off the network. "
                 "Use a remote sandbox, or allow_network=True for programs you trust."
             )
         if "failed" in report:
-            raise Unavailable(
+            raise RunnerUnavailable(
                 f"runner: got {report['failed']!r}; wanted a command that can be started"
             )
         code = report.get("exit_code")
         if code == -signal.SIGXCPU:
             reason, code = "cpu", None
         texts = {name: bytes(data).decode(errors="replace") for name, data in self._output.items()}
-        return Result(texts["stdout"], texts["stderr"], code, reason)
+        return RunResult(texts["stdout"], texts["stderr"], code, reason)
 
     def _watch(self, selector: selectors.BaseSelector) -> tuple[str, dict]:
         """Return the reason of the end and the report, if there is one."""
@@ -189,31 +196,31 @@ class _Run:
             stream = getattr(self._process, name)
             os.set_blocking(stream.fileno(), False)
             selector.register(stream.fileno(), selectors.EVENT_READ, name)
-        selector.register(self._read, selectors.EVENT_READ, "report")
+        selector.register(self._report_fd, selectors.EVENT_READ, "report")
         report = b""
         look = time.monotonic()
         while True:
-            for key, _ in selector.select(_LOOK_SECS):
+            for key, _ in selector.select(_POLL_SECS):
                 data = os.read(key.fd, 2**16)
                 if key.data == "report":
                     report += data
                     if report.endswith(b"\n"):
                         return "exit", json.loads(report.splitlines()[0])
                     if not data:
-                        raise Unavailable("runner: got no report; wanted one. Was it killed?")
+                        raise RunnerUnavailable("runner: got no report; wanted one. Was it killed?")
                 elif not data:
                     selector.unregister(key.fd)
-                elif self._is_too_much(key.data, data):
+                elif self._append_output(key.data, data):
                     return "output", {}
             now = time.monotonic()
-            if now >= self._end:
+            if now >= self._deadline:
                 return "wall", {}
             if now >= look:
-                reason = self._look()
+                reason = self._find_exceeded_limit()
                 if reason:
                     return reason, {}
                 took = time.monotonic() - now  # it grows with the processes of the whole machine
-                look = now + max(_LOOK_SECS, 5 * took)
+                look = now + max(_POLL_SECS, 5 * took)
 
     def _drain(self, selector: selectors.BaseSelector) -> str | None:
         """Read what is left; return "output" when it is too much."""
@@ -225,18 +232,18 @@ class _Run:
                     break
                 if not data:
                     break
-                if self._is_too_much(key.data, data):
+                if self._append_output(key.data, data):
                     return "output"
         return None
 
-    def _is_too_much(self, name: str, data: bytes) -> bool:
+    def _append_output(self, name: str, data: bytes) -> bool:
         room = self._limits.output_bytes - sum(map(len, self._output.values()))
         self._output[name] += data[:room]
         return len(data) > room
 
-    def _look(self) -> str | None:
+    def _find_exceeded_limit(self) -> str | None:
         """Return the limit that the processes together exceed."""
-        tree = descendants(self._process.pid)
+        tree = find_descendants(self._process.pid)
         if len(tree) > self._limits.processes + 1:  # the inner one of ours
             return "processes"
         # Shared pages count once per process: too strict rather than too lax.
@@ -248,10 +255,10 @@ class _Run:
         """Kill all descendants, then the outermost process."""
         if self._process.returncode is not None:
             return
-        until = time.monotonic() + _KILL_SECS
-        while tree := descendants(self._process.pid):
+        until = time.monotonic() + _KILL_TIMEOUT_SECS
+        while tree := find_descendants(self._process.pid):
             if time.monotonic() > until:
-                raise Unavailable(f"runner: got {len(tree)} processes that survive SIGKILL")
+                raise RunnerUnavailable(f"runner: got {len(tree)} processes that survive SIGKILL")
             # The first is the namespace's first, with which the kernel kills all others.
             for pid in tree:
                 with contextlib.suppress(ProcessLookupError):
@@ -261,7 +268,7 @@ class _Run:
         self._process.wait()
 
 
-def descendants(pid: int) -> dict[int, int]:
+def find_descendants(pid: int) -> dict[int, int]:
     """Return the resident bytes of each live descendant by pid, parents first."""
     children: dict[int, list[tuple[int, int]]] = {}
     for name in os.listdir("/proc"):
@@ -273,7 +280,9 @@ def descendants(pid: int) -> dict[int, int]:
         except (FileNotFoundError, ProcessLookupError):
             continue
         if fields[0] not in (b"Z", b"X"):
-            children.setdefault(int(fields[1]), []).append((int(name), int(fields[21]) * _PAGE))
+            children.setdefault(int(fields[1]), []).append(
+                (int(name), int(fields[21]) * _PAGE_BYTES)
+            )
     found: dict[int, int] = {}
     waiting = [pid]
     while waiting:

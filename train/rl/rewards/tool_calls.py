@@ -9,40 +9,44 @@ from train.rl import sample as sample_lib
 from train.rl.rewards import answer
 
 
-def share(
-    made: Sequence[parser.Call], expected: Sequence[Mapping[str, Any]], ordered: bool
+def call_f1_score(
+    calls: Sequence[parser.Call], expected: Sequence[Mapping[str, Any]], ordered: bool
 ) -> float:
     """Return 2 * matched / (made + expected), in [0, 1]; 1 where none is expected and made.
 
     A call matches if its name and arguments are the same JSON values. ordered: matched calls must
     come in the expected order.
     """
-    ours = [_key(call.name, call.arguments) for call in made]
-    wanted = [_key(call["name"], call["arguments"]) for call in expected]
+    ours = [_canonical_call(call.name, call.arguments) for call in calls]
+    wanted = [_canonical_call(call["name"], call["arguments"]) for call in expected]
     total = len(ours) + len(wanted)
     if not total:
         return 1.0
-    return 2 * (_in_order(ours, wanted) if ordered else _in_any_order(ours, wanted)) / total
+    return (
+        2
+        * (_longest_common_subsequence(ours, wanted) if ordered else _count_common(ours, wanted))
+        / total
+    )
 
 
-def _key(name: str, arguments: Any) -> str:
+def _canonical_call(name: str, arguments: Any) -> str:
     """Return a text that is equal for equal JSON values; 1 and 1.0 are, 1 and true are not."""
-    return json.dumps([name, _plain(arguments)], sort_keys=True)
+    return json.dumps([name, _normalize_numbers(arguments)], sort_keys=True)
 
 
-def _plain(value: Any) -> Any:
+def _normalize_numbers(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {key: _plain(one) for key, one in value.items()}
+        return {key: _normalize_numbers(one) for key, one in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(one) for one in value]
+        return [_normalize_numbers(one) for one in value]
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-def _in_any_order(ours: list[str], wanted: list[str]) -> int:
+def _count_common(ours: list[str], wanted: list[str]) -> int:
     return sum(min(ours.count(key), wanted.count(key)) for key in set(ours))
 
 
-def _in_order(ours: list[str], wanted: list[str]) -> int:
+def _longest_common_subsequence(ours: list[str], wanted: list[str]) -> int:
     """Return the length of the longest common subsequence."""
     row = [0] * (len(wanted) + 1)
     for key in ours:
@@ -60,7 +64,7 @@ class ToolCalls:
     """
 
     def __init__(self, ordered: bool = True, partial: bool = True):
-        """ordered: see `share`. partial: otherwise 1 for all and no others, else 0."""
+        """ordered: see `call_f1_score`. partial: otherwise 1 for all and no others, else 0."""
         self._ordered, self._partial = ordered, partial
 
     async def reward(self, sample: sample_lib.Sample) -> float:
@@ -76,10 +80,10 @@ class ToolCalls:
                 "objects with name and arguments in the metadata"
             )
         try:
-            made = parser.parse(answer.after_thinking(sample.text)).calls
+            made = parser.parse(answer.strip_thinking(sample.text)).calls
         except ValueError:
             return 0.0
-        score = share(made, expected, self._ordered)
+        score = call_f1_score(made, expected, self._ordered)
         return score if self._partial else float(score == 1)
 
 

@@ -19,15 +19,15 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG
+_PR_SET_PDEATHSIG = 1  # PR_SET_PDEATHSIG
 
 
-def send(channel: socket.socket, data: bytes) -> None:
+def send_message(channel: socket.socket, data: bytes) -> None:
     """Write one message."""
     channel.sendall(struct.pack("<Q", len(data)) + data)
 
 
-def find(path: str) -> Callable:
+def find_function(path: str) -> Callable:
     """Return the function at "module:function".
 
     Raises:
@@ -42,33 +42,37 @@ def find(path: str) -> Callable:
     return found
 
 
-def _serve(channel: socket.socket) -> None:
+def _serve_calls(channel: socket.socket) -> None:
     reader = channel.makefile("rb")
     while header := reader.read(8):
         path, arguments = pickle.loads(reader.read(struct.unpack("<Q", header)[0]))
         try:
-            function = find(path)
+            function = find_function(path)
             # What takes long to import is not counted as the call's time.
-            getattr(sys.modules[function.__module__], "prepare", _nothing)(*arguments)
-            send(channel, b'{"started": true}')
-            answer = json.dumps({"value": _call(function, arguments)}, default=_plain)
+            getattr(sys.modules[function.__module__], "prepare_worker", _skip_preparation)(
+                *arguments
+            )
+            send_message(channel, b'{"started": true}')
+            answer = json.dumps(
+                {"value": _call_function(function, arguments)}, default=_to_json_scalar
+            )
         except Exception as error:
             answer = json.dumps({"error": f"{type(error).__name__}: {error}"[:2000]})
-        send(channel, answer.encode())
+        send_message(channel, answer.encode())
 
 
-def _call(function: Callable, arguments: tuple) -> Any:
+def _call_function(function: Callable, arguments: tuple) -> Any:
     value = function(*arguments)
     if inspect.iscoroutine(value):
         value = asyncio.run(value)
     return value
 
 
-def _nothing(*_: Any) -> None:
+def _skip_preparation(*_: Any) -> None:
     pass
 
 
-def _plain(value: Any) -> Any:
+def _to_json_scalar(value: Any) -> Any:
     """Return what JSON takes for a scalar of numpy."""
     if hasattr(value, "item"):
         return value.item()
@@ -77,7 +81,7 @@ def _plain(value: Any) -> Any:
 
 def main() -> None:
     """Serve calls from the socket whose number is the first argument, until it is closed."""
-    ctypes.CDLL(None).prctl(_DEATH_SIGNAL, signal.SIGKILL)
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     channel = socket.socket(fileno=int(sys.argv[1]))
     os.set_inheritable(channel.fileno(), False)
-    _serve(channel)
+    _serve_calls(channel)
