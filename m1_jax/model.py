@@ -107,7 +107,7 @@ class DecoderLayer(nnx.Module):
             return h, self.attention.project_inputs(h, positions)
 
         def between(x, h, o):
-            x = self._add_branch(x, h, self.attention.output(h, o), self.attention_scales)
+            x = self._add_branch(x, h, self.attention.project_output(h, o), self.attention_scales)
             h = self.moe_norm(x)
             weights, routes, _ = self.moe.route(h, None)
             return x, h, weights, routes
