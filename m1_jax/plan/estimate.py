@@ -238,11 +238,11 @@ def _estimate_collectives(
             entry[1] += micro * count * size
 
     for p in params:
-        each = p.num_elements / p.layers
-        add("all-gather", p.layers * (1 + job.is_training), 2 * each * (p.gather_group_size - 1))
+        each = p.num_elements / p.num_layers
+        add("all-gather", p.num_layers * (1 + job.is_training), 2 * each * (p.gather_group_size - 1))
         if job.is_training:
-            add("reduce-scatter", p.layers, 4 * each * (p.gather_group_size - 1))
-            add("all-reduce", p.layers, 8 * each * (1 - 1 / p.reduce_group_size))
+            add("reduce-scatter", p.num_layers, 4 * each * (p.gather_group_size - 1))
+            add("all-reduce", p.num_layers, 8 * each * (1 - 1 / p.reduce_group_size))
     split = 1 - 1 / layout.axis_size("experts")
     exchanged = 2 * tokens * config.num_experts_per_tok * config.hidden_size * split
     # To the experts and back; the backward pass sends rows again, their gradients, and those back.
