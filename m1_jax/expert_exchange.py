@@ -254,7 +254,7 @@ def _exchange_rows_bwd(dropless, residuals, grad):
         d_rows, d_scale, d_experts = carry
         arrived, weights = _receive_rows(plan, i, rows, scale)
         d_out = _send_rows(plan, grad, jnp.zeros_like(arrived), plan.dispatch_arguments(i))
-        groups = plan.groups(i)
+        groups = plan.group_sizes(i)
 
         def function(arrived, weights, gate, up, down):
             return experts.grouped_mlp(arrived, gate, up, down, groups, weights)

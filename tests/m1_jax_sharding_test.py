@@ -96,19 +96,33 @@ def loss_and_gradients(model, tokens, segments):
     return values, gradients
 
 
-def compare(model, other, tokens, segments):
-    """Hold logits to 1e-5 and gradients to 1e-4, relative."""
+@functools.cache
+def one_device_results(with_segments: bool, length: int = LENGTH):
+    """Compute logits, loss and gradients of the batch on one device, once for all meshes."""
+    tokens, segments = (x[:, :length] for x in batch())
+    return results(one_device(), tokens, segments if with_segments else None)
+
+
+def results(model, tokens, segments):
+    """Return logits, loss and gradients by path, on the host."""
+    logits = np.asarray(model(tokens, segments))
+    (value, _, _), gradients = loss_and_gradients(model, tokens, segments)
+    params = load_lib.params_by_path(gradients)
+    return logits, float(value), {name: np.asarray(param[...]) for name, param in params.items()}
+
+
+def compare(wanted, other, tokens, segments):
+    """Hold logits to 1e-5 and gradients to 1e-4, relative, against the results of one device."""
     real = np.ones(tokens.shape, bool) if segments is None else np.asarray(segments) > 0
-    wanted, got = (np.asarray(m(tokens, segments)) for m in (model, other))
-    assert np.isfinite(got).all()
-    assert np.max(np.abs(got - wanted)[real]) <= 1e-5 * np.max(np.abs(wanted[real]))
-    (value, _, _), wanted = loss_and_gradients(model, tokens, segments)
-    (other_value, _, _), got = loss_and_gradients(other, tokens, segments)
-    assert abs(float(value) - float(other_value)) <= 1e-5 * abs(float(value))
-    wanted, got = load_lib.params_by_path(wanted), load_lib.params_by_path(got)
-    for name, param in wanted.items():
-        one, two = np.asarray(param[...]), np.asarray(got[name][...])
-        assert np.linalg.norm(two - one) <= 1e-4 * np.linalg.norm(one) + 1e-12, name
+    logits, value, gradients = results(other, tokens, segments)
+    wanted_logits, wanted_value, wanted_gradients = wanted
+    assert np.isfinite(logits).all()
+    error = np.max(np.abs(logits - wanted_logits)[real])
+    assert error <= 1e-5 * np.max(np.abs(wanted_logits[real]))
+    assert abs(wanted_value - value) <= 1e-5 * abs(wanted_value)
+    for name, gradient in wanted_gradients.items():
+        error = np.linalg.norm(gradients[name] - gradient)
+        assert error <= 1e-4 * np.linalg.norm(gradient) + 1e-12, name
 
 
 @pytest.mark.parametrize(
@@ -120,14 +134,14 @@ def compare(model, other, tokens, segments):
     ids=name_of,
 )
 def test_packed_rows_on_every_mesh(sizes):
-    compare(one_device(), spread(layout_of(sizes)), *batch())
+    compare(one_device_results(True), spread(layout_of(sizes)), *batch())
 
 
 @pytest.mark.parametrize(
     "sizes", [{"fsdp": 2, "expert": 2, "context": 2}, {"tensor": 2, "data": 2}], ids=name_of
 )
 def test_plain_rows(sizes):
-    compare(one_device(), spread(layout_of(sizes)), batch()[0], None)
+    compare(one_device_results(False), spread(layout_of(sizes)), batch()[0], None)
 
 
 @pytest.mark.parametrize("segments", [False, True])
@@ -137,7 +151,8 @@ def test_ring_attention(monkeypatch, segments):
     tokens, ids = batch()
     if segments:
         tokens, ids = tokens[:, :48], ids[:, :48]  # an even number for each device
-    compare(one_device(), spread(layout_of({"context": 4})), tokens, ids if segments else None)
+    wanted = one_device_results(segments, tokens.shape[1])
+    compare(wanted, spread(layout_of({"context": 4})), tokens, ids if segments else None)
 
 
 @pytest.mark.parametrize("devices", [2, 4, 8])
@@ -169,7 +184,7 @@ def test_no_token_is_dropped_where_all_choose_one_device():
     many = spread(layout_of({"expert": 4}), model)
     # The buffer of a device holds 1.5 shares, and 4 come: three rounds.
     assert expert_exchange.BUFFER_SLACK < 4
-    compare(model, many, *batch())
+    compare(results(model, *batch()), many, *batch())
 
 
 def test_capacity_drops_and_says_how_much():
