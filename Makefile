@@ -1,4 +1,5 @@
-# make venv | demo | test | test-fast | test-all | lint; PYTHON=... uses an environment of your own.
+# make venv | demo | test | test-fast | test-long | test-all | lint
+# PYTHON=... uses an environment of your own; FIFTH=0 to 4 takes a fifth of the long tests.
 VENV ?= .venv
 PYTHON ?= $(VENV)/bin/python
 # Named first because a CPU build of this release satisfies the parity extra.
@@ -15,7 +16,7 @@ DEMO_READY :=
 TEST_READY :=
 endif
 
-.PHONY: venv demo test test-fast test-all lint
+.PHONY: venv demo test test-fast test-long test-all lint
 venv: $(TEST_READY)
 
 $(VENV)/.m1-jax-runs: pyproject.toml
@@ -36,6 +37,9 @@ test: $(TEST_READY)
 
 test-fast: $(TEST_READY)
 	$(PYTHON) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not long" $(PYTEST_ARGS)
+
+test-long: $(TEST_READY)
+	$(PYTHON) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m long $(if $(FIFTH),--fifth=$(FIFTH)) $(PYTEST_ARGS)
 
 test-all: $(TEST_READY)
 	$(PYTHON) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)

@@ -5,6 +5,7 @@ Must not import our packages: `--jaxtyping-packages` checks only what is importe
 
 import os
 import pathlib
+import zlib
 
 # The environment reaches the commands that tests start, too; set it before jax is imported.
 _REPO = pathlib.Path(__file__).resolve().parents[1]
@@ -29,8 +30,35 @@ hypothesis.settings.register_profile("repo", deadline=None, derandomize=True, da
 hypothesis.settings.load_profile("repo")
 
 
-def pytest_collection_modifyitems(items):
-    """Put files with slow tests first: workers take whole files, and the last should be short."""
+def pytest_addoption(parser):
+    parser.addoption(
+        "--fifth",
+        type=int,
+        choices=range(5),
+        help="of the tests marked `long`, run only those of this fifth, 0 to 4",
+    )
+
+
+def pytest_report_header(config):
+    fifth = config.getoption("fifth")
+    return None if fifth is None else f"of the long tests: fifth {fifth} (0 to 4)"
+
+
+def pytest_collection_modifyitems(config, items):
+    """Select a fifth of the long tests, and put files with slow tests first.
+
+    The checksum of a test's name decides its fifth, so that new tests move no other. Workers take
+    whole files, and the last file should be short.
+    """
+    fifth = config.getoption("fifth")
+    if fifth is not None:
+        left_out = [
+            item
+            for item in items
+            if item.get_closest_marker("long") and zlib.crc32(item.nodeid.encode()) % 5 != fifth
+        ]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in set(left_out)]
     marks = ("slow", "long")
     slow = {item.path for item in items if any(map(item.get_closest_marker, marks))}
     items.sort(key=lambda item: item.path not in slow)
