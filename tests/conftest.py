@@ -44,19 +44,24 @@ def pytest_report_header(config):
     return None if fifth is None else f"of the long tests: fifth {fifth} (0 to 4)"
 
 
+def _fifth_of(item) -> int | None:
+    """Return which fifth of the long tests has this one; None: it is not long.
+
+    The mark says so, as in `long(fifth=2)`, or the checksum of the test's name: new tests then move
+    no other.
+    """
+    mark = item.get_closest_marker("long")
+    return mark and mark.kwargs.get("fifth", zlib.crc32(item.nodeid.encode()) % 5)
+
+
 def pytest_collection_modifyitems(config, items):
     """Select a fifth of the long tests, and put files with slow tests first.
 
-    The checksum of a test's name decides its fifth, so that new tests move no other. Workers take
-    whole files, and the last file should be short.
+    Workers take whole files, and the last file should be short.
     """
     fifth = config.getoption("fifth")
     if fifth is not None:
-        left_out = [
-            item
-            for item in items
-            if item.get_closest_marker("long") and zlib.crc32(item.nodeid.encode()) % 5 != fifth
-        ]
+        left_out = [item for item in items if _fifth_of(item) not in (None, fifth)]
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if item not in set(left_out)]
     marks = ("slow", "long")
