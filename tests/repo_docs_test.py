@@ -1,0 +1,37 @@
+"""Documents name files that exist, and links lead somewhere."""
+
+import pathlib
+import re
+
+import pytest
+
+_REPO = pathlib.Path(__file__).resolve().parents[1]
+_DOCUMENTS = sorted(
+    path
+    for path in (*_REPO.glob("*.md"), *_REPO.glob("docs/*.md"), *_REPO.glob("configs/*.md"))
+    # What happened then is told with the names of then.
+    if path.name not in ("CHANGELOG.md", "log.md")
+)
+_TOPS = ("m1_jax", "pallas_kernels", "train", "infer", "configs", "demo", "benchmarks", "tests")
+
+
+@pytest.mark.parametrize("document", _DOCUMENTS, ids=lambda path: path.name)
+def test_files_that_are_named_exist(document):
+    text = document.read_text()
+    named = re.findall(rf"(?<![\w/.-])((?:{'|'.join(_TOPS)})/[\w/.-]*\w)", text)
+    assert not [path for path in named if "*" not in path and not (_REPO / path).exists()]
+
+
+@pytest.mark.parametrize("document", _DOCUMENTS, ids=lambda path: path.name)
+def test_links_lead_somewhere(document):
+    targets = re.findall(r"\]\(([^)#]+)\)", document.read_text())
+    local = [target for target in targets if not target.startswith(("http://", "https://"))]
+    assert not [target for target in local if not (document.parent / target).exists()]
+
+
+def test_modules_that_commands_name_exist():
+    for document in _DOCUMENTS:
+        for module in re.findall(r"python -m ([\w.]+)", document.read_text()):
+            path = _REPO.joinpath(*module.split("."))
+            if module.split(".")[0] in _TOPS:
+                assert path.with_suffix(".py").exists() or (path / "__main__.py").exists(), module
