@@ -207,7 +207,7 @@ _ENGINE = (
     ("prefill_tokens", (64, 256)),
     ("num_snapshots", 32),
     ("decode_steps", 8),
-    ("row_tile", 8),
+    ("matmul_tile", 8),
 )
 
 

@@ -8,7 +8,7 @@ each side count (`side_by_side.py`), for transformers of whichever of its expert
 was fastest. "Decoding" is what is left of a call after every sequence's first token.
 
 Also, of the engine alone: the time that the device waits for the host; what prompts with a common
-beginning cost; and, as the side `all rows`, the engine with row_tile=0, which multiplies all rows
+beginning cost; and, as the side `all rows`, the engine with matmul_tile=0, which multiplies all rows
 at once: faster, but a sequence's numbers then depend on its company.
 
 Needs the `parity` extra (torch, transformers).
@@ -54,17 +54,17 @@ class Size:
     prefix_tokens: int
     followers: int
     targets: dict[int, float]
-    engine: config.Config
+    engine: config.EngineConfig
 
 
 _SIZES = {
     "full": Size(
         128, 64, 2048, 2000, 16, {1: 2.0, 8: 3.0, 32: 4.0},
-        config.Config(max_length=2304, max_rows=32, prefill_tokens=(128, 512)),
+        config.EngineConfig(max_length=2304, max_rows=32, prefill_tokens=(128, 512)),
     ),
     "tiny": Size(
         16, 8, 32, 48, 4, {1: 2.0, 8: 3.0},
-        config.Config(
+        config.EngineConfig(
             max_length=128, max_rows=8, chunk_tokens=16, prefill_tokens=(32,), decode_steps=4,
         ),
     ),
@@ -347,7 +347,7 @@ def main(argv):
     if unknown := sorted(set(_CASES.value) - set(names)):
         raise app.UsageError(f"got cases {unknown}, want some of {names}")
     model, theirs = side_by_side.build(side_by_side.MODELS[_SIZE.value])
-    ours = {"ours": OurEngine(model, size), "all rows": OurEngine(model, size, row_tile=0)}
+    ours = {"ours": OurEngine(model, size), "all rows": OurEngine(model, size, matmul_tile=0)}
     rng = np.random.default_rng(3)
 
     def prompts(*shape):

@@ -38,7 +38,7 @@ from m1_jax import tokenizer as tokenizer_lib
 CHUNK_TOKENS, MAX_LENGTH = 16, 256
 POISON = 0  # the token whose embedding is NaN; padding is made of it, too
 SHARED_SIZES = {"max_length": MAX_LENGTH, "chunk_tokens": CHUNK_TOKENS}
-REFERENCE_CONFIG = config_lib.Config(
+REFERENCE_CONFIG = config_lib.EngineConfig(
     **SHARED_SIZES,
     max_rows=1,
     num_snapshots=0,
@@ -48,7 +48,7 @@ REFERENCE_CONFIG = config_lib.Config(
 )
 BUSY_CONFIGS = (
     # 16 pages hold one sequence of max_length.
-    config_lib.Config(
+    config_lib.EngineConfig(
         **SHARED_SIZES,
         max_rows=4,
         num_pages=24,
@@ -60,7 +60,7 @@ BUSY_CONFIGS = (
         host_bytes=2**20,
         max_queue=12,
     ),
-    config_lib.Config(
+    config_lib.EngineConfig(
         **SHARED_SIZES,
         max_rows=12,
         num_pages=40,
@@ -74,7 +74,7 @@ BUSY_CONFIGS = (
         draft_tokens=5,
         record_routes=True,
     ),
-    config_lib.Config(
+    config_lib.EngineConfig(
         **SHARED_SIZES,
         max_rows=2,
         num_snapshots=8,
@@ -265,10 +265,10 @@ class FuzzRun:
             self._engine.preempt(rng.choice(list(self._open)))
             self._restore_cursor("preempt")
         elif 0.29 < chance < 0.292:
-            self._engine.swap(self._model, keep_running=rng.random() < 0.5)
+            self._engine.swap_weights(self._model, keep_running=rng.random() < 0.5)
             self._restore_cursor("swap")
         elif chance > 0.997:
-            while self._engine.stats().waiting < config.max_queue:
+            while self._engine.stats().num_waiting < config.max_queue:
                 self._submit()
             self._submit()
         else:
@@ -287,11 +287,11 @@ class FuzzRun:
         stats = self._engine.stats()
         for name in ("hits", "misses", "hit_tokens", "evicted"):
             self._counts[name] += getattr(stats.cache, name)
-        for name in ("swapped_out", "swapped_in", "restarted", "taken_over"):
+        for name in ("swapped_out", "swapped_in", "restarted", "slots_taken_over"):
             self._counts[name] += getattr(stats.memory, name)
         self._counts["own_preemptions"] += self._preemptions() - self._preempted
-        self._counts["held_back"] += stats.held_back
-        self._counts["steps"] += stats.plans
+        self._counts["held_back"] += stats.num_held_back
+        self._counts["steps"] += stats.num_plans
 
     def _submit(self) -> None:
         case = self._rng.choice(self._cases) if self._rng.random() < 0.6 else None

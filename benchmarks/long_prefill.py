@@ -97,7 +97,7 @@ def make_model(softmax_every: int) -> model_lib.MiniMaxM1:
 
 def build_program(model, length: int):
     """Compile the prefill program of an engine for one sequence of this length."""
-    config = config_lib.Config(
+    config = config_lib.EngineConfig(
         max_length=length + CHUNK_TOKENS,
         max_rows=1,
         num_snapshots=0,
@@ -105,17 +105,22 @@ def build_program(model, length: int):
         prefill_tokens=(ROWS,),
     )
     state = state_lib.init_serving_state(
-        model.config, config.slots, config.pages, CHUNK_TOKENS, model.dtype
+        model.config, config.total_slots, config.total_pages, CHUNK_TOKENS, model.dtype
     )
-    rows = programs.init_rows(config.slots, model.config.vocab_size)
-    recipe = programs.Recipe(config.tile_rows, config.row_tile)
+    rows = programs.init_sampling_state(config.total_slots, model.config.vocab_size)
+    recipe = programs.Tiling(config.attention_tile, config.matmul_tile)
 
     def run(model, state, rows, batch, prompts):
-        return programs.prefill(model, state, rows, batch, prompts, recipe)
+        return programs.prefill_prompts(model, state, rows, batch, prompts, recipe)
 
-    batch = host_batch_lib.empty_batch(host_batch_lib.PREFILL_PARTS, config)
-    prompts = host_batch_lib.empty_prompts(ROWS, config)
-    return device.Program(run, (1, 2), model, state, rows, batch, prompts), config, state, rows
+    batch = host_batch_lib.make_empty_batch(host_batch_lib.MAX_PREFILL_CHUNKS, config)
+    prompts = host_batch_lib.make_empty_prompts(ROWS, config)
+    return (
+        device.CompiledProgram(run, (1, 2), model, state, rows, batch, prompts),
+        config,
+        state,
+        rows,
+    )
 
 
 def prefill_prompt(program, config, model, state, rows, tokens):
@@ -125,11 +130,13 @@ def prefill_prompt(program, config, model, state, rows, tokens):
         some = tokens[start : start + ROWS]
         end = start + len(some)
         pages = tuple(range(1, -(-end // CHUNK_TOKENS) + 1))
-        part = plan_lib.Part(0, 1, start, len(some), pages, end == len(tokens), False)
-        prompts = host_batch_lib.prompts([part], [(some, -1)], config)
-        batch = host_batch_lib.batch(host_batch_lib.PREFILL_PARTS, [part], [asked], config)
+        part = plan_lib.PrefillChunk(0, 1, start, len(some), pages, end == len(tokens), False)
+        prompts = host_batch_lib.pack_prompts([part], [(some, -1)], config)
+        batch = host_batch_lib.make_batch(
+            host_batch_lib.MAX_PREFILL_CHUNKS, [part], [asked], config
+        )
         state, rows, chosen = program(model, state, rows, batch, prompts)
-    return host_batch_lib.fetch(chosen).column(0)[0], state
+    return host_batch_lib.fetch_tokens(chosen).row_tokens(0)[0], state
 
 
 def count_state_bytes(state, kind) -> int:

@@ -83,9 +83,9 @@ def get_config(arg: str = "") -> RlConfig:
             replay_routes=True,
             engine=(
                 ("max_rows", 64), ("num_pages", 32 * 84 * K // 64), ("num_snapshots", 32),
-                ("prefill_tokens", (512, 4096)), ("tile_rows", 16),
+                ("prefill_tokens", (512, 4096)), ("attention_tile", 16),
                 # Fast; but a run that was resumed is then not the same to the bit.
-                ("row_tile", 0),
+                ("matmul_tile", 0),
             ),
         ),
         update=UpdateConfig(learning_rate=1e-6, minibatches=16, rows=16, warmup_steps=160),

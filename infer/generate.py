@@ -153,7 +153,7 @@ def write(
 ) -> tuple[list[request_lib.Output], Stats]:
     """Do what `run` does, with what `prepare` found."""
     options, stats, began = config.options, Stats(), time.perf_counter()
-    sizes = config_lib.fitting(
+    sizes = config_lib.fit_config(
         [(len(ids), options.max_tokens) for ids in prompts],
         config.batch_size,
         model.config.max_position_embeddings,

@@ -144,7 +144,7 @@ def run(config: Config, stop: Callable[[], int | None] = lambda: None) -> Summar
     todo = [line for line in requests if line.index not in done]
     if not todo:
         return Summary(len(requests), len(done), 0)
-    sizes = config_lib.fitting(  # of all, so that a compilation cache has the same programs
+    sizes = config_lib.fit_config(  # of all, so that a compilation cache has the same programs
         [(len(line.prompt), line.options.max_tokens) for line in requests],
         config.max_rows,
         model_config.max_position_embeddings,
@@ -296,7 +296,7 @@ class _Reader:
 def _fingerprint(config: Config, folder: pathlib.Path) -> dict[str, Any]:
     """Return all that the outputs depend on; weights are told apart by the sizes of their files."""
     names = ("defaults", "seed", "tokens", "system", "raw", "profile", "dtype", "weights")
-    sizes = config_lib.Config()  # decide the last bits, as JAX and the hardware do
+    sizes = config_lib.EngineConfig()  # decide the last bits, as JAX and the hardware do
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     listed = [(path.relative_to(folder).as_posix(), path.stat().st_size) for path in files]
     small = [folder / name for name in ("config.json", "tokenizer.json", "release.json")]
@@ -307,7 +307,7 @@ def _fingerprint(config: Config, folder: pathlib.Path) -> dict[str, Any]:
         "files": hashlib.sha256(repr((listed, texts)).encode()).hexdigest(),
         **{name: getattr(config, name) for name in names},
         "defaults": jsonl.parse("--defaults", config.defaults),
-        "recipe": [sizes.chunk_tokens, sizes.tile_rows, sizes.row_tile],
+        "recipe": [sizes.chunk_tokens, sizes.attention_tile, sizes.matmul_tile],
         "jax": f"{jax.__version__} on {jax.default_backend()}",
     }
 

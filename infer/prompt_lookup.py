@@ -1,7 +1,7 @@
 """Guesses at the next tokens without a model: what followed the same tokens before (prompt lookup).
 
 Answers repeat what was asked and themselves; a guess costs nothing, and one forward pass checks
-several (`programs.verify`). What is made does not depend on the guesses, only how fast.
+several (`programs.verify_drafts`). What is made does not depend on the guesses, only how fast.
 """
 
 from collections.abc import Iterable

@@ -31,7 +31,7 @@ from m1_jax import tokenizer as tokenizer_lib
 _FORMAT = "m1_jax suspended requests, version 1"
 
 
-def save(engine: engine_lib.Engine, path) -> int:
+def save_requests(engine: engine_lib.Engine, path) -> int:
     """Write all requests under way to a file, whole or not at all, and end them; return how many.
 
     Tokens that the device has made and the engine not yet taken are made again later.
@@ -46,20 +46,20 @@ def save(engine: engine_lib.Engine, path) -> int:
         count = len(requests)
         value = {
             "format": _FORMAT,
-            "made_by": _identity(engine),
+            "made_by": _engine_identity(engine),
             "version": engine.version,
-            "requests": [_request_json(request) for request in requests],
+            "requests": [_request_to_json(request) for request in requests],
         }
-        _write(pathlib.Path(path), json.dumps(value, allow_nan=False))
+        _write_atomically(pathlib.Path(path), json.dumps(value, allow_nan=False))
 
     engine.suspend(keep)
     return count
 
 
-def resume(
+def resume_requests(
     engine: engine_lib.Engine, path, on_token: Callable | None = None
 ) -> list[request_lib.Request]:
-    """Submit the requests of a file that `save` wrote, in order; they go on after their tokens.
+    """Submit the requests of a file that `save_requests` wrote, in order; they go on after their tokens.
 
     Args:
       engine: of the same model, weights, tokenizer and recipe; its `version` becomes the file's,
@@ -68,19 +68,19 @@ def resume(
       on_token: as in `Engine.submit`; called for new tokens only.
 
     Raises:
-      ValueError: another model, or a file that is none of `save`, or requests that this engine is
+      ValueError: another model, or a file that is none of `save_requests`, or requests that this engine is
         too small for. OSError: it cannot be read.
     """
     path = pathlib.Path(path)
-    value = _read(path)
-    own = _identity(engine)
+    value = _read_file(path)
+    own = _engine_identity(engine)
     for name, made_by in value["made_by"].items():
         if own.get(name) != made_by:
             raise ValueError(
                 f"{path}: got requests of another {name}: {made_by!r:.300}; this engine has "
                 f"{own.get(name)!r:.300}. Start one with the checkpoint and sizes that made them."
             )
-    parsed = [_parse(path, i, one) for i, one in enumerate(value["requests"])]
+    parsed = [_parse_request(path, i, one) for i, one in enumerate(value["requests"])]
     for i, (prompt, options, _, _) in enumerate(parsed):  # before any of them starts
         if len(prompt) + options.max_tokens > engine.config.max_length:
             raise ValueError(
@@ -88,33 +88,37 @@ def resume(
                 f"{options.max_tokens}; wanted {engine.config.max_length} at most (max_length): "
                 "start the engine with more"
             )
-    engine.continue_from(value["version"])
+    engine.continue_from_version(value["version"])
     requests = []
     for prompt, options, tokens, cached in parsed:
-        request = engine.submit(prompt, options, on_token, made=tokens)
+        request = engine.submit(prompt, options, on_token, prior_tokens=tokens)
         request.cached_tokens, request.cache_reason = cached
         requests.append(request)
     return requests
 
 
-def _request_json(request: request_lib.Request) -> dict[str, Any]:
+def _request_to_json(request: request_lib.Request) -> dict[str, Any]:
     return {
         "prompt": list(request.prompt),
         "options": options_lib.as_json(request.options),
         "tokens": [
-            [t.id, _number(t.logp), _number(t.logp_raw), t.version, _top_json(t.top)]
+            [t.id, _logp_to_json(t.logp), _logp_to_json(t.logp_raw), t.version, _top_to_json(t.top)]
             for t in request.tokens
         ],
         "cached": [request.cached_tokens, request.cache_reason],
     }
 
 
-def _parse(path: pathlib.Path, number: int, value: dict[str, Any]) -> tuple:
+def _parse_request(path: pathlib.Path, number: int, value: dict[str, Any]) -> tuple:
     """Return prompt, options, tokens and what the cache had."""
     try:
         tokens = [
             request_lib.Token(
-                id_, _logp(logp), _logp(raw), version, tuple((i, _logp(p)) for i, p in top)
+                id_,
+                _logp_from_json(logp),
+                _logp_from_json(raw),
+                version,
+                tuple((i, _logp_from_json(p)) for i, p in top),
             )
             for id_, logp, raw, version, top in value["tokens"]
         ]
@@ -124,38 +128,38 @@ def _parse(path: pathlib.Path, number: int, value: dict[str, Any]) -> tuple:
         raise ValueError(f"{path}: request {number}: {error!r}; the file is damaged") from None
 
 
-def _top_json(top: tuple[tuple[int, float], ...]) -> list[list]:
-    return [[i, _number(logp)] for i, logp in top]
+def _top_to_json(top: tuple[tuple[int, float], ...]) -> list[list]:
+    return [[i, _logp_to_json(logp)] for i, logp in top]
 
 
-def _number(logp: float) -> float | None:
+def _logp_to_json(logp: float) -> float | None:
     """JSON has no infinity: None is the log-probability of what could not have been chosen."""
     return None if logp == -math.inf else logp
 
 
-def _logp(value: float | None) -> float:
+def _logp_from_json(value: float | None) -> float:
     return -math.inf if value is None else value
 
 
-def _identity(engine: engine_lib.Engine) -> dict[str, Any]:
+def _engine_identity(engine: engine_lib.Engine) -> dict[str, Any]:
     """Return what an output's bits depend on, beside the request."""
     config = engine.config
     mesh = next((getattr(x.sharding, "mesh", None) for x in engine.weights), None)
     return {
         "model": json.loads(json.dumps(dataclasses.asdict(engine.model_config), default=str)),
-        "weights": digest(engine.weights),
-        "tokenizer": _tokenizer_digest(engine.tokenizer),
+        "weights": digest_arrays(engine.weights),
+        "tokenizer": _digest_tokenizer(engine.tokenizer),
         "recipe": {
             "chunk_tokens": config.chunk_tokens,
-            "tile_rows": config.tile_rows,
-            "row_tile": config.row_tile,
+            "tile_rows": config.attention_tile,
+            "row_tile": config.matmul_tile,
             "mesh": {} if mesh is None else {k: v for k, v in mesh.shape.items() if v > 1},
             "backend": jax.default_backend(),
         },
     }
 
 
-def digest(leaves: list[Array]) -> str:
+def digest_arrays(leaves: list[Array]) -> str:
     """Return a digest of arrays' shapes, dtypes and bits; compiles one small program."""
     told = [f"{leaf.dtype}{leaf.shape}" for leaf in leaves]
     # Other processes would have to be asked: of arrays that they share, this one's first part.
@@ -177,7 +181,7 @@ def _bit_sum(x: Shaped[Array, "..."]) -> UInt[Array, ""]:
     return jnp.sum(bits * weight, dtype=jnp.uint32)
 
 
-def _tokenizer_digest(tokenizer: tokenizer_lib.Tokenizer) -> str:
+def _digest_tokenizer(tokenizer: tokenizer_lib.Tokenizer) -> str:
     hashed = hashlib.sha256(repr(tokenizer.stop_ids).encode())
     for token in range(tokenizer.vocab_size):
         data = tokenizer.token_bytes(token, skip_special=False)
@@ -185,7 +189,7 @@ def _tokenizer_digest(tokenizer: tokenizer_lib.Tokenizer) -> str:
     return hashed.hexdigest()
 
 
-def _write(path: pathlib.Path, text: str) -> None:
+def _write_atomically(path: pathlib.Path, text: str) -> None:
     """Write a file that is there whole or not at all, also after a crash."""
     part = path.with_name(path.name + ".part")
     with part.open("w", encoding="utf-8") as file:
@@ -195,7 +199,7 @@ def _write(path: pathlib.Path, text: str) -> None:
     part.replace(path)
 
 
-def _read(path: pathlib.Path) -> dict[str, Any]:
+def _read_file(path: pathlib.Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

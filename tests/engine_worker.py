@@ -20,7 +20,7 @@ from infer.execution import leader_follower
 from m1_jax import sharding, testing, tokenizer
 from m1_jax.config import ModelConfig
 
-CONFIG = config_lib.Config(
+CONFIG = config_lib.EngineConfig(
     max_length=64,
     max_rows=4,
     chunk_tokens=16,
@@ -43,7 +43,7 @@ def main(port: str, processes: int, index: int) -> None:
     )
     model = m1_jax.load(path, dtype=jnp.float32, mesh=layout)
     if index:
-        leader_follower.follow(model, CONFIG, next_model=lambda: model)
+        leader_follower.follow_engine(model, CONFIG, next_model=lambda: model)
         return
     with tempfile.TemporaryDirectory() as directory:
         testing.write_tiny_tokenizer(directory)
@@ -56,7 +56,7 @@ def main(port: str, processes: int, index: int) -> None:
     for _ in range(4):
         made.step()
     made.preempt(asked[0])
-    made.swap(model)
+    made.swap_weights(model)
     made.run()
     outputs = [one.output() for one in asked]
     print(json.dumps([[(t.id, t.logp, t.logp_raw) for t in o.tokens] for o in outputs]))

@@ -20,7 +20,7 @@ class Tree:
     """A prefix cache with its pools, written to in words: each letter is a chunk."""
 
     def __init__(self, num_pages=40, num_slots=12, max_bytes=10_000, page_bytes=1, state_bytes=10):
-        self.pages, self.slots = prefix_cache.Pool(num_pages), prefix_cache.Pool(num_slots)
+        self.pages, self.slots = prefix_cache.IdPool(num_pages), prefix_cache.IdPool(num_slots)
         self.cache = prefix_cache.PrefixCache(
             self.pages,
             self.slots,
@@ -32,8 +32,8 @@ class Tree:
 
     def insert(self, word, keep=False, key=KEY):
         """Insert as a request does that ends, or go on holding its pages."""
-        pages = self.pages.take(len(word))
-        (slot,) = self.slots.take(1)
+        pages = self.pages.allocate(len(word))
+        (slot,) = self.slots.allocate(1)
         self.cache.insert(key, tokens_of(word), pages, slot)
         if not keep:
             self.pages.release(pages)
@@ -41,11 +41,11 @@ class Tree:
 
     def find(self, word, limit=None, key=KEY):
         hit = self.cache.lookup(key, tokens_of(word), len(word) * C if limit is None else limit)
-        return hit.length // C, hit.common // C
+        return hit.length // C, hit.common_tokens // C
 
     def evictable(self):
-        loose = [node for node in self.cache._nodes() if not node.pins]
-        held = [self.pages.holders(page) for node in loose for page in node.pages]
+        loose = [node for node in self.cache._iterate_nodes() if not node.pins]
+        held = [self.pages.count_holders(page) for node in loose for page in node.pages]
         return held.count(1), len(loose)
 
     def stats(self):
@@ -53,18 +53,18 @@ class Tree:
 
 
 def test_pool_gives_the_lowest_and_counts_holders():
-    pool = prefix_cache.Pool(4)
-    assert pool.take(3) == [1, 2, 3]
-    pool.share([2])
+    pool = prefix_cache.IdPool(4)
+    assert pool.allocate(3) == [1, 2, 3]
+    pool.add_holders([2])
     pool.release([1, 2, 3])
-    assert (pool.free, pool.holders(2)) == (3, 1)
-    assert pool.take(2) == [1, 3]
+    assert (pool.num_free, pool.count_holders(2)) == (3, 1)
+    assert pool.allocate(2) == [1, 3]
     with pytest.raises(RuntimeError, match="got 1 free of 4, wanted 2; evict first"):
-        pool.take(2)
+        pool.allocate(2)
     with pytest.raises(RuntimeError, match="got id 4, which is free"):
         pool.release([4])
     with pytest.raises(RuntimeError, match="got id 4, which is free"):
-        pool.share([4])
+        pool.add_holders([4])
 
 
 def test_the_deepest_snapshot_within_the_limit_is_found():
@@ -83,8 +83,8 @@ def test_a_hit_brings_the_pages_of_the_whole_prefix():
     second, slot = tree.insert("abcd", keep=True)
     hit = tree.cache.match(KEY, tokens_of("abcdx"), 5 * C - 1)
     assert hit.pages == (*first, *second[2:])
-    assert (hit.slot, hit.reason) == (slot, "")
-    assert [tree.pages.holders(page) for page in second] == [1, 1, 2, 2]
+    assert (hit.slot, hit.miss_reason) == (slot, "")
+    assert [tree.pages.count_holders(page) for page in second] == [1, 1, 2, 2]
 
 
 def test_a_part_of_a_chunk_does_not_count():
@@ -93,17 +93,17 @@ def test_a_part_of_a_chunk_does_not_count():
     tokens = tokens_of("ab")
     tokens[-1] += 1
     hit = tree.cache.lookup(KEY, tokens, len(tokens))
-    assert (hit.length, hit.common) == (0, C)
+    assert (hit.length, hit.common_tokens) == (0, C)
 
 
 def test_branches_share_nothing_until_there_is_a_snapshot_where_they_part():
     tree = Tree()
     first, _ = tree.insert("abc")
     tree.insert("abd")
-    assert tree.stats().pages == 6
+    assert tree.stats().num_pages == 6
     assert tree.find("abe") == (0, 2)
     tree.insert("ab")
-    assert tree.stats().pages == 4
+    assert tree.stats().num_pages == 4
     assert tree.find("abe") == (2, 2)
     assert tree.find("abd") == (3, 3)
     hit = tree.cache.lookup(KEY, tokens_of("abc"), 12)
@@ -114,7 +114,7 @@ def test_a_second_snapshot_of_the_same_is_released():
     tree = Tree()
     tree.insert("ab")
     tree.insert("ab")
-    assert (tree.stats().nodes, tree.slots.free, tree.pages.free) == (1, 11, 38)
+    assert (tree.stats().num_nodes, tree.slots.num_free, tree.pages.num_free) == (1, 11, 38)
 
 
 def test_a_split_keeps_the_pins_of_the_hits_below():
@@ -132,24 +132,24 @@ def test_a_split_keeps_the_pins_of_the_hits_below():
 def test_reasons_of_a_miss():
     tree = Tree()
     match = tree.cache.match
-    assert match(KEY, tokens_of("ab"), 8).reason == "empty"
+    assert match(KEY, tokens_of("ab"), 8).miss_reason == "empty"
     tree.insert("abc")
-    assert match(KEY, tokens_of("ab"), 3).reason == "shorter than a chunk"
-    assert match(KEY, tokens_of("xy"), 8).reason == "no common prefix"
-    assert match(KEY, tokens_of("abx"), 12).reason == "no snapshot on the way"
-    assert match(("other", ""), tokens_of("abc"), 12).reason == "empty"
-    assert match(KEY, tokens_of("abcd"), 15).reason == ""
+    assert match(KEY, tokens_of("ab"), 3).miss_reason == "shorter than a chunk"
+    assert match(KEY, tokens_of("xy"), 8).miss_reason == "no common prefix"
+    assert match(KEY, tokens_of("abx"), 12).miss_reason == "no snapshot on the way"
+    assert match(("other", ""), tokens_of("abc"), 12).miss_reason == "empty"
+    assert match(KEY, tokens_of("abcd"), 15).miss_reason == ""
     stats = tree.stats()
     assert (stats.hits, stats.misses, stats.hit_tokens) == (1, 5, 12)
-    assert sum(stats.reasons.values()) == 5
+    assert sum(stats.miss_reasons.values()) == 5
 
 
 def test_no_bytes_switch_it_off():
     tree = Tree(max_bytes=0)
     tree.insert("ab")
-    assert tree.stats().nodes == 0
-    assert tree.slots.free == 12
-    assert tree.cache.match(KEY, tokens_of("abc"), 11).reason == "off"
+    assert tree.stats().num_nodes == 0
+    assert tree.slots.num_free == 12
+    assert tree.cache.match(KEY, tokens_of("abc"), 11).miss_reason == "off"
 
 
 def test_the_byte_budget_holds_by_evicting_the_cheapest():
@@ -157,12 +157,12 @@ def test_the_byte_budget_holds_by_evicting_the_cheapest():
     tree.insert("abcdefgh")  # 18 bytes
     tree.insert("x")  # 11 bytes for 4 tokens
     tree.insert("yz")
-    assert tree.stats().bytes == 30
+    assert tree.stats().num_bytes == 30
     assert tree.find("x") == (0, 0)
     assert tree.find("yz") == (2, 2)
     tree.insert("k" * 31)  # 41 bytes would never fit
     assert tree.find("k" * 31) == (0, 0)
-    assert tree.stats().bytes == 30
+    assert tree.stats().num_bytes == 30
 
 
 def test_few_tokens_per_byte_go_first():
@@ -174,7 +174,7 @@ def test_few_tokens_per_byte_go_first():
         for word in ("x", "abcdef", "yz"):  # all used just now
             tree.cache.release(tree.cache.match(KEY, tokens_of(word), 99))
         assert tree.find(gone)[0]
-        assert tree.cache.evict(slots=tree.slots.free + 1)
+        assert tree.cache.evict(slots=tree.slots.num_free + 1)
         assert tree.find(gone) == (0, 0)
 
 
@@ -184,7 +184,7 @@ def test_what_was_not_used_for_long_goes_before_what_was():
     tree.insert("xyz")
     for _ in range(5):
         tree.cache.release(tree.cache.match(KEY, tokens_of("xyz"), 99))
-    assert tree.cache.evict(slots=tree.slots.free + 1)
+    assert tree.cache.evict(slots=tree.slots.num_free + 1)
     assert tree.find("abcd") == (0, 0)
     assert tree.find("xyz") == (3, 3)
 
@@ -196,7 +196,7 @@ def test_an_inner_node_goes_by_giving_its_span_to_its_only_child():
     assert tree.cache.evict(slots=11)
     assert tree.find("abcdefgh") == (8, 8)
     assert tree.find("ax") == (0, 1)
-    assert tree.pages.free == 32
+    assert tree.pages.num_free == 32
 
 
 def test_no_inner_node_goes_for_pages():
@@ -213,7 +213,7 @@ def test_shared_pages_are_not_counted_as_gain():
     tree.insert("xyz")
     assert tree.evictable() == (3, 2)
     assert not tree.cache.evict(pages=7)
-    assert tree.stats().nodes == 2  # nothing is lost for nothing
+    assert tree.stats().num_nodes == 2  # nothing is lost for nothing
     assert tree.cache.evict(pages=6)
     assert tree.find("abcd") == (4, 4)
     tree.pages.release(pages)
@@ -226,8 +226,8 @@ def test_leaves_without_gain_go_when_they_are_in_the_way():
     pages, _ = tree.insert("abcd", keep=True)
     assert tree.evictable() == (3, 2)
     assert tree.cache.evict(pages=6)
-    assert tree.stats().nodes == 0
-    assert tree.pages.free == 10 - len(pages)
+    assert tree.stats().num_nodes == 0
+    assert tree.pages.num_free == 10 - len(pages)
 
 
 def test_pinned_nodes_and_their_ancestors_stay():
@@ -248,18 +248,22 @@ def test_dearer_nodes_stay_for_a_cheaper_snapshot():
     tree = Tree(num_slots=2)
     tree.insert("abcdef")
     tree.insert("xyz")
-    assert not tree.cache.evict(slots=1, below=tree.cache.value(KEY, tokens_of("k")) / 10)
-    assert tree.stats().nodes == 2
-    assert tree.cache.evict(slots=1, below=tree.cache.value(KEY, tokens_of("klmnopqrs")))
-    assert tree.stats().nodes == 1
+    assert not tree.cache.evict(
+        slots=1, max_value=tree.cache.snapshot_value(KEY, tokens_of("k")) / 10
+    )
+    assert tree.stats().num_nodes == 2
+    assert tree.cache.evict(
+        slots=1, max_value=tree.cache.snapshot_value(KEY, tokens_of("klmnopqrs"))
+    )
+    assert tree.stats().num_nodes == 1
 
 
 def test_a_snapshot_that_is_there_is_worth_nothing_more():
     tree = Tree()
     tree.insert("ab")
-    assert tree.cache.value(KEY, tokens_of("ab")) == 0
-    assert tree.cache.value(KEY, tokens_of("abcd")) == 8 / 12
-    assert tree.cache.value(KEY, tokens_of("xbcd")) == 16 / 14
+    assert tree.cache.snapshot_value(KEY, tokens_of("ab")) == 0
+    assert tree.cache.snapshot_value(KEY, tokens_of("abcd")) == 8 / 12
+    assert tree.cache.snapshot_value(KEY, tokens_of("xbcd")) == 16 / 14
 
 
 def test_a_hit_can_be_taken_over():
@@ -267,11 +271,11 @@ def test_a_hit_can_be_taken_over():
     tree.insert("a")
     _, slot = tree.insert("abc")
     hit = tree.cache.match(KEY, tokens_of("abcd"), 12)
-    tree.pages.share(hit.pages)
+    tree.pages.add_holders(hit.pages)
     assert tree.cache.take_over(hit) == slot
-    assert tree.slots.holders(slot) == 1
+    assert tree.slots.count_holders(slot) == 1
     assert tree.find("abc") == (1, 1)
-    assert [tree.pages.holders(page) for page in hit.pages] == [2, 1, 1]
+    assert [tree.pages.count_holders(page) for page in hit.pages] == [2, 1, 1]
 
 
 def test_a_hit_with_nodes_below_cannot_be_taken_over():
@@ -288,11 +292,11 @@ def test_drop_forgets_one_key():
     tree.insert("abc")
     tree.insert("ab")
     tree.insert("ab", key=(1, "bf16"))
-    tree.cache.drop(KEY)
-    tree.cache.drop(KEY)
+    tree.cache.drop_key(KEY)
+    tree.cache.drop_key(KEY)
     assert tree.find("abc") == (0, 0)
     assert tree.find("ab", key=(1, "bf16")) == (2, 2)
-    assert (tree.pages.free, tree.slots.free) == (38, 11)
+    assert (tree.pages.num_free, tree.slots.num_free) == (38, 11)
 
 
 def test_wrong_lengths_are_refused():
@@ -318,7 +322,7 @@ class Machine(stateful.RuleBasedStateMachine):
         self.running = []
 
     def forget(self):
-        self.words = {s: word for s, word in self.words.items() if self.tree.slots.holders(s)}
+        self.words = {s: word for s, word in self.words.items() if self.tree.slots.count_holders(s)}
 
     def best(self, word, limit):
         known = [one for one in self.words.values() if word.startswith(one)]
@@ -326,10 +330,10 @@ class Machine(stateful.RuleBasedStateMachine):
 
     @stateful.rule(word=WORDS, keep=st.booleans())
     def insert(self, word, keep):
-        if self.tree.slots.free and self.tree.pages.free >= len(word):
+        if self.tree.slots.num_free and self.tree.pages.num_free >= len(word):
             new = word not in self.words.values()
-            pages = self.tree.pages.take(len(word))
-            (slot,) = self.tree.slots.take(1)
+            pages = self.tree.pages.allocate(len(word))
+            (slot,) = self.tree.slots.allocate(1)
             self.written |= {page: word[: i + 1] for i, page in enumerate(pages)}
             assert self.tree.cache.insert(KEY, tokens_of(word), pages, slot) == new
             if new:
@@ -345,7 +349,7 @@ class Machine(stateful.RuleBasedStateMachine):
         limit = len(word) * C - less
         hit = self.tree.cache.match(KEY, tokens_of(word), limit)
         assert hit.length == self.best(word, limit) * C
-        assert (hit.reason == "") == (hit.length > 0)
+        assert (hit.miss_reason == "") == (hit.length > 0)
         assert [self.written[page] for page in hit.pages] == [
             word[: i + 1] for i in range(hit.length // C)
         ]
@@ -369,30 +373,30 @@ class Machine(stateful.RuleBasedStateMachine):
     def evict(self, pages, slots):
         before = dict(self.words)
         loose = self.tree.evictable()
-        most = self.tree.pages.free + loose[0], self.tree.slots.free + loose[1]
+        most = self.tree.pages.num_free + loose[0], self.tree.slots.num_free + loose[1]
         done = self.tree.cache.evict(pages, slots)
         assert done == (most[0] >= pages and most[1] >= slots)
         if done:
-            assert self.tree.pages.free >= pages
-            assert self.tree.slots.free >= slots
+            assert self.tree.pages.num_free >= pages
+            assert self.tree.slots.num_free >= slots
         self.forget()
         assert done or self.words == before
-        assert all(self.tree.slots.holders(hit.slot) for hit in self.hits)
+        assert all(self.tree.slots.count_holders(hit.slot) for hit in self.hits)
 
     @stateful.invariant()
     def audit(self):
         tree = self.tree
-        assert tree.stats().slots == len(self.words) == tree.slots.size - tree.slots.free
-        assert tree.stats().bytes <= 75 or self.hits
+        assert tree.stats().num_slots == len(self.words) == tree.slots.size - tree.slots.num_free
+        assert tree.stats().num_bytes <= 75 or self.hits
         assert len(set(self.words.values())) == len(self.words)
-        held = {page for node in tree.cache._nodes() for page in node.pages}
+        held = {page for node in tree.cache._iterate_nodes() for page in node.pages}
         held |= {page for pages in self.running for page in pages}
-        assert tree.pages.free + len(held) == tree.pages.size
+        assert tree.pages.num_free + len(held) == tree.pages.size
         prefixes = {word[:i] for word in self.words.values() for i in range(1, len(word) + 1)}
         for word in prefixes:
             hit = tree.cache.lookup(KEY, tokens_of(word), len(word) * C)
-            assert hit.length == self.best(word, hit.common) * C
-            assert hit.common == len(word) * C
+            assert hit.length == self.best(word, hit.common_tokens) * C
+            assert hit.common_tokens == len(word) * C
 
     def teardown(self):
         while self.hits:

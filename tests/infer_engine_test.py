@@ -24,7 +24,7 @@ from m1_jax import testing
 from m1_jax import tokenizer as tokenizer_lib
 
 EOS, POISON = 510, 0
-CONFIG = config_lib.Config(
+CONFIG = config_lib.EngineConfig(
     max_length=256,
     max_rows=4,
     num_pages=40,
@@ -75,9 +75,9 @@ def engine():
     yield engine
     engine.run()
     stats = engine.stats()
-    assert (stats.waiting, stats.running) == (0, 0)
-    assert stats.free_pages + stats.cache.pages == CONFIG.pages
-    assert stats.free_slots + stats.cache.slots == CONFIG.slots
+    assert (stats.num_waiting, stats.num_running) == (0, 0)
+    assert stats.free_pages + stats.cache.num_pages == CONFIG.total_pages
+    assert stats.free_slots + stats.cache.num_slots == CONFIG.total_slots
 
 
 def one(engine, prompt=PROMPT, options=None, **values):
@@ -138,13 +138,13 @@ def test_loops_end_with_a_reason_of_their_own(engine, monkeypatch):
     certain = make_model()
     certain.head.kernel[...] = certain.head.kernel[...] * 1000
     assert one(engine, max_tokens=30, stop_on_loop=True).finish_reason == "length"
-    engine.swap(certain)
+    engine.swap_weights(certain)
     output = one(engine, max_tokens=30, stop_on_loop=True, ignore_eos=True)
     assert output.finish_reason == "loop"
     assert len(output.tokens) < 30
     assert all(np.exp(token.logp_raw) > 0.99 for token in output.tokens[-10:])
     assert one(engine, max_tokens=30, ignore_eos=True).finish_reason == "length"
-    engine.swap(make_model())
+    engine.swap_weights(make_model())
 
 
 def test_stop_strings_over_borders_of_tokens(engine):
@@ -291,7 +291,7 @@ def test_slots_and_pages_poisoned_with_nan_are_as_good_as_new(engine):
     for i in range(12):  # every slot and page
         engine.submit((POISON, *range(200 + i, 290 + i)), asked[0]) if i < 8 else None
     engine.run()
-    engine.swap(make_model())  # an empty cache: its memory is used again
+    engine.swap_weights(make_model())  # an empty cache: its memory is used again
     together = [engine.submit(*each) for each in zip(prompts, asked, strict=True)]
     engine.run()
     assert [bits(each.output()) for each in together] == want
@@ -306,10 +306,10 @@ def test_cancel_in_every_state(engine):
     assert len(want) == 60
 
     def state(made):
-        job = engine._scheduler._jobs[made.number]
+        job = engine._scheduler._sequences[made.number]
         if job.swapped_pages:
             return "swapped"
-        return "waiting" if not job.slot else "decoding" if job.decoding else "prefilling"
+        return "waiting" if not job.slot else "decoding" if job.is_decoding else "prefilling"
 
     long = tuple(range(1, 190))
     for wanted in ("waiting", "prefilling", "decoding", "swapped", "restarted"):
@@ -323,7 +323,7 @@ def test_cancel_in_every_state(engine):
         if wanted == "swapped":
             engine.preempt(one_)
         if wanted == "restarted":
-            engine.swap(make_model(), keep_running=False)
+            engine.swap_weights(make_model(), keep_running=False)
         assert state(one_) == ("waiting" if wanted == "restarted" else wanted)
         engine.cancel(one_)
         engine.cancel(one_)
@@ -395,7 +395,7 @@ def test_a_full_queue(engine):
 
 def test_the_model_limits_the_length():
     with pytest.raises(ValueError, match="max_length: got 8192; the model allows 4096"):
-        engine_lib.Engine(make_model(), load_tokenizer(), config_lib.Config(max_length=8192))
+        engine_lib.Engine(make_model(), load_tokenizer(), config_lib.EngineConfig(max_length=8192))
 
 
 # ---- threads

@@ -27,7 +27,7 @@ from m1_jax import testing
 from m1_jax import tokenizer as tokenizer_lib
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-CONFIG = config_lib.Config(
+CONFIG = config_lib.EngineConfig(
     max_length=256,
     max_rows=32,
     num_pages=200,
@@ -73,7 +73,7 @@ def drop_engines():
 def engine():
     """Return an engine with the first weights, and nothing in its cache."""
     engine = make_engine()
-    engine.swap(make_model())
+    engine.swap_weights(make_model())
     return engine
 
 
@@ -168,7 +168,7 @@ def test_trained_is_served_in_bfloat16():
 def serve_and_score(engine):
     rng = random.Random(5)
     served, trained = [], []
-    model = make_model(dtype=str(engine._device._held["model"][0].dtype))
+    model = make_model(dtype=str(engine._device.weights[0].dtype))
     for seed in range(12):
         prompt = tuple(rng.randrange(512) for _ in range(20 + 3 * seed))
         options = options_lib.Options(seed=seed, max_tokens=40, top_p=1.0, ignore_eos=True)
@@ -191,7 +191,7 @@ def test_new_weights_are_those_of_a_new_engine(engine):
     want = [bits(fresh.generate([prompt], options)[0]) for prompt, options in requests]
     old = [bits(engine.generate([prompt], options)[0]) for prompt, options in requests]
     assert engine.generate([requests[0][0]], requests[0][1])[0].cached_tokens > 0
-    version = engine.swap(make_model(1))
+    version = engine.swap_weights(make_model(1))
     for (prompt, options), expected, before in zip(requests, want, old, strict=True):
         output = engine.generate([prompt], options)[0]
         assert bits(output) == expected != before
@@ -208,7 +208,7 @@ def test_tokens_carry_their_version(engine, keep_running, where):
     options = options_lib.Options(seed=1, max_tokens=40, ignore_eos=True)
     prompt = PROMPT * 3 if where == "prefilling" else PROMPT
     want = bits(engine.generate([prompt], options)[0])
-    engine.swap(make_model())
+    engine.swap_weights(make_model())
     made = engine.submit(prompt, options)
     company = engine.submit(PROMPT[::-1], options)
     engine.step()
@@ -217,7 +217,7 @@ def test_tokens_carry_their_version(engine, keep_running, where):
     if where == "at the host":
         engine.preempt(made)
     known = len(made.tokens)
-    version = engine.swap(make_model(1), keep_running=keep_running)
+    version = engine.swap_weights(make_model(1), keep_running=keep_running)
     engine.run()
     output = made.output()
     versions = [token.version for token in output.tokens]
@@ -243,7 +243,7 @@ def test_tokens_carry_their_version(engine, keep_running, where):
 def replay(engine, made, ids):
     """Serve a request that had already chosen `ids`, which its new state is computed from."""
     number = made.number
-    job = engine._scheduler._jobs[number]
+    job = engine._scheduler._sequences[number]
     job.tokens += ids
     for token in ids:
         made.progress.push(token, 0.0)
@@ -261,7 +261,7 @@ def test_a_hundred_swaps_compile_nothing(engine, compiled):
     for number in range(100):
         if made is None or made.finish_reason is not None:
             made = engine.submit(PROMPT, ONE)
-        engine.swap((*device, host)[number % 3], keep_running=number % 4 > 0)
+        engine.swap_weights((*device, host)[number % 3], keep_running=number % 4 > 0)
         engine.step()
         if number % 7 == 0:
             engine.preempt(made)
@@ -277,7 +277,7 @@ def test_host_weights_may_change_after_the_swap(engine):
     want = bits(make_engine(seed=1).generate([PROMPT], ONE)[0])
     leaves, tree = jax.tree.flatten(make_model(1))
     copies = [np.array(leaf) for leaf in leaves]
-    engine.swap(jax.tree.unflatten(tree, copies))
+    engine.swap_weights(jax.tree.unflatten(tree, copies))
     for copy in copies:
         copy[:] = 0
     assert bits(engine.generate([PROMPT], ONE)[0]) == want
@@ -291,7 +291,7 @@ def test_other_shapes_are_refused(engine):
     version = engine.version
     for other, dtype in ((wide, "float32"), (deep, "float32"), (config, "bfloat16")):
         model = model_lib.MiniMaxM1(other, nnx.Rngs(0), dtype=jnp.dtype(dtype))
-        with pytest.raises(ValueError, match="swap: got .*; wanted"):
-            engine.swap(model)
+        with pytest.raises(ValueError, match="swap_weights: got .*; wanted"):
+            engine.swap_weights(model)
     assert engine.version == version
     assert bits(engine.generate([PROMPT], ONE)[0]) == want

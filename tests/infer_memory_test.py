@@ -4,10 +4,11 @@ import dataclasses
 
 import pytest
 
+from infer.scheduling import plan as plan_lib
 from infer.scheduling import scheduler
 
 C = 4
-LIMITS = scheduler.Limits(
+LIMITS = plan_lib.SchedulerLimits(
     num_slots=6,
     num_pages=40,
     chunk_tokens=C,
@@ -15,12 +16,12 @@ LIMITS = scheduler.Limits(
     max_queue=8,
     max_rows=4,
     max_prefill_tokens=16,
-    prefill_parts=4,
+    max_prefill_chunks=4,
     decode_steps=4,
     cache_bytes=10_000,
     state_bytes=10,
     swap_tokens=1000,
-    row_tokens=2,
+    attention_tile=2,
 )
 
 
@@ -34,18 +35,18 @@ def words(letters):
 
 
 def made(count, **more):
-    return scheduler.Result(count, new_tokens=(7,) * count, **more)
+    return plan_lib.StepResult(count, new_tokens=(7,) * count, **more)
 
 
 def answer(plan, finished=()):
     """Return results of a plan in which every row used all its steps."""
     results = {}
-    for part in plan.prefill:
-        results[part.job_id] = made(int(part.last and not part.resume))
-    for row in plan.decode:
-        results[row.job_id] = made(plan.steps)
+    for part in plan.prefill_chunks:
+        results[part.sequence_id] = made(int(part.is_last and not part.is_resumed))
+    for row in plan.decode_rows:
+        results[row.sequence_id] = made(plan.max_steps)
     return {
-        job_id: dataclasses.replace(result, finished=job_id in finished)
+        job_id: dataclasses.replace(result, is_finished=job_id in finished)
         for job_id, result in results.items()
     }
 
@@ -59,7 +60,9 @@ def step(sched, finished=()):
 
 
 def spans(plan):
-    return {part.job_id: (part.start, part.start + part.count) for part in plan.prefill}
+    return {
+        part.sequence_id: (part.start, part.start + part.num_tokens) for part in plan.prefill_chunks
+    }
 
 
 def until(sched, wanted, most=50):
@@ -80,30 +83,32 @@ def test_a_snapshot_is_copied_before_anything_changes_the_state():
     sched.submit("a", words("abc") + [1], 9)
     assert spans(step(sched)) == {"a": (0, 12)}
     plan = step(sched)
-    assert plan.actions == (scheduler.Copy(1, 2),)
+    assert plan.actions == (plan_lib.CopyState(1, 2),)
     assert spans(plan) == {"a": (12, 13)}
-    assert sched.stats().cache.nodes == 1
+    assert sched.stats().cache.num_nodes == 1
 
 
 def test_a_hit_restores_the_snapshot_and_shares_its_pages():
     sched = make()
     sched.submit("a", words("abc") + [1], 9)
-    first = step(sched).prefill[0]
+    first = step(sched).prefill_chunks[0]
     step(sched)
     sched.submit("b", words("abc") + [2, 2], 9)
     plan = until(sched, lambda plan: "b" in spans(plan))
     assert spans(plan) == {"b": (12, 14)}
-    assert actions_of(plan, scheduler.Copy) == [scheduler.Copy(2, plan.prefill[0].slot)]
-    assert plan.prefill[0].pages[:3] == first.pages
-    assert sched.cached("b") == (12, "")
-    assert sched.cached("a") == (0, "empty")
+    assert actions_of(plan, plan_lib.CopyState) == [
+        plan_lib.CopyState(2, plan.prefill_chunks[0].slot)
+    ]
+    assert plan.prefill_chunks[0].pages[:3] == first.pages
+    assert sched.cached_prompt("b") == (12, "")
+    assert sched.cached_prompt("a") == (0, "empty")
 
 
 def test_one_token_is_always_computed():
     sched = make()
     for name in "ab":
         sched.submit(name, words("abc"), 1)
-        until(sched, lambda plan: plan.prefill and plan.prefill[0].last)
+        until(sched, lambda plan: plan.prefill_chunks and plan.prefill_chunks[0].is_last)
     assert sched.stats().cache.hit_tokens == 8
 
 
@@ -113,10 +118,10 @@ def test_a_request_that_ends_leaves_its_slot_as_a_snapshot():
     step(sched)
     step(sched)
     plan = sched.plan()
-    sched.report({"a": made(3, finished=True, length=9)})
-    assert plan.decode[0].slot == 1
+    sched.report({"a": made(3, is_finished=True, final_length=9)})
+    assert plan.decode_rows[0].slot == 1
     stats = sched.stats()
-    assert (stats.memory.kept, stats.cache.pages, stats.free_slots) == (1, 2, 5)
+    assert (stats.memory.snapshots_moved, stats.cache.num_pages, stats.free_slots) == (1, 2, 5)
     sched.submit("b", [1, 2] + [7] * 10, 1)
     assert spans(step(sched)) == {"b": (8, 12)}
 
@@ -126,10 +131,10 @@ def test_a_state_that_may_have_left_its_chunk_is_no_snapshot(length, kept):
     sched = make()
     sched.submit("a", [1, 2], 20)
     plans = [step(sched), sched.plan(), sched.plan()]
-    assert plans[2].steps == 4  # may go on to 10 tokens
-    sched.report({"a": made(4, finished=True, length=length)})
-    assert sched.stats().memory.kept == kept
-    assert sched.stats().running == 0
+    assert plans[2].max_steps == 4  # may go on to 10 tokens
+    sched.report({"a": made(4, is_finished=True, final_length=length)})
+    assert sched.stats().memory.snapshots_moved == kept
+    assert sched.stats().num_running == 0
 
 
 def test_a_request_that_is_cancelled_leaves_a_snapshot_too():
@@ -145,9 +150,9 @@ def test_a_request_that_is_cancelled_leaves_a_snapshot_too():
 def test_requests_that_are_not_cacheable_neither_read_nor_write():
     sched = make()
     for name in "ab":
-        sched.submit(name, words("abc") + [1], 1, cacheable=False)
+        sched.submit(name, words("abc") + [1], 1, is_cacheable=False)
         assert spans(step(sched)) == {name: (0, 13)}
-    assert sched.stats().cache.nodes == 0
+    assert sched.stats().cache.num_nodes == 0
 
 
 def test_a_prefix_that_several_wait_for_is_computed_once():
@@ -155,7 +160,7 @@ def test_a_prefix_that_several_wait_for_is_computed_once():
     for name, tail in zip("abc", (1, 2, 3), strict=True):
         sched.submit(name, words("abcd") + [tail] * 3, 1)
     assert spans(step(sched)) == {"a": (0, 16)}
-    assert sched.stats().held_back == 2
+    assert sched.stats().num_held_back == 2
     plan = step(sched)
     assert spans(plan) == {"a": (16, 19), "b": (16, 19), "c": (16, 19)}
     assert len(plan.actions) == 3
@@ -168,8 +173,8 @@ def test_a_snapshot_is_taken_where_a_later_request_parts():
     sched.submit("b", words("abxy"), 1)  # shares two chunks, of which one is computed
     cuts = [spans(step(sched)) for _ in range(3)]
     assert cuts == [{"a": (4, 8)}, {"a": (8, 12)}, {"a": (12, 16)}]
-    assert sched.stats().cache.nodes == 1
-    assert until(sched, lambda plan: "b" in spans(plan)).prefill[0].start == 8
+    assert sched.stats().cache.num_nodes == 1
+    assert until(sched, lambda plan: "b" in spans(plan)).prefill_chunks[0].start == 8
 
 
 @pytest.mark.parametrize(("other", "point"), [("abxy", 8), ("ab", 4), ("x", 16)])
@@ -186,12 +191,12 @@ def test_a_snapshot_is_taken_where_the_older_one_just_is():
     step(sched)
     sched.submit("b", words("abxy"), 1)
     plan = step(sched)
-    assert plan.actions == (scheduler.Copy(1, 2),)
-    assert until(sched, lambda plan: "b" in spans(plan)).prefill[-1].start == 8
+    assert plan.actions == (plan_lib.CopyState(1, 2),)
+    assert until(sched, lambda plan: "b" in spans(plan)).prefill_chunks[-1].start == 8
 
 
 def test_a_request_that_is_held_back_keeps_its_place():
-    sched = make(max_prefill_tokens=8, num_slots=2, prefill_parts=3)
+    sched = make(max_prefill_tokens=8, num_slots=2, max_prefill_chunks=3)
     sched.submit("a", words("abcde"), 1)
     step(sched)
     sched.submit("b", words("abcdx"), 30)
@@ -204,11 +209,11 @@ def test_a_request_that_is_held_back_keeps_its_place():
 def test_a_snapshot_is_taken_where_a_request_leaves_the_tree():
     sched = make()
     sched.submit("a", words("abcde"), 1)
-    until(sched, lambda plan: plan.prefill and plan.prefill[0].last)
+    until(sched, lambda plan: plan.prefill_chunks and plan.prefill_chunks[0].is_last)
     sched.submit("b", words("abxyz"), 1)
     assert spans(step(sched)) == {"b": (0, 8)}
-    assert sched.cached("b") == (0, "no snapshot on the way")
-    until(sched, lambda plan: plan.prefill and plan.prefill[0].last)
+    assert sched.cached_prompt("b") == (0, "no snapshot on the way")
+    until(sched, lambda plan: plan.prefill_chunks and plan.prefill_chunks[0].is_last)
     sched.submit("c", words("abmno"), 1)
     assert spans(step(sched))["c"][0] == 8
 
@@ -229,14 +234,14 @@ def test_the_slot_of_a_snapshot_is_taken_over_when_no_other_is_left():
     plan = step(sched)
     assert plan.actions == ()
     assert spans(plan) == {"b": (8, 13)} or spans(plan) == {"b": (12, 13)}
-    assert sched.stats().memory.taken_over == 1
+    assert sched.stats().memory.slots_taken_over == 1
 
 
 def test_admission_evicts_snapshots():
     sched = make(num_slots=2, num_pages=8)
     for name in "abcd":
         sched.submit(name, words(name * 6), 1)
-        until(sched, lambda plan: plan.prefill and plan.prefill[0].last)
+        until(sched, lambda plan: plan.prefill_chunks and plan.prefill_chunks[0].is_last)
     assert sched.stats().cache.evicted >= 2
 
 
@@ -257,12 +262,12 @@ def fill(sched, length=4, tokens=40):
 def test_the_youngest_is_computed_again_when_pages_run_out():
     sched = make(num_pages=12, cache_bytes=0)
     plan = fill(sched)
-    assert [row.job_id for row in plan.decode] == ["a", "b"]
-    known = len(sched._jobs["c"].tokens)
-    again = until(sched, lambda plan: "c" in spans(plan) and plan.prefill[-1].last)
-    part = again.prefill[-1]
-    assert part.resume
-    assert part.start + part.count == known - 1
+    assert [row.sequence_id for row in plan.decode_rows] == ["a", "b"]
+    known = len(sched._sequences["c"].tokens)
+    again = until(sched, lambda plan: "c" in spans(plan) and plan.prefill_chunks[-1].is_last)
+    part = again.prefill_chunks[-1]
+    assert part.is_resumed
+    assert part.start + part.num_tokens == known - 1
     while step(sched):
         pass
     assert sched.stats().free_pages == 12
@@ -271,16 +276,16 @@ def test_the_youngest_is_computed_again_when_pages_run_out():
 def test_a_long_one_goes_to_the_host_and_comes_back():
     sched = make(num_pages=12, cache_bytes=0, swap_tokens=8, host_bytes=30)
     plan = fill(sched)
-    (out,) = actions_of(plan, scheduler.SwapOut)
-    assert out.job_id == "c"
+    (out,) = actions_of(plan, plan_lib.SwapOut)
+    assert out.sequence_id == "c"
 
     def came_back(plan):
-        return [one for one in actions_of(plan, scheduler.SwapIn) if one.job_id == "c"]
+        return [one for one in actions_of(plan, plan_lib.SwapIn) if one.sequence_id == "c"]
 
     back = until(sched, came_back)
     assert len(came_back(back)[0].pages) == len(out.pages)
-    assert not back.prefill
-    assert "c" in [row.job_id for row in back.decode]
+    assert not back.prefill_chunks
+    assert "c" in [row.sequence_id for row in back.decode_rows]
     while step(sched):
         pass
     assert sched.stats().memory.restarted == 0
@@ -301,8 +306,11 @@ def test_a_host_copy_is_dropped_when_its_request_is_cancelled():
     sched.preempt("a")
     sched.cancel("a")
     plan = sched.plan()
-    assert [type(action) for action in plan.actions][-2:] == [scheduler.SwapOut, scheduler.Drop]
-    assert (plan.prefill, plan.decode) == ((), ())
+    assert [type(action) for action in plan.actions][-2:] == [
+        plan_lib.SwapOut,
+        plan_lib.DropHostCopy,
+    ]
+    assert (plan.prefill_chunks, plan.decode_rows) == ((), ())
     sched.report({})
     assert sched.plan() is None
 
@@ -323,9 +331,9 @@ def test_a_planned_snapshot_is_taken_before_its_request_is_preempted(swap_tokens
     sched.submit("a", words("abc") + [1], 40)
     step(sched)
     sched.preempt("a")
-    assert sched.stats().cache.nodes == 1
+    assert sched.stats().cache.num_nodes == 1
     plan = step(sched)
-    assert plan.actions[0] == scheduler.Copy(1, 2)
+    assert plan.actions[0] == plan_lib.CopyState(1, 2)
     assert spans(plan) == {"a": (12, 13)}
 
 
@@ -335,10 +343,10 @@ def test_an_older_one_that_was_preempted_goes_before_a_younger_prefill():
     sched.submit("b", [2] * 40, 40)
     assert list(spans(step(sched))) == ["a", "b"]
     sched.preempt("a")
-    until(sched, lambda plan: plan.prefill)
+    until(sched, lambda plan: plan.prefill_chunks)
     sched.preempt("a")
     sched.submit("c", [2] * 40, 40)
-    assert list(spans(until(sched, lambda plan: plan.prefill)))[0] == "a"
+    assert list(spans(until(sched, lambda plan: plan.prefill_chunks)))[0] == "a"
 
 
 def test_one_that_was_preempted_waits_for_some_room():
@@ -354,12 +362,12 @@ def test_new_weights_with_requests_that_go_on():
     sched.submit("a", words("abc") + [1], 30)
     step(sched)
     step(sched)
-    assert sched.stats().cache.nodes == 1
-    sched.set_key((1, ""), keep_running=True)
-    assert sched.stats().cache.nodes == 0
-    assert len(step(sched).decode) == 1
+    assert sched.stats().cache.num_nodes == 1
+    sched.set_cache_key((1, ""), keep_running=True)
+    assert sched.stats().cache.num_nodes == 0
+    assert len(step(sched).decode_rows) == 1
     sched.cancel("a")
-    assert sched.stats().cache.nodes == 0
+    assert sched.stats().cache.num_nodes == 0
     sched.submit("b", words("abc") + [1], 30)
     assert spans(step(sched)) == {"b": (0, 12)}
 
@@ -368,13 +376,13 @@ def test_new_weights_with_requests_that_begin_again():
     sched = make(swap_tokens=4, host_bytes=100)
     sched.submit("a", words("abc") + [1], 30)
     sched.submit("b", words("xyz") + [1], 30)
-    until(sched, lambda plan: len(plan.decode) == 2)
+    until(sched, lambda plan: len(plan.decode_rows) == 2)
     sched.preempt("b")
-    sched.set_key((1, ""), keep_running=False)
+    sched.set_cache_key((1, ""), keep_running=False)
     plan = step(sched)
-    assert [type(action) for action in plan.actions][-1] == scheduler.Drop
+    assert [type(action) for action in plan.actions][-1] == plan_lib.DropHostCopy
     assert spans(plan)["a"][0] == 0
-    until(sched, lambda plan: "a" in spans(plan) and plan.prefill[0].last)
-    assert sched.stats().cache.nodes > 0
-    sched.set_key((1, ""), keep_running=False)  # the same: nothing to do
-    assert sched.stats().running > 0
+    until(sched, lambda plan: "a" in spans(plan) and plan.prefill_chunks[0].is_last)
+    assert sched.stats().cache.num_nodes > 0
+    sched.set_cache_key((1, ""), keep_running=False)  # the same: nothing to do
+    assert sched.stats().num_running > 0

@@ -50,7 +50,7 @@ def make_engine(golden_dir, mesh=None, **sizes) -> engine.Engine:
         read = model_config.ModelConfig.from_file(golden_dir / "config.json")
         layout = sharding.make_layout(sharding.make_mesh(mesh, devices), read, sharding.DECODE)
     model = m1_jax.load(golden_dir, dtype=jnp.float32, mesh=layout)
-    return engine.Engine(model, load_tokenizer(), config_lib.Config(**SIZES | sizes))
+    return engine.Engine(model, load_tokenizer(), config_lib.EngineConfig(**SIZES | sizes))
 
 
 def bits(output):
@@ -91,8 +91,8 @@ def test_a_mesh_serves_as_one_device_does(golden_dir, plain, mesh):
 def test_guesses_change_no_bit(golden_dir, plain):
     guessing = make_engine(golden_dir, draft_tokens=7)
     ran = []
-    run = guessing._device.run
-    guessing._device.run = lambda name, *rest: ran.append(name) or run(name, *rest)
+    run = guessing._device.run_program
+    guessing._device.run_program = lambda name, *rest: ran.append(name) or run(name, *rest)
     asked = [guessing.submit(p, options(n, max_tokens=100)) for n, p in enumerate(PROMPTS)]
     guessing.run()
     assert ran.count("verify") > 10

@@ -7,11 +7,11 @@ import pytest
 
 from infer import config, engine
 from infer import options as options_lib
+from m1_jax import params as params_lib
 from m1_jax import testing, tokenizer
-from m1_jax.checkpoints import load as load_lib
 from m1_jax.config import ModelConfig
 
-CONFIG = config.Config(
+CONFIG = config.EngineConfig(
     max_length=96, max_rows=4, chunk_tokens=16, prefill_tokens=(32, 64), decode_steps=4,
     num_snapshots=4, swap_tokens=1, host_bytes=10**9, record_routes=True,
 )  # fmt: skip
@@ -20,7 +20,7 @@ CONFIG = config.Config(
 @pytest.fixture(scope="module")
 def served(tmp_path_factory):
     directory = testing.write_tiny_tokenizer(tmp_path_factory.mktemp("tokenizer"))
-    model = load_lib.random_model(ModelConfig.tiny(), jax.random.key(0), jnp.float32)
+    model = params_lib.random_model(ModelConfig.tiny(), jax.random.key(0), jnp.float32)
     return model, engine.Engine(model, tokenizer.Tokenizer.load(directory), CONFIG)
 
 
@@ -66,7 +66,7 @@ def test_recorded_routes_are_those_of_the_trainer(served):
 
 
 def test_replayed_routes_are_taken():
-    model = load_lib.random_model(ModelConfig.tiny(), jax.random.key(0), jnp.float32)
+    model = params_lib.random_model(ModelConfig.tiny(), jax.random.key(0), jnp.float32)
     tokens = jnp.arange(20, dtype=jnp.int32)[None]
     free = jnp.full((1, 20, 8, 2), -1, jnp.int8)
     own, _ = model.hidden(tokens)

@@ -14,6 +14,7 @@ import hypothesis
 from hypothesis import stateful
 from hypothesis import strategies as st
 
+from infer.scheduling import plan as plan_lib
 from infer.scheduling import scheduler
 
 
@@ -42,14 +43,14 @@ class Slot:
 class Request:
     """prompt, limit: as submitted. stop: length at which the device stops it by itself.
 
-    chain: contents of what the present run computed. made: tokens sampled so far.
+    chain: contents of what the present run computed. output: tokens sampled so far.
     """
 
     prompt: list
     limit: int
     stop: int
     chain: list = dataclasses.field(default_factory=list)
-    made: list = dataclasses.field(default_factory=list)
+    output: list = dataclasses.field(default_factory=list)
 
     def next_token(self, length):
         """Return the token at a position; the same however often it is computed."""
@@ -69,36 +70,38 @@ class Device:
     def run(self, plan):
         """Run a plan and return its results."""
         for action in plan.actions:
-            self._act(action)
-        programs = plan.prefill + plan.decode
-        assert not (plan.prefill and plan.decode)
-        assert len({one.job_id for one in programs}) == len(programs)
+            self._run_action(action)
+        programs = plan.prefill_chunks + plan.decode_rows
+        assert not (plan.prefill_chunks and plan.decode_rows)
+        assert len({one.sequence_id for one in programs}) == len(programs)
         assert len({one.slot for one in programs}) == len(programs)
-        rows = [-(-one.count // self.limits.row_tokens) for one in plan.prefill]
-        assert sum(rows) * self.limits.row_tokens <= self.limits.max_prefill_tokens
-        assert len(plan.prefill) <= self.limits.prefill_parts
-        assert len(plan.decode) <= self.limits.max_rows
-        assert plan.steps <= self.limits.decode_steps
-        results = {part.job_id: self._prefill(part) for part in plan.prefill}
-        return results | {row.job_id: self._decode(row, plan.steps) for row in plan.decode}
+        rows = [-(-one.num_tokens // self.limits.attention_tile) for one in plan.prefill_chunks]
+        assert sum(rows) * self.limits.attention_tile <= self.limits.max_prefill_tokens
+        assert len(plan.prefill_chunks) <= self.limits.max_prefill_chunks
+        assert len(plan.decode_rows) <= self.limits.max_rows
+        assert plan.max_steps <= self.limits.decode_steps
+        results = {part.sequence_id: self._prefill(part) for part in plan.prefill_chunks}
+        return results | {
+            row.sequence_id: self._decode(row, plan.max_steps) for row in plan.decode_rows
+        }
 
-    def _act(self, action):
+    def _run_action(self, action):
         match action:
-            case scheduler.Copy(source, target):
+            case plan_lib.CopyState(source, target):
                 assert source != target
                 state = self.slots[source]
                 self.slots[target] = Slot(state.chunk, state.chunk)
-            case scheduler.SwapOut(job_id, slot, pages):
+            case plan_lib.SwapOut(job_id, slot, pages):
                 assert job_id not in self.host
                 state = self.slots.pop(slot)
                 self._assert_holds(job_id, pages, state.last)
                 contents = [[self.pages.get((page, i)) for i in self._places()] for page in pages]
                 self.host[job_id] = state, contents
-            case scheduler.SwapIn(job_id, slot, pages):
+            case plan_lib.SwapIn(job_id, slot, pages):
                 self.slots[slot], contents = self.host.pop(job_id)
                 for page, content in zip(pages, contents, strict=True):
                     self.pages |= {(page, i): value for i, value in enumerate(content)}
-            case scheduler.Drop(job_id):
+            case plan_lib.DropHostCopy(job_id):
                 del self.host[job_id]
 
     def _places(self):
@@ -127,11 +130,11 @@ class Device:
             slot.chunk = slot.last
 
     def _prefill(self, part):
-        request = self.requests[part.job_id]
-        tokens = request.prompt + request.partial
-        chunk, start, end = self.limits.chunk_tokens, part.start, part.start + part.count
-        assert part.count > 0
-        assert part.last or not part.resume
+        request = self.requests[part.sequence_id]
+        tokens = request.prompt + request.output
+        chunk, start, end = self.limits.chunk_tokens, part.start, part.start + part.num_tokens
+        assert part.num_tokens > 0
+        assert part.is_last or not part.is_resumed
         assert len(part.pages) == -(-end // chunk)
         if start == 0:
             self.slots[part.slot] = Slot()
@@ -141,40 +144,40 @@ class Device:
         request.chain = request.chain[: start + 1]
         assert slot.chunk == (start, request.chain[start])
         slot.last = slot.chunk
-        self._assert_holds(part.job_id, part.pages, slot.chunk)
+        self._assert_holds(part.sequence_id, part.pages, slot.chunk)
         for token in tokens[start:end]:
             self._compute(request, slot, part.pages, token)
         slot.stopped, slot.token = False, None
-        if not part.last:
+        if not part.is_last:
             assert end % chunk == 0
             assert end < len(tokens)
-            return scheduler.Result()
-        if part.resume:
+            return plan_lib.StepResult()
+        if part.is_resumed:
             assert end == len(tokens) - 1 >= len(request.prompt)
             slot.token = tokens[-1]
-            return scheduler.Result()
+            return plan_lib.StepResult()
         assert end == len(request.prompt)
-        assert not request.partial
+        assert not request.output
         return self._sampled(request, slot, ())
 
     def _sampled(self, request, slot, new):
         """Sample the token after the state; stop where the request says."""
         slot.token = request.next_token(slot.last[0])
-        request.partial.append(slot.token)
+        request.output.append(slot.token)
         new = (*new, slot.token)
         slot.stopped = slot.last[0] + 1 >= min(request.stop, request.limit)
         length = slot.last[0] if slot.stopped else None
-        return scheduler.Result(len(new), slot.stopped, length, new)
+        return plan_lib.StepResult(len(new), slot.stopped, length, new)
 
     def _decode(self, row, steps):
-        request, slot = self.requests[row.job_id], self.slots[row.slot]
-        assert row.limit == request.limit
-        self._assert_holds(row.job_id, row.pages, slot.last)
-        result = scheduler.Result()
+        request, slot = self.requests[row.sequence_id], self.slots[row.slot]
+        assert row.length_limit == request.limit
+        self._assert_holds(row.sequence_id, row.pages, slot.last)
+        result = plan_lib.StepResult()
         for _ in range(steps):
             if slot.stopped:
                 break
-            assert slot.token == (request.prompt + request.partial)[slot.last[0]]
+            assert slot.token == (request.prompt + request.output)[slot.last[0]]
             self._compute(request, slot, row.pages, slot.token)
             result = self._sampled(request, slot, result.new_tokens)
         return result
@@ -188,12 +191,12 @@ class Driver:
             "num_slots": 5,
             "num_pages": 24,
             "chunk_tokens": 4,
-            "row_tokens": 2,
+            "attention_tile": 2,
             "max_length": 80,
             "max_queue": 8,
             "max_rows": 4,
             "max_prefill_tokens": 16,
-            "prefill_parts": 3,
+            "max_prefill_chunks": 3,
             "decode_steps": 6,
             "snapshot_every_tokens": 12,
             "cache_bytes": 400,
@@ -202,10 +205,10 @@ class Driver:
             "swap_tokens": 20,
             "host_bytes": 120,
         } | changes
-        self.limits = scheduler.Limits(**limits)
+        self.limits = plan_lib.SchedulerLimits(**limits)
         self.scheduler = scheduler.Scheduler(self.limits)
         self.memory = self.scheduler._memory
-        self.device = Device(self.limits, self.memory.pages.holders)
+        self.device = Device(self.limits, self.memory.pages.count_holders)
         self.live, self.outputs = {}, {}
         self.unreported = collections.deque()
         self.submitted = self.finished = self.plans = 0
@@ -215,21 +218,21 @@ class Driver:
     def submit(self, prompt, max_tokens, stop_after, cacheable=True, single_step=False, made=0):
         """Submit a request; with `made` tokens, or as many as leave one, if it was suspended."""
         self.submitted += 1
-        options = {"cacheable": cacheable, "single_step": single_step}
+        options = {"is_cacheable": cacheable, "single_step": single_step}
         limit = len(prompt) + max_tokens
         request = Request(list(prompt), limit, len(prompt) + stop_after)
         for _ in range(min(made, max_tokens - 1, stop_after - 1)):
-            request.partial.append(request.next_token(len(prompt) + len(request.partial)))
+            request.output.append(request.next_token(len(prompt) + len(request.output)))
         if made:
-            options["made"] = request.partial
+            options["prior_tokens"] = request.output
         try:
             self.scheduler.submit(self.submitted, prompt, max_tokens, **options)
-        except scheduler.QueueFull:
-            assert self.scheduler.stats().waiting >= self.limits.max_queue
+        except plan_lib.QueueFull:
+            assert self.scheduler.stats().num_waiting >= self.limits.max_queue
             assert not made
             return
         self.live[self.submitted] = self.device.requests[self.submitted] = request
-        self.outputs[self.submitted] = list(request.partial)
+        self.outputs[self.submitted] = list(request.output)
         self.born[self.submitted] = self.plans
 
     def plan(self):
@@ -242,11 +245,11 @@ class Driver:
             assert self.unreported or not self.live, "nothing under way, and yet nothing to do"
             return
         self.plans += 1
-        assert all(one.job_id in self.live for one in plan.prefill + plan.decode)
-        for row in plan.decode:
-            if self.scheduler._jobs[row.job_id].single_step:
-                assert plan.steps == 1
-                assert all(row.job_id not in results for results in self.unreported)
+        assert all(one.sequence_id in self.live for one in plan.prefill_chunks + plan.decode_rows)
+        for row in plan.decode_rows:
+            if self.scheduler._sequences[row.sequence_id].single_step:
+                assert plan.max_steps == 1
+                assert all(row.sequence_id not in results for results in self.unreported)
         self.unreported.append(self.device.run(plan))
         assert len(self.unreported) <= 2
 
@@ -255,13 +258,15 @@ class Driver:
             return
         results = self.unreported.popleft()
         for job_id in self.host_stops & results.keys():
-            if results[job_id].tokens:  # a stop string: the device knows nothing of it
-                results[job_id] = dataclasses.replace(results[job_id], finished=True, length=None)
+            if results[job_id].num_tokens:  # a stop string: the device knows nothing of it
+                results[job_id] = dataclasses.replace(
+                    results[job_id], is_finished=True, final_length=None
+                )
         self.scheduler.report(results)
         for job_id, result in results.items():
             if job_id in self.live:
                 self.outputs[job_id] += result.new_tokens
-                if result.finished:
+                if result.is_finished:
                     self._finish(job_id)
 
     def _finish(self, job_id):
@@ -280,7 +285,7 @@ class Driver:
 
     def set_key(self, keep_running):
         self.device.version += 1
-        self.scheduler.set_key((self.device.version, ""), keep_running)
+        self.scheduler.set_cache_key((self.device.version, ""), keep_running)
 
     def drain(self):
         """Finish everything in as many plans as there are tokens, with room to begin again."""
@@ -297,18 +302,18 @@ class Driver:
 
     def audit(self):
         """Every page and slot is free, or held as often as there are owners."""
-        nodes = list(self.memory.cache._nodes())
+        nodes = list(self.memory.cache._iterate_nodes())
         pages = collections.Counter(page for node in nodes for page in node.pages)
         slots = collections.Counter(node.slot for node in nodes)
-        for job in self.scheduler._jobs.values():
+        for job in self.scheduler._sequences.values():
             pages.update(job.pages)
             slots.update([job.slot] if job.slot else [])
         assert max(slots.values(), default=0) <= 1
         for pool, held in ((self.memory.pages, pages), (self.memory.slots, slots)):
-            assert pool.free + len(held) == pool.size
-            assert all(pool.holders(one) == held[one] for one in range(1, pool.size + 1))
+            assert pool.num_free + len(held) == pool.size
+            assert all(pool.count_holders(one) == held[one] for one in range(1, pool.size + 1))
         stats = self.memory.cache.stats()
-        assert stats.bytes <= self.limits.cache_bytes
+        assert stats.num_bytes <= self.limits.cache_bytes
         assert 0 <= self.memory.host_bytes <= self.limits.host_bytes
         running = self.scheduler._running
         assert [job.age for job in running] == sorted(job.age for job in running)
@@ -431,13 +436,21 @@ def test_long_run_meets_every_case():
     assert driver.finished > 1000
     assert driver.longest_wait < 250
     counts = dataclasses.asdict(stats.memory) | dataclasses.asdict(stats.cache)
-    wanted = ("swapped_out", "swapped_in", "restarted", "saved", "kept", "hits", "evicted")
+    wanted = (
+        "swapped_out",
+        "swapped_in",
+        "restarted",
+        "snapshots_copied",
+        "snapshots_moved",
+        "hits",
+        "evicted",
+    )
     few = {name: counts[name] for name in wanted if counts[name] < 50}
     assert not few
-    assert counts["taken_over"]
-    assert counts["skipped"]
-    assert stats.held_back > 50
-    assert set(counts["reasons"]) == {
+    assert counts["slots_taken_over"]
+    assert counts["snapshots_skipped"]
+    assert stats.num_held_back > 50
+    assert set(counts["miss_reasons"]) == {
         "empty",
         "no common prefix",
         "no snapshot on the way",

@@ -4,10 +4,11 @@ import dataclasses
 
 import pytest
 
+from infer.scheduling import plan as plan_lib
 from infer.scheduling import scheduler
 
 C = 4
-LIMITS = scheduler.Limits(
+LIMITS = plan_lib.SchedulerLimits(
     num_slots=6,
     num_pages=40,
     chunk_tokens=C,
@@ -15,12 +16,12 @@ LIMITS = scheduler.Limits(
     max_queue=8,
     max_rows=4,
     max_prefill_tokens=16,
-    prefill_parts=4,
+    max_prefill_chunks=4,
     decode_steps=4,
     cache_bytes=10_000,
     state_bytes=10,
     swap_tokens=1000,
-    row_tokens=2,
+    attention_tile=2,
 )
 
 
@@ -34,18 +35,18 @@ def words(letters):
 
 
 def made(count, **more):
-    return scheduler.Result(count, new_tokens=(7,) * count, **more)
+    return plan_lib.StepResult(count, new_tokens=(7,) * count, **more)
 
 
 def answer(plan, finished=()):
     """Return results of a plan in which every row used all its steps."""
     results = {}
-    for part in plan.prefill:
-        results[part.job_id] = made(int(part.last and not part.resume))
-    for row in plan.decode:
-        results[row.job_id] = made(plan.steps)
+    for part in plan.prefill_chunks:
+        results[part.sequence_id] = made(int(part.is_last and not part.is_resumed))
+    for row in plan.decode_rows:
+        results[row.sequence_id] = made(plan.max_steps)
     return {
-        job_id: dataclasses.replace(result, finished=job_id in finished)
+        job_id: dataclasses.replace(result, is_finished=job_id in finished)
         for job_id, result in results.items()
     }
 
@@ -59,7 +60,9 @@ def step(sched, finished=()):
 
 
 def spans(plan):
-    return {part.job_id: (part.start, part.start + part.count) for part in plan.prefill}
+    return {
+        part.sequence_id: (part.start, part.start + part.num_tokens) for part in plan.prefill_chunks
+    }
 
 
 def test_nothing_to_do():
@@ -70,31 +73,33 @@ def test_one_request_from_prompt_to_limit():
     sched = make(cache_bytes=0)
     sched.submit("a", words("abc") + [1], 6)
     plan = step(sched)
-    assert plan == scheduler.Plan(
-        prefill=(scheduler.Part("a", 1, 0, 13, (1, 2, 3, 4), True, False),)
+    assert plan == plan_lib.StepPlan(
+        prefill_chunks=(plan_lib.PrefillChunk("a", 1, 0, 13, (1, 2, 3, 4), True, False),)
     )
     plan = step(sched)
-    assert plan == scheduler.Plan(decode=(scheduler.Row("a", 1, (1, 2, 3, 4, 5), 19),), steps=4)
-    assert step(sched).steps == 1
+    assert plan == plan_lib.StepPlan(
+        decode_rows=(plan_lib.DecodeRow("a", 1, (1, 2, 3, 4, 5), 19),), max_steps=4
+    )
+    assert step(sched).max_steps == 1
     assert sched.plan() is None
     stats = sched.stats()
-    assert (stats.running, stats.free_pages, stats.free_slots) == (0, 40, 6)
+    assert (stats.num_running, stats.free_pages, stats.free_slots) == (0, 40, 6)
 
 
 def test_two_plans_are_under_way_at_most_and_stay_within_the_limit():
     sched = make(cache_bytes=0)
     sched.submit("a", [1], 7)
     plans = [sched.plan(), sched.plan()]
-    assert plans[1].steps == 4
+    assert plans[1].max_steps == 4
     assert sched.plan() is None
     sched.report(answer(plans[0]))
     last = sched.plan()
-    assert last.steps == 2
-    assert len(last.decode[0].pages) == 2  # for 7 tokens; the eighth is never computed
+    assert last.max_steps == 2
+    assert len(last.decode_rows[0].pages) == 2  # for 7 tokens; the eighth is never computed
     sched.report(answer(plans[1]))
     assert sched.plan() is None
     sched.report(answer(last))
-    assert sched.stats().running == 0
+    assert sched.stats().num_running == 0
 
 
 def test_one_token_needs_no_decoding():
@@ -102,7 +107,7 @@ def test_one_token_needs_no_decoding():
     sched.submit("a", words("a"), 1)
     step(sched)
     assert sched.plan() is None
-    assert sched.stats().running == 0
+    assert sched.stats().num_running == 0
 
 
 def test_a_long_prompt_is_cut_on_the_grid():
@@ -128,14 +133,14 @@ def test_prefill_and_decode_take_turns():
     sched.submit("a", [1] * 4, 60)
     step(sched)
     sched.submit("b", [1] * 100, 5)
-    kinds = [bool(step(sched).prefill) for _ in range(10)]
+    kinds = [bool(step(sched).prefill_chunks) for _ in range(10)]
     assert kinds == [False, True] * 5
 
 
 def test_a_queue_that_is_full():
     sched = make(max_queue=1)
     sched.submit("a", [1], 1)
-    with pytest.raises(scheduler.QueueFull, match="while 1 wait; wanted fewer than 1 .*later"):
+    with pytest.raises(plan_lib.QueueFull, match="while 1 wait; wanted fewer than 1 .*later"):
         sched.submit("b", [1], 1)
     step(sched)
     sched.submit("b", [1], 1)
@@ -159,13 +164,13 @@ def test_requests_that_the_pages_could_never_hold():
     with pytest.raises(ValueError, match=r"22 together; wanted 21 at most \(num_pages\)"):
         sched.submit("a", [1] * 20, 2)
     sched.submit("a", [1] * 20, 1)
-    assert len(step(sched).prefill[0].pages) == 4
+    assert len(step(sched).prefill_chunks[0].pages) == 4
 
 
 def test_an_id_in_use_is_refused_and_one_that_is_over_is_not():
     sched = make()
     sched.submit("a", [1], 1)
-    with pytest.raises(ValueError, match="got job_id 'a', which is in use"):
+    with pytest.raises(ValueError, match="got sequence_id 'a', which is in use"):
         sched.submit("a", [1], 1)
     step(sched)
     sched.submit("a", [1], 1)
@@ -180,7 +185,7 @@ def test_an_id_used_again_does_not_get_the_results_of_its_forerunner():
     for plan in plans:
         sched.report(answer(plan))
     assert spans(step(sched)) == {"a": (0, 1)}
-    assert step(sched).steps == 4
+    assert step(sched).max_steps == 4
 
 
 @pytest.mark.parametrize(
@@ -188,7 +193,7 @@ def test_an_id_used_again_does_not_get_the_results_of_its_forerunner():
     [
         ({"num_slots": 0}, "got num_slots 0; wanted 1 or more"),
         ({"cache_bytes": -1}, "got cache_bytes -1; wanted 0 or more"),
-        ({"row_tokens": 3}, "got chunk_tokens 4, row_tokens 3"),
+        ({"attention_tile": 3}, "got chunk_tokens 4, attention_tile 3"),
         ({"snapshot_every_tokens": 6}, "snapshot_every_tokens 6; wanted"),
         ({"max_prefill_tokens": 2}, "got max_prefill_tokens 2; wanted a multiple of 2, at least"),
         ({"max_prefill_tokens": 15}, "got max_prefill_tokens 15; wanted a multiple of 2"),
@@ -212,9 +217,9 @@ def test_reports_that_no_plan_can_have_had():
     with pytest.raises(ValueError, match="got 5 tokens .* wanted 1 to 4"):
         sched.report({"a": made(5)})
     with pytest.raises(ValueError, match=r"got 2 tokens \(1 values\)"):
-        sched.report({"a": scheduler.Result(2, new_tokens=(1,))})
+        sched.report({"a": plan_lib.StepResult(2, new_tokens=(1,))})
     sched.report({"a": made(3)})
-    assert step(sched).steps == 4
+    assert step(sched).max_steps == 4
 
 
 def test_no_more_run_than_there_are_rows():
@@ -222,7 +227,7 @@ def test_no_more_run_than_there_are_rows():
     for name in "abc":
         sched.submit(name, [1], 20)
     assert spans(step(sched)).keys() == {"a", "b"}
-    assert len(step(sched).decode) == 2
+    assert len(step(sched).decode_rows) == 2
 
 
 def test_single_steps():
@@ -231,12 +236,14 @@ def test_single_steps():
     sched.submit("b", [1], 9)
     first = sched.plan()
     second = sched.plan()
-    assert [row.job_id for row in second.decode] == ["b"]  # the token of a must be seen first
-    assert second.steps == 1
+    assert [row.sequence_id for row in second.decode_rows] == [
+        "b"
+    ]  # the token of a must be seen first
+    assert second.max_steps == 1
     sched.report(answer(first))
     third = sched.plan()
-    assert [row.job_id for row in third.decode] == ["a", "b"]
-    assert third.steps == 1
+    assert [row.sequence_id for row in third.decode_rows] == ["a", "b"]
+    assert third.max_steps == 1
 
 
 @pytest.mark.parametrize("cacheable", [True, False])
@@ -246,18 +253,18 @@ def test_nobody_waits_for_what_arrives_later(cacheable):
 
     def flood():
         nonlocal count
-        while sched.stats().waiting < 8:
+        while sched.stats().num_waiting < 8:
             count += 1
             prompt = words("ab"[: 1 + count % 2]) * (1 + count % 4)
-            sched.submit(count, prompt, 1 + count % 20, cacheable=cacheable)
+            sched.submit(count, prompt, 1 + count % 20, is_cacheable=cacheable)
 
     flood()
     born, worst = {}, 0
     for now in range(600):
-        for job_id in sched._jobs:
+        for job_id in sched._sequences:
             born.setdefault(job_id, now)
         step(sched)
-        for job_id in born.keys() - sched._jobs.keys():
+        for job_id in born.keys() - sched._sequences.keys():
             worst = max(worst, now - born.pop(job_id))
         flood()
     assert count > 100

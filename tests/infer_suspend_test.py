@@ -15,7 +15,7 @@ from m1_jax import model as model_lib
 from m1_jax import testing
 from m1_jax import tokenizer as tokenizer_lib
 
-SIZES = config.Config(
+SIZES = config.EngineConfig(
     max_length=128,
     max_rows=3,
     chunk_tokens=16,
@@ -94,14 +94,14 @@ def test_resumed_outputs_are_the_same_to_the_bit(first, second, undisturbed, tmp
     for _ in range(steps):
         first.step()
     ended = [one.done.is_set() for one in submitted]
-    assert suspend.save(first, path) == ended.count(False) > 0
+    assert suspend.save_requests(first, path) == ended.count(False) > 0
     first.run()  # what was under way ends
     after = [one.output(timeout_secs=1) for one in submitted]
     assert {one.finish_reason for one, e in zip(after, ended, strict=True) if not e} == {
         "suspended"
     }
     heard = []
-    resumed = suspend.resume(second, path, lambda *call: heard.append(call))
+    resumed = suspend.resume_requests(second, path, lambda *call: heard.append(call))
     before = sum(len(one.tokens) for one in resumed)
     second.run()
     outputs = iter([one.output(timeout_secs=1) for one in resumed])
@@ -117,13 +117,13 @@ def test_twice(first, second, undisturbed, tmp_path):
         first.submit(*one)
     for _ in range(6):
         first.step()
-    suspend.save(first, path)
-    suspend.resume(second, path)
+    suspend.save_requests(first, path)
+    suspend.resume_requests(second, path)
     for _ in range(6):
         second.step()
-    suspend.save(second, path)
+    suspend.save_requests(second, path)
     first.run()
-    resumed = suspend.resume(first, path)
+    resumed = suspend.resume_requests(first, path)
     first.run()
     by_seed = {one.options.seed: one.output() for one in resumed}
     assert by_seed
@@ -133,13 +133,13 @@ def test_twice(first, second, undisturbed, tmp_path):
 
 def test_versions_go_on(first, second, model, tmp_path):
     path = tmp_path / "requests.json"
-    version = first.swap(model)
+    version = first.swap_weights(model)
     first.submit([1, 2, 3], options.Options(max_tokens=20, ignore_eos=True))
     for _ in range(4):
         first.step()
-    suspend.save(first, path)
+    suspend.save_requests(first, path)
     first.run()
-    (resumed,) = suspend.resume(second, path)
+    (resumed,) = suspend.resume_requests(second, path)
     second.run()
     assert {token.version for token in resumed.output().tokens} == {version}
     assert second.version == version
@@ -149,14 +149,14 @@ def test_refused_files(first, tmp_path):
     path = tmp_path / "requests.json"
     first.submit([1, 2, 3], options.Options(max_tokens=20))
     first.step()
-    suspend.save(first, path)
+    suspend.save_requests(first, path)
     first.run()
     good = json.loads(path.read_text())
 
     def refused(message, **changes):
         path.write_text(json.dumps({**good, **changes}))
         with pytest.raises(ValueError, match=message):
-            suspend.resume(first, path)
+            suspend.resume_requests(first, path)
 
     made_by = good["made_by"]
     for name in ("model", "weights", "tokenizer", "recipe"):
@@ -169,16 +169,16 @@ def test_refused_files(first, tmp_path):
     )
     path.write_text("{")
     with pytest.raises(ValueError, match="not JSON"):
-        suspend.resume(first, path)
+        suspend.resume_requests(first, path)
     with pytest.raises(FileNotFoundError):
-        suspend.resume(first, tmp_path / "none")
+        suspend.resume_requests(first, tmp_path / "none")
     assert not first.step()
 
 
 def test_nothing_is_lost_where_nothing_can_be_written(first, tmp_path):
     going = first.submit([1, 2, 3], options.Options(max_tokens=5, ignore_eos=True))
     with pytest.raises(OSError, match="No such file"):
-        suspend.save(first, tmp_path / "none" / "requests.json")
+        suspend.save_requests(first, tmp_path / "none" / "requests.json")
     first.run()
     assert len(going.output(timeout_secs=1).tokens) == 5
 
@@ -189,10 +189,10 @@ def test_while_a_thread_works(first, second, undisturbed, tmp_path):
     submitted = [second.submit(*one) for one in requests()]
     while not any(len(one.tokens) > 9 for one in submitted):
         time.sleep(0.001)
-    suspend.save(second, path)
+    suspend.save_requests(second, path)
     outputs = {one.options.seed: one.output(timeout_secs=60) for one in submitted}
     second.close()
-    for one in suspend.resume(first, path):
+    for one in suspend.resume_requests(first, path):
         assert outputs[one.options.seed].finish_reason == "suspended"
         first.run()
         outputs[one.options.seed] = one.output()
@@ -208,12 +208,12 @@ def versionless(tokens):
 def test_digest_tells_weights_apart():
     x = jnp.arange(12, dtype=jnp.float32).reshape(3, 4)
     digests = {
-        suspend.digest([x]),
-        suspend.digest([x.at[1, 2].set(6.0000005)]),
-        suspend.digest([x.T]),
-        suspend.digest([x[::-1]]),
-        suspend.digest([x.astype(jnp.bfloat16)]),
-        suspend.digest([x, x]),
+        suspend.digest_arrays([x]),
+        suspend.digest_arrays([x.at[1, 2].set(6.0000005)]),
+        suspend.digest_arrays([x.T]),
+        suspend.digest_arrays([x[::-1]]),
+        suspend.digest_arrays([x.astype(jnp.bfloat16)]),
+        suspend.digest_arrays([x, x]),
     }
     assert len(digests) == 6
-    assert suspend.digest([x]) == suspend.digest([x + 0])
+    assert suspend.digest_arrays([x]) == suspend.digest_arrays([x + 0])

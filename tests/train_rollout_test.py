@@ -11,8 +11,8 @@ import pytest
 
 from infer import config as engine_config
 from m1_jax import ModelConfig, testing
+from m1_jax import params as params_lib
 from m1_jax import tokenizer as tokenizer_lib
-from m1_jax.checkpoints import load as load_lib
 from train.rl import groups, rollout
 from train.rl import sample as sample_lib
 
@@ -41,7 +41,7 @@ def tokenizer(tmp_path_factory):
 @pytest.fixture(scope="module")
 def models():
     """Two models of one shape."""
-    return [load_lib.random_model(CONFIG, jax.random.key(n), jnp.float32) for n in range(2)]
+    return [params_lib.random_model(CONFIG, jax.random.key(n), jnp.float32) for n in range(2)]
 
 
 @pytest.fixture(scope="module")
@@ -227,7 +227,7 @@ def test_new_weights_begin_with_the_next_run(sampler, models, plain):
     before = sampler.version
     paused = run(sampler, job(0, slice_tokens=5))[0][0]
     assert paused.partial.versions == (before,) * 5
-    sampler.swap(models[1], before + 1)
+    sampler.update_weights(models[1], before + 1)
     assert sampler.version == before + 1  # told before the next run has taken them
     found, _ = run(sampler, job(0, made=paused.partial), job(1))
     assert found[0].versions == [before] * 5 + [before + 1] * (LENGTH - 5)
@@ -235,7 +235,7 @@ def test_new_weights_begin_with_the_next_run(sampler, models, plain):
     assert found[0].logprobs[:5] == plain[0].logprobs[:5]
     assert found[0].tokens != plain[0].tokens
     assert found[1].versions == [before + 1] * LENGTH
-    sampler.swap(models[0], before + 2)
+    sampler.update_weights(models[0], before + 2)
     again, _ = run(sampler, job(1))
     assert said(again[1]) == said(plain[1])
     assert again[1].versions == [before + 2] * LENGTH
@@ -310,7 +310,7 @@ def test_sampling_out_of_range(wrong):
 
 
 def test_sizes_of_the_engine():
-    assert isinstance(SIZES, engine_config.Config)
+    assert isinstance(SIZES, engine_config.EngineConfig)
     assert (SIZES.max_length, SIZES.max_queue, SIZES.record_routes) == (96, 16, True)
     for name in ("rows", "max_length", "max_queue"):
         with pytest.raises(ValueError, match=rf"rollout\.engine: got '{name}'; wanted some of"):

@@ -42,25 +42,29 @@ class Device:
       num_programs: compiled.
     """
 
-    def __init__(self, model: Any, config: config_lib.Config):
+    def __init__(self, model: Any, config: config_lib.EngineConfig):
         """Allocate and compile."""
         leaves, self._tree = jax.tree.flatten(model)
         layout = model.layout
-        self._everywhere = None if layout is None else NamedSharding(layout.mesh, PartitionSpec())
+        self._replicated_sharding = (
+            None if layout is None else NamedSharding(layout.mesh, PartitionSpec())
+        )
         state = state_lib.init_serving_state(
             model.config,
-            config.slots,
-            config.pages,
+            config.total_slots,
+            config.total_pages,
             config.chunk_tokens,
             model.dtype,
             layout,
             config.record_routes,
         )
-        rows = jax.jit(programs.init_rows, static_argnums=(0, 1), out_shardings=self._everywhere)(
-            config.slots, model.config.vocab_size
-        )
-        self._held: dict[str, Any] = {"model": leaves, "state": state, "rows": rows}
-        self._swapped: dict[Hashable, list[Any]] = {}
+        rows = jax.jit(
+            programs.init_sampling_state,
+            static_argnums=(0, 1),
+            out_shardings=self._replicated_sharding,
+        )(config.total_slots, model.config.vocab_size)
+        self._buffers: dict[str, Any] = {"model": leaves, "state": state, "rows": rows}
+        self._host_copies: dict[Hashable, list[Any]] = {}
         slots, pages = (
             [x for x in state.layers if isinstance(x, kind)]
             for kind in (state_lib.LightningSlots, state_lib.PagedKVCache)
@@ -75,172 +79,179 @@ class Device:
         self.num_programs = len(self._programs)
 
     @property
-    def leaves(self) -> list[Any]:
+    def weights(self) -> list[Any]:
         """Return the weights, leaf by leaf."""
-        return self._held["model"]
+        return self._buffers["model"]
 
-    def run(self, name: str, size: int, *host: Any) -> Any:
+    def run_program(self, name: str, size: int, *host: Any) -> Any:
         """Run a program of some size (0 where there is one alone) on host arrays.
 
         Returns:
           what it makes beside the memory that stays here.
         """
         taken = _TAKES[name]
-        out = self._programs[name, size](*(self._held[part] for part in taken), *host)
+        out = self._programs[name, size](*(self._buffers[part] for part in taken), *host)
         if name in _ONLY_READ:
             return out
         kept = [part for part in taken if part != "model"]
         if len(kept) == 1:
-            self._held[kept[0]] = out
+            self._buffers[kept[0]] = out
             return None
         *new, made = out
-        self._held.update(zip(kept, new, strict=True))
+        self._buffers.update(zip(kept, new, strict=True))
         for array in jax.tree.leaves(made):
             array.copy_to_host_async()
         return made
 
     def swap_out(self, name: Hashable, pieces: Sequence[tuple[Any, Any]]) -> None:
         """Copy a slot, pages and the slot's row to host memory; pieces: arguments of `read`."""
-        held = [self.run("read", 0, *piece) for piece in pieces]
-        row = self.run("read_row", 0, pieces[0][0])
-        self._swapped[name] = [jax.tree.map(_Kept, x) for x in (*held, row)]
+        held = [self.run_program("read", 0, *piece) for piece in pieces]
+        row = self.run_program("read_row", 0, pieces[0][0])
+        self._host_copies[name] = [jax.tree.map(_HostCopy, x) for x in (*held, row)]
 
     def swap_in(self, name: Hashable, pieces: Sequence[tuple[Any, Any]]) -> None:
         """Copy them back, perhaps elsewhere."""
-        back = [jax.tree.map(lambda kept: kept.array(), x) for x in self._swapped.pop(name)]
+        back = [jax.tree.map(lambda kept: kept.to_device(), x) for x in self._host_copies.pop(name)]
         for piece, held in zip(pieces, back, strict=False):
-            self.run("write", 0, *piece, held)
-        self.run("write_row", 0, pieces[0][0], back[-1])
+            self.run_program("write", 0, *piece, held)
+        self.run_program("write_row", 0, pieces[0][0], back[-1])
 
-    def drop(self, name: Hashable) -> None:
+    def drop_host_copy(self, name: Hashable) -> None:
         """Forget the host's copy."""
-        self._swapped.pop(name, None)
+        self._host_copies.pop(name, None)
 
-    def swap(self, model: Any) -> None:
+    def swap_weights(self, model: Any) -> None:
         """Take other weights.
 
         Raises:
           ValueError: as `check`.
         """
-        self.check(model)
+        self.check_weights(model)
         # The caller may change host arrays later, which device_put need not copy; and an array
         # committed elsewhere would ask for another program.
         leaves = jax.tree.leaves(model)
         leaves = [np.array(new) if isinstance(new, np.ndarray) else new for new in leaves]
-        self._held["model"] = [
+        self._buffers["model"] = [
             jax.device_put(new, old.sharding)
-            for old, new in zip(self._held["model"], leaves, strict=True)
+            for old, new in zip(self._buffers["model"], leaves, strict=True)
         ]
 
-    def check(self, model: Any) -> None:
+    def check_weights(self, model: Any) -> None:
         """Raise ValueError for weights of other shapes, dtypes or layout."""
         leaves, tree = jax.tree.flatten(model)
         if tree != self._tree:
-            raise ValueError("swap: got another model; wanted other weights of the same model")
-        for old, new in zip(self._held["model"], leaves, strict=True):
+            raise ValueError(
+                "swap_weights: got another model; wanted other weights of the same model"
+            )
+        for old, new in zip(self._buffers["model"], leaves, strict=True):
             if (old.shape, old.dtype) != (new.shape, new.dtype):
                 raise ValueError(
-                    f"swap: got {jax.typeof(new)}; wanted {jax.typeof(old)}, as the weights before"
+                    f"swap_weights: got {jax.typeof(new)}; wanted {jax.typeof(old)}, as the weights before"
                 )
 
-    def rest(self) -> None:
+    def keep_alive(self) -> None:
         """Do nothing: one process has nobody to wait with."""
 
-    def dismiss(self) -> None:
+    def dismiss_followers(self) -> None:
         """Do nothing, likewise."""
 
     def close(self) -> None:
         """Do nothing, likewise."""
 
-    def _compile(self, config: config_lib.Config, vocab_size: int) -> dict[Any, Any]:
+    def _compile(self, config: config_lib.EngineConfig, vocab_size: int) -> dict[Any, Any]:
         """Compile all programs, several at a time."""
-        recipe = programs.Recipe(config.tile_rows, config.row_tile)
-        tree, state, rows = self._tree, self._held["state"], self._held["rows"]
+        recipe = programs.Tiling(config.attention_tile, config.matmul_tile)
+        tree, state, rows = self._tree, self._buffers["state"], self._buffers["rows"]
 
         def decode(leaves, state, rows, batch, steps):
             model = jax.tree.unflatten(tree, leaves)
             most = config.decode_steps
-            return programs.decode(model, state, rows, batch, steps, recipe, most)
+            return programs.decode_tokens(model, state, rows, batch, steps, recipe, most)
 
         def prefill(leaves, state, rows, batch, prompts):
             model = jax.tree.unflatten(tree, leaves)
-            return programs.prefill(model, state, rows, batch, prompts, recipe)
+            return programs.prefill_prompts(model, state, rows, batch, prompts, recipe)
 
         def verify(leaves, state, rows, batch, drafts):
             model = jax.tree.unflatten(tree, leaves)
-            return programs.verify(model, state, rows, batch, drafts, recipe)
+            return programs.verify_drafts(model, state, rows, batch, drafts, recipe)
 
         one, some = np.int32(0), np.zeros(transfers.SWAP_PAGES, np.int32)
         jobs: dict[tuple[str, int], tuple] = {
             ("copy", 0): (transfers.copy_states, one, one),
-            ("reset", 0): (transfers.reset, one, *host_batch.bias({})),
-            ("count", 0): (transfers.count, one, host_batch.counted([]), np.bool_(True)),
-            ("set_mask", 0): (transfers.set_mask, one, host_batch.free_mask(vocab_size)),
+            ("reset", 0): (transfers.reset_slot, one, *host_batch.make_bias({})),
+            ("count", 0): (transfers.count_tokens, one, host_batch.pad_tokens([]), np.bool_(True)),
+            ("set_mask", 0): (transfers.set_mask, one, host_batch.make_free_mask(vocab_size)),
         }
         done: dict[Any, Any] = {}
         if config.host_bytes:
-            read = Program(transfers.read, (), state, one, some, where=self._where("read"))
-            row = self._replicated(jax.eval_shape(transfers.read_row, rows, one))
+            read = CompiledProgram(
+                transfers.read_sequence, (), state, one, some, where=self._output_shardings("read")
+            )
+            row = self._replicate_shapes(jax.eval_shape(transfers.read_sampling_state, rows, one))
             done["read", 0] = read
-            jobs["write", 0] = (transfers.write, one, some, read.outputs)
-            jobs["read_row", 0] = (transfers.read_row, one)
-            jobs["write_row", 0] = (transfers.write_row, one, row)
+            jobs["write", 0] = (transfers.write_sequence, one, some, read.output_shapes)
+            jobs["read_row", 0] = (transfers.read_sampling_state, one)
+            jobs["write_row", 0] = (transfers.write_sampling_state, one, row)
         if config.record_routes:
-            jobs["read_routes", 0] = (transfers.read_routes, some)
-        for size in config.decode_rows:
-            jobs["decode", size] = (decode, host_batch.empty_batch(size, config), one)
+            jobs["read_routes", 0] = (transfers.read_expert_ids, some)
+        for size in config.decode_batch_sizes:
+            jobs["decode", size] = (decode, host_batch.make_empty_batch(size, config), one)
         if config.draft_tokens:
-            size = config.decode_rows[0]
-            drafts = np.zeros((size, config.tile_rows), np.int32)
-            jobs["verify", size] = (verify, host_batch.empty_batch(size, config), drafts)
+            size = config.decode_batch_sizes[0]
+            drafts = np.zeros((size, config.attention_tile), np.int32)
+            jobs["verify", size] = (verify, host_batch.make_empty_batch(size, config), drafts)
         for size in config.prefill_tokens:
-            batch = host_batch.empty_batch(host_batch.PREFILL_PARTS, config)
-            jobs["prefill", size] = (prefill, batch, host_batch.empty_prompts(size, config))
+            batch = host_batch.make_empty_batch(host_batch.MAX_PREFILL_CHUNKS, config)
+            jobs["prefill", size] = (prefill, batch, host_batch.make_empty_prompts(size, config))
 
         def make(key, function, *host):
             taken = _TAKES[key[0]]
-            memory = [self._held[part] for part in taken]
+            memory = [self._buffers[part] for part in taken]
             given = [i for i, part in enumerate(taken) if part != "model"]
             given = [] if key[0] in _ONLY_READ else given
-            return Program(function, given, *memory, *host, where=self._where(key[0]))
+            return CompiledProgram(
+                function, given, *memory, *host, where=self._output_shardings(key[0])
+            )
 
         with concurrent.futures.ThreadPoolExecutor() as pool:
             made = {key: pool.submit(make, key, *job) for key, job in jobs.items()}
             return done | {key: future.result() for key, future in made.items()}
 
-    def _where(self, name: str) -> Any:
+    def _output_shardings(self, name: str) -> Any:
         """Return the shardings of a program's outputs; None on one device."""
-        if self._everywhere is None:
+        if self._replicated_sharding is None:
             return None
-        state = jax.tree.map(lambda a: a.sharding, self._held["state"])
+        state = jax.tree.map(lambda a: a.sharding, self._buffers["state"])
         if name in ("copy", "write"):
             return state
         if name == "read":  # without the axis of slots or pages, which is not split
             return None
         if name in ("decode", "verify", "prefill"):
-            return (state, self._everywhere, self._everywhere)
-        return self._everywhere
+            return (state, self._replicated_sharding, self._replicated_sharding)
+        return self._replicated_sharding
 
-    def _replicated(self, shapes: Any) -> Any:
+    def _replicate_shapes(self, shapes: Any) -> Any:
         return jax.tree.map(
-            lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=self._everywhere), shapes
+            lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=self._replicated_sharding),
+            shapes,
         )
 
 
-class _Kept:
+class _HostCopy:
     """This process's part of an array, in host memory."""
 
     def __init__(self, array: jax.Array):
         self._shape, self._sharding = array.shape, array.sharding
         self._parts = [(part.device, np.asarray(part.data)) for part in array.addressable_shards]
 
-    def array(self) -> jax.Array:
+    def to_device(self) -> jax.Array:
         """Return the array again."""
         parts = [jax.device_put(data, device) for device, data in self._parts]
         return jax.make_array_from_single_device_arrays(self._shape, self._sharding, parts)
 
 
-class Program:
+class CompiledProgram:
     """A function compiled for arguments of given shapes, some of which it consumes.
 
     where: shardings of its outputs, None for one device.
@@ -262,7 +273,7 @@ class Program:
         self._compiled = flat.lower(*leaves).compile()
 
     @property
-    def outputs(self) -> Any:
+    def output_shapes(self) -> Any:
         """Return shapes and shardings of what it returns."""
         return jax.tree.map(
             lambda a, where: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where),

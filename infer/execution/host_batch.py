@@ -12,11 +12,11 @@ from infer import options as options_lib
 from infer.execution import programs, sampling, transfers
 from infer.scheduling import plan as plan_lib
 
-PREFILL_PARTS = 8  # sequences in one prefill program
+MAX_PREFILL_CHUNKS = 8  # sequences in one prefill program
 
 
 @dataclasses.dataclass(frozen=True)
-class Made:
+class SampledToken:
     """One token as the device chose it; see `sampling.Chosen`."""
 
     id: int
@@ -25,13 +25,13 @@ class Made:
     top: tuple[tuple[int, float], ...]
 
 
-class Fetched:
+class SampledTokens:
     """What a program chose, on the host: arrays [steps, rows, ...]."""
 
     def __init__(self, chosen: sampling.Chosen | None):
         self._chosen = chosen
 
-    def column(self, row: int) -> list[Made]:
+    def row_tokens(self, row: int) -> list[SampledToken]:
         """Return the tokens of one row, in order."""
         chosen = self._chosen
         if chosen is None:
@@ -42,13 +42,13 @@ class Fetched:
             ids, logps = chosen.top_ids[at], chosen.top_logp[at]
             top = tuple((int(i), float(p)) for i, p in zip(ids, logps, strict=True) if i >= 0)
             logp, logp_raw = float(chosen.logp[at]), float(chosen.logp_raw[at])
-            made.append(Made(int(chosen.token[at]), logp, logp_raw, top))
+            made.append(SampledToken(int(chosen.token[at]), logp, logp_raw, top))
         return made
 
 
-def batch(size: int, items: Sequence[Any], requests: Sequence[Any], config) -> Any:
+def make_batch(size: int, items: Sequence[Any], requests: Sequence[Any], config) -> Any:
     """Return fresh host arrays: those of a dispatch under way must not change."""
-    made = empty_batch(size, config)
+    made = make_empty_batch(size, config)
     for i, (item, asked) in enumerate(zip(items, requests, strict=True)):
         if asked is None:  # cancelled since it was planned
             continue
@@ -59,66 +59,66 @@ def batch(size: int, items: Sequence[Any], requests: Sequence[Any], config) -> A
             getattr(made.options, field.name)[i] = getattr(options, field.name)
         made.seeds[i] = options.seed
         made.stop_ids[i, : len(asked.stop_ids)] = asked.stop_ids
-        made.free_from[i] = length + options.min_tokens + 1
-        made.limit[i] = length + options.max_tokens
+        made.min_stop_length[i] = length + options.min_tokens + 1
+        made.length_limit[i] = length + options.max_tokens
         forced = asked.progress.next_forced()
-        made.forced[i] = -1 if forced is None else forced
+        made.forced_tokens[i] = -1 if forced is None else forced
     return made
 
 
-def prompts(
-    parts: Sequence[plan_lib.Part], tokens: Sequence[Any], config: config_lib.Config
+def pack_prompts(
+    parts: Sequence[plan_lib.PrefillChunk], tokens: Sequence[Any], config: config_lib.EngineConfig
 ) -> Any:
     """Return packed parts of prompts; tokens: of each part, and the one after it or -1."""
-    tile = config.tile_rows
-    padded = [-(-part.count // tile) * tile for part in parts]
+    tile = config.attention_tile
+    padded = [-(-part.num_tokens // tile) * tile for part in parts]
     size = next(n for n in config.prefill_tokens if n >= sum(padded))
-    made = empty_prompts(size, config)
+    made = make_empty_prompts(size, config)
     at = 0
     for i, (part, (ids, known), width) in enumerate(zip(parts, tokens, padded, strict=True)):
-        end = part.start + part.count
-        made.tokens[at : at + part.count] = ids
-        made.positions[at : at + part.count] = np.arange(part.start, end)
-        made.part[at // tile : (at + width) // tile] = i
-        if part.last:
-            made.length[i], made.known[i] = end, known
-            made.last[i] = at + part.count - 1 if known < 0 else -1
+        end = part.start + part.num_tokens
+        made.tokens[at : at + part.num_tokens] = ids
+        made.positions[at : at + part.num_tokens] = np.arange(part.start, end)
+        made.chunk_index[at // tile : (at + width) // tile] = i
+        if part.is_last:
+            made.lengths[i], made.known_tokens[i] = end, known
+            made.last_rows[i] = at + part.num_tokens - 1 if known < 0 else -1
         at += width
     return made
 
 
-def empty_batch(size: int, config: config_lib.Config) -> Any:
+def make_empty_batch(size: int, config: config_lib.EngineConfig) -> Any:
     """Return a batch of padding."""
     host_options: Any = sampling.SamplingOptions
     options = host_options(**sampling.check(size))
-    make: Any = programs.Batch  # of host arrays
+    make: Any = programs.SequenceBatch  # of host arrays
     return make(
         slots=np.zeros(size, np.int32),
         pages=np.zeros((size, config.pages_per_sequence), np.int32),
         options=options,
         seeds=np.zeros(size, np.uint32),
         stop_ids=np.full((size, options_lib.MAX_STOP_IDS), -1, np.int32),
-        free_from=np.zeros(size, np.int32),
-        limit=np.zeros(size, np.int32),
-        forced=np.full(size, -1, np.int32),
+        min_stop_length=np.zeros(size, np.int32),
+        length_limit=np.zeros(size, np.int32),
+        forced_tokens=np.full(size, -1, np.int32),
     )
 
 
-def empty_prompts(size: int, config: config_lib.Config) -> Any:
+def make_empty_prompts(size: int, config: config_lib.EngineConfig) -> Any:
     """Return prompts of padding."""
-    tiles = size // config.tile_rows
-    make: Any = programs.Prompts
+    tiles = size // config.attention_tile
+    make: Any = programs.PackedPrompts
     return make(
         np.zeros(size, np.int32),
         np.full(size, -1, np.int32),
         np.full(tiles, -1, np.int32),
-        np.full(PREFILL_PARTS, -1, np.int32),
-        np.zeros(PREFILL_PARTS, np.int32),
-        np.full(PREFILL_PARTS, -1, np.int32),
+        np.full(MAX_PREFILL_CHUNKS, -1, np.int32),
+        np.zeros(MAX_PREFILL_CHUNKS, np.int32),
+        np.full(MAX_PREFILL_CHUNKS, -1, np.int32),
     )
 
 
-def pieces(slot: int, pages: Sequence[int]) -> list[tuple[Any, Any]]:
+def split_pages(slot: int, pages: Sequence[int]) -> list[tuple[Any, Any]]:
     """Return arguments of `moves.read` that together cover a sequence."""
     made = []
     for first in range(0, max(len(pages), 1), transfers.SWAP_PAGES):
@@ -129,7 +129,7 @@ def pieces(slot: int, pages: Sequence[int]) -> list[tuple[Any, Any]]:
     return made
 
 
-def bias(values: Mapping[int, float]) -> tuple[Any, Any]:
+def make_bias(values: Mapping[int, float]) -> tuple[Any, Any]:
     """Return token ids and what is added to their logits."""
     ids, added = (
         np.zeros(options_lib.MAX_BIASES, np.int32),
@@ -139,23 +139,23 @@ def bias(values: Mapping[int, float]) -> tuple[Any, Any]:
     return ids, added
 
 
-def counted(tokens: Sequence[int]) -> Any:
+def pad_tokens(tokens: Sequence[int]) -> Any:
     """Return at most `moves.COUNT_TOKENS` tokens, padded."""
     made = np.full(transfers.COUNT_TOKENS, -1, np.int32)
     made[: len(tokens)] = tokens
     return made
 
 
-def free_mask(vocab_size: int) -> Any:
+def make_free_mask(vocab_size: int) -> Any:
     """Return the mask that allows all tokens."""
     return np.full(-(-vocab_size // 32), 0xFFFFFFFF, np.uint32)
 
 
-def fetch(chosen: Any) -> Fetched:
+def fetch_tokens(chosen: Any) -> SampledTokens:
     """Wait for what a program chose."""
     if chosen is None:
-        return Fetched(None)
+        return SampledTokens(None)
     arrays = jax.tree.map(np.asarray, chosen)
     if arrays.token.ndim == 1:
         arrays = jax.tree.map(lambda a: a[None], arrays)
-    return Fetched(arrays)
+    return SampledTokens(arrays)

@@ -3,7 +3,7 @@
 Every option of a request is an array, so nothing about requests changes a program: there is one
 decode program per number of rows, one prefill program per number of tokens, and a few that move
 memory. What lasts between them stays on the device: the serving state (`m1_jax/state.py`), and for
-each slot what choosing its next token needs (`Rows`). A program's own arguments (`Batch`) are fresh
+each slot what choosing its next token needs (`SlotSamplingState`). A program's own arguments (`SequenceBatch`) are fresh
 host arrays every time.
 """
 
@@ -29,7 +29,7 @@ SAMPLE_ROWS = (
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Rows:
+class SlotSamplingState:
     """By slot, what its sequence needs for its next token; slot 0 is padding's.
 
     token: chosen, and not yet in the state. length: tokens in the state. running: until a stop
@@ -46,7 +46,7 @@ class Rows:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Batch:
+class SequenceBatch:
     """Sequences of one program; rows of slot 0 are padding.
 
     seeds: of the requests. stop_ids: -1 where there are fewer. free_from: length of prompt and
@@ -59,14 +59,14 @@ class Batch:
     options: sampling.SamplingOptions
     seeds: UInt[Array, "B"]
     stop_ids: Int[Array, "B S"]
-    free_from: Int[Array, "B"]
-    limit: Int[Array, "B"]
-    forced: Int[Array, "B"]
+    min_stop_length: Int[Array, "B"]
+    length_limit: Int[Array, "B"]
+    forced_tokens: Int[Array, "B"]
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Prompts:
+class PackedPrompts:
     """Parts of prompts, packed: each starts on a tile and is padded to whole tiles.
 
     tokens, positions: of M rows; position -1 is padding. part: of each tile, -1 for padding.
@@ -77,25 +77,25 @@ class Prompts:
 
     tokens: Int[Array, "M"]
     positions: Int[Array, "M"]
-    part: Int[Array, "I"]
-    last: Int[Array, "B"]
-    length: Int[Array, "B"]
-    known: Int[Array, "B"]
+    chunk_index: Int[Array, "I"]
+    last_rows: Int[Array, "B"]
+    lengths: Int[Array, "B"]
+    known_tokens: Int[Array, "B"]
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Recipe:
+class Tiling:
     """Sizes that decide the numbers: see `serving.RaggedBatch`."""
 
-    tile_rows: int = dataclasses.field(default=8, metadata={"static": True})
-    row_tile: int = dataclasses.field(default=8, metadata={"static": True})
+    attention_tile: int = dataclasses.field(default=8, metadata={"static": True})
+    matmul_tile: int = dataclasses.field(default=8, metadata={"static": True})
 
 
-def init_rows(num_slots: int, vocab_size: int) -> Rows:
+def init_sampling_state(num_slots: int, vocab_size: int) -> SlotSamplingState:
     """Return the rows of slots 0 to num_slots, none of them running."""
     number = num_slots + 1
-    return Rows(
+    return SlotSamplingState(
         jnp.zeros(number, jnp.int32),
         jnp.zeros(number, jnp.int32),
         jnp.zeros(number, bool),
@@ -105,15 +105,15 @@ def init_rows(num_slots: int, vocab_size: int) -> Rows:
     )
 
 
-def decode(
+def decode_tokens(
     model: Any,
     state: state_lib.ServingState,
-    rows: Rows,
-    batch: Batch,
+    rows: SlotSamplingState,
+    batch: SequenceBatch,
     steps: Int[Array, ""],
-    recipe: Recipe,
+    recipe: Tiling,
     most_steps: int,
-) -> tuple[state_lib.ServingState, Rows, sampling.Chosen]:
+) -> tuple[state_lib.ServingState, SlotSamplingState, sampling.Chosen]:
     """Make up to `steps` tokens for every running row; what was chosen has a leading step axis.
 
     Tokens are -1 where a row had ended.
@@ -131,44 +131,46 @@ def decode(
             jnp.where(running, length, -1),
             jnp.where(running, batch.slots, 0),
             batch.pages,
-            recipe.tile_rows,
-            recipe.row_tile,
+            recipe.attention_tile,
+            recipe.matmul_tile,
         )
         logits, state = ragged_batch.forward_ragged(model, rows.token[batch.slots], work, state)
         logits = sharding.replicate_array(logits, model.layout)
-        rows, chosen = _choose(logits, rows, batch, running, length + 1)
+        rows, chosen = _choose_and_record(logits, rows, batch, running, length + 1)
         made = jax.tree.map(
             lambda all_, one: jax.lax.dynamic_update_index_in_dim(all_, one, step, 0), made, chosen
         )
         return step + 1, state, rows, made
 
-    one = jax.eval_shape(lambda: body((jnp.int32(0), state, rows, _nothing(batch, most_steps)))[3])
+    one = jax.eval_shape(
+        lambda: body((jnp.int32(0), state, rows, _empty_tokens(batch, most_steps)))[3]
+    )
     made = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), one)
     made = dataclasses.replace(made, token=made.token - 1)
     _, state, rows, made = jax.lax.while_loop(going, body, (jnp.int32(0), state, rows, made))
     return state, rows, made
 
 
-def abstract_decode(
-    model_config: Any, layout: sharding.MeshLayout, config: config_lib.Config
+def abstract_decode_inputs(
+    model_config: Any, layout: sharding.MeshLayout, config: config_lib.EngineConfig
 ) -> tuple[state_lib.ServingState, tuple[Any, ...]]:
-    """Return the state that `decode` takes, and what it takes after it, as sharded shapes."""
+    """Return the state that `decode_tokens` takes, and what it takes after it, as sharded shapes."""
     state = state_lib.abstract_serving_state(
-        model_config, config.slots, config.pages, config.chunk_tokens, layout
+        model_config, config.total_slots, config.total_pages, config.chunk_tokens, layout
     )
-    size = config.decode_rows[-1]
-    rows = jax.eval_shape(lambda: init_rows(config.slots, model_config.vocab_size))
+    size = config.decode_batch_sizes[-1]
+    rows = jax.eval_shape(lambda: init_sampling_state(config.total_slots, model_config.vocab_size))
     ints: Any = jax.ShapeDtypeStruct((size,), jnp.int32)
-    make: Any = Batch
+    make: Any = SequenceBatch
     batch = make(
         slots=ints,
         pages=jax.ShapeDtypeStruct((size, config.pages_per_sequence), jnp.int32),
         options=jax.eval_shape(lambda: sampling.options(size)),
         seeds=jax.ShapeDtypeStruct((size,), jnp.uint32),
         stop_ids=jax.ShapeDtypeStruct((size, options_lib.MAX_STOP_IDS), jnp.int32),
-        free_from=ints,
-        limit=ints,
-        forced=ints,
+        min_stop_length=ints,
+        length_limit=ints,
+        forced_tokens=ints,
     )
     everywhere = NamedSharding(layout.mesh, PartitionSpec())
     return state, jax.tree.map(
@@ -177,20 +179,20 @@ def abstract_decode(
     )
 
 
-def verify(
+def verify_drafts(
     model: Any,
     state: state_lib.ServingState,
-    rows: Rows,
-    batch: Batch,
+    rows: SlotSamplingState,
+    batch: SequenceBatch,
     drafts: Int[Array, "B t"],
-    recipe: Recipe,
-) -> tuple[state_lib.ServingState, Rows, sampling.Chosen]:
-    """Make tokens as `decode` does, several at once where guesses at them turn out right.
+    recipe: Tiling,
+) -> tuple[state_lib.ServingState, SlotSamplingState, sampling.Chosen]:
+    """Make tokens as `decode_tokens` does, several at once where guesses at them turn out right.
 
     drafts: by place in the sequence's open tile, guesses at the tokens after the next one to enter
       the state; -1 is none. None at the last place of a chunk: the state would move on, for good.
 
-    Every guess is checked by choosing from the logits before it as `decode` would: a row of a tile
+    Every guess is checked by choosing from the logits before it as `decode_tokens` would: a row of a tile
     is computed as it is alone. What a wrong guess left in ring and pages is overwritten before
     anything reads it.
     """
@@ -205,8 +207,8 @@ def verify(
         jnp.where(real.reshape(-1), positions, -1),
         jnp.where(running, batch.slots, 0),
         batch.pages,
-        recipe.tile_rows,
-        recipe.row_tile,
+        recipe.attention_tile,
+        recipe.matmul_tile,
     )
     tokens = jnp.where(place == first, rows.token[batch.slots][:, None], jnp.maximum(drafts, 0))
     logits, state = ragged_batch.forward_ragged(model, tokens.reshape(-1), work, state)
@@ -214,7 +216,7 @@ def verify(
     each = jax.tree.map(
         lambda a: jnp.repeat(a, tile, axis=0), dataclasses.replace(batch, pages=batch.pages[:, :0])
     )
-    chosen, stopped = _chosen(logits, rows, each, real.reshape(-1), positions + 1)
+    chosen, stopped = _choose_tokens(logits, rows, each, real.reshape(-1), positions + 1)
     stopped = stopped.reshape(size, tile)
     token = chosen.token.reshape(size, tile)
     # A row counts if all before it were guessed right and did not end the sequence.
@@ -239,7 +241,7 @@ def verify(
     return state, rows, by_step
 
 
-def _nothing(batch: Batch, steps: int) -> sampling.Chosen:
+def _empty_tokens(batch: SequenceBatch, steps: int) -> sampling.Chosen:
     shape = (steps, batch.slots.shape[0])
     top = (*shape, options_lib.MAX_TOP_LOGPROBS)
     return sampling.Chosen(
@@ -251,46 +253,48 @@ def _nothing(batch: Batch, steps: int) -> sampling.Chosen:
     )
 
 
-def prefill(
+def prefill_prompts(
     model: Any,
     state: state_lib.ServingState,
-    rows: Rows,
-    batch: Batch,
-    prompts: Prompts,
-    recipe: Recipe,
-) -> tuple[state_lib.ServingState, Rows, sampling.Chosen]:
+    rows: SlotSamplingState,
+    batch: SequenceBatch,
+    prompts: PackedPrompts,
+    recipe: Tiling,
+) -> tuple[state_lib.ServingState, SlotSamplingState, sampling.Chosen]:
     """Append parts of prompts; return what was chosen after those that are the last of theirs."""
-    part = jnp.maximum(prompts.part, 0)
+    part = jnp.maximum(prompts.chunk_index, 0)
     work = ragged_batch.RaggedBatch(
         prompts.positions,
-        jnp.where(prompts.part >= 0, batch.slots[part], 0),
+        jnp.where(prompts.chunk_index >= 0, batch.slots[part], 0),
         batch.pages[part],
-        recipe.tile_rows,
-        recipe.row_tile,
+        recipe.attention_tile,
+        recipe.matmul_tile,
     )
-    logits, state = ragged_batch.forward_ragged(model, prompts.tokens, work, state, prompts.last)
+    logits, state = ragged_batch.forward_ragged(
+        model, prompts.tokens, work, state, prompts.last_rows
+    )
     logits = sharding.replicate_array(logits, model.layout)
-    rows, chosen = _choose(logits, rows, batch, prompts.last >= 0, prompts.length)
-    again = prompts.known >= 0
+    rows, chosen = _choose_and_record(logits, rows, batch, prompts.last_rows >= 0, prompts.lengths)
+    again = prompts.known_tokens >= 0
     slots = jnp.where(again, batch.slots, 0)
     rows = dataclasses.replace(
         rows,
-        token=rows.token.at[slots].set(prompts.known),
-        length=rows.length.at[slots].set(prompts.length),
+        token=rows.token.at[slots].set(prompts.known_tokens),
+        length=rows.length.at[slots].set(prompts.lengths),
         running=rows.running.at[slots].set(again),
     )
     return state, rows, chosen
 
 
-def _choose(
+def _choose_and_record(
     logits: Float[Array, "B V"],
-    rows: Rows,
-    batch: Batch,
+    rows: SlotSamplingState,
+    batch: SequenceBatch,
     wanted: Bool[Array, "B"],
     length: Int[Array, "B"],
-) -> tuple[Rows, sampling.Chosen]:
+) -> tuple[SlotSamplingState, sampling.Chosen]:
     """Choose a token for the wanted rows, whose state holds `length` tokens, and note it."""
-    chosen, stopped = _chosen(logits, rows, batch, wanted, length)
+    chosen, stopped = _choose_tokens(logits, rows, batch, wanted, length)
     slots = jnp.where(wanted, batch.slots, 0)
     rows = dataclasses.replace(
         rows,
@@ -302,7 +306,7 @@ def _choose(
     return rows, dataclasses.replace(chosen, token=jnp.where(wanted, chosen.token, -1))
 
 
-def _chosen(logits, rows: Rows, batch: Batch, wanted, length):
+def _choose_tokens(logits, rows: SlotSamplingState, batch: SequenceBatch, wanted, length):
     """Return what is chosen, and whether it ends the sequence."""
 
     def tile(logits, slots, options, seeds, stop_ids, banned, forced, length):
@@ -312,7 +316,7 @@ def _chosen(logits, rows: Rows, batch: Batch, wanted, length):
         return sampling.choose(logits, options, keys, *held, banned, forced)
 
     total = length + 1  # with the new token
-    free = total >= batch.free_from
+    free = total >= batch.min_stop_length
     chosen = ragged_batch.map_row_tiles(
         tile,
         SAMPLE_ROWS,
@@ -323,8 +327,8 @@ def _chosen(logits, rows: Rows, batch: Batch, wanted, length):
         batch.seeds,
         batch.stop_ids,
         ~free,
-        batch.forced,
+        batch.forced_tokens,
         length,
     )
     stopped = jnp.any(chosen.token[:, None] == batch.stop_ids, axis=1) & free
-    return chosen, stopped | (total >= batch.limit)
+    return chosen, stopped | (total >= batch.length_limit)

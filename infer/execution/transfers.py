@@ -1,4 +1,4 @@
-"""The programs that move memory: between slots, to and from the host, and into `programs.Rows`."""
+"""The programs that move memory: between slots, to and from the host, and into `programs.SlotSamplingState`."""
 
 import dataclasses
 
@@ -25,18 +25,18 @@ def copy_states(state, source: Int[Array, ""], target: Int[Array, ""]):
     return dataclasses.replace(state, layers=tuple(map(one, state.layers)))
 
 
-def read(state, slot: Int[Array, ""], pages: Int[Array, "n"]):
+def read_sequence(state, slot: Int[Array, ""], pages: Int[Array, "n"]):
     """Return everything in a slot, and in some pages."""
-    return jax.tree.map(lambda a, at: a[:, :, at], state, _places(state, slot, pages))
+    return jax.tree.map(lambda a, at: a[:, :, at], state, _sequence_indices(state, slot, pages))
 
 
-def write(state, slot: Int[Array, ""], pages: Int[Array, "n"], held):
-    """Undo `read`, perhaps elsewhere."""
-    places = _places(state, slot, pages)
+def write_sequence(state, slot: Int[Array, ""], pages: Int[Array, "n"], held):
+    """Undo `read_sequence`, perhaps elsewhere."""
+    places = _sequence_indices(state, slot, pages)
     return jax.tree.map(lambda a, at, new: a.at[:, :, at].set(new), state, places, held)
 
 
-def _places(state, slot, pages):
+def _sequence_indices(state, slot, pages):
     layers = [
         jax.tree.map(lambda _, x=x: pages if isinstance(x, state_lib.PagedKVCache) else slot, x)
         for x in state.layers
@@ -45,24 +45,28 @@ def _places(state, slot, pages):
     return state_lib.ServingState(tuple(layers), routes)
 
 
-def read_routes(state, pages: Int[Array, "n"]) -> Int[Array, "n C L A"]:
+def read_expert_ids(state, pages: Int[Array, "n"]) -> Int[Array, "n C L A"]:
     """Return the experts of some pages' tokens."""
     return state.expert_id_pages.expert_ids[0, 0, pages]
 
 
-def read_row(rows: programs.Rows, slot: Int[Array, ""]) -> programs.Rows:
+def read_sampling_state(
+    rows: programs.SlotSamplingState, slot: Int[Array, ""]
+) -> programs.SlotSamplingState:
     """Return what one slot's sequence needs for its next token."""
     return jax.tree.map(lambda a: a[slot], rows)
 
 
-def write_row(rows: programs.Rows, slot: Int[Array, ""], row: programs.Rows) -> programs.Rows:
-    """Undo `read_row`, perhaps elsewhere."""
+def write_sampling_state(
+    rows: programs.SlotSamplingState, slot: Int[Array, ""], row: programs.SlotSamplingState
+) -> programs.SlotSamplingState:
+    """Undo `read_sampling_state`, perhaps elsewhere."""
     return jax.tree.map(lambda a, new: a.at[slot].set(new), rows, row)
 
 
-def reset(
-    rows: programs.Rows, slot, ids: Int[Array, "n"], values: Float[Array, "n"]
-) -> programs.Rows:
+def reset_slot(
+    rows: programs.SlotSamplingState, slot, ids: Int[Array, "n"], values: Float[Array, "n"]
+) -> programs.SlotSamplingState:
     """Forget what a slot's last sequence left, and set the new one's bias (value 0: none)."""
     return dataclasses.replace(
         rows,
@@ -72,9 +76,9 @@ def reset(
     )
 
 
-def count(
-    rows: programs.Rows, slot, tokens: Int[Array, "n"], in_prompt: Bool[Array, ""]
-) -> programs.Rows:
+def count_tokens(
+    rows: programs.SlotSamplingState, slot, tokens: Int[Array, "n"], in_prompt: Bool[Array, ""]
+) -> programs.SlotSamplingState:
     """Count tokens (-1: none) of the prompt or of the output."""
     ids, real = jnp.maximum(tokens, 0), tokens >= 0
     seen = rows.counts[slot]
@@ -85,6 +89,8 @@ def count(
     )
 
 
-def set_mask(rows: programs.Rows, slot, mask: UInt[Array, "W"]) -> programs.Rows:
+def set_mask(
+    rows: programs.SlotSamplingState, slot, mask: UInt[Array, "W"]
+) -> programs.SlotSamplingState:
     """Set which tokens a slot's sequence may have next."""
     return dataclasses.replace(rows, masks=rows.masks.at[slot].set(mask))

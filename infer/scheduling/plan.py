@@ -10,13 +10,13 @@ from collections.abc import Hashable
 
 
 @dataclasses.dataclass(frozen=True)
-class Limits:
+class SchedulerLimits:
     """What the device was built for, and what requests may ask.
 
     num_slots, num_pages: of the pools, dummies not counted. chunk_tokens: tokens of a page, the
     grid. max_length: tokens of one sequence, prompt and output. max_queue: requests that wait.
     max_rows: sequences that run side by side. max_prefill_tokens: rows of one prefill program,
-    in which each part is padded to a multiple of row_tokens. prefill_parts: most sequences in it.
+    in which each part is padded to a multiple of attention_tile. max_prefill_chunks: most sequences in it.
     decode_steps: most steps of one dispatch. snapshot_every_tokens: distance of snapshots inside
     long prompts, 0 for none. cache_bytes: of all snapshots and their pages; 0 switches the prefix
     cache off. page_bytes, state_bytes: of one page, one slot. swap_tokens: a preempted sequence of
@@ -31,7 +31,7 @@ class Limits:
     max_queue: int
     max_rows: int
     max_prefill_tokens: int
-    prefill_parts: int
+    max_prefill_chunks: int
     decode_steps: int
     snapshot_every_tokens: int = 0
     cache_bytes: int = 0
@@ -39,11 +39,11 @@ class Limits:
     state_bytes: int = 1
     swap_tokens: int = 0
     host_bytes: int = 0
-    row_tokens: int = 8
+    attention_tile: int = 8
 
     def __post_init__(self):
         least_one = ("num_slots", "num_pages", "chunk_tokens", "max_length", "max_queue")
-        least_one += ("max_rows", "prefill_parts", "decode_steps", "row_tokens")
+        least_one += ("max_rows", "max_prefill_chunks", "decode_steps", "attention_tile")
         least_one += ("page_bytes", "state_bytes")
         for name in least_one:
             if getattr(self, name) < 1:
@@ -52,21 +52,21 @@ class Limits:
             if getattr(self, name) < 0:
                 raise ValueError(f"got {name} {getattr(self, name)}; wanted 0 or more: raise it")
         chunk = self.chunk_tokens
-        if chunk % self.row_tokens or self.snapshot_every_tokens % chunk:
+        if chunk % self.attention_tile or self.snapshot_every_tokens % chunk:
             raise ValueError(
-                f"got chunk_tokens {chunk}, row_tokens {self.row_tokens}, snapshot_every_tokens "
+                f"got chunk_tokens {chunk}, attention_tile {self.attention_tile}, snapshot_every_tokens "
                 f"{self.snapshot_every_tokens}; wanted each later one to fit the chunk: rows must "
                 "divide it and snapshots be a multiple of it"
             )
-        if self.max_prefill_tokens < chunk or self.max_prefill_tokens % self.row_tokens:
+        if self.max_prefill_tokens < chunk or self.max_prefill_tokens % self.attention_tile:
             raise ValueError(
                 f"got max_prefill_tokens {self.max_prefill_tokens}; wanted a multiple of "
-                f"{self.row_tokens}, at least one chunk: set {chunk} or more"
+                f"{self.attention_tile}, at least one chunk: set {chunk} or more"
             )
 
 
 @dataclasses.dataclass(frozen=True)
-class Copy:
+class CopyState:
     """Copy the matrix of a state slot, which is on the grid: a snapshot taken or restored."""
 
     source_slot: int
@@ -77,7 +77,7 @@ class Copy:
 class SwapOut:
     """Copy a sequence to host memory: pages and slot with all that is the sequence's own."""
 
-    job_id: Hashable
+    sequence_id: Hashable
     slot: int
     pages: tuple[int, ...]
 
@@ -86,20 +86,20 @@ class SwapOut:
 class SwapIn:
     """Copy it back, page by page in the same order, to other places; the host copy is done with."""
 
-    job_id: Hashable
+    sequence_id: Hashable
     slot: int
     pages: tuple[int, ...]
 
 
 @dataclasses.dataclass(frozen=True)
-class Drop:
+class DropHostCopy:
     """Forget the host copy."""
 
-    job_id: Hashable
+    sequence_id: Hashable
 
 
 @dataclasses.dataclass(frozen=True)
-class Part:
+class PrefillChunk:
     """Compute tokens `start` to `start + count` of a sequence.
 
     `start` is on the grid. From 0 the state begins empty, otherwise it is the slot's matrix; all
@@ -109,40 +109,40 @@ class Part:
     (the one after this part) is known already and decoding goes on from it.
     """
 
-    job_id: Hashable
+    sequence_id: Hashable
     slot: int
     start: int
-    count: int
+    num_tokens: int
     pages: tuple[int, ...]
-    last: bool
-    resume: bool
+    is_last: bool
+    is_resumed: bool
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class DecodeRow:
     """Decode on, by the plan's `steps` at most, until the sequence has `limit` tokens in all.
 
     pages: up to the last token that this dispatch may compute.
     """
 
-    job_id: Hashable
+    sequence_id: Hashable
     slot: int
     pages: tuple[int, ...]
-    limit: int
+    length_limit: int
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class StepPlan:
     """Actions in order, then one program: `prefill`, or `decode` for `steps`, or none."""
 
-    actions: tuple[Copy | SwapOut | SwapIn | Drop, ...] = ()
-    prefill: tuple[Part, ...] = ()
-    decode: tuple[Row, ...] = ()
-    steps: int = 0
+    actions: tuple[CopyState | SwapOut | SwapIn | DropHostCopy, ...] = ()
+    prefill_chunks: tuple[PrefillChunk, ...] = ()
+    decode_rows: tuple[DecodeRow, ...] = ()
+    max_steps: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
-class Result:
+class StepResult:
     """What a plan made of one job.
 
     tokens, new_tokens: how many it sampled, and which; all that the device made, even past what
@@ -151,9 +151,9 @@ class Result:
     it alone; None if that is not certain.
     """
 
-    tokens: int = 0
-    finished: bool = False
-    length: int | None = None
+    num_tokens: int = 0
+    is_finished: bool = False
+    final_length: int | None = None
     new_tokens: tuple[int, ...] = ()
 
 

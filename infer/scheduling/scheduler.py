@@ -18,32 +18,22 @@ from collections.abc import Hashable, Mapping, Sequence
 from infer.scheduling import memory, prefix_cache, sequence
 from infer.scheduling import plan as plan_lib
 
-Limits, Plan, Part, Row, Result = (
-    plan_lib.Limits,
-    plan_lib.Plan,
-    plan_lib.Part,
-    plan_lib.Row,
-    plan_lib.Result,
-)
-Copy, SwapOut, SwapIn, Drop = plan_lib.Copy, plan_lib.SwapOut, plan_lib.SwapIn, plan_lib.Drop
-QueueFull = plan_lib.QueueFull
-
-_PLANS_IN_FLIGHT = 2  # one that runs, and one behind it
-_LOOKAHEAD_JOBS = 32  # that wait and are compared with one that begins: each costs time
+_MAX_PLANS_IN_FLIGHT = 2  # one that runs, and one behind it
+_LOOKAHEAD_SEQUENCES = 32  # that wait and are compared with one that begins: each costs time
 
 
 @dataclasses.dataclass(frozen=True)
-class Stats:
+class SchedulerStats:
     """Now: waiting, running, pages and slots free. Since the start: the rest."""
 
-    waiting: int
-    running: int
+    num_waiting: int
+    num_running: int
     free_pages: int
     free_slots: int
-    held_back: int
-    plans: int
-    cache: prefix_cache.Stats
-    memory: memory.Stats
+    num_held_back: int
+    num_plans: int
+    cache: prefix_cache.PrefixCacheStats
+    memory: memory.MemoryStats
 
 
 class Scheduler:
@@ -56,26 +46,26 @@ class Scheduler:
       key: weights version and recipe, or whatever tells apart states that must not be mixed.
     """
 
-    def __init__(self, limits: plan_lib.Limits, key: Hashable = (0, "")):
+    def __init__(self, limits: plan_lib.SchedulerLimits, key: Hashable = (0, "")):
         self.limits = limits
-        self._memory = memory.Memory(limits, key)
-        self._jobs: dict[Hashable, sequence.Job] = {}
-        self._waiting: list[sequence.Job] = []  # both in order of age
-        self._running: list[sequence.Job] = []
-        self._in_flight: collections.deque[list[sequence.Work]] = collections.deque()
-        self._prefill_last = False
-        self._submitted = self._planned = self._held_back = 0
+        self._memory = memory.MemoryManager(limits, key)
+        self._sequences: dict[Hashable, sequence.Sequence] = {}
+        self._waiting: list[sequence.Sequence] = []  # both in order of age
+        self._running: list[sequence.Sequence] = []
+        self._in_flight: collections.deque[list[sequence.ScheduledStep]] = collections.deque()
+        self._last_was_prefill = False
+        self._num_submitted = self._num_planned = self._num_held_back = 0
 
     def submit(
         self,
-        job_id: Hashable,
+        sequence_id: Hashable,
         tokens: Sequence[int],
         max_tokens: int,
         *,
-        cacheable: bool = True,
+        is_cacheable: bool = True,
         single_step: bool = False,
-        waits: bool = False,
-        made: Sequence[int] | None = None,
+        waits_for_reports: bool = False,
+        prior_tokens: Sequence[int] | None = None,
     ) -> None:
         """Queue a request.
 
@@ -93,8 +83,8 @@ class Scheduler:
           QueueFull: max_queue requests wait already.
         """
         limit = len(tokens) + max_tokens
-        if job_id in self._jobs:
-            raise ValueError(f"got job_id {job_id!r}, which is in use; wanted a new one")
+        if sequence_id in self._sequences:
+            raise ValueError(f"got sequence_id {sequence_id!r}, which is in use; wanted a new one")
         if not len(tokens) or max_tokens < 1:
             raise ValueError(
                 f"got {len(tokens)} prompt tokens and max_tokens {max_tokens}; wanted 1 of each "
@@ -108,41 +98,45 @@ class Scheduler:
                 f"got {len(tokens)} prompt tokens and max_tokens {max_tokens}, {limit} together; "
                 f"wanted {most} at most ({name}): shorten the prompt or lower max_tokens"
             )
-        if made is None and len(self._waiting) >= self.limits.max_queue:
-            raise QueueFull(
+        if prior_tokens is None and len(self._waiting) >= self.limits.max_queue:
+            raise plan_lib.QueueFull(
                 f"got a request while {len(self._waiting)} wait; wanted fewer than "
                 f"{self.limits.max_queue} (max_queue): try again later"
             )
-        self._submitted += 1
-        job = sequence.Job(
-            job_id,
-            self._submitted,
-            [*tokens, *(made or ())],
+        self._num_submitted += 1
+        job = sequence.Sequence(
+            sequence_id,
+            self._num_submitted,
+            [*tokens, *(prior_tokens or ())],
             len(tokens),
             limit,
-            cacheable and not self._memory.cache.off,
+            is_cacheable and not self._memory.cache.is_off,
             single_step,
-            waits,
-            run=int(bool(made)),
+            waits_for_reports,
+            restarts=int(bool(prior_tokens)),
         )
-        self._jobs[job_id] = job
+        self._sequences[sequence_id] = job
         self._waiting.append(job)
-        for other in self._running if len(self._waiting) <= _LOOKAHEAD_JOBS else ():
-            self._plan_shared_point(other, job)
-            if job.cacheable and not other.decoding and self._common(other, job) == other.computed:
-                other.pending = other.computed  # the next plan starts with the copy
+        for other in self._running if len(self._waiting) <= _LOOKAHEAD_SEQUENCES else ():
+            self._plan_shared_snapshot(other, job)
+            if (
+                job.is_cacheable
+                and not other.is_decoding
+                and self._shared_grid_point(other, job) == other.computed_tokens
+            ):
+                other.pending_snapshot = other.computed_tokens  # the next plan starts with the copy
 
-    def cancel(self, job_id: Hashable) -> None:
+    def cancel(self, sequence_id: Hashable) -> None:
         """End a request now, if it is not over; plans under way may still name it."""
-        if job := self._jobs.get(job_id):
-            self._end(job, None)
+        if job := self._sequences.get(sequence_id):
+            self._end_sequence(job, None)
 
-    def preempt(self, job_id: Hashable) -> None:
+    def preempt(self, sequence_id: Hashable) -> None:
         """Take a running request's memory; it goes on when there is room again."""
-        if (job := self._jobs.get(job_id)) and job.slot:
+        if (job := self._sequences.get(sequence_id)) and job.slot:
             self._preempt(job)
 
-    def set_key(self, key: Hashable, keep_running: bool) -> None:
+    def set_cache_key(self, key: Hashable, keep_running: bool) -> None:
         """Say that plans from now on run with other weights.
 
         Args:
@@ -152,51 +146,51 @@ class Scheduler:
         """
         if key == self._memory.key:
             return
-        self._memory.cache.drop(self._memory.key)
+        self._memory.cache.drop_key(self._memory.key)
         self._memory.key = key
-        for job in list(self._jobs.values()):
+        for job in list(self._sequences.values()):
             if not job.slot and not job.swapped_pages:
                 continue
-            job.pure, job.points, job.pending = False, [], 0
+            job.single_version, job.snapshot_points, job.pending_snapshot = False, [], 0
             if not keep_running:
                 self._restart(job)
 
-    def set_single_step(self, job_id: Hashable, single_step: bool) -> None:
+    def set_single_step(self, sequence_id: Hashable, single_step: bool) -> None:
         """Change whether the host must see each token of a request before the next one is made."""
-        job = self._jobs.get(job_id)
+        job = self._sequences.get(sequence_id)
         if job:
             job.single_step = single_step
 
-    def cached(self, job_id: Hashable) -> tuple[int, str]:
+    def cached_prompt(self, sequence_id: Hashable) -> tuple[int, str]:
         """Return how many prompt tokens came from the cache, and if none, why; until it is over."""
-        job = self._jobs[job_id]
+        job = self._sequences[sequence_id]
         return job.cached_tokens, job.cached_reason
 
-    def pages(self, job_id: Hashable) -> list[int]:
+    def sequence_pages(self, sequence_id: Hashable) -> list[int]:
         """Return the pages that a request holds, in order; none if it was preempted."""
-        return list(self._jobs[job_id].pages)
+        return list(self._sequences[sequence_id].pages)
 
-    def stats(self) -> Stats:
-        return Stats(
+    def stats(self) -> SchedulerStats:
+        return SchedulerStats(
             len(self._waiting),
             len(self._running),
-            self._memory.pages.free,
-            self._memory.slots.free,
-            self._held_back,
-            self._planned,
+            self._memory.pages.num_free,
+            self._memory.slots.num_free,
+            self._num_held_back,
+            self._num_planned,
             self._memory.cache.stats(),
             dataclasses.replace(self._memory.stats),
         )
 
-    def plan(self) -> plan_lib.Plan | None:
+    def plan(self) -> plan_lib.StepPlan | None:
         """Decide what the device does next; None when there is nothing, or a report must come."""
-        if len(self._in_flight) >= _PLANS_IN_FLIGHT:
+        if len(self._in_flight) >= _MAX_PLANS_IN_FLIGHT:
             return None
         for job in self._running:
-            self._memory.save(job)
-        works: list[sequence.Work] = []
+            self._memory.save_snapshot(job)
+        works: list[sequence.ScheduledStep] = []
         parts, rows, steps = (), (), 0
-        decode_turn = self._prefill_last and any(job.ready for job in self._running)
+        decode_turn = self._last_was_prefill and any(job.can_decode for job in self._running)
         if not decode_turn:
             parts = self._plan_prefill(works)
         if not parts:
@@ -208,15 +202,15 @@ class Scheduler:
             return None
         self._memory.actions.clear()
         if works:
-            self._prefill_last = bool(parts)
+            self._last_was_prefill = bool(parts)
         for work in works:
-            work.job.works_in_flight += 1
-            work.job.steps_in_flight += work.steps
+            work.sequence.plans_in_flight += 1
+            work.sequence.steps_in_flight += work.decode_steps
         self._in_flight.append(works)
-        self._planned += 1
-        return plan_lib.Plan(actions, parts, rows, steps)
+        self._num_planned += 1
+        return plan_lib.StepPlan(actions, parts, rows, steps)
 
-    def report(self, results: Mapping[Hashable, plan_lib.Result]) -> None:
+    def report(self, results: Mapping[Hashable, plan_lib.StepResult]) -> None:
         """Take the results of the oldest plan not yet reported.
 
         Args:
@@ -230,198 +224,214 @@ class Scheduler:
         if not self._in_flight:
             raise RuntimeError("got a report, wanted a plan first: each plan is reported once")
         works = self._in_flight[0]
-        found = [results.get(work.job.job_id, plan_lib.Result()) for work in works]
+        found = [results.get(work.sequence.sequence_id, plan_lib.StepResult()) for work in works]
         for work, result in zip(works, found, strict=True):
-            _check(work, result)
+            _check_result(work, result)
         self._in_flight.popleft()
         for work, result in zip(works, found, strict=True):
-            job = work.job
-            job.works_in_flight -= 1
-            if work.run == job.run:
-                job.steps_in_flight -= work.steps
-            if job.over:
+            job = work.sequence
+            job.plans_in_flight -= 1
+            if work.restarts == job.restarts:
+                job.steps_in_flight -= work.decode_steps
+            if job.is_over:
                 continue
             job.tokens += result.new_tokens
-            if work.steps and work.run == job.run:
-                job.computed += result.tokens
-            if result.finished or len(job.tokens) >= job.limit:
-                self._end(job, result.length)
+            if work.decode_steps and work.restarts == job.restarts:
+                job.computed_tokens += result.num_tokens
+            if result.is_finished or len(job.tokens) >= job.length_limit:
+                self._end_sequence(job, result.final_length)
 
-    def _end(self, job: sequence.Job, length: int | None) -> None:
+    def _end_sequence(self, job: sequence.Sequence, length: int | None) -> None:
         (self._running if job.slot else self._waiting).remove(job)
         self._memory.retire(job, length)
-        job.over = True
-        del self._jobs[job.job_id]
+        job.is_over = True
+        del self._sequences[job.sequence_id]
 
-    def _preempt(self, job: sequence.Job) -> None:
+    def _preempt(self, job: sequence.Sequence) -> None:
         if self._memory.swap_out(job):
             self._running.remove(job)
-            bisect.insort(self._waiting, job, key=_age)
+            bisect.insort(self._waiting, job, key=_sequence_age)
         else:
             self._restart(job)
 
-    def _restart(self, job: sequence.Job) -> None:
+    def _restart(self, job: sequence.Sequence) -> None:
         """Make a job with memory, here or at the host, one that waits without."""
         if job.slot:
             self._running.remove(job)
-            bisect.insort(self._waiting, job, key=_age)
+            bisect.insort(self._waiting, job, key=_sequence_age)
         self._memory.restart(job)
 
-    def _plan_prefill(self, works: list[sequence.Work]) -> tuple[plan_lib.Part, ...]:
+    def _plan_prefill(
+        self, works: list[sequence.ScheduledStep]
+    ) -> tuple[plan_lib.PrefillChunk, ...]:
         """Pack parts of the oldest sequences, admitting those that wait as they come up."""
         limits = self.limits
-        parts: list[plan_lib.Part] = []
+        parts: list[plan_lib.PrefillChunk] = []
         left, blocked, held = limits.max_prefill_tokens, False, []
-        prefilling = [job for job in self._running if not job.decoding]
-        for job in heapq.merge(prefilling, list(self._waiting), key=_age):
-            if len(parts) == limits.prefill_parts or not left:
+        prefilling = [job for job in self._running if not job.is_decoding]
+        for job in heapq.merge(prefilling, list(self._waiting), key=_sequence_age):
+            if len(parts) == limits.max_prefill_chunks or not left:
                 break
             if not job.slot:
-                first = min(limits.chunk_tokens, self._padded(job.target))
-                blocked = blocked or (left < first and not job.decoding)
-                if not blocked and self._held(job):
+                first = min(limits.chunk_tokens, self._pad_to_tile(job.prefill_target))
+                blocked = blocked or (left < first and not job.is_decoding)
+                if not blocked and self._is_held_back(job):
                     held.append(job)
                 elif not blocked:
                     blocked = not self._admit(job, held)
-            if job.slot and not job.decoding and (part := self._part(job, left, works)):
+            if job.slot and not job.is_decoding and (part := self._next_chunk(job, left, works)):
                 parts.append(part)
-                left -= self._padded(part.count)
+                left -= self._pad_to_tile(part.num_tokens)
         return tuple(parts)
 
-    def _part(
-        self, job: sequence.Job, left: int, works: list[sequence.Work]
-    ) -> plan_lib.Part | None:
+    def _next_chunk(
+        self, job: sequence.Sequence, left: int, works: list[sequence.ScheduledStep]
+    ) -> plan_lib.PrefillChunk | None:
         """Return the next part of a sequence in `left` rows: up to a snapshot, the grid, or all."""
-        start = job.computed
-        end = min([job.target, *job.points[:1]])
-        if self._padded(end - start) > left:
-            end = self._memory.grid(start + left)
+        start = job.computed_tokens
+        end = min([job.prefill_target, *job.snapshot_points[:1]])
+        if self._pad_to_tile(end - start) > left:
+            end = self._memory.floor_to_chunk(start + left)
         if end <= start:
             return None
-        job.computed = end
-        job.decoding = last = end == job.target
-        if job.points and job.points[0] == end:
-            job.pending = job.points.pop(0)
-        resume = last and job.resumed
-        pages = tuple(job.pages[: self._memory.num_pages(end)])
-        works.append(sequence.Work(job, job.run, samples=last and not resume))
-        return plan_lib.Part(job.job_id, job.slot, start, end - start, pages, last, resume)
+        job.computed_tokens = end
+        job.is_decoding = last = end == job.prefill_target
+        if job.snapshot_points and job.snapshot_points[0] == end:
+            job.pending_snapshot = job.snapshot_points.pop(0)
+        resume = last and job.is_resumed
+        pages = tuple(job.pages[: self._memory.count_pages(end)])
+        works.append(sequence.ScheduledStep(job, job.restarts, samples_token=last and not resume))
+        return plan_lib.PrefillChunk(
+            job.sequence_id, job.slot, start, end - start, pages, last, resume
+        )
 
-    def _plan_decode(self, works: list[sequence.Work]) -> tuple[tuple[plan_lib.Row, ...], int]:
+    def _plan_decode(
+        self, works: list[sequence.ScheduledStep]
+    ) -> tuple[tuple[plan_lib.DecodeRow, ...], int]:
         """Advance every sequence that can be, oldest first in the claim to pages."""
-        ready = [job for job in self._running if job.ready]
+        ready = [job for job in self._running if job.can_decode]
         if not ready:
             return (), 0
-        steps = min(self.limits.decode_steps, max(_left(job) for job in ready))
+        steps = min(self.limits.decode_steps, max(_remaining_steps(job) for job in ready))
         # While one waits for its report the others keep its pace, or it would fall far behind.
-        if any(job.single_step and job.decoding for job in self._running):
+        if any(job.single_step and job.is_decoding for job in self._running):
             steps = 1
         chosen = []
         for job in ready:
             while job.slot:
-                most = job.most_computed
-                reach = self._memory.cover(job, most + min(steps, _left(job))) - most
+                most = job.max_computed_tokens
+                reach = (
+                    self._memory.extend_pages(job, most + min(steps, _remaining_steps(job))) - most
+                )
                 if reach > 0:
-                    steps = min(steps, reach) if reach < _left(job) else steps
+                    steps = min(steps, reach) if reach < _remaining_steps(job) else steps
                     chosen.append(job)
                     break
                 self._preempt(self._running[-1])
         rows = []
         for job in chosen:
-            end = job.most_computed + min(steps, _left(job))
-            pages = tuple(job.pages[: self._memory.num_pages(end)])
-            rows.append(plan_lib.Row(job.job_id, job.slot, pages, job.limit))
-            works.append(sequence.Work(job, job.run, steps=steps))
+            end = job.max_computed_tokens + min(steps, _remaining_steps(job))
+            pages = tuple(job.pages[: self._memory.count_pages(end)])
+            rows.append(plan_lib.DecodeRow(job.sequence_id, job.slot, pages, job.length_limit))
+            works.append(sequence.ScheduledStep(job, job.restarts, decode_steps=steps))
         return tuple(rows), steps
 
-    def _admit(self, job: sequence.Job, held: Sequence[sequence.Job]) -> bool:
+    def _admit(self, job: sequence.Sequence, held: Sequence[sequence.Sequence]) -> bool:
         """Make a job run if there is room for it, and for those older that are held back."""
         if len(self._running) + len(held) >= self.limits.max_rows:
             return False
-        spare_pages = sum(self._memory.num_pages(other.target) for other in held)
+        spare_pages = sum(self._memory.count_pages(other.prefill_target) for other in held)
         if self._running:  # one that was preempted must not be preempted again at once
-            spare_pages += len(self._running) if job.run or job.swapped_pages else 1
+            spare_pages += len(self._running) if job.restarts or job.swapped_pages else 1
         if job.swapped_pages:
             admitted = self._memory.swap_in(job, spare_pages, len(held))
-        elif job.works_in_flight:
+        elif job.plans_in_flight:
             return False  # preempted, and its tokens are not all known
         else:
-            hit = self._memory.lookup(job)
+            hit = self._memory.lookup_prefix(job)
             admitted = self._memory.admit(job, hit, spare_pages, len(held))
             if admitted:
-                self._plan_points(job, hit.common)
+                self._plan_snapshots(job, hit.common_tokens)
         if admitted:
             self._waiting.remove(job)
-            bisect.insort(self._running, job, key=_age)
+            bisect.insort(self._running, job, key=_sequence_age)
         return admitted
 
-    def _plan_points(self, job: sequence.Job, common: int) -> None:
+    def _plan_snapshots(self, job: sequence.Sequence, common: int) -> None:
         """Choose where snapshots of a job just admitted are to be taken."""
-        if not job.saves:
+        if not job.can_snapshot:
             return
         every = self.limits.snapshot_every_tokens
-        points = {self._memory.grid(job.prompt_tokens - 1), common}
-        points.update(range(every, job.target, every) if every else ())
-        job.points = sorted(point for point in points if job.computed < point < job.target)
-        for other in self._waiting[:_LOOKAHEAD_JOBS]:
+        points = {self._memory.floor_to_chunk(job.prompt_tokens - 1), common}
+        points.update(range(every, job.prefill_target, every) if every else ())
+        job.snapshot_points = sorted(
+            point for point in points if job.computed_tokens < point < job.prefill_target
+        )
+        for other in self._waiting[:_LOOKAHEAD_SEQUENCES]:
             if other is not job:
-                self._plan_shared_point(job, other)
+                self._plan_shared_snapshot(job, other)
 
-    def _plan_shared_point(self, job: sequence.Job, other: sequence.Job) -> None:
+    def _plan_shared_snapshot(self, job: sequence.Sequence, other: sequence.Sequence) -> None:
         """Add the snapshot of a prefilling job that one that waits would continue from."""
-        if job.decoding or not job.saves or not other.cacheable:
+        if job.is_decoding or not job.can_snapshot or not other.is_cacheable:
             return
-        point = self._common(job, other)
-        if point > job.computed and point not in job.points:
-            bisect.insort(job.points, point)
+        point = self._shared_grid_point(job, other)
+        if point > job.computed_tokens and point not in job.snapshot_points:
+            bisect.insort(job.snapshot_points, point)
 
-    def _common(self, job: sequence.Job, other: sequence.Job) -> int:
+    def _shared_grid_point(self, job: sequence.Sequence, other: sequence.Sequence) -> int:
         """Return the last grid point that both share and that leaves each a token to compute."""
-        if job.age not in other.common:
+        if job.age not in other.shared_prefix_tokens:
             chunk_tokens = self.limits.chunk_tokens
-            other.common[job.age] = prefix_cache.common_tokens(
+            other.shared_prefix_tokens[job.age] = prefix_cache.count_common_tokens(
                 job.tokens, other.tokens, chunk_tokens
             )
-        return self._memory.grid(min(other.common[job.age], job.target - 1, other.target - 1))
+        return self._memory.floor_to_chunk(
+            min(
+                other.shared_prefix_tokens[job.age],
+                job.prefill_target - 1,
+                other.prefill_target - 1,
+            )
+        )
 
-    def _held(self, job: sequence.Job) -> bool:
+    def _is_held_back(self, job: sequence.Sequence) -> bool:
         """Return whether an older prefill is about to take a snapshot that saves this job work.
 
         Older ones only: they end whatever arrives, and so does the wait.
         """
-        if not job.cacheable or job.swapped_pages or job.works_in_flight:
+        if not job.is_cacheable or job.swapped_pages or job.plans_in_flight:
             return False
         best = 0
         for other in self._running:
-            if other.age < job.age and not other.decoding and other.saves:
-                common = self._common(other, job)
-                points = [*other.points, other.pending]
+            if other.age < job.age and not other.is_decoding and other.can_snapshot:
+                common = self._shared_grid_point(other, job)
+                points = [*other.snapshot_points, other.pending_snapshot]
                 best = max(best, *(point for point in points if point <= common), 0)
-        held = best > 0 and best > self._memory.lookup(job).length
-        self._held_back += held
+        held = best > 0 and best > self._memory.lookup_prefix(job).length
+        self._num_held_back += held
         return held
 
-    def _padded(self, tokens: int) -> int:
-        return -(-tokens // self.limits.row_tokens) * self.limits.row_tokens
+    def _pad_to_tile(self, tokens: int) -> int:
+        return -(-tokens // self.limits.attention_tile) * self.limits.attention_tile
 
 
-def _age(job: sequence.Job) -> int:
+def _sequence_age(job: sequence.Sequence) -> int:
     return job.age
 
 
-def _left(job: sequence.Job) -> int:
+def _remaining_steps(job: sequence.Sequence) -> int:
     """Return the decode steps that a job may still need."""
-    return job.limit - 1 - job.most_computed
+    return job.length_limit - 1 - job.max_computed_tokens
 
 
-def _check(work: sequence.Work, result: plan_lib.Result) -> None:
+def _check_result(work: sequence.ScheduledStep, result: plan_lib.StepResult) -> None:
     """Raise ValueError for a result that the plan cannot have had."""
-    if work.job.over:
+    if work.sequence.is_over:
         return
-    least, most = (1, work.steps) if work.steps else (int(work.samples),) * 2
-    if not least <= result.tokens <= most or len(result.new_tokens) != result.tokens:
+    least, most = (1, work.decode_steps) if work.decode_steps else (int(work.samples_token),) * 2
+    if not least <= result.num_tokens <= most or len(result.new_tokens) != result.num_tokens:
         raise ValueError(
-            f"got {result.tokens} tokens ({len(result.new_tokens)} values) for job "
-            f"{work.job.job_id!r}, wanted {least} to {most}: report what the oldest plan made, "
+            f"got {result.num_tokens} tokens ({len(result.new_tokens)} values) for job "
+            f"{work.sequence.sequence_id!r}, wanted {least} to {most}: report what the oldest plan made, "
             "and a row that stopped by itself as finished in the plan where it did"
         )

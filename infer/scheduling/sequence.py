@@ -5,7 +5,7 @@ from collections.abc import Hashable
 
 
 @dataclasses.dataclass(eq=False)
-class Job:
+class Sequence:
     """A request.
 
     age: number of its submission. tokens: prompt and all tokens reported. limit: tokens at which
@@ -18,75 +18,75 @@ class Job:
     common: by another job's age, tokens that both start with.
     """
 
-    job_id: Hashable
+    sequence_id: Hashable
     age: int
     tokens: list[int]
     prompt_tokens: int
-    limit: int
-    cacheable: bool
+    length_limit: int
+    is_cacheable: bool
     single_step: bool
-    waits: bool = False
+    waits_for_reports: bool = False
     slot: int = 0
     pages: list[int] = dataclasses.field(default_factory=list)
     swapped_pages: int = 0
-    computed: int = 0
-    decoding: bool = False
+    computed_tokens: int = 0
+    is_decoding: bool = False
     steps_in_flight: int = 0
-    works_in_flight: int = 0
-    run: int = 0
-    pure: bool = True
-    over: bool = False
-    points: list[int] = dataclasses.field(default_factory=list)
-    pending: int = 0
-    common: dict[int, int] = dataclasses.field(default_factory=dict)
+    plans_in_flight: int = 0
+    restarts: int = 0
+    single_version: bool = True
+    is_over: bool = False
+    snapshot_points: list[int] = dataclasses.field(default_factory=list)
+    pending_snapshot: int = 0
+    shared_prefix_tokens: dict[int, int] = dataclasses.field(default_factory=dict)
     cached_tokens: int = 0
     cached_reason: str = "not started"
 
     @property
-    def resumed(self) -> bool:
+    def is_resumed(self) -> bool:
         return len(self.tokens) > self.prompt_tokens
 
     @property
-    def target(self) -> int:
+    def prefill_target(self) -> int:
         """Tokens to prefill: all but the last known one of a sequence that sampled already."""
-        return len(self.tokens) - 1 if self.resumed else self.prompt_tokens
+        return len(self.tokens) - 1 if self.is_resumed else self.prompt_tokens
 
     @property
-    def most_computed(self) -> int:
+    def max_computed_tokens(self) -> int:
         """The most tokens that may be in the state once all plans made have run.
 
         The last token of a sequence is never computed.
         """
-        return min(self.computed + self.steps_in_flight, self.limit - 1)
+        return min(self.computed_tokens + self.steps_in_flight, self.length_limit - 1)
 
     @property
-    def ready(self) -> bool:
+    def can_decode(self) -> bool:
         """Whether another decode dispatch may be of use."""
-        waits = (self.single_step or self.waits) and self.works_in_flight
-        return self.decoding and not waits and self.most_computed < self.limit - 1
+        waits = (self.single_step or self.waits_for_reports) and self.plans_in_flight
+        return self.is_decoding and not waits and self.max_computed_tokens < self.length_limit - 1
 
     @property
-    def saves(self) -> bool:
+    def can_snapshot(self) -> bool:
         """Whether its prefixes may become snapshots."""
-        return self.cacheable and self.pure
+        return self.is_cacheable and self.single_version
 
     def restart(self) -> None:
         """Forget all that was computed; plans under way still bring their tokens."""
-        self.run += 1
-        self.computed = self.steps_in_flight = self.swapped_pages = self.pending = 0
-        self.decoding = False
-        self.pure = True
-        self.points = []
+        self.restarts += 1
+        self.computed_tokens = self.steps_in_flight = self.swapped_pages = self.pending_snapshot = 0
+        self.is_decoding = False
+        self.single_version = True
+        self.snapshot_points = []
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Work:
+class ScheduledStep:
     """A job's place in a plan: what its result must look like.
 
     run: the job's at that time. steps: of decoding. samples: a prefill part with a first token.
     """
 
-    job: Job
-    run: int
-    steps: int = 0
-    samples: bool = False
+    sequence: Sequence
+    restarts: int
+    decode_steps: int = 0
+    samples_token: bool = False

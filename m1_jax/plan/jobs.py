@@ -14,8 +14,8 @@ from jax.sharding import NamedSharding
 
 from m1_jax import config as config_lib
 from m1_jax import flops, sharding
+from m1_jax import params as params_lib
 from m1_jax import state as state_lib
-from m1_jax.checkpoints import load as load_lib
 from m1_jax.plan import estimate
 
 
@@ -60,7 +60,7 @@ def abstract_job_model(
 ):
     """Return a bfloat16 model of sharded shapes; a trainer's parameters are float32."""
     param_dtype = jnp.float32 if job.mode == sharding.TRAIN else jnp.bfloat16
-    return load_lib.abstract_model(config, jnp.bfloat16, param_dtype, layout, weights)
+    return params_lib.abstract_model(config, jnp.bfloat16, param_dtype, layout, weights)
 
 
 def make_serving_layout(
@@ -105,7 +105,7 @@ def state_and_kv_bytes(
     if job.kind == "serve":
         from infer import config as sizes
 
-        chunk = sizes.Config().chunk_tokens
+        chunk = sizes.EngineConfig().chunk_tokens
         pages = job.batch * -(-job.seq // chunk)
         state = state_lib.abstract_serving_state(config, job.batch, pages, chunk, layout)
     else:
@@ -174,16 +174,18 @@ def trace_serve(setting: JobSetting) -> list[TracedProgram]:
     from infer.execution import programs
 
     job = setting.job
-    engine = sizes.Config(max_length=job.seq, max_rows=job.batch, tile_rows=16, row_tile=0)
-    state, arguments = programs.abstract_decode(setting.config, setting.layout, engine)
+    engine = sizes.EngineConfig(
+        max_length=job.seq, max_rows=job.batch, attention_tile=16, matmul_tile=0
+    )
+    state, arguments = programs.abstract_decode_inputs(setting.config, setting.layout, engine)
     pools = state.layers
     pages = [pool for pool in pools if isinstance(pool, state_lib.PagedKVCache)]
     slots = [pool for pool in pools if isinstance(pool, state_lib.LightningSlots)]
     parts = {"parameters": setting.model, "state": slots, "kv": pages, "batch": arguments}
 
     def decode(model, state, rows, batch, steps):
-        recipe = programs.Recipe(engine.tile_rows, engine.row_tile)
-        return programs.decode(model, state, rows, batch, steps, recipe, engine.decode_steps)
+        recipe = programs.Tiling(engine.attention_tile, engine.matmul_tile)
+        return programs.decode_tokens(model, state, rows, batch, steps, recipe, engine.decode_steps)
 
     traced = jax.jit(decode, donate_argnums=(1, 2)).trace(setting.model, state, *arguments)
     return [
@@ -259,7 +261,7 @@ def trace_reshard(setting: JobSetting) -> list[TracedProgram]:
     assert setting.serving_layout is not None
     model = setting.model
     program = weight_sync.WeightSync(setting.config, jnp.bfloat16, setting.serving_layout)
-    values = {n: p.get_value() for n, p in load_lib.params_by_path(model).items()}
+    values = {n: p.get_value() for n, p in params_lib.params_by_path(model).items()}
     parts, made = {"parameters": model}, {"new sampler": program.abstract_model}
     guess = {name: float(estimate.local_bytes(tree)) for name, tree in (parts | made).items()}
     moments = step_lib.abstract_state(model, optim.AdamW(1e-4)).moments
@@ -291,7 +293,7 @@ JOB_TRACERS: dict[str, Callable[[JobSetting], list[TracedProgram]]] = {
 def abstract_sampler_model(setting: JobSetting) -> Any:
     """Return the bfloat16 weights that the sampler keeps, as shapes."""
     assert setting.serving_layout is not None
-    return load_lib.abstract_model(
+    return params_lib.abstract_model(
         setting.config, jnp.bfloat16, jnp.bfloat16, setting.serving_layout
     )
 

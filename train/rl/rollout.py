@@ -104,7 +104,7 @@ class RolloutSampler:
         self,
         model: Any,
         tokenizer: tokenizer_lib.Tokenizer,
-        config: engine_config.Config,
+        config: engine_config.EngineConfig,
         sampling: RolloutSampling,
         num_tool_workers: int = 8,
     ):
@@ -141,8 +141,8 @@ class RolloutSampler:
         """
         assert self._engine is not None, "process 0 runs, the others follow"
         if self._stale:
-            self._engine.swap(self._next, keep_running=False)
-            self._engine.continue_from(self._version)
+            self._engine.swap_weights(self._next, keep_running=False)
+            self._engine.continue_from_version(self._version)
             self._stale = False
         began = time.perf_counter()
         drive = _EpisodeLoop(
@@ -160,7 +160,7 @@ class RolloutSampler:
     def dismiss(self) -> None:
         """Let the others go on to training."""
         assert self._engine is not None
-        self._engine.dismiss()
+        self._engine.dismiss_followers()
 
     @property
     def version(self) -> int:
@@ -171,7 +171,7 @@ class RolloutSampler:
     def continue_from(self, version: int) -> None:
         """Count versions of the weights from here on, as the run before this one did."""
         if self._engine is not None:
-            self._engine.continue_from(version)
+            self._engine.continue_from_version(version)
 
     def close(self) -> None:
         self._pool.shutdown(cancel_futures=True)
@@ -247,7 +247,7 @@ class _EpisodeLoop:
         )
         one.turn += 1
         one.request = self._engine.submit(
-            wanted.tokens, options, made=_resumed_tokens(made) or None
+            wanted.tokens, options, prior_tokens=_resumed_tokens(made) or None
         )
 
     def _on_generated(self, one: _RunningEpisode) -> None:
@@ -304,17 +304,17 @@ def _resumed_tokens(partial: sample_lib.Generation | None) -> list[Any]:
 
 def make_engine_config(
     sizes: Mapping[str, Any], max_length: int, max_queue: int
-) -> engine_config.Config:
+) -> engine_config.EngineConfig:
     """Return an engine's config for sequences of at most `max_length` tokens.
 
     Raises:
       ValueError: sizes that do not fit each other, or an unknown one.
     """
-    known = {field.name for field in dataclasses.fields(engine_config.Config)}
+    known = {field.name for field in dataclasses.fields(engine_config.EngineConfig)}
     for name in sizes:
         if name not in known or name in ("max_length", "max_queue"):
             raise ValueError(
                 f"rollout.engine: got {name!r}; wanted some of "
                 f"{', '.join(sorted(known - {'max_length', 'max_queue'}))}"
             )
-    return engine_config.Config(max_length=max_length, max_queue=max_queue, **sizes)
+    return engine_config.EngineConfig(max_length=max_length, max_queue=max_queue, **sizes)
