@@ -21,6 +21,7 @@ from flax import nnx
 from infer import prompt
 from m1_jax import config as model_config
 from m1_jax import logprobs
+from m1_jax import params as params_lib
 from m1_jax import tokenizer as tokenizer_lib
 from m1_jax.checkpoints import load as load_lib
 from train import config as config_lib
@@ -101,7 +102,7 @@ def write_tokenizer(directory) -> pathlib.Path:
 
 def parameters() -> int:
     """Return how many numbers the model has."""
-    model = load_lib.abstract_model(MODEL, jnp.float32, jnp.float32)
+    model = params_lib.abstract_model(MODEL, jnp.float32, jnp.float32)
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(nnx.state(model)))
 
 

@@ -21,8 +21,8 @@ import numpy as np
 from absl import app, flags, logging
 
 import m1_jax
+from m1_jax import params as params_lib
 from m1_jax import quantize
-from m1_jax.checkpoints import load as load_lib
 from m1_jax.checkpoints import save as save_lib
 
 TINY = pathlib.Path(__file__).parents[1] / "tests" / "data" / "m1-tiny"
@@ -53,7 +53,7 @@ def config_120m() -> m1_jax.ModelConfig:
 
 
 def random_checkpoint(directory: pathlib.Path) -> pathlib.Path:
-    model = load_lib.random_model(config_120m(), jax.random.key(0), jnp.float32)
+    model = params_lib.random_model(config_120m(), jax.random.key(0), jnp.float32)
     return save_lib.save(model, directory / "random")
 
 

@@ -3,9 +3,9 @@
     python -m m1_jax.convert --to=orbax --src=RELEASE_DIR --dst=DIR
     python -m m1_jax.convert --to=hf --src=DIR --dst=RELEASE_DIR
 
-Tensors are streamed one by one, so memory stays at about --memory_gib whatever the model's size.
-The result grows in DST.partial and is renamed when it is complete; the same command run again
-after an interruption goes on where it stopped.
+Tensors are streamed, so memory stays at about --memory_gib whatever the model's size.
+The result grows in DST.partial and is renamed when it is complete. After an interruption, the same
+command continues where it stopped.
 """
 
 import dataclasses
@@ -15,6 +15,7 @@ import os
 import pathlib
 import sys
 from collections import deque
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 import tensorstore as ts
@@ -22,16 +23,25 @@ import tqdm
 from absl import app, flags, logging
 
 from m1_jax import config as config_lib
-from m1_jax.checkpoints import load as load_lib
+from m1_jax import durable
+from m1_jax import params as params_lib
+from m1_jax.checkpoints import format as format_lib
 from m1_jax.checkpoints import params_map, release
-from m1_jax.checkpoints import save as save_lib
 
-MAX_SHARD_BYTES = 5 * 10**9  # of one shard, where the source does not say how it was cut
+MAX_SHARD_BYTES = 5 * 10**9  # of a safetensors file, where the source does not say how it was cut
 
 
 @dataclasses.dataclass(frozen=True)
 class ConvertConfig:
-    """to: "orbax" or "hf". src, dst: directories; dst must not exist. progress: show a bar."""
+    """What to convert, and where to.
+
+    Attributes:
+      to: "orbax" or "hf", the form of the result.
+      src: the directory to read.
+      dst: the directory to make; it must not exist.
+      memory_gib: bound on the tensor bytes under way at once, in GiB, for to="orbax".
+      progress: whether to show a bar.
+    """
 
     to: str
     src: str
@@ -60,16 +70,17 @@ def run(config: ConvertConfig) -> pathlib.Path:
         raise FileExistsError(f"{dst} exists; wanted a new directory. Remove it or choose another.")
     if not src.is_dir():
         raise release.CheckpointError(f"{src} is not a directory; wanted the checkpoint to convert")
-    if load_lib.is_converted(src) != (config.to == "hf"):
-        what = "not converted yet" if config.to == "hf" else "converted already"
-        raise release.CheckpointError(f"{src} is {what}; --to={config.to} does not apply to it")
+    if format_lib.is_converted(src) != (config.to == "hf"):
+        state = "not converted yet" if config.to == "hf" else "converted already"
+        raise release.CheckpointError(f"{src} is {state}; --to={config.to} does not apply to it")
     partial = dst.with_name(dst.name + ".partial")
     if config.to == "orbax":
         _convert_to_orbax(release.Release(src), partial, config)
     else:
         _convert_to_hf(src, partial, config)
+    # The journal goes last: after an interruption right here the result is complete already.
     partial.rename(dst)
-    (dst / save_lib.JOURNAL_FILE).unlink()
+    (dst / format_lib.JOURNAL_FILE).unlink()
     return dst
 
 
@@ -79,134 +90,141 @@ def run(config: ConvertConfig) -> pathlib.Path:
 def _convert_to_orbax(
     source: release.Release, partial: pathlib.Path, config: ConvertConfig
 ) -> None:
-    leaves = _stored_params_from_release(source)
-    done = _start_or_resume(partial, source.config, [shard.file for shard in source.shards])
-    params = partial / load_lib.PARAMS_DIR
-    if not params.exists():
-        save_lib.allocate_params(params, leaves)
-    arrays = {
-        path: ts.open(load_lib.tensorstore_spec(params, path), open=True).result()
-        for path in leaves
-    }
-    by_name = {entry.name: entry for entry in source.entries}
+    stored_params = _stored_params_from_release(source)
+    finished = _start_or_resume(partial, source.config, [shard.file for shard in source.shards])
+    params_dir = partial / format_lib.PARAMS_DIR
+    if not params_dir.exists():
+        format_lib.allocate_params(params_dir, stored_params)
+    arrays = {name: format_lib.open_array(params_dir, name) for name in stored_params}
+    entries = {entry.name: entry for entry in source.entries}
     # In the order of the shards' bytes, so that a disk reads each file once from front to back.
-    tensors = [t for shard in source.shards for t in shard.tensors if t.name in by_name]
-    budget, held = int(config.memory_gib * 2**30), 0
+    tensors = [t for shard in source.shards for t in shard.tensors if t.name in entries]
+    max_pending_bytes, pending_bytes = int(config.memory_gib * 2**30), 0
     pending: deque[tuple[release.ReleaseTensor, ts.WriteFutures]] = deque()
-    with _ConvertProgress(partial, tensors, done, config.progress) as progress:
-        for tensor in (*(t for t in tensors if t.name not in done), None):
-            # None ends the list: everything still under way is waited for.
-            while pending and (tensor is None or held + tensor.nbytes > budget):
+    with _ConvertProgress(partial, tensors, finished, config.progress) as progress:
+        for tensor in (*(t for t in tensors if t.name not in finished), None):
+            # None ends the list: everything still under way is waited for. A tensor larger than
+            # the bound waits until nothing is pending and goes alone.
+            while pending and (tensor is None or pending_bytes + tensor.nbytes > max_pending_bytes):
                 oldest, future = pending.popleft()
                 future.result()
                 progress.finish(oldest.name, oldest.nbytes)
-                held -= oldest.nbytes
+                pending_bytes -= oldest.nbytes
             if tensor is not None:
-                entry, data = by_name[tensor.name], tensor.read()
+                entry = entries[tensor.name]
                 target = arrays[entry.param_path][entry.index]
-                pending.append((tensor, target.write(data.T if entry.transposed else data)))
-                held += tensor.nbytes
-    save_lib.copy_small_files(source.directory, partial)
-    (partial / load_lib.MANIFEST_FILE).write_text(json.dumps(save_lib.build_manifest(source)))
+                pending.append((tensor, target.write(entry.orient(tensor.read()))))
+                pending_bytes += tensor.nbytes
+    format_lib.copy_small_files(source.directory, partial)
+    format_lib.write_manifest(partial, format_lib.build_manifest(source))
 
 
-def _stored_params_from_release(source: release.Release) -> dict[str, save_lib.StoredParam]:
+def _stored_params_from_release(source: release.Release) -> dict[str, format_lib.StoredParam]:
     """Return every parameter, after checking each of its tensors against it."""
-    params = load_lib.params_by_path(load_lib.abstract_model(source.config))
-    leaves: dict[str, save_lib.StoredParam] = {}
-    first: dict[str, release.ReleaseTensor] = {}
+    params = params_lib.params_by_path(params_lib.abstract_model(source.config))
+    stored_params: dict[str, format_lib.StoredParam] = {}
+    first_tensors: dict[str, release.ReleaseTensor] = {}
     for entry in source.entries:
         tensor, shape = source.tensors[entry.name], params[entry.param_path].shape
-        load_lib.check_tensor_shape(tensor, entry, shape)
-        before = first.setdefault(entry.param_path, tensor)
-        if before.dtype != tensor.dtype:
+        release.check_tensor_shape(tensor, entry, shape)
+        first = first_tensors.setdefault(entry.param_path, tensor)
+        if first.dtype != tensor.dtype:
             raise release.CheckpointError(
-                f"{tensor.name} is {release.CODES_BY_DTYPE[tensor.dtype]} but {before.name} is "
-                f"{release.CODES_BY_DTYPE[before.dtype]}; they are parts of one parameter and must agree"
+                f"{tensor.name} is {release.CODES_BY_DTYPE[tensor.dtype]} but {first.name} is "
+                f"{release.CODES_BY_DTYPE[first.dtype]}; they are parts of one parameter and must "
+                "agree"
             )
-        leaves[entry.param_path] = save_lib.StoredParam(shape, tensor.dtype, len(entry.index))
-    if left := params.keys() - leaves.keys():
-        raise AssertionError(f"params_map.py has no row for {sorted(left)}")
-    return leaves
+        stored_params[entry.param_path] = format_lib.StoredParam(
+            shape, tensor.dtype, len(entry.index)
+        )
+    if unmapped := params.keys() - stored_params.keys():
+        raise AssertionError(f"params_map.py has no row for {sorted(unmapped)}")
+    return stored_params
 
 
 # ---- Orbax to release
 
 
 def _convert_to_hf(src: pathlib.Path, partial: pathlib.Path, config: ConvertConfig) -> None:
-    manifest = load_lib.read_manifest(src)
+    manifest = format_lib.read_manifest(src)
     model_config = config_lib.ModelConfig.from_file(src / "config.json")
-    arrays = load_lib.open_params(src, model_config)
-    tensors = _describe_tensors(src, model_config, arrays)
-    shards = _original_shard_headers(manifest, tensors) or _new_shard_headers(tensors)
-    done = _start_or_resume(partial, model_config, [src / load_lib.MANIFEST_FILE])
+    arrays = format_lib.open_params(src, model_config)
     entries = {entry.name: entry for entry in params_map.list_tensor_entries(model_config)}
-    order = {file: _sort_names_by_offset(header) for file, header in shards.items()}
-    listed = [tensors[name] for names in order.values() for name in names]
-    finished = {name for file in order if file in done for name in order[file]}
-    with _ConvertProgress(partial, listed, finished, config.progress) as progress:
+    tensors = _describe_tensors(src, entries, arrays)
+    shards = _original_shard_headers(manifest, tensors) or _new_shard_headers(tensors)
+    finished = _start_or_resume(partial, model_config, [src / format_lib.MANIFEST_FILE])
+    names_by_file = {file: _sort_names_by_offset(header) for file, header in shards.items()}
+    tensors_in_order = [tensors[name] for names in names_by_file.values() for name in names]
+    # The journal of this direction names files, the bar counts tensors.
+    finished_tensors = {
+        name for file, names in names_by_file.items() if file in finished for name in names
+    }
+    with _ConvertProgress(partial, tensors_in_order, finished_tensors, config.progress) as progress:
         for file, header in shards.items():
-            if file in done:
+            if file in finished:
                 continue
             growing = partial / (file + ".tmp")
             with growing.open("wb") as stream:
                 raw = header.encode()
                 stream.write(len(raw).to_bytes(8, "little") + raw)
-                for name in order[file]:
-                    entry = entries[name]
-                    reading = arrays[entry.param_path][entry.index].read()
-                    data = load_lib.wait_for_read(
-                        reading, src / load_lib.PARAMS_DIR / entry.param_path
-                    )
-                    data = np.ascontiguousarray(data.T if entry.transposed else data)
-                    stream.write(data.reshape(-1).view(np.uint8).data)
+                for name in names_by_file[file]:
+                    data = _read_tensor(entries[name], arrays, src / format_lib.PARAMS_DIR)
+                    stream.write(data)
                     progress.advance(data.nbytes)
-                stream.flush()
-                os.fsync(stream.fileno())  # the journal must not say more than the disk holds
+                # The journal must not say more than the disk holds.
+                durable.flush_to_disk(stream)
             growing.rename(partial / file)
             progress.finish(file, 0)
-    if _has_original_shards(manifest, shards):
-        index = manifest["index"]
-    else:
-        total = sum(tensor.nbytes for tensor in tensors.values())
-        where = {name: file for file, names in order.items() for name in names}
-        content = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
-        index = json.dumps(content, indent=2) + "\n"
+    index = _build_index(manifest, shards, names_by_file, tensors)
     if index is not None:
         (partial / release.INDEX_FILE).write_text(index)
-    save_lib.copy_small_files(src, partial)
+    format_lib.copy_small_files(src, partial)
     release.Release(partial)  # the checks that every reader makes
 
 
-def _describe_tensors(src, model_config, arrays) -> dict[str, release.ReleaseTensor]:
-    """Return what each tensor will look like in the release."""
+def _read_tensor(
+    entry: params_map.TensorEntry, arrays: Mapping[str, ts.TensorStore], params_dir: pathlib.Path
+) -> memoryview:
+    """Return a tensor's bytes in the release's layout."""
+    reading = arrays[entry.param_path][entry.index].read()
+    data = format_lib.wait_for_read(reading, params_dir / entry.param_path)
+    # A transpose is a view; the file wants its elements in C order.
+    data = np.ascontiguousarray(entry.orient(data))
+    # As bytes: a memoryview of bfloat16 does not exist.
+    return data.reshape(-1).view(np.uint8).data
+
+
+def _describe_tensors(
+    src: pathlib.Path,
+    entries: Mapping[str, params_map.TensorEntry],
+    arrays: Mapping[str, ts.TensorStore],
+) -> dict[str, release.ReleaseTensor]:
+    """Return what each tensor will look like in the release; offsets are not known yet."""
     tensors = {}
-    for entry in params_map.list_tensor_entries(model_config):
+    for name, entry in entries.items():
         array = arrays[entry.param_path]
         shape, dtype = array.shape[len(entry.index) :], array.dtype.numpy_dtype
         shape = shape[::-1] if entry.transposed else shape
         nbytes = int(np.prod(shape)) * dtype.itemsize
-        tensors[entry.name] = release.ReleaseTensor(entry.name, src, dtype, shape, 0, nbytes)
+        tensors[name] = release.ReleaseTensor(name, src, dtype, shape, 0, nbytes)
     return tensors
 
 
-def _has_original_shards(manifest: dict, shards: dict[str, str]) -> bool:
-    return shards == manifest["shards"]
-
-
-def _original_shard_headers(manifest, tensors) -> dict[str, str] | None:
+def _original_shard_headers(
+    manifest: Mapping, tensors: Mapping[str, release.ReleaseTensor]
+) -> dict[str, str] | None:
     """Return the release's own headers by file, if they still describe these tensors."""
-    found = {}
+    original = {}
     for header in manifest["shards"].values():
         for name, spec in json.loads(header).items():
             if name != "__metadata__":
-                found[name] = (spec["dtype"], tuple(spec["shape"]))
-    ours = {t.name: (release.CODES_BY_DTYPE[t.dtype], t.shape) for t in tensors.values()}
-    return manifest["shards"] if found == ours else None
+                original[name] = (spec["dtype"], tuple(spec["shape"]))
+    current = {t.name: (release.CODES_BY_DTYPE[t.dtype], t.shape) for t in tensors.values()}
+    return manifest["shards"] if original == current else None
 
 
-def _new_shard_headers(tensors: dict[str, release.ReleaseTensor]) -> dict[str, str]:
-    """Cut the tensors into shards of up to SHARD_BYTES; return a header per file."""
+def _new_shard_headers(tensors: Mapping[str, release.ReleaseTensor]) -> dict[str, str]:
+    """Cut the tensors into shards of up to `MAX_SHARD_BYTES`; return a header per file."""
     groups: list[list[release.ReleaseTensor]] = [[]]
     for tensor in tensors.values():
         if groups[-1] and sum(t.nbytes for t in groups[-1]) + tensor.nbytes > MAX_SHARD_BYTES:
@@ -225,29 +243,55 @@ def _new_shard_headers(tensors: dict[str, release.ReleaseTensor]) -> dict[str, s
             }
         text = json.dumps(header, separators=(",", ":"))
         file = f"model-{number:05d}-of-{len(groups):05d}.safetensors"
+        # Spaces align the data behind the header to 8 bytes.
         shards[file] = text + " " * (-len(text.encode()) % 8)
     return shards
 
 
 def _sort_names_by_offset(header: str) -> list[str]:
     """Return the tensors of a header in the order of their bytes."""
-    content = {k: v for k, v in json.loads(header).items() if k != "__metadata__"}
-    return sorted(content, key=lambda name: content[name]["data_offsets"])
+    specs = {k: v for k, v in json.loads(header).items() if k != "__metadata__"}
+    return sorted(specs, key=lambda name: specs[name]["data_offsets"])
+
+
+def _build_index(
+    manifest: Mapping,
+    shards: Mapping[str, str],
+    names_by_file: Mapping[str, list[str]],
+    tensors: Mapping[str, release.ReleaseTensor],
+) -> str | None:
+    """Return the text of the index: the release's own where the shards are; None: it had none."""
+    if shards == manifest["shards"]:
+        return manifest["index"]
+    total_bytes = sum(tensor.nbytes for tensor in tensors.values())
+    weight_map = {name: file for file, names in names_by_file.items() for name in names}
+    index = {
+        "metadata": {"total_size": total_bytes},
+        "weight_map": dict(sorted(weight_map.items())),
+    }
+    return json.dumps(index, indent=2) + "\n"
 
 
 # ---- both ways
 
 
 class _ConvertProgress:
-    """A bar over bytes, and the journal of what is finished."""
+    """A bar over bytes, and the journal of finished tensors (to Orbax) or files (to a release)."""
 
-    def __init__(self, partial: pathlib.Path, tensors, finished_names, show_bar: bool):
+    def __init__(
+        self,
+        partial: pathlib.Path,
+        tensors: Iterable[release.ReleaseTensor],
+        finished_names: set[str],
+        show_bar: bool,
+    ):
+        tensors = list(tensors)
         total = sum(tensor.nbytes for tensor in tensors)
         initial = sum(tensor.nbytes for tensor in tensors if tensor.name in finished_names)
         self._bar = tqdm.tqdm(
             total=total, initial=initial, unit="B", unit_scale=True, disable=not show_bar
         )
-        self._journal = (partial / save_lib.JOURNAL_FILE).open("a")
+        self._journal = (partial / format_lib.JOURNAL_FILE).open("a")
 
     def __enter__(self):
         return self
@@ -260,22 +304,28 @@ class _ConvertProgress:
         self._bar.update(nbytes)
 
     def finish(self, name: str, nbytes: int) -> None:
+        """Note a name as finished, so that a resumed conversion skips it."""
         self._journal.write(name + "\n")
         self._journal.flush()
         self.advance(nbytes)
 
 
 def _start_or_resume(
-    partial: pathlib.Path, model_config, source_files: list[pathlib.Path]
+    partial: pathlib.Path, model_config: config_lib.ModelConfig, source_files: list[pathlib.Path]
 ) -> set[str]:
     """Start or continue `partial`; return what its journal says is finished.
 
-    files: what the source is told by. Two models of one shape differ in when they were written.
+    Args:
+      source_files: whose names, sizes and times tell sources apart. Two models of one shape differ
+        in when they were written.
+
+    Raises:
+      FileExistsError: `partial` was made by something else, or from another source.
     """
     stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in source_files]
     source = repr((model_config, stats))
     fingerprint = "source " + hashlib.sha256(source.encode()).hexdigest()
-    journal = partial / save_lib.JOURNAL_FILE
+    journal = partial / format_lib.JOURNAL_FILE
     if not journal.exists():
         if partial.exists() and any(partial.iterdir()):
             raise FileExistsError(
@@ -294,6 +344,7 @@ def _start_or_resume(
             f"{partial} is an interrupted conversion of another source. Remove it to start anew, "
             "or choose another --dst."
         )
+    # The next line must not continue the one that was cut off.
     os.truncate(journal, len(text.encode()))
     return set(lines[1:])
 
@@ -305,7 +356,7 @@ def main(argv) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unknown argument {argv[1]!r}")
     if not flags.FLAGS["verbosity"].present:
-        logging.set_verbosity(logging.ERROR)  # Orbax tells every step, and warns of none of ours
+        logging.set_verbosity(logging.ERROR)  # Orbax logs every step of its own
     try:
         config = ConvertConfig(
             **{f.name: getattr(flags.FLAGS, f.name) for f in dataclasses.fields(ConvertConfig)}

@@ -22,6 +22,7 @@ from absl import app, flags, logging
 from m1_jax import config as config_lib
 from m1_jax import logprobs, moe
 from m1_jax import model as model_lib
+from m1_jax import params as params_lib
 from m1_jax.checkpoints import load as load_lib
 from m1_jax.checkpoints import params_map
 
@@ -234,7 +235,7 @@ def _compare_gradients(model, golden) -> Iterator[ComparisonRow]:
     value, grads = loss(model, golden.tokens[:, :LOSS_TOKENS])
     if "loss" in golden:
         yield _compare_absolute("loss", value, golden["loss"])
-    grads = load_lib.params_by_path(grads)
+    grads = params_lib.params_by_path(grads)
     for name, tensor in sorted(wanted.items()):
         got = np.asarray(grads[entries[name].param_path][...][entries[name].index])
         yield _compare_relative(

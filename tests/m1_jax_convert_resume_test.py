@@ -11,8 +11,8 @@ import pytest
 
 import m1_jax
 from m1_jax import convert, testing
+from m1_jax.checkpoints import format as format_lib
 from m1_jax.checkpoints import release
-from m1_jax.checkpoints import save as save_lib
 
 _REPO = pathlib.Path(__file__).resolve().parents[1]
 # Orbax's own records, which hold times.
@@ -154,7 +154,7 @@ def test_interrupted_at_the_very_end(small, small_converted, tmp_path, monkeypat
 
     with monkeypatch.context() as patch:
         if moment == "copy":
-            patch.setattr(save_lib, "copy_small_files", die)
+            patch.setattr(format_lib, "copy_small_files", die)
         else:
             patch.setattr(pathlib.Path, "rename", _dies_on(dst, pathlib.Path.rename))
         with pytest.raises(_Killed):
@@ -169,7 +169,7 @@ def test_interrupted_at_the_very_end(small, small_converted, tmp_path, monkeypat
 def test_an_export_without_its_last_file_does_not_load(
     small, small_converted, tmp_path, monkeypatch
 ):
-    copy, left = save_lib.shutil.copyfile, iter(("tokenizer.json", "tokenizer_config.json"))
+    copy, left = format_lib.shutil.copyfile, iter(("tokenizer.json", "tokenizer_config.json"))
 
     def copy_or_die(src, dst):
         if next(left, None) is None:
@@ -177,7 +177,7 @@ def test_an_export_without_its_last_file_does_not_load(
         copy(src, dst)
 
     with monkeypatch.context() as patch:
-        patch.setattr(save_lib.shutil, "copyfile", copy_or_die)
+        patch.setattr(format_lib.shutil, "copyfile", copy_or_die)
         with pytest.raises(_Killed):
             _convert("hf", small_converted, tmp_path / "back")
     partial = _assert_unfinished(tmp_path / "back")
@@ -198,14 +198,14 @@ def _dies_on(target, rename):
 _KILL = """
 import os, signal, sys
 from m1_jax import convert
-count, original = int(sys.argv[4]), convert._Progress.advance
+count, original = int(sys.argv[4]), convert._ConvertProgress.advance
 def advance(self, nbytes):
     global count
     original(self, nbytes)
     count -= 1
     if count == 0:
         os.kill(os.getpid(), signal.SIGKILL)
-convert._Progress.advance = advance
+convert._ConvertProgress.advance = advance
 convert.run(convert.Config(*sys.argv[1:4], progress=False))
 """
 

@@ -14,9 +14,9 @@ import pytest
 
 import m1_jax
 from m1_jax import convert, testing
-from m1_jax.checkpoints import load as load_lib
+from m1_jax import params as params_lib
+from m1_jax.checkpoints import format as format_lib
 from m1_jax.checkpoints import params_map, release
-from m1_jax.checkpoints import save as save_lib
 
 _REPO = pathlib.Path(__file__).resolve().parents[1]
 # Orbax's own records, which hold times.
@@ -155,7 +155,7 @@ def test_dtypes_are_kept(tmp_path, dtypes):
     converted, back = _there_and_back(src, tmp_path)
     assert _files(back) == _files(src)
     wanted = {tensor.name: tensor.dtype for tensor in release.Release(src).tensors.values()}
-    stored = load_lib.open_params(converted, m1_jax.ModelConfig.from_hf(hf))
+    stored = format_lib.open_params(converted, m1_jax.ModelConfig.from_hf(hf))
     for entry in params_map.list_tensor_entries(m1_jax.ModelConfig.from_hf(hf)):
         assert stored[entry.param_path].dtype.numpy_dtype == wanted[entry.name]
 
@@ -187,13 +187,13 @@ def test_headers_are_kept_whatever_their_form(tmp_path):
 def test_export_cuts_new_shards_where_the_old_ones_do_not_fit(converted, tmp_path, monkeypatch):
     """As after training: other dtypes than the release's headers say."""
     config = m1_jax.ModelConfig.from_file(converted / "config.json")
-    arrays = load_lib.open_params(converted, config)
-    leaf = save_lib.StoredParam(arrays["head.kernel"].shape, np.dtype(np.float32), 0)
+    arrays = format_lib.open_params(converted, config)
+    leaf = format_lib.StoredParam(arrays["head.kernel"].shape, np.dtype(np.float32), 0)
     values = arrays["head.kernel"].read().result().astype(np.float32)
     shutil.rmtree(converted / "params" / "head.kernel")
-    save_lib.allocate_params(tmp_path / "new", {"head.kernel": leaf})
+    format_lib.allocate_params(tmp_path / "new", {"head.kernel": leaf})
     (tmp_path / "new" / "head.kernel").rename(converted / "params" / "head.kernel")
-    load_lib.open_params(converted, config)["head.kernel"].write(values).result()
+    format_lib.open_params(converted, config)["head.kernel"].write(values).result()
 
     monkeypatch.setattr(convert, "MAX_SHARD_BYTES", 100_000)
     back = _convert("hf", converted, tmp_path / "back")
@@ -230,7 +230,7 @@ class _SlowArray:
 @pytest.mark.parametrize("budget", [1, 30_000, 200_000, 2**40])
 def test_bytes_under_way_stay_within_the_budget(small, tmp_path, monkeypatch, budget):
     under_way = []
-    monkeypatch.setattr(save_lib, "allocate_params", lambda params, _: params.mkdir())
+    monkeypatch.setattr(format_lib, "allocate_params", lambda params, _: params.mkdir())
     monkeypatch.setattr(convert.ts, "open", lambda *_, **__: _Done(_SlowArray(under_way)))
     _convert("orbax", small, tmp_path / "orbax", memory_gib=budget / 2**30)
     sizes = [tensor.nbytes for tensor in release.Release(small).tensors.values()]
@@ -282,7 +282,7 @@ def test_orbax_reads_it_without_us(small, small_converted):
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_load_reads_both_alike(small, small_converted, dtype):
     ours, theirs = (
-        load_lib.params_by_path(m1_jax.load(path, dtype)) for path in (small, small_converted)
+        params_lib.params_by_path(m1_jax.load(path, dtype)) for path in (small, small_converted)
     )
     assert ours.keys() == theirs.keys()
     for name, parameter in ours.items():
@@ -297,10 +297,10 @@ def test_load_spreads_over_a_mesh(small, small_converted):
     wanted = m1_jax.load(small)(tokens)
     for path in (small, small_converted):
         model = m1_jax.load(path, mesh=mesh)
-        for name, parameter in load_lib.params_by_path(model).items():
+        for name, parameter in params_lib.params_by_path(model).items():
             wanted_sharding = model.layout.param_sharding(parameter.get_metadata()["logical_axes"])
             assert parameter.sharding == wanted_sharding, name
-        gate = load_lib.params_by_path(model)["layers.0.moe.gate"]
+        gate = params_lib.params_by_path(model)["layers.0.moe.gate"]
         assert gate.addressable_shards[0].data.size == gate.size // 8
         np.testing.assert_allclose(model(tokens), wanted, rtol=0, atol=testing.TOLERANCES["logits"])
 

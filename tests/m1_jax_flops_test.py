@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 
 from m1_jax import ModelConfig, experts, flops, model
-from m1_jax.checkpoints import load as load_lib
+from m1_jax import params as params_lib
 
 M1 = ModelConfig.m1()
 
@@ -29,7 +29,7 @@ def test_one_token_of_the_release_by_hand():
 
 
 def test_matrices_are_two_operations_a_parameter():
-    params = load_lib.params_by_path(load_lib.abstract_model(M1))
+    params = params_lib.params_by_path(params_lib.abstract_model(M1))
     active = 0.0
     for name, param in params.items():
         axes = param.get_metadata()["logical_axes"]

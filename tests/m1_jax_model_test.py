@@ -11,7 +11,7 @@ from flax import nnx
 
 import m1_jax
 from m1_jax import ModelConfig, experts, lightning, logprobs, moe, ring_attention, sharding, testing
-from m1_jax.checkpoints import load as load_lib
+from m1_jax import params as params_lib
 from m1_jax.config import LIGHTNING, SOFTMAX
 
 SMALL = dataclasses.replace(
@@ -161,7 +161,7 @@ def test_bad_calls_say_what_is_wrong(model, call, message):
 
 
 def test_full_size_model_has_the_release_s_parameters_and_bytes():
-    leaves = jax.tree.leaves(load_lib.abstract_model(ModelConfig.m1()))
+    leaves = jax.tree.leaves(params_lib.abstract_model(ModelConfig.m1()))
     assert sum(math.prod(x.shape) for x in leaves) == 456_089_655_296
     assert sum(math.prod(x.shape) * x.dtype.itemsize for x in leaves) == 912_210_767_872
 
@@ -183,7 +183,7 @@ def largest_array(jaxpr) -> int:
 
 def test_memory_of_a_long_sequence_is_linear():
     config = dataclasses.replace(SMALL, vocab_size=64)
-    model = load_lib.abstract_model(config, jnp.float32)
+    model = params_lib.abstract_model(config, jnp.float32)
 
     def loss(model, tokens):
         hidden, _ = model.hidden(tokens)
@@ -205,7 +205,7 @@ def test_memory_of_a_split_sequence_is_linear(monkeypatch, remat):
         SMALL, layer_types=(LIGHTNING, SOFTMAX) * 2, vocab_size=64, remat=remat
     )
     layout = sharding.make_layout(sharding.make_mesh({"context": 4}, jax.devices()[:4]), config)
-    model = load_lib.abstract_model(config, jnp.float32, layout=layout)
+    model = params_lib.abstract_model(config, jnp.float32, layout=layout)
 
     def loss(model, tokens):
         hidden, _ = model.hidden(tokens)
@@ -222,7 +222,7 @@ def test_memory_of_a_split_sequence_is_linear(monkeypatch, remat):
 def test_program_size_does_not_grow_with_depth():
     def size(repeats):
         config = dataclasses.replace(SMALL, layer_types=SMALL.layer_types * repeats)
-        model = load_lib.abstract_model(config, jnp.float32)
+        model = params_lib.abstract_model(config, jnp.float32)
         tokens = jax.ShapeDtypeStruct((1, 32), jnp.int32)
         program = jax.make_jaxpr(lambda m, t: m.hidden(t))(model, tokens)
         return sum(1 for _ in equations(program.jaxpr))
@@ -243,8 +243,8 @@ def test_remat_changes_no_gradient(model, remat):
         return jax.jit(jax.grad(lambda m: jnp.sum(m.hidden(tokens)[0] ** 2)))(other)
 
     wanted, got = grads(SMALL), grads(dataclasses.replace(SMALL, remat=remat))
-    got = load_lib.params_by_path(got)
-    for name, param in load_lib.params_by_path(wanted).items():
+    got = params_lib.params_by_path(got)
+    for name, param in params_lib.params_by_path(wanted).items():
         scale = np.max(np.abs(param[...])) + 1e-30
         assert np.max(np.abs(got[name][...] - param[...])) / scale < 1e-5, name
 
@@ -412,7 +412,7 @@ def test_slopes_are_the_release_s():
 
 @pytest.mark.slow
 def test_full_size_programs_lower_for_tpu_in_a_minute():
-    model = load_lib.abstract_model(ModelConfig.m1())
+    model = params_lib.abstract_model(ModelConfig.m1())
     tokens = jax.ShapeDtypeStruct((1, 4096), jnp.int32)
 
     def loss(model, tokens):

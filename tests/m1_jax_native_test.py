@@ -10,7 +10,7 @@ import safetensors.numpy
 import m1_jax
 from m1_jax import config as config_lib
 from m1_jax import convert, testing
-from m1_jax.checkpoints import load as load_lib
+from m1_jax import params as params_lib
 from m1_jax.checkpoints import release
 
 torch = pytest.importorskip("torch")
@@ -240,5 +240,5 @@ def test_the_release_in_the_native_spelling():
         **{k: m1.layernorm_mlp_alpha for k in _ALPHAS if "alpha" in k},
     )
     assert config_lib.ModelConfig.from_hf(written.to_dict()) == m1
-    parameters = load_lib.params_by_path(load_lib.abstract_model(m1))
+    parameters = params_lib.params_by_path(params_lib.abstract_model(m1))
     assert parameters["layers.1.attention.query.kernel"].shape == (10, 1, 6144, 8192)

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import pytest
 
 from m1_jax import config as config_lib
+from m1_jax import params as params_lib
 from m1_jax import testing
-from m1_jax.checkpoints import load as load_lib
 from m1_jax.checkpoints import params_map
 
 # The 17 patterns of the release: name, count, shape [out, in], bytes per element.
@@ -59,25 +59,25 @@ def m1():
 
 @pytest.fixture(scope="module")
 def abstract(m1):
-    return load_lib.params_by_path(load_lib.abstract_model(m1, jnp.bfloat16))
+    return params_lib.params_by_path(params_lib.abstract_model(m1, jnp.bfloat16))
 
 
 def _tensor_shape(entry, parameters):
-    shape = parameters[entry.path].shape[len(entry.index) :]
+    shape = parameters[entry.param_path].shape[len(entry.index) :]
     return shape[::-1] if entry.transposed else shape
 
 
 def _assert_covers(entries, parameters):
     """Every element of every parameter belongs to one tensor."""
-    places = collections.Counter((entry.path, entry.index) for entry in entries)
+    places = collections.Counter((entry.param_path, entry.index) for entry in entries)
     assert max(places.values()) == 1
-    lead = {entry.path: len(entry.index) for entry in entries}
+    lead = {entry.param_path: len(entry.index) for entry in entries}
     assert lead.keys() == parameters.keys()
-    count = collections.Counter(entry.path for entry in entries)
+    count = collections.Counter(entry.param_path for entry in entries)
     for path, parameter in parameters.items():
         leading = parameter.shape[: lead[path]]
         assert count[path] == math.prod(leading), path
-        for entry in (entry for entry in entries if entry.path == path):
+        for entry in (entry for entry in entries if entry.param_path == path):
             assert len(entry.index) == lead[path]
             assert all(0 <= i < n for i, n in zip(entry.index, leading, strict=True)), entry
 
@@ -140,7 +140,7 @@ def test_a_layer_lies_at_its_place_in_the_repeating_unit(m1):
 def test_other_models(overrides):
     hf = testing.tiny_config(**overrides)
     config = config_lib.ModelConfig.from_hf(hf)
-    parameters = load_lib.params_by_path(load_lib.abstract_model(config))
+    parameters = params_lib.params_by_path(params_lib.abstract_model(config))
     entries = params_map.list_tensor_entries(config)
     _assert_covers(entries, parameters)
     got = {entry.name: _tensor_shape(entry, parameters) for entry in entries}
@@ -155,7 +155,7 @@ def test_a_shared_expert_adds_four_tensors_to_every_layer(m1):
     }
     parts = ("coefficient", *(f"shared_mlp.{part}_proj" for part in ("gate", "up", "down")))
     assert added == {f"model.layers.{n}.{part}.weight" for n in range(80) for part in parts}
-    abstract = load_lib.params_by_path(load_lib.abstract_model(shared, jnp.bfloat16))
+    abstract = params_lib.params_by_path(params_lib.abstract_model(shared, jnp.bfloat16))
     extra = sum(math.prod(p.shape) for p in abstract.values()) - _PARAMETERS
     # The width is intermediate_size, not the key that enables it.
     assert extra == 80 * (3 * 9216 * 6144 + 6144)

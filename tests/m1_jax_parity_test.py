@@ -7,7 +7,7 @@ import pytest
 
 import m1_jax
 from m1_jax import moe, testing
-from m1_jax.checkpoints import load as load_lib
+from m1_jax import params as params_lib
 from m1_jax.checkpoints import params_map
 
 LENGTH = 150  # crosses two chunks of 64 and ends inside one
@@ -91,7 +91,7 @@ def test_forward_and_every_gradient_match_the_oracle(case):
     assert outputs.shape[0] == len(config["attn_type_list"])
     for layer, output in enumerate(outputs[:-1]):
         assert relative(output, wanted["hidden_states"][layer + 1]) < 1e-4, layer
-    grads = load_lib.params_by_path(grads)
+    grads = params_lib.params_by_path(grads)
     for entry in params_map.list_tensor_entries(model.config):
         got = np.asarray(grads[entry.param_path][...][entry.index])
         got = got.T if entry.transposed else got

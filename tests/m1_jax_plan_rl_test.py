@@ -7,7 +7,7 @@ import jax
 import pytest
 
 from m1_jax import ModelConfig, sharding
-from m1_jax.checkpoints import load as load_lib
+from m1_jax import params as params_lib
 from m1_jax.plan import command as plan_command
 from m1_jax.plan import estimate, report
 from m1_jax.plan import jobs as plan_jobs
@@ -44,7 +44,7 @@ def test_every_program_of_an_update_counts_state_sums_and_sampler(programs):
     weights = estimate.local_bytes(setting.model)
     routers = sum(
         estimate.local_bytes(p.get_value())
-        for n, p in load_lib.params_by_path(plan_jobs.abstract_sampler_model(setting)).items()
+        for n, p in params_lib.params_by_path(plan_jobs.abstract_sampler_model(setting)).items()
         if p.dtype == "float32"
     )
     sampler = estimate.local_bytes(plan_jobs.abstract_sampler_model(setting))

@@ -11,7 +11,8 @@ from flax import nnx
 
 import m1_jax
 from m1_jax import convert, experts, layers, quantize, sharding, testing
-from m1_jax.checkpoints import load as load_lib
+from m1_jax import params as params_lib
+from m1_jax.checkpoints import format as format_lib
 from m1_jax.checkpoints import release
 
 EXPERTS, ALL = quantize.INT8_RECIPES
@@ -41,7 +42,7 @@ def loaded(path, weights=None):
 
 
 def values_of(model):
-    return {name: np.asarray(p.get_value()) for name, p in load_lib.params_by_path(model).items()}
+    return {name: np.asarray(p.get_value()) for name, p in params_lib.params_by_path(model).items()}
 
 
 def int8_names(model):
@@ -51,7 +52,7 @@ def int8_names(model):
 def restored(path, weights):
     """Return the float32 model of the weights that a recipe's integers stand for."""
     model, values = m1_jax.load(path), values_of(loaded(path, weights))
-    for name, param in load_lib.params_by_path(model).items():
+    for name, param in params_lib.params_by_path(model).items():
         if values[name].dtype == jnp.int8:
             whole = values[name] * values[f"{name}_scale"][..., None, :]
             param.set_value(jnp.asarray(whole))
@@ -182,7 +183,7 @@ def noisy(path, weights, seed):
     """Return the float32 model with random errors: each uniform in half a step either way."""
     model, values = m1_jax.load(path), values_of(loaded(path, weights))
     rng = np.random.default_rng(seed)
-    for name, param in load_lib.params_by_path(model).items():
+    for name, param in params_lib.params_by_path(model).items():
         if values[name].dtype == jnp.int8:
             half = values[f"{name}_scale"][..., None, :] / 2
             noise = rng.uniform(-1, 1, param.shape).astype(np.float32) * half
@@ -250,13 +251,13 @@ def test_a_mesh_has_the_same_numbers_and_computes_with_them(source, mode, sizes)
     one = loaded(source, ALL)
     mesh = sharding.make_mesh(sizes, jax.devices()[: math.prod(sizes.values())])
     many = m1_jax.load(source, mesh=mesh, mode=mode, weights=ALL)
-    for name, param in load_lib.params_by_path(many).items():
-        np.testing.assert_array_equal(param[...], load_lib.params_by_path(one)[name][...])
+    for name, param in params_lib.params_by_path(many).items():
+        np.testing.assert_array_equal(param[...], params_lib.params_by_path(one)[name][...])
         axes = param.get_metadata()["logical_axes"]
         assert param.get_value().sharding.is_equivalent_to(
             sharding.make_param_sharding(many.layout, axes, param.shape), param.ndim
         )
-    params = load_lib.params_by_path(many)
+    params = params_lib.params_by_path(many)
     for name in INT8_IN_ALL:
         *rest, _, columns = params[name].get_value().sharding.shard_shape(params[name].shape)
         scale = params[f"{name}_scale"].get_value()
@@ -294,7 +295,7 @@ def test_a_damaged_matrix_is_named(source, tmp_path):
     dst = convert.run(
         convert.ConvertConfig(src=str(source), dst=str(tmp_path / "orbax"), to="orbax")
     )
-    chunks = dst / load_lib.PARAMS_DIR / "layers.0.moe.up" / "c"
+    chunks = dst / format_lib.PARAMS_DIR / "layers.0.moe.up" / "c"
     file = sorted(path for path in chunks.rglob("*") if path.is_file())[0]
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(release.CheckpointError, match=r"layers\.0\.moe\.up"):

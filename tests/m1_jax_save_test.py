@@ -7,10 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tensorstore as ts
 
 import m1_jax
 from m1_jax import convert, sharding, testing
-from m1_jax.checkpoints import load as load_lib
+from m1_jax import params as params_lib
+from m1_jax.checkpoints import format as format_lib
 from m1_jax.checkpoints import release
 from m1_jax.checkpoints import save as save_lib
 
@@ -39,7 +41,7 @@ def _convert(to, src, dst):
 def _moved(path, **settings):
     """Return a loaded model after a training step's worth of change."""
     model = m1_jax.load(path, **settings)
-    for param in load_lib.params_by_path(model).values():
+    for param in params_lib.params_by_path(model).values():
         param.set_value(param.get_value() * 1.01)
     return model
 
@@ -49,7 +51,7 @@ def _mesh():
 
 
 def _values(model):
-    return {name: np.asarray(p.get_value()) for name, p in load_lib.params_by_path(model).items()}
+    return {name: np.asarray(p.get_value()) for name, p in params_lib.params_by_path(model).items()}
 
 
 def _equal(one, other):
@@ -118,7 +120,7 @@ def test_chunks_lie_within_what_one_device_holds(source, tmp_path):
     """Two processes that wrote parts of one chunk would lose each other's."""
     model = m1_jax.load(source, mesh=_mesh())
     saved = save_lib.save(model, tmp_path / "saved", source)
-    for name, param in load_lib.params_by_path(model).items():
+    for name, param in params_lib.params_by_path(model).items():
         metadata = json.loads((saved / "params" / name / "zarr.json").read_text())
         chunk = metadata["chunk_grid"]["configuration"]["chunk_shape"]
         piece = param.get_value().sharding.shard_shape(param.shape)
@@ -140,9 +142,16 @@ def test_existing_directories_are_left_alone(source, tmp_path):
         shutil.rmtree(theirs.parent)
 
 
-@pytest.mark.parametrize("where", ["allocate_params", "_write_param", "copy_small_files"])
+@pytest.mark.parametrize(
+    ("module", "function"),
+    [
+        (format_lib, "allocate_params"),
+        (save_lib, "_write_param"),
+        (format_lib, "copy_small_files"),
+    ],
+)
 def test_an_interrupted_save_is_no_checkpoint_and_is_made_anew(
-    source, tmp_path, monkeypatch, where
+    source, tmp_path, monkeypatch, module, function
 ):
     model = m1_jax.load(source)
 
@@ -150,7 +159,7 @@ def test_an_interrupted_save_is_no_checkpoint_and_is_made_anew(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(save_lib, where, stop)
+        patch.setattr(module, function, stop)
         with pytest.raises(KeyboardInterrupt):
             save_lib.save(model, tmp_path / "saved", source)
     assert not (tmp_path / "saved").exists()
@@ -178,13 +187,13 @@ def test_devices_of_copies_write_once(source, tmp_path, monkeypatch):
     mesh = sharding.make_mesh({"data": 4, "tensor": 2})
     model = m1_jax.load(source, mesh=mesh)
     written = []
-    array_write = save_lib.ts.TensorStore.write
+    array_write = ts.TensorStore.write
 
     def write(array, data, **orbax):
         if not orbax:
             written.append(data.size)
         return array_write(array, data, **orbax)
 
-    monkeypatch.setattr(save_lib.ts.TensorStore, "write", write)
+    monkeypatch.setattr(ts.TensorStore, "write", write)
     save_lib.save(model, tmp_path / "saved", source)
     assert sum(written) == sum(leaf.size for leaf in jax.tree.leaves(model))

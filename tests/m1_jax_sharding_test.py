@@ -14,7 +14,7 @@ from jax.sharding import AbstractMesh, AxisType
 
 import m1_jax
 from m1_jax import ModelConfig, expert_exchange, logprobs, moe, ring_attention, sharding
-from m1_jax.checkpoints import load as load_lib
+from m1_jax import params as params_lib
 from m1_jax.config import LIGHTNING, SOFTMAX
 
 SMALL = dataclasses.replace(
@@ -56,14 +56,14 @@ def fewer_programs():
 
 @functools.cache
 def one_device():
-    return load_lib.random_model(SMALL, jax.random.key(0), jnp.float32)
+    return params_lib.random_model(SMALL, jax.random.key(0), jnp.float32)
 
 
 def spread(layout, model=None):
     """Put a model's parameters on a mesh."""
-    source = load_lib.params_by_path(model or one_device())
-    out = load_lib.abstract_model((model or one_device()).config, jnp.float32, layout=layout)
-    for name, param in load_lib.params_by_path(out).items():
+    source = params_lib.params_by_path(model or one_device())
+    out = params_lib.abstract_model((model or one_device()).config, jnp.float32, layout=layout)
+    for name, param in params_lib.params_by_path(out).items():
         param.set_value(jax.device_put(np.asarray(source[name][...]), param.get_value().sharding))
     return out
 
@@ -107,7 +107,7 @@ def results(model, tokens, segments):
     """Return logits, loss and gradients by path, on the host."""
     logits = np.asarray(model(tokens, segments))
     (value, _, _), gradients = loss_and_gradients(model, tokens, segments)
-    params = load_lib.params_by_path(gradients)
+    params = params_lib.params_by_path(gradients)
     return logits, float(value), {name: np.asarray(param[...]) for name, param in params.items()}
 
 
@@ -173,14 +173,14 @@ def test_zigzag_gives_early_and_late_halves(devices):
 
 def all_to_the_first(model):
     """Make every token choose experts 0 and 1: of equal probabilities the first are taken."""
-    for name, param in load_lib.params_by_path(model).items():
+    for name, param in params_lib.params_by_path(model).items():
         if name.endswith("moe.router"):
             param.set_value(jnp.zeros_like(param[...]))
     return model
 
 
 def test_no_token_is_dropped_where_all_choose_one_device():
-    model = all_to_the_first(load_lib.random_model(SMALL, jax.random.key(1), jnp.float32))
+    model = all_to_the_first(params_lib.random_model(SMALL, jax.random.key(1), jnp.float32))
     many = spread(layout_of({"expert": 4}), model)
     # The buffer of a device holds 1.5 shares, and 4 come: three rounds.
     assert expert_exchange.BUFFER_SLACK < 4
@@ -188,7 +188,7 @@ def test_no_token_is_dropped_where_all_choose_one_device():
 
 
 def test_capacity_drops_and_says_how_much():
-    model = all_to_the_first(load_lib.random_model(SMALL, jax.random.key(1), jnp.float32))
+    model = all_to_the_first(params_lib.random_model(SMALL, jax.random.key(1), jnp.float32))
     tokens, _ = batch()
 
     def share(capacity):
@@ -343,9 +343,9 @@ def table(mode, sizes):
     shape = tuple(sizes.get(axis, 1) for axis in sharding.MESH_AXES)
     mesh = AbstractMesh(shape, sharding.MESH_AXES, axis_types=(AxisType.Auto,) * len(shape))
     layout = sharding.MeshLayout(mesh, mode)
-    model = load_lib.abstract_model(ModelConfig.m1())
+    model = params_lib.abstract_model(ModelConfig.m1())
     rows = {}
-    for name, param in load_lib.params_by_path(model).items():
+    for name, param in params_lib.params_by_path(model).items():
         spec = layout.param_spec(param.get_metadata()["logical_axes"])
         axes = [(a,) if isinstance(a, str) else a or () for a in spec]
         parts = int(np.prod([mesh.shape[axis] for dim in axes for axis in dim]))

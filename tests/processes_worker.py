@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from m1_jax import ModelConfig, load, logprobs, moe, sharding
-from m1_jax.checkpoints import load as load_lib
+from m1_jax import params as params_lib
 from m1_jax.checkpoints import save as save_lib
 from m1_jax.config import LIGHTNING, SOFTMAX
 
@@ -30,7 +30,7 @@ def main(port: str, processes: int, index: int, directory: str) -> None:
     layout = sharding.make_layout(
         sharding.make_mesh({"fsdp": 2, "expert": 2, "context": 2}), config
     )
-    model = load_lib.random_model(config, jax.random.key(0), jnp.float32, layout=layout)
+    model = params_lib.random_model(config, jax.random.key(0), jnp.float32, layout=layout)
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, 128, (4, 32)).astype(np.int32)
     segments = np.repeat([[1, 2, 0]] * 4, [20, 7, 5], axis=1).astype(np.int32)
@@ -48,7 +48,7 @@ def main(port: str, processes: int, index: int, directory: str) -> None:
 
     value, gradients = loss(model, place(tokens), place(segments))
     norms = jax.jit(lambda tree: jax.tree.map(jnp.linalg.norm, tree))
-    norms = norms({k: v[...] for k, v in load_lib.params_by_path(gradients).items()})
+    norms = norms({k: v[...] for k, v in params_lib.params_by_path(gradients).items()})
     logits = model(place(tokens), place(segments))
     sums = jax.jit(lambda x: jnp.sum(jnp.abs(x), axis=(0, 1)))(logits)
     error = ""

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from m1_jax import ModelConfig, sharding
-from m1_jax.checkpoints import load as load_lib
+from m1_jax import params as params_lib
 from train import lora, optim, step
 from train.rl import weight_sync
 
@@ -23,7 +23,7 @@ KEY = jax.random.key(0)
 
 
 def values(model):
-    return {name: param.get_value() for name, param in load_lib.params_by_path(model).items()}
+    return {name: param.get_value() for name, param in params_lib.params_by_path(model).items()}
 
 
 def assert_handed_over(trained, served, dtype):
@@ -44,7 +44,7 @@ ZEROS = jax.jit(lambda tree: jax.tree.map(lambda x: x * 0, tree), donate_argnums
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_the_samplers_copy_outlives_the_trainers_state(dtype):
-    model = load_lib.random_model(CONFIG, KEY, dtype, jnp.float32)
+    model = params_lib.random_model(CONFIG, KEY, dtype, jnp.float32)
     kept = jax.tree.map(jnp.copy, model)
     hand_over = weight_sync.WeightSync(CONFIG, dtype)
     state = step.init_state(model, optim.AdamW(1e-2))
@@ -62,15 +62,15 @@ def test_the_samplers_copy_outlives_the_trainers_state(dtype):
 
 def test_adapters_are_merged_for_the_sampler():
     model = lora.add_adapters(
-        load_lib.random_model(CONFIG, KEY, jnp.float32), lora.LoraConfig(2, 4.0), KEY
+        params_lib.random_model(CONFIG, KEY, jnp.float32), lora.LoraConfig(2, 4.0), KEY
     )
-    for name, param in load_lib.params_by_path(model).items():
+    for name, param in params_lib.params_by_path(model).items():
         if name.endswith("adapter.b"):
             param.set_value(jax.random.normal(KEY, param.shape))
     served = weight_sync.WeightSync(CONFIG, jnp.dtype(jnp.float32))(model)
     merged = lora.merge_adapters(model)
     assert_handed_over(merged, served, jnp.float32)
-    base = values(load_lib.random_model(CONFIG, KEY, jnp.float32))
+    base = values(params_lib.random_model(CONFIG, KEY, jnp.float32))
     changed = {name for name, value in values(served).items() if (value != base[name]).any()}
     assert changed
     assert changed < set(base)
@@ -83,7 +83,7 @@ def test_adapters_are_merged_for_the_sampler():
 def test_from_the_trainers_mesh_to_the_samplers(sizes):
     mesh = sharding.make_mesh({"fsdp": 4, "expert": 2})
     layout = sharding.make_layout(mesh, CONFIG, sharding.TRAIN)
-    model = load_lib.random_model(CONFIG, KEY, jnp.bfloat16, jnp.float32, layout)
+    model = params_lib.random_model(CONFIG, KEY, jnp.bfloat16, jnp.float32, layout)
     serving = sharding.make_layout(
         weight_sync.make_serving_mesh(mesh, sizes), CONFIG, sharding.DECODE
     )
@@ -91,7 +91,7 @@ def test_from_the_trainers_mesh_to_the_samplers(sizes):
     served = weight_sync.WeightSync(CONFIG, jnp.dtype(jnp.bfloat16), serving)(model)
     assert_handed_over(model, served, jnp.bfloat16)
     assert served.layout == serving
-    wanted = values(load_lib.abstract_model(CONFIG, jnp.bfloat16, layout=serving))
+    wanted = values(params_lib.abstract_model(CONFIG, jnp.bfloat16, layout=serving))
     for name, value in values(served).items():
         assert value.sharding.is_equivalent_to(wanted[name].sharding, value.ndim), name
         assert (value.shape, value.dtype) == (wanted[name].shape, wanted[name].dtype)

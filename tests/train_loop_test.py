@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from m1_jax import ModelConfig, configlib
-from m1_jax.checkpoints import load as load_lib
+from m1_jax import params as params_lib
 from train import checkpoints, loop, metrics, optim, sft, step, workdir
 from train.config import (
     DataConfig,
@@ -91,7 +91,7 @@ def _weights(workdir, config):
 
 
 def _state():
-    model = load_lib.random_model(MODEL, jax.random.key(0), "float32")
+    model = params_lib.random_model(MODEL, jax.random.key(0), "float32")
     return step.init_state(model, optim.AdamW(1.0))
 
 

@@ -10,7 +10,7 @@ import pytest
 
 import m1_jax
 from m1_jax import convert, sharding, testing
-from m1_jax.checkpoints import load as load_lib
+from m1_jax import params as params_lib
 from m1_jax.checkpoints import save as save_lib
 from train import lora, optim, step, trainable
 
@@ -49,11 +49,11 @@ def _moved(model):
 
 
 def _int8(config):
-    return load_lib.abstract_model(config, weights="int8-all")
+    return params_lib.abstract_model(config, weights="int8-all")
 
 
 def _adapters(model):
-    return {k: v for k, v in load_lib.params_by_path(model).items() if ".adapter." in k}
+    return {k: v for k, v in params_lib.params_by_path(model).items() if ".adapter." in k}
 
 
 def _batch():
@@ -76,7 +76,7 @@ def _gradients(model, batch, settings):
 
 
 def _values(model):
-    return {name: np.asarray(p.get_value()) for name, p in load_lib.params_by_path(model).items()}
+    return {name: np.asarray(p.get_value()) for name, p in params_lib.params_by_path(model).items()}
 
 
 # ---- the model
@@ -104,7 +104,7 @@ def test_adapters_are_where_they_are_asked_for(base):
 def test_a_shared_expert_may_have_adapters():
     hf = testing.tiny_config(attn_type_list=[0], shared_intermediate_size=8)
     config = m1_jax.ModelConfig.from_hf(hf)
-    model = load_lib.random_model(config, jax.random.key(0), jnp.float32)
+    model = params_lib.random_model(config, jax.random.key(0), jnp.float32)
     model = _adapted(model, lora.LoraConfig(modules=r"shared\."))
     assert {name.rsplit(".", 2)[0] for name in _adapters(model)} == {
         f"layers.0.moe.shared.{name}" for name in ("gate", "up", "down")

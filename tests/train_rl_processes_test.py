@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import pytest
 
 from m1_jax import ModelConfig
-from m1_jax.checkpoints import load as load_lib
+from m1_jax import params as params_lib
+from m1_jax.checkpoints import format as format_lib
 from m1_jax.checkpoints import save as save_lib
 from train import metrics
 
@@ -23,10 +24,10 @@ ROOT = WORKER.parents[1]
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
     """A checkpoint of random weights."""
-    model = load_lib.random_model(ModelConfig.tiny(), jax.random.key(0), jnp.float32)
+    model = params_lib.random_model(ModelConfig.tiny(), jax.random.key(0), jnp.float32)
     directory = tmp_path_factory.mktemp("start") / "model"
     save_lib.save(model, directory, None, jnp.float32)
-    save_lib.copy_small_files(ROOT / "demo/data/tokenizer", directory)
+    format_lib.copy_small_files(ROOT / "demo/data/tokenizer", directory)
     return str(directory)
 
 

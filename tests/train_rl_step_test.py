@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from m1_jax import ModelConfig
-from m1_jax.checkpoints import load as load_lib
+from m1_jax import params as params_lib
 from train import lora, optim, step
 from train.rl import advantages, objective, rollout_correction
 from train.rl import batch as rl_batch
@@ -34,7 +34,7 @@ CLOSE = {"rtol": 1e-4, "atol": 2e-5}
 
 @functools.cache
 def weights():
-    return load_lib.random_model(CONFIG, jax.random.key(0), jnp.float32)
+    return params_lib.random_model(CONFIG, jax.random.key(0), jnp.float32)
 
 
 def model():
@@ -351,9 +351,9 @@ def test_a_gradient_that_is_not_finite_changes_nothing():
 
 def test_adapters_alone_are_trained():
     net = lora.add_adapters(model(), lora.LoraConfig(rank=2, alpha=4.0), jax.random.key(1))
-    before = {name: np.asarray(p[...]) for name, p in load_lib.params_by_path(net).items()}
+    before = {name: np.asarray(p[...]) for name, p in params_lib.params_by_path(net).items()}
     state, _ = trained(net, steps=2)
-    for name, param in load_lib.params_by_path(state.model).items():
+    for name, param in params_lib.params_by_path(state.model).items():
         assert np.array_equal(param[...], before[name]) == (".adapter." not in name), name
 
 

@@ -14,7 +14,8 @@ import pytest
 
 import m1_jax
 from m1_jax import ModelConfig, convert
-from m1_jax.checkpoints import load as load_lib
+from m1_jax import params as params_lib
+from m1_jax.checkpoints import format as format_lib
 from m1_jax.checkpoints import save as save_lib
 from train import export as export_run
 from train import loop, lora, metrics, sft, workdir
@@ -46,9 +47,9 @@ def _one_device_in_the_checkout(monkeypatch):
 def base(tmp_path_factory):
     """A converted checkpoint of random weights, with a tokenizer."""
     path = tmp_path_factory.mktemp("base") / "converted"
-    model = load_lib.random_model(MODEL, jax.random.key(1), "float32")
+    model = params_lib.random_model(MODEL, jax.random.key(1), "float32")
     save_lib.save(model, path)
-    save_lib.copy_small_files(ROOT / "demo/data/tokenizer", path)
+    format_lib.copy_small_files(ROOT / "demo/data/tokenizer", path)
     return path
 
 
@@ -102,8 +103,8 @@ def test_lora_saves_adapters_alone_goes_on_and_merges(tmp_path, base, monkeypatc
     merged, old = m1_jax.load(tmp_path / "merged"), m1_jax.load(base)
     changed = {
         name
-        for name, param in load_lib.params_by_path(merged).items()
-        if not np.array_equal(param[...], load_lib.params_by_path(old)[name][...])
+        for name, param in params_lib.params_by_path(merged).items()
+        if not np.array_equal(param[...], params_lib.params_by_path(old)[name][...])
     }
     assert changed
     assert all(".attention." in name for name in changed)

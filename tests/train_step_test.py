@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 from m1_jax import ModelConfig, logprobs, model, moe, sharding
-from m1_jax.checkpoints import load as load_lib
+from m1_jax import params as params_lib
 from train import optim, step
 
 ROWS, LENGTH = 4, 12
@@ -66,7 +66,7 @@ def gradients():
 
 
 def test_int8_weights_are_refused():
-    net = load_lib.abstract_model(CONFIG, jnp.float32, weights="int8-all")
+    net = params_lib.abstract_model(CONFIG, jnp.float32, weights="int8-all")
     with pytest.raises(ValueError, match=r"int8 weights, .* no gradient\. Load the model without"):
         step.init_state(net, optim.AdamW(1e-2))
 
@@ -221,7 +221,7 @@ def test_warmup_cosine():
 
 def test_abstract_state_lies_where_parameters_do():
     layout = sharding.make_layout(sharding.make_mesh({"fsdp": 2, "expert": 4}), CONFIG)
-    net = load_lib.abstract_model(CONFIG, param_dtype=jnp.float32, layout=layout)
+    net = params_lib.abstract_model(CONFIG, param_dtype=jnp.float32, layout=layout)
     optimizer = optim.AdamW(1.0, weight_decay=0.1)
     state = step.abstract_state(net, optimizer)
     adam = state.moments[0]
@@ -241,9 +241,9 @@ def test_step_on_a_mesh_equals_the_step_on_one_device():
     layout = sharding.make_layout(
         sharding.make_mesh({"expert": 2, "tensor": 2, "context": 2}), CONFIG
     )
-    net = load_lib.abstract_model(CONFIG, jnp.float32, layout=layout)
-    values = load_lib.params_by_path(_weights())
-    for name, param in load_lib.params_by_path(net).items():
+    net = params_lib.abstract_model(CONFIG, jnp.float32, layout=layout)
+    values = params_lib.params_by_path(_weights())
+    for name, param in params_lib.params_by_path(net).items():
         where = param.get_value().sharding
         param.set_value(jax.device_put(np.asarray(values[name].get_value()), where))
     before = [leaf.sharding for leaf in jax.tree.leaves(net)]

@@ -12,6 +12,7 @@ from typing import Any
 import jax.numpy as jnp
 from absl import app, flags, logging
 
+from m1_jax.checkpoints import format as format_lib
 from m1_jax.checkpoints import save as save_lib
 from train import checkpoints, loop, lora
 from train import workdir as workdir_lib
@@ -40,7 +41,7 @@ def run(workdir, dst, step: int | None = None, dtype: str = "") -> pathlib.Path:
         lora.merge_adapters(state.model), dst, config.checkpoint or None, jnp.dtype(dtype)
     )
     if not config.checkpoint:
-        save_lib.copy_small_files(pathlib.Path(config.tokenizer), pathlib.Path(dst))
+        format_lib.copy_small_files(pathlib.Path(config.tokenizer), pathlib.Path(dst))
     return pathlib.Path(dst)
 
 

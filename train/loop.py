@@ -15,6 +15,7 @@ import numpy as np
 
 from m1_jax import config as model_config_lib
 from m1_jax import configlib, flops, sharding
+from m1_jax import params as params_lib
 from m1_jax import tokenizer as tokenizer_lib
 from m1_jax.checkpoints import load as load_lib
 from m1_jax.checkpoints import release
@@ -238,7 +239,7 @@ class TrainSession:
     def _abstract_state(self, index: int) -> step_lib.TrainState:
         """Return the shapes of the state of a stage, where they lie on its mesh."""
         layout = self.layouts[index]
-        model = load_lib.abstract_model(self.model_config, *self._dtypes(), layout)
+        model = params_lib.abstract_model(self.model_config, *self._dtypes(), layout)
         return step_lib.abstract_state(
             self._add_lora(model), self._step_settings(index, 0).optimizer
         )
@@ -247,7 +248,7 @@ class TrainSession:
         layout, (dtype, param_dtype) = self.layouts[index], self._dtypes()
         if not self.config.checkpoint:
             key = jax.random.key(self.config.seed)
-            return load_lib.random_model(self.model_config, key, dtype, param_dtype, layout)
+            return params_lib.random_model(self.model_config, key, dtype, param_dtype, layout)
         mesh = None if layout is None else layout.mesh
         model = load_lib.load(self.config.checkpoint, dtype, mesh, param_dtype=param_dtype)
         model.config = self.model_config

@@ -14,7 +14,7 @@ from flax import nnx
 
 from m1_jax import layers, quantize, sharding
 from m1_jax import model as model_lib
-from m1_jax.checkpoints import load as load_lib
+from m1_jax import params as params_lib
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +65,7 @@ def add_adapters(
         raise ValueError(
             f"modules: {config.modules!r} is found in none of {', '.join(sorted(linears))}"
         )
-    for param in load_lib.params_by_path(model).values():
+    for param in params_lib.params_by_path(model).values():
         param.set_metadata(frozen=True)
 
     def make(key):
@@ -101,7 +101,7 @@ def merge_adapters(model: model_lib.MiniMaxM1) -> model_lib.MiniMaxM1:
             )
             linear.kernel.set_value(merged)
             linear.adapter = None
-    for param in load_lib.params_by_path(model).values():
+    for param in params_lib.params_by_path(model).values():
         param.set_metadata(frozen=False)
     return model
 

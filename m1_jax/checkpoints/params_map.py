@@ -1,19 +1,22 @@
 """Which tensor of the release is which part of which parameter: data only.
 
-One row per kind of tensor. `{l}` is the absolute layer, `{e}` the expert; `{p}` is the run of equal
-layers in the repeating unit. A parameter under `layers.{p}` is stacked over the R repeats and the
-layers of its run, and an expert parameter over the experts too, so a tensor is one index of its
-parameter's leading axes.
+The tables have one row per kind of tensor. `{l}` is the absolute layer and `{e}` the expert. `{p}`
+is the group of equal neighbours in the repeating unit, see `ModelConfig.layer_groups`. A parameter
+under `layers.{p}` is stacked over the R repeats of the unit and over the layers of its group, an
+expert parameter over the experts too. So a tensor is one index of its parameter's leading axes.
 """
 
 import dataclasses
+
+import numpy as np
 
 from m1_jax import config as config_lib
 
 ANY_KIND, LIGHTNING, SOFTMAX = "any", config_lib.LIGHTNING, config_lib.SOFTMAX
 SHARED_EXPERT = "shared"  # layers of a model with a shared expert
 
-# (release name, our path, transposed, layers that have it)
+# Columns: release name, parameter path, transposed, layers that have it. torch stores matrices as
+# [out, in] and the model as [in, out], so every matrix but the embedding table is transposed.
 MODEL_TABLE = (
     ("model.embed_tokens.weight", "embed.table", False, ANY_KIND),
     ("lm_head.weight", "head.kernel", True, ANY_KIND),
@@ -42,7 +45,8 @@ LAYER_TABLE = (
     (_LAYER + "coefficient.weight", _PATH + "moe.shared.coefficient", True, SHARED_EXPERT),
 )
 
-# Constants that transformers' native model saves beside its weights, in every lightning layer.
+# Constants that transformers' native model saves beside its weights, in every lightning layer. The
+# model computes them from the config.
 SLOPE_RATE = _LAYER + "self_attn.slope_rate"
 DERIVED_TENSORS = (
     SLOPE_RATE,
@@ -54,9 +58,13 @@ DERIVED_TENSORS = (
 
 @dataclasses.dataclass(frozen=True)
 class TensorEntry:
-    """One tensor: its release name, its parameter, and the index of its place in it.
+    """One tensor of the release and where its values lie in the model.
 
-    The tensor equals parameter[index], or its transpose where `transposed`.
+    Attributes:
+      name: of the tensor, in the release.
+      param_path: the dotted path of its parameter.
+      index: its position on the parameter's leading axes; empty for an unstacked parameter.
+      transposed: whether parameter[index] is the tensor's transpose.
     """
 
     name: str
@@ -64,24 +72,30 @@ class TensorEntry:
     index: tuple[int, ...]
     transposed: bool
 
+    def orient(self, data: np.ndarray) -> np.ndarray:
+        """Return the tensor as the parameter holds it, or back: a transpose undoes itself."""
+        return data.T if self.transposed else data
+
 
 def list_tensor_entries(config: config_lib.ModelConfig) -> list[TensorEntry]:
     """Return every tensor of a model once, in the order of the layers: 8,243 for the release."""
-    out = [TensorEntry(name, path, (), transposed) for name, path, transposed, _ in MODEL_TABLE]
+    entries = [TensorEntry(name, path, (), transposed) for name, path, transposed, _ in MODEL_TABLE]
     for layer, kind in enumerate(config.layer_types):
-        run, *index = config.stack_index_of(layer)
-        present = {ANY_KIND, kind} | ({SHARED_EXPERT} if config.has_shared_expert else set())
-        for name, path, transposed, where in LAYER_TABLE:
-            if where not in present:
+        group, *index = config.stack_index_of(layer)
+        present_kinds = {ANY_KIND, kind}
+        if config.has_shared_expert:
+            present_kinds.add(SHARED_EXPERT)
+        for name, path, transposed, layer_kind in LAYER_TABLE:
+            if layer_kind not in present_kinds:
                 continue
-            path = path.format(p=run)
+            path = path.format(p=group)
             if "{e}" not in name:
-                out.append(TensorEntry(name.format(l=layer), path, tuple(index), transposed))
+                entries.append(TensorEntry(name.format(l=layer), path, tuple(index), transposed))
                 continue
             for expert in range(config.num_local_experts):
-                full = name.format(l=layer, e=expert)
-                out.append(TensorEntry(full, path, (*index, expert), transposed))
-    return out
+                expert_name = name.format(l=layer, e=expert)
+                entries.append(TensorEntry(expert_name, path, (*index, expert), transposed))
+    return entries
 
 
 def list_derived_tensors(config: config_lib.ModelConfig) -> dict[str, int]:

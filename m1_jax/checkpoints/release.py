@@ -1,12 +1,15 @@
 """Reading a release directory: config.json, safetensors shards, index; nothing is trusted.
 
 Format of a shard (safetensors): 8 bytes little-endian header length, a JSON header of dtype,
-shape and byte range per tensor, then the bytes, without gaps.
+shape and byte range per tensor, then the bytes, without gaps. The format is read here and not with
+the safetensors library, for checks that are stricter: each error names the file and the remedy.
 """
 
 import dataclasses
 import json
 import pathlib
+from collections.abc import Collection, Mapping
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -23,7 +26,7 @@ DTYPES_BY_CODE = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
 CODES_BY_DTYPE = {dtype: code for code, dtype in DTYPES_BY_CODE.items()}
-_MAX_HEADER_BYTES = 100_000_000  # bytes; the format's own limit
+_MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 
 
 class CheckpointError(ValueError):
@@ -32,7 +35,16 @@ class CheckpointError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class ReleaseTensor:
-    """Where a tensor's bytes lie. shape is in the release's layout, start counts from byte 0."""
+    """Where a tensor's bytes lie.
+
+    Attributes:
+      name: in the release.
+      file: the shard that holds it.
+      dtype: one of `DTYPES_BY_CODE`.
+      shape: in the release's layout, so matrices are [out, in].
+      byte_offset: of its first byte, counted from the start of the file.
+      nbytes: its length in bytes; the bytes are contiguous, in C order.
+    """
 
     name: str
     file: pathlib.Path
@@ -43,7 +55,7 @@ class ReleaseTensor:
 
     def read(self) -> np.ndarray:
         """Map the tensor read-only; bytes are fetched from disk when they are used."""
-        if self.nbytes == 0:
+        if self.nbytes == 0:  # an empty range cannot be mapped
             return np.zeros(self.shape, self.dtype)
         raw = np.memmap(self.file, np.uint8, "r", offset=self.byte_offset, shape=(self.nbytes,))
         return raw.view(self.dtype).reshape(self.shape)
@@ -51,15 +63,22 @@ class ReleaseTensor:
 
 @dataclasses.dataclass(frozen=True)
 class ReleaseShard:
-    """One file: its raw header and its tensors in the order of their bytes."""
+    """One safetensors file."""
 
     file: pathlib.Path
-    header: str
-    tensors: tuple[ReleaseTensor, ...]
+    header: str  # the raw JSON, so that `convert --to=hf` can write the same bytes again
+    tensors: tuple[ReleaseTensor, ...]  # in the order of their bytes
 
 
 class Release:
     """A checked release directory: every tensor that the config asks for, once, and no other.
+
+    Attributes:
+      directory: the path it was read from.
+      config: the model's, from config.json.
+      shards: its files, in the order of their names.
+      tensors: by name, without the constants of the native layout.
+      entries: where each tensor belongs in the model, in the order of the layers.
 
     Raises:
       CheckpointError: a missing or truncated shard, an index that disagrees with the files, or
@@ -75,31 +94,35 @@ class Release:
         self._check_names()
 
     def _check_names(self) -> None:
-        wanted = {entry.name for entry in self.entries}
+        expected = {entry.name for entry in self.entries}
         derived = params_map.list_derived_tensors(self.config)
         for name in sorted(self.tensors.keys() & derived.keys()):
             self._check_slope(name, derived[name])
             del self.tensors[name]
-        missing, extra = wanted - self.tensors.keys(), self.tensors.keys() - wanted
+        missing, extra = expected - self.tensors.keys(), self.tensors.keys() - expected
         if missing or extra:
             raise CheckpointError(
                 f"{self.directory}: config.json and the weights disagree: "
-                f"{describe_names(missing, 'missing')}; {describe_names(extra, 'not in the model')}. "
+                f"{describe_names(missing, 'missing')}; "
+                f"{describe_names(extra, 'not in the model')}. "
                 "Is config.json the one that these weights were saved with?"
             )
 
     def _check_slope(self, name: str, layer: int) -> None:
-        """Compare a stored decay rate with ours; the rest of the constants follows from it."""
+        """Compare a stored decay rate with the model's.
+
+        The other constants of a layer follow from its decay rates and are not compared.
+        """
         if not name.endswith(params_map.SLOPE_RATE.rsplit(".", 1)[1]):
             return
         got = self.tensors[name].read().astype(np.float32).reshape(-1)
         wanted = lightning.decay_slopes(self.config)[layer]
         # transformers divides by L - 1 + 1e-5: less than 1e-5 / (L - 1) of a head's slope, which
         # is a third of a slope in a last layer and nothing elsewhere. bfloat16 storage rounds too.
-        near = 1e-5 / max(self.config.num_hidden_layers - 1, 1)
-        near *= np.asarray(lightning.alibi_slopes(wanted.size))
-        near += wanted * (1e-4 if self.tensors[name].dtype == np.float32 else 1e-2)
-        if got.shape != wanted.shape or not np.all(np.abs(got - wanted) <= near):
+        tolerance = 1e-5 / max(self.config.num_hidden_layers - 1, 1)
+        tolerance *= np.asarray(lightning.alibi_slopes(wanted.size))
+        tolerance += wanted * (1e-4 if self.tensors[name].dtype == np.float32 else 1e-2)
+        if got.shape != wanted.shape or not np.all(np.abs(got - wanted) <= tolerance):
             raise CheckpointError(
                 f"{name}: got decay rates {got[:3]}...; wanted {wanted[:3]}..., those of layer "
                 f"{layer} of {self.config.num_hidden_layers} with {wanted.size} heads. "
@@ -107,19 +130,37 @@ class Release:
             )
 
 
+def check_tensor_shape(
+    tensor: ReleaseTensor, entry: params_map.TensorEntry, param_shape: tuple[int, ...]
+) -> None:
+    """Compare a tensor with the (stacked) parameter that it belongs to.
+
+    Raises:
+      CheckpointError: they differ in shape.
+    """
+    wanted = param_shape[len(entry.index) :]
+    wanted = wanted[::-1] if entry.transposed else wanted
+    if tensor.shape != wanted:
+        raise CheckpointError(
+            f"{tensor.file}: {tensor.name} has shape {list(tensor.shape)}; config.json asks for "
+            f"{list(wanted)}. Is it the config.json that these weights were saved with?"
+        )
+
+
 def _collect_tensors(shards: list[ReleaseShard]) -> dict[str, ReleaseTensor]:
-    found: dict[str, ReleaseTensor] = {}
+    tensors: dict[str, ReleaseTensor] = {}
     for tensor in (tensor for shard in shards for tensor in shard.tensors):
-        if tensor.name in found:
+        if tensor.name in tensors:
             raise CheckpointError(
-                f"{tensor.file.parent}: {tensor.name} is in {found[tensor.name].file.name} and in "
-                f"{tensor.file.name}; wanted it once. Download both again."
+                f"{tensor.file.parent}: {tensor.name} is in {tensors[tensor.name].file.name} and "
+                f"in {tensor.file.name}; wanted it once. Download both again."
             )
-        found[tensor.name] = tensor
-    return found
+        tensors[tensor.name] = tensor
+    return tensors
 
 
-def describe_names(names, label: str) -> str:
+def describe_names(names: Collection[str], label: str) -> str:
+    """Return how many names there are and the first three, for an error message."""
     if not names:
         return f"none {label}"
     return f"{len(names)} {label}, e.g. {', '.join(sorted(names)[:3])}"
@@ -133,27 +174,27 @@ def _read_shards(directory: pathlib.Path) -> list[ReleaseShard]:
         return [read_shard(directory / SINGLE_SHARD_FILE)]
     try:
         content = json.loads(index.read_text())
-        where = {str(name): str(file) for name, file in content["weight_map"].items()}
+        indexed_files = {str(name): str(file) for name, file in content["weight_map"].items()}
         total = (content.get("metadata") or {}).get("total_size")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"{index} is damaged ({error!r}); wanted JSON with a weight_map. Download it again."
         ) from None
-    files = sorted(set(where.values()))
+    files = sorted(set(indexed_files.values()))
     missing = [name for name in files if not (directory / name).is_file()]
     if missing:
         raise CheckpointError(
-            f"{directory}: {describe_names(missing, 'shards missing')} of {len(files)} in {INDEX_FILE}. "
-            "Download them again."
+            f"{directory}: {describe_names(missing, 'shards missing')} of {len(files)} in "
+            f"{INDEX_FILE}. Download them again."
         )
     shards = [read_shard(directory / name) for name in files]
-    found = {name: tensor.file.name for name, tensor in _collect_tensors(shards).items()}
-    for name in sorted(where.keys() | found.keys()):
-        if where.get(name) != found.get(name):
+    actual_files = {name: tensor.file.name for name, tensor in _collect_tensors(shards).items()}
+    for name in sorted(indexed_files.keys() | actual_files.keys()):
+        if indexed_files.get(name) != actual_files.get(name):
             raise CheckpointError(
                 f"{index} disagrees with the files on {name}: the index says "
-                f"{where.get(name, 'no_expert')}, it is in {found.get(name, 'no shard')}. "
-                "Are both of one download?"
+                f"{indexed_files.get(name, 'nowhere')}, it is in "
+                f"{actual_files.get(name, 'no shard')}. Are both of one download?"
             )
     size = sum(tensor.nbytes for shard in shards for tensor in shard.tensors)
     if total is not None and total != size:
@@ -169,6 +210,7 @@ def read_shard(file: pathlib.Path) -> ReleaseShard:
     size = file.stat().st_size
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
+        # Before the header is read: a damaged length must not ask for gigabytes.
         if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
             raise CheckpointError(
                 f"{file} is truncated: {size} bytes do not hold its header of {length}. "
@@ -191,7 +233,8 @@ def read_shard(file: pathlib.Path) -> ReleaseShard:
         if tensor.byte_offset != end:
             raise CheckpointError(
                 f"{file} has a damaged safetensors header: {tensor.name} starts at byte "
-                f"{tensor.byte_offset}; wanted {end}, where the tensor before it ends. Download it again."
+                f"{tensor.byte_offset}; wanted {end}, where the tensor before it ends. "
+                "Download it again."
             )
         end += tensor.nbytes
     if end != size:
@@ -202,7 +245,9 @@ def read_shard(file: pathlib.Path) -> ReleaseShard:
     return ReleaseShard(file, header, tuple(tensors))
 
 
-def _parse_tensor(file, name, spec, data_offset) -> ReleaseTensor:
+def _parse_tensor(
+    file: pathlib.Path, name: str, spec: Mapping[str, Any], data_offset: int
+) -> ReleaseTensor:
     if spec["dtype"] not in DTYPES_BY_CODE:
         raise CheckpointError(
             f"{file}: {name} has dtype {spec['dtype']}; wanted one of {', '.join(DTYPES_BY_CODE)}"

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from m1_jax import config as config_lib
 from m1_jax import logprobs, sharding
-from m1_jax.checkpoints import load as load_lib
+from m1_jax import params as params_lib
 from m1_jax.plan import hlo
 
 LATENCY_BYTES = 2**20
@@ -107,7 +107,7 @@ def list_param_shards(model, layout: sharding.MeshLayout) -> list[ParamShard]:
     """Return what every parameter of a model of shapes would be on a layout."""
     over = {axis for axis in sharding.ACTIVATION_RULES["tokens"] if layout.mesh.shape[axis] > 1}
     found = []
-    for value in load_lib.params_by_path(model).values():
+    for value in params_lib.params_by_path(model).values():
         names = value.get_metadata()["logical_axes"]
         where = layout.param_sharding(names)
         split = {

@@ -21,6 +21,7 @@ import tqdm
 
 from infer import prompt
 from m1_jax import configlib, multihost, sharding
+from m1_jax import params as params_lib
 from m1_jax import tokenizer as tokenizer_lib
 from m1_jax.checkpoints import load as load_lib
 from train import checkpoints, loop, lora, metrics, optim
@@ -348,7 +349,7 @@ class RlSession:
         )
 
     def _abstract_state(self) -> step_lib.TrainState:
-        model = load_lib.abstract_model(self.model_config, *self._dtypes(), self.layout)
+        model = params_lib.abstract_model(self.model_config, *self._dtypes(), self.layout)
         return step_lib.abstract_state(model, make_optimizer(self.config))
 
     def _load_reference(self):

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 
 from m1_jax import config as config_lib
 from m1_jax import model as model_lib
+from m1_jax import params as params_lib
 from m1_jax import sharding
-from m1_jax.checkpoints import load as load_lib
 from train import lora
 
 
@@ -28,8 +28,8 @@ class WeightSync:
     def __init__(
         self, config: config_lib.ModelConfig, dtype, layout: sharding.MeshLayout | None = None
     ):
-        self.abstract_model = load_lib.abstract_model(config, dtype, dtype, layout)
-        shapes = {n: p.get_value() for n, p in load_lib.params_by_path(self.abstract_model).items()}
+        self.abstract_model = params_lib.abstract_model(config, dtype, dtype, layout)
+        shapes = {n: p.get_value() for n, p in params_lib.params_by_path(self.abstract_model).items()}
 
         def cast(values):
             # A copy also where nothing changes: the trainer donates what it hands over.
@@ -41,9 +41,9 @@ class WeightSync:
     def __call__(self, model: model_lib.MiniMaxM1) -> model_lib.MiniMaxM1:
         """Return the sampler's model with the trainer's weights, adapters merged."""
         merged = lora.merge_adapters(model)
-        values = {n: p.get_value() for n, p in load_lib.params_by_path(merged).items()}
+        values = {n: p.get_value() for n, p in params_lib.params_by_path(merged).items()}
         made = jax.tree.map(lambda leaf: leaf, self.abstract_model)
-        params = load_lib.params_by_path(made)
+        params = params_lib.params_by_path(made)
         for name, value in self.program(values).items():
             params[name].set_value(value)
         return made

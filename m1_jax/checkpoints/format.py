@@ -1,0 +1,242 @@
+"""The converted directory on disk: the one file that knows what it looks like.
+
+    params/         an Orbax checkpoint: the parameters as a nested dict, stacked as in the model
+    config.json     as in the release, with the tokenizer and other small files beside it
+    release.json    the manifest: how the tensors lay in the release's shards, for the way back
+    progress.txt    the journal, only while the directory is being written
+
+The manifest is written last, so a directory without one is an interrupted conversion. `load.py`
+reads a model from such a directory, `save.py` writes one, and `convert.py` streams tensors to and
+from it. Arrays are opened with TensorStore, not Orbax: its errors name the file, and one failure is
+one message.
+"""
+
+import dataclasses
+import json
+import math
+import pathlib
+import shutil
+from collections.abc import Iterable, Mapping
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import tensorstore as ts
+
+from m1_jax import config as config_lib
+from m1_jax import params as params_lib
+from m1_jax.checkpoints import release
+
+PARAMS_DIR = "params"
+MANIFEST_FILE = "release.json"
+JOURNAL_FILE = "progress.txt"
+FORMAT_VERSION = "m1_jax converted checkpoint, version 2"
+CHUNK_BYTES = 32 * 2**20  # upper bound of one array chunk, the unit that a device reads alone
+_WEIGHT_SUFFIXES = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".gguf", ".tmp")
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredParam:
+    """One stacked parameter on disk.
+
+    Attributes:
+      shape: of the whole stacked parameter.
+      dtype: on disk.
+      num_leading_axes: axes that number the release's tensors: repeats, layers, experts.
+      shard_shape: what one device holds, where several processes write; None: the whole. No chunk
+        spans two shards, because two processes must not write to one file.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    num_leading_axes: int
+    shard_shape: tuple[int, ...] | None = None
+
+    @property
+    def chunk_shape(self) -> tuple[int, ...]:
+        """One tensor per chunk, its first dimension halved until the chunk is small enough."""
+        rows, *trailing = (self.shard_shape or self.shape)[self.num_leading_axes :]
+        # Odd row counts end the halving: all chunks of an array have one shape.
+        while rows % 2 == 0 and rows * math.prod(trailing) * self.dtype.itemsize > CHUNK_BYTES:
+            rows //= 2
+        return (1,) * self.num_leading_axes + (rows, *trailing)
+
+
+# ---- the manifest
+
+
+def is_converted(path: pathlib.Path) -> bool:
+    """Return whether a directory is a converted one, complete or not."""
+    return (path / PARAMS_DIR).is_dir() or (path / MANIFEST_FILE).exists()
+
+
+def build_manifest(source: release.Release | None) -> dict:
+    """Return the manifest of a release; of none, for a model that never had shards."""
+    if source is None:
+        return {"format": FORMAT_VERSION, "index": None, "shards": {}}
+    index = source.directory / release.INDEX_FILE
+    return {
+        "format": FORMAT_VERSION,
+        # Kept as raw text, so that the way back writes the same bytes.
+        "index": index.read_text() if index.exists() else None,
+        "shards": {shard.file.name: shard.header for shard in source.shards},
+    }
+
+
+def write_manifest(path: pathlib.Path, manifest: dict) -> None:
+    """Write the manifest of the directory `path`: from here on the directory is complete."""
+    (path / MANIFEST_FILE).write_text(json.dumps(manifest))
+
+
+def read_manifest(path: pathlib.Path) -> dict:
+    """Return the manifest of the directory `path`.
+
+    Raises:
+      CheckpointError: an interrupted conversion, or one of another format version.
+    """
+    try:
+        manifest = json.loads((path / MANIFEST_FILE).read_text())
+    except (FileNotFoundError, ValueError):
+        raise release.CheckpointError(
+            f"{path}: {MANIFEST_FILE} is missing or damaged, so this conversion is not complete. "
+            "Run m1_jax.convert again."
+        ) from None
+    version = manifest.get("format") if isinstance(manifest, dict) else None
+    if version != FORMAT_VERSION:
+        raise release.CheckpointError(
+            f"{path / MANIFEST_FILE}: got format {version!r}; wanted {FORMAT_VERSION!r}. "
+            "Run this version's m1_jax.convert again."
+        )
+    return manifest
+
+
+# ---- arrays
+
+
+def array_spec(params_dir: pathlib.Path, name: str) -> dict:
+    """Return the TensorStore spec of one parameter below `params_dir`."""
+    return {
+        "driver": "zarr3",
+        "kvstore": {"driver": "file", "path": f"{params_dir.resolve() / name}/"},
+        # A chunk of zeros is stored like any other, so a missing one is always an error.
+        "store_data_equal_to_fill_value": True,
+        "fill_missing_data_reads": False,
+    }
+
+
+def open_array(params_dir: pathlib.Path, name: str) -> ts.TensorStore:
+    """Open one allocated parameter, to write to it."""
+    return ts.open(array_spec(params_dir, name), open=True).result()
+
+
+def open_params(path: pathlib.Path, config: config_lib.ModelConfig) -> dict[str, ts.TensorStore]:
+    """Open every parameter of a converted directory, by the dotted paths of `params_map`.
+
+    Raises:
+      CheckpointError: a parameter that is missing, left over, or of another shape than config.json
+        asks for.
+    """
+    params_dir = path / PARAMS_DIR
+    model_params = params_lib.params_by_path(params_lib.abstract_model(config))
+    stored = {file.parent.name for file in params_dir.glob("*/zarr.json")}
+    if stored != model_params.keys():
+        raise release.CheckpointError(
+            f"{params_dir}: config.json and the parameters disagree: "
+            f"{release.describe_names(model_params.keys() - stored, 'missing')}; "
+            f"{release.describe_names(stored - model_params.keys(), 'not in the model')}. "
+            "Is config.json the one of this conversion? Else run m1_jax.convert again."
+        )
+    arrays = {}
+    for name, param in model_params.items():
+        opening = ts.open(array_spec(params_dir, name), open=True)
+        array = wait_for_read(opening, params_dir / name)
+        if array.shape != param.shape:
+            raise release.CheckpointError(
+                f"{params_dir / name} has shape {list(array.shape)}; config.json asks for "
+                f"{list(param.shape)}. Is config.json the one of this conversion?"
+            )
+        if array.dtype.numpy_dtype not in release.CODES_BY_DTYPE:
+            raise release.CheckpointError(
+                f"{params_dir / name} has dtype {array.dtype.name}; wanted one of "
+                f"{', '.join(dtype.name for dtype in release.CODES_BY_DTYPE)}"
+            )
+        arrays[name] = array
+    return arrays
+
+
+def wait_for_read(future: ts.Future, source: pathlib.Path):
+    """Wait for a TensorStore read; say in one line which file is wrong."""
+    try:
+        return future.result()
+    except ValueError as error:
+        reason = str(error).split(" [", 1)[0]  # TensorStore's own state follows in brackets
+        raise release.CheckpointError(
+            f"{source} cannot be read: {reason}. Run m1_jax.convert again."
+        ) from None
+
+
+def allocate_params(params_dir: pathlib.Path, stored_params: Mapping[str, StoredParam]) -> None:
+    """Create an Orbax checkpoint with every array at its true shape and no data yet.
+
+    Orbax writes a skeleton of one-element arrays with all of its metadata. Each array is then
+    created anew at its true shape, so no array of that size is ever in memory. One process calls
+    this, however many there are.
+    """
+    skeleton = {path: np.zeros((1,), param.dtype) for path, param in stored_params.items()}
+    building = params_dir.with_name(params_dir.name + ".building")
+    shutil.rmtree(building, ignore_errors=True)
+    # By default Orbax waits for every process at its barriers; here only this one takes part.
+    process = jax.process_index()
+    single_process = ocp.options.MultiprocessingOptions(
+        primary_host=process, active_processes={process}, barrier_sync_key_prefix="m1_jax"
+    )
+    handler = ocp.PyTreeCheckpointHandler(
+        use_ocdbt=False,  # a directory of plain zarr files per array, as `array_spec` opens it
+        use_zarr3=True,
+        multiprocessing_options=single_process,
+    )
+    with ocp.Checkpointer(handler, multiprocessing_options=single_process) as checkpointer:
+        checkpointer.save(building.resolve(), args=ocp.args.PyTreeSave(_nest_paths(skeleton)))
+    for path, param in stored_params.items():
+        chunks = {"name": "regular", "configuration": {"chunk_shape": param.chunk_shape}}
+        metadata = {
+            "shape": param.shape,
+            "data_type": param.dtype.name,
+            "chunk_grid": chunks,
+            "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}],
+        }
+        spec = array_spec(building, path) | {"metadata": metadata}
+        ts.open(spec, create=True, delete_existing=True).result()
+    # The rename comes last: a params directory that exists has all of its arrays.
+    building.rename(params_dir)
+
+
+def _nest_paths(flat: Mapping[str, object]) -> dict:
+    """Nest a dict of dotted paths: {"a.b": x} becomes {"a": {"b": x}}."""
+    tree: dict = {}
+    for path, value in flat.items():
+        *parents, leaf = path.split(".")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[leaf] = value
+    return tree
+
+
+# ---- files beside the arrays
+
+
+def copy_small_files(src: pathlib.Path, dst: pathlib.Path) -> None:
+    """Copy the tokenizer and other files beside the weights, but no weights; config.json last.
+
+    Without config.json no directory is a checkpoint, so a half-written one is not taken for one.
+    """
+    format_files = (JOURNAL_FILE, MANIFEST_FILE)
+    for file in _sort_config_last(src.iterdir()):
+        is_weight = file.name.endswith(_WEIGHT_SUFFIXES)
+        if file.is_file() and not is_weight and file.name not in format_files:
+            shutil.copyfile(file, dst / file.name)
+
+
+def _sort_config_last(files: Iterable[pathlib.Path]) -> list[pathlib.Path]:
+    return sorted(files, key=lambda file: (file.name == "config.json", file.name))
