@@ -58,7 +58,7 @@ def rounded(expression: str) -> str:
     return f"({expression}).astype(jnp.bfloat16).astype(jnp.float32)"
 
 
-STATE = "state[h] - loss * state[h] + gain"
+STATE = "state[h] - forgotten_fraction * state[h] + gain"
 SAVED, D_STATE = "saved[0, :, 0]", "d_state[...]"
 MUTATIONS = (
     # The +1 of the query decay: o_i reads lambda^i of the carried state, i from 1.
@@ -76,20 +76,20 @@ MUTATIONS = (
     ),
     mutation(
         "no +1 in the query decay of packed chunks", "tpu", "boundaries.py",
-        "jnp.where((column >> BITS) == 0, count, -1)",
-        "jnp.where((column >> BITS) == 0, count - 1, -1)",
+        "jnp.where((column >> COUNT_BITS) == 0, count, -1)",
+        "jnp.where((column >> COUNT_BITS) == 0, count - 1, -1)",
     ),
     # lambda^C on a chunk of m < C tokens.
     mutation(
         "lambda^C for lambda^m on a tail", "chunked", "chunked.py",
-        "-rate * size)", "-rate * MIN_CHUNK)",
+        "-rate * size)", "-rate * MIN_CHUNK_TOKENS)",
     ),
     mutation(
         "lambda^C for lambda^m on a packed chunk", "chunked", "chunked.py",
         "-rate * total[:, :, None, None]", "-rate * count.shape[1]",
     ),
     mutation(
-        "lambda^C for lambda^m", "tpu", "tpu_fwd.py", "(scalar & boundaries.COUNT)]", "size]"
+        "lambda^C for lambda^m", "tpu", "tpu_fwd.py", "(scalar & boundaries.COUNT_MASK)]", "size]"
     ),
     mutation(
         "lambda^C for lambda^m in the key decay", "tpu", "boundaries.py",
@@ -98,12 +98,12 @@ MUTATIONS = (
     # The product masked instead of the exponent.
     mutation(
         "unmasked exponent", "chunked", "chunked.py",
-        "_decay(rate, jnp.where(gap >= 0, gap, jnp.inf)[None, None])",
+        "_decay_weights(rate, jnp.where(gap >= 0, gap, jnp.inf)[None, None])",
         "jnp.exp(-rate * gap[None, None]) * (gap >= 0)[None, None]",
     ),
     mutation(
         "unmasked exponent of packed chunks", "chunked", "chunked.py",
-        "_decay(rate, jnp.where(pair, gap, jnp.inf)[:, None])",
+        "_decay_weights(rate, jnp.where(pair, gap, jnp.inf)[:, None])",
         "jnp.exp(-rate * gap[:, None]) * pair[:, None]",
     ),
     mutation(
@@ -152,19 +152,19 @@ MUTATIONS = (
     ),
     mutation(
         "the state crosses a boundary", "tpu", "tpu_fwd.py",
-        "jnp.where(scalar > boundaries.COUNT, 1.0, kept)", "kept",
+        "jnp.where(scalar > boundaries.COUNT_MASK, 1.0, kept)", "kept",
     ),
     mutation(
         "queries read the state across a boundary", "tpu", "boundaries.py",
-        "(column >> BITS) == 0", "(column >> BITS) >= 0",
+        "(column >> COUNT_BITS) == 0", "(column >> COUNT_BITS) >= 0",
     ),
     mutation(
         "keys reach the next state across a boundary", "tpu", "boundaries.py",
-        "(column >> BITS) == (scalar >> BITS)", "(column >> BITS) <= (scalar >> BITS)",
+        "(column >> COUNT_BITS) == (scalar >> COUNT_BITS)", "(column >> COUNT_BITS) <= (scalar >> COUNT_BITS)",
     ),
     mutation(
         "pairs across a boundary", "tpu", "boundaries.py",
-        "(column >> BITS) == (row >> BITS)", "(column >> BITS) >= (row >> BITS)",
+        "(column >> COUNT_BITS) == (row >> COUNT_BITS)", "(column >> COUNT_BITS) >= (row >> COUNT_BITS)",
     ),
 )  # fmt: skip
 

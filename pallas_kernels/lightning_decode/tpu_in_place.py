@@ -190,7 +190,7 @@ def _decode_kernel(
     slots, forgotten_fractions, x, _, o, pool, qkv, out, states, loads, stores, *, grid
 ):
     """One step. `loss` is c per head; `pool` is the aliased output, the only name it has here."""
-    heads = grid.heads
+    heads = grid.block_heads
     # Read once: program ids are not to be had inside branches in interpret mode.
     chain, step = pl.program_id(0), pl.program_id(1)
 

@@ -127,7 +127,7 @@ def _ring_decode_kernel(
 ):
     """One step; a row's hi and ring come in, its newest token and, after a flush, S go out."""
     o, hi, lo, ring, qkv, out, faded, his, los, rings, loads, stores = refs[3:]
-    heads = grid.heads
+    heads = grid.block_heads
     chain, step = pl.program_id(0), pl.program_id(1)
 
     def plane_copies(step, row, slot, block):
