@@ -206,7 +206,7 @@ def advance(self, nbytes):
     if count == 0:
         os.kill(os.getpid(), signal.SIGKILL)
 convert._ConvertProgress.advance = advance
-convert.run(convert.Config(*sys.argv[1:4], progress=False))
+convert.run(convert.ConvertConfig(*sys.argv[1:4], progress=False))
 """
 
 
