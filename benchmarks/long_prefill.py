@@ -21,7 +21,7 @@ from flax import nnx
 
 from infer import config as config_lib
 from infer import options
-from infer.execution import device, programs
+from infer.execution import device, programs, slot_sampling
 from infer.execution import host_batch as host_batch_lib
 from infer.scheduling import plan as plan_lib
 from m1_jax import config as model_config_lib
@@ -107,7 +107,7 @@ def build_program(model, length: int):
     state = state_lib.init_serving_state(
         model.config, config.total_slots, config.total_pages, CHUNK_TOKENS, model.dtype
     )
-    rows = programs.init_sampling_state(config.total_slots, model.config.vocab_size)
+    rows = slot_sampling.init_sampling_state(config.total_slots, model.config.vocab_size)
     recipe = programs.Tiling(config.attention_tile, config.matmul_tile)
 
     def run(model, state, rows, batch, prompts):

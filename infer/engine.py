@@ -1,18 +1,17 @@
 """The engine: requests in, exact tokens out, by continuous batching on one device or mesh.
 
-    engine = Engine(model, tokenizer, config.Config(max_length=8192, max_rows=32))
-    request = engine.submit(prompt_ids, request.Options(max_tokens=100))
+    engine = Engine(model, tokenizer, config.EngineConfig(max_length=8192, max_rows=32))
+    request = engine.submit(prompt_ids, options.Options(max_tokens=100))
     engine.run()                       # or start(), for a thread of its own
     request.output().text
 
-The scheduler (`scheduling/scheduler.py`) decides, the programs (`execution/programs.py`) compute, and this file carries
-plans to the one and results back to the other, one plan ahead of the results: while the device
-runs a plan the host reads the tokens of the one before. Everything is compiled before the engine
-is made; nothing is compiled after.
+The scheduler (`scheduling/scheduler.py`) decides, the programs (`execution/programs.py`) compute,
+and this file carries plans to the one and results back to the other. It stays one plan ahead of the
+results: while the device runs a plan, the host reads the tokens of the plan before. Everything is
+compiled when the engine is made, and nothing afterwards.
 """
 
 import collections
-import dataclasses
 import itertools
 import threading
 from collections.abc import Callable, Hashable, Iterable, Sequence
@@ -28,28 +27,21 @@ from infer import request as request_lib
 from infer.execution import device, dispatcher, host_batch, leader_follower
 from infer.scheduling import plan as plan_lib
 from infer.scheduling import scheduler
+from infer.scheduling import stats as stats_lib
+from m1_jax import config as model_config_lib
 from m1_jax import tokenizer as tokenizer_lib
 
-_KEEP_ALIVE_SECS = 10.0
-
-
-@dataclasses.dataclass
-class _DispatchedPlan:
-    """A plan given to the device: what it chose, by job and place in the arrays."""
-
-    row_by_request: dict[Hashable, int]
-    sampled: Any
-    version: int
+_KEEP_ALIVE_SECS = 10.0  # an idle engine's pause between two signs of life to its followers
 
 
 class Engine:
     """Serves requests with one model.
 
-    Thread safety: `submit`, `cancel`, `swap`, `suspend` and `close` from any thread. Either `start`
-    a thread, or call `run` or `step` from one thread of your own.
+    Thread safety: `submit`, `cancel`, `swap_weights`, `suspend` and `close` from any thread. Either
+    `start` a thread, or call `run` or `step` from one thread of your own.
 
     Attributes:
-      version: of the weights, 0 at first, one more with every `swap`.
+      version: of the weights, 0 at first, one more with every `swap_weights`.
     """
 
     def __init__(
@@ -68,20 +60,23 @@ class Engine:
         if jax.process_index():
             raise ValueError(
                 f"engine: got process {jax.process_index()}; wanted process 0 to have it, and "
-                "the others in controller.follow(model, config)"
+                "the others in leader_follower.follow_engine(model, config)"
             )
         self.config, self.tokenizer = config, tokenizer
         self.version = 0
         self._model_config = model.config
-        self._device: Any = device.Device(model, config)
+        self._device: device.Device | leader_follower.Leader = device.Device(model, config)
         if jax.process_count() > 1:
             self._device = leader_follower.Leader(self._device)
         self._dispatcher = dispatcher.Dispatcher(self._device, config)
         self._compiler = grammar.Compiler(tokenizer, model.config.vocab_size)
-        self._scheduler = scheduler.Scheduler(self._scheduler_limits(), self._cache_key())
+        self._scheduler = scheduler.Scheduler(config, self._device.limits, self._cache_key())
+        # Requests that are not over, by number.
         self._requests: dict[Hashable, request_lib.Request] = {}
-        self._dispatched: collections.deque[_DispatchedPlan] = collections.deque()
+        # Plans whose results were not taken, oldest first. Their number is the scheduler's affair.
+        self._dispatched: collections.deque[dispatcher.DispatchedPlan] = collections.deque()
         self._request_numbers = itertools.count()
+        # Reentrant, because callbacks of a request may call `submit` and `cancel`.
         self._lock = threading.RLock()
         self._work_condition = threading.Condition(self._lock)
         self._thread: threading.Thread | None = None
@@ -93,16 +88,18 @@ class Engine:
         self,
         prompt: Sequence[int],
         options: options_lib.Options,
-        on_token=None,
+        on_token: Callable[[request_lib.Request, request_lib.Token, str], Any] | None = None,
         prior_tokens: Sequence[request_lib.Token] | None = None,
     ) -> request_lib.Request:
         """Queue a prompt of token ids.
 
-        on_token: called with (request, token, new text) from the engine's thread.
-        made: tokens of a request that was suspended and goes on after them.
+        Args:
+          on_token: called with (request, token, new text) from the engine's thread.
+          prior_tokens: tokens of a request that was suspended and goes on after them.
 
         Raises:
-          ValueError: options or ids that cannot be served. scheduler.QueueFull: too many wait.
+          ValueError: options or ids that cannot be served.
+          plan.QueueFull: too many wait.
         """
         vocab_size = self._model_config.vocab_size
         bad = [token for token in prompt if not _is_token_id(token, vocab_size)]
@@ -113,6 +110,7 @@ class Engine:
             )
         options_lib.check(options, vocab_size, self.tokenizer.stop_ids)
         progress = stopping.Progress(options, self.tokenizer)
+        # Compiling a grammar may take long: outside the lock.
         matcher = self._compiler.matcher(options)
         with self._work_condition:
             if self._closed:
@@ -125,21 +123,22 @@ class Engine:
             for token in prior_tokens or ():
                 request.push(token)
             if request.finish_reason is not None:
-                raise ValueError("made: got a whole output; wanted one that goes on")
+                raise ValueError("prior_tokens: got a whole output; wanted one that goes on")
             self._scheduler.submit(
                 number,
                 request.prompt,
                 options.max_tokens,
                 single_step=self._needs_single_step(request),
+                # Guesses are made from the tokens so far, so these must be known.
                 waits_for_reports=self.config.draft_tokens > 0,
-                prior_tokens=None if prior_tokens is None else [token.id for token in prior_tokens],
+                prior_tokens=None if prior_tokens is None else [t.id for t in prior_tokens],
             )
             self._requests[number] = request
             self._work_condition.notify()
         return request
 
     def cancel(self, request: request_lib.Request) -> None:
-        """End a request; its output so far stays. Nothing happens if it is over."""
+        """End a request. Its output so far stays. Nothing happens if it is over."""
         with self._work_condition:
             if request.number in self._requests and request.finish_reason is None:
                 self._scheduler.cancel(request.number)
@@ -151,8 +150,9 @@ class Engine:
 
         They enter between two dispatches, and nothing is compiled.
 
-        keep_running: requests under way go on from the states that the old weights left; else
-        they are computed again from their tokens.
+        Args:
+          keep_running: requests under way go on from the states that the old weights left. Else
+            they are computed again from their tokens.
 
         Raises:
           ValueError: other shapes, dtypes or layout.
@@ -164,15 +164,18 @@ class Engine:
             return self.version
 
     def preempt(self, request: request_lib.Request) -> None:
-        """Take a request's memory away for now; it goes on later, and nobody can tell."""
+        """Take a request's memory away for now. It goes on later, and its output is the same."""
         with self._work_condition:
             self._scheduler.preempt(request.number)
 
     def suspend(self, save_requests: Callable[[list[request_lib.Request]], None]) -> None:
-        """End all requests under way as "suspended", once `keep` has them; see `suspend.py`."""
+        """End all requests under way as "suspended", once `save_requests` has them.
+
+        See `suspend.py`. If `save_requests` raises, all of them go on.
+        """
         with self._work_condition:
             # Those with a reason are over, and only not yet reported.
-            requests = [one for one in self._requests.values() if one.finish_reason is None]
+            requests = [r for r in self._requests.values() if r.finish_reason is None]
             save_requests(requests)
             for request in requests:
                 self._scheduler.cancel(request.number)
@@ -204,7 +207,7 @@ class Engine:
         self._thread.start()
 
     def dismiss_followers(self) -> None:
-        """Let the other processes go until this one works again; see `controller.Follower`.
+        """Let the other processes go until this one works again; see `leader_follower.Follower`.
 
         Raises:
           RuntimeError: requests are under way.
@@ -212,12 +215,12 @@ class Engine:
         with self._work_condition:
             if self._requests or self._dispatched:
                 raise RuntimeError(
-                    "dismiss: requests are under way; run() them to their ends first"
+                    "dismiss_followers: requests are under way; run() them to their ends first"
                 )
             self._device.dismiss_followers()
 
     def close(self) -> None:
-        """Stop the thread; requests under way are cancelled."""
+        """Stop the thread. Requests under way are cancelled."""
         with self._work_condition:
             self._closed = True
             for request in list(self._requests.values()):
@@ -226,19 +229,19 @@ class Engine:
         if self._thread is not None:
             self._thread.join()
         if not self._failed:
-            self.run()  # what is under way
+            self.run()  # plans under way, so that the scheduler ends with all memory free
         self._device.close()
 
     @property
-    def model_config(self) -> Any:
+    def model_config(self) -> model_config_lib.ModelConfig:
         return self._model_config
 
     @property
     def weights(self) -> list[Any]:
-        """Return the parameters, leaf by leaf."""
+        """The parameters, leaf by leaf."""
         return self._device.weights
 
-    def stats(self) -> scheduler.SchedulerStats:
+    def stats(self) -> stats_lib.SchedulerStats:
         with self._lock:
             return self._scheduler.stats()
 
@@ -247,7 +250,8 @@ class Engine:
     def _run_thread(self) -> None:
         try:
             self._serve_until_closed()
-        except BaseException:  # a callback's, perhaps: nobody may wait for ever
+        except BaseException:
+            # Perhaps an error of a callback. Nobody may wait for ever for this engine.
             with self._work_condition:
                 self._closed = self._failed = True
                 for request in list(self._requests.values()):
@@ -265,55 +269,59 @@ class Engine:
             self.step()
 
     def step(self) -> bool:
-        """Give the device its next plan, then take what an earlier one made; False: all is done."""
+        """Give the device its next plan, then take the results of an earlier one.
+
+        Returns:
+          False if all is done.
+        """
         with self._lock:
             plan = self._scheduler.plan()
             if plan is not None:
-                self._dispatch(plan)
-            flight = None
+                requests = [self._requests.get(entry.sequence_id) for entry in plan.entries]
+                self._dispatched.append(self._dispatcher.dispatch(plan, requests, self.version))
+            oldest = None
+            # With a plan behind it the device stays busy while the host reads the oldest. Without
+            # one there is nothing better to do than to wait for the oldest.
             if self._dispatched and (plan is None or len(self._dispatched) > 1):
-                flight = self._dispatched.popleft()
-        if flight is None:
+                oldest = self._dispatched.popleft()
+        if oldest is None:
             return plan is not None
-        chosen = host_batch.fetch_tokens(flight.sampled)  # waits, so without the lock
+        # This waits for the device, so without the lock: `submit` must not wait for a step.
+        sampled = oldest.wait_for_tokens()
         with self._lock:
-            self._apply_results(flight, chosen)
+            self._apply_results(oldest, sampled)
         return True
 
-    def _dispatch(self, plan: plan_lib.StepPlan) -> None:
-        work = plan.prefill_chunks or plan.decode_rows
-        asked = [self._requests.get(item.sequence_id) for item in work]
-        chosen = self._dispatcher.dispatch(plan, asked)
-        places = {item.sequence_id: place for place, item in enumerate(work)}
-        self._dispatched.append(_DispatchedPlan(places, chosen, self.version))
-
-    def _apply_results(self, flight: _DispatchedPlan, chosen) -> None:
-        """Take over the tokens that a plan made, and report them."""
+    def _apply_results(
+        self, dispatched: dispatcher.DispatchedPlan, sampled: host_batch.SampledTokens
+    ) -> None:
+        """Give requests the tokens that a plan made, and report them to the scheduler."""
         results = {}
-        for number, place in flight.row_by_request.items():
+        for number, row in dispatched.row_by_request.items():
             request = self._requests.get(number)
-            if request is None:
+            if request is None:  # over since the plan was made
                 continue
-            made = chosen.row_tokens(place)
-            before = len(request.tokens)
-            for one in made:
+            tokens = sampled.row_tokens(row)
+            num_before = len(request.tokens)
+            for token in tokens:
                 if request.finish_reason is None:
-                    self._push_token(request, one, flight.version)
+                    self._push_token(request, token, dispatched.version)
             if number not in self._requests:  # cancelled by its own callback
                 continue
-            if not made and request.finish_reason is None:
+            is_over = request.finish_reason is not None
+            if not tokens and not is_over:
                 continue
-            cut = len(request.tokens) - before < len(made)
-            over = request.finish_reason is not None
-            # The device stops by itself at a stop token and at the limit alone.
-            exact = over and bool(made) and not cut and self._device_knows_end(request)
-            length = len(request.prompt) + len(request.tokens) - 1 if exact else None
-            ids = tuple(one.id for one in made)
-            results[number] = plan_lib.StepResult(len(ids), over, length, ids)
+            was_cut = len(request.tokens) - num_before < len(tokens)
+            knows_end = is_over and tokens and not was_cut and self._device_knows_end(request)
+            length = len(request.prompt) + len(request.tokens) - 1 if knows_end else None
+            ids = tuple(token.id for token in tokens)
+            results[number] = plan_lib.StepResult(len(ids), is_over, length, ids)
             if not request.cached_tokens and not request.cache_reason:
-                request.cached_tokens, request.cache_reason = self._scheduler.cached_prompt(number)
+                cached = self._scheduler.cached_prompt(number)
+                request.cached_tokens, request.cache_reason = cached
             self._scheduler.set_single_step(number, self._needs_single_step(request))
-            if over and self.config.record_routes:
+            if is_over and self.config.record_routes:
+                # Before the report, which frees the pages.
                 request.routes = self._read_expert_ids(request)
         self._scheduler.report(results)
         for number in results:
@@ -329,21 +337,20 @@ class Engine:
         pages = self._scheduler.sequence_pages(request.number)
         if not pages:
             return None
-        pieces = host_batch.split_pages(0, pages)
-        parts = [self._device.run_program("read_routes", 0, piece) for _, piece in pieces]
-        chosen = np.concatenate([np.asarray(part) for part in parts])
         length = len(request.prompt) + len(request.tokens) - 1
-        return chosen.reshape(-1, *chosen.shape[2:])[:length]
+        return self._dispatcher.read_expert_ids(pages)[:length]
 
     def _push_token(
-        self, request: request_lib.Request, one: host_batch.SampledToken, version: int
+        self, request: request_lib.Request, sampled: host_batch.SampledToken, version: int
     ) -> None:
-        if not np.isfinite(one.logp_raw):
+        """Give a request its next token, or end it where the token or its grammar is no good."""
+        if not np.isfinite(sampled.logp_raw):
             request.finish_reason = "error"
             request.text += request.progress.flush()
             return
-        top = one.top[: request.options.top_logprobs]
-        token = request_lib.Token(one.id, one.logp, one.logp_raw, version, top)
+        # The program returns as many as any request may ask for.
+        top = sampled.top[: request.options.top_logprobs]
+        token = request_lib.Token(sampled.id, sampled.logp, sampled.logp_raw, version, top)
         try:
             text = request.push(token)
         except ValueError:  # the grammar grew beyond its limits
@@ -353,51 +360,35 @@ class Engine:
             request.on_token(request, token, text)
 
     def _device_knows_end(self, request: request_lib.Request) -> bool:
-        """Say whether the device knows that the last token is the last."""
-        options, number = request.options, len(request.tokens)
-        stopped = request.tokens[-1].id in request.stop_ids and number > options.min_tokens
-        return stopped or number >= options.max_tokens
+        """Return whether the device stopped by itself after the last token.
+
+        It does at a stop token and at the limit. A stop string, say, is the host's discovery, and
+        by then the device may have computed on.
+        """
+        options, num_tokens = request.options, len(request.tokens)
+        is_stop = request.tokens[-1].id in request.stop_ids and num_tokens > options.min_tokens
+        return is_stop or num_tokens >= options.max_tokens
 
     def _needs_single_step(self, request: request_lib.Request) -> bool:
-        """Say whether the host must see each token before the next one is made."""
+        """Return whether the host must see each token before the next one is made.
+
+        A grammar's mask depends on every token before. The end of a thought is forced by the host.
+        """
         pause = request.progress.pause_at
-        # Two plans may be under way when this is asked.
-        near = pause is not None and len(request.tokens) + 3 * self.config.decode_steps >= pause
-        return request.matcher is not None or near
+        # Two plans may be under way when this is asked, and this is asked once a plan.
+        reach = len(request.tokens) + 3 * self.config.decode_steps
+        return request.matcher is not None or (pause is not None and reach >= pause)
 
     def _end_request(self, request: request_lib.Request, reason: str) -> None:
         request.finish_reason = reason
         self._requests.pop(request.number, None)
         request.done.set()
 
-    # ---- sizes
-
-    def _cache_key(self):
+    def _cache_key(self) -> Hashable:
+        """Return what states depend on beside the tokens."""
         return (self.version, self.config.chunk_tokens, self.config.matmul_tile)
-
-    def _scheduler_limits(self) -> plan_lib.SchedulerLimits:
-        config = self.config
-        state_bytes, page_bytes = self._device.state_bytes, self._device.page_bytes
-        cache_bytes = config.num_snapshots * state_bytes + config.total_pages * page_bytes
-        return plan_lib.SchedulerLimits(
-            num_slots=config.total_slots,
-            num_pages=config.total_pages,
-            chunk_tokens=config.chunk_tokens,
-            max_length=config.max_length,
-            max_queue=config.max_queue,
-            max_rows=config.max_rows,
-            max_prefill_tokens=config.prefill_tokens[-1],
-            max_prefill_chunks=host_batch.MAX_PREFILL_CHUNKS,
-            decode_steps=config.decode_steps,
-            snapshot_every_tokens=config.snapshot_every_tokens,
-            cache_bytes=cache_bytes if config.prefix_cache and config.num_snapshots else 0,
-            page_bytes=page_bytes,
-            state_bytes=state_bytes,
-            swap_tokens=config.swap_tokens,
-            host_bytes=config.host_bytes,
-            attention_tile=config.attention_tile,
-        )
 
 
 def _is_token_id(token: Any, vocab_size: int) -> bool:
+    # `__index__` admits NumPy's integers, too, and keeps out floats.
     return hasattr(token, "__index__") and 0 <= token < vocab_size

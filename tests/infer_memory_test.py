@@ -1,68 +1,16 @@
 """Snapshots, hits, preemption and new weights, in single situations of the scheduler."""
 
-import dataclasses
-
 import pytest
-
-from infer.scheduling import plan as plan_lib
-from infer.scheduling import scheduler
-
-C = 4
-LIMITS = plan_lib.SchedulerLimits(
-    num_slots=6,
-    num_pages=40,
-    chunk_tokens=C,
-    max_length=100,
-    max_queue=8,
-    max_rows=4,
-    max_prefill_tokens=16,
-    max_prefill_chunks=4,
-    decode_steps=4,
-    cache_bytes=10_000,
-    state_bytes=10,
-    swap_tokens=1000,
-    attention_tile=2,
+from scheduler_support import (
+    answer,
+    chunk_tokens_of,
+    make_result,
+    make_scheduler,
+    spans,
+    step,
 )
 
-
-def make(**changes):
-    return scheduler.Scheduler(dataclasses.replace(LIMITS, **changes))
-
-
-def words(letters):
-    """Return a chunk of equal tokens for each letter."""
-    return [ord(letter) for letter in letters for _ in range(C)]
-
-
-def made(count, **more):
-    return plan_lib.StepResult(count, new_tokens=(7,) * count, **more)
-
-
-def answer(plan, finished=()):
-    """Return results of a plan in which every row used all its steps."""
-    results = {}
-    for part in plan.prefill_chunks:
-        results[part.sequence_id] = made(int(part.is_last and not part.is_resumed))
-    for row in plan.decode_rows:
-        results[row.sequence_id] = made(plan.max_steps)
-    return {
-        job_id: dataclasses.replace(result, is_finished=job_id in finished)
-        for job_id, result in results.items()
-    }
-
-
-def step(sched, finished=()):
-    """Plan and report at once."""
-    plan = sched.plan()
-    if plan is not None:
-        sched.report(answer(plan, finished))
-    return plan
-
-
-def spans(plan):
-    return {
-        part.sequence_id: (part.start, part.start + part.num_tokens) for part in plan.prefill_chunks
-    }
+from infer.scheduling import plan as plan_lib
 
 
 def until(sched, wanted, most=50):
@@ -79,8 +27,8 @@ def actions_of(plan, kind):
 
 
 def test_a_snapshot_is_copied_before_anything_changes_the_state():
-    sched = make()
-    sched.submit("a", words("abc") + [1], 9)
+    sched = make_scheduler()
+    sched.submit("a", chunk_tokens_of("abc") + [1], 9)
     assert spans(step(sched)) == {"a": (0, 12)}
     plan = step(sched)
     assert plan.actions == (plan_lib.CopyState(1, 2),)
@@ -89,11 +37,11 @@ def test_a_snapshot_is_copied_before_anything_changes_the_state():
 
 
 def test_a_hit_restores_the_snapshot_and_shares_its_pages():
-    sched = make()
-    sched.submit("a", words("abc") + [1], 9)
+    sched = make_scheduler()
+    sched.submit("a", chunk_tokens_of("abc") + [1], 9)
     first = step(sched).prefill_chunks[0]
     step(sched)
-    sched.submit("b", words("abc") + [2, 2], 9)
+    sched.submit("b", chunk_tokens_of("abc") + [2, 2], 9)
     plan = until(sched, lambda plan: "b" in spans(plan))
     assert spans(plan) == {"b": (12, 14)}
     assert actions_of(plan, plan_lib.CopyState) == [
@@ -105,20 +53,20 @@ def test_a_hit_restores_the_snapshot_and_shares_its_pages():
 
 
 def test_one_token_is_always_computed():
-    sched = make()
+    sched = make_scheduler()
     for name in "ab":
-        sched.submit(name, words("abc"), 1)
+        sched.submit(name, chunk_tokens_of("abc"), 1)
         until(sched, lambda plan: plan.prefill_chunks and plan.prefill_chunks[0].is_last)
     assert sched.stats().cache.hit_tokens == 8
 
 
 def test_a_request_that_ends_leaves_its_slot_as_a_snapshot():
-    sched = make()
+    sched = make_scheduler()
     sched.submit("a", [1, 2], 8)
     step(sched)
     step(sched)
     plan = sched.plan()
-    sched.report({"a": made(3, is_finished=True, final_length=9)})
+    sched.report({"a": make_result(3, is_finished=True, final_length=9)})
     assert plan.decode_rows[0].slot == 1
     stats = sched.stats()
     assert (stats.memory.snapshots_moved, stats.cache.num_pages, stats.free_slots) == (1, 2, 5)
@@ -128,37 +76,37 @@ def test_a_request_that_ends_leaves_its_slot_as_a_snapshot():
 
 @pytest.mark.parametrize(("length", "kept"), [(None, 0), (6, 1)])
 def test_a_state_that_may_have_left_its_chunk_is_no_snapshot(length, kept):
-    sched = make()
+    sched = make_scheduler()
     sched.submit("a", [1, 2], 20)
     plans = [step(sched), sched.plan(), sched.plan()]
     assert plans[2].max_steps == 4  # may go on to 10 tokens
-    sched.report({"a": made(4, is_finished=True, final_length=length)})
+    sched.report({"a": make_result(4, is_finished=True, final_length=length)})
     assert sched.stats().memory.snapshots_moved == kept
     assert sched.stats().num_running == 0
 
 
 def test_a_request_that_is_cancelled_leaves_a_snapshot_too():
-    sched = make(cache_bytes=10_000)
-    sched.submit("a", words("abcdefgh"), 2)
+    sched = make_scheduler(cache_bytes=10_000)
+    sched.submit("a", chunk_tokens_of("abcdefgh"), 2)
     step(sched)
     sched.cancel("a")
     sched.cancel("a")
-    sched.submit("b", words("abcdefgh"), 2)
+    sched.submit("b", chunk_tokens_of("abcdefgh"), 2)
     assert spans(step(sched)) == {"b": (16, 28)}
 
 
 def test_requests_that_are_not_cacheable_neither_read_nor_write():
-    sched = make()
+    sched = make_scheduler()
     for name in "ab":
-        sched.submit(name, words("abc") + [1], 1, is_cacheable=False)
+        sched.submit(name, chunk_tokens_of("abc") + [1], 1, is_cacheable=False)
         assert spans(step(sched)) == {name: (0, 13)}
     assert sched.stats().cache.num_nodes == 0
 
 
 def test_a_prefix_that_several_wait_for_is_computed_once():
-    sched = make(max_prefill_tokens=32)
+    sched = make_scheduler(prefill_tokens=(32,))
     for name, tail in zip("abc", (1, 2, 3), strict=True):
-        sched.submit(name, words("abcd") + [tail] * 3, 1)
+        sched.submit(name, chunk_tokens_of("abcd") + [tail] * 3, 1)
     assert spans(step(sched)) == {"a": (0, 16)}
     assert sched.stats().num_held_back == 2
     plan = step(sched)
@@ -167,10 +115,10 @@ def test_a_prefix_that_several_wait_for_is_computed_once():
 
 
 def test_a_snapshot_is_taken_where_a_later_request_parts():
-    sched = make(max_prefill_tokens=4, num_pages=60)
-    sched.submit("a", words("abcdefgh"), 1)
+    sched = make_scheduler(prefill_tokens=(4,), num_pages=60)
+    sched.submit("a", chunk_tokens_of("abcdefgh"), 1)
     step(sched)
-    sched.submit("b", words("abxy"), 1)  # shares two chunks, of which one is computed
+    sched.submit("b", chunk_tokens_of("abxy"), 1)  # shares two chunks, of which one is computed
     cuts = [spans(step(sched)) for _ in range(3)]
     assert cuts == [{"a": (4, 8)}, {"a": (8, 12)}, {"a": (12, 16)}]
     assert sched.stats().cache.num_nodes == 1
@@ -179,58 +127,58 @@ def test_a_snapshot_is_taken_where_a_later_request_parts():
 
 @pytest.mark.parametrize(("other", "point"), [("abxy", 8), ("ab", 4), ("x", 16)])
 def test_a_snapshot_is_taken_where_one_that_waits_can_go_on(other, point):
-    sched = make()
-    sched.submit("a", words("abcdefgh"), 1)
-    sched.submit("b", words(other), 1)
+    sched = make_scheduler()
+    sched.submit("a", chunk_tokens_of("abcdefgh"), 1)
+    sched.submit("b", chunk_tokens_of(other), 1)
     assert spans(step(sched))["a"] == (0, point)
 
 
 def test_a_snapshot_is_taken_where_the_older_one_just_is():
-    sched = make(max_prefill_tokens=8)
-    sched.submit("a", words("abcdefgh"), 1)
+    sched = make_scheduler(prefill_tokens=(8,))
+    sched.submit("a", chunk_tokens_of("abcdefgh"), 1)
     step(sched)
-    sched.submit("b", words("abxy"), 1)
+    sched.submit("b", chunk_tokens_of("abxy"), 1)
     plan = step(sched)
     assert plan.actions == (plan_lib.CopyState(1, 2),)
     assert until(sched, lambda plan: "b" in spans(plan)).prefill_chunks[-1].start == 8
 
 
 def test_a_request_that_is_held_back_keeps_its_place():
-    sched = make(max_prefill_tokens=8, num_slots=2, max_prefill_chunks=3)
-    sched.submit("a", words("abcde"), 1)
+    sched = make_scheduler(prefill_tokens=(8,), num_slots=2, max_prefill_chunks=3)
+    sched.submit("a", chunk_tokens_of("abcde"), 1)
     step(sched)
-    sched.submit("b", words("abcdx"), 30)
-    sched.submit("c", words("k"), 30)
+    sched.submit("b", chunk_tokens_of("abcdx"), 30)
+    sched.submit("c", chunk_tokens_of("k"), 30)
     seen = []
     until(sched, lambda plan: seen.extend(spans(plan)) or "c" in seen)
     assert seen.index("b") < seen.index("c")
 
 
 def test_a_snapshot_is_taken_where_a_request_leaves_the_tree():
-    sched = make()
-    sched.submit("a", words("abcde"), 1)
+    sched = make_scheduler()
+    sched.submit("a", chunk_tokens_of("abcde"), 1)
     until(sched, lambda plan: plan.prefill_chunks and plan.prefill_chunks[0].is_last)
-    sched.submit("b", words("abxyz"), 1)
+    sched.submit("b", chunk_tokens_of("abxyz"), 1)
     assert spans(step(sched)) == {"b": (0, 8)}
     assert sched.cached_prompt("b") == (0, "no snapshot on the way")
     until(sched, lambda plan: plan.prefill_chunks and plan.prefill_chunks[0].is_last)
-    sched.submit("c", words("abmno"), 1)
+    sched.submit("c", chunk_tokens_of("abmno"), 1)
     assert spans(step(sched))["c"][0] == 8
 
 
 def test_snapshots_inside_long_prompts():
-    sched = make(snapshot_every_tokens=8, max_prefill_tokens=100)
+    sched = make_scheduler(snapshot_every_tokens=8, prefill_tokens=(100,))
     sched.submit("a", [1] * 25, 1)
     cuts = [spans(step(sched))["a"] for _ in range(4)]
     assert cuts == [(0, 8), (8, 16), (16, 24), (24, 25)]
 
 
 def test_the_slot_of_a_snapshot_is_taken_over_when_no_other_is_left():
-    sched = make(num_slots=1)
-    sched.submit("a", words("abc"), 1)
+    sched = make_scheduler(num_slots=1)
+    sched.submit("a", chunk_tokens_of("abc"), 1)
     step(sched)
     step(sched)
-    sched.submit("b", words("abc") + [1], 1)
+    sched.submit("b", chunk_tokens_of("abc") + [1], 1)
     plan = step(sched)
     assert plan.actions == ()
     assert spans(plan) == {"b": (8, 13)} or spans(plan) == {"b": (12, 13)}
@@ -238,9 +186,9 @@ def test_the_slot_of_a_snapshot_is_taken_over_when_no_other_is_left():
 
 
 def test_admission_evicts_snapshots():
-    sched = make(num_slots=2, num_pages=8)
+    sched = make_scheduler(num_slots=2, num_pages=8)
     for name in "abcd":
-        sched.submit(name, words(name * 6), 1)
+        sched.submit(name, chunk_tokens_of(name * 6), 1)
         until(sched, lambda plan: plan.prefill_chunks and plan.prefill_chunks[0].is_last)
     assert sched.stats().cache.evicted >= 2
 
@@ -260,7 +208,7 @@ def fill(sched, length=4, tokens=40):
 
 
 def test_the_youngest_is_computed_again_when_pages_run_out():
-    sched = make(num_pages=12, cache_bytes=0)
+    sched = make_scheduler(num_pages=12, cache_bytes=0)
     plan = fill(sched)
     assert [row.sequence_id for row in plan.decode_rows] == ["a", "b"]
     known = len(sched._sequences["c"].tokens)
@@ -274,7 +222,7 @@ def test_the_youngest_is_computed_again_when_pages_run_out():
 
 
 def test_a_long_one_goes_to_the_host_and_comes_back():
-    sched = make(num_pages=12, cache_bytes=0, swap_tokens=8, host_bytes=30)
+    sched = make_scheduler(num_pages=12, cache_bytes=0, swap_tokens=8, host_bytes=30)
     plan = fill(sched)
     (out,) = actions_of(plan, plan_lib.SwapOut)
     assert out.sequence_id == "c"
@@ -292,13 +240,13 @@ def test_a_long_one_goes_to_the_host_and_comes_back():
 
 
 def test_without_room_at_the_host_it_is_computed_again():
-    sched = make(num_pages=12, cache_bytes=0, swap_tokens=8, host_bytes=10)
+    sched = make_scheduler(num_pages=12, cache_bytes=0, swap_tokens=8, host_bytes=10)
     fill(sched)
     assert sched.stats().memory.swapped_out == 0
 
 
 def test_a_host_copy_is_dropped_when_its_request_is_cancelled():
-    sched = make(swap_tokens=4, host_bytes=100)
+    sched = make_scheduler(swap_tokens=4, host_bytes=100)
     sched.submit("a", [1] * 8, 40)
     step(sched)
     step(sched)
@@ -316,7 +264,7 @@ def test_a_host_copy_is_dropped_when_its_request_is_cancelled():
 
 
 def test_a_preempted_request_waits_until_its_tokens_are_known():
-    sched = make(cache_bytes=0)
+    sched = make_scheduler(cache_bytes=0)
     sched.submit("a", [1, 2], 40)
     plans = [step(sched), sched.plan()]
     sched.preempt("a")
@@ -327,8 +275,8 @@ def test_a_preempted_request_waits_until_its_tokens_are_known():
 
 @pytest.mark.parametrize("swap_tokens", [4, 1000])
 def test_a_planned_snapshot_is_taken_before_its_request_is_preempted(swap_tokens):
-    sched = make(swap_tokens=swap_tokens, host_bytes=100)
-    sched.submit("a", words("abc") + [1], 40)
+    sched = make_scheduler(swap_tokens=swap_tokens, host_bytes=100)
+    sched.submit("a", chunk_tokens_of("abc") + [1], 40)
     step(sched)
     sched.preempt("a")
     assert sched.stats().cache.num_nodes == 1
@@ -338,7 +286,7 @@ def test_a_planned_snapshot_is_taken_before_its_request_is_preempted(swap_tokens
 
 
 def test_an_older_one_that_was_preempted_goes_before_a_younger_prefill():
-    sched = make(cache_bytes=0)
+    sched = make_scheduler(cache_bytes=0)
     sched.submit("a", [1] * 12, 40)
     sched.submit("b", [2] * 40, 40)
     assert list(spans(step(sched))) == ["a", "b"]
@@ -350,7 +298,7 @@ def test_an_older_one_that_was_preempted_goes_before_a_younger_prefill():
 
 
 def test_one_that_was_preempted_waits_for_some_room():
-    sched = make(num_pages=12, cache_bytes=0)
+    sched = make_scheduler(num_pages=12, cache_bytes=0)
     fill(sched)
     while step(sched):
         pass
@@ -358,8 +306,8 @@ def test_one_that_was_preempted_waits_for_some_room():
 
 
 def test_new_weights_with_requests_that_go_on():
-    sched = make()
-    sched.submit("a", words("abc") + [1], 30)
+    sched = make_scheduler()
+    sched.submit("a", chunk_tokens_of("abc") + [1], 30)
     step(sched)
     step(sched)
     assert sched.stats().cache.num_nodes == 1
@@ -368,14 +316,14 @@ def test_new_weights_with_requests_that_go_on():
     assert len(step(sched).decode_rows) == 1
     sched.cancel("a")
     assert sched.stats().cache.num_nodes == 0
-    sched.submit("b", words("abc") + [1], 30)
+    sched.submit("b", chunk_tokens_of("abc") + [1], 30)
     assert spans(step(sched)) == {"b": (0, 12)}
 
 
 def test_new_weights_with_requests_that_begin_again():
-    sched = make(swap_tokens=4, host_bytes=100)
-    sched.submit("a", words("abc") + [1], 30)
-    sched.submit("b", words("xyz") + [1], 30)
+    sched = make_scheduler(swap_tokens=4, host_bytes=100)
+    sched.submit("a", chunk_tokens_of("abc") + [1], 30)
+    sched.submit("b", chunk_tokens_of("xyz") + [1], 30)
     until(sched, lambda plan: len(plan.decode_rows) == 2)
     sched.preempt("b")
     sched.set_cache_key((1, ""), keep_running=False)

@@ -11,6 +11,7 @@ import dataclasses
 import random
 
 import hypothesis
+import scheduler_support
 from hypothesis import stateful
 from hypothesis import strategies as st
 
@@ -58,8 +59,13 @@ class Request:
 
 
 class Device:
-    def __init__(self, limits, page_holders):
-        self.limits = limits
+    """Runs plans on hash chains.
+
+    config, limits: as the scheduler has them. page_holders: holders of a page, by the pool.
+    """
+
+    def __init__(self, config, limits, page_holders):
+        self.config, self.limits = config, limits
         self.page_holders = page_holders
         self.version = 0
         self.slots = collections.defaultdict(Slot)
@@ -75,11 +81,11 @@ class Device:
         assert not (plan.prefill_chunks and plan.decode_rows)
         assert len({one.sequence_id for one in programs}) == len(programs)
         assert len({one.slot for one in programs}) == len(programs)
-        rows = [-(-one.num_tokens // self.limits.attention_tile) for one in plan.prefill_chunks]
-        assert sum(rows) * self.limits.attention_tile <= self.limits.max_prefill_tokens
+        rows = [-(-one.num_tokens // self.config.attention_tile) for one in plan.prefill_chunks]
+        assert sum(rows) * self.config.attention_tile <= self.config.prefill_tokens[-1]
         assert len(plan.prefill_chunks) <= self.limits.max_prefill_chunks
-        assert len(plan.decode_rows) <= self.limits.max_rows
-        assert plan.max_steps <= self.limits.decode_steps
+        assert len(plan.decode_rows) <= self.config.max_rows
+        assert plan.max_steps <= self.config.decode_steps
         results = {part.sequence_id: self._prefill(part) for part in plan.prefill_chunks}
         return results | {
             row.sequence_id: self._decode(row, plan.max_steps) for row in plan.decode_rows
@@ -91,48 +97,48 @@ class Device:
                 assert source != target
                 state = self.slots[source]
                 self.slots[target] = Slot(state.chunk, state.chunk)
-            case plan_lib.SwapOut(job_id, slot, pages):
-                assert job_id not in self.host
+            case plan_lib.SwapOut(sequence_id, slot, pages):
+                assert sequence_id not in self.host
                 state = self.slots.pop(slot)
-                self._assert_holds(job_id, pages, state.last)
+                self._assert_holds(sequence_id, pages, state.last)
                 contents = [[self.pages.get((page, i)) for i in self._places()] for page in pages]
-                self.host[job_id] = state, contents
-            case plan_lib.SwapIn(job_id, slot, pages):
-                self.slots[slot], contents = self.host.pop(job_id)
+                self.host[sequence_id] = state, contents
+            case plan_lib.SwapIn(sequence_id, slot, pages):
+                self.slots[slot], contents = self.host.pop(sequence_id)
                 for page, content in zip(pages, contents, strict=True):
                     self.pages |= {(page, i): value for i, value in enumerate(content)}
-            case plan_lib.DropHostCopy(job_id):
-                del self.host[job_id]
+            case plan_lib.DropHostCopy(sequence_id):
+                del self.host[sequence_id]
 
     def _places(self):
-        return range(self.limits.chunk_tokens)
+        return range(self.config.chunk_tokens)
 
-    def _assert_holds(self, job_id, pages, state):
-        """Assert that pages and state are of the job's own prefix."""
+    def _assert_holds(self, sequence_id, pages, state):
+        """Assert that pages and state are of the sequence's own prefix."""
         length, content = state
-        chain = self.requests[job_id].chain
+        chain = self.requests[sequence_id].chain
         assert chain[length] == content
         for position in range(length):
-            page, place = divmod(position, self.limits.chunk_tokens)
-            assert self.pages[pages[page], place] == chain[position + 1], (job_id, position)
+            page, place = divmod(position, self.config.chunk_tokens)
+            assert self.pages[pages[page], place] == chain[position + 1], (sequence_id, position)
 
     def _compute(self, request, slot, pages, token):
         """Compute one token: extend the chain, the page, the state."""
         length, content = slot.last
-        page, place = divmod(length, self.limits.chunk_tokens)
+        page, place = divmod(length, self.config.chunk_tokens)
         assert len(request.chain) == length + 1
         assert self.page_holders(pages[page]) == 1, "written while somebody else reads it"
         content = hash((content, token, self.version))
         request.chain.append(content)
         self.pages[pages[page], place] = content
         slot.last = (length + 1, content)
-        if slot.last[0] % self.limits.chunk_tokens == 0:
+        if slot.last[0] % self.config.chunk_tokens == 0:
             slot.chunk = slot.last
 
     def _prefill(self, part):
         request = self.requests[part.sequence_id]
         tokens = request.prompt + request.output
-        chunk, start, end = self.limits.chunk_tokens, part.start, part.start + part.num_tokens
+        chunk, start, end = self.config.chunk_tokens, part.start, part.start + part.num_tokens
         assert part.num_tokens > 0
         assert part.is_last or not part.is_resumed
         assert len(part.pages) == -(-end // chunk)
@@ -187,15 +193,11 @@ class Driver:
     """Scheduler and device together; every operation checks what must always be true."""
 
     def __init__(self, **changes):
-        limits = {
+        sizes = {
             "num_slots": 5,
             "num_pages": 24,
-            "chunk_tokens": 4,
-            "attention_tile": 2,
             "max_length": 80,
-            "max_queue": 8,
-            "max_rows": 4,
-            "max_prefill_tokens": 16,
+            "prefill_tokens": (16,),
             "max_prefill_chunks": 3,
             "decode_steps": 6,
             "snapshot_every_tokens": 12,
@@ -204,11 +206,13 @@ class Driver:
             "state_bytes": 20,
             "swap_tokens": 20,
             "host_bytes": 120,
-        } | changes
-        self.limits = plan_lib.SchedulerLimits(**limits)
-        self.scheduler = scheduler.Scheduler(self.limits)
+        }
+        config, limits = scheduler_support.split_changes(sizes | changes)
+        self.config = dataclasses.replace(scheduler_support.CONFIG, **config)
+        self.limits = dataclasses.replace(scheduler_support.LIMITS, **limits)
+        self.scheduler = scheduler.Scheduler(self.config, self.limits)
         self.memory = self.scheduler._memory
-        self.device = Device(self.limits, self.memory.pages.count_holders)
+        self.device = Device(self.config, self.limits, self.memory.pages.count_holders)
         self.live, self.outputs = {}, {}
         self.unreported = collections.deque()
         self.submitted = self.finished = self.plans = 0
@@ -228,7 +232,7 @@ class Driver:
         try:
             self.scheduler.submit(self.submitted, prompt, max_tokens, **options)
         except plan_lib.QueueFull:
-            assert self.scheduler.stats().num_waiting >= self.limits.max_queue
+            assert self.scheduler.stats().num_waiting >= self.config.max_queue
             assert not made
             return
         self.live[self.submitted] = self.device.requests[self.submitted] = request
@@ -257,31 +261,31 @@ class Driver:
         if not self.unreported:
             return
         results = self.unreported.popleft()
-        for job_id in self.host_stops & results.keys():
-            if results[job_id].num_tokens:  # a stop string: the device knows nothing of it
-                results[job_id] = dataclasses.replace(
-                    results[job_id], is_finished=True, final_length=None
+        for sequence_id in self.host_stops & results.keys():
+            if results[sequence_id].num_tokens:  # a stop string: the device knows nothing of it
+                results[sequence_id] = dataclasses.replace(
+                    results[sequence_id], is_finished=True, final_length=None
                 )
         self.scheduler.report(results)
-        for job_id, result in results.items():
-            if job_id in self.live:
-                self.outputs[job_id] += result.new_tokens
+        for sequence_id, result in results.items():
+            if sequence_id in self.live:
+                self.outputs[sequence_id] += result.new_tokens
                 if result.is_finished:
-                    self._finish(job_id)
+                    self._finish(sequence_id)
 
-    def _finish(self, job_id):
-        request, output = self.live.pop(job_id), self.outputs.pop(job_id)
+    def _finish(self, sequence_id):
+        request, output = self.live.pop(sequence_id), self.outputs.pop(sequence_id)
         start = len(request.prompt)
         assert output == [request.next_token(start + i) for i in range(len(output))]
-        if job_id not in self.host_stops:
+        if sequence_id not in self.host_stops:
             assert len(output) == min(request.stop, request.limit) - start
         self.finished += 1
-        self.longest_wait = max(self.longest_wait, self.plans - self.born.pop(job_id))
+        self.longest_wait = max(self.longest_wait, self.plans - self.born.pop(sequence_id))
 
-    def cancel(self, job_id):
-        self.scheduler.cancel(job_id)
-        self.scheduler.cancel(job_id)
-        self.live.pop(job_id, None)
+    def cancel(self, sequence_id):
+        self.scheduler.cancel(sequence_id)
+        self.scheduler.cancel(sequence_id)
+        self.live.pop(sequence_id, None)
 
     def set_key(self, keep_running):
         self.device.version += 1
@@ -314,7 +318,7 @@ class Driver:
             assert all(pool.count_holders(one) == held[one] for one in range(1, pool.size + 1))
         stats = self.memory.cache.stats()
         assert stats.num_bytes <= self.limits.cache_bytes
-        assert 0 <= self.memory.host_bytes <= self.limits.host_bytes
+        assert 0 <= self.memory.host_bytes <= self.config.host_bytes
         running = self.scheduler._running
         assert [job.age for job in running] == sorted(job.age for job in running)
         assert not any(node.pins for node in nodes)
@@ -376,14 +380,14 @@ class Machine(stateful.RuleBasedStateMachine):
     @stateful.rule(data=st.data(), what=st.sampled_from(["cancel", "preempt", "stop"]))
     def disturb(self, data, what):
         if self.driver.live:
-            job_id = data.draw(st.sampled_from(sorted(self.driver.live)))
+            sequence_id = data.draw(st.sampled_from(sorted(self.driver.live)))
             match what:
                 case "cancel":
-                    self.driver.cancel(job_id)
+                    self.driver.cancel(sequence_id)
                 case "preempt":
-                    self.driver.scheduler.preempt(job_id)
+                    self.driver.scheduler.preempt(sequence_id)
                 case "stop":
-                    self.driver.host_stops.add(job_id)
+                    self.driver.host_stops.add(sequence_id)
 
     @stateful.rule(keep_running=st.booleans())
     def set_key(self, keep_running):

@@ -1,77 +1,25 @@
 """What the scheduler plans and refuses in single situations; the fuzz test has the rest."""
 
-import dataclasses
-
 import pytest
-
-from infer.scheduling import plan as plan_lib
-from infer.scheduling import scheduler
-
-C = 4
-LIMITS = plan_lib.SchedulerLimits(
-    num_slots=6,
-    num_pages=40,
-    chunk_tokens=C,
-    max_length=100,
-    max_queue=8,
-    max_rows=4,
-    max_prefill_tokens=16,
-    max_prefill_chunks=4,
-    decode_steps=4,
-    cache_bytes=10_000,
-    state_bytes=10,
-    swap_tokens=1000,
-    attention_tile=2,
+from scheduler_support import (
+    answer,
+    chunk_tokens_of,
+    make_result,
+    make_scheduler,
+    spans,
+    step,
 )
 
-
-def make(**changes):
-    return scheduler.Scheduler(dataclasses.replace(LIMITS, **changes))
-
-
-def words(letters):
-    """Return a chunk of equal tokens for each letter."""
-    return [ord(letter) for letter in letters for _ in range(C)]
-
-
-def made(count, **more):
-    return plan_lib.StepResult(count, new_tokens=(7,) * count, **more)
-
-
-def answer(plan, finished=()):
-    """Return results of a plan in which every row used all its steps."""
-    results = {}
-    for part in plan.prefill_chunks:
-        results[part.sequence_id] = made(int(part.is_last and not part.is_resumed))
-    for row in plan.decode_rows:
-        results[row.sequence_id] = made(plan.max_steps)
-    return {
-        job_id: dataclasses.replace(result, is_finished=job_id in finished)
-        for job_id, result in results.items()
-    }
-
-
-def step(sched, finished=()):
-    """Plan and report at once."""
-    plan = sched.plan()
-    if plan is not None:
-        sched.report(answer(plan, finished))
-    return plan
-
-
-def spans(plan):
-    return {
-        part.sequence_id: (part.start, part.start + part.num_tokens) for part in plan.prefill_chunks
-    }
+from infer.scheduling import plan as plan_lib
 
 
 def test_nothing_to_do():
-    assert make().plan() is None
+    assert make_scheduler().plan() is None
 
 
 def test_one_request_from_prompt_to_limit():
-    sched = make(cache_bytes=0)
-    sched.submit("a", words("abc") + [1], 6)
+    sched = make_scheduler(cache_bytes=0)
+    sched.submit("a", chunk_tokens_of("abc") + [1], 6)
     plan = step(sched)
     assert plan == plan_lib.StepPlan(
         prefill_chunks=(plan_lib.PrefillChunk("a", 1, 0, 13, (1, 2, 3, 4), True, False),)
@@ -87,7 +35,7 @@ def test_one_request_from_prompt_to_limit():
 
 
 def test_two_plans_are_under_way_at_most_and_stay_within_the_limit():
-    sched = make(cache_bytes=0)
+    sched = make_scheduler(cache_bytes=0)
     sched.submit("a", [1], 7)
     plans = [sched.plan(), sched.plan()]
     assert plans[1].max_steps == 4
@@ -103,22 +51,22 @@ def test_two_plans_are_under_way_at_most_and_stay_within_the_limit():
 
 
 def test_one_token_needs_no_decoding():
-    sched = make()
-    sched.submit("a", words("a"), 1)
+    sched = make_scheduler()
+    sched.submit("a", chunk_tokens_of("a"), 1)
     step(sched)
     assert sched.plan() is None
     assert sched.stats().num_running == 0
 
 
 def test_a_long_prompt_is_cut_on_the_grid():
-    sched = make(cache_bytes=0, max_prefill_tokens=14)
+    sched = make_scheduler(cache_bytes=0, prefill_tokens=(14,))
     sched.submit("a", [1] * 27, 1)
     cuts = [spans(step(sched))["a"] for _ in range(3)]
     assert cuts == [(0, 12), (12, 24), (24, 27)]
 
 
 def test_parts_are_packed_oldest_first_with_padded_rows():
-    sched = make(cache_bytes=0)
+    sched = make_scheduler(cache_bytes=0)
     sched.submit("a", [1] * 5, 1)
     sched.submit("b", [2] * 3, 1)
     sched.submit("c", [3] * 20, 1)
@@ -129,7 +77,7 @@ def test_parts_are_packed_oldest_first_with_padded_rows():
 
 
 def test_prefill_and_decode_take_turns():
-    sched = make(cache_bytes=0, max_length=200, num_pages=80)
+    sched = make_scheduler(cache_bytes=0, max_length=200, num_pages=80)
     sched.submit("a", [1] * 4, 60)
     step(sched)
     sched.submit("b", [1] * 100, 5)
@@ -138,7 +86,7 @@ def test_prefill_and_decode_take_turns():
 
 
 def test_a_queue_that_is_full():
-    sched = make(max_queue=1)
+    sched = make_scheduler(max_queue=1)
     sched.submit("a", [1], 1)
     with pytest.raises(plan_lib.QueueFull, match="while 1 wait; wanted fewer than 1 .*later"):
         sched.submit("b", [1], 1)
@@ -156,11 +104,11 @@ def test_a_queue_that_is_full():
 )
 def test_requests_that_are_refused(tokens, max_tokens, message):
     with pytest.raises(ValueError, match=message):
-        make().submit("a", tokens, max_tokens)
+        make_scheduler().submit("a", tokens, max_tokens)
 
 
 def test_requests_that_the_pages_could_never_hold():
-    sched = make(num_pages=5)
+    sched = make_scheduler(num_pages=5)
     with pytest.raises(ValueError, match=r"22 together; wanted 21 at most \(num_pages\)"):
         sched.submit("a", [1] * 20, 2)
     sched.submit("a", [1] * 20, 1)
@@ -168,7 +116,7 @@ def test_requests_that_the_pages_could_never_hold():
 
 
 def test_an_id_in_use_is_refused_and_one_that_is_over_is_not():
-    sched = make()
+    sched = make_scheduler()
     sched.submit("a", [1], 1)
     with pytest.raises(ValueError, match="got sequence_id 'a', which is in use"):
         sched.submit("a", [1], 1)
@@ -177,7 +125,7 @@ def test_an_id_in_use_is_refused_and_one_that_is_over_is_not():
 
 
 def test_an_id_used_again_does_not_get_the_results_of_its_forerunner():
-    sched = make(cache_bytes=0)
+    sched = make_scheduler(cache_bytes=0)
     sched.submit("a", [1], 9)
     plans = [sched.plan(), sched.plan()]
     sched.cancel("a")
@@ -193,37 +141,38 @@ def test_an_id_used_again_does_not_get_the_results_of_its_forerunner():
     [
         ({"num_slots": 0}, "got num_slots 0; wanted 1 or more"),
         ({"cache_bytes": -1}, "got cache_bytes -1; wanted 0 or more"),
-        ({"attention_tile": 3}, "got chunk_tokens 4, attention_tile 3"),
-        ({"snapshot_every_tokens": 6}, "snapshot_every_tokens 6; wanted"),
-        ({"max_prefill_tokens": 2}, "got max_prefill_tokens 2; wanted a multiple of 2, at least"),
-        ({"max_prefill_tokens": 15}, "got max_prefill_tokens 15; wanted a multiple of 2"),
+        ({"swap_tokens": -1}, "swap_tokens: got -1; wanted 0 or more"),
+        ({"attention_tile": 3}, "attention_tile: got 3; wanted a divisor of chunk_tokens 4"),
+        ({"snapshot_every_tokens": 6}, "snapshot_every_tokens: got 6; wanted a multiple of"),
+        ({"prefill_tokens": (2,)}, "wanted ascending sizes, the last at least chunk_tokens 4"),
+        ({"prefill_tokens": (15,)}, "got 15; wanted multiples of 2"),
     ],
 )
 def test_limits_that_do_not_fit(changes, message):
     with pytest.raises(ValueError, match=message):
-        make(**changes)
+        make_scheduler(**changes)
 
 
 def test_reports_that_no_plan_can_have_had():
-    sched = make()
+    sched = make_scheduler()
     with pytest.raises(RuntimeError, match="wanted a plan first"):
         sched.report({})
     sched.submit("a", [1], 20)
     sched.plan()
-    with pytest.raises(ValueError, match="got 0 tokens .* for job 'a', wanted 1 to 1"):
+    with pytest.raises(ValueError, match="got 0 tokens .* for sequence 'a', wanted 1 to 1"):
         sched.report({})
-    sched.report({"a": made(1)})
+    sched.report({"a": make_result(1)})
     sched.plan()
     with pytest.raises(ValueError, match="got 5 tokens .* wanted 1 to 4"):
-        sched.report({"a": made(5)})
+        sched.report({"a": make_result(5)})
     with pytest.raises(ValueError, match=r"got 2 tokens \(1 values\)"):
         sched.report({"a": plan_lib.StepResult(2, new_tokens=(1,))})
-    sched.report({"a": made(3)})
+    sched.report({"a": make_result(3)})
     assert step(sched).max_steps == 4
 
 
 def test_no_more_run_than_there_are_rows():
-    sched = make(max_rows=2)
+    sched = make_scheduler(max_rows=2)
     for name in "abc":
         sched.submit(name, [1], 20)
     assert spans(step(sched)).keys() == {"a", "b"}
@@ -231,7 +180,7 @@ def test_no_more_run_than_there_are_rows():
 
 
 def test_single_steps():
-    sched = make()
+    sched = make_scheduler()
     sched.submit("a", [1], 9, single_step=True)
     sched.submit("b", [1], 9)
     first = sched.plan()
@@ -248,24 +197,24 @@ def test_single_steps():
 
 @pytest.mark.parametrize("cacheable", [True, False])
 def test_nobody_waits_for_what_arrives_later(cacheable):
-    sched = make(num_pages=20, max_rows=2, num_slots=3)
+    sched = make_scheduler(num_pages=20, max_rows=2, num_slots=3)
     count = 0
 
     def flood():
         nonlocal count
         while sched.stats().num_waiting < 8:
             count += 1
-            prompt = words("ab"[: 1 + count % 2]) * (1 + count % 4)
+            prompt = chunk_tokens_of("ab"[: 1 + count % 2]) * (1 + count % 4)
             sched.submit(count, prompt, 1 + count % 20, is_cacheable=cacheable)
 
     flood()
     born, worst = {}, 0
     for now in range(600):
-        for job_id in sched._sequences:
-            born.setdefault(job_id, now)
+        for sequence_id in sched._sequences:
+            born.setdefault(sequence_id, now)
         step(sched)
-        for job_id in born.keys() - sched._sequences.keys():
-            worst = max(worst, now - born.pop(job_id))
+        for sequence_id in born.keys() - sched._sequences.keys():
+            worst = max(worst, now - born.pop(sequence_id))
         flood()
     assert count > 100
     assert worst < 50
@@ -273,11 +222,11 @@ def test_nobody_waits_for_what_arrives_later(cacheable):
 
 def test_equal_calls_give_equal_plans():
     def run():
-        sched = make(num_pages=14, swap_tokens=8, host_bytes=60)
+        sched = make_scheduler(num_pages=14, swap_tokens=8, host_bytes=60)
         plans = []
         for number in range(40):
             if number % 3 == 0:
-                sched.submit(number, words("abcab"[number % 4 :]), 9 + number % 7)
+                sched.submit(number, chunk_tokens_of("abcab"[number % 4 :]), 9 + number % 7)
             plans.append(step(sched))
         return plans
 

@@ -44,7 +44,7 @@ _DIRECTION = {
     "m1_jax/": ("m1_jax", "pallas_kernels"),
     "infer/prompt.py": ("m1_jax.tokenizer",),
     "infer/tool_calls.py": ("m1_jax.tokenizer",),
-    "infer/scheduling/": ("infer.scheduling",),
+    "infer/scheduling/": ("infer.scheduling", "infer.config"),
     "infer/execution/": ("infer", "m1_jax"),
     "infer/": ("infer", "m1_jax"),
     "train/data/chat.py": ("train.data", "m1_jax", *_TEXT_LEAVES),

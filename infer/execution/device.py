@@ -1,11 +1,12 @@
 """The device's side of an engine: its memory, its programs, and nothing that decides.
 
 Whatever happens on the device is one of the calls of `Device`, with host arrays as arguments and in
-one order: that is what other processes of a mesh repeat (`execution/leader_follower.py`).
+one order. That is what the other processes of a mesh repeat (`execution/leader_follower.py`).
 """
 
 import concurrent.futures
-from collections.abc import Callable, Hashable, Sequence
+import dataclasses
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,42 +14,48 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from infer import config as config_lib
-from infer.execution import host_batch, programs, transfers
+from infer.execution import host_batch, programs, slot_sampling, transfers
+from infer.scheduling import plan as plan_lib
 from m1_jax import state as state_lib
 
-# What a program takes of the device's memory, and which of it it gives back first.
-_TAKES = {
-    "decode": ("model", "state", "rows"),
-    "verify": ("model", "state", "rows"),
-    "prefill": ("model", "state", "rows"),
-    "copy": ("state",),
-    "read": ("state",),
-    "read_routes": ("state",),
-    "write": ("state",),
-    "read_row": ("rows",),
-    "write_row": ("rows",),
-    "reset": ("rows",),
-    "count": ("rows",),
-    "set_mask": ("rows",),
-}
-_ONLY_READ = ("read", "read_row", "read_routes")
+
+@dataclasses.dataclass(frozen=True)
+class ProgramSpec:
+    """A program of the device.
+
+    Attributes:
+      function: takes the buffers named in `takes`, in order, then host arrays. It returns the
+        buffers named in `donates`, updated, then its result if it has one.
+      takes: device buffers that it reads: "model", "state" or "sampling".
+      host_arguments: examples of the host arrays, by the program's size. It is compiled once for
+        each. The size is 0 where there is only one.
+      donates: buffers whose memory it reuses for their updated versions.
+      has_result: whether it returns something besides the donated buffers.
+      output_shardings: of all that it returns. None on one device, and where XLA may choose.
+    """
+
+    function: Callable
+    takes: tuple[str, ...]
+    host_arguments: Mapping[int, tuple[Any, ...]]
+    donates: tuple[str, ...] = ()
+    has_result: bool = False
+    output_shardings: Any = None
 
 
 class Device:
     """Memory and compiled programs.
 
     Attributes:
-      state_bytes, page_bytes: of one slot and one page, on all devices together.
-      num_programs: compiled.
+      limits: sizes of the pools, for the scheduler.
+      num_programs: programs compiled.
     """
 
     def __init__(self, model: Any, config: config_lib.EngineConfig):
-        """Allocate and compile."""
-        leaves, self._tree = jax.tree.flatten(model)
+        """Allocate all memory and compile all programs."""
+        # The weights are kept as leaves: swaps replace them, the tree stays.
+        weights, self._tree = jax.tree.flatten(model)
         layout = model.layout
-        self._replicated_sharding = (
-            None if layout is None else NamedSharding(layout.mesh, PartitionSpec())
-        )
+        self._replicated = None if layout is None else NamedSharding(layout.mesh, PartitionSpec())
         state = state_lib.init_serving_state(
             model.config,
             config.total_slots,
@@ -58,79 +65,83 @@ class Device:
             layout,
             config.record_routes,
         )
-        rows = jax.jit(
-            programs.init_sampling_state,
-            static_argnums=(0, 1),
-            out_shardings=self._replicated_sharding,
+        sampling = jax.jit(
+            slot_sampling.init_sampling_state, static_argnums=(0, 1), out_shardings=self._replicated
         )(config.total_slots, model.config.vocab_size)
-        self._buffers: dict[str, Any] = {"model": leaves, "state": state, "rows": rows}
+        self._buffers: dict[str, Any] = {"model": weights, "state": state, "sampling": sampling}
         self._host_copies: dict[Hashable, list[Any]] = {}
-        slots, pages = (
-            [x for x in state.layers if isinstance(x, kind)]
-            for kind in (state_lib.LightningSlots, state_lib.PagedKVCache)
-        )
-        self.state_bytes, self.page_bytes = (
-            sum(a.nbytes // a.shape[2] for a in jax.tree.leaves(x)) or 1 for x in (slots, pages)
-        )
-        if state.expert_id_pages is not None:
-            chosen = state.expert_id_pages.expert_ids
-            self.page_bytes += chosen.nbytes // chosen.shape[2]
-        self._programs = self._compile(config, model.config.vocab_size)
+        self.limits = _measure_limits(config, state)
+        self._programs: dict[tuple[str, int], CompiledProgram] = {}
+        self._specs = self._declare_steps(config)
+        self._specs |= self._declare_transfers(config, model.config.vocab_size)
+        self._compile_programs()
         self.num_programs = len(self._programs)
 
     @property
     def weights(self) -> list[Any]:
-        """Return the weights, leaf by leaf."""
+        """The parameters, leaf by leaf."""
         return self._buffers["model"]
 
-    def run_program(self, name: str, size: int, *host: Any) -> Any:
-        """Run a program of some size (0 where there is one alone) on host arrays.
+    def run_program(self, name: str, size: int, *host_arguments: Any) -> Any:
+        """Run a program on host arrays. It is dispatched; nothing waits for it.
+
+        Args:
+          name: as in `_declare_steps` and `_declare_transfers`.
+          size: which variant: rows or tokens of the batch, 0 where there is one variant alone.
 
         Returns:
-          what it makes beside the memory that stays here.
+          The program's result, None if it has none.
         """
-        taken = _TAKES[name]
-        out = self._programs[name, size](*(self._buffers[part] for part in taken), *host)
-        if name in _ONLY_READ:
-            return out
-        kept = [part for part in taken if part != "model"]
-        if len(kept) == 1:
-            self._buffers[kept[0]] = out
-            return None
-        *new, made = out
-        self._buffers.update(zip(kept, new, strict=True))
-        for array in jax.tree.leaves(made):
+        spec = self._specs[name]
+        buffers = (self._buffers[buffer] for buffer in spec.takes)
+        outputs = self._programs[name, size](*buffers, *host_arguments)
+        if not spec.donates:
+            return outputs
+        *updated, result = outputs if spec.has_result else (outputs, None)
+        # The old arrays are deleted by the donation, so the new ones must take their place now.
+        self._buffers.update(zip(spec.donates, updated, strict=True))
+        for array in jax.tree.leaves(result):
+            # The transfer starts as soon as the program ends, before anybody asks for the values.
             array.copy_to_host_async()
-        return made
+        return result
 
-    def swap_out(self, name: Hashable, pieces: Sequence[tuple[Any, Any]]) -> None:
-        """Copy a slot, pages and the slot's row to host memory; pieces: arguments of `read`."""
-        held = [self.run_program("read", 0, *piece) for piece in pieces]
-        row = self.run_program("read_row", 0, pieces[0][0])
-        self._host_copies[name] = [jax.tree.map(_HostCopy, x) for x in (*held, row)]
+    def swap_out(self, sequence_id: Hashable, slices: Sequence[tuple[Any, Any]]) -> None:
+        """Copy a sequence to host memory, and wait for it.
 
-    def swap_in(self, name: Hashable, pieces: Sequence[tuple[Any, Any]]) -> None:
-        """Copy them back, perhaps elsewhere."""
-        back = [jax.tree.map(lambda kept: kept.to_device(), x) for x in self._host_copies.pop(name)]
-        for piece, held in zip(pieces, back, strict=False):
-            self.run_program("write", 0, *piece, held)
-        self.run_program("write_row", 0, pieces[0][0], back[-1])
+        Args:
+          slices: (slot, pages) of `host_batch.split_pages`, which together cover the sequence.
+        """
+        parts = [self.run_program("read_sequence", 0, *part) for part in slices]
+        sampling = self.run_program("read_sampling", 0, slices[0][0])
+        self._host_copies[sequence_id] = [jax.tree.map(_HostCopy, x) for x in (*parts, sampling)]
 
-    def drop_host_copy(self, name: Hashable) -> None:
-        """Forget the host's copy."""
-        self._host_copies.pop(name, None)
+    def swap_in(self, sequence_id: Hashable, slices: Sequence[tuple[Any, Any]]) -> None:
+        """Copy a sequence back from host memory; `slices` may name another slot and other pages."""
+        *parts, sampling = (
+            jax.tree.map(lambda copy: copy.to_device(), x)
+            for x in self._host_copies.pop(sequence_id)
+        )
+        for part_slice, part in zip(slices, parts, strict=True):
+            self.run_program("write_sequence", 0, *part_slice, part)
+        self.run_program("write_sampling", 0, slices[0][0], sampling)
+
+    def drop_host_copy(self, sequence_id: Hashable) -> None:
+        """Forget the host's copy of a sequence."""
+        self._host_copies.pop(sequence_id, None)
 
     def swap_weights(self, model: Any) -> None:
         """Take other weights.
 
         Raises:
-          ValueError: as `check`.
+          ValueError: as `check_weights`.
         """
         self.check_weights(model)
         # The caller may change host arrays later, which device_put need not copy; and an array
         # committed elsewhere would ask for another program.
-        leaves = jax.tree.leaves(model)
-        leaves = [np.array(new) if isinstance(new, np.ndarray) else new for new in leaves]
+        leaves = [
+            np.array(leaf) if isinstance(leaf, np.ndarray) else leaf
+            for leaf in jax.tree.leaves(model)
+        ]
         self._buffers["model"] = [
             jax.device_put(new, old.sharding)
             for old, new in zip(self._buffers["model"], leaves, strict=True)
@@ -146,11 +157,12 @@ class Device:
         for old, new in zip(self._buffers["model"], leaves, strict=True):
             if (old.shape, old.dtype) != (new.shape, new.dtype):
                 raise ValueError(
-                    f"swap_weights: got {jax.typeof(new)}; wanted {jax.typeof(old)}, as the weights before"
+                    f"swap_weights: got {jax.typeof(new)}; wanted {jax.typeof(old)}, as the "
+                    "weights before"
                 )
 
     def keep_alive(self) -> None:
-        """Do nothing: one process has nobody to wait with."""
+        """Do nothing: one process has no followers that wait. `Leader` has some."""
 
     def dismiss_followers(self) -> None:
         """Do nothing, likewise."""
@@ -158,84 +170,166 @@ class Device:
     def close(self) -> None:
         """Do nothing, likewise."""
 
-    def _compile(self, config: config_lib.EngineConfig, vocab_size: int) -> dict[Any, Any]:
-        """Compile all programs, several at a time."""
-        recipe = programs.Tiling(config.attention_tile, config.matmul_tile)
-        tree, state, rows = self._tree, self._buffers["state"], self._buffers["rows"]
+    def _declare_steps(self, config: config_lib.EngineConfig) -> dict[str, ProgramSpec]:
+        """Return the programs that run the model."""
+        tiling = programs.Tiling(config.attention_tile, config.matmul_tile)
+        tree = self._tree
 
-        def decode(leaves, state, rows, batch, steps):
-            model = jax.tree.unflatten(tree, leaves)
-            most = config.decode_steps
-            return programs.decode_tokens(model, state, rows, batch, steps, recipe, most)
+        def decode(weights, state, sampling, batch, steps):
+            model = jax.tree.unflatten(tree, weights)
+            return programs.decode_tokens(
+                model, state, sampling, batch, steps, tiling, config.decode_steps
+            )
 
-        def prefill(leaves, state, rows, batch, prompts):
-            model = jax.tree.unflatten(tree, leaves)
-            return programs.prefill_prompts(model, state, rows, batch, prompts, recipe)
+        def prefill(weights, state, sampling, batch, prompts):
+            model = jax.tree.unflatten(tree, weights)
+            return programs.prefill_prompts(model, state, sampling, batch, prompts, tiling)
 
-        def verify(leaves, state, rows, batch, drafts):
-            model = jax.tree.unflatten(tree, leaves)
-            return programs.verify_drafts(model, state, rows, batch, drafts, recipe)
+        def verify(weights, state, sampling, batch, drafts):
+            model = jax.tree.unflatten(tree, weights)
+            return programs.verify_drafts(model, state, sampling, batch, drafts, tiling)
 
-        one, some = np.int32(0), np.zeros(transfers.SWAP_PAGES, np.int32)
-        jobs: dict[tuple[str, int], tuple] = {
-            ("copy", 0): (transfers.copy_states, one, one),
-            ("reset", 0): (transfers.reset_slot, one, *host_batch.make_bias({})),
-            ("count", 0): (transfers.count_tokens, one, host_batch.pad_tokens([]), np.bool_(True)),
-            ("set_mask", 0): (transfers.set_mask, one, host_batch.make_free_mask(vocab_size)),
+        def declare(function, host_arguments):
+            takes, donates = ("model", "state", "sampling"), ("state", "sampling")
+            # What is sampled is needed on the host, and the sampling state is small: both are
+            # replicated. The serving state keeps the shardings that it was made with.
+            shardings = None
+            if self._replicated is not None:
+                shardings = (self._state_shardings(), self._replicated, self._replicated)
+            return ProgramSpec(function, takes, host_arguments, donates, True, shardings)
+
+        def make_batch(rows):
+            return host_batch.make_empty_batch(rows, config)
+
+        steps = np.int32(0)
+        specs = {
+            "decode": declare(
+                decode, {rows: (make_batch(rows), steps) for rows in config.decode_batch_sizes}
+            ),
+            "prefill": declare(
+                prefill,
+                {
+                    tokens: (
+                        make_batch(host_batch.MAX_PREFILL_CHUNKS),
+                        host_batch.make_empty_prompts(tokens, config),
+                    )
+                    for tokens in config.prefill_tokens
+                },
+            ),
         }
-        done: dict[Any, Any] = {}
-        if config.host_bytes:
-            read = CompiledProgram(
-                transfers.read_sequence, (), state, one, some, where=self._output_shardings("read")
-            )
-            row = self._replicate_shapes(jax.eval_shape(transfers.read_sampling_state, rows, one))
-            done["read", 0] = read
-            jobs["write", 0] = (transfers.write_sequence, one, some, read.output_shapes)
-            jobs["read_row", 0] = (transfers.read_sampling_state, one)
-            jobs["write_row", 0] = (transfers.write_sampling_state, one, row)
-        if config.record_routes:
-            jobs["read_routes", 0] = (transfers.read_expert_ids, some)
-        for size in config.decode_batch_sizes:
-            jobs["decode", size] = (decode, host_batch.make_empty_batch(size, config), one)
         if config.draft_tokens:
-            size = config.decode_batch_sizes[0]
-            drafts = np.zeros((size, config.attention_tile), np.int32)
-            jobs["verify", size] = (verify, host_batch.make_empty_batch(size, config), drafts)
-        for size in config.prefill_tokens:
-            batch = host_batch.make_empty_batch(host_batch.MAX_PREFILL_CHUNKS, config)
-            jobs["prefill", size] = (prefill, batch, host_batch.make_empty_prompts(size, config))
+            # One size alone: `Dispatcher` checks guesses only where few rows run.
+            rows = config.decode_batch_sizes[0]
+            drafts = np.zeros((rows, config.attention_tile), np.int32)
+            specs["verify"] = declare(verify, {rows: (make_batch(rows), drafts)})
+        return specs
 
-        def make(key, function, *host):
-            taken = _TAKES[key[0]]
-            memory = [self._buffers[part] for part in taken]
-            given = [i for i, part in enumerate(taken) if part != "model"]
-            given = [] if key[0] in _ONLY_READ else given
-            return CompiledProgram(
-                function, given, *memory, *host, where=self._output_shardings(key[0])
+    def _declare_transfers(
+        self, config: config_lib.EngineConfig, vocab_size: int
+    ) -> dict[str, ProgramSpec]:
+        """Return the programs that move memory, or change the sampling state of one slot."""
+        slot, pages = np.int32(0), np.zeros(transfers.SWAP_PAGES, np.int32)
+        state_shardings = None if self._replicated is None else self._state_shardings()
+
+        def change_state(function, *host_arguments):
+            buffers = ("state",)
+            return ProgramSpec(
+                function, buffers, {0: host_arguments}, buffers, output_shardings=state_shardings
             )
 
-        with concurrent.futures.ThreadPoolExecutor() as pool:
-            made = {key: pool.submit(make, key, *job) for key, job in jobs.items()}
-            return done | {key: future.result() for key, future in made.items()}
+        def change_sampling(function, *host_arguments):
+            buffers = ("sampling",)
+            return ProgramSpec(
+                function, buffers, {0: host_arguments}, buffers, output_shardings=self._replicated
+            )
 
-    def _output_shardings(self, name: str) -> Any:
-        """Return the shardings of a program's outputs; None on one device."""
-        if self._replicated_sharding is None:
-            return None
-        state = jax.tree.map(lambda a: a.sharding, self._buffers["state"])
-        if name in ("copy", "write"):
-            return state
-        if name == "read":  # without the axis of slots or pages, which is not split
-            return None
-        if name in ("decode", "verify", "prefill"):
-            return (state, self._replicated_sharding, self._replicated_sharding)
-        return self._replicated_sharding
+        def read(function, buffer, *host_arguments, output_shardings=self._replicated):
+            return ProgramSpec(
+                function, (buffer,), {0: host_arguments}, output_shardings=output_shardings
+            )
+
+        no_tokens, no_mask = host_batch.pad_tokens([]), host_batch.make_free_mask(vocab_size)
+        specs = {
+            "copy_state": change_state(transfers.copy_states, slot, slot),
+            "reset_slot": change_sampling(transfers.reset_slot, slot, *host_batch.make_bias({})),
+            "count_tokens": change_sampling(
+                transfers.count_tokens, slot, no_tokens, np.bool_(True)
+            ),
+            "set_mask": change_sampling(transfers.set_mask, slot, no_mask),
+        }
+        if config.record_routes:
+            specs["read_expert_ids"] = read(transfers.read_expert_ids, "state", pages)
+        if config.host_bytes:
+            # XLA chooses the shardings of what is read: the state's, without the axis of slots or
+            # pages, which is not split. Writing takes what reading returns, so reading is compiled
+            # here, ahead of the other programs.
+            specs["read_sequence"] = read(
+                transfers.read_sequence, "state", slot, pages, output_shardings=None
+            )
+            self._programs["read_sequence", 0] = self._compile_program(specs["read_sequence"], 0)
+            part = self._programs["read_sequence", 0].output_shapes
+            specs["write_sequence"] = change_state(transfers.write_sequence, slot, pages, part)
+            shapes = jax.eval_shape(transfers.read_sampling_state, self._buffers["sampling"], slot)
+            sampling = self._replicate_shapes(shapes)
+            specs["read_sampling"] = read(transfers.read_sampling_state, "sampling", slot)
+            specs["write_sampling"] = change_sampling(
+                transfers.write_sampling_state, slot, sampling
+            )
+        return specs
+
+    def _compile_programs(self) -> None:
+        """Compile all programs that are not compiled yet, several at a time."""
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            futures = {
+                (name, size): pool.submit(self._compile_program, spec, size)
+                for name, spec in self._specs.items()
+                for size in spec.host_arguments
+                if (name, size) not in self._programs
+            }
+            self._programs |= {key: future.result() for key, future in futures.items()}
+
+    def _compile_program(self, spec: ProgramSpec, size: int) -> "CompiledProgram":
+        return CompiledProgram(
+            spec.function,
+            [spec.takes.index(buffer) for buffer in spec.donates],
+            *(self._buffers[buffer] for buffer in spec.takes),
+            *spec.host_arguments[size],
+            output_shardings=spec.output_shardings,
+        )
+
+    def _state_shardings(self) -> Any:
+        return jax.tree.map(lambda array: array.sharding, self._buffers["state"])
 
     def _replicate_shapes(self, shapes: Any) -> Any:
         return jax.tree.map(
-            lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=self._replicated_sharding),
-            shapes,
+            lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=self._replicated), shapes
         )
+
+
+def _measure_limits(
+    config: config_lib.EngineConfig, state: state_lib.ServingState
+) -> plan_lib.DeviceLimits:
+    """Return the sizes of the pools, and the bytes of their members on all devices together."""
+
+    def member_bytes(kind):
+        pools = [layer for layer in state.layers if isinstance(layer, kind)]
+        # Axis 2 is that of slots or pages, behind the two of the layer.
+        return sum(array.nbytes // array.shape[2] for array in jax.tree.leaves(pools)) or 1
+
+    state_bytes = member_bytes(state_lib.LightningSlots)
+    page_bytes = member_bytes(state_lib.PagedKVCache)
+    if state.expert_id_pages is not None:
+        expert_ids = state.expert_id_pages.expert_ids
+        page_bytes += expert_ids.nbytes // expert_ids.shape[2]
+    snapshots_bytes = config.num_snapshots * state_bytes + config.total_pages * page_bytes
+    return plan_lib.DeviceLimits(
+        num_slots=config.total_slots,
+        num_pages=config.total_pages,
+        max_prefill_chunks=host_batch.MAX_PREFILL_CHUNKS,
+        page_bytes=page_bytes,
+        state_bytes=state_bytes,
+        cache_bytes=snapshots_bytes if config.prefix_cache and config.num_snapshots else 0,
+    )
 
 
 class _HostCopy:
@@ -243,40 +337,51 @@ class _HostCopy:
 
     def __init__(self, array: jax.Array):
         self._shape, self._sharding = array.shape, array.sharding
-        self._parts = [(part.device, np.asarray(part.data)) for part in array.addressable_shards]
+        self._shards = [
+            (shard.device, np.asarray(shard.data)) for shard in array.addressable_shards
+        ]
 
     def to_device(self) -> jax.Array:
         """Return the array again."""
-        parts = [jax.device_put(data, device) for device, data in self._parts]
-        return jax.make_array_from_single_device_arrays(self._shape, self._sharding, parts)
+        shards = [jax.device_put(data, device) for device, data in self._shards]
+        return jax.make_array_from_single_device_arrays(self._shape, self._sharding, shards)
 
 
 class CompiledProgram:
     """A function compiled for arguments of given shapes, some of which it consumes.
 
-    where: shardings of its outputs, None for one device.
+    Args:
+      function: of the arguments.
+      donated: numbers of the arguments whose memory it reuses.
+      *arguments: arrays or shapes, with the shardings that calls will have.
+      output_shardings: shardings of its outputs, None for one device or XLA's choice.
     """
 
     def __init__(
-        self, function: Callable, donated: Sequence[int], *arguments: Any, where: Any = None
+        self,
+        function: Callable,
+        donated: Sequence[int],
+        *arguments: Any,
+        output_shardings: Any = None,
     ):
         # Leaves go in one by one: lowering puts descriptions of arrays into the classes of its
         # arguments, and shape checks of those classes, on in tests, refuse them.
-        ends = np.cumsum([0, *(len(jax.tree.leaves(arg)) for arg in arguments)])
+        ends = np.cumsum([0, *(len(jax.tree.leaves(argument)) for argument in arguments)])
         leaves, tree = jax.tree.flatten(arguments)
-        given = [leaf for arg in donated for leaf in range(ends[arg], ends[arg + 1])]
+        donated_leaves = [leaf for arg in donated for leaf in range(ends[arg], ends[arg + 1])]
         flat = jax.jit(
-            lambda *x: function(*jax.tree.unflatten(tree, x)),
-            donate_argnums=given,
-            out_shardings=where,
+            lambda *leaves: function(*jax.tree.unflatten(tree, leaves)),
+            donate_argnums=donated_leaves,
+            out_shardings=output_shardings,
         )
+        # Compiled here and never again: a call with other shapes is an error, not a compilation.
         self._compiled = flat.lower(*leaves).compile()
 
     @property
     def output_shapes(self) -> Any:
-        """Return shapes and shardings of what it returns."""
+        """Shapes and shardings of what it returns."""
         return jax.tree.map(
-            lambda a, where: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where),
+            lambda a, sharding: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding),
             self._compiled.out_info,
             self._compiled.output_shardings,
         )

@@ -1,119 +1,214 @@
 """From a plan to the programs that carry it out, for the requests that it names."""
 
+import dataclasses
+import enum
 from collections.abc import Hashable, Sequence
-from typing import Any
 
 import numpy as np
 
 from infer import config as config_lib
 from infer import request as request_lib
-from infer.execution import host_batch, transfers
+from infer.execution import device as device_lib
+from infer.execution import host_batch, leader_follower, sampling, transfers
 from infer.scheduling import plan as plan_lib
 
 
-class Dispatcher:
-    """Gives plans to a device, and knows whose counts, bias and mask each slot holds."""
+class SlotState(enum.Enum):
+    """What a slot's counts, bias and mask hold (`slot_sampling.SlotSamplingState`).
 
-    def __init__(self, device: Any, config: config_lib.EngineConfig):
+    CLEAN: those of no request: no counts, no bias, every token allowed.
+    OWNED: those of one request.
+    DIRTY: leftovers of a request that has another slot now.
+    """
+
+    CLEAN = enum.auto()
+    OWNED = enum.auto()
+    DIRTY = enum.auto()
+
+
+@dataclasses.dataclass(frozen=True)
+class _SlotUse:
+    """A slot's state, and the number of the request where it is OWNED."""
+
+    state: SlotState
+    owner: Hashable = None
+
+
+_CLEAN, _DIRTY = _SlotUse(SlotState.CLEAN), _SlotUse(SlotState.DIRTY)
+
+
+@dataclasses.dataclass(frozen=True)
+class DispatchedPlan:
+    """A plan given to the device.
+
+    Attributes:
+      row_by_request: a request's row in the arrays of `chosen`, by its number.
+      chosen: what the program chose, perhaps not computed yet. None without a program.
+      version: of the weights that compute it.
+    """
+
+    row_by_request: dict[Hashable, int]
+    chosen: sampling.Chosen | None
+    version: int
+
+    def wait_for_tokens(self) -> host_batch.SampledTokens:
+        """Wait for the device, and return what it chose."""
+        return host_batch.fetch_tokens(self.chosen)
+
+
+class Dispatcher:
+    """Gives plans to a device, and knows what each slot's sampling state holds."""
+
+    def __init__(
+        self,
+        device: device_lib.Device | leader_follower.Leader,
+        config: config_lib.EngineConfig,
+    ):
         self._device, self._config = device, config
-        self._slot_owner: dict[int, Hashable] = {}  # see `_own`
+        # Slots without an entry are clean: `init_sampling_state` made them so.
+        self._slots: dict[int, _SlotUse] = {}
 
     def dispatch(
-        self, plan: plan_lib.StepPlan, requests: Sequence[request_lib.Request | None]
-    ) -> Any:
-        """Start a plan; return what `arguments.fetch` waits for.
+        self,
+        plan: plan_lib.StepPlan,
+        requests: Sequence[request_lib.Request | None],
+        version: int,
+    ) -> DispatchedPlan:
+        """Start a plan, without waiting for it.
 
-        requests: of the plan's parts or rows, in order; None for one that is over.
+        Args:
+          requests: of the plan's entries, in order; None for one that is over.
+          version: of the device's weights.
         """
         for action in plan.actions:
             self._run_action(action)
-        for item, request in zip(plan.prefill_chunks or plan.decode_rows, requests, strict=True):
+        for entry, request in zip(plan.entries, requests, strict=True):
             if request is not None:
-                self._prepare_slot(item, request)
+                self._prepare_slot(entry.slot, request)
+        chosen = None
         if plan.prefill_chunks:
-            tokens = [
-                self._chunk_tokens(r, p) for r, p in zip(requests, plan.prefill_chunks, strict=True)
-            ]
-            prompts = host_batch.pack_prompts(plan.prefill_chunks, tokens, self._config)
-            batch = host_batch.make_batch(
-                host_batch.MAX_PREFILL_CHUNKS, plan.prefill_chunks, requests, self._config
-            )
-            return self._device.run_program("prefill", len(prompts.tokens), batch, prompts)
-        if not plan.decode_rows:
-            return None
-        size = next(n for n in self._config.decode_batch_sizes if n >= len(plan.decode_rows))
+            chosen = self._start_prefill(plan.prefill_chunks, requests)
+        elif plan.decode_rows:
+            chosen = self._start_decode(plan, requests)
+        rows = {entry.sequence_id: row for row, entry in enumerate(plan.entries)}
+        return DispatchedPlan(rows, chosen, version)
+
+    def read_expert_ids(self, pages: Sequence[int]) -> np.ndarray:
+        """Wait for the experts of all tokens in some pages: [tokens, layers, choices]."""
+        slices = host_batch.split_pages(0, pages)
+        parts = [self._device.run_program("read_expert_ids", 0, page_ids) for _, page_ids in slices]
+        expert_ids = np.concatenate([np.asarray(part) for part in parts])
+        return expert_ids.reshape(-1, *expert_ids.shape[2:])
+
+    def _start_prefill(
+        self,
+        chunks: Sequence[plan_lib.PrefillChunk],
+        requests: Sequence[request_lib.Request | None],
+    ) -> sampling.Chosen:
+        tokens = [
+            _chunk_tokens(request, chunk) for request, chunk in zip(requests, chunks, strict=True)
+        ]
+        prompts = host_batch.pack_prompts(chunks, tokens, self._config)
+        rows = host_batch.MAX_PREFILL_CHUNKS
+        batch = host_batch.make_batch(rows, chunks, requests, self._config)
+        return self._device.run_program("prefill", len(prompts.tokens), batch, prompts)
+
+    def _start_decode(
+        self, plan: plan_lib.StepPlan, requests: Sequence[request_lib.Request | None]
+    ) -> sampling.Chosen:
+        sizes = self._config.decode_batch_sizes
+        size = next(rows for rows in sizes if rows >= len(plan.decode_rows))
         batch = host_batch.make_batch(size, plan.decode_rows, requests, self._config)
         drafts = self._draft_tokens(size, plan, requests)
         if drafts is None:
             return self._device.run_program("decode", size, batch, np.int32(plan.max_steps))
         return self._device.run_program("verify", size, batch, drafts)
 
-    def _draft_tokens(self, size: int, plan: plan_lib.StepPlan, requests) -> Any:
+    def _draft_tokens(
+        self,
+        size: int,
+        plan: plan_lib.StepPlan,
+        requests: Sequence[request_lib.Request | None],
+    ) -> np.ndarray | None:
         """Return guesses for `programs.verify_drafts`; None where there are none to check."""
         config = self._config
-        most = min(config.draft_tokens, plan.max_steps - 1)
-        if most < 1 or size != config.decode_batch_sizes[0]:
+        # A row makes one token more than it has right guesses, and at most `max_steps` in all.
+        max_drafts = min(config.draft_tokens, plan.max_steps - 1)
+        if max_drafts < 1 or size != config.decode_batch_sizes[0]:
             return None
         drafts = np.full((size, config.attention_tile), -1, np.int32)
         for row, request in enumerate(requests):
             if request is None or not request.plain:
                 continue
+            # The last token of a sequence is not in its state yet: it enters first, at the row of
+            # the open tile that its position says, and guesses fill the rows after it.
             length = len(request.prompt) + len(request.tokens) - 1
             first = length % config.attention_tile + 1
             room = config.attention_tile - first
             if (length + 1 + room) % config.chunk_tokens == 0:
-                room -= 1  # the chunk's last place
-            guess = request.lookup.guess(min(room, most))
+                # A guess in the chunk's last row would move the recurrent state on, for good.
+                room -= 1
+            guess = request.lookup.guess(min(room, max_drafts))
             drafts[row, first : first + len(guess)] = guess
         return drafts if np.any(drafts >= 0) else None
 
-    def _run_action(self, action) -> None:
+    def _run_action(self, action: plan_lib.Action) -> None:
         """Move memory."""
-        run, device_ = self._device.run_program, self._device
-        if isinstance(action, plan_lib.CopyState):
-            run("copy", 0, np.int32(action.source_slot), np.int32(action.target_slot))
-        elif isinstance(action, plan_lib.SwapOut):
-            device_.swap_out(action.sequence_id, host_batch.split_pages(action.slot, action.pages))
-        elif isinstance(action, plan_lib.SwapIn):
-            device_.swap_in(action.sequence_id, host_batch.split_pages(action.slot, action.pages))
-            self._set_owner(action.slot, action.sequence_id)  # with its counts, bias and mask
-        else:
-            device_.drop_host_copy(action.sequence_id)
+        match action:
+            case plan_lib.CopyState(source, target):
+                self._device.run_program("copy_state", 0, np.int32(source), np.int32(target))
+            case plan_lib.SwapOut(sequence_id, slot, pages):
+                self._device.swap_out(sequence_id, host_batch.split_pages(slot, pages))
+            case plan_lib.SwapIn(sequence_id, slot, pages):
+                self._device.swap_in(sequence_id, host_batch.split_pages(slot, pages))
+                # Its counts, bias and mask came with it.
+                self._set_owner(slot, sequence_id)
+            case plan_lib.DropHostCopy(sequence_id):
+                self._device.drop_host_copy(sequence_id)
 
-    def _chunk_tokens(
-        self, request: request_lib.Request | None, part: plan_lib.PrefillChunk
-    ) -> tuple[list[int], int]:
-        """Return a part's tokens, and the one after it where the sequence is computed again."""
-        if request is None:  # cancelled since: what is computed does not matter
-            return [0] * part.num_tokens, 0 if part.is_resumed else -1
-        all_ = [*request.prompt, *(token.id for token in request.tokens)]
-        end = part.start + part.num_tokens
-        return all_[part.start : end], all_[end] if part.is_resumed else -1
-
-    def _prepare_slot(
-        self, item: plan_lib.PrefillChunk | plan_lib.DecodeRow, request: request_lib.Request
-    ) -> None:
+    def _prepare_slot(self, slot: int, request: request_lib.Request) -> None:
         """Bring a slot's counts, bias and mask in line with the request that now has it."""
-        options = request.options
-        needs = bool(request.penalised or options.logit_bias or request.matcher)
-        owner = self._slot_owner.get(item.slot, -1)
-        run, slot = self._device.run_program, np.int32(item.slot)
-        if owner != request.number and (needs or owner != -1):
-            run("reset", 0, slot, *host_batch.make_bias(options.logit_bias))
-            self._set_owner(item.slot, request.number if needs else -1)
-            made = [token.id for token in request.tokens]
-            for tokens, in_prompt in (
-                ((request.prompt, True), (made, False)) if request.penalised else ()
-            ):
-                for first in range(0, len(tokens), transfers.COUNT_TOKENS):
-                    some = host_batch.pad_tokens(tokens[first : first + transfers.COUNT_TOKENS])
-                    run("count", 0, slot, some, np.bool_(in_prompt))
+        options, slot_id = request.options, np.int32(slot)
+        has_own_state = bool(request.penalised or options.logit_bias or request.matcher)
+        use = self._slots.get(slot, _CLEAN)
+        is_own = use.state is SlotState.OWNED and use.owner == request.number
+        # A request without penalties, bias or grammar is served from a clean slot as it is.
+        if not is_own and (has_own_state or use.state is not SlotState.CLEAN):
+            bias = host_batch.make_bias(options.logit_bias)
+            self._device.run_program("reset_slot", 0, slot_id, *bias)
+            if has_own_state:
+                self._set_owner(slot, request.number)
+            else:
+                self._slots[slot] = _CLEAN
+            if request.penalised:
+                # Sampling counts each token that it chooses. Those from before must be counted
+                # here: the prompt, and the output of a request that begins again.
+                self._count_tokens(slot_id, request.prompt, in_prompt=True)
+                self._count_tokens(slot_id, [token.id for token in request.tokens], in_prompt=False)
         if request.matcher is not None:
-            run("set_mask", 0, slot, request.mask)
+            self._device.run_program("set_mask", 0, slot_id, request.mask)
+
+    def _count_tokens(self, slot_id: np.int32, tokens: Sequence[int], in_prompt: bool) -> None:
+        for first in range(0, len(tokens), transfers.COUNT_TOKENS):
+            block = host_batch.pad_tokens(tokens[first : first + transfers.COUNT_TOKENS])
+            self._device.run_program("count_tokens", 0, slot_id, block, np.bool_(in_prompt))
 
     def _set_owner(self, slot: int, number: Hashable) -> None:
-        """Note whose counts, bias and mask a slot holds; -1 is nobody's: none."""
-        for other, owner in self._slot_owner.items():
-            if owner == number != -1:  # it was there before it was preempted
-                self._slot_owner[other] = None
-        self._slot_owner[slot] = number
+        """Note that a slot holds a request's own state; a slot that it had before is dirty now."""
+        for other_slot, use in self._slots.items():
+            if use.state is SlotState.OWNED and use.owner == number:
+                self._slots[other_slot] = _DIRTY
+        self._slots[slot] = _SlotUse(SlotState.OWNED, number)
+
+
+def _chunk_tokens(
+    request: request_lib.Request | None, chunk: plan_lib.PrefillChunk
+) -> tuple[list[int], int]:
+    """Return a chunk's tokens, and the token after them where that is known already, else -1."""
+    if request is None:
+        # Cancelled since it was planned. The program has its shape already, so padding tokens are
+        # computed, and nobody reads the result.
+        return [0] * chunk.num_tokens, 0 if chunk.is_resumed else -1
+    tokens = [*request.prompt, *(token.id for token in request.tokens)]
+    end = chunk.start + chunk.num_tokens
+    return tokens[chunk.start : end], tokens[end] if chunk.is_resumed else -1

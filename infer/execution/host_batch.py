@@ -1,4 +1,8 @@
-"""Plans and requests turned into the host arrays that programs take, and their results back."""
+"""Plans and requests turned into the host arrays that programs take, and their results back.
+
+Every function returns fresh arrays. A dispatch under way may still read those of an earlier call,
+so none is ever filled a second time.
+"""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -9,15 +13,23 @@ import numpy as np
 
 from infer import config as config_lib
 from infer import options as options_lib
-from infer.execution import programs, sampling, transfers
+from infer import request as request_lib
+from infer.execution import programs, sampling, slot_sampling, transfers
 from infer.scheduling import plan as plan_lib
 
-MAX_PREFILL_CHUNKS = 8  # sequences in one prefill program
+MAX_PREFILL_CHUNKS = 8  # sequences in one prefill program, the length of its batch
 
 
 @dataclasses.dataclass(frozen=True)
 class SampledToken:
-    """One token as the device chose it; see `sampling.Chosen`."""
+    """One token as the device chose it.
+
+    Attributes:
+      id: the token.
+      logp: its log-probability under the distribution it was drawn from.
+      logp_raw: its log-probability under the model's plain logits.
+      top: the most likely tokens and their plain log-probabilities, in descending order.
+    """
 
     id: int
     logp: float
@@ -26,7 +38,11 @@ class SampledToken:
 
 
 class SampledTokens:
-    """What a program chose, on the host: arrays [steps, rows, ...]."""
+    """What a program chose, on the host.
+
+    Args:
+      chosen: arrays [steps, rows, ...] of NumPy; None of a plan without a program.
+    """
 
     def __init__(self, chosen: sampling.Chosen | None):
         self._chosen = chosen
@@ -36,66 +52,85 @@ class SampledTokens:
         chosen = self._chosen
         if chosen is None:
             return []
-        made = []
+        tokens = []
+        # Token -1 marks the steps after a row had ended.
         for step in np.flatnonzero(chosen.token[:, row] >= 0):
-            at = step, row
-            ids, logps = chosen.top_ids[at], chosen.top_logp[at]
+            cell = step, row
+            ids, logps = chosen.top_ids[cell], chosen.top_logp[cell]
             top = tuple((int(i), float(p)) for i, p in zip(ids, logps, strict=True) if i >= 0)
-            logp, logp_raw = float(chosen.logp[at]), float(chosen.logp_raw[at])
-            made.append(SampledToken(int(chosen.token[at]), logp, logp_raw, top))
-        return made
+            logp, logp_raw = float(chosen.logp[cell]), float(chosen.logp_raw[cell])
+            tokens.append(SampledToken(int(chosen.token[cell]), logp, logp_raw, top))
+        return tokens
 
 
-def make_batch(size: int, items: Sequence[Any], requests: Sequence[Any], config) -> Any:
-    """Return fresh host arrays: those of a dispatch under way must not change."""
-    made = make_empty_batch(size, config)
-    for i, (item, asked) in enumerate(zip(items, requests, strict=True)):
-        if asked is None:  # cancelled since it was planned
+def make_batch(
+    size: int,
+    entries: Sequence[plan_lib.PrefillChunk] | Sequence[plan_lib.DecodeRow],
+    requests: Sequence[request_lib.Request | None],
+    config: config_lib.EngineConfig,
+) -> slot_sampling.SequenceBatch:
+    """Return the batch of a program: slots, pages and options of its sequences.
+
+    Args:
+      size: rows of the program. Those past the entries are padding.
+      entries: of the plan, in order.
+      requests: of the entries; None for one that is over, whose row becomes padding.
+    """
+    batch = make_empty_batch(size, config)
+    for row, (entry, request) in enumerate(zip(entries, requests, strict=True)):
+        if request is None:
             continue
-        options, length = asked.options, len(asked.prompt)
-        made.slots[i] = item.slot
-        made.pages[i, : len(item.pages)] = item.pages
-        for field in dataclasses.fields(made.options):
-            getattr(made.options, field.name)[i] = getattr(options, field.name)
-        made.seeds[i] = options.seed
-        made.stop_ids[i, : len(asked.stop_ids)] = asked.stop_ids
-        made.min_stop_length[i] = length + options.min_tokens + 1
-        made.length_limit[i] = length + options.max_tokens
-        forced = asked.progress.next_forced()
-        made.forced_tokens[i] = -1 if forced is None else forced
-    return made
+        options, prompt_tokens = request.options, len(request.prompt)
+        batch.slots[row] = entry.slot
+        batch.pages[row, : len(entry.pages)] = entry.pages
+        for field in dataclasses.fields(batch.options):
+            getattr(batch.options, field.name)[row] = getattr(options, field.name)
+        batch.seeds[row] = options.seed
+        batch.stop_ids[row, : len(request.stop_ids)] = request.stop_ids
+        batch.min_stop_length[row] = prompt_tokens + options.min_tokens + 1
+        batch.length_limit[row] = prompt_tokens + options.max_tokens
+        forced = request.progress.next_forced()
+        batch.forced_tokens[row] = -1 if forced is None else forced
+    return batch
 
 
 def pack_prompts(
-    parts: Sequence[plan_lib.PrefillChunk], tokens: Sequence[Any], config: config_lib.EngineConfig
-) -> Any:
-    """Return packed parts of prompts; tokens: of each part, and the one after it or -1."""
+    chunks: Sequence[plan_lib.PrefillChunk],
+    tokens: Sequence[tuple[Sequence[int], int]],
+    config: config_lib.EngineConfig,
+) -> programs.PackedPrompts:
+    """Return chunks of prompts packed into the rows of the smallest program that holds them.
+
+    Args:
+      chunks: of the plan, in order.
+      tokens: for each chunk its tokens, and the token after them if that is known, else -1.
+    """
     tile = config.attention_tile
-    padded = [-(-part.num_tokens // tile) * tile for part in parts]
-    size = next(n for n in config.prefill_tokens if n >= sum(padded))
-    made = make_empty_prompts(size, config)
-    at = 0
-    for i, (part, (ids, known), width) in enumerate(zip(parts, tokens, padded, strict=True)):
-        end = part.start + part.num_tokens
-        made.tokens[at : at + part.num_tokens] = ids
-        made.positions[at : at + part.num_tokens] = np.arange(part.start, end)
-        made.chunk_index[at // tile : (at + width) // tile] = i
-        if part.is_last:
-            made.lengths[i], made.known_tokens[i] = end, known
-            made.last_rows[i] = at + part.num_tokens - 1 if known < 0 else -1
-        at += width
-    return made
+    widths = [config.pad_to_tile(chunk.num_tokens) for chunk in chunks]
+    size = next(rows for rows in config.prefill_tokens if rows >= sum(widths))
+    prompts = make_empty_prompts(size, config)
+    first = 0
+    for i, (chunk, (ids, known), width) in enumerate(zip(chunks, tokens, widths, strict=True)):
+        end = chunk.start + chunk.num_tokens
+        prompts.tokens[first : first + chunk.num_tokens] = ids
+        prompts.positions[first : first + chunk.num_tokens] = np.arange(chunk.start, end)
+        prompts.chunk_index[first // tile : (first + width) // tile] = i
+        if chunk.is_last:
+            prompts.lengths[i], prompts.known_tokens[i] = end, known
+            prompts.last_rows[i] = first + chunk.num_tokens - 1 if known < 0 else -1
+        first += width
+    return prompts
 
 
-def make_empty_batch(size: int, config: config_lib.EngineConfig) -> Any:
+def make_empty_batch(size: int, config: config_lib.EngineConfig) -> slot_sampling.SequenceBatch:
     """Return a batch of padding."""
+    # The fields are annotated as jax arrays. `Any` lets host arrays through the type checker.
     host_options: Any = sampling.SamplingOptions
-    options = host_options(**sampling.check(size))
-    make: Any = programs.SequenceBatch  # of host arrays
-    return make(
+    host_batch: Any = slot_sampling.SequenceBatch
+    return host_batch(
         slots=np.zeros(size, np.int32),
         pages=np.zeros((size, config.pages_per_sequence), np.int32),
-        options=options,
+        options=host_options(**sampling.check(size)),
         seeds=np.zeros(size, np.uint32),
         stop_ids=np.full((size, options_lib.MAX_STOP_IDS), -1, np.int32),
         min_stop_length=np.zeros(size, np.int32),
@@ -104,58 +139,59 @@ def make_empty_batch(size: int, config: config_lib.EngineConfig) -> Any:
     )
 
 
-def make_empty_prompts(size: int, config: config_lib.EngineConfig) -> Any:
+def make_empty_prompts(size: int, config: config_lib.EngineConfig) -> programs.PackedPrompts:
     """Return prompts of padding."""
-    tiles = size // config.attention_tile
-    make: Any = programs.PackedPrompts
-    return make(
-        np.zeros(size, np.int32),
-        np.full(size, -1, np.int32),
-        np.full(tiles, -1, np.int32),
-        np.full(MAX_PREFILL_CHUNKS, -1, np.int32),
-        np.zeros(MAX_PREFILL_CHUNKS, np.int32),
-        np.full(MAX_PREFILL_CHUNKS, -1, np.int32),
+    host_prompts: Any = programs.PackedPrompts
+    return host_prompts(
+        tokens=np.zeros(size, np.int32),
+        positions=np.full(size, -1, np.int32),
+        chunk_index=np.full(size // config.attention_tile, -1, np.int32),
+        last_rows=np.full(MAX_PREFILL_CHUNKS, -1, np.int32),
+        lengths=np.zeros(MAX_PREFILL_CHUNKS, np.int32),
+        known_tokens=np.full(MAX_PREFILL_CHUNKS, -1, np.int32),
     )
 
 
-def split_pages(slot: int, pages: Sequence[int]) -> list[tuple[Any, Any]]:
-    """Return arguments of `moves.read` that together cover a sequence."""
-    made = []
+def split_pages(slot: int, pages: Sequence[int]) -> list[tuple[np.int32, np.ndarray]]:
+    """Return arguments of `transfers.read_sequence` that together cover a sequence.
+
+    Every slice names the slot, because the program reads slot and pages in one call.
+    """
+    slices = []
     for first in range(0, max(len(pages), 1), transfers.SWAP_PAGES):
-        piece = np.zeros(transfers.SWAP_PAGES, np.int32)
-        some = pages[first : first + transfers.SWAP_PAGES]
-        piece[: len(some)] = some
-        made.append((np.int32(slot), piece))
-    return made
+        page_ids = np.zeros(transfers.SWAP_PAGES, np.int32)
+        block = pages[first : first + transfers.SWAP_PAGES]
+        page_ids[: len(block)] = block
+        slices.append((np.int32(slot), page_ids))
+    return slices
 
 
-def make_bias(values: Mapping[int, float]) -> tuple[Any, Any]:
-    """Return token ids and what is added to their logits."""
-    ids, added = (
-        np.zeros(options_lib.MAX_BIASES, np.int32),
-        np.zeros(options_lib.MAX_BIASES, np.float32),
-    )
+def make_bias(values: Mapping[int, float]) -> tuple[np.ndarray, np.ndarray]:
+    """Return token ids and what is added to their logits, padded with token 0 and 0."""
+    ids = np.zeros(options_lib.MAX_BIASES, np.int32)
+    added = np.zeros(options_lib.MAX_BIASES, np.float32)
     ids[: len(values)], added[: len(values)] = list(values), list(values.values())
     return ids, added
 
 
-def pad_tokens(tokens: Sequence[int]) -> Any:
-    """Return at most `moves.COUNT_TOKENS` tokens, padded."""
-    made = np.full(transfers.COUNT_TOKENS, -1, np.int32)
-    made[: len(tokens)] = tokens
-    return made
+def pad_tokens(tokens: Sequence[int]) -> np.ndarray:
+    """Return at most `transfers.COUNT_TOKENS` tokens, padded with -1."""
+    padded = np.full(transfers.COUNT_TOKENS, -1, np.int32)
+    padded[: len(tokens)] = tokens
+    return padded
 
 
-def make_free_mask(vocab_size: int) -> Any:
-    """Return the mask that allows all tokens."""
+def make_free_mask(vocab_size: int) -> np.ndarray:
+    """Return the mask that allows all tokens: one bit a token."""
     return np.full(-(-vocab_size // 32), 0xFFFFFFFF, np.uint32)
 
 
-def fetch_tokens(chosen: Any) -> SampledTokens:
+def fetch_tokens(chosen: sampling.Chosen | None) -> SampledTokens:
     """Wait for what a program chose."""
     if chosen is None:
         return SampledTokens(None)
     arrays = jax.tree.map(np.asarray, chosen)
     if arrays.token.ndim == 1:
+        # A prefill makes one token a row, and its arrays have no axis of steps.
         arrays = jax.tree.map(lambda a: a[None], arrays)
     return SampledTokens(arrays)

@@ -1,10 +1,13 @@
 """The programs an engine runs on the device; all are compiled before the first request.
 
-Every option of a request is an array, so nothing about requests changes a program: there is one
+Every option of a request is an array, so nothing about requests changes a program. There is one
 decode program per number of rows, one prefill program per number of tokens, and a few that move
-memory. What lasts between them stays on the device: the serving state (`m1_jax/state.py`), and for
-each slot what choosing its next token needs (`SlotSamplingState`). A program's own arguments (`SequenceBatch`) are fresh
-host arrays every time.
+memory (`execution/transfers.py`). What lasts between programs stays on the device: the serving
+state (`m1_jax/state.py`), and for each slot what choosing its next token needs
+(`execution/slot_sampling.py`). A program's other arguments are fresh host arrays every time.
+
+Slot 0 and page 0 belong to padding. Rows that do not take part are pointed at them, so that their
+writes need no condition and harm nobody.
 """
 
 import dataclasses
@@ -13,66 +16,32 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
-from jaxtyping import Array, Bool, Float, Int, UInt
+from jaxtyping import Array, Int
 
 from infer import config as config_lib
 from infer import options as options_lib
-from infer.execution import sampling
+from infer.execution import sampling, slot_sampling
+from m1_jax import config as model_config_lib
 from m1_jax import sharding
 from m1_jax import state as state_lib
 from m1_jax.serving import ragged_batch
-
-SAMPLE_ROWS = (
-    8  # rows that choosing takes at a time, for the reason given in `serving/ragged_batch.py`
-)
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class SlotSamplingState:
-    """By slot, what its sequence needs for its next token; slot 0 is padding's.
-
-    token: chosen, and not yet in the state. length: tokens in the state. running: until a stop
-    token or the limit. counts, bias, masks: as `sampling.choose` takes them.
-    """
-
-    token: Int[Array, "slots"]
-    length: Int[Array, "slots"]
-    running: Bool[Array, "slots"]
-    counts: Int[Array, "slots V"]
-    bias: Float[Array, "slots V"]
-    masks: UInt[Array, "slots W"]
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class SequenceBatch:
-    """Sequences of one program; rows of slot 0 are padding.
-
-    seeds: of the requests. stop_ids: -1 where there are fewer. free_from: length of prompt and
-    output from which on stop ids may be chosen. limit: length at which the sequence ends. forced:
-    token to choose, whatever the model says; -1 for none.
-    """
-
-    slots: Int[Array, "B"]
-    pages: Int[Array, "B P"]
-    options: sampling.SamplingOptions
-    seeds: UInt[Array, "B"]
-    stop_ids: Int[Array, "B S"]
-    min_stop_length: Int[Array, "B"]
-    length_limit: Int[Array, "B"]
-    forced_tokens: Int[Array, "B"]
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class PackedPrompts:
-    """Parts of prompts, packed: each starts on a tile and is padded to whole tiles.
+    """Chunks of prompts, packed: each starts on a tile and is padded to whole tiles.
 
-    tokens, positions: of M rows; position -1 is padding. part: of each tile, -1 for padding.
-    last: row of each part's last token where the next token is to be chosen, else -1.
-    length: tokens in the state after this part, 0 if more of the prompt follows. known: the token
-    chosen already, for a sequence that is computed again; else -1.
+    M are the rows, I the tiles, B the sequences of the batch.
+
+    Attributes:
+      tokens: the token of each row.
+      positions: its position in its sequence; -1 is padding.
+      chunk_index: row in the batch of each tile's sequence; -1 is padding.
+      last_rows: row of each chunk's last token where the next token is to be chosen, else -1.
+      lengths: tokens in the state after this chunk; 0 if more of the prompt follows.
+      known_tokens: the token after this chunk, for a sequence that is computed again and has
+        chosen it before; else -1.
     """
 
     tokens: Int[Array, "M"]
@@ -86,83 +55,97 @@ class PackedPrompts:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Tiling:
-    """Sizes that decide the numbers: see `serving.RaggedBatch`."""
+    """Sizes that decide the last bits of all numbers: see `ragged_batch.RaggedBatch`.
+
+    Attributes:
+      attention_tile: rows of one sequence that attention computes at a time.
+      matmul_tile: rows that a matrix product computes at a time; 0 takes all.
+    """
 
     attention_tile: int = dataclasses.field(default=8, metadata={"static": True})
     matmul_tile: int = dataclasses.field(default=8, metadata={"static": True})
 
 
-def init_sampling_state(num_slots: int, vocab_size: int) -> SlotSamplingState:
-    """Return the rows of slots 0 to num_slots, none of them running."""
-    number = num_slots + 1
-    return SlotSamplingState(
-        jnp.zeros(number, jnp.int32),
-        jnp.zeros(number, jnp.int32),
-        jnp.zeros(number, bool),
-        jnp.zeros((number, vocab_size), jnp.int32),
-        jnp.zeros((number, vocab_size), jnp.float32),
-        jnp.full((number, -(-vocab_size // 32)), 0xFFFFFFFF, jnp.uint32),
-    )
-
-
 def decode_tokens(
     model: Any,
     state: state_lib.ServingState,
-    rows: SlotSamplingState,
-    batch: SequenceBatch,
+    sampling_state: slot_sampling.SlotSamplingState,
+    batch: slot_sampling.SequenceBatch,
     steps: Int[Array, ""],
-    recipe: Tiling,
-    most_steps: int,
-) -> tuple[state_lib.ServingState, SlotSamplingState, sampling.Chosen]:
-    """Make up to `steps` tokens for every running row; what was chosen has a leading step axis.
+    tiling: Tiling,
+    max_steps: int,
+) -> tuple[state_lib.ServingState, slot_sampling.SlotSamplingState, sampling.Chosen]:
+    """Make up to `steps` tokens for every running row.
 
-    Tokens are -1 where a row had ended.
+    Several steps in one program save the host's round trip between them.
+
+    Returns:
+      Both states, and what was chosen as arrays [max_steps, B, ...]. Tokens are -1 where a row had
+      ended.
     """
 
-    def going(carry):
-        step, _, rows, _ = carry
-        return (step < steps) & jnp.any(rows.running[batch.slots])
+    def has_work(carry):
+        step, _, sampling_state, _ = carry
+        return (step < steps) & jnp.any(sampling_state.running[batch.slots])
 
-    def body(carry):
-        step, state, rows, made = carry
-        running = rows.running[batch.slots] & (batch.slots > 0)
-        length = rows.length[batch.slots]
-        work = ragged_batch.RaggedBatch(
+    # The carry: step, both states, and the arrays [max_steps, B, ...] of what was chosen so far.
+    def decode_step(carry):
+        step, state, sampling_state, outputs = carry
+        running = sampling_state.running[batch.slots] & (batch.slots > 0)
+        length = sampling_state.length[batch.slots]
+        rows = ragged_batch.RaggedBatch(
             jnp.where(running, length, -1),
             jnp.where(running, batch.slots, 0),
             batch.pages,
-            recipe.attention_tile,
-            recipe.matmul_tile,
+            tiling.attention_tile,
+            tiling.matmul_tile,
         )
-        logits, state = ragged_batch.forward_ragged(model, rows.token[batch.slots], work, state)
+        tokens = sampling_state.token[batch.slots]
+        logits, state = ragged_batch.forward_ragged(model, tokens, rows, state)
+        # Every device chooses for all rows: the sampling state is replicated.
         logits = sharding.replicate_array(logits, model.layout)
-        rows, chosen = _choose_and_record(logits, rows, batch, running, length + 1)
-        made = jax.tree.map(
-            lambda all_, one: jax.lax.dynamic_update_index_in_dim(all_, one, step, 0), made, chosen
+        sampling_state, chosen = slot_sampling.choose_and_record(
+            logits, sampling_state, batch, running, length + 1
         )
-        return step + 1, state, rows, made
+        outputs = jax.tree.map(
+            lambda all_steps, new: jax.lax.dynamic_update_index_in_dim(all_steps, new, step, 0),
+            outputs,
+            chosen,
+        )
+        return step + 1, state, sampling_state, outputs
 
-    one = jax.eval_shape(
-        lambda: body((jnp.int32(0), state, rows, _empty_tokens(batch, most_steps)))[3]
+    # The loop's carry must have the dtypes that a step returns: they are read off one abstract
+    # step, not spelled here a second time.
+    empty = _empty_tokens(batch, max_steps)
+    shapes = jax.eval_shape(lambda: decode_step((jnp.int32(0), state, sampling_state, empty))[3])
+    outputs = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
+    outputs = dataclasses.replace(outputs, token=outputs.token - 1)
+    # `while_loop`, not `scan`: it ends when no row runs any more, and `steps` is an array.
+    _, state, sampling_state, outputs = jax.lax.while_loop(
+        has_work, decode_step, (jnp.int32(0), state, sampling_state, outputs)
     )
-    made = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), one)
-    made = dataclasses.replace(made, token=made.token - 1)
-    _, state, rows, made = jax.lax.while_loop(going, body, (jnp.int32(0), state, rows, made))
-    return state, rows, made
+    return state, sampling_state, outputs
 
 
 def abstract_decode_inputs(
-    model_config: Any, layout: sharding.MeshLayout, config: config_lib.EngineConfig
+    model_config: model_config_lib.ModelConfig,
+    layout: sharding.MeshLayout,
+    config: config_lib.EngineConfig,
 ) -> tuple[state_lib.ServingState, tuple[Any, ...]]:
-    """Return the state that `decode_tokens` takes, and what it takes after it, as sharded shapes."""
+    """Return the state that `decode_tokens` takes, and what it takes after it, as sharded shapes.
+
+    For `m1_jax.plan`, which compiles the decode program at full size without the hardware.
+    """
     state = state_lib.abstract_serving_state(
         model_config, config.total_slots, config.total_pages, config.chunk_tokens, layout
     )
     size = config.decode_batch_sizes[-1]
-    rows = jax.eval_shape(lambda: init_sampling_state(config.total_slots, model_config.vocab_size))
+    sampling_state = jax.eval_shape(
+        lambda: slot_sampling.init_sampling_state(config.total_slots, model_config.vocab_size)
+    )
     ints: Any = jax.ShapeDtypeStruct((size,), jnp.int32)
-    make: Any = SequenceBatch
-    batch = make(
+    abstract_batch: Any = slot_sampling.SequenceBatch
+    batch = abstract_batch(
         slots=ints,
         pages=jax.ShapeDtypeStruct((size, config.pages_per_sequence), jnp.int32),
         options=jax.eval_shape(lambda: sampling.options(size)),
@@ -172,76 +155,91 @@ def abstract_decode_inputs(
         length_limit=ints,
         forced_tokens=ints,
     )
-    everywhere = NamedSharding(layout.mesh, PartitionSpec())
+    replicated = NamedSharding(layout.mesh, PartitionSpec())
     return state, jax.tree.map(
-        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=everywhere),
-        (rows, batch, jax.ShapeDtypeStruct((), jnp.int32)),
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=replicated),
+        (sampling_state, batch, jax.ShapeDtypeStruct((), jnp.int32)),
     )
 
 
 def verify_drafts(
     model: Any,
     state: state_lib.ServingState,
-    rows: SlotSamplingState,
-    batch: SequenceBatch,
+    sampling_state: slot_sampling.SlotSamplingState,
+    batch: slot_sampling.SequenceBatch,
     drafts: Int[Array, "B t"],
-    recipe: Tiling,
-) -> tuple[state_lib.ServingState, SlotSamplingState, sampling.Chosen]:
+    tiling: Tiling,
+) -> tuple[state_lib.ServingState, slot_sampling.SlotSamplingState, sampling.Chosen]:
     """Make tokens as `decode_tokens` does, several at once where guesses at them turn out right.
 
-    drafts: by place in the sequence's open tile, guesses at the tokens after the next one to enter
-      the state; -1 is none. None at the last place of a chunk: the state would move on, for good.
+    Every guess is checked by choosing from the logits before it as `decode_tokens` would: a row of
+    a tile is computed as it is alone. What a wrong guess left in ring and pages is overwritten
+    before anything reads it.
 
-    Every guess is checked by choosing from the logits before it as `decode_tokens` would: a row of a tile
-    is computed as it is alone. What a wrong guess left in ring and pages is overwritten before
-    anything reads it.
+    Args:
+      drafts: by row of the sequence's open tile, guesses at the tokens after the next one to enter
+        the state; -1 is none. There is none at the last token of a chunk: the recurrent state
+        would move on, for good.
+
+    Returns:
+      Both states, and what was chosen as arrays [t, B, ...], token -1 where nothing was made.
     """
     size, tile = drafts.shape
-    running = rows.running[batch.slots] & (batch.slots > 0)
-    length = rows.length[batch.slots]
-    place = jnp.arange(tile, dtype=jnp.int32)[None]
+    running = sampling_state.running[batch.slots] & (batch.slots > 0)
+    length = sampling_state.length[batch.slots]
+    # Columns of the tile [B, t]. The token chosen last enters at `first`, its guesses after it.
+    column = jnp.arange(tile, dtype=jnp.int32)[None]
     first = (length % tile)[:, None]
-    real = running[:, None] & ((place == first) | ((place > first) & (drafts >= 0)))
-    positions = (length[:, None] - first + place).reshape(-1)
-    work = ragged_batch.RaggedBatch(
-        jnp.where(real.reshape(-1), positions, -1),
+    is_fed = running[:, None] & ((column == first) | ((column > first) & (drafts >= 0)))
+    positions = (length[:, None] - first + column).reshape(-1)
+    rows = ragged_batch.RaggedBatch(
+        jnp.where(is_fed.reshape(-1), positions, -1),
         jnp.where(running, batch.slots, 0),
         batch.pages,
-        recipe.attention_tile,
-        recipe.matmul_tile,
+        tiling.attention_tile,
+        tiling.matmul_tile,
     )
-    tokens = jnp.where(place == first, rows.token[batch.slots][:, None], jnp.maximum(drafts, 0))
-    logits, state = ragged_batch.forward_ragged(model, tokens.reshape(-1), work, state)
+    tokens = jnp.where(
+        column == first, sampling_state.token[batch.slots][:, None], jnp.maximum(drafts, 0)
+    )
+    logits, state = ragged_batch.forward_ragged(model, tokens.reshape(-1), rows, state)
     logits = sharding.replicate_array(logits, model.layout)
-    each = jax.tree.map(
+    # Each column of a tile chooses like a row of its own. Pages are not needed for that.
+    by_column = jax.tree.map(
         lambda a: jnp.repeat(a, tile, axis=0), dataclasses.replace(batch, pages=batch.pages[:, :0])
     )
-    chosen, stopped = _choose_tokens(logits, rows, each, real.reshape(-1), positions + 1)
+    chosen, stopped = slot_sampling.choose_tokens(
+        logits, sampling_state, by_column, is_fed.reshape(-1), positions + 1
+    )
     stopped = stopped.reshape(size, tile)
     token = chosen.token.reshape(size, tile)
-    # A row counts if all before it were guessed right and did not end the sequence.
-    right = (place < first) | (jnp.roll(drafts, -1, axis=1) == token) & ~stopped
-    right = jnp.roll(right, 1, axis=1) | (place <= first)
-    made = (jnp.cumprod(right, axis=1) > 0) & real
-    last = jnp.max(jnp.where(made, place, 0), axis=1)
-    at = jnp.arange(size), last
+    # A column counts if all before it were guessed right and did not end the sequence: the guess
+    # at the next column must be the token chosen here.
+    is_right = (column < first) | (jnp.roll(drafts, -1, axis=1) == token) & ~stopped
+    is_right = jnp.roll(is_right, 1, axis=1) | (column <= first)
+    is_made = (jnp.cumprod(is_right, axis=1) > 0) & is_fed
+    last = jnp.max(jnp.where(is_made, column, 0), axis=1)
+    last_cell = jnp.arange(size), last
     slots = jnp.where(running, batch.slots, 0)
-    number = jnp.sum(made, axis=1)
-    rows = dataclasses.replace(
-        rows,
-        token=rows.token.at[slots].set(token[at]),
-        length=rows.length.at[slots].set(length + number),
-        running=rows.running.at[slots].set(running & ~stopped[at]),
-        counts=rows.counts.at[slots[:, None], jnp.maximum(token, 0)].add(made.astype(jnp.int32)),
+    num_made = jnp.sum(is_made, axis=1)
+    sampling_state = dataclasses.replace(
+        sampling_state,
+        token=sampling_state.token.at[slots].set(token[last_cell]),
+        length=sampling_state.length.at[slots].set(length + num_made),
+        running=sampling_state.running.at[slots].set(running & ~stopped[last_cell]),
+        counts=sampling_state.counts.at[slots[:, None], jnp.maximum(token, 0)].add(
+            is_made.astype(jnp.int32)
+        ),
     )
-    chosen = dataclasses.replace(chosen, token=jnp.where(made.reshape(-1), chosen.token, -1))
+    chosen = dataclasses.replace(chosen, token=jnp.where(is_made.reshape(-1), chosen.token, -1))
     by_step = jax.tree.map(
         lambda a: jnp.moveaxis(a.reshape(size, tile, *a.shape[1:]), 1, 0), chosen
     )
-    return state, rows, by_step
+    return state, sampling_state, by_step
 
 
-def _empty_tokens(batch: SequenceBatch, steps: int) -> sampling.Chosen:
+def _empty_tokens(batch: slot_sampling.SequenceBatch, steps: int) -> sampling.Chosen:
+    """Return arrays [steps, B, ...] without a token."""
     shape = (steps, batch.slots.shape[0])
     top = (*shape, options_lib.MAX_TOP_LOGPROBS)
     return sampling.Chosen(
@@ -256,79 +254,40 @@ def _empty_tokens(batch: SequenceBatch, steps: int) -> sampling.Chosen:
 def prefill_prompts(
     model: Any,
     state: state_lib.ServingState,
-    rows: SlotSamplingState,
-    batch: SequenceBatch,
+    sampling_state: slot_sampling.SlotSamplingState,
+    batch: slot_sampling.SequenceBatch,
     prompts: PackedPrompts,
-    recipe: Tiling,
-) -> tuple[state_lib.ServingState, SlotSamplingState, sampling.Chosen]:
-    """Append parts of prompts; return what was chosen after those that are the last of theirs."""
-    part = jnp.maximum(prompts.chunk_index, 0)
-    work = ragged_batch.RaggedBatch(
+    tiling: Tiling,
+) -> tuple[state_lib.ServingState, slot_sampling.SlotSamplingState, sampling.Chosen]:
+    """Append chunks of prompts.
+
+    Returns:
+      Both states, and what was chosen as arrays [B, ...]: a token after every chunk that ends its
+      prompt, -1 after the others.
+    """
+    index = jnp.maximum(prompts.chunk_index, 0)
+    rows = ragged_batch.RaggedBatch(
         prompts.positions,
-        jnp.where(prompts.chunk_index >= 0, batch.slots[part], 0),
-        batch.pages[part],
-        recipe.attention_tile,
-        recipe.matmul_tile,
+        jnp.where(prompts.chunk_index >= 0, batch.slots[index], 0),
+        batch.pages[index],
+        tiling.attention_tile,
+        tiling.matmul_tile,
     )
+    # Logits of the last rows alone: those of all rows would be the largest array of the program.
     logits, state = ragged_batch.forward_ragged(
-        model, prompts.tokens, work, state, prompts.last_rows
+        model, prompts.tokens, rows, state, prompts.last_rows
     )
     logits = sharding.replicate_array(logits, model.layout)
-    rows, chosen = _choose_and_record(logits, rows, batch, prompts.last_rows >= 0, prompts.lengths)
-    again = prompts.known_tokens >= 0
-    slots = jnp.where(again, batch.slots, 0)
-    rows = dataclasses.replace(
-        rows,
-        token=rows.token.at[slots].set(prompts.known_tokens),
-        length=rows.length.at[slots].set(prompts.lengths),
-        running=rows.running.at[slots].set(again),
+    sampling_state, chosen = slot_sampling.choose_and_record(
+        logits, sampling_state, batch, prompts.last_rows >= 0, prompts.lengths
     )
-    return state, rows, chosen
-
-
-def _choose_and_record(
-    logits: Float[Array, "B V"],
-    rows: SlotSamplingState,
-    batch: SequenceBatch,
-    wanted: Bool[Array, "B"],
-    length: Int[Array, "B"],
-) -> tuple[SlotSamplingState, sampling.Chosen]:
-    """Choose a token for the wanted rows, whose state holds `length` tokens, and note it."""
-    chosen, stopped = _choose_tokens(logits, rows, batch, wanted, length)
-    slots = jnp.where(wanted, batch.slots, 0)
-    rows = dataclasses.replace(
-        rows,
-        token=rows.token.at[slots].set(chosen.token),
-        length=rows.length.at[slots].set(length),
-        running=rows.running.at[slots].set(wanted & ~stopped),
-        counts=rows.counts.at[slots, chosen.token].add(wanted.astype(jnp.int32)),
+    # Sequences that are computed again: nothing is chosen, decoding goes on from the known token.
+    is_known = prompts.known_tokens >= 0
+    slots = jnp.where(is_known, batch.slots, 0)
+    sampling_state = dataclasses.replace(
+        sampling_state,
+        token=sampling_state.token.at[slots].set(prompts.known_tokens),
+        length=sampling_state.length.at[slots].set(prompts.lengths),
+        running=sampling_state.running.at[slots].set(is_known),
     )
-    return rows, dataclasses.replace(chosen, token=jnp.where(wanted, chosen.token, -1))
-
-
-def _choose_tokens(logits, rows: SlotSamplingState, batch: SequenceBatch, wanted, length):
-    """Return what is chosen, and whether it ends the sequence."""
-
-    def tile(logits, slots, options, seeds, stop_ids, banned, forced, length):
-        held = (rows.counts[slots], rows.bias[slots], rows.masks[slots])
-        banned = jnp.where(banned[:, None], stop_ids, -1)
-        keys = sampling.keys(seeds, length)
-        return sampling.choose(logits, options, keys, *held, banned, forced)
-
-    total = length + 1  # with the new token
-    free = total >= batch.min_stop_length
-    chosen = ragged_batch.map_row_tiles(
-        tile,
-        SAMPLE_ROWS,
-        wanted,
-        logits,
-        batch.slots,
-        batch.options,
-        batch.seeds,
-        batch.stop_ids,
-        ~free,
-        batch.forced_tokens,
-        length,
-    )
-    stopped = jnp.any(chosen.token[:, None] == batch.stop_ids, axis=1) & free
-    return chosen, stopped | (total >= batch.length_limit)
+    return state, sampling_state, chosen

@@ -1,96 +1,143 @@
-"""The programs that move memory: between slots, to and from the host, and into `programs.SlotSamplingState`."""
+"""The programs that move memory: between slots, to and from the host, and into sampling states.
+
+All of them index axis 2 of the state's arrays, which is that of slots or pages. The two axes before
+it say which layer of a stack an array belongs to.
+"""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt
 
-from infer.execution import programs, sampling
+from infer.execution import sampling, slot_sampling
 from m1_jax import state as state_lib
 
-SWAP_PAGES = 16  # pages moved to or from the host by one call
-COUNT_TOKENS = 2048  # tokens counted by one call
+# Sizes of one call. Programs have fixed shapes, so longer work is cut and the last call is padded.
+SWAP_PAGES = 16  # pages moved to or from the host
+COUNT_TOKENS = 2048  # tokens counted
 
 
-def copy_states(state, source: Int[Array, ""], target: Int[Array, ""]):
-    """Copy a slot's recurrent states, at a multiple of the chunk, where its ring is empty."""
+def copy_states(
+    state: state_lib.ServingState, source: Int[Array, ""], target: Int[Array, ""]
+) -> state_lib.ServingState:
+    """Copy a slot's recurrent states, at a multiple of the chunk.
 
-    def one(layer):
+    There the ring of keys and values of the open chunk is empty, so the matrices are all there is.
+    """
+
+    def copy_layer(layer):
         if isinstance(layer, state_lib.PagedKVCache):
             return layer
-        new = layer.states.at[:, :, target].set(layer.states[:, :, source])
-        return dataclasses.replace(layer, states=new)
+        states = layer.states.at[:, :, target].set(layer.states[:, :, source])
+        return dataclasses.replace(layer, states=states)
 
-    return dataclasses.replace(state, layers=tuple(map(one, state.layers)))
-
-
-def read_sequence(state, slot: Int[Array, ""], pages: Int[Array, "n"]):
-    """Return everything in a slot, and in some pages."""
-    return jax.tree.map(lambda a, at: a[:, :, at], state, _sequence_indices(state, slot, pages))
+    return dataclasses.replace(state, layers=tuple(map(copy_layer, state.layers)))
 
 
-def write_sequence(state, slot: Int[Array, ""], pages: Int[Array, "n"], held):
-    """Undo `read_sequence`, perhaps elsewhere."""
-    places = _sequence_indices(state, slot, pages)
-    return jax.tree.map(lambda a, at, new: a.at[:, :, at].set(new), state, places, held)
+def read_sequence(
+    state: state_lib.ServingState, slot: Int[Array, ""], pages: Int[Array, "n"]
+) -> Any:
+    """Return everything in a slot, and in some pages: the state without its other slots and pages.
+
+    Padding of `pages` is 0. Page 0 is padding's own, so that reading and writing it does no harm.
+    """
+    indices = _sequence_indices(state, slot, pages)
+    return jax.tree.map(lambda array, index: array[:, :, index], state, indices)
 
 
-def _sequence_indices(state, slot, pages):
+def write_sequence(
+    state: state_lib.ServingState, slot: Int[Array, ""], pages: Int[Array, "n"], part: Any
+) -> state_lib.ServingState:
+    """Undo `read_sequence`, perhaps with another slot and other pages."""
+    indices = _sequence_indices(state, slot, pages)
+    return jax.tree.map(
+        lambda array, index, new: array.at[:, :, index].set(new), state, indices, part
+    )
+
+
+def _sequence_indices(
+    state: state_lib.ServingState, slot: Int[Array, ""], pages: Int[Array, "n"]
+) -> state_lib.ServingState:
+    """Return a tree like the state: the pages for arrays of pages, the slot for all others."""
     layers = [
-        jax.tree.map(lambda _, x=x: pages if isinstance(x, state_lib.PagedKVCache) else slot, x)
-        for x in state.layers
+        jax.tree.map(
+            lambda _, layer=layer: pages if isinstance(layer, state_lib.PagedKVCache) else slot,
+            layer,
+        )
+        for layer in state.layers
     ]
-    routes = jax.tree.map(lambda _: pages, state.expert_id_pages)
-    return state_lib.ServingState(tuple(layers), routes)
+    expert_ids = jax.tree.map(lambda _: pages, state.expert_id_pages)
+    return state_lib.ServingState(tuple(layers), expert_ids)
 
 
-def read_expert_ids(state, pages: Int[Array, "n"]) -> Int[Array, "n C L A"]:
+def read_expert_ids(state: state_lib.ServingState, pages: Int[Array, "n"]) -> Int[Array, "n C L A"]:
     """Return the experts of some pages' tokens."""
+    assert state.expert_id_pages is not None  # the program exists only where they are recorded
     return state.expert_id_pages.expert_ids[0, 0, pages]
 
 
 def read_sampling_state(
-    rows: programs.SlotSamplingState, slot: Int[Array, ""]
-) -> programs.SlotSamplingState:
+    sampling_state: slot_sampling.SlotSamplingState, slot: Int[Array, ""]
+) -> slot_sampling.SlotSamplingState:
     """Return what one slot's sequence needs for its next token."""
-    return jax.tree.map(lambda a: a[slot], rows)
+    return jax.tree.map(lambda array: array[slot], sampling_state)
 
 
 def write_sampling_state(
-    rows: programs.SlotSamplingState, slot: Int[Array, ""], row: programs.SlotSamplingState
-) -> programs.SlotSamplingState:
-    """Undo `read_sampling_state`, perhaps elsewhere."""
-    return jax.tree.map(lambda a, new: a.at[slot].set(new), rows, row)
+    sampling_state: slot_sampling.SlotSamplingState,
+    slot: Int[Array, ""],
+    row: slot_sampling.SlotSamplingState,
+) -> slot_sampling.SlotSamplingState:
+    """Undo `read_sampling_state`, perhaps in another slot."""
+    return jax.tree.map(lambda array, new: array.at[slot].set(new), sampling_state, row)
 
 
 def reset_slot(
-    rows: programs.SlotSamplingState, slot, ids: Int[Array, "n"], values: Float[Array, "n"]
-) -> programs.SlotSamplingState:
-    """Forget what a slot's last sequence left, and set the new one's bias (value 0: none)."""
+    sampling_state: slot_sampling.SlotSamplingState,
+    slot: Int[Array, ""],
+    ids: Int[Array, "n"],
+    values: Float[Array, "n"],
+) -> slot_sampling.SlotSamplingState:
+    """Forget what a slot's last sequence left, and set the new one's bias.
+
+    Padding of `ids` is token 0 with value 0: values are added, so it changes nothing.
+    """
+    bias = sampling_state.bias.at[slot].set(0.0).at[slot, ids].add(values)
     return dataclasses.replace(
-        rows,
-        counts=rows.counts.at[slot].set(0),
-        bias=rows.bias.at[slot].set(0.0).at[slot, ids].add(values),
-        masks=rows.masks.at[slot].set(jnp.uint32(0xFFFFFFFF)),
+        sampling_state,
+        counts=sampling_state.counts.at[slot].set(0),
+        bias=bias,
+        masks=sampling_state.masks.at[slot].set(jnp.uint32(0xFFFFFFFF)),
     )
 
 
 def count_tokens(
-    rows: programs.SlotSamplingState, slot, tokens: Int[Array, "n"], in_prompt: Bool[Array, ""]
-) -> programs.SlotSamplingState:
-    """Count tokens (-1: none) of the prompt or of the output."""
-    ids, real = jnp.maximum(tokens, 0), tokens >= 0
-    seen = rows.counts[slot]
-    prompt = seen | jnp.zeros_like(seen).at[ids].max(jnp.where(real, sampling.PROMPT_FLAG, 0))
-    output = seen.at[ids].add(real.astype(jnp.int32))
+    sampling_state: slot_sampling.SlotSamplingState,
+    slot: Int[Array, ""],
+    tokens: Int[Array, "n"],
+    in_prompt: Bool[Array, ""],
+) -> slot_sampling.SlotSamplingState:
+    """Count tokens (-1: none) of the prompt or of the output.
+
+    A count has two parts: `PROMPT_FLAG` if the prompt has the token, plus its number in the output.
+    The repetition penalty looks at both, presence and frequency penalties at the output alone.
+    """
+    ids, is_token = jnp.maximum(tokens, 0), tokens >= 0
+    counts = sampling_state.counts[slot]
+    # Both are computed and one is kept, so that one program serves both.
+    flags = jnp.where(is_token, sampling.PROMPT_FLAG, 0)
+    prompt = counts | jnp.zeros_like(counts).at[ids].max(flags)
+    output = counts.at[ids].add(is_token.astype(jnp.int32))
     return dataclasses.replace(
-        rows, counts=rows.counts.at[slot].set(jnp.where(in_prompt, prompt, output))
+        sampling_state,
+        counts=sampling_state.counts.at[slot].set(jnp.where(in_prompt, prompt, output)),
     )
 
 
 def set_mask(
-    rows: programs.SlotSamplingState, slot, mask: UInt[Array, "W"]
-) -> programs.SlotSamplingState:
-    """Set which tokens a slot's sequence may have next."""
-    return dataclasses.replace(rows, masks=rows.masks.at[slot].set(mask))
+    sampling_state: slot_sampling.SlotSamplingState, slot: Int[Array, ""], mask: UInt[Array, "W"]
+) -> slot_sampling.SlotSamplingState:
+    """Set which tokens a slot's sequence may choose next: one bit a token."""
+    return dataclasses.replace(sampling_state, masks=sampling_state.masks.at[slot].set(mask))

@@ -1,213 +1,240 @@
-"""What a job holds of the device, and how it comes and goes: admission, growth, snapshots, swaps.
+"""What a sequence holds of the device, and how it comes and goes.
 
-Who is admitted or preempted is the scheduler's choice; here is only what that takes. Each step
-takes and frees ids at once and notes what the device must do in `actions`, in that order: the
-device runs in order, too, so an id is never used by two at the same time.
+Admission, growth, snapshots, swaps to host memory. The scheduler chooses who is admitted or
+preempted. This file does what that takes. Each step takes and frees ids at once, and appends to
+`actions` what the device must do, in that order. The device runs actions and programs in order,
+too, so no id is ever used by two sequences at the same time.
 """
 
-import dataclasses
 from collections.abc import Hashable
 
+from infer import config as config_lib
+from infer.scheduling import id_pool, prefix_cache, sequence
 from infer.scheduling import plan as plan_lib
-from infer.scheduling import prefix_cache, sequence
-
-
-@dataclasses.dataclass
-class MemoryStats:
-    """Counts since the start. taken_over: hits whose slot moved to the request without a copy.
-
-    kept: sequences that became snapshots at their end. skipped: snapshots for which was no slot.
-    """
-
-    swapped_out: int = 0
-    swapped_in: int = 0
-    restarted: int = 0
-    snapshots_copied: int = 0
-    snapshots_moved: int = 0
-    snapshots_skipped: int = 0
-    slots_taken_over: int = 0
+from infer.scheduling import stats as stats_lib
 
 
 class MemoryManager:
-    """Pools, prefix cache and host budget of one device."""
+    """Pools, prefix cache and host budget of one device.
 
-    def __init__(self, limits: plan_lib.SchedulerLimits, key: Hashable):
-        self._limits = limits
+    Args:
+      config: sizes of the engine.
+      limits: sizes of the device's pools.
+      key: as in `Scheduler`.
+
+    Attributes:
+      key: the prefix tree that sequences read and write now.
+      actions: what the device must do before the next program, in order.
+      host_bytes: bytes of swapped-out sequences.
+    """
+
+    def __init__(
+        self, config: config_lib.EngineConfig, limits: plan_lib.DeviceLimits, key: Hashable
+    ):
+        self._config, self._limits = config, limits
         self.key = key
-        self.pages = prefix_cache.IdPool(limits.num_pages)
-        self.slots = prefix_cache.IdPool(limits.num_slots)
+        self.pages = id_pool.IdPool(limits.num_pages)
+        self.slots = id_pool.IdPool(limits.num_slots)
         self.cache = prefix_cache.PrefixCache(
             self.pages,
             self.slots,
-            chunk_tokens=limits.chunk_tokens,
+            chunk_tokens=config.chunk_tokens,
             page_bytes=limits.page_bytes,
             state_bytes=limits.state_bytes,
             max_bytes=limits.cache_bytes,
         )
-        self.actions: list[
-            plan_lib.CopyState | plan_lib.SwapOut | plan_lib.SwapIn | plan_lib.DropHostCopy
-        ] = []
+        self.actions: list[plan_lib.Action] = []
         self.host_bytes = 0
-        self.stats = MemoryStats()
+        self.stats = stats_lib.MemoryStats()
 
     def count_pages(self, tokens: int) -> int:
-        return -(-tokens // self._limits.chunk_tokens)
+        """Return the pages that so many tokens fill, the last one perhaps in part."""
+        return -(-tokens // self._config.chunk_tokens)
 
     def floor_to_chunk(self, tokens: int) -> int:
-        """Return the last grid point."""
-        return tokens // self._limits.chunk_tokens * self._limits.chunk_tokens
+        """Return the last grid point at or before a length."""
+        return tokens // self._config.chunk_tokens * self._config.chunk_tokens
 
-    def lookup_prefix(self, job: sequence.Sequence) -> prefix_cache.PrefixHit:
-        """Return the longest snapshot that leaves a token to compute."""
-        if not job.is_cacheable:
+    def lookup_prefix(self, waiter: sequence.Sequence) -> prefix_cache.PrefixHit:
+        """Return the longest snapshot that leaves a token to compute.
+
+        The last token before decoding must be computed, not restored: its logits give the next one.
+        """
+        if not waiter.is_cacheable:
             return prefix_cache.PrefixHit(0, (), 0, 0, "off", None)
-        return self.cache.lookup(self.key, job.tokens[: job.prefill_target], job.prefill_target - 1)
+        target = waiter.prefill_target
+        return self.cache.lookup(self.key, waiter.tokens[:target], target - 1)
 
     def admit(
         self,
-        job: sequence.Sequence,
+        waiter: sequence.Sequence,
         hit: prefix_cache.PrefixHit,
         spare_pages: int = 0,
         spare_slots: int = 0,
     ) -> bool:
-        """Give a job a slot and pages for all it has to prefill, and restore its hit.
+        """Give a sequence a slot and pages for all it has to prefill, and restore its hit.
 
         Args:
-          job: without memory. hit: what `lookup` returned just now.
-          spare_pages, spare_slots: to be left free or evictable.
+          waiter: a sequence without memory.
+          hit: what `lookup_prefix` returned just now.
+          spare_pages: pages to be left free or evictable.
+          spare_slots: slots to be left free or evictable.
 
         Returns:
-          Whether there was room; if not, nothing has changed.
+          Whether there was room. If not, nothing has changed.
         """
-        wanted = self.count_pages(job.prefill_target) - len(hit.pages)
-        self.pages.add_holders(hit.pages)  # so that they do not count as evictable
-        if not self.cache.can_free(wanted + spare_pages, 1 + spare_slots):
+        target = waiter.prefill_target
+        num_new_pages = self.count_pages(target) - len(hit.pages)
+        # The sequence becomes a holder first, so that the hit's pages do not count as evictable.
+        self.pages.add_holders(hit.pages)
+        if not self.cache.can_free(num_new_pages + spare_pages, 1 + spare_slots):
             self.pages.release(hit.pages)
             return False
-        if job.is_cacheable:
-            hit = self.cache.match(
-                self.key, job.tokens[: job.prefill_target], job.prefill_target - 1
-            )
-        if self.cache.evict(wanted, 1):
-            (job.slot,) = self.slots.allocate(1)
+        if waiter.is_cacheable:
+            # The same hit again, now pinned and counted: evicting must not remove it.
+            hit = self.cache.match(self.key, waiter.tokens[:target], target - 1)
+        if self.cache.evict(num_new_pages, 1):
+            (waiter.slot,) = self.slots.allocate(1)
             if hit.node:
-                self.actions.append(plan_lib.CopyState(hit.slot, job.slot))
+                self.actions.append(plan_lib.CopyState(hit.slot, waiter.slot))
                 self.cache.release(hit)
-        else:  # every other slot runs: the snapshot's own becomes the job's
-            self.cache.evict(wanted)
-            job.slot = self.cache.take_over(hit)
+        else:
+            # Every other slot is in use, so only the hit's own slot can be freed. The snapshot's
+            # slot becomes the sequence's.
+            self.cache.evict(num_new_pages)
+            waiter.slot = self.cache.take_over(hit)
             self.stats.slots_taken_over += 1
-        job.pages = [*hit.pages, *self.pages.allocate(wanted)]
-        job.computed_tokens = hit.length
-        if not job.restarts:
-            job.cached_tokens, job.cached_reason = hit.length, hit.miss_reason
+        waiter.pages = [*hit.pages, *self.pages.allocate(num_new_pages)]
+        waiter.computed_tokens = hit.length
+        # Users are told of the first start alone. A restart may find the sequence's own snapshots.
+        if not waiter.restarts:
+            waiter.cached_tokens, waiter.cached_reason = hit.length, hit.miss_reason
         return True
 
-    def extend_pages(self, job: sequence.Sequence, tokens: int) -> int:
-        """Give a running job pages up to a length, as far as they can be had; return how far."""
-        for count in range(self.count_pages(tokens) - len(job.pages), 0, -1):
-            if self.cache.evict(pages=count):
-                job.pages += self.pages.allocate(count)
-                break
-        return min(tokens, len(job.pages) * self._limits.chunk_tokens)
+    def extend_pages(self, running: sequence.Sequence, tokens: int) -> int:
+        """Give a running sequence pages up to a length, as far as they can be had.
 
-    def save_snapshot(self, job: sequence.Sequence) -> None:
-        """Copy the state of a job that is at its pending point, unless something dearer has to go.
-
-        Must come before anything that changes the state.
+        Returns:
+          The length that its pages allow now, `tokens` at most.
         """
-        point, job.pending_snapshot = job.pending_snapshot, 0
-        tokens = job.tokens[:point]
-        value = self.cache.snapshot_value(self.key, tokens) if point and job.can_snapshot else 0
+        for count in range(self.count_pages(tokens) - len(running.pages), 0, -1):
+            if self.cache.evict(pages=count):
+                running.pages += self.pages.allocate(count)
+                break
+        return min(tokens, len(running.pages) * self._config.chunk_tokens)
+
+    def save_snapshot(self, running: sequence.Sequence) -> None:
+        """Copy the state of a sequence that stands at its pending point.
+
+        Only cheaper snapshots go to make room. This must come before any program or action that
+        changes the state.
+        """
+        point, running.pending_snapshot = running.pending_snapshot, 0
+        tokens = running.tokens[:point]
+        worth_saving = point and running.can_snapshot
+        value = self.cache.snapshot_value(self.key, tokens) if worth_saving else 0
         if not value:
             return
         if not self.cache.evict(slots=1, max_value=value):
             self.stats.snapshots_skipped += 1
             return
         (slot,) = self.slots.allocate(1)
-        self.actions.append(plan_lib.CopyState(job.slot, slot))
-        pages = job.pages[: self.count_pages(point)]
+        self.actions.append(plan_lib.CopyState(running.slot, slot))
+        pages = running.pages[: self.count_pages(point)]
         self.stats.snapshots_copied += self.cache.insert(self.key, tokens, pages, slot)
 
-    def retire(self, job: sequence.Sequence, length: int | None) -> None:
-        """Free what a job holds that is over; its state becomes a snapshot where that is certain.
+    def retire(self, ended: sequence.Sequence, final_length: int | None) -> None:
+        """Free what a sequence holds that is over. Its state becomes a snapshot where possible.
+
+        That is where the state certainly stands in its last whole chunk: a recurrent state in the
+        slot is of the last grid point, and plans under way may still move it to the next.
 
         Args:
-          length: tokens in the state if plans under way leave it alone; otherwise None.
+          final_length: tokens in the state if plans under way leave it alone, otherwise None.
         """
-        if job.swapped_pages:
-            self.drop_host_copy(job)
-        if not job.slot:
+        if ended.swapped_pages:
+            self.drop_host_copy(ended)
+        if not ended.slot:
             return
-        least, most = job.computed_tokens, job.max_computed_tokens
-        if length is not None:
-            least, most = min(least, length), length
+        least, most = ended.computed_tokens, ended.max_computed_tokens
+        if final_length is not None:
+            least, most = min(least, final_length), final_length
         point = self.floor_to_chunk(least)
-        if point and self.floor_to_chunk(most) == point and job.can_snapshot:
-            pages = job.pages[: self.count_pages(point)]
+        if point and self.floor_to_chunk(most) == point and ended.can_snapshot:
+            pages = ended.pages[: self.count_pages(point)]
             self.stats.snapshots_moved += self.cache.insert(
-                self.key, job.tokens[:point], pages, job.slot
+                self.key, ended.tokens[:point], pages, ended.slot
             )
         else:
-            self.slots.release([job.slot])
-        self._release_memory(job)
+            self.slots.release([ended.slot])
+        self._release_memory(ended)
 
-    def swap_out(self, job: sequence.Sequence) -> bool:
-        """Copy a running job to the host and free its memory, if it is long and there is room."""
-        count = self.count_pages(job.max_computed_tokens)
+    def swap_out(self, running: sequence.Sequence) -> bool:
+        """Copy a sequence to the host and free its memory, if it is long and the host has room.
+
+        Returns:
+          Whether it was copied. If not, nothing has changed.
+        """
+        count = self.count_pages(running.max_computed_tokens)
         size_bytes = self._count_host_bytes(count)
         if (
-            not job.computed_tokens
-            or job.computed_tokens < self._limits.swap_tokens
-            or self.host_bytes + size_bytes > self._limits.host_bytes
+            not running.computed_tokens
+            or running.computed_tokens < self._config.swap_tokens
+            or self.host_bytes + size_bytes > self._config.host_bytes
         ):
             return False
-        self.save_snapshot(job)
-        self.actions.append(plan_lib.SwapOut(job.sequence_id, job.slot, tuple(job.pages[:count])))
-        self.slots.release([job.slot])
-        self._release_memory(job)
-        job.swapped_pages = count
+        self.save_snapshot(running)
+        self.actions.append(
+            plan_lib.SwapOut(running.sequence_id, running.slot, tuple(running.pages[:count]))
+        )
+        self.slots.release([running.slot])
+        self._release_memory(running)
+        running.swapped_pages = count
         self.host_bytes += size_bytes
         self.stats.swapped_out += 1
         return True
 
-    def swap_in(self, job: sequence.Sequence, spare_pages: int = 0, spare_slots: int = 0) -> bool:
-        """Bring a job back from the host; as `admit`."""
-        total = job.swapped_pages
-        if not job.is_decoding:
-            total = max(total, self.count_pages(job.prefill_target))
-        if not self.cache.can_free(total + spare_pages, 1 + spare_slots):
+    def swap_in(
+        self, waiter: sequence.Sequence, spare_pages: int = 0, spare_slots: int = 0
+    ) -> bool:
+        """Bring a sequence back from the host; arguments and result as in `admit`."""
+        num_pages = waiter.swapped_pages
+        if not waiter.is_decoding:
+            # It was preempted inside its prefill, which takes pages for all of the prompt.
+            num_pages = max(num_pages, self.count_pages(waiter.prefill_target))
+        if not self.cache.can_free(num_pages + spare_pages, 1 + spare_slots):
             return False
-        self.cache.evict(total, 1)
-        (job.slot,) = self.slots.allocate(1)
-        job.pages = self.pages.allocate(total)
-        pages = tuple(job.pages[: job.swapped_pages])
-        self.actions.append(plan_lib.SwapIn(job.sequence_id, job.slot, pages))
-        self.host_bytes -= self._count_host_bytes(job.swapped_pages)
-        job.swapped_pages = 0
+        self.cache.evict(num_pages, 1)
+        (waiter.slot,) = self.slots.allocate(1)
+        waiter.pages = self.pages.allocate(num_pages)
+        pages = tuple(waiter.pages[: waiter.swapped_pages])
+        self.actions.append(plan_lib.SwapIn(waiter.sequence_id, waiter.slot, pages))
+        self.host_bytes -= self._count_host_bytes(waiter.swapped_pages)
+        waiter.swapped_pages = 0
         self.stats.swapped_in += 1
         return True
 
-    def restart(self, job: sequence.Sequence) -> None:
-        """Free what a job holds that is to be computed again."""
-        if job.swapped_pages:
-            self.drop_host_copy(job)
-        if job.slot:
-            self.save_snapshot(job)
-            self.slots.release([job.slot])
-            self._release_memory(job)
-        job.restart()
+    def restart(self, preempted: sequence.Sequence) -> None:
+        """Free what a sequence holds that is to be computed again."""
+        if preempted.swapped_pages:
+            self.drop_host_copy(preempted)
+        if preempted.slot:
+            self.save_snapshot(preempted)
+            self.slots.release([preempted.slot])
+            self._release_memory(preempted)
+        preempted.restart()
         self.stats.restarted += 1
 
-    def drop_host_copy(self, job: sequence.Sequence) -> None:
-        """Drop a job's host copy."""
-        self.actions.append(plan_lib.DropHostCopy(job.sequence_id))
-        self.host_bytes -= self._count_host_bytes(job.swapped_pages)
-        job.swapped_pages = 0
+    def drop_host_copy(self, swapped: sequence.Sequence) -> None:
+        """Have the device forget a sequence's host copy."""
+        self.actions.append(plan_lib.DropHostCopy(swapped.sequence_id))
+        self.host_bytes -= self._count_host_bytes(swapped.swapped_pages)
+        swapped.swapped_pages = 0
 
-    def _release_memory(self, job: sequence.Sequence) -> None:
-        self.pages.release(job.pages)
-        job.pages, job.slot = [], 0
+    def _release_memory(self, holder: sequence.Sequence) -> None:
+        """Give up the pages, and the slot, which has been released or given away before."""
+        self.pages.release(holder.pages)
+        holder.pages, holder.slot = [], 0
 
-    def _count_host_bytes(self, pages: int) -> int:
-        return pages * self._limits.page_bytes + self._limits.state_bytes
+    def _count_host_bytes(self, num_pages: int) -> int:
+        return num_pages * self._limits.page_bytes + self._limits.state_bytes

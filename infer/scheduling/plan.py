@@ -1,8 +1,12 @@
 """What scheduler and engine say to each other: limits, plans, results. Data only.
 
 A plan is what the device does next: `actions`, in order, then at most one program. The device runs
-plans strictly in the order in which they were made, so whatever a later plan is given was left by
-earlier ones, and memory that is free for the scheduler may still be in use by a plan under way.
+plans strictly in the order in which they were made. A plan therefore reads what earlier plans left
+behind, and memory that the scheduler counts as free may still be in use by a plan under way.
+
+The states and pages named here exist on the device. A state slot holds one sequence's recurrent
+states. A page holds the keys and values of one chunk of `chunk_tokens` tokens. The chunk borders
+are called the grid: recurrent states move on only there, so copies of states are taken only there.
 """
 
 import dataclasses
@@ -10,64 +14,41 @@ from collections.abc import Hashable
 
 
 @dataclasses.dataclass(frozen=True)
-class SchedulerLimits:
-    """What the device was built for, and what requests may ask.
+class DeviceLimits:
+    """What the device was built with, beyond the sizes that `EngineConfig` gives.
 
-    num_slots, num_pages: of the pools, dummies not counted. chunk_tokens: tokens of a page, the
-    grid. max_length: tokens of one sequence, prompt and output. max_queue: requests that wait.
-    max_rows: sequences that run side by side. max_prefill_tokens: rows of one prefill program,
-    in which each part is padded to a multiple of attention_tile. max_prefill_chunks: most sequences in it.
-    decode_steps: most steps of one dispatch. snapshot_every_tokens: distance of snapshots inside
-    long prompts, 0 for none. cache_bytes: of all snapshots and their pages; 0 switches the prefix
-    cache off. page_bytes, state_bytes: of one page, one slot. swap_tokens: a preempted sequence of
-    at least as many tokens goes to host memory, a shorter one is computed again. host_bytes: of
-    the sequences there.
+    Attributes:
+      num_slots: state slots. Slot 0, which padding uses, is not counted.
+      num_pages: pages. Page 0, which padding uses, is not counted.
+      max_prefill_chunks: most sequences in one prefill program.
+      page_bytes: bytes of one page, on all devices together.
+      state_bytes: bytes of one state slot, on all devices together.
+      cache_bytes: most bytes of all snapshots and their pages. 0 switches the prefix cache off.
+
+    Raises:
+      ValueError: a size is too small.
     """
 
     num_slots: int
     num_pages: int
-    chunk_tokens: int
-    max_length: int
-    max_queue: int
-    max_rows: int
-    max_prefill_tokens: int
     max_prefill_chunks: int
-    decode_steps: int
-    snapshot_every_tokens: int = 0
-    cache_bytes: int = 0
     page_bytes: int = 1
     state_bytes: int = 1
-    swap_tokens: int = 0
-    host_bytes: int = 0
-    attention_tile: int = 8
+    cache_bytes: int = 0
 
     def __post_init__(self):
-        least_one = ("num_slots", "num_pages", "chunk_tokens", "max_length", "max_queue")
-        least_one += ("max_rows", "max_prefill_chunks", "decode_steps", "attention_tile")
-        least_one += ("page_bytes", "state_bytes")
-        for name in least_one:
-            if getattr(self, name) < 1:
-                raise ValueError(f"got {name} {getattr(self, name)}; wanted 1 or more: raise it")
-        for name in ("snapshot_every_tokens", "cache_bytes", "swap_tokens", "host_bytes"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"got {name} {getattr(self, name)}; wanted 0 or more: raise it")
-        chunk = self.chunk_tokens
-        if chunk % self.attention_tile or self.snapshot_every_tokens % chunk:
-            raise ValueError(
-                f"got chunk_tokens {chunk}, attention_tile {self.attention_tile}, snapshot_every_tokens "
-                f"{self.snapshot_every_tokens}; wanted each later one to fit the chunk: rows must "
-                "divide it and snapshots be a multiple of it"
-            )
-        if self.max_prefill_tokens < chunk or self.max_prefill_tokens % self.attention_tile:
-            raise ValueError(
-                f"got max_prefill_tokens {self.max_prefill_tokens}; wanted a multiple of "
-                f"{self.attention_tile}, at least one chunk: set {chunk} or more"
-            )
+        for field in dataclasses.fields(self):
+            least, value = int(field.name != "cache_bytes"), getattr(self, field.name)
+            if value < least:
+                raise ValueError(f"got {field.name} {value}; wanted {least} or more: raise it")
 
 
 @dataclasses.dataclass(frozen=True)
 class CopyState:
-    """Copy the matrix of a state slot, which is on the grid: a snapshot taken or restored."""
+    """Copy the recurrent states of a slot whose sequence is on the grid.
+
+    This takes a snapshot or restores one. Pages need no copy, because holders share them.
+    """
 
     source_slot: int
     target_slot: int
@@ -75,7 +56,11 @@ class CopyState:
 
 @dataclasses.dataclass(frozen=True)
 class SwapOut:
-    """Copy a sequence to host memory: pages and slot with all that is the sequence's own."""
+    """Copy a sequence to host memory: its pages, and everything in its slot.
+
+    Attributes:
+      pages: those that hold computed tokens, from the sequence's first page on.
+    """
 
     sequence_id: Hashable
     slot: int
@@ -84,7 +69,12 @@ class SwapOut:
 
 @dataclasses.dataclass(frozen=True)
 class SwapIn:
-    """Copy it back, page by page in the same order, to other places; the host copy is done with."""
+    """Copy a sequence back from host memory, and forget the host copy.
+
+    Attributes:
+      slot: any free slot, not the one the sequence had before.
+      pages: as many as were swapped out, in the same order, with other ids.
+    """
 
     sequence_id: Hashable
     slot: int
@@ -93,20 +83,30 @@ class SwapIn:
 
 @dataclasses.dataclass(frozen=True)
 class DropHostCopy:
-    """Forget the host copy."""
+    """Forget the host copy of a sequence."""
 
     sequence_id: Hashable
 
 
+Action = CopyState | SwapOut | SwapIn | DropHostCopy
+
+
 @dataclasses.dataclass(frozen=True)
 class PrefillChunk:
-    """Compute tokens `start` to `start + count` of a sequence.
+    """Compute tokens `start` to `start + num_tokens` of a sequence.
 
-    `start` is on the grid. From 0 the state begins empty, otherwise it is the slot's matrix; all
-    else that the slot holds (open chunk, next token, whether it stopped) may be a stranger's.
-    pages: from the sequence's first on, up to the last token of this part.
-    last: decoding may follow. Then the device samples the next token, unless `resume`: that token
-    (the one after this part) is known already and decoding goes on from it.
+    Attributes:
+      sequence_id: whose tokens they are.
+      slot: the sequence's state slot. A chunk that starts at 0 begins with an empty state, any
+        other with the slot's recurrent states. Everything else in the slot (tokens past the grid,
+        next token, whether decoding stopped) may be left over from another sequence.
+      start: first token to compute, on the grid.
+      num_tokens: tokens to compute, at least 1.
+      pages: from the sequence's first page to the page of the last token computed here.
+      is_last: whether the prompt ends here. Then the device samples the next token and decoding
+        may follow, unless `is_resumed`.
+      is_resumed: whether the token after this chunk was sampled before. Such a sequence is computed
+        again after a preemption, and decoding goes on from that token.
     """
 
     sequence_id: Hashable
@@ -120,9 +120,13 @@ class PrefillChunk:
 
 @dataclasses.dataclass(frozen=True)
 class DecodeRow:
-    """Decode on, by the plan's `steps` at most, until the sequence has `limit` tokens in all.
+    """Decode a sequence on, by the plan's `max_steps` at most.
 
-    pages: up to the last token that this dispatch may compute.
+    Attributes:
+      sequence_id: whose tokens are made.
+      slot: the sequence's state slot.
+      pages: from the sequence's first page to the last one that this dispatch may write.
+      length_limit: tokens of prompt and output at which the device stops the row by itself.
     """
 
     sequence_id: Hashable
@@ -133,22 +137,36 @@ class DecodeRow:
 
 @dataclasses.dataclass(frozen=True)
 class StepPlan:
-    """Actions in order, then one program: `prefill`, or `decode` for `steps`, or none."""
+    """Actions in order, then at most one program: prefill or decode.
 
-    actions: tuple[CopyState | SwapOut | SwapIn | DropHostCopy, ...] = ()
+    Attributes:
+      actions: copies of memory that must happen before the program.
+      prefill_chunks: chunks of one prefill program, oldest sequence first. Empty without one.
+      decode_rows: rows of one decode program, oldest sequence first. Empty without one.
+      max_steps: most tokens that each decode row makes. 0 without a decode program.
+    """
+
+    actions: tuple[Action, ...] = ()
     prefill_chunks: tuple[PrefillChunk, ...] = ()
     decode_rows: tuple[DecodeRow, ...] = ()
     max_steps: int = 0
 
+    @property
+    def entries(self) -> tuple[PrefillChunk, ...] | tuple[DecodeRow, ...]:
+        """The sequences of the plan's program. Entry i is row i of the program's arrays."""
+        return self.prefill_chunks or self.decode_rows
+
 
 @dataclasses.dataclass(frozen=True)
 class StepResult:
-    """What a plan made of one job.
+    """What a plan made of one sequence.
 
-    tokens, new_tokens: how many it sampled, and which; all that the device made, even past what
-    the host calls the end. finished: the request is over, by whatever reason. length: tokens in
-    the device's state, if the device has stopped the row by itself, so that plans under way leave
-    it alone; None if that is not certain.
+    Attributes:
+      num_tokens: tokens that the device sampled, even those past what the host calls the end.
+      is_finished: whether the request is over, for whatever reason.
+      final_length: tokens in the device's state, if the device has stopped the row by itself, so
+        that plans under way leave the state alone. None if that is not certain.
+      new_tokens: the `num_tokens` tokens.
     """
 
     num_tokens: int = 0

@@ -3,19 +3,43 @@
 import dataclasses
 from collections.abc import Hashable
 
+from infer.scheduling import plan as plan_lib
+
 
 @dataclasses.dataclass(eq=False)
 class Sequence:
-    """A request.
+    """A request in the scheduler.
 
-    age: number of its submission. tokens: prompt and all tokens reported. limit: tokens at which
-    it ends. slot: 0 unless it runs. pages: held while it runs. swapped_pages: pages in host memory.
-    computed: tokens in the state; while prefilling those of all plans made, afterwards those
-    reported. steps_in_flight: decode steps of plans not reported. works_in_flight: plans with it
-    not reported. run: how often it began from nothing. waits: for its report before it is
-    dispatched again. pure: its state is of one weights version.
-    points: where snapshots are to be taken. pending: the one that the state is at.
-    common: by another job's age, tokens that both start with.
+    It waits (no slot), runs (a slot and pages), or waits with a copy in host memory. The scheduler
+    plans ahead of the results, so progress is known only between two bounds: `computed_tokens` at
+    least and `max_computed_tokens` at most.
+
+    Attributes:
+      sequence_id: the engine's name for the request.
+      age: number of its submission. Lower goes first everywhere.
+      tokens: prompt and all tokens reported so far.
+      prompt_tokens: tokens of the prompt.
+      length_limit: tokens of prompt and output at which the sequence ends.
+      is_cacheable: whether it may read and write the prefix cache.
+      single_step: whether the host must see each token before the next one is made.
+      waits_for_reports: whether the tokens of a dispatch must be reported before the next dispatch.
+      slot: its state slot. 0 unless it runs.
+      pages: its pages, in order, while it runs.
+      swapped_pages: pages in host memory. 0 unless it was swapped out.
+      computed_tokens: tokens in the state. While prefilling those of all plans made, because a
+        prefill has a known length. While decoding those reported.
+      is_decoding: whether its prefill is planned to the end.
+      steps_in_flight: decode steps of plans not reported.
+      plans_in_flight: plans with this sequence that are not reported.
+      restarts: how often it began again from nothing. A result of an earlier life still brings
+        tokens, but says nothing about the state.
+      single_version: whether its state comes from one version of the weights.
+      is_over: whether it has ended. Plans under way may still name it.
+      snapshot_points: lengths on the grid, ascending, at which a snapshot is to be taken.
+      pending_snapshot: the length at which the state stands and is to be copied. 0 if none.
+      shared_prefix_tokens: by another sequence's age, tokens that both start with, in whole chunks.
+      cached_tokens: prompt tokens that came from the prefix cache.
+      cached_reason: why `cached_tokens` is 0, or "".
     """
 
     sequence_id: Hashable
@@ -44,6 +68,7 @@ class Sequence:
 
     @property
     def is_resumed(self) -> bool:
+        """Whether tokens were sampled already, so that a prefill computes them again."""
         return len(self.tokens) > self.prompt_tokens
 
     @property
@@ -55,38 +80,63 @@ class Sequence:
     def max_computed_tokens(self) -> int:
         """The most tokens that may be in the state once all plans made have run.
 
-        The last token of a sequence is never computed.
+        The last token of a sequence is sampled and never computed, hence the limit less 1.
         """
         return min(self.computed_tokens + self.steps_in_flight, self.length_limit - 1)
 
     @property
+    def remaining_steps(self) -> int:
+        """Decode steps that the sequence may still need after all plans made."""
+        return self.length_limit - 1 - self.max_computed_tokens
+
+    @property
     def can_decode(self) -> bool:
         """Whether another decode dispatch may be of use."""
-        waits = (self.single_step or self.waits_for_reports) and self.plans_in_flight
-        return self.is_decoding and not waits and self.max_computed_tokens < self.length_limit - 1
+        must_wait = (self.single_step or self.waits_for_reports) and self.plans_in_flight
+        return self.is_decoding and not must_wait and self.remaining_steps > 0
 
     @property
     def can_snapshot(self) -> bool:
-        """Whether its prefixes may become snapshots."""
+        """Whether its prefixes may become snapshots: a cache key is for one version of weights."""
         return self.is_cacheable and self.single_version
 
     def restart(self) -> None:
-        """Forget all that was computed; plans under way still bring their tokens."""
+        """Forget all that was computed. Plans under way still bring their tokens."""
         self.restarts += 1
-        self.computed_tokens = self.steps_in_flight = self.swapped_pages = self.pending_snapshot = 0
+        self.computed_tokens = self.steps_in_flight = 0
+        self.swapped_pages = self.pending_snapshot = 0
         self.is_decoding = False
+        # The state is computed anew, with the present weights alone.
         self.single_version = True
         self.snapshot_points = []
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ScheduledStep:
-    """A job's place in a plan: what its result must look like.
+    """A sequence's part in a plan: what its result must look like.
 
-    run: the job's at that time. steps: of decoding. samples: a prefill part with a first token.
+    Attributes:
+      sequence: whose part it is.
+      restarts: the sequence's count when the plan was made.
+      decode_steps: most tokens that decoding makes. 0 in a prefill.
+      samples_token: whether a prefill chunk samples the first token of the output.
     """
 
     sequence: Sequence
     restarts: int
     decode_steps: int = 0
     samples_token: bool = False
+
+    def check_result(self, result: plan_lib.StepResult) -> None:
+        """Raise ValueError for a result that the plan cannot have had."""
+        if self.sequence.is_over:
+            return
+        least, most = int(self.samples_token), int(self.samples_token)
+        if self.decode_steps:
+            least, most = 1, self.decode_steps
+        if not least <= result.num_tokens <= most or len(result.new_tokens) != result.num_tokens:
+            raise ValueError(
+                f"got {result.num_tokens} tokens ({len(result.new_tokens)} values) for sequence "
+                f"{self.sequence.sequence_id!r}, wanted {least} to {most}: report what the oldest "
+                "plan made, and a row that stopped by itself as finished in the plan where it did"
+            )

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import stateful
 from hypothesis import strategies as st
 
-from infer.scheduling import prefix_cache
+from infer.scheduling import id_pool, prefix_cache
 
 C = 4
 KEY = (0, "bf16")
@@ -20,7 +20,7 @@ class Tree:
     """A prefix cache with its pools, written to in words: each letter is a chunk."""
 
     def __init__(self, num_pages=40, num_slots=12, max_bytes=10_000, page_bytes=1, state_bytes=10):
-        self.pages, self.slots = prefix_cache.IdPool(num_pages), prefix_cache.IdPool(num_slots)
+        self.pages, self.slots = id_pool.IdPool(num_pages), id_pool.IdPool(num_slots)
         self.cache = prefix_cache.PrefixCache(
             self.pages,
             self.slots,
@@ -53,7 +53,7 @@ class Tree:
 
 
 def test_pool_gives_the_lowest_and_counts_holders():
-    pool = prefix_cache.IdPool(4)
+    pool = id_pool.IdPool(4)
     assert pool.allocate(3) == [1, 2, 3]
     pool.add_holders([2])
     pool.release([1, 2, 3])

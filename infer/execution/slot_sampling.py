@@ -1,0 +1,138 @@
+"""What each slot needs to choose its next token, and the choice itself.
+
+`SlotSamplingState` lasts between programs and stays on the device. `SequenceBatch` is new in every
+program: it says which slots take part, and what their requests ask for.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, UInt
+
+from infer.execution import sampling
+from m1_jax.serving import ragged_batch
+
+# Rows that choosing takes at a time, whatever the batch: a row's numbers must not depend on the
+# batch (`serving/ragged_batch.py`).
+SAMPLE_ROWS = 8
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SlotSamplingState:
+    """By slot, what its sequence needs for its next token.
+
+    Attributes:
+      token: the token chosen last, which is not in the state yet.
+      length: tokens in the state.
+      running: whether the sequence goes on: false after a stop token and at the limit.
+      counts: how often each token occurs in the output, plus `sampling.PROMPT_FLAG` for the prompt.
+      bias: added to the logits.
+      masks: one bit a token: whether a grammar allows it.
+    """
+
+    token: Int[Array, "slots"]
+    length: Int[Array, "slots"]
+    running: Bool[Array, "slots"]
+    counts: Int[Array, "slots V"]
+    bias: Float[Array, "slots V"]
+    masks: UInt[Array, "slots W"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SequenceBatch:
+    """The sequences of one program.
+
+    Attributes:
+      slots: state slot of each row. Rows of slot 0 are padding.
+      pages: the sequence's pages, in order, at least up to the last one that is written.
+      options: of the requests.
+      seeds: of the requests.
+      stop_ids: tokens that end the sequence; -1 where there are fewer.
+      min_stop_length: length of prompt and output from which on a stop id may be chosen.
+      length_limit: length of prompt and output at which the sequence ends.
+      forced_tokens: the token to choose, whatever the model says; -1 for none.
+    """
+
+    slots: Int[Array, "B"]
+    pages: Int[Array, "B P"]
+    options: sampling.SamplingOptions
+    seeds: UInt[Array, "B"]
+    stop_ids: Int[Array, "B S"]
+    min_stop_length: Int[Array, "B"]
+    length_limit: Int[Array, "B"]
+    forced_tokens: Int[Array, "B"]
+
+
+def init_sampling_state(num_slots: int, vocab_size: int) -> SlotSamplingState:
+    """Return the sampling state of slots 0 to num_slots, none of them running."""
+    number = num_slots + 1
+    return SlotSamplingState(
+        jnp.zeros(number, jnp.int32),
+        jnp.zeros(number, jnp.int32),
+        jnp.zeros(number, bool),
+        jnp.zeros((number, vocab_size), jnp.int32),
+        jnp.zeros((number, vocab_size), jnp.float32),
+        jnp.full((number, -(-vocab_size // 32)), 0xFFFFFFFF, jnp.uint32),
+    )
+
+
+def choose_and_record(
+    logits: Float[Array, "B V"],
+    sampling_state: SlotSamplingState,
+    batch: SequenceBatch,
+    row_mask: Bool[Array, "B"],
+    length: Int[Array, "B"],
+) -> tuple[SlotSamplingState, sampling.Chosen]:
+    """Choose a token for the rows of the mask, whose state holds `length` tokens, and note it."""
+    chosen, stopped = choose_tokens(logits, sampling_state, batch, row_mask, length)
+    slots = jnp.where(row_mask, batch.slots, 0)
+    sampling_state = dataclasses.replace(
+        sampling_state,
+        token=sampling_state.token.at[slots].set(chosen.token),
+        length=sampling_state.length.at[slots].set(length),
+        running=sampling_state.running.at[slots].set(row_mask & ~stopped),
+        counts=sampling_state.counts.at[slots, chosen.token].add(row_mask.astype(jnp.int32)),
+    )
+    return sampling_state, dataclasses.replace(chosen, token=jnp.where(row_mask, chosen.token, -1))
+
+
+def choose_tokens(
+    logits: Float[Array, "B V"],
+    sampling_state: SlotSamplingState,
+    batch: SequenceBatch,
+    row_mask: Bool[Array, "B"],
+    length: Int[Array, "B"],
+) -> tuple[sampling.Chosen, Bool[Array, "B"]]:
+    """Return what is chosen, and whether it ends the sequence."""
+
+    def choose_tile(logits, slots, options, seeds, stop_ids, is_early, forced, length):
+        slot_state = (
+            sampling_state.counts[slots],
+            sampling_state.bias[slots],
+            sampling_state.masks[slots],
+        )
+        banned = jnp.where(is_early[:, None], stop_ids, -1)
+        # The key is of the request's seed and the position: the same in any batch, in any run.
+        keys = sampling.keys(seeds, length)
+        return sampling.choose(logits, options, keys, *slot_state, banned, forced)
+
+    total = length + 1  # with the new token
+    can_stop = total >= batch.min_stop_length
+    chosen = ragged_batch.map_row_tiles(
+        choose_tile,
+        SAMPLE_ROWS,
+        row_mask,
+        logits,
+        batch.slots,
+        batch.options,
+        batch.seeds,
+        batch.stop_ids,
+        ~can_stop,
+        batch.forced_tokens,
+        length,
+    )
+    stopped = jnp.any(chosen.token[:, None] == batch.stop_ids, axis=1) & can_stop
+    return chosen, stopped | (total >= batch.length_limit)
