@@ -47,20 +47,20 @@ def main(port: str, processes: int, index: int) -> None:
         return
     with tempfile.TemporaryDirectory() as directory:
         testing.write_tiny_tokenizer(directory)
-        made = engine.Engine(model, tokenizer.Tokenizer.load(directory), CONFIG)
+        served = engine.Engine(model, tokenizer.Tokenizer.load(directory), CONFIG)
     prompts = [[7, 8, 9] * 6 + [n] for n in range(6)]
-    asked = [
-        made.submit(prompt, options.Options(max_tokens=12, seed=n, repetition_penalty=1 + n / 9))
+    requests = [
+        served.submit(prompt, options.Options(max_tokens=12, seed=n, repetition_penalty=1 + n / 9))
         for n, prompt in enumerate(prompts)
     ]
     for _ in range(4):
-        made.step()
-    made.preempt(asked[0])
-    made.swap_weights(model)
-    made.run()
-    outputs = [one.output() for one in asked]
-    print(json.dumps([[(t.id, t.logp, t.logp_raw) for t in o.tokens] for o in outputs]))
-    made.close()
+        served.step()
+    served.preempt(requests[0])
+    served.swap_weights(model)
+    served.run()
+    outputs = [request.output() for request in requests]
+    print(json.dumps([[(t.id, t.logp, t.logp_raw) for t in output.tokens] for output in outputs]))
+    served.close()
 
 
 if __name__ == "__main__":

@@ -13,11 +13,11 @@ from scheduler_support import (
 from infer.scheduling import plan as plan_lib
 
 
-def until(sched, wanted, most=50):
+def until(sched, is_wanted, max_plans=50):
     """Step until a plan is as wanted."""
-    for _ in range(most):
+    for _ in range(max_plans):
         plan = step(sched)
-        if plan is not None and wanted(plan):
+        if plan is not None and is_wanted(plan):
             return plan
     raise AssertionError("no such plan")
 
@@ -213,9 +213,9 @@ def test_the_youngest_is_computed_again_when_pages_run_out():
     assert [row.sequence_id for row in plan.decode_rows] == ["a", "b"]
     known = len(sched._sequences["c"].tokens)
     again = until(sched, lambda plan: "c" in spans(plan) and plan.prefill_chunks[-1].is_last)
-    part = again.prefill_chunks[-1]
-    assert part.is_resumed
-    assert part.start + part.num_tokens == known - 1
+    chunk = again.prefill_chunks[-1]
+    assert chunk.is_resumed
+    assert chunk.start + chunk.num_tokens == known - 1
     while step(sched):
         pass
     assert sched.stats().free_pages == 12
@@ -228,7 +228,7 @@ def test_a_long_one_goes_to_the_host_and_comes_back():
     assert out.sequence_id == "c"
 
     def came_back(plan):
-        return [one for one in actions_of(plan, plan_lib.SwapIn) if one.sequence_id == "c"]
+        return [a for a in actions_of(plan, plan_lib.SwapIn) if a.sequence_id == "c"]
 
     back = until(sched, came_back)
     assert len(came_back(back)[0].pages) == len(out.pages)

@@ -1,4 +1,4 @@
-"""Two processes of one mesh serve as one does, to the bit."""
+"""Two processes of one mesh serve as one does, bit-exact."""
 
 import json
 import os
@@ -18,7 +18,6 @@ def serve(processes: int):
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     command = [sys.executable, str(WORKER), str(port), str(processes)]
-
     env = {**os.environ, "PYTHONPATH": "."}
     started = [
         subprocess.Popen(
@@ -26,9 +25,9 @@ def serve(processes: int):
         )
         for index in range(processes)
     ]
-    done = [process.communicate(timeout=600)[0] for process in started]
+    outputs = [process.communicate(timeout=600)[0] for process in started]
     assert [process.returncode for process in started] == [0] * processes
-    return json.loads(done[0].splitlines()[-1])
+    return json.loads(outputs[0].splitlines()[-1])
 
 
 @pytest.mark.slow

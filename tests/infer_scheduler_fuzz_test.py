@@ -29,9 +29,12 @@ def chain_of(tokens, version):
 
 @dataclasses.dataclass
 class Slot:
-    """chunk: (length, content) of the state on the grid; last: the same with the open chunk.
+    """A state slot as the device remembers it.
 
-    token: sampled or known, not computed yet. stopped: the row does nothing any more.
+    chunk: (length, content) of the state on the grid.
+    last: the same with the open chunk.
+    token: sampled or known, not computed yet.
+    stopped: whether the row does nothing any more.
     """
 
     chunk: tuple[int, int] = (0, 0)
@@ -42,9 +45,12 @@ class Slot:
 
 @dataclasses.dataclass
 class Request:
-    """prompt, limit: as submitted. stop: length at which the device stops it by itself.
+    """A request as the device remembers it.
 
-    chain: contents of what the present run computed. output: tokens sampled so far.
+    prompt, limit: as submitted.
+    stop: length at which the device stops it by itself.
+    chain: contents after 0, 1, ... tokens that were computed since it last began.
+    output: tokens sampled so far.
     """
 
     prompt: list
@@ -69,7 +75,7 @@ class Device:
         self.page_holders = page_holders
         self.version = 0
         self.slots = collections.defaultdict(Slot)
-        self.pages = {}  # (page, place): content
+        self.pages = {}  # (page, offset): content
         self.host = {}
         self.requests = {}
 
@@ -77,11 +83,11 @@ class Device:
         """Run a plan and return its results."""
         for action in plan.actions:
             self._run_action(action)
-        programs = plan.prefill_chunks + plan.decode_rows
+        programs = plan.entries
         assert not (plan.prefill_chunks and plan.decode_rows)
-        assert len({one.sequence_id for one in programs}) == len(programs)
-        assert len({one.slot for one in programs}) == len(programs)
-        rows = [-(-one.num_tokens // self.config.attention_tile) for one in plan.prefill_chunks]
+        assert len({entry.sequence_id for entry in programs}) == len(programs)
+        assert len({entry.slot for entry in programs}) == len(programs)
+        rows = [-(-chunk.num_tokens // self.config.attention_tile) for chunk in plan.prefill_chunks]
         assert sum(rows) * self.config.attention_tile <= self.config.prefill_tokens[-1]
         assert len(plan.prefill_chunks) <= self.limits.max_prefill_chunks
         assert len(plan.decode_rows) <= self.config.max_rows
@@ -101,7 +107,7 @@ class Device:
                 assert sequence_id not in self.host
                 state = self.slots.pop(slot)
                 self._assert_holds(sequence_id, pages, state.last)
-                contents = [[self.pages.get((page, i)) for i in self._places()] for page in pages]
+                contents = [[self.pages.get((page, i)) for i in self._offsets()] for page in pages]
                 self.host[sequence_id] = state, contents
             case plan_lib.SwapIn(sequence_id, slot, pages):
                 self.slots[slot], contents = self.host.pop(sequence_id)
@@ -110,7 +116,7 @@ class Device:
             case plan_lib.DropHostCopy(sequence_id):
                 del self.host[sequence_id]
 
-    def _places(self):
+    def _offsets(self):
         return range(self.config.chunk_tokens)
 
     def _assert_holds(self, sequence_id, pages, state):
@@ -119,18 +125,18 @@ class Device:
         chain = self.requests[sequence_id].chain
         assert chain[length] == content
         for position in range(length):
-            page, place = divmod(position, self.config.chunk_tokens)
-            assert self.pages[pages[page], place] == chain[position + 1], (sequence_id, position)
+            page, offset = divmod(position, self.config.chunk_tokens)
+            assert self.pages[pages[page], offset] == chain[position + 1], (sequence_id, position)
 
     def _compute(self, request, slot, pages, token):
         """Compute one token: extend the chain, the page, the state."""
         length, content = slot.last
-        page, place = divmod(length, self.config.chunk_tokens)
+        page, offset = divmod(length, self.config.chunk_tokens)
         assert len(request.chain) == length + 1
         assert self.page_holders(pages[page]) == 1, "written while somebody else reads it"
         content = hash((content, token, self.version))
         request.chain.append(content)
-        self.pages[pages[page], place] = content
+        self.pages[pages[page], offset] = content
         slot.last = (length + 1, content)
         if slot.last[0] % self.config.chunk_tokens == 0:
             slot.chunk = slot.last
@@ -219,21 +225,27 @@ class Driver:
         self.born, self.longest_wait = {}, 0
         self.host_stops = set()
 
-    def submit(self, prompt, max_tokens, stop_after, cacheable=True, single_step=False, made=0):
-        """Submit a request; with `made` tokens, or as many as leave one, if it was suspended."""
+    def submit(
+        self, prompt, max_tokens, stop_after, cacheable=True, single_step=False, num_prior=0
+    ):
+        """Submit a request.
+
+        num_prior: tokens of output that it has from before it was suspended, or as many as leave
+        one to make.
+        """
         self.submitted += 1
         options = {"is_cacheable": cacheable, "single_step": single_step}
         limit = len(prompt) + max_tokens
         request = Request(list(prompt), limit, len(prompt) + stop_after)
-        for _ in range(min(made, max_tokens - 1, stop_after - 1)):
+        for _ in range(min(num_prior, max_tokens - 1, stop_after - 1)):
             request.output.append(request.next_token(len(prompt) + len(request.output)))
-        if made:
+        if num_prior:
             options["prior_tokens"] = request.output
         try:
             self.scheduler.submit(self.submitted, prompt, max_tokens, **options)
         except plan_lib.QueueFull:
             assert self.scheduler.stats().num_waiting >= self.config.max_queue
-            assert not made
+            assert not num_prior
             return
         self.live[self.submitted] = self.device.requests[self.submitted] = request
         self.outputs[self.submitted] = list(request.output)
@@ -242,14 +254,14 @@ class Driver:
     def plan(self):
         oldest = self.scheduler._running[:1]
         plan = self.scheduler.plan()
-        for job in oldest:
-            older = self.scheduler._running[0].age < job.age  # came back in this plan
-            assert job.slot or older, "the oldest was preempted"
+        for sequence in oldest:
+            older = self.scheduler._running[0].age < sequence.age  # came back in this plan
+            assert sequence.slot or older, "the oldest was preempted"
         if plan is None:
             assert self.unreported or not self.live, "nothing under way, and yet nothing to do"
             return
         self.plans += 1
-        assert all(one.sequence_id in self.live for one in plan.prefill_chunks + plan.decode_rows)
+        assert all(entry.sequence_id in self.live for entry in plan.entries)
         for row in plan.decode_rows:
             if self.scheduler._sequences[row.sequence_id].single_step:
                 assert plan.max_steps == 1
@@ -309,18 +321,20 @@ class Driver:
         nodes = list(self.memory.cache._iterate_nodes())
         pages = collections.Counter(page for node in nodes for page in node.pages)
         slots = collections.Counter(node.slot for node in nodes)
-        for job in self.scheduler._sequences.values():
-            pages.update(job.pages)
-            slots.update([job.slot] if job.slot else [])
+        for sequence in self.scheduler._sequences.values():
+            pages.update(sequence.pages)
+            slots.update([sequence.slot] if sequence.slot else [])
         assert max(slots.values(), default=0) <= 1
         for pool, held in ((self.memory.pages, pages), (self.memory.slots, slots)):
             assert pool.num_free + len(held) == pool.size
-            assert all(pool.count_holders(one) == held[one] for one in range(1, pool.size + 1))
+            assert all(pool.count_holders(i) == held[i] for i in range(1, pool.size + 1))
         stats = self.memory.cache.stats()
         assert stats.num_bytes <= self.limits.cache_bytes
         assert 0 <= self.memory.host_bytes <= self.config.host_bytes
         running = self.scheduler._running
-        assert [job.age for job in running] == sorted(job.age for job in running)
+        assert [sequence.age for sequence in running] == sorted(
+            sequence.age for sequence in running
+        )
         assert not any(node.pins for node in nodes)
 
 
@@ -357,11 +371,13 @@ class Machine(stateful.RuleBasedStateMachine):
         stop_after=st.integers(1, 30),
         cacheable=st.sampled_from([True, True, True, False]),
         single_step=st.sampled_from([False, False, False, True]),
-        made=st.sampled_from([0, 0, 0, 1, 2, 9]),
+        num_prior=st.sampled_from([0, 0, 0, 1, 2, 9]),
     )
-    def submit(self, family, length, tail, max_tokens, stop_after, cacheable, single_step, made):
+    def submit(
+        self, family, length, tail, max_tokens, stop_after, cacheable, single_step, num_prior
+    ):
         prompt = prompt_of(family, length, tail)
-        self.driver.submit(prompt, max_tokens, stop_after, cacheable, single_step, made)
+        self.driver.submit(prompt, max_tokens, stop_after, cacheable, single_step, num_prior)
 
     @stateful.rule(times=st.integers(1, 6))
     def work(self, times):
@@ -377,11 +393,11 @@ class Machine(stateful.RuleBasedStateMachine):
     def report(self):
         self.driver.report()
 
-    @stateful.rule(data=st.data(), what=st.sampled_from(["cancel", "preempt", "stop"]))
-    def disturb(self, data, what):
+    @stateful.rule(data=st.data(), operation=st.sampled_from(["cancel", "preempt", "stop"]))
+    def disturb(self, data, operation):
         if self.driver.live:
             sequence_id = data.draw(st.sampled_from(sorted(self.driver.live)))
-            match what:
+            match operation:
                 case "cancel":
                     self.driver.cancel(sequence_id)
                 case "preempt":
@@ -410,22 +426,22 @@ TestMachine.settings = hypothesis.settings(max_examples=60, stateful_step_count=
 def operate(driver, chance, operations):
     """Do so many random operations, with a queue that is rarely empty."""
     for _ in range(operations):
-        what = chance.random()
+        draw = chance.random()
         ids = sorted(driver.live)
-        if what < 0.12:
+        if draw < 0.12:
             prompt = prompt_of(chance.randrange(4), chance.randint(1, 48), chance.randrange(6))
             options = {"cacheable": chance.random() < 0.9, "single_step": chance.random() < 0.05}
-            options["made"] = chance.choice([0, 0, 0, 0, 1, 5, 20])
+            options["num_prior"] = chance.choice([0, 0, 0, 0, 1, 5, 20])
             driver.submit(prompt, chance.randint(1, 30), chance.randint(1, 60), **options)
-        elif what < 0.13 and ids:
+        elif draw < 0.13 and ids:
             driver.cancel(chance.choice(ids))
-        elif what < 0.135 and ids:
+        elif draw < 0.135 and ids:
             driver.scheduler.preempt(chance.choice(ids))
-        elif what < 0.14 and ids:
+        elif draw < 0.14 and ids:
             driver.host_stops.add(chance.choice(ids))
-        elif what < 0.141:
+        elif draw < 0.141:
             driver.set_key(chance.random() < 0.5)
-        elif what < 0.57:
+        elif draw < 0.57:
             driver.plan()
         else:
             driver.report()
