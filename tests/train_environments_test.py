@@ -27,10 +27,10 @@ def say(environment, name, /, **arguments):
 
 @pytest.mark.parametrize("module", [lookup, files, repair])
 def test_tasks_are_json_and_a_function_of_the_seed(module):
-    tasks = module.tasks(6, 3)
-    assert tasks == module.tasks(8, 3)[:6]
-    assert len({task.id for task in [*tasks, *module.tasks(6, 4)]}) == 12
-    assert [task.metadata for task in tasks] != [task.metadata for task in module.tasks(6, 4)]
+    tasks = module.make_tasks(6, 3)
+    assert tasks == module.make_tasks(8, 3)[:6]
+    assert len({task.id for task in [*tasks, *module.make_tasks(6, 4)]}) == 12
+    assert [task.metadata for task in tasks] != [task.metadata for task in module.make_tasks(6, 4)]
     for task in tasks:
         fields = [list(task.messages), task.label, dict(task.metadata), list(task.tools)]
         assert json.loads(json.dumps(fields)) == fields

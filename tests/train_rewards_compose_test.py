@@ -78,7 +78,7 @@ def test_weighted_sum_and_parts(make):
     parts = {"exact": 1.0, "format": 1.0, "function/a": 1.0, "function/b": 0.5}
     assert good == sample_lib.RewardScore(2 + 0.5 + 10 * 0.5 + 1, parts)
     assert bad == sample_lib.RewardScore(8.0, {**parts, "format": 0.0})
-    assert not any(rewards.counts().values())
+    assert not any(rewards.failure_counts().values())
 
 
 def test_one_weight_takes_the_sum_of_the_parts(make):
@@ -117,7 +117,7 @@ def test_failure_is_counted_and_never_scored(make, text, kind):
     assert bad.error.startswith(f"function: {kind}: ")
     assert bad.parts == {"exact": 0.0}
     assert (good.value, good.error) == (1.0, "")
-    counts = {name: many for name, many in rewards.counts().items() if many}
+    counts = {name: many for name, many in rewards.failure_counts().items() if many}
     assert counts == {f"reward/error/function/{kind}": 1}
 
 
@@ -134,14 +134,14 @@ def test_hanging_rewards_stall_nobody(make):
     assert values == [1.0, 0.0, 0.5]
     assert [score.value for score in stuck.result(20)] == [None, None]
     assert time.monotonic() - start < 10
-    assert rewards.counts()["reward/error/function/timeout"] == 2
+    assert rewards.failure_counts()["reward/error/function/timeout"] == 2
 
 
 def test_timeout_is_tried_again(make, tmp_path):
     texts = [f"once:{tmp_path / name}" for name in "ab"]
     tried = make(("function", 1.0, PATH), limit_secs=1.0)
     assert _scores(tried, texts[0])[0].value == 1.0
-    assert not any(tried.counts().values())
+    assert not any(tried.failure_counts().values())
     once = make(("function", 1.0, PATH), limit_secs=1.0, retries=0)
     assert _scores(once, texts[1])[0].value is None
 
@@ -150,14 +150,14 @@ class _Odd:
     """A reward in the trainer's process that misbehaves."""
 
     def __init__(self, said):
-        self._verdicts = said
+        self._results = said
 
     async def reward_group(self, samples):
-        if self._verdicts == "sleep":
+        if self._results == "sleep":
             await asyncio.sleep(1000)
-        if self._verdicts == "raise":
+        if self._results == "raise":
             raise SystemError("broken")
-        return self._verdicts
+        return self._results
 
 
 @pytest.mark.parametrize(
@@ -168,7 +168,7 @@ def test_reward_of_groups_fails_as_one(make, monkeypatch, said, kind):
     monkeypatch.setitem(catalog.REWARD_FACTORIES, "odd", lambda workers: _Odd(said))
     rewards = make(("odd", 1.0, ()), limit_secs=0.3)
     assert [score.value for score in _scores(rewards, "a", "b")] == [None, None]
-    assert rewards.counts()[f"reward/error/odd/{kind}"] == 2
+    assert rewards.failure_counts()[f"reward/error/odd/{kind}"] == 2
 
 
 def test_reward_of_groups_scores_each(make, monkeypatch):

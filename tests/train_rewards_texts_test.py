@@ -112,22 +112,22 @@ A_OTHER = {"name": "a", "arguments": {"x": True, "y": {"k": [1.5, None]}}}
 )
 def test_tool_calls(text, ordered, free):
     for reward, wanted in (
-        (tool_calls.ToolCalls(), ordered),
-        (tool_calls.ToolCalls(ordered=False), free),
-        (tool_calls.ToolCalls(partial=False), float(ordered == 1)),
+        (tool_calls.ToolCallReward(), ordered),
+        (tool_calls.ToolCallReward(ordered=False), free),
+        (tool_calls.ToolCallReward(partial=False), float(ordered == 1)),
     ):
         assert _reward(reward, text, tool_calls=[A, B]) == pytest.approx(wanted)
 
 
 def test_no_tool_call_where_none_is_expected():
-    assert _reward(tool_calls.ToolCalls(), "text", tool_calls=[]) == 1.0
-    assert _reward(tool_calls.ToolCalls(), _calls(A), tool_calls=[]) == 0.0
+    assert _reward(tool_calls.ToolCallReward(), "text", tool_calls=[]) == 1.0
+    assert _reward(tool_calls.ToolCallReward(), _calls(A), tool_calls=[]) == 0.0
 
 
 @pytest.mark.parametrize("expected", [None, "a", [{"name": "a"}], [1]])
 def test_expected_tool_calls_are_checked(expected):
     with pytest.raises(ValueError, match="wanted a list of objects"):
-        _reward(tool_calls.ToolCalls(), "text", tool_calls=expected)
+        _reward(tool_calls.ToolCallReward(), "text", tool_calls=expected)
 
 
 SCHEDULE = curriculum.CurriculumConfig(

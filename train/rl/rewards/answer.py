@@ -1,4 +1,4 @@
-"""Finds the answer in a text, and compares it with the label word by word."""
+"""Finds the answer in a text, and compares it with the label word for word."""
 
 import re
 
@@ -8,15 +8,15 @@ THINKING_END = "</think>"
 
 
 def strip_thinking(text: str) -> str:
-    """Return what follows the last `</think>`; all of it where there is none."""
+    """Return the text after the last `</think>`, or the whole text where that tag is missing."""
     return text.rpartition(THINKING_END)[2]
 
 
 def extract_answer(text: str) -> str | None:
     """Return the final answer after the thinking, or None.
 
-    It is the rest of the line after the last `Answer:`, or what the last `\\boxed{}` holds,
-    whichever comes later.
+    The answer is the remainder of the line after the last `Answer:`, or the content of the last
+    `\\boxed{}`. Where both are present, the later one counts.
     """
     text = strip_thinking(text)
     lines = list(re.finditer(r"(?i)\banswer:[ \t]*(.*)", text))
@@ -27,18 +27,19 @@ def extract_answer(text: str) -> str | None:
 
 
 def _find_last_box(text: str) -> tuple[int, str] | None:
-    r"""Return where the last whole `\boxed{}` starts, and its content."""
-    for found in reversed(list(re.finditer(r"\\boxed\s*\{", text))):
+    r"""Return the start of the last complete `\boxed{}`, and its content."""
+    # Formulas nest braces, which a regular expression cannot match: count them.
+    for match in reversed(list(re.finditer(r"\\boxed\s*\{", text))):
         depth = 1
-        for at in range(found.end(), len(text)):
-            depth += {"{": 1, "}": -1}.get(text[at], 0)
+        for end in range(match.end(), len(text)):
+            depth += {"{": 1, "}": -1}.get(text[end], 0)
             if not depth:
-                return found.start(), text[found.end() : at]
+                return match.start(), text[match.end() : end]
     return None
 
 
 class ExactReward:
-    """1 where the answer is the label, but for white space around it, else 0."""
+    """1 where the answer equals the label up to surrounding white space, else 0."""
 
     async def reward(self, sample: sample_lib.Sample) -> float:
         """Score one sample.

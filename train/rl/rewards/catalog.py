@@ -1,9 +1,11 @@
 """The rewards by name.
 
 A reward is an object with `async def reward(sample) -> float | Mapping[str, float]`, or with
-`async def reward_group(samples)` that returns such a value for each. It raises where it has no
-score, or returns None; 0 is a score. Two attributes are optional: `limit_secs`, its own limit
-(None: it keeps the time itself), and `parallel`, how many samples it scores at once.
+`async def reward_group(samples)`, which returns one such value a sample. A reward without a score
+for a sample raises or returns None, because 0 is a score. Two attributes are optional:
+
+  * limit_secs: the reward's own time limit; None where the reward keeps the time itself.
+  * parallel: how many samples the reward scores at once.
 """
 
 from collections.abc import Callable
@@ -21,7 +23,8 @@ from train.rl.rewards import (
     tool_calls,
 )
 
-# Each takes the pool of workers and the reward's options. Heavy libraries are imported in workers.
+# A factory takes the pool of workers and the reward's options. Heavy libraries (math-verify,
+# reasoning-gym) are imported in the workers, so the trainer starts without them.
 REWARD_FACTORIES: dict[str, Callable[..., Any]] = {
     "exact": lambda workers, **options: answer.ExactReward(**options),
     "mathematics": lambda workers, **options: mathematics.MathematicsReward(workers, **options),
@@ -29,7 +32,7 @@ REWARD_FACTORIES: dict[str, Callable[..., Any]] = {
     "code": lambda workers, **options: coding.CodeReward(**options),
     "format": lambda workers, **options: format.FormatReward(**options),
     "repetition": lambda workers, **options: format.RepetitionReward(**options),
-    "tool_calls": lambda workers, **options: tool_calls.ToolCalls(**options),
+    "tool_calls": lambda workers, **options: tool_calls.ToolCallReward(**options),
     "graded": lambda workers, **options: generative.GradedReward(**options),
     "pairwise": lambda workers, **options: generative.PairwiseReward(**options),
     "function": lambda workers, **options: adapters.FunctionReward(workers, **options),
@@ -40,11 +43,11 @@ REWARD_FACTORIES: dict[str, Callable[..., Any]] = {
 
 
 def make_reward(name: str, workers: pool.WorkerPool, options: dict[str, Any]) -> Any:
-    """Return the reward of a name.
+    """Return the reward called `name`, made with `options`.
 
     Raises:
-      ValueError: no such name, or options it does not take.
-      ImportError: its library is not installed.
+      ValueError: there is no such reward, or it does not take these options.
+      ImportError: the reward's library is not installed.
     """
     if name not in REWARD_FACTORIES:
         raise ValueError(f"reward: got {name!r}; wanted one of {', '.join(REWARD_FACTORIES)}")

@@ -1,9 +1,11 @@
-"""Code: runs the program in an answer against the task's tests.
+"""Code: runs the program of an answer against the task's tests.
 
-The task's metadata says how:
-  * {"tests": [{"stdin": text, "stdout": text}, ...]}: the program reads and prints;
-  * {"test_code": text}: Python that imports `solution` and asserts. It lies beside the program,
-    which could read it: programs that want to cheat belong in a remote sandbox, with other tests.
+The task's metadata has one of two forms:
+
+  * {"tests": [{"stdin": text, "stdout": text}, ...]}: the program reads its input and prints.
+  * {"test_code": text}: Python that imports `solution` and asserts. This file lies beside the
+    program, which could read it. Run programs that may cheat in a remote sandbox, on tests of the
+    first form.
 """
 
 import functools
@@ -23,18 +25,18 @@ RunProgram = Callable[..., runner.RunResult]
 
 
 def extract_program(text: str) -> str | None:
-    """Return the last block of Python after the thinking, or None."""
+    """Return the last block of Python code after the thinking, or None."""
     blocks = _CODE_BLOCK_PATTERN.findall(answer.strip_thinking(text))
     return blocks[-1] if blocks else None
 
 
 class CodeReward:
-    """The share of the tests that pass, or all or nothing; 0 where there is no program.
+    """The share of the tests that pass, or all or nothing. An answer without a program scores 0.
 
-    After a test that ran out of time the others are not run: they count as failed.
+    After a test that ran out of time, the remaining tests are not run and count as failed.
     """
 
-    limit_secs = None  # each program has its own
+    limit_secs = None  # every program has its own limits
 
     def __init__(
         self,
@@ -48,10 +50,11 @@ class CodeReward:
         """Choose where programs run.
 
         Args:
-          url: of a remote sandbox; otherwise here, by `runner`.
-          python: the interpreter; by default the one that runs this, or "python3" of the sandbox.
-          partial: the share; otherwise 1 only where all tests pass.
-          parallel: samples at once; more than the machine has cores makes programs slow.
+          url: URL of a remote sandbox. Without one, programs run on this machine, by `runner`.
+          python: the interpreter. Default: the running interpreter, or the sandbox's "python3".
+          partial: give the share of passed tests. Otherwise 1 if all tests pass, else 0.
+          parallel: samples scored at once. More than the number of cores makes programs slower,
+            and right programs may then fail by their wall-clock limit.
           allow_network: see `runner.run_program`.
           limits: fields of `runner.RunnerLimits`.
         """
@@ -69,7 +72,7 @@ class CodeReward:
 
         Raises:
           ValueError: the task has no tests.
-          runner.Unavailable, client.ServerError, TimeoutError: programs cannot be run.
+          runner.RunnerUnavailable, client.ServerError, TimeoutError: programs cannot be run.
         """
         metadata = sample.task.metadata
         tests = metadata.get("tests") or ([None] if metadata.get("test_code") else None)
@@ -82,11 +85,15 @@ class CodeReward:
             return 0.0
         passed = 0
         for test in tests:
-            if test is None:
-                result, good = await self._run_test_code(program, metadata["test_code"])
+            if test is None:  # test_code is one test
+                result, is_right = await self._run_test_code(program, metadata["test_code"])
             else:
-                result, good = await self._run_stdin_test(program, test["stdin"], test["stdout"])
-            passed += good and result.exit_code == 0
+                result, is_right = await self._run_stdin_test(
+                    program, test["stdin"], test["stdout"]
+                )
+            passed += is_right and result.exit_code == 0
+            # A program that was too slow once would take its full limit on every test. Without
+            # partial credit, a failed first test decides.
             if result.reason in ("cpu", "wall") or not (passed or self._partial):
                 break
         return passed / len(tests) if self._partial else float(passed == len(tests))
@@ -98,19 +105,22 @@ class CodeReward:
         return result, _stripped_lines(result.stdout) == _stripped_lines(wanted)
 
     async def _run_test_code(self, program: str, tests: str) -> tuple[runner.RunResult, bool]:
-        done = secrets.token_hex(16)  # so that a program that ends the process early has not passed
-        files = {"solution.py": program, "test.py": f"{tests}\nprint({done!r})\n"}
+        # A program that calls exit(0) on import would look like one that passed. Only a process
+        # that reached the last line prints this token, which the program cannot guess.
+        end_token = secrets.token_hex(16)
+        files = {"solution.py": program, "test.py": f"{tests}\nprint({end_token!r})\n"}
         result = await self._run_with_retry(files, "test.py", "")
-        return result, result.stdout.rstrip().endswith(done)
+        return result, result.stdout.rstrip().endswith(end_token)
 
     async def _run_with_retry(
         self, files: dict[str, str], main: str, stdin: str
     ) -> runner.RunResult:
-        """Run once, or twice if the clock on the wall ended it: the machine may have been busy."""
+        """Run once, and again after a wall-clock time-out: the machine may have been busy."""
         call = functools.partial(self._run, files, [self._python, main], self._limits, stdin=stdin)
         result = await background.call_in_thread(call)
         return await background.call_in_thread(call) if result.reason == "wall" else result
 
 
 def _stripped_lines(text: str) -> list[str]:
+    """Return the lines without trailing white space, and without empty lines at the end."""
     return [line.rstrip() for line in text.rstrip().splitlines()]

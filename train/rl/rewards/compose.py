@@ -1,8 +1,8 @@
-"""Scores groups of samples: runs the rewards of each source, weighs and adds them up.
+"""Scores groups of samples: runs the rewards of a sample's source, and returns the weighted sum.
 
-Nothing that a reward does reaches the caller but as `RewardScore(value=None, error=...)` and as a
-count: not an exception, a time-out, a crash, NaN, or a value of the wrong type. A failure is never
-a score of 0.
+A reward can fail by an exception, a time-out, a crash, NaN or a value of the wrong type. The caller
+sees every failure as `RewardScore(value=None, error=...)` and in the counts. A failure is never a
+score of 0: 0 would teach the model that its answer was wrong.
 """
 
 import asyncio
@@ -12,7 +12,7 @@ import dataclasses
 import logging
 import math
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 from train.rl import sample as sample_lib
@@ -27,17 +27,23 @@ _log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class RewardsConfig:
-    """Which rewards a sample gets.
+    """The rewards of each source, and how they are run.
 
-    sources: (source, ((reward, weight, options), ...)); the source "*" is any that is not named.
-      reward: a name in `catalog.REWARD_FACTORIES`. weight: of its value, a mapping's being the sum of its
-      parts; or ((part, weight), ...), of parts that must be there; parts without a weight are only
-      reported. options: ((name, value), ...).
-    limit_secs: of one reward of one sample, of the whole group for a reward of groups; some have
-      a limit of their own: "code" has those of its programs, judges that of their requests.
-    retries: of time-outs and crashes, so that a busy machine does not change scores.
-    workers: processes.
-    parallel: samples at once of a reward that waits for others, unless it has its own number.
+    Attributes:
+      sources: (source, ((reward, weight, options), ...)). The source "*" stands for every source
+        that is not named. The three entries of a reward:
+          reward: a name in `catalog.REWARD_FACTORIES`.
+          weight: a factor of the reward's value, which for a mapping is the sum of its parts; or
+            ((part, weight), ...). Parts that are named here must be present. Parts that are not
+            named are only reported.
+          options: ((name, value), ...), passed to the reward's factory.
+      limit_secs: time limit of one reward of one sample, or of one group for a reward of groups.
+        Some rewards have limits of their own: "code" those of its programs, judges those of their
+        requests.
+      retries: how often a reward is called again after a time-out or crash, so that a busy machine
+        does not change scores.
+      workers: number of worker processes.
+      parallel: samples that one reward scores at once, where the reward has no number of its own.
     """
 
     sources: tuple[tuple[str, tuple[tuple[str, RewardWeight, RewardOptions], ...]], ...]
@@ -50,9 +56,9 @@ class RewardsConfig:
         names = [name for name, _ in self.sources]
         if not names or len(set(names)) < len(names):
             raise ValueError(f"sources: got {names}; wanted at least one, of different names")
-        for field, least in (("retries", 0), ("workers", 1), ("parallel", 1)):
-            if getattr(self, field) < least:
-                raise ValueError(f"{field}: got {getattr(self, field)}; wanted at least {least}")
+        for field, minimum in (("retries", 0), ("workers", 1), ("parallel", 1)):
+            if getattr(self, field) < minimum:
+                raise ValueError(f"{field}: got {getattr(self, field)}; wanted at least {minimum}")
         if not self.limit_secs > 0:
             raise ValueError(f"limit_secs: got {self.limit_secs}; wanted more than 0")
         for source, terms in self.sources:
@@ -64,7 +70,7 @@ class RewardsConfig:
                 )
             for name, weight, _ in terms:
                 weights = dict(weight).values() if isinstance(weight, tuple) else (weight,)
-                if not weights or not all(math.isfinite(one) for one in weights):
+                if not weights or not all(map(math.isfinite, weights)):
                     raise ValueError(
                         f"source {source!r}, reward {name!r}: got the weight {weight}; wanted a "
                         "finite number, or ((part, number), ...)"
@@ -73,17 +79,19 @@ class RewardsConfig:
 
 @dataclasses.dataclass(frozen=True)
 class _RewardTerm:
-    """A reward of a source. gate: lets so many samples in at once; only then time is counted."""
+    """One reward of a source, a term of the weighted sum."""
 
-    name: str
-    reward: Any
+    name: str  # in the catalogue
+    reward: Any  # has `reward` or `reward_group`, see `catalog`
     weight: RewardWeight
+    # Limits how many samples the reward scores at once. The time limit starts inside, so that a
+    # sample does not time out while it waits for its turn.
     gate: asyncio.Semaphore
-    limit_secs: float | None
+    limit_secs: float | None  # None: the reward keeps the time itself
 
 
 class _RewardFailure(Exception):
-    """Why there is no score: one of `FAILURE_KINDS`, and a sentence."""
+    """The reason for a missing score: one of `FAILURE_KINDS`, and a sentence."""
 
     def __init__(self, kind: str, why: str):
         super().__init__(why)
@@ -91,14 +99,14 @@ class _RewardFailure(Exception):
 
 
 class GroupScorer:
-    """Scores what is submitted, in the background."""
+    """Scores submitted groups in the background, in a thread with an event loop."""
 
     def __init__(self, config: RewardsConfig):
-        """Make the rewards and start a thread; workers start with the first call.
+        """Make the rewards and start the thread. Worker processes start with the first calls.
 
         Raises:
-          ValueError: a reward that is not in the catalogue, or options it does not take.
-          ImportError: a library is missing.
+          ValueError: a reward is not in the catalogue, or does not take its options.
+          ImportError: a reward's library is not installed.
         """
         self._config = config
         self._pool = pool.WorkerPool(config.workers, config.limit_secs)
@@ -115,13 +123,13 @@ class GroupScorer:
     def submit(
         self, group: Sequence[sample_lib.Sample]
     ) -> "concurrent.futures.Future[list[sample_lib.RewardScore]]":
-        """Score samples of one task; the scores come in their order.
+        """Return a future of the scores of samples of one task, in their order.
 
-        The future raises nothing but, after `close`, `CancelledError`.
+        The future raises nothing but `CancelledError`, and that only after `close`.
 
         Raises:
-          ValueError: samples of several sources or none, or of one without rewards.
-          RuntimeError: after `close`.
+          ValueError: the samples have several sources or none, or the source has no rewards.
+          RuntimeError: called after `close`.
         """
         sources = {sample.task.source for sample in group}
         if len(sources) != 1:
@@ -138,7 +146,7 @@ class GroupScorer:
         return asyncio.run_coroutine_threadsafe(self._score_group(terms, list(group)), self._loop)
 
     def failure_counts(self) -> dict[str, int]:
-        """Return how often each reward failed so far, "reward/error/<reward>/<kind>"."""
+        """Return how often each reward failed so far, by "reward/error/<reward>/<kind>"."""
         names = sorted({name for _, terms in self._config.sources for name, _, _ in terms})
         return {
             f"reward/error/{name}/{kind}": self._failure_counts[name, kind]
@@ -147,7 +155,7 @@ class GroupScorer:
         }
 
     def close(self) -> None:
-        """Kill the workers, cancel what is not scored, and stop the thread."""
+        """Kill the workers, cancel the groups that wait for scores, and stop the thread."""
         self._pool.close()
         if self._thread.is_alive():
             asyncio.run_coroutine_threadsafe(self._cancel_tasks(), self._loop).result()
@@ -158,13 +166,14 @@ class GroupScorer:
     def _make_terms(
         self, terms: tuple[tuple[str, RewardWeight, RewardOptions], ...]
     ) -> list[_RewardTerm]:
-        most = max(self._config.parallel, self._config.workers)
+        # Fewer than the workers would leave some of them idle.
+        max_parallel = max(self._config.parallel, self._config.workers)
         return [
             _RewardTerm(
                 name,
                 reward := catalog.make_reward(name, self._pool, dict(options)),
                 weight,
-                asyncio.Semaphore(getattr(reward, "parallel", most)),
+                asyncio.Semaphore(getattr(reward, "parallel", max_parallel)),
                 getattr(reward, "limit_secs", self._config.limit_secs),
             )
             for name, weight, options in terms
@@ -185,32 +194,44 @@ class GroupScorer:
     async def _run_term(
         self, term: _RewardTerm, group: list[sample_lib.Sample]
     ) -> list[dict[str, float] | _RewardFailure]:
-        """Return what one reward says of each sample: its parts, or why there are none."""
+        """Return each sample's parts of one reward, or why there are none."""
         if hasattr(term.reward, "reward_group"):
-            said = await self._call_with_retries(term, lambda: term.reward.reward_group(group))
-            if not isinstance(said, _RewardFailure) and (
-                not isinstance(said, list) or len(said) != len(group)
-            ):
-                said = _RewardFailure("garbage", f"got {said!r:.80}; wanted a list of {len(group)}")
-            column = [said] * len(group) if isinstance(said, _RewardFailure) else said
+            results = await self._call_reward_group(term, group)
         else:
-            column = await asyncio.gather(
+            results = await asyncio.gather(
                 *(
-                    self._call_with_retries(term, lambda one=one: term.reward.reward(one))
-                    for one in group
+                    # The default argument binds this sample: the call runs after the loop.
+                    self._call_with_retries(term, lambda sample=sample: term.reward.reward(sample))
+                    for sample in group
                 )
             )
-        checked = [
-            one if isinstance(one, _RewardFailure) else _parse_parts(one, term) for one in column
+        column = [
+            result if isinstance(result, _RewardFailure) else _parse_parts(result, term)
+            for result in results
         ]
-        for one in checked:
-            if isinstance(one, _RewardFailure):
-                self._failure_counts[term.name, one.kind] += 1
-                _log.warning("reward %s failed (%s): %s", term.name, one.kind, one)
-        return checked
+        for cell in column:
+            if isinstance(cell, _RewardFailure):
+                self._failure_counts[term.name, cell.kind] += 1
+                _log.warning("reward %s failed (%s): %s", term.name, cell.kind, cell)
+        return column
 
-    async def _call_with_retries(self, term: _RewardTerm, call: Any) -> Any:
-        """Return what the call does, or the failure of the last try."""
+    async def _call_reward_group(
+        self, term: _RewardTerm, group: list[sample_lib.Sample]
+    ) -> list[Any]:
+        """Return each sample's result of a reward of groups, which fails for all or for none."""
+        results = await self._call_with_retries(term, lambda: term.reward.reward_group(group))
+        if not isinstance(results, _RewardFailure) and (
+            not isinstance(results, list) or len(results) != len(group)
+        ):
+            results = _RewardFailure(
+                "garbage", f"got {results!r:.80}; wanted a list of {len(group)}"
+            )
+        return [results] * len(group) if isinstance(results, _RewardFailure) else results
+
+    async def _call_with_retries(
+        self, term: _RewardTerm, call: Callable[[], Awaitable[Any]]
+    ) -> Any:
+        """Return the call's result, or the failure of the last try."""
         failure: _RewardFailure | None = None
         for _ in range(1 + self._config.retries):
             try:
@@ -224,16 +245,18 @@ class GroupScorer:
                 failure = _RewardFailure(error.kind, str(error))
             except Exception as error:
                 failure = _RewardFailure("exception", f"{type(error).__name__}: {error}")
+            # Another try cannot cure a wrong value or an exception of the reward's own.
             if failure.kind not in ("timeout", "crash"):
                 break
         return failure
 
 
 def _parse_parts(result: Any, term: _RewardTerm) -> dict[str, float] | _RewardFailure:
-    """Return the parts of what a reward said; its value alone is named after the reward."""
+    """Return the parts of a reward's result. A plain number is one part with the reward's name."""
     if result is None:
         return _RewardFailure("none", "it has no score")
     parts = dict(result) if isinstance(result, Mapping) else {term.name: result}
+    # A function may say in a part "valid" that it could not judge the sample.
     if parts.pop("valid", True) is not True:
         return _RewardFailure("none", "it says that the sample is not valid")
     wanted = dict(term.weight) if isinstance(term.weight, tuple) else {}
@@ -246,6 +269,7 @@ def _parse_parts(result: Any, term: _RewardTerm) -> dict[str, float] | _RewardFa
 
 
 def _is_finite(value: Any) -> bool:
+    """Tell whether `value` is a finite number that fits a float."""
     try:
         return math.isfinite(value)
     except (TypeError, OverflowError):
@@ -255,13 +279,14 @@ def _is_finite(value: Any) -> bool:
 def _combine_terms(
     terms: Sequence[_RewardTerm], row: Sequence[dict[str, float] | _RewardFailure]
 ) -> sample_lib.RewardScore:
-    """Return the weighted sum; one failure is enough for there to be none."""
+    """Return the weighted sum of one sample's terms, or no value if a single term failed."""
     value, parts, errors = 0.0, {}, []
-    for term, said in zip(terms, row, strict=True):
-        if isinstance(said, _RewardFailure):
-            errors.append(f"{term.name}: {said.kind}: {said}")
+    for term, cell in zip(terms, row, strict=True):
+        if isinstance(cell, _RewardFailure):
+            errors.append(f"{term.name}: {cell.kind}: {cell}")
             continue
-        for key, part in said.items():
+        for key, part in cell.items():
+            # A number has the reward's name, a part of a mapping "<reward>/<part>".
             parts[key if key == term.name else f"{term.name}/{key}"] = part
             weight = (
                 dict(term.weight).get(key, 0.0) if isinstance(term.weight, tuple) else term.weight

@@ -1,9 +1,10 @@
-"""Confines one command; `runner` starts this file by its path. Standard library alone.
+"""Confines one command. `runner` starts this file by its path, so it imports the standard library
+alone.
 
-Two processes stand between the caller and the command. The outer one makes the namespaces and
-waits; the inner one, the first of the new pid namespace, starts the command, collects orphans,
-reports how the command ended and dies, whereupon the kernel kills all that is left of the
-namespace. Where there are no namespaces, orphans come to the outer process, and the caller kills
+Two processes stand between the caller and the command. The outer process makes the namespaces and
+waits. The inner process is the first one of the new pid namespace. It starts the command, collects
+orphans, reports how the command ended, and dies, whereupon the kernel kills all processes that
+remain in the namespace. Without namespaces, the outer process adopts orphans, and the caller kills
 its descendants.
 """
 
@@ -14,47 +15,54 @@ import os
 import resource
 import signal
 import sys
+from typing import Any
 
-# From <sched.h>, <sys/prctl.h> and <linux/capability.h>.
-CLONE_NEWIPC, CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET = (
-    0x08000000,
-    0x10000000,
-    0x20000000,
-    0x40000000,
-)
-PR_SET_PDEATHSIG, PR_SET_KEEPCAPS, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS, PR_CAP_AMBIENT = (
-    1,
-    8,
-    36,
-    38,
-    47,
-)
+# From <sched.h>.
+CLONE_NEWIPC = 0x08000000
+CLONE_NEWUSER = 0x10000000
+CLONE_NEWPID = 0x20000000
+CLONE_NEWNET = 0x40000000
+# From <sys/prctl.h>.
+PR_SET_PDEATHSIG = 1
+PR_SET_KEEPCAPS = 8
+PR_SET_CHILD_SUBREAPER = 36
+PR_SET_NO_NEW_PRIVS = 38
+PR_CAP_AMBIENT = 47
+PR_CAP_AMBIENT_RAISE = 2
+# From <linux/capability.h>.
 CAPABILITY_VERSION_3, CAP_DAC_READ_SEARCH = 0x20080522, 2
-FIRST_PROGRAM_UID = 1_000_000_000  # nobody's: a limit on a user's processes must count ours alone
+# Programs of a root caller run under user ids from here on, which no other process has: the kernel
+# counts a user's processes, and the limit must count those of one program alone.
+FIRST_PROGRAM_UID = 1_000_000_000
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-def _call_libc(function: str, *arguments) -> None:
+def _call_libc(function: str, *arguments: Any) -> None:
+    """Call a function that returns 0 on success, and raise OSError otherwise."""
     if getattr(_libc, function)(*arguments):
         number = ctypes.get_errno()
         raise OSError(number, f"{function}: {os.strerror(number)}")
 
 
 def _prctl(option: int, *values: int) -> None:
+    # The kernel refuses some options unless the arguments that they do not use are 0.
     _call_libc("prctl", option, *(ctypes.c_ulong(value) for value in (*values, 0, 0, 0, 0)[:4]))
 
 
 def unshare_namespaces() -> None:
-    """Leave the namespaces of processes, network and IPC.
+    """Move to new namespaces of processes, network and IPC.
 
     Raises:
-      OSError: the system does not permit it.
+      OSError: the system does not permit new namespaces.
     """
     flags, uid, gid = CLONE_NEWIPC | CLONE_NEWPID | CLONE_NEWNET, os.getuid(), os.getgid()
     if uid == 0:
         _call_libc("unshare", flags)
         return
+    # An ordinary user may make a user namespace, and has the right to make the others inside it.
+    # Map the user's own ids and no others. The kernel demands that setgroups is denied before an
+    # unprivileged process writes its gid_map.
     _call_libc("unshare", flags | CLONE_NEWUSER)
     for file, text in (("setgroups", "deny"), ("uid_map", f"{uid} {uid} 1")):
         with open(f"/proc/self/{file}", "w") as out:
@@ -64,18 +72,22 @@ def unshare_namespaces() -> None:
 
 
 def _drop_root(uid: int) -> None:
-    """Become a user of no other process, who may read everything and write the folder alone.
+    """Become a user without other processes, who may read everything and write this folder alone.
 
-    The kernel does not count root's processes. Reading stays: interpreters lie in root's home.
+    The kernel applies no limit on processes to root. Root's right to read is kept, because
+    interpreters may lie in root's home.
     """
     try:
-        for folder, _, names in os.walk("."):
-            for name in (".", *names):
+        for folder, _, files in os.walk("."):
+            for name in (".", *files):
                 os.chown(os.path.join(folder, name), uid, uid)
     except OSError as error:
         if error.errno != errno.EINVAL:
             raise
-        return  # a container that does not have this id: its root is an ordinary user outside
+        # A container without this user id. Its root is an ordinary user outside.
+        return
+    # A change of user clears the capabilities, and so does exec. Keep them over the first, then
+    # raise the one for reading to an ambient capability, which survives the second.
     _prctl(PR_SET_KEEPCAPS, 1)
     os.setgroups([])
     os.setresgid(uid, uid, uid)
@@ -88,39 +100,42 @@ def _drop_root(uid: int) -> None:
             (ctypes.c_uint32 * 6)(bit, bit, bit),
         )
     except PermissionError:
-        return  # a container's root may not have it; its interpreters are for everybody
-    _prctl(PR_CAP_AMBIENT, 2, CAP_DAC_READ_SEARCH)
+        # A container's root may lack this capability. Everybody can read interpreters there.
+        return
+    _prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_RAISE, CAP_DAC_READ_SEARCH)
 
 
 def _set_rlimits(options: dict) -> None:
-    hard = {
+    limits = {
         resource.RLIMIT_CPU: options["cpu_secs"],
         resource.RLIMIT_AS: options["memory_bytes"],
         resource.RLIMIT_FSIZE: options["file_bytes"],
         resource.RLIMIT_CORE: 0,
     }
-    if (
-        options["namespaces"] or os.getuid() >= FIRST_PROGRAM_UID
-    ):  # else the user's others count as well
-        hard[resource.RLIMIT_NPROC] = options["tasks"]
-    for which, value in hard.items():
-        # The signal that tells of too much CPU time can be ignored, the one a second later cannot.
-        spare = 1 if which == resource.RLIMIT_CPU else 0
-        resource.setrlimit(which, (value, value + spare))
+    # The limit counts all processes of the user: outside a pid namespace, an ordinary user's other
+    # processes would count as well.
+    if options["namespaces"] or os.getuid() >= FIRST_PROGRAM_UID:
+        limits[resource.RLIMIT_NPROC] = options["tasks"]
+    for limit, value in limits.items():
+        # At the soft limit the kernel sends SIGXCPU, which a program can ignore. One second later,
+        # at the hard limit, it sends SIGKILL.
+        spare_secs = 1 if limit == resource.RLIMIT_CPU else 0
+        resource.setrlimit(limit, (value, value + spare_secs))
 
 
 def _exec_command(options: dict, uid: int, report_fd: int) -> None:
-    """Become the command; what fails on the way is told to the caller."""
+    """Become the command, or report to the caller why that failed."""
     try:
         with open("/proc/self/oom_score_adj", "w") as file:
-            file.write("1000")  # should memory run out, this goes first, not the caller
+            file.write("1000")  # should memory run out, the kernel kills the command first
         if os.getuid() == 0:
             _drop_root(uid)
-        _prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # for where there is no namespace to die with
+        _prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # without a namespace: die with the parent
         _prctl(PR_SET_NO_NEW_PRIVS, 1)
         _set_rlimits(options)
-        for number in (signal.SIGPIPE, signal.SIGXFSZ):  # which Python ignores
-            signal.signal(number, signal.SIG_DFL)
+        # Python ignores these signals at start, and exec hands ignored signals on.
+        for signal_number in (signal.SIGPIPE, signal.SIGXFSZ):
+            signal.signal(signal_number, signal.SIG_DFL)
         os.execvpe(options["command"][0], options["command"], options["environment"])
     except OSError as error:
         os.write(report_fd, json.dumps({"failed": str(error)}).encode() + b"\n")
@@ -128,10 +143,10 @@ def _exec_command(options: dict, uid: int, report_fd: int) -> None:
 
 
 def main() -> None:
-    """Read the options from the first argument, run the command, report, and wait to be killed."""
+    """Run the command that the first argument describes, report its end, and wait to be killed."""
     options = json.loads(sys.argv[1])
-    report = options["report"]
-    os.set_inheritable(report, False)
+    report_fd = options["report"]
+    os.set_inheritable(report_fd, False)  # the command must not write reports
     _prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     _prctl(PR_SET_CHILD_SUBREAPER, 1)
     uid = FIRST_PROGRAM_UID + os.getpid()
@@ -139,10 +154,12 @@ def main() -> None:
         try:
             unshare_namespaces()
         except OSError as error:
-            os.write(report, json.dumps({"refused": str(error)}).encode() + b"\n")
+            os.write(report_fd, json.dumps({"refused": str(error)}).encode() + b"\n")
             signal.pause()
+    # The process that calls unshare stays in its old pid namespace: its first child enters the new
+    # one as process 1, with which the namespace ends.
     if os.fork():
-        while True:  # orphans, where there is no namespace; the caller ends it
+        while True:  # collect orphans, which come here without a namespace, until killed
             try:
                 os.wait()
             except ChildProcessError:
@@ -150,13 +167,13 @@ def main() -> None:
     _prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     command = os.fork()
     if not command:
-        _exec_command(options, uid, report)
+        _exec_command(options, uid, report_fd)
     while True:
         pid, status = os.wait()
         if pid == command:
             break
-    ended = {"exit_code": os.waitstatus_to_exitcode(status)}
-    os.write(report, json.dumps(ended).encode() + b"\n")
+    report = {"exit_code": os.waitstatus_to_exitcode(status)}
+    os.write(report_fd, json.dumps(report).encode() + b"\n")
     os._exit(0)
 
 

@@ -1,8 +1,9 @@
 """A model as the judge, over any OpenAI-compatible endpoint (M1 4.2).
 
-`GradedReward` compares with a right answer in five grades; `PairwiseReward` says which of two answers is
-better, asked twice with their places swapped. A verdict that cannot be read is no score: the
-sample is dropped, not punished. Watch for the judge's taste for length with `length_bias`.
+`GradedReward` compares an answer with a reference answer in five grades. `PairwiseReward` says
+which of two answers is better, and asks twice with the two swapped, so that a preference for a
+position cancels out. A verdict that cannot be parsed is no score: the sample is dropped, not
+punished. A judge may prefer long answers: watch for that with `length_bias`.
 """
 
 import collections
@@ -48,7 +49,7 @@ _BETTER_PATTERN = re.compile(r"(?im)^\W*better\W*(A|B|tie)\W*$")
 
 
 class JudgeClient:
-    """Asks a model, and remembers what it said."""
+    """Asks a model for verdicts, and caches them."""
 
     def __init__(
         self,
@@ -64,14 +65,17 @@ class JudgeClient:
         """Choose the judge.
 
         Args:
-          url: of the API, as in "http://localhost:8000/v1".
-          secs: of a verdict, retries included. retries, backoff_secs: see `client.post_json`.
-          max_tokens: of a verdict.
-          key_variable: the environment variable that holds the key, if there is one.
-          remembered: answers kept, by the prompt's hash.
+          url: base URL of the API, as in "http://localhost:8000/v1".
+          model: the model's name at the endpoint.
+          secs: time limit of one verdict, retries included.
+          retries: see `client.post_json`.
+          backoff_secs: see `client.post_json`.
+          max_tokens: longest reply of the judge, in tokens.
+          key_variable: name of the environment variable that holds the API key; empty for none.
+          remembered: number of verdicts in the cache, which is keyed by the prompt's hash.
 
         Raises:
-          ValueError: the variable is not set.
+          ValueError: the environment variable is not set.
         """
         self._url = url.rstrip("/") + "/chat/completions"
         self._model, self._max_tokens, self._max_verdicts = model, max_tokens, remembered
@@ -89,14 +93,15 @@ class JudgeClient:
         self._verdicts: collections.OrderedDict[str, str] = collections.OrderedDict()
 
     async def ask(self, prompt: str, pattern: re.Pattern[str]) -> str | None:
-        """Return what the last match of `form` in the judge's answer holds; None without one.
+        """Return the group of the last match of `pattern` in the judge's reply, or None.
 
         Raises:
           TimeoutError, client.ServerError: the endpoint did not answer.
         """
+        # Text of a model may hold lone surrogates, which plain UTF-8 refuses.
         key = hashlib.sha256(prompt.encode(errors="surrogatepass")).hexdigest()
         if key in self._verdicts:
-            self._verdicts.move_to_end(key)
+            self._verdicts.move_to_end(key)  # the cache drops the least recently used verdict
             return self._verdicts[key]
         payload = {
             "model": self._model,
@@ -113,25 +118,25 @@ class JudgeClient:
             raise client.ServerError(
                 f"{self._url}: got {reply!r:.200}; wanted choices[0].message.content"
             ) from None
-        found = pattern.findall(answer.strip_thinking(text)) if isinstance(text, str) else []
-        if not found:
-            return None  # not remembered: it may do better another time
-        self._verdicts[key] = found[-1]
+        matches = pattern.findall(answer.strip_thinking(text)) if isinstance(text, str) else []
+        if not matches:
+            return None  # not cached, so that the judge is asked again next time
+        self._verdicts[key] = matches[-1]
         while len(self._verdicts) > self._max_verdicts:
             self._verdicts.popitem(last=False)
-        return found[-1]
+        return matches[-1]
 
 
 class GradedReward:
-    """0, 0.25, ... 1 for the grades 1 to 5, against the task's label."""
+    """0, 0.25, 0.5, 0.75, 1 for the grades 1 to 5, with the task's label as the reference."""
 
     def __init__(self, **judge: Any):
-        """judge: see `JudgeClient`."""
+        """Make the judge from the arguments of `JudgeClient`."""
         self._judge = JudgeClient(**judge)
-        self.limit_secs = self._judge.secs + 1
+        self.limit_secs = self._judge.secs + 1  # the client's own time-out says more
 
     async def reward(self, sample: sample_lib.Sample) -> float | None:
-        """Score one sample; None for a verdict that cannot be read.
+        """Score one sample, or return None where the verdict cannot be parsed.
 
         Raises:
           ValueError: the task has no label.
@@ -149,18 +154,19 @@ class GradedReward:
 
 
 class PairwiseReward:
-    """1, 0 or -1 where the sample is better than the reference, as good, or worse.
+    """1 where the sample is better than the reference, 0 where it is as good, -1 where it is worse.
 
-    The reference is metadata {"reference": text}, or the label. Two verdicts that disagree are 0.
+    The reference is the task's metadata {"reference": text}, or else the label. Two verdicts that
+    disagree score 0.
     """
 
     def __init__(self, **judge: Any):
-        """judge: see `JudgeClient`."""
+        """Make the judge from the arguments of `JudgeClient`."""
         self._judge = JudgeClient(**judge)
-        self.limit_secs = 2 * self._judge.secs + 1
+        self.limit_secs = 2 * self._judge.secs + 1  # two verdicts
 
     async def reward(self, sample: sample_lib.Sample) -> float | None:
-        """Score one sample; None for a verdict that cannot be read.
+        """Score one sample, or return None where the verdict cannot be parsed.
 
         Raises:
           ValueError: the task has no reference.
@@ -170,17 +176,18 @@ class PairwiseReward:
         reference = task.metadata.get("reference", task.label)
         if reference is None:
             raise ValueError(f"task {task.id!r}: got no reference; wanted one, or a label")
-        ours = answer.strip_thinking(sample.text).strip()
+        sampled = answer.strip_thinking(sample.text).strip()
         verdicts = []
-        for first, second, better in ((ours, reference, "a"), (reference, ours, "b")):
+        # `winner` is the verdict that favours the sample.
+        for first, second, winner in ((sampled, reference, "a"), (reference, sampled, "b")):
             prompt = _PAIRWISE_PROMPT.format(
                 question=render_question(task), first=first, second=second
             )
-            verdict = await self._judge.ask(prompt, _BETTER_PATTERN)
-            if verdict is None:
+            reply = await self._judge.ask(prompt, _BETTER_PATTERN)
+            if reply is None:
                 return None
-            said = verdict.lower()
-            verdicts.append(0 if said == "tie" else 1 if said == better else -1)
+            verdict = reply.lower()
+            verdicts.append(0 if verdict == "tie" else 1 if verdict == winner else -1)
         return float(verdicts[0]) if verdicts[0] == verdicts[1] else 0.0
 
 
@@ -189,7 +196,7 @@ def render_question(task: sample_lib.Task) -> str:
     lines = []
     for message in task.messages:
         content = message.get("content") or ""
-        if not isinstance(content, str):  # OpenAI's parts
+        if not isinstance(content, str):  # OpenAI's list of content parts
             content = "".join(part.get("text", "") for part in content)
         lines.append(f"{message['role']}: {content}")
     return "\n\n".join(lines)

@@ -1,9 +1,12 @@
-"""Watches a generative judge for a taste for length, while the run goes on (M1 4.2.2).
+"""Watches a generative judge for a preference of long answers, during the run (M1 4.2.2).
 
-Within each group of answers to one prompt: the correlation of reward and length, and how often
-the longer of two answers with different rewards has the higher one. Means over the last groups;
-above a threshold there is an alarm, and a run that asked for it stops until somebody recalibrates
-the judge. Push groups in a fixed order, not as scores happen to come in.
+Two statistics are taken within each group of answers to one prompt: the correlation of reward and
+length, and how often the longer of two answers has the higher reward. An alarm is raised while the
+mean of either over the last groups is above its threshold. A run can be configured to stop then,
+until somebody recalibrates the judge.
+
+Push groups in a fixed order, not in the order in which scores arrive: the order decides which
+groups the statistics cover.
 """
 
 import dataclasses
@@ -18,18 +21,14 @@ _log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class LengthBiasConfig:
-    """window: groups looked at. least: groups before there can be an alarm.
+    """When the judge's preference of long answers is an alarm, and what an alarm does."""
 
-    correlation, win_rate: above either there is an alarm; 1 is never. pause: whether it stops the
-    run. recalibrated: how often the judge was looked after; one more begins anew.
-    """
-
-    window: int = 512
-    least: int = 64
-    correlation: float = 0.4
-    win_rate: float = 0.7
-    pause: bool = False
-    recalibrated: int = 0
+    window: int = 512  # the last groups that the statistics are means of
+    least: int = 64  # groups before there can be an alarm, 1 to window
+    correlation: float = 0.4  # alarm above this mean correlation, 0 to 1; 1 is never
+    win_rate: float = 0.7  # alarm above this share of wins of the longer answer, 0 to 1; 1 is never
+    pause: bool = False  # whether an alarm stops the run
+    recalibrated: int = 0  # times the judge was recalibrated; an increase resets the monitor
 
     def __post_init__(self):
         if not 1 <= self.least <= self.window:
@@ -42,23 +41,24 @@ class LengthBiasConfig:
 
 
 class LengthBiasPause(ValueError):
-    """The judge rewards length; somebody must look."""
+    """The judge rewards length, and the run must wait for a recalibration."""
 
 
 class LengthBiasMonitor:
     """The monitor of one judge.
 
-    `push` every group, log `metrics`, call `check` before training on the judge's scores. After an
-    alarm with pause, `check` raises until a config says that the judge was recalibrated.
+    Push every group, log `metrics`, and call `check` before training on the judge's scores. After
+    an alarm with `pause`, `check` raises until the config counts one more recalibration.
     """
 
     def __init__(self, config: LengthBiasConfig, state: dict[str, Any] | None = None):
-        """Go on from a `state`; begin anew where the judge was recalibrated since."""
+        """Continue from a `state`, or start empty where the judge was recalibrated since."""
         state = state or {}
         if state.get("recalibrated", 0) != config.recalibrated:
             state = {}
         self._config = config
-        # Of each group: its correlation or None, pairs won by the longer, pairs.
+        # A group's correlation (None where it is not defined), pairs won by the longer answer, and
+        # pairs in all.
         self._groups: list[tuple[float | None, int, int]] = [
             (correlation, won, pairs) for correlation, won, pairs in state.get("groups", [])
         ][-config.window :]
@@ -66,10 +66,14 @@ class LengthBiasMonitor:
         self.is_paused: bool = state.get("paused", False)
 
     def push(self, lengths: Sequence[int], rewards: Sequence[float | None]) -> None:
-        """Take a group: each answer's tokens and reward; answers without one do not count.
+        """Add a group.
+
+        Args:
+          lengths: each answer's number of tokens.
+          rewards: each answer's reward. Answers without a reward do not count.
 
         Raises:
-          ValueError: of different lengths.
+          ValueError: there are more of one than of the other.
         """
         if len(lengths) != len(rewards):
             raise ValueError(
@@ -77,19 +81,19 @@ class LengthBiasMonitor:
             )
         pairs = zip(lengths, rewards, strict=True)
         scored = [(length, reward) for length, reward in pairs if reward is not None]
-        won = many = 0
-        for (length, reward), (other_length, other) in itertools.combinations(scored, 2):
-            if length != other_length and reward != other:
-                many += 1
-                won += (length > other_length) == (reward > other)
-        if not many:
-            return  # nothing to learn from
-        self._groups.append((_pearson_correlation(scored), won, many))
+        num_won = num_pairs = 0
+        for (length, reward), (other_length, other_reward) in itertools.combinations(scored, 2):
+            if length != other_length and reward != other_reward:
+                num_pairs += 1
+                num_won += (length > other_length) == (reward > other_reward)
+        if not num_pairs:
+            return  # equal rewards or equal lengths say nothing about a preference
+        self._groups.append((_pearson_correlation(scored), num_won, num_pairs))
         del self._groups[: -self._config.window]
         self._update_alarm()
 
     def metrics(self) -> dict[str, float]:
-        """Return what to log: "reward/length/..."; NaN where there is nothing yet."""
+        """Return the metrics "reward/length/...". They are NaN before the first group."""
         correlation, win_rate = self._mean_statistics()
         return {
             "reward/length/correlation": correlation,
@@ -99,10 +103,10 @@ class LengthBiasMonitor:
         }
 
     def check(self) -> None:
-        """Do nothing while the run may go on.
+        """Raise where the run must not go on.
 
         Raises:
-          Paused: after an alarm, where the config asks for a pause.
+          LengthBiasPause: there was an alarm, and the config asks for a pause.
         """
         if self.is_paused:
             correlation, win_rate = self._mean_statistics()
@@ -115,7 +119,7 @@ class LengthBiasMonitor:
             )
 
     def state(self) -> dict[str, Any]:
-        """Return what continues this monitor, JSON-able."""
+        """Return the state that continues this monitor, as JSON values."""
         return {
             "groups": [list(group) for group in self._groups],
             "alarm": self.has_alarm,
@@ -124,30 +128,35 @@ class LengthBiasMonitor:
         }
 
     def _mean_statistics(self) -> tuple[float, float]:
-        known = [one for one, _, _ in self._groups if one is not None]
-        pairs = sum(pairs for _, _, pairs in self._groups)
-        won = sum(won for _, won, _ in self._groups)
+        """Return the mean correlation of the groups, and the share of pairs won by the longer."""
+        correlations = [
+            correlation for correlation, _, _ in self._groups if correlation is not None
+        ]
+        num_pairs = sum(pairs for _, _, pairs in self._groups)
+        num_won = sum(won for _, won, _ in self._groups)
         return (
-            math.fsum(known) / len(known) if known else math.nan,
-            won / pairs if pairs else math.nan,
+            math.fsum(correlations) / len(correlations) if correlations else math.nan,
+            num_won / num_pairs if num_pairs else math.nan,
         )
 
     def _update_alarm(self) -> None:
         correlation, win_rate = self._mean_statistics()
-        enough = len(self._groups) >= self._config.least
-        above = correlation > self._config.correlation or win_rate > self._config.win_rate
-        if enough and above and not self.has_alarm:
+        has_enough = len(self._groups) >= self._config.least
+        # Comparisons with NaN are false: no statistic, no alarm.
+        is_above = correlation > self._config.correlation or win_rate > self._config.win_rate
+        if has_enough and is_above and not self.has_alarm:
             _log.warning(
                 "the judge rewards length: correlation %.3f, wins of the longer answer %.3f",
                 correlation,
                 win_rate,
             )
-        self.has_alarm = enough and above
+        self.has_alarm = has_enough and is_above
+        # An alarm ends when the statistics fall again, a pause only with a recalibration.
         self.is_paused = self.is_paused or (self.has_alarm and self._config.pause)
 
 
 def _pearson_correlation(scored: list[tuple[int, float]]) -> float | None:
-    """Return Pearson's correlation, or None where one side does not vary."""
+    """Return Pearson's correlation, or None where lengths or rewards do not vary."""
     n = len(scored)
     mean_x = math.fsum(x for x, _ in scored) / n
     mean_y = math.fsum(y for _, y in scored) / n

@@ -1,4 +1,4 @@
-"""Logic tasks: the generators and verifiers of reasoning-gym."""
+"""Logic tasks and their reward, by the generators and verifiers of reasoning-gym."""
 
 import functools
 import importlib.util
@@ -15,22 +15,22 @@ _ANSWER_INSTRUCTION = "Write the final answer between <answer> and </answer>."
 
 
 def generate_tasks(name: str, size: int, seed: int, **config: Any) -> Iterator[sample_lib.Task]:
-    """Yield the tasks of one generator; their metadata holds all that their verifier needs.
+    """Yield the tasks of one generator. Their metadata holds all that the verifier needs.
 
     Args:
-      name: of the generator, such as "chain_sum".
-      size: how many.
-      seed: of all of them; the same one makes the same tasks.
+      name: the generator's name, such as "chain_sum".
+      size: number of tasks.
+      seed: equal seeds yield equal tasks.
       config: the generator's own options.
 
     Raises:
       ImportError: reasoning-gym is not installed.
-      ValueError: no such generator, or options it does not take.
+      ValueError: there is no such generator, or it does not take these options.
     """
     _require_library()
-    for place, entry in enumerate(_create_dataset(name, config, size=size, seed=seed)):
+    for index, entry in enumerate(_create_dataset(name, config, size=size, seed=seed)):
         yield sample_lib.Task(
-            id=f"{name}-{seed}-{place}",
+            id=f"{name}-{seed}-{index}",
             messages=(
                 {"role": "user", "content": f"{entry['question']}\n\n{_ANSWER_INSTRUCTION}"},
             ),
@@ -41,27 +41,30 @@ def generate_tasks(name: str, size: int, seed: int, **config: Any) -> Iterator[s
 
 
 def extract_answer(text: str) -> str:
-    """Return what the last `<answer>` after the thinking holds, else the last line that is not
-    empty, without a leading `Answer:`.
+    """Return the content of the last `<answer>` after the thinking.
+
+    Where that tag is missing, return the last line that is not empty, without a leading `Answer:`.
     """
     text = answer.strip_thinking(text)
     tags = re.findall(r"<answer>(.*?)</answer>", text, re.DOTALL)
     if tags:
         return tags[-1].strip()
-    last = (text.strip().splitlines() or [""])[-1]
-    return re.sub(r"(?i)^answer:\s*", "", last.strip())
+    last_line = (text.strip().splitlines() or [""])[-1]
+    return re.sub(r"(?i)^answer:\s*", "", last_line.strip())
 
 
 def prepare_worker(*_: object) -> None:
-    """Import the library; the pool calls this outside of the time limit."""
+    """Import the library. The pool calls this outside of the time limit."""
     import reasoning_gym  # noqa: F401
 
 
 def grade_answer(text: str, metadata: Mapping[str, Any], strict: bool) -> float:
-    """Return the verifier's score, in [0, 1]; runs in a worker.
+    """Return the verifier's score, in [0, 1]. Runs in a worker.
 
-    strict: only full marks count.
+    Args:
+      strict: return 1 for a full score, and 0 for a partial one.
     """
+    # Pickled, because the cache of `_make_verifier` needs a hashable key.
     config = pickle.dumps(metadata.get("config", {}))
     score = _make_verifier(metadata["generator"], config).score_answer(
         extract_answer(text), metadata["entry"]
@@ -70,12 +73,16 @@ def grade_answer(text: str, metadata: Mapping[str, Any], strict: bool) -> float:
 
 
 class LogicReward:
-    """See `grade_answer`."""
+    """The score of the task's verifier, by `grade_answer` in a worker."""
 
-    limit_secs = None  # the pool's
+    limit_secs = None  # the pool keeps the time
 
     def __init__(self, workers: pool.WorkerPool, strict: bool = False):
-        """Take the pool to work in.
+        """Set the reward up.
+
+        Args:
+          workers: the pool that grades.
+          strict: see `grade_answer`.
 
         Raises:
           ImportError: reasoning-gym is not installed.
@@ -87,7 +94,7 @@ class LogicReward:
         """Score one sample of a task from `generate_tasks`.
 
         Raises:
-          ValueError: the task is from elsewhere.
+          ValueError: the task is not from `generate_tasks`.
         """
         metadata = dict(sample.task.metadata)
         if not metadata.keys() >= {"generator", "entry"}:
@@ -107,9 +114,10 @@ def _require_library() -> None:
 
 @functools.lru_cache(maxsize=256)
 def _make_verifier(name: str, config: bytes) -> Any:
-    """Return a dataset that makes nothing: some verifiers look at its config.
+    """Return a generator to verify answers with. Some verifiers read its config.
 
-    config: pickled, since its values may be lists.
+    Args:
+      config: the generator's options, pickled.
     """
     return _create_dataset(name, pickle.loads(config))
 

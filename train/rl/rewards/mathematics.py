@@ -1,7 +1,7 @@
-"""Mathematics: is the answer equal to the label? Decided by math-verify, in worker processes.
+"""Mathematics: whether the answer equals the label, by math-verify in worker processes.
 
-math-verify's own time limits use SIGALRM, which raises in threads; they are off, and the pool's
-kill stands in for them.
+math-verify's own time limits use SIGALRM, which works in a main thread alone. They are switched
+off, and the pool kills a worker that takes too long.
 """
 
 import importlib.util
@@ -14,42 +14,55 @@ _MISSING_MESSAGE = "got no math_verify; wanted it for mathematics. Run: pip inst
 
 
 def prepare_worker(*_: object) -> None:
-    """Import the library; the pool calls this outside of the time limit."""
+    """Import the library. The pool calls this outside of the time limit."""
     import math_verify  # noqa: F401
 
-    for name in ("parser", "grader"):  # they warn that nobody keeps the time: the pool does
+    # Both warn when their own time limits are off.
+    for name in ("parser", "grader"):
         logging.getLogger(f"math_verify.{name}").setLevel(logging.ERROR)
 
 
 def grade_answer(text: str, label: str) -> float:
-    """Return 1 if the answer in `text` is equal to `label`, a formula, else 0; runs in a worker.
+    """Return 1 if the answer in `text` equals the formula `label`, else 0. Runs in a worker.
 
-    Words are no formulas: a label such as a name belongs to the reward `exact`.
+    A label of words, such as a name, is no formula: use the reward `exact` for it.
 
     Raises:
-      ValueError: the label cannot be read.
+      ValueError: math-verify cannot parse the label.
     """
     import math_verify
 
-    # A label is a formula as a whole; without a box, math-verify would search for one in it.
+    # The whole label is the formula. Without a box, math-verify would search the label for one.
     gold = math_verify.parse(f"\\boxed{{{label}}}", parsing_timeout=0, raise_on_error=True)
     if not gold:
         raise ValueError(f"label: got {label!r}; wanted a formula or a number")
-    found = answer.extract_answer(text)
-    # An answer is a formula, or a sentence that ends with one.
-    said = [f"\\boxed{{{found.strip('*.` ')}}}", found] if found else [answer.strip_thinking(text)]
-    # What the model wrote may be unreadable: that is a wrong answer, not a failure.
-    parsed = [one for text in said for one in math_verify.parse(text, parsing_timeout=0)]
+    extracted = answer.extract_answer(text)
+    # An extracted answer is a formula, or a sentence that ends with one: try both readings.
+    candidates = (
+        [f"\\boxed{{{extracted.strip('*.` ')}}}", extracted]
+        if extracted
+        else [answer.strip_thinking(text)]
+    )
+    # An answer that cannot be parsed is wrong, not a failure: no raise_on_error here.
+    parsed = [
+        formula
+        for candidate in candidates
+        for formula in math_verify.parse(candidate, parsing_timeout=0)
+    ]
+    # The order of the arguments matters: an interval may answer an inequality, not the reverse.
     return float(math_verify.verify(gold, parsed, timeout_seconds=0))
 
 
 class MathematicsReward:
-    """See `grade_answer`."""
+    """1 where the answer equals the label as a formula, else 0, by `grade_answer` in a worker."""
 
-    limit_secs = None  # the pool's
+    limit_secs = None  # the pool keeps the time
 
     def __init__(self, workers: pool.WorkerPool):
-        """Take the pool to work in.
+        """Set the reward up.
+
+        Args:
+          workers: the pool that grades.
 
         Raises:
           ImportError: math-verify is not installed.

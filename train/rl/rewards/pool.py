@@ -1,9 +1,12 @@
-"""Worker processes that may hang, crash and talk nonsense without harm to the caller.
+"""Worker processes that may hang, crash or send garbage without harm to the caller.
 
-Each slot is a thread with one worker process. A call that takes too long is ended by SIGKILL to
-the worker's process group, and so is a worker that sent something else than a result; the next
-call gets a fresh one. Time is counted from the call's start in the worker: neither waiting for a
-slot nor imports count, so a result hardly depends on how busy the pool is.
+Each slot is a thread with one worker process. The slot kills the worker's process group by SIGKILL
+when a call takes too long, and when the worker sends anything but a result. The next call gets a
+fresh worker. Time is counted from the start of the call in the worker. Waiting for a slot and
+imports do not count, so a result hardly depends on how busy the pool is.
+
+`multiprocessing` and `concurrent.futures` do not serve here: they unpickle the results of a worker,
+and a process that ran a model's text can send anything. Results come back as JSON.
 """
 
 import asyncio
@@ -24,21 +27,23 @@ from typing import Any
 
 from train.rl.rewards import worker
 
-MAX_RESULT_BYTES = 2**20  # of a result
-STARTUP_SECS = 120.0  # of an interpreter, and of a function's imports
+MAX_RESULT_BYTES = 2**20
+STARTUP_SECS = 120.0  # for the start of the interpreter and a function's imports together
+# A fresh interpreter with the caller's search path. It does not import the trainer's main module,
+# as multiprocessing's spawn would, and does not fork a process that has threads and a device.
 _BOOT_CODE = (
     "import sys; sys.path[:] = {path!r}; from train.rl.rewards import worker; worker.main()"
 )
 
 
 class WorkerError(Exception):
-    """A call that brought no result."""
+    """A call without a result. The kind is one of `compose.FAILURE_KINDS`."""
 
     kind = "exception"
 
 
 class WorkerTimeout(WorkerError):
-    """It took longer than its limit."""
+    """The call took longer than its limit."""
 
     kind = "timeout"
 
@@ -50,19 +55,23 @@ class WorkerCrash(WorkerError):
 
 
 class WorkerGarbage(WorkerError):
-    """The worker sent no JSON, or too much."""
+    """The worker sent something else than JSON, or too much."""
 
     kind = "garbage"
 
 
 class WorkerPool:
-    """`workers` processes, started with the first calls."""
+    """Worker processes, started with the first calls."""
 
     def __init__(self, workers: int, limit_secs: float):
-        """Start the threads. limit_secs: of each call.
+        """Start the slots' threads.
+
+        Args:
+          workers: number of slots, at least 1.
+          limit_secs: time limit of each call, above 0.
 
         Raises:
-          ValueError: fewer than one worker, or no time.
+          ValueError: an argument is out of range.
         """
         if workers < 1 or not limit_secs > 0:
             raise ValueError(
@@ -80,12 +89,18 @@ class WorkerPool:
             thread.start()
 
     def submit(self, path: str, *arguments: Any) -> concurrent.futures.Future:
-        """Call the function at "module:function" in a worker.
+        """Return a future of the result of a function that is called in a worker.
 
-        arguments: can be pickled. The result is what JSON makes of the function's. A module's
-        `prepare(*arguments)`, if it has one, is called first, outside of the time limit: it may
-        import.
-        The future raises a `WorkerError`.
+        The result has passed through JSON, so tuples have become lists. If the function's module
+        has a function `prepare_worker(*arguments)`, it is called first, outside of the time limit,
+        to import what takes long. The future raises a `WorkerError`.
+
+        Args:
+          path: "module:function".
+          arguments: passed to the function, pickled.
+
+        Raises:
+          RuntimeError: called after `close`.
         """
         future: concurrent.futures.Future = concurrent.futures.Future()
         if self._is_closing:
@@ -94,15 +109,15 @@ class WorkerPool:
         return future
 
     async def call(self, path: str, *arguments: Any) -> Any:
-        """Do the same from a coroutine, and return the result."""
+        """Return the result of `submit`, from a coroutine."""
         return await asyncio.wrap_future(self.submit(path, *arguments))
 
     def close(self) -> None:
-        """Kill all workers; calls that wait or run are cancelled or raise `WorkerCrash`."""
+        """Kill all workers. Calls under way are cancelled or raise `WorkerCrash`."""
         self._is_closing = True
         for _ in self._threads:
-            self._jobs.put(None)
-        # Again and again: a slot may just be starting one.
+            self._jobs.put(None)  # ends one thread
+        # Repeat until the threads ended: a slot may start a worker just after it was killed.
         while any(thread.is_alive() for thread in self._threads):
             for slot in self._slots:
                 slot.kill()
@@ -116,6 +131,7 @@ class WorkerPool:
             future, path, arguments = job
             if self._is_closing:
                 future.cancel()
+            # False where the future was cancelled, here or by its owner.
             if not future.set_running_or_notify_cancel():
                 continue
             try:
@@ -125,23 +141,25 @@ class WorkerPool:
 
 
 class _WorkerSlot:
-    """One worker process at a time."""
+    """A slot of the pool: one worker process at a time, started when a call needs it."""
 
     def __init__(self):
         self._worker: tuple[subprocess.Popen, socket.socket] | None = None
-        self._lock = threading.Lock()  # of starting and killing
+        self._lock = threading.Lock()  # `close` kills from another thread than the slot's
 
     def call(self, path: str, arguments: tuple, limit_secs: float) -> Any:
+        """Return the function's result, or raise a `WorkerError`."""
         try:
             data = pickle.dumps((path, arguments))
         except Exception as error:  # pickling runs the arguments' own code
             raise WorkerError(f"{path}: got arguments that do not pickle: {error}") from error
         try:
             channel = self._start()
-            until = time.monotonic() + STARTUP_SECS
+            deadline = time.monotonic() + STARTUP_SECS
             channel.settimeout(STARTUP_SECS)
             worker.send_message(channel, data)
-            answer = _receive_message(channel, until)
+            answer = _receive_message(channel, deadline)
+            # The worker reports the start after its imports, unless these already failed.
             if answer.get("started"):
                 answer = _receive_message(channel, time.monotonic() + limit_secs)
         except TimeoutError:
@@ -163,7 +181,9 @@ class _WorkerSlot:
             if self._worker is None:
                 return
             process, channel = self._worker
-            with contextlib.suppress(ProcessLookupError):  # it was not waited for: its id is ours
+            # The worker leads its process group. Its id cannot have passed to another process,
+            # because nobody has waited for it yet.
+            with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
             channel.close()
@@ -173,25 +193,31 @@ class _WorkerSlot:
         with self._lock:
             if self._worker is not None:
                 return self._worker[1]
-            ours, theirs = socket.socketpair()
-            with theirs:
+            own_end, worker_end = socket.socketpair()
+            with worker_end:
                 process = subprocess.Popen(
-                    [sys.executable, "-c", _BOOT_CODE.format(path=sys.path), str(theirs.fileno())],
+                    [
+                        sys.executable,
+                        "-c",
+                        _BOOT_CODE.format(path=sys.path),
+                        str(worker_end.fileno()),
+                    ],
                     stdin=subprocess.DEVNULL,
-                    stdout=subprocess.DEVNULL,  # some verifiers print
-                    pass_fds=(theirs.fileno(),),
+                    stdout=subprocess.DEVNULL,  # some verifiers print to it
+                    pass_fds=(worker_end.fileno(),),
                     start_new_session=True,
                 )
-            self._worker = process, ours
-            return ours
+            self._worker = process, own_end
+            return own_end
 
 
 def _receive_message(channel: socket.socket, deadline: float) -> dict[str, Any]:
-    """Return one message.
+    """Return one message: 8 bytes of length, then JSON.
 
     Raises:
-      TimeoutError, ConnectionError: it did not come.
-      ValueError: it is none.
+      TimeoutError: the message was not complete in time.
+      ConnectionError: the worker closed its end.
+      ValueError: the message has another form, or is too long.
     """
     size = struct.unpack("<Q", _receive_bytes(channel, 8, deadline))[0]
     if size > MAX_RESULT_BYTES:
@@ -209,9 +235,10 @@ def _receive_message(channel: socket.socket, deadline: float) -> dict[str, Any]:
 def _receive_bytes(channel: socket.socket, size: int, deadline: float) -> bytes:
     data = b""
     while len(data) < size:
+        # 0 would make the socket non-blocking.
         channel.settimeout(max(1e-3, deadline - time.monotonic()))
-        more = channel.recv(size - len(data))
-        if not more:
+        chunk = channel.recv(size - len(data))
+        if not chunk:
             raise ConnectionError("it closed its end")
-        data += more
+        data += chunk
     return data

@@ -1,11 +1,13 @@
-"""Runs programs in a sandbox on another machine, by the signature of `runner.run_program`.
+"""Runs programs in a sandbox on another machine, through the signature of `runner.run_program`.
+
+The protocol is one request a program:
 
     POST <url>   {"files": {path: text}, "command": [...], "stdin": text,
                   "limits": {"cpu_secs", "wall_secs", "memory_bytes", "output_bytes", "processes",
                              "file_bytes"}}
     200          {"stdout": text, "stderr": text, "exit_code": int or null, "reason": text}
 
-with the reasons of `runner.RunResult`. What isolates the program is the server's matter.
+The reasons are those of `runner.RunResult`. The server is responsible for isolation.
 """
 
 import dataclasses
@@ -13,6 +15,7 @@ from collections.abc import Mapping, Sequence
 
 from train.rl.rewards import client, runner
 
+# The reasons of `runner.RunResult`. An answer with another reason is refused.
 END_REASONS = ("exit", "cpu", "wall", "memory", "output", "processes")
 
 
@@ -27,7 +30,15 @@ class RemoteSandbox:
         spare_secs: float = 10.0,
         headers: Mapping[str, str] | None = None,
     ):
-        """spare_secs: that the server may take beyond a program's wall_secs. Others: `client`."""
+        """Choose the server.
+
+        Args:
+          url: the server's URL.
+          retries: see `client.post_json`.
+          backoff_secs: see `client.post_json`.
+          spare_secs: time that the server may take beyond a program's wall_secs.
+          headers: see `client.post_json`.
+        """
         self._url, self._spare_secs = url, spare_secs
         self._options = {"retries": retries, "backoff_secs": backoff_secs, "headers": headers}
 
@@ -42,7 +53,8 @@ class RemoteSandbox:
         """Run `command` in a fresh folder that holds `files`.
 
         Raises:
-          TimeoutError, client.ServerError: no result, or none that is one.
+          TimeoutError: the server did not answer in time.
+          client.ServerError: the server sent an error, or no result.
         """
         payload = {
             "files": dict(files),
@@ -52,14 +64,15 @@ class RemoteSandbox:
         }
         secs = limits.wall_secs + self._spare_secs
         answer = client.post_json(self._url, payload, secs=secs, **self._options)
-        good = (
+        is_result = (
             isinstance(answer, dict)
             and isinstance(answer.get("stdout"), str)
             and isinstance(answer.get("stderr"), str)
+            # The default is no int, so that a missing exit_code is refused and null is not.
             and isinstance(answer.get("exit_code", ""), int | None)
             and answer.get("reason") in END_REASONS
         )
-        if not good:
+        if not is_result:
             raise client.ServerError(
                 f"{self._url}: got {answer!r:.200}; wanted stdout, stderr, exit_code and a reason "
                 f"of {', '.join(END_REASONS)}"

@@ -1,20 +1,22 @@
 """Runs a program that a model wrote, within limits. NOT A SECURITY BOUNDARY.
 
-It keeps honest mistakes and plain mischief from harming a run. What stops what, on Linux:
+The runner keeps honest mistakes and simple mischief from harming a run. On Linux it limits:
 
-  * time: CPU seconds per process (rlimit) and wall seconds of the whole, then SIGKILL to all;
-  * processes: all live in a pid namespace and die with it; a count of them every 20 ms, and the
-    kernel's own limit on tasks, threads included, behind it;
-  * memory: address space per process (rlimit) and the sum of resident memory, looked at every
-    20 ms; output: cut while it is read; files: the length of each (rlimit), not their sum;
-  * network: an empty network namespace, without even a loopback device;
+  * time: CPU seconds of each process (rlimit), and wall-clock seconds of the whole program.
+  * processes: all of them live in a pid namespace and die with it. They are counted every 20 ms.
+    Behind that stands the kernel's own limit on tasks, threads included.
+  * memory: the address space of each process (rlimit), and the sum of resident memory, which is
+    measured every 20 ms.
+  * output: cut while it is read.
+  * files: the length of each file (rlimit), not the sum.
+  * network: an empty network namespace, without even a loopback device.
   * writing: a caller that is root runs the program as a user of its own, who can write what
-    everybody can; any other caller's program (that of a container's root with few user ids, too)
-    can write what the caller can.
+    everybody can write. The program of any other caller can write what the caller can. That
+    includes a root inside a container with few user ids.
 
-Not stopped: reading every file that the caller can read, `/proc` of the host, Unix sockets in the
-file system, filling a disk with many files, attacks on the kernel. For hostile code use a remote
-sandbox (`remote`).
+The runner does not stop a program from reading every file that the caller can read, from reading
+the host's `/proc`, from using Unix sockets in the file system, from filling a disk with many files,
+or from attacking the kernel. Run hostile code in a remote sandbox (`remote`).
 """
 
 import contextlib
@@ -38,19 +40,14 @@ _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
 @dataclasses.dataclass(frozen=True)
 class RunnerLimits:
-    """What a program may use.
+    """What a program may use. Every limit is above 0."""
 
-    cpu_secs: whole seconds, per process. wall_secs: of the whole. memory_bytes: address space of
-    each process, resident memory of all. output_bytes: of stdout and stderr together.
-    processes: alive at once. file_bytes: of each file.
-    """
-
-    cpu_secs: int = 10
-    wall_secs: float = 20.0
-    memory_bytes: int = 2**30
-    output_bytes: int = 2**20
-    processes: int = 32
-    file_bytes: int = 2**26
+    cpu_secs: int = 10  # CPU time of each process, in whole seconds
+    wall_secs: float = 20.0  # wall-clock time of the program
+    memory_bytes: int = 2**30  # address space of each process, and resident memory of all together
+    output_bytes: int = 2**20  # stdout and stderr together
+    processes: int = 32  # processes alive at once
+    file_bytes: int = 2**26  # length of each file that the program writes
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -62,20 +59,16 @@ class RunnerLimits:
 
 @dataclasses.dataclass(frozen=True)
 class RunResult:
-    """How a program ended.
-
-    exit_code: negative for a signal; None where it was killed for a limit of ours.
-    reason: "exit", or the limit: "cpu", "wall", "memory", "output", "processes".
-    """
+    """How a program ended."""
 
     stdout: str
     stderr: str
-    exit_code: int | None
-    reason: str
+    exit_code: int | None  # minus the signal's number after a signal; None after a limit
+    reason: str  # "exit", or the exceeded limit: "cpu", "wall", "memory", "output", "processes"
 
 
 class RunnerUnavailable(RuntimeError):
-    """The system does not permit to cut off the network, or the command could not be started."""
+    """The system permits no namespaces, or the command could not be started."""
 
 
 def run_program(
@@ -86,26 +79,29 @@ def run_program(
     stdin: str = "",
     allow_network: bool = False,
 ) -> RunResult:
-    """Run `command` in a fresh folder that holds `files`, and kill all that it started.
+    """Run `command` in a fresh folder that holds `files`, and kill every process that it started.
 
     Args:
-      files: text by relative path.
-      command: program and arguments; the program is found as the caller's PATH says.
-      allow_network: do without namespaces, on systems that permit none: the network is open, and
-        should the caller be killed, what the command started may live on.
+      files: the files' texts by relative path.
+      command: program and arguments. The program is searched for along the caller's PATH.
+      limits: what the program may use.
+      stdin: the program's input.
+      allow_network: run without namespaces, for systems that permit none. The network is then
+        open, and if the caller is killed, processes of the program may live on.
 
     Raises:
-      Unavailable: namespaces are not permitted and `allow_network` is false; or the program does
-        not exist.
-      ValueError: an absolute path, or one out of the folder.
+      RunnerUnavailable: namespaces are not permitted and `allow_network` is false, or the command
+        cannot be started.
+      ValueError: a file's path is absolute, or leads out of the folder.
     """
     with tempfile.TemporaryDirectory(prefix="run-", ignore_cleanup_errors=True) as folder:
         _write_files(pathlib.Path(folder), files)
-        with tempfile.TemporaryFile() as source:
-            source.write(stdin.encode())
-            source.seek(0)
+        # From a file rather than a pipe: nobody needs to feed it while the program runs.
+        with tempfile.TemporaryFile() as stdin_file:
+            stdin_file.write(stdin.encode())
+            stdin_file.seek(0)
             return _RunningProgram(
-                folder, command, limits, not allow_network, source.fileno()
+                folder, command, limits, not allow_network, stdin_file.fileno()
             ).finish()
 
 
@@ -120,7 +116,7 @@ def _write_files(folder: pathlib.Path, files: Mapping[str, str]) -> None:
 
 
 class _RunningProgram:
-    """One program that runs."""
+    """A program that runs behind `confine.py`, which reports its end over a pipe."""
 
     def __init__(
         self,
@@ -132,13 +128,14 @@ class _RunningProgram:
     ):
         self._limits = limits
         self._output: dict[str, bytearray] = {"stdout": bytearray(), "stderr": bytearray()}
-        self._report_fd, write = os.pipe()
+        self._report_fd, report_write_fd = os.pipe()
         self._deadline = time.monotonic() + limits.wall_secs
         options = dataclasses.asdict(limits) | {
             "command": list(command),
             "namespaces": namespaces,
-            "report": write,
-            "tasks": 4 * limits.processes + 16,  # threads count, too
+            "report": report_write_fd,
+            # The kernel counts threads as well as processes, so its limit is looser.
+            "tasks": 4 * limits.processes + 16,
             "environment": {
                 "PATH": os.environ.get("PATH", os.defpath),
                 "HOME": folder,
@@ -150,30 +147,32 @@ class _RunningProgram:
         }
         try:
             self._process = subprocess.Popen(
+                # Isolated, and without site-packages, whose import takes time.
                 [sys.executable, "-I", "-S", str(_CONFINE_SCRIPT), json.dumps(options)],
                 cwd=folder,
                 stdin=stdin,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
-                pass_fds=(write,),
+                pass_fds=(report_write_fd,),
                 start_new_session=True,
             )
         finally:
-            os.close(write)
+            os.close(report_write_fd)  # so that a dead child ends the pipe
 
     def finish(self) -> RunResult:
-        """Wait for the end, or bring it about."""
+        """Wait for the end or an exceeded limit, kill what remains, and return the result."""
         try:
             with selectors.DefaultSelector() as selector:
                 reason, report = self._watch(selector)
+                # Kill first: a process that the program left behind could write on for ever.
                 self._kill()
-                if reason == "exit":  # what lies in the pipes is the program's
+                if reason == "exit":
                     reason = self._drain(selector) or reason
         finally:
             self._kill()
             os.close(self._report_fd)
             for stream in (self._process.stdout, self._process.stderr):
-                assert stream is not None  # they were asked for
+                assert stream is not None  # Popen was given PIPE
                 stream.close()
         if "refused" in report:
             raise RunnerUnavailable(
@@ -184,21 +183,21 @@ class _RunningProgram:
             raise RunnerUnavailable(
                 f"runner: got {report['failed']!r}; wanted a command that can be started"
             )
-        code = report.get("exit_code")
-        if code == -signal.SIGXCPU:
-            reason, code = "cpu", None
+        exit_code = report.get("exit_code")
+        if exit_code == -signal.SIGXCPU:  # sent by the kernel at the limit of CPU time
+            reason, exit_code = "cpu", None
         texts = {name: bytes(data).decode(errors="replace") for name, data in self._output.items()}
-        return RunResult(texts["stdout"], texts["stderr"], code, reason)
+        return RunResult(texts["stdout"], texts["stderr"], exit_code, reason)
 
     def _watch(self, selector: selectors.BaseSelector) -> tuple[str, dict]:
-        """Return the reason of the end and the report, if there is one."""
+        """Return the reason of the end, and the report of `confine.py` (empty after a limit)."""
         for name in self._output:
             stream = getattr(self._process, name)
             os.set_blocking(stream.fileno(), False)
             selector.register(stream.fileno(), selectors.EVENT_READ, name)
         selector.register(self._report_fd, selectors.EVENT_READ, "report")
         report = b""
-        look = time.monotonic()
+        next_check = time.monotonic()
         while True:
             for key, _ in selector.select(_POLL_SECS):
                 data = os.read(key.fd, 2**16)
@@ -215,15 +214,17 @@ class _RunningProgram:
             now = time.monotonic()
             if now >= self._deadline:
                 return "wall", {}
-            if now >= look:
+            if now >= next_check:
                 reason = self._find_exceeded_limit()
                 if reason:
                     return reason, {}
-                took = time.monotonic() - now  # it grows with the processes of the whole machine
-                look = now + max(_POLL_SECS, 5 * took)
+                # The check reads /proc and takes longer the more processes the machine has. Spend
+                # at most a fifth of the time on it.
+                check_secs = time.monotonic() - now
+                next_check = now + max(_POLL_SECS, 5 * check_secs)
 
     def _drain(self, selector: selectors.BaseSelector) -> str | None:
-        """Read what is left; return "output" when it is too much."""
+        """Read the output that remains in the pipes; return "output" if it exceeds the limit."""
         for key in list(selector.get_map().values()):
             while key.data != "report":
                 try:
@@ -237,16 +238,17 @@ class _RunningProgram:
         return None
 
     def _append_output(self, name: str, data: bytes) -> bool:
+        """Keep what the limit permits of `data`; return whether the limit is exceeded."""
         room = self._limits.output_bytes - sum(map(len, self._output.values()))
         self._output[name] += data[:room]
         return len(data) > room
 
     def _find_exceeded_limit(self) -> str | None:
-        """Return the limit that the processes together exceed."""
+        """Return the limit that the processes exceed together, or None."""
         tree = find_descendants(self._process.pid)
-        if len(tree) > self._limits.processes + 1:  # the inner one of ours
+        if len(tree) > self._limits.processes + 1:  # confine.py's inner process
             return "processes"
-        # Shared pages count once per process: too strict rather than too lax.
+        # Pages that processes share count once for each: the limit is too strict, never too loose.
         if sum(tree.values()) > self._limits.memory_bytes:
             return "memory"
         return None
@@ -255,11 +257,12 @@ class _RunningProgram:
         """Kill all descendants, then the outermost process."""
         if self._process.returncode is not None:
             return
-        until = time.monotonic() + _KILL_TIMEOUT_SECS
+        deadline = time.monotonic() + _KILL_TIMEOUT_SECS
         while tree := find_descendants(self._process.pid):
-            if time.monotonic() > until:
+            if time.monotonic() > deadline:
                 raise RunnerUnavailable(f"runner: got {len(tree)} processes that survive SIGKILL")
-            # The first is the namespace's first, with which the kernel kills all others.
+            # Parents come first. The first is process 1 of the namespace, and the kernel kills the
+            # others with it.
             for pid in tree:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
@@ -269,24 +272,28 @@ class _RunningProgram:
 
 
 def find_descendants(pid: int) -> dict[int, int]:
-    """Return the resident bytes of each live descendant by pid, parents first."""
+    """Return the resident bytes of each live descendant by its pid, parents first."""
     children: dict[int, list[tuple[int, int]]] = {}
     for name in os.listdir("/proc"):
         if not name.isdigit():
             continue
         try:
             with open(f"/proc/{name}/stat", "rb") as file:
+                # The second field is the program's name in parentheses, which may hold spaces and
+                # parentheses of its own.
                 fields = file.read().rpartition(b")")[2].split()
         except (FileNotFoundError, ProcessLookupError):
             continue
+        # Counted after the name: 0 is the state (Z and X are dead), 1 the parent, 21 the resident
+        # pages.
         if fields[0] not in (b"Z", b"X"):
             children.setdefault(int(fields[1]), []).append(
                 (int(name), int(fields[21]) * _PAGE_BYTES)
             )
-    found: dict[int, int] = {}
-    waiting = [pid]
-    while waiting:
-        for child, size in children.get(waiting.pop(), ()):
-            found[child] = size
-            waiting.append(child)
-    return found
+    descendants: dict[int, int] = {}
+    pending = [pid]
+    while pending:
+        for child, size in children.get(pending.pop(), ()):
+            descendants[child] = size
+            pending.append(child)
+    return descendants

@@ -1,4 +1,4 @@
-"""Are the tool calls of an answer the expected ones?"""
+"""Compares the tool calls of an answer with the expected ones."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -10,68 +10,80 @@ from train.rl.rewards import answer
 
 
 def call_f1_score(
-    calls: Sequence[parser.Call], expected: Sequence[Mapping[str, Any]], ordered: bool
+    calls: Sequence[parser.ToolCall], expected: Sequence[Mapping[str, Any]], ordered: bool
 ) -> float:
-    """Return 2 * matched / (made + expected), in [0, 1]; 1 where none is expected and made.
+    """Return the F1 score 2 * matched / (made + expected), in [0, 1].
 
-    A call matches if its name and arguments are the same JSON values. ordered: matched calls must
-    come in the expected order.
+    A call matches if its name and arguments are equal JSON values. Without calls on either side
+    the score is 1.
+
+    Args:
+      ordered: matched calls must come in the expected order.
     """
-    ours = [_canonical_call(call.name, call.arguments) for call in calls]
+    actual = [_canonical_call(call.name, call.arguments) for call in calls]
     wanted = [_canonical_call(call["name"], call["arguments"]) for call in expected]
-    total = len(ours) + len(wanted)
+    total = len(actual) + len(wanted)
     if not total:
         return 1.0
-    return (
-        2
-        * (_longest_common_subsequence(ours, wanted) if ordered else _count_common(ours, wanted))
-        / total
-    )
+    count_matched = _longest_common_subsequence if ordered else _count_common
+    return 2 * count_matched(actual, wanted) / total
 
 
 def _canonical_call(name: str, arguments: Any) -> str:
-    """Return a text that is equal for equal JSON values; 1 and 1.0 are, 1 and true are not."""
+    """Return a text that is equal for equal JSON values."""
     return json.dumps([name, _normalize_numbers(arguments)], sort_keys=True)
 
 
 def _normalize_numbers(value: Any) -> Any:
+    """Return `value` with whole floats as ints: 1 and 1.0 are the same JSON number."""
+    # Python's == would not do instead: it also takes 1 and true for equal, which JSON does not.
     if isinstance(value, Mapping):
-        return {key: _normalize_numbers(one) for key, one in value.items()}
+        return {key: _normalize_numbers(member) for key, member in value.items()}
     if isinstance(value, list | tuple):
-        return [_normalize_numbers(one) for one in value]
+        return [_normalize_numbers(element) for element in value]
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-def _count_common(ours: list[str], wanted: list[str]) -> int:
-    return sum(min(ours.count(key), wanted.count(key)) for key in set(ours))
+def _count_common(actual: list[str], wanted: list[str]) -> int:
+    """Return the size of the multisets' intersection."""
+    return sum(min(actual.count(call), wanted.count(call)) for call in set(actual))
 
 
-def _longest_common_subsequence(ours: list[str], wanted: list[str]) -> int:
+def _longest_common_subsequence(actual: list[str], wanted: list[str]) -> int:
     """Return the length of the longest common subsequence."""
+    # The textbook recurrence, one row at a time: row[j] is the length for the calls of `actual`
+    # so far and the first j of `wanted`.
     row = [0] * (len(wanted) + 1)
-    for key in ours:
-        above = row
+    for call in actual:
+        previous_row = row
         row = [0]
-        for j, other in enumerate(wanted):
-            row.append(above[j] + 1 if key == other else max(row[j], above[j + 1]))
+        for j, wanted_call in enumerate(wanted):
+            row.append(
+                previous_row[j] + 1 if call == wanted_call else max(row[j], previous_row[j + 1])
+            )
     return row[-1]
 
 
-class ToolCalls:
-    """The share of right calls against metadata {"tool_calls": [{"name", "arguments"}, ...]}.
+class ToolCallReward:
+    """`call_f1_score` against the task's metadata {"tool_calls": [{"name", "arguments"}, ...]}.
 
-    Malformed calls are the model's fault: 0.
+    Malformed calls are the model's fault and score 0.
     """
 
     def __init__(self, ordered: bool = True, partial: bool = True):
-        """ordered: see `call_f1_score`. partial: otherwise 1 for all and no others, else 0."""
+        """Choose how calls are compared.
+
+        Args:
+          ordered: see `call_f1_score`.
+          partial: give the F1 score. Otherwise exactly the expected calls score 1, all else 0.
+        """
         self._ordered, self._partial = ordered, partial
 
     async def reward(self, sample: sample_lib.Sample) -> float:
         """Score one sample.
 
         Raises:
-          ValueError: the task does not say what it expects.
+          ValueError: the task does not say which calls are expected.
         """
         expected = sample.task.metadata.get("tool_calls")
         if not isinstance(expected, list | tuple) or not all(map(_is_call, expected)):
@@ -80,10 +92,10 @@ class ToolCalls:
                 "objects with name and arguments in the metadata"
             )
         try:
-            made = parser.parse(answer.strip_thinking(sample.text)).calls
+            calls = parser.parse_turn(answer.strip_thinking(sample.text)).calls
         except ValueError:
             return 0.0
-        score = call_f1_score(made, expected, self._ordered)
+        score = call_f1_score(calls, expected, self._ordered)
         return score if self._partial else float(score == 1)
 
 

@@ -1,8 +1,8 @@
-"""The process that `pool` starts: calls functions and sends back what they return.
+"""The process that `pool` starts: calls functions, and sends their results back.
 
-It never imports jax, nor what the trainer's main module imports: it is a fresh interpreter with
-the caller's search path. Calls come pickled, from us; results go back as JSON, because whatever
-ran here may have gone mad.
+The process is a fresh interpreter with the caller's search path. It imports neither jax nor the
+trainer's main module. Calls arrive pickled, from the trainer. Results go back as JSON, because code
+that ran here may have changed the process in any way, and the trainer must not unpickle its bytes.
 """
 
 import asyncio
@@ -19,11 +19,11 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-_PR_SET_PDEATHSIG = 1  # PR_SET_PDEATHSIG
+_PR_SET_PDEATHSIG = 1  # from <sys/prctl.h>
 
 
 def send_message(channel: socket.socket, data: bytes) -> None:
-    """Write one message."""
+    """Write one message: 8 bytes of length, then the data."""
     channel.sendall(struct.pack("<Q", len(data)) + data)
 
 
@@ -31,15 +31,15 @@ def find_function(path: str) -> Callable:
     """Return the function at "module:function".
 
     Raises:
-      ValueError: no such path, or no function there.
+      ValueError: the path has another form, or names no function.
     """
     module, _, name = path.partition(":")
     if not module or not name:
         raise ValueError(f"got the path {path!r}; wanted 'module:function'")
-    found = getattr(importlib.import_module(module), name, None)
-    if not callable(found):
-        raise ValueError(f"got {path!r}, which is {found!r}; wanted a function")
-    return found
+    function = getattr(importlib.import_module(module), name, None)
+    if not callable(function):
+        raise ValueError(f"got {path!r}, which is {function!r}; wanted a function")
+    return function
 
 
 def _serve_calls(channel: socket.socket) -> None:
@@ -48,7 +48,7 @@ def _serve_calls(channel: socket.socket) -> None:
         path, arguments = pickle.loads(reader.read(struct.unpack("<Q", header)[0]))
         try:
             function = find_function(path)
-            # What takes long to import is not counted as the call's time.
+            # Imports must not count as the call's time: the pool starts its clock at "started".
             getattr(sys.modules[function.__module__], "prepare_worker", _skip_preparation)(
                 *arguments
             )
@@ -73,15 +73,16 @@ def _skip_preparation(*_: Any) -> None:
 
 
 def _to_json_scalar(value: Any) -> Any:
-    """Return what JSON takes for a scalar of numpy."""
+    """Return a numpy scalar as a Python number."""
     if hasattr(value, "item"):
         return value.item()
     raise TypeError(f"got a {type(value).__name__}; wanted numbers, or a mapping or list of them")
 
 
 def main() -> None:
-    """Serve calls from the socket whose number is the first argument, until it is closed."""
+    """Serve calls until the socket closes whose descriptor is the first argument."""
+    # Die with the trainer, even if that is killed and cannot clean up.
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     channel = socket.socket(fileno=int(sys.argv[1]))
-    os.set_inheritable(channel.fileno(), False)
+    os.set_inheritable(channel.fileno(), False)  # a reward's own children must not hold it open
     _serve_calls(channel)
