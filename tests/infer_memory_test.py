@@ -74,14 +74,14 @@ def test_a_request_that_ends_leaves_its_slot_as_a_snapshot():
     assert spans(step(sched)) == {"b": (8, 12)}
 
 
-@pytest.mark.parametrize(("length", "kept"), [(None, 0), (6, 1)])
-def test_a_state_that_may_have_left_its_chunk_is_no_snapshot(length, kept):
+@pytest.mark.parametrize(("length", "num_moved"), [(None, 0), (6, 1)])
+def test_a_state_that_may_have_left_its_chunk_is_no_snapshot(length, num_moved):
     sched = make_scheduler()
     sched.submit("a", [1, 2], 20)
     plans = [step(sched), sched.plan(), sched.plan()]
     assert plans[2].max_steps == 4  # may go on to 10 tokens
     sched.report({"a": make_result(4, is_finished=True, final_length=length)})
-    assert sched.stats().memory.snapshots_moved == kept
+    assert sched.stats().memory.snapshots_moved == num_moved
     assert sched.stats().num_running == 0
 
 
@@ -125,11 +125,11 @@ def test_a_snapshot_is_taken_where_a_later_request_parts():
     assert until(sched, lambda plan: "b" in spans(plan)).prefill_chunks[0].start == 8
 
 
-@pytest.mark.parametrize(("other", "point"), [("abxy", 8), ("ab", 4), ("x", 16)])
-def test_a_snapshot_is_taken_where_one_that_waits_can_go_on(other, point):
+@pytest.mark.parametrize(("letters", "point"), [("abxy", 8), ("ab", 4), ("x", 16)])
+def test_a_snapshot_is_taken_where_one_that_waits_can_go_on(letters, point):
     sched = make_scheduler()
     sched.submit("a", chunk_tokens_of("abcdefgh"), 1)
-    sched.submit("b", chunk_tokens_of(other), 1)
+    sched.submit("b", chunk_tokens_of(letters), 1)
     assert spans(step(sched))["a"] == (0, point)
 
 

@@ -45,8 +45,8 @@ class Tree:
 
     def evictable(self):
         loose = [node for node in self.cache._iterate_nodes() if not node.pins]
-        held = [self.pages.count_holders(page) for node in loose for page in node.pages]
-        return held.count(1), len(loose)
+        num_holders = [self.pages.count_holders(page) for node in loose for page in node.pages]
+        return num_holders.count(1), len(loose)
 
     def stats(self):
         return self.cache.stats()
@@ -325,8 +325,8 @@ class Machine(stateful.RuleBasedStateMachine):
         self.words = {s: word for s, word in self.words.items() if self.tree.slots.count_holders(s)}
 
     def best(self, word, limit):
-        known = [one for one in self.words.values() if word.startswith(one)]
-        return max([len(one) for one in known if len(one) * C <= limit], default=0)
+        known = [prefix for prefix in self.words.values() if word.startswith(prefix)]
+        return max([len(prefix) for prefix in known if len(prefix) * C <= limit], default=0)
 
     @stateful.rule(word=WORDS, keep=st.booleans())
     def insert(self, word, keep):
@@ -374,13 +374,13 @@ class Machine(stateful.RuleBasedStateMachine):
         before = dict(self.words)
         loose = self.tree.evictable()
         most = self.tree.pages.num_free + loose[0], self.tree.slots.num_free + loose[1]
-        done = self.tree.cache.evict(pages, slots)
-        assert done == (most[0] >= pages and most[1] >= slots)
-        if done:
+        was_freed = self.tree.cache.evict(pages, slots)
+        assert was_freed == (most[0] >= pages and most[1] >= slots)
+        if was_freed:
             assert self.tree.pages.num_free >= pages
             assert self.tree.slots.num_free >= slots
         self.forget()
-        assert done or self.words == before
+        assert was_freed or self.words == before
         assert all(self.tree.slots.count_holders(hit.slot) for hit in self.hits)
 
     @stateful.invariant()
@@ -389,9 +389,9 @@ class Machine(stateful.RuleBasedStateMachine):
         assert tree.stats().num_slots == len(self.words) == tree.slots.size - tree.slots.num_free
         assert tree.stats().num_bytes <= 75 or self.hits
         assert len(set(self.words.values())) == len(self.words)
-        held = {page for node in tree.cache._iterate_nodes() for page in node.pages}
-        held |= {page for pages in self.running for page in pages}
-        assert tree.pages.num_free + len(held) == tree.pages.size
+        used = {page for node in tree.cache._iterate_nodes() for page in node.pages}
+        used |= {page for pages in self.running for page in pages}
+        assert tree.pages.num_free + len(used) == tree.pages.size
         prefixes = {word[:i] for word in self.words.values() for i in range(1, len(word) + 1)}
         for word in prefixes:
             hit = tree.cache.lookup(KEY, tokens_of(word), len(word) * C)

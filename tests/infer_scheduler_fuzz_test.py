@@ -325,9 +325,9 @@ class Driver:
             pages.update(sequence.pages)
             slots.update([sequence.slot] if sequence.slot else [])
         assert max(slots.values(), default=0) <= 1
-        for pool, held in ((self.memory.pages, pages), (self.memory.slots, slots)):
-            assert pool.num_free + len(held) == pool.size
-            assert all(pool.count_holders(i) == held[i] for i in range(1, pool.size + 1))
+        for pool, holders in ((self.memory.pages, pages), (self.memory.slots, slots)):
+            assert pool.num_free + len(holders) == pool.size
+            assert all(pool.count_holders(i) == holders[i] for i in range(1, pool.size + 1))
         stats = self.memory.cache.stats()
         assert stats.num_bytes <= self.limits.cache_bytes
         assert 0 <= self.memory.host_bytes <= self.config.host_bytes

@@ -104,11 +104,10 @@ def reset_slot(
 
     Padding of `ids` is token 0 with value 0: values are added, so it changes nothing.
     """
-    bias = sampling_state.bias.at[slot].set(0.0).at[slot, ids].add(values)
     return dataclasses.replace(
         sampling_state,
         counts=sampling_state.counts.at[slot].set(0),
-        bias=bias,
+        bias=sampling_state.bias.at[slot].set(0.0).at[slot, ids].add(values),
         masks=sampling_state.masks.at[slot].set(jnp.uint32(0xFFFFFFFF)),
     )
 
@@ -127,8 +126,8 @@ def count_tokens(
     ids, is_token = jnp.maximum(tokens, 0), tokens >= 0
     counts = sampling_state.counts[slot]
     # Both are computed and one is kept, so that one program serves both.
-    flags = jnp.where(is_token, sampling.PROMPT_FLAG, 0)
-    prompt = counts | jnp.zeros_like(counts).at[ids].max(flags)
+    flags = jnp.zeros_like(counts).at[ids].max(jnp.where(is_token, sampling.PROMPT_FLAG, 0))
+    prompt = counts | flags
     output = counts.at[ids].add(is_token.astype(jnp.int32))
     return dataclasses.replace(
         sampling_state,

@@ -117,6 +117,7 @@ class MemoryManager:
         Returns:
           The length that its pages allow now, `tokens` at most.
         """
+        # As many as possible, down from all: a few pages still let it make some steps.
         for count in range(self.count_pages(tokens) - len(running.pages), 0, -1):
             if self.cache.evict(pages=count):
                 running.pages += self.pages.allocate(count)
@@ -161,6 +162,7 @@ class MemoryManager:
             least, most = min(least, final_length), final_length
         point = self.floor_to_chunk(least)
         if point and self.floor_to_chunk(most) == point and ended.can_snapshot:
+            # The cache owns the slot from here on, and is one more holder of the pages.
             pages = ended.pages[: self.count_pages(point)]
             self.stats.snapshots_moved += self.cache.insert(
                 self.key, ended.tokens[:point], pages, ended.slot
@@ -175,6 +177,7 @@ class MemoryManager:
         Returns:
           Whether it was copied. If not, nothing has changed.
         """
+        # Plans under way may still write up to the upper bound, and the copy comes after them.
         count = self.count_pages(running.max_computed_tokens)
         size_bytes = self._count_host_bytes(count)
         if (
@@ -187,6 +190,7 @@ class MemoryManager:
         self.actions.append(
             plan_lib.SwapOut(running.sequence_id, running.slot, tuple(running.pages[:count]))
         )
+        # Free at once: the device copies before any later plan can write there.
         self.slots.release([running.slot])
         self._release_memory(running)
         running.swapped_pages = count
@@ -204,6 +208,7 @@ class MemoryManager:
             num_pages = max(num_pages, self.count_pages(waiter.prefill_target))
         if not self.cache.can_free(num_pages + spare_pages, 1 + spare_slots):
             return False
+        # `can_free` counted all that is unpinned, so this succeeds.
         self.cache.evict(num_pages, 1)
         (waiter.slot,) = self.slots.allocate(1)
         waiter.pages = self.pages.allocate(num_pages)

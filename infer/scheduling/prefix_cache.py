@@ -68,6 +68,7 @@ class PrefixCache:
         self._max_bytes = max_bytes
         # By weights version and recipe: states of different keys must not be mixed.
         self._roots: dict[Hashable, prefix_tree.SnapshotNode] = {}
+        # Counts matches and inserts. It is the time of `last_use`.
         self._clock = 0
         self._stats = stats_lib.PrefixCacheStats()
 
@@ -162,6 +163,7 @@ class PrefixCache:
                 "tokens and a page for each chunk: cut at the last grid point"
             )
         self._clock += 1
+        # An empty tree begins with a root of no tokens, which is never evicted: it is no node.
         root = self._roots.setdefault(key, prefix_tree.SnapshotNode(None, (), 0, [], 0))
         parent = root.find_path(tokens, self._chunk_tokens)[-1]
         num_own_pages = len(pages) - parent.length // chunk
@@ -282,6 +284,7 @@ class PrefixCache:
             parent, edge, length, own, slot, self._clock, self._stats.inserted
         )
         for node in longer:
+            # The first pages of its edge are the new node's now.
             node.detach(self._chunk_tokens)
             self._pages.release(node.pages[: len(pages)])
             node.edge, node.pages = node.edge[len(edge) :], node.pages[len(pages) :]
@@ -310,6 +313,7 @@ class PrefixCache:
             )
             worth = len(node.edge) / self._count_bytes(0 if children else len(node.pages))
             worth /= 1 + self._clock - node.last_use
+            # Inserted earlier goes first among equals, so that equal calls evict equally.
             order = (is_useless, worth, node.insert_order)
             if best is None or order < best[0]:
                 best = (order, node)

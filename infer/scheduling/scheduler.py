@@ -167,7 +167,7 @@ class Scheduler:
         )
 
     def plan(self) -> plan_lib.StepPlan | None:
-        """Decide what the device does next; None when there is nothing, or a report must come."""
+        """Decide what the device does next. None if nothing, or if a report must come first."""
         if len(self._in_flight) >= _MAX_PLANS_IN_FLIGHT:
             return None
         # Snapshots that the plan before reached. They are copied first, before this plan's program
@@ -379,7 +379,7 @@ class Scheduler:
         """Make a sequence run if there is room for it, and for older ones that are held back."""
         if len(self._running) + len(held_back) >= self._config.max_rows:
             return False
-        spare_pages = sum(self._memory.count_pages(held.prefill_target) for held in held_back)
+        spare_pages = sum(self._memory.count_pages(older.prefill_target) for older in held_back)
         if self._running:
             # Running sequences grow. A sequence that was preempted comes back only when each of
             # them has a page to grow into, or it would be preempted again at once.
