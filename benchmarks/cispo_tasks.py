@@ -113,7 +113,7 @@ def measure(directory, number: int = 256) -> tuple[float, float]:
     rows = []
     for _ in range(number):
         digits, label = problem(rng)
-        asked = prompt.encode(tokenizer, [{"role": "user", "content": digits}])
+        asked = prompt.encode_prompt(tokenizer, [{"role": "user", "content": digits}])
         rows.append(asked + tokenizer.encode(answer(digits, label, True)))
     tokens = jnp.asarray(rows)
     places = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)

@@ -7,9 +7,9 @@ tokens whatever these say. First both must make the same tokens. Calls take turn
 each side count (`side_by_side.py`), for transformers of whichever of its expert implementations
 was fastest. "Decoding" is what is left of a call after every sequence's first token.
 
-Also, of the engine alone: the time that the device waits for the host; what prompts with a common
-beginning cost; and, as the side `all rows`, the engine with matmul_tile=0, which multiplies all rows
-at once: faster, but a sequence's numbers then depend on its company.
+It also measures the engine alone: the time that the device waits for the host, and what prompts
+with a common beginning cost. The side `all rows` is the engine with matmul_tile=0, which multiplies
+all rows at once. It is faster, but a sequence's numbers then depend on its company.
 
 Needs the `parity` extra (torch, transformers).
 """

@@ -104,7 +104,7 @@ class FuzzCase:
 
     prompt: tuple[int, ...]
     options: options_lib.Options
-    output: request.Output
+    output: request.RequestOutput
 
 
 def main() -> None:
@@ -273,7 +273,7 @@ class FuzzRun:
             self._submit()
         else:
             self._engine.step()
-            self._check()
+            self._check_options()
             return 0
         self._preempted += self._preemptions() - before
         return 1
@@ -281,7 +281,7 @@ class FuzzRun:
     def finish(self) -> None:
         """Serve what is left, and add up what the engine says of itself."""
         self._engine.run()
-        self._check()
+        self._check_options()
         if self._open:
             self.problems.append(f"{len(self._open)} requests never ended")
         stats = self._engine.stats()
@@ -306,7 +306,7 @@ class FuzzRun:
         except plan_lib.QueueFull:
             self._restore_cursor("queue_full")
 
-    def _check(self) -> None:
+    def _check_options(self) -> None:
         for one in [one for one in self._open if one.done.is_set()]:
             case, output = self._open.pop(one), one.output()
             self._counts[f"ended_{output.finish_reason}"] += 1
@@ -337,7 +337,7 @@ class FuzzRun:
         self._counts[name] += 1
 
 
-def comparable_output(output: request.Output) -> list:
+def comparable_output(output: request.RequestOutput) -> list:
     """Return what must be the same: tokens, then the rest."""
     tokens = [dataclasses.replace(token, version=0) for token in output.tokens]
     return [*tokens, output.text, output.finish_reason, output.reasoning_tokens]

@@ -52,7 +52,10 @@ def load_model(directory: str, rounded: bool):
 
 def sample_answers(model, tokenizer, some, size: int) -> list:
     """Draw `size` answers to each task."""
-    longest = max(len(prompt.encode(tokenizer, task.messages)) for task in some) + MAX_ANSWER_TOKENS
+    longest = (
+        max(len(prompt.encode_prompt(tokenizer, task.messages)) for task in some)
+        + MAX_ANSWER_TOKENS
+    )
     jobs = [
         rollout.EpisodeJob(
             (i, n),
@@ -80,7 +83,7 @@ def sample_answers(model, tokenizer, some, size: int) -> list:
 
 
 def measure_agreement(model, samples) -> tuple[int, dict[str, float]]:
-    """Return the number of tokens and `rl_metrics.measure_mismatch` of the trainer's probabilities."""
+    """Return the number of tokens, and `measure_mismatch` of the trainer's probabilities."""
     length = max(len(one.prompt) + len(one.tokens) for one in samples)
     packed = rl_batch.pack_samples(samples, ROWS, length)
     logp = [

@@ -70,7 +70,8 @@ def main() -> None:
         finite = all(bool(jnp.isfinite(a).all()) for a in jax.tree.leaves(state))
         print(
             f"{length} tokens: {secs:.1f} s, {length / secs:.0f} tokens/s, temporary "
-            f"{sizes.temp_size_in_bytes} bytes, state {count_state_bytes(state, state_lib.LightningSlots)} bytes, "
+            f"{sizes.temp_size_in_bytes} bytes, "
+            f"state {count_state_bytes(state, state_lib.LightningSlots)} bytes, "
             f"pages {count_state_bytes(state, state_lib.PagedKVCache)} bytes",
             flush=True,
         )

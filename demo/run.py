@@ -58,7 +58,7 @@ def main() -> None:
         prompts = OUTPUT_DIR / "prompts.txt"
         prompts.write_text("Why is the sky blue?\nWrite a haiku about matrices.\nCount to ten.\n")
         outputs, stats = generate.run(
-            generate.Config(checkpoint=str(orbax), prompts_file=str(prompts), max_tokens=48)
+            generate.GenerateConfig(checkpoint=str(orbax), prompts_file=str(prompts), max_tokens=48)
         )
         summary.append(f"{len(outputs)} prompts of different lengths: {stats}")
 
@@ -70,7 +70,9 @@ def main() -> None:
         with contextlib.redirect_stdout(io.StringIO()):
             greedy = [
                 generate.run(
-                    generate.Config(str(path), prompt="Hello", max_tokens=16, temperature=0.0)
+                    generate.GenerateConfig(
+                        str(path), prompt="Hello", max_tokens=16, temperature=0.0
+                    )
                 )[0][0].tokens
                 for path in (release, orbax, back)
             ]
@@ -102,7 +104,7 @@ def main() -> None:
         )
         prompts.write_text("What is 2 + 3?\nWhat is 4 + 4?\nWhat is 5 + 1?\n")
         answers, _ = generate.run(
-            generate.Config(
+            generate.GenerateConfig(
                 checkpoint=str(OUTPUT_DIR / "final"),
                 prompts_file=str(prompts),
                 max_tokens=48,
@@ -115,7 +117,8 @@ def main() -> None:
     print("\nSummary")
     print(*(f"  {line}" for line in summary), sep="\n")
     print(
-        f"  files in {OUTPUT_DIR.relative_to(DEMO_DIR.parent)}; {time.perf_counter() - START_SECS:.0f} s in all"
+        f"  files in {OUTPUT_DIR.relative_to(DEMO_DIR.parent)}; "
+        f"{time.perf_counter() - START_SECS:.0f} s in all"
     )
     equal = greedy[0] == greedy[1] == greedy[2]
     learnt = losses[-1] < losses[0] and accuracy[-1] > accuracy[0] and formed

@@ -13,7 +13,7 @@ import m1_jax
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
-def flag(default: Any, text: str) -> Any:
+def flag_field(default: Any, text: str) -> Any:
     """Return a field of a dataclass whose fields are flags."""
     return dataclasses.field(default=default, metadata={"help": text})
 
@@ -36,21 +36,21 @@ def define_flags(config: type) -> None:
         define.get(kind, flags.DEFINE_string)(field.name, default, field.metadata["help"])
 
 
-def from_flags(config: type) -> Any:
+def config_from_flags(config: type) -> Any:
     """Return the dataclass with the flags' values."""
     values = {field.name: getattr(flags.FLAGS, field.name) for field in dataclasses.fields(config)}
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
     return config(**values)
 
 
-def demand(config: Any, wanted: dict[str, tuple[bool, str]]) -> None:
+def check_fields(config: Any, wanted: dict[str, tuple[bool, str]]) -> None:
     """Raise ValueError for the first field that is not as wanted: {name: (valid, wanted)}."""
     for name, (valid, text) in wanted.items():
         if not valid:
             raise ValueError(f"--{name}: got {getattr(config, name)!r}; wanted {text}")
 
 
-def folder(checkpoint: str) -> pathlib.Path:
+def checkpoint_dir(checkpoint: str) -> pathlib.Path:
     """Return a checkpoint's directory.
 
     Raises:
@@ -62,6 +62,6 @@ def folder(checkpoint: str) -> pathlib.Path:
     return path
 
 
-def load(checkpoint: str, dtype: str, weights: str | None) -> Any:
+def load_model(checkpoint: str, dtype: str, weights: str | None) -> Any:
     """Load a model; errors as in `m1_jax.load`."""
-    return m1_jax.load(folder(checkpoint), dtype=DTYPES[dtype], weights=weights)
+    return m1_jax.load(checkpoint_dir(checkpoint), dtype=DTYPES[dtype], weights=weights)

@@ -69,7 +69,7 @@ class Engine:
         if jax.process_count() > 1:
             self._device = leader_follower.Leader(self._device)
         self._dispatcher = dispatcher.Dispatcher(self._device, config)
-        self._compiler = grammar.Compiler(tokenizer, model.config.vocab_size)
+        self._compiler = grammar.GrammarCompiler(tokenizer, model.config.vocab_size)
         self._scheduler = scheduler.Scheduler(config, self._device.limits, self._cache_key())
         # Requests that are not over, by number.
         self._requests: dict[Hashable, request_lib.Request] = {}
@@ -88,8 +88,8 @@ class Engine:
         self,
         prompt: Sequence[int],
         options: options_lib.Options,
-        on_token: Callable[[request_lib.Request, request_lib.Token, str], Any] | None = None,
-        prior_tokens: Sequence[request_lib.Token] | None = None,
+        on_token: Callable[[request_lib.Request, request_lib.OutputToken, str], Any] | None = None,
+        prior_tokens: Sequence[request_lib.OutputToken] | None = None,
     ) -> request_lib.Request:
         """Queue a prompt of token ids.
 
@@ -108,14 +108,14 @@ class Engine:
                 f"prompt: got token id {bad[0]}; wanted 0 to {vocab_size - 1}. "
                 "Does the tokenizer belong to this model?"
             )
-        options_lib.check(options, vocab_size, self.tokenizer.stop_ids)
-        progress = stopping.Progress(options, self.tokenizer)
+        options_lib.check_options(options, vocab_size, self.tokenizer.stop_ids)
+        progress = stopping.OutputProgress(options, self.tokenizer)
         # Compiling a grammar may take long: outside the lock.
-        matcher = self._compiler.matcher(options)
+        matcher = self._compiler.compile_matcher(options)
         with self._work_condition:
             if self._closed:
                 raise RuntimeError("the engine is closed")
-            stop_ids = options_lib.stop_ids(options, self.tokenizer.stop_ids)
+            stop_ids = options_lib.all_stop_ids(options, self.tokenizer.stop_ids)
             number = next(self._request_numbers)
             request = request_lib.Request(
                 number, prompt, options, stop_ids, progress, matcher, on_token
@@ -190,7 +190,7 @@ class Engine:
 
     def generate(
         self, prompts: Iterable[Sequence[int]], options: options_lib.Options
-    ) -> list[request_lib.Output]:
+    ) -> list[request_lib.RequestOutput]:
         """Serve prompts to their ends, from a thread of your own."""
         requests = [self.submit(prompt, options) for prompt in prompts]
         self.run()
@@ -350,7 +350,7 @@ class Engine:
             return
         # The program returns as many as any request may ask for.
         top = sampled.top[: request.options.top_logprobs]
-        token = request_lib.Token(sampled.id, sampled.logp, sampled.logp_raw, version, top)
+        token = request_lib.OutputToken(sampled.id, sampled.logp, sampled.logp_raw, version, top)
         try:
             text = request.push(token)
         except ValueError:  # the grammar grew beyond its limits

@@ -9,7 +9,7 @@ per line, or, named .jsonl, an object per line: {"prompt": ..., "system": ...} o
 For many requests, each with options of its own, there is `infer.offline`.
 
 What a prompt becomes depends on the options, its number and the seed alone: its own seed is
-`lines.seed_of(seed, number)`, and the engine is exact whatever runs beside it.
+`jsonl.derive_seed(seed, number)`, and the engine is exact whatever runs beside it.
 """
 
 import dataclasses
@@ -30,15 +30,15 @@ from infer import request as request_lib
 from m1_jax import quantize
 from m1_jax import tokenizer as tokenizer_lib
 
-_flag = command.flag
+_flag = command.flag_field
 _OPTIONS = [field.name for field in dataclasses.fields(options_lib.Options)]
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class GenerateConfig:
     """What to generate; each field is a flag of the command.
 
-    Options that are None are those of the preset, or else the defaults of `request.Options`.
+    Options that are None are those of the preset, or else the defaults of `options.Options`.
     """
 
     checkpoint: str = _flag("", "Release directory, or one made by m1_jax.convert.")
@@ -84,7 +84,7 @@ class Config:
             "seed": (0 <= self.seed < 2**32, f"0 to {2**32 - 1}"),
             "profile": (self.profile in prompt_lib.PROFILES, " or ".join(prompt_lib.PROFILES)),
         }
-        command.demand(self, wanted)
+        command.check_fields(self, wanted)
         quantize.check_recipe(self.weights)
         _ = self.options  # checks them
         if (self.prompt is None) == (self.prompts_file is None):
@@ -101,7 +101,7 @@ class Config:
         """Return the options of all prompts.
 
         Raises:
-          ValueError: what `request.Options` refuses. OSError: a file that cannot be read.
+          ValueError: what `options.Options` refuses. OSError: a file that cannot be read.
         """
         given = {name: getattr(self, name) for name in _OPTIONS if hasattr(self, name)}
         # False and () are what these flags are without a word about them.
@@ -111,11 +111,11 @@ class Config:
                 given[name] = pathlib.Path(given[name][1:]).read_text(encoding="utf-8")
         if self.preset is None:
             return options_lib.Options(**given)
-        return options_lib.preset(self.preset, **given)
+        return options_lib.preset_options(self.preset, **given)
 
 
 @dataclasses.dataclass
-class Stats:
+class GenerateStats:
     """How many tokens in how many seconds; compiling is on its own."""
 
     prefill_tokens: int = 0
@@ -135,24 +135,26 @@ class Stats:
         )
 
 
-def run(config: Config, out: TextIO | None = None) -> tuple[list[request_lib.Output], Stats]:
+def run(
+    config: GenerateConfig, out: TextIO | None = None
+) -> tuple[list[request_lib.RequestOutput], GenerateStats]:
     """Generate for every prompt of `config`, printing text to `out` (stdout) as it comes.
 
     Raises:
       ValueError, OSError: an input that cannot be used, found before any generating starts.
     """
-    return write(config, *prepare(config), out or sys.stdout)
+    return generate_texts(config, *prepare_run(config), out or sys.stdout)
 
 
-def write(
-    config: Config,
+def generate_texts(
+    config: GenerateConfig,
     model: Any,
     tokenizer: tokenizer_lib.Tokenizer,
     prompts: list[list[int]],
     out: TextIO,
-) -> tuple[list[request_lib.Output], Stats]:
-    """Do what `run` does, with what `prepare` found."""
-    options, stats, began = config.options, Stats(), time.perf_counter()
+) -> tuple[list[request_lib.RequestOutput], GenerateStats]:
+    """Do what `run` does, with what `prepare_run` found."""
+    options, stats, began = config.options, GenerateStats(), time.perf_counter()
     sizes = config_lib.fit_config(
         [(len(ids), options.max_tokens) for ids in prompts],
         config.batch_size,
@@ -163,7 +165,7 @@ def write(
     served = engine.Engine(model, tokenizer, sizes)
     now = time.perf_counter()
     stats.compile_secs = now - began
-    printer = _Printer(len(prompts), config.stream, out)
+    printer = _TextPrinter(len(prompts), config.stream, out)
     decoded = [0]  # tokens after the first of each prompt
     open_ = set(range(len(prompts)))
 
@@ -175,7 +177,7 @@ def write(
 
     requests = []
     for number, ids in enumerate(prompts):
-        seeded = dataclasses.replace(options, seed=jsonl.seed_of(config.seed, number))
+        seeded = dataclasses.replace(options, seed=jsonl.derive_seed(config.seed, number))
         requests.append(served.submit(ids, seeded, on_token))
     going = True
     while going:
@@ -193,19 +195,19 @@ def write(
     for number in sorted(open_):  # that ended without a token
         printer.push(number, "", last=True)
     if config.logprobs is not None:
-        records = [{"index": i, **record(output)} for i, output in enumerate(outputs)]
+        records = [{"index": i, **output_record(output)} for i, output in enumerate(outputs)]
         text = "".join(json.dumps(one) + "\n" for one in records)
         pathlib.Path(config.logprobs).write_text(text)
     return outputs, stats
 
 
-def record(output: request_lib.Output) -> dict[str, Any]:
-    return {"finish_reason": output.finish_reason, "tokens": jsonl.tokens_json(output.tokens)}
+def output_record(output: request_lib.RequestOutput) -> dict[str, Any]:
+    return {"finish_reason": output.finish_reason, "tokens": jsonl.tokens_to_json(output.tokens)}
 
 
-def prepare(config: Config) -> tuple[Any, tokenizer_lib.Tokenizer, list[list[int]]]:
+def prepare_run(config: GenerateConfig) -> tuple[Any, tokenizer_lib.Tokenizer, list[list[int]]]:
     """Return the model, the tokenizer and the prompts' token ids; the model is loaded last."""
-    folder, options = command.folder(config.checkpoint), config.options
+    folder, options = command.checkpoint_dir(config.checkpoint), config.options
     requests = read_requests(config)
     if config.logprobs is not None and not pathlib.Path(config.logprobs).parent.is_dir():
         raise ValueError(f"--logprobs: got {config.logprobs}; wanted a file in a directory")
@@ -213,33 +215,33 @@ def prepare(config: Config) -> tuple[Any, tokenizer_lib.Tokenizer, list[list[int
     model_config = m1_jax.ModelConfig.from_file(folder / "config.json")
     prompts = []
     for i, request in enumerate(requests):
-        prompts.append(jsonl.encode(f"prompt {i}", tokenizer, request, config.profile))
+        prompts.append(jsonl.encode_request(f"prompt {i}", tokenizer, request, config.profile))
         own = (prompts[-1], options.max_tokens, model_config, config.max_length)
-        jsonl.check_length(f"prompt {i}", *own)
-    options_lib.check(options, model_config.vocab_size, tokenizer.stop_ids)
-    stopping.Progress(options, tokenizer)
+        jsonl.check_prompt_length(f"prompt {i}", *own)
+    options_lib.check_options(options, model_config.vocab_size, tokenizer.stop_ids)
+    stopping.OutputProgress(options, tokenizer)
     if options.constraint:  # reading the vocabulary takes a while
-        grammar.Compiler(tokenizer, model_config.vocab_size).matcher(options)
-    model = command.load(config.checkpoint, config.dtype, config.weights)
+        grammar.GrammarCompiler(tokenizer, model_config.vocab_size).compile_matcher(options)
+    model = command.load_model(config.checkpoint, config.dtype, config.weights)
     return model, tokenizer, prompts
 
 
-def read_requests(config: Config) -> list[dict[str, Any]]:
+def read_requests(config: GenerateConfig) -> list[dict[str, Any]]:
     """Return {"prompt": ...} (raw) or {"messages": ..., "tools": ...} for every prompt."""
     how = (config.system, config.raw)
     if config.prompts_file is None:
-        return [jsonl.conversation("--prompt", {"prompt": config.prompt}, *how)]
+        return [jsonl.check_conversation("--prompt", {"prompt": config.prompt}, *how)]
     path = pathlib.Path(config.prompts_file)
     requests = []
-    for where, line in jsonl.read(path):
-        value = jsonl.parse(where, line) if path.suffix == ".jsonl" else {"prompt": line}
-        requests.append(jsonl.conversation(where, value, *how))
+    for where, line in jsonl.read_lines(path):
+        value = jsonl.parse_line(where, line) if path.suffix == ".jsonl" else {"prompt": line}
+        requests.append(jsonl.check_conversation(where, value, *how))
     if not requests:
         raise ValueError(f"{path}: got no prompts; wanted one per line")
     return requests
 
 
-class _Printer:
+class _TextPrinter:
     """Prints texts as they come: one alone as it is, several by lines marked `[i] `."""
 
     def __init__(self, count: int, stream: bool, out: TextIO):
@@ -268,12 +270,12 @@ def main(argv) -> None:
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # Orbax tells every step at INFO
     try:
-        config = command.from_flags(Config)
-        prepared = prepare(config)
+        config = command.config_from_flags(GenerateConfig)
+        prepared = prepare_run(config)
     except (ValueError, OSError) as error:
         sys.exit("error: " + " ".join(str(error).split("\n")))
     try:
-        outputs, stats = write(config, *prepared, sys.stdout)
+        outputs, stats = generate_texts(config, *prepared, sys.stdout)
     except KeyboardInterrupt:
         sys.exit(130)
     print(stats, file=sys.stderr)
@@ -287,7 +289,7 @@ def main(argv) -> None:
 
 
 def cli() -> None:
-    command.define_flags(Config)
+    command.define_flags(GenerateConfig)
     app.run(main)
 
 

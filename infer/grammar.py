@@ -1,7 +1,7 @@
 """Constrained decoding: which tokens a JSON schema, a regular expression or a grammar allows next.
 
 llguidance does the parsing, over the bytes of our own tokenizer's tokens. On top of it stands free
-thinking: a model that may think first (`RewardOptions.after_thinking`) goes through
+thinking: a model that may think first (`Options.after_thinking`) goes through
 
     undecided    what it wrote begins both `<think>` and, perhaps, the constrained answer
     thinking     everything is allowed but the end of the output
@@ -22,7 +22,7 @@ from infer import options as options_lib
 from infer import stopping
 from m1_jax import tokenizer as tokenizer_lib
 
-_OPEN, _CLOSE = stopping.OPEN.encode(), stopping.CLOSE.encode()
+_OPENING_TAG, _CLOSING_TAG = stopping.OPENING_TAG.encode(), stopping.CLOSING_TAG.encode()
 _GAP_NEWLINES = 2
 # JSON between whose parts any white space may stand for ever is a trap at high temperatures.
 # This is enough for one line's indentation.
@@ -31,7 +31,7 @@ _UNKNOWN = "\ufffd".encode()  # what the tokenizer reads for ids that it does no
 _MAX_ERROR_CHARS = 400
 
 
-class Compiler:
+class GrammarCompiler:
     """Makes matchers for one tokenizer; takes a second or two with the release's."""
 
     def __init__(self, tokenizer: tokenizer_lib.Tokenizer, vocab_size: int):
@@ -60,24 +60,28 @@ class Compiler:
         tokens = [tokenizer.token_bytes(i) for i in range(number)]
         self.token_bytes = [b"" if data == _UNKNOWN else data for data in tokens]
         self._library = llguidance.LLTokenizer(
-            llguidance.TokenizerWrapper(_Vocabulary(tokenizer, self.token_bytes)),
+            llguidance.TokenizerWrapper(_VocabularyAdapter(tokenizer, self.token_bytes)),
             eos_token=list(tokenizer.stop_ids),
         )
         known = [i for i, data in enumerate(tokens) if data != _UNKNOWN]
-        self._known = self.words(known)
-        self.free = self.words(i for i in known if i not in tokenizer.stop_ids)
+        self._known_mask = self.make_mask(known)
+        self.free_mask = self.make_mask(i for i in known if i not in tokenizer.stop_ids)
         texts = [(i, data) for i, data in enumerate(self.token_bytes) if data]
         # All tokens that can be a part of a tag, or end one: few, and the rest is slow to read.
-        tags = [(i, data) for i, data in texts if b">" in data or data in _OPEN]
-        self.opening = [self.words(_opening(tags, n)) for n in range(len(_OPEN))]
-        self.not_closing = [~self.words(_closing_badly(tags, n)) for n in range(len(_CLOSE))]
+        tags = [(i, data) for i, data in texts if b">" in data or data in _OPENING_TAG]
+        self.opening_masks = [
+            self.make_mask(_find_opening_tokens(tags, n)) for n in range(len(_OPENING_TAG))
+        ]
+        self.not_closing_masks = [
+            ~self.make_mask(_find_bad_closing_tokens(tags, n)) for n in range(len(_CLOSING_TAG))
+        ]
         newlines = {i: len(data) for i, data in texts if not data.strip(b"\n")}
-        self.newlines = [
-            self.words(i for i, n in newlines.items() if n <= left)
+        self.newline_masks = [
+            self.make_mask(i for i, n in newlines.items() if n <= left)
             for left in range(_GAP_NEWLINES + 1)
         ]
 
-    def matcher(self, options: options_lib.Options) -> "Matcher | None":
+    def compile_matcher(self, options: options_lib.Options) -> "GrammarMatcher | None":
         """Compile a request's constraint; None if it has none.
 
         Raises:
@@ -100,33 +104,35 @@ class Compiler:
         inner = library(self._library, grammar, log_level=0)
         inner.compute_bitmask()  # finds what no text matches
         if inner.is_error():
-            raise ValueError(f"{name}: {_message(inner)}. Correct it or leave it out.")
-        return Matcher(self, inner, options.after_thinking)
+            raise ValueError(f"{name}: {_error_message(inner)}. Correct it or leave it out.")
+        return GrammarMatcher(self, inner, options.after_thinking)
 
-    def words(self, ids: Iterable[int]) -> UInt32[np.ndarray, "W"]:
+    def make_mask(self, ids: Iterable[int]) -> UInt32[np.ndarray, "W"]:
         """Return the mask that allows `ids` alone."""
         bits = np.zeros(-(-self._vocab_size // 32) * 32, np.uint8)
         bits[list(ids)] = 1
         return np.packbits(bits, bitorder="little").view("<u4").astype(np.uint32)
 
-    def mask_of(self, inner: llguidance.LLMatcher) -> UInt32[np.ndarray, "W"]:
+    def allowed_mask(self, inner: llguidance.LLMatcher) -> UInt32[np.ndarray, "W"]:
         """Return the tokens that llguidance allows."""
-        found = np.frombuffer(inner.compute_bitmask(), "<u4")[: len(self._known)]
+        found = np.frombuffer(inner.compute_bitmask(), "<u4")[: len(self._known_mask)]
         if inner.is_error():
-            raise ValueError(f"constrained decoding: {_message(inner)}")
-        mask = np.zeros_like(self._known)
+            raise ValueError(f"constrained decoding: {_error_message(inner)}")
+        mask = np.zeros_like(self._known_mask)
         mask[: len(found)] = found
-        return mask & self._known
+        return mask & self._known_mask
 
 
-class Matcher:
-    """Follows one output; made by `Compiler.matcher`."""
+class GrammarMatcher:
+    """Follows one output; made by `GrammarCompiler.compile_matcher`."""
 
-    def __init__(self, compiler: Compiler, inner: llguidance.LLMatcher, after_thinking: bool):
+    def __init__(
+        self, compiler: GrammarCompiler, inner: llguidance.LLMatcher, after_thinking: bool
+    ):
         self._compiler, self._inner = compiler, inner
         self._phase = "undecided" if after_thinking else "answer"
         self._text = b""  # undecided: all of it; thinking: enough to find the tag's end
-        self._fits = True  # undecided: the answer may have begun
+        self._answer_fits = True  # undecided: the answer may have begun
         self._newlines_left = 0
 
     @property
@@ -142,12 +148,19 @@ class Matcher:
         """
         compiler = self._compiler
         if self._phase == "thinking":
-            return compiler.free & compiler.not_closing[_overlap(self._text, _CLOSE)]
+            return (
+                compiler.free_mask
+                & compiler.not_closing_masks[_overlap_length(self._text, _CLOSING_TAG)]
+            )
         if self._phase == "undecided":
-            opening = compiler.opening[len(self._text)]
-            return opening | compiler.mask_of(self._inner) if self._fits else opening.copy()
-        mask = compiler.mask_of(self._inner)
-        return mask | compiler.newlines[self._newlines_left] if self._phase == "gap" else mask
+            opening = compiler.opening_masks[len(self._text)]
+            return (
+                opening | compiler.allowed_mask(self._inner)
+                if self._answer_fits
+                else opening.copy()
+            )
+        mask = compiler.allowed_mask(self._inner)
+        return mask | compiler.newline_masks[self._newlines_left] if self._phase == "gap" else mask
 
     def accept(self, token: int) -> None:
         """Take the token that was chosen.
@@ -158,9 +171,9 @@ class Matcher:
         texts = self._compiler.token_bytes
         data = texts[token] if 0 <= token < len(texts) else b""
         if self._phase == "thinking":
-            self._think(token, data)
+            self._accept_thinking(token, data)
         elif self._phase == "undecided":
-            self._decide(token, data)
+            self._accept_undecided(token, data)
         elif self._phase == "gap" and data in (
             b"\n" * n for n in range(1, self._newlines_left + 1)
         ):
@@ -168,41 +181,43 @@ class Matcher:
         else:
             self._phase = "answer"
             if not self._inner.consume_token(token):
-                raise self._refusal(token)
+                raise self._make_refusal(token)
 
-    def _decide(self, token: int, data: bytes) -> None:
+    def _accept_undecided(self, token: int, data: bytes) -> None:
         text = self._text + data
         # Read off the mask: validate_tokens refuses the end of a complete answer.
-        self._fits = self._fits and _allows(self._compiler.mask_of(self._inner), token)
-        if data and text.startswith(_OPEN):
+        self._answer_fits = self._answer_fits and _mask_allows(
+            self._compiler.allowed_mask(self._inner), token
+        )
+        if data and text.startswith(_OPENING_TAG):
             self._inner.reset()
             self._phase, self._text = "thinking", b""
-            self._think(token, text[len(_OPEN) :])
+            self._accept_thinking(token, text[len(_OPENING_TAG) :])
             return
-        opens = bool(data) and _OPEN.startswith(text)
-        if not (opens or self._fits):
-            raise self._refusal(token)
-        if self._fits:
+        opens = bool(data) and _OPENING_TAG.startswith(text)
+        if not (opens or self._answer_fits):
+            raise self._make_refusal(token)
+        if self._answer_fits:
             self._inner.consume_token(token)
         self._phase, self._text = ("undecided", text) if opens else ("answer", b"")
 
-    def _think(self, token: int, data: bytes) -> None:
-        thought, tag, after = (self._text + data).partition(_CLOSE)
+    def _accept_thinking(self, token: int, data: bytes) -> None:
+        thought, tag, after = (self._text + data).partition(_CLOSING_TAG)
         if not tag:
-            self._text = thought[1 - len(_CLOSE) :]
+            self._text = thought[1 - len(_CLOSING_TAG) :]
             return
         if len(after) > _GAP_NEWLINES or after.strip(b"\n"):
-            raise self._refusal(token)
+            raise self._make_refusal(token)
         self._phase, self._newlines_left = "gap", _GAP_NEWLINES - len(after)
 
-    def _refusal(self, token: int) -> ValueError:
+    def _make_refusal(self, token: int) -> ValueError:
         return ValueError(
             f"constrained decoding: got token {token}; wanted one that mask() allows. Was another "
             "mask applied, or one token left out?"
         )
 
 
-class _Vocabulary:
+class _VocabularyAdapter:
     """What llguidance asks of a tokenizer."""
 
     def __init__(self, tokenizer: tokenizer_lib.Tokenizer, texts: list[bytes]):
@@ -219,29 +234,29 @@ class _Vocabulary:
         return self._tokenizer.encode(text)
 
 
-def _allows(mask: UInt32[np.ndarray, "W"], token: int) -> bool:
+def _mask_allows(mask: UInt32[np.ndarray, "W"], token: int) -> bool:
     return 0 <= token < 32 * len(mask) and bool(int(mask[token // 32]) >> token % 32 & 1)
 
 
-def _opening(texts: list[tuple[int, bytes]], length: int) -> list[int]:
+def _find_opening_tokens(texts: list[tuple[int, bytes]], length: int) -> list[int]:
     """Return tokens that go on with the opening tag, of which `length` bytes are written."""
-    rest = _OPEN[length:]
+    rest = _OPENING_TAG[length:]
     fitting = [(i, data) for i, data in texts if rest.startswith(data) or data.startswith(rest)]
-    return [i for i, data in fitting if not _badly_closed(data.removeprefix(rest))]
+    return [i for i, data in fitting if not _closes_badly(data.removeprefix(rest))]
 
 
-def _closing_badly(texts: list[tuple[int, bytes]], length: int) -> list[int]:
+def _find_bad_closing_tokens(texts: list[tuple[int, bytes]], length: int) -> list[int]:
     """Return tokens that close a tag of which `length` bytes are written, and go on at once."""
-    close = _CLOSE[:length]
-    return [i for i, data in texts if _badly_closed(close + data)]
+    close = _CLOSING_TAG[:length]
+    return [i for i, data in texts if _closes_badly(close + data)]
 
 
-def _badly_closed(text: bytes) -> bool:
-    after = text.partition(_CLOSE)[2]
+def _closes_badly(text: bytes) -> bool:
+    after = text.partition(_CLOSING_TAG)[2]
     return len(after) > _GAP_NEWLINES or bool(after.strip(b"\n"))
 
 
-def _overlap(text: bytes, tag: bytes) -> int:
+def _overlap_length(text: bytes, tag: bytes) -> int:
     """Return how many bytes of `tag` the end of `text` holds."""
     return next((n for n in range(len(tag) - 1, 0, -1) if text.endswith(tag[:n])), 0)
 
@@ -259,7 +274,7 @@ def _schema_text(schema: str | Mapping) -> str:
     return text
 
 
-def _message(inner: llguidance.LLMatcher) -> str:
+def _error_message(inner: llguidance.LLMatcher) -> str:
     """Return llguidance's message without its dump of the parser's state."""
     text = inner.get_error().partition("<state>")[0].strip()
     return text[:_MAX_ERROR_CHARS] or "no text matches it"

@@ -12,13 +12,14 @@ from typing import Any
 
 from infer import options as options_lib
 from infer import prompt as prompt_lib
+from infer import request as request_lib
 from m1_jax import tokenizer as tokenizer_lib
 
-_PLAIN, _CHAT = ("prompt", "system"), ("messages", "tools")
-FIELDS = (*_PLAIN, *_CHAT)
+_PROMPT_FIELDS, _CHAT_FIELDS = ("prompt", "system"), ("messages", "tools")
+REQUEST_FIELDS = (*_PROMPT_FIELDS, *_CHAT_FIELDS)
 
 
-def read(path: pathlib.Path) -> list[tuple[str, str]]:
+def read_lines(path: pathlib.Path) -> list[tuple[str, str]]:
     """Return the lines of a file that hold something, each with its place, FILE:LINE.
 
     Raises:
@@ -32,7 +33,7 @@ def read(path: pathlib.Path) -> list[tuple[str, str]]:
     return [(f"{path}:{n}", line.removesuffix("\r")) for n, line in numbered if line.strip()]
 
 
-def parse(where: str, line: str) -> Any:
+def parse_line(where: str, line: str) -> Any:
     """Return a line's JSON; ValueError with its place if it is none."""
     try:
         return json.loads(line)
@@ -40,8 +41,8 @@ def parse(where: str, line: str) -> Any:
         raise ValueError(f"{where}: not JSON: {error}") from None
 
 
-def conversation(where: str, value: Any, system: str | None, raw: bool) -> dict[str, Any]:
-    """Return what `encode` takes: {"prompt": ...} (raw), or {"messages": ..., "tools": ...}.
+def check_conversation(where: str, value: Any, system: str | None, raw: bool) -> dict[str, Any]:
+    """Return what `encode_request` takes: {"prompt": ...} if raw, else messages and tools.
 
     Args:
       where: for errors. value: the request. system: system message of a prompt without its own.
@@ -51,7 +52,7 @@ def conversation(where: str, value: Any, system: str | None, raw: bool) -> dict[
       ValueError: other fields, or values of other kinds.
     """
     keys = set(value) if isinstance(value, dict) else None
-    if keys is None or not (keys <= set(_PLAIN) or keys <= set(_CHAT)):
+    if keys is None or not (keys <= set(_PROMPT_FIELDS) or keys <= set(_CHAT_FIELDS)):
         got = sorted(keys) if keys else value
         raise ValueError(
             f'{where}: got {got!r:.80}; wanted "prompt" and "system", or "messages" and "tools"'
@@ -72,19 +73,21 @@ def conversation(where: str, value: Any, system: str | None, raw: bool) -> dict[
     return {"prompt": prompt}
 
 
-def encode(
+def encode_request(
     where: str, tokenizer: tokenizer_lib.Tokenizer, value: Mapping[str, Any], profile: str
 ) -> list[int]:
-    """Return the token ids of what `conversation` made; ValueError if they cannot be had."""
+    """Return the token ids of what `check_conversation` made; ValueError if they cannot be had."""
     try:
         if "prompt" in value:
             return tokenizer.encode(value["prompt"], allow_special=True)
-        return prompt_lib.encode(tokenizer, value["messages"], value.get("tools"), profile=profile)
+        return prompt_lib.encode_prompt(
+            tokenizer, value["messages"], value.get("tools"), profile=profile
+        )
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
 
 
-def check_length(
+def check_prompt_length(
     where: str, ids: Sequence[int], max_tokens: int, model_config: Any, max_length: int = 0
 ) -> None:
     """Raise ValueError for a prompt that is empty, too long or outside of the vocabulary.
@@ -110,7 +113,7 @@ def check_length(
         )
 
 
-def seed_of(seed: int, number: int) -> int:
+def derive_seed(seed: int, number: int) -> int:
     """Return the seed of a run's request: a function of the run's seed and the request's number.
 
     Number 0 has the run's own. All numbers of one run differ, and the runs of two seeds that are
@@ -120,28 +123,34 @@ def seed_of(seed: int, number: int) -> int:
     return (seed + number * 0x9E3779B9) % 2**32
 
 
-def tokens_json(tokens: Sequence[Any]) -> list[dict[str, Any]]:
-    """Return tokens of an `outputs.Output` as JSON; log-probability null is minus infinity."""
-    made = []
+def tokens_to_json(tokens: Sequence[request_lib.OutputToken]) -> list[dict[str, Any]]:
+    """Return output tokens as JSON; log-probability null is minus infinity."""
+    records = []
     for token in tokens:
-        one = {"id": token.id, "logp": finite(token.logp), "logp_raw": finite(token.logp_raw)}
+        record: dict[str, Any] = {
+            "id": token.id,
+            "logp": finite_or_none(token.logp),
+            "logp_raw": finite_or_none(token.logp_raw),
+        }
         if token.top:
-            one["top"] = [[other, finite(logp)] for other, logp in token.top]
-        made.append(one)
-    return made
+            record["top"] = [[token_id, finite_or_none(logp)] for token_id, logp in token.top]
+        records.append(record)
+    return records
 
 
-def finite(logp: float) -> float | None:
+def finite_or_none(logp: float) -> float | None:
     return logp if math.isfinite(logp) else None
 
 
-def options(base: options_lib.Options, values: Mapping[str, Any]) -> options_lib.Options:
+def options_from_fields(
+    base: options_lib.Options, values: Mapping[str, Any]
+) -> options_lib.Options:
     """Return options with fields replaced by JSON values; "preset" replaces all the others first.
 
     Raises:
-      ValueError: an unknown field, or what `request.Options` refuses.
+      ValueError: an unknown field, or what `options.Options` refuses.
     """
     values = dict(values)
     if "preset" in values:
-        base = options_lib.preset(values.pop("preset"))
-    return options_lib.from_json(values, base)
+        base = options_lib.preset_options(values.pop("preset"))
+    return options_lib.options_from_json(values, base)

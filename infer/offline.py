@@ -3,7 +3,7 @@
     python -m infer.offline --checkpoint=DIR --input=requests.jsonl --output=outputs.jsonl
 
 A line of the input is {"prompt": ..., "system": ...} or {"messages": [...], "tools": [...]}, with
-"id", "preset" and any field of `request.Options` where wanted: {"prompt": "Hi", "max_tokens": 9}.
+"id", "preset" and any field of `options.Options` where wanted: {"prompt": "Hi", "max_tokens": 9}.
 All lines are checked before the first one runs. A line of the output has the request's "index" (of
 lines that are not blank, from 0) and comes when its request is done:
 
@@ -39,13 +39,13 @@ from infer import request as request_lib
 from m1_jax import quantize
 from m1_jax import tokenizer as tokenizer_lib
 
-_flag = command.flag
-_MOST_BAD_LINES = 10  # told at once
-_OWN_FIELDS = (*jsonl.FIELDS, "id", "preset")
+_flag = command.flag_field
+_MAX_LISTED_BAD_LINES = 10  # told at once
+_LINE_FIELDS = (*jsonl.REQUEST_FIELDS, "id", "preset")
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class BatchConfig:
     """What to do; each field is a flag of the command."""
 
     checkpoint: str = _flag("", "Release directory, or one made by m1_jax.convert.")
@@ -77,37 +77,37 @@ class Config:
             "max_length": (self.max_length >= 0, "0 (the model's own) or more"),
             "max_rows": (self.max_rows >= 1, "1 or more"),
         }
-        command.demand(self, wanted)
+        command.check_fields(self, wanted)
         quantize.check_recipe(self.weights)
         _ = self.options
 
     @property
     def options(self) -> options_lib.Options:
-        values = jsonl.parse("--defaults", self.defaults)
+        values = jsonl.parse_line("--defaults", self.defaults)
         if not isinstance(values, dict):
             raise ValueError(f"--defaults: got {self.defaults}; wanted a JSON object")
         try:
-            return jsonl.options(options_lib.Options(), values)
+            return jsonl.options_from_fields(options_lib.Options(), values)
         except ValueError as error:
             raise ValueError(f"--defaults: {error}") from None
 
 
 @dataclasses.dataclass(frozen=True)
-class Line:
+class BatchRequest:
     """A request of the input. head: what its output begins with."""
 
     index: int
-    head: dict[str, Any]
+    output_fields: dict[str, Any]
     prompt: tuple[int, ...]
     options: options_lib.Options
 
 
 @dataclasses.dataclass(frozen=True)
-class Summary:
+class BatchSummary:
     """Requests: of the input, done before, done now. Tokens, errors: of those done now."""
 
     requests: int
-    before: int
+    done_before: int
     done: int
     errors: int = 0
     prompt_tokens: int = 0
@@ -117,14 +117,14 @@ class Summary:
 
     def __str__(self):
         return (
-            f"{self.before + self.done} of {self.requests} requests, {self.done} of them now: "
+            f"{self.done_before + self.done} of {self.requests} requests, {self.done} of them now: "
             f"{self.prompt_tokens} prompt tokens ({self.cached_tokens} cached), "
             f"{self.completion_tokens} made"
             + (f"; {self.errors} ended in errors" if self.errors else "")
         )
 
 
-def run(config: Config, stop: Callable[[], int | None] = lambda: None) -> Summary:
+def run(config: BatchConfig, stop: Callable[[], int | None] = lambda: None) -> BatchSummary:
     """Do all requests of the input that the output does not have.
 
     Args:
@@ -135,15 +135,15 @@ def run(config: Config, stop: Callable[[], int | None] = lambda: None) -> Summar
       ValueError, OSError: an input, checkpoint or unfinished output that cannot be used, found
         before anything runs.
     """
-    folder = command.folder(config.checkpoint)
+    folder = command.checkpoint_dir(config.checkpoint)
     tokenizer = tokenizer_lib.Tokenizer.load(folder)
     model_config = m1_jax.ModelConfig.from_file(folder / "config.json")
-    requests = read(config, tokenizer, model_config)
+    requests = read_requests(config, tokenizer, model_config)
     output = pathlib.Path(config.output)
-    done = _begin(output, _fingerprint(config, folder), len(requests))
+    done = _begin_output(output, _fingerprint_run(config, folder), len(requests))
     todo = [line for line in requests if line.index not in done]
     if not todo:
-        return Summary(len(requests), len(done), 0)
+        return BatchSummary(len(requests), len(done), 0)
     sizes = config_lib.fit_config(  # of all, so that a compilation cache has the same programs
         [(len(line.prompt), line.options.max_tokens) for line in requests],
         config.max_rows,
@@ -152,19 +152,19 @@ def run(config: Config, stop: Callable[[], int | None] = lambda: None) -> Summar
         num_snapshots=config.num_snapshots,
         draft_tokens=config.draft_tokens,
     )
-    model = command.load(config.checkpoint, config.dtype, config.weights)
+    model = command.load_model(config.checkpoint, config.dtype, config.weights)
     served = engine.Engine(model, tokenizer, sizes)
     bar = tqdm.tqdm(
         total=len(requests), initial=len(done), unit="request", disable=not config.progress
     )
     with bar, output.open("ab") as file:
-        return _serve(config, served, todo, len(done), file, bar, stop)
+        return _serve_requests(config, served, todo, len(done), file, bar, stop)
 
 
-def _serve(config, served, todo, before, file, bar, stop) -> Summary:
+def _serve_requests(config, served, todo, before, file, bar, stop) -> BatchSummary:
     """Run requests, writing each as it ends; a window of them is known to the engine."""
     waiting = collections.deque(todo)
-    live: dict[int, tuple[Line, request_lib.Request]] = {}
+    live: dict[int, tuple[BatchRequest, request_lib.Request]] = {}
     window = min(3 * served.config.max_rows, served.config.max_queue)
     counts, signal_number, going = collections.Counter(), None, True
     while going and signal_number is None:
@@ -175,7 +175,7 @@ def _serve(config, served, todo, before, file, bar, stop) -> Summary:
         for index in [i for i, (_, one) in live.items() if one.done.is_set()]:
             line, request = live.pop(index)
             made = request.output()
-            _append(file, line, made, config.tokens)
+            _append_output(file, line, made, config.tokens)
             bar.update()
             counts["done"] += 1
             counts["errors"] += made.finish_reason == "error"
@@ -187,13 +187,13 @@ def _serve(config, served, todo, before, file, bar, stop) -> Summary:
     os.fsync(file.fileno())
     served.close()
     total = before + counts["done"] + len(waiting) + len(live)
-    return Summary(total, before, **counts, stopped_by=signal_number)
+    return BatchSummary(total, before, **counts, stopped_by=signal_number)
 
 
-def _append(file, line: Line, made: request_lib.Output, tokens: bool) -> None:
+def _append_output(file, line: BatchRequest, made: request_lib.RequestOutput, tokens: bool) -> None:
     """Write a line in one call, so that a kill tears the last one at most."""
     record = {
-        **line.head,
+        **line.output_fields,
         "text": made.text,
         "finish_reason": made.finish_reason,
         "prompt_tokens": made.prompt_tokens,
@@ -201,7 +201,7 @@ def _append(file, line: Line, made: request_lib.Output, tokens: bool) -> None:
         "reasoning_tokens": made.reasoning_tokens,
     }
     if tokens:
-        record["tokens"] = jsonl.tokens_json(made.tokens)
+        record["tokens"] = jsonl.tokens_to_json(made.tokens)
     file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
     file.flush()
 
@@ -209,61 +209,69 @@ def _append(file, line: Line, made: request_lib.Output, tokens: bool) -> None:
 # ---- the input
 
 
-def read(config: Config, tokenizer: tokenizer_lib.Tokenizer, model_config: Any) -> list[Line]:
+def read_requests(
+    config: BatchConfig, tokenizer: tokenizer_lib.Tokenizer, model_config: Any
+) -> list[BatchRequest]:
     """Return all requests of the input.
 
     Raises:
       ValueError: bad lines, up to ten of them.
     """
     path = pathlib.Path(config.input)
-    found = jsonl.read(path)
+    found = jsonl.read_lines(path)
     if not found:
         raise ValueError(f"{path}: got no requests; wanted one per line")
-    reader = _Reader(config, tokenizer, model_config)
+    reader = _RequestReader(config, tokenizer, model_config)
     made, bad = [], []
     for index, (where, text) in enumerate(found):
         try:
-            made.append(reader.read(index, where, text))
+            made.append(reader.parse_request(index, where, text))
         except ValueError as error:
             told = str(error).replace("\n", " ")
             bad.append(told if told.startswith(where) else f"{where}: {told}")
     if bad:
-        more = [f"and {len(bad) - _MOST_BAD_LINES} more"] if len(bad) > _MOST_BAD_LINES else []
-        told = "\n  ".join([*bad[:_MOST_BAD_LINES], *more])
+        more = (
+            [f"and {len(bad) - _MAX_LISTED_BAD_LINES} more"]
+            if len(bad) > _MAX_LISTED_BAD_LINES
+            else []
+        )
+        told = "\n  ".join([*bad[:_MAX_LISTED_BAD_LINES], *more])
         raise ValueError(f"got {len(bad)} bad lines of {len(found)}; nothing was run:\n  {told}")
     return made
 
 
-class _Reader:
+class _RequestReader:
     """Turns lines into requests, and remembers what they may not repeat or need not again."""
 
-    def __init__(self, config: Config, tokenizer: tokenizer_lib.Tokenizer, model_config: Any):
+    def __init__(self, config: BatchConfig, tokenizer: tokenizer_lib.Tokenizer, model_config: Any):
         self._config, self._tokenizer, self._model_config = config, tokenizer, model_config
         self._defaults = config.options
         self._names = [field.name for field in dataclasses.fields(options_lib.Options)]
         self._ids: dict[str, str] = {}
-        self._compiler: grammar.Compiler | None = None
+        self._compiler: grammar.GrammarCompiler | None = None
         self._constraints: set[str] = set()
 
-    def read(self, index: int, where: str, text: str) -> Line:
-        value = jsonl.parse(where, text)
+    def parse_request(self, index: int, where: str, text: str) -> BatchRequest:
+        value = jsonl.parse_line(where, text)
         if not isinstance(value, dict):
             raise ValueError(f"got {value!r:.80}; wanted an object")
-        options_lib.known("field", value, (*_OWN_FIELDS, *self._names))
-        asked = {k: v for k, v in value.items() if k in jsonl.FIELDS}
+        options_lib.check_names("field", value, (*_LINE_FIELDS, *self._names))
+        asked = {k: v for k, v in value.items() if k in jsonl.REQUEST_FIELDS}
         config = self._config
-        asked = jsonl.conversation(where, asked, config.system, config.raw)
-        prompt = jsonl.encode(where, self._tokenizer, asked, config.profile)
+        asked = jsonl.check_conversation(where, asked, config.system, config.raw)
+        prompt = jsonl.encode_request(where, self._tokenizer, asked, config.profile)
         own = {k: v for k, v in value.items() if k == "preset" or k in self._names}
-        options = jsonl.options(self._defaults, own)
+        options = jsonl.options_from_fields(self._defaults, own)
         if "seed" not in own:
-            options = dataclasses.replace(options, seed=jsonl.seed_of(config.seed, index))
+            options = dataclasses.replace(options, seed=jsonl.derive_seed(config.seed, index))
         limits = (self._model_config, config.max_length)
-        jsonl.check_length(where, prompt, options.max_tokens, *limits)
-        self._check(options)
-        return Line(index, self._head(index, where, value), tuple(prompt), options)
+        jsonl.check_prompt_length(where, prompt, options.max_tokens, *limits)
+        self._check_options(options)
+        return BatchRequest(
+            index, self._make_output_fields(index, where, value), tuple(prompt), options
+        )
 
-    def _head(self, index: int, where: str, value: dict[str, Any]) -> dict[str, Any]:
+    def _make_output_fields(self, index: int, where: str, value: dict[str, Any]) -> dict[str, Any]:
         if "id" not in value:
             return {"index": index}
         name = value["id"]
@@ -274,26 +282,26 @@ class _Reader:
             raise ValueError(f"id: got {name!r:.80} again, first at {first}; wanted another one")
         return {"index": index, "id": name}
 
-    def _check(self, options: options_lib.Options) -> None:
+    def _check_options(self, options: options_lib.Options) -> None:
         """Raise now what `Engine.submit` would raise later."""
         vocab_size = self._model_config.vocab_size
-        options_lib.check(options, vocab_size, self._tokenizer.stop_ids)
-        stopping.Progress(options, self._tokenizer)
+        options_lib.check_options(options, vocab_size, self._tokenizer.stop_ids)
+        stopping.OutputProgress(options, self._tokenizer)
         name = options.constraint
         if name is None:
             return
         key = json.dumps([name, getattr(options, name)], sort_keys=True)
         if key not in self._constraints:
             if self._compiler is None:
-                self._compiler = grammar.Compiler(self._tokenizer, vocab_size)
-            self._compiler.matcher(options)
+                self._compiler = grammar.GrammarCompiler(self._tokenizer, vocab_size)
+            self._compiler.compile_matcher(options)
             self._constraints.add(key)
 
 
 # ---- the output
 
 
-def _fingerprint(config: Config, folder: pathlib.Path) -> dict[str, Any]:
+def _fingerprint_run(config: BatchConfig, folder: pathlib.Path) -> dict[str, Any]:
     """Return all that the outputs depend on; weights are told apart by the sizes of their files."""
     names = ("defaults", "seed", "tokens", "system", "raw", "profile", "dtype", "weights")
     sizes = config_lib.EngineConfig()  # decide the last bits, as JAX and the hardware do
@@ -306,13 +314,13 @@ def _fingerprint(config: Config, folder: pathlib.Path) -> dict[str, Any]:
         "checkpoint": str(folder.resolve()),
         "files": hashlib.sha256(repr((listed, texts)).encode()).hexdigest(),
         **{name: getattr(config, name) for name in names},
-        "defaults": jsonl.parse("--defaults", config.defaults),
+        "defaults": jsonl.parse_line("--defaults", config.defaults),
         "recipe": [sizes.chunk_tokens, sizes.attention_tile, sizes.matmul_tile],
         "jax": f"{jax.__version__} on {jax.default_backend()}",
     }
 
 
-def _begin(output: pathlib.Path, fingerprint: dict[str, Any], count: int) -> set[int]:
+def _begin_output(output: pathlib.Path, fingerprint: dict[str, Any], count: int) -> set[int]:
     """Begin an output, or take one up: drop its torn last line; return the indices it has.
 
     Raises:
@@ -327,7 +335,7 @@ def _begin(output: pathlib.Path, fingerprint: dict[str, Any], count: int) -> set
         return set()
     if not beside.exists():
         raise ValueError(f"--output: {output} exists, and {beside.name} not; wanted a new file")
-    old = jsonl.parse(str(beside), beside.read_text())
+    old = jsonl.parse_line(str(beside), beside.read_text())
     changed = [name for name in fingerprint if old.get(name) != fingerprint[name]]
     if changed:
         name = changed[0]
@@ -336,10 +344,10 @@ def _begin(output: pathlib.Path, fingerprint: dict[str, Any], count: int) -> set
             f"{fingerprint[name]!r:.80}; wanted {old.get(name)!r:.80}). Give the same again, or "
             "another --output."
         )
-    return _done(output, count)
+    return _read_done_indices(output, count)
 
 
-def _done(output: pathlib.Path, count: int) -> set[int]:
+def _read_done_indices(output: pathlib.Path, count: int) -> set[int]:
     """Return the indices of whole lines, and cut off what follows the last of them."""
     done, end = set(), 0
     with output.open("r+b") as file:
@@ -347,7 +355,7 @@ def _done(output: pathlib.Path, count: int) -> set[int]:
             if not line.endswith(b"\n"):
                 break
             end += len(line)
-            value = jsonl.parse(f"{output}:{number}", line.decode())
+            value = jsonl.parse_line(f"{output}:{number}", line.decode())
             index = value.get("index") if isinstance(value, dict) else None
             if not isinstance(index, int) or not 0 <= index < count or index in done:
                 raise ValueError(
@@ -373,7 +381,7 @@ def main(argv) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, catch)
     try:
-        summary = run(command.from_flags(Config), lambda: caught[0] if caught else None)
+        summary = run(command.config_from_flags(BatchConfig), lambda: caught[0] if caught else None)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     print(summary, file=sys.stderr)
@@ -383,7 +391,7 @@ def main(argv) -> None:
 
 
 def cli() -> None:
-    command.define_flags(Config)
+    command.define_flags(BatchConfig)
     app.run(main)
 
 

@@ -1,7 +1,7 @@
 """What one request may ask for: plain values, checked on the host before anything runs.
 
 A value out of range is a ValueError that names the field; nothing is clipped, rounded or ignored
-in silence. What needs a vocabulary waits for `check`.
+in silence. What needs a vocabulary waits for `check_options`.
 """
 
 import dataclasses
@@ -12,13 +12,13 @@ from typing import Any
 
 MAX_BIASES = 300
 MAX_STOP_IDS = 8  # the tokenizer's own included; the device compares with this many
-MAX_STOPS = 16
+MAX_STOP_STRINGS = 16
 MAX_STOP_CHARS = 1024
 MAX_TOP_LOGPROBS = 20
 
 # What the device does with a row's logits.
 # name: (the release's recommendation, check, what is wanted)
-SAMPLING: dict[str, tuple[float, Callable[[float], bool], str]] = {
+SAMPLING_FIELDS: dict[str, tuple[float, Callable[[float], bool], str]] = {
     "temperature": (1.0, lambda x: x >= 0, "0 (greedy) or more"),
     "top_p": (0.95, lambda x: 0 < x <= 1, "more than 0, at most 1 (off)"),
     "top_k": (0, lambda x: 0 <= x < 2**31 and x == int(x), "a whole number, 0 (off) or more"),
@@ -39,21 +39,32 @@ _CONSTRAINTS = ("json_schema", "regex", "grammar")
 class Options:
     """How to continue one prompt.
 
-    temperature, top_p, top_k, min_p, top_logprobs: see `SAMPLING`; the order in which they act
-      is that of `infer.execution.sampling`.
-    repetition_penalty: over prompt and output, as in transformers.
-    presence_penalty, frequency_penalty: over the output alone, as in OpenAI's API.
-    logit_bias: added to the logits of these token ids, -100 to 100.
-    seed: 0 to 2^32 - 1; the same seed draws the same tokens.
-    max_tokens: longest output. min_tokens: it has that many before anything ends it; a stop token
-      is one more, so it is not to be chosen while there are fewer than that.
-    stop_token_ids: end the output beside the tokenizer's own. ignore_eos: those do not.
-    stop: strings that end the output and are not part of its text.
-    thinking_tokens: thinking that is still open after this many tokens is closed by force.
-    stop_on_loop: end an output that has long been certain of every token; see `infer.stopping`.
-    json_schema, regex, grammar: at most one of a JSON schema (an object or its JSON), a regular
-      expression and a grammar in Lark's notation, which the output matches as a whole.
-    after_thinking: the model may first think freely; the constraint holds for what follows.
+    Attributes:
+      temperature: 0 takes the likeliest token; see `SAMPLING_FIELDS` for all ranges.
+      top_p: mass of the likeliest tokens that are kept, in (0, 1]. 1 is off.
+      top_k: number of likeliest tokens that are kept. 0 is off.
+      min_p: tokens less likely than this share of the likeliest are left out. 0 is off.
+      repetition_penalty: over prompt and output, as in transformers. 1 is off.
+      presence_penalty: over the output alone, as in OpenAI's API. 0 is off.
+      frequency_penalty: over the output alone, by count, as in OpenAI's API. 0 is off.
+      logit_bias: number added to the logits of these token ids, -100 to 100.
+      seed: 0 to 2^32 - 1. The same seed draws the same tokens.
+      max_tokens: longest output, in tokens.
+      min_tokens: the output has that many tokens before anything ends it. A stop token is one
+        more, so it is not to be chosen while there are fewer.
+      stop_token_ids: token ids that end the output, beside the tokenizer's own.
+      ignore_eos: the tokenizer's own stop ids do not end the output.
+      stop: strings that end the output and are not part of its text.
+      thinking_tokens: thinking that is still open after this many tokens is closed by force.
+      stop_on_loop: end an output that has long been certain of every token; see `infer.stopping`.
+      top_logprobs: how many of the likeliest tokens are listed beside each chosen one, 0 to 20.
+      json_schema: JSON schema, an object or its JSON, which the output matches as a whole.
+      regex: regular expression, which the output matches as a whole.
+      grammar: grammar in Lark's notation, which the output matches as a whole. At most one of
+        json_schema, regex and grammar is set.
+      after_thinking: the model may first think freely. The constraint holds for what follows.
+
+    Sampling options act in the order that `infer.execution.sampling` gives.
     """
 
     temperature: float = 1.0
@@ -79,26 +90,28 @@ class Options:
     after_thinking: bool = False
 
     def __post_init__(self):
-        for name, (_, valid, wanted) in SAMPLING.items():
-            _demand(_is_number(value := getattr(self, name)) and valid(value), name, value, wanted)
-        _whole("seed", self.seed, 0, 2**32 - 1)
-        _whole("max_tokens", self.max_tokens, 1)
-        _whole("min_tokens", self.min_tokens, 0, self.max_tokens, " (max_tokens)")
+        for name, (_, valid, wanted) in SAMPLING_FIELDS.items():
+            _check_field(
+                _is_number(value := getattr(self, name)) and valid(value), name, value, wanted
+            )
+        _check_whole_number("seed", self.seed, 0, 2**32 - 1)
+        _check_whole_number("max_tokens", self.max_tokens, 1)
+        _check_whole_number("min_tokens", self.min_tokens, 0, self.max_tokens, " (max_tokens)")
         if self.thinking_tokens is not None:
-            _whole("thinking_tokens", self.thinking_tokens, 0)
+            _check_whole_number("thinking_tokens", self.thinking_tokens, 0)
         for name in ("ignore_eos", "stop_on_loop", "after_thinking"):
             value = getattr(self, name)
-            _demand(isinstance(value, bool), name, value, "True or False")
+            _check_field(isinstance(value, bool), name, value, "True or False")
         # Copies: what the caller does later with its own list or dict changes nothing here.
-        object.__setattr__(self, "logit_bias", _check_bias(self.logit_bias))
+        object.__setattr__(self, "logit_bias", _check_logit_bias(self.logit_bias))
         object.__setattr__(self, "stop_token_ids", _check_stop_ids(self.stop_token_ids))
-        object.__setattr__(self, "stop", _check_stop(self.stop))
+        object.__setattr__(self, "stop", _check_stop_strings(self.stop))
         self._check_constraint()
 
     @property
-    def sampling(self) -> dict[str, float]:
-        """Return the fields of `SAMPLING`, as `infer.execution.sampling.options` takes them."""
-        return {name: getattr(self, name) for name in SAMPLING}
+    def sampling_values(self) -> dict[str, float]:
+        """Return the sampling fields, as `sampling.make_options` takes them."""
+        return {name: getattr(self, name) for name in SAMPLING_FIELDS}
 
     @property
     def constraint(self) -> str | None:
@@ -113,7 +126,9 @@ class Options:
             value = getattr(self, name)
             kinds = str | Mapping if name == "json_schema" else str
             wanted = "text or an object" if name == "json_schema" else "text"
-            _demand(isinstance(value, kinds) and bool(value or value == {}), name, value, wanted)
+            _check_field(
+                isinstance(value, kinds) and bool(value or value == {}), name, value, wanted
+            )
             # A finished structure has nothing to add but the end.
             for other in ("ignore_eos", "min_tokens"):
                 if getattr(self, other):
@@ -123,7 +138,7 @@ class Options:
                     )
 
 
-def check(options: Options, vocab_size: int, own_stop_ids: tuple[int, ...] = ()) -> None:
+def check_options(options: Options, vocab_size: int, own_stop_ids: tuple[int, ...] = ()) -> None:
     """Check what depends on the model: token ids, and how many of them end the output.
 
     Args:
@@ -137,8 +152,8 @@ def check(options: Options, vocab_size: int, own_stop_ids: tuple[int, ...] = ())
     ids = {"logit_bias": options.logit_bias, "stop_token_ids": options.stop_token_ids}
     for name, values in ids.items():
         for token in values:
-            _demand(token < vocab_size, name, token, f"token ids of 0 to {vocab_size - 1}")
-    number = len(stop_ids(options, own_stop_ids))
+            _check_field(token < vocab_size, name, token, f"token ids of 0 to {vocab_size - 1}")
+    number = len(all_stop_ids(options, own_stop_ids))
     if number > MAX_STOP_IDS:
         raise ValueError(
             f"stop_token_ids: got {number} with the tokenizer's own {len(own_stop_ids)}; wanted "
@@ -146,41 +161,43 @@ def check(options: Options, vocab_size: int, own_stop_ids: tuple[int, ...] = ())
         )
 
 
-def stop_ids(options: Options, own_stop_ids: tuple[int, ...] = ()) -> tuple[int, ...]:
+def all_stop_ids(options: Options, own_stop_ids: tuple[int, ...] = ()) -> tuple[int, ...]:
     """Return all token ids that end the output, ascending."""
     own = () if options.ignore_eos else own_stop_ids
     return tuple(sorted({*own, *options.stop_token_ids}))
 
 
-def as_json(options: Options) -> dict[str, Any]:
+def options_to_json(options: Options) -> dict[str, Any]:
     """Return the fields that differ from their defaults, for `json` to write."""
     values = dataclasses.asdict(options)
-    return {name: value for name, value in values.items() if value != getattr(_DEFAULT, name)}
+    return {
+        name: value for name, value in values.items() if value != getattr(_DEFAULT_OPTIONS, name)
+    }
 
 
-def from_json(values: Mapping[str, Any], base: Options | None = None) -> Options:
-    """Undo `as_json`, over other defaults where `base` is given.
+def options_from_json(values: Mapping[str, Any], base: Options | None = None) -> Options:
+    """Undo `options_to_json`, over other defaults where `base` is given.
 
     JSON has no tuples, and text for keys: lists, one stop string and ids in quotes are taken too.
 
     Raises:
-      ValueError: an unknown field, or what `RewardOptions` refuses.
+      ValueError: an unknown field, or what `Options` refuses.
     """
     names = [field.name for field in dataclasses.fields(Options)]
-    known("option", values, names)
+    check_names("option", values, names)
     values = dict(values)
     if isinstance(values.get("stop"), str):
         values["stop"] = (values["stop"],)
     if isinstance(bias := values.get("logit_bias"), Mapping):
-        values["logit_bias"] = {_id_of(key): value for key, value in bias.items()}
-    return dataclasses.replace(base or _DEFAULT, **values)
+        values["logit_bias"] = {_parse_token_id(key): value for key, value in bias.items()}
+    return dataclasses.replace(base or _DEFAULT_OPTIONS, **values)
 
 
-def _id_of(key: Any) -> Any:
+def _parse_token_id(key: Any) -> Any:
     return int(key) if isinstance(key, str) and key.isdecimal() and key.isascii() else key
 
 
-def known(kind: str, names: Iterable[str], allowed: Collection[str]) -> None:
+def check_names(kind: str, names: Iterable[str], allowed: Collection[str]) -> None:
     """Raise ValueError for the first name that is not allowed, with near ones that are."""
     for name in names:
         if name not in allowed:
@@ -188,7 +205,7 @@ def known(kind: str, names: Iterable[str], allowed: Collection[str]) -> None:
             raise ValueError(f"{kind}: got {name!r}; did you mean {' or '.join(near)}?")
 
 
-def _demand(valid: bool, name: str, value: Any, wanted: str) -> None:
+def _check_field(valid: bool, name: str, value: Any, wanted: str) -> None:
     if not valid:
         raise ValueError(f"{name}: got {value!r}; wanted {wanted}")
 
@@ -197,22 +214,24 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _is_id(value: Any) -> bool:
+def _is_token_id(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
-def _whole(name: str, value: Any, low: int, high: float = math.inf, what: str = "") -> None:
+def _check_whole_number(
+    name: str, value: Any, low: int, high: float = math.inf, what: str = ""
+) -> None:
     wanted = f"a whole number, {low} or more" if high == math.inf else f"{low} to {high}{what}"
-    _demand(_is_id(value) and low <= value <= high, name, value, wanted)
+    _check_field(_is_token_id(value) and low <= value <= high, name, value, wanted)
 
 
-def _check_bias(bias: Any) -> dict[int, float]:
-    _demand(isinstance(bias, Mapping), "logit_bias", bias, "a mapping of token ids to numbers")
+def _check_logit_bias(bias: Any) -> dict[int, float]:
+    _check_field(isinstance(bias, Mapping), "logit_bias", bias, "a mapping of token ids to numbers")
     if len(bias) > MAX_BIASES:
         raise ValueError(f"logit_bias: got {len(bias)} entries; wanted at most {MAX_BIASES}")
     for token, value in bias.items():
-        _demand(_is_id(token), "logit_bias", token, "token ids, whole numbers from 0")
-        _demand(
+        _check_field(_is_token_id(token), "logit_bias", token, "token ids, whole numbers from 0")
+        _check_field(
             _is_number(value) and abs(value) <= 100, f"logit_bias[{token}]", value, "-100 to 100"
         )
     return dict(bias)
@@ -220,24 +239,24 @@ def _check_bias(bias: Any) -> dict[int, float]:
 
 def _check_stop_ids(ids: Any) -> tuple[int, ...]:
     name = "stop_token_ids"
-    _demand(isinstance(ids, tuple | list), name, ids, "a tuple of token ids")
+    _check_field(isinstance(ids, tuple | list), name, ids, "a tuple of token ids")
     for token in ids:
-        _demand(_is_id(token), name, token, "token ids, whole numbers from 0")
+        _check_field(_is_token_id(token), name, token, "token ids, whole numbers from 0")
     return tuple(ids)
 
 
-def _check_stop(stop: Any) -> tuple[str, ...]:
-    _demand(isinstance(stop, tuple | list), "stop", stop, "a tuple of strings")
-    if len(stop) > MAX_STOPS:
-        raise ValueError(f"stop: got {len(stop)} strings; wanted at most {MAX_STOPS}")
+def _check_stop_strings(stop: Any) -> tuple[str, ...]:
+    _check_field(isinstance(stop, tuple | list), "stop", stop, "a tuple of strings")
+    if len(stop) > MAX_STOP_STRINGS:
+        raise ValueError(f"stop: got {len(stop)} strings; wanted at most {MAX_STOP_STRINGS}")
     for text in stop:
         valid = isinstance(text, str) and 1 <= len(text) <= MAX_STOP_CHARS
-        _demand(valid, "stop", text, f"strings of 1 to {MAX_STOP_CHARS} characters")
+        _check_field(valid, "stop", text, f"strings of 1 to {MAX_STOP_CHARS} characters")
     return tuple(stop)
 
 
 # Last, because making them checks them.
-_DEFAULT = Options()
+_DEFAULT_OPTIONS = Options()
 PRESETS: dict[str, Options] = {
     # The output limits that the two checkpoints were trained with, a tenth of them kept for the
     # answer.
@@ -248,13 +267,13 @@ PRESETS: dict[str, Options] = {
 }
 
 
-def preset(name: str, **changes: Any) -> Options:
+def preset_options(name: str, **changes: Any) -> Options:
     """Return the preset of this name, with some fields replaced.
 
     Raises:
-      ValueError: an unknown name or field, or what `RewardOptions` refuses.
+      ValueError: an unknown name or field, or what `Options` refuses.
     """
-    known("preset", [name], PRESETS)
+    check_names("preset", [name], PRESETS)
     fields = [field.name for field in dataclasses.fields(Options)]
-    known("option", changes, fields)
+    check_names("option", changes, fields)
     return dataclasses.replace(PRESETS[name], **changes)

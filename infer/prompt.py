@@ -1,8 +1,9 @@
 """Chat messages and tools to the model's prompt, without a template engine.
 
-Two steps. `normalise` turns OpenAI messages into the list form that the release's chat template
-reads; `render` writes that form as pieces of text and control tokens. Text is encoded with control
-tokens off, so nothing that a user types can open or close a turn.
+There are two steps. `normalize_messages` turns OpenAI messages into the list form that the
+chat template of the release reads. `render_prompt` writes that form as pieces of text and control
+tokens. Text is encoded with control tokens off, so nothing that a user types can open or close a
+turn.
 
 Profiles (three official formats disagree; nobody says which one M1 was trained on):
   release  what the template in the release's tokenizer_config.json writes, byte for byte.
@@ -20,10 +21,10 @@ from typing import Any
 
 from m1_jax import tokenizer as tokenizer_lib
 
-Objects = Sequence[Any]  # JSON objects; what they hold is checked here
-DOCUMENT = "<begin_of_document>"
-BEGIN = "<beginning_of_sentence>"
-END = "<end_of_sentence>"
+JsonObjects = Sequence[Any]  # JSON objects; what they hold is checked here
+DOCUMENT_TOKEN = "<begin_of_document>"
+BEGIN_TOKEN = "<beginning_of_sentence>"
+END_TOKEN = "<end_of_sentence>"
 _TOOLS_HEAD = "system tool_setting=tools\nYou are provided with these tools:\n<tools>\n"
 _TOOLS_TAIL = (
     "</tools>\n\nIf you need to call tools, please respond with <tool_calls></tool_calls> XML tags,"
@@ -33,7 +34,7 @@ _TOOLS_TAIL = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Piece:
+class PromptPiece:
     """A run of text, or one control token by name."""
 
     text: str
@@ -41,7 +42,7 @@ class Piece:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Profile:
+class _PromptProfile:
     """Where the formats differ; see the module's docstring."""
 
     assistant: str  # the name that the model answers to
@@ -54,7 +55,7 @@ class _Profile:
 
 
 _PROFILES = {
-    "release": _Profile(
+    "release": _PromptProfile(
         assistant="assistant",
         # Jinja drops the quotes that are meant here; the GitHub copy of the file renders them.
         call_line="{name: <tool-name-1>, arguments: <args-json-object-1>}",
@@ -64,7 +65,7 @@ _PROFILES = {
         empty_tools_block=False,
         named_results=True,
     ),
-    "vllm": _Profile(
+    "vllm": _PromptProfile(
         assistant="MiniMax AI",
         call_line='{"name": <tool-name>, "arguments": <args-json-object>}',
         default_system="You are a helpful assistant created by Minimax based on MiniMax-M1 model.",
@@ -84,16 +85,16 @@ _KEYS = {
 }
 
 
-def render(
-    messages: Objects,
-    tools: Objects | None = None,
+def render_prompt(
+    messages: JsonObjects,
+    tools: JsonObjects | None = None,
     add_generation_prompt: bool = True,
     profile: str = "release",
-) -> list[Piece]:
+) -> list[PromptPiece]:
     """Return the prompt as alternating text and control tokens; adjacent texts are one piece.
 
     Args:
-      messages: OpenAI chat messages, or the template's list form; see `normalise`.
+      messages: OpenAI chat messages, or the template's list form; see `normalize_messages`.
       tools: OpenAI tools or bare function objects.
       add_generation_prompt: end with the opened turn that the model is to write.
       profile: one of `PROFILES`.
@@ -101,11 +102,11 @@ def render(
     Raises:
       ValueError: a message, tool or profile that cannot be rendered without loss.
     """
-    style = _style(profile)
-    messages = normalise(messages, profile)
-    pieces = [Piece(DOCUMENT, special=True)]
+    style = _find_profile(profile)
+    messages = normalize_messages(messages, profile)
+    pieces = [PromptPiece(DOCUMENT_TOKEN, special=True)]
     system = [m for m in messages if m["role"] == "system"]
-    hoisted = "".join(map(_joined, system)) if system else style.default_system
+    hoisted = "".join(map(_join_parts, system)) if system else style.default_system
     if hoisted:
         _add_turn(pieces, f"system ai_setting={style.assistant}\n{hoisted}")
     if tools or (tools is not None and style.empty_tools_block):
@@ -114,38 +115,40 @@ def render(
     heads = {"user": "user name=user\n", "assistant": f"ai name={style.assistant}\n"}
     for message in messages:
         if message["role"] == "tool":
-            _add_turn(pieces, "tool name=tools\n" + "".join(map(_result, message["content"])))
+            _add_turn(
+                pieces, "tool name=tools\n" + "".join(map(_render_result, message["content"]))
+            )
         elif message["role"] != "system":
-            _add_turn(pieces, heads[message["role"]] + _joined(message))
+            _add_turn(pieces, heads[message["role"]] + _join_parts(message))
     if add_generation_prompt:
-        pieces += [Piece(BEGIN, special=True), Piece(heads["assistant"])]
-    return _merge(pieces)
+        pieces += [PromptPiece(BEGIN_TOKEN, special=True), PromptPiece(heads["assistant"])]
+    return _merge_parts(pieces)
 
 
-def text(
-    messages: Objects,
-    tools: Objects | None = None,
+def render_text(
+    messages: JsonObjects,
+    tools: JsonObjects | None = None,
     add_generation_prompt: bool = True,
     profile: str = "release",
 ) -> str:
-    """Return the prompt as one string, as the template engine would; arguments as in `render`."""
-    return "".join(p.text for p in render(messages, tools, add_generation_prompt, profile))
+    """Return the prompt as one string; arguments as in `render_prompt`."""
+    return "".join(p.text for p in render_prompt(messages, tools, add_generation_prompt, profile))
 
 
-def encode(
+def encode_prompt(
     tokenizer: tokenizer_lib.Tokenizer,
-    messages: Objects,
-    tools: Objects | None = None,
+    messages: JsonObjects,
+    tools: JsonObjects | None = None,
     add_generation_prompt: bool = True,
     profile: str = "release",
 ) -> list[int]:
     """Return the prompt's token ids; only the pieces that are control tokens get control ids.
 
     Raises:
-      ValueError: as `render`, or a tokenizer that lacks one of the template's control tokens.
+      ValueError: as `render_prompt`, or a tokenizer without one of the control tokens.
     """
     ids: list[int] = []
-    for piece in render(messages, tools, add_generation_prompt, profile):
+    for piece in render_prompt(messages, tools, add_generation_prompt, profile):
         if piece.special:
             ids.append(tokenizer.special_token_id(piece.text))
         else:
@@ -153,7 +156,7 @@ def encode(
     return ids
 
 
-def normalise(messages: Objects, profile: str = "release") -> list[dict[str, Any]]:
+def normalize_messages(messages: JsonObjects, profile: str = "release") -> list[dict[str, Any]]:
     """Return messages in the template's list form.
 
     Every message becomes {"role": system | user | assistant | tool, "content": parts} with parts
@@ -166,7 +169,7 @@ def normalise(messages: Objects, profile: str = "release") -> list[dict[str, Any
       ValueError: an unknown role or key, a part that is not text, no content, a tool result
         without a name, arguments that are not a JSON object.
     """
-    style = _style(profile)
+    style = _find_profile(profile)
     if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence) or not messages:
         raise ValueError(f"messages: got {messages!r:.80}; wanted a list with at least one message")
     names: dict[str, str] = {}
@@ -174,7 +177,7 @@ def normalise(messages: Objects, profile: str = "release") -> list[dict[str, Any
     mergeable = False
     for i, message in enumerate(messages):
         where = f"messages[{i}]"
-        role = _role(where, message)
+        role = _check_role(where, message)
         if role == "tool":
             parts = _tool_parts(where, message, names, style)
             # A list without an id is in the template's own form, where a turn is a message.
@@ -199,37 +202,42 @@ def normalise(messages: Objects, profile: str = "release") -> list[dict[str, Any
     return done
 
 
-def _style(profile: str) -> _Profile:
+def _find_profile(profile: str) -> _PromptProfile:
     if profile not in _PROFILES:
         raise ValueError(f"profile: got {profile!r}; wanted one of {', '.join(PROFILES)}")
     return _PROFILES[profile]
 
 
-def _joined(message: Mapping[str, Any]) -> str:
+def _join_parts(message: Mapping[str, Any]) -> str:
     return "".join(part["text"] for part in message["content"])
 
 
-def _result(part: Mapping[str, str]) -> str:
+def _render_result(part: Mapping[str, str]) -> str:
     name = f"tool name: {part['name']}\n" if "name" in part else ""
     return f"{name}tool result: {part['text']}\n\n"
 
 
-def _add_turn(pieces: list[Piece], content: str) -> None:
-    pieces += [Piece(BEGIN, True), Piece(content), Piece(END, True), Piece("\n")]
+def _add_turn(pieces: list[PromptPiece], content: str) -> None:
+    pieces += [
+        PromptPiece(BEGIN_TOKEN, True),
+        PromptPiece(content),
+        PromptPiece(END_TOKEN, True),
+        PromptPiece("\n"),
+    ]
 
 
-def _merge(pieces: Sequence[Piece]) -> list[Piece]:
+def _merge_parts(pieces: Sequence[PromptPiece]) -> list[PromptPiece]:
     """Join adjacent texts: the tokenizer must see each run whole, as it was in training."""
-    merged: list[Piece] = []
+    merged: list[PromptPiece] = []
     for piece in pieces:
         if merged and not piece.special and not merged[-1].special:
-            merged[-1] = Piece(merged[-1].text + piece.text)
+            merged[-1] = PromptPiece(merged[-1].text + piece.text)
         else:
             merged.append(piece)
     return merged
 
 
-def _role(where: str, message: Any) -> str:
+def _check_role(where: str, message: Any) -> str:
     if not isinstance(message, Mapping):
         raise ValueError(f"{where}: got {message!r:.80}; wanted an object with role and content")
     role = message.get("role")
@@ -250,7 +258,9 @@ def _check_keys(where: str, value: Mapping[str, Any], known: Sequence[str]) -> N
         )
 
 
-def _text_parts(where: str, message: Mapping[str, Any], style: _Profile) -> list[dict[str, str]]:
+def _text_parts(
+    where: str, message: Mapping[str, Any], style: _PromptProfile
+) -> list[dict[str, str]]:
     """Return the content as text parts, none for no content; a part may be empty on purpose."""
     content = message.get("content")
     if content is None or content == "":
@@ -270,21 +280,21 @@ def _text_parts(where: str, message: Mapping[str, Any], style: _Profile) -> list
                 f"{at}: got {kind!r:.80}; wanted a part of type 'text': M1 reads only text"
             )
         _check_keys(at, part, ("type", "text", *(["name"] if message["role"] == "tool" else [])))
-        value = _string(f"{at}.text", part.get("text"))
+        value = _check_string(f"{at}.text", part.get("text"))
         trimmed = value.strip() if style.trim and message["role"] != "tool" else value
-        named = {"name": _string(f"{at}.name", part["name"])} if part.get("name") else {}
+        named = {"name": _check_string(f"{at}.name", part["name"])} if part.get("name") else {}
         parts.append({**named, "type": "text", "text": trimmed})
     return parts
 
 
-def _string(where: str, value: Any) -> str:
+def _check_string(where: str, value: Any) -> str:
     if not isinstance(value, str):
         raise ValueError(f"{where}: got {value!r:.80}; wanted a string")
     return value
 
 
 def _tool_parts(
-    where: str, message: Mapping[str, Any], names: Mapping[str, str], style: _Profile
+    where: str, message: Mapping[str, Any], names: Mapping[str, str], style: _PromptProfile
 ) -> list[dict[str, str]]:
     """Return the parts of a tool message; an empty result is a result."""
     parts = _text_parts(where, message, style)
@@ -307,7 +317,7 @@ def _tool_parts(
             f"{where}: got a result with tool_call_id {message.get('tool_call_id')!r}, which no "
             "earlier tool call has; wanted the tool's name. Add it as 'name'."
         )
-    return [{"name": _string(f"{where}.name", name), **part} for part in parts]
+    return [{"name": _check_string(f"{where}.name", name), **part} for part in parts]
 
 
 def _assistant_parts(
@@ -319,7 +329,7 @@ def _assistant_parts(
         raise ValueError(f"{where}: got different reasoning and reasoning_content; wanted one")
     front = []
     if thoughts:
-        thought = _string(f"{where}.reasoning", thoughts[0])
+        thought = _check_string(f"{where}.reasoning", thoughts[0])
         close = "</think>\n" if thought.endswith("\n") else "\n</think>\n"
         front = [{"type": "text", "text": "<think>\n" + thought + close}]
     calls = message.get("tool_calls") or []
@@ -349,17 +359,19 @@ def _call_line(where: str, call: Any, names: dict[str, str]) -> str:
         raise ValueError(f"{where}.name: got {name!r}; wanted the tool's name")
     if call.get("id"):
         names[call["id"]] = name
-    arguments = _arguments(f"{where}.arguments", function.get("arguments"))
-    return _json(where, {"name": name, "arguments": arguments}) + "\n"
+    arguments = _parse_arguments(f"{where}.arguments", function.get("arguments"))
+    return _to_json(where, {"name": name, "arguments": arguments}) + "\n"
 
 
-def _arguments(where: str, value: Any) -> dict[str, Any]:
+def _parse_arguments(where: str, value: Any) -> dict[str, Any]:
     """Return arguments as an object; clients send none at all as None or an empty string."""
     if value is None or value == "":
         return {}
     if isinstance(value, str):
         try:
-            value = json.loads(value, object_pairs_hook=_unique, parse_constant=_refuse)
+            value = json.loads(
+                value, object_pairs_hook=_unique_keys, parse_constant=_refuse_constant
+            )
         except ValueError as error:
             raise ValueError(f"{where}: got {value!r:.80}; wanted a JSON object: {error}") from None
     if not isinstance(value, dict):
@@ -367,17 +379,17 @@ def _arguments(where: str, value: Any) -> dict[str, Any]:
     return value
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(dict(pairs)) < len(pairs):
         raise ValueError("a key is there twice")
     return dict(pairs)
 
 
-def _refuse(constant: str) -> None:
+def _refuse_constant(constant: str) -> None:
     raise ValueError(f"{constant} is not JSON")
 
 
-def _tool_line(i: int, tool: Any, style: _Profile) -> str:
+def _tool_line(i: int, tool: Any, style: _PromptProfile) -> str:
     where = f"tools[{i}]"
     function = tool.get("function", tool) if isinstance(tool, Mapping) else None
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
@@ -388,11 +400,11 @@ def _tool_line(i: int, tool: Any, style: _Profile) -> str:
         if tool.get("type", "function") != "function":
             raise ValueError(f"{where}.type: got {tool['type']!r}; wanted 'function'")
     if style.wrap_tools:
-        return _json(where, tool if wrapped else {"type": "function", "function": tool}) + "\n"
-    return _json(where, function) + "\n"
+        return _to_json(where, tool if wrapped else {"type": "function", "function": tool}) + "\n"
+    return _to_json(where, function) + "\n"
 
 
-def _json(where: str, value: Any) -> str:
+def _to_json(where: str, value: Any) -> str:
     """Serialise as transformers' tojson filter does: order kept, nothing escaped for HTML."""
     try:
         return json.dumps(value, ensure_ascii=False)

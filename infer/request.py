@@ -8,7 +8,7 @@ from infer import prompt_lookup
 
 
 @dataclasses.dataclass(frozen=True)
-class Token:
+class OutputToken:
     """One token of an output.
 
     logp: under the distribution it was drawn from. logp_raw: under the model's plain logits.
@@ -24,7 +24,7 @@ class Token:
 
 
 @dataclasses.dataclass(frozen=True)
-class Output:
+class RequestOutput:
     """A finished request.
 
     finish_reason: "stop", "length", "loop", "cancelled", "suspended" or "error" (logits that are
@@ -32,7 +32,7 @@ class Output:
     cached_tokens: of the prompt, found in the prefix cache; cache_reason says why if none.
     """
 
-    tokens: tuple[Token, ...]
+    tokens: tuple[OutputToken, ...]
     text: str
     finish_reason: str
     prompt_tokens: int
@@ -53,39 +53,39 @@ class Request:
         self.number, self.prompt = number, tuple(prompt)
         self.options, self.stop_ids = options, stop_ids
         self.progress, self.matcher, self.on_token = progress, matcher, on_token
-        self.tokens: list[Token] = []
-        self.mask = None if matcher is None else matcher.mask()
+        self.tokens: list[OutputToken] = []
+        self.grammar_mask = None if matcher is None else matcher.mask()
         self.text = ""
         self.finish_reason: str | None = None
         self.cached_tokens, self.cache_reason = 0, ""
         self.routes: Any = None
         self.done = threading.Event()
-        self.lookup = prompt_lookup.Lookup(self.prompt)
+        self.prompt_lookup = prompt_lookup.PromptLookup(self.prompt)
 
     @property
-    def penalised(self) -> bool:
+    def has_penalties(self) -> bool:
         """Whether its choices depend on what it said before."""
         o = self.options
         return o.repetition_penalty != 1 or o.presence_penalty != 0 or o.frequency_penalty != 0
 
     @property
-    def plain(self) -> bool:
+    def allows_drafts(self) -> bool:
         """Whether several of its tokens can be chosen at once."""
-        return not self.penalised and self.matcher is None and not self.progress.close()
+        return not self.has_penalties and self.matcher is None and not self.progress.forced_tokens()
 
-    def push(self, token: Token) -> str:
+    def push(self, token: OutputToken) -> str:
         """Take a token; return the text that it releases."""
         update = self.progress.push(token.id, token.logp_raw)
         self.tokens.append(token)
-        self.lookup.push(token.id)
+        self.prompt_lookup.push(token.id)
         self.text += update.text
-        self.finish_reason = update.finished
-        if self.matcher is not None and update.finished is None:
+        self.finish_reason = update.finish_reason
+        if self.matcher is not None and update.finish_reason is None:
             self.matcher.accept(token.id)
-            self.mask = self.matcher.mask()
+            self.grammar_mask = self.matcher.mask()
         return update.text
 
-    def output(self, timeout_secs: float | None = None) -> Output:
+    def output(self, timeout_secs: float | None = None) -> RequestOutput:
         """Wait for the end, and return all of it.
 
         Raises:
@@ -93,7 +93,7 @@ class Request:
         """
         if not self.done.wait(timeout_secs):
             raise TimeoutError(f"request {self.number}: not finished after {timeout_secs} s")
-        return Output(
+        return RequestOutput(
             tuple(self.tokens),
             self.text,
             str(self.finish_reason),

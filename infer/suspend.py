@@ -1,11 +1,11 @@
 """Requests under way, on disk: a service stops, and another goes on where it was.
 
-    suspend.save(engine, path)            # ends them as "suspended"
-    requests = suspend.resume(engine, path)   # of another process, of the same model
+    suspend.save_requests(engine, path)              # ends them as "suspended"
+    requests = suspend.resume_requests(engine, path) # of another process, of the same model
 
 The file holds what a sequence is made of and nothing of what is computed from it: prompt, options,
 and the tokens so far with their log-probabilities. An engine computes the rest again, as it does
-after a preemption, so the outputs are those of an undisturbed run, to the bit, if all tokens of
+after a preemption. The outputs are bit-exact with those of an undisturbed run, if all tokens of
 a request are of one version of the weights.
 """
 
@@ -16,7 +16,7 @@ import math
 import os
 import pathlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,17 +31,21 @@ from m1_jax import tokenizer as tokenizer_lib
 _FORMAT = "m1_jax suspended requests, version 1"
 
 
-def save_requests(engine: engine_lib.Engine, path) -> int:
-    """Write all requests under way to a file, whole or not at all, and end them; return how many.
+def save_requests(engine: engine_lib.Engine, path: str | os.PathLike) -> int:
+    """Write all requests under way to a file, whole or not at all, and end them.
 
     Tokens that the device has made and the engine not yet taken are made again later.
 
+    Returns:
+      How many requests.
+
     Raises:
-      OSError: the file cannot be written; all requests go on.
+      OSError: the file cannot be written. All requests go on.
     """
     count = 0
 
-    def keep(requests):
+    # Called under the engine's lock: nothing moves between the writing and the ending.
+    def write_requests(requests: list[request_lib.Request]) -> None:
         nonlocal count
         count = len(requests)
         value = {
@@ -52,36 +56,42 @@ def save_requests(engine: engine_lib.Engine, path) -> int:
         }
         _write_atomically(pathlib.Path(path), json.dumps(value, allow_nan=False))
 
-    engine.suspend(keep)
+    engine.suspend(write_requests)
     return count
 
 
 def resume_requests(
-    engine: engine_lib.Engine, path, on_token: Callable | None = None
+    engine: engine_lib.Engine, path: str | os.PathLike, on_token: Callable | None = None
 ) -> list[request_lib.Request]:
-    """Submit the requests of a file that `save_requests` wrote, in order; they go on after their tokens.
+    """Submit the requests of a file that `save_requests` wrote, to go on after their tokens.
 
     Args:
-      engine: of the same model, weights, tokenizer and recipe; its `version` becomes the file's,
+      engine: of the same model, weights, tokenizer and recipe. Its `version` becomes the file's,
         if that is larger.
       path: stays as it is.
-      on_token: as in `Engine.submit`; called for new tokens only.
+      on_token: as in `Engine.submit`, called for new tokens only.
+
+    Returns:
+      The requests, in the file's order.
 
     Raises:
-      ValueError: another model, or a file that is none of `save_requests`, or requests that this engine is
-        too small for. OSError: it cannot be read.
+      ValueError: another model, or a file that is none of `save_requests`, or requests that this
+        engine is too small for.
+      OSError: it cannot be read.
     """
     path = pathlib.Path(path)
     value = _read_file(path)
-    own = _engine_identity(engine)
+    identity = _engine_identity(engine)
     for name, made_by in value["made_by"].items():
-        if own.get(name) != made_by:
+        if identity.get(name) != made_by:
             raise ValueError(
                 f"{path}: got requests of another {name}: {made_by!r:.300}; this engine has "
-                f"{own.get(name)!r:.300}. Start one with the checkpoint and sizes that made them."
+                f"{identity.get(name)!r:.300}. Start one with the checkpoint and sizes that made "
+                "them."
             )
-    parsed = [_parse_request(path, i, one) for i, one in enumerate(value["requests"])]
-    for i, (prompt, options, _, _) in enumerate(parsed):  # before any of them starts
+    suspended = [_parse_request(path, i, entry) for i, entry in enumerate(value["requests"])]
+    # All are checked before any of them starts.
+    for i, (prompt, options, _, _) in enumerate(suspended):
         if len(prompt) + options.max_tokens > engine.config.max_length:
             raise ValueError(
                 f"{path}: request {i}: got {len(prompt)} prompt tokens and max_tokens "
@@ -90,8 +100,9 @@ def resume_requests(
             )
     engine.continue_from_version(value["version"])
     requests = []
-    for prompt, options, tokens, cached in parsed:
+    for prompt, options, tokens, cached in suspended:
         request = engine.submit(prompt, options, on_token, prior_tokens=tokens)
+        # What the first engine's cache had: this engine reports that, not its own recomputation.
         request.cached_tokens, request.cache_reason = cached
         requests.append(request)
     return requests
@@ -100,36 +111,60 @@ def resume_requests(
 def _request_to_json(request: request_lib.Request) -> dict[str, Any]:
     return {
         "prompt": list(request.prompt),
-        "options": options_lib.as_json(request.options),
+        "options": options_lib.options_to_json(request.options),
         "tokens": [
-            [t.id, _logp_to_json(t.logp), _logp_to_json(t.logp_raw), t.version, _top_to_json(t.top)]
-            for t in request.tokens
+            [
+                token.id,
+                _logp_to_json(token.logp),
+                _logp_to_json(token.logp_raw),
+                token.version,
+                _top_to_json(token.top),
+            ]
+            for token in request.tokens
         ],
         "cached": [request.cached_tokens, request.cache_reason],
     }
 
 
-def _parse_request(path: pathlib.Path, number: int, value: dict[str, Any]) -> tuple:
-    """Return prompt, options, tokens and what the cache had."""
+class _SuspendedRequest(NamedTuple):
+    """A request of a file.
+
+    Attributes:
+      prompt: token ids.
+      options: as they were asked for.
+      tokens: its output so far.
+      cached: prompt tokens that the first engine's cache had, and why none if 0.
+    """
+
+    prompt: tuple[int, ...]
+    options: options_lib.Options
+    tokens: list[request_lib.OutputToken]
+    cached: tuple[int, str]
+
+
+def _parse_request(path: pathlib.Path, number: int, value: dict[str, Any]) -> _SuspendedRequest:
     try:
         tokens = [
-            request_lib.Token(
-                id_,
+            request_lib.OutputToken(
+                token_id,
                 _logp_from_json(logp),
-                _logp_from_json(raw),
+                _logp_from_json(logp_raw),
                 version,
-                tuple((i, _logp_from_json(p)) for i, p in top),
+                tuple((top_id, _logp_from_json(top_logp)) for top_id, top_logp in top),
             )
-            for id_, logp, raw, version, top in value["tokens"]
+            for token_id, logp, logp_raw, version, top in value["tokens"]
         ]
-        options = options_lib.from_json(value["options"])
-        return tuple(value["prompt"]), options, tokens, tuple(value["cached"])
+        options = options_lib.options_from_json(value["options"])
+        cached_tokens, cache_reason = value["cached"]
+        return _SuspendedRequest(
+            tuple(value["prompt"]), options, tokens, (cached_tokens, cache_reason)
+        )
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: request {number}: {error!r}; the file is damaged") from None
 
 
 def _top_to_json(top: tuple[tuple[int, float], ...]) -> list[list]:
-    return [[i, _logp_to_json(logp)] for i, logp in top]
+    return [[token_id, _logp_to_json(logp)] for token_id, logp in top]
 
 
 def _logp_to_json(logp: float) -> float | None:
@@ -144,15 +179,18 @@ def _logp_from_json(value: float | None) -> float:
 def _engine_identity(engine: engine_lib.Engine) -> dict[str, Any]:
     """Return what an output's bits depend on, beside the request."""
     config = engine.config
-    mesh = next((getattr(x.sharding, "mesh", None) for x in engine.weights), None)
+    mesh = next((getattr(leaf.sharding, "mesh", None) for leaf in engine.weights), None)
     return {
+        # Through JSON, so that it equals what a file has: lists for tuples, text for the rest.
         "model": json.loads(json.dumps(dataclasses.asdict(engine.model_config), default=str)),
         "weights": digest_arrays(engine.weights),
         "tokenizer": _digest_tokenizer(engine.tokenizer),
         "recipe": {
+            # Keys of the file's format, older than the names of the config.
             "chunk_tokens": config.chunk_tokens,
             "tile_rows": config.attention_tile,
             "row_tile": config.matmul_tile,
+            # Axes of one device split nothing.
             "mesh": {} if mesh is None else {k: v for k, v in mesh.shape.items() if v > 1},
             "backend": jax.default_backend(),
         },
@@ -160,24 +198,26 @@ def _engine_identity(engine: engine_lib.Engine) -> dict[str, Any]:
 
 
 def digest_arrays(leaves: list[Array]) -> str:
-    """Return a digest of arrays' shapes, dtypes and bits; compiles one small program."""
-    told = [f"{leaf.dtype}{leaf.shape}" for leaf in leaves]
-    # Other processes would have to be asked: of arrays that they share, this one's first part.
-    leaves = [x if x.is_fully_addressable else x.addressable_data(0) for x in leaves]
-    # Unnamed leaves: shape checks refuse the descriptions that lowering would put into pytrees.
-    sums = jax.jit(lambda *x: jnp.stack([_bit_sum(leaf) for leaf in x]))(*leaves)
-    return hashlib.sha256(f"{told} {np.asarray(sums).tolist()}".encode()).hexdigest()
+    """Return a digest of arrays' shapes, dtypes and bits. This compiles one small program."""
+    shapes = [f"{leaf.dtype}{leaf.shape}" for leaf in leaves]
+    # Only the shards of this process can be read without asking the others. Of arrays that span
+    # processes the first of these counts.
+    leaves = [leaf if leaf.is_fully_addressable else leaf.addressable_data(0) for leaf in leaves]
+    # Leaves go in one by one: shape checks refuse the descriptions that lowering would put into
+    # pytrees.
+    sums = jax.jit(lambda *xs: jnp.stack([_sum_bits(x) for x in xs]))(*leaves)
+    return hashlib.sha256(f"{shapes} {np.asarray(sums).tolist()}".encode()).hexdigest()
 
 
-def _bit_sum(x: Shaped[Array, "..."]) -> UInt[Array, ""]:
-    """Return the sum of all bits, weighted by place so that no two values can be exchanged."""
+def _sum_bits(x: Shaped[Array, "..."]) -> UInt[Array, ""]:
+    """Return the sum of all bits, weighted by index so that no two values can be exchanged."""
     kinds = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
     bits = jax.lax.bitcast_convert_type(x, kinds[x.dtype.itemsize]).astype(jnp.uint32)
     weight = jnp.ones(x.shape, jnp.uint32)
     for axis in range(x.ndim):
-        # Odd multipliers, each axis its own.
-        place = jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
-        weight = weight * jnp.uint32(0x9E3779B1 + 2 * axis) + 2 * place
+        # Odd multipliers, each axis its own. Products and sums wrap at 2^32.
+        index = jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+        weight = weight * jnp.uint32(0x9E3779B1 + 2 * axis) + 2 * index
     return jnp.sum(bits * weight, dtype=jnp.uint32)
 
 
@@ -191,6 +231,7 @@ def _digest_tokenizer(tokenizer: tokenizer_lib.Tokenizer) -> str:
 
 def _write_atomically(path: pathlib.Path, text: str) -> None:
     """Write a file that is there whole or not at all, also after a crash."""
+    # Renaming is atomic, and the data is on disk before it.
     part = path.with_name(path.name + ".part")
     with part.open("w", encoding="utf-8") as file:
         file.write(text)
@@ -203,7 +244,9 @@ def _read_file(path: pathlib.Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path}: not JSON: {error}; wanted a file of suspend.save") from None
+        raise ValueError(
+            f"{path}: not JSON: {error}; wanted a file of suspend.save_requests"
+        ) from None
     if not isinstance(value, dict) or value.get("format") != _FORMAT:
-        raise ValueError(f"{path}: got no {_FORMAT!r}; wanted a file of suspend.save")
+        raise ValueError(f"{path}: got no {_FORMAT!r}; wanted a file of suspend.save_requests")
     return value

@@ -27,18 +27,18 @@ import re
 from typing import Any, NamedTuple
 
 # thinking and text; tag: what surrounds thinking; calls: a block; malformed: a block that fails.
-KINDS = ("tag", "thinking", "text", "calls", "malformed")
-_THINK, _END_THINK = "<think>", "</think>"
-_OPEN, _CLOSE = "<tool_calls>", "</tool_calls>"
-_BLOCK = re.compile(re.escape(_OPEN) + r"[ \t]*[\n{]")
-_BLOCK_SO_FAR = re.compile(re.escape(_OPEN) + r"[ \t]*")
-_OUTSIDE = re.compile('"|' + re.escape(_CLOSE))
+EVENT_KINDS = ("tag", "thinking", "text", "calls", "malformed")
+_THINK_OPENING, _THINK_CLOSING = "<think>", "</think>"
+_BLOCK_OPENING, _BLOCK_CLOSING = "<tool_calls>", "</tool_calls>"
+_BLOCK_PATTERN = re.compile(re.escape(_BLOCK_OPENING) + r"[ \t]*[\n{]")
+_PARTIAL_BLOCK_PATTERN = re.compile(re.escape(_BLOCK_OPENING) + r"[ \t]*")
+_OUTSIDE_STRING_PATTERN = re.compile('"|' + re.escape(_BLOCK_CLOSING))
 # JSON strings hold no line ends, so one ends a string whose closing quote is missing.
-_INSIDE = re.compile(r'\\.|"|\n')
-_SPACE = re.compile(r"\s*")
+_INSIDE_STRING_PATTERN = re.compile(r'\\.|"|\n')
+_SPACE_PATTERN = re.compile(r"\s*")
 
 
-class Call(NamedTuple):
+class ToolCall(NamedTuple):
     """A tool's name and its arguments, a JSON object."""
 
     name: str
@@ -46,21 +46,24 @@ class Call(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Event:
+class ParserEvent:
     """The next part of the text.
 
-    kind: one of `FAILURE_KINDS`. raw: the text as it stands. calls: of a block. error: of a malformed one,
-    what was got and wanted.
+    Attributes:
+      kind: one of `EVENT_KINDS`.
+      raw: the text as it stands.
+      calls: the calls of a well-formed block.
+      error: of a malformed block, what was got and wanted.
     """
 
     kind: str
     raw: str
-    calls: tuple[Call, ...] = ()
+    calls: tuple[ToolCall, ...] = ()
     error: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
-class Parsed:
+class ParsedTurn:
     """A whole turn; thinking and text are without the tags and the line ends that belong to them.
 
     Put back as a message's reasoning, content and tool calls, `infer.prompt` renders the turn
@@ -69,16 +72,16 @@ class Parsed:
 
     thinking: str
     text: str
-    calls: tuple[Call, ...]
+    calls: tuple[ToolCall, ...]
 
 
-def parse(text: str) -> Parsed:
+def parse_turn(text: str) -> ParsedTurn:
     """Return the parts of a whole turn.
 
     Raises:
       ValueError: a block of tool calls that is malformed.
     """
-    parser = Parser()
+    parser = TurnParser()
     events = [*parser.push(text), *parser.close()]
     for event in events:
         if event.kind == "malformed":
@@ -87,140 +90,150 @@ def parse(text: str) -> Parsed:
         "".join(event.raw for event in events if event.kind == kind)
         for kind in ("thinking", "text")
     )
-    return Parsed(thinking, plain, tuple(call for event in events for call in event.calls))
+    return ParsedTurn(thinking, plain, tuple(call for event in events for call in event.calls))
 
 
-class Parser:
+class TurnParser:
     """Takes one turn apart while it is written; see the module's docstring.
 
     Thinking and text come out as soon as they can be nothing else, a block of calls at its end.
     """
 
     def __init__(self):
-        self._part = self._start
-        self._held = ""
-        self._scanned, self._in_string = 0, False  # of a block
+        self._parse_part = self._parse_start
+        self._held_text = ""
+        self._scanned_chars, self._in_string = 0, False  # of a block
 
-    def push(self, text: str) -> list[Event]:
+    def push(self, text: str) -> list[ParserEvent]:
         """Return the events that this text completes."""
-        self._held += text
+        self._held_text += text
         return self._advance(final=False)
 
-    def close(self) -> list[Event]:
+    def close(self) -> list[ParserEvent]:
         """End the text: return what was held back."""
         return self._advance(final=True)
 
-    def _advance(self, final: bool) -> list[Event]:
-        events: list[Event] = []
-        while self._held:
-            part, size = self._part, len(self._held)
-            events += self._part(final)
-            if self._part == part and len(self._held) == size:
+    def _advance(self, final: bool) -> list[ParserEvent]:
+        events: list[ParserEvent] = []
+        while self._held_text:
+            part, size = self._parse_part, len(self._held_text)
+            events += self._parse_part(final)
+            if self._parse_part == part and len(self._held_text) == size:
                 break
         return events
 
-    def _take(self, kind: str, size: int) -> list[Event]:
+    def _emit(self, kind: str, size: int) -> list[ParserEvent]:
         """Return the next `size` characters as an event, nothing for none."""
-        raw, self._held = self._held[:size], self._held[size:]
-        return [Event(kind, raw)] if raw else []
+        raw, self._held_text = self._held_text[:size], self._held_text[size:]
+        return [ParserEvent(kind, raw)] if raw else []
 
-    def _start(self, final: bool) -> list[Event]:
-        begun = self._held.lstrip()
-        size = len(self._held) - len(begun) + len(_THINK)
-        if begun.startswith(_THINK):
-            if len(self._held) == size and not final:  # a line end would belong to the tag
+    def _parse_start(self, final: bool) -> list[ParserEvent]:
+        begun = self._held_text.lstrip()
+        size = len(self._held_text) - len(begun) + len(_THINK_OPENING)
+        if begun.startswith(_THINK_OPENING):
+            if len(self._held_text) == size and not final:  # a line end would belong to the tag
                 return []
-            self._part = self._thinking
-            return self._take("tag", size + (self._held[size : size + 1] == "\n"))
-        if final or not _THINK.startswith(begun):
-            self._part = self._text
+            self._parse_part = self._parse_thinking
+            return self._emit("tag", size + (self._held_text[size : size + 1] == "\n"))
+        if final or not _THINK_OPENING.startswith(begun):
+            self._parse_part = self._parse_text
         return []
 
-    def _thinking(self, final: bool) -> list[Event]:
-        place = self._held.find(_END_THINK)
+    def _parse_thinking(self, final: bool) -> list[ParserEvent]:
+        place = self._held_text.find(_THINK_CLOSING)
         if place < 0:
-            kept = 0 if final else _overlap(self._held, "\n" + _END_THINK)
-            kept = max(kept, 0 if final else _overlap(self._held, _END_THINK))
-            return self._take("thinking", len(self._held) - kept)
-        begin = place - (self._held[place - 1 : place] == "\n")
-        events = self._take("thinking", begin)
-        size = place - begin + len(_END_THINK)
-        if len(self._held) == size and not final:
+            kept = 0 if final else _overlap_length(self._held_text, "\n" + _THINK_CLOSING)
+            kept = max(kept, 0 if final else _overlap_length(self._held_text, _THINK_CLOSING))
+            return self._emit("thinking", len(self._held_text) - kept)
+        begin = place - (self._held_text[place - 1 : place] == "\n")
+        events = self._emit("thinking", begin)
+        size = place - begin + len(_THINK_CLOSING)
+        if len(self._held_text) == size and not final:
             return events
-        self._part = self._text
-        return events + self._take("tag", size + (self._held[size : size + 1] == "\n"))
+        self._parse_part = self._parse_text
+        return events + self._emit("tag", size + (self._held_text[size : size + 1] == "\n"))
 
-    def _text(self, final: bool) -> list[Event]:
-        found = _BLOCK.search(self._held)
+    def _parse_text(self, final: bool) -> list[ParserEvent]:
+        found = _BLOCK_PATTERN.search(self._held_text)
         if found:
-            self._part, self._scanned, self._in_string = self._block, len(_OPEN), False
-            return self._take("text", found.start())
-        last = self._held.rfind("<")
-        tail = self._held[last:] if last >= 0 else ""
-        waits = tail and (_OPEN.startswith(tail) or _BLOCK_SO_FAR.fullmatch(tail))
-        return self._take("text", last if waits and not final else len(self._held))
+            self._parse_part, self._scanned_chars, self._in_string = (
+                self._parse_block,
+                len(_BLOCK_OPENING),
+                False,
+            )
+            return self._emit("text", found.start())
+        last = self._held_text.rfind("<")
+        tail = self._held_text[last:] if last >= 0 else ""
+        waits = tail and (_BLOCK_OPENING.startswith(tail) or _PARTIAL_BLOCK_PATTERN.fullmatch(tail))
+        return self._emit("text", last if waits and not final else len(self._held_text))
 
-    def _block(self, final: bool) -> list[Event]:
+    def _parse_block(self, final: bool) -> list[ParserEvent]:
         ended = self._find_end()
         if not ended and not final:
             return []
-        raw = self._held[: self._scanned] if ended else self._held
-        self._held, self._part = self._held[len(raw) :], self._text
+        raw = self._held_text[: self._scanned_chars] if ended else self._held_text
+        self._held_text, self._parse_part = self._held_text[len(raw) :], self._parse_text
         try:
             if not ended:
-                raise ValueError(f"no {_CLOSE}")
-            return [Event("calls", raw, _calls(raw[len(_OPEN) : -len(_CLOSE)]))]
+                raise ValueError(f"no {_BLOCK_CLOSING}")
+            return [
+                ParserEvent(
+                    "calls", raw, _parse_calls(raw[len(_BLOCK_OPENING) : -len(_BLOCK_CLOSING)])
+                )
+            ]
         except (ValueError, RecursionError) as error:
             message = (
-                f"tool calls: got {_short(raw)}: {error}; wanted {_OPEN}, then on each line one "
-                f'object {{"name": ..., "arguments": {{...}}}}, then {_CLOSE}'
+                f"tool calls: got {_shorten_text(raw)}: {error}; wanted {_BLOCK_OPENING}, then on "
+                f'each line one object {{"name": ..., "arguments": {{...}}}}, then {_BLOCK_CLOSING}'
             )
-            return [Event("malformed", raw, error=message)]
+            return [ParserEvent("malformed", raw, error=message)]
 
     def _find_end(self) -> bool:
         """Look through what is new of a block; `_scanned` is then its end, if it has one."""
         while True:
-            pattern = _INSIDE if self._in_string else _OUTSIDE
-            found = pattern.search(self._held, self._scanned)
+            pattern = _INSIDE_STRING_PATTERN if self._in_string else _OUTSIDE_STRING_PATTERN
+            found = pattern.search(self._held_text, self._scanned_chars)
             if found is None:
                 # What may be the beginning of a match is looked at again.
-                again = self._held.endswith("\\") if self._in_string else len(_CLOSE) - 1
-                self._scanned = max(self._scanned, len(self._held) - again)
+                again = (
+                    self._held_text.endswith("\\") if self._in_string else len(_BLOCK_CLOSING) - 1
+                )
+                self._scanned_chars = max(self._scanned_chars, len(self._held_text) - again)
                 return False
-            self._scanned = found.end()
-            if found.group() == _CLOSE:
+            self._scanned_chars = found.end()
+            if found.group() == _BLOCK_CLOSING:
                 return True
             self._in_string = not self._in_string or found.group() not in ('"', "\n")
 
 
-def _overlap(text: str, tag: str) -> int:
+def _overlap_length(text: str, tag: str) -> int:
     """Return the length of the longest end of `text` that begins `tag` without completing it."""
     longest = min(len(text), len(tag) - 1)
     return next((n for n in range(longest, 0, -1) if text.endswith(tag[:n])), 0)
 
 
-def _short(raw: str) -> str:
+def _shorten_text(raw: str) -> str:
     return repr(raw if len(raw) <= 80 else raw[:60] + "..." + raw[-17:])
 
 
-def _calls(text: str) -> tuple[Call, ...]:
+def _parse_calls(text: str) -> tuple[ToolCall, ...]:
     calls = []
-    place = _space_end(text, 0)
+    place = _skip_space(text, 0)
     while place < len(text):
         value, place = _DECODER.raw_decode(text, place)
-        calls.append(_call(value))
-        place = _space_end(text, place)
+        calls.append(_check_call(value))
+        place = _skip_space(text, place)
     if not calls:
         raise ValueError("no call")
     return tuple(calls)
 
 
-def _space_end(text: str, place: int) -> int:
-    found = _SPACE.match(text, place)
+def _skip_space(text: str, place: int) -> int:
+    found = _SPACE_PATTERN.match(text, place)
     return found.end() if found else place
 
 
-def _call(value: Any) -> Call:
+def _check_call(value: Any) -> ToolCall:
     if not isinstance(value, dict) or value.keys() != {"name", "arguments"}:
         raise ValueError("a call has a name and arguments, and nothing else")
     name, arguments = value["name"], value["arguments"]
@@ -229,23 +242,25 @@ def _call(value: Any) -> Call:
     if not isinstance(arguments, dict):
         raise ValueError("arguments are an object")
     json.dumps(value, ensure_ascii=False).encode()  # a lone surrogate is no text
-    return Call(name, arguments)
+    return ToolCall(name, arguments)
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(dict(pairs)) < len(pairs):
         raise ValueError("a key is there twice")
     return dict(pairs)
 
 
-def _refuse(constant: str) -> None:
+def _refuse_constant(constant: str) -> None:
     raise ValueError(f"{constant} is not JSON")
 
 
-def _finite(number: str) -> float:
+def _parse_finite(number: str) -> float:
     if math.isinf(value := float(number)):
         raise ValueError(f"{number} is too large")
     return value
 
 
-_DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_refuse, parse_float=_finite)
+_DECODER = json.JSONDecoder(
+    object_pairs_hook=_unique_keys, parse_constant=_refuse_constant, parse_float=_parse_finite
+)

@@ -202,7 +202,7 @@ def test_an_answer_with_the_work():
 
 def test_longest_sample_fits(tokenizer):
     digits, label = tasks.problem(random.Random(0))
-    asked = prompt.encode(tokenizer, [{"role": "user", "content": digits}])
+    asked = prompt.encode_prompt(tokenizer, [{"role": "user", "content": digits}])
     assert len(asked) == tasks.PROMPT_TOKENS
     said = tokenizer.encode(tasks.answer(digits, label, True))
     assert len(said) == 9
@@ -247,8 +247,8 @@ def gradients(tokenizer):
     samples = []
     for i, text in enumerate(("W100513\nAnswer: 3", "\nAnswer: 7", "\nAnswer: 3", "\nAnswer: 9")):
         task = sample_lib.Task("t", ({"role": "user", "content": "190562"},), "sums", "3")
-        said = tokenizer.encode(text) + [tokenizer.special_token_id(prompt.END)]
-        sample = sample_lib.Sample(task, tuple(prompt.encode(tokenizer, task.messages)))
+        said = tokenizer.encode(text) + [tokenizer.special_token_id(prompt.END_TOKEN)]
+        sample = sample_lib.Sample(task, tuple(prompt.encode_prompt(tokenizer, task.messages)))
         made = tuple(said), (0.0,) * len(said), (0,) * len(said), "stop"
         sample.append_generated(sample_lib.Generation(*made))
         sample.reward = float(i in (0, 2))

@@ -80,7 +80,7 @@ def engine():
     assert stats.free_slots + stats.cache.num_slots == CONFIG.total_slots
 
 
-def one(engine, prompt=PROMPT, options=None, **values):
+def generate_alone(engine, prompt=PROMPT, options=None, **values):
     return engine.generate([prompt], options or options_lib.Options(**values))[0]
 
 
@@ -104,11 +104,11 @@ def open_thought(**values):
 @pytest.mark.parametrize("decode_steps", [1, 4])
 @pytest.mark.parametrize("budget", [0, 3, 4, 11, 16, 30])
 def test_a_thought_is_closed_at_the_budget(budget, decode_steps):
-    closing = list(stopping.closing_tokens(load_tokenizer()))
+    closing = list(stopping.encode_closing_tag(load_tokenizer()))
     assert len(closing) == 6
     options = open_thought(thinking_tokens=budget, max_tokens=45)
-    output = one(engine_of(decode_steps), options=options)
-    free = ids(one(engine_of(decode_steps), options=open_thought(max_tokens=45)))
+    output = generate_alone(engine_of(decode_steps), options=options)
+    free = ids(generate_alone(engine_of(decode_steps), options=open_thought(max_tokens=45)))
     at = max(budget, 3)  # before that it is not open
     assert ids(output)[:at] == free[:at]
     assert ids(output)[at : at + 6] == closing
@@ -123,34 +123,36 @@ def test_a_thought_is_closed_at_the_budget(budget, decode_steps):
 
 def test_a_thought_in_company_is_closed_at_the_same_place(engine):
     options = open_thought(thinking_tokens=13, max_tokens=40)
-    want = bits(one(engine, options=options))
-    others = [
+    want = bits(generate_alone(engine, options=options))
+    company = [
         engine.submit(PROMPT[i:], options_lib.Options(seed=i, max_tokens=60)) for i in range(3)
     ]
-    mine = engine.submit(PROMPT, options)
+    closed = engine.submit(PROMPT, options)
     engine.run()
-    assert bits(mine.output()) == want
-    assert all(other.output().reasoning_tokens == 0 for other in others)
+    assert bits(closed.output()) == want
+    assert all(request.output().reasoning_tokens == 0 for request in company)
 
 
 def test_loops_end_with_a_reason_of_their_own(engine, monkeypatch):
-    monkeypatch.setattr(stopping, "Progress", functools.partial(stopping.Progress, loop_tokens=10))
+    monkeypatch.setattr(
+        stopping, "OutputProgress", functools.partial(stopping.OutputProgress, loop_tokens=10)
+    )
     certain = make_model()
     certain.head.kernel[...] = certain.head.kernel[...] * 1000
-    assert one(engine, max_tokens=30, stop_on_loop=True).finish_reason == "length"
+    assert generate_alone(engine, max_tokens=30, stop_on_loop=True).finish_reason == "length"
     engine.swap_weights(certain)
-    output = one(engine, max_tokens=30, stop_on_loop=True, ignore_eos=True)
+    output = generate_alone(engine, max_tokens=30, stop_on_loop=True, ignore_eos=True)
     assert output.finish_reason == "loop"
     assert len(output.tokens) < 30
     assert all(np.exp(token.logp_raw) > 0.99 for token in output.tokens[-10:])
-    assert one(engine, max_tokens=30, ignore_eos=True).finish_reason == "length"
+    assert generate_alone(engine, max_tokens=30, ignore_eos=True).finish_reason == "length"
     engine.swap_weights(make_model())
 
 
 def test_stop_strings_over_borders_of_tokens(engine):
     letters = dict.fromkeys(load_tokenizer().encode("abcdefgh"), 60.0)
     values = {"logit_bias": letters, "seed": 3, "max_tokens": 40, "top_p": 1.0}
-    free = one(engine, **values)
+    free = generate_alone(engine, **values)
     ends = np.cumsum([len(load_tokenizer().decode([token])) for token in ids(free)])
     assert ends[-1] == len(free.text)
     assert 40 < ends[-1] < 120
@@ -158,13 +160,13 @@ def test_stop_strings_over_borders_of_tokens(engine):
         stop = free.text[start : start + length]
         first = free.text.find(stop)
         seen = []
-        asked = engine.submit(
+        request = engine.submit(
             PROMPT,
             options_lib.Options(**values, stop=(stop, "never")),
             on_token=lambda _, token, text, seen=seen: seen.append((token, text)),
         )
         engine.run()
-        output = asked.output()
+        output = request.output()
         assert output.text == free.text[:first] == "".join(text for _, text in seen)
         assert output.finish_reason == "stop"
         assert bits(output) == bits(free)[: np.searchsorted(ends, first + length) + 1]
@@ -173,32 +175,38 @@ def test_stop_strings_over_borders_of_tokens(engine):
 
 def test_stop_tokens_wait_for_min_tokens(engine):
     likely = {EOS: 100.0}
-    output = one(engine, options=GREEDY(logit_bias=likely, max_tokens=20))
+    output = generate_alone(engine, options=GREEDY(logit_bias=likely, max_tokens=20))
     assert (ids(output), output.text, output.finish_reason) == ([EOS], "", "stop")
     for least in (1, 5, 8, 19):
-        output = one(engine, options=GREEDY(logit_bias=likely, max_tokens=20, min_tokens=least))
+        output = generate_alone(
+            engine, options=GREEDY(logit_bias=likely, max_tokens=20, min_tokens=least)
+        )
         assert len(output.tokens) == least + 1
         assert output.finish_reason == "stop"
         assert EOS not in ids(output)[:-1]
-    output = one(engine, options=GREEDY(logit_bias=likely, max_tokens=20, min_tokens=20))
+    output = generate_alone(engine, options=GREEDY(logit_bias=likely, max_tokens=20, min_tokens=20))
     assert EOS not in ids(output)
     assert output.finish_reason == "length"
-    output = one(engine, options=GREEDY(logit_bias=likely, max_tokens=9, ignore_eos=True))
+    output = generate_alone(
+        engine, options=GREEDY(logit_bias=likely, max_tokens=9, ignore_eos=True)
+    )
     assert ids(output) == [EOS] * 9
     assert output.finish_reason == "length"
-    output = one(engine, options=GREEDY(logit_bias={77: 100}, stop_token_ids=(77,), max_tokens=9))
+    output = generate_alone(
+        engine, options=GREEDY(logit_bias={77: 100}, stop_token_ids=(77,), max_tokens=9)
+    )
     assert ids(output) == [77]
     assert output.finish_reason == "stop"
 
 
 @pytest.mark.parametrize("max_tokens", [1, 2, 4, 5, 9])
 def test_max_tokens(engine, max_tokens):
-    output = one(engine, max_tokens=max_tokens, ignore_eos=True)
+    output = generate_alone(engine, max_tokens=max_tokens, ignore_eos=True)
     assert (len(output.tokens), output.finish_reason) == (max_tokens, "length")
 
 
 def test_top_logprobs(engine):
-    output = one(engine, max_tokens=25, top_logprobs=7, temperature=1.5, seed=2)
+    output = generate_alone(engine, max_tokens=25, top_logprobs=7, temperature=1.5, seed=2)
     inside = 0
     for token in output.tokens:
         logps = [logp for _, logp in token.top]
@@ -210,11 +218,11 @@ def test_top_logprobs(engine):
             assert dict(token.top)[token.id] == pytest.approx(token.logp_raw, abs=1e-6)
         else:
             assert token.logp_raw <= logps[-1]
-    greedy = one(engine, options=GREEDY(max_tokens=10, top_logprobs=1))
+    greedy = generate_alone(engine, options=GREEDY(max_tokens=10, top_logprobs=1))
     assert [(token.id,) for token in greedy.tokens] == [
         tuple(i for i, _ in token.top) for token in greedy.tokens
     ]
-    assert all(not token.top for token in one(engine, max_tokens=5).tokens)
+    assert all(not token.top for token in generate_alone(engine, max_tokens=5).tokens)
 
 
 def test_grammars(engine):
@@ -235,19 +243,21 @@ def test_grammars(engine):
         ),
         options_lib.Options(max_tokens=30, seed=4),
     ]
-    asked = [engine.submit(PROMPT, each) for each in options]
+    requests = [engine.submit(PROMPT, each) for each in options]
     engine.run()
-    outputs = [each.output() for each in asked]
+    outputs = [each.output() for each in requests]
     assert json.loads(outputs[0].text)["n"] in (1, 22, 333)
     assert re.fullmatch(expression, outputs[1].text)
     assert outputs[2].reasoning_tokens > 0
     assert re.fullmatch(r"\s*<think>.*</think>\s*[0-9]*", outputs[2].text, re.DOTALL)
     assert [output.finish_reason for output in outputs[:2]] == ["stop", "stop"]
-    assert [bits(one(engine, options=each)) for each in options] == [bits(o) for o in outputs]
+    assert [bits(generate_alone(engine, options=each)) for each in options] == [
+        bits(o) for o in outputs
+    ]
 
 
 def test_a_grammar_that_fails_on_the_way_ends_its_request_alone(engine, monkeypatch):
-    want = one(engine, seed=1, max_tokens=20)
+    want = generate_alone(engine, seed=1, max_tokens=20)
     good = engine.submit(PROMPT, options_lib.Options(seed=1, max_tokens=20))
     for name in ("mask", "accept"):
         bad = engine.submit(PROMPT, options_lib.Options(regex="[a-z]{50}", max_tokens=60))
@@ -270,7 +280,7 @@ def test_a_grammar_that_fails_on_the_way_ends_its_request_alone(engine, monkeypa
 
 def test_nan_ends_its_request_alone(engine):
     options = options_lib.Options(seed=5, max_tokens=30, ignore_eos=True)
-    want = bits(one(engine, options=options))
+    want = bits(generate_alone(engine, options=options))
     poisoned = (*PROMPT[:30], POISON, *PROMPT[30:])
     for _ in range(2):
         bad = [
@@ -285,14 +295,17 @@ def test_nan_ends_its_request_alone(engine):
 
 
 def test_slots_and_pages_poisoned_with_nan_are_as_good_as_new(engine):
-    asked = [options_lib.Options(seed=i, max_tokens=20, ignore_eos=True) for i in range(8)]
+    all_options = [options_lib.Options(seed=i, max_tokens=20, ignore_eos=True) for i in range(8)]
     prompts = [tuple(range(100 + 7 * i, 160 + 7 * i)) for i in range(8)]
-    want = [bits(output) for output in map(functools.partial(one, engine), prompts, asked)]
+    want = [
+        bits(output)
+        for output in map(functools.partial(generate_alone, engine), prompts, all_options)
+    ]
     for i in range(12):  # every slot and page
-        engine.submit((POISON, *range(200 + i, 290 + i)), asked[0]) if i < 8 else None
+        engine.submit((POISON, *range(200 + i, 290 + i)), all_options[0]) if i < 8 else None
     engine.run()
     engine.swap_weights(make_model())  # an empty cache: its memory is used again
-    together = [engine.submit(*each) for each in zip(prompts, asked, strict=True)]
+    together = [engine.submit(*each) for each in zip(prompts, all_options, strict=True)]
     engine.run()
     assert [bits(each.output()) for each in together] == want
 
@@ -302,41 +315,43 @@ def test_slots_and_pages_poisoned_with_nan_are_as_good_as_new(engine):
 
 def test_cancel_in_every_state(engine):
     options = options_lib.Options(seed=2, max_tokens=60, ignore_eos=True)
-    want = bits(one(engine, options=options))
+    want = bits(generate_alone(engine, options=options))
     assert len(want) == 60
 
-    def state(made):
-        job = engine._scheduler._sequences[made.number]
-        if job.swapped_pages:
+    def state_of(request):
+        sequence = engine._scheduler._sequences[request.number]
+        if sequence.swapped_pages:
             return "swapped"
-        return "waiting" if not job.slot else "decoding" if job.is_decoding else "prefilling"
+        return (
+            "waiting" if not sequence.slot else "decoding" if sequence.is_decoding else "prefilling"
+        )
 
     long = tuple(range(1, 190))
     for wanted in ("waiting", "prefilling", "decoding", "swapped", "restarted"):
-        one_ = engine.submit(long[::-1], options)
-        other = engine.submit(PROMPT, options)
+        victim = engine.submit(long[::-1], options)
+        bystander = engine.submit(PROMPT, options)
         if wanted in ("decoding", "swapped", "restarted"):
-            while len(one_.tokens) < 6:
+            while len(victim.tokens) < 6:
                 engine.step()
         elif wanted == "prefilling":
             engine.step()
         if wanted == "swapped":
-            engine.preempt(one_)
+            engine.preempt(victim)
         if wanted == "restarted":
             engine.swap_weights(make_model(), keep_running=False)
-        assert state(one_) == ("waiting" if wanted == "restarted" else wanted)
-        engine.cancel(one_)
-        engine.cancel(one_)
-        before = one_.output(0)
+        assert state_of(victim) == ("waiting" if wanted == "restarted" else wanted)
+        engine.cancel(victim)
+        engine.cancel(victim)
+        before = victim.output(0)
         assert before.finish_reason == "cancelled"
         engine.run()
-        assert one_.output() == before
-        assert bits(other.output()) == want
+        assert victim.output() == before
+        assert bits(bystander.output()) == want
 
 
 def test_cancel_from_the_callback(engine):
     options = options_lib.Options(seed=2, max_tokens=60, ignore_eos=True)
-    want = bits(one(engine, options=options))
+    want = bits(generate_alone(engine, options=options))
     assert len(want) == 60
 
     def stop_at(number):
@@ -346,20 +361,20 @@ def test_cancel_from_the_callback(engine):
 
         return on_token
 
-    asked = [engine.submit(PROMPT, options, on_token=stop_at(n)) for n in (1, 2, 7, 99)]
+    requests = [engine.submit(PROMPT, options, on_token=stop_at(n)) for n in (1, 2, 7, 99)]
     engine.run()
-    outputs = [each.output() for each in asked]
+    outputs = [each.output() for each in requests]
     assert [bits(output) for output in outputs] == [want[:1], want[:2], want[:7], want]
     assert [output.finish_reason for output in outputs] == ["cancelled"] * 3 + ["length"]
 
 
 def test_cancelling_what_is_over_changes_nothing(engine):
-    made = engine.submit(PROMPT, options_lib.Options(max_tokens=3, ignore_eos=True))
+    request = engine.submit(PROMPT, options_lib.Options(max_tokens=3, ignore_eos=True))
     engine.run()
-    before = made.output()
-    engine.cancel(made)
-    engine.preempt(made)
-    assert made.output() == before
+    before = request.output()
+    engine.cancel(request)
+    engine.preempt(request)
+    assert request.output() == before
 
 
 # ---- refusals
@@ -385,12 +400,12 @@ def test_refusals(engine, prompt, values, message):
 
 
 def test_a_full_queue(engine):
-    asked = [engine.submit(PROMPT, options_lib.Options(max_tokens=2)) for _ in range(8)]
+    requests = [engine.submit(PROMPT, options_lib.Options(max_tokens=2)) for _ in range(8)]
     with pytest.raises(plan_lib.QueueFull, match="8"):
         engine.submit(PROMPT, options_lib.Options(max_tokens=2))
     engine.run()
-    assert all(each.output().finish_reason for each in asked)
-    one(engine, max_tokens=2)
+    assert all(each.output().finish_reason for each in requests)
+    generate_alone(engine, max_tokens=2)
 
 
 def test_the_model_limits_the_length():
@@ -403,13 +418,13 @@ def test_the_model_limits_the_length():
 
 def test_threads(engine):
     options = [options_lib.Options(seed=i, max_tokens=12, ignore_eos=True) for i in range(12)]
-    want = [bits(one(engine, options=each)) for each in options]
+    want = [bits(generate_alone(engine, options=each)) for each in options]
     got: list = [None] * len(options)
 
     def client(first):
         for i in range(first, len(options), 4):
-            made = engine.submit(PROMPT, options[i])
-            got[i] = bits(made.output(60))
+            request = engine.submit(PROMPT, options[i])
+            got[i] = bits(request.output(60))
 
     engine.start()
     clients = [threading.Thread(target=client, args=(i,)) for i in range(4)]
@@ -418,11 +433,11 @@ def test_threads(engine):
     for each in clients:
         each.join()
     assert got == want
-    made = engine.submit(PROMPT, options_lib.Options(max_tokens=150, ignore_eos=True))
-    with pytest.raises(TimeoutError, match=f"request {made.number}: not finished"):
-        made.output(0)
+    request = engine.submit(PROMPT, options_lib.Options(max_tokens=150, ignore_eos=True))
+    with pytest.raises(TimeoutError, match=f"request {request.number}: not finished"):
+        request.output(0)
     engine.close()
-    assert made.output(0).finish_reason == "cancelled"
+    assert request.output(0).finish_reason == "cancelled"
     with pytest.raises(RuntimeError, match="closed"):
         engine.submit(PROMPT, options[0])
     engine_of.cache_clear()
@@ -435,9 +450,9 @@ def test_nobody_waits_for_an_engine_that_failed():
 
     engine = engine_of(1)
     options = options_lib.Options(max_tokens=150, ignore_eos=True)
-    asked = [engine.submit(PROMPT, options), engine.submit(PROMPT, options, on_token=fail)]
+    requests = [engine.submit(PROMPT, options), engine.submit(PROMPT, options, on_token=fail)]
     engine.start()
-    assert [each.output(60).finish_reason for each in asked] == ["error", "error"]
+    assert [each.output(60).finish_reason for each in requests] == ["error", "error"]
     with pytest.raises(RuntimeError, match="closed"):
         engine.submit(PROMPT, options)
     engine.close()

@@ -95,7 +95,7 @@ def bits(output):
     return [(token.id, token.logp, token.logp_raw) for token in output.tokens]
 
 
-def others(number, seed=0):
+def random_requests(number, seed=0):
     rng = random.Random(seed)
     for _ in range(number):
         length = rng.randrange(1, 120)
@@ -128,8 +128,10 @@ def test_random_operations(dtype):
     command += ["--operations=300", "--engines=1", "--cases=40"]
     # Bits are promised of the code that users run: with LLVM's optimisations, unlike the suite's.
     env = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    process = subprocess.run(
+        command, cwd=ROOT, env=env, capture_output=True, text=True, check=False
+    )
+    assert process.returncode == 0, process.stdout + process.stderr[-3000:]
 
 
 @pytest.mark.slow
@@ -137,17 +139,17 @@ def test_a_seed_gives_the_same_alone_in_company_and_in_a_new_process(engine):
     want = engine.generate([PROMPT], ONE)[0]
     assert want.cached_tokens == 0
     assert len(want.tokens) == 24
-    asked = [engine.submit(*other) for other in others(32)]
-    asked.insert(17, engine.submit(PROMPT, ONE))
+    requests = [engine.submit(*arguments) for arguments in random_requests(32)]
+    requests.insert(17, engine.submit(PROMPT, ONE))
     engine.run()
-    assert bits(asked[17].output()) == bits(want)
+    assert bits(requests[17].output()) == bits(want)
     assert bits(engine.generate([PROMPT], dataclasses.replace(ONE, seed=12))[0]) != bits(want)
     code = f"import runpy; runpy.run_path({__file__!r})['worker']()"
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     text = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, check=True
     ).stdout
-    assert [tuple(one) for one in json.loads(text)] == bits(want)
+    assert [tuple(token) for token in json.loads(text)] == bits(want)
 
 
 def test_trained_is_served(engine):
@@ -176,8 +178,8 @@ def serve_and_score(engine):
         ids = [*prompt, *(token.id for token in output.tokens)]
         padded = jnp.asarray([ids + [0] * (128 - len(ids))])
         logp = jax.nn.log_softmax(model(padded)[0].astype(jnp.float32))
-        places = np.arange(len(prompt), len(ids))
-        trained += np.asarray(logp)[places - 1, np.asarray(ids)[places]].tolist()
+        positions = np.arange(len(prompt), len(ids))
+        trained += np.asarray(logp)[positions - 1, np.asarray(ids)[positions]].tolist()
         served += [token.logp_raw for token in output.tokens]
     return np.asarray(served), np.asarray(trained)
 
@@ -186,7 +188,7 @@ def serve_and_score(engine):
 
 
 def test_new_weights_are_those_of_a_new_engine(engine):
-    requests = list(others(6, seed=3))
+    requests = list(random_requests(6, seed=3))
     fresh = make_engine(seed=1)
     want = [bits(fresh.generate([prompt], options)[0]) for prompt, options in requests]
     old = [bits(engine.generate([prompt], options)[0]) for prompt, options in requests]
@@ -202,24 +204,24 @@ def test_new_weights_are_those_of_a_new_engine(engine):
     assert any(output.cached_tokens for output in again)
 
 
-@pytest.mark.parametrize("where", ["decoding", "at the host", "prefilling"])
+@pytest.mark.parametrize("moment", ["decoding", "at the host", "prefilling"])
 @pytest.mark.parametrize("keep_running", [True, False])
-def test_tokens_carry_their_version(engine, keep_running, where):
+def test_tokens_carry_their_version(engine, keep_running, moment):
     options = options_lib.Options(seed=1, max_tokens=40, ignore_eos=True)
-    prompt = PROMPT * 3 if where == "prefilling" else PROMPT
+    prompt = PROMPT * 3 if moment == "prefilling" else PROMPT
     want = bits(engine.generate([prompt], options)[0])
     engine.swap_weights(make_model())
-    made = engine.submit(prompt, options)
+    submitted = engine.submit(prompt, options)
     company = engine.submit(PROMPT[::-1], options)
     engine.step()
-    while where != "prefilling" and len(made.tokens) < 9:
+    while moment != "prefilling" and len(submitted.tokens) < 9:
         engine.step()
-    if where == "at the host":
-        engine.preempt(made)
-    known = len(made.tokens)
+    if moment == "at the host":
+        engine.preempt(submitted)
+    known = len(submitted.tokens)
     version = engine.swap_weights(make_model(1), keep_running=keep_running)
     engine.run()
-    output = made.output()
+    output = submitted.output()
     versions = [token.version for token in output.tokens]
     old = versions.count(version - 1)
     assert versions == [version - 1] * old + [version] * (40 - old)
@@ -240,34 +242,34 @@ def test_tokens_carry_their_version(engine, keep_running, where):
     )
 
 
-def replay(engine, made, ids):
+def replay(engine, submitted, ids):
     """Serve a request that had already chosen `ids`, which its new state is computed from."""
-    number = made.number
-    job = engine._scheduler._sequences[number]
-    job.tokens += ids
+    number = submitted.number
+    sequence = engine._scheduler._sequences[number]
+    sequence.tokens += ids
     for token in ids:
-        made.progress.push(token, 0.0)
-        made.tokens.append(request.Token(token, 0.0, 0.0, 0))
+        submitted.progress.push(token, 0.0)
+        submitted.tokens.append(request.OutputToken(token, 0.0, 0.0, 0))
     engine.run()
-    return made.output()
+    return submitted.output()
 
 
 def test_a_hundred_swaps_compile_nothing(engine, compiled):
     leaves, tree = jax.tree.flatten(make_model(1))
     device = [jax.tree.unflatten(tree, [leaf + 0 for leaf in leaves]), make_model()]
     host = jax.tree.unflatten(tree, [np.asarray(leaf) for leaf in leaves])
-    made = None
+    submitted = None
     compiled.clear()
     for number in range(100):
-        if made is None or made.finish_reason is not None:
-            made = engine.submit(PROMPT, ONE)
+        if submitted is None or submitted.finish_reason is not None:
+            submitted = engine.submit(PROMPT, ONE)
         engine.swap_weights((*device, host)[number % 3], keep_running=number % 4 > 0)
         engine.step()
         if number % 7 == 0:
-            engine.preempt(made)
+            engine.preempt(submitted)
     engine.run()
     assert not compiled
-    assert made.output().finish_reason == "length"
+    assert submitted.output().finish_reason == "length"
     compiled.clear()
     jax.jit(lambda x: x * 3 + len(compiled))(np.float32(2))
     assert compiled  # the listener hears
@@ -289,8 +291,8 @@ def test_other_shapes_are_refused(engine):
     wide = dataclasses.replace(config, intermediate_size=48)
     deep = dataclasses.replace(config, layer_types=config.layer_types * 2)
     version = engine.version
-    for other, dtype in ((wide, "float32"), (deep, "float32"), (config, "bfloat16")):
-        model = model_lib.MiniMaxM1(other, nnx.Rngs(0), dtype=jnp.dtype(dtype))
+    for changed, dtype in ((wide, "float32"), (deep, "float32"), (config, "bfloat16")):
+        model = model_lib.MiniMaxM1(changed, nnx.Rngs(0), dtype=jnp.dtype(dtype))
         with pytest.raises(ValueError, match="swap_weights: got .*; wanted"):
             engine.swap_weights(model)
     assert engine.version == version

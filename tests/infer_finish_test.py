@@ -27,8 +27,8 @@ def run(progress, ids, logps=None):
     for place, token in enumerate(ids):
         update = progress.push(token, UNSURE if logps is None else logps[place])
         texts.append(update.text)
-        if update.finished is not None:
-            return texts, update.finished
+        if update.finish_reason is not None:
+            return texts, update.finish_reason
     return texts, None
 
 
@@ -56,7 +56,7 @@ def byte_ids(tokenizer):
 
 def naive(tokenizer, ids, options):
     """Decode everything again for each token; look for stop strings at each character."""
-    stop_ids = options_lib.stop_ids(options, tokenizer.stop_ids)
+    stop_ids = options_lib.all_stop_ids(options, tokenizer.stop_ids)
     data, before = b"", 0
     for number, token in enumerate(ids, 1):
         stopped = token in stop_ids and number > options.min_tokens
@@ -92,13 +92,13 @@ def test_against_the_whole_text(tokenizer, text, cuts, stops, min_tokens, more, 
         stop=tuple(stops), min_tokens=min_tokens, max_tokens=min_tokens + more
     )
     ids = spell(tokenizer, text, cuts) + [200] * junk + [510, 3]
-    progress = stopping.Progress(options, tokenizer)
+    progress = stopping.OutputProgress(options, tokenizer)
     texts, reason = run(progress, ids)
     wanted, wanted_reason, number = naive(tokenizer, ids, options)
     assert (reason, progress.num_tokens) == (wanted_reason, number)
     if reason is not None:
         assert "".join(texts) == wanted
-    assert progress.finished == reason
+    assert progress.finish_reason == reason
 
 
 @hypothesis.given(TEXT, st.lists(st.integers(0, 100), max_size=20), STOPS)
@@ -107,7 +107,7 @@ def test_borders_of_tokens_do_not_matter(tokenizer, text, cuts, stops):
     results = set()
     for borders in ([], cuts, range(len(text) * 4)):
         texts, reason = run(
-            stopping.Progress(options, tokenizer), [*spell(tokenizer, text, borders), 510]
+            stopping.OutputProgress(options, tokenizer), [*spell(tokenizer, text, borders), 510]
         )
         results.add(("".join(texts), reason))
     assert len(results) == 1
@@ -115,7 +115,7 @@ def test_borders_of_tokens_do_not_matter(tokenizer, text, cuts, stops):
 
 @hypothesis.given(TEXT, STOPS)
 def test_released_text_is_never_taken_back(tokenizer, text, stops):
-    progress = stopping.Progress(options_lib.Options(stop=tuple(stops)), tokenizer)
+    progress = stopping.OutputProgress(options_lib.Options(stop=tuple(stops)), tokenizer)
     texts, reason = run(progress, spell(tokenizer, text, range(100)))
     if reason is None:
         assert "".join(texts) + progress.flush() == text
@@ -131,7 +131,7 @@ def test_released_text_is_never_taken_back(tokenizer, text, stops):
 @hypothesis.settings(max_examples=300)
 def test_stop_strings_in_long_pieces(pieces, stops):
     def released(pieces):
-        found, out = stopping._Stops(stops), ""
+        found, out = stopping._StopStrings(stops), ""
         for piece in pieces:
             text, hit = found.push(piece, active=True)
             out += text
@@ -143,13 +143,13 @@ def test_stop_strings_in_long_pieces(pieces, stops):
 
 
 def test_stop_strings_across_tokens(tokenizer):
-    progress = stopping.Progress(options_lib.Options(stop=("END", "N")), tokenizer)
+    progress = stopping.OutputProgress(options_lib.Options(stop=("END", "N")), tokenizer)
     ids = tokenizer.encode("abc E") + tokenizer.encode("N") + tokenizer.encode("D")
     texts, reason = run(progress, ids)
     # "N" is complete before "END" is.
     assert ("".join(texts), reason) == ("abc E", "stop")
     # So it is in one piece, too, and of two that end together the longer one is cut off.
-    assert stopping._Stops(("abcd", "bc", "c")).push("xabcd", active=True) == ("xa", True)
+    assert stopping._StopStrings(("abcd", "bc", "c")).push("xabcd", active=True) == ("xa", True)
     with pytest.raises(ValueError, match="got token 7 after the end"):
         progress.push(7, 0.0)
 
@@ -157,18 +157,20 @@ def test_stop_strings_across_tokens(tokenizer):
 def test_stop_tokens_have_no_text(tokenizer):
     (token,) = tokenizer.encode("a")
     options = options_lib.Options(stop_token_ids=(token,), ignore_eos=True, min_tokens=2)
-    texts, reason = run(stopping.Progress(options, tokenizer), [token, 510, token])
+    texts, reason = run(stopping.OutputProgress(options, tokenizer), [token, 510, token])
     assert ("".join(texts), reason) == ("a", "stop")
 
 
 def test_unfinished_character_at_the_end(tokenizer):
     first = byte_ids(tokenizer)["é".encode()[0]]
-    texts, reason = run(stopping.Progress(options_lib.Options(max_tokens=1), tokenizer), [first])
+    texts, reason = run(
+        stopping.OutputProgress(options_lib.Options(max_tokens=1), tokenizer), [first]
+    )
     assert (texts, reason) == (["\ufffd"], "length")
 
 
 def test_loops():
-    assert (stopping.LOOP_TOKENS, stopping.LOOP_PROBABILITY) == (3_000, 0.99)
+    assert (stopping.LOOP_NUM_TOKENS, stopping.LOOP_PROBABILITY) == (3_000, 0.99)
 
 
 @pytest.mark.parametrize(
@@ -183,24 +185,26 @@ def test_loops():
     ],
 )
 def test_loop_stop(tokenizer, logps, options, reason, number):
-    progress = stopping.Progress(options_lib.Options(**options), tokenizer, loop_tokens=4)
+    progress = stopping.OutputProgress(options_lib.Options(**options), tokenizer, loop_tokens=4)
     _, found = run(progress, [65] * len(logps), logps)
     assert (found, progress.num_tokens) == (reason, number)
 
 
 def drive(tokenizer, text, budget, burst, **options):
     """Play the engine: dispatch up to `burst` tokens of a model that writes `text`, then look."""
-    progress = stopping.Progress(options_lib.Options(thinking_tokens=budget, **options), tokenizer)
+    progress = stopping.OutputProgress(
+        options_lib.Options(thinking_tokens=budget, **options), tokenizer
+    )
     model, out, texts = tokenizer.encode(text), [], []
 
     def push(token):
         out.append(token)
         update = progress.push(token, UNSURE)
         texts.append(update.text)
-        return update.finished is None
+        return update.finish_reason is None
 
-    while model and progress.finished is None:
-        forced = progress.close()
+    while model and progress.finish_reason is None:
+        forced = progress.forced_tokens()
         if forced:
             assert progress.pause_at == progress.num_tokens
             for token in forced:
@@ -230,7 +234,7 @@ def test_budget_is_exact_whatever_the_bursts(tokenizer, budget):
     assert all(result == results[0] for result in results)
     ids, text = results[0]
     opened = len(tokenizer.encode("<think>"))
-    closing = list(stopping.closing_tokens(tokenizer))
+    closing = list(stopping.encode_closing_tag(tokenizer))
     start = max(budget, opened)  # never inside of the opening tag
     assert ids[start : start + len(closing)] == closing
     assert text.count("</think>") == 1
@@ -246,7 +250,7 @@ def test_budget_is_exact_whatever_the_bursts(tokenizer, budget):
 def test_nothing_is_forced_without_need(tokenizer, text):
     ids, out, progress = drive(tokenizer, text, 100, 4)
     assert (ids, out) == (tokenizer.encode(text), text)
-    assert progress.close() == ()
+    assert progress.forced_tokens() == ()
     expected = 0
     if text.lstrip().startswith("<think>"):
         expected = next(n for n in range(len(ids)) if "</think>" in tokenizer.decode(ids[:n]))
@@ -255,14 +259,14 @@ def test_nothing_is_forced_without_need(tokenizer, text):
 
 def test_budget_with_a_stop_string_and_a_limit(tokenizer):
     _, text, progress = drive(tokenizer, THOUGHT, 9, 4, stop=("</think>",))
-    assert progress.finished == "stop"
+    assert progress.finish_reason == "stop"
     assert text == "<think>\n" + tokenizer.decode(tokenizer.encode(THOUGHT)[4:9]) + "\n"
     ids, _, progress = drive(tokenizer, THOUGHT, 9, 4, max_tokens=11)
-    assert (len(ids), progress.finished, progress.close()) == (11, "length", ())
+    assert (len(ids), progress.finish_reason, progress.forced_tokens()) == (11, "length", ())
 
 
 def test_unforced_token_is_an_error(tokenizer):
-    progress = stopping.Progress(options_lib.Options(thinking_tokens=3), tokenizer)
+    progress = stopping.OutputProgress(options_lib.Options(thinking_tokens=3), tokenizer)
     run(progress, tokenizer.encode("<think>"))
     with pytest.raises(ValueError, match="got token 9; wanted .*, which closes the thinking"):
         progress.push(9, 0.0)
@@ -270,6 +274,6 @@ def test_unforced_token_is_an_error(tokenizer):
 
 def test_closing_needs_few_tokens(tokenizer, monkeypatch):
     monkeypatch.setattr(stopping, "MAX_CLOSING_TOKENS", 5)
-    stopping.Progress(options_lib.Options(), tokenizer)
+    stopping.OutputProgress(options_lib.Options(), tokenizer)
     with pytest.raises(ValueError, match="with 6 tokens .* wanted at most 5 tokens"):
-        stopping.Progress(options_lib.Options(thinking_tokens=3), tokenizer)
+        stopping.OutputProgress(options_lib.Options(thinking_tokens=3), tokenizer)

@@ -36,21 +36,23 @@ def test_golden_greedy_tokens(golden_dir, checkpoint):
     golden = np.load(golden_dir / "golden.npz")
     model, tok = m1_jax.load(checkpoint), tokenizer_lib.Tokenizer.load(checkpoint)
     prompts = golden["input_ids"][:, :100].tolist()
-    config = generate.Config(
+    config = generate.GenerateConfig(
         checkpoint="x", prompt="x", max_tokens=48, temperature=0, ignore_eos=True
     )
     # Beside each other, and beside a prompt of another length.
-    outputs, stats = generate.write(config, model, tok, prompts, io.StringIO())
+    outputs, stats = generate.generate_texts(config, model, tok, prompts, io.StringIO())
     assert [ids_of(output) for output in outputs] == golden["greedy_tokens"].tolist()
     assert (stats.prefill_tokens, stats.decode_tokens) == (200, 2 * 47)
-    (_, other), _ = generate.write(config, model, tok, [prompts[1][:30], prompts[0]], io.StringIO())
+    (_, other), _ = generate.generate_texts(
+        config, model, tok, [prompts[1][:30], prompts[0]], io.StringIO()
+    )
     assert ids_of(other) == golden["greedy_tokens"][0].tolist()
 
 
 def test_sampling_depends_on_seed_and_number_alone(checkpoint, tmp_path):
     file = tmp_path / "prompts.txt"
     file.write_text("same\nanother one\nsame\n")
-    config = generate.Config(
+    config = generate.GenerateConfig(
         checkpoint=str(checkpoint), prompts_file=str(file), max_tokens=20, repetition_penalty=1.1
     )
     together, _ = generate.run(config, io.StringIO())
@@ -64,7 +66,7 @@ def test_sampling_depends_on_seed_and_number_alone(checkpoint, tmp_path):
 def test_options(checkpoint, tmp_path):
     schema, file = tmp_path / "schema.json", tmp_path / "logprobs.jsonl"
     schema.write_text('{"enum": ["red", "green"]}')
-    config = generate.Config(
+    config = generate.GenerateConfig(
         checkpoint=str(checkpoint),
         prompt="hi",
         preset="lightning",
@@ -101,7 +103,7 @@ class Writes(io.StringIO):
 
 def test_run_end_to_end(checkpoint):
     out = Writes()
-    config = generate.Config(
+    config = generate.GenerateConfig(
         checkpoint=str(checkpoint), prompt="Hé, <end_of_sentence>", system="Kind.", max_tokens=12
     )
     outputs, stats = generate.run(config, out)
@@ -110,9 +112,9 @@ def test_run_end_to_end(checkpoint):
         {"role": "system", "content": "Kind."},
         {"role": "user", "content": "Hé, <end_of_sentence>"},
     ]
-    wanted = prompt.encode(tok, messages)
+    wanted = prompt.encode_prompt(tok, messages)
     assert stats.prefill_tokens == len(wanted)
-    _, _, prompts = generate.prepare(config)
+    _, _, prompts = generate.prepare_run(config)
     assert prompts == [wanted]
     assert out.getvalue() == outputs[0].text + "\n"
     assert out.count > 3
@@ -123,11 +125,11 @@ def test_run_end_to_end(checkpoint):
 
 
 def test_int8_weights(checkpoint):
-    config = generate.Config(
+    config = generate.GenerateConfig(
         checkpoint=str(checkpoint), prompt="hi", max_tokens=4, temperature=0, weights="int8-all"
     )
     (output,), _ = generate.run(config, io.StringIO())
-    model, tok, (ids,) = generate.prepare(config)
+    model, tok, (ids,) = generate.prepare_run(config)
     assert model.layers[0].attention.qkv.kernel.dtype == jnp.int8
     # One pass instead of a prefill and steps.
     made = ids_of(output)
@@ -139,7 +141,7 @@ def test_int8_weights(checkpoint):
 def test_prompts_file_raw_and_lines(checkpoint, tmp_path):
     file = tmp_path / "prompts.txt"
     file.write_text("one<end_of_sentence>\n\n two \r\n")
-    config = generate.Config(
+    config = generate.GenerateConfig(
         checkpoint=str(checkpoint),
         prompts_file=str(file),
         raw=True,
@@ -157,7 +159,7 @@ def test_prompts_file_raw_and_lines(checkpoint, tmp_path):
         own = [line.removeprefix(mark) for line in lines if line.startswith(mark)]
         assert "\n".join(own) == output.text.removesuffix("\n")
     tok = tokenizer_lib.Tokenizer.load(checkpoint)
-    _, _, prompts = generate.prepare(config)
+    _, _, prompts = generate.prepare_run(config)
     assert prompts[0] == tok.encode("one<end_of_sentence>", allow_special=True)
     assert prompts[1] == tok.encode(" two ")
 
@@ -166,7 +168,7 @@ def requests(tmp_path, *lines, **options):
     file = tmp_path / "prompts.jsonl"
     file.write_text("\n".join(json.dumps(line) for line in lines))
     return generate.read_requests(
-        generate.Config(checkpoint="x", prompts_file=str(file), **options)
+        generate.GenerateConfig(checkpoint="x", prompts_file=str(file), **options)
     )
 
 
@@ -201,7 +203,7 @@ def test_refused_jsonl(tmp_path, line, options, message):
 
 def test_refused_files(tmp_path):
     file = tmp_path / "prompts.jsonl"
-    config = generate.Config(checkpoint="x", prompts_file=str(file))
+    config = generate.GenerateConfig(checkpoint="x", prompts_file=str(file))
     with pytest.raises(FileNotFoundError, match=r"prompts\.jsonl"):
         generate.read_requests(config)
     for content, message in [
@@ -238,28 +240,28 @@ def test_refused_files(tmp_path):
 )
 def test_refused_config(changes, message):
     with pytest.raises(ValueError, match=message):
-        generate.Config(**{"checkpoint": "x", "prompt": "a", **changes})
+        generate.GenerateConfig(**{"checkpoint": "x", "prompt": "a", **changes})
 
 
 def test_errors_before_any_work(checkpoint, tmp_path, monkeypatch):
     monkeypatch.setattr(m1_jax, "load", None)  # nothing may get so far
-    config = generate.Config(checkpoint=str(checkpoint), prompt="hello", max_length=40)
+    config = generate.GenerateConfig(checkpoint=str(checkpoint), prompt="hello", max_length=40)
     with pytest.raises(ValueError, match=r"\+ max_tokens 512 = 5..; wanted at most 40\. .*raise"):
-        generate.prepare(config)
+        generate.prepare_run(config)
     with pytest.raises(ValueError, match="prompt 0: got no tokens|prompt: got ''"):
-        generate.prepare(dataclasses.replace(config, prompt=""))
+        generate.prepare_run(dataclasses.replace(config, prompt=""))
     with pytest.raises(ValueError, match="regex: "):
-        generate.prepare(dataclasses.replace(config, max_length=0, regex="("))
+        generate.prepare_run(dataclasses.replace(config, max_length=0, regex="("))
     with pytest.raises(ValueError, match="is no directory"):
-        generate.prepare(dataclasses.replace(config, checkpoint=str(tmp_path / "none")))
+        generate.prepare_run(dataclasses.replace(config, checkpoint=str(tmp_path / "none")))
     with pytest.raises(FileNotFoundError, match=r"tokenizer.json: no such file; wanted"):
-        generate.prepare(dataclasses.replace(config, checkpoint=str(tmp_path)))
+        generate.prepare_run(dataclasses.replace(config, checkpoint=str(tmp_path)))
 
 
 def test_seeds_of_a_run_differ():
-    seeds = {jsonl.seed_of(seed, number) for seed in range(200) for number in range(1_000)}
+    seeds = {jsonl.derive_seed(seed, number) for seed in range(200) for number in range(1_000)}
     assert len(seeds) == 200 * 1_000
-    assert jsonl.seed_of(7, 0) == 7
+    assert jsonl.derive_seed(7, 0) == 7
 
 
 def command(*arguments):

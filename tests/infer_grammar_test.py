@@ -56,7 +56,7 @@ def tokenizer(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def compiler(tokenizer):
-    return grammar.Compiler(tokenizer, V)
+    return grammar.GrammarCompiler(tokenizer, V)
 
 
 def allowed(mask):
@@ -76,16 +76,16 @@ def draw(rng, mask, temperature=5.0):
 def write(matcher, rng, tokenizer, prefix=(), thinking_tokens=None):
     """Play the engine for a model that knows nothing; return the text."""
     options = options_lib.Options(max_tokens=3_000, thinking_tokens=thinking_tokens)
-    progress, texts = stopping.Progress(options, tokenizer), []
+    progress, texts = stopping.OutputProgress(options, tokenizer), []
     given = list(prefix)
-    while progress.finished is None:
+    while progress.finish_reason is None:
         mask, token = matcher.mask(), progress.next_forced()
         if token is None:
             token = given.pop(0) if given else draw(rng, mask)
         assert token in allowed(mask)
         matcher.accept(token)
         texts.append(progress.push(token, 0.0).text)
-    assert progress.finished == "stop"
+    assert progress.finish_reason == "stop"
     assert matcher.finished
     return "".join(texts)
 
@@ -93,7 +93,8 @@ def write(matcher, rng, tokenizer, prefix=(), thinking_tokens=None):
 def test_json_is_always_valid(compiler, tokenizer):
     options = options_lib.Options(json_schema=SCHEMA)
     texts = {
-        write(compiler.matcher(options), np.random.default_rng(i), tokenizer) for i in range(12)
+        write(compiler.compile_matcher(options), np.random.default_rng(i), tokenizer)
+        for i in range(12)
     }
     assert all(map(is_valid, texts))
     assert len(texts) > 10
@@ -102,18 +103,18 @@ def test_json_is_always_valid(compiler, tokenizer):
 def test_json_is_always_valid_through_the_sampler(compiler, tokenizer):
     """Eight rows at temperature 5, two of them unconstrained, logits that change at each step."""
     options = options_lib.Options(json_schema=json.dumps(SCHEMA))
-    matchers = [compiler.matcher(options) if row % 4 else None for row in range(8)]
-    made = sampling.options(8, temperature=5.0, top_p=0.9)
+    matchers = [compiler.compile_matcher(options) if row % 4 else None for row in range(8)]
+    made = sampling.make_options(8, temperature=5.0, top_p=0.9)
     rng, seeds = np.random.default_rng(0), jnp.arange(8, dtype=jnp.uint32)
     outputs, ended = [[] for _ in matchers], [matcher is None for matcher in matchers]
-    choose = sampling.jax.jit(sampling.choose)
+    choose = sampling.jax.jit(sampling.sample_tokens)
     for step in range(1_500):
         everything = np.full((8, 17), 0xFFFFFFFF, np.uint32)
         for row, matcher in enumerate(matchers):
             if not ended[row]:
                 everything[row] = matcher.mask()
         logits = rng.normal(size=(8, V)).astype(np.float32) * 4
-        at = sampling.keys(seeds, jnp.full(8, step))
+        at = sampling.sampling_keys(seeds, jnp.full(8, step))
         tokens = np.asarray(choose(logits, made, at, mask=everything).token).tolist()
         for row, token in enumerate(tokens):
             if not ended[row]:
@@ -136,13 +137,13 @@ def test_json_is_always_valid_through_the_sampler(compiler, tokenizer):
 def test_regex_and_grammar(compiler, tokenizer, options):
     pattern = options.get("regex", r"[a-c]{2,4}(-[a-c]{2,4})?")
     for i in range(20):
-        matcher = compiler.matcher(options_lib.Options(**options))
+        matcher = compiler.compile_matcher(options_lib.Options(**options))
         text = write(matcher, np.random.default_rng(i), tokenizer)
         assert re.fullmatch(pattern, text)
 
 
 def test_masks_hold_no_foreign_ids(compiler, tokenizer):
-    matcher = compiler.matcher(options_lib.Options(regex=r"(.|\n)*"))
+    matcher = compiler.compile_matcher(options_lib.Options(regex=r"(.|\n)*"))
     ids = allowed(matcher.mask())
     assert STOP in ids
     assert max(ids) < tokenizer.vocab_size
@@ -150,11 +151,11 @@ def test_masks_hold_no_foreign_ids(compiler, tokenizer):
     first, second = matcher.mask(), matcher.mask()
     assert first is not second
     np.testing.assert_array_equal(first, second)
-    assert compiler.matcher(options_lib.Options()) is None
+    assert compiler.compile_matcher(options_lib.Options()) is None
 
 
 def test_only_the_end_is_left(compiler, tokenizer):
-    matcher = compiler.matcher(options_lib.Options(regex="ab"))
+    matcher = compiler.compile_matcher(options_lib.Options(regex="ab"))
     for token in (*tokenizer.encode("a"), *tokenizer.encode("b")):
         assert not matcher.finished
         matcher.accept(token)
@@ -162,11 +163,11 @@ def test_only_the_end_is_left(compiler, tokenizer):
     assert allowed(matcher.mask()) == {STOP}
     matcher.accept(STOP)
     with pytest.raises(ValueError, match="got token 65; wanted one that mask"):
-        compiler.matcher(options_lib.Options(regex="zz")).accept(65)
+        compiler.compile_matcher(options_lib.Options(regex="zz")).accept(65)
 
 
 def test_json_white_space_ends(compiler, tokenizer):
-    matcher = compiler.matcher(options_lib.Options(json_schema=SCHEMA))
+    matcher = compiler.compile_matcher(options_lib.Options(json_schema=SCHEMA))
     (brace,), (space,) = tokenizer.encode("{"), tokenizer.encode(" ")
     matcher.accept(brace)
     for _ in range(64):
@@ -194,14 +195,14 @@ def test_thinking_is_free_and_the_answer_valid(compiler, tokenizer):
         prefix = ["", "<", THOUGHT, THOUGHT + ">"][i % 4]
         ids = tokenizer.encode(prefix)
         rng = np.random.default_rng(i)
-        text = write(compiler.matcher(options), rng, tokenizer, ids, thinking_tokens=40)
+        text = write(compiler.compile_matcher(options), rng, tokenizer, ids, thinking_tokens=40)
         short, thought = answer(text)
         assert is_valid(short)
         assert thought or not prefix
 
 
 def test_thinking_allows_all_but_the_end(compiler, tokenizer):
-    matcher = compiler.matcher(options_lib.Options(regex="yes", after_thinking=True))
+    matcher = compiler.compile_matcher(options_lib.Options(regex="yes", after_thinking=True))
     (y,) = tokenizer.encode("y")
     opening = tokenizer.encode("<think>")
     assert {y, opening[0]} <= allowed(matcher.mask())
@@ -227,8 +228,8 @@ def test_thinking_allows_all_but_the_end(compiler, tokenizer):
 
 
 def test_forced_closing_fits(compiler, tokenizer):
-    matcher = compiler.matcher(options_lib.Options(regex="yes", after_thinking=True))
-    for token in (*tokenizer.encode("<think> hm"), *stopping.closing_tokens(tokenizer)):
+    matcher = compiler.compile_matcher(options_lib.Options(regex="yes", after_thinking=True))
+    for token in (*tokenizer.encode("<think> hm"), *stopping.encode_closing_tag(tokenizer)):
         assert token in allowed(matcher.mask())
         matcher.accept(token)
     assert write(matcher, np.random.default_rng(0), tokenizer) == "yes"
@@ -237,7 +238,7 @@ def test_forced_closing_fits(compiler, tokenizer):
 def test_answer_that_begins_like_the_tag(compiler, tokenizer):
     for text in ("<thin", "<b>", "a"):
         options = options_lib.Options(regex="<thin|<b>|a", after_thinking=True)
-        matcher = compiler.matcher(options)
+        matcher = compiler.compile_matcher(options)
         for token in tokenizer.encode(text):
             assert token in allowed(matcher.mask())
             matcher.accept(token)
@@ -245,7 +246,7 @@ def test_answer_that_begins_like_the_tag(compiler, tokenizer):
         matcher.accept(STOP)
         assert matcher.finished
     # "<t" fits both; thinking then forgets that the answer had begun.
-    matcher = compiler.matcher(options)
+    matcher = compiler.compile_matcher(options)
     for token in tokenizer.encode("<think>x</think>"):
         matcher.accept(token)
     assert write(matcher, np.random.default_rng(0), tokenizer) in ("<thin", "<b>", "a")
@@ -280,7 +281,7 @@ class FakeTokenizer(tokenizer_lib.Tokenizer):
 
 def test_tokens_across_the_end_of_the_tag():
     fake = FakeTokenizer()
-    compiler = grammar.Compiler(fake, 300)
+    compiler = grammar.GrammarCompiler(fake, 300)
 
     def ids(matcher):
         bits = np.unpackbits(matcher.mask().view(np.uint8), bitorder="little")
@@ -288,7 +289,7 @@ def test_tokens_across_the_end_of_the_tag():
 
     def start(text):
         options = options_lib.Options(regex="[xy]", after_thinking=True)
-        matcher = compiler.matcher(options)
+        matcher = compiler.compile_matcher(options)
         for byte in text.encode():
             matcher.accept(byte)
         return matcher
@@ -325,11 +326,11 @@ def test_tokens_across_the_end_of_the_tag():
 )
 def test_refused_constraints(compiler, options, error):
     with pytest.raises(ValueError, match=error):
-        compiler.matcher(options_lib.Options(**options))
+        compiler.compile_matcher(options_lib.Options(**options))
 
 
 def test_refused_tokenizers(tokenizer):
     with pytest.raises(ValueError, match="got a tokenizer of 512 ids .* for a model of 400"):
-        grammar.Compiler(tokenizer, 400)
+        grammar.GrammarCompiler(tokenizer, 400)
     with pytest.raises(ValueError, match="got a tokenizer without stop tokens"):
-        grammar.Compiler(FakeTokenizer(stop_ids=()), 300)
+        grammar.GrammarCompiler(FakeTokenizer(stop_ids=()), 300)

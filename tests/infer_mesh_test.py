@@ -29,11 +29,11 @@ BASE = RNG.integers(0, 300, 48).tolist()
 PROMPTS = [BASE[: 40 + n] + RNG.integers(0, 300, 5 * n).tolist() + BASE[:n] for n in range(6)]
 
 
-def options(number: int, **more) -> options_lib.Options:
+def options(number: int, **changes) -> options_lib.Options:
     temperature = (0.0, 0.05, 1.0)[number % 3]
     penalty = 1.2 if number == 3 else 1.0
     return options_lib.Options(
-        temperature=temperature, repetition_penalty=penalty, seed=number, ignore_eos=True, **more
+        temperature=temperature, repetition_penalty=penalty, seed=number, ignore_eos=True, **changes
     )
 
 
@@ -68,16 +68,16 @@ def plain(golden_dir):
 )
 def test_a_mesh_serves_as_one_device_does(golden_dir, plain, mesh):
     spread = make_engine(golden_dir, mesh, host_bytes=10**9, swap_tokens=1)
-    asked = [spread.submit(p, options(n, max_tokens=20)) for n, p in enumerate(PROMPTS)]
+    requests = [spread.submit(p, options(n, max_tokens=20)) for n, p in enumerate(PROMPTS)]
     for _ in range(5):
         spread.step()
-    for one in asked[:3]:
-        spread.preempt(one)
+    for request in requests[:3]:
+        spread.preempt(request)
     spread.run()
     assert spread.stats().memory.swapped_in > 0
-    for n, (prompt, one) in enumerate(zip(PROMPTS, asked, strict=True)):
+    for n, (prompt, request) in enumerate(zip(PROMPTS, requests, strict=True)):
         (alone,) = spread.generate([prompt], options(n, max_tokens=20))
-        assert bits(alone) == bits(one.output())  # exact on one mesh
+        assert bits(alone) == bits(request.output())  # exact on one mesh
         (single,) = plain.generate([prompt], options(n, max_tokens=20))
         got, wanted = (np.asarray(bits(o)) for o in (alone, single))
         np.testing.assert_array_equal(got[:, 0], wanted[:, 0])
@@ -92,22 +92,24 @@ def test_guesses_change_no_bit(golden_dir, plain):
     guessing = make_engine(golden_dir, draft_tokens=7)
     ran = []
     run = guessing._device.run_program
-    guessing._device.run_program = lambda name, *rest: ran.append(name) or run(name, *rest)
-    asked = [guessing.submit(p, options(n, max_tokens=100)) for n, p in enumerate(PROMPTS)]
+    guessing._device.run_program = lambda name, *arguments: (
+        ran.append(name) or run(name, *arguments)
+    )
+    requests = [guessing.submit(p, options(n, max_tokens=100)) for n, p in enumerate(PROMPTS)]
     guessing.run()
     assert ran.count("verify") > 10
-    made = sum(len(one.tokens) for one in asked)
-    assert made == 100 * len(PROMPTS)
-    for n, (prompt, one) in enumerate(zip(PROMPTS, asked, strict=True)):
+    num_tokens = sum(len(request.tokens) for request in requests)
+    assert num_tokens == 100 * len(PROMPTS)
+    for n, (prompt, request) in enumerate(zip(PROMPTS, requests, strict=True)):
         (wanted,) = plain.generate([prompt], options(n, max_tokens=100))
-        assert bits(one.output()) == bits(wanted)
+        assert bits(request.output()) == bits(wanted)
 
 
 def test_a_guess_is_what_came_after_the_same_tokens_last():
-    found = prompt_lookup.Lookup([1, 2, 3, 4, 5, 1, 2, 3, 6, 7, 2, 3])
-    assert found.guess(2) == [6, 7]
-    found.push(6)
-    assert found.guess(5) == [7, 2, 3, 6]
-    found.push(9)
-    assert found.guess(5) == []
-    assert prompt_lookup.Lookup([1]).guess(3) == []
+    lookup = prompt_lookup.PromptLookup([1, 2, 3, 4, 5, 1, 2, 3, 6, 7, 2, 3])
+    assert lookup.draft_tokens(2) == [6, 7]
+    lookup.push(6)
+    assert lookup.draft_tokens(5) == [7, 2, 3, 6]
+    lookup.push(9)
+    assert lookup.draft_tokens(5) == []
+    assert prompt_lookup.PromptLookup([1]).draft_tokens(3) == []

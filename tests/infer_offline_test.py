@@ -57,7 +57,7 @@ def by_index(path):
 def whole(checkpoint, tmp_path_factory):
     """A run from beginning to end: its config, summary and lines."""
     directory = tmp_path_factory.mktemp("whole")
-    config = offline.Config(
+    config = offline.BatchConfig(
         checkpoint=str(checkpoint),
         input=str(write_lines(directory / "in.jsonl", requests(8))),
         output=str(directory / "out.jsonl"),
@@ -80,7 +80,7 @@ def test_outputs(whole, checkpoint):
         assert all(token["logp_raw"] <= 0 for token in record["tokens"])
         if record["finish_reason"] == "length":
             assert record["text"] == tokenizer.decode(ids)
-    assert (summary.requests, summary.before, summary.done) == (8, 0, 8)
+    assert (summary.requests, summary.done_before, summary.done) == (8, 0, 8)
     assert summary.completion_tokens == sum(record["completion_tokens"] for record in records)
     assert summary.cached_tokens > 0
     assert offline.run(config).done == 0  # without loading anything
@@ -110,10 +110,10 @@ def test_interrupted_and_torn(whole, tmp_path):
     content = output.read_bytes()
     output.write_bytes(content[:-9])
     second = offline.run(config, after(first.done + 1))
-    assert second.before == first.done - 1
+    assert second.done_before == first.done - 1
     third = offline.run(config)
     assert third.stopped_by is None
-    assert third.before + third.done == 8
+    assert third.done_before + third.done == 8
     assert by_index(output) == lines
 
 
@@ -121,13 +121,13 @@ def test_a_grammar_that_fails_ends_its_own_request(whole, tmp_path, monkeypatch)
     config, _, lines = whole
     calls = []
 
-    def mask(self, whole_mask=grammar.Matcher.mask):
+    def mask(self, whole_mask=grammar.GrammarMatcher.mask):
         calls.append(self)
         if self is calls[0] and calls.count(self) == 4:
             raise ValueError("constrained decoding: too large")
         return whole_mask(self)
 
-    monkeypatch.setattr(grammar.Matcher, "mask", mask)
+    monkeypatch.setattr(grammar.GrammarMatcher, "mask", mask)
     summary = offline.run(dataclasses.replace(config, output=str(tmp_path / "out.jsonl")))
     assert summary.errors == 1
     assert "; 1 ended in errors" in str(summary)
@@ -190,7 +190,7 @@ def test_refused_outputs(whole, tmp_path):
     ]:
         (tmp_path / "out.jsonl").write_text(content)
         with pytest.raises(ValueError, match=message):
-            offline._done(tmp_path / "out.jsonl", 8)
+            offline._read_done_indices(tmp_path / "out.jsonl", 8)
 
 
 def test_bad_lines_are_listed_before_anything_runs(checkpoint, tmp_path, monkeypatch):
@@ -211,7 +211,7 @@ def test_bad_lines_are_listed_before_anything_runs(checkpoint, tmp_path, monkeyp
         ("torn", "got 'torn'; wanted an object"),
     ]
     path = write_lines(tmp_path / "in.jsonl", [value for value, _ in bad])
-    config = offline.Config(str(checkpoint), str(path), str(tmp_path / "out.jsonl"))
+    config = offline.BatchConfig(str(checkpoint), str(path), str(tmp_path / "out.jsonl"))
     with pytest.raises(ValueError, match="got 12 bad lines of 13; nothing was run") as caught:
         offline.run(config)
     told = str(caught.value).split("\n  ")[1:]
@@ -230,18 +230,18 @@ def test_fields_of_a_line(checkpoint, tmp_path):
         {"prompt": "a", "system": "b", "id": 3},
     ]
     path = write_lines(tmp_path / "in.jsonl", lines)
-    config = offline.Config(
+    config = offline.BatchConfig(
         str(checkpoint), str(path), "out", defaults='{"top_k": 4, "max_tokens": 99}', seed=11
     )
     tokenizer = tokenizer_lib.Tokenizer.load(checkpoint)
     model_config = m1_jax.ModelConfig.from_file(checkpoint / "config.json")
-    first, second, third = offline.read(config, tokenizer, model_config)
+    first, second, third = offline.read_requests(config, tokenizer, model_config)
     assert (first.options.thinking_tokens, first.options.max_tokens) == (1_024, 2_000)
     assert (first.options.stop, first.options.top_k, first.options.seed) == (("x",), 0, 11)
     assert (second.options.logit_bias, second.options.seed) == ({7: 2}, 5)
     assert (second.options.top_k, second.options.max_tokens) == (4, 99)
     assert second.prompt == first.prompt
-    assert third.head == {"index": 2, "id": 3}
+    assert third.output_fields == {"index": 2, "id": 3}
     assert "b" in tokenizer.decode(third.prompt)
     assert third.options.seed not in (11, 5)
 
@@ -259,4 +259,4 @@ def test_fields_of_a_line(checkpoint, tmp_path):
 )
 def test_refused_config(changes, message):
     with pytest.raises(ValueError, match=message):
-        offline.Config(**{"checkpoint": "x", "input": "x", "output": "x", **changes})
+        offline.BatchConfig(**{"checkpoint": "x", "input": "x", "output": "x", **changes})

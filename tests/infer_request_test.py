@@ -10,7 +10,7 @@ from infer import options as options_lib
 def test_defaults_are_the_release_s_recommendation():
     options = options_lib.Options()
     assert (options.temperature, options.top_p, options.top_k) == (1.0, 0.95, 0)
-    for name, (default, _, _) in options_lib.SAMPLING.items():
+    for name, (default, _, _) in options_lib.SAMPLING_FIELDS.items():
         assert getattr(options, name) == default
     assert options.constraint is None
 
@@ -71,36 +71,36 @@ def test_the_caller_s_values_are_copied():
 
 def test_check_of_token_ids():
     options = options_lib.Options(logit_bias={9: 1}, stop_token_ids=(3, 5, 3))
-    options_lib.check(options, 10, (3, 7))
-    assert options_lib.stop_ids(options, (3, 7)) == (3, 5, 7)
+    options_lib.check_options(options, 10, (3, 7))
+    assert options_lib.all_stop_ids(options, (3, 7)) == (3, 5, 7)
     with pytest.raises(ValueError, match="logit_bias: got 9; wanted token ids of 0 to 8"):
-        options_lib.check(options, 9)
+        options_lib.check_options(options, 9)
     with pytest.raises(ValueError, match="stop_token_ids: got 5; wanted token ids of 0 to 4"):
-        options_lib.check(options_lib.Options(stop_token_ids=(5,)), 5)
+        options_lib.check_options(options_lib.Options(stop_token_ids=(5,)), 5)
     many = options_lib.Options(stop_token_ids=tuple(range(7)))
-    options_lib.check(many, 10, (8,))
+    options_lib.check_options(many, 10, (8,))
     with pytest.raises(ValueError, match="got 9 with the tokenizer's own 2; wanted at most 8"):
-        options_lib.check(many, 10, (8, 9))
+        options_lib.check_options(many, 10, (8, 9))
     ignoring = dataclasses.replace(many, ignore_eos=True)
-    options_lib.check(ignoring, 10, (8, 9))
-    assert options_lib.stop_ids(ignoring, (8, 9)) == tuple(range(7))
+    options_lib.check_options(ignoring, 10, (8, 9))
+    assert options_lib.all_stop_ids(ignoring, (8, 9)) == tuple(range(7))
 
 
 def test_presets():
     assert set(options_lib.PRESETS) == {"thinking-40k", "thinking-80k", "lightning", "pro"}
     for options in options_lib.PRESETS.values():
         assert options.thinking_tokens + 8 < options.max_tokens  # room for an answer
-    changed = options_lib.preset("pro", temperature=0.5)
+    changed = options_lib.preset_options("pro", temperature=0.5)
     assert (changed.temperature, changed.stop_on_loop, changed.thinking_tokens) == (
         0.5,
         True,
         80_000,
     )
     with pytest.raises(ValueError, match="preset: got 'thinking80k'; did you mean thinking-80k"):
-        options_lib.preset("thinking80k")
+        options_lib.preset_options("thinking80k")
     with pytest.raises(ValueError, match="preset: got 'x'; did you mean thinking-40k or"):
-        options_lib.preset("x")
+        options_lib.preset_options("x")
     with pytest.raises(ValueError, match="option: got 'temprature'; did you mean temperature"):
-        options_lib.preset("pro", temprature=1)
+        options_lib.preset_options("pro", temprature=1)
     with pytest.raises(ValueError, match="top_p: got 2"):
-        options_lib.preset("pro", top_p=2)
+        options_lib.preset_options("pro", top_p=2)

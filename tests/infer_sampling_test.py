@@ -1,4 +1,4 @@
-"""Tests of infer.execution.sampling against a plain NumPy reference, and of what must not matter."""
+"""Sampling against a plain NumPy reference, and what must not matter to it."""
 
 import dataclasses
 
@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from infer import options as options_lib
 from infer.execution import sampling
 
-choose = jax.jit(sampling.choose)
+choose = jax.jit(sampling.sample_tokens)
 
 
 def row_keys(step, rows):
     """Return keys of requests with these seeds, at one place of their sequences."""
-    return sampling.keys(jnp.asarray(rows, jnp.uint32), jnp.full(len(rows), step))
+    return sampling.sampling_keys(jnp.asarray(rows, jnp.uint32), jnp.full(len(rows), step))
 
 
 def sample(logits, options, keys, counts=None):
@@ -42,13 +42,13 @@ def kept_reference(logits, temperature=1.0, top_p=1.0, top_k=0, min_p=0.0):
 
 def narrowed(logits, **options):
     """Return the log-probabilities that `sample` draws from."""
-    return np.asarray(_narrowed(logits, sampling.options(len(logits), **options)))
+    return np.asarray(_narrowed(logits, sampling.make_options(len(logits), **options)))
 
 
 @jax.jit
 def _narrowed(logits, options):
     x = jnp.asarray(logits) / options.temperature[:, None]
-    x = sampling._narrow(x - jnp.max(x, axis=-1, keepdims=True), options)
+    x = sampling._narrow_candidates(x - jnp.max(x, axis=-1, keepdims=True), options)
     return jax.nn.log_softmax(x)
 
 
@@ -101,7 +101,7 @@ def draws(logits, count, counts=None, **options):
     keys = row_keys(7, jnp.arange(count))
     rows = jnp.broadcast_to(jnp.asarray(logits, jnp.float32), (count, len(logits)))
     counts = None if counts is None else jnp.broadcast_to(jnp.asarray(counts), rows.shape)
-    return sample(rows, sampling.options(count, **options), keys, counts)
+    return sample(rows, sampling.make_options(count, **options), keys, counts)
 
 
 @pytest.mark.parametrize(
@@ -122,11 +122,11 @@ def test_frequencies_and_logprobs(options):
 def test_greedy_takes_the_first_largest_and_has_no_choice():
     logits = jnp.asarray([[0.0, 3.0, 3.0], [-1.0, -2.0, -0.5]])
     keys = row_keys(0, jnp.arange(2))
-    tokens, logp, raw = sample(logits, sampling.options(2, temperature=0.0), keys)
+    tokens, logp, raw = sample(logits, sampling.make_options(2, temperature=0.0), keys)
     np.testing.assert_array_equal(tokens, [1, 2])
     np.testing.assert_array_equal(logp, [0.0, 0.0])
     np.testing.assert_allclose(raw, jax.nn.log_softmax(logits)[jnp.arange(2), tokens], atol=1e-6)
-    mixed, logp, _ = sample(logits, sampling.options(2, temperature=[0.0, 1.0]), keys)
+    mixed, logp, _ = sample(logits, sampling.make_options(2, temperature=[0.0, 1.0]), keys)
     assert (mixed[0], logp[0]) == (1, 0.0)
     assert logp[1] < 0
 
@@ -153,13 +153,13 @@ def test_repetition_penalty():
 def test_randomness_is_the_row_s_own():
     logits = jax.random.normal(jax.random.key(0), (5, 300)) * 2
     rows, positions = jnp.arange(5), jnp.asarray([3, 9, 9, 100, 2])
-    keys = sampling.keys(rows, positions)
-    together = sample(logits, sampling.options(5), keys)
+    keys = sampling.sampling_keys(rows, positions)
+    together = sample(logits, sampling.make_options(5), keys)
     for i in range(5):
-        alone = sample(logits[i : i + 1], sampling.options(1), keys[i : i + 1])
+        alone = sample(logits[i : i + 1], sampling.make_options(1), keys[i : i + 1])
         assert alone[0][0] == together[0][i]
     order = jnp.asarray([4, 2, 0, 1, 3])
-    shuffled = sample(logits[order], sampling.options(5), keys[order])
+    shuffled = sample(logits[order], sampling.make_options(5), keys[order])
     np.testing.assert_array_equal(shuffled[0], together[0][order])
     data = jax.random.key_data(keys)
     assert len(np.unique(data, axis=0)) == 5
@@ -168,13 +168,13 @@ def test_randomness_is_the_row_s_own():
 
 
 def test_options_never_recompile_and_nothing_sorts():
-    function = jax.jit(lambda *args: sampling.choose(*args))
+    function = jax.jit(lambda *args: sampling.sample_tokens(*args))
     logits, keys = jnp.zeros((2, 9)), row_keys(0, jnp.arange(2))
     many = {"presence_penalty": 1, "frequency_penalty": [0, 1], "top_logprobs": [0, 3]}
     for values in ({}, {"temperature": 0}, {"top_k": [3, 0]}, {"min_p": 0.5, "top_p": 0.3}, many):
-        function(logits, sampling.options(2, **values), keys)
+        function(logits, sampling.make_options(2, **values), keys)
     assert function._cache_size() == 1
-    program = str(jax.make_jaxpr(function)(logits, sampling.options(2), keys))
+    program = str(jax.make_jaxpr(function)(logits, sampling.make_options(2), keys))
     assert "while" in program
     assert " sort[" not in program
     # The only top_k is inside the branch for rows that ask for log-probabilities.
@@ -182,7 +182,7 @@ def test_options_never_recompile_and_nothing_sorts():
 
 
 def test_gumbel_noise():
-    noise = sampling.gumbel(jnp.asarray([0, 2**31, 2**32 - 1], jnp.uint32))
+    noise = sampling.gumbel_noise(jnp.asarray([0, 2**31, 2**32 - 1], jnp.uint32))
     assert np.isfinite(noise).all()
     np.testing.assert_allclose(noise[1], -np.log(np.log(2)), rtol=1e-6)
     assert noise[0] > 22  # one in 2^33
@@ -209,21 +209,21 @@ def test_gumbel_noise():
 )
 def test_refused_options(values, error):
     with pytest.raises(ValueError, match=error):
-        sampling.options(2, **values)
+        sampling.make_options(2, **values)
 
 
 def test_options_of_requests():
     asked = options_lib.Options(temperature=0.5, top_k=3, top_logprobs=2)
-    made = sampling.options(1, **asked.sampling)
-    assert {f.name for f in dataclasses.fields(made)} == set(asked.sampling)
-    for name, value in asked.sampling.items():
+    made = sampling.make_options(1, **asked.sampling_values)
+    assert {f.name for f in dataclasses.fields(made)} == set(asked.sampling_values)
+    for name, value in asked.sampling_values.items():
         np.testing.assert_allclose(getattr(made, name), [value])
     assert (made.top_k.dtype, made.top_p.dtype) == (jnp.int32, jnp.float32)
 
 
 def test_unknown_option():
     with pytest.raises(TypeError, match="got option 'topk'; wanted one of temperature"):
-        sampling.options(1, topk=3)
+        sampling.make_options(1, topk=3)
 
 
 V = 45  # not a whole number of words of a mask
@@ -307,7 +307,7 @@ def test_frequencies_with_every_feature(seed):
     logp = limited_reference(case, 0, **SHORT, **narrow)
     draws, batch = 40_000, 4_000
     rows = case.rows([0] * batch)
-    options = sampling.options(batch, **PENALTIES, **narrow)
+    options = sampling.make_options(batch, **PENALTIES, **narrow)
     tokens = []
     for number in range(draws // batch):
         keys = row_keys(number, jnp.arange(batch))
@@ -337,7 +337,7 @@ def test_each_feature_alone():
         ({"banned": case.banned}, {}, {}),
     ]:
         one = dataclasses.replace(off, **changes)
-        chosen = choose(one.logits, sampling.options(8, top_p=1, **options), keys, *one.args)
+        chosen = choose(one.logits, sampling.make_options(8, top_p=1, **options), keys, *one.args)
         for row, token in enumerate(np.asarray(chosen.token).tolist()):
             logp = limited_reference(one, row, **short)
             np.testing.assert_allclose(chosen.logp[row], logp[token], atol=1e-5)
@@ -351,21 +351,21 @@ def test_mask_and_ban_leave_one_token():
     alone.allowed[:] = False
     alone.allowed[np.arange(8), np.arange(8) * 6] = True
     keys = row_keys(0, jnp.arange(8))
-    options = sampling.options(8, temperature=[0.0, 5.0] * 4)
+    options = sampling.make_options(8, temperature=[0.0, 5.0] * 4)
     chosen = choose(alone.logits, options, keys, *alone.args)
     np.testing.assert_array_equal(chosen.token, np.arange(8) * 6)
     np.testing.assert_array_equal(chosen.logp, np.zeros(8))
     last = nothing(case)
     last.logits[:, -1] = 50.0  # -1, which is none, must not ban the last one
     last.banned[:, 3] = 2
-    chosen = choose(last.logits, sampling.options(8, temperature=0), keys, *last.args)
+    chosen = choose(last.logits, sampling.make_options(8, temperature=0), keys, *last.args)
     assert (chosen.token == V - 1).all()
 
 
 def test_most_likely_tokens():
     case, keys = make_case(7), row_keys(0, jnp.arange(8))
     case.logits[1, 5:9] = 9.0  # ties go by id
-    options = sampling.options(8, top_logprobs=[0, 1, 20, 0, 3, 0, 0, 0], **PENALTIES)
+    options = sampling.make_options(8, top_logprobs=[0, 1, 20, 0, 3, 0, 0, 0], **PENALTIES)
     chosen = choose(case.logits, options, keys, *case.args)
     for row in range(8):
         if row in (1, 2, 4):
@@ -384,7 +384,9 @@ def test_most_likely_tokens():
 def test_forced_tokens():
     case, keys = make_case(8), row_keys(0, jnp.arange(8))
     narrow = {"temperature": 1.4, "top_k": 20, "top_p": 0.9}
-    options = sampling.options(8, **PENALTIES, **(narrow | {"temperature": [1.4] * 6 + [0, 0]}))
+    options = sampling.make_options(
+        8, **PENALTIES, **(narrow | {"temperature": [1.4] * 6 + [0, 0]})
+    )
     chosen = choose(case.logits, options, keys, *case.args)
     token = np.asarray([-1, 0, 1, 2, -1, 44, 3, int(chosen.token[7])], np.int32)
     after = choose(case.logits, options, keys, *case.args, token)
@@ -434,7 +436,7 @@ def test_other_rows_never_change_a_bit(vocab_size):
             getattr(case, name)[row] = getattr(nothing(case), name)[row]
     case.logits[:, 3] = -0.0
     token = np.asarray([-1, 3, -1, -1, 5, -1, 2, -1], np.int32)
-    options = sampling.options(8, **ROWS)
+    options = sampling.make_options(8, **ROWS)
     together = choose(case.logits, options, keys, *case.args)
     together_forced = choose(case.logits, options, keys, *case.args, token)
     for row in range(8):
@@ -445,7 +447,7 @@ def test_other_rows_never_change_a_bit(vocab_size):
         for name, column in ROWS.items():
             values[name] = [PLAIN.get(name, 0)] * 8
             values[name][row] = column[row]
-        options = sampling.options(8, **values)
+        options = sampling.make_options(8, **values)
         chosen = choose(case.logits, options, keys, *alone.args)
         assert bits(chosen, row) == bits(together, row), row
         own = np.where(np.arange(8) == row, token, -1)
@@ -456,7 +458,7 @@ def test_other_rows_never_change_a_bit(vocab_size):
 @pytest.mark.parametrize("vocab_size", [V, 20_011])
 def test_a_row_s_place_never_changes_a_bit(vocab_size):
     case, keys = make_case(10, vocab_size), row_keys(1, jnp.arange(8))
-    options = sampling.options(8, **ROWS)
+    options = sampling.make_options(8, **ROWS)
     straight = choose(case.logits, options, keys, *case.args)
     order = [7, 2, 0, 5, 1, 6, 3, 4]
     moved = case.rows(order)

@@ -61,19 +61,19 @@ def requests():
         {"max_tokens": 70},
         {"max_tokens": 1},
     ]
-    made = []
+    cases = []
     for number, changes in enumerate(many):
         prompt = rng.integers(0, 300, 7 * (number + 1)).tolist()
         changes = {"max_tokens": 48, "seed": number, **changes}
-        made.append((prompt, options.Options(**changes)))
-    return made
+        cases.append((prompt, options.Options(**changes)))
+    return cases
 
 
 @pytest.fixture(scope="module")
 def undisturbed(first):
-    submitted = [first.submit(*one) for one in requests()]
+    submitted = [first.submit(*arguments) for arguments in requests()]
     first.run()
-    return [one.output() for one in submitted]
+    return [request.output() for request in submitted]
 
 
 def same(got, wanted):
@@ -88,33 +88,33 @@ def test_the_cases_are_what_they_are_meant_to_be(undisturbed):
 
 
 @pytest.mark.parametrize("steps", [0, 5, 14, 30])
-def test_resumed_outputs_are_the_same_to_the_bit(first, second, undisturbed, tmp_path, steps):
+def test_resumed_outputs_are_bit_exact(first, second, undisturbed, tmp_path, steps):
     path = tmp_path / "requests.json"
-    submitted = [first.submit(*one) for one in requests()]
+    submitted = [first.submit(*arguments) for arguments in requests()]
     for _ in range(steps):
         first.step()
-    ended = [one.done.is_set() for one in submitted]
+    ended = [request.done.is_set() for request in submitted]
     assert suspend.save_requests(first, path) == ended.count(False) > 0
     first.run()  # what was under way ends
-    after = [one.output(timeout_secs=1) for one in submitted]
-    assert {one.finish_reason for one, e in zip(after, ended, strict=True) if not e} == {
+    after = [request.output(timeout_secs=1) for request in submitted]
+    assert {output.finish_reason for output, e in zip(after, ended, strict=True) if not e} == {
         "suspended"
     }
     heard = []
     resumed = suspend.resume_requests(second, path, lambda *call: heard.append(call))
-    before = sum(len(one.tokens) for one in resumed)
+    before = sum(len(request.tokens) for request in resumed)
     second.run()
-    outputs = iter([one.output(timeout_secs=1) for one in resumed])
-    for done, wanted, old in zip(ended, undisturbed, after, strict=True):
-        same(old if done else next(outputs), wanted)
-    assert len(heard) == sum(len(one.tokens) for one in resumed) - before
-    assert [one.name for one in tmp_path.iterdir()] == ["requests.json"]
+    outputs = iter([request.output(timeout_secs=1) for request in resumed])
+    for was_over, wanted, old in zip(ended, undisturbed, after, strict=True):
+        same(old if was_over else next(outputs), wanted)
+    assert len(heard) == sum(len(request.tokens) for request in resumed) - before
+    assert [file.name for file in tmp_path.iterdir()] == ["requests.json"]
 
 
 def test_twice(first, second, undisturbed, tmp_path):
     path = tmp_path / "requests.json"
-    for one in requests():
-        first.submit(*one)
+    for arguments in requests():
+        first.submit(*arguments)
     for _ in range(6):
         first.step()
     suspend.save_requests(first, path)
@@ -125,7 +125,7 @@ def test_twice(first, second, undisturbed, tmp_path):
     first.run()
     resumed = suspend.resume_requests(first, path)
     first.run()
-    by_seed = {one.options.seed: one.output() for one in resumed}
+    by_seed = {request.options.seed: request.output() for request in resumed}
     assert by_seed
     for seed, output in by_seed.items():
         same(output, undisturbed[seed])
@@ -153,19 +153,21 @@ def test_refused_files(first, tmp_path):
     first.run()
     good = json.loads(path.read_text())
 
-    def refused(message, **changes):
+    def expect_refusal(message, **changes):
         path.write_text(json.dumps({**good, **changes}))
         with pytest.raises(ValueError, match=message):
             suspend.resume_requests(first, path)
 
     made_by = good["made_by"]
     for name in ("model", "weights", "tokenizer", "recipe"):
-        refused(f"requests of another {name}: 'x'", made_by={**made_by, name: "x"})
-    refused("got no 'm1_jax suspended requests, version 1'", format="other")
-    (one,) = good["requests"]
-    refused("request 0: ValueError.*option: got 'x'", requests=[{**one, "options": {"x": 1}}])
-    refused(
-        "max_tokens 500; wanted 128 at most", requests=[{**one, "options": {"max_tokens": 500}}]
+        expect_refusal(f"requests of another {name}: 'x'", made_by={**made_by, name: "x"})
+    expect_refusal("got no 'm1_jax suspended requests, version 1'", format="other")
+    (entry,) = good["requests"]
+    expect_refusal(
+        "request 0: ValueError.*option: got 'x'", requests=[{**entry, "options": {"x": 1}}]
+    )
+    expect_refusal(
+        "max_tokens 500; wanted 128 at most", requests=[{**entry, "options": {"max_tokens": 500}}]
     )
     path.write_text("{")
     with pytest.raises(ValueError, match="not JSON"):
@@ -186,16 +188,16 @@ def test_nothing_is_lost_where_nothing_can_be_written(first, tmp_path):
 def test_while_a_thread_works(first, second, undisturbed, tmp_path):
     path = tmp_path / "requests.json"
     second.start()
-    submitted = [second.submit(*one) for one in requests()]
-    while not any(len(one.tokens) > 9 for one in submitted):
+    submitted = [second.submit(*arguments) for arguments in requests()]
+    while not any(len(request.tokens) > 9 for request in submitted):
         time.sleep(0.001)
     suspend.save_requests(second, path)
-    outputs = {one.options.seed: one.output(timeout_secs=60) for one in submitted}
+    outputs = {r.options.seed: r.output(timeout_secs=60) for r in submitted}
     second.close()
-    for one in suspend.resume_requests(first, path):
-        assert outputs[one.options.seed].finish_reason == "suspended"
+    for request in suspend.resume_requests(first, path):
+        assert outputs[request.options.seed].finish_reason == "suspended"
         first.run()
-        outputs[one.options.seed] = one.output()
+        outputs[request.options.seed] = request.output()
     for seed, output in outputs.items():
         same(dataclasses.replace(output, tokens=versionless(output.tokens)), undisturbed[seed])
 

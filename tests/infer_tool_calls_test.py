@@ -15,14 +15,14 @@ def block(*lines):
 
 def events(text, cuts=()):
     """Return (kind, raw, calls, error) of the text pushed in pieces; neighbours are joined."""
-    parser = tool_calls.Parser()
+    parser = tool_calls.TurnParser()
     borders = sorted({0, len(text), *(cut % (len(text) + 1) for cut in cuts)})
     got = []
     for start, end in zip(borders, borders[1:], strict=False):
         got += parser.push(text[start:end])
     joined = []
     for event in [*got, *parser.close()]:
-        assert event.kind in tool_calls.KINDS
+        assert event.kind in tool_calls.EVENT_KINDS
         assert event.raw
         if joined and event.kind in ("text", "thinking") and joined[-1][0] == event.kind:
             joined[-1] = (event.kind, joined[-1][1] + event.raw, (), "")
@@ -32,9 +32,9 @@ def events(text, cuts=()):
 
 
 def test_a_whole_turn():
-    parsed = tool_calls.parse(f"<think>\nOne.\nTwo.\n</think>\nI add.\n{block(CALL, CALL)}")
-    add = tool_calls.Call("add", {"a": 1})
-    assert parsed == tool_calls.Parsed("One.\nTwo.", "I add.\n", (add, add))
+    parsed = tool_calls.parse_turn(f"<think>\nOne.\nTwo.\n</think>\nI add.\n{block(CALL, CALL)}")
+    add = tool_calls.ToolCall("add", {"a": 1})
+    assert parsed == tool_calls.ParsedTurn("One.\nTwo.", "I add.\n", (add, add))
 
 
 @pytest.mark.parametrize(
@@ -96,13 +96,13 @@ def test_kinds(text, kinds):
 def test_malformed_calls(inner, why):
     text = f"<tool_calls>\n{inner}</tool_calls>"
     with pytest.raises(ValueError, match=f"(?s)tool calls: got .*{why}.*; wanted <tool_calls>"):
-        tool_calls.parse(text)
+        tool_calls.parse_turn(text)
     assert [event[:2] for event in events(text)] == [("malformed", text)]
 
 
 def test_a_block_without_end_is_malformed():
     with pytest.raises(ValueError, match="no </tool_calls>; wanted"):
-        tool_calls.parse(f"Well.\n<tool_calls>\n{CALL}\n")
+        tool_calls.parse_turn(f"Well.\n<tool_calls>\n{CALL}\n")
     assert events(f"a<tool_calls>\n{CALL}")[-1][:2] == ("malformed", f"<tool_calls>\n{CALL}")
 
 
@@ -125,7 +125,7 @@ def test_borders_change_nothing_and_nothing_is_lost(text, cuts):
 
 @hypothesis.given(TEXT, TEXT)
 def test_what_came_out_stands_whatever_follows(text, more):
-    parser = tool_calls.Parser()
+    parser = tool_calls.TurnParser()
     early = [event for char in text for event in parser.push(char)]
     late = [*early, *parser.push(more), *parser.close()]
     joined = "".join(event.raw for event in late if event.kind == "text")
@@ -133,7 +133,7 @@ def test_what_came_out_stands_whatever_follows(text, more):
 
 
 def test_text_and_thinking_are_not_held_back():
-    parser = tool_calls.Parser()
+    parser = tool_calls.TurnParser()
     assert [e.raw for e in parser.push("<think>\nSo")] == ["<think>\n", "So"]
     assert [e.raw for e in parser.push("me\n</thin")] == ["me"]
     assert [e.raw for e in parser.push("gs")] == ["\n</things"]
@@ -161,9 +161,9 @@ def test_reads_what_the_prompt_writes(thinking, text, calls):
         "tool_calls": [{"name": name, "arguments": arguments} for name, arguments in calls],
     }
     hypothesis.assume(thinking or text or calls)
-    written = prompt.normalise([message])[0]["content"][0]["text"]
+    written = prompt.normalize_messages([message])[0]["content"][0]["text"]
     hypothesis.assume(not text[:1].isspace() or thinking)
-    parsed = tool_calls.parse(written)
+    parsed = tool_calls.parse_turn(written)
     assert parsed.thinking == thinking
     assert [(name, arguments) for name, arguments in parsed.calls] == calls
     gap = "\n" if calls and text and not text.endswith("\n") else ""

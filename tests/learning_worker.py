@@ -26,7 +26,7 @@ def main(directory: pathlib.Path, seed: str) -> None:
     export_run.run(directory / "sft", directory / "tuned", dtype="float32")
     prompts = directory / "prompts.txt"
     prompts.write_text(PROMPTS)
-    config = generate.Config(
+    config = generate.GenerateConfig(
         checkpoint=str(directory / "tuned"),
         prompts_file=str(prompts),
         max_tokens=64,

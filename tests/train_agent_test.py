@@ -56,7 +56,7 @@ class Scripted(base.Environment):
 
 def call(name="say", **arguments):
     message = {"role": "assistant", "tool_calls": [{"name": name, "arguments": arguments}]}
-    return prompt.normalise([message])[0]["content"][0]["text"]
+    return prompt.normalize_messages([message])[0]["content"][0]["text"]
 
 
 def drive(episode, tokenizer, turns, ends=True, version=3, status="stop"):
@@ -76,7 +76,7 @@ def drive(episode, tokenizer, turns, ends=True, version=3, status="stop"):
                     wanted = episode.send(result)
                 continue
             assert list(wanted.tokens[: len(written)]) == written  # nothing is taken back
-            ids = tokenizer.encode(turns.pop(0)) + [tokenizer.special_token_id(prompt.END)] * ends
+            ids = tokenizer.encode(turns.pop(0)) + [tokenizer.special_token_id(prompt.END_TOKEN)] * ends
             cut = len(ids) > wanted.max_tokens
             ids = ids[: wanted.max_tokens]
             asked.append(wanted)
@@ -96,9 +96,9 @@ def test_one_turn(tokenizer):
     sample, asked = drive(
         episodes.single_turn_episode(TASK, tokenizer, 50), tokenizer, ["Well, 4."]
     )
-    ids = tokenizer.encode("Well, 4.") + [tokenizer.special_token_id(prompt.END)]
+    ids = tokenizer.encode("Well, 4.") + [tokenizer.special_token_id(prompt.END_TOKEN)]
     assert asked == [sample_lib.Generate(sample.prompt, 50)]
-    assert list(sample.prompt) == prompt.encode(tokenizer, TASK.messages, TASK.tools)
+    assert list(sample.prompt) == prompt.encode_prompt(tokenizer, TASK.messages, TASK.tools)
     assert (sample.tokens, sample.mask) == (ids, [1] * len(ids))
     assert (sample.text, sample.status, sample.reward) == ("Well, 4.", "stop", None)
     assert sample.messages == [{"role": "assistant", "content": "Well, 4."}]
@@ -128,7 +128,7 @@ def test_turns_with_a_tool(tokenizer, ends):
     ]
     assert (world.text, world.closed, len(asked)) == ("Done.", 1, 3)
     first = len(asked[1].tokens) - len(sample.prompt)
-    end = tokenizer.special_token_id(prompt.END)
+    end = tokenizer.special_token_id(prompt.END_TOKEN)
     written = len(tokenizer.encode(turns[0])) + ends
     assert sample.mask[: first + 1] == [1] * written + [0] * (first - written) + [1]
     assert sample.logprobs[written:first] == [0.0] * (first - written)
@@ -154,17 +154,17 @@ def test_tokens_are_those_of_the_whole_conversation(tokenizer, turns, last, ends
     for text, calls in turns:
         entries = [{"name": "say", "arguments": {"text": said}} for said, _ in calls]
         message = {"role": "assistant", "content": text, "tool_calls": entries}
-        texts.append(prompt.normalise([message])[0]["content"][0]["text"])
+        texts.append(prompt.normalize_messages([message])[0]["content"][0]["text"])
     texts.append(f"So: {last}.")
     hypothesis.assume("<t" not in "".join(text for text, _ in turns) + last)
     world = Scripted([base.EnvironmentStep(tuple(said for _, said in calls)) for _, calls in turns])
     sample, _ = drive(
         episodes.multi_turn_episode(TASK, world, tokenizer, WIDE, profile), tokenizer, texts, ends
     )
-    end = "" if ends else prompt.END
+    end = "" if ends else prompt.END_TOKEN
     whole = tokenizer.decode([*sample.prompt, *sample.tokens], skip_special=False) + end + "\n"
     messages = [*TASK.messages, *sample.messages]
-    assert whole == prompt.text(messages, TOOLS, add_generation_prompt=False, profile=profile)
+    assert whole == prompt.render_text(messages, TOOLS, add_generation_prompt=False, profile=profile)
     assert len(sample.mask) == len(sample.tokens) == len(sample.logprobs) == len(sample.versions)
     masked = [
         (p, v)
@@ -181,7 +181,7 @@ def test_an_episode_is_what_supervised_training_sees(tokenizer, careless):
     for task, record in zip(tasks, lookup.make_demonstrations(8, 5, careless), strict=True):
         document = encoder.encode(record)
         turns = [
-            prompt.normalise([message])[0]["content"][0]["text"]
+            prompt.normalize_messages([message])[0]["content"][0]["text"]
             for message in record["messages"]
             if message["role"] == "assistant"
         ]
@@ -236,7 +236,7 @@ def test_no_more_turns(tokenizer):
 @hypothesis.given(st.integers(1, 500), st.integers(1, 60))
 @hypothesis.settings(max_examples=60, deadline=None)
 def test_never_longer_than_the_context(tokenizer, room, turn_tokens):
-    size = len(prompt.encode(tokenizer, TASK.messages, TOOLS))
+    size = len(prompt.encode_prompt(tokenizer, TASK.messages, TOOLS))
     limits = episodes.EpisodeLimits(5, size + room, turn_tokens)
     world = Scripted([base.EnvironmentStep(("a longer result " * 3,))] * 3)
     turns = [call(text="a")] * 3 + ["Done."]
@@ -368,5 +368,5 @@ def oracle(tokenizer, wanted):
     text = tokenizer.decode(wanted.tokens)
     said = text.rpartition("tool result: ")[2].split("\n")[0] if "tool result" in text else ""
     key = text.partition("Get ")[2][:1]
-    ids = tokenizer.encode(said or call("get", key=key)) + [tokenizer.special_token_id(prompt.END)]
+    ids = tokenizer.encode(said or call("get", key=key)) + [tokenizer.special_token_id(prompt.END_TOKEN)]
     return sample_lib.Generation(tuple(ids), (-1.0,) * len(ids), (0,) * len(ids), "stop")

@@ -49,12 +49,12 @@ def test_learnt_is_what_the_assistant_writes_and_its_end(tokenizer, profile):
     document = encoder.encode({"messages": ROUNDS, "tools": TOOLS})
     assert learnt(tokenizer, document) == [FIRST + END, SECOND + END, THIRD + END]
     whole = tokenizer.decode(document.tokens.tolist(), skip_special=False)
-    assert whole == prompt.text(ROUNDS, TOOLS, add_generation_prompt=False, profile=profile)
+    assert whole == prompt.render_text(ROUNDS, TOOLS, add_generation_prompt=False, profile=profile)
 
 
 def test_what_precedes_a_learnt_turn_is_the_prompt_that_the_sampler_encodes(tokenizer):
     document = chat.RecordEncoder(tokenizer).encode({"messages": ROUNDS[:3]})
-    asked = prompt.encode(tokenizer, ROUNDS[:2])
+    asked = prompt.encode_prompt(tokenizer, ROUNDS[:2])
     assert document.tokens[: len(asked)].tolist() == asked
     assert document.loss_mask[len(asked)]
     assert not document.loss_mask[: len(asked)].any()

@@ -253,6 +253,7 @@ def test_all_processes_hear_what_the_first_says(monkeypatch, size):
         return heard
 
     assert multihost.broadcast_object(value) is value  # alone
+    monkeypatch.setattr(multihost, "_FIRST_BLOCK_BYTES", 64)
     monkeypatch.setattr(multihost, "_CHUNK_BYTES", 128)
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(multihost.multihost_utils, "broadcast_one_to_all", tell)

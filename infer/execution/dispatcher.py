@@ -48,7 +48,7 @@ class DispatchedPlan:
     """
 
     row_by_request: dict[Hashable, int]
-    chosen: sampling.Chosen | None
+    chosen: sampling.TokenChoices | None
     version: int
 
     def wait_for_tokens(self) -> host_batch.SampledTokens:
@@ -104,7 +104,7 @@ class Dispatcher:
         self,
         chunks: Sequence[plan_lib.PrefillChunk],
         requests: Sequence[request_lib.Request | None],
-    ) -> sampling.Chosen:
+    ) -> sampling.TokenChoices:
         tokens = [
             _chunk_tokens(request, chunk) for request, chunk in zip(requests, chunks, strict=True)
         ]
@@ -115,7 +115,7 @@ class Dispatcher:
 
     def _start_decode(
         self, plan: plan_lib.StepPlan, requests: Sequence[request_lib.Request | None]
-    ) -> sampling.Chosen:
+    ) -> sampling.TokenChoices:
         sizes = self._config.decode_batch_sizes
         size = next(rows for rows in sizes if rows >= len(plan.decode_rows))
         batch = host_batch.make_batch(size, plan.decode_rows, requests, self._config)
@@ -138,7 +138,7 @@ class Dispatcher:
             return None
         drafts = np.full((size, config.attention_tile), -1, np.int32)
         for row, request in enumerate(requests):
-            if request is None or not request.plain:
+            if request is None or not request.allows_drafts:
                 continue
             # The last token of a sequence is not in its state yet: it enters first, at the row of
             # the open tile that its position says, and guesses fill the rows after it.
@@ -148,7 +148,7 @@ class Dispatcher:
             if (length + 1 + room) % config.chunk_tokens == 0:
                 # A guess in the chunk's last row would move the recurrent state on, for good.
                 room -= 1
-            guess = request.lookup.guess(min(room, max_drafts))
+            guess = request.prompt_lookup.draft_tokens(min(room, max_drafts))
             drafts[row, first : first + len(guess)] = guess
         return drafts if np.any(drafts >= 0) else None
 
@@ -169,7 +169,7 @@ class Dispatcher:
     def _prepare_slot(self, slot: int, request: request_lib.Request) -> None:
         """Bring a slot's counts, bias and mask in line with the request that now has it."""
         options, slot_id = request.options, np.int32(slot)
-        has_own_state = bool(request.penalised or options.logit_bias or request.matcher)
+        has_own_state = bool(request.has_penalties or options.logit_bias or request.matcher)
         use = self._slots.get(slot, _CLEAN)
         is_own = use.state is SlotState.OWNED and use.owner == request.number
         # A request without penalties, bias or grammar is served from a clean slot as it is.
@@ -180,13 +180,13 @@ class Dispatcher:
                 self._set_owner(slot, request.number)
             else:
                 self._slots[slot] = _CLEAN
-            if request.penalised:
+            if request.has_penalties:
                 # Sampling counts each token that it chooses. Those from before must be counted
                 # here: the prompt, and the output of a request that begins again.
                 self._count_tokens(slot_id, request.prompt, in_prompt=True)
                 self._count_tokens(slot_id, [token.id for token in request.tokens], in_prompt=False)
         if request.matcher is not None:
-            self._device.run_program("set_mask", 0, slot_id, request.mask)
+            self._device.run_program("set_mask", 0, slot_id, request.grammar_mask)
 
     def _count_tokens(self, slot_id: np.int32, tokens: Sequence[int], in_prompt: bool) -> None:
         for first in range(0, len(tokens), transfers.COUNT_TOKENS):

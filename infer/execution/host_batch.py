@@ -44,7 +44,7 @@ class SampledTokens:
       chosen: arrays [steps, rows, ...] of NumPy; None of a plan without a program.
     """
 
-    def __init__(self, chosen: sampling.Chosen | None):
+    def __init__(self, chosen: sampling.TokenChoices | None):
         self._chosen = chosen
 
     def row_tokens(self, row: int) -> list[SampledToken]:
@@ -87,6 +87,7 @@ def make_batch(
             getattr(batch.options, field.name)[row] = getattr(options, field.name)
         batch.seeds[row] = options.seed
         batch.stop_ids[row, : len(request.stop_ids)] = request.stop_ids
+        # With the new token counted, so that `min_tokens` others come before a stop id.
         batch.min_stop_length[row] = prompt_tokens + options.min_tokens + 1
         batch.length_limit[row] = prompt_tokens + options.max_tokens
         forced = request.progress.next_forced()
@@ -109,7 +110,7 @@ def pack_prompts(
     widths = [config.pad_to_tile(chunk.num_tokens) for chunk in chunks]
     size = next(rows for rows in config.prefill_tokens if rows >= sum(widths))
     prompts = make_empty_prompts(size, config)
-    first = 0
+    first = 0  # row of the chunk's first token, always on a tile
     for i, (chunk, (ids, known), width) in enumerate(zip(chunks, tokens, widths, strict=True)):
         end = chunk.start + chunk.num_tokens
         prompts.tokens[first : first + chunk.num_tokens] = ids
@@ -117,6 +118,7 @@ def pack_prompts(
         prompts.chunk_index[first // tile : (first + width) // tile] = i
         if chunk.is_last:
             prompts.lengths[i], prompts.known_tokens[i] = end, known
+            # No row if the next token is known: its logits would be computed for nothing.
             prompts.last_rows[i] = first + chunk.num_tokens - 1 if known < 0 else -1
         first += width
     return prompts
@@ -130,7 +132,7 @@ def make_empty_batch(size: int, config: config_lib.EngineConfig) -> slot_samplin
     return host_batch(
         slots=np.zeros(size, np.int32),
         pages=np.zeros((size, config.pages_per_sequence), np.int32),
-        options=host_options(**sampling.check(size)),
+        options=host_options(**sampling.check_sampling_options(size)),
         seeds=np.zeros(size, np.uint32),
         stop_ids=np.full((size, options_lib.MAX_STOP_IDS), -1, np.int32),
         min_stop_length=np.zeros(size, np.int32),
@@ -186,7 +188,7 @@ def make_free_mask(vocab_size: int) -> np.ndarray:
     return np.full(-(-vocab_size // 32), 0xFFFFFFFF, np.uint32)
 
 
-def fetch_tokens(chosen: sampling.Chosen | None) -> SampledTokens:
+def fetch_tokens(chosen: sampling.TokenChoices | None) -> SampledTokens:
     """Wait for what a program chose."""
     if chosen is None:
         return SampledTokens(None)

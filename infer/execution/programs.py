@@ -1,4 +1,4 @@
-"""The programs an engine runs on the device; all are compiled before the first request.
+"""The programs an engine runs on the device; compiled before the first request.
 
 Every option of a request is an array, so nothing about requests changes a program. There is one
 decode program per number of rows, one prefill program per number of tokens, and a few that move
@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Int
 
 from infer import config as config_lib
 from infer import options as options_lib
@@ -36,12 +36,12 @@ class PackedPrompts:
 
     Attributes:
       tokens: the token of each row.
-      positions: its position in its sequence; -1 is padding.
-      chunk_index: row in the batch of each tile's sequence; -1 is padding.
+      positions: its position in its sequence, -1 for padding.
+      chunk_index: row in the batch of each tile's sequence, -1 for padding.
       last_rows: row of each chunk's last token where the next token is to be chosen, else -1.
-      lengths: tokens in the state after this chunk; 0 if more of the prompt follows.
+      lengths: tokens in the state after this chunk, 0 if more of the prompt follows.
       known_tokens: the token after this chunk, for a sequence that is computed again and has
-        chosen it before; else -1.
+        chosen it before, else -1.
     """
 
     tokens: Int[Array, "M"]
@@ -59,7 +59,7 @@ class Tiling:
 
     Attributes:
       attention_tile: rows of one sequence that attention computes at a time.
-      matmul_tile: rows that a matrix product computes at a time; 0 takes all.
+      matmul_tile: rows that a matrix product computes at a time, 0 for all of them.
     """
 
     attention_tile: int = dataclasses.field(default=8, metadata={"static": True})
@@ -74,7 +74,7 @@ def decode_tokens(
     steps: Int[Array, ""],
     tiling: Tiling,
     max_steps: int,
-) -> tuple[state_lib.ServingState, slot_sampling.SlotSamplingState, sampling.Chosen]:
+) -> tuple[state_lib.ServingState, slot_sampling.SlotSamplingState, sampling.TokenChoices]:
     """Make up to `steps` tokens for every running row.
 
     Several steps in one program save the host's round trip between them.
@@ -148,7 +148,7 @@ def abstract_decode_inputs(
     batch = abstract_batch(
         slots=ints,
         pages=jax.ShapeDtypeStruct((size, config.pages_per_sequence), jnp.int32),
-        options=jax.eval_shape(lambda: sampling.options(size)),
+        options=jax.eval_shape(lambda: sampling.make_options(size)),
         seeds=jax.ShapeDtypeStruct((size,), jnp.uint32),
         stop_ids=jax.ShapeDtypeStruct((size, options_lib.MAX_STOP_IDS), jnp.int32),
         min_stop_length=ints,
@@ -169,7 +169,7 @@ def verify_drafts(
     batch: slot_sampling.SequenceBatch,
     drafts: Int[Array, "B t"],
     tiling: Tiling,
-) -> tuple[state_lib.ServingState, slot_sampling.SlotSamplingState, sampling.Chosen]:
+) -> tuple[state_lib.ServingState, slot_sampling.SlotSamplingState, sampling.TokenChoices]:
     """Make tokens as `decode_tokens` does, several at once where guesses at them turn out right.
 
     Every guess is checked by choosing from the logits before it as `decode_tokens` would: a row of
@@ -178,7 +178,7 @@ def verify_drafts(
 
     Args:
       drafts: by row of the sequence's open tile, guesses at the tokens after the next one to enter
-        the state; -1 is none. There is none at the last token of a chunk: the recurrent state
+        the state, -1 for none. There is none at the last token of a chunk: the recurrent state
         would move on, for good.
 
     Returns:
@@ -213,23 +213,9 @@ def verify_drafts(
     )
     stopped = stopped.reshape(size, tile)
     token = chosen.token.reshape(size, tile)
-    # A column counts if all before it were guessed right and did not end the sequence: the guess
-    # at the next column must be the token chosen here.
-    is_right = (column < first) | (jnp.roll(drafts, -1, axis=1) == token) & ~stopped
-    is_right = jnp.roll(is_right, 1, axis=1) | (column <= first)
-    is_made = (jnp.cumprod(is_right, axis=1) > 0) & is_fed
-    last = jnp.max(jnp.where(is_made, column, 0), axis=1)
-    last_cell = jnp.arange(size), last
-    slots = jnp.where(running, batch.slots, 0)
-    num_made = jnp.sum(is_made, axis=1)
-    sampling_state = dataclasses.replace(
-        sampling_state,
-        token=sampling_state.token.at[slots].set(token[last_cell]),
-        length=sampling_state.length.at[slots].set(length + num_made),
-        running=sampling_state.running.at[slots].set(running & ~stopped[last_cell]),
-        counts=sampling_state.counts.at[slots[:, None], jnp.maximum(token, 0)].add(
-            is_made.astype(jnp.int32)
-        ),
+    is_made = _accept_columns(drafts, token, stopped, column, first) & is_fed
+    sampling_state = _record_columns(
+        sampling_state, batch, running, token, stopped, is_made, column, length
     )
     chosen = dataclasses.replace(chosen, token=jnp.where(is_made.reshape(-1), chosen.token, -1))
     by_step = jax.tree.map(
@@ -238,11 +224,53 @@ def verify_drafts(
     return state, sampling_state, by_step
 
 
-def _empty_tokens(batch: slot_sampling.SequenceBatch, steps: int) -> sampling.Chosen:
+def _accept_columns(
+    drafts: Int[Array, "B t"],
+    token: Int[Array, "B t"],
+    stopped: Bool[Array, "B t"],
+    column: Int[Array, "1 t"],
+    first: Int[Array, "B 1"],
+) -> Bool[Array, "B t"]:
+    """Return the columns whose choice counts: all before were guessed right and did not end it.
+
+    The guess at the next column must be the token chosen here.
+    """
+    is_right = (column < first) | (jnp.roll(drafts, -1, axis=1) == token) & ~stopped
+    is_right = jnp.roll(is_right, 1, axis=1) | (column <= first)
+    return jnp.cumprod(is_right, axis=1) > 0
+
+
+def _record_columns(
+    sampling_state: slot_sampling.SlotSamplingState,
+    batch: slot_sampling.SequenceBatch,
+    running: Bool[Array, "B"],
+    token: Int[Array, "B t"],
+    stopped: Bool[Array, "B t"],
+    is_made: Bool[Array, "B t"],
+    column: Int[Array, "1 t"],
+    length: Int[Array, "B"],
+) -> slot_sampling.SlotSamplingState:
+    """Note the tokens made of every running row: those of the columns in `is_made`."""
+    last = jnp.max(jnp.where(is_made, column, 0), axis=1)
+    last_cell = jnp.arange(len(token)), last
+    slots = jnp.where(running, batch.slots, 0)
+    num_made = jnp.sum(is_made, axis=1)
+    return dataclasses.replace(
+        sampling_state,
+        token=sampling_state.token.at[slots].set(token[last_cell]),
+        length=sampling_state.length.at[slots].set(length + num_made),
+        running=sampling_state.running.at[slots].set(running & ~stopped[last_cell]),
+        counts=sampling_state.counts.at[slots[:, None], jnp.maximum(token, 0)].add(
+            is_made.astype(jnp.int32)
+        ),
+    )
+
+
+def _empty_tokens(batch: slot_sampling.SequenceBatch, steps: int) -> sampling.TokenChoices:
     """Return arrays [steps, B, ...] without a token."""
     shape = (steps, batch.slots.shape[0])
     top = (*shape, options_lib.MAX_TOP_LOGPROBS)
-    return sampling.Chosen(
+    return sampling.TokenChoices(
         jnp.full(shape, -1, jnp.int32),
         jnp.zeros(shape),
         jnp.zeros(shape),
@@ -258,7 +286,7 @@ def prefill_prompts(
     batch: slot_sampling.SequenceBatch,
     prompts: PackedPrompts,
     tiling: Tiling,
-) -> tuple[state_lib.ServingState, slot_sampling.SlotSamplingState, sampling.Chosen]:
+) -> tuple[state_lib.ServingState, slot_sampling.SlotSamplingState, sampling.TokenChoices]:
     """Append chunks of prompts.
 
     Returns:

@@ -32,7 +32,7 @@ PROMPT_FLAG = 1 << 30  # in `counts`: the token is in the prompt
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SamplingOptions:
-    """Options of each row, as in `request.Options`; make them with `options`.
+    """Options of each row, as in `options.Options`; make them with `make_options`.
 
     temperature: 0 takes the most likely token. top_p: 1 is off. top_k: 0 is off. min_p: 0 is off.
     repetition_penalty: 1 is off; as in transformers, over the prompt and the output.
@@ -52,7 +52,7 @@ class SamplingOptions:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Chosen:
+class TokenChoices:
     """One token per row, with log-probabilities.
 
     logp: under the distribution that was sampled from; 0 in greedy rows, which leave no choice.
@@ -68,12 +68,12 @@ class Chosen:
     top_logp: Float[Array, "B K"]
 
 
-def options(batch: int, **values: float | Sequence[float]) -> SamplingOptions:
-    """Make options; arguments and errors as in `check`."""
-    return SamplingOptions(**jax.tree.map(jnp.asarray, check(batch, **values)))
+def make_options(batch: int, **values: float | Sequence[float]) -> SamplingOptions:
+    """Make options; arguments and errors as in `check_sampling_options`."""
+    return SamplingOptions(**jax.tree.map(jnp.asarray, check_sampling_options(batch, **values)))
 
 
-def check(batch: int, **values: float | Sequence[float]) -> dict[str, np.ndarray]:
+def check_sampling_options(batch: int, **values: float | Sequence[float]) -> dict[str, np.ndarray]:
     """Check options on the host, without touching a device; a single number is for all rows.
 
     Args:
@@ -88,12 +88,12 @@ def check(batch: int, **values: float | Sequence[float]) -> dict[str, np.ndarray
       ValueError: a value out of range, a number of values other than `batch`.
       TypeError: an unknown option.
     """
-    unknown = values.keys() - options_lib.SAMPLING.keys()
+    unknown = values.keys() - options_lib.SAMPLING_FIELDS.keys()
     if unknown:
-        wanted = ", ".join(options_lib.SAMPLING)
+        wanted = ", ".join(options_lib.SAMPLING_FIELDS)
         raise TypeError(f"got option {min(unknown)!r}; wanted one of {wanted}")
     columns = {}
-    for name, (default, valid, wanted) in options_lib.SAMPLING.items():
+    for name, (default, valid, wanted) in options_lib.SAMPLING_FIELDS.items():
         column = np.asarray(values.get(name, default))
         if column.ndim == 0:
             column = np.full(batch, column)
@@ -107,12 +107,12 @@ def check(batch: int, **values: float | Sequence[float]) -> dict[str, np.ndarray
     return columns
 
 
-def keys(seeds: UInt[Array, "B"], positions: Int[Array, "B"]) -> Key[Array, "B"]:
+def sampling_keys(seeds: UInt[Array, "B"], positions: Int[Array, "B"]) -> Key[Array, "B"]:
     """Return one key per row from its request's seed and the token's place in the sequence."""
     return jax.vmap(lambda seed, at: jax.random.fold_in(jax.random.key(seed), at))(seeds, positions)
 
 
-def choose(
+def sample_tokens(
     logits: Float[Array, "B V"],
     options: SamplingOptions,
     keys: Key[Array, "B"],
@@ -121,13 +121,13 @@ def choose(
     mask: UInt[Array, "B W"] | None = None,
     banned: Int[Array, "B S"] | None = None,
     forced: Int[Array, "B"] | None = None,
-) -> Chosen:
+) -> TokenChoices:
     """Choose one token per row.
 
     Args:
       logits: -inf forbids a token.
       options: per row.
-      keys: from `keys`, another one for every position.
+      keys: from `sampling_keys`, another one for every position.
       counts: how often each token occurs in the output, plus `PROMPT_FLAG` if it is in the
         prompt; needed for the penalties.
       bias: added to the logits.
@@ -139,8 +139,8 @@ def choose(
         -1 is none.
     """
     logits = logits.astype(jnp.float32)
-    x = _changed(logits, options, counts, bias, mask, banned)
-    greedy = _greedy(options)
+    x = _adjust_logits(logits, options, counts, bias, mask, banned)
+    greedy = _is_greedy(options)
 
     def replaced(tokens):
         return tokens if forced is None else jnp.where(forced >= 0, forced, tokens)
@@ -149,22 +149,26 @@ def choose(
         return jnp.where(tokens == best, 0.0, -jnp.inf)
 
     def draw(x):
-        hot = _distribution(x, options)
-        noise = jax.vmap(lambda key: gumbel(jax.random.bits(key, x.shape[1:], jnp.uint32)))(keys)
-        drawn = _argmax(jnp.where(greedy[:, None], x, hot + noise))
+        hot = _sampling_logits(x, options)
+        noise = jax.vmap(lambda key: gumbel_noise(jax.random.bits(key, x.shape[1:], jnp.uint32)))(
+            keys
+        )
+        drawn = _argmax_first(jnp.where(greedy[:, None], x, hot + noise))
         tokens = replaced(drawn)
-        return tokens, jnp.where(greedy, greedy_logp(tokens, drawn), _logp(hot, tokens))
+        return tokens, jnp.where(greedy, greedy_logp(tokens, drawn), _token_logp(hot, tokens))
 
     def take_best(x):
-        best = _argmax(x)
+        best = _argmax_first(x)
         tokens = replaced(best)
         return tokens, greedy_logp(tokens, best)
 
     token, logp = lax.cond(jnp.all(greedy), take_best, draw, x)
-    return Chosen(token, logp, _logp(logits, token), *_most_likely(logits, options.top_logprobs))
+    return TokenChoices(
+        token, logp, _token_logp(logits, token), *_top_logprobs(logits, options.top_logprobs)
+    )
 
 
-def gumbel(bits: UInt[Array, "..."]) -> Float[Array, "..."]:
+def gumbel_noise(bits: UInt[Array, "..."]) -> Float[Array, "..."]:
     """Turn uniform 32-bit integers into standard Gumbel noise, -log(-log(1 - u)).
 
     u near 0 makes the large values that decide a draw, and there float32 resolves all 32 bits;
@@ -174,28 +178,28 @@ def gumbel(bits: UInt[Array, "..."]) -> Float[Array, "..."]:
     return -jnp.log(-jnp.log1p(-jnp.minimum(u, 1 - 2.0**-24)))
 
 
-def _argmax(x: Float[Array, "B V"]) -> Int[Array, "B"]:
+def _argmax_first(x: Float[Array, "B V"]) -> Int[Array, "B"]:
     """Return the first place of each row's largest; jnp.argmax takes 4 times as long on CPU."""
     places = lax.broadcasted_iota(jnp.int32, x.shape, 1)
     largest = jnp.max(x, axis=-1, keepdims=True)
     return jnp.min(jnp.where(x == largest, places, x.shape[1] - 1), axis=-1)
 
 
-def _greedy(options: SamplingOptions) -> Bool[Array, "B"]:
+def _is_greedy(options: SamplingOptions) -> Bool[Array, "B"]:
     return options.temperature < jnp.finfo(jnp.float32).tiny  # divisors that flush to 0
 
 
-def _distribution(x: Float[Array, "B V"], options: SamplingOptions) -> Float[Array, "B V"]:
+def _sampling_logits(x: Float[Array, "B V"], options: SamplingOptions) -> Float[Array, "B V"]:
     """Return what is sampled from, as logits whose largest is 0; greedy rows have a stand-in."""
-    greedy = _greedy(options)
+    greedy = _is_greedy(options)
     # The largest is subtracted first: a small temperature then cannot overflow.
     hot = x - jnp.max(x, axis=-1, keepdims=True)
     hot = hot / jnp.where(greedy, 1.0, options.temperature)[:, None]
     narrowed = (options.top_k > 0) | (options.top_p < 1) | (options.min_p > 0)
-    return lax.cond(jnp.any(narrowed & ~greedy), _narrow, lambda x, _: x, hot, options)
+    return lax.cond(jnp.any(narrowed & ~greedy), _narrow_candidates, lambda x, _: x, hot, options)
 
 
-def _changed(
+def _adjust_logits(
     x: Float[Array, "B V"],
     options: SamplingOptions,
     counts: Int[Array, "B V"] | None,
@@ -207,19 +211,19 @@ def _changed(
     if counts is not None:
         penalty = (options.repetition_penalty != 1) | (options.presence_penalty != 0)
         wanted = jnp.any(penalty | (options.frequency_penalty != 0))
-        x = lax.cond(wanted, lambda x: _penalised(x, options, counts), lambda x: x, x)
+        x = lax.cond(wanted, lambda x: _apply_penalties(x, options, counts), lambda x: x, x)
     if bias is not None:
         wanted = jnp.any(bias != 0)
         x = lax.cond(wanted, lambda x: jnp.where(bias != 0, x + bias, x), lambda x: x, x)
     if mask is not None:
         wanted = jnp.any(mask != jnp.uint32(0xFFFFFFFF))
-        x = lax.cond(wanted, lambda x: _masked(x, mask), lambda x: x, x)
+        x = lax.cond(wanted, lambda x: _apply_mask(x, mask), lambda x: x, x)
     if banned is not None:
-        x = lax.cond(jnp.any(banned >= 0), lambda x: _without(x, banned), lambda x: x, x)
+        x = lax.cond(jnp.any(banned >= 0), lambda x: _ban_tokens(x, banned), lambda x: x, x)
     return x
 
 
-def _penalised(x, options: SamplingOptions, counts: Int[Array, "B V"]):
+def _apply_penalties(x, options: SamplingOptions, counts: Int[Array, "B V"]):
     """Repetition over prompt and output, frequency and presence over the output."""
     repetition = options.repetition_penalty[:, None]
     frequency = options.frequency_penalty[:, None]
@@ -231,19 +235,19 @@ def _penalised(x, options: SamplingOptions, counts: Int[Array, "B V"]):
     return jnp.where((presence != 0) & (output > 0), x - presence, x)
 
 
-def _masked(x, mask: UInt[Array, "B W"]):
+def _apply_mask(x, mask: UInt[Array, "B W"]):
     places = jnp.arange(32, dtype=jnp.uint32)[None, None]
     bits = (mask[:, :, None] >> places) & 1
     return jnp.where(bits.reshape(x.shape[0], -1)[:, : x.shape[1]] != 0, x, -jnp.inf)
 
 
-def _without(x, banned: Int[Array, "B S"]):
+def _ban_tokens(x, banned: Int[Array, "B S"]):
     rows = jnp.arange(x.shape[0])[:, None]
     # Negative places would count from the end; those past it are dropped.
     return x.at[rows, jnp.where(banned < 0, x.shape[1], banned)].set(-jnp.inf, mode="drop")
 
 
-def _most_likely(
+def _top_logprobs(
     logits: Float[Array, "B V"], wanted: Int[Array, "B"]
 ) -> tuple[Int[Array, "B K"], Float[Array, "B K"]]:
     """Return ids and log-probabilities of the most likely tokens, if any row asks for them."""
@@ -262,31 +266,31 @@ def _most_likely(
     return lax.cond(jnp.any(wanted > 0), find, lambda _: none, logits)
 
 
-def _logp(x: Float[Array, "B V"], tokens: Int[Array, "B"]) -> Float[Array, "B"]:
+def _token_logp(x: Float[Array, "B V"], tokens: Int[Array, "B"]) -> Float[Array, "B"]:
     chosen = jnp.take_along_axis(x, tokens[:, None], axis=-1)[:, 0]
     return chosen - jax.nn.logsumexp(x, axis=-1)
 
 
-def _narrow(x: Float[Array, "B V"], options: SamplingOptions) -> Float[Array, "B V"]:
+def _narrow_candidates(x: Float[Array, "B V"], options: SamplingOptions) -> Float[Array, "B V"]:
     """Put -inf where top_k, top_p or min_p leave a token out. The largest x of a row is 0."""
 
     def top_k(x):
         on = (options.top_k > 0) & (options.top_k < x.shape[-1])
         # Whole numbers are exact in float32 up to 2^24, above any vocabulary.
         wanted = jnp.where(on, options.top_k, 0).astype(jnp.float32)
-        return _keep_prefix(x, jnp.ones_like(x), wanted, on)
+        return _keep_prefix_mass(x, jnp.ones_like(x), wanted, on)
 
     def top_p(x):
         mass = jnp.exp(x)
         wanted = options.top_p * jnp.sum(mass, axis=-1)
-        return _keep_prefix(x, mass, wanted, options.top_p < 1)
+        return _keep_prefix_mass(x, mass, wanted, options.top_p < 1)
 
     x = lax.cond(jnp.any(options.top_k > 0), top_k, lambda x: x, x)
     x = lax.cond(jnp.any(options.top_p < 1), top_p, lambda x: x, x)
     return jnp.where(x >= jnp.log(options.min_p)[:, None], x, -jnp.inf)
 
 
-def _keep_prefix(
+def _keep_prefix_mass(
     x: Float[Array, "B V"],
     weight: Float[Array, "B V"],
     wanted: Float[Array, "B"],

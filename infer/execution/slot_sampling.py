@@ -85,9 +85,10 @@ def choose_and_record(
     batch: SequenceBatch,
     row_mask: Bool[Array, "B"],
     length: Int[Array, "B"],
-) -> tuple[SlotSamplingState, sampling.Chosen]:
+) -> tuple[SlotSamplingState, sampling.TokenChoices]:
     """Choose a token for the rows of the mask, whose state holds `length` tokens, and note it."""
     chosen, stopped = choose_tokens(logits, sampling_state, batch, row_mask, length)
+    # Slot 0 takes the writes of all other rows. Several rows may write there, in any order.
     slots = jnp.where(row_mask, batch.slots, 0)
     sampling_state = dataclasses.replace(
         sampling_state,
@@ -105,7 +106,7 @@ def choose_tokens(
     batch: SequenceBatch,
     row_mask: Bool[Array, "B"],
     length: Int[Array, "B"],
-) -> tuple[sampling.Chosen, Bool[Array, "B"]]:
+) -> tuple[sampling.TokenChoices, Bool[Array, "B"]]:
     """Return what is chosen, and whether it ends the sequence."""
 
     def choose_tile(logits, slots, options, seeds, stop_ids, is_early, forced, length):
@@ -114,10 +115,11 @@ def choose_tokens(
             sampling_state.bias[slots],
             sampling_state.masks[slots],
         )
+        # Stop ids are forbidden until the request's min_tokens are made.
         banned = jnp.where(is_early[:, None], stop_ids, -1)
         # The key is of the request's seed and the position: the same in any batch, in any run.
-        keys = sampling.keys(seeds, length)
-        return sampling.choose(logits, options, keys, *slot_state, banned, forced)
+        keys = sampling.sampling_keys(seeds, length)
+        return sampling.sample_tokens(logits, options, keys, *slot_state, banned, forced)
 
     total = length + 1  # with the new token
     can_stop = total >= batch.min_stop_length

@@ -38,7 +38,7 @@ class RecordEncoder:
     overlong: str = "error"
     thinking: str = "keep"
     profile: str = "release"
-    begin_token: str | None = prompt.DOCUMENT
+    begin_token: str | None = prompt.DOCUMENT_TOKEN
     end_token: str | None = "<end_of_document>"
 
     def encode(self, record: dict, kind: str = "auto") -> packing.TokenizedDocument:
@@ -121,13 +121,13 @@ def is_chat(record: dict, kind: str = "auto") -> bool:
 
 def render_conversation(
     messages: Any, tools: Any = None, thinking: str = "keep", profile: str = "release"
-) -> list[tuple[prompt.Piece, bool]]:
-    """Return a conversation's pieces, as `prompt.render`, each with whether it is learnt.
+) -> list[tuple[prompt.PromptPiece, bool]]:
+    """Return a conversation's pieces, as `prompt.render_prompt`, each with whether it is learnt.
 
     Raises:
       ValueError: a conversation that cannot be rendered, or has no assistant turn to learn.
     """
-    normal = prompt.normalise(messages, profile)
+    normal = prompt.normalize_messages(messages, profile)
     learnt = [True] * sum(message["role"] == "assistant" for message in normal)
     if thinking == "drop":
         messages, learnt = _drop_old_thoughts(normal)
@@ -135,18 +135,18 @@ def render_conversation(
         raise ValueError("got no assistant turn to learn; wanted at least one")
     turns = iter(learnt)
     # The opened turn that a prompt ends with is the head of every assistant turn.
-    head = prompt.render([{"role": "user", "content": "-"}], profile=profile)[-1].text
-    pieces: list[tuple[prompt.Piece, bool]] = []
+    head = prompt.render_prompt([{"role": "user", "content": "-"}], profile=profile)[-1].text
+    pieces: list[tuple[prompt.PromptPiece, bool]] = []
     before, learning = "", False
-    rendered = prompt.render(messages, tools, add_generation_prompt=False, profile=profile)
+    rendered = prompt.render_prompt(messages, tools, add_generation_prompt=False, profile=profile)
     for piece in rendered:
         if piece.special:
-            pieces.append((piece, learning and piece.text == prompt.END))
+            pieces.append((piece, learning and piece.text == prompt.END_TOKEN))
             before, learning = piece.text, False
-        elif before == prompt.BEGIN and piece.text.startswith(head):
+        elif before == prompt.BEGIN_TOKEN and piece.text.startswith(head):
             learning = next(turns)
-            pieces.append((prompt.Piece(head), False))
-            pieces.append((prompt.Piece(piece.text[len(head) :]), learning))
+            pieces.append((prompt.PromptPiece(head), False))
+            pieces.append((prompt.PromptPiece(piece.text[len(head) :]), learning))
         else:
             pieces.append((piece, False))
     return pieces

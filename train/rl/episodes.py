@@ -117,7 +117,7 @@ def _start_sample(
 ) -> sample_lib.Sample:
     tools = task.tools or None  # an empty list would be rendered by some profiles
     return sample_lib.Sample(
-        task, tuple(prompt.encode(tokenizer, task.messages, tools, profile=profile))
+        task, tuple(prompt.encode_prompt(tokenizer, task.messages, tools, profile=profile))
     )
 
 
@@ -137,7 +137,7 @@ def _run_turns(
         if made.status != "stop":
             return ""
         try:
-            parsed = tool_calls.parse(sample.text)
+            parsed = tool_calls.parse_turn(sample.text)
         except ValueError as error:
             if not environment.reports_malformed_calls:
                 return ""
@@ -191,8 +191,8 @@ def _encode_observation(
     The turn's end is left out where the model wrote it.
     """
     turn = {"role": "assistant", "content": "-"}
-    before = prompt.render([turn], add_generation_prompt=False, profile=profile)
-    pieces = prompt.render([turn, *messages], profile=profile)[len(before) - 2 :]
+    before = prompt.render_prompt([turn], add_generation_prompt=False, profile=profile)
+    pieces = prompt.render_prompt([turn, *messages], profile=profile)[len(before) - 2 :]
     ids: list[int] = []
     for piece in pieces:
         if piece.special:

@@ -295,7 +295,7 @@ class _EpisodeLoop:
 def _resumed_tokens(partial: sample_lib.Generation | None) -> list[Any]:
     if partial is None:
         return []
-    make: Any = request.Token
+    make: Any = request.OutputToken
     return [
         make(*one)
         for one in zip(partial.tokens, partial.logprobs, partial.raw, partial.versions, strict=True)
