@@ -10,7 +10,7 @@ import pathlib
 import runpy
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 
@@ -78,6 +78,18 @@ def list_differences(old: Any, new: Any, path: str = "") -> list[str]:
     ]
 
 
+def check_field(valid: bool, name: str, got: Any, wanted: str) -> None:
+    """Raise ValueError for a field that is not valid, in the words that all configs use."""
+    if not valid:
+        raise ValueError(f"{name}: got {got!r}; wanted {wanted}")
+
+
+def suggest_names(name: Any, known: Collection[str], otherwise: str, limit: int = 1) -> str:
+    """Return "did you mean X?", or `otherwise` where no known name is like the one given."""
+    near = difflib.get_close_matches(str(name), list(known), limit)
+    return f"did you mean {' or '.join(near)}?" if near else otherwise
+
+
 def _dataclass_fields(kind: Any) -> tuple[dataclasses.Field, ...]:
     return dataclasses.fields(kind)
 
@@ -104,8 +116,7 @@ def _replace_at_path(node: Any, kind: Any, path: list[str], value: Any, full_pat
 
 
 def _describe_unknown_field(kind: type, name: str, names) -> str:
-    near = difflib.get_close_matches(name, list(names), 1)
-    hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(names)}"
+    hint = suggest_names(name, names, f"it has {', '.join(names)}")
     return f"{kind.__name__} has no field {name!r}; {hint}"
 
 

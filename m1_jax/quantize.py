@@ -6,7 +6,6 @@ most half a scale. Products take the integers, which are exact in bfloat16, and 
 
 import concurrent.futures
 import dataclasses
-import difflib
 import itertools
 import re
 from collections.abc import Callable
@@ -17,6 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int8, Shaped
+
+from m1_jax import configlib
 
 MAX_INT8 = 127
 NUM_THREADS = 8  # of the host; each holds a few float32 copies of one matrix of one expert
@@ -58,8 +59,7 @@ def check_recipe(recipe: str | None) -> None:
     """Raise ValueError for what is neither None nor one of `INT8_RECIPES`."""
     if recipe is None or recipe in INT8_RECIPES:
         return
-    near = difflib.get_close_matches(str(recipe), INT8_RECIPES, 1)
-    hint = f"did you mean {near[0]}?" if near else "None leaves weights as they are"
+    hint = configlib.suggest_names(recipe, INT8_RECIPES, "None leaves weights as they are")
     raise ValueError(f"weights: got {recipe!r}; wanted None, {' or '.join(INT8_RECIPES)}; {hint}")
 
 
