@@ -158,8 +158,8 @@ def test_files_can_be_solved():
         question = task.messages[0]["content"]
         goods = question.split()[2]
         numbers = []
-        for place in (place for place in files._PLACES if place in question):
-            note = say(environment, "search", words=place.upper()).split(":")[0]
+        for town in (town for town in files._TOWNS if town in question):
+            note = say(environment, "search", words=town.upper()).split(":")[0]
             lines = say(environment, "read", name=note).splitlines()
             numbers += [line.split()[1] for line in lines if line.startswith(goods)]
         total = say(environment, "calculate", expression=" + ".join(numbers))

@@ -1,1 +1,1 @@
-"""Places where a model acts with tools and is rewarded; `base` says what one is."""
+"""Worlds in which a model acts with tools and is rewarded. `base` defines what one is."""

@@ -1,4 +1,4 @@
-"""What an environment is, and how the model's calls reach Python functions."""
+"""The interface of an environment, and the way from a model's tool calls to Python functions."""
 
 import abc
 import dataclasses
@@ -7,10 +7,10 @@ from typing import Any
 
 from train.rl import sample as sample_lib
 
-EnvironmentCall = tuple[
-    str, dict[str, Any]
-]  # a tool's name and arguments, see `infer.tool_calls.Call`
+# A tool's name and its arguments, as in `infer.tool_calls.ToolCall`.
+EnvironmentCall = tuple[str, dict[str, Any]]
 ToolFunction = Callable[..., str]
+# The types that an argument may have in Python, by its JSON type.
 _PYTHON_TYPES: dict[str, type | tuple[type, ...]] = {
     "string": str,
     "integer": int,
@@ -19,61 +19,63 @@ _PYTHON_TYPES: dict[str, type | tuple[type, ...]] = {
 
 
 class CallError(Exception):
-    """A call that the model got wrong; it is told so and may go on."""
+    """The model made a wrong call. The model gets the message as the result, and may go on."""
 
 
 @dataclasses.dataclass(frozen=True)
 class EnvironmentStep:
-    """What a turn's calls brought.
+    """The outcome of one turn's calls."""
 
-    results: the text of each call's result, in order. reward: for this turn. done: the episode is
-    over, and nobody reads the results.
-    """
-
-    results: tuple[str, ...]
-    reward: float = 0.0
-    done: bool = False
+    results: tuple[str, ...]  # the text of each call's result, in the order of the calls
+    reward: float = 0.0  # for this turn alone
+    done: bool = False  # the episode is over, and the model does not see the results
 
 
 class Environment(abc.ABC):
-    """The world of one episode, not shared with any other.
+    """The world of one episode, not shared with any other episode.
 
-    What happens is a function of the task and the calls. `start` comes first, then any number of
-    `step`, then at most one `finish`, and `close` last whatever happened. They may run in
-    different threads, one at a time. A model's mistakes are results that say so; an exception
-    means that the environment itself failed, and the episode has no reward.
+    Results must depend on the task and the calls alone, so that an episode can be repeated. The
+    caller calls `start` once, then `step` any number of times, then `finish` at most once. It
+    calls `close` last, also after an error. The calls may come from different threads, one at a
+    time. A model's mistake is a result that says so. An exception means that the environment itself
+    failed, and the episode has no reward.
     """
 
-    # Whether a model that writes a malformed call is told and may try again; else it is the end.
+    # True: a model that writes a malformed call is told so, and may try again. False: a malformed
+    # call ends the episode.
     reports_malformed_calls = True
 
     @abc.abstractmethod
     def start(self, task: sample_lib.Task) -> None:
-        """Make the world of this task.
+        """Set the world of this task up.
 
         Raises:
-          ValueError: a task that is not one of this environment.
+          ValueError: the task does not belong to this environment.
         """
 
     @abc.abstractmethod
     def step(self, calls: Sequence[EnvironmentCall]) -> EnvironmentStep:
-        """Carry out the calls of one turn, of which there is at least one."""
+        """Carry out the calls of one turn, at least one."""
 
     @abc.abstractmethod
     def finish(self, text: str) -> float:
         """Return the final reward.
 
-        text: the answer without thinking; empty where the model was cut off before it ended one.
+        Args:
+          text: the answer without thinking. It is empty if the model was cut off before an answer.
         """
 
-    def close(self) -> None:  # noqa: B027 - most have nothing to give back
-        """Give back what the episode holds; it may never have been started."""
+    def close(self) -> None:  # noqa: B027 - most environments hold no resources
+        """Release the episode's resources. `start` may not have been called."""
 
 
 def make_tool_schema(name: str, description: str, /, **parameters: str) -> dict[str, Any]:
-    """Return a function schema; every parameter is required.
+    """Return a tool's function schema, in which every parameter is required.
 
-    parameters: the JSON type of each, one of string, integer, number.
+    Args:
+      name: the tool's name. Positional, so that a parameter may be called `name` as well.
+      description: what the tool does, for the model.
+      parameters: the JSON type of each parameter: "string", "integer" or "number".
     """
     return {
         "name": name,
@@ -91,9 +93,11 @@ def execute_calls(
     schemas: Sequence[Mapping[str, Any]],
     tools: Mapping[str, ToolFunction],
 ) -> tuple[str, ...]:
-    """Return each call's result; of a wrong one, what was wrong with it.
+    """Return each call's result, which for a wrong call says what was wrong.
 
-    tools: the functions by name; they raise `CallError` for what the model got wrong.
+    Args:
+      schemas: from `make_tool_schema`. Arguments are checked against them.
+      tools: the functions by the tools' names. They raise `CallError` for mistakes of the model.
     """
     by_name = {schema["name"]: schema for schema in schemas}
     return tuple(_execute_call(call, by_name, tools) for call in calls)
@@ -121,5 +125,6 @@ def _check_arguments(
         raise CallError(f"got the arguments {sorted(arguments)}; wanted {sorted(properties)}")
     for key, value in arguments.items():
         kind = properties[key]["type"]
+        # A bool is an int in Python, but not an integer in JSON.
         if isinstance(value, bool) or not isinstance(value, _PYTHON_TYPES[kind]):
             raise CallError(f"{key}: got {value!r:.80}; wanted a {kind}")

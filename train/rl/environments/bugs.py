@@ -1,7 +1,8 @@
-"""Small functions and ways to break them: what the repair task's repositories are made of.
+"""Small functions and ways to break them, of which the repair task's repositories are made.
 
-Each function stands here as its repository has it; `BUGGY_FUNCTIONS` says how it is broken and what it
-is tried on. The functions take and return JSON values.
+Every function below appears in repositories with exactly the text that it has here. Another text
+makes other tasks. `BUGGY_FUNCTIONS` says how a function is broken, and on what it is tested.
+The functions take and return JSON values.
 """
 
 import dataclasses
@@ -93,8 +94,8 @@ def find(ordered, wanted):
     return low if low < len(ordered) and ordered[low] == wanted else -1
 
 
-def _draw_numbers(rng: random.Random, least: int = 1) -> list[int]:
-    return [rng.randint(0, 9) for _ in range(rng.randint(least, 7))]
+def _draw_numbers(rng: random.Random, min_count: int = 1) -> list[int]:
+    return [rng.randint(0, 9) for _ in range(rng.randint(min_count, 7))]
 
 
 def _draw_spans(rng: random.Random) -> list[list[int]]:
@@ -108,19 +109,19 @@ def _draw_words(rng: random.Random) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class BuggyFunction:
-    """good: right. breaks: (text, what stands there instead). draw: arguments to try it on."""
+    """A function of a repository, and its possible bugs."""
 
-    correct: Callable[..., Any]
-    mutations: tuple[tuple[str, str], ...]
-    draw: Callable[[random.Random], list[Any]]
+    correct: Callable[..., Any]  # one of the functions above
+    mutations: tuple[tuple[str, str], ...]  # (text that occurs once, the text that replaces it)
+    draw: Callable[[random.Random], list[Any]]  # random arguments to test the function on
 
     @property
     def name(self) -> str:
-        """Return the function's name, which is its module's too."""
+        """Return the function's name, which is also the name of its module in the repository."""
         return self.correct.__name__
 
     def source(self, mutation_index: int | None = None) -> str:
-        """Return the function's text, with one of its bugs or right."""
+        """Return the function's text, correct or with one of its bugs."""
         text = inspect.getsource(self.correct)
         return text if mutation_index is None else text.replace(*self.mutations[mutation_index])
 
@@ -151,7 +152,7 @@ BUGGY_FUNCTIONS = (
     BuggyFunction(
         rotate,
         (("-steps %", "steps %"), ("items[cut:] + items[:cut]", "items[:cut] + items[cut:]")),
-        lambda rng: [_draw_numbers(rng, least=0), rng.randint(-3, 9)],
+        lambda rng: [_draw_numbers(rng, min_count=0), rng.randint(-3, 9)],
     ),
     BuggyFunction(
         change,
@@ -171,15 +172,16 @@ BUGGY_FUNCTIONS = (
     BuggyFunction(
         find,
         (("low < len(ordered) and ", ""), ("middle] < wanted", "middle] <= wanted")),
-        lambda rng: [sorted(_draw_numbers(rng, least=0)), rng.randint(0, 9)],
+        lambda rng: [sorted(_draw_numbers(rng, min_count=0)), rng.randint(0, 9)],
     ),
 )
 
 
 def evaluate_call(source: str, name: str, arguments: list[Any]) -> list[Any]:
-    """Return ["value", value] or ["error", its type] of calling a function of this file.
+    """Return ["value", value] or ["error", name of its type] of calling a function of this file.
 
-    Never for what a model wrote: that runs in `train.rl.rewards.runner` alone.
+    The call runs in this process: never use it on a model's text, which `train.rl.rewards.runner`
+    runs.
     """
     module: dict[str, Any] = {}
     exec(source, module)

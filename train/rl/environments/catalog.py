@@ -8,6 +8,7 @@ ENVIRONMENT_CLASSES = {
     "lookup": lookup.LookupEnvironment,
     "repair": repair.RepairEnvironment,
 }
+# A generator is deterministic in (size, seed), so tasks need no files.
 _TASK_GENERATORS = {
     "files": files.make_tasks,
     "lookup": lookup.make_tasks,
@@ -16,19 +17,19 @@ _TASK_GENERATORS = {
 
 
 def make_environment(name: str) -> base.Environment:
-    """Return a fresh environment.
+    """Return a new environment, for one episode.
 
     Raises:
-      ValueError: no such environment.
+      ValueError: there is no such environment.
     """
     return ENVIRONMENT_CLASSES[_check_environment_name(name)]()
 
 
 def make_tasks(name: str, size: int, seed: int) -> list[sample_lib.Task]:
-    """Return `size` tasks of an environment; the same seed makes the same.
+    """Return `size` tasks of an environment. Equal seeds make equal tasks.
 
     Raises:
-      ValueError: no such environment.
+      ValueError: there is no such environment.
     """
     return _TASK_GENERATORS[_check_environment_name(name)](size, seed)
 

@@ -1,4 +1,4 @@
-"""Questions about a few files: search them, read them, calculate, answer."""
+"""Questions about a few files, which the model searches and reads, and a calculation."""
 
 import ast
 import operator
@@ -18,8 +18,10 @@ TOOL_SCHEMAS = (
         "calculate", "Return the value of an arithmetic expression.", expression="string"
     ),
 )
-MAX_SEARCH_LINES = 8  # of a search
+MAX_SEARCH_LINES = 8  # that one search returns
+# At most 18 digits, because int() of a very long text is slow or raises.
 _ANSWER_PATTERN = re.compile(r"^Answer: (-?[0-9]{1,18})\s*\Z", re.MULTILINE)
+# Bounds on the work of one calculation: 9**9**9**9 would never end.
 _MAX_EXPRESSION_CHARS, _MAX_VALUE, _MAX_EXPONENT = 200, 10**18, 64
 _OPERATORS = {
     ast.Add: operator.add,
@@ -32,18 +34,18 @@ _OPERATORS = {
     ast.UAdd: operator.pos,
     ast.USub: operator.neg,
 }
-_PLACES = ("Aldby", "Brigg", "Corby", "Dalton", "Elton", "Fenwick", "Garth", "Hexley")
+_TOWNS = ("Aldby", "Brigg", "Corby", "Dalton", "Elton", "Fenwick", "Garth", "Hexley")
 _GOODS = ("apples", "pears", "sheep", "geese", "carts")
 
 
 class FilesEnvironment(base.Environment):
     """Final reward 1 if the last line is `Answer: ` and the right whole number, otherwise 0.
 
-    Task.metadata: {"files": {name: text}}. Task.label: the number.
+    The task's metadata is {"files": {name: text}}, and its label is the number.
     """
 
     def start(self, task: sample_lib.Task) -> None:
-        """Take the files; see the class."""
+        """Take the files and the label from the task."""
         files = task.metadata.get("files")
         if not isinstance(files, dict) or not isinstance(task.label, int):
             raise ValueError(
@@ -72,10 +74,9 @@ class FilesEnvironment(base.Environment):
             for line in text.splitlines()
             if all(word in line.lower() for word in wanted)
         ]
-        more = (
-            [f"and {len(lines) - MAX_SEARCH_LINES} more"] if len(lines) > MAX_SEARCH_LINES else []
-        )
-        return "\n".join([*lines[:MAX_SEARCH_LINES], *more]) or "nothing found"
+        num_hidden = len(lines) - MAX_SEARCH_LINES
+        note = [f"and {num_hidden} more"] if num_hidden > 0 else []
+        return "\n".join([*lines[:MAX_SEARCH_LINES], *note]) or "nothing found"
 
     def _read_file(self, name: str) -> str:
         if name not in self._files:
@@ -84,32 +85,36 @@ class FilesEnvironment(base.Environment):
 
 
 def evaluate_expression(expression: str) -> str:
-    """Return the value of numbers, + - * / // % ** and brackets.
+    """Return the value of an expression of numbers, + - * / // % ** and brackets.
 
     Raises:
-      base.CallError: anything else, or a value that is not real or beyond 10**18.
+      base.CallError: the expression holds anything else, or a value in it is not real or is beyond
+        10**18.
     """
     if len(expression) > _MAX_EXPRESSION_CHARS or not re.fullmatch(
         r"[0-9\s.+\-*/%()]+", expression
     ):
         raise base.CallError(
-            f"expression: got {expression!r:.80}; wanted at most {_MAX_EXPRESSION_CHARS} characters: "
-            "numbers, + - * / // % ** and brackets"
+            f"expression: got {expression!r:.80}; wanted at most {_MAX_EXPRESSION_CHARS} "
+            "characters: numbers, + - * / // % ** and brackets"
         )
     try:
         value = _evaluate_node(ast.parse(expression.strip(), mode="eval").body)
     except (SyntaxError, ArithmeticError) as error:
         raise base.CallError(f"expression: got {expression!r:.80}: {error}") from None
+    # Ten decimals hide what floats add: 0.1 + 0.2 is 0.3.
     return str(round(value, 10)) if value % 1 else str(int(value))
 
 
 def _evaluate_node(node: ast.expr) -> int | float:
+    """Return a syntax node's value: eval() would run a model's text as code."""
     if isinstance(node, ast.Constant) and isinstance(node.value, int | float):
         value = node.value
     elif isinstance(node, ast.UnaryOp):
         value = _OPERATORS[type(node.op)](_evaluate_node(node.operand))
     elif isinstance(node, ast.BinOp):
         left, right = _evaluate_node(node.left), _evaluate_node(node.right)
+        # Checked before the power is computed. Every operand is below _MAX_VALUE already.
         if isinstance(node.op, ast.Pow) and abs(right) > _MAX_EXPONENT:
             raise base.CallError(f"got the exponent {right}; wanted at most {_MAX_EXPONENT}")
         value = _OPERATORS[type(node.op)](left, right)
@@ -121,33 +126,39 @@ def _evaluate_node(node: ast.expr) -> int | float:
 
 
 def make_tasks(size: int, seed: int) -> list[sample_lib.Task]:
-    """Return so many tasks; the first of a longer list are those of a shorter one."""
+    """Return `size` tasks. A longer list begins with the tasks of a shorter one."""
     return [
         _make_task(random.Random(f"files {seed} {i}"), f"files-{seed}-{i}") for i in range(size)
     ]
 
 
 def _make_task(rng: random.Random, name: str) -> sample_lib.Task:
-    """Return a sum over some places, each in a file whose name does not tell which."""
-    stock = {place: {goods: rng.randint(10, 99) for goods in _GOODS} for place in _PLACES}
-    numbers = rng.sample(range(1, 100), len(_PLACES))
+    """Return a question for a sum over two or three towns.
+
+    Each town has a file of its own, whose name does not tell the town.
+    """
+    stock = {town: {goods: rng.randint(10, 99) for goods in _GOODS} for town in _TOWNS}
+    numbers = rng.sample(range(1, 100), len(_TOWNS))
     files = {
         f"note-{number:02}.txt": "\n".join(
-            [f"What there is in {place}.", *(f"{goods}: {many}" for goods, many in has.items())]
+            [
+                f"What there is in {town}.",
+                *(f"{goods}: {count}" for goods, count in town_stock.items()),
+            ]
         )
-        for number, (place, has) in sorted(zip(numbers, stock.items(), strict=True))
+        for number, (town, town_stock) in sorted(zip(numbers, stock.items(), strict=True))
     }
-    asked, goods = rng.sample(_PLACES, rng.randint(2, 3)), rng.choice(_GOODS)
-    where = f"{', '.join(asked[:-1])} and {asked[-1]}"
+    towns, goods = rng.sample(_TOWNS, rng.randint(2, 3)), rng.choice(_GOODS)
+    town_list = f"{', '.join(towns[:-1])} and {towns[-1]}"
     question = (
-        f"How many {goods} are there in {where} together? Search the notes. "
+        f"How many {goods} are there in {town_list} together? Search the notes. "
         "End with a line 'Answer: ' and the number."
     )
     return sample_lib.Task(
         id=name,
         messages=({"role": "user", "content": question},),
         source="files",
-        label=sum(stock[place][goods] for place in asked),
+        label=sum(stock[town][goods] for town in towns),
         metadata={"files": files},
         tools=TOOL_SCHEMAS,
     )

@@ -1,8 +1,8 @@
-"""The smallest task with a tool: look a value up and say it. For tiny models, and for tests.
+"""The smallest task with a tool, for tiny models and tests: look a value up, and say it.
 
-The prompt does not show the tool, which would take most of a tiny model's context: what a call
-looks like is learnt from demonstrations. Those are careless on purpose, so that a model which has
-learnt them well is still often wrong and reinforcement learning has something to do.
+The prompt does not show the tool, whose schema would take most of a tiny model's context. The model
+learns the form of a call from demonstrations. The demonstrations are careless on purpose: a model
+that imitates them well is still often wrong, and reinforcement learning has something to teach.
 """
 
 import random
@@ -19,13 +19,14 @@ TOOL_SCHEMAS = (base.make_tool_schema("get", "Return the value of a key.", key="
 class LookupEnvironment(base.Environment):
     """Final reward 1 for the value of the right key and nothing else, otherwise 0.
 
-    Task.metadata: {"values": {key: value}}. Task.label: the value asked for.
+    The task's metadata is {"values": {key: value}}, and its label is the value that the prompt
+    asks for.
     """
 
     reports_malformed_calls = False
 
     def start(self, task: sample_lib.Task) -> None:
-        """Take the values; see the class."""
+        """Take the values and the label from the task."""
         values = task.metadata.get("values")
         if not isinstance(values, dict) or not isinstance(task.label, str):
             raise ValueError(
@@ -35,7 +36,7 @@ class LookupEnvironment(base.Environment):
         self._values, self._label = values, task.label
 
     def step(self, calls: Sequence[base.EnvironmentCall]) -> base.EnvironmentStep:
-        """Return the values that are asked for."""
+        """Return the values of the requested keys."""
         return base.EnvironmentStep(
             base.execute_calls(calls, TOOL_SCHEMAS, {"get": self._get_value})
         )
@@ -51,9 +52,9 @@ class LookupEnvironment(base.Environment):
 
 
 def make_tasks(size: int, seed: int) -> list[sample_lib.Task]:
-    """Return so many tasks; the first of a longer list are those of a shorter one.
+    """Return `size` tasks. A longer list begins with the tasks of a shorter one.
 
-    All of them together are 4 keys times 5,040 ways to give them different digits.
+    There are 20,160 different tasks: 4 keys, and 5,040 ways to give them different digits.
     """
     return [
         _make_task(random.Random(f"lookup {seed} {i}"), f"lookup-{seed}-{i}") for i in range(size)
@@ -61,17 +62,21 @@ def make_tasks(size: int, seed: int) -> list[sample_lib.Task]:
 
 
 def make_demonstrations(size: int, seed: int, careless_share: float = 0.5) -> list[dict[str, Any]]:
-    """Return records for supervised training, as `train.data.chat` reads them.
+    """Return conversations for supervised training, in the form that `train.data.chat` reads.
 
-    careless: the share, in [0, 1], that looks up another key and says its value. A model that
-      imitates them perfectly is right in 1 - careless of its answers.
+    Args:
+      size: number of conversations.
+      seed: equal seeds make equal conversations, about the tasks of `make_tasks` of that seed.
+      careless_share: share of the conversations, in [0, 1], that look up another key and say its
+        value. A model that imitates them perfectly is right in 1 - careless_share of its answers.
 
     Raises:
-      ValueError: `careless` outside its range.
+      ValueError: `careless_share` is out of range.
     """
     if not 0 <= careless_share <= 1:
         raise ValueError(f"careless: got {careless_share}; wanted a share between 0 and 1")
     return [
+        # A generator of its own, so that the share does not change which tasks are drawn.
         _make_demonstration(task, random.Random(f"demonstration {task.id}"), careless_share)
         for task in make_tasks(size, seed)
     ]
@@ -95,7 +100,7 @@ def _make_demonstration(
     values = task.metadata["values"]
     key = next(key for key in VALUE_KEYS if values[key] == task.label)
     if rng.random() < careless_share:
-        key = rng.choice([other for other in VALUE_KEYS if other != key])
+        key = rng.choice([wrong_key for wrong_key in VALUE_KEYS if wrong_key != key])
     call = {"name": "get", "arguments": {"key": key}}
     turns = [
         {"role": "assistant", "tool_calls": [call]},

@@ -1,9 +1,10 @@
-"""A small repository with a bug: read it, repair it, run its tests (M1 4.1, software engineering).
+"""A small repository with a bug, to read, repair and test (M1 4.1, software engineering).
 
-What the model wrote runs in `train.rl.rewards.runner` alone. The final reward does not come from the
-tests that the model sees and may edit: in a fresh folder the functions are called with arguments,
-some of them hidden, and what they return is compared outside of it. So the right values are never
-where the model's code runs, and no edit of a test, of `unittest` or of the exit code helps.
+The model's code runs in `train.rl.rewards.runner` alone. The final reward does not come from the
+tests that the model sees and may edit. Instead, the functions are called in a fresh folder, with
+arguments that are partly hidden, and their values are compared outside of it. The right values are
+therefore never present where the model's code runs. No edit of a test, of `unittest` or of the exit
+code helps.
 """
 
 import json
@@ -27,9 +28,10 @@ TOOL_SCHEMAS = (
     ),
     base.make_tool_schema("run_tests", "Run the tests."),
 )
-MAX_OUTPUT_CHARS, MAX_FILE_CHARS = 2_000, 20_000  # characters
-_PYTHON_COMMAND = (sys.executable, "-S", "-c")  # without what is installed, which is slow to find
-# Neither paths nor times, which differ from run to run.
+MAX_OUTPUT_CHARS, MAX_FILE_CHARS = 2_000, 20_000
+# -S skips site-packages, which take time to find.
+_PYTHON_COMMAND = (sys.executable, "-S", "-c")
+# Prints neither paths nor times: these differ from run to run, and results must not.
 _TEST_PROGRAM = """
 import unittest
 suite = unittest.defaultTestLoader.discover(".")
@@ -40,6 +42,7 @@ for case, trace in bad:
     print(case.id() + ": " + trace.strip().splitlines()[-1])
 print(f"{result.testsRun} tests, {len(bad)} failed")
 """
+# Prints the outcomes in a line of their own, after whatever the model's code prints on import.
 _CALL_PROGRAM = """
 import importlib, json, sys
 outcomes = []
@@ -52,12 +55,13 @@ for name, arguments in json.load(sys.stdin):
 print("\\n" + json.dumps(outcomes))
 """
 
-# Files, command and stdin to a `runner.RunResult`.
+# Takes files, command and stdin; returns a `runner.RunResult`.
 RunCommand = Callable[[Mapping[str, str], Sequence[str], str], Any]
 
 
 def run_locally(files: Mapping[str, str], command: Sequence[str], stdin: str) -> Any:
-    """Return the `runner.RunResult` of a command of a few seconds."""
+    """Run a command of a few seconds; return its `runner.RunResult`."""
+    # Imported here, because environments with another `run_command` do not need the runner.
     from train.rl.rewards import runner
 
     limits = runner.RunnerLimits(
@@ -67,20 +71,23 @@ def run_locally(files: Mapping[str, str], command: Sequence[str], stdin: str) ->
 
 
 class RepairEnvironment(base.Environment):
-    """Final reward 1 if all functions of the repository return what they should, otherwise 0.
+    """Final reward 1 if all functions of the repository return the right values, otherwise 0.
 
-    Task.metadata: {"files": {path: text}, "cases": [[function, arguments, outcome]]}; the
-    outcomes are those of `bugs.evaluate_call`.
+    The task's metadata is {"files": {path: text}, "cases": [[function, arguments, outcome]]}, with
+    outcomes of `bugs.evaluate_call`.
     """
 
     def __init__(self, run_command: RunCommand = run_locally):
-        """Make one. run: what runs programs; it raises where it cannot, which is no fault of the
-        program.
+        """Choose how programs run.
+
+        Args:
+          run_command: runs a command. It raises where it cannot run programs at all, because that
+            is no fault of the model.
         """
         self._run_command = run_command
 
     def start(self, task: sample_lib.Task) -> None:
-        """Take a copy of the files; see the class."""
+        """Take the cases and a copy of the files from the task."""
         files, cases = task.metadata.get("files"), task.metadata.get("cases")
         if not isinstance(files, dict) or not isinstance(cases, list) or not cases:
             raise ValueError(
@@ -100,8 +107,9 @@ class RepairEnvironment(base.Environment):
         return base.EnvironmentStep(base.execute_calls(calls, TOOL_SCHEMAS, tools))
 
     def finish(self, text: str) -> float:
-        """Grade the files; what the model says about them counts for nothing."""
+        """Grade the files. The model's answer does not matter."""
         del text
+        # Only files that the repository had: a new or edited test file does not reach the graders.
         modules = {path for path in self._original if not path.startswith("test_")}
         files = {path: self._files[path] for path in modules}
         calls = json.dumps([[name, arguments] for name, arguments, _ in self._cases])
@@ -111,7 +119,7 @@ class RepairEnvironment(base.Environment):
             return 0.0
         try:
             outcomes = json.loads(lines[-1])
-        except (ValueError, RecursionError):  # the program wrote a last line of its own
+        except (ValueError, RecursionError):  # the model's code printed a last line of its own
             return 0.0
         return float(outcomes == [outcome for _, _, outcome in self._cases])
 
@@ -136,20 +144,20 @@ class RepairEnvironment(base.Environment):
 
     def _run_tests(self) -> str:
         result = self._run_command(self._files, [*_PYTHON_COMMAND, _TEST_PROGRAM], "")
-        said = (result.stdout + result.stderr).strip()[-MAX_OUTPUT_CHARS:]
-        return said if result.reason == "exit" else f"{said}\nstopped: {result.reason} limit"
+        output = (result.stdout + result.stderr).strip()[-MAX_OUTPUT_CHARS:]
+        return output if result.reason == "exit" else f"{output}\nstopped: {result.reason} limit"
 
 
 def make_tasks(size: int, seed: int) -> list[sample_lib.Task]:
-    """Return so many tasks; the first of a longer list are those of a shorter one."""
+    """Return `size` tasks. A longer list begins with the tasks of a shorter one."""
     return [
         _make_task(random.Random(f"repair {seed} {i}"), f"repair-{seed}-{i}") for i in range(size)
     ]
 
 
-def _make_task(rng: random.Random, name: str, modules: int = 3) -> sample_lib.Task:
-    """Return a repository of so many modules, one of which is broken, and shows it in its tests."""
-    functions = rng.sample(bugs.BUGGY_FUNCTIONS, modules)
+def _make_task(rng: random.Random, name: str, num_modules: int = 3) -> sample_lib.Task:
+    """Return a repository of `num_modules` modules, one of which is broken and fails its tests."""
+    functions = rng.sample(bugs.BUGGY_FUNCTIONS, num_modules)
     broken = rng.choice(functions)
     bug = rng.randrange(len(broken.mutations))
     files: dict[str, str] = {}
@@ -175,12 +183,14 @@ def _make_task(rng: random.Random, name: str, modules: int = 3) -> sample_lib.Ta
 def _make_cases(
     rng: random.Random, function: bugs.BuggyFunction, source: str, is_broken: bool
 ) -> tuple[list[list[Any]], list[list[Any]]]:
-    """Return cases for the tests and hidden ones; a bug fails some of either."""
-    good = function.source()
+    """Return cases for the repository's tests, and hidden cases. A bug fails some of both."""
+    correct_source = function.source()
+    # Random arguments need not show the bug, so draw until some of both kinds do.
     while True:
         drawn = [function.draw(rng) for _ in range(12)]
         cases = [
-            [function.name, args, bugs.evaluate_call(good, function.name, args)] for args in drawn
+            [function.name, args, bugs.evaluate_call(correct_source, function.name, args)]
+            for args in drawn
         ]
         wrong = [bugs.evaluate_call(source, name, args) != right for name, args, right in cases]
         if not is_broken or (any(wrong[:4]) and any(wrong[4:])):
