@@ -20,7 +20,7 @@ import numpy as np
 from flax import nnx
 
 from infer import config as config_lib
-from infer import options
+from infer import options as options_lib
 from infer.execution import device, programs, slot_sampling
 from infer.execution import host_batch as host_batch_lib
 from infer.scheduling import plan as plan_lib
@@ -37,8 +37,8 @@ class PrefillRequest:
     """What the program reads of a request: greedy, one token."""
 
     prompt: np.ndarray
-    options: options.Options = dataclasses.field(
-        default_factory=lambda: options.Options(temperature=0, max_tokens=1)
+    options: options_lib.Options = dataclasses.field(
+        default_factory=lambda: options_lib.Options(temperature=0, max_tokens=1)
     )
     stop_ids: tuple[int, ...] = ()
 

@@ -83,7 +83,7 @@ def said(one):
 def plain(sampler):
     """Answers to seeds 0 to 3 that run side by side, unsliced."""
     found, times = run(sampler, *(job(seed) for seed in range(4)))
-    assert times.tokens == sum(len(one.tokens) for one in found.values())
+    assert times.num_tokens == sum(len(one.tokens) for one in found.values())
     assert 0 <= times.waiting_secs <= times.total_secs
     return found
 
@@ -107,9 +107,9 @@ def test_slices_make_the_answer_of_one_piece(sampler, plain, slice_tokens):
     made, tokens, calls = dict.fromkeys(range(4)), 0, 0
     finished = {}
     while made:
-        jobs = [job(n, made=one, slice_tokens=slice_tokens) for n, one in made.items()]
+        jobs = [job(n, partial=one, slice_tokens=slice_tokens) for n, one in made.items()]
         found, times = run(sampler, *jobs)
-        tokens += times.tokens
+        tokens += times.num_tokens
         calls += 1
         for key, result in found.items():
             del made[key]
@@ -161,7 +161,7 @@ def test_turns_with_tools_in_between(sampler):
     assert one.versions == ([sampler.version] * 4 + [-1] * 3) * 3
     # Of all that the last turn had before it, and of its own tokens but the last.
     assert len(one.routes) == len(PROMPT) + len(one.tokens) - len(told) - 1
-    assert times.tokens == 2 * 12
+    assert times.num_tokens == 2 * 12
     assert len(where) == 6
     assert all(name.startswith("tool") for name in where)
     # Every turn draws with a seed of its own: equal turns are not alike.
@@ -184,7 +184,7 @@ def test_tools_work_side_by_side_and_are_waited_for(sampler):
 
     found, times = run(sampler, job(0, act()), job(1, act()))
     assert sorted(found.values()) == [0, 1]
-    assert times.tokens == 0
+    assert times.num_tokens == 0
 
 
 def test_a_tools_exception_reaches_its_episode(sampler, plain):
@@ -214,8 +214,8 @@ def test_more_jobs_follow_those_that_end(sampler, plain):
 
     times = sampler.run(lambda: [job(0)], take)
     assert done == [(seed, one.tokens) for seed, one in plain.items()]
-    assert times.tokens == 4 * LENGTH
-    assert sampler.run(list, take).tokens == 0  # nothing to do
+    assert times.num_tokens == 4 * LENGTH
+    assert sampler.run(list, take).num_tokens == 0  # nothing to do
 
 
 def test_equal_keys_are_refused(sampler, plain):
@@ -229,7 +229,7 @@ def test_new_weights_begin_with_the_next_run(sampler, models, plain):
     assert paused.partial.versions == (before,) * 5
     sampler.update_weights(models[1], before + 1)
     assert sampler.version == before + 1  # told before the next run has taken them
-    found, _ = run(sampler, job(0, made=paused.partial), job(1))
+    found, _ = run(sampler, job(0, partial=paused.partial), job(1))
     assert found[0].versions == [before] * 5 + [before + 1] * (LENGTH - 5)
     assert found[0].tokens[:5] == plain[0].tokens[:5]
     assert found[0].logprobs[:5] == plain[0].logprobs[:5]
@@ -251,11 +251,11 @@ def test_a_run_can_be_stopped_and_leaves_nothing_under_way(sampler, plain):
         return len(asked) > 3
 
     with pytest.raises(rollout.RolloutStopped):
-        run(sampler, *(job(n) for n in range(6)), stopping=stopping)
+        run(sampler, *(job(n) for n in range(6)), should_stop=stopping)
     sampler.dismiss()  # refuses while requests are under way
     found, times = run(sampler, job(2))
     assert said(found[2]) == said(plain[2])
-    assert times.tokens == LENGTH
+    assert times.num_tokens == LENGTH
 
 
 class Ending:
@@ -267,7 +267,7 @@ class Ending:
     def __init__(self, *_):
         self.submitted = []
 
-    def submit(self, tokens, options, made=None):
+    def submit(self, tokens, options, prior_tokens=None):
         reason = self.reasons[len(self.submitted)]
         make = types.SimpleNamespace
         token = make(id=3, logp=-1.0, logp_raw=-1.5, version=self.version)
