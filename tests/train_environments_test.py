@@ -337,7 +337,6 @@ def test_every_bug_shows_in_either_kind_of_case(function, bug):
 
 
 def test_with_the_runner_itself():
-    pytest.importorskip("train.rl.rewards.runner")
     task = repair.make_tasks(1, 0)[0]
     environment = repair.RepairEnvironment()
     environment.start(task)

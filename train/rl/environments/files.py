@@ -19,7 +19,7 @@ TOOL_SCHEMAS = (
     ),
 )
 MAX_SEARCH_LINES = 8  # that one search returns
-# At most 18 digits, because int() of a very long text is slow or raises.
+# Up to 18 digits, as every value of a calculation has.
 _ANSWER_PATTERN = re.compile(r"^Answer: (-?[0-9]{1,18})\s*\Z", re.MULTILINE)
 # Bounds on the work of one calculation: 9**9**9**9 would never end.
 _MAX_EXPRESSION_CHARS, _MAX_VALUE, _MAX_EXPONENT = 200, 10**18, 64

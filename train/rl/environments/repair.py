@@ -15,6 +15,7 @@ from typing import Any
 
 from train.rl import sample as sample_lib
 from train.rl.environments import base, bugs
+from train.rl.rewards import runner
 
 TOOL_SCHEMAS = (
     base.make_tool_schema("read", "Return a file.", path="string"),
@@ -55,15 +56,12 @@ for name, arguments in json.load(sys.stdin):
 print("\\n" + json.dumps(outcomes))
 """
 
-# Takes files, command and stdin; returns a `runner.RunResult`.
-RunCommand = Callable[[Mapping[str, str], Sequence[str], str], Any]
+# Takes files, command and stdin.
+RunCommand = Callable[[Mapping[str, str], Sequence[str], str], runner.RunResult]
 
 
-def run_locally(files: Mapping[str, str], command: Sequence[str], stdin: str) -> Any:
-    """Run a command of a few seconds; return its `runner.RunResult`."""
-    # Imported here, because environments with another `run_command` do not need the runner.
-    from train.rl.rewards import runner
-
+def run_locally(files: Mapping[str, str], command: Sequence[str], stdin: str) -> runner.RunResult:
+    """Run a command of a few seconds on this machine."""
     limits = runner.RunnerLimits(
         cpu_secs=5, wall_secs=15, memory_bytes=2**29, output_bytes=2**18, processes=4
     )
