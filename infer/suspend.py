@@ -211,6 +211,7 @@ def digest_arrays(leaves: list[Array]) -> str:
 
 def _sum_bits(x: Shaped[Array, "..."]) -> UInt[Array, ""]:
     """Return the sum of all bits, weighted by index so that no two values can be exchanged."""
+    # Like `m1_jax.digest` in purpose, not in numbers: files on disk have these sums.
     kinds = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
     bits = jax.lax.bitcast_convert_type(x, kinds[x.dtype.itemsize]).astype(jnp.uint32)
     weight = jnp.ones(x.shape, jnp.uint32)
