@@ -16,7 +16,7 @@ SUSTAINED, HALF = 0.9, 0.5
 
 
 @dataclasses.dataclass(frozen=True)
-class Outcome:
+class RunOutcome:
     """What became of one run.
 
     sustained: batches to .9 that is never left again; half: to .5 for the first time; None where
@@ -37,12 +37,12 @@ class Outcome:
     fork_clipped: float | None
 
 
-def outcome(
+def measure_outcome(
     rewards: Sequence[float],
     tokens: Sequence[float],
     fork: Sequence[tuple[int, int]],
     failed: bool = False,
-) -> Outcome:
+) -> RunOutcome:
     """Return what became of a run.
 
     Args:
@@ -57,48 +57,48 @@ def outcome(
             f"got {len(rewards)} rewards, {len(tokens)} tokens, {len(fork)} fork counts; wanted "
             "one of each for every batch, and at least one batch"
         )
-    reached = None if failed else sustained(rewards, SUSTAINED)
+    reached = None if failed else sustained_crossing(rewards, SUSTAINED)
     clipped, there = np.sum(np.asarray(fork[:6]), axis=0)
-    return Outcome(
+    return RunOutcome(
         batches=len(rewards),
         sustained=reached,
-        half=first(rewards, HALF),
+        half=first_crossing(rewards, HALF),
         tokens=None if reached is None else int(sum(tokens[:reached])),
         mean=float(np.mean(rewards)),
         last=float(np.mean(rewards[-LAST:])),
         lowest=float(np.min(rewards[-LAST:])),
-        collapsed=failed or collapsed(rewards),
+        collapsed=failed or has_collapsed(rewards),
         fork_clipped=float(clipped / there) if there else None,
     )
 
 
-def windows(rewards: Sequence[float]) -> np.ndarray:
+def window_means(rewards: Sequence[float]) -> np.ndarray:
     """Return the means of all windows of three batches; none of a shorter run."""
     if len(rewards) < WINDOW:
         return np.zeros(0)
     return np.convolve(rewards, np.full(WINDOW, 1 / WINDOW), "valid")
 
 
-def first(rewards: Sequence[float], bar: float) -> int | None:
+def first_crossing(rewards: Sequence[float], bar: float) -> int | None:
     """Return how many batches came before the first window at the bar, or None."""
-    above = windows(rewards) >= bar - 1e-9
+    above = window_means(rewards) >= bar - 1e-9
     return int(above.argmax()) if above.any() else None
 
 
-def sustained(rewards: Sequence[float], bar: float) -> int | None:
+def sustained_crossing(rewards: Sequence[float], bar: float) -> int | None:
     """Return how many batches came before the first of the windows that stay at the bar."""
-    below = np.flatnonzero(windows(rewards) < bar - 1e-9)
+    below = np.flatnonzero(window_means(rewards) < bar - 1e-9)
     start = int(below[-1]) + 1 if below.size else 0
-    return start if start < len(windows(rewards)) else None
+    return start if start < len(window_means(rewards)) else None
 
 
-def collapsed(rewards: Sequence[float]) -> bool:
+def has_collapsed(rewards: Sequence[float]) -> bool:
     """Return whether the last eight batches have less than half of the best window's reward."""
-    seen = windows(rewards)
+    seen = window_means(rewards)
     return bool(seen.size) and float(np.mean(rewards[-LAST:])) < 0.5 * float(seen.max())
 
 
-def ratio(ours: int | None, theirs: int | None) -> float | None:
+def batch_ratio(ours: int | None, theirs: int | None) -> float | None:
     """Return ours / theirs of a pair: infinite where only theirs arrived, 0 where only ours did.
 
     Such values stand for an unknown number on their side of every known one, which is all that a
@@ -114,7 +114,7 @@ def ratio(ours: int | None, theirs: int | None) -> float | None:
 
 
 @dataclasses.dataclass(frozen=True)
-class Paired:
+class PairedRatio:
     """The median ratio of pairs, its 95% bootstrap interval, and of how many pairs it is."""
 
     median: float
@@ -124,21 +124,21 @@ class Paired:
     unknown: int
 
 
-def paired(
+def paired_ratio(
     ours: Sequence[int | None], theirs: Sequence[int | None], draws: int = 10_000, seed: int = 0
-) -> Paired | None:
+) -> PairedRatio | None:
     """Return the paired ratio of equal seeds, or None where no pair has one.
 
     Medians and percentiles are elements of the sample, so infinite ratios stay what they are.
     """
-    found = [ratio(a, b) for a, b in zip(ours, theirs, strict=True)]
+    found = [batch_ratio(a, b) for a, b in zip(ours, theirs, strict=True)]
     known = np.array([x for x in found if x is not None])
     if not known.size:
         return None
     picked = np.random.default_rng(seed).integers(known.size, size=(draws, known.size))
     medians = _median(known[picked])
     low, high = np.quantile(medians, (0.025, 0.975), method="inverted_cdf")
-    return Paired(
+    return PairedRatio(
         float(_median(known[None])[0]), float(low), float(high), known.size, len(found) - known.size
     )
 
@@ -153,7 +153,7 @@ def _median(rows: np.ndarray) -> np.ndarray:
     return np.where(np.isnan(mean), other, mean)  # between 0 and infinity: the worse
 
 
-def best_rate(found: dict[float, Sequence[Outcome]]) -> float:
+def best_rate(found: dict[float, Sequence[RunOutcome]]) -> float:
     """Return the learning rate whose runs reach sustained .9 first, of these tuning runs.
 
     More runs that arrive count first, then the mean of their batches, then the mean reward; the

@@ -26,14 +26,14 @@ class Section:
     common_rate: float
     seeds: tuple[int, ...]
     tuning_seeds: tuple[int, ...]
-    tuning: dict[str, dict[float, list[cispo_curves.Outcome]]]
+    tuning: dict[str, dict[float, list[cispo_curves.RunOutcome]]]
     best_rates: dict[str, float]
-    common: dict[str, list[cispo_curves.Outcome]]
-    best: dict[str, list[cispo_curves.Outcome]]
+    common: dict[str, list[cispo_curves.RunOutcome]]
+    best: dict[str, list[cispo_curves.RunOutcome]]
     curves: dict[str, list[float]]
     secs: list[float]
 
-    def runs(self) -> list[tuple[str, float, str, list[cispo_curves.Outcome]]]:
+    def runs(self) -> list[tuple[str, float, str, list[cispo_curves.RunOutcome]]]:
         """Return (arm, rate, what for, outcomes) of each set of runs, none of them twice."""
         rows = []
         for arm, rates in self.tuning.items():
@@ -58,7 +58,7 @@ _HEAD = (
 _TABLES = {"clip": "arms that differ in the clip rule alone", "published": "presets as published"}
 
 
-def text(section: Section, parameters: int) -> str:
+def format_section(section: Section, parameters: int) -> str:
     """Return what is printed of a section."""
     lines = [
         f"## {_TABLES[section.table]}: task {section.task}, {section.updates} updates a batch",
@@ -97,7 +97,7 @@ def _ratio_lines(section: Section) -> list[str]:
     lines = []
     for what, some in (("the common rate", section.common), ("own best rates", section.best)):
         for other in ("dapo", "grpo"):
-            found = ratio(some, other)
+            found = cispo_ratio(some, other)
             at = f"{section.common_rate:g}"
             if some is section.best:
                 rates = section.best_rates
@@ -108,10 +108,10 @@ def _ratio_lines(section: Section) -> list[str]:
     return lines
 
 
-def ratio(some: dict[str, list[cispo_curves.Outcome]], other: str) -> cispo_curves.Paired | None:
+def cispo_ratio(some: dict[str, list[cispo_curves.RunOutcome]], other: str) -> cispo_curves.PairedRatio | None:
     """Return CISPO's batches to sustained .9 over another arm's."""
     ours, theirs = ([one.sustained for one in some[arm]] for arm in ("cispo", other))
-    return cispo_curves.paired(ours, theirs)
+    return cispo_curves.paired_ratio(ours, theirs)
 
 
 def _conclusion_lines(section: Section, parameters: int) -> list[str]:
@@ -126,7 +126,7 @@ def _conclusion_lines(section: Section, parameters: int) -> list[str]:
         if section.task == "b":
             return ["W is not rare here: no difference was expected.", beside]
         return [beside]
-    common, best = (ratio(some, "dapo") for some in (section.common, section.best))
+    common, best = (cispo_ratio(some, "dapo") for some in (section.common, section.best))
     if common is None:
         return ["Neither CISPO nor DAPO reached the target at the common rate.", beside]
     size = f"{parameters / 1e6:.1f}M"
@@ -146,7 +146,7 @@ def _conclusion_lines(section: Section, parameters: int) -> list[str]:
     ]
 
 
-def _format_ratio(found: cispo_curves.Paired | None, short: bool = False) -> str:
+def _format_ratio(found: cispo_curves.PairedRatio | None, short: bool = False) -> str:
     if found is None:
         return "unknown: no pair arrived"
     numbers = [_format_number(x) for x in (found.median, found.low, found.high)]
@@ -180,7 +180,7 @@ def to_json(section: Section) -> dict[str, Any]:
         f"{what}/{other}": found and {k: _plain(v) for k, v in vars(found).items()}
         for what, some in (("common", section.common), ("best", section.best))
         for other in ("dapo", "grpo")
-        for found in [ratio(some, other)]
+        for found in [cispo_ratio(some, other)]
     }
     return value
 
@@ -204,7 +204,7 @@ def require_matplotlib() -> Any:
 _COLOURS = {"grpo": "tab:green", "dapo": "tab:blue", "cispo": "tab:red"}
 
 
-def plot(sections: Sequence[Section], path: pathlib.Path) -> None:
+def plot_rewards(sections: Sequence[Section], path: pathlib.Path) -> None:
     """Draw every run's rewards, a panel for each section and rate."""
     pyplot = require_matplotlib()
     panels: dict[str, dict[str, list[list[float]]]] = {}

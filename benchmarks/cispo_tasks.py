@@ -67,13 +67,13 @@ MODEL = model_config.ModelConfig(
 )
 
 
-def problem(rng: random.Random) -> tuple[str, str]:
+def draw_problem(rng: random.Random) -> tuple[str, str]:
     """Return six digits, and the last digit of their sum."""
     digits = [rng.randrange(10) for _ in range(DIGITS)]
     return "".join(map(str, digits)), str(sum(digits) % 10)
 
 
-def answer(digits: str, label: str, work: bool) -> str:
+def format_answer(digits: str, label: str, work: bool) -> str:
     """Return what fine-tuning teaches: the answer, with the work before it or without."""
     if not work:
         return ANSWER + label
@@ -100,21 +100,21 @@ def write_tokenizer(directory) -> pathlib.Path:
     return directory
 
 
-def parameters() -> int:
+def count_parameters() -> int:
     """Return how many numbers the model has."""
     model = params_lib.abstract_model(MODEL, jnp.float32, jnp.float32)
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(nnx.state(model)))
 
 
-def measure(directory, number: int = 256) -> tuple[float, float]:
+def measure_fork(directory, number: int = 256) -> tuple[float, float]:
     """Return the mean probability of W as the first token, and of all the right work after it."""
     model = load_lib.load(directory, jnp.float32, None, param_dtype=jnp.float32)
     tokenizer, rng = tokenizer_lib.Tokenizer.load(directory), random.Random(5)
     rows = []
     for _ in range(number):
-        digits, label = problem(rng)
+        digits, label = draw_problem(rng)
         asked = prompt.encode_prompt(tokenizer, [{"role": "user", "content": digits}])
-        rows.append(asked + tokenizer.encode(answer(digits, label, True)))
+        rows.append(asked + tokenizer.encode(format_answer(digits, label, True)))
     tokens = jnp.asarray(rows)
     places = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     hidden, _ = model.hidden(tokens, jnp.ones_like(tokens), places)
@@ -134,7 +134,7 @@ def write_tasks(path: pathlib.Path, number: int, seed: int) -> None:
     rng = random.Random(seed)
     lines = []
     for _ in range(number):
-        digits, label = problem(rng)
+        digits, label = draw_problem(rng)
         lines.append(json.dumps({"prompt": digits, "label": label}))
     path.write_text("\n".join(lines) + "\n")
 
@@ -144,8 +144,8 @@ def write_conversations(path: pathlib.Path, number: int, share: float, seed: int
     rng = random.Random(seed)
     lines = []
     for _ in range(number):
-        digits, label = problem(rng)
-        said = answer(digits, label, rng.random() < share)
+        digits, label = draw_problem(rng)
+        said = format_answer(digits, label, rng.random() < share)
         messages = [
             {"role": "user", "content": digits},
             {"role": "assistant", "content": said},
@@ -154,7 +154,7 @@ def write_conversations(path: pathlib.Path, number: int, share: float, seed: int
     path.write_text("\n".join(lines) + "\n")
 
 
-def tune(directory: pathlib.Path, share: float, learn_steps: int, set_steps: int) -> pathlib.Path:
+def tune_model(directory: pathlib.Path, share: float, learn_steps: int, set_steps: int) -> pathlib.Path:
     """Return a checkpoint that begins with W in about `share` of its answers, made once.
 
     learn_steps: on answers most of which do the work, to learn to. set_steps: on answers `share`
@@ -170,13 +170,13 @@ def tune(directory: pathlib.Path, share: float, learn_steps: int, set_steps: int
     write_tasks(directory / "tasks.jsonl", TASKS, TASKS_SEED)
     write_conversations(directory / "learn.jsonl", _DOCUMENTS, _LEARN_SHARE, seed=1)
     write_conversations(directory / "set.jsonl", _DOCUMENTS, share, seed=2)
-    sft.run(_config(directory, learn_steps, set_steps), directory / "run")
+    sft.run(_make_config(directory, learn_steps, set_steps), directory / "run")
     export.run(directory / "run", directory / "part", dtype="float32")
     (directory / "part").rename(done)
     return done
 
 
-def _config(directory: pathlib.Path, learn_steps: int, set_steps: int) -> config_lib.TrainConfig:
+def _make_config(directory: pathlib.Path, learn_steps: int, set_steps: int) -> config_lib.TrainConfig:
     sizes = {"seq_len": _LENGTH, "rows": _ROWS}
     step = _ROWS * _LENGTH
     names = ("learn", "set")

@@ -51,7 +51,7 @@ ARMS = {"clip": CLIP, "published": PUBLISHED}
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class ExperimentPlan:
     """What is run.
 
     tables: of `ARMS`. updates: of each batch. rates: the first is the common one. tuning_seeds:
@@ -75,9 +75,9 @@ class Plan:
 
 
 PLANS = {
-    "gate": Plan("gate", ("a",), (1, 16), (3e-4,), (), (0,), 3),
-    "quick": Plan("quick", ("a",), (16,), (3e-4, 5e-4), (), (0, 1, 2), 16),
-    "full": Plan(
+    "gate": ExperimentPlan("gate", ("a",), (1, 16), (3e-4,), (), (0,), 3),
+    "quick": ExperimentPlan("quick", ("a",), (16,), (3e-4, 5e-4), (), (0, 1, 2), 16),
+    "full": ExperimentPlan(
         "full",
         ("a", "b"),
         (1, 4, 16),
@@ -111,7 +111,7 @@ class Trial:
 class Lab:
     """Makes the runs of a plan in a directory, each once."""
 
-    def __init__(self, plan: Plan, directory: pathlib.Path):
+    def __init__(self, plan: ExperimentPlan, directory: pathlib.Path):
         self.plan, self._directory = plan, directory
         self._began, self._made = time.monotonic(), 0
 
@@ -144,7 +144,7 @@ class Lab:
         plan = self.plan
         home = self.home(trial.task)
         share = cispo_tasks.FORK_SHARES[trial.task]
-        checkpoint = cispo_tasks.tune(home, share, plan.learn_steps, plan.set_steps)
+        checkpoint = cispo_tasks.tune_model(home, share, plan.learn_steps, plan.set_steps)
         # DAPO's sampling and length penalty belong to the published DAPO and CISPO.
         whole = trial.table == "published" and trial.arm != "grpo"
         return rl_config.RlConfig(
@@ -211,18 +211,18 @@ _ENGINE = (
 )
 
 
-def experiment(lab: Lab, table: str, task: str, updates: int) -> cispo_report.Section:
+def run_section(lab: Lab, table: str, task: str, updates: int) -> cispo_report.Section:
     """Make one section's runs: tuning, the common rate, and each arm's own rate."""
     plan, arms = lab.plan, list(ARMS[table])
 
-    def outcomes(arm: str, rate: float, seeds: tuple[int, ...]) -> list[cispo_curves.Outcome]:
+    def outcomes(arm: str, rate: float, seeds: tuple[int, ...]) -> list[cispo_curves.RunOutcome]:
         trials = [Trial(table, task, updates, rate, arm, seed) for seed in seeds]
         found = lab.curves(trials)
         for trial, kept in found.items():
             curves[str(trial)] = kept["rewards"]
             secs.extend(kept["secs"])
         return [
-            cispo_curves.outcome(one["rewards"], one["tokens"], one["fork"], bool(one["failed"]))
+            cispo_curves.measure_outcome(one["rewards"], one["tokens"], one["fork"], bool(one["failed"]))
             for one in found.values()
         ]
 
@@ -239,7 +239,7 @@ def experiment(lab: Lab, table: str, task: str, updates: int) -> cispo_report.Se
         table=table,
         task=task,
         updates=updates,
-        measured=cispo_tasks.measure(lab.home(task) / "tuned"),
+        measured=cispo_tasks.measure_fork(lab.home(task) / "tuned"),
         batches=plan.batches,
         common_rate=common,
         seeds=plan.seeds,
@@ -253,7 +253,7 @@ def experiment(lab: Lab, table: str, task: str, updates: int) -> cispo_report.Se
     )
 
 
-def sections(plan: Plan) -> list[tuple[str, str, int]]:
+def plan_sections(plan: ExperimentPlan) -> list[tuple[str, str, int]]:
     """Return (table, task, updates) of each section, in the order in which they are made."""
     return [
         (table, task, updates)
@@ -281,9 +281,9 @@ def main() -> None:
     if arguments.batches:
         plan = dataclasses.replace(plan, batches=arguments.batches)
     lab, done = Lab(plan, directory), []
-    for table, task, updates in sections(plan):
-        section = experiment(lab, table, task, updates)
-        print(cispo_report.text(section, cispo_tasks.parameters()), flush=True)
+    for table, task, updates in plan_sections(plan):
+        section = run_section(lab, table, task, updates)
+        print(cispo_report.format_section(section, cispo_tasks.count_parameters()), flush=True)
         done.append(section)
         values = {
             "plan": dataclasses.asdict(plan),
@@ -296,7 +296,7 @@ def main() -> None:
         (directory / f"{plan.name}.json").write_text(json.dumps(values, indent=1))
     print(f"all numbers: {directory / plan.name}.json")
     if arguments.plot is not None:
-        cispo_report.plot(done, arguments.plot)
+        cispo_report.plot_rewards(done, arguments.plot)
 
 
 if __name__ == "__main__":

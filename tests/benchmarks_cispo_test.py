@@ -47,7 +47,7 @@ main = load("cispo_vs_dapo")
 
 
 def outcome(rewards, fork=(0, 0), failed=False):
-    return curves.outcome(rewards, [100.0] * len(rewards), [fork] * len(rewards), failed)
+    return curves.measure_outcome(rewards, [100.0] * len(rewards), [fork] * len(rewards), failed)
 
 
 # ---- curves
@@ -66,12 +66,12 @@ def outcome(rewards, fork=(0, 0), failed=False):
     ],
 )
 def test_crossings(rewards, first, for_good):
-    assert curves.first_row(rewards, 0.9) == first
-    assert curves.sustained(rewards, 0.9) == for_good
+    assert curves.first_crossing(rewards, 0.9) == first
+    assert curves.sustained_crossing(rewards, 0.9) == for_good
 
 
 def test_outcome_of_a_run():
-    found = curves.outcome(
+    found = curves.measure_outcome(
         [0.1, 0.6, 0.8, 0.9, 0.9, 1.0, 1.0, 1.0, 1.0],
         [10.0, 20.0, 30.0, 40.0, 50.0, 60.0, 70.0, 80.0, 90.0],
         [(0, 2), (3, 4), (0, 0), (1, 2), (0, 0), (0, 0), (9, 9), (0, 0), (0, 0)],
@@ -91,39 +91,39 @@ def test_collapse():
 
 def test_unlike_columns_are_refused():
     with pytest.raises(ValueError, match="wanted one of each for every batch"):
-        curves.outcome([0.1, 0.2], [1.0], [(0, 0)])
+        curves.measure_outcome([0.1, 0.2], [1.0], [(0, 0)])
     with pytest.raises(ValueError, match="at least one batch"):
-        curves.outcome([], [], [])
+        curves.measure_outcome([], [], [])
 
 
 def test_ratio_of_what_did_not_arrive():
-    assert curves.ratio(6, 8) == 0.75
-    assert curves.ratio(None, 8) == math.inf
-    assert curves.ratio(6, None) == 0
-    assert curves.ratio(None, None) is None
-    assert (curves.ratio(0, 0), curves.ratio(2, 0)) == (1, math.inf)
+    assert curves.batch_ratio(6, 8) == 0.75
+    assert curves.batch_ratio(None, 8) == math.inf
+    assert curves.batch_ratio(6, None) == 0
+    assert curves.batch_ratio(None, None) is None
+    assert (curves.batch_ratio(0, 0), curves.batch_ratio(2, 0)) == (1, math.inf)
 
 
 def test_paired_ratio():
-    same = curves.paired([4, 6, 8], [8, 12, 16])
+    same = curves.paired_ratio([4, 6, 8], [8, 12, 16])
     assert (same.median, same.low, same.high, same.pairs) == (0.5, 0.5, 0.5, 3)
-    found = curves.paired([8, 8, 8, 8, 8], [10, 9, 8, 16, 8])
+    found = curves.paired_ratio([8, 8, 8, 8, 8], [10, 9, 8, 16, 8])
     assert found.median == pytest.approx(8 / 9)
     assert (found.low, found.high) == (0.5, 1.0)
-    assert found == curves.paired([8, 8, 8, 8, 8], [10, 9, 8, 16, 8])  # the seed is fixed
+    assert found == curves.paired_ratio([8, 8, 8, 8, 8], [10, 9, 8, 16, 8])  # the seed is fixed
 
 
 def test_paired_ratio_keeps_what_did_not_arrive():
-    found = curves.paired([None, 4, None, 4, 4], [8, 8, None, None, 8])
+    found = curves.paired_ratio([None, 4, None, 4, 4], [8, 8, None, None, 8])
     assert (found.median, found.pairs, found.unknown) == (0.5, 4, 1)
     assert found.low == 0
     assert found.high == math.inf
-    assert curves.paired([None], [None]) is None
+    assert curves.paired_ratio([None], [None]) is None
 
 
 def test_median_of_an_even_number_is_the_geometric_mean():
-    assert curves.paired([1, 4], [2, 2]).median == pytest.approx(1.0)
-    assert curves.paired([1, None], [None, 1]).median == math.inf  # 0 and infinity: the worse
+    assert curves.paired_ratio([1, 4], [2, 2]).median == pytest.approx(1.0)
+    assert curves.paired_ratio([1, None], [None, 1]).median == math.inf  # 0 and infinity: the worse
 
 
 def test_best_rate():
@@ -168,19 +168,19 @@ def section(cispo, dapo, task="a"):
 
 
 def test_sentence_follows_the_numbers():
-    said = report.text(section([4, 4], [8, 8]), 782_848)
+    said = report.format_section(section([4, 4], [8, 8]), 782_848)
     assert "W begins 0.021 of the answers; after it 0.990 of the work is right" in said
     assert "0.8M-parameter toy" in said
     assert "in 0.50 (0.50 to 0.50) times" in said
     assert "This reproduces the mechanism of M1 section 3.1, not its AIME result." in said
     assert "Collapsed runs, at all rates: GRPO 0 of 2, DAPO 0 of 2, CISPO 0 of 2." in said
     assert "chosen on the very seeds" in said
-    assert "does not show the mechanism" in report.text(section([8, 8], [8, 8]), 782_848)
-    assert "no difference was expected" in report.text(section([8, 8], [8, 8], "b"), 782_848)
+    assert "does not show the mechanism" in report.format_section(section([8, 8], [8, 8]), 782_848)
+    assert "no difference was expected" in report.format_section(section([8, 8], [8, 8], "b"), 782_848)
 
 
 def test_what_did_not_arrive_is_shown():
-    said = report.text(section([12, 12], [12, 12]), 1)
+    said = report.format_section(section([12, 12], [12, 12]), 1)
     assert ">12,>12" in said
     assert "Neither CISPO nor DAPO reached the target" in said
     json.dumps(report.to_json(section([12, 4], [4, 12])), allow_nan=False)
@@ -196,15 +196,15 @@ def tokenizer(tmp_path_factory):
 
 
 def test_an_answer_with_the_work():
-    assert tasks.answer("190562", "3", True) == "W100513\nAnswer: 3"
-    assert tasks.answer("190562", "3", False) == "\nAnswer: 3"
+    assert tasks.format_answer("190562", "3", True) == "W100513\nAnswer: 3"
+    assert tasks.format_answer("190562", "3", False) == "\nAnswer: 3"
 
 
 def test_longest_sample_fits(tokenizer):
-    digits, label = tasks.problem(random.Random(0))
+    digits, label = tasks.draw_problem(random.Random(0))
     asked = prompt.encode_prompt(tokenizer, [{"role": "user", "content": digits}])
     assert len(asked) == tasks.PROMPT_TOKENS
-    said = tokenizer.encode(tasks.answer(digits, label, True))
+    said = tokenizer.encode(tasks.format_answer(digits, label, True))
     assert len(said) == 9
     assert len(said) + 1 <= tasks.ANSWER_TOKENS
     assert max(asked + said) < tasks.MODEL.vocab_size
@@ -219,7 +219,7 @@ def test_share_of_conversations(tmp_path):
 
 def test_model_is_of_the_announced_shape():
     assert [kind == "softmax" for kind in tasks.MODEL.layer_types] == [False] * 7 + [True]
-    assert 0.5e6 < tasks.parameters() < 1e6
+    assert 0.5e6 < tasks.count_parameters() < 1e6
 
 
 def test_arms_differ_in_their_clip_alone():
@@ -236,7 +236,7 @@ def test_plans_can_be_run():
     for plan in main.PLANS.values():
         assert all(plan.groups % updates == 0 for updates in plan.updates)
         assert not set(plan.seeds) & set(plan.tuning_seeds)
-    assert len(main.sections(main.PLANS["full"])) == 2 * 3 + 1
+    assert len(main.plan_sections(main.PLANS["full"])) == 2 * 3 + 1
 
 
 @pytest.fixture(scope="module")
@@ -314,8 +314,8 @@ def test_a_model_is_tuned_once(tmp_path):
     script = """if True:
         import pathlib, sys
         import cispo_tasks
-        made = cispo_tasks.tune(pathlib.Path(sys.argv[1]), 0.02, 20, 5)
-        print(*cispo_tasks.measure(made, 4))
+        made = cispo_tasks.tune_model(pathlib.Path(sys.argv[1]), 0.02, 20, 5)
+        print(*cispo_tasks.measure_fork(made, 4))
         print(cispo_tasks.fork_id(made))
     """
     first = command("-c", script, str(tmp_path))
