@@ -55,14 +55,16 @@ def _measure(code, *arguments):
 
 _PREAMBLE = """
 import json, math, pathlib, sys, threading, time
-from m1_jax import checkpoint, config, convert, export, release
+from m1_jax import config, convert, params
+from m1_jax.checkpoints import format as format_lib
+from m1_jax.checkpoints import release
 def memory(key):
     lines = pathlib.Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key + ":"))
 """
 
 _CONVERT = """
-checkpoint.abstract_model(config.ModelConfig.tiny())  # what JAX itself needs
+params.abstract_model(config.ModelConfig.tiny())  # what JAX itself needs
 before, peak, done = memory("RssAnon"), 0, threading.Event()
 def watch():
     global peak
@@ -71,7 +73,7 @@ def watch():
 watcher = threading.Thread(target=watch)
 watcher.start()
 to, src, dst, gib = sys.argv[1:]
-convert.run(convert.Config(to, src, dst, memory_gib=float(gib), progress=False))
+convert.run(convert.ConvertConfig(to, src, dst, memory_gib=float(gib), progress=False))
 done.set()
 watcher.join()
 print(peak - before)
@@ -100,8 +102,8 @@ _PLAN = """
 start = time.monotonic()
 source = release.Release(sys.argv[1])
 read_secs = time.monotonic() - start
-leaves = convert._leaves(source)
-export.allocate(pathlib.Path(sys.argv[2]), leaves)
+leaves = convert._stored_params_from_release(source)
+format_lib.allocate_params(pathlib.Path(sys.argv[2]), leaves)
 chunks = [math.prod(leaf.chunk_shape) * leaf.dtype.itemsize for leaf in leaves.values()]
 print(json.dumps({
     "is_m1": source.config == config.ModelConfig.m1(),

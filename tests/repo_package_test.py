@@ -19,7 +19,7 @@ pytestmark = pytest.mark.slow
 def wheel(tmp_path_factory):
     """Built from a copy, so that a stale `build/` neither leaks in nor is left behind."""
     source = tmp_path_factory.mktemp("source") / "repo"
-    ignored = (".*", "__pycache__", "build", "dist", "*.egg-info", "data", "out")
+    ignored = (".*", "__pycache__", "build", "dist", "*.egg-info", "out")
     shutil.copytree(_REPO, source, ignore=shutil.ignore_patterns(*ignored))
     command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation"]
     subprocess.run([*command, "--wheel-dir", "dist", "."], cwd=source, check=True)

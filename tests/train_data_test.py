@@ -89,11 +89,11 @@ def config(folder):
 
 def arrays(rows):
     fields = [getattr(rows.batch, f.name) for f in dataclasses.fields(rows.batch)]
-    return [*fields, rows.sources]
+    return [*fields, rows.source_ids]
 
 
 def assert_same(a, b):
-    assert a.samples == b.samples
+    assert a.sample_ids == b.sample_ids
     for one, other in zip(arrays(a), arrays(b), strict=True):
         np.testing.assert_array_equal(one, other)
 
@@ -111,11 +111,11 @@ def merged(streams):
 
 def joined(parts):
     """Return the batch that several hosts' rows make together."""
-    samples = [row for part in parts for row in part.samples]
+    samples = [row for part in parts for row in part.sample_ids]
     fields = zip(*map(arrays, parts), strict=True)
     *batch, places = [np.concatenate(field) for field in fields]
     return dataclasses.replace(
-        parts[0], batch=type(parts[0].batch)(*batch), sources=places, samples=samples
+        parts[0], batch=type(parts[0].batch)(*batch), source_ids=places, sample_ids=samples
     )
 
 
@@ -206,7 +206,7 @@ def test_any_number_of_hosts_gives_the_rows_of_one_and_takes_over(config, tokeni
 
 def places(rows):
     """Yield (sample, place in its document) of all real tokens, and the token."""
-    for r, samples in enumerate(rows.samples):
+    for r, samples in enumerate(rows.sample_ids):
         for i, name in enumerate(samples):
             sample, _, start = name.partition("@")
             here = rows.batch.segment_ids[r] == i + 1
@@ -286,7 +286,7 @@ def test_lanes_together_read_an_epoch_before_the_next(config, tokenizer):
 
 
 def shares(rows):
-    counts = np.bincount(np.concatenate([r.sources.ravel() for r in rows]), minlength=4)[1:]
+    counts = np.bincount(np.concatenate([r.source_ids.ravel() for r in rows]), minlength=4)[1:]
     return counts / counts.sum()
 
 
@@ -469,12 +469,11 @@ def test_a_source_may_be_added_at_a_checkpoint(config, tokenizer):
 _KILLED = """
 import multiprocessing, pathlib, sys, time
 from m1_jax import tokenizer
-from train import data
+from train.data import mixture, stream as stream_lib
 if __name__ == "__main__":
-    source = data.Source("short", sys.argv[1])
-    stream = data.Stream(
-        data.DataConfig((source,), 64, 4, lanes=4, workers=1), tokenizer.Tokenizer.load(sys.argv[2])
-    )
+    source = mixture.DataSource("short", sys.argv[1])
+    config = mixture.StreamConfig((source,), 64, 4, lanes=4, workers=1)
+    stream = stream_lib.BatchStream(config, tokenizer.Tokenizer.load(sys.argv[2]))
     next(stream)
     print(multiprocessing.active_children()[0].pid, flush=True)
     time.sleep(60)

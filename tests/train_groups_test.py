@@ -30,12 +30,12 @@ class Sampler:
         self._source_indices = None if order is None else random.Random(order)
         self._length, self._status = length, status or (lambda seed: "stop")
 
-    def run(self, make, on_done, sampling=None, stopping=lambda: False):
+    def run(self, make, on_done, sampling=None, should_stop=lambda: False):
         self.calls += 1
         waiting, times = list(make()), rollout.RolloutStats()
         self.runs.append([job.key for job in waiting])
         while waiting:
-            if stopping():
+            if should_stop():
                 raise rollout.RolloutStopped
             if self._source_indices is not None:
                 self._source_indices.shuffle(waiting)
@@ -91,7 +91,7 @@ class Rewards:
         future.set_result(scores)
         return future
 
-    def counts(self):
+    def failure_counts(self):
         return {"reward/error/exact/crash": 0}
 
 
@@ -136,7 +136,7 @@ def collect(one, sampler, step=0, stopping=lambda: False, window=20):
 def told(batch):
     """Return all of a batch that training sees."""
     return [
-        (group.number, group.task.id, group.rewards, [
+        (group.group_id, group.task.id, group.rewards, [
             (s.prompt, s.tokens, s.mask, s.logprobs, s.versions, s.status, s.reward, s.parts,
              s.valid, s.routes.tolist())
             for s in groups.finished_samples(group)

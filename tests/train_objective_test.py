@@ -53,13 +53,13 @@ def rows(logp, advantages, mask=None, old=None, **more):
 
 def shared(options, prompts=(0, 1), module=objective):
     """Return the terms of the vectors T2 and T6."""
-    each = module.coefficients(options, MASK.sum(1), np.array(prompts), np.ones(2, bool))
+    each = module.token_coefficients(options, MASK.sum(1), np.array(prompts), np.ones(2, bool))
     return rows(OLD + np.log(RATIO), [[1], [-1]], MASK, OLD, coefficients=MASK * each[:, None])
 
 
 def value_and_grad(options, terms, module=objective):
     def of(logp):
-        return module.loss(options, dataclasses.replace(terms, logp=logp))
+        return module.compute_loss(options, dataclasses.replace(terms, logp=logp))
 
     (value, metrics), grad = jax.value_and_grad(of, has_aux=True)(terms.logp)
     return value, grad, metrics
@@ -178,9 +178,9 @@ def test_t6_value_in_the_form_of_a_minimum(name, value):
 
 def check_ratios(module=objective):
     terms = shared(CISPO)
-    near(module.ratios(CISPO, terms), RATIO)
+    near(module.importance_ratios(CISPO, terms), RATIO)
     a, b = 1.56508458, 1.34164079
-    near(module.ratios(PRESETS["gspo"], terms), [[a, a, a, a], [b, b, 1, 1]])
+    near(module.importance_ratios(PRESETS["gspo"], terms), [[a, a, a, a], [b, b, 1, 1]])
 
 
 def test_ratios_of_tokens_and_sequences():
@@ -345,7 +345,7 @@ def check_sources(module=objective):
     options = SPLIT[-2]
     samples = draw(5, LENGTHS)
     terms = pack(samples, coefficients(options, samples), apart(8), 8, 9)
-    grads = jax.grad(lambda t: module.loss(options, t)[0], allow_int=True)(terms)
+    grads = jax.grad(lambda t: module.compute_loss(options, t)[0], allow_int=True)(terms)
     for field in dataclasses.fields(terms):
         grad = getattr(grads, field.name)
         if field.name in ("logp", "entropy"):
@@ -370,8 +370,8 @@ def check_dtypes(module=objective):
         low = dataclasses.replace(low, segment_ids=terms.segment_ids)
         up = jax.tree.map(lambda x, w=wanted: x.astype(w), low)
         up = dataclasses.replace(up, segment_ids=terms.segment_ids)
-        value, metrics = module.loss(CISPO, low)
-        again, others = module.loss(CISPO, up)
+        value, metrics = module.compute_loss(CISPO, low)
+        again, others = module.compute_loss(CISPO, up)
         for got, same in zip(jax.tree.leaves(metrics), jax.tree.leaves(others), strict=True):
             assert got.dtype == wanted
             np.testing.assert_array_equal(got, same)

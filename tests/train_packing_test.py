@@ -32,7 +32,7 @@ def pack(lengths, seq_len, lookahead=8, pack=True, documents=None):
 
 def pieces(row):
     """Yield (sample, start in its document, slice of the row)."""
-    for i, name in enumerate(row.samples):
+    for i, name in enumerate(row.sample_ids):
         sample, _, start = name.partition("@")
         places = np.flatnonzero(row.segment_ids == i + 1)
         assert (np.diff(places) == 1).all()
@@ -48,9 +48,9 @@ def test_every_token_is_in_exactly_one_place(lengths, seq_len, lookahead, togeth
     for row in pack(lengths, seq_len, lookahead, together):
         real = row.segment_ids > 0
         assert not row.weights[~real].any()
-        assert not row.sources[~real].any()
-        assert (row.sources[real] == 1).all()
-        assert together or len(row.samples) == 1
+        assert not row.source_ids[~real].any()
+        assert (row.source_ids[real] == 1).all()
+        assert together or len(row.sample_ids) == 1
         for sample, start, here in pieces(row):
             np.testing.assert_array_equal(row.positions[here], np.arange(here.stop - here.start))
             for place, token in enumerate(row.tokens[here]):
@@ -97,7 +97,7 @@ def test_weights_follow_what_is_to_be_learnt():
 
 def test_the_longest_that_fits_is_taken_and_none_waits_for_ever():
     rows = pack([6, 5, 3, 4, 9, 1], 10)
-    assert [row.samples for row in rows] == [
+    assert [row.sample_ids for row in rows] == [
         ["s:0:0", "s:3:0"],
         ["s:1:0", "s:2:0", "s:5:0"],
         ["s:4:0"],

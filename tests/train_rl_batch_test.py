@@ -60,7 +60,7 @@ def test_every_token_is_in_one_place(lengths, rows, seed):
         assert here.logp_rollout[row, answer].tolist() == one.logprobs
         assert here.mask[row, part].sum() == sum(one.mask)
     for here, empty in zip(packed.microbatches, free, strict=True):
-        assert here.routes is None
+        assert here.expert_ids is None
         for name in ("tokens", "segment_ids", "positions", "targets", "mask", "logp_rollout"):
             assert not getattr(here, name)[empty].any()
         for name in ("advantages", "coefficients", "logp_old", "logp_ref"):
@@ -111,16 +111,16 @@ def test_routes_are_at_their_tokens_and_unknown_elsewhere():
     some = samples([(3, 4), (2, 2), (1, 3)], routes=(2, 2))
     some[1].routes = None
     packed = rl_batch.pack_samples(some, 2, SEQ_LEN, (2, 2))
-    left = [one.routes.copy() for one in packed.microbatches]
+    left = [one.expert_ids.copy() for one in packed.microbatches]
     for one, (micro, row, start) in zip(some, packed.locations, strict=True):
         if one.routes is not None:
             part = slice(start, start + len(one.routes))
-            np.testing.assert_array_equal(packed.microbatches[micro].routes[row, part], one.routes)
+            np.testing.assert_array_equal(packed.microbatches[micro].expert_ids[row, part], one.routes)
             left[micro][row, part] = -1
     assert {x.dtype for x in left} == {np.dtype(np.int8)}
     assert all((x == -1).all() for x in left)
     # A trainer that does not replay has none.
-    assert rl_batch.pack_samples(some, 2, SEQ_LEN).microbatches[0].routes is None
+    assert rl_batch.pack_samples(some, 2, SEQ_LEN).microbatches[0].expert_ids is None
 
 
 def test_a_microbatch_on_a_mesh_is_the_same():

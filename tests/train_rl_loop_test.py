@@ -153,12 +153,12 @@ def test_a_run_that_was_stopped_goes_on_to_the_bit(start, tmp_path, monkeypatch,
 
 def _break(patch, place):
     """Stop a run: by a signal while it samples for another batch, or between two updates."""
-    real_run, real_update = rollout.RolloutSampler.run, rl_loop.rl_update.Updater._update_minibatch
+    real_run, real_update = rollout.RolloutSampler.run, rl_loop.rl_update.PolicyUpdater._update_minibatch
 
-    def run(self, make, on_done, sampling=None, stopping=lambda: False):
+    def run(self, make, on_done, sampling=None, should_stop=lambda: False):
         if place == "sampling" and self.version >= 1:
-            stopping.__closure__[0].cell_contents.stop.signal_number = signal.SIGTERM
-        return real_run(self, make, on_done, sampling, stopping)
+            should_stop.__closure__[0].cell_contents.stop.signal_number = signal.SIGTERM
+        return real_run(self, make, on_done, sampling, should_stop)
 
     updates = []
 
@@ -169,7 +169,7 @@ def _break(patch, place):
         return real_update(self, part)
 
     patch.setattr(rollout.RolloutSampler, "run", run)
-    patch.setattr(rl_loop.rl_update.Updater, "_update_minibatch", update)
+    patch.setattr(rl_loop.rl_update.PolicyUpdater, "_update_minibatch", update)
 
 
 def test_metrics_of_a_batch(start, tmp_path):

@@ -205,10 +205,10 @@ def test_made_tasks_are_the_same_again():
 def test_files_are_told_from_others(tmp_path, read):
     source = tasks.TaskSource("s", write(tmp_path / "a.jsonl", {"prompt": "p"}))
     prints = json.loads(json.dumps(read(source).fingerprint()))
-    read(source).check(prints)
+    read(source).check_fingerprint(prints)
     write(tmp_path / "a.jsonl", {"prompt": "q"})
     with pytest.raises(records_lib.DataError, match=r"a\.jsonl changed since the checkpoint"):
-        read(source).check(prints)
+        read(source).check_fingerprint(prints)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("reasoning_gym") is None, reason="the extra 'rl'")
