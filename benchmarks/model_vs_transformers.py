@@ -29,6 +29,7 @@ import torch
 from absl import app, flags
 
 from train import optim, step
+from train.data import batch as batch_lib
 
 _SIZE = flags.DEFINE_enum("size", "full", ["full", "tiny"], "120M parameters, or a quick try.")
 _REPEATS = flags.DEFINE_integer("repeats", 7, "Timed calls of each side per case.", lower_bound=1)
@@ -155,7 +156,7 @@ def _make_our_step(ours, tokens):
     places = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
     targets = jnp.roll(tokens, -1, axis=1)
     weights = jnp.ones(tokens.shape, jnp.float32).at[:, -1].set(0.0)
-    batch = step.TrainBatch(tokens, ones, places, targets, weights)
+    batch = batch_lib.TrainBatch(tokens, ones, places, targets, weights)
 
     def call():
         state, metrics = step.train_step(held.pop(), batch, settings=settings)

@@ -13,6 +13,7 @@ from m1_jax import convert, sharding, testing
 from m1_jax import params as params_lib
 from m1_jax.checkpoints import save as save_lib
 from train import lora, optim, step, trainable
+from train.data import batch as batch_lib
 
 ROWS, LENGTH, VOCAB = 4, 12, 512
 _HF = testing.tiny_config(attn_type_list=[0, 1], num_local_experts=4)
@@ -63,7 +64,7 @@ def _batch():
     ids[0, 9:] = 0
     positions = np.broadcast_to(np.arange(LENGTH, dtype=np.int32), ids.shape)
     arrays = (tokens[:, :-1], ids, positions, tokens[:, 1:], (ids > 0).astype(np.float32))
-    return step.TrainBatch(*map(jnp.asarray, arrays))
+    return batch_lib.TrainBatch(*map(jnp.asarray, arrays))
 
 
 def _mesh_layout(config):

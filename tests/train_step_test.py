@@ -13,6 +13,7 @@ from flax import nnx
 from m1_jax import ModelConfig, logprobs, model, moe, sharding
 from m1_jax import params as params_lib
 from train import optim, step
+from train.data import batch as batch_lib
 
 ROWS, LENGTH = 4, 12
 CONFIG = dataclasses.replace(
@@ -43,7 +44,7 @@ def _batch(rows=ROWS, seed=0):
     weights[1, :5] = 0  # a prompt
     positions = np.broadcast_to(np.arange(LENGTH, dtype=np.int32), ids.shape)
     arrays = (tokens[:, :-1], ids, positions, tokens[:, 1:], weights)
-    return step.TrainBatch(*map(jnp.asarray, arrays))
+    return batch_lib.TrainBatch(*map(jnp.asarray, arrays))
 
 
 def _settings(accumulate=1, coefficient=None, **kwargs):
@@ -352,7 +353,7 @@ def test_packed_documents_have_the_gradients_of_separate_ones():
                 arrays[3, row, place] = np.append(document[1:], 0)
                 weights[row, at : at + len(document) - 1] = 1
                 at += len(document)
-        return step.TrainBatch(*map(jnp.asarray, (*arrays, weights)))
+        return batch_lib.TrainBatch(*map(jnp.asarray, (*arrays, weights)))
 
     packed, _ = _gradients(_model(), rows([documents]), _settings(1, 0.0))
     separate, _ = _gradients(_model(), rows([[d] for d in documents]), _settings(1, 0.0))

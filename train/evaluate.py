@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from m1_jax import logprobs
 from m1_jax import model as model_lib
-from train import step as step_lib
+from train.data import batch as batch_lib
 
 # Places in a document, as powers of two: 0 to 1023, 1024 to 2047, and so on to 1M and more.
 FIRST_BUCKET_TOKENS, NUM_BUCKETS = 1024, 12
@@ -18,7 +18,7 @@ FIRST_BUCKET_TOKENS, NUM_BUCKETS = 1024, 12
 @functools.partial(jax.jit, static_argnames="num_sources")
 def sum_losses(
     model: model_lib.MiniMaxM1,
-    batch: step_lib.TrainBatch,
+    batch: batch_lib.TrainBatch,
     source_ids: Int[Array, "B T"],
     num_sources: int,
 ) -> Float[Array, "2 S K"]:

@@ -13,23 +13,7 @@ from jaxtyping import Array, Float, Int
 from m1_jax import logprobs, moe, quantize
 from m1_jax import model as model_lib
 from train import optim, trainable
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class TrainBatch:
-    """B packed rows of T tokens.
-
-    tokens, positions: of the input. segment_ids: 0 is padding, a change starts a new document.
-    targets: the token that each place predicts; any valid id where its weight is 0.
-    weights: of each place's loss, 0 where nothing is to be learnt (prompts, padding, last tokens).
-    """
-
-    tokens: Int[Array, "*A B T"]
-    segment_ids: Int[Array, "*A B T"]
-    positions: Int[Array, "*A B T"]
-    targets: Int[Array, "*A B T"]
-    weights: Float[Array, "*A B T"]
+from train.data import batch as batch_lib
 
 
 @jax.tree_util.register_dataclass
@@ -89,7 +73,7 @@ def init_state(model: model_lib.MiniMaxM1, optimizer: optim.AdamW) -> TrainState
 
 @functools.partial(jax.jit, static_argnames="settings", donate_argnames="state")
 def train_step(
-    state: TrainState, batch: TrainBatch, settings: TrainStepSettings
+    state: TrainState, batch: batch_lib.TrainBatch, settings: TrainStepSettings
 ) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
     """Make one optimizer step; `state` is donated, so the old one is gone.
 
@@ -148,7 +132,7 @@ def _grad_norms(grads: model_lib.MiniMaxM1) -> dict[str, Float[Array, ""]]:
 
 
 def compute_gradients(
-    model: model_lib.MiniMaxM1, batch: TrainBatch, settings: TrainStepSettings, step: Any = 0
+    model: model_lib.MiniMaxM1, batch: batch_lib.TrainBatch, settings: TrainStepSettings, step: Any = 0
 ):
     """Return float32 gradients of the whole batch's loss, summed microbatch by microbatch.
 
@@ -182,7 +166,7 @@ def compute_gradients(
     return jax.lax.scan(micro, start, parts)[0]
 
 
-def split_microbatches(batch: TrainBatch, num_microbatches: int) -> TrainBatch:
+def split_microbatches(batch: batch_lib.TrainBatch, num_microbatches: int) -> batch_lib.TrainBatch:
     """Split [B, T] into [parts, B / parts, T], each device's rows staying where they are.
 
     Raises:
@@ -220,7 +204,7 @@ def constrain_shardings(tree):
     return jax.tree.map(pin, tree, is_leaf=lambda part: isinstance(part, model_lib.MiniMaxM1))
 
 
-def _microbatch_loss(model, batch: TrainBatch, totals, *, coefficient, z_coefficient: float):
+def _microbatch_loss(model, batch: batch_lib.TrainBatch, totals, *, coefficient, z_coefficient: float):
     """Return a microbatch's share of the loss, and its share of each metric."""
     weight, num_real = totals
     hidden, stats = model.hidden(batch.tokens, batch.segment_ids, batch.positions)
@@ -245,7 +229,7 @@ def _microbatch_loss(model, batch: TrainBatch, totals, *, coefficient, z_coeffic
     return loss, metrics
 
 
-def _num_tokens(batch: TrainBatch) -> Float[Array, ""]:
+def _num_tokens(batch: batch_lib.TrainBatch) -> Float[Array, ""]:
     return jnp.sum((batch.segment_ids != 0).astype(jnp.float32))
 
 

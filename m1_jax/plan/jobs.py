@@ -132,13 +132,14 @@ def estimate_job(
 def trace_train(setting: JobSetting) -> list[TracedProgram]:
     from train import optim
     from train import step as step_lib
+    from train.data import batch as batch_lib
 
     job, layout = setting.job, setting.layout
     settings = step_lib.TrainStepSettings(optim.AdamW(1e-4), accumulate=job.accumulate)
     state = step_lib.abstract_state(setting.model, settings.optimizer)
     ints = abstract_rows(layout, job.batch, job.seq)
     weights = abstract_rows(layout, job.batch, job.seq, jnp.float32)
-    batch = step_lib.TrainBatch(ints, ints, ints, ints, weights)
+    batch = batch_lib.TrainBatch(ints, ints, ints, ints, weights)
     parts = {"parameters": setting.model, "optimizer": state.moments, "batch": batch}
     traced = step_lib.train_step.trace(state, batch, settings=settings)
     return [

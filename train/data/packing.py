@@ -42,7 +42,7 @@ class PendingPiece:
 
 @dataclasses.dataclass(eq=False)
 class PackedRow:
-    """T places of `step.TrainBatch`, and where they come from.
+    """T places of `batch.TrainBatch`, and where they come from.
 
     sources: number of the source from 1, 0 for padding. samples: of each piece "source:index:epoch"
     and, where it does not start its document, "@" and the place where it starts.

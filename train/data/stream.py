@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Int32
 
 from m1_jax import tokenizer as tokenizer_lib
-from train import step
+from train.data import batch as batch_lib
 from train.data import mixture, packing, prefetch
 from train.data import records as records_lib
 
@@ -33,7 +33,7 @@ class HostBatch:
     dropped: conversations that this host's lanes left out so far.
     """
 
-    batch: step.TrainBatch
+    batch: batch_lib.TrainBatch
     source_ids: Int32[np.ndarray, "B T"]
     sample_ids: list[list[str]]
     utilization: float
@@ -185,12 +185,12 @@ class BatchStream:
         self.close()
 
     def _stack_rows(self, rows: list[packing.PackedRow], wait_secs: float) -> HostBatch:
-        names = [field.name for field in dataclasses.fields(step.TrainBatch)]
+        names = [field.name for field in dataclasses.fields(batch_lib.TrainBatch)]
         stacked: dict[str, Any] = {
             name: np.stack([getattr(row, name) for row in rows]) for name in names
         }
         return HostBatch(
-            batch=step.TrainBatch(**stacked),
+            batch=batch_lib.TrainBatch(**stacked),
             source_ids=np.stack([row.source_ids for row in rows]),
             sample_ids=[row.sample_ids for row in rows],
             utilization=float(np.mean(stacked["segment_ids"] != 0)),
