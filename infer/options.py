@@ -5,10 +5,11 @@ in silence. What needs a vocabulary waits for `check_options`.
 """
 
 import dataclasses
-import difflib
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
+
+from m1_jax import configlib
 
 MAX_BIASES = 300
 MAX_STOP_IDS = 8  # the tokenizer's own included; the device compares with this many
@@ -91,7 +92,7 @@ class Options:
 
     def __post_init__(self):
         for name, (_, valid, wanted) in SAMPLING_FIELDS.items():
-            _check_field(
+            configlib.check_field(
                 _is_number(value := getattr(self, name)) and valid(value), name, value, wanted
             )
         _check_whole_number("seed", self.seed, 0, 2**32 - 1)
@@ -101,7 +102,7 @@ class Options:
             _check_whole_number("thinking_tokens", self.thinking_tokens, 0)
         for name in ("ignore_eos", "stop_on_loop", "after_thinking"):
             value = getattr(self, name)
-            _check_field(isinstance(value, bool), name, value, "True or False")
+            configlib.check_field(isinstance(value, bool), name, value, "True or False")
         # Copies: what the caller does later with its own list or dict changes nothing here.
         object.__setattr__(self, "logit_bias", _check_logit_bias(self.logit_bias))
         object.__setattr__(self, "stop_token_ids", _check_stop_ids(self.stop_token_ids))
@@ -126,7 +127,7 @@ class Options:
             value = getattr(self, name)
             kinds = str | Mapping if name == "json_schema" else str
             wanted = "text or an object" if name == "json_schema" else "text"
-            _check_field(
+            configlib.check_field(
                 isinstance(value, kinds) and bool(value or value == {}), name, value, wanted
             )
             # A finished structure has nothing to add but the end.
@@ -152,7 +153,9 @@ def check_options(options: Options, vocab_size: int, own_stop_ids: tuple[int, ..
     ids = {"logit_bias": options.logit_bias, "stop_token_ids": options.stop_token_ids}
     for name, values in ids.items():
         for token in values:
-            _check_field(token < vocab_size, name, token, f"token ids of 0 to {vocab_size - 1}")
+            configlib.check_field(
+                token < vocab_size, name, token, f"token ids of 0 to {vocab_size - 1}"
+            )
     number = len(all_stop_ids(options, own_stop_ids))
     if number > MAX_STOP_IDS:
         raise ValueError(
@@ -201,13 +204,9 @@ def check_names(kind: str, names: Iterable[str], allowed: Collection[str]) -> No
     """Raise ValueError for the first name that is not allowed, with near ones that are."""
     for name in names:
         if name not in allowed:
-            near = difflib.get_close_matches(str(name), allowed, n=3) or allowed
-            raise ValueError(f"{kind}: got {name!r}; did you mean {' or '.join(near)}?")
-
-
-def _check_field(valid: bool, name: str, value: Any, wanted: str) -> None:
-    if not valid:
-        raise ValueError(f"{name}: got {value!r}; wanted {wanted}")
+            all_names = f"did you mean {' or '.join(allowed)}?"
+            hint = configlib.suggest_names(name, allowed, all_names, limit=3)
+            raise ValueError(f"{kind}: got {name!r}; {hint}")
 
 
 def _is_number(value: Any) -> bool:
@@ -222,16 +221,20 @@ def _check_whole_number(
     name: str, value: Any, low: int, high: float = math.inf, what: str = ""
 ) -> None:
     wanted = f"a whole number, {low} or more" if high == math.inf else f"{low} to {high}{what}"
-    _check_field(_is_token_id(value) and low <= value <= high, name, value, wanted)
+    configlib.check_field(_is_token_id(value) and low <= value <= high, name, value, wanted)
 
 
 def _check_logit_bias(bias: Any) -> dict[int, float]:
-    _check_field(isinstance(bias, Mapping), "logit_bias", bias, "a mapping of token ids to numbers")
+    configlib.check_field(
+        isinstance(bias, Mapping), "logit_bias", bias, "a mapping of token ids to numbers"
+    )
     if len(bias) > MAX_BIASES:
         raise ValueError(f"logit_bias: got {len(bias)} entries; wanted at most {MAX_BIASES}")
     for token, value in bias.items():
-        _check_field(_is_token_id(token), "logit_bias", token, "token ids, whole numbers from 0")
-        _check_field(
+        configlib.check_field(
+            _is_token_id(token), "logit_bias", token, "token ids, whole numbers from 0"
+        )
+        configlib.check_field(
             _is_number(value) and abs(value) <= 100, f"logit_bias[{token}]", value, "-100 to 100"
         )
     return dict(bias)
@@ -239,19 +242,19 @@ def _check_logit_bias(bias: Any) -> dict[int, float]:
 
 def _check_stop_ids(ids: Any) -> tuple[int, ...]:
     name = "stop_token_ids"
-    _check_field(isinstance(ids, tuple | list), name, ids, "a tuple of token ids")
+    configlib.check_field(isinstance(ids, tuple | list), name, ids, "a tuple of token ids")
     for token in ids:
-        _check_field(_is_token_id(token), name, token, "token ids, whole numbers from 0")
+        configlib.check_field(_is_token_id(token), name, token, "token ids, whole numbers from 0")
     return tuple(ids)
 
 
 def _check_stop_strings(stop: Any) -> tuple[str, ...]:
-    _check_field(isinstance(stop, tuple | list), "stop", stop, "a tuple of strings")
+    configlib.check_field(isinstance(stop, tuple | list), "stop", stop, "a tuple of strings")
     if len(stop) > MAX_STOP_STRINGS:
         raise ValueError(f"stop: got {len(stop)} strings; wanted at most {MAX_STOP_STRINGS}")
     for text in stop:
         valid = isinstance(text, str) and 1 <= len(text) <= MAX_STOP_CHARS
-        _check_field(valid, "stop", text, f"strings of 1 to {MAX_STOP_CHARS} characters")
+        configlib.check_field(valid, "stop", text, f"strings of 1 to {MAX_STOP_CHARS} characters")
     return tuple(stop)
 
 

@@ -26,6 +26,7 @@ from jaxtyping import Array, Shaped, UInt
 from infer import engine as engine_lib
 from infer import options as options_lib
 from infer import request as request_lib
+from m1_jax import durable
 from m1_jax import tokenizer as tokenizer_lib
 
 _FORMAT = "m1_jax suspended requests, version 1"
@@ -54,7 +55,7 @@ def save_requests(engine: engine_lib.Engine, path: str | os.PathLike) -> int:
             "version": engine.version,
             "requests": [_request_to_json(request) for request in requests],
         }
-        _write_atomically(pathlib.Path(path), json.dumps(value, allow_nan=False))
+        durable.write_text_atomically(pathlib.Path(path), json.dumps(value, allow_nan=False))
 
     engine.suspend(write_requests)
     return count
@@ -211,7 +212,7 @@ def digest_arrays(leaves: list[Array]) -> str:
 
 def _sum_bits(x: Shaped[Array, "..."]) -> UInt[Array, ""]:
     """Return the sum of all bits, weighted by index so that no two values can be exchanged."""
-    # Like `m1_jax.digest` in purpose, not in numbers: files on disk have these sums.
+    # Like the digest of `train.checkpoints` in purpose, not in numbers: files on disk hold both.
     kinds = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
     bits = jax.lax.bitcast_convert_type(x, kinds[x.dtype.itemsize]).astype(jnp.uint32)
     weight = jnp.ones(x.shape, jnp.uint32)
@@ -228,17 +229,6 @@ def _digest_tokenizer(tokenizer: tokenizer_lib.Tokenizer) -> str:
         data = tokenizer.token_bytes(token, skip_special=False)
         hashed.update(len(data).to_bytes(4, "little") + data)
     return hashed.hexdigest()
-
-
-def _write_atomically(path: pathlib.Path, text: str) -> None:
-    """Write a file that is there whole or not at all, also after a crash."""
-    # Renaming is atomic, and the data is on disk before it.
-    part = path.with_name(path.name + ".part")
-    with part.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
 
 
 def _read_file(path: pathlib.Path) -> dict[str, Any]:

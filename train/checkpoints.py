@@ -13,11 +13,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
-from jax.experimental import multihost_utils
 
+from m1_jax import multihost
 from train import config as config_lib
 from train import step as step_lib
 from train import trainable
@@ -143,36 +142,33 @@ def unflatten_state(leaves: dict[str, Any], like: step_lib.TrainState) -> step_l
 
 @jax.jit
 def digest_state(state: step_lib.TrainState) -> jax.Array:
-    """Return one number of all bits of `flatten_state`, on any mesh: integers add up in any order.
-
-    Each word is multiplied by an odd number of its place, so that swapped values do not cancel.
-    """
-
-    def one(leaf):
-        words = jax.lax.bitcast_convert_type(leaf, jnp.uint32)
-        for dim in range(words.ndim):
-            place = jax.lax.broadcasted_iota(jnp.uint32, words.shape, dim)
-            words = words * (place * jnp.uint32(2654435761) + jnp.uint32(2 * dim + 1) | 1)
-        return jnp.sum(words, dtype=jnp.uint32)
-
+    """Return one number of all bits of `flatten_state`, the same on any mesh."""
     total = jnp.zeros((), jnp.uint32)
     for leaf in flatten_state(state).values():
-        total = total * jnp.uint32(31) + one(leaf)
+        total = total * jnp.uint32(31) + _sum_bits(leaf)
     return total
+
+
+def _sum_bits(leaf: jax.Array) -> jax.Array:
+    """Return the sum of a float32 or int32 leaf's words, modulo 2^32.
+
+    Integers add up in any order, so the sum does not depend on how the leaf is sharded. Each word
+    is multiplied by an odd number of its position, so that swapped values do not cancel.
+    """
+    words = jax.lax.bitcast_convert_type(leaf, jnp.uint32)
+    for dim in range(words.ndim):
+        index = jax.lax.broadcasted_iota(jnp.uint32, words.shape, dim)
+        words = words * (index * jnp.uint32(2654435761) + jnp.uint32(2 * dim + 1) | 1)
+    return jnp.sum(words, dtype=jnp.uint32)
 
 
 def _merge_across_processes(data: dict) -> dict:
     """Merge every process's dict; a small JSON of each goes over the network."""
     if jax.process_count() == 1:
         return data
-    text = np.frombuffer(json.dumps(data).encode(), np.uint8)
-    sizes = multihost_utils.process_allgather(np.asarray([text.size]))
-    padded = np.zeros(int(sizes.max()), np.uint8)
-    padded[: text.size] = text
-    parts = multihost_utils.process_allgather(padded)
     merged: dict = {}
-    for part, size in zip(parts, sizes.reshape(-1), strict=True):
-        merged = _merge_dicts(merged, json.loads(part[: int(size)].tobytes()))
+    for text in multihost.allgather_bytes(json.dumps(data).encode()):
+        merged = _merge_dicts(merged, json.loads(text))
     return merged
 
 

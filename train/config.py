@@ -4,6 +4,7 @@ import dataclasses
 import math
 
 from m1_jax import config as config_lib
+from m1_jax import configlib
 from train import lora as lora_lib
 from train.data import mixture
 
@@ -11,11 +12,6 @@ DataSource = mixture.DataSource
 LoraConfig = lora_lib.LoraConfig
 
 SCHEDULE_SHAPES = ("constant", "linear", "cosine")
-
-
-def _check_field(condition: bool, name: str, got, wanted: str) -> None:
-    if not condition:
-        raise ValueError(f"{name}: got {got!r}; wanted {wanted}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,18 +36,24 @@ class TrainStage:
 
     def __post_init__(self):
         for name in ("seq_len", "rows", "tokens", "accumulate"):
-            _check_field(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        _check_field(self.learning_rate >= 0, "learning_rate", self.learning_rate, "at least 0")
-        _check_field(
+            configlib.check_field(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        configlib.check_field(
+            self.learning_rate >= 0, "learning_rate", self.learning_rate, "at least 0"
+        )
+        configlib.check_field(
             self.shape in SCHEDULE_SHAPES,
             "shape",
             self.shape,
             f"one of {', '.join(SCHEDULE_SHAPES)}",
         )
         fits = 0 <= self.warmup_tokens <= self.tokens
-        _check_field(fits, "warmup_tokens", self.warmup_tokens, f"0 to tokens = {self.tokens}")
+        configlib.check_field(
+            fits, "warmup_tokens", self.warmup_tokens, f"0 to tokens = {self.tokens}"
+        )
         wanted = f"a divisor of rows = {self.rows}"
-        _check_field(self.rows % self.accumulate == 0, "accumulate", self.accumulate, wanted)
+        configlib.check_field(
+            self.rows % self.accumulate == 0, "accumulate", self.accumulate, wanted
+        )
 
     @property
     def num_steps(self) -> int:
@@ -82,8 +84,10 @@ class LossConfig:
 
     def __post_init__(self):
         tokens = [token for token, _ in self.balance]
-        _check_field(tokens == sorted(set(tokens)), "loss.balance", tokens, "rising tokens")
-        _check_field(self.z >= 0, "loss.z", self.z, "at least 0")
+        configlib.check_field(
+            tokens == sorted(set(tokens)), "loss.balance", tokens, "rising tokens"
+        )
+        configlib.check_field(self.z >= 0, "loss.z", self.z, "at least 0")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +118,9 @@ class EvaluationConfig:
 
     def __post_init__(self):
         fits = self.every_steps == 0 or bool(self.sources)
-        _check_field(fits, "evaluation.sources", self.sources, "a source, as every_steps is not 0")
+        configlib.check_field(
+            fits, "evaluation.sources", self.sources, "a source, as every_steps is not 0"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,8 +137,10 @@ class SaveConfig:
     directory: str = ""
 
     def __post_init__(self):
-        _check_field(self.every_steps >= 1, "save.every_steps", self.every_steps, "at least 1")
-        _check_field(self.keep >= 1, "save.keep", self.keep, "at least 1")
+        configlib.check_field(
+            self.every_steps >= 1, "save.every_steps", self.every_steps, "at least 1"
+        )
+        configlib.check_field(self.keep >= 1, "save.keep", self.keep, "at least 1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,8 +158,10 @@ class LogConfig:
     trace: tuple[int, int] | None = None
 
     def __post_init__(self):
-        _check_field(self.every_steps >= 1, "log.every_steps", self.every_steps, "at least 1")
-        _check_field(self.spike > 1, "log.spike", self.spike, "more than 1")
+        configlib.check_field(
+            self.every_steps >= 1, "log.every_steps", self.every_steps, "at least 1"
+        )
+        configlib.check_field(self.spike > 1, "log.spike", self.spike, "more than 1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,15 +195,21 @@ class TrainConfig:
     compilation_cache: str = ""
 
     def __post_init__(self):
-        _check_field(len(self.stages) > 0, "stages", self.stages, "at least one")
+        configlib.check_field(len(self.stages) > 0, "stages", self.stages, "at least one")
         either = bool(self.checkpoint) != (self.model is not None)
-        _check_field(either, "checkpoint", self.checkpoint, "either this or a model, not both")
-        _check_field(bool(self.checkpoint or self.tokenizer), "tokenizer", "", "its directory")
-        _check_field(
+        configlib.check_field(
+            either, "checkpoint", self.checkpoint, "either this or a model, not both"
+        )
+        configlib.check_field(
+            bool(self.checkpoint or self.tokenizer), "tokenizer", "", "its directory"
+        )
+        configlib.check_field(
             self.dtype in ("bfloat16", "float32"), "dtype", self.dtype, "bfloat16 or float32"
         )
         frozen = self.lora is None or bool(self.checkpoint)
-        _check_field(frozen, "lora", self.lora, "a checkpoint, as random weights would stay random")
+        configlib.check_field(
+            frozen, "lora", self.lora, "a checkpoint, as random weights would stay random"
+        )
         wanted = ("", *config_lib.REMAT_POLICIES)
-        _check_field(self.remat in wanted, "remat", self.remat, f"one of {wanted}")
-        _check_field(self.max_skipped >= 1, "max_skipped", self.max_skipped, "at least 1")
+        configlib.check_field(self.remat in wanted, "remat", self.remat, f"one of {wanted}")
+        configlib.check_field(self.max_skipped >= 1, "max_skipped", self.max_skipped, "at least 1")

@@ -11,7 +11,6 @@ the same command run again after an interruption goes on with the first shard th
 import contextlib
 import dataclasses
 import json
-import os
 import pathlib
 import sys
 from typing import Any
@@ -20,6 +19,7 @@ import tqdm
 from absl import app, flags
 from array_record.python import array_record_module  # pyright: ignore[reportAttributeAccessIssue]
 
+from m1_jax import durable
 from m1_jax import tokenizer as tokenizer_lib
 from train.data import chat
 from train.data import records as records_lib
@@ -91,7 +91,7 @@ def _write_shards(
                 counts = _write_shard(growing, records, range(start, end), config, encoder, bar)
                 growing.rename(partial / name)
                 manifest["shards"][name] = counts
-                _write_json_atomically(partial / MANIFEST_FILE, manifest)
+                _write_manifest(partial / MANIFEST_FILE, manifest)
             else:
                 bar.update(end - start)
     return partial
@@ -104,7 +104,7 @@ def _open_manifest(partial: pathlib.Path, config: PrepareConfig, records) -> dic
     path = partial / MANIFEST_FILE
     if not path.exists():
         partial.mkdir(parents=True, exist_ok=True)
-        _write_json_atomically(path, {"of": wanted, "shards": {}})
+        _write_manifest(path, {"of": wanted, "shards": {}})
     manifest = json.loads(path.read_text())
     if manifest["of"] != wanted:
         raise FileExistsError(
@@ -114,14 +114,8 @@ def _open_manifest(partial: pathlib.Path, config: PrepareConfig, records) -> dic
     return manifest
 
 
-def _write_json_atomically(path: pathlib.Path, value: dict) -> None:
-    """Replace a file in one go: it is never read half-written."""
-    growing = path.with_name(path.name + ".tmp")
-    with growing.open("w") as stream:
-        json.dump(value, stream, indent=1)
-        stream.flush()
-        os.fsync(stream.fileno())
-    growing.rename(path)
+def _write_manifest(path: pathlib.Path, manifest: dict[str, Any]) -> None:
+    durable.write_text_atomically(path, json.dumps(manifest, indent=1))
 
 
 def _write_shard(path, records, indices, config: PrepareConfig, encoder, bar) -> dict[str, int]:

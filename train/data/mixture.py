@@ -14,6 +14,7 @@ from typing import Any
 
 from grain import experimental as grain
 
+from m1_jax import configlib
 from train.data import chat, packing
 from train.data import records as records_lib
 
@@ -80,8 +81,8 @@ class StreamConfig:
         if not names or len(set(names)) < len(names):
             raise ValueError(f"sources: got {names}; wanted at least one, of different names")
         for field, least in _MIN_FIELD_VALUES.items():
-            if getattr(self, field) < least:
-                raise ValueError(f"{field}: got {getattr(self, field)}; wanted at least {least}")
+            value = getattr(self, field)
+            configlib.check_field(value >= least, field, value, f"at least {least}")
         _check_choice("overlong", self.overlong, chat.OVERLONG_MODES)
         _check_choice("thinking", self.thinking, chat.THINKING_MODES)
         _check_choice("profile", self.profile, chat.PROFILES)
@@ -279,8 +280,7 @@ class DataLane:
 
 
 def _check_choice(field: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{field}: got {value!r}; wanted one of {', '.join(choices)}")
+    configlib.check_field(value in choices, field, value, f"one of {', '.join(choices)}")
 
 
 def _stable_hash(*parts) -> int:

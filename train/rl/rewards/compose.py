@@ -15,6 +15,7 @@ import threading
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
+from m1_jax import configlib
 from train.rl import sample as sample_lib
 from train.rl.rewards import catalog, pool
 
@@ -57,8 +58,8 @@ class RewardsConfig:
         if not names or len(set(names)) < len(names):
             raise ValueError(f"sources: got {names}; wanted at least one, of different names")
         for field, minimum in (("retries", 0), ("workers", 1), ("parallel", 1)):
-            if getattr(self, field) < minimum:
-                raise ValueError(f"{field}: got {getattr(self, field)}; wanted at least {minimum}")
+            value = getattr(self, field)
+            configlib.check_field(value >= minimum, field, value, f"at least {minimum}")
         if not self.limit_secs > 0:
             raise ValueError(f"limit_secs: got {self.limit_secs}; wanted more than 0")
         for source, terms in self.sources:
