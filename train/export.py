@@ -7,6 +7,7 @@ python -m m1_jax.convert --to=hf --src=DIR --dst=RELEASE_DIR
 import json
 import pathlib
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
@@ -14,9 +15,13 @@ from absl import app, flags, logging
 
 from m1_jax.checkpoints import format as format_lib
 from m1_jax.checkpoints import save as save_lib
-from train import checkpoints, loop, lora
+from train import checkpoints, loop, lora, run_model
+from train import step as step_lib
 from train import workdir as workdir_lib
+from train.rl import config as rl_config
 from train.rl import loop as rl_loop
+
+RestoreState = Callable[[checkpoints.CheckpointStore, int], step_lib.TrainState]
 
 
 def run(workdir, dst, step: int | None = None, dtype: str = "") -> pathlib.Path:
@@ -28,14 +33,13 @@ def run(workdir, dst, step: int | None = None, dtype: str = "") -> pathlib.Path:
       ResumeError: a directory without a run, or without this checkpoint.
       FileExistsError: `dst` exists.
     """
-    session = _make_session(pathlib.Path(workdir))
-    config = session.config
-    with checkpoints.CheckpointStore(pathlib.Path(workdir), config.save) as saved:
-        there = saved.all_steps()
-        step = max(there, default=None) if step is None else step
-        if step not in there:
-            raise checkpoints.ResumeError(f"{workdir}: got step {step}; it has {there}")
-        state = session.restore_state(saved, step)
+    config, restore_state = _open_run(pathlib.Path(workdir))
+    with checkpoints.CheckpointStore(pathlib.Path(workdir), config.save) as store:
+        steps = store.all_steps()
+        step = max(steps, default=None) if step is None else step
+        if step not in steps:
+            raise checkpoints.ResumeError(f"{workdir}: got step {step}; it has {steps}")
+        state = restore_state(store, step)
     dtype = dtype or config.dtype
     save_lib.save(
         lora.merge_adapters(state.model), dst, config.checkpoint or None, jnp.dtype(dtype)
@@ -45,21 +49,30 @@ def run(workdir, dst, step: int | None = None, dtype: str = "") -> pathlib.Path:
     return pathlib.Path(dst)
 
 
-def _make_session(workdir: pathlib.Path) -> Any:
-    """Return the run of a directory."""
+def _open_run(workdir: pathlib.Path) -> tuple[Any, RestoreState]:
+    """Return the config of a directory's run, and what restores the run's states."""
     file = workdir / workdir_lib.CONFIG_FILE
+    # Only the config of an RL run has a field `rollout`.
     if file.exists() and "rollout" in json.loads(file.read_text()):
-        return rl_loop.RlSession(rl_loop.resolve_rl_config(None, workdir), workdir)
-    return loop.TrainSession(loop.resolve_train_config(None, workdir), workdir)
+        return _open_rl_run(rl_loop.resolve_rl_config(None, workdir))
+    setup = loop.make_train_setup(loop.resolve_train_config(None, workdir))
+    return setup.config, setup.restore_state
+
+
+def _open_rl_run(config: rl_config.RlConfig) -> tuple[rl_config.RlConfig, RestoreState]:
+    model = run_model.make_run_model(config)
+    layout, _ = rl_loop.make_layouts(config, model.config)
+    optimizer = rl_loop.make_optimizer(config)
+    return config, lambda store, step: model.restore_state(store, step, layout, optimizer)
 
 
 def main(argv) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unknown argument {argv[1]!r}")
     logging.set_verbosity(logging.WARNING)
-    given = flags.FLAGS
+    values = flags.FLAGS
     try:
-        run(given.workdir, given.dst, given.step, given.dtype)
+        run(values.workdir, values.dst, values.step, values.dtype)
     except (ValueError, OSError) as error:
         sys.exit("error: " + " ".join(str(error).split("\n")))
 

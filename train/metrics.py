@@ -3,10 +3,10 @@
 import collections
 import json
 import math
-import os
 import pathlib
 import statistics
 import sys
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +15,8 @@ import numpy as np
 import tensorboardX
 import tqdm
 from absl import logging
+
+from m1_jax import durable
 
 _TERMINAL_METRICS = ("loss", "learning_rate", "tokens_per_sec")
 METRICS_FILE, SAMPLES_FILE = "metrics.jsonl", "samples.jsonl"
@@ -107,8 +109,7 @@ class MetricsWriter:
         """Bring lines to the disk, before the checkpoint that they belong to."""
         if self._is_primary:
             for file in self._files.values():
-                file.flush()
-                os.fsync(file.fileno())
+                durable.flush_to_disk(file)
 
     def _write_line(self, name: str, record: dict) -> None:
         self._files[name].write(json.dumps(record) + "\n")
@@ -126,6 +127,24 @@ class SpikeDetector:
         if math.isfinite(loss) and not high:
             self._recent_losses.append(loss)
         return high
+
+
+class StepTimer:
+    """Measures seconds a step, between readings."""
+
+    def __init__(self, step: int):
+        self._start_secs, self._start_step = time.perf_counter(), step
+
+    def restart(self, step: int) -> None:
+        """Begin the next interval after `step`."""
+        self._start_secs, self._start_step = time.perf_counter(), step
+
+    def secs_per_step(self, step: int) -> float:
+        """Return the interval's mean up to `step`, and begin the next interval."""
+        now_secs = time.perf_counter()
+        secs = (now_secs - self._start_secs) / max(step - self._start_step, 1)
+        self._start_secs, self._start_step = now_secs, step
+        return secs
 
 
 def peak_flops() -> float | None:

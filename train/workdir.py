@@ -2,18 +2,18 @@
 
 import contextlib
 import json
-import os
 import pathlib
 import re
 import signal
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import jax
 from absl import logging
 from jax.experimental import multihost_utils
 
-from m1_jax import configlib
+from m1_jax import configlib, durable
 from train import checkpoints
 
 CONFIG_FILE = "config.json"
@@ -52,13 +52,8 @@ def save_config(config: Any, workdir: pathlib.Path) -> None:
     """Write the config into the directory, whole or not at all; process 0 does."""
     if jax.process_index():
         return
-    path = workdir / CONFIG_FILE
-    part = path.with_suffix(".part")
-    with part.open("w") as file:
-        file.write(json.dumps(configlib.to_json(config), indent=1))
-        file.flush()
-        os.fsync(file.fileno())
-    part.rename(path)
+    text = json.dumps(configlib.to_json(config), indent=1)
+    durable.write_text_atomically(workdir / CONFIG_FILE, text)
 
 
 def run_session(session: Any, workdir: pathlib.Path) -> Any:
@@ -66,6 +61,24 @@ def run_session(session: Any, workdir: pathlib.Path) -> Any:
     with contextlib.ExitStack() as stack:
         session.enter(stack)
         save_config(session.config, workdir)
+        return session.run()
+
+
+def open_and_run(
+    open_session: Callable[[Any, pathlib.Path, contextlib.ExitStack], Any],
+    config: Any,
+    workdir: pathlib.Path,
+) -> Any:
+    """Open a session, save its config, run it, and close it; return what its `run` returns.
+
+    Args:
+      open_session: takes the config, the directory and a stack that closes what it opens.
+    """
+    use_compilation_cache(config.compilation_cache)
+    with contextlib.ExitStack() as stack:
+        session = open_session(config, workdir, stack)
+        # Saved once everything could be opened, so that a run that never began leaves no config.
+        save_config(config, workdir)
         return session.run()
 
 

@@ -1,0 +1,184 @@
+"""The model that a run trains: its config, tokenizer, dtypes, first weights and adapters.
+
+Pretraining, fine-tuning and reinforcement learning build it alike: `train.loop` and
+`train.rl.loop` both ask a `RunModel` for their states.
+"""
+
+import dataclasses
+import pathlib
+from collections.abc import Mapping
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+
+from m1_jax import config as model_config_lib
+from m1_jax import model as model_lib
+from m1_jax import params as params_lib
+from m1_jax import sharding
+from m1_jax import tokenizer as tokenizer_lib
+from m1_jax.checkpoints import load as load_lib
+from m1_jax.checkpoints import release
+from train import checkpoints, optim
+from train import lora as lora_lib
+from train import step as step_lib
+
+
+class ModelFields(Protocol):
+    """The fields of `TrainConfig` and `RlConfig` that decide the model of a run."""
+
+    # Properties, because a plain attribute of a protocol would have to be writable.
+    @property
+    def checkpoint(self) -> str: ...
+    @property
+    def tokenizer(self) -> str: ...
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def remat(self) -> str: ...
+    @property
+    def lora(self) -> lora_lib.LoraConfig | None: ...
+    @property
+    def seed(self) -> int: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class RunModel:
+    """How to make the model of a run, on any mesh.
+
+    Attributes:
+      config: of the model, with the run's choice of rematerialisation.
+      tokenizer: whose ids all lie in the model's vocabulary.
+      checkpoint: directory of the first weights; empty draws them from `seed`.
+      dtype: of the computation.
+      lora: which adapters to train; None trains the weights themselves.
+      seed: of random weights, and of adapters.
+    """
+
+    config: model_config_lib.ModelConfig
+    tokenizer: tokenizer_lib.Tokenizer
+    checkpoint: str
+    dtype: jnp.dtype
+    lora: lora_lib.LoraConfig | None
+    seed: int
+
+    @property
+    def param_dtype(self) -> jnp.dtype:
+        """Return the parameters' dtype: float32 for what is trained, else that of computation.
+
+        With LoRA the weights are frozen, so nothing is lost by their rounding. `lora.add_adapters`
+        makes the adapters float32 itself.
+        """
+        return jnp.dtype(jnp.float32) if self.lora is None else self.dtype
+
+    def initial_model(self, layout: sharding.MeshLayout | None) -> model_lib.MiniMaxM1:
+        """Return the model before its first step, with its adapters."""
+        if not self.checkpoint:
+            key = jax.random.key(self.seed)
+            return params_lib.random_model(self.config, key, self.dtype, self.param_dtype, layout)
+        return self._add_adapters(self.load_weights(layout, self.param_dtype))
+
+    def load_weights(
+        self, layout: sharding.MeshLayout | None, param_dtype: jnp.dtype
+    ) -> model_lib.MiniMaxM1:
+        """Return the checkpoint's model, without adapters."""
+        mesh = None if layout is None else layout.mesh
+        model = load_lib.load(self.checkpoint, self.dtype, mesh, param_dtype=param_dtype)
+        # `load` reads the checkpoint's own config, which does not know the run's `remat`.
+        model.config = self.config
+        return model
+
+    def abstract_model(self, layout: sharding.MeshLayout | None) -> model_lib.MiniMaxM1:
+        """Return the model as shapes and shardings. Adapters are real arrays, for they are small."""
+        return self._add_adapters(
+            params_lib.abstract_model(self.config, self.dtype, self.param_dtype, layout)
+        )
+
+    def init_state(
+        self, layout: sharding.MeshLayout | None, optimizer: optim.AdamW
+    ) -> step_lib.TrainState:
+        """Return the state before the first step."""
+        return step_lib.init_state(self.initial_model(layout), optimizer)
+
+    def abstract_state(
+        self, layout: sharding.MeshLayout | None, optimizer: optim.AdamW
+    ) -> step_lib.TrainState:
+        """Return the shapes and shardings of the run's states on a mesh."""
+        return step_lib.abstract_state(self.abstract_model(layout), optimizer)
+
+    def restore_state(
+        self,
+        store: checkpoints.CheckpointStore,
+        step: int,
+        layout: sharding.MeshLayout | None,
+        optimizer: optim.AdamW,
+    ) -> step_lib.TrainState:
+        """Return the state of a checkpoint, on any mesh.
+
+        Raises:
+          ResumeError: see `CheckpointStore.restore`.
+        """
+        like = self.abstract_state(layout, optimizer)
+        if self.lora is not None:
+            # A checkpoint holds what is trained. Frozen weights are those the run began with.
+            like = dataclasses.replace(like, model=self.initial_model(layout))
+        return store.restore(step, like)
+
+    def _add_adapters(self, model: model_lib.MiniMaxM1) -> model_lib.MiniMaxM1:
+        if self.lora is None:
+            return model
+        return lora_lib.add_adapters(model, self.lora, jax.random.key(self.seed))
+
+
+def make_run_model(
+    config: ModelFields, model_config: model_config_lib.ModelConfig | None = None
+) -> RunModel:
+    """Return the model of a run; no weights are read yet.
+
+    Args:
+      config: of the run.
+      model_config: of a model that begins with random weights; None takes the checkpoint's.
+
+    Raises:
+      CheckpointError: a checkpoint without a config.json.
+      ConfigError: a config.json that this model cannot compute.
+      ValueError: a tokenizer with ids outside the model's vocabulary.
+    """
+    if model_config is None:
+        model_config = _read_model_config(config.checkpoint)
+    if config.remat:
+        model_config = dataclasses.replace(model_config, remat=config.remat)
+    tokenizer = tokenizer_lib.Tokenizer.load(config.tokenizer or config.checkpoint)
+    check_tokenizer(tokenizer, model_config)
+    return RunModel(
+        config=model_config,
+        tokenizer=tokenizer,
+        checkpoint=config.checkpoint,
+        dtype=jnp.dtype(config.dtype),
+        lora=config.lora,
+        seed=config.seed,
+    )
+
+
+def check_tokenizer(
+    tokenizer: tokenizer_lib.Tokenizer, model_config: model_config_lib.ModelConfig
+) -> None:
+    if tokenizer.vocab_size > model_config.vocab_size:
+        raise ValueError(
+            f"tokenizer: its ids reach {tokenizer.vocab_size - 1}, but the model's vocabulary ends "
+            f"at {model_config.vocab_size - 1}. Is it the tokenizer of another model?"
+        )
+
+
+def make_train_mesh(axes: Mapping[str, int]) -> jax.sharding.Mesh | None:
+    """Return a trainer's mesh: fsdp over all devices by default, None for a single device."""
+    if not axes and jax.device_count() == 1:
+        return None
+    return sharding.make_mesh(axes or {"fsdp": -1})
+
+
+def _read_model_config(checkpoint: str) -> model_config_lib.ModelConfig:
+    path = pathlib.Path(checkpoint) / "config.json"
+    if not path.is_file():
+        raise release.CheckpointError(f"checkpoint: {checkpoint} has no config.json")
+    return model_config_lib.ModelConfig.from_file(path)
