@@ -10,7 +10,7 @@ import hypothesis.strategies as st
 import pytest
 
 from m1_jax import config as config_lib
-from m1_jax import testing
+from m1_jax import hf_config, testing
 
 _REPO = pathlib.Path(__file__).resolve().parents[1]
 _ModelConfig = config_lib.ModelConfig
@@ -196,7 +196,7 @@ def test_m1_in_the_native_spelling_is_the_preset():
     """As MiniMax-Text-01-hf spells it, with what it still carries of the release's keys."""
     kinds = ["linear_attention"] * 7 + ["full_attention"]
     renamed = {"attn_type_list": ..., "layer_types": kinds * 10, "model_type": "minimax"}
-    for theirs, ours in config_lib._NATIVE_SCALE_NAMES.items():
+    for theirs, ours in hf_config._NATIVE_SCALE_NAMES.items():
         renamed |= {ours: ..., theirs: _M1[ours]}
     assert _ModelConfig.from_hf(_changed(_M1, renamed)) == _ModelConfig.m1()
 

@@ -1,0 +1,297 @@
+"""Hugging Face's `config.json` in two spellings, and the values of `ModelConfig`'s fields.
+
+The release's spelling is that of `config.json` and `configuration_minimax_m1.py` of
+MiniMaxAI/MiniMax-M1. The native spelling is that of the `minimax` model of transformers.
+
+Nothing is ignored in silence: a key that is unknown, missing or contradictory raises `ConfigError`,
+since a model that is computed in another way than it was trained still gives plausible text.
+"""
+
+import json
+import math
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+from m1_jax import configlib
+
+LIGHTNING, SOFTMAX = "lightning", "softmax"  # the kinds of layers
+_RELEASE_MODEL_TYPES = ("minimax_m1", "minimax_text_01", "MiniMaxM1", "MiniMaxText01")
+_NATIVE_MODEL_TYPES = ("minimax",)
+_RELEASE_LAYER_KINDS = {0: LIGHTNING, 1: SOFTMAX}
+_NATIVE_LAYER_KINDS = {"full_attention": SOFTMAX, "linear_attention": LIGHTNING}
+
+
+class ConfigError(ValueError):
+    """A configuration that this code cannot compute exactly; the message names the key."""
+
+
+# Keys that both spellings share with ModelConfig. True: the file must hold the key.
+_SHARED_FIELDS = {
+    "vocab_size": True,
+    "hidden_size": True,
+    "num_attention_heads": True,
+    "num_key_value_heads": True,
+    "head_dim": True,
+    "intermediate_size": True,
+    "num_local_experts": True,
+    "num_experts_per_tok": True,
+    "rms_norm_eps": True,
+    "router_aux_loss_coef": False,
+    "initializer_range": False,
+    "max_position_embeddings": False,
+}
+_NATIVE_SCALE_NAMES = {
+    "linear_attn_alpha_factor": "layernorm_linear_attention_alpha",
+    "linear_attn_beta_factor": "layernorm_linear_attention_beta",
+    "full_attn_alpha_factor": "layernorm_full_attention_alpha",
+    "full_attn_beta_factor": "layernorm_full_attention_beta",
+    "mlp_alpha_factor": "layernorm_mlp_alpha",
+    "mlp_beta_factor": "layernorm_mlp_beta",
+}
+_RELEASE_FIELDS = _SHARED_FIELDS | {
+    "rotary_dim": True,
+    "rope_theta": True,
+    "postnorm": False,
+    "shared_intermediate_size": False,
+    **dict.fromkeys(_NATIVE_SCALE_NAMES.values(), False),
+}
+# transformers leaves out of the file what equals its own defaults (MiniMaxConfig, 5.x).
+_NATIVE_DEFAULTS = {
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+    "rms_norm_eps": 1e-5,
+    "router_aux_loss_coef": 0.001,
+    "initializer_range": 0.02,
+    "max_position_embeddings": 4096 * 32,
+}
+_NATIVE_ROPE_THETA = 1e6
+
+# Keys that would change the computation if they held anything else.
+_FIXED_VALUES = {
+    "hidden_act": "silu",
+    "attention_dropout": 0.0,
+    "router_jitter_noise": 0.0,
+    "sliding_window": None,
+    "tie_word_embeddings": False,
+    "shared_moe_mode": "sigmoid",  # the release never reads it and always computes this form
+}
+# Native checkpoints still carry these keys of the release; transformers has no other form.
+_NATIVE_FIXED_VALUES = _FIXED_VALUES | {"postnorm": True, "shared_intermediate_size": 0}
+
+# Keys that describe files, tokens or library behaviour, not the computation. `block_size` regroups
+# the same sums, so that it changes results by rounding only.
+_INERT_KEYS_TEXT = """
+    architectures auto_map model_type torch_dtype dtype transformers_version use_cache
+    output_router_logits output_hidden_states output_attentions return_dict bos_token_id
+    eos_token_id pad_token_id unk_token_id sep_token_id decoder_start_token_id tokenizer_class
+    _name_or_path id2label label2id problem_type prefix finetuning_task task_specific_params
+    torchscript is_encoder_decoder is_decoder cross_attention_hidden_size add_cross_attention
+    tie_encoder_decoder chunk_size_feed_forward _attn_implementation
+    _attn_implementation_autoset _experts_implementation block_size
+"""
+_INERT_KEYS = frozenset(_INERT_KEYS_TEXT.split())
+
+
+# ---- checks
+
+
+def check_field(valid: bool, key: str, got: Any, wanted: str) -> None:
+    """Raise `ConfigError` for a value that is not valid."""
+    if not valid:
+        raise ConfigError(f"config: {key} is {got!r}; wanted {wanted}")
+
+
+def check_scalar(key: str, kind: Any, value: Any) -> None:
+    """Check the type and sign of a field: JSON may hold a string or a bool instead of a number.
+
+    `kind` is the field's annotation; kinds other than bool, int and float are not checked here.
+    """
+    if kind is bool:
+        check_field(isinstance(value, bool), key, value, "true or false")
+    elif kind is int:
+        minimum = 0 if key == "shared_intermediate_size" else 1
+        is_integer = isinstance(value, int) and not isinstance(value, bool)
+        check_field(is_integer and value >= minimum, key, value, f"an integer, {minimum} or more")
+    elif kind is float:
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        check_field(is_number and math.isfinite(value), key, value, "a number")
+        if key in ("rope_theta", "rms_norm_eps", "expert_capacity"):
+            check_field(value > 0, key, value, "more than 0")
+
+
+# ---- reading and writing
+
+
+def read_config_json(path: pathlib.Path) -> Mapping[str, Any]:
+    """Return the object that a `config.json` file holds; its keys are not checked yet.
+
+    Raises:
+      ConfigError: no such file, or one that is not JSON.
+    """
+    try:
+        return json.loads(path.read_text(), object_pairs_hook=_refuse_repeated_keys)
+    except FileNotFoundError:
+        raise ConfigError(f"{path} does not exist; it must lie beside the weights") from None
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(f"{path} is not valid JSON: {error}") from None
+
+
+def parse_config(hf: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values of `ModelConfig`'s fields from a parsed `config.json`.
+
+    Fields that the file does not give are left out and keep their defaults.
+
+    Raises:
+      ConfigError: a key that is unknown, missing, contradictory, or asks for a computation
+        that this model does not have.
+    """
+    check_field(isinstance(hf, Mapping), "config.json", hf, "a JSON object")
+    model_type = hf.get("model_type")
+    if model_type in _RELEASE_MODEL_TYPES:
+        return _parse_release_config(hf)
+    if model_type in _NATIVE_MODEL_TYPES:
+        return _parse_native_config(hf)
+    raise ConfigError(
+        f"config.json: model_type is {model_type!r}; this code reads "
+        f"{', '.join(_RELEASE_MODEL_TYPES[:2] + _NATIVE_MODEL_TYPES)}"
+    )
+
+
+def format_config(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `config.json` in the release's spelling; `parse_config` reads the same fields back."""
+    layer_types = fields["layer_types"]
+    return {name: fields[name] for name in _RELEASE_FIELDS} | {
+        "architectures": ["MiniMaxM1ForCausalLM"],
+        "model_type": "minimax_m1",
+        "num_hidden_layers": len(layer_types),
+        "attn_type_list": [int(kind == SOFTMAX) for kind in layer_types],
+        **_FIXED_VALUES,
+    }
+
+
+def _check_keys(hf: Mapping[str, Any], known: set[str], fixed: Mapping[str, Any]) -> None:
+    """Refuse unknown keys, and keys of one allowed value that have another."""
+    for key, wanted in fixed.items():
+        got = hf.get(key, wanted)
+        check_field(got == wanted, key, got, f"{wanted!r}: this model has no other form")
+    for key in hf:
+        if key not in known and key not in fixed:
+            hint = configlib.suggest_names(key, known, "it is none of the release or transformers.")
+            raise ConfigError(
+                f"config.json: unknown key {key!r} = {hf[key]!r}; {hint} "
+                "Remove it if it does not change the computation."
+            )
+
+
+def _refuse_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Make a JSON object, refusing a key that is given twice: Python would take the last one."""
+    hf: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in hf:
+            raise ConfigError(f"config.json: {key} is given twice: {hf[key]!r} and {value!r}")
+        hf[key] = value
+    return hf
+
+
+def _select_fields(hf: Mapping[str, Any], fields: Mapping[str, bool]) -> dict[str, Any]:
+    """Return the given fields without those that are absent or null; True: it must be there."""
+    missing = [name for name, needed in fields.items() if needed and hf.get(name) is None]
+    if missing:
+        raise ConfigError(f"config.json: missing {', '.join(missing)}")
+    return {name: hf[name] for name in fields if hf.get(name) is not None}
+
+
+def _translate_layer_types(
+    hf: Mapping[str, Any], key: str, listed: Any, kinds: Mapping[Any, str]
+) -> tuple[str, ...]:
+    """Translate the file's list of layers, of the length that num_hidden_layers says."""
+    check_field(isinstance(listed, list | tuple), key, listed, "a list with one entry per layer")
+    for kind in listed:
+        wanted = " or ".join(f"{k} ({v})" for k, v in kinds.items())
+        # A list, since an entry of a damaged file may have no hash.
+        check_field(kind in list(kinds), key, kind, wanted)
+    num_layers = _select_fields(hf, {"num_hidden_layers": True})["num_hidden_layers"]
+    if num_layers != len(listed):
+        raise ConfigError(
+            f"config.json: {key} lists {len(listed)} layers but num_hidden_layers is {num_layers!r}"
+        )
+    return tuple(kinds[kind] for kind in listed)
+
+
+def _parse_release_config(hf: Mapping[str, Any]) -> dict[str, Any]:
+    known = {*_RELEASE_FIELDS, *_INERT_KEYS, "num_hidden_layers", "attn_type_list"}
+    _check_keys(hf, known, _FIXED_VALUES)
+    listed = _select_fields(hf, {"attn_type_list": True})["attn_type_list"]
+    layer_types = _translate_layer_types(hf, "attn_type_list", listed, _RELEASE_LAYER_KINDS)
+    return {"layer_types": layer_types, **_select_fields(hf, _RELEASE_FIELDS)}
+
+
+def _parse_native_config(hf: Mapping[str, Any]) -> dict[str, Any]:
+    native = {"num_hidden_layers", "layer_types", "rope_parameters", "rope_theta", "rotary_dim"}
+    _check_keys(
+        hf, {*_SHARED_FIELDS, *_NATIVE_SCALE_NAMES, *_INERT_KEYS, *native}, _NATIVE_FIXED_VALUES
+    )
+    # Read before null values are dropped: transformers reads null as one KV head per head, and an
+    # absent key as its default.
+    is_multi_head = "num_key_value_heads" in hf and hf["num_key_value_heads"] is None
+    hf = _NATIVE_DEFAULTS | {key: value for key, value in hf.items() if value is not None}
+    for key in ("num_hidden_layers", "num_attention_heads", "hidden_size"):
+        check_scalar(key, int, hf[key])
+    heads = hf["num_attention_heads"]
+    if is_multi_head:
+        hf["num_key_value_heads"] = heads
+    hf.setdefault("head_dim", hf["hidden_size"] // heads)
+    check_scalar("head_dim", int, hf["head_dim"])
+    # transformers' default alternates, from a softmax layer on.
+    default = [list(_NATIVE_LAYER_KINDS)[layer % 2] for layer in range(hf["num_hidden_layers"])]
+    layer_types = _translate_layer_types(
+        hf, "layer_types", hf.get("layer_types", default), _NATIVE_LAYER_KINDS
+    )
+    if LIGHTNING in layer_types:
+        wanted = "a power of 2: beyond it transformers' decay rates are not the release's"
+        check_field(heads & (heads - 1) == 0, "num_attention_heads", heads, wanted)
+    scales = {name: hf[key] for key, name in _NATIVE_SCALE_NAMES.items() if key in hf}
+    return {
+        "layer_types": layer_types,
+        "postnorm": True,
+        **_select_fields(hf, _SHARED_FIELDS),
+        **_parse_native_rope(hf),
+        **scales,
+    }
+
+
+def _parse_native_rope(hf: Mapping[str, Any]) -> dict[str, Any]:
+    """Return rope_theta and rotary_dim; full rotary unless the file says otherwise."""
+    rope = hf.get("rope_parameters", {})
+    check_field(isinstance(rope, Mapping), "rope_parameters", rope, "an object")
+    rope = dict(rope)
+    kind = rope.pop("rope_type", "default")
+    check_field(kind == "default", "rope_parameters.rope_type", kind, "'default'")
+    theta = _reconcile_rope_key("rope_theta", rope.pop("rope_theta", None), hf.get("rope_theta"))
+    dims = fraction = rope.pop("partial_rotary_factor", None)
+    if fraction is not None:
+        check_scalar("partial_rotary_factor", float, fraction)
+        dims = int(fraction * hf["head_dim"])
+    dims = _reconcile_rope_key("rotary_dim", dims, hf.get("rotary_dim"))
+    if rope:
+        raise ConfigError(f"config.json: unknown key in rope_parameters: {sorted(rope)}")
+    return {
+        "rope_theta": _NATIVE_ROPE_THETA if theta is None else theta,
+        "rotary_dim": hf["head_dim"] if dims is None else dims,
+    }
+
+
+def _reconcile_rope_key(key: str, nested: Any, plain: Any) -> Any:
+    """Return what rope_parameters or the key beside it says, None if neither does."""
+    if None not in (nested, plain) and nested != plain:
+        raise ConfigError(f"config.json: {key} is {plain!r} but rope_parameters say {nested!r}")
+    return plain if nested is None else nested
