@@ -21,16 +21,18 @@ class ConfigFileError(ValueError):
 def load_config(spec: str, overrides: Sequence[str] = ()) -> Any:
     """Return `get_config(arg)` of "file.py:arg", with "path.to.field=value" replaced in it.
 
+    The file is run by its path, so that `configs/` need not be a package.
+
     Raises:
       ConfigFileError: no such file, no get_config in it, or an override that does not fit.
     """
     path, _, arg = spec.partition(":")
     if not pathlib.Path(path).is_file():
         raise ConfigFileError(f"config: got {path!r}; wanted a file, as in --config=configs/x.py")
-    make = runpy.run_path(path).get("get_config")
-    if make is None:
+    get_config = runpy.run_path(path).get("get_config")
+    if get_config is None:
         raise ConfigFileError(f"{path} has no function get_config(arg)")
-    config = make(arg) if arg else make()
+    config = get_config(arg) if arg else get_config()
     for override in overrides:
         config = apply_override(config, override)
     return config
@@ -39,7 +41,10 @@ def load_config(spec: str, overrides: Sequence[str] = ()) -> Any:
 def apply_override(config: Any, override: str) -> Any:
     """Return the config with one "path.to.field=value"; items of tuples go by their number.
 
-    Values are Python literals; a plain word is a string.
+    Values are Python literals. What is no literal, such as a plain word, is a string.
+
+    Raises:
+      ConfigFileError: no such field, or a value of another type than its annotation.
     """
     path, equals, text = override.partition("=")
     if not equals:
@@ -65,7 +70,8 @@ def list_differences(old: Any, new: Any, path: str = "") -> list[str]:
     """Return "path: old -> new" for every value in which two configs of one class differ."""
     if dataclasses.is_dataclass(old) and type(old) is type(new):
         pairs = [
-            (f.name, getattr(old, f.name), getattr(new, f.name)) for f in _dataclass_fields(old)
+            (field.name, getattr(old, field.name), getattr(new, field.name))
+            for field in dataclasses.fields(old)
         ]
     elif isinstance(old, tuple) and isinstance(new, tuple) and len(old) == len(new):
         pairs = [(str(i), a, b) for i, (a, b) in enumerate(zip(old, new, strict=True))]
@@ -90,41 +96,53 @@ def suggest_names(name: Any, known: Collection[str], otherwise: str, limit: int 
     return f"did you mean {' or '.join(near)}?" if near else otherwise
 
 
-def _dataclass_fields(kind: Any) -> tuple[dataclasses.Field, ...]:
-    return dataclasses.fields(kind)
-
-
-def _replace_at_path(node: Any, kind: Any, path: list[str], value: Any, full_path: str) -> Any:
+def _replace_at_path(
+    node: Any, annotation: Any, path: list[str], value: Any, full_path: str
+) -> Any:
+    """Return `node` with `value` at `path` below it; everything around it is copied, as frozen."""
     if not path:
-        return _convert_value(kind, value, full_path)
-    name, *rest = path
+        return _convert_value(annotation, value, full_path)
+    name, *remaining_path = path
     if isinstance(node, tuple) and name.lstrip("-").isdigit():
         if not -len(node) <= int(name) < len(node):
             raise ConfigFileError(f"{full_path}: got item {name}; there are {len(node)}")
         items = list(node)
-        of = typing.get_args(_unwrap_optional(kind, tuple)) or (Any,)
-        of = of[0] if of[-1] is Ellipsis else of[int(name)]
-        items[int(name)] = _replace_at_path(items[int(name)], of, rest, value, full_path)
+        item_annotations = typing.get_args(_unwrap_optional(annotation, tuple)) or (Any,)
+        # tuple[X, ...] has one annotation for all items, tuple[X, Y] one for each.
+        is_homogeneous = item_annotations[-1] is Ellipsis
+        item_annotation = item_annotations[0 if is_homogeneous else int(name)]
+        items[int(name)] = _replace_at_path(
+            items[int(name)], item_annotation, remaining_path, value, full_path
+        )
         return tuple(items)
     if not dataclasses.is_dataclass(node):
         raise ConfigFileError(f"{full_path}: {name!r} is below {node!r}, which has no fields")
-    kinds = typing.get_type_hints(type(node))
-    if name not in kinds:
-        raise ConfigFileError(f"{full_path}: {_describe_unknown_field(type(node), name, kinds)}")
-    new = _replace_at_path(getattr(node, name), kinds[name], rest, value, full_path)
+    annotations = typing.get_type_hints(type(node))
+    if name not in annotations:
+        raise ConfigFileError(
+            f"{full_path}: {_describe_unknown_field(type(node), name, annotations)}"
+        )
+    new = _replace_at_path(getattr(node, name), annotations[name], remaining_path, value, full_path)
+    # Through `replace`, so that __post_init__ checks the new value against the other fields.
     return dataclasses.replace(typing.cast(Any, node), **{name: new})
 
 
-def _describe_unknown_field(kind: type, name: str, names) -> str:
+def _describe_unknown_field(kind: type, name: str, names: Collection[str]) -> str:
     hint = suggest_names(name, names, f"it has {', '.join(names)}")
     return f"{kind.__name__} has no field {name!r}; {hint}"
 
 
-def _unwrap_optional(kind: Any, origin: type) -> Any:
-    """Return the member of `X | None` that has the given origin, or the kind itself."""
-    if isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union:
-        return next((k for k in typing.get_args(kind) if typing.get_origin(k) is origin), kind)
-    return kind
+def _unwrap_optional(annotation: Any, origin: type) -> Any:
+    """Return the member of `X | None` that has the given origin, or the annotation itself."""
+    if _is_union(annotation):
+        members = typing.get_args(annotation)
+        return next((m for m in members if typing.get_origin(m) is origin), annotation)
+    return annotation
+
+
+def _is_union(annotation: Any) -> bool:
+    # `X | None` and `Optional[X]` are of different types before Python 3.14.
+    return isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union
 
 
 def _lists_to_tuples(value: Any) -> Any:
@@ -132,44 +150,57 @@ def _lists_to_tuples(value: Any) -> Any:
     return tuple(map(_lists_to_tuples, value)) if isinstance(value, list | tuple) else value
 
 
-def _convert_value(kind: Any, value: Any, path: str) -> Any:
-    """Return `value` as a field of type `kind` holds it; a whole number will do for a float."""
-    origin = typing.get_origin(kind)
-    if kind is Any:
+def _convert_value(annotation: Any, value: Any, path: str) -> Any:
+    """Return `value` as a field of this annotation holds it.
+
+    Values come from JSON and from the command line, so lists become tuples, dicts dataclasses,
+    and a whole number is a float where one is wanted.
+
+    Raises:
+      ConfigFileError: a value that does not fit.
+    """
+    if annotation is Any:
         return _lists_to_tuples(value)
-    if isinstance(kind, types.UnionType) or origin is typing.Union:
-        for member in typing.get_args(kind):
+    if _is_union(annotation):
+        for member in typing.get_args(annotation):
             try:
                 return _convert_value(member, value, path)
             except ConfigFileError:
                 continue
-    elif dataclasses.is_dataclass(kind):
-        if isinstance(value, typing.cast(type, kind)):
+    elif dataclasses.is_dataclass(annotation):
+        if isinstance(value, typing.cast(type, annotation)):
             return value
         if isinstance(value, dict):
-            kinds = typing.get_type_hints(kind)
-            for name in value:
-                if name not in kinds:
-                    cls = typing.cast(type, kind)
-                    raise ConfigFileError(f"{path}: {_describe_unknown_field(cls, name, kinds)}")
-            parts = {n: _convert_value(kinds[n], v, f"{path}.{n}") for n, v in value.items()}
-            return typing.cast(Any, kind)(**parts)
-    elif origin is tuple:
+            return _convert_dict(typing.cast(type, annotation), value, path)
+    elif typing.get_origin(annotation) is tuple:
         if not isinstance(value, tuple | list):
             raise ConfigFileError(f"{path}: got {value!r}; wanted a tuple")
-        of = typing.get_args(kind)
-        of = (of[0],) * len(value) if of[-1] is Ellipsis else of
-        if len(of) == len(value):
-            pairs = enumerate(zip(of, value, strict=True))
-            return tuple(_convert_value(k, v, f"{path}.{i}") for i, (k, v) in pairs)
-    elif kind is float and isinstance(value, int) and not isinstance(value, bool):
+        item_annotations = typing.get_args(annotation)
+        if item_annotations[-1] is Ellipsis:
+            item_annotations = (item_annotations[0],) * len(value)
+        if len(item_annotations) == len(value):
+            pairs = enumerate(zip(item_annotations, value, strict=True))
+            return tuple(_convert_value(item, v, f"{path}.{i}") for i, (item, v) in pairs)
+    elif annotation is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    elif kind is int and isinstance(value, float) and value.is_integer():  # 1e6
+    elif annotation is int and isinstance(value, float) and value.is_integer():  # such as 1e6
         return int(value)
-    elif kind is None or kind is types.NoneType:
+    elif annotation is None or annotation is types.NoneType:
         if value is None:
             return None
-    elif isinstance(value, kind) and not (isinstance(value, bool) and kind is not bool):
+    # A bool is an int in Python, but not a number that a config means.
+    elif isinstance(value, annotation) and not (isinstance(value, bool) and annotation is not bool):
         return value
-    name = getattr(kind, "__name__", str(kind)) if origin is None else str(kind)
-    raise ConfigFileError(f"{path}: got {value!r}; wanted {name}")
+    is_class = typing.get_origin(annotation) is None
+    wanted = getattr(annotation, "__name__", str(annotation)) if is_class else str(annotation)
+    raise ConfigFileError(f"{path}: got {value!r}; wanted {wanted}")
+
+
+def _convert_dict(kind: type, value: dict[str, Any], path: str) -> Any:
+    """Return a dataclass from its fields by name; fields that are left out take their defaults."""
+    annotations = typing.get_type_hints(kind)
+    for name in value:
+        if name not in annotations:
+            raise ConfigFileError(f"{path}: {_describe_unknown_field(kind, name, annotations)}")
+    fields = {n: _convert_value(annotations[n], v, f"{path}.{n}") for n, v in value.items()}
+    return kind(**fields)
