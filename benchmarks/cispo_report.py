@@ -108,7 +108,9 @@ def _ratio_lines(section: Section) -> list[str]:
     return lines
 
 
-def cispo_ratio(some: dict[str, list[cispo_curves.RunOutcome]], other: str) -> cispo_curves.PairedRatio | None:
+def cispo_ratio(
+    some: dict[str, list[cispo_curves.RunOutcome]], other: str
+) -> cispo_curves.PairedRatio | None:
     """Return CISPO's batches to sustained .9 over another arm's."""
     ours, theirs = ([one.sustained for one in some[arm]] for arm in ("cispo", other))
     return cispo_curves.paired_ratio(ours, theirs)

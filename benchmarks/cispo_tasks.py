@@ -154,7 +154,9 @@ def write_conversations(path: pathlib.Path, number: int, share: float, seed: int
     path.write_text("\n".join(lines) + "\n")
 
 
-def tune_model(directory: pathlib.Path, share: float, learn_steps: int, set_steps: int) -> pathlib.Path:
+def tune_model(
+    directory: pathlib.Path, share: float, learn_steps: int, set_steps: int
+) -> pathlib.Path:
     """Return a checkpoint that begins with W in about `share` of its answers, made once.
 
     learn_steps: on answers most of which do the work, to learn to. set_steps: on answers `share`
@@ -176,7 +178,9 @@ def tune_model(directory: pathlib.Path, share: float, learn_steps: int, set_step
     return done
 
 
-def _make_config(directory: pathlib.Path, learn_steps: int, set_steps: int) -> config_lib.TrainConfig:
+def _make_config(
+    directory: pathlib.Path, learn_steps: int, set_steps: int
+) -> config_lib.TrainConfig:
     sizes = {"seq_len": _LENGTH, "rows": _ROWS}
     step = _ROWS * _LENGTH
     names = ("learn", "set")

@@ -222,7 +222,9 @@ def run_section(lab: Lab, table: str, task: str, updates: int) -> cispo_report.S
             curves[str(trial)] = kept["rewards"]
             secs.extend(kept["secs"])
         return [
-            cispo_curves.measure_outcome(one["rewards"], one["tokens"], one["fork"], bool(one["failed"]))
+            cispo_curves.measure_outcome(
+                one["rewards"], one["tokens"], one["fork"], bool(one["failed"])
+            )
             for one in found.values()
         ]
 

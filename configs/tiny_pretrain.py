@@ -34,7 +34,8 @@ def get_config(arg: str = "") -> TrainConfig:
         ),
         data=DataConfig(sources=(DataSource("stories", "demo/data/text.jsonl", "text"),)),
         evaluation=EvaluationConfig(
-            sources=(DataSource("held_out", "demo/data/text_held_out.jsonl", "text"),), every_steps=50
+            sources=(DataSource("held_out", "demo/data/text_held_out.jsonl", "text"),),
+            every_steps=50,
         ),
         save=SaveConfig(every_steps=50),
         log=LogConfig(every_steps=10),

@@ -88,7 +88,9 @@ class SoftmaxAttention(nnx.Module):
         return self._project_heads(o[None])[0]
 
     def serve_rows(self, qkv, slopes, batch: ragged_batch.RaggedBatch, pool, stack_index):
-        """Run attention on rows of several sequences: see `paged.attend_pages`; slopes have no part."""
+        """Run attention on rows of several sequences: see `paged.attend_pages`; slopes have no
+        part.
+        """
         q, k, v = qkv
         return serving_softmax.attend_pages(q, k, v, batch, pool, stack_index)
 

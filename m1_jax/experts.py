@@ -48,7 +48,8 @@ def grouped_mlp(
 def grouped_mlp_stacked(
     rows, gate, up, down, stack_index, group_sizes, weights
 ) -> Float[Array, "M D"]:
-    """Return `grouped_mlp` of the layer at `place` of experts that are stacked over layers; no gradient.
+    """Return `grouped_mlp` of the layer at `place` of experts that are stacked over layers; no
+    gradient.
 
     On CPU only the matrices of busy experts are read: a layer sliced out in a loop over layers
     would be copied whole, once for every token decoded.

@@ -59,7 +59,8 @@ class LightningAttention(nnx.Module):
         """Return the block's output and the float32 state after the last real token.
 
         `h` is the normed layer input; both the projection and the gate read it. `documents`: see
-        `spans.attend_sharded_length`. `split`: whether the context axis, where there is one, splits the tokens.
+        `spans.attend_sharded_length`. `split`: whether the context axis, where there is one, splits
+        the tokens.
         """
         qkv = self.project_inputs(h)
         kernel = functools.partial(api.lightning_attention, implementation=self.implementation)

@@ -40,8 +40,8 @@ def token_logprobs(
 ) -> Any:
     """Return log softmax(head(hidden) / temperature)[target] for every token: [B, T] float32.
 
-    With `normalizers` or `entropy`, return `TokenLogprobs`. The entropy is exact, over all words, and has
-    a gradient like the rest.
+    With `normalizers` or `entropy`, return `TokenLogprobs`. The entropy is exact, over all words,
+    and has a gradient like the rest.
 
     Logits exist for `chunk_vocab` words at a time (None: as many as make `MAX_LIVE_LOGITS`), in the
     backward pass too, which computes them again. Chunks of words, not of tokens: so a device that

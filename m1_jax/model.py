@@ -100,7 +100,8 @@ class DecoderLayer(nnx.Module):
     def _serve_ragged(
         self, x: Float[Array, "M D"], slopes, batch: ragged_batch.RaggedBatch, pool, stack_index
     ):
-        """Do the same for rows of several sequences; `serving/ragged_batch.py` says why in parts."""
+        """Do the same for rows of several sequences; `serving/ragged_batch.py` says why in parts.
+        """
 
         def before(x, positions):
             h = self.input_norm(x)
@@ -138,9 +139,9 @@ class MiniMaxM1(nnx.Module):
     """The language model; see `m1_jax.load`. Also a pytree: pass it to jitted functions whole.
 
     Parameters of the layers are stacked: `layers[p]` holds run p of equal layers in the repeating
-    unit, at index [repeat of the unit, place in the run] (`ModelConfig.stack_index_of`). Activations have
-    `dtype`, parameters `param_dtype` (or int8: `quantize.py`), routers and states float32. `layout`
-    says how parameters and activations lie on a mesh; None: one device.
+    unit, at index [repeat of the unit, place in the run] (`ModelConfig.stack_index_of`).
+    Activations have `dtype`, parameters `param_dtype` (or int8: `quantize.py`), routers and states
+    float32. `layout` says how parameters and activations lie on a mesh; None: one device.
     """
 
     def __init__(

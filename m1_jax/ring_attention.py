@@ -39,8 +39,8 @@ def causal_attention(
 ) -> Float[Array, "B T N H"]:
     """Softmax attention of each query to the keys at its place or before, in its document.
 
-    Query head n reads kv head n // (N / K). Inside of `sharding.run_sharded`, queries and keys are this
-    device's parts of rows whose length may be split; their places say what comes before what.
+    Query head n reads kv head n // (N / K). Inside of `sharding.run_sharded`, queries and keys are
+    this device's parts of rows whose length may be split; their places say what comes before what.
 
     Precision: scores, softmax and sums in float32; probabilities are cast to v's dtype.
     """
@@ -135,7 +135,8 @@ def merge_partials(left, right):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _blockwise_attention(devices: int, q, k, v, queries, keys) -> Any:
-    """Attend to the keys of all devices of a ring; arguments as `attend_block` and `_attention_mask` want them.
+    """Attend to the keys of all devices of a ring; arguments as `attend_block` and
+    `_attention_mask` want them.
 
     Returns the outputs, and the log of each softmax's sum, which has no gradient.
     """

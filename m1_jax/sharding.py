@@ -4,10 +4,12 @@
     fsdp     tokens, and parameters that each layer gathers before it computes
     expert   tokens outside of the experts, experts inside: tokens travel (`expert_exchange.py`)
     tensor   heads, columns of every product, vocabulary
-    context  the length of a sequence (`context_parallel.py` for lightning, `ring_attention.py` for softmax attention)
+    context  the length of a sequence (`context_parallel.py` for lightning, `ring_attention.py` for
+             softmax attention)
 
-The model runs in one `shard_map` with all axes manual (`run_sharded`), so every collective of a program is
-a call of this file. Outside of `run_sharded`, and over axes of one device, the collectives do nothing.
+The model runs in one `shard_map` with all axes manual (`run_sharded`), so every collective of a
+program is a call of this file. Outside of `run_sharded`, and over axes of one device, the
+collectives do nothing.
 """
 
 import dataclasses
@@ -149,7 +151,8 @@ def make_param_sharding(layout: MeshLayout | None, logical_axes, shape) -> jax.s
         over = math.prod(layout.mesh.shape[axis] for axis in axes)
         if size % over:
             raise ValueError(
-                f"a {name} dimension of {size} cannot be split over {_format_axis_sizes(layout.mesh, axes)} "
+                f"a {name} dimension of {size} cannot be split over "
+                f"{_format_axis_sizes(layout.mesh, axes)} "
                 f"= {over} devices; make that a divisor of {size}"
             )
     return where
@@ -159,7 +162,8 @@ def make_param_sharding(layout: MeshLayout | None, logical_axes, shape) -> jax.s
 
 
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
-    """Return a mesh with all of `MESH_AXES` over the devices, neighbours in it near on the chip's links.
+    """Return a mesh with all of `MESH_AXES` over the devices, neighbours in it near on the chip's
+    links.
 
     Devices of several slices meet over a slow network: `data` counts the slices as its slowest
     part, and `fsdp` where there is no `data`; no other axis crosses slices.
@@ -185,7 +189,9 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) ->
     if wanted != len(devices):
         short = "too few" if wanted > len(devices) else "more than that"
         raise ValueError(
-            f"mesh: {_format_axis_sizes(shape, [a for a in MESH_AXES if shape[a] > 1]) or '1'} is {wanted} devices; "
+            "mesh: "
+            f"{_format_axis_sizes(shape, [a for a in MESH_AXES if shape[a] > 1]) or '1'} "
+            f"is {wanted} devices; "
             f"got {len(devices)}, {short}. Change a size, or give one as -1 to take what is left."
         )
     slices = len({getattr(device, "slice_index", 0) for device in devices})
@@ -268,7 +274,8 @@ def check_batch_rows(layout: MeshLayout | None, rows: int) -> None:
     if layout is not None and rows % layout.axis_size("batch"):
         axes = [a for a in ACTIVATION_RULES["batch"] if layout.mesh.shape[a] > 1]
         raise ValueError(
-            f"batch: got {rows} rows over {_format_axis_sizes(layout.mesh, axes)}; wanted a multiple of "
+            f"batch: got {rows} rows over {_format_axis_sizes(layout.mesh, axes)}; "
+            "wanted a multiple of "
             f"{layout.axis_size('batch')}: add rows of padding, or use fewer devices on these axes"
         )
 

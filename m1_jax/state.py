@@ -130,7 +130,8 @@ class ExpertIdPages:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ServingState:
-    """Memory of all sequences of an engine; which of it is whose, `infer/scheduling/prefix_cache.py` knows.
+    """Memory of all sequences of an engine; which of it is whose,
+    `infer/scheduling/prefix_cache.py` knows.
 
     routes: None where they are not recorded.
     """

@@ -14,8 +14,9 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_REPO / ".cache" / "jax")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 # Tests compile much and compute little: LLVM's optimisations double their time.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
-# The emitters that write whole fusions take a third of a compilation. XLA reads its flags once, with
-# the first program. libtpu reads them later, on its own, and stops the process at one of the CPU.
+# The emitters that write whole fusions take a third of a compilation. XLA reads its flags once,
+# with the first program. libtpu reads them later, on its own, and stops the process at one of the
+# CPU.
 _FLAGS = os.environ["XLA_FLAGS"]
 os.environ["XLA_FLAGS"] = f"{_FLAGS} --xla_cpu_use_fusion_emitters=false"
 

@@ -160,11 +160,13 @@ MUTATIONS = (
     ),
     mutation(
         "keys reach the next state across a boundary", "tpu", "boundaries.py",
-        "(column >> COUNT_BITS) == (scalar >> COUNT_BITS)", "(column >> COUNT_BITS) <= (scalar >> COUNT_BITS)",
+        "(column >> COUNT_BITS) == (scalar >> COUNT_BITS)",
+        "(column >> COUNT_BITS) <= (scalar >> COUNT_BITS)",
     ),
     mutation(
         "pairs across a boundary", "tpu", "boundaries.py",
-        "(column >> COUNT_BITS) == (row >> COUNT_BITS)", "(column >> COUNT_BITS) >= (row >> COUNT_BITS)",
+        "(column >> COUNT_BITS) == (row >> COUNT_BITS)",
+        "(column >> COUNT_BITS) >= (row >> COUNT_BITS)",
     ),
 )  # fmt: skip
 

@@ -219,7 +219,9 @@ def test_allowed_import_is_not_reported(tmp_path, file, source):
 
 
 def test_application_file_names_shadow_nothing():
-    """`python train/rl/__main__.py` puts `train/` first on sys.path, where `profile.py` breaks cProfile."""
+    """`python train/rl/__main__.py` puts `train/` first on sys.path, where `profile.py` breaks
+    cProfile.
+    """
     installed = importlib.metadata.packages_distributions()
     taken = sys.stdlib_module_names | (installed.keys() - set(_PACKAGES))
     paths = [path for top in ("train", "infer") for path in (_REPO / top).rglob("*")]

@@ -1,4 +1,6 @@
-"""Tests of train.rl.episodes: scripted models, so that every token of an episode is known beforehand."""
+"""Tests of train.rl.episodes: scripted models, so that every token of an episode is known
+beforehand.
+"""
 
 import concurrent.futures
 import pathlib
@@ -76,7 +78,10 @@ def drive(episode, tokenizer, turns, ends=True, version=3, status="stop"):
                     wanted = episode.send(result)
                 continue
             assert list(wanted.tokens[: len(written)]) == written  # nothing is taken back
-            ids = tokenizer.encode(turns.pop(0)) + [tokenizer.special_token_id(prompt.END_TOKEN)] * ends
+            ids = (
+                tokenizer.encode(turns.pop(0))
+                + [tokenizer.special_token_id(prompt.END_TOKEN)] * ends
+            )
             cut = len(ids) > wanted.max_tokens
             ids = ids[: wanted.max_tokens]
             asked.append(wanted)
@@ -164,7 +169,9 @@ def test_tokens_are_those_of_the_whole_conversation(tokenizer, turns, last, ends
     end = "" if ends else prompt.END_TOKEN
     whole = tokenizer.decode([*sample.prompt, *sample.tokens], skip_special=False) + end + "\n"
     messages = [*TASK.messages, *sample.messages]
-    assert whole == prompt.render_text(messages, TOOLS, add_generation_prompt=False, profile=profile)
+    assert whole == prompt.render_text(
+        messages, TOOLS, add_generation_prompt=False, profile=profile
+    )
     assert len(sample.mask) == len(sample.tokens) == len(sample.logprobs) == len(sample.versions)
     masked = [
         (p, v)
@@ -368,5 +375,7 @@ def oracle(tokenizer, wanted):
     text = tokenizer.decode(wanted.tokens)
     said = text.rpartition("tool result: ")[2].split("\n")[0] if "tool result" in text else ""
     key = text.partition("Get ")[2][:1]
-    ids = tokenizer.encode(said or call("get", key=key)) + [tokenizer.special_token_id(prompt.END_TOKEN)]
+    ids = tokenizer.encode(said or call("get", key=key)) + [
+        tokenizer.special_token_id(prompt.END_TOKEN)
+    ]
     return sample_lib.Generation(tuple(ids), (-1.0,) * len(ids), (0,) * len(ids), "stop")

@@ -231,7 +231,8 @@ def test_program_dies_with_its_caller(tmp_path):
     mark = f"mark-{os.getpid()}-{time.monotonic_ns()}"
     source = (
         "from train.rl.rewards import runner\n"
-        f"runner.run_program({{}}, ['sh', '-c', 'sleep 1000; : {mark}'], runner.RunnerLimits(wall_secs=60))"
+        f"runner.run_program({{}}, ['sh', '-c', 'sleep 1000; : {mark}'], "
+        "runner.RunnerLimits(wall_secs=60))"
     )
     caller = subprocess.Popen(
         [sys.executable, "-c", source],

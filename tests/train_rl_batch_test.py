@@ -115,7 +115,8 @@ def test_routes_are_at_their_tokens_and_unknown_elsewhere():
     for one, (micro, row, start) in zip(some, packed.locations, strict=True):
         if one.routes is not None:
             part = slice(start, start + len(one.routes))
-            np.testing.assert_array_equal(packed.microbatches[micro].expert_ids[row, part], one.routes)
+            expert_ids = packed.microbatches[micro].expert_ids[row, part]
+            np.testing.assert_array_equal(expert_ids, one.routes)
             left[micro][row, part] = -1
     assert {x.dtype for x in left} == {np.dtype(np.int8)}
     assert all((x == -1).all() for x in left)

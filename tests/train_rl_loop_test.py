@@ -153,7 +153,8 @@ def test_a_run_that_was_stopped_goes_on_to_the_bit(start, tmp_path, monkeypatch,
 
 def _break(patch, place):
     """Stop a run: by a signal while it samples for another batch, or between two updates."""
-    real_run, real_update = rollout.RolloutSampler.run, rl_loop.rl_update.PolicyUpdater._update_minibatch
+    real_run = rollout.RolloutSampler.run
+    real_update = rl_loop.rl_update.PolicyUpdater._update_minibatch
 
     def run(self, make, on_done, sampling=None, should_stop=lambda: False):
         if place == "sampling" and self.version >= 1:

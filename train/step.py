@@ -86,10 +86,10 @@ def train_step(
     Returns:
       The new state, and metrics: loss (of -logp alone), balance_loss, z_loss (without their
       coefficients), grad_norm (before clipping) and grad_norm/PART for the parts of
-      `group_modules_by_kind`, learning_rate, tokens (real ones), weight (sum of the loss's), dropped (share
-      of the tokens' expert choices that `ModelConfig.expert_capacity` left out), skipped (1 where
-      the gradient was not finite and the step therefore changed nothing), expert_load [L, E] (the
-      share of a layer's choices that went to each expert).
+      `group_modules_by_kind`, learning_rate, tokens (real ones), weight (sum of the loss's),
+      dropped (share of the tokens' expert choices that `ModelConfig.expert_capacity` left out),
+      skipped (1 where the gradient was not finite and the step therefore changed nothing),
+      expert_load [L, E] (the share of a layer's choices that went to each expert).
     """
     grads, metrics = compute_gradients(state.model, batch, settings, state.step)
     state, more = apply_gradients(state, grads, settings.optimizer, settings.skip_nonfinite)
@@ -97,7 +97,8 @@ def train_step(
 
 
 def apply_gradients(state: TrainState, grads, optimizer: optim.AdamW, skip_nonfinite: bool = True):
-    """Return the state after one update, and the metrics of `train_step` that are about gradients."""
+    """Return the state after one update, and the metrics of `train_step` that are about gradients.
+    """
     grads = constrain_shardings(grads)
     trained, rest = trainable.partition(state.model)
     new, moments, metrics = optimizer.update(grads, state.moments, trained, state.step)
@@ -132,7 +133,10 @@ def _grad_norms(grads: model_lib.MiniMaxM1) -> dict[str, Float[Array, ""]]:
 
 
 def compute_gradients(
-    model: model_lib.MiniMaxM1, batch: batch_lib.TrainBatch, settings: TrainStepSettings, step: Any = 0
+    model: model_lib.MiniMaxM1,
+    batch: batch_lib.TrainBatch,
+    settings: TrainStepSettings,
+    step: Any = 0,
 ):
     """Return float32 gradients of the whole batch's loss, summed microbatch by microbatch.
 
@@ -204,7 +208,9 @@ def constrain_shardings(tree):
     return jax.tree.map(pin, tree, is_leaf=lambda part: isinstance(part, model_lib.MiniMaxM1))
 
 
-def _microbatch_loss(model, batch: batch_lib.TrainBatch, totals, *, coefficient, z_coefficient: float):
+def _microbatch_loss(
+    model, batch: batch_lib.TrainBatch, totals, *, coefficient, z_coefficient: float
+):
     """Return a microbatch's share of the loss, and its share of each metric."""
     weight, num_real = totals
     hidden, stats = model.hidden(batch.tokens, batch.segment_ids, batch.positions)

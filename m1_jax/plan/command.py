@@ -314,7 +314,8 @@ def read_model_config(config: PlanConfig) -> config_lib.ModelConfig:
         path = pathlib.Path(config.config)
         if not path.exists():
             raise PlanError(
-                f"config: got {config.config!r}; wanted {' or '.join(MODEL_PRESETS)}, a config.json or "
+                f"config: got {config.config!r}; wanted {' or '.join(MODEL_PRESETS)}, a "
+                "config.json or "
                 "the directory of one"
             )
         read = config_lib.ModelConfig.from_file(path / "config.json" if path.is_dir() else path)

@@ -174,7 +174,8 @@ def check_job_layout(job: PlanJob, layout: sharding.MeshLayout) -> None:
     sharding.check_batch_rows(layout, job.batch // job.accumulate)
     if job.seq % layout.axis_size("length"):
         raise ValueError(
-            f"seq: got {job.seq} tokens over {layout.axis_size('length')} devices along the length; "
+            f"seq: got {job.seq} tokens over {layout.axis_size('length')} devices along "
+            "the length; "
             "wanted a multiple"
         )
 
@@ -223,7 +224,8 @@ def _estimate_activations(
 def _estimate_collectives(
     config, job, layout, rows, tokens, params
 ) -> dict[str, hlo.CollectiveTraffic]:
-    """Return the paper count of one run; see `hlo.count_collectives` for what a byte received is."""
+    """Return the paper count of one run; see `hlo.count_collectives` for what a byte received is.
+    """
     layers, micro = config.num_hidden_layers, job.accumulate
     lightning = config.layer_types.count(config_lib.LIGHTNING)
     # A forward pass, its attention again with rematerialisation, and a backward pass.
@@ -239,7 +241,9 @@ def _estimate_collectives(
 
     for p in params:
         each = p.num_elements / p.num_layers
-        add("all-gather", p.num_layers * (1 + job.is_training), 2 * each * (p.gather_group_size - 1))
+        add(
+            "all-gather", p.num_layers * (1 + job.is_training), 2 * each * (p.gather_group_size - 1)
+        )
         if job.is_training:
             add("reduce-scatter", p.num_layers, 4 * each * (p.gather_group_size - 1))
             add("all-reduce", p.num_layers, 8 * each * (1 - 1 / p.reduce_group_size))

@@ -1,7 +1,7 @@
 """The programs of each job that `plan.py` compiles: those that run, and what lies beside them.
 
-Each is traced from shapes by the function that owns it, so it is imported from `trace_train` or `infer`
-inside the function that needs it.
+Each is traced from shapes by the function that owns it, so it is imported from `trace_train` or
+`infer` inside the function that needs it.
 """
 
 import dataclasses

@@ -1,8 +1,8 @@
 """One program's worth of tokens of several sequences, through the model and the serving state.
 
 Rows are cut into tiles. The rows of a tile are consecutive tokens of one sequence and lie in one
-chunk of the grid, so a tile reads one state and ends at most one chunk (`serving/lightning.py`), and writes one
-page (`serving/softmax.py`). Prefill has full tiles; decoding has one row in each.
+chunk of the grid, so a tile reads one state and ends at most one chunk (`serving/lightning.py`),
+and writes one page (`serving/softmax.py`). Prefill has full tiles; decoding has one row in each.
 
 Exactness: with `row_tile`, every matrix product takes that many rows at a time, whatever the
 number of rows (experts: see `experts.matmul_tile`), and attention always takes `tile_rows` of one

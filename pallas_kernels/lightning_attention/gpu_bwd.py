@@ -76,7 +76,8 @@ def _backward_kernel(slopes, *refs, block_sizes, num_spans, packed, precision):
             )  # fmt: skip
         return gpu_fwd.walk_span(
             operands, write, state, slope, tables, (batch, span),
-            block_sizes=block_sizes, length=length, reverse=reverse, precision=precision, num_halves=1,
+            block_sizes=block_sizes, length=length, reverse=reverse, precision=precision,
+            num_halves=1,
         )  # fmt: skip
 
     @pl.when(role == 0)
@@ -100,7 +101,8 @@ def _backward_kernel(slopes, *refs, block_sizes, num_spans, packed, precision):
 def lightning_backward(
     qkv, slopes, tables, initial_state, sums, d_o, d_final, *, block_sizes, interpret=False
 ):
-    """Return (d_qkv in qkv's dtype, d_initial_state float32). Arguments as in `gpu_fwd.lightning_forward`.
+    """Return (d_qkv in qkv's dtype, d_initial_state float32). Arguments as in
+    `gpu_fwd.lightning_forward`.
 
     Args:
       sums: of the spans, from `forward` with the same `blocks`.

@@ -258,7 +258,8 @@ def compute_span_sums(keys, values, slopes, tables, *, width, block_sizes, rever
     out = jax.ShapeDtypeStruct((batch, num_heads, spans - 1, width, width), F32)
     kernel = functools.partial(
         _span_sums_kernel, block_sizes=block_sizes, num_spans=spans, length=length,
-        packed=tables[0] is not None, precision=dot_precision(keys.dtype, interpret), reverse=reverse,
+        packed=tables[0] is not None, precision=dot_precision(keys.dtype, interpret),
+        reverse=reverse,
     )  # fmt: skip
     name = "lightning_gpu_sums_reverse" if reverse else "lightning_gpu_sums"
     grid = (width // block_sizes.part_columns, num_heads * (spans - 1), batch)
@@ -280,7 +281,8 @@ def _forward_kernel(slopes, *refs, block_sizes, num_spans, packed, precision):
             load_columns(qkv, batch, rows, (3 * head + i) * width, width, real) for i in range(2)
         )
         v = load_columns(
-            qkv, batch, rows, (3 * head + 2) * width + part * block_sizes.part_columns, block_sizes.part_columns, real
+            qkv, batch, rows, (3 * head + 2) * width + part * block_sizes.part_columns,
+            block_sizes.part_columns, real
         )  # fmt: skip
         return q, k, v
 
@@ -312,8 +314,8 @@ def lightning_forward(qkv, slopes, tables, initial_state, *, block_sizes, interp
     Args:
       qkv: [B, T, N * 3 * H], bfloat16 or float32; T is any length.
       slopes: float32[N].
-      tables: scalars [B, chunks] and words [B, tokens] of `boundaries.build_boundary_tables`, or (None, None)
-        for full chunks of one document.
+      tables: scalars [B, chunks] and words [B, tokens] of `boundaries.build_boundary_tables`, or
+        (None, None) for full chunks of one document.
       initial_state: float32[B, N, H, H].
       blocks: block sizes.
       interpret: run the kernel's Python on any backend, for tests.

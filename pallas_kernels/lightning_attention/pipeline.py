@@ -51,8 +51,8 @@ def run_pipeline(
       stages: called as stage(chunk, head); the head is a Python number.
       group: chunks of one loop body; between bodies the pipeline drains, some 300 cycles.
       reverse: walk the chunks from the last to the first.
-      scalars: `boundaries.build_boundary_tables`' scalars of the chunks, [1, 1, 1, num] in SMEM; None says that
-        all chunks are full.
+      scalars: `boundaries.build_boundary_tables`' scalars of the chunks, [1, 1, 1, num] in SMEM;
+        None says that all chunks are full.
       full: the scalar of a chunk without boundary or padding.
       boundary: called as boundary(chunk, scalar) for any other chunk.
 

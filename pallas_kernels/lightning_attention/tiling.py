@@ -51,7 +51,8 @@ class TpuBlockSizes:
     def __post_init__(self):
         if self.superblock_tokens % self.chunk_tokens:
             raise ValueError(
-                f"superblock: got {self.superblock_tokens}; wanted a multiple of chunk {self.chunk_tokens}"
+                f"superblock: got {self.superblock_tokens}; wanted a multiple of chunk "
+                f"{self.chunk_tokens}"
             )
 
     @property

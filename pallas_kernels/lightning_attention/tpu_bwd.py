@@ -9,9 +9,9 @@ Superblocks run backwards, each reading q, k, v and do once: from its saved floa
 states at its chunks are computed again into VMEM, then its chunks run backwards with dS in
 scratch. Slopes are constants of the model and get no gradient.
 
-Chunks without boundary or padding run through `pipeline.run_pipeline`, with products side by side as in the
-forward pass: do [v^T, S^T], k [q^T, dS], v [do^T, dS^T], then P^T do with dP^T q and dP k with
-q^T do. P is computed transposed from the start, dP both ways: cheaper than a transposition.
+Chunks without boundary or padding run through `pipeline.run_pipeline`, with products side by side
+as in the forward pass: do [v^T, S^T], k [q^T, dS], v [do^T, dS^T], then P^T do with dP^T q and dP k
+with q^T do. P is computed transposed from the start, dP both ways: cheaper than a transposition.
 """
 
 import functools
@@ -192,7 +192,8 @@ def _backward_kernel(
 def lightning_backward(
     qkv, slopes, tables, superblock_states, d_o, d_final, *, block_sizes, interpret=False
 ):
-    """Return (d_qkv in qkv's dtype, d_initial_state float32). Arguments as in `tpu_fwd.lightning_forward`.
+    """Return (d_qkv in qkv's dtype, d_initial_state float32). Arguments as in
+    `tpu_fwd.lightning_forward`.
 
     Args:
       saved: states at superblock starts, from `forward` with the same `tile`.
@@ -244,5 +245,6 @@ def lightning_backward(
         ],
         compiler_params=tpu_fwd.COMPILER_PARAMS,
         interpret=interpret,
-    )(slopes, boundaries.forgotten_fraction_table(slopes, block_sizes.chunk_tokens), *(tables if packed else ()),
+    )(slopes, boundaries.forgotten_fraction_table(slopes, block_sizes.chunk_tokens),
+      *(tables if packed else ()),
       qkv, d_o, superblock_states, d_final)  # fmt: skip

@@ -8,8 +8,8 @@ For a chunk of n real tokens that enters with state S (M1 section 2; kernels.md 
 The grid walks batch rows, head blocks and superblocks; S stays in VMEM scratch, float32, from
 one superblock to the next. The state each superblock enters with is the only residual.
 
-Chunks without boundary or padding run through `pipeline.run_pipeline` in three stages. Products are laid
-side by side where they share an operand, because a matrix unit 256 wide is half idle on 128
+Chunks without boundary or padding run through `pipeline.run_pipeline` in three stages. Products are
+laid side by side where they share an operand, because a matrix unit 256 wide is half idle on 128
 columns: q [k^T, S], [P, q] [v; S], and the k^T v of two heads as one block-diagonal product.
 Queries read S as a high bfloat16 half and a low one (what the high half rounds away).
 """
@@ -249,7 +249,8 @@ def lightning_forward(
     Args:
       qkv: [B, T, N * 3 * H], bfloat16 or float32; T is any length.
       slopes: float32[N].
-      tables: `boundaries.build_boundary_tables`, or (None, None) for full superblocks of one document.
+      tables: `boundaries.build_boundary_tables`, or (None, None) for full superblocks of one
+        document.
       initial_state: float32[B, N, H, H].
       tile: block sizes.
       checkpoints: whether to save the states the backward pass starts from.
@@ -278,16 +279,22 @@ def lightning_forward(
         out_specs.append(pl.BlockSpec(saved, lambda b, h, t: (b, h, t, 0, 0)))
         out_shape.append(jax.ShapeDtypeStruct((batch, num_heads, steps, width, width), F32))
     o, final, *saved = pl.pallas_call(
-        functools.partial(_forward_kernel, block_sizes=block_sizes, packed=packed, save_superblock_states=save_superblock_states),
+        functools.partial(
+            _forward_kernel, block_sizes=block_sizes, packed=packed,
+            save_superblock_states=save_superblock_states,
+        ),
         name="lightning_fwd",
         grid=(batch, num_heads // block_sizes.block_heads, steps),
         in_specs=[smem, smem, *boundary_table_specs(tables[0], block_sizes, lambda t: t),
                   tokens(3), state],
         out_specs=out_specs,
         out_shape=out_shape,
-        scratch_shapes=scratch_buffers(block_sizes, "HH CC CH HC RH hc hc cc CH ch", width, qkv.dtype),
+        scratch_shapes=scratch_buffers(
+            block_sizes, "HH CC CH HC RH hc hc cc CH ch", width, qkv.dtype
+        ),
         compiler_params=COMPILER_PARAMS,
         interpret=interpret,
-    )(slopes, boundaries.forgotten_fraction_table(slopes, block_sizes.chunk_tokens), *(tables if packed else ()),
+    )(slopes, boundaries.forgotten_fraction_table(slopes, block_sizes.chunk_tokens),
+      *(tables if packed else ()),
       qkv, initial_state)  # fmt: skip
     return o, final, saved[0] if saved else None

@@ -1,1 +1,3 @@
-"""Lightning attention of one token and of serving prefill. The engine does not call these kernels yet."""
+"""Lightning attention of one token and of serving prefill. The engine does not call these kernels
+yet.
+"""

@@ -48,8 +48,8 @@ def lightning_decode(
       pool: float32 states by slot. Donate it to the surrounding jit, or XLA copies it.
       slots: the slot of each row, each at most once. Negative: the row is inactive, its output
         zero. Slots that no row names keep their bytes.
-      implementation: a key of `DECODE_IMPLEMENTATIONS`, which then runs or raises; None takes the kernel where
-        the program is lowered for TPU, and the reference elsewhere.
+      implementation: a key of `DECODE_IMPLEMENTATIONS`, which then runs or raises; None takes the
+        kernel where the program is lowered for TPU, and the reference elsewhere.
 
     Returns:
       (o in qkv's dtype, heads concatenated; the pool after this token).
@@ -87,8 +87,8 @@ def lightning_decode_ring(
       positions: how many tokens of each row's sequence come before this one. Passing an earlier
         position than last time takes tokens back: up to `pool.depth`, and never below what the
         slot's state already holds.
-      implementation: a key of `RING_DECODE_IMPLEMENTATIONS`, which then runs or raises; None takes the kernel
-        where the program is lowered for TPU, and the reference elsewhere.
+      implementation: a key of `RING_DECODE_IMPLEMENTATIONS`, which then runs or raises; None takes
+        the kernel where the program is lowered for TPU, and the reference elsewhere.
 
     Returns:
       (o in qkv's dtype, heads concatenated; the pool after this token).
@@ -172,8 +172,8 @@ def lightning_prefill(
       starts: first row of each sequence, in any order and at any row.
       lengths: rows of each sequence; 0 leaves its slot alone.
       fresh: the sequence starts from a zero state, whatever its slot holds.
-      implementation: a key of `PREFILL_IMPLEMENTATIONS`, which then runs or raises; None takes the kernel where
-        the program is lowered for TPU, and the reference elsewhere.
+      implementation: a key of `PREFILL_IMPLEMENTATIONS`, which then runs or raises; None takes the
+        kernel where the program is lowered for TPU, and the reference elsewhere.
 
     Returns:
       (o in qkv's dtype, zero in rows of no sequence; the pool with the states after each

@@ -21,7 +21,8 @@ from train.data import records as records_lib
 
 @dataclasses.dataclass(frozen=True)
 class DataSource:
-    """name: letters, digits, `_`, `-`, `.`. path, kind: see `sources.RecordFiles`, `chat.RECORD_KINDS`.
+    """name: letters, digits, `_`, `-`, `.`. path, kind: see `sources.RecordFiles`,
+    `chat.RECORD_KINDS`.
 
     weight: where `StreamConfig.weights` has none.
     """
@@ -215,7 +216,8 @@ class DataLane:
                 and self._num_epochs is None
             ):
                 raise records_lib.DataError(
-                    f"source {name!r}: got {self._documents_read[name]} conversations, all longer than "
+                    f"source {name!r}: got {self._documents_read[name]} conversations, "
+                    "all longer than "
                     f"{self._config.seq_len} tokens; wanted some that fit. Use longer rows."
                 )
         return []

@@ -186,7 +186,8 @@ def _receive_rows(receiver, worker_index: int) -> Iterator[dict[int, LaneRow]]:
                 item = receiver.recv()
             except (EOFError, OSError):
                 raise RuntimeError(
-                    f"data worker {worker_index} ended without a word; wanted rows. Was it killed, for "
+                    f"data worker {worker_index} ended without a word; wanted rows. Was "
+                    "it killed, for "
                     "memory perhaps?"
                 ) from None
             if isinstance(item, Exception):

@@ -5,7 +5,8 @@
 
 The second form goes on with the run that DIR holds; so does the first, if the config is the same.
 slime's spellings of the objective and of sampling (--advantage-estimator, --eps-clip-high,
---n-samples-per-prompt, ...) are understood too, and change the config; see `train/rl/slime_flags.py`.
+--n-samples-per-prompt, ...) are understood too, and change the config; see
+`train/rl/slime_flags.py`.
 """
 
 from train import command

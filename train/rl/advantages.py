@@ -45,8 +45,8 @@ def token_advantages(
     """Return A of every token, one float64 array a sample, 0 where the mask is.
 
     With G_t the discounted rewards from token t on (`token_returns`, the discount 1 but for
-    returns) and b the baseline that `sample_advantages` takes off R: G_t - b. "group" divides that by
-    (s + advantage_eps), s^2 being the sum over the group's samples of their tokens' mean square,
+    returns) and b the baseline that `sample_advantages` takes off R: G_t - b. "group" divides that
+    by (s + advantage_eps), s^2 being the sum over the group's samples of their tokens' mean square,
     over N - 1: the standard deviation, where rewards come at the end alone. Returns are whitened:
     less the mean, over sqrt(variance + 1e-8), of all tokens of the batch.
 
@@ -57,7 +57,8 @@ def token_advantages(
       kls: logp_old - logp_ref of each token, for `reward_kl_coef`.
 
     Raises:
-      ValueError: as `sample_advantages`; a `reward_kl_coef` without kls; a place outside of a sample.
+      ValueError: as `sample_advantages`; a `reward_kl_coef` without kls; a place outside of a
+        sample.
     """
     rewards, group_ids, valid = _validate_inputs(rewards, group_ids, valid)
     _check_lengths(rewards, masks=masks, turn_rewards=turn_rewards, kls=kls)

@@ -18,7 +18,8 @@ from train.rl import sample as sample_lib
 class PackedRows:
     """One microbatch: B rows of T tokens, several samples in a row, none over two.
 
-    tokens, segment_ids, positions: as `data.batch.TrainBatch`. What follows is at the place that predicts a
+    tokens, segment_ids, positions: as `data.batch.TrainBatch`. What follows is at the place that
+      predicts a
     token: targets: the token. mask: 1 where the model wrote it. advantages, coefficients,
     logp_old, logp_rollout, logp_ref: as `objective.TokenTerms`; 0 where mask is 0.
     routes: the experts that the sampler chose for each place's own token, -1 where unknown; None

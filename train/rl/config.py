@@ -111,8 +111,8 @@ class UpdateConfig:
 
     minibatches: steps that share the batch's groups; M1's 16 off-policy updates. epochs: how often
     all of them are gone through. rows: in a microbatch. row_tokens: of each row; 0 is the longest
-    sample's `RolloutConfig.max_sample_tokens`, and more packs short samples better. warmup_steps: of the
-    learning rate, which then stays. balance: of the routers' balance loss.
+    sample's `RolloutConfig.max_sample_tokens`, and more packs short samples better. warmup_steps:
+    of the learning rate, which then stays. balance: of the routers' balance loss.
     """
 
     learning_rate: float

@@ -1,8 +1,9 @@
 """Generation batches: which tasks are sampled, what their groups are worth, which are trained on.
 
-Plain Python over `rollout.RolloutSampler`, on process 0. What comes out is a function of the weights, the
-config and the state: groups are counted in the order in which they were begun, never in that of
-their ends, which would favour short answers; and samples are cut off by counting tokens, not time.
+Plain Python over `rollout.RolloutSampler`, on process 0. What comes out is a function of the
+weights, the config and the state: groups are counted in the order in which they were begun, never
+in that of their ends, which would favour short answers; and samples are cut off by counting tokens,
+not time.
 """
 
 import base64
@@ -190,7 +191,8 @@ class GroupCollector:
                     number, source, index, window, task, [None] * size, [None] * size
                 )
         raise ValueError(
-            f"pass_rates: got {_MAX_DRAWS} tasks in a row that are too easy or too hard; wanted some "
+            f"pass_rates: got {_MAX_DRAWS} tasks in a row that are too easy or too "
+            "hard; wanted some "
             "that still teach. Widen the range, or add tasks."
         )
 

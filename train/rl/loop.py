@@ -307,7 +307,8 @@ class RlSession:
             # Minutes, where there are many.
             for i in tqdm.tqdm(range(len(some)), f"prompts of {one.name}", disable=None):
                 task = some[i]
-                length = len(prompt.encode_prompt(self.tokenizer, task.messages, task.tools or None))
+                tools = task.tools or None
+                length = len(prompt.encode_prompt(self.tokenizer, task.messages, tools))
                 if length > most:
                     raise ValueError(
                         f"task {task.id}: got a prompt of {length} tokens; wanted at most {most} "

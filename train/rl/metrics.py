@@ -1,6 +1,7 @@
 """What is measured of reinforcement learning: on the device as sums, on the host over a batch.
 
-Sums over tokens add up over micro-batches, rows and hosts; they are divided once, in `summarize_metrics`.
+Sums over tokens add up over micro-batches, rows and hosts; they are divided once, in
+`summarize_metrics`.
 Names of PPO's clipping: "high" is A > 0 with a ratio above its bound, "low" A < 0 with one below.
 """
 
@@ -161,7 +162,8 @@ def rank_dropped_tokens(
 ) -> list[tuple[int, int, int]]:
     """Return (token id, times dropped, times there) of the ids that were dropped most often.
 
-    counts: of `count_drops_by_token` or `count_clips_by_token`. least: times dropped; 0 lists others that were there.
+    counts: of `count_drops_by_token` or `count_clips_by_token`. least: times dropped; 0 lists
+      others that were there.
     """
     dropped, there = np.asarray(counts)
     listed = np.flatnonzero((dropped >= min_dropped) & (there > 0))
@@ -227,9 +229,9 @@ def summarize_groups(
     """Return a batch's rewards by sample and group, and its lengths and ends.
 
     reward_mean, reward_std; pass_at_k, the share of groups with a sample of reward `right` or
-    more; zero_variance, the share of groups without variance, split into zero_variance_right and zero_variance_wrong; length_p50, _p99,
-    _max in tokens; truncated and repetition, shares of samples; invalid, the share without a
-    reward, which nothing else but lengths and ends counts.
+    more; zero_variance, the share of groups without variance, split into zero_variance_right and
+    zero_variance_wrong; length_p50, _p99, _max in tokens; truncated and repetition, shares of
+    samples; invalid, the share without a reward, which nothing else but lengths and ends counts.
     """
     ok = np.asarray(valid, bool)
     reward, length = np.asarray(rewards, np.float64), np.asarray(lengths, np.float64)

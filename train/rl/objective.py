@@ -61,8 +61,8 @@ class Objective:
         log-probabilities at the start of the batch, or "rollout", the sampler's.
       is_weight_max, is_weight_min: absolute bounds of w; None is none. weighted: False for w = 1.
       clip_low, clip_high, dual_clip: of M; None is off.
-      aggregation: how tokens are averaged, see `token_coefficients`. mix_lambda: for "mix" alone, in
-        [0, 1]. length_max: for "seq-sum-const" alone, tokens.
+      aggregation: how tokens are averaged, see `token_coefficients`. mix_lambda: for "mix" alone,
+        in [0, 1]. length_max: for "seq-sum-const" alone, tokens.
       kl_coef, kl_kind: of the KL to the reference model, x = logp_ref - logp: k1 = -x,
         k2 = x^2 / 2, k3 = exp(x) - 1 - x. kl_clamp: x stays within +-that; kl_max: so does the
         result.
@@ -265,7 +265,8 @@ def compute_loss(objective: Objective, terms: TokenTerms) -> tuple[Any, dict[str
       The share, a plain sum; and metrics in three dicts. "shares": loss, policy_loss, ppo_loss (in
       PPO's form of a minimum, whose value differs), kl_loss and entropy_loss (without their
       coefficients), to be added up. "sums": see `rl_metrics.token_sums`, to be added up and
-      divided. "maxima": the largest is taken. `rl_metrics.add_metrics` and `rl_metrics.summarize_metrics` do so.
+      divided. "maxima": the largest is taken. `rl_metrics.add_metrics` and
+      `rl_metrics.summarize_metrics` do so.
 
     Raises:
       ValueError: terms that the objective needs are None.

@@ -1,8 +1,9 @@
 """Samples drawn from the live weights by the generation engine, on the trainer's own mesh.
 
-Process 0 runs episodes over the engine; the others follow it (`infer/execution/leader_follower.py`). A sample
-depends on the weights, its task and its seed alone: not on its company, nor on when it ran, so a
-run that was killed draws the same samples again.
+Process 0 runs episodes over the engine; the others follow it
+(`infer/execution/leader_follower.py`). A sample depends on the weights, its task and its seed
+alone: not on its company, nor on when it ran, so a run that was killed draws the same samples
+again.
 """
 
 import concurrent.futures

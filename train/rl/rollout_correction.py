@@ -98,7 +98,8 @@ def weight_sum_and_count(
 ) -> Float[Array, "2"]:
     """Return (sum of the tokens' weights, number of tokens), rejected ones included.
 
-    These add up over rows and hosts; their quotient over the whole step is `TokenTerms.weight_mean`.
+    These add up over rows and hosts; their quotient over the whole step is
+    `TokenTerms.weight_mean`.
     """
     return jnp.stack([jnp.sum(jnp.where(mask > 0, weight, 0.0)), jnp.sum(mask > 0)])
 

@@ -1,8 +1,8 @@
 """What reinforcement learning passes around: tasks, episodes and samples; plain Python.
 
 An episode is a generator that makes one sample. It yields what it needs next, `Generate` (tokens
-from the model) or `RunTool` (work outside of it, such as a tool), and is sent the result, so one loop
-runs any number of episodes side by side, and a test runs one without a model.
+from the model) or `RunTool` (work outside of it, such as a tool), and is sent the result, so one
+loop runs any number of episodes side by side, and a test runs one without a model.
 """
 
 import dataclasses

@@ -218,7 +218,8 @@ def _objective_changes(preset: objective_lib.Objective, given: Mapping[str, Any]
     if "kl-loss-type" in given:
         if given["kl-loss-type"] not in _KL_KINDS:
             raise ValueError(
-                f"--kl-loss-type: got {given['kl-loss-type']!r}; wanted one of {', '.join(_KL_KINDS)}"
+                f"--kl-loss-type: got {given['kl-loss-type']!r}; wanted one of "
+                f"{', '.join(_KL_KINDS)}"
             )
         out["kl_kind"], out["kl_max"] = _KL_KINDS[given["kl-loss-type"]]
     if given.get("use-rollout-logprobs"):

@@ -1,4 +1,6 @@
-"""slime's flags put into a run's config: `rl/slime_flags.py` reads them, this says what they change."""
+"""slime's flags put into a run's config: `rl/slime_flags.py` reads them, this says what they
+change.
+"""
 
 import dataclasses
 from collections.abc import Sequence

@@ -137,11 +137,12 @@ def _ratio_upper_bound(chosen: objective.Objective) -> float | None:
 def apply_update(
     state: step_lib.TrainState, grads: Any, settings: RlStepSettings
 ) -> tuple[step_lib.TrainState, dict[str, Any]]:
-    """Make one optimizer step with the gradients that `accumulate_gradients` summed; the state is donated.
+    """Make one optimizer step with the gradients that `accumulate_gradients` summed; the state is
+    donated.
 
     Returns:
-      The new state, and metrics: those of `step.apply_gradients`, and the magnitudes of gradients and
-      second moments (`rl_metrics`), as M1 3.2 looks at them.
+      The new state, and metrics: those of `step.apply_gradients`, and the magnitudes of gradients
+      and second moments (`rl_metrics`), as M1 3.2 looks at them.
     """
     shares = {f"gradient/{name}": x for name, x in rl_metrics.gradient_shares(grads).items()}
     state, metrics = step_lib.apply_gradients(state, grads, settings.optimizer)

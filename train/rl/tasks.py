@@ -32,7 +32,8 @@ class TaskSource:
     """Where tasks come from.
 
     name: names its rewards in the config. path: JSON lines, Parquet or ArrayRecord files. keys:
-    (ours, theirs) pairs in place of `TASK_KEYS`. metadata that is a list becomes {its key: the list}.
+    (ours, theirs) pairs in place of `TASK_KEYS`. metadata that is a list becomes {its key: the
+    list}.
     make: instead of a path, an environment ("lookup", "files", "repair"), or "logic:NAME" for a
     generator of reasoning-gym, that makes `size` tasks from `seed`; options: that generator's.
     """
@@ -59,7 +60,8 @@ class TaskSource:
         unknown = [ours for ours, _ in self.keys if ours not in TASK_KEYS]
         if unknown:
             raise ValueError(
-                f"tasks {self.name}: got the key {unknown[0]!r}; wanted some of {', '.join(TASK_KEYS)}"
+                f"tasks {self.name}: got the key {unknown[0]!r}; wanted some of "
+                f"{', '.join(TASK_KEYS)}"
             )
 
 

@@ -85,7 +85,8 @@ class PolicyUpdater:
         found |= _merge_update_metrics(updates)
         if found["skipped"] == found["updates"]:
             raise FloatingPointError(
-                f"batch {batch_number}: none of {len(updates)} updates had a finite gradient; lower the "
+                f"batch {batch_number}: none of {len(updates)} updates had a finite "
+                "gradient; lower the "
                 "learning rate, or go on from an earlier checkpoint"
             )
         found["scoring_forward_secs"] = scored - began

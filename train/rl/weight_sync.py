@@ -29,7 +29,9 @@ class WeightSync:
         self, config: config_lib.ModelConfig, dtype, layout: sharding.MeshLayout | None = None
     ):
         self.abstract_model = params_lib.abstract_model(config, dtype, dtype, layout)
-        shapes = {n: p.get_value() for n, p in params_lib.params_by_path(self.abstract_model).items()}
+        shapes = {
+            n: p.get_value() for n, p in params_lib.params_by_path(self.abstract_model).items()
+        }
 
         def cast(values):
             # A copy also where nothing changes: the trainer donates what it hands over.
@@ -64,7 +66,8 @@ def make_serving_mesh(
     unknown = [name for name in sizes if name not in sharding.MESH_AXES]
     if unknown or min(sizes.values()) < 1 or math.prod(sizes.values()) != number:
         raise ValueError(
-            f"serving mesh: got {sizes}; wanted axes of {', '.join(sharding.MESH_AXES)} whose product "
+            f"serving mesh: got {sizes}; wanted axes of {', '.join(sharding.MESH_AXES)} "
+            "whose product "
             f"is the trainer's {number} devices"
         )
     if mesh is None:
