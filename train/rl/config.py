@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 from m1_jax import config as model_config
+from m1_jax import configlib
 from train import config as config_lib
 from train import lora as lora_lib
 from train.rl import curriculum, length_schedule, tasks
@@ -22,7 +23,7 @@ CurriculumConfig = curriculum.CurriculumConfig
 PassRateConfig = curriculum.PassRateConfig
 LoraConfig = lora_lib.LoraConfig
 LengthBiasConfig = length_bias.LengthBiasConfig
-_check_field = config_lib._check_field
+_check_field = configlib.check_field
 
 
 @dataclasses.dataclass(frozen=True)
