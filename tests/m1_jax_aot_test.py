@@ -76,10 +76,10 @@ def engine_bytes(run) -> int:
     )
     assert layout is not None
     state = state_lib.abstract_serving_state(
-        config, engine.slots, engine.pages, engine.chunk_tokens, layout
+        config, engine.total_slots, engine.total_pages, engine.chunk_tokens, layout
     )
     routes = config.num_hidden_layers * config.num_experts_per_tok if engine.record_routes else 0
-    return estimate.local_bytes(state) + engine.pages * engine.chunk_tokens * routes
+    return estimate.local_bytes(state) + engine.total_pages * engine.chunk_tokens * routes
 
 
 @pytest.mark.slow

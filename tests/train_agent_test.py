@@ -30,9 +30,9 @@ def tokenizer():
 class Scripted(base.Environment):
     """Answers turn by turn with what it was given, an exception by raising it."""
 
-    def __init__(self, steps=(), final=1.0, tell_malformed=True, start=None):
+    def __init__(self, steps=(), final=1.0, reports_malformed_calls=True, start=None):
         self.steps, self.final, self.fails_at_start = list(steps), final, start
-        self.reports_malformed_calls = tell_malformed
+        self.reports_malformed_calls = reports_malformed_calls
         self.calls, self.text, self.closed = [], None, 0
 
     def start(self, task):

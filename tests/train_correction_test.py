@@ -31,7 +31,7 @@ def weigh(old=D, rollout=None, mask=MASK, ids=ONES, module=rollout_correction, *
     """Return (weights, kept) of d = old - rollout."""
     rollout = np.zeros(old.shape) if rollout is None else rollout
     arrays = (jnp.asarray(x) for x in (old, rollout, mask, ids))
-    return module.weights(module.Correction(**options), *arrays)
+    return module.correction_weights(module.RolloutCorrection(**options), *arrays)
 
 
 def test_t7_tokens_are_truncated_or_rejected():
@@ -84,7 +84,7 @@ def check_on_policy(module=rollout_correction):
     logp, rollout = np.zeros((3, 3)), np.stack([kl, kl, dirt], 1)
     mask, ids = np.array([[1, 1, 0]] * 3), np.ones((3, 3), np.int32)
     a = np.broadcast_to(np.array([[1.0], [-1], [-1]]), (3, 3))
-    keep = module.on_policy(1.0, *(jnp.asarray(x) for x in (a, logp, rollout, mask, ids)))
+    keep = module.on_policy_mask(1.0, *(jnp.asarray(x) for x in (a, logp, rollout, mask, ids)))
     np.testing.assert_array_equal(keep[:, :2], [[1, 1], [1, 1], [0, 0]])
 
 
@@ -123,9 +123,9 @@ def test_no_gradient_and_no_overflow():
 
 def check_gradient(module=rollout_correction):
     def total(old):
-        options = module.Correction("sequence", high=None)
+        options = module.RolloutCorrection("sequence", high=None)
         zeros = jnp.zeros((1, 3))
-        weight, _ = module.weights(
+        weight, _ = module.correction_weights(
             options, old, zeros, jnp.ones((1, 3)), jnp.ones((1, 3), jnp.int32)
         )
         return jnp.sum(weight)
@@ -164,11 +164,11 @@ def check_all(module):
 
 
 GUARDS = [
-    ("jax.lax.stop_gradient(_clipped(", "(_clipped("),
+    ("jax.lax.stop_gradient(_clip_log_ratio(", "(_clip_log_ratio("),
     ("jnp.where(real, logp_old - logp_rollout, 0.0)", "logp_old - logp_rollout"),
     ("jnp.where(real, weight, 1.0)", "weight"),
     ("jnp.where(real, logp_rollout - logp, 0.0)", "logp_rollout - logp"),
-    ("jnp.exp(_clipped(level))", "jnp.exp(level)"),
+    ("jnp.exp(_clip_log_ratio(level))", "jnp.exp(level)"),
     ("(advantages < 0) & ", ""),
     ("segment_totals(d, segment_ids)\n", "jnp.sum(d, axis=1, keepdims=True) + 0 * d\n"),
 ]
