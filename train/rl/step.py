@@ -22,8 +22,9 @@ from m1_jax import model as model_lib
 from train import optim, trainable
 from train import step as step_lib
 from train.rl import batch as rl_batch
+from train.rl import loss as loss_lib
 from train.rl import metrics as rl_metrics
-from train.rl import objective
+from train.rl import objective as objective_lib
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +36,7 @@ class RlStepSettings:
     """
 
     optimizer: optim.AdamW
-    objective: objective.Objective
+    objective: objective_lib.Objective
     temperature: float = 1.0
     balance_coefficient: float = 0.0
 
@@ -96,7 +97,7 @@ def _microbatch_loss(
         with_entropy=True,
         temperature=settings.temperature,
     )
-    terms = objective.TokenTerms(
+    terms = loss_lib.TokenTerms(
         logp=made.logp,
         logp_old=rows.logp_old,
         logp_rollout=rows.logp_rollout,
@@ -108,16 +109,16 @@ def _microbatch_loss(
         entropy=made.entropy,
         weight_mean=weight_mean,
     )
-    loss, metrics = objective.compute_loss(settings.objective, terms)
+    loss, parts = loss_lib.compute_loss(settings.objective, terms)
+    metrics = rl_metrics.loss_metrics(parts)
     balance = moe.balance_loss(stats) * share
     metrics["shares"]["balance_loss"] = balance
-    ratio = objective.importance_ratios(settings.objective, terms)
     drops = rl_metrics.count_drops_by_token(
-        rows.targets, ratio, rows.advantages, rows.mask, model.config.vocab_size
+        rows.targets, parts.ratio, rows.advantages, rows.mask, model.config.vocab_size
     )
     clips = rl_metrics.count_clips_by_token(
         rows.targets,
-        ratio,
+        parts.ratio,
         rows.advantages,
         rows.mask,
         _ratio_upper_bound(settings.objective),
@@ -127,10 +128,10 @@ def _microbatch_loss(
     return loss + settings.balance_coefficient * balance, metrics
 
 
-def _ratio_upper_bound(chosen: objective.Objective) -> float | None:
+def _ratio_upper_bound(objective: objective_lib.Objective) -> float | None:
     """Return the ratio above which a token with A > 0 is dropped or its weight capped."""
-    dropped = None if chosen.clip_high is None else 1 + chosen.clip_high
-    return min((x for x in (dropped, chosen.is_weight_max) if x is not None), default=None)
+    dropped = None if objective.clip_high is None else 1 + objective.clip_high
+    return min((x for x in (dropped, objective.is_weight_max) if x is not None), default=None)
 
 
 @functools.partial(jax.jit, static_argnames="settings", donate_argnames="state")
