@@ -22,6 +22,7 @@ from m1_jax import collectives, experts, quantize, sharding
 BUFFER_SLACK = 1.5
 
 
+@jax.named_scope("exchange")
 def run_routed_experts(
     x: Float[Array, "M D"],
     weights: Float[Array, "M A"],

@@ -114,6 +114,7 @@ class Embedding(nnx.Module):
             rngs, (vocab_size, hidden_size), ("vocab", "embed"), param_dtype, std
         )
 
+    @jax.named_scope("embedding")
     def __call__(
         self, tokens: Int[Array, "B T"], dtype, layout: sharding.MeshLayout | None = None
     ) -> Float[Array, "B T D"]:
@@ -143,6 +144,7 @@ class Head(nnx.Module):
             rngs, (hidden_size, vocab_size), ("embed", "vocab"), param_dtype, std
         )
 
+    @jax.named_scope("head")
     def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
         return _float32_logits(x, self.kernel[...].astype(x.dtype))
 

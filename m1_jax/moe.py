@@ -113,7 +113,10 @@ class MoE(nnx.Module):
 
     def combine(self, h: Float[Array, "*batch D"], y: Float[Array, "*batch D"]):
         """Return the block's output, given what the chosen experts say of `h`."""
-        return y if self.shared is None else self.shared(h, y)
+        if self.shared is None:
+            return y
+        with jax.named_scope("experts"):
+            return self.shared(h, y)
 
     @property
     def no_expert(self) -> int:
@@ -126,6 +129,7 @@ class MoE(nnx.Module):
             return quantize.QuantizedMatrices(values, getattr(self, f"{name}_scale")[...])
         return values.astype(dtype)
 
+    @jax.named_scope("router")
     def route(
         self,
         x: Float[Array, "M D"],

@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array, Float
 
 from m1_jax import logprobs, moe
 from m1_jax import model as model_lib
@@ -49,10 +50,10 @@ def score_logprobs(
     hidden, _ = model.hidden(
         rows.tokens, rows.segment_ids, rows.positions, expert_ids=rows.expert_ids
     )
-    made = logprobs.token_logprobs(
+    token_logprobs = logprobs.token_logprobs(
         model, hidden, rows.targets, with_entropy=True, temperature=temperature
     )
-    return made.logp, made.entropy
+    return token_logprobs.logp, token_logprobs.entropy
 
 
 @functools.partial(jax.jit, static_argnames="settings", donate_argnames="sums")
@@ -90,7 +91,21 @@ def _microbatch_loss(
     hidden, stats = model.hidden(
         rows.tokens, rows.segment_ids, rows.positions, expert_ids=rows.expert_ids
     )
-    made = logprobs.token_logprobs(
+    return _loss_and_metrics(model, hidden, stats, rows, share, weight_mean, settings)
+
+
+@jax.named_scope("loss")
+def _loss_and_metrics(
+    model: model_lib.MiniMaxM1,
+    hidden: Float[Array, "B T D"],
+    stats: moe.RouterStats,
+    rows: rl_batch.PackedRows,
+    token_share: Any,
+    weight_mean: Any,
+    settings: RlStepSettings,
+) -> tuple[Float[Array, ""], dict[str, Any]]:
+    """Return what `_microbatch_loss` does, from the model's output."""
+    token_logprobs = logprobs.token_logprobs(
         model,
         hidden,
         rows.targets,
@@ -98,7 +113,7 @@ def _microbatch_loss(
         temperature=settings.temperature,
     )
     terms = loss_lib.TokenTerms(
-        logp=made.logp,
+        logp=token_logprobs.logp,
         logp_old=rows.logp_old,
         logp_rollout=rows.logp_rollout,
         advantages=rows.advantages,
@@ -106,12 +121,12 @@ def _microbatch_loss(
         coefficients=rows.coefficients,
         segment_ids=rows.segment_ids,
         logp_ref=rows.logp_ref if settings.objective.kl_coef else None,
-        entropy=made.entropy,
+        entropy=token_logprobs.entropy,
         weight_mean=weight_mean,
     )
     loss, parts = loss_lib.compute_loss(settings.objective, terms)
     metrics = rl_metrics.loss_metrics(parts)
-    balance = moe.balance_loss(stats) * share
+    balance = moe.balance_loss(stats) * token_share
     metrics["shares"]["balance_loss"] = balance
     drops = rl_metrics.count_drops_by_token(
         rows.targets, parts.ratio, rows.advantages, rows.mask, model.config.vocab_size
