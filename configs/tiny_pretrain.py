@@ -2,8 +2,8 @@
 
     python -m train.pretrain --config=configs/tiny_pretrain.py --workdir=/tmp/tiny_pretrain
 
-Starts from a checkpoint: --config=configs/tiny_pretrain.py:DIR; else from random weights.
-Two CPU cores, under a minute.
+With --config=configs/tiny_pretrain.py:DIR it starts from a checkpoint, otherwise from random
+weights. Two CPU cores, under a minute.
 """
 
 from m1_jax.config import ModelConfig
@@ -34,7 +34,8 @@ def get_config(arg: str = "") -> TrainConfig:
         ),
         data=DataConfig(sources=(DataSource("stories", "demo/data/text.jsonl", "text"),)),
         evaluation=EvaluationConfig(
-            sources=(DataSource("held_out", "demo/data/text_held_out.jsonl", "text"),), every_steps=50
+            sources=(DataSource("held_out", "demo/data/text_held_out.jsonl", "text"),),
+            every_steps=50,
         ),
         save=SaveConfig(every_steps=50),
         log=LogConfig(every_steps=10),
