@@ -33,8 +33,8 @@ class BoundaryTables(NamedTuple):
     Attributes:
       chunk_scalars: one int32 a chunk, [B, superblocks, 1, chunks of a superblock] for the TPU
         kernels, [B, chunks] for the GPU kernels.
-      token_words: one int32 a token, [B, 1, P] for the TPU kernels, [B, P] for the GPU kernels. P is
-        the length of a row, padded to whole superblocks (GPU: chunks).
+      token_words: one int32 a token, [B, 1, P] for the TPU kernels, [B, P] for the GPU kernels. P
+        is the length of a row, padded to whole superblocks (GPU: chunks).
     """
 
     chunk_scalars: Table

@@ -44,8 +44,8 @@ def lightning_attention(
         return qkv[:, :, : num_heads * head_dim], initial_state
     if not interpret and not supports_shapes(qkv, num_heads):
         raise ValueError(
-            f"GPU kernels: got {qkv.dtype} heads of {head_dim}; wanted 64, 128 or (bfloat16) 256, on "
-            f"a GPU of compute capability {' or '.join(gpu_tiling.COMPUTE_CAPABILITIES)}: "
+            f"GPU kernels: got {qkv.dtype} heads of {head_dim}; wanted 64, 128 or (bfloat16) 256, "
+            f"on a GPU of compute capability {' or '.join(gpu_tiling.COMPUTE_CAPABILITIES)}: "
             "use implementation='chunked'"
         )
     block_sizes = block_sizes or gpu_tiling.choose_block_sizes(batch, num_heads, head_dim, length)

@@ -123,7 +123,7 @@ def full_chunk_decays(slope: Array, size: int, reverse: bool) -> ChunkDecays:
 def packed_chunk_decays(
     slope: Array, words: Int[Array, "C"], scalar: Array, reverse: bool
 ) -> ChunkDecays:
-    """Return the decays of a chunk with documents or padding. Arguments as above, and its tables."""
+    """Return the decays of a chunk with documents or padding, from its words and its scalar."""
     is_real, *steps = boundaries.expand_word_pairs(
         words[:, None], words[None, :], scalar, reverse=reverse
     )

@@ -5,8 +5,8 @@
   with two warpgroups, 32 at H = 256: more would spill.
 - Span: tokens that one program walks. A row is one span where batch, heads and parts alone fill the
   GPU. Otherwise a cheap pass sums the spans first.
-- Stages: chunks whose loads are in flight. 2 take 104 KiB of shared memory at H = 128 in bfloat16 (of
-  227 on Hopper), and more than there is at H = 256 in float32.
+- Stages: chunks whose loads are in flight. 2 take 104 KiB of shared memory at H = 128 in bfloat16
+  (of 227 on Hopper), and more than there is at H = 256 in float32.
 """
 
 import dataclasses
