@@ -1,7 +1,7 @@
-"""What is read off a run's rewards, as fixed before the first run; plain numpy.
+"""The measures of a run's rewards, as they were fixed before the first run. Plain numpy.
 
-A curve is the mean reward of each generation batch. Batches are counted as those trained on
-before a window of three whose mean reward is at least the bar.
+A curve is the mean reward of each generation batch. A result in batches is the number of batches
+trained on before a window of three batches whose mean reward is at least the bar.
 """
 
 import dataclasses
@@ -10,30 +10,25 @@ from collections.abc import Sequence
 
 import numpy as np
 
-WINDOW = 3
-LAST = 8  # batches that end a run
+WINDOW = 3  # batches
+LAST = 8  # the batches at the end of a run that `last` and `lowest` describe
 SUSTAINED, HALF = 0.9, 0.5
 
 
 @dataclasses.dataclass(frozen=True)
 class RunOutcome:
-    """What became of one run.
-
-    sustained: batches to .9 that is never left again; half: to .5 for the first time; None where
-    that was not reached in `batches`. tokens: sampled before `sustained`. mean: of all rewards.
-    last, lowest: mean and minimum of the last eight. collapsed: see `collapsed`. fork_clipped: of
-    the fork tokens with A > 0 in the first six batches, the share that was dropped, or whose
-    weight was capped; None without such tokens.
-    """
+    """The measures of one run."""
 
     batches: int
-    sustained: int | None
-    half: int | None
-    tokens: int | None
-    mean: float
-    last: float
-    lowest: float
-    collapsed: bool
+    sustained: int | None  # batches to .9 that is never left again; None: not reached
+    half: int | None  # batches to .5 for the first time; None: not reached
+    tokens: int | None  # sampled before `sustained`
+    mean: float  # of all rewards
+    last: float  # mean of the last eight batches
+    lowest: float  # minimum of the last eight batches
+    collapsed: bool  # see `has_collapsed`
+    # Among fork tokens with A > 0 in the first six batches: the share that was dropped, or whose
+    # weight was capped. None without such tokens.
     fork_clipped: float | None
 
 
@@ -43,14 +38,16 @@ def measure_outcome(
     fork: Sequence[tuple[int, int]],
     failed: bool = False,
 ) -> RunOutcome:
-    """Return what became of a run.
+    """Return the measures of a run.
 
     Args:
-      tokens: sampled for each batch. fork: (clipped, there) of each batch's fork tokens. failed:
-        the run ended early, without a finite gradient.
+      rewards: mean reward of each batch.
+      tokens: tokens sampled for each batch.
+      fork: (clipped, all) fork tokens of each batch.
+      failed: the run ended early, without a finite gradient.
 
     Raises:
-      ValueError: columns of different lengths, or none at all.
+      ValueError: the columns have different lengths, or are empty.
     """
     if not rewards or not len(rewards) == len(tokens) == len(fork):
         raise ValueError(
@@ -58,7 +55,7 @@ def measure_outcome(
             "one of each for every batch, and at least one batch"
         )
     reached = None if failed else sustained_crossing(rewards, SUSTAINED)
-    clipped, there = np.sum(np.asarray(fork[:6]), axis=0)
+    num_clipped, num_fork = np.sum(np.asarray(fork[:6]), axis=0)
     return RunOutcome(
         batches=len(rewards),
         sustained=reached,
@@ -68,12 +65,12 @@ def measure_outcome(
         last=float(np.mean(rewards[-LAST:])),
         lowest=float(np.min(rewards[-LAST:])),
         collapsed=failed or has_collapsed(rewards),
-        fork_clipped=float(clipped / there) if there else None,
+        fork_clipped=float(num_clipped / num_fork) if num_fork else None,
     )
 
 
 def window_means(rewards: Sequence[float]) -> np.ndarray:
-    """Return the means of all windows of three batches; none of a shorter run."""
+    """Return the means of all windows of three batches. A shorter run has none."""
     if len(rewards) < WINDOW:
         return np.zeros(0)
     return np.convolve(rewards, np.full(WINDOW, 1 / WINDOW), "valid")
@@ -81,12 +78,12 @@ def window_means(rewards: Sequence[float]) -> np.ndarray:
 
 def first_crossing(rewards: Sequence[float], bar: float) -> int | None:
     """Return how many batches came before the first window at the bar, or None."""
-    above = window_means(rewards) >= bar - 1e-9
+    above = window_means(rewards) >= bar - 1e-9  # a mean of three may round down
     return int(above.argmax()) if above.any() else None
 
 
 def sustained_crossing(rewards: Sequence[float], bar: float) -> int | None:
-    """Return how many batches came before the first of the windows that stay at the bar."""
+    """Return how many batches came before the first window from which on all are at the bar."""
     below = np.flatnonzero(window_means(rewards) < bar - 1e-9)
     start = int(below[-1]) + 1 if below.size else 0
     return start if start < len(window_means(rewards)) else None
@@ -94,52 +91,61 @@ def sustained_crossing(rewards: Sequence[float], bar: float) -> int | None:
 
 def has_collapsed(rewards: Sequence[float]) -> bool:
     """Return whether the last eight batches have less than half of the best window's reward."""
-    seen = window_means(rewards)
-    return bool(seen.size) and float(np.mean(rewards[-LAST:])) < 0.5 * float(seen.max())
+    means = window_means(rewards)
+    return bool(means.size) and float(np.mean(rewards[-LAST:])) < 0.5 * float(means.max())
 
 
-def batch_ratio(ours: int | None, theirs: int | None) -> float | None:
-    """Return ours / theirs of a pair: infinite where only theirs arrived, 0 where only ours did.
+def batch_ratio(numerator: int | None, denominator: int | None) -> float | None:
+    """Return numerator / denominator of a pair of runs, where None is a run that never arrived.
 
-    Such values stand for an unknown number on their side of every known one, which is all that a
-    median needs. None where neither arrived: nothing is known of that pair.
+    The ratio is infinite where only the denominator's run arrived, and 0 where only the
+    numerator's did. These values stand for an unknown number that lies beyond every known one,
+    which is all that a median needs. The ratio is None where neither run arrived.
     """
-    if ours is None and theirs is None:
+    if numerator is None and denominator is None:
         return None
-    if ours is None or theirs is None:
-        return math.inf if ours is None else 0.0
-    if theirs == 0:
-        return 1.0 if ours == 0 else math.inf
-    return ours / theirs
+    if numerator is None or denominator is None:
+        return math.inf if numerator is None else 0.0
+    if denominator == 0:
+        return 1.0 if numerator == 0 else math.inf
+    return numerator / denominator
 
 
 @dataclasses.dataclass(frozen=True)
 class PairedRatio:
-    """The median ratio of pairs, its 95% bootstrap interval, and of how many pairs it is."""
+    """The median ratio of pairs, with its 95% bootstrap interval."""
 
     median: float
-    low: float
-    high: float
-    pairs: int
-    unknown: int
+    low: float  # lower end of the interval
+    high: float  # upper end
+    pairs: int  # pairs with a ratio
+    unknown: int  # pairs of which neither run arrived
 
 
 def paired_ratio(
-    ours: Sequence[int | None], theirs: Sequence[int | None], draws: int = 10_000, seed: int = 0
+    numerators: Sequence[int | None],
+    denominators: Sequence[int | None],
+    draws: int = 10_000,
+    seed: int = 0,
 ) -> PairedRatio | None:
-    """Return the paired ratio of equal seeds, or None where no pair has one.
+    """Return the ratio of runs paired by seed, or None where no pair has a ratio.
 
-    Medians and percentiles are elements of the sample, so infinite ratios stay what they are.
+    Percentiles are elements of the sample rather than interpolated, so that infinite ratios stay
+    infinite.
     """
-    found = [batch_ratio(a, b) for a, b in zip(ours, theirs, strict=True)]
-    known = np.array([x for x in found if x is not None])
+    ratios = [batch_ratio(a, b) for a, b in zip(numerators, denominators, strict=True)]
+    known = np.array([ratio for ratio in ratios if ratio is not None])
     if not known.size:
         return None
     picked = np.random.default_rng(seed).integers(known.size, size=(draws, known.size))
     medians = _median(known[picked])
     low, high = np.quantile(medians, (0.025, 0.975), method="inverted_cdf")
     return PairedRatio(
-        float(_median(known[None])[0]), float(low), float(high), known.size, len(found) - known.size
+        float(_median(known[None])[0]),
+        float(low),
+        float(high),
+        known.size,
+        len(ratios) - known.size,
     )
 
 
@@ -147,23 +153,24 @@ def _median(rows: np.ndarray) -> np.ndarray:
     """Return each row's median; of an even number the geometric mean of the middle two."""
     ordered = np.sort(rows, axis=1)
     size = rows.shape[1]
-    one, other = ordered[:, (size - 1) // 2], ordered[:, size // 2]
+    lower, upper = ordered[:, (size - 1) // 2], ordered[:, size // 2]
     with np.errstate(invalid="ignore"):
-        mean = np.sqrt(one * other)
-    return np.where(np.isnan(mean), other, mean)  # between 0 and infinity: the worse
+        mean = np.sqrt(lower * upper)
+    return np.where(np.isnan(mean), upper, mean)  # 0 * infinity: the worse one
 
 
-def best_rate(found: dict[float, Sequence[RunOutcome]]) -> float:
-    """Return the learning rate whose runs reach sustained .9 first, of these tuning runs.
+def best_rate(outcomes_by_rate: dict[float, Sequence[RunOutcome]]) -> float:
+    """Return the learning rate whose tuning runs reach sustained .9 first.
 
-    More runs that arrive count first, then the mean of their batches, then the mean reward; the
-    lower rate breaks a tie.
+    The rate with more runs that arrive is better, then the one with fewer batches on average, then
+    the one with the higher mean reward. The lower rate breaks a tie.
     """
 
-    def order(rate: float):
-        some = found[rate]
-        arrived = [one.sustained for one in some if one.sustained is not None]
+    def order(rate: float) -> tuple[int, float, float, float]:
+        outcomes = outcomes_by_rate[rate]
+        arrived = [outcome.sustained for outcome in outcomes if outcome.sustained is not None]
         batches = float(np.mean(arrived)) if arrived else math.inf
-        return -len(arrived), batches, -float(np.mean([one.mean for one in some])), rate
+        mean_reward = float(np.mean([outcome.mean for outcome in outcomes]))
+        return -len(arrived), batches, -mean_reward, rate
 
-    return min(found, key=order)
+    return min(outcomes_by_rate, key=order)

@@ -12,38 +12,36 @@ import cispo_curves
 
 @dataclasses.dataclass(frozen=True)
 class Section:
-    """All runs of one table, task and number of updates; outcomes by arm and, tuning, by rate.
+    """All runs of one table, task and number of updates."""
 
-    measured: of the tuned model, the probability of W, and of right work after it.
-    best: at each arm's own rate. curves: rewards by run. secs: of every batch.
-    """
-
-    table: str
-    task: str
-    updates: int
-    measured: tuple[float, float]
-    batches: int
+    table: str  # "clip" or "published"
+    task: str  # "a" or "b"
+    updates: int  # updates a generation batch
+    measured: tuple[
+        float, float
+    ]  # of the tuned model: probability of W, and of right work after it
+    batches: int  # generation batches of a run
     common_rate: float
     seeds: tuple[int, ...]
-    tuning_seeds: tuple[int, ...]
-    tuning: dict[str, dict[float, list[cispo_curves.RunOutcome]]]
-    best_rates: dict[str, float]
-    common: dict[str, list[cispo_curves.RunOutcome]]
-    best: dict[str, list[cispo_curves.RunOutcome]]
-    curves: dict[str, list[float]]
-    secs: list[float]
+    tuning_seeds: tuple[int, ...]  # empty: `seeds` chose the rates as well
+    tuning: dict[str, dict[float, list[cispo_curves.RunOutcome]]]  # outcomes by arm and rate
+    best_rates: dict[str, float]  # each arm's own rate
+    common: dict[str, list[cispo_curves.RunOutcome]]  # outcomes at the common rate, by arm
+    best: dict[str, list[cispo_curves.RunOutcome]]  # outcomes at each arm's own rate
+    curves: dict[str, list[float]]  # rewards of every batch, by the run's name
+    secs: list[float]  # seconds of every batch of every run
 
     def runs(self) -> list[tuple[str, float, str, list[cispo_curves.RunOutcome]]]:
-        """Return (arm, rate, what for, outcomes) of each set of runs, none of them twice."""
+        """Return (arm, rate, purpose, outcomes) of each set of runs, without repetitions."""
         rows = []
         for arm, rates in self.tuning.items():
-            for rate, found in rates.items():
+            for rate, outcomes in rates.items():
                 if self.tuning_seeds:
-                    rows.append((arm, rate, "tuning", found))
+                    rows.append((arm, rate, "tuning", outcomes))
                 elif rate == self.common_rate:
-                    rows.append((arm, rate, "common", found))
+                    rows.append((arm, rate, "common", outcomes))
                 else:
-                    rows.append((arm, rate, "", found))
+                    rows.append((arm, rate, "", outcomes))
             if self.tuning_seeds:
                 rows.append((arm, self.common_rate, "common", self.common[arm]))
                 if self.best_rates[arm] != self.common_rate:
@@ -59,7 +57,7 @@ _TABLES = {"clip": "arms that differ in the clip rule alone", "published": "pres
 
 
 def format_section(section: Section, parameters: int) -> str:
-    """Return what is printed of a section."""
+    """Return a section's table and conclusion as Markdown."""
     lines = [
         f"## {_TABLES[section.table]}: task {section.task}, {section.updates} updates a batch",
         "",
@@ -77,62 +75,69 @@ def format_section(section: Section, parameters: int) -> str:
     return "\n".join(lines)
 
 
-def _row_cells(section, arm: str, rate: float, what: str, found) -> list[str]:
-    clipped = [one.fork_clipped for one in found if one.fork_clipped is not None]
+def _row_cells(
+    section: Section,
+    arm: str,
+    rate: float,
+    purpose: str,
+    outcomes: Sequence[cispo_curves.RunOutcome],
+) -> list[str]:
+    clipped = [run.fork_clipped for run in outcomes if run.fork_clipped is not None]
+    last, lowest = statistics.mean(run.last for run in outcomes), min(r.lowest for r in outcomes)
     return [
         arm,
         f"{rate:g}",
-        f"{len(found)} {what}".strip(),
-        _format_counts([one.half for one in found], section.batches),
-        _format_counts([one.sustained for one in found], section.batches),
-        ", ".join("-" if one.tokens is None else str(one.tokens) for one in found),
-        f"{statistics.mean(one.mean for one in found):.3f}",
-        f"{statistics.mean(one.last for one in found):.3f}/{min(one.lowest for one in found):.3f}",
+        f"{len(outcomes)} {purpose}".strip(),
+        _format_counts([run.half for run in outcomes], section.batches),
+        _format_counts([run.sustained for run in outcomes], section.batches),
+        ", ".join("-" if run.tokens is None else str(run.tokens) for run in outcomes),
+        f"{statistics.mean(run.mean for run in outcomes):.3f}",
+        f"{last:.3f}/{lowest:.3f}",
         f"{statistics.mean(clipped):.2f}" if clipped else "-",
-        f"{sum(one.collapsed for one in found)} of {len(found)}",
+        f"{sum(run.collapsed for run in outcomes)} of {len(outcomes)}",
     ]
 
 
 def _ratio_lines(section: Section) -> list[str]:
     lines = []
-    for what, some in (("the common rate", section.common), ("own best rates", section.best)):
-        for other in ("dapo", "grpo"):
-            found = cispo_ratio(some, other)
-            at = f"{section.common_rate:g}"
-            if some is section.best:
-                rates = section.best_rates
-                at = f"{rates['cispo']:g} against {rates[other]:g}"
-            lines.append(f"CISPO / {other.upper()} at {what} ({at}): {_format_ratio(found)}")
+    for label, outcomes in (("the common rate", section.common), ("own best rates", section.best)):
+        for arm in ("dapo", "grpo"):
+            ratio = cispo_ratio(outcomes, arm)
+            rates = f"{section.common_rate:g}"
+            if outcomes is section.best:
+                rates = f"{section.best_rates['cispo']:g} against {section.best_rates[arm]:g}"
+            lines.append(f"CISPO / {arm.upper()} at {label} ({rates}): {_format_ratio(ratio)}")
     if not section.tuning_seeds:
         lines.append("Own rates were chosen on the very seeds that they are compared on.")
     return lines
 
 
 def cispo_ratio(
-    some: dict[str, list[cispo_curves.RunOutcome]], other: str
+    outcomes: dict[str, list[cispo_curves.RunOutcome]], arm: str
 ) -> cispo_curves.PairedRatio | None:
     """Return CISPO's batches to sustained .9 over another arm's."""
-    ours, theirs = ([one.sustained for one in some[arm]] for arm in ("cispo", other))
-    return cispo_curves.paired_ratio(ours, theirs)
+    batches = {name: [run.sustained for run in outcomes[name]] for name in ("cispo", arm)}
+    return cispo_curves.paired_ratio(batches["cispo"], batches[arm])
 
 
 def _conclusion_lines(section: Section, parameters: int) -> list[str]:
-    """Return what may be said, and beside it how many runs collapsed."""
+    """Return the conclusion that the numbers permit, and how many runs collapsed."""
     rows = section.runs()
     collapsed = []
     for arm in section.common:
-        mine = [one for name, _, _, found in rows if name == arm for one in found]
-        collapsed.append(f"{arm.upper()} {sum(one.collapsed for one in mine)} of {len(mine)}")
-    beside = f"Collapsed runs, at all rates: {', '.join(collapsed)}."
+        runs = [run for name, _, _, outcomes in rows if name == arm for run in outcomes]
+        collapsed.append(f"{arm.upper()} {sum(run.collapsed for run in runs)} of {len(runs)}")
+    collapse_line = f"Collapsed runs, at all rates: {', '.join(collapsed)}."
     if section.table != "clip" or section.task != "a":
         if section.task == "b":
-            return ["W is not rare here: no difference was expected.", beside]
-        return [beside]
-    common, best = (cispo_ratio(some, "dapo") for some in (section.common, section.best))
+            return ["W is not rare here: no difference was expected.", collapse_line]
+        return [collapse_line]
+    common, best = (cispo_ratio(outcomes, "dapo") for outcomes in (section.common, section.best))
     if common is None:
-        return ["Neither CISPO nor DAPO reached the target at the common rate.", beside]
+        return ["Neither CISPO nor DAPO reached the target at the common rate.", collapse_line]
     size = f"{parameters / 1e6:.1f}M"
-    made = (
+    # The whole bootstrap interval must lie below 1, not the median alone.
+    verdict = (
         "This reproduces the mechanism of M1 section 3.1, not its AIME result."
         if common.high < 1
         else "This does not show the mechanism of M1 section 3.1, and says nothing of its AIME "
@@ -143,22 +148,19 @@ def _conclusion_lines(section: Section, parameters: int) -> list[str]:
         f"in {_format_ratio(common, short=True)} times",
         "the generation batches of DAPO at the same learning rate; with learning rates tuned per "
         f"arm the ratio was {_format_ratio(best, short=True)}.",
-        made,
-        beside,
+        verdict,
+        collapse_line,
     ]
 
 
-def _format_ratio(found: cispo_curves.PairedRatio | None, short: bool = False) -> str:
-    if found is None:
+def _format_ratio(ratio: cispo_curves.PairedRatio | None, short: bool = False) -> str:
+    if ratio is None:
         return "unknown: no pair arrived"
-    numbers = [_format_number(x) for x in (found.median, found.low, found.high)]
+    median, low, high = (_format_number(x) for x in (ratio.median, ratio.low, ratio.high))
     if short:
-        return f"{numbers[0]} ({numbers[1]} to {numbers[2]})"
-    unknown = f", {found.unknown} more where neither arrived" if found.unknown else ""
-    return (
-        f"median {numbers[0]}, 95% bootstrap {numbers[1]} to {numbers[2]}, {found.pairs} pairs"
-        f"{unknown}"
-    )
+        return f"{median} ({low} to {high})"
+    unknown = f", {ratio.unknown} more where neither arrived" if ratio.unknown else ""
+    return f"median {median}, 95% bootstrap {low} to {high}, {ratio.pairs} pairs{unknown}"
 
 
 def _format_number(value: float) -> str:
@@ -176,13 +178,13 @@ def _table_row(cells: Sequence[str]) -> str:
 
 
 def to_json(section: Section) -> dict[str, Any]:
-    """Return everything of a section; what is infinite is told as a string."""
+    """Return a section as JSON values, with infinite numbers as strings."""
     value = dataclasses.asdict(section)
     value["ratios"] = {
-        f"{what}/{other}": found and {k: _plain(v) for k, v in vars(found).items()}
-        for what, some in (("common", section.common), ("best", section.best))
-        for other in ("dapo", "grpo")
-        for found in [cispo_ratio(some, other)]
+        f"{label}/{arm}": ratio and {key: _plain(number) for key, number in vars(ratio).items()}
+        for label, outcomes in (("common", section.common), ("best", section.best))
+        for arm in ("dapo", "grpo")
+        for ratio in [cispo_ratio(outcomes, arm)]
     }
     return value
 
@@ -192,11 +194,11 @@ def _plain(value: Any) -> Any:
 
 
 def require_matplotlib() -> Any:
-    """Return matplotlib's pyplot; exit with what to do where it is not installed."""
+    """Return matplotlib's pyplot, or exit and name the remedy where it is not installed."""
     try:
         import matplotlib
 
-        matplotlib.use("Agg")  # to a file, whatever the screen
+        matplotlib.use("Agg")  # draws to a file, without a screen
         from matplotlib import pyplot
     except ImportError:
         raise SystemExit("--plot: matplotlib is missing. pip install matplotlib") from None

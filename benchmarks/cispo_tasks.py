@@ -1,9 +1,9 @@
-"""What `cispo_vs_dapo.py` trains on: sums with a rare first token, and models tuned on them.
+"""The tasks of `cispo_vs_dapo.py`: sums with a rare first token, and models tuned on them.
 
-Six digits; the answer is their sum's last digit. The model may answer at once, which a small one
-gets right hardly more often than by chance, or write `W` and the running sums first, after which
-the answer is easy. Fine-tuning sets how often it begins with `W`, and so the fork that
-reinforcement learning meets. A task is right or wrong, with nothing in between.
+A task is six digits, and its answer is the last digit of their sum. The model may answer at once,
+which a small model gets right hardly more often than by chance. Or it may write `W` and the running
+sums first, after which the answer is easy. Fine-tuning sets how often the model begins with `W`,
+the fork that reinforcement learning meets. An answer is right or wrong, with nothing in between.
 """
 
 import json
@@ -32,10 +32,10 @@ ANSWER = "\nAnswer: "
 DIGITS = 6
 # How often a tuned model begins with W: a token that is rare, and one that is not.
 FORK_SHARES = {"a": 0.02, "b": 0.5}
-PROMPT_TOKENS, ANSWER_TOKENS = 13, 19  # 32 a row: two short samples or a long one
+PROMPT_TOKENS, ANSWER_TOKENS = 13, 19  # a row of 32 holds two short samples or a long one
 TASKS, TASKS_SEED = 4096, 3
-_DOCUMENTS = 50_000
-_LEARN_SHARE = 0.8
+_NUM_CONVERSATIONS = 50_000  # of each fine-tuning stage
+_LEARN_SHARE = 0.8  # conversations of the first stage that do the work
 _ROWS, _LENGTH = 8, 128
 _SPECIAL = (
     "<begin_of_document>",
@@ -43,7 +43,7 @@ _SPECIAL = (
     "<end_of_sentence>",
     "<end_of_document>",
 )
-# One token each, so that a sample is short: what the template writes, and what an answer needs.
+# Texts of the template and of an answer that are one token each, so that a sample is short.
 _WORDS = ("user name=user\n", "ai name=assistant\n", ANSWER)
 
 MODEL = model_config.ModelConfig(
@@ -58,11 +58,11 @@ MODEL = model_config.ModelConfig(
     num_local_experts=4,
     num_experts_per_tok=2,
     postnorm=True,
-    # The release's (2 L)^(1/4), of 8 layers instead of 80; its 0.02 is too small for this width.
+    # The release's (2 L)^(1/4) for L = 8 layers instead of 80.
     layernorm_linear_attention_alpha=2.0,
     layernorm_full_attention_alpha=2.0,
     layernorm_mlp_alpha=2.0,
-    initializer_range=0.1,
+    initializer_range=0.1,  # the release's 0.02 is too small for this width
     max_position_embeddings=4096,
 )
 
@@ -74,15 +74,15 @@ def draw_problem(rng: random.Random) -> tuple[str, str]:
 
 
 def format_answer(digits: str, label: str, work: bool) -> str:
-    """Return what fine-tuning teaches: the answer, with the work before it or without."""
+    """Return the answer that fine-tuning teaches, after the work or alone."""
     if not work:
         return ANSWER + label
     sums = [sum(map(int, digits[: i + 1])) % 10 for i in range(len(digits))]
     return FORK + "".join(map(str, sums)) + ANSWER + label
 
 
-def write_tokenizer(directory) -> pathlib.Path:
-    """Write a tokenizer of bytes and a few words: one token a digit, 263 in all."""
+def write_tokenizer(directory: pathlib.Path | str) -> pathlib.Path:
+    """Write a tokenizer of bytes and a few words, with one token a digit and 263 in all."""
     alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
     library = tokenizers.Tokenizer(
         tokenizers.models.BPE(vocab={char: i for i, char in enumerate(sorted(alphabet))}, merges=[])
@@ -101,32 +101,33 @@ def write_tokenizer(directory) -> pathlib.Path:
 
 
 def count_parameters() -> int:
-    """Return how many numbers the model has."""
+    """Return the model's number of parameters."""
     model = params_lib.abstract_model(MODEL, jnp.float32, jnp.float32)
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(nnx.state(model)))
 
 
-def measure_fork(directory, number: int = 256) -> tuple[float, float]:
-    """Return the mean probability of W as the first token, and of all the right work after it."""
+def measure_fork(directory: pathlib.Path, number: int = 256) -> tuple[float, float]:
+    """Return the mean probabilities of W as the first token, and of all right work after it."""
     model = load_lib.load(directory, jnp.float32, None, param_dtype=jnp.float32)
     tokenizer, rng = tokenizer_lib.Tokenizer.load(directory), random.Random(5)
     rows = []
     for _ in range(number):
         digits, label = draw_problem(rng)
-        asked = prompt.encode_prompt(tokenizer, [{"role": "user", "content": digits}])
-        rows.append(asked + tokenizer.encode(format_answer(digits, label, True)))
+        prompt_ids = prompt.encode_prompt(tokenizer, [{"role": "user", "content": digits}])
+        rows.append(prompt_ids + tokenizer.encode(format_answer(digits, label, True)))
     tokens = jnp.asarray(rows)
-    places = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    hidden, _ = model.hidden(tokens, jnp.ones_like(tokens), places)
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    hidden, _ = model.hidden(tokens, jnp.ones_like(tokens), positions)
     logp = logprobs.token_logprobs(model, hidden, jnp.roll(tokens, -1, axis=1))
-    said = np.exp(np.asarray(logp)[:, PROMPT_TOKENS - 1 : -1])
-    return float(said[:, 0].mean()), float(said[:, 1:].prod(axis=1).mean())
+    # A token's probability is that of the position before it.
+    answer_probs = np.exp(np.asarray(logp)[:, PROMPT_TOKENS - 1 : -1])
+    return float(answer_probs[:, 0].mean()), float(answer_probs[:, 1:].prod(axis=1).mean())
 
 
-def fork_id(directory) -> int:
+def fork_id(directory: pathlib.Path | str) -> int:
     """Return the id of W."""
-    (only,) = tokenizer_lib.Tokenizer.load(directory).encode(FORK)
-    return only
+    (token_id,) = tokenizer_lib.Tokenizer.load(directory).encode(FORK)
+    return token_id
 
 
 def write_tasks(path: pathlib.Path, number: int, seed: int) -> None:
@@ -140,15 +141,15 @@ def write_tasks(path: pathlib.Path, number: int, seed: int) -> None:
 
 
 def write_conversations(path: pathlib.Path, number: int, share: float, seed: int) -> None:
-    """Write conversations; `share` of them, drawn one by one, do the work."""
+    """Write conversations that do the work with the probability `share` each."""
     rng = random.Random(seed)
     lines = []
     for _ in range(number):
         digits, label = draw_problem(rng)
-        said = format_answer(digits, label, rng.random() < share)
+        answer = format_answer(digits, label, rng.random() < share)
         messages = [
             {"role": "user", "content": digits},
-            {"role": "assistant", "content": said},
+            {"role": "assistant", "content": answer},
         ]
         lines.append(json.dumps({"messages": messages}))
     path.write_text("\n".join(lines) + "\n")
@@ -157,25 +158,29 @@ def write_conversations(path: pathlib.Path, number: int, share: float, seed: int
 def tune_model(
     directory: pathlib.Path, share: float, learn_steps: int, set_steps: int
 ) -> pathlib.Path:
-    """Return a checkpoint that begins with W in about `share` of its answers, made once.
+    """Return a checkpoint that begins with W in about `share` of its answers, made if missing.
 
-    learn_steps: on answers most of which do the work, to learn to. set_steps: on answers `share`
-    of which do. Tasks and tokenizer lie beside it.
+    The tasks and the tokenizer lie beside the checkpoint.
+
+    Args:
+      learn_steps: steps of the first stage, most of whose answers do the work, to learn the work.
+      set_steps: steps of the second stage, of whose answers `share` do.
     """
-    done = directory / "tuned"
-    if done.exists():
-        return done
+    tuned = directory / "tuned"
+    if tuned.exists():
+        return tuned
     directory.mkdir(parents=True, exist_ok=True)
-    for left in ("run", "part"):  # of a run that was cut off
-        shutil.rmtree(directory / left, ignore_errors=True)
+    for name in ("run", "part"):  # leftovers of a run that was stopped
+        shutil.rmtree(directory / name, ignore_errors=True)
     write_tokenizer(directory / "tokenizer")
     write_tasks(directory / "tasks.jsonl", TASKS, TASKS_SEED)
-    write_conversations(directory / "learn.jsonl", _DOCUMENTS, _LEARN_SHARE, seed=1)
-    write_conversations(directory / "set.jsonl", _DOCUMENTS, share, seed=2)
+    write_conversations(directory / "learn.jsonl", _NUM_CONVERSATIONS, _LEARN_SHARE, seed=1)
+    write_conversations(directory / "set.jsonl", _NUM_CONVERSATIONS, share, seed=2)
     sft.run(_make_config(directory, learn_steps, set_steps), directory / "run")
     export.run(directory / "run", directory / "part", dtype="float32")
-    (directory / "part").rename(done)
-    return done
+    # Renamed last, so that a checkpoint under its final name is complete.
+    (directory / "part").rename(tuned)
+    return tuned
 
 
 def _make_config(

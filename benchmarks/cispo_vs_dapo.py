@@ -2,20 +2,22 @@
 
     python benchmarks/cispo_vs_dapo.py --quick --dir=DIR [--plot=FILE.png]
 
-First the arms differ in their clip rule alone: the same aggregation (token-mean), tasks, order of
-tasks, and seed of every sample. Then, with --full, a second table has them as published. The
-measures were fixed before the first run (`cispo_curves.py`), and every seed is shown.
+In the first table the arms differ in their clip rule alone. Aggregation (token-mean), tasks, order
+of tasks and the seed of every sample are equal. With --full, a second table has the arms as they
+were published. The measures were fixed before the first run (`cispo_curves.py`), and every seed is
+shown.
 
---gate: what the tests hold to: three batches of one seed, with 1 and with 16 updates.
---quick: task a (W begins 2% of the answers), 16 updates a batch, two rates, three seeds; about
-  half an hour on two cores.
---full: tasks a and b (W begins half of them: no difference is expected), 1, 4 and 16 updates,
-  three rates chosen from on two seeds and compared on five others, then the published presets.
+--gate: three batches of one seed, with 1 and with 16 updates, which the tests check.
+--quick: task a (W begins 2% of the answers), 16 updates a batch, two rates, three seeds. It takes
+  about half an hour on two cores.
+--full: tasks a and b (W begins half of the answers, and no difference is expected), 1, 4 and 16
+  updates. Three rates are tried on two seeds and compared on five others. Then the published
+  presets follow.
 
---rates, --batches: others than the plan's, to look further; say so where they are told.
+--rates and --batches replace those of the plan. Name them when you publish such numbers.
 
-A run that is done is kept in DIR and not made again; one that was stopped goes on. Needs the
-package's own dependencies; --plot wants matplotlib.
+A finished run is kept in DIR and not repeated. A stopped run goes on. The script needs the
+package's own dependencies, and matplotlib for --plot.
 """
 
 import argparse
@@ -45,33 +47,28 @@ from train.rl import loop as rl_loop
 from train.rl import objective as objective_lib
 
 PUBLISHED = {name: objective_lib.PRESETS[name] for name in ("grpo", "dapo", "cispo")}
-# The same in all but the clip rule; the presets of DAPO and CISPO are so already.
+# Arms that are equal in all but the clip rule, as the presets of DAPO and CISPO are already.
 CLIP = PUBLISHED | {"grpo": dataclasses.replace(PUBLISHED["dapo"], name="grpo", clip_high=0.2)}
 ARMS = {"clip": CLIP, "published": PUBLISHED}
 
 
 @dataclasses.dataclass(frozen=True)
 class ExperimentPlan:
-    """What is run.
-
-    tables: of `ARMS`. updates: of each batch. rates: the first is the common one. tuning_seeds:
-    to choose each arm's rate on; none: every rate is run on `seeds`, which choose it as well.
-    published_updates: of the second table. learn_steps, set_steps: of fine-tuning.
-    """
+    """The runs of a command."""
 
     name: str
-    tasks: tuple[str, ...]
-    updates: tuple[int, ...]
-    rates: tuple[float, ...]
-    tuning_seeds: tuple[int, ...]
-    seeds: tuple[int, ...]
-    batches: int
-    tables: tuple[str, ...] = ("clip",)
-    published_updates: tuple[int, ...] = (16,)
-    groups: int = 64
-    group_size: int = 8
-    learn_steps: int = 1000
-    set_steps: int = 300
+    tasks: tuple[str, ...]  # of `cispo_tasks.FORK_SHARES`
+    updates: tuple[int, ...]  # updates a generation batch, a section each
+    rates: tuple[float, ...]  # learning rates; the first is the common one
+    tuning_seeds: tuple[int, ...]  # seeds that choose each arm's rate; empty: `seeds` choose it
+    seeds: tuple[int, ...]  # seeds that are compared
+    batches: int  # generation batches a run
+    tables: tuple[str, ...] = ("clip",)  # of `ARMS`
+    published_updates: tuple[int, ...] = (16,)  # updates a batch in the second table
+    groups: int = 64  # tasks a batch
+    group_size: int = 8  # samples a task
+    learn_steps: int = 1000  # see `cispo_tasks.tune_model`
+    set_steps: int = 300  # see `cispo_tasks.tune_model`
 
 
 PLANS = {
@@ -92,7 +89,7 @@ PLANS = {
 
 @dataclasses.dataclass(frozen=True)
 class Trial:
-    """One run."""
+    """One run. Its text is the name of its file."""
 
     table: str
     task: str
@@ -109,14 +106,14 @@ class Trial:
 
 
 class Lab:
-    """Makes the runs of a plan in a directory, each once."""
+    """Makes the runs of a plan, and keeps each in a file of a directory."""
 
     def __init__(self, plan: ExperimentPlan, directory: pathlib.Path):
         self.plan, self._directory = plan, directory
-        self._began, self._made = time.monotonic(), 0
+        self._start_secs, self._num_runs = time.monotonic(), 0
 
     def curves(self, trials: list[Trial]) -> dict[Trial, dict]:
-        """Return what each run recorded; those that are missing are made now."""
+        """Return the record of each run. Missing runs are made now."""
         return {trial: self._curve(trial) for trial in trials}
 
     def _curve(self, trial: Trial) -> dict:
@@ -127,26 +124,26 @@ class Lab:
             part = file.with_suffix(".part")
             part.write_text(json.dumps(self._run(trial, wanted), indent=1))
             part.rename(file)
-        kept = json.loads(file.read_text())
-        if configlib.from_json(rl_config.RlConfig, kept["config"]) != wanted:
+        record = json.loads(file.read_text())
+        if configlib.from_json(rl_config.RlConfig, record["config"]) != wanted:
             raise ValueError(
                 f"{file}: got a run of another config; wanted that of this code and plan. Move "
                 "it away, or give a new --dir."
             )
-        return kept
+        return record
 
     def home(self, task: str) -> pathlib.Path:
         """Return the directory of a task's model."""
         return self._directory / f"model-{task}-{self.plan.learn_steps}-{self.plan.set_steps}"
 
     def config(self, trial: Trial) -> rl_config.RlConfig:
-        """Return the run's config, whose model is made first where it is missing."""
+        """Return the run's config, and make its model first where it is missing."""
         plan = self.plan
         home = self.home(trial.task)
         share = cispo_tasks.FORK_SHARES[trial.task]
         checkpoint = cispo_tasks.tune_model(home, share, plan.learn_steps, plan.set_steps)
         # DAPO's sampling and length penalty belong to the published DAPO and CISPO.
-        whole = trial.table == "published" and trial.arm != "grpo"
+        has_dapo_sampling = trial.table == "published" and trial.arm != "grpo"
         return rl_config.RlConfig(
             checkpoint=str(checkpoint),
             batches=plan.batches,
@@ -157,8 +154,8 @@ class Lab:
                 group_size=plan.group_size,
                 max_prompt_tokens=cispo_tasks.PROMPT_TOKENS,
                 windows=rl_config.LengthSchedule((cispo_tasks.ANSWER_TOKENS,)),
-                dynamic=whole,
-                overlong_buffer_tokens=4 if whole else 0,
+                dynamic=has_dapo_sampling,
+                overlong_buffer_tokens=4 if has_dapo_sampling else 0,
                 engine=_ENGINE,
             ),
             update=rl_config.UpdateConfig(trial.rate, minibatches=trial.updates, rows=16),
@@ -169,38 +166,43 @@ class Lab:
         )
 
     def _run(self, trial: Trial, config: rl_config.RlConfig) -> dict:
-        """Train; return the config and what `cispo_curves` reads."""
-        self._made += 1
-        minutes = (time.monotonic() - self._began) / 60
-        tqdm.tqdm.write(f"[{minutes:.0f} min] run {self._made} of this start: {trial}", sys.stderr)
+        """Train; return the config and the columns that `cispo_curves` reads."""
+        self._num_runs += 1
+        minutes = (time.monotonic() - self._start_secs) / 60
+        tqdm.tqdm.write(
+            f"[{minutes:.0f} min] run {self._num_runs} of this start: {trial}", sys.stderr
+        )
         workdir = self._directory / self.plan.name / f"{trial}.run"
         failed = ""
         try:
             summary = rl_loop.run_rl_training(config, workdir)
-        except FloatingPointError as error:  # an outcome: the rate was too much for this arm
+        except FloatingPointError as error:  # an outcome: the rate was too high for this arm
             failed = str(error)
         else:
             if summary.stopped_by is not None:
                 sys.exit(f"stopped in {trial}; the same command goes on")
         fork = cispo_tasks.fork_id(config.checkpoint)
         lines = (workdir / metrics.METRICS_FILE).read_text().splitlines()
-        found = [one for one in map(json.loads, lines) if one["kind"] == "train"]
-        clipped = [{i: counts for i, *counts in one.get("most_clipped", [])} for one in found]
+        batches = [batch for batch in map(json.loads, lines) if batch["kind"] == "train"]
+        clipped = [
+            {token: counts for token, *counts in batch.get("most_clipped", [])} for batch in batches
+        ]
         shutil.rmtree(workdir)
         return {
             "config": configlib.to_json(config),
             "failed": failed,
-            # Of all samples, also of groups that dynamic sampling leaves out.
-            "rewards": [one["reward_sampled"] for one in found],
-            "tokens": [one["tokens_sampled"] for one in found],
+            # Over all samples, groups that dynamic sampling leaves out included.
+            "rewards": [batch["reward_sampled"] for batch in batches],
+            "tokens": [batch["tokens_sampled"] for batch in batches],
             "fork": [counts.get(fork, [0, 0]) for counts in clipped],
-            "secs": [one["batch_secs"] for one in found],
-            "sampling_secs": [one["sampling_secs"] for one in found],
-            "pearson": [one.get("pearson") for one in found],
+            "secs": [batch["batch_secs"] for batch in batches],
+            "sampling_secs": [batch["sampling_secs"] for batch in batches],
+            "pearson": [batch.get("pearson") for batch in batches],
         }
 
 
-# Products in tiles of 8 rows: a sample does not depend on its company, so arms are paired exactly.
+# Products in tiles of 8 rows: a sample's numbers do not depend on the samples beside it, and arms
+# are paired exactly.
 _ENGINE = (
     ("max_rows", 64),
     ("chunk_tokens", 16),
@@ -217,21 +219,21 @@ def run_section(lab: Lab, table: str, task: str, updates: int) -> cispo_report.S
 
     def outcomes(arm: str, rate: float, seeds: tuple[int, ...]) -> list[cispo_curves.RunOutcome]:
         trials = [Trial(table, task, updates, rate, arm, seed) for seed in seeds]
-        found = lab.curves(trials)
-        for trial, kept in found.items():
-            curves[str(trial)] = kept["rewards"]
-            secs.extend(kept["secs"])
+        records = lab.curves(trials)
+        for trial, record in records.items():
+            curves[str(trial)] = record["rewards"]
+            secs.extend(record["secs"])
         return [
             cispo_curves.measure_outcome(
-                one["rewards"], one["tokens"], one["fork"], bool(one["failed"])
+                record["rewards"], record["tokens"], record["fork"], bool(record["failed"])
             )
-            for one in found.values()
+            for record in records.values()
         ]
 
     curves: dict[str, list[float]] = {}
     secs: list[float] = []
     seeds = plan.tuning_seeds or plan.seeds
-    # Arms innermost, so that what is there of a stopped plan can be compared.
+    # Arms innermost, so that the runs of a stopped plan can be compared.
     for seed, rate, arm in itertools.product(seeds, plan.rates, arms):
         lab.curves([Trial(table, task, updates, rate, arm, seed)])
     tuning = {arm: {rate: outcomes(arm, rate, seeds) for rate in plan.rates} for arm in arms}
@@ -267,9 +269,9 @@ def plan_sections(plan: ExperimentPlan) -> list[tuple[str, str, int]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    which = parser.add_mutually_exclusive_group(required=True)
+    plan_flags = parser.add_mutually_exclusive_group(required=True)
     for name in PLANS:
-        which.add_argument(f"--{name}", dest="plan", action="store_const", const=name)
+        plan_flags.add_argument(f"--{name}", dest="plan", action="store_const", const=name)
     parser.add_argument("--dir", required=True, type=pathlib.Path, help="of models and results")
     parser.add_argument("--plot", type=pathlib.Path, help="a file for the curves")
     parser.add_argument("--rates", nargs="+", type=float, help="in place of the plan's")
@@ -282,23 +284,23 @@ def main() -> None:
         plan = dataclasses.replace(plan, rates=tuple(arguments.rates))
     if arguments.batches:
         plan = dataclasses.replace(plan, batches=arguments.batches)
-    lab, done = Lab(plan, directory), []
+    lab, sections = Lab(plan, directory), []
     for table, task, updates in plan_sections(plan):
         section = run_section(lab, table, task, updates)
         print(cispo_report.format_section(section, cispo_tasks.count_parameters()), flush=True)
-        done.append(section)
+        sections.append(section)
         values = {
             "plan": dataclasses.asdict(plan),
             "command": " ".join(sys.argv),
             "date": time.strftime("%Y-%m-%d"),
             "machine": f"{platform.machine()}, {os.cpu_count()} cores",
             "jax": jax.__version__,
-            "sections": [cispo_report.to_json(one) for one in done],
+            "sections": [cispo_report.to_json(section) for section in sections],
         }
         (directory / f"{plan.name}.json").write_text(json.dumps(values, indent=1))
     print(f"all numbers: {directory / plan.name}.json")
     if arguments.plot is not None:
-        cispo_report.plot_rewards(done, arguments.plot)
+        cispo_report.plot_rewards(sections, arguments.plot)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,14 @@
-"""Random operations on an engine; every request must give what it gives alone and cold.
+"""Random operations on an engine. Every request must give what it gives alone and cold.
 
     python benchmarks/fuzz_engine.py [--operations=10000] [--seed=0] [--dtype=float32]
 
-A pool of requests, with all options and with prompts that share beginnings, is first served one by
-one by a plain engine without a prefix cache. Then engines of other sizes, short of pages and
-slots, get them over and over, between requests of strangers that are seen once: submitted,
-cancelled, preempted (to the host and to be computed again), with weights put in place anew.
-Tokens and log-probabilities must be the same to the bit, and nothing may be compiled. A token whose
-embedding is NaN makes some requests end in an error, and no other. Exit status 1 where anything
-differs, or where something was never tried.
+A plain engine without a prefix cache first serves a pool of requests one by one. The requests have
+all options, and prompts that share beginnings. Then engines of other sizes, short of pages and
+slots, get the same requests over and over, between new requests that are seen once. Requests are
+submitted, cancelled and preempted (to the host, and to be computed again), and weights are swapped.
+Tokens and log-probabilities must be bit-exact, and nothing may be compiled. A token whose embedding
+is NaN makes some requests end in an error, and must affect no other request. The exit status is 1
+where anything differs, or where an operation was never tried.
 """
 
 import argparse
@@ -36,7 +36,7 @@ from m1_jax import testing
 from m1_jax import tokenizer as tokenizer_lib
 
 CHUNK_TOKENS, MAX_LENGTH = 16, 256
-POISON = 0  # the token whose embedding is NaN; padding is made of it, too
+POISON = 0  # the token whose embedding is NaN; also the padding token
 SHARED_SIZES = {"max_length": MAX_LENGTH, "chunk_tokens": CHUNK_TOKENS}
 REFERENCE_CONFIG = config_lib.EngineConfig(
     **SHARED_SIZES,
@@ -83,6 +83,7 @@ BUSY_CONFIGS = (
         max_queue=6,
     ),
 )
+# What a run must have tried, by the names of its counts.
 REQUIRED_COUNTS = (
     "submit",
     "stranger",
@@ -93,14 +94,19 @@ REQUIRED_COUNTS = (
     "compared",
     "errors",
     "reasoning",
+    "hits",
+    "misses",
+    "evicted",
+    "swapped_out",
+    "swapped_in",
+    "restarted",
+    "own_preemptions",
 )
-REQUIRED_COUNTS += ("hits", "misses", "evicted", "swapped_out", "swapped_in", "restarted")
-REQUIRED_COUNTS += ("own_preemptions",)
 
 
 @dataclasses.dataclass(frozen=True)
 class FuzzCase:
-    """A request, and what it gives."""
+    """A request, and its output when it is served alone."""
 
     prompt: tuple[int, ...]
     options: options_lib.Options
@@ -114,7 +120,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--cases", type=int, default=60, help="requests in the pool")
     parser.add_argument(
-        "--engines", type=int, default=len(BUSY_CONFIGS), help="one after the other"
+        "--engines", type=int, default=len(BUSY_CONFIGS), help="engines, one after the other"
     )
     arguments = parser.parse_args()
     rng = random.Random(arguments.seed)
@@ -137,7 +143,7 @@ def main() -> None:
             start = time.monotonic()
             engine = engine_lib.Engine(model, tokenizer, config)
             programs.append(time.monotonic() - start)
-            compiled.clear()
+            compiled.clear()  # the engine compiles when it is made, and never again
             start = time.monotonic()
             run = FuzzRun(engine, model, cases, rng, counts)
             while bar.n < arguments.operations * number // arguments.engines and not problems:
@@ -149,12 +155,12 @@ def main() -> None:
     problems += [f"never tried: {name}" for name in REQUIRED_COUNTS if not counts[name]]
     print(", ".join(f"{name} {counts[name]}" for name in sorted(counts)))
     print(f"{len(programs)} engines made in {sum(programs):.0f} s, busy for {secs:.0f} s")
-    print(*problems[:20] or ["all the same to the bit, nothing compiled"], sep="\n")
+    print(*problems[:20] or ["all outputs bit-exact, nothing compiled"], sep="\n")
     sys.exit(bool(problems))
 
 
-def make_model(dtype) -> model_lib.MiniMaxM1:
-    """Return a tiny model that has opinions, an irregular list of layers, and a poisonous token."""
+def make_model(dtype: jnp.dtype) -> model_lib.MiniMaxM1:
+    """Return a tiny model with clear preferences, an irregular list of layers, and a NaN token."""
     kinds = (model_config_lib.LIGHTNING, model_config_lib.SOFTMAX)
     config = dataclasses.replace(
         model_config_lib.ModelConfig.tiny(),
@@ -181,15 +187,15 @@ def make_cases(alone, tokenizer, rng: random.Random, number: int) -> list[FuzzCa
 
 
 def draw_prompt(rng: random.Random, cases: list[FuzzCase]) -> tuple[int, ...]:
-    """Return 1 to 200 tokens: new ones, or another prompt's beginning, or its next turn."""
+    """Return 1 to 200 tokens: new ones, alone or after another prompt's beginning or its answer."""
     new = tuple(rng.randrange(1, 500) for _ in range(rng.choice((1, 2, 9, 16, 33, 70, 140))))
     kind = rng.random()
     if cases and kind < 0.4:
-        one = rng.choice(cases).prompt
-        new = one[: rng.randint(1, len(one))] + new
+        prefix = rng.choice(cases).prompt
+        new = prefix[: rng.randint(1, len(prefix))] + new
     elif cases and kind < 0.8:
-        one = rng.choice(cases)
-        new = one.prompt + tuple(token.id for token in one.output.tokens) + new
+        case = rng.choice(cases)
+        new = case.prompt + tuple(token.id for token in case.output.tokens) + new
     if POISON in new and rng.random() < 0.8:
         new = tuple(token or 1 for token in new)
     elif rng.random() < 0.03:
@@ -198,26 +204,31 @@ def draw_prompt(rng: random.Random, cases: list[FuzzCase]) -> tuple[int, ...]:
 
 
 def draw_options(rng: random.Random, tokenizer) -> options_lib.Options:
-    """Return options of any kind; letters are made likely where text matters."""
+    """Return options of any kind. Where text matters, a bias makes letters likely."""
     values: dict = {"seed": rng.randrange(2**32), "max_tokens": rng.randint(1, 40)}
 
-    def sometimes(chance, **choices):
+    def set_with_chance(chance, **choices):
         for name, options in choices.items():
             if rng.random() < chance:
                 values[name] = rng.choice(options)
 
-    sometimes(0.5, temperature=(0, 0.3, 1.7), top_p=(0.3, 1.0), top_k=(1, 5, 50), min_p=(0.1, 0.5))
-    sometimes(0.25, repetition_penalty=(0.8, 1.3), presence_penalty=(-1, 1.5))
-    sometimes(0.25, frequency_penalty=(-0.5, 2), top_logprobs=(1, 5, 20))
-    sometimes(0.2, stop_token_ids=((64, 65), (300, 301, 302)), ignore_eos=(True,))
-    sometimes(0.2, min_tokens=(1, values["max_tokens"]), stop_on_loop=(True,))
+    set_with_chance(
+        0.5, temperature=(0, 0.3, 1.7), top_p=(0.3, 1.0), top_k=(1, 5, 50), min_p=(0.1, 0.5)
+    )
+    set_with_chance(0.25, repetition_penalty=(0.8, 1.3), presence_penalty=(-1, 1.5))
+    set_with_chance(0.25, frequency_penalty=(-0.5, 2), top_logprobs=(1, 5, 20))
+    set_with_chance(0.2, stop_token_ids=((64, 65), (300, 301, 302)), ignore_eos=(True,))
+    set_with_chance(0.2, min_tokens=(1, values["max_tokens"]), stop_on_loop=(True,))
     ids = rng.sample(range(1, 512), 8)
     bias = {token: rng.uniform(-100, 8) for token in ids} if rng.random() < 0.3 else {}
     kind = rng.randrange(9)
-    if kind == 0:  # stop strings, which tokens share
+    if kind == 0:  # stop strings that span tokens
         bias |= dict.fromkeys(tokenizer.encode("abcdefghij"), 9.0)
         values["stop"] = rng.choice((("ab", "cde"), ("fa", "hhh", "ij"), ("d",)))
-    elif kind in (1, 8):  # an open thought: `<`, `think`, `>` in turn
+    elif kind in (
+        1,
+        8,
+    ):  # an open thought: falling biases and penalties give `<`, `think`, `>` in turn
         bias = dict(zip(tokenizer.encode("<think>"), (100, 98.6, 97.3), strict=True))
         values |= {"temperature": 0, "presence_penalty": 2, "frequency_penalty": 2}
         values |= {"thinking_tokens": rng.randrange(20), "repetition_penalty": 1.0}
@@ -243,9 +254,16 @@ def draw_options(rng: random.Random, tokenizer) -> options_lib.Options:
 
 
 class FuzzRun:
-    """Random operations on one engine, and what is wrong with what comes out of it."""
+    """Random operations on one engine, and the problems that they uncover."""
 
-    def __init__(self, engine, model, cases, rng: random.Random, counts):
+    def __init__(
+        self,
+        engine: engine_lib.Engine,
+        model: model_lib.MiniMaxM1,
+        cases: list[FuzzCase],
+        rng: random.Random,
+        counts: collections.Counter[str],
+    ):
         self._engine, self._model, self._cases = engine, model, cases
         self._rng, self._counts = rng, counts
         self._open: dict[request.Request, FuzzCase | None] = {}
@@ -253,35 +271,35 @@ class FuzzRun:
         self.problems: list[str] = []
 
     def operate(self) -> int:
-        """Do something; return how many operations it was (a step is none)."""
+        """Do something; return its number of operations. A step of the engine is none."""
         rng, chance = self._rng, self._rng.random()
         config, before = self._engine.config, self._preemptions()
         if chance < 0.25 and len(self._open) < config.max_queue // 2 + config.max_rows:
             self._submit()
         elif 0.25 < chance < 0.26 and self._open:
             self._engine.cancel(rng.choice(list(self._open)))
-            self._restore_cursor("cancel")
+            self._count("cancel")
         elif 0.26 < chance < 0.29 and self._open:
             self._engine.preempt(rng.choice(list(self._open)))
-            self._restore_cursor("preempt")
+            self._count("preempt")
         elif 0.29 < chance < 0.292:
             self._engine.swap_weights(self._model, keep_running=rng.random() < 0.5)
-            self._restore_cursor("swap")
+            self._count("swap")
         elif chance > 0.997:
             while self._engine.stats().num_waiting < config.max_queue:
                 self._submit()
             self._submit()
         else:
             self._engine.step()
-            self._check_options()
+            self._check_ended()
             return 0
         self._preempted += self._preemptions() - before
         return 1
 
     def finish(self) -> None:
-        """Serve what is left, and add up what the engine says of itself."""
+        """Serve the open requests, and add the engine's own statistics to the counts."""
         self._engine.run()
-        self._check_options()
+        self._check_ended()
         if self._open:
             self.problems.append(f"{len(self._open)} requests never ended")
         stats = self._engine.stats()
@@ -300,29 +318,31 @@ class FuzzRun:
         else:
             prompt = draw_prompt(self._rng, self._cases)
             options = draw_options(self._rng, self._engine.tokenizer)
-        self._restore_cursor("submit" if case else "stranger")
+        self._count("submit" if case else "stranger")
         try:
             self._open[self._engine.submit(prompt, options)] = case
         except plan_lib.QueueFull:
-            self._restore_cursor("queue_full")
+            self._count("queue_full")
 
-    def _check_options(self) -> None:
-        for one in [one for one in self._open if one.done.is_set()]:
-            case, output = self._open.pop(one), one.output()
+    def _check_ended(self) -> None:
+        """Compare the requests that ended with what they gave alone."""
+        for ended in [handle for handle in self._open if handle.done.is_set()]:
+            case, output = self._open.pop(ended), ended.output()
             self._counts[f"ended_{output.finish_reason}"] += 1
             if case is None:
                 continue
             got, want = comparable_output(output), comparable_output(case.output)
             if output.finish_reason == "cancelled":
-                number = len(output.tokens)  # the last may have left half a character
+                number = len(output.tokens)
                 want = comparable_output(
                     dataclasses.replace(case.output, tokens=case.output.tokens[:number])
                 )
                 same = got[:number] == want[:number]
+                # The last token may have ended inside a character.
                 same = same and case.output.text.startswith(output.text.rstrip("\ufffd"))
             else:
                 same = got == want
-                self._restore_cursor("compared")
+                self._count("compared")
                 self._counts["errors"] += output.finish_reason == "error"
                 self._counts["reasoning"] += output.reasoning_tokens > 0
             if not same:
@@ -333,12 +353,13 @@ class FuzzRun:
         stats = self._engine.stats().memory
         return stats.swapped_out + stats.restarted
 
-    def _restore_cursor(self, name: str) -> None:
+    def _count(self, name: str) -> None:
         self._counts[name] += 1
 
 
 def comparable_output(output: request.RequestOutput) -> list:
-    """Return what must be the same: tokens, then the rest."""
+    """Return what must be equal: the tokens, then text, reason and number of thought tokens."""
+    # Weights are put in place anew, which raises the version and changes no number.
     tokens = [dataclasses.replace(token, version=0) for token in output.tokens]
     return [*tokens, output.text, output.finish_reason, output.reasoning_tokens]
 

@@ -26,7 +26,7 @@ from infer.execution import host_batch as host_batch_lib
 from infer.scheduling import plan as plan_lib
 from m1_jax import config as model_config_lib
 from m1_jax import model as model_lib
-from m1_jax import state as state_lib
+from m1_jax.serving import state as state_lib
 
 CHUNK_TOKENS, ROWS = 64, 2048
 KINDS = (model_config_lib.LIGHTNING, model_config_lib.SOFTMAX)

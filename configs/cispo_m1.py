@@ -1,11 +1,12 @@
-"""CISPO on MiniMax-M1 from 40K to 80K tokens of thought, as in the report's sections 3 to 5.
+"""CISPO on MiniMax-M1 from 40K to 80K tokens of thought, as in sections 3 to 5 of the M1 report.
 
     python -m train.rl --distributed --config=configs/cispo_m1.py:CHECKPOINT \\
         --workdir=/mnt/run --set=save.directory=gs://BUCKET/RUN
 
-512 chips of TPU v5p (8x8x8); trainer and sampler share them. A batch is 32 tasks with 16 answers
-each, trained on in 16 updates of 32 answers, packed into one or two microbatches of 16 rows of
-86,016 tokens. Compiled for that slice, with what lies beside each program in a chip's 95.7 GiB:
+512 chips of TPU v5p (8x8x8), which trainer and sampler share. A batch is 32 tasks with 16 answers
+each. It is trained on in 16 updates of 32 answers, packed into one or two microbatches of 16 rows
+of 86,016 tokens. Compiled for that slice, with the other data that lies beside each program in a
+chip's 95.7 GiB:
 
 | program | GiB a chip | compile, busy machine |
 |---|---|---|
@@ -36,13 +37,15 @@ from train.rl.config import (
 K = 1024
 WINDOWS = (40 * K, 48 * K, 56 * K, 64 * K, 72 * K, 80 * K)
 MESH = (("expert", 16), ("context", 32))
-SERVING = (("data", 4), ("expert", 16), ("tensor", 8))  # other experts would not hand over
-SANDBOX = "http://localhost:8080"  # runs programs that nobody has read
+# The same number of expert shards as the trainer: otherwise XLA copies everything in the weight
+# sync, up to 1,202.6 GiB a chip (docs/log.md).
+SERVING = (("data", 4), ("expert", 16), ("tensor", 8))
+SANDBOX = "http://localhost:8080"  # runs the programs of the model
 JUDGE = (("url", "http://localhost:8000/v1"), ("model", "judge"))
-# Reasoning that rules check; the report has 41 kinds of synthetic logic.
+# Reasoning that rules check. The M1 report has 41 kinds of synthetic logic.
 PUZZLES = ("countdown", "futoshiki", "knights_knaves", "mini_sudoku", "n_queens", "zebra_puzzles")
 
-# A right answer is 1 or more with any form, as the pass rates and the curriculum want it.
+# A right answer has a reward of 1 or more in any form. Pass rates and curriculum rely on that.
 FORMAT = ("format", 0.1, ())
 REWARDS = (
     ("mathematics", (("mathematics", 1.0, ()), FORMAT)),
@@ -51,7 +54,7 @@ REWARDS = (
     ("general", (("graded", 1.0, JUDGE), FORMAT)),
 )
 
-# Reasoning first; general tasks come in little by little. The numbers are ours.
+# Reasoning comes first, and general tasks are mixed in gradually. The numbers are our choice.
 RULES = (("mathematics", 0.4), *((name, 0.4 / len(PUZZLES)) for name in PUZZLES), ("code", 0.2))
 MIXED = (*((name, 0.75 * weight) for name, weight in RULES), ("general", 0.25))
 
@@ -76,7 +79,7 @@ def get_config(arg: str = "") -> RlConfig:
             group_size=16,
             max_prompt_tokens=4 * K,
             windows=LengthSchedule(WINDOWS),
-            # An answer goes on over at most three batches.
+            # An answer may be sampled over at most three batches.
             partial_tokens=32 * K,
             max_staleness=2,
             overlong_buffer_tokens=4 * K,
@@ -84,7 +87,7 @@ def get_config(arg: str = "") -> RlConfig:
             engine=(
                 ("max_rows", 64), ("num_pages", 32 * 84 * K // 64), ("num_snapshots", 32),
                 ("prefill_tokens", (512, 4096)), ("attention_tile", 16),
-                # Fast; but a run that was resumed is then not the same to the bit.
+                # Fast, but a resumed run is then not bit-exact.
                 ("matmul_tile", 0),
             ),
         ),

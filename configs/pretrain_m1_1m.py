@@ -1,11 +1,11 @@
-"""Growing the context of MiniMax-M1 from 32K to 1M tokens, in the report's four stages.
+"""Growing the context of MiniMax-M1 from 32K to 1M tokens, in the four stages of the M1 report.
 
     python -m train.pretrain --distributed --config=configs/pretrain_m1_1m.py:CHECKPOINT \\
         --workdir=/mnt/run --set=save.directory=gs://BUCKET/RUN
 
-512 chips of TPU v5p (8x8x8), 2M tokens in a step throughout. Early and late lightning layers decay
-at different rates, so that a jump in length makes gradients explode: hence the stages. Compiled for
-that slice:
+512 chips of TPU v5p (8x8x8), 2M tokens in every step. There are stages because early and late
+lightning layers decay at different rates, and a jump in length makes gradients explode. Compiled
+for that slice:
 
 | length | rows | mesh | GiB of HBM, of 95.7 | TFLOP a chip and step | compile |
 |---|---|---|---|---|---|

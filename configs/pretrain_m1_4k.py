@@ -1,4 +1,4 @@
-"""Continued pretraining of MiniMax-M1 at 4,096 tokens: the report's constant rate, then its decay.
+"""Continued pretraining of MiniMax-M1 at 4,096 tokens: the M1 report's constant rate and decay.
 
     python -m train.pretrain --distributed --config=configs/pretrain_m1_4k.py:CHECKPOINT \\
         --workdir=/mnt/run --set=save.directory=gs://BUCKET/RUN

@@ -1,8 +1,8 @@
-"""Pretraining of a model of 120 million parameters on the demo's text: for measuring, not for use.
+"""Pretraining of a model of 120 million parameters on the demo's text, to measure speed.
 
     python -m train.pretrain --config=configs/small_pretrain.py --workdir=/tmp/small_pretrain
 
-The shapes of `benchmarks/model_vs_transformers.py`. Two CPU cores, 8 s a step.
+The shapes are those of `benchmarks/model_vs_transformers.py`. Two CPU cores, 8 s a step.
 """
 
 from m1_jax.config import LIGHTNING, SOFTMAX, ModelConfig

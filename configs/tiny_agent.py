@@ -1,11 +1,11 @@
-"""CISPO on the tiny model with a tool: look a value up, and say it.
+"""CISPO on the tiny model with a tool, which looks up the value of a key.
 
     python -m train.sft --config=configs/tiny_agent_sft.py --workdir=/tmp/agent_sft
     python -m train.export --workdir=/tmp/agent_sft --dst=/tmp/agent_start --dtype=float32
     python -m train.rl --config=configs/tiny_agent.py:/tmp/agent_start --workdir=/tmp/agent
 
-The demonstrations that came last are careless: half of them look up another key. The environment
-rewards the right value alone.
+The last demonstrations were careless: half of them look up another key. The environment rewards the
+right value alone.
 """
 
 from train.rl.config import (

@@ -1,8 +1,8 @@
-"""Supervised fine-tuning of the tiny model on lookups with a tool: careful, then careless ones.
+"""Supervised fine-tuning of the tiny model on lookups with a tool, first careful, then careless.
 
     python -m train.sft --config=configs/tiny_agent_sft.py --workdir=/tmp/agent_sft
 
-From random weights; `configs/tiny_agent.py` goes on from there.
+It starts from random weights, and `configs/tiny_agent.py` continues from its export.
 """
 
 from m1_jax.config import ModelConfig
@@ -31,7 +31,7 @@ def get_config(arg: str = "") -> TrainConfig:
             ),
             weights=((0, (("careful", 1.0),)), (180, (("careless", 1.0),))),
             lanes=8,
-            lookahead=4,  # so that the careless ones are not behind hundreds of careful ones
+            lookahead=4,  # so that careless records do not wait behind hundreds of careful ones
             overlong="error",
         ),
         save=SaveConfig(every_steps=100),

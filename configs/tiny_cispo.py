@@ -1,11 +1,11 @@
-"""CISPO on the tiny model: small sums, that careless demonstrations left half wrong.
+"""CISPO on the tiny model: small sums that careless demonstrations left half wrong.
 
     python -m train.sft --config=configs/tiny_cispo_sft.py:CHECKPOINT --workdir=/tmp/sums_sft
     python -m train.export --workdir=/tmp/sums_sft --dst=/tmp/sums_start --dtype=float32
     python -m train.rl --config=configs/tiny_cispo.py:/tmp/sums_start --workdir=/tmp/tiny_cispo
 
-The model knows more than it says: it answers as often wrong as those who taught it. Only the right
-number after "Answer:" is rewarded. `make demo` does all of it; `docs/log.md` has five seeds.
+The model has learnt to answer wrong as often as its demonstrations do. Only the right number after
+"Answer:" is rewarded. `make demo` runs the three commands, and `docs/log.md` has five seeds.
 """
 
 from train.rl.config import (
@@ -39,7 +39,7 @@ def get_config(arg: str = "") -> RlConfig:
         rollout=RolloutConfig(
             groups=16,
             group_size=16,
-            max_rounds=2,  # a model that is mostly right finds few groups to learn from
+            max_rounds=2,  # a model that is mostly right has few groups whose rewards vary
             max_prompt_tokens=32,
             windows=LengthSchedule((64,)),
             engine=tuple(ENGINE.items()),

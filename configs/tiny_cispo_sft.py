@@ -2,8 +2,8 @@
 
     python -m train.sft --config=configs/tiny_cispo_sft.py:CHECKPOINT --workdir=/tmp/sums_sft
 
-What `configs/tiny_cispo.py` mends. Without CHECKPOINT from random weights. Two CPU cores, under two
-minutes.
+`configs/tiny_cispo.py` repairs the model. Without CHECKPOINT it starts from random weights. Two CPU
+cores, under two minutes.
 """
 
 from m1_jax.config import ModelConfig

@@ -2,8 +2,8 @@
 
     python -m train.pretrain --config=configs/tiny_pretrain.py --workdir=/tmp/tiny_pretrain
 
-Starts from a checkpoint: --config=configs/tiny_pretrain.py:DIR; else from random weights.
-Two CPU cores, under a minute.
+With --config=configs/tiny_pretrain.py:DIR it starts from a checkpoint, otherwise from random
+weights. Two CPU cores, under a minute.
 """
 
 from m1_jax.config import ModelConfig

@@ -1,8 +1,8 @@
-"""Supervised fine-tuning of the tiny model: sums, answered in a fixed form after a thought.
+"""Supervised fine-tuning of the tiny model on sums, answered in a fixed form after a thought.
 
     python -m train.sft --config=configs/tiny_sft.py --workdir=/tmp/tiny_sft
 
-Starts from a checkpoint: --config=configs/tiny_sft.py:DIR; else from random weights.
+With --config=configs/tiny_sft.py:DIR it starts from a checkpoint, otherwise from random weights.
 Two CPU cores, under a minute.
 """
 

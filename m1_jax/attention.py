@@ -6,11 +6,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from m1_jax import collectives, layers, ring_attention
 from m1_jax import config as config_lib
-from m1_jax import layers, ring_attention, sharding
 from m1_jax import state as state_lib
-from m1_jax.serving import ragged_batch
-from m1_jax.serving import softmax as serving_softmax
 
 
 class SoftmaxAttention(nnx.Module):
@@ -61,7 +59,7 @@ class SoftmaxAttention(nnx.Module):
         # Where devices split the length, each writes what falls into its part of the cache.
         targets = positions
         if length_sharded:
-            k, v, targets = (sharding.all_gather(x, "length", 1) for x in (k, v, positions))
+            k, v, targets = (collectives.all_gather(x, "length", 1) for x in (k, v, positions))
         targets = targets - key_places[:, :1]
         targets = jnp.where(targets < 0, cache.max_length, targets)
 
@@ -74,7 +72,7 @@ class SoftmaxAttention(nnx.Module):
         keys, values = (x[stack_index].astype(h.dtype) for x in (cache.keys, cache.values))
         attend = (
             ring_attention.causal_attention
-            if length_sharded or sharding.axis_size("length") == 1
+            if length_sharded or collectives.axis_size("length") == 1
             else ring_attention.sharded_key_attention
         )
         return self._project_heads(attend(q, keys, values, positions, key_places)), cache
@@ -86,13 +84,6 @@ class SoftmaxAttention(nnx.Module):
     def project_output(self, h, o: Float[Array, "M N H"]) -> Float[Array, "M D"]:
         """Return the block's output, given what attention made of `inputs`."""
         return self._project_heads(o[None])[0]
-
-    def serve_rows(self, qkv, slopes, batch: ragged_batch.RaggedBatch, pool, stack_index):
-        """Run attention on rows of several sequences: see `paged.attend_pages`; slopes have no
-        part.
-        """
-        q, k, v = qkv
-        return serving_softmax.attend_pages(q, k, v, batch, pool, stack_index)
 
     def _project_qkv(self, h, positions):
         def heads(x):
@@ -112,5 +103,5 @@ class SoftmaxAttention(nnx.Module):
 
 def _local_positions(length: int) -> Int[Array, "1 T"]:
     """Return the places in the row of this device's tokens."""
-    start = sharding.axis_index("length") * length
+    start = collectives.axis_index("length") * length
     return (start + jnp.arange(length, dtype=jnp.int32)).reshape(1, -1)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from m1_jax import sharding
+from m1_jax import collectives
 
 _F32 = jnp.float32
 
@@ -35,16 +35,18 @@ def attend_sharded_length(
     Returns:
       (o of this device's tokens, the state after the whole row, the same on all devices).
     """
-    devices = sharding.axis_size("length")
+    devices = collectives.axis_size("length")
     if devices == 1:
         return kernel(qkv, slopes, segment_ids=segment_ids, initial_state=state)
-    me = sharding.axis_index("length")
+    me = collectives.axis_index("length")
     heads = qkv.reshape(*qkv.shape[:2], slopes.shape[0], 3, -1)
     span, first, last, length = _summarize_span(
         heads[:, :, :, 1], heads[:, :, :, 2], slopes, segment_ids
     )
-    spans = sharding.all_gather_stacked(span, "length")  # [P, B, N, H, H]
-    first, last, length = (sharding.all_gather_stacked(x, "length") for x in (first, last, length))
+    spans = collectives.all_gather_stacked(span, "length")  # [P, B, N, H, H]
+    first, last, length = (
+        collectives.all_gather_stacked(x, "length") for x in (first, last, length)
+    )
     # The document that is open when a device's tokens begin; one that the row brought in is 1.
     before = jnp.concatenate([jnp.ones_like(last[:1]), jnp.maximum(jax.lax.cummax(last), 1)[:-1]])
     opens = jnp.where(first > 0, first, before)
@@ -63,7 +65,7 @@ def attend_sharded_length(
     carry = jnp.sum(spans * weight[..., None, None], axis=0)
     o, after = kernel(qkv, slopes, segment_ids=segment_ids, initial_state=carry)
     final = jnp.where(me == devices - 1, after, 0)
-    return o, sharding.psum(final, "length")
+    return o, collectives.psum(final, "length")
 
 
 def _summarize_span(k, v, slopes, segment_ids):

@@ -15,13 +15,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from m1_jax import experts, quantize, sharding
+from m1_jax import collectives, experts, quantize, sharding
 
 # Rows of the receive buffer over those of a balanced router. A larger buffer costs memory, a
 # smaller one rounds; tokens per device of the release scatter by far less than a half.
 BUFFER_SLACK = 1.5
 
 
+@jax.named_scope("exchange")
 def run_routed_experts(
     x: Float[Array, "M D"],
     weights: Float[Array, "M A"],
@@ -43,13 +44,13 @@ def run_routed_experts(
         balanced router, and the last ones of its last experts are dropped.
       place: of this layer, where gate, up and down are still stacked over layers; no gradient.
     """
-    number = gate.shape[-3] * sharding.axis_size("experts")
+    number = gate.shape[-3] * collectives.axis_size("experts")
     order = jnp.argsort(expert_ids.reshape(-1), stable=True)
     inverse = jnp.argsort(order).reshape(expert_ids.shape)
     rows = _take_rows(x, order // expert_ids.shape[1], inverse)
     scale = jnp.take(weights.reshape(-1), order)
     counts = jnp.bincount(expert_ids.reshape(-1), length=number).astype(jnp.int32)
-    if capacity is None and sharding.axis_size("experts") == 1:
+    if capacity is None and collectives.axis_size("experts") == 1:
         if stack_index is None:
             y = experts.grouped_mlp(rows, gate, up, down, counts, scale)
         else:
@@ -58,7 +59,7 @@ def run_routed_experts(
     if stack_index is not None:
         gate, up, down = (jax.tree.map(lambda a: a[stack_index], x) for x in (gate, up, down))
     plan = _ExchangePlan(
-        sharding.all_gather_stacked(counts, "experts"),
+        collectives.all_gather_stacked(counts, "experts"),
         num_local_experts=gate.shape[0],
         num_buffer_rows=_num_buffer_rows(rows, capacity),
         has_ragged_all_to_all=sharding.has_ragged_all_to_all(),
@@ -77,7 +78,7 @@ def _sum_over_experts(rows, order, inverse):
 
 def _num_buffer_rows(rows, capacity: float | None) -> int:
     """Return rows of the receive buffer: no more than could ever arrive, a multiple of 8."""
-    most = rows.shape[0] * sharding.axis_size("experts")
+    most = rows.shape[0] * collectives.axis_size("experts")
     wanted = math.ceil(rows.shape[0] * (BUFFER_SLACK if capacity is None else capacity) / 8) * 8
     return min(max(wanted, 8), most)
 
@@ -125,7 +126,7 @@ class _ExchangePlan:
 
     def arriving_chunks(self, round_index):
         """Return `window` of the chunks for this device's experts, each [P, local]."""
-        start = sharding.axis_index("experts") * self.num_local_experts
+        start = collectives.axis_index("experts") * self.num_local_experts
         cut = functools.partial(
             jax.lax.dynamic_slice_in_dim, slice_size=self.num_local_experts, axis=1
         )
@@ -133,7 +134,7 @@ class _ExchangePlan:
 
     def leaving_chunks(self, round_index):
         """Return `window` of this device's own rows, each [E]."""
-        return tuple(x[sharding.axis_index("experts")] for x in self.chunk_windows(round_index))
+        return tuple(x[collectives.axis_index("experts")] for x in self.chunk_windows(round_index))
 
     def dispatch_arguments(self, round_index):
         """Return the arguments of `_send_rows` for rows on their way to the experts."""
@@ -152,7 +153,7 @@ class _ExchangePlan:
 
 def _send_rows(plan: _ExchangePlan, rows, into, arguments):
     """Send chunks of rows to other devices' `into`. See `jax.lax.ragged_all_to_all`."""
-    if sharding.axis_size("experts") == 1:
+    if collectives.axis_size("experts") == 1:
         return _copy_chunks(rows[None], into, *(x[None] for x in arguments[:3]))
     if not plan.has_ragged_all_to_all:
         return _send_rows_dense(rows, into, *arguments)
@@ -162,22 +163,22 @@ def _send_rows(plan: _ExchangePlan, rows, into, arguments):
 
 
 def _send_rows_ragged(rows, into, at, size, place, arriving):
-    (axis,) = sharding.mesh_axes("experts")
+    (axis,) = collectives.mesh_axes("experts")
     return jax.lax.ragged_all_to_all(rows, into, at, size, place, arriving, axis_name=axis)
 
 
 def _send_rows_dense(rows, into, at, size, place, arriving):
     """The same where there is no ragged exchange (CPU, v5e): everybody's rows, then a choice."""
     del arriving
-    devices, me = sharding.axis_size("experts"), sharding.axis_index("experts")
+    devices, me = collectives.axis_size("experts"), collectives.axis_index("experts")
 
     def to_me(x):
         return jnp.take(
-            sharding.all_gather_stacked(x, "experts").reshape(devices, devices, -1), me, axis=1
+            collectives.all_gather_stacked(x, "experts").reshape(devices, devices, -1), me, axis=1
         )
 
     return _copy_chunks(
-        sharding.all_gather_stacked(rows, "experts"), into, *map(to_me, (at, size, place))
+        collectives.all_gather_stacked(rows, "experts"), into, *map(to_me, (at, size, place))
     )
 
 
@@ -209,7 +210,7 @@ def _exchange_rows(dropless: bool, plan: _ExchangePlan, rows, scale, gate, up, d
 
 def _count_rounds(dropless, plan):
     # The same number everywhere: groups whose programs differ in length could wait for each other.
-    return sharding.pmax(plan.num_rounds(), "tokens") if dropless else 1
+    return collectives.pmax(plan.num_rounds(), "tokens") if dropless else 1
 
 
 def _receive_rows(plan: _ExchangePlan, round_index, rows, scale):
@@ -222,7 +223,7 @@ def _receive_rows(plan: _ExchangePlan, round_index, rows, scale):
 def _send_scalars(plan: _ExchangePlan, round_index, scale):
     """Move one number a row the dense way: all of a group's together are few bytes."""
     at, place, size = plan.arriving_chunks(round_index)
-    everyone = sharding.all_gather_stacked(scale, "experts")[..., None]
+    everyone = collectives.all_gather_stacked(scale, "experts")[..., None]
     into = jnp.zeros((plan.num_buffer_rows, 1), scale.dtype)
     return _copy_chunks(everyone, into, at, size, place)[:, 0]
 
@@ -230,13 +231,13 @@ def _send_scalars(plan: _ExchangePlan, round_index, scale):
 def _return_scalars(plan: _ExchangePlan, round_index, numbers, into):
     """Give one number a row of the buffer back to the rows' senders; adds nothing to others."""
     at, place, size = plan.arriving_chunks(round_index)
-    devices, length = sharding.axis_size("experts"), into.shape[0]
+    devices, length = collectives.axis_size("experts"), into.shape[0]
     row = jnp.arange(length, dtype=jnp.int32)[None, :, None]
     inside = (row >= at[:, None]) & (row < (at + size)[:, None])
     source = jnp.sum(jnp.where(inside, place[:, None] + row - at[:, None], 0), axis=2)
     found = jnp.any(inside, axis=2)
     mine = jnp.where(found, jnp.take(numbers, source.reshape(-1)).reshape(devices, length), 0)
-    axes = sharding.mesh_axes("experts")
+    axes = collectives.mesh_axes("experts")
     if axes:
         return into + jax.lax.psum_scatter(mine, axes, scatter_dimension=0, tiled=True)[0]
     return into + mine[0]

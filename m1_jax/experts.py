@@ -17,6 +17,7 @@ ROW_TILES, FEW_ROWS_TILES = (256, 32), (16, 4)
 matmul_tile = jax.make_user_context(0)
 
 
+@jax.named_scope("experts")
 def grouped_mlp(
     rows: Float[Array, "M D"],
     gate: Float[Array, "E D F"] | quantize.QuantizedMatrices,
@@ -45,6 +46,7 @@ def grouped_mlp(
     )
 
 
+@jax.named_scope("experts")
 def grouped_mlp_stacked(
     rows, gate, up, down, stack_index, group_sizes, weights
 ) -> Float[Array, "M D"]:

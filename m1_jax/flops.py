@@ -1,7 +1,7 @@
 """Floating-point operations of the model by arithmetic: a multiplication and an addition are two.
 
-The compiler's own count takes a loop's body once however often it runs, so it sees a tenth of
-the layers; here every product is counted as often as it is computed. Only matrix products count:
+The compiler counts the body of a loop once, however often the loop runs, so it sees a tenth of the
+layers. Here every product is counted as often as it is computed. Only matrix products count:
 norms, activations, softmax and the optimizer are under a percent at the release's width.
 """
 
@@ -12,10 +12,15 @@ from m1_jax import config as config_lib
 
 @dataclasses.dataclass(frozen=True)
 class ForwardFlops:
-    """One pass over some tokens, by part of the model.
+    """Operations of one pass over some tokens, by part of the model.
 
-    projections: of both kinds of attention. lightning: products of chunks and states. softmax:
-    scores and weighted values of the causal pairs. experts: the chosen ones and the shared one.
+    Attributes:
+      projections: queries, keys, values, gate and output of both kinds of attention.
+      lightning: products of chunks and states.
+      softmax: scores and weighted values of the causal pairs.
+      router: of all layers.
+      experts: the chosen ones and the shared one.
+      head: logits.
     """
 
     projections: float = 0.0
@@ -36,10 +41,10 @@ class ForwardFlops:
 
 @dataclasses.dataclass(frozen=True)
 class TrainFlops:
-    """A training step. model: forward and backward, what MFU counts. again: rematerialisation."""
+    """Operations of a training step."""
 
-    model: float
-    recomputed: float
+    model: float  # forward and backward pass, as MFU counts them
+    recomputed: float  # by rematerialisation, on top
 
     @property
     def total(self) -> float:
@@ -54,20 +59,25 @@ def count_forward_flops(
     num_logits: int | None = None,
     chunk_tokens: int | None = None,
 ) -> ForwardFlops:
-    """Return the operations of passing `sequences` rows of `length` new tokens.
+    """Return the operations of one forward pass.
 
     Args:
-      context: tokens that each row has in its cache already; softmax attends to them, too.
-      logits: positions of each row that the head computes; None: all of them.
-      chunk: of lightning attention (None: head_dim, as in the XLA form). Within a chunk all pairs
-        are computed, causal or not. Rows shorter than it are one chunk, so one token is one.
+      config: the model's.
+      num_sequences: rows of the batch.
+      num_new_tokens: tokens of each row that the pass computes.
+      context_tokens: tokens that each row has in its cache already; softmax attends to them, too.
+      num_logits: positions of each row that the head computes; None: all of them.
+      chunk_tokens: of lightning attention (None: head_dim, as in the XLA form). Within a chunk all
+        pairs are computed, causal or not. A row shorter than that is one chunk.
     """
     tokens = num_sequences * num_new_tokens
     embed, heads, size = config.hidden_size, config.num_attention_heads, config.head_dim
     width, kv_width = heads * size, config.num_key_value_heads * size
     softmax_layers = config.layer_types.count(config_lib.SOFTMAX)
-    lightning_layers = config.num_hidden_layers - softmax_layers
+    layers = config.num_hidden_layers
+    lightning_layers = layers - softmax_layers
     chunk_tokens = min(chunk_tokens or size, num_new_tokens)
+    num_logits = num_new_tokens if num_logits is None else num_logits
     pairs = num_new_tokens * (num_new_tokens + 1) // 2 + num_new_tokens * context_tokens
     experts = config.num_experts_per_tok + config.has_shared_expert
     # qkv, gate and out have width 3, 1 and 1; query and out 1 and 1, key and value the kv width.
@@ -77,18 +87,10 @@ def count_forward_flops(
         # q k^T and its product with v over a chunk; q S and k^T v over the state.
         lightning=4.0 * tokens * lightning_layers * width * (chunk_tokens + size),
         softmax=4.0 * num_sequences * pairs * softmax_layers * width,
-        router=2.0 * tokens * config.num_hidden_layers * embed * config.num_local_experts,
-        experts=6.0
-        * tokens
-        * config.num_hidden_layers
-        * experts
-        * embed
-        * config.intermediate_size,
-        head=2.0
-        * num_sequences
-        * (num_new_tokens if num_logits is None else num_logits)
-        * embed
-        * config.vocab_size,
+        router=2.0 * tokens * layers * embed * config.num_local_experts,
+        # Three products: gate, up and down.
+        experts=6.0 * tokens * layers * experts * embed * config.intermediate_size,
+        head=2.0 * num_sequences * num_logits * embed * config.vocab_size,
     )
 
 
@@ -97,14 +99,20 @@ def count_train_flops(
 ) -> TrainFlops:
     """Return the operations of a training step: a backward pass is two forward passes.
 
-    Computed again: with remat "layer", each layer's forward pass; with "dots", attention
-    and experts (projections and router are kept). In all cases softmax attention twice more, for
-    its blocks of queries and then of keys keep nothing, and the logits, which come in chunks.
+    What the backward pass computes again depends on `config.remat`: with "layer", each layer's
+    forward pass, and with "dots", attention and experts (projections and router are kept). In all
+    cases softmax attention is computed twice more, since its blocks keep nothing for the gradients
+    of the queries and then of the keys. So are, once, the logits, which come in chunks.
+
+    Args: as of `count_forward_flops`.
     """
-    once = count_forward_flops(config, num_sequences, num_new_tokens, **kwargs)
-    again = {
+    forward = count_forward_flops(config, num_sequences, num_new_tokens, **kwargs)
+    recomputed = {
         "none": 0.0,
-        "layer": once.layers,
-        "dots": once.lightning + once.softmax + once.experts,
+        "layer": forward.layers,
+        "dots": forward.lightning + forward.softmax + forward.experts,
     }[config.remat]
-    return TrainFlops(model=3 * once.total, recomputed=again + 2 * once.softmax + once.head)
+    return TrainFlops(
+        model=3 * forward.total,
+        recomputed=recomputed + 2 * forward.softmax + forward.head,
+    )

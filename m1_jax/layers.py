@@ -6,7 +6,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from m1_jax import quantize, sharding
+from m1_jax import collectives, quantize, sharding
 
 
 def make_param(
@@ -47,7 +47,7 @@ class Linear(nnx.Module):
             y = quantize.scaled_matmul(x, self.kernel[...], self.kernel_scale[...])
         if self.adapter is not None:
             y = y + self.adapter(x)
-        return sharding.psum(y, self.row_axis)
+        return collectives.psum(y, self.row_axis)
 
 
 class LoraAdapter(nnx.Module):
@@ -96,7 +96,9 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
         x32 = x.astype(jnp.float32)
-        squares = sharding.psum(jnp.sum(jnp.square(x32), axis=-1, keepdims=True), self.logical_axis)
+        squares = collectives.psum(
+            jnp.sum(jnp.square(x32), axis=-1, keepdims=True), self.logical_axis
+        )
         x32 = x32 * jax.lax.rsqrt(squares / self.size + self.eps)
         scale = self.scale[...].astype(x.dtype)
         return x32.astype(x.dtype) * scale.reshape((1,) * (x.ndim - 1) + (-1,))
@@ -114,6 +116,7 @@ class Embedding(nnx.Module):
             rngs, (vocab_size, hidden_size), ("vocab", "embed"), param_dtype, std
         )
 
+    @jax.named_scope("embedding")
     def __call__(
         self, tokens: Int[Array, "B T"], dtype, layout: sharding.MeshLayout | None = None
     ) -> Float[Array, "B T D"]:
@@ -121,14 +124,14 @@ class Embedding(nnx.Module):
         axes = () if layout is None else layout.fsdp_dim_and_axes(("vocab", "embed"))[1]
         ids = tokens.reshape(-1)
         ids = jax.lax.all_gather(ids, axes, tiled=True) if axes else ids
-        if sharding.axis_size("vocab") == 1:
+        if collectives.axis_size("vocab") == 1:
             x = jnp.take(table, ids, axis=0).astype(dtype)
         else:
-            ids = ids - sharding.axis_index("vocab") * table.shape[0]
+            ids = ids - collectives.axis_index("vocab") * table.shape[0]
             mine = (ids >= 0) & (ids < table.shape[0])
             x = jnp.take(table, jnp.where(mine, ids, 0), axis=0)
-            x = sharding.psum(jnp.where(mine[:, None], x, 0).astype(dtype), "vocab")
-        return sharding.all_to_all(x, axes, 0, 1).reshape(*tokens.shape, -1)
+            x = collectives.psum(jnp.where(mine[:, None], x, 0).astype(dtype), "vocab")
+        return collectives.all_to_all(x, axes, 0, 1).reshape(*tokens.shape, -1)
 
 
 class Head(nnx.Module):
@@ -143,6 +146,7 @@ class Head(nnx.Module):
             rngs, (hidden_size, vocab_size), ("embed", "vocab"), param_dtype, std
         )
 
+    @jax.named_scope("head")
     def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
         return _float32_logits(x, self.kernel[...].astype(x.dtype))
 

@@ -1,17 +1,17 @@
 """The lightning block: fused projection, per-head decay, joint norm, output gate (M1 2)."""
 
 import functools
+import itertools
 import math
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from m1_jax import collectives, context_parallel, layers
 from m1_jax import config as config_lib
-from m1_jax import context_parallel, layers
-from m1_jax.serving import lightning as serving_lightning
-from m1_jax.serving import ragged_batch
 from pallas_kernels.lightning_attention import api
 
 NORM_EPS = 1e-6  # the release builds this one norm with its constructor's default
@@ -34,6 +34,17 @@ def decay_slopes(config: config_lib.ModelConfig) -> Float[np.ndarray, "L N"]:
     last = max(config.num_hidden_layers - 1, 1)
     factors = [1 - layer / last + 1e-5 for layer in range(config.num_hidden_layers)]
     return base[None, :] * np.asarray(factors, np.float32)[:, None]
+
+
+def decay_slopes_by_group(config: config_lib.ModelConfig) -> list[Float[Array, "R P N"]]:
+    """Return the decay rates of this device's heads, stacked like the layers of each group.
+
+    Softmax layers have no use for theirs, but count as layers: so all groups have some.
+    """
+    slopes = jnp.asarray(decay_slopes(config)).reshape(config.repeats, config.period, -1)
+    slopes = collectives.local_slice(slopes, "heads", 2)
+    group_ends = list(itertools.accumulate(num_layers for _, num_layers in config.layer_groups))
+    return jnp.split(slopes, group_ends[:-1], axis=1)
 
 
 class LightningAttention(nnx.Module):
@@ -81,9 +92,3 @@ class LightningAttention(nnx.Module):
     def project_output(self, h: Float[Array, "*batch D"], o: Float[Array, "*batch NH"]):
         """Return the block's output, given what attention made of `inputs`."""
         return self.out(self.norm(o) * jax.nn.sigmoid(self.gate(h)))
-
-    def serve_rows(
-        self, qkv: Float[Array, "M N3H"], slopes, batch: ragged_batch.RaggedBatch, pool, stack_index
-    ):
-        """Run attention on rows of several sequences: see `grid.attend_slots`."""
-        return serving_lightning.attend_slots(qkv, slopes, batch, pool, stack_index)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from m1_jax import layers, sharding
+from m1_jax import collectives, layers, sharding
 from m1_jax import model as model_lib
 
 MAX_LIVE_LOGITS = 2**27  # float32 logits alive at once on a device: 512 MiB
@@ -18,12 +18,15 @@ MAX_LIVE_LOGITS = 2**27  # float32 logits alive at once on a device: 512 MiB
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TokenLogprobs:
-    """What was asked for of every token, [B, T] float32; None of what was not.
+    """Measures of every token, [B, T] float32; None: not asked for.
 
-    logp: of the token. normalizer: the log of the softmax's sum. entropy: of the distribution the
-    token is one of, -sum p log p, at least 0.
+    Attributes:
+      logp: log-probability of the target.
+      log_normalizer: log of the softmax's denominator, as of the z-loss.
+      entropy: of the whole distribution over the vocabulary, -sum p log p, at least 0.
     """
 
+    # Any, since JAX puts placeholders into pytrees, which shape checks would refuse.
     logp: Any
     log_normalizer: Any = None
     entropy: Any = None
@@ -37,16 +40,21 @@ def token_logprobs(
     with_log_normalizer: bool = False,
     with_entropy: bool = False,
     temperature: float = 1.0,
-) -> Any:
+) -> Any:  # an array or TokenLogprobs, see below
     """Return log softmax(head(hidden) / temperature)[target] for every token: [B, T] float32.
 
-    With `normalizers` or `entropy`, return `TokenLogprobs`. The entropy is exact, over all words,
-    and has a gradient like the rest.
+    Logits exist for one chunk of the vocabulary at a time, in the backward pass too, which computes
+    them again. The chunks are of words, not of tokens, so that a device that stores a shard of the
+    head gathers each part of it once.
 
-    Logits exist for `chunk_vocab` words at a time (None: as many as make `MAX_LIVE_LOGITS`), in the
-    backward pass too, which computes them again. Chunks of words, not of tokens: so a device that
-    holds a piece of the head gathers each part of it once. `hidden` is the output of the model's
-    final norm.
+    Args:
+      model: whose head and layout are used.
+      hidden: output of the model's final norm.
+      targets: the token that each position predicts.
+      vocab_chunk_size: words of a chunk; None: as many as make `MAX_LIVE_LOGITS` on a device.
+      with_log_normalizer, with_entropy: return `TokenLogprobs` with these, instead of an array. The
+        entropy is exact, over all words, and has a gradient like the log-probabilities.
+      temperature: that the tokens were sampled with.
 
     Raises:
       ValueError: a temperature that is not more than 0.
@@ -68,19 +76,20 @@ def token_logprobs(
         out = local(model.head, hidden, targets)
     else:
         sharding.check_batch_rows(layout, hidden.shape[0])
-        more = -length % layout.axis_size("length")
-        hidden = jnp.pad(hidden, ((0, 0), (0, more), (0, 0)))
-        targets = jnp.pad(targets, ((0, 0), (0, more)))
-        tokens = layout.activation_spec("batch", "length")
+        # shard_map wants equal shards; the padding's log-probabilities are cut off below.
+        padding = -length % layout.axis_size("length")
+        hidden = jnp.pad(hidden, ((0, 0), (0, padding), (0, 0)))
+        targets = jnp.pad(targets, ((0, 0), (0, padding)))
+        token_spec = layout.activation_spec("batch", "length")
         program = sharding.run_sharded(
             layout,
             local,
             (
                 sharding.param_specs(layout, model.head),
                 layout.activation_spec("batch", "length", None),
-                tokens,
+                token_spec,
             ),
-            tokens,
+            token_spec,
         )
         out = jax.tree.map(lambda x: x[:, :length], program(model.head, hidden, targets))
     if not (with_log_normalizer or with_entropy):
@@ -89,85 +98,112 @@ def token_logprobs(
 
 
 def _local_logprobs(
-    head: layers.Head, hidden, targets, *, vocab_chunk_size, layout, with_entropy, temperature
-):
+    head: layers.Head,
+    hidden: Float[Array, "b t D"],
+    targets: Int[Array, "b t"],
+    *,
+    vocab_chunk_size: int | None,
+    layout: sharding.MeshLayout | None,
+    with_entropy: bool,
+    temperature: float,
+) -> TokenLogprobs:
+    """Compute on one device's tokens and its shard of the vocabulary, then sum over the shards."""
     x, ids = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
-    words = head.kernel.shape[-1]
-    ids = ids - sharding.axis_index("vocab") * words
+    words = head.kernel.shape[-1]  # of this device's shard
+    # Targets count from the shard's first word; those of other shards fall outside of it.
+    ids = ids - collectives.axis_index("vocab") * words
     vocab_chunk_size = min(
         vocab_chunk_size or _choose_chunk_size(words, max(MAX_LIVE_LOGITS // x.shape[0], 1)), words
     )
     # Float32, so that the gradients of all chunks add up in float32.
     x32 = x.astype(jnp.float32)
 
+    # The backward pass computes a chunk's logits again: kept, they would be all logits at once.
     @jax.checkpoint
-    def chunk(carry, x32, kernel, start):
-        part = sharding.gather_params(_replace_kernel(head, kernel), layout, x.dtype)
-        logits = part(x32.astype(x.dtype))
+    def accumulate_chunk(carry, x32, kernel, start):
+        chunk_head = sharding.gather_params(_replace_kernel(head, kernel), layout, x.dtype)
+        logits = chunk_head(x32.astype(x.dtype))
         return _accumulate_logits(
             carry, logits if temperature == 1 else logits / temperature, ids - start
         )
 
     zeros = jnp.zeros(ids.shape, jnp.float32)
     moment = zeros if with_entropy else None
+    # (highest logit, sum of exponentials, target's logit, moment), each [tokens].
     carry = (jnp.full(ids.shape, -jnp.inf, jnp.float32), zeros, zeros, moment)
     kernel = head.kernel[...]
-    full = words // vocab_chunk_size * vocab_chunk_size
-    if full > vocab_chunk_size:
-        parts = jnp.moveaxis(kernel[:, :full].reshape(kernel.shape[0], -1, vocab_chunk_size), 1, 0)
-        starts = jnp.arange(parts.shape[0], dtype=jnp.int32) * vocab_chunk_size
+    scanned_words = words // vocab_chunk_size * vocab_chunk_size
+    # A scan over the whole chunks, then what is left of the vocabulary. A single chunk needs none.
+    if scanned_words > vocab_chunk_size:
+        chunks = kernel[:, :scanned_words].reshape(kernel.shape[0], -1, vocab_chunk_size)
+        chunks = jnp.moveaxis(chunks, 1, 0)  # [chunks, D, words of a chunk]
+        starts = jnp.arange(chunks.shape[0], dtype=jnp.int32) * vocab_chunk_size
         carry, _ = jax.lax.scan(
-            lambda carry, xs: (chunk(carry, x32, *xs), None), carry, (parts, starts)
+            lambda carry, xs: (accumulate_chunk(carry, x32, *xs), None), carry, (chunks, starts)
         )
-        kernel = kernel[:, full:]
+        kernel = kernel[:, scanned_words:]
     else:
-        full = 0
+        scanned_words = 0
     if kernel.shape[1]:
-        carry = chunk(carry, x32, kernel, full)
-    top, total, chosen, moment = carry
-    highest = sharding.pmax(jax.lax.stop_gradient(top), "vocab")
+        carry = accumulate_chunk(carry, x32, kernel, scanned_words)
+    top, total, target_logit, moment = carry
+    # Join the shards of the vocabulary: all sums are taken relative to the highest logit of all.
+    # The result does not depend on that reference, so it needs no gradient.
+    highest = collectives.pmax(jax.lax.stop_gradient(top), "vocab")
     moment = _shift_moment(moment, total, top, highest)
-    total = sharding.psum(total * jnp.exp(top - highest), "vocab")
+    total = collectives.psum(total * jnp.exp(top - highest), "vocab")
     out = TokenLogprobs(
-        sharding.psum(chosen, "vocab") - highest - jnp.log(total),
+        collectives.psum(target_logit, "vocab") - highest - jnp.log(total),
         highest + jnp.log(total),
-        None if moment is None else jnp.log(total) - sharding.psum(moment, "vocab") / total,
+        None if moment is None else jnp.log(total) - collectives.psum(moment, "vocab") / total,
     )
     return jax.tree.map(lambda x: x.reshape(targets.shape), out)
 
 
-def _accumulate_logits(carry, logits, target_index):
-    """Take more words into (highest logit, sum of e = exp(logit - highest), chosen logit, moment).
+def _accumulate_logits(carry, logits: Float[Array, "tokens words"], target_index):
+    """Take more words into (highest logit, sum of e = exp(logit - highest), target logit, moment).
 
-    The moment is the sum of e * (logit - highest), or None.
+    The moment is the sum of e * (logit - highest), for the entropy, or None. `target_index` counts
+    from the first of these words; a target outside of them leaves its logit as it is.
     """
-    top, total, chosen, moment = carry
-    higher = jnp.maximum(top, jax.lax.stop_gradient(jnp.max(logits, axis=-1)))
-    moment = _shift_moment(moment, total, top, higher)
-    lower = logits - higher[:, None]
-    total = total * jnp.exp(top - higher) + jnp.sum(jnp.exp(lower), -1)
+    top, total, target_logit, moment = carry
+    new_top = jnp.maximum(top, jax.lax.stop_gradient(jnp.max(logits, axis=-1)))
+    moment = _shift_moment(moment, total, top, new_top)
+    shifted = logits - new_top[:, None]
+    total = total * jnp.exp(top - new_top) + jnp.sum(jnp.exp(shifted), -1)
     if moment is not None:
-        moment += jnp.sum(jnp.exp(lower) * lower, -1)
-    here = (target_index >= 0) & (target_index < logits.shape[1])
-    picked = jnp.take_along_axis(logits, jnp.where(here, target_index, 0)[:, None], axis=-1)[:, 0]
-    return higher, total, chosen + jnp.where(here, picked, 0), moment
+        moment += jnp.sum(jnp.exp(shifted) * shifted, -1)
+    is_inside = (target_index >= 0) & (target_index < logits.shape[1])
+    safe_index = jnp.where(is_inside, target_index, 0)[:, None]
+    picked = jnp.take_along_axis(logits, safe_index, axis=-1)[:, 0]
+    return new_top, total, target_logit + jnp.where(is_inside, picked, 0), moment
 
 
-def _shift_moment(moment, total, top, higher):
-    """Return the moment for another highest logit."""
+def _shift_moment(moment, total, top, new_top):
+    """Return the moment relative to another highest logit.
+
+    sum of e' (l - m') = exp(m - m') (sum of e (l - m) + (m - m') sum of e), with e' = exp(l - m').
+    """
     if moment is None:
         return None
-    shift = jnp.where(top > -jnp.inf, top - higher, 0.0)  # no word yet: 0 * -inf would be NaN
+    # Before the first word the highest logit is -inf and the sum 0; 0 * -inf would be NaN.
+    shift = jnp.where(top > -jnp.inf, top - new_top, 0.0)
     return jnp.exp(shift) * (moment + shift * total)
 
 
 def _choose_chunk_size(words: int, limit: int) -> int:
-    """Return the size of chunks up to a limit: equal ones where twice as many at most suffice."""
-    least = -(-words // limit)
-    return words // next((n for n in range(least, 2 * least) if words % n == 0), least)
+    """Return a chunk size of at most `limit` words.
+
+    Equal chunks are chosen where at most twice as many as needed make them; otherwise the last
+    chunk is shorter.
+    """
+    least_chunks = -(-words // limit)
+    equal = (n for n in range(least_chunks, 2 * least_chunks) if words % n == 0)
+    return words // next(equal, least_chunks)
 
 
-def _replace_kernel(head: layers.Head, kernel) -> layers.Head:
+def _replace_kernel(head: layers.Head, kernel: Float[Array, "D words"]) -> layers.Head:
+    # Through the pytree, so that the parameter's metadata (logical axes) stays with it.
     return jax.tree.map(
         lambda param: param.replace(kernel),
         head,

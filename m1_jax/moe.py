@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from m1_jax import collectives, expert_exchange, layers, quantize
 from m1_jax import config as config_lib
-from m1_jax import expert_exchange, layers, quantize, sharding
 
 
 @jax.tree_util.register_dataclass
@@ -95,7 +95,7 @@ class MoE(nnx.Module):
             else forced_expert_ids.reshape(-1, self.num_experts_per_token)
         )
         weights, chosen, stats = self.route(x, token_mask, forced_expert_ids)
-        if token_mask is not None and sharding.axis_size("experts") > 1:
+        if token_mask is not None and collectives.axis_size("experts") > 1:
             chosen = jnp.where(
                 token_mask[:, None] > 0, chosen, self.no_expert
             )  # padding stays at home
@@ -109,16 +109,19 @@ class MoE(nnx.Module):
         y, dropped = expert_exchange.run_routed_experts(
             x, weights, expert_ids, gate, up, down, self.expert_capacity, stack_index
         )
-        return sharding.psum(y.astype(x.dtype), "mlp"), dropped
+        return collectives.psum(y.astype(x.dtype), "mlp"), dropped
 
     def combine(self, h: Float[Array, "*batch D"], y: Float[Array, "*batch D"]):
         """Return the block's output, given what the chosen experts say of `h`."""
-        return y if self.shared is None else self.shared(h, y)
+        if self.shared is None:
+            return y
+        with jax.named_scope("experts"):
+            return self.shared(h, y)
 
     @property
     def no_expert(self) -> int:
         """Return the number of no expert."""
-        return self.gate.shape[-3] * sharding.axis_size("experts")
+        return self.gate.shape[-3] * collectives.axis_size("experts")
 
     def _expert_matrices(self, name: str, dtype):
         values = getattr(self, name)[...]
@@ -126,6 +129,7 @@ class MoE(nnx.Module):
             return quantize.QuantizedMatrices(values, getattr(self, f"{name}_scale")[...])
         return values.astype(dtype)
 
+    @jax.named_scope("router")
     def route(
         self,
         x: Float[Array, "M D"],

@@ -1,14 +1,14 @@
 """Weight-only int8 for inference: matrices as integers with a float32 scale per output column.
 
-W is about values * scale, where scale is the column's largest |weight| / 127: a weight moves by at
-most half a scale. Products take the integers, which are exact in bfloat16, and scale the sums.
+W is about values * scale, where scale is the column's largest |weight| / 127. So a weight moves by
+at most half a scale. Products take the integers, which are exact in bfloat16, and scale the sums.
 """
 
 import concurrent.futures
 import dataclasses
 import itertools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -19,14 +19,14 @@ from jaxtyping import Array, Float, Int8, Shaped
 
 from m1_jax import configlib
 
-MAX_INT8 = 127
+MAX_INT8 = 127  # and not 128 for negative weights, so that rounding is symmetric
 NUM_THREADS = 8  # of the host; each holds a few float32 copies of one matrix of one expert
-# Which parameters a recipe rounds, by their paths. Routers, norms, the shared expert's coefficient,
-# embedding and head stay what they are.
+# Patterns of the parameter paths that a recipe rounds. Routers, norms, the shared expert's
+# coefficient, embedding and head keep their dtype.
 _EXPERT_PATHS = r"moe\.(gate|up|down)"
 INT8_RECIPES = {
     "int8-experts": rf"layers\.\d+\.{_EXPERT_PATHS}",
-    # What the release's main.py hands to quanto.
+    # The same modules that the release's main.py lets quanto quantize.
     "int8-all": rf"layers\.\d+\.({_EXPERT_PATHS}|.+\.kernel)",
 }
 
@@ -34,7 +34,7 @@ INT8_RECIPES = {
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class QuantizedMatrices:
-    """Matrices of E experts, I inputs and O outputs: values * scale."""
+    """Matrices of E experts, I inputs and O outputs: values * scale, one scale per column."""
 
     values: Int8[Array, "*E I O"]
     scale: Float[Array, "*E O"]
@@ -51,6 +51,8 @@ def scaled_matmul(
 
     Precision: operands have x's dtype; sums and their scaling are float32, rounded once.
     """
+    # The scale multiplies sums, not weights: a float copy of the weights would cost the memory that
+    # int8 saves.
     y = jnp.matmul(x, values.astype(x.dtype), preferred_element_type=jnp.float32)
     return (y * scale.reshape((1,) * (x.ndim - 1) + (-1,))).astype(x.dtype)
 
@@ -64,7 +66,10 @@ def check_recipe(recipe: str | None) -> None:
 
 
 def declare_int8_params(model: nnx.Module, recipe: str | None) -> None:
-    """Turn a recipe's parameters in a model of shapes into int8, each `x` beside an `x_scale`."""
+    """Declare a recipe's parameters of an abstract model int8, each `x` beside an `x_scale`.
+
+    The scale has the matrix's axes without its rows: one float32 number per output column.
+    """
     check_recipe(recipe)
     if recipe is None:
         return
@@ -73,10 +78,11 @@ def declare_int8_params(model: nnx.Module, recipe: str | None) -> None:
         if not re.fullmatch(INT8_RECIPES[recipe], ".".join(map(str, path))):
             continue
         axes = param.get_metadata()["logical_axes"]
-        *lead, _, columns = param.shape
-        scale = jax.ShapeDtypeStruct((*lead, columns), jnp.float32)
+        *leading, _, columns = param.shape
+        scale = jax.ShapeDtypeStruct((*leading, columns), jnp.float32)
         param.set_value(jax.ShapeDtypeStruct(param.shape, jnp.int8))
         scale = nnx.Param(scale, logical_axes=(*axes[:-2], axes[-1]), float32=True, frozen=False)
+        # Set on the module that owns the parameter, whose code looks for the scale.
         setattr(nodes[path[:-1]], f"{path[-1]}_scale", scale)
 
 
@@ -97,9 +103,10 @@ def quantize_columns(
 ) -> tuple[Int8[np.ndarray, "*L I O"], Float[np.ndarray, "*L O"]]:
     """Return values and scales: the largest weight of each column becomes 127.
 
-    Precision: float32 throughout, rounded to the nearest; a column of zeros has scale 1. One with
+    Precision: float32 throughout, rounded to the nearest. A column of zeros has scale 1. One with
     a NaN or infinity has such a scale too, so that its products are not finite either.
     """
+    # A copy, which the arithmetic below overwrites to save memory.
     matrix = np.array(matrix, np.float32)
     top = np.maximum(matrix.max(axis=-2), -matrix.min(axis=-2))
     with np.errstate(invalid="ignore", under="ignore"):
@@ -118,46 +125,54 @@ def build_quantized_arrays(
 ) -> tuple[jax.Array, jax.Array]:
     """Build a stacked parameter and its scales, each as its sharding says.
 
-    A scale is that of a whole column, also where devices split rows. Of float weights, the host
-    holds one matrix for each of its threads.
+    A scale is that of a whole column, also where devices split rows. Float weights exist on the
+    host for one matrix per thread at a time.
 
     Args:
-      read: returns a matrix's columns, of all rows, as they are stored; by the matrix's place on
-        the leading axes.
+      values: shape, dtype and sharding of the int8 parameter, [*leading, rows, columns].
+      scales: those of its scales, [*leading, columns].
+      read_columns: returns the given columns of a matrix, all of its rows, as they are stored. The
+        matrix is named by its index on the leading axes.
     """
-    value_pieces, scale_pieces = _allocate_shards(values), _allocate_shards(scales)
-    users: dict[tuple, list] = {}
-    for ranges in value_pieces:
-        for place in itertools.product(*ranges[:-2]):
-            users.setdefault((place, ranges[-1]), []).append(ranges)
+    value_shards, scale_shards = _allocate_shards(values), _allocate_shards(scales)
+    # Shards that need the same columns of the same matrix, which is then read and rounded once.
+    shards_by_matrix: dict[tuple[tuple[int, ...], range], list[tuple[range, ...]]] = {}
+    for ranges in value_shards:
+        for index in itertools.product(*ranges[:-2]):
+            shards_by_matrix.setdefault((index, ranges[-1]), []).append(ranges)
 
-    def one(key):
-        place, columns = key
-        whole, scale = quantize_columns(read_columns(place, slice(columns.start, columns.stop)))
-        for ranges in users[key]:
-            *lead, rows, _ = ranges
-            at = tuple(index - r.start for index, r in zip(place, lead, strict=True))
-            value_pieces[ranges][at] = whole[rows.start : rows.stop]
-            scale_pieces[(*lead, columns)][at] = scale
+    def quantize_matrix(key: tuple[tuple[int, ...], range]) -> None:
+        index, columns = key
+        matrix = read_columns(index, slice(columns.start, columns.stop))
+        rounded, scale = quantize_columns(matrix)
+        for ranges in shards_by_matrix[key]:
+            *leading, rows, _ = ranges
+            local_index = tuple(i - r.start for i, r in zip(index, leading, strict=True))
+            value_shards[ranges][local_index] = rounded[rows.start : rows.stop]
+            scale_shards[(*leading, columns)][local_index] = scale
 
+    # Threads write to different parts of the shards. numpy and the reads release the GIL.
     with concurrent.futures.ThreadPoolExecutor(NUM_THREADS) as pool:
-        for _ in pool.map(one, users):
-            pass
-    return _make_global_array(values, value_pieces), _make_global_array(scales, scale_pieces)
+        for _ in pool.map(quantize_matrix, shards_by_matrix):
+            pass  # a result is asked for, so that an exception of a thread is raised here
+    return _make_global_array(values, value_shards), _make_global_array(scales, scale_shards)
 
 
 def _allocate_shards(spec: jax.ShapeDtypeStruct) -> dict[tuple[range, ...], np.ndarray]:
-    """Return room for what this process's devices hold, copies once."""
-    places = spec.sharding.addressable_devices_indices_map(spec.shape).values()
-    found = {_index_ranges(index, spec.shape) for index in places}
-    return {ranges: np.empty([len(r) for r in ranges], spec.dtype) for ranges in found}
+    """Return empty host arrays for the shards of this process's devices, replicas once."""
+    indices = spec.sharding.addressable_devices_indices_map(spec.shape).values()
+    shards = {_index_ranges(index, spec.shape) for index in indices}
+    return {ranges: np.empty([len(r) for r in ranges], spec.dtype) for ranges in shards}
 
 
-def _make_global_array(spec: jax.ShapeDtypeStruct, pieces) -> jax.Array:
+def _make_global_array(
+    spec: jax.ShapeDtypeStruct, shards: Mapping[tuple[range, ...], np.ndarray]
+) -> jax.Array:
     return jax.make_array_from_callback(
-        spec.shape, spec.sharding, lambda index: pieces[_index_ranges(index, spec.shape)]
+        spec.shape, spec.sharding, lambda index: shards[_index_ranges(index, spec.shape)]
     )
 
 
 def _index_ranges(index: Any, shape: tuple[int, ...]) -> tuple[range, ...]:
+    """Return a device's slices as ranges, which have a hash and definite bounds."""
     return tuple(range(*dim.indices(size)) for dim, size in zip(index, shape, strict=True))

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from m1_jax import sharding
+from m1_jax import collectives
 
 BLOCK_TOKENS = 256  # queries and keys of a block
 MAX_DIRECT_PAIRS, MAX_DIRECT_QUERIES = 2**16, 8  # up to either, one block does it all
@@ -51,18 +51,21 @@ def causal_attention(
         q_segment_ids, k_segment_ids = jnp.ones_like(q_positions), jnp.ones_like(k_positions)
     assert k_segment_ids is not None
     queries, keys = (q_positions, q_segment_ids), (k_positions, k_segment_ids)
-    devices = sharding.axis_size("length")
+    devices = collectives.axis_size("length")
     # The last device of a causal row would have nearly twice the work of the average.
     balance = devices > 1 and length == k.shape[2] and length % 2 == 0
     if balance:
-        q = sharding.permute_zigzag(q, "length", 3)
-        queries = tuple(sharding.permute_zigzag(x, "length", 1) for x in queries)
+        q = collectives.permute_zigzag(q, "length", 3)
+        queries = tuple(collectives.permute_zigzag(x, "length", 1) for x in queries)
     if balance and not should_gather_keys(k, devices):
-        k, v = sharding.permute_zigzag(k, "length", 2), sharding.permute_zigzag(v, "length", 2)
-        keys = tuple(sharding.permute_zigzag(x, "length", 1) for x in keys)
+        k, v = (
+            collectives.permute_zigzag(k, "length", 2),
+            collectives.permute_zigzag(v, "length", 2),
+        )
+        keys = tuple(collectives.permute_zigzag(x, "length", 1) for x in keys)
     if devices > 1 and should_gather_keys(k, devices):
-        k, v = sharding.all_gather(k, "length", 2), sharding.all_gather(v, "length", 2)
-        keys = tuple(sharding.all_gather(x, "length", 1) for x in keys)
+        k, v = collectives.all_gather(k, "length", 2), collectives.all_gather(v, "length", 2)
+        keys = tuple(collectives.all_gather(x, "length", 1) for x in keys)
         devices = 1
     if devices == 1 and (length * k.shape[2] <= MAX_DIRECT_PAIRS or length <= MAX_DIRECT_QUERIES):
         total, scale, _ = attend_block(q, k, v, _attention_mask(queries, keys))
@@ -71,7 +74,7 @@ def causal_attention(
         made: Any = _blockwise_attention(devices, q, k, v, queries, keys)
         o, _ = made
     if balance:
-        o = sharding.permute_zigzag(o, "length", 3, inverse=True)
+        o = collectives.permute_zigzag(o, "length", 3, inverse=True)
     return _move_heads_last(o, v.dtype)
 
 
@@ -81,9 +84,9 @@ def sharded_key_attention(q, k, v, q_positions, k_positions) -> Float[Array, "B 
     q = jnp.moveaxis(q.reshape(batch, length, k.shape[1], -1, size), 1, 3)
     mask = (k_positions[:, None, :] <= q_positions[:, :, None])[:, None, None]
     total, scale, top = attend_block(q, k, v, mask)
-    highest = sharding.pmax(top, "length")
+    highest = collectives.pmax(top, "length")
     share = jnp.exp(top - jnp.where(jnp.isfinite(highest), highest, 0.0))
-    total, scale = (sharding.psum(x * share, "length") for x in (total, scale))
+    total, scale = (collectives.psum(x * share, "length") for x in (total, scale))
     return _move_heads_last(total / replace_zeros_with_ones(scale), v.dtype)
 
 
@@ -239,7 +242,7 @@ _blockwise_attention.defvjp(_blockwise_attention_fwd, _blockwise_attention_bwd)
 def _send_to_next_device(devices, tree):
     if devices == 1:
         return tree
-    return jax.tree.map(lambda x: sharding.ppermute_next(x, "length"), tree)
+    return jax.tree.map(lambda x: collectives.ppermute_next(x, "length"), tree)
 
 
 def _split_key_blocks(k, v, keys):

@@ -1,9 +1,9 @@
 """Text to token ids and back, over the `tokenizers` library, without transformers.
 
-Two promises that the library alone does not make:
-  * text never becomes a control token: `encode` spells out a typed `<end_of_sentence>` unless it
-    is told otherwise, whatever flags tokenizer.json gives that token;
-  * bytes are exact: a token is a byte string, so text streamed token by token is the text of all
+This module makes two promises that the library alone does not:
+  * Text never becomes a control token. `encode` spells out a typed `<end_of_sentence>` unless the
+    caller allows special tokens, whatever flags tokenizer.json gives that token.
+  * Bytes are exact. A token is a byte string, so text streamed token by token is the text of all
     tokens at once, also where a character spans several of them.
 """
 
@@ -12,11 +12,12 @@ import json
 import pathlib
 import re
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import tokenizers
 
-# The template's own marks. tokenizer.json may flag them as ordinary added tokens, which the
-# library would then read out of any text.
+# Marks of the chat template. tokenizer.json may flag them as ordinary added tokens, which the
+# library would then recognise in any text.
 STRUCTURE_TOKENS = (
     "<begin_of_document>",
     "<end_of_document>",
@@ -31,8 +32,8 @@ _UNKNOWN_ID_BYTES = "\ufffd".encode()  # for ids that exist in the model's padde
 class Tokenizer:
     """A byte-level BPE tokenizer as the release ships it; make one with `Tokenizer.load`.
 
-    Control tokens are the added tokens marked special, those that tokenizer_config.json names and
-    the template's own `STRUCTURE_TOKENS`. Other added tokens are text and are matched in text.
+    Control tokens are the added tokens marked special, those that tokenizer_config.json names, and
+    `STRUCTURE_TOKENS`. Other added tokens are text and are matched in text.
 
     Attributes:
       vocab_size: highest id + 1. The model's vocabulary may be padded beyond it.
@@ -44,7 +45,9 @@ class Tokenizer:
         self._vocab = library.get_vocab(with_added_tokens=True)
         self.vocab_size = max(self._vocab.values()) + 1
         self._control_token_ids = self._mark_control_tokens(settings)
+        # An alternation takes the first name that matches: a prefix of another must come after it.
         longest_first = sorted(self._control_token_ids, key=len, reverse=True)
+        # (?!) matches nothing, for a tokenizer without control tokens.
         self._control_pattern = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
         added = {i: token.content for i, token in library.get_added_tokens_decoder().items()}
         self._added_bytes = {i: content.encode() for i, content in added.items()}
@@ -77,6 +80,7 @@ class Tokenizer:
             raise ValueError(
                 f"{path}: got decoder {library.decoder!r}; wanted ByteLevel, as the release has"
             )
+        # tokenizer.json may ask for both.
         library.no_truncation()
         library.no_padding()
         folder = path.parent
@@ -86,8 +90,10 @@ class Tokenizer:
     def encode(self, text: str, allow_special: bool = False) -> list[int]:
         """Return the ids of `text`, adding nothing to it.
 
-        allow_special: read the names of control tokens in the text as those tokens. Only for
-          text that its author may control the model with, never for what a user typed.
+        Args:
+          text: any text that UTF-8 can hold.
+          allow_special: read the names of control tokens in the text as those tokens. Only for
+            text whose author may control the model, never for what a user typed.
 
         Raises:
           ValueError: text that UTF-8 cannot hold (a lone surrogate).
@@ -117,10 +123,10 @@ class Tokenizer:
         """
         token_id = self._vocab.get(name)
         if token_id is None or token_id not in self._added_bytes:
-            have = sorted(content.decode() for content in self._added_bytes.values())
+            names = sorted(content.decode() for content in self._added_bytes.values())
             raise ValueError(
-                f"special token: got {name!r}; this tokenizer.json has {', '.join(have[:12])}"
-                f"{', ...' if len(have) > 12 else ''}. Is it the release's tokenizer?"
+                f"special token: got {name!r}; this tokenizer.json has {', '.join(names[:12])}"
+                f"{', ...' if len(names) > 12 else ''}. Is it the release's tokenizer?"
             )
         return token_id
 
@@ -144,7 +150,8 @@ class Tokenizer:
             return _UNKNOWN_ID_BYTES
         try:
             return bytes(_BYTE_OF_CHAR[char] for char in token)
-        except KeyError:  # not in the byte alphabet, so not from training: it stands for itself
+        except KeyError:
+            # The token is not spelled in the byte alphabet, so it stands for its own characters.
             return token.encode()
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
@@ -165,6 +172,7 @@ class Tokenizer:
         }
         marked = [tokenizers.AddedToken(n, special=True, normalized=False) for n in sorted(names)]
         self._library.add_special_tokens(marked)
+        # In the library this means: encode the characters of a special token, not the token.
         self._library.encode_special_tokens = True
         return {name: self._vocab[name] for name in names}
 
@@ -172,16 +180,17 @@ class Tokenizer:
         ids = self._library.encode(text, add_special_tokens=False).ids
         if self._control_id_set.isdisjoint(ids):
             return ids
-        # A model that looks whole words up in its vocabulary (ignore_merges) can still hit one.
-        # Cut the names after their first character: no piece then spells a control token.
+        # A tokenizer that looks whole words up in its vocabulary (ignore_merges) can still hit a
+        # control token. Its name is cut after the first character, so that no part spells it.
         ids = []
-        for piece in self._split_control_names(text):
-            ids += self._library.encode(piece, add_special_tokens=False).ids
+        for part in self._split_control_names(text):
+            ids += self._library.encode(part, add_special_tokens=False).ids
         if not self._control_id_set.isdisjoint(ids):
             raise ValueError(f"text: this tokenizer spells {text[:60]!r} with control tokens only")
         return ids
 
     def _split_control_names(self, text: str) -> Iterator[str]:
+        """Yield the text in parts, each control token's name cut after its first character."""
         start = 0
         while match := self._control_pattern.search(text, start):
             yield text[start : match.start() + 1]
@@ -189,11 +198,15 @@ class Tokenizer:
         yield text[start:]
 
     def _find_stop_ids(self, settings: dict, generation: dict) -> tuple[int, ...]:
-        stop = generation.get("eos_token_id")
-        stop = [] if stop is None else stop if isinstance(stop, list) else [stop]
-        bad = [i for i in stop if isinstance(i, bool) or not isinstance(i, int) or i < 0]
-        if bad:
-            raise ValueError(f"generation_config.json: eos_token_id: got {bad[0]!r}; wanted an id")
+        """Return the ids of generation_config.json and the eos token of tokenizer_config.json."""
+        stop_ids = generation.get("eos_token_id")
+        if not isinstance(stop_ids, list):
+            stop_ids = [] if stop_ids is None else [stop_ids]
+        for stop_id in stop_ids:
+            if isinstance(stop_id, bool) or not isinstance(stop_id, int) or stop_id < 0:
+                raise ValueError(
+                    f"generation_config.json: eos_token_id: got {stop_id!r}; wanted an id"
+                )
         name = _parse_token_name(settings.get("eos_token"))
         if name is None:
             name = _DEFAULT_EOS_TOKEN if _DEFAULT_EOS_TOKEN in self._vocab else None
@@ -202,7 +215,8 @@ class Tokenizer:
                 f"tokenizer_config.json: got eos_token {name!r}, which tokenizer.json does not "
                 "hold; wanted files of one release. Copy both again."
             )
-        return tuple(sorted({*stop, *([] if name is None else [self._vocab[name]])}))
+        eos_ids = [] if name is None else [self._vocab[name]]
+        return tuple(sorted({*stop_ids, *eos_ids}))
 
 
 class StreamDecoder:
@@ -213,6 +227,7 @@ class StreamDecoder:
 
     def __init__(self, tokenizer: Tokenizer, skip_special: bool = True):
         self._tokenizer, self._skip_special = tokenizer, skip_special
+        # It keeps the bytes of an unfinished character until the next ones arrive.
         self._utf8_decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, token_id: int) -> str:
@@ -221,16 +236,19 @@ class StreamDecoder:
 
     def flush(self) -> str:
         """End the stream: return what an unfinished character reads as, and start anew."""
-        rest = self._utf8_decoder.decode(b"", final=True)
+        text = self._utf8_decoder.decode(b"", final=True)
         self._utf8_decoder.reset()
-        return rest
+        return text
 
 
 def _make_byte_alphabet() -> dict[str, int]:
-    """Return the byte-level alphabet: printable bytes are themselves, the rest start at U+0100."""
+    """Return the byte-level alphabet: the byte that each character of a token's name stands for.
+
+    Printable bytes are their own characters. The others are numbered from U+0100, as in GPT-2.
+    """
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    shifted = {chr(0x100 + place): byte for place, byte in enumerate(others)}
+    unprintable = [byte for byte in range(256) if byte not in printable]
+    shifted = {chr(0x100 + number): byte for number, byte in enumerate(unprintable)}
     return {chr(byte): byte for byte in printable} | shifted
 
 
@@ -257,7 +275,7 @@ def _read_json_object(path: pathlib.Path) -> dict:
     return value
 
 
-def _parse_token_name(token) -> str | None:
+def _parse_token_name(token: Any) -> str | None:
     """Return the name in a token entry, which is a string or an object with `content`."""
     token = token.get("content") if isinstance(token, dict) else token
     if token is not None and not isinstance(token, str):
@@ -266,8 +284,9 @@ def _parse_token_name(token) -> str | None:
 
 
 def _iterate_token_names(settings: dict) -> Iterator[str]:
-    more = settings.get("additional_special_tokens") or []
-    for token in (*(settings.get(f"{name}_token") for name in _TOKEN_ROLES), *more):
+    """Yield the names of the special tokens that tokenizer_config.json gives a role."""
+    additional = settings.get("additional_special_tokens") or []
+    for token in (*(settings.get(f"{role}_token") for role in _TOKEN_ROLES), *additional):
         name = _parse_token_name(token)
         if name is not None:
             yield name

@@ -2,8 +2,22 @@
 
     python -m m1_jax.verify --checkpoint=DIR --golden=FILE.npz
 
-Prints one row per quantity; the exit status is 0 if all are within tolerance, else 1. The file's
-keys are those that `golden/README.md` of the fixture lists; keys that are absent are left out.
+Prints one row per quantity. The exit status is 0 if all are within tolerance, else 1.
+
+A golden file holds what the release's own code computed for some tokens, in float32. Its keys:
+    input_ids [B, T]             the tokens; the only key that must be there
+    logits, logits_positions     [B, P, V] and the P positions of all T
+    next_token_logprobs          [B, T - 1]
+    aux_loss                     the load-balancing loss of all layers and tokens
+    hidden_norms [L + 1]         mean norm of the embeddings, of each layer's output but the last's,
+                                 and of the final norm's output
+    lightning_state, lightning_layer         [B, N, H, H] of that layer after all tokens
+    softmax_k_last4, softmax_v_last4, softmax_layer    [B, 4, K, H], rotated, of that layer
+    decode_logits, decode_start  [B, S, V], one token at a time from that position on
+    greedy_tokens [B, S]         the most likely tokens after the first `GREEDY_PROMPT_TOKENS`
+    loss                         of the first `LOSS_TOKENS`: cross-entropy and the balance loss
+    grad/NAME                    its gradient for the release's tensor NAME
+What belongs to keys that are absent is not compared.
 """
 
 import dataclasses
@@ -18,37 +32,40 @@ import jax.numpy as jnp
 import numpy as np
 import tqdm
 from absl import app, flags, logging
+from jax.typing import ArrayLike
 
 from m1_jax import config as config_lib
-from m1_jax import logprobs, moe
+from m1_jax import input_checks, logprobs, moe
 from m1_jax import model as model_lib
 from m1_jax import params as params_lib
+from m1_jax import state as state_lib
 from m1_jax.checkpoints import load as load_lib
 from m1_jax.checkpoints import params_map
 
-# Float32 sums in another order than the release's, over eight layers: see the fixture's README.
+# For float32 sums in another order than the release's, over the eight layers of the tests' fixture;
+# `testing.TOLERANCES` has the reasons.
 ABSOLUTE_TOLERANCE, STATE_TOLERANCE, GRADIENT_TOLERANCE = 2e-4, 1e-4, 1e-3
-LOSS_TOKENS = 320  # the fixture's loss covers the first 320 positions
+LOSS_TOKENS = 320
 GREEDY_PROMPT_TOKENS = 100
 
 
 @dataclasses.dataclass(frozen=True)
 class VerifyConfig:
-    """checkpoint: directory that `m1_jax.load` reads. golden: .npz file. progress: show a bar."""
+    """What to compare with what."""
 
-    checkpoint: str
-    golden: str
-    progress: bool = True
+    checkpoint: str  # a directory that `m1_jax.load` reads
+    golden: str  # an .npz file
+    progress: bool = True  # whether to show a bar
 
 
 @dataclasses.dataclass(frozen=True)
 class ComparisonRow:
-    """One compared quantity. `difference` is absolute or relative, as `measure` says."""
+    """One compared quantity."""
 
     name: str
-    difference: float
-    tolerance: float
-    measure: str
+    difference: float  # in the unit of `measure`
+    tolerance: float  # the largest difference that passes
+    measure: str  # such as "max absolute" or "relative L2"
 
     @property
     def passed(self) -> bool:
@@ -61,7 +78,8 @@ class GoldenFile:
     def __init__(self, path: str, config: config_lib.ModelConfig):
         self.path = path
         try:
-            zipfile.ZipFile(path).close()  # np.load would take bare arrays and pickles, too
+            # np.load would take bare arrays and pickles, too.
+            zipfile.ZipFile(path).close()
             with np.load(path) as file:
                 self.arrays = dict(file)
         except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
@@ -74,7 +92,7 @@ class GoldenFile:
                 f"{path}: input_ids has shape {ids.shape} and dtype {ids.dtype}; wanted integers "
                 "[B, T]"
             )
-        model_lib.check_token_ids(ids, config.vocab_size)
+        input_checks.check_token_ids(ids, config.vocab_size)
         self.tokens = jnp.asarray(ids, jnp.int32)
 
     def __contains__(self, key: str) -> bool:
@@ -96,7 +114,7 @@ def run(config: VerifyConfig) -> list[ComparisonRow]:
     rows = []
     # TPUs would otherwise multiply float32 in bfloat16.
     with jax.default_matmul_precision("highest"):
-        # Each compiles programs of its own, which is where the time goes.
+        # Each comparison compiles programs of its own, which takes most of the time.
         comparisons = (
             _compare_forward,
             _compare_state,
@@ -111,21 +129,24 @@ def run(config: VerifyConfig) -> list[ComparisonRow]:
     return rows
 
 
-def _compare_absolute(name, got, wanted, tolerance=ABSOLUTE_TOLERANCE) -> ComparisonRow:
+def _compare_absolute(
+    name: str, got: ArrayLike, wanted: np.ndarray, tolerance: float = ABSOLUTE_TOLERANCE
+) -> ComparisonRow:
     _check_shapes(name, got, wanted)
-    return ComparisonRow(
-        name, float(np.max(np.abs(np.asarray(got) - wanted))), tolerance, "max absolute"
-    )
+    difference = float(np.max(np.abs(np.asarray(got) - wanted)))
+    return ComparisonRow(name, difference, tolerance, "max absolute")
 
 
-def _compare_relative(name, got, wanted, tolerance) -> ComparisonRow:
+def _compare_relative(
+    name: str, got: ArrayLike, wanted: np.ndarray, tolerance: float
+) -> ComparisonRow:
     _check_shapes(name, got, wanted)
     error = np.linalg.norm((np.asarray(got) - wanted).astype(np.float64))
     size = np.linalg.norm(np.asarray(wanted, np.float64))
     return ComparisonRow(name, float(error / max(size, 1e-30)), tolerance, "relative L2")
 
 
-def _check_shapes(name, got, wanted) -> None:
+def _check_shapes(name: str, got: ArrayLike, wanted: np.ndarray) -> None:
     if np.shape(got) != np.shape(wanted):
         raise ValueError(
             f"golden {name} has shape {np.shape(wanted)}; the model gives {np.shape(got)}. "
@@ -133,7 +154,7 @@ def _check_shapes(name, got, wanted) -> None:
         )
 
 
-def _compare_forward(model, golden) -> Iterator[ComparisonRow]:
+def _compare_forward(model: model_lib.MiniMaxM1, golden: GoldenFile) -> Iterator[ComparisonRow]:
     tokens = golden.tokens
     if "logits" in golden:
         logits = model(tokens)[:, golden["logits_positions"]]
@@ -150,30 +171,36 @@ def _compare_forward(model, golden) -> Iterator[ComparisonRow]:
         yield _compare_relative("hidden_norms", norms, golden["hidden_norms"], STATE_TOLERANCE)
 
 
-def _init_empty_state(model, golden):
-    """One capacity for all, so that they share their compiled steps."""
+def _init_empty_state(model: model_lib.MiniMaxM1, golden: GoldenFile) -> state_lib.DecodeState:
+    """Return an empty state, of one capacity for all comparisons: they share compiled steps."""
     return model.init_state(*golden.tokens.shape)
 
 
-def _compare_state(model, golden) -> Iterator[ComparisonRow]:
+def _compare_state(model: model_lib.MiniMaxM1, golden: GoldenFile) -> Iterator[ComparisonRow]:
     if "lightning_state" not in golden and "softmax_k_last4" not in golden:
         return
     _, state = model.extend(golden.tokens, _init_empty_state(model, golden))
     if "lightning_state" in golden:
-        run, *place = _find_stack_index(
+        group, *index = _find_stack_index(
             model.config, golden, "lightning_layer", config_lib.LIGHTNING
         )
-        got = state.layers[run][tuple(place)]
+        states = state.layers[group]
+        assert isinstance(states, jax.Array)  # of lightning layers: [R, layers, B, N, H, H]
+        got = states[tuple(index)]
         yield _compare_relative("lightning_state", got, golden["lightning_state"], STATE_TOLERANCE)
     if "softmax_k_last4" in golden:
-        run, *place = _find_stack_index(model.config, golden, "softmax_layer", config_lib.SOFTMAX)
-        cache = state.layers[run]
+        group, *index = _find_stack_index(model.config, golden, "softmax_layer", config_lib.SOFTMAX)
+        cache = state.layers[group]
+        assert isinstance(cache, state_lib.KVCache)
         for name, buffer in (("softmax_k_last4", cache.keys), ("softmax_v_last4", cache.values)):
-            last = jnp.moveaxis(buffer[tuple(place)][:, :, -4:], 1, 2)
+            # The cache is [B, K, T, H], and the file [B, T, K, H].
+            last = jnp.moveaxis(buffer[tuple(index)][:, :, -4:], 1, 2)
             yield _compare_absolute(name, last, golden[name])
 
 
-def _find_stack_index(config, golden, key: str, kind: str) -> tuple[int, int, int]:
+def _find_stack_index(
+    config: config_lib.ModelConfig, golden: GoldenFile, key: str, kind: str
+) -> tuple[int, int, int]:
     """Return where the golden file's layer lies; see `ModelConfig.stack_index_of`."""
     layer = int(golden[key])
     if not 0 <= layer < config.num_hidden_layers or config.layer_types[layer] != kind:
@@ -184,24 +211,24 @@ def _find_stack_index(config, golden, key: str, kind: str) -> tuple[int, int, in
     return config.stack_index_of(layer)
 
 
-def _compare_decode(model, golden) -> Iterator[ComparisonRow]:
+def _compare_decode(model: model_lib.MiniMaxM1, golden: GoldenFile) -> Iterator[ComparisonRow]:
     if "decode_logits" not in golden:
         return
     start, wanted = int(golden["decode_start"]), golden["decode_logits"]
     state = _init_empty_state(model, golden)
     _, state = model.extend(golden.tokens[:, :start], state, last_only=True)
     steps = []
-    for place in range(start, start + wanted.shape[1]):
-        logits, state = model.extend(golden.tokens[:, place : place + 1], state)
+    for position in range(start, start + wanted.shape[1]):
+        logits, state = model.extend(golden.tokens[:, position : position + 1], state)
         steps.append(logits)
     got = jnp.concatenate(steps, axis=1)
     yield _compare_absolute("decode_logits", got, wanted)
-    # The same tokens in one pass: what training would have seen.
+    # The same tokens in one pass, as in training: decoding must not differ from it.
     full = model(golden.tokens[:, : start + wanted.shape[1]])[:, start:]
     yield _compare_absolute("decode against full pass", got, np.asarray(full))
 
 
-def _compare_greedy(model, golden) -> Iterator[ComparisonRow]:
+def _compare_greedy(model: model_lib.MiniMaxM1, golden: GoldenFile) -> Iterator[ComparisonRow]:
     if "greedy_tokens" not in golden:
         return
     wanted = golden["greedy_tokens"]
@@ -216,7 +243,7 @@ def _compare_greedy(model, golden) -> Iterator[ComparisonRow]:
     yield ComparisonRow("greedy_tokens", float(np.sum(got != wanted)), 0.0, "tokens that differ")
 
 
-def _compare_gradients(model, golden) -> Iterator[ComparisonRow]:
+def _compare_gradients(model: model_lib.MiniMaxM1, golden: GoldenFile) -> Iterator[ComparisonRow]:
     wanted = {key[5:]: value for key, value in golden.arrays.items() if key.startswith("grad/")}
     if "loss" not in golden and not wanted:
         return
@@ -224,23 +251,23 @@ def _compare_gradients(model, golden) -> Iterator[ComparisonRow]:
     if unknown := sorted(wanted.keys() - entries.keys()):
         raise ValueError(f"golden grad/{unknown[0]}: the model has no such tensor")
 
+    # The model is a pytree of parameters, so its gradient is a model of gradients.
     @jax.jit
     @jax.value_and_grad
-    def loss(model, tokens):
+    def training_loss(model, tokens):
         hidden, stats = model.hidden(tokens)
         logp = logprobs.token_logprobs(model, hidden[:, :-1], tokens[:, 1:])
         coefficient = model.config.router_aux_loss_coef
         return -jnp.mean(logp) + coefficient * moe.balance_loss(stats)
 
-    value, grads = loss(model, golden.tokens[:, :LOSS_TOKENS])
+    loss, grads = training_loss(model, golden.tokens[:, :LOSS_TOKENS])
     if "loss" in golden:
-        yield _compare_absolute("loss", value, golden["loss"])
+        yield _compare_absolute("loss", loss, golden["loss"])
     grads = params_lib.params_by_path(grads)
     for name, tensor in sorted(wanted.items()):
-        got = np.asarray(grads[entries[name].param_path][...][entries[name].index])
-        yield _compare_relative(
-            f"grad {name}", got.T if entries[name].transposed else got, tensor, GRADIENT_TOLERANCE
-        )
+        entry = entries[name]
+        got = entry.orient(np.asarray(grads[entry.param_path][...][entry.index]))
+        yield _compare_relative(f"grad {name}", got, tensor, GRADIENT_TOLERANCE)
 
 
 def format_table(rows: list[ComparisonRow]) -> str:

@@ -176,8 +176,9 @@ def test_sentence_follows_the_numbers():
     assert "Collapsed runs, at all rates: GRPO 0 of 2, DAPO 0 of 2, CISPO 0 of 2." in said
     assert "chosen on the very seeds" in said
     assert "does not show the mechanism" in report.format_section(section([8, 8], [8, 8]), 782_848)
-    text = report.format_section(section([8, 8], [8, 8], "b"), 782_848)
-    assert "no difference was expected" in text
+    assert "no difference was expected" in report.format_section(
+        section([8, 8], [8, 8], "b"), 782_848
+    )
 
 
 def test_what_did_not_arrive_is_shown():
@@ -260,9 +261,9 @@ def gradients(tokenizer):
 
     def run(arm: objective.Objective, shift: float):
         packed.fill("coefficients", [0.05] * 4)
-        logp, _ = rl_step.score_logprobs(model, jax.tree.map(jnp.asarray, rows), 1.0)
+        logp, _ = rl_step.score_logprobs(model, rl_batch.device_put_rows(rows, None), 1.0)
         moved = dataclasses.replace(rows, logp_old=np.asarray(logp) - shift)
-        placed = jax.tree.map(jnp.asarray, moved)
+        placed = rl_batch.device_put_rows(moved, None)
         settings = rl_step.RlStepSettings(optim.AdamW(1e-3), arm)
         grads, measured = rl_step.accumulate_gradients(
             None, model, placed, np.float32(1), None, settings

@@ -11,8 +11,8 @@ from flax import nnx
 
 from m1_jax import config as config_lib
 from m1_jax import model as model_lib
-from m1_jax import state as state_lib
-from m1_jax.serving import ragged_batch
+from m1_jax.serving import forward, ragged_batch
+from m1_jax.serving import state as state_lib
 
 TILE, ROWS, LANES, PAGES, SLOTS = 8, 64, 8, 24, 4
 LENGTH = 83
@@ -51,7 +51,7 @@ def make(name, dtype="float32"):
 
 @functools.partial(jax.jit, donate_argnums=3)
 def program(model, tokens, work, state):
-    return ragged_batch.forward_ragged(model, tokens, work, state)
+    return forward.forward_ragged(model, tokens, work, state)
 
 
 @dataclasses.dataclass
@@ -218,7 +218,7 @@ def test_a_poisoned_neighbour_spoils_nothing_else():
 def test_only_what_is_owned_is_written():
     server, one = Server(make(IRREGULAR), 16, np.nan), draw(16)
     serve(server, one, (30,))
-    owned = {"Slots": {0, one.slot}, "Pages": {0, *one.pages}}
+    owned = {"LightningSlots": {0, one.slot}, "PagedKVCache": {0, *one.pages}}
     for layer in server.state.layers:
         kept = set(range(layer.keys.shape[2])) - owned[type(layer).__name__]
         for array in jax.tree.leaves(layer):

@@ -59,7 +59,7 @@ def rounded(expression: str) -> str:
 
 
 STATE = "state[h] - forgotten_fraction * state[h] + gain"
-SAVED, D_STATE = "saved[0, :, 0]", "d_state[...]"
+SAVED, D_STATE = "superblock_states[0, :, 0]", "scratch.d_state[...]"
 MUTATIONS = (
     # The +1 of the query decay: o_i reads lambda^i of the carried state, i from 1.
     mutation(
@@ -72,7 +72,7 @@ MUTATIONS = (
     ),
     mutation(
         "no +1 in the query decay", "tpu", "tpu_fwd.py",
-        "iota(query_ramp, 0) + 1)", "iota(query_ramp, 0))",
+        "head_iota(weights.query_ramp, 0) + 1", "head_iota(weights.query_ramp, 0)",
     ),
     mutation(
         "no +1 in the query decay of packed chunks", "tpu", "boundaries.py",
@@ -120,7 +120,7 @@ MUTATIONS = (
     mutation("bfloat16 state", "tpu", "tpu_fwd.py", f" = {STATE}", f" = {rounded(STATE)}"),
     mutation(
         "bfloat16 state in the backward pass", "tpu", "tpu_bwd.py",
-        f"state[...] = {SAVED}", f"state[...] = {rounded(SAVED)}",
+        f"scratch.state[...] = {SAVED}", f"scratch.state[...] = {rounded(SAVED)}",
     ),
     mutation(
         "bfloat16 gradient of the state", "tpu", "tpu_bwd.py",
@@ -152,7 +152,7 @@ MUTATIONS = (
     ),
     mutation(
         "the state crosses a boundary", "tpu", "tpu_fwd.py",
-        "jnp.where(scalar > boundaries.COUNT_MASK, 1.0, kept)", "kept",
+        "jnp.where(scalar > boundaries.COUNT_MASK, 1.0, fraction)", "fraction",
     ),
     mutation(
         "queries read the state across a boundary", "tpu", "boundaries.py",

@@ -5,10 +5,10 @@ import functools
 import pytest
 
 from m1_jax import ModelConfig, configlib, sharding
-from m1_jax import state as state_lib
 from m1_jax.plan import command as plan_command
 from m1_jax.plan import estimate
 from m1_jax.plan import topology as topology_lib
+from m1_jax.serving import state as state_lib
 from train.rl import rollout
 
 M, GIB = 2**20, 2**30

@@ -10,7 +10,17 @@ import pytest
 from flax import nnx
 
 import m1_jax
-from m1_jax import ModelConfig, experts, lightning, logprobs, moe, ring_attention, sharding, testing
+from m1_jax import (
+    ModelConfig,
+    experts,
+    lightning,
+    logprobs,
+    moe,
+    oracle,
+    ring_attention,
+    sharding,
+    testing,
+)
 from m1_jax import params as params_lib
 from m1_jax.config import LIGHTNING, SOFTMAX
 
@@ -408,7 +418,7 @@ def test_slopes_are_the_release_s():
     for layer in range(3):
         np.testing.assert_array_equal(
             lightning.decay_slopes(ModelConfig.from_hf(config))[layer],
-            testing.lightning_slopes(config, layer),
+            oracle.lightning_slopes(config, layer),
         )
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import m1_jax
-from m1_jax import moe, testing
+from m1_jax import moe, oracle, testing
 from m1_jax import params as params_lib
 from m1_jax.checkpoints import params_map
 
@@ -49,16 +49,17 @@ def case(request, tmp_path_factory):
     tokens = np.random.default_rng(0).integers(0, 128, (2, LENGTH)).astype(np.int32)
 
     @jax.jit
-    def oracle(tensors):
+    def differentiate(tensors):
         def loss(tensors):
-            out = testing.run_oracle(config, tensors, tokens)
+            out = oracle.run_oracle(config, tensors, tokens)
             logp = jax.nn.log_softmax(out["logits"][:, :-1], axis=-1)
             chosen = jnp.take_along_axis(logp, tokens[:, 1:, None], axis=-1)
             return -jnp.mean(chosen) + config["router_aux_loss_coef"] * out["aux_loss"], out
 
         return jax.grad(loss, has_aux=True)(tensors)
 
-    grads, out = oracle({name: np.asarray(value, np.float32) for name, value in tensors.items()})
+    as_float = {name: np.asarray(value, np.float32) for name, value in tensors.items()}
+    grads, out = differentiate(as_float)
     return config, tensors, m1_jax.load(path), jnp.asarray(tokens), out, grads
 
 

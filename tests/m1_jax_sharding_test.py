@@ -13,7 +13,15 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType
 
 import m1_jax
-from m1_jax import ModelConfig, expert_exchange, logprobs, moe, ring_attention, sharding
+from m1_jax import (
+    ModelConfig,
+    collectives,
+    expert_exchange,
+    logprobs,
+    moe,
+    ring_attention,
+    sharding,
+)
 from m1_jax import params as params_lib
 from m1_jax.config import LIGHTNING, SOFTMAX
 
@@ -161,8 +169,8 @@ def test_zigzag_gives_early_and_late_halves(devices):
     halves = jnp.arange(2 * devices)
 
     def local(x):
-        moved = sharding.permute_zigzag(x, "length", 0)
-        return moved, sharding.permute_zigzag(moved, "length", 0, inverse=True)
+        moved = collectives.permute_zigzag(x, "length", 0)
+        return moved, collectives.permute_zigzag(moved, "length", 0, inverse=True)
 
     spec = layout.activation_spec("length")
     moved, back = sharding.run_sharded(layout, local, (spec,), (spec, spec))(halves)

@@ -1,4 +1,4 @@
-"""The oracle of `m1_jax.testing` against outputs of the release's own code, and its fixtures."""
+"""The oracle `m1_jax.oracle` against outputs of the release's own code, and its fixtures."""
 
 import json
 import pathlib
@@ -10,7 +10,7 @@ import pytest
 import safetensors
 import tokenizers
 
-from m1_jax import testing
+from m1_jax import oracle, testing
 
 _TINY = pathlib.Path(__file__).parent / "data" / "m1-tiny"
 _GOLDEN = np.load(_TINY / "golden.npz")
@@ -38,7 +38,7 @@ def release():
 @pytest.fixture(scope="module")
 def full(release):
     config, tensors = release
-    return testing.run_oracle(config, tensors, _GOLDEN["input_ids"])
+    return oracle.run_oracle(config, tensors, _GOLDEN["input_ids"])
 
 
 def test_logits_are_the_release_s(full):
@@ -67,7 +67,7 @@ def test_one_pass_equals_the_release_s_decoding(full):
 def test_greedy_tokens_are_the_release_s(release):
     config, tensors = release
     tokens = np.concatenate([_GOLDEN["input_ids"][:, :100], _GOLDEN["greedy_tokens"]], axis=1)
-    logits = testing.run_oracle(config, tensors, tokens)["logits"]
+    logits = oracle.run_oracle(config, tensors, tokens)["logits"]
     got = np.argmax(logits[:, 99:-1], axis=-1)
     np.testing.assert_array_equal(got, _GOLDEN["greedy_tokens"])
 
@@ -101,7 +101,7 @@ def test_loss_and_gradients_are_the_release_s(release):
     @jax.jit
     def loss_and_gradients(named, tensors):
         return jax.value_and_grad(
-            lambda named: testing.oracle_loss(config, {**tensors, **named}, tokens)
+            lambda named: oracle.oracle_loss(config, {**tensors, **named}, tokens)
         )(named)
 
     loss, gradients = loss_and_gradients(named, tensors)
@@ -115,15 +115,15 @@ def test_documents_are_independent_and_padding_is_zero():
     tensors = testing.random_tensors(config)
     tokens = np.random.default_rng(1).integers(0, 512, (2, 12))
     segments = np.array([[0, 1, 1, 1, 1, 2, 2, 2, 2, 2, 2, 0], [3, 3, 3, 3] + [0] * 8])
-    packed = testing.run_oracle(config, tensors, tokens, segment_ids=segments)
-    alone = testing.run_oracle(config, tensors, tokens[:1, 5:11])
+    packed = oracle.run_oracle(config, tensors, tokens, segment_ids=segments)
+    alone = oracle.run_oracle(config, tensors, tokens[:1, 5:11])
     np.testing.assert_array_equal(packed["logits"][0, 5:11], alone["logits"][0])
     np.testing.assert_array_equal(packed["keys"][1][0, 5:11], alone["keys"][1][0])
     np.testing.assert_array_equal(packed["lightning_states"][0][0], alone["lightning_states"][0][0])
     assert not np.any(np.asarray(packed["logits"])[segments == 0])
 
     tokens[segments != 2] += 1  # Wraps nowhere: the embedding lookup clamps.
-    changed = testing.run_oracle(config, tensors, tokens, segment_ids=segments)
+    changed = oracle.run_oracle(config, tensors, tokens, segment_ids=segments)
     np.testing.assert_array_equal(changed["logits"][0, 5:11], alone["logits"][0])
 
 
@@ -131,8 +131,8 @@ def test_one_segment_is_a_plain_row():
     config = testing.tiny_config(attn_type_list=[1, 0], num_local_experts=3)
     tensors = testing.random_tensors(config)
     tokens = np.arange(18).reshape(2, 9)
-    plain = testing.run_oracle(config, tensors, tokens)
-    packed = testing.run_oracle(config, tensors, tokens, segment_ids=np.ones((2, 9), int))
+    plain = oracle.run_oracle(config, tensors, tokens)
+    packed = oracle.run_oracle(config, tensors, tokens, segment_ids=np.ones((2, 9), int))
     for name in ("logits", "aux_loss"):  # Batches of one and two may be reduced in another order.
         np.testing.assert_allclose(plain[name], packed[name], rtol=0, atol=1e-5)
 
@@ -141,9 +141,9 @@ def test_slopes_of_heads_not_a_power_of_two():
     config = testing.tiny_config(num_attention_heads=6, num_key_value_heads=1)
     # Slopes of 4 heads, then the first and third of 8, at the first layer's factor of 1 + 1e-5.
     want = np.array([2.0**-2, 2.0**-4, 2.0**-6, 2.0**-8, 2.0**-1, 2.0**-3]) * (1 + 1e-5)
-    np.testing.assert_allclose(testing.lightning_slopes(config, 0), want, rtol=1e-6)
+    np.testing.assert_allclose(oracle.lightning_slopes(config, 0), want, rtol=1e-6)
     np.testing.assert_allclose(
-        testing.lightning_slopes(config, 3), want * (1 - 3 / 7 + 1e-5) / (1 + 1e-5), rtol=1e-6
+        oracle.lightning_slopes(config, 3), want * (1 - 3 / 7 + 1e-5) / (1 + 1e-5), rtol=1e-6
     )
 
 
@@ -162,10 +162,10 @@ def test_every_tensor_matters(overrides):
     tensors = testing.random_tensors(config, seed=3)
     tokens = np.random.default_rng(2).integers(0, 32, (2, 24))
     as_float = {name: value.astype(np.float32) for name, value in tensors.items()}
-    gradients = jax.jit(jax.grad(lambda t: testing.oracle_loss(config, t, tokens)))(as_float)
+    gradients = jax.jit(jax.grad(lambda t: oracle.oracle_loss(config, t, tokens)))(as_float)
     silent = [name for name, g in gradients.items() if not np.linalg.norm(g) > 1e-6]
     assert not silent
-    logits = np.stack(testing.run_oracle(config, tensors, tokens)["router_logits"])
+    logits = np.stack(oracle.run_oracle(config, tensors, tokens)["router_logits"])
     ranked = -np.sort(-logits, axis=-1)
     k = config["num_experts_per_tok"]
     # Float32 noise near 1e-6 must not choose another expert.

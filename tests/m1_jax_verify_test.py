@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from absl import flags
 
-from m1_jax import convert, testing, verify
+from m1_jax import convert, oracle, testing, verify
 from m1_jax.checkpoints import release
 
 _REPO = pathlib.Path(__file__).resolve().parents[1]
@@ -28,7 +28,7 @@ def small(tensors, tmp_path_factory):
     """A small release and a golden file for it, of a few quantities that compile fast."""
     directory = testing.write_release(tmp_path_factory.mktemp("small"), _HF, tensors)
     tokens = np.random.default_rng(0).integers(0, 512, (2, 24), np.int32)
-    out = testing.run_oracle(_HF, tensors, tokens)
+    out = oracle.run_oracle(_HF, tensors, tokens)
     positions = np.arange(0, 24, 5)
     np.savez(
         directory / "golden.npz",

@@ -14,7 +14,7 @@ import pytest
 from flax import nnx
 from jax.experimental import topologies
 
-from m1_jax import ModelConfig, config, model
+from m1_jax import ModelConfig, config, decoder_layer
 from pallas_kernels.lightning_attention import tiling
 
 LENGTH = 4096
@@ -35,10 +35,10 @@ def test_full_size_layer_compiles_with_the_kernels(chip):
 
     def make():
         rngs = nnx.Rngs(0)
-        return model.DecoderLayer(full, config.LIGHTNING, rngs, param_dtype=jnp.bfloat16)
+        return decoder_layer.DecoderLayer(full, config.LIGHTNING, rngs, param_dtype=jnp.bfloat16)
 
     def loss(layer, x, slopes):
-        context = model.ForwardContext(jnp.arange(LENGTH, dtype=jnp.int32).reshape(1, -1))
+        context = decoder_layer.ForwardContext(jnp.arange(LENGTH, dtype=jnp.int32).reshape(1, -1))
         y, _, _ = layer(x, slopes, context)
         return jnp.sum(y.astype(jnp.float32) ** 2)
 

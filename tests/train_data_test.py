@@ -19,6 +19,8 @@ from array_record.python import array_record_module
 
 from m1_jax import testing
 from m1_jax import tokenizer as tokenizer_lib
+from train.data import config as data_config
+from train.data import records as records_lib
 from train.data import stream as stream_lib
 
 WORDS = ["lightning", "attention", "keeps", "one", "matrix", "for", "each", "head", "and", "cache"]
@@ -73,18 +75,21 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def config(folder):
-    return stream_lib.StreamConfig(
-        sources=(
-            stream_lib.DataSource("short", f"{folder}/short-*.jsonl"),
-            stream_lib.DataSource("chat", f"{folder}/chat.parquet", kind="chat", weight=0.5),
-            stream_lib.DataSource("long", f"{folder}/long.arrayrecord", kind="text"),
-        ),
-        seq_len=64,
-        rows=4,
-        lanes=8,
-        lookahead=4,
-        seed=3,
+    sources = (
+        data_config.DataSource("short", f"{folder}/short-*.jsonl"),
+        data_config.DataSource("chat", f"{folder}/chat.parquet", kind="chat", weight=0.5),
+        data_config.DataSource("long", f"{folder}/long.arrayrecord", kind="text"),
     )
+    data = data_config.DataConfig(sources, lanes=8, lookahead=4)
+    return data_config.StreamConfig(data, seq_len=64, rows=4, seed=3)
+
+
+def change(config, **fields):
+    """Return a config with other fields, of the stream or of its data."""
+    names = {field.name for field in dataclasses.fields(config)}
+    own = {name: value for name, value in fields.items() if name in names}
+    data = {name: value for name, value in fields.items() if name not in names}
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, **data), **own)
 
 
 def arrays(rows):
@@ -139,13 +144,13 @@ def test_a_seed_gives_the_same_rows_and_another_gives_others(config, tokenizer):
         first, again = take(a, 6), take(b, 6)
     for one, other in zip(first, again, strict=True):
         assert_same(one, other)
-    with stream_lib.BatchStream(dataclasses.replace(config, seed=4), tokenizer) as stream:
+    with stream_lib.BatchStream(change(config, seed=4), tokenizer) as stream:
         assert take(stream, 1)[0].sample_ids != first[0].sample_ids
 
 
 @pytest.mark.parametrize("rows", [2, 8, 16])
 def test_a_state_taken_after_any_batch_continues_exactly(config, tokenizer, rows):
-    config = dataclasses.replace(config, rows=rows)
+    config = change(config, rows=rows)
     with stream_lib.BatchStream(config, tokenizer) as stream:
         states, wanted = [merged([stream])], []
         for _ in range(7):
@@ -173,9 +178,9 @@ def test_set_state_turns_a_running_stream_back(config, tokenizer):
 def test_processes_give_the_rows_of_the_thread_and_take_over_from_it(config, tokenizer):
     with stream_lib.BatchStream(config, tokenizer) as stream:
         wanted = take(stream, 12)
-    with stream_lib.BatchStream(dataclasses.replace(config, workers=2), tokenizer) as stream:
+    with stream_lib.BatchStream(change(config, workers=2), tokenizer) as stream:
         found, state = take(stream, 5), stream.get_state()
-    with stream_lib.BatchStream(dataclasses.replace(config, workers=1), tokenizer) as stream:
+    with stream_lib.BatchStream(change(config, workers=1), tokenizer) as stream:
         stream.set_state(state)
         found, state = found + take(stream, 4), stream.get_state()
     with stream_lib.BatchStream(config, tokenizer) as stream:
@@ -187,7 +192,7 @@ def test_processes_give_the_rows_of_the_thread_and_take_over_from_it(config, tok
 
 @pytest.mark.parametrize("rows", [4, 16])
 def test_any_number_of_hosts_gives_the_rows_of_one_and_takes_over(config, tokenizer, rows):
-    config = dataclasses.replace(config, rows=rows)
+    config = change(config, rows=rows)
     with stream_lib.BatchStream(config, tokenizer) as stream:
         wanted = take(stream, 9)
     found, state = [], None
@@ -253,7 +258,7 @@ def test_an_epoch_ends_on_all_hosts_at_once(config, tokenizer):
 def test_stages_of_other_lengths_and_sizes_lose_nothing_and_repeat_nothing(config, tokenizer):
     found, state = collections.Counter(), None
     for seq_len, rows in ((32, 8), (128, 2), (48, 16), (64, 4)):
-        stage = dataclasses.replace(config, seq_len=seq_len, rows=rows)
+        stage = change(config, seq_len=seq_len, rows=rows)
         with stream_lib.BatchStream(stage, tokenizer) as stream:
             if state is not None:
                 stream.set_state(state)
@@ -274,7 +279,7 @@ def test_stages_of_other_lengths_and_sizes_lose_nothing_and_repeat_nothing(confi
 
 
 def test_lanes_together_read_an_epoch_before_the_next(config, tokenizer):
-    config = dataclasses.replace(config, sources=config.sources[:1], lanes=4)
+    config = change(config, sources=config.data.sources[:1], lanes=4)
     with stream_lib.BatchStream(config, tokenizer) as stream:
         seen = [name for rows in take(stream, 20) for row in rows.sample_ids for name in row]
         seen += [
@@ -295,7 +300,7 @@ def test_weights_are_shares_of_tokens_and_change_with_the_step(config, tokenizer
         (0, (("short", 1.0), ("long", 3.0))),
         (40, (("chat", 1.0),)),
     )
-    config = dataclasses.replace(config, weights=weights, lanes=4)
+    config = change(config, weights=weights, lanes=4)
     with stream_lib.BatchStream(config, tokenizer) as stream:
         before = take(stream, 40)
         state = stream.get_state()
@@ -308,7 +313,7 @@ def test_weights_are_shares_of_tokens_and_change_with_the_step(config, tokenizer
 
 
 def test_one_document_a_row_without_packing(config, tokenizer):
-    with stream_lib.BatchStream(dataclasses.replace(config, pack=False), tokenizer) as stream:
+    with stream_lib.BatchStream(change(config, pack=False), tokenizer) as stream:
         rows = next(stream)
     assert [len(samples) for samples in rows.sample_ids] == [1] * 4
 
@@ -317,19 +322,17 @@ def test_left_out_conversations_are_counted(config, tokenizer, tmp_path):
     long = conversation(0)
     long["messages"][0]["content"] = "so " * 100
     write_jsonl(tmp_path / "a.jsonl", [conversation(1), long] * 3)
-    config = dataclasses.replace(
-        config, sources=(stream_lib.DataSource("a", f"{tmp_path}/a.jsonl"),)
-    )
+    config = change(config, sources=(data_config.DataSource("a", f"{tmp_path}/a.jsonl"),))
     with pytest.raises(
-        stream_lib.DataError, match=r"a\.jsonl:\d: got a conversation of \d+ tokens"
+        records_lib.DataError, match=r"a\.jsonl:\d: got a conversation of \d+ tokens"
     ):
         next(stream_lib.BatchStream(config, tokenizer, num_epochs=1))
-    config = dataclasses.replace(config, overlong="drop")
+    config = change(config, overlong="drop")
     with stream_lib.BatchStream(config, tokenizer, num_epochs=1) as stream:
         (rows,) = list(stream)
     assert rows.num_dropped == 3
     write_jsonl(tmp_path / "a.jsonl", [long])
-    with pytest.raises(stream_lib.DataError, match="all longer than 64"):
+    with pytest.raises(records_lib.DataError, match="all longer than 64"):
         next(stream_lib.BatchStream(config, tokenizer))
 
 
@@ -338,19 +341,19 @@ def test_a_changed_file_is_named(config, tokenizer, tmp_path, folder):
         (tmp_path / file.name).write_bytes(file.read_bytes())
     moved = [
         dataclasses.replace(s, path=s.path.replace(str(folder), str(tmp_path)))
-        for s in config.sources
+        for s in config.data.sources
     ]
     with stream_lib.BatchStream(config, tokenizer) as stream:
         next(stream)
         state = merged([stream])
-    config = dataclasses.replace(config, sources=tuple(moved))
+    config = change(config, sources=tuple(moved))
     stream_lib.BatchStream(config, tokenizer).set_state(state)  # the same files elsewhere
     file = tmp_path / "short-1.jsonl"
     file.write_bytes(file.read_bytes().replace(b"matrix", b"Matrix", 1))
-    with pytest.raises(stream_lib.DataError, match=r"'short': short-1.jsonl changed since"):
+    with pytest.raises(records_lib.DataError, match=r"'short': short-1.jsonl changed since"):
         stream_lib.BatchStream(config, tokenizer).set_state(state)
     file.unlink()
-    with pytest.raises(stream_lib.DataError, match=r"short-1.jsonl is gone"):
+    with pytest.raises(records_lib.DataError, match=r"short-1.jsonl is gone"):
         stream_lib.BatchStream(config, tokenizer).set_state(state)
 
 
@@ -358,13 +361,13 @@ def test_states_that_do_not_fit_are_refused(config, tokenizer):
     stream = stream_lib.BatchStream(config, tokenizer)
     state = stream.get_state()
     with pytest.raises(ValueError, match="seed: got 4; wanted 3"):
-        stream_lib.BatchStream(dataclasses.replace(config, seed=4), tokenizer).set_state(state)
+        stream_lib.BatchStream(change(config, seed=4), tokenizer).set_state(state)
     with pytest.raises(ValueError, match="lanes: got 16; wanted 8"):
-        stream_lib.BatchStream(dataclasses.replace(config, lanes=16), tokenizer).set_state(state)
+        stream_lib.BatchStream(change(config, lanes=16), tokenizer).set_state(state)
     with pytest.raises(ValueError, match="the states of all hosts"):
         stream.set_state(stream_lib.BatchStream(config, tokenizer, 0, 2).get_state())
-    fewer = dataclasses.replace(config, sources=config.sources[:2])
-    with pytest.raises(stream_lib.DataError, match="'long'.*Give it weight 0"):
+    fewer = change(config, sources=config.data.sources[:2])
+    with pytest.raises(records_lib.DataError, match="'long'.*Give it weight 0"):
         stream_lib.BatchStream(fewer, tokenizer).set_state(state)
 
 
@@ -385,18 +388,18 @@ def test_states_that_do_not_fit_are_refused(config, tokenizer):
 )
 def test_configs_that_are_refused(config, changes, message):
     with pytest.raises(ValueError, match=message):
-        dataclasses.replace(config, **changes)
+        change(config, **changes)
 
 
 def test_hosts_that_cannot_share_are_refused(config, tokenizer):
     with pytest.raises(ValueError, match="rows: got 4 for 3 hosts"):
         stream_lib.BatchStream(config, tokenizer, 0, 3)
     with pytest.raises(ValueError, match="lanes: got 2 for 4 hosts"):
-        stream_lib.BatchStream(dataclasses.replace(config, lanes=2), tokenizer, 0, 4)
+        stream_lib.BatchStream(change(config, lanes=2), tokenizer, 0, 4)
     with pytest.raises(ValueError, match="process 2 of 2"):
         stream_lib.BatchStream(config, tokenizer, 2, 2)
     with pytest.raises(ValueError, match="special token: got '<eod>'"):
-        stream_lib.BatchStream(dataclasses.replace(config, end_token="<eod>"), tokenizer)
+        stream_lib.BatchStream(change(config, end_token="<eod>"), tokenizer)
 
 
 @pytest.mark.parametrize(
@@ -412,19 +415,18 @@ def test_hosts_that_cannot_share_are_refused(config, tokenizer):
 @pytest.mark.parametrize("epochs", [None, 1])
 def test_a_bad_record_is_named(tokenizer, tmp_path, content, message, epochs):
     (tmp_path / "a.jsonl").write_bytes(content)
-    config = stream_lib.StreamConfig(
-        (stream_lib.DataSource("a", f"{tmp_path}/a.jsonl"),), 16, 1, lanes=1
-    )
+    source = data_config.DataSource("a", f"{tmp_path}/a.jsonl")
+    config = data_config.StreamConfig(data_config.DataConfig((source,), lanes=1), 16, 1)
     with (
         stream_lib.BatchStream(config, tokenizer, num_epochs=epochs) as stream,
-        pytest.raises(stream_lib.DataError, match=message),
+        pytest.raises(records_lib.DataError, match=message),
     ):
         take(stream, 9)
 
 
 @pytest.mark.slow
 def test_a_killed_worker_is_an_error_and_not_a_wait(config, tokenizer):
-    with stream_lib.BatchStream(dataclasses.replace(config, workers=2), tokenizer) as stream:
+    with stream_lib.BatchStream(change(config, workers=2), tokenizer) as stream:
         next(stream)
         multiprocessing.active_children()[0].kill()
         with pytest.raises(RuntimeError, match=r"data worker \d ended without a word"):
@@ -433,31 +435,30 @@ def test_a_killed_worker_is_an_error_and_not_a_wait(config, tokenizer):
 
 def test_errors_of_workers_are_those_of_the_thread(tokenizer, tmp_path):
     write_jsonl(tmp_path / "a.jsonl", [{"txt": "a"}])
-    config = stream_lib.StreamConfig(
-        (stream_lib.DataSource("a", f"{tmp_path}/a.jsonl"),), 16, 1, workers=1
-    )
+    source = data_config.DataSource("a", f"{tmp_path}/a.jsonl")
+    config = data_config.StreamConfig(data_config.DataConfig((source,), workers=1), 16, 1)
     with (
         stream_lib.BatchStream(config, tokenizer) as stream,
-        pytest.raises(stream_lib.DataError, match=r"a.jsonl:1: got the keys"),
+        pytest.raises(records_lib.DataError, match=r"a.jsonl:1: got the keys"),
     ):
         next(stream)
 
 
 def test_another_tokenisation_of_what_was_half_handed_out_is_refused(config, tokenizer):
-    config = dataclasses.replace(config, sources=config.sources[2:], rows=8)
+    config = change(config, sources=config.data.sources[2:], rows=8)
     with stream_lib.BatchStream(config, tokenizer) as stream:
         take(stream, 2)
         state = merged([stream])
-    with stream_lib.BatchStream(dataclasses.replace(config, end_token=None), tokenizer) as stream:
+    with stream_lib.BatchStream(change(config, end_token=None), tokenizer) as stream:
         stream.set_state(state)
         with pytest.raises(
-            stream_lib.DataError, match="of which the checkpoint had handed out some"
+            records_lib.DataError, match="of which the checkpoint had handed out some"
         ):
             next(stream)
 
 
 def test_a_source_may_be_added_at_a_checkpoint(config, tokenizer):
-    fewer = dataclasses.replace(config, sources=config.sources[:2])
+    fewer = change(config, sources=config.data.sources[:2])
     with stream_lib.BatchStream(fewer, tokenizer) as stream:
         take(stream, 3)
         state = merged([stream])
@@ -469,10 +470,11 @@ def test_a_source_may_be_added_at_a_checkpoint(config, tokenizer):
 _KILLED = """
 import multiprocessing, pathlib, sys, time
 from m1_jax import tokenizer
-from train.data import mixture, stream as stream_lib
+from train.data import config as data_config, stream as stream_lib
 if __name__ == "__main__":
-    source = mixture.DataSource("short", sys.argv[1])
-    config = mixture.StreamConfig((source,), 64, 4, lanes=4, workers=1)
+    source = data_config.DataSource("short", sys.argv[1])
+    data = data_config.DataConfig((source,), lanes=4, workers=1)
+    config = data_config.StreamConfig(data, 64, 4)
     stream = stream_lib.BatchStream(config, tokenizer.Tokenizer.load(sys.argv[2]))
     next(stream)
     print(multiprocessing.active_children()[0].pid, flush=True)

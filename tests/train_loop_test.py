@@ -24,7 +24,7 @@ from train.config import (
     TrainConfig,
     TrainStage,
 )
-from train.data import stream
+from train.data import records
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 MODEL = dataclasses.replace(
@@ -257,7 +257,7 @@ def test_data_that_changed_since_the_checkpoint_is_refused(tmp_path):
     )
     loop.run_training(config, tmp_path / "run")
     file.write_text("".join(lines[1:]))
-    with pytest.raises(stream.DataError, match="changed|fingerprint"):
+    with pytest.raises(records.DataError, match="changed|fingerprint"):
         loop.run_training(config, tmp_path / "run")
 
 

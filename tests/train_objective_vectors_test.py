@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from loss_support import CISPO, bound_weights, make_terms, near, value_and_grad
 
-from train.rl import objective, rollout_correction
+from train.rl import loss, objective, rollout_correction
 
-CISPO = objective.PRESETS["cispo"]
 OFF = dataclasses.replace(CISPO, is_weight_max=None)
 PAIR = ("positive", "negative")
 
@@ -18,39 +18,6 @@ PAIR = ("positive", "negative")
 def double():
     with jax.enable_x64(True):
         yield
-
-
-def near(got, wanted, tolerance=1e-6):
-    np.testing.assert_allclose(np.asarray(got), wanted, rtol=0, atol=tolerance)
-
-
-def rows(logp, advantages, mask=None, old=None, **more):
-    """Return terms of one sample a row, with coefficients of 1."""
-    logp = np.asarray(logp, np.float64)
-    mask = np.ones(logp.shape) if mask is None else np.asarray(mask)
-    old = logp if old is None else old
-    given = {
-        "logp": logp,
-        "logp_old": old,
-        "logp_rollout": old,
-        "advantages": np.broadcast_to(np.asarray(advantages, np.float64), logp.shape),
-        "mask": mask,
-        "coefficients": mask,
-        "segment_ids": np.ones(logp.shape, np.int32),
-    }
-    return objective.TokenTerms(**jax.tree.map(jnp.asarray, given | more))
-
-
-def value_and_grad(options, terms):
-    def of(logp):
-        return objective.compute_loss(options, dataclasses.replace(terms, logp=logp))
-
-    (value, metrics), grad = jax.value_and_grad(of, has_aux=True)(terms.logp)
-    return value, grad, metrics
-
-
-def bounds(low, high):
-    return dataclasses.replace(CISPO, is_weight_min=low, is_weight_max=high)
 
 
 def masked(**clip):
@@ -67,13 +34,13 @@ def masked(**clip):
 def test_t1_nothing_flows_through_the_weight(low, high, value, grad, clipped):
     logp, a = np.array([-0.7, -1.2, -0.4, -2.1]), np.array([1, -0.5, 2, -1])
     ratio = np.array([1, 1.14, 1.56, 0.4]) if low else np.array([1, 3, 9, 0.4])
-    terms = rows(logp[:, None], a[:, None], old=(logp - np.log(ratio))[:, None])
-    got, slope, metrics = value_and_grad(bounds(low, high), terms)
+    terms = make_terms(logp[:, None], a[:, None], old=(logp - np.log(ratio))[:, None])
+    got, slope, metrics = value_and_grad(bound_weights(low, high), terms)
     near(got, sum(value))
     near(slope[:, 0], grad)
     for n in range(4):
         one = jax.tree.map(lambda x, n=n: x[n : n + 1], terms)
-        near(value_and_grad(bounds(low, high), one)[0], value[n])
+        near(value_and_grad(bound_weights(low, high), one)[0], value[n])
     names = [f"weight_{side}/{sign}" for side in ("high", "low") for sign in PAIR]
     assert sum(float(metrics["sums"][name]) for name in names) == sum(clipped)
 
@@ -82,17 +49,17 @@ def test_t3_with_and_without_the_samplers_weight():
     logp, old = np.array([[-1.69315, -1, -0.59453]]), -np.ones((1, 3))
     a, gen = np.array([[1.0, -1, 2]]), np.array([[-0.5, -1.5, -0.8]])
     third = np.full((1, 3), 1 / 3)
-    terms = rows(logp, a, old=old, coefficients=third, logp_rollout=gen)
-    near(value_and_grad(bounds(0.8, 1.2), terms)[0], 0.59379733)
+    terms = make_terms(logp, a, old=old, coefficients=third, logp_rollout=gen)
+    near(value_and_grad(bound_weights(0.8, 1.2), terms)[0], 0.59379733)
     options = dataclasses.replace(
-        bounds(0.8, 1.2), correction=rollout_correction.RolloutCorrection(high=None)
+        bound_weights(0.8, 1.2), correction=rollout_correction.RolloutCorrection(high=None)
     )
     near(value_and_grad(options, terms)[0], 0.11368688)
 
 
 def test_t4_against_the_sampler():
-    options = dataclasses.replace(bounds(0.8, 1.2), anchor="rollout")
-    terms = rows([[0.0, 5, -5]], [[1.0, 2, 3]], [[1, 1, 0]], np.full((1, 3), -7.0))
+    options = dataclasses.replace(bound_weights(0.8, 1.2), anchor="rollout")
+    terms = make_terms([[0.0, 5, -5]], [[1.0, 2, 3]], [[1, 1, 0]], np.full((1, 3), -7.0))
     terms = dataclasses.replace(terms, logp_rollout=jnp.zeros((1, 3)))
     value, grad, _ = value_and_grad(options, terms)
     near(value, -12)
@@ -102,9 +69,9 @@ def test_t4_against_the_sampler():
 def test_t5_dual_clip():
     options = masked(clip_low=0.2, clip_high=0.2, dual_clip=1.5)
     for ratio, a, wanted in [(2, 2, -2.4), (2, -2, 3), (0.5, 2, -1)]:
-        terms = rows([[np.log(ratio)]], [[a]], old=np.zeros((1, 1)))
+        terms = make_terms([[np.log(ratio)]], [[a]], old=np.zeros((1, 1)))
         near(value_and_grad(options, terms)[2]["shares"]["ppo_loss"], wanted)
-    terms = rows([[np.log(8)]], [[-1.0]], old=np.zeros((1, 1)))
+    terms = make_terms([[np.log(8)]], [[-1.0]], old=np.zeros((1, 1)))
     _, grad, metrics = value_and_grad(masked(dual_clip=3.0), terms)
     near(metrics["shares"]["ppo_loss"], 3)
     near(grad, [[0]])
@@ -126,7 +93,7 @@ def test_t9_kl(clamps, wanted):
     x = np.array([0, -15, -30.0]) - -1.0
     for kind, values in zip(("k1", "k2", "k3"), wanted, strict=True):
         options = dataclasses.replace(CISPO, kl_kind=kind, **clamps)
-        near(objective.estimate_kl(options, jnp.asarray(x)), values)
+        near(loss.estimate_kl(options, jnp.asarray(x)), values)
 
 
 @pytest.mark.parametrize(
@@ -150,9 +117,7 @@ def test_t12_aggregations(name, of_two, of_three):
     sums, lengths = np.array([10, 30, 6]), np.array([4, 2, 1])
 
     def total(n, prompts, valid):
-        each = objective.token_coefficients(
-            options, lengths[:n], np.array(prompts), np.array(valid)
-        )
+        each = loss.token_coefficients(options, lengths[:n], np.array(prompts), np.array(valid))
         return (each * sums[:n]).sum()
 
     near(total(2, [0, 1], [True] * 2), of_two, 1e-8)
@@ -165,9 +130,7 @@ def test_t12_aggregations(name, of_two, of_three):
 def test_an_empty_sample_counts_and_no_divisor_is_below_one():
     def each(name, lengths, valid):
         options = dataclasses.replace(CISPO, aggregation=name)
-        return objective.token_coefficients(
-            options, np.array(lengths), np.arange(2), np.array(valid)
-        )
+        return loss.token_coefficients(options, np.array(lengths), np.arange(2), np.array(valid))
 
     near(each("seq-mean-token-mean", [4, 0], [True, True]), [1 / 8, 1 / 2])
     near(each("prompt-mean", [4, 0], [True, True])[0], 1 / 8)
@@ -175,7 +138,7 @@ def test_an_empty_sample_counts_and_no_divisor_is_below_one():
     for name in ("token-mean", "prompt-mean", "seq-mean-token-mean"):
         assert not each(name, [3, 3], [False, False]).any()
     with pytest.raises(ValueError, match="wanted one number of each for every sample"):
-        objective.token_coefficients(CISPO, np.ones(2), np.ones(3), np.ones(2, bool))
+        loss.token_coefficients(CISPO, np.ones(2), np.ones(3), np.ones(2, bool))
 
 
 # ---- options

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from train.rl import loss, objective
 from train.rl import metrics as rl_metrics
-from train.rl import objective
 
 CISPO, DAPO = objective.PRESETS["cispo"], objective.PRESETS["dapo"]
 RATIO = np.array([[1, 1.5, 0.5, 8], [2, 0.9, 0.7, 1.25]])
@@ -22,7 +22,7 @@ def near(got, wanted, tolerance=1e-6):
 
 def measure(options, ratio=RATIO, a=A, mask=MASK, **more):
     old = np.full(ratio.shape, -1.0)
-    terms = objective.TokenTerms(
+    terms = loss.TokenTerms(
         logp=old + np.log(ratio),
         logp_old=old,
         logp_rollout=old,
@@ -33,7 +33,8 @@ def measure(options, ratio=RATIO, a=A, mask=MASK, **more):
         **more,
     )
     with jax.enable_x64(True):
-        return objective.compute_loss(options, jax.tree.map(jnp.asarray, terms))[1]
+        _, parts = loss.compute_loss(options, jax.tree.map(jnp.asarray, terms))
+        return rl_metrics.loss_metrics(parts)
 
 
 def test_clips_are_counted_by_sign():

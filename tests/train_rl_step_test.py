@@ -11,7 +11,7 @@ import pytest
 from m1_jax import ModelConfig
 from m1_jax import params as params_lib
 from train import lora, optim, step
-from train.rl import advantages, objective, rollout_correction
+from train.rl import advantages, loss, objective, rollout_correction
 from train.rl import batch as rl_batch
 from train.rl import sample as sample_lib
 from train.rl import step as rl_step
@@ -66,7 +66,7 @@ def pack(rows, chosen, samples=None, seq_len=SEQ_LEN, routes=None, **filled):
     packed = rl_batch.pack_samples(samples, rows, seq_len, routes)
     lengths = np.array([sum(one.mask) for one in samples])
     places = [SAMPLES.index(one) for one in samples]
-    each = objective.token_coefficients(chosen, lengths, GROUPS[places], VALID)
+    each = loss.token_coefficients(chosen, lengths, GROUPS[places], VALID)
     worth = advantages.sample_advantages(chosen, REWARDS[places], GROUPS[places], VALID)
     old = [[logp - 0.3 for logp in one.logprobs] for one in samples]
     filled = {"coefficients": each, "advantages": worth, "logp_old": old} | filled

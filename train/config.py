@@ -6,9 +6,11 @@ import math
 from m1_jax import config as config_lib
 from m1_jax import configlib
 from train import lora as lora_lib
-from train.data import mixture
+from train.data import config as data_config
 
-DataSource = mixture.DataSource
+# A config file imports this module alone.
+DataConfig = data_config.DataConfig
+DataSource = data_config.DataSource
 LoraConfig = lora_lib.LoraConfig
 
 SCHEDULE_SHAPES = ("constant", "linear", "cosine")
@@ -88,24 +90,6 @@ class LossConfig:
             tokens == sorted(set(tokens)), "loss.balance", tokens, "rising tokens"
         )
         configlib.check_field(self.z >= 0, "loss.z", self.z, "at least 0")
-
-
-@dataclasses.dataclass(frozen=True)
-class DataConfig:
-    """What is read; see `mixture.StreamConfig`, whose other fields the stage and the run have."""
-
-    sources: tuple[DataSource, ...]
-    weights: tuple[tuple[int, tuple[tuple[str, float], ...]], ...] = ()
-    pack: bool = True
-    overlong: str = "error"
-    thinking: str = "keep"
-    profile: str = "release"
-    begin_token: str | None = "<begin_of_document>"
-    end_token: str | None = "<end_of_document>"
-    workers: int = 0
-    prefetch: int = 2
-    lanes: int = 64
-    lookahead: int = 64
 
 
 @dataclasses.dataclass(frozen=True)

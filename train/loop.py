@@ -22,7 +22,8 @@ from train import checkpoints, evaluate, metrics, optim, run_model
 from train import config as config_lib
 from train import step as step_lib
 from train import workdir as workdir_lib
-from train.data import placement
+from train.data import config as data_config
+from train.data import placement, records
 from train.data import stream as stream_lib
 
 # What may change when a run goes on: where it computes and what it logs, never what it computes.
@@ -131,12 +132,10 @@ class TrainSetup:
     ) -> stream_lib.BatchStream:
         """Open a stage's data; or held-out data, read once, in the stage's rows."""
         stage, data = self.config.stages[stage_index], self.config.data
-        fields = {f.name: getattr(data, f.name) for f in dataclasses.fields(data)}
         if held_out_sources:
-            fields |= {"sources": held_out_sources, "weights": ()}
-        fields |= {"seq_len": stage.seq_len, "rows": stage.rows, "seed": self.config.seed}
+            data = dataclasses.replace(data, sources=held_out_sources, weights=())
         return stream_lib.BatchStream(
-            stream_lib.StreamConfig(**fields),
+            data_config.StreamConfig(data, stage.seq_len, stage.rows, self.config.seed),
             self.model.tokenizer,
             batch_placement.block_index,
             batch_placement.num_blocks,
@@ -362,7 +361,7 @@ class TrainSession:
                 totals += np.asarray(sums, np.float64)
                 num_batches += 1
         if not totals[1].any():
-            raise stream_lib.DataError(f"evaluation: no token with weight in {num_batches} batches")
+            raise records.DataError(f"evaluation: no token with weight in {num_batches} batches")
         self.writer.write(self.step, "eval", evaluate.tabulate_losses(totals, names))
         self.timer.restart(self.step)  # the time of an evaluation is no step's
 

@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from infer import config as config_lib
 from infer.execution import host_batch, programs, slot_sampling, transfers
 from infer.scheduling import plan as plan_lib
-from m1_jax import state as state_lib
+from m1_jax.serving import state as state_lib
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,8 +23,8 @@ from infer import options as options_lib
 from infer.execution import sampling, slot_sampling
 from m1_jax import config as model_config_lib
 from m1_jax import sharding
-from m1_jax import state as state_lib
-from m1_jax.serving import ragged_batch
+from m1_jax.serving import forward, ragged_batch
+from m1_jax.serving import state as state_lib
 
 
 @jax.tree_util.register_dataclass
@@ -101,7 +101,7 @@ def decode_tokens(
             tiling.matmul_tile,
         )
         tokens = sampling_state.token[batch.slots]
-        logits, state = ragged_batch.forward_ragged(model, tokens, rows, state)
+        logits, state = forward.forward_ragged(model, tokens, rows, state)
         # Every device chooses for all rows: the sampling state is replicated.
         logits = sharding.replicate_array(logits, model.layout)
         sampling_state, chosen = slot_sampling.choose_and_record(
@@ -202,7 +202,7 @@ def verify_drafts(
     tokens = jnp.where(
         column == first, sampling_state.token[batch.slots][:, None], jnp.maximum(drafts, 0)
     )
-    logits, state = ragged_batch.forward_ragged(model, tokens.reshape(-1), rows, state)
+    logits, state = forward.forward_ragged(model, tokens.reshape(-1), rows, state)
     logits = sharding.replicate_array(logits, model.layout)
     # Each column of a tile chooses like a row of its own. Pages are not needed for that.
     by_column = jax.tree.map(
@@ -302,9 +302,7 @@ def prefill_prompts(
         tiling.matmul_tile,
     )
     # Logits of the last rows alone: those of all rows would be the largest array of the program.
-    logits, state = ragged_batch.forward_ragged(
-        model, prompts.tokens, rows, state, prompts.last_rows
-    )
+    logits, state = forward.forward_ragged(model, prompts.tokens, rows, state, prompts.last_rows)
     logits = sharding.replicate_array(logits, model.layout)
     sampling_state, chosen = slot_sampling.choose_and_record(
         logits, sampling_state, batch, prompts.last_rows >= 0, prompts.lengths

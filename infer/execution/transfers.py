@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt
 
 from infer.execution import sampling, slot_sampling
-from m1_jax import state as state_lib
+from m1_jax.serving import state as state_lib
 
 # Sizes of one call. Programs have fixed shapes, so longer work is cut and the last call is padded.
 SWAP_PAGES = 16  # pages moved to or from the host

@@ -1,12 +1,12 @@
-"""Compiling for TPUs that are not there: memory, time, and the text of the program."""
+"""Compiling ahead of time for TPUs that are not there: memory, time, and the program's text."""
 
 import contextlib
 import dataclasses
-import glob
 import pathlib
 import re
 import tempfile
 import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,10 +16,18 @@ _PROBE_BYTES = 2**42  # more than any chip has
 
 @dataclasses.dataclass(frozen=True)
 class CompileResult:
-    """What the compiler says; bytes and operations are those of one chip.
+    """What the compiler reports. Bytes and operations are those of one chip.
 
-    needed: HBM for all; text: the optimised HLO; flops: its own count, None if it did not fit;
-    cpu_secs: of all threads, which other processes do not stretch.
+    Attributes:
+      fits: whether the program fits into HBM.
+      needed_bytes: HBM for arguments, results, temporaries and code.
+      limit_bytes: HBM that the compiler grants.
+      argument_bytes: of `needed_bytes`; None: the program does not fit.
+      temp_bytes: temporaries, of `needed_bytes`; None: the program does not fit.
+      flops: the compiler's own count, which takes a loop's body once; None: it does not fit.
+      hlo_text: the optimised program; empty where the compiler wrote none.
+      compile_secs: by the clock.
+      compile_cpu_secs: of all threads. Other processes stretch the clock's time, but not this.
     """
 
     fits: bool
@@ -33,32 +41,35 @@ class CompileResult:
     compile_cpu_secs: float
 
 
-def compile_program(traced, limit_bytes: float) -> CompileResult:
-    """Compile for a TPU, keeping the compiler's own dump of the program.
+def compile_program(traced: jax.stages.Traced, limit_bytes: float) -> CompileResult:
+    """Compile for a TPU, and read the program's text from the compiler's own dump.
 
-    A dump, because `as_text` of some TPU programs fails inside XLA, and because it is there even
-    of a program that does not fit.
+    `as_text` fails inside XLA for some TPU programs. The dump exists for these, and also for a
+    program that does not fit.
     """
-    started, cpu_started = time.perf_counter(), time.process_time()
+    start_secs, start_cpu_secs = time.perf_counter(), time.process_time()
 
-    def spent():
-        return time.perf_counter() - started, time.process_time() - cpu_started
+    def measure_secs() -> tuple[float, float]:
+        return time.perf_counter() - start_secs, time.process_time() - start_cpu_secs
 
     with tempfile.TemporaryDirectory() as dump, _disable_compile_cache():
         options = {"xla_dump_to": dump, "xla_dump_hlo_as_text": True}
         try:
             program = compile_for_tpu(traced, compiler_options=options)
         except jax.errors.JaxRuntimeError as error:
-            too_much = parse_out_of_memory(str(error))
-            if too_much is None:
+            sizes = parse_out_of_memory(str(error))
+            if sizes is None:
                 raise
-            return CompileResult(False, *too_much, None, None, None, _read_dump(dump), *spent())
-        secs = spent()
+            text = _read_dump(dump)
+            return CompileResult(False, *sizes, None, None, None, text, *measure_secs())
+        secs = measure_secs()
         text = _read_dump(dump)
     memory = program.memory_analysis()
-    kept = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    assert memory is not None  # every TPU compiler tells
+    # An output that takes the memory of a donated argument is counted with the arguments.
+    results = memory.output_size_in_bytes - memory.alias_size_in_bytes
     arguments, temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes
-    needed = arguments + kept + temporaries + memory.generated_code_size_in_bytes
+    needed = arguments + results + temporaries + memory.generated_code_size_in_bytes
     count = (program.cost_analysis() or {}).get("flops")
     return CompileResult(
         needed <= limit_bytes, needed, limit_bytes, arguments, temporaries, count, text, *secs
@@ -66,16 +77,14 @@ def compile_program(traced, limit_bytes: float) -> CompileResult:
 
 
 def _read_dump(dump: str) -> str:
-    """Return the optimised text of the largest module: others are parts cut out of it."""
-    found = glob.glob(f"{dump}/*.after_optimizations.txt")
-    if not found:
-        return ""
-    return pathlib.Path(max(found, key=lambda path: pathlib.Path(path).stat().st_size)).read_text()
+    """Return the optimised text of the largest module; the smaller ones are parts cut out of it."""
+    files = list(pathlib.Path(dump).glob("*.after_optimizations.txt"))
+    return max(files, key=lambda file: file.stat().st_size).read_text() if files else ""
 
 
 @contextlib.contextmanager
 def _disable_compile_cache():
-    """What a compilation cache holds is not compiled, so dumps nothing and takes no time."""
+    """Compile in any case: a program from the compilation cache has no dump and takes no time."""
     before = jax.config.values["jax_enable_compilation_cache"]
     jax.config.update("jax_enable_compilation_cache", False)
     try:
@@ -84,38 +93,45 @@ def _disable_compile_cache():
         jax.config.update("jax_enable_compilation_cache", before)
 
 
-def probe_hbm_limit_bytes(device) -> float:
-    """Return the memory that the compiler grants one device, from its refusal to exceed it."""
-    one = jax.sharding.SingleDeviceSharding(device)
-    large = jax.ShapeDtypeStruct((_PROBE_BYTES // 4,), jnp.float32, sharding=one)
+def probe_hbm_limit_bytes(device: Any) -> float:
+    """Return the memory that the compiler grants one device, from its refusal to exceed it.
+
+    A device of a topology has no memory statistics, and only the error message names the limit.
+    """
+    on_device = jax.sharding.SingleDeviceSharding(device)
+    too_large = jax.ShapeDtypeStruct((_PROBE_BYTES // 4,), jnp.float32, sharding=on_device)
     try:
-        compile_for_tpu(jax.jit(lambda x: x + 1).trace(large))
+        compile_for_tpu(jax.jit(lambda x: x + 1).trace(too_large))
     except jax.errors.JaxRuntimeError as error:
-        found = parse_out_of_memory(str(error))
-        if found is not None:
-            return found[1]
-        raise
+        sizes = parse_out_of_memory(str(error))
+        if sizes is None:
+            raise
+        return sizes[1]
     raise AssertionError(f"{device} took {_PROBE_BYTES} bytes")
 
 
-def compile_for_tpu(traced, **kwargs):
+def compile_for_tpu(traced: jax.stages.Traced, **kwargs) -> jax.stages.Compiled:
+    """Lower for TPUs, whatever backend this process has, and compile."""
     return traced.lower(lowering_platforms=("tpu",)).compile(**kwargs)
 
 
 def parse_out_of_memory(message: str) -> tuple[float, float] | None:
     """Return (needed, available) bytes from a compiler's RESOURCE_EXHAUSTED; None: another error.
 
-    What is needed covers arguments and results, whatever the message calls it.
+    The needed bytes are those of arguments, results and temporaries together.
     """
     if "RESOURCE_EXHAUSTED" not in message and "Ran out of memory" not in message:
         return None
-    number = r"([\d.]+)\s*([KMGT]?)i?B?"
-    for form in (
-        rf"\({number}\) exceeds available HBM \({number}\)",
-        rf"Used {number} of {number}",
+    # Two groups each: the number, and the letter of its unit, if any.
+    size = r"([\d.]+)\s*([KMGT]?)i?B?"
+    for pattern in (
+        rf"\({size}\) exceeds available HBM \({size}\)",
+        rf"Used {size} of {size}",
     ):
-        found = re.search(form, message)
-        if found:
-            sizes = [float(found[i]) * 1024 ** " KMGT".index(found[i + 1] or " ") for i in (1, 3)]
-            return sizes[0], sizes[1]
+        match = re.search(pattern, message)
+        if match:
+            needed, limit = (
+                float(match[i]) * 1024 ** " KMGT".index(match[i + 1] or " ") for i in (1, 3)
+            )
+            return needed, limit
     return None

@@ -17,6 +17,7 @@ from m1_jax import flops, sharding
 from m1_jax import params as params_lib
 from m1_jax import state as state_lib
 from m1_jax.plan import estimate
+from m1_jax.serving import state as serving_state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,10 +108,10 @@ def state_and_kv_bytes(
 
         chunk = sizes.EngineConfig().chunk_tokens
         pages = job.batch * -(-job.seq // chunk)
-        state = state_lib.abstract_serving_state(config, job.batch, pages, chunk, layout)
+        state = serving_state.abstract_serving_state(config, job.batch, pages, chunk, layout)
     else:
         state = abstract_state(config, layout, job)
-    caches = (state_lib.KVCache, state_lib.PagedKVCache)
+    caches = (state_lib.KVCache, serving_state.PagedKVCache)
     kv = [layer for layer in state.layers if isinstance(layer, caches)]
     total = estimate.local_bytes(state)
     return total - estimate.local_bytes(kv), estimate.local_bytes(kv)
@@ -180,8 +181,8 @@ def trace_serve(setting: JobSetting) -> list[TracedProgram]:
     )
     state, arguments = programs.abstract_decode_inputs(setting.config, setting.layout, engine)
     pools = state.layers
-    pages = [pool for pool in pools if isinstance(pool, state_lib.PagedKVCache)]
-    slots = [pool for pool in pools if isinstance(pool, state_lib.LightningSlots)]
+    pages = [pool for pool in pools if isinstance(pool, serving_state.PagedKVCache)]
+    slots = [pool for pool in pools if isinstance(pool, serving_state.LightningSlots)]
     parts = {"parameters": setting.model, "state": slots, "kv": pages, "batch": arguments}
 
     def decode(model, state, rows, batch, steps):

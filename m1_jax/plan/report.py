@@ -1,4 +1,4 @@
-"""The words and tables that `plan.py` prints for a record."""
+"""The words and tables that `command.py` prints for a record."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,7 +7,7 @@ GIB = 2**30
 
 
 def format_report(record: Mapping[str, Any]) -> str:
-    """Return a record of `plan.run` as text; the last line says whether the program fits."""
+    """Return a record of `command.run` as text; the last line says whether the program fits."""
     chips = f"{record['devices'] // record['devices_per_chip']} chips"
     if record["devices_per_chip"] > 1:
         chips += f", {record['devices']} devices of half a chip: below, a chip is such a half"
@@ -35,7 +35,7 @@ def format_report(record: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _describe_job(record) -> str:
+def _describe_job(record: Mapping[str, Any]) -> str:
     words = [] if record["job"] == "reshard" else [_describe_rows(record)]
     if record["weights"] is not None:
         words.append(f"weights {record['weights']}")
@@ -44,7 +44,7 @@ def _describe_job(record) -> str:
     return ", ".join(words)
 
 
-def _describe_rows(record) -> str:
+def _describe_rows(record: Mapping[str, Any]) -> str:
     rows = f"{record['batch']} rows of {record['seq']} tokens"
     if record["job"] == "rl_update":
         return f"{rows} in a microbatch, remat {record['remat']}"
@@ -54,10 +54,12 @@ def _describe_rows(record) -> str:
 
 
 def format_mesh(shape: Mapping[str, int]) -> str:
+    """Return axis=size,axis=size, as `--mesh` takes it."""
     return ",".join(f"{axis}={size}" for axis, size in shape.items())
 
 
 def format_verdict(record: Mapping[str, Any]) -> str:
+    """Return whether the program fits, and how far it is from the limit."""
     needed, limit = record["hbm_bytes_per_chip"] / GIB, record["hbm_limit_bytes"] / GIB
     if record["fits"]:
         return f"fits: {needed:.2f} of {limit:.2f} GiB a chip, {limit - needed:.2f} GiB are free"
@@ -67,43 +69,45 @@ def format_verdict(record: Mapping[str, Any]) -> str:
     )
 
 
-def _format_memory(record) -> list[str]:
-    parts, guess = record["hbm_parts"], dict(record["hbm_estimate"])
+def _format_memory(record: Mapping[str, Any]) -> list[str]:
+    parts, estimates = record["hbm_parts"], dict(record["hbm_estimate"])
     # Gradients and activations are both temporaries of the program.
-    guess["activations"] += guess.pop("gradients", 0)
+    estimates["activations"] += estimates.pop("gradients", 0)
+    # The estimate has one number for all decode states; keys and values are known exactly.
     if "kv" in parts:
-        guess["state"] = guess.get("state", 0) - parts["kv"]
-        guess["kv"] = parts["kv"]
+        estimates["state"] = estimates.get("state", 0) - parts["kv"]
+        estimates["kv"] = parts["kv"]
     lines = [f"{'HBM of a chip, GiB':<28}{'compiled':>10}{'by hand':>10}"]
     for name, size in parts.items():
         label = {"activations": "activations and temporaries"}.get(name, name)
-        lines.append(f"{label:<28}{size / GIB:>10.2f}{guess.get(name, 0) / GIB:>10.2f}")
-    for name, size in record["hbm_beside"].items():  # the compiler does not know of it
-        guess[f"{name}, beside"] = size
+        lines.append(f"{label:<28}{size / GIB:>10.2f}{estimates.get(name, 0) / GIB:>10.2f}")
+    # The compiler does not know of co-resident arrays, so both columns show our own size.
+    for name, size in record["hbm_beside"].items():
+        estimates[f"{name}, beside"] = size
         lines.append(f"{f'{name}, beside':<28}{size / GIB:>10.2f}{size / GIB:>10.2f}")
     total = record["hbm_bytes_per_chip"] / GIB
-    return [*lines, f"{'total':<28}{total:>10.2f}{sum(guess.values()) / GIB:>10.2f}"]
+    return [*lines, f"{'total':<28}{total:>10.2f}{sum(estimates.values()) / GIB:>10.2f}"]
 
 
-def _format_flops(record) -> list[str]:
+def _format_flops(record: Mapping[str, Any]) -> list[str]:
     if not record["flops_per_chip"]:
         return []
-    ours, again = record["flops_per_chip"], record["flops_again_per_chip"]
+    counted, recomputed = record["flops_per_chip"], record["flops_again_per_chip"]
     compiler = record["flops_compiler_per_chip"]
-    theirs = "none" if compiler is None else f"{compiler / 1e12:.2f}"
+    compiler_text = "none" if compiler is None else f"{compiler / 1e12:.2f}"
     return [
-        f"TFLOPs of a chip: {ours / 1e12:.2f}, of them {again / 1e12:.2f} computed again; "
-        f"compiler: {theirs} (it counts a loop once)"
+        f"TFLOPs of a chip: {counted / 1e12:.2f}, of them {recomputed / 1e12:.2f} computed again; "
+        f"compiler: {compiler_text} (it counts a loop once)"
     ]
 
 
-def _format_collectives(record) -> list[str]:
-    counted, paper = record["collectives"], record["collectives_estimate"]
-    head = f"{'received by a chip':<22}{'compiled':>10}{'GiB':>10}"
-    lines = [head + (f"{'by hand':>10}{'GiB':>10}" if paper else "")]
-    for kind in dict.fromkeys([*paper, *counted]):
+def _format_collectives(record: Mapping[str, Any]) -> list[str]:
+    compiled, estimates = record["collectives"], record["collectives_estimate"]
+    header = f"{'received by a chip':<22}{'compiled':>10}{'GiB':>10}"
+    lines = [header + (f"{'by hand':>10}{'GiB':>10}" if estimates else "")]
+    for kind in dict.fromkeys([*estimates, *compiled]):  # each kind once, in this order
         row = f"{kind:<22}"
-        for source in (counted, paper) if paper else (counted,):
+        for source in (compiled, estimates) if estimates else (compiled,):
             traffic = source.get(kind, {"count": 0, "bytes": 0})
             row += f"{traffic['count']:>10.0f}{traffic['bytes'] / GIB:>10.2f}"
         lines.append(row)
@@ -112,18 +116,18 @@ def _format_collectives(record) -> list[str]:
     return lines
 
 
-def _format_capacity(record) -> list[str]:
+def _format_capacity(record: Mapping[str, Any]) -> list[str]:
     rows = [f"{number} of {length:,} tokens" for length, number in record["capacity"].items()]
-    beside = "the sampler's requests beside it" if record["job"] == "rl_update" else "requests"
-    return [f"room for {beside}, weights in place: {', '.join(rows)}"] if rows else []
+    requests = "the sampler's requests beside it" if record["job"] == "rl_update" else "requests"
+    return [f"room for {requests}, weights in place: {', '.join(rows)}"] if rows else []
 
 
-def _format_tried_meshes(record) -> list[str]:
+def _format_tried_meshes(record: Mapping[str, Any]) -> list[str]:
     if len(record["tried"]) < 2:
         return []
     rows = [
-        f"  {format_mesh(one['mesh'])}: {one['hbm_bytes_per_chip'] / GIB:.2f} GiB, "
-        f"{'fits' if one['fits'] else 'does not fit'}, {one['compile_secs']:.0f} s"
-        for one in record["tried"]
+        f"  {format_mesh(attempt['mesh'])}: {attempt['hbm_bytes_per_chip'] / GIB:.2f} GiB, "
+        f"{'fits' if attempt['fits'] else 'does not fit'}, {attempt['compile_secs']:.0f} s"
+        for attempt in record["tried"]
     ]
     return ["meshes tried:", *rows]

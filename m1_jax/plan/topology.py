@@ -4,18 +4,19 @@ import dataclasses
 import math
 import os
 import re
+from typing import Any
 
 from jax.experimental import topologies
 
 
 @dataclasses.dataclass(frozen=True)
 class TpuGeneration:
-    """dims: numbers in a slice's name. most: chips of the largest slice. devices: per chip."""
+    """A generation of TPUs, as far as names of slices go."""
 
-    num_dims: int
-    max_chips: int
-    example: str
-    devices_per_chip: int = 1
+    num_dims: int  # numbers in a slice's name
+    max_chips: int  # of the largest slice
+    example: str  # a slice that exists, for error messages
+    devices_per_chip: int = 1  # that JAX sees
 
 
 TPU_GENERATIONS = {
@@ -32,11 +33,11 @@ class TopologyError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class TpuSlice:
-    """What a name like v5p:8x8x8 stands for. num_slices: how many, joined by the data network."""
+    """What a name like v5p:8x8x8 stands for."""
 
-    generation: str
-    shape: tuple[int, ...]
-    num_slices: int = 1
+    generation: str  # a key of `TPU_GENERATIONS`
+    shape: tuple[int, ...]  # chips along each dimension
+    num_slices: int = 1  # of this shape, joined by the data network
 
     @property
     def name(self) -> str:
@@ -58,11 +59,11 @@ def parse_slice(name: str, num_slices: int = 1) -> TpuSlice:
       TopologyError: a name of another form, or a slice larger than there are.
     """
     examples = ", ".join(g.example for g in TPU_GENERATIONS.values())
-    found = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", name)
-    generation = TPU_GENERATIONS.get(found[1]) if found else None
-    if found is None or generation is None:
+    match = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", name)
+    generation = TPU_GENERATIONS.get(match[1]) if match else None
+    if match is None or generation is None:
         raise TopologyError(f"topology: got {name!r}; wanted one like {examples}")
-    shape = tuple(map(int, found[2].split("x")))
+    shape = tuple(map(int, match[2].split("x")))
     if len(shape) != generation.num_dims or not 1 <= math.prod(shape) <= generation.max_chips:
         raise TopologyError(
             f"topology: got {name!r}; wanted {generation.num_dims} numbers and at most "
@@ -70,22 +71,23 @@ def parse_slice(name: str, num_slices: int = 1) -> TpuSlice:
         )
     if num_slices < 1:
         raise TopologyError(f"slices: got {num_slices}; wanted at least 1")
-    return TpuSlice(found[1], shape, num_slices)
+    return TpuSlice(match[1], shape, num_slices)
 
 
-def get_slice_devices(tpu_slice: TpuSlice) -> list:
+def get_slice_devices(tpu_slice: TpuSlice) -> list[Any]:
     """Return devices that programs can be compiled for, those of one slice after another.
 
     Raises:
       TopologyError: libtpu is missing, or does not know this slice.
     """
-    # Only compiles: asks no metadata server for a TPU, and may run beside another such process.
+    # This process only compiles. So libtpu must not ask a metadata server for a TPU, and may be
+    # loaded by several processes at once.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    more = {"num_slices": tpu_slice.num_slices} if tpu_slice.num_slices > 1 else {}
+    options = {"num_slices": tpu_slice.num_slices} if tpu_slice.num_slices > 1 else {}
     try:
-        found = topologies.get_topology_desc(
-            platform="tpu", topology_name=tpu_slice.name, **more
+        devices = topologies.get_topology_desc(
+            platform="tpu", topology_name=tpu_slice.name, **options
         ).devices
     except Exception as error:  # jaxlib raises several kinds
         reason = str(error).splitlines()[0]
@@ -97,8 +99,8 @@ def get_slice_devices(tpu_slice: TpuSlice) -> list:
         raise TopologyError(
             f"topology: the compiler refuses {tpu_slice.name!r}: {reason}. Others: {examples}"
         ) from None
-    if len(found) != tpu_slice.num_devices:
+    if len(devices) != tpu_slice.num_devices:
         raise TopologyError(
-            f"topology {tpu_slice.name}: got {len(found)} devices; wanted {tpu_slice.num_devices}"
+            f"topology {tpu_slice.name}: got {len(devices)} devices; wanted {tpu_slice.num_devices}"
         )
-    return list(found)
+    return list(devices)

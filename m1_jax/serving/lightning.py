@@ -17,8 +17,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from m1_jax import state as state_lib
 from m1_jax.serving import ragged_batch
+from m1_jax.serving import state as state_lib
 
 
 def attend_slots(

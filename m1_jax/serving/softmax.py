@@ -11,9 +11,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from m1_jax import ring_attention
-from m1_jax import state as state_lib
 from m1_jax.serving import lightning as serving_lightning
 from m1_jax.serving import ragged_batch
+from m1_jax.serving import state as state_lib
 
 BLOCK_KEYS = 256
 

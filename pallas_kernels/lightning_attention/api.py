@@ -59,8 +59,8 @@ def lightning_attention(
         )
     if interpret and implementation not in KERNEL_IMPLEMENTATIONS:
         raise ValueError(
-            f"interpret: got implementation {implementation!r}; wanted one of "
-            f"{list(KERNEL_IMPLEMENTATIONS)}"
+            f"interpret: got implementation {implementation!r}; "
+            f"wanted one of {list(KERNEL_IMPLEMENTATIONS)}"
         )
     if initial_state is None:
         batch, _, width = qkv.shape

@@ -9,10 +9,10 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.lightning_attention import boundaries, gpu_bwd, gpu_fwd, gpu_tiling
 
 
-def supports_shapes(qkv, num_heads: int) -> bool:
+def supports_shapes(qkv: Float[Array, "B T N3H"], num_heads: int) -> bool:
     """Say whether the kernels take these shapes."""
-    width = qkv.shape[2] // (3 * num_heads)
-    return 0 not in qkv.shape and gpu_tiling.supports_head_dim(width, qkv.dtype.itemsize)
+    head_dim = qkv.shape[2] // (3 * num_heads)
+    return 0 not in qkv.shape and gpu_tiling.supports_head_dim(head_dim, qkv.dtype.itemsize)
 
 
 def lightning_attention(
@@ -26,36 +26,38 @@ def lightning_attention(
 ) -> tuple[Float[Array, "B T NH"], Float[Array, "B N H H"]]:
     """Run the GPU kernels. See `api.lightning_attention`.
 
-    Precision: bfloat16 input means bfloat16 operands, float32 sums and a float32 carried state;
-    what is read from it and added to it is two bfloat16 halves, in gradients one. float32 input
-    means float32 throughout, on a GPU as three products of TF32.
+    Precision: bfloat16 input means bfloat16 operands, float32 sums and a float32 carried state.
+    What is read from the state and added to it is two bfloat16 halves, in gradients one. float32
+    input means float32 throughout, on a GPU as three products of TF32.
 
     Args:
-      blocks: block sizes; None lets `gpu_tiling.choose_block_sizes` find them.
+      qkv, slopes, segment_ids, initial_state: as in `api.lightning_attention`.
+      block_sizes: None lets `gpu_tiling.choose_block_sizes` find them.
       interpret: run the kernels' Python on any backend, for tests.
 
     Raises:
       ValueError: the kernels do not take this head width, or not on the GPU at hand.
     """
     batch, length, _ = qkv.shape
-    num_heads, width = initial_state.shape[1:3]
+    num_heads, head_dim = initial_state.shape[1:3]
     if 0 in qkv.shape:
-        return qkv[:, :, : num_heads * width], initial_state
+        return qkv[:, :, : num_heads * head_dim], initial_state
     if not interpret and not supports_shapes(qkv, num_heads):
         raise ValueError(
-            f"GPU kernels: got {qkv.dtype} heads of {width}; wanted 64, 128 or (bfloat16) 256, on "
-            f"a GPU of compute capability {' or '.join(gpu_tiling.COMPUTE_CAPABILITIES)}: "
+            f"GPU kernels: got {qkv.dtype} heads of {head_dim}; wanted 64, 128 or (bfloat16) 256, "
+            f"on a GPU of compute capability {' or '.join(gpu_tiling.COMPUTE_CAPABILITIES)}: "
             "use implementation='chunked'"
         )
-    block_sizes = block_sizes or gpu_tiling.choose_block_sizes(batch, num_heads, width, length)
+    block_sizes = block_sizes or gpu_tiling.choose_block_sizes(batch, num_heads, head_dim, length)
+    # Only the tables tell the kernels that a row ends inside a chunk.
     if segment_ids is None and length % block_sizes.chunk_tokens:
         segment_ids = jnp.ones((batch, length), jnp.int32)
-    tables = (None, None)
+    tables = None
     if segment_ids is not None:
-        tables = boundaries.build_boundary_tables(
-            segment_ids, block_sizes.chunk_tokens, block_sizes.chunk_tokens
-        )
-        tables = tuple(x.reshape(batch, -1) for x in tables)
+        # As if each chunk were a superblock; the GPU kernels index chunks and tokens of a row.
+        chunk = block_sizes.chunk_tokens
+        tables = boundaries.build_boundary_tables(segment_ids, chunk, chunk)
+        tables = boundaries.BoundaryTables(*(x.reshape(batch, -1) for x in tables))
     return _lightning_attention(block_sizes, interpret, qkv, slopes, tables, initial_state)
 
 
@@ -88,7 +90,8 @@ def _lightning_attention_bwd(block_sizes, interpret, residuals, cotangents):
         block_sizes=block_sizes,
         interpret=interpret,
     )
-    return d_qkv, jnp.zeros_like(slopes), None, d_initial  # slopes are constants of the model
+    # Slopes are constants of the model, and tables are integers: neither has a gradient.
+    return d_qkv, jnp.zeros_like(slopes), None, d_initial
 
 
 _lightning_attention.defvjp(_lightning_attention_fwd, _lightning_attention_bwd)

@@ -12,8 +12,8 @@ every chunk. Slopes are constants of the model and get no gradient.
 
 Bytes of memory traffic per token and head at H = 128 in bfloat16: 2,560 where dk and dv, which
 walk side by side, share q and do through the L2 cache, 3,072 where only the parts of a head
-share, 4,608 where nothing does; spans add 512 for sums of their own and 128 per 1,024 tokens of a
-span. The minimum of a single pass is 1,856; it needs the states of all chunks beside dS, which
+share, 4,608 where nothing does. Spans add 512 for sums of their own and 128 per 1,024 tokens of a
+span. The minimum of a single pass is 1,856. It needs the states of all chunks beside dS, which
 registers do not hold, and has a sixth of the programs.
 """
 
@@ -23,75 +23,105 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
+from jaxtyping import Array, Float
 
-from pallas_kernels.lightning_attention import gpu_fwd
+from pallas_kernels.lightning_attention import boundaries, gpu_fwd, gpu_tiling
+from pallas_kernels.lightning_attention.gpu_fwd import Ref
 
 F32 = jnp.float32
 
 
-def _backward_kernel(slopes, *refs, block_sizes, num_spans, packed, precision):
-    tables, refs = (refs[:2], refs[2:]) if packed else ((None, None), refs)
-    qkv, d_o, initial, d_final, *refs = refs
-    counts, sums, d_sums, d_qkv, d_initial = refs if num_spans > 1 else (None, None, None, *refs)
-    parts, batch = initial.shape[3] // block_sizes.part_columns, pl.program_id(2)
-    role, part = pl.program_id(0) // parts, pl.program_id(0) % parts
+def _backward_kernel(
+    slopes: Ref,
+    tables: boundaries.BoundaryTables | None,
+    qkv: Ref,
+    d_o: Ref,
+    initial_state: Ref,
+    d_final: Ref,
+    counts: Ref,
+    sums: Ref,
+    d_sums: Ref,
+    d_qkv: Ref,
+    d_initial: Ref,
+    *,
+    config: gpu_fwd.KernelConfig,
+) -> None:
+    """Write one part of the columns of dq, dk or dv, for one span of one head.
+
+    The first axis of the grid is (gradient, part). Every Ref is a whole array. counts, sums and
+    d_sums are None where a row is one span.
+    """
+    num_spans, part_columns = config.num_spans, config.block_sizes.part_columns
+    num_parts, batch = initial_state.shape[3] // part_columns, pl.program_id(2)
+    gradient, part = pl.program_id(0) // num_parts, pl.program_id(0) % num_parts
     head, span = pl.program_id(1) // num_spans, pl.program_id(1) % num_spans
-    slope, length, width = slopes[head], qkv.shape[1], initial.shape[3]
-    start = part * block_sizes.part_columns
-    columns = pl.ds(start, block_sizes.part_columns)
+    slope, width = slopes[head], initial_state.shape[3]
+    part_start = part * part_columns
+    columns = pl.ds(part_start, part_columns)
 
     def source(name):
         """Return the array that holds q, k, v or do, and the head's first column there."""
-        if name == "o":
+        if name == "do":
             return d_o, head * width
         return qkv, (3 * head + "qkv".index(name)) * width
 
-    def state_part(ref, *at, transpose):
+    def state_part(ref, *index, transpose):
         if transpose:
-            return plgpu.load(ref.at[batch, head, *at, columns, :]).T
-        return plgpu.load(ref.at[batch, head, *at, :, columns])
+            return plgpu.load(ref.at[batch, head, *index, columns, :]).T
+        return plgpu.load(ref.at[batch, head, *index, :, columns])
 
-    def run(query, key, value, *, reverse, transpose):
-        """Walk L or L' and write the gradient of `value`'s place; return the last state."""
-        target = "k" if value == "q" else "q" if value == "k" else "v"
+    def walk(query, key, value, *, target, reverse, transpose):
+        """Walk L(query, key, value) or L' and write the gradient of `target`; return the state."""
 
-        def operands(rows, real):
-            (q, q_at), (k, k_at), (v, v_at) = source(query), source(key), source(value)
+        def load_operands(rows, is_real):
+            (q, q_column), (k, k_column), (v, v_column) = map(source, (query, key, value))
             return (
-                gpu_fwd.load_columns(q, batch, rows, q_at, width, real),
-                gpu_fwd.load_columns(k, batch, rows, k_at, width, real),
-                gpu_fwd.load_columns(v, batch, rows, v_at + start, block_sizes.part_columns, real),
+                gpu_fwd.load_columns(q, batch, rows, q_column, width, is_real),
+                gpu_fwd.load_columns(k, batch, rows, k_column, width, is_real),
+                gpu_fwd.load_columns(v, batch, rows, v_column + part_start, part_columns, is_real),
             )
 
-        def write(rows, inside, out):
-            column = pl.ds(source(target)[1] + start, block_sizes.part_columns)
+        def write_output(rows, inside, out):
+            column = pl.ds(source(target)[1] + part_start, part_columns)
             plgpu.store(d_qkv.at[batch, rows, column], out.astype(d_qkv.dtype), mask=inside)
 
-        state = state_part(d_final if reverse else initial, transpose=transpose)
+        state = state_part(d_final if reverse else initial_state, transpose=transpose)
         if num_spans > 1:
-            between = d_sums if reverse else sums
+            walked_sums = d_sums if reverse else sums
             state = gpu_fwd.fold_span_sums(
-                state, lambda i: state_part(between, i, transpose=transpose), counts, slope,
-                (batch, span), num_spans, reverse=reverse,
-            )  # fmt: skip
+                state,
+                lambda i: state_part(walked_sums, i, transpose=transpose),
+                counts,
+                slope,
+                (batch, span),
+                num_spans,
+                reverse=reverse,
+            )
         return gpu_fwd.walk_span(
-            operands, write, state, slope, tables, (batch, span),
-            block_sizes=block_sizes, length=length, reverse=reverse, precision=precision,
+            load_operands,
+            write_output,
+            state,
+            slope,
+            tables,
+            (batch, span),
+            config,
+            reverse=reverse,
             num_halves=1,
-        )  # fmt: skip
+        )
 
-    @pl.when(role == 0)
+    @pl.when(gradient == 0)
     def _():
-        run("o", "v", "k", reverse=False, transpose=True)
+        walk("do", "v", "k", target="q", reverse=False, transpose=True)
 
-    @pl.when(role == 1)
+    @pl.when(gradient == 1)
     def _():
-        run("v", "o", "q", reverse=True, transpose=True)
+        walk("v", "do", "q", target="k", reverse=True, transpose=True)
 
-    @pl.when(role == 2)
+    @pl.when(gradient == 2)
     def _():
-        state = run("k", "q", "o", reverse=True, transpose=False)
+        state = walk("k", "q", "do", target="v", reverse=True, transpose=False)
 
+        # This walk carries dS untransposed, so it is the one that hands it to the row before.
         @pl.when(span == 0)
         def _():
             plgpu.store(d_initial.at[batch, head, :, columns], state)
@@ -99,19 +129,29 @@ def _backward_kernel(slopes, *refs, block_sizes, num_spans, packed, precision):
 
 @functools.partial(jax.jit, static_argnames=("block_sizes", "interpret"))
 def lightning_backward(
-    qkv, slopes, tables, initial_state, sums, d_o, d_final, *, block_sizes, interpret=False
-):
-    """Return (d_qkv in qkv's dtype, d_initial_state float32). Arguments as in
-    `gpu_fwd.lightning_forward`.
+    qkv: Float[Array, "B T N3H"],
+    slopes: Float[Array, "N"],
+    tables: boundaries.BoundaryTables | None,
+    initial_state: Float[Array, "B N H H"],
+    sums: Float[Array, "B N sums H H"] | None,
+    d_o: Float[Array, "B T NH"],
+    d_final: Float[Array, "B N H H"],
+    *,
+    block_sizes: gpu_tiling.GpuBlockSizes,
+    interpret: bool = False,
+) -> tuple[Float[Array, "B T N3H"], Float[Array, "B N H H"]]:
+    """Return (d_qkv in qkv's dtype, d_initial_state float32).
 
     Args:
-      sums: of the spans, from `forward` with the same `blocks`.
+      qkv, slopes, tables, initial_state, interpret: as in `gpu_fwd.lightning_forward`.
+      sums: of the spans, from `gpu_fwd.lightning_forward` with the same `block_sizes`.
       d_o: gradient of o, in its dtype.
       d_final: gradient of the final state, float32.
+      block_sizes: block sizes.
     """
     batch, length, _ = qkv.shape
     num_heads, width = initial_state.shape[1:3]
-    spans = -(-length // block_sizes.span_tokens)
+    num_spans = -(-length // block_sizes.span_tokens)
     d_sums = gpu_fwd.compute_span_sums(
         qkv,
         d_o,
@@ -123,21 +163,17 @@ def lightning_backward(
         interpret=interpret,
     )
     counts = None if sums is None else gpu_fwd.count_span_tokens(tables, batch, length, block_sizes)
+    precision = gpu_fwd.dot_precision(qkv.dtype, interpret)
+    config = gpu_fwd.KernelConfig(block_sizes, num_spans, length, precision)
     d_qkv, d_initial = gpu_fwd.launch_kernel(
-        functools.partial(
-            _backward_kernel,
-            block_sizes=block_sizes,
-            num_spans=spans,
-            packed=tables[0] is not None,
-            precision=gpu_fwd.dot_precision(qkv.dtype, interpret),
-        ),
+        functools.partial(_backward_kernel, config=config),
         "lightning_gpu_bwd",
-        (3 * (width // block_sizes.part_columns), num_heads * spans, batch),
+        (3 * (width // block_sizes.part_columns), num_heads * num_spans, batch),
         [
             jax.ShapeDtypeStruct(qkv.shape, qkv.dtype),
             jax.ShapeDtypeStruct(initial_state.shape, F32),
         ],
-        [slopes, *tables, qkv, d_o, initial_state, d_final, counts, sums, d_sums],
+        [slopes, tables, qkv, d_o, initial_state, d_final, counts, sums, d_sums],
         block_sizes,
         interpret,
     )

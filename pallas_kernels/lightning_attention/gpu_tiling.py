@@ -1,11 +1,12 @@
 """Block sizes of the GPU kernels and the reasons for them.
 
-chunk: 64, the rows of one warpgroup's matrix instruction. part: columns of the state that one
-program holds in registers, [H, part] float32: 64 at H = 128 with two warpgroups, 32 at H = 256;
-more would spill. span: tokens one program walks. A row is one span where batch, heads and parts
-alone fill the GPU; otherwise a cheap pass sums the spans first.
-stages: chunks whose loads are in flight; 2 take 104 KiB of shared memory at H = 128 in bfloat16
-(of 227 on Hopper), and more than there is at H = 256 in float32.
+- Chunk: 64 tokens, the rows of one warpgroup's matrix instruction.
+- Part: columns of the state that one program holds in registers, [H, part] float32. 64 at H = 128
+  with two warpgroups, 32 at H = 256: more would spill.
+- Span: tokens that one program walks. A row is one span where batch, heads and parts alone fill the
+  GPU. Otherwise a cheap pass sums the spans first.
+- Stages: chunks whose loads are in flight. 2 take 104 KiB of shared memory at H = 128 in bfloat16
+  (of 227 on Hopper), and more than there is at H = 256 in float32.
 """
 
 import dataclasses
@@ -21,7 +22,15 @@ COMPUTE_CAPABILITIES = ("9", "10")
 
 @dataclasses.dataclass(frozen=True)
 class GpuBlockSizes:
-    """Tokens in a chunk and in a span (whole chunks), state columns, and how Triton runs them."""
+    """Block sizes of one call.
+
+    Attributes:
+      chunk_tokens: tokens of a chunk.
+      span_tokens: tokens of a span, whole chunks.
+      part_columns: columns of the state that one program holds.
+      num_warps: warps of a program. 4 make a warpgroup.
+      num_stages: chunks whose loads Triton keeps in flight.
+    """
 
     chunk_tokens: int
     span_tokens: int
@@ -32,7 +41,8 @@ class GpuBlockSizes:
     def __post_init__(self):
         if self.span_tokens % self.chunk_tokens:
             raise ValueError(
-                f"span: got {self.span_tokens}; wanted a multiple of chunk {self.chunk_tokens}"
+                f"span_tokens: got {self.span_tokens}; wanted a multiple of chunk_tokens "
+                f"{self.chunk_tokens}"
             )
 
 
@@ -54,15 +64,16 @@ def choose_block_sizes(batch: int, num_heads: int, head_dim: int, length: int) -
       head_dim: width of a head.
       length: tokens of a row, at least one.
     """
-    part = min(head_dim // 2, 64 if head_dim <= 128 else 32)
-    programs = batch * num_heads * (head_dim // part)
+    part_columns = min(head_dim // 2, 64 if head_dim <= 128 else 32)
+    programs = batch * num_heads * (head_dim // part_columns)
     spans = 1
+    # Three quarters of the GPU busy is better than a pass more; cut, there are two programs an SM.
     if programs < 3 * NUM_SMS // 4:
         spans = max(1, min(2 * NUM_SMS // programs, length // MIN_SPAN_TOKENS))
     chunks = -(-length // CHUNK_TOKENS)
     return GpuBlockSizes(
         chunk_tokens=CHUNK_TOKENS,
         span_tokens=-(-chunks // spans) * CHUNK_TOKENS,
-        part_columns=part,
+        part_columns=part_columns,
         num_warps=4 if head_dim <= 64 else 8,
     )

@@ -1,35 +1,92 @@
 """Software pipelining over the heads of chunks: the order in which the TPU kernels issue work.
 
-A chunk of one head is a chain of matrix products, each waiting some hundred cycles for the one
-before it. The compiler's scheduler follows program order closely, so the kernels split the chain
-into stages and write them down interleaved: while one head waits, the next ones compute. A stage
-passes its results to the next through VMEM scratch with one slot a head, which also keeps them out
-of the registers.
+A chunk of one head is a chain of matrix products, and each waits some hundred cycles for the one
+before it. The compiler's scheduler follows program order closely. So the kernels split the chain
+into stages and write the stages down interleaved: while one head waits, the next heads compute. A
+stage passes its results to the next stage through VMEM scratch with one slot a head, which also
+keeps the results out of the registers.
 
 Items are (chunk, head) pairs, heads fastest. Stage i runs `leads[i]` items ahead of the last stage,
-across the end of a chunk into the next one; what it prepares there is thrown away if the next chunk
-turns out to hold a boundary.
+across the end of a chunk into the next chunk. What a stage prepares there is thrown away if the
+next chunk turns out to hold a boundary.
+
+With 4 heads and leads (2, 1, 0) a loop body for chunk c issues, step by step:
+
+    stage 0: c,2    stage 1: c,1    stage 2: c,0
+    stage 0: c,3    stage 1: c,2    stage 2: c,1
+    stage 0: c+1,0  stage 1: c,3    stage 2: c,2
+    stage 0: c+1,1  stage 1: c+1,0  stage 2: c,3
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-PipelineStage = Callable[[jax.Array, int], None]
-BoundaryHandler = Callable[[jax.Array, jax.Array], None]
+# Number of a chunk, or its position in the walk: a traced int32, or a Python number where it is
+# known.
+ChunkIndex = Any
+# stage(chunk, head). The head is a Python number, because kernels slice lanes by it.
+PipelineStage = Callable[[ChunkIndex, int], None]
+# handle_boundary(chunk, scalar of the chunk)
+BoundaryHandler = Callable[[ChunkIndex, jax.Array], None]
 
 
 def stage_leads(num_heads: int, num_stages: int) -> tuple[int, ...]:
     """Return how many items each of two or three stages is ahead, at most what slots allow.
 
     An item's slots and state are free again two items after its last stage (heads may finish in
-    pairs), so a stage can lead by `heads - 2`. Of the leads tried, 5 and 3 spill no register on
+    pairs), so a stage can lead by `num_heads - 2`. Of the leads tried, 5 and 3 spill no register on
     any generation and are among the fastest.
     """
     wanted = {2: (2, 0), 3: (5, 3, 0)}[num_stages]
     return tuple(max(0, min(lead, num_heads - 2)) for lead in wanted)
+
+
+@dataclasses.dataclass(frozen=True)
+class _StageOrder:
+    """Stages written down in pipelined order.
+
+    Attributes:
+      num_chunks: chunks of the walk.
+      num_heads: heads of a chunk.
+      stages: stages of an item, in order.
+      reverse: whether position 0 of the walk is the last chunk.
+    """
+
+    num_chunks: int
+    num_heads: int
+    stages: Sequence[PipelineStage]
+    reverse: bool
+
+    @property
+    def staggered_stages(self) -> list[tuple[PipelineStage, int]]:
+        leads = stage_leads(self.num_heads, len(self.stages))
+        return list(zip(self.stages, leads, strict=True))
+
+    def chunk_at(self, position: ChunkIndex) -> ChunkIndex:
+        return self.num_chunks - 1 - position if self.reverse else position
+
+    def warm_up(self, position: ChunkIndex) -> None:
+        """Run the leading stages on the first heads, before a body that starts at `position`."""
+        for stage, lead in self.staggered_stages:
+            for head in range(lead):
+                stage(self.chunk_at(position), head)
+
+    def run_body(self, position: ChunkIndex, count: int, last: ChunkIndex) -> None:
+        """Finish `count` chunks from `position`, and start on the chunk after them.
+
+        Behind position `last` there is no chunk: the leading stages prepare `last` again, and
+        nobody reads what they write.
+        """
+        for step in range(count * self.num_heads):
+            for stage, lead in self.staggered_stages:
+                offset, head = divmod(step + lead, self.num_heads)
+                ahead = position + offset
+                stage(self.chunk_at(jnp.minimum(ahead, last) if offset == count else ahead), head)
 
 
 def run_pipeline(
@@ -39,80 +96,80 @@ def run_pipeline(
     *,
     chunks_per_loop: int = 1,
     reverse: bool = False,
-    scalars=None,
+    scalars: jax.Ref | None = None,
     full_scalar: int = 0,
     handle_boundary: BoundaryHandler = lambda chunk, scalar: None,
 ) -> None:
-    """Run every stage for every head of `num` chunks.
+    """Run every stage for every head of every chunk.
 
     Args:
-      num: chunks, a multiple of `group`.
-      heads: heads of a chunk.
-      stages: called as stage(chunk, head); the head is a Python number.
-      group: chunks of one loop body; between bodies the pipeline drains, some 300 cycles.
+      num_chunks: chunks, a multiple of `chunks_per_loop`.
+      num_heads: heads of a chunk.
+      stages: two or three. All but the last may run for a chunk that is never finished, so they
+        must write to slots alone.
+      chunks_per_loop: chunks of one loop body. Between bodies the pipeline drains, for some 300
+        cycles.
       reverse: walk the chunks from the last to the first.
-      scalars: `boundaries.build_boundary_tables`' scalars of the chunks, [1, 1, 1, num] in SMEM;
-        None says that all chunks are full.
-      full: the scalar of a chunk without boundary or padding.
-      boundary: called as boundary(chunk, scalar) for any other chunk.
-
-    Stages but the last may run for a chunk that is never finished, so they write only to slots.
+      scalars: `chunk_scalars` of the superblock, [1, 1, 1, num_chunks] in SMEM. None says that all
+        chunks are full.
+      full_scalar: the scalar of a chunk without boundary or padding.
+      handle_boundary: does all the work of any other chunk.
     """
-    ahead = stage_leads(num_heads, len(stages))
-
-    def chunk(position):
-        return num_chunks - 1 - position if reverse else position
-
-    def warm_up(position):
-        for stage, lead in zip(stages, ahead, strict=True):
-            for head in range(lead):
-                stage(chunk(position), head)
-
-    def body(position, count, last):
-        for step in range(count * num_heads):
-            for stage, lead in zip(stages, ahead, strict=True):
-                offset, head = divmod(step + lead, num_heads)
-                later = position + offset
-                stage(chunk(jnp.minimum(later, last) if offset == count else later), head)
-
-    if scalars is None:
-        warm_up(0)
-        jax.lax.fori_loop(
-            0,
-            num_chunks // chunks_per_loop,
-            lambda g, _: body(g * chunks_per_loop, chunks_per_loop, num_chunks - 1),
-            None,
-        )
+    order = _StageOrder(num_chunks, num_heads, stages, reverse)
+    num_loops = num_chunks // chunks_per_loop
+    if scalars is not None:
+        _run_packed(order, num_loops, chunks_per_loop, scalars, full_scalar, handle_boundary)
         return
 
-    def scalar(position):
-        return scalars[0, 0, 0, chunk(position)]
+    def run_group(group: jax.Array, _: None) -> None:
+        order.run_body(group * chunks_per_loop, chunks_per_loop, num_chunks - 1)
 
-    def alone(position, _):
-        value = scalar(position)
+    order.warm_up(0)
+    jax.lax.fori_loop(0, num_loops, run_group, None)
 
-        @pl.when(value == full_scalar)
+
+def _run_packed(
+    order: _StageOrder,
+    num_loops: int,
+    chunks_per_loop: int,
+    scalars: jax.Ref,
+    full_scalar: int,
+    handle_boundary: BoundaryHandler,
+) -> None:
+    """Walk chunks some of which hold a boundary. Arguments as in `run_pipeline`.
+
+    A group of full chunks runs as one body. A group with a boundary runs chunk by chunk, and the
+    next full group has to warm up again: the slots it would continue from were not filled.
+    """
+
+    def scalar_at(position: ChunkIndex) -> jax.Array:
+        return scalars[0, 0, 0, order.chunk_at(position)]
+
+    def run_alone(position: jax.Array, _: None) -> None:
+        scalar = scalar_at(position)
+
+        @pl.when(scalar == full_scalar)
         def _():
-            warm_up(position)
-            body(position, 1, position)
+            order.warm_up(position)
+            order.run_body(position, 1, position)
 
-        pl.when(value != full_scalar)(lambda: handle_boundary(chunk(position), value))
+        pl.when(scalar != full_scalar)(lambda: handle_boundary(order.chunk_at(position), scalar))
 
-    def step(g, warm):
-        first = g * chunks_per_loop
-        smooth = scalar(first) == full_scalar
+    def run_group(group: jax.Array, is_warm: jax.Array) -> jax.Array:
+        first = group * chunks_per_loop
+        is_full = scalar_at(first) == full_scalar
         for i in range(1, chunks_per_loop):
-            smooth &= scalar(first + i) == full_scalar
-        pl.when(smooth & ~warm)(lambda: warm_up(first))
-        pl.when(smooth)(lambda: body(first, chunks_per_loop, num_chunks - 1))
+            is_full &= scalar_at(first + i) == full_scalar
+        pl.when(is_full & ~is_warm)(lambda: order.warm_up(first))
+        pl.when(is_full)(lambda: order.run_body(first, chunks_per_loop, order.num_chunks - 1))
 
-        @pl.when(jnp.logical_not(smooth))
+        @pl.when(jnp.logical_not(is_full))
         def _():
             if chunks_per_loop == 1:
-                handle_boundary(chunk(first), scalar(first))
+                handle_boundary(order.chunk_at(first), scalar_at(first))
             else:
-                jax.lax.fori_loop(first, first + chunks_per_loop, alone, None)
+                jax.lax.fori_loop(first, first + chunks_per_loop, run_alone, None)
 
-        return smooth
+        return is_full  # the group left the slots filled for the next one
 
-    jax.lax.fori_loop(0, num_chunks // chunks_per_loop, step, jnp.bool_(False))
+    jax.lax.fori_loop(0, num_loops, run_group, jnp.bool_(False))

@@ -30,6 +30,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax import stages
 from jax.experimental import topologies
 
 from pallas_kernels.lightning_attention import shapes, tiling, tpu_bwd, tpu_fwd
@@ -54,54 +55,53 @@ NUM_DECODE_LOOPS, STEADY_LOOPS = 8, slice(1, 6)
 
 # ---- how to trace each kernel; array(dtype, *dims) makes an argument on the chip
 
+MakeArray = Callable[..., jax.ShapeDtypeStruct]
 
-def trace_training(array, backward: bool):
-    tile = training_block_sizes()
-    dims, width = (
-        (TRAIN_SHAPE.batch_size, TRAIN_SHAPE.length),
-        TRAIN_SHAPE.num_heads * TRAIN_SHAPE.head_dim,
+
+def trace_training(array: MakeArray, backward: bool) -> stages.Traced:
+    shape, block_sizes = TRAIN_SHAPE, training_block_sizes()
+    batch, heads, head_dim = shape.batch_size, shape.num_heads, shape.head_dim
+    qkv, d_o = (
+        array(shape.dtype, batch, shape.length, slices * heads * head_dim) for slices in (3, 1)
     )
-    square = (TRAIN_SHAPE.head_dim, TRAIN_SHAPE.head_dim)
-    qkv, d_o = (array(TRAIN_SHAPE.dtype, *dims, n * width) for n in (3, 1))
-    slopes = array("float32", TRAIN_SHAPE.num_heads)
-    state = array("float32", TRAIN_SHAPE.batch_size, TRAIN_SHAPE.num_heads, *square)
-    none = (None, None)
+    slopes = array("float32", heads)
+    state = array("float32", batch, heads, head_dim, head_dim)
     if not backward:
         return tpu_fwd.lightning_forward.trace(
-            qkv, slopes, none, state, block_sizes=tile, save_superblock_states=True
+            qkv, slopes, None, state, block_sizes=block_sizes, save_superblock_states=True
         )
-    steps = TRAIN_SHAPE.length // tile.superblock_tokens
-    saved = array("float32", TRAIN_SHAPE.batch_size, TRAIN_SHAPE.num_heads, steps, *square)
-    return tpu_bwd.lightning_backward.trace(qkv, slopes, none, saved, d_o, state, block_sizes=tile)
+    superblocks = shape.length // block_sizes.superblock_tokens
+    superblock_states = array("float32", batch, heads, superblocks, head_dim, head_dim)
+    return tpu_bwd.lightning_backward.trace(
+        qkv, slopes, None, superblock_states, d_o, state, block_sizes=block_sizes
+    )
 
 
-def trace_decode(array, ring: bool):
-    batch, heads, width = DECODE_SHAPE.batch_size, DECODE_SHAPE.num_heads, DECODE_SHAPE.head_dim
-    qkv, slopes = array(DECODE_SHAPE.dtype, batch, heads * 3 * width), array("float32", heads)
-    ids = array("int32", batch)
+def trace_decode(array: MakeArray, ring: bool) -> stages.Traced:
+    batch, heads, head_dim = DECODE_SHAPE.batch_size, DECODE_SHAPE.num_heads, DECODE_SHAPE.head_dim
+    qkv = array(DECODE_SHAPE.dtype, batch, heads * 3 * head_dim)
+    slopes, ids = array("float32", heads), array("int32", batch)
     if not ring:
-        pool = array("float32", batch, heads, width, width)
-        run = functools.partial(decode_api.lightning_decode, implementation="tpu")
-        return jax.jit(run, donate_argnums=2).trace(qkv, slopes, pool, ids)
-    make = functools.partial(
-        decode_api.init_ring_pool, batch, heads, width, window=DECODE_SHAPE.window
+        pool = array("float32", batch, heads, head_dim, head_dim)
+        decode = functools.partial(decode_api.lightning_decode, implementation="tpu")
+        return jax.jit(decode, donate_argnums=2).trace(qkv, slopes, pool, ids)
+    init_pool = functools.partial(
+        decode_api.init_ring_pool, batch, heads, head_dim, window=DECODE_SHAPE.window
     )
-    pool = jax.tree.map(lambda x: array(x.dtype, *x.shape), jax.eval_shape(make))
-    run = functools.partial(decode_api.lightning_decode_ring, implementation="tpu")
-    return jax.jit(run, donate_argnums=2).trace(qkv, slopes, pool, ids, ids)
+    pool = jax.tree.map(lambda x: array(x.dtype, *x.shape), jax.eval_shape(init_pool))
+    decode = functools.partial(decode_api.lightning_decode_ring, implementation="tpu")
+    return jax.jit(decode, donate_argnums=2).trace(qkv, slopes, pool, ids, ids)
 
 
-def trace_prefill(array):
-    heads, width = PREFILL_SHAPE.num_heads, PREFILL_SHAPE.head_dim
-    qkv = array(PREFILL_SHAPE.dtype, PREFILL_SHAPE.num_tokens, heads * 3 * width)
-    ids, fresh = (
-        array("int32", PREFILL_SHAPE.num_sequences),
-        array("bool", PREFILL_SHAPE.num_sequences),
-    )
-    pool = array("float32", PREFILL_SHAPE.num_sequences, heads, width, width)
-    run = functools.partial(decode_api.lightning_prefill, implementation="tpu")
-    traced = jax.jit(run, donate_argnums=2)
-    return traced.trace(qkv, array("float32", heads), pool, ids, ids, ids, fresh)
+def trace_prefill(array: MakeArray) -> stages.Traced:
+    shape = PREFILL_SHAPE
+    heads, head_dim = shape.num_heads, shape.head_dim
+    qkv = array(shape.dtype, shape.num_tokens, heads * 3 * head_dim)
+    slopes, ids = array("float32", heads), array("int32", shape.num_sequences)
+    fresh = array("bool", shape.num_sequences)
+    pool = array("float32", shape.num_sequences, heads, head_dim, head_dim)
+    prefill = functools.partial(decode_api.lightning_prefill, implementation="tpu")
+    return jax.jit(prefill, donate_argnums=2).trace(qkv, slopes, pool, ids, ids, ids, fresh)
 
 
 # ---- reading the compiler's dumps

@@ -1,11 +1,16 @@
 """Block sizes of the TPU kernels, the reasons for them, and the VMEM they take.
 
-chunk: 128 tokens. That is the side of the matrix unit on v5e and v5p; on v6e and tpu7x, where it is
-256, two products of 128 laid side by side (`wide`) beat a chunk of 256: less work in C x C tiles,
-and a tile of 16 registers instead of 64. unroll: the pipeline drains between loop bodies, which
-costs more where the products are short. superblock: tokens of one grid step and of one saved state:
-D^2 * 4 / superblock bytes of residual per token and head, 64 for 1024 tokens at D = 128. heads:
-independent heads in one instruction stream, whose matrix products hide each other's latency.
+- Chunk: 128 tokens, the side of the matrix unit on v5e and v5p. On v6e and tpu7x, where the side is
+  256, two products of 128 laid side by side beat a chunk of 256: there is less work in C x C tiles,
+  and a tile has 16 registers instead of 64.
+- Chunks of a loop body: the pipeline drains between loop bodies, which costs more where the
+  products are short.
+- Superblock: tokens of one grid step and of one saved state. The residual has D^2 * 4 / superblock
+  bytes a token and head: 64 for 1,024 tokens at D = 128.
+- Heads: independent heads in one instruction stream, whose matrix products hide each other's
+  latency.
+
+docs/kernels.md, "Block sizes", has the counts behind these choices.
 """
 
 import contextlib
@@ -15,10 +20,11 @@ import jax
 
 CHUNK_TOKENS = 128
 UNROLL_CHUNKS = 4  # chunks in one loop body of the forward pass
-MATRIX_UNIT_SIDES = {"v5e": 128, "v5p": 128, "v6e": 256, "tpu7x": 256}  # sides of it
+MATRIX_UNIT_SIDES = {"v5e": 128, "v5p": 128, "v6e": 256, "tpu7x": 256}
 # Kernels ask for what they need of this; tpu7x has 64 MiB, the others 95 or more.
 VMEM_LIMIT_BYTES = 56 * 2**20
 NUM_LANES = 128
+# What a device's `device_kind` contains, in lower case, and the generation that it tells.
 KINDS = {
     "v5 lite": "v5e",
     "v5e": "v5e",
@@ -27,7 +33,8 @@ KINDS = {
     "v6e": "v6e",
     "7x": "tpu7x",
 }
-# Part of the key of jit's caches: a program traced for one generation is not reused for another.
+# A context of JAX and not a variable of ours: it is part of the key of jit's caches, so a program
+# traced for one generation is not reused for another.
 _target_generation = jax.make_user_context(None)
 
 
@@ -35,11 +42,12 @@ _target_generation = jax.make_user_context(None)
 class TpuBlockSizes:
     """Block sizes of one call.
 
-    chunk: tokens of a chunk.
-    superblock: tokens of a superblock, whole chunks.
-    heads: heads of a block.
-    unroll: chunks in one loop body of the forward pass, at most.
-    wide: whether two products share one pass of the matrix unit.
+    Attributes:
+      chunk_tokens: tokens of a chunk.
+      superblock_tokens: tokens of a superblock, whole chunks.
+      block_heads: heads of a block.
+      max_unroll_chunks: chunks in one loop body of the forward pass, at most.
+      has_paired_products: whether two products share one pass of the matrix unit.
     """
 
     chunk_tokens: int
@@ -51,13 +59,13 @@ class TpuBlockSizes:
     def __post_init__(self):
         if self.superblock_tokens % self.chunk_tokens:
             raise ValueError(
-                f"superblock: got {self.superblock_tokens}; wanted a multiple of chunk "
-                f"{self.chunk_tokens}"
+                f"superblock_tokens: got {self.superblock_tokens}; wanted a multiple of "
+                f"chunk_tokens {self.chunk_tokens}"
             )
 
     @property
     def chunks_per_loop(self) -> int:
-        """Chunks in one loop body: the largest number up to `unroll` that divides a superblock."""
+        """Chunks in one loop body: the most up to `max_unroll_chunks` that divide a superblock."""
         chunks = self.superblock_tokens // self.chunk_tokens
         return next(n for n in range(self.max_unroll_chunks, 0, -1) if chunks % n == 0)
 
@@ -82,20 +90,26 @@ def current_generation() -> str:
         return _target_generation.value
     if jax.default_backend() == "tpu":
         kind = jax.devices()[0].device_kind.lower()
-        for part, name in KINDS.items():
-            if part in kind:
-                return name
+        for kind_part, generation in KINDS.items():
+            if kind_part in kind:
+                return generation
     return "v5p"
 
 
 def estimate_vmem_bytes(block_sizes: TpuBlockSizes, head_dim: int, item_bytes: int) -> int:
-    """Return what the backward pass, the larger of the two, takes: blocks twice, scratch once."""
+    """Return what the backward pass, the larger of the two, takes.
+
+    Pallas keeps two of each block, one in use and one on its way; scratch exists once.
+    """
     tokens = block_sizes.superblock_tokens * block_sizes.block_heads * head_dim * item_bytes
     state = block_sizes.block_heads * head_dim**2
     chunks = block_sizes.superblock_tokens // block_sizes.chunk_tokens
+    # q, k, v, do, dq, dk, dv; the saved state, dS of the final and of the initial state.
     blocks = 2 * (7 * tokens + 3 * 4 * state)
+    # The states at the chunks, then S and dS in float32.
     states = (chunks * item_bytes + 8) * state
     square, oblong = block_sizes.chunk_tokens**2, block_sizes.chunk_tokens * head_dim
+    # 8 rows for the one row of forgotten fractions: a row takes a whole sublane tile.
     weights = block_sizes.block_heads * 4 * (2 * square + 4 * oblong + 8 * head_dim)
     slots = block_sizes.block_heads * (item_bytes * (3 * square + 2 * oblong) + 4 * 3 * oblong)
     return blocks + states + weights + slots
@@ -116,7 +130,9 @@ def choose_block_sizes(
     generation = generation or current_generation()
     chunk = CHUNK_TOKENS
     # Products are put side by side without moves where heads and chunks are equally wide.
-    wide = MATRIX_UNIT_SIDES[generation] == 2 * chunk and head_dim == chunk and item_bytes == 2
+    has_paired_products = (
+        MATRIX_UNIT_SIDES[generation] == 2 * chunk and head_dim == chunk and item_bytes == 2
+    )
     # The saved states cost 64 bytes per token and head up to D = 128, and at 256 in bfloat16.
     superblock = max(1024, head_dim**2 // (16 if item_bytes == 2 else 32))
     superblock = min(superblock, -(-max(length, 1) // chunk) * chunk)
@@ -124,7 +140,7 @@ def choose_block_sizes(
         # A block narrower than the array is a whole number of lanes.
         if num_heads % heads or (heads * head_dim % NUM_LANES and heads != num_heads):
             continue
-        tiling = TpuBlockSizes(chunk, superblock, heads, UNROLL_CHUNKS, wide)
-        if estimate_vmem_bytes(tiling, head_dim, item_bytes) <= VMEM_LIMIT_BYTES:
-            return tiling
+        block_sizes = TpuBlockSizes(chunk, superblock, heads, UNROLL_CHUNKS, has_paired_products)
+        if estimate_vmem_bytes(block_sizes, head_dim, item_bytes) <= VMEM_LIMIT_BYTES:
+            return block_sizes
     return None

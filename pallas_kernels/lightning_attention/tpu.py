@@ -9,14 +9,15 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.lightning_attention import boundaries, tiling, tpu_bwd, tpu_fwd
 
 
-def supports_shapes(qkv, num_heads: int) -> bool:
+def supports_shapes(qkv: Float[Array, "B T N3H"], num_heads: int) -> bool:
     """Say whether the kernels take these shapes."""
-    width = qkv.shape[2] // (3 * num_heads)
+    head_dim = qkv.shape[2] // (3 * num_heads)
+    # `lightning_attention` adds a head where their number is odd and blocks would not fill lanes.
     return (
-        width in (64, 128, 256)
+        head_dim in (64, 128, 256)
         and 0 not in qkv.shape
         and any(
-            tiling.choose_block_sizes(heads, width, qkv.shape[1], qkv.dtype.itemsize)
+            tiling.choose_block_sizes(heads, head_dim, qkv.shape[1], qkv.dtype.itemsize)
             for heads in (num_heads, num_heads + 1)
         )
     )
@@ -34,41 +35,44 @@ def lightning_attention(
     """Run the TPU kernels. See `api.lightning_attention`.
 
     Precision: bfloat16 input means bfloat16 operands, float32 sums and a float32 carried state
-    that queries read as two bfloat16 halves; float32 input means float32 throughout.
+    that queries read as two bfloat16 halves. float32 input means float32 throughout.
 
     Args:
-      tile: block sizes; None lets `tiling.choose_block_sizes` find them.
+      qkv, slopes, segment_ids, initial_state: as in `api.lightning_attention`.
+      block_sizes: None lets `tiling.choose_block_sizes` find them.
       interpret: run the kernels' Python on any backend, for tests.
 
     Raises:
       ValueError: no block sizes fit.
     """
     batch, length, _ = qkv.shape
-    num_heads, width = initial_state.shape[1:3]
+    num_heads, head_dim = initial_state.shape[1:3]
     if 0 in qkv.shape:
-        return qkv[:, :, : num_heads * width], initial_state
-    block_sizes = block_sizes or tiling.choose_block_sizes(
-        num_heads, width, length, qkv.dtype.itemsize
+        return qkv[:, :, : num_heads * head_dim], initial_state
+    choose = functools.partial(
+        tiling.choose_block_sizes,
+        head_dim=head_dim,
+        length=length,
+        item_bytes=qkv.dtype.itemsize,
     )
-    if block_sizes is None and tiling.choose_block_sizes(
-        num_heads + 1, width, length, qkv.dtype.itemsize
-    ):
+    block_sizes = block_sizes or choose(num_heads)
+    if block_sizes is None and choose(num_heads + 1):
         # An odd number of heads of 64: blocks are whole lanes, so one more head, at the price of a
         # copy of qkv.
-        qkv, slopes, initial_state = (
-            jnp.pad(x, [(0, more if i == axis else 0) for i in range(x.ndim)])
-            for x, axis, more in ((qkv, 2, 3 * width), (slopes, 0, 1), (initial_state, 1, 1))
-        )
+        qkv = jnp.pad(qkv, [(0, 0), (0, 0), (0, 3 * head_dim)])
+        slopes = jnp.pad(slopes, [(0, 1)])
+        initial_state = jnp.pad(initial_state, [(0, 0), (0, 1), (0, 0), (0, 0)])
         o, state = lightning_attention(qkv, slopes, segment_ids, initial_state, interpret=interpret)
-        return o[:, :, : num_heads * width], state[:, :num_heads]
+        return o[:, :, : num_heads * head_dim], state[:, :num_heads]
     if block_sizes is None:
         raise ValueError(
-            f"no TPU block fits {num_heads} heads of {width}; wanted heads of 64, 128 or 256: use "
-            "implementation='chunked'"
+            f"no TPU block fits {num_heads} heads of {head_dim}; wanted heads of 64, 128 or 256: "
+            "use implementation='chunked'"
         )
     if segment_ids is None and length % block_sizes.superblock_tokens:
+        # The kernel reads whole superblocks. Only the tables tell it that a row ends inside one.
         segment_ids = jnp.ones((batch, length), jnp.int32)
-    tables = (None, None)
+    tables = None
     if segment_ids is not None:
         tables = boundaries.build_boundary_tables(
             segment_ids, block_sizes.chunk_tokens, block_sizes.superblock_tokens
@@ -78,7 +82,7 @@ def lightning_attention(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _lightning_attention(block_sizes, interpret, qkv, slopes, tables, initial_state):
-    o, final, _ = tpu_fwd.lightning_forward(
+    outputs = tpu_fwd.lightning_forward(
         qkv,
         slopes,
         tables,
@@ -87,11 +91,11 @@ def _lightning_attention(block_sizes, interpret, qkv, slopes, tables, initial_st
         save_superblock_states=False,
         interpret=interpret,
     )
-    return o, final
+    return outputs.o, outputs.final_state
 
 
 def _lightning_attention_fwd(block_sizes, interpret, qkv, slopes, tables, initial_state):
-    o, final, saved = tpu_fwd.lightning_forward(
+    outputs = tpu_fwd.lightning_forward(
         qkv,
         slopes,
         tables,
@@ -100,16 +104,25 @@ def _lightning_attention_fwd(block_sizes, interpret, qkv, slopes, tables, initia
         save_superblock_states=True,
         interpret=interpret,
     )
-    return (o, final), (qkv, slopes, tables, saved)
+    residuals = qkv, slopes, tables, outputs.superblock_states
+    return (outputs.o, outputs.final_state), residuals
 
 
 def _lightning_attention_bwd(block_sizes, interpret, residuals, cotangents):
-    qkv, slopes, tables, saved = residuals
+    qkv, slopes, tables, superblock_states = residuals
     d_o, d_final = cotangents
     d_qkv, d_initial = tpu_bwd.lightning_backward(
-        qkv, slopes, tables, saved, d_o, d_final, block_sizes=block_sizes, interpret=interpret
+        qkv,
+        slopes,
+        tables,
+        superblock_states,
+        d_o,
+        d_final,
+        block_sizes=block_sizes,
+        interpret=interpret,
     )
-    return d_qkv, jnp.zeros_like(slopes), None, d_initial  # slopes are constants of the model
+    # Slopes are constants of the model, and tables are integers: neither has a gradient.
+    return d_qkv, jnp.zeros_like(slopes), None, d_initial
 
 
 _lightning_attention.defvjp(_lightning_attention_fwd, _lightning_attention_bwd)

@@ -5,246 +5,370 @@ With P and dP the masked, decayed products q k^T and do v^T of a chunk, i and j 
     dq = dP k   + lambda^i do S^T           dv = P^T do + lambda^(n - j) k dS
     dk = dP^T q + lambda^(n - j) v dS^T     dS <- dS - (1 - lambda^n) dS + sum_i lambda^i q_i^T do_i
 
-Superblocks run backwards, each reading q, k, v and do once: from its saved float32 state the
-states at its chunks are computed again into VMEM, then its chunks run backwards with dS in
+Superblocks run backwards, and each reads q, k, v and do once. From its saved float32 state the
+states at its chunks are computed again into VMEM. Then its chunks run backwards with dS in
 scratch. Slopes are constants of the model and get no gradient.
 
 Chunks without boundary or padding run through `pipeline.run_pipeline`, with products side by side
-as in the forward pass: do [v^T, S^T], k [q^T, dS], v [do^T, dS^T], then P^T do with dP^T q and dP k
-with q^T do. P is computed transposed from the start, dP both ways: cheaper than a transposition.
+as in the forward pass: do [v^T, S^T], k [q^T, dS], v [do^T, dS^T], then P^T do with dP^T q and
+dP k with q^T do. P is computed transposed from the start, and dP both ways: one product more than
+a transposition would take, and still faster (docs/log.md, "Training kernels").
+
+Letters in shapes as in `tpu_fwd`.
 """
 
 import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Float
 
 from pallas_kernels.lightning_attention import boundaries, pipeline, tiling, tpu_fwd
 
 F32 = jnp.float32
-dot, advance_state = tpu_fwd.dot, tpu_fwd.advance_state
+dot_f32, advance_state = tpu_fwd.dot_f32, tpu_fwd.advance_state
+# Does the work of one head of a chunk with a boundary: (head, [q, k, v, do] with padding zeroed,
+# [pair decay, query ramp, key ramp], share of the state forgotten).
+BoundaryHead = Callable[[int, list[jax.Array], list[jax.Array], jax.Array], None]
 
 
-def _backward_kernel(
-    slopes, forgotten_fractions, *refs, block_sizes: tiling.TpuBlockSizes, packed: bool
-):
-    scalars, words, *refs = refs if packed else (None, None, *refs)
-    qkv, d_o, saved, d_final, d_qkv, d_initial, *refs = refs
-    state, d_state, states, *refs = refs
-    decay, query_ramp, key_ramp_t, full_loss, decay_t, query_ramp_t, key_ramp, *refs = refs
-    queries_t, ramped_t, d_scores, scores_t, d_scores_t, dq_carried, dk_carried, dv_carried = refs
-    size, heads, width = block_sizes.chunk_tokens, block_sizes.block_heads, state.shape[2]
-    dtype, first_head, num = (
-        qkv.dtype,
-        pl.program_id(1) * heads,
-        block_sizes.superblock_tokens // size,
+class TransposedWeights(NamedTuple):
+    """The weights of `ChunkWeights` for tokens that meet later ones, float32."""
+
+    pair_decay_t: jax.Ref  # [N, C, C] lambda^(i - j) at row j, column i
+    query_ramp_t: jax.Ref  # [N, H, C] lambda^i along columns, for queries that stand transposed
+    key_ramp: jax.Ref  # [N, C, H] lambda^(C - j) along rows
+
+
+class BackwardScratch(NamedTuple):
+    """VMEM of the backward kernel. A slot hands a result of one head from stage to stage."""
+
+    state: jax.Ref  # [N, H, H] float32, S of the recomputation
+    d_state: jax.Ref  # [N, H, H] float32, dS
+    chunk_states: jax.Ref  # [chunks, N, H, H] in qkv's dtype, S at the start of each chunk
+    weights: tpu_fwd.ChunkWeights
+    weights_t: TransposedWeights
+    queries_t: jax.Ref  # slot [N, H, C] in qkv's dtype, q^T
+    # slot [N, H, C] in qkv's dtype: k^T lambda^(C - j) while states are recomputed, then
+    # q^T lambda^i.
+    ramped_t: jax.Ref
+    d_scores: jax.Ref  # slot [N, C, C] in qkv's dtype, dP
+    scores_t: jax.Ref  # slot [N, C, C] in qkv's dtype, P^T
+    d_scores_t: jax.Ref  # slot [N, C, C] in qkv's dtype, dP^T
+    dq_carried: jax.Ref  # slot [N, C, H] float32, lambda^i do S^T
+    dk_carried: jax.Ref  # slot [N, C, H] float32, lambda^(C - j) v dS^T
+    dv_carried: jax.Ref  # slot [N, C, H] float32, lambda^(C - j) k dS
+
+
+class _ChunkAccess(NamedTuple):
+    """What both walks over the chunks of a superblock share.
+
+    Attributes:
+      load: (chunk, head) -> [q, k, v, do], each [C, H].
+      run_boundary_heads: (chunk, scalar, run) calls run for each head of a chunk with a boundary.
+      scalars: `chunk_scalars` of the superblock, or None where all chunks are full.
+      dtype: qkv's.
+      block_sizes: block sizes.
+    """
+
+    load: Callable[[pipeline.ChunkIndex, int], list[jax.Array]]
+    run_boundary_heads: Callable[[pipeline.ChunkIndex, jax.Array, BoundaryHead], None]
+    scalars: jax.Ref | None
+    dtype: Any
+    block_sizes: tiling.TpuBlockSizes
+
+    @property
+    def num_chunks(self) -> int:
+        return self.block_sizes.superblock_tokens // self.block_sizes.chunk_tokens
+
+
+def _fill_transposed_weights(
+    slopes: jax.Ref, first_head: jax.Array, weights_t: TransposedWeights
+) -> None:
+    heads, size, _ = weights_t.pair_decay_t.shape
+
+    def fill_head(h: jax.Array, _: None) -> None:
+        slope = slopes[first_head + h]
+        rows, columns = (tpu_fwd.head_iota(weights_t.pair_decay_t, axis) for axis in (0, 1))
+        weights_t.pair_decay_t[h] = boundaries.masked_decay(slope, columns - rows)
+        weights_t.query_ramp_t[h] = boundaries.masked_decay(
+            slope, tpu_fwd.head_iota(weights_t.query_ramp_t, 1) + 1
+        )
+        weights_t.key_ramp[h] = boundaries.masked_decay(
+            slope, size - 1 - tpu_fwd.head_iota(weights_t.key_ramp, 0)
+        )
+
+    jax.lax.fori_loop(0, heads, fill_head, None)
+
+
+def _recompute_chunk_states(access: _ChunkAccess, scratch: BackwardScratch) -> None:
+    """Walk the superblock forwards and write the state at the start of each of its chunks.
+
+    bfloat16 copies are enough here: the gradients read S in products with bfloat16 operands. The
+    state that is carried stays float32.
+    """
+    load, state, weights = access.load, scratch.state, scratch.weights
+    block_sizes, dtype = access.block_sizes, access.dtype
+    is_paired = block_sizes.has_paired_products and block_sizes.block_heads % 2 == 0
+    keys_t = scratch.ramped_t  # free until the chunks run backwards
+
+    def transpose_keys(c, h):
+        keys_t[h] = (load(c, h)[1].T * weights.key_ramp_t[h]).astype(dtype)
+
+    def advance(c, h):
+        scratch.chunk_states[c, h] = state[h].astype(dtype)
+        if is_paired and h % 2:
+            gains = tpu_fwd.two_products(
+                keys_t[h - 1], load(c, h - 1)[2], keys_t[h], load(c, h)[2], True
+            )
+            advance_state(state, h - 1, weights.forgotten_fraction[h - 1], gains[0])
+            advance_state(state, h, weights.forgotten_fraction[h], gains[1])
+        elif not is_paired:
+            fraction = weights.forgotten_fraction[h]
+            advance_state(state, h, fraction, dot_f32(keys_t[h], load(c, h)[2], 1, 0))
+
+    def advance_boundary_chunk(c, scalar):
+        scratch.chunk_states[c] = state[...].astype(dtype)
+
+        def advance_head(h, operands, decays, forgotten_fraction):
+            _, k, v, _ = operands
+            gain = dot_f32((k * decays[2]).astype(dtype), v, 0, 0)
+            advance_state(state, h, forgotten_fraction, gain)
+
+        # A chunk of only padding leaves the state alone.
+        pl.when(scalar != 0)(lambda: access.run_boundary_heads(c, scalar, advance_head))
+
+    pipeline.run_pipeline(
+        access.num_chunks,
+        block_sizes.block_heads,
+        (transpose_keys, advance),
+        scalars=access.scalars,
+        full_scalar=block_sizes.chunk_tokens,
+        handle_boundary=advance_boundary_chunk,
     )
-    paired = block_sizes.has_paired_products and heads % 2 == 0
-    keys_t = ramped_t  # a slot that only the recomputation uses before the chunks run backwards
 
-    @pl.when(pl.program_id(2) == 0)
-    def _():
-        d_state[...] = d_final[0]
-        tpu_fwd.fill_weights(
-            slopes, forgotten_fractions, first_head, decay, query_ramp, key_ramp_t, full_loss
-        )
 
-        def fill(h, _):
-            slope = slopes[first_head + h]
-            row, col = tpu_fwd.iota(decay_t, 0), tpu_fwd.iota(decay_t, 1)
-            decay_t[h] = boundaries.masked_decay(slope, col - row)
-            query_ramp_t[h] = boundaries.masked_decay(slope, tpu_fwd.iota(query_ramp_t, 1) + 1)
-            key_ramp[h] = boundaries.masked_decay(slope, size - 1 - tpu_fwd.iota(key_ramp, 0))
-
-        jax.lax.fori_loop(0, heads, fill, None)
-
-    state[...] = saved[0, :, 0]
-
-    def load(c, h):
-        rows = tpu_fwd.chunk_rows(c, size)
-        return tpu_fwd.load_head_slices(qkv, rows, h, width, 3) + tpu_fwd.load_head_slices(
-            d_o, rows, h, width, 1
-        )
+def _walk_gradients(access: _ChunkAccess, scratch: BackwardScratch, d_qkv: jax.Ref) -> None:
+    """Walk the superblock backwards: write d_qkv [1, superblock, N * 3 * H] and carry dS."""
+    load, d_state, block_sizes = access.load, scratch.d_state, access.block_sizes
+    dtype, size, width = access.dtype, block_sizes.chunk_tokens, d_state.shape[2]
+    weights, weights_t = scratch.weights, scratch.weights_t
 
     def store(c, h, gradients):
         rows = tpu_fwd.chunk_rows(c, size)
         for i, x in enumerate(gradients):
             d_qkv[0, rows, pl.ds((3 * h + i) * width, width)] = x.astype(d_qkv.dtype)
 
-    def with_masks(c, scalar, run):
-        """Call run(h, q k v do, decays, loss) for the heads of a chunk with a boundary."""
-        rows = tpu_fwd.chunk_rows(c, size)
-        assert words is not None
-        real, *masks = boundaries.expand_words(words[0, :, rows], scalar)
-        for h in range(heads):
-            parts = [jnp.where(real, x, 0) for x in load(c, h)]
-            decays = [boundaries.masked_decay(slopes[first_head + h], n) for n in masks]
-            run(
-                h,
-                parts,
-                decays,
-                tpu_fwd.packed_forgotten_fraction(
-                    forgotten_fractions, first_head + h, scalar, size
-                ),
-            )
-
-    # States at the starts of chunks.
-
-    def transpose_keys(c, h):
-        keys_t[h] = (load(c, h)[1].T * key_ramp_t[h]).astype(dtype)
-
-    def advance(c, h):
-        states[c, h] = state[h].astype(dtype)
-        if paired and h % 2:
-            gains = tpu_fwd.two_products(
-                keys_t[h - 1], load(c, h - 1)[2], keys_t[h], load(c, h)[2], True
-            )
-            advance_state(state, h - 1, full_loss[h - 1], gains[0])
-            advance_state(state, h, full_loss[h], gains[1])
-        elif not paired:
-            advance_state(state, h, full_loss[h], dot(keys_t[h], load(c, h)[2], 1, 0))
-
-    def advance_boundary(c, scalar):
-        states[c] = state[...].astype(dtype)
-
-        def run(h, parts, decays, loss):
-            gain = dot((parts[1] * decays[2]).astype(dtype), parts[2], 0, 0)
-            advance_state(state, h, loss, gain)
-
-        pl.when(scalar != 0)(lambda: with_masks(c, scalar, run))
-
-    pipeline.run_pipeline(
-        num,
-        heads,
-        (transpose_keys, advance),
-        scalars=scalars,
-        full_scalar=size,
-        handle_boundary=advance_boundary,
-    )
-
-    # Gradients, from the last chunk to the first.
+    # The three stages of a full chunk.
 
     def transpose_queries(c, h):
         q_t = load(c, h)[0].T
-        queries_t[h] = q_t
-        ramped_t[h] = (q_t * query_ramp_t[h]).astype(dtype)
+        scratch.queries_t[h] = q_t
+        scratch.ramped_t[h] = (q_t * weights_t.query_ramp_t[h]).astype(dtype)
 
     def score(c, h):
         _, k, v, d = load(c, h)
         d_next = d_state[h].astype(dtype)
-        both = dot(d, jnp.concatenate([v, states[c, h]], 0), 1, 1)
-        d_scores[h] = (both[:, :size] * decay[h]).astype(dtype)
-        dq_carried[h] = query_ramp[h] * both[:, size:]
-        both = dot(k, jnp.concatenate([queries_t[h], d_next], 1), 1, 0)
-        scores_t[h] = (both[:, :size] * decay_t[h]).astype(dtype)
-        dv_carried[h] = key_ramp[h] * both[:, size:]
-        both = dot(v, jnp.concatenate([d, d_next], 0), 1, 1)
-        d_scores_t[h] = (both[:, :size] * decay_t[h]).astype(dtype)
-        dk_carried[h] = key_ramp[h] * both[:, size:]
+        # do [v^T, S^T]
+        products = dot_f32(d, jnp.concatenate([v, scratch.chunk_states[c, h]], 0), 1, 1)
+        scratch.d_scores[h] = (products[:, :size] * weights.pair_decay[h]).astype(dtype)
+        scratch.dq_carried[h] = weights.query_ramp[h] * products[:, size:]
+        # k [q^T, dS]
+        products = dot_f32(k, jnp.concatenate([scratch.queries_t[h], d_next], 1), 1, 0)
+        scratch.scores_t[h] = (products[:, :size] * weights_t.pair_decay_t[h]).astype(dtype)
+        scratch.dv_carried[h] = weights_t.key_ramp[h] * products[:, size:]
+        # v [do^T, dS^T]
+        products = dot_f32(v, jnp.concatenate([d, d_next], 0), 1, 1)
+        scratch.d_scores_t[h] = (products[:, :size] * weights_t.pair_decay_t[h]).astype(dtype)
+        scratch.dk_carried[h] = weights_t.key_ramp[h] * products[:, size:]
 
     def finish(c, h):
         q, k, _, d = load(c, h)
+        # Pairs within one head, so that an odd number of heads is no trouble here.
         dv, dk = tpu_fwd.two_products(
-            scores_t[h], d, d_scores_t[h], q, block_sizes.has_paired_products
+            scratch.scores_t[h], d, scratch.d_scores_t[h], q, block_sizes.has_paired_products
         )
         dq, gain = tpu_fwd.two_products(
-            d_scores[h], k, ramped_t[h], d, block_sizes.has_paired_products
+            scratch.d_scores[h], k, scratch.ramped_t[h], d, block_sizes.has_paired_products
         )
-        advance_state(d_state, h, full_loss[h], gain)
-        store(c, h, (dq + dq_carried[h], dk + dk_carried[h], dv + dv_carried[h]))
+        advance_state(d_state, h, weights.forgotten_fraction[h], gain)
+        gradients = (
+            dq + scratch.dq_carried[h],
+            dk + scratch.dk_carried[h],
+            dv + scratch.dv_carried[h],
+        )
+        store(c, h, gradients)
 
-    def finish_boundary(c, scalar):
-        def run(h, parts, decays, loss):
-            q, k, v, d = parts
-            pair_decay, ramp_q, ramp_k = decays
-            p, dp = ((x * pair_decay).astype(dtype) for x in (dot(q, k, 1, 1), dot(d, v, 1, 1)))
+    def finish_boundary_chunk(c, scalar):
+        def finish_head(h, operands, decays, forgotten_fraction):
+            q, k, v, d = operands
+            pair_decay, query_ramp, key_ramp = decays
+            p, dp = (
+                (x * pair_decay).astype(dtype) for x in (dot_f32(q, k, 1, 1), dot_f32(d, v, 1, 1))
+            )
             d_next = d_state[h].astype(dtype)
-            dq = dot(dp, k, 1, 0) + ramp_q * dot(d, states[c, h], 1, 1)
-            dk = dot(dp, q, 0, 0) + ramp_k * dot(v, d_next, 1, 1)
-            dv = dot(p, d, 0, 0) + ramp_k * dot(k, d_next, 1, 0)
-            gain = dot((q * ramp_q).astype(dtype), d, 0, 0)
-            advance_state(d_state, h, loss, gain)
+            dq = dot_f32(dp, k, 1, 0) + query_ramp * dot_f32(d, scratch.chunk_states[c, h], 1, 1)
+            dk = dot_f32(dp, q, 0, 0) + key_ramp * dot_f32(v, d_next, 1, 1)
+            dv = dot_f32(p, d, 0, 0) + key_ramp * dot_f32(k, d_next, 1, 0)
+            gain = dot_f32((q * query_ramp).astype(dtype), d, 0, 0)
+            advance_state(d_state, h, forgotten_fraction, gain)
             store(c, h, (dq, dk, dv))
 
         @pl.when(scalar == 0)
         def _():
             d_qkv[0, tpu_fwd.chunk_rows(c, size)] = jnp.zeros(
-                (size, 3 * heads * width), d_qkv.dtype
+                (size, 3 * block_sizes.block_heads * width), d_qkv.dtype
             )
 
-        pl.when(scalar != 0)(lambda: with_masks(c, scalar, run))
+        pl.when(scalar != 0)(lambda: access.run_boundary_heads(c, scalar, finish_head))
 
     pipeline.run_pipeline(
-        num,
-        heads,
+        access.num_chunks,
+        block_sizes.block_heads,
         (transpose_queries, score, finish),
         reverse=True,
-        scalars=scalars,
+        scalars=access.scalars,
         full_scalar=size,
-        handle_boundary=finish_boundary,
+        handle_boundary=finish_boundary_chunk,
     )
-    d_initial[0] = d_state[...]
+
+
+def _backward_kernel(
+    slopes: jax.Ref,
+    forgotten_fractions: jax.Ref,
+    tables: boundaries.BoundaryTables | None,
+    qkv: jax.Ref,
+    d_o: jax.Ref,
+    superblock_states: jax.Ref,
+    d_final: jax.Ref,
+    d_qkv: jax.Ref,
+    d_initial: jax.Ref,
+    scratch: BackwardScratch,
+    *,
+    block_sizes: tiling.TpuBlockSizes,
+) -> None:
+    """Differentiate one superblock of one head block of one row. Refs as in `_forward_kernel`."""
+    size, heads, width = block_sizes.chunk_tokens, block_sizes.block_heads, d_final.shape[2]
+    first_head = pl.program_id(1) * heads
+
+    # Superblocks are the innermost axis of the grid and run backwards: this is the last of a row.
+    @pl.when(pl.program_id(2) == 0)
+    def _():
+        scratch.d_state[...] = d_final[0]
+        tpu_fwd.fill_weights(slopes, forgotten_fractions, first_head, scratch.weights)
+        _fill_transposed_weights(slopes, first_head, scratch.weights_t)
+
+    scratch.state[...] = superblock_states[0, :, 0]
+
+    def load(c: pipeline.ChunkIndex, h: int) -> list[Array]:
+        rows = tpu_fwd.chunk_rows(c, size)
+        return tpu_fwd.load_head_slices(qkv, rows, h, width, 3) + tpu_fwd.load_head_slices(
+            d_o, rows, h, width, 1
+        )
+
+    def run_boundary_heads(c: pipeline.ChunkIndex, scalar: Array, run: BoundaryHead) -> None:
+        assert tables is not None
+        rows = tpu_fwd.chunk_rows(c, size)
+        steps = boundaries.expand_words(tables.token_words[0, :, rows], scalar)
+        for h in range(heads):
+            operands = [jnp.where(steps.is_real, x, 0) for x in load(c, h)]
+            decays = [boundaries.masked_decay(slopes[first_head + h], n) for n in steps[1:]]
+            fraction = tpu_fwd.packed_forgotten_fraction(
+                forgotten_fractions, first_head + h, scalar, size
+            )
+            run(h, operands, decays, fraction)
+
+    scalars = None if tables is None else tables.chunk_scalars
+    access = _ChunkAccess(load, run_boundary_heads, scalars, qkv.dtype, block_sizes)
+    _recompute_chunk_states(access, scratch)
+    _walk_gradients(access, scratch, d_qkv)
+    # Written at every superblock: the block of d_initial stays in VMEM until the row is done.
+    d_initial[0] = scratch.d_state[...]
+
+
+def _backward_buffers(block_sizes: tiling.TpuBlockSizes, width: int, dtype: Any) -> Any:
+    buffer, size = tpu_fwd.per_head_buffer(block_sizes), block_sizes.chunk_tokens
+    chunks = block_sizes.superblock_tokens // size
+    chunk_states: Any = pltpu.VMEM((chunks, block_sizes.block_heads, width, width), dtype)
+    return BackwardScratch(
+        state=buffer(width, width),
+        d_state=buffer(width, width),
+        chunk_states=chunk_states,
+        weights=tpu_fwd.chunk_weight_buffers(block_sizes, width),
+        weights_t=TransposedWeights(
+            pair_decay_t=buffer(size, size),
+            query_ramp_t=buffer(width, size),
+            key_ramp=buffer(size, width),
+        ),
+        queries_t=buffer(width, size, dtype),
+        ramped_t=buffer(width, size, dtype),
+        d_scores=buffer(size, size, dtype),
+        scores_t=buffer(size, size, dtype),
+        d_scores_t=buffer(size, size, dtype),
+        dq_carried=buffer(size, width),
+        dk_carried=buffer(size, width),
+        dv_carried=buffer(size, width),
+    )
 
 
 @functools.partial(jax.jit, static_argnames=("block_sizes", "interpret"))
 def lightning_backward(
-    qkv, slopes, tables, superblock_states, d_o, d_final, *, block_sizes, interpret=False
-):
-    """Return (d_qkv in qkv's dtype, d_initial_state float32). Arguments as in
-    `tpu_fwd.lightning_forward`.
+    qkv: Float[Array, "B T N3H"],
+    slopes: Float[Array, "N"],
+    tables: boundaries.BoundaryTables | None,
+    superblock_states: Float[Array, "B N S H H"],
+    d_o: Float[Array, "B T NH"],
+    d_final: Float[Array, "B N H H"],
+    *,
+    block_sizes: tiling.TpuBlockSizes,
+    interpret: bool = False,
+) -> tuple[Float[Array, "B T N3H"], Float[Array, "B N H H"]]:
+    """Return (d_qkv in qkv's dtype, d_initial_state float32).
 
     Args:
-      saved: states at superblock starts, from `forward` with the same `tile`.
+      qkv, slopes, tables, block_sizes, interpret: as in `tpu_fwd.lightning_forward`.
+      superblock_states: of `tpu_fwd.lightning_forward` with the same `block_sizes`.
       d_o: gradient of o, in its dtype.
       d_final: gradient of the final state, float32.
     """
     batch, length, _ = qkv.shape
-    num_heads, steps, width = superblock_states.shape[1:4]
+    num_heads, num_superblocks, width = superblock_states.shape[1:4]
+    block_heads = block_sizes.block_heads
 
-    def order(t):
-        return steps - 1 - t
+    def superblock_at(t):
+        return num_superblocks - 1 - t
 
-    def tokens(n):
+    def token_spec(slices_per_head: int):
+        columns = slices_per_head * block_heads * width
         return pl.BlockSpec(
-            (1, block_sizes.superblock_tokens, n * block_sizes.block_heads * width),
-            lambda b, h, t: (b, order(t), h),
+            (1, block_sizes.superblock_tokens, columns), lambda b, h, t: (b, superblock_at(t), h)
         )
 
-    state = pl.BlockSpec((1, block_sizes.block_heads, width, width), lambda b, h, t: (b, h, 0, 0))
-    checkpoint = pl.BlockSpec(
-        (1, block_sizes.block_heads, 1, width, width), lambda b, h, t: (b, h, order(t), 0, 0)
+    state_spec = pl.BlockSpec((1, block_heads, width, width), lambda b, h, t: (b, h, 0, 0))
+    saved_spec = pl.BlockSpec(
+        (1, block_heads, 1, width, width), lambda b, h, t: (b, h, superblock_at(t), 0, 0)
     )
     smem = pl.BlockSpec(memory_space=pltpu.SMEM)
-    packed = tables[0] is not None
-    states = (
-        block_sizes.superblock_tokens // block_sizes.chunk_tokens,
-        block_sizes.block_heads,
-        width,
-        width,
-    )
-    carried = pltpu.VMEM((block_sizes.block_heads, width, width), F32)
-    return pl.pallas_call(
-        functools.partial(_backward_kernel, block_sizes=block_sizes, packed=packed),
+    table_specs = tpu_fwd.boundary_table_specs(tables, block_sizes, superblock_at)
+    fractions = boundaries.forgotten_fraction_table(slopes, block_sizes.chunk_tokens)
+    d_qkv, d_initial = pl.pallas_call(
+        functools.partial(_backward_kernel, block_sizes=block_sizes),
         name="lightning_bwd",
-        grid=(batch, num_heads // block_sizes.block_heads, steps),
-        in_specs=[smem, smem, *tpu_fwd.boundary_table_specs(tables[0], block_sizes, order),
-                  tokens(3), tokens(1), checkpoint, state],
-        out_specs=[tokens(3), state],
-        out_shape=[
+        grid=(batch, num_heads // block_heads, num_superblocks),
+        in_specs=[
+            smem, smem, table_specs, token_spec(3), token_spec(1), saved_spec, state_spec
+        ],
+        out_specs=(token_spec(3), state_spec),
+        out_shape=(
             jax.ShapeDtypeStruct((batch, length, 3 * num_heads * width), qkv.dtype),
             jax.ShapeDtypeStruct(d_final.shape, F32),
-        ],
-        scratch_shapes=[
-            carried,
-            carried,
-            pltpu.VMEM(states, qkv.dtype),
-            *tpu_fwd.scratch_buffers(block_sizes, "CC CH HC RH CC HC CH", width, qkv.dtype),
-            *tpu_fwd.scratch_buffers(block_sizes, "hc hc cc cc cc CH CH CH", width, qkv.dtype),
-        ],
+        ),
+        scratch_shapes=[_backward_buffers(block_sizes, width, qkv.dtype)],
         compiler_params=tpu_fwd.COMPILER_PARAMS,
         interpret=interpret,
-    )(slopes, boundaries.forgotten_fraction_table(slopes, block_sizes.chunk_tokens),
-      *(tables if packed else ()),
-      qkv, d_o, superblock_states, d_final)  # fmt: skip
+    )(slopes, fractions, tables, qkv, d_o, superblock_states, d_final)  # fmt: skip
+    return d_qkv, d_initial

@@ -1,25 +1,31 @@
 """Lightning attention forward in Pallas for TPU: one pass over the fused projection.
 
-For a chunk of n real tokens that enters with state S (M1 section 2; kernels.md section 1):
+For a chunk of n real tokens that enters with state S (M1 report, section 2; docs/kernels.md,
+"Forward"):
 
     o_i = lambda^i q_i S + sum_{j <= i} lambda^(i - j) (q_i . k_j) v_j       i, j from 1
     S'  = S - (1 - lambda^n) S + sum_j lambda^(n - j) k_j^T v_j
 
-The grid walks batch rows, head blocks and superblocks; S stays in VMEM scratch, float32, from
-one superblock to the next. The state each superblock enters with is the only residual.
+The grid walks batch rows, head blocks and superblocks. S stays in VMEM scratch, float32, from one
+superblock to the next. The state that each superblock enters with is the only residual.
 
-Chunks without boundary or padding run through `pipeline.run_pipeline` in three stages. Products are
-laid side by side where they share an operand, because a matrix unit 256 wide is half idle on 128
-columns: q [k^T, S], [P, q] [v; S], and the k^T v of two heads as one block-diagonal product.
+Chunks without boundary or padding run through `pipeline.run_pipeline` in three stages. Products
+are laid side by side where they share an operand, because a matrix unit 256 wide is half idle on
+128 columns: q [k^T, S], [P, q] [v; S], and the k^T v of two heads as one block-diagonal product.
 Queries read S as a high bfloat16 half and a low one (what the high half rounds away).
+
+Letters in shapes: N heads of a block, C tokens of a chunk, H width of a head.
 """
 
 import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Float
 
 from pallas_kernels.lightning_attention import boundaries, pipeline, tiling
 
@@ -33,142 +39,210 @@ COMPILER_PARAMS = pltpu.CompilerParams(
 )
 
 
-def dot(a, b, contract_a: int, contract_b: int):
-    """Contract one axis of each in float32: bfloat16 operands as they are, float32 in full."""
+class ChunkWeights(NamedTuple):
+    """Decays of a full chunk, float32: constants of a head, filled once a row and head block."""
+
+    pair_decay: jax.Ref  # [N, C, C] lambda^(i - j), 0 above the diagonal
+    query_ramp: jax.Ref  # [N, C, H] lambda^i along rows, i from 1
+    key_ramp_t: jax.Ref  # [N, H, C] lambda^(C - j) along columns, for keys that stand transposed
+    # [N, 1, H] 1 - lambda^C. A row, because scalars would all be spread over registers before the
+    # loop starts.
+    forgotten_fraction: jax.Ref
+
+
+class ForwardScratch(NamedTuple):
+    """VMEM of the forward kernel. A slot hands a result of one head from stage to stage."""
+
+    state: jax.Ref  # [N, H, H] float32, S
+    weights: ChunkWeights
+    keys_t: jax.Ref  # slot [N, H, C] in qkv's dtype, k^T
+    added_keys_t: jax.Ref  # slot [N, H, C] in qkv's dtype, k^T lambda^(C - j)
+    scores: jax.Ref  # slot [N, C, C] in qkv's dtype, decayed q k^T
+    carried: jax.Ref  # slot [N, C, H] float32, lambda^i q S, of S the high half alone
+    low_query_ramp: jax.Ref  # [N, C, H] `query_ramp` in qkv's dtype
+
+
+class ForwardOutputs(NamedTuple):
+    """What `lightning_forward` returns.
+
+    Attributes:
+      o: [B, T, N * H] in qkv's dtype.
+      final_state: float32[B, N, H, H] after the last token.
+      superblock_states: float32[B, N, superblocks, H, H], the state that each superblock enters
+        with. None where nobody asked for the residual.
+    """
+
+    o: jax.Array
+    final_state: jax.Array
+    superblock_states: jax.Array | None
+
+
+def dot_f32(a: Array, b: Array, contract_a: int, contract_b: int) -> Float[Array, "..."]:
+    """Contract one axis of each with float32 sums.
+
+    bfloat16 operands enter the matrix unit as they are; float32 operands are multiplied in full.
+    """
     precision = "highest" if a.dtype == F32 else "default"
     dims = (((contract_a,), (contract_b,)), ((), ()))
     return jax.lax.dot_general(a, b, dims, precision=precision, preferred_element_type=F32)
 
 
-def read_state(q, state):
-    """q S; a float32 state is read by bfloat16 queries as two halves, high and low."""
+def read_state(q: Array, state: Float[Array, "H H"]) -> Float[Array, "C H"]:
+    """q S. bfloat16 queries read the float32 state as two halves, high and low."""
     if q.dtype == F32:
-        return dot(q, state, 1, 0)
+        return dot_f32(q, state, 1, 0)
     high = state.astype(BF16)
     low = (state - high.astype(F32)).astype(BF16)
-    return dot(q, high, 1, 0) + dot(q, low, 1, 0)
+    return dot_f32(q, high, 1, 0) + dot_f32(q, low, 1, 0)
 
 
-def iota(ref, axis: int):
+def head_iota(ref: jax.Ref, axis: int) -> Array:
+    """Indices along an axis of one head's part of a scratch buffer."""
     return jax.lax.broadcasted_iota(jnp.int32, ref.shape[1:], axis)
 
 
 def fill_weights(
-    slopes,
-    forgotten_fractions,
-    first_head,
-    pair_decay,
-    query_ramp,
-    key_ramp,
-    full_forgotten_fraction,
-):
-    """Write the weights of a chunk without boundary: constants of a head, made once a block.
+    slopes: jax.Ref, forgotten_fractions: jax.Ref, first_head: jax.Array, weights: ChunkWeights
+) -> None:
+    """Write the weights of a chunk without boundary.
 
-    pair_decay [N, C, C] at (i, j), query_ramp [N, C, H] along rows, key_ramp [N, H, C] along
-    columns, for keys that stand transposed; full_loss [N, 1, H], the share of the state that is
-    forgotten, as rows because scalars would all be spread over registers before the loop starts.
+    A loop over heads and not an unrolled one: unrolled, the heads' tiles are all live at once and
+    registers spill.
     """
-    heads, size, _ = pair_decay.shape
+    heads, size, _ = weights.pair_decay.shape
 
-    def fill(h, _):
+    def fill_head(h: jax.Array, _: None) -> None:
         slope = slopes[first_head + h]
-        pair_decay[h] = boundaries.masked_decay(slope, iota(pair_decay, 0) - iota(pair_decay, 1))
-        query_ramp[h] = boundaries.masked_decay(slope, iota(query_ramp, 0) + 1)
-        key_ramp[h] = boundaries.masked_decay(slope, size - 1 - iota(key_ramp, 1))
-        loss = forgotten_fractions[(first_head + h) * (size + 1) + size]
-        full_forgotten_fraction[h] = jnp.full(full_forgotten_fraction.shape[1:], loss)
+        rows, columns = (head_iota(weights.pair_decay, axis) for axis in (0, 1))
+        weights.pair_decay[h] = boundaries.masked_decay(slope, rows - columns)
+        weights.query_ramp[h] = boundaries.masked_decay(slope, head_iota(weights.query_ramp, 0) + 1)
+        weights.key_ramp_t[h] = boundaries.masked_decay(
+            slope, size - 1 - head_iota(weights.key_ramp_t, 1)
+        )
+        fraction = forgotten_fractions[(first_head + h) * (size + 1) + size]
+        weights.forgotten_fraction[h] = jnp.full(weights.forgotten_fraction.shape[1:], fraction)
 
-    jax.lax.fori_loop(0, heads, fill, None)
+    jax.lax.fori_loop(0, heads, fill_head, None)
 
 
-def two_products(a, b, c, d, block_diagonal: bool):
-    """Return (a b, c d), as one product with a block-diagonal right side if `wide`."""
+def two_products(
+    a: Array, b: Array, c: Array, d: Array, block_diagonal: bool
+) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
+    """Return (a b, c d), as one product with a block-diagonal right side if `block_diagonal`.
+
+    The zeros cost nothing on a matrix unit 256 wide: 128 columns would leave half of it idle.
+    """
     if not block_diagonal:
-        return dot(a, b, 1, 0), dot(c, d, 1, 0)
+        return dot_f32(a, b, 1, 0), dot_f32(c, d, 1, 0)
     zero = jnp.zeros_like(b)
-    rows = jnp.concatenate([b, zero], 1), jnp.concatenate([zero, d], 1)
-    both = dot(jnp.concatenate([a, c], 1), jnp.concatenate(rows, 0), 1, 0)
-    return both[:, : b.shape[1]], both[:, b.shape[1] :]
+    right = jnp.concatenate([b, zero], 1), jnp.concatenate([zero, d], 1)
+    products = dot_f32(jnp.concatenate([a, c], 1), jnp.concatenate(right, 0), 1, 0)
+    return products[:, : b.shape[1]], products[:, b.shape[1] :]
 
 
-def advance_state(state, h: int, forgotten_fraction, gain) -> None:
-    """Carry the state of head h over a chunk; loss is a scalar or a row."""
+def advance_state(state: jax.Ref, h: int, forgotten_fraction: Array, gain: Array) -> None:
+    """Carry the state of head h over a chunk; `forgotten_fraction` is a scalar or a row."""
     state[h] = state[h] - forgotten_fraction * state[h] + gain
 
 
-def load_head_slices(ref, rows, h: int, width: int, num_slices: int):
-    """Read the `parts` lane slices of head h: q, k, v of the projection, or o alone."""
+def load_head_slices(ref: jax.Ref, rows: Any, h: int, width: int, num_slices: int) -> list[Array]:
+    """Read the lane slices of head h: three of the projection (q, k, v), one of o."""
     return [ref[0, rows, pl.ds((num_slices * h + i) * width, width)] for i in range(num_slices)]
 
 
-def chunk_rows(c, size: int):
+def chunk_rows(c: pipeline.ChunkIndex, size: int) -> Any:
+    """Return the slice of a superblock's rows that chunk c has."""
     return pl.ds(pl.multiple_of(c * size, size), size)
 
 
-def _forward_kernel(
-    slopes,
-    forgotten_fractions,
-    *refs,
-    block_sizes: tiling.TpuBlockSizes,
-    packed: bool,
-    save_superblock_states: bool,
-):
-    scalars, words, *refs = refs if packed else (None, None, *refs)
-    qkv, initial, o, final, *refs = refs
-    saved, refs = (refs[0], refs[1:]) if save_superblock_states else (None, refs)
-    state, pair_decay, query_ramp, key_ramp, full_loss, *refs = refs
-    keys_t, added_keys, scores, carried, low_ramp = refs
-    size, heads, width = block_sizes.chunk_tokens, block_sizes.block_heads, state.shape[2]
-    dtype, split = qkv.dtype, qkv.dtype == BF16
-    first_head = pl.program_id(1) * heads
-    paired = block_sizes.has_paired_products and heads % 2 == 0
+def packed_forgotten_fraction(
+    forgotten_fractions: jax.Ref, head: jax.Array, scalar: jax.Array, size: int
+) -> Array:
+    """Return the share of the state that a chunk forgets: all of it where a document starts."""
+    fraction = forgotten_fractions[head * (size + 1) + (scalar & boundaries.COUNT_MASK)]
+    return jnp.where(scalar > boundaries.COUNT_MASK, 1.0, fraction)
 
+
+def _forward_kernel(
+    slopes: jax.Ref,
+    forgotten_fractions: jax.Ref,
+    tables: boundaries.BoundaryTables | None,
+    qkv: jax.Ref,
+    initial_state: jax.Ref,
+    o: jax.Ref,
+    final_state: jax.Ref,
+    superblock_states: jax.Ref | None,
+    scratch: ForwardScratch,
+    *,
+    block_sizes: tiling.TpuBlockSizes,
+) -> None:
+    """Attend one superblock of one head block of one row.
+
+    Refs, as the block specs of `lightning_forward` cut them: slopes [N] and forgotten_fractions in
+    SMEM; qkv [1, superblock, N * 3 * H]; o [1, superblock, N * H]; initial_state and final_state
+    [1, N, H, H]; superblock_states [1, N, 1, H, H].
+    """
+    state, weights = scratch.state, scratch.weights
+    size, heads, width = block_sizes.chunk_tokens, block_sizes.block_heads, state.shape[2]
+    dtype = qkv.dtype
+    first_head = pl.program_id(1) * heads
+    # Two heads finish together, so an odd head would be left over.
+    is_paired = block_sizes.has_paired_products and heads % 2 == 0
+
+    # Superblocks are the innermost axis of the grid: this is the first one of a row.
     @pl.when(pl.program_id(2) == 0)
     def _():
-        state[...] = initial[0]
-        fill_weights(
-            slopes, forgotten_fractions, first_head, pair_decay, query_ramp, key_ramp, full_loss
-        )
-        low_ramp[...] = query_ramp[...].astype(dtype)  # exact enough for what S rounds away
+        state[...] = initial_state[0]
+        fill_weights(slopes, forgotten_fractions, first_head, weights)
+        # Exact enough for what the high half of S rounds away.
+        scratch.low_query_ramp[...] = weights.query_ramp[...].astype(dtype)
 
-    if saved is not None:
-        saved[0, :, 0] = state[...]
+    if superblock_states is not None:
+        superblock_states[0, :, 0] = state[...]
 
-    def load(c, h):
+    def load(c: pipeline.ChunkIndex, h: int) -> list[Array]:
         return load_head_slices(qkv, chunk_rows(c, size), h, width, 3)
 
-    def store(c, h, out):
+    def store(c: pipeline.ChunkIndex, h: int, out: Array) -> None:
         o[0, chunk_rows(c, size), pl.ds(h * width, width)] = out.astype(o.dtype)
 
-    def transpose(c, h):
+    # The three stages of a full chunk.
+
+    def transpose_keys(c, h):
         k_t = load(c, h)[1].T
-        keys_t[h] = k_t
-        added_keys[h] = (k_t * key_ramp[h]).astype(dtype)
+        scratch.keys_t[h] = k_t
+        scratch.added_keys_t[h] = (k_t * weights.key_ramp_t[h]).astype(dtype)
 
     def score(c, h):
+        # q [k^T, S_high]
         q = load(c, h)[0]
         high = state[h].astype(dtype)
-        both = dot(q, jnp.concatenate([keys_t[h], high], 1), 1, 0)
-        scores[h] = (both[:, :size] * pair_decay[h]).astype(dtype)
-        carried[h] = query_ramp[h] * both[:, size:]
+        products = dot_f32(q, jnp.concatenate([scratch.keys_t[h], high], 1), 1, 0)
+        scratch.scores[h] = (products[:, :size] * weights.pair_decay[h]).astype(dtype)
+        scratch.carried[h] = weights.query_ramp[h] * products[:, size:]
 
     def finish(c, h):
         q, _, v = load(c, h)
-        if split:
+        if dtype == BF16:
+            # [P, lambda^i q] [v; S_low]. float32 queries have read all of S already.
             low = (state[h] - state[h].astype(dtype).astype(F32)).astype(dtype)
-            left = jnp.concatenate([scores[h], q * low_ramp[h]], 1)
-            out = dot(left, jnp.concatenate([v, low], 0), 1, 0)
+            left = jnp.concatenate([scratch.scores[h], q * scratch.low_query_ramp[h]], 1)
+            out = dot_f32(left, jnp.concatenate([v, low], 0), 1, 0)
         else:
-            out = dot(scores[h], v, 1, 0)
-        store(c, h, out + carried[h])
-        if paired and h % 2:
-            gains = two_products(added_keys[h - 1], load(c, h - 1)[2], added_keys[h], v, True)
-            advance_state(state, h - 1, full_loss[h - 1], gains[0])
-            advance_state(state, h, full_loss[h], gains[1])
-        elif not paired:
-            advance_state(state, h, full_loss[h], dot(added_keys[h], v, 1, 0))
+            out = dot_f32(scratch.scores[h], v, 1, 0)
+        store(c, h, out + scratch.carried[h])
+        if is_paired and h % 2:
+            left_v = load(c, h - 1)[2]
+            gains = two_products(
+                scratch.added_keys_t[h - 1], left_v, scratch.added_keys_t[h], v, True
+            )
+            advance_state(state, h - 1, weights.forgotten_fraction[h - 1], gains[0])
+            advance_state(state, h, weights.forgotten_fraction[h], gains[1])
+        elif not is_paired:
+            fraction = weights.forgotten_fraction[h]
+            advance_state(state, h, fraction, dot_f32(scratch.added_keys_t[h], v, 1, 0))
 
-    def boundary(c, scalar):
+    def attend_boundary_chunk(c, scalar):
         rows = chunk_rows(c, size)
 
         @pl.when(scalar == 0)
@@ -177,124 +251,161 @@ def _forward_kernel(
 
         @pl.when(scalar != 0)
         def _():
-            assert words is not None
-            real, *masks = boundaries.expand_words(words[0, :, rows], scalar)
+            assert tables is not None
+            steps = boundaries.expand_words(tables.token_words[0, :, rows], scalar)
             for h in range(heads):
                 # A select, so that NaN in padding reaches neither output nor state.
-                q, k, v = (jnp.where(real, x, 0) for x in load(c, h))
-                decay, ramp_q, ramp_k = (
-                    boundaries.masked_decay(slopes[first_head + h], n) for n in masks
+                q, k, v = (jnp.where(steps.is_real, x, 0) for x in load(c, h))
+                pair_decay, query_ramp, key_ramp = (
+                    boundaries.masked_decay(slopes[first_head + h], n) for n in steps[1:]
                 )
-                pairs = (dot(q, k, 1, 1) * decay).astype(dtype)
-                store(c, h, dot(pairs, v, 1, 0) + ramp_q * read_state(q, state[h]))
-                gain = dot((k * ramp_k).astype(dtype), v, 0, 0)
-                advance_state(
-                    state,
-                    h,
-                    packed_forgotten_fraction(forgotten_fractions, first_head + h, scalar, size),
-                    gain,
+                pairs = (dot_f32(q, k, 1, 1) * pair_decay).astype(dtype)
+                store(c, h, dot_f32(pairs, v, 1, 0) + query_ramp * read_state(q, state[h]))
+                gain = dot_f32((k * key_ramp).astype(dtype), v, 0, 0)
+                fraction = packed_forgotten_fraction(
+                    forgotten_fractions, first_head + h, scalar, size
                 )
+                advance_state(state, h, fraction, gain)
 
     pipeline.run_pipeline(
         block_sizes.superblock_tokens // size,
         heads,
-        (transpose, score, finish),
+        (transpose_keys, score, finish),
         chunks_per_loop=block_sizes.chunks_per_loop,
-        scalars=scalars,
+        scalars=None if tables is None else tables.chunk_scalars,
         full_scalar=size,
-        handle_boundary=boundary,
+        handle_boundary=attend_boundary_chunk,
     )
-    final[0] = state[...]
+    final_state[0] = state[...]
 
 
-def packed_forgotten_fraction(forgotten_fractions, head, scalar, size: int):
-    """Return the share of the state that a chunk forgets: all of it where a document starts."""
-    kept = forgotten_fractions[head * (size + 1) + (scalar & boundaries.COUNT_MASK)]
-    return jnp.where(scalar > boundaries.COUNT_MASK, 1.0, kept)
+def boundary_table_specs(
+    tables: boundaries.BoundaryTables | None,
+    block_sizes: tiling.TpuBlockSizes,
+    superblock_at: Callable[[Any], Any],
+) -> boundaries.BoundaryTables | None:
+    """Return block specs of the tables; None where there are no boundaries.
 
-
-def boundary_table_specs(scalars, block_sizes: tiling.TpuBlockSizes, order):
-    """Return block specs of the boundary tables; none where there are no boundaries."""
-    if scalars is None:
-        return []
-    num = block_sizes.superblock_tokens // block_sizes.chunk_tokens
-    return [
-        pl.BlockSpec((1, 1, 1, num), lambda b, h, t: (b, order(t), 0, 0),
-                     memory_space=pltpu.SMEM),
-        pl.BlockSpec((1, 1, block_sizes.superblock_tokens), lambda b, h, t: (b, 0, order(t))),
-    ]  # fmt: skip
-
-
-def scratch_buffers(block_sizes: tiling.TpuBlockSizes, shapes: str, width: int, dtype):
-    """Return VMEM of [heads, rows, columns] arrays, named by their sides: "CH" is chunk by width.
-
-    R is one row. Capitals are float32, small letters `dtype`.
+    Args:
+      tables: whether there are boundaries is all that is asked of them.
+      block_sizes: block sizes.
+      superblock_at: which superblock a step of the grid's last axis works on.
     """
-    sides = {"c": block_sizes.chunk_tokens, "h": width, "r": 1}
-    return [
-        pltpu.VMEM(
-            (block_sizes.block_heads, *(sides[side] for side in shape.lower())),
-            F32 if shape.isupper() else dtype,
-        )
-        for shape in shapes.split()
-    ]
+    if tables is None:
+        return None
+    chunks = block_sizes.superblock_tokens // block_sizes.chunk_tokens
+    return boundaries.BoundaryTables(
+        chunk_scalars=pl.BlockSpec(
+            (1, 1, 1, chunks),
+            lambda b, h, t: (b, superblock_at(t), 0, 0),
+            memory_space=pltpu.SMEM,
+        ),
+        token_words=pl.BlockSpec(
+            (1, 1, block_sizes.superblock_tokens), lambda b, h, t: (b, 0, superblock_at(t))
+        ),
+    )
+
+
+def per_head_buffer(block_sizes: tiling.TpuBlockSizes) -> Callable[..., Any]:
+    """Return buffer(rows, columns, dtype=float32), which asks for VMEM of one such array a head."""
+
+    def buffer(rows: int, columns: int, dtype: Any = F32) -> pl.MemoryRef:
+        return pltpu.VMEM((block_sizes.block_heads, rows, columns), dtype)
+
+    return buffer
+
+
+def chunk_weight_buffers(block_sizes: tiling.TpuBlockSizes, width: int) -> Any:
+    """Ask for the VMEM of `ChunkWeights`. The kernel gets the same tuple, with Refs in it."""
+    buffer, size = per_head_buffer(block_sizes), block_sizes.chunk_tokens
+    return ChunkWeights(
+        pair_decay=buffer(size, size),
+        query_ramp=buffer(size, width),
+        key_ramp_t=buffer(width, size),
+        forgotten_fraction=buffer(1, width),
+    )
+
+
+def _forward_buffers(block_sizes: tiling.TpuBlockSizes, width: int, dtype: Any) -> Any:
+    buffer, size = per_head_buffer(block_sizes), block_sizes.chunk_tokens
+    return ForwardScratch(
+        state=buffer(width, width),
+        weights=chunk_weight_buffers(block_sizes, width),
+        keys_t=buffer(width, size, dtype),
+        added_keys_t=buffer(width, size, dtype),
+        scores=buffer(size, size, dtype),
+        carried=buffer(size, width),
+        low_query_ramp=buffer(size, width, dtype),
+    )
 
 
 @functools.partial(jax.jit, static_argnames=("block_sizes", "save_superblock_states", "interpret"))
 def lightning_forward(
-    qkv, slopes, tables, initial_state, *, block_sizes, save_superblock_states, interpret=False
-):
-    """Return (o, final state, states at superblock starts [B, N, S, H, H] or None).
+    qkv: Float[Array, "B T N3H"],
+    slopes: Float[Array, "N"],
+    tables: boundaries.BoundaryTables | None,
+    initial_state: Float[Array, "B N H H"],
+    *,
+    block_sizes: tiling.TpuBlockSizes,
+    save_superblock_states: bool,
+    interpret: bool = False,
+) -> ForwardOutputs:
+    """Run the forward kernel.
 
     Args:
-      qkv: [B, T, N * 3 * H], bfloat16 or float32; T is any length.
-      slopes: float32[N].
-      tables: `boundaries.build_boundary_tables`, or (None, None) for full superblocks of one
-        document.
-      initial_state: float32[B, N, H, H].
-      tile: block sizes.
-      checkpoints: whether to save the states the backward pass starts from.
+      qkv: fused projection, bfloat16 or float32. T is any length: the last superblock may be
+        ragged if `tables` say where its padding starts.
+      slopes: decay rates, one per head.
+      tables: of `boundaries.build_boundary_tables`. None: full superblocks of one document.
+      initial_state: float32 state that the row's first document continues.
+      block_sizes: block sizes; N is a multiple of `block_heads`.
+      save_superblock_states: whether to return the states that the backward pass starts from.
       interpret: run the kernel's Python on any backend, for tests.
     """
     batch, length, _ = qkv.shape
     num_heads, width = initial_state.shape[1:3]
-    steps = -(-length // block_sizes.superblock_tokens)
+    num_superblocks = -(-length // block_sizes.superblock_tokens)
+    block_heads = block_sizes.block_heads
 
-    def tokens(n):
-        return pl.BlockSpec(
-            (1, block_sizes.superblock_tokens, n * block_sizes.block_heads * width),
-            lambda b, h, t: (b, t, h),
-        )
+    def token_spec(slices_per_head: int):
+        columns = slices_per_head * block_heads * width
+        return pl.BlockSpec((1, block_sizes.superblock_tokens, columns), lambda b, h, t: (b, t, h))
 
-    state = pl.BlockSpec((1, block_sizes.block_heads, width, width), lambda b, h, t: (b, h, 0, 0))
+    state_spec = pl.BlockSpec((1, block_heads, width, width), lambda b, h, t: (b, h, 0, 0))
     smem = pl.BlockSpec(memory_space=pltpu.SMEM)
-    packed = tables[0] is not None
-    out_specs = [tokens(1), state]
-    out_shape = [
-        jax.ShapeDtypeStruct((batch, length, num_heads * width), qkv.dtype),
-        jax.ShapeDtypeStruct(initial_state.shape, F32),
-    ]
+    saved_spec = saved_shape = None
     if save_superblock_states:
-        saved = (1, block_sizes.block_heads, 1, width, width)
-        out_specs.append(pl.BlockSpec(saved, lambda b, h, t: (b, h, t, 0, 0)))
-        out_shape.append(jax.ShapeDtypeStruct((batch, num_heads, steps, width, width), F32))
-    o, final, *saved = pl.pallas_call(
-        functools.partial(
-            _forward_kernel, block_sizes=block_sizes, packed=packed,
-            save_superblock_states=save_superblock_states,
-        ),
+        saved_spec = pl.BlockSpec(
+            (1, block_heads, 1, width, width), lambda b, h, t: (b, h, t, 0, 0)
+        )
+        saved_shape = (batch, num_heads, num_superblocks, width, width)
+        saved_shape = jax.ShapeDtypeStruct(saved_shape, F32)
+    # None stands for an argument or output that this call has not: the kernel gets None there.
+    outputs = pl.pallas_call(
+        functools.partial(_forward_kernel, block_sizes=block_sizes),
         name="lightning_fwd",
-        grid=(batch, num_heads // block_sizes.block_heads, steps),
-        in_specs=[smem, smem, *boundary_table_specs(tables[0], block_sizes, lambda t: t),
-                  tokens(3), state],
-        out_specs=out_specs,
-        out_shape=out_shape,
-        scratch_shapes=scratch_buffers(
-            block_sizes, "HH CC CH HC RH hc hc cc CH ch", width, qkv.dtype
+        grid=(batch, num_heads // block_heads, num_superblocks),
+        in_specs=[
+            smem,
+            smem,
+            boundary_table_specs(tables, block_sizes, lambda t: t),
+            token_spec(3),
+            state_spec,
+        ],
+        out_specs=(token_spec(1), state_spec, saved_spec),
+        out_shape=(
+            jax.ShapeDtypeStruct((batch, length, num_heads * width), qkv.dtype),
+            jax.ShapeDtypeStruct(initial_state.shape, F32),
+            saved_shape,
         ),
+        scratch_shapes=[_forward_buffers(block_sizes, width, qkv.dtype)],
         compiler_params=COMPILER_PARAMS,
         interpret=interpret,
-    )(slopes, boundaries.forgotten_fraction_table(slopes, block_sizes.chunk_tokens),
-      *(tables if packed else ()),
-      qkv, initial_state)  # fmt: skip
-    return o, final, saved[0] if saved else None
+    )(
+        slopes,
+        boundaries.forgotten_fraction_table(slopes, block_sizes.chunk_tokens),
+        tables,
+        qkv,
+        initial_state,
+    )
+    return ForwardOutputs(*outputs)

@@ -5,37 +5,58 @@ Per sequence and head, with c = 1 - lambda = -expm1(-s):
     S <- S - c S + k^T v          o = q S
 
 S - c S and not lambda S: float32 lambda misstates the slowest slope by 2.5e-4 of itself.
-Source: M1 section 2; kernels.md 5.5, first kernel.
+Source: M1 report, section 2; docs/kernels.md, "Decode".
 
-A grid step owns `rows` sequences and a block of heads. Their states (the bulk of all bytes) move
-by hand between the pool in HBM and three VMEM buffers: while step i computes in its own buffer,
-step i + 1 loads into the second and step i - 1 stores from the third. Everything else is small and
-left to Pallas' own pipeline.
+A grid step owns `rows_per_step` sequences and a block of heads. Their states (the bulk of all
+bytes) move by hand between the pool in HBM and three VMEM buffers: while step i computes in its own
+buffer, step i + 1 loads into the second and step i - 1 stores from the third. Everything else is
+small and left to Pallas' own pipeline.
 
 All sums are float32 on the vector unit: a matrix unit would have to split S into three bfloat16
-parts. It serves to spread k and q over the lanes of a state, exactly; doing that with the permute
-unit cost 1.3 (v5e) to 1.8 (v6e, tpu7x) times the bundles. A NaN in one head of a row therefore
-reaches the row's other heads, and no other row.
+parts. The matrix unit serves to spread k and q over the lanes of a state, exactly. Doing that with
+the permute unit cost 1.3 (v5e) to 1.8 (v6e, tpu7x) times the bundles. A NaN in one head of a row
+therefore reaches the row's other heads, and no other row.
+
+Letters in shapes: N heads of a block, H width of a head.
 """
 
 import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, BFloat16, Float, Int
 
 ROWS_PER_STEP = 8  # sequences a step: one sublane tile, the smallest block of a batch
-HEADS_PER_STEP = (
-    8  # heads a step: one sublane tile; 4 MiB in flight with 8 sequences of 128 x 128 heads
-)
+# Heads a step: one sublane tile. With 8 sequences of heads of 128 that is 4 MiB in flight.
+HEADS_PER_STEP = 8
 NUM_BUFFERS = 3  # one loading, one computing, one storing
 VMEM_SLACK_BYTES = 8 * 2**20  # bytes for pipelined blocks, relayouts and the compiler's own use
 
+# A Ref of a kernel, or a view of one. `jax.Ref` has no usable `at` for a type checker.
+Ref = Any
+# An asynchronous copy between HBM and VMEM, and what starts it or waits for it.
+AsyncCopy = Any
+StartOrWait = Callable[[AsyncCopy], None]
+# (step, start_or_wait) -> builds the copies of that step and calls start_or_wait on each.
+StepCopies = Callable[[jax.Array, StartOrWait], None]
+
+
+class DecodeScratch(NamedTuple):
+    """VMEM and semaphores of the kernel."""
+
+    qkv: Ref  # [rows, 3, N, H] float32, this step's q, k, v with heads along sublanes
+    out: Ref  # [rows, N, H] float32, this step's o
+    states: Ref  # [NUM_BUFFERS, rows, N, H, H] float32
+    loads: Ref  # DMA semaphores of the copies from the pool, one a buffer
+    stores: Ref  # DMA semaphores of the copies to the pool, one a buffer
+
 
 def heads_per_block(num_heads: int, head_dim: int, max_heads: int = HEADS_PER_STEP) -> int:
-    """Return the most heads up to `limit` that divide all heads and whose values fill lanes."""
+    """Return the most heads up to `max_heads` that divide all heads and whose values fill lanes."""
     for heads in range(min(max_heads, num_heads), 0, -1):
         if num_heads % heads == 0 and heads * head_dim % 128 == 0:
             return heads
@@ -50,7 +71,7 @@ def lightning_decode(
     *,
     interpret: bool | pltpu.InterpretParams = False,
 ) -> tuple[Float[Array, "B NH"], Float[Array, "slots N H H"]]:
-    """Advance the named slots by one token. See `decode_api.lightning_decode`.
+    """Advance the named slots by one token. See `api.lightning_decode`.
 
     The returned pool is the donated one: no byte of an unnamed slot is read or written.
     """
@@ -60,11 +81,12 @@ def lightning_decode(
     rows, heads = grid.rows_per_step, grid.block_heads
     slots = jnp.pad(slots, (0, grid.padding_rows), constant_values=-1)
 
-    def block(chain, step, *_):
+    def block_index(chain, step, *_):
         return grid.locate_step(chain, step)
 
-    states = (NUM_BUFFERS, rows, heads, head_dim, head_dim)
     in_hbm = pl.BlockSpec(memory_space=pltpu.HBM)
+    buffer_bytes = 4 * NUM_BUFFERS * rows * heads * head_dim * max(head_dim, 128)
+    semaphores = pltpu.SemaphoreType.DMA((NUM_BUFFERS,))
     o, pool = pl.pallas_call(
         functools.partial(_decode_kernel, grid=grid),
         name="lightning_decode",
@@ -75,21 +97,24 @@ def lightning_decode(
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
             grid=grid.shape,
-            in_specs=[pl.BlockSpec((rows, heads * 3 * head_dim), block), in_hbm],
-            out_specs=[pl.BlockSpec((rows, heads * head_dim), block), in_hbm],
+            in_specs=[pl.BlockSpec((rows, heads * 3 * head_dim), block_index), in_hbm],
+            out_specs=[pl.BlockSpec((rows, heads * head_dim), block_index), in_hbm],
+            # A tuple in the list: the kernel gets it as one argument, with Refs for fields.
             scratch_shapes=[
-                pltpu.VMEM((rows, 3, heads, head_dim), jnp.float32),
-                pltpu.VMEM((rows, heads, head_dim), jnp.float32),
-                pltpu.VMEM(states, jnp.float32),
-                pltpu.SemaphoreType.DMA((NUM_BUFFERS,)),
-                pltpu.SemaphoreType.DMA((NUM_BUFFERS,)),
+                DecodeScratch(
+                    qkv=pltpu.VMEM((rows, 3, heads, head_dim), jnp.float32),
+                    out=pltpu.VMEM((rows, heads, head_dim), jnp.float32),
+                    states=pltpu.VMEM((NUM_BUFFERS, rows, heads, head_dim, head_dim), jnp.float32),
+                    loads=semaphores,
+                    stores=semaphores,
+                )
             ],
         ),
+        # The pool, the fourth argument, becomes the second output in place.
         input_output_aliases={3: 1},
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"),
-            vmem_limit_bytes=4 * NUM_BUFFERS * rows * heads * head_dim * max(head_dim, 128)
-            + VMEM_SLACK_BYTES,
+            vmem_limit_bytes=buffer_bytes + VMEM_SLACK_BYTES,
         ),
         interpret=interpret,
     )(slots, -jnp.expm1(-slopes), qkv, pool)
@@ -97,45 +122,67 @@ def lightning_decode(
 
 
 class DecodeGrid:
-    """How a decoding batch is cut into steps: chains of (tile of rows, block of heads)."""
+    """How a decoding batch is cut into steps: chains of (tile of rows, block of heads).
+
+    Attributes:
+      block_heads: heads of a block.
+      num_blocks: blocks of heads.
+      rows_per_step: sequences of a tile.
+      num_row_tiles: tiles of sequences; the last one may be padded.
+      num_chains: 2 or 1. One chain for each TensorCore of a v5p; elsewhere they run one after the
+        other.
+      blocks_per_chain: blocks of heads of a chain.
+      shape: the grid of the kernel, (chains, steps of a chain).
+      padding_rows: sequences that the last tile lacks.
+    """
 
     def __init__(self, batch: int, num_heads: int, head_dim: int, max_heads: int = HEADS_PER_STEP):
         self.block_heads = heads_per_block(num_heads, head_dim, max_heads)
         self.num_blocks = num_heads // self.block_heads
         self.rows_per_step = min(ROWS_PER_STEP, batch)
         self.num_row_tiles = pl.cdiv(batch, self.rows_per_step)
-        # One chain for each TensorCore of a v5p; elsewhere they run one after the other.
         self.num_chains = 2 if self.num_blocks % 2 == 0 else 1
         self.blocks_per_chain = self.num_blocks // self.num_chains
         self.shape = (self.num_chains, self.num_row_tiles * self.blocks_per_chain)
         self.padding_rows = self.num_row_tiles * self.rows_per_step - batch
 
-    def locate_step(self, chain, step):
+    def locate_step(self, chain: Any, step: Any) -> tuple[Any, Any]:
         """Return the tile of rows and the block of heads of a step."""
         block = chain * self.blocks_per_chain + jax.lax.rem(step, self.blocks_per_chain)
         return jax.lax.div(step, self.blocks_per_chain), block
 
-    def for_each_row(self, slots, chain, step, act):
-        """Call act(row, its index in the batch, slot, block) for every active row of a step."""
+    def for_each_row(
+        self,
+        slots: Ref,
+        chain: jax.Array,
+        step: jax.Array,
+        visit_row: Callable[[jax.Array, jax.Array, jax.Array, jax.Array], None],
+    ) -> None:
+        """Call visit_row(row of the tile, row of the batch, slot, block) for every active row."""
         tile, block = self.locate_step(chain, step)
 
         def visit(row, carry):
             index = tile * self.rows_per_step + row
 
+            # Padding and inactive rows have slot -1: they move no byte and cost no arithmetic.
             @pl.when(slots[index] >= 0)
             def _():
-                act(row, index, slots[index], block)
+                visit_row(row, index, slots[index], block)
 
             return carry
 
+        # A loop and not unrolled: rows times heads in one body would take long to compile.
         jax.lax.fori_loop(0, self.rows_per_step, visit, 0)
 
 
-def rotate_buffers(step, num_steps, load, store, compute) -> None:
-    """Run a grid step on its buffer, step mod `NUM_BUFFERS`, while its neighbours' buffers move.
-
-    load(step, act) and store(step, act) build that step's copies and call act on each.
-    """
+def rotate_buffers(
+    step: jax.Array,
+    num_steps: int | jax.Array,
+    load: StepCopies,
+    store: StepCopies,
+    compute: Callable[[], None],
+) -> None:
+    """Run a grid step on its buffer, step mod `NUM_BUFFERS`, while its neighbours' buffers move."""
 
     @pl.when(step == 0)
     def _():
@@ -153,100 +200,118 @@ def rotate_buffers(step, num_steps, load, store, compute) -> None:
     compute()
     store(step, start_copy)
 
+    # The kernel may not end before its last stores have.
     @pl.when(step == num_steps - 1)
     def _():
-        for back in reversed(range(NUM_BUFFERS - 1)):
+        for steps_back in reversed(range(NUM_BUFFERS - 1)):
 
-            @pl.when(step >= back)
-            def _(back=back):
-                store(step - back, wait_for_copy)
+            @pl.when(step >= steps_back)
+            def _(steps_back=steps_back):
+                store(step - steps_back, wait_for_copy)
 
 
-def start_copy(copy) -> None:
+def start_copy(copy: AsyncCopy) -> None:
     copy.start()
 
 
-def wait_for_copy(copy) -> None:
+def wait_for_copy(copy: AsyncCopy) -> None:
     copy.wait()
 
 
-def unfuse_heads(x, qkv) -> None:
-    """Turn lanes into sublanes: rows [rows, heads*3*H] into float32 tiles [rows, 3, heads, H]."""
+def unfuse_heads(fused: Ref, qkv: Ref) -> None:
+    """Turn lanes into sublanes: rows [rows, N * 3 * H] into float32 tiles [rows, 3, N, H]."""
     heads, head_dim = qkv.shape[2:]
     for head in range(heads):
         for part in range(3):
             first = (3 * head + part) * head_dim
-            qkv[:, part, head, :] = x[:, first : first + head_dim].astype(jnp.float32)
+            qkv[:, part, head, :] = fused[:, first : first + head_dim].astype(jnp.float32)
 
 
-def fuse_heads(out, o) -> None:
-    """Turn sublanes back into lanes: float32 tiles [rows, heads, H] into rows [rows, heads*H]."""
+def fuse_heads(out: Ref, o: Ref) -> None:
+    """Turn sublanes back into lanes: float32 tiles [rows, N, H] into rows [rows, N * H]."""
     heads, head_dim = out.shape[1:]
     for head in range(heads):
         o[:, head * head_dim : (head + 1) * head_dim] = out[:, head, :].astype(o.dtype)
 
 
 def _decode_kernel(
-    slots, forgotten_fractions, x, _, o, pool, qkv, out, states, loads, stores, *, grid
-):
-    """One step. `loss` is c per head; `pool` is the aliased output, the only name it has here."""
-    heads = grid.block_heads
+    slots: Ref,
+    forgotten_fractions: Ref,
+    qkv: Ref,
+    _: Ref,
+    o: Ref,
+    pool: Ref,
+    scratch: DecodeScratch,
+    *,
+    grid: DecodeGrid,
+) -> None:
+    """Run one step: slots [B] and forgotten_fractions [heads] in SMEM, qkv [rows, N * 3 * H].
+
+    `pool` is the aliased output and the only name that the kernel uses for it. `_` is the input.
+    """
+    heads, states = grid.block_heads, scratch.states
     # Read once: program ids are not to be had inside branches in interpret mode.
     chain, step = pl.program_id(0), pl.program_id(1)
 
-    def ends(row, slot, block, step):
+    def state_ends(row, slot, block, step):
+        """Return where a row's states lie in the pool and in VMEM, and the number of its buffer."""
         buffer = jax.lax.rem(step, NUM_BUFFERS)
         return pool.at[slot, pl.ds(block * heads, heads)], states.at[buffer, row], buffer
 
-    def load(step, act):
-        def copy(row, index, slot, block):
-            there, here, buffer = ends(row, slot, block, step)
-            act(pltpu.make_async_copy(there, here, loads.at[buffer]))
+    def load(step, start_or_wait):
+        def load_row(row, index, slot, block):
+            in_pool, in_vmem, buffer = state_ends(row, slot, block, step)
+            start_or_wait(pltpu.make_async_copy(in_pool, in_vmem, scratch.loads.at[buffer]))
 
-        grid.for_each_row(slots, chain, step, copy)
+        grid.for_each_row(slots, chain, step, load_row)
 
-    def store(step, act):
-        def copy(row, index, slot, block):
-            there, here, buffer = ends(row, slot, block, step)
-            act(pltpu.make_async_copy(here, there, stores.at[buffer]))
+    def store(step, start_or_wait):
+        def store_row(row, index, slot, block):
+            in_pool, in_vmem, buffer = state_ends(row, slot, block, step)
+            start_or_wait(pltpu.make_async_copy(in_vmem, in_pool, scratch.stores.at[buffer]))
 
-        grid.for_each_row(slots, chain, step, copy)
+        grid.for_each_row(slots, chain, step, store_row)
 
     def compute():
         buffer = jax.lax.rem(step, NUM_BUFFERS)
-        unfuse_heads(x, qkv)
-        out[...] = jnp.zeros_like(out)
+        unfuse_heads(qkv, scratch.qkv)
+        scratch.out[...] = jnp.zeros_like(scratch.out)
 
-        def update(row, index, slot, block):
+        def update_row(row, index, slot, block):
             # Columns, so that a head's k and q vary along the rows of its state.
-            parts = 1 if x.dtype == jnp.bfloat16 else 3
-            q, k = (_split_into_columns(qkv[row, part], parts) for part in range(2))
-            v = qkv[row, 2]
+            num_parts = 1 if qkv.dtype == jnp.bfloat16 else 3
+            q, k = (_split_into_columns(scratch.qkv[row, part], num_parts) for part in range(2))
+            v = scratch.qkv[row, 2]
             for head in range(heads):
                 state = states[buffer, row, head]
                 state = state - forgotten_fractions[block * heads + head] * state
                 state = state + _spread_column(k, head, heads) * v[head : head + 1]
                 states[buffer, row, head] = state
-                out[row, head : head + 1] = jnp.sum(
+                scratch.out[row, head : head + 1] = jnp.sum(
                     _spread_column(q, head, heads) * state, axis=0, keepdims=True
                 )
 
-        grid.for_each_row(slots, chain, step, update)
-        fuse_heads(out, o)
+        grid.for_each_row(slots, chain, step, update_row)
+        fuse_heads(scratch.out, o)
 
     rotate_buffers(step, pl.num_programs(1), load, store, compute)
 
 
-def _split_into_columns(x, num_parts):
-    """Turn rows [heads, H] into bfloat16 columns [H, parts*heads] that add up to them."""
-    pieces = []
+def _split_into_columns(x: Float[Array, "N H"], num_parts: int) -> BFloat16[Array, "H columns"]:
+    """Turn the rows of the heads into bfloat16 columns, `num_parts` times N, that add up to them.
+
+    Three parts of 8 bits hold all 24 bits of a float32; one part is enough for bfloat16 input.
+    """
+    parts = []
     for _ in range(num_parts):
-        pieces.append(x.astype(jnp.bfloat16).astype(jnp.float32))
-        x = x - pieces[-1]
-    return jnp.concatenate(pieces, axis=0).T.astype(jnp.bfloat16)
+        parts.append(x.astype(jnp.bfloat16).astype(jnp.float32))
+        x = x - parts[-1]
+    return jnp.concatenate(parts, axis=0).T.astype(jnp.bfloat16)
 
 
-def _spread_column(columns, head, num_heads):
+def _spread_column(
+    columns: BFloat16[Array, "H columns"], head: int, num_heads: int
+) -> Float[Array, "H H"]:
     """Repeat a head's column along H lanes, exactly: a product with ones in that head's rows."""
     head_dim, count = columns.shape
     row = jax.lax.broadcasted_iota(jnp.int32, (count, head_dim), 0)

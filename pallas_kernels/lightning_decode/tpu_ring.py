@@ -1,16 +1,19 @@
 """One token per sequence, the state written every W tokens only (Mosaic TPU).
 
-The equations, the pool and its bookkeeping are in `decode_ring`; the steps, their buffers and
-their order in `tpu_decode`. Per sequence and head this kernel reads a bfloat16 plane and a ring of
-W tokens where the in-place kernel reads and writes a float32 matrix.
+The equations, the pool and its bookkeeping are in `ring`. The steps, their buffers and their order
+are in `tpu_in_place`. Per sequence and head this kernel reads a bfloat16 plane and a ring of R
+tokens where the in-place kernel reads and writes a float32 matrix.
 
-q hi runs on the matrix unit: the products are exact, because hi is bfloat16 and a float32 q enters
+q hi runs on the matrix unit. The products are exact, because hi is bfloat16, and a float32 q enters
 as three bfloat16 parts in rows that the unit would otherwise leave empty. The ring is a few tokens
 for 16 heads at a time, which is two vector registers each: it stays on the vector unit, in float32.
+
+Letters in shapes: N heads of a block, H width of a head, R tokens of a ring.
 """
 
 import dataclasses
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,13 +21,52 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.lightning_attention.tpu_fwd import dot_f32
 from pallas_kernels.lightning_decode import ring as decode_ring
-from pallas_kernels.lightning_decode import tpu_in_place, tpu_prefill
+from pallas_kernels.lightning_decode import tpu_in_place
+from pallas_kernels.lightning_decode.tpu_in_place import Ref
+from pallas_kernels.lightning_decode.tpu_prefill import expm1_nonpositive
 
 NUM_BUFFERS = tpu_in_place.NUM_BUFFERS
-HEADS_PER_STEP = (
-    16  # heads of 128 a step: a row's copies cost as many bundles as 8 heads' arithmetic
-)
+# Heads of 128 a step: a row's copies cost as many bundles as 8 heads' arithmetic.
+HEADS_PER_STEP = 16
+
+
+class RingScalars(NamedTuple):
+    """Scalars of a call, in SMEM. -1 stands in the rows that pad the batch.
+
+    Attributes:
+      slots: [B] slot of a row; negative: the row is inactive.
+      newest_rows: [B] row of the ring that the new token goes to.
+      steps_since_base: [B * blocks] tokens of the ring that come before the new one.
+      flush_tokens: [B * blocks] tokens that the state takes in after this step; mostly 0.
+    """
+
+    slots: Ref
+    newest_rows: Ref
+    steps_since_base: Ref
+    flush_tokens: Ref
+
+
+class RingScratch(NamedTuple):
+    """VMEM and semaphores of the kernel."""
+
+    qkv: Ref  # [rows, 3, N, H] float32, this step's q, k, v with heads along sublanes
+    out: Ref  # [rows, N, H] float32, this step's o
+    decayed: Ref  # [R, N, 2 H] float32, lambda^n k | v of a flush
+    hi: Ref  # [NUM_BUFFERS, rows, N, H, H] bfloat16, a plane of S
+    lo: Ref  # [NUM_BUFFERS, rows, N, H, H] bfloat16, the other plane
+    ring: Ref  # [NUM_BUFFERS, rows, R, N, 2 H] bfloat16, k | v
+    loads: Ref  # DMA semaphores of the copies from the pool, one a buffer
+    stores: Ref  # DMA semaphores of the copies to the pool, one a buffer
+
+
+class RingPlanes(NamedTuple):
+    """The arrays of a pool: whole, or those of one row."""
+
+    hi: Ref
+    lo: Ref
+    ring: Ref
 
 
 def heads_per_block(num_heads: int, head_dim: int) -> int:
@@ -43,31 +85,30 @@ def lightning_decode(
     *,
     interpret: bool | pltpu.InterpretParams = False,
 ) -> tuple[Float[Array, "B NH"], decode_ring.RingPool]:
-    """Advance the named slots by one token. See `decode_api.lightning_decode_ring`."""
+    """Advance the named slots by one token. See `api.lightning_decode_ring`."""
     batch = qkv.shape[0]
     _, num_heads, head_dim, _ = pool.hi.shape
-    size = pool.ring.shape[1]
     grid = tpu_in_place.DecodeGrid(batch, num_heads, head_dim, heads_per_block(num_heads, head_dim))
     rows, heads = grid.rows_per_step, grid.block_heads
     if pool.base.shape[1] != grid.num_blocks:
         raise ValueError(f"pool.base: got {pool.base.shape[1]} blocks; wanted {grid.num_blocks}")
     base = pool.base[jnp.maximum(slots, 0)]
-    spans = decode_ring.tokens_to_flush(base, positions, pool.window, pool.rollback_tokens)
-    held = positions[:, None] - base
+    flush_tokens = decode_ring.tokens_to_flush(base, positions, pool.window, pool.rollback_tokens)
+    steps_since_base = positions[:, None] - base
 
-    def scalars(x):
+    def pad_and_flatten(x: Int[Array, "B *blocks"]) -> Int[Array, "padded"]:
         pad = ((0, grid.padding_rows),) + ((0, 0),) * (x.ndim - 1)
         return jnp.pad(x, pad, constant_values=-1).reshape(-1)
 
-    def block(chain, step, *_):
+    def block_index(chain, step, *_):
         return grid.locate_step(chain, step)
 
     in_hbm = pl.BlockSpec(memory_space=pltpu.HBM)
-    planes = pltpu.VMEM((NUM_BUFFERS, rows, heads, head_dim, head_dim), jnp.bfloat16)
-    plane_bytes = 2 * NUM_BUFFERS * rows * heads * head_dim * max(head_dim, 128)
-    ring_bytes = 4 * NUM_BUFFERS * rows * size * max(heads, 8) * max(head_dim, 64)
+    slope_spec = pl.BlockSpec(
+        (heads, head_dim), lambda chain, step, *_: (block_index(chain, step)[1], 0)
+    )
     o, hi, lo, ring = pl.pallas_call(
-        functools.partial(_ring_decode_kernel, grid=grid, ring_rows=size),
+        functools.partial(_ring_decode_kernel, grid=grid),
         name="lightning_decode_ring",
         out_shape=(
             jax.ShapeDtypeStruct((batch, num_heads * head_dim), qkv.dtype),
@@ -77,181 +118,244 @@ def lightning_decode(
             num_scalar_prefetch=4,
             grid=grid.shape,
             in_specs=[
-                pl.BlockSpec((rows, heads * 3 * head_dim), block),
-                pl.BlockSpec((heads, head_dim), lambda chain, step, *_: (block(chain, step)[1], 0)),
+                pl.BlockSpec((rows, heads * 3 * head_dim), block_index),
+                slope_spec,
                 *[in_hbm] * 3,
             ],
-            out_specs=[pl.BlockSpec((rows, heads * head_dim), block), *[in_hbm] * 3],
-            scratch_shapes=[
-                pltpu.VMEM((rows, 3, heads, head_dim), jnp.float32),
-                pltpu.VMEM((rows, heads, head_dim), jnp.float32),
-                pltpu.VMEM((size, heads, 2 * head_dim), jnp.float32),
-                planes,
-                planes,
-                pltpu.VMEM((NUM_BUFFERS, rows, size, heads, 2 * head_dim), jnp.bfloat16),
-                pltpu.SemaphoreType.DMA((NUM_BUFFERS,)),
-                pltpu.SemaphoreType.DMA((NUM_BUFFERS,)),
-            ],
+            out_specs=[pl.BlockSpec((rows, heads * head_dim), block_index), *[in_hbm] * 3],
+            # A tuple in the list: the kernel gets it as one argument, with Refs for fields.
+            scratch_shapes=[_ring_buffers(rows, heads, head_dim, pool.ring.shape[1])],
         ),
+        # Four vectors of scalars, qkv and slopes come before hi, lo and ring; o before theirs.
         input_output_aliases={6: 1, 7: 2, 8: 3},
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"),
-            vmem_limit_bytes=2 * plane_bytes + ring_bytes + tpu_in_place.VMEM_SLACK_BYTES,
+            vmem_limit_bytes=_vmem_bytes(rows, heads, head_dim, pool.ring.shape[1]),
         ),
         interpret=interpret,
     )(
-        scalars(slots),
-        scalars(positions % size),
-        scalars(held),
-        scalars(spans),
+        pad_and_flatten(slots),
+        pad_and_flatten(positions % pool.ring.shape[1]),
+        pad_and_flatten(steps_since_base),
+        pad_and_flatten(flush_tokens),
         qkv,
+        # A slope in every lane of its head's row: the kernel's exponents are rows.
         jnp.broadcast_to(slopes[:, None], (num_heads, head_dim)),
         pool.hi,
         pool.lo,
         pool.ring,
     )
-    base = decode_ring.advance_bases(pool.base, slots, spans)
+    base = decode_ring.advance_bases(pool.base, slots, flush_tokens)
     return o, dataclasses.replace(pool, hi=hi, lo=lo, ring=ring, base=base)
 
 
+def _ring_buffers(rows: int, heads: int, head_dim: int, ring_rows: int) -> RingScratch:
+    plane = pltpu.VMEM((NUM_BUFFERS, rows, heads, head_dim, head_dim), jnp.bfloat16)
+    semaphores = pltpu.SemaphoreType.DMA((NUM_BUFFERS,))
+    return RingScratch(
+        qkv=pltpu.VMEM((rows, 3, heads, head_dim), jnp.float32),
+        out=pltpu.VMEM((rows, heads, head_dim), jnp.float32),
+        decayed=pltpu.VMEM((ring_rows, heads, 2 * head_dim), jnp.float32),
+        hi=plane,
+        lo=plane,
+        ring=pltpu.VMEM((NUM_BUFFERS, rows, ring_rows, heads, 2 * head_dim), jnp.bfloat16),
+        loads=semaphores,
+        stores=semaphores,
+    )
+
+
+def _vmem_bytes(rows: int, heads: int, head_dim: int, ring_rows: int) -> int:
+    """Return what the kernel may take of VMEM: buffers padded to whole tiles, and slack."""
+    plane_bytes = 2 * NUM_BUFFERS * rows * heads * head_dim * max(head_dim, 128)
+    ring_bytes = 4 * NUM_BUFFERS * rows * ring_rows * max(heads, 8) * max(head_dim, 64)
+    return 2 * plane_bytes + ring_bytes + tpu_in_place.VMEM_SLACK_BYTES
+
+
 def _ring_decode_kernel(
-    slots,
-    newest,
-    steps_since_base,
-    spans,
-    x,
-    rates,
-    *refs,
-    grid,
-    ring_rows,
-):
-    """One step; a row's hi and ring come in, its newest token and, after a flush, S go out."""
-    o, hi, lo, ring, qkv, out, faded, his, los, rings, loads, stores = refs[3:]
-    heads = grid.block_heads
+    slots: Ref,
+    newest_rows: Ref,
+    steps_since_base: Ref,
+    flush_tokens: Ref,
+    qkv: Ref,
+    slopes: Ref,
+    _hi: Ref,
+    _lo: Ref,
+    _ring: Ref,
+    o: Ref,
+    hi: Ref,
+    lo: Ref,
+    ring: Ref,
+    scratch: RingScratch,
+    *,
+    grid: tpu_in_place.DecodeGrid,
+) -> None:
+    """Run one step: a row's hi and ring come in, its newest token and, after a flush, S go out.
+
+    The first four Refs are `RingScalars`. qkv is [rows, N * 3 * H] and slopes [N, H]. hi, lo and
+    ring are the aliased outputs, and the only names that the kernel uses for the pool.
+    """
+    scalars = RingScalars(slots, newest_rows, steps_since_base, flush_tokens)
     chain, step = pl.program_id(0), pl.program_id(1)
-
-    def plane_copies(step, row, slot, block):
-        """Ends in the pool and in VMEM of hi and of lo."""
-        buffer, mine = jax.lax.rem(step, NUM_BUFFERS), pl.ds(block * heads, heads)
-        return [
-            (there.at[slot, mine], here.at[buffer, row]) for there, here in ((hi, his), (lo, los))
-        ]
-
-    def load(step, act):
-        buffer = jax.lax.rem(step, NUM_BUFFERS)
-
-        def copy(row, index, slot, block):
-            (hi_there, hi_here), (lo_there, lo_here) = plane_copies(step, row, slot, block)
-            tokens = ring.at[slot, :, pl.ds(block * heads, heads)]
-            act(pltpu.make_async_copy(hi_there, hi_here, loads.at[buffer]))
-            act(pltpu.make_async_copy(tokens, rings.at[buffer, row], loads.at[buffer]))
-
-            @pl.when(spans[index * grid.num_blocks + block] > 0)
-            def _():
-                act(pltpu.make_async_copy(lo_there, lo_here, loads.at[buffer]))
-
-        grid.for_each_row(slots, chain, step, copy)
-
-    def store(step, act):
-        buffer = jax.lax.rem(step, NUM_BUFFERS)
-
-        def copy(row, index, slot, block):
-            there = ring.at[slot, newest[index], pl.ds(block * heads, heads)]
-            here = rings.at[buffer, row, newest[index]]
-            act(pltpu.make_async_copy(here, there, stores.at[buffer]))
-
-            @pl.when(spans[index * grid.num_blocks + block] > 0)
-            def _():
-                for there, here in plane_copies(step, row, slot, block):
-                    act(pltpu.make_async_copy(here, there, stores.at[buffer]))
-
-        grid.for_each_row(slots, chain, step, copy)
+    load, store = _ring_copies(scalars, RingPlanes(hi, lo, ring), scratch, chain, grid)
 
     def compute():
         buffer = jax.lax.rem(step, NUM_BUFFERS)
-        tpu_in_place.unfuse_heads(x, qkv)
-        out[...] = jnp.zeros_like(out)
-        rate = rates[...]
+        tpu_in_place.unfuse_heads(qkv, scratch.qkv)
+        scratch.out[...] = jnp.zeros_like(scratch.out)
+        slope = slopes[...]
 
-        def update(row, index, slot, block):
-            entered, span = (
-                steps_since_base[index * grid.num_blocks + block],
-                spans[index * grid.num_blocks + block],
+        def update_row(row, index, slot, block):
+            steps = scalars.steps_since_base[index * grid.num_blocks + block]
+            num_flushed = scalars.flush_tokens[index * grid.num_blocks + block]
+            tokens = scratch.ring.at[buffer, row]
+            kv = jnp.concatenate([scratch.qkv[row, 1], scratch.qkv[row, 2]], axis=1)
+            tokens[scalars.newest_rows[index]] = kv.astype(jnp.bfloat16)
+            num_parts = 1 if qkv.dtype == jnp.bfloat16 else 3
+            carried = _read_hi(scratch.qkv[row, 0], scratch.hi.at[buffer, row], num_parts=num_parts)
+            scratch.out[row] = _clamped_decay(slope, steps + 1) * carried
+            scratch.out[row] += _attend_ring(
+                scratch.qkv[row, 0], tokens, slope, scalars.newest_rows[index], steps
             )
-            tokens = rings.at[buffer, row]
-            kv = jnp.concatenate([qkv[row, 1], qkv[row, 2]], axis=1)
-            tokens[newest[index]] = kv.astype(jnp.bfloat16)
-            exact = x.dtype == jnp.bfloat16
-            carried = _read_carried_state(
-                qkv[row, 0], his.at[buffer, row], num_parts=1 if exact else 3
-            )
-            out[row] = _clamped_decay(rate, entered + 1) * carried
-            out[row] += _attend_ring(qkv[row, 0], tokens, rate, newest[index], entered)
 
-            @pl.when(span > 0)
+            @pl.when(num_flushed > 0)
             def _():
-                planes = his.at[buffer, row], los.at[buffer, row]
-                _flush_ring(tokens, faded, *planes, rate, newest[index], entered, span)
+                planes = RingPlanes(scratch.hi.at[buffer, row], scratch.lo.at[buffer, row], tokens)
+                newest = scalars.newest_rows[index]
+                _flush_ring(planes, scratch.decayed, slope, newest, steps, num_flushed)
 
-        grid.for_each_row(slots, chain, step, update)
-        tpu_in_place.fuse_heads(out, o)
+        grid.for_each_row(slots, chain, step, update_row)
+        tpu_in_place.fuse_heads(scratch.out, o)
 
     tpu_in_place.rotate_buffers(step, pl.num_programs(1), load, store, compute)
 
 
-def _clamped_decay(rate, steps):
-    """exp(-rate * steps) of a scalar number of steps, at least 0."""
-    return jnp.exp(-rate * jnp.maximum(steps, 0).astype(jnp.float32))
+def _ring_copies(
+    scalars: RingScalars,
+    pool: RingPlanes,
+    scratch: RingScratch,
+    chain: jax.Array,
+    grid: tpu_in_place.DecodeGrid,
+) -> tuple[tpu_in_place.StepCopies, tpu_in_place.StepCopies]:
+    """Return what builds the copies from the pool, and to the pool, of a step.
+
+    lo moves only for rows that flush: nothing else reads or changes it.
+    """
+    heads = grid.block_heads
+
+    def plane_ends(step, row, slot, block):
+        """Return (in the pool, in VMEM) of hi and of lo."""
+        buffer, block_heads = jax.lax.rem(step, NUM_BUFFERS), pl.ds(block * heads, heads)
+        return [
+            (in_pool.at[slot, block_heads], in_vmem.at[buffer, row])
+            for in_pool, in_vmem in ((pool.hi, scratch.hi), (pool.lo, scratch.lo))
+        ]
+
+    def load(step, start_or_wait):
+        buffer = jax.lax.rem(step, NUM_BUFFERS)
+        semaphore = scratch.loads.at[buffer]
+
+        def load_row(row, index, slot, block):
+            (hi_in_pool, hi_in_vmem), (lo_in_pool, lo_in_vmem) = plane_ends(step, row, slot, block)
+            tokens = pool.ring.at[slot, :, pl.ds(block * heads, heads)]
+            start_or_wait(pltpu.make_async_copy(hi_in_pool, hi_in_vmem, semaphore))
+            start_or_wait(pltpu.make_async_copy(tokens, scratch.ring.at[buffer, row], semaphore))
+
+            @pl.when(scalars.flush_tokens[index * grid.num_blocks + block] > 0)
+            def _():
+                start_or_wait(pltpu.make_async_copy(lo_in_pool, lo_in_vmem, semaphore))
+
+        grid.for_each_row(scalars.slots, chain, step, load_row)
+
+    def store(step, start_or_wait):
+        buffer = jax.lax.rem(step, NUM_BUFFERS)
+        semaphore = scratch.stores.at[buffer]
+
+        def store_row(row, index, slot, block):
+            in_pool = pool.ring.at[slot, scalars.newest_rows[index], pl.ds(block * heads, heads)]
+            in_vmem = scratch.ring.at[buffer, row, scalars.newest_rows[index]]
+            start_or_wait(pltpu.make_async_copy(in_vmem, in_pool, semaphore))
+
+            @pl.when(scalars.flush_tokens[index * grid.num_blocks + block] > 0)
+            def _():
+                for in_pool, in_vmem in plane_ends(step, row, slot, block):
+                    start_or_wait(pltpu.make_async_copy(in_vmem, in_pool, semaphore))
+
+        grid.for_each_row(scalars.slots, chain, step, store_row)
+
+    return load, store
 
 
-def _token_age(newest, row, ring_rows):
-    """Age of the token in a ring row, the newest token being in row `newest`."""
-    return newest - row + jnp.where(row > newest, ring_rows, 0)
+def _clamped_decay(slope: Float[Array, "N H"], steps: Int[Array, ""]) -> Float[Array, "N H"]:
+    """exp(-slope * steps) of a scalar number of steps, at least 0."""
+    return jnp.exp(-slope * jnp.maximum(steps, 0).astype(jnp.float32))
 
 
-def _read_carried_state(q, hi, *, num_parts):
-    """q hi for every head: one product each for all rows of q, of which the head's own is kept."""
+def _token_age(newest_row: Int[Array, ""], row: int, ring_rows: int) -> Int[Array, ""]:
+    """Age of the token in a row of the ring; the newest token is in `newest_row` and has age 0."""
+    return newest_row - row + jnp.where(row > newest_row, ring_rows, 0)
+
+
+def _read_hi(q: Float[Array, "N H"], hi: Ref, *, num_parts: int) -> Float[Array, "N H"]:
+    """q hi for every head: one product each for all rows of q, of which the head's own is kept.
+
+    `num_parts` bfloat16 numbers add up to an element of q.
+    """
     heads, head_dim = q.shape
-    pieces = []
+    parts = []
     for _ in range(num_parts):
-        pieces.append(q.astype(jnp.bfloat16))
-        q = q - pieces[-1].astype(jnp.float32)
-    which = jax.lax.broadcasted_iota(jnp.int32, (heads, head_dim), 0)
+        parts.append(q.astype(jnp.bfloat16))
+        q = q - parts[-1].astype(jnp.float32)
+    row = jax.lax.broadcasted_iota(jnp.int32, (heads, head_dim), 0)
     carried = jnp.zeros((heads, head_dim), jnp.float32)
     for head in range(heads):
-        products = [jnp.dot(p, hi[head], preferred_element_type=jnp.float32) for p in pieces]
-        carried = jnp.where(which == head, sum(products), carried)
+        products = [jnp.dot(part, hi[head], preferred_element_type=jnp.float32) for part in parts]
+        carried = jnp.where(row == head, sum(products), carried)
     return carried
 
 
-def _attend_ring(q, tokens, rate, newest, entered):
+def _attend_ring(
+    q: Float[Array, "N H"],
+    tokens: Ref,
+    slope: Float[Array, "N H"],
+    newest_row: Int[Array, ""],
+    steps_since_base: Int[Array, ""],
+) -> Float[Array, "N H"]:
     """sum_a lambda^a (q . k) v over the tokens since the last flush, this one included."""
     size, head_dim = tokens.shape[0], q.shape[1]
     total = jnp.zeros_like(q)
     for row in range(size):
-        age = _token_age(newest, row, size)
+        age = _token_age(newest_row, row, size)
         # A select and not a product: rows of an earlier sequence may hold anything.
-        token = jnp.where(age <= entered, tokens[row].astype(jnp.float32), 0)
+        token = jnp.where(age <= steps_since_base, tokens[row].astype(jnp.float32), 0)
         score = jnp.sum(q * token[:, :head_dim], axis=1, keepdims=True)
-        total += _clamped_decay(rate, age) * score * token[:, head_dim:]
+        total += _clamped_decay(slope, age) * score * token[:, head_dim:]
     return total
 
 
-def _flush_ring(tokens, faded, hi, lo, rate, newest, entered, span):
+def _flush_ring(
+    planes: RingPlanes,
+    decayed: Ref,
+    slope: Float[Array, "N H"],
+    newest_row: Int[Array, ""],
+    steps_since_base: Int[Array, ""],
+    num_flushed: Int[Array, ""],
+) -> None:
     """S <- S + expm1(-s m) S + sum_{i<m} lambda^(m-1-i) k_i^T v_i, over the m oldest tokens."""
+    hi, lo, tokens = planes
     size, heads, head_dim = tokens.shape[0], hi.shape[0], hi.shape[1]
     for row in range(size):
-        since = entered - _token_age(newest, row, size)
-        taken = (since >= 0) & (since < span)
-        token = jnp.where(taken, tokens[row].astype(jnp.float32), 0)
-        faded[row, :, :head_dim] = token[:, :head_dim] * _clamped_decay(rate, span - 1 - since)
-        faded[row, :, head_dim:] = token[:, head_dim:]
-    loss = tpu_prefill.expm1_nonpositive(-rate * span.astype(jnp.float32))
+        index = steps_since_base - _token_age(newest_row, row, size)
+        is_flushed = (index >= 0) & (index < num_flushed)
+        token = jnp.where(is_flushed, tokens[row].astype(jnp.float32), 0)
+        decayed[row, :, :head_dim] = token[:, :head_dim] * _clamped_decay(
+            slope, num_flushed - 1 - index
+        )
+        decayed[row, :, head_dim:] = token[:, head_dim:]
+    loss = expm1_nonpositive(-slope * num_flushed.astype(jnp.float32))
     for head in range(heads):
         state = hi[head].astype(jnp.float32) + lo[head].astype(jnp.float32)
-        update = tpu_prefill.dot(
-            faded[:, head, :head_dim], faded[:, head, head_dim:], 0, 0, exact=True
-        )
-        state = state + loss[head : head + 1] * state + update
+        # Exact float32 products: this is the only place where S is rounded, every W tokens.
+        gain = dot_f32(decayed[:, head, :head_dim], decayed[:, head, head_dim:], 0, 0)
+        state = state + loss[head : head + 1] * state + gain
         hi[head] = state.astype(jnp.bfloat16)
         lo[head] = (state - hi[head].astype(jnp.float32)).astype(jnp.bfloat16)

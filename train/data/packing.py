@@ -1,32 +1,49 @@
 """Documents to rows of a fixed length, by best fit, cutting none that fits into a row.
 
-A document longer than a row becomes consecutive pieces: as many whole rows as it fills, and a rest
-that shares a row. Each piece is a segment of its own with positions from 0. Nothing is lost by a
-cut but context: the last token of a piece still learns to predict the first of the next.
+A document longer than a row becomes two pieces: the whole rows that it fills, and a remainder that
+shares a row. Each part of it in a row is a segment with positions from 0. A cut loses context and
+no token: the last token of a piece still learns to predict the first of the next.
 """
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float32, Int32
+from jaxtyping import Bool, Int32
 
-_MAX_PENDING_ROWS = 16  # rows' worth of tokens that wait at most, whatever the number of documents
+from train.data import batch as batch_lib
+
+# Pending tokens stay below this number of rows, however many documents may be pending. Long
+# documents would otherwise fill the memory, and be tokenised again in a resumed run.
+_MAX_PENDING_ROWS = 16
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TokenizedDocument:
-    """n tokens. learn: whether a token is one that the model must learn to predict."""
+    """A document of n tokens.
+
+    Attributes:
+      tokens: their ids.
+      loss_mask: whether the model must learn to predict a token.
+    """
 
     tokens: Int32[np.ndarray, "n"]
     loss_mask: Bool[np.ndarray, "n"]
 
 
+# eq=False here and above: pieces are told apart by identity. `list.remove` would otherwise compare
+# their arrays.
 @dataclasses.dataclass(eq=False)
 class PendingPiece:
-    """The places start to end of a document that are in no row yet.
+    """A part of a document that is in no row yet.
 
-    sample: "source:index:epoch" of the document. source: number of its source, from 0.
+    Attributes:
+      sample_id: "source:index:epoch" of the document.
+      source_index: number of the document's source, from 0.
+      document: all of it.
+      start: first token of the piece; grows as rows take tokens.
+      end: the token after the piece's last.
     """
 
     sample_id: str
@@ -42,17 +59,16 @@ class PendingPiece:
 
 @dataclasses.dataclass(eq=False)
 class PackedRow:
-    """T places of `batch.TrainBatch`, and where they come from.
+    """One row of a batch, and where its tokens come from.
 
-    sources: number of the source from 1, 0 for padding. samples: of each piece "source:index:epoch"
-    and, where it does not start its document, "@" and the place where it starts.
+    Attributes:
+      batch: the row's arrays [T], numpy.
+      source_ids: number of each token's source from 1, 0 for padding.
+      sample_ids: of each segment, "source:index:epoch". "@" and the segment's first token in the
+        document follow where the segment does not start its document.
     """
 
-    tokens: Int32[np.ndarray, "T"]
-    segment_ids: Int32[np.ndarray, "T"]
-    positions: Int32[np.ndarray, "T"]
-    targets: Int32[np.ndarray, "T"]
-    weights: Float32[np.ndarray, "T"]
+    batch: batch_lib.TrainBatch
     source_ids: Int32[np.ndarray, "T"]
     sample_ids: list[str]
 
@@ -60,13 +76,15 @@ class PackedRow:
 def split_document(
     sample_id: str, source_index: int, document: TokenizedDocument, seq_len: int
 ) -> list[PendingPiece]:
-    """Return a new document as what waits: the whole rows that it fills, then its rest."""
+    """Return a new document as pending pieces: the whole rows that it fills, and its remainder.
+
+    The whole rows stay one piece, which `pack_next_row` takes a row from at a time.
+    """
     length = len(document.tokens)
     body = length // seq_len * seq_len if length > seq_len else 0
-    cuts = ((0, body), (body, length))
     return [
         PendingPiece(sample_id, source_index, document, start, end)
-        for start, end in cuts
+        for start, end in ((0, body), (body, length))
         if end > start
     ]
 
@@ -78,14 +96,17 @@ def pack_next_row(
     lookahead: int,
     pack: bool = True,
 ) -> PackedRow | None:
-    """Take one row out of `waiting`, drawing documents as long as fewer than `lookahead` wait.
+    """Take one row out of `pending`, drawing documents as long as fewer than `lookahead` wait.
 
-    The oldest goes first, so that none waits for ever; then always the longest that still fits.
+    The row begins with the oldest piece, so that none waits for ever. The longest piece that still
+    fits follows, until none does.
 
     Args:
-      waiting: in order of arrival; changed in place.
-      draw: returns what is to wait next, nothing once there is no more.
-      pack: several documents in a row; otherwise one, and padding.
+      pending: pieces in order of arrival; changed in place.
+      draw: returns the pieces of the next document, none once there is no next document.
+      seq_len: T.
+      lookahead: pieces to choose from.
+      pack: put several documents in the row; otherwise one, and padding.
 
     Returns:
       The row, or None when nothing is left.
@@ -94,49 +115,57 @@ def pack_next_row(
     _refill_pending(pending, draw, seq_len, lookahead)
     if not pending:
         return None
-    chosen = pending[0]
+    piece = pending[0]
     while True:
-        length = min(chosen.length, space)
-        _write_piece(row, seq_len - space, chosen, length)
+        length = min(piece.length, space)
+        _write_piece(row, seq_len - space, piece, length)
         space -= length
-        chosen.start += length
-        if not chosen.length:
-            pending.remove(chosen)
+        piece.start += length
+        if not piece.length:
+            pending.remove(piece)
         if not pack or not space:
             return row
+        # After every piece: the next choice is then always one among `lookahead`.
         _refill_pending(pending, draw, seq_len, lookahead)
-        fitting = [one for one in pending if one.length <= space]
+        fitting = [piece for piece in pending if piece.length <= space]
         if not fitting:
             return row
-        chosen = max(fitting, key=lambda one: one.length)
+        piece = max(fitting, key=lambda piece: piece.length)  # the oldest of equals
 
 
 def make_padding_row(seq_len: int) -> PackedRow:
     """Return a row of padding."""
-    ints = [np.zeros(seq_len, np.int32) for _ in range(5)]
-    tokens, segment_ids, positions, targets, sources = ints
-    weights = np.zeros(seq_len, np.float32)
-    return PackedRow(tokens, segment_ids, positions, targets, weights, sources, [])
+    return PackedRow(batch_lib.make_padding(seq_len), np.zeros(seq_len, np.int32), [])
 
 
-def _refill_pending(pending: list[PendingPiece], draw, seq_len: int, lookahead: int) -> None:
-    tokens = sum(one.length for one in pending)
-    while len(pending) < lookahead and tokens < _MAX_PENDING_ROWS * seq_len:
-        more = draw()
-        if not more:
+def _refill_pending(
+    pending: list[PendingPiece],
+    draw: Callable[[], list[PendingPiece]],
+    seq_len: int,
+    lookahead: int,
+) -> None:
+    num_tokens = sum(piece.length for piece in pending)
+    while len(pending) < lookahead and num_tokens < _MAX_PENDING_ROWS * seq_len:
+        pieces = draw()
+        if not pieces:
             return
-        pending += more
-        tokens += sum(one.length for one in more)
+        pending += pieces
+        num_tokens += sum(piece.length for piece in pieces)
 
 
 def _write_piece(row: PackedRow, offset: int, piece: PendingPiece, length: int) -> None:
-    here, start = slice(offset, offset + length), piece.start
-    document = piece.document
-    row.tokens[here] = document.tokens[start : start + length]
-    row.segment_ids[here] = len(row.sample_ids) + 1
-    row.positions[here] = np.arange(length)
-    targets = document.tokens[start + 1 : start + length + 1]  # one less at the document's end
-    row.targets[offset : offset + len(targets)] = targets
-    row.weights[offset : offset + len(targets)] = document.loss_mask[start + 1 : start + length + 1]
-    row.source_ids[here] = piece.source_index + 1
+    """Copy the first `length` tokens of a piece into a row, from `offset` on."""
+    arrays: Any = row.batch  # numpy here, so written in place; the schema names the step's arrays
+    document, start = piece.document, piece.start
+    span = slice(offset, offset + length)
+    arrays.tokens[span] = document.tokens[start : start + length]
+    arrays.segment_ids[span] = len(row.sample_ids) + 1
+    arrays.positions[span] = np.arange(length)
+    # Targets are taken from the document, not from the row: the last token of a cut piece then has
+    # its target. Only the document's last token has none, where the slice is one shorter.
+    targets = document.tokens[start + 1 : start + length + 1]
+    target_span = slice(offset, offset + len(targets))
+    arrays.targets[target_span] = targets
+    arrays.weights[target_span] = document.loss_mask[start + 1 : start + length + 1]
+    row.source_ids[span] = piece.source_index + 1
     row.sample_ids.append(f"{piece.sample_id}@{start}" if start else piece.sample_id)

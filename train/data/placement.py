@@ -4,29 +4,42 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from m1_jax import sharding
 
 
 class BatchPlacement:
-    """Puts this process's rows of a global batch where they belong.
+    """Puts this process's rows of a global batch onto its devices.
 
-    block, num_blocks: which part of the rows this process reads; processes whose devices hold the
-    same rows (of other places in them) read the same part.
+    Attributes:
+      block_index: which block of the rows this process reads.
+      num_blocks: how many blocks the rows have. It is less than the number of processes where a
+        mesh splits the length over processes: those that hold different token ranges of the same
+        rows read the same block.
     """
 
     def __init__(self, layout: sharding.MeshLayout | None, num_rows: int):
+        """Find the block of this process.
+
+        Args:
+          layout: of the trainer's mesh; None is a single device.
+          num_rows: of the global batch.
+
+        Raises:
+          ValueError: a mesh that gives this process rows which are not neighbours.
+        """
         self.layout, self.num_rows = layout, num_rows
-        self.block_index, self.num_blocks = 0, 1
+        self.block_index, self.num_blocks, self.first_row = 0, 1, 0
         if layout is None:
             return
-        where = layout.activation_sharding("batch", None).addressable_devices_indices_map(
-            (num_rows, 1)
-        )
-        parts = [index[0] for index in where.values() if index is not None]
-        held = {row for part in parts for row in range(*part.indices(num_rows))}
-        self.first_row, size = min(held), len(held)
-        if self.first_row % size or num_rows % size or max(held) - self.first_row + 1 != size:
+        # The sharding itself is asked, not the mesh: only it knows which device holds which rows.
+        batch_sharding = layout.activation_sharding("batch", None)
+        indices = batch_sharding.addressable_devices_indices_map((num_rows, 1)).values()
+        row_slices = [index[0] for index in indices if index is not None]
+        rows = {row for part in row_slices for row in range(*part.indices(num_rows))}
+        self.first_row, size = min(rows), len(rows)
+        if self.first_row % size or num_rows % size or max(rows) - self.first_row + 1 != size:
             raise ValueError(
                 f"mesh: this process's devices hold {size} scattered rows of {num_rows}; wanted "
                 "neighbours. Put the data and fsdp axes over whole processes."
@@ -37,13 +50,16 @@ class BatchPlacement:
         """Return global arrays [rows, T] of the local ones [rows / num_blocks, T]."""
         if self.layout is None:
             return jax.tree.map(jnp.asarray, tree)
-        where = self.layout.activation_sharding("batch", "length")
+        array_sharding = self.layout.activation_sharding("batch", "length")
 
-        def one(local):
-            def piece(index):
+        def place_array(local: np.ndarray) -> jax.Array:
+            # The callback is asked for the index ranges of this process's devices alone, in global
+            # numbers. So every process gives its own rows, and none needs all of the batch.
+            def read_shard(index: Any) -> np.ndarray:
                 start, stop, _ = index[0].indices(self.num_rows)
                 return local[start - self.first_row : stop - self.first_row, index[1]]
 
-            return jax.make_array_from_callback((self.num_rows, local.shape[1]), where, piece)
+            shape = (self.num_rows, local.shape[1])
+            return jax.make_array_from_callback(shape, array_sharding, read_shard)
 
-        return jax.tree.map(one, tree)
+        return jax.tree.map(place_array, tree)

@@ -1,30 +1,45 @@
-"""Runs lanes ahead of their reader, in a thread or in processes, which changes nothing in rows."""
+"""Runs lanes ahead of their reader, in a thread or in processes; the rows are the same.
+
+Only rows and states cross a thread's or a process's border. Each lane runs in one place, in order,
+so no lock is needed and the number of workers cannot change a row.
+"""
 
 import contextlib
 import dataclasses
 import functools
 import itertools
 import multiprocessing
+import multiprocessing.process
 import queue
 import signal
 import threading
 from collections.abc import Iterator
+from multiprocessing import connection
 from typing import Any
 
 from m1_jax import tokenizer as tokenizer_lib
 from train.data import chat, mixture, packing, records
+from train.data import config as data_config
 
-_POLL_SECS = 1.0  # between looks at whether to stop
+_POLL_SECS = 1.0  # how often a thread with a full queue asks whether to stop
 
 
 @dataclasses.dataclass(frozen=True)
 class PrefetchSpec:
-    """Everything that decides the rows to make.
+    """Everything that decides which rows to make; a worker process gets it by pickle.
 
-    rows: numbers in the global batch. states: by lane, of the lanes that serve these rows.
+    Attributes:
+      config: of the stream.
+      tokenizer: of the model.
+      records: of each source, by name. Pickled without open files.
+      num_lanes: of the stream.
+      row_numbers: of the rows to make, in the global batch.
+      num_epochs: how often to read every source; None reads for ever.
+      step: of the first batch to make.
+      states: of the lanes that serve these rows, by lane.
     """
 
-    config: mixture.StreamConfig
+    config: data_config.StreamConfig
     tokenizer: tokenizer_lib.Tokenizer
     records: dict[str, records.RecordFiles]
     num_lanes: int
@@ -36,7 +51,13 @@ class PrefetchSpec:
 
 @dataclasses.dataclass
 class LaneRow:
-    """A row, and its lane's state after it."""
+    """A row, and its lane's state after it.
+
+    Attributes:
+      row: of one batch.
+      lane_number: which lane made the row.
+      state: of that lane, see `mixture.DataLane.get_state`.
+    """
 
     row: packing.PackedRow
     lane_number: int
@@ -45,58 +66,81 @@ class LaneRow:
 
 def assign_lanes(spec: PrefetchSpec, step: int) -> dict[int, int]:
     """Return the lane of each row of a step."""
-    return {
-        r: mixture.find_lane(step, r, spec.config.rows, spec.num_lanes) for r in spec.row_numbers
-    }
+    num_rows = spec.config.rows
+    return {row: mixture.find_lane(step, row, num_rows, spec.num_lanes) for row in spec.row_numbers}
 
 
 def iterate_rows(
     spec: PrefetchSpec, worker_index: int = 0, num_workers: int = 1
 ) -> Iterator[dict[int, LaneRow]]:
-    """Yield rows by their number, of the lanes that are worker `part` of `parts`'s.
+    """Yield the rows of one step after another, by their number.
 
-    Steps to which these lanes give nothing are left out. Rows are padding once a lane has ended.
+    A step for which this worker has no lane is left out. Rows are padding once a lane has ended.
+
+    Args:
+      worker_index: of the worker whose lanes to run, those with number = worker_index modulo
+        `num_workers`.
+      num_workers: that share the lanes.
     """
     config = spec.config
     encoder = chat.RecordEncoder(
         spec.tokenizer,
-        **{f.name: getattr(config, f.name) for f in dataclasses.fields(chat.RecordEncoder)[1:]},
+        seq_len=config.seq_len,
+        overlong=config.data.overlong,
+        thinking=config.data.thinking,
+        profile=config.data.profile,
+        begin_token=config.data.begin_token,
+        end_token=config.data.end_token,
     )
 
-    @functools.cache  # when first used: what waits in a lane is tokenised again after a restart
-    def lane(number: int) -> mixture.DataLane:
+    # Opened when first used, as opening a lane tokenises its pending documents again. All lanes at
+    # once would delay the first batch of a resumed run.
+    @functools.cache
+    def open_lane(number: int) -> mixture.DataLane:
         state = spec.states[number]
         return mixture.DataLane(
             number, spec.num_lanes, config, spec.records, encoder, spec.num_epochs, state
         )
 
     for step in itertools.count(spec.step):
-        made = {}
-        for row_number, number in assign_lanes(spec, step).items():
-            if number % num_workers == worker_index:
-                row = lane(number).next_row(step) or packing.make_padding_row(config.seq_len)
-                made[row_number] = LaneRow(row, number, lane(number).get_state())
-        if made:
-            yield made
+        lane_rows = {}
+        for row_number, lane_number in assign_lanes(spec, step).items():
+            if lane_number % num_workers == worker_index:
+                lane = open_lane(lane_number)
+                row = lane.next_row(step) or packing.make_padding_row(config.seq_len)
+                # After each row: a lane that serves several rows of a batch has several states, of
+                # which the reader keeps the last.
+                lane_rows[row_number] = LaneRow(row, lane_number, lane.get_state())
+        if lane_rows:
+            yield lane_rows
 
 
 class RowPrefetcher:
-    """Makes batches ahead; `next` returns them in order.
+    """Makes batches ahead; `next_rows` returns them in order.
 
-    A thread makes them, or one for each worker process receives them. Processes hold nothing that
-    must be put in order: they are killed, or end with their pipe when this process is killed.
+    One thread makes them; or each worker process makes those of its lanes, and a thread receives
+    them. A worker holds nothing that must be saved or closed in order. So workers are killed at the
+    end, and end by themselves, with their pipe, when this process is killed.
     """
 
     def __init__(self, spec: PrefetchSpec):
+        """Start the threads and processes, which make batches from `spec.step` on."""
         self._spec, self._step = spec, spec.step
         self._stop_event = threading.Event()
-        self._workers: list[Any] = []
-        parts = min(spec.config.workers, len(spec.states)) if spec.num_epochs is None else 0
-        rows = [self._start_worker(part, parts) for part in range(parts)] or [iterate_rows(spec)]
-        self._queues = [queue.Queue(spec.config.prefetch) for _ in rows]
+        self._workers: list[multiprocessing.process.BaseProcess] = []
+        # A stream that ends has one lane, and is short: starting a process would not pay.
+        num_workers = 0
+        if spec.num_epochs is None:
+            num_workers = min(spec.config.data.workers, len(spec.states))
+        iterators = [self._start_worker(i, num_workers) for i in range(num_workers)]
+        iterators = iterators or [iterate_rows(spec)]
+        # Bounded: a full queue is what stops a worker from running further ahead.
+        self._queues = [queue.Queue(spec.config.data.prefetch) for _ in iterators]
         self._threads = [
-            threading.Thread(target=_fill_queue, args=(*pair, self._stop_event), daemon=True)
-            for pair in zip(rows, self._queues, strict=True)
+            threading.Thread(
+                target=_fill_queue, args=(iterator, row_queue, self._stop_event), daemon=True
+            )
+            for iterator, row_queue in zip(iterators, self._queues, strict=True)
         ]
         for thread in self._threads:
             thread.start()
@@ -105,34 +149,35 @@ class RowPrefetcher:
         """Return the next batch's rows by their number; not to be called again after an error.
 
         Raises:
-          DataError: as the maker of these rows met it.
+          DataError: as the lane of these rows met it.
           RuntimeError: a worker died.
         """
-        made: dict[int, LaneRow] = {}
+        lane_rows: dict[int, LaneRow] = {}
         lanes = set(assign_lanes(self._spec, self._step).values())
-        for part in sorted({lane % len(self._queues) for lane in lanes}):
-            item = self._queues[part].get()
+        # Only workers with a lane in this step put something into their queue for it.
+        for worker_index in sorted({lane % len(self._queues) for lane in lanes}):
+            item = self._queues[worker_index].get()
             if isinstance(item, Exception):
                 raise item
-            made |= item
+            lane_rows |= item
         self._step += 1
-        return made
+        return lane_rows
 
     def close(self) -> None:
         """End the processes and the threads."""
         self._stop_event.set()
         for worker in self._workers:
             worker.kill()
-        for thread, rows in zip(self._threads, self._queues, strict=True):
+        for thread, row_queue in zip(self._threads, self._queues, strict=True):
             while thread.is_alive():
                 with contextlib.suppress(queue.Empty):
-                    rows.get_nowait()  # makes room for one that waits
+                    row_queue.get_nowait()  # frees a thread that waits to put something in
                 thread.join(timeout=0.01)
         for worker in self._workers:
             worker.join()
 
     def _start_worker(self, worker_index: int, num_workers: int) -> Iterator[dict[int, LaneRow]]:
-        """Start a worker and return what it will make."""
+        """Start a worker; return an iterator over the rows that it will make."""
         context = multiprocessing.get_context("spawn")  # threads and JAX do not survive a fork
         receiver, sender = context.Pipe(duplex=False)
         worker = context.Process(
@@ -145,50 +190,56 @@ class RowPrefetcher:
 
 
 def _fill_queue(
-    rows: Iterator[dict[int, LaneRow]], out: queue.Queue, stop_event: threading.Event
+    iterator: Iterator[dict[int, LaneRow]], row_queue: queue.Queue, stop_event: threading.Event
 ) -> None:
-    """Put rows into a queue until told to stop; an error is the last thing in it."""
+    """Put rows into a queue until the event is set; an error is the last thing in the queue."""
 
-    def put(item) -> bool:
+    def put_unless_stopped(item: dict[int, LaneRow] | Exception) -> bool:
+        # With a timeout: nobody empties the queue of a reader that has gone.
         while not stop_event.is_set():
             with contextlib.suppress(queue.Full):
-                out.put(item, timeout=_POLL_SECS)
+                row_queue.put(item, timeout=_POLL_SECS)
                 return True
         return False
 
     try:
-        for made in rows:
-            if not put(made):
+        for lane_rows in iterator:
+            if not put_unless_stopped(lane_rows):
                 return
-    except Exception as error:  # raised again where the batch is asked for
-        put(error)
+    except Exception as error:  # raised again by `next_rows`, in the trainer's thread
+        put_unless_stopped(error)
 
 
-def _run_worker(spec: PrefetchSpec, worker_index: int, num_workers: int, sender) -> None:
-    """Be a worker: send rows, or at last an error, until nobody listens."""
-    for name in (signal.SIGINT, signal.SIGTERM):  # to the whole group; the trainer ends in order
-        signal.signal(name, signal.SIG_IGN)
+def _run_worker(
+    spec: PrefetchSpec, worker_index: int, num_workers: int, sender: connection.Connection
+) -> None:
+    """Run a worker process: send rows, or at last an error, until nobody reads them."""
+    # Both may go to the whole group of processes, as Ctrl-C does. The trainer still needs rows
+    # then, for the steps up to its checkpoint, and kills its workers itself.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     with contextlib.suppress(BrokenPipeError):
         try:
-            for made in iterate_rows(spec, worker_index, num_workers):
-                sender.send(made)
-        except BrokenPipeError:
+            for lane_rows in iterate_rows(spec, worker_index, num_workers):
+                sender.send(lane_rows)
+        except BrokenPipeError:  # the reader has gone; there is nobody to send an error to
             raise
         except Exception as error:
             sender.send(error)
 
 
-def _receive_rows(receiver, worker_index: int) -> Iterator[dict[int, LaneRow]]:
-    """Yield what a worker sends; raise the error that it sends."""
+def _receive_rows(
+    receiver: connection.Connection, worker_index: int
+) -> Iterator[dict[int, LaneRow]]:
+    """Yield the rows that a worker sends; raise the error that it sends."""
     with receiver:
         while True:
             try:
                 item = receiver.recv()
             except (EOFError, OSError):
                 raise RuntimeError(
-                    f"data worker {worker_index} ended without a word; wanted rows. Was "
-                    "it killed, for "
-                    "memory perhaps?"
+                    f"data worker {worker_index} ended without a word; wanted rows. Was it killed, "
+                    "for memory perhaps?"
                 ) from None
             if isinstance(item, Exception):
                 raise item

@@ -1,8 +1,8 @@
 """Sources to batches: a stream that can stop after any batch and go on, on any number of hosts.
 
-The state names what was read and what waits, never tokens: see `mixture.DataLane`. Each host keeps
-the lanes that its rows come from. The states of all hosts together, as one dict, restore a stream
-on any number of hosts.
+The state names what was read and what is pending, never tokens (`mixture.DataLane.get_state`). Each
+host runs the lanes that its rows come from, and has their states. The states of all hosts together,
+as one dict, restore a stream on any number of hosts.
 """
 
 import copy
@@ -16,21 +16,22 @@ from jaxtyping import Int32
 
 from m1_jax import tokenizer as tokenizer_lib
 from train.data import batch as batch_lib
-from train.data import mixture, packing, prefetch
+from train.data import config as data_config
+from train.data import packing, prefetch
 from train.data import records as records_lib
-
-DataSource = mixture.DataSource
-StreamConfig = mixture.StreamConfig
-DataError = records_lib.DataError
 
 
 @dataclasses.dataclass
 class HostBatch:
-    """This host's rows of one batch, numpy.
+    """This host's B rows of one batch.
 
-    sources: number of the source from 1, 0 for padding. samples: see `packing.PackedRow`.
-    utilisation: share of places that are no padding. wait_secs: how long the caller waited.
-    dropped: conversations that this host's lanes left out so far.
+    Attributes:
+      batch: the rows' arrays, numpy.
+      source_ids: number of each token's source from 1, 0 for padding.
+      sample_ids: of each row, see `packing.PackedRow`.
+      utilization: share of the tokens that are no padding.
+      wait_secs: how long the caller waited for the batch.
+      num_dropped: conversations that this host's lanes left out so far.
     """
 
     batch: batch_lib.TrainBatch
@@ -44,59 +45,63 @@ class HostBatch:
 class BatchStream:
     """An iterator over `HostBatch`; its state is that of the last batch handed out.
 
-    With `epochs` the stream ends, after rows of padding that fill up the last batch. It is then
-    read as a single lane, by every host in full: it packs tightly and ends everywhere at once.
-    That is meant for held-out data; train with `epochs=None`.
+    With `num_epochs` the stream ends, after rows of padding that fill up the last batch. It is then
+    read as a single lane, by every host in full, which packs tightly and ends everywhere at once.
+    That is meant for held-out data; train with `num_epochs=None`.
     """
 
     def __init__(
         self,
-        config: StreamConfig,
+        config: data_config.StreamConfig,
         tokenizer: tokenizer_lib.Tokenizer,
         process_index: int = 0,
         process_count: int = 1,
         num_epochs: int | None = None,
     ):
-        """Open the sources; nothing is made ahead before the first batch is asked for.
+        """Open the sources; no row is made before the first batch is asked for.
 
         Args:
-          process_index, process_count: of the hosts that have different rows. Hosts that share
-            rows, as under a split length, pass the same index.
-          epochs: how often to read all, or None for ever.
+          config: of the stream.
+          tokenizer: of the model.
+          process_index: this host's place among hosts that have different rows. Hosts that share
+            rows, as where a mesh splits their length, pass the same index.
+          process_count: number of hosts that have different rows.
+          num_epochs: how often to read all sources, or None for ever.
 
         Raises:
-          DataError: see `sources.RecordFiles`.
+          DataError: see `records.RecordFiles`.
           ValueError: rows or lanes that the hosts cannot share, or a tokenizer without the
             config's control tokens.
         """
-        if not 0 <= process_index < process_count:
-            raise ValueError(f"process {process_index} of {process_count}: wanted less than that")
-        lanes = config.lanes if num_epochs is None else 1
-        shared = {"rows": config.rows} | ({"lanes": lanes} if num_epochs is None else {})
-        for what, many in shared.items():
-            if many % process_count:
-                raise ValueError(
-                    f"{what}: got {many} for {process_count} hosts; wanted a multiple of the hosts"
-                )
-        for token in (config.begin_token, config.end_token):
+        data, endless = config.data, num_epochs is None
+        _check_shares(config, process_index, process_count, endless)
+        for token in (data.begin_token, data.end_token):
             if token is not None:
                 tokenizer.special_token_id(token)
         self.config = config
-        self._num_lanes, self._num_epochs = lanes, num_epochs
-        self._records = {s.name: records_lib.RecordFiles(s.name, s.path) for s in config.sources}
-        local = config.rows // process_count
-        self._row_numbers = range(process_index * local, (process_index + 1) * local)
-        made = self._row_numbers if num_epochs is None else range(config.rows)
-        self._prefetch_spec = prefetch.PrefetchSpec(
-            config, tokenizer, self._records, lanes, made, num_epochs, step=0, states={}
+        self._num_lanes = data.lanes if endless else 1
+        self._records = {s.name: records_lib.RecordFiles(s.name, s.path) for s in data.sources}
+        self._row_numbers = _share_of(config.rows, process_index, process_count)
+        # An endless stream's host makes its own rows alone. A stream that ends has one lane, whose
+        # rows follow each other: every host makes all of them, and hands out its own.
+        self._owned_lanes = (
+            _share_of(self._num_lanes, process_index, process_count) if endless else range(1)
         )
-        owned = lanes // process_count if num_epochs is None else 1
-        first = process_index * owned if num_epochs is None else 0
-        self._owned_lanes = range(first, first + owned)
+        self._prefetch_spec = prefetch.PrefetchSpec(
+            config=config,
+            tokenizer=tokenizer,
+            records=self._records,
+            num_lanes=self._num_lanes,
+            row_numbers=self._row_numbers if endless else range(config.rows),
+            num_epochs=num_epochs,
+            step=0,
+            states={},
+        )
         self._step = 0
+        # An empty state is a lane's beginning.
         self._lane_states: dict[int, dict] = {lane: {} for lane in self._owned_lanes}
-        # Of the files as they were opened, should one change before the first state is taken.
-        self._fingerprint = {name: one.fingerprint() for name, one in self._records.items()}
+        # Taken now and not with a state: the files may change in between.
+        self._fingerprint = {name: files.fingerprint() for name, files in self._records.items()}
         self._prefetcher: prefetch.RowPrefetcher | None = None
 
     def __iter__(self) -> Iterator[HostBatch]:
@@ -111,21 +116,25 @@ class BatchStream:
         """
         started = time.perf_counter()
         if self._prefetcher is None:
-            states = dict(self._lane_states)  # a lane begins with its own when it is first used
-            work = dataclasses.replace(self._prefetch_spec, step=self._step, states=states)
-            self._prefetcher = prefetch.RowPrefetcher(work)
+            # A copy, as each lane takes its state when it makes its first row, which is later.
+            spec = dataclasses.replace(
+                self._prefetch_spec, step=self._step, states=dict(self._lane_states)
+            )
+            self._prefetcher = prefetch.RowPrefetcher(spec)
         try:
-            made = self._prefetcher.next_rows()
+            lane_rows = self._prefetcher.next_rows()
         except Exception:
             self.close()
             raise
-        if not any(one.row.sample_ids for one in made.values()):
+        if not any(lane_row.row.sample_ids for lane_row in lane_rows.values()):
             self.close()
             raise StopIteration
+        # Lanes are ahead of the caller. The stream's state is that of the rows it hands out, so
+        # each row comes with its lane's state after it.
         self._step += 1
-        for one in made.values():
-            self._lane_states[one.lane_number] = one.state
-        rows = [made[number].row for number in self._row_numbers]
+        for lane_row in lane_rows.values():
+            self._lane_states[lane_row.lane_number] = lane_row.state
+        rows = [lane_rows[number].row for number in self._row_numbers]
         return self._stack_rows(rows, time.perf_counter() - started)
 
     def get_state(self) -> dict[str, Any]:
@@ -139,16 +148,19 @@ class BatchStream:
         }
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Go on after the batch that all hosts' merged `state` was taken at.
+        """Go on after the batch at which the state was taken.
+
+        Args:
+          state: of all hosts, merged.
 
         Raises:
           DataError: a data file changed since, or a source is gone.
           ValueError: another seed or number of lanes, or a host's part is missing.
         """
-        for what, have in (("seed", self.config.seed), ("lanes", self._num_lanes)):
-            if state.get(what) != have:
+        for field, value in (("seed", self.config.seed), ("lanes", self._num_lanes)):
+            if state.get(field) != value:
                 raise ValueError(
-                    f"{what}: got {have}; wanted {state.get(what)}, as when the state was saved"
+                    f"{field}: got {value}; wanted {state.get(field)}, as when the state was saved"
                 )
         missing = [lane for lane in self._owned_lanes if str(lane) not in state]
         if missing:
@@ -157,7 +169,7 @@ class BatchStream:
             )
         for name, saved in state["fingerprint"].items():
             if name not in self._records:
-                raise DataError(
+                raise records_lib.DataError(
                     f"source {name!r}: the checkpoint has it and the config does not; wanted all "
                     "of its sources. Give it weight 0 to read no more of it."
                 )
@@ -167,11 +179,11 @@ class BatchStream:
         self._lane_states = {lane: copy.deepcopy(state[str(lane)]) for lane in self._owned_lanes}
 
     def fingerprint(self) -> dict[str, list]:
-        """Return what tells each source's files from changed ones; see `sources.RecordFiles`."""
+        """Return what tells each source's files from changed ones; see `records.RecordFiles`."""
         return copy.deepcopy(self._fingerprint)
 
     def close(self) -> None:
-        """Stop what is made ahead and close the files; the next batch starts anew."""
+        """Stop the lanes and close the files; the next batch starts both anew."""
         if self._prefetcher is not None:
             self._prefetcher.close()
             self._prefetcher = None
@@ -185,15 +197,32 @@ class BatchStream:
         self.close()
 
     def _stack_rows(self, rows: list[packing.PackedRow], wait_secs: float) -> HostBatch:
-        names = [field.name for field in dataclasses.fields(batch_lib.TrainBatch)]
-        stacked: dict[str, Any] = {
-            name: np.stack([getattr(row, name) for row in rows]) for name in names
-        }
+        batch = batch_lib.stack_rows([row.batch for row in rows])
         return HostBatch(
-            batch=batch_lib.TrainBatch(**stacked),
+            batch=batch,
             source_ids=np.stack([row.source_ids for row in rows]),
             sample_ids=[row.sample_ids for row in rows],
-            utilization=float(np.mean(stacked["segment_ids"] != 0)),
+            utilization=float(np.mean(np.asarray(batch.segment_ids) != 0)),
             wait_secs=wait_secs,
             num_dropped=sum(state.get("dropped", 0) for state in self._lane_states.values()),
         )
+
+
+def _check_shares(
+    config: data_config.StreamConfig, process_index: int, process_count: int, endless: bool
+) -> None:
+    """Refuse rows, and lanes of an endless stream, that the hosts cannot share equally."""
+    if not 0 <= process_index < process_count:
+        raise ValueError(f"process {process_index} of {process_count}: wanted less than that")
+    shared = {"rows": config.rows} | ({"lanes": config.data.lanes} if endless else {})
+    for field, number in shared.items():
+        if number % process_count:
+            raise ValueError(
+                f"{field}: got {number} for {process_count} hosts; wanted a multiple of the hosts"
+            )
+
+
+def _share_of(number: int, process_index: int, process_count: int) -> range:
+    """Return a host's part of 0 to `number` - 1."""
+    size = number // process_count
+    return range(process_index * size, (process_index + 1) * size)

@@ -5,19 +5,18 @@ advantage 0 and is in nobody's mean.
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-if TYPE_CHECKING:  # which imports the metrics, which import this
-    from train.rl import objective as objective_lib
+from train.rl import objective as objective_lib
 
 ZERO_VARIANCE_STD = 1e-6  # a standard deviation at or below it is none
 _WHITEN_EPS = 1e-8  # added to the variance
 
 
 def sample_advantages(
-    objective: "objective_lib.Objective", rewards: Any, group_ids: Any, valid: Any
+    objective: objective_lib.Objective, rewards: Any, group_ids: Any, valid: Any
 ) -> np.ndarray:
     """Return A of every sample, [N] float64 (M1 Eq. 2; `Objective.advantage` has the kinds).
 
@@ -34,7 +33,7 @@ def sample_advantages(
 
 
 def token_advantages(
-    objective: "objective_lib.Objective",
+    objective: objective_lib.Objective,
     rewards: Any,
     group_ids: Any,
     valid: Any,

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -16,14 +16,24 @@ from train.rl import sample as sample_lib
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class PackedRows:
-    """One microbatch: B rows of T tokens, several samples in a row, none over two.
+    """One microbatch on the devices: B rows of T tokens. A row has several samples, each whole.
 
-    tokens, segment_ids, positions: as `data.batch.TrainBatch`. What follows is at the place that
-      predicts a
-    token: targets: the token. mask: 1 where the model wrote it. advantages, coefficients,
-    logp_old, logp_rollout, logp_ref: as `objective.TokenTerms`; 0 where mask is 0.
-    routes: the experts that the sampler chose for each place's own token, -1 where unknown; None
-    lets the trainer choose.
+    The fields from `targets` to `logp_ref` stand at the position that predicts a token, which is
+    one before the token itself. Those of floats are 0 where mask is 0.
+
+    Attributes:
+      tokens: token ids, 0 in padding.
+      segment_ids: number of the sample within its row, from 1; 0 in padding.
+      positions: of the token within its sample, from 0.
+      targets: id of the token that the position predicts.
+      mask: 1 where the model wrote that token, else 0.
+      advantages: what that token is worth, see `advantages`.
+      coefficients: what it counts in the loss, see `loss.token_coefficients`.
+      logp_old: its log-probability by the trainer, before the batch's updates.
+      logp_rollout: its log-probability by the sampler.
+      logp_ref: its log-probability by the reference model; 0 without one.
+      expert_ids: for each of L layers the A experts that the sampler sent the position's own token
+        to, int8, -1 where unknown. None lets the trainer's router choose.
     """
 
     tokens: Int[Array, "B T"]
@@ -39,30 +49,68 @@ class PackedRows:
     expert_ids: Int[Array, "B T L A"] | None = None
 
 
+@dataclasses.dataclass
+class HostRows:
+    """One microbatch on the host: the fields of `PackedRows` as numpy arrays, filled in place.
+
+    They are filled one after another. Advantages may need the log-probabilities that the trainer
+    computes from the tokens.
+    """
+
+    tokens: Int[np.ndarray, "B T"]
+    segment_ids: Int[np.ndarray, "B T"]
+    positions: Int[np.ndarray, "B T"]
+    targets: Int[np.ndarray, "B T"]
+    mask: Float[np.ndarray, "B T"]
+    advantages: Float[np.ndarray, "B T"]
+    coefficients: Float[np.ndarray, "B T"]
+    logp_old: Float[np.ndarray, "B T"]
+    logp_rollout: Float[np.ndarray, "B T"]
+    logp_ref: Float[np.ndarray, "B T"]
+    expert_ids: Int[np.ndarray, "B T L A"] | None = None
+
+
+class RowLocation(NamedTuple):
+    """Where a sample lies: which microbatch, which row of it, and the column of its first token."""
+
+    microbatch: int
+    row: int
+    start: int
+
+
 @dataclasses.dataclass(frozen=True)
 class PackedSamples:
-    """Where samples lie: microbatch, row and first place of each; `rows` are the microbatches."""
+    """Samples and the rows that they lie in.
+
+    Attributes:
+      samples: in the order in which they were given.
+      locations: of each sample.
+      microbatches: all of one shape.
+    """
 
     samples: Sequence[sample_lib.Sample]
-    locations: list[tuple[int, int, int]]
-    microbatches: list[Any]
+    locations: list[RowLocation]
+    microbatches: list[HostRows]
 
     def fill(self, field_name: str, values: Sequence[Any]) -> None:
         """Write a field: for every sample one number per token of its answer, or one for all."""
-        for one, (micro, row, start), value in zip(
-            self.samples, self.locations, values, strict=True
-        ):
-            first = start + len(one.prompt) - 1
-            field = getattr(self.microbatches[micro], field_name)
-            field[row, first : first + len(one.tokens)] = np.where(one.mask, value, 0)
+        for sample, location, value in zip(self.samples, self.locations, values, strict=True):
+            field = getattr(self.microbatches[location.microbatch], field_name)
+            # A `where`, not a product: what a caller has at masked tokens may be NaN.
+            field[location.row, _answer_columns(sample, location)] = np.where(sample.mask, value, 0)
 
     def extract(self, arrays: Sequence[Any]) -> list[np.ndarray]:
         """Return of arrays [B, T], one a microbatch, each sample's part: one per answer token."""
-        found = []
-        for one, (micro, row, start) in zip(self.samples, self.locations, strict=True):
-            first = start + len(one.prompt) - 1
-            found.append(np.asarray(arrays[micro])[row, first : first + len(one.tokens)])
-        return found
+        return [
+            np.asarray(arrays[location.microbatch])[location.row, _answer_columns(sample, location)]
+            for sample, location in zip(self.samples, self.locations, strict=True)
+        ]
+
+
+def _answer_columns(sample: sample_lib.Sample, location: RowLocation) -> slice:
+    """Return the columns that predict a sample's answer: they begin at the prompt's last token."""
+    first = location.start + len(sample.prompt) - 1
+    return slice(first, first + len(sample.tokens))
 
 
 def pack_samples(
@@ -71,73 +119,104 @@ def pack_samples(
     seq_len: int,
     expert_ids_shape: tuple[int, int] | None = None,
 ) -> PackedSamples:
-    """Lay samples into as few rows as first fit finds, longest first, `rows` rows a microbatch.
+    """Lay samples into as few rows as first fit finds, longest first.
 
-    routes: layers and choices of the model, where the samples' routes are to be replayed.
+    Args:
+      num_rows: B, rows in a microbatch; the last microbatch may have empty rows.
+      seq_len: T, tokens in a row.
+      expert_ids_shape: (layers, experts of a token) of the model, where the sampler's choices of
+        experts are to be replayed; None where they are not.
 
     Raises:
       ValueError: a sample that is longer than a row.
     """
-    lengths = [len(one.prompt) + len(one.tokens) for one in samples]
+    lengths = [len(sample.prompt) + len(sample.tokens) for sample in samples]
     if max(lengths, default=0) > seq_len:
         raise ValueError(
             f"got a sample of {max(lengths)} tokens; wanted at most {seq_len} (seq_len)"
         )
-    room: list[int] = []
-    spots: list[tuple[int, int]] = [(0, 0)] * len(samples)
-    for i in sorted(range(len(samples)), key=lambda i: (-lengths[i], i)):
-        row = next((r for r, free in enumerate(room) if free >= lengths[i]), len(room))
-        if row == len(room):
-            room.append(seq_len)
-        spots[i] = (row, seq_len - room[row])
-        room[row] -= lengths[i]
-    places = [(row // num_rows, row % num_rows, start) for row, start in spots]
-    made = [
-        _empty_rows(num_rows, seq_len, expert_ids_shape) for _ in range(-(-len(room) // num_rows))
+    locations, total_rows = _first_fit(lengths, num_rows, seq_len)
+    microbatches = [
+        _zero_rows(num_rows, seq_len, expert_ids_shape) for _ in range(-(-total_rows // num_rows))
     ]
-    packed = PackedSamples(samples, places, made)
-    segments = np.zeros(len(room), np.int32)
-    for one, (row, start), (micro, at, _) in zip(samples, spots, places, strict=True):
-        segments[row] += 1
-        whole = np.array([*one.prompt, *one.tokens], np.int32)
-        part = slice(start, start + len(whole))
-        made[micro].tokens[at, part] = whole
-        made[micro].segment_ids[at, part] = segments[row]
-        made[micro].positions[at, part] = np.arange(len(whole))
-        made[micro].targets[at, part] = [*whole[1:], 0]
-        if expert_ids_shape is not None and one.routes is not None:
-            made[micro].expert_ids[at, start : start + len(one.routes)] = one.routes
+    packed = PackedSamples(samples, locations, microbatches)
+    num_segments = np.zeros((len(microbatches), num_rows), np.int32)
+    for sample, (microbatch, row, start) in zip(samples, locations, strict=True):
+        num_segments[microbatch, row] += 1
+        rows, token_ids = microbatches[microbatch], [*sample.prompt, *sample.tokens]
+        columns = slice(start, start + len(token_ids))
+        rows.tokens[row, columns] = token_ids
+        rows.segment_ids[row, columns] = num_segments[microbatch, row]
+        rows.positions[row, columns] = np.arange(len(token_ids))
+        rows.targets[row, columns] = [*token_ids[1:], 0]
+        if rows.expert_ids is not None and sample.routes is not None:
+            # The sampler never computed the last tokens, so its record may end before them.
+            rows.expert_ids[row, start : start + len(sample.routes)] = sample.routes
     packed.fill("mask", [1.0] * len(samples))
-    packed.fill("logp_rollout", [one.logprobs for one in samples])
+    packed.fill("logp_rollout", [sample.logprobs for sample in samples])
     return packed
 
 
-def _empty_rows(rows: int, seq_len: int, routes: tuple[int, int] | None) -> Any:
-    make: Any = PackedRows
-    ints = {n: np.zeros((rows, seq_len), np.int32) for n in _INT_FIELDS}
-    floats = {n: np.zeros((rows, seq_len), np.float32) for n in _FLOAT_FIELDS}
-    shape = None if routes is None else (rows, seq_len, *routes)
-    return make(**ints, **floats, expert_ids=None if shape is None else np.full(shape, -1, np.int8))
+def _first_fit(
+    lengths: Sequence[int], num_rows: int, seq_len: int
+) -> tuple[list[RowLocation], int]:
+    """Return where samples of these lengths go, and how many rows they take."""
+    free_tokens: list[int] = []  # in each row that was begun
+    locations = [RowLocation(0, 0, 0)] * len(lengths)
+    # Equal lengths in their own order, so that the same samples always lie in the same rows.
+    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        row = next((r for r, free in enumerate(free_tokens) if free >= lengths[i]), None)
+        if row is None:
+            row = len(free_tokens)
+            free_tokens.append(seq_len)
+        locations[i] = RowLocation(*divmod(row, num_rows), seq_len - free_tokens[row])
+        free_tokens[row] -= lengths[i]
+    return locations, len(free_tokens)
 
 
-_INT_FIELDS = ("tokens", "segment_ids", "positions", "targets")
-_FLOAT_FIELDS = ("mask", "advantages", "coefficients", "logp_old", "logp_rollout", "logp_ref")
+def _zero_rows(num_rows: int, seq_len: int, expert_ids_shape: tuple[int, int] | None) -> HostRows:
+    def zeros(dtype: type) -> np.ndarray:
+        return np.zeros((num_rows, seq_len), dtype)
+
+    expert_ids = None
+    if expert_ids_shape is not None:
+        expert_ids = np.full((num_rows, seq_len, *expert_ids_shape), -1, np.int8)
+    return HostRows(
+        tokens=zeros(np.int32),
+        segment_ids=zeros(np.int32),
+        positions=zeros(np.int32),
+        targets=zeros(np.int32),
+        mask=zeros(np.float32),
+        advantages=zeros(np.float32),
+        coefficients=zeros(np.float32),
+        logp_old=zeros(np.float32),
+        logp_rollout=zeros(np.float32),
+        logp_ref=zeros(np.float32),
+        expert_ids=expert_ids,
+    )
 
 
-def gather_to_host(array: Any) -> np.ndarray:
-    """Return all of an array, wherever it lies."""
+def gather_to_host(array: jax.Array) -> np.ndarray:
+    """Return all of an array, also where other processes hold parts of it."""
     if getattr(array, "is_fully_addressable", True):
         return np.asarray(array)
     return np.asarray(multihost_utils.process_allgather(array, tiled=True))
 
 
-def device_put_rows(rows: Any, layout: sharding.MeshLayout | None) -> PackedRows:
-    """Put a microbatch that every process has onto the devices."""
-    if layout is None:
-        return jax.tree.map(jax.numpy.asarray, rows)
+def device_put_rows(rows: HostRows, layout: sharding.MeshLayout | None) -> PackedRows:
+    """Put a microbatch that every process has onto the devices, as it is filled so far."""
 
-    def one(value):
-        where = layout.activation_sharding("batch", "length", *(None,) * (value.ndim - 2))
-        return jax.make_array_from_callback(value.shape, where, lambda index: value[index])
+    def device_put(array: np.ndarray | None) -> jax.Array | None:
+        if array is None:
+            return None
+        if layout is None:
+            return jax.numpy.asarray(array)
+        # Rows and tokens are split, layers and experts of a token are not.
+        spec = layout.activation_sharding("batch", "length", *(None,) * (array.ndim - 2))
+        # Not `device_put`: each process takes only its own devices' parts.
+        return jax.make_array_from_callback(array.shape, spec, lambda index: array[index])
 
-    return jax.tree.map(one, rows)
+    fields: dict[str, Any] = {
+        field.name: device_put(getattr(rows, field.name)) for field in dataclasses.fields(rows)
+    }
+    return PackedRows(**fields)

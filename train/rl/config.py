@@ -23,7 +23,6 @@ CurriculumConfig = curriculum.CurriculumConfig
 PassRateConfig = curriculum.PassRateConfig
 LoraConfig = lora_lib.LoraConfig
 LengthBiasConfig = length_bias.LengthBiasConfig
-_check_field = configlib.check_field
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,20 +66,26 @@ class RolloutConfig:
 
     def __post_init__(self):
         for name in ("groups", "max_prompt_tokens", "max_rounds"):
-            _check_field(
+            configlib.check_field(
                 getattr(self, name) >= 1, f"rollout.{name}", getattr(self, name), "at least 1"
             )
-        _check_field(self.group_size >= 2, "rollout.group_size", self.group_size, "at least 2")
+        configlib.check_field(
+            self.group_size >= 2, "rollout.group_size", self.group_size, "at least 2"
+        )
         for name in ("partial_tokens", "max_staleness"):
-            _check_field(
+            configlib.check_field(
                 getattr(self, name) >= 0, f"rollout.{name}", getattr(self, name), "at least 0"
             )
-        _check_field(self.oversample >= 1, "rollout.oversample", self.oversample, "at least 1")
+        configlib.check_field(
+            self.oversample >= 1, "rollout.oversample", self.oversample, "at least 1"
+        )
         fits = 0 <= self.overlong_buffer_tokens <= self.windows.tokens[0]
         wanted = f"0 to the first window, {self.windows.tokens[0]}"
         name = "rollout.overlong_buffer_tokens"
-        _check_field(fits, name, self.overlong_buffer_tokens, wanted)
-        _check_field(self.temperature > 0, "rollout.temperature", self.temperature, "more than 0")
+        configlib.check_field(fits, name, self.overlong_buffer_tokens, wanted)
+        configlib.check_field(
+            self.temperature > 0, "rollout.temperature", self.temperature, "more than 0"
+        )
 
     @property
     def max_sample_tokens(self) -> int:
@@ -101,7 +106,7 @@ class AgentConfig:
 
     def __post_init__(self):
         for name in ("max_turns", "turn_tokens"):
-            _check_field(
+            configlib.check_field(
                 getattr(self, name) >= 1, f"agent.{name}", getattr(self, name), "at least 1"
             )
 
@@ -126,11 +131,15 @@ class UpdateConfig:
 
     def __post_init__(self):
         for name in ("minibatches", "epochs", "rows"):
-            _check_field(
+            configlib.check_field(
                 getattr(self, name) >= 1, f"update.{name}", getattr(self, name), "at least 1"
             )
-        _check_field(self.learning_rate >= 0, "learning_rate", self.learning_rate, "at least 0")
-        _check_field(self.warmup_steps >= 0, "warmup_steps", self.warmup_steps, "at least 0")
+        configlib.check_field(
+            self.learning_rate >= 0, "learning_rate", self.learning_rate, "at least 0"
+        )
+        configlib.check_field(
+            self.warmup_steps >= 0, "warmup_steps", self.warmup_steps, "at least 0"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,9 +157,9 @@ class RlEvaluationConfig:
     def __post_init__(self):
         for name, least in (("every_batches", 0), ("samples", 1), ("temperature", 0)):
             value = getattr(self, name)
-            _check_field(value >= least, f"evaluation.{name}", value, f"at least {least}")
+            configlib.check_field(value >= least, f"evaluation.{name}", value, f"at least {least}")
         fits = self.every_batches == 0 or bool(self.sources)
-        _check_field(
+        configlib.check_field(
             fits, "evaluation.sources", self.sources, "a source, as every_batches is not 0"
         )
 
@@ -195,38 +204,40 @@ class RlConfig:
     compilation_cache: str = ""
 
     def __post_init__(self):
-        _check_field(self.batches >= 1, "batches", self.batches, "at least 1")
-        _check_field(bool(self.sources), "sources", self.sources, "at least one")
+        configlib.check_field(self.batches >= 1, "batches", self.batches, "at least 1")
+        configlib.check_field(bool(self.sources), "sources", self.sources, "at least one")
         wanted = "some, as there is no agent whose environment gives them"
-        _check_field(bool(self.rewards or self.agent), "rewards", self.rewards, wanted)
-        _check_field(bool(self.checkpoint), "checkpoint", self.checkpoint, "a directory")
-        _check_field(
+        configlib.check_field(bool(self.rewards or self.agent), "rewards", self.rewards, wanted)
+        configlib.check_field(bool(self.checkpoint), "checkpoint", self.checkpoint, "a directory")
+        configlib.check_field(
             self.dtype in ("bfloat16", "float32"), "dtype", self.dtype, "bfloat16 or float32"
         )
         wanted = ("", *model_config.REMAT_POLICIES)
-        _check_field(self.remat in wanted, "remat", self.remat, f"one of {wanted}")
+        configlib.check_field(self.remat in wanted, "remat", self.remat, f"one of {wanted}")
         names = [source.name for source in self.sources]
-        _check_field(len(set(names)) == len(names), "sources", names, "different names")
+        configlib.check_field(len(set(names)) == len(names), "sources", names, "different names")
         if self.rewards is not None:
             known = {name for name, _ in self.rewards.sources}
             every = {one.name for one in (*self.sources, *self.evaluation.sources)}
             left = [] if compose.ANY_SOURCE in known else sorted(every - known)
             wanted = f"rewards for every source of tasks, or for {compose.ANY_SOURCE!r}"
-            _check_field(not left, "rewards.sources", f"none for {', '.join(left)}", wanted)
+            configlib.check_field(
+                not left, "rewards.sources", f"none for {', '.join(left)}", wanted
+            )
         groups, number = self.rollout.groups, self.update.minibatches
         wanted = f"a divisor of rollout.groups = {groups}, as groups stay whole"
-        _check_field(groups % number == 0, "update.minibatches", number, wanted)
+        configlib.check_field(groups % number == 0, "update.minibatches", number, wanted)
         fits = self.update.row_tokens in (
             0,
             max(self.update.row_tokens, self.rollout.max_sample_tokens),
         )
         wanted = f"0, or at least {self.rollout.max_sample_tokens}, the longest sample"
-        _check_field(fits, "update.row_tokens", self.update.row_tokens, wanted)
+        configlib.check_field(fits, "update.row_tokens", self.update.row_tokens, wanted)
         unknown = set(self.curriculum.sources) - set(names) if self.curriculum else set()
-        _check_field(not unknown, "curriculum", sorted(unknown), f"sources of {names}")
+        configlib.check_field(not unknown, "curriculum", sorted(unknown), f"sources of {names}")
         partial = not (self.agent and self.rollout.partial_tokens)
         got = self.rollout.partial_tokens
-        _check_field(
+        configlib.check_field(
             partial, "rollout.partial_tokens", got, "0 with an agent: its world cannot wait"
         )
 

@@ -6,12 +6,11 @@ keeps tasks that are solved sometimes: pass@10 strictly between 0 and 0.9 (M1 4.
 
 import bisect
 import dataclasses
-import hashlib
 import math
 from collections.abc import Mapping
 from typing import Any
 
-from grain import experimental as grain
+from train.data import shuffle
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,12 +88,13 @@ class TaskDraws:
     def draw_task(self, step: int) -> tuple[str, int]:
         """Return the source and the index of the next task, for a batch of this step."""
         name = self._draw_source(step)
-        epoch, place = divmod(self._num_draws_by_source[name], self._sizes[name])
+        epoch, position = divmod(self._num_draws_by_source[name], self._sizes[name])
         self._num_draws += 1
         self._num_draws_by_source[name] += 1
-        seed = _hash_parts(self._config.seed, name, epoch) % 2**32
-        last = self._sizes[name] - 1
-        return name, grain.index_shuffle(place, max_index=last, seed=seed, rounds=4)
+        index = shuffle.shuffle_position(
+            position, self._sizes[name], self._config.seed, name, epoch
+        )
+        return name, index
 
     def state(self) -> dict[str, Any]:
         """Return what continues these draws, JSON-able."""
@@ -102,12 +102,8 @@ class TaskDraws:
 
     def _draw_source(self, step: int) -> str:
         weights = {k: w for k, w in self._config.weights_at(step).items() if w > 0}
-        at = _hash_parts(self._config.seed, self._num_draws) / 2**64 * math.fsum(weights.values())
-        for name, weight in weights.items():
-            at -= weight
-            if at < 0:
-                return name
-        return next(reversed(weights))
+        total = math.fsum(weights.values())
+        return shuffle.choose_by_weight(weights, total, self._config.seed, self._num_draws)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,9 +167,3 @@ class PassRateTracker:
 def _normalize_weights(weights: tuple[tuple[str, float], ...]) -> dict[str, float]:
     total = math.fsum(weight for _, weight in weights)
     return {name: weight / total for name, weight in weights}
-
-
-def _hash_parts(*parts) -> int:
-    """Return 64 bits that look random and are the same everywhere and always."""
-    text = ":".join(map(str, parts)).encode()
-    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")

@@ -1,8 +1,8 @@
 """What is measured of reinforcement learning: on the device as sums, on the host over a batch.
 
-Sums over tokens add up over micro-batches, rows and hosts; they are divided once, in
-`summarize_metrics`.
-Names of PPO's clipping: "high" is A > 0 with a ratio above its bound, "low" A < 0 with one below.
+Sums over tokens add up over micro-batches, rows and hosts. `summarize_metrics` divides them, once.
+Names of PPO's clipping: "high" is A > 0 with a ratio above its bound, "low" is A < 0 with a ratio
+below its bound.
 """
 
 import math
@@ -15,15 +15,18 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Real
 
 from train.rl import advantages as advantages_lib
+from train.rl import loss as loss_lib
 
 # DAPO's bounds: what PPO's clipping would have dropped under any objective (M1 3.1's argument).
 PPO_CLIP_LOW, PPO_CLIP_HIGH = 0.2, 0.28
-# Log ratios above which tokens are counted, for the 99th percentile: 5% apart.
+# Log ratios above which tokens are counted, for the 99th percentile: 5% apart. A percentile itself
+# does not add up over micro-batches, but such counts do.
 _LOG_RATIO_EDGES = np.linspace(-3, 3, 121)
-# Gradients below it were most of M1's (M1 3.2), and AdamW's usual eps would hide them.
-SMALL_GRADIENT = 1e-14
+# Most of M1's gradients were below 1e-14 (M1 3.2), where AdamW's usual eps would hide them.
 GRADIENT_DECADES = tuple(range(-20, 1))
 
+# Metrics of a part of a step. "shares", "sums" and "drops" are added up over the parts of a step;
+# of "maxima" the largest is taken.
 MetricSums = dict[str, dict[str, Any]]
 
 
@@ -35,37 +38,39 @@ def ppo_drop_mask(
     return ((advantages > 0) & high) | ((advantages < 0) & low)
 
 
-def token_sums(
-    terms, ratio, weight, clip_mask, rho, keep_mask
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return (sums, maxima) over the tokens of `objective.TokenTerms` that are clean.
+def loss_metrics(parts: loss_lib.LossParts) -> MetricSums:
+    """Return the metrics of a loss: its shares, and what `token_sums` measures."""
+    sums, maxima = token_sums(parts)
+    return {"shares": dict(parts.shares), "sums": sums, "maxima": maxima}
 
-    ratio, weight, trusted, rho, keep: r, w, M, the correction's weight, and whether that keeps
-    the token; [B, T].
-    """
+
+def token_sums(parts: loss_lib.LossParts) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return sums over the tokens that the model wrote, and maxima over them."""
+    terms, ratio, weight = parts.terms, parts.ratio, parts.weight
     real, a = terms.mask > 0, terms.advantages
-    good, bad = real & (a > 0), real & (a < 0)
+    positive, negative = real & (a > 0), real & (a < 0)
     x = terms.logp_old - terms.logp
     dropped = real & ppo_drop_mask(ratio, a)
     sums = {
         "tokens": real,
-        "positive": good,
-        "negative": bad,
-        "clip_high": good & ~clip_mask,
-        "clip_low": bad & ~clip_mask,
-        "weight_high/positive": good & (weight < ratio),
-        "weight_high/negative": bad & (weight < ratio),
-        "weight_low/positive": good & (weight > ratio),
-        "weight_low/negative": bad & (weight > ratio),
+        "positive": positive,
+        "negative": negative,
+        "clip_high": positive & ~parts.clip_mask,
+        "clip_low": negative & ~parts.clip_mask,
+        # Where the weight is not the ratio, a bound has moved it: w < r at the upper bound.
+        "weight_high/positive": positive & (weight < ratio),
+        "weight_high/negative": negative & (weight < ratio),
+        "weight_low/positive": positive & (weight > ratio),
+        "weight_low/negative": negative & (weight > ratio),
         "ppo_drop": dropped,
-        "ppo_drop/positive": dropped & good,
-        "ppo_drop/negative": dropped & bad,
-        "rejected": real & ~keep_mask,
+        "ppo_drop/positive": dropped & positive,
+        "ppo_drop/negative": dropped & negative,
+        "rejected": real & ~parts.keep_mask,
         "ratio": ratio,
         "weight": weight,
         "weight_squared": weight * weight,
-        "rho": rho,
-        "rho_squared": rho * rho,
+        "rho": parts.rho,
+        "rho_squared": parts.rho * parts.rho,
         "k1_old": -x,
         "k3_old": jnp.expm1(x) - x,
         "advantage": a,
@@ -77,6 +82,7 @@ def token_sums(
         sums["entropy"] = terms.entropy
     sums = {name: _masked_sum(value, real, ratio.dtype) for name, value in sums.items()}
     edges = jnp.asarray(_LOG_RATIO_EDGES, ratio.dtype)[None, None, :]
+    # [B, T, edges].
     above = real[..., None] & (jnp.log(ratio)[..., None] > edges)
     sums["ratio_above"] = jnp.sum(above, axis=(0, 1), dtype=ratio.dtype)
     maxima = {
@@ -86,11 +92,11 @@ def token_sums(
     return sums, maxima
 
 
-def add_metrics(one: MetricSums, other: MetricSums) -> MetricSums:
+def add_metrics(first: MetricSums, second: MetricSums) -> MetricSums:
     """Return the metrics of two parts of a step together."""
-    joined: MetricSums = {name: jax.tree.map(jnp.add, one[name], other[name]) for name in one}
-    joined["maxima"] = jax.tree.map(jnp.maximum, one["maxima"], other["maxima"])
-    return joined
+    total: MetricSums = {name: jax.tree.map(jnp.add, first[name], second[name]) for name in first}
+    total["maxima"] = jax.tree.map(jnp.maximum, first["maxima"], second["maxima"])
+    return total
 
 
 def summarize_metrics(metrics: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:

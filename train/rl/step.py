@@ -16,14 +16,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array, Float
 
 from m1_jax import logprobs, moe
 from m1_jax import model as model_lib
 from train import optim, trainable
 from train import step as step_lib
 from train.rl import batch as rl_batch
+from train.rl import loss as loss_lib
 from train.rl import metrics as rl_metrics
-from train.rl import objective
+from train.rl import objective as objective_lib
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +37,7 @@ class RlStepSettings:
     """
 
     optimizer: optim.AdamW
-    objective: objective.Objective
+    objective: objective_lib.Objective
     temperature: float = 1.0
     balance_coefficient: float = 0.0
 
@@ -48,10 +50,10 @@ def score_logprobs(
     hidden, _ = model.hidden(
         rows.tokens, rows.segment_ids, rows.positions, expert_ids=rows.expert_ids
     )
-    made = logprobs.token_logprobs(
+    token_logprobs = logprobs.token_logprobs(
         model, hidden, rows.targets, with_entropy=True, temperature=temperature
     )
-    return made.logp, made.entropy
+    return token_logprobs.logp, token_logprobs.entropy
 
 
 @functools.partial(jax.jit, static_argnames="settings", donate_argnames="sums")
@@ -89,15 +91,29 @@ def _microbatch_loss(
     hidden, stats = model.hidden(
         rows.tokens, rows.segment_ids, rows.positions, expert_ids=rows.expert_ids
     )
-    made = logprobs.token_logprobs(
+    return _loss_and_metrics(model, hidden, stats, rows, share, weight_mean, settings)
+
+
+@jax.named_scope("loss")
+def _loss_and_metrics(
+    model: model_lib.MiniMaxM1,
+    hidden: Float[Array, "B T D"],
+    stats: moe.RouterStats,
+    rows: rl_batch.PackedRows,
+    token_share: Any,
+    weight_mean: Any,
+    settings: RlStepSettings,
+) -> tuple[Float[Array, ""], dict[str, Any]]:
+    """Return what `_microbatch_loss` does, from the model's output."""
+    token_logprobs = logprobs.token_logprobs(
         model,
         hidden,
         rows.targets,
         with_entropy=True,
         temperature=settings.temperature,
     )
-    terms = objective.TokenTerms(
-        logp=made.logp,
+    terms = loss_lib.TokenTerms(
+        logp=token_logprobs.logp,
         logp_old=rows.logp_old,
         logp_rollout=rows.logp_rollout,
         advantages=rows.advantages,
@@ -105,19 +121,19 @@ def _microbatch_loss(
         coefficients=rows.coefficients,
         segment_ids=rows.segment_ids,
         logp_ref=rows.logp_ref if settings.objective.kl_coef else None,
-        entropy=made.entropy,
+        entropy=token_logprobs.entropy,
         weight_mean=weight_mean,
     )
-    loss, metrics = objective.compute_loss(settings.objective, terms)
-    balance = moe.balance_loss(stats) * share
+    loss, parts = loss_lib.compute_loss(settings.objective, terms)
+    metrics = rl_metrics.loss_metrics(parts)
+    balance = moe.balance_loss(stats) * token_share
     metrics["shares"]["balance_loss"] = balance
-    ratio = objective.importance_ratios(settings.objective, terms)
     drops = rl_metrics.count_drops_by_token(
-        rows.targets, ratio, rows.advantages, rows.mask, model.config.vocab_size
+        rows.targets, parts.ratio, rows.advantages, rows.mask, model.config.vocab_size
     )
     clips = rl_metrics.count_clips_by_token(
         rows.targets,
-        ratio,
+        parts.ratio,
         rows.advantages,
         rows.mask,
         _ratio_upper_bound(settings.objective),
@@ -127,10 +143,10 @@ def _microbatch_loss(
     return loss + settings.balance_coefficient * balance, metrics
 
 
-def _ratio_upper_bound(chosen: objective.Objective) -> float | None:
+def _ratio_upper_bound(objective: objective_lib.Objective) -> float | None:
     """Return the ratio above which a token with A > 0 is dropped or its weight capped."""
-    dropped = None if chosen.clip_high is None else 1 + chosen.clip_high
-    return min((x for x in (dropped, chosen.is_weight_max) if x is not None), default=None)
+    dropped = None if objective.clip_high is None else 1 + objective.clip_high
+    return min((x for x in (dropped, objective.is_weight_max) if x is not None), default=None)
 
 
 @functools.partial(jax.jit, static_argnames="settings", donate_argnames="state")

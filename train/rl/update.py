@@ -1,33 +1,63 @@
-"""One generation batch through the trainer: its own probabilities, advantages, updates, metrics."""
+"""One generation batch through the trainer: its own probabilities, advantages, updates, metrics.
 
+A generation batch is cut into minibatches, each of which makes one optimizer step. A minibatch is
+packed into microbatches of one fixed shape, whose gradients are added up.
+"""
+
+import dataclasses
+import itertools
 import math
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from m1_jax import config as model_config_lib
+from m1_jax import model as model_lib
 from m1_jax import sharding
 from train import optim
 from train import step as step_lib
-from train.rl import advantages, groups, objective, rollout_correction
+from train.rl import advantages, groups, rollout_correction
 from train.rl import batch as rl_batch
 from train.rl import config as rl_config
+from train.rl import loss as loss_lib
 from train.rl import metrics as rl_metrics
+from train.rl import sample as sample_lib
 from train.rl import step as rl_step
 
 
+@dataclasses.dataclass(frozen=True)
+class _BatchSample:
+    """A sample of a generation batch, with its number there."""
+
+    index: int
+    group_id: int
+    sample: sample_lib.Sample
+
+
+@dataclasses.dataclass(frozen=True)
+class _Minibatch:
+    """The valid samples of one optimizer step, packed. indices: of each in the batch."""
+
+    indices: list[int]
+    packed: rl_batch.PackedSamples
+
+
 class PolicyUpdater:
-    """Trains on groups.
+    """Trains on generation batches.
 
     Args:
-      config: of the run. layout: of the trainer. reference: the model of the KL term, or None.
+      config: of the run.
+      model_config: of the model.
+      layout: of the trainer; None on a single device.
       optimizer: of the steps.
+      reference: the model of the KL term, or None.
 
     Attributes:
-      state: after the last call; the one given to it is gone.
+      state: after the last call. The one given to it is donated, so it is gone.
     """
 
     state: step_lib.TrainState
@@ -38,7 +68,7 @@ class PolicyUpdater:
         model_config: model_config_lib.ModelConfig,
         layout: sharding.MeshLayout | None,
         optimizer: optim.AdamW,
-        reference: Any = None,
+        reference: model_lib.MiniMaxM1 | None = None,
     ):
         self._config, self._layout, self._reference = config, layout, reference
         self._expert_ids_shape = None
@@ -58,205 +88,251 @@ class PolicyUpdater:
         batch_number: int,
         weight_version: int,
     ) -> dict[str, Any]:
-        """Make the updates of batch `number`; return its metrics.
+        """Make the updates of one batch; return its metrics.
 
-        version: of the weights before them.
+        Args:
+          state: before the updates; donated.
+          batch: groups whose samples are all finished and scored.
+          batch_number: of the batch in its run; it seeds the order of the groups.
+          weight_version: of the weights in `state`.
 
         Raises:
           FloatingPointError: no update had a finite gradient.
         """
-        self.state, began = state, time.perf_counter()
-        samples = [sample for group in batch for sample in groups.finished_samples(group)]
-        numbers = [group.group_id for group in batch for _ in group.samples]
-        found = self._group_metrics(samples, numbers)
-        parts = [
-            self._pack_minibatch(part) for part in self._split_minibatches(batch, batch_number)
+        self.state, start_secs = state, time.perf_counter()
+        numbered_groups = _number_samples(batch)
+        samples = [sample for group in numbered_groups for sample in group]
+        metrics = _group_metrics(samples)
+        minibatches = [
+            self._pack_minibatch(minibatch_groups)
+            for minibatch_groups in self._split_minibatches(numbered_groups, batch_number)
         ]
-        parts = [part for part in parts if part.microbatches]
-        if not parts:
-            return found | {"updates": 0.0, "training_secs": time.perf_counter() - began}
-        entropy = self._fill_logprobs(parts)
-        scored = time.perf_counter()
-        found |= _mismatch_metrics(parts, weight_version) | {"entropy_old": entropy}
-        self._fill_advantages(parts, samples, numbers)
+        # One without a valid sample makes no step.
+        minibatches = [minibatch for minibatch in minibatches if minibatch.indices]
+        if not minibatches:
+            return metrics | {"updates": 0.0, "training_secs": time.perf_counter() - start_secs}
+        # Before the first step, of all minibatches: logp_old is of the batch's first weights.
+        entropy = self._fill_logprobs(minibatches)
+        scored_secs = time.perf_counter()
+        metrics |= _mismatch_metrics(minibatches, weight_version) | {"entropy_old": entropy}
+        self._fill_advantages(minibatches, samples)
         updates = []
         for _ in range(self._config.update.epochs):
-            updates += [self._update_minibatch(part) for part in parts]
-        found |= _merge_update_metrics(updates)
-        if found["skipped"] == found["updates"]:
+            updates += [self._update_minibatch(minibatch.packed) for minibatch in minibatches]
+        metrics |= _merge_update_metrics(updates)
+        if metrics["skipped"] == metrics["updates"]:
             raise FloatingPointError(
-                f"batch {batch_number}: none of {len(updates)} updates had a finite "
-                "gradient; lower the "
-                "learning rate, or go on from an earlier checkpoint"
+                f"batch {batch_number}: none of {len(updates)} updates had a finite gradient; "
+                "lower the learning rate, or go on from an earlier checkpoint"
             )
-        found["scoring_forward_secs"] = scored - began
-        found["training_secs"] = time.perf_counter() - began
-        return found
+        metrics["scoring_forward_secs"] = scored_secs - start_secs
+        metrics["training_secs"] = time.perf_counter() - start_secs
+        return metrics
 
     # ---- before the updates
 
     def _split_minibatches(
-        self, batch: Sequence[groups.SampleGroup], number: int
-    ) -> list[list[groups.SampleGroup]]:
+        self, numbered_groups: list[list[_BatchSample]], batch_number: int
+    ) -> list[list[list[_BatchSample]]]:
         """Return the minibatches, each of whole groups, in an order drawn for this batch."""
-        order = np.random.default_rng((self._config.seed, number)).permutation(len(batch))
+        # A function of seed and number alone, so that a restarted run and all processes draw alike.
+        rng = np.random.default_rng((self._config.seed, batch_number))
+        order = rng.permutation(len(numbered_groups))
         return [
-            [batch[i] for i in part]
-            for part in np.array_split(order, self._config.update.minibatches)
+            [numbered_groups[i] for i in group_indices]
+            for group_indices in np.array_split(order, self._config.update.minibatches)
         ]
 
-    def _pack_minibatch(self, part: Sequence[groups.SampleGroup]) -> rl_batch.PackedSamples:
-        rollout = self._config.rollout
-        pairs = [(group.group_id, one) for group in part for one in groups.finished_samples(group)]
-        kept = [(number, one) for number, one in pairs if one.valid]
+    def _pack_minibatch(self, minibatch_groups: list[list[_BatchSample]]) -> _Minibatch:
+        valid = [s for group in minibatch_groups for s in group if s.sample.valid]
         packed = rl_batch.pack_samples(
-            [one for _, one in kept],
+            [s.sample for s in valid],
             self._config.update.rows,
-            self._config.update.row_tokens or rollout.max_sample_tokens,
+            self._config.update.row_tokens or self._config.rollout.max_sample_tokens,
             self._expert_ids_shape,
         )
-        lengths = np.array([sum(one.mask) for _, one in kept])
-        prompts = np.array([number for number, _ in kept])
-        each = objective.token_coefficients(
-            self._config.objective, lengths, prompts, np.ones(len(kept), bool)
+        lengths = np.array([sum(s.sample.mask) for s in valid])
+        group_ids = np.array([s.group_id for s in valid])
+        coefficients = loss_lib.token_coefficients(
+            self._config.objective, lengths, group_ids, np.ones(len(valid), bool)
         )
-        packed.fill("coefficients", list(each))
-        return packed
+        packed.fill("coefficients", list(coefficients))
+        return _Minibatch([s.index for s in valid], packed)
 
-    def _fill_logprobs(self, parts: list[rl_batch.PackedSamples]) -> float:
-        """Write the trainer's probabilities of everything; return the mean entropy."""
-        made, temperature = [], self._settings.temperature
-        for rows in (rows for part in parts for rows in part.microbatches):
-            placed = rl_batch.device_put_rows(rows, self._layout)
-            logp, entropy = rl_step.score_logprobs(self.state.model, placed, temperature)
-            ref = None
+    def _fill_logprobs(self, minibatches: list[_Minibatch]) -> float:
+        """Write the trainer's log-probabilities of every token; return the mean entropy."""
+        scores, temperature = [], self._settings.temperature
+        for host_rows in (rows for m in minibatches for rows in m.packed.microbatches):
+            rows = rl_batch.device_put_rows(host_rows, self._layout)
+            logp, entropy = rl_step.score_logprobs(self.state.model, rows, temperature)
+            logp_ref = None
             if self._reference is not None:
-                ref, _ = rl_step.score_logprobs(self._reference, placed, temperature)
-            made.append((rows, logp, entropy, ref))
-        # Fetched when all are on their way, so that the device never waits for the host.
-        total, tokens = 0.0, 0.0
-        for rows, logp, entropy, ref in made:
-            real = rows.mask > 0
-            rows.logp_old[:] = np.where(real, rl_batch.gather_to_host(logp), 0)
-            if ref is not None:
-                rows.logp_ref[:] = np.where(real, rl_batch.gather_to_host(ref), 0)
-            total += float(np.sum(np.where(real, rl_batch.gather_to_host(entropy), 0)))
-            tokens += float(np.sum(real))
-        return total / max(tokens, 1.0)
+                logp_ref, _ = rl_step.score_logprobs(self._reference, rows, temperature)
+            scores.append((host_rows, logp, entropy, logp_ref))
+        # Fetched once all are dispatched, so that the device never waits for the host.
+        entropy_sum, num_tokens = 0.0, 0.0
+        for host_rows, logp, entropy, logp_ref in scores:
+            real = host_rows.mask > 0
+            host_rows.logp_old[:] = np.where(real, rl_batch.gather_to_host(logp), 0)
+            if logp_ref is not None:
+                host_rows.logp_ref[:] = np.where(real, rl_batch.gather_to_host(logp_ref), 0)
+            entropy_sum += float(np.sum(np.where(real, rl_batch.gather_to_host(entropy), 0)))
+            num_tokens += float(np.sum(real))
+        return entropy_sum / max(num_tokens, 1.0)
 
-    def _fill_advantages(self, parts, samples, numbers) -> None:
-        chosen = self._config.objective
-        rewards = [0.0 if one.reward is None else one.reward for one in samples]
-        valid = [one.valid for one in samples]
-        turns = [one.turn_rewards for one in samples]
-        if chosen.advantage.startswith("return") or any(turns):
+    def _fill_advantages(self, minibatches: list[_Minibatch], samples: list[_BatchSample]) -> None:
+        """Write the advantages, which compare the samples of the whole batch."""
+        objective = self._config.objective
+        rewards = [0.0 if s.sample.reward is None else s.sample.reward for s in samples]
+        group_ids = [s.group_id for s in samples]
+        valid = [s.sample.valid for s in samples]
+        turn_rewards = [s.sample.turn_rewards for s in samples]
+        if objective.advantage.startswith("return") or any(turn_rewards):
             kls = None
-            if chosen.reward_kl_coef:
-                kls = [np.zeros(len(one.tokens)) for one in samples]
-                place = {id(one): i for i, one in enumerate(samples)}
-                for part in parts:
-                    gaps = part.extract(
-                        [rows.logp_old - rows.logp_ref for rows in part.microbatches]
+            if objective.reward_kl_coef:
+                # Zeros for samples that are not valid: they lie in no row.
+                kls = [np.zeros(len(s.sample.tokens)) for s in samples]
+                for minibatch in minibatches:
+                    gaps = minibatch.packed.extract(
+                        [rows.logp_old - rows.logp_ref for rows in minibatch.packed.microbatches]
                     )
-                    for one, gap in zip(part.samples, gaps, strict=True):
-                        kls[place[id(one)]] = gap
-            masks = [np.asarray(one.mask) for one in samples]
-            made = advantages.token_advantages(chosen, rewards, numbers, valid, masks, turns, kls)
+                    for index, gap in zip(minibatch.indices, gaps, strict=True):
+                        kls[index] = gap
+            masks = [np.asarray(s.sample.mask) for s in samples]
+            values = advantages.token_advantages(
+                objective, rewards, group_ids, valid, masks, turn_rewards, kls
+            )
         else:
-            made = list(advantages.sample_advantages(chosen, rewards, numbers, valid))
-        of = {id(one): value for one, value in zip(samples, made, strict=True)}
-        for part in parts:
-            part.fill("advantages", [of[id(one)] for one in part.samples])
+            values = list(advantages.sample_advantages(objective, rewards, group_ids, valid))
+        for minibatch in minibatches:
+            minibatch.packed.fill("advantages", [values[index] for index in minibatch.indices])
 
     # ---- an update
 
-    def _update_minibatch(self, part: rl_batch.PackedSamples) -> tuple[Any, Any]:
+    def _update_minibatch(
+        self, packed: rl_batch.PackedSamples
+    ) -> tuple[rl_metrics.MetricSums, dict[str, Any]]:
         """Make one step; return its metrics, still on the device."""
-        weight_mean, sums = self._weight_mean(part), None
-        tokens = [float(np.sum(rows.segment_ids > 0)) for rows in part.microbatches]
-        for rows, number in zip(part.microbatches, tokens, strict=True):
-            placed = rl_batch.device_put_rows(rows, self._layout)
-            share = np.float32(number / sum(tokens))
+        weight_mean, sums = self._weight_mean(packed), None
+        num_tokens = [float(np.sum(rows.segment_ids > 0)) for rows in packed.microbatches]
+        for host_rows, row_tokens in zip(packed.microbatches, num_tokens, strict=True):
+            rows = rl_batch.device_put_rows(host_rows, self._layout)
+            token_share = np.float32(row_tokens / sum(num_tokens))
+            # `sums` is donated: one copy of the gradients is enough.
             sums = rl_step.accumulate_gradients(
-                sums, self.state.model, placed, share, weight_mean, self._settings
+                sums, self.state.model, rows, token_share, weight_mean, self._settings
             )
         assert sums is not None
-        self.state, metrics = rl_step.apply_update(self.state, sums[0], self._settings)
-        return sums[1], metrics
+        grads, metric_sums = sums
+        self.state, step_metrics = rl_step.apply_update(self.state, grads, self._settings)
+        return metric_sums, step_metrics
 
-    def _weight_mean(self, part: rl_batch.PackedSamples):
-        chosen = self._config.objective.correction
-        if chosen is None or not chosen.normalise:
+    def _weight_mean(self, packed: rl_batch.PackedSamples) -> np.float32 | None:
+        """Return the mean correction weight of a step's tokens, if the correction divides by it."""
+        correction = self._config.objective.correction
+        if correction is None or not correction.normalise:
             return None
         totals = np.zeros(2)
-        for rows in part.microbatches:
+        for rows in packed.microbatches:
+            mask = jnp.asarray(rows.mask)
             weight, _ = rollout_correction.correction_weights(
-                chosen, rows.logp_old, rows.logp_rollout, rows.mask, rows.segment_ids
+                correction,
+                jnp.asarray(rows.logp_old),
+                jnp.asarray(rows.logp_rollout),
+                mask,
+                jnp.asarray(rows.segment_ids),
             )
-            totals += np.asarray(rollout_correction.weight_sum_and_count(weight, rows.mask))
+            totals += np.asarray(rollout_correction.weight_sum_and_count(weight, mask))
         return np.float32(totals[0] / max(totals[1], 1.0))
 
-    def _group_metrics(self, samples, numbers) -> dict[str, float]:
-        rewards = [math.nan if one.reward is None else one.reward for one in samples]
-        lengths = [sum(one.mask) for one in samples]
-        found = rl_metrics.summarize_groups(
-            rewards,
-            numbers,
-            [one.valid for one in samples],
-            lengths,
-            [one.status for one in samples],
-        )
-        said = [
-            logp for one in samples for logp, m in zip(one.logprobs, one.mask, strict=True) if m
+
+def _number_samples(batch: Sequence[groups.SampleGroup]) -> list[list[_BatchSample]]:
+    """Return the samples of each group, numbered through the batch."""
+    numbers = itertools.count()
+    return [
+        [
+            _BatchSample(next(numbers), group.group_id, sample)
+            for sample in groups.finished_samples(group)
         ]
-        found["nll"] = -float(np.mean(said)) if said else 0.0
-        names = sorted({name for one in samples for name in one.parts})
-        for name in names:
-            values = [one.parts[name] for one in samples if name in one.parts]
-            found[f"reward/{name}"] = float(np.mean(values))
-        return found
+        for group in batch
+    ]
 
 
-def _mismatch_metrics(parts: list[rl_batch.PackedSamples], version: int) -> dict[str, float]:
-    """Compare sampler and trainer on what the present weights wrote."""
-    columns: list[list[np.ndarray]] = [[], [], []]
-    for part in parts:
-        old = part.extract([rows.logp_old for rows in part.microbatches])
-        for one, trainer in zip(part.samples, old, strict=True):
-            same = (np.asarray(one.mask) > 0) & (np.asarray(one.versions) == version)
-            number = np.full(int(same.sum()), len(columns[2]))
-            for column, value in zip(
-                columns, (np.asarray(one.logprobs)[same], trainer[same], number), strict=True
-            ):
-                column.append(value)
-    rollout, old, ids = (np.concatenate(column)[None] for column in columns)
+def _group_metrics(samples: list[_BatchSample]) -> dict[str, float]:
+    """Return rewards and lengths of a batch, and the mean of each part of its rewards."""
+    plain = [s.sample for s in samples]
+    metrics = rl_metrics.summarize_groups(
+        [math.nan if sample.reward is None else sample.reward for sample in plain],
+        [s.group_id for s in samples],
+        [sample.valid for sample in plain],
+        [sum(sample.mask) for sample in plain],
+        [sample.status for sample in plain],
+    )
+    generated_logprobs = [
+        logp for sample in plain for logp, m in zip(sample.logprobs, sample.mask, strict=True) if m
+    ]
+    metrics["nll"] = -float(np.mean(generated_logprobs)) if generated_logprobs else 0.0
+    for name in sorted({name for sample in plain for name in sample.parts}):
+        values = [sample.parts[name] for sample in plain if name in sample.parts]
+        metrics[f"reward/{name}"] = float(np.mean(values))
+    return metrics
+
+
+def _mismatch_metrics(minibatches: list[_Minibatch], weight_version: int) -> dict[str, float]:
+    """Compare sampler and trainer on what the present weights wrote.
+
+    Tokens of older weights, in samples that went on over several batches, would differ anyway.
+    """
+    logp_rollout: list[np.ndarray] = []
+    logp_old: list[np.ndarray] = []
+    sample_numbers: list[np.ndarray] = []
+    for packed in (minibatch.packed for minibatch in minibatches):
+        trainer_logps = packed.extract([rows.logp_old for rows in packed.microbatches])
+        for sample, trainer_logp in zip(packed.samples, trainer_logps, strict=True):
+            is_current = (np.asarray(sample.mask) > 0) & (
+                np.asarray(sample.versions) == weight_version
+            )
+            logp_rollout.append(np.asarray(sample.logprobs)[is_current])
+            logp_old.append(trainer_logp[is_current])
+            sample_numbers.append(np.full(int(is_current.sum()), len(sample_numbers)))
+    # All samples in one row: `measure_mismatch` tells them apart by their numbers.
+    rollout, old, ids = (np.concatenate(x)[None] for x in (logp_rollout, logp_old, sample_numbers))
     if not rollout.size:
         return {}
     return rl_metrics.measure_mismatch(rollout, old, np.ones(rollout.shape), ids)
 
 
-def _merge_update_metrics(updates: list[tuple[Any, Any]]) -> dict[str, Any]:
+def _merge_update_metrics(
+    updates: list[tuple[rl_metrics.MetricSums, dict[str, Any]]],
+) -> dict[str, Any]:
     """Return the metrics of all updates of a batch together: means, and extremes of extremes."""
-    reports = [rl_metrics.summarize_metrics(jax.device_get(measured)) for measured, _ in updates]
-    found: dict[str, Any] = {}
+    reports = [rl_metrics.summarize_metrics(jax.device_get(sums)) for sums, _ in updates]
+    metrics: dict[str, Any] = {}
+    reducers: dict[str, Callable] = {"ratio_min": min, "ratio_max": max, "ratio_p99": max}
     for name in reports[0]:
-        how: Callable = {"ratio_min": min, "ratio_max": max, "ratio_p99": max}.get(name, np.mean)
-        found[name] = float(how([one[name] for one in reports]))
-    counts = {
-        name: np.sum([measured["drops"][name] for measured, _ in updates], axis=0)
+        reduce = reducers.get(name, np.mean)
+        metrics[name] = float(reduce([report[name] for report in reports]))
+    drops, clips = (
+        np.sum([sums["drops"][name] for sums, _ in updates], axis=0)
         for name in ("by_token", "clipped")
+    )
+    metrics["most_dropped"] = rl_metrics.rank_dropped_tokens(drops)
+    # Ids that were never clipped count too, so that a reader can tell how often clipping is.
+    metrics["most_clipped"] = rl_metrics.rank_dropped_tokens(clips, num=32, min_dropped=0)
+    steps = jax.device_get([step_metrics for _, step_metrics in updates])
+    last_step = steps[-1]
+    # Magnitudes of gradients are those of the batch's last step, not means over its steps.
+    shares = {
+        name.removeprefix("gradient/"): value
+        for name, value in last_step.items()
+        if name.startswith("gradient/")
     }
-    found["most_dropped"] = rl_metrics.rank_dropped_tokens(counts["by_token"])
-    found["most_clipped"] = rl_metrics.rank_dropped_tokens(counts["clipped"], num=32, min_dropped=0)
-    steps = jax.device_get([metrics for _, metrics in updates])
-    last = steps[-1]
-    shares = {n.removeprefix("gradient/"): v for n, v in last.items() if n.startswith("gradient/")}
     histogram = rl_metrics.gradient_histogram(shares)
-    found |= {f"gradient/decade_{name}": value for name, value in histogram.items()}
-    found["gradient/below_1e-14"] = float(shares["below_1e-14"])
-    for name in last:
+    metrics |= {f"gradient/decade_{name}": value for name, value in histogram.items()}
+    metrics["gradient/below_1e-14"] = float(shares["below_1e-14"])
+    for name in last_step:
         if not name.startswith("gradient/"):
-            found[name] = float(np.mean([step[name] for step in steps]))
-    found["skipped"] = float(sum(step["skipped"] for step in steps))
-    found["updates"] = float(len(updates))
-    return found
+            metrics[name] = float(np.mean([step[name] for step in steps]))
+    metrics["skipped"] = float(sum(step["skipped"] for step in steps))
+    metrics["updates"] = float(len(updates))
+    return metrics

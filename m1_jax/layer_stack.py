@@ -1,0 +1,170 @@
+"""Stacks of equal layers: how they are made, sliced, looped over and rematerialised.
+
+A model's layers repeat in a unit (the release: seven lightning layers, then one softmax layer, ten
+times). Neighbours of one kind in the unit are a group. All layers of a group, over all repeats of
+the unit, are one module whose parameters have two leading axes: R repeats, and P layers of the
+group. So a program has one loop body per group, however many layers the model has.
+"""
+
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from m1_jax import sharding
+
+# A layer's place on the two leading axes of its stack: (repeat of the unit, number in the group).
+StackIndex = tuple[Int[Array, ""] | int, Int[Array, ""] | int]
+
+
+class LayersOutput(NamedTuple):
+    """What a run through all L layers returns."""
+
+    x: Float[Array, "*rows D"]  # after the last layer
+    # What every layer returned beside x and its state, stacked [L, ...]: router statistics in a
+    # forward pass, expert ids in serving.
+    per_layer: Any
+    states: Any  # by group, the new states of its layers; None where no state was given
+    layer_outputs: Float[Array, "L *rows D"] | None  # x after every layer, if asked to keep it
+
+
+def make_stack(make_layer: Callable, shape: tuple[int, int], rngs: nnx.Rngs) -> Any:
+    """Make the layers of one group, of every repeat of the unit, on two leading axes.
+
+    Args:
+      make_layer: called as make_layer(rngs) for one layer.
+      shape: repeats of the unit, and layers of the group.
+    """
+
+    # `nnx.vmap` stacks what the constructor makes, so layers know nothing of the leading axes.
+    @nnx.vmap
+    @nnx.vmap
+    def make_layers(key):
+        return make_layer(nnx.Rngs(key))
+
+    stacked = make_layers(jax.random.split(rngs.params(), shape))
+    # The constructor named the axes of one layer's parameters: name the two that vmap added.
+    for _, node in nnx.iter_graph(stacked):
+        if isinstance(node, nnx.Param):
+            names = node.get_metadata()["logical_axes"]
+            node.set_metadata(logical_axes=("layers", "layers", *names))
+    return stacked
+
+
+def scan_layer_groups(
+    apply_layer: Callable,
+    stacks: Sequence[Any],
+    group_sizes: Sequence[int],
+    num_repeats: int,
+    x: Float[Array, "*rows D"],
+    states: Sequence[Any] | None,
+    slice_layer: Callable[[Any, StackIndex], Any],
+    keep_layer_outputs: bool = False,
+) -> LayersOutput:
+    """Apply all layers in order: a scan over repeats of the unit, in it a scan for each group.
+
+    Args:
+      apply_layer: called as apply_layer(layer, x, group_state, stack_index, layer_index); returns
+        x, an output, and the group's state.
+      stacks: by group, arrays [R, P, ...].
+      group_sizes: by group, P.
+      num_repeats: R.
+      states: by group, arrays [R, P, ...], of which a layer updates its own entry. None: no states.
+      slice_layer: returns the layer at a stack index of a stack.
+    """
+    # Both loops carry x, and the states whole: a layer writes its entry of them in place.
+    #
+    #                 carry               xs
+    #   scan_repeats  x, states           stacks, each [R, P, ...] -> [P, ...]; repeat
+    #   scan_layers   x, state of group   its stack [P, ...] -> [...]; number in the group
+    #
+    # There are two forms, which differ in who slices the parameters. Without states (training) the
+    # stacks are xs: the backward pass of a scan stacks the gradients of its xs. With states (no
+    # gradients) `slice_layer` cuts both axes at once out of the closed-over stacks. As xs, each
+    # slice would be copied, all experts of a layer for every token that is decoded: that made
+    # decoding on CPU 2 to 5 times slower (docs/log.md, "Experts on CPU").
+    group_starts = tuple(itertools.accumulate(group_sizes, initial=0))
+
+    def scan_repeats(carry, xs):
+        x, states = carry
+        *stacks_of_repeat, repeat = xs
+        new_states, outputs = [], []
+        for group, num_layers in enumerate(group_sizes):
+
+            def scan_layers(carry, xs, group=group):
+                x, state = carry
+                *sliced, number = xs
+                stack_index = (repeat, number)
+                layer = sliced[0] if sliced else slice_layer(stacks[group], stack_index)
+                layer_index = repeat * group_starts[-1] + group_starts[group] + number
+                x, output, state = apply_layer(layer, x, state, stack_index, layer_index)
+                return (x, state), (output, x if keep_layer_outputs else None)
+
+            group_xs = (*stacks_of_repeat[group : group + 1], num_layers)
+            carry = (x, states[group])
+            (x, new_state), group_outputs = _scan_indexed(scan_layers, carry, group_xs)
+            new_states.append(new_state)
+            outputs.append(group_outputs)
+        outputs = jax.tree.map(lambda *groups: jnp.concatenate(groups), *outputs)
+        return (x, tuple(new_states)), outputs
+
+    if states is None:
+        carry, xs = (x, (None,) * len(group_sizes)), (*stacks, num_repeats)
+    else:
+        carry, xs = (x, tuple(states)), (num_repeats,)
+    (x, new_states), outputs = _scan_indexed(scan_repeats, carry, xs)
+    # [R, layers of the unit, ...] -> [L, ...]
+    per_layer, layer_outputs = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), outputs)
+    return LayersOutput(x, per_layer, new_states, layer_outputs)
+
+
+def slice_layer(
+    stack: Any, stack_index: StackIndex, *, dtype: jnp.dtype, experts_stay_stacked: bool
+) -> Any:
+    """Return one layer of a stack of parameters and arrays, for computing in `dtype`.
+
+    With `experts_stay_stacked`, `experts.py` slices out only the experts that have rows.
+    """
+
+    def slice_leaf(leaf):
+        if not isinstance(leaf, nnx.Param):
+            return leaf[stack_index]
+        metadata = leaf.get_metadata()
+        # A cast would make a copy of the whole stack, so parameters that need one are sliced first.
+        needs_no_cast = leaf.dtype in (dtype, jnp.int8) or metadata["float32"]
+        if experts_stay_stacked and needs_no_cast and "experts" in metadata["logical_axes"]:
+            return leaf
+        return leaf.replace(leaf[...][stack_index])
+
+    return sharding.map_params(slice_leaf, stack)
+
+
+def _scan_indexed(body: Callable, carry: Any, xs: tuple[Any, ...]) -> tuple[Any, Any]:
+    """Scan over arrays and the index of their leading axis, whose length is `xs[-1]`.
+
+    A single step is written out without a loop, and its index is the Python number 0.
+    """
+    *arrays, count = xs
+    if count > 1:
+        return jax.lax.scan(body, carry, (*arrays, jnp.arange(count)))
+    carry, out = body(carry, (*jax.tree.map(lambda a: a[0], arrays), 0))
+    return carry, jax.tree.map(lambda a: a[None], out)
+
+
+def apply_remat(policy: str, function: Callable, has_gathered_params: bool) -> Callable:
+    """Return `function` of one layer, with its residuals dropped as `ModelConfig.remat` says."""
+    if policy == "none" and not has_gathered_params:
+        return function
+    policies = jax.checkpoint_policies
+    saved = {
+        # Gathered parameters are gathered again in the backward pass: kept for all layers, they
+        # would not fit.
+        "none": policies.save_anything_except_these_names(sharding.GATHERED_NAME),
+        "layer": None,
+        "dots": policies.dots_with_no_batch_dims_saveable,
+    }
+    return jax.checkpoint(function, policy=saved[policy])

@@ -1,0 +1,168 @@
+"""The model over a ragged batch: appends tokens of several sequences to the engine's memory.
+
+The layers are the model's own modules. A layer is cut into three parts (`_apply_layer`), because
+attention and experts work on tiles of one sequence and of one expert, while everything between
+works on tiles of any rows. Only then can a row's numbers be bit-exact in any company
+(`serving/ragged_batch.py`).
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float, Int
+
+from m1_jax import collectives, decoder_layer, experts, layer_stack, sharding
+from m1_jax import config as config_lib
+from m1_jax import model as model_lib
+from m1_jax.serving import lightning, ragged_batch, softmax
+from m1_jax.serving import state as state_lib
+
+
+def forward_ragged(
+    model: model_lib.MiniMaxM1,
+    tokens: Int[Array, "M"],
+    batch: ragged_batch.RaggedBatch,
+    state: state_lib.ServingState,
+    output_rows: Int[Array, "O"] | None = None,
+) -> tuple[Float[Array, "O V"], state_lib.ServingState]:
+    """Append the tokens to their sequences; return float32 logits of some rows, and the new state.
+
+    On a mesh every device of the batch axes holds all rows. Heads, experts and the vocabulary are
+    split, so the logits are split by vocabulary.
+
+    Args:
+      tokens: of each row; any id where the row is padding.
+      output_rows: indices of the rows whose logits are returned, -1 for zeros. None: all rows.
+    """
+    layout = model.layout
+    if layout is None:
+        return _forward_local(model, tokens, batch, state, output_rows)
+    state_specs = state_lib.serving_state_specs(state, layout)
+    replicated = jax.tree.map(lambda _: PartitionSpec(), (tokens, batch, output_rows))
+    program = sharding.run_sharded(
+        layout,
+        _forward_local,
+        (sharding.param_specs(layout, model), *replicated[:2], state_specs, replicated[2]),
+        (layout.activation_spec(None, "vocab"), state_specs),
+    )
+    return program(model, tokens, batch, state, output_rows)
+
+
+def _forward_local(
+    model: model_lib.MiniMaxM1,
+    tokens: Int[Array, "M"],
+    batch: ragged_batch.RaggedBatch,
+    state: state_lib.ServingState,
+    output_rows: Int[Array, "O"] | None,
+) -> tuple[Float[Array, "O v"], state_lib.ServingState]:
+    """Run the model with this device's heads, experts and words of the vocabulary."""
+    output_rows = jnp.arange(len(tokens)) if output_rows is None else output_rows
+    has_output = jnp.where(output_rows >= 0, batch.positions[output_rows] >= 0, False)
+    # The experts' products are made deep inside, so they learn of the tile through a context.
+    with experts.matmul_tile(batch.matmul_tile):
+        x = model.embed(tokens[None], model.dtype, model.layout)[0]
+        x, expert_ids, layers, _ = model.run_layers(
+            x, batch, state.layers, apply_layer=_apply_layer
+        )
+        expert_id_pages = (
+            None
+            if state.expert_id_pages is None
+            else _record_expert_ids(state.expert_id_pages, expert_ids, batch)
+        )
+        with jax.named_scope("head"):
+            # Parameters are cast once, before the loop over tiles.
+            norm, head = (
+                sharding.gather_params(module, model.layout, model.dtype)
+                for module in (model.norm, model.head)
+            )
+            x = jnp.take(x, jnp.maximum(output_rows, 0), axis=0)
+            logits = ragged_batch.map_row_tiles(
+                lambda x: head(norm(x)), batch.matmul_tile, has_output, x
+            )
+    return logits, state_lib.ServingState(layers, expert_id_pages)
+
+
+def _apply_layer(
+    layer: decoder_layer.DecoderLayer,
+    x: Float[Array, "M D"],
+    slopes: Float[Array, "N"],
+    batch: ragged_batch.RaggedBatch,
+    pool: Any,
+    stack_index: layer_stack.StackIndex,
+    layer_index: Int[Array, ""] | int,
+) -> tuple[Float[Array, "M D"], Int[Array, "M A"], Any]:
+    """Run one layer; return its output, the experts it chose, and the group's new memory.
+
+    Arguments are those of `DecoderLayer.__call__`, with the batch as context and, as state, the
+    group's memory: `LightningSlots` or a `PagedKVCache`.
+    """
+    del layer_index
+
+    @jax.named_scope(layer.kind)
+    def before_attention(x, positions):
+        h = layer.input_norm(x)
+        return h, layer.attention.project_inputs(h, positions)
+
+    def between_attention_and_experts(x, h, o):
+        with jax.named_scope(layer.kind):
+            o = layer.attention.project_output(h, o)
+        x = layer.add_to_residual(x, h, o, layer.attention_scales)
+        h = layer.moe_norm(x)
+        weights, expert_ids, _ = layer.moe.route(h, None)
+        return x, h, weights, expert_ids
+
+    def after_experts(x, h, y):
+        return layer.add_to_residual(x, h, layer.moe.combine(h, y), layer.moe_scales)
+
+    h, inputs = batch.map_matmul_tiles(before_attention, x, batch.positions)
+    with jax.named_scope(layer.kind):
+        if layer.kind == config_lib.LIGHTNING:
+            o, pool = lightning.attend_slots(inputs, slopes, batch, pool, stack_index)
+        else:
+            q, k, v = inputs
+            o, pool = softmax.attend_pages(q, k, v, batch, pool, stack_index)
+    x, h, weights, expert_ids = batch.map_matmul_tiles(between_attention_and_experts, x, h, o)
+    y = _dispatch_rows(layer, h, weights, expert_ids, batch, stack_index)
+    return batch.map_matmul_tiles(after_experts, x, h, y), expert_ids, pool
+
+
+def _dispatch_rows(
+    layer: decoder_layer.DecoderLayer,
+    h: Float[Array, "M D"],
+    weights: Float[Array, "M A"],
+    expert_ids: Int[Array, "M A"],
+    batch: ragged_batch.RaggedBatch,
+    stack_index: layer_stack.StackIndex,
+) -> Float[Array, "M D"]:
+    """Return each real row's weighted sum of its experts' outputs."""
+    expert_ids = jnp.where(batch.positions[:, None] >= 0, expert_ids, layer.moe.no_expert)
+    # The exchange takes rows that differ from device to device. Here devices that share the experts
+    # hold the same rows, so each sends its slice of them, and all slices are gathered afterwards.
+    padding = ((0, -len(h) % collectives.axis_size("experts")), (0, 0))
+    rows, weights = (
+        collectives.local_slice(jnp.pad(array, padding), "experts", 0) for array in (h, weights)
+    )
+    expert_ids = jnp.pad(expert_ids, padding, constant_values=layer.moe.no_expert)
+    y, _ = layer.moe.dispatch(
+        rows, weights, collectives.local_slice(expert_ids, "experts", 0), stack_index
+    )
+    return collectives.all_gather(y, "experts", 0)[: len(h)]
+
+
+def _record_expert_ids(
+    expert_id_pages: state_lib.ExpertIdPages,
+    expert_ids: Int[Array, "L M A"],
+    batch: ragged_batch.RaggedBatch,
+) -> state_lib.ExpertIdPages:
+    """Write the experts of every real row into its page, and those of padding into page 0."""
+    chunk, is_real = expert_id_pages.expert_ids.shape[3], batch.positions >= 0
+    pages = jnp.repeat(batch.pages, len(is_real) // len(batch.slots), axis=0)  # a list a row
+    positions = jnp.maximum(batch.positions, 0)
+    page = jnp.take_along_axis(pages, positions[:, None] // chunk, axis=1)[:, 0]
+    page = jnp.where(is_real, page, 0)
+    new = jnp.moveaxis(expert_ids, 0, 1).astype(expert_id_pages.expert_ids.dtype)
+    return state_lib.ExpertIdPages(
+        expert_id_pages.expert_ids.at[0, 0, page, positions % chunk].set(new)
+    )

@@ -1,0 +1,157 @@
+"""Memory of the serving engine: slots, pages, and the experts chosen for the tokens of pages.
+
+The engine's sequences share a few large arrays. A sequence owns one slot, for what does not grow
+with its length, and a page for every C of its tokens. Which slots and pages belong to whom,
+`infer/scheduling` decides.
+
+Every array has its layer's two stack axes first (R repeats of the unit, P layers of the group),
+then the axis of slots or pages, so that one index function serves them all. Slot 0 and page 0
+belong to padding: they are written, and never read for a real token.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from m1_jax import config as config_lib
+from m1_jax import sharding
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LightningSlots:
+    """Recurrent states of one group of lightning layers, by slot, with the open chunk's tokens.
+
+    Attributes:
+      states: float32 matrices, keys by values, as of the sequence's last multiple of C tokens.
+      keys: of the tokens after that, at most C.
+      values: likewise.
+    """
+
+    states: Float[Array, "R P slots N H H"]
+    keys: Float[Array, "R P slots N C H"]
+    values: Float[Array, "R P slots N C H"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PagedKVCache:
+    """Keys (rotated by RoPE) and values of one group of softmax layers, C tokens to a page."""
+
+    keys: Float[Array, "R P pages K C H"]
+    values: Float[Array, "R P pages K C H"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ExpertIdPages:
+    """The experts that every layer chose for the tokens of a page, -1 where no token is.
+
+    The two leading axes of size 1 stand where other arrays have their stack axes.
+    """
+
+    expert_ids: Int[Array, "1 1 pages C L A"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ServingState:
+    """Memory of all sequences of an engine.
+
+    Attributes:
+      layers: one entry per group of the repeating unit.
+      expert_id_pages: None where experts are not recorded.
+    """
+
+    layers: tuple[LightningSlots | PagedKVCache, ...]
+    expert_id_pages: ExpertIdPages | None = None
+
+
+def init_serving_state(
+    config: config_lib.ModelConfig,
+    num_slots: int,
+    num_pages: int,
+    chunk_tokens: int,
+    dtype: jax.typing.DTypeLike = jnp.bfloat16,
+    layout: sharding.MeshLayout | None = None,
+    record_routes: bool = False,
+) -> ServingState:
+    """Return zeroed memory for slots 0 to num_slots and pages 0 to num_pages.
+
+    Keys and values have `dtype`, recurrent states float32. On a mesh, heads are split.
+
+    Args:
+      num_slots: sequences that can be under way at once; slot 0 comes on top.
+      num_pages: pages of all sequences together; page 0 comes on top.
+      chunk_tokens: C, tokens of a page and of lightning attention's open chunk.
+      record_routes: keep the chosen experts as int8: 2 bytes a token and layer in the release.
+    """
+    if layout is not None:
+        # Made on the devices by a jitted program: no device ever holds all of it.
+        make = functools.partial(
+            init_serving_state,
+            config,
+            num_slots,
+            num_pages,
+            chunk_tokens,
+            dtype,
+            None,
+            record_routes,
+        )
+        specs = serving_state_specs(jax.eval_shape(make), layout)
+        shardings = jax.tree.map(lambda spec: jax.sharding.NamedSharding(layout.mesh, spec), specs)
+        return jax.jit(make, out_shardings=shardings)()
+    repeats, heads, size = config.repeats, config.num_attention_heads, config.head_dim
+    layers: list[LightningSlots | PagedKVCache] = []
+    for kind, num_layers in config.layer_groups:
+        if kind == config_lib.LIGHTNING:
+            lead = (repeats, num_layers, num_slots + 1, heads)
+            states = jnp.zeros((*lead, size, size), jnp.float32)
+            chunk = (*lead, chunk_tokens, size)
+            layers.append(LightningSlots(states, jnp.zeros(chunk, dtype), jnp.zeros(chunk, dtype)))
+        else:
+            lead = (repeats, num_layers, num_pages + 1, config.num_key_value_heads)
+            page = (*lead, chunk_tokens, size)
+            layers.append(PagedKVCache(jnp.zeros(page, dtype), jnp.zeros(page, dtype)))
+    if not record_routes:
+        return ServingState(tuple(layers))
+    choices = (len(config.layer_types), config.num_experts_per_tok)
+    expert_ids = jnp.full((1, 1, num_pages + 1, chunk_tokens, *choices), -1, jnp.int8)
+    return ServingState(tuple(layers), ExpertIdPages(expert_ids))
+
+
+def serving_state_specs(state: ServingState, layout: sharding.MeshLayout) -> ServingState:
+    """Return the mesh axes of every array of a serving state."""
+    heads: Any = layout.activation_spec(None, None, None, "heads", None, None)
+    kv_heads: Any = layout.activation_spec(None, None, None, "kv_heads", None, None)
+    layers = [
+        LightningSlots(heads, heads, heads)
+        if isinstance(layer, LightningSlots)
+        else PagedKVCache(kv_heads, kv_heads)
+        for layer in state.layers
+    ]
+    # Every device of the batch axes computes all rows, so every device knows all their experts.
+    replicated: Any = layout.activation_spec()
+    expert_ids = None if state.expert_id_pages is None else ExpertIdPages(replicated)
+    return ServingState(tuple(layers), expert_ids)
+
+
+def abstract_serving_state(
+    config: config_lib.ModelConfig,
+    num_slots: int,
+    num_pages: int,
+    chunk_tokens: int,
+    layout: sharding.MeshLayout,
+) -> ServingState:
+    """Return the bfloat16 memory of `init_serving_state` as sharded shapes, without the memory."""
+    state = jax.eval_shape(lambda: init_serving_state(config, num_slots, num_pages, chunk_tokens))
+
+    def add_sharding(shape, spec):
+        named = jax.sharding.NamedSharding(layout.mesh, spec)
+        return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=named)
+
+    return jax.tree.map(add_sharding, state, serving_state_specs(state, layout))

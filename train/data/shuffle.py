@@ -1,0 +1,46 @@
+"""Random choices that are functions of their arguments: equal on every host, in every run.
+
+Nothing here has a state. A reader that knows how many records it drew knows which record is next,
+so its state is a few counts.
+"""
+
+import hashlib
+from collections.abc import Mapping
+
+from grain import experimental as grain
+
+
+def stable_hash(*parts: str | int) -> int:
+    """Return 64 bits that look random and depend on the parts' text alone.
+
+    Python's own `hash` of text differs between processes, and NumPy's `Generator` may give other
+    numbers in another version of NumPy.
+    """
+    text = ":".join(map(str, parts)).encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
+
+
+def shuffle_position(position: int, num_records: int, seed: int, name: str, epoch: int) -> int:
+    """Return which record stands at a position of a source's shuffled order in an epoch.
+
+    The order is a permutation that is computed position by position (a block cipher on the index),
+    so it needs no memory, whatever the number of records.
+    """
+    epoch_seed = stable_hash(seed, name, epoch) % 2**32
+    return grain.index_shuffle(position, max_index=num_records - 1, seed=epoch_seed, rounds=4)
+
+
+def choose_by_weight(weights: Mapping[str, float], total: float, *key: str | int) -> str:
+    """Return a name, with the chance of its weight over `total`.
+
+    Args:
+      weights: by name, all above 0.
+      total: sum of the weights. The caller adds them up, as the way of adding decides the last bit.
+      key: what the choice is a function of, such as a seed and a count.
+    """
+    point = stable_hash(*key) / 2**64 * total
+    for name, weight in weights.items():
+        point -= weight
+        if point < 0:
+            return name
+    return list(weights)[-1]  # rounding left the point at the end of the last interval
