@@ -66,7 +66,7 @@ def load_run():
 def engine_bytes(run) -> int:
     """Return what the sampler's requests hold of a chip: states, keys and values, routes."""
     sizes = {"record_routes": run.rollout.replay_routes, **dict(run.rollout.engine)}
-    engine = rollout.make_engine_config(sizes, run.rollout.max_tokens, 512)
+    engine = rollout.make_engine_config(sizes, run.rollout.max_sample_tokens, 512)
     config, devices = (
         ModelConfig.m1(),
         topology_lib.get_slice_devices(topology_lib.parse_slice("v5p:8x8x8")),

@@ -158,7 +158,7 @@ def _break(patch, place):
 
     def run(self, make, on_done, sampling=None, should_stop=lambda: False):
         if place == "sampling" and self.version >= 1:
-            should_stop.__closure__[0].cell_contents.stop.signal_number = signal.SIGTERM
+            should_stop.__closure__[0].cell_contents.stop_request.signal_number = signal.SIGTERM
         return real_run(self, make, on_done, sampling, should_stop)
 
     updates = []
@@ -198,7 +198,7 @@ def test_an_evaluation_that_was_stopped_is_made_up_for(start, tmp_path, monkeypa
     real = rl_loop.RlSession._evaluate
 
     def stopped(self):
-        self.stop.signal_number = signal.SIGTERM if self.batch else None
+        self.stop_request.signal_number = signal.SIGTERM if self.batch_number else None
         real(self)
 
     with monkeypatch.context() as patch:

@@ -28,8 +28,7 @@ class ResumeError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointInfo:
-    """What a checkpoint knows beside arrays. data: of `data.BatchStream.get_state`, all processes'.
-    """
+    """What a checkpoint knows beside arrays. data: of `data.BatchStream.get_state`, all processes'."""
 
     step: int
     data: dict[str, Any]

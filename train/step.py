@@ -97,8 +97,7 @@ def train_step(
 
 
 def apply_gradients(state: TrainState, grads, optimizer: optim.AdamW, skip_nonfinite: bool = True):
-    """Return the state after one update, and the metrics of `train_step` that are about gradients.
-    """
+    """Return the state after one update, and the metrics of `train_step` that are about gradients."""
     grads = constrain_shardings(grads)
     trained, rest = trainable.partition(state.model)
     new, moments, metrics = optimizer.update(grads, state.moments, trained, state.step)

@@ -1,5 +1,4 @@
-"""What a step trains, and what it leaves alone: parameters marked `frozen` (`layers.make_param`).
-"""
+"""What a step trains, and what it leaves alone: parameters marked `frozen` (`layers.make_param`)."""
 
 from m1_jax import model as model_lib
 from m1_jax import sharding

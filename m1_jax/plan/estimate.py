@@ -224,8 +224,7 @@ def _estimate_activations(
 def _estimate_collectives(
     config, job, layout, rows, tokens, params
 ) -> dict[str, hlo.CollectiveTraffic]:
-    """Return the paper count of one run; see `hlo.count_collectives` for what a byte received is.
-    """
+    """Return the paper count of one run; see `hlo.count_collectives` for what a byte received is."""
     layers, micro = config.num_hidden_layers, job.accumulate
     lightning = config.layer_types.count(config_lib.LIGHTNING)
     # A forward pass, its attention again with rematerialisation, and a backward pass.

@@ -271,7 +271,7 @@ def launch_kernel(
     arguments: Sequence[Any],
     block_sizes: gpu_tiling.GpuBlockSizes,
     interpret: bool,
-) -> list[Array]:
+) -> tuple[Array, ...]:
     """Call a kernel on whole arrays where they lie; it gets None for an argument that is None."""
     whole_array = pl.BlockSpec(memory_space=pl.ANY)
     return pl.pallas_call(
