@@ -100,7 +100,7 @@ class RlSession:
         if self.batch_number:
             kept = self.checkpoints.read_info(self.batch_number).data
             for name, saved in kept["fingerprints"].items():
-                self.tasks[name].check(saved)
+                self.tasks[name].check_fingerprint(saved)
             self.length_stage.restore(kept["window"])
         self.collector = groups.GroupCollector(
             config, self.tasks, self._make_episode, self.rewards, kept.get("collector")
@@ -294,7 +294,9 @@ class RlSession:
             task, catalog.make_environment(given.environment), self.tokenizer, limits
         )
 
-    def _open_tasks(self, sources, stack: contextlib.ExitStack) -> dict[str, Any]:
+    def _open_tasks(
+        self, sources, stack: contextlib.ExitStack
+    ) -> dict[str, tasks.FileTasks | tasks.GeneratedTasks]:
         """Return tasks by source.
 
         Raises:
