@@ -96,6 +96,7 @@ def train_step(
     return state, metrics | more
 
 
+@jax.named_scope("optimizer")
 def apply_gradients(state: TrainState, grads, optimizer: optim.AdamW, skip_nonfinite: bool = True):
     """Return the state after one update, and the metrics of `train_step` that are about gradients."""
     grads = constrain_shardings(grads)
@@ -211,8 +212,22 @@ def _microbatch_loss(
     model, batch: batch_lib.TrainBatch, totals, *, coefficient, z_coefficient: float
 ):
     """Return a microbatch's share of the loss, and its share of each metric."""
-    weight, num_real = totals
     hidden, stats = model.hidden(batch.tokens, batch.segment_ids, batch.positions)
+    return _loss_and_metrics(model, hidden, stats, batch, totals, coefficient, z_coefficient)
+
+
+@jax.named_scope("loss")
+def _loss_and_metrics(
+    model: model_lib.MiniMaxM1,
+    hidden: Float[Array, "B T D"],
+    stats: moe.RouterStats,
+    batch: batch_lib.TrainBatch,
+    totals: tuple[Any, Any],
+    coefficient: Any,
+    z_coefficient: float,
+) -> tuple[Float[Array, ""], dict[str, Any]]:
+    """Return what `_microbatch_loss` does, from the model's output."""
+    weight, num_real = totals
     tokens = logprobs.token_logprobs(model, hidden, batch.targets, with_log_normalizer=True)
 
     def mean(values):
