@@ -1,4 +1,14 @@
-"""Log-probabilities of given tokens without the logits of a whole sequence in memory."""
+"""Log-probabilities of given tokens without the logits of a whole sequence in memory.
+
+With logits l_w over the words w, a target y and m = max_w l_w:
+
+    Z = sum_w exp(l_w - m)
+    log p(y) = l_y - m - log Z
+    entropy = log Z - (sum_w exp(l_w - m) (l_w - m)) / Z
+
+All of these are sums over words. They are accumulated chunk by chunk of the vocabulary, and then
+added up over the devices that share it.
+"""
 
 import dataclasses
 import functools
@@ -18,12 +28,12 @@ MAX_LIVE_LOGITS = 2**27  # float32 logits alive at once on a device: 512 MiB
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TokenLogprobs:
-    """Measures of every token, [B, T] float32; None: not asked for.
+    """Measures of every token, [B, T] float32. None stands for a measure that was not requested.
 
     Attributes:
       logp: log-probability of the target.
-      log_normalizer: log of the softmax's denominator, as of the z-loss.
-      entropy: of the whole distribution over the vocabulary, -sum p log p, at least 0.
+      log_normalizer: log of the softmax's denominator, m + log Z. The z-loss is made from it.
+      entropy: entropy of the distribution over the whole vocabulary, -sum p log p, at least 0.
     """
 
     # Any, since JAX puts placeholders into pytrees, which shape checks would refuse.
@@ -43,22 +53,23 @@ def token_logprobs(
 ) -> Any:  # an array or TokenLogprobs, see below
     """Return log softmax(head(hidden) / temperature)[target] for every token: [B, T] float32.
 
-    Logits exist for one chunk of the vocabulary at a time, in the backward pass too, which computes
-    them again. The chunks are of words, not of tokens, so that a device that stores a shard of the
+    Logits exist for one chunk of the vocabulary at a time. The backward pass recomputes them, chunk
+    by chunk. A chunk is a range of words, not of tokens, so a device that stores a shard of the
     head gathers each part of it once.
 
     Args:
-      model: whose head and layout are used.
+      model: the model whose head and layout are used.
       hidden: output of the model's final norm.
       targets: the token that each position predicts.
-      vocab_chunk_size: words of a chunk; None: as many as make `MAX_LIVE_LOGITS` on a device.
-      with_log_normalizer, with_entropy: return `TokenLogprobs` with these, instead of an array. The
-        entropy is exact, over all words, and has a gradient like the log-probabilities.
-      temperature: that the tokens were sampled with.
+      vocab_chunk_size: words of a chunk. None: as many as make `MAX_LIVE_LOGITS` on a device.
+      with_log_normalizer, with_entropy: return `TokenLogprobs` with these measures, instead of an
+        array. The entropy is exact and has a gradient, like the log-probabilities.
+      temperature: the temperature that the tokens were sampled with, more than 0.
 
     Raises:
       ValueError: a temperature that is not more than 0.
     """
+    # `not >` and not `<=`, so that NaN is refused, too.
     if not temperature > 0:
         raise ValueError(
             f"temperature: got {temperature}; wanted more than 0. Greedy tokens have no "
@@ -76,24 +87,20 @@ def token_logprobs(
         out = local(model.head, hidden, targets)
     else:
         sharding.check_batch_rows(layout, hidden.shape[0])
-        # shard_map wants equal shards; the padding's log-probabilities are cut off below.
+        # shard_map needs equal shards. The padding's log-probabilities are cut off below.
         padding = -length % layout.axis_size("length")
         hidden = jnp.pad(hidden, ((0, 0), (0, padding), (0, 0)))
         targets = jnp.pad(targets, ((0, 0), (0, padding)))
+        head_specs = sharding.param_specs(layout, model.head)
+        hidden_spec = layout.activation_spec("batch", "length", None)
         token_spec = layout.activation_spec("batch", "length")
         program = sharding.run_sharded(
-            layout,
-            local,
-            (
-                sharding.param_specs(layout, model.head),
-                layout.activation_spec("batch", "length", None),
-                token_spec,
-            ),
-            token_spec,
+            layout, local, (head_specs, hidden_spec, token_spec), token_spec
         )
         out = jax.tree.map(lambda x: x[:, :length], program(model.head, hidden, targets))
     if not (with_log_normalizer or with_entropy):
         return out.logp
+    # The log normalizer is always computed, since log p contains it.
     return out if with_log_normalizer else dataclasses.replace(out, log_normalizer=None)
 
 
@@ -107,22 +114,23 @@ def _local_logprobs(
     with_entropy: bool,
     temperature: float,
 ) -> TokenLogprobs:
-    """Compute on one device's tokens and its shard of the vocabulary, then sum over the shards."""
+    """Accumulate one device's tokens over its shard of the vocabulary, then join the shards."""
     x, ids = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
-    words = head.kernel.shape[-1]  # of this device's shard
-    # Targets count from the shard's first word; those of other shards fall outside of it.
+    words = head.kernel.shape[-1]  # the words of this device's shard
+    # Ids count from the shard's first word, so targets of other shards fall outside of [0, words).
     ids = ids - collectives.axis_index("vocab") * words
     vocab_chunk_size = min(
         vocab_chunk_size or _choose_chunk_size(words, max(MAX_LIVE_LOGITS // x.shape[0], 1)), words
     )
-    # Float32, so that the gradients of all chunks add up in float32.
+    # The chunks' gradients of x are added in the dtype of this array, so it is float32.
     x32 = x.astype(jnp.float32)
 
-    # The backward pass computes a chunk's logits again: kept, they would be all logits at once.
+    # Rematerialised: residuals of every chunk would together be all logits at once.
     @jax.checkpoint
     def accumulate_chunk(carry, x32, kernel, start):
         chunk_head = sharding.gather_params(_replace_kernel(head, kernel), layout, x.dtype)
-        logits = chunk_head(x32.astype(x.dtype))
+        logits = chunk_head(x32.astype(x.dtype))  # [tokens, words of a chunk] float32
+        # The temperature is a Python number, so 1 adds no operation to the program.
         return _accumulate_logits(
             carry, logits if temperature == 1 else logits / temperature, ids - start
         )
@@ -133,7 +141,8 @@ def _local_logprobs(
     carry = (jnp.full(ids.shape, -jnp.inf, jnp.float32), zeros, zeros, moment)
     kernel = head.kernel[...]
     scanned_words = words // vocab_chunk_size * vocab_chunk_size
-    # A scan over the whole chunks, then what is left of the vocabulary. A single chunk needs none.
+    # A scan runs over the whole chunks. The call after it takes a shorter last chunk, or the only
+    # chunk, which needs no scan.
     if scanned_words > vocab_chunk_size:
         chunks = kernel[:, :scanned_words].reshape(kernel.shape[0], -1, vocab_chunk_size)
         chunks = jnp.moveaxis(chunks, 1, 0)  # [chunks, D, words of a chunk]
@@ -146,27 +155,33 @@ def _local_logprobs(
         scanned_words = 0
     if kernel.shape[1]:
         carry = accumulate_chunk(carry, x32, kernel, scanned_words)
+    return jax.tree.map(lambda x: x.reshape(targets.shape), _join_vocab_shards(carry))
+
+
+def _join_vocab_shards(carry) -> TokenLogprobs:
+    """Return the measures of [tokens], from what each shard of the vocabulary accumulated."""
     top, total, target_logit, moment = carry
-    # Join the shards of the vocabulary: all sums are taken relative to the highest logit of all.
-    # The result does not depend on that reference, so it needs no gradient.
+    # Every sum is taken relative to the highest logit of all shards. The results do not depend on
+    # this reference, so it needs no gradient (and pmax has none).
     highest = collectives.pmax(jax.lax.stop_gradient(top), "vocab")
     moment = _shift_moment(moment, total, top, highest)
     total = collectives.psum(total * jnp.exp(top - highest), "vocab")
-    out = TokenLogprobs(
+    return TokenLogprobs(
+        # The target lies in one shard. The others add 0.
         collectives.psum(target_logit, "vocab") - highest - jnp.log(total),
         highest + jnp.log(total),
         None if moment is None else jnp.log(total) - collectives.psum(moment, "vocab") / total,
     )
-    return jax.tree.map(lambda x: x.reshape(targets.shape), out)
 
 
 def _accumulate_logits(carry, logits: Float[Array, "tokens words"], target_index):
-    """Take more words into (highest logit, sum of e = exp(logit - highest), target logit, moment).
+    """Add more words to (highest logit, sum of e = exp(logit - highest), target logit, moment).
 
     The moment is the sum of e * (logit - highest), for the entropy, or None. `target_index` counts
-    from the first of these words; a target outside of them leaves its logit as it is.
+    from the first of these words. A target outside of them leaves its logit unchanged.
     """
     top, total, target_logit, moment = carry
+    # Without a gradient, because results do not depend on the reference of the sums.
     new_top = jnp.maximum(top, jax.lax.stop_gradient(jnp.max(logits, axis=-1)))
     moment = _shift_moment(moment, total, top, new_top)
     shifted = logits - new_top[:, None]
@@ -174,19 +189,20 @@ def _accumulate_logits(carry, logits: Float[Array, "tokens words"], target_index
     if moment is not None:
         moment += jnp.sum(jnp.exp(shifted) * shifted, -1)
     is_inside = (target_index >= 0) & (target_index < logits.shape[1])
+    # An index outside would be clamped or wrapped. Its value is dropped below.
     safe_index = jnp.where(is_inside, target_index, 0)[:, None]
     picked = jnp.take_along_axis(logits, safe_index, axis=-1)[:, 0]
     return new_top, total, target_logit + jnp.where(is_inside, picked, 0), moment
 
 
 def _shift_moment(moment, total, top, new_top):
-    """Return the moment relative to another highest logit.
+    """Return the moment relative to another highest logit, from m = `top` to m' = `new_top`.
 
     sum of e' (l - m') = exp(m - m') (sum of e (l - m) + (m - m') sum of e), with e' = exp(l - m').
     """
     if moment is None:
         return None
-    # Before the first word the highest logit is -inf and the sum 0; 0 * -inf would be NaN.
+    # Before the first word, `top` is -inf and `total` is 0. Their product would be NaN.
     shift = jnp.where(top > -jnp.inf, top - new_top, 0.0)
     return jnp.exp(shift) * (moment + shift * total)
 
@@ -194,8 +210,8 @@ def _shift_moment(moment, total, top, new_top):
 def _choose_chunk_size(words: int, limit: int) -> int:
     """Return a chunk size of at most `limit` words.
 
-    Equal chunks are chosen where at most twice as many as needed make them; otherwise the last
-    chunk is shorter.
+    The chunks are equal if fewer than twice the least number of chunks makes them so. Otherwise
+    the last chunk is shorter.
     """
     least_chunks = -(-words // limit)
     equal = (n for n in range(least_chunks, 2 * least_chunks) if words % n == 0)
