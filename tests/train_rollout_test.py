@@ -13,7 +13,7 @@ from infer import config as engine_config
 from m1_jax import ModelConfig, testing
 from m1_jax import params as params_lib
 from m1_jax import tokenizer as tokenizer_lib
-from train.rl import groups, rollout
+from train.rl import rollout, sample_json
 from train.rl import sample as sample_lib
 
 CONFIG = dataclasses.replace(
@@ -115,8 +115,8 @@ def test_slices_make_the_answer_of_one_piece(sampler, plain, slice_tokens):
             del made[key]
             if isinstance(result, rollout.PausedEpisode):
                 # As a checkpoint keeps it.
-                kept = json.loads(json.dumps(groups._fields_to_json(result.partial)))
-                made[key] = groups._generation_from_json(kept)
+                kept = json.loads(json.dumps(sample_json.generation_to_json(result.partial)))
+                made[key] = sample_json.generation_from_json(kept)
                 assert made[key].tokens == result.partial.tokens
                 assert made[key].logprobs == result.partial.logprobs
                 assert made[key].raw == result.partial.raw

@@ -1,35 +1,43 @@
 """Generation batches: which tasks are sampled, what their groups are worth, which are trained on.
 
-Plain Python over `rollout.RolloutSampler`, on process 0. What comes out is a function of the
-weights, the config and the state: groups are counted in the order in which they were begun, never
-in that of their ends, which would favour short answers; and samples are cut off by counting tokens,
-not time.
+Plain Python over `rollout.RolloutSampler`, on process 0. A batch is a function of the weights, the
+config and the state alone:
+  * Groups are used in the order in which they were begun. The order of their ends would favour
+    short answers.
+  * Samples are cut off by counting tokens, never by a clock.
 """
 
-import base64
 import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
-from train.rl import advantages, curriculum, rollout
+from train.rl import advantages, curriculum, rollout, sample_json
 from train.rl import config as rl_config
 from train.rl import sample as sample_lib
 from train.rl import tasks as tasks_lib
 from train.rl.rewards import compose, length_bias
 
-EpisodeFactory = Callable[[sample_lib.Task, int], sample_lib.Episode]  # of a task and a window
-_MAX_DRAWS = 1000
+# Begins an episode of a task whose answer may have so many tokens.
+EpisodeFactory = Callable[[sample_lib.Task, int], sample_lib.Episode]
+_MAX_DRAWS = 1000  # tasks in a row that pass rates may refuse before the run gives up
 
 
 @dataclasses.dataclass
 class SampleGroup:
-    """All samples of one task. number: counts groups. window: of their answers, in tokens.
+    """All samples of one task.
 
-    samples: None while unfinished; made: what unfinished ones said so far.
+    Attributes:
+      group_id: counts the groups of a run from 0, in the order in which they were begun.
+      source: name of the task's source.
+      task_index: index of the task in its source.
+      window_tokens: the most tokens that an answer may have.
+      task: what is sampled.
+      samples: one entry a sample, None while the sample is unfinished.
+      partial: one entry a sample, what an unfinished sample has generated so far; None before its
+        first tokens and after its end.
+      rewards: of the valid samples, before penalties for their length. Empty until scored.
     """
 
     group_id: int
@@ -39,32 +47,31 @@ class SampleGroup:
     task: sample_lib.Task
     samples: list[sample_lib.Sample | None]
     partial: list[sample_lib.Generation | None]
-    rewards: list[float] = dataclasses.field(default_factory=list)  # before penalties, valid ones
+    rewards: list[float] = dataclasses.field(default_factory=list)
 
     @property
     def oldest_version(self) -> int | None:
-        """Return the first version of the weights that wrote any of it."""
+        """Return the oldest version of the weights that generated a token, None before any."""
         versions = [
-            v for one in (*self.samples, *self.partial) if one for v in one.versions if v >= 0
+            version
+            for sample in (*self.samples, *self.partial)
+            if sample
+            for version in sample.versions
+            if version >= 0  # -1 marks what a tool wrote
         ]
         return min(versions, default=None)
 
 
 @dataclasses.dataclass(frozen=True)
 class GenerationBatch:
-    """Groups to train on, and what it took to have them, for the log."""
+    """Groups to train on, and metrics of how they were sampled."""
 
     groups: list[SampleGroup]
     metrics: dict[str, float]
 
 
 class GroupCollector:
-    """Makes one batch after another.
-
-    Args:
-      config: of the run. tasks: by source. start: begins an episode. rewards: None where the
-        environments give them all. state: of an earlier collector, which this one continues.
-    """
+    """Makes one generation batch after another."""
 
     def __init__(
         self,
@@ -76,12 +83,23 @@ class GroupCollector:
         rewards: compose.GroupScorer | None,
         state: Mapping[str, Any] | None = None,
     ):
+        """Continue a collector, or begin one.
+
+        Args:
+          config: of the run.
+          tasks: tasks by the name of their source.
+          make_episode: begins an episode.
+          rewards: scores finished groups; None where environments give all rewards.
+          state: of the collector that this one continues, see `state`.
+        """
         state = state or {}
         self._config, self._rollout_config = config, config.rollout
         self._tasks, self._make_episode, self._rewards = tasks, make_episode, rewards
         self._restore_cursor(state)
-        self._ready_groups = [self._group_from_json(one) for one in state.get("ready", [])]
-        self._open_groups = [self._group_from_json(one) for one in state.get("open", [])]
+        # Scored groups that wait for a batch, sorted by group_id.
+        self._ready_groups = [self._group_from_json(group) for group in state.get("ready", [])]
+        # Groups with unfinished samples, which the next round goes on with.
+        self._open_groups = [self._group_from_json(group) for group in state.get("open", [])]
 
     def state(self) -> dict[str, Any]:
         """Return what continues this collector, JSON-able."""
@@ -97,13 +115,19 @@ class GroupCollector:
         window_tokens: int,
         should_stop: Callable[[], bool],
     ) -> GenerationBatch:
-        """Sample until there are enough groups that teach something, or no more rounds.
+        """Sample until enough groups teach something, or until no round is left.
+
+        Args:
+          step: of the run; the weights of the sources may depend on it.
+          window_tokens: the most tokens that an answer of a new group may have.
+          should_stop: whether to give up; asked between two steps of the engine.
 
         Raises:
-          rollout.Stopped: `stopping` said so; it is as if this call had never been, so that its
-            batch is sampled again as a whole. length_bias.Paused: the judge wants looking after.
+          rollout.RolloutStopped: `should_stop` returned True. The collector is then as it was
+            before this call, so that the next run samples the whole batch again.
+          length_bias.LengthBiasPause: rewards follow length, so the judge needs to be looked at.
         """
-        counts, ready, opened = (
+        cursor, ready_groups, open_groups = (
             self._cursor_state(),
             _copy_groups(self._ready_groups),
             _copy_groups(self._open_groups),
@@ -111,13 +135,14 @@ class GroupCollector:
         try:
             return self._collect_rounds(sampler, step, window_tokens, should_stop)
         except rollout.RolloutStopped:
-            self._restore_cursor(counts)
-            self._ready_groups, self._open_groups = ready, opened
+            self._restore_cursor(cursor)
+            self._ready_groups, self._open_groups = ready_groups, open_groups
             raise
 
     # ---- parts
 
     def _cursor_state(self) -> dict[str, Any]:
+        """Return the state of all but the groups themselves, JSON-able."""
         return {
             "draws": self._draws.state(),
             "pass_rates": self._pass_rates and self._pass_rates.state(),
@@ -126,9 +151,9 @@ class GroupCollector:
         }
 
     def _restore_cursor(self, state: Mapping[str, Any]) -> None:
-        """Go on from `_counts`."""
+        """Go on from `_cursor_state`; an empty state begins a run."""
         config = self._config
-        sizes = {name: len(some) for name, some in self._tasks.items()}
+        sizes = {name: len(tasks) for name, tasks in self._tasks.items()}
         self._draws = curriculum.TaskDraws(config.task_curriculum(), sizes, state.get("draws"))
         self._pass_rates = self._length_bias = None
         if config.pass_rates is not None:
@@ -142,84 +167,102 @@ class GroupCollector:
         self._next_group_id = state.get("number", 0)
 
     def _collect_rounds(
-        self, sampler: rollout.RolloutSampler, step: int, window: int, stopping: Callable[[], bool]
+        self,
+        sampler: rollout.RolloutSampler,
+        step: int,
+        window_tokens: int,
+        should_stop: Callable[[], bool],
     ) -> GenerationBatch:
         config, began = self._rollout_config, time.perf_counter()
-        self._scored_groups: list[SampleGroup] = []  # finished in this call
-        times, rounds, waited = rollout.RolloutStats(), 0, 0.0
+        self._scored_groups: list[SampleGroup] = []  # in this call
+        rollout_stats, rounds, scoring_secs = rollout.RolloutStats(), 0, 0.0
         while len(self._ready_groups) < config.groups and rounds < config.max_rounds:
-            missing = (
+            # May be negative: groups of earlier batches still wait or go on.
+            num_missing = (
                 round(config.groups * config.oversample)
                 - len(self._ready_groups)
                 - len(self._open_groups)
             )
-            self._open_groups += [self._draw_group(step, window) for _ in range(max(missing, 0))]
+            self._open_groups += [
+                self._draw_group(step, window_tokens) for _ in range(max(num_missing, 0))
+            ]
+            # Groups that finished in this round, each with the future of its scores.
             self._pending_scores: list[tuple[SampleGroup, Any]] = []
-            took = sampler.run(
+            round_stats = sampler.run(
                 lambda: self._episode_jobs(sampler.version),
                 self._on_episode_done,
-                should_stop=stopping,
+                should_stop=should_stop,
             )
-            times = times.plus(took)
-            since = time.perf_counter()
+            rollout_stats = rollout_stats.plus(round_stats)
+            scoring_began = time.perf_counter()
+            # Scored in the order of their ids: pass rates and length bias depend on the order.
             for group, future in sorted(self._pending_scores, key=lambda pair: pair[0].group_id):
                 self._score_group(group, future)
-            waited += time.perf_counter() - since
+            scoring_secs += time.perf_counter() - scoring_began
             rounds += 1
-        used = self._ready_groups[: config.groups]
+        batch_groups = self._ready_groups[: config.groups]
         self._ready_groups = self._ready_groups[config.groups :]
         if self._length_bias is not None:
             self._length_bias.check()
         secs = {
-            "sampling_secs": times.total_secs - times.waiting_secs,
-            "scoring_secs": waited,
-            "waiting_secs": times.waiting_secs + waited,
+            "sampling_secs": rollout_stats.total_secs - rollout_stats.waiting_secs,
+            # The part of scoring that sampling did not hide.
+            "scoring_secs": scoring_secs,
+            "waiting_secs": rollout_stats.waiting_secs + scoring_secs,
             "collect_secs": time.perf_counter() - began,
         }
         return GenerationBatch(
-            used, secs | self._batch_metrics(used, times.num_tokens, rounds, sampler.version)
+            batch_groups,
+            secs
+            | self._batch_metrics(batch_groups, rollout_stats.num_tokens, rounds, sampler.version),
         )
 
-    def _draw_group(self, step: int, window: int) -> SampleGroup:
+    def _draw_group(self, step: int, window_tokens: int) -> SampleGroup:
         for _ in range(_MAX_DRAWS):
             source, index = self._draws.draw_task(step)
             task = self._tasks[source][index]
             if self._pass_rates is None or self._pass_rates.should_draw(task.id):
-                number, size = self._next_group_id, self._rollout_config.group_size
+                group_id, size = self._next_group_id, self._rollout_config.group_size
                 self._next_group_id += 1
                 return SampleGroup(
-                    number, source, index, window, task, [None] * size, [None] * size
+                    group_id, source, index, window_tokens, task, [None] * size, [None] * size
                 )
         raise ValueError(
             f"pass_rates: got {_MAX_DRAWS} tasks in a row that are too easy or too "
-            "hard; wanted some "
-            "that still teach. Widen the range, or add tasks."
+            "hard; wanted some that still teach. Widen the range, or add tasks."
         )
 
     def _episode_jobs(self, version: int) -> Iterable[rollout.EpisodeJob]:
+        """Yield an episode for every unfinished sample.
+
+        Args:
+          version: of the weights that sample now.
+        """
         config = self._rollout_config
         for group in self._open_groups:
             oldest = version if group.oldest_version is None else group.oldest_version
-            last = version + 1 - oldest > config.max_staleness
-            cut = 0 if last else config.partial_tokens
+            # In the next batch, at version + 1, its tokens would be too old: let it finish now.
+            is_last_round = version + 1 - oldest > config.max_staleness
+            slice_tokens = 0 if is_last_round else config.partial_tokens
             for i, sample in enumerate(group.samples):
                 if sample is None:
                     seed = sample_seed(self._config.seed, group.group_id, i)
                     episode = self._make_episode(group.task, group.window_tokens)
                     yield rollout.EpisodeJob(
-                        (group.group_id, i), episode, seed, group.partial[i], cut
+                        (group.group_id, i), episode, seed, group.partial[i], slice_tokens
                     )
 
     def _on_episode_done(
         self, key: Any, result: sample_lib.Sample | rollout.PausedEpisode
     ) -> Iterable[rollout.EpisodeJob]:
-        number, i = key
-        group = next(one for one in self._open_groups if one.group_id == number)
+        group_id, i = key
+        group = next(group for group in self._open_groups if group.group_id == group_id)
         if isinstance(result, rollout.PausedEpisode):
             group.partial[i] = result.partial
             return ()
         group.samples[i], group.partial[i] = result, None
         if all(sample is not None for sample in group.samples):
+            # Rewards are computed in the background, while other groups are still sampled.
             future = (
                 None if self._rewards is None else self._rewards.submit(finished_samples(group))
             )
@@ -227,7 +270,7 @@ class GroupCollector:
         return ()
 
     def _score_group(self, group: SampleGroup, future: Any) -> None:
-        """Give a finished group its rewards, and keep it if it teaches something."""
+        """Give a finished group its rewards, and keep the group if it teaches something."""
         samples = finished_samples(group)
         if future is not None:
             for sample, score in zip(samples, future.result(), strict=True):
@@ -237,21 +280,21 @@ class GroupCollector:
             sample.valid &= sample.reward is not None and sample.status != "error"
             sample.valid &= not (config.mask_truncated and sample.status == "length")
             sample.valid &= not (config.mask_repetition and sample.status == "repetition")
+        # Taken before penalties: what has one reward here teaches nothing (DAPO).
         group.rewards = [
             sample.reward for sample in samples if sample.valid and sample.reward is not None
         ]
         if self._length_bias is not None:
-            judged = [sample.reward if sample.valid else None for sample in samples]
-            self._length_bias.push([len(sample.tokens) for sample in samples], judged)
+            rewards = [sample.reward if sample.valid else None for sample in samples]
+            self._length_bias.push([len(sample.tokens) for sample in samples], rewards)
         if self._pass_rates is not None:
-            passed = sum(reward >= 1 for reward in group.rewards)
-            self._pass_rates.push(group.task.id, passed, len(group.rewards))
+            num_passed = sum(reward >= 1 for reward in group.rewards)
+            self._pass_rates.push(group.task.id, num_passed, len(group.rewards))
         self._scored_groups.append(group)
         self._open_groups.remove(group)
-        # As DAPO: what is the same before penalties teaches nothing.
         if not (config.dynamic and advantages.has_zero_variance(group.rewards)):
             self._ready_groups.append(group)
-            self._ready_groups.sort(key=lambda one: one.group_id)
+            self._ready_groups.sort(key=lambda ready_group: ready_group.group_id)
         if config.overlong_buffer_tokens:
             for sample in samples:
                 if sample.reward is not None:
@@ -261,15 +304,18 @@ class GroupCollector:
                     sample.parts["overlong"] = penalty
                     sample.reward += penalty
 
-    def _batch_metrics(self, used: list[SampleGroup], tokens: int, rounds: int, version: int):
-        trained = [sample for group in used for sample in finished_samples(group)]
-        oldest = [group.oldest_version for group in used]
-        every = [reward for group in self._scored_groups for reward in group.rewards]
-        found = {
-            # Of all that was sampled, before penalties: what the model can do.
-            "reward_sampled": sum(every) / len(every) if every else math.nan,
+    def _batch_metrics(
+        self, batch_groups: list[SampleGroup], num_tokens: int, rounds: int, version: int
+    ):
+        """Return metrics of a batch; `num_tokens` counts all tokens that were sampled for it."""
+        samples = [sample for group in batch_groups for sample in finished_samples(group)]
+        oldest_versions = [group.oldest_version for group in batch_groups]
+        all_rewards = [reward for group in self._scored_groups for reward in group.rewards]
+        metrics = {
+            # Of all groups that were sampled, before penalties: what the model can do.
+            "reward_sampled": sum(all_rewards) / len(all_rewards) if all_rewards else math.nan,
             "rounds": rounds,
-            "groups": len(used),
+            "groups": len(batch_groups),
             "groups_sampled": len(self._scored_groups),
             "groups_zero_variance": sum(
                 advantages.has_zero_variance(group.rewards) for group in self._scored_groups
@@ -277,28 +323,31 @@ class GroupCollector:
             "groups_waiting": len(self._ready_groups),
             "groups_open": len(self._open_groups),
             # Every token that was paid for, and those that are trained on.
-            "tokens_sampled": tokens,
-            "tokens_trained": sum(sum(sample.mask) for sample in trained if sample.valid),
-            "staleness_max": max((version - v for v in oldest if v is not None), default=0),
+            "tokens_sampled": num_tokens,
+            "tokens_trained": sum(sum(sample.mask) for sample in samples if sample.valid),
+            "staleness_max": max(
+                (version - v for v in oldest_versions if v is not None), default=0
+            ),
         }
-        found = {name: float(value) for name, value in found.items()}
+        metrics = {name: float(value) for name, value in metrics.items()}
         for part in (self._pass_rates, self._length_bias):
-            found |= {} if part is None else part.metrics()
-        return found | ({} if self._rewards is None else _to_floats(self._rewards.failure_counts()))
+            metrics |= {} if part is None else part.metrics()
+        failures = {} if self._rewards is None else self._rewards.failure_counts()
+        return metrics | {name: float(count) for name, count in failures.items()}
 
     def _group_from_json(self, value: Mapping[str, Any]) -> SampleGroup:
         source, index = value["source"], value["index"]
         task = self._tasks[source][index]
-        samples = [
-            None if one is None else _sample_from_json(one, task) for one in value["samples"]
-        ]
-        made = [None if one is None else _generation_from_json(one) for one in value["made"]]
-        number, window = value["number"], value["window"]
-        return SampleGroup(number, source, index, window, task, samples, made, value["rewards"])
+        samples = [sample_json.sample_from_json(sample, task) for sample in value["samples"]]
+        partial = [sample_json.generation_from_json(generation) for generation in value["made"]]
+        group_id, window_tokens = value["number"], value["window"]
+        return SampleGroup(
+            group_id, source, index, window_tokens, task, samples, partial, value["rewards"]
+        )
 
 
 def apply_score(sample: sample_lib.Sample, score: sample_lib.RewardScore) -> None:
-    """Add a reward to what an environment gave; a failed one makes the sample invalid."""
+    """Add a score to the reward that an environment gave; a failed one makes the sample invalid."""
     sample.parts |= score.parts
     if score.value is None:
         sample.valid = False
@@ -307,94 +356,45 @@ def apply_score(sample: sample_lib.Sample, score: sample_lib.RewardScore) -> Non
 
 
 def finished_samples(group: SampleGroup) -> list[sample_lib.Sample]:
-    """Return a finished group's samples."""
+    """Return the samples of a group that are finished."""
     return [sample for sample in group.samples if sample is not None]
 
 
-def _copy_groups(some: Sequence[SampleGroup]) -> list[SampleGroup]:
-    """Return copies that what happens to the groups, and to their samples' scores, leaves alone."""
+def sample_seed(seed: int, group: int, index: int) -> int:
+    """Return the seed of one sample of a run, in [0, 2^32).
+
+    Neighbours, in their group or their index, have seeds that are far apart.
+    """
+    # Multipliers are large odd constants of known mixing hashes.
+    return (seed * 0xC2B2AE35 + group * 0x9E3779B9 + index * 0x27D4EB2F) % 2**32
+
+
+def _copy_groups(groups: Sequence[SampleGroup]) -> list[SampleGroup]:
+    """Return copies that scoring, or going on with, the groups does not change.
+
+    A finished sample's tokens are never written again, so the copies share them.
+    """
     return [
         dataclasses.replace(
             group,
             samples=[
-                one if one is None else dataclasses.replace(one, parts=dict(one.parts))
-                for one in group.samples
+                sample if sample is None else dataclasses.replace(sample, parts=dict(sample.parts))
+                for sample in group.samples
             ],
             partial=list(group.partial),
         )
-        for group in some
+        for group in groups
     ]
 
 
-def sample_seed(seed: int, group: int, index: int) -> int:
-    """Return the seed of one sample of a run: of 2^32, neighbours far apart."""
-    return (seed * 0xC2B2AE35 + group * 0x9E3779B9 + index * 0x27D4EB2F) % 2**32
-
-
-# ---- JSON
-
-_COLUMN_DTYPES = {
-    "tokens": np.int32,
-    "mask": np.int8,
-    "logprobs": np.float32,
-    "raw": np.float32,
-    "versions": np.int32,
-}
-
-
 def _group_to_json(group: SampleGroup) -> dict[str, Any]:
+    """Return a group as JSON; the keys "number" and "made" are those of checkpoints on disk."""
     return {
         "number": group.group_id,
         "source": group.source,
         "index": group.task_index,
         "window": group.window_tokens,
         "rewards": group.rewards,
-        "samples": [
-            None if one is None else _fields_to_json(one, ("task",)) for one in group.samples
-        ],
-        "made": [None if one is None else _fields_to_json(one) for one in group.partial],
+        "samples": [sample_json.sample_to_json(sample) for sample in group.samples],
+        "made": [sample_json.generation_to_json(generation) for generation in group.partial],
     }
-
-
-def _fields_to_json(record: Any, leave_out: tuple[str, ...] = ()) -> dict[str, Any]:
-    value = {
-        f.name: getattr(record, f.name)
-        for f in dataclasses.fields(record)
-        if f.name not in leave_out
-    }
-    for name, dtype in _COLUMN_DTYPES.items():
-        if name in value:
-            value[name] = base64.b64encode(np.asarray(value[name], dtype).tobytes()).decode()
-    if value["routes"] is not None:
-        routes = np.asarray(value["routes"], np.int8)
-        value["routes"] = [list(routes.shape), base64.b64encode(routes.tobytes()).decode()]
-    return value
-
-
-def _fields_from_json(value: Mapping[str, Any]) -> dict[str, Any]:
-    value = dict(value)
-    for name, dtype in _COLUMN_DTYPES.items():
-        if name in value:
-            value[name] = np.frombuffer(base64.b64decode(value[name]), dtype).tolist()
-    if value["routes"] is not None:
-        shape, text = value["routes"]
-        value["routes"] = np.frombuffer(base64.b64decode(text), np.int8).reshape(shape)
-    return value
-
-
-def _sample_from_json(value: Mapping[str, Any], task: sample_lib.Task) -> sample_lib.Sample:
-    fields = _fields_from_json(value)
-    fields["prompt"] = tuple(fields["prompt"])
-    fields["turn_rewards"] = [(place, reward) for place, reward in fields["turn_rewards"]]
-    return sample_lib.Sample(task=task, **fields)
-
-
-def _generation_from_json(value: Mapping[str, Any]) -> sample_lib.Generation:
-    fields: dict[str, Any] = {
-        name: tuple(v) if isinstance(v, list) else v for name, v in _fields_from_json(value).items()
-    }
-    return sample_lib.Generation(**fields)
-
-
-def _to_floats(values: Mapping[str, Any]) -> dict[str, float]:
-    return {name: float(value) for name, value in values.items()}
