@@ -1,9 +1,9 @@
 """Samples drawn from the live weights by the generation engine, on the trainer's own mesh.
 
-Process 0 runs episodes over the engine; the others follow it
+Process 0 runs episodes over the engine. The other processes follow it
 (`infer/execution/leader_follower.py`). A sample depends on the weights, its task and its seed
-alone: not on its company, nor on when it ran, so a run that was killed draws the same samples
-again.
+alone, not on the samples beside it or on when it ran. So a run that was killed draws the same
+samples again.
 """
 
 import concurrent.futures
@@ -21,6 +21,7 @@ from infer.execution import leader_follower
 from m1_jax import tokenizer as tokenizer_lib
 from train.rl import sample as sample_lib
 
+# The engine's `finish_reason` as a sample's status. Any other reason is an error.
 _STATUS_BY_FINISH_REASON = {"stop": "stop", "length": "length", "loop": "repetition"}
 
 
@@ -28,9 +29,13 @@ _STATUS_BY_FINISH_REASON = {"stop": "stop", "length": "length", "loop": "repetit
 class RolloutSampling:
     """How tokens are drawn.
 
-    top_p, top_k, min_p: anything but "off" makes probabilities that the trainer does not have,
-    and biases its ratios.
-    stop_on_loop: an answer ends that was sure of 3,000 tokens in a row (M1 4.3).
+    Attributes:
+      temperature: of the softmax; 0 is greedy.
+      top_p: share of the probability that is kept, 1 for all.
+      top_k: number of tokens that are kept, 0 for all.
+      min_p: least probability, relative to the likeliest token's, that is kept; 0 for all. Any
+        filter makes probabilities that the trainer does not have, which biases its ratios.
+      stop_on_loop: end an answer that was sure of 3,000 tokens in a row (M1 4.3).
     """
 
     temperature: float = 1.0
@@ -40,15 +45,21 @@ class RolloutSampling:
     stop_on_loop: bool = True
 
     def __post_init__(self):
-        options_lib.Options(**dataclasses.asdict(self))  # which checks them
+        options_lib.Options(**dataclasses.asdict(self))  # raises for values out of range
 
 
 @dataclasses.dataclass(frozen=True)
 class EpisodeJob:
     """One episode to run.
 
-    seed: of its first turn. made: what it said before, if it goes on. slice_tokens: what it may add
-    to its one turn before it is paused; 0: all.
+    Attributes:
+      key: names the episode to `on_done`. The episodes that run side by side have different keys.
+      episode: a fresh generator. An episode that goes on is begun anew too: its first request for
+        tokens continues `partial`.
+      seed: of the first turn.
+      partial: what the episode generated before it was paused; None for a new one.
+      slice_tokens: tokens that the first turn may add before the episode is paused; 0 is no limit.
+        Only episodes of one turn can be paused.
     """
 
     key: Hashable
@@ -59,47 +70,45 @@ class EpisodeJob:
 
 
 class RolloutStopped(Exception):
-    """The run is to end; what was under way is sampled again by the next one."""
+    """The run is to end. Unfinished samples are lost; the next run draws them again."""
 
 
 @dataclasses.dataclass(frozen=True)
 class PausedEpisode:
-    """An episode that used up its slice: everything that it said so far."""
+    """An episode that used up its slice, with all that it generated so far."""
 
     partial: sample_lib.Generation
 
 
 @dataclasses.dataclass
 class RolloutStats:
-    """Seconds: of all, and of those in which the device had nothing to do but wait for tools."""
+    """What one call of `RolloutSampler.run` took."""
 
     total_secs: float = 0.0
-    waiting_secs: float = 0.0
-    num_tokens: int = 0
+    waiting_secs: float = 0.0  # seconds of the total in which the device was idle, as tools ran
+    num_tokens: int = 0  # tokens that were sampled; those of `EpisodeJob.partial` do not count
 
-    def plus(self, other: "RolloutStats") -> "RolloutStats":
+    def plus(self, stats: "RolloutStats") -> "RolloutStats":
         return RolloutStats(
-            self.total_secs + other.total_secs,
-            self.waiting_secs + other.waiting_secs,
-            self.num_tokens + other.num_tokens,
+            self.total_secs + stats.total_secs,
+            self.waiting_secs + stats.waiting_secs,
+            self.num_tokens + stats.num_tokens,
         )
 
 
 @dataclasses.dataclass
 class _RunningEpisode:
+    """An episode that waits for the model (`request`) or for a tool (`tool_future`)."""
+
     job: EpisodeJob
-    request: Any = None  # the engine's request, if it is the model's turn
+    request: Any = None  # the engine's request, None while a tool runs
     tool_future: concurrent.futures.Future | None = None
-    max_tokens: int = 0  # tokens that the turn may have in all
-    turn: int = 0
+    max_tokens: int = 0  # tokens that the turn may have in all, whatever its slice
+    turn: int = 0  # turns of the model that were begun
 
 
 class RolloutSampler:
-    """The sampler of one run.
-
-    model: with the first weights, as `WeightSync` gives them. config: sizes of the engine.
-    workers: tools at work side by side.
-    """
+    """The sampler of one run. Every process has one."""
 
     def __init__(
         self,
@@ -109,20 +118,30 @@ class RolloutSampler:
         sampling: RolloutSampling,
         num_tool_workers: int = 8,
     ):
+        """Start the engine on process 0, a follower of it elsewhere.
+
+        Args:
+          model: has the first weights, as `WeightSync` gives them.
+          tokenizer: its stop tokens end an answer.
+          config: sizes of the engine.
+          sampling: used by each `run` that has none of its own.
+          num_tool_workers: tools that may run at the same time.
+        """
         self._sampling = sampling
-        self._next = model
+        self._next_model = model  # with the weights of the next `run`
         self._engine: engine.Engine | None = None
         self._follower: leader_follower.Follower | None = None
         if jax.process_index() == 0:
             self._engine = engine.Engine(model, tokenizer, config)
         else:
             self._follower = leader_follower.Follower(model, config)
+        # Whether the engine has yet to take `_next_model`, and the version of its weights.
         self._stale, self._version = False, 0
         self._pool = concurrent.futures.ThreadPoolExecutor(num_tool_workers, "tool")
 
     def update_weights(self, model: Any, version: int) -> None:
-        """Take new weights; they are used from the next `run` on. Every process calls this."""
-        self._next, self._stale = model, True
+        """Use new weights from the next `run` on. Every process calls this."""
+        self._next_model, self._stale = model, True
         self._version = version
 
     def run(
@@ -132,34 +151,39 @@ class RolloutSampler:
         sampling: RolloutSampling | None = None,
         should_stop: Callable[[], bool] = lambda: False,
     ) -> RolloutStats:
-        """Run episodes to their ends, on process 0; the others `follow` meanwhile.
+        """Run episodes to their ends, on process 0. The other processes `follow` meanwhile.
 
-        make: returns the first episodes. on_done: takes each that ends, in no order, and returns
-        more. sampling: in place of the run's. stopping: whether to give up.
+        Args:
+          make_jobs: returns the first episodes; called after the engine took the new weights.
+          on_done: takes the key and the result of each episode that ends, in no certain order, and
+            returns episodes to run next.
+          sampling: in place of the sampler's own.
+          should_stop: whether to give up; asked before each step of the engine.
 
         Raises:
-          Stopped: `stopping` said so; what was under way is given up.
+          RolloutStopped: `should_stop` returned True. Unfinished episodes are lost.
         """
         assert self._engine is not None, "process 0 runs, the others follow"
         if self._stale:
-            self._engine.swap_weights(self._next, keep_running=False)
+            # Nothing is under way here, so no request has to keep its state of the old weights.
+            self._engine.swap_weights(self._next_model, keep_running=False)
             self._engine.continue_from_version(self._version)
             self._stale = False
         began = time.perf_counter()
-        drive = _EpisodeLoop(
+        loop = _EpisodeLoop(
             self._engine, self._pool, sampling or self._sampling, on_done, should_stop
         )
-        times = drive.run(list(make_jobs()))
-        times.total_secs = time.perf_counter() - began
-        return times
+        stats = loop.run(list(make_jobs()))
+        stats.total_secs = time.perf_counter() - began
+        return stats
 
     def follow(self) -> None:
-        """Do process 0's work on this process's devices, until it dismisses the others."""
+        """Do process 0's work on this process's devices, until process 0 calls `dismiss`."""
         assert self._follower is not None
-        self._follower.follow(lambda: self._next)
+        self._follower.follow(lambda: self._next_model)
 
     def dismiss(self) -> None:
-        """Let the others go on to training."""
+        """Let the other processes return from `follow` and go on to training."""
         assert self._engine is not None
         self._engine.dismiss_followers()
 
@@ -170,25 +194,26 @@ class RolloutSampler:
         return self._version if self._stale else self._engine.version
 
     def continue_from(self, version: int) -> None:
-        """Count versions of the weights from here on, as the run before this one did."""
+        """Count versions of the weights on from `version`, where the last run ended."""
         if self._engine is not None:
             self._engine.continue_from_version(version)
 
     def close(self) -> None:
+        """End the engine. Every process calls this."""
         self._pool.shutdown(cancel_futures=True)
         if self._engine is not None:
             self._engine.close()
         elif self._follower is not None:
-            self._follower.follow()
+            self._follower.follow()  # until process 0's engine closes
 
 
 class _EpisodeLoop:
-    """One call of `Rollout.run`."""
+    """The work of one call of `RolloutSampler.run`."""
 
     def __init__(
-        self, served: engine.Engine, pool, sampling: RolloutSampling, on_done, should_stop
+        self, running_engine: engine.Engine, pool, sampling: RolloutSampling, on_done, should_stop
     ):
-        self._engine, self._pool, self._sampling = served, pool, sampling
+        self._engine, self._pool, self._sampling = running_engine, pool, sampling
         self._on_done, self._should_stop = on_done, should_stop
         self._running: dict[Hashable, _RunningEpisode] = {}
         self._stats = RolloutStats()
@@ -198,108 +223,124 @@ class _EpisodeLoop:
             self._start(job)
         while self._running:
             if self._should_stop():
-                for one in self._running.values():
-                    if one.request is not None:
-                        self._engine.cancel(one.request)
+                for episode in self._running.values():
+                    if episode.request is not None:
+                        self._engine.cancel(episode.request)
                 self._drain()
                 raise RolloutStopped
             if not self._engine.step():
                 self._wait_for_tools()
-            for one in list(self._running.values()):
-                if one.request is not None and one.request.finish_reason is not None:
-                    self._on_generated(one)
-                elif one.tool_future is not None and one.tool_future.done():
-                    self._on_tool_done(one)
+            # A copy: an episode that ends leaves the dict, and others enter it.
+            for episode in list(self._running.values()):
+                if episode.request is not None and episode.request.finish_reason is not None:
+                    self._on_generated(episode)
+                elif episode.tool_future is not None and episode.tool_future.done():
+                    self._on_tool_done(episode)
         self._drain()
         return self._stats
 
     def _drain(self) -> None:
-        """Finish what ended by the host's word alone, which is still under way."""
+        """Take the results of dispatched steps, whose requests the host has ended already."""
         while self._engine.step():
             pass
 
     def _start(self, job: EpisodeJob) -> None:
         if job.key in self._running:
             raise ValueError(f"episode {job.key!r}: got it twice; wanted keys that differ")
-        one = self._running[job.key] = _RunningEpisode(job)
-        self._advance(one, None)
+        episode = self._running[job.key] = _RunningEpisode(job)
+        self._advance(episode, None)  # None starts a generator
 
     def _advance(
-        self, one: _RunningEpisode, answer: Any, throw: BaseException | None = None
+        self, episode: _RunningEpisode, answer: Any, error: BaseException | None = None
     ) -> None:
-        """Send an answer to the episode, and begin what it wants next."""
-        one.request = one.tool_future = None
+        """Send an answer, or an error, to the episode, and begin the action it asks for next."""
+        episode.request = episode.tool_future = None
+        generator, job = episode.job.episode, episode.job
         try:
-            wanted = one.job.episode.throw(throw) if throw else one.job.episode.send(answer)
+            action = generator.throw(error) if error else generator.send(answer)
         except StopIteration as stop:
-            self._finish(one, stop.value)
+            self._finish(episode, stop.value)
             return
-        if isinstance(wanted, sample_lib.RunTool):
-            one.tool_future = self._pool.submit(wanted.function)
+        if isinstance(action, sample_lib.RunTool):
+            episode.tool_future = self._pool.submit(action.function)
             return
-        made, one.max_tokens = one.job.partial if one.turn == 0 else None, wanted.max_tokens
-        number = len(made.tokens) if made else 0
-        cut = one.job.slice_tokens
-        limit = min(wanted.max_tokens, number + cut) if cut else wanted.max_tokens
+        # Only the first turn continues what the episode generated before it was paused.
+        partial, episode.max_tokens = job.partial if episode.turn == 0 else None, action.max_tokens
+        num_prior = len(partial.tokens) if partial else 0
+        slice_tokens = job.slice_tokens
+        # The engine's limit counts prior tokens too.
+        max_tokens = (
+            min(action.max_tokens, num_prior + slice_tokens) if slice_tokens else action.max_tokens
+        )
         options = options_lib.Options(
             **dataclasses.asdict(self._sampling),
-            seed=(one.job.seed + one.turn * 0x85EBCA6B) % 2**32,
-            max_tokens=limit,
+            # A large odd constant: the turns' seeds are far apart.
+            seed=(job.seed + episode.turn * 0x85EBCA6B) % 2**32,
+            max_tokens=max_tokens,
         )
-        one.turn += 1
-        one.request = self._engine.submit(
-            wanted.tokens, options, prior_tokens=_resumed_tokens(made) or None
+        episode.turn += 1
+        episode.request = self._engine.submit(
+            action.tokens, options, prior_tokens=_resumed_tokens(partial) or None
         )
 
-    def _on_generated(self, one: _RunningEpisode) -> None:
-        asked = one.request
-        first = len(one.job.partial.tokens) if one.turn == 1 and one.job.partial else 0
-        self._stats.num_tokens += len(asked.tokens) - first
-        made = sample_lib.Generation(
-            tuple(token.id for token in asked.tokens),
-            tuple(token.logp for token in asked.tokens),
-            tuple(token.version for token in asked.tokens),
-            _STATUS_BY_FINISH_REASON.get(asked.finish_reason, "error"),
-            asked.routes,
-            tuple(token.logp_raw for token in asked.tokens),
+    def _on_generated(self, episode: _RunningEpisode) -> None:
+        request_done, partial = episode.request, episode.job.partial
+        num_prior = len(partial.tokens) if episode.turn == 1 and partial else 0
+        self._stats.num_tokens += len(request_done.tokens) - num_prior
+        generation = sample_lib.Generation(
+            tuple(token.id for token in request_done.tokens),
+            tuple(token.logp for token in request_done.tokens),
+            tuple(token.version for token in request_done.tokens),
+            _STATUS_BY_FINISH_REASON.get(request_done.finish_reason, "error"),
+            request_done.routes,
+            tuple(token.logp_raw for token in request_done.tokens),
         )
-        if made.status == "length" and len(made.tokens) < one.max_tokens:
-            one.job.episode.close()
-            self._finish(one, PausedEpisode(made))
+        # Cut off by its slice, not by the turn's own limit.
+        if generation.status == "length" and len(generation.tokens) < episode.max_tokens:
+            episode.job.episode.close()
+            self._finish(episode, PausedEpisode(generation))
             return
-        self._advance(one, made)
+        self._advance(episode, generation)
 
-    def _on_tool_done(self, one: _RunningEpisode) -> None:
-        assert one.tool_future is not None
-        error = one.tool_future.exception()
+    def _on_tool_done(self, episode: _RunningEpisode) -> None:
+        assert episode.tool_future is not None
+        error = episode.tool_future.exception()
         if error is None:
-            self._advance(one, one.tool_future.result())
+            self._advance(episode, episode.tool_future.result())
         else:
-            self._advance(one, None, throw=error)
+            self._advance(episode, None, error=error)
 
-    def _finish(self, one: _RunningEpisode, result: sample_lib.Sample | PausedEpisode) -> None:
-        del self._running[one.job.key]
-        for job in self._on_done(one.job.key, result):
+    def _finish(self, episode: _RunningEpisode, result: sample_lib.Sample | PausedEpisode) -> None:
+        del self._running[episode.job.key]
+        for job in self._on_done(episode.job.key, result):
             self._start(job)
 
     def _wait_for_tools(self) -> None:
-        """Wait for a tool, where nothing else can go on."""
-        acting = [one.tool_future for one in self._running.values() if one.tool_future is not None]
-        over = [one for one in self._running.values() if one.request and one.request.finish_reason]
-        if over or not acting:
+        """Wait until a tool is done, if no episode can go on before that."""
+        episodes = self._running.values()
+        futures = [episode.tool_future for episode in episodes if episode.tool_future is not None]
+        # Requests that ended, but whose episodes have not been told yet.
+        finished = [
+            episode for episode in episodes if episode.request and episode.request.finish_reason
+        ]
+        if finished or not futures:
             return
         began = time.perf_counter()
-        concurrent.futures.wait(acting, return_when=concurrent.futures.FIRST_COMPLETED)
+        concurrent.futures.wait(futures, return_when=concurrent.futures.FIRST_COMPLETED)
         self._stats.waiting_secs += time.perf_counter() - began
 
 
 def _resumed_tokens(partial: sample_lib.Generation | None) -> list[Any]:
+    """Return a paused episode's tokens as the engine's; empty without one."""
     if partial is None:
         return []
-    make: Any = request.OutputToken
+    # `Any`: the type checker does not see the types of a zip's columns.
+    make_token: Any = request.OutputToken
     return [
-        make(*one)
-        for one in zip(partial.tokens, partial.logprobs, partial.raw, partial.versions, strict=True)
+        make_token(*columns)
+        for columns in zip(
+            partial.tokens, partial.logprobs, partial.raw, partial.versions, strict=True
+        )
     ]
 
 
@@ -308,14 +349,19 @@ def make_engine_config(
 ) -> engine_config.EngineConfig:
     """Return an engine's config for sequences of at most `max_length` tokens.
 
+    Args:
+      sizes: fields of `EngineConfig` by name, but for `max_length` and `max_queue`.
+      max_length: tokens of prompt and answer together.
+      max_queue: requests that may wait at the same time.
+
     Raises:
       ValueError: sizes that do not fit each other, or an unknown one.
     """
-    known = {field.name for field in dataclasses.fields(engine_config.EngineConfig)}
+    field_names = {field.name for field in dataclasses.fields(engine_config.EngineConfig)}
     for name in sizes:
-        if name not in known or name in ("max_length", "max_queue"):
+        if name not in field_names or name in ("max_length", "max_queue"):
             raise ValueError(
                 f"rollout.engine: got {name!r}; wanted some of "
-                f"{', '.join(sorted(known - {'max_length', 'max_queue'}))}"
+                f"{', '.join(sorted(field_names - {'max_length', 'max_queue'}))}"
             )
     return engine_config.EngineConfig(max_length=max_length, max_queue=max_queue, **sizes)
