@@ -1,16 +1,16 @@
-"""Episodes: one answer, or turns with tools in between; tokens in, tokens out.
+"""Episodes: one answer, or several turns with tools in between; tokens in, tokens out.
 
-The prompt is rendered once. From then on tokens are appended: those that the model wrote, as it
-wrote them, and those that it is told, each tool turn encoded by itself. Nothing is rendered or
-tokenised again, so the trainer scores the very tokens that were sampled. Only what the model
-wrote has mask 1, its end tokens among it.
+The prompt is rendered once. From then on tokens are appended: the model's own, as they were
+sampled, and the observations, which are the tools' results after a turn. Nothing is rendered or
+tokenised again, so the trainer scores exactly the tokens that were sampled. Only the model's tokens
+have mask 1, its end tokens included.
 
 An episode ends
   * when the model ends a turn without a call, or the environment says that it is over: "stop";
   * when the model is cut off within a turn: the status says by what;
-  * when there are no more turns or no more room for what the model would be told: "length";
-  * at a malformed call, where the environment does not tell the model of it: "stop".
-An environment that fails makes the sample invalid, and ends nothing else.
+  * when no turn is left, or no room for the observation: "length";
+  * at a malformed call, where the environment does not report such calls to the model: "stop".
+An environment that fails makes its own sample invalid. Other episodes go on.
 """
 
 import dataclasses
@@ -25,20 +25,16 @@ from m1_jax import tokenizer as tokenizer_lib
 from train.rl import sample as sample_lib
 from train.rl.environments import base
 
-_MALFORMED_CALL_NAME = "tool_calls"  # who answers a call that has no tool's name
+_MALFORMED_CALL_NAME = "tool_calls"  # stands for the tool's name in the answer to a malformed call
 
 
 @dataclasses.dataclass(frozen=True)
 class EpisodeLimits:
-    """What an episode may use, each at least 1.
+    """What an episode may use, each at least 1."""
 
-    max_turns: of the model. max_tokens: prompt, answers and results together; no episode is
-    longer. turn_tokens: of one turn.
-    """
-
-    max_turns: int
-    max_tokens: int
-    turn_tokens: int
+    max_turns: int  # turns of the model
+    max_tokens: int  # tokens of prompt, answers and observations together
+    turn_tokens: int  # tokens of one turn of the model
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -49,7 +45,7 @@ class EpisodeLimits:
 
 
 class _EpisodeFailure(Exception):
-    """The environment failed, or broke its promises; the cause says how."""
+    """The environment failed, or broke its interface; `__cause__` says how."""
 
 
 def single_turn_episode(
@@ -61,15 +57,16 @@ def single_turn_episode(
     """Make a sample of one turn, without its reward.
 
     Args:
-      max_tokens: of the answer.
+      task: what is sampled.
+      max_tokens: the most tokens that the answer may have.
       profile: of the chat template, see `infer.prompt`.
 
     Raises:
       ValueError: messages or tools that cannot be rendered.
     """
     sample = _start_sample(task, tokenizer, profile)
-    made = yield sample_lib.Generate(sample.prompt, max_tokens)
-    _append_generation(sample, made, tokenizer)
+    generation = yield sample_lib.Generate(sample.prompt, max_tokens)
+    _append_generation(sample, generation, tokenizer)
     return sample
 
 
@@ -83,10 +80,13 @@ def multi_turn_episode(
     """Make a sample of several turns, with its rewards; see the module's docstring.
 
     The sample's `text` is the last turn's. Its parts are "final", and "turns" if there were
-    rewards on the way; an invalid sample has "error" instead, and the log has the reason.
+    rewards before the end. An invalid sample has the part "error" instead, and the log has the
+    reason.
 
     Args:
-      environment: a fresh one; it is closed at the end, also when the episode is given up.
+      task: what is sampled.
+      environment: a fresh one. It is closed at the end, also when the episode is given up.
+      limits: on turns and tokens.
       profile: of the chat template, see `infer.prompt`.
 
     Raises:
@@ -102,8 +102,10 @@ def multi_turn_episode(
         yield from _run_environment(lambda: environment.start(task))
         text = yield from _run_turns(sample, environment, tokenizer, limits, profile)
         if sample.valid:
-            final = yield from _run_environment(lambda: _check_reward(environment.finish(text)))
-            _set_reward(sample, final)
+            final_reward = yield from _run_environment(
+                lambda: _check_reward(environment.finish(text))
+            )
+            _set_reward(sample, final_reward)
     except _EpisodeFailure as failure:
         logging.warning("task %s: %s", task.id, failure, exc_info=failure.__cause__)
         _mark_failed(sample)
@@ -128,13 +130,17 @@ def _run_turns(
     limits: EpisodeLimits,
     profile: str,
 ) -> Generator[Any, Any, str]:
-    """Return the answer, empty where the model did not come to one."""
+    """Append turns to the sample until the episode ends.
+
+    Returns:
+      The text of the answer, empty where the model did not come to one.
+    """
     for turn in range(1, limits.max_turns + 1):
         so_far = (*sample.prompt, *sample.tokens)
-        room = min(limits.turn_tokens, limits.max_tokens - len(so_far))
-        made = yield sample_lib.Generate(so_far, room)
-        _append_generation(sample, made, tokenizer)
-        if made.status != "stop":
+        max_tokens = min(limits.turn_tokens, limits.max_tokens - len(so_far))
+        generation = yield sample_lib.Generate(so_far, max_tokens)
+        _append_generation(sample, generation, tokenizer)
+        if generation.status != "stop":
             return ""
         try:
             parsed = tool_calls.parse_turn(sample.text)
@@ -146,21 +152,23 @@ def _run_turns(
             if not parsed.calls:
                 return parsed.text
             step = yield from _run_environment(
+                # A default argument binds this turn's calls; a closure would see the last turn's.
                 lambda calls=parsed.calls: _step_environment(environment, calls)
             )
             if step.reward:
+                # At the turn's last token: the observation is not appended yet.
                 sample.turn_rewards.append((len(sample.tokens) - 1, step.reward))
             if step.done:
                 return parsed.text
             names = [call.name for call in parsed.calls]
             results = list(zip(names, step.results, strict=True))
-        messages = [{"role": "tool", "name": name, "content": said} for name, said in results]
-        told = _encode_observation(messages, tokenizer, profile, made.tokens)
-        if turn == limits.max_turns or len(so_far) + len(made.tokens) + len(told) >= (
-            limits.max_tokens
-        ):
+        messages = [{"role": "tool", "name": name, "content": result} for name, result in results]
+        observation = _encode_observation(messages, tokenizer, profile, generation.tokens)
+        num_tokens = len(so_far) + len(generation.tokens) + len(observation)
+        # An observation that leaves no room for an answer is not appended: nothing would follow it.
+        if turn == limits.max_turns or num_tokens >= limits.max_tokens:
             break
-        sample.append_observation(told)
+        sample.append_observation(observation)
         sample.messages += messages
     sample.status = "length"
     return ""
@@ -171,10 +179,10 @@ def _append_generation(
     generation: sample_lib.Generation,
     tokenizer: tokenizer_lib.Tokenizer,
 ) -> None:
-    """Append a turn to tokens and messages; its text is without the token that ends it."""
+    """Append a turn to tokens and messages. Its text excludes the stop token."""
     sample.append_generated(generation)
-    ended = bool(generation.tokens) and generation.tokens[-1] in tokenizer.stop_ids
-    sample.text = tokenizer.decode(generation.tokens[: len(generation.tokens) - ended])
+    has_stop_token = bool(generation.tokens) and generation.tokens[-1] in tokenizer.stop_ids
+    sample.text = tokenizer.decode(generation.tokens[: len(generation.tokens) - has_stop_token])
     sample.messages.append({"role": "assistant", "content": sample.text})
     if generation.status == "error":
         _mark_failed(sample)
@@ -186,27 +194,34 @@ def _encode_observation(
     profile: str,
     written_tokens: Sequence[int],
 ) -> list[int]:
-    """Return what stands between a turn and the next: its end, the results, the next head.
+    """Return the tokens between two turns of the model.
 
-    The turn's end is left out where the model wrote it.
+    They are the end of the first turn, the results, and the head of the next turn. The end is left
+    out where the model wrote it.
+
+    Args:
+      messages: of the results, with role "tool".
+      written_tokens: the first turn, as the model wrote it.
     """
+    # Rendered after a turn that stands for the model's, and cut off behind it. The last two pieces
+    # of a turn are its end token and a line end: the observation begins there.
     turn = {"role": "assistant", "content": "-"}
-    before = prompt.render_prompt([turn], add_generation_prompt=False, profile=profile)
-    pieces = prompt.render_prompt([turn, *messages], profile=profile)[len(before) - 2 :]
+    turn_pieces = prompt.render_prompt([turn], add_generation_prompt=False, profile=profile)
+    pieces = prompt.render_prompt([turn, *messages], profile=profile)[len(turn_pieces) - 2 :]
     ids: list[int] = []
-    for piece in pieces:
-        if piece.special:
-            ids.append(tokenizer.special_token_id(piece.text))
+    for prompt_piece in pieces:
+        if prompt_piece.special:
+            ids.append(tokenizer.special_token_id(prompt_piece.text))
         else:
-            ids += tokenizer.encode(piece.text)
+            ids += tokenizer.encode(prompt_piece.text)
     return ids[1:] if written_tokens and written_tokens[-1] == ids[0] else ids
 
 
 def _run_environment(function: Callable[[], Any]) -> Generator[sample_lib.RunTool, Any, Any]:
-    """Have the environment do something.
+    """Have a worker thread call the environment, and return the call's result.
 
     Raises:
-      _Failure: it did not.
+      _EpisodeFailure: the call raised an exception.
     """
     try:
         return (yield sample_lib.RunTool(function))
@@ -221,7 +236,7 @@ def _step_environment(
     if len(step.results) != len(calls):
         raise ValueError(f"got {len(step.results)} results; wanted one for each of {len(calls)}")
     for result in step.results:
-        result.encode()  # a lone surrogate is no text
+        result.encode()  # raises for a lone surrogate, which no tokenizer can encode
     _check_reward(step.reward)
     return step
 
@@ -232,11 +247,12 @@ def _check_reward(value: float) -> float:
     return float(value)
 
 
-def _set_reward(sample: sample_lib.Sample, final: float) -> None:
-    sample.reward = final + sum(reward for _, reward in sample.turn_rewards)
-    sample.parts["final"] = final
+def _set_reward(sample: sample_lib.Sample, final_reward: float) -> None:
+    """Set the sum of the turns' rewards and the final one."""
+    sample.reward = final_reward + sum(reward for _, reward in sample.turn_rewards)
+    sample.parts["final"] = final_reward
     if sample.turn_rewards:
-        sample.parts["turns"] = sample.reward - final
+        sample.parts["turns"] = sample.reward - final_reward
 
 
 def _mark_failed(sample: sample_lib.Sample) -> None:
