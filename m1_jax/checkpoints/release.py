@@ -1,8 +1,18 @@
-"""Reading a release directory: config.json, safetensors shards, index; nothing is trusted.
+"""Reading a release directory: config.json, safetensors shards and their index.
 
-Format of a shard (safetensors): 8 bytes little-endian header length, a JSON header of dtype,
-shape and byte range per tensor, then the bytes, without gaps. The format is read here and not with
-the safetensors library, for checks that are stricter: each error names the file and the remedy.
+A shard (safetensors) begins with the length of its header, 8 bytes in little-endian order. The
+header is JSON: dtype, shape and byte range of each tensor. The tensors' bytes follow without gaps.
+
+The format is read here and not with the safetensors library for three reasons: an error names the
+file and the remedy, the header is kept as text for the way back, and a tensor is a memory map.
+
+Compared with safetensors 0.8.0, dtypes alone are checked more strictly: the model takes float32,
+float16 and bfloat16. Both readers refuse a truncated or longer file, overlapping ranges, gaps, an
+unknown dtype, a range whose size is not that of shape and dtype, and a header of more than 100 MB.
+Both take the last entry of a tensor that is named twice. The library also refuses what this reader
+does not: a key given twice inside one entry, dimensions that are not integers of at least 0,
+sizes beyond 64 bits, and `__metadata__` that is not a map of strings. On top of single files, this
+reader compares the shards with the index, with each other and with config.json.
 """
 
 import dataclasses
@@ -38,12 +48,12 @@ class ReleaseTensor:
     """Where a tensor's bytes lie.
 
     Attributes:
-      name: in the release.
+      name: the release's name of the tensor.
       file: the shard that holds it.
       dtype: one of `DTYPES_BY_CODE`.
       shape: in the release's layout, so matrices are [out, in].
       byte_offset: of its first byte, counted from the start of the file.
-      nbytes: its length in bytes; the bytes are contiguous, in C order.
+      nbytes: the number of bytes, which are contiguous and in C order.
     """
 
     name: str
@@ -54,7 +64,7 @@ class ReleaseTensor:
     nbytes: int
 
     def read(self) -> np.ndarray:
-        """Map the tensor read-only; bytes are fetched from disk when they are used."""
+        """Map the tensor read-only. Bytes are fetched from disk when they are used."""
         if self.nbytes == 0:  # an empty range cannot be mapped
             return np.zeros(self.shape, self.dtype)
         raw = np.memmap(self.file, np.uint8, "r", offset=self.byte_offset, shape=(self.nbytes,))
@@ -73,16 +83,19 @@ class ReleaseShard:
 class Release:
     """A checked release directory: every tensor that the config asks for, once, and no other.
 
+    Shapes are not compared here. `check_tensor_shape` compares a tensor with its parameter.
+
     Attributes:
-      directory: the path it was read from.
-      config: the model's, from config.json.
-      shards: its files, in the order of their names.
-      tensors: by name, without the constants of the native layout.
+      directory: the path that was read.
+      config: the model's configuration, from config.json.
+      shards: the safetensors files, in the order of their names.
+      tensors: the tensors by name, without the constants of the native layout.
       entries: where each tensor belongs in the model, in the order of the layers.
 
     Raises:
       CheckpointError: a missing or truncated shard, an index that disagrees with the files, or
-        tensors that do not fit config.json.
+        tensors whose names or decay rates are not those of config.json's model.
+      ConfigError: a config.json that this model cannot compute.
     """
 
     def __init__(self, directory):
@@ -96,6 +109,8 @@ class Release:
     def _check_names(self) -> None:
         expected = {entry.name for entry in self.entries}
         derived = params_map.list_derived_tensors(self.config)
+        # Constants that the model computes itself: compared, then dropped, so that no reader sees
+        # a tensor without a parameter.
         for name in sorted(self.tensors.keys() & derived.keys()):
             self._check_slope(name, derived[name])
             del self.tensors[name]
@@ -115,17 +130,20 @@ class Release:
         """
         if not name.endswith(params_map.SLOPE_RATE.rsplit(".", 1)[1]):
             return
-        got = self.tensors[name].read().astype(np.float32).reshape(-1)
-        wanted = lightning.decay_slopes(self.config)[layer]
-        # transformers divides by L - 1 + 1e-5: less than 1e-5 / (L - 1) of a head's slope, which
-        # is a third of a slope in a last layer and nothing elsewhere. bfloat16 storage rounds too.
+        # The file's shape is [N, 1, 1].
+        file_rates = self.tensors[name].read().astype(np.float32).reshape(-1)
+        rates = lightning.decay_slopes(self.config)[layer]  # [N], from the config
+        # transformers divides the layer by L - 1 + 1e-5, the release by L - 1. The rates differ by
+        # less than 1e-5 / (L - 1) of the head's slope. That matters in the last layer alone, whose
+        # rate is 1e-5 of the slope.
         tolerance = 1e-5 / max(self.config.num_hidden_layers - 1, 1)
-        tolerance *= np.asarray(lightning.alibi_slopes(wanted.size))
-        tolerance += wanted * (1e-4 if self.tensors[name].dtype == np.float32 else 1e-2)
-        if got.shape != wanted.shape or not np.all(np.abs(got - wanted) <= tolerance):
+        tolerance *= np.asarray(lightning.alibi_slopes(rates.size))
+        # Storage in bfloat16 or float16 rounds as well.
+        tolerance += rates * (1e-4 if self.tensors[name].dtype == np.float32 else 1e-2)
+        if file_rates.shape != rates.shape or not np.all(np.abs(file_rates - rates) <= tolerance):
             raise CheckpointError(
-                f"{name}: got decay rates {got[:3]}...; wanted {wanted[:3]}..., those of layer "
-                f"{layer} of {self.config.num_hidden_layers} with {wanted.size} heads. "
+                f"{name}: got decay rates {file_rates[:3]}...; wanted {rates[:3]}..., those of "
+                f"layer {layer} of {self.config.num_hidden_layers} with {rates.size} heads. "
                 "Is config.json the one that these weights were saved with?"
             )
 
@@ -136,18 +154,20 @@ def check_tensor_shape(
     """Compare a tensor with the (stacked) parameter that it belongs to.
 
     Raises:
-      CheckpointError: they differ in shape.
+      CheckpointError: their shapes differ.
     """
-    wanted = param_shape[len(entry.index) :]
-    wanted = wanted[::-1] if entry.transposed else wanted
-    if tensor.shape != wanted:
+    # The leading axes number tensors, so they are no dimensions of one tensor.
+    tensor_shape = param_shape[len(entry.index) :]
+    tensor_shape = tensor_shape[::-1] if entry.transposed else tensor_shape
+    if tensor.shape != tensor_shape:
         raise CheckpointError(
             f"{tensor.file}: {tensor.name} has shape {list(tensor.shape)}; config.json asks for "
-            f"{list(wanted)}. Is it the config.json that these weights were saved with?"
+            f"{list(tensor_shape)}. Is it the config.json that these weights were saved with?"
         )
 
 
 def _collect_tensors(shards: list[ReleaseShard]) -> dict[str, ReleaseTensor]:
+    """Return the tensors of all shards by name. No two shards may hold one name."""
     tensors: dict[str, ReleaseTensor] = {}
     for tensor in (tensor for shard in shards for tensor in shard.tensors):
         if tensor.name in tensors:
@@ -160,13 +180,17 @@ def _collect_tensors(shards: list[ReleaseShard]) -> dict[str, ReleaseTensor]:
 
 
 def describe_names(names: Collection[str], label: str) -> str:
-    """Return how many names there are and the first three, for an error message."""
+    """Return the number of names and the first three of them, for an error message."""
     if not names:
         return f"none {label}"
     return f"{len(names)} {label}, e.g. {', '.join(sorted(names)[:3])}"
 
 
 def _read_shards(directory: pathlib.Path) -> list[ReleaseShard]:
+    """Read every shard's header and compare the shards with the index.
+
+    A directory without an index holds a single file, `SINGLE_SHARD_FILE`.
+    """
     index = directory / INDEX_FILE
     if not index.exists():
         if not (directory / SINGLE_SHARD_FILE).exists():
@@ -175,7 +199,8 @@ def _read_shards(directory: pathlib.Path) -> list[ReleaseShard]:
     try:
         content = json.loads(index.read_text())
         indexed_files = {str(name): str(file) for name, file in content["weight_map"].items()}
-        total = (content.get("metadata") or {}).get("total_size")
+        # Optional: some tools write an index without it.
+        total_bytes = (content.get("metadata") or {}).get("total_size")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"{index} is damaged ({error!r}); wanted JSON with a weight_map. Download it again."
@@ -188,6 +213,7 @@ def _read_shards(directory: pathlib.Path) -> list[ReleaseShard]:
             f"{INDEX_FILE}. Download them again."
         )
     shards = [read_shard(directory / name) for name in files]
+    # Both ways: a tensor in the index alone, in a shard alone, or in another shard.
     actual_files = {name: tensor.file.name for name, tensor in _collect_tensors(shards).items()}
     for name in sorted(indexed_files.keys() | actual_files.keys()):
         if indexed_files.get(name) != actual_files.get(name):
@@ -196,21 +222,25 @@ def _read_shards(directory: pathlib.Path) -> list[ReleaseShard]:
                 f"{indexed_files.get(name, 'nowhere')}, it is in "
                 f"{actual_files.get(name, 'no shard')}. Are both of one download?"
             )
-    size = sum(tensor.nbytes for shard in shards for tensor in shard.tensors)
-    if total is not None and total != size:
+    shard_bytes = sum(tensor.nbytes for shard in shards for tensor in shard.tensors)
+    if total_bytes is not None and total_bytes != shard_bytes:
         raise CheckpointError(
-            f"{index}: total_size is {total}; the shards hold {size} bytes. "
+            f"{index}: total_size is {total_bytes}; the shards hold {shard_bytes} bytes. "
             "Are both of one download?"
         )
     return shards
 
 
 def read_shard(file: pathlib.Path) -> ReleaseShard:
-    """Read and check one safetensors header against the file's size."""
+    """Read one safetensors header, and check it against itself and the file's size.
+
+    Raises:
+      CheckpointError: a header that is damaged, or a file that is longer or shorter than it says.
+    """
     size = file.stat().st_size
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
-        # Before the header is read: a damaged length must not ask for gigabytes.
+        # Checked before the header is read, because a damaged length may say gigabytes.
         if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
             raise CheckpointError(
                 f"{file} is truncated: {size} bytes do not hold its header of {length}. "
@@ -222,11 +252,13 @@ def read_shard(file: pathlib.Path) -> ReleaseShard:
         content = {k: v for k, v in json.loads(header).items() if k != "__metadata__"}
         tensors = [_parse_tensor(file, name, spec, 8 + length) for name, spec in content.items()]
     except CheckpointError:
-        raise
+        raise  # it is a ValueError, but has its message already
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"{file} has a damaged safetensors header: {error!r}. Download it again."
         ) from None
+    # The header may list tensors in any order. Each must begin where the one before it ends, so
+    # there are no gaps and no overlaps.
     tensors.sort(key=lambda tensor: tensor.byte_offset)
     end = 8 + length
     for tensor in tensors:
@@ -248,6 +280,7 @@ def read_shard(file: pathlib.Path) -> ReleaseShard:
 def _parse_tensor(
     file: pathlib.Path, name: str, spec: Mapping[str, Any], data_offset: int
 ) -> ReleaseTensor:
+    """Return one tensor of a header, whose `data_offsets` count from the header's end."""
     if spec["dtype"] not in DTYPES_BY_CODE:
         raise CheckpointError(
             f"{file}: {name} has dtype {spec['dtype']}; wanted one of {', '.join(DTYPES_BY_CODE)}"
