@@ -5,7 +5,7 @@
 Prints one row per quantity. The exit status is 0 if all are within tolerance, else 1.
 
 A golden file holds what the release's own code computed for some tokens, in float32. Its keys:
-    input_ids [B, T]             the tokens; the only key that must be there
+    input_ids [B, T]             the tokens, the only key that must be there
     logits, logits_positions     [B, P, V] and the P positions of all T
     next_token_logprobs          [B, T - 1]
     aux_loss                     the load-balancing loss of all layers and tokens
@@ -15,9 +15,10 @@ A golden file holds what the release's own code computed for some tokens, in flo
     softmax_k_last4, softmax_v_last4, softmax_layer    [B, 4, K, H], rotated, of that layer
     decode_logits, decode_start  [B, S, V], one token at a time from that position on
     greedy_tokens [B, S]         the most likely tokens after the first `GREEDY_PROMPT_TOKENS`
-    loss                         of the first `LOSS_TOKENS`: cross-entropy and the balance loss
-    grad/NAME                    its gradient for the release's tensor NAME
-What belongs to keys that are absent is not compared.
+    loss                         next-token cross-entropy of the first `LOSS_TOKENS`, plus
+                                 router_aux_loss_coef * their balance loss
+    grad/NAME                    gradient of that loss for the release's tensor NAME, [out, in]
+A quantity whose key is absent is not compared.
 """
 
 import dataclasses
@@ -42,9 +43,10 @@ from m1_jax import state as state_lib
 from m1_jax.checkpoints import load as load_lib
 from m1_jax.checkpoints import params_map
 
-# For float32 sums in another order than the release's, over the eight layers of the tests' fixture;
-# `testing.TOLERANCES` has the reasons.
+# The differences of float32 sums in another order than the release's, over the eight layers of the
+# tests' fixture. `testing.TOLERANCES` has the reasons.
 ABSOLUTE_TOLERANCE, STATE_TOLERANCE, GRADIENT_TOLERANCE = 2e-4, 1e-4, 1e-3
+# Fixed by the program that made the golden files, which do not state them.
 LOSS_TOKENS = 320
 GREEDY_PROMPT_TOKENS = 100
 
@@ -53,18 +55,18 @@ GREEDY_PROMPT_TOKENS = 100
 class VerifyConfig:
     """What to compare with what."""
 
-    checkpoint: str  # a directory that `m1_jax.load` reads
-    golden: str  # an .npz file
-    progress: bool = True  # whether to show a bar
+    checkpoint: str  # directory that `m1_jax.load` reads
+    golden: str  # path of the .npz file
+    progress: bool = True  # whether to show a progress bar
 
 
 @dataclasses.dataclass(frozen=True)
 class ComparisonRow:
     """One compared quantity."""
 
-    name: str
-    difference: float  # in the unit of `measure`
-    tolerance: float  # the largest difference that passes
+    name: str  # of the quantity, such as "logits"
+    difference: float  # between model and golden file, in the unit of `measure`; may be NaN
+    tolerance: float  # the largest difference that passes, in the same unit
     measure: str  # such as "max absolute" or "relative L2"
 
     @property
@@ -73,12 +75,12 @@ class ComparisonRow:
 
 
 class GoldenFile:
-    """The file's arrays, checked to fit the model."""
+    """A golden file's arrays by key, and its input_ids as `tokens`, checked to fit the model."""
 
     def __init__(self, path: str, config: config_lib.ModelConfig):
         self.path = path
         try:
-            # np.load would take bare arrays and pickles, too.
+            # np.load alone would take bare arrays and pickles as well.
             zipfile.ZipFile(path).close()
             with np.load(path) as file:
                 self.arrays = dict(file)
@@ -108,11 +110,16 @@ class GoldenFile:
 
 
 def run(config: VerifyConfig) -> list[ComparisonRow]:
-    """Return a row per quantity of the golden file, computed in float32."""
+    """Return a row per quantity of the golden file, computed in float32.
+
+    Raises:
+      ValueError: a golden file that is damaged, empty, or made with another model.
+      CheckpointError, ConfigError: a directory that is not a complete checkpoint.
+    """
     model = load_lib.load(pathlib.Path(config.checkpoint), jnp.float32)
     golden = GoldenFile(config.golden, model.config)
     rows = []
-    # TPUs would otherwise multiply float32 in bfloat16.
+    # By default TPUs multiply float32 numbers in bfloat16.
     with jax.default_matmul_precision("highest"):
         # Each comparison compiles programs of its own, which takes most of the time.
         comparisons = (
@@ -123,60 +130,67 @@ def run(config: VerifyConfig) -> list[ComparisonRow]:
             _compare_gradients,
         )
         for compare in tqdm.tqdm(comparisons, "verify", disable=not config.progress):
+            # A comparison is a generator, so its work is done here, under the precision above.
             rows.extend(compare(model, golden))
+    # No row would count as success.
     if not rows:
         raise ValueError(f"{config.golden} holds nothing to compare")
     return rows
 
 
 def _compare_absolute(
-    name: str, got: ArrayLike, wanted: np.ndarray, tolerance: float = ABSOLUTE_TOLERANCE
+    name: str, actual: ArrayLike, expected: np.ndarray, tolerance: float = ABSOLUTE_TOLERANCE
 ) -> ComparisonRow:
-    _check_shapes(name, got, wanted)
-    difference = float(np.max(np.abs(np.asarray(got) - wanted)))
+    _check_shapes(name, actual, expected)
+    difference = float(np.max(np.abs(np.asarray(actual) - expected)))
     return ComparisonRow(name, difference, tolerance, "max absolute")
 
 
 def _compare_relative(
-    name: str, got: ArrayLike, wanted: np.ndarray, tolerance: float
+    name: str, actual: ArrayLike, expected: np.ndarray, tolerance: float
 ) -> ComparisonRow:
-    _check_shapes(name, got, wanted)
-    error = np.linalg.norm((np.asarray(got) - wanted).astype(np.float64))
-    size = np.linalg.norm(np.asarray(wanted, np.float64))
-    return ComparisonRow(name, float(error / max(size, 1e-30)), tolerance, "relative L2")
+    _check_shapes(name, actual, expected)
+    error = np.linalg.norm((np.asarray(actual) - expected).astype(np.float64))
+    norm = np.linalg.norm(np.asarray(expected, np.float64))
+    # The bound keeps zeros against zeros at 0, not NaN.
+    return ComparisonRow(name, float(error / max(norm, 1e-30)), tolerance, "relative L2")
 
 
-def _check_shapes(name: str, got: ArrayLike, wanted: np.ndarray) -> None:
-    if np.shape(got) != np.shape(wanted):
+def _check_shapes(name: str, actual: ArrayLike, expected: np.ndarray) -> None:
+    # Arrays of unequal shapes would be broadcast, and a difference computed all the same.
+    if np.shape(actual) != np.shape(expected):
         raise ValueError(
-            f"golden {name} has shape {np.shape(wanted)}; the model gives {np.shape(got)}. "
+            f"golden {name} has shape {np.shape(expected)}; the model gives {np.shape(actual)}. "
             "Was the file made with this model?"
         )
 
 
 def _compare_forward(model: model_lib.MiniMaxM1, golden: GoldenFile) -> Iterator[ComparisonRow]:
+    """Compare what one pass over all tokens gives: logits, router statistics, layer outputs."""
     tokens = golden.tokens
     if "logits" in golden:
         logits = model(tokens)[:, golden["logits_positions"]]
         yield _compare_absolute("logits", logits, golden["logits"])
     hidden, stats, outputs = jax.jit(model_lib.MiniMaxM1.trace)(model, tokens)
     if "next_token_logprobs" in golden:
-        got = logprobs.token_logprobs(model, hidden[:, :-1], tokens[:, 1:])
-        yield _compare_absolute("next_token_logprobs", got, golden["next_token_logprobs"])
+        logp = logprobs.token_logprobs(model, hidden[:, :-1], tokens[:, 1:])
+        yield _compare_absolute("next_token_logprobs", logp, golden["next_token_logprobs"])
     if "aux_loss" in golden:
         yield _compare_absolute("aux_loss", moe.balance_loss(stats), golden["aux_loss"])
     if "hidden_norms" in golden:
-        seen = [model.embed(tokens, model.dtype), *outputs[:-1], hidden]
-        norms = jnp.stack([jnp.mean(jnp.linalg.norm(x, axis=-1)) for x in seen])
+        # As transformers' hidden_states: the last layer's output is there after the final norm.
+        activations = [model.embed(tokens, model.dtype), *outputs[:-1], hidden]
+        norms = jnp.stack([jnp.mean(jnp.linalg.norm(x, axis=-1)) for x in activations])
         yield _compare_relative("hidden_norms", norms, golden["hidden_norms"], STATE_TOLERANCE)
 
 
 def _init_empty_state(model: model_lib.MiniMaxM1, golden: GoldenFile) -> state_lib.DecodeState:
-    """Return an empty state, of one capacity for all comparisons: they share compiled steps."""
+    """Return an empty state of one capacity, so that comparisons share their compiled steps."""
     return model.init_state(*golden.tokens.shape)
 
 
 def _compare_state(model: model_lib.MiniMaxM1, golden: GoldenFile) -> Iterator[ComparisonRow]:
+    """Compare the decode state that a pass over all tokens leaves in one layer of each kind."""
     if "lightning_state" not in golden and "softmax_k_last4" not in golden:
         return
     _, state = model.extend(golden.tokens, _init_empty_state(model, golden))
@@ -186,14 +200,17 @@ def _compare_state(model: model_lib.MiniMaxM1, golden: GoldenFile) -> Iterator[C
         )
         states = state.layers[group]
         assert isinstance(states, jax.Array)  # of lightning layers: [R, layers, B, N, H, H]
-        got = states[tuple(index)]
-        yield _compare_relative("lightning_state", got, golden["lightning_state"], STATE_TOLERANCE)
+        layer_state = states[tuple(index)]
+        yield _compare_relative(
+            "lightning_state", layer_state, golden["lightning_state"], STATE_TOLERANCE
+        )
     if "softmax_k_last4" in golden:
         group, *index = _find_stack_index(model.config, golden, "softmax_layer", config_lib.SOFTMAX)
         cache = state.layers[group]
-        assert isinstance(cache, state_lib.KVCache)
+        assert isinstance(cache, state_lib.KVCache)  # buffers are [R, layers, B, K, T, H]
         for name, buffer in (("softmax_k_last4", cache.keys), ("softmax_v_last4", cache.values)):
-            # The cache is [B, K, T, H], and the file [B, T, K, H].
+            # The capacity is T, so the last four positions are the last four tokens. A layer's
+            # cache is [B, K, T, H], and the file's array [B, 4, K, H].
             last = jnp.moveaxis(buffer[tuple(index)][:, :, -4:], 1, 2)
             yield _compare_absolute(name, last, golden[name])
 
@@ -212,43 +229,48 @@ def _find_stack_index(
 
 
 def _compare_decode(model: model_lib.MiniMaxM1, golden: GoldenFile) -> Iterator[ComparisonRow]:
+    """Compare the logits of the file's tokens, decoded one by one after a prompt in one pass."""
     if "decode_logits" not in golden:
         return
-    start, wanted = int(golden["decode_start"]), golden["decode_logits"]
+    start, expected = int(golden["decode_start"]), golden["decode_logits"]
+    end = start + expected.shape[1]
     state = _init_empty_state(model, golden)
     _, state = model.extend(golden.tokens[:, :start], state, last_only=True)
     steps = []
-    for position in range(start, start + wanted.shape[1]):
+    for position in range(start, end):
         logits, state = model.extend(golden.tokens[:, position : position + 1], state)
         steps.append(logits)
-    got = jnp.concatenate(steps, axis=1)
-    yield _compare_absolute("decode_logits", got, wanted)
+    decoded = jnp.concatenate(steps, axis=1)
+    yield _compare_absolute("decode_logits", decoded, expected)
     # The same tokens in one pass, as in training: decoding must not differ from it.
-    full = model(golden.tokens[:, : start + wanted.shape[1]])[:, start:]
-    yield _compare_absolute("decode against full pass", got, np.asarray(full))
+    full = model(golden.tokens[:, :end])[:, start:]
+    yield _compare_absolute("decode against full pass", decoded, np.asarray(full))
 
 
 def _compare_greedy(model: model_lib.MiniMaxM1, golden: GoldenFile) -> Iterator[ComparisonRow]:
+    """Compare a greedy continuation. One token that differs changes all tokens after it."""
     if "greedy_tokens" not in golden:
         return
-    wanted = golden["greedy_tokens"]
+    expected = golden["greedy_tokens"]
     state = _init_empty_state(model, golden)
     logits, state = model.extend(golden.tokens[:, :GREEDY_PROMPT_TOKENS], state, last_only=True)
     tokens = []
-    for _ in range(wanted.shape[1]):
+    for _ in range(expected.shape[1]):
         tokens.append(jnp.argmax(logits[:, -1:], axis=-1))
         logits, state = model.extend(tokens[-1], state)
-    got = np.asarray(jnp.concatenate(tokens, axis=1))
-    _check_shapes("greedy_tokens", got, wanted)
-    yield ComparisonRow("greedy_tokens", float(np.sum(got != wanted)), 0.0, "tokens that differ")
+    generated = np.asarray(jnp.concatenate(tokens, axis=1))
+    _check_shapes("greedy_tokens", generated, expected)
+    num_different = float(np.sum(generated != expected))
+    yield ComparisonRow("greedy_tokens", num_different, 0.0, "tokens that differ")
 
 
 def _compare_gradients(model: model_lib.MiniMaxM1, golden: GoldenFile) -> Iterator[ComparisonRow]:
-    wanted = {key[5:]: value for key, value in golden.arrays.items() if key.startswith("grad/")}
-    if "loss" not in golden and not wanted:
+    """Compare the training loss and its gradients for the tensors that the file has."""
+    tensors = {key[5:]: value for key, value in golden.arrays.items() if key.startswith("grad/")}
+    if "loss" not in golden and not tensors:
         return
     entries = {entry.name: entry for entry in params_map.list_tensor_entries(model.config)}
-    if unknown := sorted(wanted.keys() - entries.keys()):
+    if unknown := sorted(tensors.keys() - entries.keys()):
         raise ValueError(f"golden grad/{unknown[0]}: the model has no such tensor")
 
     # The model is a pytree of parameters, so its gradient is a model of gradients.
@@ -264,10 +286,11 @@ def _compare_gradients(model: model_lib.MiniMaxM1, golden: GoldenFile) -> Iterat
     if "loss" in golden:
         yield _compare_absolute("loss", loss, golden["loss"])
     grads = params_lib.params_by_path(grads)
-    for name, tensor in sorted(wanted.items()):
+    for name, tensor in sorted(tensors.items()):
         entry = entries[name]
-        got = entry.orient(np.asarray(grads[entry.param_path][...][entry.index]))
-        yield _compare_relative(f"grad {name}", got, tensor, GRADIENT_TOLERANCE)
+        # One tensor's part of the stacked gradient, transposed to the release's [out, in].
+        grad = entry.orient(np.asarray(grads[entry.param_path][...][entry.index]))
+        yield _compare_relative(f"grad {name}", grad, tensor, GRADIENT_TOLERANCE)
 
 
 def format_table(rows: list[ComparisonRow]) -> str:
@@ -287,7 +310,7 @@ def main(argv) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unknown argument {argv[1]!r}")
     if not flags.FLAGS["verbosity"].present:
-        logging.set_verbosity(logging.ERROR)
+        logging.set_verbosity(logging.ERROR)  # nothing but the table, unless asked for more
     try:
         rows = run(VerifyConfig(flags.FLAGS.checkpoint, flags.FLAGS.golden, flags.FLAGS.progress))
     except (ValueError, OSError) as error:
