@@ -1,4 +1,7 @@
-"""The architecture of a MiniMax-M1 model; `hf_config.py` reads and writes `config.json`."""
+"""The architecture of a MiniMax-M1 model, as a checked dataclass.
+
+`hf_config.py` reads and writes `config.json`.
+"""
 
 import dataclasses
 import itertools
@@ -11,28 +14,31 @@ from m1_jax.hf_config import LIGHTNING, SOFTMAX, ConfigError
 
 __all__ = ["LIGHTNING", "REMAT_POLICIES", "SOFTMAX", "ConfigError", "ModelConfig"]
 
-REMAT_POLICIES = ("none", "layer", "dots")
+REMAT_POLICIES = ("none", "layer", "dots")  # the values of `ModelConfig.remat`
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """Shapes and constants of one model; every field changes the computation or its size.
+    """Shapes and constants of one model. Every field changes the computation or its size.
 
-    Names are the release's.
+    Fields of the architecture have the release's names. Sizes are integers of at least 1 and
+    factors are finite numbers, unless stated otherwise.
 
     Attributes:
       vocab_size: V, rows of the embedding and columns of the head.
       hidden_size: D, the width of the residual stream.
       layer_types: "lightning" or "softmax" for each layer, in order.
       num_attention_heads: N, query heads of both kinds of attention.
-      num_key_value_heads: K, of softmax attention; a divisor of N. Lightning attention has N.
-      head_dim: H, of queries, keys and values.
-      rotary_dim: R, the first dimensions of a head that softmax attention rotates; even, up to H.
+      num_key_value_heads: K, key and value heads of softmax attention, a divisor of N. Lightning
+        attention has N.
+      head_dim: H, the width of one head's queries, keys and values.
+      rotary_dim: R, the first dimensions of a head that softmax attention rotates, even and at
+        most H.
       intermediate_size: F, the hidden width of one expert.
       num_local_experts: E, experts of each layer.
-      num_experts_per_tok: A, the experts that a token goes to; at most E.
-      rope_theta: base of the rotary frequencies.
-      rms_norm_eps: of the norms, but for the one inside lightning attention.
+      num_experts_per_tok: A, the experts that a token goes to, at most E.
+      rope_theta: base of the rotary frequencies, more than 0.
+      rms_norm_eps: epsilon of all norms but the one inside lightning attention, more than 0.
       postnorm: whether the residual sum takes the norm's output, not its input.
       layernorm_linear_attention_alpha: factor of the residual around lightning attention.
       layernorm_linear_attention_beta: factor of lightning attention's output.
@@ -44,14 +50,15 @@ class ModelConfig:
         `intermediate_size`, as in the release, which reads only the sign of this field.
       router_aux_loss_coef: weight of the load-balancing loss in the training loss.
       initializer_range: standard deviation of fresh weights.
-      max_position_embeddings: most tokens of a sequence. The engine of `infer` refuses a larger
-        limit; the model itself has none.
-      remat: what the backward pass recomputes: "none", "layer" (keep each layer's input only) or
-        "dots" (keep matmul outputs too).
-      expert_capacity: most rows that a device takes for its experts, as a multiple of a balanced
-        router's share; None drops no token.
-      lightning_implementation: that of `lightning_attention.api`. "chunked" is plain XLA. "tpu"
-        takes the Pallas kernels, which have been compiled for TPUs and not yet run on one.
+      max_position_embeddings: the most tokens of a sequence. The engine of `infer` refuses a larger
+        limit. The model itself has no limit.
+      remat: what the backward pass recomputes: "none", "layer" (all but each layer's input) or
+        "dots" (all but layer inputs and matmul outputs).
+      expert_capacity: the most rows that a device takes for its experts, as a multiple of a
+        balanced router's share, more than 0. None drops no token.
+      lightning_implementation: an implementation of `lightning_attention.api`. "chunked" is plain
+        XLA. "tpu" takes the Pallas kernels, which have been compiled for TPUs and not yet run on
+        one. None lets the API choose.
 
     Raises:
       ConfigError: a value that is out of range or contradicts another one.
@@ -67,6 +74,8 @@ class ModelConfig:
     intermediate_size: int
     num_local_experts: int
     num_experts_per_tok: int
+    # The defaults are the values of the release's config.json, except for postnorm and the alphas,
+    # whose defaults are those of a plain pre-norm transformer.
     rope_theta: float = 1e7
     rms_norm_eps: float = 1e-5
     postnorm: bool = False
@@ -80,13 +89,16 @@ class ModelConfig:
     router_aux_loss_coef: float = 0.001
     initializer_range: float = 0.02
     max_position_embeddings: int = 10_240_000
+    # The fields below are this code's own; config.json does not have them.
     remat: str = "none"
     expert_capacity: float | None = None
     lightning_implementation: str | None = "chunked"
 
     def __post_init__(self):
+        # Types and signs come first, since the comparisons below need numbers.
         for field in dataclasses.fields(self):
             hf_config.check_scalar(field.name, field.type, getattr(self, field.name))
+        # A tuple and not a list, because jit hashes the config as a static part of the model.
         is_tuple = isinstance(self.layer_types, tuple) and len(self.layer_types) > 0
         self._check("layer_types", is_tuple, "a tuple of at least one layer")
         for kind in self.layer_types:
@@ -113,8 +125,8 @@ class ModelConfig:
             hf_config.check_scalar("expert_capacity", float, self.expert_capacity)
         self._check("remat", self.remat in REMAT_POLICIES, f"one of {REMAT_POLICIES}")
 
-    def _check(self, name: str, valid: bool, wanted: str) -> None:
-        hf_config.check_field(valid, name, getattr(self, name), wanted)
+    def _check(self, name: str, valid: bool, requirement: str) -> None:
+        hf_config.check_field(valid, name, getattr(self, name), requirement)
 
     @property
     def num_hidden_layers(self) -> int:
@@ -123,9 +135,10 @@ class ModelConfig:
     @property
     def period(self) -> int:
         """Length of the shortest repeating unit of `layer_types`: 8 in the release."""
-        total = self.num_hidden_layers
-        for period in range(1, total + 1):
-            if total % period == 0 and self.layer_types[:period] * (total // period) == (
+        num_layers = self.num_hidden_layers
+        for period in range(1, num_layers + 1):
+            # A last, partial repeat is not allowed: the model scans over equal repeats.
+            if num_layers % period == 0 and self.layer_types[:period] * (num_layers // period) == (
                 self.layer_types
             ):
                 return period
@@ -133,12 +146,16 @@ class ModelConfig:
 
     @property
     def repeats(self) -> int:
-        """How often the repeating unit occurs: 10 in the release."""
+        """The number of repeats of the unit, R: 10 in the release."""
         return self.num_hidden_layers // self.period
 
     @property
     def layer_groups(self) -> tuple[tuple[str, int], ...]:
-        """(kind, length) of neighbours in the unit: 7 lightning, then 1 softmax in the release."""
+        """(kind, length) of each group of equal neighbours in the unit.
+
+        The release has two groups: 7 lightning layers, then 1 softmax layer.
+        """
+        # Equal neighbours have parameters of equal shapes, so one scan runs over them.
         groups = itertools.groupby(self.layer_types[: self.period])
         return tuple((kind, len(list(layers))) for kind, layers in groups)
 
@@ -148,6 +165,7 @@ class ModelConfig:
         The group is an index into `layer_groups`, and names the stacked parameters
         `layers.{group}`. Their leading axes are [repeats, layers of the group].
         """
+        # `index` counts from the start of the unit, and at last from the start of the group.
         repeat, index = divmod(layer, self.period)
         group = 0
         while index >= self.layer_groups[group][1]:
@@ -168,7 +186,7 @@ class ModelConfig:
     @classmethod
     def m1(cls) -> "ModelConfig":
         """Return the released MiniMax-M1 (40k and 80k): 456,089,655,296 parameters."""
-        alpha = 3.5565588200778455  # of all three residual sums, as config.json has it
+        alpha = 3.5565588200778455  # of all three residual sums; the release's config.json has it
         return cls(
             vocab_size=200_064,
             hidden_size=6144,
@@ -180,6 +198,7 @@ class ModelConfig:
             intermediate_size=9216,
             num_local_experts=32,
             num_experts_per_tok=2,
+            # The release's betas are 1.0, as by default.
             postnorm=True,
             layernorm_linear_attention_alpha=alpha,
             layernorm_full_attention_alpha=alpha,
@@ -188,11 +207,12 @@ class ModelConfig:
 
     @classmethod
     def tiny(cls) -> "ModelConfig":
-        """Return a model of 1.5 million parameters, for tests, in proportions like the release's.
+        """Return a model of 1.5 million parameters for tests, in proportions like the release's.
 
         Like the release, it has several repeats of the unit, several query heads per KV head, and
         heads whose total width is not `hidden_size`.
         """
+        # Fields that are not named here keep the release's values, such as alpha and theta.
         return dataclasses.replace(
             cls.m1(),
             vocab_size=512,
@@ -219,11 +239,14 @@ class ModelConfig:
 
     @classmethod
     def from_file(cls, path) -> "ModelConfig":
-        """Read a `config.json` file; see `from_hf`."""
+        """Read a `config.json` file, as `from_hf` does."""
         return cls.from_hf(hf_config.read_config_json(pathlib.Path(path)))
 
     def to_hf(self) -> dict[str, Any]:
-        """Return `config.json` in the release's spelling; `from_hf` reads the same config back."""
+        """Return `config.json` in the release's spelling, which `from_hf` reads back.
+
+        Fields that config.json does not have return to their defaults.
+        """
         return hf_config.format_config(
             {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         )
