@@ -6,7 +6,8 @@ import pytest
 
 from m1_jax import ModelConfig, configlib, sharding
 from m1_jax.plan import command as plan_command
-from m1_jax.plan import estimate
+from m1_jax.plan import config as plan_config
+from m1_jax.plan import shapes
 from m1_jax.plan import topology as topology_lib
 from m1_jax.serving import state as state_lib
 from train.rl import rollout
@@ -39,7 +40,7 @@ LONG = {"train-1M", "prefill-v5p", "prefill-v6e", "decode-v6e", "serve-v6e"}
 def test_full_size_program_fits(name):
     pytest.importorskip("libtpu")
     job, topology, mesh, seq, batch, gib = PROGRAMS[name]
-    config = plan_command.PlanConfig(topology=topology, job=job, mesh=mesh, seq=seq, batch=batch)
+    config = plan_config.PlanConfig(topology=topology, job=job, mesh=mesh, seq=seq, batch=batch)
     record = plan_command.run(config)
     assert record["fits"]
     assert record["argument_bytes"] < record["hbm_bytes_per_chip"] < gib * 1.1 * 2**30
@@ -79,7 +80,7 @@ def engine_bytes(run) -> int:
         config, engine.total_slots, engine.total_pages, engine.chunk_tokens, layout
     )
     routes = config.num_hidden_layers * config.num_experts_per_tok if engine.record_routes else 0
-    return estimate.local_bytes(state) + engine.total_pages * engine.chunk_tokens * routes
+    return shapes.local_bytes(state) + engine.total_pages * engine.chunk_tokens * routes
 
 
 @pytest.mark.slow
@@ -87,7 +88,7 @@ def test_full_size_reshard_fits_beside_the_sampler():
     pytest.importorskip("libtpu")
     run, mesh, serving = load_run()
     record = plan_command.run(
-        plan_command.PlanConfig("v5p:8x8x8", "reshard", mesh=mesh, serving_mesh=serving)
+        plan_config.PlanConfig("v5p:8x8x8", "reshard", mesh=mesh, serving_mesh=serving)
     )
     assert record["fits"]
     assert record["hbm_bytes_per_chip"] < 65 * 1.1 * GIB

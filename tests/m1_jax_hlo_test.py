@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from m1_jax.plan import aot, hlo, topology
+from m1_jax.plan import aot, collectives, topology
 
 # As XLA for TPU prints them: loops carry no note of their length.
 TPU_LOOPS = """HloModule jit_f, is_scheduled=true, num_partitions=8
@@ -75,7 +75,7 @@ def entry(lines, before=""):
 
 
 def count(text):
-    found, unknown = hlo.count_collectives(text)
+    found, unknown = collectives.count_collectives(text)
     return {kind: (traffic.count, traffic.bytes) for kind, traffic in found.items()}, unknown
 
 
@@ -159,7 +159,7 @@ def test_pairs_branches_and_fusions():
 
 def test_text_without_a_program_is_refused():
     with pytest.raises(ValueError, match="ENTRY"):
-        hlo.count_collectives("HloModule m\n")
+        collectives.count_collectives("HloModule m\n")
 
 
 LAYERS, WIDTH, ROWS = 5, 256, 64

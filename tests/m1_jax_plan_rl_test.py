@@ -9,7 +9,8 @@ import pytest
 from m1_jax import ModelConfig, sharding
 from m1_jax import params as params_lib
 from m1_jax.plan import command as plan_command
-from m1_jax.plan import estimate, report
+from m1_jax.plan import config as plan_config
+from m1_jax.plan import estimate, meshes, report, shapes
 from m1_jax.plan import jobs as plan_jobs
 from train.rl import batch as rl_batch
 from train.rl import sample as sample_lib
@@ -20,14 +21,14 @@ MESH, SERVING = {"expert": 2, "context": 4}, {"data": 2, "expert": 2, "tensor": 
 
 def make_setting(kind):
     job = estimate.PlanJob(kind, 64, 2)
-    layout = plan_command.make_layout(SMALL, MESH, jax.devices(), job)
-    model = plan_jobs.abstract_job_model(SMALL, job, layout)
+    layout = meshes.make_job_layout(SMALL, MESH, jax.devices(), job)
+    model = shapes.abstract_job_model(SMALL, job, layout)
     serving = plan_jobs.make_serving_layout(SMALL, layout, SERVING)
     return plan_jobs.JobSetting(SMALL, job, layout, model, serving)
 
 
 def held(part):
-    return {name: estimate.local_bytes(tree) for name, tree in part.items()}
+    return {name: shapes.local_bytes(tree) for name, tree in part.items()}
 
 
 @pytest.fixture(scope="module")
@@ -41,13 +42,13 @@ def programs():
 def test_every_program_of_an_update_counts_state_sums_and_sampler(programs):
     setting, found = programs
     assert list(found) == ["score", "add", "update"]
-    weights = estimate.local_bytes(setting.model)
+    weights = shapes.local_bytes(setting.model)
     routers = sum(
-        estimate.local_bytes(p.get_value())
+        shapes.local_bytes(p.get_value())
         for n, p in params_lib.params_by_path(plan_jobs.abstract_sampler_model(setting)).items()
         if p.dtype == "float32"
     )
-    sampler = estimate.local_bytes(plan_jobs.abstract_sampler_model(setting))
+    sampler = shapes.local_bytes(plan_jobs.abstract_sampler_model(setting))
     assert routers > 0
     # bfloat16 but for the routers, and split 4 ways where the trainer's are split 8 ways.
     assert sampler > (weights - routers) / 2
@@ -128,7 +129,7 @@ def test_reshard_through_the_command(tmp_path):
     file, model = tmp_path / "plan.json", tmp_path / "config.json"
     model.write_text(json.dumps(SMALL.to_hf()))
     record = plan_command.run(
-        plan_command.PlanConfig(
+        plan_config.PlanConfig(
             "v5p:2x2x1",
             "reshard",
             config=str(model),
@@ -152,7 +153,7 @@ def test_an_update_through_the_command(tmp_path):
     file, model = tmp_path / "plan.json", tmp_path / "config.json"
     model.write_text(json.dumps(SMALL.to_hf()))
     record = plan_command.run(
-        plan_command.PlanConfig(
+        plan_config.PlanConfig(
             "v5p:2x2x1",
             "rl_update",
             config=str(model),

@@ -10,8 +10,9 @@ import pytest
 from jax.experimental import topologies
 
 from m1_jax import ModelConfig, config
-from m1_jax.plan import aot, estimate, hlo, report, topology
+from m1_jax.plan import aot, collectives, estimate, meshes, report, shapes, topology
 from m1_jax.plan import command as plan_command
+from m1_jax.plan import config as plan_config
 from m1_jax.plan import jobs as plan_jobs
 
 GIB = 2**30
@@ -116,8 +117,8 @@ def test_out_of_memory_messages(message, expected):
     ],
 )
 def test_wrong_config_is_refused(changes, words):
-    with pytest.raises(plan_command.PlanError, match=words):
-        plan_command.PlanConfig(**{"topology": "v5p:2x2x1", "job": "train"} | changes)
+    with pytest.raises(plan_config.PlanError, match=words):
+        plan_config.PlanConfig(**{"topology": "v5p:2x2x1", "job": "train"} | changes)
 
 
 @pytest.mark.parametrize(
@@ -137,22 +138,22 @@ def test_wrong_config_is_refused(changes, words):
 )
 def test_plan_that_cannot_be_made(changes, words):
     pytest.importorskip("libtpu")
-    with pytest.raises(plan_command.PlanError, match=words):
-        plan_command.run(plan_command.PlanConfig("v5p:2x2x1", "train", **changes))
+    with pytest.raises(plan_config.PlanError, match=words):
+        plan_command.run(plan_config.PlanConfig("v5p:2x2x1", "train", **changes))
 
 
 def test_config_is_read_from_a_file_or_its_directory(tmp_path):
     file = tmp_path / "config.json"
     file.write_text(json.dumps(ModelConfig.tiny().to_hf()))
     for path in (file, tmp_path):
-        read = plan_command.read_model_config(
-            plan_command.PlanConfig("v5p:2x2x1", "decode", config=str(path))
+        read = plan_config.read_model_config(
+            plan_config.PlanConfig("v5p:2x2x1", "decode", config=str(path))
         )
         assert read == ModelConfig.tiny()
     file.write_text("{}")
     with pytest.raises(config.ConfigError, match="model_type"):
-        plan_command.read_model_config(
-            plan_command.PlanConfig("v5p:2x2x1", "decode", config=str(tmp_path))
+        plan_config.read_model_config(
+            plan_config.PlanConfig("v5p:2x2x1", "decode", config=str(tmp_path))
         )
 
 
@@ -163,8 +164,8 @@ def test_config_is_read_from_a_file_or_its_directory(tmp_path):
 def params():
     """The release's parameters on a mesh of CPU devices: fsdp 2, expert 2, tensor 2."""
     job = estimate.PlanJob("train", 4096, 8)
-    layout = plan_command.make_layout(M1, {"fsdp": 2, "expert": 2, "tensor": 2}, jax.devices(), job)
-    model = plan_jobs.abstract_job_model(M1, job, layout)
+    layout = meshes.make_job_layout(M1, {"fsdp": 2, "expert": 2, "tensor": 2}, jax.devices(), job)
+    model = shapes.abstract_job_model(M1, job, layout)
     return model, plan_jobs.estimate_job(M1, job, layout, model)
 
 
@@ -172,7 +173,7 @@ def test_state_of_training_is_twelve_bytes_a_parameter(params):
     model, guess = params
     total = sum(leaf.size for leaf in jax.tree.leaves(model))
     held = guess.hbm_bytes["parameters"] + guess.hbm_bytes["optimizer"]
-    assert held == estimate.local_bytes(model) * 3
+    assert held == shapes.local_bytes(model) * 3
     # All but a few vectors is split 8 ways.
     assert 12 * total / 8 < held < 12 * total / 7.99
 
@@ -196,10 +197,10 @@ def test_traffic_of_training_by_hand(params):
 def test_bytes_of_int8_weights():
     """Of the release on 8 devices: a byte a weight, but for what no recipe rounds."""
     job = estimate.PlanJob("decode", 8192, 8)
-    layout = plan_command.make_layout(M1, {"expert": 4, "tensor": 2}, jax.devices(), job)
+    layout = meshes.make_job_layout(M1, {"expert": 4, "tensor": 2}, jax.devices(), job)
 
     def held(weights):
-        model = plan_jobs.abstract_job_model(M1, job, layout, weights)
+        model = shapes.abstract_job_model(M1, job, layout, weights)
         return plan_jobs.estimate_job(M1, job, layout, model).hbm_bytes["parameters"]
 
     whole, experts, every = map(held, (None, "int8-experts", "int8-all"))
@@ -215,19 +216,19 @@ def test_bytes_of_int8_weights():
 def test_meshes_divide_what_they_split():
     job = estimate.PlanJob("train", 4096, 512)
     devices = [jax.devices()[0]] * 512
-    found = list(estimate.iterate_meshes(M1, job, devices))
+    found = list(meshes.iterate_meshes(M1, job, devices))
     assert {"fsdp": 16, "expert": 32} in found
     assert len({tuple(mesh.items()) for mesh in found}) == len(found)
     for mesh in found:
         assert math.prod(mesh.values()) == 512
         assert mesh.get("expert", 1) <= 32
     # One row of a million tokens can only be split by heads and context.
-    for mesh in estimate.iterate_meshes(M1, estimate.PlanJob("train", 2**20, 1), devices[:64]):
+    for mesh in meshes.iterate_meshes(M1, estimate.PlanJob("train", 2**20, 1), devices[:64]):
         assert mesh.keys() <= {"tensor", "context"}
     assert not list(
-        estimate.iterate_meshes(M1, estimate.PlanJob("decode", 2**20 + 1, 3), devices[:256])
+        meshes.iterate_meshes(M1, estimate.PlanJob("decode", 2**20 + 1, 3), devices[:256])
     )
-    slices = list(estimate.iterate_meshes(M1, job, devices, num_slices=2))
+    slices = list(meshes.iterate_meshes(M1, job, devices, num_slices=2))
     assert {"data": 2, "fsdp": 8, "expert": 32} in slices
     assert {"fsdp": 16, "expert": 32} in slices
     for mesh in slices:
@@ -237,7 +238,7 @@ def test_meshes_divide_what_they_split():
 def test_serving_prefers_meshes_that_hold_less():
     job = estimate.PlanJob("decode", 8192, 64)
     small = estimate.ResourceEstimate(
-        {"parameters": 10e9}, {"all-reduce": hlo.CollectiveTraffic(10, 1e6)}
+        {"parameters": 10e9}, {"all-reduce": collectives.CollectiveTraffic(10, 1e6)}
     )
     large = estimate.ResourceEstimate({"parameters": 90e9}, {})
     assert small.cost(job) < large.cost(job)
@@ -252,7 +253,7 @@ def test_int8_weights_through_the_command():
     pytest.importorskip("libtpu")
     settings = {"config": "tiny", "seq": 64, "batch": 4, "mesh": "expert=2,tensor=2"}
     record = plan_command.run(
-        plan_command.PlanConfig("v5p:2x2x1", "decode", weights="int8-all", **settings)
+        plan_config.PlanConfig("v5p:2x2x1", "decode", weights="int8-all", **settings)
     )
     # What the compiler holds is our sum, up to the padding of tiles.
     parts = sum(record["hbm_parts"][name] for name in ("parameters", "state", "kv", "batch"))
@@ -264,7 +265,7 @@ def test_a_small_program_through_the_command(tmp_path):
     pytest.importorskip("libtpu")
     file = tmp_path / "plan.json"
     record = plan_command.run(
-        plan_command.PlanConfig(
+        plan_config.PlanConfig(
             "v5p:2x2x1", "decode", config="tiny", seq=64, batch=8, json=str(file)
         )
     )
@@ -279,7 +280,7 @@ def test_a_training_step_through_the_command(tmp_path):
     file = tmp_path / "plan.json"
     settings = {"config": "tiny", "seq": 128, "batch": 8, "accumulate": 2, "json": str(file)}
     record = plan_command.run(
-        plan_command.PlanConfig("v5p:2x2x1", "train", mesh="fsdp=2,expert=2", **settings)
+        plan_config.PlanConfig("v5p:2x2x1", "train", mesh="fsdp=2,expert=2", **settings)
     )
     check_record(record, file)
     assert record["mesh"] == {"fsdp": 2, "expert": 2}
@@ -330,7 +331,7 @@ def test_program_that_does_not_fit_is_reported():
 def test_chips_without_a_ragged_exchange(job):
     pytest.importorskip("libtpu")
     record = plan_command.run(
-        plan_command.PlanConfig(
+        plan_config.PlanConfig(
             "v5e:4x4", job, config="tiny", mesh="data=4,expert=4", seq=64, batch=16
         )
     )

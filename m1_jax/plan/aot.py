@@ -1,4 +1,4 @@
-"""Compiling ahead of time for TPUs that are not there: memory, time, and the program's text."""
+"""Compiling for TPUs that are not there: memory, time, and the program's text."""
 
 import contextlib
 import dataclasses
@@ -18,14 +18,16 @@ _PROBE_BYTES = 2**42  # more than any chip has
 class CompileResult:
     """What the compiler reports. Bytes and operations are those of one chip.
 
+    Fields that may be None are None where the program does not fit.
+
     Attributes:
       fits: whether the program fits into HBM.
       needed_bytes: HBM for arguments, results, temporaries and code.
       limit_bytes: HBM that the compiler grants.
-      argument_bytes: of `needed_bytes`; None: the program does not fit.
-      temp_bytes: temporaries, of `needed_bytes`; None: the program does not fit.
-      flops: the compiler's own count, which takes a loop's body once; None: it does not fit.
-      hlo_text: the optimised program; empty where the compiler wrote none.
+      argument_bytes: the part of `needed_bytes` that arguments take.
+      temp_bytes: the part of `needed_bytes` that temporaries take.
+      flops: the compiler's own count, which takes a loop's body once.
+      hlo_text: the optimised program. Empty where the compiler wrote none.
       compile_secs: by the clock.
       compile_cpu_secs: of all threads. Other processes stretch the clock's time, but not this.
     """
@@ -57,6 +59,7 @@ def compile_program(traced: jax.stages.Traced, limit_bytes: float) -> CompileRes
         try:
             program = compile_for_tpu(traced, compiler_options=options)
         except jax.errors.JaxRuntimeError as error:
+            # A program that is too large is an answer, and the message has its size.
             sizes = parse_out_of_memory(str(error))
             if sizes is None:
                 raise
@@ -65,7 +68,7 @@ def compile_program(traced: jax.stages.Traced, limit_bytes: float) -> CompileRes
         secs = measure_secs()
         text = _read_dump(dump)
     memory = program.memory_analysis()
-    assert memory is not None  # every TPU compiler tells
+    assert memory is not None  # None is for backends without statistics, and TPUs have them
     # An output that takes the memory of a donated argument is counted with the arguments.
     results = memory.output_size_in_bytes - memory.alias_size_in_bytes
     arguments, temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes
@@ -77,7 +80,7 @@ def compile_program(traced: jax.stages.Traced, limit_bytes: float) -> CompileRes
 
 
 def _read_dump(dump: str) -> str:
-    """Return the optimised text of the largest module; the smaller ones are parts cut out of it."""
+    """Return the optimised text of the largest module. The smaller ones are parts cut out of it."""
     files = list(pathlib.Path(dump).glob("*.after_optimizations.txt"))
     return max(files, key=lambda file: file.stat().st_size).read_text() if files else ""
 
@@ -85,12 +88,12 @@ def _read_dump(dump: str) -> str:
 @contextlib.contextmanager
 def _disable_compile_cache():
     """Compile in any case: a program from the compilation cache has no dump and takes no time."""
-    before = jax.config.values["jax_enable_compilation_cache"]
+    was_enabled = jax.config.values["jax_enable_compilation_cache"]
     jax.config.update("jax_enable_compilation_cache", False)
     try:
         yield
     finally:
-        jax.config.update("jax_enable_compilation_cache", before)
+        jax.config.update("jax_enable_compilation_cache", was_enabled)
 
 
 def probe_hbm_limit_bytes(device: Any) -> float:
@@ -116,9 +119,10 @@ def compile_for_tpu(traced: jax.stages.Traced, **kwargs) -> jax.stages.Compiled:
 
 
 def parse_out_of_memory(message: str) -> tuple[float, float] | None:
-    """Return (needed, available) bytes from a compiler's RESOURCE_EXHAUSTED; None: another error.
+    """Return (needed, available) bytes from a compiler's RESOURCE_EXHAUSTED, or None.
 
-    The needed bytes are those of arguments, results and temporaries together.
+    The needed bytes are those of arguments, results and temporaries together. None says that the
+    error is another one, or names no sizes.
     """
     if "RESOURCE_EXHAUSTED" not in message and "Ran out of memory" not in message:
         return None

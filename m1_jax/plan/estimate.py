@@ -1,43 +1,38 @@
-"""What a job should need, by arithmetic: bytes on a chip, bytes received, and meshes worth trying.
+"""What a job should need, by arithmetic: bytes on a chip, and bytes that it receives.
 
 Exact where it can be (parameters, optimizer, states: from their shardings), an estimate for what
-the compiler decides (activations). `plan.py` prints these numbers beside the compiler's.
+the compiler decides (activations). `report.py` prints these numbers beside the compiler's.
 """
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Sequence
-
-import jax
-import numpy as np
-from jax.sharding import Mesh
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from m1_jax import config as config_lib
 from m1_jax import logprobs, sharding
 from m1_jax import params as params_lib
-from m1_jax.plan import hlo
+from m1_jax.plan import collectives as collectives_lib
 
-LATENCY_BYTES = 2**20
+LATENCY_BYTES = 2**20  # what the network could carry while a collective starts
 HBM_TO_NETWORK_RATIO = 5  # bandwidths of a v5p chip: 2,765 and 600 GB/s
-# What a search splits devices over; slices meet in the first axis of the mesh.
-_SEARCHED_AXES = {
-    sharding.TRAIN: ("fsdp", "expert", "tensor", "context"),
-    sharding.PREFILL: ("data", "expert", "tensor", "context"),
-    sharding.DECODE: ("data", "expert", "tensor", "context"),
-    "serve": ("expert", "tensor"),  # all devices hold all rows: see `serving.forward_ragged`
-}
-_SEARCHED_AXES["rl_update"] = _SEARCHED_AXES[sharding.TRAIN]
+# Bytes of a number.
+_BFLOAT16, _FLOAT32 = 2, 4
 
+# Parameter shardings of the jobs that are not called like theirs.
 _MODES_BY_JOB = {"serve": sharding.DECODE, "rl_update": sharding.TRAIN, "reshard": sharding.TRAIN}
 
 
 @dataclasses.dataclass(frozen=True)
 class PlanJob:
-    """kind: train, prefill, decode, serve (the engine's decoding), rl_update (one microbatch and
-    the step) or reshard, which has no rows. seq: tokens a row (decode, serve: of cache). batch:
-    rows.
+    """A job and the sizes of its rows.
 
-    accumulate: microbatches of a training step.
+    Attributes:
+      kind: train (a whole optimizer step), prefill, decode, serve (the engine's decoding),
+        rl_update (one microbatch and the step) or reshard, which has no rows.
+      seq: tokens a row. In decode and serve, tokens that a row's cache has room for.
+      batch: rows of all chips.
+      accumulate: microbatches of a training step.
     """
 
     kind: str
@@ -56,16 +51,21 @@ class PlanJob:
 
     @property
     def mode(self) -> str:
-        """Return how its parameters lie: a key of `sharding.PARAM_RULES`."""
+        """How its parameters are sharded: a key of `sharding.PARAM_RULES`."""
         return _MODES_BY_JOB.get(self.kind, self.kind)
 
 
 @dataclasses.dataclass(frozen=True)
 class ResourceEstimate:
-    """Bytes per chip by part, and what one chip receives in one run, by kind of collective."""
+    """What a program needs of one chip in one run.
+
+    Attributes:
+      hbm_bytes: by part, like parameters or activations.
+      collectives: what the chip receives, by kind of collective.
+    """
 
     hbm_bytes: Mapping[str, float]
-    collectives: Mapping[str, hlo.CollectiveTraffic]
+    collectives: Mapping[str, collectives_lib.CollectiveTraffic]
 
     @property
     def total_bytes(self) -> float:
@@ -83,10 +83,14 @@ class ResourceEstimate:
 
 @dataclasses.dataclass(frozen=True)
 class ParamShard:
-    """One parameter's part on a chip: elements, and over how many chips it is gathered or summed.
+    """One parameter's part on a chip.
 
-    gathered: chips that hold the pieces of what one chip computes with. summed: chips that make a
-    gradient of the same elements and do not split them.
+    Attributes:
+      num_elements: on the chip, of all layers of the stack.
+      item_bytes: bytes of an element.
+      num_layers: layers of its stack; 1 for a parameter outside of the layers.
+      gather_group_size: chips that hold the shards of what one chip computes with.
+      reduce_group_size: chips that make a gradient of the same elements and do not split them.
     """
 
     num_elements: int
@@ -96,34 +100,32 @@ class ParamShard:
     reduce_group_size: int
 
 
-def local_bytes(tree) -> int:
-    """Return the bytes of a pytree of sharded shapes on one chip, without the padding of tiles."""
-    return sum(
-        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
-    )
-
-
-def list_param_shards(model, layout: sharding.MeshLayout) -> list[ParamShard]:
+def list_param_shards(model: Any, layout: sharding.MeshLayout) -> list[ParamShard]:
     """Return what every parameter of a model of shapes would be on a layout."""
-    over = {axis for axis in sharding.ACTIVATION_RULES["tokens"] if layout.mesh.shape[axis] > 1}
-    found = []
+    # Axes that split tokens: each chip along them has a gradient of its own tokens.
+    token_axes = {a for a in sharding.ACTIVATION_RULES["tokens"] if layout.mesh.shape[a] > 1}
+    shards = []
     for value in params_lib.params_by_path(model).values():
-        names = value.get_metadata()["logical_axes"]
-        where = layout.param_sharding(names)
-        split = {
-            a for axes in where.spec for a in ((axes,) if isinstance(axes, str) else axes or ())
+        logical_axes = value.get_metadata()["logical_axes"]
+        param_sharding = layout.param_sharding(logical_axes)
+        # An entry of a spec is an axis, a tuple of axes, or None.
+        split_axes = {
+            axis
+            for entry in param_sharding.spec
+            for axis in ((entry,) if isinstance(entry, str) else entry or ())
         }
-        _, stored = layout.fsdp_dim_and_axes(names)
-        found.append(
+        _, fsdp_axes = layout.fsdp_dim_and_axes(logical_axes)
+        shards.append(
             ParamShard(
-                num_elements=math.prod(where.shard_shape(value.shape)),
+                num_elements=math.prod(param_sharding.shard_shape(value.shape)),
                 item_bytes=value.dtype.itemsize,
-                num_layers=math.prod(value.shape[: names.count("layers")]),
-                gather_group_size=math.prod(layout.mesh.shape[axis] for axis in stored),
-                reduce_group_size=math.prod(layout.mesh.shape[axis] for axis in over - split),
+                # Stacked dimensions come first.
+                num_layers=math.prod(value.shape[: logical_axes.count("layers")]),
+                gather_group_size=math.prod(layout.mesh.shape[a] for a in fsdp_axes),
+                reduce_group_size=math.prod(layout.mesh.shape[a] for a in token_axes - split_axes),
             )
         )
-    return found
+    return shards
 
 
 def estimate_resources(
@@ -133,138 +135,173 @@ def estimate_resources(
     params: Sequence[ParamShard],
     state_bytes: float = 0,
 ) -> ResourceEstimate:
-    """Return what `job` should need on each chip; `state_bytes`: of decode states."""
+    """Return what `job` should need on each chip.
+
+    Args:
+      params: of all parameters; see `list_param_shards`.
+      state_bytes: decode states of a chip, with keys and values.
+    """
     rows = job.batch / job.accumulate / layout.axis_size("batch")
     tokens = rows * job.new_tokens / (layout.axis_size("length") if job.new_tokens > 1 else 1)
     parts: dict[str, float] = {"parameters": sum(p.num_elements * p.item_bytes for p in params)}
     if job.is_training:
-        moments = 2 * sum(4 * p.num_elements for p in params)
-        parts |= {"optimizer": moments, "gradients": sum(4 * p.num_elements for p in params)}
+        num_elements = sum(p.num_elements for p in params)
+        parts["optimizer"] = 2 * _FLOAT32 * num_elements  # AdamW's two moments
+        parts["gradients"] = _FLOAT32 * num_elements
     parts["activations"] = _estimate_activations(config, job, layout, tokens, params)
     if state_bytes:
         parts["state"] = state_bytes
     return ResourceEstimate(parts, _estimate_collectives(config, job, layout, rows, tokens, params))
 
 
-def iterate_meshes(
-    config: config_lib.ModelConfig, job: PlanJob, devices: Sequence, num_slices: int = 1
-) -> Iterator[dict[str, int]]:
-    """Yield every mesh of all devices that the model, rows and length can lie on."""
-    searched = _SEARCHED_AXES[job.kind]
-    for sizes in _iterate_factorizations(len(devices) // num_slices, len(searched)):
-        for across in sharding.CROSS_SLICE_AXES if num_slices > 1 else sharding.MESH_AXES[:1]:
-            mesh = dict(zip(searched, sizes, strict=True))
-            mesh[across] = mesh.get(across, 1) * num_slices
-            full = [mesh.get(axis, 1) for axis in sharding.MESH_AXES]
-            try:
-                layout = sharding.make_layout(
-                    Mesh(np.array(devices).reshape(full), sharding.MESH_AXES), config, job.mode
-                )
-                assert layout is not None
-                check_job_layout(job, layout)
-            except ValueError:
-                continue
-            yield {axis: size for axis, size in mesh.items() if size > 1}
-
-
-def check_job_layout(job: PlanJob, layout: sharding.MeshLayout) -> None:
-    """Raise ValueError for rows or lengths that the layout does not split evenly."""
-    if job.kind == "reshard":
-        return
-    sharding.check_batch_rows(layout, job.batch // job.accumulate)
-    if job.seq % layout.axis_size("length"):
-        raise ValueError(
-            f"seq: got {job.seq} tokens over {layout.axis_size('length')} devices along "
-            "the length; "
-            "wanted a multiple"
-        )
-
-
-def _iterate_factorizations(number: int, num_factors: int) -> Iterator[tuple[int, ...]]:
-    """Yield every way to write `number` as an ordered product."""
-    if num_factors == 1:
-        yield (number,)
-        return
-    for first in range(1, number + 1):
-        if number % first == 0:
-            for rest in _iterate_factorizations(number // first, num_factors - 1):
-                yield (first, *rest)
-
-
 def _estimate_activations(
-    config, job: PlanJob, layout, tokens: float, params: Sequence[ParamShard]
+    config: config_lib.ModelConfig,
+    job: PlanJob,
+    layout: sharding.MeshLayout,
+    tokens: float,
+    params: Sequence[ParamShard],
 ) -> float:
-    """Estimate what lives besides arguments: kept layer inputs, one layer's work, its weights."""
+    """Estimate what lives besides arguments: saved layer inputs, one layer's work, its weights."""
     width = config.num_attention_heads * config.head_dim / layout.axis_size("heads")
     embed, hidden = config.hidden_size, config.intermediate_size / layout.axis_size("mlp")
-    slots = config.num_experts_per_tok + config.has_shared_expert
+    # Rows of a token in the experts: one for each expert that it goes to.
+    expert_rows = config.num_experts_per_tok + config.has_shared_expert
     # Layer's input, norms and output; q, k, v, gate, output twice; rows, gate, up, product, output.
-    layer = 2 * tokens * (6 * embed + 6 * width + slots * (2 * embed + 3 * hidden))
-    gathered = [
-        p.num_elements / p.num_layers * p.gather_group_size
-        for p in params
-        if p.gather_group_size > 1
-    ]
-    of_a_layer = [
-        p.num_elements / p.num_layers * p.gather_group_size for p in params if p.num_layers > 1
-    ]
-    weights = 2 * sum(of_a_layer) / len(config.layer_groups) if gathered else 0
+    numbers_per_token = 6 * embed + 6 * width + expert_rows * (2 * embed + 3 * hidden)
+    layer = _BFLOAT16 * tokens * numbers_per_token
+    weights = _gathered_layer_bytes(config, params)
     if not job.is_training:
+        # Beside the layer, 4 bytes for each number of the residual stream.
         return layer + 2 * weights + 4 * tokens * embed
-    kept = {"none": layer, "layer": 2 * tokens * embed, "dots": layer}[config.remat]
+    saved = {"none": layer, "layer": _BFLOAT16 * tokens * embed, "dots": layer}[config.remat]
     # A layer's weights twice (the next is on its way), their float32 gradient, backward work.
     return (
-        config.num_hidden_layers * kept
+        config.num_hidden_layers * saved
         + 2.5 * layer
         + 4 * weights
-        + 3 * 4 * logprobs.MAX_LIVE_LOGITS
+        + 3 * _FLOAT32 * logprobs.MAX_LIVE_LOGITS
     )
 
 
-def _estimate_collectives(
-    config, job, layout, rows, tokens, params
-) -> dict[str, hlo.CollectiveTraffic]:
-    """Return the paper count of one run; see `hlo.count_collectives` for what a byte received is."""
-    layers, micro = config.num_hidden_layers, job.accumulate
-    lightning = config.layer_types.count(config_lib.LIGHTNING)
-    # A forward pass, its attention again with rematerialisation, and a backward pass.
-    forward = 1 if not job.is_training or config.remat == "none" else 2
-    passes = forward + job.is_training
-    found: dict[str, list[float]] = {}
+def _gathered_layer_bytes(config: config_lib.ModelConfig, params: Sequence[ParamShard]) -> float:
+    """Return the bytes of one layer's gathered weights; 0 where nothing is gathered."""
+    if all(p.gather_group_size == 1 for p in params):
+        return 0
+    elements = sum(
+        p.num_elements / p.num_layers * p.gather_group_size for p in params if p.num_layers > 1
+    )
+    # A parameter of each group of equal layers was counted, so this is an average layer.
+    return _BFLOAT16 * elements / len(config.layer_groups)
 
-    def add(kind: str, count: float, size: float):
+
+class _TrafficCounter:
+    """Sums up collectives by kind.
+
+    Args:
+      repeats: how often a step does all that is added.
+    """
+
+    def __init__(self, repeats: int):
+        self._repeats = repeats
+        self._totals: dict[str, list[float]] = {}
+
+    def add(self, kind: str, count: float, size: float) -> None:
+        """Add `count` collectives of `size` bytes each. Those of no bytes do not exist."""
         if size and count:
-            entry = found.setdefault(kind, [0.0, 0.0])
-            entry[0] += micro * count
-            entry[1] += micro * count * size
+            total = self._totals.setdefault(kind, [0.0, 0.0])
+            total[0] += self._repeats * count
+            total[1] += self._repeats * count * size
 
+    def traffic(self) -> dict[str, collectives_lib.CollectiveTraffic]:
+        return {
+            kind: collectives_lib.CollectiveTraffic(*self._totals[kind])
+            for kind in collectives_lib.COLLECTIVE_KINDS
+            if kind in self._totals
+        }
+
+
+def _estimate_collectives(
+    config: config_lib.ModelConfig,
+    job: PlanJob,
+    layout: sharding.MeshLayout,
+    rows: float,
+    tokens: float,
+    params: Sequence[ParamShard],
+) -> dict[str, collectives_lib.CollectiveTraffic]:
+    """Count one run by hand. `collectives.count_collectives` says which bytes count as received.
+
+    Args:
+      rows: of a microbatch on a chip.
+      tokens: of a microbatch on a chip.
+    """
+    counter = _TrafficCounter(job.accumulate)
+    _count_param_traffic(counter, job, params)
+    _count_expert_traffic(counter, config, job, layout, tokens)
+    _count_attention_traffic(counter, config, job, layout, rows, tokens)
+    return counter.traffic()
+
+
+def _count_param_traffic(
+    counter: _TrafficCounter, job: PlanJob, params: Sequence[ParamShard]
+) -> None:
+    """Count ZeRO-3's gathers of weights, and sums of gradients, layer by layer."""
     for p in params:
-        each = p.num_elements / p.num_layers
-        add(
-            "all-gather", p.num_layers * (1 + job.is_training), 2 * each * (p.gather_group_size - 1)
-        )
+        layer_elements = p.num_elements / p.num_layers
+        foreign_shards = p.gather_group_size - 1
+        # Gathered in the forward pass and again in the backward pass.
+        num_gathers = p.num_layers * (1 + job.is_training)
+        counter.add("all-gather", num_gathers, _BFLOAT16 * layer_elements * foreign_shards)
         if job.is_training:
-            add("reduce-scatter", p.num_layers, 4 * each * (p.gather_group_size - 1))
-            add("all-reduce", p.num_layers, 8 * each * (1 - 1 / p.reduce_group_size))
-    split = 1 - 1 / layout.axis_size("experts")
-    exchanged = 2 * tokens * config.num_experts_per_tok * config.hidden_size * split
+            counter.add("reduce-scatter", p.num_layers, _FLOAT32 * layer_elements * foreign_shards)
+            reduced = 2 * _FLOAT32 * layer_elements * (1 - 1 / p.reduce_group_size)
+            counter.add("all-reduce", p.num_layers, reduced)
+
+
+def _count_expert_traffic(
+    counter: _TrafficCounter,
+    config: config_lib.ModelConfig,
+    job: PlanJob,
+    layout: sharding.MeshLayout,
+    tokens: float,
+) -> None:
+    """Count the exchange of rows with their experts, and the routing weights."""
+    layers, experts_per_token = config.num_hidden_layers, config.num_experts_per_tok
+    leaving_share = 1 - 1 / layout.axis_size("experts")
+    exchanged = _BFLOAT16 * tokens * experts_per_token * config.hidden_size * leaving_share
     # To the experts and back; the backward pass sends rows again, their gradients, and those back.
-    add("ragged-all-to-all", (5 if job.is_training else 2) * layers, exchanged)
+    counter.add("ragged-all-to-all", (5 if job.is_training else 2) * layers, exchanged)
     # Each chip knows the weights of its group's choices, and gives their gradients back.
-    choices = 4 * tokens * config.num_experts_per_tok * (layout.axis_size("experts") - 1)
-    add("all-gather", layers * (1 + job.is_training), choices)
-    add("reduce-scatter", layers * job.is_training, choices)
-    activations = 2 * 2 * tokens * config.hidden_size * (1 - 1 / layout.axis_size("heads"))
-    add("all-reduce", 2 * layers * passes, activations)
-    others = layout.axis_size("length") - 1
-    state = 4 * rows * config.num_attention_heads * config.head_dim**2 / layout.axis_size("heads")
-    add("all-gather", lightning * passes, state * others)
-    keys = 2 * 2 * tokens * config.num_key_value_heads * config.head_dim / layout.axis_size("heads")
-    # Keys and values each way round the ring, and back with their float32 gradients.
-    rounds = (layers - lightning) * others
-    add("collective-permute", 2 * rounds * forward, keys / 2)
+    choices = _FLOAT32 * tokens * experts_per_token * (layout.axis_size("experts") - 1)
+    counter.add("all-gather", layers * (1 + job.is_training), choices)
+    counter.add("reduce-scatter", layers * job.is_training, choices)
+
+
+def _count_attention_traffic(
+    counter: _TrafficCounter,
+    config: config_lib.ModelConfig,
+    job: PlanJob,
+    layout: sharding.MeshLayout,
+    rows: float,
+    tokens: float,
+) -> None:
+    """Count what tensor parallelism sums, and what context parallelism passes on."""
+    layers = config.num_hidden_layers
+    lightning_layers = config.layer_types.count(config_lib.LIGHTNING)
+    head_shards, length_shards = layout.axis_size("heads"), layout.axis_size("length")
+    # A forward pass, its attention again with rematerialisation, and a backward pass.
+    forward_passes = 1 if not job.is_training or config.remat == "none" else 2
+    passes = forward_passes + job.is_training
+    # An all-reduce after attention and one after the experts, each twice (n - 1) / n of its size.
+    summed = 2 * _BFLOAT16 * tokens * config.hidden_size * (1 - 1 / head_shards)
+    counter.add("all-reduce", 2 * layers * passes, summed)
+    # Lightning layers gather the float32 states of all shards of a sequence.
+    state = _FLOAT32 * rows * config.num_attention_heads * config.head_dim**2 / head_shards
+    counter.add("all-gather", lightning_layers * passes, state * (length_shards - 1))
+    # Softmax layers pass keys and values round a ring, in one permutation each.
+    kv_width = config.num_key_value_heads * config.head_dim / head_shards
+    keys_values = 2 * _BFLOAT16 * tokens * kv_width
+    rounds = (layers - lightning_layers) * (length_shards - 1)
+    counter.add("collective-permute", 2 * rounds * forward_passes, keys_values / 2)
     if job.is_training:
-        add("collective-permute", 4 * rounds, keys * 3 / 4)
-    return {
-        kind: hlo.CollectiveTraffic(*found[kind]) for kind in hlo.COLLECTIVE_KINDS if kind in found
-    }
+        # Backward they take their float32 gradients along, twice as many bytes.
+        counter.add("collective-permute", 4 * rounds, keys_values * 3 / 4)

@@ -1,7 +1,7 @@
-"""The programs of each job that `plan.py` compiles: those that run, and what lies beside them.
+"""The programs of each job that the planner compiles: those that run, and what lies beside them.
 
-Each is traced from shapes by the function that owns it, so it is imported from `trace_train` or
-`infer` inside the function that needs it.
+Each is traced from shapes by the function that owns it. That function is imported from `train` or
+`infer` inside the function that needs it, because `m1_jax` depends on neither.
 """
 
 import dataclasses
@@ -10,19 +10,28 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding
 
 from m1_jax import config as config_lib
 from m1_jax import flops, sharding
 from m1_jax import params as params_lib
 from m1_jax import state as state_lib
-from m1_jax.plan import estimate
+from m1_jax.plan import estimate, shapes
 from m1_jax.serving import state as serving_state
+
+LEARNING_RATE = 1e-4  # of the optimizers traced. A program does not depend on its value.
 
 
 @dataclasses.dataclass(frozen=True)
 class JobSetting:
-    """model: of sharded shapes on `layout`. serving: where a sampler has its weights, in RL."""
+    """A job on a mesh.
+
+    Attributes:
+      config: of the model.
+      job: what is computed, and the sizes of its rows.
+      layout: where the model lies.
+      model: the parameters, as sharded shapes on `layout`.
+      serving_layout: where a sampler has its weights. Only in rl_update and reshard.
+    """
 
     config: config_lib.ModelConfig
     job: estimate.PlanJob
@@ -30,15 +39,38 @@ class JobSetting:
     model: Any
     serving_layout: sharding.MeshLayout | None = None
 
+    def estimate_resources(self) -> estimate.ResourceEstimate:
+        return estimate_job(self.config, self.job, self.layout, self.model)
+
+    def count_train_flops(self) -> tuple[float, float]:
+        """Return FLOPs as in `TracedProgram.flops`."""
+        count = flops.count_train_flops(self.config, self.job.batch, self.job.seq)
+        return count.model, count.recomputed
+
+    def count_forward_flops(self) -> tuple[float, float]:
+        """Return FLOPs as in `TracedProgram.flops`, of one pass of prefill or decoding."""
+        job = self.job
+        context = job.seq - job.new_tokens  # a full cache: the most expensive pass
+        count = flops.count_forward_flops(
+            self.config, job.batch, job.new_tokens, context, num_logits=1
+        )
+        return count.total, 0.0
+
 
 @dataclasses.dataclass(frozen=True)
 class TracedProgram:
     """A traced program of a job.
 
-    arguments: pytrees of shapes by part. results: those that take memory of their own, not that of
-    a donated argument. beside: what else is in the memory of its chips while it runs, which the
-    compiler does not know of. guess: our count of all of it, without `beside`.
-    flops: of all chips together, of the model and computed again.
+    Attributes:
+      name: of the program, unique in its job.
+      traced: what is compiled.
+      arguments: pytrees of shapes by part, like parameters.
+      resource_estimate: our own count, of everything but `co_resident`.
+      flops: operations of all chips together: of the model, and computed again.
+      results: pytrees by part of results that take memory of their own, not that of a donated
+        argument.
+      co_resident: pytrees by part of what else is in HBM while the program runs. The compiler does
+        not know of it.
     """
 
     name: str
@@ -50,53 +82,7 @@ class TracedProgram:
     co_resident: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
-# ---- how a model and its inputs lie on a mesh
-
-
-def abstract_job_model(
-    config: config_lib.ModelConfig,
-    job: estimate.PlanJob,
-    layout: sharding.MeshLayout | None = None,
-    weights: str | None = None,
-):
-    """Return a bfloat16 model of sharded shapes; a trainer's parameters are float32."""
-    param_dtype = jnp.float32 if job.mode == sharding.TRAIN else jnp.bfloat16
-    return params_lib.abstract_model(config, jnp.bfloat16, param_dtype, layout, weights)
-
-
-def make_serving_layout(
-    config: config_lib.ModelConfig, layout: sharding.MeshLayout, axis_sizes: Mapping[str, int]
-) -> sharding.MeshLayout:
-    """Return how a sampler's weights lie on the trainer's devices, cut along `sizes`.
-
-    Raises:
-      ValueError: sizes that are not those of all devices, or that the model cannot lie on.
-    """
-    from train.rl import weight_sync
-
-    found = sharding.make_layout(
-        weight_sync.make_serving_mesh(layout.mesh, axis_sizes), config, sharding.DECODE
-    )
-    assert found is not None
-    return found
-
-
-def abstract_rows(layout: sharding.MeshLayout, num_rows: int, length: int, dtype=jnp.int32) -> Any:
-    """Return an array [rows, length] that lies as tokens do; one token has no length to split."""
-    where = layout.activation_sharding("batch", "length" if length > 1 else None)
-    return jax.ShapeDtypeStruct((num_rows, length), dtype, sharding=where)
-
-
-def abstract_state(
-    config: config_lib.ModelConfig, layout: sharding.MeshLayout, job: estimate.PlanJob
-):
-    state = jax.eval_shape(lambda: state_lib.init_decode_state(config, job.batch, job.seq))
-
-    def place(shape, spec):
-        where = NamedSharding(layout.mesh, spec)
-        return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=where)
-
-    return jax.tree.map(place, state, state_lib.decode_state_specs(state, layout))
+# ---- a job's own sizes
 
 
 def state_and_kv_bytes(
@@ -104,48 +90,68 @@ def state_and_kv_bytes(
 ) -> tuple[float, float]:
     """Return the bytes on a chip of all rows' recurrent states and of their keys and values."""
     if job.kind == "serve":
-        from infer import config as sizes
+        from infer import config as engine_config
 
-        chunk = sizes.EngineConfig().chunk_tokens
-        pages = job.batch * -(-job.seq // chunk)
-        state = serving_state.abstract_serving_state(config, job.batch, pages, chunk, layout)
+        chunk = engine_config.EngineConfig().chunk_tokens
+        num_pages = job.batch * -(-job.seq // chunk)  # a page holds the keys of one chunk
+        state = serving_state.abstract_serving_state(config, job.batch, num_pages, chunk, layout)
     else:
-        state = abstract_state(config, layout, job)
+        state = shapes.abstract_decode_state(config, layout, job)
     caches = (state_lib.KVCache, serving_state.PagedKVCache)
-    kv = [layer for layer in state.layers if isinstance(layer, caches)]
-    total = estimate.local_bytes(state)
-    return total - estimate.local_bytes(kv), estimate.local_bytes(kv)
+    kv_bytes = shapes.local_bytes([layer for layer in state.layers if isinstance(layer, caches)])
+    return shapes.local_bytes(state) - kv_bytes, kv_bytes
 
 
 def estimate_job(
-    config: config_lib.ModelConfig, job: estimate.PlanJob, layout: sharding.MeshLayout, model
+    config: config_lib.ModelConfig, job: estimate.PlanJob, layout: sharding.MeshLayout, model: Any
 ) -> estimate.ResourceEstimate:
     """Return our own count of a job, by which meshes are ranked."""
-    state = 0.0 if job.mode == sharding.TRAIN else sum(state_and_kv_bytes(config, layout, job))
-    return estimate.estimate_resources(
-        config, job, layout, estimate.list_param_shards(model, layout), state
-    )
+    state_bytes = 0.0
+    if job.mode != sharding.TRAIN:
+        state_bytes = sum(state_and_kv_bytes(config, layout, job))
+    params = estimate.list_param_shards(model, layout)
+    return estimate.estimate_resources(config, job, layout, params, state_bytes)
+
+
+def make_serving_layout(
+    config: config_lib.ModelConfig, layout: sharding.MeshLayout, axis_sizes: Mapping[str, int]
+) -> sharding.MeshLayout:
+    """Return how a sampler's weights lie on the trainer's devices.
+
+    Raises:
+      ValueError: sizes that are not those of all devices, or that the model cannot lie on.
+    """
+    from train.rl import weight_sync
+
+    serving_mesh = weight_sync.make_serving_mesh(layout.mesh, axis_sizes)
+    serving_layout = sharding.make_layout(serving_mesh, config, sharding.DECODE)
+    assert serving_layout is not None
+    return serving_layout
 
 
 # ---- jobs: each returns its programs
 
 
 def trace_train(setting: JobSetting) -> list[TracedProgram]:
+    """Trace a whole optimizer step, with all of its microbatches."""
     from train import optim
     from train import step as step_lib
     from train.data import batch as batch_lib
 
     job, layout = setting.job, setting.layout
-    settings = step_lib.TrainStepSettings(optim.AdamW(1e-4), accumulate=job.accumulate)
+    settings = step_lib.TrainStepSettings(optim.AdamW(LEARNING_RATE), accumulate=job.accumulate)
     state = step_lib.abstract_state(setting.model, settings.optimizer)
-    ints = abstract_rows(layout, job.batch, job.seq)
-    weights = abstract_rows(layout, job.batch, job.seq, jnp.float32)
+    # Tokens, segment ids, positions and targets are of one shape.
+    ints = shapes.abstract_rows(layout, job.batch, job.seq)
+    weights = shapes.abstract_rows(layout, job.batch, job.seq, jnp.float32)
     batch = batch_lib.TrainBatch(ints, ints, ints, ints, weights)
-    parts = {"parameters": setting.model, "optimizer": state.moments, "batch": batch}
-    traced = step_lib.train_step.trace(state, batch, settings=settings)
     return [
         TracedProgram(
-            "update", traced, parts, _estimate_setting(setting), _count_train_flops(setting)
+            "update",
+            step_lib.train_step.trace(state, batch, settings=settings),
+            {"parameters": setting.model, "optimizer": state.moments, "batch": batch},
+            setting.estimate_resources(),
+            setting.count_train_flops(),
         )
     ]
 
@@ -153,46 +159,54 @@ def trace_train(setting: JobSetting) -> list[TracedProgram]:
 def trace_extend(setting: JobSetting) -> list[TracedProgram]:
     """Trace the pass that appends tokens to a state: all of a prompt, or one of each row."""
     job = setting.job
-    state = abstract_state(setting.config, setting.layout, job)
-    tokens = abstract_rows(setting.layout, job.batch, job.new_tokens)
+    state = shapes.abstract_decode_state(setting.config, setting.layout, job)
+    tokens = shapes.abstract_rows(setting.layout, job.batch, job.new_tokens)
     caches = [layer for layer in state.layers if isinstance(layer, state_lib.KVCache)]
-    others = [layer for layer in state.layers if not isinstance(layer, state_lib.KVCache)]
-    parts = {"parameters": setting.model, "state": others, "kv": caches, "batch": tokens}
+    recurrent = [layer for layer in state.layers if not isinstance(layer, state_lib.KVCache)]
 
     def extend(model, tokens, state):
         return model.extend(tokens, state, last_only=True)
 
-    traced = jax.jit(extend, donate_argnums=2).trace(setting.model, tokens, state)
+    # The state is donated, as in serving: the new one takes its memory.
     return [
         TracedProgram(
-            "extend", traced, parts, _estimate_setting(setting), _count_forward_flops(setting)
+            "extend",
+            jax.jit(extend, donate_argnums=2).trace(setting.model, tokens, state),
+            {"parameters": setting.model, "state": recurrent, "kv": caches, "batch": tokens},
+            setting.estimate_resources(),
+            setting.count_forward_flops(),
         )
     ]
 
 
 def trace_serve(setting: JobSetting) -> list[TracedProgram]:
     """Trace what the engine dispatches to decode: several tokens of each row, and their choice."""
-    from infer import config as sizes
+    from infer import config as engine_config
     from infer.execution import programs
 
     job = setting.job
-    engine = sizes.EngineConfig(
+    engine = engine_config.EngineConfig(
         max_length=job.seq, max_rows=job.batch, attention_tile=16, matmul_tile=0
     )
     state, arguments = programs.abstract_decode_inputs(setting.config, setting.layout, engine)
     pools = state.layers
     pages = [pool for pool in pools if isinstance(pool, serving_state.PagedKVCache)]
     slots = [pool for pool in pools if isinstance(pool, serving_state.LightningSlots)]
-    parts = {"parameters": setting.model, "state": slots, "kv": pages, "batch": arguments}
 
-    def decode(model, state, rows, batch, steps):
-        recipe = programs.Tiling(engine.attention_tile, engine.matmul_tile)
-        return programs.decode_tokens(model, state, rows, batch, steps, recipe, engine.decode_steps)
+    def decode(model, state, sampling_state, batch, steps):
+        tiling = programs.Tiling(engine.attention_tile, engine.matmul_tile)
+        return programs.decode_tokens(
+            model, state, sampling_state, batch, steps, tiling, engine.decode_steps
+        )
 
     traced = jax.jit(decode, donate_argnums=(1, 2)).trace(setting.model, state, *arguments)
     return [
         TracedProgram(
-            "decode", traced, parts, _estimate_setting(setting), _count_forward_flops(setting)
+            "decode",
+            traced,
+            {"parameters": setting.model, "state": slots, "kv": pages, "batch": arguments},
+            setting.estimate_resources(),
+            setting.count_forward_flops(),
         )
     ]
 
@@ -209,30 +223,28 @@ def trace_rl_update(setting: JobSetting) -> list[TracedProgram]:
     from train.rl import step as rl_step
 
     job, model = setting.job, setting.model
-    settings = rl_step.RlStepSettings(optim.AdamW(1e-4), objective.PRESETS["cispo"])
+    settings = rl_step.RlStepSettings(optim.AdamW(LEARNING_RATE), objective.PRESETS["cispo"])
     state = step_lib.abstract_state(model, settings.optimizer)
     rows = _abstract_rl_rows(setting)
-    share = jax.ShapeDtypeStruct((), jnp.float32)
-    shapes = jax.eval_shape(
+    share = jax.ShapeDtypeStruct((), jnp.float32)  # of the step's tokens that are in `rows`
+    # The sums of gradients and metrics have the shapes that the program itself returns.
+    gradients, metrics = jax.eval_shape(
         lambda *args: rl_step.accumulate_gradients(None, *args, None, settings), model, rows, share
     )
-    sums = (_shard_like_model(shapes[0], model), _replicate_shapes(shapes[1], setting.layout))
+    sums = (
+        shapes.shard_like_model(gradients, model),
+        shapes.replicate_shapes(metrics, setting.layout),
+    )
     sampler = {"sampler": abstract_sampler_model(setting)}
     moments = {"optimizer": state.moments}
     parameters, batch = {"parameters": model}, {"batch": rows}
-    params = estimate.list_param_shards(model, setting.layout)
-    whole = estimate.estimate_resources(setting.config, job, setting.layout, params)
-    once = dataclasses.replace(job, kind=sharding.PREFILL)  # one forward pass
-    held = {"parameters": whole.hbm_bytes["parameters"]}
-    added = {"sums": whole.hbm_bytes["gradients"]}
-    work = {name: whole.hbm_bytes[name] for name in ("gradients", "activations")}
-    step = {"optimizer": whole.hbm_bytes["optimizer"], "activations": 0.0}
+    resources = _estimate_rl_programs(setting)
     return [
         TracedProgram(
             "score",
             rl_step.score_logprobs.trace(model, rows, settings.temperature),
             parameters | batch,
-            estimate.estimate_resources(setting.config, once, setting.layout, params),
+            resources["score"],
             (flops.count_forward_flops(setting.config, job.batch, job.seq).total, 0.0),
             co_resident=moments | sampler,
         ),
@@ -240,15 +252,15 @@ def trace_rl_update(setting: JobSetting) -> list[TracedProgram]:
             "add",
             rl_step.accumulate_gradients.trace(sums, model, rows, share, None, settings),
             parameters | {"sums": sums} | batch,
-            estimate.ResourceEstimate(held | added | work, whole.collectives),
-            _count_train_flops(setting),
+            resources["add"],
+            setting.count_train_flops(),
             co_resident=moments | sampler,
         ),
         TracedProgram(
             "update",
             rl_step.apply_update.trace(state, sums[0], settings),
             parameters | moments | {"sums": sums[0]},
-            estimate.ResourceEstimate(held | added | step, {}),
+            resources["update"],
             co_resident=sampler,
         ),
     ]
@@ -263,17 +275,17 @@ def trace_reshard(setting: JobSetting) -> list[TracedProgram]:
     assert setting.serving_layout is not None
     model = setting.model
     program = weight_sync.WeightSync(setting.config, jnp.bfloat16, setting.serving_layout)
-    values = {n: p.get_value() for n, p in params_lib.params_by_path(model).items()}
-    parts, made = {"parameters": model}, {"new sampler": program.abstract_model}
-    guess = {name: float(estimate.local_bytes(tree)) for name, tree in (parts | made).items()}
-    moments = step_lib.abstract_state(model, optim.AdamW(1e-4)).moments
+    values = {name: p.get_value() for name, p in params_lib.params_by_path(model).items()}
+    arguments, results = {"parameters": model}, {"new sampler": program.abstract_model}
+    hbm_bytes = {n: float(shapes.local_bytes(tree)) for n, tree in (arguments | results).items()}
+    moments = step_lib.abstract_state(model, optim.AdamW(LEARNING_RATE)).moments
     return [
         TracedProgram(
             "reshard",
             program.program.trace(values),
-            parts,
-            estimate.ResourceEstimate(guess | {"activations": 0.0}, {}),
-            results=made,
+            arguments,
+            estimate.ResourceEstimate(hbm_bytes | {"activations": 0.0}, {}),
+            results=results,
             co_resident={"optimizer": moments, "sampler": program.abstract_model},
         )
     ]
@@ -289,7 +301,7 @@ JOB_TRACERS: dict[str, Callable[[JobSetting], list[TracedProgram]]] = {
 }
 
 
-# ---- parts of them
+# ---- parts of the jobs of RL
 
 
 def abstract_sampler_model(setting: JobSetting) -> Any:
@@ -305,44 +317,33 @@ def _abstract_rl_rows(setting: JobSetting) -> Any:
     from train.rl import batch as rl_batch
 
     config, job, layout = setting.config, setting.job, setting.layout
-    ints = abstract_rows(layout, job.batch, job.seq)
-    floats = abstract_rows(layout, job.batch, job.seq, jnp.float32)
-    kinds = {"tokens": ints, "segment_ids": ints, "positions": ints, "targets": ints}
+    ints = shapes.abstract_rows(layout, job.batch, job.seq)
+    floats = shapes.abstract_rows(layout, job.batch, job.seq, jnp.float32)
+    int_fields = {"tokens": ints, "segment_ids": ints, "positions": ints, "targets": ints}
     fields = {
-        field.name: kinds.get(field.name, floats)
+        field.name: int_fields.get(field.name, floats)
         for field in dataclasses.fields(rl_batch.PackedRows)
     }
     shape = (job.batch, job.seq, config.num_hidden_layers, config.num_experts_per_tok)
-    where = layout.activation_sharding("batch", "length", None, None)
-    fields["expert_ids"] = jax.ShapeDtypeStruct(shape, jnp.int8, sharding=where)
+    expert_sharding = layout.activation_sharding("batch", "length", None, None)
+    fields["expert_ids"] = jax.ShapeDtypeStruct(shape, jnp.int8, sharding=expert_sharding)
     return rl_batch.PackedRows(**fields)
 
 
-def _shard_like_model(shapes: Any, model: Any) -> Any:
-    def place(shape, like):
-        return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=like.sharding)
-
-    return jax.tree.map(place, shapes, model)
-
-
-def _replicate_shapes(shapes: Any, layout: sharding.MeshLayout) -> Any:
-    where = layout.activation_sharding()
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), shapes)
-
-
-def _estimate_setting(setting: JobSetting) -> estimate.ResourceEstimate:
-    return estimate_job(setting.config, setting.job, setting.layout, setting.model)
-
-
-def _count_train_flops(setting: JobSetting) -> tuple[float, float]:
-    count = flops.count_train_flops(setting.config, setting.job.batch, setting.job.seq)
-    return count.model, count.recomputed
-
-
-def _count_forward_flops(setting: JobSetting) -> tuple[float, float]:
-    job = setting.job
-    context = job.seq - job.new_tokens
-    once = flops.count_forward_flops(
-        setting.config, job.batch, job.new_tokens, context, num_logits=1
-    )
-    return once.total, 0.0
+def _estimate_rl_programs(setting: JobSetting) -> dict[str, estimate.ResourceEstimate]:
+    """Return our own count of each program of an update."""
+    job, config, layout = setting.job, setting.config, setting.layout
+    params = estimate.list_param_shards(setting.model, layout)
+    update = estimate.estimate_resources(config, job, layout, params)
+    # Scoring is one forward pass on the trainer's layout, and a pass is what prefill counts.
+    forward_job = dataclasses.replace(job, kind=sharding.PREFILL)
+    parameters = {"parameters": update.hbm_bytes["parameters"]}
+    sums = {"sums": update.hbm_bytes["gradients"]}
+    # A microbatch's own gradients exist beside the sums that they are added to.
+    backward = {name: update.hbm_bytes[name] for name in ("gradients", "activations")}
+    step = {"optimizer": update.hbm_bytes["optimizer"], "activations": 0.0}
+    return {
+        "score": estimate.estimate_resources(config, forward_job, layout, params),
+        "add": estimate.ResourceEstimate(parameters | sums | backward, update.collectives),
+        "update": estimate.ResourceEstimate(parameters | sums | step, {}),
+    }

@@ -7,7 +7,7 @@ GIB = 2**30
 
 
 def format_report(record: Mapping[str, Any]) -> str:
-    """Return a record of `command.run` as text; the last line says whether the program fits."""
+    """Return a record of `command.run` as text. The last line says whether the program fits."""
     chips = f"{record['devices'] // record['devices_per_chip']} chips"
     if record["devices_per_chip"] > 1:
         chips += f", {record['devices']} devices of half a chip: below, a chip is such a half"
@@ -36,6 +36,7 @@ def format_report(record: Mapping[str, Any]) -> str:
 
 
 def _describe_job(record: Mapping[str, Any]) -> str:
+    # A copy of weights has no rows.
     words = [] if record["job"] == "reshard" else [_describe_rows(record)]
     if record["weights"] is not None:
         words.append(f"weights {record['weights']}")
@@ -90,8 +91,9 @@ def _format_memory(record: Mapping[str, Any]) -> list[str]:
 
 
 def _format_flops(record: Mapping[str, Any]) -> list[str]:
-    if not record["flops_per_chip"]:
+    if not record["flops_per_chip"]:  # a copy of weights
         return []
+    # Both are our own count. The compiler's is of one run of each loop, so it is smaller.
     counted, recomputed = record["flops_per_chip"], record["flops_again_per_chip"]
     compiler = record["flops_compiler_per_chip"]
     compiler_text = "none" if compiler is None else f"{compiler / 1e12:.2f}"
@@ -117,13 +119,13 @@ def _format_collectives(record: Mapping[str, Any]) -> list[str]:
 
 
 def _format_capacity(record: Mapping[str, Any]) -> list[str]:
-    rows = [f"{number} of {length:,} tokens" for length, number in record["capacity"].items()]
+    rows = [f"{num_rows} of {length:,} tokens" for length, num_rows in record["capacity"].items()]
     requests = "the sampler's requests beside it" if record["job"] == "rl_update" else "requests"
     return [f"room for {requests}, weights in place: {', '.join(rows)}"] if rows else []
 
 
 def _format_tried_meshes(record: Mapping[str, Any]) -> list[str]:
-    if len(record["tried"]) < 2:
+    if len(record["tried"]) < 2:  # the one mesh is in the first line of the report
         return []
     rows = [
         f"  {format_mesh(attempt['mesh'])}: {attempt['hbm_bytes_per_chip'] / GIB:.2f} GiB, "

@@ -1,0 +1,145 @@
+"""Meshes of a slice: read from --mesh, checked against a job, or searched and ranked."""
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from jax.sharding import Mesh
+
+from m1_jax import config as config_lib
+from m1_jax import sharding
+from m1_jax.plan import config as plan_config
+from m1_jax.plan import estimate, jobs
+
+# What a search splits devices over; slices meet in the first axis of the mesh.
+_SEARCHED_AXES = {
+    sharding.TRAIN: ("fsdp", "expert", "tensor", "context"),
+    sharding.PREFILL: ("data", "expert", "tensor", "context"),
+    sharding.DECODE: ("data", "expert", "tensor", "context"),
+    "serve": ("expert", "tensor"),  # all devices hold all rows: see `serving.forward_ragged`
+}
+_SEARCHED_AXES["rl_update"] = _SEARCHED_AXES[sharding.TRAIN]
+
+
+def parse_mesh(text: str, num_devices: int) -> dict[str, int]:
+    """Read axis=size,axis=size.
+
+    Raises:
+      PlanError: an unknown axis, a size that is none, or sizes that do not make all devices.
+    """
+    shape = {}
+    for part in text.split(","):
+        axis, _, size = part.strip().partition("=")
+        if axis not in sharding.MESH_AXES or axis in shape or not size.isdecimal() or int(size) < 1:
+            raise plan_config.PlanError(
+                f"mesh: got {part!r}; wanted axis=size, the axis once and one of "
+                f"{', '.join(sharding.MESH_AXES)}"
+            )
+        shape[axis] = int(size)
+    if math.prod(shape.values()) != num_devices:
+        raise plan_config.PlanError(
+            f"mesh: {text} makes {math.prod(shape.values())} devices; wanted {num_devices}, "
+            "all of the topology"
+        )
+    return shape
+
+
+def make_job_layout(
+    config: config_lib.ModelConfig,
+    mesh_shape: dict[str, int],
+    devices: Sequence[Any],
+    job: estimate.PlanJob,
+) -> sharding.MeshLayout:
+    """Return the layout of a job on a mesh.
+
+    Raises:
+      ValueError: the model, the rows or the length cannot be split so.
+    """
+    layout = sharding.make_layout(sharding.make_mesh(mesh_shape, devices), config, job.mode)
+    assert layout is not None
+    _check_job_layout(job, layout)
+    return layout
+
+
+def rank_meshes(
+    config: config_lib.ModelConfig,
+    job: estimate.PlanJob,
+    devices: Sequence[Any],
+    num_slices: int,
+    limit_bytes: float,
+    model: Any,
+) -> list[dict[str, int]]:
+    """Return the meshes that should fit by our estimate, cheapest first. If none does, the smallest.
+
+    Args:
+      limit_bytes: HBM of a device.
+      model: the job's model of shapes, on no mesh yet.
+
+    Raises:
+      PlanError: there are none.
+    """
+    ranked: list[tuple[tuple[bool, float], dict[str, int]]] = []
+    for mesh_shape in iterate_meshes(config, job, devices, num_slices):
+        layout = make_job_layout(config, mesh_shape, devices, job)
+        resources = jobs.estimate_job(config, job, layout, model)
+        is_over = resources.total_bytes > limit_bytes
+        # A mesh that does not fit is worth compiling only if none does: then the smallest one.
+        cost = resources.total_bytes if is_over else resources.cost(job)
+        ranked.append(((is_over, cost), mesh_shape))
+    if not ranked:
+        raise plan_config.PlanError(
+            f"no mesh of {len(devices)} devices divides {job.batch} rows of {job.seq} tokens "
+            f"in {job.accumulate} microbatches; choose another --batch, or give --mesh"
+        )
+    ranked.sort(key=lambda pair: pair[0])  # dicts have no order
+    return [shape for (is_over, _), shape in ranked if not is_over] or [ranked[0][1]]
+
+
+def iterate_meshes(
+    config: config_lib.ModelConfig,
+    job: estimate.PlanJob,
+    devices: Sequence[Any],
+    num_slices: int = 1,
+) -> Iterator[dict[str, int]]:
+    """Yield every mesh of all devices that the model, rows and length can lie on."""
+    axes = _SEARCHED_AXES[job.kind]
+    for sizes in _iterate_factorizations(len(devices) // num_slices, len(axes)):
+        # One slice has nothing to cross, so any one axis will do for a factor of 1.
+        for cross_axis in sharding.CROSS_SLICE_AXES if num_slices > 1 else sharding.MESH_AXES[:1]:
+            mesh_shape = dict(zip(axes, sizes, strict=True))
+            mesh_shape[cross_axis] = mesh_shape.get(cross_axis, 1) * num_slices
+            full_shape = [mesh_shape.get(axis, 1) for axis in sharding.MESH_AXES]
+            # Not `sharding.make_mesh`: it arranges devices by their links, and the order does not
+            # matter to sizes. Hundreds of meshes are tried here.
+            mesh = Mesh(np.array(devices).reshape(full_shape), sharding.MESH_AXES)
+            try:
+                layout = sharding.make_layout(mesh, config, job.mode)
+                assert layout is not None
+                _check_job_layout(job, layout)
+            except ValueError:
+                continue
+            yield {axis: size for axis, size in mesh_shape.items() if size > 1}
+
+
+def _check_job_layout(job: estimate.PlanJob, layout: sharding.MeshLayout) -> None:
+    """Raise ValueError for rows or lengths that the layout does not split evenly."""
+    if job.kind == "reshard":  # it has no rows
+        return
+    sharding.check_batch_rows(layout, job.batch // job.accumulate)
+    if job.seq % layout.axis_size("length"):
+        raise ValueError(
+            f"seq: got {job.seq} tokens over {layout.axis_size('length')} devices along "
+            "the length; wanted a multiple"
+        )
+
+
+def _iterate_factorizations(number: int, num_factors: int) -> Iterator[tuple[int, ...]]:
+    """Yield every way to write `number` as an ordered product."""
+    if num_factors == 1:
+        yield (number,)
+        return
+    for first in range(1, number + 1):
+        if number % first == 0:
+            for factors in _iterate_factorizations(number // first, num_factors - 1):
+                yield (first, *factors)
