@@ -70,7 +70,7 @@ def rank_meshes(
     limit_bytes: float,
     model: Any,
 ) -> list[dict[str, int]]:
-    """Return the meshes that should fit by our estimate, cheapest first. If none does, the smallest.
+    """Return the meshes that should fit, cheapest first. If none should, the least too large.
 
     Args:
       limit_bytes: HBM of a device.
@@ -84,7 +84,7 @@ def rank_meshes(
         layout = make_job_layout(config, mesh_shape, devices, job)
         resources = jobs.estimate_job(config, job, layout, model)
         is_over = resources.total_bytes > limit_bytes
-        # A mesh that does not fit is worth compiling only if none does: then the smallest one.
+        # A mesh that is too large is compiled only if all are. The estimate may be wrong by a bit.
         cost = resources.total_bytes if is_over else resources.cost(job)
         ranked.append(((is_over, cost), mesh_shape))
     if not ranked:
@@ -134,12 +134,12 @@ def _check_job_layout(job: estimate.PlanJob, layout: sharding.MeshLayout) -> Non
         )
 
 
-def _iterate_factorizations(number: int, num_factors: int) -> Iterator[tuple[int, ...]]:
-    """Yield every way to write `number` as an ordered product."""
+def _iterate_factorizations(product: int, num_factors: int) -> Iterator[tuple[int, ...]]:
+    """Yield every way to write `product` as a product of ordered factors."""
     if num_factors == 1:
-        yield (number,)
+        yield (product,)
         return
-    for first in range(1, number + 1):
-        if number % first == 0:
-            for factors in _iterate_factorizations(number // first, num_factors - 1):
+    for first in range(1, product + 1):
+        if product % first == 0:
+            for factors in _iterate_factorizations(product // first, num_factors - 1):
                 yield (first, *factors)
