@@ -1,6 +1,5 @@
 """One decoder layer: attention, then experts, each added to the residual stream."""
 
-import dataclasses
 import functools
 
 import jax
@@ -8,48 +7,20 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from m1_jax import attention, layer_stack, layers, lightning, moe
+from m1_jax import attention, forward_context, layer_stack, layers, lightning, moe
 from m1_jax import config as config_lib
 from m1_jax import state as state_lib
 
 # The state of all layers of a group: matrices of lightning layers, or the cache of softmax layers.
+# R repeats of the unit, P layers of the group, B rows, N heads of size H.
 GroupState = Float[Array, "R P B N H H"] | state_lib.KVCache
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class ForwardContext:
-    """What every layer of one forward pass shares.
-
-    Attributes:
-      positions: of each token, for RoPE and as its place in the cache.
-      segment_ids: number of each token's document in its row. The numbers never fall along a row,
-        and 0 is padding. None: each row is one document without padding.
-      expert_ids: experts that each layer sends a token to, -1 where the router chooses. None: the
-        router chooses everywhere.
-      length_sharded: whether each device of the context axis has its own part of the tokens.
-    """
-
-    positions: Int[Array, "#B T"]
-    segment_ids: Int[Array, "B T"] | None = None
-    expert_ids: Int[Array, "B T L A"] | None = None
-    length_sharded: bool = dataclasses.field(default=True, metadata={"static": True})
-
-    @property
-    def token_mask(self) -> Float[Array, "B T"] | None:
-        """Return 1.0 for real tokens and 0.0 for padding; None where all tokens are real."""
-        return None if self.segment_ids is None else (self.segment_ids > 0).astype(jnp.float32)
-
-    def layer_expert_ids(self, layer_index: Int[Array, ""] | int) -> Int[Array, "B T A"] | None:
-        """Return the expert ids of one layer."""
-        return None if self.expert_ids is None else jnp.take(self.expert_ids, layer_index, axis=2)
 
 
 class DecoderLayer(nnx.Module):
     """Attention and experts, each as x = r * alpha + f(norm(x)) * beta.
 
-    The residual r is the normed input with postnorm (M1), the plain input without. Serving runs the
-    same parts on rows of many sequences, see `serving/forward.py`.
+    With postnorm (M1), the residual r is the normed input. Without, it is the plain input. Serving
+    runs the same parts on rows of many sequences (`serving/forward.py`).
     """
 
     def __init__(
@@ -78,7 +49,7 @@ class DecoderLayer(nnx.Module):
         self,
         x: Float[Array, "B T D"],
         slopes: Float[Array, "N"],
-        context: ForwardContext,
+        context: forward_context.ForwardContext,
         state: GroupState | None = None,
         stack_index: layer_stack.StackIndex | None = None,
         layer_index: Int[Array, ""] | int = 0,
@@ -86,10 +57,9 @@ class DecoderLayer(nnx.Module):
         """Return the layer's output, its router statistics, and the group's new state.
 
         Args:
-          slopes: decay rates of lightning attention, by head; softmax attention has no use for
-            them.
-          state: of all layers of this one's group, of which this one updates its entry. None: the
-            rows begin here, and nothing is kept.
+          slopes: decay rates of lightning attention, by head. Softmax attention does not read them.
+          state: state of all layers of the group. This layer updates its own entry. None: the rows
+            begin here, and no state is kept.
           stack_index: where this layer lies in its group's stack and state.
           layer_index: number of this layer in the model, from 0.
         """
@@ -104,17 +74,19 @@ class DecoderLayer(nnx.Module):
         )
         return self.add_to_residual(x, h, y, self.moe_scales), stats, state
 
-    def _attend(self, h, slopes, context: ForwardContext, state, stack_index):
+    def _attend(self, h, slopes, context: forward_context.ForwardContext, state, stack_index):
+        """Return the attention's output and the group's new state."""
         if self.kind == config_lib.LIGHTNING:
             state_before = None if state is None else state[stack_index]
             o, state_after = self.attention(
                 h, slopes, context.segment_ids, state_before, context.length_sharded
             )
+            # The loop over layers carries the whole state: XLA updates one entry of it in place.
             return o, None if state is None else state.at[stack_index].set(state_after)
         if state is None:
             return self.attention(h, context.positions, context.segment_ids), None
-        # `extend` writes into the group's cache itself: of a layer's entry only the places of the
-        # new tokens change.
+        # `extend` writes into the group's cache itself. Only the new tokens' positions change, and
+        # the layer's entry is not copied.
         return self.attention.extend(
             h, context.positions, state, stack_index, context.length_sharded
         )
@@ -127,5 +99,5 @@ class DecoderLayer(nnx.Module):
         scales: tuple[float, float],
     ) -> Float[Array, "*batch D"]:
         """Return r * alpha + branch * beta, where r is the normed or the plain input."""
-        alpha, beta = scales
+        alpha, beta = scales  # of this kind of block, see `ModelConfig.attention_scales`
         return (normed if self.postnorm else x) * alpha + branch * beta

@@ -3,7 +3,7 @@
 A model's layers repeat in a unit (the release: seven lightning layers, then one softmax layer, ten
 times). Neighbours of one kind in the unit are a group. All layers of a group, over all repeats of
 the unit, are one module whose parameters have two leading axes: R repeats, and P layers of the
-group. So a program has one loop body per group, however many layers the model has.
+group. A program therefore has one loop body per group, however many layers the model has.
 """
 
 import itertools
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from m1_jax import sharding
+from m1_jax import fsdp, sharding
 
 # A layer's place on the two leading axes of its stack: (repeat of the unit, number in the group).
 StackIndex = tuple[Int[Array, ""] | int, Int[Array, ""] | int]
@@ -55,6 +55,20 @@ def make_stack(make_layer: Callable, shape: tuple[int, int], rngs: nnx.Rngs) -> 
     return stacked
 
 
+# `scan_layer_groups` has two loops. Both carry x, and the states in full: a layer writes its entry
+# of them in place.
+#
+#                 carry               xs
+#   scan_repeats  x, states           stacks, each [R, P, ...] -> [P, ...], and the repeat's number
+#   scan_layers   x, state of group   its stack [P, ...] -> [...], and the layer's number in it
+#
+# There are two forms, which differ in who slices the parameters. Without states (training) the
+# stacks are xs: the backward pass of a scan stacks the gradients of its xs. With states (no
+# gradients) `slice_layer` cuts both axes at once out of the closed-over stacks. As xs, each slice
+# would be copied: all experts of a layer for every token that is decoded. That made decoding on CPU
+# 2 to 5 times slower (docs/log.md, "Experts on CPU").
+
+
 def scan_layer_groups(
     apply_layer: Callable,
     stacks: Sequence[Any],
@@ -68,7 +82,7 @@ def scan_layer_groups(
     """Apply all layers in order: a scan over repeats of the unit, in it a scan for each group.
 
     Args:
-      apply_layer: called as apply_layer(layer, x, group_state, stack_index, layer_index); returns
+      apply_layer: called as apply_layer(layer, x, group_state, stack_index, layer_index). Returns
         x, an output, and the group's state.
       stacks: by group, arrays [R, P, ...].
       group_sizes: by group, P.
@@ -76,17 +90,6 @@ def scan_layer_groups(
       states: by group, arrays [R, P, ...], of which a layer updates its own entry. None: no states.
       slice_layer: returns the layer at a stack index of a stack.
     """
-    # Both loops carry x, and the states whole: a layer writes its entry of them in place.
-    #
-    #                 carry               xs
-    #   scan_repeats  x, states           stacks, each [R, P, ...] -> [P, ...]; repeat
-    #   scan_layers   x, state of group   its stack [P, ...] -> [...]; number in the group
-    #
-    # There are two forms, which differ in who slices the parameters. Without states (training) the
-    # stacks are xs: the backward pass of a scan stacks the gradients of its xs. With states (no
-    # gradients) `slice_layer` cuts both axes at once out of the closed-over stacks. As xs, each
-    # slice would be copied, all experts of a layer for every token that is decoded: that made
-    # decoding on CPU 2 to 5 times slower (docs/log.md, "Experts on CPU").
     group_starts = tuple(itertools.accumulate(group_sizes, initial=0))
 
     def scan_repeats(carry, xs):
@@ -94,16 +97,17 @@ def scan_layer_groups(
         *stacks_of_repeat, repeat = xs
         new_states, outputs = [], []
         for group, num_layers in enumerate(group_sizes):
-
+            # `group` as a default: a closure would read the loop's variable when it is called.
             def scan_layers(carry, xs, group=group):
                 x, state = carry
-                *sliced, number = xs
-                stack_index = (repeat, number)
+                *sliced, layer_number = xs
+                stack_index = (repeat, layer_number)
                 layer = sliced[0] if sliced else slice_layer(stacks[group], stack_index)
-                layer_index = repeat * group_starts[-1] + group_starts[group] + number
+                layer_index = repeat * group_starts[-1] + group_starts[group] + layer_number
                 x, output, state = apply_layer(layer, x, state, stack_index, layer_index)
                 return (x, state), (output, x if keep_layer_outputs else None)
 
+            # An empty slice where `scan_layers` takes its layer out of the stacks itself.
             group_xs = (*stacks_of_repeat[group : group + 1], num_layers)
             carry = (x, states[group])
             (x, new_state), group_outputs = _scan_indexed(scan_layers, carry, group_xs)
@@ -146,7 +150,8 @@ def slice_layer(
 def _scan_indexed(body: Callable, carry: Any, xs: tuple[Any, ...]) -> tuple[Any, Any]:
     """Scan over arrays and the index of their leading axis, whose length is `xs[-1]`.
 
-    A single step is written out without a loop, and its index is the Python number 0.
+    A single step is written out without a loop. Its index is the Python number 0, so that slices
+    at it are static.
     """
     *arrays, count = xs
     if count > 1:
@@ -163,7 +168,7 @@ def apply_remat(policy: str, function: Callable, has_gathered_params: bool) -> C
     saved = {
         # Gathered parameters are gathered again in the backward pass: kept for all layers, they
         # would not fit.
-        "none": policies.save_anything_except_these_names(sharding.GATHERED_NAME),
+        "none": policies.save_anything_except_these_names(fsdp.GATHERED_NAME),
         "layer": None,
         "dots": policies.dots_with_no_batch_dims_saveable,
     }

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from m1_jax import collectives, layers, sharding
+from m1_jax import collectives, fsdp, layers, sharding
 from m1_jax import model as model_lib
 
 MAX_LIVE_LOGITS = 2**27  # float32 logits alive at once on a device: 512 MiB
@@ -128,7 +128,7 @@ def _local_logprobs(
     # Rematerialised: residuals of every chunk would together be all logits at once.
     @jax.checkpoint
     def accumulate_chunk(carry, x32, kernel, start):
-        chunk_head = sharding.gather_params(_replace_kernel(head, kernel), layout, x.dtype)
+        chunk_head = fsdp.gather_params(_replace_kernel(head, kernel), layout, x.dtype)
         logits = chunk_head(x32.astype(x.dtype))  # [tokens, words of a chunk] float32
         # The temperature is a Python number, so 1 adds no operation to the program.
         return _accumulate_logits(

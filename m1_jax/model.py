@@ -1,9 +1,9 @@
 """MiniMax-M1: embedding, decoder layers scanned over their repeating unit, norm, head.
 
 Two ways lead through the model. `MiniMaxM1.__call__`, `hidden` and `trace` read whole rows, which
-is what training needs. `extend` appends tokens to rows whose earlier tokens are summed up in a
-`DecodeState`. On a mesh each is one `shard_map`: a function named `*_local` sees the part of every
-array that its device holds. The serving engine has a third way, `serving/forward.py`.
+is what training needs. `extend` appends tokens to rows whose earlier tokens a `DecodeState` sums
+up. On a mesh each way is one `shard_map`: a function named `*_local` sees the part of every array
+that its device holds. The serving engine has a third way, `serving/forward.py`.
 """
 
 import functools
@@ -19,6 +19,8 @@ from jaxtyping import Array, Float, Int
 from m1_jax import (
     collectives,
     decoder_layer,
+    forward_context,
+    fsdp,
     input_checks,
     layer_stack,
     layers,
@@ -29,24 +31,25 @@ from m1_jax import (
 )
 from m1_jax import config as config_lib
 from m1_jax import state as state_lib
-from pallas_kernels.lightning_attention import documents as documents_lib
 
 
 class ForwardOutput(NamedTuple):
     """What a forward pass over whole rows returns."""
 
     x: Float[Array, "B T _"]  # what the head reads [B, T, D], or float32 logits [B, T, V]
-    stats: moe.RouterStats  # over all tokens, with a leading axis of layers
+    stats: moe.RouterStats  # sums over all tokens of all devices, with a leading axis of layers
     layer_outputs: Float[Array, "L B T D"] | None  # of every layer, if asked to keep them
 
 
 class MiniMaxM1(nnx.Module):
-    """The language model; see `m1_jax.load`. Also a pytree: pass it to jitted functions whole.
+    """The language model. `m1_jax.load` makes one from a checkpoint.
+
+    A model is a pytree, so jitted functions take it as one argument.
 
     `layers[g]` holds all layers of group g of the repeating unit, stacked on two leading axes (see
-    `layer_stack.py`, and `ModelConfig.stack_index_of` for where a layer lies). Activations have
+    `layer_stack.py`). `ModelConfig.stack_index_of` tells where a layer lies. Activations have
     `dtype`. Parameters have `param_dtype`, or are int8 (`quantize.py`). Routers and recurrent
-    states are float32. `layout` says how parameters and activations lie on a mesh; None: one
+    states are float32. `layout` says how parameters and activations lie on a mesh. None means one
     device.
     """
 
@@ -62,6 +65,7 @@ class MiniMaxM1(nnx.Module):
         param_dtype = jnp.dtype(param_dtype or dtype)
         self.config, self.dtype, self.layout = config, jnp.dtype(dtype), layout
         kwargs = {"std": config.initializer_range, "param_dtype": param_dtype}
+        # The order of construction fixes which random numbers a parameter gets from `rngs`.
         self.embed = layers.Embedding(rngs, config.vocab_size, config.hidden_size, **kwargs)
         stacks = []
         for kind, num_layers in config.layer_groups:
@@ -86,8 +90,8 @@ class MiniMaxM1(nnx.Module):
 
         Args:
           segment_ids: 0 marks padding. A change between two other ids starts a new document, and
-            no document sees another.
-          positions: for RoPE; by default counted from 0 in each document.
+            no document sees another. None: each row is one document.
+          positions: positions for RoPE. None: they count from 0 in each document.
 
         Raises:
           ValueError: shapes that do not fit, or (outside of jit) ids outside the vocabulary.
@@ -107,8 +111,8 @@ class MiniMaxM1(nnx.Module):
         """Return what the head reads, and router statistics with a leading axis of layers.
 
         Args:
-          expert_ids: experts that the tokens are sent to, such as those that a sampler chose; a
-            layer chooses itself where they are -1. Weights are the router's own either way.
+          expert_ids: experts that the tokens are sent to, such as those that a sampler chose.
+            Where they are -1, the layer's router chooses. The weights are the router's either way.
         """
         output = self._compute_outputs(tokens, segment_ids, positions, expert_ids)
         return output.x, output.stats
@@ -119,7 +123,7 @@ class MiniMaxM1(nnx.Module):
         segment_ids: Int[Array, "B T"] | None = None,
         positions: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], moe.RouterStats, Float[Array, "L B T D"]]:
-        """Return what `hidden` does, and the output of every layer: for comparing models."""
+        """Return what `hidden` does, and the output of every layer, to compare two models."""
         output = self._compute_outputs(tokens, segment_ids, positions, keep_layer_outputs=True)
         assert output.layer_outputs is not None
         return output.x, output.stats, output.layer_outputs
@@ -135,23 +139,25 @@ class MiniMaxM1(nnx.Module):
     ) -> ForwardOutput:
         """Run the model on whole rows, on a mesh if there is one."""
         layout, length = self.layout, tokens.shape[1]
-        tokens, context = _prepare_inputs(layout, tokens, segment_ids, positions, expert_ids)
+        tokens, context = forward_context.prepare_inputs(
+            layout, tokens, segment_ids, positions, expert_ids
+        )
         forward = functools.partial(
             _forward_local, keep_layer_outputs=keep_layer_outputs, with_logits=with_logits
         )
         if layout is None:
             return forward(self, tokens, context)
         num_rows = len(tokens)
-        # Default positions are one row for all: only arrays with a row for each are split by rows.
+        # Default positions are one row for all. Arrays with a row for each are split by rows.
         context_specs = jax.tree.map(
             lambda a: layout.activation_spec("batch" if len(a) == num_rows else None, "length"),
             context,
         )
         row_spec = layout.activation_spec("batch", "length")
-        specs: Any = ForwardOutput  # of specs in place of arrays
+        specs: Any = ForwardOutput  # Any, since it holds specs here in place of arrays
         output_specs = specs(
             layout.activation_spec("batch", "length", "vocab" if with_logits else None),
-            PartitionSpec(),  # statistics are summed over all devices inside
+            PartitionSpec(),  # `_forward_local` sums the statistics over all devices
             layout.activation_spec(None, "batch", "length", None) if keep_layer_outputs else None,
         )
         program = sharding.run_sharded(
@@ -161,6 +167,7 @@ class MiniMaxM1(nnx.Module):
             output_specs,
         )
         x, stats, layer_outputs = program(self, tokens, context)
+        # What `prepare_inputs` added at the end of the rows is cut off again.
         if layer_outputs is not None:
             layer_outputs = layer_outputs[:, :, :length]
         return ForwardOutput(x[:, :length], stats, layer_outputs)
@@ -176,17 +183,17 @@ class MiniMaxM1(nnx.Module):
         num_tokens: Int[Array, "B"] | None = None,
         last_only: bool = False,
     ) -> tuple[Float[Array, "B _ V"], state_lib.DecodeState]:
-        """Append T >= 1 tokens to each row; return their float32 logits and the new state.
+        """Append T >= 1 tokens to each row. Return their float32 logits and the new state.
 
         Args:
           num_tokens: row b appends only its first num_tokens[b] tokens. Logits of the remaining
-            tokens are finite and mean nothing. None: all T.
+            tokens are finite and mean nothing. None: all T tokens are appended.
           last_only: return logits [B, 1, V] of each row's last appended token alone.
 
         Raises:
           ValueError: shapes that do not fit, token ids outside the vocabulary, or more tokens
-            than the cache holds. Ids and lengths are checked only outside of jit, where their
-            values are known.
+            than the cache holds. Ids and lengths are checked only outside of jit, because inside
+            their values are unknown.
         """
         input_checks.check_token_ids(tokens, self.config.vocab_size)
         input_checks.check_capacity(tokens, state, num_tokens)
@@ -205,19 +212,21 @@ class MiniMaxM1(nnx.Module):
 
         Args:
           context: what all layers share: a `ForwardContext`, or what `apply_layer` takes for it.
-          states: by group, the states of its layers; None: none are read and none are kept.
-          apply_layer: runs one layer; arguments and results as `DecoderLayer.__call__`.
+          states: by group, the states of its layers. None: no states are read or kept.
+          apply_layer: runs one layer. Its arguments and results are those of
+            `DecoderLayer.__call__`.
           keep_layer_outputs: return x after every layer too.
         """
         config, layout = self.config, self.layout
 
-        # `context` and the indices are arguments: jax.checkpoint keeps arguments, and computes
-        # again what depends on them.
+        # `context` and the indices are arguments and not closed over: jax.checkpoint keeps its
+        # arguments, and computes again what depends on them.
         def gather_and_apply(layer, *arguments):
-            layer = sharding.gather_params(layer, layout, self.dtype)
+            # Gathered inside of jax.checkpoint, so that the backward pass gathers again and no
+            # layer's full parameters outlive it.
+            layer = fsdp.gather_params(layer, layout, self.dtype)
             return apply_layer(layer, *arguments)
 
-        # Parameters are gathered inside, so that the backward pass gathers them again.
         gather_and_apply = layer_stack.apply_remat(
             config.remat, gather_and_apply, has_gathered_params=layout is not None
         )
@@ -243,51 +252,11 @@ class MiniMaxM1(nnx.Module):
     def apply_head(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows V"]:
         """Return float32 logits of what the last layer returned."""
         with jax.named_scope("head"):
-            x = sharding.gather_params(self.norm, self.layout, self.dtype)(x)
-            return sharding.gather_params(self.head, self.layout, self.dtype)(x)
+            x = fsdp.gather_params(self.norm, self.layout, self.dtype)(x)
+            return fsdp.gather_params(self.head, self.layout, self.dtype)(x)
 
 
 # ---- whole rows
-
-
-def _prepare_inputs(
-    layout: sharding.MeshLayout | None,
-    tokens: Any,
-    segment_ids: Any,
-    positions: Int[Array, "B T"] | None,
-    expert_ids: Int[Array, "B T L A"] | None,
-) -> tuple[Any, decoder_layer.ForwardContext]:
-    """Return tokens and their context; on a mesh, padded to a length that the mesh divides.
-
-    Arguments are those of `MiniMaxM1.hidden`.
-    """
-    if layout is not None:
-        sharding.check_batch_rows(layout, tokens.shape[0])
-        padding = -tokens.shape[1] % layout.axis_size("length")
-        # Padding must be told from tokens, so there must be segment ids.
-        if padding and segment_ids is None:
-            segment_ids = jnp.ones_like(tokens)
-        tokens, segment_ids, positions = (
-            None if x is None else jnp.pad(x, ((0, 0), (0, padding)))
-            for x in (tokens, segment_ids, positions)
-        )
-        if expert_ids is not None:
-            expert_ids = jnp.pad(
-                expert_ids, ((0, 0), (0, padding), (0, 0), (0, 0)), constant_values=-1
-            )
-    if segment_ids is None:
-        if positions is None:
-            positions = jnp.arange(tokens.shape[1], dtype=jnp.int32).reshape(1, -1)
-        return tokens, decoder_layer.ForwardContext(positions, expert_ids=expert_ids)
-    if layout is not None:
-        # Counting documents needs whole rows: a few bytes a token.
-        rows = layout.activation_sharding("batch", None)
-        segment_ids = jax.lax.with_sharding_constraint(segment_ids, rows)
-    if positions is None:
-        positions = documents_lib.document_positions(segment_ids)
-    # A caller's ids only need to change between documents: layers want numbers that never fall.
-    numbers = documents_lib.document_numbers(segment_ids)
-    return tokens, decoder_layer.ForwardContext(positions, numbers, expert_ids)
 
 
 @jax.jit
@@ -303,7 +272,7 @@ def _compute_logits(
 def _forward_local(
     model: MiniMaxM1,
     tokens: Int[Array, "B T"],
-    context: decoder_layer.ForwardContext,
+    context: forward_context.ForwardContext,
     *,
     keep_layer_outputs: bool,
     with_logits: bool,
@@ -314,8 +283,9 @@ def _forward_local(
     if with_logits:
         x = model.apply_head(x)
     else:
+        # A caller without logits (`logprobs.py`) applies the head to chunks of the vocabulary.
         with jax.named_scope("head"):
-            x = sharding.gather_params(model.norm, model.layout, model.dtype)(x)
+            x = fsdp.gather_params(model.norm, model.layout, model.dtype)(x)
     # Each device has counted its own tokens.
     stats = jax.tree.map(lambda s: collectives.psum(s, "tokens"), stats)
     return ForwardOutput(x, stats, layer_outputs)
@@ -338,11 +308,13 @@ def _extend_sequences(
             model, tokens, state, num_tokens, last_only=last_only, length_sharded=False
         )
     sharding.check_batch_rows(layout, tokens.shape[0])
-    # One token has no length to split: every device of the context axis then has all tokens.
+    # One token has no length to split, so every device of the context axis has all tokens then.
+    # The cache is split by length in either case.
     length_sharded = length > 1 and layout.axis_size("length") > 1
     padding = -length % layout.axis_size("length") if length_sharded else 0
     if padding:
         tokens = jnp.pad(tokens, ((0, 0), (0, padding)))
+        # Padding must not enter the state: rows append only their first `length` tokens.
         if num_tokens is None:
             num_tokens = jnp.full(tokens.shape[:1], length, jnp.int32)
     state_specs = state_lib.decode_state_specs(state, layout)
@@ -372,7 +344,7 @@ def _extend_local(
     length_sharded: bool,
 ) -> tuple[Float[Array, "B _ V"], state_lib.DecodeState]:
     """Append this device's part of the tokens to its rows."""
-    length = tokens.shape[1]
+    length = tokens.shape[1]  # tokens of this device, a part of the row where it is sharded
     num_devices = collectives.axis_size("length") if length_sharded else 1
     start = collectives.axis_index("length") * length if length_sharded else 0
     step = start + jnp.arange(length, dtype=jnp.int32).reshape(1, -1)
@@ -380,16 +352,17 @@ def _extend_local(
     if num_tokens is None:
         segment_ids, num_added = None, length * num_devices
     else:
-        # Padding is an empty segment to lightning attention. Softmax attention leaves it out of
-        # the cache because its position lies past the cache's end.
+        # Lightning attention skips padding as segment 0. Softmax attention does not write padding
+        # to the cache, because its position lies past the cache's end.
         is_token, num_added = step < num_tokens[:, None], num_tokens
         positions = jnp.where(is_token, positions, ring_attention.PADDING_POSITION)
         segment_ids = is_token.astype(jnp.int32)
-    context = decoder_layer.ForwardContext(positions, segment_ids, length_sharded=length_sharded)
+    context = forward_context.ForwardContext(positions, segment_ids, length_sharded=length_sharded)
     x = model.embed(tokens, model.dtype, model.layout)
     x, _, states, _ = model.run_layers(x, context, state.layers)
     if last_only:
-        # Index of each row's last token among this device's, which need not hold it.
+        # Index of each row's last token among this device's tokens. Another device may hold it,
+        # and the sum over devices then brings it here.
         last = jnp.broadcast_to(jnp.asarray(num_added) - 1, state.length.shape)
         last = jnp.maximum(last, 0) - start
         is_local = (last >= 0) & (last < length)

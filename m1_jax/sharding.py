@@ -1,28 +1,26 @@
-"""Mesh axes, what lies on which of them, and the collectives between: the one file to name them.
+"""Meshes, and which of their axes split what: the one file that names mesh axes.
 
-    data     copies of everything; the axis for slices that only a slow network joins
-    fsdp     tokens, and parameters that each layer gathers before it computes
-    expert   tokens outside of the experts, experts inside: tokens travel (`expert_exchange.py`)
+    data     rows; every device has a copy of the parameters. Slices joined by a slow network may
+             lie along it.
+    fsdp     rows, and parameters that each layer gathers before it computes (`fsdp.py`)
+    expert   rows outside of the experts, experts inside: tokens travel (`expert_exchange.py`)
     tensor   heads, columns of every product, vocabulary
     context  the length of a sequence (`context_parallel.py` for lightning, `ring_attention.py` for
              softmax attention)
 
-The model runs in one `shard_map` with all axes manual (`run_sharded`), so every collective of a
-program is a call of this file. Outside of `run_sharded`, and over axes of one device, the
-collectives do nothing.
+Everything else names logical axes, such as "heads". The tables below map them to mesh axes. The
+model runs in one `shard_map` with all axes manual (`run_sharded`), so a program has exactly the
+collectives that the model's code calls (`collectives.py`).
 """
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax import ad_checkpoint
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
@@ -31,12 +29,14 @@ from m1_jax import config as config_lib
 MESH_AXES = ("data", "fsdp", "expert", "tensor", "context")
 TRAIN, PREFILL, DECODE = "train", "prefill", "decode"
 
-# Logical axis -> mesh axes. A mesh axis is used once per array: experts take theirs before embed.
-_UNSPLIT_RULES = {"layers": (), "norm": (), "embed_out": (), None: ()}
-# Axes over which a parameter is split only to store it, on top of those it computes on. They split
-# rows, the last dimension but one: XLA scatters rows in place, and copies to scatter columns.
+# ZeRO-3 axes: parameters are sharded over them for storage and all-gathered before use. They split
+# the rows of a product's matrix, because XLA reduce-scatters rows in place and copies for columns.
 FSDP_AXES = ("fsdp", "expert", "context")
 CROSS_SLICE_AXES = ("data", "fsdp")  # axes that a slow network may join, the first that can
+# The tables of rules: logical axis -> mesh axes. A mesh axis is used once per array, by the first
+# dimension that asks for it: experts take theirs before embed. Names ending in `_in` are the rows
+# of a product's matrix, whose partial sums are added up over devices.
+_UNSPLIT_RULES = {"layers": (), "norm": (), "embed_out": (), None: ()}
 _SPLIT_RULES = {
     "vocab": ("tensor",),
     "heads": ("tensor",),
@@ -52,7 +52,7 @@ STATIONARY_RULES = {
     "mlp_in": ("tensor",),
 }
 PARAM_RULES = {
-    # Every device holds its own piece of every large parameter, and of its optimizer state.
+    # Each device stores its own slice of every large parameter, and of its optimizer state.
     TRAIN: {
         **_UNSPLIT_RULES,
         **_SPLIT_RULES,
@@ -60,7 +60,8 @@ PARAM_RULES = {
         "heads_in": ("tensor", *FSDP_AXES),
         "mlp_in": ("tensor", *FSDP_AXES),
     },
-    # Weights stay where they are: gathering 912 GB for every token would cost more than computing.
+    # Weights stay where they compute: gathering 912 GB for every token would take longer than the
+    # token itself.
     PREFILL: STATIONARY_RULES,
     DECODE: STATIONARY_RULES,
 }
@@ -79,10 +80,12 @@ ACTIVATION_RULES = {
     "norm": (),
     None: (),
 }
-# Kinds of devices whose links the compiler refuses to route a ragged all-to-all over.
+# Kinds of devices over whose links the compiler refuses to route a ragged all-to-all.
 _NO_RAGGED_DEVICE_KINDS = ("TPU v5 lite", "TPU v5e")
+# A context, since the code that exchanges rows sees only the mesh's axes while it is traced, not
+# its devices.
 _supports_ragged_all_to_all = jax.make_user_context(True)
-GATHERED_NAME = "gathered"  # the name of gathered parameters, for rematerialisation
+# By mode: axes that must be 1, and why.
 UNUSABLE_AXES = {
     TRAIN: {},
     PREFILL: {"fsdp": "weights would be gathered for every prompt: use expert and tensor"},
@@ -95,10 +98,10 @@ class MeshLayout:
     """A mesh with all of `MESH_AXES`, and which table of `PARAM_RULES` places parameters on it."""
 
     mesh: Mesh
-    mode: str = TRAIN
+    mode: str = TRAIN  # a key of `PARAM_RULES`
 
     def axis_size(self, logical: str) -> int:
-        """Return over how many devices a logical axis of activations is spread."""
+        """Return over how many devices a logical axis of activations is split."""
         return math.prod(self.mesh.shape[axis] for axis in ACTIVATION_RULES[logical])
 
     def param_spec(self, logical_axes: Sequence[str | None]) -> PartitionSpec:
@@ -107,6 +110,7 @@ class MeshLayout:
         spec = []
         for name in logical_axes:
             axes = [a for a in PARAM_RULES[self.mode][name] if a not in used]
+            # An axis of one device splits nothing.
             axes = [a for a in axes if self.mesh.shape[a] > 1]
             used.update(axes)
             spec.append(_make_spec_entry(axes))
@@ -116,12 +120,16 @@ class MeshLayout:
         return NamedSharding(self.mesh, self.param_spec(logical_axes))
 
     def fsdp_dim_and_axes(self, logical_axes: Sequence[str | None]) -> tuple[int, tuple[str, ...]]:
-        """Return which dimension of a parameter is split for storage, and over which axes."""
+        """Return which dimension of a parameter is split for storage, and over which axes.
+
+        (0, ()) means that it is not split for storage.
+        """
         for dim, axes in enumerate(self.param_spec(logical_axes)):
             axes = (axes,) if isinstance(axes, str) else axes or ()
-            kept = tuple(axis for axis in axes if axis in FSDP_AXES)
-            if kept and logical_axes[dim] != "experts":
-                return dim, kept
+            fsdp_axes = tuple(axis for axis in axes if axis in FSDP_AXES)
+            # The experts themselves are split to be computed there, not for storage.
+            if fsdp_axes and logical_axes[dim] != "experts":
+                return dim, fsdp_axes
         return 0, ()
 
     def activation_spec(self, *logical: str | None) -> PartitionSpec:
@@ -133,44 +141,45 @@ class MeshLayout:
 
 
 def _make_spec_entry(axes):
+    """Return one dimension's entry of a `PartitionSpec`, in JAX's shortest spelling."""
     axes = tuple(axes)
     return axes[0] if len(axes) == 1 else (axes or None)
 
 
 def make_param_sharding(layout: MeshLayout | None, logical_axes, shape) -> jax.sharding.Sharding:
-    """Return where a parameter lies; on the first device without a layout.
+    """Return where a parameter lies. Without a layout it lies on the first device.
 
     Raises:
       ValueError: a dimension that its mesh axes do not divide.
     """
     if layout is None:
         return SingleDeviceSharding(jax.local_devices()[0])
-    where = layout.param_sharding(logical_axes)
-    for size, axes, name in zip(shape, where.spec, logical_axes, strict=True):
+    param_sharding = layout.param_sharding(logical_axes)
+    for size, axes, name in zip(shape, param_sharding.spec, logical_axes, strict=True):
         axes = (axes,) if isinstance(axes, str) else axes or ()
-        over = math.prod(layout.mesh.shape[axis] for axis in axes)
-        if size % over:
+        num_devices = math.prod(layout.mesh.shape[axis] for axis in axes)
+        if size % num_devices:
             raise ValueError(
                 f"a {name} dimension of {size} cannot be split over "
                 f"{_format_axis_sizes(layout.mesh, axes)} "
-                f"= {over} devices; make that a divisor of {size}"
+                f"= {num_devices} devices; make that a divisor of {size}"
             )
-    return where
+    return param_sharding
 
 
 # ---- meshes
 
 
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
-    """Return a mesh with all of `MESH_AXES` over the devices, neighbours in it near on the chip's
-    links.
+    """Return a mesh with all of `MESH_AXES`, whose neighbours are near on the chips' links.
 
-    Devices of several slices meet over a slow network: `data` counts the slices as its slowest
-    part, and `fsdp` where there is no `data`; no other axis crosses slices.
+    Several slices are joined by a slow network. They lie along `data`, or along `fsdp` if `data`
+    is not a multiple of their number. No other axis crosses slices.
 
     Args:
-      sizes: devices along each axis; 1 where not named. One may be -1: all that are left.
-      devices: by default all of them, of every process.
+      sizes: devices along each axis, 1 where an axis is not named. One size may be -1: all devices
+        that remain.
+      devices: None: all devices, of every process.
 
     Raises:
       ValueError: an unknown axis, too few or too many devices, or slices that no axis can span.
@@ -185,37 +194,38 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) ->
         raise ValueError(f"mesh: got {dict(sizes)}; wanted sizes of at least 1, -1 at most once")
     if free:
         shape[free[0]] = max(len(devices) // -math.prod(shape.values()), 1)
-    wanted = math.prod(shape.values())
-    if wanted != len(devices):
-        short = "too few" if wanted > len(devices) else "more than that"
+    mesh_size = math.prod(shape.values())
+    if mesh_size != len(devices):
+        comparison = "too few" if mesh_size > len(devices) else "more than that"
         raise ValueError(
             "mesh: "
             f"{_format_axis_sizes(shape, [a for a in MESH_AXES if shape[a] > 1]) or '1'} "
-            f"is {wanted} devices; "
-            f"got {len(devices)}, {short}. Change a size, or give one as -1 to take what is left."
+            f"is {mesh_size} devices; got {len(devices)}, {comparison}. "
+            "Change a size, or give one as -1 to take what is left."
         )
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if slices > 1:
-        across = next((a for a in CROSS_SLICE_AXES if shape[a] % slices == 0), None)
-        if across is None:
+        cross_axis = next((a for a in CROSS_SLICE_AXES if shape[a] % slices == 0), None)
+        if cross_axis is None:
             raise ValueError(
                 f"mesh: {slices} slices, but neither data={shape['data']} nor "
                 f"fsdp={shape['fsdp']} is a multiple of {slices}; only these may cross slices"
             )
-        inner = [n // slices if a == across else n for a, n in shape.items()]
-        outer = [slices if a == across else 1 for a in MESH_AXES]
-        array = mesh_utils.create_hybrid_device_mesh(
+        # Sizes within a slice, and of slices: the mesh is their product, slices the slowest part.
+        inner = [n // slices if a == cross_axis else n for a, n in shape.items()]
+        outer = [slices if a == cross_axis else 1 for a in MESH_AXES]
+        device_array = mesh_utils.create_hybrid_device_mesh(
             inner, outer, devices, allow_split_physical_axes=True
         )
     else:
-        array = mesh_utils.create_device_mesh(
+        device_array = mesh_utils.create_device_mesh(
             list(shape.values()), devices, allow_split_physical_axes=True
         )
-    return Mesh(array, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+    return Mesh(device_array, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
 def add_missing_axes(mesh: Mesh) -> Mesh:
-    """Return the mesh with every one of `MESH_AXES`, automatic outside of `run_sharded`.
+    """Return the mesh with all of `MESH_AXES`. Axes are automatic outside of `run_sharded`.
 
     Raises:
       ValueError: an axis that is none of `MESH_AXES`.
@@ -232,7 +242,7 @@ def add_missing_axes(mesh: Mesh) -> Mesh:
 def make_layout(
     mesh: Mesh | MeshLayout | None, config: config_lib.ModelConfig, mode: str = TRAIN
 ) -> MeshLayout | None:
-    """Return the layout of a model on a mesh; None where there is no mesh.
+    """Return the layout of a model on a mesh, or None without a mesh.
 
     Raises:
       ValueError: a mesh that this model cannot lie on, or an axis of no use in this mode.
@@ -245,8 +255,10 @@ def make_layout(
     for axis, reason in UNUSABLE_AXES[mode].items():
         if mesh.shape[axis] > 1:
             raise ValueError(f"mesh: {axis}={mesh.shape[axis]} cannot be used to {mode}: {reason}")
-    found = MeshLayout(mesh, mode)
+    layout = MeshLayout(mesh, mode)
     width = config.num_attention_heads * config.head_dim
+    # A parameter for each size of the config that is split, so that the error names the field:
+    # (field, its size, the parameter's logical axes, which of them has that size).
     dimensions = (
         ("num_attention_heads", config.num_attention_heads, ("embed", "heads"), 1),
         ("num_key_value_heads", config.num_key_value_heads, ("embed", "kv_heads"), 1),
@@ -258,15 +270,15 @@ def make_layout(
         ("hidden_size", config.hidden_size, ("embed", "heads"), 0),
     )
     for field, size, logical_axes, dim in dimensions:
-        axes = found.param_spec(logical_axes)[dim]
+        axes = layout.param_spec(logical_axes)[dim]
         axes = (axes,) if isinstance(axes, str) else axes or ()
-        over = math.prod(mesh.shape[axis] for axis in axes)
-        if size % over:
+        num_devices = math.prod(mesh.shape[axis] for axis in axes)
+        if size % num_devices:
             raise ValueError(
                 f"mesh: {field} {size} cannot be split over {_format_axis_sizes(mesh, axes)}"
-                f"{f' = {over}' if len(axes) > 1 else ''}; wanted a divisor of {size}"
+                f"{f' = {num_devices}' if len(axes) > 1 else ''}; wanted a divisor of {size}"
             )
-    return found
+    return layout
 
 
 def check_batch_rows(layout: MeshLayout | None, rows: int) -> None:
@@ -289,11 +301,9 @@ def _format_axis_sizes(mesh, axes) -> str:
 
 
 def run_sharded(layout: MeshLayout, function: Callable, in_specs, out_specs) -> Callable:
-    """Return `function` of global arrays, run on each device's own piece of them.
-
-    Without JAX's replication types: a cotangent of a copied value is each copy's own share, and
-    the transpose of `psum` adds the shares up.
-    """
+    """Return `function` of global arrays. Each device runs it on its own slices of them."""
+    # `check_vma=False` turns JAX's replication types off. The cotangent of a copied value is then
+    # each copy's own share, and the transpose of `psum` adds the shares up.
     program = jax.shard_map(
         function, mesh=layout.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
     )
@@ -308,11 +318,10 @@ def run_sharded(layout: MeshLayout, function: Callable, in_specs, out_specs) -> 
 
 
 def replicate_array(x, layout: MeshLayout | None):
-    """Return a global array of which every device has all."""
+    """Return the global array, replicated on every device."""
     if layout is None:
         return x
-    everywhere = NamedSharding(layout.mesh, PartitionSpec())
-    return jax.lax.with_sharding_constraint(x, everywhere)
+    return jax.lax.with_sharding_constraint(x, NamedSharding(layout.mesh, PartitionSpec()))
 
 
 def has_ragged_all_to_all() -> bool:
@@ -321,66 +330,20 @@ def has_ragged_all_to_all() -> bool:
 
 
 def param_specs(layout: MeshLayout, module):
-    """Return a module's parameters replaced by their specs."""
-    return map_params(lambda p: layout.param_spec(_logical_axes(p)), module)
+    """Return the module with its parameters replaced by their specs."""
+    return map_params(lambda p: layout.param_spec(param_logical_axes(p)), module)
 
 
 def map_params(function, *modules):
-    """Return the first module with each parameter replaced by what `function` makes of it.
+    """Return the first module with each parameter replaced by what `function` returns for it.
 
-    It gets the parameters of all modules, which are alike.
+    `function` gets the parameters at the same place in all modules, which have one structure.
     """
     return jax.tree.map(function, *modules, is_leaf=lambda node: isinstance(node, nnx.Param))
 
 
-def _logical_axes(param: nnx.Param) -> tuple[str | None, ...]:
-    # A slice of stacked parameters has lost its leading axes.
+def param_logical_axes(param: nnx.Param) -> tuple[str | None, ...]:
+    """Return the name of each dimension of a parameter."""
+    # A loop over stacked layers slices leading axes off, and the metadata still names them.
     names = param.get_metadata()["logical_axes"]
     return names[len(names) - param.ndim :] if param.ndim else ()
-
-
-def gather_params(module, layout: MeshLayout | None, dtype):
-    """Return a module whose parameters are ready to compute with: gathered, and in `dtype`.
-
-    Parameters marked `float32` (routers) and int8 experts stay what they are. Gathering moves
-    `dtype`, and its transpose reduces gradients in float32.
-    """
-
-    def one(param):
-        to = jnp.float32 if param.get_metadata().get("float32") else dtype
-        to = jnp.int8 if param.dtype == jnp.int8 else to
-        value = param[...]
-        dim, axes = (0, ()) if layout is None else layout.fsdp_dim_and_axes(_logical_axes(param))
-        if not axes:
-            return param.replace(value.astype(to))
-        value = all_gather_fsdp(value, dim, axes, to)
-        return param.replace(ad_checkpoint.checkpoint_name(value, GATHERED_NAME))
-
-    return map_params(one, module)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
-def all_gather_fsdp(value, dim: int, axes: tuple[str, ...], dtype):
-    """Return all of a dimension that is split over mesh axes for storage alone, as `dtype`.
-
-    The gradient is reduced in float32 and scattered back. One axis at a time, the small pieces
-    first: over several axes at once XLA makes each an all-reduce of the whole, twice the bytes.
-    """
-    value = value.astype(dtype)
-    for axis in reversed(axes):
-        value = jax.lax.all_gather(value, axis, axis=dim, tiled=True)
-    return value
-
-
-def _all_gather_fsdp_fwd(value, dim, axes, dtype):
-    return all_gather_fsdp(value, dim, axes, dtype), jnp.zeros((0,), value.dtype)
-
-
-def _all_gather_fsdp_bwd(dim, axes, dtype, like, grad):
-    grad = grad.astype(jnp.float32)
-    for axis in axes:
-        grad = jax.lax.psum_scatter(grad, axis, scatter_dimension=dim, tiled=True)
-    return (grad.astype(like.dtype),)
-
-
-all_gather_fsdp.defvjp(_all_gather_fsdp_fwd, _all_gather_fsdp_bwd)

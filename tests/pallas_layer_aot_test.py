@@ -14,7 +14,7 @@ import pytest
 from flax import nnx
 from jax.experimental import topologies
 
-from m1_jax import ModelConfig, config, decoder_layer
+from m1_jax import ModelConfig, config, decoder_layer, forward_context
 from pallas_kernels.lightning_attention import tiling
 
 LENGTH = 4096
@@ -38,7 +38,8 @@ def test_full_size_layer_compiles_with_the_kernels(chip):
         return decoder_layer.DecoderLayer(full, config.LIGHTNING, rngs, param_dtype=jnp.bfloat16)
 
     def loss(layer, x, slopes):
-        context = decoder_layer.ForwardContext(jnp.arange(LENGTH, dtype=jnp.int32).reshape(1, -1))
+        positions = jnp.arange(LENGTH, dtype=jnp.int32).reshape(1, -1)
+        context = forward_context.ForwardContext(positions)
         y, _, _ = layer(x, slopes, context)
         return jnp.sum(y.astype(jnp.float32) ** 2)
 

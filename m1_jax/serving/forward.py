@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from m1_jax import collectives, decoder_layer, experts, layer_stack, sharding
+from m1_jax import collectives, decoder_layer, experts, fsdp, layer_stack, sharding
 from m1_jax import config as config_lib
 from m1_jax import model as model_lib
 from m1_jax.serving import lightning, ragged_batch, softmax
@@ -74,7 +74,7 @@ def _forward_local(
         with jax.named_scope("head"):
             # Parameters are cast once, before the loop over tiles.
             norm, head = (
-                sharding.gather_params(module, model.layout, model.dtype)
+                fsdp.gather_params(module, model.layout, model.dtype)
                 for module in (model.norm, model.head)
             )
             x = jnp.take(x, jnp.maximum(output_rows, 0), axis=0)
