@@ -71,7 +71,7 @@ MUTATIONS = (
         "jnp.where(document == 0, count, jnp.inf)", "jnp.where(document == 0, count - 1, jnp.inf)",
     ),
     mutation(
-        "no +1 in the query decay", "tpu", "tpu_fwd.py",
+        "no +1 in the query decay", "tpu", "tpu_chunk.py",
         "head_iota(weights.query_ramp, 0) + 1", "head_iota(weights.query_ramp, 0)",
     ),
     mutation(
@@ -89,7 +89,7 @@ MUTATIONS = (
         "-rate * total[:, :, None, None]", "-rate * count.shape[1]",
     ),
     mutation(
-        "lambda^C for lambda^m", "tpu", "tpu_fwd.py", "(scalar & boundaries.COUNT_MASK)]", "size]"
+        "lambda^C for lambda^m", "tpu", "tpu_chunk.py", "(scalar & boundaries.COUNT_MASK)]", "size]"
     ),
     mutation(
         "lambda^C for lambda^m in the key decay", "tpu", "boundaries.py",
@@ -117,7 +117,7 @@ MUTATIONS = (
         "bfloat16 state", "chunked", "chunked.py",
         "return state, o.astype(qkv.dtype)", f"return {rounded('state')}, o.astype(qkv.dtype)",
     ),
-    mutation("bfloat16 state", "tpu", "tpu_fwd.py", f" = {STATE}", f" = {rounded(STATE)}"),
+    mutation("bfloat16 state", "tpu", "tpu_chunk.py", f" = {STATE}", f" = {rounded(STATE)}"),
     mutation(
         "bfloat16 state in the backward pass", "tpu", "tpu_bwd.py",
         f"scratch.state[...] = {SAVED}", f"scratch.state[...] = {rounded(SAVED)}",
@@ -151,7 +151,7 @@ MUTATIONS = (
         "(document[:, :, None] == document", "(document[:, :, None] >= document",
     ),
     mutation(
-        "the state crosses a boundary", "tpu", "tpu_fwd.py",
+        "the state crosses a boundary", "tpu", "tpu_chunk.py",
         "jnp.where(scalar > boundaries.COUNT_MASK, 1.0, fraction)", "fraction",
     ),
     mutation(

@@ -5,14 +5,14 @@ With P and dP the masked, decayed products q k^T and do v^T of a chunk, i and j 
     dq = dP k   + lambda^i do S^T           dv = P^T do + lambda^(n - j) k dS
     dk = dP^T q + lambda^(n - j) v dS^T     dS <- dS - (1 - lambda^n) dS + sum_i lambda^i q_i^T do_i
 
-Superblocks run backwards, and each reads q, k, v and do once. From its saved float32 state the
-states at its chunks are computed again into VMEM. Then its chunks run backwards with dS in
-scratch. Slopes are constants of the model and get no gradient.
+Superblocks run backwards, and each reads q, k, v and do once. The states at its chunks are
+recomputed into VMEM from the float32 state saved for the superblock. Then its chunks run backwards
+with dS in scratch. Slopes are constants of the model and get no gradient.
 
 Chunks without boundary or padding run through `pipeline.run_pipeline`, with products side by side
 as in the forward pass: do [v^T, S^T], k [q^T, dS], v [do^T, dS^T], then P^T do with dP^T q and
-dP k with q^T do. P is computed transposed from the start, and dP both ways: one product more than
-a transposition would take, and still faster (docs/log.md, "Training kernels").
+dP k with q^T do. P is computed transposed from the start, and dP both ways. This is one product
+more than a transposition would take, and still faster (docs/log.md, "Training kernels").
 
 Letters in shapes as in `tpu_fwd`.
 """
@@ -27,11 +27,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
-from pallas_kernels.lightning_attention import boundaries, pipeline, tiling, tpu_fwd
+from pallas_kernels.lightning_attention import boundaries, pipeline, tiling, tpu_blocks, tpu_chunk
 
 F32 = jnp.float32
-dot_f32, advance_state = tpu_fwd.dot_f32, tpu_fwd.advance_state
-# Does the work of one head of a chunk with a boundary: (head, [q, k, v, do] with padding zeroed,
+dot_f32 = tpu_chunk.dot_f32
+advance_state, chunk_rows = tpu_chunk.advance_state, tpu_chunk.chunk_rows
+# The work on one head of a chunk with a boundary: (head, [q, k, v, do] with padding zeroed,
 # [pair decay, query ramp, key ramp], share of the state forgotten).
 BoundaryHead = Callable[[int, list[jax.Array], list[jax.Array], jax.Array], None]
 
@@ -50,7 +51,7 @@ class BackwardScratch(NamedTuple):
     state: jax.Ref  # [N, H, H] float32, S of the recomputation
     d_state: jax.Ref  # [N, H, H] float32, dS
     chunk_states: jax.Ref  # [chunks, N, H, H] in qkv's dtype, S at the start of each chunk
-    weights: tpu_fwd.ChunkWeights
+    weights: tpu_chunk.ChunkWeights
     weights_t: TransposedWeights
     queries_t: jax.Ref  # slot [N, H, C] in qkv's dtype, q^T
     # slot [N, H, C] in qkv's dtype: k^T lambda^(C - j) while states are recomputed, then
@@ -72,7 +73,7 @@ class _ChunkAccess(NamedTuple):
       run_boundary_heads: (chunk, scalar, run) calls run for each head of a chunk with a boundary.
       scalars: `chunk_scalars` of the superblock, or None where all chunks are full.
       dtype: qkv's.
-      block_sizes: block sizes.
+      block_sizes: of the call.
     """
 
     load: Callable[[pipeline.ChunkIndex, int], list[jax.Array]]
@@ -83,25 +84,28 @@ class _ChunkAccess(NamedTuple):
 
     @property
     def num_chunks(self) -> int:
+        """Chunks of a superblock."""
         return self.block_sizes.superblock_tokens // self.block_sizes.chunk_tokens
 
 
 def _fill_transposed_weights(
     slopes: jax.Ref, first_head: jax.Array, weights_t: TransposedWeights
 ) -> None:
+    """Write the transposed weights of a full chunk for every head of the block."""
     heads, size, _ = weights_t.pair_decay_t.shape
 
     def fill_head(h: jax.Array, _: None) -> None:
         slope = slopes[first_head + h]
-        rows, columns = (tpu_fwd.head_iota(weights_t.pair_decay_t, axis) for axis in (0, 1))
+        rows, columns = (tpu_chunk.head_iota(weights_t.pair_decay_t, axis) for axis in (0, 1))
         weights_t.pair_decay_t[h] = boundaries.masked_decay(slope, columns - rows)
         weights_t.query_ramp_t[h] = boundaries.masked_decay(
-            slope, tpu_fwd.head_iota(weights_t.query_ramp_t, 1) + 1
+            slope, tpu_chunk.head_iota(weights_t.query_ramp_t, 1) + 1
         )
         weights_t.key_ramp[h] = boundaries.masked_decay(
-            slope, size - 1 - tpu_fwd.head_iota(weights_t.key_ramp, 0)
+            slope, size - 1 - tpu_chunk.head_iota(weights_t.key_ramp, 0)
         )
 
+    # A loop and not an unrolled one, as in `tpu_chunk.fill_weights`.
     jax.lax.fori_loop(0, heads, fill_head, None)
 
 
@@ -121,8 +125,9 @@ def _recompute_chunk_states(access: _ChunkAccess, scratch: BackwardScratch) -> N
 
     def advance(c, h):
         scratch.chunk_states[c, h] = state[h].astype(dtype)
+        # An even head waits for the odd one: the two k^T v run as one block-diagonal product.
         if is_paired and h % 2:
-            gains = tpu_fwd.two_products(
+            gains = tpu_chunk.two_products(
                 keys_t[h - 1], load(c, h - 1)[2], keys_t[h], load(c, h)[2], True
             )
             advance_state(state, h - 1, weights.forgotten_fraction[h - 1], gains[0])
@@ -152,18 +157,58 @@ def _recompute_chunk_states(access: _ChunkAccess, scratch: BackwardScratch) -> N
     )
 
 
+def _store_gradients(
+    access: _ChunkAccess,
+    d_qkv: jax.Ref,
+    c: pipeline.ChunkIndex,
+    h: int,
+    gradients: tuple[Array, Array, Array],
+) -> None:
+    """Write (dq, dk, dv) of head h of chunk c, each [C, H]."""
+    rows, width = chunk_rows(c, access.block_sizes.chunk_tokens), gradients[0].shape[1]
+    for i, x in enumerate(gradients):
+        d_qkv[0, rows, pl.ds((3 * h + i) * width, width)] = x.astype(d_qkv.dtype)
+
+
+def _boundary_gradients(
+    access: _ChunkAccess, scratch: BackwardScratch, d_qkv: jax.Ref
+) -> pipeline.BoundaryHandler:
+    """Return what handles a chunk with a boundary or padding in the backward walk."""
+    d_state, dtype = scratch.d_state, access.dtype
+
+    def finish_head(c, h, operands, decays, forgotten_fraction):
+        q, k, v, d = operands
+        pair_decay, query_ramp, key_ramp = decays
+        p, dp = ((x * pair_decay).astype(dtype) for x in (dot_f32(q, k, 1, 1), dot_f32(d, v, 1, 1)))
+        # A copy of dS from before this chunk's gain: keys meet the tokens after the chunk in it.
+        d_next = d_state[h].astype(dtype)
+        dq = dot_f32(dp, k, 1, 0) + query_ramp * dot_f32(d, scratch.chunk_states[c, h], 1, 1)
+        dk = dot_f32(dp, q, 0, 0) + key_ramp * dot_f32(v, d_next, 1, 1)
+        dv = dot_f32(p, d, 0, 0) + key_ramp * dot_f32(k, d_next, 1, 0)
+        gain = dot_f32((q * query_ramp).astype(dtype), d, 0, 0)
+        advance_state(d_state, h, forgotten_fraction, gain)
+        _store_gradients(access, d_qkv, c, h, (dq, dk, dv))
+
+    def finish_chunk(c, scalar):
+        @pl.when(scalar == 0)
+        def _():
+            # A chunk of only padding: its gradients are 0, and dS stays.
+            size = access.block_sizes.chunk_tokens
+            d_qkv[0, chunk_rows(c, size)] = jnp.zeros((size, d_qkv.shape[2]), d_qkv.dtype)
+
+        finish = functools.partial(finish_head, c)
+        pl.when(scalar != 0)(lambda: access.run_boundary_heads(c, scalar, finish))
+
+    return finish_chunk
+
+
 def _walk_gradients(access: _ChunkAccess, scratch: BackwardScratch, d_qkv: jax.Ref) -> None:
     """Walk the superblock backwards: write d_qkv [1, superblock, N * 3 * H] and carry dS."""
     load, d_state, block_sizes = access.load, scratch.d_state, access.block_sizes
-    dtype, size, width = access.dtype, block_sizes.chunk_tokens, d_state.shape[2]
+    dtype, size = access.dtype, block_sizes.chunk_tokens
     weights, weights_t = scratch.weights, scratch.weights_t
 
-    def store(c, h, gradients):
-        rows = tpu_fwd.chunk_rows(c, size)
-        for i, x in enumerate(gradients):
-            d_qkv[0, rows, pl.ds((3 * h + i) * width, width)] = x.astype(d_qkv.dtype)
-
-    # The three stages of a full chunk.
+    # The three stages of a full chunk. Stages of different heads interleave, see `pipeline`.
 
     def transpose_queries(c, h):
         q_t = load(c, h)[0].T
@@ -189,10 +234,10 @@ def _walk_gradients(access: _ChunkAccess, scratch: BackwardScratch, d_qkv: jax.R
     def finish(c, h):
         q, k, _, d = load(c, h)
         # Pairs within one head, so that an odd number of heads is no trouble here.
-        dv, dk = tpu_fwd.two_products(
+        dv, dk = tpu_chunk.two_products(
             scratch.scores_t[h], d, scratch.d_scores_t[h], q, block_sizes.has_paired_products
         )
-        dq, gain = tpu_fwd.two_products(
+        dq, gain = tpu_chunk.two_products(
             scratch.d_scores[h], k, scratch.ramped_t[h], d, block_sizes.has_paired_products
         )
         advance_state(d_state, h, weights.forgotten_fraction[h], gain)
@@ -201,30 +246,7 @@ def _walk_gradients(access: _ChunkAccess, scratch: BackwardScratch, d_qkv: jax.R
             dk + scratch.dk_carried[h],
             dv + scratch.dv_carried[h],
         )
-        store(c, h, gradients)
-
-    def finish_boundary_chunk(c, scalar):
-        def finish_head(h, operands, decays, forgotten_fraction):
-            q, k, v, d = operands
-            pair_decay, query_ramp, key_ramp = decays
-            p, dp = (
-                (x * pair_decay).astype(dtype) for x in (dot_f32(q, k, 1, 1), dot_f32(d, v, 1, 1))
-            )
-            d_next = d_state[h].astype(dtype)
-            dq = dot_f32(dp, k, 1, 0) + query_ramp * dot_f32(d, scratch.chunk_states[c, h], 1, 1)
-            dk = dot_f32(dp, q, 0, 0) + key_ramp * dot_f32(v, d_next, 1, 1)
-            dv = dot_f32(p, d, 0, 0) + key_ramp * dot_f32(k, d_next, 1, 0)
-            gain = dot_f32((q * query_ramp).astype(dtype), d, 0, 0)
-            advance_state(d_state, h, forgotten_fraction, gain)
-            store(c, h, (dq, dk, dv))
-
-        @pl.when(scalar == 0)
-        def _():
-            d_qkv[0, tpu_fwd.chunk_rows(c, size)] = jnp.zeros(
-                (size, 3 * block_sizes.block_heads * width), d_qkv.dtype
-            )
-
-        pl.when(scalar != 0)(lambda: access.run_boundary_heads(c, scalar, finish_head))
+        _store_gradients(access, d_qkv, c, h, gradients)
 
     pipeline.run_pipeline(
         access.num_chunks,
@@ -233,25 +255,25 @@ def _walk_gradients(access: _ChunkAccess, scratch: BackwardScratch, d_qkv: jax.R
         reverse=True,
         scalars=access.scalars,
         full_scalar=size,
-        handle_boundary=finish_boundary_chunk,
+        handle_boundary=_boundary_gradients(access, scratch, d_qkv),
     )
 
 
 def _backward_kernel(
-    slopes: jax.Ref,
-    forgotten_fractions: jax.Ref,
+    slopes: jax.Ref,  # [heads] in SMEM
+    forgotten_fractions: jax.Ref,  # in SMEM, see `boundaries.forgotten_fraction_table`
     tables: boundaries.BoundaryTables | None,
-    qkv: jax.Ref,
-    d_o: jax.Ref,
-    superblock_states: jax.Ref,
-    d_final: jax.Ref,
-    d_qkv: jax.Ref,
-    d_initial: jax.Ref,
+    qkv: jax.Ref,  # [1, superblock, N * 3 * H]
+    d_o: jax.Ref,  # [1, superblock, N * H]
+    superblock_states: jax.Ref,  # [1, N, 1, H, H]
+    d_final: jax.Ref,  # [1, N, H, H]
+    d_qkv: jax.Ref,  # [1, superblock, N * 3 * H]
+    d_initial: jax.Ref,  # [1, N, H, H]
     scratch: BackwardScratch,
     *,
     block_sizes: tiling.TpuBlockSizes,
 ) -> None:
-    """Differentiate one superblock of one head block of one row. Refs as in `_forward_kernel`."""
+    """Differentiate one superblock of one head block of one row."""
     size, heads, width = block_sizes.chunk_tokens, block_sizes.block_heads, d_final.shape[2]
     first_head = pl.program_id(1) * heads
 
@@ -259,25 +281,26 @@ def _backward_kernel(
     @pl.when(pl.program_id(2) == 0)
     def _():
         scratch.d_state[...] = d_final[0]
-        tpu_fwd.fill_weights(slopes, forgotten_fractions, first_head, scratch.weights)
+        tpu_chunk.fill_weights(slopes, forgotten_fractions, first_head, scratch.weights)
         _fill_transposed_weights(slopes, first_head, scratch.weights_t)
 
     scratch.state[...] = superblock_states[0, :, 0]
 
     def load(c: pipeline.ChunkIndex, h: int) -> list[Array]:
-        rows = tpu_fwd.chunk_rows(c, size)
-        return tpu_fwd.load_head_slices(qkv, rows, h, width, 3) + tpu_fwd.load_head_slices(
+        rows = chunk_rows(c, size)
+        return tpu_chunk.load_head_slices(qkv, rows, h, width, 3) + tpu_chunk.load_head_slices(
             d_o, rows, h, width, 1
         )
 
     def run_boundary_heads(c: pipeline.ChunkIndex, scalar: Array, run: BoundaryHead) -> None:
         assert tables is not None
-        rows = tpu_fwd.chunk_rows(c, size)
+        rows = chunk_rows(c, size)
         steps = boundaries.expand_words(tables.token_words[0, :, rows], scalar)
         for h in range(heads):
+            # A select, so that NaN in padding reaches neither gradients nor states.
             operands = [jnp.where(steps.is_real, x, 0) for x in load(c, h)]
             decays = [boundaries.masked_decay(slopes[first_head + h], n) for n in steps[1:]]
-            fraction = tpu_fwd.packed_forgotten_fraction(
+            fraction = tpu_chunk.packed_forgotten_fraction(
                 forgotten_fractions, first_head + h, scalar, size
             )
             run(h, operands, decays, fraction)
@@ -291,14 +314,15 @@ def _backward_kernel(
 
 
 def _backward_buffers(block_sizes: tiling.TpuBlockSizes, width: int, dtype: Any) -> Any:
-    buffer, size = tpu_fwd.per_head_buffer(block_sizes), block_sizes.chunk_tokens
+    """Ask for the VMEM of `BackwardScratch`. The kernel gets the same tuple, with Refs in it."""
+    buffer, size = tpu_blocks.per_head_buffer(block_sizes), block_sizes.chunk_tokens
     chunks = block_sizes.superblock_tokens // size
     chunk_states: Any = pltpu.VMEM((chunks, block_sizes.block_heads, width, width), dtype)
     return BackwardScratch(
         state=buffer(width, width),
         d_state=buffer(width, width),
         chunk_states=chunk_states,
-        weights=tpu_fwd.chunk_weight_buffers(block_sizes, width),
+        weights=tpu_blocks.chunk_weight_buffers(block_sizes, width),
         weights_t=TransposedWeights(
             pair_decay_t=buffer(size, size),
             query_ramp_t=buffer(width, size),
@@ -337,38 +361,30 @@ def lightning_backward(
     """
     batch, length, _ = qkv.shape
     num_heads, num_superblocks, width = superblock_states.shape[1:4]
-    block_heads = block_sizes.block_heads
 
     def superblock_at(t):
-        return num_superblocks - 1 - t
+        return num_superblocks - 1 - t  # the last superblock of a row first
 
-    def token_spec(slices_per_head: int):
-        columns = slices_per_head * block_heads * width
-        return pl.BlockSpec(
-            (1, block_sizes.superblock_tokens, columns), lambda b, h, t: (b, superblock_at(t), h)
-        )
-
-    state_spec = pl.BlockSpec((1, block_heads, width, width), lambda b, h, t: (b, h, 0, 0))
-    saved_spec = pl.BlockSpec(
-        (1, block_heads, 1, width, width), lambda b, h, t: (b, h, superblock_at(t), 0, 0)
+    qkv_spec, o_spec = (
+        tpu_blocks.token_block_spec(block_sizes, width, n, superblock_at) for n in (3, 1)
     )
+    state_spec = tpu_blocks.state_block_spec(block_sizes, width)
+    saved_spec = tpu_blocks.saved_states_spec(block_sizes, width, superblock_at)
+    table_specs = tpu_blocks.boundary_table_specs(tables, block_sizes, superblock_at)
     smem = pl.BlockSpec(memory_space=pltpu.SMEM)
-    table_specs = tpu_fwd.boundary_table_specs(tables, block_sizes, superblock_at)
     fractions = boundaries.forgotten_fraction_table(slopes, block_sizes.chunk_tokens)
     d_qkv, d_initial = pl.pallas_call(
         functools.partial(_backward_kernel, block_sizes=block_sizes),
         name="lightning_bwd",
-        grid=(batch, num_heads // block_heads, num_superblocks),
-        in_specs=[
-            smem, smem, table_specs, token_spec(3), token_spec(1), saved_spec, state_spec
-        ],
-        out_specs=(token_spec(3), state_spec),
+        grid=(batch, num_heads // block_sizes.block_heads, num_superblocks),
+        in_specs=[smem, smem, table_specs, qkv_spec, o_spec, saved_spec, state_spec],
+        out_specs=(qkv_spec, state_spec),
         out_shape=(
             jax.ShapeDtypeStruct((batch, length, 3 * num_heads * width), qkv.dtype),
             jax.ShapeDtypeStruct(d_final.shape, F32),
         ),
         scratch_shapes=[_backward_buffers(block_sizes, width, qkv.dtype)],
-        compiler_params=tpu_fwd.COMPILER_PARAMS,
+        compiler_params=tpu_blocks.COMPILER_PARAMS,
         interpret=interpret,
-    )(slopes, fractions, tables, qkv, d_o, superblock_states, d_final)  # fmt: skip
+    )(slopes, fractions, tables, qkv, d_o, superblock_states, d_final)
     return d_qkv, d_initial
