@@ -15,13 +15,14 @@ from typing import Any
 
 
 class ConfigFileError(ValueError):
-    """A config file or override that cannot be used; the message says which and why."""
+    """A config file or override that cannot be used. The message says which one, and why."""
 
 
 def load_config(spec: str, overrides: Sequence[str] = ()) -> Any:
-    """Return `get_config(arg)` of "file.py:arg", with "path.to.field=value" replaced in it.
+    """Return `get_config(arg)` of the spec "file.py:arg", with the overrides applied to it.
 
-    The file is run by its path, so that `configs/` need not be a package.
+    The file is run by its path, so that `configs/` need not be a package. An override is
+    "path.to.field=value", see `apply_override`.
 
     Raises:
       ConfigFileError: no such file, no get_config in it, or an override that does not fit.
@@ -32,6 +33,7 @@ def load_config(spec: str, overrides: Sequence[str] = ()) -> Any:
     get_config = runpy.run_path(path).get("get_config")
     if get_config is None:
         raise ConfigFileError(f"{path} has no function get_config(arg)")
+    # Without ":arg" get_config takes its default, or has no parameter at all.
     config = get_config(arg) if arg else get_config()
     for override in overrides:
         config = apply_override(config, override)
@@ -39,9 +41,10 @@ def load_config(spec: str, overrides: Sequence[str] = ()) -> Any:
 
 
 def apply_override(config: Any, override: str) -> Any:
-    """Return the config with one "path.to.field=value"; items of tuples go by their number.
+    """Return the config with one "path.to.field=value" replaced.
 
-    Values are Python literals. What is no literal, such as a plain word, is a string.
+    Values are Python literals. Any other text, such as a plain word, is taken as a string. Items of
+    tuples are fields named by their index.
 
     Raises:
       ConfigFileError: no such field, or a value of another type than its annotation.
@@ -57,26 +60,33 @@ def apply_override(config: Any, override: str) -> Any:
 
 
 def to_json(config: Any) -> Any:
-    """Return dicts, lists and plain values that `from_json` reads back."""
+    """Return dicts, tuples and plain values that JSON can hold and `from_json` reads back."""
     return dataclasses.asdict(config)
 
 
 def from_json(kind: type, value: Any) -> Any:
-    """Return a config of class `kind` from what `to_json` gave, checked field by field."""
+    """Return a config of class `kind` from the value of `to_json`, checked field by field."""
     return _convert_value(kind, value, kind.__name__)
 
 
-def list_differences(old: Any, new: Any, path: str = "") -> list[str]:
+def list_differences(old_config: Any, new_config: Any, path: str = "") -> list[str]:
     """Return "path: old -> new" for every value in which two configs of one class differ."""
-    if dataclasses.is_dataclass(old) and type(old) is type(new):
+    if dataclasses.is_dataclass(old_config) and type(old_config) is type(new_config):
         pairs = [
-            (field.name, getattr(old, field.name), getattr(new, field.name))
-            for field in dataclasses.fields(old)
+            (field.name, getattr(old_config, field.name), getattr(new_config, field.name))
+            for field in dataclasses.fields(old_config)
         ]
-    elif isinstance(old, tuple) and isinstance(new, tuple) and len(old) == len(new):
-        pairs = [(str(i), a, b) for i, (a, b) in enumerate(zip(old, new, strict=True))]
+    elif (
+        isinstance(old_config, tuple)
+        and isinstance(new_config, tuple)
+        and len(old_config) == len(new_config)
+    ):
+        pairs = [
+            (str(i), a, b) for i, (a, b) in enumerate(zip(old_config, new_config, strict=True))
+        ]
     else:
-        return [] if old == new else [f"{path}: {old!r} -> {new!r}"]
+        # A leaf, or two values that have no common fields: they are reported as a whole.
+        return [] if old_config == new_config else [f"{path}: {old_config!r} -> {new_config!r}"]
     return [
         line
         for name, a, b in pairs
@@ -84,25 +94,32 @@ def list_differences(old: Any, new: Any, path: str = "") -> list[str]:
     ]
 
 
-def check_field(valid: bool, name: str, got: Any, wanted: str) -> None:
+def check_field(valid: bool, name: str, value: Any, requirement: str) -> None:
     """Raise ValueError for a field that is not valid, in the words that all configs use."""
     if not valid:
-        raise ValueError(f"{name}: got {got!r}; wanted {wanted}")
+        raise ValueError(f"{name}: got {value!r}; wanted {requirement}")
 
 
-def suggest_names(name: Any, known: Collection[str], otherwise: str, limit: int = 1) -> str:
-    """Return "did you mean X?", or `otherwise` where no known name is like the one given."""
-    near = difflib.get_close_matches(str(name), list(known), limit)
-    return f"did you mean {' or '.join(near)}?" if near else otherwise
+def suggest_names(name: Any, known_names: Collection[str], otherwise: str, limit: int = 1) -> str:
+    """Return "did you mean X?", or the text `otherwise` if no known name is like `name`.
+
+    At most `limit` names are suggested.
+    """
+    matches = difflib.get_close_matches(str(name), list(known_names), limit)
+    return f"did you mean {' or '.join(matches)}?" if matches else otherwise
 
 
 def _replace_at_path(
     node: Any, annotation: Any, path: list[str], value: Any, full_path: str
 ) -> Any:
-    """Return `node` with `value` at `path` below it; everything around it is copied, as frozen."""
+    """Return a copy of `node` with `value` at `path` below it.
+
+    `full_path` is the path from the root, for error messages.
+    """
     if not path:
         return _convert_value(annotation, value, full_path)
     name, *remaining_path = path
+    # Negative indices count from the end, as in Python.
     if isinstance(node, tuple) and name.lstrip("-").isdigit():
         if not -len(node) <= int(name) < len(node):
             raise ConfigFileError(f"{full_path}: got item {name}; there are {len(node)}")
@@ -117,14 +134,17 @@ def _replace_at_path(
         return tuple(items)
     if not dataclasses.is_dataclass(node):
         raise ConfigFileError(f"{full_path}: {name!r} is below {node!r}, which has no fields")
+    # Not `field.type`, which is text in a module that postpones its annotations.
     annotations = typing.get_type_hints(type(node))
     if name not in annotations:
         raise ConfigFileError(
             f"{full_path}: {_describe_unknown_field(type(node), name, annotations)}"
         )
-    new = _replace_at_path(getattr(node, name), annotations[name], remaining_path, value, full_path)
+    new_value = _replace_at_path(
+        getattr(node, name), annotations[name], remaining_path, value, full_path
+    )
     # Through `replace`, so that __post_init__ checks the new value against the other fields.
-    return dataclasses.replace(typing.cast(Any, node), **{name: new})
+    return dataclasses.replace(typing.cast(Any, node), **{name: new_value})
 
 
 def _describe_unknown_field(kind: type, name: str, names: Collection[str]) -> str:
@@ -146,15 +166,15 @@ def _is_union(annotation: Any) -> bool:
 
 
 def _lists_to_tuples(value: Any) -> Any:
-    """Return a value whose lists are tuples, as JSON has no tuples and configs have no lists."""
+    """Return the value with every list in it as a tuple: JSON has no tuples, configs no lists."""
     return tuple(map(_lists_to_tuples, value)) if isinstance(value, list | tuple) else value
 
 
 def _convert_value(annotation: Any, value: Any, path: str) -> Any:
     """Return `value` as a field of this annotation holds it.
 
-    Values come from JSON and from the command line, so lists become tuples, dicts dataclasses,
-    and a whole number is a float where one is wanted.
+    Values come from JSON and from the command line. So lists become tuples, dicts become
+    dataclasses, and a whole number becomes a float where the annotation says so.
 
     Raises:
       ConfigFileError: a value that does not fit.
@@ -162,6 +182,7 @@ def _convert_value(annotation: Any, value: Any, path: str) -> Any:
     if annotation is Any:
         return _lists_to_tuples(value)
     if _is_union(annotation):
+        # The first member that fits, in the order of the annotation.
         for member in typing.get_args(annotation):
             try:
                 return _convert_value(member, value, path)
@@ -191,13 +212,15 @@ def _convert_value(annotation: Any, value: Any, path: str) -> Any:
     # A bool is an int in Python, but not a number that a config means.
     elif isinstance(value, annotation) and not (isinstance(value, bool) and annotation is not bool):
         return value
+    # Every branch that did not return ends here. A generic such as tuple[int, ...] is written out:
+    # its __name__ is that of the bare class.
     is_class = typing.get_origin(annotation) is None
-    wanted = getattr(annotation, "__name__", str(annotation)) if is_class else str(annotation)
-    raise ConfigFileError(f"{path}: got {value!r}; wanted {wanted}")
+    type_name = getattr(annotation, "__name__", str(annotation)) if is_class else str(annotation)
+    raise ConfigFileError(f"{path}: got {value!r}; wanted {type_name}")
 
 
 def _convert_dict(kind: type, value: dict[str, Any], path: str) -> Any:
-    """Return a dataclass from its fields by name; fields that are left out take their defaults."""
+    """Return a dataclass from its fields by name. Fields that are left out take their defaults."""
     annotations = typing.get_type_hints(kind)
     for name in value:
         if name not in annotations:

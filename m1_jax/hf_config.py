@@ -3,8 +3,8 @@
 The release's spelling is that of `config.json` and `configuration_minimax_m1.py` of
 MiniMaxAI/MiniMax-M1. The native spelling is that of the `minimax` model of transformers.
 
-Nothing is ignored in silence: a key that is unknown, missing or contradictory raises `ConfigError`,
-since a model that is computed in another way than it was trained still gives plausible text.
+No key is ignored silently. A key that is unknown, missing or contradictory raises `ConfigError`,
+because a model that is computed in another way than it was trained still gives plausible text.
 """
 
 import json
@@ -23,10 +23,11 @@ _NATIVE_LAYER_KINDS = {"full_attention": SOFTMAX, "linear_attention": LIGHTNING}
 
 
 class ConfigError(ValueError):
-    """A configuration that this code cannot compute exactly; the message names the key."""
+    """A configuration that this code cannot compute exactly. The message names the key."""
 
 
-# Keys that both spellings share with ModelConfig. True: the file must hold the key.
+# Keys that both spellings share with ModelConfig. True: the file must hold the key. In a native
+# file transformers' defaults count as held.
 _SHARED_FIELDS = {
     "vocab_size": True,
     "hidden_size": True,
@@ -41,6 +42,7 @@ _SHARED_FIELDS = {
     "initializer_range": False,
     "max_position_embeddings": False,
 }
+# Native key -> ModelConfig field, which has the release's key.
 _NATIVE_SCALE_NAMES = {
     "linear_attn_alpha_factor": "layernorm_linear_attention_alpha",
     "linear_attn_beta_factor": "layernorm_linear_attention_beta",
@@ -71,9 +73,9 @@ _NATIVE_DEFAULTS = {
     "initializer_range": 0.02,
     "max_position_embeddings": 4096 * 32,
 }
-_NATIVE_ROPE_THETA = 1e6
+_NATIVE_ROPE_THETA = 1e6  # transformers' default, where a native file has no rope_theta
 
-# Keys that would change the computation if they held anything else.
+# Keys that would change the computation if they held any other value.
 _FIXED_VALUES = {
     "hidden_act": "silu",
     "attention_dropout": 0.0,
@@ -86,7 +88,7 @@ _FIXED_VALUES = {
 _NATIVE_FIXED_VALUES = _FIXED_VALUES | {"postnorm": True, "shared_intermediate_size": 0}
 
 # Keys that describe files, tokens or library behaviour, not the computation. `block_size` regroups
-# the same sums, so that it changes results by rounding only.
+# the sums of lightning attention, so it changes results by rounding only.
 _INERT_KEYS_TEXT = """
     architectures auto_map model_type torch_dtype dtype transformers_version use_cache
     output_router_logits output_hidden_states output_attentions return_dict bos_token_id
@@ -102,24 +104,26 @@ _INERT_KEYS = frozenset(_INERT_KEYS_TEXT.split())
 # ---- checks
 
 
-def check_field(valid: bool, key: str, got: Any, wanted: str) -> None:
+def check_field(valid: bool, key: str, value: Any, requirement: str) -> None:
     """Raise `ConfigError` for a value that is not valid."""
     if not valid:
-        raise ConfigError(f"config: {key} is {got!r}; wanted {wanted}")
+        raise ConfigError(f"config: {key} is {value!r}; wanted {requirement}")
 
 
 def check_scalar(key: str, kind: Any, value: Any) -> None:
-    """Check the type and sign of a field: JSON may hold a string or a bool instead of a number.
+    """Check the type and sign of a field, since JSON may hold a string or a bool for a number.
 
-    `kind` is the field's annotation; kinds other than bool, int and float are not checked here.
+    `kind` is the field's annotation. Kinds other than bool, int and float are not checked here.
     """
     if kind is bool:
         check_field(isinstance(value, bool), key, value, "true or false")
     elif kind is int:
+        # The size 0 means no shared expert. No other size may be 0.
         minimum = 0 if key == "shared_intermediate_size" else 1
         is_integer = isinstance(value, int) and not isinstance(value, bool)
         check_field(is_integer and value >= minimum, key, value, f"an integer, {minimum} or more")
     elif kind is float:
+        # JSON writes 1e7 as 10000000. Python's reader also takes NaN and Infinity.
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
         check_field(is_number and math.isfinite(value), key, value, "a number")
         if key in ("rope_theta", "rms_norm_eps", "expert_capacity"):
@@ -130,17 +134,17 @@ def check_scalar(key: str, kind: Any, value: Any) -> None:
 
 
 def read_config_json(path: pathlib.Path) -> Mapping[str, Any]:
-    """Return the object that a `config.json` file holds; its keys are not checked yet.
+    """Return the object that a `config.json` file holds. Its keys are not checked yet.
 
     Raises:
-      ConfigError: no such file, or one that is not JSON.
+      ConfigError: no such file, a file that is not JSON, or a key that is given twice.
     """
     try:
         return json.loads(path.read_text(), object_pairs_hook=_refuse_repeated_keys)
     except FileNotFoundError:
         raise ConfigError(f"{path} does not exist; it must lie beside the weights") from None
     except ConfigError:
-        raise
+        raise  # it is a ValueError, but has its message already
     except ValueError as error:
         raise ConfigError(f"{path} is not valid JSON: {error}") from None
 
@@ -148,7 +152,7 @@ def read_config_json(path: pathlib.Path) -> Mapping[str, Any]:
 def parse_config(hf: Mapping[str, Any]) -> dict[str, Any]:
     """Return the values of `ModelConfig`'s fields from a parsed `config.json`.
 
-    Fields that the file does not give are left out and keep their defaults.
+    Fields that the file does not give are left out, so that they keep their defaults.
 
     Raises:
       ConfigError: a key that is unknown, missing, contradictory, or asks for a computation
@@ -167,8 +171,9 @@ def parse_config(hf: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def format_config(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Return `config.json` in the release's spelling; `parse_config` reads the same fields back."""
+    """Return `config.json` in the release's spelling, which `parse_config` reads back."""
     layer_types = fields["layer_types"]
+    # The fixed values are written as well, so that other readers need not know the defaults.
     return {name: fields[name] for name in _RELEASE_FIELDS} | {
         "architectures": ["MiniMaxM1ForCausalLM"],
         "model_type": "minimax_m1",
@@ -178,14 +183,18 @@ def format_config(fields: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _check_keys(hf: Mapping[str, Any], known: set[str], fixed: Mapping[str, Any]) -> None:
-    """Refuse unknown keys, and keys of one allowed value that have another."""
-    for key, wanted in fixed.items():
-        got = hf.get(key, wanted)
-        check_field(got == wanted, key, got, f"{wanted!r}: this model has no other form")
+def _check_keys(hf: Mapping[str, Any], known_keys: set[str], fixed: Mapping[str, Any]) -> None:
+    """Refuse unknown keys, and keys of one allowed value that have another value."""
+    for key, fixed_value in fixed.items():
+        value = hf.get(key, fixed_value)
+        check_field(
+            value == fixed_value, key, value, f"{fixed_value!r}: this model has no other form"
+        )
     for key in hf:
-        if key not in known and key not in fixed:
-            hint = configlib.suggest_names(key, known, "it is none of the release or transformers.")
+        if key not in known_keys and key not in fixed:
+            hint = configlib.suggest_names(
+                key, known_keys, "it is none of the release or transformers."
+            )
             raise ConfigError(
                 f"config.json: unknown key {key!r} = {hf[key]!r}; {hint} "
                 "Remove it if it does not change the computation."
@@ -193,7 +202,11 @@ def _check_keys(hf: Mapping[str, Any], known: set[str], fixed: Mapping[str, Any]
 
 
 def _refuse_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Make a JSON object, refusing a key that is given twice: Python would take the last one."""
+    """Make a JSON object, and refuse a key that is given twice.
+
+    Python's reader would take the last value. It calls this for every object in the file, from the
+    innermost one outwards.
+    """
     hf: dict[str, Any] = {}
     for key, value in pairs:
         if key in hf:
@@ -203,7 +216,10 @@ def _refuse_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _select_fields(hf: Mapping[str, Any], fields: Mapping[str, bool]) -> dict[str, Any]:
-    """Return the given fields without those that are absent or null; True: it must be there."""
+    """Return the named fields, without those that are absent or null.
+
+    `fields` maps a name to whether the file must hold the field.
+    """
     missing = [name for name, needed in fields.items() if needed and hf.get(name) is None]
     if missing:
         raise ConfigError(f"config.json: missing {', '.join(missing)}")
@@ -213,12 +229,12 @@ def _select_fields(hf: Mapping[str, Any], fields: Mapping[str, bool]) -> dict[st
 def _translate_layer_types(
     hf: Mapping[str, Any], key: str, listed: Any, kinds: Mapping[Any, str]
 ) -> tuple[str, ...]:
-    """Translate the file's list of layers, of the length that num_hidden_layers says."""
+    """Translate the file's list of layers, whose length must be num_hidden_layers."""
     check_field(isinstance(listed, list | tuple), key, listed, "a list with one entry per layer")
     for kind in listed:
-        wanted = " or ".join(f"{k} ({v})" for k, v in kinds.items())
-        # A list, since an entry of a damaged file may have no hash.
-        check_field(kind in list(kinds), key, kind, wanted)
+        choices = " or ".join(f"{k} ({v})" for k, v in kinds.items())
+        # Looked up in a list and not in the dict: an entry of a damaged file may have no hash.
+        check_field(kind in list(kinds), key, kind, choices)
     num_layers = _select_fields(hf, {"num_hidden_layers": True})["num_hidden_layers"]
     if num_layers != len(listed):
         raise ConfigError(
@@ -240,10 +256,11 @@ def _parse_native_config(hf: Mapping[str, Any]) -> dict[str, Any]:
     _check_keys(
         hf, {*_SHARED_FIELDS, *_NATIVE_SCALE_NAMES, *_INERT_KEYS, *native}, _NATIVE_FIXED_VALUES
     )
-    # Read before null values are dropped: transformers reads null as one KV head per head, and an
-    # absent key as its default.
+    # Read before null values are dropped, because transformers tells null (one KV head per query
+    # head) from an absent key (its default).
     is_multi_head = "num_key_value_heads" in hf and hf["num_key_value_heads"] is None
     hf = _NATIVE_DEFAULTS | {key: value for key, value in hf.items() if value is not None}
+    # The lines below compute with these, before `ModelConfig` checks all fields.
     for key in ("num_hidden_layers", "num_attention_heads", "hidden_size"):
         check_scalar(key, int, hf[key])
     heads = hf["num_attention_heads"]
@@ -251,18 +268,18 @@ def _parse_native_config(hf: Mapping[str, Any]) -> dict[str, Any]:
         hf["num_key_value_heads"] = heads
     hf.setdefault("head_dim", hf["hidden_size"] // heads)
     check_scalar("head_dim", int, hf["head_dim"])
-    # transformers' default alternates, from a softmax layer on.
+    # transformers' default: softmax and lightning layers in turn, softmax first.
     default = [list(_NATIVE_LAYER_KINDS)[layer % 2] for layer in range(hf["num_hidden_layers"])]
     layer_types = _translate_layer_types(
         hf, "layer_types", hf.get("layer_types", default), _NATIVE_LAYER_KINDS
     )
     if LIGHTNING in layer_types:
-        wanted = "a power of 2: beyond it transformers' decay rates are not the release's"
-        check_field(heads & (heads - 1) == 0, "num_attention_heads", heads, wanted)
+        requirement = "a power of 2: beyond it transformers' decay rates are not the release's"
+        check_field(heads & (heads - 1) == 0, "num_attention_heads", heads, requirement)
     scales = {name: hf[key] for key, name in _NATIVE_SCALE_NAMES.items() if key in hf}
     return {
         "layer_types": layer_types,
-        "postnorm": True,
+        "postnorm": True,  # transformers has no other form
         **_select_fields(hf, _SHARED_FIELDS),
         **_parse_native_rope(hf),
         **scales,
@@ -270,10 +287,13 @@ def _parse_native_config(hf: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _parse_native_rope(hf: Mapping[str, Any]) -> dict[str, Any]:
-    """Return rope_theta and rotary_dim; full rotary unless the file says otherwise."""
+    """Return rope_theta and rotary_dim, which is head_dim unless the file says otherwise.
+
+    transformers 5 writes an object `rope_parameters`. Older versions wrote plain keys.
+    """
     rope = hf.get("rope_parameters", {})
     check_field(isinstance(rope, Mapping), "rope_parameters", rope, "an object")
-    rope = dict(rope)
+    rope = dict(rope)  # known keys are popped, so what remains is unknown
     kind = rope.pop("rope_type", "default")
     check_field(kind == "default", "rope_parameters.rope_type", kind, "'default'")
     theta = _reconcile_rope_key("rope_theta", rope.pop("rope_theta", None), hf.get("rope_theta"))
@@ -291,7 +311,10 @@ def _parse_native_rope(hf: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _reconcile_rope_key(key: str, nested: Any, plain: Any) -> Any:
-    """Return what rope_parameters or the key beside it says, None if neither does."""
+    """Return the value of rope_parameters or of the plain key, None if the file has neither.
+
+    Both may be there if they agree.
+    """
     if None not in (nested, plain) and nested != plain:
         raise ConfigError(f"config.json: {key} is {plain!r} but rope_parameters say {nested!r}")
     return plain if nested is None else nested
