@@ -30,6 +30,9 @@ _ENTRY_POINTS = {
 # What a file may import of ours: the first row whose prefix starts the file's path decides.
 # An import is allowed when it is, or lies below, one of the row's modules.
 _TEXT_LEAVES = ("infer.prompt", "infer.tool_calls")
+# What the text leaves share or are split into. They load neither jax nor the engine, so that data
+# and rewards can read and write turns without an engine.
+_LEAF_PARTS = ("infer.messages", "infer.partial_match", "infer.strict_json")
 _ENGINE = (
     "infer.engine",
     "infer.config",
@@ -42,8 +45,11 @@ _DIRECTION = {
     "pallas_kernels/": ("pallas_kernels",),
     "m1_jax/plan/__main__.py": ("m1_jax.plan.command",),
     "m1_jax/": ("m1_jax", "pallas_kernels"),
-    "infer/prompt.py": ("m1_jax.tokenizer",),
-    "infer/tool_calls.py": ("m1_jax.tokenizer",),
+    "infer/messages.py": ("infer.strict_json",),
+    "infer/partial_match.py": (),
+    "infer/strict_json.py": (),
+    "infer/prompt.py": ("m1_jax.tokenizer", *_LEAF_PARTS),
+    "infer/tool_calls.py": ("m1_jax.tokenizer", *_LEAF_PARTS),
     "infer/scheduling/": ("infer.scheduling", "infer.config"),
     "infer/execution/": ("infer", "m1_jax"),
     "infer/": ("infer", "m1_jax"),
@@ -51,7 +57,7 @@ _DIRECTION = {
     "train/data/": ("train.data", "m1_jax"),
     "train/rl/rollout.py": ("train", "m1_jax", *_ENGINE),
     "train/rl/episodes.py": ("train", "m1_jax", *_TEXT_LEAVES),
-    "train/rl/loop.py": ("train", "m1_jax", "infer.prompt"),
+    "train/rl/rollout_setup.py": ("train", "m1_jax", "infer.prompt", "infer.config"),
     "train/rl/rewards/": ("train.rl", "m1_jax", *_TEXT_LEAVES),
     "train/rl/environments/": ("train.rl", "m1_jax"),
     "train/": ("train", "m1_jax"),

@@ -158,16 +158,16 @@ def _break(patch, place):
 
     def run(self, make, on_done, sampling=None, should_stop=lambda: False):
         if place == "sampling" and self.version >= 1:
-            should_stop.__closure__[0].cell_contents.stop_request.signal_number = signal.SIGTERM
+            should_stop.__self__.stop_request.signal_number = signal.SIGTERM
         return real_run(self, make, on_done, sampling, should_stop)
 
     updates = []
 
-    def update(self, part):
-        updates.append(part)
+    def update(self, state, packed):
+        updates.append(packed)
         if place == "training" and len(updates) == 2:
             raise KeyboardInterrupt
-        return real_update(self, part)
+        return real_update(self, state, packed)
 
     patch.setattr(rollout.RolloutSampler, "run", run)
     patch.setattr(rl_loop.rl_update.PolicyUpdater, "_update_minibatch", update)

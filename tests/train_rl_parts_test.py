@@ -43,11 +43,11 @@ def test_the_window_waits_for_a_perplexity_that_still_falls():
 
 def test_a_window_goes_on_from_its_state():
     config = length_schedule.LengthSchedule((8, 16, 32), tolerance=0.1, patience=3)
-    one, other = length_schedule.LengthStage(config), length_schedule.LengthStage(config)
+    one = length_schedule.LengthStage(config)
     for nll in (1.0, 1.0, 1.0, 1.1, 1.1):
         one.push(16, nll)
     assert one.index == 1
-    other.restore(json.loads(json.dumps(one.state())))
+    other = length_schedule.LengthStage(config, json.loads(json.dumps(one.state())))
     assert (
         [one.push(16, 1.1), one.window_tokens]
         == [other.push(16, 1.1), other.window_tokens]

@@ -1,6 +1,7 @@
 """Schema of a reinforcement-learning run: what `configs/cispo_*.py` and their like return."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 from m1_jax import config as model_config
@@ -11,6 +12,7 @@ from train.rl import curriculum, length_schedule, tasks
 from train.rl import objective as objective_lib
 from train.rl.rewards import compose, length_bias
 
+# A config file imports this module alone.
 OptimizerConfig = config_lib.OptimizerConfig
 SaveConfig = config_lib.SaveConfig
 LogConfig = config_lib.LogConfig
@@ -29,19 +31,31 @@ LengthBiasConfig = length_bias.LengthBiasConfig
 class RolloutConfig:
     """What is sampled for one generation batch.
 
-    groups, group_size: tasks, and samples of each. max_prompt_tokens: a longer prompt is an error.
-    windows: how long answers may be.
-    dynamic: groups whose rewards are all the same are left out, and others sampled in their place,
-      in at most `max_rounds` rounds; then the batch goes on with what it has (DAPO).
-    oversample: groups that are begun for each that is needed.
-    partial_tokens: what a sample may add in one round; it goes on in the next, which may be the
-      next batch's with new weights. One that would be more than `max_staleness` versions old by
-      then may finish. 0: all samples are finished in their round.
-    overlong_buffer_tokens: of the window's end, where the reward falls by up to 1 (DAPO); 0 off.
-    mask_truncated, mask_repetition: such samples count for nothing.
-    temperature, top_p, top_k, min_p, stop_on_loop: see `rollout.RolloutSampling`.
-    engine: (field, value) pairs of `infer.config.Config`. replay_routes: the trainer sends tokens
-      to the experts that the sampler chose.
+    Attributes:
+      groups: tasks in a batch, at least 1.
+      windows: how long an answer may be, tokens.
+      max_prompt_tokens: at least 1. A longer prompt is an error.
+      group_size: samples of a task, at least 2, as advantages compare them.
+      dynamic: leave out groups whose rewards are all the same, and sample others in their place
+        (DAPO's dynamic sampling).
+      max_rounds: rounds of sampling for one batch, at least 1. After the last the batch goes on
+        with the groups that it has.
+      oversample: groups that are begun for each that is needed, at least 1.0.
+      partial_tokens: tokens that a sample may add in one round. It goes on in the next round, which
+        may be the next batch's with new weights. 0 finishes all samples in their round.
+      max_staleness: versions of the weights, at least 0. A sample that would be older in the next
+        batch may finish in this one, whatever `partial_tokens` says.
+      overlong_buffer_tokens: tokens at the window's end over which the reward falls by up to 1
+        (DAPO's soft overlong penalty), 0 to the first window. 0 is no penalty.
+      mask_truncated: a sample that filled its window counts for nothing.
+      mask_repetition: a sample that ended in a loop counts for nothing.
+      temperature: of sampling and of the trainer's probabilities, more than 0.
+      top_p: see `rollout.RolloutSampling`, as the next three.
+      top_k: 0 is off.
+      min_p: 0 is off.
+      stop_on_loop: end an answer that repeats itself.
+      engine: (field, value) pairs of `infer.config.EngineConfig`.
+      replay_routes: the trainer sends tokens to the experts that the sampler chose.
     """
 
     groups: int
@@ -65,39 +79,35 @@ class RolloutConfig:
     replay_routes: bool = False
 
     def __post_init__(self):
-        for name in ("groups", "max_prompt_tokens", "max_rounds"):
-            configlib.check_field(
-                getattr(self, name) >= 1, f"rollout.{name}", getattr(self, name), "at least 1"
-            )
+        minimums = {"groups": 1, "max_prompt_tokens": 1, "max_rounds": 1, "group_size": 2}
+        minimums |= {"partial_tokens": 0, "max_staleness": 0, "oversample": 1}
+        _check_minimums(self, "rollout", minimums)
+        first_window = self.windows.tokens[0]
         configlib.check_field(
-            self.group_size >= 2, "rollout.group_size", self.group_size, "at least 2"
+            0 <= self.overlong_buffer_tokens <= first_window,
+            "rollout.overlong_buffer_tokens",
+            self.overlong_buffer_tokens,
+            f"0 to the first window, {first_window}",
         )
-        for name in ("partial_tokens", "max_staleness"):
-            configlib.check_field(
-                getattr(self, name) >= 0, f"rollout.{name}", getattr(self, name), "at least 0"
-            )
-        configlib.check_field(
-            self.oversample >= 1, "rollout.oversample", self.oversample, "at least 1"
-        )
-        fits = 0 <= self.overlong_buffer_tokens <= self.windows.tokens[0]
-        wanted = f"0 to the first window, {self.windows.tokens[0]}"
-        name = "rollout.overlong_buffer_tokens"
-        configlib.check_field(fits, name, self.overlong_buffer_tokens, wanted)
+        # More than 0: greedy sampling has no probabilities that a ratio could compare.
         configlib.check_field(
             self.temperature > 0, "rollout.temperature", self.temperature, "more than 0"
         )
 
     @property
     def max_sample_tokens(self) -> int:
-        """Return the longest prompt and answer together."""
+        """Return the length of the longest prompt and answer together, in the last window."""
         return self.max_prompt_tokens + self.windows.tokens[-1]
 
 
 @dataclasses.dataclass(frozen=True)
 class AgentConfig:
-    """Turns with tools. environment: "files", "repair" or "lookup", see `train/environments`.
+    """Episodes of several turns with tools. The window bounds all turns together.
 
-    max_turns, turn_tokens: at most of an episode, and tokens in each; the window bounds them all.
+    Attributes:
+      environment: "files", "repair" or "lookup", see `train/rl/environments`.
+      max_turns: of an episode, at least 1.
+      turn_tokens: that the model may write in a turn, at least 1.
     """
 
     environment: str
@@ -105,20 +115,23 @@ class AgentConfig:
     turn_tokens: int = 1024
 
     def __post_init__(self):
-        for name in ("max_turns", "turn_tokens"):
-            configlib.check_field(
-                getattr(self, name) >= 1, f"agent.{name}", getattr(self, name), "at least 1"
-            )
+        _check_minimums(self, "agent", {"max_turns": 1, "turn_tokens": 1})
 
 
 @dataclasses.dataclass(frozen=True)
 class UpdateConfig:
     """How a generation batch becomes optimizer steps.
 
-    minibatches: steps that share the batch's groups; M1's 16 off-policy updates. epochs: how often
-    all of them are gone through. rows: in a microbatch. row_tokens: of each row; 0 is the longest
-    sample's `RolloutConfig.max_sample_tokens`, and more packs short samples better. warmup_steps:
-    of the learning rate, which then stays. balance: of the routers' balance loss.
+    Attributes:
+      learning_rate: constant after the warm-up, at least 0.
+      minibatches: optimizer steps that share the batch's groups, a divisor of `rollout.groups`.
+        M1 makes 16 off-policy updates.
+      epochs: passes over all minibatches, at least 1.
+      rows: in a microbatch, at least 1.
+      row_tokens: tokens of a row. 0 is the longest sample, `RolloutConfig.max_sample_tokens`. More
+        packs short samples better.
+      warmup_steps: of the learning rate, optimizer steps, at least 0.
+      balance: coefficient of the routers' balance loss.
     """
 
     learning_rate: float
@@ -130,23 +143,19 @@ class UpdateConfig:
     balance: float = 0.0
 
     def __post_init__(self):
-        for name in ("minibatches", "epochs", "rows"):
-            configlib.check_field(
-                getattr(self, name) >= 1, f"update.{name}", getattr(self, name), "at least 1"
-            )
-        configlib.check_field(
-            self.learning_rate >= 0, "learning_rate", self.learning_rate, "at least 0"
-        )
-        configlib.check_field(
-            self.warmup_steps >= 0, "warmup_steps", self.warmup_steps, "at least 0"
-        )
+        minimums = {"minibatches": 1, "epochs": 1, "rows": 1, "learning_rate": 0, "warmup_steps": 0}
+        _check_minimums(self, "update", minimums)
 
 
 @dataclasses.dataclass(frozen=True)
 class RlEvaluationConfig:
-    """Mean reward of held-out tasks, before the first batch, every so many batches and at the end.
+    """The mean reward of held-out tasks, before the first batch, on the way and after the last.
 
-    samples: of each task, at `temperature` (0 is greedy).
+    Attributes:
+      sources: of held-out tasks.
+      every_batches: between two evaluations. 0 is never.
+      samples: of each task, at least 1.
+      temperature: of sampling. 0 is greedy.
     """
 
     sources: tuple[TaskSource, ...] = ()
@@ -155,12 +164,12 @@ class RlEvaluationConfig:
     temperature: float = 0.0
 
     def __post_init__(self):
-        for name, least in (("every_batches", 0), ("samples", 1), ("temperature", 0)):
-            value = getattr(self, name)
-            configlib.check_field(value >= least, f"evaluation.{name}", value, f"at least {least}")
-        fits = self.every_batches == 0 or bool(self.sources)
+        _check_minimums(self, "evaluation", {"every_batches": 0, "samples": 1, "temperature": 0})
         configlib.check_field(
-            fits, "evaluation.sources", self.sources, "a source, as every_batches is not 0"
+            self.every_batches == 0 or bool(self.sources),
+            "evaluation.sources",
+            self.sources,
+            "a source, as every_batches is not 0",
         )
 
 
@@ -168,14 +177,38 @@ class RlEvaluationConfig:
 class RlConfig:
     """One run of reinforcement learning.
 
-    checkpoint: a release directory or a converted one. tokenizer: empty takes the checkpoint's.
-    batches: generation batches in all. sources, curriculum: of tasks; without a curriculum all
-    sources weigh the same. pass_rates: leaves tasks out that are too easy or too hard.
-    length_bias: watches a judge that likes long answers. rewards: with an agent, on top of what
-    its environment gives.
-    mesh: of the trainer; serving_mesh: the same devices for the sampler; both (axis, devices)
-    pairs, empty is fsdp over all devices, and for the sampler expert over all.
-    pearson_min: of sampler and trainer probabilities, below which a batch raises the alarm.
+    Attributes:
+      checkpoint: directory of the first weights, a release or a converted one.
+      batches: generation batches in all, at least 1.
+      sources: of tasks, with different names.
+      rollout: what is sampled for a batch.
+      update: how a batch is trained on.
+      rewards: of samples. None where an agent's environment gives them. With an agent they add to
+        what its environment gives.
+      objective: the loss.
+      agent: turns with tools. None for answers of one turn.
+      curriculum: weights of the sources by batch. None weighs all alike.
+      pass_rates: leaves out tasks that are too easy or too hard. None leaves out none.
+      length_bias: watches a judge that likes long answers. None does not.
+      tokenizer: directory of the tokenizer. Empty takes the checkpoint's.
+      dtype: of the computation, "bfloat16" or "float32".
+      remat: policy of rematerialisation, see `m1_jax.config.REMAT_POLICIES`. Empty takes the
+        checkpoint's.
+      lora: adapters to train. None trains the weights themselves.
+      mesh: (axis, devices) pairs of the trainer. Empty is fsdp over all devices.
+      serving_mesh: (axis, devices) pairs of the sampler on the same devices. Empty is expert over
+        all devices.
+      optimizer: AdamW's numbers.
+      evaluation: of held-out tasks.
+      pearson_min: correlation of the sampler's and the trainer's probabilities, -1 to 1. A batch
+        below it writes an alarm to the log.
+      save: when checkpoints are written. Its steps are batches.
+      log: what is logged. Its steps are batches.
+      seed: of tasks, samples, the order of groups, and adapters.
+      compilation_cache: directory of compiled programs. Empty is ~/.cache/m1_jax/xla.
+
+    Raises:
+      ValueError: a field out of range, or fields that contradict each other.
     """
 
     checkpoint: str
@@ -184,7 +217,7 @@ class RlConfig:
     rollout: RolloutConfig
     update: UpdateConfig
     rewards: RewardsConfig | None = None
-    objective: Objective = PRESETS["cispo"]
+    objective: Objective = PRESETS["cispo"]  # the paper's own
     agent: AgentConfig | None = None
     curriculum: CurriculumConfig | None = None
     pass_rates: PassRateConfig | None = None
@@ -197,53 +230,90 @@ class RlConfig:
     serving_mesh: tuple[tuple[str, int], ...] = ()
     optimizer: OptimizerConfig = OptimizerConfig()
     evaluation: RlEvaluationConfig = RlEvaluationConfig()
-    pearson_min: float = 0.99
+    pearson_min: float = 0.99  # M1 3.2: 0.9x at first, 0.99x with a float32 head
     save: SaveConfig = SaveConfig(every_steps=1)
     log: LogConfig = LogConfig(every_steps=1)
     seed: int = 0
     compilation_cache: str = ""
 
     def __post_init__(self):
-        configlib.check_field(self.batches >= 1, "batches", self.batches, "at least 1")
+        _check_minimums(self, "", {"batches": 1})
         configlib.check_field(bool(self.sources), "sources", self.sources, "at least one")
-        wanted = "some, as there is no agent whose environment gives them"
-        configlib.check_field(bool(self.rewards or self.agent), "rewards", self.rewards, wanted)
         configlib.check_field(bool(self.checkpoint), "checkpoint", self.checkpoint, "a directory")
         configlib.check_field(
             self.dtype in ("bfloat16", "float32"), "dtype", self.dtype, "bfloat16 or float32"
         )
-        wanted = ("", *model_config.REMAT_POLICIES)
-        configlib.check_field(self.remat in wanted, "remat", self.remat, f"one of {wanted}")
+        policies = ("", *model_config.REMAT_POLICIES)
+        configlib.check_field(self.remat in policies, "remat", self.remat, f"one of {policies}")
+        # The parts check themselves. What is left is what takes two parts to know.
+        self._check_sources()
+        self._check_batch_shape()
+
+    def _check_sources(self) -> None:
+        """Check that every source has a name of its own, and rewards."""
         names = [source.name for source in self.sources]
         configlib.check_field(len(set(names)) == len(names), "sources", names, "different names")
-        if self.rewards is not None:
-            known = {name for name, _ in self.rewards.sources}
-            every = {one.name for one in (*self.sources, *self.evaluation.sources)}
-            left = [] if compose.ANY_SOURCE in known else sorted(every - known)
-            wanted = f"rewards for every source of tasks, or for {compose.ANY_SOURCE!r}"
-            configlib.check_field(
-                not left, "rewards.sources", f"none for {', '.join(left)}", wanted
-            )
-        groups, number = self.rollout.groups, self.update.minibatches
-        wanted = f"a divisor of rollout.groups = {groups}, as groups stay whole"
-        configlib.check_field(groups % number == 0, "update.minibatches", number, wanted)
-        fits = self.update.row_tokens in (
-            0,
-            max(self.update.row_tokens, self.rollout.max_sample_tokens),
-        )
-        wanted = f"0, or at least {self.rollout.max_sample_tokens}, the longest sample"
-        configlib.check_field(fits, "update.row_tokens", self.update.row_tokens, wanted)
         unknown = set(self.curriculum.sources) - set(names) if self.curriculum else set()
         configlib.check_field(not unknown, "curriculum", sorted(unknown), f"sources of {names}")
-        partial = not (self.agent and self.rollout.partial_tokens)
-        got = self.rollout.partial_tokens
         configlib.check_field(
-            partial, "rollout.partial_tokens", got, "0 with an agent: its world cannot wait"
+            bool(self.rewards or self.agent),
+            "rewards",
+            self.rewards,
+            "some, as there is no agent whose environment gives them",
+        )
+        if self.rewards is None:
+            return
+        rewarded = {name for name, _ in self.rewards.sources}
+        if compose.ANY_SOURCE in rewarded:
+            return
+        # Held-out tasks are scored by the same rewards.
+        all_sources = (*self.sources, *self.evaluation.sources)
+        unrewarded = sorted({source.name for source in all_sources} - rewarded)
+        configlib.check_field(
+            not unrewarded,
+            "rewards.sources",
+            f"none for {', '.join(unrewarded)}",
+            f"rewards for every source of tasks, or for {compose.ANY_SOURCE!r}",
+        )
+
+    def _check_batch_shape(self) -> None:
+        """Check that `rollout`, `update` and `agent` fit each other."""
+        num_groups, num_minibatches = self.rollout.groups, self.update.minibatches
+        configlib.check_field(
+            num_groups % num_minibatches == 0,
+            "update.minibatches",
+            num_minibatches,
+            f"a divisor of rollout.groups = {num_groups}, as groups stay whole",
+        )
+        # A sample lies whole in one row, so the longest must fit.
+        row_tokens, longest_sample = self.update.row_tokens, self.rollout.max_sample_tokens
+        configlib.check_field(
+            row_tokens == 0 or row_tokens >= longest_sample,
+            "update.row_tokens",
+            row_tokens,
+            f"0, or at least {longest_sample}, the longest sample",
+        )
+        # A paused sample is begun again from its tokens, but an environment cannot be.
+        partial_tokens = self.rollout.partial_tokens
+        configlib.check_field(
+            self.agent is None or partial_tokens == 0,
+            "rollout.partial_tokens",
+            partial_tokens,
+            "0 with an agent: its environment cannot wait",
         )
 
     def task_curriculum(self) -> CurriculumConfig:
         """Return the curriculum, or one of equal weights."""
         if self.curriculum is not None:
             return self.curriculum
+        # One point of the schedule, at step 0: the weights never change.
         weights = tuple((source.name, 1.0) for source in self.sources)
         return CurriculumConfig(weights=((0, weights),), seed=self.seed)
+
+
+def _check_minimums(config: Any, section: str, minimums: Mapping[str, float]) -> None:
+    """Raise ValueError where a field of a section of the config is below its minimum."""
+    for name, minimum in minimums.items():
+        path = f"{section}.{name}" if section else name
+        value = getattr(config, name)
+        configlib.check_field(value >= minimum, path, value, f"at least {minimum}")

@@ -1,7 +1,14 @@
-"""One generation batch through the trainer: its own probabilities, advantages, updates, metrics.
+"""One generation batch through the trainer: log-probabilities, advantages, updates, metrics.
 
 A generation batch is cut into minibatches, each of which makes one optimizer step. A minibatch is
-packed into microbatches of one fixed shape, whose gradients are added up.
+packed into microbatches of one fixed shape, whose gradients are added up. The order of work:
+
+  1. Pack: every valid sample gets its place in a row, and its tokens' loss coefficients.
+  2. Score: the trainer computes log-probabilities of all minibatches, before the first step.
+  3. Compare: advantages come from the rewards of the whole batch.
+  4. Update: one step a minibatch, in each epoch.
+
+Steps 1 to 3 fill the same rows on the host, and step 4 puts them onto the devices.
 """
 
 import dataclasses
@@ -9,7 +16,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +38,14 @@ from train.rl import step as rl_step
 
 @dataclasses.dataclass(frozen=True)
 class _BatchSample:
-    """A sample of a generation batch, with its number there."""
+    """A sample of a generation batch.
+
+    Attributes:
+      index: number of the sample in the batch, from 0 through all groups. Per-sample arrays, such
+        as advantages, are indexed by it.
+      group_id: of its group.
+      sample: the sample itself.
+    """
 
     index: int
     group_id: int
@@ -40,10 +54,27 @@ class _BatchSample:
 
 @dataclasses.dataclass(frozen=True)
 class _Minibatch:
-    """The valid samples of one optimizer step, packed. indices: of each in the batch."""
+    """The valid samples of one optimizer step.
+
+    Attributes:
+      indices: `_BatchSample.index` of each packed sample, in the order of `packed.samples`.
+      packed: the samples and their rows.
+    """
 
     indices: list[int]
     packed: rl_batch.PackedSamples
+
+
+class _UpdateMetrics(NamedTuple):
+    """What one optimizer step measured, on the devices.
+
+    Attributes:
+      loss: sums over the step's tokens, see `metrics.loss_metrics`.
+      step: of the gradients and the optimizer, see `step.apply_update`.
+    """
+
+    loss: rl_metrics.MetricSums
+    step: dict[str, Any]
 
 
 class PolicyUpdater:
@@ -52,15 +83,10 @@ class PolicyUpdater:
     Args:
       config: of the run.
       model_config: of the model.
-      layout: of the trainer; None on a single device.
+      layout: of the trainer, None on a single device.
       optimizer: of the steps.
-      reference: the model of the KL term, or None.
-
-    Attributes:
-      state: after the last call. The one given to it is donated, so it is gone.
+      reference: the model that the KL term compares with, or None.
     """
-
-    state: step_lib.TrainState
 
     def __init__(
         self,
@@ -71,6 +97,7 @@ class PolicyUpdater:
         reference: model_lib.MiniMaxM1 | None = None,
     ):
         self._config, self._layout, self._reference = config, layout, reference
+        # None lets the trainer's routers choose the experts.
         self._expert_ids_shape = None
         if config.rollout.replay_routes:
             self._expert_ids_shape = (
@@ -87,19 +114,19 @@ class PolicyUpdater:
         batch: Sequence[groups.SampleGroup],
         batch_number: int,
         weight_version: int,
-    ) -> dict[str, Any]:
-        """Make the updates of one batch; return its metrics.
+    ) -> tuple[step_lib.TrainState, dict[str, Any]]:
+        """Make the updates of one batch, and return the state after them and the batch's metrics.
 
         Args:
-          state: before the updates; donated.
+          state: before the updates. It is donated.
           batch: groups whose samples are all finished and scored.
-          batch_number: of the batch in its run; it seeds the order of the groups.
+          batch_number: of the batch in its run. It seeds the order of the groups.
           weight_version: of the weights in `state`.
 
         Raises:
           FloatingPointError: no update had a finite gradient.
         """
-        self.state, start_secs = state, time.perf_counter()
+        start_secs = time.perf_counter()
         numbered_groups = _number_samples(batch)
         samples = [sample for group in numbered_groups for sample in group]
         metrics = _group_metrics(samples)
@@ -107,18 +134,23 @@ class PolicyUpdater:
             self._pack_minibatch(minibatch_groups)
             for minibatch_groups in self._split_minibatches(numbered_groups, batch_number)
         ]
-        # One without a valid sample makes no step.
+        # A minibatch without a valid sample makes no step.
         minibatches = [minibatch for minibatch in minibatches if minibatch.indices]
         if not minibatches:
-            return metrics | {"updates": 0.0, "training_secs": time.perf_counter() - start_secs}
-        # Before the first step, of all minibatches: logp_old is of the batch's first weights.
-        entropy = self._fill_logprobs(minibatches)
+            metrics |= {"updates": 0.0, "training_secs": time.perf_counter() - start_secs}
+            return state, metrics
+        # All minibatches are scored before the first step, because logp_old is that of the weights
+        # before the batch's updates.
+        entropy = self._fill_logprobs(state.model, minibatches)
         scored_secs = time.perf_counter()
         metrics |= _mismatch_metrics(minibatches, weight_version) | {"entropy_old": entropy}
         self._fill_advantages(minibatches, samples)
-        updates = []
+        updates: list[_UpdateMetrics] = []
         for _ in range(self._config.update.epochs):
-            updates += [self._update_minibatch(minibatch.packed) for minibatch in minibatches]
+            for minibatch in minibatches:
+                # The old state is donated, so only the new one exists from here on.
+                state, update_metrics = self._update_minibatch(state, minibatch.packed)
+                updates.append(update_metrics)
         metrics |= _merge_update_metrics(updates)
         if metrics["skipped"] == metrics["updates"]:
             raise FloatingPointError(
@@ -127,7 +159,7 @@ class PolicyUpdater:
             )
         metrics["scoring_forward_secs"] = scored_secs - start_secs
         metrics["training_secs"] = time.perf_counter() - start_secs
-        return metrics
+        return state, metrics
 
     # ---- before the updates
 
@@ -135,9 +167,11 @@ class PolicyUpdater:
         self, numbered_groups: list[list[_BatchSample]], batch_number: int
     ) -> list[list[list[_BatchSample]]]:
         """Return the minibatches, each of whole groups, in an order drawn for this batch."""
-        # A function of seed and number alone, so that a restarted run and all processes draw alike.
+        # The order depends on seed and number alone, so a restarted run and all processes draw
+        # alike.
         rng = np.random.default_rng((self._config.seed, batch_number))
         order = rng.permutation(len(numbered_groups))
+        # Groups stay whole: "prompt-mean" divides by a prompt's tokens in the step.
         return [
             [numbered_groups[i] for i in group_indices]
             for group_indices in np.array_split(order, self._config.update.minibatches)
@@ -151,6 +185,7 @@ class PolicyUpdater:
             self._config.update.row_tokens or self._config.rollout.max_sample_tokens,
             self._expert_ids_shape,
         )
+        # Known before any forward pass: they depend on masks alone, and on the whole minibatch's.
         lengths = np.array([sum(s.sample.mask) for s in valid])
         group_ids = np.array([s.group_id for s in valid])
         coefficients = loss_lib.token_coefficients(
@@ -159,20 +194,21 @@ class PolicyUpdater:
         packed.fill("coefficients", list(coefficients))
         return _Minibatch([s.index for s in valid], packed)
 
-    def _fill_logprobs(self, minibatches: list[_Minibatch]) -> float:
-        """Write the trainer's log-probabilities of every token; return the mean entropy."""
+    def _fill_logprobs(self, model: model_lib.MiniMaxM1, minibatches: list[_Minibatch]) -> float:
+        """Write the trainer's log-probabilities into the rows, and return the mean entropy."""
         scores, temperature = [], self._settings.temperature
         for host_rows in (rows for m in minibatches for rows in m.packed.microbatches):
             rows = rl_batch.device_put_rows(host_rows, self._layout)
-            logp, entropy = rl_step.score_logprobs(self.state.model, rows, temperature)
+            logp, entropy = rl_step.score_logprobs(model, rows, temperature)
             logp_ref = None
             if self._reference is not None:
                 logp_ref, _ = rl_step.score_logprobs(self._reference, rows, temperature)
             scores.append((host_rows, logp, entropy, logp_ref))
-        # Fetched once all are dispatched, so that the device never waits for the host.
+        # The scores are fetched once all are dispatched, so the devices never wait for the host.
         entropy_sum, num_tokens = 0.0, 0.0
         for host_rows, logp, entropy, logp_ref in scores:
             real = host_rows.mask > 0
+            # A `where`, not a product: the score of padding may be infinite or NaN.
             host_rows.logp_old[:] = np.where(real, rl_batch.gather_to_host(logp), 0)
             if logp_ref is not None:
                 host_rows.logp_ref[:] = np.where(real, rl_batch.gather_to_host(logp_ref), 0)
@@ -181,7 +217,11 @@ class PolicyUpdater:
         return entropy_sum / max(num_tokens, 1.0)
 
     def _fill_advantages(self, minibatches: list[_Minibatch], samples: list[_BatchSample]) -> None:
-        """Write the advantages, which compare the samples of the whole batch."""
+        """Write the advantages into the rows.
+
+        They compare all samples of the batch, not those of a minibatch. A sample's advantage is one
+        number, or one a token where returns or rewards of turns make its tokens differ.
+        """
         objective = self._config.objective
         rewards = [0.0 if s.sample.reward is None else s.sample.reward for s in samples]
         group_ids = [s.group_id for s in samples]
@@ -190,7 +230,7 @@ class PolicyUpdater:
         if objective.advantage.startswith("return") or any(turn_rewards):
             kls = None
             if objective.reward_kl_coef:
-                # Zeros for samples that are not valid: they lie in no row.
+                # Samples that are not valid lie in no row, and keep these zeros.
                 kls = [np.zeros(len(s.sample.tokens)) for s in samples]
                 for minibatch in minibatches:
                     gaps = minibatch.packed.extract(
@@ -210,9 +250,9 @@ class PolicyUpdater:
     # ---- an update
 
     def _update_minibatch(
-        self, packed: rl_batch.PackedSamples
-    ) -> tuple[rl_metrics.MetricSums, dict[str, Any]]:
-        """Make one step; return its metrics, still on the device."""
+        self, state: step_lib.TrainState, packed: rl_batch.PackedSamples
+    ) -> tuple[step_lib.TrainState, _UpdateMetrics]:
+        """Make one optimizer step. Its metrics stay on the devices, so nothing waits for it."""
         weight_mean, sums = self._weight_mean(packed), None
         num_tokens = [float(np.sum(rows.segment_ids > 0)) for rows in packed.microbatches]
         for host_rows, row_tokens in zip(packed.microbatches, num_tokens, strict=True):
@@ -220,15 +260,18 @@ class PolicyUpdater:
             token_share = np.float32(row_tokens / sum(num_tokens))
             # `sums` is donated: one copy of the gradients is enough.
             sums = rl_step.accumulate_gradients(
-                sums, self.state.model, rows, token_share, weight_mean, self._settings
+                sums, state.model, rows, token_share, weight_mean, self._settings
             )
         assert sums is not None
         grads, metric_sums = sums
-        self.state, step_metrics = rl_step.apply_update(self.state, grads, self._settings)
-        return metric_sums, step_metrics
+        state, step_metrics = rl_step.apply_update(state, grads, self._settings)
+        return state, _UpdateMetrics(metric_sums, step_metrics)
 
     def _weight_mean(self, packed: rl_batch.PackedSamples) -> np.float32 | None:
-        """Return the mean correction weight of a step's tokens, if the correction divides by it."""
+        """Return the mean correction weight of a step's tokens, if the correction divides by it.
+
+        It is a mean over all microbatches, so it is known before the first of them is computed.
+        """
         correction = self._config.objective.correction
         if correction is None or not correction.normalise:
             return None
@@ -247,7 +290,7 @@ class PolicyUpdater:
 
 
 def _number_samples(batch: Sequence[groups.SampleGroup]) -> list[list[_BatchSample]]:
-    """Return the samples of each group, numbered through the batch."""
+    """Return the samples of each group, numbered from 0 through the batch."""
     numbers = itertools.count()
     return [
         [
@@ -259,7 +302,12 @@ def _number_samples(batch: Sequence[groups.SampleGroup]) -> list[list[_BatchSamp
 
 
 def _group_metrics(samples: list[_BatchSample]) -> dict[str, float]:
-    """Return rewards and lengths of a batch, and the mean of each part of its rewards."""
+    """Return the metrics of a batch before any forward pass.
+
+    These are `metrics.summarize_groups`, and
+      nll: mean negative log-probability of the generated tokens by the sampler, nats.
+      reward/PART: mean of a part of the rewards, over the samples that have it.
+    """
     plain = [s.sample for s in samples]
     metrics = rl_metrics.summarize_groups(
         [math.nan if sample.reward is None else sample.reward for sample in plain],
@@ -279,9 +327,10 @@ def _group_metrics(samples: list[_BatchSample]) -> dict[str, float]:
 
 
 def _mismatch_metrics(minibatches: list[_Minibatch], weight_version: int) -> dict[str, float]:
-    """Compare sampler and trainer on what the present weights wrote.
+    """Compare sampler and trainer on the tokens that the present weights wrote.
 
-    Tokens of older weights, in samples that went on over several batches, would differ anyway.
+    Samples that went on over several batches have tokens of older weights, too. Their probabilities
+    differ from the trainer's for another reason. Returns {} if no token is of the present weights.
     """
     logp_rollout: list[np.ndarray] = []
     logp_old: list[np.ndarray] = []
@@ -295,33 +344,38 @@ def _mismatch_metrics(minibatches: list[_Minibatch], weight_version: int) -> dic
             logp_rollout.append(np.asarray(sample.logprobs)[is_current])
             logp_old.append(trainer_logp[is_current])
             sample_numbers.append(np.full(int(is_current.sum()), len(sample_numbers)))
-    # All samples in one row: `measure_mismatch` tells them apart by their numbers.
+    # All samples lie in one row, [1, tokens]. `measure_mismatch` tells them apart by number.
     rollout, old, ids = (np.concatenate(x)[None] for x in (logp_rollout, logp_old, sample_numbers))
     if not rollout.size:
         return {}
     return rl_metrics.measure_mismatch(rollout, old, np.ones(rollout.shape), ids)
 
 
-def _merge_update_metrics(
-    updates: list[tuple[rl_metrics.MetricSums, dict[str, Any]]],
-) -> dict[str, Any]:
-    """Return the metrics of all updates of a batch together: means, and extremes of extremes."""
-    reports = [rl_metrics.summarize_metrics(jax.device_get(sums)) for sums, _ in updates]
+def _merge_update_metrics(updates: list[_UpdateMetrics]) -> dict[str, Any]:
+    """Return the metrics of all updates of a batch together.
+
+    Most are means over the updates, ratio_min, _max and _p99 extremes. Besides those of `metrics`:
+      most_dropped, most_clipped: see `metrics.rank_dropped_tokens`.
+      gradient/decade_X, gradient/below_1e-14: see `metrics.gradient_histogram`, of the last update.
+      updates: number of optimizer steps.
+      skipped: number of steps without a finite gradient, which left the weights as they were.
+    """
+    reports = [rl_metrics.summarize_metrics(jax.device_get(update.loss)) for update in updates]
     metrics: dict[str, Any] = {}
     reducers: dict[str, Callable] = {"ratio_min": min, "ratio_max": max, "ratio_p99": max}
     for name in reports[0]:
         reduce = reducers.get(name, np.mean)
         metrics[name] = float(reduce([report[name] for report in reports]))
     drops, clips = (
-        np.sum([sums["drops"][name] for sums, _ in updates], axis=0)
+        np.sum([update.loss["drops"][name] for update in updates], axis=0)
         for name in ("by_token", "clipped")
     )
     metrics["most_dropped"] = rl_metrics.rank_dropped_tokens(drops)
     # Ids that were never clipped count too, so that a reader can tell how often clipping is.
     metrics["most_clipped"] = rl_metrics.rank_dropped_tokens(clips, num=32, min_dropped=0)
-    steps = jax.device_get([step_metrics for _, step_metrics in updates])
+    steps = jax.device_get([update.step for update in updates])
     last_step = steps[-1]
-    # Magnitudes of gradients are those of the batch's last step, not means over its steps.
+    # Magnitudes of gradients are logged of the last step alone: one histogram a batch is enough.
     shares = {
         name.removeprefix("gradient/"): value
         for name, value in last_step.items()
