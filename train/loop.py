@@ -410,17 +410,3 @@ def _make_stage_layout(
             f"wanted a multiple of {layout.axis_size('length')}"
         )
     return layout
-
-
-# ---- used by train.rl.loop until it takes `run_model`
-
-
-def load_model_config(checkpoint_dir: str, config, remat: str) -> model_config_lib.ModelConfig:
-    """Return the model of a run: the given one, or else its checkpoint's."""
-    if config is None:
-        config = run_model._read_model_config(checkpoint_dir)
-    return dataclasses.replace(config, remat=remat) if remat else config
-
-
-def check_tokenizer(tokenizer, model_config) -> None:
-    run_model.check_tokenizer(tokenizer, model_config)

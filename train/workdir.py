@@ -56,14 +56,6 @@ def save_config(config: Any, workdir: pathlib.Path) -> None:
     durable.write_text_atomically(workdir / CONFIG_FILE, text)
 
 
-def run_session(session: Any, workdir: pathlib.Path) -> Any:
-    """Open a session, note its config, run it, and close all of it; return what it returns."""
-    with contextlib.ExitStack() as stack:
-        session.enter(stack)
-        save_config(session.config, workdir)
-        return session.run()
-
-
 def open_and_run(
     open_session: Callable[[Any, pathlib.Path, contextlib.ExitStack], Any],
     config: Any,
