@@ -89,7 +89,7 @@ class ModelConfig:
     router_aux_loss_coef: float = 0.001
     initializer_range: float = 0.02
     max_position_embeddings: int = 10_240_000
-    # The fields below are this code's own; config.json does not have them.
+    # The fields below are this code's own. They are not in config.json.
     remat: str = "none"
     expert_capacity: float | None = None
     lightning_implementation: str | None = "chunked"
@@ -186,7 +186,7 @@ class ModelConfig:
     @classmethod
     def m1(cls) -> "ModelConfig":
         """Return the released MiniMax-M1 (40k and 80k): 456,089,655,296 parameters."""
-        alpha = 3.5565588200778455  # of all three residual sums; the release's config.json has it
+        alpha = 3.5565588200778455  # of all three residual sums, from the release's config.json
         return cls(
             vocab_size=200_064,
             hidden_size=6144,

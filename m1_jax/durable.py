@@ -1,4 +1,4 @@
-"""Writing files that survive a crash, whole or not at all."""
+"""Writing files so that a crash leaves the old text or the new text, never a part of it."""
 
 import os
 import pathlib
@@ -6,19 +6,20 @@ from typing import IO
 
 
 def flush_to_disk(file: IO) -> None:
-    """Bring what was written to an open file to the disk, past all buffers."""
-    file.flush()
-    os.fsync(file.fileno())
+    """Bring an open file's content to the disk, past all buffers."""
+    file.flush()  # Python's buffer
+    os.fsync(file.fileno())  # the operating system's
 
 
 def write_text_atomically(path: pathlib.Path, text: str) -> None:
-    """Replace a file in one go: a reader, also after a crash, sees the old or the new text.
+    """Replace a file in one step: a reader sees the old text or the new one, even after a crash.
 
-    The text grows in `path`.part. It reaches the disk before the rename, because a rename may
-    survive a crash that the bytes do not.
+    The text is first written to `path`.part, in the same directory, because a rename works within
+    one file system only.
     """
     part = path.with_name(path.name + ".part")
     with part.open("w", encoding="utf-8") as file:
         file.write(text)
+        # Before the rename: otherwise a crash could keep the new name and lose the bytes.
         flush_to_disk(file)
     part.replace(path)

@@ -1,8 +1,9 @@
-"""Floating-point operations of the model by arithmetic: a multiplication and an addition are two.
+"""Floating-point operations of the model by arithmetic. A multiply-add counts as two operations.
 
-The compiler counts the body of a loop once, however often the loop runs, so it sees a tenth of the
-layers. Here every product is counted as often as it is computed. Only matrix products count:
-norms, activations, softmax and the optimizer are under a percent at the release's width.
+The compiler's own count has the body of a loop once, however often the loop runs. So it has a tenth
+of the release's layers. Here every product is counted as often as it is computed. Only matrix
+products count: norms, activations, softmax and the optimizer are under one percent at the release's
+width.
 """
 
 import dataclasses
@@ -12,14 +13,14 @@ from m1_jax import config as config_lib
 
 @dataclasses.dataclass(frozen=True)
 class ForwardFlops:
-    """Operations of one pass over some tokens, by part of the model.
+    """Operations of one forward pass over a batch, by part of the model.
 
     Attributes:
       projections: queries, keys, values, gate and output of both kinds of attention.
-      lightning: products of chunks and states.
+      lightning: products within chunks, and those with the states.
       softmax: scores and weighted values of the causal pairs.
-      router: of all layers.
-      experts: the chosen ones and the shared one.
+      router: router logits of all layers.
+      experts: the chosen experts and the shared expert of all layers.
       head: logits.
     """
 
@@ -32,6 +33,7 @@ class ForwardFlops:
 
     @property
     def layers(self) -> float:
+        """Operations of all layers, without the head."""
         return self.total - self.head
 
     @property
@@ -44,7 +46,7 @@ class TrainFlops:
     """Operations of a training step."""
 
     model: float  # forward and backward pass, as MFU counts them
-    recomputed: float  # by rematerialisation, on top
+    recomputed: float  # operations that the backward pass repeats, on top of `model`
 
     @property
     def total(self) -> float:
@@ -62,13 +64,13 @@ def count_forward_flops(
     """Return the operations of one forward pass.
 
     Args:
-      config: the model's.
+      config: the model's configuration.
       num_sequences: rows of the batch.
       num_new_tokens: tokens of each row that the pass computes.
-      context_tokens: tokens that each row has in its cache already; softmax attends to them, too.
-      num_logits: positions of each row that the head computes; None: all of them.
-      chunk_tokens: of lightning attention (None: head_dim, as in the XLA form). Within a chunk all
-        pairs are computed, causal or not. A row shorter than that is one chunk.
+      context_tokens: tokens that each row has in its cache already. Softmax attends to them, too.
+      num_logits: positions of each row that the head computes. None: all of them.
+      chunk_tokens: tokens of a chunk of lightning attention. None: head_dim, as in the XLA form. A
+        shorter row is one chunk. Within a chunk all pairs are computed, causal or not.
     """
     tokens = num_sequences * num_new_tokens
     embed, heads, size = config.hidden_size, config.num_attention_heads, config.head_dim
@@ -78,13 +80,16 @@ def count_forward_flops(
     lightning_layers = layers - softmax_layers
     chunk_tokens = min(chunk_tokens or size, num_new_tokens)
     num_logits = num_new_tokens if num_logits is None else num_logits
+    # Pairs of a query and a key at or before it, in one row.
     pairs = num_new_tokens * (num_new_tokens + 1) // 2 + num_new_tokens * context_tokens
     experts = config.num_experts_per_tok + config.has_shared_expert
-    # qkv, gate and out have width 3, 1 and 1; query and out 1 and 1, key and value the kv width.
+    # Columns of all projections. Lightning: qkv 3, gate 1 and out 1 times the width. Softmax: query
+    # and out have the width, key and value the kv width.
     projections = lightning_layers * 5 * width + softmax_layers * 2 * (width + kv_width)
     return ForwardFlops(
         projections=2.0 * tokens * embed * projections,
-        # q k^T and its product with v over a chunk; q S and k^T v over the state.
+        # Four products of a token: q k^T and its product with v, over a chunk, then q S and k^T v,
+        # over the state.
         lightning=4.0 * tokens * lightning_layers * width * (chunk_tokens + size),
         softmax=4.0 * num_sequences * pairs * softmax_layers * width,
         router=2.0 * tokens * layers * embed * config.num_local_experts,
@@ -97,14 +102,15 @@ def count_forward_flops(
 def count_train_flops(
     config: config_lib.ModelConfig, num_sequences: int, num_new_tokens: int, **kwargs
 ) -> TrainFlops:
-    """Return the operations of a training step: a backward pass is two forward passes.
+    """Return the operations of a training step. A backward pass counts as two forward passes.
 
-    What the backward pass computes again depends on `config.remat`: with "layer", each layer's
-    forward pass, and with "dots", attention and experts (projections and router are kept). In all
-    cases softmax attention is computed twice more, since its blocks keep nothing for the gradients
-    of the queries and then of the keys. So are, once, the logits, which come in chunks.
+    `config.remat` says what the backward pass computes again. With "layer" it is each layer's
+    forward pass, and with "dots" attention and experts (projections and router are kept). In all
+    cases softmax attention is computed twice more, once for the gradients of the queries and once
+    for those of the keys, because its blocks keep nothing. The logits, which come in chunks, are
+    computed once more.
 
-    Args: as of `count_forward_flops`.
+    The arguments are those of `count_forward_flops`.
     """
     forward = count_forward_flops(config, num_sequences, num_new_tokens, **kwargs)
     recomputed = {
@@ -113,6 +119,6 @@ def count_train_flops(
         "dots": forward.lightning + forward.softmax + forward.experts,
     }[config.remat]
     return TrainFlops(
-        model=3 * forward.total,
+        model=3 * forward.total,  # forward, gradients of inputs, gradients of weights
         recomputed=recomputed + 2 * forward.softmax + forward.head,
     )

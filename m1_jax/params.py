@@ -13,7 +13,8 @@ from m1_jax import quantize, sharding
 
 
 def params_by_path(model: model_lib.MiniMaxM1) -> dict[str, nnx.Param]:
-    """Return the model's own `nnx.Param` objects, not copies: setting a value changes the model."""
+    """Return the model's own `nnx.Param` objects, so that setting a value changes the model."""
+    # The graph also has the modules, and attributes that are no parameters.
     return {
         ".".join(map(str, path)): node
         for path, node in nnx.iter_graph(model)
@@ -28,14 +29,16 @@ def abstract_model(
     layout: sharding.MeshLayout | None = None,
     weights: str | None = None,
 ) -> model_lib.MiniMaxM1:
-    """Return a model whose parameters are shapes, dtypes and shardings only; it costs no memory.
+    """Return a model whose parameters are shapes, dtypes and shardings only. It costs no memory.
 
     Args:
-      dtype: of activations.
-      param_dtype: of parameters; None: as `dtype`. Routers are float32 in any case.
-      layout: gives each parameter its sharding; None: one device.
-      weights: an int8 recipe of `quantize.INT8_RECIPES`, or None.
+      config: the model's configuration.
+      dtype: dtype of activations.
+      param_dtype: dtype of parameters. None: as `dtype`. Routers are float32 in any case.
+      layout: gives each parameter its sharding. None: one device.
+      weights: an int8 recipe of `quantize.INT8_RECIPES`, or None for float parameters.
     """
+    # The key of the generator is a constant: eval_shape runs no initializer.
     model = nnx.eval_shape(
         lambda: model_lib.MiniMaxM1(
             config,
@@ -45,7 +48,7 @@ def abstract_model(
             layout=layout,
         )
     )
-    # Before the shardings are set: the recipe adds a scale parameter beside each int8 one.
+    # Before the shardings are set, because the recipe adds parameters that need one, too.
     quantize.declare_int8_params(model, weights)
     for param in params_by_path(model).values():
         param_sharding = sharding.make_param_sharding(
@@ -62,11 +65,14 @@ def random_model(
     param_dtype: jax.typing.DTypeLike | None = None,
     layout: sharding.MeshLayout | None = None,
 ) -> model_lib.MiniMaxM1:
-    """Return a model with fresh parameters, each created on the devices that hold it."""
+    """Return a model with fresh parameters, each created on the devices that hold it.
+
+    The arguments are those of `abstract_model`, and the key of the random numbers.
+    """
     model = abstract_model(config, dtype, param_dtype, layout)
 
     def init_params(key):
-        # Without a layout: out_shardings below split the values, so no device holds all of them.
+        # No layout here: `out_shardings` below splits the values, so no device holds all of them.
         initialised = model_lib.MiniMaxM1(
             config, nnx.Rngs(key), dtype=dtype, param_dtype=param_dtype
         )
