@@ -3,6 +3,9 @@
 It is written from the description of the release alone and shares no code with the model. It
 prefers the obvious form to the fast one: the lightning recurrence one token at a time, softmax
 attention with the whole [T, T] matrix, every expert on every token. It is for tiny shapes.
+
+B rows, T tokens, D hidden size, N query heads, K key and value heads, H head dim, R rotary dim,
+E experts, V vocabulary, L layers.
 """
 
 import functools
@@ -30,14 +33,15 @@ def run_oracle(
 
     Args:
       config: a release config.json.
-      tensors: the release's tensors by name, [out, in]; any float dtype, cast to `dtype`.
+      tensors: the release's tensors by name, [out, in], in any float dtype. They are cast to
+        `dtype`.
       tokens: [B, T] int32.
-      dtype: of all arithmetic, float32 or float64; bfloat16 rounding is not imitated.
+      dtype: dtype of all arithmetic, float32 or float64. Rounding to bfloat16 is not imitated.
       segment_ids: None or a concrete [B, T] array, 0 for padding, a positive number per document.
         Each document runs alone from position 0. Outputs at padding are 0.
 
     Returns:
-      A dict, with H the head dim, N query heads, K kv heads, E experts:
+      A dict of:
       logits: [B, T, V].
       hidden_states: list of L + 1 arrays [B, T, D]: the embeddings, the output of each layer but
         the last, the final norm's output.
@@ -47,7 +51,7 @@ def run_oracle(
       aux_loss: scalar load-balancing loss over all layers and real tokens.
     """
     tensors = {name: jnp.asarray(value).astype(dtype) for name, value in tensors.items()}
-    # Otherwise TPUs and GPUs multiply float32 in less than float32.
+    # By default TPUs and GPUs multiply float32 numbers with less than float32 precision.
     with jax.default_matmul_precision("highest"):
         if segment_ids is None:
             token_mask = np.ones(np.shape(tokens), bool)
@@ -55,6 +59,7 @@ def run_oracle(
         else:
             token_mask = np.asarray(segment_ids) > 0
             by_token, states = _forward_documents(config, tensors, tokens, np.asarray(segment_ids))
+        # A mask of numpy selects rows under jit, too: the number of real tokens is static.
         aux_loss = _aux_loss(config, [logits[token_mask] for logits in by_token["router_logits"]])
     return {**by_token, "lightning_states": states, "aux_loss": aux_loss}
 
@@ -70,7 +75,7 @@ def oracle_loss(
 
 
 def lightning_slopes(config: dict, layer: int) -> np.ndarray:
-    """Return the float32 decay rates s of one layer's heads, [N]; a token multiplies by exp(-s)."""
+    """Return the float32 decay rates s of one layer's heads, [N]. A step multiplies by exp(-s)."""
 
     def alibi(num_heads):
         if math.log2(num_heads).is_integer():
@@ -80,6 +85,7 @@ def lightning_slopes(config: dict, layer: int) -> np.ndarray:
         return alibi(below) + alibi(2 * below)[0::2][: num_heads - below]
 
     base = np.array(alibi(config["num_attention_heads"]), np.float32)
+    # The layer's index counts softmax layers as well. Later layers forget more slowly.
     return base * np.float32(1 - layer / (config["num_hidden_layers"] - 1) + 1e-5)
 
 
@@ -94,8 +100,10 @@ def _forward_rows(config, tensors, tokens):
     out = {"hidden_states": [], "keys": {}, "values": {}, "router_logits": []}
     states = {}
     eps = config["rms_norm_eps"]
-    x = tensors["model.embed_tokens.weight"][jnp.asarray(tokens)]
+    x = tensors["model.embed_tokens.weight"][jnp.asarray(tokens)]  # [B, T, D]
     for layer, is_softmax in enumerate(config["attn_type_list"]):
+        # The input of every layer, so the embeddings are first and the last layer's output is not
+        # in the list.
         out["hidden_states"].append(x)
         weights = _select_prefix(tensors, f"model.layers.{layer}.")
 
@@ -123,8 +131,9 @@ def _forward_rows(config, tensors, tokens):
 
 
 def _forward_documents(config, tensors, tokens, segment_ids):
-    """Run every document of every row alone; write the results to the positions of its tokens."""
+    """Run every document of every row alone, and write the results to the places of its tokens."""
     forward = _compiled_forward(json.dumps(config))
+    # Zeros of the shapes of whole rows: padding keeps them.
     shapes = jax.eval_shape(forward, tensors, tokens)
     by_token, states = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
     for row, segments in enumerate(segment_ids):
@@ -132,11 +141,13 @@ def _forward_documents(config, tensors, tokens, segment_ids):
             columns = np.flatnonzero(segments == segment_id)
             document, end_states = forward(tensors, tokens[row : row + 1, columns])
             by_token = _write_outputs(by_token, document, (row, columns))
+            # A state has no token axis, so the last document of the row remains.
             states = _write_outputs(states, end_states, row)
     return by_token, states
 
 
 def _write_outputs(outputs, document_outputs, at):
+    """Write the outputs of one document, a batch of one row, at an index of all outputs."""
     return jax.tree.map(lambda out, part: out.at[at].set(part[0]), outputs, document_outputs)
 
 
@@ -145,6 +156,7 @@ def _select_prefix(tensors, prefix):
 
 
 def _add_branch(config, kind, x, h, branch):
+    """Return alpha * residual + beta * branch, where h = norm(x) is the input of the branch."""
     alpha, beta = (config.get(f"layernorm_{kind}_{name}", 1.0) for name in ("alpha", "beta"))
     return (h if config.get("postnorm", False) else x) * alpha + branch * beta
 
@@ -158,9 +170,9 @@ def _rms_norm(x, weight, eps):
 
 
 def _lightning_step(carry, qkv):
-    """S_t = lambda S_(t-1) + k_t^T v_t; o_t = q_t S_t."""
-    state, decay = carry
-    q, k, v = qkv
+    """S_t = lambda S_(t-1) + k_t^T v_t, o_t = q_t S_t."""
+    state, decay = carry  # [B, N, H (k), H (v)], [1, N, 1, 1]
+    q, k, v = qkv  # each [B, N, H]
     state = decay * state + jnp.einsum("bnk,bnv->bnkv", k, v)
     return (state, decay), jnp.einsum("bnk,bnkv->bnv", q, state)
 
@@ -211,7 +223,10 @@ def _softmax_attention(config, weights, h):
 
 
 def _moe_block(config, weights, h):
-    """Return (mixture of experts and optional shared MLP [B, T, D], router logits [B, T, E])."""
+    """Return (output of the experts and the optional shared MLP, router logits).
+
+    Their shapes are [B, T, D] and [B, T, E].
+    """
     logits = _apply_linear(h, weights["block_sparse_moe.gate.weight"])
     top_p, top_e = jax.lax.top_k(jax.nn.softmax(logits, axis=-1), config["num_experts_per_tok"])
     # The chosen experts' weights sum to 1.
@@ -220,6 +235,7 @@ def _moe_block(config, weights, h):
     for expert in range(config["num_local_experts"]):
         prefix = f"block_sparse_moe.experts.{expert}"
         gate, up = (_apply_linear(h, weights[f"{prefix}.{name}.weight"]) for name in ("w1", "w3"))
+        # The expert's weight for each token, [B, T, 1]: 0 for tokens that did not choose it.
         share = jnp.sum(jnp.where(top_e == expert, top_p, 0.0), axis=-1, keepdims=True)
         y = y + share * _apply_linear(jax.nn.silu(gate) * up, weights[f"{prefix}.w2.weight"])
     if config["shared_intermediate_size"] > 0:
@@ -227,15 +243,19 @@ def _moe_block(config, weights, h):
             _apply_linear(h, weights[f"shared_mlp.{n}_proj.weight"]) for n in ("gate", "up")
         )
         shared = _apply_linear(jax.nn.silu(gate) * up, weights["shared_mlp.down_proj.weight"])
-        c = jax.nn.sigmoid(_apply_linear(h, weights["coefficient.weight"]))
+        c = jax.nn.sigmoid(_apply_linear(h, weights["coefficient.weight"]))  # [B, T, 1]
         y = y * (1 - c) + shared * c
     return y, logits
 
 
 def _aux_loss(config, router_logits):
-    """E * sum over slot, e of f[slot, e] * P[e], the rows of all layers pooled."""
+    """Return E * (sum over slot, e of f[slot, e] * P[e]), the tokens of all layers pooled.
+
+    f is the share of tokens whose choice number `slot` is expert e, and P the mean probability.
+    """
     num_experts = config["num_local_experts"]
-    p = jax.nn.softmax(jnp.concatenate(router_logits), axis=-1)
+    p = jax.nn.softmax(jnp.concatenate(router_logits), axis=-1)  # [L * tokens, E]
     _, top_e = jax.lax.top_k(p, config["num_experts_per_tok"])
+    # No gradient flows through f, which is made of counts.
     f = jnp.mean(jax.nn.one_hot(top_e, num_experts, dtype=p.dtype), axis=0)
     return num_experts * jnp.sum(f * jnp.mean(p, axis=0)[None, :])

@@ -12,23 +12,27 @@ import numpy as np
 import safetensors.numpy
 import tokenizers
 
-# How far two float32 implementations of the same maths may differ. Never loosened to pass.
+# How far two float32 implementations of the same equations may differ. They are never loosened to
+# make a test pass.
 TOLERANCES = {
-    # Absolute: logits have a deviation near 1 and end some hundred float32 reductions, each off by
-    # about 1e-7 of its largest term in an order that differs. Log-probabilities follow them.
+    # Absolute. Logits have a standard deviation near 1 and come after some hundred float32
+    # reductions, each off by about 1e-7 of its largest term, since the order of its terms differs.
+    # Log-probabilities have the errors of their logits.
     "logits": 2e-4,
     "logprobs": 2e-4,
-    # Absolute: means over all tokens of values near 2 and near 7, whose single errors average out.
+    # Absolute. These are means over all tokens of values near 2 and near 7, whose single errors
+    # average out.
     "aux_loss": 1e-5,
     "loss": 2e-5,
-    # Relative to the tensor's norm: a sum over tokens without cancellation sees only the order.
+    # Relative to the tensor's norm. In sums over tokens without cancellation only the order counts.
     "state": 1e-4,
     "activations": 1e-4,
-    # Relative to the tensor's norm: the backward pass doubles the depth, and router gradients are
+    # Relative to the tensor's norm. The backward pass doubles the depth, and router gradients are
     # differences of nearly equal expert outputs.
     "gradients": 1e-3,
 }
 
+# As text, with the keys and the spelling of the release's own file.
 _TINY_CONFIG = json.loads("""{
   "architectures": ["MiniMaxM1ForCausalLM"], "model_type": "minimax_m1", "torch_dtype": "bfloat16",
   "transformers_version": "4.45.2", "bos_token_id": null, "eos_token_id": null, "use_cache": true,
@@ -51,7 +55,7 @@ _SPECIAL_TOKENS = (
     "<end_of_document>",
 )
 
-# Enough distinct words for a few hundred merges; its content does not matter.
+# Enough distinct words for a few hundred merges. Their meaning does not matter.
 _TOKENIZER_TEXT = """
 Lightning attention keeps one matrix for each head instead of a cache that grows with every token.
 The matrix decays a little at each step, then the outer product of the new key and value is added.
@@ -68,7 +72,7 @@ def tiny_config(**overrides) -> dict:
     """Return a tiny config.json of the release's spelling, with some keys replaced.
 
     Args:
-      **overrides: release keys. `attn_type_list` alone sets `num_hidden_layers`;
+      **overrides: release keys. `attn_type_list` alone sets `num_hidden_layers`.
         `num_hidden_layers` alone repeats the pattern of three lightning layers and one softmax.
 
     Raises:
@@ -87,23 +91,27 @@ def tiny_config(**overrides) -> dict:
 
 
 def tensor_shapes(config: dict) -> dict[str, tuple[int, ...]]:
-    """Return the release's tensor names with their torch shapes [out, in]."""
+    """Return the release's tensor names with their torch shapes [out, in].
+
+    The names are written out here, and not taken from `params_map`, which they test.
+    """
     embed, mlp, head_dim = (config[k] for k in ("hidden_size", "intermediate_size", "head_dim"))
-    heads, kv_heads = (config[f"num_{k}_heads"] * head_dim for k in ("attention", "key_value"))
+    # The widths of all heads together, which need not be `embed`.
+    width, kv_width = (config[f"num_{k}_heads"] * head_dim for k in ("attention", "key_value"))
     shapes = {"model.embed_tokens.weight": (config["vocab_size"], embed)}
     for layer, is_softmax in enumerate(config["attn_type_list"]):
         layer_shapes = {"input_layernorm": (embed,), "post_attention_layernorm": (embed,)}
         if is_softmax:
-            layer_shapes |= {"self_attn.q_proj": (heads, embed), "self_attn.o_proj": (embed, heads)}
+            layer_shapes |= {"self_attn.q_proj": (width, embed), "self_attn.o_proj": (embed, width)}
             layer_shapes |= {
-                "self_attn.k_proj": (kv_heads, embed),
-                "self_attn.v_proj": (kv_heads, embed),
+                "self_attn.k_proj": (kv_width, embed),
+                "self_attn.v_proj": (kv_width, embed),
             }
         else:
-            layer_shapes |= {"self_attn.qkv_proj": (3 * heads, embed), "self_attn.norm": (heads,)}
+            layer_shapes |= {"self_attn.qkv_proj": (3 * width, embed), "self_attn.norm": (width,)}
             layer_shapes |= {
-                "self_attn.output_gate": (heads, embed),
-                "self_attn.out_proj": (embed, heads),
+                "self_attn.output_gate": (width, embed),
+                "self_attn.out_proj": (embed, width),
             }
         layer_shapes["block_sparse_moe.gate"] = (config["num_local_experts"], embed)
         for expert in range(config["num_local_experts"]):
@@ -123,19 +131,22 @@ def tensor_shapes(config: dict) -> dict[str, tuple[int, ...]]:
 def random_tensors(config: dict, seed: int = 0) -> dict[str, np.ndarray]:
     """Return random weights under the release's names: bfloat16, routers float32, [out, in].
 
-    The scale keeps every path visible in the logits: with the release's own normal(0, 0.02) a tiny
-    model is nearly its embedding table, and a broken layer would pass. Compare on some hundred
-    tokens: among 1,400 in 8 layers the closest choice of experts was already near float32 noise.
+    Their scale keeps every path visible in the logits. With the release's own normal(0, 0.02) a
+    tiny model is nearly its embedding table, so a broken layer would pass.
+
+    Compare on some hundred tokens only. Among 1,400 tokens in 8 layers, the closest choice between
+    two experts was already near float32 noise.
     """
     rng = np.random.default_rng(seed)
     tensors = {}
     for name, shape in tensor_shapes(config).items():
-        if len(shape) == 1:  # A norm weight of exactly 1 would hide a forgotten multiplication.
+        if len(shape) == 1:
+            # A norm weight of exactly 1 would hide a forgotten multiplication.
             tensors[name] = rng.uniform(0.5, 1.5, shape).astype(jnp.bfloat16)
         elif name.endswith("embed_tokens.weight"):
             tensors[name] = rng.standard_normal(shape).astype(jnp.bfloat16)
         elif name.endswith("block_sparse_moe.gate.weight"):
-            # Router logits of standard deviation 2: ties are as rare as the experts are unequal.
+            # Router logits have standard deviation 2, which makes experts unequal and ties rare.
             tensors[name] = (rng.standard_normal(shape) * 2 / math.sqrt(shape[1])).astype("float32")
         else:
             values = rng.standard_normal(shape) * 1.5 / math.sqrt(shape[1])
@@ -152,6 +163,7 @@ def write_release(directory, config: dict, tensors: dict, num_shards: int = 3) -
     shards = [{} for _ in range(num_shards)]
     written_bytes = 0
     for name, value in tensors.items():
+        # A tensor goes to the shard where its first byte falls, with shards of equal size.
         shards[min(written_bytes * num_shards // total_size, num_shards - 1)][name] = value
         written_bytes += value.nbytes
     weight_map = {}
@@ -167,8 +179,9 @@ def write_release(directory, config: dict, tensors: dict, num_shards: int = 3) -
 def write_tiny_tokenizer(directory, vocab_size: int = 512) -> pathlib.Path:
     """Write tokenizer.json (byte-level BPE) and tokenizer_config.json in the release's form.
 
-    Ids are the 256 bytes, merges of a built-in text, reserved slots if that text runs out of
-    merges, and last the four special tokens: exactly `vocab_size` of them, always the same.
+    The ids are the 256 bytes, then merges of a built-in text, then reserved slots if that text runs
+    out of merges, and last the four special tokens. There are exactly `vocab_size` ids, and every
+    call makes the same ones.
 
     Raises:
       ValueError: `vocab_size` cannot hold the bytes and the special tokens.
@@ -184,6 +197,7 @@ def write_tiny_tokenizer(directory, vocab_size: int = 512) -> pathlib.Path:
         vocab_size=base_size, show_progress=False, initial_alphabet=all_bytes
     )
     tokenizer.train_from_iterator([_TOKENIZER_TEXT], trainer)
+    # The trainer stops early when no pair of the text is left to merge.
     reserved = [f"<reserved_{i}>" for i in range(base_size - tokenizer.get_vocab_size())]
     tokenizer.add_special_tokens([*reserved, *_SPECIAL_TOKENS])
     directory = pathlib.Path(directory)
