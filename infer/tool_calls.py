@@ -1,4 +1,4 @@
-"""What the model wrote, taken apart as it streams: thinking, text and tool calls.
+"""A parser for what the model wrote: thinking, text and tool calls, as they stream.
 
     <think>
     thinking
@@ -9,15 +9,15 @@
     </tool_calls>
 
 Where each part begins and ends:
-  * `<think>` counts if nothing but white space precedes it; the next `</think>` ends it. All that
+  * `<think>` counts if nothing but white space precedes it. The next `</think>` ends it. All that
     lies between is thinking, and later tags of either kind are text.
-  * `<tool_calls>` counts after thinking, if the line ends there or an object begins; elsewhere it
+  * `<tool_calls>` counts after thinking, if the line ends there or an object begins. Elsewhere it
     is prose. The next `</tool_calls>` that is not inside a JSON string ends the block.
-  * A block is a row of JSON objects with a name and arguments, white space in between. One that
+  * A block is a row of JSON objects with a name and arguments, white space in between. A block that
     is anything else, or that never ends, is malformed as a whole. Nothing is repaired.
 
-Lossless: the `raw` of all events, joined, is the text. And parts depend on the text alone,
-never on how it was cut into pushes.
+The parser is lossless: the `raw` of all events, joined, is the text. The parts depend on the text
+alone, never on how it was cut into pushes.
 """
 
 import dataclasses
@@ -26,7 +26,10 @@ import math
 import re
 from typing import Any, NamedTuple
 
-# thinking and text; tag: what surrounds thinking; calls: a block; malformed: a block that fails.
+from infer import partial_match, strict_json
+
+# thinking, text: as their names say. tag: a tag around thinking, with its line end. calls: a
+# well-formed block. malformed: a block that is not well-formed.
 EVENT_KINDS = ("tag", "thinking", "text", "calls", "malformed")
 _THINK_OPENING, _THINK_CLOSING = "<think>", "</think>"
 _BLOCK_OPENING, _BLOCK_CLOSING = "<tool_calls>", "</tool_calls>"
@@ -52,8 +55,8 @@ class ParserEvent:
     Attributes:
       kind: one of `EVENT_KINDS`.
       raw: the text as it stands.
-      calls: the calls of a well-formed block.
-      error: of a malformed block, what was got and wanted.
+      calls: the calls of a well-formed block, else empty.
+      error: what is wrong with a malformed block, else empty.
     """
 
     kind: str
@@ -64,10 +67,10 @@ class ParserEvent:
 
 @dataclasses.dataclass(frozen=True)
 class ParsedTurn:
-    """A whole turn; thinking and text are without the tags and the line ends that belong to them.
+    """A whole turn. Thinking and text exclude the tags, and the line ends that belong to these.
 
-    Put back as a message's reasoning, content and tool calls, `infer.prompt` renders the turn
-    again, byte for byte if it was written in that form.
+    `infer.prompt` renders the turn again from a message with this reasoning, content and tool
+    calls, byte for byte if it was written in that form.
     """
 
     thinking: str
@@ -94,15 +97,18 @@ def parse_turn(text: str) -> ParsedTurn:
 
 
 class TurnParser:
-    """Takes one turn apart while it is written; see the module's docstring.
+    """Parses one turn while it is written; see the module's docstring.
 
-    Thinking and text come out as soon as they can be nothing else, a block of calls at its end.
+    Thinking and text come out as soon as they can be nothing else. A block of calls comes out at
+    its end.
     """
 
     def __init__(self):
+        # The method that parses the part under way. A method that ends its part sets the next one.
         self._parse_part = self._parse_start
-        self._held_text = ""
-        self._scanned_chars, self._in_string = 0, False  # of a block
+        self._held_text = ""  # pushed, but not in an event yet
+        # Of a block: how many characters were searched for its end, and whether a string is open.
+        self._scanned_chars, self._in_string = 0, False
 
     def push(self, text: str) -> list[ParserEvent]:
         """Return the events that this text completes."""
@@ -110,7 +116,7 @@ class TurnParser:
         return self._advance(final=False)
 
     def close(self) -> list[ParserEvent]:
-        """End the text: return what was held back."""
+        """End the text, and return the events of what was held back."""
         return self._advance(final=True)
 
     def _advance(self, final: bool) -> list[ParserEvent]:
@@ -118,70 +124,81 @@ class TurnParser:
         while self._held_text:
             part, size = self._parse_part, len(self._held_text)
             events += self._parse_part(final)
+            # No progress: this part needs more text.
             if self._parse_part == part and len(self._held_text) == size:
                 break
         return events
 
     def _emit(self, kind: str, size: int) -> list[ParserEvent]:
-        """Return the next `size` characters as an event, nothing for none."""
+        """Return the next `size` characters as one event, or no event for none."""
         raw, self._held_text = self._held_text[:size], self._held_text[size:]
         return [ParserEvent(kind, raw)] if raw else []
 
     def _parse_start(self, final: bool) -> list[ParserEvent]:
-        begun = self._held_text.lstrip()
-        size = len(self._held_text) - len(begun) + len(_THINK_OPENING)
-        if begun.startswith(_THINK_OPENING):
+        stripped = self._held_text.lstrip()
+        size = len(self._held_text) - len(stripped) + len(_THINK_OPENING)
+        if stripped.startswith(_THINK_OPENING):
             if len(self._held_text) == size and not final:  # a line end would belong to the tag
                 return []
             self._parse_part = self._parse_thinking
             return self._emit("tag", size + (self._held_text[size : size + 1] == "\n"))
-        if final or not _THINK_OPENING.startswith(begun):
+        if final or not _THINK_OPENING.startswith(stripped):
             self._parse_part = self._parse_text
         return []
 
     def _parse_thinking(self, final: bool) -> list[ParserEvent]:
-        place = self._held_text.find(_THINK_CLOSING)
-        if place < 0:
-            kept = 0 if final else _overlap_length(self._held_text, "\n" + _THINK_CLOSING)
-            kept = max(kept, 0 if final else _overlap_length(self._held_text, _THINK_CLOSING))
-            return self._emit("thinking", len(self._held_text) - kept)
-        begin = place - (self._held_text[place - 1 : place] == "\n")
+        tag_start = self._held_text.find(_THINK_CLOSING)
+        if tag_start < 0:
+            # Hold back what may begin the tag, with or without the line end that belongs to it.
+            num_held = (
+                0 if final else partial_match.overlap_length(self._held_text, "\n" + _THINK_CLOSING)
+            )
+            num_held = max(
+                num_held,
+                0 if final else partial_match.overlap_length(self._held_text, _THINK_CLOSING),
+            )
+            return self._emit("thinking", len(self._held_text) - num_held)
+        # The line end before the tag, if there is one, belongs to the tag.
+        begin = tag_start - (self._held_text[tag_start - 1 : tag_start] == "\n")
         events = self._emit("thinking", begin)
-        size = place - begin + len(_THINK_CLOSING)
-        if len(self._held_text) == size and not final:
+        size = tag_start - begin + len(_THINK_CLOSING)
+        if len(self._held_text) == size and not final:  # a line end would belong to the tag
             return events
         self._parse_part = self._parse_text
         return events + self._emit("tag", size + (self._held_text[size : size + 1] == "\n"))
 
     def _parse_text(self, final: bool) -> list[ParserEvent]:
-        found = _BLOCK_PATTERN.search(self._held_text)
-        if found:
+        match = _BLOCK_PATTERN.search(self._held_text)
+        if match:
             self._parse_part, self._scanned_chars, self._in_string = (
                 self._parse_block,
                 len(_BLOCK_OPENING),
                 False,
             )
-            return self._emit("text", found.start())
+            return self._emit("text", match.start())
+        # Only the last "<" may begin a block of which not enough is there yet.
         last = self._held_text.rfind("<")
         tail = self._held_text[last:] if last >= 0 else ""
-        waits = tail and (_BLOCK_OPENING.startswith(tail) or _PARTIAL_BLOCK_PATTERN.fullmatch(tail))
-        return self._emit("text", last if waits and not final else len(self._held_text))
+        may_open = tail and (
+            _BLOCK_OPENING.startswith(tail) or _PARTIAL_BLOCK_PATTERN.fullmatch(tail)
+        )
+        return self._emit("text", last if may_open and not final else len(self._held_text))
 
     def _parse_block(self, final: bool) -> list[ParserEvent]:
-        ended = self._find_end()
-        if not ended and not final:
+        has_end = self._find_end()
+        if not has_end and not final:
             return []
-        raw = self._held_text[: self._scanned_chars] if ended else self._held_text
+        raw = self._held_text[: self._scanned_chars] if has_end else self._held_text
         self._held_text, self._parse_part = self._held_text[len(raw) :], self._parse_text
         try:
-            if not ended:
+            if not has_end:
                 raise ValueError(f"no {_BLOCK_CLOSING}")
             return [
                 ParserEvent(
                     "calls", raw, _parse_calls(raw[len(_BLOCK_OPENING) : -len(_BLOCK_CLOSING)])
                 )
             ]
-        except (ValueError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:  # deep nesting ends Python's stack
             message = (
                 f"tool calls: got {_shorten_text(raw)}: {error}; wanted {_BLOCK_OPENING}, then on "
                 f'each line one object {{"name": ..., "arguments": {{...}}}}, then {_BLOCK_CLOSING}'
@@ -189,27 +206,25 @@ class TurnParser:
             return [ParserEvent("malformed", raw, error=message)]
 
     def _find_end(self) -> bool:
-        """Look through what is new of a block; `_scanned` is then its end, if it has one."""
+        """Return whether the block's end is there; `_scanned_chars` is then its length.
+
+        Only what was not searched before is searched, so the cost is linear in the block.
+        """
         while True:
             pattern = _INSIDE_STRING_PATTERN if self._in_string else _OUTSIDE_STRING_PATTERN
-            found = pattern.search(self._held_text, self._scanned_chars)
-            if found is None:
-                # What may be the beginning of a match is looked at again.
-                again = (
+            match = pattern.search(self._held_text, self._scanned_chars)
+            if match is None:
+                # An end that may begin a match is searched again with the next push.
+                overlap = (
                     self._held_text.endswith("\\") if self._in_string else len(_BLOCK_CLOSING) - 1
                 )
-                self._scanned_chars = max(self._scanned_chars, len(self._held_text) - again)
+                self._scanned_chars = max(self._scanned_chars, len(self._held_text) - overlap)
                 return False
-            self._scanned_chars = found.end()
-            if found.group() == _BLOCK_CLOSING:
+            self._scanned_chars = match.end()
+            if match.group() == _BLOCK_CLOSING:
                 return True
-            self._in_string = not self._in_string or found.group() not in ('"', "\n")
-
-
-def _overlap_length(text: str, tag: str) -> int:
-    """Return the length of the longest end of `text` that begins `tag` without completing it."""
-    longest = min(len(text), len(tag) - 1)
-    return next((n for n in range(longest, 0, -1) if text.endswith(tag[:n])), 0)
+            # A quote outside opens a string. Inside, an escape leaves it open.
+            self._in_string = not self._in_string or match.group() not in ('"', "\n")
 
 
 def _shorten_text(raw: str) -> str:
@@ -218,19 +233,19 @@ def _shorten_text(raw: str) -> str:
 
 def _parse_calls(text: str) -> tuple[ToolCall, ...]:
     calls = []
-    place = _skip_space(text, 0)
-    while place < len(text):
-        value, place = _DECODER.raw_decode(text, place)
+    position = _skip_space(text, 0)
+    while position < len(text):
+        value, position = _DECODER.raw_decode(text, position)
         calls.append(_check_call(value))
-        place = _skip_space(text, place)
+        position = _skip_space(text, position)
     if not calls:
         raise ValueError("no call")
     return tuple(calls)
 
 
-def _skip_space(text: str, place: int) -> int:
-    found = _SPACE_PATTERN.match(text, place)
-    return found.end() if found else place
+def _skip_space(text: str, position: int) -> int:
+    match = _SPACE_PATTERN.match(text, position)
+    return match.end() if match else position
 
 
 def _check_call(value: Any) -> ToolCall:
@@ -241,26 +256,20 @@ def _check_call(value: Any) -> ToolCall:
         raise ValueError("a name is a string that is not empty")
     if not isinstance(arguments, dict):
         raise ValueError("arguments are an object")
-    json.dumps(value, ensure_ascii=False).encode()  # a lone surrogate is no text
+    # Raises for a lone surrogate, which JSON can escape and UTF-8 cannot encode.
+    json.dumps(value, ensure_ascii=False).encode()
     return ToolCall(name, arguments)
 
 
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if len(dict(pairs)) < len(pairs):
-        raise ValueError("a key is there twice")
-    return dict(pairs)
-
-
-def _refuse_constant(constant: str) -> None:
-    raise ValueError(f"{constant} is not JSON")
-
-
-def _parse_finite(number: str) -> float:
-    if math.isinf(value := float(number)):
-        raise ValueError(f"{number} is too large")
+def _parse_finite(digits: str) -> float:
+    """Return a float, for `parse_float`; Python reads 1e999 as infinity, which is not JSON."""
+    if math.isinf(value := float(digits)):
+        raise ValueError(f"{digits} is too large")
     return value
 
 
 _DECODER = json.JSONDecoder(
-    object_pairs_hook=_unique_keys, parse_constant=_refuse_constant, parse_float=_parse_finite
+    object_pairs_hook=strict_json.unique_keys,
+    parse_constant=strict_json.refuse_constant,
+    parse_float=_parse_finite,
 )
