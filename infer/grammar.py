@@ -1,14 +1,15 @@
 """Constrained decoding: which tokens a JSON schema, a regular expression or a grammar allows next.
 
-llguidance does the parsing, over the bytes of our own tokenizer's tokens. On top of it stands free
-thinking: a model that may think first (`Options.after_thinking`) goes through
+llguidance does the parsing, over the bytes of our own tokenizer's tokens. Free thinking stands on
+top of it. A model that may think first (`Options.after_thinking`) goes through
 
-    undecided    what it wrote begins both `<think>` and, perhaps, the constrained answer
+    undecided    the text begins `<think>` and, perhaps, the constrained answer as well
     thinking     everything is allowed but the end of the output
     gap          after `</think>`, at most two newlines, which are not part of the answer
     answer       the constraint, to its end
 
-and whatever it writes, the answer matches the constraint. Without thinking all is answer.
+Whatever the model writes, the answer matches the constraint. Without thinking, all of the output
+is the answer.
 """
 
 import json
@@ -19,55 +20,67 @@ import numpy as np
 from jaxtyping import UInt32
 
 from infer import options as options_lib
-from infer import stopping
+from infer import partial_match, stopping
 from m1_jax import tokenizer as tokenizer_lib
 
 _OPENING_TAG, _CLOSING_TAG = stopping.OPENING_TAG.encode(), stopping.CLOSING_TAG.encode()
 _GAP_NEWLINES = 2
-# JSON between whose parts any white space may stand for ever is a trap at high temperatures.
-# This is enough for one line's indentation.
+# White space between the parts of JSON. Without a limit, a model at a high temperature may write
+# white space for ever. 64 characters are enough for one line's indentation.
 _JSON_WHITESPACE = r"[ \t\n\r]{1,64}"
-_UNKNOWN = "\ufffd".encode()  # what the tokenizer reads for ids that it does not have
-_MAX_ERROR_CHARS = 400
+_UNKNOWN = "\ufffd".encode()  # what the tokenizer decodes ids to that it does not have
+_MAX_ERROR_CHARS = 400  # of llguidance's messages, in ours
 
 
 class GrammarCompiler:
-    """Makes matchers for one tokenizer; takes a second or two with the release's."""
+    """Makes matchers for one tokenizer. Its construction takes a second or two for the release's.
+
+    Masks are arrays of 32-bit words: bit v % 32 of word v // 32 is set where token v is allowed.
+
+    Attributes:
+      token_bytes: the text of each token, empty for control tokens and unknown ids.
+      free_mask: allows all known tokens but the stop tokens.
+      opening_masks: by how many bytes of the opening tag are written, the tokens that go on with
+        it.
+      not_closing_masks: by how many bytes of the closing tag are written, all tokens but those that
+        would close it and go on with more than the gap allows.
+      newline_masks: by how many newlines the gap may still have, the tokens of newlines that fit.
+    """
 
     def __init__(self, tokenizer: tokenizer_lib.Tokenizer, vocab_size: int):
         """Read the tokenizer's vocabulary.
 
         Args:
           tokenizer: the model's.
-          vocab_size: the model's, which may be padded; ids that the tokenizer lacks are forbidden.
+          vocab_size: the model's, which may be padded. Ids that the tokenizer lacks are forbidden.
 
         Raises:
           ValueError: a tokenizer without stop tokens, or with more ids than the model.
         """
-        number = tokenizer.vocab_size
+        num_ids = tokenizer.vocab_size
         if not tokenizer.stop_ids:
             raise ValueError(
                 "constrained decoding: got a tokenizer without stop tokens; wanted one at least. "
                 "Copy the release's tokenizer_config.json, which names eos_token."
             )
-        if number > vocab_size or max(tokenizer.stop_ids) >= number:
+        if num_ids > vocab_size or max(tokenizer.stop_ids) >= num_ids:
             raise ValueError(
-                f"constrained decoding: got a tokenizer of {number} ids with stop ids "
+                f"constrained decoding: got a tokenizer of {num_ids} ids with stop ids "
                 f"{tokenizer.stop_ids} for a model of {vocab_size}; wanted files of one release"
             )
         self._vocab_size = vocab_size
         # Control tokens have no text, so a constraint on text never meets them.
-        tokens = [tokenizer.token_bytes(i) for i in range(number)]
+        tokens = [tokenizer.token_bytes(i) for i in range(num_ids)]
         self.token_bytes = [b"" if data == _UNKNOWN else data for data in tokens]
         self._library = llguidance.LLTokenizer(
             llguidance.TokenizerWrapper(_VocabularyAdapter(tokenizer, self.token_bytes)),
             eos_token=list(tokenizer.stop_ids),
         )
-        known = [i for i, data in enumerate(tokens) if data != _UNKNOWN]
-        self._known_mask = self.make_mask(known)
-        self.free_mask = self.make_mask(i for i in known if i not in tokenizer.stop_ids)
+        known_ids = [i for i, data in enumerate(tokens) if data != _UNKNOWN]
+        self._known_mask = self.make_mask(known_ids)
+        self.free_mask = self.make_mask(i for i in known_ids if i not in tokenizer.stop_ids)
         texts = [(i, data) for i, data in enumerate(self.token_bytes) if data]
-        # All tokens that can be a part of a tag, or end one: few, and the rest is slow to read.
+        # The few tokens that can be a part of a tag, or end one. Searching all is slow.
         tags = [(i, data) for i, data in texts if b">" in data or data in _OPENING_TAG]
         self.opening_masks = [
             self.make_mask(_find_opening_tokens(tags, n)) for n in range(len(_OPENING_TAG))
@@ -77,16 +90,16 @@ class GrammarCompiler:
         ]
         newlines = {i: len(data) for i, data in texts if not data.strip(b"\n")}
         self.newline_masks = [
-            self.make_mask(i for i, n in newlines.items() if n <= left)
-            for left in range(_GAP_NEWLINES + 1)
+            self.make_mask(i for i, n in newlines.items() if n <= newlines_left)
+            for newlines_left in range(_GAP_NEWLINES + 1)
         ]
 
     def compile_matcher(self, options: options_lib.Options) -> "GrammarMatcher | None":
-        """Compile a request's constraint; None if it has none.
+        """Compile a request's constraint; return None for a request without one.
 
         Raises:
-          ValueError: a schema, expression or grammar that is wrong, not supported (a keyword of
-            JSON schema that llguidance does not know), or that no text matches.
+          ValueError: a schema, expression or grammar that is wrong, that is not supported (a
+            keyword of JSON schema that llguidance does not know), or that no text matches.
         """
         name = options.constraint
         if name is None:
@@ -102,24 +115,30 @@ class GrammarCompiler:
         else:
             grammar = library.grammar_from_lark(value)
         inner = library(self._library, grammar, log_level=0)
-        inner.compute_bitmask()  # finds what no text matches
+        inner.compute_bitmask()  # only this finds a constraint that no text matches
         if inner.is_error():
             raise ValueError(f"{name}: {_error_message(inner)}. Correct it or leave it out.")
         return GrammarMatcher(self, inner, options.after_thinking)
 
     def make_mask(self, ids: Iterable[int]) -> UInt32[np.ndarray, "W"]:
         """Return the mask that allows `ids` alone."""
+        # Whole words: bits beyond the vocabulary are 0.
         bits = np.zeros(-(-self._vocab_size // 32) * 32, np.uint8)
         bits[list(ids)] = 1
         return np.packbits(bits, bitorder="little").view("<u4").astype(np.uint32)
 
     def allowed_mask(self, inner: llguidance.LLMatcher) -> UInt32[np.ndarray, "W"]:
-        """Return the tokens that llguidance allows."""
-        found = np.frombuffer(inner.compute_bitmask(), "<u4")[: len(self._known_mask)]
+        """Return the mask of the tokens that llguidance allows.
+
+        Raises:
+          ValueError: a grammar that grew beyond llguidance's limits.
+        """
+        words = np.frombuffer(inner.compute_bitmask(), "<u4")[: len(self._known_mask)]
         if inner.is_error():
             raise ValueError(f"constrained decoding: {_error_message(inner)}")
+        # llguidance's mask is as long as the tokenizer's vocabulary, the model's may be longer.
         mask = np.zeros_like(self._known_mask)
-        mask[: len(found)] = found
+        mask[: len(words)] = words
         return mask & self._known_mask
 
 
@@ -131,9 +150,10 @@ class GrammarMatcher:
     ):
         self._compiler, self._inner = compiler, inner
         self._phase = "undecided" if after_thinking else "answer"
-        self._text = b""  # undecided: all of it; thinking: enough to find the tag's end
-        self._answer_fits = True  # undecided: the answer may have begun
-        self._newlines_left = 0
+        # While undecided all of the text; while thinking as much as a closing tag can begin in.
+        self._text = b""
+        self._answer_fits = True  # while undecided: the text may be the answer's beginning
+        self._newlines_left = 0  # in the gap: newlines that it may still have
 
     @property
     def finished(self) -> bool:
@@ -141,16 +161,16 @@ class GrammarMatcher:
         return self._phase == "answer" and self._inner.is_stopped()
 
     def mask(self) -> UInt32[np.ndarray, "W"]:
-        """Return a fresh mask: bit v % 32 of word v // 32 is set where token v may come next.
+        """Return a new mask of the tokens that may come next; `GrammarCompiler` has its layout.
 
         Raises:
-          ValueError: a grammar that grew beyond llguidance's limits on the way.
+          ValueError: a grammar that grew beyond llguidance's limits.
         """
         compiler = self._compiler
         if self._phase == "thinking":
             return (
                 compiler.free_mask
-                & compiler.not_closing_masks[_overlap_length(self._text, _CLOSING_TAG)]
+                & compiler.not_closing_masks[partial_match.overlap_length(self._text, _CLOSING_TAG)]
             )
         if self._phase == "undecided":
             opening = compiler.opening_masks[len(self._text)]
@@ -166,7 +186,7 @@ class GrammarMatcher:
         """Take the token that was chosen.
 
         Raises:
-          ValueError: one that `mask` forbids.
+          ValueError: a token that `mask` forbids.
         """
         texts = self._compiler.token_bytes
         data = texts[token] if 0 <= token < len(texts) else b""
@@ -185,11 +205,12 @@ class GrammarMatcher:
 
     def _accept_undecided(self, token: int, data: bytes) -> None:
         text = self._text + data
-        # Read off the mask: validate_tokens refuses the end of a complete answer.
+        # Read off the mask: llguidance's validate_tokens refuses the end of a complete answer.
         self._answer_fits = self._answer_fits and _mask_allows(
             self._compiler.allowed_mask(self._inner), token
         )
         if data and text.startswith(_OPENING_TAG):
+            # The tag may have matched the answer's beginning: the answer starts anew later.
             self._inner.reset()
             self._phase, self._text = "thinking", b""
             self._accept_thinking(token, text[len(_OPENING_TAG) :])
@@ -202,13 +223,13 @@ class GrammarMatcher:
         self._phase, self._text = ("undecided", text) if opens else ("answer", b"")
 
     def _accept_thinking(self, token: int, data: bytes) -> None:
-        thought, tag, after = (self._text + data).partition(_CLOSING_TAG)
+        thought, tag, gap = (self._text + data).partition(_CLOSING_TAG)
         if not tag:
             self._text = thought[1 - len(_CLOSING_TAG) :]
             return
-        if len(after) > _GAP_NEWLINES or after.strip(b"\n"):
+        if len(gap) > _GAP_NEWLINES or gap.strip(b"\n"):
             raise self._make_refusal(token)
-        self._phase, self._newlines_left = "gap", _GAP_NEWLINES - len(after)
+        self._phase, self._newlines_left = "gap", _GAP_NEWLINES - len(gap)
 
     def _make_refusal(self, token: int) -> ValueError:
         return ValueError(
@@ -218,12 +239,12 @@ class GrammarMatcher:
 
 
 class _VocabularyAdapter:
-    """What llguidance asks of a tokenizer."""
+    """The tokenizer's interface that llguidance reads: attributes by these names, and a call."""
 
     def __init__(self, tokenizer: tokenizer_lib.Tokenizer, texts: list[bytes]):
         self.eos_token_id, self.bos_token_id = tokenizer.stop_ids[0], None
         self.special_token_ids = [i for i, data in enumerate(texts) if not data]
-        # A grammar may name control tokens, so those come with their names.
+        # A grammar may name control tokens, so these come with their names.
         names = (tokenizer.token_bytes(i, skip_special=False) for i in self.special_token_ids)
         self.tokens = list(texts)
         for i, name in zip(self.special_token_ids, names, strict=True):
@@ -240,25 +261,24 @@ def _mask_allows(mask: UInt32[np.ndarray, "W"], token: int) -> bool:
 
 def _find_opening_tokens(texts: list[tuple[int, bytes]], length: int) -> list[int]:
     """Return tokens that go on with the opening tag, of which `length` bytes are written."""
-    rest = _OPENING_TAG[length:]
-    fitting = [(i, data) for i, data in texts if rest.startswith(data) or data.startswith(rest)]
-    return [i for i, data in fitting if not _closes_badly(data.removeprefix(rest))]
+    tag_end = _OPENING_TAG[length:]
+    fitting = [
+        (i, data) for i, data in texts if tag_end.startswith(data) or data.startswith(tag_end)
+    ]
+    # A token may complete the tag, hold a thought, close it and go on: only the end is checked.
+    return [i for i, data in fitting if not _closes_badly(data.removeprefix(tag_end))]
 
 
 def _find_bad_closing_tokens(texts: list[tuple[int, bytes]], length: int) -> list[int]:
-    """Return tokens that close a tag of which `length` bytes are written, and go on at once."""
+    """Return tokens that close a tag of which `length` bytes are written, and go on badly."""
     close = _CLOSING_TAG[:length]
     return [i for i, data in texts if _closes_badly(close + data)]
 
 
 def _closes_badly(text: bytes) -> bool:
-    after = text.partition(_CLOSING_TAG)[2]
-    return len(after) > _GAP_NEWLINES or bool(after.strip(b"\n"))
-
-
-def _overlap_length(text: bytes, tag: bytes) -> int:
-    """Return how many bytes of `tag` the end of `text` holds."""
-    return next((n for n in range(len(tag) - 1, 0, -1) if text.endswith(tag[:n])), 0)
+    """Return whether a closing tag is followed by more than the gap may hold."""
+    gap = text.partition(_CLOSING_TAG)[2]
+    return len(gap) > _GAP_NEWLINES or bool(gap.strip(b"\n"))
 
 
 def _schema_text(schema: str | Mapping) -> str:
