@@ -27,6 +27,15 @@ LoraConfig = lora_lib.LoraConfig
 LengthBiasConfig = length_bias.LengthBiasConfig
 
 
+# Above the classes, because fields' defaults are made, and so checked, while this file loads.
+def _check_minimums(config: Any, section: str, minimums: Mapping[str, float]) -> None:
+    """Raise ValueError where a field of a section of the config is below its minimum."""
+    for name, minimum in minimums.items():
+        path = f"{section}.{name}" if section else name
+        value = getattr(config, name)
+        configlib.check_field(value >= minimum, path, value, f"at least {minimum}")
+
+
 @dataclasses.dataclass(frozen=True)
 class RolloutConfig:
     """What is sampled for one generation batch.
@@ -309,11 +318,3 @@ class RlConfig:
         # One point of the schedule, at step 0: the weights never change.
         weights = tuple((source.name, 1.0) for source in self.sources)
         return CurriculumConfig(weights=((0, weights),), seed=self.seed)
-
-
-def _check_minimums(config: Any, section: str, minimums: Mapping[str, float]) -> None:
-    """Raise ValueError where a field of a section of the config is below its minimum."""
-    for name, minimum in minimums.items():
-        path = f"{section}.{name}" if section else name
-        value = getattr(config, name)
-        configlib.check_field(value >= minimum, path, value, f"at least {minimum}")
