@@ -3,10 +3,10 @@
     python -m train.rl --config=configs/tiny_cispo.py --workdir=DIR [--set=FIELD=VALUE]
     python -m train.rl --workdir=DIR
 
-The second form goes on with the run that DIR holds; so does the first, if the config is the same.
-slime's spellings of the objective and of sampling (--advantage-estimator, --eps-clip-high,
---n-samples-per-prompt, ...) are understood too, and change the config; see
-`train/rl/slime_flags.py`.
+The second form goes on with the run that DIR holds. So does the first, if the config is the same.
+slime's flags of the objective and of sampling (--advantage-estimator, --eps-clip-high,
+--n-samples-per-prompt, ...) are understood too, and change the config. `train/rl/slime_flags.py`
+lists them.
 """
 
 from train import command
@@ -16,7 +16,7 @@ from train.rl import slime_overrides
 
 
 def run(config: rl_config.RlConfig | None, workdir):
-    """Train as `config` says in `workdir`; None goes on with the run there.
+    """Train as `config` says in `workdir`. None goes on with the run there.
 
     Raises:
       ValueError: anything that is wrong, before the first batch.

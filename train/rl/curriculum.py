@@ -1,6 +1,6 @@
 """Which task comes next: sources by a schedule of weights, and tasks that still teach something.
 
-The report begins with reasoning tasks that rules can check and mixes general ones in (M1 4.3), and
+M1 begins with reasoning tasks that rules can check, and mixes general ones in later (M1 4.3). It
 keeps tasks that are solved sometimes: pass@10 strictly between 0 and 0.9 (M1 4.1).
 """
 
@@ -15,9 +15,17 @@ from train.data import shuffle
 
 @dataclasses.dataclass(frozen=True)
 class CurriculumConfig:
-    """weights: (step, ((source, weight), ...)), ascending from step 0. Between two steps a weight
-    goes from one value to the other in a straight line; after the last it stays. Sources that are
-    not named have weight 0. seed: of what is drawn.
+    """How the weights of the sources change over a run.
+
+    Attributes:
+      weights: (step, ((source, weight), ...)) points, at ascending steps from 0. A step is a batch.
+        A weight is at least 0, and 0 for a source that a point does not name. Each point's weights
+        are divided by their sum. Between two points a share goes from one value to the other in a
+        straight line. After the last point it stays.
+      seed: of the draws.
+
+    Raises:
+      ValueError: steps that do not ascend from 0, or weights out of range.
     """
 
     weights: tuple[tuple[int, tuple[tuple[str, float], ...]], ...]
@@ -30,8 +38,8 @@ class CurriculumConfig:
         for step, weights in self.weights:
             names = [name for name, _ in weights]
             values = [weight for _, weight in weights]
-            good = all(math.isfinite(one) and one >= 0 for one in values)
-            if not good or not sum(values) > 0 or len(set(names)) < len(names):
+            in_range = all(math.isfinite(value) and value >= 0 for value in values)
+            if not in_range or not sum(values) > 0 or len(set(names)) < len(names):
                 raise ValueError(
                     f"weights from step {step}: got {weights}; wanted different sources, weights "
                     "of 0 or more and one above"
@@ -39,26 +47,28 @@ class CurriculumConfig:
 
     @property
     def sources(self) -> tuple[str, ...]:
-        """All sources, in the order they are named."""
+        """Return all sources, in the order in which the points name them."""
         return tuple(dict.fromkeys(name for _, weights in self.weights for name, _ in weights))
 
     def weights_at(self, step: int) -> dict[str, float]:
-        """Return each source's weight at a step; they sum up to 1."""
-        after = bisect.bisect_right([first for first, _ in self.weights], step)
-        first, low = self.weights[after - 1]
-        last, high = self.weights[min(after, len(self.weights) - 1)]
-        share = (step - first) / (last - first) if last > first else 0.0
-        here, there = _normalize_weights(low), _normalize_weights(high)
+        """Return each source's weight at a step. They sum up to 1."""
+        next_point = bisect.bisect_right([point_step for point_step, _ in self.weights], step)
+        first_step, first_weights = self.weights[next_point - 1]
+        # After the last point both ends are the last point, and `share` is 0.
+        last_step, last_weights = self.weights[min(next_point, len(self.weights) - 1)]
+        share = (step - first_step) / (last_step - first_step) if last_step > first_step else 0.0
+        low, high = _normalize_weights(first_weights), _normalize_weights(last_weights)
         return {
-            name: (1 - share) * here.get(name, 0.0) + share * there.get(name, 0.0)
+            name: (1 - share) * low.get(name, 0.0) + share * high.get(name, 0.0)
             for name in self.sources
         }
 
 
 class TaskDraws:
-    """Draws (source, index) for ever, each source in a shuffled order of its own per epoch.
+    """Draws (source, index) without end. Each source has a shuffled order of its own in each epoch.
 
-    A draw is a function of the seed, its number, the step, and how often each source came before.
+    A draw is a function of the seed, its number, the step, and how often each source was drawn
+    before. So a restarted run draws the same tasks.
     """
 
     def __init__(
@@ -67,7 +77,12 @@ class TaskDraws:
         sizes: Mapping[str, int],
         state: dict[str, Any] | None = None,
     ):
-        """Go on from a `state`. sizes: tasks by source.
+        """Go on from `state`, or begin where it is None.
+
+        Args:
+          config: of the schedule.
+          sizes: number of tasks by source.
+          state: of earlier draws, from `TaskDraws.state`.
 
         Raises:
           ValueError: a source of the schedule that is missing or empty.
@@ -86,7 +101,7 @@ class TaskDraws:
         )
 
     def draw_task(self, step: int) -> tuple[str, int]:
-        """Return the source and the index of the next task, for a batch of this step."""
+        """Return the source and the index of the next task, for the batch of number `step`."""
         name = self._draw_source(step)
         epoch, position = divmod(self._num_draws_by_source[name], self._sizes[name])
         self._num_draws += 1
@@ -101,6 +116,7 @@ class TaskDraws:
         return {"number": self._num_draws, "read": dict(self._num_draws_by_source)}
 
     def _draw_source(self, step: int) -> str:
+        # A source of weight 0 is left out, so that rounding can never choose it.
         weights = {k: w for k, w in self._config.weights_at(step).items() if w > 0}
         total = math.fsum(weights.values())
         return shuffle.choose_by_weight(weights, total, self._config.seed, self._num_draws)
@@ -108,8 +124,15 @@ class TaskDraws:
 
 @dataclasses.dataclass(frozen=True)
 class PassRateConfig:
-    """A task is left out once `least` of its answers were judged and the share of passed ones is
-    not strictly between low and high. A low below 0 or a high above 1 leaves that side open.
+    """When a task is left out: its share of passed answers is not strictly between two bounds.
+
+    Attributes:
+      low: bound below, less than `high`. A value below 0 leaves this side open.
+      high: bound above. A value above 1 leaves this side open.
+      least: answers that must have been judged before a task is left out, at least 1.
+
+    Raises:
+      ValueError: bounds in the wrong order, or a `least` below 1.
     """
 
     low: float = 0.0
@@ -128,8 +151,9 @@ class PassRateTracker:
     """Counts how often each task was solved, and says which to leave out."""
 
     def __init__(self, config: PassRateConfig, state: dict[str, Any] | None = None):
-        """Go on from a `state`."""
+        """Go on from `state`, which `PassRateTracker.state` returned, or begin where it is None."""
         self._config = config
+        # (passed, judged) answers by task id.
         self._counts: dict[str, tuple[int, int]] = {
             task: (passed, total) for task, (passed, total) in (state or {}).items()
         }
@@ -138,21 +162,21 @@ class PassRateTracker:
         """Count a group: of `total` answers to the task with this id, `passed` were right.
 
         Raises:
-          ValueError: more passed than there are.
+          ValueError: more answers passed than there are.
         """
         if not 0 <= passed <= total:
             raise ValueError(f"task {task!r}: got {passed} of {total} passed; wanted 0 to {total}")
-        before, many = self._counts.get(task, (0, 0))
-        self._counts[task] = (before + passed, many + total)
+        old_passed, old_total = self._counts.get(task, (0, 0))
+        self._counts[task] = (old_passed + passed, old_total + total)
 
     def should_draw(self, task: str) -> bool:
-        """Tell whether the task should still be drawn."""
+        """Return whether the task should still be drawn."""
         passed, total = self._counts.get(task, (0, 0))
-        enough = total >= self._config.least
-        return not enough or self._config.low < passed / total < self._config.high
+        is_judged = total >= self._config.least
+        return not is_judged or self._config.low < passed / total < self._config.high
 
     def metrics(self) -> dict[str, float]:
-        """Return what to log."""
+        """Return the number of tasks that were sampled, and of those that are left out now."""
         dropped = sum(not self.should_draw(task) for task in self._counts)
         return {
             "curriculum/tasks_seen": float(len(self._counts)),

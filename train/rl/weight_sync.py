@@ -1,7 +1,7 @@
-"""From the trainer's layout and dtype to the sampler's: one jitted identity on one set of chips.
+"""Weight sync: from the trainer's layout and dtype to the sampler's, by one jitted identity.
 
-Trainer and sampler share a mesh's devices (M1 trains colocated; plain multi-controller JAX cannot
-copy between disjoint meshes of several hosts), so new weights are one program of collectives away.
+Trainer and sampler share the devices, so new weights take one program of collectives. M1 trains
+colocated, too. Plain multi-controller JAX cannot copy between disjoint meshes of several hosts.
 """
 
 import math
@@ -18,37 +18,42 @@ from train import lora
 
 
 class WeightSync:
-    """Copies a trainer's weights into a sampler's model; compiled once.
+    """Copies a trainer's weights into a sampler's model. The program is compiled once.
 
     Args:
-      config: of the model. dtype: the sampler's; routers stay float32.
-      layout: where the sampler wants its weights, on the trainer's devices; None: one device.
+      config: of the model.
+      dtype: of the sampler's parameters. Routers stay float32.
+      layout: the sampler's, on the trainer's devices, or None on a single device.
     """
 
     def __init__(
         self, config: config_lib.ModelConfig, dtype, layout: sharding.MeshLayout | None = None
     ):
         self.abstract_model = params_lib.abstract_model(config, dtype, dtype, layout)
+        # `jax.ShapeDtypeStruct` with a sharding, by the parameter's path.
         shapes = {
             n: p.get_value() for n, p in params_lib.params_by_path(self.abstract_model).items()
         }
 
         def cast(values):
-            # A copy also where nothing changes: the trainer donates what it hands over.
+            # A copy also where neither dtype nor sharding changes: the trainer donates its weights
+            # to the next step, and the sampler would be left with deleted arrays.
             return {n: jnp.copy(values[n]).astype(shapes[n].dtype) for n in shapes}
 
-        where = {name: shape.sharding for name, shape in shapes.items()}
-        self.program = jax.jit(cast, out_shardings=where)
+        # The shardings alone say what moves: XLA inserts the collectives.
+        shardings = {name: shape.sharding for name, shape in shapes.items()}
+        self.program = jax.jit(cast, out_shardings=shardings)
 
     def __call__(self, model: model_lib.MiniMaxM1) -> model_lib.MiniMaxM1:
         """Return the sampler's model with the trainer's weights, adapters merged."""
         merged = lora.merge_adapters(model)
         values = {n: p.get_value() for n, p in params_lib.params_by_path(merged).items()}
-        made = jax.tree.map(lambda leaf: leaf, self.abstract_model)
-        params = params_lib.params_by_path(made)
+        # An identity map copies the tree, so that the abstract model itself stays abstract.
+        sampler_model = jax.tree.map(lambda leaf: leaf, self.abstract_model)
+        params = params_lib.params_by_path(sampler_model)
         for name, value in self.program(values).items():
             params[name].set_value(value)
-        return made
+        return sampler_model
 
 
 def make_serving_mesh(
@@ -56,22 +61,24 @@ def make_serving_mesh(
 ) -> jax.sharding.Mesh | None:
     """Return a mesh of the trainer's devices, in the same order, cut along other axes.
 
-    sizes: (axis, devices); empty is expert over all, which serves whatever the trainer's axes.
+    Args:
+      mesh: the trainer's, or None on a single device.
+      sizes: (axis, devices) pairs. Empty is expert over all devices.
 
     Raises:
       ValueError: an unknown axis, or sizes whose product is another number of devices.
     """
-    number = 1 if mesh is None else mesh.size
-    sizes = dict(sizes) or {"expert": number}
+    num_devices = 1 if mesh is None else mesh.size
+    sizes = dict(sizes) or {"expert": num_devices}
     unknown = [name for name in sizes if name not in sharding.MESH_AXES]
-    if unknown or min(sizes.values()) < 1 or math.prod(sizes.values()) != number:
+    if unknown or min(sizes.values()) < 1 or math.prod(sizes.values()) != num_devices:
         raise ValueError(
             f"serving mesh: got {sizes}; wanted axes of {', '.join(sharding.MESH_AXES)} "
-            "whose product "
-            f"is the trainer's {number} devices"
+            f"whose product is the trainer's {num_devices} devices"
         )
     if mesh is None:
         return None
+    # Every mesh has all axes, those of size 1 too, as sharding rules name them.
     shape = [sizes.get(name, 1) for name in sharding.MESH_AXES]
     types = (jax.sharding.AxisType.Auto,) * len(shape)
     return jax.sharding.Mesh(mesh.devices.reshape(shape), sharding.MESH_AXES, axis_types=types)
