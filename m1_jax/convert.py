@@ -1,11 +1,11 @@
-"""Command: a release directory to an Orbax directory, and back, byte for byte.
+"""Command: convert a release directory to an Orbax directory, and back to the same bytes.
 
     python -m m1_jax.convert --to=orbax --src=RELEASE_DIR --dst=DIR
     python -m m1_jax.convert --to=hf --src=DIR --dst=RELEASE_DIR
 
-Tensors are streamed, so memory stays at about --memory_gib whatever the model's size.
-The result grows in DST.partial and is renamed when it is complete. After an interruption, the same
-command continues where it stopped.
+Tensors are streamed: to Orbax about --memory_gib of them are in memory at once, and back to a
+release one tensor. The result is written to DST.partial, which is renamed when it is complete.
+After an interruption, the same command continues where it stopped.
 """
 
 import dataclasses
@@ -28,7 +28,8 @@ from m1_jax import params as params_lib
 from m1_jax.checkpoints import format as format_lib
 from m1_jax.checkpoints import params_map, release
 
-MAX_SHARD_BYTES = 5 * 10**9  # of a safetensors file, where the source does not say how it was cut
+# Where the source does not say how it was cut. A larger tensor is a shard of its own.
+MAX_SHARD_BYTES = 5 * 10**9
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,9 +39,10 @@ class ConvertConfig:
     Attributes:
       to: "orbax" or "hf", the form of the result.
       src: the directory to read.
-      dst: the directory to make; it must not exist.
-      memory_gib: bound on the tensor bytes under way at once, in GiB, for to="orbax".
-      progress: whether to show a bar.
+      dst: the directory to make, which must not exist.
+      memory_gib: bound on the tensor bytes in memory at once, in GiB, more than 0. Only to="orbax"
+        uses it.
+      progress: whether to show a progress bar.
     """
 
     to: str
@@ -63,7 +65,7 @@ def run(config: ConvertConfig) -> pathlib.Path:
 
     Raises:
       CheckpointError, ConfigError: a source that is not a complete checkpoint.
-      FileExistsError: the destination exists.
+      FileExistsError: the destination exists, or an interrupted conversion of another source.
     """
     src, dst = pathlib.Path(config.src), pathlib.Path(config.dst)
     if dst.exists():
@@ -78,7 +80,7 @@ def run(config: ConvertConfig) -> pathlib.Path:
         _convert_to_orbax(release.Release(src), partial, config)
     else:
         _convert_to_hf(src, partial, config)
-    # The journal goes last: after an interruption right here the result is complete already.
+    # The journal is removed last. An interruption before that leaves a complete result.
     partial.rename(dst)
     (dst / format_lib.JOURNAL_FILE).unlink()
     return dst
@@ -90,29 +92,32 @@ def run(config: ConvertConfig) -> pathlib.Path:
 def _convert_to_orbax(
     source: release.Release, partial: pathlib.Path, config: ConvertConfig
 ) -> None:
+    """Write every tensor of the release to its place in the stacked parameters."""
     stored_params = _stored_params_from_release(source)
     finished = _start_or_resume(partial, source.config, [shard.file for shard in source.shards])
     params_dir = partial / format_lib.PARAMS_DIR
+    # `allocate_params` is atomic, so an existing directory has all arrays.
     if not params_dir.exists():
         format_lib.allocate_params(params_dir, stored_params)
     arrays = {name: format_lib.open_array(params_dir, name) for name in stored_params}
     entries = {entry.name: entry for entry in source.entries}
-    # In the order of the shards' bytes, so that a disk reads each file once from front to back.
+    # In the order of the shards' bytes: each file is read once, from front to back.
     tensors = [t for shard in source.shards for t in shard.tensors if t.name in entries]
     max_pending_bytes, pending_bytes = int(config.memory_gib * 2**30), 0
-    pending: deque[tuple[release.ReleaseTensor, ts.WriteFutures]] = deque()
+    pending: deque[tuple[release.ReleaseTensor, ts.WriteFutures]] = deque()  # the oldest first
     with _ConvertProgress(partial, tensors, finished, config.progress) as progress:
         for tensor in (*(t for t in tensors if t.name not in finished), None):
-            # None ends the list: everything still under way is waited for. A tensor larger than
-            # the bound waits until nothing is pending and goes alone.
+            # The None at the end waits for every pending write. A tensor larger than the bound
+            # waits until nothing is pending and is then written alone.
             while pending and (tensor is None or pending_bytes + tensor.nbytes > max_pending_bytes):
                 oldest, future = pending.popleft()
                 future.result()
+                # Only now: a tensor in the journal is never written again.
                 progress.finish(oldest.name, oldest.nbytes)
                 pending_bytes -= oldest.nbytes
             if tensor is not None:
                 entry = entries[tensor.name]
-                target = arrays[entry.param_path][entry.index]
+                target = arrays[entry.param_path][entry.index]  # a view of the array on disk
                 pending.append((tensor, target.write(entry.orient(tensor.read()))))
                 pending_bytes += tensor.nbytes
     format_lib.copy_small_files(source.directory, partial)
@@ -120,7 +125,7 @@ def _convert_to_orbax(
 
 
 def _stored_params_from_release(source: release.Release) -> dict[str, format_lib.StoredParam]:
-    """Return every parameter, after checking each of its tensors against it."""
+    """Return how every parameter is stored, after checking its tensors' shapes and dtypes."""
     params = params_lib.params_by_path(params_lib.abstract_model(source.config))
     stored_params: dict[str, format_lib.StoredParam] = {}
     first_tensors: dict[str, release.ReleaseTensor] = {}
@@ -146,6 +151,7 @@ def _stored_params_from_release(source: release.Release) -> dict[str, format_lib
 
 
 def _convert_to_hf(src: pathlib.Path, partial: pathlib.Path, config: ConvertConfig) -> None:
+    """Write the shards of a release one after another, as they were cut if that is still known."""
     manifest = format_lib.read_manifest(src)
     model_config = config_lib.ModelConfig.from_file(src / "config.json")
     arrays = format_lib.open_params(src, model_config)
@@ -155,7 +161,7 @@ def _convert_to_hf(src: pathlib.Path, partial: pathlib.Path, config: ConvertConf
     finished = _start_or_resume(partial, model_config, [src / format_lib.MANIFEST_FILE])
     names_by_file = {file: _sort_names_by_offset(header) for file, header in shards.items()}
     tensors_in_order = [tensors[name] for names in names_by_file.values() for name in names]
-    # The journal of this direction names files, the bar counts tensors.
+    # The journal of this direction names files, but the bar counts tensors.
     finished_tensors = {
         name for file, names in names_by_file.items() if file in finished for name in names
     }
@@ -163,6 +169,7 @@ def _convert_to_hf(src: pathlib.Path, partial: pathlib.Path, config: ConvertConf
         for file, header in shards.items():
             if file in finished:
                 continue
+            # An interrupted file is written anew: "wb" empties what is left of it.
             growing = partial / (file + ".tmp")
             with growing.open("wb") as stream:
                 raw = header.encode()
@@ -171,10 +178,10 @@ def _convert_to_hf(src: pathlib.Path, partial: pathlib.Path, config: ConvertConf
                     data = _read_tensor(entries[name], arrays, src / format_lib.PARAMS_DIR)
                     stream.write(data)
                     progress.advance(data.nbytes)
-                # The journal must not say more than the disk holds.
+                # Before the journal names the file: it must not say more than the disk holds.
                 durable.flush_to_disk(stream)
             growing.rename(partial / file)
-            progress.finish(file, 0)
+            progress.finish(file, 0)  # its bytes are on the bar already
     index = _build_index(manifest, shards, names_by_file, tensors)
     if index is not None:
         (partial / release.INDEX_FILE).write_text(index)
@@ -188,9 +195,9 @@ def _read_tensor(
     """Return a tensor's bytes in the release's layout."""
     reading = arrays[entry.param_path][entry.index].read()
     data = format_lib.wait_for_read(reading, params_dir / entry.param_path)
-    # A transpose is a view; the file wants its elements in C order.
+    # A transpose is a view, but the file has the elements in C order.
     data = np.ascontiguousarray(entry.orient(data))
-    # As bytes: a memoryview of bfloat16 does not exist.
+    # Viewed as bytes, because there is no memoryview of bfloat16.
     return data.reshape(-1).view(np.uint8).data
 
 
@@ -199,7 +206,7 @@ def _describe_tensors(
     entries: Mapping[str, params_map.TensorEntry],
     arrays: Mapping[str, ts.TensorStore],
 ) -> dict[str, release.ReleaseTensor]:
-    """Return what each tensor will look like in the release; offsets are not known yet."""
+    """Return what each tensor will look like in the release. Its file and offset are not set."""
     tensors = {}
     for name, entry in entries.items():
         array = arrays[entry.param_path]
@@ -213,7 +220,8 @@ def _describe_tensors(
 def _original_shard_headers(
     manifest: Mapping, tensors: Mapping[str, release.ReleaseTensor]
 ) -> dict[str, str] | None:
-    """Return the release's own headers by file, if they still describe these tensors."""
+    """Return the release's own headers by file, or None if they do not describe these tensors."""
+    # They do not if the model never had shards, or if it was saved in another dtype.
     original = {}
     for header in manifest["shards"].values():
         for name, spec in json.loads(header).items():
@@ -224,14 +232,15 @@ def _original_shard_headers(
 
 
 def _new_shard_headers(tensors: Mapping[str, release.ReleaseTensor]) -> dict[str, str]:
-    """Cut the tensors into shards of up to `MAX_SHARD_BYTES`; return a header per file."""
+    """Cut the tensors into shards of up to `MAX_SHARD_BYTES`, and return a header for each file."""
     groups: list[list[release.ReleaseTensor]] = [[]]
     for tensor in tensors.values():
         if groups[-1] and sum(t.nbytes for t in groups[-1]) + tensor.nbytes > MAX_SHARD_BYTES:
             groups.append([])
         groups[-1].append(tensor)
     shards = {}
-    for number, group in enumerate(groups, 1):
+    for shard_number, group in enumerate(groups, 1):
+        # transformers 4 refuses a file without this metadata.
         header: dict = {"__metadata__": {"format": "pt"}}
         end = 0
         for tensor in group:
@@ -242,8 +251,8 @@ def _new_shard_headers(tensors: Mapping[str, release.ReleaseTensor]) -> dict[str
                 "data_offsets": [start, end],
             }
         text = json.dumps(header, separators=(",", ":"))
-        file = f"model-{number:05d}-of-{len(groups):05d}.safetensors"
-        # Spaces align the data behind the header to 8 bytes.
+        file = f"model-{shard_number:05d}-of-{len(groups):05d}.safetensors"
+        # Spaces align the data after the header to 8 bytes.
         shards[file] = text + " " * (-len(text.encode()) % 8)
     return shards
 
@@ -260,7 +269,10 @@ def _build_index(
     names_by_file: Mapping[str, list[str]],
     tensors: Mapping[str, release.ReleaseTensor],
 ) -> str | None:
-    """Return the text of the index: the release's own where the shards are; None: it had none."""
+    """Return the text of the index, which is the release's own if its shards are.
+
+    None: the release had no index, because it was a single file.
+    """
     if shards == manifest["shards"]:
         return manifest["index"]
     total_bytes = sum(tensor.nbytes for tensor in tensors.values())
@@ -313,14 +325,16 @@ class _ConvertProgress:
 def _start_or_resume(
     partial: pathlib.Path, model_config: config_lib.ModelConfig, source_files: list[pathlib.Path]
 ) -> set[str]:
-    """Start or continue `partial`; return what its journal says is finished.
+    """Start or continue `partial`, and return the names that its journal has as finished.
 
     Args:
-      source_files: whose names, sizes and times tell sources apart. Two models of one shape differ
-        in when they were written.
+      partial: the directory that becomes the result.
+      model_config: the source's, which is part of its fingerprint.
+      source_files: files whose names, sizes and times tell sources apart. The times are needed for
+        two models of one shape.
 
     Raises:
-      FileExistsError: `partial` was made by something else, or from another source.
+      FileExistsError: `partial` was made by another command, or from another source.
     """
     stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in source_files]
     source = repr((model_config, stats))
@@ -335,7 +349,7 @@ def _start_or_resume(
         partial.mkdir(parents=True, exist_ok=True)
         journal.write_text(fingerprint + "\n")
         return set()
-    # A line without its newline was cut off while it was written.
+    # A last line without a newline was cut off while it was written.
     text = journal.read_text()
     text = text[: text.rfind("\n") + 1]
     lines = text.splitlines()
@@ -344,7 +358,7 @@ def _start_or_resume(
             f"{partial} is an interrupted conversion of another source. Remove it to start anew, "
             "or choose another --dst."
         )
-    # The next line must not continue the one that was cut off.
+    # Otherwise the next line would continue the one that was cut off.
     os.truncate(journal, len(text.encode()))
     return set(lines[1:])
 
@@ -356,7 +370,7 @@ def main(argv) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unknown argument {argv[1]!r}")
     if not flags.FLAGS["verbosity"].present:
-        logging.set_verbosity(logging.ERROR)  # Orbax logs every step of its own
+        logging.set_verbosity(logging.ERROR)  # Orbax logs each of its steps
     try:
         config = ConvertConfig(
             **{f.name: getattr(flags.FLAGS, f.name) for f in dataclasses.fields(ConvertConfig)}
@@ -370,7 +384,7 @@ def _define_flags() -> None:
     flags.DEFINE_enum("to", None, ["orbax", "hf"], "What to make.", required=True)
     flags.DEFINE_string("src", None, "Directory to read.", required=True)
     flags.DEFINE_string("dst", None, "Directory to make; must not exist.", required=True)
-    flags.DEFINE_float("memory_gib", 2.0, "Most tensor bytes under way at once, GiB.")
+    flags.DEFINE_float("memory_gib", 2.0, "Most tensor bytes in memory at once, GiB.")
     flags.DEFINE_bool("progress", True, "Show a progress bar.")
 
 
