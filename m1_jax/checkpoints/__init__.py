@@ -1,1 +1,1 @@
-"""Models on disk: the release, the converted directory, and what maps one to the other."""
+"""Models on disk: the release, the converted directory, and the map from one to the other."""

@@ -1,4 +1,4 @@
-"""The converted directory on disk: the one file that knows what it looks like.
+"""The format of a converted directory. No other file knows it.
 
     params/         an Orbax checkpoint: the parameters as a nested dict, stacked as in the model
     config.json     as in the release, with the tokenizer and other small files beside it
@@ -6,9 +6,9 @@
     progress.txt    the journal, only while the directory is being written
 
 The manifest is written last, so a directory without one is an interrupted conversion. `load.py`
-reads a model from such a directory, `save.py` writes one, and `convert.py` streams tensors to and
-from it. Arrays are opened with TensorStore, not Orbax: its errors name the file, and one failure is
-one message.
+reads a model from a converted directory, `save.py` writes one, and `convert.py` streams tensors to
+and from it. Arrays are opened with TensorStore and not with Orbax, because TensorStore's errors
+name the file, and one failure is one message.
 """
 
 import dataclasses
@@ -31,7 +31,9 @@ PARAMS_DIR = "params"
 MANIFEST_FILE = "release.json"
 JOURNAL_FILE = "progress.txt"
 FORMAT_VERSION = "m1_jax converted checkpoint, version 2"
-CHUNK_BYTES = 32 * 2**20  # upper bound of one array chunk, the unit that a device reads alone
+# Upper bound of one array chunk, if its rows can be halved. Devices read chunks independently.
+CHUNK_BYTES = 32 * 2**20
+# Files that `copy_small_files` leaves out.
 _WEIGHT_SUFFIXES = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".gguf", ".tmp")
 
 
@@ -40,11 +42,11 @@ class StoredParam:
     """One stacked parameter on disk.
 
     Attributes:
-      shape: of the whole stacked parameter.
-      dtype: on disk.
-      num_leading_axes: axes that number the release's tensors: repeats, layers, experts.
-      shard_shape: what one device holds, where several processes write; None: the whole. No chunk
-        spans two shards, because two processes must not write to one file.
+      shape: shape of the whole stacked parameter.
+      dtype: dtype on disk.
+      num_leading_axes: number of axes over the release's tensors: repeats, layers, experts.
+      shard_shape: shape of one device's shard, where several processes write. None: the whole
+        parameter. No chunk spans two shards, because two processes must not write to one file.
     """
 
     shape: tuple[int, ...]
@@ -54,9 +56,9 @@ class StoredParam:
 
     @property
     def chunk_shape(self) -> tuple[int, ...]:
-        """One tensor per chunk, its first dimension halved until the chunk is small enough."""
+        """One tensor per chunk, its first dimension halved until it has at most `CHUNK_BYTES`."""
         rows, *trailing = (self.shard_shape or self.shape)[self.num_leading_axes :]
-        # Odd row counts end the halving: all chunks of an array have one shape.
+        # An odd number of rows ends the halving, because all chunks have one shape.
         while rows % 2 == 0 and rows * math.prod(trailing) * self.dtype.itemsize > CHUNK_BYTES:
             rows //= 2
         return (1,) * self.num_leading_axes + (rows, *trailing)
@@ -71,20 +73,20 @@ def is_converted(path: pathlib.Path) -> bool:
 
 
 def build_manifest(source: release.Release | None) -> dict:
-    """Return the manifest of a release; of none, for a model that never had shards."""
+    """Return the manifest of a release. None stands for a model that never had shards."""
     if source is None:
         return {"format": FORMAT_VERSION, "index": None, "shards": {}}
     index = source.directory / release.INDEX_FILE
     return {
         "format": FORMAT_VERSION,
-        # Kept as raw text, so that the way back writes the same bytes.
+        # Index and headers are kept as raw text, so that the way back writes the same bytes.
         "index": index.read_text() if index.exists() else None,
         "shards": {shard.file.name: shard.header for shard in source.shards},
     }
 
 
 def write_manifest(path: pathlib.Path, manifest: dict) -> None:
-    """Write the manifest of the directory `path`: from here on the directory is complete."""
+    """Write the manifest of the directory `path`, which makes the directory complete."""
     (path / MANIFEST_FILE).write_text(json.dumps(manifest))
 
 
@@ -92,7 +94,7 @@ def read_manifest(path: pathlib.Path) -> dict:
     """Return the manifest of the directory `path`.
 
     Raises:
-      CheckpointError: an interrupted conversion, or one of another format version.
+      CheckpointError: an interrupted conversion, or a directory of another format version.
     """
     try:
         manifest = json.loads((path / MANIFEST_FILE).read_text())
@@ -118,14 +120,15 @@ def array_spec(params_dir: pathlib.Path, name: str) -> dict:
     return {
         "driver": "zarr3",
         "kvstore": {"driver": "file", "path": f"{params_dir.resolve() / name}/"},
-        # A chunk of zeros is stored like any other, so a missing one is always an error.
+        # By default a chunk of zeros is not stored, and a missing chunk reads as zeros. Here every
+        # chunk is stored, so a missing chunk is an error.
         "store_data_equal_to_fill_value": True,
         "fill_missing_data_reads": False,
     }
 
 
 def open_array(params_dir: pathlib.Path, name: str) -> ts.TensorStore:
-    """Open one allocated parameter, to write to it."""
+    """Open one allocated parameter for writing."""
     return ts.open(array_spec(params_dir, name), open=True).result()
 
 
@@ -133,17 +136,18 @@ def open_params(path: pathlib.Path, config: config_lib.ModelConfig) -> dict[str,
     """Open every parameter of a converted directory, by the dotted paths of `params_map`.
 
     Raises:
-      CheckpointError: a parameter that is missing, left over, or of another shape than config.json
-        asks for.
+      CheckpointError: a parameter that is missing, not in the model, or of another shape than
+        config.json asks for, or an array of a dtype that no release has.
     """
     params_dir = path / PARAMS_DIR
     model_params = params_lib.params_by_path(params_lib.abstract_model(config))
-    stored = {file.parent.name for file in params_dir.glob("*/zarr.json")}
-    if stored != model_params.keys():
+    # Each array is a directory of that name with its metadata.
+    array_names = {file.parent.name for file in params_dir.glob("*/zarr.json")}
+    if array_names != model_params.keys():
         raise release.CheckpointError(
             f"{params_dir}: config.json and the parameters disagree: "
-            f"{release.describe_names(model_params.keys() - stored, 'missing')}; "
-            f"{release.describe_names(stored - model_params.keys(), 'not in the model')}. "
+            f"{release.describe_names(model_params.keys() - array_names, 'missing')}; "
+            f"{release.describe_names(array_names - model_params.keys(), 'not in the model')}. "
             "Is config.json the one of this conversion? Else run m1_jax.convert again."
         )
     arrays = {}
@@ -155,6 +159,7 @@ def open_params(path: pathlib.Path, config: config_lib.ModelConfig) -> dict[str,
                 f"{params_dir / name} has shape {list(array.shape)}; config.json asks for "
                 f"{list(param.shape)}. Is config.json the one of this conversion?"
             )
+        # The conversion keeps the release's dtypes, so no other dtype can be written back.
         if array.dtype.numpy_dtype not in release.CODES_BY_DTYPE:
             raise release.CheckpointError(
                 f"{params_dir / name} has dtype {array.dtype.name}; wanted one of "
@@ -165,11 +170,15 @@ def open_params(path: pathlib.Path, config: config_lib.ModelConfig) -> dict[str,
 
 
 def wait_for_read(future: ts.Future, source: pathlib.Path):
-    """Wait for a TensorStore read; say in one line which file is wrong."""
+    """Return the result of a TensorStore read.
+
+    Raises:
+      CheckpointError: a file that cannot be read, in one line.
+    """
     try:
         return future.result()
     except ValueError as error:
-        reason = str(error).split(" [", 1)[0]  # TensorStore's own state follows in brackets
+        reason = str(error).split(" [", 1)[0]  # TensorStore's internal state follows in brackets
         raise release.CheckpointError(
             f"{source} cannot be read: {reason}. Run m1_jax.convert again."
         ) from None
@@ -179,13 +188,14 @@ def allocate_params(params_dir: pathlib.Path, stored_params: Mapping[str, Stored
     """Create an Orbax checkpoint with every array at its true shape and no data yet.
 
     Orbax writes a skeleton of one-element arrays with all of its metadata. Each array is then
-    created anew at its true shape, so no array of that size is ever in memory. One process calls
-    this, however many there are.
+    created anew at its true shape, so no array of that size is ever in memory. Only one process of
+    a mesh calls this.
     """
     skeleton = {path: np.zeros((1,), param.dtype) for path, param in stored_params.items()}
     building = params_dir.with_name(params_dir.name + ".building")
+    # An interrupted call may have left it.
     shutil.rmtree(building, ignore_errors=True)
-    # By default Orbax waits for every process at its barriers; here only this one takes part.
+    # By default Orbax waits for every process at its barriers, but only this one takes part.
     process = jax.process_index()
     single_process = ocp.options.MultiprocessingOptions(
         primary_host=process, active_processes={process}, barrier_sync_key_prefix="m1_jax"
@@ -207,7 +217,7 @@ def allocate_params(params_dir: pathlib.Path, stored_params: Mapping[str, Stored
         }
         spec = array_spec(building, path) | {"metadata": metadata}
         ts.open(spec, create=True, delete_existing=True).result()
-    # The rename comes last: a params directory that exists has all of its arrays.
+    # The rename comes last, so a params directory that exists has all of its arrays.
     building.rename(params_dir)
 
 
@@ -227,9 +237,9 @@ def _nest_paths(flat: Mapping[str, object]) -> dict:
 
 
 def copy_small_files(src: pathlib.Path, dst: pathlib.Path) -> None:
-    """Copy the tokenizer and other files beside the weights, but no weights; config.json last.
+    """Copy the tokenizer and all other files but weights, config.json last.
 
-    Without config.json no directory is a checkpoint, so a half-written one is not taken for one.
+    No directory is a checkpoint without config.json, so a half-written one is not taken for one.
     """
     format_files = (JOURNAL_FILE, MANIFEST_FILE)
     for file in _sort_config_last(src.iterdir()):

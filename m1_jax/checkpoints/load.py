@@ -1,6 +1,6 @@
-"""Loading a model from a release directory or from a converted one; see `format.py` for the latter.
+"""Loading a model from a release directory or from a converted directory (see `format.py`).
 
-Each process reads only what its own devices hold.
+Each process reads only the slices that its own devices hold.
 """
 
 import pathlib
@@ -33,15 +33,15 @@ def load(
     Args:
       path: a release directory (config.json and safetensors), in the release's or transformers'
         native layout, or a directory that `m1_jax.convert` or `m1_jax.save` wrote.
-      dtype: of activations, float32 or bfloat16; routers stay float32.
+      dtype: dtype of activations, float32 or bfloat16. Routers stay float32.
       mesh: devices to spread the parameters over, with some of `sharding.MESH_AXES` (see
-        `sharding.make_mesh`); None: one device. Each process reads only what its own devices hold.
+        `sharding.make_mesh`). None: one device.
       mode: "train" splits every large parameter over all devices, which gather it where they need
-        it; "prefill" and "decode" leave weights where they compute.
-      weights: for inference, "int8-experts" rounds the experts to int8 as they are read, and
-        "int8-all" also the projections of attention and of a shared expert, see `quantize.py`;
-        None: all stay `param_dtype`.
-      param_dtype: of the parameters, float32 or bfloat16; None: as `dtype`. A trainer wants
+        it. "prefill" and "decode" leave weights on the devices that compute with them.
+      weights: an int8 recipe of `quantize.py`, for inference. "int8-experts" rounds the experts as
+        they are read, and "int8-all" also the projections of attention and of a shared expert.
+        None: all parameters have `param_dtype`.
+      param_dtype: dtype of the parameters, float32 or bfloat16. None: as `dtype`. A trainer needs
         float32 parameters with computation in bfloat16.
 
     Raises:
@@ -58,8 +58,10 @@ def load(
     layout = sharding.make_layout(mesh, source.config, mode)
     model = params_lib.abstract_model(source.config, dtype, param_dtype, layout, weights)
     params = params_lib.params_by_path(model)
+    # The abstract model's values: jax.ShapeDtypeStruct with shardings.
     specs = {name: param.get_value() for name, param in params.items()}
-    # Int8 parameters are read matrix by matrix: all of them in float would not fit on the host.
+    # Int8 parameters are read matrix by matrix, because all of them in float would not fit on the
+    # host.
     for name in [name for name, spec in specs.items() if spec.dtype == jnp.int8]:
         value_spec, scale_spec = specs.pop(name), specs.pop(f"{name}_scale")
         values, scales = quantize.build_quantized_arrays(
@@ -73,9 +75,9 @@ def load(
 
 
 class _ParamSource(Protocol):
-    """Where parameters come from: a release or a converted directory."""
+    """A directory to read parameters from: a release or a converted directory."""
 
-    config: config_lib.ModelConfig
+    config: config_lib.ModelConfig  # read from its config.json
 
     def read_params(self, specs: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
         """Return arrays of the given shapes, dtypes and shardings, by parameter path."""
@@ -84,11 +86,15 @@ class _ParamSource(Protocol):
     def matrix_reader(
         self, name: str, shape: tuple[int, ...]
     ) -> Callable[[tuple[int, ...], slice], np.ndarray]:
-        """Return a function (index on the leading axes, columns) -> these columns, as stored."""
+        """Return a function (index on the leading axes, columns) -> these columns of the matrix.
+
+        The values have the dtype of the file. `shape` is that of the whole stacked parameter.
+        """
         ...
 
 
 def _open_source(path: pathlib.Path) -> _ParamSource:
+    # A converted directory has a config.json as well, so it is recognised first.
     if format_lib.is_converted(path):
         return _ConvertedSource(path)
     if (path / "config.json").is_file():
@@ -109,7 +115,7 @@ class _ReleaseSource:
         self.config = self._release.config
 
     def read_params(self, specs: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
-        # A parameter's tensors, each a memory map, by their index on its leading axes.
+        # Parameter -> its tensors, each a memory map, by their index on its leading axes.
         parts: dict[str, dict[tuple[int, ...], np.ndarray]] = {name: {} for name in specs}
         for entry in self._release.entries:
             if entry.param_path not in specs:
@@ -136,15 +142,17 @@ class _ReleaseSource:
 def _assemble_array(
     spec: jax.ShapeDtypeStruct, parts: Mapping[tuple[int, ...], np.ndarray]
 ) -> jax.Array:
-    """Build a sharded array from its tensors; the host copies one device's slice at a time."""
+    """Build a sharded array from its tensors. The host copies one device's slice at a time."""
     num_leading_axes = len(next(iter(parts)))
 
     def read_slice(index) -> np.ndarray:
+        # Ranges, because the slices of an unsplit axis have no bounds.
         ranges = [range(*dim.indices(size)) for dim, size in zip(index, spec.shape, strict=True)]
         out = np.empty([len(r) for r in ranges], spec.dtype)
         for local_index in np.ndindex(*out.shape[:num_leading_axes]):
-            # Not strict: the trailing ranges are those of the tensor itself.
+            # Not strict, because `ranges` goes on with the axes of the tensor itself.
             global_index = tuple(r[i] for r, i in zip(ranges, local_index, strict=False))
+            # The assignment casts to the parameter's dtype.
             out[local_index] = parts[global_index][index[num_leading_axes:]]
         return out
 
@@ -170,7 +178,7 @@ class _ConvertedSource:
     def matrix_reader(
         self, name: str, shape: tuple[int, ...]
     ) -> Callable[[tuple[int, ...], slice], np.ndarray]:
-        del shape  # `open_params` has compared it already
+        del shape  # `open_params` has compared shapes already
 
         def read_columns(index: tuple[int, ...], columns: slice) -> np.ndarray:
             reading = self._arrays[name][(*index, slice(None), columns)].read()
@@ -182,9 +190,10 @@ class _ConvertedSource:
 def _read_sharded_array(
     array: ts.TensorStore, spec: jax.ShapeDtypeStruct, source: pathlib.Path
 ) -> jax.Array:
-    """Read what this process's devices hold, all slices at once and replicas only once."""
+    """Read the slices of this process's devices, all at once, and the slice of replicas once."""
     indices = spec.sharding.addressable_devices_indices_map(spec.shape).values()
-    # By repr, since slices have no hash before Python 3.12; equal keys are replicas.
+    # Keyed by repr, because slices have no hash before Python 3.12. Equal keys are replicas. The
+    # reads run in the background.
     reads = {repr(index): array[index].read() for index in indices}
 
     def wait_for_slice(index) -> np.ndarray:

@@ -1,9 +1,11 @@
-"""Which tensor of the release is which part of which parameter: data only.
+"""The map between tensors of the release and parts of the model's parameters, as data.
 
 The tables have one row per kind of tensor. `{l}` is the absolute layer and `{e}` the expert. `{p}`
-is the group of equal neighbours in the repeating unit, see `ModelConfig.layer_groups`. A parameter
-under `layers.{p}` is stacked over the R repeats of the unit and over the layers of its group, an
-expert parameter over the experts too. So a tensor is one index of its parameter's leading axes.
+is the group of equal neighbours in the repeating unit, see `ModelConfig.layer_groups`.
+
+A parameter under `layers.{p}` is stacked over the R repeats of the unit and over the layers of its
+group. An expert parameter is stacked over the experts as well. So one index on a parameter's
+leading axes selects one tensor.
 """
 
 import dataclasses
@@ -13,10 +15,11 @@ import numpy as np
 from m1_jax import config as config_lib
 
 ANY_KIND, LIGHTNING, SOFTMAX = "any", config_lib.LIGHTNING, config_lib.SOFTMAX
-SHARED_EXPERT = "shared"  # layers of a model with a shared expert
+SHARED_EXPERT = "shared"  # all layers of a model with a shared expert
 
-# Columns: release name, parameter path, transposed, layers that have it. torch stores matrices as
-# [out, in] and the model as [in, out], so every matrix but the embedding table is transposed.
+# Columns: release name, parameter path, transposed, layers that have the tensor. torch stores
+# matrices as [out, in] and the model as [in, out], so every matrix but the embedding table is
+# transposed.
 MODEL_TABLE = (
     ("model.embed_tokens.weight", "embed.table", False, ANY_KIND),
     ("lm_head.weight", "head.kernel", True, ANY_KIND),
@@ -45,8 +48,8 @@ LAYER_TABLE = (
     (_LAYER + "coefficient.weight", _PATH + "moe.shared.coefficient", True, SHARED_EXPERT),
 )
 
-# Constants that transformers' native model saves beside its weights, in every lightning layer. The
-# model computes them from the config.
+# Constants that transformers' native model saves beside its weights, in every lightning layer. This
+# model computes them from the config, so they belong to no parameter.
 SLOPE_RATE = _LAYER + "self_attn.slope_rate"
 DERIVED_TENSORS = (
     SLOPE_RATE,
@@ -61,7 +64,7 @@ class TensorEntry:
     """One tensor of the release and where its values lie in the model.
 
     Attributes:
-      name: of the tensor, in the release.
+      name: the release's name of the tensor.
       param_path: the dotted path of its parameter.
       index: its position on the parameter's leading axes; empty for an unstacked parameter.
       transposed: whether parameter[index] is the tensor's transpose.
@@ -73,12 +76,16 @@ class TensorEntry:
     transposed: bool
 
     def orient(self, data: np.ndarray) -> np.ndarray:
-        """Return the tensor as the parameter holds it, or back: a transpose undoes itself."""
+        """Return a tensor of the release as the parameter holds it, or the other way round."""
+        # One function for both directions, because a transpose undoes itself.
         return data.T if self.transposed else data
 
 
 def list_tensor_entries(config: config_lib.ModelConfig) -> list[TensorEntry]:
-    """Return every tensor of a model once, in the order of the layers: 8,243 for the release."""
+    """Return every tensor of a model once, in the order of the layers: 8,243 for the release.
+
+    The tensors that belong to no layer come first.
+    """
     entries = [TensorEntry(name, path, (), transposed) for name, path, transposed, _ in MODEL_TABLE]
     for layer, kind in enumerate(config.layer_types):
         group, *index = config.stack_index_of(layer)
@@ -89,6 +96,7 @@ def list_tensor_entries(config: config_lib.ModelConfig) -> list[TensorEntry]:
             if layer_kind not in present_kinds:
                 continue
             path = path.format(p=group)
+            # A row with `{e}` stands for one tensor of each expert.
             if "{e}" not in name:
                 entries.append(TensorEntry(name.format(l=layer), path, tuple(index), transposed))
                 continue

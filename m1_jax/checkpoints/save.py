@@ -1,6 +1,6 @@
-"""Writing a model from memory as a converted directory; see `format.py` for what it looks like.
+"""Writing a model from memory as a converted directory (see `format.py`).
 
-Every process writes what its own devices hold. Of replicas, only the first is written.
+Every process writes the shards of its own devices. A replicated shard is written once.
 """
 
 import json
@@ -20,7 +20,7 @@ from m1_jax.checkpoints import params_map, release
 
 # Keys of config.json that neither parameters nor logits depend on.
 _TRAINING_ONLY_KEYS = ("router_aux_loss_coef", "initializer_range", "max_position_embeddings")
-_SAVE_JOURNAL = "save\n"  # the journal's text tells a directory of `save` from one of `convert`
+_SAVE_JOURNAL = "save\n"  # this text tells a directory of `save` from a directory of `convert`
 
 
 def save(
@@ -28,21 +28,22 @@ def save(
 ) -> pathlib.Path:
     """Write the model to a new directory that `load` reads and `convert --to=hf` exports.
 
-    The directory grows in `path`.partial and is renamed when it is complete. What an interrupted
-    `save` left there is removed. All processes call this, with one path that all of them see.
+    Files are written to `path`.partial, which is renamed when it is complete. The remains of an
+    interrupted `save` in it are removed. All processes call this, with one path on a file system
+    that all of them share.
 
     Args:
-      model: with the parameters of a release: no adapters, no int8 weights.
+      model: a model with the parameters of a release: no adapters, no int8 weights.
       path: the directory to make.
-      source: a release or converted directory of a model of this shape, whose config.json,
-        tokenizer and other small files are copied, and whose cut into shards the way back takes
-        over if dtypes are the same; None: config.json is written from the model's config alone.
-      dtype: of the parameters on disk, float32 or bfloat16; None: as they are. Routers stay
-        float32.
+      source: a release or converted directory of a model of this shape. Its config.json, tokenizer
+        and other small files are copied. Its cut into shards is used again on the way back, if
+        dtypes are the same. None: config.json is written from the model's config alone.
+      dtype: dtype of the parameters on disk, float32 or bfloat16. None: as in the model. Routers
+        stay float32.
 
     Raises:
-      FileExistsError: the directory exists, or its partial one, made by something else.
-      ValueError: parameters that a release does not have, or those of another shape than source's.
+      FileExistsError: the directory exists, or a partial one that another command made.
+      ValueError: parameters that a release does not have, or a source of another architecture.
       CheckpointError, ConfigError: a source that is not a complete checkpoint.
     """
     path = pathlib.Path(path)
@@ -57,12 +58,13 @@ def save(
             f"{path if path.exists() else partial} exists; wanted a new directory. "
             "Remove it or choose another."
         )
-    # All processes look before process 0 removes anything: otherwise a late one would see the new
-    # directory and refuse it.
+    # All processes have looked before process 0 removes anything. Otherwise a late one would see
+    # the new directory and refuse it.
     multihost_utils.sync_global_devices("m1_jax save: checked")
     if jax.process_index() == 0:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
+        # The journal comes first, so that an interruption from here on is recognised.
         journal.write_text(_SAVE_JOURNAL)
         format_lib.allocate_params(params_dir, stored_params)
     multihost_utils.sync_global_devices("m1_jax save: allocated")
@@ -75,6 +77,7 @@ def save(
             (partial / "config.json").write_text(text)
         else:
             format_lib.copy_small_files(pathlib.Path(source), partial)
+        # The manifest makes the directory complete, the rename gives it its name.
         format_lib.write_manifest(partial, manifest)
         partial.rename(path)
         (path / format_lib.JOURNAL_FILE).unlink()
@@ -85,6 +88,7 @@ def save(
 def _stored_params_from_model(
     model: model_lib.MiniMaxM1, dtype: jax.typing.DTypeLike | None
 ) -> dict[str, format_lib.StoredParam]:
+    """Return how every parameter of the model is stored, after checking that a release has it."""
     if dtype is not None and jnp.dtype(dtype) not in (jnp.float32, jnp.bfloat16):
         raise ValueError(f"dtype: got {jnp.dtype(dtype)}; wanted float32, bfloat16 or None")
     leading_axes = {
@@ -101,6 +105,7 @@ def _stored_params_from_model(
         # Parameters whose metadata says float32, such as routers, keep that dtype.
         keeps_dtype = dtype is None or param.get_metadata()["float32"]
         stored_dtype = np.dtype(param.dtype if keeps_dtype else dtype)
+        # A shard is written by one process, so it is cut into chunks of its own.
         shard_shape = param.get_value().sharding.shard_shape(param.shape)
         stored_params[name] = format_lib.StoredParam(
             param.shape, stored_dtype, leading_axes[name], shard_shape
@@ -109,10 +114,15 @@ def _stored_params_from_model(
 
 
 def _build_model_manifest(model: model_lib.MiniMaxM1, source) -> dict:
-    """Return the manifest, after comparing the model with its source."""
+    """Return the manifest of the source, after comparing the source's config with the model's.
+
+    Raises:
+      ValueError: their configs differ in more than `_TRAINING_ONLY_KEYS`.
+    """
     if source is None:
         return format_lib.build_manifest(None)
     source = pathlib.Path(source)
+    # Through ModelConfig, so that both spellings of config.json compare.
     source_config = config_lib.ModelConfig.from_file(source / "config.json").to_hf()
     for key, value in model.config.to_hf().items():
         if source_config[key] != value and key not in _TRAINING_ONLY_KEYS:
@@ -126,12 +136,14 @@ def _build_model_manifest(model: model_lib.MiniMaxM1, source) -> dict:
 
 
 def _write_param(params_dir: pathlib.Path, name: str, value: jax.Array, dtype: np.dtype) -> None:
-    """Write this process's shards of a parameter; the host holds one parameter at a time."""
+    """Write this process's shards of a parameter. The host holds one parameter at a time."""
     array = format_lib.open_array(params_dir, name)
+    # Replica numbers are global, so among all processes exactly one writes a shard.
     first_replicas = [shard for shard in value.addressable_shards if shard.replica_id == 0]
     writes = [
         array[shard.index].write(np.asarray(shard.data).astype(dtype, copy=False))
         for shard in first_replicas
     ]
+    # The writes run at the same time. They are awaited before the next parameter.
     for write in writes:
         write.result()
