@@ -1,4 +1,4 @@
-"""The entry to decoding and serving prefill: validates, and chooses the implementation."""
+"""Entry to decoding and serving prefill: validates arguments and chooses the implementation."""
 
 import functools
 import logging
@@ -40,25 +40,25 @@ def lightning_decode(
 ) -> tuple[Float[Array, "B NH"], Float[Array, "slots N H H"]]:
     """Advance the states of B sequences by one token: S <- S - c S + k^T v, then o = q S.
 
-    c = -expm1(-s). Source: M1 section 2; kernels.md 5.5.
+    c = -expm1(-s). Source: M1 report, section 2; docs/kernels.md, "Decode".
 
     Args:
-      qkv: one row per sequence of the fused projection; each head is q | k | v, H wide each.
+      qkv: fused projection, one row a sequence. A head is q | k | v, each of width H.
       slopes: decay rates s >= 0, one per head.
       pool: float32 states by slot. Donate it to the surrounding jit, or XLA copies it.
-      slots: the slot of each row, each at most once. Negative: the row is inactive, its output
-        zero. Slots that no row names keep their bytes.
-      implementation: a key of `DECODE_IMPLEMENTATIONS`, which then runs or raises; None takes the
+      slots: slot of each row, each at most once. A row with a negative slot is inactive, and its
+        output is zero. Slots that no row names keep their bytes.
+      implementation: a key of `DECODE_IMPLEMENTATIONS`, which then runs or raises. None takes the
         kernel where the program is lowered for TPU, and the reference elsewhere.
 
     Returns:
       (o in qkv's dtype, heads concatenated; the pool after this token).
 
     Raises:
-      ValueError: shapes or dtypes that do not fit, an unknown implementation; where `slots` is
-        concrete, also duplicates and slots beyond the pool. Under jit their values are unknown:
-        call `check_slots` before; a slot beyond the pool is then inactive, and of rows that
-        share a slot any one may win.
+      ValueError: shapes or dtypes that do not fit, or an unknown implementation. Where `slots` is
+        concrete, also duplicates and slots beyond the pool. Under jit the values are unknown, so
+        call `check_slots` before. A slot beyond the pool is then inactive. Where rows share a
+        slot, any one of them may win.
     """
     _validate_inputs("pool", pool, qkv, slopes, ndim=2)
     _validate_int_vector("slots", slots, qkv.shape[0])
@@ -79,22 +79,23 @@ def lightning_decode_ring(
 ) -> tuple[Float[Array, "B NH"], decode_ring.RingPool]:
     """Advance B sequences by one token and write their states only every W tokens.
 
-    What `lightning_decode` computes, for 0.36 of its bytes at W = 16: see `decode_ring`.
+    The result is that of `lightning_decode`, for 0.36 of its bytes at W = 16. `ring` has the
+    equations.
 
     Args:
-      qkv, slopes, slots: as in `lightning_decode`; k and v are kept in bfloat16.
-      pool: of `init_ring_pool`, filled by `decode_ring.write`. Donate it to the surrounding jit.
-      positions: how many tokens of each row's sequence come before this one. Passing an earlier
-        position than last time takes tokens back: up to `pool.depth`, and never below what the
-        slot's state already holds.
-      implementation: a key of `RING_DECODE_IMPLEMENTATIONS`, which then runs or raises; None takes
+      qkv, slopes, slots: as in `lightning_decode`. The ring keeps k and v in bfloat16.
+      pool: of `init_ring_pool`, filled by `ring.write_states`. Donate it to the surrounding jit.
+      positions: how many tokens of each row's sequence come before this one. A position earlier
+        than that of the last call takes tokens back, up to `pool.rollback_tokens`. It cannot lie
+        below the tokens that the slot's state already holds.
+      implementation: a key of `RING_DECODE_IMPLEMENTATIONS`, which then runs or raises. None takes
         the kernel where the program is lowered for TPU, and the reference elsewhere.
 
     Returns:
       (o in qkv's dtype, heads concatenated; the pool after this token).
 
-    Precision: o reads the state rounded to bfloat16 (2^-9 of each element); the state itself is
-    kept to 2^-17, and rounded every W tokens only.
+    Precision: o reads the state rounded to bfloat16 (2^-9 of each element). The state itself is
+    kept to 2^-17 and rounded only every W tokens.
 
     Raises:
       ValueError: as `lightning_decode`. Where slots and positions are concrete, also a position
@@ -102,6 +103,7 @@ def lightning_decode_ring(
     """
     if pool.hi.dtype != jnp.bfloat16 or pool.lo.dtype != jnp.bfloat16:
         raise ValueError(f"pool: got planes {pool.hi.dtype}, {pool.lo.dtype}; wanted bfloat16")
+    # The checks of an in-place pool, whose float32 states have the shape of a plane.
     _validate_inputs("pool", jax.ShapeDtypeStruct(pool.hi.shape, jnp.float32), qkv, slopes, ndim=2)
     _validate_int_vector("slots", slots, qkv.shape[0])
     _validate_int_vector("positions", positions, qkv.shape[0])
@@ -109,6 +111,7 @@ def lightning_decode_ring(
         check_slots(slots, pool.hi.shape[0])
         _check_positions(pool, slots, positions)
     slots = _check_or_mask_slots(slots, pool.hi.shape[0])
+    # Under jit positions are not checked: a negative one counts as 0.
     positions = jnp.maximum(positions, 0).astype(jnp.int32)
     run = _choose_implementation(RING_DECODE_IMPLEMENTATIONS, implementation, "ring decode")
     return run(qkv, slopes, pool, slots, positions)
@@ -120,11 +123,20 @@ def init_ring_pool(
     """Return a pool of empty sequences for `lightning_decode_ring`.
 
     Args:
+      num_slots: sequences that the pool holds.
+      num_heads: heads of a sequence.
+      head_dim: width H of a head.
       window: W, tokens between two flushes. 16 moves the fewest bytes at H = 128.
-      depth: tokens that can always be taken back; each costs one more row of the ring.
+      rollback_tokens: tokens that can always be taken back. Each costs one more row of the ring.
+
+    Raises:
+      ValueError: a window below 1 or negative rollback_tokens.
     """
     if window < 1 or rollback_tokens < 0:
-        raise ValueError(f"got window {window}, depth {rollback_tokens}; wanted at least 1 and 0")
+        raise ValueError(
+            f"got window {window}, rollback_tokens {rollback_tokens}; wanted at least 1 and 0"
+        )
+    # The blocks of the kernel, on every backend: a pool may move from the reference to the kernel.
     blocks = num_heads // tpu_ring.heads_per_block(num_heads, head_dim)
     return decode_ring.init_pool(
         num_slots,
@@ -140,13 +152,16 @@ def _check_positions(pool, slots, positions) -> None:
     slots, positions = np.asarray(slots), np.asarray(positions)
     active = slots >= 0
     base = np.asarray(pool.base)[slots[active]]
-    held = positions[active][:, None] - base
-    wrong = np.any((held < 0) | (held >= pool.ring.shape[1]), axis=1)
+    # Blocks of heads flush at different steps, so a slot has one base for each block.
+    steps_since_base = positions[active][:, None] - base
+    wrong = np.any((steps_since_base < 0) | (steps_since_base >= pool.ring.shape[1]), axis=1)
     if np.any(wrong):
         low, high = base.max(1)[wrong], base.min(1)[wrong] + pool.ring.shape[1] - 1
-        wanted = [f"{a}..{b}" for a, b in zip(low.tolist(), high.tolist(), strict=True)]
-        got = positions[active][wrong].tolist()
-        raise ValueError(f"positions: got {got} in slots {slots[active][wrong]}; wanted {wanted}")
+        allowed = [f"{a}..{b}" for a, b in zip(low.tolist(), high.tolist(), strict=True)]
+        refused = positions[active][wrong].tolist()
+        raise ValueError(
+            f"positions: got {refused} in slots {slots[active][wrong]}; wanted {allowed}"
+        )
 
 
 def lightning_prefill(
@@ -162,25 +177,26 @@ def lightning_prefill(
 ) -> tuple[Float[Array, "T NH"], Float[Array, "slots N H H"]]:
     """Run R sequences of any lengths through lightning attention, each from its slot's state.
 
-    S_t = exp(-s) S_(t-1) + k_t^T v_t, o_t = q_t S_t. Source: M1 section 2; kernels.md 5.6.
+    S_t = exp(-s) S_(t-1) + k_t^T v_t, o_t = q_t S_t. Source: M1 report, section 2; docs/kernels.md,
+    "Serving prefill".
 
     Args:
-      qkv: the tokens of all sequences in one flat array; rows of no sequence may hold anything.
+      qkv: tokens of all sequences in one flat array. Rows of no sequence may hold anything.
       slopes: decay rates s >= 0, one per head.
       pool: float32 states by slot. Donate it to the surrounding jit, or XLA copies it.
-      slots: the slot of each sequence, each at most once. Negative: the sequence is ignored.
+      slots: slot of each sequence, each at most once. A negative slot: the sequence is ignored.
       starts: first row of each sequence, in any order and at any row.
-      lengths: rows of each sequence; 0 leaves its slot alone.
-      fresh: the sequence starts from a zero state, whatever its slot holds.
-      implementation: a key of `PREFILL_IMPLEMENTATIONS`, which then runs or raises; None takes the
+      lengths: rows of each sequence. A sequence of length 0 leaves its slot alone.
+      fresh: whether the sequence starts from a zero state, whatever its slot holds.
+      implementation: a key of `PREFILL_IMPLEMENTATIONS`, which then runs or raises. None takes the
         kernel where the program is lowered for TPU, and the reference elsewhere.
 
     Returns:
-      (o in qkv's dtype, zero in rows of no sequence; the pool with the states after each
-      sequence's last token, every other slot byte for byte as it was).
+      (o in qkv's dtype, zero in rows of no sequence; the pool with the state after each sequence's
+      last token). Every other slot keeps its bytes.
 
     Raises:
-      ValueError: shapes or dtypes that do not fit, an unknown implementation; where the values
+      ValueError: shapes or dtypes that do not fit, or an unknown implementation. Where the values
         are concrete, also duplicate slots, slots beyond the pool, and sequences that overlap or
         leave the rows. Under jit call `check_slots` and `check_sequences` before.
     """
@@ -200,20 +216,21 @@ def lightning_prefill(
 
 def check_sequences(slots, starts, lengths, num_tokens: int) -> None:
     """Raise ValueError for active sequences that overlap or leave rows 0..num_tokens-1."""
+    # Values must be concrete: numpy raises on a tracer.
     slots, starts, lengths = (np.asarray(x) for x in (slots, starts, lengths))
     active = (slots >= 0) & (lengths != 0)
     order = np.argsort(starts[active])
     first, length = starts[active][order], lengths[active][order]
     last = first + length
     if np.any(length < 0) or np.any(first < 0) or np.any(last > num_tokens):
-        got = f"starts {starts.tolist()} and lengths {lengths.tolist()}"
-        raise ValueError(f"sequences: got {got}; wanted them in {num_tokens} rows")
+        extents = f"starts {starts.tolist()} and lengths {lengths.tolist()}"
+        raise ValueError(f"sequences: got {extents}; wanted them in {num_tokens} rows")
     if np.any(first[1:] < last[:-1]):
         raise ValueError(f"sequences: rows {first[1:][first[1:] < last[:-1]].tolist()} have two")
 
 
 def check_slots(slots, num_slots: int) -> None:
-    """Raise ValueError for slots beyond the pool or named twice; negative ones are inactive."""
+    """Raise ValueError for slots beyond the pool or named twice. Negative slots are inactive."""
     slots = np.asarray(slots)
     beyond = slots[slots >= num_slots]
     if beyond.size:
@@ -224,7 +241,7 @@ def check_slots(slots, num_slots: int) -> None:
 
 
 def _check_or_mask_slots(slots, num_slots):
-    """Check concrete slots; make those beyond the pool inactive where they are traced."""
+    """Check concrete slots. Traced slots beyond the pool become inactive instead."""
     if not isinstance(slots, core.Tracer):
         check_slots(slots, num_slots)
     return jnp.where(slots < num_slots, slots, -1).astype(jnp.int32)
@@ -235,8 +252,8 @@ def _choose_implementation(
 ) -> Callable:
     if implementation is not None:
         if implementation not in implementations:
-            wanted = f"None or one of {list(implementations)}"
-            raise ValueError(f"implementation is {implementation!r}; wanted {wanted}")
+            choices = f"None or one of {list(implementations)}"
+            raise ValueError(f"implementation is {implementation!r}; wanted {choices}")
         return implementations[implementation]
     _log_choice(operation)
     # Chosen when the program is lowered, so that a machine without a TPU can compile for one.
@@ -245,6 +262,7 @@ def _choose_implementation(
     )
 
 
+# Cached, so that each operation is logged once.
 @functools.cache
 def _log_choice(operation: str) -> None:
     _log.info("lightning %s: the Pallas kernel on TPU, the XLA reference elsewhere", operation)
@@ -256,8 +274,8 @@ def _validate_inputs(name, pool, qkv, slopes, *, ndim) -> None:
     num_heads = slopes.shape[0]
     square = pool.ndim == 4 and pool.shape[1] == num_heads and pool.shape[2] == pool.shape[3]
     if not square or pool.dtype != jnp.float32:
-        wanted = f"float32[slots, {num_heads}, H, H]"
-        raise ValueError(f"{name}: got {jax.typeof(pool)}; wanted {wanted}")
+        pool_type = f"float32[slots, {num_heads}, H, H]"
+        raise ValueError(f"{name}: got {jax.typeof(pool)}; wanted {pool_type}")
     width = num_heads * 3 * pool.shape[3]
     if qkv.ndim != ndim or qkv.shape[-1] != width or qkv.shape[0] == 0:
         raise ValueError(f"qkv: got shape {qkv.shape}; wanted at least one row of {width}")

@@ -4,18 +4,18 @@ Per sequence and head, with c = 1 - lambda = -expm1(-s):
 
     S <- S - c S + k^T v          o = q S
 
-S - c S and not lambda S: float32 lambda misstates the slowest slope by 2.5e-4 of itself.
+The update subtracts c S, because float32 lambda misstates the slowest slope by 2.5e-4 of itself.
 Source: M1 report, section 2; docs/kernels.md, "Decode".
 
-A grid step owns `rows_per_step` sequences and a block of heads. Their states (the bulk of all
-bytes) move by hand between the pool in HBM and three VMEM buffers: while step i computes in its own
-buffer, step i + 1 loads into the second and step i - 1 stores from the third. Everything else is
-small and left to Pallas' own pipeline.
+A grid step owns `rows_per_step` sequences and a block of heads. Their states are the bulk of all
+bytes. Explicit copies move them between the pool in HBM and three VMEM buffers: while step i
+computes in its own buffer, step i + 1 loads into the second and step i - 1 stores from the third.
+All other operands are small and left to Pallas' own pipeline.
 
-All sums are float32 on the vector unit: a matrix unit would have to split S into three bfloat16
-parts. The matrix unit serves to spread k and q over the lanes of a state, exactly. Doing that with
-the permute unit cost 1.3 (v5e) to 1.8 (v6e, tpu7x) times the bundles. A NaN in one head of a row
-therefore reaches the row's other heads, and no other row.
+All sums are float32 on the vector unit, because a matrix unit would have to split S into three
+bfloat16 parts. The matrix unit spreads k and q over the lanes of a state, which is exact. The
+permute unit would take 1.3 (v5e) to 1.8 (v6e, tpu7x) times the bundles for it. A NaN in one head of
+a row therefore reaches the row's other heads, and no other row.
 
 Letters in shapes: N heads of a block, H width of a head.
 """
@@ -38,8 +38,9 @@ VMEM_SLACK_BYTES = 8 * 2**20  # bytes for pipelined blocks, relayouts and the co
 
 # A Ref of a kernel, or a view of one. `jax.Ref` has no usable `at` for a type checker.
 Ref = Any
-# An asynchronous copy between HBM and VMEM, and what starts it or waits for it.
+# An asynchronous copy between HBM and VMEM, of `pltpu.make_async_copy`.
 AsyncCopy = Any
+# `start_copy` or `wait_for_copy`. A wait builds the same copy again, so one builder serves both.
 StartOrWait = Callable[[AsyncCopy], None]
 # (step, start_or_wait) -> builds the copies of that step and calls start_or_wait on each.
 StepCopies = Callable[[jax.Array, StartOrWait], None]
@@ -73,7 +74,7 @@ def lightning_decode(
 ) -> tuple[Float[Array, "B NH"], Float[Array, "slots N H H"]]:
     """Advance the named slots by one token. See `api.lightning_decode`.
 
-    The returned pool is the donated one: no byte of an unnamed slot is read or written.
+    The returned pool is the donated one. No byte of an unnamed slot is read or written.
     """
     batch = qkv.shape[0]
     _, num_heads, head_dim, _ = pool.shape
@@ -85,6 +86,7 @@ def lightning_decode(
         return grid.locate_step(chain, step)
 
     in_hbm = pl.BlockSpec(memory_space=pltpu.HBM)
+    # A row of a state takes whole tiles of 128 lanes.
     buffer_bytes = 4 * NUM_BUFFERS * rows * heads * head_dim * max(head_dim, 128)
     semaphores = pltpu.SemaphoreType.DMA((NUM_BUFFERS,))
     o, pool = pl.pallas_call(
@@ -99,7 +101,7 @@ def lightning_decode(
             grid=grid.shape,
             in_specs=[pl.BlockSpec((rows, heads * 3 * head_dim), block_index), in_hbm],
             out_specs=[pl.BlockSpec((rows, heads * head_dim), block_index), in_hbm],
-            # A tuple in the list: the kernel gets it as one argument, with Refs for fields.
+            # A NamedTuple in the list: the kernel gets it as one argument, with Refs for fields.
             scratch_shapes=[
                 DecodeScratch(
                     qkv=pltpu.VMEM((rows, 3, heads, head_dim), jnp.float32),
@@ -110,7 +112,7 @@ def lightning_decode(
                 )
             ],
         ),
-        # The pool, the fourth argument, becomes the second output in place.
+        # Argument 3, the pool, is output 1. Both prefetched vectors count as arguments.
         input_output_aliases={3: 1},
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"),
@@ -122,18 +124,18 @@ def lightning_decode(
 
 
 class DecodeGrid:
-    """How a decoding batch is cut into steps: chains of (tile of rows, block of heads).
+    """Cut of a decoding batch into grid steps: chains of (tile of rows, block of heads).
 
     Attributes:
       block_heads: heads of a block.
       num_blocks: blocks of heads.
       rows_per_step: sequences of a tile.
       num_row_tiles: tiles of sequences; the last one may be padded.
-      num_chains: 2 or 1. One chain for each TensorCore of a v5p; elsewhere they run one after the
-        other.
+      num_chains: 2, or 1 where the number of blocks is odd. The two TensorCores of a v5p take a
+        chain each. Elsewhere chains run one after the other.
       blocks_per_chain: blocks of heads of a chain.
       shape: the grid of the kernel, (chains, steps of a chain).
-      padding_rows: sequences that the last tile lacks.
+      padding_rows: sequences that the last tile lacks, 0 to rows_per_step - 1.
     """
 
     def __init__(self, batch: int, num_heads: int, head_dim: int, max_heads: int = HEADS_PER_STEP):
@@ -148,6 +150,7 @@ class DecodeGrid:
 
     def locate_step(self, chain: Any, step: Any) -> tuple[Any, Any]:
         """Return the tile of rows and the block of heads of a step."""
+        # Blocks run fastest, tiles of rows slowest.
         block = chain * self.blocks_per_chain + jax.lax.rem(step, self.blocks_per_chain)
         return jax.lax.div(step, self.blocks_per_chain), block
 
@@ -171,7 +174,7 @@ class DecodeGrid:
 
             return carry
 
-        # A loop and not unrolled: rows times heads in one body would take long to compile.
+        # Not unrolled: a body of all rows times all heads would take long to compile.
         jax.lax.fori_loop(0, self.rows_per_step, visit, 0)
 
 
@@ -200,7 +203,7 @@ def rotate_buffers(
     compute()
     store(step, start_copy)
 
-    # The kernel may not end before its last stores have.
+    # The kernel must not end before its last stores do. Earlier steps waited for the others.
     @pl.when(step == num_steps - 1)
     def _():
         for steps_back in reversed(range(NUM_BUFFERS - 1)):
@@ -211,15 +214,17 @@ def rotate_buffers(
 
 
 def start_copy(copy: AsyncCopy) -> None:
+    """Start a copy; it runs while the kernel computes."""
     copy.start()
 
 
 def wait_for_copy(copy: AsyncCopy) -> None:
+    """Wait for a copy that was started, here or in an earlier step, with the same ends."""
     copy.wait()
 
 
 def unfuse_heads(fused: Ref, qkv: Ref) -> None:
-    """Turn lanes into sublanes: rows [rows, N * 3 * H] into float32 tiles [rows, 3, N, H]."""
+    """Move heads from lanes to sublanes: [rows, N * 3 * H] to float32 [rows, 3, N, H]."""
     heads, head_dim = qkv.shape[2:]
     for head in range(heads):
         for part in range(3):
@@ -228,7 +233,7 @@ def unfuse_heads(fused: Ref, qkv: Ref) -> None:
 
 
 def fuse_heads(out: Ref, o: Ref) -> None:
-    """Turn sublanes back into lanes: float32 tiles [rows, N, H] into rows [rows, N * H]."""
+    """Move heads from sublanes back to lanes: float32 [rows, N, H] to [rows, N * H]."""
     heads, head_dim = out.shape[1:]
     for head in range(heads):
         o[:, head * head_dim : (head + 1) * head_dim] = out[:, head, :].astype(o.dtype)
@@ -247,14 +252,15 @@ def _decode_kernel(
 ) -> None:
     """Run one step: slots [B] and forgotten_fractions [heads] in SMEM, qkv [rows, N * 3 * H].
 
-    `pool` is the aliased output and the only name that the kernel uses for it. `_` is the input.
+    `pool` is the aliased output, and the kernel reads and writes it alone. `_` is the input, the
+    same memory.
     """
     heads, states = grid.block_heads, scratch.states
-    # Read once: program ids are not to be had inside branches in interpret mode.
+    # Read here, because interpret mode has no program ids inside branches.
     chain, step = pl.program_id(0), pl.program_id(1)
 
     def state_ends(row, slot, block, step):
-        """Return where a row's states lie in the pool and in VMEM, and the number of its buffer."""
+        """Return a row's states in the pool and in VMEM, and the number of its buffer."""
         buffer = jax.lax.rem(step, NUM_BUFFERS)
         return pool.at[slot, pl.ds(block * heads, heads)], states.at[buffer, row], buffer
 
@@ -275,6 +281,7 @@ def _decode_kernel(
     def compute():
         buffer = jax.lax.rem(step, NUM_BUFFERS)
         unfuse_heads(qkv, scratch.qkv)
+        # Inactive rows are skipped below, and their output must be zero.
         scratch.out[...] = jnp.zeros_like(scratch.out)
 
         def update_row(row, index, slot, block):
@@ -298,9 +305,9 @@ def _decode_kernel(
 
 
 def _split_into_columns(x: Float[Array, "N H"], num_parts: int) -> BFloat16[Array, "H columns"]:
-    """Turn the rows of the heads into bfloat16 columns, `num_parts` times N, that add up to them.
+    """Turn a row a head into `num_parts` bfloat16 columns a head, whose sum is the row.
 
-    Three parts of 8 bits hold all 24 bits of a float32; one part is enough for bfloat16 input.
+    Three parts of 8 bits hold all 24 bits of a float32. One part is enough for bfloat16 input.
     """
     parts = []
     for _ in range(num_parts):

@@ -1,12 +1,12 @@
-"""One token per sequence, the state written every W tokens only (Mosaic TPU).
+"""One token per sequence, the state written only every W tokens (Mosaic TPU).
 
-The equations, the pool and its bookkeeping are in `ring`. The steps, their buffers and their order
-are in `tpu_in_place`. Per sequence and head this kernel reads a bfloat16 plane and a ring of R
-tokens where the in-place kernel reads and writes a float32 matrix.
+`ring` has the equations, the pool and its bookkeeping. `tpu_in_place` has the steps, their buffers
+and their order. Per sequence and head this kernel reads a bfloat16 plane and a ring of R tokens,
+where the in-place kernel reads and writes a float32 matrix.
 
-q hi runs on the matrix unit. The products are exact, because hi is bfloat16, and a float32 q enters
-as three bfloat16 parts in rows that the unit would otherwise leave empty. The ring is a few tokens
-for 16 heads at a time, which is two vector registers each: it stays on the vector unit, in float32.
+The matrix unit computes q hi. The products are exact, because hi is bfloat16 and a float32 q enters
+as three bfloat16 parts. The vector unit attends the ring in float32, because every head has keys of
+its own: a token of 16 heads is two vector registers of k and two of v.
 
 Letters in shapes: N heads of a block, H width of a head, R tokens of a ring.
 """
@@ -28,18 +28,20 @@ from pallas_kernels.lightning_decode.tpu_in_place import Ref
 from pallas_kernels.lightning_decode.tpu_prefill import expm1_nonpositive
 
 NUM_BUFFERS = tpu_in_place.NUM_BUFFERS
-# Heads of 128 a step: a row's copies cost as many bundles as 8 heads' arithmetic.
+# Heads of 128 a step. 8 would be too few: a row's copies cost as many bundles as their arithmetic.
 HEADS_PER_STEP = 16
 
 
 class RingScalars(NamedTuple):
-    """Scalars of a call, in SMEM. -1 stands in the rows that pad the batch.
+    """Integers of a call, as arrays outside the kernel and as Refs in SMEM inside.
+
+    B is the batch padded to whole tiles of rows. Rows of padding hold -1.
 
     Attributes:
-      slots: [B] slot of a row; negative: the row is inactive.
-      newest_rows: [B] row of the ring that the new token goes to.
-      steps_since_base: [B * blocks] tokens of the ring that come before the new one.
-      flush_tokens: [B * blocks] tokens that the state takes in after this step; mostly 0.
+      slots: [B] slot of a row. A row with a negative slot is inactive.
+      newest_rows: [B] row of the ring that the new token goes to, 0 to R - 1.
+      steps_since_base: [B * blocks] tokens of the ring that come before the new one, 0 to R - 1.
+      flush_tokens: [B * blocks] tokens that the state absorbs after this step, 0 in most steps.
     """
 
     slots: Ref
@@ -62,7 +64,7 @@ class RingScratch(NamedTuple):
 
 
 class RingPlanes(NamedTuple):
-    """The arrays of a pool: whole, or those of one row."""
+    """Arrays of a pool, whole or of one row."""
 
     hi: Ref
     lo: Ref
@@ -71,6 +73,7 @@ class RingPlanes(NamedTuple):
 
 def heads_per_block(num_heads: int, head_dim: int) -> int:
     """Return how many heads share a step, and so a point of the flush grid."""
+    # Wider heads: fewer of them, so that a step's rows are as wide as at H = 128.
     return tpu_in_place.heads_per_block(
         num_heads, head_dim, HEADS_PER_STEP * 128 // max(head_dim, 128)
     )
@@ -94,19 +97,7 @@ def lightning_decode(
         raise ValueError(f"pool.base: got {pool.base.shape[1]} blocks; wanted {grid.num_blocks}")
     base = pool.base[jnp.maximum(slots, 0)]
     flush_tokens = decode_ring.tokens_to_flush(base, positions, pool.window, pool.rollback_tokens)
-    steps_since_base = positions[:, None] - base
-
-    def pad_and_flatten(x: Int[Array, "B *blocks"]) -> Int[Array, "padded"]:
-        pad = ((0, grid.padding_rows),) + ((0, 0),) * (x.ndim - 1)
-        return jnp.pad(x, pad, constant_values=-1).reshape(-1)
-
-    def block_index(chain, step, *_):
-        return grid.locate_step(chain, step)
-
-    in_hbm = pl.BlockSpec(memory_space=pltpu.HBM)
-    slope_spec = pl.BlockSpec(
-        (heads, head_dim), lambda chain, step, *_: (block_index(chain, step)[1], 0)
-    )
+    in_specs, out_specs = _ring_block_specs(grid, head_dim)
     o, hi, lo, ring = pl.pallas_call(
         functools.partial(_ring_decode_kernel, grid=grid),
         name="lightning_decode_ring",
@@ -117,16 +108,13 @@ def lightning_decode(
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=4,
             grid=grid.shape,
-            in_specs=[
-                pl.BlockSpec((rows, heads * 3 * head_dim), block_index),
-                slope_spec,
-                *[in_hbm] * 3,
-            ],
-            out_specs=[pl.BlockSpec((rows, heads * head_dim), block_index), *[in_hbm] * 3],
-            # A tuple in the list: the kernel gets it as one argument, with Refs for fields.
+            in_specs=in_specs,
+            out_specs=out_specs,
+            # A NamedTuple in the list: the kernel gets it as one argument, with Refs for fields.
             scratch_shapes=[_ring_buffers(rows, heads, head_dim, pool.ring.shape[1])],
         ),
-        # Four vectors of scalars, qkv and slopes come before hi, lo and ring; o before theirs.
+        # hi, lo and ring are arguments 6 to 8, after four prefetched vectors, qkv and slopes. They
+        # are outputs 1 to 3, after o.
         input_output_aliases={6: 1, 7: 2, 8: 3},
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"),
@@ -134,10 +122,7 @@ def lightning_decode(
         ),
         interpret=interpret,
     )(
-        pad_and_flatten(slots),
-        pad_and_flatten(positions % pool.ring.shape[1]),
-        pad_and_flatten(steps_since_base),
-        pad_and_flatten(flush_tokens),
+        *_ring_scalars(pool, slots, positions, base, flush_tokens, grid.padding_rows),
         qkv,
         # A slope in every lane of its head's row: the kernel's exponents are rows.
         jnp.broadcast_to(slopes[:, None], (num_heads, head_dim)),
@@ -147,6 +132,50 @@ def lightning_decode(
     )
     base = decode_ring.advance_bases(pool.base, slots, flush_tokens)
     return o, dataclasses.replace(pool, hi=hi, lo=lo, ring=ring, base=base)
+
+
+def _ring_block_specs(
+    grid: tpu_in_place.DecodeGrid, head_dim: int
+) -> tuple[list[pl.BlockSpec], list[pl.BlockSpec]]:
+    """Return block specs of (qkv, slopes, hi, lo, ring) and of (o, hi, lo, ring)."""
+    rows, heads = grid.rows_per_step, grid.block_heads
+
+    def block_index(chain, step, *_):
+        return grid.locate_step(chain, step)
+
+    def slope_index(chain, step, *_):
+        return grid.locate_step(chain, step)[1], 0
+
+    # The pool stays in HBM: the kernel copies the rows' parts of it by hand.
+    pool_specs = [pl.BlockSpec(memory_space=pltpu.HBM)] * 3
+    in_specs = [
+        pl.BlockSpec((rows, heads * 3 * head_dim), block_index),
+        pl.BlockSpec((heads, head_dim), slope_index),
+        *pool_specs,
+    ]
+    return in_specs, [pl.BlockSpec((rows, heads * head_dim), block_index), *pool_specs]
+
+
+def _ring_scalars(
+    pool: decode_ring.RingPool,
+    slots: Int[Array, "B"],
+    positions: Int[Array, "B"],
+    base: Int[Array, "B blocks"],
+    flush_tokens: Int[Array, "B blocks"],
+    padding_rows: int,
+) -> RingScalars:
+    """Pad the batch's integers to whole tiles of rows, and flatten them for SMEM."""
+
+    def pad_and_flatten(x: Int[Array, "B *blocks"]) -> Int[Array, "padded"]:
+        pad = ((0, padding_rows),) + ((0, 0),) * (x.ndim - 1)
+        return jnp.pad(x, pad, constant_values=-1).reshape(-1)
+
+    return RingScalars(
+        slots=pad_and_flatten(slots),
+        newest_rows=pad_and_flatten(positions % pool.ring.shape[1]),
+        steps_since_base=pad_and_flatten(positions[:, None] - base),
+        flush_tokens=pad_and_flatten(flush_tokens),
+    )
 
 
 def _ring_buffers(rows: int, heads: int, head_dim: int, ring_rows: int) -> RingScratch:
@@ -165,7 +194,7 @@ def _ring_buffers(rows: int, heads: int, head_dim: int, ring_rows: int) -> RingS
 
 
 def _vmem_bytes(rows: int, heads: int, head_dim: int, ring_rows: int) -> int:
-    """Return what the kernel may take of VMEM: buffers padded to whole tiles, and slack."""
+    """Return the kernel's limit of VMEM: buffers padded to whole tiles, and slack."""
     plane_bytes = 2 * NUM_BUFFERS * rows * heads * head_dim * max(head_dim, 128)
     ring_bytes = 4 * NUM_BUFFERS * rows * ring_rows * max(heads, 8) * max(head_dim, 64)
     return 2 * plane_bytes + ring_bytes + tpu_in_place.VMEM_SLACK_BYTES
@@ -189,10 +218,11 @@ def _ring_decode_kernel(
     *,
     grid: tpu_in_place.DecodeGrid,
 ) -> None:
-    """Run one step: a row's hi and ring come in, its newest token and, after a flush, S go out.
+    """Run one step: load a row's hi and ring, store its newest token and, after a flush, S.
 
     The first four Refs are `RingScalars`. qkv is [rows, N * 3 * H] and slopes [N, H]. hi, lo and
-    ring are the aliased outputs, and the only names that the kernel uses for the pool.
+    ring are the aliased outputs. The kernel reads and writes the pool through them, and not through
+    the inputs `_hi`, `_lo` and `_ring`, which are the same memory.
     """
     scalars = RingScalars(slots, newest_rows, steps_since_base, flush_tokens)
     chain, step = pl.program_id(0), pl.program_id(1)
@@ -201,6 +231,7 @@ def _ring_decode_kernel(
     def compute():
         buffer = jax.lax.rem(step, NUM_BUFFERS)
         tpu_in_place.unfuse_heads(qkv, scratch.qkv)
+        # Inactive rows are skipped below, and their output must be zero.
         scratch.out[...] = jnp.zeros_like(scratch.out)
         slope = slopes[...]
 
@@ -209,6 +240,7 @@ def _ring_decode_kernel(
             num_flushed = scalars.flush_tokens[index * grid.num_blocks + block]
             tokens = scratch.ring.at[buffer, row]
             kv = jnp.concatenate([scratch.qkv[row, 1], scratch.qkv[row, 2]], axis=1)
+            # Before the ring is read: a token attends to itself, in the rounding of later reads.
             tokens[scalars.newest_rows[index]] = kv.astype(jnp.bfloat16)
             num_parts = 1 if qkv.dtype == jnp.bfloat16 else 3
             carried = _read_hi(scratch.qkv[row, 0], scratch.hi.at[buffer, row], num_parts=num_parts)
@@ -217,6 +249,7 @@ def _ring_decode_kernel(
                 scratch.qkv[row, 0], tokens, slope, scalars.newest_rows[index], steps
             )
 
+            # After the output: the token reads S as it was before the flush.
             @pl.when(num_flushed > 0)
             def _():
                 planes = RingPlanes(scratch.hi.at[buffer, row], scratch.lo.at[buffer, row], tokens)
@@ -236,14 +269,15 @@ def _ring_copies(
     chain: jax.Array,
     grid: tpu_in_place.DecodeGrid,
 ) -> tuple[tpu_in_place.StepCopies, tpu_in_place.StepCopies]:
-    """Return what builds the copies from the pool, and to the pool, of a step.
+    """Return builders of a step's copies from the pool, and of those to the pool.
 
-    lo moves only for rows that flush: nothing else reads or changes it.
+    lo moves only for rows that flush, because only a flush reads or changes it. hi is stored only
+    for them. A row's ring is loaded whole, and its newest token alone is stored.
     """
     heads = grid.block_heads
 
     def plane_ends(step, row, slot, block):
-        """Return (in the pool, in VMEM) of hi and of lo."""
+        """Return (view of the pool, view of VMEM) of hi and of lo."""
         buffer, block_heads = jax.lax.rem(step, NUM_BUFFERS), pl.ds(block * heads, heads)
         return [
             (in_pool.at[slot, block_heads], in_vmem.at[buffer, row])
@@ -291,14 +325,15 @@ def _clamped_decay(slope: Float[Array, "N H"], steps: Int[Array, ""]) -> Float[A
 
 
 def _token_age(newest_row: Int[Array, ""], row: int, ring_rows: int) -> Int[Array, ""]:
-    """Age of the token in a row of the ring; the newest token is in `newest_row` and has age 0."""
+    """Return the age of the token in a row of the ring. The newest, in `newest_row`, has age 0."""
     return newest_row - row + jnp.where(row > newest_row, ring_rows, 0)
 
 
 def _read_hi(q: Float[Array, "N H"], hi: Ref, *, num_parts: int) -> Float[Array, "N H"]:
-    """q hi for every head: one product each for all rows of q, of which the head's own is kept.
+    """q hi of every head.
 
-    `num_parts` bfloat16 numbers add up to an element of q.
+    A head's product takes the rows of all heads and keeps its own: one row would fill the matrix
+    unit no better. `num_parts` bfloat16 numbers add up to an element of q.
     """
     heads, head_dim = q.shape
     parts = []
@@ -325,7 +360,7 @@ def _attend_ring(
     total = jnp.zeros_like(q)
     for row in range(size):
         age = _token_age(newest_row, row, size)
-        # A select and not a product: rows of an earlier sequence may hold anything.
+        # A select and not a product: rows of an earlier sequence may hold NaN.
         token = jnp.where(age <= steps_since_base, tokens[row].astype(jnp.float32), 0)
         score = jnp.sum(q * token[:, :head_dim], axis=1, keepdims=True)
         total += _clamped_decay(slope, age) * score * token[:, head_dim:]
@@ -351,10 +386,11 @@ def _flush_ring(
             slope, num_flushed - 1 - index
         )
         decayed[row, :, head_dim:] = token[:, head_dim:]
+    # A row for each head, in every lane the same number; at most 0.
     loss = expm1_nonpositive(-slope * num_flushed.astype(jnp.float32))
     for head in range(heads):
         state = hi[head].astype(jnp.float32) + lo[head].astype(jnp.float32)
-        # Exact float32 products: this is the only place where S is rounded, every W tokens.
+        # Exact float32 products: S is rounded nowhere but below, every W tokens.
         gain = dot_f32(decayed[:, head, :head_dim], decayed[:, head, head_dim:], 0, 0)
         state = state + loss[head : head + 1] * state + gain
         hi[head] = state.astype(jnp.bfloat16)
