@@ -14,7 +14,7 @@ import time
 import pytest
 
 import m1_jax
-from infer import grammar, offline
+from infer import batch_output, grammar, offline
 from m1_jax import testing
 from m1_jax import tokenizer as tokenizer_lib
 
@@ -190,7 +190,7 @@ def test_refused_outputs(whole, tmp_path):
     ]:
         (tmp_path / "out.jsonl").write_text(content)
         with pytest.raises(ValueError, match=message):
-            offline._read_done_indices(tmp_path / "out.jsonl", 8)
+            batch_output.read_done_indices(tmp_path / "out.jsonl", 8)
 
 
 def test_bad_lines_are_listed_before_anything_runs(checkpoint, tmp_path, monkeypatch):
