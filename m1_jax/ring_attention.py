@@ -1,11 +1,16 @@
 """Softmax attention block by block: no [T, S] array, and keys that travel a ring of devices.
 
-Every block of queries keeps a running softmax (sum of exp(score - top) v, sum of exp(score - top),
-top) over the blocks of keys it can see; blocks that it cannot see are skipped. The backward pass
-computes the scores again from the saved log-sum-exp (Dao, arXiv 2307.08691). Where the length is
-split over devices, keys and values go round the ring, one neighbour a step (Liu, arXiv 2310.01889),
-and in the backward pass their gradients go with them. There each device works on an early and a
-late part of the row, so that all have the same number of keys to look at.
+Every block of queries keeps a running softmax over the blocks of keys that it can see. Its partial
+result is three arrays (total, scale, top): top is the largest score so far, scale the sum of
+exp(score - top), and total the sum of exp(score - top) v. Blocks that it cannot see are skipped.
+The backward pass computes the scores again from the saved log-sum-exp (Dao, arXiv 2307.08691).
+
+Where the length is split over devices, keys and values go round the ring, one neighbour a step
+(Liu, arXiv 2310.01889). In the backward pass their gradients go with them. Each device works on an
+early and a late part of the row there, so that all devices have the same number of keys to see.
+
+Letters of shapes: B rows, T queries, S keys, N heads, K kv heads, G = N / K query heads of a kv
+head, H the size of a head. Inside of this file q is [B, K, G, T, H], and k and v are [B, K, S, H].
 """
 
 import functools
@@ -19,13 +24,14 @@ from jaxtyping import Array, Bool, Float, Int
 
 from m1_jax import collectives
 
-BLOCK_TOKENS = 256  # queries and keys of a block
-MAX_DIRECT_PAIRS, MAX_DIRECT_QUERIES = 2**16, 8  # up to either, one block does it all
-# Gathering the keys and values of a sequence costs as many bytes as the ring and one step instead
-# of as many as there are devices, so it is faster as long as it fits: 512 MiB is 128k tokens of the
+BLOCK_TOKENS = 256  # queries of a block, and keys of a block
+# Up to either limit a single block does all: pairs of a query and a key, and queries.
+MAX_DIRECT_PAIRS, MAX_DIRECT_QUERIES = 2**16, 8
+# Gathering the keys and values of a sequence moves as many bytes as the ring, in one step instead
+# of a step for each device. So it is faster as long as it fits: 512 MiB is 128k tokens of the
 # release in bfloat16, 1M where eight devices share the heads.
 MAX_GATHER_BYTES = 2**29
-PADDING_POSITION = np.iinfo(np.int32).max  # the place of a padded key, after every query
+PADDING_POSITION = np.iinfo(np.int32).max  # position of a padded key, after every query
 
 
 def causal_attention(
@@ -37,12 +43,12 @@ def causal_attention(
     q_segment_ids: Int[Array, "B T"] | None = None,
     k_segment_ids: Int[Array, "B S"] | None = None,
 ) -> Float[Array, "B T N H"]:
-    """Softmax attention of each query to the keys at its place or before, in its document.
+    """Attend from each query to the keys at its position or before, in its document.
 
     Query head n reads kv head n // (N / K). Inside of `sharding.run_sharded`, queries and keys are
-    this device's parts of rows whose length may be split; their places say what comes before what.
+    this device's parts of rows whose length may be split. Positions tell what comes before what.
 
-    Precision: scores, softmax and sums in float32; probabilities are cast to v's dtype.
+    Precision: scores, softmax and sums are float32. Probabilities are cast to v's dtype.
     """
     batch, length, num_heads, size = q.shape
     num_kv = k.shape[1]
@@ -52,11 +58,13 @@ def causal_attention(
     assert k_segment_ids is not None
     queries, keys = (q_positions, q_segment_ids), (k_positions, k_segment_ids)
     devices = collectives.axis_size("length")
-    # The last device of a causal row would have nearly twice the work of the average.
+    # In plain order the last device of a causal row would have nearly twice the average work.
     balance = devices > 1 and length == k.shape[2] and length % 2 == 0
     if balance:
         q = collectives.permute_zigzag(q, "length", 3)
         queries = tuple(collectives.permute_zigzag(x, "length", 1) for x in queries)
+    # In the ring, keys are permuted too, so that each turn's blocks are as many on every device.
+    # Gathered keys need not be: a device that has all of them skips what it cannot see.
     if balance and not should_gather_keys(k, devices):
         k, v = (
             collectives.permute_zigzag(k, "length", 2),
@@ -71,19 +79,21 @@ def causal_attention(
         total, scale, _ = attend_block(q, k, v, _attention_mask(queries, keys))
         o = total / replace_zeros_with_ones(scale)
     else:
-        made: Any = _blockwise_attention(devices, q, k, v, queries, keys)
-        o, _ = made
+        # Any, since pyright does not see through custom_vjp.
+        outputs: Any = _blockwise_attention(devices, q, k, v, queries, keys)
+        o, _ = outputs
     if balance:
         o = collectives.permute_zigzag(o, "length", 3, inverse=True)
     return _move_heads_last(o, v.dtype)
 
 
 def sharded_key_attention(q, k, v, q_positions, k_positions) -> Float[Array, "B T N H"]:
-    """`causal_attention` where every device has all (few) queries, and its own part of the keys."""
+    """Return `causal_attention` where each device has all (few) queries, and a part of the keys."""
     batch, length, num_heads, size = q.shape
     q = jnp.moveaxis(q.reshape(batch, length, k.shape[1], -1, size), 1, 3)
     mask = (k_positions[:, None, :] <= q_positions[:, :, None])[:, None, None]
     total, scale, top = attend_block(q, k, v, mask)
+    # A partial softmax of each device, joined as `merge_partials` joins two.
     highest = collectives.pmax(top, "length")
     share = jnp.exp(top - jnp.where(jnp.isfinite(highest), highest, 0.0))
     total, scale = (collectives.psum(x * share, "length") for x in (total, scale))
@@ -96,15 +106,16 @@ def _move_heads_last(o, dtype) -> Float[Array, "B T N H"]:
 
 
 def should_gather_keys(k: Float[Array, "B K S H"], devices: int) -> bool:
-    """Say whether the keys and values of all devices are gathered; else they go round the ring."""
+    """Say whether the keys and values of all devices are gathered, or go round the ring."""
     return 2 * devices * k.size * k.dtype.itemsize <= MAX_GATHER_BYTES
 
 
 def _attention_mask(queries, keys) -> Bool[Array, "#B 1 1 t s"]:
-    (q_place, q_document), (k_place, k_document) = queries, keys
-    seen = k_place[:, None, :] <= q_place[:, :, None]
-    same = q_document[:, :, None] == k_document[:, None, :]
-    return (seen & same)[:, None, None]
+    """Return which keys a query sees. `queries` and `keys` are (positions, segment ids)."""
+    (q_positions, q_segment_ids), (k_positions, k_segment_ids) = queries, keys
+    is_causal = k_positions[:, None, :] <= q_positions[:, :, None]
+    is_same_segment = q_segment_ids[:, :, None] == k_segment_ids[:, None, :]
+    return (is_causal & is_same_segment)[:, None, None]
 
 
 def _masked_scores(q, k, mask):
@@ -113,7 +124,7 @@ def _masked_scores(q, k, mask):
 
 
 def attend_block(q, k, v, mask):
-    """Return sums of exp(score - top) v and of exp(score - top), and top, per query."""
+    """Return the partial softmax (total, scale, top) of each query over the keys of one block."""
     scores = _masked_scores(q, k, mask)
     top = jnp.max(scores, axis=-1, keepdims=True)
     # A query without any key (padding) would give exp(-inf + inf).
@@ -124,13 +135,25 @@ def attend_block(q, k, v, mask):
     return total, jnp.sum(weights, axis=-1, keepdims=True), top
 
 
+def empty_partials(shape: tuple[int, ...]):
+    """Return (total, scale, top) over no keys. `shape` is that of the outputs, [..., H]."""
+    scalars = (*shape[:-1], 1)
+    return (
+        jnp.zeros(shape, jnp.float32),
+        jnp.zeros(scalars, jnp.float32),
+        jnp.full(scalars, -jnp.inf, jnp.float32),
+    )
+
+
 def replace_zeros_with_ones(scale):
+    """Return a divisor for totals. A query that sees no key (padding) has total 0 and scale 0."""
     return jnp.where(scale > 0, scale, 1.0)
 
 
 def merge_partials(left, right):
     """Join two partial softmax sums (total, scale, top) of the same queries."""
     top = jnp.maximum(left[2], right[2])
+    # exp(-inf + inf) is NaN, where neither part has seen a key.
     safe = jnp.where(jnp.isfinite(top), top, 0.0)
     first, second = jnp.exp(left[2] - safe), jnp.exp(right[2] - safe)
     return left[0] * first + right[0] * second, left[1] * first + right[1] * second, top
@@ -138,17 +161,18 @@ def merge_partials(left, right):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _blockwise_attention(devices: int, q, k, v, queries, keys) -> Any:
-    """Attend to the keys of all devices of a ring; arguments as `attend_block` and
-    `_attention_mask` want them.
+    """Attend to the keys of all devices of a ring, with arguments as `_attention_mask` has them.
 
     Returns the outputs, and the log of each softmax's sum, which has no gradient.
     """
     length = q.shape[3]
-    # Masks depend on places alone. Without this, JAX would compute those of all pairs of blocks
-    # once, outside of the loop over layers, and keep them.
+    # Masks depend on positions alone. Without the barrier, JAX would compute the masks of all pairs
+    # of blocks once, outside of the loop over layers, and keep them.
     q, k, v, queries, keys = jax.lax.optimization_barrier((q, k, v, queries, keys))
     q_blocks = (_split_blocks(q, 3), _split_blocks(queries[0], 1, -1), _split_blocks(queries[1], 1))
 
+    # Three loops: over the devices of the ring, over blocks of queries, over blocks of keys. The
+    # first carries the partial softmax of all queries, and the keys that are here at its turn.
     def over_devices(carry, _):
         partial, key_blocks = carry
 
@@ -158,6 +182,7 @@ def _blockwise_attention(devices: int, q, k, v, queries, keys) -> Any:
             def over_keys(partial, key_block):
                 k, v, *keys = key_block
                 mask = _attention_mask(queries, keys)
+                # A conditional skips the products of a block that no query here sees.
                 return jax.lax.cond(
                     jnp.any(mask),
                     lambda: merge_partials(partial, attend_block(q, k, v, mask)),
@@ -169,13 +194,7 @@ def _blockwise_attention(devices: int, q, k, v, queries, keys) -> Any:
         _, partial = jax.lax.scan(over_queries, None, (q_blocks, partial))
         return (partial, _send_to_next_device(devices, key_blocks)), None
 
-    shape = (*q_blocks[0].shape[:-1], 1)
-    start = (
-        jnp.zeros(q_blocks[0].shape, jnp.float32),
-        jnp.zeros(shape, jnp.float32),
-        jnp.full(shape, -jnp.inf, jnp.float32),
-    )
-    carry = (start, _split_key_blocks(k, v, keys))
+    carry = (empty_partials(q_blocks[0].shape), _split_key_blocks(k, v, keys))
     ((total, scale, top), _), _ = jax.lax.scan(over_devices, carry, None, length=devices)
     o = (total / replace_zeros_with_ones(scale)).astype(v.dtype)
     lse = jnp.where(scale > 0, top + jnp.log(replace_zeros_with_ones(scale)), 0.0)
@@ -183,22 +202,26 @@ def _blockwise_attention(devices: int, q, k, v, queries, keys) -> Any:
 
 
 def _blockwise_attention_fwd(devices, q, k, v, queries, keys):
-    # By its own name, as a function with a rule stays whole: were its loops written out here,
-    # jax.checkpoint would take their conditionals apart and keep the sums of all pairs of blocks.
-    made: Any = _blockwise_attention(devices, q, k, v, queries, keys)
-    return made, (q, k, v, queries, keys, *made)
+    # The function calls itself, since a function with a custom rule stays whole. Were its loops
+    # written out here, jax.checkpoint would take their conditionals apart and keep the sums of all
+    # pairs of blocks.
+    outputs: Any = _blockwise_attention(devices, q, k, v, queries, keys)
+    return outputs, (q, k, v, queries, keys, *outputs)
 
 
 def _blockwise_attention_bwd(devices, residuals, gradients):
-    d_o, _ = gradients
+    d_o, _ = gradients  # the log-sum-exp has no gradient
     q, k, v, queries, keys, o, lse = residuals
     length, key_length = q.shape[3], k.shape[2]
     root = math.sqrt(q.shape[-1])
+    # The softmax's gradient is weights * (d_weights - delta), delta = sum_h d_o o.
     delta = jnp.sum(d_o.astype(jnp.float32) * o.astype(jnp.float32), axis=-1, keepdims=True)
     q_blocks = tuple(_split_blocks(x, 3) for x in (q, d_o, lse, delta))
     q_blocks += (_split_blocks(queries[0], 1, -1), _split_blocks(queries[1], 1))
     einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
+    # The loops are nested the other way round than in the forward pass: blocks of keys outside, so
+    # that a block's gradient is finished before it moves on.
     def over_devices(carry, _):
         d_q, key_blocks, d_keys = carry
 
@@ -209,16 +232,17 @@ def _blockwise_attention_bwd(devices, residuals, gradients):
                 (q, d_o, lse, delta, *queries), d_q = xs
                 mask = _attention_mask(queries, keys)
 
-                def visible():
+                def add_block():
+                    # Normalised probabilities: lse holds the top score and the log of the sum.
                     weights = jnp.exp(_masked_scores(q, k, mask) - lse)
                     d_v = einsum("bkgts,bkgth->bksh", weights.astype(d_o.dtype), d_o)
                     d_weights = einsum("bkgth,bksh->bkgts", d_o, v)
                     d_scores = (weights * (d_weights - delta) / root).astype(q.dtype)
                     d_k = einsum("bkgts,bkgth->bksh", d_scores, q)
-                    more = einsum("bkgts,bksh->bkgth", d_scores, k)
-                    return (d_key[0] + d_k, d_key[1] + d_v), d_q + more
+                    d_q_block = einsum("bkgts,bksh->bkgth", d_scores, k)
+                    return (d_key[0] + d_k, d_key[1] + d_v), d_q + d_q_block
 
-                return jax.lax.cond(jnp.any(mask), visible, lambda: (d_key, d_q))
+                return jax.lax.cond(jnp.any(mask), add_block, lambda: (d_key, d_q))
 
             d_key, d_q = jax.lax.scan(over_queries, d_key, (q_blocks, d_q))
             return d_q, d_key
@@ -229,7 +253,7 @@ def _blockwise_attention_bwd(devices, residuals, gradients):
     zeros = functools.partial(jnp.zeros_like, dtype=jnp.float32)
     key_blocks = _split_key_blocks(k, v, keys)
     d_keys = (zeros(key_blocks[0]), zeros(key_blocks[1]))
-    # After a full turn every block of keys is home again, with all of its gradient.
+    # After a full turn every block of keys is back on its own device, with all of its gradient.
     carry = (zeros(q_blocks[0]), key_blocks, d_keys)
     (d_q, _, (d_k, d_v)), _ = jax.lax.scan(over_devices, carry, None, length=devices)
     d_k, d_v = (_join_blocks(x, key_length, 2).astype(y.dtype) for x, y in ((d_k, k), (d_v, v)))
@@ -246,6 +270,7 @@ def _send_to_next_device(devices, tree):
 
 
 def _split_key_blocks(k, v, keys):
+    # Padding comes after every query and is never seen. Padded queries, at -1, see no key.
     return (
         _split_blocks(k, 2),
         _split_blocks(v, 2),
@@ -255,7 +280,7 @@ def _split_key_blocks(k, v, keys):
 
 
 def _split_blocks(x, axis: int, fill=0):
-    """Cut an axis into blocks of `BLOCK_TOKENS` on a new leading axis, the last one filled up."""
+    """Cut an axis into blocks of `BLOCK_TOKENS` on a new leading axis. `fill` pads the last one."""
     pad = [(0, -x.shape[axis] % BLOCK_TOKENS if i == axis else 0) for i in range(x.ndim)]
     x = jnp.pad(x, pad, constant_values=fill)
     return jnp.moveaxis(x.reshape(*x.shape[:axis], -1, BLOCK_TOKENS, *x.shape[axis + 1 :]), axis, 0)

@@ -1,7 +1,8 @@
 """Softmax attention of serving: keys and values in pages of one chunk that sequences own or share.
 
 A tile of queries goes over its sequence's pages in blocks of a fixed number of keys, with a
-running softmax, in an order that depends on the position alone. Keys past a query weigh exactly 0.
+running softmax. The order of the blocks depends on the position alone, and keys after a query weigh
+exactly 0. So a query's numbers do not depend on the other rows of the batch.
 """
 
 from typing import Any
@@ -15,7 +16,7 @@ from m1_jax.serving import lightning as serving_lightning
 from m1_jax.serving import ragged_batch
 from m1_jax.serving import state as state_lib
 
-BLOCK_KEYS = 256
+BLOCK_KEYS = 256  # keys that a tile of queries attends to at a time
 
 
 def attend_pages(
@@ -28,56 +29,55 @@ def attend_pages(
 ) -> tuple[Float[Array, "M N H"], state_lib.PagedKVCache]:
     """Append rows to their sequences' pages, and attend to all of the sequence up to each row.
 
-    place: of the layer in the pool (repeat, number).
+    Args:
+      stack_index: where the layer lies in the pool: (repeat, number in the group).
 
-    Precision: scores, softmax and sums in float32; probabilities are cast to v's dtype.
+    Precision: scores, softmax and sums are float32. Probabilities are cast to v's dtype.
     """
     num_kv, chunk, size = pool.keys.shape[3:]
-    number = max(BLOCK_KEYS // chunk, 1)  # pages a block
-    order = jnp.arange(number * chunk, dtype=jnp.int32)
-    # More than one block, also where one would do: it would be read before the loop, and XLA:CPU
-    # would fuse that with the write and copy the pool for every tile.
-    more = number - batch.pages.shape[1] % number
+    pages_per_block = max(BLOCK_KEYS // chunk, 1)
+    offsets = jnp.arange(pages_per_block * chunk, dtype=jnp.int32)  # of a block's keys
+    # The padded list of pages is always longer than one block. A single block's pages would be the
+    # same in every step of the loop, so XLA:CPU would read them before the loop, fuse that with the
+    # write, and copy the pool for every tile.
+    padding = pages_per_block - batch.pages.shape[1] % pages_per_block
 
-    def tile(_, pages, places, qkv, pool):
-        q, k, v = qkv
-        pages = jnp.pad(pages, (0, more))
-        last, first = jnp.max(places), serving_lightning.first_position(places)
+    def attend_tile(_, pages, positions, qkv, pool):
+        q, k, v = qkv  # [t, heads, H] each
+        pages = jnp.pad(pages, (0, padding))
+        last, first = jnp.max(positions), serving_lightning.first_position(positions)
+        # The tile lies in one page. A tile of padding alone writes page 0.
         index = (*stack_index, jnp.where(last >= 0, pages[first // chunk], 0))
         k, v = (jnp.moveaxis(x, 1, 0) for x in (k, v))
-        keys = serving_lightning.write_rows(pool.keys, index, first % chunk, k, places)
-        values = serving_lightning.write_rows(pool.values, index, first % chunk, v, places)
-        q = jnp.moveaxis(q.reshape(len(places), num_kv, -1, size), 0, 2)[None]
+        # Written before they are read: a query attends to itself and to the tile's earlier rows.
+        keys = serving_lightning.write_rows(pool.keys, index, first % chunk, k, positions)
+        values = serving_lightning.write_rows(pool.values, index, first % chunk, v, positions)
+        q = jnp.moveaxis(q.reshape(len(positions), num_kv, -1, size), 0, 2)[None]
 
-        def block(i, partial):
-            ids = jax.lax.dynamic_slice_in_dim(pages, i * number, number)
-            at = i * number * chunk + order
-            k, v = (
-                jnp.moveaxis(x[(*stack_index, ids)], 1, 0)
-                .reshape(1, num_kv, -1, size)
-                .astype(q.dtype)
-                for x in (keys, values)
-            )
-            # Places that are not written yet hold anything, NaN too.
-            k, v = (jnp.where((at <= last)[None, None, :, None], x, 0) for x in (k, v))
-            seen = (at[None] <= places[:, None])[None, None, None]
+        def attend_key_block(i, partial):
+            ids = jax.lax.dynamic_slice_in_dim(pages, i * pages_per_block, pages_per_block)
+            key_positions = i * pages_per_block * chunk + offsets
+            k, v = (_read_pages(x, (*stack_index, ids), q.dtype) for x in (keys, values))
+            # Positions that are not written yet hold anything, NaN too, and NaN times 0 is NaN.
+            k, v = (jnp.where((key_positions <= last)[None, None, :, None], x, 0) for x in (k, v))
+            mask = (key_positions[None] <= positions[:, None])[None, None, None]
             return ring_attention.merge_partials(
-                partial, ring_attention.attend_block(q, k, v, seen)
+                partial, ring_attention.attend_block(q, k, v, mask)
             )
 
-        shape = (*q.shape[:-1], 1)
-        start = (
-            jnp.zeros(q.shape, jnp.float32),
-            jnp.zeros(shape, jnp.float32),
-            jnp.full(shape, -jnp.inf, jnp.float32),
-        )
-        count = last // (number * chunk) + 1
-        total, scale, _ = jax.lax.fori_loop(0, count, block, start)
-        o = jnp.moveaxis(
-            (total / ring_attention.replace_zeros_with_ones(scale))[0].astype(q.dtype), 2, 0
-        )
-        return o.reshape(len(places), -1, size), state_lib.PagedKVCache(keys, values)
+        partial = ring_attention.empty_partials(q.shape)
+        num_blocks = last // (pages_per_block * chunk) + 1
+        total, scale, _ = jax.lax.fori_loop(0, num_blocks, attend_key_block, partial)
+        o = total / ring_attention.replace_zeros_with_ones(scale)
+        o = jnp.moveaxis(o[0].astype(q.dtype), 2, 0)
+        return o.reshape(len(positions), -1, size), state_lib.PagedKVCache(keys, values)
 
-    arrays = tuple(batch.to_tiles(x) for x in (q, k, v))
-    o, pool = ragged_batch.scan_attention_tiles(tile, batch, arrays, pool)
+    tiles = tuple(batch.to_tiles(x) for x in (q, k, v))
+    o, pool = ragged_batch.scan_attention_tiles(attend_tile, batch, tiles, pool)
     return batch.to_rows(o), pool
+
+
+def _read_pages(cache: Float[Array, "R P pages K C H"], index: tuple[Any, ...], dtype):
+    """Return the keys or values of a list of pages as one sequence, [1, K, keys, H]."""
+    pages = jnp.moveaxis(cache[index], 1, 0)
+    return pages.reshape(1, pages.shape[0], -1, pages.shape[-1]).astype(dtype)
