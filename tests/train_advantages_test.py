@@ -107,7 +107,7 @@ def test_a_turns_reward_goes_to_the_turn_and_what_came_before():
     )
     near(out[0], [0.5, 0.5, 0, 0])
     near(out[1], [-0.5, -0.5])
-    with pytest.raises(ValueError, match="got place 4; wanted 0 to 3"):
+    with pytest.raises(ValueError, match="got position 4; wanted 0 to 3"):
         advantages.token_returns([(4, 1.0)], 0.0, 4)
 
 

@@ -1,8 +1,8 @@
 """The unified policy loss on arrays: `train/rl/objective.py` has its equation and its choices.
 
-Everything here is a pure function of an `Objective` and of arrays. The loss of an optimiser step is
+Everything here is a pure function of an `Objective` and of arrays. The loss of an optimizer step is
 a plain sum of shares: `token_coefficients` works out on the host, from the masks of the whole step,
-what each token counts. So the shares of micro-batches, rows and hosts add up to the same loss,
+what each token counts. So the shares of microbatches, rows and hosts add up to the same loss,
 however the step is split.
 """
 
@@ -33,11 +33,11 @@ class TokenTerms:
       advantages: A of the token, see `advantages`.
       mask: 1 where the model wrote the token, else 0.
       coefficients: c of the token, see `token_coefficients`.
-      segment_ids: which sample of its row a token belongs to, 0 to T; no sample spans two rows.
-      logp_ref: log-probability by the reference model; None without one.
-      entropy: exact entropy of the token's distribution, nats; None if it was not computed.
-      weight_mean: mean weight of the whole step's tokens, for a correction that normalises; see
-        `rollout_correction.weight_sum_and_count`.
+      segment_ids: which sample of its row a token belongs to, 0 to T. No sample spans two rows.
+      logp_ref: log-probability by the reference model, or None without one.
+      entropy: exact entropy of the token's distribution, nats. None if it was not computed.
+      weight_mean: mean weight of the whole step's tokens, for a correction that normalises, see
+        `rollout_correction.weight_sum_and_count`. None for other corrections.
     """
 
     logp: Float[Array, "B T"]
@@ -58,13 +58,14 @@ class LossParts:
     """What the loss was made of on the way, so that metrics measure it and compute nothing again.
 
     Attributes:
-      shares: sums over these rows of c times a term, to be added up over a step. "loss" is all of
-        it; "policy_loss" is l; "ppo_loss" is l in PPO's form of a minimum, whose value differs;
-        "kl_loss" and "entropy_loss" are without their coefficients, and absent without their terms.
-      terms: as given, but 0 where mask is 0, and at least float32.
+      shares: sums over these rows of c times a term, to be added up over a step.
+        "loss" is L. "policy_loss" is l. "ppo_loss" is PPO's form of l, a minimum, whose value
+        differs. "kl_loss" and "entropy_loss" are without their coefficients, and absent without
+        their terms.
+      terms: the loss's input, with 0 where mask is 0, and at least float32.
       ratio: r.
       weight: w.
-      clip_mask: M; False where the clipping drops the token.
+      clip_mask: M, False where the clipping drops the token.
       rho: the correction's weight, 1 without a correction.
       keep_mask: False where the correction rejects the token, and where mask is 0.
     """
@@ -115,11 +116,13 @@ def token_coefficients(
         )
     valid = valid.astype(bool)
     lengths = np.where(valid, lengths, 0).astype(np.float64)
+    # Any ids become indices from 0, which `bincount` needs.
     _, prompt_index = np.unique(prompt_ids, return_inverse=True)
     num_samples = max(valid.sum(), 1)
     num_prompts = max(len(np.unique(prompt_index[valid])), 1)
     sample_tokens, step_tokens = np.maximum(lengths, 1), max(lengths.sum(), 1)
     prompt_tokens = sample_tokens
+    # `bincount` of nothing is empty, and cannot be indexed.
     if len(prompt_index):
         prompt_tokens = np.maximum(np.bincount(prompt_index, lengths), 1)[prompt_index]
     match objective.aggregation:
@@ -132,6 +135,7 @@ def token_coefficients(
         case "seq-mean-token-sum":
             coefficients = np.full(lengths.shape, 1 / num_samples)
         case "seq-sum-const":
+            # `Objective` made sure that length_max is set here; `or 1` is for the type checker.
             coefficients = np.full(lengths.shape, 1 / (num_samples * (objective.length_max or 1)))
         case _:  # "mix"
             by_sample = objective.mix_lambda or 0.0
@@ -144,7 +148,7 @@ def compute_loss(
 ) -> tuple[Float[Array, ""], LossParts]:
     """Return these rows' share of the step's loss, and what it was made of.
 
-    Precision: float32, or float64 for such terms.
+    The arithmetic is in float32, or in float64 if the terms are.
 
     Raises:
       ValueError: terms that the objective needs are None.
@@ -165,13 +169,15 @@ def compute_loss(
     total, losses = policy, {"policy_loss": policy, "ppo_loss": ppo}
     if terms.logp_ref is not None:
         losses["kl_loss"] = estimate_kl(objective, terms.logp_ref - terms.logp)
-        if objective.kl_coef:  # 0 times an infinite estimate is not 0
+        # The estimate is logged without a coefficient too. 0 times an infinite one would be NaN.
+        if objective.kl_coef:
             total += objective.kl_coef * losses["kl_loss"]
     if terms.entropy is not None:
         losses["entropy_loss"] = -terms.entropy
         if objective.entropy_coef:
             total -= objective.entropy_coef * terms.entropy
     losses = {"loss": total} | losses
+    # c is 0 where mask is 0, and in samples that are not valid.
     shares = {name: jnp.sum(terms.coefficients * x) for name, x in losses.items()}
     return shares["loss"], LossParts(shares, terms, ratio, weight, clip_mask, rho, keep_mask)
 
@@ -195,11 +201,13 @@ def estimate_kl(
 def _importance_ratios(
     objective: objective_lib.Objective, terms: TokenTerms
 ) -> Float[Array, "B T"]:
-    """Return r of every token of clean terms, 1 where mask is 0; no gradient."""
+    """Return r of every token of clean terms, 1 where mask is 0. It has no gradient."""
     anchor = terms.logp_old if objective.anchor == "old" else terms.logp_rollout
+    # Clipped before the exp, so that r is finite however far the policy has moved.
     limit = rollout_correction_lib.MAX_LOG_RATIO
     d = jnp.clip(terms.logp - anchor, -limit, limit)
     if objective.ratio == "sequence":
+        # GSPO: exp of the mean over a sample's tokens, the geometric mean of their ratios.
         count = rollout_correction_lib.segment_totals(terms.mask, terms.segment_ids)
         d = rollout_correction_lib.segment_totals(d, terms.segment_ids) / jnp.maximum(count, 1.0)
         # A sample's mean reaches all its tokens, those of tools too. They get exp(0) back.
@@ -262,7 +270,7 @@ def _compute_clip_mask(
 def _rho_and_keep_mask(
     objective: objective_lib.Objective, terms: TokenTerms
 ) -> tuple[Float[Array, "B T"], Bool[Array, "B T"]]:
-    """Return rho, and whether the token is kept."""
+    """Return rho, and whether the correction and the off-policy mask keep the token."""
     rho, keep_mask = jnp.ones_like(terms.logp_old), terms.mask > 0
     if objective.correction is not None:
         rho, not_rejected = rollout_correction_lib.correction_weights(
@@ -274,7 +282,7 @@ def _rho_and_keep_mask(
         )
         keep_mask &= not_rejected
         if objective.correction.normalise:
-            assert terms.weight_mean is not None, "_check_terms saw to it"
+            assert terms.weight_mean is not None, "`_check_terms` makes sure of it"
             rho = rho / terms.weight_mean
     if objective.off_policy_max is not None:
         keep_mask &= rollout_correction_lib.on_policy_mask(
@@ -293,7 +301,7 @@ def _minimum_form(
     ratio: Float[Array, "B T"],
     advantages: Float[Array, "B T"],
 ) -> Float[Array, "B T"]:
-    """Return max(-r A, -clip(r) A), for A < 0 at most -dual_clip A."""
+    """Return max(-r A, -clip(r) A), for A < 0 at most -dual_clip A: PPO's loss as it is printed."""
     low = None if objective.clip_low is None else 1 - objective.clip_low
     high = None if objective.clip_high is None else 1 + objective.clip_high
     value = jnp.maximum(-ratio * advantages, -jnp.clip(ratio, low, high) * advantages)

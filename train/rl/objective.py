@@ -10,9 +10,9 @@ Per token, with sg the stop of the gradient, m the mask of what the model wrote,
   l   = -w A logp M rho
   L   = sum over the step of c (l + kl_coef kl - entropy_coef H)
 
-CISPO clips the weight w and drops no token. PPO's clipping is M, which drops tokens; its gradient
-is that of PPO's usual form, a minimum. The coefficients c alone decide how tokens are averaged.
-`Objective` chooses among all these, and `train/rl/loss.py` computes them.
+CISPO clips the weight w and drops no token. PPO's clipping is M, which drops tokens. The gradient
+under M is that of PPO's usual form, a minimum. The coefficients c alone decide how tokens are
+averaged. `Objective` chooses among all these, and `train/rl/loss.py` computes them.
 """
 
 import dataclasses
@@ -42,38 +42,38 @@ _FIELD_CHOICES = {
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-    """What is maximised; hashable, so that a jitted step takes it as a constant.
+    """What is maximised. It is hashable, so that a jitted step takes it as a constant.
 
     Attributes:
-      name: the preset's.
+      name: of the preset, for the log.
       advantage: A of a sample, see `advantages`. "group": (R - mean) / (std + advantage_eps) of the
         sample's group. "mean": R - mean. "leave-one-out": R - the mean of the group's other
         samples. "return": the discounted rewards that follow a token, whitened over the tokens of
         the batch. "return-baseline": the same, with the group's mean taken off before.
-      advantage_eps: added to the standard deviation of "group"; at least 0.
-      discount: gamma of the returns, 0 to 1; 1 for other advantages.
-      reward_kl_coef: what a token's KL to the reference model costs of its reward, for returns
-        alone; at least 0.
+      advantage_eps: added to the standard deviation of "group", at least 0.
+      discount: gamma of the returns, 0 to 1. Other advantages have no returns and take 1.
+      reward_kl_coef: factor of a token's KL to the reference model, which is taken off the token's
+        reward, at least 0. It is for returns alone.
       ratio: what has one r: each "token", or a whole "sequence".
       anchor: whose log-probabilities r compares with. "old": the trainer's own, from before the
         batch's updates. "rollout": the sampler's.
-      is_weight_max: upper bound of w itself, not of its distance from 1; None for none.
-      is_weight_min: lower bound of w itself; None for none.
-      weighted: False sets w = 1.
-      clip_low: M drops A < 0 below 1 - clip_low; at least 0, None for never.
-      clip_high: M drops A > 0 above 1 + clip_high; at least 0, None for never.
-      dual_clip: M drops A < 0 above it; more than 1, None for never.
+      is_weight_max: upper bound of w itself, not of its distance from 1, or None.
+      is_weight_min: lower bound of w itself, or None.
+      weighted: whether w is the clipped ratio. False sets w = 1, which is plain REINFORCE.
+      clip_low: M drops A < 0 below 1 - clip_low, at least 0. None for never.
+      clip_high: M drops A > 0 above 1 + clip_high, at least 0. None for never.
+      dual_clip: M drops A < 0 above it, more than 1. None for never.
       aggregation: how tokens are averaged, see `loss.token_coefficients`.
-      mix_lambda: share of the mean over samples in aggregation "mix", 0 to 1; None for others.
-      length_max: divisor of aggregation "seq-sum-const", tokens; None for others.
-      kl_coef: weight of the KL to the reference model in the loss; at least 0.
+      mix_lambda: share of the mean over samples in aggregation "mix", 0 to 1. None for others.
+      length_max: divisor of aggregation "seq-sum-const", tokens. None for others.
+      kl_coef: weight of the KL to the reference model in the loss, at least 0.
       kl_kind: estimator of that KL from x = logp_ref - logp. "k1": -x. "k2": x^2 / 2. "k3":
         exp(x) - 1 - x.
-      kl_clamp: bound of |x| in the estimator, more than 0; None for none.
-      kl_max: bound of the estimate's absolute value, more than 0; None for none.
+      kl_clamp: bound of |x| in the estimator, more than 0, or None.
+      kl_max: bound of the estimate's absolute value, more than 0, or None.
       entropy_coef: reward for the exact entropy of a token's distribution.
-      correction: of sampler against trainer, see `rollout_correction`; None sets rho = 1.
-      off_policy_max: threshold of `rollout_correction.on_policy_mask`, nats; None for off.
+      correction: of sampler against trainer, see `rollout_correction`. None sets rho = 1.
+      off_policy_max: threshold of `rollout_correction.on_policy_mask`, nats, or None.
 
     Raises:
       ValueError: a value out of range, or options that contradict each other.

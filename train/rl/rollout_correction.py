@@ -1,8 +1,9 @@
-"""Weights between sampler and trainer, which never agree to the last bit (and sometimes less).
+"""Rollout correction: importance weights between sampler and trainer.
 
-With d = logp_old - logp_rollout of each token, both of the same weights of the model, the true
-importance weight of what was sampled is exp(d). Weight and rejection are kept apart: a rejected
-token still has its weight, and still counts in every denominator.
+Sampler and trainer run different programs, so their probabilities of the same token differ, even
+under the same weights of the model. With d = logp_old - logp_rollout of each token, the importance
+weight of what was sampled is exp(d). Weight and rejection are kept apart: a rejected token still
+has its weight, and still counts in every denominator.
 """
 
 import dataclasses
@@ -20,15 +21,16 @@ MAX_LOG_RATIO = 20.0  # exp beyond it is useless as a weight, and soon infinite
 
 @dataclasses.dataclass(frozen=True)
 class RolloutCorrection:
-    """How tokens are weighted by sampler and trainer; hashable.
+    """How tokens are weighted by sampler and trainer. It is hashable, as a part of `Objective`.
 
-    Args:
-      level: what a weight is of: "token", exp(d); "sequence", exp(sum of d); "geometric",
-        exp(mean of d), the last two of a whole sample.
-      how: "truncate" moves weights into [low, high]; "mask" rejects those outside.
-      low, high: bounds of the weight, at least 0; None is none.
-      veto: rejects a sample any of whose tokens has exp(d) below it; None for none.
-      normalise: divides by the mean weight of the whole step's tokens, see `weight_sum_and_count`.
+    Attributes:
+      level: what has one weight. "token": exp(d) of each token. "sequence": exp(sum of d) of a
+        sample. "geometric": exp(mean of d) of a sample.
+      how: "truncate" moves weights into [low, high]. "mask" rejects tokens whose weight is outside.
+      low: lower bound of the weight, at least 0, or None.
+      high: upper bound of the weight, at least 0, or None.
+      veto: rejects a sample any of whose tokens has exp(d) below this value. At least 0, or None.
+      normalise: divide by the mean weight of the whole step's tokens, see `weight_sum_and_count`.
 
     Raises:
       ValueError: a name that does not exist, or bounds that no weight can meet.
@@ -42,14 +44,15 @@ class RolloutCorrection:
     normalise: bool = False
 
     def __post_init__(self):
-        for name, known in (("level", WEIGHT_LEVELS), ("how", CORRECTION_MODES)):
-            if getattr(self, name) not in known:
+        for name, choices in (("level", WEIGHT_LEVELS), ("how", CORRECTION_MODES)):
+            if getattr(self, name) not in choices:
                 raise ValueError(
                     f"correction: {name}: got {getattr(self, name)!r}; "
-                    f"wanted one of {', '.join(known)}"
+                    f"wanted one of {', '.join(choices)}"
                 )
         for name in ("low", "high", "veto"):
             value = getattr(self, name)
+            # NaN fails this comparison too.
             if value is not None and not 0 <= value < math.inf:
                 raise ValueError(
                     f"correction: {name}: got {value}; wanted a number of at least 0, or None"
@@ -67,18 +70,26 @@ def correction_weights(
     mask: Real[Array, "B T"],
     segment_ids: Int[Array, "B T"],
 ) -> tuple[Float[Array, "B T"], Bool[Array, "B T"]]:
-    """Return each token's weight, not normalised, and whether it is kept; no gradient.
+    """Return each token's weight, not normalised, and whether it is kept. Neither has a gradient.
 
-    mask: 1 where the model wrote the token; elsewhere the weight is 1, and anything may stand.
-    segment_ids: which sample of its row a token belongs to, 0 to T.
+    Args:
+      correction: which weight, and its bounds.
+      logp_old: by the trainer, with the weights of the model that sampled. Any value where mask is
+        0, NaN too.
+      logp_rollout: by the sampler. Any value where mask is 0.
+      mask: 1 where the model wrote the token. The weight of other tokens is 1.
+      segment_ids: which sample of its row a token belongs to, 0 to T.
     """
     real = mask > 0
+    # A `where` before any arithmetic: padding may hold NaN, and totals would spread it.
     d = jax.lax.stop_gradient(_clip_log_ratio(jnp.where(real, logp_old - logp_rollout, 0.0)))
     level = d
     if correction.level != "token":
         level = segment_totals(d, segment_ids)
     if correction.level == "geometric":
+        # The mean over the tokens that the model wrote: tools' tokens have d = 0, and do not count.
         level = level / jnp.maximum(segment_totals(real.astype(d.dtype), segment_ids), 1.0)
+    # Clipped again, because a sample's sum may be far larger than its terms.
     weight = jnp.exp(_clip_log_ratio(level))
     keep = jnp.ones(weight.shape, bool)
     if correction.how == "truncate":
@@ -98,7 +109,7 @@ def weight_sum_and_count(
 ) -> Float[Array, "2"]:
     """Return (sum of the tokens' weights, number of tokens), rejected ones included.
 
-    These add up over rows and hosts; their quotient over the whole step is
+    Both add up over rows and hosts. Their quotient over the whole step is the divisor
     `TokenTerms.weight_mean`.
     """
     return jnp.stack([jnp.sum(jnp.where(mask > 0, weight, 0.0)), jnp.sum(mask > 0)])
@@ -112,10 +123,10 @@ def on_policy_mask(
     mask: Real[Array, "B T"],
     segment_ids: Int[Array, "B T"],
 ) -> Bool[Array, "B T"]:
-    """Return False for bad samples (A < 0) that the policy has already left.
+    """Return False for tokens of bad samples (A < 0) that the policy has already left.
 
-    Those whose mean of logp_rollout - logp, an estimate of the KL of sampler to policy, is above
-    the threshold (DeepSeek-V3.2's off-policy sequence mask).
+    The policy has left a sample whose mean of logp_rollout - logp is above the threshold. This mean
+    estimates the KL of sampler to policy (DeepSeek-V3.2's off-policy sequence mask).
     """
     real = mask > 0
     gap = jnp.where(real, logp_rollout - logp, 0.0)
@@ -125,7 +136,8 @@ def on_policy_mask(
 
 @jax.vmap
 def segment_totals(values: Float[Array, "T"], segment_ids: Int[Array, "T"]) -> Float[Array, "T"]:
-    """Return at each token the sum over its segment of the row; ids are 0 to T."""
+    """Return at each token the sum over its segment of the row. Ids are 0 to T."""
+    # T + 1 segments: padding is segment 0, and a row of T samples of one token ends with id T.
     total = functools.partial(jax.ops.segment_sum, num_segments=values.shape[0] + 1)
     return total(values, segment_ids)[segment_ids]
 
