@@ -1,20 +1,22 @@
 """Lightning attention backward in Pallas for GPU: three more walks of the same recurrence.
 
 Write L(q, k, v; S) for the o of `gpu_fwd`, and L' for the same from the last token to the first.
-With do the gradient of o and dS that of the final state,
+With do the gradient of o and dS the gradient of the final state,
 
     dq = L(do, v, k; S^T)      dk = L'(v, do, q; dS^T)      dv = L'(k, q, do; dS)
 
 where L' weighs a token's own pair by 1, as L does, but decays the carried dS by lambda^(n - j)
-and what it adds to dS by lambda^i. Each is split by columns as the forward pass is, so all three
-run side by side in one launch and nothing is kept or computed again: no saved states, no state at
-every chunk. Slopes are constants of the model and get no gradient.
+and what it adds to dS by lambda^i. Each walk is split by columns as the forward pass is. So all
+three run side by side in one launch, and none needs saved or recomputed states. Slopes are
+constants of the model and get no gradient.
 
 Bytes of memory traffic per token and head at H = 128 in bfloat16: 2,560 where dk and dv, which
 walk side by side, share q and do through the L2 cache, 3,072 where only the parts of a head
 share, 4,608 where nothing does. Spans add 512 for sums of their own and 128 per 1,024 tokens of a
-span. The minimum of a single pass is 1,856. It needs the states of all chunks beside dS, which
-registers do not hold, and has a sixth of the programs.
+span. The minimum of a single pass is 1,856. A single pass needs the states of all chunks beside
+dS, which registers do not hold, and has a sixth of the programs.
+
+Letters in shapes: S spans of a row, H width of a head.
 """
 
 import functools
@@ -25,31 +27,31 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float
 
-from pallas_kernels.lightning_attention import boundaries, gpu_fwd, gpu_tiling
-from pallas_kernels.lightning_attention.gpu_fwd import Ref
+from pallas_kernels.lightning_attention import boundaries, gpu_spans, gpu_tiling, gpu_walk
 
 F32 = jnp.float32
+Ref = gpu_walk.Ref
 
 
 def _backward_kernel(
-    slopes: Ref,
+    slopes: Ref,  # [heads]
     tables: boundaries.BoundaryTables | None,
-    qkv: Ref,
-    d_o: Ref,
-    initial_state: Ref,
-    d_final: Ref,
-    counts: Ref,
-    sums: Ref,
-    d_sums: Ref,
-    d_qkv: Ref,
-    d_initial: Ref,
+    qkv: Ref,  # [B, T, N * 3 * H]
+    d_o: Ref,  # [B, T, N * H]
+    initial_state: Ref,  # [B, N, H, H] float32
+    d_final: Ref,  # [B, N, H, H] float32
+    counts: Ref,  # [B, S], see `gpu_spans.count_span_tokens`
+    sums: Ref,  # [B, N, S - 1, H, H] float32, k^T v of the first spans
+    d_sums: Ref,  # [B, N, S - 1, H, H] float32, q^T do of the last spans
+    d_qkv: Ref,  # [B, T, N * 3 * H]
+    d_initial: Ref,  # [B, N, H, H] float32
     *,
-    config: gpu_fwd.KernelConfig,
+    config: gpu_walk.KernelConfig,
 ) -> None:
     """Write one part of the columns of dq, dk or dv, for one span of one head.
 
-    The first axis of the grid is (gradient, part). Every Ref is a whole array. counts, sums and
-    d_sums are None where a row is one span.
+    The first axis of the grid is (gradient, part). Every Ref is a whole array. `counts`, `sums` and
+    `d_sums` are None where a row is one span.
     """
     num_spans, part_columns = config.num_spans, config.block_sizes.part_columns
     num_parts, batch = initial_state.shape[3] // part_columns, pl.program_id(2)
@@ -66,6 +68,7 @@ def _backward_kernel(
         return qkv, (3 * head + "qkv".index(name)) * width
 
     def state_part(ref, *index, transpose):
+        # The program's columns of S^T are rows of S.
         if transpose:
             return plgpu.load(ref.at[batch, head, *index, columns, :]).T
         return plgpu.load(ref.at[batch, head, *index, :, columns])
@@ -76,9 +79,9 @@ def _backward_kernel(
         def load_operands(rows, is_real):
             (q, q_column), (k, k_column), (v, v_column) = map(source, (query, key, value))
             return (
-                gpu_fwd.load_columns(q, batch, rows, q_column, width, is_real),
-                gpu_fwd.load_columns(k, batch, rows, k_column, width, is_real),
-                gpu_fwd.load_columns(v, batch, rows, v_column + part_start, part_columns, is_real),
+                gpu_walk.load_columns(q, batch, rows, q_column, width, is_real),
+                gpu_walk.load_columns(k, batch, rows, k_column, width, is_real),
+                gpu_walk.load_columns(v, batch, rows, v_column + part_start, part_columns, is_real),
             )
 
         def write_output(rows, inside, out):
@@ -88,7 +91,7 @@ def _backward_kernel(
         state = state_part(d_final if reverse else initial_state, transpose=transpose)
         if num_spans > 1:
             walked_sums = d_sums if reverse else sums
-            state = gpu_fwd.fold_span_sums(
+            state = gpu_spans.fold_span_sums(
                 state,
                 lambda i: state_part(walked_sums, i, transpose=transpose),
                 counts,
@@ -97,7 +100,7 @@ def _backward_kernel(
                 num_spans,
                 reverse=reverse,
             )
-        return gpu_fwd.walk_span(
+        return gpu_walk.walk_span(
             load_operands,
             write_output,
             state,
@@ -106,7 +109,7 @@ def _backward_kernel(
             (batch, span),
             config,
             reverse=reverse,
-            num_halves=1,
+            num_halves=1,  # one bfloat16 part is enough for a gradient
         )
 
     @pl.when(gradient == 0)
@@ -147,12 +150,12 @@ def lightning_backward(
       sums: of the spans, from `gpu_fwd.lightning_forward` with the same `block_sizes`.
       d_o: gradient of o, in its dtype.
       d_final: gradient of the final state, float32.
-      block_sizes: block sizes.
+      block_sizes: block sizes of the call.
     """
     batch, length, _ = qkv.shape
     num_heads, width = initial_state.shape[1:3]
     num_spans = -(-length // block_sizes.span_tokens)
-    d_sums = gpu_fwd.compute_span_sums(
+    d_sums = gpu_spans.compute_span_sums(
         qkv,
         d_o,
         slopes,
@@ -162,10 +165,12 @@ def lightning_backward(
         reverse=True,
         interpret=interpret,
     )
-    counts = None if sums is None else gpu_fwd.count_span_tokens(tables, batch, length, block_sizes)
-    precision = gpu_fwd.dot_precision(qkv.dtype, interpret)
-    config = gpu_fwd.KernelConfig(block_sizes, num_spans, length, precision)
-    d_qkv, d_initial = gpu_fwd.launch_kernel(
+    counts = None
+    if sums is not None:
+        counts = gpu_spans.count_span_tokens(tables, batch, length, block_sizes)
+    precision = gpu_walk.dot_precision(qkv.dtype, interpret)
+    config = gpu_walk.KernelConfig(block_sizes, num_spans, length, precision)
+    d_qkv, d_initial = gpu_walk.launch_kernel(
         functools.partial(_backward_kernel, config=config),
         "lightning_gpu_bwd",
         (3 * (width // block_sizes.part_columns), num_heads * num_spans, batch),
