@@ -94,7 +94,9 @@ def _convert_to_orbax(
 ) -> None:
     """Write every tensor of the release to its place in the stacked parameters."""
     stored_params = _stored_params_from_release(source)
-    finished = _start_or_resume(partial, source.config, [shard.file for shard in source.shards])
+    finished_names = _start_or_resume(
+        partial, source.config, [shard.file for shard in source.shards]
+    )
     params_dir = partial / format_lib.PARAMS_DIR
     # `allocate_params` is atomic, so an existing directory has all arrays.
     if not params_dir.exists():
@@ -104,21 +106,21 @@ def _convert_to_orbax(
     # In the order of the shards' bytes: each file is read once, from front to back.
     tensors = [t for shard in source.shards for t in shard.tensors if t.name in entries]
     max_pending_bytes, pending_bytes = int(config.memory_gib * 2**30), 0
-    pending: deque[tuple[release.ReleaseTensor, ts.WriteFutures]] = deque()  # the oldest first
-    with _ConvertProgress(partial, tensors, finished, config.progress) as progress:
-        for tensor in (*(t for t in tensors if t.name not in finished), None):
+    writes: deque[tuple[release.ReleaseTensor, ts.WriteFutures]] = deque()  # pending, oldest first
+    with _ConvertProgress(partial, tensors, finished_names, config.progress) as progress:
+        for tensor in (*(t for t in tensors if t.name not in finished_names), None):
             # The None at the end waits for every pending write. A tensor larger than the bound
             # waits until nothing is pending and is then written alone.
-            while pending and (tensor is None or pending_bytes + tensor.nbytes > max_pending_bytes):
-                oldest, future = pending.popleft()
+            while writes and (tensor is None or pending_bytes + tensor.nbytes > max_pending_bytes):
+                oldest_tensor, future = writes.popleft()
                 future.result()
                 # Only now: a tensor in the journal is never written again.
-                progress.finish(oldest.name, oldest.nbytes)
-                pending_bytes -= oldest.nbytes
+                progress.finish(oldest_tensor.name, oldest_tensor.nbytes)
+                pending_bytes -= oldest_tensor.nbytes
             if tensor is not None:
                 entry = entries[tensor.name]
                 target = arrays[entry.param_path][entry.index]  # a view of the array on disk
-                pending.append((tensor, target.write(entry.orient(tensor.read()))))
+                writes.append((tensor, target.write(entry.orient(tensor.read()))))
                 pending_bytes += tensor.nbytes
     format_lib.copy_small_files(source.directory, partial)
     format_lib.write_manifest(partial, format_lib.build_manifest(source))
@@ -132,12 +134,12 @@ def _stored_params_from_release(source: release.Release) -> dict[str, format_lib
     for entry in source.entries:
         tensor, shape = source.tensors[entry.name], params[entry.param_path].shape
         release.check_tensor_shape(tensor, entry, shape)
-        first = first_tensors.setdefault(entry.param_path, tensor)
-        if first.dtype != tensor.dtype:
+        first_tensor = first_tensors.setdefault(entry.param_path, tensor)
+        if first_tensor.dtype != tensor.dtype:
             raise release.CheckpointError(
-                f"{tensor.name} is {release.CODES_BY_DTYPE[tensor.dtype]} but {first.name} is "
-                f"{release.CODES_BY_DTYPE[first.dtype]}; they are parts of one parameter and must "
-                "agree"
+                f"{tensor.name} is {release.CODES_BY_DTYPE[tensor.dtype]} but {first_tensor.name} "
+                f"is {release.CODES_BY_DTYPE[first_tensor.dtype]}; they are parts of one parameter "
+                "and must agree"
             )
         stored_params[entry.param_path] = format_lib.StoredParam(
             shape, tensor.dtype, len(entry.index)
@@ -158,20 +160,20 @@ def _convert_to_hf(src: pathlib.Path, partial: pathlib.Path, config: ConvertConf
     entries = {entry.name: entry for entry in params_map.list_tensor_entries(model_config)}
     tensors = _describe_tensors(src, entries, arrays)
     shards = _original_shard_headers(manifest, tensors) or _new_shard_headers(tensors)
-    finished = _start_or_resume(partial, model_config, [src / format_lib.MANIFEST_FILE])
+    finished_files = _start_or_resume(partial, model_config, [src / format_lib.MANIFEST_FILE])
     names_by_file = {file: _sort_names_by_offset(header) for file, header in shards.items()}
     tensors_in_order = [tensors[name] for names in names_by_file.values() for name in names]
     # The journal of this direction names files, but the bar counts tensors.
     finished_tensors = {
-        name for file, names in names_by_file.items() if file in finished for name in names
+        name for file, names in names_by_file.items() if file in finished_files for name in names
     }
     with _ConvertProgress(partial, tensors_in_order, finished_tensors, config.progress) as progress:
         for file, header in shards.items():
-            if file in finished:
+            if file in finished_files:
                 continue
             # An interrupted file is written anew: "wb" empties what is left of it.
-            growing = partial / (file + ".tmp")
-            with growing.open("wb") as stream:
+            growing_file = partial / (file + ".tmp")
+            with growing_file.open("wb") as stream:
                 raw = header.encode()
                 stream.write(len(raw).to_bytes(8, "little") + raw)
                 for name in names_by_file[file]:
@@ -180,7 +182,7 @@ def _convert_to_hf(src: pathlib.Path, partial: pathlib.Path, config: ConvertConf
                     progress.advance(data.nbytes)
                 # Before the journal names the file: it must not say more than the disk holds.
                 durable.flush_to_disk(stream)
-            growing.rename(partial / file)
+            growing_file.rename(partial / file)
             progress.finish(file, 0)  # its bytes are on the bar already
     index = _build_index(manifest, shards, names_by_file, tensors)
     if index is not None:
@@ -222,13 +224,13 @@ def _original_shard_headers(
 ) -> dict[str, str] | None:
     """Return the release's own headers by file, or None if they do not describe these tensors."""
     # They do not if the model never had shards, or if it was saved in another dtype.
-    original = {}
+    original_specs = {}
     for header in manifest["shards"].values():
         for name, spec in json.loads(header).items():
             if name != "__metadata__":
-                original[name] = (spec["dtype"], tuple(spec["shape"]))
-    current = {t.name: (release.CODES_BY_DTYPE[t.dtype], t.shape) for t in tensors.values()}
-    return manifest["shards"] if original == current else None
+                original_specs[name] = (spec["dtype"], tuple(spec["shape"]))
+    current_specs = {t.name: (release.CODES_BY_DTYPE[t.dtype], t.shape) for t in tensors.values()}
+    return manifest["shards"] if original_specs == current_specs else None
 
 
 def _new_shard_headers(tensors: Mapping[str, release.ReleaseTensor]) -> dict[str, str]:

@@ -84,7 +84,7 @@ _FIXED_VALUES = {
     "tie_word_embeddings": False,
     "shared_moe_mode": "sigmoid",  # the release never reads it and always computes this form
 }
-# Native checkpoints still carry these keys of the release; transformers has no other form.
+# Native checkpoints still carry these keys of the release. transformers has no other form.
 _NATIVE_FIXED_VALUES = _FIXED_VALUES | {"postnorm": True, "shared_intermediate_size": 0}
 
 # Keys that describe files, tokens or library behaviour, not the computation. `block_size` regroups
@@ -227,34 +227,45 @@ def _select_fields(hf: Mapping[str, Any], fields: Mapping[str, bool]) -> dict[st
 
 
 def _translate_layer_types(
-    hf: Mapping[str, Any], key: str, listed: Any, kinds: Mapping[Any, str]
+    hf: Mapping[str, Any], key: str, layer_kinds: Any, kinds: Mapping[Any, str]
 ) -> tuple[str, ...]:
     """Translate the file's list of layers, whose length must be num_hidden_layers."""
-    check_field(isinstance(listed, list | tuple), key, listed, "a list with one entry per layer")
-    for kind in listed:
+    check_field(
+        isinstance(layer_kinds, list | tuple), key, layer_kinds, "a list with one entry per layer"
+    )
+    for kind in layer_kinds:
         choices = " or ".join(f"{k} ({v})" for k, v in kinds.items())
         # Looked up in a list and not in the dict: an entry of a damaged file may have no hash.
         check_field(kind in list(kinds), key, kind, choices)
     num_layers = _select_fields(hf, {"num_hidden_layers": True})["num_hidden_layers"]
-    if num_layers != len(listed):
+    if num_layers != len(layer_kinds):
         raise ConfigError(
-            f"config.json: {key} lists {len(listed)} layers but num_hidden_layers is {num_layers!r}"
+            f"config.json: {key} lists {len(layer_kinds)} layers but num_hidden_layers is "
+            f"{num_layers!r}"
         )
-    return tuple(kinds[kind] for kind in listed)
+    return tuple(kinds[kind] for kind in layer_kinds)
 
 
 def _parse_release_config(hf: Mapping[str, Any]) -> dict[str, Any]:
-    known = {*_RELEASE_FIELDS, *_INERT_KEYS, "num_hidden_layers", "attn_type_list"}
-    _check_keys(hf, known, _FIXED_VALUES)
-    listed = _select_fields(hf, {"attn_type_list": True})["attn_type_list"]
-    layer_types = _translate_layer_types(hf, "attn_type_list", listed, _RELEASE_LAYER_KINDS)
+    known_keys = {*_RELEASE_FIELDS, *_INERT_KEYS, "num_hidden_layers", "attn_type_list"}
+    _check_keys(hf, known_keys, _FIXED_VALUES)
+    layer_kinds = _select_fields(hf, {"attn_type_list": True})["attn_type_list"]
+    layer_types = _translate_layer_types(hf, "attn_type_list", layer_kinds, _RELEASE_LAYER_KINDS)
     return {"layer_types": layer_types, **_select_fields(hf, _RELEASE_FIELDS)}
 
 
 def _parse_native_config(hf: Mapping[str, Any]) -> dict[str, Any]:
-    native = {"num_hidden_layers", "layer_types", "rope_parameters", "rope_theta", "rotary_dim"}
+    native_keys = {
+        "num_hidden_layers",
+        "layer_types",
+        "rope_parameters",
+        "rope_theta",
+        "rotary_dim",
+    }
     _check_keys(
-        hf, {*_SHARED_FIELDS, *_NATIVE_SCALE_NAMES, *_INERT_KEYS, *native}, _NATIVE_FIXED_VALUES
+        hf,
+        {*_SHARED_FIELDS, *_NATIVE_SCALE_NAMES, *_INERT_KEYS, *native_keys},
+        _NATIVE_FIXED_VALUES,
     )
     # Read before null values are dropped, because transformers tells null (one KV head per query
     # head) from an absent key (its default).
@@ -269,9 +280,11 @@ def _parse_native_config(hf: Mapping[str, Any]) -> dict[str, Any]:
     hf.setdefault("head_dim", hf["hidden_size"] // heads)
     check_scalar("head_dim", int, hf["head_dim"])
     # transformers' default: softmax and lightning layers in turn, softmax first.
-    default = [list(_NATIVE_LAYER_KINDS)[layer % 2] for layer in range(hf["num_hidden_layers"])]
+    default_kinds = [
+        list(_NATIVE_LAYER_KINDS)[layer % 2] for layer in range(hf["num_hidden_layers"])
+    ]
     layer_types = _translate_layer_types(
-        hf, "layer_types", hf.get("layer_types", default), _NATIVE_LAYER_KINDS
+        hf, "layer_types", hf.get("layer_types", default_kinds), _NATIVE_LAYER_KINDS
     )
     if LIGHTNING in layer_types:
         requirement = "a power of 2: beyond it transformers' decay rates are not the release's"

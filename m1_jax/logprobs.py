@@ -184,15 +184,15 @@ def _accumulate_logits(carry, logits: Float[Array, "tokens words"], target_index
     # Without a gradient, because results do not depend on the reference of the sums.
     new_top = jnp.maximum(top, jax.lax.stop_gradient(jnp.max(logits, axis=-1)))
     moment = _shift_moment(moment, total, top, new_top)
-    shifted = logits - new_top[:, None]
-    total = total * jnp.exp(top - new_top) + jnp.sum(jnp.exp(shifted), -1)
+    shifted_logits = logits - new_top[:, None]
+    total = total * jnp.exp(top - new_top) + jnp.sum(jnp.exp(shifted_logits), -1)
     if moment is not None:
-        moment += jnp.sum(jnp.exp(shifted) * shifted, -1)
+        moment += jnp.sum(jnp.exp(shifted_logits) * shifted_logits, -1)
     is_inside = (target_index >= 0) & (target_index < logits.shape[1])
     # An index outside would be clamped or wrapped. Its value is dropped below.
     safe_index = jnp.where(is_inside, target_index, 0)[:, None]
-    picked = jnp.take_along_axis(logits, safe_index, axis=-1)[:, 0]
-    return new_top, total, target_logit + jnp.where(is_inside, picked, 0), moment
+    picked_logits = jnp.take_along_axis(logits, safe_index, axis=-1)[:, 0]
+    return new_top, total, target_logit + jnp.where(is_inside, picked_logits, 0), moment
 
 
 def _shift_moment(moment, total, top, new_top):

@@ -31,16 +31,16 @@ def broadcast_object(value: Any) -> Any:
     block = _broadcast_bytes(length + data[:start], _FIRST_BLOCK_BYTES)
     # Read from the block, which is process 0's everywhere: all agree on the number of chunks.
     num_bytes = int.from_bytes(block[:_LENGTH_BYTES], "little")
-    received = [block[_LENGTH_BYTES:][:num_bytes]]
+    received_parts = [block[_LENGTH_BYTES:][:num_bytes]]
     while start < num_bytes:
         chunk_bytes = min(num_bytes - start, _CHUNK_BYTES)
         # The next power of two: few shapes, so few programs are compiled.
         padded_bytes = 1 << (chunk_bytes - 1).bit_length()
         chunk = _broadcast_bytes(data[start : start + chunk_bytes], padded_bytes)
-        received.append(chunk[:chunk_bytes])
+        received_parts.append(chunk[:chunk_bytes])
         start += chunk_bytes
     # Process 0 returns its own object, since a copy would cost time and memory.
-    return value if is_source else pickle.loads(b"".join(received))
+    return value if is_source else pickle.loads(b"".join(received_parts))
 
 
 def allgather_bytes(data: bytes) -> list[bytes]:
@@ -49,10 +49,10 @@ def allgather_bytes(data: bytes) -> list[bytes]:
         return [data]
     sizes = multihost_utils.process_allgather(np.asarray([len(data)])).reshape(-1)
     # A gather needs one shape on all processes, so data is padded to the longest.
-    padded = np.zeros(int(sizes.max()), np.uint8)
-    padded[: len(data)] = np.frombuffer(data, np.uint8)
-    gathered = multihost_utils.process_allgather(padded)
-    return [row[: int(size)].tobytes() for row, size in zip(gathered, sizes, strict=True)]
+    padded_data = np.zeros(int(sizes.max()), np.uint8)
+    padded_data[: len(data)] = np.frombuffer(data, np.uint8)
+    gathered_data = multihost_utils.process_allgather(padded_data)
+    return [row[: int(size)].tobytes() for row, size in zip(gathered_data, sizes, strict=True)]
 
 
 def _broadcast_bytes(data: bytes, padded_bytes: int) -> bytes:
@@ -61,6 +61,6 @@ def _broadcast_bytes(data: bytes, padded_bytes: int) -> bytes:
     buffer = np.zeros(padded_bytes, np.uint8)
     if is_source:
         buffer[: len(data)] = np.frombuffer(data, np.uint8)
-    received = multihost_utils.broadcast_one_to_all(buffer, is_source)
+    received_data = multihost_utils.broadcast_one_to_all(buffer, is_source)
     # The broadcast is a sum over processes, whose dtype may be wider.
-    return np.asarray(received).astype(np.uint8).tobytes()
+    return np.asarray(received_data).astype(np.uint8).tobytes()

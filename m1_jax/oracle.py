@@ -29,7 +29,8 @@ def run_oracle(
 ) -> dict[str, Any]:
     """Compute what the release computes for `tokens`, slowly and plainly.
 
-    Differentiable in `tensors`; jittable in `tensors` and `tokens` when `segment_ids` is None.
+    It is differentiable in `tensors`. Without `segment_ids` it can be jitted in `tensors` and
+    `tokens`.
 
     Args:
       config: a release config.json.
@@ -70,8 +71,8 @@ def oracle_loss(
     """Return mean next-token cross-entropy of [B, T] tokens + router_aux_loss_coef * aux loss."""
     out = run_oracle(config, tensors, tokens)
     logprobs = jax.nn.log_softmax(out["logits"][:, :-1])
-    chosen = jnp.take_along_axis(logprobs, jnp.asarray(tokens)[:, 1:, None], axis=-1)
-    return -jnp.mean(chosen) + config["router_aux_loss_coef"] * out["aux_loss"]
+    target_logprobs = jnp.take_along_axis(logprobs, jnp.asarray(tokens)[:, 1:, None], axis=-1)
+    return -jnp.mean(target_logprobs) + config["router_aux_loss_coef"] * out["aux_loss"]
 
 
 def lightning_slopes(config: dict, layer: int) -> np.ndarray:
@@ -187,7 +188,7 @@ def _lightning_attention(config, weights, slopes, h):
     state = jnp.zeros((batch, heads, head_dim, head_dim), h.dtype)
     (state, _), o = jax.lax.scan(_lightning_step, (state, decay), tuple(by_time))
     o = jnp.moveaxis(o, 0, 1).reshape(batch, length, heads * head_dim)
-    # One norm over all heads; its eps is the release's constructor default, not rms_norm_eps.
+    # One norm over all heads. Its eps is the release's constructor default, not rms_norm_eps.
     o = _rms_norm(o, weights["norm.weight"], 1e-6)
     o = o * jax.nn.sigmoid(_apply_linear(h, weights["output_gate.weight"]))
     return _apply_linear(o, weights["out_proj.weight"]), state
@@ -201,8 +202,8 @@ def _apply_rope(config, x):
     phase = jnp.arange(x.shape[1], dtype=jnp.float32)[:, None] * inv_freq[None, :]
     cos, sin = (f(phase).astype(x.dtype)[None, :, None, :] for f in (jnp.cos, jnp.sin))
     first, second = x[..., :half], x[..., half:rotary_dim]
-    rotated = [first * cos - second * sin, second * cos + first * sin]
-    return jnp.concatenate([*rotated, x[..., rotary_dim:]], axis=-1)
+    rotated_parts = [first * cos - second * sin, second * cos + first * sin]
+    return jnp.concatenate([*rotated_parts, x[..., rotary_dim:]], axis=-1)
 
 
 def _softmax_attention(config, weights, h):
@@ -216,8 +217,8 @@ def _softmax_attention(config, weights, h):
     repeats = config["num_attention_heads"] // kv_heads
     # Query head n reads KV head n // repeats.
     scores = jnp.einsum("btnh,bsnh->bnts", q, jnp.repeat(k, repeats, axis=2)) / head_dim**0.5
-    causal = np.tril(np.ones((length, length), bool))[None, None]
-    p = jax.nn.softmax(jnp.where(causal, scores, -jnp.inf), axis=-1)
+    causal_mask = np.tril(np.ones((length, length), bool))[None, None]
+    p = jax.nn.softmax(jnp.where(causal_mask, scores, -jnp.inf), axis=-1)
     o = jnp.einsum("bnts,bsnh->btnh", p, jnp.repeat(v, repeats, axis=2))
     return _apply_linear(o.reshape(batch, length, -1), weights["o_proj.weight"]), k, v
 
@@ -242,9 +243,11 @@ def _moe_block(config, weights, h):
         gate, up = (
             _apply_linear(h, weights[f"shared_mlp.{n}_proj.weight"]) for n in ("gate", "up")
         )
-        shared = _apply_linear(jax.nn.silu(gate) * up, weights["shared_mlp.down_proj.weight"])
+        shared_output = _apply_linear(
+            jax.nn.silu(gate) * up, weights["shared_mlp.down_proj.weight"]
+        )
         c = jax.nn.sigmoid(_apply_linear(h, weights["coefficient.weight"]))  # [B, T, 1]
-        y = y * (1 - c) + shared * c
+        y = y * (1 - c) + shared_output * c
     return y, logits
 
 

@@ -73,10 +73,10 @@ def random_model(
 
     def init_params(key):
         # No layout here: `out_shardings` below splits the values, so no device holds all of them.
-        initialised = model_lib.MiniMaxM1(
+        initialised_model = model_lib.MiniMaxM1(
             config, nnx.Rngs(key), dtype=dtype, param_dtype=param_dtype
         )
-        return {name: param[...] for name, param in params_by_path(initialised).items()}
+        return {name: param[...] for name, param in params_by_path(initialised_model).items()}
 
     params = params_by_path(model)
     shardings = {name: param.get_value().sharding for name, param in params.items()}

@@ -150,11 +150,11 @@ def build_quantized_arrays(
     def quantize_matrix(key: tuple[tuple[int, ...], range]) -> None:
         index, columns = key
         matrix = read_columns(index, slice(columns.start, columns.stop))
-        rounded, scale = quantize_columns(matrix)
+        rounded_values, scale = quantize_columns(matrix)
         for ranges in shards_by_matrix[key]:
             *leading, rows, _ = ranges
             local_index = tuple(i - r.start for i, r in zip(index, leading, strict=True))
-            value_shards[ranges][local_index] = rounded[rows.start : rows.stop]
+            value_shards[ranges][local_index] = rounded_values[rows.start : rows.stop]
             scale_shards[(*leading, columns)][local_index] = scale
 
     # No locks: threads write to different parts of the shards. numpy and the reads release the GIL.

@@ -198,8 +198,8 @@ def write_tiny_tokenizer(directory, vocab_size: int = 512) -> pathlib.Path:
     )
     tokenizer.train_from_iterator([_TOKENIZER_TEXT], trainer)
     # The trainer stops early when no pair of the text is left to merge.
-    reserved = [f"<reserved_{i}>" for i in range(base_size - tokenizer.get_vocab_size())]
-    tokenizer.add_special_tokens([*reserved, *_SPECIAL_TOKENS])
+    reserved_names = [f"<reserved_{i}>" for i in range(base_size - tokenizer.get_vocab_size())]
+    tokenizer.add_special_tokens([*reserved_names, *_SPECIAL_TOKENS])
     directory = pathlib.Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(directory / "tokenizer.json"))

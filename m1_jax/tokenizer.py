@@ -1,10 +1,10 @@
 """Text to token ids and back, over the `tokenizers` library, without transformers.
 
-This module makes two promises that the library alone does not:
+This module guarantees two properties that the library alone does not have:
   * Text never becomes a control token. `encode` spells out a typed `<end_of_sentence>` unless the
     caller allows special tokens, whatever flags tokenizer.json gives that token.
-  * Bytes are exact. A token is a byte string, so text streamed token by token is the text of all
-    tokens at once, also where a character spans several of them.
+  * Bytes are exact. A token is a byte string, so text streamed token by token equals the text of
+    all tokens at once, even if a character spans several tokens.
 """
 
 import codecs
@@ -17,7 +17,7 @@ from typing import Any
 import tokenizers
 
 # Marks of the chat template. tokenizer.json may flag them as ordinary added tokens, which the
-# library would then recognise in any text.
+# library recognises in any text.
 STRUCTURE_TOKENS = (
     "<begin_of_document>",
     "<end_of_document>",
@@ -25,27 +25,29 @@ STRUCTURE_TOKENS = (
     "<end_of_sentence>",
 )
 _DEFAULT_EOS_TOKEN = "<end_of_sentence>"
-_TOKEN_ROLES = ("bos", "eos", "unk", "pad", "sep", "cls", "mask")
-_UNKNOWN_ID_BYTES = "\ufffd".encode()  # for ids that exist in the model's padded vocabulary alone
+_TOKEN_ROLES = ("bos", "eos", "unk", "pad", "sep", "cls", "mask")  # keys "{role}_token"
+_UNKNOWN_ID_BYTES = "\ufffd".encode()  # of an id that only the model's padded vocabulary has
 
 
 class Tokenizer:
-    """A byte-level BPE tokenizer as the release ships it; make one with `Tokenizer.load`.
+    """A byte-level BPE tokenizer as the release ships it, made by `Tokenizer.load`.
 
     Control tokens are the added tokens marked special, those that tokenizer_config.json names, and
     `STRUCTURE_TOKENS`. Other added tokens are text and are matched in text.
 
     Attributes:
       vocab_size: highest id + 1. The model's vocabulary may be padded beyond it.
-      stop_ids: ids that end a generation, ascending; 200020 in the release.
+      stop_ids: ids that end a generation, ascending. The release has one, 200020.
     """
 
     def __init__(self, library: tokenizers.Tokenizer, settings: dict, generation: dict):
         self._library = library
         self._vocab = library.get_vocab(with_added_tokens=True)
+        # Not the number of tokens, since ids may have gaps.
         self.vocab_size = max(self._vocab.values()) + 1
         self._control_token_ids = self._mark_control_tokens(settings)
-        # An alternation takes the first name that matches: a prefix of another must come after it.
+        # A regular expression takes the first alternative that matches, so a name must come before
+        # its prefixes.
         longest_first = sorted(self._control_token_ids, key=len, reverse=True)
         # (?!) matches nothing, for a tokenizer without control tokens.
         self._control_pattern = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
@@ -58,7 +60,7 @@ class Tokenizer:
     def load(cls, directory) -> "Tokenizer":
         """Read a checkpoint directory's tokenizer.json and, where present, its two companions.
 
-        tokenizer_config.json names bos, eos and unk; generation_config.json may add eos ids.
+        tokenizer_config.json names bos, eos and unk. generation_config.json may add eos ids.
 
         Raises:
           FileNotFoundError: no tokenizer.json.
@@ -80,7 +82,7 @@ class Tokenizer:
             raise ValueError(
                 f"{path}: got decoder {library.decoder!r}; wanted ByteLevel, as the release has"
             )
-        # tokenizer.json may ask for both.
+        # tokenizer.json may ask for both, but ids must stand for all of the text and nothing else.
         library.no_truncation()
         library.no_padding()
         folder = path.parent
@@ -88,12 +90,12 @@ class Tokenizer:
         return cls(library, settings, _read_json_object(folder / "generation_config.json"))
 
     def encode(self, text: str, allow_special: bool = False) -> list[int]:
-        """Return the ids of `text`, adding nothing to it.
+        """Return the ids of `text`, without a token at its beginning or end.
 
         Args:
           text: any text that UTF-8 can hold.
-          allow_special: read the names of control tokens in the text as those tokens. Only for
-            text whose author may control the model, never for what a user typed.
+          allow_special: read the names of control tokens in the text as those tokens. It is only
+            for text whose author may control the model, never for text that a user typed.
 
         Raises:
           ValueError: text that UTF-8 cannot hold (a lone surrogate).
@@ -109,6 +111,7 @@ class Tokenizer:
             return self._encode_text(text)
         ids: list[int] = []
         start = 0
+        # The library spells out control tokens, so they are cut out before it sees the text.
         for match in self._control_pattern.finditer(text):
             ids += self._encode_text(text[start : match.start()])
             ids.append(self._control_token_ids[match.group()])
@@ -131,14 +134,14 @@ class Tokenizer:
         return token_id
 
     def token_bytes(self, token_id: int, skip_special: bool = True) -> bytes:
-        """Return the bytes of one token; those of a control token are empty if skipped.
+        """Return the bytes of one token, none for a control token if it is to be skipped.
 
-        An id that the tokenizer does not know reads U+FFFD: models pad their vocabulary.
+        An id that the tokenizer does not know gives U+FFFD, because models pad their vocabulary.
 
         Raises:
           ValueError: a negative id.
         """
-        token_id = int(token_id)
+        token_id = int(token_id)  # it may be a number of numpy or JAX
         if token_id < 0:
             raise ValueError(f"token id: got {token_id}; wanted 0 or more")
         if token_id in self._control_id_set and skip_special:
@@ -155,7 +158,7 @@ class Tokenizer:
             return token.encode()
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
-        """Return the text of `ids`; bytes that are not UTF-8 read U+FFFD."""
+        """Return the text of `ids`. Bytes that are not UTF-8 become U+FFFD."""
         return b"".join(self.token_bytes(i, skip_special) for i in ids).decode(errors="replace")
 
     def decoder(self, skip_special: bool = True) -> "StreamDecoder":
@@ -163,24 +166,28 @@ class Tokenizer:
         return StreamDecoder(self, skip_special)
 
     def _mark_control_tokens(self, settings: dict) -> dict[str, int]:
-        """Make the library spell out every control token; return their ids by name."""
+        """Make the library spell out every control token, and return their ids by name."""
         names = {t.content for t in self._library.get_added_tokens_decoder().values() if t.special}
         names |= {
             name
             for name in (*STRUCTURE_TOKENS, *_iterate_token_names(settings))
             if name in self._vocab
         }
-        marked = [tokenizers.AddedToken(n, special=True, normalized=False) for n in sorted(names)]
-        self._library.add_special_tokens(marked)
-        # In the library this means: encode the characters of a special token, not the token.
+        # Tokens that exist keep their ids. Sorted, since the order of a set is not deterministic.
+        control_tokens = [
+            tokenizers.AddedToken(n, special=True, normalized=False) for n in sorted(names)
+        ]
+        self._library.add_special_tokens(control_tokens)
+        # In the library this means: encode the characters of a special token's name, not the token.
         self._library.encode_special_tokens = True
         return {name: self._vocab[name] for name in names}
 
     def _encode_text(self, text: str) -> list[int]:
+        """Return the ids of `text`, none of which is a control token."""
         ids = self._library.encode(text, add_special_tokens=False).ids
         if self._control_id_set.isdisjoint(ids):
             return ids
-        # A tokenizer that looks whole words up in its vocabulary (ignore_merges) can still hit a
+        # A tokenizer that looks up whole words in its vocabulary (ignore_merges) may still find a
         # control token. Its name is cut after the first character, so that no part spells it.
         ids = []
         for part in self._split_control_names(text):
@@ -192,6 +199,7 @@ class Tokenizer:
     def _split_control_names(self, text: str) -> Iterator[str]:
         """Yield the text in parts, each control token's name cut after its first character."""
         start = 0
+        # The search goes on inside the name, because another name may begin there.
         while match := self._control_pattern.search(text, start):
             yield text[start : match.start() + 1]
             start = match.start() + 1
@@ -203,6 +211,7 @@ class Tokenizer:
         if not isinstance(stop_ids, list):
             stop_ids = [] if stop_ids is None else [stop_ids]
         for stop_id in stop_ids:
+            # JSON's true would be the id 1.
             if isinstance(stop_id, bool) or not isinstance(stop_id, int) or stop_id < 0:
                 raise ValueError(
                     f"generation_config.json: eos_token_id: got {stop_id!r}; wanted an id"
@@ -220,14 +229,14 @@ class Tokenizer:
 
 
 class StreamDecoder:
-    """Turns ids into text one at a time; a character comes out with its last byte.
+    """Turns ids into text one at a time. A character is returned with its last byte.
 
-    All results of `push` and the one of `flush`, joined, equal `decode` of all ids.
+    The results of all `push` calls and of `flush`, joined, equal `decode` of all ids.
     """
 
     def __init__(self, tokenizer: Tokenizer, skip_special: bool = True):
         self._tokenizer, self._skip_special = tokenizer, skip_special
-        # It keeps the bytes of an unfinished character until the next ones arrive.
+        # This decoder keeps the bytes of an unfinished character until the next bytes arrive.
         self._utf8_decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, token_id: int) -> str:
@@ -235,7 +244,7 @@ class StreamDecoder:
         return self._utf8_decoder.decode(self._tokenizer.token_bytes(token_id, self._skip_special))
 
     def flush(self) -> str:
-        """End the stream: return what an unfinished character reads as, and start anew."""
+        """End the stream: return U+FFFD for an unfinished character, and start anew."""
         text = self._utf8_decoder.decode(b"", final=True)
         self._utf8_decoder.reset()
         return text
@@ -244,12 +253,13 @@ class StreamDecoder:
 def _make_byte_alphabet() -> dict[str, int]:
     """Return the byte-level alphabet: the byte that each character of a token's name stands for.
 
-    Printable bytes are their own characters. The others are numbered from U+0100, as in GPT-2.
+    Printable bytes of Latin-1 are their own characters. The other bytes, in their order, are the
+    characters from U+0100 on, as in GPT-2.
     """
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    unprintable = [byte for byte in range(256) if byte not in printable]
-    shifted = {chr(0x100 + number): byte for number, byte in enumerate(unprintable)}
-    return {chr(byte): byte for byte in printable} | shifted
+    printable_bytes = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    other_bytes = [byte for byte in range(256) if byte not in printable_bytes]
+    shifted_alphabet = {chr(0x100 + offset): byte for offset, byte in enumerate(other_bytes)}
+    return {chr(byte): byte for byte in printable_bytes} | shifted_alphabet
 
 
 _BYTE_OF_CHAR = _make_byte_alphabet()
@@ -263,7 +273,7 @@ def _read_text(path: pathlib.Path) -> str:
 
 
 def _read_json_object(path: pathlib.Path) -> dict:
-    """Return a JSON object, empty where the file does not exist."""
+    """Return the JSON object of a file, or an empty one if the file does not exist."""
     if not path.exists():
         return {}
     try:
@@ -285,8 +295,8 @@ def _parse_token_name(token: Any) -> str | None:
 
 def _iterate_token_names(settings: dict) -> Iterator[str]:
     """Yield the names of the special tokens that tokenizer_config.json gives a role."""
-    additional = settings.get("additional_special_tokens") or []
-    for token in (*(settings.get(f"{role}_token") for role in _TOKEN_ROLES), *additional):
+    additional_tokens = settings.get("additional_special_tokens") or []
+    for token in (*(settings.get(f"{role}_token") for role in _TOKEN_ROLES), *additional_tokens):
         name = _parse_token_name(token)
         if name is not None:
             yield name

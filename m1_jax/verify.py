@@ -65,7 +65,7 @@ class ComparisonRow:
     """One compared quantity."""
 
     name: str  # of the quantity, such as "logits"
-    difference: float  # between model and golden file, in the unit of `measure`; may be NaN
+    difference: float  # between model and golden file, in the unit of `measure`, or NaN
     tolerance: float  # the largest difference that passes, in the same unit
     measure: str  # such as "max absolute" or "relative L2"
 
@@ -218,7 +218,7 @@ def _compare_state(model: model_lib.MiniMaxM1, golden: GoldenFile) -> Iterator[C
 def _find_stack_index(
     config: config_lib.ModelConfig, golden: GoldenFile, key: str, kind: str
 ) -> tuple[int, int, int]:
-    """Return where the golden file's layer lies; see `ModelConfig.stack_index_of`."""
+    """Return where the golden file's layer lies, as `ModelConfig.stack_index_of` does."""
     layer = int(golden[key])
     if not 0 <= layer < config.num_hidden_layers or config.layer_types[layer] != kind:
         raise ValueError(

@@ -192,9 +192,9 @@ def allocate_params(params_dir: pathlib.Path, stored_params: Mapping[str, Stored
     a mesh calls this.
     """
     skeleton = {path: np.zeros((1,), param.dtype) for path, param in stored_params.items()}
-    building = params_dir.with_name(params_dir.name + ".building")
+    building_dir = params_dir.with_name(params_dir.name + ".building")
     # An interrupted call may have left it.
-    shutil.rmtree(building, ignore_errors=True)
+    shutil.rmtree(building_dir, ignore_errors=True)
     # By default Orbax waits for every process at its barriers, but only this one takes part.
     process = jax.process_index()
     single_process = ocp.options.MultiprocessingOptions(
@@ -206,7 +206,7 @@ def allocate_params(params_dir: pathlib.Path, stored_params: Mapping[str, Stored
         multiprocessing_options=single_process,
     )
     with ocp.Checkpointer(handler, multiprocessing_options=single_process) as checkpointer:
-        checkpointer.save(building.resolve(), args=ocp.args.PyTreeSave(_nest_paths(skeleton)))
+        checkpointer.save(building_dir.resolve(), args=ocp.args.PyTreeSave(_nest_paths(skeleton)))
     for path, param in stored_params.items():
         chunks = {"name": "regular", "configuration": {"chunk_shape": param.chunk_shape}}
         metadata = {
@@ -215,10 +215,10 @@ def allocate_params(params_dir: pathlib.Path, stored_params: Mapping[str, Stored
             "chunk_grid": chunks,
             "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}],
         }
-        spec = array_spec(building, path) | {"metadata": metadata}
+        spec = array_spec(building_dir, path) | {"metadata": metadata}
         ts.open(spec, create=True, delete_existing=True).result()
     # The rename comes last, so a params directory that exists has all of its arrays.
-    building.rename(params_dir)
+    building_dir.rename(params_dir)
 
 
 def _nest_paths(flat: Mapping[str, object]) -> dict:

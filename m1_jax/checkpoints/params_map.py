@@ -66,7 +66,7 @@ class TensorEntry:
     Attributes:
       name: the release's name of the tensor.
       param_path: the dotted path of its parameter.
-      index: its position on the parameter's leading axes; empty for an unstacked parameter.
+      index: its position on the parameter's leading axes, empty for an unstacked parameter.
       transposed: whether parameter[index] is the tensor's transpose.
     """
 

@@ -107,19 +107,20 @@ class Release:
         self._check_names()
 
     def _check_names(self) -> None:
-        expected = {entry.name for entry in self.entries}
-        derived = params_map.list_derived_tensors(self.config)
+        expected_names = {entry.name for entry in self.entries}
+        derived_layers = params_map.list_derived_tensors(self.config)
         # Constants that the model computes itself: compared, then dropped, so that no reader sees
         # a tensor without a parameter.
-        for name in sorted(self.tensors.keys() & derived.keys()):
-            self._check_slope(name, derived[name])
+        for name in sorted(self.tensors.keys() & derived_layers.keys()):
+            self._check_slope(name, derived_layers[name])
             del self.tensors[name]
-        missing, extra = expected - self.tensors.keys(), self.tensors.keys() - expected
-        if missing or extra:
+        missing_names = expected_names - self.tensors.keys()
+        extra_names = self.tensors.keys() - expected_names
+        if missing_names or extra_names:
             raise CheckpointError(
                 f"{self.directory}: config.json and the weights disagree: "
-                f"{describe_names(missing, 'missing')}; "
-                f"{describe_names(extra, 'not in the model')}. "
+                f"{describe_names(missing_names, 'missing')}; "
+                f"{describe_names(extra_names, 'not in the model')}. "
                 "Is config.json the one that these weights were saved with?"
             )
 
@@ -206,10 +207,10 @@ def _read_shards(directory: pathlib.Path) -> list[ReleaseShard]:
             f"{index} is damaged ({error!r}); wanted JSON with a weight_map. Download it again."
         ) from None
     files = sorted(set(indexed_files.values()))
-    missing = [name for name in files if not (directory / name).is_file()]
-    if missing:
+    missing_files = [name for name in files if not (directory / name).is_file()]
+    if missing_files:
         raise CheckpointError(
-            f"{directory}: {describe_names(missing, 'shards missing')} of {len(files)} in "
+            f"{directory}: {describe_names(missing_files, 'shards missing')} of {len(files)} in "
             f"{INDEX_FILE}. Download them again."
         )
     shards = [read_shard(directory / name) for name in files]
