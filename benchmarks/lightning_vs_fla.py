@@ -2,9 +2,10 @@
 
     python benchmarks/lightning_vs_fla.py [--shape=8k] [--repeats=100]
 
-M1's attention is `simple_gla` with scale 1 and g_gamma = -slope; fla's function named after
-lightning attention is another one (kernels.md section 6). Needs torch with CUDA and fla; where they
-are absent it says so and ends. Error: as in `pallas_kernels.lightning_attention.bench`.
+M1's attention is `simple_gla` with scale 1 and g_gamma = -slope. fla's function named after
+lightning attention has other slopes and scales q by 1 / sqrt(H), so it does not compute M1's. The
+command needs torch with CUDA and fla. Where they are absent it says so and ends. Errors are measured
+as in `pallas_kernels.lightning_attention.bench`.
 """
 
 import argparse

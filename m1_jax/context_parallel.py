@@ -1,8 +1,9 @@
 """Lightning attention over a sequence whose length is split over devices.
 
-What a span of tokens does to the state is (g, S): it multiplies what comes in by g and adds S. So
-devices need no tokens of each other, only these pairs: one all-gather of N H H floats a device,
-whatever the length, and the same back for the gradient (LASP-2, arXiv 2502.07563; kernels.md 5.7).
+A span of tokens multiplies the incoming state by g and adds S. So devices need no tokens of each
+other, but only these pairs (g, S). Whatever the length, that is one all-gather of N H H floats a
+device, and as much back for the gradient. Source: LASP-2, arXiv 2502.07563; docs/kernels.md, "Spans
+of tokens".
 """
 
 from collections.abc import Callable

@@ -29,7 +29,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels.lightning_attention.tpu_fwd import dot_f32, read_state
+from pallas_kernels.lightning_attention import tpu_chunk
 from pallas_kernels.lightning_decode import reference, tpu_in_place
 from pallas_kernels.lightning_decode.tpu_in_place import Ref, StartOrWait
 
@@ -281,12 +281,14 @@ def _attend_head_group(
         slices = range(3 * head, 3 * head + 3)
         q, k, v = (jnp.where(in_tile, qkv[:, pl.ds(i * head_dim, head_dim)], 0) for i in slices)
         state = states[first_head + head]
-        scores = (dot_f32(q, k, 1, 1) * pair_decay[first_head + head]).astype(dtype)
-        carried = read_state(q, state)
-        out = dot_f32(scores, v, 1, 0) + jnp.exp(-slope * query_steps) * carried
+        scores = (tpu_chunk.dot_f32(q, k, 1, 1) * pair_decay[first_head + head]).astype(dtype)
+        carried = tpu_chunk.read_state(q, state)
+        out = tpu_chunk.dot_f32(scores, v, 1, 0) + jnp.exp(-slope * query_steps) * carried
         decayed_k = (k.astype(jnp.float32) * jnp.exp(-slope * key_steps)).astype(dtype)
         states[first_head + head] = (
-            state + expm1_nonpositive(-slope * length) * state + dot_f32(decayed_k, v, 0, 0)
+            state
+            + expm1_nonpositive(-slope * length) * state
+            + tpu_chunk.dot_f32(decayed_k, v, 0, 0)
         )
         columns = pl.ds(head * head_dim, head_dim)
         # Rows of other tiles keep the output that those tiles write.

@@ -21,7 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.lightning_attention.tpu_fwd import dot_f32
+from pallas_kernels.lightning_attention import tpu_chunk
 from pallas_kernels.lightning_decode import ring as decode_ring
 from pallas_kernels.lightning_decode import tpu_in_place
 from pallas_kernels.lightning_decode.tpu_in_place import Ref
@@ -391,7 +391,7 @@ def _flush_ring(
     for head in range(heads):
         state = hi[head].astype(jnp.float32) + lo[head].astype(jnp.float32)
         # Exact float32 products: S is rounded nowhere but below, every W tokens.
-        gain = dot_f32(decayed[:, head, :head_dim], decayed[:, head, head_dim:], 0, 0)
+        gain = tpu_chunk.dot_f32(decayed[:, head, :head_dim], decayed[:, head, head_dim:], 0, 0)
         state = state + loss[head : head + 1] * state + gain
         hi[head] = state.astype(jnp.bfloat16)
         lo[head] = (state - hi[head].astype(jnp.float32)).astype(jnp.bfloat16)
