@@ -23,7 +23,7 @@ class PackedRows:
 
     Attributes:
       tokens: token ids, 0 in padding.
-      segment_ids: number of the sample within its row, from 1; 0 in padding.
+      segment_ids: number of the sample within its row, from 1, and 0 in padding.
       positions: of the token within its sample, from 0.
       targets: id of the token that the position predicts.
       mask: 1 where the model wrote that token, else 0.
@@ -31,7 +31,7 @@ class PackedRows:
       coefficients: what it counts in the loss, see `loss.token_coefficients`.
       logp_old: its log-probability by the trainer, before the batch's updates.
       logp_rollout: its log-probability by the sampler.
-      logp_ref: its log-probability by the reference model; 0 without one.
+      logp_ref: its log-probability by the reference model, 0 without one.
       expert_ids: for each of L layers the A experts that the sampler sent the position's own token
         to, int8, -1 where unknown. None lets the trainer's router choose.
     """
@@ -71,7 +71,13 @@ class HostRows:
 
 
 class RowLocation(NamedTuple):
-    """Where a sample lies: which microbatch, which row of it, and the column of its first token."""
+    """Where a sample lies.
+
+    Attributes:
+      microbatch: index in the step.
+      row: index in the microbatch, 0 to B - 1.
+      start: column of the sample's first token, 0 to T - 1.
+    """
 
     microbatch: int
     row: int
@@ -122,10 +128,10 @@ def pack_samples(
     """Lay samples into as few rows as first fit finds, longest first.
 
     Args:
-      num_rows: B, rows in a microbatch; the last microbatch may have empty rows.
+      num_rows: B, rows in a microbatch. The last microbatch may have empty rows.
       seq_len: T, tokens in a row.
       expert_ids_shape: (layers, experts of a token) of the model, where the sampler's choices of
-        experts are to be replayed; None where they are not.
+        experts are to be replayed, or None.
 
     Raises:
       ValueError: a sample that is longer than a row.
@@ -148,9 +154,11 @@ def pack_samples(
         rows.tokens[row, columns] = token_ids
         rows.segment_ids[row, columns] = num_segments[microbatch, row]
         rows.positions[row, columns] = np.arange(len(token_ids))
+        # The last token predicts nothing: its mask is 0, and any id would do.
         rows.targets[row, columns] = [*token_ids[1:], 0]
         if rows.expert_ids is not None and sample.routes is not None:
-            # The sampler never computed the last tokens, so its record may end before them.
+            # The sampler never computed the last tokens, so its record may end before them. There
+            # the -1 of `_zero_rows` lets the router choose.
             rows.expert_ids[row, start : start + len(sample.routes)] = sample.routes
     packed.fill("mask", [1.0] * len(samples))
     packed.fill("logp_rollout", [sample.logprobs for sample in samples])
@@ -163,7 +171,7 @@ def _first_fit(
     """Return where samples of these lengths go, and how many rows they take."""
     free_tokens: list[int] = []  # in each row that was begun
     locations = [RowLocation(0, 0, 0)] * len(lengths)
-    # Equal lengths in their own order, so that the same samples always lie in the same rows.
+    # Equal lengths keep their order, so that the same samples always lie in the same rows.
     for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
         row = next((r for r, free in enumerate(free_tokens) if free >= lengths[i]), None)
         if row is None:
@@ -180,6 +188,7 @@ def _zero_rows(num_rows: int, seq_len: int, expert_ids_shape: tuple[int, int] | 
 
     expert_ids = None
     if expert_ids_shape is not None:
+        # int8 holds the ids of 128 experts, and these arrays are the largest of a batch.
         expert_ids = np.full((num_rows, seq_len, *expert_ids_shape), -1, np.int8)
     return HostRows(
         tokens=zeros(np.int32),
@@ -198,6 +207,7 @@ def _zero_rows(num_rows: int, seq_len: int, expert_ids_shape: tuple[int, int] | 
 
 def gather_to_host(array: jax.Array) -> np.ndarray:
     """Return all of an array, also where other processes hold parts of it."""
+    # Numpy arrays do not have the attribute.
     if getattr(array, "is_fully_addressable", True):
         return np.asarray(array)
     return np.asarray(multihost_utils.process_allgather(array, tiled=True))

@@ -116,13 +116,11 @@ def token_coefficients(
         )
     valid = valid.astype(bool)
     lengths = np.where(valid, lengths, 0).astype(np.float64)
-    # Any ids become indices from 0, which `bincount` needs.
     _, prompt_index = np.unique(prompt_ids, return_inverse=True)
     num_samples = max(valid.sum(), 1)
     num_prompts = max(len(np.unique(prompt_index[valid])), 1)
     sample_tokens, step_tokens = np.maximum(lengths, 1), max(lengths.sum(), 1)
     prompt_tokens = sample_tokens
-    # `bincount` of nothing is empty, and cannot be indexed.
     if len(prompt_index):
         prompt_tokens = np.maximum(np.bincount(prompt_index, lengths), 1)[prompt_index]
     match objective.aggregation:

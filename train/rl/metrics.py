@@ -1,8 +1,9 @@
-"""What is measured of reinforcement learning: on the device as sums, on the host over a batch.
+"""What is measured of reinforcement learning: on the devices as sums, on the host over a batch.
 
-Sums over tokens add up over micro-batches, rows and hosts. `summarize_metrics` divides them, once.
-Names of PPO's clipping: "high" is A > 0 with a ratio above its bound, "low" is A < 0 with a ratio
-below its bound.
+Sums over tokens add up over microbatches, rows and hosts. `summarize_metrics` divides them once.
+Three functions document the metrics that they return: `summarize_metrics` those of an optimizer
+step, `measure_mismatch` those between sampler and trainer, `summarize_groups` those of rewards and
+lengths. The symbols r, w, A, M and rho are those of `train/rl/objective.py`.
 """
 
 import math
@@ -17,16 +18,18 @@ from jaxtyping import Array, Bool, Float, Int, Real
 from train.rl import advantages as advantages_lib
 from train.rl import loss as loss_lib
 
-# DAPO's bounds: what PPO's clipping would have dropped under any objective (M1 3.1's argument).
+# DAPO's bounds. Under any objective the log says which tokens PPO's clipping would have dropped,
+# because M1 argues with them for CISPO (M1 3.1).
 PPO_CLIP_LOW, PPO_CLIP_HIGH = 0.2, 0.28
-# Log ratios above which tokens are counted, for the 99th percentile: 5% apart. A percentile itself
-# does not add up over micro-batches, but such counts do.
+# Log ratios above which tokens are counted, for the 99th percentile. They are 0.05 apart, so the
+# percentile is 5% coarse. A percentile itself does not add up over microbatches, such counts do.
 _LOG_RATIO_EDGES = np.linspace(-3, 3, 121)
-# Most of M1's gradients were below 1e-14 (M1 3.2), where AdamW's usual eps would hide them.
+# Powers of ten between which gradients are counted. Most of M1's gradients were below 1e-14
+# (M1 3.2), where AdamW's usual eps of 1e-8 would hide them.
 GRADIENT_DECADES = tuple(range(-20, 1))
 
-# Metrics of a part of a step. "shares", "sums" and "drops" are added up over the parts of a step;
-# of "maxima" the largest is taken.
+# Metrics of a part of a step, by kind and name. "shares", "sums" and "drops" are added up over the
+# parts of a step. From "maxima" the largest is taken.
 MetricSums = dict[str, dict[str, Any]]
 
 
@@ -45,10 +48,15 @@ def loss_metrics(parts: loss_lib.LossParts) -> MetricSums:
 
 
 def token_sums(parts: loss_lib.LossParts) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return sums over the tokens that the model wrote, and maxima over them."""
+    """Return sums over the tokens that the model wrote, and maxima over them.
+
+    `summarize_metrics` makes metrics of the same names from them, and explains these.
+    """
     terms, ratio, weight = parts.terms, parts.ratio, parts.weight
     real, a = terms.mask > 0, terms.advantages
     positive, negative = real & (a > 0), real & (a < 0)
+    # Schulman's estimators of KL(policy || other): k1 = -x and k3 = exp(x) - 1 - x, where x is the
+    # log-probability by the other less that by the policy. k3 is never negative.
     x = terms.logp_old - terms.logp
     dropped = real & ppo_drop_mask(ratio, a)
     sums = {
@@ -82,7 +90,7 @@ def token_sums(parts: loss_lib.LossParts) -> tuple[dict[str, Any], dict[str, Any
         sums["entropy"] = terms.entropy
     sums = {name: _masked_sum(value, real, ratio.dtype) for name, value in sums.items()}
     edges = jnp.asarray(_LOG_RATIO_EDGES, ratio.dtype)[None, None, :]
-    # [B, T, edges].
+    # [B, T, edges], a comparison that XLA fuses into the sum.
     above = real[..., None] & (jnp.log(ratio)[..., None] > edges)
     sums["ratio_above"] = jnp.sum(above, axis=(0, 1), dtype=ratio.dtype)
     maxima = {
@@ -102,15 +110,35 @@ def add_metrics(first: MetricSums, second: MetricSums) -> MetricSums:
 def summarize_metrics(metrics: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
     """Return a whole step's metrics as numbers.
 
-    The shares as they are; then means over tokens, and over the tokens of that sign for what is
-    counted by the sign of A; ratio_p99, rounded up by at most 5% (infinite above e^3);
-    weight_effective, the effective sample size (sum w)^2 / sum w^2 as a share of the tokens.
+    A share is a fraction of tokens, 0 to 1. "Positive" are the tokens with A > 0, "negative" those
+    with A < 0. Every mean is over the tokens that the model wrote.
+
+    Returns:
+      loss, policy_loss, ppo_loss, kl_loss, entropy_loss: see `loss.LossParts.shares`.
+      balance_loss: of the routers, without its coefficient.
+      tokens: number of tokens that the model wrote.
+      positive, negative: share of such tokens.
+      clip_high, clip_low: share of the positive, or the negative, tokens that M drops.
+      weight_high/SIGN, weight_low/SIGN: share of the tokens of that sign whose weight a bound has
+        made smaller, or larger, than r.
+      ppo_drop: share of tokens that PPO's clipping would drop. ppo_drop/SIGN: of that sign.
+      rejected: share of tokens that the correction or the off-policy mask rejects.
+      ratio, weight, rho, advantage: mean of r, w, rho and A.
+      ratio_max, ratio_min: extremes of r.
+      ratio_p99: 99th percentile of r, rounded up by at most 5%, infinite above e^3.
+      weight_effective, rho_effective: effective sample size (sum w)^2 / sum w^2 as a share of the
+        tokens. 1 means equal weights.
+      k1_old, k3_old: estimates of KL(policy || old), old being the weights before the batch, nats.
+      k1_ref, k3_ref: the same of the reference model, if the loss has its KL.
+      entropy: mean exact entropy, nats.
     """
     sums = {name: np.asarray(value, np.float64) for name, value in metrics["sums"].items()}
     out = {name: float(value) for name, value in metrics["shares"].items()}
     above = sums.pop("ratio_above")
     tokens = float(sums["tokens"])
+    # What the sums are divided by: at least 1, so that a step without such tokens has shares of 0.
     of_sign = {name: max(float(sums[name]), 1.0) for name in ("positive", "negative")}
+    # clip_high counts positive tokens alone, and clip_low negative ones.
     of_sign |= {"high": of_sign["positive"], "low": of_sign["negative"]}
     for name, value in sums.items():
         part = name.removeprefix("clip_") if name.startswith("clip_") else name.split("/")[-1]
@@ -123,6 +151,7 @@ def summarize_metrics(metrics: Mapping[str, Mapping[str, Any]]) -> dict[str, flo
         out[f"{name}_effective"] = out[name] ** 2 / square if square else 0.0
     out["ratio_max"] = float(metrics["maxima"]["ratio_max"])
     out["ratio_min"] = -float(metrics["maxima"]["ratio_min"])
+    # The first edge that at most 1% of the tokens are above.
     few = above <= 0.01 * tokens
     out["ratio_p99"] = float(np.exp(_LOG_RATIO_EDGES[few.argmax()])) if few.any() else math.inf
     return out
@@ -135,7 +164,7 @@ def count_drops_by_token(
     mask: Real[Array, "B T"],
     vocab_size: int,
 ) -> Int[Array, "2 V"]:
-    """Return how often each token id was dropped by `ppo_drop_mask`, and how often it was there."""
+    """Return how often `ppo_drop_mask` dropped each token id, and how often the model wrote it."""
     real = mask > 0
     return _count_by_token(tokens, (real & ppo_drop_mask(ratio, advantages), real), vocab_size)
 
@@ -148,9 +177,16 @@ def count_clips_by_token(
     bound: float | None,
     vocab_size: int,
 ) -> Int[Array, "2 V"]:
-    """Return how often each id with A > 0 had a ratio above `bound`, and how often it was there.
+    """Return how often each id with A > 0 had a ratio above `bound`, and how often it had A > 0.
 
-    bound: the objective's own, above which it drops such a token or caps its weight; None: none.
+    Args:
+      tokens: ids.
+      ratio: r.
+      advantages: A.
+      mask: 1 where the model wrote the token.
+      bound: ratio above which the objective drops such a token or caps its weight. None for no
+        bound, and counts of 0.
+      vocab_size: V.
     """
     good = (mask > 0) & (advantages > 0)
     above = jnp.zeros_like(good) if bound is None else good & (ratio > bound)
@@ -158,6 +194,7 @@ def count_clips_by_token(
 
 
 def _count_by_token(tokens, flags, vocab_size: int):
+    """Return for each array of flags [B, T] how often it is true, by token id, [flags, V]."""
     ids = tokens.reshape(-1)
     counts = [x.reshape(-1).astype(jnp.int32) for x in flags]
     return jnp.stack([jax.ops.segment_sum(x, ids, vocab_size) for x in counts])
@@ -166,15 +203,18 @@ def _count_by_token(tokens, flags, vocab_size: int):
 def rank_dropped_tokens(
     counts: Any, num: int = 10, min_dropped: int = 1
 ) -> list[tuple[int, int, int]]:
-    """Return (token id, times dropped, times there) of the ids that were dropped most often.
+    """Return (token id, times dropped, times seen) of the ids that were dropped most often.
 
-    counts: of `count_drops_by_token` or `count_clips_by_token`. least: times dropped; 0 lists
-      others that were there.
+    Args:
+      counts: [2, V], of `count_drops_by_token` or `count_clips_by_token`.
+      num: ids at most.
+      min_dropped: times that an id was dropped at least. 0 lists ids that were never dropped too.
     """
-    dropped, there = np.asarray(counts)
-    listed = np.flatnonzero((dropped >= min_dropped) & (there > 0))
-    order = listed[np.lexsort((-there[listed], -dropped[listed]))][:num]
-    return [(int(i), int(dropped[i]), int(there[i])) for i in order]
+    dropped, total = np.asarray(counts)
+    listed = np.flatnonzero((dropped >= min_dropped) & (total > 0))
+    # `lexsort` sorts by its last key first: most often dropped, then most often seen.
+    order = listed[np.lexsort((-total[listed], -dropped[listed]))][:num]
+    return [(int(i), int(dropped[i]), int(total[i])) for i in order]
 
 
 def measure_mismatch(
@@ -185,14 +225,23 @@ def measure_mismatch(
 ) -> dict[str, float]:
     """Return how far sampler and trainer are apart on the same tokens and weights (M1 3.2).
 
-    With d = logp_old - logp_rollout and p = exp(logp): pearson of both p (Figure 3), means and
-    maxima of |d| and of the difference of p, k1 = -mean d and k3 = mean(exp d - 1 - d), both of
-    KL(sampler || trainer), chi2 = mean(exp 2d) - 1 by token and of exp(sum of d) by sequence,
-    perplexity_ratio = exp(-mean d). Pearson of constant probabilities is NaN.
+    Here d = logp_old - logp_rollout, and p = exp(logp) of the trainer, q of the sampler.
 
     Args:
-      mask: [B, T], 1 where the model wrote the token. segment_ids: samples within a row; None
-        for one sample a row.
+      logp_rollout: [B, T], by the sampler.
+      logp_old: [B, T], by the trainer.
+      mask: [B, T], 1 where the model wrote the token.
+      segment_ids: [B, T], sample of a token within its row. None for one sample a row.
+
+    Returns:
+      pearson: correlation of p and q (Figure 3), NaN if either is constant.
+      probability_gap_mean, probability_gap_max: of |p - q|.
+      logp_gap_mean, logp_gap_max: of |d|, nats.
+      k1: -mean d, which estimates KL(sampler || trainer), nats.
+      k3: mean(exp d - 1 - d), an estimate of the same that is never negative.
+      chi2_token: mean(exp 2d) - 1, the chi-square divergence.
+      chi2_sequence: the same with the sum of d over each sample.
+      perplexity_ratio: exp(-mean d), the trainer's perplexity over the sampler's.
 
     Raises:
       ValueError: no token at all.
@@ -200,12 +249,15 @@ def measure_mismatch(
     real = np.asarray(mask) > 0
     if not real.any():
         raise ValueError("mismatch: got no token that the model wrote; wanted at least one")
-    roll, old = (np.asarray(x)[real].astype(np.float64) for x in (logp_rollout, logp_old))
-    d, p, q = old - roll, np.exp(old), np.exp(roll)
+    # [tokens], in float64: the gaps are near float32's rounding.
+    rollout, trainer = (np.asarray(x)[real].astype(np.float64) for x in (logp_rollout, logp_old))
+    d, p, q = trainer - rollout, np.exp(trainer), np.exp(rollout)
+    # A sample is a pair (row, segment), and becomes a number from 0.
     rows = np.broadcast_to(np.arange(real.shape[0])[:, None], real.shape)
     segments = np.zeros_like(rows) if segment_ids is None else np.asarray(segment_ids)
     samples = np.stack([rows[real], segments[real]])
     _, sample = np.unique(samples, axis=1, return_inverse=True)
+    # Clipped, as exp(2 * 20) is useless already, and a longer sum would be infinite.
     sequence = np.clip(np.bincount(sample.reshape(-1), d), -20, 20)
     spread = p.std() * q.std()
     pearson = np.mean((p - p.mean()) * (q - q.mean())) / spread if spread else math.nan
@@ -234,14 +286,27 @@ def summarize_groups(
 ) -> dict[str, float]:
     """Return a batch's rewards by sample and group, and its lengths and ends.
 
-    reward_mean, reward_std; pass_at_k, the share of groups with a sample of reward `right` or
-    more; zero_variance, the share of groups without variance, split into zero_variance_right and
-    zero_variance_wrong; length_p50, _p99, _max in tokens; truncated and repetition, shares of
-    samples; invalid, the share without a reward, which nothing else but lengths and ends counts.
+    Args:
+      rewards: of each sample. Any value where the sample is not valid.
+      group_ids: of each sample.
+      valid: whether the sample counts.
+      lengths: of each answer, tokens.
+      statuses: how each answer ended, see `sample.Sample`.
+      pass_reward: from which on an answer is right.
+
+    Returns:
+      reward_mean, reward_std: over valid samples, NaN without one.
+      pass_at_k: share of groups with a right answer.
+      zero_variance: share of groups whose rewards are all the same, so that they teach nothing.
+      zero_variance_right, zero_variance_wrong: its two parts.
+      invalid: share of samples that do not count.
+      truncated, repetition: share of samples that filled the window, or ended in a loop.
+      length_p50, length_p99, length_mean, length_max: tokens, of all samples, valid or not.
     """
     ok = np.asarray(valid, bool)
     reward, length = np.asarray(rewards, np.float64), np.asarray(lengths, np.float64)
     ids = np.unique(np.asarray(group_ids), return_inverse=True)[1].reshape(-1)
+    # Groups without a valid sample are no groups here.
     parts = [reward[ok & (ids == g)] for g in np.unique(ids[ok])]
     flat = [part for part in parts if advantages_lib.has_zero_variance(part)]
     status = np.asarray(statuses)
@@ -265,7 +330,8 @@ def summarize_groups(
 def gradient_shares(grads: Any) -> dict[str, Float[Array, ""]]:
     """Return which share of a gradient's entries has an absolute value below 1e-20, ..., 1e0.
 
-    "below_1e-14" of them is M1's remark. Exact zeros are "zero". Sharded gradients stay so.
+    M1's remark is about "below_1e-14". "zero" is the share of exact zeros. Sharded gradients are
+    counted where they lie.
     """
     leaves = [jnp.abs(x) for x in jax.tree.leaves(grads)]
     out = {f"below_1e{e}": _true_fraction([x < 10.0**e for x in leaves]) for e in GRADIENT_DECADES}
@@ -273,8 +339,9 @@ def gradient_shares(grads: Any) -> dict[str, Float[Array, ""]]:
 
 
 def gradient_histogram(shares: Mapping[str, Any]) -> dict[str, float]:
-    """Return the share of each decade, by its upper end; "above" is 1 and more."""
+    """Return the share of each decade by its upper end. "above" is the share of 1 and more."""
     below = [float(shares[f"below_1e{e}"]) for e in GRADIENT_DECADES]
+    # Shares below a bound are cumulative, so their differences are the decades.
     steps = np.diff([0.0, *below, 1.0])
     return dict(
         zip([*(f"1e{e}" for e in GRADIENT_DECADES), "above"], map(float, steps), strict=True)
@@ -282,12 +349,13 @@ def gradient_histogram(shares: Mapping[str, Any]) -> dict[str, float]:
 
 
 def zero_share(tree: Any) -> Float[Array, ""]:
-    """Return which share of a tree's entries is 0: of second moments, what float32 lost."""
+    """Return which share of a tree's entries is 0. A second moment of 0 is lost to float32."""
     return _true_fraction([x == 0 for x in jax.tree.leaves(tree)])
 
 
 def _true_fraction(leaves):
-    size = float(sum(x.size for x in leaves))  # of a large model no int32
+    # A float, because a large model has more entries than an int32 counts.
+    size = float(sum(x.size for x in leaves))
     # Integers along the last axis: float32 would stop counting ones at 2^24.
     rows = [jnp.sum(jnp.atleast_1d(x), axis=-1, dtype=jnp.int32) for x in leaves]
     return jnp.sum(jnp.stack([jnp.sum(x.astype(jnp.float32)) / size for x in rows]))

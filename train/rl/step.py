@@ -2,11 +2,13 @@
 
     sums = None
     for rows in microbatches:
-        sums = add(sums, state.model, rows, share, weight_mean, settings)
-    state, metrics = update(state, sums[0], settings)
+        sums = accumulate_gradients(sums, state.model, rows, token_share, weight_mean, settings)
+    gradients, metric_sums = sums
+    state, metrics = apply_update(state, gradients, settings)
 
 Gradients are added up over any number of microbatches of one shape, so a step is compiled once,
-however much its samples wrote. The coefficients in the rows have the whole step's denominators.
+however long its samples are. The coefficients in the rows have the whole step's denominators, so
+nothing is divided here.
 """
 
 import dataclasses
@@ -30,10 +32,13 @@ from train.rl import objective as objective_lib
 
 @dataclasses.dataclass(frozen=True)
 class RlStepSettings:
-    """What the compiled functions are made for.
+    """What the compiled functions are made for. It is hashable, and static in them.
 
-    temperature: of the sampler, and so of the trainer's probabilities. balance_coefficient: of
-    `moe.balance_loss`.
+    Attributes:
+      optimizer: of the step.
+      objective: of the loss.
+      temperature: of the sampler, and so of the trainer's probabilities, more than 0.
+      balance_coefficient: of `moe.balance_loss`, at least 0.
     """
 
     optimizer: optim.AdamW
@@ -65,20 +70,28 @@ def accumulate_gradients(
     weight_mean: Any,
     settings: RlStepSettings,
 ):
-    """Return (gradients, metrics) of a microbatch, added to those of the ones before.
+    """Return (gradients, metrics) of a microbatch, added to those of the microbatches before it.
 
-    sums: None for the first. share: of the step's tokens that are in these rows; it weighs the
-    balance loss, which is a product of means. weight_mean: see `objective.TokenTerms`, or None.
+    Args:
+      sums: what this function returned for the microbatch before, or None for the first. Donated.
+      model: with the weights before the step.
+      rows: the microbatch.
+      token_share: share of the step's tokens that are in these rows, 0 to 1. It weighs the balance
+        loss, which is a product of means and so no sum over tokens.
+      weight_mean: see `loss.TokenTerms`, or None.
+      settings: of the run.
     """
-    trained, rest = trainable.partition(model)
+    trained, frozen = trainable.partition(model)
 
+    # Gradients of the trained part alone: with LoRA the frozen weights get none.
     @functools.partial(jax.grad, has_aux=True)
     def gradients(trained):
         return _microbatch_loss(
-            trainable.combine(trained, rest), rows, token_share, weight_mean, settings
+            trainable.combine(trained, frozen), rows, token_share, weight_mean, settings
         )
 
     grads, metrics = gradients(trained)
+    # Without this XLA may keep whole gradients on each device.
     grads = step_lib.constrain_shardings(grads)
     if sums is None:
         return grads, metrics
@@ -120,6 +133,7 @@ def _loss_and_metrics(
         mask=rows.mask,
         coefficients=rows.coefficients,
         segment_ids=rows.segment_ids,
+        # Zeros without a reference model: its metrics would mean nothing.
         logp_ref=rows.logp_ref if settings.objective.kl_coef else None,
         entropy=token_logprobs.entropy,
         weight_mean=weight_mean,
@@ -145,29 +159,33 @@ def _loss_and_metrics(
 
 def _ratio_upper_bound(objective: objective_lib.Objective) -> float | None:
     """Return the ratio above which a token with A > 0 is dropped or its weight capped."""
-    dropped = None if objective.clip_high is None else 1 + objective.clip_high
-    return min((x for x in (dropped, objective.is_weight_max) if x is not None), default=None)
+    clip_bound = None if objective.clip_high is None else 1 + objective.clip_high
+    return min((x for x in (clip_bound, objective.is_weight_max) if x is not None), default=None)
 
 
 @functools.partial(jax.jit, static_argnames="settings", donate_argnames="state")
 def apply_update(
     state: step_lib.TrainState, grads: Any, settings: RlStepSettings
 ) -> tuple[step_lib.TrainState, dict[str, Any]]:
-    """Make one optimizer step with the gradients that `accumulate_gradients` summed; the state is
-    donated.
+    """Make one optimizer step with the gradients that `accumulate_gradients` summed.
+
+    The state is donated.
 
     Returns:
-      The new state, and metrics: those of `step.apply_gradients`, and the magnitudes of gradients
-      and second moments (`rl_metrics`), as M1 3.2 looks at them.
+      The new state, and the metrics of `step.apply_gradients` with
+        gradient/NAME: see `metrics.gradient_shares`.
+        second_moment/zero: share of AdamW's second moments that are 0.
+      M1 3.2 looks at these two.
     """
     shares = {f"gradient/{name}": x for name, x in rl_metrics.gradient_shares(grads).items()}
     state, metrics = step_lib.apply_gradients(state, grads, settings.optimizer)
-    second = [
+    # optax nests the states of its transformations. AdamW's is found by its class.
+    second_moments = [
         leaf.nu
         for leaf in jax.tree.leaves(state.moments, is_leaf=_is_adam_state)
         if _is_adam_state(leaf)
     ]
-    return state, metrics | shares | {"second_moment/zero": rl_metrics.zero_share(second)}
+    return state, metrics | shares | {"second_moment/zero": rl_metrics.zero_share(second_moments)}
 
 
 def _is_adam_state(part: Any) -> bool:
