@@ -96,6 +96,7 @@ class EngineConfig:
                 f"prefill_tokens: got {sizes}; wanted ascending sizes, the last at least "
                 f"chunk_tokens {chunk}"
             )
+        # For the message: of two powers of two, the larger one is a multiple of the other.
         unit = max(self.attention_tile, self.matmul_tile)
         for size in sizes:
             if size % self.attention_tile or (self.matmul_tile and size % self.matmul_tile):
@@ -126,9 +127,11 @@ class EngineConfig:
 
         A dispatch takes the smallest program that holds its rows.
         """
+        # Whole matmul tiles, so that no program computes a part of one.
         unit = max(8, self.matmul_tile)
         largest = -(-self.max_rows // unit) * unit
         sizes = [unit]
+        # Steps of 4 and not of 2, because each program takes its time to compile.
         while sizes[-1] < largest:
             sizes.append(min(4 * sizes[-1], largest))
         return tuple(sizes)
@@ -157,6 +160,7 @@ def fit_config(
     prompts = sorted((prompt for prompt, _ in requests), reverse=True)[:rows]
     # Each prompt is padded to whole tiles.
     total = sum(prompts) + config.attention_tile * rows
+    # A power of two times the chunk, and so a multiple of the attention tile.
     prefill = chunk
     while prefill < min(_MAX_PREFILL_TOKENS, total):
         prefill *= 2

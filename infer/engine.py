@@ -6,9 +6,9 @@
     request.output().text
 
 The scheduler (`scheduling/scheduler.py`) decides, the programs (`execution/programs.py`) compute,
-and this file carries plans to the one and results back to the other. It stays one plan ahead of the
-results: while the device runs a plan, the host reads the tokens of the plan before. Everything is
-compiled when the engine is made, and nothing afterwards.
+and this file carries plans to the programs and results back to the scheduler. It stays one plan
+ahead of the results: while the device runs a plan, the host reads the tokens of the plan before.
+Everything is compiled when the engine is made, and nothing afterwards.
 """
 
 import collections
@@ -41,7 +41,7 @@ class Engine:
     `start` a thread, or call `run` or `step` from one thread of your own.
 
     Attributes:
-      version: of the weights, 0 at first, one more with every `swap_weights`.
+      version: the version of the weights, 0 at first. Every `swap_weights` adds 1.
     """
 
     def __init__(
@@ -146,7 +146,7 @@ class Engine:
                 self._end_request(request, "cancelled")
 
     def swap_weights(self, model: Any, keep_running: bool = True) -> int:
-        """Put other weights of the same shapes in place; return their version.
+        """Put other weights of the same shapes in place, and return their version.
 
         They enter between two dispatches, and nothing is compiled.
 
@@ -158,6 +158,7 @@ class Engine:
           ValueError: other shapes, dtypes or layout.
         """
         with self._work_condition:
+            # Dispatched plans have the old arrays already, and keep the old version.
             self._device.swap_weights(model)
             self.version += 1
             self._scheduler.set_cache_key(self._cache_key(), keep_running)
@@ -207,7 +208,7 @@ class Engine:
         self._thread.start()
 
     def dismiss_followers(self) -> None:
-        """Let the other processes go until this one works again; see `leader_follower.Follower`.
+        """Let the other processes go until this one works again. See `leader_follower.Follower`.
 
         Raises:
           RuntimeError: requests are under way.
@@ -306,11 +307,12 @@ class Engine:
             for token in tokens:
                 if request.finish_reason is None:
                     self._push_token(request, token, dispatched.version)
-            if number not in self._requests:  # cancelled by its own callback
+            if number not in self._requests:  # cancelled by its own `on_token`
                 continue
             is_over = request.finish_reason is not None
             if not tokens and not is_over:
                 continue
+            # Tokens past an end that only the host knows are in the device's state all the same.
             was_cut = len(request.tokens) - num_before < len(tokens)
             knows_end = is_over and tokens and not was_cut and self._device_knows_end(request)
             length = len(request.prompt) + len(request.tokens) - 1 if knows_end else None
@@ -344,7 +346,7 @@ class Engine:
         self, request: request_lib.Request, sampled: host_batch.SampledToken, version: int
     ) -> None:
         """Give a request its next token, or end it where the token or its grammar is no good."""
-        if not np.isfinite(sampled.logp_raw):
+        if not np.isfinite(sampled.logp_raw):  # the model's logits are not finite
             request.finish_reason = "error"
             request.text += request.progress.flush()
             return

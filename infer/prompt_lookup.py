@@ -1,12 +1,12 @@
 """Guesses at the next tokens without a model: what followed the same tokens before (prompt lookup).
 
-Answers repeat what was asked and themselves; a guess costs nothing, and one forward pass checks
-several (`programs.verify_drafts`). What is made does not depend on the guesses, only how fast.
+Answers repeat what was asked, and themselves. A guess costs nothing, and one forward pass checks
+several (`programs.verify_drafts`). The tokens do not depend on the guesses, only the speed does.
 """
 
 from collections.abc import Iterable
 
-NGRAM_LENGTHS = (3, 2)  # of the tokens to recognise, the longest first
+NGRAM_LENGTHS = (3, 2)  # tokens that must agree before a guess, the longest first
 
 
 class PromptLookup:
@@ -14,6 +14,7 @@ class PromptLookup:
 
     def __init__(self, tokens: Iterable[int] = ()):
         self._tokens: list[int] = []
+        # By the last tokens of a run: index of the token after it, where it was seen last.
         self._next_index: dict[tuple[int, ...], int] = {}
         for token in tokens:
             self.push(token)
@@ -28,7 +29,7 @@ class PromptLookup:
         self._tokens.append(token)
 
     def draft_tokens(self, max_tokens: int) -> list[int]:
-        """Return up to `most` tokens that may come next."""
+        """Return up to `max_tokens` tokens that may come next."""
         for length in NGRAM_LENGTHS:
             start = self._next_index.get(tuple(self._tokens[-length:]))
             if start is not None and len(self._tokens) >= length:

@@ -38,7 +38,7 @@ def save_requests(engine: engine_lib.Engine, path: str | os.PathLike) -> int:
     Tokens that the device has made and the engine not yet taken are made again later.
 
     Returns:
-      How many requests.
+      The number of requests.
 
     Raises:
       OSError: the file cannot be written. All requests go on.
@@ -69,20 +69,21 @@ def resume_requests(
     Args:
       engine: of the same model, weights, tokenizer and recipe. Its `version` becomes the file's,
         if that is larger.
-      path: stays as it is.
+      path: the file. It stays as it is.
       on_token: as in `Engine.submit`, called for new tokens only.
 
     Returns:
       The requests, in the file's order.
 
     Raises:
-      ValueError: another model, or a file that is none of `save_requests`, or requests that this
-        engine is too small for.
-      OSError: it cannot be read.
+      ValueError: another model, or a file that `save_requests` did not write, or requests that
+        this engine is too small for.
+      OSError: the file cannot be read.
     """
     path = pathlib.Path(path)
     value = _read_file(path)
     identity = _engine_identity(engine)
+    # With other weights or sizes the rest of an output would be plausible, but not bit-exact.
     for name, made_by in value["made_by"].items():
         if identity.get(name) != made_by:
             raise ValueError(

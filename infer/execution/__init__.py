@@ -1,1 +1,1 @@
-"""What runs on the device; nothing here decides."""
+"""What runs on the device. Nothing here decides."""

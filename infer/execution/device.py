@@ -69,9 +69,10 @@ class Device:
             slot_sampling.init_sampling_state, static_argnums=(0, 1), out_shardings=self._replicated
         )(config.total_slots, model.config.vocab_size)
         self._buffers: dict[str, Any] = {"model": weights, "state": state, "sampling": sampling}
+        # By sequence: what `swap_out` read, as trees of `_HostCopy`.
         self._host_copies: dict[Hashable, list[Any]] = {}
         self.limits = _measure_limits(config, state)
-        self._programs: dict[tuple[str, int], CompiledProgram] = {}
+        self._programs: dict[tuple[str, int], CompiledProgram] = {}  # by name and size
         self._specs = self._declare_steps(config)
         self._specs |= self._declare_transfers(config, model.config.vocab_size)
         self._compile_programs()
@@ -83,14 +84,14 @@ class Device:
         return self._buffers["model"]
 
     def run_program(self, name: str, size: int, *host_arguments: Any) -> Any:
-        """Run a program on host arrays. It is dispatched; nothing waits for it.
+        """Dispatch a program on host arrays, without waiting for it.
 
         Args:
           name: as in `_declare_steps` and `_declare_transfers`.
-          size: which variant: rows or tokens of the batch, 0 where there is one variant alone.
+          size: which variant to run, by its rows or tokens. 0 where there is one variant alone.
 
         Returns:
-          The program's result, None if it has none.
+          The program's result, or None if it has none.
         """
         spec = self._specs[name]
         buffers = (self._buffers[buffer] for buffer in spec.takes)
@@ -113,10 +114,15 @@ class Device:
         """
         parts = [self.run_program("read_sequence", 0, *part) for part in slices]
         sampling = self.run_program("read_sampling", 0, slices[0][0])
+        # `_HostCopy` waits for the data, and by that for every program dispatched so far.
         self._host_copies[sequence_id] = [jax.tree.map(_HostCopy, x) for x in (*parts, sampling)]
 
     def swap_in(self, sequence_id: Hashable, slices: Sequence[tuple[Any, Any]]) -> None:
-        """Copy a sequence back from host memory; `slices` may name another slot and other pages."""
+        """Copy a sequence back from host memory.
+
+        Args:
+          slices: as in `swap_out`. They may name another slot and other pages.
+        """
         *parts, sampling = (
             jax.tree.map(lambda copy: copy.to_device(), x)
             for x in self._host_copies.pop(sequence_id)
@@ -136,15 +142,15 @@ class Device:
           ValueError: as `check_weights`.
         """
         self.check_weights(model)
-        # The caller may change host arrays later, which device_put need not copy; and an array
-        # committed elsewhere would ask for another program.
+        # The caller may change host arrays later, and device_put need not copy them.
         leaves = [
             np.array(leaf) if isinstance(leaf, np.ndarray) else leaf
             for leaf in jax.tree.leaves(model)
         ]
+        # The programs are compiled for these shardings, and refuse any other.
         self._buffers["model"] = [
-            jax.device_put(new, old.sharding)
-            for old, new in zip(self._buffers["model"], leaves, strict=True)
+            jax.device_put(new_leaf, leaf.sharding)
+            for leaf, new_leaf in zip(self._buffers["model"], leaves, strict=True)
         ]
 
     def check_weights(self, model: Any) -> None:
@@ -154,10 +160,10 @@ class Device:
             raise ValueError(
                 "swap_weights: got another model; wanted other weights of the same model"
             )
-        for old, new in zip(self._buffers["model"], leaves, strict=True):
-            if (old.shape, old.dtype) != (new.shape, new.dtype):
+        for leaf, new_leaf in zip(self._buffers["model"], leaves, strict=True):
+            if (leaf.shape, leaf.dtype) != (new_leaf.shape, new_leaf.dtype):
                 raise ValueError(
-                    f"swap_weights: got {jax.typeof(new)}; wanted {jax.typeof(old)}, as the "
+                    f"swap_weights: got {jax.typeof(new_leaf)}; wanted {jax.typeof(leaf)}, as the "
                     "weights before"
                 )
 
@@ -201,7 +207,7 @@ class Device:
         def make_batch(rows):
             return host_batch.make_empty_batch(rows, config)
 
-        steps = np.int32(0)
+        steps = np.int32(0)  # an example: calls pass the steps to make
         specs = {
             "decode": declare(
                 decode, {rows: (make_batch(rows), steps) for rows in config.decode_batch_sizes}
@@ -279,6 +285,7 @@ class Device:
 
     def _compile_programs(self) -> None:
         """Compile all programs that are not compiled yet, several at a time."""
+        # XLA compiles without the interpreter's lock, so threads are enough.
         with concurrent.futures.ThreadPoolExecutor() as pool:
             futures = {
                 (name, size): pool.submit(self._compile_program, spec, size)
@@ -314,6 +321,7 @@ def _measure_limits(
     def member_bytes(kind):
         pools = [layer for layer in state.layers if isinstance(layer, kind)]
         # Axis 2 is that of slots or pages, behind the two of the layer.
+        # A model without such layers still divides by these bytes, hence at least 1.
         return sum(array.nbytes // array.shape[2] for array in jax.tree.leaves(pools)) or 1
 
     state_bytes = member_bytes(state_lib.LightningSlots)
@@ -333,7 +341,7 @@ def _measure_limits(
 
 
 class _HostCopy:
-    """This process's part of an array, in host memory."""
+    """This process's shards of an array, in host memory. It may span processes."""
 
     def __init__(self, array: jax.Array):
         self._shape, self._sharding = array.shape, array.sharding

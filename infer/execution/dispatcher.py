@@ -44,7 +44,7 @@ class DispatchedPlan:
     Attributes:
       row_by_request: a request's row in the arrays of `chosen`, by its number.
       chosen: what the program chose, perhaps not computed yet. None without a program.
-      version: of the weights that compute it.
+      version: the version of the weights that compute it.
     """
 
     row_by_request: dict[Hashable, int]
@@ -77,11 +77,12 @@ class Dispatcher:
         """Start a plan, without waiting for it.
 
         Args:
-          requests: of the plan's entries, in order; None for one that is over.
-          version: of the device's weights.
+          requests: those of the plan's entries, in order. None for one that is over.
+          version: the version of the device's weights.
         """
         for action in plan.actions:
             self._run_action(action)
+        # After the actions: a sequence that comes back from the host brings its slot's state.
         for entry, request in zip(plan.entries, requests, strict=True):
             if request is not None:
                 self._prepare_slot(entry.slot, request)
@@ -117,7 +118,7 @@ class Dispatcher:
         self, plan: plan_lib.StepPlan, requests: Sequence[request_lib.Request | None]
     ) -> sampling.TokenChoices:
         sizes = self._config.decode_batch_sizes
-        size = next(rows for rows in sizes if rows >= len(plan.decode_rows))
+        size = next(rows for rows in sizes if rows >= len(plan.decode_rows))  # ascending
         batch = host_batch.make_batch(size, plan.decode_rows, requests, self._config)
         drafts = self._draft_tokens(size, plan, requests)
         if drafts is None:
@@ -130,10 +131,11 @@ class Dispatcher:
         plan: plan_lib.StepPlan,
         requests: Sequence[request_lib.Request | None],
     ) -> np.ndarray | None:
-        """Return guesses for `programs.verify_drafts`; None where there are none to check."""
+        """Return guesses for `programs.verify_drafts`, or None where there are none to check."""
         config = self._config
         # A row makes one token more than it has right guesses, and at most `max_steps` in all.
         max_drafts = min(config.draft_tokens, plan.max_steps - 1)
+        # With many rows the device is busy without guesses: only the smallest program has them.
         if max_drafts < 1 or size != config.decode_batch_sizes[0]:
             return None
         drafts = np.full((size, config.attention_tile), -1, np.int32)
@@ -185,6 +187,7 @@ class Dispatcher:
                 # here: the prompt, and the output of a request that begins again.
                 self._count_tokens(slot_id, request.prompt, in_prompt=True)
                 self._count_tokens(slot_id, [token.id for token in request.tokens], in_prompt=False)
+        # A grammar allows other tokens after every token, so its mask is sent every time.
         if request.matcher is not None:
             self._device.run_program("set_mask", 0, slot_id, request.grammar_mask)
 
@@ -194,7 +197,7 @@ class Dispatcher:
             self._device.run_program("count_tokens", 0, slot_id, block, np.bool_(in_prompt))
 
     def _set_owner(self, slot: int, number: Hashable) -> None:
-        """Note that a slot holds a request's own state; a slot that it had before is dirty now."""
+        """Note that a slot holds a request's own state. A slot that it had before is dirty now."""
         for other_slot, use in self._slots.items():
             if use.state is SlotState.OWNED and use.owner == number:
                 self._slots[other_slot] = _DIRTY

@@ -41,7 +41,7 @@ class SampledTokens:
     """What a program chose, on the host.
 
     Args:
-      chosen: arrays [steps, rows, ...] of NumPy; None of a plan without a program.
+      chosen: NumPy arrays [steps, rows, ...]. None for a plan without a program.
     """
 
     def __init__(self, chosen: sampling.TokenChoices | None):
@@ -73,8 +73,8 @@ def make_batch(
 
     Args:
       size: rows of the program. Those past the entries are padding.
-      entries: of the plan, in order.
-      requests: of the entries; None for one that is over, whose row becomes padding.
+      entries: those of the plan, in order.
+      requests: those of the entries. None for one that is over, whose row becomes padding.
     """
     batch = make_empty_batch(size, config)
     for row, (entry, request) in enumerate(zip(entries, requests, strict=True)):
@@ -83,6 +83,7 @@ def make_batch(
         options, prompt_tokens = request.options, len(request.prompt)
         batch.slots[row] = entry.slot
         batch.pages[row, : len(entry.pages)] = entry.pages
+        # Sampling options have the same names in a request and in the batch.
         for field in dataclasses.fields(batch.options):
             getattr(batch.options, field.name)[row] = getattr(options, field.name)
         batch.seeds[row] = options.seed
@@ -103,7 +104,7 @@ def pack_prompts(
     """Return chunks of prompts packed into the rows of the smallest program that holds them.
 
     Args:
-      chunks: of the plan, in order.
+      chunks: those of the plan, in order.
       tokens: for each chunk its tokens, and the token after them if that is known, else -1.
     """
     tile = config.attention_tile
@@ -111,15 +112,15 @@ def pack_prompts(
     size = next(rows for rows in config.prefill_tokens if rows >= sum(widths))
     prompts = make_empty_prompts(size, config)
     first = 0  # row of the chunk's first token, always on a tile
-    for i, (chunk, (ids, known), width) in enumerate(zip(chunks, tokens, widths, strict=True)):
+    for i, (chunk, (ids, next_id), width) in enumerate(zip(chunks, tokens, widths, strict=True)):
         end = chunk.start + chunk.num_tokens
         prompts.tokens[first : first + chunk.num_tokens] = ids
         prompts.positions[first : first + chunk.num_tokens] = np.arange(chunk.start, end)
         prompts.chunk_index[first // tile : (first + width) // tile] = i
         if chunk.is_last:
-            prompts.lengths[i], prompts.known_tokens[i] = end, known
+            prompts.lengths[i], prompts.known_tokens[i] = end, next_id
             # No row if the next token is known: its logits would be computed for nothing.
-            prompts.last_rows[i] = first + chunk.num_tokens - 1 if known < 0 else -1
+            prompts.last_rows[i] = first + chunk.num_tokens - 1 if next_id < 0 else -1
         first += width
     return prompts
 
@@ -160,6 +161,7 @@ def split_pages(slot: int, pages: Sequence[int]) -> list[tuple[np.int32, np.ndar
     Every slice names the slot, because the program reads slot and pages in one call.
     """
     slices = []
+    # At least one slice: a sequence without pages still has a slot to read.
     for first in range(0, max(len(pages), 1), transfers.SWAP_PAGES):
         page_ids = np.zeros(transfers.SWAP_PAGES, np.int32)
         block = pages[first : first + transfers.SWAP_PAGES]
@@ -170,6 +172,7 @@ def split_pages(slot: int, pages: Sequence[int]) -> list[tuple[np.int32, np.ndar
 
 def make_bias(values: Mapping[int, float]) -> tuple[np.ndarray, np.ndarray]:
     """Return token ids and what is added to their logits, padded with token 0 and 0."""
+    # One size for all requests, because the program has fixed shapes.
     ids = np.zeros(options_lib.MAX_BIASES, np.int32)
     added = np.zeros(options_lib.MAX_BIASES, np.float32)
     ids[: len(values)], added[: len(values)] = list(values), list(values.values())

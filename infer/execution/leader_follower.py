@@ -1,11 +1,11 @@
 """Several processes of one mesh: the first decides, all of them compute.
 
-Process 0 has the engine. Whatever it asks of the device it tells the other processes first, and
-they ask the same of theirs, so that the programs meet in their collectives. Nobody else schedules,
-so nothing has to be agreed on.
+Process 0 has the engine. Before each call of its device it broadcasts the call. The other processes
+make the same call of theirs, so that the programs meet in their collectives. Only process 0
+schedules, so nothing has to be agreed on.
 
     if jax.process_index() == 0:
-        engine.Engine(model, tokenizer, config)           # as on one process; close() ends all
+        engine.Engine(model, tokenizer, config)           # as on one process
     else:
         leader_follower.follow_engine(model, config)      # returns when process 0 closes
 
@@ -34,7 +34,7 @@ _DEVICE_CALLS = (
 
 
 class Leader:
-    """Process 0's device: the same calls as `device.Device`, told to all processes first."""
+    """Process 0's device: the calls of `device.Device`, each broadcast before it is made."""
 
     def __init__(self, own_device: device.Device):
         self._device = own_device
@@ -65,7 +65,7 @@ class Leader:
 
     def swap_weights(self, model: Any) -> None:
         """Take other weights. The followers ask their `next_model` for their parts of them."""
-        # Checked before it is told: a follower that swapped alone could not go back.
+        # Checked before the broadcast: a follower that swapped alone could not go back.
         self._device.check_weights(model)
         _broadcast_call("swap_weights")
         self._device.swap_weights(model)
@@ -115,7 +115,7 @@ class Follower:
 def follow_engine(
     model: Any, config: config_lib.EngineConfig, next_model: Callable[[], Any] | None = None
 ) -> None:
-    """Follow process 0 from the making of its engine on; arguments and errors as in `Follower`."""
+    """Follow process 0 from the making of its engine on. Arguments and errors as in `Follower`."""
     Follower(model, config).follow(next_model)
 
 
@@ -126,6 +126,7 @@ def _broadcast_call(name: str, *arguments: Any) -> None:
 
 def _receive_call() -> tuple[str, tuple[Any, ...]]:
     """Wait for the next call of process 0."""
+    # None: only process 0's value counts.
     name, arguments = multihost.broadcast_object(None)
     assert name in _DEVICE_CALLS, name
     return name, arguments

@@ -1,4 +1,4 @@
-"""The programs an engine runs on the device; compiled before the first request.
+"""The programs an engine runs on the device, all compiled before the first request.
 
 Every option of a request is an array, so nothing about requests changes a program. There is one
 decode program per number of rows, one prefill program per number of tokens, and a few that move
@@ -91,8 +91,10 @@ def decode_tokens(
     # The carry: step, both states, and the arrays [max_steps, B, ...] of what was chosen so far.
     def decode_step(carry):
         step, state, sampling_state, outputs = carry
+        # Slot 0 is padding's, and padding never runs.
         running = sampling_state.running[batch.slots] & (batch.slots > 0)
         length = sampling_state.length[batch.slots]
+        # The token chosen last enters at position `length`. Rows at -1 are left out.
         rows = ragged_batch.RaggedBatch(
             jnp.where(running, length, -1),
             jnp.where(running, batch.slots, 0),
@@ -107,18 +109,14 @@ def decode_tokens(
         sampling_state, chosen = slot_sampling.choose_and_record(
             logits, sampling_state, batch, running, length + 1
         )
-        outputs = jax.tree.map(
-            lambda all_steps, new: jax.lax.dynamic_update_index_in_dim(all_steps, new, step, 0),
-            outputs,
-            chosen,
-        )
-        return step + 1, state, sampling_state, outputs
+        return step + 1, state, sampling_state, _write_step(outputs, chosen, step)
 
     # The loop's carry must have the dtypes that a step returns: they are read off one abstract
     # step, not spelled here a second time.
     empty = _empty_tokens(batch, max_steps)
     shapes = jax.eval_shape(lambda: decode_step((jnp.int32(0), state, sampling_state, empty))[3])
     outputs = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
+    # A token of -1 says that nothing was made. The zeros of the other arrays mean nothing then.
     outputs = dataclasses.replace(outputs, token=outputs.token - 1)
     # `while_loop`, not `scan`: it ends when no row runs any more, and `steps` is an array.
     _, state, sampling_state, outputs = jax.lax.while_loop(
@@ -143,6 +141,7 @@ def abstract_decode_inputs(
     sampling_state = jax.eval_shape(
         lambda: slot_sampling.init_sampling_state(config.total_slots, model_config.vocab_size)
     )
+    # The fields are annotated as arrays. `Any` lets shapes through the type checker.
     ints: Any = jax.ShapeDtypeStruct((size,), jnp.int32)
     abstract_batch: Any = slot_sampling.SequenceBatch
     batch = abstract_batch(
@@ -218,7 +217,7 @@ def verify_drafts(
         sampling_state, batch, running, token, stopped, is_made, column, length
     )
     chosen = dataclasses.replace(chosen, token=jnp.where(is_made.reshape(-1), chosen.token, -1))
-    by_step = jax.tree.map(
+    by_step = jax.tree.map(  # [t, B, ...]: a column here is a step of `decode_tokens`
         lambda a: jnp.moveaxis(a.reshape(size, tile, *a.shape[1:]), 1, 0), chosen
     )
     return state, sampling_state, by_step
@@ -235,7 +234,10 @@ def _accept_columns(
 
     The guess at the next column must be the token chosen here.
     """
+    # Column c is right if the guess at c + 1 is the token chosen at c. The last column is compared
+    # with the first guess. The next roll moves that to column 0, where `column <= first` holds.
     is_right = (column < first) | (jnp.roll(drafts, -1, axis=1) == token) & ~stopped
+    # A column counts if the one before it is right, and all before that.
     is_right = jnp.roll(is_right, 1, axis=1) | (column <= first)
     return jnp.cumprod(is_right, axis=1) > 0
 
@@ -251,6 +253,7 @@ def _record_columns(
     length: Int[Array, "B"],
 ) -> slot_sampling.SlotSamplingState:
     """Note the tokens made of every running row: those of the columns in `is_made`."""
+    # Rows that do not run write to slot 0, so their values do not matter.
     last = jnp.max(jnp.where(is_made, column, 0), axis=1)
     last_cell = jnp.arange(len(token)), last
     slots = jnp.where(running, batch.slots, 0)
@@ -263,6 +266,17 @@ def _record_columns(
         counts=sampling_state.counts.at[slots[:, None], jnp.maximum(token, 0)].add(
             is_made.astype(jnp.int32)
         ),
+    )
+
+
+def _write_step(
+    outputs: sampling.TokenChoices, chosen: sampling.TokenChoices, step: Int[Array, ""]
+) -> sampling.TokenChoices:
+    """Put what one step chose [B, ...] into the arrays of all steps [max_steps, B, ...]."""
+    return jax.tree.map(
+        lambda all_steps, row: jax.lax.dynamic_update_index_in_dim(all_steps, row, step, 0),
+        outputs,
+        chosen,
     )
 
 
@@ -293,6 +307,7 @@ def prefill_prompts(
       Both states, and what was chosen as arrays [B, ...]: a token after every chunk that ends its
       prompt, -1 after the others.
     """
+    # By tile. The index -1 of padding would take the last sequence.
     index = jnp.maximum(prompts.chunk_index, 0)
     rows = ragged_batch.RaggedBatch(
         prompts.positions,

@@ -48,12 +48,12 @@ class SequenceBatch:
     Attributes:
       slots: state slot of each row. Rows of slot 0 are padding.
       pages: the sequence's pages, in order, at least up to the last one that is written.
-      options: of the requests.
-      seeds: of the requests.
-      stop_ids: tokens that end the sequence; -1 where there are fewer.
+      options: sampling options of the requests.
+      seeds: seeds of the requests.
+      stop_ids: tokens that end the sequence. -1 where there are fewer.
       min_stop_length: length of prompt and output from which on a stop id may be chosen.
       length_limit: length of prompt and output at which the sequence ends.
-      forced_tokens: the token to choose, whatever the model says; -1 for none.
+      forced_tokens: the token to choose, whatever the model says. -1 for none.
     """
 
     slots: Int[Array, "B"]
@@ -68,14 +68,15 @@ class SequenceBatch:
 
 def init_sampling_state(num_slots: int, vocab_size: int) -> SlotSamplingState:
     """Return the sampling state of slots 0 to num_slots, none of them running."""
-    number = num_slots + 1
+    total_slots = num_slots + 1  # with slot 0, which is padding's
     return SlotSamplingState(
-        jnp.zeros(number, jnp.int32),
-        jnp.zeros(number, jnp.int32),
-        jnp.zeros(number, bool),
-        jnp.zeros((number, vocab_size), jnp.int32),
-        jnp.zeros((number, vocab_size), jnp.float32),
-        jnp.full((number, -(-vocab_size // 32)), 0xFFFFFFFF, jnp.uint32),
+        jnp.zeros(total_slots, jnp.int32),
+        jnp.zeros(total_slots, jnp.int32),
+        jnp.zeros(total_slots, bool),
+        jnp.zeros((total_slots, vocab_size), jnp.int32),
+        jnp.zeros((total_slots, vocab_size), jnp.float32),
+        # All bits are set: without a grammar every token is allowed.
+        jnp.full((total_slots, -(-vocab_size // 32)), 0xFFFFFFFF, jnp.uint32),
     )
 
 
@@ -86,7 +87,7 @@ def choose_and_record(
     row_mask: Bool[Array, "B"],
     length: Int[Array, "B"],
 ) -> tuple[SlotSamplingState, sampling.TokenChoices]:
-    """Choose a token for the rows of the mask, whose state holds `length` tokens, and note it."""
+    """Choose a token for the rows of the mask, whose state holds `length` tokens, and record it."""
     chosen, stopped = choose_tokens(logits, sampling_state, batch, row_mask, length)
     # Slot 0 takes the writes of all other rows. Several rows may write there, in any order.
     slots = jnp.where(row_mask, batch.slots, 0)
@@ -107,7 +108,7 @@ def choose_tokens(
     row_mask: Bool[Array, "B"],
     length: Int[Array, "B"],
 ) -> tuple[sampling.TokenChoices, Bool[Array, "B"]]:
-    """Return what is chosen, and whether it ends the sequence."""
+    """Return the tokens chosen, and whether each ends its sequence."""
 
     def choose_tile(logits, slots, options, seeds, stop_ids, is_early, forced, length):
         slot_state = (
@@ -117,12 +118,13 @@ def choose_tokens(
         )
         # Stop ids are forbidden until the request's min_tokens are made.
         banned = jnp.where(is_early[:, None], stop_ids, -1)
-        # The key is of the request's seed and the position: the same in any batch, in any run.
+        # The key is made of the request's seed and the position: the same in any batch and run.
         keys = sampling.sampling_keys(seeds, length)
         return sampling.sample_tokens(logits, options, keys, *slot_state, banned, forced)
 
     total = length + 1  # with the new token
     can_stop = total >= batch.min_stop_length
+    # In tiles of a fixed number of rows, so that sums over the vocabulary do not depend on B.
     chosen = ragged_batch.map_row_tiles(
         choose_tile,
         SAMPLE_ROWS,

@@ -15,8 +15,8 @@ from infer.execution import sampling, slot_sampling
 from m1_jax.serving import state as state_lib
 
 # Sizes of one call. Programs have fixed shapes, so longer work is cut and the last call is padded.
-SWAP_PAGES = 16  # pages moved to or from the host
-COUNT_TOKENS = 2048  # tokens counted
+SWAP_PAGES = 16  # pages that one call moves to or from the host
+COUNT_TOKENS = 2048  # tokens that one call counts
 
 
 def copy_states(
@@ -53,7 +53,7 @@ def write_sequence(
     """Undo `read_sequence`, perhaps with another slot and other pages."""
     indices = _sequence_indices(state, slot, pages)
     return jax.tree.map(
-        lambda array, index, new: array.at[:, :, index].set(new), state, indices, part
+        lambda array, index, values: array.at[:, :, index].set(values), state, indices, part
     )
 
 
@@ -63,6 +63,7 @@ def _sequence_indices(
     """Return a tree like the state: the pages for arrays of pages, the slot for all others."""
     layers = [
         jax.tree.map(
+            # A default, because a closure would see the last layer only.
             lambda _, layer=layer: pages if isinstance(layer, state_lib.PagedKVCache) else slot,
             layer,
         )
@@ -91,7 +92,7 @@ def write_sampling_state(
     row: slot_sampling.SlotSamplingState,
 ) -> slot_sampling.SlotSamplingState:
     """Undo `read_sampling_state`, perhaps in another slot."""
-    return jax.tree.map(lambda array, new: array.at[slot].set(new), sampling_state, row)
+    return jax.tree.map(lambda array, value: array.at[slot].set(value), sampling_state, row)
 
 
 def reset_slot(
@@ -123,6 +124,7 @@ def count_tokens(
     A count has two parts: `PROMPT_FLAG` if the prompt has the token, plus its number in the output.
     The repetition penalty looks at both, presence and frequency penalties at the output alone.
     """
+    # Padding counts token 0 by nothing.
     ids, is_token = jnp.maximum(tokens, 0), tokens >= 0
     counts = sampling_state.counts[slot]
     # Both are computed and one is kept, so that one program serves both.

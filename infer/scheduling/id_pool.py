@@ -14,7 +14,7 @@ class IdPool:
         self.size = size
         # A heap, so that the lowest free id is allocated first and equal calls give equal ids.
         self._free = list(range(1, size + 1))
-        self._num_holders = [0] * (size + 1)
+        self._num_holders = [0] * (size + 1)  # by id, so index 0 stays unused
 
     @property
     def num_free(self) -> int:
@@ -27,7 +27,7 @@ class IdPool:
         """Return `count` free ids, each with one holder now.
 
         Raises:
-          RuntimeError: fewer are free; look at `num_free` first.
+          RuntimeError: fewer are free. Look at `num_free` first.
         """
         if count > self.num_free:
             raise RuntimeError(

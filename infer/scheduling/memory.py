@@ -20,7 +20,7 @@ class MemoryManager:
     Args:
       config: sizes of the engine.
       limits: sizes of the device's pools.
-      key: as in `Scheduler`.
+      key: weights version and recipe, as in `Scheduler`.
 
     Attributes:
       key: the prefix tree that sequences read and write now.
@@ -141,6 +141,7 @@ class MemoryManager:
             return
         (slot,) = self.slots.allocate(1)
         self.actions.append(plan_lib.CopyState(running.slot, slot))
+        # Pages are shared, not copied: the sequence writes only past the point from here on.
         pages = running.pages[: self.count_pages(point)]
         self.stats.snapshots_copied += self.cache.insert(self.key, tokens, pages, slot)
 
@@ -157,11 +158,12 @@ class MemoryManager:
             self.drop_host_copy(ended)
         if not ended.slot:
             return
-        least, most = ended.computed_tokens, ended.max_computed_tokens
+        min_length, max_length = ended.computed_tokens, ended.max_computed_tokens
         if final_length is not None:
-            least, most = min(least, final_length), final_length
-        point = self.floor_to_chunk(least)
-        if point and self.floor_to_chunk(most) == point and ended.can_snapshot:
+            # The device has stopped by itself, so the upper bound is exact.
+            min_length, max_length = min(min_length, final_length), final_length
+        point = self.floor_to_chunk(min_length)
+        if point and self.floor_to_chunk(max_length) == point and ended.can_snapshot:
             # The cache owns the slot from here on, and is one more holder of the pages.
             pages = ended.pages[: self.count_pages(point)]
             self.stats.snapshots_moved += self.cache.insert(
@@ -182,6 +184,7 @@ class MemoryManager:
         size_bytes = self._count_host_bytes(count)
         if (
             not running.computed_tokens
+            # Computing a short sequence again is faster than two copies.
             or running.computed_tokens < self._config.swap_tokens
             or self.host_bytes + size_bytes > self._config.host_bytes
         ):
@@ -201,7 +204,7 @@ class MemoryManager:
     def swap_in(
         self, waiter: sequence.Sequence, spare_pages: int = 0, spare_slots: int = 0
     ) -> bool:
-        """Bring a sequence back from the host; arguments and result as in `admit`."""
+        """Bring a sequence back from the host. Arguments and result are those of `admit`."""
         num_pages = waiter.swapped_pages
         if not waiter.is_decoding:
             # It was preempted inside its prefill, which takes pages for all of the prompt.
@@ -212,6 +215,7 @@ class MemoryManager:
         self.cache.evict(num_pages, 1)
         (waiter.slot,) = self.slots.allocate(1)
         waiter.pages = self.pages.allocate(num_pages)
+        # Those past the host copy are for the rest of the prefill.
         pages = tuple(waiter.pages[: waiter.swapped_pages])
         self.actions.append(plan_lib.SwapIn(waiter.sequence_id, waiter.slot, pages))
         self.host_bytes -= self._count_host_bytes(waiter.swapped_pages)

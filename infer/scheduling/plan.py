@@ -38,9 +38,11 @@ class DeviceLimits:
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
-            least, value = int(field.name != "cache_bytes"), getattr(self, field.name)
-            if value < least:
-                raise ValueError(f"got {field.name} {value}; wanted {least} or more: raise it")
+            # 0 is a value of cache_bytes alone.
+            minimum = int(field.name != "cache_bytes")
+            value = getattr(self, field.name)
+            if value < minimum:
+                raise ValueError(f"got {field.name} {value}; wanted {minimum} or more: raise it")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +61,8 @@ class SwapOut:
     """Copy a sequence to host memory: its pages, and everything in its slot.
 
     Attributes:
+      sequence_id: name of the host copy.
+      slot: the sequence's state slot.
       pages: those that hold computed tokens, from the sequence's first page on.
     """
 
@@ -72,7 +76,8 @@ class SwapIn:
     """Copy a sequence back from host memory, and forget the host copy.
 
     Attributes:
-      slot: any free slot, not the one the sequence had before.
+      sequence_id: name of the host copy.
+      slot: any free slot. It need not be the one that the sequence had before.
       pages: as many as were swapped out, in the same order, with other ids.
     """
 
@@ -176,4 +181,4 @@ class StepResult:
 
 
 class QueueFull(RuntimeError):
-    """No request can be taken now; try again later."""
+    """No request can be taken now. Try again later."""

@@ -95,6 +95,7 @@ class PrefixCache:
             for child in candidates
         )
         common = path[-1].length + max(agreeing, default=0)
+        # A longer snapshot would leave no token to compute. The root, of length 0, stays.
         path = [node for node in path if node.length <= limit]
         pages = tuple(page for node in path for page in node.pages)
         if len(path) > 1:
@@ -175,6 +176,7 @@ class PrefixCache:
         self._add_node(
             parent, tuple(tokens[parent.length :]), pages[parent.length // chunk :], slot
         )
+        # The new node may be the cheapest itself, and go at once.
         while self.stats().num_bytes > self._max_bytes and (cheapest := self._find_cheapest()):
             self._remove_node(cheapest[1])
         return True
@@ -190,7 +192,7 @@ class PrefixCache:
         return (len(tokens) - start) / self._count_bytes(num_pages)
 
     def evict(self, pages: int = 0, slots: int = 0, max_value: float = math.inf) -> bool:
-        """Remove the cheapest unpinned snapshots until so many are free; return whether they are.
+        """Remove the cheapest unpinned snapshots until so many are free. Return whether they are.
 
         A leaf goes with its pages. A node with one child leaves its pages to that child. Nothing
         is removed when everything would not be enough.
@@ -204,6 +206,7 @@ class PrefixCache:
             return False
         while self._pages.num_free < pages or self._slots.num_free < slots:
             cheapest = self._find_cheapest(pages_alone=self._slots.num_free >= slots)
+            # Snapshots removed so far stay removed, because `can_free` does not look at worth.
             if cheapest is None or cheapest[0] >= max_value:
                 return False
             self._remove_node(cheapest[1])
@@ -276,21 +279,21 @@ class PrefixCache:
         longer = [node for node in siblings if node.edge[: len(edge)] == edge]
         # The tree may have these tokens already, in pages of its own. It keeps those, and the
         # sequence's equal pages are freed when the sequence ends.
-        own = longer[0].pages[: len(pages)] if longer else list(pages)
-        self._pages.add_holders(own)
+        own_pages = longer[0].pages[: len(pages)] if longer else list(pages)
+        self._pages.add_holders(own_pages)
         length = parent.length + len(edge)
         self._stats.inserted += 1
-        new = prefix_tree.SnapshotNode(
-            parent, edge, length, own, slot, self._clock, self._stats.inserted
+        added = prefix_tree.SnapshotNode(
+            parent, edge, length, own_pages, slot, self._clock, self._stats.inserted
         )
         for node in longer:
-            # The first pages of its edge are the new node's now.
+            # The first pages of its edge are the added node's now. Hits below it use them, too.
             node.detach(self._chunk_tokens)
             self._pages.release(node.pages[: len(pages)])
             node.edge, node.pages = node.edge[len(edge) :], node.pages[len(pages) :]
-            new.pins += node.pins
-            node.attach_to(new, self._chunk_tokens)
-        new.attach_to(parent, self._chunk_tokens)
+            added.pins += node.pins
+            node.attach_to(added, self._chunk_tokens)
+        added.attach_to(parent, self._chunk_tokens)
 
     def _find_cheapest(
         self, pages_alone: bool = False
@@ -312,7 +315,7 @@ class PrefixCache:
                 self._pages.count_holders(page) == 1 for page in node.pages
             )
             worth = len(node.edge) / self._count_bytes(0 if children else len(node.pages))
-            worth /= 1 + self._clock - node.last_use
+            worth /= 1 + self._clock - node.last_use  # 1 for the node used last
             # Inserted earlier goes first among equals, so that equal calls evict equally.
             order = (is_useless, worth, node.insert_order)
             if best is None or order < best[0]:
@@ -330,6 +333,7 @@ class PrefixCache:
         node.detach(self._chunk_tokens)
         children = list(node.iterate_children())
         if children:
+            # The child's pages are its edge's alone, so it takes those of the removed edge.
             (child,) = children
             child.edge, child.pages = node.edge + child.edge, node.pages + child.pages
             child.attach_to(parent, self._chunk_tokens)

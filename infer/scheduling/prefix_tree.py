@@ -73,15 +73,17 @@ class SnapshotNode:
                 return path
 
 
-def count_common_tokens(left: Sequence[int], right: Sequence[int], chunk_tokens: int) -> int:
+def count_common_tokens(
+    tokens: Sequence[int], other_tokens: Sequence[int], chunk_tokens: int
+) -> int:
     """Return how many tokens two sequences of one type start with in common, in whole chunks."""
-    longest = min(len(left), len(right)) // chunk_tokens * chunk_tokens
+    longest = min(len(tokens), len(other_tokens)) // chunk_tokens * chunk_tokens
     agreeing, step = 0, chunk_tokens
     # Slices are compared at C speed, so steps double while they agree and start over where they
     # do not. One chunk that differs ends the search.
     while agreeing < longest:
         stop = min(agreeing + step, longest)
-        if left[agreeing:stop] == right[agreeing:stop]:
+        if tokens[agreeing:stop] == other_tokens[agreeing:stop]:
             agreeing, step = stop, 2 * step
         elif step == chunk_tokens:
             break

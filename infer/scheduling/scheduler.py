@@ -145,12 +145,12 @@ class Scheduler:
             changed.single_step = single_step
 
     def cached_prompt(self, sequence_id: Hashable) -> tuple[int, str]:
-        """Return the prompt tokens that came from the cache, and why if none; until it is over."""
+        """Return how many prompt tokens came from the cache, and why if none did."""
         queried = self._sequences[sequence_id]
         return queried.cached_tokens, queried.cached_reason
 
     def sequence_pages(self, sequence_id: Hashable) -> list[int]:
-        """Return the pages that a request holds, in order; none if it was preempted."""
+        """Return the pages that a request holds, in order. A preempted one holds none."""
         return list(self._sequences[sequence_id].pages)
 
     def stats(self) -> stats_lib.SchedulerStats:
@@ -338,15 +338,15 @@ class Scheduler:
         self, steps: list[sequence.ScheduledStep]
     ) -> tuple[tuple[plan_lib.DecodeRow, ...], int]:
         """Advance every sequence that can be, oldest first in the claim to pages."""
-        ready = [running for running in self._running if running.can_decode]
-        if not ready:
+        decodable = [running for running in self._running if running.can_decode]
+        if not decodable:
             return (), 0
-        max_steps = min(self._config.decode_steps, max(s.remaining_steps for s in ready))
+        max_steps = min(self._config.decode_steps, max(s.remaining_steps for s in decodable))
         # While one waits for its report the others keep its pace, or it would fall far behind.
         if any(running.single_step and running.is_decoding for running in self._running):
             max_steps = 1
         chosen = []
-        for decoding in ready:
+        for decoding in decodable:
             # The slot is lost if this sequence is the youngest and preempted itself.
             while decoding.slot:
                 length = decoding.max_computed_tokens

@@ -131,12 +131,17 @@ class ScheduledStep:
         """Raise ValueError for a result that the plan cannot have had."""
         if self.sequence.is_over:
             return
-        least, most = int(self.samples_token), int(self.samples_token)
+        min_tokens = max_tokens = int(self.samples_token)
         if self.decode_steps:
-            least, most = 1, self.decode_steps
-        if not least <= result.num_tokens <= most or len(result.new_tokens) != result.num_tokens:
+            # At least one, because a row that cannot run is not planned.
+            min_tokens, max_tokens = 1, self.decode_steps
+        if (
+            not min_tokens <= result.num_tokens <= max_tokens
+            or len(result.new_tokens) != result.num_tokens
+        ):
             raise ValueError(
                 f"got {result.num_tokens} tokens ({len(result.new_tokens)} values) for sequence "
-                f"{self.sequence.sequence_id!r}, wanted {least} to {most}: report what the oldest "
-                "plan made, and a row that stopped by itself as finished in the plan where it did"
+                f"{self.sequence.sequence_id!r}, wanted {min_tokens} to {max_tokens}: report what "
+                "the oldest plan made, and a row that stopped by itself as finished in the plan "
+                "where it did"
             )

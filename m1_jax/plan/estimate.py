@@ -88,7 +88,7 @@ class ParamShard:
     Attributes:
       num_elements: on the chip, of all layers of the stack.
       item_bytes: bytes of an element.
-      num_layers: layers of its stack; 1 for a parameter outside of the layers.
+      num_layers: layers of its stack. 1 for a parameter outside of the layers.
       gather_group_size: chips that hold the shards of what one chip computes with.
       reduce_group_size: chips that make a gradient of the same elements and do not split them.
     """
@@ -138,7 +138,7 @@ def estimate_resources(
     """Return what `job` should need on each chip.
 
     Args:
-      params: of all parameters; see `list_param_shards`.
+      params: the shards of all parameters, from `list_param_shards`.
       state_bytes: decode states of a chip, with keys and values.
     """
     rows = job.batch / job.accumulate / layout.axis_size("batch")
@@ -184,7 +184,7 @@ def _estimate_activations(
 
 
 def _gathered_layer_bytes(config: config_lib.ModelConfig, params: Sequence[ParamShard]) -> float:
-    """Return the bytes of one layer's gathered weights; 0 where nothing is gathered."""
+    """Return the bytes of one layer's gathered weights, or 0 where nothing is gathered."""
     if all(p.gather_group_size == 1 for p in params):
         return 0
     elements = sum(

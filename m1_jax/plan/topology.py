@@ -28,7 +28,7 @@ TPU_GENERATIONS = {
 
 
 class TopologyError(ValueError):
-    """A slice that does not exist, or no compiler for it; the message says what to do."""
+    """A slice that does not exist, or no compiler for it. The message says what to do."""
 
 
 @dataclasses.dataclass(frozen=True)
