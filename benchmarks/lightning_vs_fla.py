@@ -4,8 +4,8 @@
 
 M1's attention is `simple_gla` with scale 1 and g_gamma = -slope. fla's function named after
 lightning attention has other slopes and scales q by 1 / sqrt(H), so it does not compute M1's. The
-command needs torch with CUDA and fla. Where they are absent it says so and ends. Errors are measured
-as in `pallas_kernels.lightning_attention.bench`.
+command needs torch with CUDA and fla, and says so and ends where they are absent. Errors are as in
+`pallas_kernels.lightning_attention.bench`.
 """
 
 import argparse
