@@ -1,4 +1,4 @@
-"""The training step: loss, gradients over microbatches, AdamW; one jitted function."""
+"""The training step: loss, gradients over microbatches and AdamW in one jitted function."""
 
 import dataclasses
 import functools
@@ -19,26 +19,26 @@ from train.data import batch as batch_lib
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """All that a step changes: 12 bytes a parameter, if none is frozen.
+    """All that a step changes: 12 bytes a parameter, if none is frozen."""
 
-    step: how many updates were made. moments: of the parameters that are not frozen.
-    """
-
-    step: Int[Array, ""]
-    model: model_lib.MiniMaxM1
-    moments: optax.OptState
+    step: Int[Array, ""]  # updates made so far, skipped ones included
+    model: model_lib.MiniMaxM1  # float32 master weights, and frozen parameters in any dtype
+    moments: optax.OptState  # of the parameters that are not frozen
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainStepSettings:
     """What one compiled step is made for.
 
-    optimizer: see `optim.AdamW`. accumulate: microbatches in a batch, a divisor of its rows.
-    balance_coefficient: of `moe.balance_loss`, a number or a schedule by step; None takes the
-      model's `router_aux_loss_coef`.
-    z_coefficient: of the mean squared log of the softmax's sum, which keeps logits from drifting.
-    skip_nonfinite: whether a step whose gradient is not finite leaves parameters and moments as
-      they are.
+    Attributes:
+      optimizer: AdamW with its schedule.
+      accumulate: microbatches in a batch, a divisor of its rows.
+      balance_coefficient: weight of `moe.balance_loss`, a number or a schedule by step. None takes
+        the model's `router_aux_loss_coef`.
+      z_coefficient: weight of the z-loss, the mean squared log of the softmax's sum. It keeps
+        logits from drifting.
+      skip_nonfinite: whether a step whose gradient is not finite leaves parameters and moments as
+        they are.
     """
 
     optimizer: optim.AdamW
@@ -55,10 +55,11 @@ class TrainStepSettings:
 
 
 def init_state(model: model_lib.MiniMaxM1, optimizer: optim.AdamW) -> TrainState:
-    """Return the state of a model that was made with param_dtype float32, but for frozen parts.
+    """Return the state of a model whose parameters are float32. Frozen ones may have any dtype.
 
     Raises:
-      ValueError: other parameters, whose updates would be rounded away, or int8 ones at all.
+      ValueError: a trained parameter in another dtype, whose updates would be rounded away, or an
+        int8 parameter.
     """
     quantize.refuse_int8_weights(model)
     trained, _ = trainable.partition(model)
@@ -68,54 +69,65 @@ def init_state(model: model_lib.MiniMaxM1, optimizer: optim.AdamW) -> TrainState
                 f"master weights: got a parameter in {leaf.dtype}; wanted float32. "
                 "Build the model with param_dtype=float32; dtype is that of the computation."
             )
-    return TrainState(jnp.zeros((), jnp.int32), model, constrain_shardings(optimizer.init(trained)))
+    moments = constrain_shardings(optimizer.init(trained))
+    return TrainState(jnp.zeros((), jnp.int32), model, moments)
 
 
 @functools.partial(jax.jit, static_argnames="settings", donate_argnames="state")
 def train_step(
     state: TrainState, batch: batch_lib.TrainBatch, settings: TrainStepSettings
 ) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
-    """Make one optimizer step; `state` is donated, so the old one is gone.
+    """Make one optimizer step. `state` is donated, so its arrays cannot be used afterwards.
 
-    loss = sum of weights * (-logp(target) + z_coefficient * log(sum of exp(logits))^2) / sum of
-    weights + balance_coefficient * balance loss. Sums over microbatches are divided by the whole
-    batch's, so that splitting a batch changes nothing in the first term. The balance loss is a
-    product of means and therefore one of each microbatch, averaged by tokens; over the whole batch
-    it would need every forward pass twice.
+    loss = sum(weights * (-logp(target) + z_coefficient * log(sum(exp(logits)))^2)) / sum(weights)
+           + balance_coefficient * balance loss
+
+    Both sums are those of the whole batch, so its number of microbatches does not change the first
+    term. The balance loss is a product of means. It is therefore computed of each microbatch and
+    averaged by tokens: over the whole batch it would need every forward pass twice.
 
     Returns:
-      The new state, and metrics: loss (of -logp alone), balance_loss, z_loss (without their
-      coefficients), grad_norm (before clipping) and grad_norm/PART for the parts of
-      `group_modules_by_kind`, learning_rate, tokens (real ones), weight (sum of the loss's),
-      dropped (share of the tokens' expert choices that `ModelConfig.expert_capacity` left out),
-      skipped (1 where the gradient was not finite and the step therefore changed nothing),
-      expert_load [L, E] (the share of a layer's choices that went to each expert).
+      The new state, and metrics:
+        loss: the mean of -logp alone.
+        balance_loss, z_loss: without their coefficients.
+        grad_norm: before clipping. grad_norm/PART: of each part of `group_modules_by_kind`.
+        learning_rate: of this step.
+        tokens: number of tokens that are not padding.
+        weight: sum of the weights of the loss.
+        dropped: share of the expert choices that `ModelConfig.expert_capacity` left out.
+        skipped: 1 where the gradient was not finite and the step changed nothing.
+        expert_load: [L, E], the share of a layer's choices that went to each expert.
     """
     grads, metrics = compute_gradients(state.model, batch, settings, state.step)
-    state, more = apply_gradients(state, grads, settings.optimizer, settings.skip_nonfinite)
-    return state, metrics | more
+    state, update_metrics = apply_gradients(
+        state, grads, settings.optimizer, settings.skip_nonfinite
+    )
+    return state, metrics | update_metrics
 
 
 @jax.named_scope("optimizer")
 def apply_gradients(state: TrainState, grads, optimizer: optim.AdamW, skip_nonfinite: bool = True):
-    """Return the state after one update, and the metrics of `train_step` that are about gradients."""
+    """Return the state after one update, and the metrics of `train_step` that tell of gradients."""
+    # Gradients are scattered to where the parameters lie before the optimizer reads them.
     grads = constrain_shardings(grads)
-    trained, rest = trainable.partition(state.model)
-    new, moments, metrics = optimizer.update(grads, state.moments, trained, state.step)
+    trained, frozen = trainable.partition(state.model)
+    updated, moments, metrics = optimizer.update(grads, state.moments, trained, state.step)
     metrics |= {f"grad_norm/{kind}": norm for kind, norm in _grad_norms(grads).items()}
     finite = jnp.isfinite(metrics["grad_norm"])
     metrics["skipped"] = 1.0 - finite
     if skip_nonfinite:
-        new, moments = jax.tree.map(
-            lambda new, old: jnp.where(finite, new, old), (new, moments), (trained, state.moments)
+        updated, moments = jax.tree.map(
+            lambda new_leaf, old_leaf: jnp.where(finite, new_leaf, old_leaf),
+            (updated, moments),
+            (trained, state.moments),
         )
-    return constrain_shardings(
-        TrainState(state.step + 1, trainable.combine(new, rest), moments)
-    ), metrics
+    # A skipped step counts too, so that the step's number is that of its batch.
+    model = trainable.combine(updated, frozen)
+    return constrain_shardings(TrainState(state.step + 1, model, moments)), metrics
 
 
 def group_modules_by_kind(model: model_lib.MiniMaxM1) -> dict[str, list]:
-    """Return the model's modules by what they are: embed, head, attention of each kind, experts."""
+    """Return the model's modules by kind: embed, head, experts, and each kind of attention."""
     parts: dict[str, list] = {"embed": [model.embed], "head": [model.head, model.norm]}
     for layer in model.layers:
         parts.setdefault(layer.kind, []).extend([layer.input_norm, layer.attention])
@@ -124,11 +136,14 @@ def group_modules_by_kind(model: model_lib.MiniMaxM1) -> dict[str, list]:
 
 
 def _grad_norms(grads: model_lib.MiniMaxM1) -> dict[str, Float[Array, ""]]:
-    leaves = {
+    leaves_by_kind = {
         kind: jax.tree.leaves(modules) for kind, modules in group_modules_by_kind(grads).items()
     }
+    # A kind whose parameters are all frozen has no leaves, and no norm.
     return {
-        kind: jnp.sqrt(sum(jnp.sum(jnp.square(g)) for g in of)) for kind, of in leaves.items() if of
+        kind: jnp.sqrt(sum(jnp.sum(jnp.square(leaf)) for leaf in leaves))
+        for kind, leaves in leaves_by_kind.items()
+        if leaves
     }
 
 
@@ -138,49 +153,57 @@ def compute_gradients(
     settings: TrainStepSettings,
     step: Any = 0,
 ):
-    """Return float32 gradients of the whole batch's loss, summed microbatch by microbatch.
+    """Return (gradients, metrics) of the whole batch, summed microbatch by microbatch.
 
-    Frozen parameters have none.
+    Gradients are float32. Frozen parameters have none.
     """
     weight = jnp.sum(batch.weights)
+    # Denominators of the whole batch. A batch without weights or tokens must not divide by 0.
     totals = (jnp.where(weight > 0, weight, 1.0), jnp.maximum(_num_tokens(batch), 1.0))
     coefficient = settings.balance_coefficient
     if coefficient is None:
         coefficient = model.config.router_aux_loss_coef
     elif callable(coefficient):
         coefficient = coefficient(step)
-    loss = functools.partial(
-        _microbatch_loss, coefficient=coefficient, z_coefficient=settings.z_coefficient
-    )
-    trained, rest = trainable.partition(model)
+    trained, frozen = trainable.partition(model)
 
     @functools.partial(jax.grad, has_aux=True)
-    def function(trained, part, totals):
-        return loss(trainable.combine(trained, rest), part, totals)
+    def microbatch_gradients(trained, microbatch, totals):
+        return _microbatch_loss(
+            trainable.combine(trained, frozen),
+            microbatch,
+            totals,
+            coefficient=coefficient,
+            z_coefficient=settings.z_coefficient,
+        )
 
     if settings.accumulate == 1:
-        return function(trained, batch, totals)
+        return microbatch_gradients(trained, batch, totals)
 
-    def micro(carry, part):
-        return jax.tree.map(jnp.add, carry, function(trained, part, totals)), None
+    # The carry is (gradients, metrics): every metric is a share of the batch's, so that it adds up.
+    def add_microbatch(carry, microbatch):
+        sums = jax.tree.map(jnp.add, carry, microbatch_gradients(trained, microbatch, totals))
+        return sums, None
 
-    parts = split_microbatches(batch, settings.accumulate)
-    shapes = jax.eval_shape(function, trained, jax.tree.map(lambda x: x[0], parts), totals)
-    start = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    return jax.lax.scan(micro, start, parts)[0]
+    microbatches = split_microbatches(batch, settings.accumulate)
+    first = jax.tree.map(lambda x: x[0], microbatches)
+    shapes = jax.eval_shape(microbatch_gradients, trained, first, totals)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    return jax.lax.scan(add_microbatch, zeros, microbatches)[0]
 
 
 def split_microbatches(batch: batch_lib.TrainBatch, num_microbatches: int) -> batch_lib.TrainBatch:
-    """Split [B, T] into [parts, B / parts, T], each device's rows staying where they are.
+    """Split [B, T] into [microbatches, B / microbatches, T]. No row changes its device.
 
     Raises:
-      ValueError: rows that do not divide.
+      ValueError: `num_microbatches` does not divide the rows.
     """
     rows, length = batch.tokens.shape
     if rows % num_microbatches:
         raise ValueError(
             f"got {rows} rows in {num_microbatches} microbatches; wanted a divisor of the rows"
         )
+    # A microbatch takes every `num_microbatches`-th row. A run of rows would lie on a few devices.
     return jax.tree.map(
         lambda x: jnp.moveaxis(x.reshape(rows // num_microbatches, num_microbatches, length), 1, 0),
         batch,
@@ -188,24 +211,30 @@ def split_microbatches(batch: batch_lib.TrainBatch, num_microbatches: int) -> ba
 
 
 def constrain_shardings(tree):
-    """Hold every model in a pytree, and what is shaped like one, where its parameters lie.
+    """Constrain every model-shaped tree in a pytree to its parameters' shardings.
 
-    Left alone, XLA may return a state that lies otherwise than the one it took, which the next
-    step would be compiled again for.
+    Without a constraint, XLA may return a state with other shardings than it took. The next step
+    would then be compiled again.
     """
 
-    def pin(part):
-        if not isinstance(part, model_lib.MiniMaxM1) or part.layout is None:
-            return part
-        layout = part.layout
+    def constrain_model(subtree):
+        # Gradients and moments are model-shaped too: a `MiniMaxM1` of other arrays.
+        if not isinstance(subtree, model_lib.MiniMaxM1) or subtree.layout is None:
+            return subtree
+        layout = subtree.layout
 
-        def one(param):
-            where = layout.param_sharding(param.get_metadata()["logical_axes"])
-            return param.replace(jax.lax.with_sharding_constraint(param.get_value(), where))
+        def constrain_param(param):
+            param_sharding = layout.param_sharding(param.get_metadata()["logical_axes"])
+            value = jax.lax.with_sharding_constraint(param.get_value(), param_sharding)
+            return param.replace(value)
 
-        return jax.tree.map(one, part, is_leaf=lambda node: isinstance(node, nnx.Param))
+        return jax.tree.map(
+            constrain_param, subtree, is_leaf=lambda node: isinstance(node, nnx.Param)
+        )
 
-    return jax.tree.map(pin, tree, is_leaf=lambda part: isinstance(part, model_lib.MiniMaxM1))
+    return jax.tree.map(
+        constrain_model, tree, is_leaf=lambda node: isinstance(node, model_lib.MiniMaxM1)
+    )
 
 
 def _microbatch_loss(
@@ -227,21 +256,24 @@ def _loss_and_metrics(
     z_coefficient: float,
 ) -> tuple[Float[Array, ""], dict[str, Any]]:
     """Return what `_microbatch_loss` does, from the model's output."""
-    weight, num_real = totals
+    weight, num_tokens = totals  # of the whole batch
     tokens = logprobs.token_logprobs(model, hidden, batch.targets, with_log_normalizer=True)
 
-    def mean(values):
+    def weighted_mean(values):
+        # A select, since the value of a token without a weight may be NaN or infinite.
         return jnp.sum(jnp.where(batch.weights != 0, batch.weights * values, 0.0)) / weight
 
-    share = _num_tokens(batch) / num_real
+    share = _num_tokens(batch) / num_tokens
     metrics = {
-        "loss": -mean(tokens.logp),
+        "loss": -weighted_mean(tokens.logp),
         "balance_loss": moe.balance_loss(stats) * share,
-        "z_loss": mean(jnp.square(tokens.log_normalizer)),
+        "z_loss": weighted_mean(jnp.square(tokens.log_normalizer)),
         "tokens": _num_tokens(batch),
         "weight": jnp.sum(batch.weights),
         "dropped": moe.dropped_share(stats) * share,
-        "expert_load": jnp.sum(stats.choice_counts, 1) / (num_real * stats.choice_counts.shape[1]),
+        # [L, A, E] counts, summed over the A choices of a token.
+        "expert_load": jnp.sum(stats.choice_counts, 1)
+        / (num_tokens * stats.choice_counts.shape[1]),
     }
     loss = metrics["loss"] + coefficient * metrics["balance_loss"]
     if z_coefficient:
@@ -250,27 +282,28 @@ def _loss_and_metrics(
 
 
 def _num_tokens(batch: batch_lib.TrainBatch) -> Float[Array, ""]:
+    """Return how many tokens are not padding."""
     return jnp.sum((batch.segment_ids != 0).astype(jnp.float32))
 
 
 def abstract_state(model: model_lib.MiniMaxM1, optimizer: optim.AdamW) -> TrainState:
-    """Return the state of a model of sharded shapes, moments lying where their parameters do."""
-    whole = jax.tree.leaves(model)[0].sharding
+    """Return the state of a model of sharded shapes. Moments lie where their parameters do."""
+    replicated = jax.tree.leaves(model)[0].sharding
     if model.layout is not None:
-        whole = jax.sharding.NamedSharding(model.layout.mesh, jax.sharding.PartitionSpec())
+        replicated = jax.sharding.NamedSharding(model.layout.mesh, jax.sharding.PartitionSpec())
 
-    def place(shape, like):
-        return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=like.sharding)
+    def shard_like(shape, param):
+        return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=param.sharding)
 
-    def moment(part) -> Any:
-        if isinstance(part, model_lib.MiniMaxM1):
-            return jax.tree.map(place, part, trained)
-        return jax.ShapeDtypeStruct(part.shape, part.dtype, sharding=whole)
-
-    def is_moment(part):
-        return isinstance(part, model_lib.MiniMaxM1)
+    # The optimizer's state is model-shaped trees of moments, and scalars such as its count.
+    def add_sharding(node) -> Any:
+        if isinstance(node, model_lib.MiniMaxM1):
+            return jax.tree.map(shard_like, node, trained)
+        return jax.ShapeDtypeStruct(node.shape, node.dtype, sharding=replicated)
 
     trained, _ = trainable.partition(model)
     state = jax.eval_shape(lambda m: init_state(m, optimizer), model)
-    moments = jax.tree.map(moment, state.moments, is_leaf=is_moment)
-    return TrainState(moment(state.step), model, moments)
+    moments = jax.tree.map(
+        add_sharding, state.moments, is_leaf=lambda node: isinstance(node, model_lib.MiniMaxM1)
+    )
+    return TrainState(add_sharding(state.step), model, moments)
