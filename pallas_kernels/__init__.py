@@ -1,1 +1,1 @@
-"""Pallas and XLA kernels of M1; depends on jax alone."""
+"""Pallas and XLA kernels of MiniMax-M1. They import jax and nothing else of this repository."""

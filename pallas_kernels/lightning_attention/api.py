@@ -1,4 +1,4 @@
-"""The one entry point to lightning attention: validates, and chooses the implementation."""
+"""Entry point to lightning attention, which validates and chooses the implementation."""
 
 import functools
 import logging
@@ -17,7 +17,7 @@ IMPLEMENTATIONS = {
     "tpu": tpu.lightning_attention,
     "gpu": gpu.lightning_attention,
 }
-KERNEL_IMPLEMENTATIONS = ("tpu", "gpu")
+KERNEL_IMPLEMENTATIONS = ("tpu", "gpu")  # written in Pallas, so they have an interpret mode
 
 
 def lightning_attention(
@@ -35,18 +35,18 @@ def lightning_attention(
     token is S_t. There is no 1/sqrt(H) scale.
 
     Args:
-      qkv: fused projection, bfloat16 or float32; each head is q | k | v, H wide each.
+      qkv: fused projection, bfloat16 or float32. Each head is q | k | v, H wide each.
       slopes: decay rates s >= 0, one per head.
-      segment_ids: 0 is padding (no output, no effect on the state: not even a decay); a change
-        between two other ids starts a new document. None: one document, no padding.
+      segment_ids: 0 is padding, whose output is 0 and which leaves the state as it is, without a
+        decay. A change between two other ids starts a new document. None: one document, no padding.
       initial_state: float32 state that the row's first document continues. None: zeros.
-      implementation: a key of `IMPLEMENTATIONS`, which then runs or raises; None chooses when the
+      implementation: a key of `IMPLEMENTATIONS`, which then runs or raises. None chooses when the
         program is lowered: "tpu" for TPU and "gpu" for CUDA where the shapes fit, else "chunked".
       interpret: run the kernels in Pallas interpret mode on any backend, for tests.
 
     Returns:
-      (o in qkv's dtype, heads concatenated; float32 state after the last real token, of the
-      row's last document). Both are differentiable with respect to qkv and initial_state.
+      (o in qkv's dtype with heads concatenated, float32 state of the row's last document after its
+      last real token). Both are differentiable with respect to qkv and initial_state.
 
     Raises:
       ValueError: shapes or dtypes that do not fit, an unknown implementation, or `interpret`
@@ -68,6 +68,7 @@ def lightning_attention(
         initial_state = jnp.zeros((batch, slopes.shape[0], head_dim, head_dim), jnp.float32)
     arguments = qkv, slopes, segment_ids, initial_state
     if implementation is None:
+        # Shapes are known here, the platform is not.
         num_heads = slopes.shape[0]
         return _choose_implementation(
             tpu.supports_shapes(qkv, num_heads), gpu.supports_shapes(qkv, num_heads)
@@ -79,7 +80,10 @@ def lightning_attention(
 
 @functools.cache
 def _choose_implementation(tpu_fits: bool, gpu_fits: bool):
-    """Return what implementation=None runs; cached, so that each choice is logged once."""
+    """Return what implementation=None runs.
+
+    The cache makes each choice be logged once.
+    """
     kernels = {}
     if tpu_fits:
         kernels["tpu"] = tpu.lightning_attention
@@ -92,13 +96,15 @@ def _choose_implementation(tpu_fits: bool, gpu_fits: bool):
         "lightning attention: Pallas kernels where lowered for %s, chunked XLA elsewhere",
         " or ".join(kernels),
     )
-    # Decided at lowering: a program compiled ahead of time on another machine gets them.
+    # The platform is decided at lowering: a program compiled ahead of time on a machine without an
+    # accelerator gets the kernels of the platform that it is compiled for.
     return functools.partial(
         jax.lax.platform_dependent, default=chunked.lightning_attention, **kernels
     )
 
 
 def _validate_inputs(qkv, slopes, segment_ids, initial_state) -> None:
+    """Raise ValueError for shapes or dtypes that do not fit."""
     if slopes.ndim != 1 or slopes.dtype != jnp.float32:
         raise ValueError(f"slopes: got {jax.typeof(slopes)}; wanted float32[N]")
     num_heads = slopes.shape[0]

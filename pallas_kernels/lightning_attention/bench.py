@@ -4,12 +4,16 @@
         [--implementations=chunked,tpu] [--repeats=100] [--json=FILE]
 
 Times are those of the device to within launches: each repeat queues several calls back to back,
-waits for the last, and divides; a decoding call takes the pool that the one before it returned.
-Bandwidth is at the MINIMUM bytes (kernels.md section 3), whatever an implementation really moves;
-the share is that of a large copy measured on the same device. The error stands against a float64
-recurrence in numpy: relative L2 norm of o over the first row's first and last head and at most its
-first 4,096 tokens; for decoding over all heads of the first sequence, in one step. Gradients are
-timed and not compared here: tests/pallas_lightning_test.py does that.
+waits for the last, and divides. A decoding call takes the pool that the call before it returned.
+
+Bandwidth counts the minimum bytes, whatever an implementation really moves: every operand read
+once, every result written once, and the saved states of the backward pass. The share of copy is
+relative to the bandwidth of a large copy on the same device.
+
+The error is the relative L2 norm of o against a float64 recurrence in numpy. In training it covers
+the first row's first and last head and at most its first 4,096 tokens. In decoding it covers all
+heads of the first sequence, in one step. Gradients are timed and not compared:
+tests/pallas_lightning_test.py compares them.
 """
 
 import argparse
@@ -27,14 +31,20 @@ from pallas_kernels.lightning_decode import ring as decode_ring
 
 CHECKED_TOKENS = 4096
 WARM_UP_REPEATS = 3  # repeats that are thrown away; the first compiles
-CALLS_PER_REPEAT = {"cpu": 1}  # calls queued in one repeat; 10 on accelerators
-# Per element of o, in bfloat16: at D = 128 1,024 a token and head, and 1,856 more for the backward.
+CALLS_PER_REPEAT = {"cpu": 1}  # calls queued in one repeat, by backend
+ACCELERATOR_CALLS_PER_REPEAT = 10  # queued, so that launches overlap with work
+# Per element of o, in bfloat16. Forward: q, k, v and o. Backward: q, k, v, do, dq, dk and dv, and
+# 64 bytes of saved state per token and head of 128.
 FORWARD_BYTES_PER_ELEMENT, TRAIN_BYTES_PER_ELEMENT = 8, 8 + 14.5
 
 
 def time_calls(call, state, repeats: int) -> list[float]:
-    """Return seconds per call of each repeat; state = call(state) runs in a chain."""
-    count, seconds = CALLS_PER_REPEAT.get(jax.default_backend(), 10), []
+    """Return seconds per call of each repeat.
+
+    Calls run in a chain, state = call(state), so that they may donate their buffers.
+    """
+    seconds = []
+    count = CALLS_PER_REPEAT.get(jax.default_backend(), ACCELERATOR_CALLS_PER_REPEAT)
     for _ in range(WARM_UP_REPEATS + repeats):
         jax.block_until_ready(state)
         start = time.perf_counter()
@@ -47,6 +57,7 @@ def time_calls(call, state, repeats: int) -> list[float]:
 
 def measure_copy_bandwidth(repeats: int) -> float:
     """Return bytes read and written per second by x + 1 over a large array."""
+    # 1 GiB on an accelerator, far more than its caches hold.
     x = jnp.zeros((2**24 if jax.default_backend() == "cpu" else 2**28,), jnp.float32)
     seconds = time_calls(jax.jit(lambda x: x + 1, donate_argnums=0), x, repeats)
     return 2 * x.size * 4 / float(np.median(seconds))
@@ -54,12 +65,13 @@ def measure_copy_bandwidth(repeats: int) -> float:
 
 def middle_layer_slopes(num_heads: int) -> np.ndarray:
     """Return the slopes of the release's middle layer, 40 of 80."""
+    # Layer l of 80 scales the base slopes by 1 - l / 79 + 1e-5.
     base = 2.0 ** (-8.0 * np.arange(1, num_heads + 1) / num_heads)
     return np.asarray(base * (1 - 40 / 79 + 1e-5), np.float32)
 
 
 def make_random_inputs(shape: shapes.TrainingShape):
-    """Return qkv, silu of a normal as in the model, and a cotangent of o."""
+    """Return (qkv, cotangent of o). qkv is silu of a normal, as in the model."""
     rng = np.random.default_rng(shapes.SEED)
     width = shape.num_heads * shape.head_dim
     x = rng.standard_normal((shape.batch_size, shape.length, 3 * width), np.float32)
@@ -68,6 +80,7 @@ def make_random_inputs(shape: shapes.TrainingShape):
 
 
 def relative_l2_error(actual, expected) -> float:
+    """Return |actual - expected| / |expected|, in float64."""
     actual = np.asarray(actual.astype(jnp.float32), np.float64)
     return float(np.linalg.norm(actual - expected) / np.linalg.norm(expected))
 
@@ -79,78 +92,80 @@ def training_error(o, qkv, slopes, shape: shapes.TrainingShape) -> float:
     x = np.asarray(qkv.astype(jnp.float32), np.float64)
     ids = shape.segment_ids()
     ids = np.ones(count, np.int32) if ids is None else ids[0, :count]
-    wanted = np.zeros((count, len(heads), shape.head_dim))
+    expected = np.zeros((count, len(heads), shape.head_dim))
     decay = np.exp(-np.float64(slopes[heads])).reshape(-1, 1, 1)
     state = np.zeros((len(heads), shape.head_dim, shape.head_dim))
     for t in range(count):
+        # A new document starts from an empty state.
         if t and ids[t] != ids[t - 1]:
             state = np.zeros_like(state)
         state = decay * state + x[t, :, 1, :, None] * x[t, :, 2, None, :]
-        wanted[t] = np.einsum("nk,nkv->nv", x[t, :, 0], state)
-    got = o[0, :count].reshape(count, shape.num_heads, shape.head_dim)[:, np.array(heads)]
-    return relative_l2_error(got, wanted)
+        expected[t] = np.einsum("nk,nkv->nv", x[t, :, 0], state)
+    actual = o[0, :count].reshape(count, shape.num_heads, shape.head_dim)[:, np.array(heads)]
+    return relative_l2_error(actual, expected)
 
 
 def bench_training(
     shape_name: str, implementation: str, repeats: int, copy_bytes_per_sec: float
 ) -> list[dict]:
-    """Time forward, and forward with backward, of one named shape."""
-    shape, slopes = (
-        shapes.TRAINING_SHAPES[shape_name],
-        middle_layer_slopes(shapes.TRAINING_SHAPES[shape_name].num_heads),
-    )
+    """Time the forward pass, and both passes together, of one named shape."""
+    shape = shapes.TRAINING_SHAPES[shape_name]
+    slopes = middle_layer_slopes(shape.num_heads)
     (qkv, d_o), ids = make_random_inputs(shape), shape.segment_ids()
-    run = functools.partial(
+    attend = functools.partial(
         api.lightning_attention,
         slopes=jnp.asarray(slopes),
         segment_ids=None if ids is None else jnp.asarray(ids),
         implementation=implementation,
     )
-    forward = jax.jit(lambda qkv: run(qkv)[0])
+    forward = jax.jit(lambda qkv: attend(qkv)[0])
 
-    def both(qkv, d_o):
-        o, pull = jax.vjp(lambda qkv: run(qkv)[0], qkv)
-        return o, pull(d_o)[0]
+    def run_both_passes(qkv, d_o):
+        o, pull_back = jax.vjp(lambda qkv: attend(qkv)[0], qkv)
+        # o is returned too: XLA would drop what it alone needs.
+        return o, pull_back(d_o)[0]
 
-    gradient = jax.jit(both)
+    forward_backward = jax.jit(run_both_passes)
     error = training_error(forward(qkv), qkv, slopes, shape)
     elements = shape.batch_size * shape.length * shape.num_heads * shape.head_dim
+    # The bytes per element are those of bfloat16, of 2 bytes.
     scale = elements * jnp.dtype(shape.dtype).itemsize / 2
     passes = {
         "forward": (lambda _: forward(qkv), FORWARD_BYTES_PER_ELEMENT),
-        "forward_backward": (lambda _: gradient(qkv, d_o), TRAIN_BYTES_PER_ELEMENT),
+        "forward_backward": (lambda _: forward_backward(qkv, d_o), TRAIN_BYTES_PER_ELEMENT),
     }
     return [
         make_record(
             shape_name,
-            what,
+            pass_name,
             implementation,
             time_calls(call, (), repeats),
-            scale * least,
+            scale * bytes_per_element,
             copy_bytes_per_sec,
             error,
         )
-        for what, (call, least) in passes.items()
+        for pass_name, (call, bytes_per_element) in passes.items()
     ]
 
 
 def bench_decode(
     shape_name: str, implementation: str, repeats: int, copy_bytes_per_sec: float
 ) -> list[dict]:
-    """Time one step in place and in the ring form, of one named workload."""
-    shape, slopes = (
-        shapes.DECODE_SHAPES[shape_name],
-        middle_layer_slopes(shapes.DECODE_SHAPES[shape_name].num_heads),
-    )
+    """Time one step of one named workload, in place and in the ring form."""
+    shape = shapes.DECODE_SHAPES[shape_name]
+    slopes = middle_layer_slopes(shape.num_heads)
     heads, width, batch = shape.num_heads, shape.head_dim, shape.batch_size
     qkv, _ = make_random_inputs(shapes.TrainingShape(1, batch, heads, width, shape.dtype))
     qkv, slots, rate = qkv[0], jnp.asarray(shape.slots()), jnp.asarray(slopes)
     rng = np.random.default_rng(shapes.SEED)
     states = jnp.asarray(rng.standard_normal((batch, heads, width, width), np.float32))
     q, k, v = np.moveaxis(np.asarray(qkv[0], np.float64).reshape(heads, 3, width), 1, 0)
-    before = np.asarray(states[slots[0]], np.float64)
-    after = np.exp(-np.float64(slopes))[:, None, None] * before + k[:, :, None] * v[:, None, :]
-    wanted = np.einsum("nk,nkv->nv", q, after).reshape(-1)
+    # The recurrence in float64, of the first sequence.
+    decay = np.exp(-np.float64(slopes))[:, None, None]
+    next_state = decay * np.asarray(states[slots[0]], np.float64) + k[:, :, None] * v[:, None, :]
+    expected = np.einsum("nk,nkv->nv", q, next_state).reshape(-1)
+
+    # Both forms map (o, pool, position) to the same of the next step, as `time_calls` chains them.
 
     def in_place(_, pool, position):
         call = decode_api.lightning_decode
@@ -169,21 +184,23 @@ def bench_decode(
         "decode_ring": (in_ring, ring, decode_ring.bytes_per_step(width, shape.window)),
     }
     records = []
-    for what, (function, pool, least) in forms.items():
+    for pass_name, (function, pool, bytes_per_step) in forms.items():
         step = jax.jit(function, donate_argnums=(0, 1, 2))
         carry = step(jnp.zeros_like(qkv[:, : heads * width]), pool, jnp.zeros((), jnp.int32))
-        error = relative_l2_error(carry[0][0], wanted)
+        error = relative_l2_error(carry[0][0], expected)
         seconds = time_calls(lambda carry, step=step: step(*carry), carry, repeats)
-        moved = batch * heads * least
-        records.append(
-            make_record(shape_name, what, implementation, seconds, moved, copy_bytes_per_sec, error)
+        moved = batch * heads * bytes_per_step
+        record = make_record(
+            shape_name, pass_name, implementation, seconds, moved, copy_bytes_per_sec, error
         )
+        records.append(record)
     return records
 
 
 def make_record(
     shape_name, pass_name, implementation, seconds, minimum_bytes, copy_bytes_per_sec, error
 ) -> dict:
+    """Return what the command prints and writes of one measurement. `seconds` are of one call."""
     median = float(np.median(seconds))
     return {
         "shape": shape_name,
@@ -201,30 +218,33 @@ def make_record(
 
 
 def run_benchmarks(shape_names: list[str], implementations: list[str], repeats: int) -> list[dict]:
-    """Return a record of each shape, pass and implementation; decoding has no "chunked" form.
+    """Return a record of each shape, pass and implementation.
+
+    A decoding shape is left out for an implementation that does not decode, such as "chunked".
 
     Raises:
       ValueError: a shape or an implementation that does not exist.
     """
-    known = [*shapes.TRAINING_SHAPES, *shapes.DECODE_SHAPES]
+    known_shapes = [*shapes.TRAINING_SHAPES, *shapes.DECODE_SHAPES]
     for name in shape_names:
-        if name not in known:
-            raise ValueError(f"shape is {name!r}; wanted one of {known}")
+        if name not in known_shapes:
+            raise ValueError(f"shape is {name!r}; wanted one of {known_shapes}")
     for name in implementations:
         if name not in api.IMPLEMENTATIONS:
             raise ValueError(f"implementation is {name!r}; wanted {list(api.IMPLEMENTATIONS)}")
-    copy, records = measure_copy_bandwidth(repeats), []
+    copy_bandwidth, records = measure_copy_bandwidth(repeats), []
     for name in shape_names:
         for implementation in implementations:
             # A few names, such as cpu_smoke, are both a training and a decoding workload.
             if name in shapes.TRAINING_SHAPES:
-                records += bench_training(name, implementation, repeats, copy)
+                records += bench_training(name, implementation, repeats, copy_bandwidth)
             if name in shapes.DECODE_SHAPES and implementation in decode_api.DECODE_IMPLEMENTATIONS:
-                records += bench_decode(name, implementation, repeats, copy)
+                records += bench_decode(name, implementation, repeats, copy_bandwidth)
     return records
 
 
 def main() -> None:
+    """Run the command."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -237,12 +257,13 @@ def main() -> None:
     parser.add_argument("--json", help="also write the records to this file")
     args = parser.parse_args()
     records = run_benchmarks(args.shapes.split(","), args.implementations.split(","), args.repeats)
-    for r in records:
+    for record in records:
         print(
-            f"{r['shape']:18} {r['pass']:16} {r['implementation']:10} "
-            f"median {r['median_secs'] * 1e3:9.3f} ms  p90 {r['p90_secs'] * 1e3:9.3f} ms  "
-            f"{r['gb_per_sec']:8.2f} GB/s  {r['share_of_copy']:6.1%} of copy  "
-            f"error {r['error']:.1e}"
+            f"{record['shape']:18} {record['pass']:16} {record['implementation']:10} "
+            f"median {record['median_secs'] * 1e3:9.3f} ms  "
+            f"p90 {record['p90_secs'] * 1e3:9.3f} ms  "
+            f"{record['gb_per_sec']:8.2f} GB/s  {record['share_of_copy']:6.1%} of copy  "
+            f"error {record['error']:.1e}"
         )
     if args.json:
         with open(args.json, "w") as file:

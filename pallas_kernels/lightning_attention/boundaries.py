@@ -9,7 +9,8 @@ this token, and how many real tokens the chunk holds up to and with this one. Pa
 word. Exponents come from the counts and not from positions, so a hole inside a document costs no
 decay.
 
-docs/kernels.md, "Tables", shows both by an example.
+For example, in a chunk of four tokens with segment ids 1, 1, 0, 2 the words are 1, 2, -1 and
+(1 << 10) | 3, and the scalar is (1 << 10) | 3.
 """
 
 from typing import Any, NamedTuple
@@ -113,20 +114,23 @@ def expand_word_pairs(
     first = jax.lax.broadcasted_iota(jnp.int32, (size, size), 0)
     second = jax.lax.broadcasted_iota(jnp.int32, (size, size), 1)
     is_real = column >= 0
-    # A negative word keeps its sign under >>, so padding belongs to no document.
+    # A negative word keeps its sign under >>, so padding belongs to no document. Real words of one
+    # document differ by the real tokens between them.
     same_document = (column >> COUNT_BITS) == (row >> COUNT_BITS)
     if reverse:
         pair_steps = jnp.where((first <= second) & same_document & is_real, row - column, -1)
     else:
         pair_steps = jnp.where((first >= second) & same_document & is_real, column - row, -1)
     count, total = column & COUNT_MASK, scalar & COUNT_MASK
+    # Only tokens before the chunk's first start read the carried state. Only tokens after its last
+    # start reach the end of the chunk.
     query_steps = jnp.where((column >> COUNT_BITS) == 0, count, -1)
     key_steps = jnp.where((column >> COUNT_BITS) == (scalar >> COUNT_BITS), total - count, -1)
     return ChunkSteps(is_real, pair_steps, query_steps, key_steps)
 
 
 def masked_decay(slope: Float[Array, ""], steps: Int[Array, "..."]) -> Float[Array, "..."]:
-    """exp(-slope * steps), and 0 for negative steps.
+    """Return exp(-slope * steps), and 0 for negative steps.
 
     The exponent is masked and not the product: exp(-slope * steps) of negative steps overflows
     for the fast heads, and infinity times 0 is NaN.

@@ -27,8 +27,8 @@ def lightning_attention(
     """Run the GPU kernels. See `api.lightning_attention`.
 
     Precision: bfloat16 input means bfloat16 operands, float32 sums and a float32 carried state.
-    What is read from the state and added to it is two bfloat16 halves, in gradients one. float32
-    input means float32 throughout, on a GPU as three products of TF32.
+    What is read from the state and added to it is two bfloat16 halves, in gradients the first alone.
+    float32 input means float32 throughout, on a GPU as three products of TF32.
 
     Args:
       qkv, slopes, segment_ids, initial_state: as in `api.lightning_attention`.
@@ -36,7 +36,7 @@ def lightning_attention(
       interpret: run the kernels' Python on any backend, for tests.
 
     Raises:
-      ValueError: the kernels do not take this head width, or not on the GPU at hand.
+      ValueError: the kernels do not take this head width, or do not run on this GPU.
     """
     batch, length, _ = qkv.shape
     num_heads, head_dim = initial_state.shape[1:3]
@@ -54,13 +54,15 @@ def lightning_attention(
         segment_ids = jnp.ones((batch, length), jnp.int32)
     tables = None
     if segment_ids is not None:
-        # As if each chunk were a superblock; the GPU kernels index chunks and tokens of a row.
+        # Tables as if each chunk were a superblock. The GPU kernels index chunks and tokens of a
+        # row, so the tables' other axes go.
         chunk = block_sizes.chunk_tokens
         tables = boundaries.build_boundary_tables(segment_ids, chunk, chunk)
         tables = boundaries.BoundaryTables(*(x.reshape(batch, -1) for x in tables))
     return _lightning_attention(block_sizes, interpret, qkv, slopes, tables, initial_state)
 
 
+# Static arguments first: custom_vjp hands them to the backward rule before the others.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _lightning_attention(block_sizes, interpret, qkv, slopes, tables, initial_state):
     o, final, _ = gpu_fwd.lightning_forward(
@@ -73,6 +75,7 @@ def _lightning_attention_fwd(block_sizes, interpret, qkv, slopes, tables, initia
     o, final, sums = gpu_fwd.lightning_forward(
         qkv, slopes, tables, initial_state, block_sizes=block_sizes, interpret=interpret
     )
+    # The backward kernels walk from the initial state again, so no other states are saved.
     return (o, final), (qkv, slopes, tables, initial_state, sums)
 
 

@@ -1,10 +1,10 @@
 """Software pipelining over the heads of chunks: the order in which the TPU kernels issue work.
 
-A chunk of one head is a chain of matrix products, and each waits some hundred cycles for the one
-before it. The compiler's scheduler follows program order closely. So the kernels split the chain
-into stages and write the stages down interleaved: while one head waits, the next heads compute. A
-stage passes its results to the next stage through VMEM scratch with one slot a head, which also
-keeps the results out of the registers.
+A chunk of one head is a chain of matrix products, and each waits some hundred cycles for the
+product before it. The compiler's scheduler follows program order closely. So the kernels split the
+chain into stages and write the stages down interleaved: while one head waits, the next heads
+compute. A stage passes its results to the next stage through VMEM scratch with one slot a head,
+which also keeps the results out of the registers.
 
 Items are (chunk, head) pairs, heads fastest. Stage i runs `leads[i]` items ahead of the last stage,
 across the end of a chunk into the next chunk. What a stage prepares there is thrown away if the
@@ -42,8 +42,9 @@ def stage_leads(num_heads: int, num_stages: int) -> tuple[int, ...]:
     pairs), so a stage can lead by `num_heads - 2`. Of the leads tried, 5 and 3 spill no register on
     any generation and are among the fastest.
     """
-    wanted = {2: (2, 0), 3: (5, 3, 0)}[num_stages]
-    return tuple(max(0, min(lead, num_heads - 2)) for lead in wanted)
+    best_leads = {2: (2, 0), 3: (5, 3, 0)}[num_stages]
+    # With fewer than three heads every lead is 0, and stages of a head follow one another.
+    return tuple(max(0, min(lead, num_heads - 2)) for lead in best_leads)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,10 +65,12 @@ class _StageOrder:
 
     @property
     def staggered_stages(self) -> list[tuple[PipelineStage, int]]:
+        """Each stage with its lead, in the order in which a step issues them."""
         leads = stage_leads(self.num_heads, len(self.stages))
         return list(zip(self.stages, leads, strict=True))
 
     def chunk_at(self, position: ChunkIndex) -> ChunkIndex:
+        """Return the chunk at a position of the walk."""
         return self.num_chunks - 1 - position if self.reverse else position
 
     def warm_up(self, position: ChunkIndex) -> None:
@@ -79,13 +82,13 @@ class _StageOrder:
     def run_body(self, position: ChunkIndex, count: int, last: ChunkIndex) -> None:
         """Finish `count` chunks from `position`, and start on the chunk after them.
 
-        Behind position `last` there is no chunk: the leading stages prepare `last` again, and
-        nobody reads what they write.
+        Behind position `last` there is no chunk. The leading stages prepare `last` again, and
+        nothing reads what they write.
         """
         for step in range(count * self.num_heads):
             for stage, lead in self.staggered_stages:
                 offset, head = divmod(step + lead, self.num_heads)
-                ahead = position + offset
+                ahead = position + offset  # at most `count` on: a lead is shorter than a chunk
                 stage(self.chunk_at(jnp.minimum(ahead, last) if offset == count else ahead), head)
 
 
@@ -124,6 +127,7 @@ def run_pipeline(
     def run_group(group: jax.Array, _: None) -> None:
         order.run_body(group * chunks_per_loop, chunks_per_loop, num_chunks - 1)
 
+    # One warm-up is enough: every body leaves the slots filled for the next.
     order.warm_up(0)
     jax.lax.fori_loop(0, num_loops, run_group, None)
 
@@ -147,6 +151,7 @@ def _run_packed(
 
     def run_alone(position: jax.Array, _: None) -> None:
         scalar = scalar_at(position)
+        # `last` is the position itself, so that nothing is prepared for the next chunk.
 
         @pl.when(scalar == full_scalar)
         def _():
@@ -165,11 +170,12 @@ def _run_packed(
 
         @pl.when(jnp.logical_not(is_full))
         def _():
+            # `chunks_per_loop` is known while tracing: a group of one chunk needs no loop.
             if chunks_per_loop == 1:
                 handle_boundary(order.chunk_at(first), scalar_at(first))
             else:
                 jax.lax.fori_loop(first, first + chunks_per_loop, run_alone, None)
 
-        return is_full  # the group left the slots filled for the next one
+        return is_full  # whether the group left the slots filled for the next group
 
     jax.lax.fori_loop(0, num_loops, run_group, jnp.bool_(False))

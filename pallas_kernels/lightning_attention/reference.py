@@ -24,13 +24,15 @@ def lightning_attention(
     heads = heads.reshape(batch, length, num_heads, 3, head_dim)
     decay = jnp.exp(-slopes).reshape(1, num_heads, 1, 1)
 
+    # state: [B, N, H, H]. token: qkv [B, N, 3, H], and two flags [B].
     def step(state, token):
         qkv_t, real_t, start_t = token
         q, k, v = qkv_t[:, :, 0], qkv_t[:, :, 1], qkv_t[:, :, 2]
         real_t = real_t.reshape(batch, 1, 1, 1)
         carried = jnp.where(start_t.reshape(batch, 1, 1, 1), 0.0, decay * state)
-        after = carried + k[:, :, :, None] * v[:, :, None, :]
-        state = jnp.where(real_t, after, state)
+        next_state = carried + k[:, :, :, None] * v[:, :, None, :]
+        # Padding leaves the state alone: it costs no decay.
+        state = jnp.where(real_t, next_state, state)
         o = jnp.einsum("bnk,bnkv->bnv", q, state, precision="highest")
         return state, jnp.where(real_t[:, :, :, 0], o, 0.0)
 

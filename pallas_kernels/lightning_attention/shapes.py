@@ -1,4 +1,4 @@
-"""Named workloads that tests, schedules and benchmarks share (kernels.md section 7)."""
+"""Named workloads that tests, schedules and benchmarks share."""
 
 import dataclasses
 
@@ -10,16 +10,14 @@ SEED = 0
 
 @dataclasses.dataclass(frozen=True)
 class TrainingShape:
-    """One call: rows, tokens of a row, heads, width of a head, dtype of qkv, packed documents.
+    """One training call."""
 
-    documents: a key of `DOCUMENT_PATTERNS`, or None for one document a row.
-    """
-
-    batch_size: int
-    length: int
+    batch_size: int  # rows
+    length: int  # tokens of a row
     num_heads: int
     head_dim: int = 128
-    dtype: str = "bfloat16"
+    dtype: str = "bfloat16"  # of qkv
+    # How documents lie in a row, a key of `DOCUMENT_PATTERNS`. None: one document.
     document_pattern: str | None = None
 
     def segment_ids(self) -> Int[np.ndarray, "B T"] | None:
@@ -33,46 +31,47 @@ class TrainingShape:
 
 @dataclasses.dataclass(frozen=True)
 class DecodeShape:
-    """One decoding step: sequences, heads, width of a head, tokens between flushes of the ring."""
+    """One decoding step."""
 
-    batch_size: int
+    batch_size: int  # sequences
     num_heads: int = 64
     head_dim: int = 128
-    dtype: str = "bfloat16"
-    window: int = 16
+    dtype: str = "bfloat16"  # of qkv
+    window: int = 16  # tokens between flushes of the ring
 
     def slots(self) -> Int[np.ndarray, "B"]:
-        """Return the sequences' slots of a pool of `batch` slots, in a fixed random order."""
+        """Return the sequences' slots in a fixed random order. The pool has no other slots."""
         return np.random.default_rng(SEED).permutation(self.batch_size).astype(np.int32)
 
 
 @dataclasses.dataclass(frozen=True)
 class PrefillShape:
-    """One serving prefill: tokens of all sequences, equally long sequences, heads, head width."""
+    """One serving prefill."""
 
-    num_tokens: int
-    num_sequences: int
+    num_tokens: int  # of all sequences together
+    num_sequences: int  # equally long
     num_heads: int = 64
     head_dim: int = 128
-    dtype: str = "bfloat16"
+    dtype: str = "bfloat16"  # of qkv
 
 
 def equal_document_lengths(length: int) -> Int[np.ndarray, "documents"]:
-    """Cut into 16 documents of one length, the last one taking what is left."""
+    """Return the lengths of 16 equal documents. The last takes the remaining tokens too."""
     ends = np.append(np.arange(1, 16) * (length // 16), length)
     return np.diff(ends, prepend=0)
 
 
 def lognormal_document_lengths(length: int) -> Int[np.ndarray, "documents"]:
-    """Draw log-normal lengths of mean 2,048 and sigma 1; the last document is cut off."""
+    """Return log-normal lengths of mean 2,048 and sigma 1. The last document is cut off."""
     rng = np.random.default_rng(SEED)
+    # exp(mu + sigma^2 / 2) is the mean. More lengths are drawn than a row can need.
     drawn = rng.lognormal(np.log(2048) - 0.5, 1.0, max(16, length // 64)).astype(int) + 1
     ends = np.minimum(np.cumsum(drawn), length)
     return np.diff(ends[: np.argmax(ends == length) + 1], prepend=0)
 
 
 def short_document_lengths(length: int) -> Int[np.ndarray, "documents"]:
-    """Cut at every 128 tokens, each cut moved by up to 32 tokens."""
+    """Return lengths of documents cut every 128 tokens, each cut moved by up to 32 tokens."""
     cuts = np.arange(128, length, 128)
     cuts = cuts + np.random.default_rng(SEED).integers(-32, 33, len(cuts))
     return np.diff(np.append(cuts, length), prepend=0)
@@ -85,7 +84,7 @@ DOCUMENT_PATTERNS = {
 }
 
 TRAINING_SHAPES = {
-    # What the static schedule counts: full superblocks, whole head blocks, no boundary.
+    # The static schedule counts this one: full superblocks, whole head blocks, no boundary.
     "schedule": TrainingShape(1, 8192, 16),
     "cpu_smoke": TrainingShape(1, 256, 2, 64, "float32"),
     "cpu_smoke_packed": TrainingShape(1, 512, 2, 64, "float32", "short"),

@@ -1,7 +1,7 @@
 """Block sizes of the TPU kernels, the reasons for them, and the VMEM they take.
 
 - Chunk: 128 tokens, the side of the matrix unit on v5e and v5p. On v6e and tpu7x, where the side is
-  256, two products of 128 laid side by side beat a chunk of 256: there is less work in C x C tiles,
+  256, two products of 128 laid side by side beat a chunk of 256. There is less work in C x C tiles,
   and a tile has 16 registers instead of 64.
 - Chunks of a loop body: the pipeline drains between loop bodies, which costs more where the
   products are short.
@@ -21,10 +21,10 @@ import jax
 CHUNK_TOKENS = 128
 UNROLL_CHUNKS = 4  # chunks in one loop body of the forward pass
 MATRIX_UNIT_SIDES = {"v5e": 128, "v5p": 128, "v6e": 256, "tpu7x": 256}
-# Kernels ask for what they need of this; tpu7x has 64 MiB, the others 95 or more.
+# Kernels ask for what they need of this. tpu7x has 64 MiB, the others 95 MiB or more.
 VMEM_LIMIT_BYTES = 56 * 2**20
-NUM_LANES = 128
-# What a device's `device_kind` contains, in lower case, and the generation that it tells.
+NUM_LANES = 128  # columns of a vector register
+# A part of a device's `device_kind`, in lower case, and the generation that it tells.
 KINDS = {
     "v5 lite": "v5e",
     "v5e": "v5e",
@@ -73,8 +73,8 @@ class TpuBlockSizes:
 def compile_for(generation: str) -> contextlib.AbstractContextManager:
     """Choose block sizes for a TPU generation, whatever the device, inside a `with` block.
 
-    For compiling ahead of time: `with tiling.compile_for("v6e"): jax.jit(f).trace(...)`. What
-    counts is where tracing happens. Without it `current_generation` asks the device.
+    This serves compiling ahead of time: `with tiling.compile_for("v6e"): jax.jit(f).trace(...)`.
+    Tracing has to happen inside the block. Outside of one, `current_generation` asks the device.
 
     Raises:
       ValueError: a generation that is no key of `MATRIX_UNIT_SIDES`.
@@ -85,7 +85,7 @@ def compile_for(generation: str) -> contextlib.AbstractContextManager:
 
 
 def current_generation() -> str:
-    """Name the generation of `compile_for`, else of the first device; v5p where there is no TPU."""
+    """Name the generation of `compile_for`, else of the first device, or v5p without a TPU."""
     if _target_generation.value is not None:
         return _target_generation.value
     if jax.default_backend() == "tpu":
@@ -97,9 +97,9 @@ def current_generation() -> str:
 
 
 def estimate_vmem_bytes(block_sizes: TpuBlockSizes, head_dim: int, item_bytes: int) -> int:
-    """Return what the backward pass, the larger of the two, takes.
+    """Return the VMEM that the backward pass takes, the larger of the two.
 
-    Pallas keeps two of each block, one in use and one on its way; scratch exists once.
+    Pallas keeps two of each block, one in use and one on its way. Scratch exists once.
     """
     tokens = block_sizes.superblock_tokens * block_sizes.block_heads * head_dim * item_bytes
     state = block_sizes.block_heads * head_dim**2
@@ -111,6 +111,7 @@ def estimate_vmem_bytes(block_sizes: TpuBlockSizes, head_dim: int, item_bytes: i
     square, oblong = block_sizes.chunk_tokens**2, block_sizes.chunk_tokens * head_dim
     # 8 rows for the one row of forgotten fractions: a row takes a whole sublane tile.
     weights = block_sizes.block_heads * 4 * (2 * square + 4 * oblong + 8 * head_dim)
+    # Three slots [C, C] and two [H, C] in qkv's dtype, three [C, H] in float32.
     slots = block_sizes.block_heads * (item_bytes * (3 * square + 2 * oblong) + 4 * 3 * oblong)
     return blocks + states + weights + slots
 
@@ -121,11 +122,11 @@ def choose_block_sizes(
     """Return the block sizes for one call, or None where the kernels do not fit.
 
     Args:
-      num_heads: heads of the call; a block of them divides it.
+      num_heads: heads of the call. The heads of a block divide them.
       head_dim: width of a head.
-      length: tokens of a row; a short row makes a short superblock.
+      length: tokens of a row. A short row makes a short superblock.
       item_bytes: bytes of one element of qkv.
-      generation: a key of `MATRIX_UNIT_SIDES`; None takes that of `current_generation`.
+      generation: a key of `MATRIX_UNIT_SIDES`. None takes that of `current_generation`.
     """
     generation = generation or current_generation()
     chunk = CHUNK_TOKENS
@@ -136,6 +137,7 @@ def choose_block_sizes(
     # The saved states cost 64 bytes per token and head up to D = 128, and at 256 in bfloat16.
     superblock = max(1024, head_dim**2 // (16 if item_bytes == 2 else 32))
     superblock = min(superblock, -(-max(length, 1) // chunk) * chunk)
+    # The largest block of heads that fits: more heads hide more latency.
     for heads in range(min(num_heads, 8 if head_dim <= 128 else 2), 0, -1):
         # A block narrower than the array is a whole number of lanes.
         if num_heads % heads or (heads * head_dim % NUM_LANES and heads != num_heads):

@@ -12,7 +12,7 @@ from pallas_kernels.lightning_attention import boundaries, tiling, tpu_bwd, tpu_
 def supports_shapes(qkv: Float[Array, "B T N3H"], num_heads: int) -> bool:
     """Say whether the kernels take these shapes."""
     head_dim = qkv.shape[2] // (3 * num_heads)
-    # `lightning_attention` adds a head where their number is odd and blocks would not fill lanes.
+    # One head more, because `lightning_attention` pads where blocks would not fill whole lanes.
     return (
         head_dim in (64, 128, 256)
         and 0 not in qkv.shape
@@ -57,8 +57,8 @@ def lightning_attention(
     )
     block_sizes = block_sizes or choose(num_heads)
     if block_sizes is None and choose(num_heads + 1):
-        # An odd number of heads of 64: blocks are whole lanes, so one more head, at the price of a
-        # copy of qkv.
+        # An odd number of heads of 64. Blocks are whole lanes, so a head of zeros is added, at the
+        # price of a copy of qkv.
         qkv = jnp.pad(qkv, [(0, 0), (0, 0), (0, 3 * head_dim)])
         slopes = jnp.pad(slopes, [(0, 1)])
         initial_state = jnp.pad(initial_state, [(0, 0), (0, 1), (0, 0), (0, 0)])
@@ -80,8 +80,10 @@ def lightning_attention(
     return _lightning_attention(block_sizes, interpret, qkv, slopes, tables, initial_state)
 
 
+# Static arguments first: custom_vjp hands them to the backward rule before the others.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _lightning_attention(block_sizes, interpret, qkv, slopes, tables, initial_state):
+    # Without differentiation nothing needs the saved states.
     outputs = tpu_fwd.lightning_forward(
         qkv,
         slopes,
