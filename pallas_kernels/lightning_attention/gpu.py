@@ -27,7 +27,7 @@ def lightning_attention(
     """Run the GPU kernels. See `api.lightning_attention`.
 
     Precision: bfloat16 input means bfloat16 operands, float32 sums and a float32 carried state.
-    What is read from the state and added to it is two bfloat16 halves, in gradients the first alone.
+    What is read from the state and added to it is two bfloat16 halves, in gradients the first.
     float32 input means float32 throughout, on a GPU as three products of TF32.
 
     Args:

@@ -1,9 +1,9 @@
 """Lightning attention backward in Pallas for GPU: three more walks of the same recurrence.
 
-Write L(q, k, v; S) for the o of `gpu_fwd`, and L' for the same from the last token to the first.
+Write L(q, k, v, S) for the o of `gpu_fwd`, and L' for the same from the last token to the first.
 With do the gradient of o and dS the gradient of the final state,
 
-    dq = L(do, v, k; S^T)      dk = L'(v, do, q; dS^T)      dv = L'(k, q, do; dS)
+    dq = L(do, v, k, S^T)      dk = L'(v, do, q, dS^T)      dv = L'(k, q, do, dS)
 
 where L' weighs a token's own pair by 1, as L does, but decays the carried dS by lambda^(n - j)
 and what it adds to dS by lambda^i. Each walk is split by columns as the forward pass is. So all

@@ -2,18 +2,20 @@
 
     python -m pallas_kernels.lightning_attention.schedule [--json=FILE] [--chips=v5e,v6e]
 
-No TPU is needed and nothing is timed: a bundle is one VLIW instruction word, issued in a cycle at
-best, so static time is a lower bound that leaves out DMA waits and stalls. Static time over HBM
-time of the minimum bytes at or under 1 says that memory, not issue, is the limit.
+No TPU is needed and nothing is timed. A bundle is one VLIW instruction word, issued in a cycle at
+best. So static time is a lower bound that leaves out DMA waits and stalls. Where static time over
+HBM time of the minimum bytes is at most 1, memory and not issue is the limit.
 
-What is counted per token and head:
-- training: the loops over chunks; prefill: the loop over groups of heads of a whole tile of
-  tokens. Neither counts what surrounds the loop, once in a grid step.
+The command counts per token and head:
+- training: the loops over chunks.
+- prefill: the loop over groups of heads of a whole tile of tokens.
 - decoding: one whole grid step in the middle of a call, with every row active. Each row runs the
-  loops that wait for the last stores, start and await loads, compute, and start stores; the rest
+  loops that wait for the last stores, start and await loads, compute, and start stores. The rest
   of the step's body counts once. The ring's flush sits behind a branch in the compute loop: its
   bundles count once in W = 16 steps, the others in every step.
-spills: registers stored to the spill area anywhere in the counted loops, the flush's in full.
+- spills: registers stored to the spill area anywhere in the counted loops, the flush's in full.
+
+Training and prefill leave out what surrounds their loops, which runs once in a grid step.
 """
 
 import argparse
@@ -38,7 +40,7 @@ from pallas_kernels.lightning_decode import api as decode_api
 from pallas_kernels.lightning_decode import ring as decode_ring
 from pallas_kernels.lightning_decode import tpu_in_place, tpu_prefill, tpu_ring
 
-# Topology, assumed clock and HBM bandwidth of one TensorCore (kernels.md section 4).
+# Topology, and of one TensorCore the assumed clock in Hz and the HBM bandwidth in bytes per second.
 CHIP_SPECS = {
     "v5e": ("v5e:2x2", 1.5e9, 820e9),
     "v5p": ("v5p:2x2x1", 1.75e9, 1230e9),
@@ -48,8 +50,8 @@ CHIP_SPECS = {
 TRAIN_SHAPE = shapes.TRAINING_SHAPES["schedule"]
 DECODE_SHAPE = shapes.DECODE_SHAPES["schedule"]
 PREFILL_SHAPE = shapes.PREFILL_SHAPES["schedule"]
-# Of the loops of a decoding kernel, in program order, the first starts the pipeline in a call's
-# first step and the last two drain it in the last step.
+# Loops of a decoding kernel, in program order. The first starts the pipeline in a call's first
+# step, and the last two drain it in the last step.
 NUM_DECODE_LOOPS, STEADY_LOOPS = 8, slice(1, 6)
 
 
@@ -59,6 +61,7 @@ MakeArray = Callable[..., jax.ShapeDtypeStruct]
 
 
 def trace_training(array: MakeArray, backward: bool) -> stages.Traced:
+    """Trace one of the two training kernels at `TRAIN_SHAPE`."""
     shape, block_sizes = TRAIN_SHAPE, training_block_sizes()
     batch, heads, head_dim = shape.batch_size, shape.num_heads, shape.head_dim
     qkv, d_o = (
@@ -78,8 +81,10 @@ def trace_training(array: MakeArray, backward: bool) -> stages.Traced:
 
 
 def trace_decode(array: MakeArray, ring: bool) -> stages.Traced:
+    """Trace a decoding step at `DECODE_SHAPE`, in place or in the ring form."""
     batch, heads, head_dim = DECODE_SHAPE.batch_size, DECODE_SHAPE.num_heads, DECODE_SHAPE.head_dim
     qkv = array(DECODE_SHAPE.dtype, batch, heads * 3 * head_dim)
+    # `ids` stands for the slots, and in the ring form for the positions too.
     slopes, ids = array("float32", heads), array("int32", batch)
     if not ring:
         pool = array("float32", batch, heads, head_dim, head_dim)
@@ -94,9 +99,11 @@ def trace_decode(array: MakeArray, ring: bool) -> stages.Traced:
 
 
 def trace_prefill(array: MakeArray) -> stages.Traced:
+    """Trace a serving prefill at `PREFILL_SHAPE`."""
     shape = PREFILL_SHAPE
     heads, head_dim = shape.num_heads, shape.head_dim
     qkv = array(shape.dtype, shape.num_tokens, heads * 3 * head_dim)
+    # `ids` stands for the slots, the starts and the lengths of the sequences.
     slopes, ids = array("float32", heads), array("int32", shape.num_sequences)
     fresh = array("bool", shape.num_sequences)
     pool = array("float32", shape.num_sequences, heads, head_dim, head_dim)
@@ -109,15 +116,20 @@ def trace_prefill(array: MakeArray) -> stages.Traced:
 
 @dataclasses.dataclass(frozen=True)
 class KernelBundles:
-    """What a final_bundles dump shows: the grid's loop, the loops in it, and forward branches."""
+    """Parts of one kernel as ranges of its bundles, from a final_bundles dump."""
 
     grid_loop: range
-    inner_loops: list[range]
-    forward_branches: list[range]
+    inner_loops: list[range]  # directly inside the grid's loop, in program order
+    forward_branches: list[range]  # from each conditional branch to its target
 
 
 def read_bundles(path: str) -> KernelBundles:
-    """Return loops and conditional forward branches of one kernel as ranges of its bundles."""
+    """Read the loops and the conditional forward branches of one kernel.
+
+    A line of a bundle shows its address, a mark and its depth as that many ">". A bundle marked "LB"
+    opens a loop. A bundle marked "PF" names regions that branches jump to.
+    """
+    # loops: [depth, first bundle, last bundle]. jumps: (bundle, region). ends: region -> bundle.
     loops, jumps, ends, total = [], [], {}, 0
     with open(path, errors="replace") as lines:
         for line in lines:
@@ -136,24 +148,27 @@ def read_bundles(path: str) -> KernelBundles:
             if match.group(1) == "PF":
                 ends.update(dict.fromkeys(re.findall(r"empty region (\d+)", line), total))
             total += 1
+    # Depth 1 is the loop over the grid's steps. There is one.
     (grid,) = (range(first, last + 1) for depth, first, last in loops if depth == 1)
     inner = [range(first, last + 1) for depth, first, last in loops if depth == 2]
     return KernelBundles(grid, inner, [range(at, ends[to]) for at, to in jumps if to in ends])
 
 
 def read_spill_counts(path: str) -> list[int]:
-    """Return the vector registers each bundle writes to the spill area."""
+    """Return how many vector registers each bundle writes to the spill area."""
     with open(path) as file:
         lines = file.read().splitlines()
+    # Line 1 names the columns with commas. From line 4 on, blanks separate a bundle's numbers.
     column = [name.strip() for name in lines[1].split(",")].index("VSTORE:SPILL")
     return [int(line.split()[column]) for line in lines[4:] if line.strip()]
 
 
 def read_vmem_bytes(dump_dir: str, kernel: str) -> int | None:
-    """Return the scoped VMEM of a kernel from the compiler's report."""
+    """Return the scoped VMEM of a kernel from the compiler's report, or None without an entry."""
     for path in glob.glob(f"{dump_dir}/*vmem_report.html"):
         with open(path) as file:
             text = file.read()
+        # The report is a page whose script holds its figures as one JSON object.
         data, _ = json.JSONDecoder().raw_decode(text, text.index("{", text.index("const DATA")))
         for name, entry in data["hlo_breakdowns"].items():
             if re.fullmatch(rf"{kernel}(\.\d+)?", name):
@@ -162,18 +177,20 @@ def read_vmem_bytes(dump_dir: str, kernel: str) -> int | None:
 
 
 def find_dump_file(dump_dir: str, kernel: str, suffix: str) -> str:
+    """Return the one dump of a kernel that ends with `suffix`."""
+    # A pattern and not a wildcard: lightning_decode also begins lightning_decode_ring.
     pattern = rf".*-{kernel}(\.\d+)?-\d+-{suffix}"
     (path,) = (path for path in glob.glob(f"{dump_dir}/*{suffix}") if re.fullmatch(pattern, path))
     return path
 
 
-# ---- what to count: (bundles per token and head, the loops they lie in)
+# ---- what to count: each function returns (bundles per token and head, the loops they lie in)
 
 
 def count_backward_bundles(
     bundles: KernelBundles, block_sizes: tiling.TpuBlockSizes
 ) -> tuple[float, list[range]]:
-    """Count the loops over chunks, which are the longest; the others fill weights."""
+    """Count the two loops over chunks, which are the longest. The others fill weights."""
     loops = sorted(bundles.inner_loops, key=len)[-2:]
     return sum(map(len, loops)) / (block_sizes.chunk_tokens * block_sizes.block_heads), loops
 
@@ -181,6 +198,7 @@ def count_backward_bundles(
 def count_forward_bundles(
     bundles: KernelBundles, block_sizes: tiling.TpuBlockSizes
 ) -> tuple[float, list[range]]:
+    """Count the loop over chunks, which is the longest."""
     loop = max(bundles.inner_loops, key=len)
     return len(loop) / (
         block_sizes.chunk_tokens * block_sizes.block_heads * block_sizes.chunks_per_loop
@@ -190,6 +208,7 @@ def count_forward_bundles(
 def count_prefill_bundles(
     bundles: KernelBundles, block_sizes: tiling.TpuBlockSizes
 ) -> tuple[float, list[range]]:
+    """Count the loop over groups of heads, which is the longest."""
     loop = max(bundles.inner_loops, key=len)
     return len(loop) / (tpu_prefill.CHUNK_TOKENS * tpu_prefill.HEADS_PER_GROUP), [loop]
 
@@ -197,7 +216,11 @@ def count_prefill_bundles(
 def count_decode_bundles(
     heads: int, window: int, bundles: KernelBundles, block_sizes
 ) -> tuple[float, list[range]]:
-    """Count a step of ROWS rows; window 1 means that every row runs all of its compute loop."""
+    """Count a step. A window of 1 means that every row runs all of its compute loop.
+
+    Raises:
+      ValueError: the step has another number of loops than `NUM_DECODE_LOOPS`.
+    """
     if len(bundles.inner_loops) != NUM_DECODE_LOOPS:
         raise ValueError(
             f"got {len(bundles.inner_loops)} loops in a step; wanted {NUM_DECODE_LOOPS}"
@@ -206,6 +229,7 @@ def count_decode_bundles(
     compute = max(loops, key=len)
     # The first branch of the compute loop skips inactive rows; the last one guards the flush.
     flush = [branch for branch in bundles.forward_branches if branch.start in compute][-1]
+    # A row runs every loop once, and the flush in one of `window` steps.
     row = sum(map(len, loops)) - len(flush) * (1 - 1 / window)
     step = len(bundles.grid_loop) - sum(map(len, bundles.inner_loops))
     return (step + tpu_in_place.ROWS_PER_STEP * row) / (tpu_in_place.ROWS_PER_STEP * heads), loops
@@ -213,15 +237,16 @@ def count_decode_bundles(
 
 @dataclasses.dataclass(frozen=True)
 class ScheduledKernel:
-    """trace(array) of the program, least bytes per token and head, and how to count its loops."""
+    """One kernel whose schedule is counted."""
 
-    trace: Callable
-    minimum_bytes: float
+    trace: Callable[[MakeArray], stages.Traced]
+    minimum_bytes: float  # per token and head
     count_bundles: Callable[[KernelBundles, tiling.TpuBlockSizes], tuple[float, list[range]]]
 
 
-# Least bytes at D = 128 in bfloat16 (kernels.md sections 3 and 5.5). Prefill: q, k, v, o, and a
-# state in and out for each sequence.
+# Minimum bytes at a head width of 128 in bfloat16. Forward: q, k, v and o. Backward: q, k, v, do,
+# dq, dk, dv and 64 bytes of saved state. Prefill: q, k, v, o, and a state in and out for each
+# sequence.
 SCHEDULED_KERNELS = {
     "lightning_fwd": ScheduledKernel(
         functools.partial(trace_training, backward=False), 1024, count_forward_bundles
@@ -249,22 +274,24 @@ SCHEDULED_KERNELS = {
 
 
 def training_block_sizes() -> tiling.TpuBlockSizes:
-    tile = tiling.choose_block_sizes(
+    """Return the block sizes of `TRAIN_SHAPE` for the generation compiled for."""
+    block_sizes = tiling.choose_block_sizes(
         TRAIN_SHAPE.num_heads, TRAIN_SHAPE.head_dim, TRAIN_SHAPE.length, 2
     )
-    assert tile is not None  # the named shape is one that fits
-    return tile
+    assert block_sizes is not None  # the named shape is one that fits
+    return block_sizes
 
 
 def compile_kernels(chip: str) -> None:
-    """Compile every kernel; runs in a process of its own."""
+    """Compile every kernel for one chip, in the process of `--compile`."""
     device = topologies.get_topology_desc(
         platform="tpu", topology_name=CHIP_SPECS[chip][0]
     ).devices[0]
-    where = jax.sharding.SingleDeviceSharding(device)
+    sharding = jax.sharding.SingleDeviceSharding(device)
 
+    # The sharding says which chip to compile for: no such device is here.
     def array(dtype, *dims):
-        return jax.ShapeDtypeStruct(dims, jnp.dtype(dtype), sharding=where)
+        return jax.ShapeDtypeStruct(dims, jnp.dtype(dtype), sharding=sharding)
 
     with tiling.compile_for(chip):
         for kernel in SCHEDULED_KERNELS.values():
@@ -275,21 +302,24 @@ def measure_schedule(chip: str) -> list[dict]:
     """Compile for one chip and return a record of each kernel."""
     _, clock, bandwidth = CHIP_SPECS[chip]
     with tiling.compile_for(chip):
-        tile = training_block_sizes()
+        block_sizes = training_block_sizes()
     records = []
     with tempfile.TemporaryDirectory() as dump:
+        # libtpu reads its flags once, when it is loaded, so a chip is compiled for in a process of
+        # its own.
         flags = f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true"
         settings = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "LIBTPU_INIT_ARGS": flags}
-        # Only compiles: two such processes may run at once. What a cache holds dumps nothing.
+        # The process only compiles, so two may run at once. A program from the cache dumps nothing.
         settings |= {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "JAX_ENABLE_COMPILATION_CACHE": "0"}
         command = [sys.executable, "-m", __spec__.name, f"--compile={chip}"]
         subprocess.run(command, env={**os.environ, **settings}, check=True, capture_output=True)
         for name, kernel in SCHEDULED_KERNELS.items():
             bundles = read_bundles(find_dump_file(dump, name, "final_bundles.txt"))
-            per_token_head, loops = kernel.count_bundles(bundles, tile)
+            per_token_head, loops = kernel.count_bundles(bundles, block_sizes)
             spills = read_spill_counts(
                 find_dump_file(dump, name, "final_hlo-static-per-bundle-utilization.txt")
             )
+            # A bundle a cycle at best. Times in ns.
             static = per_token_head / clock * 1e9
             hbm = kernel.minimum_bytes / bandwidth * 1e9
             records.append(
@@ -308,6 +338,7 @@ def measure_schedule(chip: str) -> list[dict]:
 
 
 def main() -> None:
+    """Run the command."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
