@@ -8,8 +8,8 @@ per line, or, named .jsonl, an object per line: {"prompt": ..., "system": ...} o
 {"messages": [...], "tools": [...]}. Text goes to stdout as it comes, speed to stderr at the end.
 For many requests, each with options of its own, there is `infer.offline`.
 
-What a prompt becomes depends on the options, its number and the seed alone: its own seed is
-`jsonl.derive_seed(seed, number)`, and the engine is exact whatever runs beside it.
+The text of a prompt depends on the options, the prompt's index and the seed alone. Its own seed is
+`jsonl.derive_seed(seed, index)`, and the engine's results do not depend on what runs beside it.
 """
 
 import dataclasses
@@ -36,57 +36,57 @@ _OPTIONS = [field.name for field in dataclasses.fields(options_lib.Options)]
 
 @dataclasses.dataclass(frozen=True)
 class GenerateConfig:
-    """What to generate; each field is a flag of the command.
+    """One run; each field is a flag of the command.
 
-    Options that are None are those of the preset, or else the defaults of `options.Options`.
+    An option that is None has the preset's value, or without a preset the default of
+    `options.Options`.
     """
 
     checkpoint: str = _flag("", "Release directory, or one made by m1_jax.convert.")
-    prompt: str | None = _flag(None, "What the user says.")
-    system: str | None = _flag(None, "System message, for prompts that do not bring their own.")
-    prompts_file: str | None = _flag(None, "File with a prompt per line, or .jsonl objects.")
+    prompt: str | None = _flag(None, "Text of the user's message.")
+    system: str | None = _flag(None, "System message for prompts without their own.")
+    prompts_file: str | None = _flag(None, "File with a prompt per line, or a .jsonl of objects.")
     preset: str | None = _flag(None, f"Options: {', '.join(options_lib.PRESETS)}.")
-    max_tokens: int | None = _flag(None, "Longest output, in tokens; 512 without a preset.")
-    min_tokens: int | None = _flag(None, "Shortest output; nothing stops it before.")
-    temperature: float | None = _flag(None, "0 always takes the most likely token; default 1.")
+    max_tokens: int | None = _flag(None, "Most tokens of the output; 512 without a preset.")
+    min_tokens: int | None = _flag(None, "Least tokens of the output; nothing ends it before.")
+    temperature: float | None = _flag(None, "0 takes the most likely token; default 1.")
     top_p: float | None = _flag(None, "Keep the likeliest tokens with this mass; default 0.95.")
     top_k: int | None = _flag(None, "Keep this many likeliest tokens; 0 is off, the default.")
-    min_p: float | None = _flag(None, "Keep tokens this likely relative to the likeliest; 0: off.")
-    repetition_penalty: float | None = _flag(None, "Over prompt and output; 1 is off.")
-    presence_penalty: float | None = _flag(None, "Over the output; 0 is off.")
-    frequency_penalty: float | None = _flag(None, "Over the output, by count; 0 is off.")
-    seed: int = _flag(0, "The same seed and prompt number draw the same text.")
+    min_p: float | None = _flag(None, "Least probability, relative to the likeliest; 0 is off.")
+    repetition_penalty: float | None = _flag(None, "Penalty over prompt and output; 1 is off.")
+    presence_penalty: float | None = _flag(None, "Penalty over the output; 0 is off.")
+    frequency_penalty: float | None = _flag(None, "Penalty over the output, by count; 0 is off.")
+    seed: int = _flag(0, "The same seed and prompt index draw the same text.")
     stop: tuple[str, ...] = _flag((), "Text that ends the output, and is left out; repeatable.")
     thinking_tokens: int | None = _flag(None, "Close thinking by force after so many tokens.")
     json_schema: str | None = _flag(None, "JSON schema that the output matches, or @FILE.")
     regex: str | None = _flag(None, "Regular expression that the output matches.")
     grammar: str | None = _flag(None, "Lark grammar that the output matches, or @FILE.")
-    after_thinking: bool = _flag(False, "These hold after the model has thought freely.")
-    logprobs: str | None = _flag(None, "File for tokens with log-probabilities, a prompt a line.")
-    top_logprobs: int | None = _flag(None, "Most likely tokens at each place, too; 0 to 20.")
-    dtype: str = _flag("float32", "Of the computation: float32 or bfloat16.")
-    weights: str | None = _flag(None, "int8-experts or int8-all round weights; else as dtype.")
-    max_length: int = _flag(0, "Most tokens of prompt and output; 0: what the model allows.")
-    batch_size: int = _flag(8, "Most prompts side by side.")
+    after_thinking: bool = _flag(False, "Constrain only what follows the model's thinking.")
+    logprobs: str | None = _flag(None, "File for tokens with log-probabilities, one line a prompt.")
+    top_logprobs: int | None = _flag(None, "Likeliest tokens to add at each position, 0 to 20.")
+    dtype: str = _flag("float32", "Dtype of the computation: float32 or bfloat16.")
+    weights: str | None = _flag(None, "int8-experts or int8-all quantizes weights; default: dtype.")
+    max_length: int = _flag(0, "Most tokens of prompt and output together; 0: the model's limit.")
+    batch_size: int = _flag(8, "Most prompts in a batch.")
     raw: bool = _flag(False, "Read prompts as they are, control tokens included: no template.")
     stream: bool = _flag(True, "Print text as it comes.")
     ignore_eos: bool = _flag(False, "Always write max_tokens tokens.")
     profile: str = _flag("release", "Chat template: release or vllm.")
 
     def __post_init__(self):
-        most = self.max_tokens is None or self.max_tokens >= 1
-        wanted = {
+        checks = {
             "checkpoint": (bool(self.checkpoint), "a directory"),
-            "max_tokens": (most, "1 or more"),
+            "max_tokens": (self.max_tokens is None or self.max_tokens >= 1, "1 or more"),
             "max_length": (self.max_length >= 0, "0 (the model's own) or more"),
             "batch_size": (self.batch_size >= 1, "1 or more"),
             "dtype": (self.dtype in command.DTYPES, " or ".join(command.DTYPES)),
             "seed": (0 <= self.seed < 2**32, f"0 to {2**32 - 1}"),
             "profile": (self.profile in prompt_lib.PROFILES, " or ".join(prompt_lib.PROFILES)),
         }
-        command.check_fields(self, wanted)
+        command.check_fields(self, checks)
         quantize.check_recipe(self.weights)
-        _ = self.options  # checks them
+        _ = self.options  # raises for values out of range
         if (self.prompt is None) == (self.prompts_file is None):
             raise ValueError("--prompt, --prompts_file: got both or neither; wanted one of them")
         if self.raw and self.system is not None:
@@ -101,28 +101,29 @@ class GenerateConfig:
         """Return the options of all prompts.
 
         Raises:
-          ValueError: what `options.Options` refuses. OSError: a file that cannot be read.
+          ValueError: what `options.Options` refuses.
+          OSError: a file that cannot be read.
         """
-        given = {name: getattr(self, name) for name in _OPTIONS if hasattr(self, name)}
-        # False and () are what these flags are without a word about them.
-        given = {k: v for k, v in given.items() if v is not None and v is not False and v != ()}
+        values = {name: getattr(self, name) for name in _OPTIONS if hasattr(self, name)}
+        # Flags that are not set are None, False or (): they must not replace a preset's values.
+        values = {k: v for k, v in values.items() if v is not None and v is not False and v != ()}
         for name in ("json_schema", "grammar"):
-            if given.get(name, "").startswith("@"):
-                given[name] = pathlib.Path(given[name][1:]).read_text(encoding="utf-8")
+            if values.get(name, "").startswith("@"):
+                values[name] = pathlib.Path(values[name][1:]).read_text(encoding="utf-8")
         if self.preset is None:
-            return options_lib.Options(**given)
-        return options_lib.preset_options(self.preset, **given)
+            return options_lib.Options(**values)
+        return options_lib.preset_options(self.preset, **values)
 
 
 @dataclasses.dataclass
 class GenerateStats:
-    """How many tokens in how many seconds; compiling is on its own."""
+    """Tokens and seconds of one run."""
 
-    prefill_tokens: int = 0
-    prefill_secs: float = 0.0
-    decode_tokens: int = 0
-    decode_secs: float = 0.0
-    compile_secs: float = 0.0
+    prefill_tokens: int = 0  # tokens of all prompts
+    prefill_secs: float = 0.0  # of the engine's steps that released no token but a prompt's first
+    decode_tokens: int = 0  # tokens of all outputs, but for the first of each
+    decode_secs: float = 0.0  # of all other steps
+    compile_secs: float = 0.0  # of the engine's construction, before any step
 
     def __str__(self):
         def rate(tokens, secs):
@@ -153,60 +154,70 @@ def generate_texts(
     prompts: list[list[int]],
     out: TextIO,
 ) -> tuple[list[request_lib.RequestOutput], GenerateStats]:
-    """Do what `run` does, with what `prepare_run` found."""
+    """Do what `run` does, with the results of `prepare_run`."""
     options, stats, began = config.options, GenerateStats(), time.perf_counter()
     sizes = config_lib.fit_config(
         [(len(ids), options.max_tokens) for ids in prompts],
         config.batch_size,
         model.config.max_position_embeddings,
         max_queue=len(prompts),
-        num_snapshots=min(8, len(prompts) - 1),  # a lone one has nobody to share a prefix with
+        num_snapshots=min(8, len(prompts) - 1),  # a single prompt shares its prefix with no other
     )
-    served = engine.Engine(model, tokenizer, sizes)
-    now = time.perf_counter()
-    stats.compile_secs = now - began
+    running_engine = engine.Engine(model, tokenizer, sizes)
+    step_end = time.perf_counter()
+    stats.compile_secs = step_end - began
     printer = _TextPrinter(len(prompts), config.stream, out)
-    decoded = [0]  # tokens after the first of each prompt
-    open_ = set(range(len(prompts)))
+    # A list, so that the closure can count in it: tokens of this step, but for first ones.
+    decoded = [0]
+    unfinished = set(range(len(prompts)))  # indices of prompts whose last text is not printed
 
     def on_token(request, token, text):
+        # A request's first token comes out of its prefill.
         decoded[0] += len(request.tokens) > 1
         printer.push(request.number, text, request.finish_reason is not None)
         if request.finish_reason is not None:
-            open_.discard(request.number)
+            unfinished.discard(request.number)
 
     requests = []
-    for number, ids in enumerate(prompts):
-        seeded = dataclasses.replace(options, seed=jsonl.derive_seed(config.seed, number))
-        requests.append(served.submit(ids, seeded, on_token))
+    for index, ids in enumerate(prompts):
+        seeded = dataclasses.replace(options, seed=jsonl.derive_seed(config.seed, index))
+        requests.append(running_engine.submit(ids, seeded, on_token))
     going = True
     while going:
-        before, decoded[0] = now, 0
-        going = served.step()
-        now = time.perf_counter()
+        step_began, decoded[0] = step_end, 0
+        going = running_engine.step()
+        step_end = time.perf_counter()
         stats.decode_tokens += decoded[0]
+        # A step may prefill and decode at once. One that decodes counts as decoding.
         if decoded[0]:
-            stats.decode_secs += now - before
+            stats.decode_secs += step_end - step_began
         else:
-            stats.prefill_secs += now - before
-    served.close()
+            stats.prefill_secs += step_end - step_began
+    running_engine.close()
     outputs = [request.output() for request in requests]
     stats.prefill_tokens = sum(output.prompt_tokens for output in outputs)
-    for number in sorted(open_):  # that ended without a token
-        printer.push(number, "", last=True)
+    for index in sorted(unfinished):  # ended without a token
+        printer.push(index, "", last=True)
     if config.logprobs is not None:
         records = [{"index": i, **output_record(output)} for i, output in enumerate(outputs)]
-        text = "".join(json.dumps(one) + "\n" for one in records)
+        text = "".join(json.dumps(record) + "\n" for record in records)
         pathlib.Path(config.logprobs).write_text(text)
     return outputs, stats
 
 
 def output_record(output: request_lib.RequestOutput) -> dict[str, Any]:
+    """Return an output's tokens and its end as JSON, for --logprobs."""
     return {"finish_reason": output.finish_reason, "tokens": jsonl.tokens_to_json(output.tokens)}
 
 
 def prepare_run(config: GenerateConfig) -> tuple[Any, tokenizer_lib.Tokenizer, list[list[int]]]:
-    """Return the model, the tokenizer and the prompts' token ids; the model is loaded last."""
+    """Return the model, the tokenizer and the prompts' token ids.
+
+    The model, which takes longest, is loaded after all checks.
+
+    Raises:
+      ValueError, OSError: an input that cannot be used.
+    """
     folder, options = command.checkpoint_dir(config.checkpoint), config.options
     requests = read_requests(config)
     if config.logprobs is not None and not pathlib.Path(config.logprobs).parent.is_dir():
@@ -216,49 +227,59 @@ def prepare_run(config: GenerateConfig) -> tuple[Any, tokenizer_lib.Tokenizer, l
     prompts = []
     for i, request in enumerate(requests):
         prompts.append(jsonl.encode_request(f"prompt {i}", tokenizer, request, config.profile))
-        own = (prompts[-1], options.max_tokens, model_config, config.max_length)
-        jsonl.check_prompt_length(f"prompt {i}", *own)
+        limits = (prompts[-1], options.max_tokens, model_config, config.max_length)
+        jsonl.check_prompt_length(f"prompt {i}", *limits)
     options_lib.check_options(options, model_config.vocab_size, tokenizer.stop_ids)
+    # These raise now what the engine would raise after the model is loaded.
     stopping.OutputProgress(options, tokenizer)
-    if options.constraint:  # reading the vocabulary takes a while
+    if options.constraint:  # only then: reading the vocabulary takes a second or two
         grammar.GrammarCompiler(tokenizer, model_config.vocab_size).compile_matcher(options)
     model = command.load_model(config.checkpoint, config.dtype, config.weights)
     return model, tokenizer, prompts
 
 
 def read_requests(config: GenerateConfig) -> list[dict[str, Any]]:
-    """Return {"prompt": ...} (raw) or {"messages": ..., "tools": ...} for every prompt."""
-    how = (config.system, config.raw)
+    """Return {"prompt": ...} (raw) or {"messages": ..., "tools": ...} for every prompt.
+
+    Raises:
+      ValueError, OSError: a file that cannot be read, or a request of another form.
+    """
+    form = (config.system, config.raw)
     if config.prompts_file is None:
-        return [jsonl.check_conversation("--prompt", {"prompt": config.prompt}, *how)]
+        return [jsonl.check_conversation("--prompt", {"prompt": config.prompt}, *form)]
     path = pathlib.Path(config.prompts_file)
     requests = []
-    for where, line in jsonl.read_lines(path):
-        value = jsonl.parse_line(where, line) if path.suffix == ".jsonl" else {"prompt": line}
-        requests.append(jsonl.check_conversation(where, value, *how))
+    for location, line in jsonl.read_lines(path):
+        value = jsonl.parse_line(location, line) if path.suffix == ".jsonl" else {"prompt": line}
+        requests.append(jsonl.check_conversation(location, value, *form))
     if not requests:
         raise ValueError(f"{path}: got no prompts; wanted one per line")
     return requests
 
 
 class _TextPrinter:
-    """Prints texts as they come: one alone as it is, several by lines marked `[i] `."""
+    """Prints texts as they come.
 
-    def __init__(self, count: int, stream: bool, out: TextIO):
-        self._unprinted = [""] * count
+    A single text is printed as it is. Several are printed in whole lines, each marked `[i] `.
+    """
+
+    def __init__(self, num_texts: int, stream: bool, out: TextIO):
+        self._unprinted = [""] * num_texts  # by index
         self._stream, self._out = stream, out
 
-    def push(self, number: int, piece: str, last: bool) -> None:
-        text = self._unprinted[number] + piece
-        self._unprinted[number] = ""
+    def push(self, index: int, new_text: str, last: bool) -> None:
+        """Take the next part of a text; `last` ends it."""
+        text = self._unprinted[index] + new_text
+        self._unprinted[index] = ""
         if not (self._stream or last):
-            self._unprinted[number] = text
+            self._unprinted[index] = text
             return
         if last and not text.endswith("\n"):
             text += "\n"
         if len(self._unprinted) > 1:
-            *whole, self._unprinted[number] = text.split("\n")
-            text = "".join(f"[{number}] {line}\n" for line in whole)
+            # The last element is a line without its end yet, or empty.
+            *lines, self._unprinted[index] = text.split("\n")
+            text = "".join(f"[{index}] {line}\n" for line in lines)
         if text:
             self._out.write(text)
             self._out.flush()
@@ -268,7 +289,7 @@ def main(argv) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unknown argument {argv[1]!r}")
     if not flags.FLAGS["verbosity"].present:
-        logging.set_verbosity(logging.WARNING)  # Orbax tells every step at INFO
+        logging.set_verbosity(logging.WARNING)  # Orbax logs every step at INFO
     try:
         config = command.config_from_flags(GenerateConfig)
         prepared = prepare_run(config)
@@ -277,7 +298,7 @@ def main(argv) -> None:
     try:
         outputs, stats = generate_texts(config, *prepared, sys.stdout)
     except KeyboardInterrupt:
-        sys.exit(130)
+        sys.exit(130)  # as a shell reports SIGINT
     print(stats, file=sys.stderr)
     broken = [i for i, output in enumerate(outputs) if output.finish_reason == "error"]
     if broken:

@@ -1,7 +1,7 @@
-"""Requests as people write them: lines of files, JSON objects; and outputs as JSON.
+"""Requests as files and flags hold them, and outputs as JSON.
 
 A request is {"prompt": ..., "system": ...} or {"messages": [...], "tools": [...]}. With `raw` a
-prompt is text for the model as it is, otherwise what the user says.
+prompt is text for the model as it is. Without it the prompt is the user's message.
 """
 
 import json
@@ -20,12 +20,14 @@ REQUEST_FIELDS = (*_PROMPT_FIELDS, *_CHAT_FIELDS)
 
 
 def read_lines(path: pathlib.Path) -> list[tuple[str, str]]:
-    """Return the lines of a file that hold something, each with its place, FILE:LINE.
+    """Return the lines of a file that are not blank, each after its location, FILE:LINE.
 
     Raises:
-      ValueError: bytes that are not UTF-8. OSError: it cannot be read.
+      ValueError: bytes that are not UTF-8.
+      OSError: the file cannot be read.
     """
     try:
+        # Not splitlines, which splits at characters that JSON strings may hold.
         lines = path.read_text(encoding="utf-8").split("\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: got bytes that are not UTF-8: {error}") from None
@@ -33,50 +35,58 @@ def read_lines(path: pathlib.Path) -> list[tuple[str, str]]:
     return [(f"{path}:{n}", line.removesuffix("\r")) for n, line in numbered if line.strip()]
 
 
-def parse_line(where: str, line: str) -> Any:
-    """Return a line's JSON; ValueError with its place if it is none."""
+def parse_line(location: str, line: str) -> Any:
+    """Return a line's JSON, or raise ValueError with the location."""
     try:
         return json.loads(line)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: not JSON: {error}") from None
+        raise ValueError(f"{location}: not JSON: {error}") from None
 
 
-def check_conversation(where: str, value: Any, system: str | None, raw: bool) -> dict[str, Any]:
+def check_conversation(location: str, value: Any, system: str | None, raw: bool) -> dict[str, Any]:
     """Return what `encode_request` takes: {"prompt": ...} if raw, else messages and tools.
 
     Args:
-      where: for errors. value: the request. system: system message of a prompt without its own.
-      raw: prompts are no user's messages.
+      location: of the request, for errors.
+      value: the request.
+      system: system message of a prompt without its own.
+      raw: the prompt is text for the model as it is, not a user's message.
 
     Raises:
       ValueError: other fields, or values of other kinds.
     """
     keys = set(value) if isinstance(value, dict) else None
     if keys is None or not (keys <= set(_PROMPT_FIELDS) or keys <= set(_CHAT_FIELDS)):
-        got = sorted(keys) if keys else value
+        shown_value = sorted(keys) if keys else value
         raise ValueError(
-            f'{where}: got {got!r:.80}; wanted "prompt" and "system", or "messages" and "tools"'
+            f'{location}: got {shown_value!r:.80}; wanted "prompt" and "system", or "messages" '
+            'and "tools"'
         )
     if "messages" in value:
         if raw or system is not None:
-            raise ValueError(f"{where}: got messages with --raw or --system; wanted neither")
+            raise ValueError(f"{location}: got messages with --raw or --system; wanted neither")
         return value
     prompt, system = value.get("prompt"), value.get("system", system)
+    # Without a system message there is nothing to check: "x" passes.
     for name, text in (("prompt", prompt), ("system", "x" if system is None else system)):
         if not isinstance(text, str) or not text:
-            raise ValueError(f"{where}: {name}: got {text!r}; wanted a text that is not empty")
+            raise ValueError(f"{location}: {name}: got {text!r}; wanted a text that is not empty")
     if not raw:
-        front = [] if system is None else [{"role": "system", "content": system}]
-        return {"messages": [*front, {"role": "user", "content": prompt}]}
+        system_messages = [] if system is None else [{"role": "system", "content": system}]
+        return {"messages": [*system_messages, {"role": "user", "content": prompt}]}
     if system is not None:
-        raise ValueError(f"{where}: system: got one with --raw, which has no place for it")
+        raise ValueError(f"{location}: system: got one with --raw, which has no place for it")
     return {"prompt": prompt}
 
 
 def encode_request(
-    where: str, tokenizer: tokenizer_lib.Tokenizer, value: Mapping[str, Any], profile: str
+    location: str, tokenizer: tokenizer_lib.Tokenizer, value: Mapping[str, Any], profile: str
 ) -> list[int]:
-    """Return the token ids of what `check_conversation` made; ValueError if they cannot be had."""
+    """Return the token ids of a request that `check_conversation` returned.
+
+    Raises:
+      ValueError: messages or tools that cannot be rendered.
+    """
     try:
         if "prompt" in value:
             return tokenizer.encode(value["prompt"], allow_special=True)
@@ -84,47 +94,52 @@ def encode_request(
             tokenizer, value["messages"], value.get("tools"), profile=profile
         )
     except ValueError as error:
-        raise ValueError(f"{where}: {error}") from None
+        raise ValueError(f"{location}: {error}") from None
 
 
 def check_prompt_length(
-    where: str, ids: Sequence[int], max_tokens: int, model_config: Any, max_length: int = 0
+    location: str, ids: Sequence[int], max_tokens: int, model_config: Any, max_length: int = 0
 ) -> None:
     """Raise ValueError for a prompt that is empty, too long or outside of the vocabulary.
 
-    max_length: limit of prompt and output together, beside the model's own; 0 is none.
+    Args:
+      location: of the request, for errors.
+      ids: the prompt.
+      max_tokens: the most tokens of the output.
+      model_config: has the model's own limits.
+      max_length: a lower limit on prompt and output together, in tokens; 0 is none.
     """
-    own = model_config.max_position_embeddings
-    limit, remedy = own, "lower --max_tokens (the model allows no more)"
-    if 0 < max_length < own:
+    model_limit = model_config.max_position_embeddings
+    limit, remedy = model_limit, "lower --max_tokens (the model allows no more)"
+    if 0 < max_length < model_limit:
         limit, remedy = max_length, "raise --max_length"
     if not ids:
-        raise ValueError(f"{where}: got no tokens; wanted at least one")
+        raise ValueError(f"{location}: got no tokens; wanted at least one")
     if len(ids) + max_tokens > limit:
         raise ValueError(
-            f"{where}: got {len(ids)} tokens + max_tokens {max_tokens} = {len(ids) + max_tokens}; "
-            f"wanted at most {limit}. Shorten the prompt or {remedy}."
+            f"{location}: got {len(ids)} tokens + max_tokens {max_tokens} = "
+            f"{len(ids) + max_tokens}; wanted at most {limit}. Shorten the prompt or {remedy}."
         )
     bad = [token for token in ids if not 0 <= token < model_config.vocab_size]
     if bad:
         raise ValueError(
-            f"{where}: got token id {bad[0]}; wanted 0 to {model_config.vocab_size - 1}. "
+            f"{location}: got token id {bad[0]}; wanted 0 to {model_config.vocab_size - 1}. "
             "Does the tokenizer belong to this model?"
         )
 
 
-def derive_seed(seed: int, number: int) -> int:
-    """Return the seed of a run's request: a function of the run's seed and the request's number.
+def derive_seed(seed: int, index: int) -> int:
+    """Return the seed of one request from the run's seed and the request's index.
 
-    Number 0 has the run's own. All numbers of one run differ, and the runs of two seeds that are
-    less than 200 apart have none in common up to a million requests: multiples of 2^32 over the
-    golden ratio lie far from each other.
+    Index 0 has the run's own seed. All requests of a run have different seeds. Two runs whose seeds
+    are less than 200 apart have no seed in common up to a million requests: multiples of 2^32 over
+    the golden ratio lie far from each other.
     """
-    return (seed + number * 0x9E3779B9) % 2**32
+    return (seed + index * 0x9E3779B9) % 2**32
 
 
 def tokens_to_json(tokens: Sequence[request_lib.OutputToken]) -> list[dict[str, Any]]:
-    """Return output tokens as JSON; log-probability null is minus infinity."""
+    """Return output tokens as JSON. A log-probability of minus infinity becomes null."""
     records = []
     for token in tokens:
         record: dict[str, Any] = {
@@ -139,13 +154,14 @@ def tokens_to_json(tokens: Sequence[request_lib.OutputToken]) -> list[dict[str, 
 
 
 def finite_or_none(logp: float) -> float | None:
+    """Return a finite value, or None: JSON has no infinity."""
     return logp if math.isfinite(logp) else None
 
 
 def options_from_fields(
     base: options_lib.Options, values: Mapping[str, Any]
 ) -> options_lib.Options:
-    """Return options with fields replaced by JSON values; "preset" replaces all the others first.
+    """Return options with fields replaced by JSON values. A "preset" replaces all fields first.
 
     Raises:
       ValueError: an unknown field, or what `options.Options` refuses.

@@ -115,7 +115,7 @@ class BatchSummary:
 
     requests: int  # of the input
     done_before: int  # requests that an earlier run had done
-    done: int  # requests that this run did; the counts below are of these
+    done: int  # requests that this run did, of which the counts below are
     errors: int = 0  # requests that ended with finish_reason "error"
     prompt_tokens: int = 0
     cached_tokens: int = 0  # prompt tokens that were found in the prefix cache

@@ -1,7 +1,7 @@
-"""What one request may ask for: plain values, checked on the host before anything runs.
+"""Options of one request: plain values, checked on the host before anything runs.
 
-A value out of range is a ValueError that names the field; nothing is clipped, rounded or ignored
-in silence. What needs a vocabulary waits for `check_options`.
+A value out of range is a ValueError that names the field. Nothing is clipped, rounded or ignored
+silently. Checks that need a vocabulary are in `check_options`.
 """
 
 import dataclasses
@@ -11,14 +11,14 @@ from typing import Any
 
 from m1_jax import configlib
 
-MAX_BIASES = 300
-MAX_STOP_IDS = 8  # the tokenizer's own included; the device compares with this many
+MAX_BIASES = 300  # entries of logit_bias, which have a fixed array on the device
+MAX_STOP_IDS = 8  # the tokenizer's own included; they have a fixed array on the device
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARS = 1024
 MAX_TOP_LOGPROBS = 20
 
-# What the device does with a row's logits.
-# name: (the release's recommendation, check, what is wanted)
+# Fields that the device applies to a row's logits.
+# name: (default, which is the release's recommendation, check, description of valid values)
 SAMPLING_FIELDS: dict[str, tuple[float, Callable[[float], bool], str]] = {
     "temperature": (1.0, lambda x: x >= 0, "0 (greedy) or more"),
     "top_p": (0.95, lambda x: 0 < x <= 1, "more than 0, at most 1 (off)"),
@@ -44,22 +44,22 @@ class Options:
       temperature: 0 takes the likeliest token; see `SAMPLING_FIELDS` for all ranges.
       top_p: mass of the likeliest tokens that are kept, in (0, 1]. 1 is off.
       top_k: number of likeliest tokens that are kept. 0 is off.
-      min_p: tokens less likely than this share of the likeliest are left out. 0 is off.
+      min_p: tokens less likely than this share of the likeliest token are left out. 0 is off.
       repetition_penalty: over prompt and output, as in transformers. 1 is off.
       presence_penalty: over the output alone, as in OpenAI's API. 0 is off.
       frequency_penalty: over the output alone, by count, as in OpenAI's API. 0 is off.
-      logit_bias: number added to the logits of these token ids, -100 to 100.
+      logit_bias: by token id, a number that is added to the logit, -100 to 100.
       seed: 0 to 2^32 - 1. The same seed draws the same tokens.
       max_tokens: longest output, in tokens.
-      min_tokens: the output has that many tokens before anything ends it. A stop token is one
-        more, so it is not to be chosen while there are fewer.
+      min_tokens: tokens that the output has before anything ends it. A stop token is not one of
+        them, and is never chosen before that.
       stop_token_ids: token ids that end the output, beside the tokenizer's own.
       ignore_eos: the tokenizer's own stop ids do not end the output.
       stop: strings that end the output and are not part of its text.
       thinking_tokens: thinking that is still open after this many tokens is closed by force.
       stop_on_loop: end an output that has long been certain of every token; see `infer.stopping`.
-      top_logprobs: how many of the likeliest tokens are listed beside each chosen one, 0 to 20.
-      json_schema: JSON schema, an object or its JSON, which the output matches as a whole.
+      top_logprobs: number of likeliest tokens that are listed beside each chosen one, 0 to 20.
+      json_schema: JSON schema, an object or its text, which the output matches as a whole.
       regex: regular expression, which the output matches as a whole.
       grammar: grammar in Lark's notation, which the output matches as a whole. At most one of
         json_schema, regex and grammar is set.
@@ -91,9 +91,12 @@ class Options:
     after_thinking: bool = False
 
     def __post_init__(self):
-        for name, (_, valid, wanted) in SAMPLING_FIELDS.items():
+        for name, (_, is_valid, description) in SAMPLING_FIELDS.items():
             configlib.check_field(
-                _is_number(value := getattr(self, name)) and valid(value), name, value, wanted
+                _is_number(value := getattr(self, name)) and is_valid(value),
+                name,
+                value,
+                description,
             )
         _check_whole_number("seed", self.seed, 0, 2**32 - 1)
         _check_whole_number("max_tokens", self.max_tokens, 1)
@@ -103,7 +106,8 @@ class Options:
         for name in ("ignore_eos", "stop_on_loop", "after_thinking"):
             value = getattr(self, name)
             configlib.check_field(isinstance(value, bool), name, value, "True or False")
-        # Copies: what the caller does later with its own list or dict changes nothing here.
+        # Copies: the caller may change its own list or dict later. A frozen dataclass assigns its
+        # fields through `object`.
         object.__setattr__(self, "logit_bias", _check_logit_bias(self.logit_bias))
         object.__setattr__(self, "stop_token_ids", _check_stop_ids(self.stop_token_ids))
         object.__setattr__(self, "stop", _check_stop_strings(self.stop))
@@ -120,27 +124,28 @@ class Options:
         return next((name for name in _CONSTRAINTS if getattr(self, name) is not None), None)
 
     def _check_constraint(self) -> None:
-        given = [name for name in _CONSTRAINTS if getattr(self, name) is not None]
-        if len(given) > 1:
-            raise ValueError(f"got {' and '.join(given)}; wanted at most one of them")
-        for name in given:
+        names = [name for name in _CONSTRAINTS if getattr(self, name) is not None]
+        if len(names) > 1:
+            raise ValueError(f"got {' and '.join(names)}; wanted at most one of them")
+        for name in names:
             value = getattr(self, name)
             kinds = str | Mapping if name == "json_schema" else str
-            wanted = "text or an object" if name == "json_schema" else "text"
+            description = "text or an object" if name == "json_schema" else "text"
+            # {} is a schema, which any JSON matches. An empty text is a mistake.
             configlib.check_field(
-                isinstance(value, kinds) and bool(value or value == {}), name, value, wanted
+                isinstance(value, kinds) and bool(value or value == {}), name, value, description
             )
-            # A finished structure has nothing to add but the end.
-            for other in ("ignore_eos", "min_tokens"):
-                if getattr(self, other):
+            # When a structure is complete, only a stop token may follow.
+            for option in ("ignore_eos", "min_tokens"):
+                if getattr(self, option):
                     raise ValueError(
-                        f"{other}: got {getattr(self, other)} with {name}, whose end it would "
+                        f"{option}: got {getattr(self, option)} with {name}, whose end it would "
                         "forbid; leave one of them out"
                     )
 
 
 def check_options(options: Options, vocab_size: int, own_stop_ids: tuple[int, ...] = ()) -> None:
-    """Check what depends on the model: token ids, and how many of them end the output.
+    """Check the options that depend on the model: token ids, and the number of stop ids.
 
     Args:
       options: of one request.
@@ -156,11 +161,11 @@ def check_options(options: Options, vocab_size: int, own_stop_ids: tuple[int, ..
             configlib.check_field(
                 token < vocab_size, name, token, f"token ids of 0 to {vocab_size - 1}"
             )
-    number = len(all_stop_ids(options, own_stop_ids))
-    if number > MAX_STOP_IDS:
+    num_stop_ids = len(all_stop_ids(options, own_stop_ids))
+    if num_stop_ids > MAX_STOP_IDS:
         raise ValueError(
-            f"stop_token_ids: got {number} with the tokenizer's own {len(own_stop_ids)}; wanted "
-            f"at most {MAX_STOP_IDS} in all. Use stop strings for the others."
+            f"stop_token_ids: got {num_stop_ids} with the tokenizer's own {len(own_stop_ids)}; "
+            f"wanted at most {MAX_STOP_IDS} in all. Use stop strings for the others."
         )
 
 
@@ -179,9 +184,14 @@ def options_to_json(options: Options) -> dict[str, Any]:
 
 
 def options_from_json(values: Mapping[str, Any], base: Options | None = None) -> Options:
-    """Undo `options_to_json`, over other defaults where `base` is given.
+    """Return the options that `options_to_json` wrote.
 
-    JSON has no tuples, and text for keys: lists, one stop string and ids in quotes are taken too.
+    JSON has no tuples, and its keys are text. So lists stand for tuples, and logit_bias may have
+    ids in quotes. A single stop string may stand without a list.
+
+    Args:
+      values: the fields that are set.
+      base: has the values of all other fields; the defaults if None.
 
     Raises:
       ValueError: an unknown field, or what `Options` refuses.
@@ -197,11 +207,12 @@ def options_from_json(values: Mapping[str, Any], base: Options | None = None) ->
 
 
 def _parse_token_id(key: Any) -> Any:
+    """Return an id in quotes as a number, and anything else as it is, for later checks."""
     return int(key) if isinstance(key, str) and key.isdecimal() and key.isascii() else key
 
 
 def check_names(kind: str, names: Iterable[str], allowed: Collection[str]) -> None:
-    """Raise ValueError for the first name that is not allowed, with near ones that are."""
+    """Raise ValueError for the first name that is not allowed, and suggest similar ones."""
     for name in names:
         if name not in allowed:
             all_names = f"did you mean {' or '.join(allowed)}?"
@@ -210,6 +221,7 @@ def check_names(kind: str, names: Iterable[str], allowed: Collection[str]) -> No
 
 
 def _is_number(value: Any) -> bool:
+    # A bool is an int in Python.
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
@@ -218,10 +230,13 @@ def _is_token_id(value: Any) -> bool:
 
 
 def _check_whole_number(
-    name: str, value: Any, low: int, high: float = math.inf, what: str = ""
+    name: str, value: Any, low: int, high: float = math.inf, high_name: str = ""
 ) -> None:
-    wanted = f"a whole number, {low} or more" if high == math.inf else f"{low} to {high}{what}"
-    configlib.check_field(_is_token_id(value) and low <= value <= high, name, value, wanted)
+    """Check low <= value <= high; `high_name` explains the limit in the error."""
+    description = (
+        f"a whole number, {low} or more" if high == math.inf else f"{low} to {high}{high_name}"
+    )
+    configlib.check_field(_is_token_id(value) and low <= value <= high, name, value, description)
 
 
 def _check_logit_bias(bias: Any) -> dict[int, float]:
@@ -258,11 +273,10 @@ def _check_stop_strings(stop: Any) -> tuple[str, ...]:
     return tuple(stop)
 
 
-# Last, because making them checks them.
+# Last in the file: constructing options calls the functions above.
 _DEFAULT_OPTIONS = Options()
 PRESETS: dict[str, Options] = {
-    # The output limits that the two checkpoints were trained with, a tenth of them kept for the
-    # answer.
+    # The output limits that the two checkpoints were trained with. A tenth is left for the answer.
     "thinking-40k": Options(max_tokens=40_000, thinking_tokens=36_000),
     "thinking-80k": Options(max_tokens=80_000, thinking_tokens=72_000),
     "lightning": Options(max_tokens=4_096, thinking_tokens=1_024),

@@ -1,4 +1,4 @@
-"""A request under way, and what comes of it."""
+"""A request to the engine while it runs, and its output."""
 
 import dataclasses
 import threading
@@ -9,17 +9,13 @@ from infer import prompt_lookup
 
 @dataclasses.dataclass(frozen=True)
 class OutputToken:
-    """One token of an output.
-
-    logp: under the distribution it was drawn from. logp_raw: under the model's plain logits.
-    version: of the weights that made it. top: the most likely tokens and their plain
-    log-probabilities, as many as asked for.
-    """
+    """One token of an output."""
 
     id: int
-    logp: float
-    logp_raw: float
-    version: int
+    logp: float  # log-probability under the distribution that the token was drawn from
+    logp_raw: float  # log-probability under the model's plain logits
+    version: int  # of the weights that chose the token
+    # The `Options.top_logprobs` likeliest tokens: (id, log-probability under the plain logits).
     top: tuple[tuple[int, float], ...] = ()
 
 
@@ -27,9 +23,15 @@ class OutputToken:
 class RequestOutput:
     """A finished request.
 
-    finish_reason: "stop", "length", "loop", "cancelled", "suspended" or "error" (logits that are
-      not finite, or a grammar that outgrew its limits on the way).
-    cached_tokens: of the prompt, found in the prefix cache; cache_reason says why if none.
+    Attributes:
+      tokens: of the output, the stop token included.
+      text: of the output, without the stop token or the stop string.
+      finish_reason: "stop", "length", "loop", "cancelled", "suspended", or "error" for logits that
+        are not finite or a grammar that grew beyond its limits.
+      prompt_tokens: number of tokens of the prompt.
+      cached_tokens: number of tokens of the prompt that were found in the prefix cache.
+      cache_reason: why none were found, else empty.
+      reasoning_tokens: number of tokens up to the end of thinking, 0 if the output does not think.
     """
 
     tokens: tuple[OutputToken, ...]
@@ -42,11 +44,26 @@ class RequestOutput:
 
 
 class Request:
-    """A request under way; `Engine.submit` makes it.
+    """A request while it runs; `Engine.submit` returns it.
 
     Attributes:
-      tokens, text: so far. finish_reason: None while it goes on.
-      routes: at the end, [tokens computed, layers, choices] int8, if the engine records them.
+      number: counts the engine's requests.
+      prompt: token ids.
+      options: see `options.Options`.
+      stop_ids: all token ids that end the output.
+      progress: `stopping.OutputProgress`, the state of the text.
+      matcher: `grammar.GrammarMatcher`, or None without a constraint.
+      on_token: called with (request, token, new text), or None.
+      tokens: of the output so far.
+      grammar_mask: the mask of the next token, or None without a constraint.
+      text: of the output so far, without text that is held back.
+      finish_reason: None while the request runs.
+      cached_tokens: see `RequestOutput`.
+      cache_reason: see `RequestOutput`.
+      routes: at the end, [computed tokens, layers, experts of a token] int8, if the engine records
+        them, else None.
+      done: set at the end.
+      prompt_lookup: proposes drafts of the next tokens.
     """
 
     def __init__(self, number: int, prompt, options, stop_ids, progress, matcher, on_token):
@@ -64,17 +81,18 @@ class Request:
 
     @property
     def has_penalties(self) -> bool:
-        """Whether its choices depend on what it said before."""
+        """Whether penalties for earlier tokens change the distribution of the next one."""
         o = self.options
         return o.repetition_penalty != 1 or o.presence_penalty != 0 or o.frequency_penalty != 0
 
     @property
     def allows_drafts(self) -> bool:
-        """Whether several of its tokens can be chosen at once."""
+        """Whether several tokens can be chosen in one step."""
+        # Each of the three makes a token's distribution depend on the tokens drafted before it.
         return not self.has_penalties and self.matcher is None and not self.progress.forced_tokens()
 
     def push(self, token: OutputToken) -> str:
-        """Take a token; return the text that it releases."""
+        """Take a token, and return the text that it releases."""
         update = self.progress.push(token.id, token.logp_raw)
         self.tokens.append(token)
         self.prompt_lookup.push(token.id)
@@ -86,10 +104,10 @@ class Request:
         return update.text
 
     def output(self, timeout_secs: float | None = None) -> RequestOutput:
-        """Wait for the end, and return all of it.
+        """Wait for the end, and return the whole output.
 
         Raises:
-          TimeoutError: it did not end in time.
+          TimeoutError: the request did not end in time.
         """
         if not self.done.wait(timeout_secs):
             raise TimeoutError(f"request {self.number}: not finished after {timeout_secs} s")
