@@ -6,9 +6,9 @@
 Times are those of the device to within launches: each repeat queues several calls back to back,
 waits for the last, and divides. A decoding call takes the pool that the call before it returned.
 
-Bandwidth counts the minimum bytes, whatever an implementation really moves: every operand read
-once, every result written once, and the saved states of the backward pass. The share of copy is
-relative to the bandwidth of a large copy on the same device.
+Bandwidth counts the minimum bytes (docs/kernels.md, "Bytes and operations"), whatever an
+implementation really moves. The share of copy is relative to the bandwidth of a large copy on the
+same device.
 
 The error is the relative L2 norm of o against a float64 recurrence in numpy. In training it covers
 the first row's first and last head and at most its first 4,096 tokens. In decoding it covers all

@@ -9,8 +9,7 @@ this token, and how many real tokens the chunk holds up to and with this one. Pa
 word. Exponents come from the counts and not from positions, so a hole inside a document costs no
 decay.
 
-For example, in a chunk of four tokens with segment ids 1, 1, 0, 2 the words are 1, 2, -1 and
-(1 << 10) | 3, and the scalar is (1 << 10) | 3.
+docs/kernels.md, "Tables", shows both by an example.
 """
 
 from typing import Any, NamedTuple

@@ -1,6 +1,6 @@
 """Lightning attention forward in Pallas for GPU, lowered through Triton.
 
-For a chunk of n real tokens that enters with state S (M1 report, section 2; docs/kernels.md,
+For a chunk of n real tokens that enters with state S (M1 report, section 2, and docs/kernels.md,
 "Forward"):
 
     o_i = lambda^i q_i S + sum_{j <= i} lambda^(i - j) (q_i . k_j) v_j       i, j from 1

@@ -126,7 +126,7 @@ class KernelBundles:
 def read_bundles(path: str) -> KernelBundles:
     """Read the loops and the conditional forward branches of one kernel.
 
-    A line of a bundle shows its address, a mark and its depth as that many ">". A bundle marked "LB"
+    A bundle's line shows its address, a mark and its depth as that many ">". A bundle marked "LB"
     opens a loop. A bundle marked "PF" names regions that branches jump to.
     """
     # loops: [depth, first bundle, last bundle]. jumps: (bundle, region). ends: region -> bundle.
@@ -244,9 +244,8 @@ class ScheduledKernel:
     count_bundles: Callable[[KernelBundles, tiling.TpuBlockSizes], tuple[float, list[range]]]
 
 
-# Minimum bytes at a head width of 128 in bfloat16. Forward: q, k, v and o. Backward: q, k, v, do,
-# dq, dk, dv and 64 bytes of saved state. Prefill: q, k, v, o, and a state in and out for each
-# sequence.
+# Minimum bytes at a head width of 128 in bfloat16 (docs/kernels.md, "Bytes and operations"). Prefill:
+# q, k, v, o, and a state in and out for each sequence.
 SCHEDULED_KERNELS = {
     "lightning_fwd": ScheduledKernel(
         functools.partial(trace_training, backward=False), 1024, count_forward_bundles
