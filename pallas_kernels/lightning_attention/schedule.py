@@ -244,8 +244,8 @@ class ScheduledKernel:
     count_bundles: Callable[[KernelBundles, tiling.TpuBlockSizes], tuple[float, list[range]]]
 
 
-# Minimum bytes at a head width of 128 in bfloat16 (docs/kernels.md, "Bytes and operations"). Prefill:
-# q, k, v, o, and a state in and out for each sequence.
+# Minimum bytes at a head width of 128 in bfloat16, see docs/kernels.md, "Bytes and operations".
+# Prefill: q, k, v, o, and a state in and out for each sequence.
 SCHEDULED_KERNELS = {
     "lightning_fwd": ScheduledKernel(
         functools.partial(trace_training, backward=False), 1024, count_forward_bundles
