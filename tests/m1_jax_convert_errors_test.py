@@ -1,9 +1,9 @@
 """Every way in which a checkpoint can be wrong: one line, status 1, no result."""
 
 import json
-import pathlib
 import shutil
 
+import convert_support
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -14,59 +14,19 @@ from m1_jax import config as config_lib
 from m1_jax import convert, testing
 from m1_jax.checkpoints import release
 
+# Fixtures.
+small = convert_support.small
+small_converted = convert_support.small_converted
+source = convert_support.source
+converted = convert_support.converted
+
 _INDEX = release.INDEX_FILE
 _REFUSALS = (release.CheckpointError, config_lib.ConfigError)
-_SMALL = {"attn_type_list": [0, 1], "num_local_experts": 2, "num_experts_per_tok": 1}
-
-
-def _convert(to, src, dst, **settings):
-    return convert.run(convert.ConvertConfig(to, str(src), str(dst), progress=False, **settings))
-
-
-def _write(directory, seed=0, num_shards=3, **overrides):
-    hf = testing.tiny_config(**_SMALL | overrides)
-    return testing.write_release(directory, hf, testing.random_tensors(hf, seed), num_shards)
 
 
 def _edit_json(path, **changes):
     content = json.loads(path.read_text()) | changes
     path.write_text(json.dumps({key: value for key, value in content.items() if value is not ...}))
-
-
-def _read_shard(path):
-    raw = path.read_bytes()
-    length = int.from_bytes(raw[:8], "little")
-    return json.loads(raw[8 : 8 + length]), raw[8 + length :]
-
-
-def _write_shard(path, header, data, padding=""):
-    raw = (json.dumps(header) + padding).encode()
-    path.write_bytes(len(raw).to_bytes(8, "little") + raw + data)
-
-
-@pytest.fixture(scope="module")
-def small(tmp_path_factory):
-    """Two layers in three shards, with a tokenizer beside them; read only."""
-    directory = _write(tmp_path_factory.mktemp("small") / "release")
-    testing.write_tiny_tokenizer(directory)
-    return directory
-
-
-@pytest.fixture(scope="module")
-def small_converted(small):
-    return _convert("orbax", small, small.parent / "orbax")
-
-
-@pytest.fixture
-def source(small, tmp_path):
-    """A copy of `small` to damage."""
-    return pathlib.Path(shutil.copytree(small, tmp_path / "release"))
-
-
-@pytest.fixture
-def converted(small_converted, tmp_path):
-    """A copy of the converted `small` to damage."""
-    return pathlib.Path(shutil.copytree(small_converted, tmp_path / "orbax"))
 
 
 @pytest.fixture
@@ -96,9 +56,9 @@ def _shards(directory):
 
 
 def _edit_header(shard, edit):
-    header, data = _read_shard(shard)
+    header, data = convert_support.read_shard(shard)
     edit(header)
-    _write_shard(shard, header, data)
+    convert_support.write_shard(shard, header, data)
 
 
 def _truncate(directory):
@@ -128,7 +88,7 @@ def _damage_header(directory):
 
 
 def _header_is_a_list(directory):
-    _write_shard(_shards(directory)[0], [1, 2], b"")
+    convert_support.write_shard(_shards(directory)[0], [1, 2], b"")
 
 
 def _header_of_the_wrong_kind(directory):
@@ -157,7 +117,7 @@ def _wrong_shape(directory):
 
 
 def _mixed_dtypes(directory):
-    hf = testing.tiny_config(**_SMALL)
+    hf = testing.tiny_config(**convert_support.SMALL_CONFIG)
     tensors = testing.random_tensors(hf)
     name = "model.layers.0.block_sparse_moe.experts.1.w1.weight"
     testing.write_release(directory, hf, tensors | {name: tensors[name].astype(np.float32)})
@@ -166,11 +126,15 @@ def _mixed_dtypes(directory):
 def _twice(directory):
     """One tensor in the second shard too, and the index says so."""
     first, second = _shards(directory)[:2]
-    (name, spec), *_ = ((k, v) for k, v in _read_shard(first)[0].items() if k != "__metadata__")
+    (name, spec), *_ = (
+        (k, v) for k, v in convert_support.read_shard(first)[0].items() if k != "__metadata__"
+    )
     start, end = spec["data_offsets"]
-    header, data = _read_shard(second)
+    header, data = convert_support.read_shard(second)
     header[name] = spec | {"data_offsets": [len(data), len(data) + end - start]}
-    _write_shard(second, header, data + _read_shard(first)[1][start:end])
+    convert_support.write_shard(
+        second, header, data + convert_support.read_shard(first)[1][start:end]
+    )
 
 
 def _index_names_the_wrong_file(directory):
@@ -192,14 +156,14 @@ def _index_has_one_more(directory):
 
 
 def _weights_lack_a_tensor(directory):
-    hf = testing.tiny_config(**_SMALL)
+    hf = testing.tiny_config(**convert_support.SMALL_CONFIG)
     tensors = testing.random_tensors(hf)
     del tensors["model.norm.weight"]
     testing.write_release(directory, hf, tensors)
 
 
 def _weights_have_one_more(directory):
-    hf = testing.tiny_config(**_SMALL)
+    hf = testing.tiny_config(**convert_support.SMALL_CONFIG)
     extra = {"model.layers.1.self_attn.q_norm.weight": np.ones(3, np.float32)}
     testing.write_release(directory, hf, testing.random_tensors(hf) | extra)
 
@@ -273,7 +237,7 @@ def test_a_damaged_release_is_refused(source, tmp_path, command, damage, words):
     damage(source)
     dst = tmp_path / "orbax"
     with pytest.raises(_REFUSALS) as caught:
-        _convert("orbax", source, dst)
+        convert_support.run_convert("orbax", source, dst)
     for word in words:
         assert word in str(caught.value)
     if damage is not _mixed_dtypes:  # loading casts to one dtype anyway

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 
+import convert_support
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,66 +19,18 @@ from m1_jax import params as params_lib
 from m1_jax.checkpoints import format as format_lib
 from m1_jax.checkpoints import params_map, release
 
+# Fixtures.
+small = convert_support.small
+small_converted = convert_support.small_converted
+source = convert_support.source
+converted = convert_support.converted
+
 _REPO = pathlib.Path(__file__).resolve().parents[1]
-# Orbax's own records, which hold times.
-_TIMED = ("params/_CHECKPOINT_METADATA", "params/commit_success.txt")
-_SMALL = {"attn_type_list": [0, 1], "num_local_experts": 2, "num_experts_per_tok": 1}
-
-
-def _convert(to, src, dst, **settings):
-    return convert.run(convert.ConvertConfig(to, str(src), str(dst), progress=False, **settings))
 
 
 def _there_and_back(src, directory):
-    converted = _convert("orbax", src, directory / "orbax")
-    return converted, _convert("hf", converted, directory / "back")
-
-
-def _files(directory):
-    """Return the bytes of every file below a directory, by its relative path."""
-    found = {p.relative_to(directory).as_posix(): p for p in directory.rglob("*") if p.is_file()}
-    return {name: path.read_bytes() for name, path in found.items() if name not in _TIMED}
-
-
-def _write(directory, seed=0, num_shards=3, **overrides):
-    hf = testing.tiny_config(**_SMALL | overrides)
-    return testing.write_release(directory, hf, testing.random_tensors(hf, seed), num_shards)
-
-
-def _read_shard(path):
-    raw = path.read_bytes()
-    length = int.from_bytes(raw[:8], "little")
-    return json.loads(raw[8 : 8 + length]), raw[8 + length :]
-
-
-def _write_shard(path, header, data, padding=""):
-    raw = (json.dumps(header) + padding).encode()
-    path.write_bytes(len(raw).to_bytes(8, "little") + raw + data)
-
-
-@pytest.fixture(scope="module")
-def small(tmp_path_factory):
-    """Two layers in three shards, with a tokenizer beside them; read only."""
-    directory = _write(tmp_path_factory.mktemp("small") / "release")
-    testing.write_tiny_tokenizer(directory)
-    return directory
-
-
-@pytest.fixture(scope="module")
-def small_converted(small):
-    return _convert("orbax", small, small.parent / "orbax")
-
-
-@pytest.fixture
-def source(small, tmp_path):
-    """A copy of `small` to damage."""
-    return pathlib.Path(shutil.copytree(small, tmp_path / "release"))
-
-
-@pytest.fixture
-def converted(small_converted, tmp_path):
-    """A copy of the converted `small` to damage."""
-    return pathlib.Path(shutil.copytree(small_converted, tmp_path / "orbax"))
+    converted = convert_support.run_convert("orbax", src, directory / "orbax")
+    return converted, convert_support.run_convert("hf", converted, directory / "back")
 
 
 # ---- byte for byte
@@ -85,7 +38,7 @@ def converted(small_converted, tmp_path):
 
 def test_the_golden_checkpoint_comes_back(golden_dir, tmp_path):
     converted, back = _there_and_back(golden_dir, tmp_path)
-    assert _files(back) == _files(golden_dir)
+    assert convert_support.read_files(back) == convert_support.read_files(golden_dir)
     assert not [path for path in converted.rglob("*") if path.suffix == ".safetensors"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["back", "orbax"]  # no .partial
 
@@ -98,7 +51,7 @@ def test_the_tokenizer_and_other_files_are_copied(source, tmp_path):
         (source / name).write_bytes(b"weights that the index does not list")
     converted, back = _there_and_back(source, tmp_path)
     for directory in (converted, back):
-        copied = _files(directory)
+        copied = convert_support.read_files(directory)
         for name in ("tokenizer.json", "tokenizer_config.json", "config.json", *extra):
             assert copied[name] == (source / name).read_bytes()
         assert not copied.keys() & {"old.bin", "pytorch_model.bin.index.json", "x.gguf"}
@@ -107,10 +60,10 @@ def test_the_tokenizer_and_other_files_are_copied(source, tmp_path):
 
 @pytest.mark.parametrize("num_shards", [1, 2, 5])
 def test_any_number_of_shards(tmp_path, num_shards):
-    src = _write(tmp_path / "release", num_shards=num_shards)
+    src = convert_support.write_small_release(tmp_path / "release", num_shards=num_shards)
     _, back = _there_and_back(src, tmp_path)
     assert len(list(back.glob("*.safetensors"))) == num_shards
-    assert _files(back) == _files(src)
+    assert convert_support.read_files(back) == convert_support.read_files(src)
 
 
 @pytest.mark.parametrize(
@@ -127,9 +80,9 @@ def test_any_number_of_shards(tmp_path, num_shards):
     ids=str,
 )
 def test_other_models(tmp_path, overrides):
-    src = _write(tmp_path / "release", **overrides)
+    src = convert_support.write_small_release(tmp_path / "release", **overrides)
     _, back = _there_and_back(src, tmp_path)
-    assert _files(back) == _files(src)
+    assert convert_support.read_files(back) == convert_support.read_files(src)
 
 
 def test_a_single_file_without_an_index(source, tmp_path):
@@ -138,7 +91,7 @@ def test_a_single_file_without_an_index(source, tmp_path):
     (single / release.INDEX_FILE).unlink()
     (single / "model-00000-of-00001.safetensors").rename(single / release.SINGLE_SHARD_FILE)
     _, back = _there_and_back(single, tmp_path)
-    assert _files(back) == _files(single)
+    assert convert_support.read_files(back) == convert_support.read_files(single)
     assert not (back / release.INDEX_FILE).exists()
 
 
@@ -146,14 +99,14 @@ def test_a_single_file_without_an_index(source, tmp_path):
     "dtypes", [{"": "float32"}, {"": "float16"}, {"": "bfloat16"}, {"gate": "float16"}], ids=str
 )
 def test_dtypes_are_kept(tmp_path, dtypes):
-    hf = testing.tiny_config(**_SMALL)
+    hf = testing.tiny_config(**convert_support.SMALL_CONFIG)
     tensors = testing.random_tensors(hf)
     for part, dtype in dtypes.items():
         cast = {name: value.astype(dtype) for name, value in tensors.items() if part in name}
         tensors |= cast
     src = testing.write_release(tmp_path / "release", hf, tensors, 2)
     converted, back = _there_and_back(src, tmp_path)
-    assert _files(back) == _files(src)
+    assert convert_support.read_files(back) == convert_support.read_files(src)
     wanted = {tensor.name: tensor.dtype for tensor in release.Release(src).tensors.values()}
     stored = format_lib.open_params(converted, m1_jax.ModelConfig.from_hf(hf))
     for entry in params_map.list_tensor_entries(m1_jax.ModelConfig.from_hf(hf)):
@@ -164,22 +117,24 @@ def test_bits_that_are_no_numbers_survive(source, tmp_path):
     """NaN payloads, infinities, subnormals and negative zeros are bytes like any other."""
     noise = np.random.default_rng(0)
     for shard in source.glob("*.safetensors"):
-        header, data = _read_shard(shard)
-        _write_shard(shard, header, noise.bytes(len(data)))
+        header, data = convert_support.read_shard(shard)
+        convert_support.write_shard(shard, header, noise.bytes(len(data)))
     _, back = _there_and_back(source, tmp_path)
-    assert _files(back) == _files(source)
+    assert convert_support.read_files(back) == convert_support.read_files(source)
 
 
 def test_headers_are_kept_whatever_their_form(tmp_path):
     """Names in another order than the bytes, unaligned tensors, other metadata, no padding."""
-    src = _write(tmp_path / "release", hidden_size=31, num_attention_heads=2)
+    src = convert_support.write_small_release(
+        tmp_path / "release", hidden_size=31, num_attention_heads=2
+    )
     for number, shard in enumerate(sorted(src.glob("*.safetensors"))):
-        header, data = _read_shard(shard)
+        header, data = convert_support.read_shard(shard)
         header = dict(sorted(header.items(), reverse=True))
         header["__metadata__"] = {"format": "pt", "é": "ü"}
-        _write_shard(shard, header, data, padding=" " * (number + 1))
+        convert_support.write_shard(shard, header, data, padding=" " * (number + 1))
     _, back = _there_and_back(src, tmp_path)
-    assert _files(back) == _files(src)
+    assert convert_support.read_files(back) == convert_support.read_files(src)
     tokens = jnp.zeros((1, 3), jnp.int32)
     np.testing.assert_array_equal(m1_jax.load(src)(tokens), m1_jax.load(back)(tokens))
 
@@ -196,7 +151,7 @@ def test_export_cuts_new_shards_where_the_old_ones_do_not_fit(converted, tmp_pat
     format_lib.open_params(converted, config)["head.kernel"].write(values).result()
 
     monkeypatch.setattr(convert, "MAX_SHARD_BYTES", 100_000)
-    back = _convert("hf", converted, tmp_path / "back")
+    back = convert_support.run_convert("hf", converted, tmp_path / "back")
     shards = [release.read_shard(path) for path in sorted(back.glob("*.safetensors"))]
     assert len(shards) > 3
     for shard in shards:
@@ -205,8 +160,10 @@ def test_export_cuts_new_shards_where_the_old_ones_do_not_fit(converted, tmp_pat
     head = exported.tensors["lm_head.weight"].read()
     np.testing.assert_array_equal(head, values.T)
     assert head.dtype == np.float32
-    again = _convert("hf", _convert("orbax", back, tmp_path / "orbax2"), tmp_path / "back2")
-    assert _files(again) == _files(back)
+    again = convert_support.run_convert(
+        "hf", convert_support.run_convert("orbax", back, tmp_path / "orbax2"), tmp_path / "back2"
+    )
+    assert convert_support.read_files(again) == convert_support.read_files(back)
 
 
 class _SlowArray:
@@ -232,7 +189,7 @@ def test_bytes_under_way_stay_within_the_budget(small, tmp_path, monkeypatch, bu
     under_way = []
     monkeypatch.setattr(format_lib, "allocate_params", lambda params, _: params.mkdir())
     monkeypatch.setattr(convert.ts, "open", lambda *_, **__: _Done(_SlowArray(under_way)))
-    _convert("orbax", small, tmp_path / "orbax", memory_gib=budget / 2**30)
+    convert_support.run_convert("orbax", small, tmp_path / "orbax", memory_gib=budget / 2**30)
     sizes = [tensor.nbytes for tensor in release.Release(small).tensors.values()]
     assert sorted(n for n in under_way if n > 0) == sorted(sizes)
     held = np.cumsum(under_way)

@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import convert_support
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,8 +11,8 @@ import pytest
 import tensorstore as ts
 
 import m1_jax
-from m1_jax import convert, sharding, testing
 from m1_jax import params as params_lib
+from m1_jax import sharding, testing
 from m1_jax.checkpoints import format as format_lib
 from m1_jax.checkpoints import release
 from m1_jax.checkpoints import save as save_lib
@@ -31,11 +32,7 @@ def source(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def converted(source):
-    return _convert("orbax", source, source.parent / "orbax")
-
-
-def _convert(to, src, dst):
-    return convert.run(convert.ConvertConfig(to, str(src), str(dst), progress=False))
+    return convert_support.run_convert("orbax", source, source.parent / "orbax")
 
 
 def _moved(path, **settings):
@@ -76,7 +73,7 @@ def test_what_is_saved_is_loaded_and_exported(source, tmp_path, dtype, mesh):
     wanted = {k: v if k in routers else v.astype(dtype) for k, v in wanted.items()}
     _equal(_values(m1_jax.load(saved, dtype)), wanted)
     _equal(_values(m1_jax.load(saved, dtype, _mesh())), wanted)
-    back = _convert("hf", saved, tmp_path / "back")
+    back = convert_support.run_convert("hf", saved, tmp_path / "back")
     assert {release.CODES_BY_DTYPE[t.dtype] for t in release.Release(back).tensors.values()} == (
         {"F32"} if dtype == jnp.float32 else {"BF16", "F32"}
     )
@@ -90,7 +87,7 @@ def test_an_unchanged_model_comes_back_byte_for_byte(request, source, tmp_path, 
     """The release's own cut into shards, its index, and the files beside it."""
     path = request.getfixturevalue(kind)
     saved = save_lib.save(m1_jax.load(path, jnp.bfloat16, _mesh()), tmp_path / "saved", path)
-    back = _convert("hf", saved, tmp_path / "back")
+    back = convert_support.run_convert("hf", saved, tmp_path / "back")
     names = sorted(file.name for file in source.iterdir())
     assert sorted(file.name for file in back.iterdir()) == names
     for name in names:
@@ -102,7 +99,7 @@ def test_without_a_source_the_config_is_written(source, tmp_path):
     saved = save_lib.save(model, tmp_path / "saved")
     assert m1_jax.ModelConfig.from_file(saved / "config.json") == model.config
     _equal(_values(m1_jax.load(saved)), _values(model))
-    back = _convert("hf", saved, tmp_path / "back")
+    back = convert_support.run_convert("hf", saved, tmp_path / "back")
     _equal(_values(m1_jax.load(back)), _values(model))
 
 
