@@ -1,4 +1,4 @@
-"""Samples in rows: nothing lost, nothing twice, every number at the place that predicts it."""
+"""Samples in rows: no token is lost or doubled, and every number is where it is predicted."""
 
 import hypothesis
 import jax
@@ -15,7 +15,7 @@ SEQ_LEN = 12
 
 
 def make(prompt, answer, rng, routes=None):
-    """Return a sample of distinct tokens; some are a tool's."""
+    """Return a sample of distinct tokens, some of them a tool's."""
     tokens = rng.permutation(1000)[: prompt + answer].tolist()
     mask = rng.integers(0, 2, answer).tolist()
     logprobs = [float(np.float32(-rng.random())) * m for m in mask]
@@ -38,51 +38,56 @@ LENGTHS = st.lists(
 
 @hypothesis.given(LENGTHS, st.integers(1, 4), st.integers(0, 99))
 def test_every_token_is_in_one_place(lengths, rows, seed):
-    some = samples(lengths, seed)
-    packed = rl_batch.pack_samples(some, rows, SEQ_LEN)
+    all_samples = samples(lengths, seed)
+    packed = rl_batch.pack_samples(all_samples, rows, SEQ_LEN)
     free = [np.ones((rows, SEQ_LEN), bool) for _ in packed.microbatches]
-    for one, (micro, row, start) in zip(some, packed.locations, strict=True):
-        here, whole = packed.microbatches[micro], [*one.prompt, *one.tokens]
-        part = slice(start, start + len(whole))
-        assert free[micro][row, part].all()
-        assert len(free[micro][row, part]) == len(whole)  # within one row
-        free[micro][row, part] = False
-        assert here.tokens[row, part].tolist() == whole
-        assert here.positions[row, part].tolist() == list(range(len(whole)))
-        (segment,) = set(here.segment_ids[row, part].tolist())
-        assert (here.segment_ids[row] == segment).sum() == len(whole) > 0 < segment
-        assert here.targets[row, part].tolist() == [*whole[1:], 0]
+    for sample, (index, row, start) in zip(all_samples, packed.locations, strict=True):
+        microbatch, token_ids = packed.microbatches[index], [*sample.prompt, *sample.tokens]
+        columns = slice(start, start + len(token_ids))
+        assert free[index][row, columns].all()
+        assert len(free[index][row, columns]) == len(token_ids)  # within one row
+        free[index][row, columns] = False
+        assert microbatch.tokens[row, columns].tolist() == token_ids
+        assert microbatch.positions[row, columns].tolist() == list(range(len(token_ids)))
+        (segment,) = set(microbatch.segment_ids[row, columns].tolist())
+        assert (microbatch.segment_ids[row] == segment).sum() == len(token_ids) > 0 < segment
+        assert microbatch.targets[row, columns].tolist() == [*token_ids[1:], 0]
         # The mask is where a token is predicted: one before the token.
-        first = start + len(one.prompt) - 1
-        answer = slice(first, first + len(one.tokens))
-        assert here.targets[row, answer].tolist() == one.tokens
-        assert here.mask[row, answer].tolist() == one.mask
-        assert here.logp_rollout[row, answer].tolist() == one.logprobs
-        assert here.mask[row, part].sum() == sum(one.mask)
-    for here, empty in zip(packed.microbatches, free, strict=True):
-        assert here.expert_ids is None
+        first = start + len(sample.prompt) - 1
+        answer = slice(first, first + len(sample.tokens))
+        assert microbatch.targets[row, answer].tolist() == sample.tokens
+        assert microbatch.mask[row, answer].tolist() == sample.mask
+        assert microbatch.logp_rollout[row, answer].tolist() == sample.logprobs
+        assert microbatch.mask[row, columns].sum() == sum(sample.mask)
+    for microbatch, empty in zip(packed.microbatches, free, strict=True):
+        assert microbatch.expert_ids is None
         for name in ("tokens", "segment_ids", "positions", "targets", "mask", "logp_rollout"):
-            assert not getattr(here, name)[empty].any()
+            assert not getattr(microbatch, name)[empty].any()
         for name in ("advantages", "coefficients", "logp_old", "logp_ref"):
-            assert not getattr(here, name).any()
-    assert sum(one.mask.sum() for one in packed.microbatches) == sum(sum(one.mask) for one in some)
+            assert not getattr(microbatch, name).any()
+    assert sum(microbatch.mask.sum() for microbatch in packed.microbatches) == sum(
+        sum(sample.mask) for sample in all_samples
+    )
 
 
 @hypothesis.given(LENGTHS, st.integers(1, 4), st.integers(0, 99))
 def test_what_is_filled_in_can_be_taken_out(lengths, rows, seed):
-    some = samples(lengths, seed)
-    packed = rl_batch.pack_samples(some, rows, SEQ_LEN)
+    all_samples = samples(lengths, seed)
+    packed = rl_batch.pack_samples(all_samples, rows, SEQ_LEN)
     rng = np.random.default_rng(seed)
-    values = [rng.standard_normal(len(one.tokens)).astype(np.float32) for one in some]
+    values = [rng.standard_normal(len(sample.tokens)).astype(np.float32) for sample in all_samples]
     # What stands at masked tokens is never seen.
-    dirty = [np.where(one.mask, value, np.nan) for one, value in zip(some, values, strict=True)]
+    dirty = [
+        np.where(sample.mask, value, np.nan)
+        for sample, value in zip(all_samples, values, strict=True)
+    ]
     packed.fill("logp_old", dirty)
-    packed.fill("advantages", list(range(1, len(some) + 1)))
-    taken = packed.extract([one.logp_old for one in packed.microbatches])
-    numbers = packed.extract([one.advantages for one in packed.microbatches])
-    for i, (one, value) in enumerate(zip(some, values, strict=True)):
-        np.testing.assert_array_equal(taken[i], np.where(one.mask, value, 0))
-        np.testing.assert_array_equal(numbers[i], np.array(one.mask) * (i + 1.0))
+    packed.fill("advantages", list(range(1, len(all_samples) + 1)))
+    extracted = packed.extract([microbatch.logp_old for microbatch in packed.microbatches])
+    numbers = packed.extract([microbatch.advantages for microbatch in packed.microbatches])
+    for i, (sample, value) in enumerate(zip(all_samples, values, strict=True)):
+        np.testing.assert_array_equal(extracted[i], np.where(sample.mask, value, 0))
+        np.testing.assert_array_equal(numbers[i], np.array(sample.mask) * (i + 1.0))
 
 
 def test_rows_are_filled_longest_first():
@@ -97,7 +102,7 @@ def test_rows_are_filled_longest_first():
 def test_microbatches_have_one_shape(rows):
     packed = rl_batch.pack_samples(samples([(4, 4)] * 4), rows, SEQ_LEN)
     assert len(packed.microbatches) == -(-4 // rows)
-    assert {one.tokens.shape for one in packed.microbatches} == {(rows, SEQ_LEN)}
+    assert {microbatch.tokens.shape for microbatch in packed.microbatches} == {(rows, SEQ_LEN)}
     assert rl_batch.pack_samples([], rows, SEQ_LEN).microbatches == []
 
 
@@ -108,38 +113,41 @@ def test_a_sample_longer_than_a_row_is_an_error():
 
 
 def test_routes_are_at_their_tokens_and_unknown_elsewhere():
-    some = samples([(3, 4), (2, 2), (1, 3)], routes=(2, 2))
-    some[1].routes = None
-    packed = rl_batch.pack_samples(some, 2, SEQ_LEN, (2, 2))
-    left = [one.expert_ids.copy() for one in packed.microbatches]
-    for one, (micro, row, start) in zip(some, packed.locations, strict=True):
-        if one.routes is not None:
-            part = slice(start, start + len(one.routes))
+    all_samples = samples([(3, 4), (2, 2), (1, 3)], routes=(2, 2))
+    all_samples[1].routes = None
+    packed = rl_batch.pack_samples(all_samples, 2, SEQ_LEN, (2, 2))
+    expert_ids = [microbatch.expert_ids.copy() for microbatch in packed.microbatches]
+    for sample, (index, row, start) in zip(all_samples, packed.locations, strict=True):
+        if sample.routes is not None:
+            columns = slice(start, start + len(sample.routes))
             np.testing.assert_array_equal(
-                packed.microbatches[micro].expert_ids[row, part], one.routes
+                packed.microbatches[index].expert_ids[row, columns], sample.routes
             )
-            left[micro][row, part] = -1
-    assert {x.dtype for x in left} == {np.dtype(np.int8)}
-    assert all((x == -1).all() for x in left)
+            expert_ids[index][row, columns] = -1
+    assert {x.dtype for x in expert_ids} == {np.dtype(np.int8)}
+    assert all((x == -1).all() for x in expert_ids)
     # A trainer that does not replay has none.
-    assert rl_batch.pack_samples(some, 2, SEQ_LEN).microbatches[0].expert_ids is None
+    assert rl_batch.pack_samples(all_samples, 2, SEQ_LEN).microbatches[0].expert_ids is None
 
 
 def test_a_microbatch_on_a_mesh_is_the_same():
-    some = samples([(3, 4), (2, 2), (1, 3), (5, 6), (4, 4)], routes=(2, 2))
-    (rows,) = rl_batch.pack_samples(some, 4, SEQ_LEN, (2, 2)).microbatches
+    all_samples = samples([(3, 4), (2, 2), (1, 3), (5, 6), (4, 4)], routes=(2, 2))
+    (rows,) = rl_batch.pack_samples(all_samples, 4, SEQ_LEN, (2, 2)).microbatches
     mesh = sharding.make_mesh({"fsdp": 2, "expert": 2, "tensor": 2})
     layout = sharding.make_layout(mesh, ModelConfig.tiny())
-    for placed in (rl_batch.device_put_rows(rows, layout), rl_batch.device_put_rows(rows, None)):
-        for name, wanted in vars(rows).items():
-            got = getattr(placed, name)
-            assert isinstance(got, jax.Array)
-            np.testing.assert_array_equal(rl_batch.gather_to_host(got), wanted)
+    for device_rows in (
+        rl_batch.device_put_rows(rows, layout),
+        rl_batch.device_put_rows(rows, None),
+    ):
+        for name, expected in vars(rows).items():
+            array = getattr(device_rows, name)
+            assert isinstance(array, jax.Array)
+            np.testing.assert_array_equal(rl_batch.gather_to_host(array), expected)
     spread = rl_batch.device_put_rows(rows, layout).tokens
-    assert {piece.data.shape for piece in spread.addressable_shards} == {(1, SEQ_LEN)}
+    assert {shard.data.shape for shard in spread.addressable_shards} == {(1, SEQ_LEN)}
     assert (
         rl_batch.device_put_rows(
-            rl_batch.pack_samples(some, 4, SEQ_LEN).microbatches[0], layout
+            rl_batch.pack_samples(all_samples, 4, SEQ_LEN).microbatches[0], layout
         ).expert_ids
         is None
     )

@@ -27,8 +27,8 @@ CONFIG = dataclasses.replace(
 SEQ_LEN, ROUTES = 24, (2, 2)
 TASK = sample_lib.Task("t", (), "s")
 ADAMW = optim.AdamW(1e-2)
-# Float32 sums in another order: gradients of about 1 are off by some 1e-6; the bound is ten times
-# that, and a microbatch that counted for another share would be off by 1e-1.
+# Float32 sums in another order: gradients of about 1 are off by some 1e-6. The bound is ten times
+# that. A microbatch that counted for another share would be off by 1e-1.
 CLOSE = {"rtol": 1e-4, "atol": 2e-5}
 
 
@@ -38,20 +38,20 @@ def weights():
 
 
 def model():
-    """Return a copy of the same weights: an update takes its model's away."""
+    """Return a copy of the weights, because an update donates its model's."""
     return jax.tree.map(jnp.copy, weights())
 
 
 def make_samples(seed=0, lengths=((4, 6), (4, 8), (3, 9), (3, 5), (5, 4), (5, 12), (2, 3))):
     rng = np.random.default_rng(seed)
-    made = []
+    samples = []
     for prompt, answer in lengths:
         tokens = rng.integers(0, 64, prompt + answer).tolist()
-        one = sample_lib.Sample(TASK, tuple(tokens[:prompt]), tokens[prompt:], [1] * answer)
-        one.mask[answer // 2] = 0  # a tool's token
-        one.logprobs = (rng.uniform(-5, -3, answer) * one.mask).tolist()
-        made.append(one)
-    return made
+        sample = sample_lib.Sample(TASK, tuple(tokens[:prompt]), tokens[prompt:], [1] * answer)
+        sample.mask[answer // 2] = 0  # a tool's token
+        sample.logprobs = (rng.uniform(-5, -3, answer) * sample.mask).tolist()
+        samples.append(sample)
+    return samples
 
 
 SAMPLES = make_samples()
@@ -60,17 +60,23 @@ REWARDS = np.array([1.0, 0.0, 0.3, 0.9, 0.0, 1.0, 0.5])
 VALID = np.ones(7, bool)
 
 
-def pack(rows, chosen, samples=None, seq_len=SEQ_LEN, routes=None, **filled):
-    """Return rows as the trainer makes them; filled: other fields, by sample."""
+def pack(rows, chosen, samples=None, seq_len=SEQ_LEN, routes=None, **fields):
+    """Return packed samples as the trainer fills them. `fields` are by sample, and come last."""
     samples = SAMPLES if samples is None else samples
     packed = rl_batch.pack_samples(samples, rows, seq_len, routes)
-    lengths = np.array([sum(one.mask) for one in samples])
-    places = [SAMPLES.index(one) for one in samples]
-    each = loss.token_coefficients(chosen, lengths, GROUPS[places], VALID)
-    worth = advantages.sample_advantages(chosen, REWARDS[places], GROUPS[places], VALID)
-    old = [[logp - 0.3 for logp in one.logprobs] for one in samples]
-    filled = {"coefficients": each, "advantages": worth, "logp_old": old} | filled
-    for name, values in filled.items():
+    lengths = np.array([sum(sample.mask) for sample in samples])
+    indices = [SAMPLES.index(sample) for sample in samples]
+    coefficients = loss.token_coefficients(chosen, lengths, GROUPS[indices], VALID)
+    sample_advantages = advantages.sample_advantages(
+        chosen, REWARDS[indices], GROUPS[indices], VALID
+    )
+    logp_old = [[logp - 0.3 for logp in sample.logprobs] for sample in samples]
+    fields = {
+        "coefficients": coefficients,
+        "advantages": sample_advantages,
+        "logp_old": logp_old,
+    } | fields
+    for name, values in fields.items():
         packed.fill(name, list(values))
     return packed
 
@@ -83,11 +89,11 @@ def sums_of(packed, chosen, net=None, change=lambda rows: rows, **changes):
     """Return (gradients, metrics) of a whole step, microbatch by microbatch."""
     sums, net = None, weights() if net is None else net
     tokens = [float(np.sum(rows.segment_ids > 0)) for rows in packed.microbatches]
-    for rows, number in zip(packed.microbatches, tokens, strict=True):
-        share = np.float32(number / sum(tokens))
-        placed = rl_batch.device_put_rows(change(rows), None)
+    for rows, num_tokens in zip(packed.microbatches, tokens, strict=True):
+        share = np.float32(num_tokens / sum(tokens))
+        device_rows = rl_batch.device_put_rows(change(rows), None)
         sums = rl_step.accumulate_gradients(
-            sums, net, placed, share, None, settings(chosen, **changes)
+            sums, net, device_rows, share, None, settings(chosen, **changes)
         )
     assert sums is not None
     return sums
@@ -97,13 +103,13 @@ def leaves(tree):
     return [np.asarray(leaf) for leaf in jax.tree.leaves(tree)]
 
 
-def assert_close(one, other, **bound):
-    for a, b in zip(leaves(one), leaves(other), strict=True):
+def assert_close(first, second, **bound):
+    for a, b in zip(leaves(first), leaves(second), strict=True):
         np.testing.assert_allclose(a, b, **(bound or CLOSE))
 
 
-def assert_same(one, other):
-    for a, b in zip(leaves(one), leaves(other), strict=True):
+def assert_same(first, second):
+    for a, b in zip(leaves(first), leaves(second), strict=True):
         np.testing.assert_array_equal(a, b)
 
 
@@ -111,39 +117,41 @@ CISPO = objective.PRESETS["cispo"]
 
 
 @pytest.fixture(scope="module")
-def whole():
+def one_microbatch():
     """A step's gradients and metrics from one microbatch of 4 rows."""
     packed = pack(4, CISPO)
     assert len(packed.microbatches) == 1
-    assert max(here.segment_ids.max() for here in packed.microbatches) >= 2  # several in a row
+    assert max(rows.segment_ids.max() for rows in packed.microbatches) >= 2  # several in a row
     return sums_of(packed, CISPO)
 
 
 @pytest.mark.parametrize("rows", [1, 2])
-def test_the_gradient_does_not_depend_on_microbatches(whole, rows):
+def test_the_gradient_does_not_depend_on_microbatches(one_microbatch, rows):
     packed = pack(rows, CISPO)
     assert len(packed.microbatches) >= 2
     grads, metrics = sums_of(packed, CISPO)
-    assert_close(grads, whole[0])
+    assert_close(grads, one_microbatch[0])
     for name in ("loss", "policy_loss", "ppo_loss"):
-        np.testing.assert_allclose(metrics["shares"][name], whole[1]["shares"][name], rtol=1e-5)
+        np.testing.assert_allclose(
+            metrics["shares"][name], one_microbatch[1]["shares"][name], rtol=1e-5
+        )
     for name in ("tokens", "positive", "negative", "weight_high/positive", "ppo_drop"):
-        assert float(metrics["sums"][name]) == float(whole[1]["sums"][name])
-    assert_same(metrics["drops"], whole[1]["drops"])
+        assert float(metrics["sums"][name]) == float(one_microbatch[1]["sums"][name])
+    assert_same(metrics["drops"], one_microbatch[1]["drops"])
     np.testing.assert_allclose(
-        metrics["maxima"]["ratio_max"], whole[1]["maxima"]["ratio_max"], 1e-5
+        metrics["maxima"]["ratio_max"], one_microbatch[1]["maxima"]["ratio_max"], 1e-5
     )
-    assert float(metrics["sums"]["tokens"]) == sum(sum(one.mask) for one in SAMPLES)
+    assert float(metrics["sums"]["tokens"]) == sum(sum(sample.mask) for sample in SAMPLES)
 
 
-def test_the_gradient_does_not_depend_on_packing(whole):
+def test_the_gradient_does_not_depend_on_packing(one_microbatch):
     order = [SAMPLES[i] for i in (5, 2, 6, 0, 3, 1, 4)]
     packed = pack(4, CISPO, order)
-    assert packed.locations != [pack(4, CISPO).locations[SAMPLES.index(one)] for one in order]
-    assert_close(sums_of(packed, CISPO)[0], whole[0])
+    assert packed.locations != [pack(4, CISPO).locations[SAMPLES.index(sample)] for sample in order]
+    assert_close(sums_of(packed, CISPO)[0], one_microbatch[0])
 
 
-def test_what_stands_at_masked_places_is_never_seen(whole):
+def test_what_stands_at_masked_places_is_never_seen(one_microbatch):
     rng = np.random.default_rng(0)
 
     def spoil(rows):
@@ -155,21 +163,21 @@ def test_what_stands_at_masked_places_is_never_seen(whole):
 
     packed = pack(4, CISPO)
     grads, metrics = sums_of(packed, CISPO, change=spoil)
-    assert_same(grads, whole[0])
+    assert_same(grads, one_microbatch[0])
     # A number of its own, so that NaN equal to NaN is not taken for right.
     assert np.isfinite(float(metrics["shares"]["loss"]))
-    assert_same(metrics["sums"], whole[1]["sums"])
+    assert_same(metrics["sums"], one_microbatch[1]["sums"])
 
 
 @functools.cache
 def own_logps():
-    """What the trainer says of the samples, as `score` has it."""
+    """Return the trainer's log-probabilities of the samples' tokens."""
     packed = rl_batch.pack_samples(SAMPLES, 4, SEQ_LEN)
-    made = [
+    scores = [
         rl_step.score_logprobs(weights(), rl_batch.device_put_rows(rows, None), 1.0)
         for rows in packed.microbatches
     ]
-    return packed.extract([logp for logp, _ in made])
+    return packed.extract([logp for logp, _ in scores])
 
 
 @jax.jit
@@ -179,27 +187,27 @@ def forward(net, tokens, segment_ids):
     return net.head(hidden).astype(jnp.float32), stats.choice_counts
 
 
-def alone(one, number=SEQ_LEN):
-    """Return what `forward` takes of the first tokens of one sample, in a row of its own."""
+def alone(sample, num_tokens=SEQ_LEN):
+    """Return (tokens, segment_ids) of the first tokens of a sample, in a row of its own."""
     tokens = np.zeros((1, SEQ_LEN), np.int32)
-    whole = [*one.prompt, *one.tokens]
-    tokens[0, : len(whole)] = whole
-    return tokens, (np.arange(SEQ_LEN) < min(number, len(whole))).astype(np.int32)[None]
+    token_ids = [*sample.prompt, *sample.tokens]
+    tokens[0, : len(token_ids)] = token_ids
+    return tokens, (np.arange(SEQ_LEN) < min(num_tokens, len(token_ids))).astype(np.int32)[None]
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 def test_scores_are_those_of_the_models_logits(temperature):
     packed = rl_batch.pack_samples(SAMPLES, 4, SEQ_LEN)
-    made = rl_step.score_logprobs(
+    scores = rl_step.score_logprobs(
         weights(), rl_batch.device_put_rows(packed.microbatches[0], None), temperature
     )
-    logps, entropies = packed.extract([made[0]]), packed.extract([made[1]])
-    for one, logp, entropy in zip(SAMPLES, logps, entropies, strict=True):
-        logits = np.asarray(forward(weights(), *alone(one))[0][0]) / temperature
-        first = len(one.prompt) - 1
-        rows = np.asarray(jax.nn.log_softmax(logits[first : first + len(one.tokens)]))
+    logps, entropies = packed.extract([scores[0]]), packed.extract([scores[1]])
+    for sample, logp, entropy in zip(SAMPLES, logps, entropies, strict=True):
+        logits = np.asarray(forward(weights(), *alone(sample))[0][0]) / temperature
+        first = len(sample.prompt) - 1
+        rows = np.asarray(jax.nn.log_softmax(logits[first : first + len(sample.tokens)]))
         # Alone in its row, and with others: sums in another order.
-        np.testing.assert_allclose(logp, rows[np.arange(len(rows)), one.tokens], atol=5e-5)
+        np.testing.assert_allclose(logp, rows[np.arange(len(rows)), sample.tokens], atol=5e-5)
         np.testing.assert_allclose(entropy, -(np.exp(rows) * rows).sum(-1), atol=5e-5)
 
 
@@ -216,11 +224,13 @@ def test_on_policy_all_objectives_have_one_gradient():
     assert max(np.abs(leaf).max() for leaf in leaves(grads["cispo"])) > 1e-2
 
 
-def test_off_policy_they_differ(whole):
+def test_off_policy_they_differ(one_microbatch):
     dapo = objective.PRESETS["dapo"]
     grads, metrics = sums_of(pack(4, dapo), dapo)
     assert float(metrics["sums"]["clip_high"]) > 0
-    gaps = [np.abs(a - b).max() for a, b in zip(leaves(grads), leaves(whole[0]), strict=True)]
+    gaps = [
+        np.abs(a - b).max() for a, b in zip(leaves(grads), leaves(one_microbatch[0]), strict=True)
+    ]
     assert max(gaps) > 1e-2
 
 
@@ -243,19 +253,21 @@ def parts(packed, share, weight_mean):
 
 def test_the_balance_loss_counts_by_the_rows_share_of_tokens():
     packed = pack(4, CORRECTED, advantages=np.zeros(7))
-    (one, whole), (other, part) = (parts(packed, share, 1.0) for share in (1.0, 0.25))
-    assert part == whole / 4 > 0
-    assert_close(jax.tree.map(lambda x: x / 4, one), other)
-    assert max(np.abs(leaf).max() for leaf in leaves(one)) > 1e-2
+    (full_grads, full_loss), (quarter_grads, quarter_loss) = (
+        parts(packed, share, 1.0) for share in (1.0, 0.25)
+    )
+    assert quarter_loss == full_loss / 4 > 0
+    assert_close(jax.tree.map(lambda x: x / 4, full_grads), quarter_grads)
+    assert max(np.abs(leaf).max() for leaf in leaves(full_grads)) > 1e-2
 
 
 def test_a_correction_that_normalises_is_given_its_mean():
     packed = pack(4, CORRECTED)
     with pytest.raises(ValueError, match="weight_mean"):
         parts(packed, 0.0, None)
-    one, two = (parts(packed, 0.0, mean)[0] for mean in (1.0, 2.0))
-    assert_close(jax.tree.map(lambda x: x / 2, one), two)
-    assert max(np.abs(leaf).max() for leaf in leaves(two)) > 1e-2
+    grads_by_1, grads_by_2 = (parts(packed, 0.0, mean)[0] for mean in (1.0, 2.0))
+    assert_close(jax.tree.map(lambda x: x / 2, grads_by_1), grads_by_2)
+    assert max(np.abs(leaf).max() for leaf in leaves(grads_by_2)) > 1e-2
 
 
 # ---- routes
@@ -263,30 +275,32 @@ def test_a_correction_that_normalises_is_given_its_mean():
 
 def recorded():
     """Return the samples with the experts that the model chooses, found by leaving tokens out."""
-    made = []
-    for one in SAMPLES:
-        numbers = range(len(one.prompt) + len(one.tokens))
-        counts = [np.asarray(forward(weights(), *alone(one, n))[1]) for n in numbers]
+    samples = []
+    for sample in SAMPLES:
+        lengths = range(len(sample.prompt) + len(sample.tokens))
+        counts = [np.asarray(forward(weights(), *alone(sample, n))[1]) for n in lengths]
         routes = np.diff(np.stack(counts), axis=0).argmax(-1).astype(np.int8)
-        made.append(dataclasses.replace(one, routes=routes))
-    return made
+        samples.append(dataclasses.replace(sample, routes=routes))
+    return samples
 
 
 def test_own_routes_change_nothing_and_others_do():
-    some = recorded()
-    assert all(len(one.routes) == len(one.prompt) + len(one.tokens) - 1 for one in some)
-    rows = rl_batch.pack_samples(some, 4, SEQ_LEN, ROUTES).microbatches[0]
+    samples = recorded()
+    assert all(
+        len(sample.routes) == len(sample.prompt) + len(sample.tokens) - 1 for sample in samples
+    )
+    rows = rl_batch.pack_samples(samples, 4, SEQ_LEN, ROUTES).microbatches[0]
     real = rows.mask > 0
 
     def scored(routes):
-        placed = rl_batch.device_put_rows(dataclasses.replace(rows, expert_ids=routes), None)
-        return np.asarray(rl_step.score_logprobs(weights(), placed, 1.0)[0])[real]
+        device_rows = rl_batch.device_put_rows(dataclasses.replace(rows, expert_ids=routes), None)
+        return np.asarray(rl_step.score_logprobs(weights(), device_rows, 1.0)[0])[real]
 
     free = scored(None)
     np.testing.assert_array_equal(scored(rows.expert_ids), free)
     np.testing.assert_array_equal(scored(np.full_like(rows.expert_ids, -1)), free)
-    other = np.where(rows.expert_ids >= 0, (rows.expert_ids + 1) % 8, -1).astype(np.int8)
-    assert np.abs(scored(other) - free).max() > 1e-2
+    other_routes = np.where(rows.expert_ids >= 0, (rows.expert_ids + 1) % 8, -1).astype(np.int8)
+    assert np.abs(scored(other_routes) - free).max() > 1e-2
 
 
 # ---- the update
@@ -303,16 +317,16 @@ def trained(net=None, packed=None, steps=1, chosen=CISPO):
 
 
 def adam(state):
-    (found,) = [
+    (adam_state,) = [
         leaf
         for leaf in jax.tree.leaves(state.moments, is_leaf=lambda x: hasattr(x, "nu"))
         if hasattr(leaf, "nu")
     ]
-    return found
+    return adam_state
 
 
-def test_an_update_makes_the_moments(whole):
-    grads = leaves(whole[0])
+def test_an_update_makes_the_moments(one_microbatch):
+    grads = leaves(one_microbatch[0])
     state, metrics = trained()
     norm = np.sqrt(sum(np.sum(g.astype(np.float64) ** 2) for g in grads))
     np.testing.assert_allclose(metrics["grad_norm"], norm, rtol=1e-5)
@@ -332,19 +346,19 @@ def test_an_update_makes_the_moments(whole):
         state.model, rl_batch.device_put_rows(packed.microbatches[0], None), 1.0
     )
     changes = [
-        np.mean((a - b)[np.array(one.mask) > 0])
-        for one, a, b in zip(SAMPLES, packed.extract([after]), own_logps(), strict=True)
+        np.mean((a - b)[np.array(sample.mask) > 0])
+        for sample, a, b in zip(SAMPLES, packed.extract([after]), own_logps(), strict=True)
     ]
-    worth = advantages.sample_advantages(CISPO, REWARDS, GROUPS, VALID)
-    assert np.corrcoef(changes, worth)[0, 1] > 0.8
+    values = advantages.sample_advantages(CISPO, REWARDS, GROUPS, VALID)
+    assert np.corrcoef(changes, values)[0, 1] > 0.8
 
 
 def test_a_gradient_that_is_not_finite_changes_nothing():
     state = step.init_state(model(), ADAMW)
     grads, _ = sums_of(pack(4, CISPO), CISPO)
     grads = jax.tree.map(lambda x: x * jnp.inf, grads)
-    state, told = rl_step.apply_update(state, grads, settings(CISPO))
-    assert (float(told["skipped"]), int(state.step)) == (1, 1)
+    state, metrics = rl_step.apply_update(state, grads, settings(CISPO))
+    assert (float(metrics["skipped"]), int(state.step)) == (1, 1)
     assert_same(state.model, weights())
     assert not any(leaf.any() for leaf in [*leaves(adam(state).mu), *leaves(adam(state).nu)])
 
@@ -362,14 +376,16 @@ def test_what_the_caller_keeps_is_not_donated():
     placed = [rl_batch.device_put_rows(rows, None) for rows in packed.microbatches]
     half, chosen = np.float32(0.5), settings(CISPO)
     first = rl_step.accumulate_gradients(None, net, placed[0], half, None, chosen)
-    both = rl_step.accumulate_gradients(first, net, placed[1], half, None, chosen)
-    kept = leaves(both)
+    total = rl_step.accumulate_gradients(first, net, placed[1], half, None, chosen)
+    copies = leaves(total)
     assert_same(net, weights())  # model and rows are read again for every epoch
-    again = rl_step.accumulate_gradients(None, net, placed[0], half, None, chosen)
-    assert_same(rl_step.accumulate_gradients(again, net, placed[1], half, None, chosen), kept)
+    first_again = rl_step.accumulate_gradients(None, net, placed[0], half, None, chosen)
+    assert_same(
+        rl_step.accumulate_gradients(first_again, net, placed[1], half, None, chosen), copies
+    )
     state = step.init_state(net, ADAMW)
-    rl_step.apply_update(state, both[0], chosen)
-    assert_same(both, kept)
+    rl_step.apply_update(state, total[0], chosen)
+    assert_same(total, copies)
     with pytest.raises(RuntimeError, match="deleted"):
         np.asarray(jax.tree.leaves(state.model)[0])
     with pytest.raises(RuntimeError, match="deleted"):
