@@ -7,55 +7,58 @@ from typing import Any
 _MAX_PREFILL_TOKENS = 2048  # `fit_config` stops growing its prefill program here
 
 
-def _help_field(default: Any, text: str) -> Any:
-    return dataclasses.field(default=default, metadata={"help": text})
-
-
 @dataclasses.dataclass(frozen=True)
 class EngineConfig:
-    """Sizes of an engine. Each field says what it is in its help text.
+    """Sizes of an engine.
 
     The grid is the multiples of `chunk_tokens`: pages end there, and recurrent states move on
     there.
+
+    Attributes:
+      max_length: longest sequence, prompt and output together, in tokens.
+      max_rows: sequences that run side by side, at least 1.
+      num_pages: pages of the pool, each the keys and values of one chunk. 0: enough for `max_rows`
+        sequences of `max_length`.
+      num_snapshots: state slots beyond `max_rows`, for the prefix cache. 0 switches it off.
+      chunk_tokens: tokens between two updates of a recurrent state, and tokens of a page.
+      decode_steps: most tokens that a sequence makes in one dispatch, at least 1.
+      prefill_tokens: rows of the prefill programs, ascending, multiples of both tiles. The last
+        one is at least `chunk_tokens`.
+      max_queue: requests that may wait, at least 1. One more is refused.
+      snapshot_every_tokens: distance of snapshots in long prompts, a multiple of `chunk_tokens`.
+        0: none but those at the ends of prompts and where prompts part.
+      swap_tokens: preempted sequences of at least this length go to host memory. Shorter ones are
+        computed again.
+      host_bytes: most bytes of preempted sequences in host memory. 0: none go there.
+      prefix_cache: whether states and pages of prompts and outputs are kept for reuse.
+      draft_tokens: guesses (prompt lookup) that are checked at once, less than `attention_tile`.
+        0: none are made.
+      attention_tile: rows of a sequence that attention computes at a time, a divisor of
+        `chunk_tokens`.
+      record_routes: whether each token's experts are kept, for a trainer to replay.
+      matmul_tile: rows that a matrix product computes at a time, so that numbers do not depend on
+        the batch. 0: all rows at once, and numbers do depend on it.
 
     Raises:
       ValueError: sizes that do not fit each other.
     """
 
-    max_length: int = _help_field(4096, "Longest sequence, prompt and output together, in tokens.")
-    max_rows: int = _help_field(8, "Sequences that run side by side.")
-    num_pages: int = _help_field(
-        0, "Pages, each the keys and values of one chunk; 0: max_rows sequences of max_length."
-    )
-    num_snapshots: int = _help_field(8, "State slots beyond max_rows, for the prefix cache.")
-    chunk_tokens: int = _help_field(
-        64, "Tokens between two updates of a recurrent state; the grid."
-    )
-    decode_steps: int = _help_field(8, "Most tokens a sequence makes in one dispatch.")
-    prefill_tokens: tuple[int, ...] = _help_field(
-        (64, 512), "Rows of the prefill programs, ascending."
-    )
-    max_queue: int = _help_field(1024, "Requests that wait; one more is refused.")
-    snapshot_every_tokens: int = _help_field(
-        8192, "Distance of snapshots in long prompts, a multiple of chunk_tokens; 0: none."
-    )
-    swap_tokens: int = _help_field(
-        10_240, "From this length on, preempted sequences go to the host."
-    )
-    host_bytes: int = _help_field(0, "Memory of preempted sequences at the host; 0: none go there.")
-    prefix_cache: bool = _help_field(
-        True, "Keep states and pages of prompts and outputs for reuse."
-    )
-    draft_tokens: int = _help_field(
-        0, "Guesses (prompt lookup) checked at once; 0 guesses nothing."
-    )
-    attention_tile: int = _help_field(8, "Rows that attention computes at a time.")
-    record_routes: bool = _help_field(False, "Keep each token's experts, for a trainer to replay.")
-    matmul_tile: int = _help_field(
-        8,
-        "Rows of every matrix product, for numbers that do not depend on the batch; "
-        "0: all rows, and numbers do depend on it.",
-    )
+    max_length: int = 4096
+    max_rows: int = 8
+    num_pages: int = 0
+    num_snapshots: int = 8
+    chunk_tokens: int = 64
+    decode_steps: int = 8
+    prefill_tokens: tuple[int, ...] = (64, 512)
+    max_queue: int = 1024
+    snapshot_every_tokens: int = 8192
+    swap_tokens: int = 10_240
+    host_bytes: int = 0
+    prefix_cache: bool = True
+    draft_tokens: int = 0
+    attention_tile: int = 8
+    record_routes: bool = False
+    matmul_tile: int = 8
 
     def __post_init__(self):
         for name in ("max_length", "max_rows", "chunk_tokens", "decode_steps", "max_queue"):
