@@ -238,6 +238,7 @@ class PrefixCache:
         ).iterate_below():
             self._pages.release(node.pages)
             self._slots.release([node.slot])
+            # A hit on it may still be pinned. Its release then ends at this node.
             node.parent = None
             self._stats.evicted += 1
 

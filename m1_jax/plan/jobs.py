@@ -140,7 +140,7 @@ def trace_train(setting: JobSetting) -> list[TracedProgram]:
 
     job, layout = setting.job, setting.layout
     settings = step_lib.TrainStepSettings(optim.AdamW(LEARNING_RATE), accumulate=job.accumulate)
-    state = step_lib.abstract_state(setting.model, settings.optimizer)
+    state = step_lib.abstract_state(setting.model, settings.optimizer)  # float32 moments
     # Tokens, segment ids, positions and targets are of one shape.
     ints = shapes.abstract_rows(layout, job.batch, job.seq)
     weights = shapes.abstract_rows(layout, job.batch, job.seq, jnp.float32)
@@ -164,6 +164,7 @@ def trace_extend(setting: JobSetting) -> list[TracedProgram]:
     caches = [layer for layer in state.layers if isinstance(layer, state_lib.KVCache)]
     recurrent = [layer for layer in state.layers if not isinstance(layer, state_lib.KVCache)]
 
+    # Logits of the last token alone: only it has a next token to choose.
     def extend(model, tokens, state):
         return model.extend(tokens, state, last_only=True)
 
@@ -185,6 +186,7 @@ def trace_serve(setting: JobSetting) -> list[TracedProgram]:
     from infer.execution import programs
 
     job = setting.job
+    # Sizes for TPUs: a bfloat16 tile has 16 rows there, and one product takes all rows (0).
     engine = engine_config.EngineConfig(
         max_length=job.seq, max_rows=job.batch, attention_tile=16, matmul_tile=0
     )
@@ -257,7 +259,7 @@ def trace_rl_update(setting: JobSetting) -> list[TracedProgram]:
             co_resident=moments | sampler,
         ),
         TracedProgram(
-            "update",
+            "update",  # it has the moments as arguments, so only the sampler lies beside it
             rl_step.apply_update.trace(state, sums[0], settings),
             parameters | moments | {"sums": sums[0]},
             resources["update"],
@@ -274,6 +276,7 @@ def trace_reshard(setting: JobSetting) -> list[TracedProgram]:
 
     assert setting.serving_layout is not None
     model = setting.model
+    # The old weights of the sampler are not donated, so they are there until the swap.
     program = weight_sync.WeightSync(setting.config, jnp.bfloat16, setting.serving_layout)
     values = {name: p.get_value() for name, p in params_lib.params_by_path(model).items()}
     arguments, results = {"parameters": model}, {"new sampler": program.abstract_model}
@@ -326,6 +329,7 @@ def _abstract_rl_rows(setting: JobSetting) -> Any:
     }
     shape = (job.batch, job.seq, config.num_hidden_layers, config.num_experts_per_tok)
     expert_sharding = layout.activation_sharding("batch", "length", None, None)
+    # One byte an id, since M1 has 32 experts in a layer.
     fields["expert_ids"] = jax.ShapeDtypeStruct(shape, jnp.int8, sharding=expert_sharding)
     return rl_batch.PackedRows(**fields)
 

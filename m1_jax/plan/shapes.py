@@ -21,6 +21,7 @@ def abstract_job_model(
     weights: str | None = None,
 ) -> Any:
     """Return a bfloat16 model of sharded shapes. A trainer's parameters are float32."""
+    # Master weights are float32. The forward pass casts them.
     param_dtype = jnp.float32 if job.mode == sharding.TRAIN else jnp.bfloat16
     return params_lib.abstract_model(config, jnp.bfloat16, param_dtype, layout, weights)
 
