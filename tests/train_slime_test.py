@@ -138,11 +138,3 @@ def test_descriptions():
     assert "weight 1;" in slime_flags.describe_objective(objective.PRESETS["rloo"])
     literal = dataclasses.replace(objective.PRESETS["cispo"], aggregation="prompt-mean")
     assert "most implementations: token-mean" in slime_flags.describe_objective(literal)
-
-
-def test_metadata_is_a_dict_and_a_list_is_of_tool_calls():
-    assert slime_flags.parse_metadata([{"name": "f"}]) == {"tool_calls": [{"name": "f"}]}
-    assert slime_flags.parse_metadata({"a": 1}) == {"a": 1}
-    assert slime_flags.parse_metadata(None) == {}
-    with pytest.raises(ValueError, match="metadata: got str 'x'"):
-        slime_flags.parse_metadata("x")

@@ -1,7 +1,7 @@
-"""What reinforcement learning passes around: tasks, episodes and samples; plain Python.
+"""The data of reinforcement learning: tasks, episodes and samples; plain Python.
 
-An episode is a generator that makes one sample. It yields what it needs next, `Generate` (tokens
-from the model) or `RunTool` (work outside of it, such as a tool), and is sent the result, so one
+An episode is a generator that makes one sample. It yields its next action, `Generate` (tokens from
+the model) or `RunTool` (work outside of the model, such as a tool), and is sent the result. So one
 loop runs any number of episodes side by side, and a test runs one without a model.
 """
 
@@ -9,7 +9,8 @@ import dataclasses
 from collections.abc import Callable, Generator, Mapping
 from typing import Any
 
-# Why the model stopped: an end token, a window that was full, certainty without end (M1 4.3).
+# Why the model stopped: an end token, a full window, a loop of tokens that it was certain of
+# (M1 4.3), or a failure.
 SAMPLE_STATUSES = ("stop", "length", "repetition", "error")
 
 
@@ -17,8 +18,13 @@ SAMPLE_STATUSES = ("stop", "length", "repetition", "error")
 class Task:
     """What a group of samples is drawn for.
 
-    messages: the prompt, as OpenAI spells it. source: where the task came from; it names the
-    reward. label: what the reward compares with. tools: function schemas that the model may call.
+    Attributes:
+      id: unique in a run; pass rates are counted by it.
+      messages: the prompt, in OpenAI's form.
+      source: name of the task's source, which selects the rewards.
+      label: what rewards compare with, such as the right answer.
+      metadata: further values for rewards and environments.
+      tools: schemas of the functions that the model may call.
     """
 
     id: str
@@ -31,19 +37,23 @@ class Task:
 
 @dataclasses.dataclass(frozen=True)
 class Generate:
-    """Asks for at most `max_tokens` tokens after these; answered by a `Generation`."""
+    """Asks for tokens of the model; answered by a `Generation`."""
 
-    tokens: tuple[int, ...]
-    max_tokens: int
+    tokens: tuple[int, ...]  # the prompt and all that follows it so far
+    max_tokens: int  # the most tokens to generate, at least 1
 
 
 @dataclasses.dataclass(frozen=True)
 class Generation:
-    """What the model said.
+    """One turn of the model.
 
-    logprobs: of each token under the distribution it was drawn from. versions: of the weights that
-    made each. status: one of `SAMPLE_STATUSES`. routes: see `Sample`, of all tokens so far. raw: as
-    logprobs, under the model's plain logits.
+    Attributes:
+      tokens: the token ids, an end token included.
+      logprobs: log-probability of each token under the distribution that it was drawn from.
+      versions: version of the weights that generated each token.
+      status: one of `SAMPLE_STATUSES`.
+      routes: see `Sample`; of all tokens so far, the prompt's included.
+      raw: as logprobs, under the model's plain logits.
     """
 
     tokens: tuple[int, ...]
@@ -56,25 +66,38 @@ class Generation:
 
 @dataclasses.dataclass(frozen=True)
 class RunTool:
-    """Asks for `function()`, called in another thread; answered by what it returns or raises."""
+    """Asks for a call of `function` in another thread; answered by its result or its exception."""
 
     function: Callable[[], Any]
 
 
 @dataclasses.dataclass
 class Sample:
-    """One answer to a task, and what it was worth.
+    """One answer to a task, and its reward.
 
-    prompt: token ids. tokens: of the answer, with what tools said in between; never rendered or
-      tokenised again. mask: 1 where the model wrote the token. logprobs: 0.0 where mask is 0.
-    versions: of the weights that made each token, -1 where mask is 0.
-    routes: [tokens, layers, choices] int8, the experts that the sampler sent the tokens to, of
-      prompt and answer, but for the last ones, which it did not compute; None: not recorded.
-    text: of the answer. messages: of all turns after the prompt.
-    turn_rewards: (place in `tokens`, reward) of what was rewarded on the way: the place is that of
-      the turn's last token.
-    reward: the sum that is trained on; None while it is not scored. parts: by name.
-    valid: False where no reward could be had; such a sample is counted, never trained on.
+    The columns `tokens`, `mask`, `logprobs` and `versions` have one entry for each token of the
+    answer.
+
+    Attributes:
+      task: what was sampled.
+      prompt: token ids.
+      tokens: the model's tokens and the observations between its turns. They are never rendered or
+        tokenised again.
+      mask: 1 where the model generated the token, 0 in observations.
+      logprobs: log-probability under the distribution that the token was drawn from, 0.0 where mask
+        is 0.
+      versions: version of the weights that generated the token, -1 where mask is 0.
+      routes: [tokens, layers, experts of a token] int8, the experts that the sampler sent each
+        token of prompt and answer to. The last tokens, which the sampler never computed, have no
+        row. None if the engine does not record routes.
+      status: of the last turn, one of `SAMPLE_STATUSES`.
+      text: of the last turn, without its end token.
+      messages: all messages after the prompt.
+      turn_rewards: (index in `tokens`, reward) of rewards before the end. The index is that of the
+        turn's last token.
+      reward: the sum that is trained on, None before the sample is scored.
+      parts: the reward's parts by name, for the log.
+      valid: False where the reward is missing. Such a sample is counted, and never trained on.
     """
 
     task: Task
@@ -93,16 +116,17 @@ class Sample:
     valid: bool = True
 
     def append_generated(self, generation: Generation) -> None:
-        """Append what the model said."""
+        """Append one turn of the model."""
         self.tokens += generation.tokens
         self.mask += [1] * len(generation.tokens)
         self.logprobs += generation.logprobs
         self.versions += generation.versions
         self.status = generation.status
+        # Not appended: routes of a generation are those of all tokens so far.
         self.routes = generation.routes
 
     def append_observation(self, tokens: tuple[int, ...] | list[int]) -> None:
-        """Append what the model was told."""
+        """Append tokens that the model reads but did not generate."""
         self.tokens += tokens
         self.mask += [0] * len(tokens)
         self.logprobs += [0.0] * len(tokens)
@@ -114,8 +138,8 @@ Episode = Generator[Generate | RunTool, Any, Sample]
 
 @dataclasses.dataclass(frozen=True)
 class RewardScore:
-    """What a reward says of one sample: its value, by named parts, or why there is none."""
+    """The reward of one sample, or why there is none."""
 
-    value: float | None
-    parts: Mapping[str, float] = dataclasses.field(default_factory=dict)
-    error: str = ""
+    value: float | None  # None: the rewards failed, which is not a 0
+    parts: Mapping[str, float] = dataclasses.field(default_factory=dict)  # by name, for the log
+    error: str = ""  # why there is no value

@@ -1,8 +1,8 @@
-"""slime's flags for reinforcement learning, read as this project's options.
+"""slime's flags for reinforcement learning, translated to this project's options.
 
-Pure functions: no flag is defined here. An absent flag takes our default, and the text that is
-printed at the start says where slime's would have been another one. A flag that we do not know is
-an error, for it would change nothing without a word.
+Pure functions: no flag is defined here. An absent flag has this project's default, and the text
+that is printed at the start says where slime's default differs. An unknown flag is an error, as it
+would change nothing silently.
 """
 
 import dataclasses
@@ -12,11 +12,13 @@ from typing import Any
 from train.rl import objective as objective_lib
 from train.rl import rollout_correction as rollout_correction_lib
 
+# slime's --advantage-estimator: the preset of the objective.
 ESTIMATOR_PRESETS = {name: name for name in objective_lib.PRESETS} | {
     "reinforce_plus_plus": "reinforce_pp",
     "reinforce_plus_plus_baseline": "reinforce_pp_baseline",
 }
-# slime's flag: (type, our option), of what is not the objective's.
+# slime's flag: (type, option), for all flags that do not concern the objective. The options are the
+# keys of `SlimeOverrides.options`.
 FLAG_OPTIONS: dict[str, tuple[type, str]] = {
     "n-samples-per-prompt": (int, "group_size"),
     "rollout-batch-size": (int, "prompts_per_batch"),
@@ -63,38 +65,37 @@ _OBJECTIVE_FLAG_TYPES: dict[str, type] = {
     "tis-clip-low": float,
 }
 _FLAG_TYPES = {name: kind for name, (kind, _) in FLAG_OPTIONS.items()} | _OBJECTIVE_FLAG_TYPES
-# A flag that slime reads only beside another one.
+# A flag: the flag without which slime does not read it.
 _REQUIRED_FLAGS = {
     "kl-loss-coef": "use-kl-loss",
     "kl-loss-type": "use-kl-loss",
     "tis-clip": "use-tis",
     "tis-clip-low": "use-tis",
 }
+# slime's --kl-loss-type: (kl_kind, kl_max) of the objective.
 _KL_KINDS = {"k1": ("k1", None), "k2": ("k2", None), "k3": ("k3", None), "low_var_kl": ("k3", 10.0)}
 
 
 @dataclasses.dataclass(frozen=True)
 class SlimeOverrides:
-    """What flags come to.
-
-    options: by our names, of the flags that were given. text: to print at the start.
-    """
+    """The meaning of a set of flags."""
 
     objective: objective_lib.Objective
-    options: Mapping[str, Any]
-    text: str
+    options: Mapping[str, Any]  # values of the flags in FLAG_OPTIONS that are set, by option
+    text: str  # to print at the start
 
 
 def parse_flags(argv: Sequence[str]) -> dict[str, Any]:
     """Return the flags of a command line, `--name value`, `--name=value` or `--switch`, by name.
 
     Raises:
-      ValueError: an unknown flag, one twice with different values, or a value missing or wrong.
+      ValueError: an unknown flag, a flag with two different values, or a value that is missing or
+        wrong.
     """
-    out: dict[str, Any] = {}
-    left = list(argv)
-    while left:
-        word = left.pop(0)
+    flags: dict[str, Any] = {}
+    words = list(argv)
+    while words:
+        word = words.pop(0)
         if not word.startswith("--"):
             raise ValueError(f"got {word!r}; wanted a flag, such as --eps-clip-high")
         name, equals, value = word.removeprefix("--").partition("=")
@@ -102,46 +103,49 @@ def parse_flags(argv: Sequence[str]) -> dict[str, Any]:
         if not equals and _FLAG_TYPES[name] is bool:
             value = "true"
         elif not equals:
-            if not left or left[0].startswith("--"):
+            if not words or words[0].startswith("--"):
                 raise ValueError(f"--{name}: got no value; wanted --{name} VALUE")
-            value = left.pop(0)
+            value = words.pop(0)
         value = _parse_value(name, value)
-        if out.setdefault(name, value) != value:
-            raise ValueError(f"--{name}: got {out[name]} and {value}; wanted one of them")
-    return out
+        if flags.setdefault(name, value) != value:
+            raise ValueError(f"--{name}: got {flags[name]} and {value}; wanted one of them")
+    return flags
 
 
 def translate_flags(flags: Mapping[str, Any]) -> SlimeOverrides:
-    """Return the objective and options of slime's flags, by name with or without the dashes.
+    """Return the objective and the options that slime's flags mean.
 
-    Under cispo, eps-clip x and eps-clip-high y bound the weight by 1 - x (none, at 0 or below)
-    and 1 + y; under the others they are clip_low and clip_high.
+    Under cispo, eps-clip x and eps-clip-high y bound the weight by 1 - x and 1 + y. A bound of 0 or
+    below is none. Under all other estimators they are clip_low and clip_high.
+
+    Args:
+      flags: values by the flag's name, with or without the dashes.
 
     Raises:
       ValueError: an unknown flag, a wrong value, or flags that contradict each other.
     """
-    given: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for name, value in flags.items():
         name = _check_flag_name(name.removeprefix("--"))
-        given[name] = _parse_value(name, value)
-    for name, needed in _REQUIRED_FLAGS.items():
-        if name in given and not given.get(needed):
-            raise ValueError(f"--{name}: got it without --{needed}; wanted both, or neither")
-    estimator = given.get("advantage-estimator", "cispo")
+        values[name] = _parse_value(name, value)
+    for name, required in _REQUIRED_FLAGS.items():
+        if name in values and not values.get(required):
+            raise ValueError(f"--{name}: got it without --{required}; wanted both, or neither")
+    estimator = values.get("advantage-estimator", "cispo")
     if estimator not in ESTIMATOR_PRESETS:
         hint = " 'ppo' needs a critic, which is not here." if estimator == "ppo" else ""
-        known = ", ".join(ESTIMATOR_PRESETS)
-        raise ValueError(f"--advantage-estimator: got {estimator!r}; wanted one of {known}.{hint}")
+        names = ", ".join(ESTIMATOR_PRESETS)
+        raise ValueError(f"--advantage-estimator: got {estimator!r}; wanted one of {names}.{hint}")
     preset = objective_lib.PRESETS[ESTIMATOR_PRESETS[estimator]]
-    objective = dataclasses.replace(preset, **_objective_changes(preset, given))
-    options = {ours: given[name] for name, (_, ours) in FLAG_OPTIONS.items() if name in given}
+    objective = dataclasses.replace(preset, **_objective_changes(preset, values))
+    options = {option: values[name] for name, (_, option) in FLAG_OPTIONS.items() if name in values}
     _check_batch_sizes(options)
-    text = "\n".join([describe_objective(objective), *_default_differences(preset, given)])
+    text = "\n".join([describe_objective(objective), *_default_differences(preset, values)])
     return SlimeOverrides(objective, options, text)
 
 
 def describe_objective(objective: objective_lib.Objective) -> str:
-    """Return what every run prints of its objective: the intervals, and how it is averaged."""
+    """Return the line that every run prints of its objective: its bounds, and how it averages."""
     low, high = objective.is_weight_min, objective.is_weight_max
     parts = [f"objective {objective.name}: "]
     if not objective.weighted:
@@ -169,86 +173,74 @@ def describe_objective(objective: objective_lib.Objective) -> str:
     return "".join(parts)
 
 
-def parse_metadata(value: Any) -> dict[str, Any]:
-    """Return what the column of --metadata-key holds as a dict; a list is of tool calls.
-
-    Raises:
-      ValueError: neither.
-    """
-    if value is None:
-        return {}
-    if isinstance(value, list):
-        return {"tool_calls": value}
-    if isinstance(value, Mapping):
-        return dict(value)
-    raise ValueError(
-        f"metadata: got {type(value).__name__} {value!r}; wanted an object, or a list of tool calls"
-    )
-
-
-def _objective_changes(preset: objective_lib.Objective, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields of the objective that flags set."""
+def _objective_changes(preset: objective_lib.Objective, flags: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of the objective that the flags set."""
     names = {"eps-clip-c": "dual_clip", "gamma": "discount", "kl-coef": "reward_kl_coef"}
     names |= {"entropy-coef": "entropy_coef", "kl-loss-coef": "kl_coef"}
-    out = {ours: given[name] for name, ours in names.items() if name in given}
-    low, high = given.get("eps-clip"), given.get("eps-clip-high")
+    changes = {field: flags[name] for name, field in names.items() if name in flags}
+    low, high = flags.get("eps-clip"), flags.get("eps-clip-high")
     if preset.name == "cispo":
         if low is not None:
             # Rounded, so that 1 - 0.2 is the 0.8 that it reads as.
-            out["is_weight_min"] = round(1 - low, 12) if low < 1 else None
+            changes["is_weight_min"] = round(1 - low, 12) if low < 1 else None
         if high is not None:
-            out["is_weight_max"] = round(1 + high, 12)
+            changes["is_weight_max"] = round(1 + high, 12)
     else:
-        out |= {"clip_low": low} if low is not None else {}
-        out |= {"clip_high": high} if high is not None else {}
-    if given.get("calculate-per-token-loss"):
-        out |= {"aggregation": "token-mean", "length_max": None}
-    if given.get("disable-grpo-std-normalization"):
+        changes |= {"clip_low": low} if low is not None else {}
+        changes |= {"clip_high": high} if high is not None else {}
+    if flags.get("calculate-per-token-loss"):
+        # `length_max` belongs to the aggregation that the flag replaces.
+        changes |= {"aggregation": "token-mean", "length_max": None}
+    if flags.get("disable-grpo-std-normalization"):
         if preset.advantage not in ("group", "mean"):
             raise ValueError(
                 f"--disable-grpo-std-normalization: got advantage {preset.advantage!r}; "
                 "wanted an estimator that divides by the group's deviation"
             )
-        out["advantage"] = "mean"
-    if given.get("normalize-advantages") and not preset.advantage.startswith("return"):
+        changes["advantage"] = "mean"
+    if flags.get("normalize-advantages") and not preset.advantage.startswith("return"):
         raise ValueError(
             f"--normalize-advantages: got the estimator {preset.name}; wanted "
             "reinforce_plus_plus or its baseline, which whiten over the batch anyway"
         )
-    if "kl-loss-type" in given:
-        if given["kl-loss-type"] not in _KL_KINDS:
+    if "kl-loss-type" in flags:
+        if flags["kl-loss-type"] not in _KL_KINDS:
             raise ValueError(
-                f"--kl-loss-type: got {given['kl-loss-type']!r}; wanted one of "
+                f"--kl-loss-type: got {flags['kl-loss-type']!r}; wanted one of "
                 f"{', '.join(_KL_KINDS)}"
             )
-        out["kl_kind"], out["kl_max"] = _KL_KINDS[given["kl-loss-type"]]
-    if given.get("use-rollout-logprobs"):
-        out["anchor"] = "rollout"
-    if given.get("use-tis"):
-        low, high = given.get("tis-clip-low") or None, given.get("tis-clip", 2.0)
-        out["correction"] = rollout_correction_lib.RolloutCorrection("token", "truncate", low, high)
-    return out
+        changes["kl_kind"], changes["kl_max"] = _KL_KINDS[flags["kl-loss-type"]]
+    if flags.get("use-rollout-logprobs"):
+        changes["anchor"] = "rollout"
+    if flags.get("use-tis"):
+        # slime's default of tis-clip-low is 0, which bounds nothing.
+        low, high = flags.get("tis-clip-low") or None, flags.get("tis-clip", 2.0)
+        changes["correction"] = rollout_correction_lib.RolloutCorrection(
+            "token", "truncate", low, high
+        )
+    return changes
 
 
-def _default_differences(preset: objective_lib.Objective, given: Mapping[str, Any]) -> list[str]:
-    """Return a line for each absent flag whose default is another one in slime."""
-    low = given.get("eps-clip", 0.2)
-    high = given.get("eps-clip-high", low)
+def _default_differences(preset: objective_lib.Objective, flags: Mapping[str, Any]) -> list[str]:
+    """Return a line for each absent flag whose default differs in slime."""
+    low = flags.get("eps-clip", 0.2)
+    high = flags.get("eps-clip-high", low)
     if preset.name == "cispo":
-        ours = (_format_bound(preset.is_weight_min), _format_bound(preset.is_weight_max))
-        theirs = (f"{1 - low:g}", f"{1 + high:g}")
+        own_bounds = (_format_bound(preset.is_weight_min), _format_bound(preset.is_weight_max))
+        slime_bounds = (f"{1 - low:g}", f"{1 + high:g}")
     else:
-        ours, theirs = (
+        own_bounds, slime_bounds = (
             (_format_bound(preset.clip_low), _format_bound(preset.clip_high)),
             (f"{low:g}", f"{high:g}"),
         )
+    # (flag, this project's default, slime's)
     rows = [
         ("advantage-estimator", "cispo", "grpo"),
-        ("eps-clip", ours[0], theirs[0]),
-        ("eps-clip-high", ours[1], theirs[1]),
+        ("eps-clip", own_bounds[0], slime_bounds[0]),
+        ("eps-clip-high", own_bounds[1], slime_bounds[1]),
         ("calculate-per-token-loss", preset.aggregation, "seq-mean-token-mean"),
     ]
-    if given.get("use-kl-loss"):
+    if flags.get("use-kl-loss"):
         rows += [("kl-loss-type", preset.kl_kind, "k1")]
         rows += [("kl-loss-coef", f"{preset.kl_coef:g}", "0")]
     meaning = {
@@ -257,26 +249,28 @@ def _default_differences(preset: objective_lib.Objective, given: Mapping[str, An
         "calculate-per-token-loss": "aggregation",
     }
     return [
-        f"--{name} not given: {meaning.get(name, 'value')} {mine}; slime would use {other}"
-        for name, mine, other in rows
-        if not given.get(name) and mine != other
+        f"--{name} not given: {meaning.get(name, 'value')} {own}; slime would use {slime}"
+        for name, own, slime in rows
+        if not flags.get(name) and own != slime
     ]
 
 
 def _check_batch_sizes(options: Mapping[str, Any]) -> None:
+    """Raise ValueError for sizes that contradict each other; three of them imply the fourth."""
     names = ("prompts_per_batch", "group_size", "samples_per_update", "minibatches")
     if any(name not in options for name in names):
         return
-    prompts, size, samples, parts = (options[name] for name in names)
-    if prompts * size != samples * parts:
+    prompts, size, samples, updates = (options[name] for name in names)
+    if prompts * size != samples * updates:
         raise ValueError(
-            f"got {prompts} prompts of {size} samples in {parts} updates of {samples} samples; "
+            f"got {prompts} prompts of {size} samples in {updates} updates of {samples} samples; "
             "wanted --rollout-batch-size * --n-samples-per-prompt = --global-batch-size * "
             "--num-steps-per-rollout. Leave one of the last two out."
         )
 
 
 def _check_flag_name(name: str) -> str:
+    """Return a flag's name with hyphens, which slime spells with underscores as well."""
     name = name.replace("_", "-")
     if name not in _FLAG_TYPES:
         raise ValueError(f"--{name}: got an unknown flag; wanted one of {', '.join(_FLAG_TYPES)}")
@@ -288,12 +282,12 @@ def _parse_value(name: str, value: Any) -> Any:
     try:
         if kind is bool:
             return {"true": True, "false": False}[str(value).lower()]
-        if kind is int and isinstance(value, float):
+        if kind is int and isinstance(value, float):  # int() would cut the fraction off
             raise ValueError
         return kind(value)
     except (KeyError, TypeError, ValueError):
-        wanted = "true or false" if kind is bool else f"a value of type {kind.__name__}"
-        raise ValueError(f"--{name}: got {value!r}; wanted {wanted}") from None
+        description = "true or false" if kind is bool else f"a value of type {kind.__name__}"
+        raise ValueError(f"--{name}: got {value!r}; wanted {description}") from None
 
 
 def _format_bound(value: float | None) -> str:

@@ -1,6 +1,4 @@
-"""slime's flags put into a run's config: `rl/slime_flags.py` reads them, this says what they
-change.
-"""
+"""slime's flags applied to a run's config. `train/rl/slime_flags.py` gives them their meaning."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -9,31 +7,37 @@ from typing import Any
 from train.rl import config as rl_config
 from train.rl import slime_flags
 
-# slime's reward types that have a name of ours.
+# slime's --rm-type: the reward here, where the names differ.
 _REWARD_NAMES = {"math": "mathematics", "dapo": "mathematics", "deepscaler": "mathematics"}
 
 
 def apply_flags(config: rl_config.RlConfig, argv: Sequence[str]) -> tuple[rl_config.RlConfig, str]:
-    """Return the config as the flags want it, and what to print about that.
+    """Return the config with slime's flags applied, and a text to print.
 
-    Flags of the objective change its preset: the one they name, or that of the config's objective.
-    Those of tasks change the first source.
+    Flags of the objective change a preset: the one that they name, or else the preset of the
+    config's objective. Flags of tasks change the first source.
+
+    Args:
+      argv: the command line's slime flags.
 
     Raises:
-      ValueError: a flag that is unknown or cannot be followed here, or values that do not fit.
+      ValueError: a flag that is unknown or cannot be applied here, or values that contradict each
+        other.
     """
     flags = slime_flags.parse_flags(argv)
     if not flags:
         return config, ""
     own = config.objective.name
-    known = (
-        own in slime_flags.ESTIMATOR_PRESETS and own != "cispo"
-    )  # which absent flags mean anyway
-    found = slime_flags.translate_flags({"advantage-estimator": own, **flags} if known else flags)
-    options = dict(found.options)
+    # An absent --advantage-estimator means cispo, so any other preset has to be named.
+    must_name = own in slime_flags.ESTIMATOR_PRESETS and own != "cispo"
+    overrides = slime_flags.translate_flags(
+        {"advantage-estimator": own, **flags} if must_name else flags
+    )
+    # Each option is taken out when it is applied. What is left at the end cannot be applied.
+    options = dict(overrides.options)
     objective, text = config.objective, slime_flags.describe_objective(config.objective)
     if set(flags) - set(slime_flags.FLAG_OPTIONS):
-        objective, text = found.objective, found.text
+        objective, text = overrides.objective, overrides.text
     rollout = _apply_rollout_flags(config.rollout, options)
     update = config.update
     config = dataclasses.replace(
@@ -54,7 +58,9 @@ def apply_flags(config: rl_config.RlConfig, argv: Sequence[str]) -> tuple[rl_con
     config = _apply_task_flags(config, options)
     if options:
         names = [
-            f"--{name}" for name, (_, ours) in slime_flags.FLAG_OPTIONS.items() if ours in options
+            f"--{name}"
+            for name, (_, option) in slime_flags.FLAG_OPTIONS.items()
+            if option in options
         ]
         raise ValueError(
             f"slime's flags: got {', '.join(names)}, which nothing here follows; wanted the config "
@@ -66,15 +72,17 @@ def apply_flags(config: rl_config.RlConfig, argv: Sequence[str]) -> tuple[rl_con
 def _apply_rollout_flags(
     rollout: rl_config.RolloutConfig, options: dict[str, Any]
 ) -> rl_config.RolloutConfig:
-    """Return the rollout with its flags followed, which are taken out of `options`."""
+    """Return the rollout with its options applied. These are taken out of `options`."""
+    # Option: field of the rollout's config.
     names = {"prompts_per_batch": "groups", "prompt_tokens": "max_prompt_tokens"}
     names |= {name: name for name in ("group_size", "temperature", "top_p", "top_k")}
-    changes = {name: options.pop(flag) for flag, name in names.items() if flag in options}
+    changes = {field: options.pop(option) for option, field in names.items() if option in options}
     if "top_k" in changes:
         changes["top_k"] = max(changes["top_k"], 0)  # slime's off is -1
     if "prompts_per_round" in options:
-        number = options.pop("prompts_per_round")
-        changes["oversample"] = number / max(changes.get("groups", rollout.groups), 1)
+        num_prompts = options.pop("prompts_per_round")
+        changes["oversample"] = num_prompts / max(changes.get("groups", rollout.groups), 1)
+    # The answer's limit is the lower of its own and of what a prompt leaves of the context.
     limits = [options.pop("answer_tokens")] if "answer_tokens" in options else []
     if "context_tokens" in options:
         prompt_tokens = changes.get("max_prompt_tokens", rollout.max_prompt_tokens)
@@ -84,42 +92,60 @@ def _apply_rollout_flags(
     return dataclasses.replace(rollout, **changes)
 
 
-def _num_minibatches(rollout: rl_config.RolloutConfig, given: int, options: dict[str, Any]) -> int:
-    """Return how many updates the flags want, or those given; flags are taken out of `options`."""
-    asked, each = options.pop("minibatches", None), options.pop("samples_per_update", None)
-    if each is None:
-        return given if asked is None else asked
+def _num_minibatches(
+    rollout: rl_config.RolloutConfig, config_minibatches: int, options: dict[str, Any]
+) -> int:
+    """Return the number of updates a batch, from the config if no flag sets it.
+
+    The options that set it are taken out of `options`.
+    """
+    minibatches = options.pop("minibatches", None)
+    update_samples = options.pop("samples_per_update", None)
+    if update_samples is None:
+        return config_minibatches if minibatches is None else minibatches
     samples = rollout.groups * rollout.group_size
-    if each < 1 or samples % each or asked not in (None, samples // each):
+    if (
+        update_samples < 1
+        or samples % update_samples
+        or minibatches not in (None, samples // update_samples)
+    ):
         raise ValueError(
-            f"--global-batch-size: got {each} of the {samples} samples of a batch, and "
-            f"--num-steps-per-rollout {asked}; wanted a divisor, and as many steps as it leaves"
+            f"--global-batch-size: got {update_samples} of the {samples} samples of a batch, and "
+            f"--num-steps-per-rollout {minibatches}; wanted a divisor, and as many steps as it "
+            "leaves"
         )
-    return samples // each
+    return samples // update_samples
 
 
 def _apply_task_flags(config: rl_config.RlConfig, options: dict[str, Any]) -> rl_config.RlConfig:
-    """Return the config with the flags about tasks followed, which are taken out of `options`."""
+    """Return the config with the options of tasks applied. These are taken out of `options`."""
     if options.pop("apply_chat_template", True) is False:
         raise ValueError("--apply-chat-template: got false; wanted true: prompts are messages here")
-    ours = {"prompt_key": "prompt", "label_key": "label"}
-    ours |= {"metadata_key": "metadata", "tools_key": "tools"}
-    keys: dict[str, str] = {n: options.pop(flag) for flag, n in ours.items() if flag in options}
+    # Option: field of `tasks.TASK_KEYS`.
+    key_fields = {"prompt_key": "prompt", "label_key": "label"}
+    key_fields |= {"metadata_key": "metadata", "tools_key": "tools"}
+    keys: dict[str, str] = {
+        field: options.pop(option) for option, field in key_fields.items() if option in options
+    }
     path: str = options.pop("tasks", "")
     reward: str = options.pop("reward", "")
-    first, *others = config.sources
+    first, *other_sources = config.sources
     if keys or path:
         first = dataclasses.replace(
             first,
             keys=tuple((dict(first.keys) | keys).items()),
+            # Files replace a generator, and with it all that describes one.
             **({"path": path, "make": "", "size": 0, "options": ()} if path else {}),
         )
     rewards = config.rewards
     if reward:
         name = _REWARD_NAMES.get(reward, reward)
-        mine = (first.name, ((name, 1.0, ()),))
-        rest = () if rewards is None else tuple(s for s in rewards.sources if s[0] != first.name)
-        rewards = dataclasses.replace(
-            rewards or rl_config.RewardsConfig(sources=(mine,)), sources=(mine, *rest)
+        first_rewards = (first.name, ((name, 1.0, ()),))  # weight 1, no options
+        other_rewards = (
+            () if rewards is None else tuple(s for s in rewards.sources if s[0] != first.name)
         )
-    return dataclasses.replace(config, sources=(first, *others), rewards=rewards)
+        rewards = dataclasses.replace(
+            rewards or rl_config.RewardsConfig(sources=(first_rewards,)),
+            sources=(first_rewards, *other_rewards),
+        )
+    return dataclasses.replace(config, sources=(first, *other_sources), rewards=rewards)

@@ -1,6 +1,8 @@
-"""Tasks from files: whatever the keys are that slime, verl, SynLogic and others give them.
+"""Tasks from files of slime, verl, SynLogic and others, or from generators.
 
-ours      slime                      verl                        SynLogic
+The files have the same contents under different keys:
+
+field     slime                      verl                        SynLogic
 prompt    input, prompt              prompt (messages)           question
 label     label                      reward_model.ground_truth   answer
 metadata  metadata                   extra_info                  metadata
@@ -18,7 +20,7 @@ from train.rl import sample as sample_lib
 from train.rl.environments import catalog
 from train.rl.rewards import logic
 
-# Ours -> the keys that are tried, in this order; a dot goes into an object.
+# By field, the keys of files that are tried, in this order. A dot goes into an object.
 TASK_KEYS = {
     "prompt": ("prompt", "messages", "input", "question", "problem"),
     "label": ("label", "reward_model.ground_truth", "answer", "ground_truth", "solution"),
@@ -29,13 +31,18 @@ TASK_KEYS = {
 
 @dataclasses.dataclass(frozen=True)
 class TaskSource:
-    """Where tasks come from.
+    """Where tasks come from: files, or a generator.
 
-    name: names its rewards in the config. path: JSON lines, Parquet or ArrayRecord files. keys:
-    (ours, theirs) pairs in place of `TASK_KEYS`. metadata that is a list becomes {its key: the
-    list}.
-    make: instead of a path, an environment ("lookup", "files", "repair"), or "logic:NAME" for a
-    generator of reasoning-gym, that makes `size` tasks from `seed`; options: that generator's.
+    Attributes:
+      name: of the source. The config lists its rewards under this name.
+      path: JSON lines, Parquet or ArrayRecord files.
+      keys: (field, key) pairs, for files whose keys are not in `TASK_KEYS`; an empty key leaves the
+        field out. Metadata that is a list becomes {key: list}.
+      make: instead of a path, an environment ("lookup", "files", "repair") that makes the tasks, or
+        "logic:NAME" for a generator of reasoning-gym.
+      size: number of tasks to make.
+      seed: of the generator.
+      options: (name, value) pairs for a generator of reasoning-gym.
     """
 
     name: str
@@ -57,7 +64,7 @@ class TaskSource:
                 f"tasks {self.name}: got keys {self.keys}, options {self.options}; wanted keys "
                 "with a path alone, and options with make='logic:NAME' alone"
             )
-        unknown = [ours for ours, _ in self.keys if ours not in TASK_KEYS]
+        unknown = [field for field, _ in self.keys if field not in TASK_KEYS]
         if unknown:
             raise ValueError(
                 f"tasks {self.name}: got the key {unknown[0]!r}; wanted some of "
@@ -69,21 +76,23 @@ def open_tasks(source: TaskSource) -> "FileTasks | GeneratedTasks":
     """Return a source's tasks.
 
     Raises:
-      DataError: files that cannot be read. ValueError: no such environment or generator.
+      DataError: files that cannot be read.
+      ValueError: no such environment or generator.
     """
     return FileTasks(source) if source.path else GeneratedTasks(source)
 
 
 class GeneratedTasks:
-    """Tasks that are made on the spot: the same for the same source."""
+    """Tasks that a generator makes: the same source always has the same tasks."""
 
     def __init__(self, source: TaskSource):
         kind, _, name = source.make.partition(":")
         if kind == "logic":
-            made = logic.generate_tasks(name, source.size, source.seed, **dict(source.options))
+            tasks = logic.generate_tasks(name, source.size, source.seed, **dict(source.options))
         else:
-            made = catalog.make_tasks(source.make, source.size, source.seed)
-        self._tasks = [dataclasses.replace(task, source=source.name) for task in made]
+            tasks = catalog.make_tasks(source.make, source.size, source.seed)
+        # Two sources may have one generator: rewards are found by the source's own name.
+        self._tasks = [dataclasses.replace(task, source=source.name) for task in tasks]
 
     def __len__(self) -> int:
         return len(self._tasks)
@@ -92,15 +101,15 @@ class GeneratedTasks:
         return self._tasks[index]
 
     def close(self) -> None:
-        """Do nothing: nothing is open."""
+        """Do nothing: no file is open."""
 
     def fingerprint(self) -> list[list]:
-        """Return what tells the tasks from others."""
+        """Return a hash of the tasks, as JSON, in the form of `FileTasks.fingerprint`."""
         text = "\n".join(f"{task.messages!r} {task.label!r}" for task in self._tasks)
         return [["made", len(self), hashlib.sha256(text.encode()).hexdigest()]]
 
     def check_fingerprint(self, saved: list[list]) -> None:
-        """Raise DataError where the tasks are not those of a fingerprint."""
+        """Raise DataError if the tasks are not those of a fingerprint."""
         if saved != self.fingerprint():
             raise records.DataError(
                 f"tasks: got {self.fingerprint()}; wanted {saved}, as the run began with. Install "
@@ -109,10 +118,11 @@ class GeneratedTasks:
 
 
 class FileTasks:
-    """The tasks of one source, by number.
+    """The tasks of one source of files, by index.
 
     Attributes:
-      keys: ours -> theirs, as found in the first record and asked for.
+      keys: by field, the key of the file: the one that `TaskSource.keys` names, or else the one
+        that the first record has.
 
     Raises:
       DataError: no such file, no records, or a record without a prompt.
@@ -123,21 +133,22 @@ class FileTasks:
         self._records = records.RecordFiles(source.name, source.path, columns=None)
         if not len(self._records):
             raise records.DataError(f"tasks {source.name}: {source.path} has no records")
-        first, asked = self._records.read(0), dict(source.keys)
+        first, explicit_keys = self._records.read(0), dict(source.keys)
+        # The next read opens the files again.
         self._records.close()
-        self.keys = {ours: theirs for ours, theirs in asked.items() if theirs}
-        for ours, theirs in self.keys.items():
-            if not _has_key(first, theirs):
+        self.keys = {field: key for field, key in explicit_keys.items() if key}
+        for field, key in self.keys.items():
+            if not _has_key(first, key):
                 raise records.DataError(
-                    f"tasks {source.name}: got the keys {sorted(first)}; wanted {theirs}, as keys= "
-                    f"says of the {ours}"
+                    f"tasks {source.name}: got the keys {sorted(first)}; wanted {key}, as keys= "
+                    f"says of the {field}"
                 )
-        for ours, tried in TASK_KEYS.items():
-            # A key with nothing in it may have something in other records.
-            there = [key for key in tried if _has_key(first, key)]
-            there.sort(key=lambda key: _get_value(first, key) is None)
-            if ours not in asked and there:
-                self.keys[ours] = there[0]
+        for field, candidates in TASK_KEYS.items():
+            present = [key for key in candidates if _has_key(first, key)]
+            # Keys without a value come last, as other records may have one. The sort is stable.
+            present.sort(key=lambda key: _get_value(first, key) is None)
+            if field not in explicit_keys and present:
+                self.keys[field] = present[0]
         if "prompt" not in self.keys:
             raise records.DataError(
                 f"tasks {source.name}: got the keys {sorted(first)}; wanted a prompt in one of "
@@ -148,54 +159,56 @@ class FileTasks:
         return len(self._records)
 
     def __getitem__(self, index: int) -> sample_lib.Task:
-        record, where = self._records.read(index), self._records.location(index)
-        found = {ours: _get_value(record, theirs) for ours, theirs in self.keys.items()}
-        metadata = found.get("metadata") or {}
+        record, location = self._records.read(index), self._records.location(index)
+        values = {field: _get_value(record, key) for field, key in self.keys.items()}
+        metadata = values.get("metadata") or {}
         if not isinstance(metadata, Mapping):
             metadata = {self.keys["metadata"].rpartition(".")[2]: metadata}
         return sample_lib.Task(
             id=f"{self._source.name}/{index}",
-            messages=_parse_messages(found.get("prompt"), where),
+            messages=_parse_messages(values.get("prompt"), location),
             source=self._source.name,
-            label=found.get("label"),
+            label=values.get("label"),
             metadata=dict(metadata),
-            tools=_parse_tools(found.get("tools"), where),
+            tools=_parse_tools(values.get("tools"), location),
         )
 
     def fingerprint(self) -> list[list]:
-        """Return what tells the files from others; see `sources.RecordFiles`."""
+        """Return the fingerprint of the files; see `records.RecordFiles`."""
         return self._records.fingerprint()
 
     def check_fingerprint(self, saved: list[list]) -> None:
-        """Raise DataError where the files are not those of a fingerprint."""
+        """Raise DataError if the files are not those of a fingerprint."""
         self._records.check_fingerprint(saved)
 
     def close(self) -> None:
+        """Close the files."""
         self._records.close()
 
 
-def _parse_messages(prompt: Any, where: str) -> tuple[Mapping[str, Any], ...]:
+def _parse_messages(prompt: Any, location: str) -> tuple[Mapping[str, Any], ...]:
     if isinstance(prompt, str) and prompt:
         return ({"role": "user", "content": prompt},)
     if isinstance(prompt, list) and prompt and all(isinstance(m, Mapping) for m in prompt):
         return tuple(prompt)
     raise records.DataError(
-        f"{where}: got the prompt {prompt!r:.80}; wanted a string or a list of messages"
+        f"{location}: got the prompt {prompt!r:.80}; wanted a string or a list of messages"
     )
 
 
-def _parse_tools(value: Any, where: str) -> tuple[Mapping[str, Any], ...]:
+def _parse_tools(value: Any, location: str) -> tuple[Mapping[str, Any], ...]:
+    # Parquet files often hold nested values as JSON text.
     tools = json.loads(value) if isinstance(value, str) and value.startswith("[") else value or []
     if isinstance(tools, list) and all(isinstance(tool, Mapping) for tool in tools):
         return tuple(tools)
     raise records.DataError(
-        f"{where}: got the tools {value!r:.80}; wanted a list of function schemas, or its JSON"
+        f"{location}: got the tools {value!r:.80}; wanted a list of function schemas, or its JSON"
     )
 
 
 def _has_key(record: Any, key: str) -> bool:
-    above, _, name = key.rpartition(".")
-    record = _get_value(record, above) if above else record
+    parent, _, name = key.rpartition(".")
+    record = _get_value(record, parent) if parent else record
     return isinstance(record, Mapping) and name in record
 
 
