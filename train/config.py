@@ -8,7 +8,7 @@ from m1_jax import configlib
 from train import lora as lora_lib
 from train.data import config as data_config
 
-# A config file imports this module alone.
+# A config file imports this module alone, so the classes of its fields stand here as well.
 DataConfig = data_config.DataConfig
 DataSource = data_config.DataSource
 LoraConfig = lora_lib.LoraConfig
@@ -20,11 +20,19 @@ SCHEDULE_SHAPES = ("constant", "linear", "cosine")
 class TrainStage:
     """Training at one length on one mesh.
 
-    seq_len: tokens in a row. rows: in a global batch. tokens: of the stage, padding counted as it
-    is computed too; rounded up to whole batches. learning_rate: at the stage's end, reached from
-    the stage before it (0 for the first) by `shape`: "constant" is there from the start, after a
-    linear `warmup_tokens`. mesh: (axis, devices) pairs, one of them may be -1; empty is fsdp over
-    all devices. accumulate: microbatches in a batch.
+    Attributes:
+      seq_len: T, tokens in a row, at least 2.
+      rows: rows in a global batch, at least 1.
+      tokens: length of the stage, rounded up to whole batches. Padding counts, because it is
+        computed, too.
+      learning_rate: rate at the stage's end, at least 0.
+      shape: how the rate gets there from the rate at the end of the stage before, or from 0 in the
+        first stage: "linear" or "cosine". "constant" has the end's rate from the beginning.
+      warmup_tokens: tokens over which the rate is also multiplied by a linear rise from 0 to 1.
+        It is 0 to `tokens`.
+      mesh: (axis, devices) pairs, of which one number may be -1 for all devices that remain. Empty
+        is fsdp over all devices.
+      accumulate: microbatches in a batch, whose gradients are added. It divides `rows`.
     """
 
     seq_len: int
@@ -52,19 +60,30 @@ class TrainStage:
         configlib.check_field(
             fits, "warmup_tokens", self.warmup_tokens, f"0 to tokens = {self.tokens}"
         )
-        wanted = f"a divisor of rows = {self.rows}"
+        # Equal microbatches, so that one compiled program serves all of them.
+        divisor = f"a divisor of rows = {self.rows}"
         configlib.check_field(
-            self.rows % self.accumulate == 0, "accumulate", self.accumulate, wanted
+            self.rows % self.accumulate == 0, "accumulate", self.accumulate, divisor
         )
 
     @property
     def num_steps(self) -> int:
+        """Return the number of batches in the stage."""
         return math.ceil(self.tokens / (self.rows * self.seq_len))
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW; see `optim.AdamW`. M1 trains with eps 1e-15."""
+    """The optimizer, see `optim.AdamW`. The defaults are those of M1 where its report names them.
+
+    Attributes:
+      b1: decay of the first moment, from 0 to less than 1.
+      b2: decay of the second moment, from 0 to less than 1.
+      eps: added to the root of the second moment, above 0. M1 trains with 1e-15, because many of
+        its gradients are far below the usual 1e-8.
+      weight_decay: of matrices, at least 0. Vectors are never decayed.
+      clip_norm: largest global norm of a gradient, above 0. None clips nothing.
+    """
 
     b1: float = 0.9
     b2: float = 0.95
@@ -75,10 +94,12 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
-    """Coefficients beside the tokens' loss.
+    """Coefficients of the losses beside the tokens' own.
 
-    balance: of the routers' balance loss, as (token, coefficient) points joined by lines; empty
-    takes the model's own. z: of the squared log normalizer.
+    Attributes:
+      balance: coefficient of the routers' balance loss, as (token of the run, coefficient) points
+        in rising order, joined by lines. Empty takes the model's own coefficient.
+      z: coefficient of the squared log normalizer of the logits (z-loss), at least 0.
     """
 
     balance: tuple[tuple[int, float], ...] = ()
@@ -94,7 +115,13 @@ class LossConfig:
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationConfig:
-    """Held-out loss. every_steps: 0 never. batches: of each evaluation; 0 for all there are."""
+    """Held-out loss.
+
+    Attributes:
+      sources: held-out data, at least one where `every_steps` is not 0.
+      every_steps: steps between evaluations. The last step of a stage has one, too. 0 is never.
+      batches: batches of an evaluation, always the same ones. 0 takes all that there are.
+    """
 
     sources: tuple[DataSource, ...] = ()
     every_steps: int = 0
@@ -111,8 +138,13 @@ class EvaluationConfig:
 class SaveConfig:
     """Checkpoints.
 
-    keep: how many of the newest. keep_every: steps of those kept for ever, or 0. directory: where
-    they lie, such as gs://BUCKET/RUN; every process must reach it. Empty is below the workdir.
+    Attributes:
+      every_steps: steps between checkpoints, at least 1. The end of a stage and a stop by a signal
+        have one, too.
+      keep: how many of the newest stay, at least 1.
+      keep_every: checkpoints at multiples of this number of steps stay for ever. 0 is none.
+      directory: where the checkpoints lie, such as gs://BUCKET/RUN. Every process must reach it.
+        Empty is below the run's directory.
     """
 
     every_steps: int = 1000
@@ -129,11 +161,15 @@ class SaveConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LogConfig:
-    """every_steps: between metrics. samples: whether samples.jsonl lists what every step read
-    (with several processes, in the rows of the first).
+    """Metrics and traces.
 
-    spike: a loss that exceeds the median of the last 100 by this factor is reported.
-    trace: (first step, how many) to record for xprof.
+    Attributes:
+      every_steps: steps between metrics, at least 1.
+      samples: whether samples.jsonl lists the documents of every step. With several processes it
+        lists those in the rows of the first process.
+      spike: a loss is reported where it exceeds the median of the last 100 by this factor, which
+        is more than 1.
+      trace: (first step, number of steps) to record for xprof. None records nothing.
     """
 
     every_steps: int = 10
@@ -152,12 +188,25 @@ class LogConfig:
 class TrainConfig:
     """One training run.
 
-    checkpoint: a release directory or a converted one to start from; or else `model`, whose
-    weights are drawn from `seed`. tokenizer: its directory; empty takes the checkpoint's.
-    dtype: of the computation; master weights and moments are float32. remat: see `ModelConfig`;
-    empty leaves the model's. lora: trains adapters of low rank instead of the weights, which then
-    have `dtype`. max_skipped: steps in a row without a finite gradient before the run
-    stops. compilation_cache: directory; empty is ~/.cache/m1_jax.
+    Attributes:
+      stages: what to train, one after the other, at least one.
+      data: what to read.
+      checkpoint: a release directory or a converted one to start from. Either this or `model`.
+      model: shapes of a model whose weights are drawn from `seed`.
+      tokenizer: directory of the tokenizer. Empty takes the checkpoint's.
+      dtype: of the computation, "bfloat16" or "float32". Master weights and moments are float32.
+      remat: what is computed again in the backward pass, see `ModelConfig`. Empty leaves the
+        model's choice.
+      lora: trains adapters of low rank, beside frozen weights in `dtype`. None trains the weights.
+      optimizer: the optimizer.
+      loss: coefficients of the losses beside the tokens' own.
+      evaluation: held-out loss.
+      save: checkpoints.
+      log: metrics and traces.
+      seed: of the order of documents, of random weights, and of adapters.
+      skip_nonfinite: whether a step without a finite gradient changes nothing. False takes it.
+      max_skipped: steps in a row without a finite gradient after which the run stops, at least 1.
+      compilation_cache: directory of compiled programs. Empty is ~/.cache/m1_jax/xla.
     """
 
     stages: tuple[TrainStage, ...]
@@ -180,9 +229,9 @@ class TrainConfig:
 
     def __post_init__(self):
         configlib.check_field(len(self.stages) > 0, "stages", self.stages, "at least one")
-        either = bool(self.checkpoint) != (self.model is not None)
+        has_one_model = bool(self.checkpoint) != (self.model is not None)
         configlib.check_field(
-            either, "checkpoint", self.checkpoint, "either this or a model, not both"
+            has_one_model, "checkpoint", self.checkpoint, "either this or a model, not both"
         )
         configlib.check_field(
             bool(self.checkpoint or self.tokenizer), "tokenizer", "", "its directory"
@@ -190,10 +239,14 @@ class TrainConfig:
         configlib.check_field(
             self.dtype in ("bfloat16", "float32"), "dtype", self.dtype, "bfloat16 or float32"
         )
-        frozen = self.lora is None or bool(self.checkpoint)
+        # Random weights would be frozen, and so stay random.
+        is_trained = self.lora is None or bool(self.checkpoint)
         configlib.check_field(
-            frozen, "lora", self.lora, "a checkpoint, as random weights would stay random"
+            is_trained,
+            "lora",
+            self.lora,
+            "a checkpoint, as random weights would stay random",
         )
-        wanted = ("", *config_lib.REMAT_POLICIES)
-        configlib.check_field(self.remat in wanted, "remat", self.remat, f"one of {wanted}")
+        policies = ("", *config_lib.REMAT_POLICIES)
+        configlib.check_field(self.remat in policies, "remat", self.remat, f"one of {policies}")
         configlib.check_field(self.max_skipped >= 1, "max_skipped", self.max_skipped, "at least 1")

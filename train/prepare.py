@@ -2,10 +2,11 @@
 
     python -m train.prepare --src='raw/*.jsonl' --dst=DIR --shards=64
 
-Every record is checked as training would: it is a text or a conversation that the chat template
-can render. Of its keys, text, messages and tools are kept, as JSON, one record to a group, so that
-training reads in any order. The result grows in DST.partial and is renamed when it is complete;
-the same command run again after an interruption goes on with the first shard that is missing.
+Every record is checked as training checks it: it is a text, or a conversation that the chat
+template can render. Its keys text, messages and tools stay, as JSON. A group of a shard holds one
+record, so that training reads in any order. The result grows in DST.partial and is renamed when it
+is complete. The same command, run again after an interruption, goes on with the first shard that is
+missing.
 """
 
 import contextlib
@@ -30,10 +31,16 @@ _RECORD_KEYS = ("text", "messages", "tools")
 
 @dataclasses.dataclass(frozen=True)
 class PrepareConfig:
-    """src: as `sources.RecordFiles`. dst: a local directory to make. shards: its number of files.
+    """What to prepare.
 
-    kind: one of `chat.RECORD_KINDS`. profile: of the chat template. checkpoint: a directory with a
-    tokenizer, to count tokens too. progress: show a bar.
+    Attributes:
+      src: a file, a directory or a pattern of raw files, see `records.RecordFiles`.
+      dst: the local directory to make.
+      shards: number of files to write, at least 1 and at most the number of records.
+      kind: what every record must be, one of `chat.RECORD_KINDS`.
+      profile: of the chat template, one of `chat.PROFILES`.
+      checkpoint: a directory with a tokenizer, to count tokens, too. Empty counts records alone.
+      progress: show a progress bar.
     """
 
     src: str
@@ -56,12 +63,13 @@ class PrepareConfig:
 def run(config: PrepareConfig) -> pathlib.Path:
     """Write the shards, and return the finished directory.
 
-    Its `prepare.json` holds the source's fingerprint and, by shard, the number of records and,
-    with a tokenizer, of tokens in all and in the longest record.
+    The directory's `prepare.json` holds the source's fingerprint and the number of records in each
+    shard. With a tokenizer it also holds the number of tokens in each shard, and in the longest
+    record of each.
 
     Raises:
-      DataError: a record that training could not use; the message names file and record.
-      FileExistsError: the destination exists, or an unfinished one is of another source.
+      DataError: training could not use a record. The message names its file and number.
+      FileExistsError: the destination exists, or an unfinished one has another source.
     """
     dst = pathlib.Path(config.dst)
     if dst.exists():
@@ -86,6 +94,7 @@ def _write_shards(
         for shard in range(config.shards):
             name = f"{shard:05d}-of-{config.shards:05d}.arrayrecord"
             start, end = (len(records) * i // config.shards for i in (shard, shard + 1))
+            # The manifest lists whole shards alone, so an interrupted shard is written again.
             if name not in manifest["shards"]:
                 growing = partial / (name + ".tmp")
                 counts = _write_shard(growing, records, range(start, end), config, encoder, bar)
@@ -100,13 +109,13 @@ def _write_shards(
 def _open_manifest(partial: pathlib.Path, config: PrepareConfig, records) -> dict[str, Any]:
     """Return the manifest of an interrupted run of this command, or begin one."""
     settings = {k: getattr(config, k) for k in ("shards", "kind", "profile", "checkpoint")}
-    wanted = {**settings, "source": records.fingerprint()}
+    identity = {**settings, "source": records.fingerprint()}
     path = partial / MANIFEST_FILE
     if not path.exists():
         partial.mkdir(parents=True, exist_ok=True)
-        _write_manifest(path, {"of": wanted, "shards": {}})
+        _write_manifest(path, {"of": identity, "shards": {}})
     manifest = json.loads(path.read_text())
-    if manifest["of"] != wanted:
+    if manifest["of"] != identity:
         raise FileExistsError(
             f"{partial} is an interrupted preparation of other data or with other settings. "
             "Remove it to start anew, or choose another --dst."
@@ -123,6 +132,7 @@ def _write_shard(path, records, indices, config: PrepareConfig, encoder, bar) ->
     counts = {"records": len(indices)}
     if encoder is not None:
         counts |= {"tokens": 0, "longest_tokens": 0}
+    # A reader decompresses a whole group for one record, hence groups of one.
     writer = array_record_module.ArrayRecordWriter(str(path), "group_size:1")
     try:
         for index in indices:
@@ -144,17 +154,15 @@ def _write_shard(path, records, indices, config: PrepareConfig, encoder, bar) ->
 def _check_record(
     record: dict, config: PrepareConfig, encoder: chat.RecordEncoder | None
 ) -> tuple[bytes, int]:
-    """Return a record as JSON, and its number of tokens where there is a tokenizer."""
+    """Return a record as JSON, and its number of tokens, which is 0 without a tokenizer."""
     tokens = 0
     if encoder is not None:
         tokens = len(encoder.encode(record, config.kind).tokens)
     elif chat.is_chat(record, config.kind):
+        # Rendered for its errors alone.
         chat.render_conversation(record["messages"], record.get("tools"), profile=config.profile)
-    kept = {key: record[key] for key in _RECORD_KEYS if record.get(key) is not None}
-    return json.dumps(kept, ensure_ascii=False).encode(), tokens
-
-
-# ---- command line
+    content = {key: record[key] for key in _RECORD_KEYS if record.get(key) is not None}
+    return json.dumps(content, ensure_ascii=False).encode(), tokens
 
 
 def main(argv) -> None:
