@@ -17,25 +17,25 @@ def options(name="grpo", **changes):
     return dataclasses.replace(PRESETS[name], **changes)
 
 
-def per_sample(rewards, groups=None, valid=None, of=None):
+def per_sample(rewards, groups=None, valid=None, chosen=None):
     groups = [0] * len(rewards) if groups is None else groups
     valid = [True] * len(rewards) if valid is None else valid
-    return advantages.sample_advantages(of or options(), rewards, groups, valid)
+    return advantages.sample_advantages(chosen or options(), rewards, groups, valid)
 
 
-def per_token(of, rewards, lengths, groups=None, **more):
+def per_token(chosen, rewards, lengths, groups=None, **arguments):
     groups = [0] * len(rewards) if groups is None else groups
-    masks = more.pop("masks", [np.ones(n) for n in lengths])
-    valid = more.pop("valid", [True] * len(rewards))
-    return advantages.token_advantages(of, rewards, groups, valid, masks, **more)
+    masks = arguments.pop("masks", [np.ones(n) for n in lengths])
+    valid = arguments.pop("valid", [True] * len(rewards))
+    return advantages.token_advantages(chosen, rewards, groups, valid, masks, **arguments)
 
 
-def near(got, wanted, tolerance=1e-8):
-    np.testing.assert_allclose(got, wanted, rtol=0, atol=tolerance)
+def near(actual, expected, tolerance=1e-8):
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=tolerance)
 
 
 @pytest.mark.parametrize(
-    ("of", "wanted"),
+    ("chosen", "wanted"),
     [
         (options(advantage_eps=0.0), [1.5, -0.5, -0.5, -0.5]),
         (options(), [1.499997, -0.499999, -0.499999, -0.499999]),
@@ -44,8 +44,8 @@ def near(got, wanted, tolerance=1e-8):
         (options("rloo"), [1, -1 / 3, -1 / 3, -1 / 3]),
     ],
 )
-def test_t11_estimators(of, wanted):
-    near(per_sample(ONE, of=of), wanted, 1e-8 if of.advantage_eps != 1e-6 else 1e-6)
+def test_t11_estimators(chosen, wanted):
+    near(per_sample(ONE, chosen=chosen), wanted, 1e-8 if chosen.advantage_eps != 1e-6 else 1e-6)
 
 
 def test_t11_returns_are_whitened_over_the_tokens():
@@ -64,24 +64,24 @@ def test_t11b_groups_of_different_sizes_in_any_order():
 
 
 def test_samples_without_a_reward_are_in_nobodys_mean():
-    got = per_sample([1.0, np.nan, 0, 0, 0, 7], [0, 0, 0, 0, 0, 1], [1, 0, 1, 1, 1, 0])
-    near(got, [1.499997, 0, -0.499999, -0.499999, -0.499999, 0], 1e-6)
+    actual = per_sample([1.0, np.nan, 0, 0, 0, 7], [0, 0, 0, 0, 0, 1], [1, 0, 1, 1, 1, 0])
+    near(actual, [1.499997, 0, -0.499999, -0.499999, -0.499999, 0], 1e-6)
     for name in PRESETS:
-        of = PRESETS[name]
-        out = per_token(of, [1.0, np.nan, 0], [2, 3, 1], valid=[True, False, True])
+        chosen = PRESETS[name]
+        out = per_token(chosen, [1.0, np.nan, 0], [2, 3, 1], valid=[True, False, True])
         assert not out[1].any()
         assert all(np.isfinite(x).all() for x in out)
 
 
 @hypothesis.given(st.floats(-10, 10), st.integers(1, 9), st.sampled_from(["grpo", "dr_grpo"]))
 def test_equal_rewards_teach_nothing_at_all(reward, num, name):
-    of = options(name, advantage_eps=0.0)
-    assert not per_sample([reward] * num, of=of).any()
+    chosen = options(name, advantage_eps=0.0)
+    assert not per_sample([reward] * num, chosen=chosen).any()
     assert advantages.has_zero_variance([reward] * num)
 
 
 def test_leave_one_out_of_one_is_nothing():
-    assert per_sample([3.0, 1, 2], [0, 1, 1], of=options("rloo")).tolist() == [0, -1, 1]
+    assert per_sample([3.0, 1, 2], [0, 1, 1], chosen=options("rloo")).tolist() == [0, -1, 1]
 
 
 @pytest.mark.parametrize("name", ["cispo", "dr_grpo", "rloo"])
@@ -91,11 +91,11 @@ def test_tokens_have_their_samples_advantage(name, rewards, random):
     lengths = [random.randint(1, 5) for _ in rewards]
     groups = [random.randint(0, 2) for _ in rewards]
     masks = [np.array([random.random() < 0.7 for _ in range(n)] + [True]) for n in lengths]
-    wanted = per_sample(rewards, groups, of=PRESETS[name])
-    got = per_token(PRESETS[name], rewards, lengths, groups, masks=masks)
-    scale = np.abs(wanted).max() + 1
-    for sample, mask, number in zip(got, masks, wanted, strict=True):
-        near(sample / scale, np.where(mask, number, 0) / scale, 1e-6)
+    expected = per_sample(rewards, groups, chosen=PRESETS[name])
+    actual = per_token(PRESETS[name], rewards, lengths, groups, masks=masks)
+    scale = np.abs(expected).max() + 1
+    for sample, mask, advantage in zip(actual, masks, expected, strict=True):
+        near(sample / scale, np.where(mask, advantage, 0) / scale, 1e-6)
 
 
 def test_a_turns_reward_goes_to_the_turn_and_what_came_before():
@@ -122,14 +122,14 @@ def test_turns_do_not_blow_up_where_totals_are_equal():
 
 
 def test_discounted_returns_pay_for_their_distance_to_the_reference():
-    of = options("reinforce_pp", discount=0.5, reward_kl_coef=0.1)
+    chosen = options("reinforce_pp", discount=0.5, reward_kl_coef=0.1)
     kls, mask = [np.array([1.0, np.nan, 2.0])], [np.array([1, 0, 1])]
-    (got,) = per_token(of, [1.0], [3], masks=mask, kls=kls)
+    (actual,) = per_token(chosen, [1.0], [3], masks=mask, kls=kls)
     returns = np.array([-0.1 + 0.25 * (1 - 0.2), 1 - 0.2])
-    wanted = (returns - returns.mean()) / np.sqrt(returns.var(ddof=1) + 1e-8)
-    near(got, [wanted[0], 0, wanted[1]])
+    expected = (returns - returns.mean()) / np.sqrt(returns.var(ddof=1) + 1e-8)
+    near(actual, [expected[0], 0, expected[1]])
     with pytest.raises(ValueError, match="got no kls"):
-        per_token(of, [1.0], [3])
+        per_token(chosen, [1.0], [3])
 
 
 def test_flat_groups():

@@ -87,8 +87,8 @@ def test_runs_that_contradict_themselves(changes, message):
 def test_without_a_curriculum_sources_weigh_the_same():
     assert config(seed=7).task_curriculum().weights_at(5) == {"a": 0.5, "b": 0.5}
     assert config(seed=7).task_curriculum().seed == 7
-    given = rl_config.CurriculumConfig(((0, (("b", 1.0),)),))
-    assert config(curriculum=given).task_curriculum() is given
+    curriculum = rl_config.CurriculumConfig(((0, (("b", 1.0),)),))
+    assert config(curriculum=curriculum).task_curriculum() is curriculum
     assert config().rollout.max_sample_tokens == 32 + 96
 
 
@@ -163,8 +163,10 @@ def test_flags_of_tasks_change_the_first_source():
         "a": (("mathematics", 1.0, ()),),
         "b": (("format", 1.0, ()),),
     }
-    made = (tasks.TaskSource("a", make="logic:chain_sum", size=3, options=(("max_terms", 2),)),)
-    changed, _ = change("--prompt-data new.jsonl", sources=made)
+    generated = (
+        tasks.TaskSource("a", make="logic:chain_sum", size=3, options=(("max_terms", 2),)),
+    )
+    changed, _ = change("--prompt-data new.jsonl", sources=generated)
     assert changed.sources == (tasks.TaskSource("a", "new.jsonl"),)
     agent = {
         "rewards": None,
@@ -183,12 +185,12 @@ def test_flags_of_the_objective():
     assert text.startswith("objective grpo")
     # Without an estimator it is the config's own that is changed, and told.
     changed, text = change("--eps-clip .1", objective=objective.PRESETS["dapo"])
-    wanted = dataclasses.replace(objective.PRESETS["dapo"], clip_low=0.1)
-    assert changed.objective == wanted
+    expected = dataclasses.replace(objective.PRESETS["dapo"], clip_low=0.1)
+    assert changed.objective == expected
     assert text.startswith("objective dapo")
-    mine = dataclasses.replace(objective.PRESETS["dapo"], clip_high=0.3)
-    changed, text = change("--lr 1e-5", objective=mine)
-    assert changed.objective == mine
+    own = dataclasses.replace(objective.PRESETS["dapo"], clip_high=0.3)
+    changed, text = change("--lr 1e-5", objective=own)
+    assert changed.objective == own
     assert text.startswith("objective dapo")
     assert "1.3" in text
 

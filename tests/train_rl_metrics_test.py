@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from loss_support import near
 
 from train.rl import loss, objective
 from train.rl import metrics as rl_metrics
@@ -16,21 +17,17 @@ A = np.array([[1.0] * 4, [-1.0] * 4])
 MASK = np.array([[1, 1, 1, 1], [1, 1, 1, 0]])
 
 
-def near(got, wanted, tolerance=1e-6):
-    np.testing.assert_allclose(got, wanted, rtol=0, atol=tolerance)
-
-
-def measure(options, ratio=RATIO, a=A, mask=MASK, **more):
-    old = np.full(ratio.shape, -1.0)
+def measure(options, ratio=RATIO, a=A, mask=MASK, **fields):
+    logp_old = np.full(ratio.shape, -1.0)
     terms = loss.TokenTerms(
-        logp=old + np.log(ratio),
-        logp_old=old,
-        logp_rollout=old,
+        logp=logp_old + np.log(ratio),
+        logp_old=logp_old,
+        logp_rollout=logp_old,
         advantages=a,
         mask=mask,
         coefficients=mask / 8,
         segment_ids=np.ones(ratio.shape, np.int32),
-        **more,
+        **fields,
     )
     with jax.enable_x64(True):
         _, parts = loss.compute_loss(options, jax.tree.map(jnp.asarray, terms))
@@ -38,53 +35,55 @@ def measure(options, ratio=RATIO, a=A, mask=MASK, **more):
 
 
 def test_clips_are_counted_by_sign():
-    got = rl_metrics.summarize_metrics(measure(CISPO))
-    assert got["tokens"] == 7
-    near(got["positive"], 4 / 7)
-    near(got["weight_high/positive"], 1 / 4)
-    assert got["weight_high/negative"] == got["clip_high"] == got["clip_low"] == 0
-    near(got["ppo_drop"], 3 / 7)  # what PPO would have dropped, though nothing was
-    near(got["ppo_drop/positive"], 2 / 4)
-    near(got["ppo_drop/negative"], 1 / 3)
-    got = rl_metrics.summarize_metrics(measure(DAPO))
-    near(got["clip_high"], 2 / 4)
-    near(got["clip_low"], 1 / 3)
-    assert got["rejected"] == 0
+    values = rl_metrics.summarize_metrics(measure(CISPO))
+    assert values["tokens"] == 7
+    near(values["positive"], 4 / 7)
+    near(values["weight_high/positive"], 1 / 4)
+    assert values["weight_high/negative"] == values["clip_high"] == values["clip_low"] == 0
+    near(values["ppo_drop"], 3 / 7)  # what PPO would have dropped, though nothing was
+    near(values["ppo_drop/positive"], 2 / 4)
+    near(values["ppo_drop/negative"], 1 / 3)
+    values = rl_metrics.summarize_metrics(measure(DAPO))
+    near(values["clip_high"], 2 / 4)
+    near(values["clip_low"], 1 / 3)
+    assert values["rejected"] == 0
 
 
 def test_ratios_weights_and_divergences():
     real, weight = RATIO[MASK > 0], np.minimum(RATIO, 5)[MASK > 0]
     ref = np.full(RATIO.shape, -1.5)
-    got = rl_metrics.summarize_metrics(
+    values = rl_metrics.summarize_metrics(
         measure(CISPO, logp_ref=ref, entropy=np.full(RATIO.shape, 0.7))
     )
-    near(got["ratio"], real.mean())
-    assert (got["ratio_max"], got["ratio_min"]) == pytest.approx((8, 0.5))
-    assert 8 <= got["ratio_p99"] <= 8 * math.exp(0.05)
-    near(got["weight_effective"], weight.sum() ** 2 / (weight**2).sum() / 7)
-    near(got["rho_effective"], 1)
+    near(values["ratio"], real.mean())
+    assert (values["ratio_max"], values["ratio_min"]) == pytest.approx((8, 0.5))
+    assert 8 <= values["ratio_p99"] <= 8 * math.exp(0.05)
+    near(values["weight_effective"], weight.sum() ** 2 / (weight**2).sum() / 7)
+    near(values["rho_effective"], 1)
     x = -np.log(real)
-    near(got["k1_old"], -x.mean())
-    near(got["k3_old"], np.mean(np.exp(x) - 1 - x))
+    near(values["k1_old"], -x.mean())
+    near(values["k3_old"], np.mean(np.exp(x) - 1 - x))
     x = -0.5 - np.log(real)
-    near(got["k1_ref"], -x.mean())
-    near(got["k3_ref"], np.mean(np.exp(x) - 1 - x))
-    near(got["entropy"], 0.7)
-    near(got["entropy_loss"], -0.7 * 7 / 8)
+    near(values["k1_ref"], -x.mean())
+    near(values["k3_ref"], np.mean(np.exp(x) - 1 - x))
+    near(values["entropy"], 0.7)
+    near(values["entropy_loss"], -0.7 * 7 / 8)
 
 
 def test_parts_add_up():
-    whole = measure(DAPO)
+    undivided = measure(DAPO)
     parts = [measure(DAPO, RATIO[i : i + 1], A[i : i + 1], MASK[i : i + 1]) for i in range(2)]
-    got, wanted = (rl_metrics.summarize_metrics(x) for x in (rl_metrics.add_metrics(*parts), whole))
-    assert got.keys() == wanted.keys()
-    for name in got:
-        near(got[name], wanted[name], 1e-12)
+    actual, expected = (
+        rl_metrics.summarize_metrics(x) for x in (rl_metrics.add_metrics(*parts), undivided)
+    )
+    assert actual.keys() == expected.keys()
+    for name in actual:
+        near(actual[name], expected[name], 1e-12)
 
 
 def test_a_batch_without_a_token_is_measured():
-    got = rl_metrics.summarize_metrics(measure(CISPO, mask=0 * MASK))
-    assert got["tokens"] == got["ratio"] == got["weight_effective"] == got["loss"] == 0
+    values = rl_metrics.summarize_metrics(measure(CISPO, mask=0 * MASK))
+    assert values["tokens"] == values["ratio"] == values["weight_effective"] == values["loss"] == 0
 
 
 def test_most_dropped_tokens():
@@ -100,16 +99,17 @@ def test_most_dropped_tokens():
 
 
 @pytest.mark.parametrize(
-    ("bound", "wanted"), [(1.2, [(5, 2, 3), (3, 0, 1)]), (5.0, [(5, 1, 3), (3, 0, 1)]), (None, [])]
+    ("bound", "expected"),
+    [(1.2, [(5, 2, 3), (3, 0, 1)]), (5.0, [(5, 1, 3), (3, 0, 1)]), (None, [])],
 )
-def test_clipped_tokens_are_those_of_good_samples_above_the_bound(bound, wanted):
+def test_clipped_tokens_are_those_of_good_samples_above_the_bound(bound, expected):
     tokens = np.array([[3, 5, 5, 5], [4, 3, 4, 4]])
     counts = rl_metrics.count_clips_by_token(
         *(jnp.asarray(x) for x in (tokens, RATIO, A, MASK)), bound, vocab_size=9
     )
-    there = [(5, 0, 3), (3, 0, 1)] if bound is None else wanted
-    assert rl_metrics.rank_dropped_tokens(counts, min_dropped=0) == there
-    assert rl_metrics.rank_dropped_tokens(counts) == [one for one in wanted if one[1]]
+    listed = [(5, 0, 3), (3, 0, 1)] if bound is None else expected
+    assert rl_metrics.rank_dropped_tokens(counts, min_dropped=0) == listed
+    assert rl_metrics.rank_dropped_tokens(counts) == [entry for entry in expected if entry[1]]
 
 
 D = np.array([[0, 0.3, -0.9, 1.2], [0.1, -0.05, np.nan, 3]])
@@ -118,54 +118,54 @@ D = np.array([[0, 0.3, -0.9, 1.2], [0.1, -0.05, np.nan, 3]])
 def test_t7_mismatch():
     mask = np.array([[1, 1, 1, 1], [1, 1, 0, 0]])
     rollout = np.array([[-2, -3, -1, -4], [-2, -0.5, 0, 0]])
-    got = rl_metrics.measure_mismatch(rollout, rollout + D, mask)
-    near(got["k1"], -0.10833333)
-    near(got["k3"], 0.24715762)
-    near(got["chi2_token"], 1.68947237)
-    near(got["chi2_sequence"], (1.82211880**2 + 1.05127110**2) / 2 - 1)
-    near(got["perplexity_ratio"], np.exp(-0.10833333))
-    near(got["logp_gap_max"], 1.2)
-    near(got["logp_gap_mean"], 2.55 / 6)
+    values = rl_metrics.measure_mismatch(rollout, rollout + D, mask)
+    near(values["k1"], -0.10833333)
+    near(values["k3"], 0.24715762)
+    near(values["chi2_token"], 1.68947237)
+    near(values["chi2_sequence"], (1.82211880**2 + 1.05127110**2) / 2 - 1)
+    near(values["perplexity_ratio"], np.exp(-0.10833333))
+    near(values["logp_gap_max"], 1.2)
+    near(values["logp_gap_mean"], 2.55 / 6)
     p, q = (np.exp(x[mask > 0]) for x in (rollout + D, rollout))
-    near(got["pearson"], np.corrcoef(p, q)[0, 1], 1e-12)
-    near(got["probability_gap_mean"], np.abs(p - q).mean())
-    near(got["probability_gap_max"], np.abs(p - q).max())
+    near(values["pearson"], np.corrcoef(p, q)[0, 1], 1e-12)
+    near(values["probability_gap_mean"], np.abs(p - q).mean())
+    near(values["probability_gap_max"], np.abs(p - q).max())
     # The same samples in one row.
     ids = np.array([[1] * 4 + [2] * 4])
     flat = [x.reshape(1, 8) for x in (rollout, rollout + D, mask)]
-    assert rl_metrics.measure_mismatch(*flat, ids) == pytest.approx(got)
+    assert rl_metrics.measure_mismatch(*flat, ids) == pytest.approx(values)
 
 
 def test_mismatch_of_equals_and_of_nothing():
     logp = np.log(np.array([[0.1, 0.5, 0.9]]))
-    got = rl_metrics.measure_mismatch(logp, logp, np.ones((1, 3)))
-    near(got["pearson"], 1, 1e-12)
-    assert got["k3"] == got["probability_gap_max"] == got["chi2_sequence"] == 0
+    values = rl_metrics.measure_mismatch(logp, logp, np.ones((1, 3)))
+    near(values["pearson"], 1, 1e-12)
+    assert values["k3"] == values["probability_gap_max"] == values["chi2_sequence"] == 0
     assert math.isnan(rl_metrics.measure_mismatch(0 * logp, logp, np.ones((1, 3)))["pearson"])
     with pytest.raises(ValueError, match="no token that the model wrote"):
         rl_metrics.measure_mismatch(logp, logp, np.zeros((1, 3)))
 
 
 def test_groups():
-    got = rl_metrics.summarize_groups(
+    values = rl_metrics.summarize_groups(
         rewards=[1, 0, 1, 1, 0, 0, np.nan, 0.5],
         group_ids=["a", "a", "b", "b", "c", "c", "c", "d"],
         valid=[True] * 6 + [False, True],
         lengths=[1, 2, 3, 4, 5, 6, 7, 100],
         statuses=["stop"] * 5 + ["length", "repetition", "length"],
     )
-    near(got["reward_mean"], 3.5 / 7)
-    near(got["pass_at_k"], 2 / 4)
-    near(got["zero_variance"], 3 / 4)
-    near(got["zero_variance_right"], 1 / 4)
-    near(got["zero_variance_wrong"], 2 / 4)
-    near(got["invalid"], 1 / 8)
-    near(got["truncated"], 2 / 8)
-    near(got["repetition"], 1 / 8)
-    assert (got["length_p50"], got["length_max"]) == (4.5, 100)
-    nothing = rl_metrics.summarize_groups([np.nan], [0], [False], [3], ["error"])
-    assert math.isnan(nothing["reward_mean"])
-    assert nothing["zero_variance"] == 0
+    near(values["reward_mean"], 3.5 / 7)
+    near(values["pass_at_k"], 2 / 4)
+    near(values["zero_variance"], 3 / 4)
+    near(values["zero_variance_right"], 1 / 4)
+    near(values["zero_variance_wrong"], 2 / 4)
+    near(values["invalid"], 1 / 8)
+    near(values["truncated"], 2 / 8)
+    near(values["repetition"], 1 / 8)
+    assert (values["length_p50"], values["length_max"]) == (4.5, 100)
+    empty = rl_metrics.summarize_groups([np.nan], [0], [False], [3], ["error"])
+    assert math.isnan(empty["reward_mean"])
+    assert empty["zero_variance"] == 0
     assert rl_metrics.summarize_groups([], [], [], [], [])["invalid"] == 0
 
 
@@ -175,9 +175,9 @@ def test_gradient_magnitudes():
     shares = rl_metrics.gradient_shares(tree)
     near(shares["below_1e-14"], 4 / 8)
     near(shares["zero"], 1 / 8)
-    got = rl_metrics.gradient_histogram(shares)
+    histogram = rl_metrics.gradient_histogram(shares)
     filled = {"1e-20": 2 / 8, "1e-14": 2 / 8, "1e-4": 2 / 8, "1e0": 1 / 8, "above": 1 / 8}
-    for name, value in got.items():
+    for name, value in histogram.items():
         near(value, filled.get(name, 0))
 
 

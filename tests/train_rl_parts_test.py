@@ -43,14 +43,14 @@ def test_the_window_waits_for_a_perplexity_that_still_falls():
 
 def test_a_window_goes_on_from_its_state():
     config = length_schedule.LengthSchedule((8, 16, 32), tolerance=0.1, patience=3)
-    one = length_schedule.LengthStage(config)
+    stage = length_schedule.LengthStage(config)
     for nll in (1.0, 1.0, 1.0, 1.1, 1.1):
-        one.push(16, nll)
-    assert one.index == 1
-    other = length_schedule.LengthStage(config, json.loads(json.dumps(one.state())))
+        stage.push(16, nll)
+    assert stage.index == 1
+    continued = length_schedule.LengthStage(config, json.loads(json.dumps(stage.state())))
     assert (
-        [one.push(16, 1.1), one.window_tokens]
-        == [other.push(16, 1.1), other.window_tokens]
+        [stage.push(16, 1.1), stage.window_tokens]
+        == [continued.push(16, 1.1), continued.window_tokens]
         == [True, 32]
     )
 
@@ -81,8 +81,8 @@ def fixture_read():
         return opened[-1]
 
     yield read
-    for one in opened:
-        one.close()
+    for source_tasks in opened:
+        source_tasks.close()
 
 
 def write(path, *records):
@@ -123,17 +123,17 @@ def write(path, *records):
     ],
 )  # fmt: skip
 def test_keys_of_all_dialects(tmp_path, read, record, keys, label, metadata):
-    some = read(tasks.TaskSource("s", write(tmp_path / "a.jsonl", record), keys))
-    task = some[0]
-    assert (len(some), task.id, task.source, task.messages) == (1, "s/0", "s", (TURN,))
+    file_tasks = read(tasks.TaskSource("s", write(tmp_path / "a.jsonl", record), keys))
+    task = file_tasks[0]
+    assert (len(file_tasks), task.id, task.source, task.messages) == (1, "s/0", "s", (TURN,))
     assert (task.label, task.metadata, task.tools) == (label, metadata, ())
 
 
 def test_tools_are_lists_or_their_json(tmp_path, read):
     records = [{"prompt": "p", "tools": value} for value in (None, [TOOL], json.dumps([TOOL]))]
-    some = read(tasks.TaskSource("s", write(tmp_path / "a.jsonl", *records)))
+    file_tasks = read(tasks.TaskSource("s", write(tmp_path / "a.jsonl", *records)))
     # Nothing is in the first record's, and yet the key is found.
-    assert [some[i].tools for i in range(3)] == [(), (TOOL,), (TOOL,)]
+    assert [file_tasks[i].tools for i in range(3)] == [(), (TOOL,), (TOOL,)]
     for wrong in ("get", {"name": "get"}, ["get"], 3):
         path = write(tmp_path / "b.jsonl", {"prompt": "p", "tools": wrong})
         with pytest.raises(records_lib.DataError, match=r"b\.jsonl.*got the tools.*wanted a list"):
@@ -145,16 +145,16 @@ def test_tasks_of_a_table(tmp_path, read):
     rows[0]["extra_info"], rows[1]["extra_info"] = None, {"index": 1}
     rows[2]["extra_info"] = {"split": "test"}
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
-    some = read(tasks.TaskSource("s", str(tmp_path / "a.parquet")))
-    assert some.keys == {
+    table_tasks = read(tasks.TaskSource("s", str(tmp_path / "a.parquet")))
+    assert table_tasks.keys == {
         "prompt": "prompt",
         "label": "reward_model.ground_truth",
         "metadata": "extra_info",
     }
     # A column has every key that any record has; what is null was not there.
-    assert [some[i].metadata for i in range(3)] == [{}, {"index": 1}, {"split": "test"}]
-    assert [some[i].label for i in range(len(some))] == ["0", "1", "2"]
-    assert some[2].messages == (TURN,)
+    assert [table_tasks[i].metadata for i in range(3)] == [{}, {"index": 1}, {"split": "test"}]
+    assert [table_tasks[i].label for i in range(len(table_tasks))] == ["0", "1", "2"]
+    assert table_tasks[2].messages == (TURN,)
 
 
 @pytest.mark.parametrize(
@@ -191,34 +191,34 @@ def test_sources_that_contradict_themselves(fields, message):
 
 def test_made_tasks_are_the_same_again():
     source = tasks.TaskSource("mine", make="lookup", size=5, seed=3)
-    one, other = tasks.open_tasks(source), tasks.open_tasks(source)
-    assert [one[i] for i in range(5)] == [other[i] for i in range(len(other))]
-    assert [one[i].label for i in range(5)] == [t.label for t in lookup.make_tasks(5, 3)]
-    assert {one[i].source for i in range(5)} == {"mine"}
-    prints = json.loads(json.dumps(one.fingerprint()))
-    other.check_fingerprint(prints)
+    first, second = tasks.open_tasks(source), tasks.open_tasks(source)
+    assert [first[i] for i in range(5)] == [second[i] for i in range(len(second))]
+    assert [first[i].label for i in range(5)] == [t.label for t in lookup.make_tasks(5, 3)]
+    assert {first[i].source for i in range(5)} == {"mine"}
+    fingerprint = json.loads(json.dumps(first.fingerprint()))
+    second.check_fingerprint(fingerprint)
     changed = tasks.open_tasks(dataclasses.replace(source, seed=4))
     with pytest.raises(records_lib.DataError, match="as the run began with"):
-        changed.check_fingerprint(prints)
+        changed.check_fingerprint(fingerprint)
 
 
 def test_files_are_told_from_others(tmp_path, read):
     source = tasks.TaskSource("s", write(tmp_path / "a.jsonl", {"prompt": "p"}))
-    prints = json.loads(json.dumps(read(source).fingerprint()))
-    read(source).check_fingerprint(prints)
+    fingerprint = json.loads(json.dumps(read(source).fingerprint()))
+    read(source).check_fingerprint(fingerprint)
     write(tmp_path / "a.jsonl", {"prompt": "q"})
     with pytest.raises(records_lib.DataError, match=r"a\.jsonl changed since the checkpoint"):
-        read(source).check_fingerprint(prints)
+        read(source).check_fingerprint(fingerprint)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("reasoning_gym") is None, reason="the extra 'rl'")
 def test_generated_logic():
     source = tasks.TaskSource("sums", make="logic:chain_sum", size=3, options=(("max_terms", 2),))
-    some = tasks.open_tasks(source)
-    assert len(some) == 3
-    assert {some[i].metadata["generator"] for i in range(3)} == {"chain_sum"}
-    assert [some[i].source for i in range(3)] == ["sums"] * 3
-    some.check_fingerprint(tasks.open_tasks(source).fingerprint())
+    logic_tasks = tasks.open_tasks(source)
+    assert len(logic_tasks) == 3
+    assert {logic_tasks[i].metadata["generator"] for i in range(3)} == {"chain_sum"}
+    assert [logic_tasks[i].source for i in range(3)] == ["sums"] * 3
+    logic_tasks.check_fingerprint(tasks.open_tasks(source).fingerprint())
     with pytest.raises(ValueError, match="no_such_task"):
         tasks.open_tasks(dataclasses.replace(source, make="logic:no_such_task"))
 
@@ -241,30 +241,30 @@ def test_environments_by_name():
 
 @pytest.mark.parametrize("size", [0, 1, 60, 200, 4096])
 def test_all_processes_hear_what_the_first_says(monkeypatch, size):
-    sent, value = [], {"text": "x" * size, "routes": np.arange(size, dtype=np.int8)}
+    sent_blocks, value = [], {"text": "x" * size, "routes": np.arange(size, dtype=np.int8)}
 
-    def tell(array, is_source):
+    def broadcast(array, is_source):
         if is_source:
-            sent.append(np.array(array))
+            sent_blocks.append(np.array(array))
             return array
-        heard = sent.pop(0)
-        assert (heard.shape, heard.dtype) == (array.shape, array.dtype)  # one program for all
+        received = sent_blocks.pop(0)
+        assert (received.shape, received.dtype) == (array.shape, array.dtype)  # one program for all
         assert not array.any()
-        return heard
+        return received
 
     assert multihost.broadcast_object(value) is value  # alone
     monkeypatch.setattr(multihost, "_FIRST_BLOCK_BYTES", 64)
     monkeypatch.setattr(multihost, "_CHUNK_BYTES", 128)
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    monkeypatch.setattr(multihost.multihost_utils, "broadcast_one_to_all", tell)
-    said = [multihost.broadcast_object(value)]
-    assert max(array.size for array in sent) <= 128
+    monkeypatch.setattr(multihost.multihost_utils, "broadcast_one_to_all", broadcast)
+    values = [multihost.broadcast_object(value)]
+    assert max(array.size for array in sent_blocks) <= 128
     monkeypatch.setattr(jax, "process_index", lambda: 1)
-    said.append(multihost.broadcast_object(None))
-    assert not sent
-    for one in said:
-        assert one["text"] == value["text"]
-        np.testing.assert_array_equal(one["routes"], value["routes"])
+    values.append(multihost.broadcast_object(None))
+    assert not sent_blocks
+    for copy in values:
+        assert copy["text"] == value["text"]
+        np.testing.assert_array_equal(copy["routes"], value["routes"])
 
 
 # ---- samples
