@@ -70,5 +70,8 @@ def checkpoint_dir(checkpoint: str) -> pathlib.Path:
 
 
 def load_model(checkpoint: str, dtype: str, weights: str | None) -> Any:
-    """Load a model in a dtype, quantized where `weights` names how; errors as in `m1_jax.load`."""
+    """Load a model in a dtype, quantized where `weights` names how.
+
+    Raises the errors of `m1_jax.load`.
+    """
     return m1_jax.load(checkpoint_dir(checkpoint), dtype=DTYPES[dtype], weights=weights)

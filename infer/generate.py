@@ -36,7 +36,7 @@ _OPTIONS = [field.name for field in dataclasses.fields(options_lib.Options)]
 
 @dataclasses.dataclass(frozen=True)
 class GenerateConfig:
-    """One run; each field is a flag of the command.
+    """One run. Each field is a flag of the command.
 
     An option that is None has the preset's value, or without a preset the default of
     `options.Options`.
@@ -268,7 +268,7 @@ class _TextPrinter:
         self._stream, self._out = stream, out
 
     def push(self, index: int, new_text: str, last: bool) -> None:
-        """Take the next part of a text; `last` ends it."""
+        """Take the next part of a text. `last` ends the text."""
         text = self._unprinted[index] + new_text
         self._unprinted[index] = ""
         if not (self._stream or last):

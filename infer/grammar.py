@@ -95,7 +95,7 @@ class GrammarCompiler:
         ]
 
     def compile_matcher(self, options: options_lib.Options) -> "GrammarMatcher | None":
-        """Compile a request's constraint; return None for a request without one.
+        """Compile a request's constraint, or return None for a request without one.
 
         Raises:
           ValueError: a schema, expression or grammar that is wrong, that is not supported (a
@@ -143,7 +143,7 @@ class GrammarCompiler:
 
 
 class GrammarMatcher:
-    """Follows one output; made by `GrammarCompiler.compile_matcher`."""
+    """Follows one output. `GrammarCompiler.compile_matcher` makes it."""
 
     def __init__(
         self, compiler: GrammarCompiler, inner: llguidance.LLMatcher, after_thinking: bool
@@ -161,7 +161,7 @@ class GrammarMatcher:
         return self._phase == "answer" and self._inner.is_stopped()
 
     def mask(self) -> UInt32[np.ndarray, "W"]:
-        """Return a new mask of the tokens that may come next; `GrammarCompiler` has its layout.
+        """Return a new mask of the tokens that may come next, laid out as in `GrammarCompiler`.
 
         Raises:
           ValueError: a grammar that grew beyond llguidance's limits.

@@ -107,7 +107,7 @@ def check_prompt_length(
       ids: the prompt.
       max_tokens: the most tokens of the output.
       model_config: has the model's own limits.
-      max_length: a lower limit on prompt and output together, in tokens; 0 is none.
+      max_length: a lower limit on prompt and output together, in tokens. 0: none.
     """
     model_limit = model_config.max_position_embeddings
     limit, remedy = model_limit, "lower --max_tokens (the model allows no more)"

@@ -71,7 +71,7 @@ def tool_to_json(location: str, tool: Any, wrap: bool) -> str:
 
     Args:
       tool: an OpenAI tool, {"type": "function", "function": ...}, or the function object alone.
-      wrap: write the form with "type" and "function"; else the function object alone.
+      wrap: write the form with "type" and "function", not the function object alone.
 
     Raises:
       ValueError: a tool of another form.

@@ -48,7 +48,7 @@ _LINE_FIELDS = (*jsonl.REQUEST_FIELDS, "id", "preset")
 
 @dataclasses.dataclass(frozen=True)
 class BatchConfig:
-    """One run; each field is a flag of the command."""
+    """One run. Each field is a flag of the command."""
 
     checkpoint: str = _flag("", "Release directory, or one made by m1_jax.convert.")
     input: str = _flag("", "JSONL file of requests.")
@@ -136,8 +136,8 @@ def run(config: BatchConfig, stop: Callable[[], int | None] = lambda: None) -> B
 
     Args:
       config: the flags.
-      stop: called between two steps of the engine. A signal's number ends the run; what is done
-        stays in the output.
+      stop: called between two steps of the engine. A signal's number ends the run, and what is
+        done stays in the output.
 
     Raises:
       ValueError, OSError: an input, checkpoint or unfinished output that cannot be used, found
@@ -217,7 +217,7 @@ def read_requests(
     """Return all requests of the input.
 
     Raises:
-      ValueError: bad lines; the error lists up to `_MAX_LISTED_BAD_LINES` of them.
+      ValueError: bad lines, of which the error lists up to `_MAX_LISTED_BAD_LINES`.
     """
     path = pathlib.Path(config.input)
     lines = jsonl.read_lines(path)

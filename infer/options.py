@@ -191,7 +191,7 @@ def options_from_json(values: Mapping[str, Any], base: Options | None = None) ->
 
     Args:
       values: the fields that are set.
-      base: has the values of all other fields; the defaults if None.
+      base: has the values of all other fields. None: the defaults.
 
     Raises:
       ValueError: an unknown field, or what `Options` refuses.
@@ -232,7 +232,7 @@ def _is_token_id(value: Any) -> bool:
 def _check_whole_number(
     name: str, value: Any, low: int, high: float = math.inf, high_name: str = ""
 ) -> None:
-    """Check low <= value <= high; `high_name` explains the limit in the error."""
+    """Check low <= value <= high. `high_name` explains the upper limit in the error."""
     description = (
         f"a whole number, {low} or more" if high == math.inf else f"{low} to {high}{high_name}"
     )

@@ -44,7 +44,7 @@ class RequestOutput:
 
 
 class Request:
-    """A request while it runs; `Engine.submit` returns it.
+    """A request while it runs, as `Engine.submit` returns it.
 
     Attributes:
       number: counts the engine's requests.

@@ -44,7 +44,7 @@ class OutputUpdate:
 
 
 class OutputProgress:
-    """One request's output so far; push its tokens in order.
+    """One request's output so far. Tokens are pushed in order.
 
     For a thinking budget, the engine never dispatches this row beyond `pause_at` tokens. Once the
     output has that many, the engine forces `next_forced()`, or all of `forced_tokens()`, instead of
@@ -67,8 +67,8 @@ class OutputProgress:
 
         Args:
           options: of the request.
-          tokenizer: decodes the tokens; its stop tokens end the output.
-          loop_tokens: tokens in a row that are taken for a loop; for tests.
+          tokenizer: decodes the tokens. Its stop tokens end the output.
+          loop_tokens: tokens in a row that are taken for a loop. Tests set it.
 
         Raises:
           ValueError: a thinking budget with a tokenizer that needs more than
@@ -120,7 +120,7 @@ class OutputProgress:
 
     @property
     def pause_at(self) -> int | None:
-        """Number of output tokens beyond which the row must not be dispatched; None: no limit."""
+        """Most output tokens that the row may be dispatched to, None without a limit."""
         if self._budget is None or self.finish_reason is not None:
             return None
         if self.next_forced() is not None:
@@ -132,11 +132,11 @@ class OutputProgress:
         return None
 
     def next_forced(self) -> int | None:
-        """Return the token that must come next; None where the model chooses."""
+        """Return the token that must come next, None where the model chooses."""
         return next(iter(self.forced_tokens()), None)
 
     def forced_tokens(self) -> tuple[int, ...]:
-        """Return the rest of the closing tag, which must come next; empty if nothing is forced."""
+        """Return the rest of the closing tag, which must come next, or () if nothing is forced."""
         if self._num_before_closing is None or self.finish_reason is not None:
             return ()
         return self._closing[self.num_tokens - self._num_before_closing :]
@@ -234,7 +234,7 @@ class _ThinkingState:
     """Reads off the text whether the output thinks.
 
     Attributes:
-      state: "undecided" at the start; then "none", or "open" and later "closed".
+      state: "undecided" at the start, then "none", or "open" and later "closed".
     """
 
     def __init__(self):

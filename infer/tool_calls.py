@@ -206,7 +206,7 @@ class TurnParser:
             return [ParserEvent("malformed", raw, error=message)]
 
     def _find_end(self) -> bool:
-        """Return whether the block's end is there; `_scanned_chars` is then its length.
+        """Return whether the block's end is there. `_scanned_chars` is then its length.
 
         Only what was not searched before is searched, so the cost is linear in the block.
         """
@@ -262,7 +262,7 @@ def _check_call(value: Any) -> ToolCall:
 
 
 def _parse_finite(digits: str) -> float:
-    """Return a float, for `parse_float`; Python reads 1e999 as infinity, which is not JSON."""
+    """Return a float, for `parse_float`. Python reads 1e999 as infinity, which is not JSON."""
     if math.isinf(value := float(digits)):
         raise ValueError(f"{digits} is too large")
     return value

@@ -1,4 +1,4 @@
-"""Episodes: one answer, or several turns with tools in between; tokens in, tokens out.
+"""Episodes: one answer, or several turns with tools in between. Tokens in, tokens out.
 
 The prompt is rendered once. From then on tokens are appended: the model's own, as they were
 sampled, and the observations, which are the tools' results after a turn. Nothing is rendered or
@@ -45,7 +45,7 @@ class EpisodeLimits:
 
 
 class _EpisodeFailure(Exception):
-    """The environment failed, or broke its interface; `__cause__` says how."""
+    """The environment failed, or broke its interface. `__cause__` says how."""
 
 
 def single_turn_episode(

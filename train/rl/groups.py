@@ -35,7 +35,7 @@ class SampleGroup:
       window_tokens: the most tokens that an answer may have.
       task: what is sampled.
       samples: one entry a sample, None while the sample is unfinished.
-      partial: one entry a sample, what an unfinished sample has generated so far; None before its
+      partial: one entry a sample, what an unfinished sample has generated so far, None before its
         first tokens and after its end.
       rewards: of the valid samples, before penalties for their length. Empty until scored.
     """
@@ -89,7 +89,7 @@ class GroupCollector:
           config: of the run.
           tasks: tasks by the name of their source.
           make_episode: begins an episode.
-          rewards: scores finished groups; None where environments give all rewards.
+          rewards: scores finished groups. None where environments give all rewards.
           state: of the collector that this one continues, see `state`.
         """
         state = state or {}
@@ -118,9 +118,9 @@ class GroupCollector:
         """Sample until enough groups teach something, or until no round is left.
 
         Args:
-          step: of the run; the weights of the sources may depend on it.
+          step: of the run. The weights of the sources may depend on it.
           window_tokens: the most tokens that an answer of a new group may have.
-          should_stop: whether to give up; asked between two steps of the engine.
+          should_stop: whether to give up. It is called between two steps of the engine.
 
         Raises:
           rollout.RolloutStopped: `should_stop` returned True. The collector is then as it was
@@ -151,7 +151,7 @@ class GroupCollector:
         }
 
     def _restore_cursor(self, state: Mapping[str, Any]) -> None:
-        """Go on from `_cursor_state`; an empty state begins a run."""
+        """Go on from `_cursor_state`. An empty state begins a run."""
         config = self._config
         sizes = {name: len(tasks) for name, tasks in self._tasks.items()}
         self._draws = curriculum.TaskDraws(config.task_curriculum(), sizes, state.get("draws"))
@@ -307,7 +307,7 @@ class GroupCollector:
     def _batch_metrics(
         self, batch_groups: list[SampleGroup], num_tokens: int, rounds: int, version: int
     ):
-        """Return metrics of a batch; `num_tokens` counts all tokens that were sampled for it."""
+        """Return metrics of a batch. `num_tokens` counts all tokens that were sampled for it."""
         samples = [sample for group in batch_groups for sample in finished_samples(group)]
         oldest_versions = [group.oldest_version for group in batch_groups]
         all_rewards = [reward for group in self._scored_groups for reward in group.rewards]
@@ -347,7 +347,7 @@ class GroupCollector:
 
 
 def apply_score(sample: sample_lib.Sample, score: sample_lib.RewardScore) -> None:
-    """Add a score to the reward that an environment gave; a failed one makes the sample invalid."""
+    """Add a score to an environment's reward. A failed score makes the sample invalid."""
     sample.parts |= score.parts
     if score.value is None:
         sample.valid = False
@@ -388,7 +388,7 @@ def _copy_groups(groups: Sequence[SampleGroup]) -> list[SampleGroup]:
 
 
 def _group_to_json(group: SampleGroup) -> dict[str, Any]:
-    """Return a group as JSON; the keys "number" and "made" are those of checkpoints on disk."""
+    """Return a group as JSON, with the keys that checkpoints on disk have."""
     return {
         "number": group.group_id,
         "source": group.source,

@@ -30,10 +30,10 @@ class RolloutSampling:
     """How tokens are drawn.
 
     Attributes:
-      temperature: of the softmax; 0 is greedy.
+      temperature: of the softmax. 0 is greedy.
       top_p: share of the probability that is kept, 1 for all.
       top_k: number of tokens that are kept, 0 for all.
-      min_p: least probability, relative to the likeliest token's, that is kept; 0 for all. Any
+      min_p: least probability, relative to the likeliest token's, that is kept, 0 for all. Any
         filter makes probabilities that the trainer does not have, which biases its ratios.
       stop_on_loop: end an answer that was sure of 3,000 tokens in a row (M1 4.3).
     """
@@ -57,9 +57,9 @@ class EpisodeJob:
       episode: a fresh generator. An episode that goes on is begun anew too: its first request for
         tokens continues `partial`.
       seed: of the first turn.
-      partial: what the episode generated before it was paused; None for a new one.
-      slice_tokens: tokens that the first turn may add before the episode is paused; 0 is no limit.
-        Only episodes of one turn can be paused.
+      partial: what the episode generated before it was paused, None for a new one.
+      slice_tokens: tokens that the first turn may add before the episode is paused, 0 for
+        no limit. Only episodes of one turn can be paused.
     """
 
     key: Hashable
@@ -70,7 +70,7 @@ class EpisodeJob:
 
 
 class RolloutStopped(Exception):
-    """The run is to end. Unfinished samples are lost; the next run draws them again."""
+    """The run is to end. Unfinished samples are lost, and the next run draws them again."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,11 +154,11 @@ class RolloutSampler:
         """Run episodes to their ends, on process 0. The other processes `follow` meanwhile.
 
         Args:
-          make_jobs: returns the first episodes; called after the engine took the new weights.
+          make_jobs: returns the first episodes. It is called when the engine has the new weights.
           on_done: takes the key and the result of each episode that ends, in no certain order, and
             returns episodes to run next.
           sampling: in place of the sampler's own.
-          should_stop: whether to give up; asked before each step of the engine.
+          should_stop: whether to give up. It is called before each step of the engine.
 
         Raises:
           RolloutStopped: `should_stop` returned True. Unfinished episodes are lost.
@@ -331,7 +331,7 @@ class _EpisodeLoop:
 
 
 def _resumed_tokens(partial: sample_lib.Generation | None) -> list[Any]:
-    """Return a paused episode's tokens as the engine's; empty without one."""
+    """Return a paused episode's tokens as the engine's, none without one."""
     if partial is None:
         return []
     # `Any`: the type checker does not see the types of a zip's columns.

@@ -1,4 +1,4 @@
-"""The data of reinforcement learning: tasks, episodes and samples; plain Python.
+"""The data of reinforcement learning: tasks, episodes and samples, in plain Python.
 
 An episode is a generator that makes one sample. It yields its next action, `Generate` (tokens from
 the model) or `RunTool` (work outside of the model, such as a tool), and is sent the result. So one
@@ -19,7 +19,7 @@ class Task:
     """What a group of samples is drawn for.
 
     Attributes:
-      id: unique in a run; pass rates are counted by it.
+      id: unique in a run. Pass rates are counted by it.
       messages: the prompt, in OpenAI's form.
       source: name of the task's source, which selects the rewards.
       label: what rewards compare with, such as the right answer.
@@ -37,7 +37,7 @@ class Task:
 
 @dataclasses.dataclass(frozen=True)
 class Generate:
-    """Asks for tokens of the model; answered by a `Generation`."""
+    """Asks for tokens of the model. A `Generation` is the answer."""
 
     tokens: tuple[int, ...]  # the prompt and all that follows it so far
     max_tokens: int  # the most tokens to generate, at least 1
@@ -52,7 +52,7 @@ class Generation:
       logprobs: log-probability of each token under the distribution that it was drawn from.
       versions: version of the weights that generated each token.
       status: one of `SAMPLE_STATUSES`.
-      routes: see `Sample`; of all tokens so far, the prompt's included.
+      routes: as in `Sample`, of all tokens so far, the prompt's included.
       raw: as logprobs, under the model's plain logits.
     """
 
@@ -66,7 +66,7 @@ class Generation:
 
 @dataclasses.dataclass(frozen=True)
 class RunTool:
-    """Asks for a call of `function` in another thread; answered by its result or its exception."""
+    """Asks for a call of `function` in another thread. Its result or exception is the answer."""
 
     function: Callable[[], Any]
 

@@ -256,7 +256,7 @@ def _default_differences(preset: objective_lib.Objective, flags: Mapping[str, An
 
 
 def _check_batch_sizes(options: Mapping[str, Any]) -> None:
-    """Raise ValueError for sizes that contradict each other; three of them imply the fourth."""
+    """Raise ValueError for sizes that contradict each other: three of them imply the fourth."""
     names = ("prompts_per_batch", "group_size", "samples_per_update", "minibatches")
     if any(name not in options for name in names):
         return

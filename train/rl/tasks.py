@@ -36,7 +36,7 @@ class TaskSource:
     Attributes:
       name: of the source. The config lists its rewards under this name.
       path: JSON lines, Parquet or ArrayRecord files.
-      keys: (field, key) pairs, for files whose keys are not in `TASK_KEYS`; an empty key leaves the
+      keys: (field, key) pairs, for files whose keys are not in `TASK_KEYS`. An empty key leaves the
         field out. Metadata that is a list becomes {key: list}.
       make: instead of a path, an environment ("lookup", "files", "repair") that makes the tasks, or
         "logic:NAME" for a generator of reasoning-gym.

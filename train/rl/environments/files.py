@@ -65,14 +65,14 @@ class FilesEnvironment(base.Environment):
         return float(answer is not None and int(answer.group(1)) == self._label)
 
     def _search(self, words: str) -> str:
-        wanted = words.lower().split()
-        if not wanted:
+        terms = words.lower().split()
+        if not terms:
             raise base.CallError("words: got none; wanted at least one")
         lines = [
             f"{name}: {line}"
             for name, text in self._files.items()
             for line in text.splitlines()
-            if all(word in line.lower() for word in wanted)
+            if all(term in line.lower() for term in terms)
         ]
         num_hidden = len(lines) - MAX_SEARCH_LINES
         note = [f"and {num_hidden} more"] if num_hidden > 0 else []

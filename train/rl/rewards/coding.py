@@ -99,10 +99,10 @@ class CodeReward:
         return passed / len(tests) if self._partial else float(passed == len(tests))
 
     async def _run_stdin_test(
-        self, program: str, stdin: str, wanted: str
+        self, program: str, stdin: str, expected_stdout: str
     ) -> tuple[runner.RunResult, bool]:
         result = await self._run_with_retry({"main.py": program}, "main.py", stdin)
-        return result, _stripped_lines(result.stdout) == _stripped_lines(wanted)
+        return result, _stripped_lines(result.stdout) == _stripped_lines(expected_stdout)
 
     async def _run_test_code(self, program: str, tests: str) -> tuple[runner.RunResult, bool]:
         # A program that calls exit(0) on import would look like one that passed. Only a process

@@ -260,9 +260,11 @@ def _parse_parts(result: Any, term: _RewardTerm) -> dict[str, float] | _RewardFa
     # A function may say in a part "valid" that it could not judge the sample.
     if parts.pop("valid", True) is not True:
         return _RewardFailure("none", "it says that the sample is not valid")
-    wanted = dict(term.weight) if isinstance(term.weight, tuple) else {}
-    if not parts or not wanted.keys() <= parts.keys():
-        return _RewardFailure("garbage", f"got the parts {list(parts)}; wanted {list(wanted)}")
+    part_weights = dict(term.weight) if isinstance(term.weight, tuple) else {}
+    if not parts or not part_weights.keys() <= parts.keys():
+        return _RewardFailure(
+            "garbage", f"got the parts {list(parts)}; wanted {list(part_weights)}"
+        )
     for key, value in parts.items():
         if not isinstance(key, str) or isinstance(value, str) or not _is_finite(value):
             return _RewardFailure("garbage", f"got {key!r}: {value!r:.80}; wanted a finite number")

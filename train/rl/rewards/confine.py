@@ -41,8 +41,8 @@ _libc = ctypes.CDLL(None, use_errno=True)
 def _call_libc(function: str, *arguments: Any) -> None:
     """Call a function that returns 0 on success, and raise OSError otherwise."""
     if getattr(_libc, function)(*arguments):
-        number = ctypes.get_errno()
-        raise OSError(number, f"{function}: {os.strerror(number)}")
+        error_code = ctypes.get_errno()
+        raise OSError(error_code, f"{function}: {os.strerror(error_code)}")
 
 
 def _prctl(option: int, *values: int) -> None:

@@ -21,12 +21,12 @@ def call_f1_score(
       ordered: matched calls must come in the expected order.
     """
     actual = [_canonical_call(call.name, call.arguments) for call in calls]
-    wanted = [_canonical_call(call["name"], call["arguments"]) for call in expected]
-    total = len(actual) + len(wanted)
+    expected_calls = [_canonical_call(call["name"], call["arguments"]) for call in expected]
+    total = len(actual) + len(expected_calls)
     if not total:
         return 1.0
     count_matched = _longest_common_subsequence if ordered else _count_common
-    return 2 * count_matched(actual, wanted) / total
+    return 2 * count_matched(actual, expected_calls) / total
 
 
 def _canonical_call(name: str, arguments: Any) -> str:
@@ -44,22 +44,22 @@ def _normalize_numbers(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-def _count_common(actual: list[str], wanted: list[str]) -> int:
+def _count_common(actual: list[str], expected_calls: list[str]) -> int:
     """Return the size of the multisets' intersection."""
-    return sum(min(actual.count(call), wanted.count(call)) for call in set(actual))
+    return sum(min(actual.count(call), expected_calls.count(call)) for call in set(actual))
 
 
-def _longest_common_subsequence(actual: list[str], wanted: list[str]) -> int:
+def _longest_common_subsequence(actual: list[str], expected_calls: list[str]) -> int:
     """Return the length of the longest common subsequence."""
     # The textbook recurrence, one row at a time: row[j] is the length for the calls of `actual`
-    # so far and the first j of `wanted`.
-    row = [0] * (len(wanted) + 1)
+    # so far and the first j of `expected_calls`.
+    row = [0] * (len(expected_calls) + 1)
     for call in actual:
         previous_row = row
         row = [0]
-        for j, wanted_call in enumerate(wanted):
+        for j, expected_call in enumerate(expected_calls):
             row.append(
-                previous_row[j] + 1 if call == wanted_call else max(row[j], previous_row[j + 1])
+                previous_row[j] + 1 if call == expected_call else max(row[j], previous_row[j + 1])
             )
     return row[-1]
 
