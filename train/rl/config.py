@@ -59,10 +59,13 @@ class RolloutConfig:
       mask_truncated: a sample that filled its window counts for nothing.
       mask_repetition: a sample that ended in a loop counts for nothing.
       temperature: of sampling and of the trainer's probabilities, more than 0.
-      top_p: see `rollout.RolloutSampling`, as the next three.
-      top_k: 0 is off.
-      min_p: 0 is off.
-      stop_on_loop: end an answer that repeats itself.
+      top_p: sample from the likeliest tokens that have this probability together, up to 1.0, which
+        is off. The trainer does not have the probabilities that top_p, top_k or min_p make, so
+        these bias its ratios.
+      top_k: sample from so many of the likeliest tokens. 0 is off.
+      min_p: sample from tokens with at least this share of the likeliest one's probability. 0.0 is
+        off.
+      stop_on_loop: end an answer that is stuck in a loop, see `rollout.RolloutSampling`.
       engine: (field, value) pairs of `infer.config.EngineConfig`.
       replay_routes: the trainer sends tokens to the experts that the sampler chose.
     """
