@@ -5,13 +5,14 @@ import functools
 import itertools
 import json
 import re
-import tempfile
 import threading
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from output_support import bits
+from tokenizer_support import load_tokenizer
 
 from infer import config as config_lib
 from infer import engine as engine_lib
@@ -20,8 +21,6 @@ from infer import stopping
 from infer.scheduling import plan as plan_lib
 from m1_jax import config as model_config_lib
 from m1_jax import model as model_lib
-from m1_jax import testing
-from m1_jax import tokenizer as tokenizer_lib
 
 EOS, POISON = 510, 0
 CONFIG = config_lib.EngineConfig(
@@ -39,12 +38,6 @@ CONFIG = config_lib.EngineConfig(
 )
 PROMPT = tuple(range(20, 70))
 GREEDY = functools.partial(options_lib.Options, temperature=0)
-
-
-@functools.cache
-def load_tokenizer():
-    with tempfile.TemporaryDirectory() as directory:
-        return tokenizer_lib.Tokenizer.load(testing.write_tiny_tokenizer(directory))
 
 
 def make_model(poison=True):
@@ -86,10 +79,6 @@ def generate_alone(engine, prompt=PROMPT, options=None, **values):
 
 def ids(output):
     return [token.id for token in output.tokens]
-
-
-def bits(output):
-    return [(token.id, token.logp, token.logp_raw) for token in output.tokens]
 
 
 # ---- what ends an output

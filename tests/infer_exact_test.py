@@ -8,7 +8,6 @@ import pathlib
 import random
 import subprocess
 import sys
-import tempfile
 
 import jax
 import jax.monitoring
@@ -16,6 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from output_support import bits
+from tokenizer_support import load_tokenizer
 
 from infer import config as config_lib
 from infer import engine as engine_lib
@@ -23,8 +24,6 @@ from infer import options as options_lib
 from infer import request
 from m1_jax import config as model_config_lib
 from m1_jax import model as model_lib
-from m1_jax import testing
-from m1_jax import tokenizer as tokenizer_lib
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 CONFIG = config_lib.EngineConfig(
@@ -40,12 +39,6 @@ CONFIG = config_lib.EngineConfig(
 )
 PROMPT = tuple(range(40, 95))
 ONE = options_lib.Options(seed=11, max_tokens=24, ignore_eos=True, repetition_penalty=1.1)
-
-
-@functools.cache
-def load_tokenizer():
-    with tempfile.TemporaryDirectory() as directory:
-        return tokenizer_lib.Tokenizer.load(testing.write_tiny_tokenizer(directory))
 
 
 @functools.cache
@@ -89,10 +82,6 @@ def compiled():
     jax.monitoring.register_event_duration_secs_listener(listen)
     yield names
     jax.monitoring.unregister_event_duration_listener(listen)
-
-
-def bits(output):
-    return [(token.id, token.logp, token.logp_raw) for token in output.tokens]
 
 
 def random_requests(number, seed=0):
@@ -145,7 +134,7 @@ def test_a_seed_gives_the_same_alone_in_company_and_in_a_new_process(engine):
     assert bits(requests[17].output()) == bits(want)
     assert bits(engine.generate([PROMPT], dataclasses.replace(ONE, seed=12))[0]) != bits(want)
     code = f"import runpy; runpy.run_path({__file__!r})['worker']()"
-    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    env = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests' / 'support'}"}
     text = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, check=True
     ).stdout

@@ -5,20 +5,16 @@ import math
 
 import hypothesis
 import pytest
+import tokenizer_support
 from hypothesis import strategies as st
 
 from infer import options as options_lib
 from infer import stopping
-from m1_jax import testing
-from m1_jax import tokenizer as tokenizer_lib
+
+# Fixtures.
+tokenizer = tokenizer_support.tokenizer
 
 SURE, UNSURE = math.log(0.995), math.log(0.5)
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    directory = testing.write_tiny_tokenizer(tmp_path_factory.mktemp("tokenizer"))
-    return tokenizer_lib.Tokenizer.load(directory)
 
 
 def run(progress, ids, logps=None):

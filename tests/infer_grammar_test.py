@@ -6,12 +6,15 @@ import re
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tokenizer_support
 
 from infer import grammar, stopping
 from infer import options as options_lib
 from infer.execution import sampling
-from m1_jax import testing
 from m1_jax import tokenizer as tokenizer_lib
+
+# Fixtures.
+tokenizer = tokenizer_support.tokenizer
 
 # The model's vocabulary is larger than the tokenizer's, and not a whole number of words.
 V, STOP = 523, 510
@@ -46,12 +49,6 @@ def is_valid(text):
     assert type(value["deep"].pop("yes")) is bool
     assert value["deep"] in ({}, {"no": None})
     return True
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    directory = testing.write_tiny_tokenizer(tmp_path_factory.mktemp("tokenizer"))
-    return tokenizer_lib.Tokenizer.load(directory)
 
 
 @pytest.fixture(scope="module")

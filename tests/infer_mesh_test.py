@@ -1,20 +1,18 @@
 """The engine on meshes, and with guesses: the same outputs."""
 
-import functools
-import tempfile
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from output_support import bits
+from tokenizer_support import load_tokenizer
 
 import m1_jax
 from infer import config as config_lib
 from infer import engine, prompt_lookup
 from infer import options as options_lib
 from m1_jax import config as model_config
-from m1_jax import sharding, testing
-from m1_jax import tokenizer as tokenizer_lib
+from m1_jax import sharding
 
 SIZES = {
     "max_length": 192,
@@ -37,12 +35,6 @@ def options(number: int, **changes) -> options_lib.Options:
     )
 
 
-@functools.cache
-def load_tokenizer():
-    with tempfile.TemporaryDirectory() as directory:
-        return tokenizer_lib.Tokenizer.load(testing.write_tiny_tokenizer(directory))
-
-
 def make_engine(golden_dir, mesh=None, **sizes) -> engine.Engine:
     layout = None
     if mesh:
@@ -51,10 +43,6 @@ def make_engine(golden_dir, mesh=None, **sizes) -> engine.Engine:
         layout = sharding.make_layout(sharding.make_mesh(mesh, devices), read, sharding.DECODE)
     model = m1_jax.load(golden_dir, dtype=jnp.float32, mesh=layout)
     return engine.Engine(model, load_tokenizer(), config_lib.EngineConfig(**SIZES | sizes))
-
-
-def bits(output):
-    return [(token.id, token.logp, token.logp_raw) for token in output.tokens]
 
 
 @pytest.fixture(scope="module")

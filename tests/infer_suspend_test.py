@@ -7,13 +7,15 @@ import time
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tokenizer_support
 from flax import nnx
 
 from infer import config, engine, options, suspend
 from m1_jax import config as config_lib
 from m1_jax import model as model_lib
-from m1_jax import testing
-from m1_jax import tokenizer as tokenizer_lib
+
+# Fixtures.
+tokenizer = tokenizer_support.tokenizer
 
 SIZES = config.EngineConfig(
     max_length=128,
@@ -24,12 +26,6 @@ SIZES = config.EngineConfig(
     decode_steps=4,
     max_queue=9,
 )
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    directory = testing.write_tiny_tokenizer(tmp_path_factory.mktemp("tokenizer"))
-    return tokenizer_lib.Tokenizer.load(directory)
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import pathlib
 
+import hf_config_support
 import hypothesis
 import hypothesis.strategies as st
 import pytest
@@ -99,18 +100,6 @@ _NATIVE = {
 }
 
 
-def _changed(hf, changes):
-    return {key: value for key, value in {**hf, **changes}.items() if value is not ...}
-
-
-def _refused(hf, *words):
-    with pytest.raises(config_lib.ConfigError) as caught:
-        _ModelConfig.from_hf(hf)
-    for word in words:
-        assert word in str(caught.value)
-    return str(caught.value)
-
-
 # ---- the release's spelling
 
 
@@ -137,7 +126,9 @@ def test_the_preset_writes_the_release_s_values():
 
 def test_absent_keys_take_the_release_s_defaults():
     optional = [key for key in _M1 if key.startswith("layernorm_")]
-    hf = _changed(_M1, dict.fromkeys([*optional, "postnorm", "shared_intermediate_size"], ...))
+    hf = hf_config_support.change_keys(
+        _M1, dict.fromkeys([*optional, "postnorm", "shared_intermediate_size"], ...)
+    )
     config = _ModelConfig.from_hf(hf)
     assert config.attention_scales(_LIGHTNING) == config.attention_scales(_SOFTMAX) == (1.0, 1.0)
     assert (config.layernorm_mlp_alpha, config.layernorm_mlp_beta) == (1.0, 1.0)
@@ -198,7 +189,7 @@ def test_m1_in_the_native_spelling_is_the_preset():
     renamed = {"attn_type_list": ..., "layer_types": kinds * 10, "model_type": "minimax"}
     for theirs, ours in hf_config._NATIVE_SCALE_NAMES.items():
         renamed |= {ours: ..., theirs: _M1[ours]}
-    assert _ModelConfig.from_hf(_changed(_M1, renamed)) == _ModelConfig.m1()
+    assert _ModelConfig.from_hf(hf_config_support.change_keys(_M1, renamed)) == _ModelConfig.m1()
 
 
 @pytest.mark.parametrize(
@@ -213,7 +204,7 @@ def test_m1_in_the_native_spelling_is_the_preset():
     ],
 )
 def test_native_rope(changes, rotary_dim, theta):
-    config = _ModelConfig.from_hf(_changed(_NATIVE, changes))
+    config = _ModelConfig.from_hf(hf_config_support.change_keys(_NATIVE, changes))
     assert (config.rotary_dim, config.rope_theta) == (rotary_dim, theta)
 
 
@@ -228,7 +219,7 @@ def test_native_null_head_dim_is_derived():
 
 def test_native_heads_without_a_power_of_two_are_refused_where_they_decay():
     heads = {"num_attention_heads": 6, "num_key_value_heads": 2}
-    _refused(_NATIVE | heads, "num_attention_heads is 6", "power of 2")
+    hf_config_support.assert_refused(_NATIVE | heads, "num_attention_heads is 6", "power of 2")
     softmax_only = heads | {"layer_types": ["full_attention"] * 4}
     assert _ModelConfig.from_hf(_NATIVE | softmax_only).num_attention_heads == 6
     assert _ModelConfig.from_hf(_M1 | {"num_attention_heads": 48}).num_attention_heads == 48

@@ -7,6 +7,7 @@ import convert_support
 import jax
 import jax.numpy as jnp
 import numpy as np
+import params_support
 import pytest
 import tensorstore as ts
 
@@ -47,10 +48,6 @@ def _mesh():
     return sharding.make_mesh({"fsdp": 2, "expert": 2, "tensor": 2})
 
 
-def _values(model):
-    return {name: np.asarray(p.get_value()) for name, p in params_lib.params_by_path(model).items()}
-
-
 def _equal(one, other):
     assert one.keys() == other.keys()
     for name, value in one.items():
@@ -68,11 +65,11 @@ def test_what_is_saved_is_loaded_and_exported(source, tmp_path, dtype, mesh):
     mesh = mesh and mesh()
     model = _moved(source, param_dtype=jnp.float32, mesh=mesh)
     saved = save_lib.save(model, tmp_path / "saved", source, dtype)
-    wanted = _values(model)
+    wanted = params_support.param_values(model)
     routers = {name for name in wanted if name.endswith("router")}
     wanted = {k: v if k in routers else v.astype(dtype) for k, v in wanted.items()}
-    _equal(_values(m1_jax.load(saved, dtype)), wanted)
-    _equal(_values(m1_jax.load(saved, dtype, _mesh())), wanted)
+    _equal(params_support.param_values(m1_jax.load(saved, dtype)), wanted)
+    _equal(params_support.param_values(m1_jax.load(saved, dtype, _mesh())), wanted)
     back = convert_support.run_convert("hf", saved, tmp_path / "back")
     assert {release.CODES_BY_DTYPE[t.dtype] for t in release.Release(back).tensors.values()} == (
         {"F32"} if dtype == jnp.float32 else {"BF16", "F32"}
@@ -98,17 +95,19 @@ def test_without_a_source_the_config_is_written(source, tmp_path):
     model = m1_jax.load(source)
     saved = save_lib.save(model, tmp_path / "saved")
     assert m1_jax.ModelConfig.from_file(saved / "config.json") == model.config
-    _equal(_values(m1_jax.load(saved)), _values(model))
+    _equal(params_support.param_values(m1_jax.load(saved)), params_support.param_values(model))
     back = convert_support.run_convert("hf", saved, tmp_path / "back")
-    _equal(_values(m1_jax.load(back)), _values(model))
+    _equal(params_support.param_values(m1_jax.load(back)), params_support.param_values(model))
 
 
 def test_float32_parameters_of_a_bfloat16_checkpoint(source, converted):
     for path in (source, converted):
         model = m1_jax.load(path, jnp.bfloat16, param_dtype=jnp.float32)
         assert model.dtype == jnp.bfloat16
-        assert {v.dtype for v in _values(model).values()} == {np.dtype(np.float32)}
-        _equal(_values(model), _values(m1_jax.load(path)))
+        assert {v.dtype for v in params_support.param_values(model).values()} == {
+            np.dtype(np.float32)
+        }
+        _equal(params_support.param_values(model), params_support.param_values(m1_jax.load(path)))
     with pytest.raises(ValueError, match="param_dtype: got float16"):
         m1_jax.load(source, param_dtype=jnp.float16)
 
@@ -163,7 +162,7 @@ def test_an_interrupted_save_is_no_checkpoint_and_is_made_anew(
     with pytest.raises(release.CheckpointError):
         m1_jax.load(tmp_path / "saved.partial")
     saved = save_lib.save(model, tmp_path / "saved", source)
-    _equal(_values(m1_jax.load(saved)), _values(model))
+    _equal(params_support.param_values(m1_jax.load(saved)), params_support.param_values(model))
     assert not (tmp_path / "saved.partial").exists()
 
 

@@ -2,11 +2,13 @@
 
 import numpy as np
 import pytest
+import tokenizer_support
 
 from infer import prompt
-from m1_jax import testing
-from m1_jax import tokenizer as tokenizer_lib
 from train.data import chat
+
+# Fixtures.
+tokenizer = tokenizer_support.tokenizer
 
 END = "<end_of_sentence>"
 TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {"a": 1}}}]
@@ -26,12 +28,6 @@ SECOND = (
     '<tool_calls>\n{"name": "add", "arguments": {"a": 2}}\n</tool_calls>'
 )
 THIRD = "<think>\nThird thought\n</think>\nIt is 42."
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    path = testing.write_tiny_tokenizer(tmp_path_factory.mktemp("tokenizer"))
-    return tokenizer_lib.Tokenizer.load(path)
 
 
 def learnt(tokenizer, document) -> list[str]:

@@ -6,25 +6,20 @@ import types
 
 import jax
 import jax.numpy as jnp
+import loss_support
 import numpy as np
 import pytest
+from loss_support import near
 
 from train.rl import rollout_correction
+
+# Fixtures.
+double = loss_support.double
 
 D = np.array([[0, 0.3, -0.9, 1.2], [0.1, -0.05, np.nan, np.inf]])
 MASK = np.array([[1, 1, 1, 1], [1, 1, 0, 0]])
 EXP = [[1, 1.34985881, 0.40656966, 3.32011692], [1.10517092, 0.95122942, 1, 1]]
 ONES = np.ones((2, 4), np.int32)
-
-
-@pytest.fixture(autouse=True)
-def double():
-    with jax.enable_x64(True):
-        yield
-
-
-def near(got, wanted, tolerance=1e-6):
-    np.testing.assert_allclose(np.asarray(got), wanted, rtol=0, atol=tolerance)
 
 
 def weigh(old=D, rollout=None, mask=MASK, ids=ONES, module=rollout_correction, **options):

@@ -12,44 +12,24 @@ import sys
 import time
 
 import numpy as np
-import pyarrow
-import pyarrow.parquet
 import pytest
-from array_record.python import array_record_module
+import records_support
+import tokenizer_support
 
 from m1_jax import testing
-from m1_jax import tokenizer as tokenizer_lib
 from train.data import config as data_config
 from train.data import records as records_lib
 from train.data import stream as stream_lib
 
+# Fixtures.
+tokenizer = tokenizer_support.tokenizer
+
 WORDS = ["lightning", "attention", "keeps", "one", "matrix", "for", "each", "head", "and", "cache"]
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    path = testing.write_tiny_tokenizer(tmp_path_factory.mktemp("tokenizer"))
-    return tokenizer_lib.Tokenizer.load(path)
 
 
 def texts(count, longest, seed=0):
     rng = random.Random(seed)
     return [" ".join(rng.choices(WORDS, k=rng.randint(1, longest))) for _ in range(count)]
-
-
-def write_jsonl(path, records):
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
-
-
-def write_array_record(path, records):
-    writer = array_record_module.ArrayRecordWriter(str(path), "group_size:1")
-    for record in records:
-        writer.write(json.dumps(record).encode())
-    writer.close()
-
-
-def write_parquet(path, records, rows=7):
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), path, row_group_size=rows)
 
 
 def conversation(i):
@@ -66,10 +46,12 @@ def folder(tmp_path_factory):
     """Three sources in three formats: short texts in two files, chats, texts longer than a row."""
     folder = tmp_path_factory.mktemp("corpus")
     short = [{"text": text} for text in texts(90, 12)]
-    write_jsonl(folder / "short-0.jsonl", short[:50])
-    write_jsonl(folder / "short-1.jsonl", short[50:])
-    write_parquet(folder / "chat.parquet", [conversation(i) for i in range(40)])
-    write_array_record(folder / "long.arrayrecord", [{"text": t} for t in texts(25, 90, seed=1)])
+    records_support.write_jsonl(folder / "short-0.jsonl", short[:50])
+    records_support.write_jsonl(folder / "short-1.jsonl", short[50:])
+    records_support.write_parquet(folder / "chat.parquet", [conversation(i) for i in range(40)])
+    records_support.write_array_record(
+        folder / "long.arrayrecord", [{"text": t} for t in texts(25, 90, seed=1)]
+    )
     return folder
 
 
@@ -321,7 +303,7 @@ def test_one_document_a_row_without_packing(config, tokenizer):
 def test_left_out_conversations_are_counted(config, tokenizer, tmp_path):
     long = conversation(0)
     long["messages"][0]["content"] = "so " * 100
-    write_jsonl(tmp_path / "a.jsonl", [conversation(1), long] * 3)
+    records_support.write_jsonl(tmp_path / "a.jsonl", [conversation(1), long] * 3)
     config = change(config, sources=(data_config.DataSource("a", f"{tmp_path}/a.jsonl"),))
     with pytest.raises(
         records_lib.DataError, match=r"a\.jsonl:\d: got a conversation of \d+ tokens"
@@ -331,7 +313,7 @@ def test_left_out_conversations_are_counted(config, tokenizer, tmp_path):
     with stream_lib.BatchStream(config, tokenizer, num_epochs=1) as stream:
         (rows,) = list(stream)
     assert rows.num_dropped == 3
-    write_jsonl(tmp_path / "a.jsonl", [long])
+    records_support.write_jsonl(tmp_path / "a.jsonl", [long])
     with pytest.raises(records_lib.DataError, match="all longer than 64"):
         next(stream_lib.BatchStream(config, tokenizer))
 
@@ -434,7 +416,7 @@ def test_a_killed_worker_is_an_error_and_not_a_wait(config, tokenizer):
 
 
 def test_errors_of_workers_are_those_of_the_thread(tokenizer, tmp_path):
-    write_jsonl(tmp_path / "a.jsonl", [{"txt": "a"}])
+    records_support.write_jsonl(tmp_path / "a.jsonl", [{"txt": "a"}])
     source = data_config.DataSource("a", f"{tmp_path}/a.jsonl")
     config = data_config.StreamConfig(data_config.DataConfig((source,), workers=1), 16, 1)
     with (

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import os
-import pathlib
 import signal
 import subprocess
 import sys
@@ -11,8 +10,10 @@ import sys
 import jax
 import numpy as np
 import pytest
+import training_run_support
+from training_run_support import MODEL, ROOT, Cache, read_metrics
 
-from m1_jax import ModelConfig, configlib
+from m1_jax import configlib
 from m1_jax import params as params_lib
 from train import checkpoints, loop, metrics, optim, sft, step, workdir
 from train.config import (
@@ -26,10 +27,9 @@ from train.config import (
 )
 from train.data import records
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
-MODEL = dataclasses.replace(
-    ModelConfig.tiny(), layer_types=("lightning", "softmax"), hidden_size=32, intermediate_size=32
-)
+# Fixtures.
+compilation_cache = training_run_support.compilation_cache
+
 ROWS, LENGTH = 8, 32
 
 
@@ -40,19 +40,6 @@ def _here(monkeypatch):
     real = loop._make_stage_layout
     alone = lambda stage, config: real(stage, config) if stage.mesh else None  # noqa: E731
     monkeypatch.setattr(loop, "_make_stage_layout", alone)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _cache(tmp_path_factory):
-    """Compile each program once for all tests, and leave the setting as it was."""
-    before = jax.config.jax_compilation_cache_dir
-    Cache.directory = str(tmp_path_factory.mktemp("xla"))
-    yield
-    jax.config.update("jax_compilation_cache_dir", before)
-
-
-class Cache:
-    directory = ""
 
 
 def _stage(steps, length=LENGTH, rows=ROWS, **kwargs):
@@ -74,13 +61,8 @@ def _config(tmp_path, *stages, **kwargs):
     return TrainConfig(stages=stages or (_stage(6),), **fields | kwargs)
 
 
-def _lines(workdir, kind="train", name=metrics.METRICS_FILE):
-    records = [json.loads(line) for line in (workdir / name).read_text().splitlines()]
-    return [r for r in records if r.get("kind", kind) == kind]
-
-
 def _losses(workdir):
-    return [(r["step"], r["loss"], r["grad_norm"]) for r in _lines(workdir)]
+    return [(r["step"], r["loss"], r["grad_norm"]) for r in read_metrics(workdir)]
 
 
 def _weights(workdir, config):
@@ -117,7 +99,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_bit(tmp_path, monkeypatch):
     assert (summary.step, summary.stopped_by) == (3, signal.SIGTERM)
     assert loop.run_training(None, parts).step == 6  # the workdir is all it needs
     assert _losses(whole) == _losses(parts)
-    samples = [_lines(path, name=metrics.SAMPLES_FILE) for path in (whole, parts)]
+    samples = [read_metrics(path, name=metrics.SAMPLES_FILE) for path in (whole, parts)]
     assert samples[0] == samples[1]
     assert len(samples[0]) == 6
     assert _weights(whole, config) == _weights(parts, config)
@@ -158,7 +140,9 @@ def test_another_number_of_devices_goes_on_with_the_same_samples(tmp_path, monke
         loop.run_training(config, parts)
     loop.run_training(dataclasses.replace(config, stages=(other,)), parts)
     np.testing.assert_allclose(_losses(whole), _losses(parts), rtol=2e-4)
-    assert _lines(whole, name=metrics.SAMPLES_FILE) == _lines(parts, name=metrics.SAMPLES_FILE)
+    assert read_metrics(whole, name=metrics.SAMPLES_FILE) == read_metrics(
+        parts, name=metrics.SAMPLES_FILE
+    )
 
 
 @pytest.mark.slow
@@ -171,18 +155,18 @@ def test_stages_change_length_rows_rate_and_mesh_and_no_sample_is_lost(tmp_path,
     config = _config(tmp_path, *stages)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     loop.run_training(config, whole)
-    rates = [r["learning_rate"] for r in _lines(whole)]
+    rates = [r["learning_rate"] for r in read_metrics(whole)]
     per, per2 = 3e-3, (1e-3 - 3e-3) / 3
     np.testing.assert_allclose(
         rates, [3e-3 * 0.5, per, per, per, per + per2, per + 2 * per2], rtol=1e-5
     )  # 8 rows to a step: the warm-up is one step long
-    assert [r["stage"] for r in _lines(whole)] == [0, 0, 0, 1, 1, 1]
+    assert [r["stage"] for r in read_metrics(whole)] == [0, 0, 0, 1, 1, 1]
     with monkeypatch.context() as patch:
         _stop_after(patch, 3)
         loop.run_training(config, parts)
     loop.run_training(config, parts)
     assert _losses(whole) == _losses(parts)
-    lines = _lines(whole, name=metrics.SAMPLES_FILE)
+    lines = read_metrics(whole, name=metrics.SAMPLES_FILE)
     seen = [sample for line in lines for row in line["samples"] for sample in row]
     assert len(set(seen)) > 20
 
@@ -193,7 +177,7 @@ def test_evaluation_tells_the_loss_of_each_source(tmp_path):
         tmp_path, _stage(2), evaluation=EvaluationConfig((held_out,), every_steps=2, batches=2)
     )
     loop.run_training(config, tmp_path / "run")
-    (record,) = _lines(tmp_path / "run", "eval")
+    (record,) = read_metrics(tmp_path / "run", "eval")
     assert record["loss"] == pytest.approx(record["loss/held_out"])
     assert record["loss"] == pytest.approx(record["loss_from/0"])
     assert 4 < record["loss"] < 8
@@ -204,7 +188,7 @@ def test_steps_that_are_not_finite_are_told_and_end_the_run(tmp_path):
     broken = dataclasses.replace(config, model=dataclasses.replace(MODEL, initializer_range=1e30))
     with pytest.raises(FloatingPointError, match="2 steps in a row without a finite gradient"):
         loop.run_training(broken, tmp_path / "run")
-    events = _lines(tmp_path / "run", "event")
+    events = read_metrics(tmp_path / "run", "event")
     assert [e["not_finite"] for e in events] == ["skipped", "skipped"]
 
 

@@ -6,6 +6,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import params_support
 import pytest
 
 import m1_jax
@@ -76,10 +77,6 @@ def _gradients(model, batch, settings):
     return step.compute_gradients(model, batch, settings)
 
 
-def _values(model):
-    return {name: np.asarray(p.get_value()) for name, p in params_lib.params_by_path(model).items()}
-
-
 # ---- the model
 
 
@@ -129,7 +126,7 @@ def test_only_adapters_change_and_the_loss_falls(source):
     """Over a frozen bfloat16 model, computing in bfloat16."""
     settings = dataclasses.replace(_SETTINGS, accumulate=2)
     model = _adapted(m1_jax.load(source, jnp.bfloat16))
-    before = _values(model)
+    before = params_support.param_values(model)
     state = step.init_state(model, settings.optimizer)
     sizes = sum(p.get_value().size for p in _adapters(model).values())
     assert sum(x.size for x in jax.tree.leaves(state.moments[0].mu)) == sizes
@@ -138,7 +135,7 @@ def test_only_adapters_change_and_the_loss_falls(source):
         state, metrics = step.train_step(state, _batch(), settings=settings)
         losses.append(float(metrics["loss"]))
     assert losses[-1] < 0.5 * losses[0]
-    for name, value in _values(state.model).items():
+    for name, value in params_support.param_values(state.model).items():
         assert value.dtype == before[name].dtype
         assert np.array_equal(value, before[name]) == (".adapter." not in name), name
 
@@ -151,7 +148,7 @@ def test_gradients_are_those_of_the_product_and_no_others(base):
         for net in (model, lora.merge_adapters(model))
     )
     got, whole = program(model, _batch())[0], all_of_it(lora.merge_adapters(model), _batch())[0]
-    whole, params = _values(whole), _values(model)
+    whole, params = params_support.param_values(whole), params_support.param_values(model)
     for name, grad in _adapters(got).items():
         path, which = name.rsplit(".adapter.", 1)
         d_kernel = whole[f"{path}.kernel"]

@@ -1,4 +1,4 @@
-"""The objective: what no split, packing or padding may change, and guards that are needed."""
+"""The objective: no split, packing or padding changes it, and every guard is needed."""
 
 import dataclasses
 import functools
@@ -8,6 +8,7 @@ import types
 import hypothesis
 import jax
 import jax.numpy as jnp
+import loss_support
 import numpy as np
 import pytest
 from hypothesis import strategies as st
@@ -15,6 +16,9 @@ from loss_support import CISPO, bound_weights, make_terms, near, value_and_grad
 
 from train.rl import loss, objective, rollout_correction
 from train.rl import metrics as rl_metrics
+
+# Fixtures.
+double = loss_support.double
 
 PRESETS = objective.PRESETS
 MIX = dataclasses.replace(CISPO, aggregation="mix", mix_lambda=0.5)
@@ -24,17 +28,13 @@ RATIO = np.array([[1, 1.5, 0.5, 8], [2, 0.9, 1, 1]])
 MASK = np.array([[1, 1, 1, 1], [1, 1, 0, 0]])
 
 
-@pytest.fixture(autouse=True)
-def double():
-    with jax.enable_x64(True):
-        yield
-
-
 def shared(options, prompts=(0, 1), module=loss):
     """Return the terms of the vectors T2 and T6."""
-    each = module.token_coefficients(options, MASK.sum(1), np.array(prompts), np.ones(2, bool))
+    coefficients = module.token_coefficients(
+        options, MASK.sum(1), np.array(prompts), np.ones(2, bool)
+    )
     return make_terms(
-        OLD + np.log(RATIO), [[1], [-1]], MASK, OLD, coefficients=MASK * each[:, None]
+        OLD + np.log(RATIO), [[1], [-1]], MASK, OLD, coefficients=MASK * coefficients[:, None]
     )
 
 
@@ -119,8 +119,8 @@ T2 = {
 
 def check_t2(name, module=loss):
     options, prompts, value, grad = T2[name]
-    got, slope, _ = value_and_grad(options, shared(options, prompts, module), module)
-    near(got, value)
+    loss_value, slope, _ = value_and_grad(options, shared(options, prompts, module), module)
+    near(loss_value, value)
     near(slope, grad)
 
 
@@ -160,39 +160,39 @@ def test_ratios_of_tokens_and_sequences():
 
 
 def draw(seed, lengths):
-    """Return samples of these lengths: a dict of arrays for each."""
+    """Return samples of these lengths, a dict of arrays each."""
     rng = np.random.default_rng(seed)
-    out = []
+    samples = []
     for n in lengths:
-        old = -rng.exponential(1.0, n)
-        # Not near 1.2 and the like: rounding may not decide what is clipped.
-        out.append(
+        logp_old = -rng.exponential(1.0, n)
+        # No ratio is near a bound such as 1.2: rounding may not decide what is clipped.
+        samples.append(
             {
-                "logp": old + rng.choice([-0.5, -0.1, 0.1, 0.4, 1.9], n),
-                "logp_old": old,
-                "logp_rollout": old + rng.normal(0, 0.1, n),
-                "logp_ref": old + rng.normal(0, 0.3, n),
+                "logp": logp_old + rng.choice([-0.5, -0.1, 0.1, 0.4, 1.9], n),
+                "logp_old": logp_old,
+                "logp_rollout": logp_old + rng.normal(0, 0.1, n),
+                "logp_ref": logp_old + rng.normal(0, 0.3, n),
                 "entropy": rng.exponential(1.0, n),
                 "advantages": np.full(n, rng.choice([-1.3, 0.0, 0.8])),
                 "mask": (rng.random(n) < 0.8).astype(np.float64),
             }
         )
-    return out
+    return samples
 
 
-def pack(samples, each, places, num_rows, length, dirt=0.0):
-    """Put samples into rows, `places` (row, start); everything masked is `dirt`."""
+def pack(samples, coefficients_by_sample, locations, num_rows, length, dirt=0.0):
+    """Return samples in rows, at their (row, start). Every masked value is `dirt`."""
     names = samples[0].keys() | {"coefficients"}
     out = {name: np.full((num_rows, length), dirt) for name in names}
     out["mask"][:] = 0
     ids = np.zeros((num_rows, length), np.int32)
-    for n, (sample, (row, start)) in enumerate(zip(samples, places, strict=True)):
-        here = (row, slice(start, start + len(sample["mask"])))
+    for n, (sample, (row, start)) in enumerate(zip(samples, locations, strict=True)):
+        columns = (row, slice(start, start + len(sample["mask"])))
         for name, values in sample.items():
-            keep = values if name == "mask" else np.where(sample["mask"] > 0, values, dirt)
-            out[name][here] = keep
-        out["coefficients"][here] = np.where(sample["mask"] > 0, each[n], dirt)
-        ids[here] = ids[row].max() + 1
+            visible = values if name == "mask" else np.where(sample["mask"] > 0, values, dirt)
+            out[name][columns] = visible
+        out["coefficients"][columns] = np.where(sample["mask"] > 0, coefficients_by_sample[n], dirt)
+        ids[columns] = ids[row].max() + 1
     return loss.TokenTerms(**jax.tree.map(jnp.asarray, out), segment_ids=jnp.asarray(ids))
 
 
@@ -237,46 +237,50 @@ def coefficients(options, samples, valid=None):
 @hypothesis.settings(max_examples=3)
 def test_micro_batches_and_packing_change_nothing(options, seed, order):
     samples = draw(seed, LENGTHS)
-    each = coefficients(options, samples)
-    terms = pack(samples, each, apart(8), 8, 9)
+    sample_coefficients = coefficients(options, samples)
+    terms = pack(samples, sample_coefficients, apart(8), 8, 9)
     value, grad, metrics = jitted(options, terms)
-    wanted = rl_metrics.summarize_metrics(metrics)
+    expected = rl_metrics.summarize_metrics(metrics)
     for parts in (2, 4):  # of the same step, in another order of rows
-        size, found, total = 8 // parts, np.zeros((8, 9)), 0.0
-        added = None
+        size, grads, total = 8 // parts, np.zeros((8, 9)), 0.0
+        merged = None
         for i in range(parts):
-            here = np.array(order[i * size : (i + 1) * size])
-            one, found[here], more = jitted(options, jax.tree.map(lambda x, h=here: x[h], terms))
-            total += one
-            added = more if added is None else rl_metrics.add_metrics(added, more)
+            rows = np.array(order[i * size : (i + 1) * size])
+            share, grads[rows], part_metrics = jitted(
+                options, jax.tree.map(lambda x, h=rows: x[h], terms)
+            )
+            total += share
+            merged = (
+                part_metrics if merged is None else rl_metrics.add_metrics(merged, part_metrics)
+            )
         near(total, value, 1e-12)
-        near(found, grad, 1e-12)
-        for name, number in rl_metrics.summarize_metrics(added).items():
-            near(number, wanted[name], 1e-9)
-    places = [(0, 0), (0, 5), (0, 8), (1, 0), (1, 2), (1, 6), (2, 1), (2, 3)]
-    packed = pack(samples, each, places, 3, 15, dirt=np.nan)
-    one, found, more = jitted(options, packed)
-    near(one, value, 1e-12)
-    for n, (row, start) in enumerate(places):
-        near(found[row, start : start + LENGTHS[n]], grad[n, : LENGTHS[n]], 1e-12)
-    for name, number in rl_metrics.summarize_metrics(more).items():
-        near(number, wanted[name], 1e-9)
+        near(grads, grad, 1e-12)
+        for name, measured in rl_metrics.summarize_metrics(merged).items():
+            near(measured, expected[name], 1e-9)
+    locations = [(0, 0), (0, 5), (0, 8), (1, 0), (1, 2), (1, 6), (2, 1), (2, 3)]
+    packed = pack(samples, sample_coefficients, locations, 3, 15, dirt=np.nan)
+    share, grads, part_metrics = jitted(options, packed)
+    near(share, value, 1e-12)
+    for n, (row, start) in enumerate(locations):
+        near(grads[row, start : start + LENGTHS[n]], grad[n, : LENGTHS[n]], 1e-12)
+    for name, measured in rl_metrics.summarize_metrics(part_metrics).items():
+        near(measured, expected[name], 1e-9)
 
 
 @pytest.mark.parametrize("options", SPLIT[-3:], ids=["sequence", "corrected", "prompts"])
 def test_rows_spread_over_devices_are_the_same_step(options):
     samples = draw(2, LENGTHS)
-    places = [(0, 0), (0, 5), (1, 0), (1, 7), (2, 0), (2, 4), (3, 0), (3, 2)]
-    terms = pack(samples, coefficients(options, samples), places, 4, 10, dirt=np.inf)
+    locations = [(0, 0), (0, 5), (1, 0), (1, 7), (2, 0), (2, 4), (3, 0), (3, 2)]
+    terms = pack(samples, coefficients(options, samples), locations, 4, 10, dirt=np.inf)
     mesh = jax.make_mesh((4, 2), ("rows", "length"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
-    where = jax.NamedSharding(mesh, jax.P("rows", "length"))
-    wanted, got = jitted(options, terms), jitted(options, jax.device_put(terms, where))
-    for one, other in zip(jax.tree.leaves(wanted), jax.tree.leaves(got), strict=True):
-        near(other, one, 1e-12)
+    spread = jax.NamedSharding(mesh, jax.P("rows", "length"))
+    expected, actual = jitted(options, terms), jitted(options, jax.device_put(terms, spread))
+    for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(actual), strict=True):
+        near(b, a, 1e-12)
 
 
 def check_on_policy(module=loss):
-    """With r = 1 the presets are REINFORCE, each with its mean."""
+    """Check that with r = 1 the presets are REINFORCE, each with its mean."""
     samples = draw(3, LENGTHS)
     for sample in samples:
         sample["logp"] = sample["logp_old"]
@@ -302,15 +306,17 @@ def test_what_is_masked_is_never_seen(dirt):
 def check_masked(dirt, module=loss):
     samples = draw(7, LENGTHS)
     for options in SPLIT:
-        each = coefficients(options, samples)
-        clean = value_and_grad(options, pack(samples, each, apart(8), 8, 9), module)
-        dirty = value_and_grad(options, pack(samples, each, apart(8), 8, 9, dirt), module)
-        for wanted, got in zip(jax.tree.leaves(clean), jax.tree.leaves(dirty), strict=True):
-            np.testing.assert_array_equal(got, wanted)
+        sample_coefficients = coefficients(options, samples)
+        clean = value_and_grad(options, pack(samples, sample_coefficients, apart(8), 8, 9), module)
+        dirty = value_and_grad(
+            options, pack(samples, sample_coefficients, apart(8), 8, 9, dirt), module
+        )
+        for expected, actual in zip(jax.tree.leaves(clean), jax.tree.leaves(dirty), strict=True):
+            np.testing.assert_array_equal(actual, expected)
 
 
 def check_sources(module=loss):
-    """A gradient reaches logp and entropy, and nothing else."""
+    """Check that a gradient reaches logp and entropy, and nothing else."""
     options = SPLIT[-2]
     samples = draw(5, LENGTHS)
     terms = pack(samples, coefficients(options, samples), apart(8), 8, 9)
@@ -330,23 +336,23 @@ def test_a_gradient_reaches_the_policy_alone():
 def check_dtypes(module=loss):
     samples = draw(9, LENGTHS)
     terms = pack(samples, coefficients(CISPO, samples), apart(8), 8, 9)
-    for dtype, wanted in [
+    for dtype, expected_dtype in [
         (jnp.bfloat16, jnp.float32),
         (jnp.float32, jnp.float32),
         (jnp.float64, jnp.float64),
     ]:
-        low = jax.tree.map(lambda x, d=dtype: x.astype(d), terms)
-        low = dataclasses.replace(low, segment_ids=terms.segment_ids)
-        up = jax.tree.map(lambda x, w=wanted: x.astype(w), low)
-        up = dataclasses.replace(up, segment_ids=terms.segment_ids)
-        value, parts = module.compute_loss(CISPO, low)
-        again, parts_again = module.compute_loss(CISPO, up)
+        low_terms = jax.tree.map(lambda x, d=dtype: x.astype(d), terms)
+        low_terms = dataclasses.replace(low_terms, segment_ids=terms.segment_ids)
+        cast_terms = jax.tree.map(lambda x, w=expected_dtype: x.astype(w), low_terms)
+        cast_terms = dataclasses.replace(cast_terms, segment_ids=terms.segment_ids)
+        value, parts = module.compute_loss(CISPO, low_terms)
+        value_again, parts_again = module.compute_loss(CISPO, cast_terms)
         metrics = rl_metrics.loss_metrics(parts), rl_metrics.loss_metrics(parts_again)
-        for got, same in zip(*map(jax.tree.leaves, metrics), strict=True):
-            assert got.dtype == wanted
-            np.testing.assert_array_equal(got, same)
-        assert value.dtype == wanted
-        assert value == again
+        for a, b in zip(*map(jax.tree.leaves, metrics), strict=True):
+            assert a.dtype == expected_dtype
+            np.testing.assert_array_equal(a, b)
+        assert value.dtype == expected_dtype
+        assert value == value_again
 
 
 def test_computes_in_float32_at_least():
@@ -357,12 +363,12 @@ def test_kl_and_entropy_have_their_own_gradients():
     options = dataclasses.replace(CISPO, kl_coef=0.5, entropy_coef=0.25)
     logp, ref, entropy = (jnp.asarray([[x]]) for x in (-1.0, -0.4, 2.0))
 
-    def of(logp, entropy):
+    def loss_of(logp, entropy):
         terms = make_terms([[0.0]], [[0.0]], logp_ref=ref, entropy=entropy)
         return loss.compute_loss(options, dataclasses.replace(terms, logp=logp))[0]
 
-    near(of(logp, entropy), 0.5 * (np.exp(0.6) - 1.6) - 0.25 * 2)
-    slopes = jax.grad(of, (0, 1))(logp, entropy)
+    near(loss_of(logp, entropy), 0.5 * (np.exp(0.6) - 1.6) - 0.25 * 2)
+    slopes = jax.grad(loss_of, (0, 1))(logp, entropy)
     near(slopes[0], [[0.5 * (1 - np.exp(0.6))]])
     near(slopes[1], [[-0.25]])
     with pytest.raises(ValueError, match="got terms without logp_ref, entropy"):

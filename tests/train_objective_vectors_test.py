@@ -4,20 +4,18 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import loss_support
 import numpy as np
 import pytest
 from loss_support import CISPO, bound_weights, make_terms, near, value_and_grad
 
 from train.rl import loss, objective, rollout_correction
 
+# Fixtures.
+double = loss_support.double
+
 OFF = dataclasses.replace(CISPO, is_weight_max=None)
 PAIR = ("positive", "negative")
-
-
-@pytest.fixture(autouse=True)
-def double():
-    with jax.enable_x64(True):
-        yield
 
 
 def masked(**clip):
@@ -35,12 +33,12 @@ def test_t1_nothing_flows_through_the_weight(low, high, value, grad, clipped):
     logp, a = np.array([-0.7, -1.2, -0.4, -2.1]), np.array([1, -0.5, 2, -1])
     ratio = np.array([1, 1.14, 1.56, 0.4]) if low else np.array([1, 3, 9, 0.4])
     terms = make_terms(logp[:, None], a[:, None], old=(logp - np.log(ratio))[:, None])
-    got, slope, metrics = value_and_grad(bound_weights(low, high), terms)
-    near(got, sum(value))
+    total, slope, metrics = value_and_grad(bound_weights(low, high), terms)
+    near(total, sum(value))
     near(slope[:, 0], grad)
     for n in range(4):
-        one = jax.tree.map(lambda x, n=n: x[n : n + 1], terms)
-        near(value_and_grad(bound_weights(low, high), one)[0], value[n])
+        row = jax.tree.map(lambda x, n=n: x[n : n + 1], terms)
+        near(value_and_grad(bound_weights(low, high), row)[0], value[n])
     names = [f"weight_{side}/{sign}" for side in ("high", "low") for sign in PAIR]
     assert sum(float(metrics["sums"][name]) for name in names) == sum(clipped)
 
@@ -68,9 +66,9 @@ def test_t4_against_the_sampler():
 
 def test_t5_dual_clip():
     options = masked(clip_low=0.2, clip_high=0.2, dual_clip=1.5)
-    for ratio, a, wanted in [(2, 2, -2.4), (2, -2, 3), (0.5, 2, -1)]:
+    for ratio, a, expected in [(2, 2, -2.4), (2, -2, 3), (0.5, 2, -1)]:
         terms = make_terms([[np.log(ratio)]], [[a]], old=np.zeros((1, 1)))
-        near(value_and_grad(options, terms)[2]["shares"]["ppo_loss"], wanted)
+        near(value_and_grad(options, terms)[2]["shares"]["ppo_loss"], expected)
     terms = make_terms([[np.log(8)]], [[-1.0]], old=np.zeros((1, 1)))
     _, grad, metrics = value_and_grad(masked(dual_clip=3.0), terms)
     near(metrics["shares"]["ppo_loss"], 3)
@@ -128,15 +126,15 @@ def test_t12_aggregations(name, of_two, of_three):
 
 
 def test_an_empty_sample_counts_and_no_divisor_is_below_one():
-    def each(name, lengths, valid):
+    def coefficients(name, lengths, valid):
         options = dataclasses.replace(CISPO, aggregation=name)
         return loss.token_coefficients(options, np.array(lengths), np.arange(2), np.array(valid))
 
-    near(each("seq-mean-token-mean", [4, 0], [True, True]), [1 / 8, 1 / 2])
-    near(each("prompt-mean", [4, 0], [True, True])[0], 1 / 8)
-    near(each("token-mean", [0, 0], [True, True]), [1, 1])
+    near(coefficients("seq-mean-token-mean", [4, 0], [True, True]), [1 / 8, 1 / 2])
+    near(coefficients("prompt-mean", [4, 0], [True, True])[0], 1 / 8)
+    near(coefficients("token-mean", [0, 0], [True, True]), [1, 1])
     for name in ("token-mean", "prompt-mean", "seq-mean-token-mean"):
-        assert not each(name, [3, 3], [False, False]).any()
+        assert not coefficients(name, [3, 3], [False, False]).any()
     with pytest.raises(ValueError, match="wanted one number of each for every sample"):
         loss.token_coefficients(CISPO, np.ones(2), np.ones(3), np.ones(2, bool))
 

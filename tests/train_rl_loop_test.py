@@ -1,15 +1,14 @@
 """Reinforcement learning as a whole: resuming to the bit, metrics, meshes, evaluation."""
 
 import dataclasses
-import json
-import pathlib
 import signal
 
 import jax
 import jax.numpy as jnp
 import pytest
+import training_run_support
+from training_run_support import MODEL, ROOT, Cache, read_metrics
 
-from m1_jax import ModelConfig
 from m1_jax import params as params_lib
 from m1_jax.checkpoints import format as format_lib
 from m1_jax.checkpoints import save as save_lib
@@ -29,10 +28,9 @@ from train.rl.config import (
     UpdateConfig,
 )
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
-MODEL = dataclasses.replace(
-    ModelConfig.tiny(), layer_types=("lightning", "softmax"), hidden_size=32, intermediate_size=32
-)
+# Fixtures.
+compilation_cache = training_run_support.compilation_cache
+
 LETTERS = ("function", 1.0, (("path", "letters_reward:reward"),))
 SUMS = TaskSource("sums", "demo/data/sums.jsonl")
 ENGINE = (
@@ -64,19 +62,6 @@ def _here(monkeypatch):
     monkeypatch.setattr(rl_loop, "make_layouts", alone)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _cache(tmp_path_factory):
-    """Compile each program once for all tests, and leave the setting as it was."""
-    before = jax.config.jax_compilation_cache_dir
-    Cache.directory = str(tmp_path_factory.mktemp("xla"))
-    yield
-    jax.config.update("jax_compilation_cache_dir", before)
-
-
-class Cache:
-    directory = ""
-
-
 def _config(start, rollout_fields=(), **kwargs):
     fields = {
         "groups": 4,
@@ -99,14 +84,9 @@ def _config(start, rollout_fields=(), **kwargs):
     return RlConfig(checkpoint=start, **given | kwargs)
 
 
-def _lines(workdir, kind="train", name=metrics.METRICS_FILE):
-    records = [json.loads(line) for line in (workdir / name).read_text().splitlines()]
-    return [r for r in records if r.get("kind", kind) == kind]
-
-
 def _told(workdir):
     """Return what must not depend on when a run was stopped: all but times."""
-    lines = _lines(workdir)
+    lines = read_metrics(workdir)
     return [{k: v for k, v in one.items() if not k.endswith("_secs")} for one in lines]
 
 
@@ -143,7 +123,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_bit(start, tmp_path, monkeypatch,
                     rl_loop.run_rl_training(config, parts)
     assert rl_loop.run_rl_training(None, parts).step == 4  # the workdir is all it needs
     assert _told(whole) == _told(parts)
-    samples = [_lines(path, name=metrics.SAMPLES_FILE) for path in (whole, parts)]
+    samples = [read_metrics(path, name=metrics.SAMPLES_FILE) for path in (whole, parts)]
     assert samples[0] == samples[1]
     assert _end(whole, config) == _end(parts, config)
     if fields:
@@ -178,7 +158,7 @@ def test_metrics_of_a_batch(start, tmp_path):
         start, batches=1, evaluation=RlEvaluationConfig((SUMS,), every_batches=1, temperature=1.0)
     )
     rl_loop.run_rl_training(config, tmp_path)
-    (told,) = _lines(tmp_path)
+    (told,) = read_metrics(tmp_path)
     assert told["logp_gap_max"] <= 1e-5  # sampler against trainer
     assert told["pearson"] > 0.9999
     assert told["updates"] == 2
@@ -187,7 +167,7 @@ def test_metrics_of_a_batch(start, tmp_path):
     assert sum(told[name] for name in parts) == pytest.approx(told["batch_secs"])
     assert 0 <= told["ppo_drop"] <= 1
     assert told["entropy"] > 0
-    evaluated = _lines(tmp_path, "eval")
+    evaluated = read_metrics(tmp_path, "eval")
     number = len((ROOT / SUMS.path).read_text().splitlines())
     found = [(one["step"], one["version"], one["samples"]) for one in evaluated]
     assert found == [(0, 0, number), (1, 1, number)]
@@ -204,11 +184,11 @@ def test_an_evaluation_that_was_stopped_is_made_up_for(start, tmp_path, monkeypa
     with monkeypatch.context() as patch:
         patch.setattr(rl_loop.RlSession, "_evaluate", stopped)
         assert rl_loop.run_rl_training(config, tmp_path).stopped_by == signal.SIGTERM
-    assert [one["step"] for one in _lines(tmp_path, "eval")] == [0]
+    assert [one["step"] for one in read_metrics(tmp_path, "eval")] == [0]
     for _ in range(2):  # made up for once
         assert rl_loop.run_rl_training(None, tmp_path).step == 1
-        assert [one["step"] for one in _lines(tmp_path, "eval")] == [0, 1]
-    (told,) = _lines(tmp_path, "event")
+        assert [one["step"] for one in read_metrics(tmp_path, "eval")] == [0, 1]
+    (told,) = read_metrics(tmp_path, "event")
     assert "token-mean" in told["objective"]
 
 
@@ -220,7 +200,7 @@ def test_on_meshes_as_on_one_device(start, tmp_path):
     mesh = (("fsdp", 4), ("expert", 2))
     over = _config(start, **rows, mesh=mesh, serving_mesh=(("expert", 2), ("data", 4)))
     rl_loop.run_rl_training(over, tmp_path / "mesh")
-    (one,), (other,) = _lines(tmp_path / "alone"), _lines(tmp_path / "mesh")
+    (one,), (other,) = read_metrics(tmp_path / "alone"), read_metrics(tmp_path / "mesh")
     assert one["tokens_trained"] == other["tokens_trained"]
     for name in ("loss", "grad_norm", "entropy", "reward_mean", "pearson"):
         assert one[name] == pytest.approx(other[name], rel=1e-4, abs=1e-6), name
@@ -244,6 +224,6 @@ def test_other_objectives_run(start, tmp_path, name):
     if name == "reinforce_pp":
         objective = dataclasses.replace(objective, reward_kl_coef=0.01)
     rl_loop.run_rl_training(_config(start, batches=1, objective=objective), tmp_path)
-    (told,) = _lines(tmp_path)
+    (told,) = read_metrics(tmp_path)
     assert told["skipped"] == 0
     assert told["k3_ref"] >= 0

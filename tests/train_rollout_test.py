@@ -8,13 +8,16 @@ import types
 import jax
 import jax.numpy as jnp
 import pytest
+import tokenizer_support
 
 from infer import config as engine_config
-from m1_jax import ModelConfig, testing
+from m1_jax import ModelConfig
 from m1_jax import params as params_lib
-from m1_jax import tokenizer as tokenizer_lib
 from train.rl import rollout, sample_json
 from train.rl import sample as sample_lib
+
+# Fixtures.
+tokenizer = tokenizer_support.tokenizer
 
 CONFIG = dataclasses.replace(
     ModelConfig.tiny(),
@@ -30,12 +33,6 @@ SIZES = rollout.make_engine_config(
 PROMPT = tuple(range(7, 30))
 LENGTH = 21
 TASK = sample_lib.Task("t", (), "s")
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    directory = testing.write_tiny_tokenizer(tmp_path_factory.mktemp("tokenizer"))
-    return tokenizer_lib.Tokenizer.load(directory)
 
 
 @pytest.fixture(scope="module")

@@ -7,28 +7,11 @@ import random
 from typing import ClassVar
 
 import fsspec
-import pyarrow
-import pyarrow.parquet
 import pytest
-from array_record.python import array_record_module
+import records_support
 from fsspec.implementations import memory
 
 from train.data import records as records_lib
-
-
-def write_jsonl(path, records):
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
-
-
-def write_array_record(path, records):
-    writer = array_record_module.ArrayRecordWriter(str(path), "group_size:1")
-    for record in records:
-        writer.write(json.dumps(record).encode())
-    writer.close()
-
-
-def write_parquet(path, records, rows=7):
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), path, row_group_size=rows)
 
 
 @pytest.mark.parametrize(
@@ -55,9 +38,9 @@ def test_no_file_is_an_error(tmp_path):
 
 def test_records_of_all_formats_are_the_same(tmp_path):
     records = [{"text": f"number {i}"} for i in range(20)]
-    write_jsonl(tmp_path / "a.jsonl", records[:9])
-    write_array_record(tmp_path / "b.arrayrecord", records[9:13])
-    write_parquet(tmp_path / "c.parquet", records[13:], rows=1)
+    records_support.write_jsonl(tmp_path / "a.jsonl", records[:9])
+    records_support.write_array_record(tmp_path / "b.arrayrecord", records[9:13])
+    records_support.write_parquet(tmp_path / "c.parquet", records[13:], rows=1)
     found = pickle.loads(pickle.dumps(records_lib.RecordFiles("s", str(tmp_path))))
     assert len(found) == 20
     for i in random.Random(0).sample(range(20), 20):
@@ -71,7 +54,7 @@ def test_parquet_adds_no_keys_to_conversations(tmp_path):
     call = {"name": "f", "arguments": {"a": 1}}
     tools = [{"name": "f", "parameters": {"a": 1}}, {"name": "g", "parameters": {"b": {"c": 2}}}]
     turns = [{"role": "user", "content": "?"}, {"role": "assistant", "tool_calls": [call]}]
-    write_parquet(tmp_path / "a.parquet", [{"messages": turns, "tools": tools}])
+    records_support.write_parquet(tmp_path / "a.parquet", [{"messages": turns, "tools": tools}])
     found = records_lib.RecordFiles("s", str(tmp_path / "a.parquet"))
     record = found.read(0)
     assert (record["messages"], record["tools"]) == (turns, tools)
@@ -80,7 +63,9 @@ def test_parquet_adds_no_keys_to_conversations(tmp_path):
 
 def test_parquet_may_hold_conversations_as_strings(tmp_path):
     record = {"messages": [{"role": "user", "content": "a"}]}
-    write_parquet(tmp_path / "a.parquet", [{"messages": json.dumps(record["messages"])}])
+    records_support.write_parquet(
+        tmp_path / "a.parquet", [{"messages": json.dumps(record["messages"])}]
+    )
     found = records_lib.RecordFiles("s", str(tmp_path / "a.parquet"))
     assert found.read(0) == record
     found.close()
@@ -100,8 +85,8 @@ class _Bucket(memory.MemoryFileSystem):
 
 def test_files_in_a_bucket(tmp_path, monkeypatch):
     monkeypatch.setattr(fsspec, "filesystem", lambda *_, **__: _Bucket())
-    write_jsonl(tmp_path / "a.jsonl", [{"text": "a"}, {"text": "b"}])
-    write_parquet(tmp_path / "b.parquet", [{"text": "c"}])
+    records_support.write_jsonl(tmp_path / "a.jsonl", [{"text": "a"}, {"text": "b"}])
+    records_support.write_parquet(tmp_path / "b.parquet", [{"text": "c"}])
     for folder, name in (("one", "a.jsonl"), ("two", "b.parquet")):
         _Bucket().pipe(f"gs://bucket/{folder}/{name}", (tmp_path / name).read_bytes())
     records = records_lib.RecordFiles("s", "gs://bucket/*/*")
@@ -114,7 +99,7 @@ def test_files_in_a_bucket(tmp_path, monkeypatch):
 def test_few_files_are_open_at_once(tmp_path, monkeypatch):
     monkeypatch.setattr(records_lib, "_MAX_OPEN_FILES", 2)
     for i in range(5):
-        write_jsonl(tmp_path / f"{i}.jsonl", [{"text": str(i)}])
+        records_support.write_jsonl(tmp_path / f"{i}.jsonl", [{"text": str(i)}])
     records = records_lib.RecordFiles("s", str(tmp_path))
     before = len(os.listdir("/proc/self/fd")) if os.path.exists("/proc/self/fd") else None
     assert [records.read(i)["text"] for i in (0, 1, 2, 3, 4, 0)] == list("012340")

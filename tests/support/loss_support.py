@@ -1,10 +1,14 @@
-"""Terms of the policy loss for tests of it: one sample a row, in float64."""
+"""Terms of the policy loss for tests of it: one sample a row, in float64.
+
+A test module takes the fixture by assignment: `double = loss_support.double`.
+"""
 
 import dataclasses
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from train.rl import loss, objective
 from train.rl import metrics as rl_metrics
@@ -12,7 +16,15 @@ from train.rl import metrics as rl_metrics
 CISPO = objective.PRESETS["cispo"]
 
 
+@pytest.fixture(autouse=True)
+def double():
+    """Compute in float64."""
+    with jax.enable_x64(True):
+        yield
+
+
 def near(got, wanted, tolerance=1e-6):
+    """Assert that arrays are equal to an absolute tolerance."""
     np.testing.assert_allclose(np.asarray(got), wanted, rtol=0, atol=tolerance)
 
 
