@@ -52,6 +52,7 @@ class CurriculumConfig:
 
     def weights_at(self, step: int) -> dict[str, float]:
         """Return each source's weight at a step. They sum up to 1."""
+        # The first point after `step`. The one before it exists, as the points begin at step 0.
         next_point = bisect.bisect_right([point_step for point_step, _ in self.weights], step)
         first_step, first_weights = self.weights[next_point - 1]
         # After the last point both ends are the last point, and `share` is 0.
@@ -96,6 +97,7 @@ class TaskDraws:
         state = state or {}
         self._config, self._sizes = config, dict(sizes)
         self._num_draws: int = state.get("number", 0)
+        # A source that the saved state does not know begins at its first task.
         self._num_draws_by_source: dict[str, int] = dict.fromkeys(config.sources, 0) | state.get(
             "read", {}
         )
@@ -103,6 +105,7 @@ class TaskDraws:
     def draw_task(self, step: int) -> tuple[str, int]:
         """Return the source and the index of the next task, for the batch of number `step`."""
         name = self._draw_source(step)
+        # A source's n-th draw is the n-th task of its shuffled epochs, one after another.
         epoch, position = divmod(self._num_draws_by_source[name], self._sizes[name])
         self._num_draws += 1
         self._num_draws_by_source[name] += 1

@@ -60,6 +60,7 @@ class HeldOutEvaluator:
             version: of the weights.
             reward: mean over all samples with a reward, NaN if there is none.
         """
+        # Process 0 runs the episodes, and the others follow its engine until it dismisses them.
         if jax.process_index():
             self._sampler.follow()
             return None
@@ -70,7 +71,7 @@ class HeldOutEvaluator:
             # A sample is scored while the others are still drawn.
             future = None if self._rewards is None else self._rewards.submit([sample])
             finished.append((key[0], sample, future))
-            return ()
+            return ()  # no more episodes than those of `_episode_jobs`
 
         try:
             self._sampler.run(
@@ -94,6 +95,7 @@ class HeldOutEvaluator:
             "failed": len(finished) - num_scored,
             "version": weight_version,
         }
+        # A mean over samples, not over sources: a large source weighs more.
         all_rewards = [reward for values in rewards.values() for reward in values]
         metrics["reward"] = float(np.mean(all_rewards or [math.nan]))
         return metrics
@@ -103,5 +105,6 @@ class HeldOutEvaluator:
             for task_index in range(len(tasks)):
                 for n in range(self._config.evaluation.samples):
                     episode = self._make_episode(tasks[task_index], window_tokens)
+                    # Tasks of one index in two sources share a seed, but their prompts differ.
                     seed = groups.sample_seed(self._config.seed, task_index, n)
                     yield rollout.EpisodeJob((source, task_index, n), episode, seed)

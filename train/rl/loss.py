@@ -154,13 +154,14 @@ def compute_loss(
     _check_terms(objective, terms)
     terms = _clean_terms(terms)
     ratio = _importance_ratios(objective, terms)
+    # The gradient of l is that of logp alone, as r, w, M and rho are all stopped.
     weight = jnp.ones_like(ratio)
     if objective.weighted:
         weight = jnp.clip(ratio, objective.is_weight_min, objective.is_weight_max)
     clip_mask = _compute_clip_mask(objective, ratio, terms.advantages)
     rho, keep_mask = _rho_and_keep_mask(objective, terms)
     scale = jnp.where(clip_mask & keep_mask, rho, 0.0)
-    # The gradient is that of logp alone: r, w, M and rho are constants of it.
+    # A rejected token gets 0 here, and still counts in the denominators of c.
     policy = -weight * terms.advantages * terms.logp * scale
     # Logged, not trained on. The minimum itself drops what M drops, so `scale` is not its factor.
     ppo = _minimum_form(objective, ratio, terms.advantages) * jnp.where(keep_mask, rho, 0.0)
@@ -269,6 +270,7 @@ def _rho_and_keep_mask(
     objective: objective_lib.Objective, terms: TokenTerms
 ) -> tuple[Float[Array, "B T"], Bool[Array, "B T"]]:
     """Return rho, and whether the correction and the off-policy mask keep the token."""
+    # Tokens that the model did not write are never kept.
     rho, keep_mask = jnp.ones_like(terms.logp_old), terms.mask > 0
     if objective.correction is not None:
         rho, not_rejected = rollout_correction_lib.correction_weights(

@@ -93,6 +93,8 @@ def accumulate_gradients(
     grads, metrics = gradients(trained)
     # Without this XLA may keep whole gradients on each device.
     grads = step_lib.constrain_shardings(grads)
+    # With and without `sums` are two compiled programs. Adding to zeros would need only one, but
+    # also another copy of the gradients.
     if sums is None:
         return grads, metrics
     return jax.tree.map(jnp.add, sums[0], grads), rl_metrics.add_metrics(sums[1], metrics)
@@ -140,8 +142,10 @@ def _loss_and_metrics(
     )
     loss, parts = loss_lib.compute_loss(settings.objective, terms)
     metrics = rl_metrics.loss_metrics(parts)
+    # All tokens of the rows count here, prompts too: the routers see them all.
     balance = moe.balance_loss(stats) * token_share
     metrics["shares"]["balance_loss"] = balance
+    # Counted by token id, because M1 argues that PPO drops rare tokens such as "However".
     drops = rl_metrics.count_drops_by_token(
         rows.targets, parts.ratio, rows.advantages, rows.mask, model.config.vocab_size
     )
@@ -177,6 +181,7 @@ def apply_update(
         second_moment/zero: share of AdamW's second moments that are 0.
       M1 3.2 looks at these two.
     """
+    # Measured here, because the optimizer clips the gradients by their norm.
     shares = {f"gradient/{name}": x for name, x in rl_metrics.gradient_shares(grads).items()}
     state, metrics = step_lib.apply_gradients(state, grads, settings.optimizer)
     # optax nests the states of its transformations. AdamW's is found by its class.

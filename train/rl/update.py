@@ -185,7 +185,7 @@ class PolicyUpdater:
             self._config.update.row_tokens or self._config.rollout.max_sample_tokens,
             self._expert_ids_shape,
         )
-        # Known before any forward pass: they depend on masks alone, and on the whole minibatch's.
+        # The coefficients need the masks of the whole step, and nothing that a model computes.
         lengths = np.array([sum(s.sample.mask) for s in valid])
         group_ids = np.array([s.group_id for s in valid])
         coefficients = loss_lib.token_coefficients(
@@ -197,6 +197,7 @@ class PolicyUpdater:
     def _fill_logprobs(self, model: model_lib.MiniMaxM1, minibatches: list[_Minibatch]) -> float:
         """Write the trainer's log-probabilities into the rows, and return the mean entropy."""
         scores, temperature = [], self._settings.temperature
+        # `HostRows` are filled in place, so a later loop over the minibatches finds the scores.
         for host_rows in (rows for m in minibatches for rows in m.packed.microbatches):
             rows = rl_batch.device_put_rows(host_rows, self._layout)
             logp, entropy = rl_step.score_logprobs(model, rows, temperature)
@@ -223,6 +224,7 @@ class PolicyUpdater:
         number, or one a token where returns or rewards of turns make its tokens differ.
         """
         objective = self._config.objective
+        # A sample without a reward is not valid, so its 0 counts nowhere.
         rewards = [0.0 if s.sample.reward is None else s.sample.reward for s in samples]
         group_ids = [s.group_id for s in samples]
         valid = [s.sample.valid for s in samples]
@@ -254,6 +256,7 @@ class PolicyUpdater:
     ) -> tuple[step_lib.TrainState, _UpdateMetrics]:
         """Make one optimizer step. Its metrics stay on the devices, so nothing waits for it."""
         weight_mean, sums = self._weight_mean(packed), None
+        # All tokens, prompts too: these shares weigh the routers' balance loss.
         num_tokens = [float(np.sum(rows.segment_ids > 0)) for rows in packed.microbatches]
         for host_rows, row_tokens in zip(packed.microbatches, num_tokens, strict=True):
             rows = rl_batch.device_put_rows(host_rows, self._layout)
@@ -262,7 +265,7 @@ class PolicyUpdater:
             sums = rl_step.accumulate_gradients(
                 sums, state.model, rows, token_share, weight_mean, self._settings
             )
-        assert sums is not None
+        assert sums is not None, "a minibatch has a valid sample, and so a microbatch"
         grads, metric_sums = sums
         state, step_metrics = rl_step.apply_update(state, grads, self._settings)
         return state, _UpdateMetrics(metric_sums, step_metrics)
@@ -275,7 +278,7 @@ class PolicyUpdater:
         correction = self._config.objective.correction
         if correction is None or not correction.normalise:
             return None
-        totals = np.zeros(2)
+        totals = np.zeros(2)  # of weights, and number of tokens
         for rows in packed.microbatches:
             mask = jnp.asarray(rows.mask)
             weight, _ = rollout_correction.correction_weights(
