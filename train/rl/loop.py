@@ -311,7 +311,9 @@ class RlSession:
     def _train_on_batch(self, batch: groups.GenerationBatch, start_secs: float) -> None:
         """Update the weights, sync them to the sampler, and log the batch.
 
-        start_secs: time at which the batch began.
+        Args:
+          batch: the sampled and scored batch.
+          start_secs: clock's time at which its sampling began.
         """
         # The old state is donated: there is nothing to save until the batch is over.
         self.state, values = self.updater(
@@ -320,7 +322,8 @@ class RlSession:
         sync_start_secs = time.perf_counter()
         self.weight_version += 1
         self.sampler.update_weights(self.weight_sync(self.state.model), self.weight_version)
-        # Dispatch is asynchronous: without this wait the time would count as the next batch's.
+        # Dispatch is asynchronous: without this wait the time would count as the next batch's. The
+        # sampler swaps its weights in the next `run`.
         jax.block_until_ready(jax.tree.leaves(self.state.model))
         values |= {"resharding_secs": time.perf_counter() - sync_start_secs}
         self.batch_number += 1
@@ -333,6 +336,7 @@ class RlSession:
     def _log_batch(self, batch: groups.GenerationBatch, values: dict, batch_secs: float) -> None:
         self.writer.advance(self.batch_number)
         record = batch.metrics | values
+        # No part twice: scoring_secs is a part of waiting_secs, and scoring_forward_secs of training.
         timed = ("sampling_secs", "waiting_secs", "training_secs", "resharding_secs")
         record["batch_secs"] = batch_secs
         record["other_secs"] = batch_secs - sum(record.get(name, 0.0) for name in timed)
