@@ -116,6 +116,39 @@ def _wrong_shape(directory):
     _edit_header(_shards(directory)[2], lambda h: h["lm_head.weight"].update(shape=[64, 512]))
 
 
+def _set_head_shape(shape):
+    """Dimensions that Python would take for those of the tensor, which has [512, 64]."""
+
+    def edit(directory):
+        _edit_header(_shards(directory)[2], lambda h: h["lm_head.weight"].update(shape=shape))
+
+    return edit
+
+
+def _metadata_is_no_map_of_strings(directory):
+    _edit_header(_shards(directory)[0], lambda header: header.update(__metadata__={"format": 1}))
+
+
+def _repeat_key(key):
+    """Name a key twice in the JSON of a header, which Python's own parser accepts."""
+
+    def edit(directory):
+        shard = _shards(directory)[2]
+        raw = shard.read_bytes()
+        length = int.from_bytes(raw[:8], "little")
+        header = raw[8 : 8 + length].decode()
+        tensor = "lm_head.weight"
+        if key == tensor:
+            pair, begin = f'"{tensor}": {json.dumps(json.loads(header)[tensor])}', 0
+        else:
+            pair, begin = '"dtype": "BF16"', header.index(f'"{tensor}"')
+        first = header.index("{", begin)
+        header = f"{header[: first + 1]}{pair}, {header[first + 1 :]}"
+        shard.write_bytes(len(header).to_bytes(8, "little") + header.encode() + raw[8 + length :])
+
+    return edit
+
+
 def _mixed_dtypes(directory):
     hf = testing.tiny_config(**convert_support.SMALL_CONFIG)
     tensors = testing.random_tensors(hf)
@@ -193,6 +226,13 @@ _SOURCE_ERRORS = [
     (_header_is_a_list, ["model-00000-of-00003", "damaged safetensors header", "Download"]),
     (_header_of_the_wrong_kind, ["model-00000-of-00003", "damaged safetensors header"]),
     (_gap, ["model-00000-of-00003", "damaged safetensors header", "wanted", "Download"]),
+    (_set_head_shape([512.0, 64]), ["model-00002-of-00003", "lm_head.weight", "512.0", "integers"]),
+    (_set_head_shape([True, 512, 64]), ["lm_head.weight", "True", "integers", "Download"]),
+    (_set_head_shape([-512, -64]), ["lm_head.weight", "-512", "integers", "Download"]),
+    (_set_head_shape([2**62, 64]), ["lm_head.weight", "takes", "but its range has", "Download"]),
+    (_metadata_is_no_map_of_strings, ["model-00000-of-00003", "map of strings", "Download"]),
+    (_repeat_key("lm_head.weight"), ["model-00002-of-00003", "lm_head.weight", "twice"]),
+    (_repeat_key("dtype"), ["model-00002-of-00003", "dtype", "twice", "Download"]),
     (_wrong_dtype, ["model-00002-of-00003", "lm_head.weight", "F32", "takes", "has"]),
     (_unknown_dtype, ["lm_head.weight", "F8_E4M3", "wanted one of F32, F16, BF16"]),
     (_wrong_shape, ["lm_head.weight", "[64, 512]", "asks for [512, 64]", "config.json"]),
