@@ -15,7 +15,7 @@ from training_run_support import MODEL, ROOT, Cache, read_metrics
 
 from m1_jax import configlib
 from m1_jax import params as params_lib
-from train import checkpoints, loop, metrics, optim, sft, step, workdir
+from train import checkpoints, loop, metrics, optim, run_setup, sft, step, workdir
 from train.config import (
     DataConfig,
     DataSource,
@@ -37,9 +37,9 @@ ROWS, LENGTH = 8, 32
 def _here(monkeypatch):
     """Run in the checkout; on one device, but for stages that name a mesh."""
     monkeypatch.chdir(ROOT)
-    real = loop._make_stage_layout
+    real = run_setup.make_stage_layout
     alone = lambda stage, config: real(stage, config) if stage.mesh else None  # noqa: E731
-    monkeypatch.setattr(loop, "_make_stage_layout", alone)
+    monkeypatch.setattr(run_setup, "make_stage_layout", alone)
 
 
 def _stage(steps, length=LENGTH, rows=ROWS, **kwargs):

@@ -1,7 +1,10 @@
-"""Command: a run's checkpoint as a converted directory, LoRA adapters merged; RL runs too.
+"""Command: write the model of a run's checkpoint as a converted directory.
 
-python -m train.export --workdir=RUN --dst=DIR [--step=N] [--dtype=bfloat16]
-python -m m1_jax.convert --to=hf --src=DIR --dst=RELEASE_DIR
+    python -m train.export --workdir=RUN --dst=DIR [--step=N] [--dtype=bfloat16]
+    python -m m1_jax.convert --to=hf --src=DIR --dst=RELEASE_DIR
+
+The run may be one of pretraining, fine-tuning or reinforcement learning. LoRA adapters are merged.
+The second command makes a directory in the release's format of the first one's result.
 """
 
 import json
@@ -15,7 +18,7 @@ from absl import app, flags, logging
 
 from m1_jax.checkpoints import format as format_lib
 from m1_jax.checkpoints import save as save_lib
-from train import checkpoints, loop, lora, run_model
+from train import checkpoints, loop, lora, run_model, run_setup
 from train import step as step_lib
 from train import workdir as workdir_lib
 from train.rl import config as rl_config
@@ -25,12 +28,19 @@ RestoreState = Callable[[checkpoints.CheckpointStore, int], step_lib.TrainState]
 
 
 def run(workdir, dst, step: int | None = None, dtype: str = "") -> pathlib.Path:
-    """Write the model of a run's checkpoint, by default the newest, to the new directory `dst`.
+    """Write the model of a run's checkpoint.
 
-    dtype: of the parameters on disk; empty takes that of the computation. Routers stay float32.
+    Args:
+      workdir: directory of the run.
+      dst: the directory to make.
+      step: of the checkpoint. None takes the newest.
+      dtype: of the parameters on disk. Empty takes that of the computation. Routers stay float32.
+
+    Returns:
+      The path of `dst`.
 
     Raises:
-      ResumeError: a directory without a run, or without this checkpoint.
+      ResumeError: the directory has no run, or the run has no such checkpoint.
       FileExistsError: `dst` exists.
     """
     config, restore_state = _open_run(pathlib.Path(workdir))
@@ -44,18 +54,19 @@ def run(workdir, dst, step: int | None = None, dtype: str = "") -> pathlib.Path:
     save_lib.save(
         lora.merge_adapters(state.model), dst, config.checkpoint or None, jnp.dtype(dtype)
     )
+    # `save` copies the small files of the first checkpoint. A run from random weights has none.
     if not config.checkpoint:
         format_lib.copy_small_files(pathlib.Path(config.tokenizer), pathlib.Path(dst))
     return pathlib.Path(dst)
 
 
 def _open_run(workdir: pathlib.Path) -> tuple[Any, RestoreState]:
-    """Return the config of a directory's run, and what restores the run's states."""
+    """Return the config of a directory's run, and the function that restores its states."""
     file = workdir / workdir_lib.CONFIG_FILE
     # Only the config of an RL run has a field `rollout`.
     if file.exists() and "rollout" in json.loads(file.read_text()):
         return _open_rl_run(rl_loop.resolve_rl_config(None, workdir))
-    setup = loop.make_train_setup(loop.resolve_train_config(None, workdir))
+    setup = run_setup.make_train_setup(loop.resolve_train_config(None, workdir))
     return setup.config, setup.restore_state
 
 
@@ -80,8 +91,10 @@ def main(argv) -> None:
 def cli() -> None:
     flags.DEFINE_string("workdir", None, "Directory of the run.", required=True)
     flags.DEFINE_string("dst", None, "New directory.", required=True)
-    flags.DEFINE_integer("step", None, "Of the checkpoint; by default the newest.")
-    flags.DEFINE_enum("dtype", "", ["", "bfloat16", "float32"], "On disk; empty: the run's.")
+    flags.DEFINE_integer("step", None, "Step of the checkpoint. The default is the newest.")
+    flags.DEFINE_enum(
+        "dtype", "", ["", "bfloat16", "float32"], "Of parameters on disk. Empty is the run's."
+    )
     app.run(main)
 
 
