@@ -12,7 +12,7 @@ from m1_jax import state as state_lib
 
 
 class SoftmaxAttention(nnx.Module):
-    """o = out(softmax(rope(q) rope(k)^T / sqrt(H)) v); softmax in float32."""
+    """o = out(softmax(rope(q) rope(k)^T / sqrt(H)) v), with a float32 softmax."""
 
     def __init__(self, config: config_lib.ModelConfig, rngs: nnx.Rngs, *, param_dtype):
         embed, size = config.hidden_size, config.head_dim
@@ -31,12 +31,19 @@ class SoftmaxAttention(nnx.Module):
         positions: Int[Array, "#B T"],
         segment_ids: Int[Array, "B T"] | None,
     ) -> Float[Array, "B T D"]:
-        """Attend to the earlier tokens of the same document (`documents`: 0 is padding)."""
+        """Attend from each token to itself and the earlier tokens of its document.
+
+        Args:
+          positions: positions for RoPE.
+          segment_ids: number of each token's document, 0 for padding. None: one document a row.
+        """
         q, k, v = self._project_qkv(h, positions)
-        place = _local_positions(h.shape[1])
+        # What comes before what is decided by the index in the row. `positions` start again in
+        # every document, and a caller may choose them freely.
+        index = _local_positions(h.shape[1])
         k, v = (jnp.moveaxis(x, 2, 1) for x in (k, v))
         return self._project_heads(
-            ring_attention.causal_attention(q, k, v, place, place, segment_ids, segment_ids)
+            ring_attention.causal_attention(q, k, v, index, index, segment_ids, segment_ids)
         )
 
     def extend(
@@ -47,45 +54,54 @@ class SoftmaxAttention(nnx.Module):
         stack_index: tuple[Int[Array, ""] | int, ...],
         length_sharded: bool = False,
     ) -> tuple[Float[Array, "B T D"], state_lib.KVCache]:
-        """Append to the cache of the layer at `place` (repeat, number), then attend to all of it.
+        """Append to the cache of one layer, then attend to all of it.
 
-        A place at or past the cache's end is not written: that is how padding is left out.
-        split: whether the context axis, where there is one, splits the tokens; it always splits
-        the cache.
+        A position at or past the cache's end is not written. That leaves padding out.
+
+        Args:
+          positions: position of each token in its sequence, for RoPE and in the cache.
+          cache: cache of all layers of the group.
+          stack_index: where the layer lies in it: (repeat, number in the group).
+          length_sharded: whether the context axis, where there is one, splits the tokens. It always
+            splits the cache.
         """
         q, k, v = self._project_qkv(h, positions)
         rows = jnp.arange(h.shape[0], dtype=jnp.int32).reshape(-1, 1)
-        key_places = _local_positions(cache.max_length)
-        # Where devices split the length, each writes what falls into its part of the cache.
+        key_positions = _local_positions(cache.max_length)
+        # Each device writes the tokens that fall into its part of the cache, so it needs them all.
         targets = positions
         if length_sharded:
             k, v, targets = (collectives.all_gather(x, "length", 1) for x in (k, v, positions))
-        targets = targets - key_places[:, :1]
+        targets = targets - key_positions[:, :1]
+        # A negative index would count from the end. One past the end is dropped.
         targets = jnp.where(targets < 0, cache.max_length, targets)
 
-        def write(buffer, new):
+        def write(buffer, rows_of_tokens):
             return buffer.at[(*stack_index, rows, slice(None), targets)].set(
-                new.astype(buffer.dtype), mode="drop"
+                rows_of_tokens.astype(buffer.dtype), mode="drop"
             )
 
         cache = state_lib.KVCache(write(cache.keys, k), write(cache.values, v))
         keys, values = (x[stack_index].astype(h.dtype) for x in (cache.keys, cache.values))
+        # Few queries (decoding) are on every device, and then only the keys are split.
         attend = (
             ring_attention.causal_attention
             if length_sharded or collectives.axis_size("length") == 1
             else ring_attention.sharded_key_attention
         )
-        return self._project_heads(attend(q, keys, values, positions, key_places)), cache
+        return self._project_heads(attend(q, keys, values, positions, key_positions)), cache
 
     def project_inputs(self, h: Float[Array, "M D"], positions: Int[Array, "M"]):
         """Return rotated queries, rotated keys and values of rows [M, heads, H]."""
         return tuple(x[0] for x in self._project_qkv(h[None], positions[None]))
 
     def project_output(self, h, o: Float[Array, "M N H"]) -> Float[Array, "M D"]:
-        """Return the block's output, given what attention made of `inputs`."""
+        """Return the block's output, given the attention output `o`."""
         return self._project_heads(o[None])[0]
 
     def _project_qkv(self, h, positions):
+        """Return rotated queries, rotated keys, and values, [B, T, heads, H] each."""
+
         def heads(x):
             return x.reshape(*h.shape[:2], -1, self.head_dim)
 
@@ -102,6 +118,6 @@ class SoftmaxAttention(nnx.Module):
 
 
 def _local_positions(length: int) -> Int[Array, "1 T"]:
-    """Return the places in the row of this device's tokens."""
+    """Return the positions in the row of this device's tokens."""
     start = collectives.axis_index("length") * length
     return (start + jnp.arange(length, dtype=jnp.int32)).reshape(1, -1)

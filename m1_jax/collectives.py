@@ -1,7 +1,7 @@
 """Collectives by logical axis: `jax.lax`'s own, over the mesh axes that split a logical axis.
 
 They work inside of `sharding.run_sharded`, where every mesh axis is manual. Outside of it, and over
-axes of one device, they return their argument: the same model code runs on one device.
+axes of one device, they return their argument. The same model code therefore runs on one device.
 """
 
 import math
@@ -15,6 +15,7 @@ from m1_jax import sharding
 
 def mesh_axes(logical: str) -> tuple[str, ...]:
     """Return the mesh axes, of more than one device each, that split this logical axis."""
+    # The mesh of the `shard_map` that is being traced. Outside of one it has no manual axes.
     mesh = jax.sharding.get_abstract_mesh()
     return tuple(
         axis
@@ -42,7 +43,7 @@ def psum(x: Shaped[Array, "..."], logical: str) -> Shaped[Array, "..."]:
 
 
 def pmax(x: Shaped[Array, "..."], logical: str) -> Shaped[Array, "..."]:
-    """Take the largest of the devices' values; not differentiable."""
+    """Take the largest of the devices' values. It has no gradient."""
     axes = mesh_axes(logical)
     return jax.lax.pmax(x, axes) if axes else x
 
@@ -100,11 +101,11 @@ def permute_zigzag(
     num_devices = axis_size(logical)
     halves = []
     # Device d holds halves 2 d and 2 d + 1. Half h < P belongs to device h, any other to
-    # 2 P - 1 - h, so among all first halves (and among all second ones) no two go to one device:
+    # 2 P - 1 - h. Among all first halves no two go to one device, nor among all second halves, so
     # two permutations do it.
-    for number, half in enumerate(jnp.split(x, 2, axis=dim)):
+    for parity, half in enumerate(jnp.split(x, 2, axis=dim)):
         moves = [
-            (d, min(2 * d + number, 2 * num_devices - 1 - (2 * d + number)))
+            (d, min(2 * d + parity, 2 * num_devices - 1 - (2 * d + parity)))
             for d in range(num_devices)
         ]
         if inverse:

@@ -1,4 +1,7 @@
-"""Running each expert on its own rows, by the best way of each backend."""
+"""Running each expert on its own rows, in the way that is fastest on each backend.
+
+M rows of size D are sorted by expert. An expert has F hidden units.
+"""
 
 import functools
 
@@ -8,12 +11,14 @@ from jaxtyping import Array, Float, Int
 
 from m1_jax import quantize
 
-# Rows per CPU matmul: big tiles first, small ones for what is left. Each costs compile time.
+# Rows per CPU matmul: big tiles first, small ones for the remaining rows. A loop over tiles of each
+# size is compiled, so there are few sizes.
 ROW_TILES, FEW_ROWS_TILES = (256, 32), (16, 4)
-# Set (`with fixed_tile(rows)`), every CPU matmul has that many rows, or twice and half as many
-# where that is known to change nothing: a row's numbers then do not depend on how many others its
-# expert has. XLA:CPU gives a row the same bits in any product of 2 to 32 rows; 1 row, or 64 and
-# more, take other ways (tests/m1_jax_tiles_test.py).
+# The batch-invariant tile. Inside of `with matmul_tile(rows)`, every CPU matmul has that many rows,
+# or twice and half as many where that is known to change nothing. A row's numbers then do not
+# depend on how many other rows its expert has. XLA:CPU gives a row the same bits in any product of
+# 2 to 32 rows. Products of 1 row, or of 64 and more, are computed in other ways
+# (tests/m1_jax_tiles_test.py).
 matmul_tile = jax.make_user_context(0)
 
 
@@ -28,11 +33,13 @@ def grouped_mlp(
 ) -> Float[Array, "M D"]:
     """Return w down_e(silu(gate_e x) * up_e x), rows sorted by expert e, group_sizes[e] rows each.
 
-    Rows past the last group come out as anything, and have no gradient for the experts. A row's
-    float32 weight is applied before `down`, where its gradient needs no output. TPU and GPU run
-    `jax.lax.ragged_dot`; on CPU that costs a dense product with every expert (13x slower measured
-    at 8 experts), so a loop over tiles runs there. The choice is made when the program is lowered,
-    so ahead-of-time compiles get the target's. Quantized experts have no gradient.
+    Rows past the last group have an undefined output, and add nothing to the experts' gradients. A
+    row's float32 weight is applied before `down`: its gradient then needs no saved output.
+    Quantized experts have no gradient.
+
+    TPU and GPU run `jax.lax.ragged_dot`. On CPU that costs a dense product with every expert (13x
+    slower measured at 8 experts), so a loop over tiles runs there. The choice is made when the
+    program is lowered, so ahead-of-time compiles get the target's.
     """
     return jax.lax.platform_dependent(
         rows,
@@ -50,38 +57,38 @@ def grouped_mlp(
 def grouped_mlp_stacked(
     rows, gate, up, down, stack_index, group_sizes, weights
 ) -> Float[Array, "M D"]:
-    """Return `grouped_mlp` of the layer at `place` of experts that are stacked over layers; no
-    gradient.
+    """Return `grouped_mlp` of one layer of experts that are stacked over layers.
 
-    On CPU only the matrices of busy experts are read: a layer sliced out in a loop over layers
-    would be copied whole, once for every token decoded.
+    There is no gradient. On CPU only the matrices of experts with rows are read. A layer sliced out
+    in a loop over layers would be copied in full, once for every token decoded.
     """
 
-    def whole(rows, gate, up, down, place, group_sizes, weights):
-        gate, up, down = (jax.tree.map(lambda a: a[place], x) for x in (gate, up, down))
+    def run_ragged(rows, gate, up, down, stack_index, group_sizes, weights):
+        gate, up, down = (jax.tree.map(lambda a: a[stack_index], x) for x in (gate, up, down))
         return _grouped_mlp_ragged(rows, gate, up, down, group_sizes, weights)
 
-    def tiled(rows, gate, up, down, place, group_sizes, weights):
+    def run_tiled(rows, gate, up, down, stack_index, group_sizes, weights):
         arguments = (rows, gate, up, down, group_sizes, weights)
-        return _run_expert_tiles(*arguments, keep_residuals=False, stack_index=place)[0]
+        return _run_expert_tiles(*arguments, keep_residuals=False, stack_index=stack_index)[0]
 
     return jax.lax.platform_dependent(
-        rows, gate, up, down, stack_index, group_sizes, weights, cpu=tiled, default=whole
+        rows, gate, up, down, stack_index, group_sizes, weights, cpu=run_tiled, default=run_ragged
     )
 
 
 def _grouped_mlp_ragged(rows, gate, up, down, group_sizes, weights):
     matmul = functools.partial(_ragged_matmul, group_sizes=group_sizes)
-    # What no group computes may be NaN, and NaN times 0 in the experts' gradients would spread.
-    real = (jnp.arange(rows.shape[0]) < jnp.sum(group_sizes))[:, None]
-    gated, upped = (jnp.where(real, matmul(rows, x), 0) for x in (gate, up))
-    return matmul(_weighted_hidden(gated, upped, weights), down)
+    # `ragged_dot` leaves rows outside of all groups undefined. A NaN there, times 0, would spread
+    # in the experts' gradients.
+    has_expert = (jnp.arange(rows.shape[0]) < jnp.sum(group_sizes))[:, None]
+    gate_out, up_out = (jnp.where(has_expert, matmul(rows, x), 0) for x in (gate, up))
+    return matmul(_weighted_hidden(gate_out, up_out, weights), down)
 
 
 def _ragged_matmul(rows, matrices, group_sizes):
     if not isinstance(matrices, quantize.QuantizedMatrices):
         return jax.lax.ragged_dot(rows, matrices, group_sizes)
-    # int8 is exact in bfloat16; scales apply to the float32 sums.
+    # int8 is exact in bfloat16. Scales are by column, so they apply to the float32 sums.
     values = matrices.values.astype(rows.dtype)
     y = jax.lax.ragged_dot(rows, values, group_sizes, preferred_element_type=jnp.float32)
     expert = jnp.arange(matrices.shape[0], dtype=jnp.int32)
@@ -89,10 +96,10 @@ def _ragged_matmul(rows, matrices, group_sizes):
     return (y * jnp.take(matrices.scale, expert, axis=0)).astype(rows.dtype)
 
 
-def _weighted_hidden(gated, up, weights):
-    # Rounded once, after the weight.
-    hidden = jax.nn.silu(gated.astype(jnp.float32)) * up.astype(jnp.float32) * weights[:, None]
-    return hidden.astype(gated.dtype)
+def _weighted_hidden(gate_out, up_out, weights):
+    # Float32 until the weight is in, so that hidden units are rounded once.
+    hidden = jax.nn.silu(gate_out.astype(jnp.float32)) * up_out.astype(jnp.float32)
+    return (hidden * weights[:, None]).astype(gate_out.dtype)
 
 
 # ---- CPU: a tile of rows stays in cache through all the matmuls of its expert
@@ -106,94 +113,97 @@ def _grouped_mlp_tiled(rows, gate, up, down, group_sizes, weights):
 def _run_expert_tiles(
     rows, gate, up, down, group_sizes, weights, *, keep_residuals, stack_index=()
 ):
-    """Return the output, and where `keep`, what `gate` and `up` gave: the backward's residuals."""
+    """Return the output, and with `keep_residuals` the outputs of `gate` and `up`, else empty ones.
+
+    The backward pass needs the latter two.
+    """
     num_rows, tiles = rows.shape[0], _choose_tiles(rows.shape[0])
     starts = jnp.cumsum(group_sizes) - group_sizes
     rows, weights = _pad_rows(rows, tiles), _pad_rows(weights, tiles)
-    kept = jnp.zeros((rows.shape[0] if keep_residuals else 0, gate.shape[-1]), rows.dtype)
+    # Empty buffers keep the carry's structure where nothing is saved.
+    residuals = jnp.zeros((rows.shape[0] if keep_residuals else 0, gate.shape[-1]), rows.dtype)
 
-    def expert(index, buffers):
+    def run_expert(index, buffers):
         gate_e, up_e, down_e = (
             _make_expert_matmul(x, (*stack_index, index), rows.dtype) for x in (gate, up, down)
         )
 
-        # The last tile runs over into the next expert's rows, which that one then overwrites.
-        def body(buffers, row, tile):
-            out, gated, upped = buffers
-            at = starts[index] + row
-            x = _slice_rows(rows, at, tile)
+        # The last tile runs over into the next expert's rows, which that expert then overwrites.
+        def run_tile(buffers, row, tile):
+            out, gate_out, up_out = buffers
+            first = starts[index] + row
+            x = _slice_rows(rows, first, tile)
             g, u = gate_e(x), up_e(x)
-            out = _write_rows(
-                out, down_e(_weighted_hidden(g, u, _slice_rows(weights, at, tile))), at
-            )
-            return (
-                (out, _write_rows(gated, g, at), _write_rows(upped, u, at))
-                if keep_residuals
-                else (out, gated, upped)
-            )
+            hidden = _weighted_hidden(g, u, _slice_rows(weights, first, tile))
+            out = _write_rows(out, down_e(hidden), first)
+            if keep_residuals:
+                gate_out, up_out = _write_rows(gate_out, g, first), _write_rows(up_out, u, first)
+            return out, gate_out, up_out
 
-        return _loop_over_tiles(group_sizes[index], tiles, body, buffers)
+        return _loop_over_tiles(group_sizes[index], tiles, run_tile, buffers)
 
-    def step(index, buffers):
-        # Idle experts are skipped before their weights are read: most of them, in decoding.
-        return jax.lax.cond(group_sizes[index] > 0, expert, lambda _, b: b, index, buffers)
+    def run_busy_expert(index, buffers):
+        # Idle experts are skipped before their weights are read. In decoding most experts are idle.
+        return jax.lax.cond(group_sizes[index] > 0, run_expert, lambda _, b: b, index, buffers)
 
-    buffers = (jnp.zeros_like(rows), kept, kept)
-    out, gated, upped = jax.lax.fori_loop(0, gate.shape[-3], step, buffers)
-    return out[:num_rows], gated, upped
+    buffers = (jnp.zeros_like(rows), residuals, residuals)
+    out, gate_out, up_out = jax.lax.fori_loop(0, gate.shape[-3], run_busy_expert, buffers)
+    return out[:num_rows], gate_out, up_out
 
 
 def _grouped_mlp_tiled_fwd(*arguments):
-    out, gated, upped = _run_expert_tiles(*arguments, keep_residuals=True)
-    return out, (*arguments, gated, upped)
+    out, gate_out, up_out = _run_expert_tiles(*arguments, keep_residuals=True)
+    return out, (*arguments, gate_out, up_out)
 
 
 def _grouped_mlp_tiled_bwd(residuals, grad):
-    rows, gate, up, down, group_sizes, weights, gated, upped = residuals
+    rows, gate, up, down, group_sizes, weights, gate_out, up_out = residuals
     num_rows, tiles = rows.shape[0], _choose_tiles(rows.shape[0])
     starts = jnp.cumsum(group_sizes) - group_sizes
     rows, grad, weights = (_pad_rows(x, tiles) for x in (rows, grad, weights))
 
-    def expert(carry, xs):
+    # A scan over experts: it carries the gradients of rows and weights, and stacks those of the
+    # experts' matrices.
+    def expert_gradients(carry, xs):
         gate_e, up_e, down_e, start, size = xs
 
-        def body(carry, row, tile):
-            rows_grad, weights_grad, d_gate, d_up, d_down = carry
-            at = start + row
-            # Rows of the next expert must not reach this one's weights.
-            mine = (row + jnp.arange(tile, dtype=jnp.int32) < size)[:, None]
-            dy = jnp.where(mine, _slice_rows(grad, at, tile), 0)
-            x = _slice_rows(rows, at, tile)
-            kept = (_slice_rows(of, at, tile) for of in (gated, upped, weights))
-            h, pull = jax.vjp(_weighted_hidden, *kept)
-            dg, du, dw = pull(dy @ down_e.T)
-            rows_grad = _write_rows(rows_grad, dg @ gate_e.T + du @ up_e.T, at)
-            weights_grad = _write_rows(weights_grad, dw, at)
-            return rows_grad, weights_grad, d_gate + x.T @ dg, d_up + x.T @ du, d_down + h.T @ dy
+        def add_tile(carry, row, tile):
+            d_rows, d_weights, d_gate, d_up, d_down = carry
+            first = start + row
+            # Rows of the next expert must not reach this expert's matrices.
+            is_own = (row + jnp.arange(tile, dtype=jnp.int32) < size)[:, None]
+            dy = jnp.where(is_own, _slice_rows(grad, first, tile), 0)
+            x = _slice_rows(rows, first, tile)
+            inputs = (_slice_rows(a, first, tile) for a in (gate_out, up_out, weights))
+            h, pullback = jax.vjp(_weighted_hidden, *inputs)
+            dg, du, dw = pullback(dy @ down_e.T)
+            d_rows = _write_rows(d_rows, dg @ gate_e.T + du @ up_e.T, first)
+            d_weights = _write_rows(d_weights, dw, first)
+            return d_rows, d_weights, d_gate + x.T @ dg, d_up + x.T @ du, d_down + h.T @ dy
 
         zeros = tuple(map(jnp.zeros_like, (gate_e, up_e, down_e)))
-        *carry, d_gate, d_up, d_down = _loop_over_tiles(size, tiles, body, (*carry, *zeros))
+        *carry, d_gate, d_up, d_down = _loop_over_tiles(size, tiles, add_tile, (*carry, *zeros))
         return tuple(carry), (d_gate, d_up, d_down)
 
     xs = (gate, up, down, starts, group_sizes)
     carry = (jnp.zeros_like(rows), jnp.zeros_like(weights))
-    (rows_grad, weights_grad), grads = jax.lax.scan(expert, carry, xs)
-    return rows_grad[:num_rows], *grads, None, weights_grad[:num_rows]
+    (d_rows, d_weights), d_matrices = jax.lax.scan(expert_gradients, carry, xs)
+    return d_rows[:num_rows], *d_matrices, None, d_weights[:num_rows]
 
 
 _grouped_mlp_tiled.defvjp(_grouped_mlp_tiled_fwd, _grouped_mlp_tiled_bwd)
 
 
 def _pad_rows(x, tiles):
-    # The largest tile must fit even where it never runs.
-    more = max(tiles[-1], tiles[0] - len(x))
-    return jnp.pad(x, ((0, more), *((0, 0),) * (x.ndim - 1)))
+    # The last tile may begin at the last row. The largest tile must fit even where it never runs.
+    padding = max(tiles[-1], tiles[0] - len(x))
+    return jnp.pad(x, ((0, padding), *((0, 0),) * (x.ndim - 1)))
 
 
 def _make_expert_matmul(matrices, index, dtype):
     """Return one expert's matrix as the function that multiplies with it."""
     if isinstance(matrices, quantize.QuantizedMatrices):
-        # Widened here and not in the loop over tiles.
+        # Widened here, once an expert, and not in the loop over tiles.
         values, scale = matrices.values[index].astype(dtype), matrices.scale[index]
         return lambda x: quantize.scaled_matmul(x, values, scale)
     matrix = matrices[index]
@@ -209,6 +219,8 @@ def _write_rows(x, rows, start):
 
 
 def _choose_tiles(num_rows: int) -> tuple[int, ...]:
+    """Return the numbers of rows of a matmul, largest first."""
+    # Twice and half of these sizes are within the 2 to 32 rows of `matmul_tile`'s comment.
     if (size := matmul_tile.value) in (4, 8, 16):
         return (2 * size, size // 2)
     if size:
@@ -220,14 +232,15 @@ def _choose_tiles(num_rows: int) -> tuple[int, ...]:
 
 def _loop_over_tiles(size, tiles, body, carry):
     """Run body(carry, first row, tile) over tiles that cover `size` rows, largest first."""
-    done = jnp.zeros((), jnp.int32)
+    start = jnp.zeros((), jnp.int32)
     for tile in tiles:
-        left = size - done
-        count = (left + tile - 1) // tile if tile == tiles[-1] else left // tile
+        remaining = size - start
+        # The smallest tile covers the end, and may run past it.
+        count = (remaining + tile - 1) // tile if tile == tiles[-1] else remaining // tile
 
-        def step(i, carry, tile=tile, done=done):
-            return body(carry, done + i * tile, tile)
+        def run_body(i, carry, tile=tile, start=start):
+            return body(carry, start + i * tile, tile)
 
-        carry = jax.lax.fori_loop(0, count, step, carry)
-        done = done + count * tile
+        carry = jax.lax.fori_loop(0, count, run_body, carry)
+        start = start + count * tile
     return carry

@@ -12,31 +12,36 @@ from m1_jax import collectives, quantize, sharding
 def make_param(
     rngs: nnx.Rngs, shape, logical_axes, dtype, std: float | None = None, float32: bool = False
 ) -> nnx.Param:
-    """Make a parameter drawn from normal(0, std), or of ones where std is None.
+    """Make a parameter of random numbers from normal(0, std), or of ones where std is None.
 
-    `logical_axes` names each dimension for `sharding.py`. It is our own metadata key, because
-    Flax acts on its own one at creation and demands a mesh. `float32` says that the parameter is
-    stored and computed with in float32, whatever the rest is. A trainer leaves alone parameters
-    whose metadata `frozen` is set to True.
+    Args:
+      logical_axes: name of each dimension for `sharding.py`. It is metadata under our own key,
+        because Flax acts on its own key when a parameter is made, and demands a mesh.
+      float32: the parameter is stored and computed with in float32, whatever `dtype` is.
+
+    The metadata `frozen` starts as False. A trainer leaves parameters alone where it is True.
     """
     dtype = jnp.float32 if float32 else dtype
     if std is None:
         value = jnp.ones(shape, dtype)
     else:
+        # Drawn in float32 and rounded: every dtype starts from the same numbers.
         value = (std * jax.random.normal(rngs.params(), shape, jnp.float32)).astype(dtype)
     return nnx.Param(value, logical_axes=tuple(logical_axes), float32=float32, frozen=False)
 
 
 class Linear(nnx.Module):
-    """y = x W without bias; W is [in, out], the transpose of the release's layout.
+    """y = x W without bias, where W is [in, out], the transpose of the release's layout.
 
-    Where the rows of W are split over devices, their products are added up, in x's dtype. With an
-    adapter, y = x W + adapter(x). An int8 kernel comes with its scale, see `quantize.py`.
+    Where the rows of W are split over devices, their products are added up in x's dtype. With an
+    adapter, y = x W + adapter(x). An int8 kernel comes with its scale (`quantize.py`).
     """
 
     def __init__(self, rngs, in_size, out_size, logical_axes, *, std, param_dtype):
         self.kernel = make_param(rngs, (in_size, out_size), logical_axes, param_dtype, std)
         self.row_axis = logical_axes[0]
+        # `nnx.data` says that the attribute may hold a parameter later. `quantize.py` and `lora.py`
+        # set them.
         self.kernel_scale: nnx.Param | None = nnx.data(None)
         self.adapter: LoraAdapter | None = nnx.data(None)
 
@@ -51,9 +56,10 @@ class Linear(nnx.Module):
 
 
 class LoraAdapter(nnx.Module):
-    """x A B scale: a change of low rank to a `Linear` (LoRA, arXiv:2106.09685, 4.1).
+    """x A B scale, a change of low rank to a `Linear` (LoRA, arXiv:2106.09685, 4.1).
 
-    A is split as the rows of W and B as its columns, so that the sums over devices are W's own.
+    A is split as the rows of W and B as its columns. The `Linear` therefore adds up the adapter's
+    products in the same sum over devices as its own.
     """
 
     def __init__(self, a: nnx.Param, b: nnx.Param, scale: float):
@@ -74,8 +80,8 @@ def _linear_matmul_fwd(x, kernel):
 
 
 def _linear_matmul_bwd(residuals, grad):
-    # Autodiff asks for the transposed kernel gradient, and XLA:CPU then transposes `grad`, which
-    # doubles the time of the projection's backward pass.
+    # Autodiff would compute the transposed gradient of the kernel. XLA:CPU transposes `grad` for
+    # that, which doubles the time of the projection's backward pass.
     x, kernel = residuals
     batch = tuple(range(x.ndim - 1))
     return grad @ kernel.T, jnp.tensordot(x, grad, axes=(batch, batch))
@@ -85,12 +91,13 @@ _linear_matmul.defvjp(_linear_matmul_fwd, _linear_matmul_bwd)
 
 
 class RMSNorm(nnx.Module):
-    """w * cast(x32 / sqrt(mean(x32^2) + eps)); statistics in float32 (model code, RMSNorm).
+    """w * cast(x32 / sqrt(mean(x32^2) + eps)), with float32 statistics (model code, RMSNorm).
 
     The mean goes over all devices that hold a part of x.
     """
 
     def __init__(self, size: int, logical_axis: str, *, eps: float, param_dtype):
+        # Ones need no random numbers: the `Rngs` are never drawn from.
         self.scale = make_param(nnx.Rngs(0), (size,), (logical_axis,), param_dtype)
         self.size, self.logical_axis, self.eps = size, logical_axis, eps
 
@@ -100,6 +107,7 @@ class RMSNorm(nnx.Module):
             jnp.sum(jnp.square(x32), axis=-1, keepdims=True), self.logical_axis
         )
         x32 = x32 * jax.lax.rsqrt(squares / self.size + self.eps)
+        # The cast comes before the multiplication, as in the release.
         scale = self.scale[...].astype(x.dtype)
         return x32.astype(x.dtype) * scale.reshape((1,) * (x.ndim - 1) + (-1,))
 
@@ -107,8 +115,8 @@ class RMSNorm(nnx.Module):
 class Embedding(nnx.Module):
     """Token ids to vectors.
 
-    Devices that split the columns of the table look up each other's tokens, and swap: that moves
-    one activation, where gathering would move the table.
+    Devices that split the table's columns for storage look up the tokens of all of them, and swap
+    results. That moves one activation, where gathering would move the table.
     """
 
     def __init__(self, rngs, vocab_size, hidden_size, *, std, param_dtype):
@@ -124,21 +132,23 @@ class Embedding(nnx.Module):
         axes = () if layout is None else layout.fsdp_dim_and_axes(("vocab", "embed"))[1]
         ids = tokens.reshape(-1)
         ids = jax.lax.all_gather(ids, axes, tiled=True) if axes else ids
+        # The table's rows are split over the vocabulary: one device has a token's row, and the
+        # others add zeros.
         if collectives.axis_size("vocab") == 1:
             x = jnp.take(table, ids, axis=0).astype(dtype)
         else:
             ids = ids - collectives.axis_index("vocab") * table.shape[0]
-            mine = (ids >= 0) & (ids < table.shape[0])
-            x = jnp.take(table, jnp.where(mine, ids, 0), axis=0)
-            x = collectives.psum(jnp.where(mine[:, None], x, 0).astype(dtype), "vocab")
+            is_local = (ids >= 0) & (ids < table.shape[0])
+            x = jnp.take(table, jnp.where(is_local, ids, 0), axis=0)
+            x = collectives.psum(jnp.where(is_local[:, None], x, 0).astype(dtype), "vocab")
         return collectives.all_to_all(x, axes, 0, 1).reshape(*tokens.shape, -1)
 
 
 class Head(nnx.Module):
     """Logits with float32 products and sums (the repair of M1 section 3.2).
 
-    Precision: operands have x's dtype, since a product of two bfloat16 numbers is exact in
-    float32; the sum is never rounded below float32. Gradients of logits are rounded to x's dtype.
+    Precision: operands have x's dtype, since float32 holds a product of two bfloat16 numbers
+    exactly. The sum is never rounded below float32. Gradients of logits are rounded to x's dtype.
     """
 
     def __init__(self, rngs, hidden_size, vocab_size, *, std, param_dtype):
@@ -157,7 +167,7 @@ def _float32_logits(x, kernel):
 
 
 def _contract_float32(a, b, contract_a, contract_b):
-    """Contract axes of each, with products and sums in float32."""
+    """Contract axes of two arrays, with products and sums in float32."""
     return jnp.tensordot(
         a,
         b,
@@ -188,18 +198,19 @@ _float32_logits.defvjp(_float32_logits_fwd, _float32_logits_bwd)
 def apply_rope(
     x: Float[Array, "B T N H"], positions: Int[Array, "#B T"], rotary_dim: int, theta: float
 ) -> Float[Array, "B T N H"]:
-    """Rotate the first `rotary_dim` dims of each head; dim i pairs with i + rotary_dim / 2.
+    """Rotate the first `rotary_dim` dims of each head. Dim i pairs with i + rotary_dim / 2.
 
-    Precision: phases are float32 products of position and frequency, as in the release, and the
-    rotation is float32; the result has x's dtype.
+    Precision: phases are float32 products of position and frequency, as in the release. The
+    rotation is float32. The result has x's dtype.
     """
     half = rotary_dim // 2
+    # By NumPy, a constant of the program: the same frequencies on every backend.
     inv_freq = jnp.asarray(
         1.0 / theta ** (np.arange(0, rotary_dim, 2, dtype=np.float32) / rotary_dim), jnp.float32
     )
     phase = positions.astype(jnp.float32)[..., None, None] * inv_freq.reshape(1, 1, 1, half)
     cos, sin = jnp.cos(phase), jnp.sin(phase)
     x32 = x.astype(jnp.float32)
-    first, second, rest = x32[..., :half], x32[..., half:rotary_dim], x32[..., rotary_dim:]
-    turned = [first * cos - second * sin, second * cos + first * sin, rest]
-    return jnp.concatenate(turned, axis=-1).astype(x.dtype)
+    first, second, unrotated = x32[..., :half], x32[..., half:rotary_dim], x32[..., rotary_dim:]
+    rotated = [first * cos - second * sin, second * cos + first * sin]
+    return jnp.concatenate([*rotated, unrotated], axis=-1).astype(x.dtype)

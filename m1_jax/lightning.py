@@ -14,24 +14,25 @@ from m1_jax import collectives, context_parallel, layers
 from m1_jax import config as config_lib
 from pallas_kernels.lightning_attention import api
 
-NORM_EPS = 1e-6  # the release builds this one norm with its constructor's default
+NORM_EPS = 1e-6  # the release builds this norm, unlike others, with its constructor's default
 
 
 def alibi_slopes(num_heads: int) -> list[float]:
-    """Return the ALiBi slopes: 2^(-8 (h + 1) / H), interleaved from 2H where H is no power of 2."""
+    """Return the ALiBi slopes: 2^(-8 (h + 1) / H) for head h of H, where H is a power of 2."""
     if math.log2(num_heads).is_integer():
         return [2.0 ** (-8.0 * (head + 1) / num_heads) for head in range(num_heads)]
-    below = 2 ** math.floor(math.log2(num_heads))
-    return alibi_slopes(below) + alibi_slopes(2 * below)[0::2][: num_heads - below]
+    # Otherwise those of the next lower power of 2, then every second one of twice that power.
+    power = 2 ** math.floor(math.log2(num_heads))
+    return alibi_slopes(power) + alibi_slopes(2 * power)[0::2][: num_heads - power]
 
 
 def decay_slopes(config: config_lib.ModelConfig) -> Float[np.ndarray, "L N"]:
-    """Return decay rates s(l, h), float32; l is the ABSOLUTE layer index, softmax layers counted.
+    """Return float32 decay rates s(l, h). l is the ABSOLUTE layer index: softmax layers count.
 
     s = head slope * (1 - l / (L - 1) + 1e-5), so that later layers forget more slowly.
     """
     base = np.asarray(alibi_slopes(config.num_attention_heads), np.float32)
-    last = max(config.num_hidden_layers - 1, 1)
+    last = max(config.num_hidden_layers - 1, 1)  # a single layer must not divide by 0
     factors = [1 - layer / last + 1e-5 for layer in range(config.num_hidden_layers)]
     return base[None, :] * np.asarray(factors, np.float32)[:, None]
 
@@ -39,7 +40,7 @@ def decay_slopes(config: config_lib.ModelConfig) -> Float[np.ndarray, "L N"]:
 def decay_slopes_by_group(config: config_lib.ModelConfig) -> list[Float[Array, "R P N"]]:
     """Return the decay rates of this device's heads, stacked like the layers of each group.
 
-    Softmax layers have no use for theirs, but count as layers: so all groups have some.
+    Softmax layers do not read theirs. They have some all the same, because they count as layers.
     """
     slopes = jnp.asarray(decay_slopes(config)).reshape(config.repeats, config.period, -1)
     slopes = collectives.local_slice(slopes, "heads", 2)
@@ -69,9 +70,12 @@ class LightningAttention(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], Float[Array, "B N H H"]]:
         """Return the block's output and the float32 state after the last real token.
 
-        `h` is the normed layer input; both the projection and the gate read it. `documents`: see
-        `spans.attend_sharded_length`. `split`: whether the context axis, where there is one, splits
-        the tokens.
+        Args:
+          h: normed layer input, which both the projection and the gate read.
+          slopes: decay rate of each head.
+          segment_ids: see `context_parallel.attend_sharded_length`.
+          state: state before the first token. None: zeros.
+          length_sharded: whether the context axis, where there is one, splits the tokens.
         """
         qkv = self.project_inputs(h)
         kernel = functools.partial(api.lightning_attention, implementation=self.implementation)
@@ -86,9 +90,13 @@ class LightningAttention(nnx.Module):
     def project_inputs(
         self, h: Float[Array, "*batch D"], positions=None
     ) -> Float[Array, "*batch N3H"]:
-        """Return what attention reads of the normed layer input; positions have no part in it."""
+        """Return q, k and v of every token in one array. Lightning attention uses no positions.
+
+        Serving calls both kinds of attention the same way, hence the argument.
+        """
         return jax.nn.silu(self.qkv(h))
 
     def project_output(self, h: Float[Array, "*batch D"], o: Float[Array, "*batch NH"]):
-        """Return the block's output, given what attention made of `inputs`."""
+        """Return the block's output, given the attention output `o`."""
+        # The norm is over all heads at once, so it sums over the devices that split them.
         return self.out(self.norm(o) * jax.nn.sigmoid(self.gate(h)))

@@ -1,4 +1,7 @@
-"""Mixture of experts: float32 router, dropless dispatch, experts, balance loss."""
+"""Mixture of experts: float32 router, dropless dispatch, experts, balance loss.
+
+M tokens choose A of E experts each. A slot is the rank of a choice: slot 0 is a token's first.
+"""
 
 import dataclasses
 
@@ -14,11 +17,15 @@ from m1_jax import config as config_lib
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class RouterStats:
-    """Sums over the real tokens of a layer, float32: what the balance loss needs.
+    """Sums over the real tokens of a layer, float32, from which the balance loss is computed.
 
-    chosen: how often expert e was a token's slot-th choice. prob: sum of its probabilities.
-    tokens: how many tokens were counted. dropped: of their choices, how many a capacity limit
-    left out. A leading layer axis is allowed throughout.
+    All fields may have a leading axis of layers.
+
+    Attributes:
+      choice_counts: how often expert e was a token's slot-th choice.
+      prob_sums: sum of the probabilities of expert e.
+      num_tokens: how many tokens were counted.
+      num_dropped: how many of their choices a capacity limit left out.
     """
 
     choice_counts: Float[Array, "*L A E"]
@@ -30,44 +37,47 @@ class RouterStats:
 def balance_loss(stats: RouterStats) -> Float[Array, ""]:
     """Return E * sum over slot, e of f[slot, e] P[e], over the tokens of ALL layers together.
 
-    f is the share of tokens whose slot-th choice is e, P the mean probability (the release's
-    `load_balancing_loss_func`). Perfect balance gives the number of slots: 2 in the release.
+    f is the share of tokens whose slot-th choice is e, and P the mean probability of e (the
+    release's `load_balancing_loss_func`). Perfect balance gives the number of slots, 2 in the
+    release.
     """
     num_experts = stats.prob_sums.shape[-1]
-    tokens = jnp.maximum(jnp.sum(stats.num_tokens), 1.0)
-    chosen = stats.choice_counts.reshape(-1, *stats.choice_counts.shape[-2:]).sum(0) / tokens
-    prob = stats.prob_sums.reshape(-1, num_experts).sum(0) / tokens
+    num_tokens = jnp.maximum(jnp.sum(stats.num_tokens), 1.0)
+    # As in the release, layers are summed before the product: it is not a mean of layers' losses.
+    chosen = stats.choice_counts.reshape(-1, *stats.choice_counts.shape[-2:]).sum(0) / num_tokens
+    prob = stats.prob_sums.reshape(-1, num_experts).sum(0) / num_tokens
     return num_experts * jnp.sum(chosen * prob[None, :])
 
 
 def dropped_share(stats: RouterStats) -> Float[Array, ""]:
-    """Return the share of all choices that a capacity limit left out; 0 without one."""
+    """Return the share of all choices that a capacity limit left out, 0 without a limit."""
     return jnp.sum(stats.num_dropped) / jnp.maximum(jnp.sum(stats.choice_counts), 1.0)
 
 
 class MoE(nnx.Module):
     """y = sum over the top A experts of p_e * down_e(silu(gate_e h) * up_e h).
 
-    No token is dropped, unless `config.expert_capacity` says so.
+    No token is dropped, unless `config.expert_capacity` sets a limit.
 
-    With a shared expert, y becomes y (1 - c) + shared(h) c, c = sigmoid(h . coefficient).
+    With a shared expert, y becomes y (1 - c) + shared(h) c, where c = sigmoid(h . coefficient).
     """
 
     def __init__(self, config: config_lib.ModelConfig, rngs: nnx.Rngs, *, param_dtype):
         embed, hidden = config.hidden_size, config.intermediate_size
-        number, std = config.num_local_experts, config.initializer_range
+        num_experts, std = config.num_local_experts, config.initializer_range
         self.num_experts_per_token, self.expert_capacity = (
             config.num_experts_per_tok,
             config.expert_capacity,
         )
-        # In bfloat16, near-ties would pick other experts.
-        shape, axes = (embed, number), ("embed", None)
+        # The router is float32: in bfloat16, near-ties would pick other experts.
+        shape, axes = (embed, num_experts), ("embed", None)
         self.router = layers.make_param(rngs, shape, axes, param_dtype, std, float32=True)
         inward, outward = ("experts", "embed", "mlp"), ("experts", "mlp_in", "embed_out")
-        self.gate = layers.make_param(rngs, (number, embed, hidden), inward, param_dtype, std)
-        self.up = layers.make_param(rngs, (number, embed, hidden), inward, param_dtype, std)
-        self.down = layers.make_param(rngs, (number, hidden, embed), outward, param_dtype, std)
-        # Of int8 experts alone, see `quantize.py`.
+        inward_shape, outward_shape = (num_experts, embed, hidden), (num_experts, hidden, embed)
+        self.gate = layers.make_param(rngs, inward_shape, inward, param_dtype, std)
+        self.up = layers.make_param(rngs, inward_shape, inward, param_dtype, std)
+        self.down = layers.make_param(rngs, outward_shape, outward, param_dtype, std)
+        # Only int8 experts have scales (`quantize.py`).
         self.gate_scale = self.up_scale = self.down_scale = nnx.data(None)
         self.shared = (
             SharedExpert(config, rngs, param_dtype=param_dtype)
@@ -82,10 +92,12 @@ class MoE(nnx.Module):
         stack_index=None,
         forced_expert_ids: Int[Array, "B T A"] | None = None,
     ) -> tuple[Float[Array, "B T D"], RouterStats]:
-        """Return the output and statistics over the tokens with `real` = 1 (None: all).
+        """Return the block's output and its router statistics.
 
-        place: this layer's, where its experts are left stacked over layers. routes: experts to
-        take, -1 where the router chooses.
+        Args:
+          token_mask: 1 for the tokens that statistics count, 0 for padding. None: all tokens.
+          stack_index: index of this layer, where its experts are left stacked over layers.
+          forced_expert_ids: experts to take, -1 where the router chooses.
         """
         x = h.reshape(-1, h.shape[-1])
         token_mask = None if token_mask is None else token_mask.reshape(-1)
@@ -95,24 +107,25 @@ class MoE(nnx.Module):
             else forced_expert_ids.reshape(-1, self.num_experts_per_token)
         )
         weights, chosen, stats = self.route(x, token_mask, forced_expert_ids)
+        # Padding goes to no expert, so that it never travels to another device.
         if token_mask is not None and collectives.axis_size("experts") > 1:
-            chosen = jnp.where(
-                token_mask[:, None] > 0, chosen, self.no_expert
-            )  # padding stays at home
+            chosen = jnp.where(token_mask[:, None] > 0, chosen, self.no_expert)
         y, dropped = self.dispatch(x, weights, chosen, stack_index)
         return self.combine(h, y.reshape(h.shape)), dataclasses.replace(stats, num_dropped=dropped)
 
     def dispatch(self, x: Float[Array, "M D"], weights, expert_ids, stack_index=None):
         """Return each row's weighted sum of its experts' outputs, and dropped choices."""
         gate, up, down = (self._expert_matrices(name, x.dtype) for name in ("gate", "up", "down"))
+        # Experts that a loop over layers has sliced already are [E, D, F], and need no index.
         stack_index = stack_index if self.gate.ndim > 3 else None
         y, dropped = expert_exchange.run_routed_experts(
             x, weights, expert_ids, gate, up, down, self.expert_capacity, stack_index
         )
+        # Devices of the tensor axis have a part of every expert's hidden units.
         return collectives.psum(y.astype(x.dtype), "mlp"), dropped
 
     def combine(self, h: Float[Array, "*batch D"], y: Float[Array, "*batch D"]):
-        """Return the block's output, given what the chosen experts say of `h`."""
+        """Return the block's output, given the output `y` of the chosen experts."""
         if self.shared is None:
             return y
         with jax.named_scope("experts"):
@@ -120,7 +133,7 @@ class MoE(nnx.Module):
 
     @property
     def no_expert(self) -> int:
-        """Return the number of no expert."""
+        """Return the expert id that stands for no expert: one past the last."""
         return self.gate.shape[-3] * collectives.axis_size("experts")
 
     def _expert_matrices(self, name: str, dtype):
@@ -136,7 +149,11 @@ class MoE(nnx.Module):
         token_mask: Float[Array, "M"] | None,
         forced_expert_ids: Int[Array, "M A"] | None = None,
     ):
-        """Return float32 weights [M, A] rounded to x's dtype, expert ids [M, A], `RouterStats`."""
+        """Return weights [M, A], expert ids [M, A], and the `RouterStats`.
+
+        Precision: logits and probabilities are float32. Weights are float32 numbers that x's dtype
+        can hold.
+        """
         logits = jnp.matmul(
             x.astype(jnp.float32), self.router[...], precision=jax.lax.Precision.HIGHEST
         )
@@ -146,6 +163,7 @@ class MoE(nnx.Module):
             chosen = jnp.where(
                 forced_expert_ids >= 0, forced_expert_ids.astype(chosen.dtype), chosen
             )
+            # Forced experts have the router's own probabilities, and gradients reach it.
             top = jnp.take_along_axis(prob, chosen, axis=-1)
         weights = top / jnp.sum(top, axis=-1, keepdims=True)
         token_mask = (
@@ -160,6 +178,7 @@ class MoE(nnx.Module):
             num_tokens=jnp.sum(token_mask),
             num_dropped=jnp.zeros(()),
         )
+        # The release multiplies in the model's dtype, so weights are rounded to it.
         return weights.astype(x.dtype).astype(jnp.float32), chosen, stats
 
 

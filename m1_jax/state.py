@@ -1,4 +1,4 @@
-"""What a sequence leaves behind for its next token, as one pytree."""
+"""The decode state: what earlier tokens leave for the next one, as one pytree."""
 
 import dataclasses
 import functools
@@ -15,17 +15,18 @@ from m1_jax import sharding
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KVCache:
-    """Rotated keys and values of one run of softmax layers in the repeating unit.
+    """Keys and values of one group of softmax layers in the repeating unit.
 
-    R repeats of the unit, P layers in the run, S the longest sequence. Entries at and past a row's
-    length are garbage that is never attended to.
+    R repeats of the unit, P layers of the group, S the longest sequence. Entries at and past a
+    row's length are undefined, and no query attends to them.
     """
 
-    keys: Float[Array, "R P B K S H"]
+    keys: Float[Array, "R P B K S H"]  # rotated by RoPE
     values: Float[Array, "R P B K S H"]
 
     @property
     def max_length(self) -> int:
+        """Return the capacity in tokens: of the device's part, inside of `run_sharded`."""
         return self.keys.shape[4]
 
 
@@ -34,10 +35,11 @@ class KVCache:
 class DecodeState:
     """State of B sequences: 280 MiB each in the release, plus 40 KiB for every token of KV.
 
-    layers: one entry per run of equal layers in the repeating unit, stacked over the R repeats of
-      the unit and the P layers of the run: float32 matrices (keys by values) for lightning, a
-      `KVCache` for softmax.
-    length: [B] int32, tokens so far in each row.
+    Attributes:
+      layers: one entry per group of the repeating unit, stacked over the R repeats of the unit and
+        the P layers of the group. Lightning layers have float32 matrices (keys by values), softmax
+        layers a `KVCache`.
+      length: tokens so far in each row.
     """
 
     layers: tuple[Float[Array, "R P B N H H"] | KVCache, ...]
@@ -45,7 +47,7 @@ class DecodeState:
 
     @property
     def max_length(self) -> int | None:
-        """Capacity in tokens; None where no layer has a cache, which never fills up."""
+        """Return the capacity in tokens. Without a softmax layer it is unlimited: None."""
         caches = [layer for layer in self.layers if isinstance(layer, KVCache)]
         return caches[0].max_length if caches else None
 
@@ -57,9 +59,10 @@ def init_decode_state(
     dtype=jnp.bfloat16,
     layout: sharding.MeshLayout | None = None,
 ) -> DecodeState:
-    """Return the state of `batch` empty sequences; KV in `dtype`, recurrent state in float32.
+    """Return the state of `batch` empty sequences, KV in `dtype` and recurrent states in float32.
 
-    On a mesh rows, heads, and the length of the cache are split; max_length is rounded up for that.
+    On a mesh rows, heads and the length of the cache are split. `max_length` is rounded up to a
+    multiple of the devices.
 
     Raises:
       ValueError: sizes below 1, or rows that the mesh does not split evenly.
@@ -69,23 +72,25 @@ def init_decode_state(
     if layout is not None:
         sharding.check_batch_rows(layout, batch)
         max_length += -max_length % layout.axis_size("length")
+        # A jitted program makes the arrays on the devices, so no device ever holds all of them.
         make = functools.partial(init_decode_state, config, batch, max_length, dtype)
-        where = decode_state_specs(jax.eval_shape(make), layout)
-        where = jax.tree.map(lambda spec: jax.sharding.NamedSharding(layout.mesh, spec), where)
-        return jax.jit(make, out_shardings=where)()
+        specs = decode_state_specs(jax.eval_shape(make), layout)
+        shardings = jax.tree.map(lambda spec: jax.sharding.NamedSharding(layout.mesh, spec), specs)
+        return jax.jit(make, out_shardings=shardings)()
     repeats, heads, size = config.repeats, config.num_attention_heads, config.head_dim
     layers: list[jax.Array | KVCache] = []
-    for kind, number in config.layer_groups:
+    for kind, num_layers in config.layer_groups:
         if kind == config_lib.LIGHTNING:
-            layers.append(jnp.zeros((repeats, number, batch, heads, size, size), jnp.float32))
+            layers.append(jnp.zeros((repeats, num_layers, batch, heads, size, size), jnp.float32))
         else:
-            shape = (repeats, number, batch, config.num_key_value_heads, max_length, size)
+            shape = (repeats, num_layers, batch, config.num_key_value_heads, max_length, size)
             layers.append(KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)))
     return DecodeState(tuple(layers), jnp.zeros((batch,), jnp.int32))
 
 
 def decode_state_specs(state: DecodeState, layout: sharding.MeshLayout) -> DecodeState:
     """Return the mesh axes of every array of a state."""
+    # Any, since the fields of the state hold specs here in place of arrays.
     cache: Any = layout.activation_spec(None, None, "batch", "kv_heads", "length", None)
     matrix: Any = layout.activation_spec(None, None, "batch", "heads", None, None)
     length: Any = layout.activation_spec("batch")

@@ -1,8 +1,8 @@
 """The model over a ragged batch: appends tokens of several sequences to the engine's memory.
 
 The layers are the model's own modules. A layer is cut into three parts (`_apply_layer`), because
-attention and experts work on tiles of one sequence and of one expert, while everything between
-works on tiles of any rows. Only then can a row's numbers be bit-exact in any company
+attention works on tiles of one sequence, the experts on tiles of one expert, and everything between
+them on tiles of any rows. Only then does a row get the same bits in any batch
 (`serving/ragged_batch.py`).
 """
 
@@ -27,14 +27,14 @@ def forward_ragged(
     state: state_lib.ServingState,
     output_rows: Int[Array, "O"] | None = None,
 ) -> tuple[Float[Array, "O V"], state_lib.ServingState]:
-    """Append the tokens to their sequences; return float32 logits of some rows, and the new state.
+    """Append the tokens to their sequences. Return float32 logits of some rows, and the new state.
 
     On a mesh every device of the batch axes holds all rows. Heads, experts and the vocabulary are
     split, so the logits are split by vocabulary.
 
     Args:
-      tokens: of each row; any id where the row is padding.
-      output_rows: indices of the rows whose logits are returned, -1 for zeros. None: all rows.
+      tokens: token of each row, any id where the row is padding.
+      output_rows: indices of the rows whose logits are returned. -1 returns zeros. None: all rows.
     """
     layout = model.layout
     if layout is None:
@@ -59,9 +59,11 @@ def _forward_local(
 ) -> tuple[Float[Array, "O v"], state_lib.ServingState]:
     """Run the model with this device's heads, experts and words of the vocabulary."""
     output_rows = jnp.arange(len(tokens)) if output_rows is None else output_rows
+    # The outer select is for -1, which would read the last row's position.
     has_output = jnp.where(output_rows >= 0, batch.positions[output_rows] >= 0, False)
-    # The experts' products are made deep inside, so they learn of the tile through a context.
+    # A context tells the experts the tile, since their products are made deep inside of the model.
     with experts.matmul_tile(batch.matmul_tile):
+        # The embedding takes rows of tokens [B, T]: here one row of M tokens.
         x = model.embed(tokens[None], model.dtype, model.layout)[0]
         x, expert_ids, layers, _ = model.run_layers(
             x, batch, state.layers, apply_layer=_apply_layer
@@ -93,12 +95,12 @@ def _apply_layer(
     stack_index: layer_stack.StackIndex,
     layer_index: Int[Array, ""] | int,
 ) -> tuple[Float[Array, "M D"], Int[Array, "M A"], Any]:
-    """Run one layer; return its output, the experts it chose, and the group's new memory.
+    """Run one layer. Return its output, the experts it chose, and the group's new memory.
 
-    Arguments are those of `DecoderLayer.__call__`, with the batch as context and, as state, the
-    group's memory: `LightningSlots` or a `PagedKVCache`.
+    Arguments are those of `DecoderLayer.__call__`. The context is the batch, and the state is the
+    group's memory, `LightningSlots` or a `PagedKVCache`.
     """
-    del layer_index
+    del layer_index  # selects recorded experts in training, and serving routes every token itself
 
     @jax.named_scope(layer.kind)
     def before_attention(x, positions):
@@ -110,12 +112,14 @@ def _apply_layer(
             o = layer.attention.project_output(h, o)
         x = layer.add_to_residual(x, h, o, layer.attention_scales)
         h = layer.moe_norm(x)
+        # Router statistics serve the balance loss alone.
         weights, expert_ids, _ = layer.moe.route(h, None)
         return x, h, weights, expert_ids
 
     def after_experts(x, h, y):
         return layer.add_to_residual(x, h, layer.moe.combine(h, y), layer.moe_scales)
 
+    # The three parts run on tiles of any rows, attention on tiles of one sequence.
     h, inputs = batch.map_matmul_tiles(before_attention, x, batch.positions)
     with jax.named_scope(layer.kind):
         if layer.kind == config_lib.LIGHTNING:
@@ -138,8 +142,8 @@ def _dispatch_rows(
 ) -> Float[Array, "M D"]:
     """Return each real row's weighted sum of its experts' outputs."""
     expert_ids = jnp.where(batch.positions[:, None] >= 0, expert_ids, layer.moe.no_expert)
-    # The exchange takes rows that differ from device to device. Here devices that share the experts
-    # hold the same rows, so each sends its slice of them, and all slices are gathered afterwards.
+    # The exchange takes different rows from every device. Here the devices that share the experts
+    # hold the same rows, so each device sends a slice of them, and the results are gathered.
     padding = ((0, -len(h) % collectives.axis_size("experts")), (0, 0))
     rows, weights = (
         collectives.local_slice(jnp.pad(array, padding), "experts", 0) for array in (h, weights)
@@ -148,7 +152,7 @@ def _dispatch_rows(
     y, _ = layer.moe.dispatch(
         rows, weights, collectives.local_slice(expert_ids, "experts", 0), stack_index
     )
-    return collectives.all_gather(y, "experts", 0)[: len(h)]
+    return collectives.all_gather(y, "experts", 0)[: len(h)]  # without the padding
 
 
 def _record_expert_ids(
@@ -158,11 +162,12 @@ def _record_expert_ids(
 ) -> state_lib.ExpertIdPages:
     """Write the experts of every real row into its page, and those of padding into page 0."""
     chunk, is_real = expert_id_pages.expert_ids.shape[3], batch.positions >= 0
-    pages = jnp.repeat(batch.pages, len(is_real) // len(batch.slots), axis=0)  # a list a row
+    # Tiles have lists of pages. Each row gets its tile's list, and the page at its position.
+    pages = jnp.repeat(batch.pages, len(is_real) // len(batch.slots), axis=0)
     positions = jnp.maximum(batch.positions, 0)
     page = jnp.take_along_axis(pages, positions[:, None] // chunk, axis=1)[:, 0]
     page = jnp.where(is_real, page, 0)
-    new = jnp.moveaxis(expert_ids, 0, 1).astype(expert_id_pages.expert_ids.dtype)
+    by_row = jnp.moveaxis(expert_ids, 0, 1).astype(expert_id_pages.expert_ids.dtype)
     return state_lib.ExpertIdPages(
-        expert_id_pages.expert_ids.at[0, 0, page, positions % chunk].set(new)
+        expert_id_pages.expert_ids.at[0, 0, page, positions % chunk].set(by_row)
     )

@@ -1,14 +1,17 @@
 """Lightning attention of serving: the state moves on at multiples of the chunk length alone.
 
-A sequence has a state S, exact as of its last multiple of C tokens, and a ring with the keys and
-values of the open chunk. For the token at place i of the chunk, n = i + 1,
+A sequence has a state S, exact as of its last multiple of C tokens, and the keys and values of its
+open chunk. With n = i + 1, the token at index i of the chunk has the output
 
     o_i = lambda^n q_i S + sum_{j <= i} lambda^(i - j) (q_i . k_j) v_j
 
-and with the chunk's last token S becomes what `chunked.py` makes of a full chunk. This happens at
-the same places by the same product of one shape, whether a prompt is read or tokens are written,
-so a state taken at a multiple of C can be kept and used again without changing a bit; and tokens
-of the open chunk can be taken back by forgetting that they were there.
+The chunk's last token moves the state on:
+
+    S <- lambda^C S + sum_j lambda^(C - 1 - j) k_j v_j^T
+
+This happens at the same positions, by the same products of the same shapes, whether a prompt is
+read or tokens are generated. A state taken at a multiple of C can therefore be kept and used again
+bit-exactly. Tokens of the open chunk can be taken back, because no state has seen them.
 """
 
 from typing import Any
@@ -28,52 +31,58 @@ def attend_slots(
     pool: state_lib.LightningSlots,
     stack_index: tuple[Any, ...],
 ) -> tuple[Float[Array, "M NH"], state_lib.LightningSlots]:
-    """Append rows to their sequences' rings, and return what they read.
+    """Append rows to their sequences' open chunks, and return what attention reads there.
 
-    place: of the layer in the pool (repeat, number).
+    Args:
+      stack_index: where the layer lies in the pool: (repeat, number in the group).
 
-    Precision: all products and sums in float32; ring and output have qkv's dtype.
+    Precision: all products and sums are float32. The open chunk and the output have qkv's dtype.
     """
     heads = qkv.reshape(qkv.shape[0], slopes.shape[0], 3, -1)
     chunk = pool.keys.shape[4]
-    # lambda^0 to lambda^C
+    # lambda^0 to lambda^C, [N, C + 1]
     powers = jnp.exp(-slopes[:, None] * jnp.arange(chunk + 1, dtype=jnp.float32)[None])
-    loss = -jnp.expm1(-slopes * chunk)
+    # 1 - lambda^C by expm1: small slopes would lose digits in the difference.
+    decay_loss = -jnp.expm1(-slopes * chunk)
 
-    def tile(slot, _, places, heads, pool):
+    def attend_tile(slot, _, positions, heads, pool):
         index = (*stack_index, slot)
-        rows, start = places % chunk, first_position(places) % chunk
+        chunk_rows, start = positions % chunk, first_position(positions) % chunk
         q, k, v = jnp.moveaxis(heads, 0, 2).transpose(1, 0, 2, 3)  # [N, t, H] each
-        keys = write_rows(pool.keys, index, start, k, places)
-        values = write_rows(pool.values, index, start, v, places)
-        # Rows that are not written yet hold anything, NaN too.
-        last = jnp.max(jnp.where(places >= 0, rows, -1))
-        written = (jnp.arange(chunk, dtype=jnp.int32) <= last)[None, :, None]
-        k, v = (jnp.where(written, x[index].astype(jnp.float32), 0) for x in (keys, values))
-        state = jnp.where(jnp.max(places) < chunk, 0.0, pool.states[index])
+        keys = write_rows(pool.keys, index, start, k, positions)
+        values = write_rows(pool.values, index, start, v, positions)
+        # Rows that are not written yet hold anything, NaN too, and NaN times 0 is NaN.
+        last = jnp.max(jnp.where(positions >= 0, chunk_rows, -1))
+        is_written = (jnp.arange(chunk, dtype=jnp.int32) <= last)[None, :, None]
+        k, v = (jnp.where(is_written, x[index].astype(jnp.float32), 0) for x in (keys, values))
+        # In a sequence's first chunk the slot still holds the state of its previous owner.
+        state = jnp.where(jnp.max(positions) < chunk, 0.0, pool.states[index])
         q = q.astype(jnp.float32)
-        gap = rows[:, None] - jnp.arange(chunk, dtype=jnp.int32)[None]
+        gap = chunk_rows[:, None] - jnp.arange(chunk, dtype=jnp.int32)[None]
         weights = jnp.where((gap >= 0)[None], powers[:, jnp.maximum(gap, 0)], 0.0)
-        within = _einsum_highest("nij,njv->niv", _einsum_highest("nik,njk->nij", q, k) * weights, v)
-        o = within + powers[:, rows + 1][:, :, None] * _einsum_highest("nik,nkv->niv", q, state)
+        scores = _einsum_highest("nik,njk->nij", q, k) * weights
+        within_chunk = _einsum_highest("nij,njv->niv", scores, v)
+        decay = powers[:, chunk_rows + 1][:, :, None]  # lambda^n
+        o = within_chunk + decay * _einsum_highest("nik,nkv->niv", q, state)
 
-        def full(state):
-            ramp = powers[:, chunk - 1 :: -1][:, :, None]
-            return (
-                state - loss[:, None, None] * state + _einsum_highest("njk,njv->nkv", k * ramp, v)
-            )
+        def close_chunk(state):
+            ramp = powers[:, chunk - 1 :: -1][:, :, None]  # lambda^(C - 1 - j)
+            state = state - decay_loss[:, None, None] * state
+            return state + _einsum_highest("njk,njv->nkv", k * ramp, v)
 
-        state = jax.lax.cond(last == chunk - 1, full, lambda state: state, state)
+        state = jax.lax.cond(last == chunk - 1, close_chunk, lambda state: state, state)
         states = pool.states.at[index].set(state)
-        o = jnp.moveaxis(o, 0, 1).astype(qkv.dtype).reshape(len(places), -1)
+        o = jnp.moveaxis(o, 0, 1).astype(qkv.dtype).reshape(len(positions), -1)
         return o, state_lib.LightningSlots(states, keys, values)
 
-    o, pool = ragged_batch.scan_attention_tiles(tile, batch, batch.to_tiles(heads), pool)
+    tiles = batch.to_tiles(heads)
+    o, pool = ragged_batch.scan_attention_tiles(attend_tile, batch, tiles, pool)
     return batch.to_rows(o), pool
 
 
 def first_position(positions):
     """Return the position of a tile's first row, padding or not."""
+    # A tile's positions are consecutive, so each real row tells the first one. 0 without any.
     order = jnp.arange(len(positions), dtype=jnp.int32)
     return jnp.maximum(jnp.max(jnp.where(positions >= 0, positions - order, -1)), 0)
 
@@ -83,11 +92,12 @@ def _einsum_highest(formula, a, b):
 
 
 def write_rows(pool, index: tuple[Any, ...], offset, rows: Float[Array, "N t H"], positions):
-    """Return a pool [*index, N, C, H] with a tile's real rows written from `place` on."""
+    """Return a pool [*index, N, C, H] with a tile's real rows written from row `offset` on."""
     start = (*index, 0, offset, 0)
     size = (*(1,) * len(index), *rows.shape)
-    before = jax.lax.dynamic_slice(pool, start, size)
+    # Read, select and write one slice, which XLA does in place. Padding writes back what was there.
+    old_rows = jax.lax.dynamic_slice(pool, start, size)
     rows = jnp.where(
-        (positions >= 0)[None, :, None], rows.astype(pool.dtype), before.reshape(rows.shape)
+        (positions >= 0)[None, :, None], rows.astype(pool.dtype), old_rows.reshape(rows.shape)
     )
     return jax.lax.dynamic_update_slice(pool, rows.reshape(size), start)

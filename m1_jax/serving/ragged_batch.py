@@ -1,12 +1,12 @@
 """Rows of tokens of several sequences, and the tiles in which a program computes them.
 
-Rows are cut into tiles. The rows of a tile are consecutive tokens of one sequence and lie in one
-chunk of its length, so a tile reads one state and ends at most one chunk (`serving/lightning.py`),
-and writes one page (`serving/softmax.py`). Prefill has full tiles. Decoding has one row in each.
+Rows are cut into tiles. The rows of a tile are consecutive tokens of one sequence, in one chunk of
+its length. A tile therefore reads one state, ends at most one chunk (`serving/lightning.py`), and
+writes one page (`serving/softmax.py`). Prefill has full tiles. Decoding has one row in each tile.
 
 Exactness: attention always takes `attention_tile` rows of one sequence. With `matmul_tile`, every
-matrix product takes that many rows at a time, whatever the number of rows (experts: see
-`experts.matmul_tile`). A row's numbers are then bit-exact in any company, in prefill and decoding.
+matrix product takes that many rows at a time, whatever the number of rows (for experts see
+`experts.matmul_tile`). A row then gets the same bits in any batch, in prefill and in decoding.
 """
 
 import dataclasses
@@ -24,13 +24,14 @@ class RaggedBatch:
     """M rows of tokens in I tiles: M / I is 1 (decoding) or `attention_tile` (prefill).
 
     Attributes:
-      positions: of each row in its sequence, from 0; -1 is padding. The rows of a full tile have
-        consecutive positions from a multiple of `attention_tile` on, any of them padding.
-      slots: state slot of each tile; 0 where all of the tile is padding.
+      positions: position of each row in its sequence, from 0. -1 is padding. The rows of a full
+        tile have consecutive positions from a multiple of `attention_tile` on. Any of them may be
+        padding.
+      slots: state slot of each tile, 0 where all of the tile is padding.
       pages: pages of each tile's sequence in order, at least up to the page of the tile itself.
-      attention_tile: rows that attention computes at a time; divides the chunk.
-      matmul_tile: rows that a matrix product computes at a time; divides M. 0 takes all rows, which
-        is faster and not exact.
+      attention_tile: rows that attention computes at a time. It divides the chunk.
+      matmul_tile: rows that a matrix product computes at a time. It divides M. 0 takes all rows,
+        which is faster and not exact.
     """
 
     positions: Int[Array, "M"]
@@ -41,13 +42,13 @@ class RaggedBatch:
 
     @property
     def is_decode(self) -> bool:
-        """Say whether each tile holds one row."""
+        """Return whether each tile holds one row."""
         return self.positions.shape == self.slots.shape
 
     def to_tiles(self, x: Shaped[Array, "M *row"]) -> Shaped[Array, "I t *row"]:
-        """Return rows by tiles of `attention_tile`, where each lies as in its sequence.
+        """Return rows by tiles of `attention_tile`. A row has the same index in its tile always.
 
-        In decoding the other rows of a tile are zeros: so a token is computed at the same row of a
+        In decoding the other rows of a tile are zeros. So a token is computed at the same row of a
         product of the same shape as in prefill.
         """
         num_tiles, size = self.slots.shape[0], self.attention_tile
@@ -55,13 +56,14 @@ class RaggedBatch:
             return x.reshape(num_tiles, size, *x.shape[1:])
         is_row = self.positions[:, None] % size == jnp.arange(size, dtype=jnp.int32)[None]
         is_row = is_row.reshape(num_tiles, size, *(1,) * (x.ndim - 1))
-        # A select and no product with a mask: NaN and infinity stay in their row.
+        # A select and not a product with a mask, so that NaN and infinity stay in their row.
         return jnp.where(is_row, x[:, None], jnp.zeros((), x.dtype))
 
     def to_rows(self, x: Shaped[Array, "I t *row"]) -> Shaped[Array, "M *row"]:
         """Undo `to_tiles`."""
         if not self.is_decode:
             return x.reshape(-1, *x.shape[2:])
+        # Padding, at -1, reads the last row of its tile, and nobody reads that.
         return x[jnp.arange(len(x)), self.positions % self.attention_tile]
 
     def map_matmul_tiles(self, function: Callable, *arrays: Any) -> Any:
@@ -74,9 +76,8 @@ def map_row_tiles(
 ) -> Any:
     """Return function(*arrays) of arrays [M, ...], `tile_size` rows at a time.
 
-    The compiler does not know the loop's length, so it never fuses a tile with what stands around
-    the loop. Fusion would change how elementwise arithmetic rounds, and a row's numbers would
-    depend on its company.
+    A loop of unknown length is not fused with its neighbours. Fusion would change how elementwise
+    arithmetic rounds, so a row's numbers would depend on the batch.
 
     Args:
       tile_size: 0 takes all rows in one call, without a loop.
@@ -90,16 +91,17 @@ def map_row_tiles(
         lambda a: jnp.pad(a, ((0, padding), *((0, 0),) * (a.ndim - 1))), (is_real, *arrays)
     )
     tiles = jax.tree.map(lambda a: a.reshape(-1, tile_size, *a.shape[1:]), padded)
+    # What one tile returns, so that the buffers of all tiles can be made before the loop.
     shapes = jax.eval_shape(function, *jax.tree.map(lambda a: a[0], tiles))
     num_tiles = len(is_real) // tile_size
 
-    # Outputs are carried and written in place: `scan` would need a length that is known.
+    # Outputs are carried and written in place. `scan` would stack them, but needs a known length.
     def compute_tile(i, outputs):
-        new = function(*jax.tree.map(lambda a: a[i], tiles))
+        tile_outputs = function(*jax.tree.map(lambda a: a[i], tiles))
         return jax.tree.map(
             lambda buffer, value: jax.lax.dynamic_update_index_in_dim(buffer, value, i, 0),
             outputs,
-            new,
+            tile_outputs,
         )
 
     outputs = jax.tree.map(lambda a: jnp.zeros((num_tiles, *a.shape), a.dtype), shapes)
@@ -110,6 +112,7 @@ def map_row_tiles(
 
 def _count_active_tiles(is_real: Bool[Array, "I t"]) -> Int[Array, ""]:
     """Return the number of tiles up to the last one with a real row."""
+    # Tiles of padding may lie between others, so tiles are numbered, not counted.
     order = jnp.arange(1, len(is_real) + 1, dtype=jnp.int32)
     return jnp.max(jnp.where(jnp.any(is_real, axis=1), order, 0))
 
@@ -125,9 +128,10 @@ def scan_attention_tiles(
       function: gets the tile's slot, its sequence's pages [P], the positions [t] of its rows (-1
         for padding), and its own slice of `arrays`.
       arrays: inputs by tile, [I, t, ...].
-      state: the group's memory, carried from tile to tile so that writes stay in place.
+      state: the group's memory, carried from tile to tile so that writes stay in place. A later
+        tile of the same sequence reads what an earlier one wrote.
     """
-    # `to_tiles` fills up with zeros, and padding is -1.
+    # `to_tiles` fills up with zeros. Shifted by one, they become the -1 of padding.
     positions = batch.to_tiles(batch.positions + 1) - 1
     inputs = (batch.slots, batch.pages, positions, arrays)
     shape = jax.eval_shape(function, *jax.tree.map(lambda a: a[0], inputs), state)[0]

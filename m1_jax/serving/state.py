@@ -1,12 +1,14 @@
 """Memory of the serving engine: slots, pages, and the experts chosen for the tokens of pages.
 
 The engine's sequences share a few large arrays. A sequence owns one slot, for what does not grow
-with its length, and a page for every C of its tokens. Which slots and pages belong to whom,
-`infer/scheduling` decides.
+with its length, and a page for every C of its tokens. `infer/scheduling` decides which slots and
+pages a sequence owns.
 
 Every array has its layer's two stack axes first (R repeats of the unit, P layers of the group),
 then the axis of slots or pages, so that one index function serves them all. Slot 0 and page 0
-belong to padding: they are written, and never read for a real token.
+belong to padding. They are written, and never read for a real token.
+
+K is the kv heads, N the heads, H the size of a head, L the layers, and A the experts of a token.
 """
 
 import dataclasses
@@ -28,8 +30,8 @@ class LightningSlots:
 
     Attributes:
       states: float32 matrices, keys by values, as of the sequence's last multiple of C tokens.
-      keys: of the tokens after that, at most C.
-      values: likewise.
+      keys: keys of the tokens after that, at most C.
+      values: values of the same tokens.
     """
 
     states: Float[Array, "R P slots N H H"]
@@ -49,7 +51,7 @@ class PagedKVCache:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ExpertIdPages:
-    """The experts that every layer chose for the tokens of a page, -1 where no token is.
+    """The experts that every layer chose for the tokens of a page, -1 where there is no token.
 
     The two leading axes of size 1 stand where other arrays have their stack axes.
     """
@@ -85,13 +87,13 @@ def init_serving_state(
     Keys and values have `dtype`, recurrent states float32. On a mesh, heads are split.
 
     Args:
-      num_slots: sequences that can be under way at once; slot 0 comes on top.
-      num_pages: pages of all sequences together; page 0 comes on top.
+      num_slots: slots of sequences and snapshots, without slot 0.
+      num_pages: pages of all sequences together, without page 0.
       chunk_tokens: C, tokens of a page and of lightning attention's open chunk.
       record_routes: keep the chosen experts as int8: 2 bytes a token and layer in the release.
     """
     if layout is not None:
-        # Made on the devices by a jitted program: no device ever holds all of it.
+        # A jitted program makes the arrays on the devices, so no device ever holds all of them.
         make = functools.partial(
             init_serving_state,
             config,
@@ -109,7 +111,7 @@ def init_serving_state(
     layers: list[LightningSlots | PagedKVCache] = []
     for kind, num_layers in config.layer_groups:
         if kind == config_lib.LIGHTNING:
-            lead = (repeats, num_layers, num_slots + 1, heads)
+            lead = (repeats, num_layers, num_slots + 1, heads)  # slot 0 is that of padding
             states = jnp.zeros((*lead, size, size), jnp.float32)
             chunk = (*lead, chunk_tokens, size)
             layers.append(LightningSlots(states, jnp.zeros(chunk, dtype), jnp.zeros(chunk, dtype)))
@@ -119,6 +121,7 @@ def init_serving_state(
             layers.append(PagedKVCache(jnp.zeros(page, dtype), jnp.zeros(page, dtype)))
     if not record_routes:
         return ServingState(tuple(layers))
+    # int8 holds ids up to 127, and -1.
     choices = (len(config.layer_types), config.num_experts_per_tok)
     expert_ids = jnp.full((1, 1, num_pages + 1, chunk_tokens, *choices), -1, jnp.int8)
     return ServingState(tuple(layers), ExpertIdPages(expert_ids))
@@ -128,6 +131,7 @@ def serving_state_specs(state: ServingState, layout: sharding.MeshLayout) -> Ser
     """Return the mesh axes of every array of a serving state."""
     heads: Any = layout.activation_spec(None, None, None, "heads", None, None)
     kv_heads: Any = layout.activation_spec(None, None, None, "kv_heads", None, None)
+    # States and chunks of keys and values have the heads on one axis, so they share a spec.
     layers = [
         LightningSlots(heads, heads, heads)
         if isinstance(layer, LightningSlots)
