@@ -1,4 +1,4 @@
-"""Reinforcement learning as a whole: resuming to the bit, metrics, meshes, evaluation."""
+"""Reinforcement learning as a whole: bit-exact resume, metrics, meshes, evaluation."""
 
 import dataclasses
 import signal
@@ -53,47 +53,50 @@ def start(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def _here(monkeypatch):
-    """Run in the checkout; on one device, but for runs that name a mesh."""
+def _one_device(monkeypatch):
+    """Run in the checkout, and on one device unless the run names a mesh."""
     monkeypatch.chdir(ROOT)
     monkeypatch.syspath_prepend(ROOT / "tests")  # the reward's module
-    real = rl_loop.make_layouts
-    alone = lambda config, model: real(config, model) if config.mesh else (None, None)  # noqa: E731
-    monkeypatch.setattr(rl_loop, "make_layouts", alone)
+    real_layouts = rl_loop.make_layouts
+
+    def make_layouts(config, model):
+        return real_layouts(config, model) if config.mesh else (None, None)
+
+    monkeypatch.setattr(rl_loop, "make_layouts", make_layouts)
 
 
 def _config(start, rollout_fields=(), **kwargs):
-    fields = {
+    rollout_defaults = {
         "groups": 4,
         "group_size": 2,
         "max_prompt_tokens": 32,
         "windows": LengthSchedule((12,)),
         "engine": ENGINE,
     }
-    given = {
+    defaults = {
         "batches": 4,
         "sources": (SUMS,),
         "rewards": RewardsConfig(sources=(("sums", (LETTERS,)),), workers=1),
-        "rollout": RolloutConfig(**fields | dict(rollout_fields)),
+        "rollout": RolloutConfig(**rollout_defaults | dict(rollout_fields)),
         "update": UpdateConfig(learning_rate=1e-3, minibatches=2, rows=2),
         "dtype": "float32",
         "save": SaveConfig(every_steps=2, keep=4),
         "log": LogConfig(every_steps=1, samples=True),
         "compilation_cache": Cache.directory,
     }
-    return RlConfig(checkpoint=start, **given | kwargs)
+    return RlConfig(checkpoint=start, **defaults | kwargs)
 
 
-def _told(workdir):
-    """Return what must not depend on when a run was stopped: all but times."""
+def _untimed_lines(workdir):
+    """Return the lines that must not depend on when a run was stopped, without their times."""
     lines = read_metrics(workdir)
-    return [{k: v for k, v in one.items() if not k.endswith("_secs")} for one in lines]
+    return [{k: v for k, v in line.items() if not k.endswith("_secs")} for line in lines]
 
 
-def _end(workdir, config):
-    with checkpoints.CheckpointStore(workdir, config.save) as saved:
-        position = saved.read_info(saved.latest_step())
-    return position.step, position.digest, position.data
+def _last_checkpoint(workdir, config):
+    with checkpoints.CheckpointStore(workdir, config.save) as store:
+        checkpoint_info = store.read_info(store.latest_step())
+    return checkpoint_info.step, checkpoint_info.digest, checkpoint_info.data
 
 
 _CARRIED = {
@@ -109,43 +112,45 @@ _CARRIED = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fields", [{}, _CARRIED], ids=["plain", "carried"])
-def test_a_run_that_was_stopped_goes_on_to_the_bit(start, tmp_path, monkeypatch, fields):
+def test_a_run_that_was_stopped_goes_on_bit_exact(start, tmp_path, monkeypatch, fields):
     config = _config(start, fields)
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    assert rl_loop.run_rl_training(config, whole).step == 4
-    for place in ("sampling", "training"):
+    unbroken_dir, broken_dir = tmp_path / "whole", tmp_path / "parts"
+    assert rl_loop.run_rl_training(config, unbroken_dir).step == 4
+    for phase in ("sampling", "training"):
         with monkeypatch.context() as patch:
-            _break(patch, place)
-            if place == "sampling":
-                assert rl_loop.run_rl_training(config, parts).stopped_by == signal.SIGTERM
+            _interrupt(patch, phase)
+            if phase == "sampling":
+                assert rl_loop.run_rl_training(config, broken_dir).stopped_by == signal.SIGTERM
             else:
                 with pytest.raises(KeyboardInterrupt):
-                    rl_loop.run_rl_training(config, parts)
-    assert rl_loop.run_rl_training(None, parts).step == 4  # the workdir is all it needs
-    assert _told(whole) == _told(parts)
-    samples = [read_metrics(path, name=metrics.SAMPLES_FILE) for path in (whole, parts)]
+                    rl_loop.run_rl_training(config, broken_dir)
+    assert rl_loop.run_rl_training(None, broken_dir).step == 4  # the workdir is all it needs
+    assert _untimed_lines(unbroken_dir) == _untimed_lines(broken_dir)
+    samples = [read_metrics(path, name=metrics.SAMPLES_FILE) for path in (unbroken_dir, broken_dir)]
     assert samples[0] == samples[1]
-    assert _end(whole, config) == _end(parts, config)
+    assert _last_checkpoint(unbroken_dir, config) == _last_checkpoint(broken_dir, config)
     if fields:
-        assert max(one["staleness_max"] for one in _told(whole)) >= 1
-        assert max(one["groups_open"] + one["groups_waiting"] for one in _told(whole)) > 0
+        # The run did carry samples and groups from one batch to the next.
+        lines = _untimed_lines(unbroken_dir)
+        assert max(line["staleness_max"] for line in lines) >= 1
+        assert max(line["groups_open"] + line["groups_waiting"] for line in lines) > 0
 
 
-def _break(patch, place):
-    """Stop a run: by a signal while it samples for another batch, or between two updates."""
+def _interrupt(patch, phase):
+    """Stop a run by a signal while it samples another batch, or by an error between two updates."""
     real_run = rollout.RolloutSampler.run
     real_update = rl_loop.rl_update.PolicyUpdater._update_minibatch
 
-    def run(self, make, on_done, sampling=None, should_stop=lambda: False):
-        if place == "sampling" and self.version >= 1:
+    def run(self, make_jobs, on_done, sampling=None, should_stop=lambda: False):
+        if phase == "sampling" and self.version >= 1:
             should_stop.__self__.stop_request.signal_number = signal.SIGTERM
-        return real_run(self, make, on_done, sampling, should_stop)
+        return real_run(self, make_jobs, on_done, sampling, should_stop)
 
     updates = []
 
     def update(self, state, packed):
         updates.append(packed)
-        if place == "training" and len(updates) == 2:
+        if phase == "training" and len(updates) == 2:
             raise KeyboardInterrupt
         return real_update(self, state, packed)
 
@@ -158,53 +163,55 @@ def test_metrics_of_a_batch(start, tmp_path):
         start, batches=1, evaluation=RlEvaluationConfig((SUMS,), every_batches=1, temperature=1.0)
     )
     rl_loop.run_rl_training(config, tmp_path)
-    (told,) = read_metrics(tmp_path)
-    assert told["logp_gap_max"] <= 1e-5  # sampler against trainer
-    assert told["pearson"] > 0.9999
-    assert told["updates"] == 2
-    assert told["tokens_trained"] <= told["tokens_sampled"]
-    parts = ("sampling_secs", "waiting_secs", "training_secs", "resharding_secs", "other_secs")
-    assert sum(told[name] for name in parts) == pytest.approx(told["batch_secs"])
-    assert 0 <= told["ppo_drop"] <= 1
-    assert told["entropy"] > 0
+    (line,) = read_metrics(tmp_path)
+    assert line["logp_gap_max"] <= 1e-5  # sampler against trainer
+    assert line["pearson"] > 0.9999
+    assert line["updates"] == 2
+    assert line["tokens_trained"] <= line["tokens_sampled"]
+    timed = ("sampling_secs", "waiting_secs", "training_secs", "resharding_secs", "other_secs")
+    assert sum(line[name] for name in timed) == pytest.approx(line["batch_secs"])
+    assert 0 <= line["ppo_drop"] <= 1
+    assert line["entropy"] > 0
     evaluated = read_metrics(tmp_path, "eval")
-    number = len((ROOT / SUMS.path).read_text().splitlines())
-    found = [(one["step"], one["version"], one["samples"]) for one in evaluated]
-    assert found == [(0, 0, number), (1, 1, number)]
+    num_tasks = len((ROOT / SUMS.path).read_text().splitlines())
+    evaluations = [
+        (eval_line["step"], eval_line["version"], eval_line["samples"]) for eval_line in evaluated
+    ]
+    assert evaluations == [(0, 0, num_tasks), (1, 1, num_tasks)]
 
 
 def test_an_evaluation_that_was_stopped_is_made_up_for(start, tmp_path, monkeypatch):
     config = _config(start, batches=1, evaluation=RlEvaluationConfig((SUMS,), every_batches=1))
-    real = rl_loop.RlSession._evaluate
+    real_evaluate = rl_loop.RlSession._evaluate
 
-    def stopped(self):
+    def evaluate_stopped(self):
         self.stop_request.signal_number = signal.SIGTERM if self.batch_number else None
-        real(self)
+        real_evaluate(self)
 
     with monkeypatch.context() as patch:
-        patch.setattr(rl_loop.RlSession, "_evaluate", stopped)
+        patch.setattr(rl_loop.RlSession, "_evaluate", evaluate_stopped)
         assert rl_loop.run_rl_training(config, tmp_path).stopped_by == signal.SIGTERM
-    assert [one["step"] for one in read_metrics(tmp_path, "eval")] == [0]
+    assert [line["step"] for line in read_metrics(tmp_path, "eval")] == [0]
     for _ in range(2):  # made up for once
         assert rl_loop.run_rl_training(None, tmp_path).step == 1
-        assert [one["step"] for one in read_metrics(tmp_path, "eval")] == [0, 1]
-    (told,) = read_metrics(tmp_path, "event")
-    assert "token-mean" in told["objective"]
+        assert [line["step"] for line in read_metrics(tmp_path, "eval")] == [0, 1]
+    (event,) = read_metrics(tmp_path, "event")
+    assert "token-mean" in event["objective"]
 
 
 @pytest.mark.long
 def test_on_meshes_as_on_one_device(start, tmp_path):
-    rows = {"update": UpdateConfig(learning_rate=1e-3, minibatches=2, rows=8), "batches": 1}
-    alone = _config(start, **rows)
-    rl_loop.run_rl_training(alone, tmp_path / "alone")
+    fields = {"update": UpdateConfig(learning_rate=1e-3, minibatches=2, rows=8), "batches": 1}
+    one_device = _config(start, **fields)
+    rl_loop.run_rl_training(one_device, tmp_path / "alone")
     mesh = (("fsdp", 4), ("expert", 2))
-    over = _config(start, **rows, mesh=mesh, serving_mesh=(("expert", 2), ("data", 4)))
-    rl_loop.run_rl_training(over, tmp_path / "mesh")
-    (one,), (other,) = read_metrics(tmp_path / "alone"), read_metrics(tmp_path / "mesh")
-    assert one["tokens_trained"] == other["tokens_trained"]
+    on_mesh = _config(start, **fields, mesh=mesh, serving_mesh=(("expert", 2), ("data", 4)))
+    rl_loop.run_rl_training(on_mesh, tmp_path / "mesh")
+    (device_line,), (mesh_line,) = read_metrics(tmp_path / "alone"), read_metrics(tmp_path / "mesh")
+    assert device_line["tokens_trained"] == mesh_line["tokens_trained"]
     for name in ("loss", "grad_norm", "entropy", "reward_mean", "pearson"):
-        assert one[name] == pytest.approx(other[name], rel=1e-4, abs=1e-6), name
-    assert other["logp_gap_max"] <= 1e-5
+        assert device_line[name] == pytest.approx(mesh_line[name], rel=1e-4, abs=1e-6), name
+    assert mesh_line["logp_gap_max"] <= 1e-5
 
 
 def test_errors_before_any_work(start, tmp_path):
@@ -224,6 +231,6 @@ def test_other_objectives_run(start, tmp_path, name):
     if name == "reinforce_pp":
         objective = dataclasses.replace(objective, reward_kl_coef=0.01)
     rl_loop.run_rl_training(_config(start, batches=1, objective=objective), tmp_path)
-    (told,) = read_metrics(tmp_path)
-    assert told["skipped"] == 0
-    assert told["k3_ref"] >= 0
+    (line,) = read_metrics(tmp_path)
+    assert line["skipped"] == 0
+    assert line["k3_ref"] >= 0

@@ -336,7 +336,7 @@ class RlSession:
     def _log_batch(self, batch: groups.GenerationBatch, values: dict, batch_secs: float) -> None:
         self.writer.advance(self.batch_number)
         record = batch.metrics | values
-        # Parts that do not overlap. scoring_secs is in waiting_secs, scoring_forward_secs in training.
+        # Parts that do not overlap: scoring_secs is in waiting_secs already.
         timed = ("sampling_secs", "waiting_secs", "training_secs", "resharding_secs")
         record["batch_secs"] = batch_secs
         record["other_secs"] = batch_secs - sum(record.get(name, 0.0) for name in timed)
