@@ -31,8 +31,8 @@ def lightning_attention(
 ) -> tuple[Float[Array, "B T NH"], Float[Array, "B N H H"]]:
     """Run S_t = exp(-s) S_(t-1) + k_t^T v_t, o_t = q_t S_t over every head.
 
-    Source: M1 section 2; `MiniMaxM1LightningAttention` of the release, whose state after each
-    token is S_t. There is no 1/sqrt(H) scale.
+    Source: M1 report, section 2, and `MiniMaxM1LightningAttention` of the release, whose state
+    after each token is S_t. There is no 1/sqrt(H) scale.
 
     Args:
       qkv: fused projection, bfloat16 or float32. Each head is q | k | v, H wide each.

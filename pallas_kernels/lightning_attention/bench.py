@@ -30,7 +30,7 @@ from pallas_kernels.lightning_decode import api as decode_api
 from pallas_kernels.lightning_decode import ring as decode_ring
 
 CHECKED_TOKENS = 4096
-WARM_UP_REPEATS = 3  # repeats that are thrown away; the first compiles
+WARM_UP_REPEATS = 3  # repeats that are thrown away. The first compiles.
 CALLS_PER_REPEAT = {"cpu": 1}  # calls queued in one repeat, by backend
 ACCELERATOR_CALLS_PER_REPEAT = 10  # queued, so that launches overlap with work
 # Per element of o, in bfloat16. Forward: q, k, v and o. Backward: q, k, v, do, dq, dk and dv, and

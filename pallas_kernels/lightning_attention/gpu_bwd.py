@@ -74,7 +74,7 @@ def _backward_kernel(
         return plgpu.load(ref.at[batch, head, *index, :, columns])
 
     def walk(query, key, value, *, target, reverse, transpose):
-        """Walk L(query, key, value) or L' and write the gradient of `target`; return the state."""
+        """Walk L(query, key, value) or L', write the gradient of `target` and return the state."""
 
         def load_operands(rows, is_real):
             (q, q_column), (k, k_column), (v, v_column) = map(source, (query, key, value))

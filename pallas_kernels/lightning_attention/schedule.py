@@ -55,7 +55,7 @@ PREFILL_SHAPE = shapes.PREFILL_SHAPES["schedule"]
 NUM_DECODE_LOOPS, STEADY_LOOPS = 8, slice(1, 6)
 
 
-# ---- how to trace each kernel; array(dtype, *dims) makes an argument on the chip
+# ---- how to trace each kernel. array(dtype, *dims) makes an argument on the chip.
 
 MakeArray = Callable[..., jax.ShapeDtypeStruct]
 
@@ -227,7 +227,7 @@ def count_decode_bundles(
         )
     loops = bundles.inner_loops[STEADY_LOOPS]
     compute = max(loops, key=len)
-    # The first branch of the compute loop skips inactive rows; the last one guards the flush.
+    # The first branch of the compute loop skips inactive rows. The last guards the flush.
     flush = [branch for branch in bundles.forward_branches if branch.start in compute][-1]
     # A row runs every loop once, and the flush in one of `window` steps.
     row = sum(map(len, loops)) - len(flush) * (1 - 1 / window)

@@ -104,7 +104,7 @@ def estimate_vmem_bytes(block_sizes: TpuBlockSizes, head_dim: int, item_bytes: i
     tokens = block_sizes.superblock_tokens * block_sizes.block_heads * head_dim * item_bytes
     state = block_sizes.block_heads * head_dim**2
     chunks = block_sizes.superblock_tokens // block_sizes.chunk_tokens
-    # q, k, v, do, dq, dk, dv; the saved state, dS of the final and of the initial state.
+    # q, k, v, do, dq, dk and dv. Then the saved state, dS of the final and of the initial state.
     blocks = 2 * (7 * tokens + 3 * 4 * state)
     # The states at the chunks, then S and dS in float32.
     states = (chunks * item_bytes + 8) * state

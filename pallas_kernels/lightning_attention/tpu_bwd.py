@@ -72,8 +72,8 @@ class _ChunkAccess(NamedTuple):
       load: (chunk, head) -> [q, k, v, do], each [C, H].
       run_boundary_heads: (chunk, scalar, run) calls run for each head of a chunk with a boundary.
       scalars: `chunk_scalars` of the superblock, or None where all chunks are full.
-      dtype: qkv's.
-      block_sizes: of the call.
+      dtype: dtype of qkv, and of the operands of products.
+      block_sizes: block sizes of the call.
     """
 
     load: Callable[[pipeline.ChunkIndex, int], list[jax.Array]]
@@ -177,15 +177,16 @@ def _boundary_gradients(
     d_state, dtype = scratch.d_state, access.dtype
 
     def finish_head(c, h, operands, decays, forgotten_fraction):
-        q, k, v, d = operands
+        q, k, v, d_o = operands
         pair_decay, query_ramp, key_ramp = decays
-        p, dp = ((x * pair_decay).astype(dtype) for x in (dot_f32(q, k, 1, 1), dot_f32(d, v, 1, 1)))
+        products = dot_f32(q, k, 1, 1), dot_f32(d_o, v, 1, 1)
+        p, dp = ((x * pair_decay).astype(dtype) for x in products)
         # A copy of dS from before this chunk's gain: keys meet the tokens after the chunk in it.
         d_next = d_state[h].astype(dtype)
-        dq = dot_f32(dp, k, 1, 0) + query_ramp * dot_f32(d, scratch.chunk_states[c, h], 1, 1)
+        dq = dot_f32(dp, k, 1, 0) + query_ramp * dot_f32(d_o, scratch.chunk_states[c, h], 1, 1)
         dk = dot_f32(dp, q, 0, 0) + key_ramp * dot_f32(v, d_next, 1, 1)
-        dv = dot_f32(p, d, 0, 0) + key_ramp * dot_f32(k, d_next, 1, 0)
-        gain = dot_f32((q * query_ramp).astype(dtype), d, 0, 0)
+        dv = dot_f32(p, d_o, 0, 0) + key_ramp * dot_f32(k, d_next, 1, 0)
+        gain = dot_f32((q * query_ramp).astype(dtype), d_o, 0, 0)
         advance_state(d_state, h, forgotten_fraction, gain)
         _store_gradients(access, d_qkv, c, h, (dq, dk, dv))
 
@@ -216,10 +217,10 @@ def _walk_gradients(access: _ChunkAccess, scratch: BackwardScratch, d_qkv: jax.R
         scratch.ramped_t[h] = (q_t * weights_t.query_ramp_t[h]).astype(dtype)
 
     def score(c, h):
-        _, k, v, d = load(c, h)
+        _, k, v, d_o = load(c, h)
         d_next = d_state[h].astype(dtype)
         # do [v^T, S^T]
-        products = dot_f32(d, jnp.concatenate([v, scratch.chunk_states[c, h]], 0), 1, 1)
+        products = dot_f32(d_o, jnp.concatenate([v, scratch.chunk_states[c, h]], 0), 1, 1)
         scratch.d_scores[h] = (products[:, :size] * weights.pair_decay[h]).astype(dtype)
         scratch.dq_carried[h] = weights.query_ramp[h] * products[:, size:]
         # k [q^T, dS]
@@ -227,18 +228,18 @@ def _walk_gradients(access: _ChunkAccess, scratch: BackwardScratch, d_qkv: jax.R
         scratch.scores_t[h] = (products[:, :size] * weights_t.pair_decay_t[h]).astype(dtype)
         scratch.dv_carried[h] = weights_t.key_ramp[h] * products[:, size:]
         # v [do^T, dS^T]
-        products = dot_f32(v, jnp.concatenate([d, d_next], 0), 1, 1)
+        products = dot_f32(v, jnp.concatenate([d_o, d_next], 0), 1, 1)
         scratch.d_scores_t[h] = (products[:, :size] * weights_t.pair_decay_t[h]).astype(dtype)
         scratch.dk_carried[h] = weights_t.key_ramp[h] * products[:, size:]
 
     def finish(c, h):
-        q, k, _, d = load(c, h)
+        q, k, _, d_o = load(c, h)
         # Pairs within one head, so that an odd number of heads is no trouble here.
         dv, dk = tpu_chunk.two_products(
-            scratch.scores_t[h], d, scratch.d_scores_t[h], q, block_sizes.has_paired_products
+            scratch.scores_t[h], d_o, scratch.d_scores_t[h], q, block_sizes.has_paired_products
         )
         dq, gain = tpu_chunk.two_products(
-            scratch.d_scores[h], k, scratch.ramped_t[h], d, block_sizes.has_paired_products
+            scratch.d_scores[h], k, scratch.ramped_t[h], d_o, block_sizes.has_paired_products
         )
         advance_state(d_state, h, weights.forgotten_fraction[h], gain)
         gradients = (
