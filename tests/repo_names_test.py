@@ -81,7 +81,6 @@ def test_few_functions_have_one_word():
     assert len(one_word) < _MAX_ONE_WORD_FUNCTIONS * len(names), one_word
 
 
-@pytest.mark.xfail(reason="some files are still to be reworked")
 def test_variables_are_nouns():
     bound = [
         (path, line, name)
@@ -95,13 +94,11 @@ def test_variables_are_nouns():
     assert share < _MAX_PRONOUNS, f"{share:.2%} of {len(bound)}:\n" + "\n".join(pronouns)
 
 
-@pytest.mark.xfail(reason="some files are still to be reworked")
 def test_files_are_short():
     lengths = {path: len((_REPO / path).read_text().splitlines()) for path in _parse_packages()}
     assert not {path: lines for path, lines in lengths.items() if lines > _MAX_FILE_LINES}
 
 
-@pytest.mark.xfail(reason="some files are still to be reworked")
 def test_functions_are_short():
     long_functions = {}
     for path, node in _find_nodes(ast.FunctionDef | ast.AsyncFunctionDef):
