@@ -348,10 +348,12 @@ def _mismatch_metrics(minibatches: list[_Minibatch], weight_version: int) -> dic
             logp_old.append(trainer_logp[is_current])
             sample_numbers.append(np.full(int(is_current.sum()), len(sample_numbers)))
     # All samples lie in one row, [1, tokens]. `measure_mismatch` tells them apart by number.
-    rollout, old, ids = (np.concatenate(x)[None] for x in (logp_rollout, logp_old, sample_numbers))
-    if not rollout.size:
+    sampler_row, trainer_row, ids = (
+        np.concatenate(x)[None] for x in (logp_rollout, logp_old, sample_numbers)
+    )
+    if not sampler_row.size:
         return {}
-    return rl_metrics.measure_mismatch(rollout, old, np.ones(rollout.shape), ids)
+    return rl_metrics.measure_mismatch(sampler_row, trainer_row, np.ones(sampler_row.shape), ids)
 
 
 def _merge_update_metrics(updates: list[_UpdateMetrics]) -> dict[str, Any]:
