@@ -18,7 +18,7 @@ from m1_jax import params as params_lib
 from m1_jax.checkpoints import format as format_lib
 from m1_jax.checkpoints import save as save_lib
 from train import export as export_run
-from train import loop, lora, metrics, sft, workdir
+from train import loop, lora, metrics, run_setup, sft, workdir
 from train.config import (
     DataConfig,
     DataSource,
@@ -37,7 +37,7 @@ CHAT = DataConfig(sources=(DataSource("sums", "demo/data/chat.jsonl", "chat"),))
 @pytest.fixture(autouse=True)
 def _one_device_in_the_checkout(monkeypatch):
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(loop, "_make_stage_layout", lambda stage, config: None)
+    monkeypatch.setattr(run_setup, "make_stage_layout", lambda stage, config: None)
     before = jax.config.jax_compilation_cache_dir
     yield
     jax.config.update("jax_compilation_cache_dir", before)
