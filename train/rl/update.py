@@ -13,12 +13,10 @@ Steps 1 to 3 fill the same rows on the host, and step 4 puts them onto the devic
 
 import dataclasses
 import itertools
-import math
 import time
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -27,11 +25,10 @@ from m1_jax import model as model_lib
 from m1_jax import sharding
 from train import optim
 from train import step as step_lib
-from train.rl import advantages, groups, rollout_correction
+from train.rl import advantages, batch_metrics, groups, rollout_correction
 from train.rl import batch as rl_batch
 from train.rl import config as rl_config
 from train.rl import loss as loss_lib
-from train.rl import metrics as rl_metrics
 from train.rl import sample as sample_lib
 from train.rl import step as rl_step
 
@@ -63,18 +60,6 @@ class _Minibatch:
 
     indices: list[int]
     packed: rl_batch.PackedSamples
-
-
-class _UpdateMetrics(NamedTuple):
-    """What one optimizer step measured, on the devices.
-
-    Attributes:
-      loss: sums over the step's tokens, see `metrics.loss_metrics`.
-      step: of the gradients and the optimizer, see `step.apply_update`.
-    """
-
-    loss: rl_metrics.MetricSums
-    step: dict[str, Any]
 
 
 class PolicyUpdater:
@@ -129,7 +114,9 @@ class PolicyUpdater:
         start_secs = time.perf_counter()
         numbered_groups = _number_samples(batch)
         samples = [sample for group in numbered_groups for sample in group]
-        metrics = _group_metrics(samples)
+        metrics = batch_metrics.measure_samples(
+            [s.sample for s in samples], [s.group_id for s in samples]
+        )
         minibatches = [
             self._pack_minibatch(minibatch_groups)
             for minibatch_groups in self._split_minibatches(numbered_groups, batch_number)
@@ -143,15 +130,18 @@ class PolicyUpdater:
         # before the batch's updates.
         entropy = self._fill_logprobs(state.model, minibatches)
         scored_secs = time.perf_counter()
-        metrics |= _mismatch_metrics(minibatches, weight_version) | {"entropy_old": entropy}
+        metrics |= batch_metrics.measure_batch_mismatch(
+            [minibatch.packed for minibatch in minibatches], weight_version
+        )
+        metrics["entropy_old"] = entropy
         self._fill_advantages(minibatches, samples)
-        updates: list[_UpdateMetrics] = []
+        updates: list[batch_metrics.UpdateMetrics] = []
         for _ in range(self._config.update.epochs):
             for minibatch in minibatches:
                 # The old state is donated, so only the new one exists from here on.
                 state, update_metrics = self._update_minibatch(state, minibatch.packed)
                 updates.append(update_metrics)
-        metrics |= _merge_update_metrics(updates)
+        metrics |= batch_metrics.merge_update_metrics(updates)
         if metrics["skipped"] == metrics["updates"]:
             raise FloatingPointError(
                 f"batch {batch_number}: none of {len(updates)} updates had a finite gradient; "
@@ -253,7 +243,7 @@ class PolicyUpdater:
 
     def _update_minibatch(
         self, state: step_lib.TrainState, packed: rl_batch.PackedSamples
-    ) -> tuple[step_lib.TrainState, _UpdateMetrics]:
+    ) -> tuple[step_lib.TrainState, batch_metrics.UpdateMetrics]:
         """Make one optimizer step. Its metrics stay on the devices, so nothing waits for it."""
         weight_mean, sums = self._weight_mean(packed), None
         # All tokens, prompts too: these shares weigh the routers' balance loss.
@@ -268,7 +258,7 @@ class PolicyUpdater:
         assert sums is not None, "a minibatch has a valid sample, and so a microbatch"
         grads, metric_sums = sums
         state, step_metrics = rl_step.apply_update(state, grads, self._settings)
-        return state, _UpdateMetrics(metric_sums, step_metrics)
+        return state, batch_metrics.UpdateMetrics(metric_sums, step_metrics)
 
     def _weight_mean(self, packed: rl_batch.PackedSamples) -> np.float32 | None:
         """Return the mean correction weight of a step's tokens, if the correction divides by it.
@@ -302,96 +292,3 @@ def _number_samples(batch: Sequence[groups.SampleGroup]) -> list[list[_BatchSamp
         ]
         for group in batch
     ]
-
-
-def _group_metrics(samples: list[_BatchSample]) -> dict[str, float]:
-    """Return the metrics of a batch before any forward pass.
-
-    These are `metrics.summarize_groups`, and
-      nll: mean negative log-probability of the generated tokens by the sampler, nats.
-      reward/PART: mean of a part of the rewards, over the samples that have it.
-    """
-    plain = [s.sample for s in samples]
-    metrics = rl_metrics.summarize_groups(
-        [math.nan if sample.reward is None else sample.reward for sample in plain],
-        [s.group_id for s in samples],
-        [sample.valid for sample in plain],
-        [sum(sample.mask) for sample in plain],
-        [sample.status for sample in plain],
-    )
-    generated_logprobs = [
-        logp for sample in plain for logp, m in zip(sample.logprobs, sample.mask, strict=True) if m
-    ]
-    metrics["nll"] = -float(np.mean(generated_logprobs)) if generated_logprobs else 0.0
-    for name in sorted({name for sample in plain for name in sample.parts}):
-        values = [sample.parts[name] for sample in plain if name in sample.parts]
-        metrics[f"reward/{name}"] = float(np.mean(values))
-    return metrics
-
-
-def _mismatch_metrics(minibatches: list[_Minibatch], weight_version: int) -> dict[str, float]:
-    """Compare sampler and trainer on the tokens that the present weights wrote.
-
-    Samples that went on over several batches have tokens of older weights, too. Their probabilities
-    differ from the trainer's for another reason. Returns {} if no token is of the present weights.
-    """
-    logp_rollout: list[np.ndarray] = []
-    logp_old: list[np.ndarray] = []
-    sample_numbers: list[np.ndarray] = []
-    for packed in (minibatch.packed for minibatch in minibatches):
-        trainer_logps = packed.extract([rows.logp_old for rows in packed.microbatches])
-        for sample, trainer_logp in zip(packed.samples, trainer_logps, strict=True):
-            is_current = (np.asarray(sample.mask) > 0) & (
-                np.asarray(sample.versions) == weight_version
-            )
-            logp_rollout.append(np.asarray(sample.logprobs)[is_current])
-            logp_old.append(trainer_logp[is_current])
-            sample_numbers.append(np.full(int(is_current.sum()), len(sample_numbers)))
-    # All samples lie in one row, [1, tokens]. `measure_mismatch` tells them apart by number.
-    sampler_row, trainer_row, ids = (
-        np.concatenate(x)[None] for x in (logp_rollout, logp_old, sample_numbers)
-    )
-    if not sampler_row.size:
-        return {}
-    return rl_metrics.measure_mismatch(sampler_row, trainer_row, np.ones(sampler_row.shape), ids)
-
-
-def _merge_update_metrics(updates: list[_UpdateMetrics]) -> dict[str, Any]:
-    """Return the metrics of all updates of a batch together.
-
-    Most are means over the updates, ratio_min, _max and _p99 extremes. Besides those of `metrics`:
-      most_dropped, most_clipped: see `metrics.rank_dropped_tokens`.
-      gradient/decade_X, gradient/below_1e-14: see `metrics.gradient_histogram`, of the last update.
-      updates: number of optimizer steps.
-      skipped: number of steps without a finite gradient, which left the weights as they were.
-    """
-    reports = [rl_metrics.summarize_metrics(jax.device_get(update.loss)) for update in updates]
-    metrics: dict[str, Any] = {}
-    reducers: dict[str, Callable] = {"ratio_min": min, "ratio_max": max, "ratio_p99": max}
-    for name in reports[0]:
-        reduce = reducers.get(name, np.mean)
-        metrics[name] = float(reduce([report[name] for report in reports]))
-    drops, clips = (
-        np.sum([update.loss["drops"][name] for update in updates], axis=0)
-        for name in ("by_token", "clipped")
-    )
-    metrics["most_dropped"] = rl_metrics.rank_dropped_tokens(drops)
-    # Ids that were never clipped count too, so that a reader can tell how often clipping is.
-    metrics["most_clipped"] = rl_metrics.rank_dropped_tokens(clips, num=32, min_dropped=0)
-    steps = jax.device_get([update.step for update in updates])
-    last_step = steps[-1]
-    # Magnitudes of gradients are logged of the last step alone: one histogram a batch is enough.
-    shares = {
-        name.removeprefix("gradient/"): value
-        for name, value in last_step.items()
-        if name.startswith("gradient/")
-    }
-    histogram = rl_metrics.gradient_histogram(shares)
-    metrics |= {f"gradient/decade_{name}": value for name, value in histogram.items()}
-    metrics["gradient/below_1e-14"] = float(shares["below_1e-14"])
-    for name in last_step:
-        if not name.startswith("gradient/"):
-            metrics[name] = float(np.mean([step[name] for step in steps]))
-    metrics["skipped"] = float(sum(step["skipped"] for step in steps))
-    metrics["updates"] = float(len(updates))
-    return metrics

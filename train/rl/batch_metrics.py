@@ -1,0 +1,129 @@
+"""The metrics of one generation batch: its samples, sampler against trainer, and its updates.
+
+`train/rl/metrics.py` measures. This module says which samples and steps are measured together.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from train.rl import batch as rl_batch
+from train.rl import metrics as rl_metrics
+from train.rl import sample as sample_lib
+
+
+class UpdateMetrics(NamedTuple):
+    """What one optimizer step measured, on the devices.
+
+    Attributes:
+      loss: sums over the step's tokens, see `metrics.loss_metrics`.
+      step: of the gradients and the optimizer, see `step.apply_update`.
+    """
+
+    loss: rl_metrics.MetricSums
+    step: dict[str, Any]
+
+
+def measure_samples(
+    samples: Sequence[sample_lib.Sample], group_ids: Sequence[int]
+) -> dict[str, float]:
+    """Return the metrics of a batch before any forward pass.
+
+    These are `metrics.summarize_groups`, and
+      nll: mean negative log-probability of the generated tokens by the sampler, nats.
+      reward/PART: mean of a part of the rewards, over the samples that have it.
+    """
+    metrics = rl_metrics.summarize_groups(
+        [math.nan if sample.reward is None else sample.reward for sample in samples],
+        group_ids,
+        [sample.valid for sample in samples],
+        [sum(sample.mask) for sample in samples],
+        [sample.status for sample in samples],
+    )
+    generated_logprobs = [
+        logp
+        for sample in samples
+        for logp, m in zip(sample.logprobs, sample.mask, strict=True)
+        if m
+    ]
+    # Convergence of this number begins the next window, see `length_schedule`.
+    metrics["nll"] = -float(np.mean(generated_logprobs)) if generated_logprobs else 0.0
+    for name in sorted({name for sample in samples for name in sample.parts}):
+        values = [sample.parts[name] for sample in samples if name in sample.parts]
+        metrics[f"reward/{name}"] = float(np.mean(values))
+    return metrics
+
+
+def measure_batch_mismatch(
+    minibatches: Sequence[rl_batch.PackedSamples], weight_version: int
+) -> dict[str, float]:
+    """Return `metrics.measure_mismatch` of the tokens that the present weights wrote.
+
+    Samples that went on over several batches have tokens of older weights, too. Their probabilities
+    differ from the trainer's for another reason. Returns {} if no token is of the present weights.
+    """
+    logp_rollout: list[np.ndarray] = []
+    logp_old: list[np.ndarray] = []
+    sample_numbers: list[np.ndarray] = []
+    for packed in minibatches:
+        trainer_logps = packed.extract([rows.logp_old for rows in packed.microbatches])
+        for sample, trainer_logp in zip(packed.samples, trainer_logps, strict=True):
+            is_current = (np.asarray(sample.mask) > 0) & (
+                np.asarray(sample.versions) == weight_version
+            )
+            logp_rollout.append(np.asarray(sample.logprobs)[is_current])
+            logp_old.append(trainer_logp[is_current])
+            sample_numbers.append(np.full(int(is_current.sum()), len(sample_numbers)))
+    # All samples lie in one row, [1, tokens]. `measure_mismatch` tells them apart by number.
+    sampler_row, trainer_row, ids = (
+        np.concatenate(x)[None] for x in (logp_rollout, logp_old, sample_numbers)
+    )
+    if not sampler_row.size:
+        return {}
+    return rl_metrics.measure_mismatch(sampler_row, trainer_row, np.ones(sampler_row.shape), ids)
+
+
+def merge_update_metrics(updates: Sequence[UpdateMetrics]) -> dict[str, Any]:
+    """Return the metrics of all updates of a batch together.
+
+    Most are means over the updates. ratio_min, ratio_max and ratio_p99 are extremes. Besides those
+    of an update there are
+      most_dropped, most_clipped: see `metrics.rank_dropped_tokens`.
+      gradient/decade_X, gradient/below_1e-14: see `metrics.gradient_histogram`, of the last update.
+      updates: number of optimizer steps.
+      skipped: number of steps without a finite gradient, which left the weights as they were.
+    """
+    # Here the host waits for the devices, for the first time since the updates began.
+    reports = [rl_metrics.summarize_metrics(jax.device_get(update.loss)) for update in updates]
+    metrics: dict[str, Any] = {}
+    reducers: dict[str, Callable] = {"ratio_min": min, "ratio_max": max, "ratio_p99": max}
+    for name in reports[0]:
+        reduce = reducers.get(name, np.mean)
+        metrics[name] = float(reduce([report[name] for report in reports]))
+    drops, clips = (
+        np.sum([update.loss["drops"][name] for update in updates], axis=0)
+        for name in ("by_token", "clipped")
+    )
+    metrics["most_dropped"] = rl_metrics.rank_dropped_tokens(drops)
+    # Ids that were never clipped count too, so that a reader can tell how often clipping is.
+    metrics["most_clipped"] = rl_metrics.rank_dropped_tokens(clips, num=32, min_dropped=0)
+    steps = jax.device_get([update.step for update in updates])
+    last_step = steps[-1]
+    # Magnitudes of gradients are logged of the last step alone: one histogram a batch is enough.
+    shares = {
+        name.removeprefix("gradient/"): value
+        for name, value in last_step.items()
+        if name.startswith("gradient/")
+    }
+    histogram = rl_metrics.gradient_histogram(shares)
+    metrics |= {f"gradient/decade_{name}": value for name, value in histogram.items()}
+    metrics["gradient/below_1e-14"] = float(shares["below_1e-14"])
+    for name in last_step:
+        if not name.startswith("gradient/"):
+            metrics[name] = float(np.mean([step[name] for step in steps]))
+    metrics["skipped"] = float(sum(step["skipped"] for step in steps))
+    metrics["updates"] = float(len(updates))
+    return metrics
