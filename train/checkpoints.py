@@ -1,9 +1,11 @@
-"""Checkpoints of a run with Orbax: state, data position and config in one atomic unit.
+"""Checkpoints of a run with Orbax: state, position in the data and config in one atomic unit.
 
 A checkpoint holds
-    state/   parameters and moments by their paths, in float32; restored onto any mesh
-    data/    where every source stands, of all processes
+    state/   trained parameters and moments by their paths, in float32
+    data/    the position in every source, of all processes
     run/     the resolved config, and a digest of the state
+
+A state can be restored onto any mesh.
 """
 
 import dataclasses
@@ -23,37 +25,47 @@ from train import trainable
 
 
 class ResumeError(ValueError):
-    """A checkpoint that this run cannot go on from; the message says why and what to do."""
+    """This run cannot go on from a checkpoint. The message says why and what to do."""
 
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointInfo:
-    """What a checkpoint knows beside arrays. data: of `data.BatchStream.get_state`, all processes'."""
+    """What a checkpoint holds beside arrays."""
 
-    step: int
-    data: dict[str, Any]
-    config: dict[str, Any]
-    digest: int
+    step: int  # steps made before it
+    data: dict[str, Any]  # `stream.BatchStream.get_state` of all processes, merged
+    config: dict[str, Any]  # of the run, as `configlib.to_json` gives it
+    digest: int  # `digest_state` of the state
 
 
 class CheckpointStore:
-    """The checkpoints below a run's directory; a context that waits for the last one to land."""
+    """The checkpoints below a run's directory.
+
+    As a context, it waits at the end until the last checkpoint is written.
+    """
 
     def __init__(self, directory: pathlib.Path, save: config_lib.SaveConfig):
+        """Open the store.
+
+        Args:
+          directory: of the run. The checkpoints lie below it, unless `save` names another place.
+          save: how many checkpoints stay, and where.
+        """
         options = ocp.CheckpointManagerOptions(
             max_to_keep=save.keep,
             keep_period=save.keep_every or None,
             cleanup_tmp_directories=True,  # what a killed process left half written
-            enable_async_checkpointing=True,
+            enable_async_checkpointing=True,  # files are written while training goes on
         )
         handlers = {
             "state": ocp.PyTreeCheckpointHandler(),
             "data": ocp.JsonCheckpointHandler(),
             "run": ocp.JsonCheckpointHandler(),
         }
-        place = epath.Path(save.directory) if save.directory else epath.Path(directory.resolve())
+        # Orbax wants absolute paths. A bucket's path is absolute, and epath cannot resolve it.
+        parent = epath.Path(save.directory) if save.directory else epath.Path(directory.resolve())
         self._manager = ocp.CheckpointManager(
-            place / "checkpoints", item_handlers=handlers, options=options
+            parent / "checkpoints", item_handlers=handlers, options=options
         )
 
     def __enter__(self):
@@ -63,20 +75,27 @@ class CheckpointStore:
         self._manager.close()
 
     def wait(self) -> None:
+        """Wait until all saved checkpoints are on the disk."""
         self._manager.wait_until_finished()
 
     def latest_step(self) -> int | None:
+        """Return the step of the newest checkpoint, None where there is none."""
         return self._manager.latest_step()
 
     def all_steps(self) -> list[int]:
+        """Return the steps of all checkpoints, ascending."""
         return sorted(self._manager.all_steps())
 
     def save(
         self, state: step_lib.TrainState, data: dict, config: dict, step: int | None = None
     ) -> None:
-        """Write a checkpoint; arrays are copied before this returns, files land behind it.
+        """Write a checkpoint. Arrays are copied before this returns, and files are written later.
 
-        number: that it goes by; None takes the state's step.
+        Args:
+          state: of the run.
+          data: this process's position in the data.
+          config: of the run, as JSON.
+          step: number of the checkpoint. None takes the state's step.
         """
         run = {"config": config, "digest": int(digest_state(state))}
         items = ocp.args.Composite(
@@ -85,68 +104,76 @@ class CheckpointStore:
             run=ocp.args.JsonSave(run),
         )
         step = int(state.step) if step is None else step
+        # force: the caller decides when to save, not the manager's own policy.
         self._manager.save(step, args=items, force=True)
 
     def read_info(self, step: int) -> CheckpointInfo:
-        """Return what a checkpoint says of itself, without its arrays."""
+        """Return what a checkpoint holds beside arrays."""
         items = ocp.args.Composite(data=ocp.args.JsonRestore(), run=ocp.args.JsonRestore())
-        found = self._manager.restore(step, args=items)
-        return CheckpointInfo(step=step, data=found["data"], **found["run"])
+        restored = self._manager.restore(step, args=items)
+        return CheckpointInfo(step=step, data=restored["data"], **restored["run"])
 
     def restore(self, step: int, like: step_lib.TrainState) -> step_lib.TrainState:
         """Read a state onto the shapes and shardings of `like`.
 
         Raises:
-          ResumeError: a checkpoint of another model, or one whose arrays are not what was saved.
+          ResumeError: the checkpoint is of another model, or its arrays are not what was saved.
         """
-        wanted = flatten_state(like)
+        abstract_leaves = flatten_state(like)
         saved = self._manager.item_metadata(step)["state"].tree
         shapes = {name: tuple(meta.shape) for name, meta in saved.items()}
-        for name, leaf in wanted.items():
+        for name, leaf in abstract_leaves.items():
             if shapes.get(name) != leaf.shape:
                 raise ResumeError(
                     f"checkpoint of step {step}: {name} has shape {shapes.get(name)}; the model "
                     f"wants {leaf.shape}. Is it another model's? Give a new --workdir."
                 )
-        places = {
+        restore_args = {
             name: ocp.ArrayRestoreArgs(
                 dtype=leaf.dtype, sharding=leaf.sharding, global_shape=leaf.shape
             )
-            for name, leaf in wanted.items()
+            for name, leaf in abstract_leaves.items()
         }
-        items = ocp.args.Composite(state=ocp.args.PyTreeRestore(wanted, restore_args=places))
+        items = ocp.args.Composite(
+            state=ocp.args.PyTreeRestore(abstract_leaves, restore_args=restore_args)
+        )
         state = unflatten_state(self._manager.restore(step, args=items)["state"], like)
-        expected, got = self.read_info(step).digest, int(digest_state(state))
-        if got != expected:
+        expected, actual = self.read_info(step).digest, int(digest_state(state))
+        if actual != expected:
             raise ResumeError(
-                f"checkpoint of step {step} is damaged: its digest is {got}, but {expected} was "
+                f"checkpoint of step {step} is damaged: its digest is {actual}, but {expected} was "
                 "saved. Delete it to go on from the one before."
             )
         return state
 
 
 def flatten_state(state: step_lib.TrainState) -> dict[str, Any]:
-    """Return what a run changes of a state, by path: all leaves but frozen parameters."""
-    own = dataclasses.replace(state, model=trainable.partition(state.model)[0])
-    leaves = jax.tree_util.tree_leaves_with_path(own)
+    """Return all leaves of a state but frozen parameters, by path."""
+    trained_state = dataclasses.replace(state, model=trainable.partition(state.model)[0])
+    leaves = jax.tree_util.tree_leaves_with_path(trained_state)
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
 
 
 def unflatten_state(leaves: dict[str, Any], like: step_lib.TrainState) -> step_lib.TrainState:
-    """Return another state with the leaves that `flatten_state` gave in place of its own."""
-    own, rest = trainable.partition(like.model)
-    shape = jax.tree.structure(dataclasses.replace(like, model=own))
-    state = jax.tree.unflatten(shape, [leaves[name] for name in flatten_state(like)])
-    return dataclasses.replace(state, model=trainable.combine(state.model, rest))
+    """Return `like` with the leaves of `flatten_state` in place of its own.
+
+    Frozen parameters stay those of `like`.
+    """
+    trained, frozen = trainable.partition(like.model)
+    structure = jax.tree.structure(dataclasses.replace(like, model=trained))
+    # `flatten_state` has the order of the tree. `leaves` may have another one.
+    state = jax.tree.unflatten(structure, [leaves[name] for name in flatten_state(like)])
+    return dataclasses.replace(state, model=trainable.combine(state.model, frozen))
 
 
 @jax.jit
 def digest_state(state: step_lib.TrainState) -> jax.Array:
-    """Return one number of all bits of `flatten_state`, the same on any mesh."""
-    total = jnp.zeros((), jnp.uint32)
+    """Return a number that depends on all bits of `flatten_state`. It is the same on any mesh."""
+    digest = jnp.zeros((), jnp.uint32)
     for leaf in flatten_state(state).values():
-        total = total * jnp.uint32(31) + _sum_bits(leaf)
-    return total
+        # A polynomial, so that swapped leaves do not cancel.
+        digest = digest * jnp.uint32(31) + _sum_bits(leaf)
+    return digest
 
 
 def _sum_bits(leaf: jax.Array) -> jax.Array:
@@ -158,12 +185,14 @@ def _sum_bits(leaf: jax.Array) -> jax.Array:
     words = jax.lax.bitcast_convert_type(leaf, jnp.uint32)
     for dim in range(words.ndim):
         index = jax.lax.broadcasted_iota(jnp.uint32, words.shape, dim)
+        # 2654435761 is 2^32 over the golden ratio, Knuth's multiplicative hash. `| 1` makes the
+        # factor odd, hence invertible modulo 2^32: no bit of a word is lost.
         words = words * (index * jnp.uint32(2654435761) + jnp.uint32(2 * dim + 1) | 1)
     return jnp.sum(words, dtype=jnp.uint32)
 
 
 def _merge_across_processes(data: dict) -> dict:
-    """Merge every process's dict; a small JSON of each goes over the network."""
+    """Return the dicts of all processes, merged. Each process sends a small JSON to all others."""
     if jax.process_count() == 1:
         return data
     merged: dict = {}
@@ -173,8 +202,9 @@ def _merge_across_processes(data: dict) -> dict:
 
 
 def _merge_dicts(left: dict, right: dict) -> dict:
-    both = dict(left)
+    """Return both dicts, with nested dicts merged and other values taken from the right one."""
+    merged = dict(left)
     for key, value in right.items():
-        nested = isinstance(both.get(key), dict) and isinstance(value, dict)
-        both[key] = _merge_dicts(both[key], value) if nested else value
-    return both
+        nested = isinstance(merged.get(key), dict) and isinstance(value, dict)
+        merged[key] = _merge_dicts(merged[key], value) if nested else value
+    return merged

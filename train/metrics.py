@@ -1,4 +1,4 @@
-"""Metrics of a run: one writer for JSONL, TensorBoard and the terminal."""
+"""Metrics of a run: a writer for JSONL, TensorBoard and the terminal, and what it is given."""
 
 import collections
 import json
@@ -18,6 +18,7 @@ from absl import logging
 
 from m1_jax import durable
 
+# What the terminal shows of a step.
 _TERMINAL_METRICS = ("loss", "learning_rate", "tokens_per_sec")
 METRICS_FILE, SAMPLES_FILE = "metrics.jsonl", "samples.jsonl"
 # bfloat16 operations a second of a device, from the makers' data sheets, by jax's device_kind.
@@ -36,11 +37,14 @@ PEAK_FLOPS = {
 
 
 class MetricsWriter:
-    """Writes what process 0 is told, by step; after a restart, over what came after `step`.
+    """Writes metrics by step, on process 0. On the other processes every method does nothing.
 
-    Lines of metrics.jsonl are {"step", "kind": "train" | "eval" | "event", ...}.
+    Lines of metrics.jsonl are {"step", "kind": "train" | "eval" | "event", ...}. After a restart,
+    lines of steps that will be made again are cut off first.
 
-    newest: the last step of each kind that was there before, on process 0.
+    Attributes:
+      last_steps: the step of the last line of each kind in the files before the restart. Empty on
+        processes other than 0.
     """
 
     def __init__(
@@ -50,7 +54,14 @@ class MetricsWriter:
         total_steps: int,
         terminal_metrics: Sequence[str] = _TERMINAL_METRICS,
     ):
-        """Open the files. shown: which numbers the terminal gets of a step."""
+        """Open the files.
+
+        Args:
+          directory: of the run.
+          step: number of steps made before. Later lines in the files are cut off.
+          total_steps: of the run, for the progress bar.
+          terminal_metrics: names of the metrics that the terminal shows of a step.
+        """
         self._terminal_metrics = terminal_metrics
         self._is_primary = jax.process_index() == 0
         self.last_steps: dict[str, int] = {}
@@ -62,7 +73,9 @@ class MetricsWriter:
             for name in (METRICS_FILE, SAMPLES_FILE)
         }
         board = str(directory / "tensorboard")
+        # TensorBoard then hides earlier events from this step on.
         self._tensorboard = tensorboardX.SummaryWriter(board, purge_step=step + 1)
+        # In a log file a bar would be thousands of lines; there a step is a line of `logging`.
         quiet = not sys.stderr.isatty()
         self._progress_bar = tqdm.tqdm(total=total_steps, initial=step, unit="step", disable=quiet)
         self._is_quiet = quiet
@@ -78,7 +91,7 @@ class MetricsWriter:
                 file.close()
 
     def write(self, step: int, kind: str, values: dict[str, Any]) -> None:
-        """Record numbers of a step; also what is not finite, which JSON tells as a string."""
+        """Write the metrics of a step. JSON has numbers that are not finite as strings."""
         if not self._is_primary:
             return
         self._write_line(
@@ -88,25 +101,29 @@ class MetricsWriter:
         for name, value in values.items():
             if isinstance(value, int | float):
                 self._tensorboard.add_scalar(f"{kind}/{name}", value, step)
-        shown = {k: f"{values[k]:.4g}" for k in self._terminal_metrics if k in values}
+        terminal_values = {k: f"{values[k]:.4g}" for k in self._terminal_metrics if k in values}
         if kind == "train" and self._is_quiet:
-            logging.info("step %d: %s", step, " ".join(f"{k} {v}" for k, v in shown.items()))
+            text = " ".join(f"{k} {v}" for k, v in terminal_values.items())
+            logging.info("step %d: %s", step, text)
         elif kind == "train":
-            self._progress_bar.set_postfix(shown, refresh=False)
+            self._progress_bar.set_postfix(terminal_values, refresh=False)
         else:
-            told = " ".join(f"{k} {_to_json_value(v)}" for k, v in values.items())
-            self._progress_bar.write(f"step {step}: {kind}: {told}", file=sys.stderr)
+            # Evaluations and events are rare, so the terminal shows all of their values.
+            text = " ".join(f"{k} {_to_json_value(v)}" for k, v in values.items())
+            self._progress_bar.write(f"step {step}: {kind}: {text}", file=sys.stderr)
 
     def write_samples(self, step: int, rows: list[list[str]]) -> None:
+        """Write the sample ids of each row of a step into samples.jsonl."""
         if self._is_primary:
             self._write_line(SAMPLES_FILE, {"step": step, "samples": rows})
 
     def advance(self, step: int) -> None:
+        """Move the progress bar to a step."""
         if self._is_primary:
             self._progress_bar.update(step - self._progress_bar.n)
 
     def flush(self) -> None:
-        """Bring lines to the disk, before the checkpoint that they belong to."""
+        """Write all lines to the disk. Call it before the checkpoint that they belong to."""
         if self._is_primary:
             for file in self._files.values():
                 durable.flush_to_disk(file)
@@ -116,21 +133,23 @@ class MetricsWriter:
 
 
 class SpikeDetector:
-    """Tells losses that stand out from the last hundred."""
+    """Finds losses that exceed the median of the last hundred by a factor."""
 
     def __init__(self, factor: float):
         self._factor, self._recent_losses = factor, collections.deque(maxlen=100)
 
     def is_spike(self, loss: float) -> bool:
-        enough = len(self._recent_losses) >= 10
-        high = enough and loss > self._factor * statistics.median(self._recent_losses)
+        """Return whether a loss is a spike. If it is none, it joins the recent losses."""
+        has_enough = len(self._recent_losses) >= 10  # a median of fewer says little
+        high = has_enough and loss > self._factor * statistics.median(self._recent_losses)
+        # Spikes stay out, so that a plateau of them keeps being reported.
         if math.isfinite(loss) and not high:
             self._recent_losses.append(loss)
         return high
 
 
 class StepTimer:
-    """Measures seconds a step, between readings."""
+    """Measures seconds a step in the interval between two readings."""
 
     def __init__(self, step: int):
         self._start_secs, self._start_step = time.perf_counter(), step
@@ -142,24 +161,31 @@ class StepTimer:
     def secs_per_step(self, step: int) -> float:
         """Return the interval's mean up to `step`, and begin the next interval."""
         now_secs = time.perf_counter()
+        # At least 1: after an evaluation a reading may come at the step of the restart.
         secs = (now_secs - self._start_secs) / max(step - self._start_step, 1)
         self._start_secs, self._start_step = now_secs, step
         return secs
 
 
 def peak_flops() -> float | None:
-    """Return what all devices can do in a second, in bfloat16; None where it is not known."""
-    one = PEAK_FLOPS.get(jax.devices()[0].device_kind)
-    return None if one is None else one * jax.device_count()
+    """Return the bfloat16 operations of all devices in a second, None where they are not known."""
+    device_flops = PEAK_FLOPS.get(jax.devices()[0].device_kind)
+    return None if device_flops is None else device_flops * jax.device_count()
 
 
 def summarize_expert_load(load: np.ndarray) -> dict[str, float]:
-    """Return the busiest and the idlest expert's share over the mean, worst of all layers."""
+    """Return the largest and the smallest share of an expert over the mean, of all layers.
+
+    Args:
+      load: [layers, experts], shares of the tokens. A layer's shares sum to 1.
+    """
+    # The mean share is 1 / experts.
     scaled = np.asarray(load, np.float64) * load.shape[-1]
     return {"expert_load_max": float(scaled.max()), "expert_load_min": float(scaled.min())}
 
 
 def _to_json_value(value: Any) -> Any:
+    # JSON has neither NaN nor infinity.
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     return value
@@ -168,9 +194,12 @@ def _to_json_value(value: Any) -> Any:
 def _reopen_log(path: pathlib.Path, step: int, last_steps: dict[str, int]):
     """Open a file for appending, without the lines of steps that will be made again.
 
-    newest: takes the last step of each kind of line that stays. A run from step 0 begins anew.
+    Args:
+      path: of the file.
+      step: the last one whose lines stay. With step 0 the file begins anew.
+      last_steps: gets the last step of each kind of line that stays.
     """
-    kept = []
+    remaining_lines = []
     if path.exists() and step:
         for line in path.read_text().splitlines():
             try:
@@ -179,9 +208,10 @@ def _reopen_log(path: pathlib.Path, step: int, last_steps: dict[str, int]):
                 break
             if record["step"] > step:
                 break
-            kept.append(line + "\n")
+            remaining_lines.append(line + "\n")
             last_steps[record.get("kind", "samples")] = record["step"]
+    # Written beside and renamed: a kill leaves the old file or the new one.
     part = path.with_suffix(".part")
-    part.write_text("".join(kept))
+    part.write_text("".join(remaining_lines))
     part.rename(path)
     return path.open("a")
