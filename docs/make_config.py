@@ -203,7 +203,7 @@ def _source_path(config: type) -> str:
 
 
 def _end_sentence(text: str) -> str:
-    return text if text.endswith(".") else text + "."
+    return text if text.endswith((".", ":")) else text + "."
 
 
 def _wrap_text(text: str, indent: str) -> str:

@@ -66,7 +66,7 @@ def test_words_come_from_help_docstring_and_comments(make_config):
     assert "`. The outer one, in two lines.\n" in text
     assert "- **`name`** (`str`, required): of letters, and no digits.\n" in text
     assert "default `(Inner(rate=0.5),)`): Above it. See [Inner](#inner).\n" in text
-    assert "  - first: the left one.\n  - second: the right one.\n" in text
+    assert ": of two parts:\n  - first: the left one.\n  - second: the right one.\n" in text
     assert "- **`count`** (`int`, default `1`): At least 1.\n" in text
     assert "prose" not in text
     assert list(make_config.find_configs(Outer)) == [Outer, Inner]

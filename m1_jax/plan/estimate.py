@@ -268,7 +268,7 @@ def _count_expert_traffic(
     layers, experts_per_token = config.num_hidden_layers, config.num_experts_per_tok
     leaving_share = 1 - 1 / layout.axis_size("experts")
     exchanged = _BFLOAT16 * tokens * experts_per_token * config.hidden_size * leaving_share
-    # To the experts and back; the backward pass sends rows again, their gradients, and those back.
+    # To the experts and back. The backward pass sends rows again, their gradients, and those back.
     counter.add("ragged-all-to-all", (5 if job.is_training else 2) * layers, exchanged)
     # Each chip knows the weights of its group's choices, and gives their gradients back.
     choices = _FLOAT32 * tokens * experts_per_token * (layout.axis_size("experts") - 1)

@@ -12,7 +12,7 @@ from m1_jax import sharding
 from m1_jax.plan import config as plan_config
 from m1_jax.plan import estimate, jobs
 
-# What a search splits devices over; slices meet in the first axis of the mesh.
+# What a search splits devices over, by kind of job or mode.
 _SEARCHED_AXES = {
     sharding.TRAIN: ("fsdp", "expert", "tensor", "context"),
     sharding.PREFILL: ("data", "expert", "tensor", "context"),

@@ -74,7 +74,7 @@ def _format_memory(record: Mapping[str, Any]) -> list[str]:
     parts, estimates = record["hbm_parts"], dict(record["hbm_estimate"])
     # Gradients and activations are both temporaries of the program.
     estimates["activations"] += estimates.pop("gradients", 0)
-    # The estimate has one number for all decode states; keys and values are known exactly.
+    # The estimate has one number for all decode states. Keys and values are known exactly.
     if "kv" in parts:
         estimates["state"] = estimates.get("state", 0) - parts["kv"]
         estimates["kv"] = parts["kv"]
