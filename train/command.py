@@ -12,7 +12,7 @@ from absl import flags, logging
 
 from m1_jax import configlib
 
-# Takes (config, workdir). Returns a summary, which is printed: with the fields `step`, `stopped_by`.
+# Takes (config, workdir). Returns a summary with fields `step` and `stopped_by`. It is printed.
 RunFunction = Callable[[Any, str], Any]
 # Takes (config, further arguments). Returns the changed config, and a message to print.
 ConfigEdit = Callable[[Any, Sequence[str]], tuple[Any, str]]

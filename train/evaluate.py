@@ -1,4 +1,7 @@
-"""Held-out loss, by source and by place in the document."""
+"""Held-out loss, by source and by position in the document.
+
+Positions show what a long context is worth: the loss should fall with them.
+"""
 
 import functools
 
@@ -11,7 +14,8 @@ from m1_jax import logprobs
 from m1_jax import model as model_lib
 from train.data import batch as batch_lib
 
-# Places in a document, as powers of two: 0 to 1023, 1024 to 2047, and so on to 1M and more.
+# Buckets of positions double in length: 0 to 1023, 1024 to 2047, 2048 to 4095, and so on. The last
+# one begins at 1M.
 FIRST_BUCKET_TOKENS, NUM_BUCKETS = 1024, 12
 
 
@@ -22,32 +26,50 @@ def sum_losses(
     source_ids: Int[Array, "B T"],
     num_sources: int,
 ) -> Float[Array, "2 S K"]:
-    """Return sums of weight * -logp and of weight, by source (1 is the first) and bucket."""
+    """Return sums of weight * -logp and of weight, by source and bucket of positions.
+
+    Args:
+      model: whose loss to take.
+      batch: rows on the devices.
+      source_ids: number of each token's source from 1. Padding has 0, and weight 0.
+      num_sources: S. K is `NUM_BUCKETS`.
+    """
     hidden, _ = model.hidden(batch.tokens, batch.segment_ids, batch.positions)
     logps = logprobs.token_logprobs(model, hidden, batch.targets)
     bucket = jnp.searchsorted(_bucket_edges(), batch.positions.reshape(-1), side="right")
-    place = (source_ids.reshape(-1) - 1) * NUM_BUCKETS + bucket
+    # One index for the pair (source, bucket), as segment sums have one axis of segments.
+    cell_ids = (source_ids.reshape(-1) - 1) * NUM_BUCKETS + bucket
     weights = batch.weights.reshape(-1)
+    # Padding may have any log-probability, infinite ones too: 0 * inf would be NaN.
     losses = jnp.where(weights != 0, -weights * logps.reshape(-1), 0.0)
-    cells = jnp.where(weights != 0, place, num_sources * NUM_BUCKETS)  # the last: dropped
-    total = functools.partial(jax.ops.segment_sum, num_segments=num_sources * NUM_BUCKETS + 1)
+    # Tokens without weight go into a last cell, which is dropped.
+    cells = jnp.where(weights != 0, cell_ids, num_sources * NUM_BUCKETS)
+    sum_cells = functools.partial(jax.ops.segment_sum, num_segments=num_sources * NUM_BUCKETS + 1)
     shape = (num_sources, NUM_BUCKETS)
-    return jnp.stack([total(x, cells)[:-1].reshape(shape) for x in (losses, weights)])
+    return jnp.stack([sum_cells(x, cells)[:-1].reshape(shape) for x in (losses, weights)])
 
 
 def tabulate_losses(totals: np.ndarray, names: list[str]) -> dict[str, float]:
-    """Return mean losses: "loss" of all, "loss/SOURCE", and "loss_from/POSITION" by bucket."""
+    """Return mean losses: "loss" of all, "loss/SOURCE", and "loss_from/POSITION" by bucket.
+
+    A source or bucket without weight has no entry.
+
+    Args:
+      totals: [2, S, K], sums over all batches of `sum_losses`.
+      names: of the S sources.
+    """
     loss, weight = np.asarray(totals, np.float64)
-    out = {"loss": loss.sum() / weight.sum()}
+    means = {"loss": loss.sum() / weight.sum()}
     for name, part, count in zip(names, loss.sum(1), weight.sum(1), strict=True):
         if count:
-            out[f"loss/{name}"] = part / count
+            means[f"loss/{name}"] = part / count
     starts = [0, *map(int, _bucket_edges())]
     for start, part, count in zip(starts, loss.sum(0), weight.sum(0), strict=True):
         if count:
-            out[f"loss_from/{start}"] = part / count
-    return {name: float(value) for name, value in out.items()}
+            means[f"loss_from/{start}"] = part / count
+    return {name: float(value) for name, value in means.items()}
 
 
 def _bucket_edges() -> np.ndarray:
+    """Return the first position of every bucket but the first one."""
     return FIRST_BUCKET_TOKENS * 2 ** np.arange(NUM_BUCKETS - 1, dtype=np.int32)

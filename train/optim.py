@@ -16,21 +16,23 @@ Schedule = Callable[[Int[Array, ""]], Any]
 
 @dataclasses.dataclass(frozen=True)
 class AdamW:
-    """theta <- theta - lr (m / (sqrt(v) + eps) + decay theta), m and v corrected for their start.
+    """AdamW: theta <- theta - lr (m / (sqrt(v) + eps) + decay theta).
 
-    The gradient is first scaled to a global norm of at most `clip_norm`. Hashable: a jitted step
-    takes it as a constant.
+    m and v are the moments, corrected for their start at 0. The gradient is first scaled to a
+    global norm of at most `clip_norm`. The class is hashable, so a jitted step takes it as a
+    constant.
 
-    Args:
-      schedule: step (0 for the first) to learning rate, or a constant rate.
-      b1, b2: decay of the moments, in [0, 1).
-      eps: M1's 1e-15 (M1 3.2: gradients there span 1e-18 to 1e-5, and neighbouring steps
-        correlate little, hence the b2).
-      weight_decay: of matrices only; vectors (norms) are never decayed.
-      clip_norm: more than 0; None leaves the gradient as it is.
+    Attributes:
+      schedule: function of the step (0 is the first) to the learning rate, or a constant rate.
+      b1: decay of the first moment, from 0 to less than 1.
+      b2: decay of the second moment, from 0 to less than 1. M1's 0.95 is low, because gradients of
+        neighbouring steps correlate little there (M1 3.2).
+      eps: above 0. M1's 1e-15 suits gradients that span 1e-18 to 1e-5 (M1 3.2).
+      weight_decay: of matrices, at least 0. Vectors (norms) are never decayed.
+      clip_norm: above 0. None leaves the gradient as it is.
 
     Raises:
-      ValueError: a value out of range.
+      ValueError: a value is out of range.
     """
 
     schedule: Schedule | float
@@ -58,13 +60,14 @@ class AdamW:
         return self._moment_transform().init(model)
 
     def update(self, grads, state: optax.OptState, model, step: Int[Array, ""]):
-        """Return (new model, new state, {"grad_norm", "learning_rate"}), norm before clipping.
+        """Return (new model, new state, {"grad_norm", "learning_rate"}).
 
-        Nothing here is written out per parameter but the new values: the clip, the moments and
-        the update of one parameter are one fusion, so gradients exist once.
+        The norm is that before clipping. The clip, the moments and the update of a parameter are
+        one fusion, which writes the new values alone. So gradients exist once in memory.
         """
         norm = jnp.sqrt(sum(jnp.sum(jnp.square(g)) for g in jax.tree.leaves(grads)))
         if self.clip_norm is not None:
+            # 1e-30 keeps a gradient of zeros from 0 / 0.
             scale = jnp.minimum(1.0, self.clip_norm / jnp.maximum(norm, 1e-30))
             grads = jax.tree.map(lambda g: g * scale, grads)
         directions, state = self._moment_transform().update(grads, state, model)
@@ -73,10 +76,12 @@ class AdamW:
         return model, state, {"grad_norm": norm, "learning_rate": rate}
 
     def learning_rate(self, step: Int[Array, ""]) -> Float[Array, ""]:
+        """Return the learning rate of a step, float32."""
         rate = self.schedule(step) if callable(self.schedule) else self.schedule
         return jnp.asarray(rate, jnp.float32)
 
     def _moment_transform(self) -> optax.GradientTransformation:
+        # Without the learning rate. `update` multiplies by it, at the run's step.
         adam = optax.scale_by_adam(self.b1, self.b2, self.eps, mu_dtype=jnp.float32)
         if not self.weight_decay:
             return adam
@@ -84,13 +89,14 @@ class AdamW:
 
 
 def matrix_mask(model: nnx.Module):
-    """Return the model with True at each parameter that has two axes besides `layers`."""
+    """Return the model with True at each parameter that has two axes or more besides `layers`."""
 
-    def leaf(param):
+    def mark_param(param):
+        # Stacking gives a norm's vector a second axis, which does not make it a matrix.
         axes = [name for name in param.get_metadata()["logical_axes"] if name != "layers"]
         return jax.tree.map(lambda _: len(axes) > 1, param)
 
-    return jax.tree.map(leaf, model, is_leaf=lambda x: isinstance(x, nnx.Param))
+    return jax.tree.map(mark_param, model, is_leaf=lambda x: isinstance(x, nnx.Param))
 
 
 def warmup_cosine(peak: float, warmup_steps: int, total_steps: int, final: float = 0.0) -> Schedule:
@@ -111,6 +117,8 @@ def _warmup_cosine(peak, warmup_steps, total_steps, final):
     return optax.warmup_cosine_decay_schedule(0.0, peak, warmup_steps, total_steps, final)
 
 
+# Cached here and below: equal arguments give the same function, and jit compares functions by
+# identity.
 @functools.cache
 def make_stage_schedule(
     shape: str,
@@ -121,22 +129,27 @@ def make_stage_schedule(
     tokens_per_step: int,
     first_step: int = 0,
 ) -> Schedule:
-    """Return the learning rate of one stage of a run, by the run's step.
+    """Return the learning rate of one stage of a run, as a function of the run's step.
 
     Args:
-      shape: "constant" is `end` throughout; "linear" and "cosine" go from `start` to `end`.
-      warmup_tokens: over which the rate is also multiplied by a rise from 0 to 1.
-      tokens, tokens_per_step: of the stage. first_step: the run's step at which it begins.
+      shape: "linear" and "cosine" go from `start` to `end`. "constant" is `end` throughout.
+      start: rate at the end of the stage before.
+      end: rate at the end of the stage.
+      warmup_tokens: over which the rate is also multiplied by a linear rise from 0 to 1.
+      tokens: length of the stage.
+      tokens_per_step: of the stage.
+      first_step: number of the run's steps before the stage.
     """
 
     def schedule(step: Int[Array, ""]) -> Float[Array, ""]:
-        done = jnp.asarray(step - first_step, jnp.float32) * tokens_per_step
-        share = jnp.clip(done / tokens, 0.0, 1.0)
+        # In float32: an int32 would overflow after 2^31 tokens.
+        tokens_before = jnp.asarray(step - first_step, jnp.float32) * tokens_per_step
+        share = jnp.clip(tokens_before / tokens, 0.0, 1.0)
         if shape == "cosine":
             share = (1 - jnp.cos(jnp.pi * share)) / 2
         rate = end if shape == "constant" else start + (end - start) * share
         # The first step's own tokens count, so that it is not wasted on a rate of 0.
-        return rate * jnp.minimum(1.0, (done + tokens_per_step) / max(warmup_tokens, 1))
+        return rate * jnp.minimum(1.0, (tokens_before + tokens_per_step) / max(warmup_tokens, 1))
 
     return schedule
 
@@ -145,11 +158,20 @@ def make_stage_schedule(
 def make_piecewise_schedule(
     points: tuple[tuple[int, float], ...], first_token: int, tokens_per_step: int, first_step: int
 ) -> Schedule:
-    """Return lines between (token of the run, value) points by step, level outside of them."""
+    """Return lines between (token, value) points, as a function of the run's step.
+
+    Before the first point and after the last one the value is that of the point.
+
+    Args:
+      points: in rising order. Tokens count from the beginning of the run.
+      first_token: number of the run's tokens before `first_step`.
+      tokens_per_step: from `first_step` on.
+      first_step: number of the run's steps before the stage.
+    """
     tokens, values = (jnp.asarray(column, jnp.float32) for column in zip(*points, strict=True))
 
     def schedule(step: Int[Array, ""]) -> Float[Array, ""]:
-        at = first_token + jnp.asarray(step - first_step, jnp.float32) * tokens_per_step
-        return jnp.interp(at, tokens, values)
+        token = first_token + jnp.asarray(step - first_step, jnp.float32) * tokens_per_step
+        return jnp.interp(token, tokens, values)
 
     return schedule

@@ -1,7 +1,7 @@
 """The model that a run trains: its config, tokenizer, dtypes, first weights and adapters.
 
 Pretraining, fine-tuning and reinforcement learning build it alike: `train.loop` and
-`train.rl.loop` both ask a `RunModel` for their states.
+`train.rl.loop` both take their states from a `RunModel`.
 """
 
 import dataclasses
@@ -48,11 +48,11 @@ class RunModel:
 
     Attributes:
       config: of the model, with the run's choice of rematerialisation.
-      tokenizer: whose ids all lie in the model's vocabulary.
-      checkpoint: directory of the first weights; empty draws them from `seed`.
+      tokenizer: all of its ids lie in the model's vocabulary.
+      checkpoint: directory of the first weights. Empty draws weights from `seed`.
       dtype: of the computation.
-      lora: which adapters to train; None trains the weights themselves.
-      seed: of random weights, and of adapters.
+      lora: which adapters to train. None trains the weights themselves.
+      seed: of random weights and of adapters.
     """
 
     config: model_config_lib.ModelConfig
@@ -64,15 +64,16 @@ class RunModel:
 
     @property
     def param_dtype(self) -> jnp.dtype:
-        """Return the parameters' dtype: float32 for what is trained, else that of computation.
+        """Return the dtype of the parameters: float32, or with LoRA that of the computation.
 
-        With LoRA the weights are frozen, so nothing is lost by their rounding. `lora.add_adapters`
-        makes the adapters float32 itself.
+        With LoRA the weights are frozen, so rounding them once loses nothing more.
+        `lora.add_adapters` makes the adapters float32 itself.
         """
         return jnp.dtype(jnp.float32) if self.lora is None else self.dtype
 
     def initial_model(self, layout: sharding.MeshLayout | None) -> model_lib.MiniMaxM1:
         """Return the model before its first step, with its adapters."""
+        # Without a checkpoint there are no adapters: `TrainConfig` refuses LoRA on random weights.
         if not self.checkpoint:
             key = jax.random.key(self.seed)
             return params_lib.random_model(self.config, key, self.dtype, self.param_dtype, layout)
@@ -89,7 +90,7 @@ class RunModel:
         return model
 
     def abstract_model(self, layout: sharding.MeshLayout | None) -> model_lib.MiniMaxM1:
-        """Return the model as shapes and shardings; its adapters, which are small, as arrays."""
+        """Return the model as shapes and shardings, but its adapters, which are small, as arrays."""
         return self._add_adapters(
             params_lib.abstract_model(self.config, self.dtype, self.param_dtype, layout)
         )
@@ -103,7 +104,7 @@ class RunModel:
     def abstract_state(
         self, layout: sharding.MeshLayout | None, optimizer: optim.AdamW
     ) -> step_lib.TrainState:
-        """Return the shapes and shardings of the run's states on a mesh."""
+        """Return a state of shapes and shardings on a mesh."""
         return step_lib.abstract_state(self.abstract_model(layout), optimizer)
 
     def restore_state(
@@ -120,7 +121,7 @@ class RunModel:
         """
         like = self.abstract_state(layout, optimizer)
         if self.lora is not None:
-            # A checkpoint holds what is trained. Frozen weights are those the run began with.
+            # A checkpoint holds trained parameters alone. Frozen ones are those of the beginning.
             like = dataclasses.replace(like, model=self.initial_model(layout))
         return store.restore(step, like)
 
@@ -133,16 +134,16 @@ class RunModel:
 def make_run_model(
     config: ModelFields, model_config: model_config_lib.ModelConfig | None = None
 ) -> RunModel:
-    """Return the model of a run; no weights are read yet.
+    """Return the model of a run. It reads no weights.
 
     Args:
       config: of the run.
-      model_config: of a model that begins with random weights; None takes the checkpoint's.
+      model_config: of a model that begins with random weights. None takes the checkpoint's.
 
     Raises:
-      CheckpointError: a checkpoint without a config.json.
-      ConfigError: a config.json that this model cannot compute.
-      ValueError: a tokenizer with ids outside the model's vocabulary.
+      CheckpointError: the checkpoint has no config.json.
+      ConfigError: this model cannot compute what config.json says.
+      ValueError: the tokenizer has ids outside of the model's vocabulary.
     """
     if model_config is None:
         model_config = _read_model_config(config.checkpoint)
@@ -163,6 +164,12 @@ def make_run_model(
 def check_tokenizer(
     tokenizer: tokenizer_lib.Tokenizer, model_config: model_config_lib.ModelConfig
 ) -> None:
+    """Refuse a tokenizer with ids outside of the model's vocabulary.
+
+    Raises:
+      ValueError: there are such ids.
+    """
+    # A larger vocabulary is fine: a model may pad its own.
     if tokenizer.vocab_size > model_config.vocab_size:
         raise ValueError(
             f"tokenizer: its ids reach {tokenizer.vocab_size - 1}, but the model's vocabulary ends "
@@ -178,6 +185,7 @@ def make_train_mesh(axes: Mapping[str, int]) -> jax.sharding.Mesh | None:
 
 
 def _read_model_config(checkpoint: str) -> model_config_lib.ModelConfig:
+    # Checked first, so that the error names the field of the run's config.
     path = pathlib.Path(checkpoint) / "config.json"
     if not path.is_file():
         raise release.CheckpointError(f"checkpoint: {checkpoint} has no config.json")

@@ -1,9 +1,9 @@
-"""Command: supervised fine-tuning on conversations; the loss is on what the assistant says.
+"""Command: supervised fine-tuning on conversations, with the loss on the assistant's tokens.
 
     python -m train.sft --config=configs/tiny_sft.py --workdir=DIR [--set=FIELD=VALUE]
     python -m train.sft --workdir=DIR
 
-The second form goes on with the run that DIR holds; so does the first, if the config is the same.
+The second form goes on with the run in DIR. The first one does so, too, if the config is the same.
 """
 
 from train import command, loop
@@ -11,11 +11,12 @@ from train import config as config_lib
 
 
 def run(config: config_lib.TrainConfig | None, workdir) -> loop.TrainSummary:
-    """Train as `config` says in `workdir`; None goes on with the run there.
+    """Train as `config` says in `workdir`. None goes on with the run there.
 
     Raises:
-      ValueError: a source that is not of conversations, besides what `loop.run_training` raises.
+      ValueError: a source is of another kind than "chat". See also `loop.run_training`.
     """
+    # A config that is already in the directory was checked when its run began.
     for source in config.data.sources if config is not None else ():
         if source.kind != "chat":
             raise ValueError(

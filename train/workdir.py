@@ -1,4 +1,4 @@
-"""What every run does with its directory and its process: config, compilation cache, signals."""
+"""What every run does with its directory and its process: config, compilation cache and signals."""
 
 import contextlib
 import json
@@ -22,13 +22,16 @@ CONFIG_FILE = "config.json"
 def resolve_config(
     config_class: type, config: Any, workdir: pathlib.Path, changeable: re.Pattern
 ) -> Any:
-    """Return the config to run: the given one, if `workdir` does not hold another run.
+    """Return the config to run: `config`, or that of the run in `workdir` where `config` is None.
 
-    kind: of the config. may_change: matches the paths of fields that a run may go on with others
-      of; None for `config` goes on as before.
+    Args:
+      config_class: of the config.
+      config: of the run. None goes on with the config in `workdir`.
+      workdir: directory of the run.
+      changeable: matches the paths of the fields that may differ from the run in `workdir`.
 
     Raises:
-      ResumeError: no run to go on with, or one of another config.
+      ResumeError: `config` is None and there is no run, or the run there has another config.
     """
     file = workdir / CONFIG_FILE
     if not file.exists():
@@ -38,6 +41,7 @@ def resolve_config(
     saved = configlib.from_json(config_class, json.loads(file.read_text()))
     if config is None:
         return saved
+    # Each line begins with the path of the field.
     lines = configlib.list_differences(saved, config)
     changed = [line for line in lines if not changeable.match(line)]
     if changed:
@@ -49,7 +53,7 @@ def resolve_config(
 
 
 def save_config(config: Any, workdir: pathlib.Path) -> None:
-    """Write the config into the directory, whole or not at all; process 0 does."""
+    """Write the config into the directory, whole or not at all. Process 0 alone writes."""
     if jax.process_index():
         return
     text = json.dumps(configlib.to_json(config), indent=1)
@@ -61,10 +65,13 @@ def open_and_run(
     config: Any,
     workdir: pathlib.Path,
 ) -> Any:
-    """Open a session, save its config, run it, and close it; return what its `run` returns.
+    """Open a session, save its config, run it and close it. Return the result of its `run`.
 
     Args:
-      open_session: takes the config, the directory and a stack that closes what it opens.
+      open_session: takes the config, the directory and a stack, and returns the session. The stack
+        closes what it opened.
+      config: of the run.
+      workdir: directory of the run.
     """
     use_compilation_cache(config.compilation_cache)
     with contextlib.ExitStack() as stack:
@@ -75,43 +82,61 @@ def open_and_run(
 
 
 def use_compilation_cache(directory: str) -> None:
+    """Keep compiled programs in a directory, by default in ~/.cache/m1_jax/xla."""
+    # A run that goes on then compiles nothing again.
     path = pathlib.Path(directory or "~/.cache/m1_jax/xla").expanduser()
     path.mkdir(parents=True, exist_ok=True)
     jax.config.update("jax_compilation_cache_dir", str(path))
 
 
 class StopRequest:
-    """What asks a run to end early: SIGTERM or SIGINT, and the second one means it.
+    """A request to end a run early, by SIGTERM or SIGINT.
 
-    signal: the number, or None. then: what the user is told that happens now.
+    The first signal lets the run save. The second one ends it at once, by KeyboardInterrupt.
+
+    Attributes:
+      signal_number: of the signal that came, None before.
     """
 
     def __init__(self, notice: str):
+        """Begin without a request.
+
+        Args:
+          notice: what the log says after a signal.
+        """
         self.signal_number: int | None = None
         self._notice = notice
 
     @contextlib.contextmanager
     def handle_signals(self):
-        """Listen to signals; in other threads they stay as they are."""
+        """Listen to signals within the context.
+
+        Python allows handlers in the main thread alone, so in other threads nothing changes. With
+        several processes, JAX's coordination service listens instead.
+        """
         if threading.current_thread() is not threading.main_thread() or jax.process_count() > 1:
-            yield  # several processes: the coordination service watches for SIGTERM
+            yield
             return
-        numbers = (signal.SIGTERM, signal.SIGINT)
-        old = [signal.signal(number, lambda n, _: self._receive(n)) for number in numbers]
+        signals = (signal.SIGTERM, signal.SIGINT)
+        # `signal.signal` returns the handler that was set before.
+        old_handlers = [signal.signal(s, lambda n, _: self._receive(n)) for s in signals]
         try:
             yield
         finally:
-            for number, before in zip(numbers, old, strict=True):
-                signal.signal(number, before)
+            for s, handler in zip(signals, old_handlers, strict=True):
+                signal.signal(s, handler)
 
     def should_stop(self, step: int) -> bool:
-        """Return whether to stop after this step; all processes agree."""
+        """Return whether to stop after this step. All processes get the same answer.
+
+        With several processes, all of them must ask about the same steps.
+        """
         if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
             self.signal_number = signal.SIGTERM
         return self.signal_number is not None
 
-    def _receive(self, number: int) -> None:
+    def _receive(self, signal_number: int) -> None:
         if self.signal_number is not None:
             raise KeyboardInterrupt
-        self.signal_number = number
-        logging.warning("%s: %s", signal.Signals(number).name, self._notice)
+        self.signal_number = signal_number
+        logging.warning("%s: %s", signal.Signals(signal_number).name, self._notice)
