@@ -1,4 +1,4 @@
-"""Two processes of one mesh learn from rewards as one does."""
+"""Two processes of one mesh learn from rewards as one process does."""
 
 import json
 import os
@@ -33,9 +33,9 @@ def start(tmp_path_factory):
 
 def learn(processes, start, workdir):
     """Return the lines of the run's metrics."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
+    with socket.socket() as free_socket:
+        free_socket.bind(("localhost", 0))
+        port = free_socket.getsockname()[1]
     command = [sys.executable, str(WORKER), str(port), str(processes)]
     env = {**os.environ, "PYTHONPATH": "."}
     started = [
@@ -49,10 +49,12 @@ def learn(processes, start, workdir):
 
 @pytest.mark.slow
 def test_two_processes_learn_as_one(start, tmp_path):
-    one, two = (learn(number, start, tmp_path / str(number)) for number in (1, 2))
-    assert [line["kind"] for line in one] == [line["kind"] for line in two]
-    for a, b in zip(one, two, strict=True):
+    lines_of_one, lines_of_two = (
+        learn(processes, start, tmp_path / str(processes)) for processes in (1, 2)
+    )
+    assert [line["kind"] for line in lines_of_one] == [line["kind"] for line in lines_of_two]
+    for first, second in zip(lines_of_one, lines_of_two, strict=True):
         for name in ("tokens_sampled", "groups", "reward_sampled", "version"):
-            assert a.get(name) == b.get(name), name
-        for name in a.keys() & {"loss", "grad_norm", "entropy"}:
-            assert a[name] == pytest.approx(b[name], rel=1e-4, abs=1e-6), name
+            assert first.get(name) == second.get(name), name
+        for name in first.keys() & {"loss", "grad_norm", "entropy"}:
+            assert first[name] == pytest.approx(second[name], rel=1e-4, abs=1e-6), name
