@@ -25,6 +25,8 @@ COPIED = (
     "m1_jax",
     "pyproject.toml",
     "tests/conftest.py",
+    "tests/support/lightning_support.py",
+    "tests/support/tpu_support.py",
     "tests/pallas_lightning_test.py",
     "tests/pallas_lightning_precision_test.py",
 )

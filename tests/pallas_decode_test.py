@@ -2,23 +2,19 @@
 
 import dataclasses
 import functools
-import os
-import re
 
 import jax
 import jax.numpy as jnp
+import lightning_support
 import numpy as np
 import pytest
-from jax.experimental import topologies
 from jax.experimental.pallas import tpu as pltpu
+from lightning_support import SLOPES, worst_head, worst_state
+from tpu_support import TOPOLOGIES, compile_for_chip, whole_moves
 
 from pallas_kernels.lightning_decode import api as decode_api
 from pallas_kernels.lightning_decode import ring as decode_ring
 from pallas_kernels.lightning_decode import tpu_in_place, tpu_ring
-
-# The release's fastest and slowest head, one between, and what a lightning last layer would have.
-SLOPES = np.array([0.917, 0.0039, 4.949e-5, 3.9e-8], np.float32)
-TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
 
 
 def interpreted(*args):
@@ -40,32 +36,14 @@ def spread(heads):
 
 
 def recurrence(qkv, slopes, pool, slots):
-    """One token in float64 numpy."""
-    pool, num_heads = np.asarray(pool, np.float64).copy(), len(slopes)
-    x = np.asarray(qkv.astype(jnp.float32), np.float64).reshape(len(slots), num_heads, 3, -1)
-    o = np.zeros((len(slots), num_heads, x.shape[3]))
-    for row, slot in enumerate(slots):
-        for head in range(num_heads):
-            if slot >= 0:
-                q, k, v = x[row, head]
-                state = np.exp(-np.float64(slopes[head])) * pool[slot, head] + np.outer(k, v)
-                pool[slot, head], o[row, head] = state, q @ state
-    return o.reshape(len(slots), -1), pool
-
-
-def relative(got, wanted):
-    got, wanted = np.asarray(got, np.float64), np.asarray(wanted, np.float64)
-    return np.linalg.norm(got - wanted) / np.linalg.norm(wanted)
-
-
-def worst_head(got, wanted, heads):
-    """Largest relative error of any head of states [slots, N, H, H] or outputs [B, N*H]."""
-    got, wanted = (
-        np.asarray(x.astype(np.float32)) if x.dtype == jnp.bfloat16 else np.asarray(x)
-        for x in (got, wanted)
-    )
-    split = [x.reshape(x.shape[0], heads, -1) for x in (got, wanted)]
-    return max(relative(split[0][:, head], split[1][:, head]) for head in range(heads))
+    """Return outputs and pool after one token of every active row, in float64."""
+    pool, active = np.array(pool, np.float64), slots >= 0
+    tokens = np.asarray(qkv)[active][:, None]
+    named = slots[active]
+    outputs, pool[named] = lightning_support.recurrence(tokens, slopes, None, pool[named])
+    o = np.zeros((len(slots), outputs.shape[2]))
+    o[active] = outputs[:, 0]
+    return o, pool
 
 
 @pytest.mark.parametrize("name", KERNELS)
@@ -87,7 +65,7 @@ class TestInPlace:
         o, after = KERNELS[name](qkv, jnp.asarray(slopes), pool, jnp.asarray(slots))
         active = slots >= 0
         assert worst_head(o[active], wanted_o[active], heads) < 1e-6
-        assert worst_head(after, wanted_pool, heads) < 1e-6
+        assert worst_state(after, wanted_pool) < 1e-6
         np.testing.assert_array_equal(np.asarray(o)[~active], 0)
         others = np.setdiff1d(np.arange(13), slots)
         np.testing.assert_array_equal(np.asarray(after)[others], np.asarray(pool)[others])
@@ -99,7 +77,7 @@ class TestInPlace:
         o, after = KERNELS[name](qkv, jnp.asarray(SLOPES), pool, jnp.asarray(slots))
         assert o.dtype == jnp.bfloat16
         assert worst_head(o, wanted_o, 4) < 3e-3  # the rounding of o alone is 1.7e-3
-        assert worst_head(after, wanted_pool, 4) < 1e-6
+        assert worst_state(after, wanted_pool) < 1e-6
 
     def test_nothing_leaks_from_inactive_rows_or_unnamed_slots(self, name):
         qkv, pool = inputs(4, 5)
@@ -133,7 +111,7 @@ class TestInPlace:
         decay = np.exp(-np.float64(SLOPES) * age)
         wanted = np.einsum("tn,tnk,tnv->nkv", decay, x[:, :, 1], x[:, :, 2])
         wanted += np.exp(-2000 * np.float64(SLOPES))[:, None, None] * np.asarray(pool[0])
-        assert worst_head(last, wanted[None], 4) < 1e-5
+        assert worst_state(last, wanted[None]) < 1e-5
 
 
 def test_slots_are_checked_outside_jit():
@@ -189,7 +167,7 @@ def test_copies_wait_for_each_other():
     wanted = decode_api.lightning_decode(qkv, slopes, pool, slots, implementation="reference")
     got = tpu_in_place.lightning_decode(qkv, slopes, pool, slots, interpret=late)
     assert worst_head(got[0], wanted[0], 32) < 1e-6
-    assert worst_head(got[1], wanted[1], 32) < 1e-6
+    assert worst_state(got[1], wanted[1]) < 1e-6
     pool, positions = ring_pool(pool, np.arange(8), 4), jnp.maximum(slots, 0)
     wanted = decode_ring.lightning_decode(qkv, slopes, pool, slots, positions)
     got = tpu_ring.lightning_decode(qkv, slopes, pool, slots, positions, interpret=late)
@@ -236,7 +214,7 @@ class TestRing:
         ends = jnp.asarray(lengths[named] + 40, jnp.int32)
         after = decode_ring.read_states(pool, jnp.asarray(slopes), jnp.asarray(named), ends)
         # Each flush rounds to 2^-18 or so of an element; there are at most 40.
-        assert worst_head(after, wanted[named], heads) < 3e-5
+        assert worst_state(after, wanted[named]) < 3e-5
         fresh = ring_pool(states, lengths, window, depth)
         for field in ("hi", "lo", "ring", "base"):
             now, then = (np.asarray(getattr(x, field))[[1, 4]] for x in (pool, fresh))
@@ -280,7 +258,7 @@ class TestRing:
                 _, drafted = decode(drafted, position + 1 + draft, 1000 + draft)
         ends = jnp.array([26], jnp.int32)
         got, wanted = (decode_ring.read_states(x, slopes, slots, ends) for x in (drafted, plain))
-        assert worst_head(got, wanted, heads) < 3e-5
+        assert worst_state(got, wanted) < 3e-5
 
     def test_what_an_earlier_sequence_left_in_the_ring_is_not_read(self, name):
         _, states = inputs(1, 1)
@@ -315,44 +293,23 @@ def test_ring_positions_are_checked_outside_jit():
         decode_api.lightning_decode_ring(qkv, slopes, pool, np.array([1, 1]), np.array([9, 9]))
 
 
-def compiled(function, shapes, chip, donate):
-    """Compile for a TPU that is not there; return the optimized HLO."""
-    pytest.importorskip("libtpu")
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # nothing is loaded onto a chip
-    device = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[chip]).devices[0]
-    where = jax.sharding.SingleDeviceSharding(device)
-    args = [jax.ShapeDtypeStruct(*shape, sharding=where) for shape in shapes]
-    traced = jax.jit(function, donate_argnums=donate).trace(*args)
-    return traced.lower(lowering_platforms=("tpu",)).compile()
-
-
 def decode_shapes(batch, heads, size, dtype=jnp.bfloat16, num_slots=None):
     pool = (num_slots or batch + 1, heads, size, size)
     f32, i32 = jnp.float32, jnp.int32
     return ((batch, heads * 3 * size), dtype), ((heads,), f32), (pool, f32), ((batch,), i32)
 
 
-def moved_whole(program, shape):
-    """Return the instructions of the optimized HLO that copy or pad an array of this shape."""
-    # S(1) is VMEM: XLA may bring a small input on chip early; that is no copy in HBM.
-    shape = re.escape(f"[{','.join(map(str, shape))}]")
-    return re.findall(
-        rf"= \S*{shape}(?!\S*S\(1\))\S* (?:copy|pad|fusion|transpose)\S*\(.*", program.as_text()
-    )
-
-
 def test_the_pool_is_updated_in_place():
     shapes = decode_shapes(12, 16, 128)
-    program = compiled(decode_api.lightning_decode, shapes, "v6e", donate=2)
+    program = compile_for_chip(decode_api.lightning_decode, shapes, "v6e", donate=2)
     pool_bytes = 4 * np.prod(shapes[2][0])
     memory = program.memory_analysis()
-    assert not moved_whole(program, shapes[2][0])
+    assert not whole_moves(program, [shapes[2][0]])
     assert memory.alias_size_in_bytes >= pool_bytes
     assert memory.temp_size_in_bytes < pool_bytes / 8
     assert "lightning_decode" in program.as_text()
-    kept = compiled(decode_api.lightning_decode, shapes, "v6e", donate=())
-    assert moved_whole(kept, shapes[2][0])  # the test sees a copy where there must be one
+    kept = compile_for_chip(decode_api.lightning_decode, shapes, "v6e", donate=())
+    assert whole_moves(kept, [shapes[2][0]])  # the test sees a copy where there must be one
 
 
 def ring_program(chip, batch, heads, size, dtype=jnp.bfloat16, depth=0):
@@ -367,9 +324,9 @@ def ring_program(chip, batch, heads, size, dtype=jnp.bfloat16, depth=0):
 
     row, slopes, _, slots = decode_shapes(batch, heads, size, dtype)
     shapes = [row, slopes, slots, slots, *((x.shape, x.dtype) for x in leaves)]
-    program = compiled(decode, shapes, chip, donate=range(4, 4 + len(leaves)))
+    program = compile_for_chip(decode, shapes, chip, donate=range(4, 4 + len(leaves)))
     for leaf in (pool.hi, pool.ring):
-        assert not moved_whole(program, leaf.shape), leaf
+        assert not whole_moves(program, [leaf.shape]), leaf
     return program, sum(x.size * x.dtype.itemsize for x in leaves)
 
 
@@ -394,7 +351,7 @@ def test_decoding_compiles_for_every_generation(chip):
         (32, 8, 256, jnp.bfloat16),
     ]:
         shapes = decode_shapes(batch, heads, size, dtype)
-        program = compiled(decode_api.lightning_decode, shapes, chip, donate=2)
-        assert not moved_whole(program, shapes[2][0]), (batch, heads, size)
+        program = compile_for_chip(decode_api.lightning_decode, shapes, chip, donate=2)
+        assert not whole_moves(program, [shapes[2][0]]), (batch, heads, size)
         ring_program(chip, batch, heads, size, dtype)
     ring_program(chip, 32, 64, 128, depth=16)

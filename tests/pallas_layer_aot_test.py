@@ -6,13 +6,12 @@ nothing is sharded here and XLA need not partition the kernels.
 """
 
 import dataclasses
-import os
 
 import jax
 import jax.numpy as jnp
 import pytest
+import tpu_support
 from flax import nnx
-from jax.experimental import topologies
 
 from m1_jax import ModelConfig, config, decoder_layer, forward_context
 from pallas_kernels.lightning_attention import tiling
@@ -25,12 +24,8 @@ CHIPS = {"v5p": ("v5p:2x2x1", 95), "v6e": ("v6e:2x2", 31)}
 @pytest.mark.slow
 @pytest.mark.parametrize("chip", CHIPS)
 def test_full_size_layer_compiles_with_the_kernels(chip):
-    pytest.importorskip("libtpu")
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # nothing is loaded onto a chip
     topology, hbm_gib = CHIPS[chip]
-    device = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[0]
-    where = jax.sharding.SingleDeviceSharding(device)
+    where = tpu_support.chip_sharding(topology)
     full = dataclasses.replace(ModelConfig.m1(), lightning_implementation="tpu")
 
     def make():

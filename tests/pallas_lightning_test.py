@@ -7,8 +7,10 @@ import hypothesis.strategies as st
 import jax
 import jax.experimental.topologies
 import jax.numpy as jnp
+import lightning_support
 import numpy as np
 import pytest
+from lightning_support import recurrence, worst_state
 
 from m1_jax import ModelConfig, lightning
 from pallas_kernels.lightning_attention import (
@@ -23,8 +25,9 @@ from pallas_kernels.lightning_attention import (
 )
 
 HEADS, SIZE = 3, 16
-# The release's fastest and slowest head, one between, and what a lightning last layer would have.
-SLOPES = np.array([0.917, 0.0039, 4.949e-5], np.float32)
+SLOPES = lightning_support.SLOPES[:3]  # of lightning layers that the release has
+
+worst_head = functools.partial(lightning_support.worst_head, heads=HEADS)
 
 
 def inputs(batch, length, seed=0, heads=HEADS, size=SIZE):
@@ -32,43 +35,6 @@ def inputs(batch, length, seed=0, heads=HEADS, size=SIZE):
     qkv = rng.standard_normal((batch, length, heads * 3 * size)).astype(np.float32)
     state = rng.standard_normal((batch, heads, size, size)).astype(np.float32)
     return qkv, state
-
-
-def recurrence(qkv, slopes, segment_ids, state):
-    """The definition in float64 numpy, one row, head and token at a time."""
-    batch, length, width = qkv.shape
-    heads = len(slopes)
-    size = width // (3 * heads)
-    x = qkv.astype(np.float64).reshape(batch, length, heads, 3, size)
-    state, o = state.astype(np.float64).copy(), np.zeros((batch, length, heads, size))
-    for b in range(batch):
-        document = None
-        for t in range(length):
-            if segment_ids is not None:
-                if segment_ids[b, t] == 0:
-                    continue
-                if document not in (None, segment_ids[b, t]):
-                    state[b] = 0
-                document = segment_ids[b, t]
-            for h in range(heads):
-                q, k, v = x[b, t, h]
-                state[b, h] = np.exp(-np.float64(slopes[h])) * state[b, h] + np.outer(k, v)
-                o[b, t, h] = q @ state[b, h]
-    return o.reshape(batch, length, -1), state
-
-
-def worst_head(got, wanted, heads=HEADS):
-    """Largest relative L2 error of any head: slow heads would hide the others."""
-    split = (*wanted.shape[:-1], heads, -1)
-    got, wanted = (np.asarray(x, np.float64).reshape(split) for x in (got, wanted))
-    axes = tuple(i for i in range(got.ndim) if i != got.ndim - 2)
-    return np.max(np.sqrt(np.sum((got - wanted) ** 2, axes) / np.sum(wanted**2, axes)))
-
-
-def worst_state(got, wanted):
-    got, wanted = np.asarray(got, np.float64), np.asarray(wanted, np.float64)
-    error = np.sqrt(np.sum((got - wanted) ** 2, (0, 2, 3)) / np.sum(wanted**2, (0, 2, 3)))
-    return np.max(error)
 
 
 def run(name, qkv, slopes, segment_ids=None, state=None):
@@ -151,7 +117,7 @@ class TestImplementations:
         qkv, state = inputs(1, 130, heads=len(slopes), size=size)
         wanted_o, wanted_state = recurrence(qkv, slopes, None, state)
         o, after = run(name, qkv, slopes, state=state)
-        assert worst_head(o, wanted_o, len(slopes)) < 1e-5
+        assert worst_head(o, wanted_o, heads=len(slopes)) < 1e-5
         assert worst_state(after, wanted_state) < 1e-5
 
     def test_bfloat16_input_gives_bfloat16_output_and_float32_state(self, name):
@@ -444,9 +410,9 @@ def test_pipelined_heads_and_products_side_by_side(heads, block, unroll):
 
     got = gradients(functools.partial(tpu.lightning_attention, block_sizes=tile, interpret=True))
     wanted = gradients(reference.lightning_attention)
-    assert worst_head(got[0], wanted[0], heads) < 1e-5
+    assert worst_head(got[0], wanted[0], heads=heads) < 1e-5
     assert worst_state(got[1], wanted[1]) < 1e-5
-    assert worst_head(got[2], wanted[2], heads) < 1e-4
+    assert worst_head(got[2], wanted[2], heads=heads) < 1e-4
     assert worst_state(got[3], wanted[3]) < 1e-4
     unpacked = functools.partial(tpu.lightning_attention, block_sizes=tile, interpret=True)
     full = jnp.asarray(np.nan_to_num(qkv[:, : 16 * SIZE]))  # no table of boundaries at all
@@ -454,7 +420,7 @@ def test_pipelined_heads_and_products_side_by_side(heads, block, unroll):
     wanted = reference.lightning_attention(
         full, jnp.asarray(slopes), jnp.ones(full.shape[:2], jnp.int32), jnp.asarray(state)
     )
-    assert worst_head(got[0], wanted[0], heads) < 1e-5
+    assert worst_head(got[0], wanted[0], heads=heads) < 1e-5
     assert worst_state(got[1], wanted[1]) < 1e-5
 
 
@@ -463,7 +429,7 @@ def test_odd_number_of_heads_of_64():
     qkv, state = inputs(1, 20, heads=9, size=64)
     wanted_o, wanted_state = recurrence(qkv, slopes, None, state)
     o, after = run("tpu", qkv, slopes, state=state)
-    assert worst_head(o, wanted_o, 9) < 1e-5
+    assert worst_head(o, wanted_o, heads=9) < 1e-5
     assert worst_state(after, wanted_state) < 1e-5
 
 

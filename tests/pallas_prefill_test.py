@@ -1,25 +1,25 @@
 """Serving prefill: many sequences in one call, against a float64 recurrence."""
 
-import os
-import re
+import functools
 
 import hypothesis
 import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
+import lightning_support
 import numpy as np
 import pytest
-from jax.experimental import topologies
 from jax.experimental.pallas import tpu as pltpu
+from lightning_support import SLOPES, worst_state
+from tpu_support import TOPOLOGIES, compile_for_chip, whole_moves
 
 from pallas_kernels.lightning_decode import api as decode_api
 from pallas_kernels.lightning_decode import reference as decode_reference
 from pallas_kernels.lightning_decode import tpu_in_place, tpu_prefill
 
-# The release's fastest and slowest head, one between, and what a lightning last layer would have.
-SLOPES = np.array([0.917, 0.0039, 4.949e-5, 3.9e-8], np.float32)
 HEADS, SIZE, SLOTS = 4, 16, 7
-TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
+
+worst_head = functools.partial(lightning_support.worst_head, heads=HEADS)
 
 interpreted = jax.jit(lambda *args: tpu_prefill.lightning_prefill(*args, interpret=True))
 KERNELS = {"reference": jax.jit(decode_reference.lightning_prefill), "tpu": interpreted}
@@ -33,21 +33,18 @@ def inputs(num_tokens, heads=HEADS, size=SIZE, seed=0):
 
 
 def recurrence(qkv, slopes, pool, sequences):
-    """Token by token in float64 numpy; sequences are (slot, start, length, fresh)."""
-    pool, heads = np.asarray(pool, np.float64).copy(), len(slopes)
-    x = np.asarray(qkv, np.float64).reshape(len(qkv), heads, 3, -1)
-    o = np.zeros((len(qkv), heads, x.shape[3]))
-    decay = np.exp(-np.asarray(slopes, np.float64))[:, None, None]
+    """Return outputs and pool in float64; sequences are (slot, start, length, fresh)."""
+    qkv, pool = np.asarray(qkv), np.array(pool, np.float64)
+    o = np.zeros((len(qkv), qkv.shape[1] // 3))
     for slot, start, length, fresh in sequences:
         if slot < 0 or length == 0:
             continue
         state = np.zeros_like(pool[slot]) if fresh else pool[slot]
-        for t in range(start, start + length):
-            q, k, v = x[t, :, 0], x[t, :, 1], x[t, :, 2]
-            state = decay * state + k[:, :, None] * v[:, None, :]
-            o[t] = np.einsum("nk,nkv->nv", q, state)
-        pool[slot] = state
-    return o.reshape(len(qkv), -1), pool
+        rows = slice(start, start + length)
+        (o[rows],), (pool[slot],) = lightning_support.recurrence(
+            qkv[None, rows], slopes, None, state[None]
+        )
+    return o, pool
 
 
 def run(name, qkv, pool, sequences, slopes=SLOPES):
@@ -55,12 +52,6 @@ def run(name, qkv, pool, sequences, slopes=SLOPES):
     numbers = [jnp.asarray(x, jnp.int32) for x in (slots, starts, lengths)]
     arrays = [jnp.asarray(x) for x in (qkv, slopes, pool)]
     return KERNELS[name](*arrays, *numbers, jnp.asarray(fresh, bool))
-
-
-def worst_head(got, wanted, heads=HEADS):
-    got, wanted = (np.asarray(x, np.float64).reshape(len(x), heads, -1) for x in (got, wanted))
-    error = np.sqrt(np.sum((got - wanted) ** 2, (0, 2)))
-    return np.max(error / np.maximum(np.sqrt(np.sum(wanted**2, (0, 2))), 1e-30))
 
 
 def rows_of(sequences, num_tokens):
@@ -105,7 +96,7 @@ class TestPrefill:
         np.testing.assert_array_equal(after[others].view(np.uint32), pool[others].view(np.uint32))
         if named:
             assert worst_head(o, wanted_o) < 1e-5
-            assert worst_head(after[list(named)], wanted_pool[list(named)]) < 1e-5
+            assert worst_state(after[list(named)], wanted_pool[list(named)]) < 1e-5
         for _, start, length, _ in sequences:  # a missing +1 in the query decay shows here
             first = slice(start, start + min(4, length))
             if inside[first].any():
@@ -120,7 +111,7 @@ class TestPrefill:
         assert o.dtype == jnp.bfloat16
         # o is rounded (1.7e-3), and the kernel rounds scores and decayed keys alike.
         assert worst_head(o.astype(jnp.float32), wanted_o) < 4e-3
-        assert worst_head(after, wanted_pool) < 3e-3
+        assert worst_state(after, wanted_pool) < 3e-3
 
     def test_extreme_slopes_and_several_head_blocks(self, name):
         slopes = np.resize(np.array([0.0, 8.0, 0.5, 3.9e-8, 1.9e-3, 0.1], np.float32), 32)
@@ -128,8 +119,8 @@ class TestPrefill:
         sequences = [(4, 1, 140, False)]
         wanted_o, wanted_pool = recurrence(qkv, slopes, pool, sequences)
         o, after = run(name, qkv, pool, sequences, slopes)
-        assert worst_head(o, wanted_o, 32) < 1e-5
-        assert worst_head(after, wanted_pool, 32) < 1e-5
+        assert worst_head(o, wanted_o, heads=32) < 1e-5
+        assert worst_state(after, wanted_pool) < 1e-5
 
     def test_bits_do_not_depend_on_company(self, name):
         """A sequence that starts on the grid gets the same bits alone and among others."""
@@ -156,7 +147,7 @@ class TestPrefill:
         last, pool = run(name, qkv[137:], pool, [(5, 3, 60, False)])
         o = np.concatenate([*outputs, last[3:]])
         assert worst_head(o, wanted_o) < 1e-5
-        assert worst_head(pool[5:6], wanted_pool[5:6]) < 1e-5
+        assert worst_state(pool[5:6], wanted_pool[5:6]) < 1e-5
 
 
 def test_copies_wait_for_each_other():
@@ -169,8 +160,8 @@ def test_copies_wait_for_each_other():
     columns = [jnp.array(column) for column in zip(*sequences, strict=True)]
     arrays = [jnp.asarray(x) for x in (qkv, slopes, pool)]
     got = tpu_prefill.lightning_prefill(*arrays, *columns, interpret=late)
-    assert worst_head(got[0], wanted[0], 32) < 1e-5
-    assert worst_head(got[1], wanted[1], 32) < 1e-5
+    assert worst_head(got[0], wanted[0], heads=32) < 1e-5
+    assert worst_state(got[1], wanted[1]) < 1e-5
 
 
 @hypothesis.given(data=st.data())
@@ -230,16 +221,11 @@ def test_public_entry_under_jit():
     o, after = jax.jit(decode_api.lightning_prefill)(qkv, jnp.asarray(SLOPES), pool, *columns)
     wanted_o, wanted_pool = recurrence(qkv, SLOPES, pool, sequences[:1])
     assert worst_head(o, wanted_o) < 1e-5
-    assert worst_head(after, wanted_pool) < 1e-5
+    assert worst_state(after, wanted_pool) < 1e-5
 
 
 def compiled(chip, num_tokens, count, heads, size, dtype=jnp.bfloat16):
-    """Compile for a TPU that is not there, the pool donated."""
-    pytest.importorskip("libtpu")
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # nothing is loaded onto a chip
-    device = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[chip]).devices[0]
-    where = jax.sharding.SingleDeviceSharding(device)
+    """Compile for a TPU that is not there, the pool donated; neither rows nor pool may move."""
     shapes = [
         ((num_tokens, heads * 3 * size), dtype),
         ((heads,), jnp.float32),
@@ -247,13 +233,10 @@ def compiled(chip, num_tokens, count, heads, size, dtype=jnp.bfloat16):
         *[((count,), jnp.int32)] * 3,
         ((count,), jnp.bool_),
     ]
-    args = [jax.ShapeDtypeStruct(*shape, sharding=where) for shape in shapes]
-    traced = jax.jit(decode_api.lightning_prefill, donate_argnums=2).trace(*args)
-    program = traced.lower(lowering_platforms=("tpu",)).compile()
-    large = f"{num_tokens},{heads * 3 * size}|{count + 1},{heads},{size},{size}"
-    # S(1) is VMEM: XLA may bring a small input on chip early, and then the kernel reads it there.
-    moved = rf"= \S*\[(?:{large})\](?!\S*S\(1\))\S* (?:copy|pad|fusion|transpose|gather)\S*\(.*"
-    assert not re.findall(moved, program.as_text())
+    program = compile_for_chip(decode_api.lightning_prefill, shapes, chip, donate=2)
+    (rows, _), _, (pool, _), *_ = shapes
+    operations = ("copy", "pad", "fusion", "transpose", "gather")
+    assert not whole_moves(program, [rows, pool], operations)
     return program
 
 

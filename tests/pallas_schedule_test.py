@@ -7,7 +7,7 @@ from importlib import metadata
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.experimental import topologies
+import tpu_support
 
 from pallas_kernels.lightning_attention import api, schedule, tiling
 
@@ -72,13 +72,8 @@ def test_any_number_of_heads_has_blocks(num_heads, head_dim):
     [(4, 64, jnp.bfloat16), (9, 64, jnp.float32), (3, 128, jnp.float32), (2, 256, jnp.bfloat16)],
 )
 @pytest.mark.parametrize("chip", schedule.CHIP_SPECS)
-def test_packed_rows_of_any_head_compile(chip, heads, head_dim, dtype, monkeypatch):
-    pytest.importorskip("libtpu")
-    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
-    monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # nothing is loaded onto a chip
-    name = schedule.CHIP_SPECS[chip][0]
-    topology = topologies.get_topology_desc(platform="tpu", topology_name=name)
-    where = jax.sharding.SingleDeviceSharding(topology.devices[0])
+def test_packed_rows_of_any_head_compile(chip, heads, head_dim, dtype):
+    where = tpu_support.chip_sharding(schedule.CHIP_SPECS[chip][0])
 
     def array(dtype, *shape):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
@@ -101,13 +96,9 @@ def test_packed_rows_of_any_head_compile(chip, heads, head_dim, dtype, monkeypat
 
 
 @pytest.mark.slow
-def test_nothing_copies_the_projection_around_the_kernels(monkeypatch):
+def test_nothing_copies_the_projection_around_the_kernels():
     """Ragged packed rows, forward and backward: temporaries are far below one copy of qkv."""
-    pytest.importorskip("libtpu")
-    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
-    monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # nothing is loaded onto a chip
-    topology = topologies.get_topology_desc(platform="tpu", topology_name="v5p:2x2x1")
-    where = jax.sharding.SingleDeviceSharding(topology.devices[0])
+    where = tpu_support.chip_sharding("v5p:2x2x1")
 
     def array(dtype, *shape):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
