@@ -1,15 +1,16 @@
-"""Times the serving engine against transformers' `generate`: same weights, same CPU, one run.
+"""Times the serving engine against transformers' `generate`: same weights, same CPU, one process.
 
     python benchmarks/engine_vs_transformers.py [--json=FILE] [--repeats=5] [--size=tiny]
 
-Both sides compute greedily in float32 with all cores, from the same prompts, and make as many
-tokens whatever these say. First both must make the same tokens. Calls take turns; the fastest of
-each side count (`side_by_side.py`), for transformers of whichever of its expert implementations
-was fastest. "Decoding" is what is left of a call after every sequence's first token.
+Both sides decode greedily in float32 with all cores, from the same prompts, and generate the same
+number of tokens. First they must generate the same tokens. The sides are called in turn, and the
+fastest call of each side counts (`side_by_side.py`). For transformers that is the fastest of its
+implementations of experts. "Decoding" is the part of a call after every sequence's first token.
 
-It also measures the engine alone: the time that the device waits for the host, and what prompts
-with a common beginning cost. The side `all rows` is the engine with matmul_tile=0, which multiplies
-all rows at once. It is faster, but a sequence's numbers then depend on its company.
+The benchmark also measures the engine alone: how long the device waits for the host, and what
+prompts with a common beginning cost. The side `all rows` is the engine with matmul_tile=0, which
+multiplies all rows at once. It is faster, but a sequence's numbers then depend on the others in its
+batch.
 
 Needs the `parity` extra (torch, transformers).
 """
@@ -36,9 +37,9 @@ from m1_jax import testing, tokenizer
 
 _SIZE = flags.DEFINE_enum("size", "full", ["full", "tiny"], "120M parameters, or a quick try.")
 _REPEATS = flags.DEFINE_integer("repeats", 5, "Timed calls of each side per case.", lower_bound=1)
-_CASES = flags.DEFINE_list("cases", [], "Names of the cases to run; all if empty.")
+_CASES = flags.DEFINE_list("cases", [], "Names of the cases to run. Empty: all.")
 _PATIENCE = flags.DEFINE_float("patience_secs", 120, "Longest wait per case for a quiet machine.")
-_JSON = flags.DEFINE_string("json", None, "Where to write the numbers as JSON.")
+_JSON = flags.DEFINE_string("json", None, "File to write the numbers to, as JSON.")
 
 _CHECK_TOKENS = 8
 _SUFFIX_TOKENS = 16
@@ -46,14 +47,14 @@ _SUFFIX_TOKENS = 16
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """What is timed. targets: of decoding, by batch."""
+    """What is timed."""
 
-    prompt_tokens: int
-    new_tokens: int
-    prefill_tokens: int
-    prefix_tokens: int
-    followers: int
-    targets: dict[int, float]
+    prompt_tokens: int  # of a prompt, where decoding is timed
+    new_tokens: int  # tokens that are generated after it
+    prefill_tokens: int  # of the prompt whose prefill is timed
+    prefix_tokens: int  # of the common beginning of prompts
+    followers: int  # prompts with the common beginning
+    targets: dict[int, float]  # ratio of speeds in decoding, by batch size
     engine: config.EngineConfig
 
 
@@ -73,15 +74,12 @@ _SIZES = {
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
-    """Of one call. decode: seconds after every sequence had a token, and tokens made in them.
-
-    waiting_secs: of the decoding, those in which the device had nothing to do.
-    """
+    """Seconds and tokens of one call. Decoding begins when every sequence has a token."""
 
     whole_secs: float
     decode_secs: float = 0.0
-    decode_tokens: int = 0
-    waiting_secs: float = 0.0
+    decode_tokens: int = 0  # generated while decoding
+    waiting_secs: float = 0.0  # seconds of decoding in which the device was idle
 
     @property
     def token_secs(self) -> float:
@@ -89,7 +87,7 @@ class Timing:
 
 
 class _TimedProgram:
-    """A program of the engine that waits for its results and notes when it ran."""
+    """A program of the engine that waits for its results and records when it ran."""
 
     def __init__(self, program):
         self._program, self.runs = program, []
@@ -102,13 +100,17 @@ class _TimedProgram:
 
 
 class OurEngine:
-    """An engine whose prompts are all its own: it remembers those of earlier calls."""
+    """This project's engine.
+
+    Its prefix cache keeps earlier prompts, so every timed call needs prompts of its own.
+    """
 
     def __init__(self, model, size: Size, **changes: Any):
         with tempfile.TemporaryDirectory() as directory:
             testing.write_tiny_tokenizer(directory, model.config.vocab_size)
-            words = tokenizer.Tokenizer.load(directory)
-        self._engine = engine.Engine(model, words, dataclasses.replace(size.engine, **changes))
+            tiny_tokenizer = tokenizer.Tokenizer.load(directory)
+        engine_config = dataclasses.replace(size.engine, **changes)
+        self._engine = engine.Engine(model, tiny_tokenizer, engine_config)
         programs = self._engine._device._programs
         self._decode = {
             key: _TimedProgram(program) for key, program in programs.items() if key[0] == "decode"
@@ -116,7 +118,7 @@ class OurEngine:
         programs.update(self._decode)
 
     def tokens(self, prompts, new_tokens: int) -> list[list[int]]:
-        """Return what follows each prompt."""
+        """Return the tokens that follow each prompt."""
         outputs = self._engine.generate([p.tolist() for p in prompts], _greedy_options(new_tokens))
         return [[token.id for token in output.tokens] for output in outputs]
 
@@ -124,28 +126,33 @@ class OurEngine:
         """Serve prompts that are all submitted at once."""
         for timed in self._decode.values():
             timed.runs.clear()
-        times, first = [], {}
+        times, first_times = [], {}  # of all tokens; of each request's first, by its number
 
-        def note(asked, token, text):
+        def on_token(request, token, text):
             times.append(time.perf_counter())
-            first.setdefault(asked.number, times[-1])
+            first_times.setdefault(request.number, times[-1])
 
         options = _greedy_options(new_tokens)
         start = time.perf_counter()
         for prompt in prompts:
-            self._engine.submit(prompt.tolist(), options, note)
+            self._engine.submit(prompt.tolist(), options, on_token)
         self._engine.run()
         end = time.perf_counter()
-        begun = max(first.values())
-        decode_secs = end - begun
+        decode_start = max(first_times.values())
+        decode_secs = end - decode_start
         runs = [run for timed in self._decode.values() for run in timed.runs]
-        busy_secs = sum(stop - max(at, begun) for at, stop in runs if stop > begun)
-        made = sum(at > begun for at in times)
-        return Timing(end - start, decode_secs, made, decode_secs - busy_secs)
+        # A run that began before still counts from the start of decoding on.
+        busy_secs = sum(
+            run_end - max(run_start, decode_start)
+            for run_start, run_end in runs
+            if run_end > decode_start
+        )
+        decode_tokens = sum(token_time > decode_start for token_time in times)
+        return Timing(end - start, decode_secs, decode_tokens, decode_secs - busy_secs)
 
 
 class _FirstToken(transformers.StoppingCriteria):
-    """Notes when the first token was there; stops nothing."""
+    """Records when the first token was there. It stops nothing."""
 
     def __init__(self):
         self.at = 0.0
@@ -170,8 +177,8 @@ def _their_generate(model, experts: str, prompts, new_tokens: int) -> tuple[Any,
         stopping_criteria=transformers.StoppingCriteriaList([first]),
     )
     end = time.perf_counter()
-    made = len(prompts) * (new_tokens - 1)
-    return tokens[:, prompts.shape[1] :], Timing(end - start, end - first.at, made)
+    decode_tokens = len(prompts) * (new_tokens - 1)
+    return tokens[:, prompts.shape[1] :], Timing(end - start, end - first.at, decode_tokens)
 
 
 def _greedy_options(new_tokens: int) -> options_lib.Options:
@@ -180,48 +187,54 @@ def _greedy_options(new_tokens: int) -> options_lib.Options:
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One measurement: sides to call in turn; rows makes table rows of their timings."""
+    """One measurement."""
 
     name: str
-    sides: dict[str, Callable[[], Timing]]
-    rows: Callable[[dict[str, list[Timing]]], list[dict]]
+    sides: dict[str, Callable[[], Timing]]  # called in turn, by name
+    rows: Callable[[dict[str, list[Timing]]], list[dict]]  # the table's rows from all timings
 
 
 def _make_row(
-    case: str, what: str, secs: dict[str, list[float]], tokens, target, ours="ours"
+    case: str, quantity: str, secs: dict[str, list[float]], tokens, target, own_side="ours"
 ) -> dict:
-    """Return one line: the side `ours` against the fastest of the others."""
+    """Return one row of the table: `own_side` against the fastest of the other sides.
+
+    Args:
+      secs: of each timed call, by side.
+      tokens: of one call.
+      target: of the ratio, or None.
+    """
     least = {name: min(values) for name, values in secs.items()}
-    others = [name for name in least if name != ours]
-    best = min(others, key=least.__getitem__)
+    other_sides = [name for name in least if name != own_side]
+    fastest = min(other_sides, key=least.__getitem__)
     return {
         "case": case,
-        "what": what,
-        "ours": ours,
-        "against": best,
-        "ours_per_sec": tokens / least[ours],
-        "against_per_sec": tokens / least[best],
-        "ratio": least[best] / least[ours],
+        "what": quantity,
+        "ours": own_side,
+        "against": fastest,
+        "ours_per_sec": tokens / least[own_side],
+        "against_per_sec": tokens / least[fastest],
+        "ratio": least[fastest] / least[own_side],
         "target": target,
         "min_secs": least,
         "median_secs": {name: statistics.median(values) for name, values in secs.items()},
     }
 
 
-def _batch_case(batch: int, size: Size, prompts, ours, theirs) -> Case:
-    """Decode a batch: exact, all rows at once, and transformers."""
-    length, new = size.prompt_tokens, size.new_tokens
+def _batch_case(batch: int, size: Size, prompts, our_engines, hf_model) -> Case:
+    """Time decoding of a batch: the engine, the engine with all rows at once, and transformers."""
+    length, new_tokens = size.prompt_tokens, size.new_tokens
     # batched_mm copies the weights of each token's experts: right for one token.
     experts = ("eager", "grouped_mm", "batched_mm") if batch == 1 else ("eager", "grouped_mm")
     sides: dict[str, Callable[[], Timing]] = {
         name: functools.partial(
-            _call_with_new_prompts, made.generate, prompts, (batch, length), new
+            _call_with_new_prompts, our_engine.generate, prompts, (batch, length), new_tokens
         )
-        for name, made in ours.items()
+        for name, our_engine in our_engines.items()
     }
     for name in experts:
-        call = functools.partial(_their_generate, theirs, name)
-        sides[name] = functools.partial(_their_timing, call, prompts, (batch, length), new)
+        call = functools.partial(_their_generate, hf_model, name)
+        sides[name] = functools.partial(_their_timing, call, prompts, (batch, length), new_tokens)
     case = f"batch-{batch}"
 
     def rows(timings):
@@ -232,7 +245,9 @@ def _batch_case(batch: int, size: Size, prompts, ours, theirs) -> Case:
         target = size.targets[batch]
         return [
             _make_row(case, "decoding, tokens/s", seconds("token_secs", fair), 1, target),
-            _make_row(case, "whole, tokens/s", seconds("whole_secs", fair), batch * new, None),
+            _make_row(
+                case, "whole, tokens/s", seconds("whole_secs", fair), batch * new_tokens, None
+            ),
             _make_row(case, "exactness, decoding", seconds("token_secs", own), 1, None),
         ]
 
@@ -247,15 +262,15 @@ def _their_timing(call, prompts, shape, new_tokens) -> Timing:
     return call(prompts(*shape), new_tokens)[1]
 
 
-def _prefill_case(size: Size, prompts, ours, theirs) -> Case:
-    """Read one long prompt and make a token."""
+def _prefill_case(size: Size, prompts, our_engines, hf_model) -> Case:
+    """Time the prefill of one long prompt, with one generated token."""
     shape, experts = (1, size.prefill_tokens), ("eager", "grouped_mm")
     sides: dict[str, Callable[[], Timing]] = {
-        name: functools.partial(_call_with_new_prompts, made.generate, prompts, shape, 1)
-        for name, made in ours.items()
+        name: functools.partial(_call_with_new_prompts, our_engine.generate, prompts, shape, 1)
+        for name, our_engine in our_engines.items()
     }
     for name in experts:
-        call = functools.partial(_their_generate, theirs, name)
+        call = functools.partial(_their_generate, hf_model, name)
         sides[name] = functools.partial(_their_timing, call, prompts, shape, 1)
 
     def rows(timings):
@@ -270,18 +285,18 @@ def _prefill_case(size: Size, prompts, ours, theirs) -> Case:
     return Case("prefill", sides, rows)
 
 
-def _shared_case(size: Size, prompts, ours) -> Case:
+def _shared_case(size: Size, prompts, our_engine) -> Case:
     """Time prompts with a common beginning, submitted at once, against the beginning alone."""
 
     def together():
         prefix = np.repeat(prompts(1, size.prefix_tokens), size.followers, axis=0)
         suffixes = prompts(size.followers, _SUFFIX_TOKENS)
-        return ours.generate(np.concatenate([prefix, suffixes], axis=1), 1)
+        return our_engine.generate(np.concatenate([prefix, suffixes], axis=1), 1)
 
     sides = {
         "ours": together,
         "one": functools.partial(
-            _call_with_new_prompts, ours.generate, prompts, (1, size.prefix_tokens), 1
+            _call_with_new_prompts, our_engine.generate, prompts, (1, size.prefix_tokens), 1
         ),
     }
 
@@ -293,35 +308,39 @@ def _shared_case(size: Size, prompts, ours) -> Case:
     return Case("shared-prefix", sides, rows)
 
 
-def _host_case(size: Size, prompts, ours) -> Case:
-    """Say which part of decoding the device spends waiting for the host."""
+def _host_case(size: Size, prompts, our_engine) -> Case:
+    """Measure the share of decoding in which the device waits for the host."""
     batch = max(size.targets)
     side = functools.partial(
-        _call_with_new_prompts, ours.generate, prompts, (batch, size.prompt_tokens), size.new_tokens
+        _call_with_new_prompts,
+        our_engine.generate,
+        prompts,
+        (batch, size.prompt_tokens),
+        size.new_tokens,
     )
 
     def rows(timings):
         shares = [t.waiting_secs / t.decode_secs for t in timings["ours"]]
-        what = f"share of decoding, batch {batch}"
-        row = {"case": "host", "what": what, "share": min(shares), "shares": shares}
+        quantity = f"share of decoding, batch {batch}"
+        row = {"case": "host", "what": quantity, "share": min(shares), "shares": shares}
         return [row | {"target": 0.05}]
 
     return Case("host", {"ours": side}, rows)
 
 
-def _check_same_tokens(prompts, size: Size, ours, theirs) -> None:
-    """Demand the same greedy tokens of both sides.
+def _check_same_tokens(prompts, size: Size, our_engines, hf_model) -> None:
+    """Check that both sides generate the same tokens.
 
     Raises:
-      RuntimeError: they differ.
+      RuntimeError: the tokens differ.
     """
-    asked = prompts(4, size.prompt_tokens)
-    wanted = _their_generate(theirs, "eager", asked, _CHECK_TOKENS)[0].tolist()
-    for name, made in ours.items():
-        got = made.tokens(asked, _CHECK_TOKENS)
-        if got != wanted:
+    check_prompts = prompts(4, size.prompt_tokens)
+    expected = _their_generate(hf_model, "eager", check_prompts, _CHECK_TOKENS)[0].tolist()
+    for name, our_engine in our_engines.items():
+        tokens = our_engine.tokens(check_prompts, _CHECK_TOKENS)
+        if tokens != expected:
             raise RuntimeError(
-                f"{name}: got tokens {got}, want transformers' {wanted}. "
+                f"{name}: got tokens {tokens}, want transformers' {expected}. "
                 "The sides compute different models, so their times cannot be compared."
             )
 
@@ -346,33 +365,36 @@ def main(argv):
     names = [f"batch-{batch}" for batch in size.targets] + ["prefill", "shared-prefix", "host"]
     if unknown := sorted(set(_CASES.value) - set(names)):
         raise app.UsageError(f"got cases {unknown}, want some of {names}")
-    model, theirs = side_by_side.build(side_by_side.MODELS[_SIZE.value])
-    ours = {"ours": OurEngine(model, size), "all rows": OurEngine(model, size, matmul_tile=0)}
+    model, hf_model = side_by_side.build(side_by_side.MODELS[_SIZE.value])
+    our_engines = {
+        "ours": OurEngine(model, size),
+        "all rows": OurEngine(model, size, matmul_tile=0),
+    }
     rng = np.random.default_rng(3)
 
     def prompts(*shape):
         return rng.integers(0, model.config.vocab_size, shape)
 
-    machine = side_by_side.machine(theirs)
+    machine = side_by_side.machine(hf_model)
     print(*(f"{key} {value}" for key, value in machine.items()), sep=", ")
-    _check_same_tokens(prompts, size, ours, theirs)
-    cases = [_batch_case(batch, size, prompts, ours, theirs) for batch in size.targets]
-    cases.append(_prefill_case(size, prompts, ours, theirs))
-    cases.append(_shared_case(size, prompts, ours["ours"]))
-    cases.append(_host_case(size, prompts, ours["ours"]))
+    _check_same_tokens(prompts, size, our_engines, hf_model)
+    cases = [_batch_case(batch, size, prompts, our_engines, hf_model) for batch in size.targets]
+    cases.append(_prefill_case(size, prompts, our_engines, hf_model))
+    cases.append(_shared_case(size, prompts, our_engines["ours"]))
+    cases.append(_host_case(size, prompts, our_engines["ours"]))
     print(f"{'case':<14} {'what':<26} {'a second':>15} {'against':<10} {'a second':>9}", end="")
     print(f"{'ratio, share':>16} {'target':>7}")
-    made = []
+    rows = []
     for case in cases:
         if not _CASES.value or case.name in _CASES.value:
             timings, calls = side_by_side.measure(case.sides, _REPEATS.value, _PATIENCE.value)
             quiet = min(calls.values()) == _REPEATS.value
             for row in case.rows(timings):
-                made.append(row | {"quiet": quiet, "quiet_calls": calls})
+                rows.append(row | {"quiet": quiet, "quiet_calls": calls})
                 _print_row(row, quiet)
     if _JSON.value:
         with open(_JSON.value, "w") as file:
-            json.dump({"machine": machine, "rows": made}, file, indent=2)
+            json.dump({"machine": machine, "rows": rows}, file, indent=2)
 
 
 if __name__ == "__main__":

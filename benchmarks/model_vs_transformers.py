@@ -1,14 +1,14 @@
-"""Times this model against transformers' `MiniMaxForCausalLM`: same weights, same CPU, one run.
+"""Times this model against transformers' `MiniMaxForCausalLM`: same weights, same CPU, one process.
 
     python benchmarks/model_vs_transformers.py [--json=FILE] [--repeats=7] [--size=tiny]
 
-Both sides compute in float32 with all cores. They are timed in turn (ours, theirs, ours, theirs)
-and the ratio is that of the fastest calls (a virtual machine only ever adds time, at times
-threefold), for transformers of whichever of its expert implementations was fastest; medians stand
-beside them. `matmuls` is the time of nothing but the model's matmuls in torch, at the shapes of
+Both sides compute in float32 with all cores. They are called in turn (ours, theirs, ours, theirs),
+and the ratio is that of the fastest calls: a virtual machine only ever adds time, at times
+threefold. For transformers the fastest of its implementations of experts counts. Medians are
+reported too. `matmuls` is the time of the model's matmuls alone in torch, at the shapes of
 perfectly balanced experts: no float32 implementation on this machine can be much faster.
-Compilation and first calls are not timed, nor calls that were disturbed (`side_by_side.py`). Before
-any timing, both must give the same numbers.
+Compilation, first calls and disturbed calls (`side_by_side.py`) are not timed. Before any timing,
+both sides must give the same numbers.
 
 Needs the `parity` extra (torch, transformers).
 """
@@ -33,9 +33,9 @@ from train.data import batch as batch_lib
 
 _SIZE = flags.DEFINE_enum("size", "full", ["full", "tiny"], "120M parameters, or a quick try.")
 _REPEATS = flags.DEFINE_integer("repeats", 7, "Timed calls of each side per case.", lower_bound=1)
-_CASES = flags.DEFINE_list("cases", [], "Names of the cases to run; all if empty.")
+_CASES = flags.DEFINE_list("cases", [], "Names of the cases to run. Empty: all.")
 _PATIENCE = flags.DEFINE_float("patience_secs", 120, "Longest wait per case for a quiet machine.")
-_JSON = flags.DEFINE_string("json", None, "Where to write the numbers as JSON.")
+_JSON = flags.DEFINE_string("json", None, "File to write the numbers to, as JSON.")
 
 _TOLERANCES = {
     # Absolute. Logits have a standard deviation near 1 and pass 8 layers of float32 reductions in
@@ -50,14 +50,14 @@ _TOLERANCES = {
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """A model and the lengths it is timed at."""
+    """A model and the lengths at which it is timed."""
 
-    model: dict
-    prefill_tokens: int
-    prompt_tokens: int
-    decode_tokens: int
-    train_shape: tuple[int, int]
-    check_tokens: int
+    model: dict  # fields of transformers' MiniMaxConfig
+    prefill_tokens: int  # of the prompt whose prefill is timed
+    prompt_tokens: int  # of a prompt before decoding
+    decode_tokens: int  # tokens that are decoded after it
+    train_shape: tuple[int, int]  # rows and tokens of a training batch
+    check_tokens: int  # length at which numbers are compared
 
 
 _MODELS = side_by_side.MODELS
@@ -71,13 +71,17 @@ _SIZES = {
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One measurement. Both sides take no argument and return the seconds they timed.
+    """One measurement.
 
-    tokens: processed per timed call, for tokens per second.
-    matmuls: (rows, in, out, how often) of every weight matmul in a call; empty for decoding, which
-      reads weights rather than computes.
-    experts: implementations of transformers' experts to choose from.
-    target: the ratio of speeds that we promise.
+    Attributes:
+      name: as printed.
+      tokens: processed in a timed call.
+      matmuls: (rows, in, out, count) of every weight matmul in a call. Empty for decoding, whose
+        time goes into reading weights.
+      ours: a call of this model, which returns the seconds that it timed.
+      theirs: the same of transformers.
+      experts: implementations of transformers' experts to try.
+      target: ratio of speeds to reach.
     """
 
     name: str
@@ -120,13 +124,13 @@ def _loss_and_gradients(model, tokens):
 
 
 def _our_decode_secs(model, token, state, num_steps):
-    state = jax.block_until_ready(jax.tree.map(jnp.copy, state))  # The call consumes it.
+    state = jax.block_until_ready(jax.tree.map(jnp.copy, state))  # The call donates its state.
     return side_by_side.clock(lambda: _decode_greedily(model, token, state, num_steps))
 
 
 @torch.no_grad()
 def _their_decode_secs(model, token, cache, num_steps):
-    cache = copy.deepcopy(cache)  # The call extends it.
+    cache = copy.deepcopy(cache)  # The call extends its cache.
     start = time.perf_counter()
     for _ in range(num_steps):
         out = model(token, past_key_values=cache, use_cache=True)
@@ -148,19 +152,20 @@ def _their_train_secs(model, tokens):
     return side_by_side.clock(call)
 
 
-def _make_our_step(ours, tokens):
+def _make_our_step(our_model, tokens):
     """Return a call that makes one step of `train.step` on its own copy of the model."""
     settings = step.TrainStepSettings(optim.AdamW(1e-6), balance_coefficient=0.0)
-    held = [step.init_state(jax.tree.map(jnp.copy, ours), settings.optimizer)]
+    # A list of one state: a step donates its state, and returns the next.
+    states = [step.init_state(jax.tree.map(jnp.copy, our_model), settings.optimizer)]
     ones = jnp.ones_like(tokens)
-    places = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
     targets = jnp.roll(tokens, -1, axis=1)
     weights = jnp.ones(tokens.shape, jnp.float32).at[:, -1].set(0.0)
-    batch = batch_lib.TrainBatch(tokens, ones, places, targets, weights)
+    batch = batch_lib.TrainBatch(tokens, ones, positions, targets, weights)
 
     def call():
-        state, metrics = step.train_step(held.pop(), batch, settings=settings)
-        held.append(state)
+        state, metrics = step.train_step(states.pop(), batch, settings=settings)
+        states.append(state)
         return metrics, state.step
 
     return lambda: side_by_side.clock(call)
@@ -176,18 +181,18 @@ def _make_their_step(model, tokens: torch.Tensor):
     def call(experts: str):
         model.set_experts_implementation(experts)
 
-        def one():
+        def train_step():
             optimizer.zero_grad(set_to_none=True)
             model(tokens, labels=tokens, use_cache=False).loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
 
-        return side_by_side.clock(one)
+        return side_by_side.clock(train_step)
 
     return call
 
 
-def _check_differences(ours, theirs, size: Size) -> dict[str, float]:
+def _check_differences(our_model, hf_model, size: Size) -> dict[str, float]:
     """Compare logits of one pass and of decoding, loss and gradients.
 
     The sequences are short: every token is one more chance that rounding decides a near tie of
@@ -200,38 +205,44 @@ def _check_differences(ours, theirs, size: Size) -> dict[str, float]:
     tokens = rng.integers(0, size.model["vocab_size"], (2, size.check_tokens))
     on_jax, on_torch = jnp.asarray(tokens, jnp.int32), torch.from_numpy(tokens)
     with torch.no_grad():
-        expected = theirs(on_torch, use_cache=False).logits.numpy()
-    differences = {"logits": float(np.max(np.abs(ours(on_jax) - expected)))}
+        expected = hf_model(on_torch, use_cache=False).logits.numpy()
+    differences = {"logits": float(np.max(np.abs(our_model(on_jax) - expected)))}
 
     start = size.check_tokens - 8
-    logits, state = _prefill_prompt(ours, on_jax[:, :start], max_length=size.check_tokens)
+    logits, state = _prefill_prompt(our_model, on_jax[:, :start], max_length=size.check_tokens)
     steps = [logits]
     for i in range(start, size.check_tokens):
-        logits, state = ours.extend(on_jax[:, i : i + 1], state)
+        logits, state = our_model.extend(on_jax[:, i : i + 1], state)
         steps.append(logits)
     decoded = np.concatenate(steps, axis=1)
     differences["decoded logits"] = float(np.max(np.abs(decoded - expected[:, start - 1 :])))
 
-    loss, gradients = _loss_and_gradients(ours, on_jax)
+    loss, gradients = _loss_and_gradients(our_model, on_jax)
     norm = np.sqrt(sum(float(np.sum(np.square(g))) for g in jax.tree.leaves(gradients)))
-    expected_loss = theirs(on_torch, labels=on_torch, use_cache=False).loss
+    expected_loss = hf_model(on_torch, labels=on_torch, use_cache=False).loss
     expected_loss.backward()
-    their_norm = np.sqrt(sum(float(p.grad.square().sum()) for p in theirs.parameters()))
-    theirs.zero_grad(set_to_none=True)
+    their_norm = np.sqrt(sum(float(p.grad.square().sum()) for p in hf_model.parameters()))
+    hf_model.zero_grad(set_to_none=True)
     differences["loss"] = abs(float(loss) / expected_loss.item() - 1)
     differences["gradient norm"] = abs(norm / their_norm - 1)
 
     for name, tolerance in _TOLERANCES.items():
-        if not (got := differences[name]) <= tolerance:
+        if not (difference := differences[name]) <= tolerance:
             raise RuntimeError(
-                f"{name}: got a difference of {got:.1e}, want at most {tolerance}. "
+                f"{name}: got a difference of {difference:.1e}, want at most {tolerance}. "
                 "The sides compute different models, so their times cannot be compared."
             )
     return differences
 
 
 def _count_matmuls(size: Size, tokens: int, head_tokens: int, passes: int = 1):
-    """Return `FuzzCase.matmuls` of `passes` as costly as a forward pass: 3 with gradients."""
+    """Return `Case.matmuls`.
+
+    Args:
+      tokens: of a call.
+      head_tokens: tokens of which logits are computed.
+      passes: cost in forward passes, 3 for a forward and a backward pass.
+    """
     m = size.model
     hidden, ffn, heads = m["hidden_size"], m["intermediate_size"], m["num_attention_heads"]
     width = heads * m["head_dim"]
@@ -264,7 +275,7 @@ def _matmul_secs(shapes, repeats: int) -> float:
     return total
 
 
-def _make_cases(ours, theirs, size: Size) -> list[Case]:
+def _make_cases(our_model, hf_model, size: Size) -> list[Case]:
     rng = np.random.default_rng(2)
 
     def tokens(*shape):
@@ -272,7 +283,8 @@ def _make_cases(ours, theirs, size: Size) -> list[Case]:
         return jnp.asarray(drawn, jnp.int32), torch.from_numpy(drawn)
 
     # batched_mm copies the weights of each token's experts: right for one token, 13 GB for 1,024.
-    many, one = ("eager", "grouped_mm"), ("eager", "grouped_mm", "batched_mm")
+    batch_experts = ("eager", "grouped_mm")
+    single_experts = (*batch_experts, "batched_mm")
     length = size.prefill_tokens
     prefill_jax, prefill_torch = tokens(1, length)
     train_jax, train_torch = tokens(*size.train_shape)
@@ -281,9 +293,9 @@ def _make_cases(ours, theirs, size: Size) -> list[Case]:
             "prefill-all-logits",
             length,
             _count_matmuls(size, length, length),
-            lambda: side_by_side.clock(lambda: ours(prefill_jax)),
-            lambda: _their_prefill_secs(theirs, prefill_torch, use_cache=False),
-            many,
+            lambda: side_by_side.clock(lambda: our_model(prefill_jax)),
+            lambda: _their_prefill_secs(hf_model, prefill_torch, use_cache=False),
+            batch_experts,
             1.2,
         ),
         Case(
@@ -291,28 +303,28 @@ def _make_cases(ours, theirs, size: Size) -> list[Case]:
             length,
             _count_matmuls(size, length, 1),
             lambda: side_by_side.clock(
-                lambda: _prefill_prompt(ours, prefill_jax, max_length=length)
+                lambda: _prefill_prompt(our_model, prefill_jax, max_length=length)
             ),
-            lambda: _their_prefill_secs(theirs, prefill_torch, use_cache=True, logits_to_keep=1),
-            many,
+            lambda: _their_prefill_secs(hf_model, prefill_torch, use_cache=True, logits_to_keep=1),
+            batch_experts,
             1.2,
         ),
     ]
     for batch in (1, 8):
         prompt_jax, prompt_torch = tokens(batch, size.prompt_tokens)
         steps = size.decode_tokens
-        _, state = _prefill_prompt(ours, prompt_jax, max_length=size.prompt_tokens + steps)
+        _, state = _prefill_prompt(our_model, prompt_jax, max_length=size.prompt_tokens + steps)
         with torch.no_grad():
-            cache = theirs(prompt_torch, use_cache=True).past_key_values
+            cache = hf_model(prompt_torch, use_cache=True).past_key_values
         token_jax, token_torch = tokens(batch, 1)
         cases.append(
             Case(
                 f"decode-batch-{batch}",
                 batch * steps,
                 (),
-                functools.partial(_our_decode_secs, ours, token_jax, state, steps),
-                functools.partial(_their_decode_secs, theirs, token_torch, cache, steps),
-                one if batch == 1 else many,
+                functools.partial(_our_decode_secs, our_model, token_jax, state, steps),
+                functools.partial(_their_decode_secs, hf_model, token_torch, cache, steps),
+                single_experts if batch == 1 else batch_experts,
                 2.0,
             )
         )
@@ -321,47 +333,47 @@ def _make_cases(ours, theirs, size: Size) -> list[Case]:
             "forward-and-backward",
             train_torch.numel(),
             _count_matmuls(size, train_torch.numel(), train_torch.numel(), passes=3),
-            lambda: side_by_side.clock(lambda: _loss_and_gradients(ours, train_jax)),
-            lambda: _their_train_secs(theirs, train_torch),
-            many,
+            lambda: side_by_side.clock(lambda: _loss_and_gradients(our_model, train_jax)),
+            lambda: _their_train_secs(hf_model, train_torch),
+            batch_experts,
             1.5,
         )
     )
     if "training-step" in _CASES.value or not _CASES.value:
-        their_steps = _make_their_step(theirs, train_torch)
+        their_steps = _make_their_step(hf_model, train_torch)
         cases.append(
             Case(
                 "training-step",
                 train_torch.numel(),
                 _count_matmuls(size, train_torch.numel(), train_torch.numel(), passes=3),
-                _make_our_step(ours, train_jax),
-                lambda: their_steps(theirs.config._experts_implementation),
-                many,
+                _make_our_step(our_model, train_jax),
+                lambda: their_steps(hf_model.config._experts_implementation),
+                batch_experts,
                 1.5,
             )
         )
     return cases
 
 
-def _measure_case(case: Case, theirs, repeats: int) -> dict:
+def _measure_case(case: Case, hf_model, repeats: int) -> dict:
     """Time all sides in turn."""
 
     def run(experts):
-        theirs.set_experts_implementation(experts)
+        hf_model.set_experts_implementation(experts)
         return case.theirs()
 
     sides = {"ours": case.ours} | {name: functools.partial(run, name) for name in case.experts}
     secs, quiet_calls = side_by_side.measure(sides, repeats, _PATIENCE.value)
     least = {name: min(values) for name, values in secs.items()}
-    best = min(case.experts, key=least.get)
+    fastest = min(case.experts, key=least.get)
     return {
         "case": case.name,
         "tokens": case.tokens,
         "median_secs": {name: statistics.median(values) for name, values in secs.items()},
         "min_secs": least,
         "matmul_secs": _matmul_secs(case.matmuls, repeats),
-        "theirs": best,
-        "ratio": least[best] / least["ours"],
+        "theirs": fastest,
+        "ratio": least[fastest] / least["ours"],
         "target": case.target,
         "quiet_calls": min(quiet_calls.values()),
         "quiet": min(quiet_calls.values()) == repeats,
@@ -383,13 +395,13 @@ def main(argv):
         raise app.UsageError(f"got arguments {argv[1:]}, want flags only")
     side_by_side.start()
     size = _SIZES[_SIZE.value]
-    ours, theirs = side_by_side.build(size.model)
-    cases = _make_cases(ours, theirs, size)
+    our_model, hf_model = side_by_side.build(size.model)
+    cases = _make_cases(our_model, hf_model, size)
     if unknown := sorted(set(_CASES.value) - {case.name for case in cases}):
         raise app.UsageError(f"got cases {unknown}, want some of {[case.name for case in cases]}")
-    machine = side_by_side.machine(theirs)
+    machine = side_by_side.machine(hf_model)
     print(*(f"{key} {value}" for key, value in machine.items()), sep=", ")
-    differences = _check_differences(ours, theirs, size)
+    differences = _check_differences(our_model, hf_model, size)
     print("largest differences:", *(f"{k} {v:.1e}" for k, v in differences.items()))
     columns = f"{'median s':>8} {'min s':>8} {'tokens/s':>9}"
     print(f"{'':<29} {'ours':<27} {'transformers':<27}")
@@ -397,7 +409,7 @@ def main(argv):
     rows = []
     for case in cases:
         if not _CASES.value or case.name in _CASES.value:
-            rows.append(_measure_case(case, theirs, _REPEATS.value))
+            rows.append(_measure_case(case, hf_model, _REPEATS.value))
             _print_row(rows[-1])
     if _JSON.value:
         with open(_JSON.value, "w") as file:
