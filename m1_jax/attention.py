@@ -16,6 +16,7 @@ class SoftmaxAttention(nnx.Module):
 
     def __init__(self, config: config_lib.ModelConfig, rngs: nnx.Rngs, *, param_dtype):
         embed, size = config.hidden_size, config.head_dim
+        # Grouped queries: num_attention_heads / num_key_value_heads query heads share a kv head.
         width, kv_width = config.num_attention_heads * size, config.num_key_value_heads * size
         kwargs = {"std": config.initializer_range, "param_dtype": param_dtype}
         self.query = layers.Linear(rngs, embed, width, ("embed", "heads"), **kwargs)
@@ -90,6 +91,8 @@ class SoftmaxAttention(nnx.Module):
             else ring_attention.sharded_key_attention
         )
         return self._project_heads(attend(q, keys, values, positions, key_positions)), cache
+
+    # The two parts that serving calls work on rows [M, ...], as of one long sequence.
 
     def project_inputs(self, h: Float[Array, "M D"], positions: Int[Array, "M"]):
         """Return rotated queries, rotated keys and values of rows [M, heads, H]."""

@@ -51,6 +51,7 @@ def pmax(x: Shaped[Array, "..."], logical: str) -> Shaped[Array, "..."]:
 def all_gather_stacked(x: Shaped[Array, "*shape"], logical: str) -> Shaped[Array, "P *shape"]:
     """Return every device's value, stacked on a new leading axis."""
     axes = mesh_axes(logical)
+    # The result has the new axis on one device too, so that callers need no second case.
     return jax.lax.all_gather(x, axes) if axes else x[None]
 
 
@@ -66,6 +67,7 @@ def local_slice(x: Shaped[Array, "..."], logical: str, dim: int) -> Shaped[Array
     if num_devices == 1:
         return x
     size = x.shape[dim] // num_devices
+    # Over several mesh axes the last one counts fastest, as in a `PartitionSpec`.
     return jax.lax.dynamic_slice_in_dim(x, axis_index(logical) * size, size, dim)
 
 

@@ -21,7 +21,7 @@ def check_token_ids(tokens: jax.Array | np.ndarray, vocab_size: int) -> None:
         raise ValueError(f"tokens: got shape {tokens.shape}; wanted [B >= 1, T >= 1]")
     if not jnp.issubdtype(tokens.dtype, jnp.integer):
         raise ValueError(f"tokens: got dtype {tokens.dtype}; wanted int32")
-    if isinstance(tokens, Tracer):
+    if isinstance(tokens, Tracer):  # inside of jit
         return
     # If several processes hold an array, each checks the shards that it can read.
     shards = getattr(tokens, "addressable_shards", None)
@@ -61,6 +61,7 @@ def check_capacity(
     if added.min() < 0 or added.max() > length:
         raise ValueError(f"num_tokens: got {added.tolist()}; wanted 0 to {length} each")
     # If several processes hold the rows, each checks its own.
+    # A shard's index is its slice of the rows.
     shards = [(shard.index, np.asarray(shard.data)) for shard in state.length.addressable_shards]
     capacity = state.max_length
     total = max(int(np.max(lengths + added[rows])) for rows, lengths in shards)

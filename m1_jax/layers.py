@@ -168,6 +168,7 @@ def _float32_logits(x, kernel):
 
 def _contract_float32(a, b, contract_a, contract_b):
     """Contract axes of two arrays, with products and sums in float32."""
+    # HIGHEST, since TPUs would otherwise round float32 operands to bfloat16.
     return jnp.tensordot(
         a,
         b,

@@ -54,6 +54,7 @@ class LightningAttention(nnx.Module):
     def __init__(self, config: config_lib.ModelConfig, rngs: nnx.Rngs, *, param_dtype):
         embed, width = config.hidden_size, config.num_attention_heads * config.head_dim
         kwargs = {"std": config.initializer_range, "param_dtype": param_dtype}
+        # Columns of qkv are ordered by head, then q, k and v: devices split them by heads.
         self.qkv = layers.Linear(rngs, embed, 3 * width, ("embed", "heads"), **kwargs)
         self.gate = layers.Linear(rngs, embed, width, ("embed", "heads"), **kwargs)
         self.norm = layers.RMSNorm(width, "heads", eps=NORM_EPS, param_dtype=param_dtype)
@@ -84,6 +85,7 @@ class LightningAttention(nnx.Module):
                 kernel, qkv, slopes, segment_ids, state
             )
         else:
+            # Every device of the context axis has all tokens, and computes the same.
             o, state = kernel(qkv, slopes, segment_ids=segment_ids, initial_state=state)
         return self.project_output(h, o), state
 

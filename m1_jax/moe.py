@@ -65,10 +65,8 @@ class MoE(nnx.Module):
     def __init__(self, config: config_lib.ModelConfig, rngs: nnx.Rngs, *, param_dtype):
         embed, hidden = config.hidden_size, config.intermediate_size
         num_experts, std = config.num_local_experts, config.initializer_range
-        self.num_experts_per_token, self.expert_capacity = (
-            config.num_experts_per_tok,
-            config.expert_capacity,
-        )
+        self.num_experts_per_token = config.num_experts_per_tok
+        self.expert_capacity = config.expert_capacity
         # The router is float32: in bfloat16, near-ties would pick other experts.
         shape, axes = (embed, num_experts), ("embed", None)
         self.router = layers.make_param(rngs, shape, axes, param_dtype, std, float32=True)
@@ -154,6 +152,7 @@ class MoE(nnx.Module):
         Precision: logits and probabilities are float32. Weights are float32 numbers that x's dtype
         can hold.
         """
+        # HIGHEST, since TPUs would otherwise round float32 operands to bfloat16.
         logits = jnp.matmul(
             x.astype(jnp.float32), self.router[...], precision=jax.lax.Precision.HIGHEST
         )
@@ -171,12 +170,12 @@ class MoE(nnx.Module):
             if token_mask is None
             else token_mask.astype(jnp.float32)
         )
-        hits = jax.nn.one_hot(chosen, prob.shape[-1], dtype=jnp.float32)
+        hits = jax.nn.one_hot(chosen, prob.shape[-1], dtype=jnp.float32)  # [M, A, E]
         stats = RouterStats(
             choice_counts=jnp.sum(hits * token_mask.reshape(-1, 1, 1), axis=0),
             prob_sums=jnp.sum(prob * token_mask.reshape(-1, 1), axis=0),
             num_tokens=jnp.sum(token_mask),
-            num_dropped=jnp.zeros(()),
+            num_dropped=jnp.zeros(()),  # only the exchange knows, and `__call__` fills it in
         )
         # The release multiplies in the model's dtype, so weights are rounded to it.
         return weights.astype(x.dtype).astype(jnp.float32), chosen, stats

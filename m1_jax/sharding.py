@@ -1,7 +1,6 @@
 """Meshes, and which of their axes split what: the one file that names mesh axes.
 
-    data     rows; every device has a copy of the parameters. Slices joined by a slow network may
-             lie along it.
+    data     rows. Parameters are copied along it, and it may cross slices.
     fsdp     rows, and parameters that each layer gathers before it computes (`fsdp.py`)
     expert   rows outside of the experts, experts inside: tokens travel (`expert_exchange.py`)
     tensor   heads, columns of every product, vocabulary
@@ -32,7 +31,8 @@ TRAIN, PREFILL, DECODE = "train", "prefill", "decode"
 # ZeRO-3 axes: parameters are sharded over them for storage and all-gathered before use. They split
 # the rows of a product's matrix, because XLA reduce-scatters rows in place and copies for columns.
 FSDP_AXES = ("fsdp", "expert", "context")
-CROSS_SLICE_AXES = ("data", "fsdp")  # axes that a slow network may join, the first that can
+# Axes that may cross slices, which a slow network joins. The first that is long enough does.
+CROSS_SLICE_AXES = ("data", "fsdp")
 # The tables of rules: logical axis -> mesh axes. A mesh axis is used once per array, by the first
 # dimension that asks for it: experts take theirs before embed. Names ending in `_in` are the rows
 # of a product's matrix, whose partial sums are added up over devices.

@@ -42,6 +42,7 @@ class DecodeState:
       length: tokens so far in each row.
     """
 
+    # A cache grows with the length of the sequence, and a matrix does not.
     layers: tuple[Float[Array, "R P B N H H"] | KVCache, ...]
     length: Int[Array, "B"]
 
@@ -71,6 +72,7 @@ def init_decode_state(
         raise ValueError(f"got batch {batch}, max_length {max_length}; wanted at least 1 of each")
     if layout is not None:
         sharding.check_batch_rows(layout, batch)
+        # Each device of the context axis holds an equal part of the cache.
         max_length += -max_length % layout.axis_size("length")
         # A jitted program makes the arrays on the devices, so no device ever holds all of them.
         make = functools.partial(init_decode_state, config, batch, max_length, dtype)

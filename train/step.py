@@ -160,7 +160,7 @@ def compute_gradients(
     weight = jnp.sum(batch.weights)
     # Denominators of the whole batch. A batch without weights or tokens must not divide by 0.
     totals = (jnp.where(weight > 0, weight, 1.0), jnp.maximum(_num_tokens(batch), 1.0))
-    coefficient = settings.balance_coefficient
+    coefficient = settings.balance_coefficient  # a schedule gives a traced number
     if coefficient is None:
         coefficient = model.config.router_aux_loss_coef
     elif callable(coefficient):
@@ -266,6 +266,7 @@ def _loss_and_metrics(
     share = _num_tokens(batch) / num_tokens
     metrics = {
         "loss": -weighted_mean(tokens.logp),
+        # Means of the microbatch, weighted by its share of the tokens, so that they add up.
         "balance_loss": moe.balance_loss(stats) * share,
         "z_loss": weighted_mean(jnp.square(tokens.log_normalizer)),
         "tokens": _num_tokens(batch),

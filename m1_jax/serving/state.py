@@ -106,6 +106,7 @@ def init_serving_state(
         )
         specs = serving_state_specs(jax.eval_shape(make), layout)
         shardings = jax.tree.map(lambda spec: jax.sharding.NamedSharding(layout.mesh, spec), specs)
+        # `make` is called without a layout, so it takes the path below.
         return jax.jit(make, out_shardings=shardings)()
     repeats, heads, size = config.repeats, config.num_attention_heads, config.head_dim
     layers: list[LightningSlots | PagedKVCache] = []
