@@ -90,7 +90,7 @@ class RunModel:
         return model
 
     def abstract_model(self, layout: sharding.MeshLayout | None) -> model_lib.MiniMaxM1:
-        """Return the model as shapes and shardings, but its adapters, which are small, as arrays."""
+        """Return the model as shapes and shardings, and its small adapters as arrays."""
         return self._add_adapters(
             params_lib.abstract_model(self.config, self.dtype, self.param_dtype, layout)
         )

@@ -2,8 +2,8 @@
 
 A run has a fixed number of lanes. Lane l of n reads every n-th document of each source's shuffled
 order, beginning with the l-th. It chooses among the sources by itself and packs its own rows. So
-the rows are a function of the config alone: which process or host runs a lane changes nothing. A
-lane's state is how much it read, and the few documents that are in no row yet.
+the rows are a function of the config alone. Which process or host runs a lane changes nothing. A
+lane's state is the number of documents that it read, and the few of them that are in no row yet.
 """
 
 import re
@@ -17,8 +17,9 @@ from train.data import records as records_lib
 def find_lane(step: int, row: int, num_rows: int, num_lanes: int) -> int:
     """Return the lane that a row of a step's batch comes from.
 
-    With more lanes than rows, each row has a block of lanes, which serve it in turn. Otherwise each
-    lane has a block of rows. Either way hosts with consecutive rows have consecutive lanes.
+    With more lanes than rows, each row has a block of lanes, which serve the row in turn. Otherwise
+    each lane has a block of rows. Either way a host with consecutive rows has consecutive lanes, so
+    that equal shares of rows are equal shares of lanes.
     """
     if num_lanes >= num_rows:
         turns = num_lanes // num_rows
@@ -27,7 +28,7 @@ def find_lane(step: int, row: int, num_rows: int, num_lanes: int) -> int:
 
 
 class DataLane:
-    """One reader: draws documents, packs them into rows, and knows what it drew."""
+    """One reader. It draws documents, packs them into rows, and counts what it drew."""
 
     def __init__(
         self,
@@ -39,13 +40,19 @@ class DataLane:
         num_epochs: int | None,
         state: dict[str, Any],
     ):
-        """Go on from a state; pending documents are read and tokenised again.
+        """Go on from a state. Pending documents are read and tokenised again.
 
         Args:
           lane_number: from 0 to `num_lanes` - 1.
+          num_lanes: of the run.
+          config: of the stream.
           records: of each source, by name.
-          num_epochs: how often to read every source; None reads for ever.
-          state: of `get_state`; an empty one is the beginning.
+          encoder: makes documents of records.
+          num_epochs: number of times to read every source. None reads for ever.
+          state: of `get_state`. An empty one is the beginning.
+
+        Raises:
+          DataError: see `_restore_pieces`.
         """
         self._lane_number, self._num_lanes, self._num_epochs = lane_number, num_lanes, num_epochs
         self._config, self._records, self._encoder = config, records, encoder
@@ -57,11 +64,11 @@ class DataLane:
         self._tokens_read: dict[str, int] = unread | state.get("tokens", {})
         self._num_dropped: int = state.get("dropped", 0)
         self._pending = [
-            piece for entry in state.get("waiting", []) for piece in self._restore_pieces(entry)
+            waiting for entry in state.get("waiting", []) for waiting in self._restore_pieces(entry)
         ]
 
     def next_row(self, step: int) -> packing.PackedRow | None:
-        """Return the lane's next row, for a batch of this step; None when nothing is left."""
+        """Return the lane's next row, for a batch of this step. None when all is read."""
         return packing.pack_next_row(
             self._pending,
             lambda: self._draw_document(step),
@@ -74,9 +81,10 @@ class DataLane:
         """Return what continues this lane, JSON-able and without any token.
 
         Returns:
+          A dict with the keys
           read: number of documents drawn, by source.
           tokens: number of tokens in them, by source.
-          dropped: conversations left out as too long.
+          dropped: number of conversations left out as too long.
           waiting: pending pieces as "sample@start-end/length", in tokens of the document.
         """
         return {
@@ -84,8 +92,8 @@ class DataLane:
             "tokens": dict(self._tokens_read),
             "dropped": self._num_dropped,
             "waiting": [
-                f"{piece.sample_id}@{piece.start}-{piece.end}/{len(piece.document.tokens)}"
-                for piece in self._pending
+                f"{waiting.sample_id}@{waiting.start}-{waiting.end}/{len(waiting.document.tokens)}"
+                for waiting in self._pending
             ],
         }
 
@@ -93,12 +101,12 @@ class DataLane:
         """Return the pieces of the next document, none at the end of the last epoch.
 
         Raises:
-          DataError: a record that cannot be used, or a source of conversations that are all too
-            long.
+          DataError: a record cannot be used, or all conversations of a source are too long.
         """
         while (name := self._choose_source(step)) is not None:
             num_records = len(self._records[name])
             epoch, position = divmod(self._next_position(name), num_records)
+            # Counted also where it is dropped below: the count is the position in the order.
             self._documents_read[name] += 1
             index = shuffle.shuffle_position(position, num_records, self._config.seed, name, epoch)
             document = self._encode_record(name, index)
@@ -110,15 +118,16 @@ class DataLane:
         return []
 
     def _next_position(self, name: str) -> int:
-        """Return where the lane's next document stands, in all epochs of a source's order."""
+        """Return the position of the lane's next document in all epochs of a source's order."""
         return self._documents_read[name] * self._num_lanes + self._lane_number
 
     def _choose_source(self, step: int) -> str | None:
         """Return the next document's source, None when all have ended.
 
-        The chance of a source is its weight over the mean length of its documents that the lane
-        read so far. So weights become shares of the tokens, as long documents are drawn less often.
-        A source still unread is taken to have the mean length of all others.
+        The chance of a source is its weight over the mean length of the documents that the lane
+        read of it so far. Sources of long documents are then drawn less often, so that weights
+        become shares of the tokens. A source still unread counts with the mean length of all
+        documents.
         """
         weights = self._config.data.weights_at(step)
         names = [name for name in self._sources if weights.get(name) and not self._has_ended(name)]
@@ -130,6 +139,7 @@ class DataLane:
         chances = {}
         for name in names:
             documents, tokens = self._documents_read[name], self._tokens_read[name]
+            # Before the first document all lengths are taken to be equal.
             mean_length = 1.0
             if num_tokens:
                 mean_length = tokens / documents if tokens else num_tokens / num_documents
@@ -145,7 +155,11 @@ class DataLane:
         return self._next_position(name) >= self._num_epochs * len(self._records[name])
 
     def _check_some_fit(self, name: str) -> None:
-        """Refuse a source of which a whole epoch was left out: reading on would never end."""
+        """Refuse a source of which a whole epoch was left out. Reading on would never end.
+
+        Raises:
+          DataError: the source is such a one.
+        """
         num_read, num_tokens = self._documents_read[name], self._tokens_read[name]
         if self._num_epochs is None and not num_tokens and num_read >= len(self._records[name]):
             raise records_lib.DataError(
@@ -154,7 +168,11 @@ class DataLane:
             )
 
     def _encode_record(self, name: str, index: int) -> packing.TokenizedDocument | None:
-        """Return a record's document, None for a conversation to leave out."""
+        """Return a record's document, None for a conversation to leave out.
+
+        Raises:
+          DataError: the record cannot be used.
+        """
         records = self._records[name]
         record = records.read(index)
         try:
@@ -172,16 +190,20 @@ class DataLane:
     def _restore_pieces(self, entry: str) -> list[packing.PendingPiece]:
         """Tokenise a pending piece of a state again.
 
+        Args:
+          entry: of `waiting` in a state.
+
         Raises:
-          DataError: a document that has another number of tokens than before, while some of its
-            tokens are in earlier rows.
+          DataError: the document has another number of tokens than before, and some of its tokens
+            are in earlier rows.
         """
-        # The name of a source has neither `@` nor `:`.
+        # From the right, as for "source:index:epoch@start-end/length". `DataSource` allows neither
+        # `@` nor `:` in names.
         sample_id, span = entry.rsplit("@", 1)
         name, index, _ = sample_id.rsplit(":", 2)
         start, end, length = map(int, re.split("[-/]", span))
         document = self._encode_record(name, int(index))
-        if document is None:  # rows have become shorter since
+        if document is None:  # rows have become shorter since, and the conversation fits no more
             self._num_dropped += 1
             return []
         if end - start == length:

@@ -1,8 +1,8 @@
 """Documents to rows of a fixed length, by best fit, cutting none that fits into a row.
 
 A document longer than a row becomes two pieces: the whole rows that it fills, and a remainder that
-shares a row. Each part of it in a row is a segment with positions from 0. A cut loses context and
-no token: the last token of a piece still learns to predict the first of the next.
+shares a row. Each part of a document in a row is a segment with positions from 0. A cut loses
+context and no token: the last token of a segment still learns to predict the next one's first.
 """
 
 import dataclasses
@@ -14,8 +14,8 @@ from jaxtyping import Bool, Int32
 
 from train.data import batch as batch_lib
 
-# Pending tokens stay below this number of rows, however many documents may be pending. Long
-# documents would otherwise fill the memory, and be tokenised again in a resumed run.
+# No document is drawn while this number of rows is pending, whatever the look-ahead. Long documents
+# would otherwise fill the memory, and a resumed run would tokenise all of them again.
 _MAX_PENDING_ROWS = 16
 
 
@@ -24,8 +24,8 @@ class TokenizedDocument:
     """A document of n tokens.
 
     Attributes:
-      tokens: their ids.
-      loss_mask: whether the model must learn to predict a token.
+      tokens: ids.
+      loss_mask: whether the loss counts the prediction of a token.
     """
 
     tokens: Int32[np.ndarray, "n"]
@@ -42,8 +42,8 @@ class PendingPiece:
       sample_id: "source:index:epoch" of the document.
       source_index: number of the document's source, from 0.
       document: all of it.
-      start: first token of the piece; grows as rows take tokens.
-      end: the token after the piece's last.
+      start: number of the first token that is in no row yet. It grows as rows take tokens.
+      end: number of the token after the piece's last.
     """
 
     sample_id: str
@@ -54,6 +54,7 @@ class PendingPiece:
 
     @property
     def length(self) -> int:
+        """Return the number of tokens that are in no row yet."""
         return self.end - self.start
 
 
@@ -78,9 +79,10 @@ def split_document(
 ) -> list[PendingPiece]:
     """Return a new document as pending pieces: the whole rows that it fills, and its remainder.
 
-    The whole rows stay one piece, which `pack_next_row` takes a row from at a time.
+    The whole rows are one piece. `pack_next_row` takes one row of it at a time.
     """
     length = len(document.tokens)
+    # A document of exactly one row needs no cut, so it is the second piece alone.
     body = length // seq_len * seq_len if length > seq_len else 0
     return [
         PendingPiece(sample_id, source_index, document, start, end)
@@ -96,45 +98,47 @@ def pack_next_row(
     lookahead: int,
     pack: bool = True,
 ) -> PackedRow | None:
-    """Take one row out of `pending`, drawing documents as long as fewer than `lookahead` wait.
+    """Take one row out of `pending`, which documents fill up to `lookahead` pieces.
 
-    The row begins with the oldest piece, so that none waits for ever. The longest piece that still
-    fits follows, until none does.
+    The row begins with the oldest piece, so that no piece waits for ever. Then the longest piece
+    that fits follows, again and again until no piece fits.
 
     Args:
-      pending: pieces in order of arrival; changed in place.
-      draw: returns the pieces of the next document, none once there is no next document.
+      pending: pieces in order of arrival. It is changed in place.
+      draw: returns the pieces of the next document. They are none when all documents were drawn.
       seq_len: T.
-      lookahead: pieces to choose from.
-      pack: put several documents in the row; otherwise one, and padding.
+      lookahead: number of pieces to choose from.
+      pack: put several documents in the row. False puts one, and padding.
 
     Returns:
-      The row, or None when nothing is left.
+      The row, or None when no piece is pending and no document remains.
     """
     row, space = make_padding_row(seq_len), seq_len
     _refill_pending(pending, draw, seq_len, lookahead)
     if not pending:
         return None
-    piece = pending[0]
+    chosen = pending[0]
     while True:
-        length = min(piece.length, space)
-        _write_piece(row, seq_len - space, piece, length)
+        length = min(chosen.length, space)
+        _write_segment(row, seq_len - space, chosen, length)
         space -= length
-        piece.start += length
-        if not piece.length:
-            pending.remove(piece)
+        chosen.start += length
+        # A piece of whole rows stays pending until its last row.
+        if not chosen.length:
+            pending.remove(chosen)
         if not pack or not space:
             return row
         # After every piece: the next choice is then always one among `lookahead`.
         _refill_pending(pending, draw, seq_len, lookahead)
-        fitting = [piece for piece in pending if piece.length <= space]
+        fitting = [candidate for candidate in pending if candidate.length <= space]
         if not fitting:
             return row
-        piece = max(fitting, key=lambda piece: piece.length)  # the oldest of equals
+        # `max` takes the first of equals, which is the oldest.
+        chosen = max(fitting, key=lambda candidate: candidate.length)
 
 
 def make_padding_row(seq_len: int) -> PackedRow:
-    """Return a row of padding."""
+    """Return a row of padding, whose arrays may be written in place."""
     return PackedRow(batch_lib.make_padding(seq_len), np.zeros(seq_len, np.int32), [])
 
 
@@ -144,28 +148,30 @@ def _refill_pending(
     seq_len: int,
     lookahead: int,
 ) -> None:
-    num_tokens = sum(piece.length for piece in pending)
+    """Draw documents until `lookahead` pieces or `_MAX_PENDING_ROWS` rows of tokens are pending."""
+    num_tokens = sum(waiting.length for waiting in pending)
     while len(pending) < lookahead and num_tokens < _MAX_PENDING_ROWS * seq_len:
         pieces = draw()
         if not pieces:
             return
         pending += pieces
-        num_tokens += sum(piece.length for piece in pieces)
+        num_tokens += sum(drawn.length for drawn in pieces)
 
 
-def _write_piece(row: PackedRow, offset: int, piece: PendingPiece, length: int) -> None:
+def _write_segment(row: PackedRow, offset: int, source: PendingPiece, length: int) -> None:
     """Copy the first `length` tokens of a piece into a row, from `offset` on."""
-    arrays: Any = row.batch  # numpy here, so written in place; the schema names the step's arrays
-    document, start = piece.document, piece.start
+    # The schema's types are those of the step. Here the arrays are numpy and written in place.
+    arrays: Any = row.batch
+    document, start = source.document, source.start
     span = slice(offset, offset + length)
     arrays.tokens[span] = document.tokens[start : start + length]
     arrays.segment_ids[span] = len(row.sample_ids) + 1
     arrays.positions[span] = np.arange(length)
-    # Targets are taken from the document, not from the row: the last token of a cut piece then has
-    # its target. Only the document's last token has none, where the slice is one shorter.
+    # Targets come from the document, not from the row, so that the last token of a cut piece has
+    # its target. The document's last token has none: the slice is one shorter there.
     targets = document.tokens[start + 1 : start + length + 1]
     target_span = slice(offset, offset + len(targets))
     arrays.targets[target_span] = targets
     arrays.weights[target_span] = document.loss_mask[start + 1 : start + length + 1]
-    row.source_ids[span] = piece.source_index + 1
-    row.sample_ids.append(f"{piece.sample_id}@{start}" if start else piece.sample_id)
+    row.source_ids[span] = source.source_index + 1
+    row.sample_ids.append(f"{source.sample_id}@{start}" if start else source.sample_id)

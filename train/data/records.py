@@ -1,8 +1,8 @@
 """Files of records: JSONL, Parquet and ArrayRecord, on disk or in a bucket, read in any order.
 
-A record is a JSON object with a `text`, or with `messages` and, where there are some, `tools`.
-What is read in random order is best written by `train.prepare` first: a Parquet file gives up a
-whole row group for one record, and a JSONL file is read through once to find its lines.
+A record is a JSON object with a `text`, or with `messages` and optional `tools`. Training reads in
+random order, for which `train.prepare` writes the best files. A Parquet file must read a whole row
+group for one record. A JSONL file is read through once to find its lines.
 """
 
 import bisect
@@ -29,13 +29,14 @@ _WILDCARDS = "*?["
 
 
 class DataError(ValueError):
-    """Data that cannot be trained on; the message names the file and the record."""
+    """Data cannot be trained on. The message names the file and the record."""
 
 
 class RecordFiles:
     """All records of one source, numbered through its files in the order of their names.
 
-    Picklable: another process opens the files anew but does not look for the lines again.
+    It can be pickled. Another process then opens the files anew, but does not look for the lines of
+    JSONL files again. It is not safe for threads, as an open file has one position.
     """
 
     def __init__(self, name: str, path: str, columns: tuple[str, ...] | None = _RECORD_COLUMNS):
@@ -44,10 +45,10 @@ class RecordFiles:
         Args:
           name: of the source, for messages.
           path: a file, a directory, or a pattern such as gs://bucket/books/*.arrayrecord.
-          columns: of Parquet files that are read; None: all.
+          columns: of Parquet files to read. None reads all of them.
 
         Raises:
-          DataError: no such file, an unknown format, a file that is damaged or has no record.
+          DataError: there is no such file, its format is unknown, or it is damaged or empty.
         """
         self.name = name
         self._readers = [_READERS_BY_SUFFIX[file.suffix](file) for file in _find_files(name, path)]
@@ -60,10 +61,12 @@ class RecordFiles:
         self._cumulative_records = list(
             itertools.accumulate(reader.num_records for reader in self._readers)
         )
-        self._open: dict[int, None] = {}  # numbers of files, the longest unused first
+        # Numbers of the open files, in the order of their last use. A dict is an ordered set.
+        self._open_files: dict[int, None] = {}
 
     def __getstate__(self):
-        return {**self.__dict__, "_open": {}}
+        # Readers drop their open handles, too.
+        return {**self.__dict__, "_open_files": {}}
 
     def __len__(self) -> int:
         return self._cumulative_records[-1]
@@ -72,46 +75,55 @@ class RecordFiles:
         """Return a record.
 
         Raises:
-          DataError: it cannot be read, or is not an object with text or messages.
+          DataError: the record cannot be read, or is no JSON object.
         """
-        which, reader, number = self._locate(index)
-        self._open.pop(which, None)
-        self._open[which] = None
-        if len(self._open) > _MAX_OPEN_FILES:
-            oldest = next(iter(self._open))
-            self._readers[oldest].close()
-            del self._open[oldest]
+        file_number, reader, record_number = self._locate(index)
+        # Moved to the end, as the file that was used last.
+        self._open_files.pop(file_number, None)
+        self._open_files[file_number] = None
+        if len(self._open_files) > _MAX_OPEN_FILES:
+            longest_unused = next(iter(self._open_files))
+            self._readers[longest_unused].close()
+            del self._open_files[longest_unused]
         try:
-            record = reader.read(number)
+            record = reader.read(record_number)
+            # Parquet gives objects, the other formats bytes of JSON.
             record = json.loads(record) if isinstance(record, bytes) else record
         except (ValueError, OSError, RuntimeError) as error:
-            raise DataError(f"{reader.location(number)}: not a JSON record: {error}") from None
+            location = reader.location(record_number)
+            raise DataError(f"{location}: not a JSON record: {error}") from None
         if not isinstance(record, dict):
             raise DataError(
-                f"{reader.location(number)}: got {record!r:.80}; wanted an object with text or "
-                "messages"
+                f"{reader.location(record_number)}: got {record!r:.80}; wanted an object with text "
+                "or messages"
             )
         return record
 
     def location(self, index: int) -> str:
         """Return a record's file and number, for messages."""
-        _, reader, number = self._locate(index)
-        return reader.location(number)
+        _, reader, record_number = self._locate(index)
+        return reader.location(record_number)
 
     def close(self) -> None:
-        """Close the files; reading opens them again."""
-        for which in self._open:
-            self._readers[which].close()
-        self._open.clear()
+        """Close the files. Reading opens them again."""
+        for file_number in self._open_files:
+            self._readers[file_number].close()
+        self._open_files.clear()
 
     def fingerprint(self) -> list[list]:
         """Return [name, bytes, digest of head and tail, records] of each file, JSON-able.
 
-        Names begin below the folder that all files share, which may move.
+        Names begin below the folder that all files share, as that folder may move.
         """
-        shared = len(os.path.commonprefix([reader.file.parent.parts for reader in self._readers]))
+        # `commonprefix` compares tuples part by part; a prefix of text could end within a name.
+        folders = [reader.file.parent.parts for reader in self._readers]
+        num_shared = len(os.path.commonprefix(folders))
         return [
-            ["/".join(reader.file.parts[shared:]), *_digest_file(reader.file), reader.num_records]
+            [
+                "/".join(reader.file.parts[num_shared:]),
+                *_digest_file(reader.file),
+                reader.num_records,
+            ]
             for reader in self._readers
         ]
 
@@ -119,40 +131,44 @@ class RecordFiles:
         """Compare with an earlier fingerprint.
 
         Raises:
-          DataError: the files are not those of then; the first that differs is named.
+          DataError: a file differs from its fingerprint. The message names the first such file.
         """
         remedy = "Put the old files back, or begin a new run without the old state of the data."
-        now = {name: rest for name, *rest in self.fingerprint()}
-        then = {name: rest for name, *rest in saved}
-        for name in [*then, *now]:
-            if now.get(name) != then.get(name):
-                how = "is gone" if name not in now else "is new" if name not in then else "changed"
+        present = {name: values for name, *values in self.fingerprint()}
+        recorded = {name: values for name, *values in saved}
+        for name in [*recorded, *present]:
+            if present.get(name) != recorded.get(name):
+                change = "changed"
+                if name not in present:
+                    change = "is gone"
+                elif name not in recorded:
+                    change = "is new"
                 raise DataError(
-                    f"source {self.name!r}: {name} {how} since the checkpoint: got {now.get(name)};"
-                    f" wanted {then.get(name)} (bytes, digest, records). {remedy}"
+                    f"source {self.name!r}: {name} {change} since the checkpoint: got "
+                    f"{present.get(name)}; wanted {recorded.get(name)} (bytes, digest, records). "
+                    f"{remedy}"
                 )
 
     def _locate(self, index: int) -> tuple[int, Any, int]:
+        """Return the number of a record's file, its reader, and the record's number in it."""
         if not 0 <= index < len(self):
             raise IndexError(f"{self.name}: got record {index}; wanted less than {len(self)}")
-        which = bisect.bisect_right(self._cumulative_records, index)
-        return (
-            which,
-            self._readers[which],
-            index - (self._cumulative_records[which - 1] if which else 0),
-        )
+        file_number = bisect.bisect_right(self._cumulative_records, index)
+        first_index = self._cumulative_records[file_number - 1] if file_number else 0
+        return file_number, self._readers[file_number], index - first_index
 
 
 class _RecordReader:
-    """One file. Handles are opened when they are first needed and stay out of pickles."""
+    """One file. Its handle is opened when it is first needed, and stays out of pickles."""
 
     num_records: int
-    columns: tuple[str, ...] | None = None  # of a table, to be read; None: all
+    columns: tuple[str, ...] | None = None  # of a table, to be read. None reads all of them
 
     def __init__(self, file: epath.Path):
         self.file = file
 
     def __getstate__(self):
+        # A `cached_property` stores its value in the instance's dict.
         return {key: value for key, value in self.__dict__.items() if key != "_handle"}
 
     @functools.cached_property
@@ -172,12 +188,12 @@ class _RecordReader:
 
 
 class _JsonlReader(_RecordReader):
-    """JSONL; lines of white space alone are no records."""
+    """JSONL. Lines of white space alone are no records."""
 
     def __init__(self, file: epath.Path):
         super().__init__(file)
         offsets, offset = [], 0
-        # disable=None: no bar where nobody watches.
+        # disable=None: no bar where the output is no terminal.
         with (
             file.open("rb") as stream,
             tqdm.tqdm(
@@ -206,19 +222,20 @@ class _JsonlReader(_RecordReader):
         return self._handle.readline()
 
     def location(self, number: int) -> str:
-        left, lines_before = int(self._offsets[number]), 0
+        remaining_bytes, lines_before = int(self._offsets[number]), 0
         with self.file.open("rb") as stream:  # slow, and only for messages
-            while left:
-                block = stream.read(min(left, 2**20))
+            while remaining_bytes:
+                block = stream.read(min(remaining_bytes, 2**20))
                 lines_before += block.count(b"\n")
-                left -= len(block)
+                remaining_bytes -= len(block)
         return f"{self.file}:{lines_before + 1}"
 
 
 class _ParquetReader(_RecordReader):
-    """Columns; messages and tools may also be strings of JSON.
+    """Parquet. The columns messages and tools may be strings of JSON.
 
-    Otherwise nulls within them are left out: a column has every key that any of its records has.
+    Elsewhere nulls within a value are left out, because a column of objects has every key that any
+    of its records has.
     """
 
     def __init__(self, file: epath.Path):
@@ -227,8 +244,9 @@ class _ParquetReader(_RecordReader):
         counts = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
         self._cumulative_rows = list(itertools.accumulate(counts))
         self.num_records = metadata.num_rows
+        # Tables of row groups by number, in the order of their last use.
         self._groups: collections.OrderedDict[int, Any] = collections.OrderedDict()
-        self.close()
+        self.close()  # a source may have more files than a process may open
 
     @functools.cached_property
     def _handle(self):
@@ -244,22 +262,24 @@ class _ParquetReader(_RecordReader):
 
     def close(self) -> None:
         if "_handle" in self.__dict__:
-            self.__dict__.pop("_handle").close(force=True)  # the stream, too
+            # force: pyarrow leaves a stream that it did not open itself open otherwise.
+            self.__dict__.pop("_handle").close(force=True)
         self._groups.clear()
 
     def read(self, number: int) -> dict:
-        which = bisect.bisect_right(self._cumulative_rows, number)
-        if which not in self._groups:
+        group = bisect.bisect_right(self._cumulative_rows, number)
+        if group not in self._groups:
             columns = None
             if self.columns is not None:
-                have = set(self._handle.schema_arrow.names)
-                columns = [name for name in self.columns if name in have]
-            self._groups[which] = self._handle.read_row_group(which, columns=columns)
+                # pyarrow refuses columns that the file does not have.
+                names = set(self._handle.schema_arrow.names)
+                columns = [name for name in self.columns if name in names]
+            self._groups[group] = self._handle.read_row_group(group, columns=columns)
             if len(self._groups) > _MAX_CACHED_GROUPS:
                 self._groups.popitem(last=False)
-        self._groups.move_to_end(which)
-        start = self._cumulative_rows[which - 1] if which else 0
-        (record,) = self._groups[which].slice(number - start, 1).to_pylist()
+        self._groups.move_to_end(group)
+        first_row = self._cumulative_rows[group - 1] if group else 0
+        (record,) = self._groups[group].slice(number - first_row, 1).to_pylist()
         for key, value in record.items():
             is_json = key in ("messages", "tools") and isinstance(value, str)
             record[key] = json.loads(value) if is_json else _drop_nulls(value)
@@ -267,12 +287,12 @@ class _ParquetReader(_RecordReader):
 
 
 class _ArrayRecordReader(_RecordReader):
-    """ArrayRecord of JSON; best with group_size:1, as `train.prepare` writes it."""
+    """ArrayRecord of JSON. Best with group_size:1, as `train.prepare` writes it."""
 
     def __init__(self, file: epath.Path):
         super().__init__(file)
         self.num_records = self._handle.num_records()
-        self.close()
+        self.close()  # as in `_ParquetReader`
 
     @functools.cached_property
     def _handle(self):
@@ -294,22 +314,32 @@ _READERS_BY_SUFFIX = {
 
 
 def _drop_nulls(value: Any) -> Any:
+    """Return a value without the keys of objects within it whose value is null."""
     if isinstance(value, dict):
-        return {key: _drop_nulls(one) for key, one in value.items() if one is not None}
-    return [_drop_nulls(one) for one in value] if isinstance(value, list) else value
+        return {key: _drop_nulls(item) for key, item in value.items() if item is not None}
+    return [_drop_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 def _find_files(name: str, path: str) -> list[epath.Path]:
-    """Return the files that a path means, sorted; those of a directory by their suffix."""
-    whole = epath.Path(path)
-    parts = whole.parts
-    wild = next((i for i, part in enumerate(parts) if any(c in part for c in _WILDCARDS)), None)
-    if wild is not None:
-        files = list(epath.Path(*parts[:wild]).glob("/".join(parts[wild:])))
-    elif whole.is_dir():
-        files = [file for file in whole.iterdir() if file.suffix in _READERS_BY_SUFFIX]
+    """Return the files of a path, a directory or a pattern, sorted.
+
+    A directory's files are those with a known suffix.
+
+    Raises:
+      DataError: there is no file, or one of an unknown format.
+    """
+    root = epath.Path(path)
+    parts = root.parts
+    # A glob starts in a folder that is certain to exist: the parts before the first wildcard.
+    first_wild = next(
+        (i for i, part in enumerate(parts) if any(c in part for c in _WILDCARDS)), None
+    )
+    if first_wild is not None:
+        files = list(epath.Path(*parts[:first_wild]).glob("/".join(parts[first_wild:])))
+    elif root.is_dir():
+        files = [file for file in root.iterdir() if file.suffix in _READERS_BY_SUFFIX]
     else:
-        files = [whole] if whole.exists() else []
+        files = [root] if root.exists() else []
     if not files:
         raise DataError(
             f"source {name!r}: got {path}, where there is no file; wanted {_describe_formats()}"
@@ -325,7 +355,10 @@ def _describe_formats() -> str:
 
 
 def _digest_file(file: epath.Path) -> tuple[int, str]:
-    """Return a file's size and a digest of its ends: cheap, and no accident keeps both."""
+    """Return a file's size and a digest of its two ends.
+
+    Both are cheap in a bucket, too. An accidental change hardly leaves both as they were.
+    """
     size = file.stat().length
     with file.open("rb") as stream:
         digest = hashlib.sha256(stream.read(_DIGEST_BYTES))
