@@ -1,6 +1,6 @@
-"""Schemas of the data: what a run reads, and what one stream of batches is.
+"""Schemas of the data: what a run reads, and what a stream of batches consists of.
 
-A config file states a `DataConfig`. A stage and a run add the rest of a `StreamConfig`.
+A config file states a `DataConfig`. The stage and the run add the other fields of a `StreamConfig`.
 """
 
 import bisect
@@ -16,10 +16,11 @@ class DataSource:
     """Files whose records are drawn together.
 
     Attributes:
-      name: of letters, digits, `_`, `-` and `.`; metrics and checkpoints know the source by it.
-      path: a file, a directory or a pattern; see `records.RecordFiles`.
+      name: of letters, digits, `_`, `-` and `.`. Metrics and checkpoints call the source by it.
+      path: a file, a directory or a pattern, see `records.RecordFiles`.
       kind: of every record, one of `chat.RECORD_KINDS`.
-      weight: share of the tokens, where `DataConfig.weights` is empty.
+      weight: share of the tokens, up to the sum of all weights, at least 0. It counts where
+        `DataConfig.weights` is empty.
     """
 
     name: str
@@ -43,25 +44,25 @@ class DataConfig:
     """What a run reads, and how records become rows.
 
     Attributes:
-      sources: what to read; at least one.
+      sources: what to read, at least one.
       weights: (first step, ((source, weight), ...)) in ascending steps from 0. A weight is a
         source's share of the tokens, up to the sum of all. A source that is not named has weight 0.
-        A new weight is for what is drawn from its step on, when up to lanes * lookahead documents
-        wait already. Empty takes the sources' own weights for the whole run.
-      pack: put several documents in a row.
+        New weights decide what is drawn from their step on. Up to lanes * lookahead documents were
+        drawn before and come first. Empty takes the sources' own weights for the whole run.
+      pack: put several documents in a row. False puts one in a row, and padding.
       overlong: what becomes of conversations longer than a row: "error", "drop" or "split". Texts
         are always split.
       thinking: "keep" or "drop", see `chat`.
       profile: of the chat template, see `infer.prompt`.
       begin_token: control token before each text, or None.
       end_token: control token after each text, or None.
-      workers: processes that tokenise and pack; 0 is a thread of the trainer's process. The rows
+      workers: processes that tokenise and pack. 0 is a thread of the trainer's process. The rows
         are the same for any number.
-      prefetch: batches that each worker makes ahead.
+      prefetch: batches that each worker makes ahead, at least 1.
       lanes: independent readers, see `mixture`. A multiple or a divisor of the rows of every stage,
         and a multiple of the number of hosts. It is fixed for a run, while row length, rows,
         weights and the number of hosts may change at any checkpoint.
-      lookahead: documents that a lane's packer chooses from.
+      lookahead: documents that a lane's packer chooses from, at least 1.
     """
 
     sources: tuple[DataSource, ...]
@@ -91,6 +92,7 @@ class DataConfig:
         steps = [step for step, _ in self.weights]
         if steps and (steps[0] != 0 or steps != sorted(set(steps))):
             raise ValueError(f"weights: got the steps {steps}; wanted ascending ones from 0")
+        # Without weights by step, the sources' own are checked.
         for step, weights in self.weights or ((0, self.weights_at(0).items()),):
             for name, weight in weights:
                 if name not in names or not weight >= 0:
@@ -102,7 +104,7 @@ class DataConfig:
                 raise ValueError(f"weights from step {step}: got none above 0; wanted one")
 
     def weights_at(self, step: int) -> dict[str, float]:
-        """Return the weights of a step by source."""
+        """Return the weights of a step by source. Sources without an entry have weight 0."""
         if not self.weights:
             return {source.name: source.weight for source in self.sources}
         interval = bisect.bisect_right([first for first, _ in self.weights], step) - 1
@@ -111,12 +113,12 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class StreamConfig:
-    """One stream of batches.
+    """What a stream of batches consists of.
 
     Attributes:
       data: what to read.
-      seq_len: T, tokens in a row; at least 2.
-      rows: of the global batch.
+      seq_len: T, tokens in a row, at least 2.
+      rows: of the global batch, at least 1.
       seed: of the order of documents.
     """
 
@@ -128,6 +130,7 @@ class StreamConfig:
     def __post_init__(self):
         _check_at_least(self, {"seq_len": 2, "rows": 1})
         lanes = self.data.lanes
+        # Every row then has as many lanes as any other, or every lane as many rows.
         if lanes % self.rows and self.rows % lanes:
             raise ValueError(
                 f"lanes: got {lanes} with {self.rows} rows; wanted a multiple or a divisor "
@@ -141,5 +144,6 @@ def _check_at_least(config: DataConfig | StreamConfig, minima: dict[str, int]) -
         configlib.check_field(value >= minimum, field, value, f"at least {minimum}")
 
 
+# Messages begin with the field, and name the source where several have the field.
 def _check_choice(field: str, value: str, choices: tuple[str, ...]) -> None:
     configlib.check_field(value in choices, field, value, f"one of {', '.join(choices)}")

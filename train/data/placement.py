@@ -1,4 +1,4 @@
-"""Rows of a batch onto the devices that they belong to."""
+"""Placement of a batch's rows onto the devices that they belong to."""
 
 from typing import Any
 
@@ -13,27 +13,30 @@ class BatchPlacement:
     """Puts this process's rows of a global batch onto its devices.
 
     Attributes:
-      block_index: which block of the rows this process reads.
-      num_blocks: how many blocks the rows have. It is less than the number of processes where a
-        mesh splits the length over processes: those that hold different token ranges of the same
-        rows read the same block.
+      layout: of the trainer's mesh, or None for a single device.
+      num_rows: of the global batch.
+      block_index: number of the block of rows that this process reads.
+      num_blocks: number of blocks. It is less than the number of processes where a mesh splits the
+        length over processes: processes that hold different token ranges of the same rows read the
+        same block.
+      first_row: of this process's block, in the global batch.
     """
 
     def __init__(self, layout: sharding.MeshLayout | None, num_rows: int):
         """Find the block of this process.
 
         Args:
-          layout: of the trainer's mesh; None is a single device.
+          layout: of the trainer's mesh. None is a single device.
           num_rows: of the global batch.
 
         Raises:
-          ValueError: a mesh that gives this process rows which are not neighbours.
+          ValueError: the rows of this process are not neighbours on the mesh.
         """
         self.layout, self.num_rows = layout, num_rows
         self.block_index, self.num_blocks, self.first_row = 0, 1, 0
         if layout is None:
             return
-        # The sharding itself is asked, not the mesh: only it knows which device holds which rows.
+        # From the sharding, not from the mesh: it alone says which rows a device holds.
         batch_sharding = layout.activation_sharding("batch", None)
         indices = batch_sharding.addressable_devices_indices_map((num_rows, 1)).values()
         row_slices = [index[0] for index in indices if index is not None]
@@ -53,8 +56,8 @@ class BatchPlacement:
         array_sharding = self.layout.activation_sharding("batch", "length")
 
         def place_array(local: np.ndarray) -> jax.Array:
-            # The callback is asked for the index ranges of this process's devices alone, in global
-            # numbers. So every process gives its own rows, and none needs all of the batch.
+            # JAX calls it for the index ranges of this process's devices, in global numbers. So
+            # every process gives its own rows, and none needs the whole batch.
             def read_shard(index: Any) -> np.ndarray:
                 start, stop, _ = index[0].indices(self.num_rows)
                 return local[start - self.first_row : stop - self.first_row, index[1]]

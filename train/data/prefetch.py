@@ -1,7 +1,7 @@
-"""Runs lanes ahead of their reader, in a thread or in processes; the rows are the same.
+"""Runs lanes ahead of their reader, in a thread or in processes. The rows are the same either way.
 
-Only rows and states cross a thread's or a process's border. Each lane runs in one place, in order,
-so no lock is needed and the number of workers cannot change a row.
+Only rows and states pass between threads or processes. Each lane runs in one worker, in order. So
+no lock is needed, and the number of workers changes no row.
 """
 
 import contextlib
@@ -26,15 +26,15 @@ _POLL_SECS = 1.0  # how often a thread with a full queue asks whether to stop
 
 @dataclasses.dataclass(frozen=True)
 class PrefetchSpec:
-    """Everything that decides which rows to make; a worker process gets it by pickle.
+    """All that decides which rows to make. A worker process gets it by pickle.
 
     Attributes:
       config: of the stream.
       tokenizer: of the model.
-      records: of each source, by name. Pickled without open files.
+      records: of each source, by name. They are pickled without open files.
       num_lanes: of the stream.
-      row_numbers: of the rows to make, in the global batch.
-      num_epochs: how often to read every source; None reads for ever.
+      row_numbers: numbers of the rows to make, in the global batch.
+      num_epochs: number of times to read every source. None reads for ever.
       step: of the first batch to make.
       states: of the lanes that serve these rows, by lane.
     """
@@ -55,7 +55,7 @@ class LaneRow:
 
     Attributes:
       row: of one batch.
-      lane_number: which lane made the row.
+      lane_number: of the lane that made the row.
       state: of that lane, see `mixture.DataLane.get_state`.
     """
 
@@ -73,14 +73,15 @@ def assign_lanes(spec: PrefetchSpec, step: int) -> dict[int, int]:
 def iterate_rows(
     spec: PrefetchSpec, worker_index: int = 0, num_workers: int = 1
 ) -> Iterator[dict[int, LaneRow]]:
-    """Yield the rows of one step after another, by their number.
+    """Yield the rows of one step after another, by row number.
 
     A step for which this worker has no lane is left out. Rows are padding once a lane has ended.
 
     Args:
-      worker_index: of the worker whose lanes to run, those with number = worker_index modulo
+      spec: of all workers.
+      worker_index: of this worker. It runs the lanes whose number is `worker_index` modulo
         `num_workers`.
-      num_workers: that share the lanes.
+      num_workers: workers that share the lanes.
     """
     config = spec.config
     encoder = chat.RecordEncoder(
@@ -93,13 +94,13 @@ def iterate_rows(
         end_token=config.data.end_token,
     )
 
-    # Opened when first used, as opening a lane tokenises its pending documents again. All lanes at
-    # once would delay the first batch of a resumed run.
+    # A lane is opened when it is first used, because opening tokenises its pending documents again.
+    # Opening all lanes at once would delay the first batch of a resumed run.
     @functools.cache
-    def open_lane(number: int) -> mixture.DataLane:
-        state = spec.states[number]
+    def open_lane(lane_number: int) -> mixture.DataLane:
+        state = spec.states[lane_number]
         return mixture.DataLane(
-            number, spec.num_lanes, config, spec.records, encoder, spec.num_epochs, state
+            lane_number, spec.num_lanes, config, spec.records, encoder, spec.num_epochs, state
         )
 
     for step in itertools.count(spec.step):
@@ -108,23 +109,23 @@ def iterate_rows(
             if lane_number % num_workers == worker_index:
                 lane = open_lane(lane_number)
                 row = lane.next_row(step) or packing.make_padding_row(config.seq_len)
-                # After each row: a lane that serves several rows of a batch has several states, of
-                # which the reader keeps the last.
+                # The state after each row: a lane may serve several rows of a batch, and the reader
+                # keeps the last state.
                 lane_rows[row_number] = LaneRow(row, lane_number, lane.get_state())
         if lane_rows:
             yield lane_rows
 
 
 class RowPrefetcher:
-    """Makes batches ahead; `next_rows` returns them in order.
+    """Makes batches ahead. `next_rows` returns them in order.
 
-    One thread makes them; or each worker process makes those of its lanes, and a thread receives
-    them. A worker holds nothing that must be saved or closed in order. So workers are killed at the
-    end, and end by themselves, with their pipe, when this process is killed.
+    One thread makes all rows, or each worker process makes the rows of its lanes and a thread
+    receives them. A worker holds nothing that must be saved or closed. So workers are killed at the
+    end. When this process is killed, they end by themselves, with their pipe.
     """
 
     def __init__(self, spec: PrefetchSpec):
-        """Start the threads and processes, which make batches from `spec.step` on."""
+        """Start the threads and processes. They make batches from `spec.step` on."""
         self._spec, self._step = spec, spec.step
         self._stop_event = threading.Event()
         self._workers: list[multiprocessing.process.BaseProcess] = []
@@ -146,10 +147,10 @@ class RowPrefetcher:
             thread.start()
 
     def next_rows(self) -> dict[int, LaneRow]:
-        """Return the next batch's rows by their number; not to be called again after an error.
+        """Return the next batch's rows by row number. Do not call it again after an error.
 
         Raises:
-          DataError: as the lane of these rows met it.
+          DataError: a lane of these rows raised it.
           RuntimeError: a worker died.
         """
         lane_rows: dict[int, LaneRow] = {}
@@ -177,7 +178,7 @@ class RowPrefetcher:
             worker.join()
 
     def _start_worker(self, worker_index: int, num_workers: int) -> Iterator[dict[int, LaneRow]]:
-        """Start a worker; return an iterator over the rows that it will make."""
+        """Start a worker, and return an iterator over the rows that it will make."""
         context = multiprocessing.get_context("spawn")  # threads and JAX do not survive a fork
         receiver, sender = context.Pipe(duplex=False)
         worker = context.Process(
@@ -192,10 +193,10 @@ class RowPrefetcher:
 def _fill_queue(
     iterator: Iterator[dict[int, LaneRow]], row_queue: queue.Queue, stop_event: threading.Event
 ) -> None:
-    """Put rows into a queue until the event is set; an error is the last thing in the queue."""
+    """Put rows into a queue until the event is set. An error of the iterator comes last."""
 
     def put_unless_stopped(item: dict[int, LaneRow] | Exception) -> bool:
-        # With a timeout: nobody empties the queue of a reader that has gone.
+        # With a timeout: once the reader has gone, nobody empties the queue.
         while not stop_event.is_set():
             with contextlib.suppress(queue.Full):
                 row_queue.put(item, timeout=_POLL_SECS)
@@ -213,11 +214,11 @@ def _fill_queue(
 def _run_worker(
     spec: PrefetchSpec, worker_index: int, num_workers: int, sender: connection.Connection
 ) -> None:
-    """Run a worker process: send rows, or at last an error, until nobody reads them."""
-    # Both may go to the whole group of processes, as Ctrl-C does. The trainer still needs rows
-    # then, for the steps up to its checkpoint, and kills its workers itself.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    """Run a worker process. It sends rows until nobody reads them, or until it sends an error."""
+    # Both signals may go to the whole group of processes, as Ctrl-C does. The trainer still needs
+    # rows then, for the steps up to its checkpoint. It kills its workers itself.
+    for signal_number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signal_number, signal.SIG_IGN)
     with contextlib.suppress(BrokenPipeError):
         try:
             for lane_rows in iterate_rows(spec, worker_index, num_workers):
@@ -231,7 +232,7 @@ def _run_worker(
 def _receive_rows(
     receiver: connection.Connection, worker_index: int
 ) -> Iterator[dict[int, LaneRow]]:
-    """Yield the rows that a worker sends; raise the error that it sends."""
+    """Yield the rows that a worker sends, or raise the error that it sends."""
     with receiver:
         while True:
             try:

@@ -1,7 +1,7 @@
-"""Random choices that are functions of their arguments: equal on every host, in every run.
+"""Random choices that are functions of their arguments, so they are equal on every host.
 
-Nothing here has a state. A reader that knows how many records it drew knows which record is next,
-so its state is a few counts.
+Nothing here has a state. A reader that knows how many records it drew knows the next one, so its
+state is a few counts.
 """
 
 import hashlib
@@ -13,7 +13,7 @@ from grain import experimental as grain
 def stable_hash(*parts: str | int) -> int:
     """Return 64 bits that look random and depend on the parts' text alone.
 
-    Python's own `hash` of text differs between processes, and NumPy's `Generator` may give other
+    Python's own `hash` of text differs between processes. NumPy's `Generator` may give other
     numbers in another version of NumPy.
     """
     text = ":".join(map(str, parts)).encode()
@@ -21,26 +21,28 @@ def stable_hash(*parts: str | int) -> int:
 
 
 def shuffle_position(position: int, num_records: int, seed: int, name: str, epoch: int) -> int:
-    """Return which record stands at a position of a source's shuffled order in an epoch.
+    """Return the number of the record at a position of a source's shuffled order in an epoch.
 
-    The order is a permutation that is computed position by position (a block cipher on the index),
-    so it needs no memory, whatever the number of records.
+    The order is a permutation by a block cipher on the position. It is computed for one position at
+    a time, so it needs no memory, whatever the number of records.
     """
+    # grain takes seeds of 32 bits.
     epoch_seed = stable_hash(seed, name, epoch) % 2**32
     return grain.index_shuffle(position, max_index=num_records - 1, seed=epoch_seed, rounds=4)
 
 
 def choose_by_weight(weights: Mapping[str, float], total: float, *key: str | int) -> str:
-    """Return a name, with the chance of its weight over `total`.
+    """Return a name, with the probability of its weight over `total`.
 
     Args:
       weights: by name, all above 0.
-      total: sum of the weights. The caller adds them up, as the way of adding decides the last bit.
-      key: what the choice is a function of, such as a seed and a count.
+      total: sum of the weights. The caller adds them up, because the order of adding decides the
+        last bit.
+      key: arguments that decide the choice, such as a seed and a count.
     """
     point = stable_hash(*key) / 2**64 * total
     for name, weight in weights.items():
         point -= weight
         if point < 0:
             return name
-    return list(weights)[-1]  # rounding left the point at the end of the last interval
+    return list(weights)[-1]  # rounding put the point at the very end of the last interval

@@ -1,8 +1,9 @@
 """Sources to batches: a stream that can stop after any batch and go on, on any number of hosts.
 
-The state names what was read and what is pending, never tokens (`mixture.DataLane.get_state`). Each
-host runs the lanes that its rows come from, and has their states. The states of all hosts together,
-as one dict, restore a stream on any number of hosts.
+A state counts what was read and lists what is pending. It holds no tokens
+(`mixture.DataLane.get_state`). Each host runs the lanes that its rows come from, and has the states
+of these lanes. The states of all hosts together, as one dict, restore a stream on any number of
+hosts.
 """
 
 import copy
@@ -29,9 +30,9 @@ class HostBatch:
       batch: the rows' arrays, numpy.
       source_ids: number of each token's source from 1, 0 for padding.
       sample_ids: of each row, see `packing.PackedRow`.
-      utilization: share of the tokens that are no padding.
-      wait_secs: how long the caller waited for the batch.
-      num_dropped: conversations that this host's lanes left out so far.
+      utilization: share of the tokens that are no padding, 0 to 1.
+      wait_secs: seconds that the caller waited for the batch.
+      num_dropped: number of conversations that this host's lanes left out so far.
     """
 
     batch: batch_lib.TrainBatch
@@ -43,11 +44,11 @@ class HostBatch:
 
 
 class BatchStream:
-    """An iterator over `HostBatch`; its state is that of the last batch handed out.
+    """An iterator over `HostBatch`. Its state is that after the last batch that it handed out.
 
-    With `num_epochs` the stream ends, after rows of padding that fill up the last batch. It is then
-    read as a single lane, by every host in full, which packs tightly and ends everywhere at once.
-    That is meant for held-out data; train with `num_epochs=None`.
+    Training takes `num_epochs=None`, a stream without end. With `num_epochs` the stream ends, which
+    is meant for held-out data. Such a stream has a single lane, which every host reads in full. So
+    it packs tightly and ends on all hosts at once. Rows of padding fill up its last batch.
     """
 
     def __init__(
@@ -58,20 +59,20 @@ class BatchStream:
         process_count: int = 1,
         num_epochs: int | None = None,
     ):
-        """Open the sources; no row is made before the first batch is asked for.
+        """Open the sources. The first row is made when the first batch is asked for.
 
         Args:
           config: of the stream.
           tokenizer: of the model.
-          process_index: this host's place among hosts that have different rows. Hosts that share
-            rows, as where a mesh splits their length, pass the same index.
+          process_index: number of this host among the hosts that have different rows. Hosts that
+            share rows, because the mesh splits the rows' length, pass the same index.
           process_count: number of hosts that have different rows.
-          num_epochs: how often to read all sources, or None for ever.
+          num_epochs: number of times to read all sources, or None for ever.
 
         Raises:
           DataError: see `records.RecordFiles`.
-          ValueError: rows or lanes that the hosts cannot share, or a tokenizer without the
-            config's control tokens.
+          ValueError: the hosts cannot share the rows or lanes equally, or the tokenizer lacks a
+            control token of the config.
         """
         data, endless = config.data, num_epochs is None
         _check_shares(config, process_index, process_count, endless)
@@ -82,8 +83,8 @@ class BatchStream:
         self._num_lanes = data.lanes if endless else 1
         self._records = {s.name: records_lib.RecordFiles(s.name, s.path) for s in data.sources}
         self._row_numbers = _share_of(config.rows, process_index, process_count)
-        # An endless stream's host makes its own rows alone. A stream that ends has one lane, whose
-        # rows follow each other: every host makes all of them, and hands out its own.
+        # In an endless stream a host makes its own rows alone. A stream that ends has one lane,
+        # whose rows follow each other. Every host then makes all of them, and hands out its own.
         self._owned_lanes = (
             _share_of(self._num_lanes, process_index, process_count) if endless else range(1)
         )
@@ -100,7 +101,7 @@ class BatchStream:
         self._step = 0
         # An empty state is a lane's beginning.
         self._lane_states: dict[int, dict] = {lane: {} for lane in self._owned_lanes}
-        # Taken now and not with a state: the files may change in between.
+        # Now and not with a state: the files may change in between.
         self._fingerprint = {name: files.fingerprint() for name, files in self._records.items()}
         self._prefetcher: prefetch.RowPrefetcher | None = None
 
@@ -111,12 +112,13 @@ class BatchStream:
         """Return this host's rows of the next batch.
 
         Raises:
-          DataError: a record that cannot be used.
+          DataError: a record cannot be used.
           StopIteration: after the last epoch.
         """
         started = time.perf_counter()
         if self._prefetcher is None:
-            # A copy, as each lane takes its state when it makes its first row, which is later.
+            # A copy: each lane reads its state when it makes its first row, and `_lane_states` may
+            # have changed by then.
             spec = dataclasses.replace(
                 self._prefetch_spec, step=self._step, states=dict(self._lane_states)
             )
@@ -129,8 +131,8 @@ class BatchStream:
         if not any(lane_row.row.sample_ids for lane_row in lane_rows.values()):
             self.close()
             raise StopIteration
-        # Lanes are ahead of the caller. The stream's state is that of the rows it hands out, so
-        # each row comes with its lane's state after it.
+        # Lanes are ahead of the caller, and the stream's state is that of the rows handed out. So
+        # each row comes with the state of its lane after it.
         self._step += 1
         for lane_row in lane_rows.values():
             self._lane_states[lane_row.lane_number] = lane_row.state
@@ -138,7 +140,7 @@ class BatchStream:
         return self._stack_rows(rows, time.perf_counter() - started)
 
     def get_state(self) -> dict[str, Any]:
-        """Return this host's part of the state, JSON-able; merge all hosts' with dict.update."""
+        """Return this host's part of the state, JSON-able. `dict.update` merges all parts."""
         return {
             "step": self._step,
             "lanes": self._num_lanes,
@@ -154,8 +156,8 @@ class BatchStream:
           state: of all hosts, merged.
 
         Raises:
-          DataError: a data file changed since, or a source is gone.
-          ValueError: another seed or number of lanes, or a host's part is missing.
+          DataError: a data file has changed since, or the config lacks a source of the state.
+          ValueError: the seed or the number of lanes differs, or a host's part is missing.
         """
         for field, value in (("seed", self.config.seed), ("lanes", self._num_lanes)):
             if state.get(field) != value:
@@ -179,11 +181,11 @@ class BatchStream:
         self._lane_states = {lane: copy.deepcopy(state[str(lane)]) for lane in self._owned_lanes}
 
     def fingerprint(self) -> dict[str, list]:
-        """Return what tells each source's files from changed ones; see `records.RecordFiles`."""
+        """Return the fingerprints of all sources, see `records.RecordFiles.fingerprint`."""
         return copy.deepcopy(self._fingerprint)
 
     def close(self) -> None:
-        """Stop the lanes and close the files; the next batch starts both anew."""
+        """Stop the lanes and close the files. The next batch starts both anew."""
         if self._prefetcher is not None:
             self._prefetcher.close()
             self._prefetcher = None
@@ -215,14 +217,14 @@ def _check_shares(
     if not 0 <= process_index < process_count:
         raise ValueError(f"process {process_index} of {process_count}: wanted less than that")
     shared = {"rows": config.rows} | ({"lanes": config.data.lanes} if endless else {})
-    for field, number in shared.items():
-        if number % process_count:
+    for field, count in shared.items():
+        if count % process_count:
             raise ValueError(
-                f"{field}: got {number} for {process_count} hosts; wanted a multiple of the hosts"
+                f"{field}: got {count} for {process_count} hosts; wanted a multiple of the hosts"
             )
 
 
-def _share_of(number: int, process_index: int, process_count: int) -> range:
-    """Return a host's part of 0 to `number` - 1."""
-    size = number // process_count
+def _share_of(count: int, process_index: int, process_count: int) -> range:
+    """Return a host's share of the numbers from 0 to `count` - 1, which follow each other."""
+    size = count // process_count
     return range(process_index * size, (process_index + 1) * size)
