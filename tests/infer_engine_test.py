@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from output_support import bits
+from output_support import bits, token_ids
 from tokenizer_support import load_tokenizer
 
 from infer import config as config_lib
@@ -77,10 +77,6 @@ def generate_alone(engine, prompt=PROMPT, options=None, **values):
     return engine.generate([prompt], options or options_lib.Options(**values))[0]
 
 
-def ids(output):
-    return [token.id for token in output.tokens]
-
-
 # ---- what ends an output
 
 
@@ -97,10 +93,10 @@ def test_a_thought_is_closed_at_the_budget(budget, decode_steps):
     assert len(closing) == 6
     options = open_thought(thinking_tokens=budget, max_tokens=45)
     output = generate_alone(engine_of(decode_steps), options=options)
-    free = ids(generate_alone(engine_of(decode_steps), options=open_thought(max_tokens=45)))
+    free = token_ids(generate_alone(engine_of(decode_steps), options=open_thought(max_tokens=45)))
     at = max(budget, 3)  # before that it is not open
-    assert ids(output)[:at] == free[:at]
-    assert ids(output)[at : at + 6] == closing
+    assert token_ids(output)[:at] == free[:at]
+    assert token_ids(output)[at : at + 6] == closing
     assert free[at : at + 6] != closing
     assert output.reasoning_tokens == at + 4
     assert output.text.startswith("<think>")
@@ -142,7 +138,7 @@ def test_stop_strings_over_borders_of_tokens(engine):
     letters = dict.fromkeys(load_tokenizer().encode("abcdefgh"), 60.0)
     values = {"logit_bias": letters, "seed": 3, "max_tokens": 40, "top_p": 1.0}
     free = generate_alone(engine, **values)
-    ends = np.cumsum([len(load_tokenizer().decode([token])) for token in ids(free)])
+    ends = np.cumsum([len(load_tokenizer().decode([token])) for token in token_ids(free)])
     assert ends[-1] == len(free.text)
     assert 40 < ends[-1] < 120
     for start, length in ((5, 3), (11, 5), (37, 3), (0, 2), (20, 1), (1, 1)):
@@ -165,26 +161,26 @@ def test_stop_strings_over_borders_of_tokens(engine):
 def test_stop_tokens_wait_for_min_tokens(engine):
     likely = {EOS: 100.0}
     output = generate_alone(engine, options=GREEDY(logit_bias=likely, max_tokens=20))
-    assert (ids(output), output.text, output.finish_reason) == ([EOS], "", "stop")
+    assert (token_ids(output), output.text, output.finish_reason) == ([EOS], "", "stop")
     for least in (1, 5, 8, 19):
         output = generate_alone(
             engine, options=GREEDY(logit_bias=likely, max_tokens=20, min_tokens=least)
         )
         assert len(output.tokens) == least + 1
         assert output.finish_reason == "stop"
-        assert EOS not in ids(output)[:-1]
+        assert EOS not in token_ids(output)[:-1]
     output = generate_alone(engine, options=GREEDY(logit_bias=likely, max_tokens=20, min_tokens=20))
-    assert EOS not in ids(output)
+    assert EOS not in token_ids(output)
     assert output.finish_reason == "length"
     output = generate_alone(
         engine, options=GREEDY(logit_bias=likely, max_tokens=9, ignore_eos=True)
     )
-    assert ids(output) == [EOS] * 9
+    assert token_ids(output) == [EOS] * 9
     assert output.finish_reason == "length"
     output = generate_alone(
         engine, options=GREEDY(logit_bias={77: 100}, stop_token_ids=(77,), max_tokens=9)
     )
-    assert ids(output) == [77]
+    assert token_ids(output) == [77]
     assert output.finish_reason == "stop"
 
 

@@ -11,6 +11,7 @@ import sys
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from output_support import token_ids
 
 import m1_jax
 from infer import generate, jsonl, prompt
@@ -28,10 +29,6 @@ def checkpoint(tmp_path_factory):
     return testing.write_tiny_tokenizer(directory, vocab_size=512)
 
 
-def ids_of(output):
-    return [token.id for token in output.tokens]
-
-
 def test_golden_greedy_tokens(golden_dir, checkpoint):
     golden = np.load(golden_dir / "golden.npz")
     model, tok = m1_jax.load(checkpoint), tokenizer_lib.Tokenizer.load(checkpoint)
@@ -41,12 +38,12 @@ def test_golden_greedy_tokens(golden_dir, checkpoint):
     )
     # Beside each other, and beside a prompt of another length.
     outputs, stats = generate.generate_texts(config, model, tok, prompts, io.StringIO())
-    assert [ids_of(output) for output in outputs] == golden["greedy_tokens"].tolist()
+    assert [token_ids(output) for output in outputs] == golden["greedy_tokens"].tolist()
     assert (stats.prefill_tokens, stats.decode_tokens) == (200, 2 * 47)
     (_, other), _ = generate.generate_texts(
         config, model, tok, [prompts[1][:30], prompts[0]], io.StringIO()
     )
-    assert ids_of(other) == golden["greedy_tokens"][0].tolist()
+    assert token_ids(other) == golden["greedy_tokens"][0].tolist()
 
 
 def test_sampling_depends_on_seed_and_number_alone(checkpoint, tmp_path):
@@ -82,7 +79,7 @@ def test_options(checkpoint, tmp_path):
     assert json.loads(out.getvalue()) in ("red", "green")
     assert output.finish_reason == "stop"
     record = json.loads(file.read_text())
-    assert [token["id"] for token in record["tokens"]] == ids_of(output)
+    assert [token["id"] for token in record["tokens"]] == token_ids(output)
     assert all(len(token["top"]) == 2 for token in record["tokens"])
     stopped = dataclasses.replace(config, json_schema=None, regex="ab+c+", stop=("bc",))
     out = io.StringIO()
@@ -118,7 +115,7 @@ def test_run_end_to_end(checkpoint):
     assert prompts == [wanted]
     assert out.getvalue() == outputs[0].text + "\n"
     assert out.count > 3
-    assert outputs[0].text == tok.decode(ids_of(outputs[0]))
+    assert outputs[0].text == tok.decode(token_ids(outputs[0]))
     assert 1 <= len(outputs[0].tokens) <= 12
     again, _ = generate.run(dataclasses.replace(config, stream=False), io.StringIO())
     assert again == outputs
@@ -132,7 +129,7 @@ def test_int8_weights(checkpoint):
     model, tok, (ids,) = generate.prepare_run(config)
     assert model.layers[0].attention.qkv.kernel.dtype == jnp.int8
     # One pass instead of a prefill and steps.
-    made = ids_of(output)
+    made = token_ids(output)
     logits = model(jnp.asarray([ids + made], jnp.int32))[0, len(ids) - 1 : -1]
     assert np.argmax(logits, axis=-1).tolist() == made
     assert output.text == tok.decode(made)

@@ -4,16 +4,11 @@ import hypothesis
 import pytest
 from hypothesis import stateful
 from hypothesis import strategies as st
+from scheduler_support import C, chunk_tokens_of
 
 from infer.scheduling import id_pool, prefix_cache
 
-C = 4
 KEY = (0, "bf16")
-
-
-def tokens_of(word):
-    """Return a chunk of equal tokens for each letter."""
-    return [ord(letter) for letter in word for _ in range(C)]
 
 
 class Tree:
@@ -34,13 +29,15 @@ class Tree:
         """Insert as a request does that ends, or go on holding its pages."""
         pages = self.pages.allocate(len(word))
         (slot,) = self.slots.allocate(1)
-        self.cache.insert(key, tokens_of(word), pages, slot)
+        self.cache.insert(key, chunk_tokens_of(word), pages, slot)
         if not keep:
             self.pages.release(pages)
         return pages, slot
 
     def find(self, word, limit=None, key=KEY):
-        hit = self.cache.lookup(key, tokens_of(word), len(word) * C if limit is None else limit)
+        hit = self.cache.lookup(
+            key, chunk_tokens_of(word), len(word) * C if limit is None else limit
+        )
         return hit.length // C, hit.common_tokens // C
 
     def evictable(self):
@@ -81,7 +78,7 @@ def test_a_hit_brings_the_pages_of_the_whole_prefix():
     tree = Tree()
     first, _ = tree.insert("ab", keep=True)
     second, slot = tree.insert("abcd", keep=True)
-    hit = tree.cache.match(KEY, tokens_of("abcdx"), 5 * C - 1)
+    hit = tree.cache.match(KEY, chunk_tokens_of("abcdx"), 5 * C - 1)
     assert hit.pages == (*first, *second[2:])
     assert (hit.slot, hit.miss_reason) == (slot, "")
     assert [tree.pages.count_holders(page) for page in second] == [1, 1, 2, 2]
@@ -90,7 +87,7 @@ def test_a_hit_brings_the_pages_of_the_whole_prefix():
 def test_a_part_of_a_chunk_does_not_count():
     tree = Tree()
     tree.insert("ab")
-    tokens = tokens_of("ab")
+    tokens = chunk_tokens_of("ab")
     tokens[-1] += 1
     hit = tree.cache.lookup(KEY, tokens, len(tokens))
     assert (hit.length, hit.common_tokens) == (0, C)
@@ -106,7 +103,7 @@ def test_branches_share_nothing_until_there_is_a_snapshot_where_they_part():
     assert tree.stats().num_pages == 4
     assert tree.find("abe") == (2, 2)
     assert tree.find("abd") == (3, 3)
-    hit = tree.cache.lookup(KEY, tokens_of("abc"), 12)
+    hit = tree.cache.lookup(KEY, chunk_tokens_of("abc"), 12)
     assert hit.pages == tuple(first)
 
 
@@ -120,7 +117,7 @@ def test_a_second_snapshot_of_the_same_is_released():
 def test_a_split_keeps_the_pins_of_the_hits_below():
     tree = Tree()
     tree.insert("abcd")
-    hit = tree.cache.match(KEY, tokens_of("abcd"), 16)
+    hit = tree.cache.match(KEY, chunk_tokens_of("abcd"), 16)
     tree.insert("ab")
     assert tree.evictable() == (0, 0)
     tree.cache.release(hit)
@@ -132,13 +129,13 @@ def test_a_split_keeps_the_pins_of_the_hits_below():
 def test_reasons_of_a_miss():
     tree = Tree()
     match = tree.cache.match
-    assert match(KEY, tokens_of("ab"), 8).miss_reason == "empty"
+    assert match(KEY, chunk_tokens_of("ab"), 8).miss_reason == "empty"
     tree.insert("abc")
-    assert match(KEY, tokens_of("ab"), 3).miss_reason == "shorter than a chunk"
-    assert match(KEY, tokens_of("xy"), 8).miss_reason == "no common prefix"
-    assert match(KEY, tokens_of("abx"), 12).miss_reason == "no snapshot on the way"
-    assert match(("other", ""), tokens_of("abc"), 12).miss_reason == "empty"
-    assert match(KEY, tokens_of("abcd"), 15).miss_reason == ""
+    assert match(KEY, chunk_tokens_of("ab"), 3).miss_reason == "shorter than a chunk"
+    assert match(KEY, chunk_tokens_of("xy"), 8).miss_reason == "no common prefix"
+    assert match(KEY, chunk_tokens_of("abx"), 12).miss_reason == "no snapshot on the way"
+    assert match(("other", ""), chunk_tokens_of("abc"), 12).miss_reason == "empty"
+    assert match(KEY, chunk_tokens_of("abcd"), 15).miss_reason == ""
     stats = tree.stats()
     assert (stats.hits, stats.misses, stats.hit_tokens) == (1, 5, 12)
     assert sum(stats.miss_reasons.values()) == 5
@@ -149,7 +146,7 @@ def test_no_bytes_switch_it_off():
     tree.insert("ab")
     assert tree.stats().num_nodes == 0
     assert tree.slots.num_free == 12
-    assert tree.cache.match(KEY, tokens_of("abc"), 11).miss_reason == "off"
+    assert tree.cache.match(KEY, chunk_tokens_of("abc"), 11).miss_reason == "off"
 
 
 def test_the_byte_budget_holds_by_evicting_the_cheapest():
@@ -172,7 +169,7 @@ def test_few_tokens_per_byte_go_first():
     tree.insert("yz")
     for gone in ("x", "yz", "abcdef"):
         for word in ("x", "abcdef", "yz"):  # all used just now
-            tree.cache.release(tree.cache.match(KEY, tokens_of(word), 99))
+            tree.cache.release(tree.cache.match(KEY, chunk_tokens_of(word), 99))
         assert tree.find(gone)[0]
         assert tree.cache.evict(slots=tree.slots.num_free + 1)
         assert tree.find(gone) == (0, 0)
@@ -183,7 +180,7 @@ def test_what_was_not_used_for_long_goes_before_what_was():
     tree.insert("abcd")
     tree.insert("xyz")
     for _ in range(5):
-        tree.cache.release(tree.cache.match(KEY, tokens_of("xyz"), 99))
+        tree.cache.release(tree.cache.match(KEY, chunk_tokens_of("xyz"), 99))
     assert tree.cache.evict(slots=tree.slots.num_free + 1)
     assert tree.find("abcd") == (0, 0)
     assert tree.find("xyz") == (3, 3)
@@ -235,7 +232,7 @@ def test_pinned_nodes_and_their_ancestors_stay():
     tree.insert("a")
     tree.insert("ab")
     tree.insert("xy")
-    hit = tree.cache.match(KEY, tokens_of("ab"), 8)
+    hit = tree.cache.match(KEY, chunk_tokens_of("ab"), 8)
     assert not tree.cache.evict(slots=12)
     assert tree.cache.evict(slots=10)
     assert tree.find("ab") == (2, 2)
@@ -249,11 +246,11 @@ def test_dearer_nodes_stay_for_a_cheaper_snapshot():
     tree.insert("abcdef")
     tree.insert("xyz")
     assert not tree.cache.evict(
-        slots=1, max_value=tree.cache.snapshot_value(KEY, tokens_of("k")) / 10
+        slots=1, max_value=tree.cache.snapshot_value(KEY, chunk_tokens_of("k")) / 10
     )
     assert tree.stats().num_nodes == 2
     assert tree.cache.evict(
-        slots=1, max_value=tree.cache.snapshot_value(KEY, tokens_of("klmnopqrs"))
+        slots=1, max_value=tree.cache.snapshot_value(KEY, chunk_tokens_of("klmnopqrs"))
     )
     assert tree.stats().num_nodes == 1
 
@@ -261,16 +258,16 @@ def test_dearer_nodes_stay_for_a_cheaper_snapshot():
 def test_a_snapshot_that_is_there_is_worth_nothing_more():
     tree = Tree()
     tree.insert("ab")
-    assert tree.cache.snapshot_value(KEY, tokens_of("ab")) == 0
-    assert tree.cache.snapshot_value(KEY, tokens_of("abcd")) == 8 / 12
-    assert tree.cache.snapshot_value(KEY, tokens_of("xbcd")) == 16 / 14
+    assert tree.cache.snapshot_value(KEY, chunk_tokens_of("ab")) == 0
+    assert tree.cache.snapshot_value(KEY, chunk_tokens_of("abcd")) == 8 / 12
+    assert tree.cache.snapshot_value(KEY, chunk_tokens_of("xbcd")) == 16 / 14
 
 
 def test_a_hit_can_be_taken_over():
     tree = Tree(num_slots=2)
     tree.insert("a")
     _, slot = tree.insert("abc")
-    hit = tree.cache.match(KEY, tokens_of("abcd"), 12)
+    hit = tree.cache.match(KEY, chunk_tokens_of("abcd"), 12)
     tree.pages.add_holders(hit.pages)
     assert tree.cache.take_over(hit) == slot
     assert tree.slots.count_holders(slot) == 1
@@ -282,7 +279,7 @@ def test_a_hit_with_nodes_below_cannot_be_taken_over():
     tree = Tree()
     tree.insert("a")
     tree.insert("abc")
-    hit = tree.cache.match(KEY, tokens_of("a"), 4)
+    hit = tree.cache.match(KEY, chunk_tokens_of("a"), 4)
     with pytest.raises(RuntimeError, match="evict first"):
         tree.cache.take_over(hit)
 
@@ -335,7 +332,7 @@ class Machine(stateful.RuleBasedStateMachine):
             pages = self.tree.pages.allocate(len(word))
             (slot,) = self.tree.slots.allocate(1)
             self.written |= {page: word[: i + 1] for i, page in enumerate(pages)}
-            assert self.tree.cache.insert(KEY, tokens_of(word), pages, slot) == new
+            assert self.tree.cache.insert(KEY, chunk_tokens_of(word), pages, slot) == new
             if new:
                 self.words[slot] = word
             if keep:
@@ -347,7 +344,7 @@ class Machine(stateful.RuleBasedStateMachine):
     @stateful.rule(word=WORDS, less=st.integers(0, 5), keep=st.booleans())
     def match(self, word, less, keep):
         limit = len(word) * C - less
-        hit = self.tree.cache.match(KEY, tokens_of(word), limit)
+        hit = self.tree.cache.match(KEY, chunk_tokens_of(word), limit)
         assert hit.length == self.best(word, limit) * C
         assert (hit.miss_reason == "") == (hit.length > 0)
         assert [self.written[page] for page in hit.pages] == [
@@ -394,7 +391,7 @@ class Machine(stateful.RuleBasedStateMachine):
         assert tree.pages.num_free + len(used) == tree.pages.size
         prefixes = {word[:i] for word in self.words.values() for i in range(1, len(word) + 1)}
         for word in prefixes:
-            hit = tree.cache.lookup(KEY, tokens_of(word), len(word) * C)
+            hit = tree.cache.lookup(KEY, chunk_tokens_of(word), len(word) * C)
             assert hit.length == self.best(word, hit.common_tokens) * C
             assert hit.common_tokens == len(word) * C
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from params_support import param_values
 
 import m1_jax
 from m1_jax import convert, experts, layers, quantize, sharding, testing
@@ -41,17 +42,13 @@ def loaded(path, weights=None):
     return m1_jax.load(path, weights=weights)
 
 
-def values_of(model):
-    return {name: np.asarray(p.get_value()) for name, p in params_lib.params_by_path(model).items()}
-
-
 def int8_names(model):
-    return {name for name, value in values_of(model).items() if value.dtype == jnp.int8}
+    return {name for name, value in param_values(model).items() if value.dtype == jnp.int8}
 
 
 def restored(path, weights):
     """Return the float32 model of the weights that a recipe's integers stand for."""
-    model, values = m1_jax.load(path), values_of(loaded(path, weights))
+    model, values = m1_jax.load(path), param_values(loaded(path, weights))
     for name, param in params_lib.params_by_path(model).items():
         if values[name].dtype == jnp.int8:
             whole = values[name] * values[f"{name}_scale"][..., None, :]
@@ -118,7 +115,9 @@ def test_backends_agree(sizes):
 
 
 def test_recipes_round_what_they_say(source):
-    small, every, whole = (values_of(loaded(source, weights)) for weights in (EXPERTS, ALL, None))
+    small, every, whole = (
+        param_values(loaded(source, weights)) for weights in (EXPERTS, ALL, None)
+    )
     assert int8_names(loaded(source, ALL)) == INT8_IN_ALL
     assert int8_names(loaded(source, EXPERTS)) == {
         name for name in INT8_IN_ALL if name.split(".", 2)[2] in EXPERT_NAMES
@@ -136,7 +135,7 @@ def test_recipes_round_what_they_say(source):
 
 def test_sizes(source):
     """A byte a weight and four a column, by the shapes of the whole model."""
-    whole = values_of(loaded(source))
+    whole = param_values(loaded(source))
     for weights in (EXPERTS, ALL):
         model = loaded(source, weights)
         saved = sum(
@@ -181,7 +180,7 @@ def test_a_projection_is_summed_in_float32_and_scaled_once(dtype):
 
 def noisy(path, weights, seed):
     """Return the float32 model with random errors: each uniform in half a step either way."""
-    model, values = m1_jax.load(path), values_of(loaded(path, weights))
+    model, values = m1_jax.load(path), param_values(loaded(path, weights))
     rng = np.random.default_rng(seed)
     for name, param in params_lib.params_by_path(model).items():
         if values[name].dtype == jnp.int8:
@@ -229,9 +228,9 @@ def test_integers_are_those_of_the_stored_weights(source, tmp_path):
     dst = convert.run(
         convert.ConvertConfig(src=str(source), dst=str(tmp_path / "orbax"), to="orbax")
     )
-    wanted = values_of(loaded(source, ALL))
+    wanted = param_values(loaded(source, ALL))
     for path, dtype in ((dst, jnp.float32), (source, jnp.bfloat16), (dst, jnp.bfloat16)):
-        got = values_of(m1_jax.load(path, dtype, weights=ALL))
+        got = param_values(m1_jax.load(path, dtype, weights=ALL))
         assert got.keys() == wanted.keys()
         for name in INT8_IN_ALL | {f"{name}_scale" for name in INT8_IN_ALL}:
             assert got[name].dtype == wanted[name].dtype

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from params_support import tree_leaves
 
 from m1_jax import ModelConfig
 from m1_jax import params as params_lib
@@ -99,17 +100,13 @@ def sums_of(packed, chosen, net=None, change=lambda rows: rows, **changes):
     return sums
 
 
-def leaves(tree):
-    return [np.asarray(leaf) for leaf in jax.tree.leaves(tree)]
-
-
 def assert_close(first, second, **bound):
-    for a, b in zip(leaves(first), leaves(second), strict=True):
+    for a, b in zip(tree_leaves(first), tree_leaves(second), strict=True):
         np.testing.assert_allclose(a, b, **(bound or CLOSE))
 
 
 def assert_same(first, second):
-    for a, b in zip(leaves(first), leaves(second), strict=True):
+    for a, b in zip(tree_leaves(first), tree_leaves(second), strict=True):
         np.testing.assert_array_equal(a, b)
 
 
@@ -221,7 +218,7 @@ def test_on_policy_all_objectives_have_one_gradient():
     # The weights are exp(0), but for the last bits of a forward pass that is compiled anew.
     for name in ("grpo", "dapo"):
         assert_close(grads[name], grads["cispo"])
-    assert max(np.abs(leaf).max() for leaf in leaves(grads["cispo"])) > 1e-2
+    assert max(np.abs(leaf).max() for leaf in tree_leaves(grads["cispo"])) > 1e-2
 
 
 def test_off_policy_they_differ(one_microbatch):
@@ -229,7 +226,8 @@ def test_off_policy_they_differ(one_microbatch):
     grads, metrics = sums_of(pack(4, dapo), dapo)
     assert float(metrics["sums"]["clip_high"]) > 0
     gaps = [
-        np.abs(a - b).max() for a, b in zip(leaves(grads), leaves(one_microbatch[0]), strict=True)
+        np.abs(a - b).max()
+        for a, b in zip(tree_leaves(grads), tree_leaves(one_microbatch[0]), strict=True)
     ]
     assert max(gaps) > 1e-2
 
@@ -258,7 +256,7 @@ def test_the_balance_loss_counts_by_the_rows_share_of_tokens():
     )
     assert quarter_loss == full_loss / 4 > 0
     assert_close(jax.tree.map(lambda x: x / 4, full_grads), quarter_grads)
-    assert max(np.abs(leaf).max() for leaf in leaves(full_grads)) > 1e-2
+    assert max(np.abs(leaf).max() for leaf in tree_leaves(full_grads)) > 1e-2
 
 
 def test_a_correction_that_normalises_is_given_its_mean():
@@ -267,7 +265,7 @@ def test_a_correction_that_normalises_is_given_its_mean():
         parts(packed, 0.0, None)
     grads_by_1, grads_by_2 = (parts(packed, 0.0, mean)[0] for mean in (1.0, 2.0))
     assert_close(jax.tree.map(lambda x: x / 2, grads_by_1), grads_by_2)
-    assert max(np.abs(leaf).max() for leaf in leaves(grads_by_2)) > 1e-2
+    assert max(np.abs(leaf).max() for leaf in tree_leaves(grads_by_2)) > 1e-2
 
 
 # ---- routes
@@ -326,15 +324,17 @@ def adam(state):
 
 
 def test_an_update_makes_the_moments(one_microbatch):
-    grads = leaves(one_microbatch[0])
+    grads = tree_leaves(one_microbatch[0])
     state, metrics = trained()
     norm = np.sqrt(sum(np.sum(g.astype(np.float64) ** 2) for g in grads))
     np.testing.assert_allclose(metrics["grad_norm"], norm, rtol=1e-5)
     scale = min(1.0, 1.0 / norm)
-    for g, mu, nu in zip(grads, leaves(adam(state).mu), leaves(adam(state).nu), strict=True):
+    for g, mu, nu in zip(
+        grads, tree_leaves(adam(state).mu), tree_leaves(adam(state).nu), strict=True
+    ):
         np.testing.assert_allclose(mu, 0.1 * scale * g, rtol=1e-4, atol=1e-9)
         np.testing.assert_allclose(nu, 0.05 * (scale * g) ** 2, rtol=1e-4, atol=1e-12)
-    zeros = sum((nu == 0).sum() for nu in leaves(adam(state).nu))
+    zeros = sum((nu == 0).sum() for nu in tree_leaves(adam(state).nu))
     size = sum(g.size for g in grads)
     np.testing.assert_allclose(metrics["second_moment/zero"], zeros / size, rtol=1e-5)
     small = sum((np.abs(g) < 1e-14).sum() for g in grads) / size
@@ -360,7 +360,9 @@ def test_a_gradient_that_is_not_finite_changes_nothing():
     state, metrics = rl_step.apply_update(state, grads, settings(CISPO))
     assert (float(metrics["skipped"]), int(state.step)) == (1, 1)
     assert_same(state.model, weights())
-    assert not any(leaf.any() for leaf in [*leaves(adam(state).mu), *leaves(adam(state).nu)])
+    assert not any(
+        leaf.any() for leaf in [*tree_leaves(adam(state).mu), *tree_leaves(adam(state).nu)]
+    )
 
 
 def test_adapters_alone_are_trained():
@@ -377,7 +379,7 @@ def test_what_the_caller_keeps_is_not_donated():
     half, chosen = np.float32(0.5), settings(CISPO)
     first = rl_step.accumulate_gradients(None, net, placed[0], half, None, chosen)
     total = rl_step.accumulate_gradients(first, net, placed[1], half, None, chosen)
-    copies = leaves(total)
+    copies = tree_leaves(total)
     assert_same(net, weights())  # model and rows are read again for every epoch
     first_again = rl_step.accumulate_gradients(None, net, placed[0], half, None, chosen)
     assert_same(

@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from params_support import tree_leaves
 
 from m1_jax import ModelConfig, logprobs, model, moe, sharding
 from m1_jax import params as params_lib
@@ -56,10 +57,6 @@ _gradients = jax.jit(step.compute_gradients, static_argnums=2)
 _hidden = jax.jit(lambda net, batch: net.hidden(batch.tokens, batch.segment_ids, batch.positions))
 
 
-def _leaves(tree):
-    return [np.asarray(leaf) for leaf in jax.tree.leaves(tree)]
-
-
 @pytest.fixture(scope="module")
 def gradients():
     """Gradients of one batch by number of microbatches, without the balance loss."""
@@ -92,7 +89,7 @@ def test_first_loss_is_the_weighted_mean_of_real_tokens():
     batch, settings = _batch(), _settings(coefficient=0.1)
     net = _model()
     hidden, stats = _hidden(net, batch)
-    logps = np.asarray(logprobs.token_logprobs(net, hidden, batch.targets))
+    logps = np.asarray(logprobs.token_logprobs(net, hidden, batch.targets).logp)
     weights = np.asarray(batch.weights)
     balance = float(moe.balance_loss(stats))
     _, metrics = step.train_step(step.init_state(net, settings.optimizer), batch, settings=settings)
@@ -106,8 +103,8 @@ def test_first_loss_is_the_weighted_mean_of_real_tokens():
 def test_accumulation_equals_the_large_batch(gradients, accumulate):
     whole, metrics = gradients[1]
     parts, sums = gradients[accumulate]
-    scale = max(np.abs(x).max() for x in _leaves(whole))
-    for one, other in zip(_leaves(whole), _leaves(parts), strict=True):
+    scale = max(np.abs(x).max() for x in tree_leaves(whole))
+    for one, other in zip(tree_leaves(whole), tree_leaves(parts), strict=True):
         # Sums of float32 in another order.
         np.testing.assert_allclose(other, one, rtol=0, atol=1e-6 * scale)
     np.testing.assert_allclose(sums["loss"], metrics["loss"], rtol=1e-6)
@@ -142,12 +139,12 @@ def test_masked_targets_have_no_gradient(gradients):
     changed, _ = _gradients(
         _model(), dataclasses.replace(batch, targets=targets), _settings(coefficient=0.0)
     )
-    for one, other in zip(_leaves(gradients[1][0]), _leaves(changed), strict=True):
+    for one, other in zip(tree_leaves(gradients[1][0]), tree_leaves(changed), strict=True):
         np.testing.assert_allclose(other, one, rtol=1e-4, atol=1e-7)
     nothing = dataclasses.replace(batch, weights=jnp.zeros_like(batch.weights))
     zero, metrics = _gradients(_model(), nothing, _settings(coefficient=0.0))
     assert float(metrics["loss"]) == 0
-    assert not any(leaf.any() for leaf in _leaves(zero))
+    assert not any(leaf.any() for leaf in tree_leaves(zero))
 
 
 def test_tokens_without_weight_or_followers_change_nothing(gradients):
@@ -156,7 +153,7 @@ def test_tokens_without_weight_or_followers_change_nothing(gradients):
     changed, _ = _gradients(
         _model(), dataclasses.replace(batch, tokens=tokens), _settings(coefficient=0.0)
     )
-    for one, other in zip(_leaves(gradients[1][0]), _leaves(changed), strict=True):
+    for one, other in zip(tree_leaves(gradients[1][0]), tree_leaves(changed), strict=True):
         np.testing.assert_allclose(other, one, rtol=1e-4, atol=1e-7)
 
 
@@ -254,7 +251,9 @@ def test_step_on_a_mesh_equals_the_step_on_one_device():
     for name in numbers:
         np.testing.assert_allclose(metrics[name], numbers[name], rtol=1e-4)
     # Adam turns a gradient's last bits into steps of any size below the rate, 1e-2.
-    for one, other in zip(_leaves(expected.moments.mu), _leaves(state.moments.mu), strict=True):
+    for one, other in zip(
+        tree_leaves(expected.moments.mu), tree_leaves(state.moments.mu), strict=True
+    ):
         np.testing.assert_allclose(other, one, atol=2e-5 * np.abs(one).max() + 1e-7)
     for tree in (state.model, state.moments.mu, state.moments.nu):
         for leaf, where in zip(jax.tree.leaves(tree), before, strict=True):
@@ -310,11 +309,11 @@ def test_z_loss_is_the_mean_squared_log_normalizer_and_has_a_gradient():
 def test_a_gradient_that_is_not_finite_changes_nothing_and_is_told(skip):
     settings = dataclasses.replace(_settings(), skip_nonfinite=skip)
     state = step.init_state(_model(), settings.optimizer)
-    before = _leaves(state.model)
+    before = tree_leaves(state.model)
     batch = dataclasses.replace(_batch(), weights=_batch().weights.at[0, 0].set(jnp.inf))
     state, metrics = step.train_step(state, batch, settings=settings)
     assert float(metrics["skipped"]) == 1.0
-    same = all(np.array_equal(a, b) for a, b in zip(before, _leaves(state.model), strict=True))
+    same = all(np.array_equal(a, b) for a, b in zip(before, tree_leaves(state.model), strict=True))
     assert same == skip
     assert int(state.step) == 1
 
@@ -357,7 +356,7 @@ def test_packed_documents_have_the_gradients_of_separate_ones():
 
     packed, _ = _gradients(_model(), rows([documents]), _settings(1, 0.0))
     separate, _ = _gradients(_model(), rows([[d] for d in documents]), _settings(1, 0.0))
-    norm = np.sqrt(sum(np.sum(np.square(leaf)) for leaf in _leaves(separate)))
-    gaps = [a - b for a, b in zip(_leaves(packed), _leaves(separate), strict=True)]
+    norm = np.sqrt(sum(np.sum(np.square(leaf)) for leaf in tree_leaves(separate)))
+    gaps = [a - b for a, b in zip(tree_leaves(packed), tree_leaves(separate), strict=True)]
     gap = np.sqrt(sum(np.sum(np.square(g)) for g in gaps))
     assert gap < 1e-5 * norm
