@@ -75,6 +75,7 @@ class LengthStage:
         schedule = self._schedule
         self._nlls = [*self._nlls, mean_nll][-schedule.patience :]
         is_last_window = self.index + 1 == len(schedule.tokens)
+        # Relative to the mean, as the level depends on the tasks.
         mean = sum(self._nlls) / len(self._nlls)
         spread = max(self._nlls) - min(self._nlls)
         is_converged = len(self._nlls) == schedule.patience and spread <= schedule.tolerance * abs(

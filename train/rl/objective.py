@@ -174,13 +174,17 @@ _CONSTANT_LENGTH: dict[str, Any] = {"aggregation": "seq-sum-const", "length_max"
 # The fields that a preset leaves out are CISPO's.
 PRESETS: dict[str, Objective] = {
     "cispo": Objective(),
+    # A sample counts as much as any other, however long it is.
     "grpo": Objective("grpo", **_PPO_CLIP, **_SAMPLE_MEAN),
+    # A wider upper bound, so that unlikely tokens may grow, and tokens that all count alike.
     "dapo": Objective("dapo", clip_low=0.2, clip_high=0.28, **_UNBOUNDED_WEIGHT),
+    # Divides by neither the standard deviation nor the length, which both bias the gradient.
     "dr_grpo": Objective("dr_grpo", "mean", **_PPO_CLIP, **_CONSTANT_LENGTH),
     # A sequence's ratio is a geometric mean over its tokens, so its bounds are far closer to 1.
     "gspo": Objective(
         "gspo", ratio="sequence", clip_low=3e-4, clip_high=4e-4, **_UNBOUNDED_WEIGHT, **_SAMPLE_MEAN
     ),
+    # REINFORCE++ needs no groups: the whole batch is its baseline.
     "reinforce_pp": Objective("reinforce_pp", "return", **_PPO_CLIP),
     "reinforce_pp_baseline": Objective("reinforce_pp_baseline", "return-baseline", **_PPO_CLIP),
     # Plain REINFORCE: no ratio at all, and a sample's sum rather than its mean.

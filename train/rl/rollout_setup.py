@@ -72,6 +72,7 @@ def make_episode_factory(
     def make_agent_episode(task: sample_lib.Task, window: int) -> sample_lib.Episode:
         limits = episodes.EpisodeLimits(
             max_turns=agent.max_turns,
+            # Prompt, answers and tools' tokens together, as a row of the trainer must hold them.
             max_tokens=config.rollout.max_prompt_tokens + window,
             turn_tokens=min(agent.turn_tokens, window),
         )
@@ -91,10 +92,12 @@ def make_engine_config(
       ValueError: `rollout.engine` has an unknown field, or sizes that do not fit each other.
     """
     rollout_config = config.rollout
+    # Replayed routes must have been recorded. The config's own fields win.
     sizes: dict[str, Any] = {
         "record_routes": rollout_config.replay_routes,
         **dict(rollout_config.engine),
     }
+    # All episodes of a round are submitted at once, and so are those of an evaluation.
     num_groups = round(rollout_config.groups * rollout_config.oversample)
     batch_samples = num_groups * rollout_config.group_size
     held_out_samples = sum(map(len, held_out_tasks.values())) * config.evaluation.samples
