@@ -13,6 +13,7 @@ DataConfig = data_config.DataConfig
 DataSource = data_config.DataSource
 LoraConfig = lora_lib.LoraConfig
 
+# See `TrainStage.shape`.
 SCHEDULE_SHAPES = ("constant", "linear", "cosine")
 
 
@@ -69,6 +70,7 @@ class TrainStage:
     @property
     def num_steps(self) -> int:
         """Return the number of batches in the stage."""
+        # Whole batches: the last one may pass the stage's tokens.
         return math.ceil(self.tokens / (self.rows * self.seq_len))
 
 
@@ -106,6 +108,7 @@ class LossConfig:
     z: float = 0.0
 
     def __post_init__(self):
+        # `jnp.interp` wants rising points, and gives nonsense silently otherwise.
         tokens = [token for token, _ in self.balance]
         configlib.check_field(
             tokens == sorted(set(tokens)), "loss.balance", tokens, "rising tokens"
@@ -181,6 +184,7 @@ class LogConfig:
         configlib.check_field(
             self.every_steps >= 1, "log.every_steps", self.every_steps, "at least 1"
         )
+        # At 1 or less every other loss would be a spike.
         configlib.check_field(self.spike > 1, "log.spike", self.spike, "more than 1")
 
 
@@ -229,6 +233,7 @@ class TrainConfig:
 
     def __post_init__(self):
         configlib.check_field(len(self.stages) > 0, "stages", self.stages, "at least one")
+        # A checkpoint brings its model's shapes, so stating both could only contradict.
         has_one_model = bool(self.checkpoint) != (self.model is not None)
         configlib.check_field(
             has_one_model, "checkpoint", self.checkpoint, "either this or a model, not both"

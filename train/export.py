@@ -49,6 +49,7 @@ def run(workdir, dst, step: int | None = None, dtype: str = "") -> pathlib.Path:
         step = max(steps, default=None) if step is None else step
         if step not in steps:
             raise checkpoints.ResumeError(f"{workdir}: got step {step}; it has {steps}")
+        # The moments are read, too: the digest covers them.
         state = restore_state(store, step)
     dtype = dtype or config.dtype
     save_lib.save(
@@ -72,6 +73,7 @@ def _open_run(workdir: pathlib.Path) -> tuple[Any, RestoreState]:
 
 def _open_rl_run(config: rl_config.RlConfig) -> tuple[rl_config.RlConfig, RestoreState]:
     model = run_model.make_run_model(config)
+    # Of the trainer. The sampler's layout is not needed.
     layout, _ = rl_loop.make_layouts(config, model.config)
     optimizer = rl_loop.make_optimizer(config)
     return config, lambda store, step: model.restore_state(store, step, layout, optimizer)

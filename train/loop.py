@@ -24,7 +24,8 @@ from train import workdir as workdir_lib
 from train.data import placement, records
 from train.data import stream as stream_lib
 
-# What may change when a run goes on: where it computes and what it logs, never what it computes.
+# Paths of fields that may change when a run goes on. They decide where it computes and what it
+# logs, never what it computes.
 _CHANGEABLE_FIELDS = re.compile(
     r"(save|log|evaluation)\.|data\.(workers|prefetch)|compilation_cache|stages\.\d+\.mesh"
 )

@@ -108,7 +108,7 @@ def merge_adapters(model: model_lib.MiniMaxM1) -> model_lib.MiniMaxM1:
             merged = jax.jit(_merge_kernel, out_shardings=kernel.sharding)(
                 kernel, adapter.a.get_value(), adapter.b.get_value(), adapter.scale
             )
-            linear.kernel.set_value(merged)
+            linear.kernel.set_value(merged)  # of the copy
             linear.adapter = None
     for param in params_lib.params_by_path(model).values():
         param.set_metadata(frozen=False)

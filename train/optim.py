@@ -65,6 +65,7 @@ class AdamW:
         The norm is that before clipping. The clip, the moments and the update of a parameter are
         one fusion, which writes the new values alone. So gradients exist once in memory.
         """
+        # Over all devices: under jit the gradients are global arrays.
         norm = jnp.sqrt(sum(jnp.sum(jnp.square(g)) for g in jax.tree.leaves(grads)))
         if self.clip_norm is not None:
             # 1e-30 keeps a gradient of zeros from 0 / 0.
@@ -72,6 +73,7 @@ class AdamW:
             grads = jax.tree.map(lambda g: g * scale, grads)
         directions, state = self._moment_transform().update(grads, state, model)
         rate = self.learning_rate(step)
+        # The rate is float32. Without the cast a parameter of another dtype would change its own.
         model = jax.tree.map(lambda p, d: (p - rate * d).astype(p.dtype), model, directions)
         return model, state, {"grad_norm": norm, "learning_rate": rate}
 

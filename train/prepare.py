@@ -74,6 +74,7 @@ def run(config: PrepareConfig) -> pathlib.Path:
     dst = pathlib.Path(config.dst)
     if dst.exists():
         raise FileExistsError(f"{dst} exists; wanted a new directory. Remove it or choose another.")
+    # The directory has its name only once it is complete.
     with contextlib.closing(records_lib.RecordFiles("--src", config.src)) as records:
         partial = _write_shards(dst.with_name(dst.name + ".partial"), config, records)
     partial.rename(dst)
@@ -96,6 +97,7 @@ def _write_shards(
             start, end = (len(records) * i // config.shards for i in (shard, shard + 1))
             # The manifest lists whole shards alone, so an interrupted shard is written again.
             if name not in manifest["shards"]:
+                # Readers find shards by their suffix, which an unfinished one does not have.
                 growing = partial / (name + ".tmp")
                 counts = _write_shard(growing, records, range(start, end), config, encoder, bar)
                 growing.rename(partial / name)
@@ -108,6 +110,7 @@ def _write_shards(
 
 def _open_manifest(partial: pathlib.Path, config: PrepareConfig, records) -> dict[str, Any]:
     """Return the manifest of an interrupted run of this command, or begin one."""
+    # What decides the bytes of the shards. A run with other settings cannot go on with them.
     settings = {k: getattr(config, k) for k in ("shards", "kind", "profile", "checkpoint")}
     identity = {**settings, "source": records.fingerprint()}
     path = partial / MANIFEST_FILE

@@ -27,6 +27,7 @@ from train import step as step_lib
 class ModelFields(Protocol):
     """The fields of `TrainConfig` and `RlConfig` that decide the model of a run."""
 
+    # A protocol, as the two classes share no base class.
     # Properties, because a plain attribute of a protocol would have to be writable.
     @property
     def checkpoint(self) -> str: ...
@@ -119,6 +120,7 @@ class RunModel:
         Raises:
           ResumeError: see `CheckpointStore.restore`.
         """
+        # Only shapes and shardings, so that the model is not in memory twice.
         like = self.abstract_state(layout, optimizer)
         if self.lora is not None:
             # A checkpoint holds trained parameters alone. Frozen ones are those of the beginning.
@@ -128,6 +130,7 @@ class RunModel:
     def _add_adapters(self, model: model_lib.MiniMaxM1) -> model_lib.MiniMaxM1:
         if self.lora is None:
             return model
+        # From the seed alone: every process, and every start of a run, draws the same adapters.
         return lora_lib.add_adapters(model, self.lora, jax.random.key(self.seed))
 
 

@@ -41,6 +41,7 @@ class TrainSetup:
     def step_settings(self, stage_index: int) -> step_lib.TrainStepSettings:
         """Return what a stage's step is compiled for. Its schedules take the step of the run."""
         config, first_step = self.config, self.first_step(stage_index)
+        # Both also for stage_index = -1, the last stage.
         stage, earlier = config.stages[stage_index], config.stages[:stage_index]
         tokens_per_step = stage.rows * stage.seq_len
         rate = optim.make_stage_schedule(
@@ -88,7 +89,7 @@ class TrainSetup:
             self.model.tokenizer,
             batch_placement.block_index,
             batch_placement.num_blocks,
-            num_epochs=1 if held_out_sources else None,
+            num_epochs=1 if held_out_sources else None,  # None reads for ever
         )
 
     def place_batches(self, stage_index: int) -> placement.BatchPlacement:
@@ -105,6 +106,7 @@ class TrainSetup:
         Raises:
           ResumeError: see `CheckpointStore.restore`.
         """
+        # The optimizer's settings decide which moments a state has.
         optimizer = self.step_settings(stage_index).optimizer
         return self.model.restore_state(store, step, self.layouts[stage_index], optimizer)
 

@@ -33,6 +33,7 @@ def resolve_config(
     Raises:
       ResumeError: `config` is None and there is no run, or the run there has another config.
     """
+    # Its presence is what makes a directory that of a run.
     file = workdir / CONFIG_FILE
     if not file.exists():
         if config is None:
@@ -54,7 +55,7 @@ def resolve_config(
 
 def save_config(config: Any, workdir: pathlib.Path) -> None:
     """Write the config into the directory, whole or not at all. Process 0 alone writes."""
-    if jax.process_index():
+    if jax.process_index():  # the directory may be shared by all processes
         return
     text = json.dumps(configlib.to_json(config), indent=1)
     durable.write_text_atomically(workdir / CONFIG_FILE, text)
@@ -131,6 +132,7 @@ class StopRequest:
 
         With several processes, all of them must ask about the same steps.
         """
+        # JAX picks a step that all processes reach, so none waits in a collective for another.
         if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
             self.signal_number = signal.SIGTERM
         return self.signal_number is not None

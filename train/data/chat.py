@@ -89,9 +89,11 @@ class RecordEncoder:
     def _encode_text(self, text: str) -> packing.TokenizedDocument:
         ids = self.tokenizer.encode(text)
         if self.begin_token is not None:
+            # By name, as text never becomes a control token.
             ids.insert(0, self.tokenizer.special_token_id(self.begin_token))
         if self.end_token is not None:
             ids.append(self.tokenizer.special_token_id(self.end_token))
+        # The first token counts as well. Nothing predicts it, so the packer gives it no weight.
         return packing.TokenizedDocument(np.array(ids, np.int32), np.ones(len(ids), bool))
 
     def _encode_chat(self, record: dict) -> packing.TokenizedDocument:
@@ -157,10 +159,12 @@ def render_conversation(
     rendered = prompt.render_prompt(messages, tools, add_generation_prompt=False, profile=profile)
     for rendered_piece in rendered:
         if rendered_piece.special:
+            # The end token is learnt: without it the model would not learn to stop.
             pieces.append((rendered_piece, learning and rendered_piece.text == prompt.END_TOKEN))
             last_special, learning = rendered_piece.text, False
         elif last_special == prompt.BEGIN_TOKEN and rendered_piece.text.startswith(head):
             learning = next(next_turn_learnt)
+            # Two pieces, so that no token spans head and content.
             pieces.append((prompt.PromptPiece(head), False))
             pieces.append((prompt.PromptPiece(rendered_piece.text[len(head) :]), learning))
         else:

@@ -57,6 +57,7 @@ class DataLane:
         self._lane_number, self._num_lanes, self._num_epochs = lane_number, num_lanes, num_epochs
         self._config, self._records, self._encoder = config, records, encoder
         self._sources = {source.name: source for source in config.data.sources}
+        # A source's number in a batch is its place in the config.
         self._source_indices = {name: i for i, name in enumerate(self._sources)}
         # A source that the state does not know was added at the checkpoint; it begins at 0.
         unread = dict.fromkeys(self._sources, 0)
@@ -103,6 +104,7 @@ class DataLane:
         Raises:
           DataError: a record cannot be used, or all conversations of a source are too long.
         """
+        # A loop, because a conversation that is too long is left out, and the next one is drawn.
         while (name := self._choose_source(step)) is not None:
             num_records = len(self._records[name])
             epoch, position = divmod(self._next_position(name), num_records)

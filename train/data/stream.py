@@ -99,7 +99,7 @@ class BatchStream:
             states={},
         )
         self._step = 0
-        # An empty state is a lane's beginning.
+        # An empty state is the beginning of a lane.
         self._lane_states: dict[int, dict] = {lane: {} for lane in self._owned_lanes}
         # Now and not with a state: the files may change in between.
         self._fingerprint = {name: files.fingerprint() for name, files in self._records.items()}
@@ -126,8 +126,10 @@ class BatchStream:
         try:
             lane_rows = self._prefetcher.next_rows()
         except Exception:
+            # Nobody reads on after an error, so the workers stop.
             self.close()
             raise
+        # A batch of padding alone: the only lane of a stream that ends has nothing left.
         if not any(lane_row.row.sample_ids for lane_row in lane_rows.values()):
             self.close()
             raise StopIteration
@@ -146,6 +148,7 @@ class BatchStream:
             "lanes": self._num_lanes,
             "seed": self.config.seed,
             "fingerprint": self.fingerprint(),
+            # JSON has strings as keys. Hosts have different lanes, so merging loses none.
             **{str(lane): copy.deepcopy(state) for lane, state in self._lane_states.items()},
         }
 
