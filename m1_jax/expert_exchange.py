@@ -83,7 +83,7 @@ def _sum_over_experts(rows, order, inverse):
 
 
 def _num_buffer_rows(rows, capacity: float | None) -> int:
-    """Return rows of the receive buffer: a multiple of 8, and no more than could ever arrive."""
+    """Return the rows of the receive buffer: a multiple of 8, or all rows that could arrive."""
     max_rows = rows.shape[0] * collectives.axis_size("experts")
     factor = BUFFER_SLACK if capacity is None else capacity
     # A balanced router sends a device as many rows as it has itself.

@@ -57,30 +57,32 @@ def causal_attention(
         q_segment_ids, k_segment_ids = jnp.ones_like(q_positions), jnp.ones_like(k_positions)
     assert k_segment_ids is not None
     queries, keys = (q_positions, q_segment_ids), (k_positions, k_segment_ids)
-    devices = collectives.axis_size("length")
+    num_devices = collectives.axis_size("length")
     # In plain order the last device of a causal row would have nearly twice the average work.
-    balance = devices > 1 and length == k.shape[2] and length % 2 == 0
+    balance = num_devices > 1 and length == k.shape[2] and length % 2 == 0
     if balance:
         q = collectives.permute_zigzag(q, "length", 3)
         queries = tuple(collectives.permute_zigzag(x, "length", 1) for x in queries)
     # In the ring, keys are permuted too, so that each turn's blocks are as many on every device.
     # Gathered keys need not be: a device that has all of them skips what it cannot see.
-    if balance and not should_gather_keys(k, devices):
+    if balance and not should_gather_keys(k, num_devices):
         k, v = (
             collectives.permute_zigzag(k, "length", 2),
             collectives.permute_zigzag(v, "length", 2),
         )
         keys = tuple(collectives.permute_zigzag(x, "length", 1) for x in keys)
-    if devices > 1 and should_gather_keys(k, devices):
+    if num_devices > 1 and should_gather_keys(k, num_devices):
         k, v = collectives.all_gather(k, "length", 2), collectives.all_gather(v, "length", 2)
         keys = tuple(collectives.all_gather(x, "length", 1) for x in keys)
-        devices = 1
-    if devices == 1 and (length * k.shape[2] <= MAX_DIRECT_PAIRS or length <= MAX_DIRECT_QUERIES):
+        num_devices = 1
+    if num_devices == 1 and (
+        length * k.shape[2] <= MAX_DIRECT_PAIRS or length <= MAX_DIRECT_QUERIES
+    ):
         total, scale, _ = attend_block(q, k, v, _attention_mask(queries, keys))
         o = total / replace_zeros_with_ones(scale)
     else:
         # Any, since pyright does not see through custom_vjp.
-        outputs: Any = _blockwise_attention(devices, q, k, v, queries, keys)
+        outputs: Any = _blockwise_attention(num_devices, q, k, v, queries, keys)
         o, _ = outputs
     if balance:
         o = collectives.permute_zigzag(o, "length", 3, inverse=True)
@@ -105,9 +107,9 @@ def _move_heads_last(o, dtype) -> Float[Array, "B T N H"]:
     return o.reshape(*o.shape[:2], -1, o.shape[-1])
 
 
-def should_gather_keys(k: Float[Array, "B K S H"], devices: int) -> bool:
+def should_gather_keys(k: Float[Array, "B K S H"], num_devices: int) -> bool:
     """Say whether the keys and values of all devices are gathered, or go round the ring."""
-    return 2 * devices * k.size * k.dtype.itemsize <= MAX_GATHER_BYTES
+    return 2 * num_devices * k.size * k.dtype.itemsize <= MAX_GATHER_BYTES
 
 
 def _attention_mask(queries, keys) -> Bool[Array, "#B 1 1 t s"]:
@@ -152,15 +154,17 @@ def replace_zeros_with_ones(scale):
 
 def merge_partials(left, right):
     """Join two partial softmax sums (total, scale, top) of the same queries."""
-    top = jnp.maximum(left[2], right[2])
+    (left_total, left_scale, left_top), (right_total, right_scale, right_top) = left, right
+    top = jnp.maximum(left_top, right_top)
     # exp(-inf + inf) is NaN, where neither part has seen a key.
-    safe = jnp.where(jnp.isfinite(top), top, 0.0)
-    first, second = jnp.exp(left[2] - safe), jnp.exp(right[2] - safe)
-    return left[0] * first + right[0] * second, left[1] * first + right[1] * second, top
+    finite_top = jnp.where(jnp.isfinite(top), top, 0.0)
+    left_share, right_share = jnp.exp(left_top - finite_top), jnp.exp(right_top - finite_top)
+    total = left_total * left_share + right_total * right_share
+    return total, left_scale * left_share + right_scale * right_share, top
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _blockwise_attention(devices: int, q, k, v, queries, keys) -> Any:
+def _blockwise_attention(num_devices: int, q, k, v, queries, keys) -> Any:
     """Attend to the keys of all devices of a ring, with arguments as `_attention_mask` has them.
 
     Returns the outputs, and the log of each softmax's sum, which has no gradient.
@@ -192,28 +196,28 @@ def _blockwise_attention(devices: int, q, k, v, queries, keys) -> Any:
             return None, jax.lax.scan(over_keys, partial, key_blocks)[0]
 
         _, partial = jax.lax.scan(over_queries, None, (q_blocks, partial))
-        return (partial, _send_to_next_device(devices, key_blocks)), None
+        return (partial, _send_to_next_device(num_devices, key_blocks)), None
 
     carry = (empty_partials(q_blocks[0].shape), _split_key_blocks(k, v, keys))
-    ((total, scale, top), _), _ = jax.lax.scan(over_devices, carry, None, length=devices)
+    ((total, scale, top), _), _ = jax.lax.scan(over_devices, carry, None, length=num_devices)
     o = (total / replace_zeros_with_ones(scale)).astype(v.dtype)
     lse = jnp.where(scale > 0, top + jnp.log(replace_zeros_with_ones(scale)), 0.0)
     return _join_blocks(o, length), _join_blocks(lse, length)
 
 
-def _blockwise_attention_fwd(devices, q, k, v, queries, keys):
+def _blockwise_attention_fwd(num_devices, q, k, v, queries, keys):
     # The function calls itself, since a function with a custom rule stays whole. Were its loops
     # written out here, jax.checkpoint would take their conditionals apart and keep the sums of all
     # pairs of blocks.
-    outputs: Any = _blockwise_attention(devices, q, k, v, queries, keys)
+    outputs: Any = _blockwise_attention(num_devices, q, k, v, queries, keys)
     return outputs, (q, k, v, queries, keys, *outputs)
 
 
-def _blockwise_attention_bwd(devices, residuals, gradients):
+def _blockwise_attention_bwd(num_devices, residuals, gradients):
     d_o, _ = gradients  # the log-sum-exp has no gradient
     q, k, v, queries, keys, o, lse = residuals
     length, key_length = q.shape[3], k.shape[2]
-    root = math.sqrt(q.shape[-1])
+    sqrt_head_dim = math.sqrt(q.shape[-1])
     # The softmax's gradient is weights * (d_weights - delta), delta = sum_h d_o o.
     delta = jnp.sum(d_o.astype(jnp.float32) * o.astype(jnp.float32), axis=-1, keepdims=True)
     q_blocks = tuple(_split_blocks(x, 3) for x in (q, d_o, lse, delta))
@@ -237,7 +241,7 @@ def _blockwise_attention_bwd(devices, residuals, gradients):
                     weights = jnp.exp(_masked_scores(q, k, mask) - lse)
                     d_v = einsum("bkgts,bkgth->bksh", weights.astype(d_o.dtype), d_o)
                     d_weights = einsum("bkgth,bksh->bkgts", d_o, v)
-                    d_scores = (weights * (d_weights - delta) / root).astype(q.dtype)
+                    d_scores = (weights * (d_weights - delta) / sqrt_head_dim).astype(q.dtype)
                     d_k = einsum("bkgts,bkgth->bksh", d_scores, q)
                     d_q_block = einsum("bkgts,bksh->bkgth", d_scores, k)
                     return (d_key[0] + d_k, d_key[1] + d_v), d_q + d_q_block
@@ -248,14 +252,14 @@ def _blockwise_attention_bwd(devices, residuals, gradients):
             return d_q, d_key
 
         d_q, d_keys = jax.lax.scan(over_keys, d_q, (key_blocks, d_keys))
-        return (d_q, *_send_to_next_device(devices, (key_blocks, d_keys))), None
+        return (d_q, *_send_to_next_device(num_devices, (key_blocks, d_keys))), None
 
     zeros = functools.partial(jnp.zeros_like, dtype=jnp.float32)
     key_blocks = _split_key_blocks(k, v, keys)
     d_keys = (zeros(key_blocks[0]), zeros(key_blocks[1]))
     # After a full turn every block of keys is back on its own device, with all of its gradient.
     carry = (zeros(q_blocks[0]), key_blocks, d_keys)
-    (d_q, _, (d_k, d_v)), _ = jax.lax.scan(over_devices, carry, None, length=devices)
+    (d_q, _, (d_k, d_v)), _ = jax.lax.scan(over_devices, carry, None, length=num_devices)
     d_k, d_v = (_join_blocks(x, key_length, 2).astype(y.dtype) for x, y in ((d_k, k), (d_v, v)))
     return _join_blocks(d_q, length).astype(q.dtype), d_k, d_v, None, None
 
@@ -263,8 +267,8 @@ def _blockwise_attention_bwd(devices, residuals, gradients):
 _blockwise_attention.defvjp(_blockwise_attention_fwd, _blockwise_attention_bwd)
 
 
-def _send_to_next_device(devices, tree):
-    if devices == 1:
+def _send_to_next_device(num_devices, tree):
+    if num_devices == 1:
         return tree
     return jax.tree.map(lambda x: collectives.ppermute_next(x, "length"), tree)
 
