@@ -2,11 +2,11 @@
 
     python benchmarks/head_precision.py CHECKPOINT TASKS.jsonl [--groups=64] [--size=8]
 
-A small analogue of M1's Figure 3: a model in bfloat16 samples answers through the engine, and the
-trainer's forward pass gives the same tokens' probabilities; once with the head as it is, whose
-sums stay in float32, and once with logits rounded to bfloat16 on both sides, as a head in that
-dtype makes them. The rest of the model is the same. `benchmarks/cispo_vs_dapo.py` leaves a
-checkpoint and tasks that fit in DIR/model-a-*: tuned and tasks.jsonl.
+A small analogue of M1's Figure 3. A model in bfloat16 samples answers through the engine, and the
+trainer's forward pass computes the probabilities of the same tokens. Both are done twice: with the
+head as it is, whose sums stay in float32, and with logits rounded to bfloat16 on both sides, as a
+head in that dtype makes them. The rest of the model is the same. `benchmarks/cispo_vs_dapo.py`
+leaves a checkpoint and tasks that fit in DIR/model-a-*: `tuned` and `tasks.jsonl`.
 """
 
 import argparse
@@ -30,30 +30,30 @@ from train.rl import episodes, groups, rollout, tasks
 from train.rl import metrics as rl_metrics
 from train.rl import step as rl_step
 
-MAX_ANSWER_TOKENS = 64  # tokens of an answer
-ROWS = 16
+MAX_ANSWER_TOKENS = 64
+ROWS = 16  # of the engine's batch, and of the trainer's
 MEASURES = ("pearson", "probability_gap_mean", "logp_gap_mean", "logp_gap_max", "k3")
 
 
 class RoundedHead(layers.Head):
-    """Logits as a head in bfloat16 gives them."""
+    """A head whose logits are those of a head in bfloat16."""
 
     def __call__(self, x):
         return super().__call__(x).astype(jnp.bfloat16).astype(jnp.float32)
 
 
 def load_model(directory: str, rounded: bool):
-    """Return the model in bfloat16."""
+    """Return the model in bfloat16, with rounded logits if `rounded`."""
     model = load_lib.load(directory, jnp.bfloat16)
     if rounded:
         model.head.__class__ = RoundedHead
     return model
 
 
-def sample_answers(model, tokenizer, some, size: int) -> list:
+def sample_answers(model, tokenizer, all_tasks, size: int) -> list:
     """Draw `size` answers to each task."""
     longest = (
-        max(len(prompt.encode_prompt(tokenizer, task.messages)) for task in some)
+        max(len(prompt.encode_prompt(tokenizer, task.messages)) for task in all_tasks)
         + MAX_ANSWER_TOKENS
     )
     jobs = [
@@ -62,12 +62,12 @@ def sample_answers(model, tokenizer, some, size: int) -> list:
             episodes.single_turn_episode(task, tokenizer, MAX_ANSWER_TOKENS),
             groups.sample_seed(0, i, n),
         )
-        for (i, task), n in itertools.product(enumerate(some), range(size))
+        for (i, task), n in itertools.product(enumerate(all_tasks), range(size))
     ]
-    found = {}
+    samples = {}
 
-    def take(key, one):
-        found[key] = one
+    def on_done(key, sample):
+        samples[key] = sample
         bar.update()
         return ()
 
@@ -76,15 +76,15 @@ def sample_answers(model, tokenizer, some, size: int) -> list:
     sampler = rollout.RolloutSampler(model, tokenizer, config, rollout.RolloutSampling())
     with tqdm.tqdm(total=len(jobs), unit="answer") as bar:
         try:
-            sampler.run(lambda: jobs, take)
+            sampler.run(lambda: jobs, on_done)
         finally:
             sampler.close()
-    return [found[key] for key in sorted(found)]
+    return [samples[key] for key in sorted(samples)]
 
 
 def measure_agreement(model, samples) -> tuple[int, dict[str, float]]:
     """Return the number of tokens, and `measure_mismatch` of the trainer's probabilities."""
-    length = max(len(one.prompt) + len(one.tokens) for one in samples)
+    length = max(len(sample.prompt) + len(sample.tokens) for sample in samples)
     packed = rl_batch.pack_samples(samples, ROWS, length)
     logp = [
         np.asarray(rl_step.score_logprobs(model, rl_batch.device_put_rows(rows, None), 1.0)[0])
@@ -113,15 +113,15 @@ def main() -> None:
             f"got --groups={arguments.groups} --size={arguments.size}; wanted 1 to {len(source)} "
             "groups, as many as there are tasks, and a size of at least 1"
         )
-    some = [source[i] for i in range(arguments.groups)]
+    all_tasks = [source[i] for i in range(arguments.groups)]
     print("| logits | tokens |", *(f"{name} |" for name in MEASURES))
     print("|---" * (2 + len(MEASURES)) + "|")
     for name, rounded in (("float32", False), ("bfloat16", True)):
         model = load_model(arguments.checkpoint, rounded)
-        tokens, found = measure_agreement(
-            model, sample_answers(model, tokenizer, some, arguments.size)
+        tokens, measures = measure_agreement(
+            model, sample_answers(model, tokenizer, all_tasks, arguments.size)
         )
-        print(f"| {name} | {tokens} |", *(f"{found[key]:.6g} |" for key in MEASURES), flush=True)
+        print(f"| {name} | {tokens} |", *(f"{measures[key]:.6g} |" for key in MEASURES), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,14 @@
-"""Kills a tiny training run again and again, and compares it with one that was left alone.
+"""Kills a tiny training run again and again, and compares it with a run that was never killed.
 
     python benchmarks/kill_training.py [--kills=30] [--steps=120] [--devices=1] [--workers=0]
     python benchmarks/kill_training.py --rl=CHECKPOINT --kills=20 --steps=12
 
-Every start of the second run is killed after a random while, by SIGKILL or SIGTERM, until the
-given number of kills; the last start ends by itself. Losses of every step, sample ids of every
-step, weights, moments and data positions must be the same, to the bit. --devices=1,2 and
---workers=0,1 take turns over the starts; with other numbers of devices losses and weights are
-compared within float32 rounding instead. --rl kills reinforcement learning of a checkpoint that
-configs/tiny_cispo.py takes: while it samples, scores or trains. Exit status 1 where anything
-differs.
+Every start of the second run is killed after a random time, by SIGKILL or SIGTERM, until the given
+number of kills. The last start ends by itself. Losses and sample ids of every step, weights,
+moments and data positions must be bit-exact. --devices=1,2 and --workers=0,1 alternate over the
+starts. With several numbers of devices, losses and weights are compared within float32 rounding
+instead. --rl kills reinforcement learning from a checkpoint that configs/tiny_cispo.py takes, while
+it samples, scores or trains. The exit status is 1 where anything differs.
 """
 
 import argparse
@@ -46,45 +45,47 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--save_every", type=int, default=3)
-    parser.add_argument("--devices", default="1", help="of each start, in turn")
-    parser.add_argument("--workers", default="0", help="of each start, in turn")
+    parser.add_argument("--devices", default="1", help="devices of each start, in turn")
+    parser.add_argument("--workers", default="0", help="data workers of each start, in turn")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--rl", default="", help="checkpoint; pretraining where there is none")
+    parser.add_argument("--rl", default="", help="checkpoint for RL. Without it: pretraining")
     arguments = parser.parse_args()
     devices = [int(n) for n in arguments.devices.split(",")]
     workers = [int(n) for n in arguments.workers.split(",")]
     with tempfile.TemporaryDirectory() as temporary:
-        whole, killed = pathlib.Path(temporary) / "whole", pathlib.Path(temporary) / "killed"
-        wait_or_kill(start_training(whole, arguments, devices[0], workers[0]), None)
-        start = time.monotonic()  # the programs are compiled now
+        # `reference` is never killed.
+        reference, killed = pathlib.Path(temporary) / "whole", pathlib.Path(temporary) / "killed"
+        wait_or_kill(start_training(reference, arguments, devices[0], workers[0]), None)
+        # Timed in a second run, whose programs come from the compilation cache.
+        start = time.monotonic()
         wait_or_kill(
             start_training(pathlib.Path(temporary) / "timed", arguments, devices[0], workers[0]),
             None,
         )
-        usual = time.monotonic() - start
+        run_secs = time.monotonic() - start
         counts = {"SIGKILL": 0, "SIGTERM": 0}
-        rng, number = random.Random(arguments.seed), 0
+        rng, num_starts = random.Random(arguments.seed), 0
         with tqdm.tqdm(total=arguments.kills, unit="kill") as bar:
             while True:
                 process = start_training(
                     killed,
                     arguments,
-                    devices[number % len(devices)],
-                    workers[number % len(workers)],
+                    devices[num_starts % len(devices)],
+                    workers[num_starts % len(workers)],
                 )
-                number += 1
-                # From before the first step to after the last one of a whole run.
-                secs = rng.uniform(0.2, 1.0) * usual if bar.n < arguments.kills else None
+                num_starts += 1
+                # From before the first step of a run to after its last.
+                secs = rng.uniform(0.2, 1.0) * run_secs if bar.n < arguments.kills else None
                 name = wait_or_kill(process, secs, rng.choice([signal.SIGKILL, signal.SIGTERM]))
-                if name is None and (bar.n >= arguments.kills or number > 5 * arguments.kills):
+                if name is None and (bar.n >= arguments.kills or num_starts > 5 * arguments.kills):
                     break
                 if name is not None:
                     counts[name] += 1
                     bar.update()
-                else:  # it came to its end: take its last part away and go on
+                else:  # ended before its kill: delete its last checkpoints and go on
                     rewind_checkpoints(killed)
-        problems = compare_runs(whole, killed, exact=len(set(devices)) == 1)
-    print(f"{counts}, {number} starts, {arguments.steps} steps")
+        problems = compare_runs(reference, killed, exact=len(set(devices)) == 1)
+    print(f"{counts}, {num_starts} starts, {arguments.steps} steps")
     print(
         *problems or ["losses, samples, weights, moments and data positions are the same"], sep="\n"
     )
@@ -94,7 +95,8 @@ def main() -> None:
 def start_training(
     workdir: pathlib.Path, arguments, devices: int, workers: int
 ) -> subprocess.Popen:
-    learning = {
+    """Start a process that begins the run, or goes on with it."""
+    rl_values = {
         "batches": arguments.steps,
         "rollout.groups": 8,
         "rollout.partial_tokens": 12,
@@ -102,7 +104,7 @@ def start_training(
         "evaluation.every_batches": 0,
     }
     values = (
-        learning
+        rl_values
         if arguments.rl
         else {
             "stages": f"[{{'seq_len': {LENGTH}, 'rows': {ROWS}, 'learning_rate': 3e-3, "
@@ -129,16 +131,17 @@ def start_training(
 
 
 def wait_or_kill(
-    process: subprocess.Popen, secs: float | None, number=signal.SIGKILL
+    process: subprocess.Popen, secs: float | None, signal_number=signal.SIGKILL
 ) -> str | None:
-    """Kill the process after `secs`; return the signal's name, or None if it ended before."""
+    """Kill the process after `secs`, and return the signal's name. None: it ended before that."""
     try:
         code = process.wait(secs)
     except subprocess.TimeoutExpired:
-        process.send_signal(number)
+        process.send_signal(signal_number)
         code = process.wait()
-        if code in (-number, 128 + number):
-            return signal.Signals(number).name
+        # A run that saves on SIGTERM ends by itself, with the status that a shell would report.
+        if code in (-signal_number, 128 + signal_number):
+            return signal.Signals(signal_number).name
     if code:
         raise SystemExit(f"a run ended with status {code}; its log: {read_log(process)}")
     return None
@@ -150,39 +153,45 @@ def read_log(process: subprocess.Popen) -> str:
 
 
 def rewind_checkpoints(workdir: pathlib.Path) -> None:
-    """Delete all checkpoints but the oldest, so that a finished run has something left to do."""
+    """Delete all checkpoints but the oldest, so that a finished run has steps to do again."""
     steps = sorted(int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit())
     for step in steps[1:]:
         shutil.rmtree(workdir / "checkpoints" / str(step))
 
 
-def compare_runs(whole: pathlib.Path, killed: pathlib.Path, exact: bool) -> list[str]:
+def compare_runs(reference: pathlib.Path, killed: pathlib.Path, exact: bool) -> list[str]:
+    """Return the differences of two runs, at most 20.
+
+    Args:
+      exact: demand equal bits. Else only closeness, but of sample ids and token counts.
+    """
     problems = []
     for name in ("metrics.jsonl", "samples.jsonl"):
-        one, other = (
+        reference_records, killed_records = (
             [json.loads(line) for line in (path / name).read_text().splitlines()]
-            for path in (whole, killed)
+            for path in (reference, killed)
         )
-        if [r["step"] for r in one] != [r["step"] for r in other]:
+        if [r["step"] for r in reference_records] != [r["step"] for r in killed_records]:
             problems.append(f"{name}: other steps")
             continue
-        for a, b in zip(one, other, strict=True):
+        for a, b in zip(reference_records, killed_records, strict=True):
             for key in a.keys() & b.keys() & {*COMPARED_METRICS, "samples"}:
                 same = a[key] == b[key]
                 if not exact and key not in ("samples", "tokens"):
                     same = np.isclose(a[key], b[key], rtol=2e-3, atol=1e-6)
                 if not same:
                     problems.append(f"step {a['step']}: {key} {a[key]} against {b[key]}")
-    one, other = (read_arrays(path) for path in (whole, killed))
-    if one.keys() != other.keys():
+    reference_arrays, killed_arrays = (read_arrays(path) for path in (reference, killed))
+    if reference_arrays.keys() != killed_arrays.keys():
         problems.append("other arrays")
-    for name in one.keys() & other.keys():
-        close = np.allclose(one[name], other[name], rtol=1e-2, atol=1e-3)
-        if not (np.array_equal(one[name], other[name]) if exact else close):
-            gap = np.abs(one[name].astype(float) - other[name]).max()
+    for name in reference_arrays.keys() & killed_arrays.keys():
+        a, b = reference_arrays[name], killed_arrays[name]
+        close = np.allclose(a, b, rtol=1e-2, atol=1e-3)
+        if not (np.array_equal(a, b) if exact else close):
+            gap = np.abs(a.astype(float) - b).max()
             problems.append(f"{name} differs by {gap:.2g}")
-    places = [newest_checkpoint(path) / "data" / "metadata" for path in (whole, killed)]
-    if places[0].read_text() != places[1].read_text():
+    positions = [newest_checkpoint(path) / "data" / "metadata" for path in (reference, killed)]
+    if positions[0].read_text() != positions[1].read_text():
         problems.append("the position in the data differs")
     return problems[:20]
 

@@ -2,11 +2,11 @@
 
     python benchmarks/long_prefill.py [--lengths=8192,65536,1048576] [--softmax_every=0]
 
-A tiny model of lightning layers reads prompts of these lengths. What the program needs beside its
-arguments must be the same for all of them, and so must the state; at the shortest length, the state
-and the last logits' choice are compared with the model's own chunked forward. With softmax layers
-(--softmax_every=2: every second one) the pages grow with the prompt, and so does the time of each
-chunk. Exit status 1 where anything of that is not so.
+A tiny model of lightning layers reads prompts of these lengths. The program's temporary memory and
+the state must have one size at all lengths. At the shortest length, the state and the token that is
+chosen after the prompt are compared with the model's own chunked forward. With softmax layers
+(--softmax_every=2: every second layer) the pages grow with the prompt, and so does the time of each
+chunk. The exit status is 1 where any of this does not hold.
 """
 
 import argparse
@@ -28,13 +28,14 @@ from m1_jax import config as model_config_lib
 from m1_jax import model as model_lib
 from m1_jax.serving import state as state_lib
 
-CHUNK_TOKENS, ROWS = 64, 2048
+CHUNK_TOKENS = 64
+ROWS = 2048  # tokens of one call of the prefill program
 KINDS = (model_config_lib.LIGHTNING, model_config_lib.SOFTMAX)
 
 
 @dataclasses.dataclass(frozen=True)
 class PrefillRequest:
-    """What the program reads of a request: greedy, one token."""
+    """The part of a request that the program reads. The options are greedy, with one token."""
 
     prompt: np.ndarray
     options: options_lib.Options = dataclasses.field(
@@ -44,6 +45,7 @@ class PrefillRequest:
 
     @property
     def progress(self):
+        """Return the object with `next_forced`, which is in a request's progress."""
         return self
 
     def next_forced(self) -> None:
@@ -54,9 +56,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--lengths", default="8192,65536,1048576")
     parser.add_argument("--softmax_every", type=int, default=0)
-    given = parser.parse_args()
-    lengths = [int(length) for length in given.lengths.split(",")]
-    model = make_model(given.softmax_every)
+    arguments = parser.parse_args()
+    lengths = [int(length) for length in arguments.lengths.split(",")]
+    model = make_model(arguments.softmax_every)
     tokens = np.random.default_rng(0).integers(0, model.config.vocab_size, max(lengths))
     tokens = tokens.astype(np.int32)
     temporary, problems = set(), []
@@ -79,7 +81,7 @@ def main() -> None:
             problems.append(f"{length} tokens: not finite")
         if length == min(lengths):
             problems += compare_with_forward(model, tokens[:length], chosen, state)
-    if len(temporary) > 1 and not given.softmax_every:
+    if len(temporary) > 1 and not arguments.softmax_every:
         problems.append(f"temporary memory differs: {sorted(temporary)} bytes")
     print(*problems or ["constant memory, and the state of the chunked forward"], sep="\n")
     sys.exit(bool(problems))
@@ -125,16 +127,16 @@ def build_program(model, length: int):
 
 
 def prefill_prompt(program, config, model, state, rows, tokens):
-    """Read the prompt; return what was chosen after it, and the state."""
-    asked, chosen = PrefillRequest(tokens), None
+    """Read the prompt, and return the token that is chosen after it, and the state."""
+    request, chosen = PrefillRequest(tokens), None
     for start in range(0, len(tokens), ROWS):
-        some = tokens[start : start + ROWS]
-        end = start + len(some)
+        chunk = tokens[start : start + ROWS]
+        end = start + len(chunk)
         pages = tuple(range(1, -(-end // CHUNK_TOKENS) + 1))
-        part = plan_lib.PrefillChunk(0, 1, start, len(some), pages, end == len(tokens), False)
-        prompts = host_batch_lib.pack_prompts([part], [(some, -1)], config)
+        part = plan_lib.PrefillChunk(0, 1, start, len(chunk), pages, end == len(tokens), False)
+        prompts = host_batch_lib.pack_prompts([part], [(chunk, -1)], config)
         batch = host_batch_lib.make_batch(
-            host_batch_lib.MAX_PREFILL_CHUNKS, [part], [asked], config
+            host_batch_lib.MAX_PREFILL_CHUNKS, [part], [request], config
         )
         state, rows, chosen = program(model, state, rows, batch, prompts)
     return host_batch_lib.fetch_tokens(chosen).row_tokens(0)[0], state
@@ -149,14 +151,15 @@ def compare_with_forward(model, tokens, chosen, state) -> list[str]:
     """Compare with the model's own forward of the whole prompt."""
     length = len(tokens)
     assert length % CHUNK_TOKENS == 0, "the state is on the grid"
-    logits, after = model.extend(
+    logits, forward_state = model.extend(
         jnp.asarray(tokens)[None], model.init_state(1, length), last_only=True
     )
     problems = []
-    for mine, theirs in zip(state.layers, after.layers, strict=True):
-        if isinstance(mine, state_lib.LightningSlots):
-            gap = float(jnp.max(jnp.abs(mine.states[:, :, 1] - theirs[:, :, 0])))
-            scale = float(jnp.max(jnp.abs(theirs)))
+    for slots, layer_state in zip(state.layers, forward_state.layers, strict=True):
+        if isinstance(slots, state_lib.LightningSlots):
+            # Slot 1 is the sequence's. Slot 0 holds padding.
+            gap = float(jnp.max(jnp.abs(slots.states[:, :, 1] - layer_state[:, :, 0])))
+            scale = float(jnp.max(jnp.abs(layer_state)))
             print(f"largest difference of states {gap:.2g}, of {scale:.2g} at most")
             if not gap <= 1e-5 * scale:
                 problems.append("states differ")

@@ -2,9 +2,9 @@
 
     python benchmarks/plan_table.py [--out=docs/plan.md] [--records=.cache/plan]
 
-Runs `python -m m1_jax.plan` for one slice after another, the smallest first, each in a process of
-its own and minutes long. Every record is kept, so that an interrupted run goes on where it was;
-the table is written after every job. Delete a record to compile it again.
+Runs `python -m m1_jax.plan` for one slice after another, the smallest first. Each plan takes
+minutes, in a process of its own. Every record is kept, so that an interrupted run goes on where it
+was. The table is written after every job. Delete a record to compile its plan again.
 """
 
 import argparse
@@ -22,9 +22,10 @@ GIB = 2**30
 NUM_PARAMETERS = 456_089_655_296
 # A slice is left out where parameters, moments and gradients alone take more than this share.
 MAX_PARAMETER_SHARE = 0.8
-# HBM of a device in GiB and devices of a chip, for leaving out what cannot fit; slices by size.
+# (topology, number of slices), the smallest first.
 SLICES_2D = [("4x4", 1), ("4x8", 1), ("8x8", 1), ("8x16", 1), *(("16x16", n) for n in (1, 2, 4, 8))]
 SLICES_3D = ("2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16")
+# HBM of a device in GiB, devices of a chip, slices. The first two leave out what cannot fit.
 CHIPS = {
     "v5e": (15.75, 1, SLICES_2D),
     "v5p": (95.73, 1, [(shape, 1) for shape in SLICES_3D]),
@@ -32,10 +33,10 @@ CHIPS = {
     "tpu7x": (94.74, 2, [(shape, 1) for shape in SLICES_3D]),
 }
 ACCUMULATE_FLAG = "--accumulate=4"
-# Name, bytes a parameter at least, flags. Training holds master weights, moments and gradients.
-# Long caches have a row for 8 devices, the most that one row's 8 heads are spread over.
+# Long caches have one row for 8 devices, the most that a row's 8 heads are spread over.
 INT8_FLAGS = ["--job=decode", "--weights=int8-experts"]
 DEVICES_PER_ROW, ROWS_FLAG = 8, "--batch={rows}"
+# (name, least bytes a parameter, flags). Training holds master weights, moments and gradients.
 JOBS = [
     ("pretraining, 4k", 16, ["--job=train", "--seq=4096"]),
     ("pretraining, 32k", 16, ["--job=train", "--seq=32768"]),
@@ -65,29 +66,30 @@ only these fit.
 def candidate_slices(chip: str, item_bytes: int):
     """Yield (topology, number of slices, devices) that could hold the job, smallest first."""
     gib, devices, shapes = CHIPS[chip]
-    for shape, number in shapes:
-        count = devices * number
+    for shape, num_slices in shapes:
+        num_devices = devices * num_slices
         for size in shape.split("x"):
-            count *= int(size)
-        if NUM_PARAMETERS * item_bytes < MAX_PARAMETER_SHARE * count * gib * GIB:
-            yield f"{chip}:{shape}", number, count
+            num_devices *= int(size)
+        if NUM_PARAMETERS * item_bytes < MAX_PARAMETER_SHARE * num_devices * gib * GIB:
+            yield f"{chip}:{shape}", num_slices, num_devices
 
 
-def compile_plan(records: pathlib.Path, topology: str, number: int, flags: list[str]) -> dict:
-    """Return the record of one plan, compiled now or before; {"error": ...} where there is none."""
-    name = "_".join([topology.replace(":", "-"), str(number), *(f.strip("-") for f in flags)])
+def compile_plan(records: pathlib.Path, topology: str, num_slices: int, flags: list[str]) -> dict:
+    """Return the record of one plan, compiled now or before. {"error": ...} if it failed."""
+    name = "_".join([topology.replace(":", "-"), str(num_slices), *(f.strip("-") for f in flags)])
     file = records / f"{name}.json"
     if not file.exists():
         part = file.with_suffix(".part")
         command = [sys.executable, "-m", "m1_jax.plan", f"--topology={topology}"]
-        command += [f"--slices={number}", f"--json={part}", *flags]
+        command += [f"--slices={num_slices}", f"--json={part}", *flags]
         env = os.environ | {"JAX_PLATFORMS": "cpu"}
-        done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
-        if not part.exists():  # anything but the planner's own refusal may go better next time
-            last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-            if not last.startswith("error: "):
-                return {"error": last}
-            part.write_text(json.dumps({"error": last.removeprefix("error: ")}) + "\n")
+        process = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+        if not part.exists():
+            last_line = (process.stderr.strip().splitlines() or ["no message"])[-1]
+            # Only the planner's own refusal is recorded. Any other failure is tried again.
+            if not last_line.startswith("error: "):
+                return {"error": last_line}
+            part.write_text(json.dumps({"error": last_line.removeprefix("error: ")}) + "\n")
         part.rename(file)
     return json.loads(file.read_text())
 
@@ -95,24 +97,29 @@ def compile_plan(records: pathlib.Path, topology: str, number: int, flags: list[
 def make_row(
     records: pathlib.Path, job: str, chip: str, item_bytes: int, flags: list[str], bar
 ) -> str:
-    smaller = []
-    for topology, number, devices in candidate_slices(chip, item_bytes):
-        name = topology if number == 1 else f"{number} x {topology}"
+    """Return the table's row of a job on the smallest slice that holds it."""
+    smaller = []  # slices that did not hold it, and why
+    for topology, num_slices, devices in candidate_slices(chip, item_bytes):
+        name = topology if num_slices == 1 else f"{num_slices} x {topology}"
         bar.set_postfix_str(f"{job} on {name}")
-        own = [flag.format(rows=devices // DEVICES_PER_ROW) for flag in flags]
-        found, parts = compile_plan(records, topology, number, own), 1
-        if not found.get("fits") and "--job=train" in flags and ACCUMULATE_FLAG not in flags:
-            again = compile_plan(records, topology, number, [*own, ACCUMULATE_FLAG])
-            if again.get("fits"):
-                found, parts = again, 4
-        if found.get("fits"):
-            used = f"{found['hbm_bytes_per_chip'] / GIB:.1f} / {found['hbm_limit_bytes'] / GIB:.1f}"
-            mesh = report.format_mesh(found["mesh"]) + (f", {parts} parts" if parts > 1 else "")
+        own_flags = [flag.format(rows=devices // DEVICES_PER_ROW) for flag in flags]
+        record, parts = compile_plan(records, topology, num_slices, own_flags), 1
+        if not record.get("fits") and "--job=train" in flags and ACCUMULATE_FLAG not in flags:
+            accumulated = compile_plan(records, topology, num_slices, [*own_flags, ACCUMULATE_FLAG])
+            if accumulated.get("fits"):
+                record, parts = accumulated, 4
+        if record.get("fits"):
+            used_gib, limit_gib = (
+                record["hbm_bytes_per_chip"] / GIB,
+                record["hbm_limit_bytes"] / GIB,
+            )
+            used = f"{used_gib:.1f} / {limit_gib:.1f}"
+            mesh = report.format_mesh(record["mesh"]) + (f", {parts} parts" if parts > 1 else "")
             tried = ", ".join(smaller)
-            return f"| {job} | {name} | {mesh} | {found['batch']} | {used} | {tried} |\n"
-        over = found.get("error") or f"{found['hbm_bytes_per_chip'] / GIB:.0f} GiB"
-        over = over[:100]
-        smaller.append(f"{name} ({over})")
+            return f"| {job} | {name} | {mesh} | {record['batch']} | {used} | {tried} |\n"
+        reason = record.get("error") or f"{record['hbm_bytes_per_chip'] / GIB:.0f} GiB"
+        reason = reason[:100]
+        smaller.append(f"{name} ({reason})")
     return f"| {job} | none of {chip} | | | | {', '.join(smaller)} |\n"
 
 
@@ -120,8 +127,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("docs/plan.md"))
     parser.add_argument("--records", type=pathlib.Path, default=pathlib.Path(".cache/plan"))
-    parser.add_argument("--chips", default=",".join(CHIPS), help="which generations")
-    parser.add_argument("--jobs", default="", help="parts of names; only jobs that hold one")
+    parser.add_argument("--chips", default=",".join(CHIPS), help="generations of chips, by commas")
+    parser.add_argument(
+        "--jobs", default="", help="parts of jobs' names, by semicolons. Empty: all"
+    )
     arguments = parser.parse_args()
     arguments.records.mkdir(parents=True, exist_ok=True)
     jobs = [job for job in JOBS if any(part in job[0] for part in arguments.jobs.split(";"))]

@@ -1,9 +1,10 @@
-"""What comparisons with transformers share: two equal models, a quiet machine, fair clocks.
+"""The common part of comparisons with transformers: two equal models, a quiet machine, fair clocks.
 
-Both sides run in one process that starts itself again with a malloc that keeps freed memory: on a
-virtual machine the page faults of fresh memory cost as much as a quarter of the work, and not
-equally. A call during which other processes (or the hypervisor) took CPU time is made again:
-torch's threads spin at barriers, so a busy neighbour slows it tenfold where it slows us a little.
+Both sides run in one process. It starts itself again with a malloc that keeps freed memory: on a
+virtual machine the page faults of fresh memory cost as much as a quarter of the work, and the two
+sides do not have equally many. A call is repeated if other processes, or the hypervisor, took CPU
+time during it. torch's threads spin at barriers, so a busy neighbour slows torch tenfold where it
+slows JAX a little.
 """
 
 import os
@@ -24,7 +25,7 @@ import m1_jax
 _KEEP_MEMORY = {
     "GLIBC_TUNABLES": "glibc.malloc.mmap_threshold=8589934592:"
     "glibc.malloc.trim_threshold=17179869184",
-    # Computes in the main thread: only the main thread's arena can keep blocks this large.
+    # Compute in the main thread: only the main thread's arena can keep blocks this large.
     "JAX_CPU_ENABLE_ASYNC_DISPATCH": "false",
 }
 
@@ -45,7 +46,7 @@ _MODEL = {
 }
 _FULL = {"hidden_size": 512, "head_dim": 64, "intermediate_size": 1024, "vocab_size": 8192}
 _TINY = {"hidden_size": 64, "head_dim": 16, "intermediate_size": 96, "vocab_size": 512}
-MODELS = {"full": _MODEL | _FULL, "tiny": _MODEL | _TINY}  # 120M parameters; a quick try
+MODELS = {"full": _MODEL | _FULL, "tiny": _MODEL | _TINY}  # 120M parameters, or a quick try
 
 
 def start() -> None:
@@ -61,17 +62,18 @@ def start() -> None:
 def build(model: Mapping[str, Any]):
     """Return (our model, their model) with equal random weights, through a saved checkpoint."""
     torch.manual_seed(0)
-    # transformers' default of 0.02 would leave the logits to the embedding: see every layer.
+    # transformers' default of 0.02 would let the embedding alone decide the logits. With this every
+    # layer matters.
     std = model["hidden_size"] ** -0.5
     config = transformers.MiniMaxConfig(**model, initializer_range=std, dtype="float32")
-    theirs = transformers.MiniMaxForCausalLM(config).eval()
+    hf_model = transformers.MiniMaxForCausalLM(config).eval()
     with tempfile.TemporaryDirectory() as directory:
-        theirs.save_pretrained(directory)
-        return m1_jax.load(directory, dtype=jnp.float32), theirs
+        hf_model.save_pretrained(directory)
+        return m1_jax.load(directory, dtype=jnp.float32), hf_model
 
 
-def machine(theirs) -> dict[str, Any]:
-    """Return what a published number comes with."""
+def machine(hf_model) -> dict[str, Any]:
+    """Return the machine and versions that a published number is reported with."""
     return {
         "date": time.strftime("%Y-%m-%d"),
         "cpu": _cpu_name(),
@@ -80,7 +82,7 @@ def machine(theirs) -> dict[str, Any]:
         "jax": jax.__version__,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "parameters": sum(p.numel() for p in theirs.parameters()),
+        "parameters": sum(p.numel() for p in hf_model.parameters()),
     }
 
 
@@ -94,11 +96,15 @@ def clock(call: Callable[[], Any]) -> float:
 def measure(
     sides: Mapping[str, Callable[[], Any]], repeats: int, patience_secs: float
 ) -> tuple[dict[str, list[Any]], dict[str, int]]:
-    """Time all sides in turn until each has `repeats` undisturbed calls, after one for nothing.
+    """Call all sides in turn until each has `repeats` undisturbed calls. The first call is dropped.
+
+    Args:
+      sides: the calls, by name.
+      patience_secs: time that may be spent waiting for a quiet machine.
 
     Returns:
-      What each side returned: in its undisturbed calls, or where there were none in all; and the
-      number of undisturbed calls.
+      The results of each side's undisturbed calls, or of all its calls where none was undisturbed,
+      and the number of undisturbed calls.
     """
     for side in sides.values():
         side()
@@ -111,12 +117,12 @@ def measure(
                 _wait_for_peace(deadline)
                 result, in_peace = _undisturbed(side)
                 (quiet if in_peace else disturbed)[name].append(result)
-    number = {name: len(values) for name, values in quiet.items()}
-    return {name: quiet[name] or disturbed[name] for name in sides}, number
+    num_quiet = {name: len(values) for name, values in quiet.items()}
+    return {name: quiet[name] or disturbed[name] for name in sides}, num_quiet
 
 
 def _busy_secs() -> float:
-    """Return CPU seconds that anyone, the hypervisor too, has taken so far; 0 if unknown."""
+    """Return the CPU seconds of all processes and the hypervisor so far, 0 if unknown."""
     try:
         with open("/proc/stat") as file:
             user, nice, system, _, _, irq, softirq, steal = map(int, file.readline().split()[1:9])
@@ -126,7 +132,7 @@ def _busy_secs() -> float:
 
 
 def _undisturbed(call: Callable[[], Any]) -> tuple[Any, bool]:
-    """Return (what `call` returns, whether the machine was ours meanwhile)."""
+    """Return (the result of `call`, whether no other process took CPU time during it)."""
     start, busy, own = time.perf_counter(), _busy_secs(), time.process_time()
     result = call()
     others_secs = _busy_secs() - busy - (time.process_time() - own)
@@ -135,7 +141,7 @@ def _undisturbed(call: Callable[[], Any]) -> tuple[Any, bool]:
 
 
 def _wait_for_peace(deadline: float) -> None:
-    """Sleep until nobody else computes: most calls on a busy machine would be made in vain."""
+    """Sleep until no other process computes: most calls on a busy machine would be in vain."""
     while time.monotonic() < deadline and not _undisturbed(lambda: time.sleep(0.3))[1]:
         pass
 

@@ -1,9 +1,9 @@
-"""Writes demo/data/agent*.jsonl: demonstrations of a tool; see the lookup task.
+"""Writes demo/data/agent*.jsonl: demonstrations of a tool, for the lookup task.
 
     PYTHONPATH=. python demo/make_agent_data.py
 
-Always the same files: agent_careful.jsonl looks up what was asked for, agent.jsonl in half of its
-conversations something else.
+The files are always the same. In agent_careful.jsonl every conversation looks up the right key, in
+agent.jsonl half of them look up another one.
 """
 
 import json

@@ -1,16 +1,16 @@
 """`make demo`: a tiny MiniMax-M1 through every step that a real checkpoint takes.
 
-Takes the tiny checkpoint in the release's own format (random weights, real shapes' ratios),
-converts it to Orbax, checks it against the release code's outputs, generates text, exports it
-back and compares bytes. Then trains it: on a little text, and on sums that it is to answer in a
-fixed form, but half of which it is taught wrong. Then it learns from rewards to get them right.
-Everything lands in demo/out.
+The tiny checkpoint is in the release's own format, with random weights and the ratios of the real
+shapes. It is converted to Orbax, checked against the release code's outputs, used to generate text,
+and exported again with its bytes compared. Then it is trained: on a little text, and on sums with
+answers in a fixed form, half of which are wrong. Last it learns from rewards to get them right. All
+files are written to demo/out.
 """
 
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# The same model is served several times: compiled once.
+# Several steps serve the same model. With a cache its programs are compiled once.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.dirname(__file__) + "/out/xla")
 
 import contextlib
@@ -81,8 +81,8 @@ def main() -> None:
     with print_step("6. continued pretraining (python -m train.pretrain), and its model exported"):
         run_training(pretrain, "tiny_pretrain", orbax, OUTPUT_DIR / "pretrain")
         losses = [record["loss"] for record in read_records(OUTPUT_DIR / "pretrain", "eval")]
-        told = " -> ".join(f"{loss:.2f}" for loss in losses)
-        summary.append(f"held-out loss in pretraining: {told}")
+        loss_curve = " -> ".join(f"{loss:.2f}" for loss in losses)
+        summary.append(f"held-out loss in pretraining: {loss_curve}")
         export.run(OUTPUT_DIR / "pretrain", OUTPUT_DIR / "pretrained")
 
     with print_step("7. supervised fine-tuning on sums, half of them wrong (python -m train.sft)"):
@@ -94,8 +94,8 @@ def main() -> None:
             rl_command, "tiny_cispo", OUTPUT_DIR / "tuned", OUTPUT_DIR / "cispo", ["batches=12"]
         )
         accuracy = [record["reward"] for record in read_records(OUTPUT_DIR / "cispo", "eval")]
-        told = " -> ".join(f"{share:.0%}" for share in accuracy)
-        summary.append(f"right answers during CISPO: {told}")
+        accuracy_curve = " -> ".join(f"{share:.0%}" for share in accuracy)
+        summary.append(f"right answers during CISPO: {accuracy_curve}")
 
     with print_step("9. export to the release's format, and the answers"):
         export.run(OUTPUT_DIR / "cispo", OUTPUT_DIR / "learnt")
@@ -127,14 +127,15 @@ def main() -> None:
 
 
 def run_training(
-    command, name: str, checkpoint: pathlib.Path, workdir: pathlib.Path, set_=()
+    command, name: str, checkpoint: pathlib.Path, workdir: pathlib.Path, overrides=()
 ) -> None:
-    os.chdir(DEMO_DIR.parent)  # the configs' data
-    command.run(configlib.load_config(f"configs/{name}.py:{checkpoint}", set_), workdir)
+    """Train by a config, with fields replaced by `overrides`, and print every third record."""
+    os.chdir(DEMO_DIR.parent)  # the configs' paths of data begin there
+    command.run(configlib.load_config(f"configs/{name}.py:{checkpoint}", overrides), workdir)
     for record in read_records(workdir, "train")[::3]:
         reward = record.get("reward_sampled")
-        told = f"loss {record['loss']:.3f}" if reward is None else f"reward {reward:.2f}"
-        print(f"   step {record['step']:4}  {told}")
+        value = f"loss {record['loss']:.3f}" if reward is None else f"reward {reward:.2f}"
+        print(f"   step {record['step']:4}  {value}")
 
 
 def read_records(workdir: pathlib.Path, kind: str) -> list[dict]:
@@ -144,7 +145,7 @@ def read_records(workdir: pathlib.Path, kind: str) -> list[dict]:
 
 @contextlib.contextmanager
 def print_step(title: str):
-    """Print a title before and the time after."""
+    """Print a title before the step, and its seconds after it."""
     print(f"\n{title}", flush=True)
     start = time.perf_counter()
     yield
