@@ -5,18 +5,19 @@
 
 512 chips of TPU v5p (8x8x8), which trainer and sampler share. A batch is 32 tasks with 16 answers
 each. It is trained on in 16 updates of 32 answers, packed into one or two microbatches of 16 rows
-of 86,016 tokens. Compiled for that slice, with the other data that lies beside each program in a
-chip's 95.7 GiB:
+of 86,016 tokens. Compiled for that slice, these programs need so much of a chip's 95.7 GiB,
+together with the weights and moments that lie beside them:
 
 | program | GiB a chip | compile, busy machine |
 |---|---|---|
-| score, gradients (`add`), update | 24.5, 38.9, 24.8 | 306 s |
-| reshard | 64.6 | 143 s |
+| scores, gradients (`add`), update | 24.5, 38.9, 24.8 | 306 s |
+| weight sync (`reshard`) | 64.6 | 143 s |
 
-by `python -m m1_jax.plan --topology=v5p:8x8x8 --mesh=expert=16,context=32
---serving_mesh=data=4,expert=16,tensor=8 --job=rl_update --seq=86016 --batch=16`, and the same with
-`--job=reshard`. The sampler's states, pages and routes take 18.5 GiB more. Not yet run on TPUs, so
-no time is given.
+    python -m m1_jax.plan --topology=v5p:8x8x8 --mesh=expert=16,context=32 --job=rl_update \\
+        --serving_mesh=data=4,expert=16,tensor=8 --seq=86016 --batch=16
+
+The second row has `--job=reshard`. The sampler's states, pages and routes take 18.5 GiB more. Not
+yet run on TPUs, so no time is given.
 """
 
 from train.rl.config import (

@@ -3,9 +3,9 @@
     python -m train.pretrain --distributed --config=configs/pretrain_m1_1m.py:CHECKPOINT \\
         --workdir=/mnt/run --set=save.directory=gs://BUCKET/RUN
 
-512 chips of TPU v5p (8x8x8), 2M tokens in every step. There are stages because early and late
-lightning layers decay at different rates, and a jump in length makes gradients explode. Compiled
-for that slice:
+512 chips of TPU v5p (8x8x8), 2M tokens in every step. The length grows in stages, because early
+and late lightning layers decay at different rates, and a jump in length makes gradients explode.
+Compiled for that slice:
 
 | length | rows | mesh | GiB of HBM, of 95.7 | TFLOP a chip and step | compile |
 |---|---|---|---|---|---|
@@ -14,8 +14,8 @@ for that slice:
 | 512K | 4 | expert=4,context=128 | 36.7 | 3,666 | 176 s |
 | 1M | 2 | expert=2,context=256 | 47.1 | 5,777 | 183 s |
 
-by `python -m m1_jax.plan --topology=v5p:8x8x8 --job=train --seq=... --batch=... --mesh=...`. Not
-yet run on TPUs, so no time is given.
+A row comes from `python -m m1_jax.plan --topology=v5p:8x8x8 --job=train --seq=LENGTH --batch=ROWS
+--mesh=MESH`. Not yet run on TPUs, so no time is given.
 """
 
 from train.config import (

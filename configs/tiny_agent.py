@@ -4,8 +4,8 @@
     python -m train.export --workdir=/tmp/agent_sft --dst=/tmp/agent_start --dtype=float32
     python -m train.rl --config=configs/tiny_agent.py:/tmp/agent_start --workdir=/tmp/agent
 
-The last demonstrations were careless: half of them look up another key. The environment rewards the
-right value alone.
+Half of the last demonstrations were careless: they look up another key. The environment rewards the
+right value alone. `docs/log.md` has a run, under "Tiny CISPO".
 """
 
 from train.rl.config import (

@@ -2,7 +2,8 @@
 
     python -m train.sft --config=configs/tiny_agent_sft.py --workdir=/tmp/agent_sft
 
-It starts from random weights, and `configs/tiny_agent.py` continues from its export.
+With --config=configs/tiny_agent_sft.py:DIR it starts from a checkpoint, otherwise from random
+weights. `configs/tiny_agent.py` continues from its export.
 """
 
 from m1_jax.config import ModelConfig

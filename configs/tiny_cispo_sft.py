@@ -2,8 +2,8 @@
 
     python -m train.sft --config=configs/tiny_cispo_sft.py:CHECKPOINT --workdir=/tmp/sums_sft
 
-`configs/tiny_cispo.py` repairs the model. Without CHECKPOINT it starts from random weights. Two CPU
-cores, under two minutes.
+Without :CHECKPOINT it starts from random weights. `configs/tiny_cispo.py` repairs the model. Two
+CPU cores, under two minutes.
 """
 
 from m1_jax.config import ModelConfig
