@@ -118,7 +118,7 @@ def measure_fork(directory: pathlib.Path, number: int = 256) -> tuple[float, flo
     tokens = jnp.asarray(rows)
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     hidden, _ = model.hidden(tokens, jnp.ones_like(tokens), positions)
-    logp = logprobs.token_logprobs(model, hidden, jnp.roll(tokens, -1, axis=1))
+    logp = logprobs.token_logprobs(model, hidden, jnp.roll(tokens, -1, axis=1)).logp
     # A token's probability is that of the position before it.
     answer_probs = np.exp(np.asarray(logp)[:, PROMPT_TOKENS - 1 : -1])
     return float(answer_probs[:, 0].mean()), float(answer_probs[:, 1:].prod(axis=1).mean())

@@ -28,17 +28,18 @@ MAX_LIVE_LOGITS = 2**27  # float32 logits alive at once on a device: 512 MiB
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TokenLogprobs:
-    """Measures of every token, [B, T] float32. None stands for a measure that was not requested.
+    """Measures of every token, [B, T] float32.
 
     Attributes:
       logp: log-probability of the target.
       log_normalizer: log of the softmax's denominator, m + log Z. The z-loss is made from it.
-      entropy: entropy of the distribution over the whole vocabulary, -sum p log p, at least 0.
+      entropy: entropy of the distribution over the whole vocabulary, -sum p log p, at least 0. None
+        unless it was asked for.
     """
 
     # Any, since JAX puts placeholders into pytrees, which shape checks would refuse.
     logp: Any
-    log_normalizer: Any = None
+    log_normalizer: Any
     entropy: Any = None
 
 
@@ -47,10 +48,9 @@ def token_logprobs(
     hidden: Float[Array, "B T D"],
     targets: Int[Array, "B T"],
     vocab_chunk_size: int | None = None,
-    with_log_normalizer: bool = False,
     with_entropy: bool = False,
     temperature: float = 1.0,
-) -> Any:  # an array or TokenLogprobs, see below
+) -> TokenLogprobs:
     """Return log softmax(head(hidden) / temperature)[target] for every token: [B, T] float32.
 
     Logits exist for one chunk of the vocabulary at a time. The backward pass recomputes them, chunk
@@ -62,8 +62,7 @@ def token_logprobs(
       hidden: output of the model's final norm.
       targets: the token that each position predicts.
       vocab_chunk_size: words of a chunk. None: as many as make `MAX_LIVE_LOGITS` on a device.
-      with_log_normalizer, with_entropy: return `TokenLogprobs` with these measures, instead of an
-        array. The entropy is exact and has a gradient, like the log-probabilities.
+      with_entropy: also return the entropies, which are exact and have gradients.
       temperature: the temperature that the tokens were sampled with, more than 0.
 
     Raises:
@@ -84,24 +83,17 @@ def token_logprobs(
         temperature=temperature,
     )
     if layout is None:
-        out = local(model.head, hidden, targets)
-    else:
-        sharding.check_batch_rows(layout, hidden.shape[0])
-        # shard_map needs equal shards. The padding's log-probabilities are cut off below.
-        padding = -length % layout.axis_size("length")
-        hidden = jnp.pad(hidden, ((0, 0), (0, padding), (0, 0)))
-        targets = jnp.pad(targets, ((0, 0), (0, padding)))
-        head_specs = sharding.param_specs(layout, model.head)
-        hidden_spec = layout.activation_spec("batch", "length", None)
-        token_spec = layout.activation_spec("batch", "length")
-        program = sharding.run_sharded(
-            layout, local, (head_specs, hidden_spec, token_spec), token_spec
-        )
-        out = jax.tree.map(lambda x: x[:, :length], program(model.head, hidden, targets))
-    if not (with_log_normalizer or with_entropy):
-        return out.logp
-    # The log normalizer is always computed, since log p contains it.
-    return out if with_log_normalizer else dataclasses.replace(out, log_normalizer=None)
+        return local(model.head, hidden, targets)
+    sharding.check_batch_rows(layout, hidden.shape[0])
+    # shard_map needs equal shards. The padding's log-probabilities are cut off below.
+    padding = -length % layout.axis_size("length")
+    hidden = jnp.pad(hidden, ((0, 0), (0, padding), (0, 0)))
+    targets = jnp.pad(targets, ((0, 0), (0, padding)))
+    head_specs = sharding.param_specs(layout, model.head)
+    hidden_spec = layout.activation_spec("batch", "length", None)
+    token_spec = layout.activation_spec("batch", "length")
+    program = sharding.run_sharded(layout, local, (head_specs, hidden_spec, token_spec), token_spec)
+    return jax.tree.map(lambda x: x[:, :length], program(model.head, hidden, targets))
 
 
 def _local_logprobs(

@@ -173,7 +173,7 @@ def _compare_forward(model: model_lib.MiniMaxM1, golden: GoldenFile) -> Iterator
         yield _compare_absolute("logits", logits, golden["logits"])
     hidden, stats, outputs = jax.jit(model_lib.MiniMaxM1.trace)(model, tokens)
     if "next_token_logprobs" in golden:
-        logp = logprobs.token_logprobs(model, hidden[:, :-1], tokens[:, 1:])
+        logp = logprobs.token_logprobs(model, hidden[:, :-1], tokens[:, 1:]).logp
         yield _compare_absolute("next_token_logprobs", logp, golden["next_token_logprobs"])
     if "aux_loss" in golden:
         yield _compare_absolute("aux_loss", moe.balance_loss(stats), golden["aux_loss"])
@@ -278,7 +278,7 @@ def _compare_gradients(model: model_lib.MiniMaxM1, golden: GoldenFile) -> Iterat
     @jax.value_and_grad
     def training_loss(model, tokens):
         hidden, stats = model.hidden(tokens)
-        logp = logprobs.token_logprobs(model, hidden[:, :-1], tokens[:, 1:])
+        logp = logprobs.token_logprobs(model, hidden[:, :-1], tokens[:, 1:]).logp
         coefficient = model.config.router_aux_loss_coef
         return -jnp.mean(logp) + coefficient * moe.balance_loss(stats)
 

@@ -197,7 +197,7 @@ def test_memory_of_a_long_sequence_is_linear():
 
     def loss(model, tokens):
         hidden, _ = model.hidden(tokens)
-        return jnp.sum(logprobs.token_logprobs(model, hidden, tokens, 1024))
+        return jnp.sum(logprobs.token_logprobs(model, hidden, tokens, 1024).logp)
 
     sizes = {}
     for length in (16_384, 32_768):
@@ -219,7 +219,7 @@ def test_memory_of_a_split_sequence_is_linear(monkeypatch, remat):
 
     def loss(model, tokens):
         hidden, _ = model.hidden(tokens)
-        return jnp.sum(logprobs.token_logprobs(model, hidden, tokens, 1024))
+        return jnp.sum(logprobs.token_logprobs(model, hidden, tokens, 1024).logp)
 
     sizes = {}
     for length in (32_768, 65_536):
@@ -268,7 +268,7 @@ def test_token_logprobs_do_not_depend_on_the_chunk(model):
         jax.nn.log_softmax(model.head(hidden), axis=-1), tokens[:, :, None], axis=-1
     )[:, :, 0]
     for chunk in (None, 7, 100, 128):
-        close(logprobs.token_logprobs(model, hidden, tokens, chunk), wanted, 1e-5)
+        close(logprobs.token_logprobs(model, hidden, tokens, chunk).logp, wanted, 1e-5)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
@@ -283,7 +283,6 @@ def test_entropy_of_chunks_is_that_of_the_whole(model, chunk, temperature):
             hidden,
             tokens,
             chunk,
-            with_log_normalizer=True,
             with_entropy=True,
             temperature=temperature,
         )
@@ -310,13 +309,13 @@ def test_entropy_of_chunks_is_that_of_the_whole(model, chunk, temperature):
         close(got, wanted, 1e-5)
 
 
-def test_only_what_was_asked_of_log_probabilities_is_there(model):
+def test_entropy_is_there_where_it_was_asked_for(model):
     tokens = tokens_of(1, 5)
     hidden, _ = model.hidden(tokens)
-    out = logprobs.token_logprobs(model, hidden, tokens, with_log_normalizer=True)
+    out = logprobs.token_logprobs(model, hidden, tokens)
     assert out.entropy is None
     out = logprobs.token_logprobs(model, hidden, tokens, with_entropy=True)
-    assert out.log_normalizer is None
+    assert out.entropy.shape == out.log_normalizer.shape == out.logp.shape == (1, 5)
     with pytest.raises(ValueError, match="temperature: got 0; wanted more than 0"):
         logprobs.token_logprobs(model, hidden, tokens, temperature=0)
 
@@ -429,7 +428,7 @@ def test_full_size_programs_lower_for_tpu_in_a_minute():
 
     def loss(model, tokens):
         hidden, stats = model.hidden(tokens)
-        logp = logprobs.token_logprobs(model, hidden[:, :-1], tokens[:, 1:])
+        logp = logprobs.token_logprobs(model, hidden[:, :-1], tokens[:, 1:]).logp
         return -jnp.mean(logp) + 0.001 * moe.balance_loss(stats)
 
     def decode(model, tokens, state):

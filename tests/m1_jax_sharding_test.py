@@ -95,7 +95,7 @@ def loss_and_gradients(model, tokens, segments):
 
     def loss(model):
         hidden, stats = model.hidden(tokens, segments)
-        logp = logprobs.token_logprobs(model, hidden, jnp.roll(tokens, -1, axis=1), 50)
+        logp = logprobs.token_logprobs(model, hidden, jnp.roll(tokens, -1, axis=1), 50).logp
         real = jnp.ones_like(logp) if segments is None else (segments > 0).astype(jnp.float32)
         value = -jnp.sum(logp * real) / ROWS + 0.5 * moe.balance_loss(stats)
         return value, (value, hidden, moe.dropped_share(stats))

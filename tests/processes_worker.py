@@ -43,7 +43,7 @@ def main(port: str, processes: int, index: int, directory: str) -> None:
     @jax.value_and_grad
     def loss(model, tokens, segments):
         hidden, stats = model.hidden(tokens, segments)
-        logp = logprobs.token_logprobs(model, hidden, tokens)
+        logp = logprobs.token_logprobs(model, hidden, tokens).logp
         return -jnp.mean(logp * (segments > 0)) + 0.5 * moe.balance_loss(stats)
 
     value, gradients = loss(model, place(tokens), place(segments))

@@ -70,7 +70,9 @@ def test_int8_weights_are_refused():
 
 
 def test_loss_falls_in_bfloat16_and_masters_stay_float32():
-    settings = _settings(schedule=optim.warmup_cosine(3e-3, 2, 40))
+    # A token a step: 2 steps of warm-up, 40 in all.
+    schedule = optim.make_stage_schedule("cosine", 3e-3, 0.0, 2, 40, tokens_per_step=1)
+    settings = _settings(schedule=schedule)
     state = step.init_state(_model(jnp.bfloat16), settings.optimizer)
     losses = []
     for _ in range(20):
@@ -209,12 +211,14 @@ def test_decay_spares_norms_only():
     }
 
 
-def test_warmup_cosine():
-    rate = optim.warmup_cosine(1.0, 4, 12, 0.1)
+def test_cosine_schedule_with_warmup():
+    rate = optim.make_stage_schedule("cosine", 1.0, 0.1, 4, 12, 1)
+    # The warm-up ends with step 3, a quarter of the way.
+    quarter = 1 - 0.9 * (1 - np.cos(np.pi / 4)) / 2
     np.testing.assert_allclose(
-        [rate(s) for s in (0, 2, 4, 8, 12, 20)], [0, 0.5, 1, 0.55, 0.1, 0.1], atol=1e-6
+        [rate(s) for s in (0, 3, 6, 12, 20)], [0.25, quarter, 0.55, 0.1, 0.1], atol=1e-6
     )
-    assert rate is optim.warmup_cosine(1.0, 4, 12, 0.1)
+    assert rate is optim.make_stage_schedule("cosine", 1.0, 0.1, 4, 12, 1)
 
 
 def test_abstract_state_lies_where_parameters_do():
@@ -270,7 +274,6 @@ def test_step_on_a_mesh_equals_the_step_on_one_device():
         (lambda: optim.AdamW(1.0, eps=0.0), "eps"),
         (lambda: optim.AdamW(1.0, weight_decay=-1.0), "weight_decay"),
         (lambda: optim.AdamW(1.0, clip_norm=0.0), "clip_norm"),
-        (lambda: optim.warmup_cosine(1.0, 5, 5), "warmup_steps"),
         (lambda: _settings(0), "accumulate"),
         (lambda: step.split_microbatches(_batch(), 3), "4 rows in 3 microbatches"),
         (

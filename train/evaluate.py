@@ -35,7 +35,7 @@ def sum_losses(
       num_sources: S. K is `NUM_BUCKETS`.
     """
     hidden, _ = model.hidden(batch.tokens, batch.segment_ids, batch.positions)
-    logps = logprobs.token_logprobs(model, hidden, batch.targets)
+    logps = logprobs.token_logprobs(model, hidden, batch.targets).logp
     bucket = jnp.searchsorted(_bucket_edges(), batch.positions.reshape(-1), side="right")
     # One index for the pair (source, bucket), as segment sums have one axis of segments.
     cell_ids = (source_ids.reshape(-1) - 1) * NUM_BUCKETS + bucket

@@ -257,7 +257,7 @@ def _loss_and_metrics(
 ) -> tuple[Float[Array, ""], dict[str, Any]]:
     """Return what `_microbatch_loss` does, from the model's output."""
     weight, num_tokens = totals  # of the whole batch
-    tokens = logprobs.token_logprobs(model, hidden, batch.targets, with_log_normalizer=True)
+    tokens = logprobs.token_logprobs(model, hidden, batch.targets)
 
     def weighted_mean(values):
         # A select, since the value of a token without a weight may be NaN or infinite.
