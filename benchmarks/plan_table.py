@@ -51,12 +51,12 @@ JOBS = [
 ]
 TABLE_HEADER = """# Smallest slices
 
-Written by `python benchmarks/plan_table.py`: the released model, compiled ahead of time for ever
-larger slices until it fits, from the first where parameters (and in training their moments and
-gradients) take at most four fifths. GiB are of a device (half a chip on tpu7x). Nothing here was
-timed. Decoding has room for as many tokens as the job says, in one row a device at 8k and one row
-for 8 devices above. Training has 4,096 tokens a chip in a step, all at once, or in 4 parts where
-only these fit.
+Written by `python benchmarks/plan_table.py`, which compiles the released model ahead of time for
+larger and larger slices until it fits. The first slice tried is the smallest whose memory is filled
+to at most four fifths by the parameters, and in training by their moments and gradients too. GiB
+are those of a device, which is half a chip on tpu7x. Nothing here was timed. Decoding has room for
+as many tokens as the job says, with one row a device at 8k and one row for 8 devices above. A
+training step has 4,096 tokens a chip: all at once, or in 4 parts where only parts fit.
 
 | job | slice | mesh | rows | GiB used / granted | tried smaller |
 |---|---|---|---|---|---|
