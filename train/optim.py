@@ -101,24 +101,6 @@ def matrix_mask(model: nnx.Module):
     return jax.tree.map(mark_param, model, is_leaf=lambda x: isinstance(x, nnx.Param))
 
 
-def warmup_cosine(peak: float, warmup_steps: int, total_steps: int, final: float = 0.0) -> Schedule:
-    """Return a linear rise to `peak` and a half cosine down to `final` at `total_steps`.
-
-    Equal arguments give the same object, so that a jitted step is not compiled again.
-    """
-    if not 0 <= warmup_steps < total_steps:
-        raise ValueError(
-            f"got warmup_steps {warmup_steps}, total_steps {total_steps}; "
-            "wanted 0 <= warmup_steps < total_steps"
-        )
-    return _warmup_cosine(peak, warmup_steps, total_steps, final)
-
-
-@functools.cache
-def _warmup_cosine(peak, warmup_steps, total_steps, final):
-    return optax.warmup_cosine_decay_schedule(0.0, peak, warmup_steps, total_steps, final)
-
-
 # Cached here and below: equal arguments give the same function, and jit compares functions by
 # identity.
 @functools.cache
