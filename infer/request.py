@@ -2,9 +2,13 @@
 
 import dataclasses
 import threading
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from infer import prompt_lookup
+import numpy as np
+
+from infer import grammar, prompt_lookup, stopping
+from infer import options as options_lib
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,10 +53,10 @@ class Request:
     Attributes:
       number: counts the engine's requests.
       prompt: token ids.
-      options: see `options.Options`.
+      options: how the prompt is continued.
       stop_ids: all token ids that end the output.
-      progress: `stopping.OutputProgress`, the state of the text.
-      matcher: `grammar.GrammarMatcher`, or None without a constraint.
+      progress: the state of the text.
+      matcher: follows the output through its grammar. None without a constraint.
       on_token: called with (request, token, new text), or None.
       tokens: of the output so far.
       grammar_mask: the mask of the next token, or None without a constraint.
@@ -66,7 +70,16 @@ class Request:
       prompt_lookup: proposes drafts of the next tokens.
     """
 
-    def __init__(self, number: int, prompt, options, stop_ids, progress, matcher, on_token):
+    def __init__(
+        self,
+        number: int,
+        prompt: Sequence[int],
+        options: options_lib.Options,
+        stop_ids: tuple[int, ...],
+        progress: stopping.OutputProgress,
+        matcher: grammar.GrammarMatcher | None,
+        on_token: "Callable[[Request, OutputToken, str], Any] | None",
+    ):
         self.number, self.prompt = number, tuple(prompt)
         self.options, self.stop_ids = options, stop_ids
         self.progress, self.matcher, self.on_token = progress, matcher, on_token
@@ -75,7 +88,7 @@ class Request:
         self.text = ""
         self.finish_reason: str | None = None
         self.cached_tokens, self.cache_reason = 0, ""
-        self.routes: Any = None
+        self.routes: np.ndarray | None = None
         self.done = threading.Event()
         self.prompt_lookup = prompt_lookup.PromptLookup(self.prompt)
 
