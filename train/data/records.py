@@ -180,11 +180,11 @@ class _RecordReader:
         if handle is not None:
             handle.close()
 
-    def read(self, number: int) -> bytes | dict:
+    def read(self, record_number: int) -> bytes | dict:
         raise NotImplementedError
 
-    def location(self, number: int) -> str:
-        return f"{self.file}, record {number}"
+    def location(self, record_number: int) -> str:
+        return f"{self.file}, record {record_number}"
 
 
 class _JsonlReader(_RecordReader):
@@ -217,12 +217,12 @@ class _JsonlReader(_RecordReader):
     def _handle(self):
         return self.file.open("rb")
 
-    def read(self, number: int) -> bytes:
-        self._handle.seek(int(self._offsets[number]))
+    def read(self, record_number: int) -> bytes:
+        self._handle.seek(int(self._offsets[record_number]))
         return self._handle.readline()
 
-    def location(self, number: int) -> str:
-        remaining_bytes, lines_before = int(self._offsets[number]), 0
+    def location(self, record_number: int) -> str:
+        remaining_bytes, lines_before = int(self._offsets[record_number]), 0
         with self.file.open("rb") as stream:  # slow, and only for messages
             while remaining_bytes:
                 block = stream.read(min(remaining_bytes, 2**20))
@@ -266,8 +266,8 @@ class _ParquetReader(_RecordReader):
             self.__dict__.pop("_handle").close(force=True)
         self._groups.clear()
 
-    def read(self, number: int) -> dict:
-        group = bisect.bisect_right(self._cumulative_rows, number)
+    def read(self, record_number: int) -> dict:
+        group = bisect.bisect_right(self._cumulative_rows, record_number)
         if group not in self._groups:
             columns = None
             if self.columns is not None:
@@ -279,7 +279,7 @@ class _ParquetReader(_RecordReader):
                 self._groups.popitem(last=False)
         self._groups.move_to_end(group)
         first_row = self._cumulative_rows[group - 1] if group else 0
-        (record,) = self._groups[group].slice(number - first_row, 1).to_pylist()
+        (record,) = self._groups[group].slice(record_number - first_row, 1).to_pylist()
         for key, value in record.items():
             is_json = key in ("messages", "tools") and isinstance(value, str)
             record[key] = json.loads(value) if is_json else _drop_nulls(value)
@@ -301,8 +301,8 @@ class _ArrayRecordReader(_RecordReader):
             raise DataError(f"{self.file}: not a whole ArrayRecord file. Write it again.")
         return reader
 
-    def read(self, number: int) -> bytes:
-        return self._handle.read([number])[0]
+    def read(self, record_number: int) -> bytes:
+        return self._handle.read([record_number])[0]
 
 
 _READERS_BY_SUFFIX = {

@@ -138,7 +138,7 @@ class BatchStream:
         self._step += 1
         for lane_row in lane_rows.values():
             self._lane_states[lane_row.lane_number] = lane_row.state
-        rows = [lane_rows[number].row for number in self._row_numbers]
+        rows = [lane_rows[row_number].row for row_number in self._row_numbers]
         return self._stack_rows(rows, time.perf_counter() - started)
 
     def get_state(self) -> dict[str, Any]:
