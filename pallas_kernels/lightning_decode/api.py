@@ -16,6 +16,7 @@ from pallas_kernels.lightning_decode import tpu_in_place, tpu_prefill, tpu_ring
 
 _log = logging.getLogger(__name__)
 
+# Names for the argument `implementation`. "tpu" lowers for TPU alone.
 DECODE_IMPLEMENTATIONS = {
     "reference": decode_reference.lightning_decode,
     "tpu": tpu_in_place.lightning_decode,
@@ -107,6 +108,7 @@ def lightning_decode_ring(
     _validate_inputs("pool", jax.ShapeDtypeStruct(pool.hi.shape, jnp.float32), qkv, slopes, ndim=2)
     _validate_int_vector("slots", slots, qkv.shape[0])
     _validate_int_vector("positions", positions, qkv.shape[0])
+    # Under jit the values are unknown: traced arguments go unchecked.
     if not any(isinstance(x, core.Tracer) for x in (slots, positions, pool.base)):
         check_slots(slots, pool.hi.shape[0])
         _check_positions(pool, slots, positions)
@@ -201,6 +203,7 @@ def lightning_prefill(
         leave the rows. Under jit call `check_slots` and `check_sequences` before.
     """
     _validate_inputs("pool", pool, qkv, slopes, ndim=2)
+    # `fresh` is the one vector that is no integer, so its check stands apart.
     count = len(slots)
     for name, values in (("slots", slots), ("starts", starts), ("lengths", lengths)):
         _validate_int_vector(name, values, count)
@@ -219,6 +222,7 @@ def check_sequences(slots, starts, lengths, num_tokens: int) -> None:
     # Values must be concrete: numpy raises on a tracer.
     slots, starts, lengths = (np.asarray(x) for x in (slots, starts, lengths))
     active = (slots >= 0) & (lengths != 0)
+    # Sorted by first row, so that sequences that overlap are neighbours.
     order = np.argsort(starts[active])
     first, length = starts[active][order], lengths[active][order]
     last = first + length
@@ -235,6 +239,7 @@ def check_slots(slots, num_slots: int) -> None:
     beyond = slots[slots >= num_slots]
     if beyond.size:
         raise ValueError(f"slots: got {sorted(set(beyond.tolist()))}; the pool has {num_slots}")
+    # Two rows of one slot would both start from its state, and one would overwrite the other's.
     active, counts = np.unique(slots[slots >= 0], return_counts=True)
     if np.any(counts > 1):
         raise ValueError(f"slots: {active[counts > 1].tolist()} named more than once")
@@ -276,7 +281,7 @@ def _validate_inputs(name, pool, qkv, slopes, *, ndim) -> None:
     if not square or pool.dtype != jnp.float32:
         pool_type = f"float32[slots, {num_heads}, H, H]"
         raise ValueError(f"{name}: got {jax.typeof(pool)}; wanted {pool_type}")
-    width = num_heads * 3 * pool.shape[3]
+    width = num_heads * 3 * pool.shape[3]  # q, k and v of every head
     if qkv.ndim != ndim or qkv.shape[-1] != width or qkv.shape[0] == 0:
         raise ValueError(f"qkv: got shape {qkv.shape}; wanted at least one row of {width}")
     if qkv.dtype not in (jnp.float32, jnp.bfloat16):

@@ -74,9 +74,8 @@ class RingPlanes(NamedTuple):
 def heads_per_block(num_heads: int, head_dim: int) -> int:
     """Return how many heads share a step, and so a point of the flush grid."""
     # Wider heads: fewer of them, so that a step's rows are as wide as at H = 128.
-    return tpu_in_place.heads_per_block(
-        num_heads, head_dim, HEADS_PER_STEP * 128 // max(head_dim, 128)
-    )
+    max_heads = HEADS_PER_STEP * 128 // max(head_dim, 128)
+    return tpu_in_place.heads_per_block(num_heads, head_dim, max_heads)
 
 
 def lightning_decode(
@@ -110,7 +109,6 @@ def lightning_decode(
             grid=grid.shape,
             in_specs=in_specs,
             out_specs=out_specs,
-            # A NamedTuple in the list: the kernel gets it as one argument, with Refs for fields.
             scratch_shapes=[_ring_buffers(rows, heads, head_dim, pool.ring.shape[1])],
         ),
         # hi, lo and ring are arguments 6 to 8, after four prefetched vectors, qkv and slopes. They
@@ -195,6 +193,7 @@ def _ring_buffers(rows: int, heads: int, head_dim: int, ring_rows: int) -> RingS
 
 def _vmem_bytes(rows: int, heads: int, head_dim: int, ring_rows: int) -> int:
     """Return the kernel's limit of VMEM: buffers padded to whole tiles, and slack."""
+    # bfloat16 of 2 bytes. Rows of a plane and k | v take at least 128 lanes, heads 8 sublanes.
     plane_bytes = 2 * NUM_BUFFERS * rows * heads * head_dim * max(head_dim, 128)
     ring_bytes = 4 * NUM_BUFFERS * rows * ring_rows * max(heads, 8) * max(head_dim, 64)
     return 2 * plane_bytes + ring_bytes + tpu_in_place.VMEM_SLACK_BYTES
@@ -336,6 +335,7 @@ def _read_hi(q: Float[Array, "N H"], hi: Ref, *, num_parts: int) -> Float[Array,
     unit no better. `num_parts` bfloat16 numbers add up to an element of q.
     """
     heads, head_dim = q.shape
+    # Each part holds the next 8 bits, which the parts before it round away.
     parts = []
     for _ in range(num_parts):
         parts.append(q.astype(jnp.bfloat16))
@@ -379,9 +379,11 @@ def _flush_ring(
     hi, lo, tokens = planes
     size, heads, head_dim = tokens.shape[0], hi.shape[0], hi.shape[1]
     for row in range(size):
+        # Position of the row's token, counted from base. Negative: an earlier sequence's.
         index = steps_since_base - _token_age(newest_row, row, size)
         is_flushed = (index >= 0) & (index < num_flushed)
         token = jnp.where(is_flushed, tokens[row].astype(jnp.float32), 0)
+        # k is decayed and v is not. Both go through VMEM: a head below needs all tokens at once.
         decayed[row, :, :head_dim] = token[:, :head_dim] * _clamped_decay(
             slope, num_flushed - 1 - index
         )
@@ -394,4 +396,5 @@ def _flush_ring(
         gain = tpu_chunk.dot_f32(decayed[:, head, :head_dim], decayed[:, head, head_dim:], 0, 0)
         state = state + loss[head : head + 1] * state + gain
         hi[head] = state.astype(jnp.bfloat16)
+        # Read back from VMEM: lo is what the stored hi rounds away.
         lo[head] = (state - hi[head].astype(jnp.float32)).astype(jnp.bfloat16)
