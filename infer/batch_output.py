@@ -67,6 +67,7 @@ def read_done_indices(output: pathlib.Path, num_requests: int) -> set[int]:
                     "once at most. Delete the line, or give another --output."
                 )
             done_indices.add(index)
+        # The next line must not continue a torn one.
         file.truncate(end)
     return done_indices
 

@@ -13,6 +13,7 @@ from typing import Any
 from infer import options as options_lib
 from infer import prompt as prompt_lib
 from infer import request as request_lib
+from m1_jax import config as model_config_lib
 from m1_jax import tokenizer as tokenizer_lib
 
 _PROMPT_FIELDS, _CHAT_FIELDS = ("prompt", "system"), ("messages", "tools")
@@ -55,6 +56,7 @@ def check_conversation(location: str, value: Any, system: str | None, raw: bool)
     Raises:
       ValueError: other fields, or values of other kinds.
     """
+    # Fields of both kinds at once are refused: one of them would be ignored.
     keys = set(value) if isinstance(value, dict) else None
     if keys is None or not (keys <= set(_PROMPT_FIELDS) or keys <= set(_CHAT_FIELDS)):
         shown_value = sorted(keys) if keys else value
@@ -88,7 +90,7 @@ def encode_request(
       ValueError: messages or tools that cannot be rendered.
     """
     try:
-        if "prompt" in value:
+        if "prompt" in value:  # raw: its control tokens count
             return tokenizer.encode(value["prompt"], allow_special=True)
         return prompt_lib.encode_prompt(
             tokenizer, value["messages"], value.get("tools"), profile=profile
@@ -98,7 +100,11 @@ def encode_request(
 
 
 def check_prompt_length(
-    location: str, ids: Sequence[int], max_tokens: int, model_config: Any, max_length: int = 0
+    location: str,
+    ids: Sequence[int],
+    max_tokens: int,
+    model_config: model_config_lib.ModelConfig,
+    max_length: int = 0,
 ) -> None:
     """Raise ValueError for a prompt that is empty, too long or outside of the vocabulary.
 
@@ -120,6 +126,7 @@ def check_prompt_length(
             f"{location}: got {len(ids)} tokens + max_tokens {max_tokens} = "
             f"{len(ids) + max_tokens}; wanted at most {limit}. Shorten the prompt or {remedy}."
         )
+    # A tokenizer of another model may have more ids.
     bad = [token for token in ids if not 0 <= token < model_config.vocab_size]
     if bad:
         raise ValueError(
@@ -166,7 +173,7 @@ def options_from_fields(
     Raises:
       ValueError: an unknown field, or what `options.Options` refuses.
     """
-    values = dict(values)
+    values = dict(values)  # a copy, as the preset is taken out
     if "preset" in values:
         base = options_lib.preset_options(values.pop("preset"))
     return options_lib.options_from_json(values, base)

@@ -79,6 +79,7 @@ def tool_to_json(location: str, tool: Any, wrap: bool) -> str:
     function = tool.get("function", tool) if isinstance(tool, Mapping) else None
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
         raise ValueError(f"{location}: got {tool!r:.80}; wanted a function object with a name")
+    # A tool without "function" is the function object itself.
     is_wrapped = function is not tool
     if is_wrapped:
         _check_keys(location, tool, ("type", "function"))
@@ -157,13 +158,14 @@ def _tool_parts(
 ) -> list[dict[str, str]]:
     """Return the parts of a tool message. An empty result is a result."""
     parts = _text_parts(location, message, strip_text)
-    if message.get("content") == "":
+    if message.get("content") == "":  # which `_text_parts` takes for no content
         parts = [{"type": "text", "text": ""}]
     if not parts:
         raise ValueError(
             f"{location}.content: got {message.get('content')!r} for role 'tool'; "
             "wanted text, which may be empty"
         )
+    # Four forms of names: none, one a part, the message's own, and that of the call's id.
     if not named_results:
         return [{"type": "text", "text": part["text"]} for part in parts]
     if all("name" in part for part in parts):
@@ -191,6 +193,7 @@ def _assistant_parts(
     thinking_parts = []
     if thoughts:
         thought = _check_string(f"{location}.reasoning", thoughts[0])
+        # The tag stands on a line of its own.
         close = "</think>\n" if thought.endswith("\n") else "\n</think>\n"
         thinking_parts = [{"type": "text", "text": "<think>\n" + thought + close}]
     calls = message.get("tool_calls") or []
@@ -211,6 +214,7 @@ def _call_line(location: str, call: Any, names: dict[str, str]) -> str:
     """Return one line of a <tool_calls> block, and remember the call's name by its id."""
     function = call
     if isinstance(call, Mapping) and "function" in call:
+        # "index" comes from clients that put streamed calls together.
         _check_keys(location, call, ("id", "type", "function", "index"))
         function = call["function"]
     if not isinstance(function, Mapping) or call.get("type") not in (None, "function"):

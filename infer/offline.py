@@ -26,7 +26,7 @@ import pathlib
 import signal
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, BinaryIO
 
 import jax
 import tqdm
@@ -175,7 +175,15 @@ def run(config: BatchConfig, stop: Callable[[], int | None] = lambda: None) -> B
         return _serve_requests(config, running_engine, todo, len(done_indices), file, bar, stop)
 
 
-def _serve_requests(config, running_engine, todo, done_before, file, bar, stop) -> BatchSummary:
+def _serve_requests(
+    config: BatchConfig,
+    running_engine: engine.Engine,
+    todo: list[BatchRequest],
+    done_before: int,
+    file: BinaryIO,
+    bar: tqdm.tqdm,
+    stop: Callable[[], int | None],
+) -> BatchSummary:
     """Run requests, and write each when it ends."""
     waiting = collections.deque(todo)
     live: dict[int, tuple[BatchRequest, request_lib.Request]] = {}  # by index
@@ -212,7 +220,7 @@ def _serve_requests(config, running_engine, todo, done_before, file, bar, stop) 
 
 
 def read_requests(
-    config: BatchConfig, tokenizer: tokenizer_lib.Tokenizer, model_config: Any
+    config: BatchConfig, tokenizer: tokenizer_lib.Tokenizer, model_config: m1_jax.ModelConfig
 ) -> list[BatchRequest]:
     """Return all requests of the input.
 
@@ -248,7 +256,12 @@ class _RequestReader:
     It remembers ids, which may not be repeated, and constraints, which it compiles once.
     """
 
-    def __init__(self, config: BatchConfig, tokenizer: tokenizer_lib.Tokenizer, model_config: Any):
+    def __init__(
+        self,
+        config: BatchConfig,
+        tokenizer: tokenizer_lib.Tokenizer,
+        model_config: m1_jax.ModelConfig,
+    ):
         self._config, self._tokenizer, self._model_config = config, tokenizer, model_config
         self._defaults = config.options
         self._names = [field.name for field in dataclasses.fields(options_lib.Options)]

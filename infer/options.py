@@ -22,6 +22,7 @@ MAX_TOP_LOGPROBS = 20
 SAMPLING_FIELDS: dict[str, tuple[float, Callable[[float], bool], str]] = {
     "temperature": (1.0, lambda x: x >= 0, "0 (greedy) or more"),
     "top_p": (0.95, lambda x: 0 < x <= 1, "more than 0, at most 1 (off)"),
+    # Whole numbers may be floats, as JSON does not tell 5 and 5.0 apart.
     "top_k": (0, lambda x: 0 <= x < 2**31 and x == int(x), "a whole number, 0 (off) or more"),
     "min_p": (0.0, lambda x: 0 <= x <= 1, "0 (off) to 1"),
     "repetition_penalty": (1.0, lambda x: x > 0, "more than 0; 1 is off"),
@@ -33,6 +34,7 @@ SAMPLING_FIELDS: dict[str, tuple[float, Callable[[float], bool], str]] = {
         f"a whole number, 0 (off) to {MAX_TOP_LOGPROBS}",
     ),
 }
+# Fields of which at most one is set.
 _CONSTRAINTS = ("json_schema", "regex", "grammar")
 
 

@@ -137,6 +137,7 @@ def _run_turns(
     """
     for turn in range(1, limits.max_turns + 1):
         so_far = (*sample.prompt, *sample.tokens)
+        # At least 1: the last observation was appended only because it left room.
         max_tokens = min(limits.turn_tokens, limits.max_tokens - len(so_far))
         generation = yield sample_lib.Generate(so_far, max_tokens)
         _append_generation(sample, generation, tokenizer)

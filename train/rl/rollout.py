@@ -211,7 +211,12 @@ class _EpisodeLoop:
     """The work of one call of `RolloutSampler.run`."""
 
     def __init__(
-        self, running_engine: engine.Engine, pool, sampling: RolloutSampling, on_done, should_stop
+        self,
+        running_engine: engine.Engine,
+        pool: concurrent.futures.ThreadPoolExecutor,
+        sampling: RolloutSampling,
+        on_done: Callable[[Hashable, sample_lib.Sample | PausedEpisode], Iterable[EpisodeJob]],
+        should_stop: Callable[[], bool],
     ):
         self._engine, self._pool, self._sampling = running_engine, pool, sampling
         self._on_done, self._should_stop = on_done, should_stop

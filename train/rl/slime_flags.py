@@ -100,7 +100,7 @@ def parse_flags(argv: Sequence[str]) -> dict[str, Any]:
             raise ValueError(f"got {word!r}; wanted a flag, such as --eps-clip-high")
         name, equals, value = word.removeprefix("--").partition("=")
         name = _check_flag_name(name)
-        if not equals and _FLAG_TYPES[name] is bool:
+        if not equals and _FLAG_TYPES[name] is bool:  # a switch
             value = "true"
         elif not equals:
             if not words or words[0].startswith("--"):
@@ -131,6 +131,7 @@ def translate_flags(flags: Mapping[str, Any]) -> SlimeOverrides:
     for name, required in _REQUIRED_FLAGS.items():
         if name in values and not values.get(required):
             raise ValueError(f"--{name}: got it without --{required}; wanted both, or neither")
+    # slime's default is grpo; `_default_differences` says so.
     estimator = values.get("advantage-estimator", "cispo")
     if estimator not in ESTIMATOR_PRESETS:
         hint = " 'ppo' needs a critic, which is not here." if estimator == "ppo" else ""
@@ -211,7 +212,7 @@ def _objective_changes(preset: objective_lib.Objective, flags: Mapping[str, Any]
             )
         changes["kl_kind"], changes["kl_max"] = _KL_KINDS[flags["kl-loss-type"]]
     if flags.get("use-rollout-logprobs"):
-        changes["anchor"] = "rollout"
+        changes["anchor"] = "rollout"  # ratios against the sampler's log-probabilities
     if flags.get("use-tis"):
         # slime's default of tis-clip-low is 0, which bounds nothing.
         low, high = flags.get("tis-clip-low") or None, flags.get("tis-clip", 2.0)
@@ -223,6 +224,7 @@ def _objective_changes(preset: objective_lib.Objective, flags: Mapping[str, Any]
 
 def _default_differences(preset: objective_lib.Objective, flags: Mapping[str, Any]) -> list[str]:
     """Return a line for each absent flag whose default differs in slime."""
+    # slime's defaults: eps-clip is 0.2, and eps-clip-high is eps-clip.
     low = flags.get("eps-clip", 0.2)
     high = flags.get("eps-clip-high", low)
     if preset.name == "cispo":

@@ -130,6 +130,7 @@ class FileTasks:
 
     def __init__(self, source: TaskSource):
         self._source = source
+        # All columns: the keys of interest are not known yet.
         self._records = records.RecordFiles(source.name, source.path, columns=None)
         if not len(self._records):
             raise records.DataError(f"tasks {source.name}: {source.path} has no records")
@@ -162,6 +163,7 @@ class FileTasks:
         record, location = self._records.read(index), self._records.location(index)
         values = {field: _get_value(record, key) for field, key in self.keys.items()}
         metadata = values.get("metadata") or {}
+        # A list, such as the expected tool calls, is named by its key in the file.
         if not isinstance(metadata, Mapping):
             metadata = {self.keys["metadata"].rpartition(".")[2]: metadata}
         return sample_lib.Task(
@@ -213,6 +215,7 @@ def _has_key(record: Any, key: str) -> bool:
 
 
 def _get_value(record: Any, key: str) -> Any:
+    # None for a path that does not exist, as for a value that is null.
     for part in key.split("."):
         record = record.get(part) if isinstance(record, Mapping) else None
     return record
