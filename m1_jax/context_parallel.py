@@ -2,7 +2,8 @@
 
 What a span of tokens does to the state is a pair (g, S): it multiplies the incoming state by g and
 adds S. So devices need no tokens of each other, only these pairs. One all-gather moves N H H floats
-a device, whatever the length, and the gradient moves as many back (LASP-2, arXiv 2502.07563).
+a device, whatever the length, and the gradient moves as many back (LASP-2, arXiv 2502.07563;
+docs/kernels.md, "Spans of tokens").
 
 With documents, a span's state is that of its last document alone. It reaches a later device only if
 that document is still open there.
