@@ -128,7 +128,9 @@ def _evaluate_node(node: ast.expr) -> int | float:
 def make_tasks(size: int, seed: int) -> list[sample_lib.Task]:
     """Return `size` tasks. A longer list begins with the tasks of a shorter one."""
     return [
-        _make_task(random.Random(f"files {seed} {i}"), f"files-{seed}-{i}") for i in range(size)
+        # A text seeds by SHA-512, so equal seeds make equal tasks on every machine.
+        _make_task(random.Random(f"files {seed} {i}"), f"files-{seed}-{i}")
+        for i in range(size)
     ]
 
 
@@ -139,6 +141,7 @@ def _make_task(rng: random.Random, name: str) -> sample_lib.Task:
     """
     stock = {town: {goods: rng.randint(10, 99) for goods in _GOODS} for town in _TOWNS}
     numbers = rng.sample(range(1, 100), len(_TOWNS))
+    # Sorted by name: the order of files does not tell the town either.
     files = {
         f"note-{number:02}.txt": "\n".join(
             [

@@ -127,7 +127,7 @@ class RepairEnvironment(base.Environment):
         return self._files[path]
 
     def _write_file(self, path: str, text: str) -> str:
-        self._read_file(path)
+        self._read_file(path)  # raises for a file that does not exist
         if len(text) > MAX_FILE_CHARS:
             raise base.CallError(f"got {len(text)} characters; wanted at most {MAX_FILE_CHARS}")
         self._files[path] = text
@@ -149,7 +149,9 @@ class RepairEnvironment(base.Environment):
 def make_tasks(size: int, seed: int) -> list[sample_lib.Task]:
     """Return `size` tasks. A longer list begins with the tasks of a shorter one."""
     return [
-        _make_task(random.Random(f"repair {seed} {i}"), f"repair-{seed}-{i}") for i in range(size)
+        # A text seeds by SHA-512, so equal seeds make equal tasks on every machine.
+        _make_task(random.Random(f"repair {seed} {i}"), f"repair-{seed}-{i}")
+        for i in range(size)
     ]
 
 
@@ -191,6 +193,7 @@ def _make_cases(
             for args in drawn
         ]
         wrong = [bugs.evaluate_call(source, name, args) != right for name, args, right in cases]
+        # 4 cases go into the repository's tests, and 8 stay hidden.
         if not is_broken or (any(wrong[:4]) and any(wrong[4:])):
             return cases[:4], cases[4:]
 

@@ -1,6 +1,6 @@
 """Reward functions that live outside this project, called in worker processes by import path.
 
-    function   reward(sample), this project's own form; may be a coroutine
+    function   reward(sample), this project's own form, may be a coroutine
     slime      rm(args, sample), may be a coroutine
     verl       compute_score(data_source, solution_str, ground_truth, extra_info)
     tunix      fn(prompts, completions, **columns), called once for a whole group
@@ -35,6 +35,7 @@ class _RewardAdapter:
         Raises:
           ValueError: the path has another form.
         """
+        # The parts before and after the colon. Whether they exist is known in the worker alone.
         if not all(path.partition(":")[::2]):
             raise ValueError(f"path: got {path!r}; wanted 'module:function'")
         self._pool, self._path, self._options = workers, path, options
@@ -68,7 +69,7 @@ class SlimeReward(_RewardAdapter):
 
 
 class VerlReward(_RewardAdapter):
-    """Calls `compute_score(..., **options)`; extra_info is the task's metadata."""
+    """Calls `compute_score(..., **options)`, with the task's metadata as extra_info."""
 
     async def reward(self, sample: sample_lib.Sample) -> Any:
         """Score one sample."""

@@ -49,4 +49,5 @@ class ExactReward:
         """
         if sample.task.label is None:
             raise ValueError(f"task {sample.task.id!r}: got no label; wanted the right answer")
+        # A label from a JSON file may be a number.
         return float(extract_answer(sample.text) == str(sample.task.label).strip())

@@ -4,7 +4,7 @@ A reward is an object with `async def reward(sample) -> float | Mapping[str, flo
 `async def reward_group(samples)`, which returns one such value a sample. A reward without a score
 for a sample raises or returns None, because 0 is a score. Two attributes are optional:
 
-  * limit_secs: the reward's own time limit; None where the reward keeps the time itself.
+  * limit_secs: the reward's own time limit, None where the reward keeps the time itself.
   * parallel: how many samples the reward scores at once.
 """
 

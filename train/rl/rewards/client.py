@@ -8,7 +8,7 @@ import urllib.request
 from collections.abc import Mapping
 from typing import Any
 
-MAX_ANSWER_BYTES = 2**24
+MAX_ANSWER_BYTES = 2**24  # 16 MiB: a broken server must not fill the memory
 # What another try may cure: time-outs, too many requests, and errors of the server.
 _RETRY_STATUS_CODES = (408, 425, 429, 500, 502, 503, 504)
 
@@ -31,7 +31,7 @@ def post_json(
     Args:
       secs: time limit of the whole call, retries and pauses included.
       retries: how often to try again after a busy or broken server.
-      backoff_secs: the first pause between two tries; every further pause is twice as long.
+      backoff_secs: the first pause between two tries. Every further pause is twice as long.
       headers: sent beside the content type, such as an authorization.
 
     Raises:
@@ -39,6 +39,7 @@ def post_json(
       ServerError: the answer is not JSON or is too long, or the last try ended in an error of HTTP
         or of the connection.
     """
+    # One deadline for all tries: the caller's limit is one of wall-clock time.
     deadline = time.monotonic() + secs
     request = urllib.request.Request(
         url,

@@ -115,7 +115,7 @@ class GroupScorer:
         try:
             self._terms = {source: self._make_terms(terms) for source, terms in config.sources}
         except BaseException:
-            self._pool.close()
+            self._pool.close()  # its threads already run
             raise
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
@@ -181,6 +181,7 @@ class GroupScorer:
         ]
 
     async def _cancel_tasks(self) -> None:
+        # This coroutine is a task of the loop, too, and must not cancel itself.
         tasks = asyncio.all_tasks() - {asyncio.current_task()}
         for task in tasks:
             task.cancel()

@@ -26,6 +26,7 @@ def is_well_formed(text: str) -> bool:
 def repeated_ngram_share(text: str, n: int) -> float:
     """Return the share of a text's n-grams of words that occurred before in it, in [0, 1)."""
     words = text.lower().split()
+    # n copies of the words, each shifted by one more: a column of them is an n-gram.
     grams = list(zip(*(words[i:] for i in range(n)), strict=False))
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 

@@ -71,7 +71,7 @@ class JudgeClient:
           retries: see `client.post_json`.
           backoff_secs: see `client.post_json`.
           max_tokens: longest reply of the judge, in tokens.
-          key_variable: name of the environment variable that holds the API key; empty for none.
+          key_variable: name of the environment variable that holds the API key. Empty: no key.
           remembered: number of verdicts in the cache, which is keyed by the prompt's hash.
 
         Raises:
@@ -106,7 +106,7 @@ class JudgeClient:
         payload = {
             "model": self._model,
             "messages": [{"role": "user", "content": prompt}],
-            "temperature": 0.0,
+            "temperature": 0.0,  # equal prompts get equal verdicts, as far as the endpoint allows
             "max_tokens": self._max_tokens,
         }
         reply = await background.call_in_thread(
@@ -118,6 +118,7 @@ class JudgeClient:
             raise client.ServerError(
                 f"{self._url}: got {reply!r:.200}; wanted choices[0].message.content"
             ) from None
+        # The prompt asks for a verdict at the end, so the last match counts.
         matches = pattern.findall(answer.strip_thinking(text)) if isinstance(text, str) else []
         if not matches:
             return None  # not cached, so that the judge is asked again next time

@@ -45,7 +45,7 @@ def extract_answer(text: str) -> str:
 
     Where that tag is missing, return the last line that is not empty, without a leading `Answer:`.
     """
-    text = answer.strip_thinking(text)
+    text = answer.strip_thinking(text)  # a thought may quote the tags
     tags = re.findall(r"<answer>(.*?)</answer>", text, re.DOTALL)
     if tags:
         return tags[-1].strip()

@@ -62,6 +62,7 @@ class RemoteSandbox:
             "stdin": stdin,
             "limits": dataclasses.asdict(limits),
         }
+        # The server enforces wall_secs itself. This limit is for a server that hangs.
         secs = limits.wall_secs + self._spare_secs
         answer = client.post_json(self._url, payload, secs=secs, **self._options)
         is_result = (

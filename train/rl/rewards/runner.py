@@ -224,7 +224,7 @@ class _RunningProgram:
                 next_check = now + max(_POLL_SECS, 5 * check_secs)
 
     def _drain(self, selector: selectors.BaseSelector) -> str | None:
-        """Read the output that remains in the pipes; return "output" if it exceeds the limit."""
+        """Read the output that remains in the pipes, and return "output" if it exceeds the limit."""
         for key in list(selector.get_map().values()):
             while key.data != "report":
                 try:
@@ -238,7 +238,7 @@ class _RunningProgram:
         return None
 
     def _append_output(self, name: str, data: bytes) -> bool:
-        """Keep what the limit permits of `data`; return whether the limit is exceeded."""
+        """Keep what the limit permits of `data`, and return whether the limit is exceeded."""
         room = self._limits.output_bytes - sum(map(len, self._output.values()))
         self._output[name] += data[:room]
         return len(data) > room
