@@ -224,7 +224,7 @@ class _RunningProgram:
                 next_check = now + max(_POLL_SECS, 5 * check_secs)
 
     def _drain(self, selector: selectors.BaseSelector) -> str | None:
-        """Read the output that remains in the pipes, and return "output" if it exceeds the limit."""
+        """Read what remains in the pipes, and return "output" if it exceeds the limit."""
         for key in list(selector.get_map().values()):
             while key.data != "report":
                 try:
