@@ -69,7 +69,7 @@ def checkpoint_dir(checkpoint: str) -> pathlib.Path:
     return path
 
 
-def load_model(checkpoint: str, dtype: str, weights: str | None) -> Any:
+def load_model(checkpoint: str, dtype: str, weights: str | None) -> m1_jax.MiniMaxM1:
     """Load a model in a dtype, quantized where `weights` names how.
 
     Raises the errors of `m1_jax.load`.

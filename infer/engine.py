@@ -29,6 +29,7 @@ from infer.scheduling import plan as plan_lib
 from infer.scheduling import scheduler
 from infer.scheduling import stats as stats_lib
 from m1_jax import config as model_config_lib
+from m1_jax import model as model_lib
 from m1_jax import tokenizer as tokenizer_lib
 
 _KEEP_ALIVE_SECS = 10.0  # an idle engine's pause between two signs of life to its followers
@@ -45,7 +46,10 @@ class Engine:
     """
 
     def __init__(
-        self, model: Any, tokenizer: tokenizer_lib.Tokenizer, config: config_lib.EngineConfig
+        self,
+        model: model_lib.MiniMaxM1,
+        tokenizer: tokenizer_lib.Tokenizer,
+        config: config_lib.EngineConfig,
     ):
         """Allocate all memory and compile all programs.
 
@@ -145,7 +149,7 @@ class Engine:
                 request.text += request.progress.flush()
                 self._end_request(request, "cancelled")
 
-    def swap_weights(self, model: Any, keep_running: bool = True) -> int:
+    def swap_weights(self, model: model_lib.MiniMaxM1, keep_running: bool = True) -> int:
         """Put other weights of the same shapes in place, and return their version.
 
         They enter between two dispatches, and nothing is compiled.

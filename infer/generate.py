@@ -149,7 +149,7 @@ def run(
 
 def generate_texts(
     config: GenerateConfig,
-    model: Any,
+    model: m1_jax.MiniMaxM1,
     tokenizer: tokenizer_lib.Tokenizer,
     prompts: list[list[int]],
     out: TextIO,
@@ -210,7 +210,9 @@ def output_record(output: request_lib.RequestOutput) -> dict[str, Any]:
     return {"finish_reason": output.finish_reason, "tokens": jsonl.tokens_to_json(output.tokens)}
 
 
-def prepare_run(config: GenerateConfig) -> tuple[Any, tokenizer_lib.Tokenizer, list[list[int]]]:
+def prepare_run(
+    config: GenerateConfig,
+) -> tuple[m1_jax.MiniMaxM1, tokenizer_lib.Tokenizer, list[list[int]]]:
     """Return the model, the tokenizer and the prompts' token ids.
 
     The model, which takes longest, is loaded after all checks.

@@ -16,6 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from infer import config as config_lib
 from infer.execution import host_batch, programs, slot_sampling, transfers
 from infer.scheduling import plan as plan_lib
+from m1_jax import model as model_lib
 from m1_jax.serving import state as state_lib
 
 
@@ -50,7 +51,7 @@ class Device:
       num_programs: programs compiled.
     """
 
-    def __init__(self, model: Any, config: config_lib.EngineConfig):
+    def __init__(self, model: model_lib.MiniMaxM1, config: config_lib.EngineConfig):
         """Allocate all memory and compile all programs."""
         # The weights are kept as leaves: swaps replace them, the tree stays.
         weights, self._tree = jax.tree.flatten(model)
@@ -135,7 +136,7 @@ class Device:
         """Forget the host's copy of a sequence."""
         self._host_copies.pop(sequence_id, None)
 
-    def swap_weights(self, model: Any) -> None:
+    def swap_weights(self, model: model_lib.MiniMaxM1) -> None:
         """Take other weights.
 
         Raises:
@@ -153,7 +154,7 @@ class Device:
             for leaf, new_leaf in zip(self._buffers["model"], leaves, strict=True)
         ]
 
-    def check_weights(self, model: Any) -> None:
+    def check_weights(self, model: model_lib.MiniMaxM1) -> None:
         """Raise ValueError for weights of other shapes, dtypes or layout."""
         leaves, tree = jax.tree.flatten(model)
         if tree != self._tree:

@@ -18,6 +18,7 @@ from typing import Any
 
 from infer import config as config_lib
 from infer.execution import device
+from m1_jax import model as model_lib
 from m1_jax import multihost
 
 # What may be called by name. The data comes from process 0 of the same run, and is still checked.
@@ -63,7 +64,7 @@ class Leader:
         _broadcast_call("drop_host_copy", sequence_id)
         self._device.drop_host_copy(sequence_id)
 
-    def swap_weights(self, model: Any) -> None:
+    def swap_weights(self, model: model_lib.MiniMaxM1) -> None:
         """Take other weights. The followers ask their `next_model` for their parts of them."""
         # Checked before the broadcast: a follower that swapped alone could not go back.
         self._device.check_weights(model)
@@ -86,10 +87,10 @@ class Leader:
 class Follower:
     """The device of a process that is not the first."""
 
-    def __init__(self, model: Any, config: config_lib.EngineConfig):
+    def __init__(self, model: model_lib.MiniMaxM1, config: config_lib.EngineConfig):
         self._device = device.Device(model, config)
 
-    def follow(self, next_model: Callable[[], Any] | None = None) -> None:
+    def follow(self, next_model: Callable[[], model_lib.MiniMaxM1] | None = None) -> None:
         """Do what process 0 does, until it closes its engine or dismisses the followers.
 
         Args:
@@ -113,7 +114,9 @@ class Follower:
 
 
 def follow_engine(
-    model: Any, config: config_lib.EngineConfig, next_model: Callable[[], Any] | None = None
+    model: model_lib.MiniMaxM1,
+    config: config_lib.EngineConfig,
+    next_model: Callable[[], model_lib.MiniMaxM1] | None = None,
 ) -> None:
     """Follow process 0 from the making of its engine on. Arguments and errors as in `Follower`."""
     Follower(model, config).follow(next_model)

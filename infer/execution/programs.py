@@ -22,6 +22,7 @@ from infer import config as config_lib
 from infer import options as options_lib
 from infer.execution import sampling, slot_sampling
 from m1_jax import config as model_config_lib
+from m1_jax import model as model_lib
 from m1_jax import sharding
 from m1_jax.serving import forward, ragged_batch
 from m1_jax.serving import state as state_lib
@@ -67,7 +68,7 @@ class Tiling:
 
 
 def decode_tokens(
-    model: Any,
+    model: model_lib.MiniMaxM1,
     state: state_lib.ServingState,
     sampling_state: slot_sampling.SlotSamplingState,
     batch: slot_sampling.SequenceBatch,
@@ -162,7 +163,7 @@ def abstract_decode_inputs(
 
 
 def verify_drafts(
-    model: Any,
+    model: model_lib.MiniMaxM1,
     state: state_lib.ServingState,
     sampling_state: slot_sampling.SlotSamplingState,
     batch: slot_sampling.SequenceBatch,
@@ -294,7 +295,7 @@ def _empty_tokens(batch: slot_sampling.SequenceBatch, steps: int) -> sampling.To
 
 
 def prefill_prompts(
-    model: Any,
+    model: model_lib.MiniMaxM1,
     state: state_lib.ServingState,
     sampling_state: slot_sampling.SlotSamplingState,
     batch: slot_sampling.SequenceBatch,

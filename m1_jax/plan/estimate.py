@@ -7,10 +7,10 @@ the compiler decides (activations). `report.py` prints these numbers beside the 
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from m1_jax import config as config_lib
 from m1_jax import logprobs, sharding
+from m1_jax import model as model_lib
 from m1_jax import params as params_lib
 from m1_jax.plan import collectives as collectives_lib
 
@@ -100,7 +100,7 @@ class ParamShard:
     reduce_group_size: int
 
 
-def list_param_shards(model: Any, layout: sharding.MeshLayout) -> list[ParamShard]:
+def list_param_shards(model: model_lib.MiniMaxM1, layout: sharding.MeshLayout) -> list[ParamShard]:
     """Return what every parameter of a model of shapes would be on a layout."""
     # Axes that split tokens: each chip along them has a gradient of its own tokens.
     token_axes = {a for a in sharding.ACTIVATION_RULES["tokens"] if layout.mesh.shape[a] > 1}

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from m1_jax import config as config_lib
 from m1_jax import flops, sharding
+from m1_jax import model as model_lib
 from m1_jax import params as params_lib
 from m1_jax import state as state_lib
 from m1_jax.plan import estimate, shapes
@@ -36,7 +37,7 @@ class JobSetting:
     config: config_lib.ModelConfig
     job: estimate.PlanJob
     layout: sharding.MeshLayout
-    model: Any
+    model: model_lib.MiniMaxM1
     serving_layout: sharding.MeshLayout | None = None
 
     def estimate_resources(self) -> estimate.ResourceEstimate:
@@ -74,7 +75,7 @@ class TracedProgram:
     """
 
     name: str
-    traced: Any
+    traced: jax.stages.Traced
     arguments: Mapping[str, Any]
     resource_estimate: estimate.ResourceEstimate
     flops: tuple[float, float] = (0.0, 0.0)
@@ -103,7 +104,10 @@ def state_and_kv_bytes(
 
 
 def estimate_job(
-    config: config_lib.ModelConfig, job: estimate.PlanJob, layout: sharding.MeshLayout, model: Any
+    config: config_lib.ModelConfig,
+    job: estimate.PlanJob,
+    layout: sharding.MeshLayout,
+    model: model_lib.MiniMaxM1,
 ) -> estimate.ResourceEstimate:
     """Return our own count of a job, by which meshes are ranked."""
     state_bytes = 0.0
@@ -307,7 +311,7 @@ JOB_TRACERS: dict[str, Callable[[JobSetting], list[TracedProgram]]] = {
 # ---- parts of the jobs of RL
 
 
-def abstract_sampler_model(setting: JobSetting) -> Any:
+def abstract_sampler_model(setting: JobSetting) -> model_lib.MiniMaxM1:
     """Return the bfloat16 weights that the sampler keeps, as shapes."""
     assert setting.serving_layout is not None
     return params_lib.abstract_model(
@@ -315,8 +319,9 @@ def abstract_sampler_model(setting: JobSetting) -> Any:
     )
 
 
+# `Any`, because `rl_batch` is imported inside: a `PackedRows` of shapes.
 def _abstract_rl_rows(setting: JobSetting) -> Any:
-    """Return a microbatch as `rl_batch.device_put_rows` puts it on the devices."""
+    """Return the shapes of a microbatch as `rl_batch.device_put_rows` puts it on the devices."""
     from train.rl import batch as rl_batch
 
     config, job, layout = setting.config, setting.job, setting.layout

@@ -8,6 +8,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from m1_jax import config as config_lib
+from m1_jax import model as model_lib
 from m1_jax import sharding
 from m1_jax.plan import config as plan_config
 from m1_jax.plan import estimate, jobs
@@ -68,7 +69,7 @@ def rank_meshes(
     devices: Sequence[Any],
     num_slices: int,
     limit_bytes: float,
-    model: Any,
+    model: model_lib.MiniMaxM1,
 ) -> list[dict[str, int]]:
     """Return the meshes that should fit, cheapest first. If none should, the least too large.
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
 from m1_jax import config as config_lib
+from m1_jax import model as model_lib
 from m1_jax import params as params_lib
 from m1_jax import sharding
 from m1_jax import state as state_lib
@@ -19,7 +20,7 @@ def abstract_job_model(
     job: estimate.PlanJob,
     layout: sharding.MeshLayout | None = None,
     weights: str | None = None,
-) -> Any:
+) -> model_lib.MiniMaxM1:
     """Return a bfloat16 model of sharded shapes. A trainer's parameters are float32."""
     # Master weights are float32. The forward pass casts them.
     param_dtype = jnp.float32 if job.mode == sharding.TRAIN else jnp.bfloat16
@@ -27,9 +28,10 @@ def abstract_job_model(
 
 
 def abstract_rows(
-    layout: sharding.MeshLayout, num_rows: int, length: int, dtype: Any = jnp.int32
+    layout: sharding.MeshLayout, num_rows: int, length: int, dtype: jax.typing.DTypeLike = jnp.int32
 ) -> Any:
-    """Return an array [rows, length] that lies as tokens do."""
+    """Return the shape of an array [rows, length] that lies as tokens do."""
+    # `Any`: a shape is passed where batches are annotated as arrays.
     # Rows of one token have no length to split.
     row_sharding = layout.activation_sharding("batch", "length" if length > 1 else None)
     return jax.ShapeDtypeStruct((num_rows, length), dtype, sharding=row_sharding)
@@ -37,7 +39,7 @@ def abstract_rows(
 
 def abstract_decode_state(
     config: config_lib.ModelConfig, layout: sharding.MeshLayout, job: estimate.PlanJob
-) -> Any:
+) -> state_lib.DecodeState:
     """Return the decode state of all rows, with room for `job.seq` tokens in each."""
     state = jax.eval_shape(lambda: state_lib.init_decode_state(config, job.batch, job.seq))
 
@@ -49,8 +51,13 @@ def abstract_decode_state(
     return jax.tree.map(add_sharding, state, state_lib.decode_state_specs(state, layout))
 
 
-def shard_like_model(shapes: Any, model: Any) -> Any:
-    """Return a tree of shapes with the shardings of a model of the same structure."""
+def shard_like_model(shapes: Any, model: model_lib.MiniMaxM1) -> Any:
+    """Return a tree of shapes with the shardings of a model of the same structure.
+
+    Args:
+      shapes: a tree of the model's structure, like its gradients.
+      model: the model, of sharded shapes.
+    """
 
     def copy_sharding(shape, param):
         return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=param.sharding)
