@@ -120,8 +120,8 @@ class OurPipeline:
     def next_tokens(self, host, num_rows: int) -> np.ndarray:
         """Return the host's rows of the next batch, 0 in padding and ids + 1 elsewhere."""
         del num_rows  # the stream knows its hosts
-        batch = next(host).batch
-        return np.where(batch.segment_ids > 0, batch.tokens + 1, 0)
+        arrays = next(host).arrays
+        return np.where(arrays.segment_ids > 0, arrays.tokens + 1, 0)
 
     def merge_states(self, hosts) -> dict:
         merged: dict[str, Any] = {}

@@ -34,7 +34,7 @@ def pieces(row):
     """Yield (sample, start in its document, slice of the row)."""
     for i, name in enumerate(row.sample_ids):
         sample, _, start = name.partition("@")
-        places = np.flatnonzero(row.batch.segment_ids == i + 1)
+        places = np.flatnonzero(row.arrays.segment_ids == i + 1)
         assert (np.diff(places) == 1).all()
         yield sample, int(start or 0), slice(places[0], places[-1] + 1)
 
@@ -46,16 +46,16 @@ LENGTHS = st.lists(st.integers(1, 50), min_size=1, max_size=40)
 def test_every_token_is_in_exactly_one_place(lengths, seq_len, lookahead, together):
     found = {}
     for row in pack(lengths, seq_len, lookahead, together):
-        real = row.batch.segment_ids > 0
-        assert not row.batch.weights[~real].any()
+        real = row.arrays.segment_ids > 0
+        assert not row.arrays.weights[~real].any()
         assert not row.source_ids[~real].any()
         assert (row.source_ids[real] == 1).all()
         assert together or len(row.sample_ids) == 1
         for sample, start, here in pieces(row):
             np.testing.assert_array_equal(
-                row.batch.positions[here], np.arange(here.stop - here.start)
+                row.arrays.positions[here], np.arange(here.stop - here.start)
             )
-            for place, token in enumerate(row.batch.tokens[here]):
+            for place, token in enumerate(row.arrays.tokens[here]):
                 assert (sample, start + place) not in found
                 found[sample, start + place] = token
     wanted = {
@@ -80,25 +80,25 @@ def test_a_document_of_n_tokens_gives_n_minus_1_predictions_even_if_cut(lengths,
     total = 0
     for row in pack(lengths, seq_len):
         for _, _, here in pieces(row):
-            learnt = row.batch.weights[here] > 0
+            learnt = row.arrays.weights[here] > 0
             # These documents count upwards, so that the next token is known.
             np.testing.assert_array_equal(
-                row.batch.targets[here][learnt], row.batch.tokens[here][learnt] + 1
+                row.arrays.targets[here][learnt], row.arrays.tokens[here][learnt] + 1
             )
             assert learnt[:-1].all()
-        total += row.batch.weights.sum()
+        total += row.arrays.weights.sum()
     assert total == sum(length - 1 for length in lengths)
 
 
 def test_weights_follow_what_is_to_be_learnt():
     learn = np.array([True, False, True, False, False, True])
     (row,) = pack([], 8, documents=[packing.TokenizedDocument(np.arange(6, dtype=np.int32), learn)])
-    np.testing.assert_array_equal(row.batch.weights, [0, 1, 0, 0, 1, 0, 0, 0])
-    np.testing.assert_array_equal(row.batch.targets, [1, 2, 3, 4, 5, 0, 0, 0])
-    assert {a.dtype.name for a in (row.batch.tokens, row.batch.segment_ids, row.batch.targets)} == {
-        "int32"
-    }
-    assert row.batch.weights.dtype == np.float32
+    np.testing.assert_array_equal(row.arrays.weights, [0, 1, 0, 0, 1, 0, 0, 0])
+    np.testing.assert_array_equal(row.arrays.targets, [1, 2, 3, 4, 5, 0, 0, 0])
+    assert {
+        a.dtype.name for a in (row.arrays.tokens, row.arrays.segment_ids, row.arrays.targets)
+    } == {"int32"}
+    assert row.arrays.weights.dtype == np.float32
 
 
 def test_the_longest_that_fits_is_taken_and_none_waits_for_ever():
@@ -114,6 +114,6 @@ def test_the_longest_that_fits_is_taken_and_none_waits_for_ever():
 def test_little_is_padding(mean):
     lengths = np.random.default_rng(0).lognormal(np.log(mean * 512), 1.0, 600).astype(int) + 2
     rows = pack(lengths, 512, lookahead=64)
-    used = np.mean([np.mean(row.batch.segment_ids != 0) for row in rows[:-3]])
+    used = np.mean([np.mean(row.arrays.segment_ids != 0) for row in rows[:-3]])
     print(mean, used)
     assert used > 0.95

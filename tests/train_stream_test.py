@@ -75,7 +75,7 @@ def change(config, **fields):
 
 
 def arrays(rows):
-    fields = [getattr(rows.batch, f.name) for f in dataclasses.fields(rows.batch)]
+    fields = [getattr(rows.arrays, f.name) for f in dataclasses.fields(rows.arrays)]
     return [*fields, rows.source_ids]
 
 
@@ -102,7 +102,7 @@ def joined(parts):
     fields = zip(*map(arrays, parts), strict=True)
     *batch, places = [np.concatenate(field) for field in fields]
     return dataclasses.replace(
-        parts[0], batch=type(parts[0].batch)(*batch), source_ids=places, sample_ids=samples
+        parts[0], arrays=type(parts[0].arrays)(*batch), source_ids=places, sample_ids=samples
     )
 
 
@@ -111,8 +111,8 @@ def test_rows_are_what_the_step_takes(config, tokenizer):
         rows = next(stream)
     for array in arrays(rows):
         assert array.shape == (4, 64)
-        assert array.dtype == (np.float32 if array is rows.batch.weights else np.int32)
-    assert rows.utilization == np.mean(rows.batch.segment_ids > 0) > 0.5
+        assert array.dtype == (np.float32 if array is rows.arrays.weights else np.int32)
+    assert rows.utilization == np.mean(rows.arrays.segment_ids > 0) > 0.5
     assert set(np.unique(rows.source_ids)) <= {0, 1, 2, 3}
     assert len(rows.sample_ids) == 4
     assert rows.wait_secs > 0
@@ -196,8 +196,8 @@ def places(rows):
     for r, samples in enumerate(rows.sample_ids):
         for i, name in enumerate(samples):
             sample, _, start = name.partition("@")
-            here = rows.batch.segment_ids[r] == i + 1
-            for place, token in enumerate(rows.batch.tokens[r][here]):
+            here = rows.arrays.segment_ids[r] == i + 1
+            for place, token in enumerate(rows.arrays.tokens[r][here]):
                 yield (sample, int(start or 0) + place), token
 
 
@@ -215,7 +215,7 @@ def test_one_epoch_is_every_token_of_every_record_once(config, tokenizer):
     batches = 0
     with stream_lib.BatchStream(config, tokenizer, num_epochs=1) as stream:
         for rows in stream:
-            assert rows.batch.tokens.shape == (4, 64)
+            assert rows.arrays.tokens.shape == (4, 64)
             found.update(dict(places(rows)).keys())
             batches += 1
         with pytest.raises(StopIteration):

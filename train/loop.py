@@ -191,7 +191,7 @@ class TrainSession:
             while self.step < last_step:
                 trace_step(self.step)
                 host_batch = next(stream)
-                batch = batch_placement(host_batch.batch)
+                batch = batch_placement.device_put_batch(host_batch.arrays)
                 # The old state is donated. Its buffers hold the new one after this line.
                 state, values = step_lib.train_step(state, batch, settings=settings)
                 self.step += 1
@@ -300,7 +300,8 @@ class TrainSession:
         num_batches = 0
         with self.setup.open_stream(index, batch_placement, config.sources) as stream:
             for host_batch in itertools.islice(stream, config.batches or None):
-                batch, source_ids = batch_placement((host_batch.batch, host_batch.source_ids))
+                batch = batch_placement.device_put_batch(host_batch.arrays)
+                source_ids = batch_placement.device_put_array(host_batch.source_ids)
                 sums = evaluate.sum_losses(model, batch, source_ids, len(names))
                 totals += np.asarray(sums, np.float64)
                 num_batches += 1

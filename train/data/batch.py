@@ -1,19 +1,19 @@
-"""The schema of a training batch, which the data pipeline makes and the step takes."""
+"""The schema of a training batch: numpy arrays on the host, and jax arrays that the step takes."""
 
 import dataclasses
 
 import jax
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Float32, Int, Int32
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainBatch:
-    """Rows of T tokens.
+    """Rows of T tokens on the devices.
 
-    The packer makes single rows [T]. A batch is [B, T]. A step that accumulates gradients splits a
-    batch into [microbatches, B / microbatches, T].
+    A batch is [B, T]. A step that accumulates gradients splits it into
+    [microbatches, B / microbatches, T].
 
     Attributes:
       tokens: input token ids. Padding has any valid id.
@@ -31,15 +31,29 @@ class TrainBatch:
     weights: Float[Array, "*B T"]
 
 
-def make_padding(*shape: int) -> TrainBatch:
-    """Return a batch of padding, as numpy arrays that may be written in place."""
+# eq=False: the default comparison of arrays would raise.
+@dataclasses.dataclass(eq=False)
+class HostTrainBatch:
+    """Rows of T tokens on the host: the fields of `TrainBatch` as numpy arrays.
+
+    The packer writes single rows [T] in place. A batch is [B, T].
+    `placement.BatchPlacement.device_put_batch` makes a `TrainBatch` of it.
+    """
+
+    tokens: Int32[np.ndarray, "*B T"]
+    segment_ids: Int32[np.ndarray, "*B T"]
+    positions: Int32[np.ndarray, "*B T"]
+    targets: Int32[np.ndarray, "*B T"]
+    weights: Float32[np.ndarray, "*B T"]
+
+
+def make_padding(*shape: int) -> HostTrainBatch:
+    """Return rows of padding."""
     tokens, segment_ids, positions, targets = (np.zeros(shape, np.int32) for _ in range(4))
-    weights = np.zeros(shape, np.float32)
-    # A list without element types: the schema's are jax arrays, and these are numpy.
-    fields: list = [tokens, segment_ids, positions, targets, weights]
-    return TrainBatch(*fields)
+    return HostTrainBatch(tokens, segment_ids, positions, targets, np.zeros(shape, np.float32))
 
 
-def stack_rows(rows: list[TrainBatch]) -> TrainBatch:
-    """Return rows [T] as a batch [B, T], numpy."""
-    return jax.tree.map(lambda *arrays: np.stack(arrays), *rows)
+def stack_rows(rows: list[HostTrainBatch]) -> HostTrainBatch:
+    """Return rows [T] as a batch [B, T]."""
+    names = [field.name for field in dataclasses.fields(HostTrainBatch)]
+    return HostTrainBatch(*(np.stack([getattr(row, name) for row in rows]) for name in names))

@@ -7,7 +7,6 @@ context and no token: the last token of a segment still learns to predict the ne
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Int32
@@ -63,13 +62,13 @@ class PackedRow:
     """One row of a batch, and where its tokens come from.
 
     Attributes:
-      batch: the row's arrays [T], numpy.
+      arrays: the row's tokens, targets and weights [T].
       source_ids: number of each token's source from 1, 0 for padding.
       sample_ids: of each segment, "source:index:epoch". "@" and the segment's first token in the
         document follow where the segment does not start its document.
     """
 
-    batch: batch_lib.TrainBatch
+    arrays: batch_lib.HostTrainBatch
     source_ids: Int32[np.ndarray, "T"]
     sample_ids: list[str]
 
@@ -160,9 +159,7 @@ def _refill_pending(
 
 def _write_segment(row: PackedRow, offset: int, source: PendingPiece, length: int) -> None:
     """Copy the first `length` tokens of a piece into a row, from `offset` on."""
-    # The schema's types are those of the step. Here the arrays are numpy and written in place.
-    arrays: Any = row.batch
-    document, start = source.document, source.start
+    arrays, document, start = row.arrays, source.document, source.start
     span = slice(offset, offset + length)
     arrays.tokens[span] = document.tokens[start : start + length]
     arrays.segment_ids[span] = len(row.sample_ids) + 1

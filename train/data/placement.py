@@ -1,5 +1,6 @@
 """Placement of a batch's rows onto the devices that they belong to."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -7,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from m1_jax import sharding
+from train.data import batch as batch_lib
 
 
 class BatchPlacement:
@@ -49,20 +51,26 @@ class BatchPlacement:
             )
         self.block_index, self.num_blocks = self.first_row // size, num_rows // size
 
-    def __call__(self, tree: Any) -> Any:
-        """Return global arrays [rows, T] of the local ones [rows / num_blocks, T]."""
+    def device_put_batch(self, batch: batch_lib.HostTrainBatch) -> batch_lib.TrainBatch:
+        """Return the global batch of which `batch` has this process's rows."""
+        names = [field.name for field in dataclasses.fields(batch)]
+        return batch_lib.TrainBatch(
+            **{name: self.device_put_array(getattr(batch, name)) for name in names}
+        )
+
+    def device_put_array(self, local: np.ndarray) -> jax.Array:
+        """Return the global array [rows, T] of a local one [rows / num_blocks, T]."""
         if self.layout is None:
-            return jax.tree.map(jnp.asarray, tree)
-        array_sharding = self.layout.activation_sharding("batch", "length")
+            return jnp.asarray(local)
 
-        def place_array(local: np.ndarray) -> jax.Array:
-            # JAX calls it for the index ranges of this process's devices, in global numbers. So
-            # every process gives its own rows, and none needs the whole batch.
-            def read_shard(index: Any) -> np.ndarray:
-                start, stop, _ = index[0].indices(self.num_rows)
-                return local[start - self.first_row : stop - self.first_row, index[1]]
+        # JAX calls it for the index ranges of this process's devices, in global numbers. So every
+        # process gives its own rows, and none needs the whole batch.
+        def read_shard(index: Any) -> np.ndarray:
+            start, stop, _ = index[0].indices(self.num_rows)
+            return local[start - self.first_row : stop - self.first_row, index[1]]
 
-            shape = (self.num_rows, local.shape[1])
-            return jax.make_array_from_callback(shape, array_sharding, read_shard)
-
-        return jax.tree.map(place_array, tree)
+        return jax.make_array_from_callback(
+            (self.num_rows, local.shape[1]),
+            self.layout.activation_sharding("batch", "length"),
+            read_shard,
+        )

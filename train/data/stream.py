@@ -27,7 +27,7 @@ class HostBatch:
     """This host's B rows of one batch.
 
     Attributes:
-      batch: the rows' arrays, numpy.
+      arrays: the rows' tokens, targets and weights [B, T].
       source_ids: number of each token's source from 1, 0 for padding.
       sample_ids: of each row, see `packing.PackedRow`.
       utilization: share of the tokens that are no padding, 0 to 1.
@@ -35,7 +35,7 @@ class HostBatch:
       num_dropped: number of conversations that this host's lanes left out so far.
     """
 
-    batch: batch_lib.TrainBatch
+    arrays: batch_lib.HostTrainBatch
     source_ids: Int32[np.ndarray, "B T"]
     sample_ids: list[list[str]]
     utilization: float
@@ -202,12 +202,12 @@ class BatchStream:
         self.close()
 
     def _stack_rows(self, rows: list[packing.PackedRow], wait_secs: float) -> HostBatch:
-        batch = batch_lib.stack_rows([row.batch for row in rows])
+        arrays = batch_lib.stack_rows([row.arrays for row in rows])
         return HostBatch(
-            batch=batch,
+            arrays=arrays,
             source_ids=np.stack([row.source_ids for row in rows]),
             sample_ids=[row.sample_ids for row in rows],
-            utilization=float(np.mean(np.asarray(batch.segment_ids) != 0)),
+            utilization=float(np.mean(arrays.segment_ids != 0)),
             wait_secs=wait_secs,
             num_dropped=sum(state.get("dropped", 0) for state in self._lane_states.values()),
         )
