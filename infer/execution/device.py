@@ -5,8 +5,7 @@ one order. That is what the other processes of a mesh repeat (`execution/leader_
 """
 
 import concurrent.futures
-import dataclasses
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import jax
@@ -14,33 +13,12 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from infer import config as config_lib
-from infer.execution import host_batch, programs, slot_sampling, transfers
+from infer.execution import host_batch, program_spec, programs, slot_sampling, transfers
 from infer.scheduling import plan as plan_lib
 from m1_jax import model as model_lib
 from m1_jax.serving import state as state_lib
 
-
-@dataclasses.dataclass(frozen=True)
-class ProgramSpec:
-    """A program of the device.
-
-    Attributes:
-      function: takes the buffers named in `takes`, in order, then host arrays. It returns the
-        buffers named in `donates`, updated, then its result if it has one.
-      takes: device buffers that it reads: "model", "state" or "sampling".
-      host_arguments: examples of the host arrays, by the program's size. It is compiled once for
-        each. The size is 0 where there is only one.
-      donates: buffers whose memory it reuses for their updated versions.
-      has_result: whether it returns something besides the donated buffers.
-      output_shardings: of all that it returns. None on one device, and where XLA may choose.
-    """
-
-    function: Callable
-    takes: tuple[str, ...]
-    host_arguments: Mapping[int, tuple[Any, ...]]
-    donates: tuple[str, ...] = ()
-    has_result: bool = False
-    output_shardings: Any = None
+ProgramName = program_spec.ProgramName
 
 
 class Device:
@@ -53,8 +31,8 @@ class Device:
 
     def __init__(self, model: model_lib.MiniMaxM1, config: config_lib.EngineConfig):
         """Allocate all memory and compile all programs."""
-        # The weights are kept as leaves: swaps replace them, the tree stays.
-        weights, self._tree = jax.tree.flatten(model)
+        # The weights are kept as leaves: swaps replace them, the model's structure stays.
+        weights, self._model_structure = jax.tree.flatten(model)
         layout = model.layout
         self._replicated = None if layout is None else NamedSharding(layout.mesh, PartitionSpec())
         state = state_lib.init_serving_state(
@@ -69,11 +47,11 @@ class Device:
         sampling = jax.jit(
             slot_sampling.init_sampling_state, static_argnums=(0, 1), out_shardings=self._replicated
         )(config.total_slots, model.config.vocab_size)
-        self._buffers: dict[str, Any] = {"model": weights, "state": state, "sampling": sampling}
+        self._buffers: dict[str, Any] = {"weights": weights, "state": state, "sampling": sampling}
         # By sequence: what `swap_out` read, as trees of `_HostCopy`.
         self._host_copies: dict[Hashable, list[Any]] = {}
         self.limits = _measure_limits(config, state)
-        self._programs: dict[tuple[str, int], CompiledProgram] = {}  # by name and size
+        self._programs: dict[tuple[ProgramName, int], CompiledProgram] = {}  # by name and size
         self._specs = self._declare_steps(config)
         self._specs |= self._declare_transfers(config, model.config.vocab_size)
         self._compile_programs()
@@ -82,13 +60,13 @@ class Device:
     @property
     def weights(self) -> list[Any]:
         """The parameters, leaf by leaf."""
-        return self._buffers["model"]
+        return self._buffers["weights"]
 
-    def run_program(self, name: str, size: int, *host_arguments: Any) -> Any:
+    def run_program(self, name: ProgramName, size: int, *host_arguments: Any) -> Any:
         """Dispatch a program on host arrays, without waiting for it.
 
         Args:
-          name: as in `_declare_steps` and `_declare_transfers`.
+          name: a program that `_declare_steps` or `_declare_transfers` declares for this config.
           size: which variant to run, by its rows or tokens. 0 where there is one variant alone.
 
         Returns:
@@ -113,8 +91,8 @@ class Device:
         Args:
           slices: (slot, pages) of `host_batch.split_pages`, which together cover the sequence.
         """
-        parts = [self.run_program("read_sequence", 0, *part) for part in slices]
-        sampling = self.run_program("read_sampling", 0, slices[0][0])
+        parts = [self.run_program(ProgramName.READ_SEQUENCE, 0, *part) for part in slices]
+        sampling = self.run_program(ProgramName.READ_SAMPLING, 0, slices[0][0])
         # `_HostCopy` waits for the data, and by that for every program dispatched so far.
         self._host_copies[sequence_id] = [jax.tree.map(_HostCopy, x) for x in (*parts, sampling)]
 
@@ -129,8 +107,8 @@ class Device:
             for x in self._host_copies.pop(sequence_id)
         )
         for part_slice, part in zip(slices, parts, strict=True):
-            self.run_program("write_sequence", 0, *part_slice, part)
-        self.run_program("write_sampling", 0, slices[0][0], sampling)
+            self.run_program(ProgramName.WRITE_SEQUENCE, 0, *part_slice, part)
+        self.run_program(ProgramName.WRITE_SAMPLING, 0, slices[0][0], sampling)
 
     def drop_host_copy(self, sequence_id: Hashable) -> None:
         """Forget the host's copy of a sequence."""
@@ -149,19 +127,19 @@ class Device:
             for leaf in jax.tree.leaves(model)
         ]
         # The programs are compiled for these shardings, and refuse any other.
-        self._buffers["model"] = [
+        self._buffers["weights"] = [
             jax.device_put(new_leaf, leaf.sharding)
-            for leaf, new_leaf in zip(self._buffers["model"], leaves, strict=True)
+            for leaf, new_leaf in zip(self._buffers["weights"], leaves, strict=True)
         ]
 
     def check_weights(self, model: model_lib.MiniMaxM1) -> None:
         """Raise ValueError for weights of other shapes, dtypes or layout."""
-        leaves, tree = jax.tree.flatten(model)
-        if tree != self._tree:
+        leaves, structure = jax.tree.flatten(model)
+        if structure != self._model_structure:
             raise ValueError(
                 "swap_weights: got another model; wanted other weights of the same model"
             )
-        for leaf, new_leaf in zip(self._buffers["model"], leaves, strict=True):
+        for leaf, new_leaf in zip(self._buffers["weights"], leaves, strict=True):
             if (leaf.shape, leaf.dtype) != (new_leaf.shape, new_leaf.dtype):
                 raise ValueError(
                     f"swap_weights: got {jax.typeof(new_leaf)}; wanted {jax.typeof(leaf)}, as the "
@@ -177,43 +155,47 @@ class Device:
     def close(self) -> None:
         """Do nothing, likewise."""
 
-    def _declare_steps(self, config: config_lib.EngineConfig) -> dict[str, ProgramSpec]:
+    def _declare_steps(
+        self, config: config_lib.EngineConfig
+    ) -> dict[ProgramName, program_spec.ProgramSpec]:
         """Return the programs that run the model."""
         tiling = programs.Tiling(config.attention_tile, config.matmul_tile)
-        tree = self._tree
+        structure = self._model_structure
 
         def decode(weights, state, sampling, batch, steps):
-            model = jax.tree.unflatten(tree, weights)
+            model = jax.tree.unflatten(structure, weights)
             return programs.decode_tokens(
                 model, state, sampling, batch, steps, tiling, config.decode_steps
             )
 
         def prefill(weights, state, sampling, batch, prompts):
-            model = jax.tree.unflatten(tree, weights)
+            model = jax.tree.unflatten(structure, weights)
             return programs.prefill_prompts(model, state, sampling, batch, prompts, tiling)
 
         def verify(weights, state, sampling, batch, drafts):
-            model = jax.tree.unflatten(tree, weights)
+            model = jax.tree.unflatten(structure, weights)
             return programs.verify_drafts(model, state, sampling, batch, drafts, tiling)
 
         def declare(function, host_arguments):
-            takes, donates = ("model", "state", "sampling"), ("state", "sampling")
+            takes, donates = ("weights", "state", "sampling"), ("state", "sampling")
             # What is sampled is needed on the host, and the sampling state is small: both are
             # replicated. The serving state keeps the shardings that it was made with.
             shardings = None
             if self._replicated is not None:
                 shardings = (self._state_shardings(), self._replicated, self._replicated)
-            return ProgramSpec(function, takes, host_arguments, donates, True, shardings)
+            return program_spec.ProgramSpec(
+                function, takes, host_arguments, donates, True, shardings
+            )
 
         def make_batch(rows):
             return host_batch.make_empty_batch(rows, config)
 
         steps = np.int32(0)  # an example: calls pass the steps to make
         specs = {
-            "decode": declare(
+            ProgramName.DECODE: declare(
                 decode, {rows: (make_batch(rows), steps) for rows in config.decode_batch_sizes}
             ),
-            "prefill": declare(
+            ProgramName.PREFILL: declare(
                 prefill,
                 {
                     tokens: (
@@ -228,58 +210,64 @@ class Device:
             # One size alone: `Dispatcher` checks guesses only where few rows run.
             rows = config.decode_batch_sizes[0]
             drafts = np.zeros((rows, config.attention_tile), np.int32)
-            specs["verify"] = declare(verify, {rows: (make_batch(rows), drafts)})
+            specs[ProgramName.VERIFY] = declare(verify, {rows: (make_batch(rows), drafts)})
         return specs
 
     def _declare_transfers(
         self, config: config_lib.EngineConfig, vocab_size: int
-    ) -> dict[str, ProgramSpec]:
+    ) -> dict[ProgramName, program_spec.ProgramSpec]:
         """Return the programs that move memory, or change the sampling state of one slot."""
         slot, pages = np.int32(0), np.zeros(transfers.SWAP_PAGES, np.int32)
         state_shardings = None if self._replicated is None else self._state_shardings()
 
         def change_state(function, *host_arguments):
             buffers = ("state",)
-            return ProgramSpec(
+            return program_spec.ProgramSpec(
                 function, buffers, {0: host_arguments}, buffers, output_shardings=state_shardings
             )
 
         def change_sampling(function, *host_arguments):
             buffers = ("sampling",)
-            return ProgramSpec(
+            return program_spec.ProgramSpec(
                 function, buffers, {0: host_arguments}, buffers, output_shardings=self._replicated
             )
 
         def read(function, buffer, *host_arguments, output_shardings=self._replicated):
-            return ProgramSpec(
+            return program_spec.ProgramSpec(
                 function, (buffer,), {0: host_arguments}, output_shardings=output_shardings
             )
 
         no_tokens, no_mask = host_batch.pad_tokens([]), host_batch.make_free_mask(vocab_size)
         specs = {
-            "copy_state": change_state(transfers.copy_states, slot, slot),
-            "reset_slot": change_sampling(transfers.reset_slot, slot, *host_batch.make_bias({})),
-            "count_tokens": change_sampling(
+            ProgramName.COPY_STATE: change_state(transfers.copy_states, slot, slot),
+            ProgramName.RESET_SLOT: change_sampling(
+                transfers.reset_slot, slot, *host_batch.make_bias({})
+            ),
+            ProgramName.COUNT_TOKENS: change_sampling(
                 transfers.count_tokens, slot, no_tokens, np.bool_(True)
             ),
-            "set_mask": change_sampling(transfers.set_mask, slot, no_mask),
+            ProgramName.SET_MASK: change_sampling(transfers.set_mask, slot, no_mask),
         }
         if config.record_routes:
-            specs["read_expert_ids"] = read(transfers.read_expert_ids, "state", pages)
+            specs[ProgramName.READ_EXPERT_IDS] = read(transfers.read_expert_ids, "state", pages)
         if config.host_bytes:
             # XLA chooses the shardings of what is read: the state's, without the axis of slots or
             # pages, which is not split. Writing takes what reading returns, so reading is compiled
             # here, ahead of the other programs.
-            specs["read_sequence"] = read(
+            specs[ProgramName.READ_SEQUENCE] = read(
                 transfers.read_sequence, "state", slot, pages, output_shardings=None
             )
-            self._programs["read_sequence", 0] = self._compile_program(specs["read_sequence"], 0)
-            part = self._programs["read_sequence", 0].output_shapes
-            specs["write_sequence"] = change_state(transfers.write_sequence, slot, pages, part)
+            self._programs[ProgramName.READ_SEQUENCE, 0] = self._compile_program(
+                specs[ProgramName.READ_SEQUENCE], 0
+            )
+            part = self._programs[ProgramName.READ_SEQUENCE, 0].output_shapes
+            specs[ProgramName.WRITE_SEQUENCE] = change_state(
+                transfers.write_sequence, slot, pages, part
+            )
             shapes = jax.eval_shape(transfers.read_sampling_state, self._buffers["sampling"], slot)
             sampling = self._replicate_shapes(shapes)
-            specs["read_sampling"] = read(transfers.read_sampling_state, "sampling", slot)
-            specs["write_sampling"] = change_sampling(
+            specs[ProgramName.READ_SAMPLING] = read(transfers.read_sampling_state, "sampling", slot)
+            specs[ProgramName.WRITE_SAMPLING] = change_sampling(
                 transfers.write_sampling_state, slot, sampling
             )
         return specs
@@ -296,7 +284,7 @@ class Device:
             }
             self._programs |= {key: future.result() for key, future in futures.items()}
 
-    def _compile_program(self, spec: ProgramSpec, size: int) -> "CompiledProgram":
+    def _compile_program(self, spec: program_spec.ProgramSpec, size: int) -> "CompiledProgram":
         return CompiledProgram(
             spec.function,
             [spec.takes.index(buffer) for buffer in spec.donates],

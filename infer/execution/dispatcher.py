@@ -9,8 +9,10 @@ import numpy as np
 from infer import config as config_lib
 from infer import request as request_lib
 from infer.execution import device as device_lib
-from infer.execution import host_batch, leader_follower, sampling, transfers
+from infer.execution import host_batch, leader_follower, program_spec, sampling, transfers
 from infer.scheduling import plan as plan_lib
+
+ProgramName = program_spec.ProgramName
 
 
 class SlotState(enum.Enum):
@@ -97,7 +99,10 @@ class Dispatcher:
     def read_expert_ids(self, pages: Sequence[int]) -> np.ndarray:
         """Wait for the experts of all tokens in some pages: [tokens, layers, choices]."""
         slices = host_batch.split_pages(0, pages)
-        parts = [self._device.run_program("read_expert_ids", 0, page_ids) for _, page_ids in slices]
+        parts = [
+            self._device.run_program(ProgramName.READ_EXPERT_IDS, 0, page_ids)
+            for _, page_ids in slices
+        ]
         expert_ids = np.concatenate([np.asarray(part) for part in parts])
         return expert_ids.reshape(-1, *expert_ids.shape[2:])
 
@@ -112,7 +117,7 @@ class Dispatcher:
         prompts = host_batch.pack_prompts(chunks, tokens, self._config)
         rows = host_batch.MAX_PREFILL_CHUNKS
         batch = host_batch.make_batch(rows, chunks, requests, self._config)
-        return self._device.run_program("prefill", len(prompts.tokens), batch, prompts)
+        return self._device.run_program(ProgramName.PREFILL, len(prompts.tokens), batch, prompts)
 
     def _start_decode(
         self, plan: plan_lib.StepPlan, requests: Sequence[request_lib.Request | None]
@@ -122,8 +127,10 @@ class Dispatcher:
         batch = host_batch.make_batch(size, plan.decode_rows, requests, self._config)
         drafts = self._draft_tokens(size, plan, requests)
         if drafts is None:
-            return self._device.run_program("decode", size, batch, np.int32(plan.max_steps))
-        return self._device.run_program("verify", size, batch, drafts)
+            return self._device.run_program(
+                ProgramName.DECODE, size, batch, np.int32(plan.max_steps)
+            )
+        return self._device.run_program(ProgramName.VERIFY, size, batch, drafts)
 
     def _draft_tokens(
         self,
@@ -158,7 +165,9 @@ class Dispatcher:
         """Move memory."""
         match action:
             case plan_lib.CopyState(source, target):
-                self._device.run_program("copy_state", 0, np.int32(source), np.int32(target))
+                self._device.run_program(
+                    ProgramName.COPY_STATE, 0, np.int32(source), np.int32(target)
+                )
             case plan_lib.SwapOut(sequence_id, slot, pages):
                 self._device.swap_out(sequence_id, host_batch.split_pages(slot, pages))
             case plan_lib.SwapIn(sequence_id, slot, pages):
@@ -177,7 +186,7 @@ class Dispatcher:
         # A request without penalties, bias or grammar is served from a clean slot as it is.
         if not is_own and (has_own_state or use.state is not SlotState.CLEAN):
             bias = host_batch.make_bias(options.logit_bias)
-            self._device.run_program("reset_slot", 0, slot_id, *bias)
+            self._device.run_program(ProgramName.RESET_SLOT, 0, slot_id, *bias)
             if has_own_state:
                 self._set_owner(slot, request.number)
             else:
@@ -189,12 +198,14 @@ class Dispatcher:
                 self._count_tokens(slot_id, [token.id for token in request.tokens], in_prompt=False)
         # A grammar allows other tokens after every token, so its mask is sent every time.
         if request.matcher is not None:
-            self._device.run_program("set_mask", 0, slot_id, request.grammar_mask)
+            self._device.run_program(ProgramName.SET_MASK, 0, slot_id, request.grammar_mask)
 
     def _count_tokens(self, slot_id: np.int32, tokens: Sequence[int], in_prompt: bool) -> None:
         for first in range(0, len(tokens), transfers.COUNT_TOKENS):
             block = host_batch.pad_tokens(tokens[first : first + transfers.COUNT_TOKENS])
-            self._device.run_program("count_tokens", 0, slot_id, block, np.bool_(in_prompt))
+            self._device.run_program(
+                ProgramName.COUNT_TOKENS, 0, slot_id, block, np.bool_(in_prompt)
+            )
 
     def _set_owner(self, slot: int, number: Hashable) -> None:
         """Note that a slot holds a request's own state. A slot that it had before is dirty now."""

@@ -13,25 +13,27 @@ Where the processes do something else together in between, such as training, pro
 `dismiss_followers`, and the others, with a `Follower`, come back to `follow`.
 """
 
+import enum
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 from infer import config as config_lib
-from infer.execution import device
+from infer.execution import device, program_spec
 from m1_jax import model as model_lib
 from m1_jax import multihost
 
-# What may be called by name. The data comes from process 0 of the same run, and is still checked.
-_DEVICE_CALLS = (
-    "run_program",
-    "swap_out",
-    "swap_in",
-    "drop_host_copy",
-    "swap_weights",
-    "keep_alive",
-    "dismiss_followers",
-    "close",
-)
+
+class DeviceCall(enum.StrEnum):
+    """What the leader broadcasts: methods of `device.Device`, and nothing else, by their names."""
+
+    RUN_PROGRAM = "run_program"
+    SWAP_OUT = "swap_out"
+    SWAP_IN = "swap_in"
+    DROP_HOST_COPY = "drop_host_copy"
+    SWAP_WEIGHTS = "swap_weights"
+    KEEP_ALIVE = "keep_alive"
+    DISMISS_FOLLOWERS = "dismiss_followers"
+    CLOSE = "close"
 
 
 class Leader:
@@ -48,40 +50,40 @@ class Leader:
     def weights(self) -> list[Any]:
         return self._device.weights
 
-    def run_program(self, name: str, size: int, *host_arguments: Any) -> Any:
-        _broadcast_call("run_program", name, size, *host_arguments)
+    def run_program(self, name: program_spec.ProgramName, size: int, *host_arguments: Any) -> Any:
+        _broadcast_call(DeviceCall.RUN_PROGRAM, name, size, *host_arguments)
         return self._device.run_program(name, size, *host_arguments)
 
     def swap_out(self, sequence_id: Hashable, slices: Sequence[tuple[Any, Any]]) -> None:
-        _broadcast_call("swap_out", sequence_id, slices)
+        _broadcast_call(DeviceCall.SWAP_OUT, sequence_id, slices)
         self._device.swap_out(sequence_id, slices)
 
     def swap_in(self, sequence_id: Hashable, slices: Sequence[tuple[Any, Any]]) -> None:
-        _broadcast_call("swap_in", sequence_id, slices)
+        _broadcast_call(DeviceCall.SWAP_IN, sequence_id, slices)
         self._device.swap_in(sequence_id, slices)
 
     def drop_host_copy(self, sequence_id: Hashable) -> None:
-        _broadcast_call("drop_host_copy", sequence_id)
+        _broadcast_call(DeviceCall.DROP_HOST_COPY, sequence_id)
         self._device.drop_host_copy(sequence_id)
 
     def swap_weights(self, model: model_lib.MiniMaxM1) -> None:
         """Take other weights. The followers ask their `next_model` for their parts of them."""
         # Checked before the broadcast: a follower that swapped alone could not go back.
         self._device.check_weights(model)
-        _broadcast_call("swap_weights")
+        _broadcast_call(DeviceCall.SWAP_WEIGHTS)
         self._device.swap_weights(model)
 
     def keep_alive(self) -> None:
         """Give the followers something to receive: collectives have time limits."""
-        _broadcast_call("keep_alive")
+        _broadcast_call(DeviceCall.KEEP_ALIVE)
 
     def dismiss_followers(self) -> None:
         """Let the followers return from `follow` for now."""
-        _broadcast_call("dismiss_followers")
+        _broadcast_call(DeviceCall.DISMISS_FOLLOWERS)
 
     def close(self) -> None:
         """Let the followers return from `follow` for good."""
-        _broadcast_call("close")
+        _broadcast_call(DeviceCall.CLOSE)
 
 
 class Follower:
@@ -100,17 +102,17 @@ class Follower:
           ValueError: weights are swapped and there is no `next_model`.
         """
         while True:
-            name, arguments = _receive_call()
-            if name in ("close", "dismiss_followers"):
+            call, arguments = _receive_call()
+            if call in (DeviceCall.CLOSE, DeviceCall.DISMISS_FOLLOWERS):
                 return
-            if name == "swap_weights":
+            if call is DeviceCall.SWAP_WEIGHTS:
                 if next_model is None:
                     raise ValueError(
                         "swap_weights: process 0 swaps weights; wanted follow(next_model=...)"
                     )
                 self._device.swap_weights(next_model())
-            elif name != "keep_alive":
-                getattr(self._device, name)(*arguments)
+            elif call is not DeviceCall.KEEP_ALIVE:
+                getattr(self._device, call)(*arguments)
 
 
 def follow_engine(
@@ -122,14 +124,14 @@ def follow_engine(
     Follower(model, config).follow(next_model)
 
 
-def _broadcast_call(name: str, *arguments: Any) -> None:
+def _broadcast_call(call: DeviceCall, *arguments: Any) -> None:
     """Tell the followers of a call, from process 0."""
-    multihost.broadcast_object((name, arguments))
+    multihost.broadcast_object((call, arguments))
 
 
-def _receive_call() -> tuple[str, tuple[Any, ...]]:
+def _receive_call() -> tuple[DeviceCall, tuple[Any, ...]]:
     """Wait for the next call of process 0."""
     # None: only process 0's value counts.
-    name, arguments = multihost.broadcast_object(None)
-    assert name in _DEVICE_CALLS, name
-    return name, arguments
+    call, arguments = multihost.broadcast_object(None)
+    # The call comes from process 0 of the same run, and is still checked before it is made.
+    return DeviceCall(call), arguments
