@@ -11,8 +11,8 @@ _MAX_PREFILL_TOKENS = 2048  # `fit_config` stops growing its prefill program her
 class EngineConfig:
     """Sizes of an engine.
 
-    The grid is the multiples of `chunk_tokens`: pages end there, and recurrent states move on
-    there.
+    The chunk borders are the multiples of `chunk_tokens`: pages end there, and recurrent states
+    move on there.
 
     Attributes:
       max_length: longest sequence, prompt and output together, in tokens.
@@ -92,8 +92,8 @@ class EngineConfig:
                 "less than attention_tile"
             )
         sizes = self.prefill_tokens
-        # The largest program must hold a whole chunk: a prompt is cut on the grid, so less could
-        # never advance it.
+        # The largest program must hold a whole chunk: a prompt is cut at chunk borders, so less
+        # could never advance it.
         if not sizes or list(sizes) != sorted(set(sizes)) or sizes[-1] < chunk:
             raise ValueError(
                 f"prefill_tokens: got {sizes}; wanted ascending sizes, the last at least "

@@ -31,7 +31,7 @@ def chain_of(tokens, version):
 class Slot:
     """A state slot as the device remembers it.
 
-    chunk: (length, content) of the state on the grid.
+    chunk: (length, content) of the state at the last chunk border.
     last: the same with the open chunk.
     token: sampled or known, not computed yet.
     stopped: whether the row does nothing any more.

@@ -136,7 +136,7 @@ def test_agrees_with_the_forward_pass_and_with_extend(name, chunk):
     got = serve(server, one, (64,))
     want = np.asarray(model(jnp.asarray(one.tokens)[None]))[0]
     np.testing.assert_allclose(got, want, rtol=0, atol=2e-5)
-    # The states that both leave, where the grid has a point.
+    # The states that both leave, where a chunk border is.
     whole = LENGTH // chunk * chunk
     _, extended = model.extend(jnp.asarray(one.tokens)[None, :whole], model.init_state(1, LENGTH))
     for mine, theirs in zip(server.state.layers, extended.layers, strict=True):

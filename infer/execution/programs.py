@@ -3,7 +3,7 @@
 Every option of a request is an array, so nothing about requests changes a program. There is one
 decode program per number of rows, one prefill program per number of tokens, and a few that move
 memory (`execution/transfers.py`). What lasts between programs stays on the device: the serving
-state (`m1_jax/state.py`), and for each slot what choosing its next token needs
+state (`m1_jax/serving/state.py`), and for each slot what choosing its next token needs
 (`execution/slot_sampling.py`). A program's other arguments are fresh host arrays every time.
 
 Slot 0 and page 0 belong to padding. Rows that do not take part are pointed at them, so that their
@@ -173,8 +173,8 @@ def verify_drafts(
     """Make tokens as `decode_tokens` does, several at once where guesses at them turn out right.
 
     Every guess is checked by choosing from the logits before it as `decode_tokens` would: a row of
-    a tile is computed as it is alone. What a wrong guess left in ring and pages is overwritten
-    before anything reads it.
+    a tile is computed as it is alone. What a wrong guess left in the open chunk and in pages is
+    overwritten before anything reads it.
 
     Args:
       drafts: by row of the sequence's open tile, guesses at the tokens after the next one to enter

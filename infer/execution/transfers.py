@@ -24,7 +24,7 @@ def copy_states(
 ) -> state_lib.ServingState:
     """Copy a slot's recurrent states, at a multiple of the chunk.
 
-    There the ring of keys and values of the open chunk is empty, so the matrices are all there is.
+    There the open chunk has no keys and values yet, so the matrices are all there is.
     """
 
     def copy_layer(layer):

@@ -52,7 +52,7 @@ class MemoryManager:
         return -(-tokens // self._config.chunk_tokens)
 
     def floor_to_chunk(self, tokens: int) -> int:
-        """Return the last grid point at or before a length."""
+        """Return the last chunk border at or before a length."""
         return tokens // self._config.chunk_tokens * self._config.chunk_tokens
 
     def lookup_prefix(self, waiter: sequence.Sequence) -> prefix_cache.PrefixHit:
@@ -149,7 +149,7 @@ class MemoryManager:
         """Free what a sequence holds that is over. Its state becomes a snapshot where possible.
 
         That is where the state certainly stands in its last whole chunk: a recurrent state in the
-        slot is of the last grid point, and plans under way may still move it to the next.
+        slot is of the last chunk border, and plans under way may still move it to the next.
 
         Args:
           final_length: tokens in the state if plans under way leave it alone, otherwise None.

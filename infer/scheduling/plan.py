@@ -5,8 +5,9 @@ plans strictly in the order in which they were made. A plan therefore reads what
 behind, and memory that the scheduler counts as free may still be in use by a plan under way.
 
 The states and pages named here exist on the device. A state slot holds one sequence's recurrent
-states. A page holds the keys and values of one chunk of `chunk_tokens` tokens. The chunk borders
-are called the grid: recurrent states move on only there, so copies of states are taken only there.
+states. A page holds the keys and values of one chunk of `chunk_tokens` tokens. Recurrent states
+move on only at chunk borders, the multiples of `chunk_tokens`, so copies of states are taken only
+there.
 """
 
 import dataclasses
@@ -47,7 +48,7 @@ class DeviceLimits:
 
 @dataclasses.dataclass(frozen=True)
 class CopyState:
-    """Copy the recurrent states of a slot whose sequence is on the grid.
+    """Copy the recurrent states of a slot whose sequence stands at a chunk border.
 
     This takes a snapshot or restores one. Pages need no copy, because holders share them.
     """
@@ -103,9 +104,9 @@ class PrefillChunk:
     Attributes:
       sequence_id: whose tokens they are.
       slot: the sequence's state slot. A chunk that starts at 0 begins with an empty state, any
-        other with the slot's recurrent states. Everything else in the slot (tokens past the grid,
-        next token, whether decoding stopped) may be left over from another sequence.
-      start: first token to compute, on the grid.
+        other with the slot's recurrent states. Everything else in the slot (tokens past the last
+        chunk border, next token, whether decoding stopped) may be left over from another sequence.
+      start: first token to compute, at a chunk border.
       num_tokens: tokens to compute, at least 1.
       pages: from the sequence's first page to the page of the last token computed here.
       is_last: whether the prompt ends here. Then the device samples the next token and decoding

@@ -161,7 +161,7 @@ class PrefixCache:
         if not pages or len(tokens) != len(pages) * chunk:
             raise ValueError(
                 f"got {len(tokens)} tokens and {len(pages)} pages; wanted a multiple of {chunk} "
-                "tokens and a page for each chunk: cut at the last grid point"
+                "tokens and a page for each chunk: cut at the last chunk border"
             )
         self._clock += 1
         # An empty tree begins with a root of no tokens, which is never evicted: it is no node.

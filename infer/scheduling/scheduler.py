@@ -313,12 +313,12 @@ class Scheduler:
         rows_left: int,
         steps: list[sequence.ScheduledStep],
     ) -> plan_lib.PrefillChunk | None:
-        """Return a sequence's next chunk: to a snapshot point, the grid, or the prompt's end."""
+        """Return a sequence's next chunk, to a snapshot point, a chunk border or the end."""
         start = prefilling.computed_tokens
         end = min([prefilling.prefill_target, *prefilling.snapshot_points[:1]])
         if self._config.pad_to_tile(end - start) > rows_left:
-            # A chunk that does not end the prompt must end on the grid: the next one continues
-            # from the slot's recurrent state, which exists only there.
+            # A chunk that does not end the prompt must end at a chunk border: the next one
+            # continues from the slot's recurrent state, which exists only there.
             end = self._memory.floor_to_chunk(start + rows_left)
         if end <= start:
             return None

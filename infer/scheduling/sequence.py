@@ -35,7 +35,7 @@ class Sequence:
         tokens, but says nothing about the state.
       single_version: whether its state comes from one version of the weights.
       is_over: whether it has ended. Plans under way may still name it.
-      snapshot_points: lengths on the grid, ascending, at which a snapshot is to be taken.
+      snapshot_points: chunk borders, ascending, at which a snapshot is to be taken.
       pending_snapshot: the length at which the state stands and is to be copied. 0 if none.
       shared_prefix_tokens: by another sequence's age, tokens that both start with, in whole chunks.
       cached_tokens: prompt tokens that came from the prefix cache.

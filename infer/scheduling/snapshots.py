@@ -43,7 +43,7 @@ class SnapshotPlanner:
         if not admitted.can_snapshot:
             return
         every = self._config.snapshot_every_tokens
-        # The last grid point of the prompt at which a token remains to be computed: the same
+        # The last chunk border of the prompt at which a token remains to be computed: the same
         # prompt again can go on from there.
         points = {self._memory.floor_to_chunk(admitted.prompt_tokens - 1), tree_tokens}
         points.update(range(every, admitted.prefill_target, every) if every else ())
@@ -63,7 +63,7 @@ class SnapshotPlanner:
             if (
                 submitted.is_cacheable
                 and not prefilling.is_decoding
-                and self._shared_grid_point(prefilling, submitted) == prefilling.computed_tokens
+                and self._last_shared_border(prefilling, submitted) == prefilling.computed_tokens
             ):
                 # The state stands at the point right now. The next plan starts with the copy.
                 prefilling.pending_snapshot = prefilling.computed_tokens
@@ -84,7 +84,7 @@ class SnapshotPlanner:
                 and not prefilling.is_decoding
                 and prefilling.can_snapshot
             ):
-                shared = self._shared_grid_point(prefilling, waiter)
+                shared = self._last_shared_border(prefilling, waiter)
                 points = [*prefilling.snapshot_points, prefilling.pending_snapshot]
                 longest = max(longest, *(point for point in points if point <= shared), 0)
         # A snapshot that the tree has already is no reason to wait.
@@ -94,12 +94,12 @@ class SnapshotPlanner:
         """Add the snapshot of a prefilling sequence that `waiter` would continue from."""
         if prefilling.is_decoding or not prefilling.can_snapshot or not waiter.is_cacheable:
             return
-        point = self._shared_grid_point(prefilling, waiter)
+        point = self._last_shared_border(prefilling, waiter)
         if point > prefilling.computed_tokens and point not in prefilling.snapshot_points:
             bisect.insort(prefilling.snapshot_points, point)
 
-    def _shared_grid_point(self, prefilling: sequence.Sequence, waiter: sequence.Sequence) -> int:
-        """Return the last grid point that both share and that leaves each a token to compute."""
+    def _last_shared_border(self, prefilling: sequence.Sequence, waiter: sequence.Sequence) -> int:
+        """Return the last chunk border that both share and that leaves each a token to compute."""
         # Remembered by age, because `awaits_snapshot` asks again in every plan. Tokens are only
         # ever appended, so the remembered number stays a lower bound.
         if prefilling.age not in waiter.shared_prefix_tokens:
