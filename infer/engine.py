@@ -322,9 +322,9 @@ class Engine:
             length = len(request.prompt) + len(request.tokens) - 1 if knows_end else None
             ids = tuple(token.id for token in tokens)
             results[number] = plan_lib.StepResult(len(ids), is_over, length, ids)
-            if not request.cached_tokens and not request.cache_reason:
+            if not request.cached_tokens and not request.cache_miss_reason:
                 cached = self._scheduler.cached_prompt(number)
-                request.cached_tokens, request.cache_reason = cached
+                request.cached_tokens, request.cache_miss_reason = cached
             self._scheduler.set_single_step(number, self._needs_single_step(request))
             if is_over and self.config.record_routes:
                 # Before the report, which frees the pages.

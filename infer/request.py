@@ -34,7 +34,7 @@ class RequestOutput:
         are not finite or a grammar that grew beyond its limits.
       prompt_tokens: number of tokens of the prompt.
       cached_tokens: number of tokens of the prompt that were found in the prefix cache.
-      cache_reason: why none were found, else empty.
+      cache_miss_reason: why none were found, else empty.
       reasoning_tokens: number of tokens up to the end of thinking, 0 if the output does not think.
     """
 
@@ -43,7 +43,7 @@ class RequestOutput:
     finish_reason: str
     prompt_tokens: int
     cached_tokens: int
-    cache_reason: str
+    cache_miss_reason: str
     reasoning_tokens: int
 
 
@@ -63,7 +63,7 @@ class Request:
       text: of the output so far, without text that is held back.
       finish_reason: None while the request runs.
       cached_tokens: see `RequestOutput`.
-      cache_reason: see `RequestOutput`.
+      cache_miss_reason: see `RequestOutput`.
       routes: at the end, [computed tokens, layers, experts of a token] int8, if the engine records
         them, else None.
       done: set at the end.
@@ -87,7 +87,7 @@ class Request:
         self.grammar_mask = None if matcher is None else matcher.mask()
         self.text = ""
         self.finish_reason: str | None = None
-        self.cached_tokens, self.cache_reason = 0, ""
+        self.cached_tokens, self.cache_miss_reason = 0, ""
         self.routes: np.ndarray | None = None
         self.done = threading.Event()
         self.prompt_lookup = prompt_lookup.PromptLookup(self.prompt)
@@ -130,6 +130,6 @@ class Request:
             str(self.finish_reason),
             len(self.prompt),
             self.cached_tokens,
-            self.cache_reason,
+            self.cache_miss_reason,
             self.progress.reasoning_tokens,
         )

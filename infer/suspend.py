@@ -105,7 +105,7 @@ def resume_requests(
     for prompt, options, tokens, cached in suspended:
         request = engine.submit(prompt, options, on_token, prior_tokens=tokens)
         # What the first engine's cache had: this engine reports that, not its own recomputation.
-        request.cached_tokens, request.cache_reason = cached
+        request.cached_tokens, request.cache_miss_reason = cached
         requests.append(request)
     return requests
 
@@ -124,7 +124,7 @@ def _request_to_json(request: request_lib.Request) -> dict[str, Any]:
             ]
             for token in request.tokens
         ],
-        "cached": [request.cached_tokens, request.cache_reason],
+        "cached": [request.cached_tokens, request.cache_miss_reason],
     }
 
 
@@ -157,9 +157,9 @@ def _parse_request(path: pathlib.Path, number: int, value: dict[str, Any]) -> _S
             for token_id, logp, logp_raw, version, top in value["tokens"]
         ]
         options = options_lib.options_from_json(value["options"])
-        cached_tokens, cache_reason = value["cached"]
+        cached_tokens, cache_miss_reason = value["cached"]
         return _SuspendedRequest(
-            tuple(value["prompt"]), options, tokens, (cached_tokens, cache_reason)
+            tuple(value["prompt"]), options, tokens, (cached_tokens, cache_miss_reason)
         )
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: request {number}: {error!r}; the file is damaged") from None

@@ -80,7 +80,7 @@ def test_a_hit_brings_the_pages_of_the_whole_prefix():
     second, slot = tree.insert("abcd", keep=True)
     hit = tree.cache.match(KEY, chunk_tokens_of("abcdx"), 5 * C - 1)
     assert hit.pages == (*first, *second[2:])
-    assert (hit.slot, hit.miss_reason) == (slot, "")
+    assert (hit.slot, hit.cache_miss_reason) == (slot, "")
     assert [tree.pages.count_holders(page) for page in second] == [1, 1, 2, 2]
 
 
@@ -129,13 +129,13 @@ def test_a_split_keeps_the_pins_of_the_hits_below():
 def test_reasons_of_a_miss():
     tree = Tree()
     match = tree.cache.match
-    assert match(KEY, chunk_tokens_of("ab"), 8).miss_reason == "empty"
+    assert match(KEY, chunk_tokens_of("ab"), 8).cache_miss_reason == "empty"
     tree.insert("abc")
-    assert match(KEY, chunk_tokens_of("ab"), 3).miss_reason == "shorter than a chunk"
-    assert match(KEY, chunk_tokens_of("xy"), 8).miss_reason == "no common prefix"
-    assert match(KEY, chunk_tokens_of("abx"), 12).miss_reason == "no snapshot on the way"
-    assert match(("other", ""), chunk_tokens_of("abc"), 12).miss_reason == "empty"
-    assert match(KEY, chunk_tokens_of("abcd"), 15).miss_reason == ""
+    assert match(KEY, chunk_tokens_of("ab"), 3).cache_miss_reason == "shorter than a chunk"
+    assert match(KEY, chunk_tokens_of("xy"), 8).cache_miss_reason == "no common prefix"
+    assert match(KEY, chunk_tokens_of("abx"), 12).cache_miss_reason == "no snapshot on the way"
+    assert match(("other", ""), chunk_tokens_of("abc"), 12).cache_miss_reason == "empty"
+    assert match(KEY, chunk_tokens_of("abcd"), 15).cache_miss_reason == ""
     stats = tree.stats()
     assert (stats.hits, stats.misses, stats.hit_tokens) == (1, 5, 12)
     assert sum(stats.miss_reasons.values()) == 5
@@ -146,7 +146,7 @@ def test_no_bytes_switch_it_off():
     tree.insert("ab")
     assert tree.stats().num_nodes == 0
     assert tree.slots.num_free == 12
-    assert tree.cache.match(KEY, chunk_tokens_of("abc"), 11).miss_reason == "off"
+    assert tree.cache.match(KEY, chunk_tokens_of("abc"), 11).cache_miss_reason == "off"
 
 
 def test_the_byte_budget_holds_by_evicting_the_cheapest():
@@ -346,7 +346,7 @@ class Machine(stateful.RuleBasedStateMachine):
         limit = len(word) * C - less
         hit = self.tree.cache.match(KEY, chunk_tokens_of(word), limit)
         assert hit.length == self.best(word, limit) * C
-        assert (hit.miss_reason == "") == (hit.length > 0)
+        assert (hit.cache_miss_reason == "") == (hit.length > 0)
         assert [self.written[page] for page in hit.pages] == [
             word[: i + 1] for i in range(hit.length // C)
         ]

@@ -108,7 +108,7 @@ class MemoryManager:
         waiter.computed_tokens = hit.length
         # Users are told of the first start alone. A restart may find the sequence's own snapshots.
         if not waiter.restarts:
-            waiter.cached_tokens, waiter.cached_reason = hit.length, hit.miss_reason
+            waiter.cached_tokens, waiter.cache_miss_reason = hit.length, hit.cache_miss_reason
         return True
 
     def extend_pages(self, running: sequence.Sequence, tokens: int) -> int:

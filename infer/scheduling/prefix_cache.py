@@ -28,7 +28,7 @@ class PrefixHit:
       slot: the snapshot's state slot.
       common_tokens: tokens that agree with the tree, whole chunks, at least `length`. Between
         `length` and here the tree has pages but no state.
-      miss_reason: why `length` is 0, or "".
+      cache_miss_reason: why `length` is 0, or "".
       node: the snapshot.
     """
 
@@ -36,7 +36,7 @@ class PrefixHit:
     pages: tuple[int, ...]
     slot: int
     common_tokens: int
-    miss_reason: str
+    cache_miss_reason: str
     node: prefix_tree.SnapshotNode | None = dataclasses.field(repr=False)
 
 
@@ -94,14 +94,14 @@ class PrefixCache:
             prefix_tree.count_common_tokens(remainder, child.edge, self._chunk_tokens)
             for child in candidates
         )
-        common = path[-1].length + max(agreeing, default=0)
+        common_tokens = path[-1].length + max(agreeing, default=0)
         # A longer snapshot would leave no token to compute. The root, of length 0, stays.
         path = [node for node in path if node.length <= limit]
         pages = tuple(page for node in path for page in node.pages)
         if len(path) > 1:
-            return PrefixHit(path[-1].length, pages, path[-1].slot, common, "", path[-1])
-        reason = "no snapshot on the way" if common else "no common prefix"
-        return PrefixHit(0, (), 0, common, reason, None)
+            return PrefixHit(path[-1].length, pages, path[-1].slot, common_tokens, "", path[-1])
+        reason = "no snapshot on the way" if common_tokens else "no common prefix"
+        return PrefixHit(0, (), 0, common_tokens, reason, None)
 
     def match(self, key: Hashable, tokens: Sequence[int], limit: int) -> PrefixHit:
         """Find the longest snapshot that `tokens` start with, and pin it until `release`.
@@ -116,7 +116,7 @@ class PrefixCache:
         if hit.node is None:
             self._stats.misses += 1
             reasons = self._stats.miss_reasons
-            reasons[hit.miss_reason] = reasons.get(hit.miss_reason, 0) + 1
+            reasons[hit.cache_miss_reason] = reasons.get(hit.cache_miss_reason, 0) + 1
             return hit
         self._stats.hits += 1
         self._stats.hit_tokens += hit.length

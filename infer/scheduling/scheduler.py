@@ -147,7 +147,7 @@ class Scheduler:
     def cached_prompt(self, sequence_id: Hashable) -> tuple[int, str]:
         """Return how many prompt tokens came from the cache, and why if none did."""
         queried = self._sequences[sequence_id]
-        return queried.cached_tokens, queried.cached_reason
+        return queried.cached_tokens, queried.cache_miss_reason
 
     def sequence_pages(self, sequence_id: Hashable) -> list[int]:
         """Return the pages that a request holds, in order. A preempted one holds none."""

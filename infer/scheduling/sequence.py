@@ -39,7 +39,7 @@ class Sequence:
       pending_snapshot: the length at which the state stands and is to be copied. 0 if none.
       shared_prefix_tokens: by another sequence's age, tokens that both start with, in whole chunks.
       cached_tokens: prompt tokens that came from the prefix cache.
-      cached_reason: why `cached_tokens` is 0, or "".
+      cache_miss_reason: why `cached_tokens` is 0, or "".
     """
 
     sequence_id: Hashable
@@ -64,7 +64,7 @@ class Sequence:
     pending_snapshot: int = 0
     shared_prefix_tokens: dict[int, int] = dataclasses.field(default_factory=dict)
     cached_tokens: int = 0
-    cached_reason: str = "not started"
+    cache_miss_reason: str = "not started"
 
     @property
     def is_resumed(self) -> bool:

@@ -31,13 +31,13 @@ class SnapshotPlanner:
     def plan_admitted(
         self,
         admitted: sequence.Sequence,
-        tree_tokens: int,
+        common_tokens: int,
         waiting: Sequence[sequence.Sequence],
     ) -> None:
         """Choose where snapshots of a sequence just admitted are to be taken.
 
         Args:
-          tree_tokens: whole chunks that its prompt shares with the prefix tree.
+          common_tokens: whole chunks that its prompt shares with the prefix tree.
           waiting: sequences without memory, oldest first.
         """
         if not admitted.can_snapshot:
@@ -45,7 +45,7 @@ class SnapshotPlanner:
         every = self._config.snapshot_every_tokens
         # The last chunk border of the prompt at which a token remains to be computed: the same
         # prompt again can go on from there.
-        points = {self._memory.floor_to_chunk(admitted.prompt_tokens - 1), tree_tokens}
+        points = {self._memory.floor_to_chunk(admitted.prompt_tokens - 1), common_tokens}
         points.update(range(every, admitted.prefill_target, every) if every else ())
         admitted.snapshot_points = sorted(
             point for point in points if admitted.computed_tokens < point < admitted.prefill_target
