@@ -6,10 +6,11 @@ the rows are a function of the config alone. Which process or host runs a lane c
 lane's state is the number of documents that it read, and the few of them that are in no row yet.
 """
 
-import re
+import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
-from train.data import chat, packing, shuffle
+from train.data import chat, document_refs, packing, shuffle
 from train.data import config as data_config
 from train.data import records as records_lib
 
@@ -27,6 +28,44 @@ def find_lane(step: int, row: int, num_rows: int, num_lanes: int) -> int:
     return row // (num_rows // num_lanes)
 
 
+@dataclasses.dataclass(frozen=True)
+class LaneState:
+    """What continues a lane. It holds no token.
+
+    Attributes:
+      documents_read: number of documents drawn, by source. Empty before the lane's first row.
+      tokens_read: number of tokens in them, by source.
+      num_dropped: number of conversations left out as too long.
+      pending: the pieces that are in no row yet, in order of arrival.
+    """
+
+    documents_read: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    tokens_read: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    num_dropped: int = 0
+    pending: tuple[document_refs.PendingPieceRef, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps: {} for a lane without a row so far."""
+        if not self.documents_read:
+            return {}
+        return {
+            "read": dict(self.documents_read),
+            "tokens": dict(self.tokens_read),
+            "dropped": self.num_dropped,
+            "waiting": [piece_ref.to_text() for piece_ref in self.pending],
+        }
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> "LaneState":
+        """Return the state that `to_json` wrote."""
+        return cls(
+            dict(value.get("read", {})),
+            dict(value.get("tokens", {})),
+            value.get("dropped", 0),
+            tuple(map(document_refs.PendingPieceRef.from_text, value.get("waiting", ()))),
+        )
+
+
 class DataLane:
     """One reader. It draws documents, packs them into rows, and counts what it drew."""
 
@@ -38,7 +77,7 @@ class DataLane:
         records: dict[str, records_lib.RecordFiles],
         encoder: chat.RecordEncoder,
         num_epochs: int | None,
-        state: dict[str, Any],
+        state: LaneState,
     ):
         """Go on from a state. Pending documents are read and tokenised again.
 
@@ -49,7 +88,7 @@ class DataLane:
           records: of each source, by name.
           encoder: makes documents of records.
           num_epochs: number of times to read every source. None reads for ever.
-          state: of `get_state`. An empty one is the beginning.
+          state: the lane's state. `LaneState()` is the beginning.
 
         Raises:
           DataError: see `_restore_pieces`.
@@ -61,11 +100,11 @@ class DataLane:
         self._source_indices = {name: i for i, name in enumerate(self._sources)}
         # A source that the state does not know was added at the checkpoint; it begins at 0.
         unread = dict.fromkeys(self._sources, 0)
-        self._documents_read: dict[str, int] = unread | state.get("read", {})
-        self._tokens_read: dict[str, int] = unread | state.get("tokens", {})
-        self._num_dropped: int = state.get("dropped", 0)
+        self._documents_read = {**unread, **state.documents_read}
+        self._tokens_read = {**unread, **state.tokens_read}
+        self._num_dropped = state.num_dropped
         self._pending = [
-            waiting for entry in state.get("waiting", []) for waiting in self._restore_pieces(entry)
+            piece for piece_ref in state.pending for piece in self._restore_pieces(piece_ref)
         ]
 
     def next_row(self, step: int) -> packing.PackedRow | None:
@@ -78,25 +117,18 @@ class DataLane:
             self._config.data.pack,
         )
 
-    def get_state(self) -> dict[str, Any]:
-        """Return what continues this lane, JSON-able and without any token.
-
-        Returns:
-          A dict with the keys
-          read: number of documents drawn, by source.
-          tokens: number of tokens in them, by source.
-          dropped: number of conversations left out as too long.
-          waiting: pending pieces as "sample@start-end/length", in tokens of the document.
-        """
-        return {
-            "read": dict(self._documents_read),
-            "tokens": dict(self._tokens_read),
-            "dropped": self._num_dropped,
-            "waiting": [
-                f"{waiting.sample_id}@{waiting.start}-{waiting.end}/{len(waiting.document.tokens)}"
-                for waiting in self._pending
-            ],
-        }
+    def get_state(self) -> LaneState:
+        """Return what continues this lane."""
+        pending = tuple(
+            document_refs.PendingPieceRef(
+                piece.sample_id, piece.start, piece.end, len(piece.document.tokens)
+            )
+            for piece in self._pending
+        )
+        # Copies: the lane goes on counting, and a state is that of one moment.
+        return LaneState(
+            dict(self._documents_read), dict(self._tokens_read), self._num_dropped, pending
+        )
 
     def _draw_document(self, step: int) -> list[packing.PendingPiece]:
         """Return the pieces of the next document, none at the end of the last epoch.
@@ -114,7 +146,8 @@ class DataLane:
             document = self._encode_record(name, index)
             if document is not None:
                 self._tokens_read[name] += len(document.tokens)
-                return self._split_document(f"{name}:{index}:{epoch}", name, document)
+                sample_id = document_refs.DocumentRef(name, index, epoch).to_text()
+                return self._split_document(sample_id, name, document)
             self._num_dropped += 1
             self._check_some_fit(name)
         return []
@@ -189,32 +222,29 @@ class DataLane:
             sample_id, self._source_indices[name], document, self._config.seq_len
         )
 
-    def _restore_pieces(self, entry: str) -> list[packing.PendingPiece]:
+    def _restore_pieces(
+        self, piece_ref: document_refs.PendingPieceRef
+    ) -> list[packing.PendingPiece]:
         """Tokenise a pending piece of a state again.
-
-        Args:
-          entry: of `waiting` in a state.
 
         Raises:
           DataError: the document has another number of tokens than before, and some of its tokens
             are in earlier rows.
         """
-        # From the right, as for "source:index:epoch@start-end/length". `DataSource` allows neither
-        # `@` nor `:` in names.
-        sample_id, span = entry.rsplit("@", 1)
-        name, index, _ = sample_id.rsplit(":", 2)
-        start, end, length = map(int, re.split("[-/]", span))
-        document = self._encode_record(name, int(index))
+        sample_id, start, end = piece_ref.sample_id, piece_ref.start, piece_ref.end
+        document_ref = document_refs.DocumentRef.from_text(sample_id)
+        name, index = document_ref.source, document_ref.index
+        document = self._encode_record(name, index)
         if document is None:  # rows have become shorter since, and the conversation fits no more
             self._num_dropped += 1
             return []
-        if end - start == length:
+        if end - start == piece_ref.length:
             # No token is in a row yet, so rows of another length may cut the document anew.
             return self._split_document(sample_id, name, document)
-        if len(document.tokens) != length:
+        if len(document.tokens) != piece_ref.length:
             raise records_lib.DataError(
-                f"{self._records[name].location(int(index))}: got {len(document.tokens)} tokens; "
-                f"wanted the {length} of which the checkpoint had handed out some. Take its "
-                "tokenizer and its settings of texts and conversations."
+                f"{self._records[name].location(index)}: got {len(document.tokens)} tokens; "
+                f"wanted the {piece_ref.length} of which the checkpoint had handed out some. Take "
+                "its tokenizer and its settings of texts and conversations."
             )
         return [packing.PendingPiece(sample_id, self._source_indices[name], document, start, end)]

@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Bool, Int32
 
 from train.data import batch as batch_lib
+from train.data import document_refs
 
 # No document is drawn while this number of rows is pending, whatever the look-ahead. Long documents
 # would otherwise fill the memory, and a resumed run would tokenise all of them again.
@@ -38,7 +39,7 @@ class PendingPiece:
     """A part of a document that is in no row yet.
 
     Attributes:
-      sample_id: "source:index:epoch" of the document.
+      sample_id: text of the document's `document_refs.DocumentRef`.
       source_index: number of the document's source, from 0.
       document: all of it.
       start: number of the first token that is in no row yet. It grows as rows take tokens.
@@ -64,8 +65,7 @@ class PackedRow:
     Attributes:
       arrays: the row's tokens, targets and weights [T].
       source_ids: number of each token's source from 1, 0 for padding.
-      sample_ids: of each segment, "source:index:epoch". "@" and the segment's first token in the
-        document follow where the segment does not start its document.
+      sample_ids: the segments' names, see `document_refs.segment_to_text`.
     """
 
     arrays: batch_lib.HostTrainBatch
@@ -171,4 +171,4 @@ def _write_segment(row: PackedRow, offset: int, source: PendingPiece, length: in
     arrays.targets[target_span] = targets
     arrays.weights[target_span] = document.loss_mask[start + 1 : start + length + 1]
     row.source_ids[span] = source.source_index + 1
-    row.sample_ids.append(f"{source.sample_id}@{start}" if start else source.sample_id)
+    row.sample_ids.append(document_refs.segment_to_text(source.sample_id, start))

@@ -15,7 +15,6 @@ import signal
 import threading
 from collections.abc import Iterator
 from multiprocessing import connection
-from typing import Any
 
 from m1_jax import tokenizer as tokenizer_lib
 from train.data import chat, mixture, packing, records
@@ -46,7 +45,7 @@ class PrefetchSpec:
     row_numbers: range
     num_epochs: int | None
     step: int
-    states: dict[int, dict[str, Any]]
+    states: dict[int, mixture.LaneState]
 
 
 @dataclasses.dataclass
@@ -56,12 +55,12 @@ class LaneRow:
     Attributes:
       row: of one batch.
       lane_number: of the lane that made the row.
-      state: of that lane, see `mixture.DataLane.get_state`.
+      state: of that lane.
     """
 
     row: packing.PackedRow
     lane_number: int
-    state: dict[str, Any]
+    state: mixture.LaneState
 
 
 def assign_lanes(spec: PrefetchSpec, step: int) -> dict[int, int]:

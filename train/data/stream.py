@@ -1,7 +1,7 @@
 """Sources to batches: a stream that can stop after any batch and go on, on any number of hosts.
 
 A state counts what was read and lists what is pending. It holds no tokens
-(`mixture.DataLane.get_state`). Each host runs the lanes that its rows come from, and has the states
+(`mixture.LaneState`). Each host runs the lanes that its rows come from, and has the states
 of these lanes. The states of all hosts together, as one dict, restore a stream on any number of
 hosts.
 """
@@ -18,7 +18,7 @@ from jaxtyping import Int32
 from m1_jax import tokenizer as tokenizer_lib
 from train.data import batch as batch_lib
 from train.data import config as data_config
-from train.data import packing, prefetch
+from train.data import mixture, packing, prefetch
 from train.data import records as records_lib
 
 
@@ -99,8 +99,7 @@ class BatchStream:
             states={},
         )
         self._step = 0
-        # An empty state is the beginning of a lane.
-        self._lane_states: dict[int, dict] = {lane: {} for lane in self._owned_lanes}
+        self._lane_states = {lane: mixture.LaneState() for lane in self._owned_lanes}
         # Now and not with a state: the files may change in between.
         self._fingerprint = {name: files.fingerprint() for name, files in self._records.items()}
         self._prefetcher: prefetch.RowPrefetcher | None = None
@@ -149,7 +148,7 @@ class BatchStream:
             "seed": self.config.seed,
             "fingerprint": self.fingerprint(),
             # JSON has strings as keys. Hosts have different lanes, so merging loses none.
-            **{str(lane): copy.deepcopy(state) for lane, state in self._lane_states.items()},
+            **{str(lane): state.to_json() for lane, state in self._lane_states.items()},
         }
 
     def set_state(self, state: dict[str, Any]) -> None:
@@ -181,7 +180,9 @@ class BatchStream:
             self._records[name].check_fingerprint(saved)
         self.close()
         self._step = state["step"]
-        self._lane_states = {lane: copy.deepcopy(state[str(lane)]) for lane in self._owned_lanes}
+        self._lane_states = {
+            lane: mixture.LaneState.from_json(state[str(lane)]) for lane in self._owned_lanes
+        }
 
     def fingerprint(self) -> dict[str, list]:
         """Return the fingerprints of all sources, see `records.RecordFiles.fingerprint`."""
@@ -209,7 +210,7 @@ class BatchStream:
             sample_ids=[row.sample_ids for row in rows],
             utilization=float(np.mean(arrays.segment_ids != 0)),
             wait_secs=wait_secs,
-            num_dropped=sum(state.get("dropped", 0) for state in self._lane_states.values()),
+            num_dropped=sum(state.num_dropped for state in self._lane_states.values()),
         )
 
 
