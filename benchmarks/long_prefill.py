@@ -111,10 +111,10 @@ def build_program(model, length: int):
         model.config, config.total_slots, config.total_pages, CHUNK_TOKENS, model.dtype
     )
     rows = slot_sampling.init_sampling_state(config.total_slots, model.config.vocab_size)
-    recipe = programs.Tiling(config.attention_tile, config.matmul_tile)
+    tiles = programs.EngineTiles(config.attention_tile, config.matmul_tile)
 
     def run(model, state, rows, batch, prompts):
-        return programs.prefill_prompts(model, state, rows, batch, prompts, recipe)
+        return programs.prefill_prompts(model, state, rows, batch, prompts, tiles)
 
     batch = host_batch_lib.make_empty_batch(host_batch_lib.MAX_PREFILL_CHUNKS, config)
     prompts = host_batch_lib.make_empty_prompts(ROWS, config)

@@ -22,7 +22,7 @@ CONFIG = dataclasses.replace(ModelConfig.tiny(), layer_types=("lightning", "soft
 ENGINE = config_lib.EngineConfig(
     max_length=64, max_rows=2, chunk_tokens=16, prefill_tokens=(64,), num_snapshots=0
 )
-TILING = programs.Tiling(ENGINE.attention_tile, ENGINE.matmul_tile)
+TILES = programs.EngineTiles(ENGINE.attention_tile, ENGINE.matmul_tile)
 ROWS, LENGTH = 2, 16
 
 
@@ -62,7 +62,7 @@ def trace_serving(function, host_arguments):
 
 def trace_prefill():
     return trace_serving(
-        lambda *arguments: programs.prefill_prompts(*arguments, TILING),
+        lambda *arguments: programs.prefill_prompts(*arguments, TILES),
         (
             host_batch.make_empty_batch(host_batch.MAX_PREFILL_CHUNKS, ENGINE),
             host_batch.make_empty_prompts(64, ENGINE),
@@ -72,7 +72,7 @@ def trace_prefill():
 
 def trace_decode():
     return trace_serving(
-        lambda *arguments: programs.decode_tokens(*arguments, TILING, ENGINE.decode_steps),
+        lambda *arguments: programs.decode_tokens(*arguments, TILES, ENGINE.decode_steps),
         (host_batch.make_empty_batch(2, ENGINE), np.int32(0)),
     )
 

@@ -159,22 +159,22 @@ class Device:
         self, config: config_lib.EngineConfig
     ) -> dict[ProgramName, program_spec.ProgramSpec]:
         """Return the programs that run the model."""
-        tiling = programs.Tiling(config.attention_tile, config.matmul_tile)
+        tiles = programs.EngineTiles(config.attention_tile, config.matmul_tile)
         structure = self._model_structure
 
         def decode(weights, state, sampling, batch, steps):
             model = jax.tree.unflatten(structure, weights)
             return programs.decode_tokens(
-                model, state, sampling, batch, steps, tiling, config.decode_steps
+                model, state, sampling, batch, steps, tiles, config.decode_steps
             )
 
         def prefill(weights, state, sampling, batch, prompts):
             model = jax.tree.unflatten(structure, weights)
-            return programs.prefill_prompts(model, state, sampling, batch, prompts, tiling)
+            return programs.prefill_prompts(model, state, sampling, batch, prompts, tiles)
 
         def verify(weights, state, sampling, batch, drafts):
             model = jax.tree.unflatten(structure, weights)
-            return programs.verify_drafts(model, state, sampling, batch, drafts, tiling)
+            return programs.verify_drafts(model, state, sampling, batch, drafts, tiles)
 
         def declare(function, host_arguments):
             takes, donates = ("weights", "state", "sampling"), ("state", "sampling")

@@ -50,7 +50,7 @@ class DispatchedPlan:
     """
 
     row_by_request: dict[Hashable, int]
-    chosen: sampling.TokenChoices | None
+    chosen: sampling.ChosenTokens | None
     version: int
 
     def wait_for_tokens(self) -> host_batch.SampledTokens:
@@ -97,7 +97,7 @@ class Dispatcher:
         return DispatchedPlan(rows, chosen, version)
 
     def read_expert_ids(self, pages: Sequence[int]) -> np.ndarray:
-        """Wait for the experts of all tokens in some pages: [tokens, layers, choices]."""
+        """Wait for the experts of all tokens in some pages: [tokens, layers, experts]."""
         slices = host_batch.split_pages(0, pages)
         parts = [
             self._device.run_program(ProgramName.READ_EXPERT_IDS, 0, page_ids)
@@ -110,7 +110,7 @@ class Dispatcher:
         self,
         chunks: Sequence[plan_lib.PrefillChunk],
         requests: Sequence[request_lib.Request | None],
-    ) -> sampling.TokenChoices:
+    ) -> sampling.ChosenTokens:
         tokens = [
             _chunk_tokens(request, chunk) for request, chunk in zip(requests, chunks, strict=True)
         ]
@@ -121,7 +121,7 @@ class Dispatcher:
 
     def _start_decode(
         self, plan: plan_lib.StepPlan, requests: Sequence[request_lib.Request | None]
-    ) -> sampling.TokenChoices:
+    ) -> sampling.ChosenTokens:
         sizes = self._config.decode_batch_sizes
         size = next(rows for rows in sizes if rows >= len(plan.decode_rows))  # ascending
         batch = host_batch.make_batch(size, plan.decode_rows, requests, self._config)

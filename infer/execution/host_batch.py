@@ -44,7 +44,7 @@ class SampledTokens:
       chosen: NumPy arrays [steps, rows, ...]. None for a plan without a program.
     """
 
-    def __init__(self, chosen: sampling.TokenChoices | None):
+    def __init__(self, chosen: sampling.ChosenTokens | None):
         self._chosen = chosen
 
     def row_tokens(self, row: int) -> list[SampledToken]:
@@ -133,7 +133,7 @@ def make_empty_batch(size: int, config: config_lib.EngineConfig) -> slot_samplin
     return host_batch(
         slots=np.zeros(size, np.int32),
         pages=np.zeros((size, config.pages_per_sequence), np.int32),
-        options=host_options(**sampling.check_sampling_options(size)),
+        options=host_options(**sampling.make_option_arrays(size)),
         seeds=np.zeros(size, np.uint32),
         stop_ids=np.full((size, options_lib.MAX_STOP_IDS), -1, np.int32),
         min_stop_length=np.zeros(size, np.int32),
@@ -191,7 +191,7 @@ def make_free_mask(vocab_size: int) -> np.ndarray:
     return np.full(-(-vocab_size // 32), 0xFFFFFFFF, np.uint32)
 
 
-def fetch_tokens(chosen: sampling.TokenChoices | None) -> SampledTokens:
+def fetch_tokens(chosen: sampling.ChosenTokens | None) -> SampledTokens:
     """Wait for what a program chose."""
     if chosen is None:
         return SampledTokens(None)

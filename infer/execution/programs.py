@@ -55,7 +55,7 @@ class PackedPrompts:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Tiling:
+class EngineTiles:
     """Sizes that decide the last bits of all numbers: see `ragged_batch.RaggedBatch`.
 
     Attributes:
@@ -73,9 +73,9 @@ def decode_tokens(
     sampling_state: slot_sampling.SlotSamplingState,
     batch: slot_sampling.SequenceBatch,
     steps: Int[Array, ""],
-    tiling: Tiling,
+    tiles: EngineTiles,
     max_steps: int,
-) -> tuple[state_lib.ServingState, slot_sampling.SlotSamplingState, sampling.TokenChoices]:
+) -> tuple[state_lib.ServingState, slot_sampling.SlotSamplingState, sampling.ChosenTokens]:
     """Make up to `steps` tokens for every running row.
 
     Several steps in one program save the host's round trip between them.
@@ -100,8 +100,8 @@ def decode_tokens(
             jnp.where(running, length, -1),
             jnp.where(running, batch.slots, 0),
             batch.pages,
-            tiling.attention_tile,
-            tiling.matmul_tile,
+            tiles.attention_tile,
+            tiles.matmul_tile,
         )
         tokens = sampling_state.token[batch.slots]
         logits, state = forward.forward_ragged(model, tokens, rows, state)
@@ -168,8 +168,8 @@ def verify_drafts(
     sampling_state: slot_sampling.SlotSamplingState,
     batch: slot_sampling.SequenceBatch,
     drafts: Int[Array, "B t"],
-    tiling: Tiling,
-) -> tuple[state_lib.ServingState, slot_sampling.SlotSamplingState, sampling.TokenChoices]:
+    tiles: EngineTiles,
+) -> tuple[state_lib.ServingState, slot_sampling.SlotSamplingState, sampling.ChosenTokens]:
     """Make tokens as `decode_tokens` does, several at once where guesses at them turn out right.
 
     Every guess is checked by choosing from the logits before it as `decode_tokens` would: a row of
@@ -196,8 +196,8 @@ def verify_drafts(
         jnp.where(is_fed.reshape(-1), positions, -1),
         jnp.where(running, batch.slots, 0),
         batch.pages,
-        tiling.attention_tile,
-        tiling.matmul_tile,
+        tiles.attention_tile,
+        tiles.matmul_tile,
     )
     tokens = jnp.where(
         column == first, sampling_state.token[batch.slots][:, None], jnp.maximum(drafts, 0)
@@ -271,8 +271,8 @@ def _record_columns(
 
 
 def _write_step(
-    outputs: sampling.TokenChoices, chosen: sampling.TokenChoices, step: Int[Array, ""]
-) -> sampling.TokenChoices:
+    outputs: sampling.ChosenTokens, chosen: sampling.ChosenTokens, step: Int[Array, ""]
+) -> sampling.ChosenTokens:
     """Put what one step chose [B, ...] into the arrays of all steps [max_steps, B, ...]."""
     return jax.tree.map(
         lambda all_steps, row: jax.lax.dynamic_update_index_in_dim(all_steps, row, step, 0),
@@ -281,11 +281,11 @@ def _write_step(
     )
 
 
-def _empty_tokens(batch: slot_sampling.SequenceBatch, steps: int) -> sampling.TokenChoices:
+def _empty_tokens(batch: slot_sampling.SequenceBatch, steps: int) -> sampling.ChosenTokens:
     """Return arrays [steps, B, ...] without a token."""
     shape = (steps, batch.slots.shape[0])
     top = (*shape, options_lib.MAX_TOP_LOGPROBS)
-    return sampling.TokenChoices(
+    return sampling.ChosenTokens(
         jnp.full(shape, -1, jnp.int32),
         jnp.zeros(shape),
         jnp.zeros(shape),
@@ -300,8 +300,8 @@ def prefill_prompts(
     sampling_state: slot_sampling.SlotSamplingState,
     batch: slot_sampling.SequenceBatch,
     prompts: PackedPrompts,
-    tiling: Tiling,
-) -> tuple[state_lib.ServingState, slot_sampling.SlotSamplingState, sampling.TokenChoices]:
+    tiles: EngineTiles,
+) -> tuple[state_lib.ServingState, slot_sampling.SlotSamplingState, sampling.ChosenTokens]:
     """Append chunks of prompts.
 
     Returns:
@@ -314,8 +314,8 @@ def prefill_prompts(
         prompts.positions,
         jnp.where(prompts.chunk_index >= 0, batch.slots[index], 0),
         batch.pages[index],
-        tiling.attention_tile,
-        tiling.matmul_tile,
+        tiles.attention_tile,
+        tiles.matmul_tile,
     )
     # Logits of the last rows alone: those of all rows would be the largest array of the program.
     logits, state = forward.forward_ragged(model, prompts.tokens, rows, state, prompts.last_rows)

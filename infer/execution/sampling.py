@@ -59,7 +59,7 @@ class SamplingOptions:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class TokenChoices:
+class ChosenTokens:
     """One token per row, with log-probabilities.
 
     Attributes:
@@ -80,12 +80,12 @@ class TokenChoices:
 
 
 def make_options(batch: int, **values: float | Sequence[float]) -> SamplingOptions:
-    """Return options on the device. Arguments and errors are those of `check_sampling_options`."""
-    return SamplingOptions(**jax.tree.map(jnp.asarray, check_sampling_options(batch, **values)))
+    """Return options on the device. Arguments and errors are those of `make_option_arrays`."""
+    return SamplingOptions(**jax.tree.map(jnp.asarray, make_option_arrays(batch, **values)))
 
 
-def check_sampling_options(batch: int, **values: float | Sequence[float]) -> dict[str, np.ndarray]:
-    """Check options on the host, without touching a device. A single number is for all rows.
+def make_option_arrays(batch: int, **values: float | Sequence[float]) -> dict[str, np.ndarray]:
+    """Return checked options as host arrays, one value a row. A single number is for all rows.
 
     Args:
       batch: number of rows.
@@ -93,7 +93,7 @@ def check_sampling_options(batch: int, **values: float | Sequence[float]) -> dic
         which is temperature 1.0, top_p 0.95 and no more.
 
     Returns:
-      All fields, one value per row.
+      By name, all fields as NumPy arrays. No device is touched.
 
     Raises:
       ValueError: a value out of range, a number of values other than `batch`.
@@ -137,7 +137,7 @@ def sample_tokens(
     mask: UInt[Array, "B W"] | None = None,
     banned: Int[Array, "B S"] | None = None,
     forced: Int[Array, "B"] | None = None,
-) -> TokenChoices:
+) -> ChosenTokens:
     """Choose one token per row.
 
     Args:
@@ -185,7 +185,7 @@ def sample_tokens(
     # A batch of greedy rows needs neither noise nor candidates.
     token, logp = lax.cond(jnp.all(is_greedy), take_best, draw, x)
     # Raw log-probabilities come from the logits as they were, before penalties and mask.
-    return TokenChoices(
+    return ChosenTokens(
         token, logp, _token_logp(logits, token), *_top_logprobs(logits, options.top_logprobs)
     )
 

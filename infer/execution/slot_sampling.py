@@ -86,7 +86,7 @@ def choose_and_record(
     batch: SequenceBatch,
     row_mask: Bool[Array, "B"],
     length: Int[Array, "B"],
-) -> tuple[SlotSamplingState, sampling.TokenChoices]:
+) -> tuple[SlotSamplingState, sampling.ChosenTokens]:
     """Choose a token for the rows of the mask, whose state holds `length` tokens, and record it."""
     chosen, stopped = choose_tokens(logits, sampling_state, batch, row_mask, length)
     # Slot 0 takes the writes of all other rows. Several rows may write there, in any order.
@@ -107,7 +107,7 @@ def choose_tokens(
     batch: SequenceBatch,
     row_mask: Bool[Array, "B"],
     length: Int[Array, "B"],
-) -> tuple[sampling.TokenChoices, Bool[Array, "B"]]:
+) -> tuple[sampling.ChosenTokens, Bool[Array, "B"]]:
     """Return the tokens chosen, and whether each ends its sequence."""
 
     def choose_tile(logits, slots, options, seeds, stop_ids, is_early, forced, length):

@@ -200,9 +200,9 @@ def trace_serve(setting: JobSetting) -> list[TracedProgram]:
     slots = [pool for pool in pools if isinstance(pool, serving_state.LightningSlots)]
 
     def decode(model, state, sampling_state, batch, steps):
-        tiling = programs.Tiling(engine.attention_tile, engine.matmul_tile)
+        tiles = programs.EngineTiles(engine.attention_tile, engine.matmul_tile)
         return programs.decode_tokens(
-            model, state, sampling_state, batch, steps, tiling, engine.decode_steps
+            model, state, sampling_state, batch, steps, tiles, engine.decode_steps
         )
 
     traced = jax.jit(decode, donate_argnums=(1, 2)).trace(setting.model, state, *arguments)
