@@ -23,6 +23,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import matmul_floor
 import numpy as np
 import side_by_side
 import torch
@@ -46,6 +47,12 @@ _TOLERANCES = {
     "loss": 1e-5,
     "gradient norm": 1e-3,
 }
+
+
+# transformers' implementations of experts. batched_mm copies the weights of each token's experts:
+# right for one token, 13 GB for 1,024.
+_BATCH_EXPERTS = ("eager", "grouped_mm")
+_SINGLE_EXPERTS = (*_BATCH_EXPERTS, "batched_mm")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -235,46 +242,6 @@ def _check_differences(our_model, hf_model, size: Size) -> dict[str, float]:
     return differences
 
 
-def _count_matmuls(size: Size, tokens: int, head_tokens: int, passes: int = 1):
-    """Return `Case.matmuls`.
-
-    Args:
-      tokens: of a call.
-      head_tokens: tokens of which logits are computed.
-      passes: cost in forward passes, 3 for a forward and a backward pass.
-    """
-    m = size.model
-    hidden, ffn, heads = m["hidden_size"], m["intermediate_size"], m["num_attention_heads"]
-    width = heads * m["head_dim"]
-    softmax = m["layer_types"].count("full_attention")
-    lightning = len(m["layer_types"]) - softmax
-    kv = 2 * m["num_key_value_heads"] * m["head_dim"]
-    experts = m["num_local_experts"]
-    rows = tokens * m["num_experts_per_tok"] // experts
-    shapes = (
-        (tokens, hidden, 3 * width, lightning),
-        (tokens, hidden, width, lightning),  # The output gate.
-        (tokens, hidden, width + kv, softmax),
-        (tokens, width, hidden, lightning + softmax),
-        (rows, hidden, ffn, 2 * experts * (lightning + softmax)),
-        (rows, ffn, hidden, experts * (lightning + softmax)),
-        (head_tokens, hidden, m["vocab_size"], 1),
-    )
-    return tuple((*shape, passes * count) for *shape, count in shapes)
-
-
-@torch.no_grad()
-def _matmul_secs(shapes, repeats: int) -> float:
-    """Return the seconds of these matmuls alone: each shape's fastest call, times its count."""
-    total = 0.0
-    for rows, width, out, count in shapes:
-        x, weight = torch.randn(rows, width), torch.randn(out, width)
-        call = functools.partial(torch.nn.functional.linear, x, weight)
-        call()
-        total += count * min(side_by_side.clock(call) for _ in range(3 * repeats))
-    return total
-
-
 def _make_cases(our_model, hf_model, size: Size) -> list[Case]:
     rng = np.random.default_rng(2)
 
@@ -282,73 +249,83 @@ def _make_cases(our_model, hf_model, size: Size) -> list[Case]:
         drawn = rng.integers(0, size.model["vocab_size"], shape)
         return jnp.asarray(drawn, jnp.int32), torch.from_numpy(drawn)
 
-    # batched_mm copies the weights of each token's experts: right for one token, 13 GB for 1,024.
-    batch_experts = ("eager", "grouped_mm")
-    single_experts = (*batch_experts, "batched_mm")
+    prefill_tokens, train_tokens = tokens(1, size.prefill_tokens), tokens(*size.train_shape)
+    return [
+        *_prefill_cases(our_model, hf_model, size, *prefill_tokens),
+        *(_decode_case(our_model, hf_model, size, batch, tokens) for batch in (1, 8)),
+        *_train_cases(our_model, hf_model, size, *train_tokens),
+    ]
+
+
+def _prefill_cases(our_model, hf_model, size: Size, tokens_jax, tokens_torch) -> list[Case]:
     length = size.prefill_tokens
-    prefill_jax, prefill_torch = tokens(1, length)
-    train_jax, train_torch = tokens(*size.train_shape)
-    cases = [
+    return [
         Case(
             "prefill-all-logits",
             length,
-            _count_matmuls(size, length, length),
-            lambda: side_by_side.clock(lambda: our_model(prefill_jax)),
-            lambda: _their_prefill_secs(hf_model, prefill_torch, use_cache=False),
-            batch_experts,
+            matmul_floor.count_matmuls(size.model, length, length),
+            lambda: side_by_side.clock(lambda: our_model(tokens_jax)),
+            lambda: _their_prefill_secs(hf_model, tokens_torch, use_cache=False),
+            _BATCH_EXPERTS,
             1.2,
         ),
         Case(
             "prefill-last-logits-and-cache",
             length,
-            _count_matmuls(size, length, 1),
+            matmul_floor.count_matmuls(size.model, length, 1),
             lambda: side_by_side.clock(
-                lambda: _prefill_prompt(our_model, prefill_jax, max_length=length)
+                lambda: _prefill_prompt(our_model, tokens_jax, max_length=length)
             ),
-            lambda: _their_prefill_secs(hf_model, prefill_torch, use_cache=True, logits_to_keep=1),
-            batch_experts,
+            lambda: _their_prefill_secs(hf_model, tokens_torch, use_cache=True, logits_to_keep=1),
+            _BATCH_EXPERTS,
             1.2,
         ),
     ]
-    for batch in (1, 8):
-        prompt_jax, prompt_torch = tokens(batch, size.prompt_tokens)
-        steps = size.decode_tokens
-        _, state = _prefill_prompt(our_model, prompt_jax, max_length=size.prompt_tokens + steps)
-        with torch.no_grad():
-            cache = hf_model(prompt_torch, use_cache=True).past_key_values
-        token_jax, token_torch = tokens(batch, 1)
-        cases.append(
-            Case(
-                f"decode-batch-{batch}",
-                batch * steps,
-                (),
-                functools.partial(_our_decode_secs, our_model, token_jax, state, steps),
-                functools.partial(_their_decode_secs, hf_model, token_torch, cache, steps),
-                single_experts if batch == 1 else batch_experts,
-                2.0,
-            )
-        )
-    cases.append(
+
+
+def _decode_case(our_model, hf_model, size: Size, batch: int, tokens) -> Case:
+    prompt_jax, prompt_torch = tokens(batch, size.prompt_tokens)
+    steps = size.decode_tokens
+    _, state = _prefill_prompt(our_model, prompt_jax, max_length=size.prompt_tokens + steps)
+    with torch.no_grad():
+        cache = hf_model(prompt_torch, use_cache=True).past_key_values
+    token_jax, token_torch = tokens(batch, 1)
+    return Case(
+        f"decode-batch-{batch}",
+        batch * steps,
+        (),
+        functools.partial(_our_decode_secs, our_model, token_jax, state, steps),
+        functools.partial(_their_decode_secs, hf_model, token_torch, cache, steps),
+        _SINGLE_EXPERTS if batch == 1 else _BATCH_EXPERTS,
+        2.0,
+    )
+
+
+def _train_cases(our_model, hf_model, size: Size, tokens_jax, tokens_torch) -> list[Case]:
+    num_tokens = tokens_torch.numel()
+    matmuls = matmul_floor.count_matmuls(size.model, num_tokens, num_tokens, passes=3)
+    cases = [
         Case(
             "forward-and-backward",
-            train_torch.numel(),
-            _count_matmuls(size, train_torch.numel(), train_torch.numel(), passes=3),
-            lambda: side_by_side.clock(lambda: _loss_and_gradients(our_model, train_jax)),
-            lambda: _their_train_secs(hf_model, train_torch),
-            batch_experts,
+            num_tokens,
+            matmuls,
+            lambda: side_by_side.clock(lambda: _loss_and_gradients(our_model, tokens_jax)),
+            lambda: _their_train_secs(hf_model, tokens_torch),
+            _BATCH_EXPERTS,
             1.5,
         )
-    )
+    ]
+    # Its copies of both models with their optimizers take memory, so only where it is timed.
     if "training-step" in _CASES.value or not _CASES.value:
-        their_steps = _make_their_step(hf_model, train_torch)
+        their_steps = _make_their_step(hf_model, tokens_torch)
         cases.append(
             Case(
                 "training-step",
-                train_torch.numel(),
-                _count_matmuls(size, train_torch.numel(), train_torch.numel(), passes=3),
-                _make_our_step(our_model, train_jax),
+                num_tokens,
+                matmuls,
+                _make_our_step(our_model, tokens_jax),
                 lambda: their_steps(hf_model.config._experts_implementation),
-                batch_experts,
+                _BATCH_EXPERTS,
                 1.5,
             )
         )
@@ -371,7 +348,7 @@ def _measure_case(case: Case, hf_model, repeats: int) -> dict:
         "tokens": case.tokens,
         "median_secs": {name: statistics.median(values) for name, values in secs.items()},
         "min_secs": least,
-        "matmul_secs": _matmul_secs(case.matmuls, repeats),
+        "matmul_secs": matmul_floor.matmul_secs(case.matmuls, repeats),
         "theirs": fastest,
         "ratio": least[fastest] / least["ours"],
         "target": case.target,
