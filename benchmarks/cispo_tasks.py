@@ -106,12 +106,12 @@ def count_parameters() -> int:
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(nnx.state(model)))
 
 
-def measure_fork(directory: pathlib.Path, number: int = 256) -> tuple[float, float]:
+def measure_fork(directory: pathlib.Path, num_problems: int = 256) -> tuple[float, float]:
     """Return the mean probabilities of W as the first token, and of all right work after it."""
     model = load_lib.load(directory, jnp.float32, None, param_dtype=jnp.float32)
     tokenizer, rng = tokenizer_lib.Tokenizer.load(directory), random.Random(5)
     rows = []
-    for _ in range(number):
+    for _ in range(num_problems):
         digits, label = draw_problem(rng)
         prompt_ids = prompt.encode_prompt(tokenizer, [{"role": "user", "content": digits}])
         rows.append(prompt_ids + tokenizer.encode(format_answer(digits, label, True)))
@@ -130,21 +130,23 @@ def fork_id(directory: pathlib.Path | str) -> int:
     return token_id
 
 
-def write_tasks(path: pathlib.Path, number: int, seed: int) -> None:
+def write_tasks(path: pathlib.Path, num_tasks: int, seed: int) -> None:
     """Write tasks as JSON lines."""
     rng = random.Random(seed)
     lines = []
-    for _ in range(number):
+    for _ in range(num_tasks):
         digits, label = draw_problem(rng)
         lines.append(json.dumps({"prompt": digits, "label": label}))
     path.write_text("\n".join(lines) + "\n")
 
 
-def write_conversations(path: pathlib.Path, number: int, share: float, seed: int) -> None:
+def write_conversations(
+    path: pathlib.Path, num_conversations: int, share: float, seed: int
+) -> None:
     """Write conversations that do the work with the probability `share` each."""
     rng = random.Random(seed)
     lines = []
-    for _ in range(number):
+    for _ in range(num_conversations):
         digits, label = draw_problem(rng)
         answer = format_answer(digits, label, rng.random() < share)
         messages = [

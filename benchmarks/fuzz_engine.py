@@ -132,21 +132,23 @@ def main() -> None:
         lambda name, _secs, **_: compiled.append(name) if "/compile/" in name else None
     )
     start = time.monotonic()
-    alone = engine_lib.Engine(model, tokenizer, REFERENCE_CONFIG)
+    reference = engine_lib.Engine(model, tokenizer, REFERENCE_CONFIG)
     programs = [time.monotonic() - start]
-    cases = make_cases(alone, tokenizer, rng, arguments.cases)
+    cases = make_cases(reference, tokenizer, rng, arguments.cases)
     counts: collections.Counter[str] = collections.Counter()
     problems: list[str] = []
     secs = 0.0
     with tqdm.tqdm(total=arguments.operations, unit="operation") as bar:
-        for number, config in enumerate(BUSY_CONFIGS[: arguments.engines], 1):
+        for engine_number, config in enumerate(BUSY_CONFIGS[: arguments.engines], 1):
             start = time.monotonic()
             engine = engine_lib.Engine(model, tokenizer, config)
             programs.append(time.monotonic() - start)
             compiled.clear()  # the engine compiles when it is made, and never again
             start = time.monotonic()
             run = FuzzRun(engine, model, cases, rng, counts)
-            while bar.n < arguments.operations * number // arguments.engines and not problems:
+            while (
+                bar.n < arguments.operations * engine_number // arguments.engines and not problems
+            ):
                 bar.update(run.operate())
                 problems += run.problems
             run.finish()
@@ -175,32 +177,32 @@ def make_model(dtype: jnp.dtype) -> model_lib.MiniMaxM1:
 # ---- requests
 
 
-def make_cases(alone, tokenizer, rng: random.Random, number: int) -> list[FuzzCase]:
+def make_cases(reference, tokenizer, rng: random.Random, num_cases: int) -> list[FuzzCase]:
     """Serve a pool of requests one by one."""
     cases: list[FuzzCase] = []
-    while len(cases) < number:
+    while len(cases) < num_cases:
         prompt = draw_prompt(rng, cases)
         options = draw_options(rng, tokenizer)
-        (output,) = alone.generate([prompt], options)
+        (output,) = reference.generate([prompt], options)
         cases.append(FuzzCase(prompt, options, output))
     return cases
 
 
 def draw_prompt(rng: random.Random, cases: list[FuzzCase]) -> tuple[int, ...]:
     """Return 1 to 200 tokens: new ones, alone or after another prompt's beginning or its answer."""
-    new = tuple(rng.randrange(1, 500) for _ in range(rng.choice((1, 2, 9, 16, 33, 70, 140))))
+    tokens = tuple(rng.randrange(1, 500) for _ in range(rng.choice((1, 2, 9, 16, 33, 70, 140))))
     kind = rng.random()
     if cases and kind < 0.4:
         prefix = rng.choice(cases).prompt
-        new = prefix[: rng.randint(1, len(prefix))] + new
+        tokens = prefix[: rng.randint(1, len(prefix))] + tokens
     elif cases and kind < 0.8:
         case = rng.choice(cases)
-        new = case.prompt + tuple(token.id for token in case.output.tokens) + new
-    if POISON in new and rng.random() < 0.8:
-        new = tuple(token or 1 for token in new)
+        tokens = case.prompt + tuple(token.id for token in case.output.tokens) + tokens
+    if POISON in tokens and rng.random() < 0.8:
+        tokens = tuple(token or 1 for token in tokens)
     elif rng.random() < 0.03:
-        new = (*new[:100], POISON, *new[:40])
-    return new[:200]
+        tokens = (*tokens[:100], POISON, *tokens[:40])
+    return tokens[:200]
 
 
 def draw_options(rng: random.Random, tokenizer) -> options_lib.Options:
@@ -273,7 +275,7 @@ class FuzzRun:
     def operate(self) -> int:
         """Do something; return its number of operations. A step of the engine is none."""
         rng, chance = self._rng, self._rng.random()
-        config, before = self._engine.config, self._preemptions()
+        config, preemptions_before = self._engine.config, self._preemptions()
         if chance < 0.25 and len(self._open) < config.max_queue // 2 + config.max_rows:
             self._submit()
         elif 0.25 < chance < 0.26 and self._open:
@@ -293,7 +295,7 @@ class FuzzRun:
             self._engine.step()
             self._check_ended()
             return 0
-        self._preempted += self._preemptions() - before
+        self._preempted += self._preemptions() - preemptions_before
         return 1
 
     def finish(self) -> None:
@@ -331,23 +333,25 @@ class FuzzRun:
             self._counts[f"ended_{output.finish_reason}"] += 1
             if case is None:
                 continue
-            got, want = comparable_output(output), comparable_output(case.output)
+            actual, expected = comparable_output(output), comparable_output(case.output)
             if output.finish_reason == "cancelled":
-                number = len(output.tokens)
-                want = comparable_output(
-                    dataclasses.replace(case.output, tokens=case.output.tokens[:number])
+                num_tokens = len(output.tokens)
+                expected = comparable_output(
+                    dataclasses.replace(case.output, tokens=case.output.tokens[:num_tokens])
                 )
-                same = got[:number] == want[:number]
+                same = actual[:num_tokens] == expected[:num_tokens]
                 # The last token may have ended inside a character.
                 same = same and case.output.text.startswith(output.text.rstrip("\ufffd"))
             else:
-                same = got == want
+                same = actual == expected
                 self._count("compared")
                 self._counts["errors"] += output.finish_reason == "error"
                 self._counts["reasoning"] += output.reasoning_tokens > 0
             if not same:
-                pairs = [(a, b) for a, b in zip(got, want, strict=False) if a != b]
-                self.problems.append(f"{case}: of {len(got)} and {len(want)}, first {pairs[:1]}")
+                pairs = [(a, b) for a, b in zip(actual, expected, strict=False) if a != b]
+                self.problems.append(
+                    f"{case}: of {len(actual)} and {len(expected)}, first {pairs[:1]}"
+                )
 
     def _preemptions(self) -> int:
         stats = self._engine.stats().memory
