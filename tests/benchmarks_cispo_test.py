@@ -269,7 +269,7 @@ def gradients(tokenizer):
             None, model, placed, np.float32(1), None, settings
         )
         flat = np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(grads)])
-        return flat, np.asarray(measured["drops"]["clipped"])
+        return flat, np.asarray(measured.drops.clipped)
 
     return run
 

@@ -142,7 +142,7 @@ def test_t2_and_t6_value_and_gradient(name):
 def test_t6_value_in_the_form_of_a_minimum(name, value):
     options, prompts, _, _ = T2[name]
     _, _, metrics = value_and_grad(options, shared(options, prompts))
-    near(metrics["shares"]["ppo_loss"], value)
+    near(metrics.shares["ppo_loss"], value)
 
 
 def check_ratios(module=loss):
@@ -378,7 +378,7 @@ def test_kl_and_entropy_have_their_own_gradients():
 def test_a_divergence_that_is_only_measured_may_be_infinite():
     terms = make_terms([[-1000.0]], [[1.0]], logp_ref=jnp.zeros((1, 1)))
     value, grad, metrics = value_and_grad(CISPO, terms)
-    assert metrics["shares"]["kl_loss"] == np.inf
+    assert metrics.shares["kl_loss"] == np.inf
     near(value, 1000)
     near(grad, [[-1]])
 

@@ -40,7 +40,7 @@ def test_t1_nothing_flows_through_the_weight(low, high, value, grad, clipped):
         row = jax.tree.map(lambda x, n=n: x[n : n + 1], terms)
         near(value_and_grad(bound_weights(low, high), row)[0], value[n])
     names = [f"weight_{side}/{sign}" for side in ("high", "low") for sign in PAIR]
-    assert sum(float(metrics["sums"][name]) for name in names) == sum(clipped)
+    assert sum(float(metrics.sums[name].total) for name in names) == sum(clipped)
 
 
 def test_t3_with_and_without_the_samplers_weight():
@@ -68,10 +68,10 @@ def test_t5_dual_clip():
     options = masked(clip_low=0.2, clip_high=0.2, dual_clip=1.5)
     for ratio, a, expected in [(2, 2, -2.4), (2, -2, 3), (0.5, 2, -1)]:
         terms = make_terms([[np.log(ratio)]], [[a]], old=np.zeros((1, 1)))
-        near(value_and_grad(options, terms)[2]["shares"]["ppo_loss"], expected)
+        near(value_and_grad(options, terms)[2].shares["ppo_loss"], expected)
     terms = make_terms([[np.log(8)]], [[-1.0]], old=np.zeros((1, 1)))
     _, grad, metrics = value_and_grad(masked(dual_clip=3.0), terms)
-    near(metrics["shares"]["ppo_loss"], 3)
+    near(metrics.shares["ppo_loss"], 3)
     near(grad, [[0]])
     near(value_and_grad(OFF, terms)[1], [[8]])
 

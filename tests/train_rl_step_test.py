@@ -129,16 +129,14 @@ def test_the_gradient_does_not_depend_on_microbatches(one_microbatch, rows):
     grads, metrics = sums_of(packed, CISPO)
     assert_close(grads, one_microbatch[0])
     for name in ("loss", "policy_loss", "ppo_loss"):
-        np.testing.assert_allclose(
-            metrics["shares"][name], one_microbatch[1]["shares"][name], rtol=1e-5
-        )
+        np.testing.assert_allclose(metrics.shares[name], one_microbatch[1].shares[name], rtol=1e-5)
     for name in ("tokens", "positive", "negative", "weight_high/positive", "ppo_drop"):
-        assert float(metrics["sums"][name]) == float(one_microbatch[1]["sums"][name])
-    assert_same(metrics["drops"], one_microbatch[1]["drops"])
+        assert float(metrics.sums[name].total) == float(one_microbatch[1].sums[name].total)
+    assert_same(metrics.drops, one_microbatch[1].drops)
     np.testing.assert_allclose(
-        metrics["maxima"]["ratio_max"], one_microbatch[1]["maxima"]["ratio_max"], 1e-5
+        metrics.maxima["ratio_max"], one_microbatch[1].maxima["ratio_max"], 1e-5
     )
-    assert float(metrics["sums"]["tokens"]) == sum(sum(sample.mask) for sample in SAMPLES)
+    assert float(metrics.sums["tokens"].total) == sum(sum(sample.mask) for sample in SAMPLES)
 
 
 def test_the_gradient_does_not_depend_on_packing(one_microbatch):
@@ -162,8 +160,8 @@ def test_what_stands_at_masked_places_is_never_seen(one_microbatch):
     grads, metrics = sums_of(packed, CISPO, change=spoil)
     assert_same(grads, one_microbatch[0])
     # A number of its own, so that NaN equal to NaN is not taken for right.
-    assert np.isfinite(float(metrics["shares"]["loss"]))
-    assert_same(metrics["sums"], one_microbatch[1]["sums"])
+    assert np.isfinite(float(metrics.shares["loss"]))
+    assert_same(metrics.sums, one_microbatch[1].sums)
 
 
 @functools.cache
@@ -214,7 +212,7 @@ def test_on_policy_all_objectives_have_one_gradient():
         chosen = dataclasses.replace(objective.PRESETS[name], aggregation="token-mean")
         packed = pack(4, chosen, logp_old=logps)
         grads[name], metrics = sums_of(packed, chosen)
-        assert float(metrics["sums"]["clip_high"]) == 0
+        assert float(metrics.sums["clip_high"].total) == 0
     # The weights are exp(0), but for the last bits of a forward pass that is compiled anew.
     for name in ("grpo", "dapo"):
         assert_close(grads[name], grads["cispo"])
@@ -224,7 +222,7 @@ def test_on_policy_all_objectives_have_one_gradient():
 def test_off_policy_they_differ(one_microbatch):
     dapo = objective.PRESETS["dapo"]
     grads, metrics = sums_of(pack(4, dapo), dapo)
-    assert float(metrics["sums"]["clip_high"]) > 0
+    assert float(metrics.sums["clip_high"].total) > 0
     gaps = [
         np.abs(a - b).max()
         for a, b in zip(tree_leaves(grads), tree_leaves(one_microbatch[0]), strict=True)
@@ -246,7 +244,7 @@ def parts(packed, share, weight_mean):
     grads, metrics = rl_step.accumulate_gradients(
         None, weights(), rows, np.float32(share), mean, chosen
     )
-    return grads, float(metrics["shares"]["balance_loss"])
+    return grads, float(metrics.shares["balance_loss"])
 
 
 def test_the_balance_loss_counts_by_the_rows_share_of_tokens():

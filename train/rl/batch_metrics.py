@@ -103,10 +103,9 @@ def merge_update_metrics(updates: Sequence[UpdateMetrics]) -> dict[str, Any]:
     for name in reports[0]:
         reduce = reducers.get(name, np.mean)
         metrics[name] = float(reduce([report[name] for report in reports]))
-    drops, clips = (
-        np.sum([update.loss["drops"][name] for update in updates], axis=0)
-        for name in ("by_token", "clipped")
-    )
+    drop_counts = [update.loss.drops for update in updates if update.loss.drops is not None]
+    drops = np.sum([counts.ppo_dropped for counts in drop_counts], axis=0)
+    clips = np.sum([counts.clipped for counts in drop_counts], axis=0)
     metrics["most_dropped"] = rl_metrics.rank_dropped_tokens(drops)
     # Ids that were never clipped count too, so that a reader can tell how often clipping is.
     metrics["most_clipped"] = rl_metrics.rank_dropped_tokens(clips, num=32, min_dropped=0)

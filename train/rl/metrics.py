@@ -6,9 +6,10 @@ step, `measure_mismatch` those between sampler and trainer, `summarize_groups` t
 lengths. The symbols r, w, A, M and rho are those of `train/rl/objective.py`.
 """
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,10 +28,50 @@ _LOG_RATIO_EDGES = np.linspace(-3, 3, 121)
 # Powers of ten between which gradients are counted. Most of M1's gradients were below 1e-14
 # (M1 3.2), where AdamW's usual eps of 1e-8 would hide them.
 GRADIENT_DECADES = tuple(range(-20, 1))
+# All tokens that the model wrote, or those with A > 0 or A < 0: what a mean or a share is over.
+_Divisor = Literal["tokens", "positive", "negative"]
 
-# Metrics of a part of a step, by kind and name. "shares", "sums" and "drops" are added up over the
-# parts of a step. From "maxima" the largest is taken.
-MetricSums = dict[str, dict[str, Any]]
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TokenSum:
+    """A sum over the tokens that the model wrote.
+
+    Attributes:
+      total: the sum. It may be several sums, one an entry.
+      divisor: name of the sum whose total divides this one in `summarize_metrics`.
+    """
+
+    total: Float[Array, "..."]
+    divisor: _Divisor = dataclasses.field(metadata={"static": True})
+
+
+class DropCounts(NamedTuple):
+    """How often each token id was dropped.
+
+    Attributes:
+      ppo_dropped: from `count_drops_by_token`.
+      clipped: from `count_clips_by_token`.
+    """
+
+    ppo_dropped: Int[Array, "2 V"]
+    clipped: Int[Array, "2 V"]
+
+
+class MetricSums(NamedTuple):
+    """What a part of a step measured, see `add_metrics`. A whole step is a part, too.
+
+    Attributes:
+      drops: counts by token id, or None where they were not counted.
+      maxima: maxima over tokens, by name.
+      shares: shares of the step's losses, by name, see `loss.LossParts.shares`.
+      sums: sums over tokens, by name.
+    """
+
+    drops: DropCounts | None
+    maxima: dict[str, Float[Array, ""]]
+    shares: dict[str, Float[Array, ""]]
+    sums: dict[str, TokenSum]
 
 
 def ppo_drop_mask(
@@ -42,13 +83,7 @@ def ppo_drop_mask(
 
 
 def loss_metrics(parts: loss_lib.LossParts) -> MetricSums:
-    """Return the metrics of a loss: its shares, and what `token_sums` measures."""
-    sums, maxima = token_sums(parts)
-    return {"shares": dict(parts.shares), "sums": sums, "maxima": maxima}
-
-
-def token_sums(parts: loss_lib.LossParts) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return sums over the tokens that the model wrote, and maxima over them.
+    """Return the metrics of a loss, without counts by token id.
 
     `summarize_metrics` makes metrics of the same names from them, and explains these.
     """
@@ -59,55 +94,58 @@ def token_sums(parts: loss_lib.LossParts) -> tuple[dict[str, Any], dict[str, Any
     # log-probability by the other less that by the policy. k3 is never negative.
     x = terms.logp_old - terms.logp
     dropped = real & ppo_drop_mask(ratio, a)
-    sums = {
-        "tokens": real,
-        "positive": positive,
-        "negative": negative,
-        "clip_high": positive & ~parts.clip_mask,
-        "clip_low": negative & ~parts.clip_mask,
+    # By name: what is summed over tokens, and the divisor of the sum.
+    summed: dict[str, tuple[Array, _Divisor]] = {
+        "tokens": (real, "tokens"),
+        "positive": (positive, "tokens"),
+        "negative": (negative, "tokens"),
+        "clip_high": (positive & ~parts.clip_mask, "positive"),
+        "clip_low": (negative & ~parts.clip_mask, "negative"),
         # Where the weight is not the ratio, a bound has moved it: w < r at the upper bound.
-        "weight_high/positive": positive & (weight < ratio),
-        "weight_high/negative": negative & (weight < ratio),
-        "weight_low/positive": positive & (weight > ratio),
-        "weight_low/negative": negative & (weight > ratio),
-        "ppo_drop": dropped,
-        "ppo_drop/positive": dropped & positive,
-        "ppo_drop/negative": dropped & negative,
-        "rejected": real & ~parts.keep_mask,
-        "ratio": ratio,
-        "weight": weight,
-        "weight_squared": weight * weight,
-        "rho": parts.rho,
-        "rho_squared": parts.rho * parts.rho,
-        "k1_old": -x,
-        "k3_old": jnp.expm1(x) - x,
-        "advantage": a,
+        "weight_high/positive": (positive & (weight < ratio), "positive"),
+        "weight_high/negative": (negative & (weight < ratio), "negative"),
+        "weight_low/positive": (positive & (weight > ratio), "positive"),
+        "weight_low/negative": (negative & (weight > ratio), "negative"),
+        "ppo_drop": (dropped, "tokens"),
+        "ppo_drop/positive": (dropped & positive, "positive"),
+        "ppo_drop/negative": (dropped & negative, "negative"),
+        "rejected": (real & ~parts.keep_mask, "tokens"),
+        "ratio": (ratio, "tokens"),
+        "weight": (weight, "tokens"),
+        "weight_squared": (weight * weight, "tokens"),
+        "rho": (parts.rho, "tokens"),
+        "rho_squared": (parts.rho * parts.rho, "tokens"),
+        "k1_old": (-x, "tokens"),
+        "k3_old": (jnp.expm1(x) - x, "tokens"),
+        "advantage": (a, "tokens"),
     }
     if terms.logp_ref is not None:
         x = terms.logp_ref - terms.logp
-        sums |= {"k1_ref": -x, "k3_ref": jnp.expm1(x) - x}
+        summed |= {"k1_ref": (-x, "tokens"), "k3_ref": (jnp.expm1(x) - x, "tokens")}
     if terms.entropy is not None:
-        sums["entropy"] = terms.entropy
-    sums = {name: _masked_sum(value, real, ratio.dtype) for name, value in sums.items()}
+        summed["entropy"] = (terms.entropy, "tokens")
+    sums = {
+        name: TokenSum(_masked_sum(values, real, ratio.dtype), divisor)
+        for name, (values, divisor) in summed.items()
+    }
     edges = jnp.asarray(_LOG_RATIO_EDGES, ratio.dtype)[None, None, :]
     # [B, T, edges], a comparison that XLA fuses into the sum.
     above = real[..., None] & (jnp.log(ratio)[..., None] > edges)
-    sums["ratio_above"] = jnp.sum(above, axis=(0, 1), dtype=ratio.dtype)
+    sums["ratio_above"] = TokenSum(jnp.sum(above, axis=(0, 1), dtype=ratio.dtype), "tokens")
     maxima = {
         "ratio_max": jnp.max(jnp.where(real, ratio, -jnp.inf)),
         "ratio_min": jnp.max(jnp.where(real, -ratio, -jnp.inf)),  # negative, to be a maximum
     }
-    return sums, maxima
+    return MetricSums(drops=None, maxima=maxima, shares=dict(parts.shares), sums=sums)
 
 
 def add_metrics(first: MetricSums, second: MetricSums) -> MetricSums:
-    """Return the metrics of two parts of a step together."""
-    total: MetricSums = {name: jax.tree.map(jnp.add, first[name], second[name]) for name in first}
-    total["maxima"] = jax.tree.map(jnp.maximum, first["maxima"], second["maxima"])
-    return total
+    """Return the metrics of two parts of a step together: sums are added, maxima compared."""
+    total = jax.tree.map(jnp.add, first, second)
+    return total._replace(maxima=jax.tree.map(jnp.maximum, first.maxima, second.maxima))
 
 
-def summarize_metrics(metrics: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+def summarize_metrics(metrics: MetricSums) -> dict[str, float]:
     """Return a whole step's metrics as numbers.
 
     A share is a fraction of tokens, 0 to 1. "Positive" are the tokens with A > 0, "negative" those
@@ -132,25 +170,19 @@ def summarize_metrics(metrics: Mapping[str, Mapping[str, Any]]) -> dict[str, flo
       k1_ref, k3_ref: the same of the reference model, if the loss has its KL.
       entropy: mean exact entropy, nats.
     """
-    sums = {name: np.asarray(value, np.float64) for name, value in metrics["sums"].items()}
-    out = {name: float(value) for name, value in metrics["shares"].items()}
+    sums = {name: np.asarray(x.total, np.float64) for name, x in metrics.sums.items()}
+    out = {name: float(value) for name, value in metrics.shares.items()}
     above = sums.pop("ratio_above")
-    tokens = float(sums["tokens"])
-    # What the sums are divided by: at least 1, so that a step without such tokens has shares of 0.
-    of_sign = {name: max(float(sums[name]), 1.0) for name in ("positive", "negative")}
-    # clip_high counts positive tokens alone, and clip_low negative ones.
-    of_sign |= {"high": of_sign["positive"], "low": of_sign["negative"]}
-    for name, value in sums.items():
-        part = name.removeprefix("clip_") if name.startswith("clip_") else name.split("/")[-1]
-        total = max(tokens, 1.0)
-        if name not in ("positive", "negative"):
-            total = of_sign.get(part, total)
-        out[name] = tokens if name == "tokens" else float(value) / total
+    for name, total in sums.items():
+        # At least 1, so that a step without such tokens has shares of 0.
+        out[name] = float(total) / max(float(sums[metrics.sums[name].divisor]), 1.0)
+    # A number, not a share.
+    tokens = out["tokens"] = float(sums["tokens"])
     for name in ("weight", "rho"):
         square = out.pop(f"{name}_squared")
         out[f"{name}_effective"] = out[name] ** 2 / square if square else 0.0
-    out["ratio_max"] = float(metrics["maxima"]["ratio_max"])
-    out["ratio_min"] = -float(metrics["maxima"]["ratio_min"])
+    out["ratio_max"] = float(metrics.maxima["ratio_max"])
+    out["ratio_min"] = -float(metrics.maxima["ratio_min"])
     # The first edge that at most 1% of the tokens are above.
     few = above <= 0.01 * tokens
     out["ratio_p99"] = float(np.exp(_LOG_RATIO_EDGES[few.argmax()])) if few.any() else math.inf
@@ -330,8 +362,7 @@ def summarize_groups(
 def gradient_shares(grads: Any) -> dict[str, Float[Array, ""]]:
     """Return which share of a gradient's entries has an absolute value below 1e-20, ..., 1e0.
 
-    M1's remark is about "below_1e-14". "zero" is the share of exact zeros. Sharded gradients are
-    counted where they lie.
+    M1's remark is about "below_1e-14". "zero" is the share of exact zeros.
     """
     leaves = [jnp.abs(x) for x in jax.tree.leaves(grads)]
     out = {f"below_1e{e}": _true_fraction([x < 10.0**e for x in leaves]) for e in GRADIENT_DECADES}

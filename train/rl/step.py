@@ -118,7 +118,7 @@ def _loss_and_metrics(
     token_share: Any,
     weight_mean: Any,
     settings: RlStepSettings,
-) -> tuple[Float[Array, ""], dict[str, Any]]:
+) -> tuple[Float[Array, ""], rl_metrics.MetricSums]:
     """Return what `_microbatch_loss` does, from the model's output."""
     token_logprobs = logprobs.token_logprobs(
         model,
@@ -144,7 +144,6 @@ def _loss_and_metrics(
     metrics = rl_metrics.loss_metrics(parts)
     # All tokens of the rows count here, prompts too: the routers see them all.
     balance = moe.balance_loss(stats) * token_share
-    metrics["shares"]["balance_loss"] = balance
     # Counted by token id, because M1 argues that PPO drops rare tokens such as "However".
     drops = rl_metrics.count_drops_by_token(
         rows.targets, parts.ratio, rows.advantages, rows.mask, model.config.vocab_size
@@ -157,7 +156,10 @@ def _loss_and_metrics(
         _ratio_upper_bound(settings.objective),
         model.config.vocab_size,
     )
-    metrics["drops"] = {"by_token": drops, "clipped": clips}
+    metrics = metrics._replace(
+        drops=rl_metrics.DropCounts(drops, clips),
+        shares=metrics.shares | {"balance_loss": balance},
+    )
     return loss + settings.balance_coefficient * balance, metrics
 
 
