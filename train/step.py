@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -52,6 +52,13 @@ class TrainStepSettings:
             raise ValueError(f"accumulate: got {self.accumulate}; wanted at least 1")
         if self.z_coefficient < 0:
             raise ValueError(f"z_coefficient: got {self.z_coefficient}; wanted at least 0")
+
+
+class BatchTotals(NamedTuple):
+    """Denominators of a whole batch's means. Both are above 0."""
+
+    weight: Float[Array, ""]  # sum of the weights, 1 for a batch without weights
+    num_tokens: Float[Array, ""]  # tokens that are not padding, at least 1
 
 
 def init_state(model: model_lib.MiniMaxM1, optimizer: optim.AdamW) -> TrainState:
@@ -158,13 +165,16 @@ def compute_gradients(
     Gradients are float32. Frozen parameters have none.
     """
     weight = jnp.sum(batch.weights)
-    # Denominators of the whole batch. A batch without weights or tokens must not divide by 0.
-    totals = (jnp.where(weight > 0, weight, 1.0), jnp.maximum(_num_tokens(batch), 1.0))
-    coefficient = settings.balance_coefficient  # a schedule gives a traced number
-    if coefficient is None:
-        coefficient = model.config.router_aux_loss_coef
-    elif callable(coefficient):
-        coefficient = coefficient(step)
+    # A batch without weights or tokens must not divide by 0.
+    totals = BatchTotals(
+        weight=jnp.where(weight > 0, weight, 1.0),
+        num_tokens=jnp.maximum(_num_tokens(batch), 1.0),
+    )
+    balance_coefficient = settings.balance_coefficient
+    if balance_coefficient is None:
+        balance_coefficient = model.config.router_aux_loss_coef
+    elif callable(balance_coefficient):
+        balance_coefficient = balance_coefficient(step)  # a schedule gives a traced number
     trained, frozen = trainable.partition(model)
 
     @functools.partial(jax.grad, has_aux=True)
@@ -173,7 +183,7 @@ def compute_gradients(
             trainable.combine(trained, frozen),
             microbatch,
             totals,
-            coefficient=coefficient,
+            balance_coefficient=balance_coefficient,
             z_coefficient=settings.z_coefficient,
         )
 
@@ -238,11 +248,18 @@ def constrain_shardings(tree):
 
 
 def _microbatch_loss(
-    model, batch: batch_lib.TrainBatch, totals, *, coefficient, z_coefficient: float
-):
+    model: model_lib.MiniMaxM1,
+    batch: batch_lib.TrainBatch,
+    totals: BatchTotals,
+    *,
+    balance_coefficient: Float[Array, ""] | float,
+    z_coefficient: float,
+) -> tuple[Float[Array, ""], dict[str, Any]]:
     """Return a microbatch's share of the loss, and its share of each metric."""
     hidden, stats = model.hidden(batch.tokens, batch.segment_ids, batch.positions)
-    return _loss_and_metrics(model, hidden, stats, batch, totals, coefficient, z_coefficient)
+    return _loss_and_metrics(
+        model, hidden, stats, batch, totals, balance_coefficient, z_coefficient
+    )
 
 
 @jax.named_scope("loss")
@@ -251,19 +268,18 @@ def _loss_and_metrics(
     hidden: Float[Array, "B T D"],
     stats: moe.RouterStats,
     batch: batch_lib.TrainBatch,
-    totals: tuple[Any, Any],
-    coefficient: Any,
+    totals: BatchTotals,
+    balance_coefficient: Float[Array, ""] | float,
     z_coefficient: float,
 ) -> tuple[Float[Array, ""], dict[str, Any]]:
     """Return what `_microbatch_loss` does, from the model's output."""
-    weight, num_tokens = totals  # of the whole batch
     tokens = logprobs.token_logprobs(model, hidden, batch.targets)
 
     def weighted_mean(values):
         # A select, since the value of a token without a weight may be NaN or infinite.
-        return jnp.sum(jnp.where(batch.weights != 0, batch.weights * values, 0.0)) / weight
+        return jnp.sum(jnp.where(batch.weights != 0, batch.weights * values, 0.0)) / totals.weight
 
-    share = _num_tokens(batch) / num_tokens
+    share = _num_tokens(batch) / totals.num_tokens
     metrics = {
         "loss": -weighted_mean(tokens.logp),
         # Means of the microbatch, weighted by its share of the tokens, so that they add up.
@@ -274,9 +290,9 @@ def _loss_and_metrics(
         "dropped": moe.dropped_share(stats) * share,
         # [L, A, E] counts, summed over the A choices of a token.
         "expert_load": jnp.sum(stats.choice_counts, 1)
-        / (num_tokens * stats.choice_counts.shape[1]),
+        / (totals.num_tokens * stats.choice_counts.shape[1]),
     }
-    loss = metrics["loss"] + coefficient * metrics["balance_loss"]
+    loss = metrics["loss"] + balance_coefficient * metrics["balance_loss"]
     if z_coefficient:
         loss += z_coefficient * metrics["z_loss"]
     return loss, metrics
