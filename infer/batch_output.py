@@ -11,6 +11,7 @@ from typing import Any
 
 from infer import jsonl
 from infer import request as request_lib
+from m1_jax import durable
 
 
 def begin_output(output: pathlib.Path, fingerprint: dict[str, Any], num_requests: int) -> set[int]:
@@ -25,9 +26,7 @@ def begin_output(output: pathlib.Path, fingerprint: dict[str, Any], num_requests
     fingerprint_path = output.with_name(output.name + ".run.json")
     if not output.exists():
         # The fingerprint is complete before the output exists, whenever the process is killed.
-        part = fingerprint_path.with_name(fingerprint_path.name + ".part")
-        part.write_text(json.dumps(fingerprint, indent=1) + "\n")
-        part.replace(fingerprint_path)
+        durable.write_text_atomically(fingerprint_path, json.dumps(fingerprint, indent=1) + "\n")
         output.touch()
         return set()
     if not fingerprint_path.exists():

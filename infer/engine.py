@@ -106,7 +106,7 @@ class Engine:
           plan.QueueFull: too many wait.
         """
         vocab_size = self._model_config.vocab_size
-        bad = [token for token in prompt if not _is_token_id(token, vocab_size)]
+        bad = [token for token in prompt if not options_lib.is_token_id(token, vocab_size)]
         if bad:
             raise ValueError(
                 f"prompt: got token id {bad[0]}; wanted 0 to {vocab_size - 1}. "
@@ -393,8 +393,3 @@ class Engine:
     def _cache_key(self) -> Hashable:
         """Return what states depend on beside the tokens."""
         return (self.version, self.config.chunk_tokens, self.config.matmul_tile)
-
-
-def _is_token_id(token: Any, vocab_size: int) -> bool:
-    # `__index__` admits NumPy's integers, too, and keeps out floats.
-    return hasattr(token, "__index__") and 0 <= token < vocab_size

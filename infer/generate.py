@@ -221,7 +221,7 @@ def prepare_run(
       ValueError, OSError: an input that cannot be used.
     """
     folder, options = command.checkpoint_dir(config.checkpoint), config.options
-    requests = read_requests(config)
+    requests = read_conversations(config)
     if config.logprobs is not None and not pathlib.Path(config.logprobs).parent.is_dir():
         raise ValueError(f"--logprobs: got {config.logprobs}; wanted a file in a directory")
     tokenizer = tokenizer_lib.Tokenizer.load(folder)
@@ -240,7 +240,7 @@ def prepare_run(
     return model, tokenizer, prompts
 
 
-def read_requests(config: GenerateConfig) -> list[dict[str, Any]]:
+def read_conversations(config: GenerateConfig) -> list[dict[str, Any]]:
     """Return {"prompt": ...} (raw) or {"messages": ..., "tools": ...} for every prompt.
 
     Raises:

@@ -227,7 +227,14 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _is_token_id(value: Any) -> bool:
+def is_token_id(value: Any, vocab_size: int) -> bool:
+    """Return whether a value is a whole number of the vocabulary, NumPy's integers included."""
+    # `__index__` admits NumPy's integers, and keeps out floats.
+    return hasattr(value, "__index__") and 0 <= value < vocab_size
+
+
+def _is_whole_number(value: Any) -> bool:
+    # Stricter than `is_token_id`: an option is written as JSON, which has no NumPy integers.
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
@@ -238,7 +245,9 @@ def _check_whole_number(
     description = (
         f"a whole number, {low} or more" if high == math.inf else f"{low} to {high}{high_name}"
     )
-    configlib.check_field(_is_token_id(value) and low <= value <= high, name, value, description)
+    configlib.check_field(
+        _is_whole_number(value) and low <= value <= high, name, value, description
+    )
 
 
 def _check_logit_bias(bias: Any) -> dict[int, float]:
@@ -249,7 +258,7 @@ def _check_logit_bias(bias: Any) -> dict[int, float]:
         raise ValueError(f"logit_bias: got {len(bias)} entries; wanted at most {MAX_BIASES}")
     for token, value in bias.items():
         configlib.check_field(
-            _is_token_id(token), "logit_bias", token, "token ids, whole numbers from 0"
+            _is_whole_number(token), "logit_bias", token, "token ids, whole numbers from 0"
         )
         configlib.check_field(
             _is_number(value) and abs(value) <= 100, f"logit_bias[{token}]", value, "-100 to 100"
@@ -261,7 +270,9 @@ def _check_stop_ids(ids: Any) -> tuple[int, ...]:
     name = "stop_token_ids"
     configlib.check_field(isinstance(ids, tuple | list), name, ids, "a tuple of token ids")
     for token in ids:
-        configlib.check_field(_is_token_id(token), name, token, "token ids, whole numbers from 0")
+        configlib.check_field(
+            _is_whole_number(token), name, token, "token ids, whole numbers from 0"
+        )
     return tuple(ids)
 
 

@@ -207,11 +207,11 @@ def digest_arrays(leaves: list[Array]) -> str:
     leaves = [leaf if leaf.is_fully_addressable else leaf.addressable_data(0) for leaf in leaves]
     # Leaves go in one by one: shape checks refuse the descriptions that lowering would put into
     # pytrees.
-    sums = jax.jit(lambda *xs: jnp.stack([_sum_bits(x) for x in xs]))(*leaves)
+    sums = jax.jit(lambda *xs: jnp.stack([_sum_weighted_bits(x) for x in xs]))(*leaves)
     return hashlib.sha256(f"{shapes} {np.asarray(sums).tolist()}".encode()).hexdigest()
 
 
-def _sum_bits(x: Shaped[Array, "..."]) -> UInt[Array, ""]:
+def _sum_weighted_bits(x: Shaped[Array, "..."]) -> UInt[Array, ""]:
     """Return the sum of all bits, weighted by index so that no two values can be exchanged."""
     # Like the digest of `train.checkpoints` in purpose, not in numbers: files on disk hold both.
     kinds = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}

@@ -164,7 +164,7 @@ def test_prompts_file_raw_and_lines(checkpoint, tmp_path):
 def requests(tmp_path, *lines, **options):
     file = tmp_path / "prompts.jsonl"
     file.write_text("\n".join(json.dumps(line) for line in lines))
-    return generate.read_requests(
+    return generate.read_conversations(
         generate.GenerateConfig(checkpoint="x", prompts_file=str(file), **options)
     )
 
@@ -202,7 +202,7 @@ def test_refused_files(tmp_path):
     file = tmp_path / "prompts.jsonl"
     config = generate.GenerateConfig(checkpoint="x", prompts_file=str(file))
     with pytest.raises(FileNotFoundError, match=r"prompts\.jsonl"):
-        generate.read_requests(config)
+        generate.read_conversations(config)
     for content, message in [
         (b"{", "prompts.jsonl:1: not JSON"),
         (b"\xff", "got bytes that are not UTF-8"),
@@ -210,7 +210,7 @@ def test_refused_files(tmp_path):
     ]:
         file.write_bytes(content)
         with pytest.raises(ValueError, match=message):
-            generate.read_requests(config)
+            generate.read_conversations(config)
 
 
 @pytest.mark.parametrize(
