@@ -22,7 +22,11 @@ from m1_jax import tokenizer as tokenizer_lib
 from train.rl import sample as sample_lib
 
 # The engine's `finish_reason` as a sample's status. Any other reason is an error.
-_STATUS_BY_FINISH_REASON = {"stop": "stop", "length": "length", "loop": "repetition"}
+_STATUS_BY_FINISH_REASON: dict[str, sample_lib.SampleStatus] = {
+    "stop": "stop",
+    "length": "length",
+    "loop": "repetition",
+}
 
 
 @dataclasses.dataclass(frozen=True)

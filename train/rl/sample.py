@@ -7,11 +7,11 @@ loop runs any number of episodes side by side, and a test runs one without a mod
 
 import dataclasses
 from collections.abc import Callable, Generator, Mapping
-from typing import Any
+from typing import Any, Literal
 
 # Why the model stopped: an end token, a full window, a loop of tokens that it was certain of
 # (M1 4.3), or a failure.
-SAMPLE_STATUSES = ("stop", "length", "repetition", "error")
+SampleStatus = Literal["stop", "length", "repetition", "error"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Generation:
       tokens: the token ids, an end token included.
       logprobs: log-probability of each token under the distribution that it was drawn from.
       versions: version of the weights that generated each token.
-      status: one of `SAMPLE_STATUSES`.
+      status: why the turn ended.
       routes: as in `Sample`, of all tokens so far, the prompt's included.
       raw: as logprobs, under the model's plain logits.
     """
@@ -59,7 +59,7 @@ class Generation:
     tokens: tuple[int, ...]
     logprobs: tuple[float, ...]
     versions: tuple[int, ...]
-    status: str
+    status: SampleStatus
     routes: Any = None
     raw: tuple[float, ...] = ()
 
@@ -90,7 +90,7 @@ class Sample:
       routes: [tokens, layers, experts of a token] int8, the experts that the sampler sent each
         token of prompt and answer to. The last tokens, which the sampler never computed, have no
         row. None if the engine does not record routes.
-      status: of the last turn, one of `SAMPLE_STATUSES`.
+      status: why the last turn ended.
       text: of the last turn, without its end token.
       messages: all messages after the prompt.
       turn_rewards: (index in `tokens`, reward) of rewards before the end. The index is that of the
@@ -107,7 +107,7 @@ class Sample:
     logprobs: list[float] = dataclasses.field(default_factory=list)
     versions: list[int] = dataclasses.field(default_factory=list)
     routes: Any = None
-    status: str = "stop"
+    status: SampleStatus = "stop"
     text: str = ""
     messages: list[dict] = dataclasses.field(default_factory=list)
     turn_rewards: list[tuple[int, float]] = dataclasses.field(default_factory=list)
