@@ -127,14 +127,16 @@ def test_the_gradient_does_not_depend_on_microbatches(one_microbatch, rows):
     packed = pack(rows, CISPO)
     assert len(packed.microbatches) >= 2
     grads, metrics = sums_of(packed, CISPO)
-    assert_close(grads, one_microbatch[0])
+    assert_close(grads, one_microbatch.gradients)
     for name in ("loss", "policy_loss", "ppo_loss"):
-        np.testing.assert_allclose(metrics.shares[name], one_microbatch[1].shares[name], rtol=1e-5)
+        np.testing.assert_allclose(
+            metrics.shares[name], one_microbatch.metrics.shares[name], rtol=1e-5
+        )
     for name in ("tokens", "positive", "negative", "weight_high/positive", "ppo_drop"):
-        assert float(metrics.sums[name].total) == float(one_microbatch[1].sums[name].total)
-    assert_same(metrics.drops, one_microbatch[1].drops)
+        assert float(metrics.sums[name].total) == float(one_microbatch.metrics.sums[name].total)
+    assert_same(metrics.drops, one_microbatch.metrics.drops)
     np.testing.assert_allclose(
-        metrics.maxima["ratio_max"], one_microbatch[1].maxima["ratio_max"], 1e-5
+        metrics.maxima["ratio_max"], one_microbatch.metrics.maxima["ratio_max"], 1e-5
     )
     assert float(metrics.sums["tokens"].total) == sum(sum(sample.mask) for sample in SAMPLES)
 
@@ -143,7 +145,7 @@ def test_the_gradient_does_not_depend_on_packing(one_microbatch):
     order = [SAMPLES[i] for i in (5, 2, 6, 0, 3, 1, 4)]
     packed = pack(4, CISPO, order)
     assert packed.locations != [pack(4, CISPO).locations[SAMPLES.index(sample)] for sample in order]
-    assert_close(sums_of(packed, CISPO)[0], one_microbatch[0])
+    assert_close(sums_of(packed, CISPO).gradients, one_microbatch.gradients)
 
 
 def test_what_stands_at_masked_places_is_never_seen(one_microbatch):
@@ -158,10 +160,10 @@ def test_what_stands_at_masked_places_is_never_seen(one_microbatch):
 
     packed = pack(4, CISPO)
     grads, metrics = sums_of(packed, CISPO, change=spoil)
-    assert_same(grads, one_microbatch[0])
+    assert_same(grads, one_microbatch.gradients)
     # A number of its own, so that NaN equal to NaN is not taken for right.
     assert np.isfinite(float(metrics.shares["loss"]))
-    assert_same(metrics.sums, one_microbatch[1].sums)
+    assert_same(metrics.sums, one_microbatch.metrics.sums)
 
 
 @functools.cache
@@ -225,7 +227,7 @@ def test_off_policy_they_differ(one_microbatch):
     assert float(metrics.sums["clip_high"].total) > 0
     gaps = [
         np.abs(a - b).max()
-        for a, b in zip(tree_leaves(grads), tree_leaves(one_microbatch[0]), strict=True)
+        for a, b in zip(tree_leaves(grads), tree_leaves(one_microbatch.gradients), strict=True)
     ]
     assert max(gaps) > 1e-2
 
@@ -308,7 +310,7 @@ def trained(net=None, packed=None, steps=1, chosen=CISPO):
     state, metrics = step.init_state(net, ADAMW), {}
     for _ in range(steps):
         sums = sums_of(packed or pack(4, chosen), chosen, state.model)
-        state, metrics = rl_step.apply_update(state, sums[0], settings(chosen))
+        state, metrics = rl_step.apply_update(state, sums.gradients, settings(chosen))
     return state, metrics
 
 
@@ -322,7 +324,7 @@ def adam(state):
 
 
 def test_an_update_makes_the_moments(one_microbatch):
-    grads = tree_leaves(one_microbatch[0])
+    grads = tree_leaves(one_microbatch.gradients)
     state, metrics = trained()
     norm = np.sqrt(sum(np.sum(g.astype(np.float64) ** 2) for g in grads))
     np.testing.assert_allclose(metrics["grad_norm"], norm, rtol=1e-5)
@@ -384,9 +386,9 @@ def test_what_the_caller_keeps_is_not_donated():
         rl_step.accumulate_gradients(first_again, net, placed[1], half, None, chosen), copies
     )
     state = step.init_state(net, ADAMW)
-    rl_step.apply_update(state, total[0], chosen)
+    rl_step.apply_update(state, total.gradients, chosen)
     assert_same(total, copies)
     with pytest.raises(RuntimeError, match="deleted"):
         np.asarray(jax.tree.leaves(state.model)[0])
     with pytest.raises(RuntimeError, match="deleted"):
-        np.asarray(jax.tree.leaves(first[0])[0])
+        np.asarray(jax.tree.leaves(first.gradients)[0])

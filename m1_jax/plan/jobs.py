@@ -234,12 +234,12 @@ def trace_rl_update(setting: JobSetting) -> list[TracedProgram]:
     rows = _abstract_rl_rows(setting)
     share = jax.ShapeDtypeStruct((), jnp.float32)  # of the step's tokens that are in `rows`
     # The sums of gradients and metrics have the shapes that the program itself returns.
-    gradients, metrics = jax.eval_shape(
+    abstract_sums = jax.eval_shape(
         lambda *args: rl_step.accumulate_gradients(None, *args, None, settings), model, rows, share
     )
-    sums = (
-        shapes.shard_like_model(gradients, model),
-        shapes.replicate_shapes(metrics, setting.layout),
+    sums = rl_step.MicrobatchSums(
+        shapes.shard_like_model(abstract_sums.gradients, model),
+        shapes.replicate_shapes(abstract_sums.metrics, setting.layout),
     )
     sampler = {"sampler": abstract_sampler_model(setting)}
     moments = {"optimizer": state.moments}
@@ -264,8 +264,8 @@ def trace_rl_update(setting: JobSetting) -> list[TracedProgram]:
         ),
         TracedProgram(
             "update",  # it has the moments as arguments, so only the sampler lies beside it
-            rl_step.apply_update.trace(state, sums[0], settings),
-            parameters | moments | {"sums": sums[0]},
+            rl_step.apply_update.trace(state, sums.gradients, settings),
+            parameters | moments | {"sums": sums.gradients},
             resources["update"],
             co_resident=sampler,
         ),

@@ -266,6 +266,12 @@ def _compute_clip_mask(
     return ~dropped
 
 
+def ratio_upper_bound(objective: objective_lib.Objective) -> float | None:
+    """Return the ratio above which M drops a token with A > 0 or w is capped, None for none."""
+    clip_bound = None if objective.clip_high is None else 1 + objective.clip_high
+    return min((x for x in (clip_bound, objective.is_weight_max) if x is not None), default=None)
+
+
 def _rho_and_keep_mask(
     objective: objective_lib.Objective, terms: TokenTerms
 ) -> tuple[Float[Array, "B T"], Bool[Array, "B T"]]:

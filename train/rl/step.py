@@ -3,8 +3,7 @@
     sums = None
     for rows in microbatches:
         sums = accumulate_gradients(sums, state.model, rows, token_share, weight_mean, settings)
-    gradients, metric_sums = sums
-    state, metrics = apply_update(state, gradients, settings)
+    state, metrics = apply_update(state, sums.gradients, settings)
 
 Gradients are added up over any number of microbatches of one shape, so a step is compiled once,
 however long its samples are. The coefficients in the rows have the whole step's denominators, so
@@ -13,7 +12,7 @@ nothing is divided here.
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -47,10 +46,22 @@ class RlStepSettings:
     balance_coefficient: float = 0.0
 
 
+class MicrobatchSums(NamedTuple):
+    """What the microbatches of a step have added up so far, on the devices.
+
+    Attributes:
+      gradients: gradient of the step's loss by each trained parameter.
+      metrics: see `metrics.loss_metrics`, with counts by token id.
+    """
+
+    gradients: Any
+    metrics: rl_metrics.MetricSums
+
+
 @functools.partial(jax.jit, static_argnames="temperature")
 def score_logprobs(
     model: model_lib.MiniMaxM1, rows: rl_batch.PackedRows, temperature: float
-) -> Any:
+) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
     """Return (log-probabilities of the targets, entropies), float32 [B, T]."""
     hidden, _ = model.hidden(
         rows.tokens, rows.segment_ids, rows.positions, expert_ids=rows.expert_ids
@@ -63,14 +74,14 @@ def score_logprobs(
 
 @functools.partial(jax.jit, static_argnames="settings", donate_argnames="sums")
 def accumulate_gradients(
-    sums: Any,
+    sums: MicrobatchSums | None,
     model: model_lib.MiniMaxM1,
     rows: rl_batch.PackedRows,
-    token_share: Any,
-    weight_mean: Any,
+    token_share: Float[Array, ""],
+    weight_mean: Float[Array, ""] | None,
     settings: RlStepSettings,
-):
-    """Return (gradients, metrics) of a microbatch, added to those of the microbatches before it.
+) -> MicrobatchSums:
+    """Return the sums of a step with one more microbatch.
 
     Args:
       sums: what this function returned for the microbatch before, or None for the first. Donated.
@@ -96,17 +107,25 @@ def accumulate_gradients(
     # With and without `sums` are two compiled programs. Adding to zeros would need only one, but
     # also another copy of the gradients.
     if sums is None:
-        return grads, metrics
-    return jax.tree.map(jnp.add, sums[0], grads), rl_metrics.add_metrics(sums[1], metrics)
+        return MicrobatchSums(grads, metrics)
+    return MicrobatchSums(
+        jax.tree.map(jnp.add, sums.gradients, grads),
+        rl_metrics.add_metrics(sums.metrics, metrics),
+    )
 
 
 def _microbatch_loss(
-    model, rows: rl_batch.PackedRows, share, weight_mean, settings: RlStepSettings
-):
+    model: model_lib.MiniMaxM1,
+    rows: rl_batch.PackedRows,
+    token_share: Float[Array, ""],
+    weight_mean: Float[Array, ""] | None,
+    settings: RlStepSettings,
+) -> tuple[Float[Array, ""], rl_metrics.MetricSums]:
+    """Return the loss of a microbatch, its share of the step's loss, and its metrics."""
     hidden, stats = model.hidden(
         rows.tokens, rows.segment_ids, rows.positions, expert_ids=rows.expert_ids
     )
-    return _loss_and_metrics(model, hidden, stats, rows, share, weight_mean, settings)
+    return _loss_and_metrics(model, hidden, stats, rows, token_share, weight_mean, settings)
 
 
 @jax.named_scope("loss")
@@ -115,8 +134,8 @@ def _loss_and_metrics(
     hidden: Float[Array, "B T D"],
     stats: moe.RouterStats,
     rows: rl_batch.PackedRows,
-    token_share: Any,
-    weight_mean: Any,
+    token_share: Float[Array, ""],
+    weight_mean: Float[Array, ""] | None,
     settings: RlStepSettings,
 ) -> tuple[Float[Array, ""], rl_metrics.MetricSums]:
     """Return what `_microbatch_loss` does, from the model's output."""
@@ -153,7 +172,7 @@ def _loss_and_metrics(
         parts.ratio,
         rows.advantages,
         rows.mask,
-        _ratio_upper_bound(settings.objective),
+        loss_lib.ratio_upper_bound(settings.objective),
         model.config.vocab_size,
     )
     metrics = metrics._replace(
@@ -163,17 +182,11 @@ def _loss_and_metrics(
     return loss + settings.balance_coefficient * balance, metrics
 
 
-def _ratio_upper_bound(objective: objective_lib.Objective) -> float | None:
-    """Return the ratio above which a token with A > 0 is dropped or its weight capped."""
-    clip_bound = None if objective.clip_high is None else 1 + objective.clip_high
-    return min((x for x in (clip_bound, objective.is_weight_max) if x is not None), default=None)
-
-
 @functools.partial(jax.jit, static_argnames="settings", donate_argnames="state")
 def apply_update(
     state: step_lib.TrainState, grads: Any, settings: RlStepSettings
 ) -> tuple[step_lib.TrainState, dict[str, Any]]:
-    """Make one optimizer step with the gradients that `accumulate_gradients` summed.
+    """Make one optimizer step with `MicrobatchSums.gradients`.
 
     The state is donated.
 

@@ -245,7 +245,8 @@ class PolicyUpdater:
         self, state: step_lib.TrainState, packed: rl_batch.PackedSamples
     ) -> tuple[step_lib.TrainState, batch_metrics.UpdateMetrics]:
         """Make one optimizer step. Its metrics stay on the devices, so nothing waits for it."""
-        weight_mean, sums = self._weight_mean(packed), None
+        weight_mean = self._mean_correction_weight(packed)
+        sums: rl_step.MicrobatchSums | None = None
         # All tokens, prompts too: these shares weigh the routers' balance loss.
         num_tokens = [float(np.sum(rows.segment_ids > 0)) for rows in packed.microbatches]
         for host_rows, row_tokens in zip(packed.microbatches, num_tokens, strict=True):
@@ -256,11 +257,10 @@ class PolicyUpdater:
                 sums, state.model, rows, token_share, weight_mean, self._settings
             )
         assert sums is not None, "a minibatch has a valid sample, and so a microbatch"
-        grads, metric_sums = sums
-        state, step_metrics = rl_step.apply_update(state, grads, self._settings)
-        return state, batch_metrics.UpdateMetrics(metric_sums, step_metrics)
+        state, step_metrics = rl_step.apply_update(state, sums.gradients, self._settings)
+        return state, batch_metrics.UpdateMetrics(sums.metrics, step_metrics)
 
-    def _weight_mean(self, packed: rl_batch.PackedSamples) -> np.float32 | None:
+    def _mean_correction_weight(self, packed: rl_batch.PackedSamples) -> np.float32 | None:
         """Return the mean correction weight of a step's tokens, if the correction divides by it.
 
         It is a mean over all microbatches, so it is known before the first of them is computed.
