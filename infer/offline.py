@@ -21,7 +21,6 @@ import collections
 import dataclasses
 import hashlib
 import json
-import os
 import pathlib
 import signal
 import sys
@@ -38,7 +37,7 @@ from infer import config as config_lib
 from infer import options as options_lib
 from infer import prompt as prompt_lib
 from infer import request as request_lib
-from m1_jax import quantize
+from m1_jax import durable, quantize
 from m1_jax import tokenizer as tokenizer_lib
 
 _flag = command.flag_field
@@ -114,8 +113,8 @@ class BatchSummary:
     """What one run did."""
 
     requests: int  # of the input
-    done_before: int  # requests that an earlier run had done
-    done: int  # requests that this run did, of which the counts below are
+    num_done_before: int  # requests that earlier runs had done
+    num_done: int = 0  # requests that this run did, of which the counts below are
     errors: int = 0  # requests that ended with finish_reason "error"
     prompt_tokens: int = 0
     cached_tokens: int = 0  # prompt tokens that were found in the prefix cache
@@ -124,7 +123,8 @@ class BatchSummary:
 
     def __str__(self):
         return (
-            f"{self.done_before + self.done} of {self.requests} requests, {self.done} of them now: "
+            f"{self.num_done_before + self.num_done} of {self.requests} requests, "
+            f"{self.num_done} of them now: "
             f"{self.prompt_tokens} prompt tokens ({self.cached_tokens} cached), "
             f"{self.completion_tokens} made"
             + (f"; {self.errors} ended in errors" if self.errors else "")
@@ -179,7 +179,7 @@ def _serve_requests(
     config: BatchConfig,
     running_engine: engine.Engine,
     todo: list[BatchRequest],
-    done_before: int,
+    num_done_before: int,
     file: BinaryIO,
     bar: tqdm.tqdm,
     stop: Callable[[], int | None],
@@ -203,17 +203,17 @@ def _serve_requests(
             output = request.output()
             batch_output.append_output(file, batch_request.output_fields, output, config.tokens)
             bar.update()
-            counts["done"] += 1
+            counts["num_done"] += 1
             counts["errors"] += output.finish_reason == "error"
             for name in ("prompt_tokens", "cached_tokens"):
                 counts[name] += getattr(output, name)
             counts["completion_tokens"] += len(output.tokens)
         bar.set_postfix(tokens=counts["completion_tokens"], refresh=False)
         signal_number = stop()
-    os.fsync(file.fileno())
+    durable.flush_to_disk(file)
     running_engine.close()
-    total = done_before + counts["done"] + len(waiting) + len(live)
-    return BatchSummary(total, done_before, **counts, stopped_by=signal_number)
+    total = num_done_before + counts["num_done"] + len(waiting) + len(live)
+    return BatchSummary(total, num_done_before, **counts, stopped_by=signal_number)
 
 
 # ---- the input

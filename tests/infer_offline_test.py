@@ -80,10 +80,10 @@ def test_outputs(whole, checkpoint):
         assert all(token["logp_raw"] <= 0 for token in record["tokens"])
         if record["finish_reason"] == "length":
             assert record["text"] == tokenizer.decode(ids)
-    assert (summary.requests, summary.done_before, summary.done) == (8, 0, 8)
+    assert (summary.requests, summary.num_done_before, summary.num_done) == (8, 0, 8)
     assert summary.completion_tokens == sum(record["completion_tokens"] for record in records)
     assert summary.cached_tokens > 0
-    assert offline.run(config).done == 0  # without loading anything
+    assert offline.run(config).num_done == 0  # without loading anything
 
 
 def test_seeds_are_of_the_run_and_the_index(whole, tmp_path):
@@ -96,7 +96,7 @@ def test_seeds_are_of_the_run_and_the_index(whole, tmp_path):
 
 
 def test_interrupted_and_torn(whole, tmp_path):
-    """Stopped cleanly twice, the last line torn once: the same lines in the end."""
+    """Stopped cleanly thrice, the last line torn once: the same lines in the end."""
     config, _, lines = whole
     output = tmp_path / "out.jsonl"
     config = dataclasses.replace(config, output=str(output))
@@ -104,16 +104,18 @@ def test_interrupted_and_torn(whole, tmp_path):
     def after(count):
         return lambda: signal.SIGTERM if output.read_bytes().count(b"\n") >= count else None
 
+    none = offline.run(config, after(0))  # stopped before any request was done
+    assert (none.stopped_by, none.num_done, output.read_bytes()) == (signal.SIGTERM, 0, b"")
     first = offline.run(config, after(2))
     assert first.stopped_by == signal.SIGTERM
-    assert 2 <= first.done < 8
+    assert 2 <= first.num_done < 8
     content = output.read_bytes()
     output.write_bytes(content[:-9])
-    second = offline.run(config, after(first.done + 1))
-    assert second.done_before == first.done - 1
+    second = offline.run(config, after(first.num_done + 1))
+    assert second.num_done_before == first.num_done - 1
     third = offline.run(config)
     assert third.stopped_by is None
-    assert third.done_before + third.done == 8
+    assert third.num_done_before + third.num_done == 8
     assert by_index(output) == lines
 
 
