@@ -93,45 +93,52 @@ def open_session(
     if config.evaluation.every_steps:
         setup.open_stream(0, setup.place_batches(0), config.evaluation.sources).close()
     writer = stack.enter_context(metrics.MetricsWriter(workdir, latest or 0, setup.total_steps))
-    return TrainSession(setup, workdir, store, checkpoint_info, stop_request, writer)
+    step = 0 if checkpoint_info is None else checkpoint_info.step
+    return TrainSession(
+        config=config,
+        setup=setup,
+        workdir=workdir,
+        store=store,
+        checkpoint_info=checkpoint_info,
+        stop_request=stop_request,
+        writer=writer,
+        spike_detector=metrics.SpikeDetector(config.log.spike),
+        timer=metrics.StepTimer(step),
+        step=step,
+    )
 
 
+@dataclasses.dataclass
 class TrainSession:
     """One process's part of a run: the loop over stages and steps.
 
     Attributes:
-      setup: of the run.
-      config: of the run.
+      config: the run's settings.
+      setup: the run's model, tokenizer and meshes.
       workdir: local directory of the run.
       store: the run's checkpoints.
-      checkpoint_info: of the checkpoint that the session began with, or None.
+      checkpoint_info: the checkpoint that the session began with, or None.
       stop_request: knows whether a signal asked for the end.
-      writer: of metrics.
+      writer: writes metrics and events.
+      spike_detector: finds losses that jump.
+      timer: measures the time of steps between two lines of metrics.
       step: number of steps made.
-      loss: of the last step that was logged, NaN before the first.
+      loss: loss of the last step that was logged, NaN before the first.
       num_skipped_in_row: number of steps up to now without a finite gradient.
-      spike_detector: of losses.
-      timer: of steps between two lines of metrics.
     """
 
-    def __init__(
-        self,
-        setup: run_setup.TrainSetup,
-        workdir: pathlib.Path,
-        store: checkpoints.CheckpointStore,
-        checkpoint_info: checkpoints.CheckpointInfo | None,
-        stop_request: workdir_lib.StopRequest,
-        writer: metrics.MetricsWriter,
-    ):
-        """Begin after `checkpoint_info`'s step, or at step 0 where it is None."""
-        self.setup, self.config, self.workdir = setup, setup.config, workdir
-        self.store, self.checkpoint_info = store, checkpoint_info
-        self.stop_request, self.writer = stop_request, writer
-        self.step = 0 if checkpoint_info is None else checkpoint_info.step
-        self.loss = math.nan
-        self.num_skipped_in_row = 0
-        self.spike_detector = metrics.SpikeDetector(setup.config.log.spike)
-        self.timer = metrics.StepTimer(self.step)
+    config: config_lib.TrainConfig
+    setup: run_setup.TrainSetup
+    workdir: pathlib.Path
+    store: checkpoints.CheckpointStore
+    checkpoint_info: checkpoints.CheckpointInfo | None
+    stop_request: workdir_lib.StopRequest
+    writer: metrics.MetricsWriter
+    spike_detector: metrics.SpikeDetector
+    timer: metrics.StepTimer
+    step: int
+    loss: float = math.nan
+    num_skipped_in_row: int = 0
 
     def run(self) -> TrainSummary:
         """Make all remaining steps, or those until a signal."""
