@@ -12,7 +12,6 @@ import math
 import pathlib
 import re
 import time
-from typing import Any
 
 import jax
 
@@ -24,6 +23,7 @@ from train import step as step_lib
 from train import workdir as workdir_lib
 from train.rl import config as rl_config
 from train.rl import evaluate, groups, length_schedule, rollout, rollout_setup, slime_flags
+from train.rl import saved_state as saved_state_lib
 from train.rl import update as rl_update
 from train.rl import weight_sync as weight_sync_lib
 from train.rl.rewards import compose
@@ -117,11 +117,8 @@ def open_rl_session(
     store = stack.enter_context(checkpoints.CheckpointStore(workdir, config.save))
     batch_number = store.latest_step() or 0
     saved_state = _read_saved_state(store, batch_number, tasks)
-    weight_version = saved_state.get("version", 0)
     make_episode = rollout_setup.make_episode_factory(config, model.tokenizer)
-    collector = groups.GroupCollector(
-        config, tasks, make_episode, rewards, saved_state.get("collector")
-    )
+    collector = groups.GroupCollector(config, tasks, make_episode, rewards, saved_state.collector)
     stack.enter_context(stop_request.handle_signals())
     writer = stack.enter_context(
         metrics.MetricsWriter(workdir, batch_number, config.batches, _PROGRESS_METRICS)
@@ -139,7 +136,7 @@ def open_rl_session(
         rollout_setup.make_rollout_sampling(config.rollout),
     )
     stack.callback(sampler.close)
-    sampler.continue_from(weight_version)
+    sampler.continue_from(saved_state.weight_version)
     reference = _load_reference(config, model, layout)
     return RlSession(
         config=config,
@@ -152,10 +149,10 @@ def open_rl_session(
         weight_sync=weight_sync,
         updater=rl_update.PolicyUpdater(config, model.config, layout, optimizer, reference),
         evaluator=evaluate.HeldOutEvaluator(config, held_out_tasks, make_episode, sampler, rewards),
-        length_stage=length_schedule.LengthStage(config.rollout.windows, saved_state.get("window")),
+        length_stage=length_schedule.LengthStage(config.rollout.windows, saved_state.length_stage),
         state=state,
         batch_number=batch_number,
-        weight_version=weight_version,
+        weight_version=saved_state.weight_version,
         last_evaluated_batch=last_evaluated_batch,
         last_saved_batch=batch_number,
     )
@@ -174,16 +171,16 @@ def _open_rewards(
 
 def _read_saved_state(
     store: checkpoints.CheckpointStore, batch_number: int, tasks: rollout_setup.TasksBySource
-) -> dict[str, Any]:
-    """Return what `RlSession._save_checkpoint` saved beside the arrays, {} before batch 1.
+) -> saved_state_lib.RlSavedState:
+    """Return what the checkpoint of a batch has beside arrays.
 
     Raises:
       DataError: tasks that are not those of the checkpoint's run.
     """
     if not batch_number:
-        return {}
-    saved_state = store.read_info(batch_number).data
-    for source, fingerprint in saved_state["fingerprints"].items():
+        return saved_state_lib.RlSavedState()
+    saved_state = saved_state_lib.RlSavedState.from_json(store.read_info(batch_number).data)
+    for source, fingerprint in saved_state.fingerprints.items():
         tasks[source].check_fingerprint(fingerprint)
     return saved_state
 
@@ -377,16 +374,16 @@ class RlSession:
         # Lines first: a restart cuts the lines after its checkpoint, but could not write lines that
         # are missing before it.
         self.writer.flush()
-        saved_state = {}
+        saved_state = None
         if jax.process_index() == 0:
-            saved_state = {
-                "collector": self.collector.state(),
-                "version": self.weight_version,
-                "window": self.length_stage.state(),
-                "fingerprints": {name: tasks.fingerprint() for name, tasks in self.tasks.items()},
-            }
+            saved_state = saved_state_lib.RlSavedState(
+                collector=self.collector.state(),
+                weight_version=self.weight_version,
+                length_stage=self.length_stage.state(),
+                fingerprints={n: tasks.fingerprint() for n, tasks in self.tasks.items()},
+            )
         # Process 0 alone has the collector's state. All processes must save the same.
         saved_state = multihost.broadcast_object(saved_state)
         config = configlib.to_json(self.config)
-        self.store.save(self.state, saved_state, config, self.batch_number)
+        self.store.save(self.state, saved_state.to_json(), config, self.batch_number)
         self.last_saved_batch = self.batch_number
