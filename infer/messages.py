@@ -25,7 +25,7 @@ _KEYS = {
 def to_list_form(
     messages: JsonObjects, strip_text: bool, named_results: bool
 ) -> list[dict[str, Any]]:
-    """Return messages in the template's list form; see `prompt.normalize_messages`.
+    """Return messages in the list form that `prompt.normalize_messages` describes.
 
     Args:
       strip_text: strip white space around texts, but not around results of tools.

@@ -42,7 +42,7 @@ class PromptPiece:
 
 @dataclasses.dataclass(frozen=True)
 class _PromptProfile:
-    """How the formats differ; see the module's docstring."""
+    """One of the formats that the module's docstring lists."""
 
     assistant: str  # the name that the model answers to
     call_line: str  # how the tools block spells a call
@@ -86,7 +86,7 @@ def render_prompt(
     """Return the prompt as text and control tokens, adjacent texts joined to one piece.
 
     Args:
-      messages: OpenAI chat messages, or the template's list form; see `normalize_messages`.
+      messages: OpenAI chat messages, or the template's list form (`normalize_messages`).
       tools: OpenAI tools or bare function objects.
       add_generation_prompt: end with the opened turn that the model is to write.
       profile: one of `PROFILES`.
@@ -127,7 +127,7 @@ def render_text(
     add_generation_prompt: bool = True,
     profile: str = "release",
 ) -> str:
-    """Return the prompt as one string; arguments as in `render_prompt`."""
+    """Return the prompt as one string. Arguments are those of `render_prompt`."""
     return "".join(p.text for p in render_prompt(messages, tools, add_generation_prompt, profile))
 
 
@@ -138,7 +138,7 @@ def encode_prompt(
     add_generation_prompt: bool = True,
     profile: str = "release",
 ) -> list[int]:
-    """Return the prompt's token ids; arguments as in `render_prompt`.
+    """Return the prompt's token ids. Further arguments are those of `render_prompt`.
 
     Only pieces that are control tokens get control ids.
 

@@ -97,7 +97,7 @@ def parse_turn(text: str) -> ParsedTurn:
 
 
 class TurnParser:
-    """Parses one turn while it is written; see the module's docstring.
+    """Parses one turn while it is written, by the rules of the module's docstring.
 
     Thinking and text come out as soon as they can be nothing else. A block of calls comes out at
     its end.

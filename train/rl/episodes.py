@@ -77,7 +77,7 @@ def multi_turn_episode(
     limits: EpisodeLimits,
     profile: str = "release",
 ) -> sample_lib.Episode:
-    """Make a sample of several turns, with its rewards; see the module's docstring.
+    """Make a sample of several turns, with its rewards, by the rules of the module's docstring.
 
     The sample's `text` is the last turn's. Its parts are "final", and "turns" if there were
     rewards before the end. An invalid sample has the part "error" instead, and the log has the
