@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from m1_jax import collectives, layers, ring_attention
+from m1_jax import collectives, layer_stack, layers, ring_attention
 from m1_jax import config as config_lib
 from m1_jax import state as state_lib
 
@@ -52,7 +52,7 @@ class SoftmaxAttention(nnx.Module):
         h: Float[Array, "B T D"],
         positions: Int[Array, "B T"],
         cache: state_lib.KVCache,
-        stack_index: tuple[Int[Array, ""] | int, ...],
+        stack_index: layer_stack.StackIndex,
         length_sharded: bool = False,
     ) -> tuple[Float[Array, "B T D"], state_lib.KVCache]:
         """Append to the cache of one layer, then attend to all of it.
@@ -62,7 +62,7 @@ class SoftmaxAttention(nnx.Module):
         Args:
           positions: position of each token in its sequence, for RoPE and in the cache.
           cache: cache of all layers of the group.
-          stack_index: where the layer lies in it: (repeat, number in the group).
+          stack_index: where the layer lies in it.
           length_sharded: whether the context axis, where there is one, splits the tokens. It always
             splits the cache.
         """

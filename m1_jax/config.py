@@ -7,14 +7,27 @@ import dataclasses
 import itertools
 import pathlib
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from m1_jax import hf_config
 from m1_jax.hf_config import LIGHTNING, SOFTMAX, ConfigError
 
-__all__ = ["LIGHTNING", "REMAT_POLICIES", "SOFTMAX", "ConfigError", "ModelConfig"]
+__all__ = ["LIGHTNING", "REMAT_POLICIES", "SOFTMAX", "ConfigError", "LayerLocation", "ModelConfig"]
 
 REMAT_POLICIES = ("none", "layer", "dots")  # the values of `ModelConfig.remat`
+
+
+class LayerLocation(NamedTuple):
+    """Where one layer's parameters and state lie: in which stack, and where in it."""
+
+    group: int  # an index into `ModelConfig.layer_groups`, and the stack `layers.{group}`
+    repeat: int  # number of the repeat of the unit, the index of the stack's first axis
+    layer: int  # number of the layer in its group, the index of the stack's second axis
+
+    @property
+    def stack_index(self) -> tuple[int, int]:
+        """Return the index of the layer on the two leading axes of its stack."""
+        return self.repeat, self.layer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,19 +172,15 @@ class ModelConfig:
         groups = itertools.groupby(self.layer_types[: self.period])
         return tuple((kind, len(list(layers))) for kind, layers in groups)
 
-    def stack_index_of(self, layer: int) -> tuple[int, int, int]:
-        """Return where a layer's parameters lie: (its group, repeat of the unit, index in group).
-
-        The group is an index into `layer_groups`, and names the stacked parameters
-        `layers.{group}`. Their leading axes are [repeats, layers of the group].
-        """
+    def locate_layer(self, layer: int) -> LayerLocation:
+        """Return where the parameters and the state of a layer of the model lie."""
         # `index` counts from the start of the unit, and at last from the start of the group.
         repeat, index = divmod(layer, self.period)
         group = 0
         while index >= self.layer_groups[group][1]:
             index -= self.layer_groups[group][1]
             group += 1
-        return group, repeat, index
+        return LayerLocation(group, repeat, index)
 
     @property
     def has_shared_expert(self) -> bool:

@@ -74,9 +74,17 @@ class DecoderLayer(nnx.Module):
         )
         return self.add_to_residual(x, h, y, self.moe_scales), stats, state
 
-    def _attend(self, h, slopes, context: forward_context.ForwardContext, state, stack_index):
+    def _attend(
+        self,
+        h: Float[Array, "B T D"],
+        slopes: Float[Array, "N"],
+        context: forward_context.ForwardContext,
+        state: GroupState | None,
+        stack_index: layer_stack.StackIndex | None,
+    ) -> tuple[Float[Array, "B T D"], GroupState | None]:
         """Return the attention's output and the group's new state."""
         if self.kind == config_lib.LIGHTNING:
+            assert not isinstance(state, state_lib.KVCache)
             state_before = None if state is None else state[stack_index]
             o, state_after = self.attention(
                 h, slopes, context.segment_ids, state_before, context.length_sharded

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from m1_jax import collectives, experts, quantize, sharding
+from m1_jax import collectives, experts, layer_stack, quantize, sharding
 
 # Rows of the receive buffer over those of a balanced router. A larger buffer costs memory, a
 # smaller one costs rounds. The released router's load on a device varies by far less than a half.
@@ -33,7 +33,7 @@ def run_routed_experts(
     up: Float[Array, "*n e D F"] | quantize.QuantizedMatrices,
     down: Float[Array, "*n e F D"] | quantize.QuantizedMatrices,
     capacity: float | None = None,
-    stack_index: tuple | None = None,
+    stack_index: layer_stack.StackIndex | None = None,
 ) -> tuple[Float[Array, "M D"], Float[Array, ""]]:
     """Return each token's weighted sum of its experts' outputs, float32, and dropped choices.
 

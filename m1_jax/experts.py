@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from m1_jax import quantize
+from m1_jax import layer_stack, quantize
 
 # Rows per CPU matmul: big tiles first, small ones for the remaining rows. A loop over tiles of each
 # size is compiled, so there are few sizes.
@@ -55,7 +55,13 @@ def grouped_mlp(
 
 @jax.named_scope("experts")
 def grouped_mlp_stacked(
-    rows, gate, up, down, stack_index, group_sizes, weights
+    rows: Float[Array, "M D"],
+    gate: Float[Array, "R J E D F"] | quantize.QuantizedMatrices,
+    up: Float[Array, "R J E D F"] | quantize.QuantizedMatrices,
+    down: Float[Array, "R J E F D"] | quantize.QuantizedMatrices,
+    stack_index: layer_stack.StackIndex,
+    group_sizes: Int[Array, "E"],
+    weights: Float[Array, "M"],
 ) -> Float[Array, "M D"]:
     """Return `grouped_mlp` of one layer of experts that are stacked over layers.
 
@@ -111,7 +117,15 @@ def _grouped_mlp_tiled(rows, gate, up, down, group_sizes, weights):
 
 
 def _run_expert_tiles(
-    rows, gate, up, down, group_sizes, weights, *, keep_residuals, stack_index=()
+    rows,
+    gate,
+    up,
+    down,
+    group_sizes,
+    weights,
+    *,
+    keep_residuals: bool,
+    stack_index: layer_stack.StackIndex | tuple[()] = (),
 ):
     """Return the output, and with `keep_residuals` the outputs of `gate` and `up`, else empty ones.
 

@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int
 from m1_jax import fsdp, sharding
 
 # A layer's place on the two leading axes of its stack: (repeat of the unit, number in the group).
+# `ModelConfig.locate_layer` has it as Python integers. In a scan the two numbers are traced.
 StackIndex = tuple[Int[Array, ""] | int, Int[Array, ""] | int]
 
 

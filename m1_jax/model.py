@@ -47,7 +47,7 @@ class MiniMaxM1(nnx.Module):
     A model is a pytree, so jitted functions take it as one argument.
 
     `layers[g]` holds all layers of group g of the repeating unit, stacked on two leading axes (see
-    `layer_stack.py`). `ModelConfig.stack_index_of` tells where a layer lies. Activations have
+    `layer_stack.py`). `ModelConfig.locate_layer` tells where a layer lies. Activations have
     `dtype`. Parameters have `param_dtype`, or are int8 (`quantize.py`). Routers and recurrent
     states are float32. `layout` says how parameters and activations lie on a mesh. None means one
     device.

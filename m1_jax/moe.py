@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from m1_jax import collectives, expert_exchange, layers, quantize
+from m1_jax import collectives, expert_exchange, layer_stack, layers, quantize
 from m1_jax import config as config_lib
 
 
@@ -87,7 +87,7 @@ class MoE(nnx.Module):
         self,
         h: Float[Array, "B T D"],
         token_mask: Float[Array, "B T"] | None,
-        stack_index=None,
+        stack_index: layer_stack.StackIndex | None = None,
         forced_expert_ids: Int[Array, "B T A"] | None = None,
     ) -> tuple[Float[Array, "B T D"], RouterStats]:
         """Return the block's output and its router statistics.
@@ -111,7 +111,13 @@ class MoE(nnx.Module):
         y, dropped = self.dispatch(x, weights, chosen, stack_index)
         return self.combine(h, y.reshape(h.shape)), dataclasses.replace(stats, num_dropped=dropped)
 
-    def dispatch(self, x: Float[Array, "M D"], weights, expert_ids, stack_index=None):
+    def dispatch(
+        self,
+        x: Float[Array, "M D"],
+        weights: Float[Array, "M A"],
+        expert_ids: Int[Array, "M A"],
+        stack_index: layer_stack.StackIndex | None,
+    ) -> tuple[Float[Array, "M D"], Float[Array, ""]]:
         """Return each row's weighted sum of its experts' outputs, and dropped choices."""
         gate, up, down = (self._expert_matrices(name, x.dtype) for name in ("gate", "up", "down"))
         # Experts that a loop over layers has sliced already are [E, D, F], and need no index.

@@ -195,37 +195,37 @@ def _compare_state(model: model_lib.MiniMaxM1, golden: GoldenFile) -> Iterator[C
         return
     _, state = model.extend(golden.tokens, _init_empty_state(model, golden))
     if "lightning_state" in golden:
-        group, *index = _find_stack_index(
+        location = _locate_golden_layer(
             model.config, golden, "lightning_layer", config_lib.LIGHTNING
         )
-        states = state.layers[group]
+        states = state.layers[location.group]
         assert isinstance(states, jax.Array)  # of lightning layers: [R, layers, B, N, H, H]
-        layer_state = states[tuple(index)]
+        layer_state = states[location.stack_index]
         yield _compare_relative(
             "lightning_state", layer_state, golden["lightning_state"], STATE_TOLERANCE
         )
     if "softmax_k_last4" in golden:
-        group, *index = _find_stack_index(model.config, golden, "softmax_layer", config_lib.SOFTMAX)
-        cache = state.layers[group]
+        location = _locate_golden_layer(model.config, golden, "softmax_layer", config_lib.SOFTMAX)
+        cache = state.layers[location.group]
         assert isinstance(cache, state_lib.KVCache)  # buffers are [R, layers, B, K, T, H]
         for name, buffer in (("softmax_k_last4", cache.keys), ("softmax_v_last4", cache.values)):
             # The capacity is T, so the last four positions are the last four tokens. A layer's
             # cache is [B, K, T, H], and the file's array [B, 4, K, H].
-            last = jnp.moveaxis(buffer[tuple(index)][:, :, -4:], 1, 2)
+            last = jnp.moveaxis(buffer[location.stack_index][:, :, -4:], 1, 2)
             yield _compare_absolute(name, last, golden[name])
 
 
-def _find_stack_index(
+def _locate_golden_layer(
     config: config_lib.ModelConfig, golden: GoldenFile, key: str, kind: str
-) -> tuple[int, int, int]:
-    """Return where the golden file's layer lies, as `ModelConfig.stack_index_of` does."""
+) -> config_lib.LayerLocation:
+    """Return where the golden file's layer lies, as `ModelConfig.locate_layer` does."""
     layer = int(golden[key])
     if not 0 <= layer < config.num_hidden_layers or config.layer_types[layer] != kind:
         raise ValueError(
             f"golden {key} is {layer}; wanted a {kind} layer of this model. "
             "Was the file made with this model?"
         )
-    return config.stack_index_of(layer)
+    return config.locate_layer(layer)
 
 
 def _compare_decode(model: model_lib.MiniMaxM1, golden: GoldenFile) -> Iterator[ComparisonRow]:

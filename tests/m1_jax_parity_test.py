@@ -111,12 +111,13 @@ def test_prefill_then_decoding_matches_the_oracle(case):
     np.testing.assert_allclose(jnp.concatenate(parts, 1), wanted["logits"], rtol=0, atol=2e-4)
     assert state.length.tolist() == [LENGTH, LENGTH]
     for layer, kind in enumerate(config["attn_type_list"]):
-        run, *place = model.config.stack_index_of(layer)
+        location = model.config.locate_layer(layer)
+        group_state = state.layers[location.group]
         if kind == 0:
-            got, matrix = state.layers[run][tuple(place)], wanted["lightning_states"][layer]
+            got, matrix = group_state[location.stack_index], wanted["lightning_states"][layer]
             assert relative(got, matrix) < 1e-4
         else:
-            cache = state.layers[run]
-            for buffer, name in ((cache.keys, "keys"), (cache.values, "values")):
-                got = jnp.moveaxis(buffer[tuple(place)][:, :, :LENGTH], 1, 2)
+            for name in ("keys", "values"):
+                buffer = getattr(group_state, name)
+                got = jnp.moveaxis(buffer[location.stack_index][:, :, :LENGTH], 1, 2)
                 assert relative(got, wanted[name][layer]) < 1e-4

@@ -88,17 +88,18 @@ def list_tensor_entries(config: config_lib.ModelConfig) -> list[TensorEntry]:
     """
     entries = [TensorEntry(name, path, (), transposed) for name, path, transposed, _ in MODEL_TABLE]
     for layer, kind in enumerate(config.layer_types):
-        group, *index = config.stack_index_of(layer)
+        location = config.locate_layer(layer)
+        index = location.stack_index
         present_kinds = {ANY_KIND, kind}
         if config.has_shared_expert:
             present_kinds.add(SHARED_EXPERT)
         for name, path, transposed, layer_kind in LAYER_TABLE:
             if layer_kind not in present_kinds:
                 continue
-            path = path.format(p=group)
+            path = path.format(p=location.group)
             # A row with `{e}` stands for one tensor of each expert.
             if "{e}" not in name:
-                entries.append(TensorEntry(name.format(l=layer), path, tuple(index), transposed))
+                entries.append(TensorEntry(name.format(l=layer), path, index, transposed))
                 continue
             for expert in range(config.num_local_experts):
                 expert_name = name.format(l=layer, e=expert)

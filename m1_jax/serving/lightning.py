@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from m1_jax import layer_stack
 from m1_jax.serving import ragged_batch
 from m1_jax.serving import state as state_lib
 
@@ -29,12 +30,12 @@ def attend_slots(
     slopes: Float[Array, "N"],
     batch: ragged_batch.RaggedBatch,
     pool: state_lib.LightningSlots,
-    stack_index: tuple[Any, ...],
+    stack_index: layer_stack.StackIndex,
 ) -> tuple[Float[Array, "M NH"], state_lib.LightningSlots]:
     """Append rows to their sequences' open chunks, and return what attention reads there.
 
     Args:
-      stack_index: where the layer lies in the pool: (repeat, number in the group).
+      stack_index: where the layer lies in the pool.
 
     Precision: all products and sums are float32. The open chunk and the output have qkv's dtype.
     """

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from m1_jax import ring_attention
+from m1_jax import layer_stack, ring_attention
 from m1_jax.serving import lightning as serving_lightning
 from m1_jax.serving import ragged_batch
 from m1_jax.serving import state as state_lib
@@ -25,12 +25,12 @@ def attend_pages(
     v: Float[Array, "M K H"],
     batch: ragged_batch.RaggedBatch,
     pool: state_lib.PagedKVCache,
-    stack_index: tuple[Any, ...],
+    stack_index: layer_stack.StackIndex,
 ) -> tuple[Float[Array, "M N H"], state_lib.PagedKVCache]:
     """Append rows to their sequences' pages, and attend to all of the sequence up to each row.
 
     Args:
-      stack_index: where the layer lies in the pool: (repeat, number in the group).
+      stack_index: where the layer lies in the pool.
 
     Precision: scores, softmax and sums are float32. Probabilities are cast to v's dtype.
     """
