@@ -3,6 +3,7 @@
 `train/rl/metrics.py` measures. This module says which samples and steps are measured together.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -27,12 +28,29 @@ class UpdateMetrics(NamedTuple):
     step: dict[str, Any]
 
 
-def measure_samples(
-    samples: Sequence[sample_lib.Sample], group_ids: Sequence[int]
-) -> dict[str, float]:
-    """Return the metrics of a batch before any forward pass.
+@dataclasses.dataclass
+class BatchReport:
+    """What a generation batch measured. Its fields beside `metrics` steer the run.
 
-    These are `metrics.summarize_groups`, and
+    Attributes:
+      metrics: all metrics by name, as they are logged.
+      length_p99: 99th percentile of the answers' lengths, tokens, 0 without a sample.
+      nll: mean negative log-probability of the generated tokens by the sampler, nats, 0 without
+        a token.
+      pearson: correlation of sampler and trainer, see `metrics.measure_mismatch`. None before it
+        is measured, and where no token is of the present weights.
+    """
+
+    metrics: dict[str, Any]
+    length_p99: float
+    nll: float
+    pearson: float | None = None
+
+
+def measure_samples(samples: Sequence[sample_lib.Sample], group_ids: Sequence[int]) -> BatchReport:
+    """Return the report of a batch before any forward pass.
+
+    Its metrics are `metrics.summarize_groups`, and
       nll: mean negative log-probability of the generated tokens by the sampler, nats.
       reward/PART: mean of a part of the rewards, over the samples that have it.
     """
@@ -54,7 +72,8 @@ def measure_samples(
     for name in sorted({name for sample in samples for name in sample.parts}):
         values = [sample.parts[name] for sample in samples if name in sample.parts]
         metrics[f"reward/{name}"] = float(np.mean(values))
-    return metrics
+    length_p99 = metrics["length_p99"] if samples else 0.0
+    return BatchReport(metrics, length_p99, metrics["nll"])
 
 
 def measure_batch_mismatch(

@@ -64,10 +64,17 @@ class SampleGroup:
 
 @dataclasses.dataclass(frozen=True)
 class GenerationBatch:
-    """Groups to train on, and metrics of how they were sampled."""
+    """What the trainer gets.
+
+    Attributes:
+      groups: groups to train on.
+      metrics: how the groups were sampled, by name.
+      mean_reward: mean reward of all sampled groups, before penalties. NaN without a valid sample.
+    """
 
     groups: list[SampleGroup]
     metrics: dict[str, float]
+    mean_reward: float
 
 
 class GroupCollector:
@@ -211,11 +218,10 @@ class GroupCollector:
             "waiting_secs": rollout_stats.waiting_secs + scoring_secs,
             "collect_secs": time.perf_counter() - began,
         }
-        return GenerationBatch(
-            batch_groups,
-            secs
-            | self._batch_metrics(batch_groups, rollout_stats.num_tokens, rounds, sampler.version),
+        metrics = self._batch_metrics(
+            batch_groups, rollout_stats.num_tokens, rounds, sampler.version
         )
+        return GenerationBatch(batch_groups, secs | metrics, metrics["reward_sampled"])
 
     def _draw_group(self, step: int, window_tokens: int) -> SampleGroup:
         for _ in range(_MAX_DRAWS):

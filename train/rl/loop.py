@@ -21,6 +21,7 @@ from m1_jax import model as model_lib
 from train import checkpoints, metrics, optim, run_model
 from train import step as step_lib
 from train import workdir as workdir_lib
+from train.rl import batch_metrics as batch_metrics_lib
 from train.rl import config as rl_config
 from train.rl import evaluate, groups, length_schedule, rollout, rollout_setup, slime_flags
 from train.rl import saved_state as saved_state_lib
@@ -313,7 +314,7 @@ class RlSession:
           start_secs: clock's time at which its sampling began.
         """
         # The old state is donated: there is nothing to save until the batch is over.
-        self.state, values = self.updater(
+        self.state, report = self.updater(
             self.state, batch.groups, self.batch_number, self.weight_version
         )
         sync_start_secs = time.perf_counter()
@@ -322,25 +323,30 @@ class RlSession:
         # Dispatch is asynchronous: without this wait the time would count as the next batch's. The
         # sampler swaps its weights in the next `run`.
         jax.block_until_ready(jax.tree.leaves(self.state.model))
-        values |= {"resharding_secs": time.perf_counter() - sync_start_secs}
+        report.metrics["resharding_secs"] = time.perf_counter() - sync_start_secs
         self.batch_number += 1
-        self.reward = batch.metrics["reward_sampled"]
-        self._log_batch(batch, values, time.perf_counter() - start_secs)
-        if self.length_stage.push(values.get("length_p99", 0.0), values.get("nll", 0.0)):
+        self.reward = batch.mean_reward
+        self._log_batch(batch, report, time.perf_counter() - start_secs)
+        if self.length_stage.push(report.length_p99, report.nll):
             event = {"window_tokens": self.length_stage.window_tokens}
             self.writer.write(self.batch_number, "event", event)
 
-    def _log_batch(self, batch: groups.GenerationBatch, values: dict, batch_secs: float) -> None:
+    def _log_batch(
+        self,
+        batch: groups.GenerationBatch,
+        report: batch_metrics_lib.BatchReport,
+        batch_secs: float,
+    ) -> None:
         self.writer.advance(self.batch_number)
-        record = batch.metrics | values
+        record = batch.metrics | report.metrics
         # Parts that do not overlap: scoring_secs is in waiting_secs already.
         timed = ("sampling_secs", "waiting_secs", "training_secs", "resharding_secs")
         record["batch_secs"] = batch_secs
-        record["other_secs"] = batch_secs - sum(record.get(name, 0.0) for name in timed)
+        record["other_secs"] = batch_secs - sum(record[name] for name in timed)
         record |= {"window_tokens": self.length_stage.window_tokens, "version": self.weight_version}
-        # A batch without a token of the present weights has no `pearson`, and raises no alarm.
-        if record.get("pearson", 1.0) < self.config.pearson_min:
-            event = {"alarm": "sampler and trainer disagree", "pearson": record["pearson"]}
+        # A batch without a token of the present weights raises no alarm.
+        if report.pearson is not None and report.pearson < self.config.pearson_min:
+            event = {"alarm": "sampler and trainer disagree", "pearson": report.pearson}
             self.writer.write(self.batch_number, "event", event)
         if self.config.log.samples:
             rows = [

@@ -15,7 +15,6 @@ import dataclasses
 import itertools
 import time
 from collections.abc import Sequence
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -99,8 +98,8 @@ class PolicyUpdater:
         batch: Sequence[groups.SampleGroup],
         batch_number: int,
         weight_version: int,
-    ) -> tuple[step_lib.TrainState, dict[str, Any]]:
-        """Make the updates of one batch, and return the state after them and the batch's metrics.
+    ) -> tuple[step_lib.TrainState, batch_metrics.BatchReport]:
+        """Make the updates of one batch, and return the state after them and the batch's report.
 
         Args:
           state: before the updates. It is donated.
@@ -114,9 +113,10 @@ class PolicyUpdater:
         start_secs = time.perf_counter()
         numbered_groups = _number_samples(batch)
         samples = [sample for group in numbered_groups for sample in group]
-        metrics = batch_metrics.measure_samples(
+        report = batch_metrics.measure_samples(
             [s.sample for s in samples], [s.group_id for s in samples]
         )
+        metrics = report.metrics
         minibatches = [
             self._pack_minibatch(minibatch_groups)
             for minibatch_groups in self._split_minibatches(numbered_groups, batch_number)
@@ -125,14 +125,17 @@ class PolicyUpdater:
         minibatches = [minibatch for minibatch in minibatches if minibatch.indices]
         if not minibatches:
             metrics |= {"updates": 0.0, "training_secs": time.perf_counter() - start_secs}
-            return state, metrics
+            return state, report
         # All minibatches are scored before the first step, because logp_old is that of the weights
         # before the batch's updates.
         entropy = self._fill_logprobs(state.model, minibatches)
         scored_secs = time.perf_counter()
-        metrics |= batch_metrics.measure_batch_mismatch(
+        mismatch = batch_metrics.measure_batch_mismatch(
             [minibatch.packed for minibatch in minibatches], weight_version
         )
+        # Without a token of the present weights there is nothing to compare.
+        report.pearson = mismatch["pearson"] if mismatch else None
+        metrics |= mismatch
         metrics["entropy_old"] = entropy
         self._fill_advantages(minibatches, samples)
         updates: list[batch_metrics.UpdateMetrics] = []
@@ -149,7 +152,7 @@ class PolicyUpdater:
             )
         metrics["scoring_forward_secs"] = scored_secs - start_secs
         metrics["training_secs"] = time.perf_counter() - start_secs
-        return state, metrics
+        return state, report
 
     # ---- before the updates
 
