@@ -44,6 +44,11 @@ class FilesEnvironment(base.Environment):
     The task's metadata is {"files": {name: text}}, and its label is the number.
     """
 
+    def __init__(self):
+        # Those of the task, from `start` on.
+        self._files: dict[str, str] = {}
+        self._label: int | None = None
+
     def start(self, task: sample_lib.Task) -> None:
         """Take the files and the label from the task."""
         files = task.metadata.get("files")

@@ -25,6 +25,11 @@ class LookupEnvironment(base.Environment):
 
     reports_malformed_calls = False
 
+    def __init__(self):
+        # Those of the task, from `start` on.
+        self._values: dict[str, str] = {}
+        self._label: str | None = None
+
     def start(self, task: sample_lib.Task) -> None:
         """Take the values and the label from the task."""
         values = task.metadata.get("values")

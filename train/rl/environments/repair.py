@@ -83,6 +83,10 @@ class RepairEnvironment(base.Environment):
             is no fault of the model.
         """
         self._run_command = run_command
+        # Those of the task, from `start` on. The tools write into `_files` alone.
+        self._original: dict[str, str] = {}
+        self._files: dict[str, str] = {}
+        self._cases: list[Any] = []
 
     def start(self, task: sample_lib.Task) -> None:
         """Take the cases and a copy of the files from the task."""
