@@ -126,11 +126,11 @@ class OurEngine:
         """Serve prompts that are all submitted at once."""
         for timed in self._decode.values():
             timed.runs.clear()
-        times, first_times = [], {}  # of all tokens; of each request's first, by its number
+        times, first_times = [], {}  # of all tokens; of each request's first, by its sequence id
 
         def on_token(request, token, text):
             times.append(time.perf_counter())
-            first_times.setdefault(request.number, times[-1])
+            first_times.setdefault(request.sequence_id, times[-1])
 
         options = _greedy_options(new_tokens)
         start = time.perf_counter()

@@ -75,11 +75,11 @@ class Engine:
         self._dispatcher = dispatcher.Dispatcher(self._device, config)
         self._compiler = grammar.GrammarCompiler(tokenizer, model.config.vocab_size)
         self._scheduler = scheduler.Scheduler(config, self._device.limits, self._cache_key())
-        # Requests that are not over, by number.
+        # Requests that are not over, by sequence id.
         self._requests: dict[Hashable, request_lib.Request] = {}
         # Plans whose results were not taken, oldest first. Their number is the scheduler's affair.
         self._dispatched: collections.deque[dispatcher.DispatchedPlan] = collections.deque()
-        self._request_numbers = itertools.count()
+        self._sequence_ids = itertools.count()
         # Reentrant, because callbacks of a request may call `submit` and `cancel`.
         self._lock = threading.RLock()
         self._work_condition = threading.Condition(self._lock)
@@ -120,16 +120,16 @@ class Engine:
             if self._closed:
                 raise RuntimeError("the engine is closed")
             stop_ids = options_lib.all_stop_ids(options, self.tokenizer.stop_ids)
-            number = next(self._request_numbers)
+            sequence_id = next(self._sequence_ids)
             request = request_lib.Request(
-                number, prompt, options, stop_ids, progress, matcher, on_token
+                sequence_id, prompt, options, stop_ids, progress, matcher, on_token
             )
             for token in prior_tokens or ():
                 request.push(token)
             if request.finish_reason is not None:
                 raise ValueError("prior_tokens: got a whole output; wanted one that goes on")
             self._scheduler.submit(
-                number,
+                sequence_id,
                 request.prompt,
                 options.max_tokens,
                 single_step=self._needs_single_step(request),
@@ -137,15 +137,15 @@ class Engine:
                 waits_for_reports=self.config.draft_tokens > 0,
                 prior_tokens=None if prior_tokens is None else [t.id for t in prior_tokens],
             )
-            self._requests[number] = request
+            self._requests[sequence_id] = request
             self._work_condition.notify()
         return request
 
     def cancel(self, request: request_lib.Request) -> None:
         """End a request. Its output so far stays. Nothing happens if it is over."""
         with self._work_condition:
-            if request.number in self._requests and request.finish_reason is None:
-                self._scheduler.cancel(request.number)
+            if request.sequence_id in self._requests and request.finish_reason is None:
+                self._scheduler.cancel(request.sequence_id)
                 request.text += request.progress.flush()
                 self._end_request(request, "cancelled")
 
@@ -171,7 +171,7 @@ class Engine:
     def preempt(self, request: request_lib.Request) -> None:
         """Take a request's memory away for now. It goes on later, and its output is the same."""
         with self._work_condition:
-            self._scheduler.preempt(request.number)
+            self._scheduler.preempt(request.sequence_id)
 
     def suspend(self, save_requests: Callable[[list[request_lib.Request]], None]) -> None:
         """End all requests under way as "suspended", once `save_requests` has them.
@@ -183,7 +183,7 @@ class Engine:
             requests = [r for r in self._requests.values() if r.finish_reason is None]
             save_requests(requests)
             for request in requests:
-                self._scheduler.cancel(request.number)
+                self._scheduler.cancel(request.sequence_id)
                 self._end_request(request, "suspended")
 
     def continue_from_version(self, version: int) -> None:
@@ -302,8 +302,8 @@ class Engine:
     ) -> None:
         """Give requests the tokens that a plan made, and report them to the scheduler."""
         results = {}
-        for number, row in dispatched.row_by_request.items():
-            request = self._requests.get(number)
+        for sequence_id, row in dispatched.row_by_request.items():
+            request = self._requests.get(sequence_id)
             if request is None:  # over since the plan was made
                 continue
             tokens = sampled.row_tokens(row)
@@ -311,7 +311,7 @@ class Engine:
             for token in tokens:
                 if request.finish_reason is None:
                     self._push_token(request, token, dispatched.version)
-            if number not in self._requests:  # cancelled by its own `on_token`
+            if sequence_id not in self._requests:  # cancelled by its own `on_token`
                 continue
             is_over = request.finish_reason is not None
             if not tokens and not is_over:
@@ -321,17 +321,17 @@ class Engine:
             knows_end = is_over and tokens and not was_cut and self._device_knows_end(request)
             length = len(request.prompt) + len(request.tokens) - 1 if knows_end else None
             ids = tuple(token.id for token in tokens)
-            results[number] = plan_lib.StepResult(len(ids), is_over, length, ids)
+            results[sequence_id] = plan_lib.StepResult(len(ids), is_over, length, ids)
             if not request.cached_tokens and not request.cache_miss_reason:
-                cached = self._scheduler.cached_prompt(number)
+                cached = self._scheduler.cached_prompt(sequence_id)
                 request.cached_tokens, request.cache_miss_reason = cached
-            self._scheduler.set_single_step(number, self._needs_single_step(request))
+            self._scheduler.set_single_step(sequence_id, self._needs_single_step(request))
             if is_over and self.config.record_routes:
                 # Before the report, which frees the pages.
                 request.routes = self._read_expert_ids(request)
         self._scheduler.report(results)
-        for number in results:
-            request = self._requests[number]
+        for sequence_id in results:
+            request = self._requests[sequence_id]
             if request.finish_reason is not None:
                 self._end_request(request, request.finish_reason)
 
@@ -340,7 +340,7 @@ class Engine:
 
         None where the request lost its pages while its last token was on the way.
         """
-        pages = self._scheduler.sequence_pages(request.number)
+        pages = self._scheduler.sequence_pages(request.sequence_id)
         if not pages:
             return None
         length = len(request.prompt) + len(request.tokens) - 1
@@ -387,7 +387,7 @@ class Engine:
 
     def _end_request(self, request: request_lib.Request, reason: str) -> None:
         request.finish_reason = reason
-        self._requests.pop(request.number, None)
+        self._requests.pop(request.sequence_id, None)
         request.done.set()
 
     def _cache_key(self) -> Hashable:

@@ -172,11 +172,12 @@ def generate_texts(
     unfinished = set(range(len(prompts)))  # indices of prompts whose last text is not printed
 
     def on_token(request, token, text):
-        # A request's first token comes out of its prefill.
+        # Prompts are submitted in order, so a request's `sequence_id` is its prompt's index. Its
+        # first token comes out of its prefill.
         decoded[0] += len(request.tokens) > 1
-        printer.push(request.number, text, request.finish_reason is not None)
+        printer.push(request.sequence_id, text, request.finish_reason is not None)
         if request.finish_reason is not None:
-            unfinished.discard(request.number)
+            unfinished.discard(request.sequence_id)
 
     requests = []
     for index, ids in enumerate(prompts):

@@ -51,7 +51,7 @@ class Request:
     """A request while it runs, as `Engine.submit` returns it.
 
     Attributes:
-      number: counts the engine's requests.
+      sequence_id: counts the engine's requests from 0. The scheduler knows the request by it.
       prompt: token ids.
       options: how the prompt is continued.
       stop_ids: all token ids that end the output.
@@ -72,7 +72,7 @@ class Request:
 
     def __init__(
         self,
-        number: int,
+        sequence_id: int,
         prompt: Sequence[int],
         options: options_lib.Options,
         stop_ids: tuple[int, ...],
@@ -80,7 +80,7 @@ class Request:
         matcher: grammar.GrammarMatcher | None,
         on_token: "Callable[[Request, OutputToken, str], Any] | None",
     ):
-        self.number, self.prompt = number, tuple(prompt)
+        self.sequence_id, self.prompt = sequence_id, tuple(prompt)
         self.options, self.stop_ids = options, stop_ids
         self.progress, self.matcher, self.on_token = progress, matcher, on_token
         self.tokens: list[OutputToken] = []
@@ -123,7 +123,7 @@ class Request:
           TimeoutError: the request did not end in time.
         """
         if not self.done.wait(timeout_secs):
-            raise TimeoutError(f"request {self.number}: not finished after {timeout_secs} s")
+            raise TimeoutError(f"request {self.sequence_id}: not finished after {timeout_secs} s")
         return RequestOutput(
             tuple(self.tokens),
             self.text,

@@ -304,7 +304,7 @@ def test_cancel_in_every_state(engine):
     assert len(want) == 60
 
     def state_of(request):
-        sequence = engine._scheduler._sequences[request.number]
+        sequence = engine._scheduler._sequences[request.sequence_id]
         if sequence.swapped_pages:
             return "swapped"
         return (
@@ -419,7 +419,7 @@ def test_threads(engine):
         each.join()
     assert got == want
     request = engine.submit(PROMPT, options_lib.Options(max_tokens=150, ignore_eos=True))
-    with pytest.raises(TimeoutError, match=f"request {request.number}: not finished"):
+    with pytest.raises(TimeoutError, match=f"request {request.sequence_id}: not finished"):
         request.output(0)
     engine.close()
     assert request.output(0).finish_reason == "cancelled"

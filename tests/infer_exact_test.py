@@ -233,8 +233,7 @@ def test_tokens_carry_their_version(engine, keep_running, moment):
 
 def replay(engine, submitted, ids):
     """Serve a request that had already chosen `ids`, which its new state is computed from."""
-    number = submitted.number
-    sequence = engine._scheduler._sequences[number]
+    sequence = engine._scheduler._sequences[submitted.sequence_id]
     sequence.tokens += ids
     for token in ids:
         submitted.progress.push(token, 0.0)

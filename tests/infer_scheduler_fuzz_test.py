@@ -255,7 +255,9 @@ class Driver:
         oldest = self.scheduler._running[:1]
         plan = self.scheduler.plan()
         for sequence in oldest:
-            older = self.scheduler._running[0].age < sequence.age  # came back in this plan
+            # One that came back in this plan.
+            first = self.scheduler._running[0]
+            older = first.submission_index < sequence.submission_index
             assert sequence.slot or older, "the oldest was preempted"
         if plan is None:
             assert self.unreported or not self.live, "nothing under way, and yet nothing to do"
@@ -332,8 +334,8 @@ class Driver:
         assert stats.num_bytes <= self.limits.cache_bytes
         assert 0 <= self.memory.host_bytes <= self.config.host_bytes
         running = self.scheduler._running
-        assert [sequence.age for sequence in running] == sorted(
-            sequence.age for sequence in running
+        assert [sequence.submission_index for sequence in running] == sorted(
+            sequence.submission_index for sequence in running
         )
         assert not any(node.pins for node in nodes)
 

@@ -30,7 +30,7 @@ class SlotState(enum.Enum):
 
 @dataclasses.dataclass(frozen=True)
 class _SlotUse:
-    """A slot's state, and the number of the request where it is OWNED."""
+    """A slot's state, and the sequence id of the request where it is OWNED."""
 
     state: SlotState
     owner: Hashable = None
@@ -44,7 +44,7 @@ class DispatchedPlan:
     """A plan given to the device.
 
     Attributes:
-      row_by_request: a request's row in the arrays of `chosen`, by its number.
+      row_by_request: a request's row in the arrays of `chosen`, by its sequence id.
       chosen: what the program chose, perhaps not computed yet. None without a program.
       version: the version of the weights that compute it.
     """
@@ -182,13 +182,13 @@ class Dispatcher:
         options, slot_id = request.options, np.int32(slot)
         has_own_state = bool(request.has_penalties or options.logit_bias or request.matcher)
         use = self._slots.get(slot, _CLEAN)
-        is_own = use.state is SlotState.OWNED and use.owner == request.number
+        is_own = use.state is SlotState.OWNED and use.owner == request.sequence_id
         # A request without penalties, bias or grammar is served from a clean slot as it is.
         if not is_own and (has_own_state or use.state is not SlotState.CLEAN):
             bias = host_batch.make_bias(options.logit_bias)
             self._device.run_program(ProgramName.RESET_SLOT, 0, slot_id, *bias)
             if has_own_state:
-                self._set_owner(slot, request.number)
+                self._set_owner(slot, request.sequence_id)
             else:
                 self._slots[slot] = _CLEAN
             if request.has_penalties:
@@ -207,12 +207,12 @@ class Dispatcher:
                 ProgramName.COUNT_TOKENS, 0, slot_id, block, np.bool_(in_prompt)
             )
 
-    def _set_owner(self, slot: int, number: Hashable) -> None:
+    def _set_owner(self, slot: int, sequence_id: Hashable) -> None:
         """Note that a slot holds a request's own state. A slot that it had before is dirty now."""
         for other_slot, use in self._slots.items():
-            if use.state is SlotState.OWNED and use.owner == number:
+            if use.state is SlotState.OWNED and use.owner == sequence_id:
                 self._slots[other_slot] = _DIRTY
-        self._slots[slot] = _SlotUse(SlotState.OWNED, number)
+        self._slots[slot] = _SlotUse(SlotState.OWNED, sequence_id)
 
 
 def _chunk_tokens(

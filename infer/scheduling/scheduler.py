@@ -1,6 +1,6 @@
 """Continuous batching: what the device does next. Plain Python, and no clock but a counter.
 
-Who goes first is a matter of age alone, so nothing that arrives later delays a request for ever:
+Requests go in order of submission, so nothing that arrives later delays a request for ever:
 decode rows before prefill, at most one prefill program between two decode dispatches, prefill and
 admission in order of submission. Memory is taken as it is needed. When none is left, snapshots go,
 then the youngest running request is preempted. The oldest never is.
@@ -23,7 +23,7 @@ from infer.scheduling import plan as plan_lib
 from infer.scheduling import stats as stats_lib
 
 _MAX_PLANS_IN_FLIGHT = 2  # one that runs, and one behind it
-_AGE = operator.attrgetter("age")
+_SUBMISSION_ORDER = operator.attrgetter("submission_index")
 
 
 class Scheduler:
@@ -47,7 +47,7 @@ class Scheduler:
         self._memory = memory.MemoryManager(config, limits, key)
         self._snapshots = snapshots.SnapshotPlanner(config, self._memory)
         self._sequences: dict[Hashable, sequence.Sequence] = {}
-        # Both in order of age. A sequence is in one of the two, by whether it has a slot.
+        # Both in order of submission. A sequence is in one of the two, by whether it has a slot.
         self._waiting: list[sequence.Sequence] = []
         self._running: list[sequence.Sequence] = []
         # Plans not reported, oldest first, each by its sequences' parts in it.
@@ -103,7 +103,7 @@ class Scheduler:
             restarts=int(bool(prior_tokens)),
         )
         self._sequences[sequence_id] = submitted
-        # Its age is the highest, so the end of the queue keeps the order.
+        # It was submitted last, so the end of the queue keeps the order.
         self._waiting.append(submitted)
         if len(self._waiting) <= snapshots.LOOKAHEAD_SEQUENCES:
             self._snapshots.plan_submitted(submitted, self._running)
@@ -263,7 +263,7 @@ class Scheduler:
         """Take a running sequence's memory: to the host if it is long, otherwise for good."""
         if self._memory.swap_out(running):
             self._running.remove(running)
-            bisect.insort(self._waiting, running, key=_AGE)
+            bisect.insort(self._waiting, running, key=_SUBMISSION_ORDER)
         else:
             self._restart(running)
 
@@ -271,7 +271,7 @@ class Scheduler:
         """Make a sequence with memory, here or at the host, one that waits without."""
         if holder.slot:
             self._running.remove(holder)
-            bisect.insort(self._waiting, holder, key=_AGE)
+            bisect.insort(self._waiting, holder, key=_SUBMISSION_ORDER)
         self._memory.restart(holder)
 
     def _plan_prefill(
@@ -286,7 +286,7 @@ class Scheduler:
         held_back: list[sequence.Sequence] = []
         prefilling = [running for running in self._running if not running.is_decoding]
         # The queue is copied, because admission removes from it.
-        for candidate in heapq.merge(prefilling, list(self._waiting), key=_AGE):
+        for candidate in heapq.merge(prefilling, list(self._waiting), key=_SUBMISSION_ORDER):
             if len(chunks) == self._limits.max_prefill_chunks or not rows_left:
                 break
             if not candidate.slot:
@@ -396,5 +396,5 @@ class Scheduler:
                 self._snapshots.plan_admitted(waiter, hit.common_tokens, self._waiting)
         if admitted:
             self._waiting.remove(waiter)
-            bisect.insort(self._running, waiter, key=_AGE)
+            bisect.insort(self._running, waiter, key=_SUBMISSION_ORDER)
         return admitted

@@ -15,8 +15,8 @@ class Sequence:
     least and `max_computed_tokens` at most.
 
     Attributes:
-      sequence_id: the engine's name for the request.
-      age: number of its submission. Lower goes first everywhere.
+      sequence_id: the engine's id of the request.
+      submission_index: counts the submissions, from 1. Lower goes first everywhere.
       tokens: prompt and all tokens reported so far.
       prompt_tokens: tokens of the prompt.
       length_limit: tokens of prompt and output at which the sequence ends.
@@ -37,13 +37,14 @@ class Sequence:
       is_over: whether it has ended. Plans under way may still name it.
       snapshot_points: chunk borders, ascending, at which a snapshot is to be taken.
       pending_snapshot: the length at which the state stands and is to be copied. 0 if none.
-      shared_prefix_tokens: by another sequence's age, tokens that both start with, in whole chunks.
+      shared_prefix_tokens: by another sequence's `submission_index`, tokens that both start with,
+        in whole chunks.
       cached_tokens: prompt tokens that came from the prefix cache.
       cache_miss_reason: why `cached_tokens` is 0, or "".
     """
 
     sequence_id: Hashable
-    age: int
+    submission_index: int
     tokens: list[int]
     prompt_tokens: int
     length_limit: int

@@ -80,7 +80,7 @@ class SnapshotPlanner:
         longest = 0
         for prefilling in running:
             if (
-                prefilling.age < waiter.age
+                prefilling.submission_index < waiter.submission_index
                 and not prefilling.is_decoding
                 and prefilling.can_snapshot
             ):
@@ -100,15 +100,16 @@ class SnapshotPlanner:
 
     def _last_shared_border(self, prefilling: sequence.Sequence, waiter: sequence.Sequence) -> int:
         """Return the last chunk border that both share and that leaves each a token to compute."""
-        # Remembered by age, because `awaits_snapshot` asks again in every plan. Tokens are only
-        # ever appended, so the remembered number stays a lower bound.
-        if prefilling.age not in waiter.shared_prefix_tokens:
-            waiter.shared_prefix_tokens[prefilling.age] = prefix_tree.count_common_tokens(
+        # Remembered, because `awaits_snapshot` asks again in every plan. Tokens are only ever
+        # appended, so the remembered number stays a lower bound.
+        index = prefilling.submission_index
+        if index not in waiter.shared_prefix_tokens:
+            waiter.shared_prefix_tokens[index] = prefix_tree.count_common_tokens(
                 prefilling.tokens, waiter.tokens, self._config.chunk_tokens
             )
         return self._memory.floor_to_chunk(
             min(
-                waiter.shared_prefix_tokens[prefilling.age],
+                waiter.shared_prefix_tokens[index],
                 prefilling.prefill_target - 1,
                 waiter.prefill_target - 1,
             )
