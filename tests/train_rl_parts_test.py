@@ -77,7 +77,7 @@ def fixture_read():
     opened = []
 
     def read(source):
-        opened.append(tasks.open_tasks(source))
+        opened.append(tasks.open_task_source(source))
         return opened[-1]
 
     yield read
@@ -191,13 +191,13 @@ def test_sources_that_contradict_themselves(fields, message):
 
 def test_made_tasks_are_the_same_again():
     source = tasks.TaskSource("mine", make="lookup", size=5, seed=3)
-    first, second = tasks.open_tasks(source), tasks.open_tasks(source)
+    first, second = tasks.open_task_source(source), tasks.open_task_source(source)
     assert [first[i] for i in range(5)] == [second[i] for i in range(len(second))]
     assert [first[i].label for i in range(5)] == [t.label for t in lookup.make_tasks(5, 3)]
     assert {first[i].source for i in range(5)} == {"mine"}
     fingerprint = json.loads(json.dumps(first.fingerprint()))
     second.check_fingerprint(fingerprint)
-    changed = tasks.open_tasks(dataclasses.replace(source, seed=4))
+    changed = tasks.open_task_source(dataclasses.replace(source, seed=4))
     with pytest.raises(records_lib.DataError, match="as the run began with"):
         changed.check_fingerprint(fingerprint)
 
@@ -214,13 +214,13 @@ def test_files_are_told_from_others(tmp_path, read):
 @pytest.mark.skipif(importlib.util.find_spec("reasoning_gym") is None, reason="the extra 'rl'")
 def test_generated_logic():
     source = tasks.TaskSource("sums", make="logic:chain_sum", size=3, options=(("max_terms", 2),))
-    logic_tasks = tasks.open_tasks(source)
+    logic_tasks = tasks.open_task_source(source)
     assert len(logic_tasks) == 3
     assert {logic_tasks[i].metadata["generator"] for i in range(3)} == {"chain_sum"}
     assert [logic_tasks[i].source for i in range(3)] == ["sums"] * 3
-    logic_tasks.check_fingerprint(tasks.open_tasks(source).fingerprint())
+    logic_tasks.check_fingerprint(tasks.open_task_source(source).fingerprint())
     with pytest.raises(ValueError, match="no_such_task"):
-        tasks.open_tasks(dataclasses.replace(source, make="logic:no_such_task"))
+        tasks.open_task_source(dataclasses.replace(source, make="logic:no_such_task"))
 
 
 def test_environments_by_name():

@@ -200,7 +200,7 @@ class GroupCollector:
                 self._on_episode_done,
                 should_stop=should_stop,
             )
-            rollout_stats = rollout_stats.plus(round_stats)
+            rollout_stats += round_stats
             scoring_began = time.perf_counter()
             # Scored in the order of their ids: pass rates and length bias depend on the order.
             for group, future in sorted(self._pending_scores, key=lambda pair: pair[0].group_id):

@@ -113,7 +113,7 @@ def open_rl_session(
     layout, serving_layout = make_layouts(config, model.config)
     sharding.check_batch_rows(layout, config.update.rows)
     stop_request = workdir_lib.StopRequest("ending this batch")
-    tasks, held_out_tasks = rollout_setup.open_tasks(config, model.tokenizer, stack)
+    tasks, held_out_tasks = rollout_setup.open_run_tasks(config, model.tokenizer, stack)
     rewards = _open_rewards(config, stack)
     store = stack.enter_context(checkpoints.CheckpointStore(workdir, config.save))
     batch_number = store.latest_step() or 0
@@ -133,7 +133,7 @@ def open_rl_session(
     sampler = rollout.RolloutSampler(
         weight_sync(state.model),
         model.tokenizer,
-        rollout_setup.make_engine_config(config, held_out_tasks),
+        rollout_setup.make_run_engine_config(config, held_out_tasks),
         rollout_setup.make_rollout_sampling(config.rollout),
     )
     stack.callback(sampler.close)

@@ -164,7 +164,7 @@ def compute_loss(
     # A rejected token gets 0 here, and still counts in the denominators of c.
     policy = -weight * terms.advantages * terms.logp * scale
     # Logged, not trained on. The minimum itself drops what M drops, so `scale` is not its factor.
-    ppo = _minimum_form(objective, ratio, terms.advantages) * jnp.where(keep_mask, rho, 0.0)
+    ppo = _ppo_minimum_loss(objective, ratio, terms.advantages) * jnp.where(keep_mask, rho, 0.0)
     total, losses = policy, {"policy_loss": policy, "ppo_loss": ppo}
     if terms.logp_ref is not None:
         losses["kl_loss"] = estimate_kl(objective, terms.logp_ref - terms.logp)
@@ -302,7 +302,7 @@ def _rho_and_keep_mask(
     return rho, keep_mask
 
 
-def _minimum_form(
+def _ppo_minimum_loss(
     objective: objective_lib.Objective,
     ratio: Float[Array, "B T"],
     advantages: Float[Array, "B T"],

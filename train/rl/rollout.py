@@ -92,7 +92,7 @@ class RolloutStats:
     waiting_secs: float = 0.0  # seconds of the total in which the device was idle, as tools ran
     num_tokens: int = 0  # tokens that were sampled; those of `EpisodeJob.partial` do not count
 
-    def plus(self, stats: "RolloutStats") -> "RolloutStats":
+    def __add__(self, stats: "RolloutStats") -> "RolloutStats":
         return RolloutStats(
             self.total_secs + stats.total_secs,
             self.waiting_secs + stats.waiting_secs,

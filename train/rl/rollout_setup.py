@@ -22,7 +22,7 @@ from train.rl.environments import catalog
 TasksBySource = Mapping[str, tasks_lib.FileTasks | tasks_lib.GeneratedTasks]
 
 
-def open_tasks(
+def open_run_tasks(
     config: rl_config.RlConfig, tokenizer: tokenizer_lib.Tokenizer, stack: contextlib.ExitStack
 ) -> tuple[TasksBySource, TasksBySource]:
     """Return the tasks to train on and the held-out ones, by source.
@@ -46,7 +46,7 @@ def _open_sources(
     max_tokens = config.rollout.max_prompt_tokens
     tasks_by_source = {}
     for source in sources:
-        tasks = tasks_by_source[source.name] = tasks_lib.open_tasks(source)
+        tasks = tasks_by_source[source.name] = tasks_lib.open_task_source(source)
         stack.callback(tasks.close)
         # Every prompt is encoded here, so that a long one stops the run before the first batch,
         # not after days. Many tasks take minutes, so there is a progress bar.
@@ -83,7 +83,7 @@ def make_episode_factory(
     return make_agent_episode
 
 
-def make_engine_config(
+def make_run_engine_config(
     config: rl_config.RlConfig, held_out_tasks: TasksBySource
 ) -> engine_config.EngineConfig:
     """Return the sizes of the run's engine, whose queue holds a batch or an evaluation at once.

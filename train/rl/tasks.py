@@ -72,7 +72,7 @@ class TaskSource:
             )
 
 
-def open_tasks(source: TaskSource) -> "FileTasks | GeneratedTasks":
+def open_task_source(source: TaskSource) -> "FileTasks | GeneratedTasks":
     """Return a source's tasks.
 
     Raises:
