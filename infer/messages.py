@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from infer import strict_json
+from m1_jax import strict_json
 
 JsonObjects = Sequence[Any]  # JSON objects from a client; this module checks what they hold
 
@@ -235,11 +235,7 @@ def _parse_arguments(location: str, value: Any) -> dict[str, Any]:
         return {}
     if isinstance(value, str):
         try:
-            value = json.loads(
-                value,
-                object_pairs_hook=strict_json.unique_keys,
-                parse_constant=strict_json.refuse_constant,
-            )
+            value = strict_json.DECODER.decode(value)
         except ValueError as error:
             raise ValueError(
                 f"{location}: got {value!r:.80}; wanted a JSON object: {error}"
@@ -252,6 +248,6 @@ def _parse_arguments(location: str, value: Any) -> dict[str, Any]:
 def _to_json(location: str, value: Any) -> str:
     """Serialise as transformers' tojson filter does: order kept, nothing escaped for HTML."""
     try:
-        return json.dumps(value, ensure_ascii=False)
-    except TypeError as error:
+        return json.dumps(value, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError) as error:
         raise ValueError(f"{location}: got a value that JSON cannot hold: {error}") from None

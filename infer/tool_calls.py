@@ -22,11 +22,11 @@ alone, never on how it was cut into pushes.
 
 import dataclasses
 import json
-import math
 import re
 from typing import Any, NamedTuple
 
-from infer import partial_match, strict_json
+from infer import partial_match
+from m1_jax import strict_json
 
 # thinking, text: as their names say. tag: a tag around thinking, with its line end. calls: a
 # well-formed block. malformed: a block that is not well-formed.
@@ -235,7 +235,7 @@ def _parse_calls(text: str) -> tuple[ToolCall, ...]:
     calls = []
     position = _skip_space(text, 0)
     while position < len(text):
-        value, position = _DECODER.raw_decode(text, position)
+        value, position = strict_json.DECODER.raw_decode(text, position)
         calls.append(_check_call(value))
         position = _skip_space(text, position)
     if not calls:
@@ -259,17 +259,3 @@ def _check_call(value: Any) -> ToolCall:
     # Raises for a lone surrogate, which JSON can escape and UTF-8 cannot encode.
     json.dumps(value, ensure_ascii=False).encode()
     return ToolCall(name, arguments)
-
-
-def _parse_finite(digits: str) -> float:
-    """Return a float, for `parse_float`. Python reads 1e999 as infinity, which is not JSON."""
-    if math.isinf(value := float(digits)):
-        raise ValueError(f"{digits} is too large")
-    return value
-
-
-_DECODER = json.JSONDecoder(
-    object_pairs_hook=strict_json.unique_keys,
-    parse_constant=strict_json.refuse_constant,
-    parse_float=_parse_finite,
-)

@@ -7,13 +7,12 @@ No key is ignored silently. A key that is unknown, missing or contradictory rais
 because a model that is computed in another way than it was trained still gives plausible text.
 """
 
-import json
 import math
 import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from m1_jax import configlib
+from m1_jax import configlib, strict_json
 
 LIGHTNING, SOFTMAX = "lightning", "softmax"  # the kinds of layers
 _RELEASE_MODEL_TYPES = ("minimax_m1", "minimax_text_01", "MiniMaxM1", "MiniMaxText01")
@@ -140,11 +139,9 @@ def read_config_json(path: pathlib.Path) -> Mapping[str, Any]:
       ConfigError: no such file, a file that is not JSON, or a key that is given twice.
     """
     try:
-        return json.loads(path.read_text(), object_pairs_hook=_refuse_repeated_keys)
+        return strict_json.DECODER.decode(path.read_text())
     except FileNotFoundError:
         raise ConfigError(f"{path} does not exist; it must lie beside the weights") from None
-    except ConfigError:
-        raise  # it is a ValueError, but has its message already
     except ValueError as error:
         raise ConfigError(f"{path} is not valid JSON: {error}") from None
 
@@ -199,20 +196,6 @@ def _check_keys(hf: Mapping[str, Any], known_keys: set[str], fixed: Mapping[str,
                 f"config.json: unknown key {key!r} = {hf[key]!r}; {hint} "
                 "Remove it if it does not change the computation."
             )
-
-
-def _refuse_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Make a JSON object, and refuse a key that is given twice.
-
-    Python's reader would take the last value. It calls this for every object in the file, from the
-    innermost one outwards.
-    """
-    hf: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in hf:
-            raise ConfigError(f"config.json: {key} is given twice: {hf[key]!r} and {value!r}")
-        hf[key] = value
-    return hf
 
 
 def _select_fields(hf: Mapping[str, Any], fields: Mapping[str, bool]) -> dict[str, Any]:

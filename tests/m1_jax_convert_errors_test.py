@@ -231,7 +231,7 @@ _SOURCE_ERRORS = [
     (_set_head_shape([-512, -64]), ["lm_head.weight", "-512", "integers", "Download"]),
     (_set_head_shape([2**62, 64]), ["lm_head.weight", "takes", "but its range has", "Download"]),
     (_metadata_is_no_map_of_strings, ["model-00000-of-00003", "map of strings", "Download"]),
-    (_repeat_key("lm_head.weight"), ["model-00002-of-00003", "lm_head.weight", "twice"]),
+    (_repeat_key("lm_head.weight"), ["model-00002-of-00003", "lm_head.weight", "given twice"]),
     (_repeat_key("dtype"), ["model-00002-of-00003", "dtype", "twice", "Download"]),
     (_wrong_dtype, ["model-00002-of-00003", "lm_head.weight", "F32", "takes", "has"]),
     (_unknown_dtype, ["lm_head.weight", "F8_E4M3", "wanted one of F32, F16, BF16"]),

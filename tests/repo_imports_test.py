@@ -32,7 +32,7 @@ _ENTRY_POINTS = {
 _TEXT_LEAVES = ("infer.prompt", "infer.tool_calls")
 # What the text leaves share or are split into. They load neither jax nor the engine, so that data
 # and rewards can read and write turns without an engine.
-_LEAF_PARTS = ("infer.messages", "infer.partial_match", "infer.strict_json")
+_LEAF_PARTS = ("infer.messages", "infer.partial_match", "m1_jax.strict_json")
 _ENGINE = (
     "infer.engine",
     "infer.config",
@@ -45,9 +45,8 @@ _DIRECTION = {
     "pallas_kernels/": ("pallas_kernels",),
     "m1_jax/plan/__main__.py": ("m1_jax.plan.command",),
     "m1_jax/": ("m1_jax", "pallas_kernels"),
-    "infer/messages.py": ("infer.strict_json",),
+    "infer/messages.py": ("m1_jax.strict_json",),
     "infer/partial_match.py": (),
-    "infer/strict_json.py": (),
     "infer/prompt.py": ("m1_jax.tokenizer", *_LEAF_PARTS),
     "infer/tool_calls.py": ("m1_jax.tokenizer", *_LEAF_PARTS),
     "infer/scheduling/": ("infer.scheduling", "infer.config"),

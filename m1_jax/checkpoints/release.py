@@ -12,7 +12,6 @@ last entry. Beyond single files, this reader compares the shards with the index,
 and with config.json.
 """
 
-import collections
 import dataclasses
 import json
 import math
@@ -24,7 +23,7 @@ import ml_dtypes
 import numpy as np
 
 from m1_jax import config as config_lib
-from m1_jax import lightning
+from m1_jax import lightning, strict_json
 from m1_jax.checkpoints import params_map
 
 INDEX_FILE = "model.safetensors.index.json"
@@ -249,7 +248,7 @@ def read_shard(file: pathlib.Path) -> ReleaseShard:
         raw = stream.read(length)
     try:
         header = raw.decode()
-        content = json.loads(header, object_pairs_hook=_refuse_repeated_keys)
+        content = strict_json.DECODER.decode(header)
         metadata = content.pop("__metadata__", {})
         if not all(isinstance(text, str) for text in metadata.values()):
             raise TypeError(f"__metadata__ is {metadata!r}; wanted a map of strings")
@@ -278,15 +277,6 @@ def read_shard(file: pathlib.Path) -> ReleaseShard:
             f"{file} is {problem}: got {size} bytes, wanted {end}. Download it again."
         )
     return ReleaseShard(file, header, tuple(tensors))
-
-
-def _refuse_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return the object of JSON pairs, which `json` would make of the last of equal keys."""
-    content = dict(pairs)
-    if len(content) < len(pairs):
-        counts = collections.Counter(key for key, _ in pairs)
-        raise ValueError(f"{max(counts, key=counts.__getitem__)!r} stands twice in one object")
-    return content
 
 
 def _parse_tensor(
