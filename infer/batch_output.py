@@ -78,8 +78,8 @@ def append_output(
 
     Args:
       file: the output, open in binary mode.
-      fields: what the line begins with.
-      output: of the request.
+      fields: the fields that the line begins with.
+      output: the request's output.
       write_tokens: add each token with its log-probabilities.
     """
     record = {

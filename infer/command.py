@@ -50,7 +50,7 @@ def check_fields(config: Any, checks: dict[str, tuple[bool, str]]) -> None:
 
     Args:
       config: a dataclass of flags.
-      checks: by the field's name, whether its value is valid, and which values would be.
+      checks: whether a field's value is valid, and which values would be, by the field's name.
     """
     for name, (valid, text) in checks.items():
         if not valid:

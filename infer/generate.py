@@ -120,10 +120,10 @@ class GenerateStats:
     """Tokens and seconds of one run."""
 
     prefill_tokens: int = 0  # tokens of all prompts
-    prefill_secs: float = 0.0  # of the engine's steps that released no token but a prompt's first
+    prefill_secs: float = 0.0  # time of the engine's steps that released first tokens alone
     decode_tokens: int = 0  # tokens of all outputs, but for the first of each
-    decode_secs: float = 0.0  # of all other steps
-    compile_secs: float = 0.0  # of the engine's construction, before any step
+    decode_secs: float = 0.0  # time of all other steps
+    compile_secs: float = 0.0  # time of the engine's construction, before any step
 
     def __str__(self):
         def rate(tokens, secs):
@@ -267,7 +267,7 @@ class _TextPrinter:
     """
 
     def __init__(self, num_texts: int, stream: bool, out: TextIO):
-        self._unprinted = [""] * num_texts  # by index
+        self._unprinted = [""] * num_texts  # the rest of each text, by index
         self._stream, self._out = stream, out
 
     def push(self, index: int, new_text: str, last: bool) -> None:

@@ -29,7 +29,7 @@ _GAP_NEWLINES = 2
 # white space for ever. 64 characters are enough for one line's indentation.
 _JSON_WHITESPACE = r"[ \t\n\r]{1,64}"
 _UNKNOWN = "\ufffd".encode()  # what the tokenizer decodes ids to that it does not have
-_MAX_ERROR_CHARS = 400  # of llguidance's messages, in ours
+_MAX_ERROR_CHARS = 400  # length of llguidance's messages in ours
 
 
 class GrammarCompiler:
@@ -153,7 +153,7 @@ class GrammarMatcher:
         # While undecided all of the text; while thinking as much as a closing tag can begin in.
         self._text = b""
         self._answer_fits = True  # while undecided: the text may be the answer's beginning
-        self._newlines_left = 0  # in the gap: newlines that it may still have
+        self._newlines_left = 0  # newlines that the gap may still have
 
     @property
     def finished(self) -> bool:

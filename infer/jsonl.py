@@ -48,7 +48,7 @@ def check_conversation(location: str, value: Any, system: str | None, raw: bool)
     """Return what `encode_request` takes: {"prompt": ...} if raw, else messages and tools.
 
     Args:
-      location: of the request, for errors.
+      location: the request's place, for errors.
       value: the request.
       system: system message of a prompt without its own.
       raw: the prompt is text for the model as it is, not a user's message.
@@ -109,7 +109,7 @@ def check_prompt_length(
     """Raise ValueError for a prompt that is empty, too long or outside of the vocabulary.
 
     Args:
-      location: of the request, for errors.
+      location: the request's place, for errors.
       ids: the prompt.
       max_tokens: the most tokens of the output.
       model_config: has the model's own limits.

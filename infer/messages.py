@@ -32,7 +32,7 @@ def to_list_form(
       named_results: results carry their tool's name, and consecutive ones share a message.
 
     Raises:
-      ValueError: as `prompt.normalize_messages`.
+      ValueError: what `prompt.normalize_messages` refuses.
     """
     if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence) or not messages:
         raise ValueError(f"messages: got {messages!r:.80}; wanted a list with at least one message")

@@ -41,7 +41,7 @@ from m1_jax import durable, quantize
 from m1_jax import tokenizer as tokenizer_lib
 
 _flag = command.flag_field
-_MAX_LISTED_BAD_LINES = 10  # in one error
+_MAX_LISTED_BAD_LINES = 10  # one error lists so many
 _LINE_FIELDS = (*jsonl.REQUEST_FIELDS, "id", "preset")
 
 
@@ -105,14 +105,14 @@ class BatchRequest:
     index: int  # among the lines that are not blank, from 0
     output_fields: dict[str, Any]  # what the output's line begins with: index and id
     prompt: tuple[int, ...]  # token ids
-    options: options_lib.Options  # with a seed of its own
+    options: options_lib.Options  # the request's options, with a seed of its own
 
 
 @dataclasses.dataclass(frozen=True)
 class BatchSummary:
     """What one run did."""
 
-    requests: int  # of the input
+    requests: int  # requests of the input
     num_done_before: int  # requests that earlier runs had done
     num_done: int = 0  # requests that this run did, of which the counts below are
     errors: int = 0  # requests that ended with finish_reason "error"
@@ -186,7 +186,7 @@ def _serve_requests(
 ) -> BatchSummary:
     """Run requests, and write each when it ends."""
     waiting = collections.deque(todo)
-    live: dict[int, tuple[BatchRequest, request_lib.Request]] = {}  # by index
+    live: dict[int, tuple[BatchRequest, request_lib.Request]] = {}  # requests by index
     # The engine knows a window of requests: enough to keep its rows busy, however many there are.
     window = min(3 * running_engine.config.max_rows, running_engine.config.max_queue)
     counts, signal_number, going = collections.Counter(), None, True

@@ -50,7 +50,7 @@ class Options:
       repetition_penalty: over prompt and output, as in transformers. 1 is off.
       presence_penalty: over the output alone, as in OpenAI's API. 0 is off.
       frequency_penalty: over the output alone, by count, as in OpenAI's API. 0 is off.
-      logit_bias: by token id, a number that is added to the logit, -100 to 100.
+      logit_bias: numbers that are added to logits, -100 to 100, by token id.
       seed: 0 to 2^32 - 1. The same seed draws the same tokens.
       max_tokens: longest output, in tokens.
       min_tokens: tokens that the output has before anything ends it. A stop token is not one of
@@ -150,9 +150,9 @@ def check_options(options: Options, vocab_size: int, own_stop_ids: tuple[int, ..
     """Check the options that depend on the model: token ids, and the number of stop ids.
 
     Args:
-      options: of one request.
-      vocab_size: the model's.
-      own_stop_ids: the tokenizer's.
+      options: one request's options.
+      vocab_size: the model's vocabulary size.
+      own_stop_ids: the tokenizer's stop ids.
 
     Raises:
       ValueError: a token id outside of the vocabulary, or more than `MAX_STOP_IDS` stop ids.

@@ -143,7 +143,7 @@ def encode_prompt(
     Only pieces that are control tokens get control ids.
 
     Raises:
-      ValueError: as `render_prompt`, or a tokenizer without one of the control tokens.
+      ValueError: what `render_prompt` refuses, or a tokenizer without one of the control tokens.
     """
     ids: list[int] = []
     for prompt_piece in render_prompt(messages, tools, add_generation_prompt, profile):

@@ -14,7 +14,7 @@ class PromptLookup:
 
     def __init__(self, tokens: Iterable[int] = ()):
         self._tokens: list[int] = []
-        # By the last tokens of a run: index of the token after it, where it was seen last.
+        # Index of the token after a run, where it was seen last, by the run's last tokens.
         self._next_index: dict[tuple[int, ...], int] = {}
         for token in tokens:
             self.push(token)

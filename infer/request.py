@@ -18,7 +18,7 @@ class OutputToken:
     id: int
     logp: float  # log-probability under the distribution that the token was drawn from
     logp_raw: float  # log-probability under the model's plain logits
-    version: int  # of the weights that chose the token
+    version: int  # version of the weights that chose the token
     # The `Options.top_logprobs` likeliest tokens: (id, log-probability under the plain logits).
     top: tuple[tuple[int, float], ...] = ()
 
@@ -28,8 +28,8 @@ class RequestOutput:
     """A finished request.
 
     Attributes:
-      tokens: of the output, the stop token included.
-      text: of the output, without the stop token or the stop string.
+      tokens: the output's tokens, the stop token included.
+      text: the output's text, without the stop token or the stop string.
       finish_reason: "stop", "length", "loop", "cancelled", "suspended", or "error" for logits that
         are not finite or a grammar that grew beyond its limits.
       prompt_tokens: number of tokens of the prompt.
@@ -58,14 +58,14 @@ class Request:
       progress: the state of the text.
       matcher: follows the output through its grammar. None without a constraint.
       on_token: called with (request, token, new text), or None.
-      tokens: of the output so far.
+      tokens: the output's tokens so far.
       grammar_mask: the mask of the next token, or None without a constraint.
-      text: of the output so far, without text that is held back.
+      text: the output's text so far, without text that is held back.
       finish_reason: None while the request runs.
-      cached_tokens: see `RequestOutput`.
-      cache_miss_reason: see `RequestOutput`.
-      routes: at the end, [computed tokens, layers, experts of a token] int8, if the engine records
-        them, else None.
+      cached_tokens: number of tokens of the prompt that were found in the prefix cache.
+      cache_miss_reason: why none were found, else empty.
+      routes: [computed tokens, layers, experts of a token] int8, set at the end if the engine
+        records them, else None.
       done: set at the end.
       prompt_lookup: proposes drafts of the next tokens.
     """

@@ -54,7 +54,7 @@ class OutputProgress:
     Attributes:
       num_tokens: tokens pushed so far, the stop token included.
       reasoning_tokens: tokens up to the end of thinking, 0 if the output does not think.
-      finish_reason: as in the last `OutputUpdate`.
+      finish_reason: why the output ended, as in the last `OutputUpdate`.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class OutputProgress:
         """Start an output.
 
         Args:
-          options: of the request.
+          options: the request's options.
           tokenizer: decodes the tokens. Its stop tokens end the output.
           loop_tokens: tokens in a row that are taken for a loop. Tests set it.
 

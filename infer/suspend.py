@@ -67,10 +67,10 @@ def resume_requests(
     """Submit the requests of a file that `save_requests` wrote, to go on after their tokens.
 
     Args:
-      engine: of the same model, weights, tokenizer and recipe. Its `version` becomes the file's,
-        if that is larger.
+      engine: an engine of the same model, weights, tokenizer and recipe. Its `version` becomes the
+        file's, if that is larger.
       path: the file. It stays as it is.
-      on_token: as in `Engine.submit`, called for new tokens only.
+      on_token: the callback of `Engine.submit`, called for new tokens only.
 
     Returns:
       The requests, in the file's order.
@@ -133,7 +133,7 @@ class _SuspendedRequest(NamedTuple):
 
     Attributes:
       prompt: token ids.
-      options: as they were asked for.
+      options: the options that were asked for.
       tokens: its output so far.
       cached: prompt tokens that the first engine's cache had, and why none if 0.
     """

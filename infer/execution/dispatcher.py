@@ -18,8 +18,8 @@ ProgramName = program_spec.ProgramName
 class SlotState(enum.Enum):
     """What a slot's counts, bias and mask hold (`slot_sampling.SlotSamplingState`).
 
-    CLEAN: those of no request: no counts, no bias, every token allowed.
-    OWNED: those of one request.
+    CLEAN: no request's values: no counts, no bias, every token allowed.
+    OWNED: one request's values.
     DIRTY: leftovers of a request that has another slot now.
     """
 
@@ -79,7 +79,7 @@ class Dispatcher:
         """Start a plan, without waiting for it.
 
         Args:
-          requests: those of the plan's entries, in order. None for one that is over.
+          requests: the requests of the plan's entries, in order. None for one that is over.
           version: the version of the device's weights.
         """
         for action in plan.actions:

@@ -73,8 +73,8 @@ def make_batch(
 
     Args:
       size: rows of the program. Those past the entries are padding.
-      entries: those of the plan, in order.
-      requests: those of the entries. None for one that is over, whose row becomes padding.
+      entries: the plan's entries, in order.
+      requests: the requests of the entries. None for one that is over, whose row becomes padding.
     """
     batch = make_empty_batch(size, config)
     for row, (entry, request) in enumerate(zip(entries, requests, strict=True)):
@@ -104,8 +104,8 @@ def pack_prompts(
     """Return chunks of prompts packed into the rows of the smallest program that holds them.
 
     Args:
-      chunks: those of the plan, in order.
-      tokens: for each chunk its tokens, and the token after them if that is known, else -1.
+      chunks: the plan's chunks, in order.
+      tokens: the tokens of each chunk, and the token after them if that is known, else -1.
     """
     tile = config.attention_tile
     widths = [config.pad_to_tile(chunk.num_tokens) for chunk in chunks]

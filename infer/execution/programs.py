@@ -177,8 +177,8 @@ def verify_drafts(
     overwritten before anything reads it.
 
     Args:
-      drafts: by row of the sequence's open tile, guesses at the tokens after the next one to enter
-        the state, -1 for none. There is none at the last token of a chunk: the recurrent state
+      drafts: guesses at the tokens after the next one to enter the state, by row of the sequence's
+        open tile, -1 for none. There is none at the last token of a chunk: the recurrent state
         would move on, for good.
 
     Returns:
@@ -308,7 +308,7 @@ def prefill_prompts(
       Both states, and what was chosen as arrays [B, ...]: a token after every chunk that ends its
       prompt, -1 after the others.
     """
-    # By tile. The index -1 of padding would take the last sequence.
+    # One index a tile. The index -1 of padding would take the last sequence.
     index = jnp.maximum(prompts.chunk_index, 0)
     rows = ragged_batch.RaggedBatch(
         prompts.positions,

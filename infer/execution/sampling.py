@@ -28,7 +28,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, UInt
 from infer import options as options_lib
 
 TOP_LOGPROBS = options_lib.MAX_TOP_LOGPROBS
-PROMPT_FLAG = 1 << 30  # in `counts`: the token is in the prompt
+PROMPT_FLAG = 1 << 30  # added to a token's count: the token is in the prompt
 
 
 @jax.tree_util.register_dataclass
@@ -143,7 +143,7 @@ def sample_tokens(
     Args:
       logits: -inf forbids a token.
       options: per row.
-      keys: from `sampling_keys`, another one for every position.
+      keys: keys from `sampling_keys`, another one for every position.
       counts: how often each token occurs in the output, plus `PROMPT_FLAG` if it is in the
         prompt. The penalties need them.
       bias: added to the logits.

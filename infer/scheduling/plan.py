@@ -64,7 +64,7 @@ class SwapOut:
     Attributes:
       sequence_id: name of the host copy.
       slot: the sequence's state slot.
-      pages: those that hold computed tokens, from the sequence's first page on.
+      pages: the pages that hold computed tokens, from the sequence's first page on.
     """
 
     sequence_id: Hashable
@@ -79,7 +79,7 @@ class SwapIn:
     Attributes:
       sequence_id: name of the host copy.
       slot: any free slot. It need not be the one that the sequence had before.
-      pages: as many as were swapped out, in the same order, with other ids.
+      pages: as many pages as were swapped out, in the same order, with other ids.
     """
 
     sequence_id: Hashable
@@ -108,7 +108,7 @@ class PrefillChunk:
         chunk border, next token, whether decoding stopped) may be left over from another sequence.
       start: first token to compute, at a chunk border.
       num_tokens: tokens to compute, at least 1.
-      pages: from the sequence's first page to the page of the last token computed here.
+      pages: the sequence's pages, from the first to that of the last token computed here.
       is_last: whether the prompt ends here. Then the device samples the next token and decoding
         may follow, unless `is_resumed`.
       is_resumed: whether the token after this chunk was sampled before. Such a sequence is computed
@@ -131,7 +131,7 @@ class DecodeRow:
     Attributes:
       sequence_id: whose tokens are made.
       slot: the sequence's state slot.
-      pages: from the sequence's first page to the last one that this dispatch may write.
+      pages: the sequence's pages, from the first to the last that this dispatch may write.
       length_limit: tokens of prompt and output at which the device stops the row by itself.
     """
 

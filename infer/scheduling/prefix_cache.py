@@ -66,7 +66,7 @@ class PrefixCache:
         self._chunk_tokens = chunk_tokens
         self._page_bytes, self._state_bytes = page_bytes, state_bytes
         self._max_bytes = max_bytes
-        # By weights version and recipe: states of different keys must not be mixed.
+        # One root for each weights version and recipe: states of different keys must not be mixed.
         self._roots: dict[Hashable, prefix_tree.SnapshotNode] = {}
         # Counts matches and inserts. It is the time of `last_use`.
         self._clock = 0
@@ -198,8 +198,8 @@ class PrefixCache:
         is removed when everything would not be enough.
 
         Args:
-          pages: wanted free in the pool, what is free already included.
-          slots: likewise.
+          pages: pages wanted free in the pool, those free already included.
+          slots: slots wanted free, those free already included.
           max_value: only nodes worth less than this go (see `snapshot_value`).
         """
         if not self.can_free(pages, slots):

@@ -203,8 +203,8 @@ class Scheduler:
         """Take the results of the oldest plan not yet reported.
 
         Args:
-          results: by sequence. A sequence that made no token and goes on may be left out. One that
-            is over is ignored.
+          results: results by sequence id. A sequence that made no token and goes on may be left
+            out. One that is over is ignored.
 
         Raises:
           RuntimeError: no plan is under way.

@@ -37,8 +37,8 @@ class Sequence:
       is_over: whether it has ended. Plans under way may still name it.
       snapshot_points: chunk borders, ascending, at which a snapshot is to be taken.
       pending_snapshot: the length at which the state stands and is to be copied. 0 if none.
-      shared_prefix_tokens: by another sequence's `submission_index`, tokens that both start with,
-        in whole chunks.
+      shared_prefix_tokens: number of tokens that it starts with as another sequence does, in whole
+        chunks, by the other's `submission_index`.
       cached_tokens: prompt tokens that came from the prefix cache.
       cache_miss_reason: why `cached_tokens` is 0, or "".
     """

@@ -66,8 +66,8 @@ class SchedulerStats:
       free_slots: free state slots now.
       num_held_back: times that a request waited for a snapshot of an older one.
       num_plans: plans made.
-      cache: of the prefix cache.
-      memory: of admission, preemption and snapshots.
+      cache: sizes and counts of the prefix cache.
+      memory: counts of admission, preemption and snapshots.
     """
 
     num_waiting: int

@@ -28,8 +28,9 @@ class CompileResult:
       temp_bytes: the part of `needed_bytes` that temporaries take.
       flops: the compiler's own count, which takes a loop's body once.
       hlo_text: the optimised program. Empty where the compiler wrote none.
-      compile_secs: by the clock.
-      compile_cpu_secs: of all threads. Other processes stretch the clock's time, but not this.
+      compile_secs: time by the clock.
+      compile_cpu_secs: CPU time of all threads. Other processes do not stretch it, as they stretch
+        the clock's time.
     """
 
     fits: bool

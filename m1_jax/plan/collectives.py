@@ -45,7 +45,7 @@ def count_collectives(text: str) -> tuple[dict[str, CollectiveTraffic], int]:
     """
     module = hlo.parse_module(text)
     runs, num_unknown = executions.count_executions(module)
-    totals: dict[str, list[float]] = {}  # by kind: executions and bytes
+    totals: dict[str, list[float]] = {}  # executions and bytes, by kind
     for name, times in runs.items():
         for instruction in module.computations[name].values():
             # The end of an asynchronous pair, -done, is no kind, so a pair counts at its start.

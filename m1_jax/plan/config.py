@@ -8,7 +8,7 @@ from m1_jax import quantize
 from m1_jax.plan import jobs
 
 MODEL_PRESETS = {"m1": config_lib.ModelConfig.m1, "tiny": config_lib.ModelConfig.tiny}
-COLOCATED_JOBS = ("rl_update", "reshard")  # with a sampler on the trainer's devices
+COLOCATED_JOBS = ("rl_update", "reshard")  # a sampler lies on the trainer's devices, too
 
 
 class PlanError(ValueError):

@@ -60,7 +60,7 @@ class ResourceEstimate:
     """What a program needs of one chip in one run.
 
     Attributes:
-      hbm_bytes: by part, like parameters or activations.
+      hbm_bytes: bytes of HBM by part, like parameters or activations.
       collectives: what the chip receives, by kind of collective.
     """
 
@@ -86,7 +86,7 @@ class ParamShard:
     """One parameter's part on a chip.
 
     Attributes:
-      num_elements: on the chip, of all layers of the stack.
+      num_elements: elements on the chip, of all layers of the stack.
       item_bytes: bytes of an element.
       num_layers: layers of its stack. 1 for a parameter outside of the layers.
       gather_group_size: chips that hold the shards of what one chip computes with.
@@ -231,8 +231,8 @@ def _estimate_collectives(
     """Count one run by hand. `collectives.count_collectives` says which bytes count as received.
 
     Args:
-      rows: of a microbatch on a chip.
-      tokens: of a microbatch on a chip.
+      rows: rows of a microbatch on a chip.
+      tokens: tokens of a microbatch on a chip.
     """
     counter = _TrafficCounter(job.accumulate)
     _count_param_traffic(counter, job, params)

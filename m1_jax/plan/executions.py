@@ -15,7 +15,7 @@ def count_executions(module: hlo.HloModule) -> tuple[dict[str, float], int]:
 
     A loop of unknown length and each branch of a conditional count once.
     """
-    edges: dict[str, dict[str, float]] = {}  # by caller and callee: calls in one run of the caller
+    edges: dict[str, dict[str, float]] = {}  # calls in one run of a caller, by caller and callee
     num_unknown = 0
     for name, instructions in module.computations.items():
         calls: dict[str, float] = collections.defaultdict(float)

@@ -63,7 +63,7 @@ class HloModule:
     Attributes:
       entry: name of the computation that runs first.
       num_partitions: chips that run the program together.
-      computations: by name, the instructions of each by name, in order.
+      computations: the instructions of each computation by name, in order, by its name.
     """
 
     entry: str

@@ -15,7 +15,7 @@ from m1_jax.plan import aot, collectives, estimate, jobs, meshes, shapes, topolo
 from m1_jax.plan import config as plan_config
 from pallas_kernels.lightning_attention import tiling
 
-CAPACITY_LENGTHS = (8_192, 131_072, 1_048_576)  # in tokens: how many such rows fit is reported
+CAPACITY_LENGTHS = (8_192, 131_072, 1_048_576)  # tokens a row: how many such rows fit is reported
 
 
 def compile_job(
@@ -79,7 +79,7 @@ def _compile_program(
     arguments = {name: shapes.local_bytes(tree) for name, tree in program.arguments.items()}
     results = {name: shapes.local_bytes(tree) for name, tree in program.results.items()}
     parts: dict[str, float] = {**arguments, **results}
-    # Of a program that does not fit the compiler tells only the total.
+    # The compiler tells only the total of a program that does not fit.
     argument_bytes = compiled.argument_bytes or sum(arguments.values())
     # What remains: temporaries, code, and the padding of tiles in arguments.
     parts["activations"] = compiled.needed_bytes - sum(parts.values())

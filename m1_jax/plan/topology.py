@@ -14,7 +14,7 @@ class TpuGeneration:
     """A generation of TPUs, as far as names of slices go."""
 
     num_dims: int  # numbers in a slice's name
-    max_chips: int  # of the largest slice
+    max_chips: int  # chips of the largest slice
     example: str  # a slice that exists, for error messages
     devices_per_chip: int = 1  # that JAX sees
 
@@ -37,7 +37,7 @@ class TpuSlice:
 
     generation: str  # a key of `TPU_GENERATIONS`
     shape: tuple[int, ...]  # chips along each dimension
-    num_slices: int = 1  # of this shape, joined by the data network
+    num_slices: int = 1  # slices of this shape, joined by the data network
 
     @property
     def name(self) -> str:
