@@ -8,16 +8,18 @@ config and the state alone:
 """
 
 import dataclasses
+import functools
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from train.rl import advantages, curriculum, rollout, sample_json
+from train.rl import advantages, rollout, sample_json
 from train.rl import config as rl_config
+from train.rl import cursor as cursor_lib
 from train.rl import sample as sample_lib
 from train.rl import tasks as tasks_lib
-from train.rl.rewards import compose, length_bias
+from train.rl.rewards import compose
 
 # Begins an episode of a task whose answer may have so many tokens.
 EpisodeFactory = Callable[[sample_lib.Task, int], sample_lib.Episode]
@@ -102,7 +104,7 @@ class GroupCollector:
         state = state or {}
         self._config, self._rollout_config = config, config.rollout
         self._tasks, self._make_episode, self._rewards = tasks, make_episode, rewards
-        self._restore_cursor(state)
+        self._cursor = self._open_cursor(state)
         # Scored groups that wait for a batch, sorted by group_id.
         self._ready_groups = [self._group_from_json(group) for group in state.get("ready", [])]
         # Groups with unfinished samples, which the next round goes on with.
@@ -110,7 +112,7 @@ class GroupCollector:
 
     def state(self) -> dict[str, Any]:
         """Return what continues this collector, JSON-able."""
-        return self._cursor_state() | {
+        return self._cursor.state() | {
             "ready": [_group_to_json(group) for group in self._ready_groups],
             "open": [_group_to_json(group) for group in self._open_groups],
         }
@@ -134,44 +136,23 @@ class GroupCollector:
             before this call, so that the next run samples the whole batch again.
           length_bias.LengthBiasPause: rewards follow length, so the judge needs to be looked at.
         """
-        cursor, ready_groups, open_groups = (
-            self._cursor_state(),
+        cursor_state, ready_groups, open_groups = (
+            self._cursor.state(),
             _copy_groups(self._ready_groups),
             _copy_groups(self._open_groups),
         )
         try:
             return self._collect_rounds(sampler, step, window_tokens, should_stop)
         except rollout.RolloutStopped:
-            self._restore_cursor(cursor)
+            self._cursor = self._open_cursor(cursor_state)
             self._ready_groups, self._open_groups = ready_groups, open_groups
             raise
 
     # ---- parts
 
-    def _cursor_state(self) -> dict[str, Any]:
-        """Return the state of all but the groups themselves, JSON-able."""
-        return {
-            "draws": self._draws.state(),
-            "pass_rates": self._pass_rates and self._pass_rates.state(),
-            "length_bias": self._length_bias and self._length_bias.state(),
-            "number": self._next_group_id,
-        }
-
-    def _restore_cursor(self, state: Mapping[str, Any]) -> None:
-        """Go on from `_cursor_state`. An empty state begins a run."""
-        config = self._config
-        sizes = {name: len(tasks) for name, tasks in self._tasks.items()}
-        self._draws = curriculum.TaskDraws(config.task_curriculum(), sizes, state.get("draws"))
-        self._pass_rates = self._length_bias = None
-        if config.pass_rates is not None:
-            self._pass_rates = curriculum.PassRateTracker(
-                config.pass_rates, state.get("pass_rates")
-            )
-        if config.length_bias is not None:
-            self._length_bias = length_bias.LengthBiasMonitor(
-                config.length_bias, state.get("length_bias")
-            )
-        self._next_group_id = state.get("number", 0)
+    def _open_cursor(self, state: Mapping[str, Any]) -> cursor_lib.CollectorCursor:
+        num_tasks = {name: len(tasks) for name, tasks in self._tasks.items()}
+        return cursor_lib.CollectorCursor(self._config, num_tasks, state)
 
     def _collect_rounds(
         self,
@@ -181,7 +162,7 @@ class GroupCollector:
         should_stop: Callable[[], bool],
     ) -> GenerationBatch:
         config, began = self._rollout_config, time.perf_counter()
-        self._scored_groups: list[SampleGroup] = []  # in this call
+        scored_groups: list[SampleGroup] = []  # in this call
         rollout_stats, rounds, scoring_secs = rollout.RolloutStats(), 0, 0.0
         while len(self._ready_groups) < config.groups and rounds < config.max_rounds:
             # May be negative: groups of earlier batches still wait or go on.
@@ -194,23 +175,24 @@ class GroupCollector:
                 self._draw_group(step, window_tokens) for _ in range(max(num_missing, 0))
             ]
             # Groups that finished in this round, each with the future of its scores.
-            self._pending_scores: list[tuple[SampleGroup, Any]] = []
+            pending_scores: list[tuple[SampleGroup, Any]] = []
             round_stats = sampler.run(
                 lambda: self._episode_jobs(sampler.version),
-                self._on_episode_done,
+                functools.partial(self._on_episode_done, pending_scores),
                 should_stop=should_stop,
             )
             rollout_stats += round_stats
             scoring_began = time.perf_counter()
             # Scored in the order of their ids: pass rates and length bias depend on the order.
-            for group, future in sorted(self._pending_scores, key=lambda pair: pair[0].group_id):
+            for group, future in sorted(pending_scores, key=lambda pair: pair[0].group_id):
                 self._score_group(group, future)
+                scored_groups.append(group)
             scoring_secs += time.perf_counter() - scoring_began
             rounds += 1
         batch_groups = self._ready_groups[: config.groups]
         self._ready_groups = self._ready_groups[config.groups :]
-        if self._length_bias is not None:
-            self._length_bias.check()
+        if self._cursor.length_bias is not None:
+            self._cursor.length_bias.check()
         secs = {
             "sampling_secs": rollout_stats.total_secs - rollout_stats.waiting_secs,
             # The part of scoring that sampling did not hide.
@@ -219,17 +201,18 @@ class GroupCollector:
             "collect_secs": time.perf_counter() - began,
         }
         metrics = self._batch_metrics(
-            batch_groups, rollout_stats.num_tokens, rounds, sampler.version
+            batch_groups, scored_groups, rollout_stats.num_tokens, rounds, sampler.version
         )
-        return GenerationBatch(batch_groups, secs | metrics, metrics["reward_sampled"])
+        return GenerationBatch(batch_groups, secs | metrics, _mean_reward(scored_groups))
 
     def _draw_group(self, step: int, window_tokens: int) -> SampleGroup:
+        pass_rates = self._cursor.pass_rates
         for _ in range(_MAX_DRAWS):
-            source, index = self._draws.draw_task(step)
+            source, index = self._cursor.draws.draw_task(step)
             task = self._tasks[source][index]
-            if self._pass_rates is None or self._pass_rates.should_draw(task.id):
-                group_id, size = self._next_group_id, self._rollout_config.group_size
-                self._next_group_id += 1
+            if pass_rates is None or pass_rates.should_draw(task.id):
+                group_id, size = self._cursor.next_group_id, self._rollout_config.group_size
+                self._cursor.next_group_id += 1
                 return SampleGroup(
                     group_id, source, index, window_tokens, task, [None] * size, [None] * size
                 )
@@ -259,8 +242,12 @@ class GroupCollector:
                     )
 
     def _on_episode_done(
-        self, key: Any, result: sample_lib.Sample | rollout.PausedEpisode
+        self,
+        pending_scores: list[tuple[SampleGroup, Any]],
+        key: Any,
+        result: sample_lib.Sample | rollout.PausedEpisode,
     ) -> Iterable[rollout.EpisodeJob]:
+        """Take what an episode made. A group that is now finished goes to `pending_scores`."""
         group_id, i = key
         group = next(group for group in self._open_groups if group.group_id == group_id)
         if isinstance(result, rollout.PausedEpisode):
@@ -272,7 +259,7 @@ class GroupCollector:
             future = (
                 None if self._rewards is None else self._rewards.submit(finished_samples(group))
             )
-            self._pending_scores.append((group, future))
+            pending_scores.append((group, future))
         return ()
 
     def _score_group(self, group: SampleGroup, future: Any) -> None:
@@ -290,13 +277,12 @@ class GroupCollector:
         group.rewards = [
             sample.reward for sample in samples if sample.valid and sample.reward is not None
         ]
-        if self._length_bias is not None:
+        if self._cursor.length_bias is not None:
             rewards = [sample.reward if sample.valid else None for sample in samples]
-            self._length_bias.push([len(sample.tokens) for sample in samples], rewards)
-        if self._pass_rates is not None:
+            self._cursor.length_bias.push([len(sample.tokens) for sample in samples], rewards)
+        if self._cursor.pass_rates is not None:
             num_passed = sum(reward >= 1 for reward in group.rewards)
-            self._pass_rates.push(group.task.id, num_passed, len(group.rewards))
-        self._scored_groups.append(group)
+            self._cursor.pass_rates.push(group.task.id, num_passed, len(group.rewards))
         self._open_groups.remove(group)
         if not (config.dynamic and advantages.has_zero_variance(group.rewards)):
             self._ready_groups.append(group)
@@ -311,20 +297,23 @@ class GroupCollector:
                     sample.reward += penalty
 
     def _batch_metrics(
-        self, batch_groups: list[SampleGroup], num_tokens: int, rounds: int, version: int
-    ):
+        self,
+        batch_groups: list[SampleGroup],
+        scored_groups: list[SampleGroup],
+        num_tokens: int,
+        rounds: int,
+        version: int,
+    ) -> dict[str, float]:
         """Return metrics of a batch. `num_tokens` counts all tokens that were sampled for it."""
         samples = [sample for group in batch_groups for sample in finished_samples(group)]
         oldest_versions = [group.oldest_version for group in batch_groups]
-        all_rewards = [reward for group in self._scored_groups for reward in group.rewards]
         metrics = {
-            # Of all groups that were sampled, before penalties: what the model can do.
-            "reward_sampled": sum(all_rewards) / len(all_rewards) if all_rewards else math.nan,
+            "reward_sampled": _mean_reward(scored_groups),
             "rounds": rounds,
             "groups": len(batch_groups),
-            "groups_sampled": len(self._scored_groups),
+            "groups_sampled": len(scored_groups),
             "groups_zero_variance": sum(
-                advantages.has_zero_variance(group.rewards) for group in self._scored_groups
+                advantages.has_zero_variance(group.rewards) for group in scored_groups
             ),
             "groups_waiting": len(self._ready_groups),
             "groups_open": len(self._open_groups),
@@ -336,8 +325,7 @@ class GroupCollector:
             ),
         }
         metrics = {name: float(value) for name, value in metrics.items()}
-        for part in (self._pass_rates, self._length_bias):
-            metrics |= {} if part is None else part.metrics()
+        metrics |= self._cursor.metrics()
         failures = {} if self._rewards is None else self._rewards.failure_counts()
         return metrics | {name: float(count) for name, count in failures.items()}
 
@@ -373,6 +361,12 @@ def sample_seed(seed: int, group: int, index: int) -> int:
     """
     # Multipliers are large odd constants of known mixing hashes.
     return (seed * 0xC2B2AE35 + group * 0x9E3779B9 + index * 0x27D4EB2F) % 2**32
+
+
+def _mean_reward(groups: Sequence[SampleGroup]) -> float:
+    """Return the mean reward before penalties, which says what the model can do."""
+    rewards = [reward for group in groups for reward in group.rewards]
+    return sum(rewards) / len(rewards) if rewards else math.nan
 
 
 def _copy_groups(groups: Sequence[SampleGroup]) -> list[SampleGroup]:
