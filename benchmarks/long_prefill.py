@@ -143,8 +143,8 @@ def prefill_prompt(program, config, model, state, rows, tokens):
 
 
 def count_state_bytes(state, kind) -> int:
-    layers = [layer for layer in state.layers if isinstance(layer, kind)]
-    return sum(array.nbytes for array in jax.tree.leaves(layers))
+    group_states = [part for part in state.group_states if isinstance(part, kind)]
+    return sum(array.nbytes for array in jax.tree.leaves(group_states))
 
 
 def compare_with_forward(model, tokens, chosen, state) -> list[str]:
@@ -155,7 +155,7 @@ def compare_with_forward(model, tokens, chosen, state) -> list[str]:
         jnp.asarray(tokens)[None], model.init_state(1, length), last_only=True
     )
     problems = []
-    for slots, layer_state in zip(state.layers, forward_state.layers, strict=True):
+    for slots, layer_state in zip(state.group_states, forward_state.group_states, strict=True):
         if isinstance(slots, state_lib.LightningSlots):
             # Slot 1 is the sequence's. Slot 0 holds padding.
             gap = float(jnp.max(jnp.abs(slots.states[:, :, 1] - layer_state[:, :, 0])))

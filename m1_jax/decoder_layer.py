@@ -11,10 +11,6 @@ from m1_jax import attention, forward_context, layer_stack, layers, lightning, m
 from m1_jax import config as config_lib
 from m1_jax import state as state_lib
 
-# The state of all layers of a group: matrices of lightning layers, or the cache of softmax layers.
-# R repeats of the unit, P layers of the group, B rows, N heads of size H.
-GroupState = Float[Array, "R P B N H H"] | state_lib.KVCache
-
 
 class DecoderLayer(nnx.Module):
     """Attention and experts, each as x = r * alpha + f(norm(x)) * beta.
@@ -50,53 +46,55 @@ class DecoderLayer(nnx.Module):
         x: Float[Array, "B T D"],
         slopes: Float[Array, "N"],
         context: forward_context.ForwardContext,
-        state: GroupState | None = None,
+        group_state: state_lib.GroupState | None = None,
         stack_index: layer_stack.StackIndex | None = None,
         layer_index: Int[Array, ""] | int = 0,
-    ) -> tuple[Float[Array, "B T D"], moe.RouterStats, GroupState | None]:
+    ) -> tuple[Float[Array, "B T D"], moe.RouterStats, state_lib.GroupState | None]:
         """Return the layer's output, its router statistics, and the group's new state.
 
         Args:
           slopes: decay rates of lightning attention, by head. Softmax attention does not read them.
-          state: state of all layers of the group. This layer updates its own entry. None: the rows
-            begin here, and no state is kept.
+          group_state: state of all layers of the group. This layer updates its own entry. None: the
+            rows begin here, and no state is kept.
           stack_index: where this layer lies in its group's stack and state.
           layer_index: number of this layer in the model, from 0.
         """
         # The kind of attention names the scope, so that a profile tells the two apart.
         with jax.named_scope(self.kind):
             h = self.input_norm(x)
-            o, state = self._attend(h, slopes, context, state, stack_index)
+            o, group_state = self._attend(h, slopes, context, group_state, stack_index)
         x = self.add_to_residual(x, h, o, self.attention_scales)
         h = self.moe_norm(x)
         y, stats = self.moe(
             h, context.token_mask, stack_index, context.layer_expert_ids(layer_index)
         )
-        return self.add_to_residual(x, h, y, self.moe_scales), stats, state
+        return self.add_to_residual(x, h, y, self.moe_scales), stats, group_state
 
     def _attend(
         self,
         h: Float[Array, "B T D"],
         slopes: Float[Array, "N"],
         context: forward_context.ForwardContext,
-        state: GroupState | None,
+        group_state: state_lib.GroupState | None,
         stack_index: layer_stack.StackIndex | None,
-    ) -> tuple[Float[Array, "B T D"], GroupState | None]:
+    ) -> tuple[Float[Array, "B T D"], state_lib.GroupState | None]:
         """Return the attention's output and the group's new state."""
         if self.kind == config_lib.LIGHTNING:
-            assert not isinstance(state, state_lib.KVCache)
-            state_before = None if state is None else state[stack_index]
+            assert not isinstance(group_state, state_lib.KVCache)
+            state_before = None if group_state is None else group_state[stack_index]
             o, state_after = self.attention(
                 h, slopes, context.segment_ids, state_before, context.length_sharded
             )
+            if group_state is None:
+                return o, None
             # The loop over layers carries the whole state: XLA updates one entry of it in place.
-            return o, None if state is None else state.at[stack_index].set(state_after)
-        if state is None:
+            return o, group_state.at[stack_index].set(state_after)
+        if group_state is None:
             return self.attention(h, context.positions, context.segment_ids), None
         # `extend` writes into the group's cache itself. Only the new tokens' positions change, and
         # the layer's entry is not copied.
         return self.attention.extend(
-            h, context.positions, state, stack_index, context.length_sharded
+            h, context.positions, group_state, stack_index, context.length_sharded
         )
 
     def add_to_residual(

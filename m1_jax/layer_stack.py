@@ -2,7 +2,7 @@
 
 A model's layers repeat in a unit (the release: seven lightning layers, then one softmax layer, ten
 times). Neighbours of one kind in the unit are a group. All layers of a group, over all repeats of
-the unit, are one module whose parameters have two leading axes: R repeats, and P layers of the
+the unit, are one module whose parameters have two leading axes: R repeats, and J layers of the
 group. A program therefore has one loop body per group, however many layers the model has.
 """
 
@@ -29,7 +29,7 @@ class LayersOutput(NamedTuple):
     # What every layer returned beside x and its state, stacked [L, ...]: router statistics in a
     # forward pass, expert ids in serving.
     per_layer: Any
-    states: Any  # by group, the new states of its layers; None where no state was given
+    group_states: tuple[Any, ...]  # by group, the new one; None where no state was given
     layer_outputs: Float[Array, "L *rows D"] | None  # x after every layer, if asked to keep it
 
 
@@ -56,12 +56,12 @@ def make_stack(make_layer: Callable, shape: tuple[int, int], rngs: nnx.Rngs) -> 
     return stacked
 
 
-# `scan_layer_groups` has two loops. Both carry x, and the states in full: a layer writes its entry
-# of them in place.
+# `scan_layer_groups` has two loops. Both carry x, and group states in full: a layer writes its
+# entry of them in place.
 #
 #                 carry               xs
-#   scan_repeats  x, states           stacks, each [R, P, ...] -> [P, ...], and the repeat's number
-#   scan_layers   x, state of group   its stack [P, ...] -> [...], and the layer's number in it
+#   scan_repeats  x, group states     stacks, each [R, J, ...] -> [J, ...], and the repeat's number
+#   scan_layers   x, group state      its stack [J, ...] -> [...], and the layer's number in it
 #
 # There are two forms, which differ in who slices the parameters. Without states (training) the
 # stacks are xs: the backward pass of a scan stacks the gradients of its xs. With states (no
@@ -76,7 +76,7 @@ def scan_layer_groups(
     group_sizes: Sequence[int],
     num_repeats: int,
     x: Float[Array, "*rows D"],
-    states: Sequence[Any] | None,
+    group_states: Sequence[Any] | None,
     slice_layer: Callable[[Any, StackIndex], Any],
     keep_layer_outputs: bool = False,
 ) -> LayersOutput:
@@ -85,46 +85,49 @@ def scan_layer_groups(
     Args:
       apply_layer: called as apply_layer(layer, x, group_state, stack_index, layer_index). Returns
         x, an output, and the group's state.
-      stacks: by group, arrays [R, P, ...].
-      group_sizes: by group, P.
+      stacks: by group, arrays [R, J, ...].
+      group_sizes: by group, J.
       num_repeats: R.
-      states: by group, arrays [R, P, ...], of which a layer updates its own entry. None: no states.
+      group_states: by group, arrays [R, J, ...], of which a layer updates its own entry. None: no
+        layer has a state.
       slice_layer: returns the layer at a stack index of a stack.
     """
     group_starts = tuple(itertools.accumulate(group_sizes, initial=0))
 
     def scan_repeats(carry, xs):
-        x, states = carry
+        x, group_states = carry
         *stacks_of_repeat, repeat = xs
-        new_states, outputs = [], []
+        new_group_states, outputs = [], []
         for group, num_layers in enumerate(group_sizes):
             # `group` as a default: a closure would read the loop's variable when it is called.
             def scan_layers(carry, xs, group=group):
-                x, state = carry
+                x, group_state = carry
                 *sliced, layer_number = xs
                 stack_index = (repeat, layer_number)
                 layer = sliced[0] if sliced else slice_layer(stacks[group], stack_index)
                 layer_index = repeat * group_starts[-1] + group_starts[group] + layer_number
-                x, output, state = apply_layer(layer, x, state, stack_index, layer_index)
-                return (x, state), (output, x if keep_layer_outputs else None)
+                x, output, group_state = apply_layer(
+                    layer, x, group_state, stack_index, layer_index
+                )
+                return (x, group_state), (output, x if keep_layer_outputs else None)
 
             # An empty slice where `scan_layers` takes its layer out of the stacks itself.
             group_xs = (*stacks_of_repeat[group : group + 1], num_layers)
-            carry = (x, states[group])
-            (x, new_state), group_outputs = _scan_indexed(scan_layers, carry, group_xs)
-            new_states.append(new_state)
+            carry = (x, group_states[group])
+            (x, new_group_state), group_outputs = _scan_indexed(scan_layers, carry, group_xs)
+            new_group_states.append(new_group_state)
             outputs.append(group_outputs)
         outputs = jax.tree.map(lambda *groups: jnp.concatenate(groups), *outputs)
-        return (x, tuple(new_states)), outputs
+        return (x, tuple(new_group_states)), outputs
 
-    if states is None:
+    if group_states is None:
         carry, xs = (x, (None,) * len(group_sizes)), (*stacks, num_repeats)
     else:
-        carry, xs = (x, tuple(states)), (num_repeats,)
-    (x, new_states), outputs = _scan_indexed(scan_repeats, carry, xs)
+        carry, xs = (x, tuple(group_states)), (num_repeats,)
+    (x, new_group_states), outputs = _scan_indexed(scan_repeats, carry, xs)
     # [R, layers of the unit, ...] -> [L, ...]
     per_layer, layer_outputs = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), outputs)
-    return LayersOutput(x, per_layer, new_states, layer_outputs)
+    return LayersOutput(x, per_layer, new_group_states, layer_outputs)
 
 
 def slice_layer(

@@ -37,7 +37,7 @@ def decay_slopes(config: config_lib.ModelConfig) -> Float[np.ndarray, "L N"]:
     return base[None, :] * np.asarray(factors, np.float32)[:, None]
 
 
-def decay_slopes_by_group(config: config_lib.ModelConfig) -> list[Float[Array, "R P N"]]:
+def decay_slopes_by_group(config: config_lib.ModelConfig) -> list[Float[Array, "R J N"]]:
     """Return the decay rates of this device's heads, stacked like the layers of each group.
 
     Softmax layers do not read theirs. They have some all the same, because they count as layers.

@@ -203,7 +203,7 @@ class MiniMaxM1(nnx.Module):
         self,
         x: Float[Array, "*rows D"],
         context: Any,
-        states: Sequence[Any] | None = None,
+        group_states: Sequence[Any] | None = None,
         *,
         apply_layer: Callable = decoder_layer.DecoderLayer.__call__,
         keep_layer_outputs: bool = False,
@@ -212,7 +212,7 @@ class MiniMaxM1(nnx.Module):
 
         Args:
           context: what all layers share: a `ForwardContext`, or what `apply_layer` takes for it.
-          states: by group, the states of its layers. None: no states are read or kept.
+          group_states: by group, the state of its layers. None: no states are read or kept.
           apply_layer: runs one layer. Its arguments and results are those of
             `DecoderLayer.__call__`.
           keep_layer_outputs: return x after every layer too.
@@ -231,9 +231,11 @@ class MiniMaxM1(nnx.Module):
             config.remat, gather_and_apply, has_gathered_params=layout is not None
         )
 
-        def apply_stacked(layer_and_slopes, x, state, stack_index, layer_index):
+        def apply_stacked(layer_and_slopes, x, group_state, stack_index, layer_index):
             layer, slopes = layer_and_slopes
-            return gather_and_apply(layer, x, slopes, context, state, stack_index, layer_index)
+            return gather_and_apply(
+                layer, x, slopes, context, group_state, stack_index, layer_index
+            )
 
         group_sizes = [num_layers for _, num_layers in config.layer_groups]
         return layer_stack.scan_layer_groups(
@@ -242,7 +244,7 @@ class MiniMaxM1(nnx.Module):
             group_sizes,
             config.repeats,
             x,
-            states,
+            group_states,
             functools.partial(
                 layer_stack.slice_layer, dtype=self.dtype, experts_stay_stacked=layout is None
             ),
@@ -279,16 +281,16 @@ def _forward_local(
 ) -> ForwardOutput:
     """Run the model on this device's part of the rows."""
     x = model.embed(tokens, model.dtype, model.layout)
-    x, stats, _, layer_outputs = model.run_layers(x, context, keep_layer_outputs=keep_layer_outputs)
+    output = model.run_layers(x, context, keep_layer_outputs=keep_layer_outputs)
     if with_logits:
-        x = model.apply_head(x)
+        x = model.apply_head(output.x)
     else:
         # A caller without logits (`logprobs.py`) applies the head to chunks of the vocabulary.
         with jax.named_scope("head"):
-            x = fsdp.gather_params(model.norm, model.layout, model.dtype)(x)
+            x = fsdp.gather_params(model.norm, model.layout, model.dtype)(output.x)
     # Each device has counted its own tokens.
-    stats = jax.tree.map(lambda s: collectives.psum(s, "tokens"), stats)
-    return ForwardOutput(x, stats, layer_outputs)
+    stats = jax.tree.map(lambda s: collectives.psum(s, "tokens"), output.per_layer)
+    return ForwardOutput(x, stats, output.layer_outputs)
 
 
 # ---- rows with a state
@@ -359,7 +361,8 @@ def _extend_local(
         segment_ids = is_token.astype(jnp.int32)
     context = forward_context.ForwardContext(positions, segment_ids, length_sharded=length_sharded)
     x = model.embed(tokens, model.dtype, model.layout)
-    x, _, states, _ = model.run_layers(x, context, state.layers)
+    output = model.run_layers(x, context, state.group_states)
+    x = output.x
     if last_only:
         # Index of each row's last token among this device's tokens. Another device may hold it,
         # and the sum over devices then brings it here.
@@ -369,4 +372,5 @@ def _extend_local(
         x = jnp.take_along_axis(x, jnp.clip(last, 0, length - 1)[:, None, None], axis=1)
         if length_sharded:
             x = collectives.psum(jnp.where(is_local[:, None, None], x, 0), "length")
-    return model.apply_head(x), state_lib.DecodeState(states, state.length + num_added)
+    logits = model.apply_head(x)
+    return logits, state_lib.DecodeState(output.group_states, state.length + num_added)

@@ -17,17 +17,21 @@ from m1_jax import sharding
 class KVCache:
     """Keys and values of one group of softmax layers in the repeating unit.
 
-    R repeats of the unit, P layers of the group, S the longest sequence. Entries at and past a
+    R repeats of the unit, J layers of the group, S the longest sequence. Entries at and past a
     row's length are undefined, and no query attends to them.
     """
 
-    keys: Float[Array, "R P B K S H"]  # rotated by RoPE
-    values: Float[Array, "R P B K S H"]
+    keys: Float[Array, "R J B K S H"]  # rotated by RoPE
+    values: Float[Array, "R J B K S H"]
 
     @property
     def max_length(self) -> int:
         """Return the capacity in tokens: of the device's part, inside of `run_sharded`."""
         return self.keys.shape[4]
+
+
+# The state of all layers of one group: matrices of lightning layers, or a cache of softmax layers.
+GroupState = Float[Array, "R J B N H H"] | KVCache
 
 
 @jax.tree_util.register_dataclass
@@ -36,20 +40,20 @@ class DecodeState:
     """State of B sequences: 280 MiB each in the release, plus 40 KiB for every token of KV.
 
     Attributes:
-      layers: one entry per group of the repeating unit, stacked over the R repeats of the unit and
-        the P layers of the group. Lightning layers have float32 matrices (keys by values), softmax
-        layers a `KVCache`.
+      group_states: by group of the repeating unit, the state of its layers, stacked over the R
+        repeats of the unit and the J layers of the group. Lightning layers have float32 matrices
+        (keys by values), softmax layers a `KVCache`.
       length: tokens so far in each row.
     """
 
     # A cache grows with the length of the sequence, and a matrix does not.
-    layers: tuple[Float[Array, "R P B N H H"] | KVCache, ...]
+    group_states: tuple[GroupState, ...]
     length: Int[Array, "B"]
 
     @property
     def max_length(self) -> int | None:
         """Return the capacity in tokens. Without a softmax layer it is unlimited: None."""
-        caches = [layer for layer in self.layers if isinstance(layer, KVCache)]
+        caches = [state for state in self.group_states if isinstance(state, KVCache)]
         return caches[0].max_length if caches else None
 
 
@@ -80,14 +84,15 @@ def init_decode_state(
         shardings = jax.tree.map(lambda spec: jax.sharding.NamedSharding(layout.mesh, spec), specs)
         return jax.jit(make, out_shardings=shardings)()
     repeats, heads, size = config.repeats, config.num_attention_heads, config.head_dim
-    layers: list[jax.Array | KVCache] = []
+    group_states: list[GroupState] = []
     for kind, num_layers in config.layer_groups:
         if kind == config_lib.LIGHTNING:
-            layers.append(jnp.zeros((repeats, num_layers, batch, heads, size, size), jnp.float32))
+            shape = (repeats, num_layers, batch, heads, size, size)
+            group_states.append(jnp.zeros(shape, jnp.float32))
         else:
             shape = (repeats, num_layers, batch, config.num_key_value_heads, max_length, size)
-            layers.append(KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)))
-    return DecodeState(tuple(layers), jnp.zeros((batch,), jnp.int32))
+            group_states.append(KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)))
+    return DecodeState(tuple(group_states), jnp.zeros((batch,), jnp.int32))
 
 
 def decode_state_specs(state: DecodeState, layout: sharding.MeshLayout) -> DecodeState:
@@ -96,5 +101,8 @@ def decode_state_specs(state: DecodeState, layout: sharding.MeshLayout) -> Decod
     cache: Any = layout.activation_spec(None, None, "batch", "kv_heads", "length", None)
     matrix: Any = layout.activation_spec(None, None, "batch", "heads", None, None)
     length: Any = layout.activation_spec("batch")
-    layers = [KVCache(cache, cache) if isinstance(x, KVCache) else matrix for x in state.layers]
-    return DecodeState(tuple(layers), length)
+    group_specs = [
+        KVCache(cache, cache) if isinstance(group_state, KVCache) else matrix
+        for group_state in state.group_states
+    ]
+    return DecodeState(tuple(group_specs), length)

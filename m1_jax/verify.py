@@ -198,7 +198,7 @@ def _compare_state(model: model_lib.MiniMaxM1, golden: GoldenFile) -> Iterator[C
         location = _locate_golden_layer(
             model.config, golden, "lightning_layer", config_lib.LIGHTNING
         )
-        states = state.layers[location.group]
+        states = state.group_states[location.group]
         assert isinstance(states, jax.Array)  # of lightning layers: [R, layers, B, N, H, H]
         layer_state = states[location.stack_index]
         yield _compare_relative(
@@ -206,7 +206,7 @@ def _compare_state(model: model_lib.MiniMaxM1, golden: GoldenFile) -> Iterator[C
         )
     if "softmax_k_last4" in golden:
         location = _locate_golden_layer(model.config, golden, "softmax_layer", config_lib.SOFTMAX)
-        cache = state.layers[location.group]
+        cache = state.group_states[location.group]
         assert isinstance(cache, state_lib.KVCache)  # buffers are [R, layers, B, K, T, H]
         for name, buffer in (("softmax_k_last4", cache.keys), ("softmax_v_last4", cache.values)):
             # The capacity is T, so the last four positions are the last four tokens. A layer's

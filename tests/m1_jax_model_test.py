@@ -136,11 +136,11 @@ def test_rows_of_different_lengths_extend_as_if_alone(model):
 def test_extend_runs_under_jit_and_keeps_float32_state():
     model = m1_jax.MiniMaxM1(SMALL, nnx.Rngs(0), dtype=jnp.bfloat16)
     state = model.init_state(2, 16)
-    assert state.layers[0].dtype == jnp.float32
-    assert state.layers[1].keys.dtype == jnp.bfloat16
+    assert state.group_states[0].dtype == jnp.float32
+    assert state.group_states[1].keys.dtype == jnp.bfloat16
     logits, state = jax.jit(lambda m, t, s: m.extend(t, s))(model, tokens_of(2, 4), state)
     assert logits.dtype == jnp.float32
-    assert state.layers[0].dtype == jnp.float32
+    assert state.group_states[0].dtype == jnp.float32
 
 
 @pytest.mark.parametrize(

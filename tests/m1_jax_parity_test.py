@@ -112,7 +112,7 @@ def test_prefill_then_decoding_matches_the_oracle(case):
     assert state.length.tolist() == [LENGTH, LENGTH]
     for layer, kind in enumerate(config["attn_type_list"]):
         location = model.config.locate_layer(layer)
-        group_state = state.layers[location.group]
+        group_state = state.group_states[location.group]
         if kind == 0:
             got, matrix = group_state[location.stack_index], wanted["lightning_states"][layer]
             assert relative(got, matrix) < 1e-4

@@ -139,7 +139,7 @@ def test_agrees_with_the_forward_pass_and_with_extend(name, chunk):
     # The states that both leave, where a chunk border is.
     whole = LENGTH // chunk * chunk
     _, extended = model.extend(jnp.asarray(one.tokens)[None, :whole], model.init_state(1, LENGTH))
-    for mine, theirs in zip(server.state.layers, extended.layers, strict=True):
+    for mine, theirs in zip(server.state.group_states, extended.group_states, strict=True):
         if isinstance(mine, state_lib.LightningSlots):
             scale = float(jnp.max(jnp.abs(theirs)))
             got, want = mine.states[:, :, one.slot], theirs[:, :, 0]
@@ -219,7 +219,7 @@ def test_only_what_is_owned_is_written():
     server, one = Server(make(IRREGULAR), 16, np.nan), draw(16)
     serve(server, one, (30,))
     owned = {"LightningSlots": {0, one.slot}, "PagedKVCache": {0, *one.pages}}
-    for layer in server.state.layers:
+    for layer in server.state.group_states:
         kept = set(range(layer.keys.shape[2])) - owned[type(layer).__name__]
         for array in jax.tree.leaves(layer):
             assert np.isnan(np.asarray(array)[:, :, sorted(kept)]).all()

@@ -48,7 +48,7 @@ class Device:
             slot_sampling.init_sampling_state, static_argnums=(0, 1), out_shardings=self._replicated
         )(config.total_slots, model.config.vocab_size)
         self._buffers: dict[str, Any] = {"weights": weights, "state": state, "sampling": sampling}
-        # By sequence: what `swap_out` read, as trees of `_HostCopy`.
+        # What `swap_out` read, as trees of `_HostCopy`, by sequence id.
         self._host_copies: dict[Hashable, list[Any]] = {}
         self.limits = _measure_limits(config, state)
         self._programs: dict[tuple[ProgramName, int], CompiledProgram] = {}  # by name and size
@@ -100,7 +100,7 @@ class Device:
         """Copy a sequence back from host memory.
 
         Args:
-          slices: as in `swap_out`. They may name another slot and other pages.
+          slices: (slot, pages) as in `swap_out`. They may name another slot and other pages.
         """
         *parts, sampling = (
             jax.tree.map(lambda copy: copy.to_device(), x)
@@ -118,7 +118,7 @@ class Device:
         """Take other weights.
 
         Raises:
-          ValueError: as `check_weights`.
+          ValueError: weights that `check_weights` refuses.
         """
         self.check_weights(model)
         # The caller may change host arrays later, and device_put need not copy them.
@@ -308,7 +308,7 @@ def _measure_limits(
     """Return the sizes of the pools, and the bytes of their members on all devices together."""
 
     def member_bytes(kind):
-        pools = [layer for layer in state.layers if isinstance(layer, kind)]
+        pools = [pool for pool in state.group_states if isinstance(pool, kind)]
         # Axis 2 is that of slots or pages, behind the two of the layer.
         # A model without such layers still divides by these bytes, hence at least 1.
         return sum(array.nbytes // array.shape[2] for array in jax.tree.leaves(pools)) or 1
@@ -348,7 +348,7 @@ class CompiledProgram:
     """A function compiled for arguments of given shapes, some of which it consumes.
 
     Args:
-      function: of the arguments.
+      function: takes the arguments.
       donated: numbers of the arguments whose memory it reuses.
       *arguments: arrays or shapes, with the shardings that calls will have.
       output_shardings: shardings of its outputs, None for one device or XLA's choice.

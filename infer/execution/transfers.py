@@ -27,13 +27,14 @@ def copy_states(
     There the open chunk has no keys and values yet, so the matrices are all there is.
     """
 
-    def copy_layer(layer):
-        if isinstance(layer, state_lib.PagedKVCache):
-            return layer
-        states = layer.states.at[:, :, target].set(layer.states[:, :, source])
-        return dataclasses.replace(layer, states=states)
+    def copy_slot(group_state: state_lib.GroupState) -> state_lib.GroupState:
+        if isinstance(group_state, state_lib.PagedKVCache):
+            return group_state
+        matrices = group_state.states
+        matrices = matrices.at[:, :, target].set(matrices[:, :, source])
+        return dataclasses.replace(group_state, states=matrices)
 
-    return dataclasses.replace(state, layers=tuple(map(copy_layer, state.layers)))
+    return dataclasses.replace(state, group_states=tuple(map(copy_slot, state.group_states)))
 
 
 def read_sequence(
@@ -61,16 +62,13 @@ def _sequence_indices(
     state: state_lib.ServingState, slot: Int[Array, ""], pages: Int[Array, "n"]
 ) -> state_lib.ServingState:
     """Return a tree like the state: the pages for arrays of pages, the slot for all others."""
-    layers = [
-        jax.tree.map(
-            # A default, because a closure would see the last layer only.
-            lambda _, layer=layer: pages if isinstance(layer, state_lib.PagedKVCache) else slot,
-            layer,
-        )
-        for layer in state.layers
-    ]
+    group_indices = []
+    for group_state in state.group_states:
+        index = pages if isinstance(group_state, state_lib.PagedKVCache) else slot
+        # A default, because a closure would see the last group only.
+        group_indices.append(jax.tree.map(lambda _, index=index: index, group_state))
     expert_ids = jax.tree.map(lambda _: pages, state.expert_id_pages)
-    return state_lib.ServingState(tuple(layers), expert_ids)
+    return state_lib.ServingState(tuple(group_indices), expert_ids)
 
 
 def read_expert_ids(state: state_lib.ServingState, pages: Int[Array, "n"]) -> Int[Array, "n C L A"]:

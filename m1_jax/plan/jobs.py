@@ -19,7 +19,8 @@ from m1_jax import state as state_lib
 from m1_jax.plan import estimate, shapes
 from m1_jax.serving import state as serving_state
 
-LEARNING_RATE = 1e-4  # of the optimizers traced. A program does not depend on its value.
+# Learning rate of the optimizers traced. A program does not depend on its value.
+LEARNING_RATE = 1e-4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,8 +28,8 @@ class JobSetting:
     """A job on a mesh.
 
     Attributes:
-      config: of the model.
-      job: what is computed, and the sizes of its rows.
+      config: the model's config.
+      job: the job, and the sizes of its rows.
       layout: where the model lies.
       model: the parameters, as sharded shapes on `layout`.
       serving_layout: where a sampler has its weights. Only in rl_update and reshard.
@@ -63,7 +64,7 @@ class TracedProgram:
     """A traced program of a job.
 
     Attributes:
-      name: of the program, unique in its job.
+      name: the program's name, unique in its job.
       traced: what is compiled.
       arguments: pytrees of shapes by part, like parameters.
       resource_estimate: our own count, of everything but `co_resident`.
@@ -99,7 +100,7 @@ def state_and_kv_bytes(
     else:
         state = shapes.abstract_decode_state(config, layout, job)
     caches = (state_lib.KVCache, serving_state.PagedKVCache)
-    kv_bytes = shapes.local_bytes([layer for layer in state.layers if isinstance(layer, caches)])
+    kv_bytes = shapes.local_bytes([part for part in state.group_states if isinstance(part, caches)])
     return shapes.local_bytes(state) - kv_bytes, kv_bytes
 
 
@@ -165,8 +166,9 @@ def trace_extend(setting: JobSetting) -> list[TracedProgram]:
     job = setting.job
     state = shapes.abstract_decode_state(setting.config, setting.layout, job)
     tokens = shapes.abstract_rows(setting.layout, job.batch, job.new_tokens)
-    caches = [layer for layer in state.layers if isinstance(layer, state_lib.KVCache)]
-    recurrent = [layer for layer in state.layers if not isinstance(layer, state_lib.KVCache)]
+    parts = state.group_states
+    caches = [part for part in parts if isinstance(part, state_lib.KVCache)]
+    recurrent = [part for part in parts if not isinstance(part, state_lib.KVCache)]
 
     # Logits of the last token alone: only it has a next token to choose.
     def extend(model, tokens, state):
@@ -195,7 +197,7 @@ def trace_serve(setting: JobSetting) -> list[TracedProgram]:
         max_length=job.seq, max_rows=job.batch, attention_tile=16, matmul_tile=0
     )
     state, arguments = programs.abstract_decode_inputs(setting.config, setting.layout, engine)
-    pools = state.layers
+    pools = state.group_states
     pages = [pool for pool in pools if isinstance(pool, serving_state.PagedKVCache)]
     slots = [pool for pool in pools if isinstance(pool, serving_state.LightningSlots)]
 
@@ -232,7 +234,7 @@ def trace_rl_update(setting: JobSetting) -> list[TracedProgram]:
     settings = rl_step.RlStepSettings(optim.AdamW(LEARNING_RATE), objective.PRESETS["cispo"])
     state = step_lib.abstract_state(model, settings.optimizer)
     rows = _abstract_rl_rows(setting)
-    share = jax.ShapeDtypeStruct((), jnp.float32)  # of the step's tokens that are in `rows`
+    share = jax.ShapeDtypeStruct((), jnp.float32)  # share of the step's tokens that `rows` have
     # The sums of gradients and metrics have the shapes that the program itself returns.
     abstract_sums = jax.eval_shape(
         lambda *args: rl_step.accumulate_gradients(None, *args, None, settings), model, rows, share

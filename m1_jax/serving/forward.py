@@ -6,8 +6,6 @@ them on tiles of any rows. Only then does a row get the same bits in any batch
 (`serving/ragged_batch.py`).
 """
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
@@ -65,13 +63,11 @@ def _forward_local(
     with experts.matmul_tile(batch.matmul_tile):
         # The embedding takes rows of tokens [B, T]: here one row of M tokens.
         x = model.embed(tokens[None], model.dtype, model.layout)[0]
-        x, expert_ids, layers, _ = model.run_layers(
-            x, batch, state.layers, apply_layer=_apply_layer
-        )
+        output = model.run_layers(x, batch, state.group_states, apply_layer=_apply_layer)
         expert_id_pages = (
             None
             if state.expert_id_pages is None
-            else _record_expert_ids(state.expert_id_pages, expert_ids, batch)
+            else _record_expert_ids(state.expert_id_pages, output.per_layer, batch)
         )
         with jax.named_scope("head"):
             # Parameters are cast once, before the loop over tiles.
@@ -79,11 +75,11 @@ def _forward_local(
                 fsdp.gather_params(module, model.layout, model.dtype)
                 for module in (model.norm, model.head)
             )
-            x = jnp.take(x, jnp.maximum(output_rows, 0), axis=0)
+            x = jnp.take(output.x, jnp.maximum(output_rows, 0), axis=0)
             logits = ragged_batch.map_row_tiles(
                 lambda x: head(norm(x)), batch.matmul_tile, has_output, x
             )
-    return logits, state_lib.ServingState(layers, expert_id_pages)
+    return logits, state_lib.ServingState(output.group_states, expert_id_pages)
 
 
 def _apply_layer(
@@ -91,14 +87,13 @@ def _apply_layer(
     x: Float[Array, "M D"],
     slopes: Float[Array, "N"],
     batch: ragged_batch.RaggedBatch,
-    pool: Any,
+    group_state: state_lib.GroupState,
     stack_index: layer_stack.StackIndex,
     layer_index: Int[Array, ""] | int,
-) -> tuple[Float[Array, "M D"], Int[Array, "M A"], Any]:
-    """Run one layer. Return its output, the experts it chose, and the group's new memory.
+) -> tuple[Float[Array, "M D"], Int[Array, "M A"], state_lib.GroupState]:
+    """Run one layer. Return its output, the experts it chose, and the new group state.
 
-    Arguments are those of `DecoderLayer.__call__`. The context is the batch, and the state is the
-    group's memory, `LightningSlots` or a `PagedKVCache`.
+    Arguments are those of `DecoderLayer.__call__`, with the batch as the context.
     """
     del layer_index  # selects recorded experts in training, and serving routes every token itself
 
@@ -123,13 +118,15 @@ def _apply_layer(
     h, inputs = batch.map_matmul_tiles(before_attention, x, batch.positions)
     with jax.named_scope(layer.kind):
         if layer.kind == config_lib.LIGHTNING:
-            o, pool = lightning.attend_slots(inputs, slopes, batch, pool, stack_index)
+            assert isinstance(group_state, state_lib.LightningSlots)
+            o, group_state = lightning.attend_slots(inputs, slopes, batch, group_state, stack_index)
         else:
+            assert isinstance(group_state, state_lib.PagedKVCache)
             q, k, v = inputs
-            o, pool = softmax.attend_pages(q, k, v, batch, pool, stack_index)
+            o, group_state = softmax.attend_pages(q, k, v, batch, group_state, stack_index)
     x, h, weights, expert_ids = batch.map_matmul_tiles(between_attention_and_experts, x, h, o)
     y = _dispatch_rows(layer, h, weights, expert_ids, batch, stack_index)
-    return batch.map_matmul_tiles(after_experts, x, h, y), expert_ids, pool
+    return batch.map_matmul_tiles(after_experts, x, h, y), expert_ids, group_state
 
 
 def _dispatch_rows(

@@ -14,11 +14,9 @@ read or tokens are generated. A state taken at a multiple of C can therefore be 
 bit-exactly. Tokens of the open chunk can be taken back, because no state has seen them.
 """
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from m1_jax import layer_stack
 from m1_jax.serving import ragged_batch
@@ -29,35 +27,35 @@ def attend_slots(
     qkv: Float[Array, "M N3H"],
     slopes: Float[Array, "N"],
     batch: ragged_batch.RaggedBatch,
-    pool: state_lib.LightningSlots,
+    group_state: state_lib.LightningSlots,
     stack_index: layer_stack.StackIndex,
 ) -> tuple[Float[Array, "M NH"], state_lib.LightningSlots]:
     """Append rows to their sequences' open chunks, and return what attention reads there.
 
     Args:
-      stack_index: where the layer lies in the pool.
+      stack_index: where the layer lies in the group's stack.
 
     Precision: all products and sums are float32. The open chunk and the output have qkv's dtype.
     """
     heads = qkv.reshape(qkv.shape[0], slopes.shape[0], 3, -1)
-    chunk = pool.keys.shape[4]
+    chunk = group_state.keys.shape[4]
     # lambda^0 to lambda^C, [N, C + 1]
     powers = jnp.exp(-slopes[:, None] * jnp.arange(chunk + 1, dtype=jnp.float32)[None])
     # 1 - lambda^C by expm1: small slopes would lose digits in the difference.
     decay_loss = -jnp.expm1(-slopes * chunk)
 
-    def attend_tile(slot, _, positions, heads, pool):
+    def attend_tile(slot, _, positions, heads, group_state):
         index = (*stack_index, slot)
         chunk_rows, start = positions % chunk, first_position(positions) % chunk
         q, k, v = jnp.moveaxis(heads, 0, 2).transpose(1, 0, 2, 3)  # [N, t, H] each
-        keys = write_rows(pool.keys, index, start, k, positions)
-        values = write_rows(pool.values, index, start, v, positions)
+        keys = write_rows(group_state.keys, index, start, k, positions)
+        values = write_rows(group_state.values, index, start, v, positions)
         # Rows that are not written yet hold anything, NaN too, and NaN times 0 is NaN.
         last = jnp.max(jnp.where(positions >= 0, chunk_rows, -1))
         is_written = (jnp.arange(chunk, dtype=jnp.int32) <= last)[None, :, None]
         k, v = (jnp.where(is_written, x[index].astype(jnp.float32), 0) for x in (keys, values))
         # In a sequence's first chunk the slot still holds the state of its previous owner.
-        state = jnp.where(jnp.max(positions) < chunk, 0.0, pool.states[index])
+        state = jnp.where(jnp.max(positions) < chunk, 0.0, group_state.states[index])
         q = q.astype(jnp.float32)
         gap = chunk_rows[:, None] - jnp.arange(chunk, dtype=jnp.int32)[None]
         weights = jnp.where((gap >= 0)[None], powers[:, jnp.maximum(gap, 0)], 0.0)
@@ -72,13 +70,13 @@ def attend_slots(
             return state + _einsum_highest("njk,njv->nkv", k * ramp, v)
 
         state = jax.lax.cond(last == chunk - 1, close_chunk, lambda state: state, state)
-        states = pool.states.at[index].set(state)
+        states = group_state.states.at[index].set(state)
         o = jnp.moveaxis(o, 0, 1).astype(qkv.dtype).reshape(len(positions), -1)
         return o, state_lib.LightningSlots(states, keys, values)
 
     tiles = batch.to_tiles(heads)
-    o, pool = ragged_batch.scan_attention_tiles(attend_tile, batch, tiles, pool)
-    return batch.to_rows(o), pool
+    o, group_state = ragged_batch.scan_attention_tiles(attend_tile, batch, tiles, group_state)
+    return batch.to_rows(o), group_state
 
 
 def first_position(positions):
@@ -92,13 +90,19 @@ def _einsum_highest(formula, a, b):
     return jnp.einsum(formula, a, b, precision="highest")
 
 
-def write_rows(pool, index: tuple[Any, ...], offset, rows: Float[Array, "N t H"], positions):
-    """Return a pool [*index, N, C, H] with a tile's real rows written from row `offset` on."""
+def write_rows(
+    buffer: Float[Array, "R J n N C H"],
+    index: tuple[*layer_stack.StackIndex, Int[Array, ""] | int],
+    offset: Int[Array, ""],
+    rows: Float[Array, "N t H"],
+    positions: Int[Array, "t"],
+) -> Float[Array, "R J n N C H"]:
+    """Return a buffer of slots or pages with a tile's real rows written from row `offset` on."""
     start = (*index, 0, offset, 0)
     size = (*(1,) * len(index), *rows.shape)
     # Read, select and write one slice, which XLA does in place. Padding writes back what was there.
-    old_rows = jax.lax.dynamic_slice(pool, start, size)
+    old_rows = jax.lax.dynamic_slice(buffer, start, size)
     rows = jnp.where(
-        (positions >= 0)[None, :, None], rows.astype(pool.dtype), old_rows.reshape(rows.shape)
+        (positions >= 0)[None, :, None], rows.astype(buffer.dtype), old_rows.reshape(rows.shape)
     )
-    return jax.lax.dynamic_update_slice(pool, rows.reshape(size), start)
+    return jax.lax.dynamic_update_slice(buffer, rows.reshape(size), start)

@@ -118,29 +118,31 @@ def _count_active_tiles(is_real: Bool[Array, "I t"]) -> Int[Array, ""]:
 
 
 def scan_attention_tiles(
-    function: Callable, batch: RaggedBatch, arrays: Any, state: Any
+    function: Callable, batch: RaggedBatch, arrays: Any, group_state: Any
 ) -> tuple[Any, Any]:
-    """Run out, state = function(slot, pages, positions, arrays, state) for tile after tile.
+    """Run function(slot, pages, positions, arrays, group_state) for tile after tile.
 
     Tiles past the last one with a real row are not computed, and their output is zero.
 
     Args:
       function: gets the tile's slot, its sequence's pages [P], the positions [t] of its rows (-1
-        for padding), and its own slice of `arrays`.
+        for padding), its own slice of `arrays`, and the group state. It returns the tile's output
+        and the new group state.
       arrays: inputs by tile, [I, t, ...].
-      state: the group's memory, carried from tile to tile so that writes stay in place. A later
-        tile of the same sequence reads what an earlier one wrote.
+      group_state: carried from tile to tile so that writes stay in place. A later tile of the same
+        sequence reads what an earlier one wrote.
     """
     # `to_tiles` fills up with zeros. Shifted by one, they become the -1 of padding.
     positions = batch.to_tiles(batch.positions + 1) - 1
     inputs = (batch.slots, batch.pages, positions, arrays)
-    shape = jax.eval_shape(function, *jax.tree.map(lambda a: a[0], inputs), state)[0]
+    shape = jax.eval_shape(function, *jax.tree.map(lambda a: a[0], inputs), group_state)[0]
     num_tiles = batch.slots.shape[0]
 
     def compute_tile(i, carry):
-        outputs, state = carry
-        out, state = function(*jax.tree.map(lambda a: a[i], inputs), state)
-        return jax.lax.dynamic_update_index_in_dim(outputs, out, i, 0), state
+        outputs, group_state = carry
+        out, group_state = function(*jax.tree.map(lambda a: a[i], inputs), group_state)
+        return jax.lax.dynamic_update_index_in_dim(outputs, out, i, 0), group_state
 
     outputs = jnp.zeros((num_tiles, *shape.shape), shape.dtype)
-    return jax.lax.fori_loop(0, _count_active_tiles(positions >= 0), compute_tile, (outputs, state))
+    carry = (outputs, group_state)
+    return jax.lax.fori_loop(0, _count_active_tiles(positions >= 0), compute_tile, carry)

@@ -5,11 +5,9 @@ running softmax. The order of the blocks depends on the position alone, and keys
 exactly 0. So a query's numbers do not depend on the other rows of the batch.
 """
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from m1_jax import layer_stack, ring_attention
 from m1_jax.serving import lightning as serving_lightning
@@ -24,25 +22,25 @@ def attend_pages(
     k: Float[Array, "M K H"],
     v: Float[Array, "M K H"],
     batch: ragged_batch.RaggedBatch,
-    pool: state_lib.PagedKVCache,
+    group_state: state_lib.PagedKVCache,
     stack_index: layer_stack.StackIndex,
 ) -> tuple[Float[Array, "M N H"], state_lib.PagedKVCache]:
     """Append rows to their sequences' pages, and attend to all of the sequence up to each row.
 
     Args:
-      stack_index: where the layer lies in the pool.
+      stack_index: where the layer lies in the group's stack.
 
     Precision: scores, softmax and sums are float32. Probabilities are cast to v's dtype.
     """
-    num_kv, chunk, size = pool.keys.shape[3:]
+    num_kv, chunk, size = group_state.keys.shape[3:]
     pages_per_block = max(BLOCK_KEYS // chunk, 1)
     offsets = jnp.arange(pages_per_block * chunk, dtype=jnp.int32)  # of a block's keys
     # The padded list of pages is always longer than one block. A single block's pages would be the
     # same in every step of the loop, so XLA:CPU would read them before the loop, fuse that with the
-    # write, and copy the pool for every tile.
+    # write, and copy the whole cache for every tile.
     padding = pages_per_block - batch.pages.shape[1] % pages_per_block
 
-    def attend_tile(_, pages, positions, qkv, pool):
+    def attend_tile(_, pages, positions, qkv, group_state):
         q, k, v = qkv  # [t, heads, H] each
         pages = jnp.pad(pages, (0, padding))
         last, first = jnp.max(positions), serving_lightning.first_position(positions)
@@ -50,8 +48,10 @@ def attend_pages(
         index = (*stack_index, jnp.where(last >= 0, pages[first // chunk], 0))
         k, v = (jnp.moveaxis(x, 1, 0) for x in (k, v))
         # Written before they are read: a query attends to itself and to the tile's earlier rows.
-        keys = serving_lightning.write_rows(pool.keys, index, first % chunk, k, positions)
-        values = serving_lightning.write_rows(pool.values, index, first % chunk, v, positions)
+        keys = serving_lightning.write_rows(group_state.keys, index, first % chunk, k, positions)
+        values = serving_lightning.write_rows(
+            group_state.values, index, first % chunk, v, positions
+        )
         q = jnp.moveaxis(q.reshape(len(positions), num_kv, -1, size), 0, 2)[None]
 
         def attend_key_block(i, partial):
@@ -73,11 +73,15 @@ def attend_pages(
         return o.reshape(len(positions), -1, size), state_lib.PagedKVCache(keys, values)
 
     tiles = tuple(batch.to_tiles(x) for x in (q, k, v))
-    o, pool = ragged_batch.scan_attention_tiles(attend_tile, batch, tiles, pool)
-    return batch.to_rows(o), pool
+    o, group_state = ragged_batch.scan_attention_tiles(attend_tile, batch, tiles, group_state)
+    return batch.to_rows(o), group_state
 
 
-def _read_pages(cache: Float[Array, "R P pages K C H"], index: tuple[Any, ...], dtype):
-    """Return the keys or values of a list of pages as one sequence, [1, K, keys, H]."""
+def _read_pages(
+    cache: Float[Array, "R J pages K C H"],
+    index: tuple[*layer_stack.StackIndex, Int[Array, "n"]],
+    dtype: jnp.dtype,
+) -> Float[Array, "1 K S H"]:
+    """Return the keys or values of a list of pages as one sequence of S keys."""
     pages = jnp.moveaxis(cache[index], 1, 0)
     return pages.reshape(1, pages.shape[0], -1, pages.shape[-1]).astype(dtype)

@@ -4,7 +4,7 @@ The engine's sequences share a few large arrays. A sequence owns one slot, for w
 with its length, and a page for every C of its tokens. `infer/scheduling` decides which slots and
 pages a sequence owns.
 
-Every array has its layer's two stack axes first (R repeats of the unit, P layers of the group),
+Every array has its layer's two stack axes first (R repeats of the unit, J layers of the group),
 then the axis of slots or pages, so that one index function serves them all. Slot 0 and page 0
 belong to padding. They are written, and never read for a real token.
 
@@ -34,9 +34,9 @@ class LightningSlots:
       values: values of the same tokens.
     """
 
-    states: Float[Array, "R P slots N H H"]
-    keys: Float[Array, "R P slots N C H"]
-    values: Float[Array, "R P slots N C H"]
+    states: Float[Array, "R J slots N H H"]
+    keys: Float[Array, "R J slots N C H"]
+    values: Float[Array, "R J slots N C H"]
 
 
 @jax.tree_util.register_dataclass
@@ -44,8 +44,12 @@ class LightningSlots:
 class PagedKVCache:
     """Keys (rotated by RoPE) and values of one group of softmax layers, C tokens to a page."""
 
-    keys: Float[Array, "R P pages K C H"]
-    values: Float[Array, "R P pages K C H"]
+    keys: Float[Array, "R J pages K C H"]
+    values: Float[Array, "R J pages K C H"]
+
+
+# The memory of all layers of one group.
+GroupState = LightningSlots | PagedKVCache
 
 
 @jax.tree_util.register_dataclass
@@ -65,11 +69,11 @@ class ServingState:
     """Memory of all sequences of an engine.
 
     Attributes:
-      layers: one entry per group of the repeating unit.
+      group_states: by group of the repeating unit, the memory of its layers.
       expert_id_pages: None where experts are not recorded.
     """
 
-    layers: tuple[LightningSlots | PagedKVCache, ...]
+    group_states: tuple[GroupState, ...]
     expert_id_pages: ExpertIdPages | None = None
 
 
@@ -109,23 +113,24 @@ def init_serving_state(
         # `make` is called without a layout, so it takes the path below.
         return jax.jit(make, out_shardings=shardings)()
     repeats, heads, size = config.repeats, config.num_attention_heads, config.head_dim
-    layers: list[LightningSlots | PagedKVCache] = []
+    group_states: list[GroupState] = []
     for kind, num_layers in config.layer_groups:
         if kind == config_lib.LIGHTNING:
             lead = (repeats, num_layers, num_slots + 1, heads)  # slot 0 is that of padding
             states = jnp.zeros((*lead, size, size), jnp.float32)
             chunk = (*lead, chunk_tokens, size)
-            layers.append(LightningSlots(states, jnp.zeros(chunk, dtype), jnp.zeros(chunk, dtype)))
+            keys, values = jnp.zeros(chunk, dtype), jnp.zeros(chunk, dtype)
+            group_states.append(LightningSlots(states, keys, values))
         else:
             lead = (repeats, num_layers, num_pages + 1, config.num_key_value_heads)
             page = (*lead, chunk_tokens, size)
-            layers.append(PagedKVCache(jnp.zeros(page, dtype), jnp.zeros(page, dtype)))
+            group_states.append(PagedKVCache(jnp.zeros(page, dtype), jnp.zeros(page, dtype)))
     if not record_routes:
-        return ServingState(tuple(layers))
+        return ServingState(tuple(group_states))
     # int8 holds ids up to 127, and -1.
     choices = (len(config.layer_types), config.num_experts_per_tok)
     expert_ids = jnp.full((1, 1, num_pages + 1, chunk_tokens, *choices), -1, jnp.int8)
-    return ServingState(tuple(layers), ExpertIdPages(expert_ids))
+    return ServingState(tuple(group_states), ExpertIdPages(expert_ids))
 
 
 def serving_state_specs(state: ServingState, layout: sharding.MeshLayout) -> ServingState:
@@ -133,16 +138,16 @@ def serving_state_specs(state: ServingState, layout: sharding.MeshLayout) -> Ser
     heads: Any = layout.activation_spec(None, None, None, "heads", None, None)
     kv_heads: Any = layout.activation_spec(None, None, None, "kv_heads", None, None)
     # States and chunks of keys and values have the heads on one axis, so they share a spec.
-    layers = [
+    group_specs = [
         LightningSlots(heads, heads, heads)
-        if isinstance(layer, LightningSlots)
+        if isinstance(group_state, LightningSlots)
         else PagedKVCache(kv_heads, kv_heads)
-        for layer in state.layers
+        for group_state in state.group_states
     ]
     # Every device of the batch axes computes all rows, so every device knows all their experts.
     replicated: Any = layout.activation_spec()
     expert_ids = None if state.expert_id_pages is None else ExpertIdPages(replicated)
-    return ServingState(tuple(layers), expert_ids)
+    return ServingState(tuple(group_specs), expert_ids)
 
 
 def abstract_serving_state(
