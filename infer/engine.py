@@ -179,7 +179,7 @@ class Engine:
         See `suspend.py`. If `save_requests` raises, all of them go on.
         """
         with self._work_condition:
-            # Those with a reason are over, and only not yet reported.
+            # Requests with a reason are over, and only not yet reported.
             requests = [r for r in self._requests.values() if r.finish_reason is None]
             save_requests(requests)
             for request in requests:

@@ -40,11 +40,11 @@ class GrammarCompiler:
     Attributes:
       token_bytes: the text of each token, empty for control tokens and unknown ids.
       free_mask: allows all known tokens but the stop tokens.
-      opening_masks: by how many bytes of the opening tag are written, the tokens that go on with
-        it.
-      not_closing_masks: by how many bytes of the closing tag are written, all tokens but those that
-        would close it and go on with more than the gap allows.
-      newline_masks: by how many newlines the gap may still have, the tokens of newlines that fit.
+      opening_masks: the tokens that go on with the opening tag, by how many of its bytes are
+        written.
+      not_closing_masks: all tokens but those that would close the tag and go on with more than the
+        gap allows, by how many bytes of the closing tag are written.
+      newline_masks: the tokens of newlines that fit, by how many newlines the gap may still have.
     """
 
     def __init__(self, tokenizer: tokenizer_lib.Tokenizer, vocab_size: int):

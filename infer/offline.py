@@ -267,7 +267,7 @@ class _RequestReader:
         self._names = [field.name for field in dataclasses.fields(options_lib.Options)]
         self._ids: dict[str, str] = {}  # location of each id's first line
         self._compiler: grammar.GrammarCompiler | None = None
-        self._constraints: set[str] = set()  # those that were compiled, as JSON
+        self._constraints: set[str] = set()  # constraints that were compiled, as JSON
 
     def parse_request(self, index: int, location: str, text: str) -> BatchRequest:
         """Return the request of one line.

@@ -68,7 +68,7 @@ class SequenceBatch:
 
 def init_sampling_state(num_slots: int, vocab_size: int) -> SlotSamplingState:
     """Return the sampling state of slots 0 to num_slots, none of them running."""
-    total_slots = num_slots + 1  # with slot 0, which is padding's
+    total_slots = num_slots + 1  # slot 0, which is padding's, included
     return SlotSamplingState(
         jnp.zeros(total_slots, jnp.int32),
         jnp.zeros(total_slots, jnp.int32),
@@ -122,9 +122,9 @@ def choose_tokens(
         keys = sampling.sampling_keys(seeds, length)
         return sampling.sample_tokens(logits, options, keys, *slot_state, banned, forced)
 
-    total = length + 1  # with the new token
+    total = length + 1  # the new token included
     can_stop = total >= batch.min_stop_length
-    # In tiles of a fixed number of rows, so that sums over the vocabulary do not depend on B.
+    # Tiles have a fixed number of rows, so that sums over the vocabulary do not depend on B.
     chosen = ragged_batch.map_row_tiles(
         choose_tile,
         SAMPLE_ROWS,

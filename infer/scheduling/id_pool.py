@@ -14,7 +14,7 @@ class IdPool:
         self.size = size
         # A heap, so that the lowest free id is allocated first and equal calls give equal ids.
         self._free = list(range(1, size + 1))
-        self._num_holders = [0] * (size + 1)  # by id, so index 0 stays unused
+        self._num_holders = [0] * (size + 1)  # holders by id; index 0 stays unused
 
     @property
     def num_free(self) -> int:

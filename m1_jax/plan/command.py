@@ -79,7 +79,7 @@ def main(argv) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unknown argument {argv[1]!r}")
     if not flags.FLAGS["verbosity"].present:
-        logging.set_verbosity(logging.ERROR)  # of JAX and XLA, unless the user asks
+        logging.set_verbosity(logging.ERROR)  # JAX and XLA log much; the user may ask for it
     jax.config.update("jax_platforms", "cpu")  # a TPU that is there stays free
     try:
         fields = dataclasses.fields(plan_config.PlanConfig)
