@@ -28,7 +28,7 @@ def sample_advantages(
     Args:
       objective: which advantage.
       rewards: R of each sample, [N]. Any value where the sample is not valid.
-      group_ids: of each sample, [N].
+      group_ids: group of each sample, [N].
       valid: whether the sample counts, [N].
 
     Raises:
@@ -60,15 +60,15 @@ def token_advantages(
     Args:
       objective: which advantage.
       rewards: the sum that a sample is trained on, turn rewards included.
-      group_ids: of each sample.
+      group_ids: group of each sample.
       valid: whether the sample counts.
       masks: [n] of each sample, 1 where the model wrote the token.
       turn_rewards: (position, reward) pairs of each sample, of what was rewarded before its end.
       kls: [n] of each sample, logp_old - logp_ref of each token, for `reward_kl_coef`.
 
     Raises:
-      ValueError: as `sample_advantages`, or a `reward_kl_coef` without kls, or a position outside
-        of a sample.
+      ValueError: what `sample_advantages` refuses, or a `reward_kl_coef` without kls, or a
+        position outside of a sample.
     """
     rewards, group_ids, valid = _validate_inputs(rewards, group_ids, valid)
     _check_lengths(rewards, masks=masks, turn_rewards=turn_rewards, kls=kls)
@@ -108,7 +108,7 @@ def token_returns(
 
     Args:
       turn_rewards: (position, reward) pairs.
-      final_reward: of the last token, besides what `turn_rewards` gives it.
+      final_reward: reward of the last token, besides what `turn_rewards` gives it.
       length: number of tokens.
       gamma: discount, 0 to 1.
       costs: taken off the rewards, [length], or None.

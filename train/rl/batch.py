@@ -24,7 +24,7 @@ class PackedRows:
     Attributes:
       tokens: token ids, 0 in padding.
       segment_ids: number of the sample within its row, from 1, and 0 in padding.
-      positions: of the token within its sample, from 0.
+      positions: position of the token within its sample, from 0.
       targets: id of the token that the position predicts.
       mask: 1 where the model wrote that token, else 0.
       advantages: what that token is worth, see `advantages`.
@@ -89,9 +89,9 @@ class PackedSamples:
     """Samples and the rows that they lie in.
 
     Attributes:
-      samples: in the order in which they were given.
-      locations: of each sample.
-      microbatches: all of one shape.
+      samples: the samples, in the order in which they were given.
+      locations: location of each sample.
+      microbatches: the rows, in microbatches of one shape.
     """
 
     samples: Sequence[sample_lib.Sample]

@@ -21,7 +21,7 @@ class UpdateMetrics(NamedTuple):
 
     Attributes:
       loss: sums over the step's tokens, see `metrics.loss_metrics`.
-      step: of the gradients and the optimizer, see `step.apply_update`.
+      step: metrics of the gradients and the optimizer, see `step.apply_update`.
     """
 
     loss: rl_metrics.MetricSums
@@ -110,7 +110,7 @@ def merge_update_metrics(updates: Sequence[UpdateMetrics]) -> dict[str, Any]:
 
     Most are means over the updates. ratio_min, ratio_max and ratio_p99 are extremes. Besides those
     of an update there are
-      most_dropped, most_clipped: see `metrics.rank_dropped_tokens`.
+      most_dropped, most_clipped: token ids, see `metrics.rank_dropped_tokens`.
       gradient/decade_X, gradient/below_1e-14: see `metrics.gradient_histogram`, of the last update.
       updates: number of optimizer steps.
       skipped: number of steps without a finite gradient, which left the weights as they were.

@@ -43,7 +43,7 @@ class RolloutConfig:
     Attributes:
       groups: tasks in a batch, at least 1.
       windows: how long an answer may be, tokens.
-      max_prompt_tokens: at least 1. A longer prompt is an error.
+      max_prompt_tokens: tokens of a prompt, at least 1. A longer prompt is an error.
       group_size: samples of a task, at least 2, as advantages compare them.
       dynamic: leave out groups whose rewards are all the same, and sample others in their place
         (DAPO's dynamic sampling).
@@ -58,7 +58,7 @@ class RolloutConfig:
         (DAPO's soft overlong penalty), 0 to the first window. 0 is no penalty.
       mask_truncated: a sample that filled its window counts for nothing.
       mask_repetition: a sample that ended in a loop counts for nothing.
-      temperature: of sampling and of the trainer's probabilities, more than 0.
+      temperature: temperature of sampling and of the trainer's probabilities, more than 0.
       top_p: sample from the likeliest tokens that have this probability together, up to 1.0, which
         is off. The trainer does not have the probabilities that top_p, top_k or min_p make, so
         these bias its ratios.
@@ -118,8 +118,8 @@ class AgentConfig:
 
     Attributes:
       environment: "files", "repair" or "lookup", see `train/rl/environments`.
-      max_turns: of an episode, at least 1.
-      turn_tokens: that the model may write in a turn, at least 1.
+      max_turns: turns of an episode, at least 1.
+      turn_tokens: tokens that the model may write in a turn, at least 1.
     """
 
     environment: str
@@ -139,10 +139,10 @@ class UpdateConfig:
       minibatches: optimizer steps that share the batch's groups, a divisor of `rollout.groups`.
         M1 makes 16 off-policy updates.
       epochs: passes over all minibatches, at least 1.
-      rows: in a microbatch, at least 1.
+      rows: rows of a microbatch, at least 1.
       row_tokens: tokens of a row. 0 is the longest sample, `RolloutConfig.max_sample_tokens`. More
         packs short samples better.
-      warmup_steps: of the learning rate, optimizer steps, at least 0.
+      warmup_steps: optimizer steps in which the learning rate warms up, at least 0.
       balance: coefficient of the routers' balance loss.
     """
 
@@ -164,10 +164,10 @@ class RlEvaluationConfig:
     """The mean reward of held-out tasks, before the first batch, on the way and after the last.
 
     Attributes:
-      sources: of held-out tasks.
-      every_batches: between two evaluations. 0 is never.
-      samples: of each task, at least 1.
-      temperature: of sampling. 0 is greedy.
+      sources: sources of held-out tasks.
+      every_batches: batches between two evaluations. 0 is never.
+      samples: samples of each task, at least 1.
+      temperature: temperature of sampling. 0 is greedy.
     """
 
     sources: tuple[TaskSource, ...] = ()
@@ -192,18 +192,18 @@ class RlConfig:
     Attributes:
       checkpoint: directory of the first weights, a release or a converted one.
       batches: generation batches in all, at least 1.
-      sources: of tasks, with different names.
+      sources: sources of tasks, with different names.
       rollout: what is sampled for a batch.
       update: how a batch is trained on.
-      rewards: of samples. None where an agent's environment gives them. With an agent they add to
-        what its environment gives.
+      rewards: what scores samples. None where an agent's environment gives all rewards. With an
+        agent these rewards add to those of its environment.
       objective: the loss.
       agent: turns with tools. None for answers of one turn.
       curriculum: weights of the sources by batch. None weighs all alike.
       pass_rates: leaves out tasks that are too easy or too hard. None leaves out none.
       length_bias: watches a judge that likes long answers. None does not.
       tokenizer: directory of the tokenizer. Empty takes the checkpoint's.
-      dtype: of the computation, "bfloat16" or "float32".
+      dtype: dtype of the computation, "bfloat16" or "float32".
       remat: policy of rematerialisation, see `m1_jax.config.REMAT_POLICIES`. Empty takes the
         checkpoint's.
       lora: adapters to train. None trains the weights themselves.
@@ -211,12 +211,12 @@ class RlConfig:
       serving_mesh: (axis, devices) pairs of the sampler on the same devices. Empty is expert over
         all devices.
       optimizer: AdamW's numbers.
-      evaluation: of held-out tasks.
+      evaluation: how held-out tasks are evaluated.
       pearson_min: correlation of the sampler's and the trainer's probabilities, -1 to 1. A batch
         below it writes an alarm to the log.
       save: when checkpoints are written. Its steps are batches.
       log: what is logged. Its steps are batches.
-      seed: of tasks, samples, the order of groups, and adapters.
+      seed: seed of tasks, samples, the order of groups, and adapters.
       compilation_cache: directory of compiled programs. Empty is ~/.cache/m1_jax/xla.
 
     Raises:

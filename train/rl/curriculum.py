@@ -22,7 +22,7 @@ class CurriculumConfig:
         A weight is at least 0, and 0 for a source that a point does not name. Each point's weights
         are divided by their sum. Between two points a share goes from one value to the other in a
         straight line. After the last point it stays.
-      seed: of the draws.
+      seed: seed of the draws.
 
     Raises:
       ValueError: steps that do not ascend from 0, or weights out of range.
@@ -81,9 +81,9 @@ class TaskDraws:
         """Go on from `state`, or begin where it is None.
 
         Args:
-          config: of the schedule.
+          config: config of the schedule.
           sizes: number of tasks by source.
-          state: of earlier draws, from `TaskDraws.state`.
+          state: state of earlier draws, from `TaskDraws.state`.
 
         Raises:
           ValueError: a source of the schedule that is missing or empty.

@@ -59,7 +59,7 @@ def single_turn_episode(
     Args:
       task: what is sampled.
       max_tokens: the most tokens that the answer may have.
-      profile: of the chat template, see `infer.prompt`.
+      profile: profile of the chat template, see `infer.prompt`.
 
     Raises:
       ValueError: messages or tools that cannot be rendered.
@@ -86,8 +86,8 @@ def multi_turn_episode(
     Args:
       task: what is sampled.
       environment: a fresh one. It is closed at the end, also when the episode is given up.
-      limits: on turns and tokens.
-      profile: of the chat template, see `infer.prompt`.
+      limits: limits on turns and tokens.
+      profile: profile of the chat template, see `infer.prompt`.
 
     Raises:
       ValueError: messages or tools that cannot be rendered.
@@ -201,7 +201,7 @@ def _encode_observation(
     out where the model wrote it.
 
     Args:
-      messages: of the results, with role "tool".
+      messages: messages of the results, with role "tool".
       written_tokens: the first turn, as the model wrote it.
     """
     # Rendered after a turn that stands for the model's, and cut off behind it. The last two pieces

@@ -18,11 +18,12 @@ class HeldOutEvaluator:
     """Samples and scores the same tasks with the same seeds each time, so evaluations compare.
 
     Args:
-      config: of the run.
-      tasks: held-out ones by source.
+      config: config of the run.
+      tasks: held-out tasks by source.
       make_episode: begins an episode from a task and its window.
-      sampler: of the run, with its newest weights.
-      rewards: on process 0. None where environments give all rewards, and on other processes.
+      sampler: sampler of the run, with its newest weights.
+      rewards: scores samples, on process 0. None on other processes, and where environments give
+        all rewards.
     """
 
     def __init__(
@@ -48,8 +49,8 @@ class HeldOutEvaluator:
         Every process calls this, because all devices sample.
 
         Args:
-          window_tokens: of an answer.
-          weight_version: of the weights that sample.
+          window_tokens: the most tokens of an answer.
+          weight_version: version of the weights that sample.
           should_stop: whether to give up, called between two steps of the engine.
 
         Returns:
@@ -57,7 +58,7 @@ class HeldOutEvaluator:
             reward/SOURCE: mean reward of a source's samples.
             samples: number of samples with a reward.
             failed: number of samples without one.
-            version: of the weights.
+            version: version of the weights.
             reward: mean over all samples with a reward, NaN if there is none.
         """
         # Process 0 runs the episodes, and the others follow its engine until it dismisses them.

@@ -39,7 +39,7 @@ class SampleGroup:
       samples: one entry a sample, None while the sample is unfinished.
       partial: one entry a sample, what an unfinished sample has generated so far, None before its
         first tokens and after its end.
-      rewards: of the valid samples, before penalties for their length. Empty until scored.
+      rewards: rewards of the valid samples, before penalties for their length. Empty until scored.
     """
 
     group_id: int
@@ -95,11 +95,11 @@ class GroupCollector:
         """Continue a collector, or begin one.
 
         Args:
-          config: of the run.
+          config: config of the run.
           tasks: tasks by the name of their source.
           make_episode: begins an episode.
           rewards: scores finished groups. None where environments give all rewards.
-          state: of the collector that this one continues, see `state`.
+          state: state of the collector that this one continues, see `state`.
         """
         state = state or {}
         self._config, self._rollout_config = config, config.rollout
@@ -127,7 +127,7 @@ class GroupCollector:
         """Sample until enough groups teach something, or until no round is left.
 
         Args:
-          step: of the run. The weights of the sources may depend on it.
+          step: number of the batch. The weights of the sources may depend on it.
           window_tokens: the most tokens that an answer of a new group may have.
           should_stop: whether to give up. It is called between two steps of the engine.
 
@@ -225,7 +225,7 @@ class GroupCollector:
         """Yield an episode for every unfinished sample.
 
         Args:
-          version: of the weights that sample now.
+          version: version of the weights that sample now.
         """
         config = self._rollout_config
         for group in self._open_groups:

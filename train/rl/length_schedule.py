@@ -15,7 +15,7 @@ class LengthSchedule:
     """The windows of a run, and when the next one begins.
 
     Attributes:
-      tokens: of an answer at most, in each window, rising and above 0.
+      tokens: most tokens of an answer in each window, rising and above 0.
       near: share of the window that the 99th percentile of lengths must reach, in (0, 1].
       tolerance: how far the last `patience` batches' mean negative log-probabilities may be apart
         and still count as converged, as a share of their mean, above 0.
@@ -47,9 +47,9 @@ class LengthStage:
     """The window that a run is in.
 
     Args:
-      schedule: of the run.
-      state: of the stage that this one continues, from `LengthStage.state`. None begins with the
-        first window.
+      schedule: schedule of the run.
+      state: state of the stage that this one continues, from `LengthStage.state`. None begins with
+        the first window.
 
     Attributes:
       index: number of the window, from 0.

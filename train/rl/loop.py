@@ -61,7 +61,7 @@ def run_rl_training(config: rl_config.RlConfig | None, workdir: str | pathlib.Pa
     """Train, from the newest checkpoint in `workdir` if there is one.
 
     Args:
-      config: of the run. None goes on with the run that `workdir` holds.
+      config: config of the run. None goes on with the run that `workdir` holds.
       workdir: local directory of the run.
 
     Raises:
@@ -214,23 +214,23 @@ class RlSession:
     """One process's part of a run: the loop over batches.
 
     Attributes:
-      config: of the run.
-      tasks: by source.
-      store: of checkpoints.
-      writer: of metrics, on process 0.
+      config: config of the run.
+      tasks: tasks to train on, by source.
+      store: writes and reads checkpoints.
+      writer: writes metrics, on process 0.
       stop_request: notes the signal that asks the run to end.
       collector: makes generation batches, on process 0.
       sampler: draws samples from the weights of `weight_version`.
       weight_sync: copies the trainer's weights to the sampler.
       updater: makes the optimizer steps of a batch.
-      evaluator: of held-out tasks.
+      evaluator: evaluates held-out tasks.
       length_stage: how long answers may be at present.
       state: weights and moments after batch `batch_number`.
       batch_number: batches made.
       weight_version: counts the weights that the sampler got. 0 is the first weights.
-      last_evaluated_batch: after which held-out tasks were last evaluated. None for never.
-      last_saved_batch: of the newest checkpoint. 0 without one.
-      reward: mean of the last batch, before penalties.
+      last_evaluated_batch: batch after which held-out tasks were last evaluated. None for never.
+      last_saved_batch: batch of the newest checkpoint. 0 without one.
+      reward: mean reward of the last batch, before penalties.
     """
 
     config: rl_config.RlConfig

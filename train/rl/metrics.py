@@ -50,8 +50,8 @@ class DropCounts(NamedTuple):
     """How often each token id was dropped.
 
     Attributes:
-      ppo_dropped: from `count_drops_by_token`.
-      clipped: from `count_clips_by_token`.
+      ppo_dropped: result of `count_drops_by_token`.
+      clipped: result of `count_clips_by_token`.
     """
 
     ppo_dropped: Int[Array, "2 V"]
@@ -153,7 +153,7 @@ def summarize_metrics(metrics: MetricSums) -> dict[str, float]:
 
     Returns:
       loss, policy_loss, ppo_loss, kl_loss, entropy_loss: see `loss.LossParts.shares`.
-      balance_loss: of the routers, without its coefficient.
+      balance_loss: balance loss of the routers, without its coefficient.
       tokens: number of tokens that the model wrote.
       positive, negative: share of such tokens.
       clip_high, clip_low: share of the positive, or the negative, tokens that M drops.
@@ -267,8 +267,8 @@ def measure_mismatch(
 
     Returns:
       pearson: correlation of p and q (Figure 3), NaN if either is constant.
-      probability_gap_mean, probability_gap_max: of |p - q|.
-      logp_gap_mean, logp_gap_max: of |d|, nats.
+      probability_gap_mean, probability_gap_max: mean and maximum of |p - q|.
+      logp_gap_mean, logp_gap_max: mean and maximum of |d|, nats.
       k1: -mean d, which estimates KL(sampler || trainer), nats.
       k3: mean(exp d - 1 - d), an estimate of the same that is never negative.
       chi2_token: mean(exp 2d) - 1, the chi-square divergence.
@@ -319,12 +319,12 @@ def summarize_groups(
     """Return a batch's rewards by sample and group, and its lengths and ends.
 
     Args:
-      rewards: of each sample. Any value where the sample is not valid.
-      group_ids: of each sample.
+      rewards: reward of each sample. Any value where the sample is not valid.
+      group_ids: group of each sample.
       valid: whether the sample counts.
-      lengths: of each answer, tokens.
+      lengths: length of each answer, tokens.
       statuses: how each answer ended, see `sample.Sample`.
-      pass_reward: from which on an answer is right.
+      pass_reward: the least reward of a right answer.
 
     Returns:
       reward_mean, reward_std: over valid samples, NaN without one.

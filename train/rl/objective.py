@@ -45,7 +45,7 @@ class Objective:
     """What is maximised. It is hashable, so that a jitted step takes it as a constant.
 
     Attributes:
-      name: of the preset, for the log.
+      name: name of the preset, for the log.
       advantage: A of a sample, see `advantages`. "group": (R - mean) / (std + advantage_eps) of the
         sample's group. "mean": R - mean. "leave-one-out": R - the mean of the group's other
         samples. "return": the discounted rewards that follow a token, whitened over the tokens of
@@ -72,7 +72,7 @@ class Objective:
       kl_clamp: bound of |x| in the estimator, more than 0, or None.
       kl_max: bound of the estimate's absolute value, more than 0, or None.
       entropy_coef: reward for the exact entropy of a token's distribution.
-      correction: of sampler against trainer, see `rollout_correction`. None sets rho = 1.
+      correction: weights of sampler against trainer, see `rollout_correction`. None sets rho = 1.
       off_policy_max: threshold of `rollout_correction.on_policy_mask`, nats, or None.
 
     Raises:

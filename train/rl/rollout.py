@@ -34,7 +34,7 @@ class RolloutSampling:
     """How tokens are drawn.
 
     Attributes:
-      temperature: of the softmax. 0 is greedy.
+      temperature: temperature of the softmax. 0 is greedy.
       top_p: share of the probability that is kept, 1 for all.
       top_k: number of tokens that are kept, 0 for all.
       min_p: least probability, relative to the likeliest token's, that is kept, 0 for all. Any
@@ -60,7 +60,7 @@ class EpisodeJob:
       key: names the episode to `on_done`. The episodes that run side by side have different keys.
       episode: a fresh generator. An episode that goes on is begun anew too: its first request for
         tokens continues `partial`.
-      seed: of the first turn.
+      seed: seed of the first turn.
       partial: what the episode generated before it was paused, None for a new one.
       slice_tokens: tokens that the first turn may add before the episode is paused, 0 for
         no limit. Only episodes of one turn can be paused.
@@ -125,7 +125,7 @@ class RolloutSampler:
         """Start the engine on process 0, a follower of it elsewhere.
 
         Args:
-          model: has the first weights, as `WeightSync` gives them.
+          model: the model with its first weights, as `WeightSync` gives them.
           tokenizer: its stop tokens end an answer.
           config: sizes of the engine.
           sampling: used by each `run` that has none of its own.
@@ -161,7 +161,7 @@ class RolloutSampler:
           make_jobs: returns the first episodes. It is called when the engine has the new weights.
           on_done: takes the key and the result of each episode that ends, in no certain order, and
             returns episodes to run next.
-          sampling: in place of the sampler's own.
+          sampling: how tokens are drawn, in place of the sampler's own options.
           should_stop: whether to give up. It is called before each step of the engine.
 
         Raises:

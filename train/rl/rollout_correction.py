@@ -74,9 +74,9 @@ def correction_weights(
 
     Args:
       correction: which weight, and its bounds.
-      logp_old: by the trainer, with the weights of the model that sampled. Any value where mask is
-        0, NaN too.
-      logp_rollout: by the sampler. Any value where mask is 0.
+      logp_old: log-probability by the trainer, with the weights of the model that sampled. Any
+        value where mask is 0, NaN too.
+      logp_rollout: log-probability by the sampler. Any value where mask is 0.
       mask: 1 where the model wrote the token. The weight of other tokens is 1.
       segment_ids: which sample of its row a token belongs to, 0 to T.
     """

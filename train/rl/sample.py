@@ -52,8 +52,8 @@ class Generation:
       logprobs: log-probability of each token under the distribution that it was drawn from.
       versions: version of the weights that generated each token.
       status: why the turn ended.
-      routes: as in `Sample`, of all tokens so far, the prompt's included.
-      raw: as logprobs, under the model's plain logits.
+      routes: the experts of all tokens so far, the prompt's included, as in `Sample`.
+      raw: log-probability of each token under the model's plain logits.
     """
 
     tokens: tuple[int, ...]
@@ -91,7 +91,7 @@ class Sample:
         token of prompt and answer to. The last tokens, which the sampler never computed, have no
         row. None if the engine does not record routes.
       status: why the last turn ended.
-      text: of the last turn, without its end token.
+      text: text of the last turn, without its end token.
       messages: all messages after the prompt.
       turn_rewards: (index in `tokens`, reward) of rewards before the end. The index is that of the
         turn's last token.

@@ -10,9 +10,9 @@ class RlSavedState:
     """State of a run after a batch. The default is that before the first batch.
 
     Attributes:
-      collector: from `GroupCollector.state`. None before the first batch.
+      collector: result of `GroupCollector.state`. None before the first batch.
       weight_version: number of times that the sampler got new weights.
-      length_stage: from `LengthStage.state`. None before the first batch.
+      length_stage: result of `LengthStage.state`. None before the first batch.
       fingerprints: fingerprint of each source's tasks, by the name of the source.
     """
 

@@ -34,10 +34,10 @@ class RlStepSettings:
     """What the compiled functions are made for. It is hashable, and static in them.
 
     Attributes:
-      optimizer: of the step.
-      objective: of the loss.
-      temperature: of the sampler, and so of the trainer's probabilities, more than 0.
-      balance_coefficient: of `moe.balance_loss`, at least 0.
+      optimizer: makes the step.
+      objective: choices of the loss.
+      temperature: temperature of the sampler, and so of the trainer's probabilities, above 0.
+      balance_coefficient: coefficient of `moe.balance_loss`, at least 0.
     """
 
     optimizer: optim.AdamW
@@ -51,7 +51,7 @@ class MicrobatchSums(NamedTuple):
 
     Attributes:
       gradients: gradient of the step's loss by each trained parameter.
-      metrics: see `metrics.loss_metrics`, with counts by token id.
+      metrics: metrics of the loss, see `metrics.loss_metrics`, with counts by token id.
     """
 
     gradients: Any
@@ -85,12 +85,12 @@ def accumulate_gradients(
 
     Args:
       sums: what this function returned for the microbatch before, or None for the first. Donated.
-      model: with the weights before the step.
+      model: the model, with the weights before the step.
       rows: the microbatch.
       token_share: share of the step's tokens that are in these rows, 0 to 1. It weighs the balance
         loss, which is a product of means and so no sum over tokens.
-      weight_mean: see `loss.TokenTerms`, or None.
-      settings: of the run.
+      weight_mean: mean correction weight, see `loss.TokenTerms`, or None.
+      settings: settings of the run.
     """
     trained, frozen = trainable.partition(model)
 

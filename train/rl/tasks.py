@@ -34,14 +34,14 @@ class TaskSource:
     """Where tasks come from: files, or a generator.
 
     Attributes:
-      name: of the source. The config lists its rewards under this name.
+      name: name of the source. The config lists its rewards under this name.
       path: JSON lines, Parquet or ArrayRecord files.
       keys: (field, key) pairs, for files whose keys are not in `TASK_KEYS`. An empty key leaves the
         field out. Metadata that is a list becomes {key: list}.
       make: instead of a path, an environment ("lookup", "files", "repair") that makes the tasks, or
         "logic:NAME" for a generator of reasoning-gym.
       size: number of tasks to make.
-      seed: of the generator.
+      seed: seed of the generator.
       options: (name, value) pairs for a generator of reasoning-gym.
     """
 
@@ -121,7 +121,7 @@ class FileTasks:
     """The tasks of one source of files, by index.
 
     Attributes:
-      keys: by field, the key of the file: the one that `TaskSource.keys` names, or else the one
+      keys: key of the file for each field: the one that `TaskSource.keys` names, or else the one
         that the first record has.
 
     Raises:

@@ -39,7 +39,7 @@ class _BatchSample:
     Attributes:
       index: number of the sample in the batch, from 0 through all groups. Per-sample arrays, such
         as advantages, are indexed by it.
-      group_id: of its group.
+      group_id: id of its group.
       sample: the sample itself.
     """
 
@@ -65,10 +65,10 @@ class PolicyUpdater:
     """Trains on generation batches.
 
     Args:
-      config: of the run.
-      model_config: of the model.
-      layout: of the trainer, None on a single device.
-      optimizer: of the steps.
+      config: config of the run.
+      model_config: config of the model.
+      layout: layout of the trainer, None on a single device.
+      optimizer: makes the steps.
       reference: the model that the KL term compares with, or None.
     """
 
@@ -104,8 +104,8 @@ class PolicyUpdater:
         Args:
           state: before the updates. It is donated.
           batch: groups whose samples are all finished and scored.
-          batch_number: of the batch in its run. It seeds the order of the groups.
-          weight_version: of the weights in `state`.
+          batch_number: number of the batch in its run. It seeds the order of the groups.
+          weight_version: version of the weights in `state`.
 
         Raises:
           FloatingPointError: no update had a finite gradient.
@@ -271,7 +271,7 @@ class PolicyUpdater:
         correction = self._config.objective.correction
         if correction is None or not correction.normalise:
             return None
-        totals = np.zeros(2)  # of weights, and number of tokens
+        totals = np.zeros(2)  # sum of weights, and number of tokens
         for rows in packed.microbatches:
             mask = jnp.asarray(rows.mask)
             weight, _ = rollout_correction.correction_weights(

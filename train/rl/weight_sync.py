@@ -21,8 +21,8 @@ class WeightSync:
     """Copies a trainer's weights into a sampler's model. The program is compiled once.
 
     Args:
-      config: of the model.
-      dtype: of the sampler's parameters. Routers stay float32.
+      config: config of the model.
+      dtype: dtype of the sampler's parameters. Routers stay float32.
       layout: the sampler's, on the trainer's devices, or None on a single device.
     """
 
