@@ -19,8 +19,9 @@ _CALLEES_PATTERN = re.compile(
     r"(\{[^}]*\}|%?[\w.\-]+)"
 )
 _NAME_PATTERN = re.compile(r"%?([A-Za-z_][\w.\-]*)")
-# The opcodes that run the computation an attribute names, by attribute. Elsewhere, `to_apply` combines single
-# elements (the sum of an all-reduce), and `calls` repeats what has been counted at its start.
+# The opcodes that run the computation an attribute names, by attribute. Elsewhere, `to_apply`
+# combines single elements (the sum of an all-reduce), and `calls` repeats what has been counted at
+# its start.
 _CALLING_OPCODES = {"to_apply": ("call",), "calls": ("fusion", "async-start", "call")}
 _HEADER_CHARS = 100_000  # the module's first line, with its attributes, is within
 
