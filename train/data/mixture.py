@@ -104,7 +104,9 @@ class DataLane:
         self._tokens_read = {**unread, **state.tokens_read}
         self._num_dropped = state.num_dropped
         self._pending = [
-            piece for piece_ref in state.pending for piece in self._restore_pieces(piece_ref)
+            pending_piece
+            for piece_ref in state.pending
+            for pending_piece in self._restore_pieces(piece_ref)
         ]
 
     def next_row(self, step: int) -> packing.PackedRow | None:
@@ -121,9 +123,12 @@ class DataLane:
         """Return what continues this lane."""
         pending = tuple(
             document_refs.PendingPieceRef(
-                piece.sample_id, piece.start, piece.end, len(piece.document.tokens)
+                pending_piece.sample_id,
+                pending_piece.start,
+                pending_piece.end,
+                len(pending_piece.document.tokens),
             )
-            for piece in self._pending
+            for pending_piece in self._pending
         )
         # Copies: the lane goes on counting, and a state is that of one moment.
         return LaneState(

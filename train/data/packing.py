@@ -148,18 +148,18 @@ def _refill_pending(
     lookahead: int,
 ) -> None:
     """Draw documents until `lookahead` pieces or `_MAX_PENDING_ROWS` rows of tokens are pending."""
-    num_tokens = sum(piece.length for piece in pending)
+    num_tokens = sum(pending_piece.length for pending_piece in pending)
     while len(pending) < lookahead and num_tokens < _MAX_PENDING_ROWS * seq_len:
         pieces = draw()
         if not pieces:
             return
         pending += pieces
-        num_tokens += sum(piece.length for piece in pieces)
+        num_tokens += sum(pending_piece.length for pending_piece in pieces)
 
 
-def _write_segment(row: PackedRow, offset: int, piece: PendingPiece, length: int) -> None:
+def _write_segment(row: PackedRow, offset: int, pending_piece: PendingPiece, length: int) -> None:
     """Copy the first `length` tokens of a piece into a row, from `offset` on."""
-    arrays, document, start = row.arrays, piece.document, piece.start
+    arrays, document, start = row.arrays, pending_piece.document, pending_piece.start
     span = slice(offset, offset + length)
     arrays.tokens[span] = document.tokens[start : start + length]
     arrays.segment_ids[span] = len(row.sample_ids) + 1
@@ -170,5 +170,5 @@ def _write_segment(row: PackedRow, offset: int, piece: PendingPiece, length: int
     target_span = slice(offset, offset + len(targets))
     arrays.targets[target_span] = targets
     arrays.weights[target_span] = document.loss_mask[start + 1 : start + length + 1]
-    row.source_ids[span] = piece.source_index + 1
-    row.sample_ids.append(document_refs.segment_to_text(piece.sample_id, start))
+    row.source_ids[span] = pending_piece.source_index + 1
+    row.sample_ids.append(document_refs.segment_to_text(pending_piece.sample_id, start))
