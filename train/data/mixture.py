@@ -121,15 +121,7 @@ class DataLane:
 
     def get_state(self) -> LaneState:
         """Return what continues this lane."""
-        pending = tuple(
-            document_refs.PendingPieceRef(
-                pending_piece.sample_id,
-                pending_piece.start,
-                pending_piece.end,
-                len(pending_piece.document.tokens),
-            )
-            for pending_piece in self._pending
-        )
+        pending = tuple(pending_piece.to_ref() for pending_piece in self._pending)
         # Copies: the lane goes on counting, and a state is that of one moment.
         return LaneState(
             dict(self._documents_read), dict(self._tokens_read), self._num_dropped, pending

@@ -57,6 +57,11 @@ class PendingPiece:
         """Return the number of tokens that are in no row yet."""
         return self.end - self.start
 
+    def to_ref(self) -> document_refs.PendingPieceRef:
+        """Return what a state keeps of the piece: all but its tokens."""
+        length = len(self.document.tokens)
+        return document_refs.PendingPieceRef(self.sample_id, self.start, self.end, length)
+
 
 @dataclasses.dataclass(eq=False)
 class PackedRow:
