@@ -7,7 +7,7 @@ goes on with an output only under the same fingerprint.
 import json
 import pathlib
 from collections.abc import Mapping
-from typing import Any
+from typing import IO, Any
 
 from infer import jsonl
 from infer import request as request_lib
@@ -72,7 +72,10 @@ def read_done_indices(output: pathlib.Path, num_requests: int) -> set[int]:
 
 
 def append_output(
-    file: Any, fields: Mapping[str, Any], output: request_lib.RequestOutput, write_tokens: bool
+    file: IO[bytes],
+    fields: Mapping[str, Any],
+    output: request_lib.RequestOutput,
+    write_tokens: bool,
 ) -> None:
     """Append a request's line in one call, so that a kill tears at most the last line.
 

@@ -242,7 +242,7 @@ class Engine:
         return self._model_config
 
     @property
-    def weights(self) -> list[Any]:
+    def weights(self) -> list[jax.Array]:
         """The parameters, leaf by leaf."""
         return self._device.weights
 

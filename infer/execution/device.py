@@ -58,7 +58,7 @@ class Device:
         self.num_programs = len(self._programs)
 
     @property
-    def weights(self) -> list[Any]:
+    def weights(self) -> list[jax.Array]:
         """The parameters, leaf by leaf."""
         return self._buffers["weights"]
 
@@ -85,7 +85,9 @@ class Device:
             array.copy_to_host_async()
         return result
 
-    def swap_out(self, sequence_id: Hashable, slices: Sequence[tuple[Any, Any]]) -> None:
+    def swap_out(
+        self, sequence_id: Hashable, slices: Sequence[tuple[np.int32, np.ndarray]]
+    ) -> None:
         """Copy a sequence to host memory, and wait for it.
 
         Args:
@@ -96,7 +98,7 @@ class Device:
         # `_HostCopy` waits for the data, and by that for every program dispatched so far.
         self._host_copies[sequence_id] = [jax.tree.map(_HostCopy, x) for x in (*parts, sampling)]
 
-    def swap_in(self, sequence_id: Hashable, slices: Sequence[tuple[Any, Any]]) -> None:
+    def swap_in(self, sequence_id: Hashable, slices: Sequence[tuple[np.int32, np.ndarray]]) -> None:
         """Copy a sequence back from host memory.
 
         Args:

@@ -17,6 +17,9 @@ import enum
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
+import jax
+import numpy as np
+
 from infer import config as config_lib
 from infer.execution import device, program_spec
 from m1_jax import model as model_lib
@@ -47,18 +50,20 @@ class Leader:
         self.keep_alive()
 
     @property
-    def weights(self) -> list[Any]:
+    def weights(self) -> list[jax.Array]:
         return self._device.weights
 
     def run_program(self, name: program_spec.ProgramName, size: int, *host_arguments: Any) -> Any:
         _broadcast_call(DeviceCall.RUN_PROGRAM, name, size, *host_arguments)
         return self._device.run_program(name, size, *host_arguments)
 
-    def swap_out(self, sequence_id: Hashable, slices: Sequence[tuple[Any, Any]]) -> None:
+    def swap_out(
+        self, sequence_id: Hashable, slices: Sequence[tuple[np.int32, np.ndarray]]
+    ) -> None:
         _broadcast_call(DeviceCall.SWAP_OUT, sequence_id, slices)
         self._device.swap_out(sequence_id, slices)
 
-    def swap_in(self, sequence_id: Hashable, slices: Sequence[tuple[Any, Any]]) -> None:
+    def swap_in(self, sequence_id: Hashable, slices: Sequence[tuple[np.int32, np.ndarray]]) -> None:
         _broadcast_call(DeviceCall.SWAP_IN, sequence_id, slices)
         self._device.swap_in(sequence_id, slices)
 
