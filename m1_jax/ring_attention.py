@@ -1,9 +1,8 @@
 """Softmax attention block by block: no [T, S] array, and keys that travel a ring of devices.
 
-Every block of queries keeps a running softmax over the blocks of keys that it can see. Its partial
-result is three arrays (total, scale, top): top is the largest score so far, scale the sum of
-exp(score - top), and total the sum of exp(score - top) v. Blocks that it cannot see are skipped.
-The backward pass computes the scores again from the saved log-sum-exp (Dao, arXiv 2307.08691).
+Every block of queries keeps a running softmax, a `SoftmaxPartial`, over the blocks of keys that it
+can see. Other blocks are skipped. The backward pass computes the scores again from the saved
+log-sum-exp (Dao, arXiv 2307.08691).
 
 Where the length is split over devices, keys and values go round the ring, one neighbour a step
 (Liu, arXiv 2310.01889). In the backward pass their gradients go with them. Each device works on an
@@ -15,7 +14,7 @@ head, H the size of a head. Inside of this file q is [B, K, G, T, H], and k and 
 
 import functools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +31,14 @@ MAX_DIRECT_PAIRS, MAX_DIRECT_QUERIES = 2**16, 8
 # release in bfloat16, 1M where eight devices share the heads.
 MAX_GATHER_BYTES = 2**29
 PADDING_POSITION = np.iinfo(np.int32).max  # position of a padded key, after every query
+
+
+class SoftmaxPartial(NamedTuple):
+    """The softmax of queries over the keys that were seen so far, float32."""
+
+    total: Float[Array, "*rows T H"]  # sum of exp(score - top) v
+    scale: Float[Array, "*rows T 1"]  # sum of exp(score - top)
+    top: Float[Array, "*rows T 1"]  # the largest score, -inf without a key
 
 
 def causal_attention(
@@ -78,8 +85,8 @@ def causal_attention(
     if num_devices == 1 and (
         length * k.shape[2] <= MAX_DIRECT_PAIRS or length <= MAX_DIRECT_QUERIES
     ):
-        total, scale, _ = attend_block(q, k, v, _attention_mask(queries, keys))
-        o = total / replace_zeros_with_ones(scale)
+        partial = attend_block(q, k, v, _attention_mask(queries, keys))
+        o = partial.total / replace_zeros_with_ones(partial.scale)
     else:
         # Any, since pyright does not see through custom_vjp.
         outputs: Any = _blockwise_attention(num_devices, q, k, v, queries, keys)
@@ -94,11 +101,11 @@ def sharded_key_attention(q, k, v, q_positions, k_positions) -> Float[Array, "B 
     batch, length, num_heads, size = q.shape
     q = jnp.moveaxis(q.reshape(batch, length, k.shape[1], -1, size), 1, 3)
     mask = (k_positions[:, None, :] <= q_positions[:, :, None])[:, None, None]
-    total, scale, top = attend_block(q, k, v, mask)
+    partial = attend_block(q, k, v, mask)
     # A partial softmax of each device, joined as `merge_partials` joins two.
-    highest = collectives.pmax(top, "length")
-    share = jnp.exp(top - jnp.where(jnp.isfinite(highest), highest, 0.0))
-    total, scale = (collectives.psum(x * share, "length") for x in (total, scale))
+    highest = collectives.pmax(partial.top, "length")
+    share = jnp.exp(partial.top - jnp.where(jnp.isfinite(highest), highest, 0.0))
+    total, scale = (collectives.psum(x * share, "length") for x in (partial.total, partial.scale))
     return _move_heads_last(total / replace_zeros_with_ones(scale), v.dtype)
 
 
@@ -125,8 +132,13 @@ def _masked_scores(q, k, mask):
     return jnp.where(mask, scores / math.sqrt(q.shape[-1]), -jnp.inf)
 
 
-def attend_block(q, k, v, mask):
-    """Return the partial softmax (total, scale, top) of each query over the keys of one block."""
+def attend_block(
+    q: Float[Array, "B K G T H"],
+    k: Float[Array, "B K S H"],
+    v: Float[Array, "B K S H"],
+    mask: Bool[Array, "#B 1 1 T S"],
+) -> SoftmaxPartial:
+    """Return the partial softmax of each query over the keys of one block."""
     scores = _masked_scores(q, k, mask)
     top = jnp.max(scores, axis=-1, keepdims=True)
     # A query without any key (padding) would give exp(-inf + inf).
@@ -134,13 +146,13 @@ def attend_block(q, k, v, mask):
     total = jnp.einsum(
         "bkgts,bksh->bkgth", weights.astype(v.dtype), v, preferred_element_type=jnp.float32
     )
-    return total, jnp.sum(weights, axis=-1, keepdims=True), top
+    return SoftmaxPartial(total, jnp.sum(weights, axis=-1, keepdims=True), top)
 
 
-def empty_partials(shape: tuple[int, ...]):
-    """Return (total, scale, top) over no keys. `shape` is that of the outputs, [..., H]."""
+def empty_partials(shape: tuple[int, ...]) -> SoftmaxPartial:
+    """Return the partial softmax over no keys. `shape` is that of the outputs, [..., H]."""
     scalars = (*shape[:-1], 1)
-    return (
+    return SoftmaxPartial(
         jnp.zeros(shape, jnp.float32),
         jnp.zeros(scalars, jnp.float32),
         jnp.full(scalars, -jnp.inf, jnp.float32),
@@ -152,15 +164,14 @@ def replace_zeros_with_ones(scale):
     return jnp.where(scale > 0, scale, 1.0)
 
 
-def merge_partials(left, right):
-    """Join two partial softmax sums (total, scale, top) of the same queries."""
-    (left_total, left_scale, left_top), (right_total, right_scale, right_top) = left, right
-    top = jnp.maximum(left_top, right_top)
+def merge_partials(left: SoftmaxPartial, right: SoftmaxPartial) -> SoftmaxPartial:
+    """Join the partial softmaxes of the same queries over two sets of keys."""
+    top = jnp.maximum(left.top, right.top)
     # exp(-inf + inf) is NaN, where neither part has seen a key.
     finite_top = jnp.where(jnp.isfinite(top), top, 0.0)
-    left_share, right_share = jnp.exp(left_top - finite_top), jnp.exp(right_top - finite_top)
-    total = left_total * left_share + right_total * right_share
-    return total, left_scale * left_share + right_scale * right_share, top
+    left_share, right_share = jnp.exp(left.top - finite_top), jnp.exp(right.top - finite_top)
+    total = left.total * left_share + right.total * right_share
+    return SoftmaxPartial(total, left.scale * left_share + right.scale * right_share, top)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -199,9 +210,10 @@ def _blockwise_attention(num_devices: int, q, k, v, queries, keys) -> Any:
         return (partial, _send_to_next_device(num_devices, key_blocks)), None
 
     carry = (empty_partials(q_blocks[0].shape), _split_key_blocks(k, v, keys))
-    ((total, scale, top), _), _ = jax.lax.scan(over_devices, carry, None, length=num_devices)
-    o = (total / replace_zeros_with_ones(scale)).astype(v.dtype)
-    lse = jnp.where(scale > 0, top + jnp.log(replace_zeros_with_ones(scale)), 0.0)
+    (partial, _), _ = jax.lax.scan(over_devices, carry, None, length=num_devices)
+    scale = partial.scale
+    o = (partial.total / replace_zeros_with_ones(scale)).astype(v.dtype)
+    lse = jnp.where(scale > 0, partial.top + jnp.log(replace_zeros_with_ones(scale)), 0.0)
     return _join_blocks(o, length), _join_blocks(lse, length)
 
 

@@ -67,8 +67,8 @@ def attend_pages(
 
         partial = ring_attention.empty_partials(q.shape)
         num_blocks = last // (pages_per_block * chunk) + 1
-        total, scale, _ = jax.lax.fori_loop(0, num_blocks, attend_key_block, partial)
-        o = total / ring_attention.replace_zeros_with_ones(scale)
+        partial = jax.lax.fori_loop(0, num_blocks, attend_key_block, partial)
+        o = partial.total / ring_attention.replace_zeros_with_ones(partial.scale)
         o = jnp.moveaxis(o[0].astype(q.dtype), 2, 0)
         return o.reshape(len(positions), -1, size), state_lib.PagedKVCache(keys, values)
 
