@@ -34,7 +34,7 @@ class CheckpointInfo:
 
     step: int  # steps made before it
     data: dict[str, Any]  # `stream.BatchStream.get_state` of all processes, merged
-    config: dict[str, Any]  # of the run, as `configlib.to_json` gives it
+    config: dict[str, Any]  # the run's config, as `configlib.to_json` gives it
     digest: int  # `digest_state` of the state
 
 
@@ -48,8 +48,9 @@ class CheckpointStore:
         """Open the store.
 
         Args:
-          directory: of the run. The checkpoints lie below it, unless `save` names another place.
-          save: how many checkpoints stay, and where.
+          directory: directory of the run. The checkpoints lie below it, unless `save` names
+            another place.
+          save: number of checkpoints that stay, and their place.
         """
         options = ocp.CheckpointManagerOptions(
             max_to_keep=save.keep,
@@ -92,9 +93,9 @@ class CheckpointStore:
         """Write a checkpoint. Arrays are copied before this returns, and files are written later.
 
         Args:
-          state: of the run.
+          state: the run's state.
           data: this process's position in the data.
-          config: of the run, as JSON.
+          config: the run's config, as JSON.
           step: number of the checkpoint. None takes the state's step.
         """
         run = {"config": config, "digest": int(digest_state(state))}

@@ -27,7 +27,7 @@ class TrainStage:
       tokens: length of the stage, rounded up to whole batches. Padding counts, because it is
         computed, too.
       learning_rate: rate at the stage's end, at least 0.
-      shape: how the rate gets there from the rate at the end of the stage before, or from 0 in the
+      shape: curve to that rate from the rate at the end of the stage before, or from 0 in the
         first stage: "linear" or "cosine". "constant" has the end's rate from the beginning.
       warmup_tokens: tokens over which the rate is also multiplied by a linear rise from 0 to 1.
         It is 0 to `tokens`.
@@ -83,7 +83,7 @@ class OptimizerConfig:
       b2: decay of the second moment, from 0 to less than 1.
       eps: added to the root of the second moment, above 0. M1 trains with 1e-15, because many of
         its gradients are far below the usual 1e-8.
-      weight_decay: of matrices, at least 0. Vectors are never decayed.
+      weight_decay: decay of matrices, at least 0. Vectors are never decayed.
       clip_norm: largest global norm of a gradient, above 0. None clips nothing.
     """
 
@@ -144,7 +144,7 @@ class SaveConfig:
     Attributes:
       every_steps: steps between checkpoints, at least 1. The end of a stage and a stop by a signal
         have one, too.
-      keep: how many of the newest stay, at least 1.
+      keep: number of the newest checkpoints that stay, at least 1.
       keep_every: checkpoints at multiples of this number of steps stay for ever. 0 is none.
       directory: where the checkpoints lie, such as gs://BUCKET/RUN. Every process must reach it.
         Empty is below the run's directory.
@@ -198,7 +198,8 @@ class TrainConfig:
       checkpoint: a release directory or a converted one to start from. Either this or `model`.
       model: shapes of a model whose weights are drawn from `seed`.
       tokenizer: directory of the tokenizer. Empty takes the checkpoint's.
-      dtype: of the computation, "bfloat16" or "float32". Master weights and moments are float32.
+      dtype: dtype of the computation, "bfloat16" or "float32". Master weights and moments are
+        float32.
       remat: what is computed again in the backward pass, see `ModelConfig`. Empty leaves the
         model's choice.
       lora: trains adapters of low rank, beside frozen weights in `dtype`. None trains the weights.
@@ -207,7 +208,7 @@ class TrainConfig:
       evaluation: held-out loss.
       save: checkpoints.
       log: metrics and traces.
-      seed: of the order of documents, of random weights, and of adapters.
+      seed: seed of the order of documents, of random weights, and of adapters.
       skip_nonfinite: whether a step without a finite gradient changes nothing. False takes it.
       max_skipped: steps in a row without a finite gradient after which the run stops, at least 1.
       compilation_cache: directory of compiled programs. Empty is ~/.cache/m1_jax/xla.

@@ -29,7 +29,7 @@ def sum_losses(
     """Return sums of weight * -logp and of weight, by source and bucket of positions.
 
     Args:
-      model: whose loss to take.
+      model: the model to evaluate.
       batch: rows on the devices.
       source_ids: number of each token's source from 1. Padding has 0, and weight 0.
       num_sources: S. K is `NUM_BUCKETS`.
@@ -56,7 +56,7 @@ def tabulate_losses(totals: np.ndarray, names: list[str]) -> dict[str, float]:
 
     Args:
       totals: [2, S, K], sums over all batches of `sum_losses`.
-      names: of the S sources.
+      names: names of the S sources.
     """
     loss, weight = np.asarray(totals, np.float64)
     means = {"loss": loss.sum() / weight.sum()}

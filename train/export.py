@@ -33,8 +33,9 @@ def run(workdir, dst, step: int | None = None, dtype: str = "") -> pathlib.Path:
     Args:
       workdir: directory of the run.
       dst: the directory to make.
-      step: of the checkpoint. None takes the newest.
-      dtype: of the parameters on disk. Empty takes that of the computation. Routers stay float32.
+      step: step of the checkpoint. None takes the newest.
+      dtype: dtype of the parameters on disk. Empty takes that of the computation. Routers stay
+        float32.
 
     Returns:
       The path of `dst`.
@@ -73,7 +74,7 @@ def _open_run(workdir: pathlib.Path) -> tuple[Any, RestoreState]:
 
 def _open_rl_run(config: rl_config.RlConfig) -> tuple[rl_config.RlConfig, RestoreState]:
     model = run_model.make_run_model(config)
-    # Of the trainer. The sampler's layout is not needed.
+    # The trainer's layout. The sampler's is not needed.
     layout, _ = rl_loop.make_layouts(config, model.config)
     optimizer = rl_loop.make_optimizer(config)
     return config, lambda store, step: model.restore_state(store, step, layout, optimizer)

@@ -37,7 +37,7 @@ class TrainSummary:
 
     Attributes:
       step: number of steps made.
-      loss: of the last step. NaN where no step was made.
+      loss: loss of the last step. NaN where no step was made.
       stopped_by: number of the signal that ended the run. None where the run is complete.
     """
 
@@ -57,7 +57,7 @@ def run_training(
     A run that was killed and started again makes bit-exact the steps of one that was not.
 
     Args:
-      config: of the run. None goes on with the run that `workdir` holds.
+      config: the run's config. None goes on with the run that `workdir` holds.
       workdir: local directory of the run.
 
     Raises:
@@ -158,8 +158,9 @@ class TrainSession:
         """Return the state on a stage's mesh.
 
         Args:
-          index: of the stage.
-          state: at the end of the stage before. None takes the checkpoint's, or makes a new one.
+          index: number of the stage.
+          state: state at the end of the stage before. None takes the checkpoint's, or makes a new
+            one.
         """
         model, layout = self.setup.model, self.setup.layouts[index]
         optimizer = self.setup.step_settings(index).optimizer
@@ -326,7 +327,7 @@ def _record_trace(
 
     Args:
       trace: first step and number of steps to record. None records nothing.
-      directory: of the recording.
+      directory: directory of the recording.
     """
     first_step, num_steps = trace or (-1, 0)  # no step has the number -1
     recording = False

@@ -108,7 +108,7 @@ def merge_adapters(model: model_lib.MiniMaxM1) -> model_lib.MiniMaxM1:
             merged = jax.jit(_merge_kernel, out_shardings=kernel.sharding)(
                 kernel, adapter.a.get_value(), adapter.b.get_value(), adapter.scale
             )
-            linear.kernel.set_value(merged)  # of the copy
+            linear.kernel.set_value(merged)  # the copy's kernel
             linear.adapter = None
     for param in params_lib.params_by_path(model).values():
         param.set_metadata(frozen=False)
@@ -122,7 +122,7 @@ def _merge_kernel(kernel, a, b, scale):
 
 
 def _find_linears(model: model_lib.MiniMaxM1) -> dict[str, layers.Linear]:
-    """Return the projections by path; one of stacked layers stands for all of its layers."""
+    """Return the projections by path. One of stacked layers stands for all of its layers."""
     return {
         ".".join(map(str, path)): node
         for path, node in nnx.iter_graph(model)

@@ -57,9 +57,9 @@ class MetricsWriter:
         """Open the files.
 
         Args:
-          directory: of the run.
+          directory: directory of the run.
           step: number of steps made before. Later lines in the files are cut off.
-          total_steps: of the run, for the progress bar.
+          total_steps: number of the run's steps, for the progress bar.
           terminal_metrics: names of the metrics that the terminal shows of a step.
         """
         self._terminal_metrics = terminal_metrics
@@ -195,7 +195,7 @@ def _reopen_log(path: pathlib.Path, step: int, last_steps: dict[str, int]):
     """Open a file for appending, without the lines of steps that will be made again.
 
     Args:
-      path: of the file.
+      path: path of the file.
       step: the last one whose lines stay. With step 0 the file begins anew.
       last_steps: gets the last step of each kind of line that stays.
     """

@@ -28,7 +28,7 @@ class AdamW:
       b2: decay of the second moment, from 0 to less than 1. M1's 0.95 is low, because gradients of
         neighbouring steps correlate little there (M1 3.2).
       eps: above 0. M1's 1e-15 suits gradients that span 1e-18 to 1e-5 (M1 3.2).
-      weight_decay: of matrices, at least 0. Vectors (norms) are never decayed.
+      weight_decay: decay of matrices, at least 0. Vectors (norms) are never decayed.
       clip_norm: above 0. None leaves the gradient as it is.
 
     Raises:
@@ -119,9 +119,9 @@ def make_stage_schedule(
       shape: "linear" and "cosine" go from `start` to `end`. "constant" is `end` throughout.
       start: rate at the end of the stage before.
       end: rate at the end of the stage.
-      warmup_tokens: over which the rate is also multiplied by a linear rise from 0 to 1.
+      warmup_tokens: tokens over which the rate is also multiplied by a linear rise from 0 to 1.
       tokens: length of the stage.
-      tokens_per_step: of the stage.
+      tokens_per_step: tokens in a step of the stage.
       first_step: number of the run's steps before the stage.
     """
 
@@ -147,9 +147,9 @@ def make_piecewise_schedule(
     Before the first point and after the last one the value is that of the point.
 
     Args:
-      points: in rising order. Tokens count from the beginning of the run.
+      points: points in rising order. Tokens count from the beginning of the run.
       first_token: number of the run's tokens before `first_step`.
-      tokens_per_step: from `first_step` on.
+      tokens_per_step: tokens in a step, from `first_step` on.
       first_step: number of the run's steps before the stage.
     """
     tokens, values = (jnp.asarray(column, jnp.float32) for column in zip(*points, strict=True))

@@ -38,7 +38,7 @@ class PrepareConfig:
       dst: the local directory to make.
       shards: number of files to write, at least 1 and at most the number of records.
       kind: what every record must be, one of `chat.RECORD_KINDS`.
-      profile: of the chat template, one of `chat.PROFILES`.
+      profile: profile of the chat template, one of `chat.PROFILES`.
       checkpoint: a directory with a tokenizer, to count tokens, too. Empty counts records alone.
       progress: show a progress bar.
     """

@@ -48,12 +48,12 @@ class RunModel:
     """How to make the model of a run, on any mesh.
 
     Attributes:
-      config: of the model, with the run's choice of rematerialisation.
+      config: the model's config, with the run's choice of rematerialisation.
       tokenizer: all of its ids lie in the model's vocabulary.
       checkpoint: directory of the first weights. Empty draws weights from `seed`.
-      dtype: of the computation.
-      lora: which adapters to train. None trains the weights themselves.
-      seed: of random weights and of adapters.
+      dtype: dtype of the computation.
+      lora: adapters to train. None trains the weights themselves.
+      seed: seed of random weights and of adapters.
     """
 
     config: model_config_lib.ModelConfig
@@ -140,8 +140,9 @@ def make_run_model(
     """Return the model of a run. It reads no weights.
 
     Args:
-      config: of the run.
-      model_config: of a model that begins with random weights. None takes the checkpoint's.
+      config: the run's config.
+      model_config: config of a model that begins with random weights. None takes the
+        checkpoint's.
 
     Raises:
       CheckpointError: the checkpoint has no config.json.

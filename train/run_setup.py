@@ -20,9 +20,9 @@ class TrainSetup:
     """A run whose model, tokenizer and meshes fit together.
 
     Attributes:
-      config: of the run.
-      model: of the run.
-      layouts: of each stage. None stands for a single device.
+      config: the run's config.
+      model: the run's model, without weights so far.
+      layouts: layout of each stage's mesh. None stands for a single device.
     """
 
     config: config_lib.TrainConfig
@@ -76,8 +76,8 @@ class TrainSetup:
         """Open a stage's data.
 
         Args:
-          stage_index: of the stage, whose rows the stream has.
-          batch_placement: of the stage. It knows which rows this process reads.
+          stage_index: number of the stage, whose rows the stream has.
+          batch_placement: the stage's placement. It knows which rows this process reads.
           held_out_sources: read once instead of the run's own sources, if there are any.
         """
         stage, data = self.config.stages[stage_index], self.config.data

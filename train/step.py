@@ -23,7 +23,7 @@ class TrainState:
 
     step: Int[Array, ""]  # updates made so far, skipped ones included
     model: model_lib.MiniMaxM1  # float32 master weights, and frozen parameters in any dtype
-    moments: optax.OptState  # of the parameters that are not frozen
+    moments: optax.OptState  # moments of the parameters that are not frozen
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,14 +91,15 @@ def train_step(
 
     Both sums are those of the whole batch, so its number of microbatches does not change the first
     term. The balance loss is a product of means. It is therefore computed of each microbatch and
-    averaged by tokens: over the whole batch it would need every forward pass twice.
+    averaged by tokens. Over the whole batch it would need every forward pass twice.
 
     Returns:
       The new state, and metrics:
         loss: the mean of -logp alone.
-        balance_loss, z_loss: without their coefficients.
-        grad_norm: before clipping. grad_norm/PART: of each part of `group_modules_by_kind`.
-        learning_rate: of this step.
+        balance_loss, z_loss: the losses without their coefficients.
+        grad_norm: norm before clipping. grad_norm/PART: norm of each part of
+          `group_modules_by_kind`.
+        learning_rate: learning rate of this step.
         tokens: number of tokens that are not padding.
         weight: sum of the weights of the loss.
         dropped: share of the expert choices that `ModelConfig.expert_capacity` left out.

@@ -25,8 +25,8 @@ def resolve_config(
     """Return the config to run: `config`, or that of the run in `workdir` where `config` is None.
 
     Args:
-      config_class: of the config.
-      config: of the run. None goes on with the config in `workdir`.
+      config_class: class of the config.
+      config: the run's config. None goes on with the config in `workdir`.
       workdir: directory of the run.
       changeable: matches the paths of the fields that may differ from the run in `workdir`.
 
@@ -71,7 +71,7 @@ def open_and_run(
     Args:
       open_session: takes the config, the directory and a stack, and returns the session. The stack
         closes what it opened.
-      config: of the run.
+      config: the run's config.
       workdir: directory of the run.
     """
     use_compilation_cache(config.compilation_cache)
@@ -96,7 +96,7 @@ class StopRequest:
     The first signal lets the run save. The second one ends it at once, by KeyboardInterrupt.
 
     Attributes:
-      signal_number: of the signal that came, None before.
+      signal_number: number of the signal that came, None before.
     """
 
     def __init__(self, notice: str):

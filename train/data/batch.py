@@ -18,9 +18,9 @@ class TrainBatch:
     Attributes:
       tokens: input token ids. Padding has any valid id.
       segment_ids: equal within a document, different in the next one. Padding has 0.
-      positions: of each token in its part of a document, from 0.
+      positions: position of each token in its part of a document, from 0.
       targets: the token that each position predicts. Any valid id where the weight is 0.
-      weights: of each position's loss, at least 0. It is 0 where nothing is learnt: prompts,
+      weights: weight of each position's loss, at least 0. It is 0 where nothing is learnt: prompts,
         padding, last tokens of documents.
     """
 

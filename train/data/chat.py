@@ -35,11 +35,11 @@ class RecordEncoder:
     """Makes documents of records.
 
     Attributes:
-      tokenizer: of the model.
+      tokenizer: the model's tokenizer.
       seq_len: tokens in a row, the longest conversation that `encode_or_drop` takes whole.
       overlong: what becomes of longer conversations, see `config.DataConfig`.
       thinking: one of `THINKING_MODES`.
-      profile: of the chat template, one of `PROFILES`.
+      profile: profile of the chat template, one of `PROFILES`.
       begin_token: control token before each text, or None.
       end_token: control token after each text, or None.
     """
@@ -72,7 +72,7 @@ class RecordEncoder:
         """Return the document of `encode`, or None for a conversation to leave out as too long.
 
         Raises:
-          ValueError: as `encode`, or a conversation is too long and `overlong` is "error".
+          ValueError: `encode` raised it, or a conversation is too long and `overlong` is "error".
         """
         document = self.encode(record, kind)
         length = len(document.tokens)

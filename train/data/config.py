@@ -16,9 +16,9 @@ class DataSource:
     """Files whose records are drawn together.
 
     Attributes:
-      name: of letters, digits, `_`, `-` and `.`. Metrics and checkpoints call the source by it.
+      name: letters, digits, `_`, `-` and `.`. Metrics and checkpoints call the source by this name.
       path: a file, a directory or a pattern, see `records.RecordFiles`.
-      kind: of every record, one of `chat.RECORD_KINDS`.
+      kind: kind of every record, one of `chat.RECORD_KINDS`.
       weight: share of the tokens, up to the sum of all weights, at least 0. It counts where
         `DataConfig.weights` is empty.
     """
@@ -53,7 +53,7 @@ class DataConfig:
       overlong: what becomes of conversations longer than a row: "error", "drop" or "split". Texts
         are always split.
       thinking: "keep" or "drop", see `chat`.
-      profile: of the chat template, see `infer.prompt`.
+      profile: profile of the chat template, see `infer.prompt`.
       begin_token: control token before each text, or None.
       end_token: control token after each text, or None.
       workers: processes that tokenise and pack. 0 is a thread of the trainer's process. The rows
@@ -118,8 +118,8 @@ class StreamConfig:
     Attributes:
       data: what to read.
       seq_len: T, tokens in a row, at least 2.
-      rows: of the global batch, at least 1.
-      seed: of the order of documents.
+      rows: rows in a global batch, at least 1.
+      seed: seed of the order of documents.
     """
 
     data: DataConfig

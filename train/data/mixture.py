@@ -82,10 +82,10 @@ class DataLane:
         """Go on from a state. Pending documents are read and tokenised again.
 
         Args:
-          lane_number: from 0 to `num_lanes` - 1.
-          num_lanes: of the run.
-          config: of the stream.
-          records: of each source, by name.
+          lane_number: number of the lane, from 0 to `num_lanes` - 1.
+          num_lanes: number of the run's lanes.
+          config: the stream's config.
+          records: the records of each source, by name.
           encoder: makes documents of records.
           num_epochs: number of times to read every source. None reads for ever.
           state: the lane's state. `LaneState()` is the beginning.
@@ -165,7 +165,7 @@ class DataLane:
         names = [name for name in self._sources if weights.get(name) and not self._has_ended(name)]
         if not names:
             return None
-        # Of all sources, also of those that have ended or lost their weight.
+        # These count all sources, also those that have ended or lost their weight.
         num_documents = sum(self._documents_read.values())
         num_tokens = sum(self._tokens_read.values())
         chances = {}

@@ -15,21 +15,21 @@ class BatchPlacement:
     """Puts this process's rows of a global batch onto its devices.
 
     Attributes:
-      layout: of the trainer's mesh, or None for a single device.
-      num_rows: of the global batch.
+      layout: layout of the trainer's mesh, or None for a single device.
+      num_rows: number of rows in the global batch.
       block_index: number of the block of rows that this process reads.
       num_blocks: number of blocks. It is less than the number of processes where a mesh splits the
         length over processes: processes that hold different token ranges of the same rows read the
         same block.
-      first_row: of this process's block, in the global batch.
+      first_row: number of the block's first row, in the global batch.
     """
 
     def __init__(self, layout: sharding.MeshLayout | None, num_rows: int):
         """Find the block of this process.
 
         Args:
-          layout: of the trainer's mesh. None is a single device.
-          num_rows: of the global batch.
+          layout: layout of the trainer's mesh. None is a single device.
+          num_rows: number of rows in the global batch.
 
         Raises:
           ValueError: the rows of this process are not neighbours on the mesh.

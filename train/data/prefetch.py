@@ -28,14 +28,14 @@ class PrefetchSpec:
     """All that decides which rows to make. A worker process gets it by pickle.
 
     Attributes:
-      config: of the stream.
-      tokenizer: of the model.
-      records: of each source, by name. They are pickled without open files.
-      num_lanes: of the stream.
+      config: the stream's config.
+      tokenizer: the model's tokenizer.
+      records: the records of each source, by name. They are pickled without open files.
+      num_lanes: number of the stream's lanes.
       row_numbers: numbers of the rows to make, in the global batch.
       num_epochs: number of times to read every source. None reads for ever.
-      step: of the first batch to make.
-      states: of the lanes that serve these rows, by lane.
+      step: step of the first batch to make.
+      states: states of the lanes that serve these rows, by lane.
     """
 
     config: data_config.StreamConfig
@@ -53,9 +53,9 @@ class LaneRow:
     """A row, and its lane's state after it.
 
     Attributes:
-      row: of one batch.
-      lane_number: of the lane that made the row.
-      state: of that lane.
+      row: the row.
+      lane_number: number of the lane that made the row.
+      state: state of that lane after the row.
     """
 
     row: packing.PackedRow
@@ -77,10 +77,10 @@ def iterate_rows(
     A step for which this worker has no lane is left out. Rows are padding once a lane has ended.
 
     Args:
-      spec: of all workers.
-      worker_index: of this worker. It runs the lanes whose number is `worker_index` modulo
+      spec: the spec, which is the same for all workers.
+      worker_index: number of this worker. It runs the lanes whose number is `worker_index` modulo
         `num_workers`.
-      num_workers: workers that share the lanes.
+      num_workers: number of workers that share the lanes.
     """
     config = spec.config
     encoder = chat.RecordEncoder(

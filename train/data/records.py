@@ -21,7 +21,8 @@ import tqdm
 from array_record.python import array_record_module  # pyright: ignore[reportAttributeAccessIssue]
 from etils import epath
 
-_DIGEST_BYTES = 64 * 2**10  # of a file's head and of its tail that its fingerprint covers
+# A fingerprint covers this much of a file's head, and as much of its tail.
+_DIGEST_BYTES = 64 * 2**10
 _RECORD_COLUMNS = ("text", "messages", "tools")  # what supervised training reads
 _MAX_CACHED_GROUPS = 4  # row groups of one Parquet file in memory
 _MAX_OPEN_FILES = 256  # files of one source, as a process may have only so many
@@ -43,9 +44,9 @@ class RecordFiles:
         """Find and open the files.
 
         Args:
-          name: of the source, for messages.
+          name: name of the source, for messages.
           path: a file, a directory, or a pattern such as gs://bucket/books/*.arrayrecord.
-          columns: of Parquet files to read. None reads all of them.
+          columns: columns to read of Parquet files. None reads all of them.
 
         Raises:
           DataError: there is no such file, its format is unknown, or it is damaged or empty.
@@ -162,7 +163,7 @@ class _RecordReader:
     """One file. Its handle is opened when it is first needed, and stays out of pickles."""
 
     num_records: int
-    columns: tuple[str, ...] | None = None  # of a table, to be read. None reads all of them
+    columns: tuple[str, ...] | None = None  # columns to read of a table. None reads all of them
 
     def __init__(self, file: epath.Path):
         self.file = file
@@ -292,7 +293,7 @@ class _ArrayRecordReader(_RecordReader):
     def __init__(self, file: epath.Path):
         super().__init__(file)
         self.num_records = self._handle.num_records()
-        self.close()  # as in `_ParquetReader`
+        self.close()  # for the reason in `_ParquetReader`
 
     @functools.cached_property
     def _handle(self):

@@ -35,7 +35,7 @@ def choose_by_weight(weights: Mapping[str, float], total: float, *key: str | int
     """Return a name, with the probability of its weight over `total`.
 
     Args:
-      weights: by name, all above 0.
+      weights: weight of each name, above 0.
       total: sum of the weights. The caller adds them up, because the order of adding decides the
         last bit.
       key: arguments that decide the choice, such as a seed and a count.

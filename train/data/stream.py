@@ -29,7 +29,7 @@ class HostBatch:
     Attributes:
       arrays: the rows' tokens, targets and weights [B, T].
       source_ids: number of each token's source from 1, 0 for padding.
-      sample_ids: of each row, see `packing.PackedRow`.
+      sample_ids: names of each row's segments, see `packing.PackedRow`.
       utilization: share of the tokens that are no padding, 0 to 1.
       wait_secs: seconds that the caller waited for the batch.
       num_dropped: number of conversations that this host's lanes left out so far.
@@ -62,8 +62,8 @@ class BatchStream:
         """Open the sources. The first row is made when the first batch is asked for.
 
         Args:
-          config: of the stream.
-          tokenizer: of the model.
+          config: the stream's config.
+          tokenizer: the model's tokenizer.
           process_index: number of this host among the hosts that have different rows. Hosts that
             share rows, because the mesh splits the rows' length, pass the same index.
           process_count: number of hosts that have different rows.
@@ -155,7 +155,7 @@ class BatchStream:
         """Go on after the batch at which the state was taken.
 
         Args:
-          state: of all hosts, merged.
+          state: the states of all hosts, merged.
 
         Raises:
           DataError: a data file has changed since, or the config lacks a source of the state.
