@@ -53,7 +53,7 @@ class SoftmaxAttention(nnx.Module):
         positions: Int[Array, "B T"],
         cache: state_lib.KVCache,
         stack_index: layer_stack.StackIndex,
-        length_sharded: bool = False,
+        length_sharded: bool,
     ) -> tuple[Float[Array, "B T D"], state_lib.KVCache]:
         """Append to the cache of one layer, then attend to all of it.
 

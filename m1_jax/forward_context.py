@@ -29,7 +29,7 @@ class ForwardContext:
     positions: Int[Array, "#B T"]
     segment_ids: Int[Array, "B T"] | None = None
     expert_ids: Int[Array, "B T L A"] | None = None
-    length_sharded: bool = dataclasses.field(default=True, metadata={"static": True})
+    length_sharded: bool = dataclasses.field(kw_only=True, metadata={"static": True})
 
     @property
     def token_mask(self) -> Float[Array, "B T"] | None:
@@ -49,6 +49,8 @@ def prepare_inputs(
     expert_ids: Int[Array, "B T L A"] | None,
 ) -> tuple[Any, ForwardContext]:
     """Return tokens and their context. On a mesh both are padded to a length that it divides.
+
+    The context axis, where there is one, always splits whole rows.
 
     Arguments are those of `MiniMaxM1.hidden`.
     """
@@ -71,7 +73,7 @@ def prepare_inputs(
         if positions is None:
             # One row for all: [1, T] broadcasts, and a mesh need not split it by rows.
             positions = jnp.arange(tokens.shape[1], dtype=jnp.int32).reshape(1, -1)
-        return tokens, ForwardContext(positions, expert_ids=expert_ids)
+        return tokens, ForwardContext(positions, expert_ids=expert_ids, length_sharded=True)
     if layout is not None:
         # Documents are counted along a whole row. Gathering the rows costs a few bytes a token.
         rows = layout.activation_sharding("batch", None)
@@ -80,4 +82,4 @@ def prepare_inputs(
         positions = documents_lib.document_positions(segment_ids)
     # A caller's ids only need to change between documents. Layers want numbers that never fall.
     document_numbers = documents_lib.document_numbers(segment_ids)
-    return tokens, ForwardContext(positions, document_numbers, expert_ids)
+    return tokens, ForwardContext(positions, document_numbers, expert_ids, length_sharded=True)

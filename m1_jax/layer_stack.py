@@ -8,7 +8,7 @@ group. A program therefore has one loop body per group, however many layers the 
 
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,28 @@ from m1_jax import fsdp, sharding
 # A layer's place on the two leading axes of its stack: (repeat of the unit, number in the group).
 # `ModelConfig.locate_layer` has it as Python integers. In a scan the two numbers are traced.
 StackIndex = tuple[Int[Array, ""] | int, Int[Array, ""] | int]
+
+
+class ApplyLayer(Protocol):
+    """A function that runs one layer, with the signature of `DecoderLayer.__call__`.
+
+    Training and decoding have whole rows [B, T, D], a `ForwardContext`, and router statistics as
+    the output. Serving has rows of many sequences [M, D], a `RaggedBatch`, and the experts chosen.
+    """
+
+    def __call__(
+        self,
+        layer: Any,  # the `DecoderLayer`, with its parameters gathered
+        x: Float[Array, "*rows D"],
+        slopes: Float[Array, "N"],
+        context: Any,  # what all layers of the pass share
+        group_state: Any,  # state of all layers of the group, None if no state is kept
+        stack_index: StackIndex,
+        layer_index: Int[Array, ""] | int,
+        /,
+    ) -> tuple[Float[Array, "*rows D"], Any, Any]:
+        """Return x after the layer, the layer's output, and the new group state."""
+        ...
 
 
 class LayersOutput(NamedTuple):

@@ -67,7 +67,7 @@ class LightningAttention(nnx.Module):
         slopes: Float[Array, "N"],
         segment_ids: Int[Array, "B T"] | None,
         state: Float[Array, "B N H H"] | None,
-        length_sharded: bool = True,
+        length_sharded: bool,
     ) -> tuple[Float[Array, "B T D"], Float[Array, "B N H H"]]:
         """Return the block's output and the float32 state after the last real token.
 
@@ -89,13 +89,8 @@ class LightningAttention(nnx.Module):
             o, state = kernel(qkv, slopes, segment_ids=segment_ids, initial_state=state)
         return self.project_output(h, o), state
 
-    def project_inputs(
-        self, h: Float[Array, "*batch D"], positions=None
-    ) -> Float[Array, "*batch N3H"]:
-        """Return q, k and v of every token in one array. Lightning attention uses no positions.
-
-        Serving calls both kinds of attention the same way, hence the argument.
-        """
+    def project_inputs(self, h: Float[Array, "*batch D"]) -> Float[Array, "*batch N3H"]:
+        """Return q, k and v of every token in one array, by head, then q, k and v."""
         return jax.nn.silu(self.qkv(h))
 
     def project_output(self, h: Float[Array, "*batch D"], o: Float[Array, "*batch NH"]):

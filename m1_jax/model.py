@@ -7,13 +7,12 @@ that its device holds. The serving engine has a third way, `serving/forward.py`.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from m1_jax import (
@@ -99,6 +98,8 @@ class MiniMaxM1(nnx.Module):
         input_checks.check_token_ids(tokens, self.config.vocab_size)
         input_checks.check_token_shape("segment_ids", segment_ids, tokens)
         input_checks.check_token_shape("positions", positions, tokens)
+        # Jitted, since a model is called like a function, outside of any program. `hidden` and
+        # `trace` are parts of a caller's own program (a loss, a comparison), which that one jits.
         return _compute_logits(self, tokens, segment_ids, positions).x
 
     def hidden(
@@ -108,13 +109,17 @@ class MiniMaxM1(nnx.Module):
         positions: Int[Array, "B T"] | None = None,
         expert_ids: Int[Array, "B T L A"] | None = None,
     ) -> tuple[Float[Array, "B T D"], moe.RouterStats]:
-        """Return what the head reads, and router statistics with a leading axis of layers.
+        """Return what the head reads, and the router statistics.
 
         Args:
           expert_ids: experts that the tokens are sent to, such as those that a sampler chose.
             Where they are -1, the layer's router chooses. The weights are the router's either way.
+
+        Returns:
+          (x after the last layer and the final norm, in the model's dtype; sums over all tokens,
+          with a leading axis of layers).
         """
-        output = self._compute_outputs(tokens, segment_ids, positions, expert_ids)
+        output = _compute_outputs(self, tokens, segment_ids, positions, expert_ids)
         return output.x, output.stats
 
     def trace(
@@ -123,54 +128,15 @@ class MiniMaxM1(nnx.Module):
         segment_ids: Int[Array, "B T"] | None = None,
         positions: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], moe.RouterStats, Float[Array, "L B T D"]]:
-        """Return what `hidden` does, and the output of every layer, to compare two models."""
-        output = self._compute_outputs(tokens, segment_ids, positions, keep_layer_outputs=True)
+        """Return what `hidden` returns, and the output of every layer, to compare two models.
+
+        Returns:
+          (x after the last layer and the final norm; the router statistics; x after each layer,
+          before the final norm).
+        """
+        output = _compute_outputs(self, tokens, segment_ids, positions, keep_layer_outputs=True)
         assert output.layer_outputs is not None
         return output.x, output.stats, output.layer_outputs
-
-    def _compute_outputs(
-        self,
-        tokens: Int[Array, "B T"],
-        segment_ids: Int[Array, "B T"] | None,
-        positions: Int[Array, "B T"] | None,
-        expert_ids: Int[Array, "B T L A"] | None = None,
-        keep_layer_outputs: bool = False,
-        with_logits: bool = False,
-    ) -> ForwardOutput:
-        """Run the model on whole rows, on a mesh if there is one."""
-        layout, length = self.layout, tokens.shape[1]
-        tokens, context = forward_context.prepare_inputs(
-            layout, tokens, segment_ids, positions, expert_ids
-        )
-        forward = functools.partial(
-            _forward_local, keep_layer_outputs=keep_layer_outputs, with_logits=with_logits
-        )
-        if layout is None:
-            return forward(self, tokens, context)
-        num_rows = len(tokens)
-        # Default positions are one row for all. Arrays with a row for each are split by rows.
-        context_specs = jax.tree.map(
-            lambda a: layout.activation_spec("batch" if len(a) == num_rows else None, "length"),
-            context,
-        )
-        row_spec = layout.activation_spec("batch", "length")
-        specs: Any = ForwardOutput  # Any, since it holds specs here in place of arrays
-        output_specs = specs(
-            layout.activation_spec("batch", "length", "vocab" if with_logits else None),
-            PartitionSpec(),  # `_forward_local` sums the statistics over all devices
-            layout.activation_spec(None, "batch", "length", None) if keep_layer_outputs else None,
-        )
-        program = sharding.run_sharded(
-            layout,
-            forward,
-            (sharding.param_specs(layout, self), row_spec, context_specs),
-            output_specs,
-        )
-        x, stats, layer_outputs = program(self, tokens, context)
-        # What `prepare_inputs` added at the end of the rows is cut off again.
-        if layer_outputs is not None:
-            layer_outputs = layer_outputs[:, :, :length]
-        return ForwardOutput(x[:, :length], stats, layer_outputs)
 
     def init_state(self, batch: int, max_length: int) -> state_lib.DecodeState:
         """Return the decode state of `batch` empty sequences of up to `max_length` tokens."""
@@ -205,16 +171,16 @@ class MiniMaxM1(nnx.Module):
         context: Any,
         group_states: Sequence[Any] | None = None,
         *,
-        apply_layer: Callable = decoder_layer.DecoderLayer.__call__,
+        apply_layer: layer_stack.ApplyLayer = decoder_layer.DecoderLayer.__call__,
         keep_layer_outputs: bool = False,
     ) -> layer_stack.LayersOutput:
         """Run all layers on this device's rows.
 
         Args:
-          context: what all layers share: a `ForwardContext`, or what `apply_layer` takes for it.
+          context: what all layers share, handed to `apply_layer`: a `ForwardContext`, or serving's
+            `RaggedBatch`.
           group_states: by group, the state of its layers. None: no states are read or kept.
-          apply_layer: runs one layer. Its arguments and results are those of
-            `DecoderLayer.__call__`.
+          apply_layer: runs one layer.
           keep_layer_outputs: return x after every layer too.
         """
         config, layout = self.config, self.layout
@@ -268,7 +234,51 @@ def _compute_logits(
     segment_ids: Int[Array, "B T"] | None,
     positions: Int[Array, "B T"] | None,
 ) -> ForwardOutput:
-    return model._compute_outputs(tokens, segment_ids, positions, with_logits=True)
+    return _compute_outputs(model, tokens, segment_ids, positions, with_logits=True)
+
+
+def _compute_outputs(
+    model: MiniMaxM1,
+    tokens: Int[Array, "B T"],
+    segment_ids: Int[Array, "B T"] | None,
+    positions: Int[Array, "B T"] | None,
+    expert_ids: Int[Array, "B T L A"] | None = None,
+    keep_layer_outputs: bool = False,
+    with_logits: bool = False,
+) -> ForwardOutput:
+    """Run the model on whole rows, on a mesh if there is one."""
+    layout, length = model.layout, tokens.shape[1]
+    tokens, context = forward_context.prepare_inputs(
+        layout, tokens, segment_ids, positions, expert_ids
+    )
+    forward = functools.partial(
+        _forward_local, keep_layer_outputs=keep_layer_outputs, with_logits=with_logits
+    )
+    if layout is None:
+        return forward(model, tokens, context)
+    num_rows = len(tokens)
+    # Default positions are one row for all. Arrays with a row for each are split by rows.
+    context_specs = jax.tree.map(
+        lambda a: layout.activation_spec("batch" if len(a) == num_rows else None, "length"),
+        context,
+    )
+    row_spec = layout.activation_spec("batch", "length")
+    output_specs = ForwardOutput(
+        layout.field_spec("batch", "length", "vocab" if with_logits else None),
+        layout.field_spec(),  # `_forward_local` sums the statistics over all devices
+        layout.field_spec(None, "batch", "length", None) if keep_layer_outputs else None,
+    )
+    program = sharding.run_sharded(
+        layout,
+        forward,
+        (sharding.param_specs(layout, model), row_spec, context_specs),
+        output_specs,
+    )
+    x, stats, layer_outputs = program(model, tokens, context)
+    # What `prepare_inputs` added at the end of the rows is cut off again.
+    if layer_outputs is not None:
+        layer_outputs = layer_outputs[:, :, :length]
+    return ForwardOutput(x[:, :length], stats, layer_outputs)
 
 
 def _forward_local(

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -97,10 +96,9 @@ def init_decode_state(
 
 def decode_state_specs(state: DecodeState, layout: sharding.MeshLayout) -> DecodeState:
     """Return the mesh axes of every array of a state."""
-    # Any, since the fields of the state hold specs here in place of arrays.
-    cache: Any = layout.activation_spec(None, None, "batch", "kv_heads", "length", None)
-    matrix: Any = layout.activation_spec(None, None, "batch", "heads", None, None)
-    length: Any = layout.activation_spec("batch")
+    cache = layout.field_spec(None, None, "batch", "kv_heads", "length", None)
+    matrix = layout.field_spec(None, None, "batch", "heads", None, None)
+    length = layout.field_spec("batch")
     group_specs = [
         KVCache(cache, cache) if isinstance(group_state, KVCache) else matrix
         for group_state in state.group_states

@@ -34,7 +34,7 @@ def test_full_size_layer_compiles_with_the_kernels(chip):
 
     def loss(layer, x, slopes):
         positions = jnp.arange(LENGTH, dtype=jnp.int32).reshape(1, -1)
-        context = forward_context.ForwardContext(positions)
+        context = forward_context.ForwardContext(positions, length_sharded=True)
         y, _, _ = layer(x, slopes, context)
         return jnp.sum(y.astype(jnp.float32) ** 2)
 

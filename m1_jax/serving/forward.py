@@ -100,6 +100,8 @@ def _apply_layer(
     @jax.named_scope(layer.kind)
     def before_attention(x, positions):
         h = layer.input_norm(x)
+        if layer.kind == config_lib.LIGHTNING:
+            return h, layer.attention.project_inputs(h)  # lightning attention uses no positions
         return h, layer.attention.project_inputs(h, positions)
 
     def between_attention_and_experts(x, h, o):

@@ -13,7 +13,6 @@ K is the kv heads, N the heads, H the size of a head, L the layers, and A the ex
 
 import dataclasses
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -135,8 +134,8 @@ def init_serving_state(
 
 def serving_state_specs(state: ServingState, layout: sharding.MeshLayout) -> ServingState:
     """Return the mesh axes of every array of a serving state."""
-    heads: Any = layout.activation_spec(None, None, None, "heads", None, None)
-    kv_heads: Any = layout.activation_spec(None, None, None, "kv_heads", None, None)
+    heads = layout.field_spec(None, None, None, "heads", None, None)
+    kv_heads = layout.field_spec(None, None, None, "kv_heads", None, None)
     # States and chunks of keys and values have the heads on one axis, so they share a spec.
     group_specs = [
         LightningSlots(heads, heads, heads)
@@ -145,7 +144,7 @@ def serving_state_specs(state: ServingState, layout: sharding.MeshLayout) -> Ser
         for group_state in state.group_states
     ]
     # Every device of the batch axes computes all rows, so every device knows all their experts.
-    replicated: Any = layout.activation_spec()
+    replicated = layout.field_spec()
     expert_ids = None if state.expert_id_pages is None else ExpertIdPages(replicated)
     return ServingState(tuple(group_specs), expert_ids)
 
