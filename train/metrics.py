@@ -75,7 +75,7 @@ class MetricsWriter:
         board = str(directory / "tensorboard")
         # TensorBoard then hides earlier events from this step on.
         self._tensorboard = tensorboardX.SummaryWriter(board, purge_step=step + 1)
-        # In a log file a bar would be thousands of lines; there a step is a line of `logging`.
+        # In a log file a bar would be thousands of lines. There a step is a line of `logging`.
         quiet = not sys.stderr.isatty()
         self._progress_bar = tqdm.tqdm(total=total_steps, initial=step, unit="step", disable=quiet)
         self._is_quiet = quiet

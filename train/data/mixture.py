@@ -98,7 +98,7 @@ class DataLane:
         self._sources = {source.name: source for source in config.data.sources}
         # A source's number in a batch is its place in the config.
         self._source_indices = {name: i for i, name in enumerate(self._sources)}
-        # A source that the state does not know was added at the checkpoint; it begins at 0.
+        # A source that the state does not know was added at the checkpoint. It begins at 0.
         unread = dict.fromkeys(self._sources, 0)
         self._documents_read = {**unread, **state.documents_read}
         self._tokens_read = {**unread, **state.tokens_read}

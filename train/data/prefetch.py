@@ -77,7 +77,7 @@ def iterate_rows(
     A step for which this worker has no lane is left out. Rows are padding once a lane has ended.
 
     Args:
-      spec: the spec, which is the same for all workers.
+      spec: what to make, the same for all workers.
       worker_index: number of this worker. It runs the lanes whose number is `worker_index` modulo
         `num_workers`.
       num_workers: number of workers that share the lanes.
@@ -222,7 +222,7 @@ def _run_worker(
         try:
             for lane_rows in iterate_rows(spec, worker_index, num_workers):
                 sender.send(lane_rows)
-        except BrokenPipeError:  # the reader has gone; there is nobody to send an error to
+        except BrokenPipeError:  # the reader has gone, and nobody receives an error
             raise
         except Exception as error:
             sender.send(error)

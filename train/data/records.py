@@ -116,7 +116,7 @@ class RecordFiles:
 
         Names begin below the folder that all files share, as that folder may move.
         """
-        # `commonprefix` compares tuples part by part; a prefix of text could end within a name.
+        # `commonprefix` compares tuples part by part. A prefix of text could end within a name.
         folders = [reader.file.parent.parts for reader in self._readers]
         num_shared = len(os.path.commonprefix(folders))
         return [
