@@ -39,8 +39,8 @@ def run_routed_experts(
 
     Args:
       x: tokens of this device.
-      weights: float32 weights of the chosen experts.
-      expert_ids: the chosen experts, counted over all devices. E or more means no expert.
+      weights: float32 weights of each token's experts.
+      expert_ids: each token's experts, numbered over all devices. E or more means no expert.
       gate, up, down: matrices of this device's experts.
       capacity: None drops no token. Otherwise a device takes at most this many times the rows of a
         balanced router, and the last rows of its last experts are dropped.
@@ -340,8 +340,8 @@ _exchange_rows.defvjp(_exchange_rows_fwd, _exchange_rows_bwd)
 
 @jax.custom_vjp
 def _take_rows(
-    x: Float[Array, "M D"], index: Int[Array, "P"], inverse: Int[Array, "M A"]
-) -> Float[Array, "P D"]:
+    x: Float[Array, "M D"], index: Int[Array, "n"], inverse: Int[Array, "M A"]
+) -> Float[Array, "n D"]:
     """Return x[index], where inverse[m] lists the A positions of row m in the result.
 
     The gradient gathers through `inverse`. Autodiff would scatter, which is slow everywhere.

@@ -1,6 +1,6 @@
 """Mixture of experts: float32 router, dropless dispatch, experts, balance loss.
 
-M tokens choose A of E experts each. A slot is the rank of a choice: slot 0 is a token's first.
+M tokens choose A of E experts each. The rank of a choice counts from 0, the most probable expert.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ class RouterStats:
     All fields may have a leading axis of layers.
 
     Attributes:
-      choice_counts: how often expert e was a token's slot-th choice.
+      choice_counts: how often expert e was a token's choice of each rank.
       prob_sums: sum of the probabilities of expert e.
       num_tokens: how many tokens were counted.
       num_dropped: how many of their choices a capacity limit left out.
@@ -35,18 +35,18 @@ class RouterStats:
 
 
 def balance_loss(stats: RouterStats) -> Float[Array, ""]:
-    """Return E * sum over slot, e of f[slot, e] P[e], over the tokens of ALL layers together.
+    """Return E * sum over rank, e of f[rank, e] p[e], over the tokens of ALL layers together.
 
-    f is the share of tokens whose slot-th choice is e, and P the mean probability of e (the
-    release's `load_balancing_loss_func`). Perfect balance gives the number of slots, 2 in the
-    release.
+    f is the share of tokens whose choice of that rank is e, and p the mean probability of e (the
+    release's `load_balancing_loss_func`). Perfect balance gives A, 2 in the release.
     """
     num_experts = stats.prob_sums.shape[-1]
     num_tokens = jnp.maximum(jnp.sum(stats.num_tokens), 1.0)
     # As in the release, layers are summed before the product: it is not a mean of layers' losses.
-    chosen = stats.choice_counts.reshape(-1, *stats.choice_counts.shape[-2:]).sum(0) / num_tokens
-    prob = stats.prob_sums.reshape(-1, num_experts).sum(0) / num_tokens
-    return num_experts * jnp.sum(chosen * prob[None, :])
+    choice_counts = stats.choice_counts.reshape(-1, *stats.choice_counts.shape[-2:])
+    choice_shares = choice_counts.sum(0) / num_tokens  # [A, E]
+    mean_probs = stats.prob_sums.reshape(-1, num_experts).sum(0) / num_tokens
+    return num_experts * jnp.sum(choice_shares * mean_probs[None, :])
 
 
 def dropped_share(stats: RouterStats) -> Float[Array, ""]:
@@ -104,11 +104,11 @@ class MoE(nnx.Module):
             if forced_expert_ids is None
             else forced_expert_ids.reshape(-1, self.num_experts_per_token)
         )
-        weights, chosen, stats = self.route(x, token_mask, forced_expert_ids)
+        weights, expert_ids, stats = self.route(x, token_mask, forced_expert_ids)
         # Padding goes to no expert, so that it never travels to another device.
         if token_mask is not None and collectives.axis_size("experts") > 1:
-            chosen = jnp.where(token_mask[:, None] > 0, chosen, self.no_expert)
-        y, dropped = self.dispatch(x, weights, chosen, stack_index)
+            expert_ids = jnp.where(token_mask[:, None] > 0, expert_ids, self.no_expert)
+        y, dropped = self.dispatch(x, weights, expert_ids, stack_index)
         return self.combine(h, y.reshape(h.shape)), dataclasses.replace(stats, num_dropped=dropped)
 
     def dispatch(
@@ -128,8 +128,10 @@ class MoE(nnx.Module):
         # Devices of the tensor axis have a part of every expert's hidden units.
         return collectives.psum(y.astype(x.dtype), "mlp"), dropped
 
-    def combine(self, h: Float[Array, "*batch D"], y: Float[Array, "*batch D"]):
-        """Return the block's output, given the output `y` of the chosen experts."""
+    def combine(
+        self, h: Float[Array, "*batch D"], y: Float[Array, "*batch D"]
+    ) -> Float[Array, "*batch D"]:
+        """Return the block's output, given the output `y` of the routed experts."""
         if self.shared is None:
             return y
         with jax.named_scope("experts"):
@@ -152,8 +154,12 @@ class MoE(nnx.Module):
         x: Float[Array, "M D"],
         token_mask: Float[Array, "M"] | None,
         forced_expert_ids: Int[Array, "M A"] | None = None,
-    ):
-        """Return weights [M, A], expert ids [M, A], and the `RouterStats`.
+    ) -> tuple[Float[Array, "M A"], Int[Array, "M A"], RouterStats]:
+        """Return the weights and the ids of each row's experts, and the statistics.
+
+        Args:
+          token_mask: 1 for the rows that statistics count. None: all rows.
+          forced_expert_ids: experts to take, -1 where the router chooses. None: it always chooses.
 
         Precision: logits and probabilities are float32. Weights are float32 numbers that x's dtype
         can hold.
@@ -163,20 +169,20 @@ class MoE(nnx.Module):
             x.astype(jnp.float32), self.router[...], precision=jax.lax.Precision.HIGHEST
         )
         prob = jax.nn.softmax(logits, axis=-1)
-        top, chosen = jax.lax.top_k(prob, self.num_experts_per_token)
+        top_probs, expert_ids = jax.lax.top_k(prob, self.num_experts_per_token)
         if forced_expert_ids is not None:
-            chosen = jnp.where(
-                forced_expert_ids >= 0, forced_expert_ids.astype(chosen.dtype), chosen
+            expert_ids = jnp.where(
+                forced_expert_ids >= 0, forced_expert_ids.astype(expert_ids.dtype), expert_ids
             )
             # Forced experts have the router's own probabilities, and gradients reach it.
-            top = jnp.take_along_axis(prob, chosen, axis=-1)
-        weights = top / jnp.sum(top, axis=-1, keepdims=True)
+            top_probs = jnp.take_along_axis(prob, expert_ids, axis=-1)
+        weights = top_probs / jnp.sum(top_probs, axis=-1, keepdims=True)
         token_mask = (
             jnp.ones(x.shape[0], jnp.float32)
             if token_mask is None
             else token_mask.astype(jnp.float32)
         )
-        hits = jax.nn.one_hot(chosen, prob.shape[-1], dtype=jnp.float32)  # [M, A, E]
+        hits = jax.nn.one_hot(expert_ids, prob.shape[-1], dtype=jnp.float32)  # [M, A, E]
         stats = RouterStats(
             choice_counts=jnp.sum(hits * token_mask.reshape(-1, 1, 1), axis=0),
             prob_sums=jnp.sum(prob * token_mask.reshape(-1, 1), axis=0),
@@ -184,7 +190,7 @@ class MoE(nnx.Module):
             num_dropped=jnp.zeros(()),  # only the exchange knows, and `__call__` fills it in
         )
         # The release multiplies in the model's dtype, so weights are rounded to it.
-        return weights.astype(x.dtype).astype(jnp.float32), chosen, stats
+        return weights.astype(x.dtype).astype(jnp.float32), expert_ids, stats
 
 
 class SharedExpert(nnx.Module):
