@@ -34,7 +34,7 @@ class LaneState:
 
     Attributes:
       documents_read: number of documents drawn, by source. Empty before the lane's first row.
-      tokens_read: number of tokens in them, by source.
+      tokens_read: number of tokens in these documents, by source.
       num_dropped: number of conversations left out as too long.
       pending: the pieces that are in no row yet, in order of arrival.
     """
@@ -46,6 +46,7 @@ class LaneState:
 
     def to_json(self) -> dict[str, Any]:
         """Return what a checkpoint keeps: {} for a lane without a row so far."""
+        # Counts begin with the first row. A lane that never ran has none to write.
         if not self.documents_read:
             return {}
         return {
