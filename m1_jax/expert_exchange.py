@@ -125,7 +125,7 @@ class _ExchangePlan:
         number of rows.
         """
         sender_start, receiver_start = self._chunk_starts()
-        # The round takes this window of each receiver's rows.
+        # The round takes this part of each receiver's rows.
         low, high = round_index * self.num_buffer_rows, (round_index + 1) * self.num_buffer_rows
         first = jnp.clip(receiver_start, low, high)
         size = jnp.clip(receiver_start + self.row_counts, low, high) - first
