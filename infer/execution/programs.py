@@ -110,7 +110,8 @@ def decode_tokens(
         sampling_state, chosen = slot_sampling.choose_and_record(
             logits, sampling_state, batch, running, length + 1
         )
-        return step + 1, state, sampling_state, _write_step(outputs, chosen, step)
+        outputs = _write_step(outputs, chosen, step)
+        return step + 1, state, sampling_state, outputs
 
     # The loop's carry must have the dtypes that a step returns: they are read off one abstract
     # step, not spelled here a second time.
