@@ -118,7 +118,7 @@ class _ExchangePlan:
         receiver_starts = jnp.cumsum(per_device, axis=1) - per_device
         return sender_starts, receiver_starts.reshape(self.row_counts.shape[::-1]).T
 
-    def chunk_windows(self, round_index):
+    def chunk_parts(self, round_index):
         """Return the part of each chunk that passes in a round: three arrays [P, E].
 
         They are its offset among the sender's rows, its offset in the receiver's buffer, and its
@@ -144,16 +144,16 @@ class _ExchangePlan:
         return (jnp.max(per_device) + self.num_buffer_rows - 1) // self.num_buffer_rows
 
     def arriving_chunks(self, round_index):
-        """Return `chunk_windows` of the chunks for this device's experts, each [P, e]."""
+        """Return `chunk_parts` of the chunks for this device's experts, each [P, e]."""
         start = collectives.axis_index("experts") * self.num_local_experts
         cut = functools.partial(
             jax.lax.dynamic_slice_in_dim, slice_size=self.num_local_experts, axis=1
         )
-        return tuple(cut(x, start) for x in self.chunk_windows(round_index))
+        return tuple(cut(x, start) for x in self.chunk_parts(round_index))
 
     def leaving_chunks(self, round_index):
-        """Return `chunk_windows` of this device's own rows, each [E]."""
-        return tuple(x[collectives.axis_index("experts")] for x in self.chunk_windows(round_index))
+        """Return `chunk_parts` of this device's own rows, each [E]."""
+        return tuple(x[collectives.axis_index("experts")] for x in self.chunk_parts(round_index))
 
     # The two below return the last four arguments of `jax.lax.ragged_all_to_all`, in its order.
 

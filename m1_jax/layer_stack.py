@@ -93,7 +93,7 @@ def make_stack(make_layer: Callable, shape: tuple[int, int], rngs: nnx.Rngs) -> 
 
 
 def scan_layer_groups(
-    apply_layer: Callable,
+    apply_stacked: Callable,
     stacks: Sequence[Any],
     group_sizes: Sequence[int],
     num_repeats: int,
@@ -105,8 +105,8 @@ def scan_layer_groups(
     """Apply all layers in order: a scan over repeats of the unit, in it a scan for each group.
 
     Args:
-      apply_layer: called as apply_layer(layer, x, group_state, stack_index, layer_index). Returns
-        x, an output, and the group's state.
+      apply_stacked: called as apply_stacked(layer, x, group_state, stack_index, layer_index), with
+        what `slice_layer` returns as the layer. Returns x, an output, and the new group state.
       stacks: by group, arrays [R, J, ...].
       group_sizes: by group, J.
       num_repeats: R.
@@ -128,7 +128,7 @@ def scan_layer_groups(
                 stack_index = (repeat, layer_number)
                 layer = sliced[0] if sliced else slice_layer(stacks[group], stack_index)
                 layer_index = repeat * group_starts[-1] + group_starts[group] + layer_number
-                x, output, group_state = apply_layer(
+                x, output, group_state = apply_stacked(
                     layer, x, group_state, stack_index, layer_index
                 )
                 return (x, group_state), (output, x if keep_layer_outputs else None)

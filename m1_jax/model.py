@@ -99,7 +99,7 @@ class MiniMaxM1(nnx.Module):
         input_checks.check_token_shape("segment_ids", segment_ids, tokens)
         input_checks.check_token_shape("positions", positions, tokens)
         # Jitted, since a model is called like a function, outside of any program. `hidden` and
-        # `trace` are parts of a caller's own program (a loss, a comparison), which that one jits.
+        # `trace` are parts of a caller's own program (a loss, a comparison): the caller jits that.
         return _compute_logits(self, tokens, segment_ids, positions).x
 
     def hidden(

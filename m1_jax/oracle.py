@@ -252,9 +252,9 @@ def _moe_block(config, weights, h):
 
 
 def _aux_loss(config, router_logits):
-    """Return E * (sum over slot, e of f[slot, e] * P[e]), the tokens of all layers pooled.
+    """Return E * (sum over rank, e of f[rank, e] * p[e]), the tokens of all layers pooled.
 
-    f is the share of tokens whose choice number `slot` is expert e, and P the mean probability.
+    f is the share of tokens whose choice of that rank is expert e, and p the mean probability of e.
     """
     num_experts = config["num_local_experts"]
     p = jax.nn.softmax(jnp.concatenate(router_logits), axis=-1)  # [L * tokens, E]
