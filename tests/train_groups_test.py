@@ -197,6 +197,7 @@ def test_flat_groups_are_replaced_and_paid_for():
     kept = [reward for group in batch.groups for reward in group.rewards]
     wanted = np.mean([0.5] * 2 * SIZE + kept)
     np.testing.assert_allclose(metrics["reward_sampled"], wanted)
+    assert batch.mean_reward == metrics["reward_sampled"]
     everything = collect(collector(number=4), Sampler())
     assert metrics["tokens_sampled"] == everything.metrics["tokens_trained"] > trained
 

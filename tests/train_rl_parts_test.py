@@ -12,9 +12,19 @@ import pytest
 
 from m1_jax import multihost
 from train.data import records as records_lib
-from train.rl import groups, length_schedule, tasks
+from train.rl import groups, length_schedule, saved_state, tasks
 from train.rl import sample as sample_lib
 from train.rl.environments import catalog, lookup
+
+# ---- what a checkpoint has beside arrays
+
+
+def test_saved_state_comes_back_from_json():
+    state = saved_state.RlSavedState({"number": 3}, 2, {"index": 1}, {"s": [["f", 1, "hash"]]})
+    written = json.loads(json.dumps(state.to_json()))
+    assert list(written) == ["collector", "version", "window", "fingerprints"]
+    assert saved_state.RlSavedState.from_json(written) == state
+
 
 # ---- windows
 
@@ -161,7 +171,7 @@ def test_tasks_of_a_table(tmp_path, read):
     ("record", "keys", "message"),
     [
         ({"text": "p"}, (), r"got the keys \['text'\]; wanted a prompt in one of prompt, messages"),
-        ({"prompt": "p"}, (("label", "lable"),), "wanted lable, as keys= says of the label"),
+        ({"prompt": "p"}, (("label", "lable"),), "wanted lable, which keys= names for the label"),
         ({"prompt": ""}, (), r"a\.jsonl.*got the prompt ''; wanted a string or a list"),
         ({"prompt": ["p"]}, (), r"a\.jsonl.*got the prompt \['p'\]"),
         ({"prompt": []}, (), "got the prompt"),
