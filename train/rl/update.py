@@ -138,12 +138,7 @@ class PolicyUpdater:
         metrics |= mismatch
         metrics["entropy_old"] = entropy
         self._fill_advantages(minibatches, samples)
-        updates: list[batch_metrics.UpdateMetrics] = []
-        for _ in range(self._config.update.epochs):
-            for minibatch in minibatches:
-                # The old state is donated, so only the new one exists from here on.
-                state, update_metrics = self._update_minibatch(state, minibatch.packed)
-                updates.append(update_metrics)
+        state, updates = self._run_epochs(state, minibatches)
         metrics |= batch_metrics.merge_update_metrics(updates)
         if metrics["skipped"] == metrics["updates"]:
             raise FloatingPointError(
@@ -242,7 +237,19 @@ class PolicyUpdater:
         for minibatch in minibatches:
             minibatch.packed.fill("advantages", [values[index] for index in minibatch.indices])
 
-    # ---- an update
+    # ---- the updates
+
+    def _run_epochs(
+        self, state: step_lib.TrainState, minibatches: list[_Minibatch]
+    ) -> tuple[step_lib.TrainState, list[batch_metrics.UpdateMetrics]]:
+        """Make one optimizer step for each minibatch, in each epoch."""
+        updates: list[batch_metrics.UpdateMetrics] = []
+        for _ in range(self._config.update.epochs):
+            for minibatch in minibatches:
+                # The old state is donated, so only the new one exists from here on.
+                state, update_metrics = self._update_minibatch(state, minibatch.packed)
+                updates.append(update_metrics)
+        return state, updates
 
     def _update_minibatch(
         self, state: step_lib.TrainState, packed: rl_batch.PackedSamples
