@@ -31,7 +31,8 @@ def begin_output(output: pathlib.Path, fingerprint: dict[str, Any], num_requests
         return set()
     if not fingerprint_path.exists():
         raise ValueError(
-            f"--output: {output} exists, and {fingerprint_path.name} not; wanted a new file"
+            f"--output: {output} exists, but {fingerprint_path.name} beside it does not; wanted a "
+            "new file, or both. Give another --output."
         )
     saved = jsonl.parse_line(str(fingerprint_path), fingerprint_path.read_text())
     changed = [name for name in fingerprint if saved.get(name) != fingerprint[name]]

@@ -118,7 +118,7 @@ class Engine:
         matcher = self._compiler.compile_matcher(options)
         with self._work_condition:
             if self._closed:
-                raise RuntimeError("the engine is closed")
+                raise RuntimeError("submit: the engine is closed; make a new one")
             stop_ids = options_lib.all_stop_ids(options, self.tokenizer.stop_ids)
             sequence_id = next(self._sequence_ids)
             request = request_lib.Request(
@@ -127,7 +127,7 @@ class Engine:
             for token in prior_tokens or ():
                 request.push(token)
             if request.finish_reason is not None:
-                raise ValueError("prior_tokens: got a whole output; wanted one that goes on")
+                raise ValueError("prior_tokens: got a finished output; wanted one that goes on")
             self._scheduler.submit(
                 sequence_id,
                 request.prompt,

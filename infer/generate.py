@@ -224,7 +224,7 @@ def prepare_run(
     folder, options = command.checkpoint_dir(config.checkpoint), config.options
     requests = read_conversations(config)
     if config.logprobs is not None and not pathlib.Path(config.logprobs).parent.is_dir():
-        raise ValueError(f"--logprobs: got {config.logprobs}; wanted a file in a directory")
+        raise ValueError(f"--logprobs: got {config.logprobs}; wanted a file whose directory exists")
     tokenizer = tokenizer_lib.Tokenizer.load(folder)
     model_config = m1_jax.ModelConfig.from_file(folder / "config.json")
     prompts = []

@@ -239,7 +239,7 @@ def _parse_calls(text: str) -> tuple[ToolCall, ...]:
         calls.append(_check_call(value))
         position = _skip_space(text, position)
     if not calls:
-        raise ValueError("no call")
+        raise ValueError("no call in the block")
     return tuple(calls)
 
 

@@ -32,7 +32,7 @@ def load_config(spec: str, overrides: Sequence[str] = ()) -> Any:
         raise ConfigFileError(f"config: got {path!r}; wanted a file, as in --config=configs/x.py")
     get_config = runpy.run_path(path).get("get_config")
     if get_config is None:
-        raise ConfigFileError(f"{path} has no function get_config(arg)")
+        raise ConfigFileError(f"{path} has no function get_config(arg); wanted one")
     # Without ":arg" get_config takes its default, or has no parameter at all.
     config = get_config(arg) if arg else get_config()
     for override in overrides:
@@ -122,7 +122,9 @@ def _replace_at_path(
     # Negative indices count from the end, as in Python.
     if isinstance(node, tuple) and name.lstrip("-").isdigit():
         if not -len(node) <= int(name) < len(node):
-            raise ConfigFileError(f"{full_path}: got item {name}; there are {len(node)}")
+            raise ConfigFileError(
+                f"{full_path}: got item {name}; wanted one of the {len(node)} items, from 0"
+            )
         items = list(node)
         item_annotations = typing.get_args(_unwrap_optional(annotation, tuple)) or (Any,)
         # tuple[X, ...] has one annotation for all items, tuple[X, Y] one for each.
@@ -133,7 +135,10 @@ def _replace_at_path(
         )
         return tuple(items)
     if not dataclasses.is_dataclass(node):
-        raise ConfigFileError(f"{full_path}: {name!r} is below {node!r}, which has no fields")
+        raise ConfigFileError(
+            f"{full_path}: got the field {name!r} of {node!r}, which has no fields; wanted the "
+            "whole value at once, as in --set=\"lora={'rank': 16}\""
+        )
     # Not `field.type`, which is text in a module that postpones its annotations.
     annotations = typing.get_type_hints(type(node))
     if name not in annotations:

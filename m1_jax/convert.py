@@ -55,7 +55,7 @@ class ConvertConfig:
         if self.to not in ("orbax", "hf"):
             raise ValueError(f"--to is {self.to!r}; wanted orbax or hf")
         if not self.src or not self.dst:
-            raise ValueError("wanted both --src and --dst")
+            raise ValueError("got an empty path; wanted both --src and --dst")
         if self.memory_gib <= 0:
             raise ValueError(f"--memory_gib is {self.memory_gib}; wanted more than 0")
 
@@ -74,7 +74,8 @@ def run(config: ConvertConfig) -> pathlib.Path:
         raise release.CheckpointError(f"{src} is not a directory; wanted the checkpoint to convert")
     if format_lib.is_converted(src) != (config.to == "hf"):
         state = "not converted yet" if config.to == "hf" else "converted already"
-        raise release.CheckpointError(f"{src} is {state}; --to={config.to} does not apply to it")
+        source = "a converted directory" if config.to == "hf" else "a release directory"
+        raise release.CheckpointError(f"{src} is {state}; wanted {source} for --to={config.to}")
     partial = dst.with_name(dst.name + ".partial")
     if config.to == "orbax":
         _convert_to_orbax(release.Release(src), partial, config)

@@ -141,9 +141,9 @@ def read_config_json(path: pathlib.Path) -> Mapping[str, Any]:
     try:
         return strict_json.DECODER.decode(path.read_text())
     except FileNotFoundError:
-        raise ConfigError(f"{path} does not exist; it must lie beside the weights") from None
+        raise ConfigError(f"{path} does not exist. Copy it beside the weights.") from None
     except ValueError as error:
-        raise ConfigError(f"{path} is not valid JSON: {error}") from None
+        raise ConfigError(f"{path} is not valid JSON: {error}. Copy it again.") from None
 
 
 def parse_config(hf: Mapping[str, Any]) -> dict[str, Any]:
@@ -205,7 +205,9 @@ def _select_fields(hf: Mapping[str, Any], fields: Mapping[str, bool]) -> dict[st
     """
     missing = [name for name, needed in fields.items() if needed and hf.get(name) is None]
     if missing:
-        raise ConfigError(f"config.json: missing {', '.join(missing)}")
+        raise ConfigError(
+            f"config.json: missing {', '.join(missing)}. Is it the config.json of these weights?"
+        )
     return {name: hf[name] for name in fields if hf.get(name) is not None}
 
 
@@ -299,7 +301,10 @@ def _parse_native_rope(hf: Mapping[str, Any]) -> dict[str, Any]:
         dims = int(fraction * hf["head_dim"])
     dims = _reconcile_rope_key("rotary_dim", dims, hf.get("rotary_dim"))
     if rope:
-        raise ConfigError(f"config.json: unknown key in rope_parameters: {sorted(rope)}")
+        raise ConfigError(
+            f"config.json: unknown key in rope_parameters: {sorted(rope)}; wanted rope_type, "
+            "rope_theta and partial_rotary_factor. Remove it if it does not change the computation."
+        )
     return {
         "rope_theta": _NATIVE_ROPE_THETA if theta is None else theta,
         "rotary_dim": hf["head_dim"] if dims is None else dims,

@@ -80,7 +80,7 @@ def tiny_config(**overrides) -> dict:
     """
     if unknown := sorted(set(overrides) - set(_TINY_CONFIG)):
         raise ValueError(
-            f"got overrides {unknown}, want keys of config.json: {sorted(_TINY_CONFIG)}"
+            f"got overrides {unknown}; wanted keys of config.json: {sorted(_TINY_CONFIG)}"
         )
     if "attn_type_list" in overrides:
         overrides.setdefault("num_hidden_layers", len(overrides["attn_type_list"]))
@@ -188,7 +188,8 @@ def write_tiny_tokenizer(directory, vocab_size: int = 512) -> pathlib.Path:
     """
     base_size = vocab_size - len(_SPECIAL_TOKENS)
     if base_size < 256:
-        raise ValueError(f"got vocab_size {vocab_size}, want at least {256 + len(_SPECIAL_TOKENS)}")
+        least = 256 + len(_SPECIAL_TOKENS)
+        raise ValueError(f"got vocab_size {vocab_size}; wanted at least {least}")
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()

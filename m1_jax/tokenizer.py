@@ -193,7 +193,10 @@ class Tokenizer:
         for part in self._split_control_names(text):
             ids += self._library.encode(part, add_special_tokens=False).ids
         if not self._control_id_set.isdisjoint(ids):
-            raise ValueError(f"text: this tokenizer spells {text[:60]!r} with control tokens only")
+            raise ValueError(
+                f"text: this tokenizer can spell {text[:60]!r} only with control tokens; wanted "
+                "ordinary tokens. Is it the release's tokenizer?"
+            )
         return ids
 
     def _split_control_names(self, text: str) -> Iterator[str]:

@@ -134,7 +134,7 @@ def run(config: VerifyConfig) -> list[ComparisonRow]:
             rows.extend(compare(model, golden))
     # No row would count as success.
     if not rows:
-        raise ValueError(f"{config.golden} holds nothing to compare")
+        raise ValueError(f"{config.golden}: got nothing to compare; wanted a key beside input_ids")
     return rows
 
 
@@ -271,7 +271,10 @@ def _compare_gradients(model: model_lib.MiniMaxM1, golden: GoldenFile) -> Iterat
         return
     entries = {entry.name: entry for entry in params_map.list_tensor_entries(model.config)}
     if unknown := sorted(tensors.keys() - entries.keys()):
-        raise ValueError(f"golden grad/{unknown[0]}: the model has no such tensor")
+        raise ValueError(
+            f"golden grad/{unknown[0]}: the model has no such tensor. Was the file made with this "
+            "model?"
+        )
 
     # The model is a pytree of parameters, so its gradient is a model of gradients.
     @jax.jit

@@ -183,7 +183,7 @@ def test_refused_outputs(whole, tmp_path):
     with pytest.raises(ValueError, match="begun with another input"):
         offline.run(dataclasses.replace(config, input=str(path)))
     (tmp_path / "out.jsonl").touch()
-    with pytest.raises(ValueError, match=r"out.jsonl exists, and out.jsonl.run.json not"):
+    with pytest.raises(ValueError, match=r"out.jsonl exists, but out.jsonl.run.json beside it"):
         offline.run(dataclasses.replace(config, output=str(tmp_path / "out.jsonl")))
     for content, message in [
         ('{"index": 1}\n{"index": 1}\n', ":2: got index 1; wanted each of 0 to 7 once"),

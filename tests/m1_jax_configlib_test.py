@@ -50,7 +50,7 @@ def test_overrides_replace_one_value_of_its_own_type(override, path, value):
         ("number=x", "got 'x'; wanted int"),
         ("number=True", "got True; wanted int"),
         ("flag=1", "got 1; wanted bool"),
-        ("inners.2.rate=1", "there are 2"),
+        ("inners.2.rate=1", "wanted one of the 2 items"),
         ("number.x=1", "has no fields"),
         ("number", "wanted FIELD=VALUE"),
         ("one={'rat': 1}", "did you mean rate"),

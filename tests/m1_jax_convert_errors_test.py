@@ -366,8 +366,8 @@ def test_a_source_of_the_wrong_kind_is_refused(small, small_converted, tmp_path,
     for to, src, words in (
         ("orbax", tmp_path / "nothing", "is not a directory"),
         ("hf", small / "config.json", "is not a directory"),
-        ("hf", small, "not converted yet; --to=hf"),
-        ("orbax", small_converted, "converted already; --to=orbax"),
+        ("hf", small, "not converted yet; wanted a converted directory for --to=hf"),
+        ("orbax", small_converted, "converted already; wanted a release directory for --to=orbax"),
         ("hf", tmp_path, "not converted yet"),
         ("orbax", tmp_path, "config.json does not exist"),
     ):

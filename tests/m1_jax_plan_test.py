@@ -129,7 +129,7 @@ def test_wrong_config_is_refused(changes, words):
         ({"mesh": "fsdp=x"}, "axis=size"),
         ({"mesh": "fsdp=8"}, "makes 8 devices; wanted 4"),
         ({"config": "nowhere"}, "wanted m1 or tiny"),
-        ({"batch": 3, "accumulate": 2}, "3 does not divide into 2"),
+        ({"batch": 3, "accumulate": 2}, "got 3 rows; wanted a multiple of the 2"),
         (
             {"batch": 1, "seq": 37, "config": "tiny"},
             "no mesh of 4 devices divides 1 rows of 37 tokens",

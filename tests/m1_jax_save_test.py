@@ -170,7 +170,7 @@ def test_other_models_are_refused_in_words(source, tmp_path):
     path = tmp_path / "saved"
     with pytest.raises(ValueError, match="dtype: got float16"):
         save_lib.save(m1_jax.load(source), path, source, jnp.float16)
-    with pytest.raises(ValueError, match=r"no place for layers\.0\.moe\.down_scale and 5 others"):
+    with pytest.raises(ValueError, match=r"got 6 parameters .* layers\.0\.moe\.down_scale"):
         save_lib.save(m1_jax.load(source, weights="int8-experts"), path, source)
     other = testing.tiny_config(**_SMALL | {"rope_theta": 1000})
     testing.write_release(tmp_path / "other", other, testing.random_tensors(other))

@@ -117,9 +117,9 @@ class TestInPlace:
 def test_slots_are_checked_outside_jit():
     qkv, pool = inputs(3, 4)
     slopes = jnp.asarray(SLOPES)
-    with pytest.raises(ValueError, match=r"\[2\] named more than once"):
+    with pytest.raises(ValueError, match=r"got \[2\] more than once"):
         decode_api.lightning_decode(qkv, slopes, pool, np.array([2, -1, 2]))
-    with pytest.raises(ValueError, match=r"got \[4, 9\]; the pool has 4"):
+    with pytest.raises(ValueError, match=r"got \[4, 9\]; wanted less than 4"):
         decode_api.lightning_decode(qkv, slopes, pool, np.array([9, 4, 0]))
     o, after = decode_api.lightning_decode(qkv, slopes, pool, np.array([-1, -1, 0]))
     assert np.asarray(o)[2].any()
@@ -289,7 +289,7 @@ def test_ring_positions_are_checked_outside_jit():
         decode_api.lightning_decode_ring(qkv, slopes, pool, slots, np.array([8, 4]))
     with pytest.raises(ValueError, match=r"got \[8\] in slots \[0\]; wanted \['4..7'\]"):
         decode_api.lightning_decode_ring(qkv, slopes, pool, slots, np.array([9, 8]))
-    with pytest.raises(ValueError, match="named more than once"):
+    with pytest.raises(ValueError, match="more than once"):
         decode_api.lightning_decode_ring(qkv, slopes, pool, np.array([1, 1]), np.array([9, 9]))
 
 

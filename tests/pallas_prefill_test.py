@@ -199,8 +199,8 @@ def test_tiles_cover_every_token_once(data):
 @pytest.mark.parametrize(
     ("sequences", "message"),
     [
-        ([(1, 0, 5, False), (1, 5, 5, False)], r"slots: \[1\] named more than once"),
-        ([(7, 0, 5, False)], r"slots: got \[7\]; the pool has 7"),
+        ([(1, 0, 5, False), (1, 5, 5, False)], r"slots: got \[1\] more than once"),
+        ([(7, 0, 5, False)], r"slots: got \[7\]; wanted less than 7"),
         ([(0, 0, 5, False), (1, 4, 2, False)], r"sequences: rows \[4\] have two"),
         ([(0, 5, 16, False)], "wanted them in 20 rows"),
         ([(0, -1, 3, False)], "wanted them in 20 rows"),

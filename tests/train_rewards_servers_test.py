@@ -258,7 +258,7 @@ def test_judge_errors(server, monkeypatch):
         with pytest.raises(ValueError, match="wanted"):
             _score(reward(**_judge(server)), "a", None)
     monkeypatch.delenv("JUDGE_KEY", raising=False)
-    with pytest.raises(ValueError, match=r"got no \$JUDGE_KEY"):
+    with pytest.raises(ValueError, match="got no environment variable JUDGE_KEY"):
         generative.GradedReward(**_judge(server, key_variable="JUDGE_KEY"))
 
 

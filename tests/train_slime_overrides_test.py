@@ -204,7 +204,7 @@ def test_flags_of_the_objective():
         ("--apply-chat-template=false", "got false; wanted true"),
         ("--global-batch-size 3", "got 3 of the 8 samples of a batch"),
         ("--global-batch-size 0", "got 0 of the 8 samples of a batch"),
-        ("--global-batch-size 4 --num-steps-per-rollout 4", "as many steps as it leaves"),
+        ("--global-batch-size 4 --num-steps-per-rollout 4", "over it as the number of steps"),
         ("--num-steps-per-rollout 0", "minibatches: got 0"),
         ("--num-steps-per-rollout 3", "a divisor of rollout.groups = 4"),
         ("--rollout-batch-size 0 --over-sampling-batch-size 4", "groups: got 0"),

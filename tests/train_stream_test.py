@@ -378,7 +378,7 @@ def test_hosts_that_cannot_share_are_refused(config, tokenizer):
         stream_lib.BatchStream(config, tokenizer, 0, 3)
     with pytest.raises(ValueError, match="lanes: got 2 for 4 hosts"):
         stream_lib.BatchStream(change(config, lanes=2), tokenizer, 0, 4)
-    with pytest.raises(ValueError, match="process 2 of 2"):
+    with pytest.raises(ValueError, match="process_index: got 2 of 2"):
         stream_lib.BatchStream(config, tokenizer, 2, 2)
     with pytest.raises(ValueError, match="special token: got '<eod>'"):
         stream_lib.BatchStream(change(config, end_token="<eod>"), tokenizer)
@@ -411,7 +411,7 @@ def test_a_killed_worker_is_an_error_and_not_a_wait(config, tokenizer):
     with stream_lib.BatchStream(change(config, workers=2), tokenizer) as stream:
         next(stream)
         multiprocessing.active_children()[0].kill()
-        with pytest.raises(RuntimeError, match=r"data worker \d ended without a word"):
+        with pytest.raises(RuntimeError, match=r"data worker \d ended without an error"):
             take(stream, 5_000)  # more than a pipe holds
 
 

@@ -143,7 +143,7 @@ class CheckpointStore:
         if actual != expected:
             raise ResumeError(
                 f"checkpoint of step {step} is damaged: its digest is {actual}, but {expected} was "
-                "saved. Delete it to go on from the one before."
+                f"saved. Delete {self._manager.directory / str(step)} to go on from the one before."
             )
         return state
 

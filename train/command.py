@@ -25,8 +25,12 @@ def cli(run: RunFunction, edit_config: ConfigEdit | None = None) -> None:
       run: makes the run.
       edit_config: applies the arguments that are no flags of this module. None refuses them.
     """
-    flags.DEFINE_string("config", None, "File with get_config(arg), as FILE or FILE:ARG.")
-    flags.DEFINE_multi_string("set", [], "FIELD=VALUE in the config; may be repeated.")
+    flags.DEFINE_string(
+        "config",
+        None,
+        "File with get_config(arg), as FILE or FILE:ARG. Without it the run in --workdir goes on.",
+    )
+    flags.DEFINE_multi_string("set", [], "FIELD=VALUE in the config. May be repeated.")
     flags.DEFINE_string("workdir", None, "Directory of the run: checkpoints, metrics, config.")
     flags.DEFINE_bool("distributed", False, "Join the other processes of a TPU slice or cluster.")
     flags.DEFINE_bool(

@@ -4,7 +4,7 @@
     python -m m1_jax.convert --to=hf --src=DIR --dst=RELEASE_DIR
 
 The run may be one of pretraining, fine-tuning or reinforcement learning. LoRA adapters are merged.
-The second command makes a directory in the release's format of the first one's result.
+The second command turns the result into a directory in the release's format.
 """
 
 import json
@@ -49,7 +49,7 @@ def run(workdir, dst, step: int | None = None, dtype: str = "") -> pathlib.Path:
         steps = store.all_steps()
         step = max(steps, default=None) if step is None else step
         if step not in steps:
-            raise checkpoints.ResumeError(f"{workdir}: got step {step}; it has {steps}")
+            raise checkpoints.ResumeError(f"{workdir}: got step {step}; wanted one of {steps}")
         # The moments are read, too: the digest covers them.
         state = restore_state(store, step)
     dtype = dtype or config.dtype
@@ -93,10 +93,10 @@ def main(argv) -> None:
 
 def cli() -> None:
     flags.DEFINE_string("workdir", None, "Directory of the run.", required=True)
-    flags.DEFINE_string("dst", None, "New directory.", required=True)
+    flags.DEFINE_string("dst", None, "Directory to make; must not exist.", required=True)
     flags.DEFINE_integer("step", None, "Step of the checkpoint. The default is the newest.")
     flags.DEFINE_enum(
-        "dtype", "", ["", "bfloat16", "float32"], "Of parameters on disk. Empty is the run's."
+        "dtype", "", ["", "bfloat16", "float32"], "Dtype of parameters on disk. Empty: the run's."
     )
     app.run(main)
 

@@ -272,7 +272,8 @@ class TrainSession:
             if self.num_skipped_in_row >= self.config.max_skipped:
                 raise FloatingPointError(
                     f"step {step}: {self.num_skipped_in_row} steps in a row without a finite "
-                    "gradient; lower the learning rate, or go on from an earlier checkpoint"
+                    "gradient. Export an earlier checkpoint (m1-export --step), and begin a new "
+                    "run from it with a lower learning rate."
                 )
             return
         self.num_skipped_in_row = 0
@@ -314,7 +315,10 @@ class TrainSession:
                 totals += np.asarray(sums, np.float64)
                 num_batches += 1
         if not totals[1].any():
-            raise records.DataError(f"evaluation: no token with weight in {num_batches} batches")
+            raise records.DataError(
+                f"evaluation: got no token to predict in {num_batches} batches; wanted some. Raise "
+                "evaluation.batches, or change evaluation.sources."
+            )
         self.writer.write(self.step, "eval", evaluate.tabulate_losses(totals, names))
         self.timer.restart(self.step)  # so that no step is charged for the evaluation
 

@@ -53,9 +53,9 @@ class PrepareConfig:
 
     def __post_init__(self):
         if not self.src or not self.dst:
-            raise ValueError("wanted both --src and --dst")
+            raise ValueError("got an empty path; wanted both --src and --dst")
         if "://" in self.dst:
-            raise ValueError(f"--dst is {self.dst}; wanted a local directory. Copy it from there.")
+            raise ValueError(f"--dst is {self.dst}; wanted a local directory. Copy it later.")
         if self.shards < 1:
             raise ValueError(f"--shards is {self.shards}; wanted at least 1")
 

@@ -192,5 +192,8 @@ def _read_model_config(checkpoint: str) -> model_config_lib.ModelConfig:
     # Checked first, so that the error names the field of the run's config.
     path = pathlib.Path(checkpoint) / "config.json"
     if not path.is_file():
-        raise release.CheckpointError(f"checkpoint: {checkpoint} has no config.json")
+        raise release.CheckpointError(
+            f"checkpoint: {checkpoint} has no config.json; wanted a release directory or a "
+            "converted one"
+        )
     return model_config_lib.ModelConfig.from_file(path)

@@ -113,7 +113,8 @@ class Follower:
             if call is DeviceCall.SWAP_WEIGHTS:
                 if next_model is None:
                     raise ValueError(
-                        "swap_weights: process 0 swaps weights; wanted follow(next_model=...)"
+                        "swap_weights: process 0 swaps weights; wanted "
+                        "follow_engine(model, config, next_model)"
                     )
                 self._device.swap_weights(next_model())
             elif call is not DeviceCall.KEEP_ALIVE:

@@ -193,7 +193,10 @@ def _read_shards(directory: pathlib.Path) -> list[ReleaseShard]:
     index = directory / INDEX_FILE
     if not index.exists():
         if not (directory / SINGLE_SHARD_FILE).exists():
-            raise CheckpointError(f"{directory}: has neither {INDEX_FILE} nor {SINGLE_SHARD_FILE}")
+            raise CheckpointError(
+                f"{directory}: got neither {INDEX_FILE} nor {SINGLE_SHARD_FILE}; wanted one of "
+                "them. Is the download complete?"
+            )
         return [read_shard(directory / SINGLE_SHARD_FILE)]
     try:
         content = json.loads(index.read_text())

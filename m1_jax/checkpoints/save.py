@@ -97,8 +97,9 @@ def _stored_params_from_model(
     params = params_lib.params_by_path(model)
     if unknown := params.keys() - leading_axes.keys():
         raise ValueError(
-            f"a checkpoint has no place for {sorted(unknown)[0]} and {len(unknown) - 1} others; "
-            "wanted a model without adapters (merge them) and without int8 weights"
+            f"got {len(unknown)} parameters that a checkpoint cannot hold, such as "
+            f"{sorted(unknown)[0]}; wanted a model without adapters and without int8 weights. "
+            "Merge adapters with lora.merge_adapters, or load the model without weights=..."
         )
     stored_params = {}
     for name, param in params.items():

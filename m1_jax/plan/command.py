@@ -5,9 +5,9 @@
         [--serving_mesh=data=2,expert=32,tensor=8]
 
 No TPU is needed, and weights are shapes only. The command prints HBM by part, operations and
-collectives, each as the compiler has it beside our own count. The exit status is 1 if the program
-does not fit. Without --mesh, arithmetic ranks the sensible meshes and the best few are compiled. "A
-chip" is a device: on tpu7x a chip has two, so it is half a chip there.
+collectives: the compiler's figures beside our own count. The exit status is 1 if the program does
+not fit. Without --mesh, arithmetic ranks the sensible meshes and the best few are compiled. "A
+chip" means a device, which on tpu7x is half a chip.
 """
 
 import dataclasses
@@ -46,7 +46,8 @@ def run(config: plan_config.PlanConfig) -> dict[str, Any]:
     job = estimate.PlanJob(config.job, config.seq, batch, config.accumulate)
     if job.batch % job.accumulate:
         raise plan_config.PlanError(
-            f"batch {job.batch} does not divide into {job.accumulate} microbatches"
+            f"batch: got {job.batch} rows; wanted a multiple of the {job.accumulate} microbatches "
+            "of --accumulate"
         )
     if config.mesh:
         mesh_shapes = [meshes.parse_mesh(config.mesh, len(devices))]
@@ -92,23 +93,29 @@ def main(argv) -> None:
 
 
 def _define_flags() -> None:
-    flags.DEFINE_string("topology", None, "slice, like v5p:8x8x8", required=True)
-    flags.DEFINE_enum("job", None, list(jobs.JOB_TRACERS), "program to compile", required=True)
-    flags.DEFINE_string("config", "m1", "m1, tiny, a config.json or the directory of one")
-    flags.DEFINE_string("mesh", "", "axis=size,... ; empty: search for one")
-    flags.DEFINE_string("serving_mesh", "", "axis=size,... of the sampler; rl_update, reshard")
-    flags.DEFINE_integer("seq", 4096, "tokens a row; decode: room in the cache")
-    flags.DEFINE_integer("batch", 0, "rows on all chips; 0: 4,096 tokens a chip, or one row")
-    flags.DEFINE_integer("slices", 1, "number of slices")
-    flags.DEFINE_integer("accumulate", 1, "microbatches of a training step")
-    flags.DEFINE_enum(
-        "remat", "layer", list(config_lib.REMAT_POLICIES), "what training computes again"
+    flags.DEFINE_string("topology", None, "Slice, like v5p:8x8x8.", required=True)
+    flags.DEFINE_enum("job", None, list(jobs.JOB_TRACERS), "Program to compile.", required=True)
+    flags.DEFINE_string("config", "m1", "m1, tiny, a config.json or a directory that holds one.")
+    flags.DEFINE_string("mesh", "", "axis=size,... Empty: search for a mesh.")
+    flags.DEFINE_string(
+        "serving_mesh", "", "Mesh of the sampler, axis=size,... For rl_update and reshard only."
     )
-    flags.DEFINE_enum("lightning", "chunked", ["chunked", "tpu"], "XLA or the Pallas kernels")
+    flags.DEFINE_integer("seq", 4096, "Tokens a row. In decode: room in the cache.")
+    flags.DEFINE_integer(
+        "batch", 0, "Rows on all chips. 0: 4,096 tokens a chip in training, else one row a chip."
+    )
+    flags.DEFINE_integer("slices", 1, "Number of slices.")
+    flags.DEFINE_integer("accumulate", 1, "Microbatches of a training step.")
+    flags.DEFINE_enum(
+        "remat", "layer", list(config_lib.REMAT_POLICIES), "What training computes again."
+    )
+    flags.DEFINE_enum("lightning", "chunked", ["chunked", "tpu"], "XLA or the Pallas kernels.")
     recipes = list(quantize.INT8_RECIPES)
-    flags.DEFINE_enum("weights", None, recipes, "int8 weights of decode and prefill; else bfloat16")
-    flags.DEFINE_integer("tries", 3, "meshes to compile at most")
-    flags.DEFINE_string("json", "", "file for the record")
+    flags.DEFINE_enum(
+        "weights", None, recipes, "Int8 weights, where nothing is trained. Default: bfloat16."
+    )
+    flags.DEFINE_integer("tries", 3, "Most meshes that a search compiles.")
+    flags.DEFINE_string("json", "", "File to write the record to.")
 
 
 def cli() -> None:

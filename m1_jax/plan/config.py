@@ -66,11 +66,14 @@ class PlanConfig:
             raise PlanError("mesh: got none; wanted axis=size,... of the trainer, for reshard")
         if self.job == "rl_update" and self.accumulate != 1:
             raise PlanError(
-                f"accumulate: got {self.accumulate}; wanted 1 for rl_update, whose microbatches "
-                "are runs of one program: give the rows of one as --batch"
+                f"accumulate: got {self.accumulate}; wanted 1 for rl_update, which runs the "
+                "same program for every microbatch: give the rows of one microbatch as --batch"
             )
         if min(self.seq, self.accumulate, self.tries) < 1 or self.batch < 0:
-            raise PlanError("seq, batch, accumulate, tries: wanted at least 1 of each")
+            raise PlanError(
+                f"got seq {self.seq}, batch {self.batch}, accumulate {self.accumulate}, tries "
+                f"{self.tries}; wanted at least 1 of each, or 0 for batch"
+            )
         quantize.check_recipe(self.weights)
         if self.job in ("train", *COLOCATED_JOBS) and self.weights is not None:
             raise PlanError(f"weights: {self.weights} cannot be trained; leave --weights out")

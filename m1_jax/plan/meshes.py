@@ -130,8 +130,8 @@ def _check_job_layout(job: estimate.PlanJob, layout: sharding.MeshLayout) -> Non
     sharding.check_batch_rows(layout, job.batch // job.accumulate)
     if job.seq % layout.axis_size("length"):
         raise ValueError(
-            f"seq: got {job.seq} tokens over {layout.axis_size('length')} devices along "
-            "the length; wanted a multiple"
+            f"seq: got {job.seq} tokens over context={layout.axis_size('length')}; wanted a "
+            f"multiple of {layout.axis_size('length')}"
         )
 
 

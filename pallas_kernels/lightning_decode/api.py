@@ -238,11 +238,11 @@ def check_slots(slots, num_slots: int) -> None:
     slots = np.asarray(slots)
     beyond = slots[slots >= num_slots]
     if beyond.size:
-        raise ValueError(f"slots: got {sorted(set(beyond.tolist()))}; the pool has {num_slots}")
+        raise ValueError(f"slots: got {sorted(set(beyond.tolist()))}; wanted less than {num_slots}")
     # Two rows of one slot would both start from its state, and one would overwrite the other's.
     active, counts = np.unique(slots[slots >= 0], return_counts=True)
     if np.any(counts > 1):
-        raise ValueError(f"slots: {active[counts > 1].tolist()} named more than once")
+        raise ValueError(f"slots: got {active[counts > 1].tolist()} more than once; wanted once")
 
 
 def _check_or_mask_slots(slots, num_slots):

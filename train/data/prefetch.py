@@ -238,8 +238,8 @@ def _receive_rows(
                 item = receiver.recv()
             except (EOFError, OSError):
                 raise RuntimeError(
-                    f"data worker {worker_index} ended without a word; wanted rows. Was it killed, "
-                    "for memory perhaps?"
+                    f"data worker {worker_index} ended without an error; wanted its rows. Was it "
+                    "killed because memory ran out? Then lower data.workers or data.prefetch."
                 ) from None
             if isinstance(item, Exception):
                 raise item

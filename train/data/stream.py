@@ -219,7 +219,10 @@ def _check_shares(
 ) -> None:
     """Refuse rows, and lanes of an endless stream, that the hosts cannot share equally."""
     if not 0 <= process_index < process_count:
-        raise ValueError(f"process {process_index} of {process_count}: wanted less than that")
+        raise ValueError(
+            f"process_index: got {process_index} of {process_count} processes; wanted 0 to "
+            f"{process_count - 1}"
+        )
     shared = {"rows": config.rows} | ({"lanes": config.data.lanes} if endless else {})
     for field, count in shared.items():
         if count % process_count:

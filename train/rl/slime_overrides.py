@@ -63,8 +63,8 @@ def apply_flags(config: rl_config.RlConfig, argv: Sequence[str]) -> tuple[rl_con
             if option in options
         ]
         raise ValueError(
-            f"slime's flags: got {', '.join(names)}, which nothing here follows; wanted the config "
-            "to say it, see train/rl/config.py"
+            f"slime's flags: got {', '.join(names)}, which nothing here follows; wanted fields of "
+            "the config in their place, see train/rl/config.py"
         )
     return config, text
 
@@ -111,8 +111,8 @@ def _num_minibatches(
     ):
         raise ValueError(
             f"--global-batch-size: got {update_samples} of the {samples} samples of a batch, and "
-            f"--num-steps-per-rollout {minibatches}; wanted a divisor, and as many steps as it "
-            "leaves"
+            f"--num-steps-per-rollout {minibatches}; wanted a divisor of {samples}, and {samples} "
+            "over it as the number of steps, or none"
         )
     return samples // update_samples
 

@@ -141,8 +141,8 @@ class FileTasks:
         for field, key in self.keys.items():
             if not _has_key(first, key):
                 raise records.DataError(
-                    f"tasks {source.name}: got the keys {sorted(first)}; wanted {key}, as keys= "
-                    f"says of the {field}"
+                    f"tasks {source.name}: got the keys {sorted(first)}; wanted {key}, which keys= "
+                    f"names for the {field}"
                 )
         for field, candidates in TASK_KEYS.items():
             present = [key for key in candidates if _has_key(first, key)]

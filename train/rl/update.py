@@ -143,7 +143,7 @@ class PolicyUpdater:
         if metrics["skipped"] == metrics["updates"]:
             raise FloatingPointError(
                 f"batch {batch_number}: none of {len(updates)} updates had a finite gradient; "
-                "lower the learning rate, or go on from an earlier checkpoint"
+                "begin a new run at a lower rate from an earlier checkpoint (m1-export --step)"
             )
         metrics["scoring_forward_secs"] = scored_secs - start_secs
         metrics["training_secs"] = time.perf_counter() - start_secs

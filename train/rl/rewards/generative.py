@@ -88,7 +88,10 @@ class JudgeClient:
         if key_variable:
             key = os.environ.get(key_variable)
             if not key:
-                raise ValueError(f"judge: got no ${key_variable}; wanted the endpoint's key there")
+                raise ValueError(
+                    f"judge: got no environment variable {key_variable}; wanted the endpoint's key "
+                    "in it"
+                )
             self._options["headers"] = {"Authorization": f"Bearer {key}"}
         self._verdicts: collections.OrderedDict[str, str] = collections.OrderedDict()
 

@@ -239,6 +239,6 @@ def _receive_bytes(channel: socket.socket, size: int, deadline: float) -> bytes:
         channel.settimeout(max(1e-3, deadline - time.monotonic()))
         chunk = channel.recv(size - len(data))
         if not chunk:
-            raise ConnectionError("it closed its end")
+            raise ConnectionError("it closed its end of the connection")
         data += chunk
     return data
