@@ -27,7 +27,7 @@ from infer import config as config_lib
 from infer import options as options_lib
 from infer import prompt as prompt_lib
 from infer import request as request_lib
-from m1_jax import quantize
+from m1_jax import command_help, quantize
 from m1_jax import tokenizer as tokenizer_lib
 
 _flag = command.flag_field
@@ -314,6 +314,7 @@ def main(argv) -> None:
 
 def cli() -> None:
     command.define_flags(GenerateConfig)
+    command_help.prepare_help(__doc__, command.__name__)
     app.run(main)
 
 

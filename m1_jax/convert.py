@@ -22,8 +22,8 @@ import tensorstore as ts
 import tqdm
 from absl import app, flags, logging
 
+from m1_jax import command_help, durable
 from m1_jax import config as config_lib
-from m1_jax import durable
 from m1_jax import params as params_lib
 from m1_jax.checkpoints import format as format_lib
 from m1_jax.checkpoints import params_map, release
@@ -393,6 +393,7 @@ def _define_flags() -> None:
 
 def cli() -> None:
     _define_flags()
+    command_help.prepare_help(__doc__, __name__)
     app.run(main)
 
 

@@ -35,8 +35,8 @@ import tqdm
 from absl import app, flags, logging
 from jax.typing import ArrayLike
 
+from m1_jax import command_help, input_checks, logprobs, moe
 from m1_jax import config as config_lib
-from m1_jax import input_checks, logprobs, moe
 from m1_jax import model as model_lib
 from m1_jax import params as params_lib
 from m1_jax import state as state_lib
@@ -332,6 +332,7 @@ def _define_flags() -> None:
 
 def cli() -> None:
     _define_flags()
+    command_help.prepare_help(__doc__, __name__)
     app.run(main)
 
 

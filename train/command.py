@@ -10,7 +10,7 @@ from typing import Any
 import jax
 from absl import flags, logging
 
-from m1_jax import configlib
+from m1_jax import command_help, configlib
 
 # Takes (config, workdir). Returns a summary with fields `step` and `stopped_by`. It is printed.
 RunFunction = Callable[[Any, str], Any]
@@ -36,6 +36,7 @@ def cli(run: RunFunction, edit_config: ConfigEdit | None = None) -> None:
     flags.DEFINE_bool(
         "verbose", False, "Print every step that is logged, and messages of libraries."
     )
+    command_help.prepare_help(sys.modules[run.__module__].__doc__, __name__)
     from absl import app  # importing it defines flags, which only a command may
 
     def parse_flags(argv):

@@ -16,6 +16,7 @@ from typing import Any
 import jax.numpy as jnp
 from absl import app, flags, logging
 
+from m1_jax import command_help
 from m1_jax.checkpoints import format as format_lib
 from m1_jax.checkpoints import save as save_lib
 from train import checkpoints, loop, lora, run_model, run_setup
@@ -98,6 +99,7 @@ def cli() -> None:
     flags.DEFINE_enum(
         "dtype", "", ["", "bfloat16", "float32"], "Dtype of parameters on disk. Empty: the run's."
     )
+    command_help.prepare_help(__doc__, __name__)
     app.run(main)
 
 

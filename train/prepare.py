@@ -20,7 +20,7 @@ import tqdm
 from absl import app, flags
 from array_record.python import array_record_module  # pyright: ignore[reportAttributeAccessIssue]
 
-from m1_jax import durable
+from m1_jax import command_help, durable
 from m1_jax import tokenizer as tokenizer_lib
 from train.data import chat
 from train.data import records as records_lib
@@ -192,6 +192,7 @@ def _define_flags() -> None:
 
 def cli() -> None:
     _define_flags()
+    command_help.prepare_help(__doc__, __name__)
     app.run(main)
 
 

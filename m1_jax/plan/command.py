@@ -20,8 +20,8 @@ from typing import Any
 import jax
 from absl import app, flags, logging
 
+from m1_jax import command_help, quantize
 from m1_jax import config as config_lib
-from m1_jax import quantize
 from m1_jax.plan import aot, estimate, jobs, meshes, record, report, shapes, topology
 from m1_jax.plan import config as plan_config
 
@@ -120,6 +120,7 @@ def _define_flags() -> None:
 
 def cli() -> None:
     _define_flags()
+    command_help.prepare_help(__doc__, __name__)
     app.run(main)
 
 
