@@ -353,16 +353,15 @@ def _start_or_resume(
         journal.write_text(fingerprint + "\n")
         return set()
     # A last line without a newline was cut off while it was written.
-    text = journal.read_text()
-    text = text[: text.rfind("\n") + 1]
-    lines = text.splitlines()
+    complete = "".join(journal.read_text().rpartition("\n")[:2])
+    lines = complete.splitlines()
     if lines[:1] != [fingerprint]:
         raise FileExistsError(
             f"{partial} is an interrupted conversion of another source. Remove it to start anew, "
             "or choose another --dst."
         )
     # Otherwise the next line would continue the one that was cut off.
-    os.truncate(journal, len(text.encode()))
+    os.truncate(journal, len(complete.encode()))
     return set(lines[1:])
 
 
