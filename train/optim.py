@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jaxtyping import Array, Float, Int
@@ -125,15 +126,19 @@ def make_stage_schedule(
       first_step: number of the run's steps before the stage.
     """
 
+    # Floats: JAX takes a Python int for an int32, and a stage may have more than 2^31 tokens. What
+    # float32 rounds off is less than a ten-millionth of the stage.
+    stage_tokens, step_tokens = float(tokens), float(tokens_per_step)
+    rise_tokens = float(max(warmup_tokens, 1))
+
     def schedule(step: Int[Array, ""]) -> Float[Array, ""]:
-        # In float32: an int32 would overflow after 2^31 tokens.
-        tokens_before = jnp.asarray(step - first_step, jnp.float32) * tokens_per_step
-        share = jnp.clip(tokens_before / tokens, 0.0, 1.0)
+        tokens_before = jnp.asarray(step - first_step, jnp.float32) * step_tokens
+        share = jnp.clip(tokens_before / stage_tokens, 0.0, 1.0)
         if shape == "cosine":
             share = (1 - jnp.cos(jnp.pi * share)) / 2
         rate = end if shape == "constant" else start + (end - start) * share
         # The first step's own tokens count, so that it is not wasted on a rate of 0.
-        return rate * jnp.minimum(1.0, (tokens_before + tokens_per_step) / max(warmup_tokens, 1))
+        return rate * jnp.minimum(1.0, (tokens_before + step_tokens) / rise_tokens)
 
     return schedule
 
@@ -152,10 +157,13 @@ def make_piecewise_schedule(
       tokens_per_step: tokens in a step, from `first_step` on.
       first_step: number of the run's steps before the stage.
     """
-    tokens, values = (jnp.asarray(column, jnp.float32) for column in zip(*points, strict=True))
+    # float64 on the host, where numbers of tokens are exact. Python ints would be int32 to JAX.
+    tokens, values = np.asarray(points, np.float64).T
+    tokens, values = jnp.asarray(tokens, jnp.float32), jnp.asarray(values, jnp.float32)
+    tokens_before, step_tokens = float(first_token), float(tokens_per_step)
 
     def schedule(step: Int[Array, ""]) -> Float[Array, ""]:
-        token = first_token + jnp.asarray(step - first_step, jnp.float32) * tokens_per_step
+        token = tokens_before + jnp.asarray(step - first_step, jnp.float32) * step_tokens
         return jnp.interp(token, tokens, values)
 
     return schedule
