@@ -109,8 +109,8 @@ class OurPipeline:
         data = data_config.DataConfig(sources, lanes=self._num_lanes)
         config = data_config.StreamConfig(data, SEQ_LEN, ROWS)
         hosts = [
-            stream.BatchStream(config, self._corpus.tokenizer, host, num_hosts, num_epochs)
-            for host in range(num_hosts)
+            stream.BatchStream(config, self._corpus.tokenizer, row_numbers, num_epochs)
+            for row_numbers in np.split(np.arange(ROWS), num_hosts)
         ]
         if state is not None:
             for host in hosts:

@@ -179,7 +179,10 @@ def test_any_number_of_hosts_gives_the_rows_of_one_and_takes_over(config, tokeni
         wanted = take(stream, 9)
     found, state = [], None
     for hosts in (4, 1, 2):
-        streams = [stream_lib.BatchStream(config, tokenizer, host, hosts) for host in range(hosts)]
+        streams = [
+            stream_lib.BatchStream(config, tokenizer, row_numbers)
+            for row_numbers in np.split(np.arange(rows), hosts)
+        ]
         for stream in streams:
             if state is not None:
                 stream.set_state(state)
@@ -189,6 +192,32 @@ def test_any_number_of_hosts_gives_the_rows_of_one_and_takes_over(config, tokeni
             stream.close()
     for one, other in zip(wanted, found, strict=True):
         assert_same(one, other)
+
+
+@pytest.mark.parametrize(
+    ("rows", "lanes"), [(8, 8), (8, 32), (16, 4), (16, 1)], ids=lambda number: str(number)
+)
+def test_hosts_may_hold_any_rows_and_have_some_in_common(config, tokenizer, rows, lanes):
+    """As on a torus, where neighbours on the mesh lie on several hosts."""
+    config = change(config, rows=rows, lanes=lanes)
+    with stream_lib.BatchStream(config, tokenizer) as stream:
+        wanted = take(stream, 5)
+    scattered = [(0, 1, 4, 5), (2, 3, 6, 7), tuple(range(8, rows)), (0, 5, rows - 1)]
+    hosts = [stream_lib.BatchStream(config, tokenizer, numbers) for numbers in scattered if numbers]
+    found = [take(stream, 3) for stream in hosts]
+    state = merged(hosts)
+    for stream in hosts:
+        stream.close()
+    resumed = stream_lib.BatchStream(config, tokenizer, scattered[3])
+    resumed.set_state(state)
+    found[-1] += take(resumed, 2)
+    resumed.close()
+    assert resumed.get_state() == merged([resumed])
+    for numbers, batches in zip([n for n in scattered if n], found, strict=True):
+        for whole, part in zip(wanted, batches, strict=False):
+            assert part.sample_ids == [whole.sample_ids[row] for row in numbers]
+            for one, other in zip(arrays(whole), arrays(part), strict=True):
+                np.testing.assert_array_equal(one[list(numbers)], other)
 
 
 def places(rows):
@@ -231,7 +260,8 @@ def test_an_epoch_ends_on_all_hosts_at_once(config, tokenizer):
     with stream_lib.BatchStream(config, tokenizer, num_epochs=2) as stream:
         wanted = list(stream)
     hosts = [
-        list(stream_lib.BatchStream(config, tokenizer, host, 2, num_epochs=2)) for host in range(2)
+        list(stream_lib.BatchStream(config, tokenizer, row_numbers, num_epochs=2))
+        for row_numbers in ((0, 1), (2, 3))
     ]
     for one, *parts in zip(wanted, *hosts, strict=True):
         assert_same(one, joined(parts))
@@ -347,7 +377,7 @@ def test_states_that_do_not_fit_are_refused(config, tokenizer):
     with pytest.raises(ValueError, match="lanes: got 16; wanted 8"):
         stream_lib.BatchStream(change(config, lanes=16), tokenizer).set_state(state)
     with pytest.raises(ValueError, match="the states of all hosts"):
-        stream.set_state(stream_lib.BatchStream(config, tokenizer, 0, 2).get_state())
+        stream.set_state(stream_lib.BatchStream(config, tokenizer, (0, 1)).get_state())
     fewer = change(config, sources=config.data.sources[:2])
     with pytest.raises(records_lib.DataError, match="'long'.*Give it weight 0"):
         stream_lib.BatchStream(fewer, tokenizer).set_state(state)
@@ -373,13 +403,13 @@ def test_configs_that_are_refused(config, changes, message):
         change(config, **changes)
 
 
-def test_hosts_that_cannot_share_are_refused(config, tokenizer):
-    with pytest.raises(ValueError, match="rows: got 4 for 3 hosts"):
-        stream_lib.BatchStream(config, tokenizer, 0, 3)
-    with pytest.raises(ValueError, match="lanes: got 2 for 4 hosts"):
-        stream_lib.BatchStream(change(config, lanes=2), tokenizer, 0, 4)
-    with pytest.raises(ValueError, match="process_index: got 2 of 2"):
-        stream_lib.BatchStream(config, tokenizer, 2, 2)
+@pytest.mark.parametrize("row_numbers", [(), (4,), (-1, 0), (1, 1)])
+def test_rows_that_the_batch_does_not_have_are_refused(config, tokenizer, row_numbers):
+    with pytest.raises(ValueError, match="row_numbers: got .* from 0 to 3"):
+        stream_lib.BatchStream(config, tokenizer, row_numbers)
+
+
+def test_tokens_that_the_tokenizer_lacks_are_refused(config, tokenizer):
     with pytest.raises(ValueError, match="special token: got '<eod>'"):
         stream_lib.BatchStream(change(config, end_token="<eod>"), tokenizer)
 

@@ -87,8 +87,7 @@ class TrainSetup:
         return stream_lib.BatchStream(
             data_config.StreamConfig(data, stage.seq_len, stage.rows, self.config.seed),
             self.model.tokenizer,
-            batch_placement.block_index,
-            batch_placement.num_blocks,
+            batch_placement.row_numbers,
             num_epochs=1 if held_out_sources else None,  # None reads for ever
         )
 

@@ -59,9 +59,10 @@ class DataConfig:
       workers: processes that tokenise and pack. 0 is a thread of the trainer's process. The rows
         are the same for any number.
       prefetch: batches that each worker makes ahead, at least 1.
-      lanes: independent readers, see `mixture`. A multiple or a divisor of the rows of every stage,
-        and a multiple of the number of hosts. It is fixed for a run, while row length, rows,
-        weights and the number of hosts may change at any checkpoint.
+      lanes: independent readers, see `mixture`. A multiple or a divisor of the rows of every stage.
+        Fewer lanes than rows cost time where a lane's rows lie on several hosts: each of them makes
+        all rows of the lane. The number is fixed for a run, while row length, rows, weights and the
+        number of hosts may change at any checkpoint.
       lookahead: documents that a lane's packer chooses from, at least 1.
     """
 

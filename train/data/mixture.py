@@ -15,17 +15,23 @@ from train.data import config as data_config
 from train.data import records as records_lib
 
 
-def find_lane(step: int, row: int, num_rows: int, num_lanes: int) -> int:
-    """Return the lane that a row of a step's batch comes from.
+def find_lanes(row: int, num_rows: int, num_lanes: int) -> range:
+    """Return the lanes that serve a row in turn.
 
-    With more lanes than rows, each row has a block of lanes, which serve the row in turn. Otherwise
-    each lane has a block of rows. Either way a host with consecutive rows has consecutive lanes, so
-    that equal shares of rows are equal shares of lanes.
+    With more lanes than rows, each row has a block of lanes. Otherwise each lane has a block of
+    rows, of which it makes one after another.
     """
     if num_lanes >= num_rows:
         turns = num_lanes // num_rows
-        return row * turns + step % turns
-    return row // (num_rows // num_lanes)
+        return range(row * turns, (row + 1) * turns)
+    lane = row // (num_rows // num_lanes)
+    return range(lane, lane + 1)
+
+
+def find_lane(step: int, row: int, num_rows: int, num_lanes: int) -> int:
+    """Return the lane that a row of a step's batch comes from."""
+    lanes = find_lanes(row, num_rows, num_lanes)
+    return lanes[step % len(lanes)]
 
 
 @dataclasses.dataclass(frozen=True)

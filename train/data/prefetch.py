@@ -32,7 +32,8 @@ class PrefetchSpec:
       tokenizer: the model's tokenizer.
       records: the records of each source, by name. They are pickled without open files.
       num_lanes: number of the stream's lanes.
-      row_numbers: numbers of the rows to make, in the global batch.
+      row_numbers: numbers of the rows to make, in the global batch: all that their lanes serve,
+        in ascending order.
       num_epochs: number of times to read every source. None reads for ever.
       step: step of the first batch to make.
       states: states of the lanes that serve these rows, by lane.
@@ -42,7 +43,7 @@ class PrefetchSpec:
     tokenizer: tokenizer_lib.Tokenizer
     records: dict[str, records.RecordFiles]
     num_lanes: int
-    row_numbers: range
+    row_numbers: tuple[int, ...]
     num_epochs: int | None
     step: int
     states: dict[int, mixture.LaneState]

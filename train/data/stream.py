@@ -1,15 +1,15 @@
 """Sources to batches: a stream that can stop after any batch and go on, on any number of hosts.
 
-A state counts what was read and lists what is pending. It holds no tokens
-(`mixture.LaneState`). Each host runs the lanes that its rows come from, and has the states
-of these lanes. The states of all hosts together, as one dict, restore a stream on any number of
-hosts.
+A state counts what was read and lists what is pending. It holds no tokens (`mixture.LaneState`).
+Each host runs the lanes that its rows come from, and has the states of these lanes. A lane whose
+rows lie on several hosts runs on each of them, and is in the same state there. The states of all
+hosts together, as one dict, restore a stream on any number of hosts.
 """
 
 import copy
 import dataclasses
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -55,8 +55,7 @@ class BatchStream:
         self,
         config: data_config.StreamConfig,
         tokenizer: tokenizer_lib.Tokenizer,
-        process_index: int = 0,
-        process_count: int = 1,
+        row_numbers: Sequence[int] | None = None,
         num_epochs: int | None = None,
     ):
         """Open the sources. The first row is made when the first batch is asked for.
@@ -64,36 +63,40 @@ class BatchStream:
         Args:
           config: the stream's config.
           tokenizer: the model's tokenizer.
-          process_index: number of this host among the hosts that have different rows. Hosts that
-            share rows, because the mesh splits the rows' length, pass the same index.
-          process_count: number of hosts that have different rows.
+          row_numbers: numbers of this host's rows in the global batch, any of them. Hosts may have
+            rows in common. None: all rows.
           num_epochs: number of times to read all sources, or None for ever.
 
         Raises:
           DataError: see `records.RecordFiles`.
-          ValueError: the hosts cannot share the rows or lanes equally, or the tokenizer lacks a
-            control token of the config.
+          ValueError: a row that the batch does not have, or that is given twice, or the tokenizer
+            lacks a control token of the config.
         """
         data, endless = config.data, num_epochs is None
-        _check_shares(config, process_index, process_count, endless)
+        self._row_numbers = tuple(range(config.rows) if row_numbers is None else row_numbers)
+        _check_row_numbers(self._row_numbers, config.rows)
         for token in (data.begin_token, data.end_token):
             if token is not None:
                 tokenizer.special_token_id(token)
         self.config = config
         self._num_lanes = data.lanes if endless else 1
         self._records = {s.name: records_lib.RecordFiles(s.name, s.path) for s in data.sources}
-        self._row_numbers = _share_of(config.rows, process_index, process_count)
-        # In an endless stream a host makes its own rows alone. A stream that ends has one lane,
-        # whose rows follow each other. Every host then makes all of them, and hands out its own.
-        self._owned_lanes = (
-            _share_of(self._num_lanes, process_index, process_count) if endless else range(1)
-        )
+        all_rows = range(config.rows)
+        row_lanes = [
+            mixture.find_lanes(row, config.rows, self._num_lanes) if endless else range(1)
+            for row in all_rows
+        ]
+        # A lane makes its rows in order, so a host makes all rows of its lanes and hands out its
+        # own. The only lane of a stream that ends has all rows.
+        self._owned_lanes = sorted({lane for row in self._row_numbers for lane in row_lanes[row]})
+        owned_lanes = frozenset(self._owned_lanes)
+        made_rows = tuple(row for row in all_rows if row_lanes[row][0] in owned_lanes)
         self._prefetch_spec = prefetch.PrefetchSpec(
             config=config,
             tokenizer=tokenizer,
             records=self._records,
             num_lanes=self._num_lanes,
-            row_numbers=self._row_numbers if endless else range(config.rows),
+            row_numbers=made_rows,
             num_epochs=num_epochs,
             step=0,
             states={},
@@ -147,7 +150,8 @@ class BatchStream:
             "lanes": self._num_lanes,
             "seed": self.config.seed,
             "fingerprint": self.fingerprint(),
-            # JSON has strings as keys. Hosts have different lanes, so merging loses none.
+            # JSON has strings as keys. Hosts that share a lane have the same state of it, so that
+            # merging loses none.
             **{str(lane): state.to_json() for lane, state in self._lane_states.items()},
         }
 
@@ -214,24 +218,11 @@ class BatchStream:
         )
 
 
-def _check_shares(
-    config: data_config.StreamConfig, process_index: int, process_count: int, endless: bool
-) -> None:
-    """Refuse rows, and lanes of an endless stream, that the hosts cannot share equally."""
-    if not 0 <= process_index < process_count:
+def _check_row_numbers(row_numbers: tuple[int, ...], num_rows: int) -> None:
+    """Refuse rows that the batch does not have, a row that is given twice, and no rows at all."""
+    is_valid = all(0 <= row < num_rows for row in row_numbers)
+    if not row_numbers or not is_valid or len(set(row_numbers)) < len(row_numbers):
         raise ValueError(
-            f"process_index: got {process_index} of {process_count} processes; wanted 0 to "
-            f"{process_count - 1}"
+            f"row_numbers: got {list(row_numbers)!r:.80}; wanted at least one, each of them once "
+            f"and from 0 to {num_rows - 1}"
         )
-    shared = {"rows": config.rows} | ({"lanes": config.data.lanes} if endless else {})
-    for field, count in shared.items():
-        if count % process_count:
-            raise ValueError(
-                f"{field}: got {count} for {process_count} hosts; wanted a multiple of the hosts"
-            )
-
-
-def _share_of(count: int, process_index: int, process_count: int) -> range:
-    """Return a host's share of the numbers from 0 to `count` - 1, which follow each other."""
-    size = count // process_count
-    return range(process_index * size, (process_index + 1) * size)
