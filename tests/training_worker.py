@@ -26,14 +26,12 @@ def main(port: str, processes: int, index: int, workdir: str) -> None:
         model=dataclasses.replace(ModelConfig.tiny(), layer_types=("lightning", "softmax")),
         tokenizer="demo/data/tokenizer",
         dtype="float32",
-        stages=(
+        # On the second mesh each process holds all rows, so it goes on with lanes of the others.
+        stages=tuple(
             config_lib.TrainStage(
-                seq_len=64,
-                rows=8,
-                tokens=4 * 8 * 64,
-                learning_rate=3e-3,
-                mesh=(("fsdp", 2), ("expert", 2), ("context", 2)),
-            ),
+                seq_len=64, rows=8, tokens=2 * 8 * 64, learning_rate=3e-3, mesh=mesh
+            )
+            for mesh in ((("fsdp", 2), ("expert", 2), ("context", 2)), (("context", 8),))
         ),
         data=config_lib.DataConfig(sources=(source,)),
         evaluation=config_lib.EvaluationConfig((source,), every_steps=4, batches=2),

@@ -101,7 +101,7 @@ class CheckpointStore:
         run = {"config": config, "digest": int(digest_state(state))}
         items = ocp.args.Composite(
             state=ocp.args.PyTreeSave(flatten_state(state)),
-            data=ocp.args.JsonSave(_merge_across_processes(data)),
+            data=ocp.args.JsonSave(merge_across_processes(data)),
             run=ocp.args.JsonSave(run),
         )
         step = int(state.step) if step is None else step
@@ -192,7 +192,7 @@ def _sum_bits(leaf: jax.Array) -> jax.Array:
     return jnp.sum(words, dtype=jnp.uint32)
 
 
-def _merge_across_processes(data: dict) -> dict:
+def merge_across_processes(data: dict) -> dict:
     """Return the dicts of all processes, merged. Each process sends a small JSON to all others."""
     if jax.process_count() == 1:
         return data

@@ -181,7 +181,7 @@ class TrainSession:
         """Make a stage's steps.
 
         Returns:
-          The state after the steps, and the state of the data.
+          The state after the steps, and the state of the data on all processes.
         """
         last_step = self.setup.first_step(index + 1)
         settings = self.setup.step_settings(index)
@@ -218,7 +218,8 @@ class TrainSession:
                     self._save_checkpoint(state, stream)
                 if stop:
                     break
-            return state, stream.get_state()
+            # Merged: the next stage may give this process rows, and so lanes, of other processes.
+            return state, checkpoints.merge_across_processes(stream.get_state())
 
     def _is_due(self, every_steps: int) -> bool:
         return every_steps > 0 and self.step % every_steps == 0
