@@ -4,7 +4,6 @@ A request is {"prompt": ..., "system": ...} or {"messages": [...], "tools": [...
 prompt is text for the model as it is. Without it the prompt is the user's message.
 """
 
-import json
 import math
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -14,6 +13,7 @@ from infer import options as options_lib
 from infer import prompt as prompt_lib
 from infer import request as request_lib
 from m1_jax import config as model_config_lib
+from m1_jax import strict_json
 from m1_jax import tokenizer as tokenizer_lib
 
 _PROMPT_FIELDS, _CHAT_FIELDS = ("prompt", "system"), ("messages", "tools")
@@ -39,8 +39,8 @@ def read_lines(path: pathlib.Path) -> list[tuple[str, str]]:
 def parse_line(location: str, line: str) -> Any:
     """Return a line's JSON, or raise ValueError with the location."""
     try:
-        return json.loads(line)
-    except json.JSONDecodeError as error:
+        return strict_json.DECODER.decode(line)
+    except ValueError as error:
         raise ValueError(f"{location}: not JSON: {error}") from None
 
 

@@ -14,7 +14,7 @@ import time
 import pytest
 
 import m1_jax
-from infer import batch_output, grammar, offline
+from infer import batch_output, grammar, jsonl, offline
 from m1_jax import testing
 from m1_jax import tokenizer as tokenizer_lib
 
@@ -193,6 +193,19 @@ def test_refused_outputs(whole, tmp_path):
         (tmp_path / "out.jsonl").write_text(content)
         with pytest.raises(ValueError, match=message):
             batch_output.read_done_indices(tmp_path / "out.jsonl", 8)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"prompt": "a", "seed": 1, "seed": 2}', "seed is given twice: 1 and 2"),
+        ('{"prompt": "a", "temperature": NaN}', "NaN is not JSON"),
+        ('{"prompt": "a", "temperature": 1e999}', "1e999 is too large"),
+    ],
+)
+def test_what_is_not_json_is_refused(line, message):
+    with pytest.raises(ValueError, match=f"in.jsonl:1: not JSON: {message}"):
+        jsonl.parse_line("in.jsonl:1", line)
 
 
 def test_bad_lines_are_listed_before_anything_runs(checkpoint, tmp_path, monkeypatch):

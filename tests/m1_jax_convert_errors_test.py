@@ -170,6 +170,11 @@ def _twice(directory):
     )
 
 
+def _index_repeats_a_key(directory):
+    path = directory / _INDEX
+    path.write_text(path.read_text().replace("{", '{"metadata": {}, ', 1))
+
+
 def _index_names_the_wrong_file(directory):
     where = json.loads((directory / _INDEX).read_text())["weight_map"]
     where["lm_head.weight"] = _shards(directory)[0].name
@@ -238,6 +243,7 @@ _SOURCE_ERRORS = [
     (_wrong_shape, ["lm_head.weight", "[64, 512]", "asks for [512, 64]", "config.json"]),
     (_mixed_dtypes, ["layers.0", "experts.1.w1", "F32", "BF16", "agree"]),
     (_twice, ["model-00000-of-00003", "model-00001-of-00003", "wanted it once", "Download"]),
+    (_index_repeats_a_key, [_INDEX, "metadata is given twice", "Download"]),
     (_index_names_the_wrong_file, [_INDEX, "lm_head", "00000-of", "it is in model-00002"]),
     (_index_lacks_a_tensor, [_INDEX, "model.norm.weight", "nowhere", "it is in model-00002"]),
     (_index_has_one_more, [_INDEX, "model.extra.weight", "no shard"]),

@@ -13,7 +13,6 @@ and with config.json.
 """
 
 import dataclasses
-import json
 import math
 import pathlib
 from collections.abc import Collection, Mapping
@@ -199,7 +198,7 @@ def _read_shards(directory: pathlib.Path) -> list[ReleaseShard]:
             )
         return [read_shard(directory / SINGLE_SHARD_FILE)]
     try:
-        content = json.loads(index.read_text())
+        content = strict_json.DECODER.decode(index.read_text())
         indexed_files = {str(name): str(file) for name, file in content["weight_map"].items()}
         # Optional: some tools write an index without it.
         total_bytes = (content.get("metadata") or {}).get("total_size")
