@@ -68,7 +68,8 @@ class BatchPlacement:
         # process gives its own rows, and none needs the whole batch.
         def read_shard(index: Any) -> np.ndarray:
             rows = range(*index[0].indices(self.num_rows))
-            return local[[local_indices[row] for row in rows]][:, index[1]]
+            # The view comes first: indexing by a list copies, and a row may have 1M tokens.
+            return local[:, index[1]][[local_indices[row] for row in rows]]
 
         return jax.make_array_from_callback(
             (self.num_rows, local.shape[1]),

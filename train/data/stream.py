@@ -82,15 +82,11 @@ class BatchStream:
         self._num_lanes = data.lanes if endless else 1
         self._records = {s.name: records_lib.RecordFiles(s.name, s.path) for s in data.sources}
         all_rows = range(config.rows)
-        row_lanes = [
-            mixture.find_lanes(row, config.rows, self._num_lanes) if endless else range(1)
-            for row in all_rows
-        ]
+        row_lanes = [mixture.find_lanes(row, config.rows, self._num_lanes) for row in all_rows]
         # A lane makes its rows in order, so a host makes all rows of its lanes and hands out its
         # own. The only lane of a stream that ends has all rows.
-        self._owned_lanes = sorted({lane for row in self._row_numbers for lane in row_lanes[row]})
-        owned_lanes = frozenset(self._owned_lanes)
-        made_rows = tuple(row for row in all_rows if row_lanes[row][0] in owned_lanes)
+        self._owned_lanes = {lane for row in self._row_numbers for lane in row_lanes[row]}
+        made_rows = tuple(row for row in all_rows if row_lanes[row][0] in self._owned_lanes)
         self._prefetch_spec = prefetch.PrefetchSpec(
             config=config,
             tokenizer=tokenizer,
@@ -170,7 +166,7 @@ class BatchStream:
                 raise ValueError(
                     f"{field}: got {value}; wanted {state.get(field)}, as when the state was saved"
                 )
-        missing = [lane for lane in self._owned_lanes if str(lane) not in state]
+        missing = [lane for lane in sorted(self._owned_lanes) if str(lane) not in state]
         if missing:
             raise ValueError(
                 f"state: got none of lane {missing[0]}; wanted the states of all hosts in one dict"
