@@ -12,6 +12,7 @@ import math
 import pathlib
 import re
 import time
+from typing import Any
 
 import jax
 
@@ -259,14 +260,10 @@ class RlSession:
         # A run that was stopped within an evaluation has saved its batch, but not evaluated it.
         if self._is_evaluation_due() and self.last_evaluated_batch != self.batch_number:
             self._evaluate()
-        # All processes ask `should_stop` about the same batches, as it synchronises them.
-        while self.batch_number < self.config.batches and not self.stop_request.should_stop(
-            self.batch_number
-        ):
+        while self.batch_number < self.config.batches and not self.stop_request.should_stop():
             start_secs = time.perf_counter()
-            try:
-                batch = self._sample_batch()
-            except rollout.RolloutStopped:
+            batch = self._sample_batch()
+            if batch is None:
                 break
             self._train_on_batch(batch, start_secs)
             if self._is_evaluation_due():
@@ -274,32 +271,31 @@ class RlSession:
             if (
                 self.batch_number == self.config.batches
                 or self.batch_number % self.config.save.every_steps == 0
-                or self._is_stopping()
+                or self.stop_request.should_stop()
             ):
                 self._save_checkpoint()
         # The signal may have come while the next batch was sampled, after one without a checkpoint.
-        if self._is_stopping() and self.last_saved_batch != self.batch_number:
+        if self.stop_request.should_stop() and self.last_saved_batch != self.batch_number:
             self._save_checkpoint()
         self.store.wait()
         return RlSummary(self.batch_number, self.reward, self.stop_request.signal_number)
 
     # ---- parts of a batch
 
-    def _is_stopping(self) -> bool:
-        """Return whether a signal was noted. This is no collective, unlike `should_stop`."""
-        return self.stop_request.signal_number is not None
-
-    def _sample_batch(self) -> groups.GenerationBatch:
+    def _sample_batch(self) -> groups.GenerationBatch | None:
         """Return a sampled and scored batch: process 0 makes it, and all processes get it.
 
-        Raises:
-          RolloutStopped: a signal came. The collector is as it was before.
+        None where a signal came to any process. The collector is then as it was before.
         """
         batch = None
         if jax.process_index() == 0:
-            batch = self.collector.collect(
-                self.sampler, self.batch_number, self.length_stage.window_tokens, self._is_stopping
-            )
+            with contextlib.suppress(rollout.RolloutStopped):
+                batch = self.collector.collect(
+                    self.sampler,
+                    self.batch_number,
+                    self.length_stage.window_tokens,
+                    self.stop_request.is_requested,
+                )
             # The other processes leave `follow` now, and wait in the broadcast below.
             self.sampler.dismiss()
         else:
@@ -371,7 +367,7 @@ class RlSession:
     def _evaluate(self) -> None:
         """Log the mean reward of held-out tasks, unless a signal stops the evaluation."""
         values = self.evaluator(
-            self.length_stage.window_tokens, self.weight_version, self._is_stopping
+            self.length_stage.window_tokens, self.weight_version, self.stop_request.is_requested
         )
         if values is not None:
             self.writer.write(self.batch_number, "eval", values)
@@ -380,7 +376,8 @@ class RlSession:
         # Lines first: a restart cuts the lines after its checkpoint, but could not write lines that
         # are missing before it.
         self.writer.flush()
-        saved_state = None
+        data: dict[str, Any] = {}
+        # Process 0 alone has the collector's state, and writes it.
         if jax.process_index() == 0:
             saved_state = saved_state_lib.RlSavedState(
                 collector=self.collector.state(),
@@ -388,8 +385,7 @@ class RlSession:
                 length_stage=self.length_stage.state(),
                 fingerprints={n: tasks.fingerprint() for n, tasks in self.tasks.items()},
             )
-        # Process 0 alone has the collector's state. All processes must save the same.
-        saved_state = multihost.broadcast_object(saved_state)
+            data = saved_state.to_json()
         config = configlib.to_json(self.config)
-        self.store.save(self.state, saved_state.to_json(), config, self.batch_number)
+        self.store.save(self.state, data, config, self.batch_number)
         self.last_saved_batch = self.batch_number
