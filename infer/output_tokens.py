@@ -40,9 +40,7 @@ class OutputTokens(collections.abc.Sequence):
         self._top: dict[int, tuple[tuple[int, float], ...]] = {}
 
     @classmethod
-    def from_columns(
-        cls, ids: Any, logps: Any, raw_logps: Any, versions: Any
-    ) -> "OutputTokens":
+    def from_columns(cls, ids: Any, logps: Any, raw_logps: Any, versions: Any) -> "OutputTokens":
         """Return tokens of columns of one length. The columns are copied."""
         tokens = cls()
         tokens._length = len(ids)

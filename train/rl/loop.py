@@ -119,7 +119,9 @@ def open_rl_session(
     batch_number = store.latest_step() or 0
     saved_state = _read_saved_state(store, batch_number, tasks)
     make_episode = rollout_setup.make_episode_factory(config, model.tokenizer)
-    collector = groups.GroupCollector(config, tasks, make_episode, rewards, saved_state.collector)
+    collector = groups.GroupCollector(
+        config, tasks, make_episode, rewards, saved_state.collector, saved_state.columns
+    )
     stack.enter_context(stop_request.handle_signals())
     writer = stack.enter_context(
         metrics.MetricsWriter(workdir, batch_number, config.batches, _PROGRESS_METRICS)
@@ -180,7 +182,9 @@ def _read_saved_state(
     """
     if not batch_number:
         return saved_state_lib.RlSavedState()
-    saved_state = saved_state_lib.RlSavedState.from_json(store.read_info(batch_number).data)
+    data = store.read_info(batch_number).data
+    columns = saved_state_lib.columns_from_text(data.get("columns", ""))
+    saved_state = saved_state_lib.RlSavedState.from_parts(data, columns)
     for source, fingerprint in saved_state.fingerprints.items():
         tasks[source].check_fingerprint(fingerprint)
     return saved_state
@@ -382,14 +386,15 @@ class RlSession:
         self.writer.flush()
         saved_state = None
         if jax.process_index() == 0:
+            collector, columns = self.collector.state()
+            fingerprints = {n: tasks.fingerprint() for n, tasks in self.tasks.items()}
             saved_state = saved_state_lib.RlSavedState(
-                collector=self.collector.state(),
-                weight_version=self.weight_version,
-                length_stage=self.length_stage.state(),
-                fingerprints={n: tasks.fingerprint() for n, tasks in self.tasks.items()},
+                collector, self.weight_version, self.length_stage.state(), fingerprints, columns
             )
         # Process 0 alone has the collector's state. All processes must save the same.
         saved_state = multihost.broadcast_object(saved_state)
         config = configlib.to_json(self.config)
-        self.store.save(self.state, saved_state.to_json(), config, self.batch_number)
+        columns_text = saved_state_lib.columns_to_text(saved_state.columns)
+        data = saved_state.to_json() | {"columns": columns_text}
+        self.store.save(self.state, data, config, self.batch_number)
         self.last_saved_batch = self.batch_number
