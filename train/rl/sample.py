@@ -6,7 +6,7 @@ loop runs any number of episodes side by side, and a test runs one without a mod
 
 What there is of every token lies in NumPy columns: an answer may have 80,000 tokens and a batch 512
 answers. `Sample` and `Generation` take any sequences of numbers and keep columns of these dtypes:
-tokens and versions int32, mask and routes int8, log-probabilities float32.
+tokens and versions int32, mask bool, routes int8, log-probabilities float32.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ SampleStatus = Literal["stop", "length", "repetition", "error"]
 COLUMN_DTYPES = {
     "prompt": np.int32,
     "tokens": np.int32,
-    "mask": np.int8,
+    "mask": np.bool_,
     "logprobs": np.float32,
     "raw": np.float32,
     "versions": np.int32,
@@ -108,10 +108,10 @@ class Sample:
       prompt: token ids.
       tokens: the model's tokens and the observations between its turns. They are never rendered or
         tokenised again.
-      mask: 1 where the model generated the token, 0 in observations.
+      mask: True where the model generated the token, False in observations.
       logprobs: log-probability under the distribution that the token was drawn from, 0.0 where mask
-        is 0.
-      versions: version of the weights that generated the token, -1 where mask is 0.
+        is False.
+      versions: version of the weights that generated the token, -1 where mask is False.
       routes: [tokens, layers, experts of a token] int8, the experts that the sampler sent each
         token of prompt and answer to. The last tokens, which the sampler never computed, have no
         row. None if the engine does not record routes.
@@ -157,7 +157,7 @@ class Sample:
 
     def append_generated(self, generation: Generation) -> None:
         """Append one turn of the model."""
-        mask = np.ones(len(generation.tokens), np.int8)
+        mask = np.ones(len(generation.tokens), np.bool_)
         self._append(generation.tokens, mask, generation.logprobs, generation.versions)
         self.status = generation.status
         # Not appended: routes of a generation are those of all tokens so far.
@@ -167,7 +167,7 @@ class Sample:
         """Append tokens that the model reads but did not generate."""
         size = len(tokens)
         self._append(
-            tokens, np.zeros(size, np.int8), np.zeros(size, np.float32), np.full(size, -1, np.int32)
+            tokens, np.zeros(size, np.bool_), np.zeros(size, np.float32), np.full(size, -1, np.int32)
         )
 
     def _append(self, tokens: Any, mask: Any, logprobs: Any, versions: Any) -> None:
