@@ -20,10 +20,13 @@ from train.rl.environments import catalog, lookup
 
 
 def test_saved_state_comes_back_from_json():
-    state = saved_state.RlSavedState({"number": 3}, 2, {"index": 1}, {"s": [["f", 1, "hash"]]})
+    columns = {"x": np.arange(3)}
+    state = saved_state.RlSavedState(
+        {"number": 3}, 2, {"index": 1}, {"s": [["f", 1, "hash"]]}, columns
+    )
     written = json.loads(json.dumps(state.to_json()))
     assert list(written) == ["collector", "version", "window", "fingerprints"]
-    assert saved_state.RlSavedState.from_json(written) == state
+    assert saved_state.RlSavedState.from_parts(written, columns) == state
 
 
 # ---- windows

@@ -12,9 +12,11 @@ import math
 import pathlib
 import re
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import jax
+import numpy as np
 
 from m1_jax import config as model_config_lib
 from m1_jax import configlib, multihost, sharding
@@ -24,7 +26,15 @@ from train import step as step_lib
 from train import workdir as workdir_lib
 from train.rl import batch_metrics as batch_metrics_lib
 from train.rl import config as rl_config
-from train.rl import evaluate, groups, length_schedule, rollout, rollout_setup, slime_flags
+from train.rl import (
+    evaluate,
+    group_columns,
+    groups,
+    length_schedule,
+    rollout,
+    rollout_setup,
+    slime_flags,
+)
 from train.rl import saved_state as saved_state_lib
 from train.rl import update as rl_update
 from train.rl import weight_sync as weight_sync_lib
@@ -120,7 +130,9 @@ def open_rl_session(
     batch_number = store.latest_step() or 0
     saved_state = _read_saved_state(store, batch_number, tasks)
     make_episode = rollout_setup.make_episode_factory(config, model.tokenizer)
-    collector = groups.GroupCollector(config, tasks, make_episode, rewards, saved_state.collector)
+    collector = groups.GroupCollector(
+        config, tasks, make_episode, rewards, saved_state.collector, saved_state.columns
+    )
     stack.enter_context(stop_request.handle_signals())
     writer = stack.enter_context(
         metrics.MetricsWriter(workdir, batch_number, config.batches, _PROGRESS_METRICS)
@@ -181,7 +193,11 @@ def _read_saved_state(
     """
     if not batch_number:
         return saved_state_lib.RlSavedState()
-    saved_state = saved_state_lib.RlSavedState.from_json(store.read_info(batch_number).data)
+    # Process 0 alone has a collector, and so a use for columns.
+    columns = {} if jax.process_index() else store.read_columns(batch_number)
+    saved_state = saved_state_lib.RlSavedState.from_parts(
+        store.read_info(batch_number).data, columns
+    )
     for source, fingerprint in saved_state.fingerprints.items():
         tasks[source].check_fingerprint(fingerprint)
     return saved_state
@@ -300,7 +316,12 @@ class RlSession:
             self.sampler.dismiss()
         else:
             self.sampler.follow()
-        return multihost.broadcast_object(batch)
+        # A flag first: the arrays of a batch take collectives of the devices.
+        if not multihost.broadcast_object(batch is not None):
+            return None
+        table, columns = ({}, {}) if batch is None else group_columns.batch_to_columns(batch)
+        table, columns = multihost.broadcast_object(table), multihost.broadcast_arrays(columns)
+        return group_columns.batch_from_columns(table, columns) if batch is None else batch
 
     def _train_on_batch(self, batch: groups.GenerationBatch, start_secs: float) -> None:
         """Update the weights, sync them to the sampler, and log the batch.
@@ -377,15 +398,15 @@ class RlSession:
         # are missing before it.
         self.writer.flush()
         data: dict[str, Any] = {}
+        columns: Mapping[str, np.ndarray] = {}
         # Process 0 alone has the collector's state, and writes it.
         if jax.process_index() == 0:
+            collector, columns = self.collector.state()
+            fingerprints = {n: tasks.fingerprint() for n, tasks in self.tasks.items()}
             saved_state = saved_state_lib.RlSavedState(
-                collector=self.collector.state(),
-                weight_version=self.weight_version,
-                length_stage=self.length_stage.state(),
-                fingerprints={n: tasks.fingerprint() for n, tasks in self.tasks.items()},
+                collector, self.weight_version, self.length_stage.state(), fingerprints, columns
             )
             data = saved_state.to_json()
         config = configlib.to_json(self.config)
-        self.store.save(self.state, data, config, self.batch_number)
+        self.store.save(self.state, data, config, self.batch_number, columns)
         self.last_saved_batch = self.batch_number
