@@ -113,13 +113,16 @@ def open_rl_session(
     layout, serving_layout = make_layouts(config, model.config)
     sharding.check_batch_rows(layout, config.update.rows)
     stop_request = workdir_lib.StopRequest("ending this batch")
-    tasks, held_out_tasks = rollout_setup.open_run_tasks(config, model.tokenizer, stack)
+    tasks, held_out_tasks = rollout_setup.open_run_tasks(config, model.tokenizer, workdir, stack)
     rewards = _open_rewards(config, stack)
     store = stack.enter_context(checkpoints.CheckpointStore(workdir, config.save))
     batch_number = store.latest_step() or 0
     saved_state = _read_saved_state(store, batch_number, tasks)
     make_episode = rollout_setup.make_episode_factory(config, model.tokenizer)
-    collector = groups.GroupCollector(config, tasks, make_episode, rewards, saved_state.collector)
+    collector = None
+    if jax.process_index() == 0:  # which alone has tasks
+        saved_groups = saved_state.collector
+        collector = groups.GroupCollector(config, tasks, make_episode, rewards, saved_groups)
     stack.enter_context(stop_request.handle_signals())
     writer = stack.enter_context(
         metrics.MetricsWriter(workdir, batch_number, config.batches, _PROGRESS_METRICS)
@@ -181,8 +184,8 @@ def _read_saved_state(
     if not batch_number:
         return saved_state_lib.RlSavedState()
     saved_state = saved_state_lib.RlSavedState.from_json(store.read_info(batch_number).data)
-    for source, fingerprint in saved_state.fingerprints.items():
-        tasks[source].check_fingerprint(fingerprint)
+    for source, source_tasks in tasks.items():  # none on other processes than 0
+        source_tasks.check_fingerprint(saved_state.fingerprints[source])
     return saved_state
 
 
@@ -215,11 +218,11 @@ class RlSession:
 
     Attributes:
       config: config of the run.
-      tasks: tasks to train on, by source.
+      tasks: tasks to train on, by source, on process 0.
       store: writes and reads checkpoints.
       writer: writes metrics, on process 0.
       stop_request: notes the signal that asks the run to end.
-      collector: makes generation batches, on process 0.
+      collector: makes generation batches, on process 0. None on the others.
       sampler: draws samples from the weights of `weight_version`.
       weight_sync: copies the trainer's weights to the sampler.
       updater: makes the optimizer steps of a batch.
@@ -238,7 +241,7 @@ class RlSession:
     store: checkpoints.CheckpointStore
     writer: metrics.MetricsWriter
     stop_request: workdir_lib.StopRequest
-    collector: groups.GroupCollector
+    collector: groups.GroupCollector | None
     sampler: rollout.RolloutSampler
     weight_sync: weight_sync_lib.WeightSync
     updater: rl_update.PolicyUpdater
@@ -296,7 +299,7 @@ class RlSession:
           RolloutStopped: a signal came. The collector is as it was before.
         """
         batch = None
-        if jax.process_index() == 0:
+        if self.collector is not None:
             batch = self.collector.collect(
                 self.sampler, self.batch_number, self.length_stage.window_tokens, self._is_stopping
             )
@@ -381,7 +384,7 @@ class RlSession:
         # are missing before it.
         self.writer.flush()
         saved_state = None
-        if jax.process_index() == 0:
+        if self.collector is not None:
             saved_state = saved_state_lib.RlSavedState(
                 collector=self.collector.state(),
                 weight_version=self.weight_version,
