@@ -8,6 +8,7 @@ This module guarantees two properties that the library alone does not have:
 """
 
 import codecs
+import functools
 import hashlib
 import json
 import pathlib
@@ -90,6 +91,7 @@ class Tokenizer:
         settings = _read_json_object(folder / "tokenizer_config.json")
         return cls(library, settings, _read_json_object(folder / "generation_config.json"))
 
+    @functools.cached_property
     def fingerprint(self) -> str:
         """Return a hash of all that decides which ids a text becomes."""
         return hashlib.sha256(self._library.to_str().encode()).hexdigest()

@@ -59,65 +59,63 @@ def open_run_tasks(
         tasks_lib.check_task_source(source, directory)
     # Files come first: a file that is missing must not stop the run after an hour of making tasks.
     opened: dict[int, tasks_lib.FileTasks | tasks_lib.GeneratedTasks] = {}
-    tokenizer_fingerprint = tokenizer.fingerprint()
+    max_tokens = config.rollout.max_prompt_tokens
     for number in sorted(range(len(sources)), key=lambda number: bool(sources[number].make)):
         source = sources[number]
         opened[number] = tasks_lib.open_task_source(source, directory)
         stack.callback(opened[number].close)
-        path = task_store.source_path(
-            tasks_lib.describe_source(source), directory, ".longest_prompt.json"
-        )
-        _check_prompts(config, source.name, opened[number], tokenizer, tokenizer_fingerprint, path)
+        _check_prompts(source, opened[number], tokenizer, max_tokens, directory)
     by_source = [(source.name, opened[number]) for number, source in enumerate(sources)]
     num_train = len(config.sources)
     return dict(by_source[:num_train]), dict(by_source[num_train:])
 
 
 def _check_prompts(
-    config: rl_config.RlConfig,
-    name: str,
+    source: tasks_lib.TaskSource,
     tasks: tasks_lib.FileTasks | tasks_lib.GeneratedTasks,
     tokenizer: tokenizer_lib.Tokenizer,
-    tokenizer_fingerprint: str,
-    path: pathlib.Path,
+    max_tokens: int,
+    directory: pathlib.Path,
 ) -> None:
-    """Raise ValueError if a prompt of a source is longer than the config allows.
+    """Raise ValueError if a prompt of a source has more than `max_tokens` tokens.
 
     A long prompt then stops the run before the first batch, not after days. All prompts are encoded
-    once. Later starts encode the longest one alone, which `path` names, as long as tasks and
-    tokenizer are the same and that prompt still becomes the same tokens.
+    once, and the directory of tasks keeps which is the longest. Later starts encode that one alone,
+    as long as tasks and tokenizer are the same and it still becomes the same tokens.
     """
-    identity = {"tasks": tasks.fingerprint(), "tokenizer": tokenizer_fingerprint}
-    record = _read_record(path)
-    task_index = record.pop("task_index", None)
-    if task_index is None or record != identity | {
-        "tokens_sha256": _hash_tokens(_encode_task(tokenizer, tasks[task_index]))
-    }:
-        task_index = max(
+    description = tasks_lib.describe_source(source)
+    path = task_store.source_path(description, directory, ".longest_prompt.json")
+    identity = {"tasks": tasks.fingerprint(), "tokenizer": tokenizer.fingerprint}
+    saved = _read_longest_prompt(path)
+    index = saved.get("index", 0)
+    if saved.get("identity") != identity or saved.get("tokens") != _hash_tokens(
+        _encode_task(tokenizer, tasks[index])
+    ):
+        index = max(
             # Many tasks take minutes, so there is a progress bar.
-            tqdm.tqdm(range(len(tasks)), f"prompts of {name}", disable=None),
-            key=lambda index: len(_encode_task(tokenizer, tasks[index])),
+            tqdm.tqdm(range(len(tasks)), f"prompts of {source.name}", disable=None),
+            key=lambda i: len(_encode_task(tokenizer, tasks[i])),
         )
-        identity["tokens_sha256"] = _hash_tokens(_encode_task(tokenizer, tasks[task_index]))
-        durable.write_text_atomically(path, json.dumps(identity | {"task_index": task_index}))
-    task, max_tokens = tasks[task_index], config.rollout.max_prompt_tokens
-    num_tokens = len(_encode_task(tokenizer, task))
+        digest = _hash_tokens(_encode_task(tokenizer, tasks[index]))
+        saved = {"identity": identity, "index": index, "tokens": digest}
+        durable.write_text_atomically(path, json.dumps(saved))
+    num_tokens = len(_encode_task(tokenizer, tasks[index]))
     if num_tokens > max_tokens:
         raise ValueError(
-            f"task {task.id} of {name}: got a prompt of {num_tokens} tokens; wanted at most "
-            f"{max_tokens} (rollout.max_prompt_tokens). It is the longest prompt of its source. "
-            "Raise that, or leave long tasks out."
+            f"task {tasks[index].id} of {source.name}: got a prompt of {num_tokens} tokens; wanted "
+            f"at most {max_tokens} (rollout.max_prompt_tokens). It is the longest prompt of its "
+            "source. Raise that, or leave long tasks out."
         )
 
 
-def _read_record(path: pathlib.Path) -> dict[str, Any]:
-    """Return what an earlier start wrote about its prompts, or an empty dict."""
+def _read_longest_prompt(path: pathlib.Path) -> dict[str, Any]:
+    """Return what an earlier start wrote about a source's prompts, or an empty dict."""
     if not path.exists():
         return {}
     try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        logging.warning("%s: got no JSON: %s; encoding all prompts again", path, error)
+        return dict(json.loads(path.read_text()))
+    except (ValueError, TypeError) as error:
+        logging.warning("%s: got no JSON object: %s; encoding all prompts again", path, error)
         return {}
 
 

@@ -106,12 +106,13 @@ def make_task_lines(
     ]
     lines: queue.SimpleQueue = queue.SimpleQueue()
     processes = [_start_process() for _ in orders]
+    threads = [
+        threading.Thread(target=_forward_lines, args=(process, order, lines), daemon=True)
+        for process, order in zip(processes, orders, strict=True)
+    ]
     try:
-        for process, order in zip(processes, orders, strict=True):
-            # A thread for each pipe. It ends with the process.
-            threading.Thread(
-                target=_forward_lines, args=(process, order, lines), daemon=True
-            ).start()
+        for thread in threads:
+            thread.start()
         for _ in indices:
             line = lines.get()
             if isinstance(line, Exception):
@@ -122,6 +123,8 @@ def make_task_lines(
         for process in processes:
             process.kill()
             process.wait()
+        for thread in threads:
+            thread.join()
 
 
 def _split_make(recipe: Mapping[str, Any]) -> tuple[str, str]:
