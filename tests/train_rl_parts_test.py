@@ -87,7 +87,7 @@ def fixture_read():
     opened = []
 
     def read(source):
-        opened.append(tasks.open_task_source(source))
+        opened.append(tasks.FileTasks(source))
         return opened[-1]
 
     yield read

@@ -79,11 +79,11 @@ def test_sources_keep_their_order_and_share_names(tmp_path, tokenizer):
 def test_nothing_is_made_before_an_error(tmp_path, tokenizer, monkeypatch):
     monkeypatch.setattr(task_maker, "make_task_lines", None)  # calling it would raise TypeError
     made = tasks_lib.TaskSource("made", make="lookup", size=4)
-    with pytest.raises(records.DataError, match="no such"):
-        missing = tasks_lib.TaskSource("file", str(tmp_path / "missing.jsonl"))
+    missing = tasks_lib.TaskSource("file", str(tmp_path / "missing.jsonl"))
+    wrong = tasks_lib.TaskSource("wrong", make="maze", size=4)
+    with pytest.raises(records.DataError, match=r"missing\.jsonl"):
         open_tasks(make_config(made, missing), tokenizer, tmp_path)
     with pytest.raises(ValueError, match="got 'maze'; wanted one of"):
-        wrong = tasks_lib.TaskSource("wrong", make="maze", size=4)
         open_tasks(make_config(made, wrong), tokenizer, tmp_path)
     long_source = tasks_lib.TaskSource("long", write_prompts(tmp_path / "a.jsonl", "one " * 99))
     with pytest.raises(ValueError, match="task long/0 of long: got a prompt of"):
