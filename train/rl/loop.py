@@ -28,7 +28,6 @@ from train.rl import batch_metrics as batch_metrics_lib
 from train.rl import config as rl_config
 from train.rl import (
     evaluate,
-    group_columns,
     groups,
     length_schedule,
     rollout,
@@ -38,7 +37,6 @@ from train.rl import (
 from train.rl import saved_state as saved_state_lib
 from train.rl import update as rl_update
 from train.rl import weight_sync as weight_sync_lib
-from train.rl.rewards import compose
 
 # What may change when a run goes on: where and how long it runs, what it logs, and what it does
 # about judges that fail or cheat. The other fields decide what is trained on.
@@ -124,15 +122,17 @@ def open_rl_session(
     layout, serving_layout = make_layouts(config, model.config)
     sharding.check_batch_rows(layout, config.update.rows)
     stop_request = workdir_lib.StopRequest("ending this batch")
-    tasks, held_out_tasks = rollout_setup.open_run_tasks(config, model.tokenizer, stack)
-    rewards = _open_rewards(config, stack)
+    tasks, held_out_tasks = rollout_setup.open_run_tasks(config, model.tokenizer, workdir, stack)
+    rewards = rollout_setup.open_rewards(config, stack)
     store = stack.enter_context(checkpoints.CheckpointStore(workdir, config.save))
     batch_number = store.latest_step() or 0
     saved_state = _read_saved_state(store, batch_number, tasks)
     make_episode = rollout_setup.make_episode_factory(config, model.tokenizer)
-    collector = groups.GroupCollector(
-        config, tasks, make_episode, rewards, saved_state.collector, saved_state.columns
-    )
+    collector = None
+    if jax.process_index() == 0:  # which alone has tasks
+        collector = groups.GroupCollector(
+            config, tasks, make_episode, rewards, saved_state.collector, saved_state.columns
+        )
     stack.enter_context(stop_request.handle_signals())
     writer = stack.enter_context(
         metrics.MetricsWriter(workdir, batch_number, config.batches, _PROGRESS_METRICS)
@@ -172,17 +172,6 @@ def open_rl_session(
     )
 
 
-def _open_rewards(
-    config: rl_config.RlConfig, stack: contextlib.ExitStack
-) -> compose.GroupScorer | None:
-    """Return what scores samples on process 0, or None where environments give all rewards."""
-    if config.rewards is None or jax.process_index():
-        return None
-    rewards = compose.GroupScorer(config.rewards)
-    stack.callback(rewards.close)
-    return rewards
-
-
 def _read_saved_state(
     store: checkpoints.CheckpointStore, batch_number: int, tasks: rollout_setup.TasksBySource
 ) -> saved_state_lib.RlSavedState:
@@ -198,8 +187,8 @@ def _read_saved_state(
     saved_state = saved_state_lib.RlSavedState.from_parts(
         store.read_info(batch_number).data, columns
     )
-    for source, fingerprint in saved_state.fingerprints.items():
-        tasks[source].check_fingerprint(fingerprint)
+    for source, source_tasks in tasks.items():  # none on other processes than 0
+        source_tasks.check_fingerprint(saved_state.fingerprints[source])
     return saved_state
 
 
@@ -232,11 +221,11 @@ class RlSession:
 
     Attributes:
       config: config of the run.
-      tasks: tasks to train on, by source.
+      tasks: tasks to train on, by source, on process 0.
       store: writes and reads checkpoints.
       writer: writes metrics, on process 0.
       stop_request: notes the signal that asks the run to end.
-      collector: makes generation batches, on process 0.
+      collector: makes generation batches, on process 0. None on the others.
       sampler: draws samples from the weights of `weight_version`.
       weight_sync: copies the trainer's weights to the sampler.
       updater: makes the optimizer steps of a batch.
@@ -255,7 +244,7 @@ class RlSession:
     store: checkpoints.CheckpointStore
     writer: metrics.MetricsWriter
     stop_request: workdir_lib.StopRequest
-    collector: groups.GroupCollector
+    collector: groups.GroupCollector | None
     sampler: rollout.RolloutSampler
     weight_sync: weight_sync_lib.WeightSync
     updater: rl_update.PolicyUpdater
@@ -304,7 +293,7 @@ class RlSession:
         None where a signal came to any process. The collector is then as it was before.
         """
         batch = None
-        if jax.process_index() == 0:
+        if self.collector is not None:
             with contextlib.suppress(rollout.RolloutStopped):
                 batch = self.collector.collect(
                     self.sampler,
@@ -316,12 +305,7 @@ class RlSession:
             self.sampler.dismiss()
         else:
             self.sampler.follow()
-        # A flag first: the arrays of a batch take collectives of the devices.
-        if not multihost.broadcast_object(batch is not None):
-            return None
-        table, columns = ({}, {}) if batch is None else group_columns.batch_to_columns(batch)
-        table, columns = multihost.broadcast_object(table), multihost.broadcast_arrays(columns)
-        return group_columns.batch_from_columns(table, columns) if batch is None else batch
+        return batch_transfer.broadcast_batch(batch)
 
     def _train_on_batch(self, batch: groups.GenerationBatch, start_secs: float) -> None:
         """Update the weights, sync them to the sampler, and log the batch.
@@ -400,7 +384,7 @@ class RlSession:
         data: dict[str, Any] = {}
         columns: Mapping[str, np.ndarray] = {}
         # Process 0 alone has the collector's state, and writes it.
-        if jax.process_index() == 0:
+        if self.collector is not None:
             collector, columns = self.collector.state()
             fingerprints = {n: tasks.fingerprint() for n, tasks in self.tasks.items()}
             saved_state = saved_state_lib.RlSavedState(
