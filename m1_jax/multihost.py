@@ -178,12 +178,13 @@ def _broadcast_block(block: np.ndarray) -> np.ndarray:
     """Return process 0's block of uint32 words, of one length on all processes."""
     mesh, add_up = _block_program()
     shape = (mesh.shape["process"], len(block))
-    # The callback is asked for this process's row alone. Each device takes a part of it.
-    global_block = jax.make_array_from_callback(
-        shape,
-        NamedSharding(mesh, PartitionSpec("process", "device")),
-        lambda index: block[None, index[1]],
-    )
+
+    # JAX asks for this process's row alone. Each of its devices takes a part.
+    def read_part(index: Any) -> np.ndarray:
+        return block[None, index[1]]
+
+    block_sharding = NamedSharding(mesh, PartitionSpec("process", "device"))
+    global_block = jax.make_array_from_callback(shape, block_sharding, read_part)
     received_block = np.empty_like(block)
     for shard in add_up(global_block).addressable_shards:
         received_block[shard.index] = shard.data

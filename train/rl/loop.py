@@ -25,8 +25,8 @@ from train import checkpoints, metrics, optim, run_model
 from train import step as step_lib
 from train import workdir as workdir_lib
 from train.rl import batch_metrics as batch_metrics_lib
-from train.rl import config as rl_config
 from train.rl import (
+    batch_transfer,
     evaluate,
     groups,
     length_schedule,
@@ -34,6 +34,7 @@ from train.rl import (
     rollout_setup,
     slime_flags,
 )
+from train.rl import config as rl_config
 from train.rl import saved_state as saved_state_lib
 from train.rl import update as rl_update
 from train.rl import weight_sync as weight_sync_lib
