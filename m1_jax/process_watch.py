@@ -53,7 +53,7 @@ class WatchLimits:
     """
 
     contact_secs: float = 1.0
-    silent_secs: float = 20.0
+    silent_secs: float = 15.0
     stalled_secs: float = 7200.0
     closing_secs: float = 5.0
 
@@ -95,6 +95,7 @@ class _ProcessWatch:
         self._process, self._num_processes = jax.process_index(), jax.process_count()
         self._contacts = 0
         self._silences: dict[int, _Silence] = {}  # by process
+        self._gone: set[int] = set()  # processes that were silent for too long
         self._stall = _Silence(limits)
         self._is_closed = threading.Event()
         # A signal wakes the thread by a byte here, also while the main thread is inside of XLA.
@@ -162,6 +163,7 @@ class _ProcessWatch:
                 continue
             silence = self._silences.setdefault(process, _Silence(self.limits))
             if silence.look(text) > self.limits.silent_secs:
+                self._gone.add(process)
                 self._fail(f"process {process} has not answered for {silence.secs:.0f} s")
 
     def _check_progress(self, alive: dict[int, str], some_are_done: bool) -> None:
@@ -211,14 +213,20 @@ class _ProcessWatch:
         That would wait for processes that may be gone. Process 0 lets the others read the error
         first, as they read it from process 0.
         """
-        deadline = time.monotonic() + self.limits.closing_secs
-        with contextlib.suppress(jax.errors.JaxRuntimeError):
-            self._set(f"ended/{self._process}", "")
-            while self._process == 0 and time.monotonic() < deadline:
-                if len(self._read("ended") | self._read("done")) == self._num_processes:
-                    break
-                time.sleep(self.limits.contact_secs / 5)
+        # In a thread, as the store does not answer where process 0 is stopped.
+        told = threading.Thread(target=self._wait_until_told, daemon=True)
+        told.start()
+        told.join(2 * self.limits.closing_secs)
         os._exit(1)
+
+    def _wait_until_told(self) -> None:
+        """Say that this process ends, and on process 0 wait until all others have said so."""
+        self._set(f"ended/{self._process}", "")
+        while self._process == 0:
+            told = {*self._read("ended"), *self._read("done"), *self._gone}
+            if len(told) == self._num_processes:
+                return
+            time.sleep(self.limits.contact_secs / 5)
 
     # ---- the store
 
