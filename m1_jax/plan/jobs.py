@@ -94,9 +94,12 @@ def state_and_kv_bytes(
     if job.kind == "serve":
         from infer import config as engine_config
 
-        chunk = engine_config.EngineConfig().chunk_tokens
-        num_pages = job.batch * -(-job.seq // chunk)  # a page holds the keys of one chunk
-        state = serving_state.abstract_serving_state(config, job.batch, num_pages, chunk, layout)
+        engine = engine_config.EngineConfig(
+            max_length=job.seq, max_rows=job.batch, num_snapshots=0
+        ).split(layout.axis_size("batch"))
+        state = serving_state.abstract_serving_state(
+            config, engine.total_slots, engine.total_pages, engine.chunk_tokens, layout
+        )
     else:
         state = shapes.abstract_decode_state(config, layout, job)
     caches = (state_lib.KVCache, serving_state.PagedKVCache)
