@@ -76,6 +76,7 @@ def engine_bytes(run) -> int:
         sharding.make_mesh(dict(run.serving_mesh), devices), config, sharding.DECODE
     )
     assert layout is not None
+    engine = engine.split(layout.axis_size("batch"))
     state = state_lib.abstract_serving_state(
         config, engine.total_slots, engine.total_pages, engine.chunk_tokens, layout
     )

@@ -18,7 +18,7 @@ _SEARCHED_AXES = {
     sharding.TRAIN: ("fsdp", "expert", "tensor", "context"),
     sharding.PREFILL: ("data", "expert", "tensor", "context"),
     sharding.DECODE: ("data", "expert", "tensor", "context"),
-    "serve": ("expert", "tensor"),  # all devices hold all rows: see `serving.forward_ragged`
+    "serve": ("data", "expert", "tensor"),
 }
 _SEARCHED_AXES["rl_update"] = _SEARCHED_AXES[sharding.TRAIN]
 
