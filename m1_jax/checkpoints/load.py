@@ -23,7 +23,7 @@ from m1_jax.checkpoints import release
 def load(
     path,
     dtype: jax.typing.DTypeLike = jnp.float32,
-    mesh: jax.sharding.Mesh | None = None,
+    mesh: jax.sharding.Mesh | sharding.MeshLayout | None = None,
     mode: str = sharding.TRAIN,
     weights: str | None = None,
     param_dtype: jax.typing.DTypeLike | None = None,
@@ -35,7 +35,7 @@ def load(
         native layout, or a directory that `m1_jax.convert` or `m1_jax.save` wrote.
       dtype: dtype of activations, float32 or bfloat16. Routers stay float32.
       mesh: devices to spread the parameters over, with some of `sharding.MESH_AXES` (see
-        `sharding.make_mesh`). None: one device.
+        `sharding.make_mesh`), or a layout on them, which has a mode of its own. None: one device.
       mode: "train" splits every large parameter over all devices, which gather it where they need
         it. "prefill" and "decode" leave weights on the devices that compute with them.
       weights: an int8 recipe of `quantize.py`, for inference. "int8-experts" rounds the experts as
