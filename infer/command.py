@@ -150,10 +150,8 @@ def make_serve_job(
 
     def count_parts(layout: sharding.MeshLayout | None, dtype: str) -> dict[str, int]:
         parameters = memory_check.local_param_bytes(models[dtype], layout)
-        if layout is None:  # the shapes below want a mesh, and one device is one, too
-            mesh = sharding.make_mesh({}, jax.local_devices()[:1])
-            layout = sharding.MeshLayout(mesh, sharding.DECODE)
-        state, inputs = programs.abstract_decode_inputs(model_config, layout, sizes)
+        mesh_layout = memory_check.as_mesh_layout(layout, sharding.DECODE)
+        state, inputs = programs.abstract_decode_inputs(model_config, mesh_layout, sizes)
         item_bytes = jnp.dtype(DTYPES[dtype]).itemsize  # keys and values have the dtype
         return {
             "parameters": parameters,

@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from m1_jax import config as config_lib
 from m1_jax import model as model_lib
@@ -125,9 +126,27 @@ def local_bytes(tree: Any, bfloat16_bytes: int = 2) -> int:
     """
     total = 0
     for leaf in jax.tree.leaves(tree):
-        item_bytes = bfloat16_bytes if leaf.dtype == jax.numpy.bfloat16 else leaf.dtype.itemsize
+        item_bytes = bfloat16_bytes if leaf.dtype == jnp.bfloat16 else leaf.dtype.itemsize
         total += math.prod(leaf.sharding.shard_shape(leaf.shape)) * item_bytes
     return total
+
+
+def as_mesh_layout(layout: sharding.MeshLayout | None, mode: str) -> sharding.MeshLayout:
+    """Return the layout, or for None one of the first device, where every shard is the whole."""
+    if layout is not None:
+        return layout
+    return sharding.MeshLayout(sharding.make_mesh({}, jax.local_devices()[:1]), mode)
+
+
+def shard_shapes(tree: Any, specs: Any, layout: sharding.MeshLayout) -> Any:
+    """Return a pytree of shapes with the shardings of its specs, a tree of the same structure."""
+
+    def add_sharding(shape: Any, spec: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(
+            shape.shape, shape.dtype, sharding=NamedSharding(layout.mesh, spec)
+        )
+
+    return jax.tree.map(add_sharding, tree, specs)
 
 
 def local_param_bytes(model: model_lib.MiniMaxM1, layout: sharding.MeshLayout | None) -> int:

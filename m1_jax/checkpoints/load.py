@@ -74,6 +74,27 @@ def load(
     return model
 
 
+def read_config(path) -> config_lib.ModelConfig:
+    """Return the config of a checkpoint's model. Nothing else is read.
+
+    Raises:
+      CheckpointError: there is none.
+      ConfigError: a config.json that this model cannot compute.
+    """
+    file = pathlib.Path(path) / "config.json"
+    if not file.is_file():
+        raise _no_checkpoint_error(file.parent)
+    return config_lib.ModelConfig.from_file(file)
+
+
+def _no_checkpoint_error(path: pathlib.Path) -> release.CheckpointError:
+    return release.CheckpointError(
+        f"{path} is no checkpoint: wanted a release directory (config.json, {release.INDEX_FILE}, "
+        f"shards) or one made by m1_jax.convert ({format_lib.PARAMS_DIR}/, "
+        f"{format_lib.MANIFEST_FILE})"
+    )
+
+
 class _ParamSource(Protocol):
     """A directory to read parameters from: a release or a converted directory."""
 
@@ -99,11 +120,7 @@ def _open_source(path: pathlib.Path) -> _ParamSource:
         return _ConvertedSource(path)
     if (path / "config.json").is_file():
         return _ReleaseSource(path)
-    raise release.CheckpointError(
-        f"{path} is no checkpoint: wanted a release directory (config.json, {release.INDEX_FILE}, "
-        f"shards) or one made by m1_jax.convert ({format_lib.PARAMS_DIR}/, "
-        f"{format_lib.MANIFEST_FILE})"
-    )
+    raise _no_checkpoint_error(path)
 
 
 # ---- a release
