@@ -157,18 +157,24 @@ def run_to_exit(run: Callable[[], int], one_line: bool = True) -> NoReturn:
     try:
         status = run()
     except (ValueError, OSError) as error:
-        is_agreed = jax.process_count() == 1 or isinstance(error, AgreedError)
         text = " ".join(str(error).split("\n")) if one_line else str(error)
-        if not is_agreed:
+        if not _has_peers():
+            sys.exit(f"error: {text}")
+        if not isinstance(error, AgreedError):
             print(f"error: process {jax.process_index()}: {text}", file=sys.stderr)
             _end_at_once()
         sys.exit(f"error: {text}" if is_first_process() else 1)
     except BaseException:
-        if jax.process_count() == 1:
+        if not _has_peers():
             raise
         traceback.print_exc()
         _end_at_once()
     sys.exit(status)
+
+
+def _has_peers() -> bool:
+    """Return whether other processes have joined this one, without asking for the devices."""
+    return jax.distributed.is_initialized() and jax.process_count() > 1
 
 
 def _end_at_once() -> NoReturn:

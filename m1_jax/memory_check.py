@@ -141,7 +141,7 @@ def as_mesh_layout(layout: sharding.MeshLayout | None, mode: str) -> sharding.Me
 def shard_shapes(tree: Any, specs: Any, layout: sharding.MeshLayout) -> Any:
     """Return a pytree of shapes with the shardings of its specs, a tree of the same structure."""
 
-    def add_sharding(shape: Any, spec: Any) -> jax.ShapeDtypeStruct:
+    def add_sharding(shape: Any, spec: Any) -> Any:
         return jax.ShapeDtypeStruct(
             shape.shape, shape.dtype, sharding=NamedSharding(layout.mesh, spec)
         )

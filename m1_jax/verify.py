@@ -6,7 +6,10 @@ Prints one row per quantity. The exit status is 0 if all are within tolerance, e
 With --distributed the same command runs on every host: process 0 reads the golden file and prints,
 and all compute. Each device holds its part of the weights alone.
 
-A golden file has the keys that `golden_file.py` lists. A quantity whose key is absent is not compared.
+Whatever the dtype of the parameters, all is computed in float32: the release's weights are bfloat16
+numbers, which lose nothing in half of the memory, while results in bfloat16 would verify nothing.
+
+`golden_file.py` lists the keys of a golden file. A quantity whose key is absent is not compared.
 """
 
 import dataclasses
@@ -52,7 +55,7 @@ class VerifyConfig:
     checkpoint: str  # directory that `m1_jax.load` reads
     golden: str  # path of the .npz file
     progress: bool = True  # whether to show a progress bar
-    dtype: str | None = None  # float32 or bfloat16. None: float32 on CPU, bfloat16 elsewhere
+    dtype: str | None = None  # of parameters. None: float32 on CPU, bfloat16 elsewhere
     mesh: str | None = None  # axis=size,... None: the default of all commands
 
     def __post_init__(self):
@@ -105,21 +108,15 @@ def run(config: VerifyConfig) -> list[ComparisonRow]:
 
     layout, golden = distributed.run_on_all(plan)
     model = distributed.run_on_all(
-        lambda: load_lib.load(config.checkpoint, command_mesh.DTYPES[dtype], mesh=layout)
+        lambda: load_lib.load(
+            config.checkpoint, jnp.float32, mesh=layout, param_dtype=command_mesh.DTYPES[dtype]
+        )
     )
     rows = []
     # By default TPUs multiply float32 numbers in bfloat16.
     with jax.default_matmul_precision("highest"):
-        # Each comparison compiles programs of its own, which takes most of the time.
-        comparisons = (
-            _compare_forward,
-            _compare_state,
-            _compare_decode,
-            _compare_greedy,
-            _compare_gradients,
-        )
         shows_progress = config.progress and distributed.is_first_process()
-        for compare in tqdm.tqdm(comparisons, "verify", disable=not shows_progress):
+        for compare in tqdm.tqdm(_COMPARISONS, "verify", disable=not shows_progress):
             # A comparison is a generator, so its work is done here, under the precision above.
             rows.extend(compare(model, golden))
     # No row would count as success.
@@ -141,13 +138,13 @@ def _make_memory_job(
 
     def count_parts(layout: sharding.MeshLayout | None, dtype: str) -> dict[str, int]:
         parameters = memory_check.local_param_bytes(models[dtype], layout)
-        # A gradient has the shape and the dtype of its parameter.
-        gradients = {"gradients": parameters} if has_gradients else {}
+        gradient_bytes = memory_check.local_param_bytes(models["float32"], layout)
+        if dtype != "float32":  # the parameters are there in float32, too
+            gradient_bytes *= 2
+        gradients = {"gradients": gradient_bytes} if has_gradients else {}
         all_rows = num_rows * golden_lib.count_row_copies(layout, num_rows)
         state = jax.eval_shape(
-            lambda: state_lib.init_decode_state(
-                model_config, all_rows, length, command_mesh.DTYPES[dtype]
-            )
+            lambda: state_lib.init_decode_state(model_config, all_rows, length, jnp.float32)
         )
         mesh_layout = memory_check.as_mesh_layout(layout, sharding.PREFILL)
         shapes = memory_check.shard_shapes(
@@ -155,16 +152,10 @@ def _make_memory_job(
         )
         return {"parameters": parameters, **gradients, "states": memory_check.local_bytes(shapes)}
 
-    return memory_check.MemoryJob(
-        "prefill",
-        sharding.PREFILL,
-        model_config,
-        config.checkpoint,
-        num_rows,
-        length,
-        None,
-        count_parts,
-    )
+    weights = None
+    sizes = (num_rows, length, weights, count_parts)
+    mode, checkpoint = sharding.PREFILL, config.checkpoint
+    return memory_check.MemoryJob("prefill", mode, model_config, checkpoint, *sizes)
 
 
 def _compare_absolute(
@@ -321,7 +312,7 @@ def _compare_gradients(
             "model?"
         )
 
-    # The model is a pytree of parameters, so its gradient is a model of gradients.
+    # The model is a pytree, so its gradient is a model of gradients.
     @jax.jit
     @jax.value_and_grad
     def training_loss(model, tokens):
@@ -330,6 +321,8 @@ def _compare_gradients(
         coefficient = model.config.router_aux_loss_coef
         return -jnp.mean(logp) + coefficient * moe.balance_loss(stats)
 
+    # A gradient has its parameter's dtype, and bfloat16 would round it by more than the tolerance.
+    model = jax.tree.map(lambda x: x.astype(jnp.float32), model)
     loss, grads = training_loss(model, golden.tokens[:, :LOSS_TOKENS])
     if "loss" in golden:
         yield _compare_absolute("loss", loss, golden["loss"])
@@ -339,6 +332,16 @@ def _compare_gradients(
         # One tensor's part of the stacked gradient, transposed to the release's [out, in].
         grad = entry.orient(golden_lib.fetch_array(grads[entry.param_path][...][entry.index]))
         yield _compare_relative(f"grad {name}", grad, tensor, GRADIENT_TOLERANCE)
+
+
+# Each comparison compiles programs of its own, which takes most of the time.
+_COMPARISONS = (
+    _compare_forward,
+    _compare_state,
+    _compare_decode,
+    _compare_greedy,
+    _compare_gradients,
+)
 
 
 def format_table(rows: list[ComparisonRow]) -> str:
@@ -382,7 +385,7 @@ def _define_flags() -> None:
     flags.DEFINE_string("checkpoint", None, "Directory of the checkpoint.", required=True)
     flags.DEFINE_string("golden", None, "The .npz file to compare with.", required=True)
     flags.DEFINE_bool("progress", True, "Show a progress bar.")
-    flags.DEFINE_string("dtype", None, command_mesh.DTYPE_HELP)
+    flags.DEFINE_string("dtype", None, f"Of the parameters. {command_mesh.DTYPE_HELP}")
     flags.DEFINE_string("mesh", None, command_mesh.MESH_HELP)
     flags.DEFINE_bool("distributed", False, distributed.DISTRIBUTED_HELP)
 
