@@ -292,14 +292,13 @@ def trace_reshard(setting: JobSetting) -> list[TracedProgram]:
     model = setting.model
     # The old weights of the sampler are not donated, so they are there until the swap.
     program = weight_sync.WeightSync(setting.config, jnp.bfloat16, setting.serving_layout)
-    values = {name: p.get_value() for name, p in params_lib.params_by_path(model).items()}
     arguments, results = {"parameters": model}, {"new sampler": program.abstract_model}
     hbm_bytes = {n: float(shapes.local_bytes(tree)) for n, tree in (arguments | results).items()}
     moments = step_lib.abstract_state(model, optim.AdamW(LEARNING_RATE)).moments
     return [
         TracedProgram(
             "reshard",
-            program.program.trace(values),
+            program.trace(model),
             arguments,
             estimate.ResourceEstimate(hbm_bytes | {"activations": 0.0}, {}),
             results=results,
