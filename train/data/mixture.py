@@ -118,7 +118,12 @@ class DataLane:
 
     def next_row(self, step: int) -> packing.PackedRow | None:
         """Return the lane's next row, for a batch of this step. None when all is read."""
-        return packing.pack_next_row(
+        segments = self.next_segments(step)
+        return None if segments is None else packing.write_row(segments, self._config.seq_len)
+
+    def next_segments(self, step: int) -> list[packing.RowSegment] | None:
+        """Return what the lane's next row consists of, without writing it. None at the end."""
+        return packing.choose_segments(
             self._pending,
             lambda: self._draw_document(step),
             self._config.seq_len,
