@@ -23,7 +23,7 @@ from absl import app, flags, logging
 from m1_jax import command_help
 from train import config as config_lib
 from train.rehearsal import findings as findings_lib
-from train.rehearsal import page
+from train.rehearsal import page, sampling
 from train.rehearsal import setting as setting_lib
 from train.rehearsal import training
 
@@ -39,6 +39,8 @@ def run(rehearsal: setting_lib.RehearsalConfig) -> page.RehearsalResult:
     setting = setting_lib.open_setting(rehearsal, findings)
     if isinstance(setting.run_config, config_lib.TrainConfig):
         training.TrainRehearsal(setting, findings).run()
+    else:
+        sampling.RlRehearsal(setting, findings).run()
     num_workers = rehearsal.workers or os.cpu_count() or 1
     return page.RehearsalResult(
         config=rehearsal.config,
@@ -83,7 +85,9 @@ def _define_flags() -> None:
     flags.DEFINE_integer(
         "document_tokens", 0, "Mean length of stand-in documents. 0: 1,000, or a row's 16th part."
     )
-    flags.DEFINE_string("plans", "", "Directory of m1-plan's records. Default ~/.cache/m1_jax/plans.")
+    flags.DEFINE_string(
+        "plans", "", "Directory of m1-plan's records. Default ~/.cache/m1_jax/plans."
+    )
     flags.DEFINE_bool("compile", False, "Run m1-plan where it has no record. Minutes for each.")
     flags.DEFINE_integer("workers", 0, "Processes that run lanes. 0: one for each core.")
     flags.DEFINE_string("json", "", "File to write all figures to.")

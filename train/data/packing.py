@@ -158,9 +158,7 @@ def choose_segments(
     while True:
         length = min(chosen.length, space)
         segments.append(
-            RowSegment(
-                chosen.sample_id, chosen.source_index, chosen.document, chosen.start, length
-            )
+            RowSegment(chosen.sample_id, chosen.source_index, chosen.document, chosen.start, length)
         )
         space -= length
         chosen.start += length

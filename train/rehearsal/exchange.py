@@ -31,9 +31,7 @@ def count_gather(sizes: Sequence[int], merged_bytes: int) -> GatheredBytes:
     if num_hosts == 1:
         return GatheredBytes(0, 0, merged_bytes, 0)
     # Padded to the longest. A chip has its host's text, and the texts of all hosts.
-    return GatheredBytes(
-        max(sizes), sum(sizes), merged_bytes, (1 + num_hosts) * max(sizes)
-    )
+    return GatheredBytes(max(sizes), sum(sizes), merged_bytes, (1 + num_hosts) * max(sizes))
 
 
 def count_data_state(
@@ -53,7 +51,8 @@ def count_data_state(
     head = json.dumps({"step": 0, "lanes": 0, "seed": 0, "fingerprint": dict(fingerprint)})
     # A lane's entry has its number as the key, with quotes, colon and comma.
     lane_bytes = {
-        lane: len(text) + len(str(lane)) + 6 for lane, text in lane_run.states[window_number].items()
+        lane: len(text) + len(str(lane)) + 6
+        for lane, text in lane_run.states[window_number].items()
     }
     sizes = [
         len(head) + sum(lane_bytes[lane] for lane in stage.lanes_of(process))

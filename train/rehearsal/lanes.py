@@ -138,9 +138,7 @@ class _LaneRunner:
         self.result.secs = time.process_time() - started
         return self.result
 
-    def _open(
-        self, config: data_config.StreamConfig, state: mixture.LaneState
-    ) -> mixture.DataLane:
+    def _open(self, config: data_config.StreamConfig, state: mixture.LaneState) -> mixture.DataLane:
         data = config.data
         encoder = documents_lib.LengthEncoder(
             tokenizer=documents_lib.as_tokenizer(documents_lib.StandInTokenizer(64)),

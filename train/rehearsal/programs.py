@@ -182,4 +182,3 @@ def _estimate_program(
         f"{doubt}; not compiled: {line}",
         needed_bytes=needed,
     )
-

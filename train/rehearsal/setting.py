@@ -107,8 +107,10 @@ def parse_slices(name: str) -> topology.TpuSlice | None:
     if not name:
         return None
     several = re.fullmatch(r"\s*(\d+)\s*x\s+(\S+)\s*", name)
-    return topology.parse_slice(several[2], int(several[1])) if several else (
-        topology.parse_slice(name.strip())
+    return (
+        topology.parse_slice(several[2], int(several[1]))
+        if several
+        else (topology.parse_slice(name.strip()))
     )
 
 
@@ -143,9 +145,7 @@ def open_setting(
         lora=run_config.lora,
         seed=run_config.seed,
     )
-    return RehearsalSetting(
-        rehearsal, run_config, tpu_slice, devices, model, tokenizer is not None
-    )
+    return RehearsalSetting(rehearsal, run_config, tpu_slice, devices, model, tokenizer is not None)
 
 
 def _read_model_config(

@@ -82,9 +82,7 @@ def merge_states(
       step: first step of the window.
       state: a new stream's state, for all fields that are not lanes.
     """
-    lanes = {
-        str(lane): json.loads(text) for lane, text in lane_run.states[window_number].items()
-    }
+    lanes = {str(lane): json.loads(text) for lane, text in lane_run.states[window_number].items()}
     return {**state, "step": step, **lanes}
 
 
@@ -177,6 +175,4 @@ class _HostCheck:
         reference = document_refs.DocumentRef.from_text(sample_id)
         names = list(self._sources)
         document = self._encoder.encode(self._sources[reference.source].read(reference.index))
-        return packing.RowSegment(
-            sample_id, names.index(reference.source), document, start, length
-        )
+        return packing.RowSegment(sample_id, names.index(reference.source), document, start, length)

@@ -30,9 +30,7 @@ DEVICE_KINDS = {"v5e": "TPU v5e", "v5p": "TPU v5p", "v6e": "TPU v6e", "tpu7x": "
 class TrainRehearsal:
     """One rehearsal. Each part adds its lines, and a refusal stops its own part alone."""
 
-    def __init__(
-        self, setting: setting_lib.RehearsalSetting, findings: findings_lib.FindingList
-    ):
+    def __init__(self, setting: setting_lib.RehearsalSetting, findings: findings_lib.FindingList):
         assert isinstance(setting.run_config, config_lib.TrainConfig)
         self._config: config_lib.TrainConfig = setting.run_config
         self._setting, self._findings = setting, findings
@@ -310,10 +308,10 @@ class TrainRehearsal:
             return
         for index, stage in enumerate(stage_hosts):
             with self._findings.catch_refusals("evaluation", f"stage {index}"):
-                data = dataclasses.replace(
-                    self._config.data, sources=config.sources, weights=()
+                data = dataclasses.replace(self._config.data, sources=config.sources, weights=())
+                data_config.StreamConfig(
+                    data, stage.stream_config.seq_len, stage.stream_config.rows
                 )
-                data_config.StreamConfig(data, stage.stream_config.seq_len, stage.stream_config.rows)
             if not config.batches:
                 continue
             num_rows = config.batches * stage.stream_config.rows
