@@ -16,6 +16,7 @@ import os
 import pathlib
 import sys
 import time
+from typing import Any
 
 import jax
 from absl import app, flags, logging
@@ -23,9 +24,8 @@ from absl import app, flags, logging
 from m1_jax import command_help
 from train import config as config_lib
 from train.rehearsal import findings as findings_lib
-from train.rehearsal import page, sampling
+from train.rehearsal import page, sampling, training
 from train.rehearsal import setting as setting_lib
-from train.rehearsal import training
 
 
 def run(rehearsal: setting_lib.RehearsalConfig) -> page.RehearsalResult:
@@ -60,8 +60,9 @@ def main(argv) -> None:
     jax.config.update("jax_platforms", "cpu")  # a TPU that is there stays free
     try:
         names = [field.name for field in dataclasses.fields(setting_lib.RehearsalConfig)]
-        fields = {name: getattr(values, name) for name in names}
-        result = run(setting_lib.RehearsalConfig(**(fields | {"set": tuple(values.set)})))
+        fields: dict[str, Any] = {name: getattr(values, name) for name in names}
+        fields["set"] = tuple(values.set)  # absl gives a list
+        result = run(setting_lib.RehearsalConfig(**fields))
         if values.json:
             pathlib.Path(values.json).write_text(json.dumps(result.to_json(), indent=1) + "\n")
     except (ValueError, OSError) as error:

@@ -137,9 +137,10 @@ def _count_overhead(encoder: chat.RecordEncoder, is_chat: bool) -> int:
     key = (is_chat, encoder.begin_token, encoder.end_token, encoder.thinking, encoder.profile)
     if key not in _OVERHEAD:
         record = StandInSource("", is_chat, np.array([1])).read(0)
-        fields = {field.name: getattr(encoder, field.name) for field in dataclasses.fields(encoder)}
-        tokenizer = as_tokenizer(StandInTokenizer(4096))
-        real = chat.RecordEncoder(**(fields | {"tokenizer": tokenizer}))
+        names = [field.name for field in dataclasses.fields(encoder)]
+        fields: dict[str, Any] = {name: getattr(encoder, name) for name in names}
+        fields["tokenizer"] = as_tokenizer(StandInTokenizer(4096))
+        real = chat.RecordEncoder(**fields)
         _OVERHEAD[key] = len(real.encode(record).tokens) - 1
     return _OVERHEAD[key]
 

@@ -11,7 +11,7 @@ _WIDTH = 100
 _TITLES = {
     "fails": "What fails",
     "fits": "What fits",
-    "costs": "What costs most",
+    "costs": "What costs most (in brackets: how long the chips wait, in the mean)",
     "assumes": "Not run as it will be",
 }
 
@@ -63,8 +63,10 @@ def format_page(result: RehearsalResult) -> str:
             continue
         lines += ["", title]
         for finding in findings:
+            # What makes the chips wait comes first, with its seconds a step or batch.
+            waiting = f" [{finding.secs:.3g} s a step]" if finding.secs >= 0.001 else ""
             lines += textwrap.wrap(
-                f"{finding.topic}: {finding.text}",
+                f"{finding.topic}: {finding.text}{waiting}",
                 _WIDTH,
                 initial_indent="  ",
                 subsequent_indent="      ",

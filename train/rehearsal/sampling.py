@@ -13,7 +13,7 @@ from m1_jax.plan import config as plan_config
 from m1_jax.plan import shapes
 from m1_jax.serving import state as serving_state
 from train.data import config as data_config
-from train.rehearsal import answers, documents, programs, schedules, storage, training
+from train.rehearsal import answers, costs, documents, programs, schedules, storage
 from train.rehearsal import findings as findings_lib
 from train.rehearsal import setting as setting_lib
 from train.rl import config as rl_config
@@ -62,7 +62,7 @@ class RlRehearsal:
         with findings.catch_refusals("checkpoint"):
             state = self._setting.model.abstract_state(layout, rl_loop.make_optimizer(config))
             size = storage.measure_checkpoint(state, config.save.directory)
-            training.add_checkpoint(size, "state", config.save.keep, findings)
+            costs.add_checkpoint(size, "state", config.save.keep, findings)
         if layout is None or serving_layout is None:
             return
         with findings.catch_refusals("engine"):

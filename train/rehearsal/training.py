@@ -1,20 +1,17 @@
 """Rehearses a run of pretraining or fine-tuning: all stages, on all hosts."""
 
-import dataclasses
 import pathlib
 import tempfile
 from collections.abc import Mapping
 
 import numpy as np
 
-from m1_jax import flops
 from m1_jax.plan import config as plan_config
 from train import config as config_lib
-from train import metrics, run_setup
-from train.data import config as data_config
+from train import run_setup
 from train.data import records as records_lib
+from train.rehearsal import costs, programs, schedules, speed, storage, streams
 from train.rehearsal import documents as documents_lib
-from train.rehearsal import exchange, programs, schedules, speed, storage, streams
 from train.rehearsal import findings as findings_lib
 from train.rehearsal import hosts as hosts_lib
 from train.rehearsal import lanes as lanes_lib
@@ -23,8 +20,6 @@ from train.rehearsal import setting as setting_lib
 GIB, MIB = 2**30, 2**20
 _RECORDS_PER_STEP = 0.5  # of the documents that are read: every source is read about twice
 _MAX_RECORDS = 200_000
-# jax's device_kind of the generations that slices are named by.
-DEVICE_KINDS = {"v5e": "TPU v5e", "v5p": "TPU v5p", "v6e": "TPU v6e", "tpu7x": "TPU7x"}
 
 
 class TrainRehearsal:
@@ -142,7 +137,9 @@ class TrainRehearsal:
                     f"places and on another number of hosts: {check.num_rows} rows bit for bit "
                     "those of the lanes",
                 )
-        self._report_costs(setup, stage_hosts, windows, lane_run, encoding, fingerprint)
+        costs.DataCosts(
+            self._setting, setup, stage_hosts, windows, lane_run, encoding, self._findings
+        ).report(fingerprint)
 
     def _make_sources(
         self,
@@ -212,119 +209,6 @@ class TrainRehearsal:
             text = f"{share:.1%} of the stand-in conversations are longer than a row and left out"
             self._findings.add("costs", "data", text, dropped_share=share)
 
-    def _report_costs(
-        self,
-        setup: run_setup.TrainSetup,
-        stage_hosts: list[hosts_lib.StageHosts],
-        windows: list[lanes_lib.StepWindow],
-        lane_run: lanes_lib.LaneRun,
-        encoding: speed.EncodingSpeed,
-        fingerprint: Mapping[str, list],
-    ) -> None:
-        self._findings.add(
-            "assumes",
-            "speed",
-            f"{encoding.tokens_per_sec:,.0f} tokens a second and core, {encoding.origin}; a step's "
-            "seconds are extrapolated from it",
-            tokens_per_sec=encoding.tokens_per_sec,
-        )
-        for index, stage in enumerate(stage_hosts):
-            cost = speed.find_slowest_host(stage, encoding)
-            step_secs = self._bound_step_secs(setup, index)
-            bound = f"; the step takes at least {step_secs:.2f} s" if step_secs else ""
-            waiting = max(cost.step_secs - step_secs, 0.0) if step_secs else 0.0
-            if step_secs and waiting:
-                bound += ", so the chips wait for data"
-            self._findings.add(
-                "costs",
-                "data",
-                f"stage {index}: the slowest host makes {cost.made_rows} rows a step for its "
-                f"{cost.held_rows} in {cost.step_secs:.2f} s ({cost.num_lanes} lanes, "
-                f"{cost.num_workers} workers){bound}; {cost.batch_bytes / MIB:,.0f} MiB a batch, "
-                f"up to {cost.ahead_bytes / GIB:.2f} GiB ahead",
-                waiting,
-                **dataclasses.asdict(cost),
-                step_bound_secs=step_secs,
-            )
-            window_number = max(n for n, w in enumerate(windows) if w.stage_index == index)
-            self._report_restart(index, stage, lane_run, encoding)
-            self._report_state(index, stage, lane_run, window_number, fingerprint)
-        self._report_evaluation(stage_hosts, encoding)
-
-    def _bound_step_secs(self, setup: run_setup.TrainSetup, index: int) -> float:
-        """Return the least seconds of a step, at the chips' peak. 0 where it is not known."""
-        tpu_slice, stage = self._setting.tpu_slice, self._config.stages[index]
-        if tpu_slice is None:
-            return 0.0
-        peak = metrics.PEAK_FLOPS[DEVICE_KINDS[tpu_slice.generation]] * len(self._setting.devices)
-        count = flops.count_train_flops(setup.model.config, stage.rows, stage.seq_len)
-        return (count.model + count.recomputed) / peak
-
-    def _report_restart(
-        self,
-        index: int,
-        stage: hosts_lib.StageHosts,
-        lane_run: lanes_lib.LaneRun,
-        encoding: speed.EncodingSpeed,
-    ) -> None:
-        num_tokens, lanes_of_worker = speed.count_restart_tokens(
-            stage, lane_run.pending_tokens[index]
-        )
-        secs = lanes_of_worker * lane_run.pending_tokens[index] / encoding.tokens_per_sec
-        # 4 bytes of a token, and 1 of its mask.
-        self._findings.add(
-            "costs",
-            "restart",
-            f"stage {index}: a host encodes up to {num_tokens:,} pending tokens again, {secs:.1f} s"
-            f" in all, and holds them in {5 * num_tokens / GIB:.2f} GiB",
-            secs / max(self._config.stages[index].num_steps, 1),
-            pending_tokens=num_tokens,
-            pending_secs=secs,
-        )
-
-    def _report_state(
-        self,
-        index: int,
-        stage: hosts_lib.StageHosts,
-        lane_run: lanes_lib.LaneRun,
-        window_number: int,
-        fingerprint: Mapping[str, list],
-    ) -> None:
-        gathered = exchange.count_data_state(stage, lane_run, window_number, fingerprint)
-        self._findings.add(
-            "costs",
-            "exchange",
-            f"stage {index}: hosts exchange nothing of the data in a step; at a save a host sends "
-            f"{gathered.sent / 1024:,.1f} KiB and gets {gathered.received / 1024:,.1f}, a chip "
-            f"{gathered.chip / MIB:,.2f} MiB; the checkpoint has {gathered.merged / 1024:,.1f} KiB",
-            **dataclasses.asdict(gathered),
-        )
-
-    def _report_evaluation(
-        self, stage_hosts: list[hosts_lib.StageHosts], encoding: speed.EncodingSpeed
-    ) -> None:
-        config = self._config.evaluation
-        if not config.every_steps:
-            return
-        for index, stage in enumerate(stage_hosts):
-            with self._findings.catch_refusals("evaluation", f"stage {index}"):
-                data = dataclasses.replace(self._config.data, sources=config.sources, weights=())
-                data_config.StreamConfig(
-                    data, stage.stream_config.seq_len, stage.stream_config.rows
-                )
-            if not config.batches:
-                continue
-            num_rows = config.batches * stage.stream_config.rows
-            secs = num_rows * stage.stream_config.seq_len / encoding.tokens_per_sec
-            self._findings.add(
-                "costs",
-                "evaluation",
-                f"stage {index}: every {config.every_steps} steps each host encodes all "
-                f"{num_rows} held-out rows in one thread, {secs:.1f} s in which the chips wait",
-                secs / config.every_steps,
-                evaluation_secs=secs,
-            )
-
     def _measure_storage(self, setup: run_setup.TrainSetup) -> None:
         if self._config.lora is not None and self._setting.tpu_slice is not None:
             self._findings.add("assumes", "checkpoint", "adapters were not sized: see LoRA in docs")
@@ -336,7 +220,7 @@ class TrainRehearsal:
                 optimizer = setup.step_settings(index).optimizer
                 state = setup.model.abstract_state(layout, optimizer)
                 size = storage.measure_checkpoint(state, self._config.save.directory)
-                add_checkpoint(size, f"stage {index}", self._config.save.keep, self._findings)
+                costs.add_checkpoint(size, f"stage {index}", self._config.save.keep, self._findings)
 
     def _check_programs(self, setup: run_setup.TrainSetup) -> None:
         name, tpu_slice = programs.name_model(self._setting), self._setting.tpu_slice
@@ -365,21 +249,6 @@ class TrainRehearsal:
             with self._findings.catch_refusals("programs", f"stage {index}"):
                 program = programs.PlannedProgram(f"step of stage {index}", plan, layout)
                 programs.check_program(program, self._setting, self._findings)
-
-
-def add_checkpoint(
-    size: storage.CheckpointSize, label: str, keep: int, findings: findings_lib.FindingList
-) -> None:
-    """Add a line with a checkpoint's size."""
-    findings.add(
-        "costs",
-        "checkpoint",
-        f"{label}: {size.total_bytes / 1e12:.3f} TB in {size.num_arrays} arrays; "
-        f"{size.num_writers} hosts write up to {size.host_bytes / GIB:.2f} GiB each, in "
-        f"{size.num_files:,} files or more, the largest {size.largest_bytes / GIB:.2f} GiB; "
-        f"{keep} are kept; a restart reads {size.restored_bytes / GIB:.2f} GiB on a host",
-        **dataclasses.asdict(size),
-    )
 
 
 def _check_lengths(config: config_lib.TrainConfig, lengths: Mapping[str, np.ndarray]) -> None:
