@@ -110,10 +110,12 @@ class DataLane:
         self._documents_read = {**unread, **state.documents_read}
         self._tokens_read = {**unread, **state.tokens_read}
         self._num_dropped = state.num_dropped
+        # A long document may be pending in two pieces. It is tokenised, and kept, once.
+        restored: dict[str, packing.TokenizedDocument | None] = {}
         self._pending = [
             pending_piece
             for piece_ref in state.pending
-            for pending_piece in self._restore_pieces(piece_ref)
+            for pending_piece in self._restore_pieces(piece_ref, restored)
         ]
 
     def next_row(self, step: int) -> packing.PackedRow | None:
@@ -232,9 +234,15 @@ class DataLane:
         )
 
     def _restore_pieces(
-        self, piece_ref: document_refs.PendingPieceRef
+        self,
+        piece_ref: document_refs.PendingPieceRef,
+        restored: dict[str, packing.TokenizedDocument | None],
     ) -> list[packing.PendingPiece]:
         """Tokenise a pending piece of a state again.
+
+        Args:
+          piece_ref: the piece.
+          restored: the documents of earlier pieces, by sample id. This one's is added.
 
         Raises:
           DataError: the document has another number of tokens than before, and some of its tokens
@@ -243,7 +251,9 @@ class DataLane:
         sample_id, start, end = piece_ref.sample_id, piece_ref.start, piece_ref.end
         document_ref = document_refs.DocumentRef.from_text(sample_id)
         name, index = document_ref.source, document_ref.index
-        document = self._encode_record(name, index)
+        if sample_id not in restored:
+            restored[sample_id] = self._encode_record(name, index)
+        document = restored[sample_id]
         if document is None:  # rows have become shorter since, and the conversation fits no more
             self._num_dropped += 1
             return []

@@ -173,8 +173,8 @@ class _LaneRunner:
 
     def _measure_state(self, stage: int, text: str, lane: mixture.DataLane) -> None:
         pending = lane.get_state().pending
-        # A document with several pieces is encoded once for each.
-        num_tokens = sum(piece.length for piece in pending)
+        # A document with several pieces is encoded once, all of it.
+        num_tokens = sum({piece.sample_id: piece.length for piece in pending}.values())
         result = self.result
         result.state_bytes[stage] = max(result.state_bytes.get(stage, 0), len(text))
         result.pending_tokens[stage] = max(result.pending_tokens.get(stage, 0), num_tokens)

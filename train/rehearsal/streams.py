@@ -21,6 +21,7 @@ from train.rehearsal import hosts as hosts_lib
 from train.rehearsal import lanes as lanes_lib
 
 _SAMPLED_HOSTS = 3
+_COMPARED_TOKENS = 2**20  # of a host in a window, unless one step has more
 _OTHER_HOSTS = 3  # a cluster of so many hosts shares the rows in a further restart
 
 
@@ -144,7 +145,9 @@ class _HostCheck:
                 self._lane_run, self._window_number, steps.start, stream.get_state()
             )
             stream.set_state(json.loads(json.dumps(state)))
-            for step in steps[: lanes_lib.RECORDED_STEPS]:
+            step_tokens = len(self._rows) * self._config.seq_len
+            num_steps = max(1, min(_COMPARED_TOKENS // step_tokens, lanes_lib.RECORDED_STEPS))
+            for step in steps[:num_steps]:
                 batch = next(stream)
                 for i, row in enumerate(self._rows):
                     contents = self._lane_run.rows[self._window_number, step, row]
