@@ -186,7 +186,7 @@ def break_restart(monkeypatch):
         return dataclasses.replace(restore(cls, value), pending=())
 
     monkeypatch.setattr(mixture.LaneState, "from_json", classmethod(forget_pending))
-    return "not pending"
+    return "a restarted lane made"
 
 
 def break_cut(monkeypatch):
