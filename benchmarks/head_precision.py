@@ -26,8 +26,7 @@ from m1_jax import layers
 from m1_jax import tokenizer as tokenizer_lib
 from m1_jax.checkpoints import load as load_lib
 from train.rl import batch as rl_batch
-from train.rl import episodes, groups, rollout, tasks
-from train.rl import metrics as rl_metrics
+from train.rl import episodes, groups, mismatch, rollout, row_packing, tasks
 from train.rl import step as rl_step
 
 MAX_ANSWER_TOKENS = 64
@@ -85,17 +84,14 @@ def sample_answers(model, tokenizer, all_tasks, size: int) -> list:
 def measure_agreement(model, samples) -> tuple[int, dict[str, float]]:
     """Return the number of tokens, and `measure_mismatch` of the trainer's probabilities."""
     length = max(len(sample.prompt) + len(sample.tokens) for sample in samples)
-    packed = rl_batch.pack_samples(samples, ROWS, length)
-    logp = [
-        np.asarray(rl_step.score_logprobs(model, rl_batch.device_put_rows(rows, None), 1.0)[0])
-        for rows in packed.microbatches
-    ]
-    sampler, mask, segments = (
-        np.concatenate([getattr(rows, name) for rows in packed.microbatches])
-        for name in ("logp_rollout", "mask", "segment_ids")
-    )
-    return int(mask.sum()), rl_metrics.measure_mismatch(
-        sampler, np.concatenate(logp), mask, segments
+    packed = rl_batch.pack_samples(samples, row_packing.make_row_shapes(ROWS, length, None))
+    logp_old = {}
+    for i in range(packed.num_microbatches):
+        rows = rl_batch.device_put_rows(packed.make_rows(i), None)
+        logp_old |= packed.extract(i, np.asarray(rl_step.score_logprobs(model, rows, 1.0)[0]))
+    # These answers have no tool's tokens, so the model wrote all of them.
+    return sum(len(sample.tokens) for sample in samples), mismatch.measure_mismatch(
+        (sample.logprobs, logp_old[i]) for i, sample in enumerate(samples)
     )
 
 
@@ -107,7 +103,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=8, help="answers to each")
     arguments = parser.parse_args()
     tokenizer = tokenizer_lib.Tokenizer.load(arguments.checkpoint)
-    source = tasks.open_task_source(tasks.TaskSource("tasks", arguments.tasks))
+    source = tasks.FileTasks(tasks.TaskSource("tasks", arguments.tasks))
     if not (1 <= arguments.groups <= len(source) and arguments.size >= 1):
         parser.error(
             f"got --groups={arguments.groups} --size={arguments.size}; wanted 1 to {len(source)} "

@@ -135,7 +135,7 @@ class Engine:
                 single_step=self._needs_single_step(request),
                 # Guesses are made from the tokens so far, so these must be known.
                 waits_for_reports=self.config.draft_tokens > 0,
-                prior_tokens=None if prior_tokens is None else [t.id for t in prior_tokens],
+                prior_tokens=None if prior_tokens is None else request.tokens.ids.tolist(),
             )
             self._requests[sequence_id] = request
             self._work_condition.notify()
@@ -146,7 +146,7 @@ class Engine:
         with self._work_condition:
             if request.sequence_id in self._requests and request.finish_reason is None:
                 self._scheduler.cancel(request.sequence_id)
-                request.text += request.progress.flush()
+                request.add_text(request.progress.flush())
                 self._end_request(request, "cancelled")
 
     def swap_weights(self, model: model_lib.MiniMaxM1, keep_running: bool = True) -> int:
@@ -352,7 +352,7 @@ class Engine:
         """Give a request its next token, or end it where the token or its grammar is no good."""
         if not np.isfinite(sampled.logp_raw):  # the model's logits are not finite
             request.finish_reason = "error"
-            request.text += request.progress.flush()
+            request.add_text(request.progress.flush())
             return
         # The program returns as many as any request may ask for.
         top = sampled.top[: request.options.top_logprobs]
@@ -361,7 +361,7 @@ class Engine:
             text = request.push(token)
         except ValueError:  # the grammar grew beyond its limits
             request.finish_reason, text = "error", ""
-            request.text += request.progress.flush()
+            request.add_text(request.progress.flush())
         if request.on_token is not None:
             request.on_token(request, token, text)
 

@@ -7,20 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from infer import grammar, prompt_lookup, stopping
+from infer import grammar, output_tokens, stopping
 from infer import options as options_lib
+from infer import prompt_lookup as prompt_lookup_lib
 
-
-@dataclasses.dataclass(frozen=True)
-class OutputToken:
-    """One token of an output."""
-
-    id: int
-    logp: float  # log-probability under the distribution that the token was drawn from
-    logp_raw: float  # log-probability under the model's plain logits
-    version: int  # version of the weights that chose the token
-    # The `Options.top_logprobs` likeliest tokens: (id, log-probability under the plain logits).
-    top: tuple[tuple[int, float], ...] = ()
+OutputToken = output_tokens.OutputToken
+_MAX_TEXT_PIECES = 1024  # pieces of an output's text that are joined when there are so many
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +30,7 @@ class RequestOutput:
       reasoning_tokens: number of tokens up to the end of thinking, 0 if the output does not think.
     """
 
-    tokens: tuple[OutputToken, ...]
+    tokens: Sequence[OutputToken]
     text: str
     finish_reason: str
     prompt_tokens: int
@@ -60,14 +52,12 @@ class Request:
       on_token: called with (request, token, new text), or None.
       tokens: the output's tokens so far.
       grammar_mask: the mask of the next token, or None without a constraint.
-      text: the output's text so far, without text that is held back.
       finish_reason: None while the request runs.
       cached_tokens: number of tokens of the prompt that were found in the prefix cache.
       cache_miss_reason: why none were found, else empty.
       routes: [computed tokens, layers, experts of a token] int8, set at the end if the engine
         records them, else None.
       done: set at the end.
-      prompt_lookup: proposes drafts of the next tokens.
     """
 
     def __init__(
@@ -83,14 +73,28 @@ class Request:
         self.sequence_id, self.prompt = sequence_id, tuple(prompt)
         self.options, self.stop_ids = options, stop_ids
         self.progress, self.matcher, self.on_token = progress, matcher, on_token
-        self.tokens: list[OutputToken] = []
+        self.tokens = output_tokens.OutputTokens()
         self.grammar_mask = None if matcher is None else matcher.mask()
-        self.text = ""
+        self._text_pieces: list[str] = []
         self.finish_reason: str | None = None
         self.cached_tokens, self.cache_miss_reason = 0, ""
         self.routes: np.ndarray | None = None
         self.done = threading.Event()
-        self.prompt_lookup = prompt_lookup.PromptLookup(self.prompt)
+        self._prompt_lookup: prompt_lookup_lib.PromptLookup | None = None
+
+    @property
+    def text(self) -> str:
+        """The output's text so far, without text that is held back."""
+        return "".join(self._text_pieces)
+
+    @property
+    def prompt_lookup(self) -> prompt_lookup_lib.PromptLookup:
+        """What proposes drafts of the next tokens."""
+        # Made when drafts are first asked for: it takes some 200 bytes a token.
+        if self._prompt_lookup is None:
+            tokens = [*self.prompt, *self.tokens.ids.tolist()]
+            self._prompt_lookup = prompt_lookup_lib.PromptLookup(tokens)
+        return self._prompt_lookup
 
     @property
     def has_penalties(self) -> bool:
@@ -108,13 +112,22 @@ class Request:
         """Take a token, and return the text that it releases."""
         update = self.progress.push(token.id, token.logp_raw)
         self.tokens.append(token)
-        self.prompt_lookup.push(token.id)
-        self.text += update.text
+        if self._prompt_lookup is not None:
+            self._prompt_lookup.push(token.id)
+        self.add_text(update.text)
         self.finish_reason = update.finish_reason
         if self.matcher is not None and update.finish_reason is None:
             self.matcher.accept(token.id)
             self.grammar_mask = self.matcher.mask()
         return update.text
+
+    def add_text(self, text: str) -> None:
+        """Add to the output's text."""
+        # Adding each token's text to one string would copy the string every time. A new list, as
+        # another thread may be reading the old one.
+        if len(self._text_pieces) == _MAX_TEXT_PIECES:
+            self._text_pieces = [self.text]
+        self._text_pieces.append(text)
 
     def output(self, timeout_secs: float | None = None) -> RequestOutput:
         """Wait for the end, and return the whole output.
@@ -125,7 +138,7 @@ class Request:
         if not self.done.wait(timeout_secs):
             raise TimeoutError(f"request {self.sequence_id}: not finished after {timeout_secs} s")
         return RequestOutput(
-            tuple(self.tokens),
+            self.tokens,
             self.text,
             str(self.finish_reason),
             len(self.prompt),

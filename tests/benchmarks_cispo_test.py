@@ -23,7 +23,7 @@ from m1_jax import model as model_lib
 from m1_jax import tokenizer as tokenizer_lib
 from train import optim
 from train.rl import batch as rl_batch
-from train.rl import objective
+from train.rl import objective, row_packing
 from train.rl import sample as sample_lib
 from train.rl import step as rl_step
 
@@ -255,12 +255,12 @@ def gradients(tokenizer):
         sample.append_generated(sample_lib.Generation(*made))
         sample.reward = float(i in (0, 2))
         samples.append(sample)
-    packed = rl_batch.pack_samples(samples, 4, 32)
+    packed = rl_batch.pack_samples(samples, row_packing.RowShapes((4,), (32,)))
     packed.fill("advantages", [1.0, -1.0, 1.0, -1.0])
-    rows = packed.microbatches[0]
+    packed.fill("coefficients", [0.05] * 4)
+    rows = packed.make_rows(0)
 
     def run(arm: objective.Objective, shift: float):
-        packed.fill("coefficients", [0.05] * 4)
         logp, _ = rl_step.score_logprobs(model, rl_batch.device_put_rows(rows, None), 1.0)
         moved = dataclasses.replace(rows, logp_old=np.asarray(logp) - shift)
         placed = rl_batch.device_put_rows(moved, None)

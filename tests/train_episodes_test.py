@@ -93,7 +93,7 @@ def drive(episode, tokenizer, turns, ends=True, version=3, status="stop"):
             wanted = episode.send(made)
         except StopIteration as stop:
             sample = stop.value
-            assert [*sample.prompt, *sample.tokens][: len(written)] == written
+            assert [*sample.prompt.tolist(), *sample.tokens.tolist()][: len(written)] == written
             return sample, asked
 
 
@@ -102,12 +102,12 @@ def test_one_turn(tokenizer):
         episodes.single_turn_episode(TASK, tokenizer, 50), tokenizer, ["Well, 4."]
     )
     ids = tokenizer.encode("Well, 4.") + [tokenizer.special_token_id(prompt.END_TOKEN)]
-    assert asked == [sample_lib.Generate(sample.prompt, 50)]
+    assert asked == [sample_lib.Generate(tuple(sample.prompt.tolist()), 50)]
     assert list(sample.prompt) == prompt.encode_prompt(tokenizer, TASK.messages, TASK.tools)
-    assert (sample.tokens, sample.mask) == (ids, [1] * len(ids))
+    assert (sample.tokens.tolist(), sample.mask.tolist()) == (ids, [1] * len(ids))
     assert (sample.text, sample.status, sample.reward) == ("Well, 4.", "stop", None)
     assert sample.messages == [{"role": "assistant", "content": "Well, 4."}]
-    assert sample.versions == [3] * len(ids)
+    assert sample.versions.tolist() == [3] * len(ids)
 
 
 def test_an_answer_that_is_cut_off(tokenizer):
@@ -135,11 +135,11 @@ def test_turns_with_a_tool(tokenizer, ends):
     first = len(asked[1].tokens) - len(sample.prompt)
     end = tokenizer.special_token_id(prompt.END_TOKEN)
     written = len(tokenizer.encode(turns[0])) + ends
-    assert sample.mask[: first + 1] == [1] * written + [0] * (first - written) + [1]
-    assert sample.logprobs[written:first] == [0.0] * (first - written)
-    assert sample.versions[written : first + 1] == [-1] * (first - written) + [3]
+    assert sample.mask[: first + 1].tolist() == [1] * written + [0] * (first - written) + [1]
+    assert sample.logprobs[written:first].tolist() == [0.0] * (first - written)
+    assert sample.versions[written : first + 1].tolist() == [-1] * (first - written) + [3]
     assert (sample.tokens[written] == end) != ends  # it is there once, whoever wrote it
-    assert sample.tokens[:first].count(end) == 2
+    assert sample.tokens[:first].tolist().count(end) == 2
     assert sample.turn_rewards == [(written - 1, 0.25)]
     assert (sample.reward, sample.parts) == (0.75, {"final": 0.5, "turns": 0.25})
     assert sample.valid
@@ -196,7 +196,7 @@ def test_an_episode_is_what_supervised_training_sees(tokenizer, careless):
         sample, _ = drive(run, tokenizer, turns)
         tail = len(tokenizer.encode("\n"))  # after the last turn
         assert [*sample.prompt, *sample.tokens] == document.tokens[:-tail].tolist()
-        mask = [0] * len(sample.prompt) + sample.mask
+        mask = [0] * len(sample.prompt) + sample.mask.tolist()
         assert mask == document.loss_mask[:-tail].astype(int).tolist()
         assert sample.reward == 1.0 - careless
         assert len(document.tokens) < 128
@@ -320,7 +320,7 @@ def test_a_prompt_that_does_not_fit(tokenizer, caplog):
     world = Scripted()
     run = episodes.multi_turn_episode(TASK, world, tokenizer, episodes.EpisodeLimits(5, 20, 4))
     sample, asked = drive(run, tokenizer, [])
-    assert (sample.valid, sample.tokens, asked) == (False, [], [])
+    assert (sample.valid, len(sample.tokens), asked) == (False, 0, [])
     assert "wanted fewer than max_tokens, 20" in caplog.text
 
 

@@ -55,17 +55,17 @@ class Sampler:
         full = last == asked.max_tokens and self._length(job.seed) > last
         status = "length" if last < length or full else self._status(job.seed)
         routes = np.arange((len(asked.tokens) + last - 1) * 4).reshape(-1, 2, 2).astype(np.int8)
-        whole = sample_lib.Generation(
-            (*(made.tokens if made else ()), *ids),
-            (*(made.logprobs if made else ()), *logprobs),
-            (*(made.versions if made else ()), *[self.version] * len(ids)),
-            status,
-            routes,
-            (*(made.raw if made else ()), *logprobs),
-        )
+        columns = {
+            "tokens": (*(made.tokens if made else ()), *ids),
+            "logprobs": (*(made.logprobs if made else ()), *logprobs),
+            "versions": (*(made.versions if made else ()), *[self.version] * len(ids)),
+            "raw": (*(made.raw if made else ()), *logprobs),
+        }
         if last < length:
             job.episode.close()
-            return rollout.PausedEpisode(whole), len(ids)
+            paused = sample_lib.Generation(**columns, status=status)
+            return rollout.PausedEpisode(paused), len(ids)
+        whole = sample_lib.Generation(**columns, status=status, routes=routes)
         try:
             job.episode.send(whole)
         except StopIteration as stop:
@@ -104,7 +104,7 @@ def start(task, window):
 
 def varied(sample):
     """Return rewards that differ within every group."""
-    return float(sum(sample.tokens) % 101) / 100
+    return float(sample.tokens.sum() % 101) / 100
 
 
 def by_task(flat):
@@ -126,19 +126,36 @@ def config(number=2, **changes):
 
 def collector(value=varied, state=None, some=None, **changes):
     given = config(**changes)
-    return groups.GroupCollector(given, some or {"s": TASKS}, start, Rewards(value), state)
+    return groups.GroupCollector(
+        given, some or {"s": TASKS}, start, Rewards(value), *(state or (None, None))
+    )
+
+
+def written(one):
+    """Return a collector's state as a checkpoint keeps it: JSON, and arrays by name."""
+    table, columns = one.state()
+    return json.loads(json.dumps(table)), columns
+
+
+def text_of(one):
+    """Return a collector's state as one text, to compare."""
+    table, columns = one.state()
+    arrays = {name: (str(x.dtype), x.tolist()) for name, x in sorted(columns.items())}
+    return json.dumps([table, arrays], sort_keys=True)
 
 
 def collect(one, sampler, step=0, stopping=lambda: False, window=20):
     return one.collect(sampler, step, window, stopping)
 
 
+COLUMNS = ("prompt", "tokens", "mask", "logprobs", "versions", "routes")
+
+
 def told(batch):
     """Return all of a batch that training sees."""
     return [
         (group.group_id, group.task.id, group.rewards, [
-            (s.prompt, s.tokens, s.mask, s.logprobs, s.versions, s.status, s.reward, s.parts,
-             s.valid, s.routes.tolist())
+            (*(getattr(s, name).tolist() for name in COLUMNS), s.status, s.reward, s.parts, s.valid)
             for s in groups.finished_samples(group)
         ])
         for group in batch.groups
@@ -164,7 +181,7 @@ def test_the_order_of_ends_decides_nothing(order, flat, oversample, slices):
             counted = {k: v for k, v in batch.metrics.items() if k not in secs}
             batches.append((told(batch), json.dumps(counted, sort_keys=True)))
             sampler.version += 1
-        made.append((batches, one.state()))
+        made.append((batches, text_of(one)))
     assert made[0] == made[1]
 
 
@@ -290,7 +307,7 @@ def test_partial_answers_go_on_under_new_weights_up_to_a_bound():
     assert second.metrics["staleness_max"] == 1
     for group in second.groups:
         for sample in groups.finished_samples(group):
-            assert sample.versions == [5, 5, 6, 6, 6, 6, 6]
+            assert sample.versions.tolist() == [5, 5, 6, 6, 6, 6, 6]
 
 
 @pytest.mark.parametrize("bound", [0, 1, 2, 3])
@@ -307,7 +324,7 @@ def test_nothing_trained_on_is_staler_than_the_bound(bound):
 
 def test_a_collector_goes_on_from_its_state():
     def value(sample):
-        return float(len(sample.tokens) > 3 and sample.tokens[-1] % 2)
+        return float(len(sample.tokens) > 3 and int(sample.tokens[-1]) % 2)
 
     given = {
         "partial_tokens": 3,
@@ -323,21 +340,20 @@ def test_a_collector_goes_on_from_its_state():
     for step in range(6):
         batch = collect(one, sampler, step)
         waiting += batch.metrics["groups_waiting"]
-        text = json.dumps(one.state())
-        state = json.loads(text)
-        opened += sum(one is not None for group in state["open"] for one in group["made"])
-        finished += sum(one is not None for group in state["open"] for one in group["samples"])
+        text, state = text_of(one), written(one)
+        opened += sum(len(group["begun"]) for group in state[0]["open"]["groups"])
+        finished += sum(len(group["finished"]) for group in state[0]["open"]["groups"])
         other = collector(value, state=state, **given)
-        assert json.dumps(other.state()) == text
+        assert text_of(other) == text
         sampler.version += 1
         # The copy runs first, on another machine that ends answers in another order.
         twin = Sampler(9, **length, version=sampler.version)
         expected = told(collect(other, twin, step + 1))
-        state_after = json.dumps(other.state())
-        fresh = collector(value, state=json.loads(text), **given)
+        state_after = text_of(other)
+        fresh = collector(value, state=state, **given)
         same = Sampler(None, **length, version=sampler.version)
         assert told(collect(fresh, same, step + 1)) == expected
-        assert json.dumps(fresh.state()) == state_after
+        assert text_of(fresh) == state_after
     assert min(waiting, opened, finished) > 0  # all kinds of what is kept were there
 
 
@@ -351,18 +367,18 @@ def test_a_batch_that_was_stopped_leaves_nothing_behind():
     ids = [group.task.id for group in collect(collector(number=6), Sampler()).groups]
     one, sampler = collector(by_task(ids[1:5]), **changes), Sampler(1)
     collect(one, sampler)
-    before = json.dumps(one.state())
-    assert json.loads(before)["ready"] or json.loads(before)["open"]
+    before, state = text_of(one), written(one)
+    assert state[0]["ready"]["groups"] or state[0]["open"]["groups"]
     asked = []
-    twin = collector(by_task(ids[1:5]), state=json.loads(before), **changes)
+    twin = collector(by_task(ids[1:5]), state=state, **changes)
     collect(twin, Sampler(version=1), 1, lambda: asked.append(1))
     assert len(asked) > 10
     for calls in range(0, len(asked), 3):
         left = iter([False] * calls)
         with pytest.raises(rollout.RolloutStopped):
             collect(one, Sampler(calls, version=1), 1, lambda left=left: next(left, True))
-        assert json.dumps(one.state()) == before
-    twin = collector(by_task(ids[1:5]), state=json.loads(before), **changes)
+        assert text_of(one) == before
+    twin = collector(by_task(ids[1:5]), state=state, **changes)
     batches = [told(collect(c, Sampler(version=1), 1)) for c in (one, twin)]
     assert batches[0] == batches[1]
 

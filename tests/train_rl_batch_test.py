@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from m1_jax import ModelConfig, sharding
 from train.rl import batch as rl_batch
+from train.rl import row_packing
 from train.rl import sample as sample_lib
 
 TASK = sample_lib.Task("t", (), "s")
@@ -16,13 +17,31 @@ SEQ_LEN = 12
 
 def make(prompt, answer, rng, routes=None):
     """Return a sample of distinct tokens, some of them a tool's."""
-    tokens = rng.permutation(1000)[: prompt + answer].tolist()
-    mask = rng.integers(0, 2, answer).tolist()
-    logprobs = [float(np.float32(-rng.random())) * m for m in mask]
-    sample = sample_lib.Sample(TASK, tuple(tokens[:prompt]), tokens[prompt:], mask, logprobs)
+    tokens = rng.permutation(1000)[: prompt + answer]
+    mask = rng.integers(0, 2, answer)
+    sample = sample_lib.Sample(
+        TASK, tokens[:prompt], tokens[prompt:], mask, -rng.random(answer) * mask
+    )
     if routes:
         sample.routes = rng.integers(0, 8, (prompt + answer - 1, *routes)).astype(np.int8)
     return sample
+
+
+def one_shape(rows, seq_len=SEQ_LEN):
+    """Return shapes of which every microbatch has the one."""
+    return row_packing.RowShapes((rows,), (seq_len,))
+
+
+def all_rows(packed):
+    return [packed.make_rows(i) for i in range(packed.num_microbatches)]
+
+
+def extract(packed, arrays):
+    """Return of arrays, one a microbatch, each sample's part."""
+    parts = {}
+    for i, array in enumerate(arrays):
+        parts |= packed.extract(i, array)
+    return [parts[i] for i in range(len(packed.samples))]
 
 
 def samples(lengths, seed=0, routes=None):
@@ -36,13 +55,20 @@ LENGTHS = st.lists(
 )
 
 
-@hypothesis.given(LENGTHS, st.integers(1, 4), st.integers(0, 99))
-def test_every_token_is_in_one_place(lengths, rows, seed):
+SHAPES = st.sampled_from(
+    [one_shape(1), one_shape(4), row_packing.RowShapes((1, 2, 4), (5, 8, SEQ_LEN))]
+)
+
+
+@hypothesis.given(LENGTHS, SHAPES, st.integers(0, 99))
+def test_every_token_is_in_one_place(lengths, shapes, seed):
     all_samples = samples(lengths, seed)
-    packed = rl_batch.pack_samples(all_samples, rows, SEQ_LEN)
-    free = [np.ones((rows, SEQ_LEN), bool) for _ in packed.microbatches]
-    for sample, (index, row, start) in zip(all_samples, packed.locations, strict=True):
-        microbatch, token_ids = packed.microbatches[index], [*sample.prompt, *sample.tokens]
+    packed = rl_batch.pack_samples(all_samples, shapes)
+    microbatches = all_rows(packed)
+    assert [rows.tokens.shape for rows in microbatches] == packed.plan.shapes
+    free = [np.ones(rows.tokens.shape, bool) for rows in microbatches]
+    for sample, (index, row, start) in zip(all_samples, packed.plan.locations, strict=True):
+        microbatch, token_ids = microbatches[index], [*sample.prompt, *sample.tokens]
         columns = slice(start, start + len(token_ids))
         assert free[index][row, columns].all()
         assert len(free[index][row, columns]) == len(token_ids)  # within one row
@@ -55,25 +81,26 @@ def test_every_token_is_in_one_place(lengths, rows, seed):
         # The mask is where a token is predicted: one before the token.
         first = start + len(sample.prompt) - 1
         answer = slice(first, first + len(sample.tokens))
-        assert microbatch.targets[row, answer].tolist() == sample.tokens
-        assert microbatch.mask[row, answer].tolist() == sample.mask
-        assert microbatch.logp_rollout[row, answer].tolist() == sample.logprobs
-        assert microbatch.mask[row, columns].sum() == sum(sample.mask)
-    for microbatch, empty in zip(packed.microbatches, free, strict=True):
+        assert microbatch.targets[row, answer].tolist() == sample.tokens.tolist()
+        assert microbatch.mask[row, answer].tolist() == sample.mask.tolist()
+        assert microbatch.logp_rollout[row, answer].tolist() == sample.logprobs.tolist()
+        assert microbatch.mask[row, columns].sum() == sample.num_generated
+    assert packed.num_tokens == [int((~empty).sum()) for empty in free]
+    for microbatch, empty in zip(microbatches, free, strict=True):
         assert microbatch.expert_ids is None
         for name in ("tokens", "segment_ids", "positions", "targets", "mask", "logp_rollout"):
             assert not getattr(microbatch, name)[empty].any()
         for name in ("advantages", "coefficients", "logp_old", "logp_ref"):
             assert not getattr(microbatch, name).any()
-    assert sum(microbatch.mask.sum() for microbatch in packed.microbatches) == sum(
-        sum(sample.mask) for sample in all_samples
+    assert sum(rows.mask.sum() for rows in microbatches) == sum(
+        sample.num_generated for sample in all_samples
     )
 
 
-@hypothesis.given(LENGTHS, st.integers(1, 4), st.integers(0, 99))
-def test_what_is_filled_in_can_be_taken_out(lengths, rows, seed):
+@hypothesis.given(LENGTHS, SHAPES, st.integers(0, 99))
+def test_what_is_filled_in_can_be_taken_out(lengths, shapes, seed):
     all_samples = samples(lengths, seed)
-    packed = rl_batch.pack_samples(all_samples, rows, SEQ_LEN)
+    packed = rl_batch.pack_samples(all_samples, shapes)
     rng = np.random.default_rng(seed)
     values = [rng.standard_normal(len(sample.tokens)).astype(np.float32) for sample in all_samples]
     # What stands at masked tokens is never seen.
@@ -83,56 +110,57 @@ def test_what_is_filled_in_can_be_taken_out(lengths, rows, seed):
     ]
     packed.fill("logp_old", dirty)
     packed.fill("advantages", list(range(1, len(all_samples) + 1)))
-    extracted = packed.extract([microbatch.logp_old for microbatch in packed.microbatches])
-    numbers = packed.extract([microbatch.advantages for microbatch in packed.microbatches])
+    microbatches = all_rows(packed)
+    extracted = extract(packed, [rows.logp_old for rows in microbatches])
+    numbers = extract(packed, [rows.advantages for rows in microbatches])
     for i, (sample, value) in enumerate(zip(all_samples, values, strict=True)):
         np.testing.assert_array_equal(extracted[i], np.where(sample.mask, value, 0))
-        np.testing.assert_array_equal(numbers[i], np.array(sample.mask) * (i + 1.0))
+        np.testing.assert_array_equal(numbers[i], sample.mask * (i + 1.0))
+    with pytest.raises(ValueError, match="coefficients: got 10 for"):
+        packed.fill("coefficients", [0.0] * 10)
 
 
-def test_rows_are_filled_longest_first():
-    packed = rl_batch.pack_samples(samples([(2, 2), (4, 6), (1, 1), (5, 3)]), 2, SEQ_LEN)
-    assert len(packed.microbatches) == 1
-    assert packed.locations == [(0, 1, 8), (0, 0, 0), (0, 0, 10), (0, 1, 0)]
+def test_fuller_rows_come_first():
+    packed = rl_batch.pack_samples(samples([(2, 2), (4, 6), (1, 1), (5, 3)]), one_shape(2))
+    assert packed.plan.shapes == [(2, SEQ_LEN)]
+    assert packed.plan.locations == [(0, 1, 8), (0, 0, 0), (0, 0, 10), (0, 1, 0)]
     # Numbered in the order of the samples: what counts is that neighbours differ.
-    assert packed.microbatches[0].segment_ids.tolist() == [[1] * 10 + [2] * 2, [2] * 8 + [1] * 4]
+    segment_ids = packed.make_rows(0).segment_ids.tolist()
+    assert segment_ids == [[1] * 10 + [2] * 2, [2] * 8 + [1] * 4]
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3])
-def test_microbatches_have_one_shape(rows):
-    packed = rl_batch.pack_samples(samples([(4, 4)] * 4), rows, SEQ_LEN)
-    assert len(packed.microbatches) == -(-4 // rows)
-    assert {microbatch.tokens.shape for microbatch in packed.microbatches} == {(rows, SEQ_LEN)}
-    assert rl_batch.pack_samples([], rows, SEQ_LEN).microbatches == []
+def test_microbatches_of_one_shape(rows):
+    packed = rl_batch.pack_samples(samples([(4, 4)] * 4), one_shape(rows))
+    assert packed.plan.shapes == [(rows, SEQ_LEN)] * -(-4 // rows)
+    assert rl_batch.pack_samples([], one_shape(rows)).num_microbatches == 0
 
 
 def test_a_sample_longer_than_a_row_is_an_error():
-    rl_batch.pack_samples(samples([(5, 7)]), 1, SEQ_LEN)
+    rl_batch.pack_samples(samples([(5, 7)]), one_shape(1))
     with pytest.raises(ValueError, match="got a sample of 13 tokens; wanted at most 12"):
-        rl_batch.pack_samples(samples([(2, 2), (5, 8)]), 1, SEQ_LEN)
+        rl_batch.pack_samples(samples([(2, 2), (5, 8)]), one_shape(1))
 
 
 def test_routes_are_at_their_tokens_and_unknown_elsewhere():
     all_samples = samples([(3, 4), (2, 2), (1, 3)], routes=(2, 2))
     all_samples[1].routes = None
-    packed = rl_batch.pack_samples(all_samples, 2, SEQ_LEN, (2, 2))
-    expert_ids = [microbatch.expert_ids.copy() for microbatch in packed.microbatches]
-    for sample, (index, row, start) in zip(all_samples, packed.locations, strict=True):
+    packed = rl_batch.pack_samples(all_samples, one_shape(2), (2, 2))
+    expert_ids = [rows.expert_ids for rows in all_rows(packed)]
+    for sample, (index, row, start) in zip(all_samples, packed.plan.locations, strict=True):
         if sample.routes is not None:
             columns = slice(start, start + len(sample.routes))
-            np.testing.assert_array_equal(
-                packed.microbatches[index].expert_ids[row, columns], sample.routes
-            )
+            np.testing.assert_array_equal(expert_ids[index][row, columns], sample.routes)
             expert_ids[index][row, columns] = -1
     assert {x.dtype for x in expert_ids} == {np.dtype(np.int8)}
     assert all((x == -1).all() for x in expert_ids)
     # A trainer that does not replay has none.
-    assert rl_batch.pack_samples(all_samples, 2, SEQ_LEN).microbatches[0].expert_ids is None
+    assert rl_batch.pack_samples(all_samples, one_shape(2)).make_rows(0).expert_ids is None
 
 
 def test_a_microbatch_on_a_mesh_is_the_same():
     all_samples = samples([(3, 4), (2, 2), (1, 3), (5, 6), (4, 4)], routes=(2, 2))
-    (rows,) = rl_batch.pack_samples(all_samples, 4, SEQ_LEN, (2, 2)).microbatches
+    (rows,) = all_rows(rl_batch.pack_samples(all_samples, one_shape(4), (2, 2)))
     mesh = sharding.make_mesh({"fsdp": 2, "expert": 2, "tensor": 2})
     layout = sharding.make_layout(mesh, ModelConfig.tiny())
     for device_rows in (
@@ -147,7 +175,7 @@ def test_a_microbatch_on_a_mesh_is_the_same():
     assert {shard.data.shape for shard in spread.addressable_shards} == {(1, SEQ_LEN)}
     assert (
         rl_batch.device_put_rows(
-            rl_batch.pack_samples(all_samples, 4, SEQ_LEN).microbatches[0], layout
+            rl_batch.pack_samples(all_samples, one_shape(4)).make_rows(0), layout
         ).expert_ids
         is None
     )

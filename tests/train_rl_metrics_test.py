@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from loss_support import near
 
-from train.rl import loss, objective
+from train.rl import loss, mismatch, objective
 from train.rl import metrics as rl_metrics
 
 CISPO, DAPO = objective.PRESETS["cispo"], objective.PRESETS["dapo"]
@@ -118,7 +118,8 @@ D = np.array([[0, 0.3, -0.9, 1.2], [0.1, -0.05, np.nan, 3]])
 def test_t7_mismatch():
     mask = np.array([[1, 1, 1, 1], [1, 1, 0, 0]])
     rollout = np.array([[-2, -3, -1, -4], [-2, -0.5, 0, 0]])
-    values = rl_metrics.measure_mismatch(rollout, rollout + D, mask)
+    samples = [(q[m > 0], (q + d)[m > 0]) for q, d, m in zip(rollout, D, mask, strict=True)]
+    values = mismatch.measure_mismatch(samples)
     near(values["k1"], -0.10833333)
     near(values["k3"], 0.24715762)
     near(values["chi2_token"], 1.68947237)
@@ -130,20 +131,31 @@ def test_t7_mismatch():
     near(values["pearson"], np.corrcoef(p, q)[0, 1], 1e-12)
     near(values["probability_gap_mean"], np.abs(p - q).mean())
     near(values["probability_gap_max"], np.abs(p - q).max())
-    # The same samples in one row.
-    ids = np.array([[1] * 4 + [2] * 4])
-    flat = [x.reshape(1, 8) for x in (rollout, rollout + D, mask)]
-    assert rl_metrics.measure_mismatch(*flat, ids) == pytest.approx(values)
+    # A sample without a token changes nothing, and neither does the order.
+    empty = (np.zeros(0), np.zeros(0))
+    assert mismatch.measure_mismatch([empty, *samples[::-1]]) == pytest.approx(values)
+
+
+def test_mismatch_of_many_samples_is_that_of_their_tokens_together():
+    rng = np.random.default_rng(0)
+    rollout = -rng.gamma(1.0, 1e-4, 5000)  # nearly certain: sums of squares would cancel
+    old = (rollout + 1e-5 * rng.standard_normal(5000)).astype(np.float32)
+    values = mismatch.measure_mismatch(zip(np.split(rollout, 50), np.split(old, 50), strict=True))
+    p, q, d = np.exp(old.astype(float)), np.exp(rollout), old - rollout
+    near(values["pearson"], np.corrcoef(p, q)[0, 1], 1e-9)
+    near(values["k3"], np.mean(np.expm1(d) - d), 1e-12)
+    near(values["probability_gap_mean"], np.abs(p - q).mean(), 1e-12)
+    near(values["chi2_sequence"], np.mean(np.exp(2 * d.reshape(50, 100).sum(1))) - 1, 1e-9)
 
 
 def test_mismatch_of_equals_and_of_nothing():
-    logp = np.log(np.array([[0.1, 0.5, 0.9]]))
-    values = rl_metrics.measure_mismatch(logp, logp, np.ones((1, 3)))
+    logp = np.log(np.array([0.1, 0.5, 0.9]))
+    values = mismatch.measure_mismatch([(logp, logp)])
     near(values["pearson"], 1, 1e-12)
     assert values["k3"] == values["probability_gap_max"] == values["chi2_sequence"] == 0
-    assert math.isnan(rl_metrics.measure_mismatch(0 * logp, logp, np.ones((1, 3)))["pearson"])
+    assert math.isnan(mismatch.measure_mismatch([(0 * logp, logp)])["pearson"])
     with pytest.raises(ValueError, match="no token that the model wrote"):
-        rl_metrics.measure_mismatch(logp, logp, np.zeros((1, 3)))
+        mismatch.measure_mismatch([(logp[:0], logp[:0])])
 
 
 def test_groups():

@@ -12,7 +12,7 @@ from params_support import tree_leaves
 from m1_jax import ModelConfig
 from m1_jax import params as params_lib
 from train import lora, optim, step
-from train.rl import advantages, loss, objective, rollout_correction
+from train.rl import advantages, loss, objective, rollout_correction, row_packing
 from train.rl import batch as rl_batch
 from train.rl import sample as sample_lib
 from train.rl import step as rl_step
@@ -48,10 +48,10 @@ def make_samples(seed=0, lengths=((4, 6), (4, 8), (3, 9), (3, 5), (5, 4), (5, 12
     samples = []
     for prompt, answer in lengths:
         tokens = rng.integers(0, 64, prompt + answer).tolist()
-        sample = sample_lib.Sample(TASK, tuple(tokens[:prompt]), tokens[prompt:], [1] * answer)
-        sample.mask[answer // 2] = 0  # a tool's token
-        sample.logprobs = (rng.uniform(-5, -3, answer) * sample.mask).tolist()
-        samples.append(sample)
+        mask = np.ones(answer)
+        mask[answer // 2] = 0  # a tool's token
+        logprobs = rng.uniform(-5, -3, answer) * mask
+        samples.append(sample_lib.Sample(TASK, tokens[:prompt], tokens[prompt:], mask, logprobs))
     return samples
 
 
@@ -61,17 +61,34 @@ REWARDS = np.array([1.0, 0.0, 0.3, 0.9, 0.0, 1.0, 0.5])
 VALID = np.ones(7, bool)
 
 
+def one_shape(rows, seq_len=SEQ_LEN):
+    """Return shapes of which every microbatch has the one."""
+    return row_packing.RowShapes((rows,), (seq_len,))
+
+
+def all_rows(packed):
+    return [packed.make_rows(i) for i in range(packed.num_microbatches)]
+
+
+def extract(packed, arrays):
+    """Return of arrays, one a microbatch, each sample's part."""
+    parts = {}
+    for i, array in enumerate(arrays):
+        parts |= packed.extract(i, np.asarray(array))
+    return [parts[i] for i in range(len(packed.samples))]
+
+
 def pack(rows, chosen, samples=None, seq_len=SEQ_LEN, routes=None, **fields):
     """Return packed samples as the trainer fills them. `fields` are by sample, and come last."""
     samples = SAMPLES if samples is None else samples
-    packed = rl_batch.pack_samples(samples, rows, seq_len, routes)
-    lengths = np.array([sum(sample.mask) for sample in samples])
+    packed = rl_batch.pack_samples(samples, one_shape(rows, seq_len), routes)
+    lengths = np.array([sample.num_generated for sample in samples])
     indices = [SAMPLES.index(sample) for sample in samples]
     coefficients = loss.token_coefficients(chosen, lengths, GROUPS[indices], VALID)
     sample_advantages = advantages.sample_advantages(
         chosen, REWARDS[indices], GROUPS[indices], VALID
     )
-    logp_old = [[logp - 0.3 for logp in sample.logprobs] for sample in samples]
+    logp_old = [sample.logprobs - 0.3 for sample in samples]
     fields = {
         "coefficients": coefficients,
         "advantages": sample_advantages,
@@ -89,8 +106,10 @@ def settings(chosen, **changes):
 def sums_of(packed, chosen, net=None, change=lambda rows: rows, **changes):
     """Return (gradients, metrics) of a whole step, microbatch by microbatch."""
     sums, net = None, weights() if net is None else net
-    tokens = [float(np.sum(rows.segment_ids > 0)) for rows in packed.microbatches]
-    for rows, num_tokens in zip(packed.microbatches, tokens, strict=True):
+    microbatches = all_rows(packed)
+    tokens = [float(np.sum(rows.segment_ids > 0)) for rows in microbatches]
+    assert tokens == packed.num_tokens
+    for rows, num_tokens in zip(microbatches, tokens, strict=True):
         share = np.float32(num_tokens / sum(tokens))
         device_rows = rl_batch.device_put_rows(change(rows), None)
         sums = rl_step.accumulate_gradients(
@@ -117,15 +136,15 @@ CISPO = objective.PRESETS["cispo"]
 def one_microbatch():
     """A step's gradients and metrics from one microbatch of 4 rows."""
     packed = pack(4, CISPO)
-    assert len(packed.microbatches) == 1
-    assert max(rows.segment_ids.max() for rows in packed.microbatches) >= 2  # several in a row
+    (rows,) = all_rows(packed)
+    assert rows.segment_ids.max() >= 2  # several in a row
     return sums_of(packed, CISPO)
 
 
 @pytest.mark.parametrize("rows", [1, 2])
 def test_the_gradient_does_not_depend_on_microbatches(one_microbatch, rows):
     packed = pack(rows, CISPO)
-    assert len(packed.microbatches) >= 2
+    assert packed.num_microbatches >= 2
     grads, metrics = sums_of(packed, CISPO)
     assert_close(grads, one_microbatch.gradients)
     for name in ("loss", "policy_loss", "ppo_loss"):
@@ -138,13 +157,14 @@ def test_the_gradient_does_not_depend_on_microbatches(one_microbatch, rows):
     np.testing.assert_allclose(
         metrics.maxima["ratio_max"], one_microbatch.metrics.maxima["ratio_max"], 1e-5
     )
-    assert float(metrics.sums["tokens"].total) == sum(sum(sample.mask) for sample in SAMPLES)
+    assert float(metrics.sums["tokens"].total) == sum(s.num_generated for s in SAMPLES)
 
 
 def test_the_gradient_does_not_depend_on_packing(one_microbatch):
     order = [SAMPLES[i] for i in (5, 2, 6, 0, 3, 1, 4)]
     packed = pack(4, CISPO, order)
-    assert packed.locations != [pack(4, CISPO).locations[SAMPLES.index(sample)] for sample in order]
+    locations = pack(4, CISPO).plan.locations
+    assert packed.plan.locations != [locations[SAMPLES.index(sample)] for sample in order]
     assert_close(sums_of(packed, CISPO).gradients, one_microbatch.gradients)
 
 
@@ -169,12 +189,12 @@ def test_what_stands_at_masked_places_is_never_seen(one_microbatch):
 @functools.cache
 def own_logps():
     """Return the trainer's log-probabilities of the samples' tokens."""
-    packed = rl_batch.pack_samples(SAMPLES, 4, SEQ_LEN)
+    packed = rl_batch.pack_samples(SAMPLES, one_shape(4))
     scores = [
         rl_step.score_logprobs(weights(), rl_batch.device_put_rows(rows, None), 1.0)
-        for rows in packed.microbatches
+        for rows in all_rows(packed)
     ]
-    return packed.extract([logp for logp, _ in scores])
+    return extract(packed, [logp for logp, _ in scores])
 
 
 @jax.jit
@@ -194,11 +214,11 @@ def alone(sample, num_tokens=SEQ_LEN):
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 def test_scores_are_those_of_the_models_logits(temperature):
-    packed = rl_batch.pack_samples(SAMPLES, 4, SEQ_LEN)
+    packed = rl_batch.pack_samples(SAMPLES, one_shape(4))
     scores = rl_step.score_logprobs(
-        weights(), rl_batch.device_put_rows(packed.microbatches[0], None), temperature
+        weights(), rl_batch.device_put_rows(packed.make_rows(0), None), temperature
     )
-    logps, entropies = packed.extract([scores[0]]), packed.extract([scores[1]])
+    logps, entropies = extract(packed, [scores[0]]), extract(packed, [scores[1]])
     for sample, logp, entropy in zip(SAMPLES, logps, entropies, strict=True):
         logits = np.asarray(forward(weights(), *alone(sample))[0][0]) / temperature
         first = len(sample.prompt) - 1
@@ -240,7 +260,7 @@ CORRECTED = dataclasses.replace(
 
 def parts(packed, share, weight_mean):
     """Return (gradients, balance loss) with a balance loss and a correction."""
-    rows = rl_batch.device_put_rows(packed.microbatches[0], None)
+    rows = rl_batch.device_put_rows(packed.make_rows(0), None)
     chosen = settings(CORRECTED, balance_coefficient=0.5)
     mean = None if weight_mean is None else np.float32(weight_mean)
     grads, metrics = rl_step.accumulate_gradients(
@@ -287,7 +307,7 @@ def test_own_routes_change_nothing_and_others_do():
     assert all(
         len(sample.routes) == len(sample.prompt) + len(sample.tokens) - 1 for sample in samples
     )
-    rows = rl_batch.pack_samples(samples, 4, SEQ_LEN, ROUTES).microbatches[0]
+    rows = rl_batch.pack_samples(samples, one_shape(4), ROUTES).make_rows(0)
     real = rows.mask > 0
 
     def scored(routes):
@@ -341,13 +361,13 @@ def test_an_update_makes_the_moments(one_microbatch):
     np.testing.assert_allclose(metrics["gradient/below_1e-14"], small, rtol=1e-5, atol=1e-7)
     assert (int(state.step), float(metrics["skipped"])) == (1, 0)
     # The samples that were worth more have become likelier, those worth less less likely.
-    packed = rl_batch.pack_samples(SAMPLES, 4, SEQ_LEN)
+    packed = rl_batch.pack_samples(SAMPLES, one_shape(4))
     after, _ = rl_step.score_logprobs(
-        state.model, rl_batch.device_put_rows(packed.microbatches[0], None), 1.0
+        state.model, rl_batch.device_put_rows(packed.make_rows(0), None), 1.0
     )
     changes = [
         np.mean((a - b)[np.array(sample.mask) > 0])
-        for sample, a, b in zip(SAMPLES, packed.extract([after]), own_logps(), strict=True)
+        for sample, a, b in zip(SAMPLES, extract(packed, [after]), own_logps(), strict=True)
     ]
     values = advantages.sample_advantages(CISPO, REWARDS, GROUPS, VALID)
     assert np.corrcoef(changes, values)[0, 1] > 0.8
@@ -375,7 +395,7 @@ def test_adapters_alone_are_trained():
 
 def test_what_the_caller_keeps_is_not_donated():
     net, packed = model(), pack(2, CISPO)
-    placed = [rl_batch.device_put_rows(rows, None) for rows in packed.microbatches]
+    placed = [rl_batch.device_put_rows(rows, None) for rows in all_rows(packed)]
     half, chosen = np.float32(0.5), settings(CISPO)
     first = rl_step.accumulate_gradients(None, net, placed[0], half, None, chosen)
     total = rl_step.accumulate_gradients(first, net, placed[1], half, None, chosen)

@@ -131,10 +131,25 @@ def check_gradient(module=rollout_correction):
 
 
 def test_mean_weight_counts_what_was_rejected_but_not_what_is_masked():
-    weight, _ = weigh(how="mask", high=1.0)
-    total, count = rollout_correction.weight_sum_and_count(weight, jnp.asarray(MASK))
-    near(total, np.sum(np.array(EXP) * MASK))
-    assert count == 6
+    options = rollout_correction.RolloutCorrection(how="mask", high=1.0)
+    samples = [(d[m > 0], 0 * d[m > 0]) for d, m in zip(D, MASK, strict=True)]
+    mean = rollout_correction.mean_correction_weight(options, samples)
+    near(mean, np.sum(np.array(EXP) * MASK) / 6)
+    assert rollout_correction.mean_correction_weight(options, []) == 0
+
+
+@pytest.mark.parametrize("level", rollout_correction.WEIGHT_LEVELS)
+@pytest.mark.parametrize(
+    "bounds", [{"high": 1.2}, {"low": 0.9, "high": None}, {"how": "mask", "high": 1.2}]
+)
+def test_the_hosts_mean_weight_is_that_of_the_devices(level, bounds):
+    old = np.where(MASK, D, 0.0)
+    old[0, 3] = 30.0  # beyond what is clipped
+    weight, _ = weigh(old, level=level, **bounds)
+    samples = [(d[m > 0], 0 * d[m > 0]) for d, m in zip(old, MASK, strict=True)]
+    options = rollout_correction.RolloutCorrection(level, **bounds)
+    mean = rollout_correction.mean_correction_weight(options, [*samples, (old[0, :0],) * 2])
+    np.testing.assert_allclose(mean, np.asarray(weight)[MASK > 0].mean(), rtol=1e-5)
 
 
 @pytest.mark.parametrize(

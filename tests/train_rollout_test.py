@@ -1,20 +1,21 @@
 """Samples from the generation engine: slices, versions, tools and seeds, with a small model."""
 
 import dataclasses
-import json
 import threading
 import types
 import typing
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 import tokenizer_support
 
 from infer import config as engine_config
+from infer import output_tokens
 from m1_jax import ModelConfig
 from m1_jax import params as params_lib
-from train.rl import rollout, sample_json
+from train.rl import rollout, sample_columns
 from train.rl import sample as sample_lib
 
 # Fixtures.
@@ -74,7 +75,7 @@ def job(key, episode=None, seed=None, **more):
 
 def said(one):
     """Return what training sees of an answer, but for the versions."""
-    return one.tokens, one.logprobs, one.status, one.routes.tolist()
+    return one.tokens.tolist(), one.logprobs.tolist(), one.status, one.routes.tolist()
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +90,7 @@ def plain(sampler):
 def test_a_sample_depends_on_its_seed_alone(sampler, plain):
     assert len({tuple(one.tokens) for one in plain.values()}) == 4
     for one in plain.values():
-        assert one.mask == [1] * LENGTH
+        assert one.mask.tolist() == [1] * LENGTH
         assert one.status == "length"
         assert all(logp < 0 for logp in one.logprobs)
         assert one.routes.shape == (len(PROMPT) + LENGTH - 1, 2, 2)
@@ -113,11 +114,12 @@ def test_slices_make_the_answer_of_one_piece(sampler, plain, slice_tokens):
             del made[key]
             if isinstance(result, rollout.PausedEpisode):
                 # As a checkpoint keeps it.
-                kept = json.loads(json.dumps(sample_json.generation_to_json(result.partial)))
-                made[key] = sample_json.generation_from_json(kept)
-                assert made[key].tokens == result.partial.tokens
-                assert made[key].logprobs == result.partial.logprobs
-                assert made[key].raw == result.partial.raw
+                columns = sample_columns.partials_to_columns([result.partial], "partial")
+                (made[key],) = sample_columns.partials_from_columns(columns, "partial")
+                for name in ("tokens", "logprobs", "raw", "versions"):
+                    before, after = getattr(result.partial, name), getattr(made[key], name)
+                    np.testing.assert_array_equal(before, after)
+                assert result.partial.routes is None  # nobody would read them
                 assert len(result.partial.tokens) == calls * slice_tokens
             else:
                 finished[key] = result
@@ -131,8 +133,8 @@ def test_slices_make_the_answer_of_one_piece(sampler, plain, slice_tokens):
 def test_greedy_samples_do_not_depend_on_seeds(sampler, plain):
     jobs = [job("a", seed=1), job("b", seed=2)]
     found, _ = run(sampler, *jobs, sampling=rollout.RolloutSampling(temperature=0.0))
-    assert found["a"].tokens == found["b"].tokens
-    assert found["a"].tokens not in [one.tokens for one in plain.values()]
+    assert found["a"].tokens.tolist() == found["b"].tokens.tolist()
+    assert found["a"].tokens.tolist() not in [one.tokens.tolist() for one in plain.values()]
     again, _ = run(sampler, job(3))  # the run's own sampling is back
     assert said(again[3]) == said(plain[3])
 
@@ -154,9 +156,9 @@ def test_turns_with_tools_in_between(sampler):
     found, times = run(sampler, *(job(n, talk(), 5) for n in range(2)))
     one, other = found[0], found[1]
     assert said(one) == said(other)
-    assert one.mask == ([1] * 4 + [0] * 3) * 3
-    assert one.tokens[4:7] == list(told)
-    assert one.versions == ([sampler.version] * 4 + [-1] * 3) * 3
+    assert one.mask.tolist() == ([1] * 4 + [0] * 3) * 3
+    assert one.tokens[4:7].tolist() == list(told)
+    assert one.versions.tolist() == ([sampler.version] * 4 + [-1] * 3) * 3
     # Of all that the last turn had before it, and of its own tokens but the last.
     assert len(one.routes) == len(PROMPT) + len(one.tokens) - len(told) - 1
     assert times.num_tokens == 2 * 12
@@ -168,7 +170,7 @@ def test_turns_with_tools_in_between(sampler):
     def repeat():
         first = yield turn
         second = yield turn
-        return first.tokens, second.tokens
+        return first.tokens.tolist(), second.tokens.tolist()
 
     first, second = run(sampler, job(0, repeat()))[0][0]
     assert first != second
@@ -207,11 +209,11 @@ def test_more_jobs_follow_those_that_end(sampler, plain):
     done = []
 
     def take(key, result):
-        done.append((key, result.tokens))
+        done.append((key, result.tokens.tolist()))
         return [job(key + 1)] if key < 3 else []
 
     times = sampler.run(lambda: [job(0)], take)
-    assert done == [(seed, one.tokens) for seed, one in plain.items()]
+    assert done == [(seed, one.tokens.tolist()) for seed, one in plain.items()]
     assert times.num_tokens == 4 * LENGTH
     assert sampler.run(list, take).num_tokens == 0  # nothing to do
 
@@ -224,19 +226,20 @@ def test_equal_keys_are_refused(sampler, plain):
 def test_new_weights_begin_with_the_next_run(sampler, models, plain):
     before = sampler.version
     paused = run(sampler, job(0, slice_tokens=5))[0][0]
-    assert paused.partial.versions == (before,) * 5
+    assert paused.partial.versions.tolist() == [before] * 5
     sampler.update_weights(models[1], before + 1)
     assert sampler.version == before + 1  # told before the next run has taken them
     found, _ = run(sampler, job(0, partial=paused.partial), job(1))
-    assert found[0].versions == [before] * 5 + [before + 1] * (LENGTH - 5)
-    assert found[0].tokens[:5] == plain[0].tokens[:5]
-    assert found[0].logprobs[:5] == plain[0].logprobs[:5]
-    assert found[0].tokens != plain[0].tokens
-    assert found[1].versions == [before + 1] * LENGTH
+    assert found[0].versions.tolist() == [before] * 5 + [before + 1] * (LENGTH - 5)
+    for name in ("tokens", "logprobs"):
+        column, expected = getattr(found[0], name), getattr(plain[0], name)
+        np.testing.assert_array_equal(column[:5], expected[:5])
+        assert (column[5:] != expected[5:]).any()
+    assert found[1].versions.tolist() == [before + 1] * LENGTH
     sampler.update_weights(models[0], before + 2)
     again, _ = run(sampler, job(1))
     assert said(again[1]) == said(plain[1])
-    assert again[1].versions == [before + 2] * LENGTH
+    assert again[1].versions.tolist() == [before + 2] * LENGTH
     sampler.continue_from(before + 7)
     assert sampler.version == before + 7
 
@@ -267,11 +270,11 @@ class Ending:
 
     def submit(self, tokens, options, prior_tokens=None):
         reason = self.reasons[len(self.submitted)]
-        make = types.SimpleNamespace
-        token = make(id=3, logp=-1.0, logp_raw=-1.5, version=self.version)
         self.submitted.append(options)
         number = options.max_tokens if reason == "length" else 1
-        return make(tokens=[token] * number, finish_reason=reason, routes=None)
+        columns = [3] * number, [-1.0] * number, [-1.5] * number, [self.version] * number
+        made = output_tokens.OutputTokens.from_columns(*columns)
+        return types.SimpleNamespace(tokens=made, finish_reason=reason, routes=None, text="")
 
     def step(self):
         return False

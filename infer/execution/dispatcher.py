@@ -195,7 +195,7 @@ class Dispatcher:
                 # Sampling counts each token that it chooses. Those from before must be counted
                 # here: the prompt, and the output of a request that begins again.
                 self._count_tokens(slot_id, request.prompt, in_prompt=True)
-                self._count_tokens(slot_id, [token.id for token in request.tokens], in_prompt=False)
+                self._count_tokens(slot_id, request.tokens.ids.tolist(), in_prompt=False)
         # A grammar allows other tokens after every token, so its mask is sent every time.
         if request.matcher is not None:
             self._device.run_program(ProgramName.SET_MASK, 0, slot_id, request.grammar_mask)
@@ -223,6 +223,6 @@ def _chunk_tokens(
         # Cancelled since it was planned. The program has its shape already, so padding tokens are
         # computed, and nobody reads the result.
         return [0] * chunk.num_tokens, 0 if chunk.is_resumed else -1
-    tokens = [*request.prompt, *(token.id for token in request.tokens)]
+    tokens = [*request.prompt, *request.tokens.ids.tolist()]
     end = chunk.start + chunk.num_tokens
     return tokens[chunk.start : end], tokens[end] if chunk.is_resumed else -1

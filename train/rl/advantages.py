@@ -123,13 +123,14 @@ def token_returns(
         rewards[position] += reward
     if length:
         rewards[-1] += final_reward
-    # A sum without a loop over tokens, which may be 80K.
+    # Without a loop over tokens, which may be 80K.
     if gamma == 1:
         return np.cumsum(rewards[::-1])[::-1]
-    total, out = 0.0, np.zeros(length)
-    for t in range(length - 1, -1, -1):
-        total = out[t] = rewards[t] + gamma * total
-    return out
+    reach = 1  # every entry is the discounted sum of so many rewards, and then of twice as many
+    while reach < length:
+        rewards[:-reach] += gamma**reach * rewards[reach:]
+        reach *= 2
+    return rewards
 
 
 def has_zero_variance(rewards: Any) -> bool:

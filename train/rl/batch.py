@@ -1,8 +1,8 @@
-"""Samples packed into the fixed rows that the trainer computes, and numbers taken out of them."""
+"""Samples packed into the rows that the trainer computes, and numbers taken out of them."""
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -10,6 +10,7 @@ from jax.experimental import multihost_utils
 from jaxtyping import Array, Float, Int
 
 from m1_jax import sharding
+from train.rl import row_packing
 from train.rl import sample as sample_lib
 
 
@@ -49,13 +50,9 @@ class PackedRows:
     expert_ids: Int[Array, "B T L A"] | None = None
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
 class HostRows:
-    """One microbatch on the host: the fields of `PackedRows` as numpy arrays, filled in place.
-
-    They are filled one after another. Advantages may need the log-probabilities that the trainer
-    computes from the tokens.
-    """
+    """One microbatch on the host: the fields of `PackedRows` as numpy arrays."""
 
     tokens: Int[np.ndarray, "B T"]
     segment_ids: Int[np.ndarray, "B T"]
@@ -70,126 +67,128 @@ class HostRows:
     expert_ids: Int[np.ndarray, "B T L A"] | None = None
 
 
-class RowLocation(NamedTuple):
-    """Where a sample lies.
-
-    Attributes:
-      microbatch: index in the step.
-      row: index in the microbatch, 0 to B - 1.
-      start: column of the sample's first token, 0 to T - 1.
-    """
-
-    microbatch: int
-    row: int
-    start: int
-
-
-@dataclasses.dataclass(frozen=True)
 class PackedSamples:
     """Samples and the rows that they lie in.
 
+    Rows exist for a moment only: `make_rows` makes those of a microbatch from the samples' columns.
+    The rows of a whole batch would take 40 bytes a place, and 160 more with routes.
+
     Attributes:
       samples: the samples, in the order in which they were given.
-      locations: location of each sample.
-      microbatches: the rows, in microbatches of one shape.
+      plan: location of each sample, and shape of each microbatch.
     """
 
-    samples: Sequence[sample_lib.Sample]
-    locations: list[RowLocation]
-    microbatches: list[HostRows]
+    def __init__(
+        self,
+        samples: Sequence[sample_lib.Sample],
+        plan: row_packing.RowPlan,
+        expert_ids_shape: tuple[int, int] | None = None,
+    ):
+        """See `pack_samples`."""
+        self.samples, self.plan = samples, plan
+        self._expert_ids_shape = expert_ids_shape
+        self._members: list[list[int]] = [[] for _ in plan.shapes]  # samples of each microbatch
+        for i, location in enumerate(plan.locations):
+            self._members[location.microbatch].append(i)
+        # By field: of every sample one number for each token of its answer, or one for all.
+        self._values: dict[str, Sequence[Any]] = {}
+
+    @property
+    def num_microbatches(self) -> int:
+        """Return the number of microbatches."""
+        return len(self.plan.shapes)
+
+    @property
+    def num_tokens(self) -> list[int]:
+        """Return the tokens of each microbatch, prompts included and padding not."""
+        return [sum(self.samples[i].num_tokens for i in members) for members in self._members]
 
     def fill(self, field_name: str, values: Sequence[Any]) -> None:
-        """Write a field: for every sample one number per token of its answer, or one for all."""
-        for sample, location, value in zip(self.samples, self.locations, values, strict=True):
-            field = getattr(self.microbatches[location.microbatch], field_name)
+        """Set a field: for every sample one number per token of its answer, or one for all."""
+        if len(values) != len(self.samples):
+            raise ValueError(
+                f"{field_name}: got {len(values)} for {len(self.samples)} samples; wanted one each"
+            )
+        self._values[field_name] = values
+
+    def values(self, field_name: str) -> Sequence[Any]:
+        """Return what `fill` set of a field."""
+        return self._values[field_name]
+
+    def make_rows(self, microbatch: int) -> HostRows:
+        """Return the rows of a microbatch, with the fields that are filled so far."""
+        rows = _zero_rows(self.plan.shapes[microbatch], self._expert_ids_shape)
+        num_segments = np.zeros(len(rows.tokens), np.int32)
+        for i in self._members[microbatch]:
+            sample, (_, row, start) = self.samples[i], self.plan.locations[i]
+            size, first = sample.num_tokens, start + len(sample.prompt)
+            num_segments[row] += 1
+            columns, answer = slice(start, start + size), _answer_columns(sample, start)
+            rows.tokens[row, start:first] = sample.prompt
+            rows.tokens[row, first : start + size] = sample.tokens
+            rows.segment_ids[row, columns] = num_segments[row]
+            rows.positions[row, columns] = np.arange(size)
+            # The last token predicts nothing: its mask is 0, and any id would do.
+            rows.targets[row, start : start + size - 1] = rows.tokens[row, start + 1 : start + size]
+            real = sample.mask > 0
+            rows.mask[row, answer] = real
             # A `where`, not a product: what a caller has at masked tokens may be NaN.
-            field[location.row, _answer_columns(sample, location)] = np.where(sample.mask, value, 0)
+            rows.logp_rollout[row, answer] = np.where(real, sample.logprobs, 0)
+            for name, values in self._values.items():
+                getattr(rows, name)[row, answer] = np.where(real, values[i], 0)
+            if rows.expert_ids is not None and sample.routes is not None:
+                # The sampler never computed the last tokens, so its record may end before them.
+                # There the -1 of `_zero_rows` lets the router choose.
+                rows.expert_ids[row, start : start + len(sample.routes)] = sample.routes
+        return rows
 
-    def extract(self, arrays: Sequence[Any]) -> list[np.ndarray]:
-        """Return of arrays [B, T], one a microbatch, each sample's part: one per answer token."""
-        return [
-            np.asarray(arrays[location.microbatch])[location.row, _answer_columns(sample, location)]
-            for sample, location in zip(self.samples, self.locations, strict=True)
-        ]
+    def extract(self, microbatch: int, array: np.ndarray) -> dict[int, np.ndarray]:
+        """Return of an array [B, T] of a microbatch the part of each of its samples, by index.
+
+        A part has one number for each token of the answer.
+        """
+        parts = {}
+        for i in self._members[microbatch]:
+            _, row, start = self.plan.locations[i]
+            parts[i] = array[row, _answer_columns(self.samples[i], start)]
+        return parts
 
 
-def _answer_columns(sample: sample_lib.Sample, location: RowLocation) -> slice:
+def _answer_columns(sample: sample_lib.Sample, start: int) -> slice:
     """Return the columns that predict a sample's answer: they begin at the prompt's last token."""
-    first = location.start + len(sample.prompt) - 1
+    first = start + len(sample.prompt) - 1
     return slice(first, first + len(sample.tokens))
 
 
 def pack_samples(
     samples: Sequence[sample_lib.Sample],
-    num_rows: int,
-    seq_len: int,
+    shapes: row_packing.RowShapes,
     expert_ids_shape: tuple[int, int] | None = None,
 ) -> PackedSamples:
-    """Lay samples into as few rows as first fit finds, longest first.
+    """Lay samples into rows, as `row_packing.plan_rows` finds.
 
     Args:
-      num_rows: B, rows in a microbatch. The last microbatch may have empty rows.
-      seq_len: T, tokens in a row.
+      shapes: shapes that microbatches may have. The last rows of one may be empty.
       expert_ids_shape: (layers, experts of a token) of the model, where the sampler's choices of
         experts are to be replayed, or None.
 
     Raises:
       ValueError: a sample that is longer than a row.
     """
-    lengths = [len(sample.prompt) + len(sample.tokens) for sample in samples]
-    if max(lengths, default=0) > seq_len:
-        raise ValueError(
-            f"got a sample of {max(lengths)} tokens; wanted at most {seq_len} (seq_len)"
-        )
-    locations, total_rows = _first_fit(lengths, num_rows, seq_len)
-    microbatches = [
-        _zero_rows(num_rows, seq_len, expert_ids_shape) for _ in range(-(-total_rows // num_rows))
-    ]
-    packed = PackedSamples(samples, locations, microbatches)
-    num_segments = np.zeros((len(microbatches), num_rows), np.int32)
-    for sample, (microbatch, row, start) in zip(samples, locations, strict=True):
-        num_segments[microbatch, row] += 1
-        rows, token_ids = microbatches[microbatch], [*sample.prompt, *sample.tokens]
-        columns = slice(start, start + len(token_ids))
-        rows.tokens[row, columns] = token_ids
-        rows.segment_ids[row, columns] = num_segments[microbatch, row]
-        rows.positions[row, columns] = np.arange(len(token_ids))
-        # The last token predicts nothing: its mask is 0, and any id would do.
-        rows.targets[row, columns] = [*token_ids[1:], 0]
-        if rows.expert_ids is not None and sample.routes is not None:
-            # The sampler never computed the last tokens, so its record may end before them. There
-            # the -1 of `_zero_rows` lets the router choose.
-            rows.expert_ids[row, start : start + len(sample.routes)] = sample.routes
-    packed.fill("mask", [1.0] * len(samples))
-    packed.fill("logp_rollout", [sample.logprobs for sample in samples])
-    return packed
+    plan = row_packing.plan_rows([sample.num_tokens for sample in samples], shapes)
+    return PackedSamples(samples, plan, expert_ids_shape)
 
 
-def _first_fit(
-    lengths: Sequence[int], num_rows: int, seq_len: int
-) -> tuple[list[RowLocation], int]:
-    """Return where samples of these lengths go, and how many rows they take."""
-    free_tokens: list[int] = []  # in each row that was begun
-    locations = [RowLocation(0, 0, 0)] * len(lengths)
-    # Equal lengths keep their order, so that the same samples always lie in the same rows.
-    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        row = next((r for r, free in enumerate(free_tokens) if free >= lengths[i]), None)
-        if row is None:
-            row = len(free_tokens)
-            free_tokens.append(seq_len)
-        locations[i] = RowLocation(*divmod(row, num_rows), seq_len - free_tokens[row])
-        free_tokens[row] -= lengths[i]
-    return locations, len(free_tokens)
-
-
-def _zero_rows(num_rows: int, seq_len: int, expert_ids_shape: tuple[int, int] | None) -> HostRows:
+def _zero_rows(
+    shape: row_packing.MicrobatchShape, expert_ids_shape: tuple[int, int] | None
+) -> HostRows:
     def zeros(dtype: type) -> np.ndarray:
-        return np.zeros((num_rows, seq_len), dtype)
+        return np.zeros(shape, dtype)
 
     expert_ids = None
     if expert_ids_shape is not None:
         # int8 holds the ids of 128 experts, and these arrays are the largest of a batch.
-        expert_ids = np.full((num_rows, seq_len, *expert_ids_shape), -1, np.int8)
+        expert_ids = np.full((*shape, *expert_ids_shape), -1, np.int8)
     return HostRows(
         tokens=zeros(np.int32),
         segment_ids=zeros(np.int32),
@@ -214,7 +213,7 @@ def gather_to_host(array: jax.Array) -> np.ndarray:
 
 
 def device_put_rows(rows: HostRows, layout: sharding.MeshLayout | None) -> PackedRows:
-    """Put a microbatch that every process has onto the devices, as it is filled so far."""
+    """Put a microbatch that every process has onto the devices."""
 
     def device_put(array: np.ndarray | None) -> jax.Array | None:
         if array is None:

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from train.rl import batch as rl_batch
 from train.rl import metrics as rl_metrics
+from train.rl import mismatch
 from train.rl import sample as sample_lib
 
 
@@ -37,7 +37,7 @@ class BatchReport:
       length_p99: 99th percentile of the answers' lengths, tokens, 0 without a sample.
       nll: mean negative log-probability of the generated tokens by the sampler, nats, 0 without
         a token.
-      pearson: correlation of sampler and trainer, see `metrics.measure_mismatch`. None before it
+      pearson: correlation of sampler and trainer, see `mismatch.measure_mismatch`. None before it
         is measured, and where no token is of the present weights.
     """
 
@@ -54,21 +54,20 @@ def measure_samples(samples: Sequence[sample_lib.Sample], group_ids: Sequence[in
       nll: mean negative log-probability of the generated tokens by the sampler, nats.
       reward/PART: mean of a part of the rewards, over the samples that have it.
     """
+    lengths = [sample.num_generated for sample in samples]
     metrics = rl_metrics.summarize_groups(
         [math.nan if sample.reward is None else sample.reward for sample in samples],
         group_ids,
         [sample.valid for sample in samples],
-        [sum(sample.mask) for sample in samples],
+        lengths,
         [sample.status for sample in samples],
     )
-    generated_logprobs = [
-        logp
+    logprob_sum = sum(
+        float(np.sum(sample.logprobs, dtype=np.float64, where=sample.mask > 0))
         for sample in samples
-        for logp, m in zip(sample.logprobs, sample.mask, strict=True)
-        if m
-    ]
+    )
     # Convergence of this number begins the next window, see `length_schedule`.
-    metrics["nll"] = -float(np.mean(generated_logprobs)) if generated_logprobs else 0.0
+    metrics["nll"] = -logprob_sum / sum(lengths) if any(lengths) else 0.0
     for name in sorted({name for sample in samples for name in sample.parts}):
         values = [sample.parts[name] for sample in samples if name in sample.parts]
         metrics[f"reward/{name}"] = float(np.mean(values))
@@ -77,32 +76,25 @@ def measure_samples(samples: Sequence[sample_lib.Sample], group_ids: Sequence[in
 
 
 def measure_batch_mismatch(
-    minibatches: Sequence[rl_batch.PackedSamples], weight_version: int
+    samples: Sequence[sample_lib.Sample], logp_old: Sequence[np.ndarray], weight_version: int
 ) -> dict[str, float]:
-    """Return `metrics.measure_mismatch` of the tokens that the present weights wrote.
+    """Return `mismatch.measure_mismatch` of the tokens that the present weights wrote.
 
     Samples that went on over several batches have tokens of older weights, too. Their probabilities
     differ from the trainer's for another reason. Returns {} if no token is of the present weights.
+
+    Args:
+      samples: the valid samples of the batch.
+      logp_old: the trainer's log-probabilities of each sample's answer, [tokens].
+      weight_version: version of the present weights.
     """
-    logp_rollout: list[np.ndarray] = []
-    logp_old: list[np.ndarray] = []
-    sample_numbers: list[np.ndarray] = []
-    for packed in minibatches:
-        trainer_logps = packed.extract([rows.logp_old for rows in packed.microbatches])
-        for sample, trainer_logp in zip(packed.samples, trainer_logps, strict=True):
-            is_current = (np.asarray(sample.mask) > 0) & (
-                np.asarray(sample.versions) == weight_version
-            )
-            logp_rollout.append(np.asarray(sample.logprobs)[is_current])
-            logp_old.append(trainer_logp[is_current])
-            sample_numbers.append(np.full(int(is_current.sum()), len(sample_numbers)))
-    # All samples lie in one row, [1, tokens]. `measure_mismatch` tells them apart by number.
-    sampler_row, trainer_row, ids = (
-        np.concatenate(x)[None] for x in (logp_rollout, logp_old, sample_numbers)
-    )
-    if not sampler_row.size:
+    is_current = [(sample.mask > 0) & (sample.versions == weight_version) for sample in samples]
+    if not any(np.any(x) for x in is_current):
         return {}
-    return rl_metrics.measure_mismatch(sampler_row, trainer_row, np.ones(sampler_row.shape), ids)
+    return mismatch.measure_mismatch(
+        (sample.logprobs[chosen], trainer_logp[chosen])
+        for sample, trainer_logp, chosen in zip(samples, logp_old, is_current, strict=True)
+    )
 
 
 def merge_update_metrics(updates: Sequence[UpdateMetrics]) -> dict[str, Any]:

@@ -65,7 +65,7 @@ def single_turn_episode(
       ValueError: messages or tools that cannot be rendered.
     """
     sample = _start_sample(task, tokenizer, profile)
-    generation = yield sample_lib.Generate(sample.prompt, max_tokens)
+    generation = yield sample_lib.Generate(tuple(sample.prompt.tolist()), max_tokens)
     _append_generation(sample, generation, tokenizer)
     return sample
 
@@ -119,7 +119,7 @@ def _start_sample(
 ) -> sample_lib.Sample:
     tools = task.tools or None  # an empty list would be rendered by some profiles
     return sample_lib.Sample(
-        task, tuple(prompt.encode_prompt(tokenizer, task.messages, tools, profile=profile))
+        task, prompt.encode_prompt(tokenizer, task.messages, tools, profile=profile)
     )
 
 
@@ -136,7 +136,7 @@ def _run_turns(
       The text of the answer, empty where the model did not come to one.
     """
     for turn in range(1, limits.max_turns + 1):
-        so_far = (*sample.prompt, *sample.tokens)
+        so_far = (*sample.prompt.tolist(), *sample.tokens.tolist())
         # At least 1: the last observation was appended only because it left room.
         max_tokens = min(limits.turn_tokens, limits.max_tokens - len(so_far))
         generation = yield sample_lib.Generate(so_far, max_tokens)
@@ -182,8 +182,11 @@ def _append_generation(
 ) -> None:
     """Append a turn to tokens and messages. Its text excludes the stop token."""
     sample.append_generated(generation)
-    has_stop_token = bool(generation.tokens) and generation.tokens[-1] in tokenizer.stop_ids
-    sample.text = tokenizer.decode(generation.tokens[: len(generation.tokens) - has_stop_token])
+    sample.text = generation.text or ""
+    if generation.text is None:
+        ids = generation.tokens.tolist()
+        has_stop_token = bool(ids) and ids[-1] in tokenizer.stop_ids
+        sample.text = tokenizer.decode(ids[: len(ids) - has_stop_token])
     sample.messages.append({"role": "assistant", "content": sample.text})
     if generation.status == "error":
         _mark_failed(sample)
@@ -215,7 +218,7 @@ def _encode_observation(
             ids.append(tokenizer.special_token_id(prompt_piece.text))
         else:
             ids += tokenizer.encode(prompt_piece.text)
-    return ids[1:] if written_tokens and written_tokens[-1] == ids[0] else ids
+    return ids[1:] if len(written_tokens) and written_tokens[-1] == ids[0] else ids
 
 
 def _run_environment(function: Callable[[], Any]) -> Generator[sample_lib.RunTool, Any, Any]:

@@ -1,6 +1,6 @@
 """Generation batches: which tasks are sampled, what their groups are worth, which are trained on.
 
-Plain Python over `rollout.RolloutSampler`, on process 0. A batch is a function of the weights, the
+Host code over `rollout.RolloutSampler`, on process 0. A batch is a function of the weights, the
 config and the state alone:
   * Groups are used in the order in which they were begun. The order of their ends would favour
     short answers.
@@ -14,69 +14,22 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from train.rl import advantages, rollout, sample_json
+import numpy as np
+
+from train.rl import advantages, group_columns, rollout, sample_groups
 from train.rl import config as rl_config
 from train.rl import cursor as cursor_lib
 from train.rl import sample as sample_lib
 from train.rl import tasks as tasks_lib
 from train.rl.rewards import compose
 
+# A user of a collector imports this module alone.
+SampleGroup = sample_groups.SampleGroup
+GenerationBatch = sample_groups.GenerationBatch
+finished_samples = sample_groups.finished_samples
 # Begins an episode of a task whose answer may have so many tokens.
 EpisodeFactory = Callable[[sample_lib.Task, int], sample_lib.Episode]
 _MAX_DRAWS = 1000  # tasks in a row that pass rates may refuse before the run gives up
-
-
-@dataclasses.dataclass
-class SampleGroup:
-    """All samples of one task.
-
-    Attributes:
-      group_id: counts the groups of a run from 0, in the order in which they were begun.
-      source: name of the task's source.
-      task_index: index of the task in its source.
-      window_tokens: the most tokens that an answer may have.
-      task: what is sampled.
-      samples: one entry a sample, None while the sample is unfinished.
-      partial: one entry a sample, what an unfinished sample has generated so far, None before its
-        first tokens and after its end.
-      rewards: rewards of the valid samples, before penalties for their length. Empty until scored.
-    """
-
-    group_id: int
-    source: str
-    task_index: int
-    window_tokens: int
-    task: sample_lib.Task
-    samples: list[sample_lib.Sample | None]
-    partial: list[sample_lib.Generation | None]
-    rewards: list[float] = dataclasses.field(default_factory=list)
-
-    @property
-    def oldest_version(self) -> int | None:
-        """Return the oldest version of the weights that generated a token, None before any."""
-        versions = [
-            version
-            for sample in (*self.samples, *self.partial)
-            if sample
-            for version in sample.versions
-            if version >= 0  # -1 marks what a tool wrote
-        ]
-        return min(versions, default=None)
-
-
-@dataclasses.dataclass(frozen=True)
-class GenerationBatch:
-    """What the trainer gets.
-
-    Attributes:
-      groups: groups to train on.
-      metrics: how the groups were sampled, by name.
-      mean_reward: mean reward of all sampled groups, before penalties. NaN without a valid sample.
-    """
-
-    groups: list[SampleGroup]
-    metrics: dict[str, float]
-    mean_reward: float
 
 
 class GroupCollector:
@@ -91,6 +44,7 @@ class GroupCollector:
         make_episode: EpisodeFactory,
         rewards: compose.GroupScorer | None,
         state: Mapping[str, Any] | None = None,
+        columns: Mapping[str, np.ndarray] | None = None,
     ):
         """Continue a collector, or begin one.
 
@@ -99,23 +53,40 @@ class GroupCollector:
           tasks: tasks by the name of their source.
           make_episode: begins an episode.
           rewards: scores finished groups. None where environments give all rewards.
-          state: state of the collector that this one continues, see `state`.
+          state, columns: what `state` returned of the collector that this one continues.
         """
         state = state or {}
         self._config, self._rollout_config = config, config.rollout
         self._tasks, self._make_episode, self._rewards = tasks, make_episode, rewards
         self._cursor = self._open_cursor(state)
         # Scored groups that wait for a batch, sorted by group_id.
-        self._ready_groups = [self._group_from_json(group) for group in state.get("ready", [])]
+        self._ready_groups: list[SampleGroup] = []
         # Groups with unfinished samples, which the next round goes on with.
-        self._open_groups = [self._group_from_json(group) for group in state.get("open", [])]
+        self._open_groups: list[SampleGroup] = []
+        if state:
+            assert columns is not None, "a state has columns"
+            self._ready_groups = group_columns.groups_from_columns(
+                state["ready"], columns, "ready", tasks
+            )
+            self._open_groups = group_columns.groups_from_columns(
+                state["open"], columns, "open", tasks
+            )
 
-    def state(self) -> dict[str, Any]:
-        """Return what continues this collector, JSON-able."""
-        return self._cursor.state() | {
-            "ready": [_group_to_json(group) for group in self._ready_groups],
-            "open": [_group_to_json(group) for group in self._open_groups],
-        }
+    def state(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        """Return what continues this collector: a JSON-able part, and what tokens have as arrays.
+
+        The second is a few flat arrays, see `group_columns`. Their number does not depend on the
+        number of groups.
+        """
+        # The text of a group that was scored is read by nobody.
+        ready, ready_columns = group_columns.groups_to_columns(
+            self._ready_groups, "ready", with_text=False
+        )
+        unfinished, columns = group_columns.groups_to_columns(
+            self._open_groups, "open", with_text=True
+        )
+        state = self._cursor.state() | {"ready": ready, "open": unfinished}
+        return state, ready_columns | columns
 
     def collect(
         self,
@@ -319,7 +290,7 @@ class GroupCollector:
             "groups_open": len(self._open_groups),
             # Every token that was paid for, and those that are trained on.
             "tokens_sampled": num_tokens,
-            "tokens_trained": sum(sum(sample.mask) for sample in samples if sample.valid),
+            "tokens_trained": sum(sample.num_generated for sample in samples if sample.valid),
             "staleness_max": max(
                 (version - v for v in oldest_versions if v is not None), default=0
             ),
@@ -329,16 +300,6 @@ class GroupCollector:
         failures = {} if self._rewards is None else self._rewards.failure_counts()
         return metrics | {name: float(count) for name, count in failures.items()}
 
-    def _group_from_json(self, value: Mapping[str, Any]) -> SampleGroup:
-        source, index = value["source"], value["index"]
-        task = self._tasks[source][index]
-        samples = [sample_json.sample_from_json(sample, task) for sample in value["samples"]]
-        partial = [sample_json.generation_from_json(generation) for generation in value["made"]]
-        group_id, window_tokens = value["number"], value["window"]
-        return SampleGroup(
-            group_id, source, index, window_tokens, task, samples, partial, value["rewards"]
-        )
-
 
 def apply_score(sample: sample_lib.Sample, score: sample_lib.RewardScore) -> None:
     """Add a score to an environment's reward. A failed score makes the sample invalid."""
@@ -347,11 +308,6 @@ def apply_score(sample: sample_lib.Sample, score: sample_lib.RewardScore) -> Non
         sample.valid = False
     else:
         sample.reward = (sample.reward or 0.0) + score.value
-
-
-def finished_samples(group: SampleGroup) -> list[sample_lib.Sample]:
-    """Return the samples of a group that are finished."""
-    return [sample for sample in group.samples if sample is not None]
 
 
 def sample_seed(seed: int, group: int, index: int) -> int:
@@ -385,16 +341,3 @@ def _copy_groups(groups: Sequence[SampleGroup]) -> list[SampleGroup]:
         )
         for group in groups
     ]
-
-
-def _group_to_json(group: SampleGroup) -> dict[str, Any]:
-    """Return a group as JSON, with the keys that checkpoints on disk have."""
-    return {
-        "number": group.group_id,
-        "source": group.source,
-        "index": group.task_index,
-        "window": group.window_tokens,
-        "rewards": group.rewards,
-        "samples": [sample_json.sample_to_json(sample) for sample in group.samples],
-        "made": [sample_json.generation_to_json(generation) for generation in group.partial],
-    }

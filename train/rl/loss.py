@@ -37,7 +37,7 @@ class TokenTerms:
       logp_ref: log-probability by the reference model, or None without one.
       entropy: exact entropy of the token's distribution, nats. None if it was not computed.
       weight_mean: mean weight of the whole step's tokens, for a correction that normalises, see
-        `rollout_correction.weight_sum_and_count`. None for other corrections.
+        `rollout_correction.mean_correction_weight`. None for other corrections.
     """
 
     logp: Float[Array, "B T"]

@@ -1,9 +1,9 @@
 """What is measured of reinforcement learning: on the devices as sums, on the host over a batch.
 
 Sums over tokens add up over microbatches, rows and hosts. `summarize_metrics` divides them once.
-Three functions document the metrics that they return: `summarize_metrics` those of an optimizer
-step, `measure_mismatch` those between sampler and trainer, `summarize_groups` those of rewards and
-lengths. The symbols r, w, A, M and rho are those of `train/rl/objective.py`.
+These functions document the metrics that they return: `summarize_metrics` those of an optimizer
+step, `summarize_groups` those of rewards and lengths, `mismatch.measure_mismatch` those between
+sampler and trainer. The symbols r, w, A, M and rho are those of `train/rl/objective.py`.
 """
 
 import dataclasses
@@ -247,65 +247,6 @@ def rank_dropped_tokens(
     # `lexsort` sorts by its last key first: most often dropped, then most often seen.
     order = listed[np.lexsort((-total[listed], -dropped[listed]))][:num]
     return [(int(i), int(dropped[i]), int(total[i])) for i in order]
-
-
-def measure_mismatch(
-    logp_rollout: np.ndarray,
-    logp_old: np.ndarray,
-    mask: np.ndarray,
-    segment_ids: np.ndarray | None = None,
-) -> dict[str, float]:
-    """Return how far sampler and trainer are apart on the same tokens and weights (M1 3.2).
-
-    Here d = logp_old - logp_rollout, and p = exp(logp) of the trainer, q of the sampler.
-
-    Args:
-      logp_rollout: [B, T], by the sampler.
-      logp_old: [B, T], by the trainer.
-      mask: [B, T], 1 where the model wrote the token.
-      segment_ids: [B, T], sample of a token within its row. None for one sample a row.
-
-    Returns:
-      pearson: correlation of p and q (Figure 3), NaN if either is constant.
-      probability_gap_mean, probability_gap_max: mean and maximum of |p - q|.
-      logp_gap_mean, logp_gap_max: mean and maximum of |d|, nats.
-      k1: -mean d, which estimates KL(sampler || trainer), nats.
-      k3: mean(exp d - 1 - d), an estimate of the same that is never negative.
-      chi2_token: mean(exp 2d) - 1, the chi-square divergence.
-      chi2_sequence: the same with the sum of d over each sample.
-      perplexity_ratio: exp(-mean d), the trainer's perplexity over the sampler's.
-
-    Raises:
-      ValueError: no token at all.
-    """
-    real = np.asarray(mask) > 0
-    if not real.any():
-        raise ValueError("mismatch: got no token that the model wrote; wanted at least one")
-    # [tokens], in float64: the gaps are near float32's rounding.
-    rollout, trainer = (np.asarray(x)[real].astype(np.float64) for x in (logp_rollout, logp_old))
-    d, p, q = trainer - rollout, np.exp(trainer), np.exp(rollout)
-    # A sample is a pair (row, segment), and becomes a number from 0.
-    rows = np.broadcast_to(np.arange(real.shape[0])[:, None], real.shape)
-    segments = np.zeros_like(rows) if segment_ids is None else np.asarray(segment_ids)
-    samples = np.stack([rows[real], segments[real]])
-    _, sample = np.unique(samples, axis=1, return_inverse=True)
-    # Clipped, as exp(2 * 20) is useless already, and a longer sum would be infinite.
-    sequence = np.clip(np.bincount(sample.reshape(-1), d), -20, 20)
-    spread = p.std() * q.std()
-    pearson = np.mean((p - p.mean()) * (q - q.mean())) / spread if spread else math.nan
-    values = {
-        "pearson": pearson,
-        "probability_gap_mean": np.abs(p - q).mean(),
-        "probability_gap_max": np.abs(p - q).max(),
-        "logp_gap_mean": np.abs(d).mean(),
-        "logp_gap_max": np.abs(d).max(),
-        "k1": -d.mean(),
-        "k3": np.mean(np.expm1(d) - d),
-        "chi2_token": np.mean(np.exp(2 * d)) - 1,
-        "chi2_sequence": np.mean(np.exp(2 * sequence)) - 1,
-        "perplexity_ratio": np.exp(-d.mean()),
-    }
-    return {name: float(value) for name, value in values.items()}
 
 
 def summarize_groups(

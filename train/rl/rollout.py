@@ -15,7 +15,7 @@ from typing import Any
 import jax
 
 from infer import config as engine_config
-from infer import engine, request
+from infer import engine, output_tokens
 from infer import options as options_lib
 from infer.execution import leader_follower
 from m1_jax import tokenizer as tokenizer_lib
@@ -289,26 +289,37 @@ class _EpisodeLoop:
         )
         episode.turn += 1
         episode.request = self._engine.submit(
-            action.tokens, options, prior_tokens=_resumed_tokens(partial) or None
+            action.tokens, options, prior_tokens=_resumed_tokens(partial)
         )
 
     def _on_generated(self, episode: _RunningEpisode) -> None:
         request_done, partial = episode.request, episode.job.partial
         num_prior = len(partial.tokens) if episode.turn == 1 and partial else 0
         self._stats.num_tokens += len(request_done.tokens) - num_prior
-        generation = sample_lib.Generation(
-            tuple(token.id for token in request_done.tokens),
-            tuple(token.logp for token in request_done.tokens),
-            tuple(token.version for token in request_done.tokens),
-            _STATUS_BY_FINISH_REASON.get(request_done.finish_reason, "error"),
-            request_done.routes,
-            tuple(token.logp_raw for token in request_done.tokens),
-        )
+        tokens = request_done.tokens
+        status = _STATUS_BY_FINISH_REASON.get(request_done.finish_reason, "error")
         # Cut off by its slice, not by the turn's own limit.
-        if generation.status == "length" and len(generation.tokens) < episode.max_tokens:
+        if status == "length" and len(tokens) < episode.max_tokens:
             episode.job.episode.close()
-            self._finish(episode, PausedEpisode(generation))
+            # Copies, as the columns of a request have room for more. No routes: whoever goes on
+            # computes the tokens anew, and reads the routes of all of them at the end.
+            partial = sample_lib.Generation(
+                tokens.ids.copy(),
+                tokens.logps.copy(),
+                tokens.versions.copy(),
+                status,
+                raw=tokens.raw_logps.copy(),
+            )
+            self._finish(episode, PausedEpisode(partial))
             return
+        generation = sample_lib.Generation(
+            tokens.ids.copy(),
+            tokens.logps.copy(),
+            tokens.versions.copy(),
+            status,
+            request_done.routes,
+            text=request_done.text,
+        )
         self._advance(episode, generation)
 
     def _on_tool_done(self, episode: _RunningEpisode) -> None:
@@ -339,18 +350,15 @@ class _EpisodeLoop:
         self._stats.waiting_secs += time.perf_counter() - began
 
 
-def _resumed_tokens(partial: sample_lib.Generation | None) -> list[Any]:
-    """Return a paused episode's tokens as the engine's, none without one."""
-    if partial is None:
-        return []
-    # `Any`: the type checker does not see the types of a zip's columns.
-    make_token: Any = request.OutputToken
-    return [
-        make_token(*columns)
-        for columns in zip(
-            partial.tokens, partial.logprobs, partial.raw, partial.versions, strict=True
-        )
-    ]
+def _resumed_tokens(
+    partial: sample_lib.Generation | None,
+) -> output_tokens.OutputTokens | None:
+    """Return a paused episode's tokens as the engine's, None without any."""
+    if partial is None or not len(partial.tokens):
+        return None
+    return output_tokens.OutputTokens.from_columns(
+        partial.tokens, partial.logprobs, partial.raw, partial.versions
+    )
 
 
 def make_engine_config(

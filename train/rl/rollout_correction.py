@@ -9,9 +9,11 @@ has its weight, and still counts in every denominator.
 import dataclasses
 import functools
 import math
+from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Real
 
 WEIGHT_LEVELS = ("token", "sequence", "geometric")
@@ -30,7 +32,7 @@ class RolloutCorrection:
       low: lower bound of the weight, at least 0, or None.
       high: upper bound of the weight, at least 0, or None.
       veto: rejects a sample any of whose tokens has exp(d) below this value. At least 0, or None.
-      normalise: divide by the mean weight of the whole step's tokens, see `weight_sum_and_count`.
+      normalise: divide by the mean weight of the whole step's tokens, see `mean_correction_weight`.
 
     Raises:
       ValueError: a name that does not exist, or bounds that no weight can meet.
@@ -104,15 +106,35 @@ def correction_weights(
     return jnp.where(real, weight, 1.0), keep
 
 
-def weight_sum_and_count(
-    weight: Float[Array, "B T"], mask: Real[Array, "B T"]
-) -> Float[Array, "2"]:
-    """Return (sum of the tokens' weights, number of tokens), rejected ones included.
+def mean_correction_weight(
+    correction: RolloutCorrection, samples: Iterable[tuple[np.ndarray, np.ndarray]]
+) -> float:
+    """Return the mean of `correction_weights` over a step's tokens, rejected ones included.
 
-    Both add up over rows and hosts. Their quotient over the whole step is the divisor
-    `TokenTerms.weight_mean`.
+    It is `TokenTerms.weight_mean`. It is known before the first microbatch of the step is
+    computed, so the host computes it, sample by sample.
+
+    Args:
+      correction: which weight, and its bounds.
+      samples: (logp_old, logp_rollout) of each sample of the step, [tokens] each. Only tokens that
+        the model wrote.
     """
-    return jnp.stack([jnp.sum(jnp.where(mask > 0, weight, 0.0)), jnp.sum(mask > 0)])
+    total, count = 0.0, 0
+    for logp_old, logp_rollout in samples:
+        if not len(logp_old):
+            continue
+        gaps = np.asarray(logp_old, np.float64) - np.asarray(logp_rollout, np.float64)
+        d = np.clip(gaps, -MAX_LOG_RATIO, MAX_LOG_RATIO)
+        # What a sample has one weight of: the weight of each of its tokens.
+        level = {"token": d, "sequence": d.sum(), "geometric": d.mean()}[correction.level]
+        weight = np.exp(np.clip(level, -MAX_LOG_RATIO, MAX_LOG_RATIO))
+        if correction.how == "truncate":
+            low = -math.inf if correction.low is None else correction.low
+            high = math.inf if correction.high is None else correction.high
+            weight = np.clip(weight, low, high)
+        total += float(np.sum(np.broadcast_to(weight, d.shape)))
+        count += len(d)
+    return total / max(count, 1)
 
 
 def on_policy_mask(

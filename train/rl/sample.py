@@ -3,15 +3,30 @@
 An episode is a generator that makes one sample. It yields its next action, `Generate` (tokens from
 the model) or `RunTool` (work outside of the model, such as a tool), and is sent the result. So one
 loop runs any number of episodes side by side, and a test runs one without a model.
+
+What there is of every token lies in NumPy columns: an answer may have 80,000 tokens and a batch 512
+answers. `Sample` and `Generation` take any sequences of numbers and keep columns of these dtypes:
+tokens and versions int32, mask bool, routes int8, log-probabilities float32.
 """
 
 import dataclasses
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any, Literal
+
+import numpy as np
 
 # Why the model stopped: an end token, a full window, a loop of tokens that it was certain of
 # (M1 4.3), or a failure.
 SampleStatus = Literal["stop", "length", "repetition", "error"]
+# The dtype of each column of `Sample` and `Generation`, which have some of them.
+COLUMN_DTYPES = {
+    "prompt": np.int32,
+    "tokens": np.int32,
+    "mask": np.bool_,
+    "logprobs": np.float32,
+    "raw": np.float32,
+    "versions": np.int32,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +58,8 @@ class Generate:
     max_tokens: int  # the most tokens to generate, at least 1
 
 
-@dataclasses.dataclass(frozen=True)
+# `eq=False` here and below: columns have no truth value.
+@dataclasses.dataclass(frozen=True, eq=False)
 class Generation:
     """One turn of the model.
 
@@ -52,16 +68,25 @@ class Generation:
       logprobs: log-probability of each token under the distribution that it was drawn from.
       versions: version of the weights that generated each token.
       status: why the turn ended.
-      routes: the experts of all tokens so far, the prompt's included, as in `Sample`.
-      raw: log-probability of each token under the model's plain logits.
+      routes: the experts of all tokens so far, the prompt's included, as in `Sample`. None where
+        they are not known, as in a turn that was paused.
+      raw: log-probability of each token under the model's plain logits. Empty where the turn is
+        over: only one that goes on needs them.
+      text: the turn's text without its end token. None has the episode decode the tokens.
     """
 
-    tokens: tuple[int, ...]
-    logprobs: tuple[float, ...]
-    versions: tuple[int, ...]
+    tokens: Any
+    logprobs: Any
+    versions: Any
     status: SampleStatus
-    routes: Any = None
-    raw: tuple[float, ...] = ()
+    routes: np.ndarray | None = None
+    raw: Any = ()
+    text: str | None = None
+
+    def __post_init__(self):
+        for name, dtype in COLUMN_DTYPES.items():
+            if hasattr(self, name):
+                object.__setattr__(self, name, np.asarray(getattr(self, name), dtype))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,22 +96,22 @@ class RunTool:
     function: Callable[[], Any]
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class Sample:
     """One answer to a task, and its reward.
 
     The columns `tokens`, `mask`, `logprobs` and `versions` have one entry for each token of the
-    answer.
+    answer. They are replaced and never written in place, so that copies may share them.
 
     Attributes:
       task: what was sampled.
       prompt: token ids.
       tokens: the model's tokens and the observations between its turns. They are never rendered or
         tokenised again.
-      mask: 1 where the model generated the token, 0 in observations.
+      mask: True where the model generated the token, False in observations.
       logprobs: log-probability under the distribution that the token was drawn from, 0.0 where mask
-        is 0.
-      versions: version of the weights that generated the token, -1 where mask is 0.
+        is False.
+      versions: version of the weights that generated the token, -1 where mask is False.
       routes: [tokens, layers, experts of a token] int8, the experts that the sampler sent each
         token of prompt and answer to. The last tokens, which the sampler never computed, have no
         row. None if the engine does not record routes.
@@ -101,12 +126,12 @@ class Sample:
     """
 
     task: Task
-    prompt: tuple[int, ...]
-    tokens: list[int] = dataclasses.field(default_factory=list)
-    mask: list[int] = dataclasses.field(default_factory=list)
-    logprobs: list[float] = dataclasses.field(default_factory=list)
-    versions: list[int] = dataclasses.field(default_factory=list)
-    routes: Any = None
+    prompt: Any
+    tokens: Any = ()
+    mask: Any = ()
+    logprobs: Any = ()
+    versions: Any = ()
+    routes: np.ndarray | None = None
     status: SampleStatus = "stop"
     text: str = ""
     messages: list[dict] = dataclasses.field(default_factory=list)
@@ -115,22 +140,47 @@ class Sample:
     parts: dict[str, float] = dataclasses.field(default_factory=dict)
     valid: bool = True
 
+    def __post_init__(self):
+        for name, dtype in COLUMN_DTYPES.items():
+            if hasattr(self, name):
+                setattr(self, name, np.asarray(getattr(self, name), dtype))
+
+    @property
+    def num_tokens(self) -> int:
+        """Return the number of tokens of prompt and answer."""
+        return len(self.prompt) + len(self.tokens)
+
+    @property
+    def num_generated(self) -> int:
+        """Return the number of tokens that the model generated."""
+        return int(np.count_nonzero(self.mask))
+
     def append_generated(self, generation: Generation) -> None:
         """Append one turn of the model."""
-        self.tokens += generation.tokens
-        self.mask += [1] * len(generation.tokens)
-        self.logprobs += generation.logprobs
-        self.versions += generation.versions
+        mask = np.ones(len(generation.tokens), np.bool_)
+        self._append(generation.tokens, mask, generation.logprobs, generation.versions)
         self.status = generation.status
         # Not appended: routes of a generation are those of all tokens so far.
         self.routes = generation.routes
 
-    def append_observation(self, tokens: tuple[int, ...] | list[int]) -> None:
+    def append_observation(self, tokens: Sequence[int]) -> None:
         """Append tokens that the model reads but did not generate."""
-        self.tokens += tokens
-        self.mask += [0] * len(tokens)
-        self.logprobs += [0.0] * len(tokens)
-        self.versions += [-1] * len(tokens)
+        size = len(tokens)
+        self._append(
+            tokens,
+            np.zeros(size, np.bool_),
+            np.zeros(size, np.float32),
+            np.full(size, -1, np.int32),
+        )
+
+    def _append(self, tokens: Any, mask: Any, logprobs: Any, versions: Any) -> None:
+        added = {"tokens": tokens, "mask": mask, "logprobs": logprobs, "versions": versions}
+        for name, values in added.items():
+            column = np.asarray(values, COLUMN_DTYPES[name])
+            # The first turn of an answer is most often its only one: it is not copied.
+            if len(getattr(self, name)):
+                column = np.concatenate([getattr(self, name), column])
+            setattr(self, name, column)
 
 
 Episode = Generator[Generate | RunTool, Any, Sample]

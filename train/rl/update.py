@@ -1,22 +1,24 @@
 """One generation batch through the trainer: log-probabilities, advantages, updates, metrics.
 
-A generation batch is cut into minibatches, each of which makes one optimizer step. A minibatch is
-packed into microbatches of one fixed shape, whose gradients are added up. The order of work:
+The order of work:
 
-  1. Pack: every valid sample gets its place in a row, and its tokens' loss coefficients.
-  2. Score: the trainer computes log-probabilities of all minibatches, before the first step.
-  3. Compare: advantages come from the rewards of the whole batch.
-  4. Update: one step a minibatch, in each epoch.
+  1. Score: the trainer computes log-probabilities of all valid samples, before the first step.
+  2. Compare: advantages come from the rewards of the whole batch.
+  3. Update: the batch is cut into minibatches. Each makes one optimizer step, in each epoch.
 
-Steps 1 to 3 fill the same rows on the host, and step 4 puts them onto the devices.
+Samples are packed into rows twice: those of the whole batch to be scored, and those of each
+minibatch to be trained on. The gradients of a minibatch's microbatches are added up. Rows are made
+when their microbatch goes to the devices, and what is known of each sample stays with the sample.
 """
 
+import collections
 import dataclasses
 import itertools
 import time
 from collections.abc import Sequence
+from typing import Any
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 
 from m1_jax import config as model_config_lib
@@ -24,7 +26,7 @@ from m1_jax import model as model_lib
 from m1_jax import sharding
 from train import optim
 from train import step as step_lib
-from train.rl import advantages, batch_metrics, groups, rollout_correction
+from train.rl import advantages, batch_metrics, groups, rollout_correction, row_packing
 from train.rl import batch as rl_batch
 from train.rl import config as rl_config
 from train.rl import loss as loss_lib
@@ -49,16 +51,19 @@ class _BatchSample:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Minibatch:
-    """The valid samples of one optimizer step.
+class _TokenValues:
+    """What the trainer knows of each valid sample's answer, by `_BatchSample.index`.
 
     Attributes:
-      indices: `_BatchSample.index` of each packed sample, in the order of `packed.samples`.
-      packed: the samples and their rows.
+      logp_old: log-probability of each token, before the batch's updates, [tokens] float32. 0 where
+        the model did not write the token.
+      logp_ref: the same by the reference model, empty without one.
+      advantages: what each token is worth, [tokens], or one number for all.
     """
 
-    indices: list[int]
-    packed: rl_batch.PackedSamples
+    logp_old: dict[int, np.ndarray]
+    logp_ref: dict[int, np.ndarray]
+    advantages: dict[int, Any] = dataclasses.field(default_factory=dict)
 
 
 class PolicyUpdater:
@@ -70,6 +75,9 @@ class PolicyUpdater:
       layout: layout of the trainer, None on a single device.
       optimizer: makes the steps.
       reference: the model that the KL term compares with, or None.
+
+    Raises:
+      ValueError: rows that the layout cannot split evenly.
     """
 
     def __init__(
@@ -88,6 +96,11 @@ class PolicyUpdater:
                 len(model_config.layer_types),
                 model_config.num_experts_per_tok,
             )
+        self._row_shapes = row_packing.make_row_shapes(
+            config.update.rows,
+            config.update.row_tokens or config.rollout.max_sample_tokens,
+            layout,
+        )
         self._settings = rl_step.RlStepSettings(
             optimizer, config.objective, config.rollout.temperature, config.update.balance
         )
@@ -117,28 +130,27 @@ class PolicyUpdater:
             [s.sample for s in samples], [s.group_id for s in samples]
         )
         metrics = report.metrics
-        minibatches = [
-            self._pack_minibatch(minibatch_groups)
-            for minibatch_groups in self._split_minibatches(numbered_groups, batch_number)
-        ]
+        minibatches = self._split_minibatches(numbered_groups, batch_number)
         # A minibatch without a valid sample makes no step.
-        minibatches = [minibatch for minibatch in minibatches if minibatch.indices]
+        minibatches = [minibatch for minibatch in minibatches if minibatch]
         if not minibatches:
             metrics |= {"updates": 0.0, "training_secs": time.perf_counter() - start_secs}
             return state, report
+        valid = [s for s in samples if s.sample.valid]
         # All minibatches are scored before the first step, because logp_old is that of the weights
         # before the batch's updates.
-        entropy = self._fill_logprobs(state.model, minibatches)
+        values, scoring_metrics = self._score_samples(state.model, valid)
         scored_secs = time.perf_counter()
         mismatch = batch_metrics.measure_batch_mismatch(
-            [minibatch.packed for minibatch in minibatches], weight_version
+            [s.sample for s in valid], [values.logp_old[s.index] for s in valid], weight_version
         )
         # Without a token of the present weights there is nothing to compare.
         report.pearson = mismatch["pearson"] if mismatch else None
-        metrics |= mismatch
-        metrics["entropy_old"] = entropy
-        self._fill_advantages(minibatches, samples)
-        state, updates = self._run_epochs(state, minibatches)
+        metrics |= mismatch | scoring_metrics
+        values.advantages.update(self._compute_advantages(samples, values))
+        packed = [self._pack_minibatch(minibatch, values) for minibatch in minibatches]
+        metrics |= _packing_metrics("update", packed)
+        state, updates = self._run_epochs(state, packed)
         metrics |= batch_metrics.merge_update_metrics(updates)
         if metrics["skipped"] == metrics["updates"]:
             raise FloatingPointError(
@@ -153,60 +165,83 @@ class PolicyUpdater:
 
     def _split_minibatches(
         self, numbered_groups: list[list[_BatchSample]], batch_number: int
-    ) -> list[list[list[_BatchSample]]]:
-        """Return the minibatches, each of whole groups, in an order drawn for this batch."""
+    ) -> list[list[_BatchSample]]:
+        """Return each minibatch's valid samples. Groups stay whole, in an order that is drawn."""
         # The order depends on seed and number alone, so a restarted run and all processes draw
         # alike.
         rng = np.random.default_rng((self._config.seed, batch_number))
         order = rng.permutation(len(numbered_groups))
         # Groups stay whole: "prompt-mean" divides by a prompt's tokens in the step.
         return [
-            [numbered_groups[i] for i in group_indices]
+            [s for i in group_indices for s in numbered_groups[i] if s.sample.valid]
             for group_indices in np.array_split(order, self._config.update.minibatches)
         ]
 
-    def _pack_minibatch(self, minibatch_groups: list[list[_BatchSample]]) -> _Minibatch:
-        valid = [s for group in minibatch_groups for s in group if s.sample.valid]
-        packed = rl_batch.pack_samples(
-            [s.sample for s in valid],
-            self._config.update.rows,
-            self._config.update.row_tokens or self._config.rollout.max_sample_tokens,
-            self._expert_ids_shape,
+    def _pack(self, samples: Sequence[_BatchSample]) -> rl_batch.PackedSamples:
+        return rl_batch.pack_samples(
+            [s.sample for s in samples], self._row_shapes, self._expert_ids_shape
         )
-        # The coefficients need the masks of the whole step, and nothing that a model computes.
-        lengths = np.array([sum(s.sample.mask) for s in valid])
-        group_ids = np.array([s.group_id for s in valid])
-        coefficients = loss_lib.token_coefficients(
-            self._config.objective, lengths, group_ids, np.ones(len(valid), bool)
-        )
-        packed.fill("coefficients", list(coefficients))
-        return _Minibatch([s.index for s in valid], packed)
 
-    def _fill_logprobs(self, model: model_lib.MiniMaxM1, minibatches: list[_Minibatch]) -> float:
-        """Write the trainer's log-probabilities into the rows, and return the mean entropy."""
-        scores, temperature = [], self._settings.temperature
-        # `HostRows` are filled in place, so a later loop over the minibatches finds the scores.
-        for host_rows in (rows for m in minibatches for rows in m.packed.microbatches):
-            rows = rl_batch.device_put_rows(host_rows, self._layout)
+    def _pack_minibatch(
+        self, minibatch: list[_BatchSample], values: _TokenValues
+    ) -> rl_batch.PackedSamples:
+        """Return a minibatch's valid samples in rows, with all that its gradients need."""
+        packed = self._pack(minibatch)
+        lengths = np.array([s.sample.num_generated for s in minibatch])
+        group_ids = np.array([s.group_id for s in minibatch])
+        coefficients = loss_lib.token_coefficients(
+            self._config.objective, lengths, group_ids, np.ones(len(minibatch), bool)
+        )
+        packed.fill("coefficients", coefficients)
+        for name in ("logp_old", "logp_ref", "advantages"):
+            by_index = getattr(values, name)
+            if by_index:
+                packed.fill(name, [by_index[s.index] for s in minibatch])
+        return packed
+
+    def _score_samples(
+        self, model: model_lib.MiniMaxM1, valid: list[_BatchSample]
+    ) -> tuple[_TokenValues, dict[str, float]]:
+        """Return the trainer's log-probabilities of all valid samples, and metrics of scoring."""
+        packed, temperature = self._pack(valid), self._settings.temperature
+        values, entropy_sum = _TokenValues({}, {}), 0.0
+
+        def take_scores(microbatch: int, scores: Sequence[jax.Array | None]) -> None:
+            nonlocal entropy_sum
+            for name, array in zip(("logp_old", "logp_ref", "entropy"), scores, strict=True):
+                if array is None:
+                    continue
+                parts = packed.extract(microbatch, rl_batch.gather_to_host(array))
+                for i, part in parts.items():
+                    # A `where`, not a product: the score of padding may be infinite or NaN.
+                    part = np.where(valid[i].sample.mask > 0, part, 0)
+                    if name == "entropy":
+                        entropy_sum += float(np.sum(part, dtype=np.float64))
+                    else:
+                        getattr(values, name)[valid[i].index] = part
+
+        waiting: collections.deque[tuple[int, Sequence[jax.Array | None]]] = collections.deque()
+        for microbatch in range(packed.num_microbatches):
+            rows = rl_batch.device_put_rows(packed.make_rows(microbatch), self._layout)
             logp, entropy = rl_step.score_logprobs(model, rows, temperature)
             logp_ref = None
             if self._reference is not None:
                 logp_ref, _ = rl_step.score_logprobs(self._reference, rows, temperature)
-            scores.append((host_rows, logp, entropy, logp_ref))
-        # The scores are fetched once all are dispatched, so the devices never wait for the host.
-        entropy_sum, num_tokens = 0.0, 0.0
-        for host_rows, logp, entropy, logp_ref in scores:
-            real = host_rows.mask > 0
-            # A `where`, not a product: the score of padding may be infinite or NaN.
-            host_rows.logp_old[:] = np.where(real, rl_batch.gather_to_host(logp), 0)
-            if logp_ref is not None:
-                host_rows.logp_ref[:] = np.where(real, rl_batch.gather_to_host(logp_ref), 0)
-            entropy_sum += float(np.sum(np.where(real, rl_batch.gather_to_host(entropy), 0)))
-            num_tokens += float(np.sum(real))
-        return entropy_sum / max(num_tokens, 1.0)
+            waiting.append((microbatch, (logp, logp_ref, entropy)))
+            # One microbatch computes while the host makes the next one and takes the last one's
+            # scores. More ahead would hold the rows of more of them.
+            if len(waiting) > 2:
+                take_scores(*waiting.popleft())
+        while waiting:
+            take_scores(*waiting.popleft())
+        num_tokens = sum(s.sample.num_generated for s in valid)
+        metrics = {"entropy_old": entropy_sum / max(num_tokens, 1)}
+        return values, metrics | _packing_metrics("scoring", [packed])
 
-    def _fill_advantages(self, minibatches: list[_Minibatch], samples: list[_BatchSample]) -> None:
-        """Write the advantages into the rows.
+    def _compute_advantages(
+        self, samples: list[_BatchSample], values: _TokenValues
+    ) -> dict[int, Any]:
+        """Return the advantages of all samples, by index.
 
         They compare all samples of the batch, not those of a minibatch. A sample's advantage is one
         number, or one a token where returns or rewards of turns make its tokens differ.
@@ -217,37 +252,36 @@ class PolicyUpdater:
         group_ids = [s.group_id for s in samples]
         valid = [s.sample.valid for s in samples]
         turn_rewards = [s.sample.turn_rewards for s in samples]
-        if objective.advantage.startswith("return") or any(turn_rewards):
-            kls = None
-            if objective.reward_kl_coef:
-                # Samples that are not valid lie in no row, and keep these zeros.
-                kls = [np.zeros(len(s.sample.tokens)) for s in samples]
-                for minibatch in minibatches:
-                    gaps = minibatch.packed.extract(
-                        [rows.logp_old - rows.logp_ref for rows in minibatch.packed.microbatches]
-                    )
-                    for index, gap in zip(minibatch.indices, gaps, strict=True):
-                        kls[index] = gap
-            masks = [np.asarray(s.sample.mask) for s in samples]
-            values = advantages.token_advantages(
-                objective, rewards, group_ids, valid, masks, turn_rewards, kls
-            )
-        else:
-            values = list(advantages.sample_advantages(objective, rewards, group_ids, valid))
-        for minibatch in minibatches:
-            minibatch.packed.fill("advantages", [values[index] for index in minibatch.indices])
+        if not objective.advantage.startswith("return") and not any(turn_rewards):
+            of_samples = advantages.sample_advantages(objective, rewards, group_ids, valid)
+            return dict(enumerate(of_samples.tolist()))
+        kls = None
+        if objective.reward_kl_coef:
+            # Samples that are not valid were not scored, and have zeros.
+            kls = [
+                values.logp_old[s.index] - values.logp_ref[s.index]
+                if s.sample.valid
+                else np.zeros(len(s.sample.tokens))
+                for s in samples
+            ]
+        masks = [s.sample.mask for s in samples]
+        of_tokens = advantages.token_advantages(
+            objective, rewards, group_ids, valid, masks, turn_rewards, kls
+        )
+        # They are computed in float64, and a batch of them is large.
+        return {i: of_sample.astype(np.float32) for i, of_sample in enumerate(of_tokens)}
 
     # ---- the updates
 
     def _run_epochs(
-        self, state: step_lib.TrainState, minibatches: list[_Minibatch]
+        self, state: step_lib.TrainState, minibatches: list[rl_batch.PackedSamples]
     ) -> tuple[step_lib.TrainState, list[batch_metrics.UpdateMetrics]]:
         """Make one optimizer step for each minibatch, in each epoch."""
         updates: list[batch_metrics.UpdateMetrics] = []
         for _ in range(self._config.update.epochs):
-            for minibatch in minibatches:
+            for packed in minibatches:
                 # The old state is donated, so only the new one exists from here on.
-                state, update_metrics = self._update_minibatch(state, minibatch.packed)
+                state, update_metrics = self._update_minibatch(state, packed)
                 updates.append(update_metrics)
         return state, updates
 
@@ -258,9 +292,9 @@ class PolicyUpdater:
         weight_mean = self._mean_correction_weight(packed)
         sums: rl_step.MicrobatchSums | None = None
         # All tokens, prompts too: these shares weigh the routers' balance loss.
-        num_tokens = [float(np.sum(rows.segment_ids > 0)) for rows in packed.microbatches]
-        for host_rows, row_tokens in zip(packed.microbatches, num_tokens, strict=True):
-            rows = rl_batch.device_put_rows(host_rows, self._layout)
+        num_tokens = packed.num_tokens
+        for microbatch, row_tokens in enumerate(num_tokens):
+            rows = rl_batch.device_put_rows(packed.make_rows(microbatch), self._layout)
             token_share = np.float32(row_tokens / sum(num_tokens))
             # `sums` is donated: one copy of the gradients is enough.
             sums = rl_step.accumulate_gradients(
@@ -271,25 +305,28 @@ class PolicyUpdater:
         return state, batch_metrics.UpdateMetrics(sums.metrics, step_metrics)
 
     def _mean_correction_weight(self, packed: rl_batch.PackedSamples) -> np.float32 | None:
-        """Return the mean correction weight of a step's tokens, if the correction divides by it.
-
-        It is a mean over all microbatches, so it is known before the first of them is computed.
-        """
+        """Return the mean correction weight of a step's tokens, if the correction divides by it."""
         correction = self._config.objective.correction
         if correction is None or not correction.normalise:
             return None
-        totals = np.zeros(2)  # sum of weights, and number of tokens
-        for rows in packed.microbatches:
-            mask = jnp.asarray(rows.mask)
-            weight, _ = rollout_correction.correction_weights(
-                correction,
-                jnp.asarray(rows.logp_old),
-                jnp.asarray(rows.logp_rollout),
-                mask,
-                jnp.asarray(rows.segment_ids),
-            )
-            totals += np.asarray(rollout_correction.weight_sum_and_count(weight, mask))
-        return np.float32(totals[0] / max(totals[1], 1.0))
+        logp_old = packed.values("logp_old")
+        mean = rollout_correction.mean_correction_weight(
+            correction,
+            (
+                (logp[sample.mask > 0], sample.logprobs[sample.mask > 0])
+                for sample, logp in zip(packed.samples, logp_old, strict=True)
+            ),
+        )
+        return np.float32(mean)
+
+
+def _packing_metrics(kind: str, packed: Sequence[rl_batch.PackedSamples]) -> dict[str, float]:
+    """Return which share of the computed places holds a token, and the number of microbatches."""
+    num_tokens = sum(sum(p.num_tokens) for p in packed)
+    return {
+        f"utilisation/{kind}": num_tokens / max(sum(p.plan.num_places for p in packed), 1),
+        f"microbatches/{kind}": float(sum(p.num_microbatches for p in packed)),
+    }
 
 
 def _number_samples(batch: Sequence[groups.SampleGroup]) -> list[list[_BatchSample]]:

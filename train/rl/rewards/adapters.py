@@ -104,10 +104,10 @@ async def call_slime(path: str, options: dict[str, Any], sample: sample_lib.Samp
     """Call a function of slime's form, on a view of the sample with slime's field names."""
     view = types.SimpleNamespace(
         prompt=[dict(message) for message in sample.task.messages],
-        tokens=[*sample.prompt, *sample.tokens],
+        tokens=[*sample.prompt.tolist(), *sample.tokens.tolist()],
         response=sample.text,
         response_length=len(sample.tokens),
-        loss_mask=list(sample.mask),
+        loss_mask=sample.mask.tolist(),
         label=sample.task.label,
         metadata=dict(sample.task.metadata),
     )
