@@ -78,7 +78,9 @@ def test_rl_passes_on_its_slice():
     assert "4 of 8,000 tasks made" in texts(result)
     batch = next(f for f in result.findings.of_kind("costs") if f.topic == "batch")
     # Every place of a row has 4 bytes in ten columns, and an id for 80 layers and 2 experts.
-    assert batch.values["row_bytes"] == 16 * 2 * 16 * 86_016 * (10 * 4 + 160)
+    assert batch.values["row_bytes"] == pytest.approx(16 * 86_016 * (10 * 4 + 160))
+    # 13 bytes of columns a token, and its ids. The prompts take a 20th more.
+    assert batch.values["sample_bytes"] == pytest.approx(512 * 86_016 * 173, rel=0.1)
 
 
 @pytest.mark.long
@@ -134,7 +136,7 @@ def test_a_refusal_of_the_run_fails_the_rehearsal(override, words):
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("rollout.max_prompt_tokens=4097", "rows of 86017 tokens over context=32"),
+        ("update.rows=24", "batch: got 24 rows over expert=16"),
         ("update.rows=12", "batch: got 12 rows over expert=16"),
         ("serving_mesh=(('expert', 16), ('tensor', 8))", "the trainer's 512 devices"),
         ("rollout.engine=(('max_rowz', 4),)", "rollout.engine: got 'max_rowz'"),
@@ -284,8 +286,8 @@ def test_sizes_of_states_are_those_of_streams(tmp_path, tokenizer, num_lanes, nu
     gathered = exchange.count_data_state(stage, run, 0, fingerprint)
     sizes = [len(json.dumps(part)) for part in parts]
     # The keys of the head have one digit each here.
-    assert abs(gathered.sent - max(sizes)) <= 4
-    assert abs(gathered.received - sum(sizes)) <= 4 * len(sizes)
+    assert abs(gathered.sent - max(sizes[1:])) <= 4
+    assert abs(gathered.received - sum(sizes[1:])) <= 4 * len(sizes)
     assert abs(gathered.merged - len(json.dumps(merged))) <= 4
 
 

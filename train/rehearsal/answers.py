@@ -1,11 +1,8 @@
-"""A generation batch on a host: its bytes, its packing, and what it takes to send it to all."""
+"""A generation batch on a host: its bytes, its rows, and what it takes to send it to all."""
 
 import dataclasses
-import json
-import math
 import pickle
 import time
-import tracemalloc
 from typing import Any
 
 import numpy as np
@@ -13,10 +10,10 @@ import numpy as np
 from m1_jax import config as model_config_lib
 from train.rl import batch as rl_batch
 from train.rl import config as rl_config
+from train.rl import group_columns, row_packing, sample_groups
 from train.rl import sample as sample_lib
-from train.rl import sample_json
 
-_SCALED_TOKENS = 40_000  # tokens that are measured, to extrapolate from
+_SCALED_TOKENS = 320_000  # tokens that are measured, to extrapolate from
 _SCALED_SAMPLES = 8
 MEAN_ANSWERS = (4096, 8192, 16_384, 30_720, 61_440)
 _GAMMA_SHAPE = 2.0  # of the lengths of answers
@@ -30,7 +27,7 @@ class BatchSizes:
       num_samples: answers of a batch.
       prompt_tokens: tokens of the longest prompt.
       answer_tokens: tokens of the longest answer.
-      rows, row_tokens: shape of a microbatch.
+      shapes: shapes that microbatches may have.
       minibatches: updates of a batch.
       expert_ids_shape: (layers, experts of a token) of replayed routes, or None.
     """
@@ -38,14 +35,16 @@ class BatchSizes:
     num_samples: int
     prompt_tokens: int
     answer_tokens: int
-    rows: int
-    row_tokens: int
+    shapes: row_packing.RowShapes
     minibatches: int
     expert_ids_shape: tuple[int, int] | None
 
     @classmethod
     def of_config(
-        cls, config: rl_config.RlConfig, model: model_config_lib.ModelConfig, row_tokens: int
+        cls,
+        config: rl_config.RlConfig,
+        model: model_config_lib.ModelConfig,
+        shapes: row_packing.RowShapes,
     ) -> "BatchSizes":
         """Return the sizes that a config says."""
         routes = (len(model.layer_types), model.num_experts_per_tok)
@@ -53,8 +52,7 @@ class BatchSizes:
             num_samples=config.rollout.groups * config.rollout.group_size,
             prompt_tokens=config.rollout.max_prompt_tokens,
             answer_tokens=config.rollout.windows.tokens[-1],
-            rows=config.update.rows,
-            row_tokens=row_tokens,
+            shapes=shapes,
             minibatches=config.update.minibatches,
             expert_ids_shape=routes if config.rollout.replay_routes else None,
         )
@@ -75,23 +73,22 @@ class BatchCost:
     """What the longest generation batch costs, extrapolated from a part of it.
 
     Attributes:
-      object_bytes: samples in a host's memory.
-      row_bytes: all packed rows in a host's memory.
-      sent_bytes: what process 0 sends to all others.
-      encode_secs, decode_secs: seconds of process 0 to encode it, and of the others to decode it.
-      pack_secs: seconds of every host to pack it.
-      state_bytes_per_token: bytes of a carried token in a checkpoint.
-      state_secs_per_token: seconds to write them.
+      sample_bytes: columns of the samples in a host's memory, which process 0 sends to all others.
+      table_bytes: what goes over the hosts' network beside the columns.
+      row_bytes: rows of the largest microbatch in a host's memory.
+      encode_secs, decode_secs: seconds of process 0 to make columns, and of the others to read
+        them.
+      row_secs: seconds of every host to make all rows, once to score and once to update.
+      carried_bytes_per_token: bytes of an unfinished answer's token in a checkpoint.
     """
 
-    object_bytes: float
+    sample_bytes: float
+    table_bytes: float
     row_bytes: float
-    sent_bytes: float
     encode_secs: float
     decode_secs: float
-    pack_secs: float
-    state_bytes_per_token: float
-    state_secs_per_token: float
+    row_secs: float
+    carried_bytes_per_token: float
 
 
 def make_sample(
@@ -100,105 +97,105 @@ def make_sample(
     """Return a finished sample, as an episode of one turn makes it."""
     rng = np.random.default_rng(seed)
     task = sample_lib.Task(f"rehearsal/{seed}", ({"role": "user", "content": "?"},), "rehearsal")
-    routes = None
-    if expert_ids_shape is not None:
-        num_routed = prompt_tokens + answer_tokens - 1
-        routes = rng.integers(0, 32, (num_routed, *expert_ids_shape), np.int8)
-    ids = rng.integers(300, 200_000, prompt_tokens + answer_tokens).tolist()
-    logprobs = (-rng.random(answer_tokens)).tolist()
-    sample = sample_lib.Sample(task, tuple(ids[:prompt_tokens]))
-    sample.append_generated(
-        sample_lib.Generation(
-            tokens=tuple(ids[prompt_tokens:]),
-            logprobs=tuple(logprobs),
-            versions=(1,) * answer_tokens,
-            status="stop",
-            routes=routes,
-        )
-    )
+    sample = sample_lib.Sample(task, rng.integers(300, 200_000, prompt_tokens))
+    sample.append_generated(_make_generation(rng, prompt_tokens, answer_tokens, expert_ids_shape))
     sample.reward = 1.0
     return sample
 
 
+def _make_generation(
+    rng: np.random.Generator,
+    prompt_tokens: int,
+    answer_tokens: int,
+    expert_ids_shape: tuple[int, int] | None,
+) -> sample_lib.Generation:
+    routes = None
+    if expert_ids_shape is not None:
+        num_routed = prompt_tokens + answer_tokens - 1
+        routes = rng.integers(0, 32, (num_routed, *expert_ids_shape), np.int8)
+    return sample_lib.Generation(
+        tokens=rng.integers(300, 200_000, answer_tokens),
+        logprobs=-rng.random(answer_tokens),
+        versions=np.ones(answer_tokens, np.int32),
+        status="stop",
+        routes=routes,
+        raw=-rng.random(answer_tokens),
+    )
+
+
 def measure_batch(sizes: BatchSizes) -> BatchCost:
-    """Make, encode, decode and pack a part of a batch on one core, and extrapolate linearly."""
+    """Encode, decode and lay out a part of a batch on one core, and extrapolate linearly."""
     answer = max(sizes.scaled_tokens // _SCALED_SAMPLES, 1)
     prompt = max(1, answer * sizes.prompt_tokens // sizes.answer_tokens)
-    tracemalloc.start()
     samples = [
         make_sample(prompt, answer, sizes.expert_ids_shape, seed) for seed in range(_SCALED_SAMPLES)
     ]
-    object_bytes, _ = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
-    encode_secs, text = _time_call(lambda: pickle.dumps(samples))
-    decode_secs, _ = _time_call(lambda: pickle.loads(text))
-    row_tokens = answer + prompt
+    groups = [_make_group(samples)]
+    batch = sample_groups.GenerationBatch(groups, {}, 0.0)
+    encode_secs, (table, columns) = _time_call(lambda: group_columns.batch_to_columns(batch))
+    decode_secs, _ = _time_call(lambda: group_columns.batch_from_columns(table, columns))
     # One row a sample, as in the longest batch.
-    pack_secs, packed = _time_call(
-        lambda: rl_batch.pack_samples(samples, 1, row_tokens, sizes.expert_ids_shape)
-    )
-    state_secs, states = _time_call(lambda: [_dump_state(sample) for sample in samples])
+    shapes = row_packing.make_row_shapes(_SCALED_SAMPLES, prompt + answer, None)
+    packed = rl_batch.pack_samples(samples, shapes, sizes.expert_ids_shape)
+    row_secs, rows = _time_call(lambda: packed.make_rows(0))
     factor = sizes.num_tokens / (answer * _SCALED_SAMPLES)
     return BatchCost(
-        object_bytes=object_bytes * factor,
-        row_bytes=_count_row_bytes(packed.microbatches)
-        / (_SCALED_SAMPLES * row_tokens)
-        * count_places(sizes),
-        sent_bytes=len(text) * factor,
+        sample_bytes=sum(column.nbytes for column in columns.values()) * factor,
+        table_bytes=len(pickle.dumps(table)) * sizes.num_samples / _SCALED_SAMPLES,
+        row_bytes=_count_row_bytes(rows) / rows.tokens.size * sizes.shapes.largest.num_places,
         encode_secs=encode_secs * factor,
         decode_secs=decode_secs * factor,
-        pack_secs=pack_secs * factor,
-        state_bytes_per_token=sum(map(len, states)) / (answer * _SCALED_SAMPLES),
-        state_secs_per_token=state_secs / (answer * _SCALED_SAMPLES),
+        row_secs=2 * row_secs * factor,
+        carried_bytes_per_token=_count_carried_bytes(answer),
     )
 
 
-def count_places(sizes: BatchSizes) -> int:
-    """Return the places of all rows of the longest batch: whole microbatches of each update."""
-    samples = math.ceil(sizes.num_samples / sizes.minibatches)
-    samples_of_row = max(sizes.row_tokens // (sizes.prompt_tokens + sizes.answer_tokens), 1)
-    rows = math.ceil(samples / samples_of_row)
-    microbatches = math.ceil(rows / sizes.rows)
-    return sizes.minibatches * microbatches * sizes.rows * sizes.row_tokens
+def _make_group(samples: list[sample_lib.Sample]) -> sample_groups.SampleGroup:
+    return sample_groups.SampleGroup(
+        0, "rehearsal", 0, 1, samples[0].task, list(samples), [None] * len(samples), []
+    )
 
 
-def measure_utilisation(sizes: BatchSizes, config: rl_config.RlConfig) -> dict[int, float]:
-    """Return the share of computed places that hold a token, by the mean length of answers.
+def _count_carried_bytes(answer_tokens: int) -> float:
+    """Return the bytes of a token of an unfinished answer, as a checkpoint has it."""
+    generation = _make_generation(np.random.default_rng(0), 0, answer_tokens, None)
+    group = _make_group([make_sample(1, 1, None)])
+    group.samples, group.partial = [None], [generation]
+    _, columns = group_columns.groups_to_columns([group], "open", with_text=True)
+    return sum(column.nbytes for column in columns.values()) / answer_tokens
 
-    Lengths are gamma-distributed and cut at the window. All lengths are divided by one number
-    before they are packed, which changes no share.
+
+def measure_utilisation(sizes: BatchSizes, seed: int) -> dict[int, tuple[float, float]]:
+    """Return the shares of computed places that hold a token, by the mean length of answers.
+
+    The first is that of scoring, which packs the whole batch, and the second that of updates.
+    Lengths are gamma-distributed and cut at the window.
     """
-    scale = max(sizes.row_tokens // 1024, 1)
     shares = {}
     for mean in MEAN_ANSWERS:
-        if mean >= sizes.answer_tokens and len(shares) > 0:
+        if mean >= sizes.answer_tokens and shares:
             continue
-        mean = min(mean, sizes.answer_tokens // 2)
-        rng = np.random.default_rng(config.seed)
+        mean = min(mean, max(sizes.answer_tokens // 2, 1))
+        rng = np.random.default_rng(seed)
         lengths = rng.gamma(_GAMMA_SHAPE, mean / _GAMMA_SHAPE, sizes.num_samples)
         lengths = np.clip(lengths, 1, sizes.answer_tokens).astype(int)
-        tokens = places = 0
-        for part in np.array_split(lengths, sizes.minibatches):
-            samples = [
-                make_sample(max(1, sizes.prompt_tokens // 8 // scale), max(1, n // scale), None)
-                for n in part
-            ]
-            packed = rl_batch.pack_samples(samples, sizes.rows, sizes.row_tokens // scale)
-            tokens += sum(int((rows.segment_ids > 0).sum()) for rows in packed.microbatches)
-            places += sum(rows.segment_ids.size for rows in packed.microbatches)
-        shares[mean] = tokens / places
+        lengths += max(1, sizes.prompt_tokens // 8)
+        parts = np.array_split(lengths, sizes.minibatches)
+        shares[mean] = (
+            _measure_share([lengths], sizes.shapes),
+            _measure_share(parts, sizes.shapes),
+        )
     return shares
 
 
-def _count_row_bytes(microbatches: list[rl_batch.HostRows]) -> int:
-    arrays = [
-        getattr(rows, field.name) for rows in microbatches for field in dataclasses.fields(rows)
-    ]
+def _measure_share(parts: list[np.ndarray], shapes: row_packing.RowShapes) -> float:
+    plans = [row_packing.plan_rows([int(n) for n in part], shapes) for part in parts]
+    return float(sum(map(np.sum, parts)) / sum(plan.num_places for plan in plans))
+
+
+def _count_row_bytes(rows: rl_batch.HostRows) -> int:
+    arrays = [getattr(rows, field.name) for field in dataclasses.fields(rows)]
     return sum(array.nbytes for array in arrays if array is not None)
-
-
-def _dump_state(sample: sample_lib.Sample) -> str:
-    return json.dumps(sample_json.sample_to_json(sample))
 
 
 def _time_call(function: Any) -> tuple[float, Any]:

@@ -103,9 +103,10 @@ class DataCosts:
         self._findings.add(
             "costs",
             "exchange",
-            f"stage {index}: hosts exchange nothing of the data in a step; at a save a host sends "
-            f"{gathered.sent / 1024:,.1f} KiB and gets {gathered.received / 1024:,.1f}, a chip "
-            f"{gathered.chip / MIB:,.2f} MiB; the checkpoint has {gathered.merged / 1024:,.1f} KiB",
+            f"stage {index}: no data passes between hosts in a step; at a save a host sends "
+            f"{gathered.sent / 1024:,.1f} KiB and process 0 gets {gathered.received / 1024:,.1f}, "
+            f"by the hosts' network; chips carry none of it; the checkpoint has "
+            f"{gathered.merged / 1024:,.1f} KiB",
             **dataclasses.asdict(gathered),
         )
 

@@ -10,28 +10,23 @@ from train.rehearsal import lanes as lanes_lib
 
 @dataclasses.dataclass(frozen=True)
 class GatheredBytes:
-    """A value of every host that all hosts get, see `checkpoints.merge_across_processes`.
+    """What hosts tell each other of their position in the data, over their network alone.
 
     Attributes:
-      sent: the most that one host sends.
-      received: what a host gets of all hosts.
-      merged: what they make together, which lies in the checkpoint.
-      chip: what passes through a chip's memory.
+      sent: the most that one host sends to process 0 at a save.
+      received: what process 0 gets of all others.
+      merged: what they make together. It lies in the checkpoint, and every host gets it at a change
+        of stage.
     """
 
     sent: int
     received: int
     merged: int
-    chip: int
 
 
 def count_gather(sizes: Sequence[int], merged_bytes: int) -> GatheredBytes:
-    """Return the bytes of `multihost.allgather_bytes` for texts of these sizes, one a host."""
-    num_hosts = len(sizes)
-    if num_hosts == 1:
-        return GatheredBytes(0, 0, merged_bytes, 0)
-    # Padded to the longest. A chip has its host's text, and the texts of all hosts.
-    return GatheredBytes(max(sizes), sum(sizes), merged_bytes, (1 + num_hosts) * max(sizes))
+    """Return the bytes of `checkpoints.merge_on_first` for parts of these sizes, one a host."""
+    return GatheredBytes(max(sizes[1:], default=0), sum(sizes[1:]), merged_bytes)
 
 
 def count_data_state(

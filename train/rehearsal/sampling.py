@@ -18,7 +18,7 @@ from train.rehearsal import findings as findings_lib
 from train.rehearsal import setting as setting_lib
 from train.rl import config as rl_config
 from train.rl import loop as rl_loop
-from train.rl import rollout_setup
+from train.rl import rollout_setup, row_packing, task_maker
 from train.rl import tasks as tasks_lib
 
 GIB, MIB = 2**30, 2**20
@@ -47,10 +47,9 @@ class RlRehearsal:
             layouts = rl_loop.make_layouts(
                 config, self._setting.model.config, self._setting.devices
             )
-            sharding.check_batch_rows(layouts[0], config.update.rows)
-            self._check_row_length(layouts[0])
+            self._check_rows(layouts[0])
         with findings.catch_refusals("batch"):
-            self._measure_batch()
+            self._measure_batch(layouts[0] if layouts else None)
         engine = None
         with findings.catch_refusals("engine"):
             engine = rollout_setup.make_run_engine_config(config, held_out_sizes)
@@ -69,9 +68,11 @@ class RlRehearsal:
             self._measure_residents(state, serving_layout, engine)
         self._check_programs(layout)
 
-    @property
-    def _row_tokens(self) -> int:
-        return self._config.update.row_tokens or self._config.rollout.max_sample_tokens
+    def _make_row_shapes(self, layout: sharding.MeshLayout | None) -> row_packing.RowShapes:
+        """Return the shapes of microbatches, as `update.PolicyUpdater` makes them."""
+        update, rollout = self._config.update, self._config.rollout
+        longest = update.row_tokens or rollout.max_sample_tokens
+        return row_packing.make_row_shapes(update.rows, longest, layout)
 
     # ---- tasks
 
@@ -91,8 +92,8 @@ class RlRehearsal:
             self._findings.add(
                 "costs",
                 "tasks",
-                f"{num_tasks:,} {label} of {sum(bool(s.make) for s in sources)} generators take "
-                f"{total_secs / 60:.1f} minutes of one core at the start, by {_MADE_TASKS} of each",
+                f"{num_tasks:,} {label} that are generated take process 0 {total_secs / 60:.1f} "
+                f"minutes of one core, once in a run, by {_MADE_TASKS} of each source",
                 total_secs / self._config.batches,
                 start_secs=total_secs,
             )
@@ -103,7 +104,7 @@ class RlRehearsal:
             text = f"source {source.name}: no file at {source.path} on this machine"
             self._findings.add("assumes", "tasks", text)
             return 0
-        tasks = tasks_lib.open_task_source(source)
+        tasks = tasks_lib.FileTasks(source)
         first = tasks[0]
         text = f"source {source.name}: {len(tasks):,} tasks opened, the first is {first.id}"
         self._findings.add("fits", "tasks", text)
@@ -111,54 +112,63 @@ class RlRehearsal:
         return len(tasks)
 
     def _make_some_tasks(self, source: tasks_lib.TaskSource) -> float:
-        """Return the seconds that all tasks of a generator take."""
-        few = dataclasses.replace(source, size=min(source.size, _MADE_TASKS))
-        started = time.process_time()
+        """Return the seconds of one core that all tasks of a generator take."""
+        recipe, options = tasks_lib.describe_source(source), dict(source.options)
+        # Tasks may get harder on the way.
+        last = source.size - 1
+        indices = sorted({last * i // (_MADE_TASKS - 1) for i in range(_MADE_TASKS)})
         try:
-            tasks = tasks_lib.open_task_source(few)
+            task_maker.check_recipe(recipe, options)
+            times = []
+            for _ in task_maker.make_task_lines(recipe, options, indices, num_processes=1):
+                times.append(time.perf_counter())
         except ImportError as error:
             raise ValueError(f"{error}") from None
-        secs = time.process_time() - started
-        text = f"source {source.name}: {len(tasks)} of {source.size:,} tasks made"
+        text = f"source {source.name}: {len(times)} of {source.size:,} tasks made"
         self._findings.add("fits", "tasks", text)
-        return secs / len(tasks) * source.size
+        # From the first on: before it the process starts.
+        return (times[-1] - times[0]) / max(len(times) - 1, 1) * source.size
 
     # ---- sizes
 
-    def _check_row_length(self, layout: sharding.MeshLayout | None) -> None:
-        """Refuse rows that the update could not put onto the mesh."""
+    def _check_rows(self, layout: sharding.MeshLayout | None) -> None:
+        """Lay the rows of all shapes onto the mesh, with the update's own refusals."""
+        shapes = self._make_row_shapes(layout)
         if layout is None:
             return
-        shards = layout.axis_size("length")
-        if self._row_tokens % shards:
-            raise ValueError(
-                f"update.row_tokens: got rows of {self._row_tokens} tokens over context={shards}; "
-                f"wanted a multiple of {shards}, such as {-(-self._row_tokens // shards) * shards}"
-            )
-        rows = self._config.update.rows
-        shape = layout.activation_sharding("batch", "length").shard_shape((rows, self._row_tokens))
+        placed = layout.activation_sharding("batch", "length")
+        for num_rows in shapes.row_counts:
+            for row_tokens in shapes.row_lengths:
+                placed.shard_shape((num_rows, row_tokens))
+        parts = placed.shard_shape(tuple(shapes.largest))
+        num_shapes = len(shapes.row_counts) * len(shapes.row_lengths)
         self._findings.add(
             "fits",
             "placement",
-            f"a microbatch of {rows} rows of {self._row_tokens:,} tokens gives a chip "
-            f"{shape[0]} x {shape[1]:,}",
+            f"a microbatch of {shapes.largest.num_rows} rows of {shapes.largest.row_tokens:,} "
+            f"tokens gives a chip {parts[0]} x {parts[1]:,}; {num_shapes} smaller shapes fit, too",
         )
 
-    def _measure_batch(self) -> None:
+    def _measure_batch(self, layout: sharding.MeshLayout | None) -> None:
         """Measure a generation batch on the host, at its longest, and how its rows are filled."""
         config = self._config
-        sizes = answers.BatchSizes.of_config(config, self._setting.model.config, self._row_tokens)
+        sizes = answers.BatchSizes.of_config(
+            config, self._setting.model.config, self._make_row_shapes(layout)
+        )
         cost = answers.measure_batch(sizes)
-        num_batches = max(config.save.every_steps, 1)
+        sent = cost.sample_bytes if self._setting.num_hosts > 1 else 0
+        chip = sent / max(len(self._setting.devices) // self._setting.num_hosts, 1)
         self._findings.add(
             "costs",
             "batch",
             f"{sizes.num_samples} answers of {sizes.answer_tokens:,} tokens: "
-            f"{cost.object_bytes / GIB:.1f} GiB of samples and {cost.row_bytes / GIB:.1f} GiB of "
-            f"rows on each host; {cost.sent_bytes / GIB:.2f} GiB to every host; the chips wait "
-            f"{cost.pack_secs:.0f} s for packing, {cost.encode_secs:.0f} s for encoding and "
-            f"{cost.decode_secs:.0f} s for decoding them",
-            cost.pack_secs + cost.encode_secs + cost.decode_secs,
+            f"{cost.sample_bytes / GIB:.2f} GiB of samples on each host, and "
+            f"{cost.row_bytes / GIB:.2f} of the largest microbatch's rows; every host gets "
+            f"{sent / GIB:.2f} GiB through its chips, {chip / GIB:.2f} each in blocks of 64 MiB, "
+            f"and {cost.table_bytes / 2**20:.2f} MiB by the hosts' network; the chips wait "
+            f"{cost.encode_secs + cost.decode_secs:.1f} s for columns and {cost.row_secs:.1f} s "
+            "for rows",
+            cost.encode_secs + cost.decode_secs + cost.row_secs,
             **dataclasses.asdict(cost),
         )
         self._findings.add(
@@ -168,27 +178,29 @@ class RlRehearsal:
             f"{sizes.num_tokens:,} tokens; seconds are those of one core here",
         )
         if config.rollout.partial_tokens:
-            saved = cost.state_bytes_per_token * config.rollout.partial_tokens * sizes.num_samples
+            carried = config.rollout.partial_tokens * sizes.num_samples
+            saved_bytes = cost.carried_bytes_per_token * carried
             self._findings.add(
                 "costs",
-                "save",
+                "checkpoint",
                 f"{sizes.num_samples} unfinished answers of {config.rollout.partial_tokens:,} "
-                f"tokens are {saved / GIB:.1f} GiB of a checkpoint's JSON",
-                cost.state_secs_per_token
-                * config.rollout.partial_tokens
-                * sizes.num_samples
-                / num_batches,
+                f"tokens are {saved_bytes / GIB:.2f} GiB of process 0's file of columns",
+                saved_bytes=saved_bytes,
             )
         self._measure_utilisation(sizes)
 
     def _measure_utilisation(self, sizes: answers.BatchSizes) -> None:
-        shares = answers.measure_utilisation(sizes, self._config)
-        text = ", ".join(f"{share:.0%} at {mean:,}" for mean, share in shares.items())
-        is_low = min(shares.values(), default=1) < _LOW_UTILISATION
+        shares = answers.measure_utilisation(sizes, self._config.seed)
+        text = ", ".join(
+            f"{scored:.0%} and {updated:.0%} at {mean:,}"
+            for mean, (scored, updated) in shares.items()
+        )
+        is_low = min(map(min, shares.values())) < _LOW_UTILISATION
         self._findings.add(
             "costs" if is_low else "fits",
             "batch",
-            f"places of the update's rows that hold a token, by the mean answer: {text}",
+            "places of rows that hold a token, in scoring and in updates, by the mean answer: "
+            f"{text}",
             utilisation=shares,
         )
 
@@ -245,6 +257,7 @@ class RlRehearsal:
         tpu_slice = self._setting.tpu_slice
         if tpu_slice is None:
             return
+        largest = self._make_row_shapes(layout).largest
         sizes = {axis: size for axis, size in self._config.serving_mesh if size > 1}
         serving = programs.report_lib.format_mesh(sizes or {"expert": layout.mesh.size})
         for job, label in (("rl_update", "scores, gradients, update"), ("reshard", "weight sync")):
@@ -255,8 +268,8 @@ class RlRehearsal:
                 config=programs.name_model(self._setting) or "m1",
                 mesh=programs.format_mesh(layout),
                 serving_mesh=serving,
-                seq=self._row_tokens,
-                batch=self._config.update.rows,
+                seq=largest.row_tokens,
+                batch=largest.num_rows,
                 remat=self._setting.model.config.remat,
             )
             with self._findings.catch_refusals("programs", label):
