@@ -25,6 +25,7 @@ _ENTRY_POINTS = {
     "train.rl.__main__",
     "train.prepare",
     "train.export",
+    "train.rehearse",
 }
 
 # What a file may import of ours: the first row whose prefix starts the file's path decides.

@@ -89,10 +89,10 @@ def resolve_rl_config(
 
 
 def make_layouts(
-    config: rl_config.RlConfig, model_config: model_config_lib.ModelConfig
+    config: rl_config.RlConfig, model_config: model_config_lib.ModelConfig, devices=None
 ) -> tuple[sharding.MeshLayout | None, sharding.MeshLayout | None]:
     """Return the trainer's and the sampler's layout of the same devices, or None on one device."""
-    mesh = run_model.make_train_mesh(dict(config.mesh))
+    mesh = run_model.make_train_mesh(dict(config.mesh), devices)
     serving_mesh = weight_sync_lib.make_serving_mesh(mesh, config.serving_mesh)
     return (
         sharding.make_layout(mesh, model_config, sharding.TRAIN),
