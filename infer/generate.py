@@ -355,8 +355,12 @@ def main(argv) -> None:
 def _run_command() -> int:
     """Run with the flags, and return the exit status, which all processes share."""
     config = command.config_from_flags(GenerateConfig)
-    if config.distributed:
-        distributed.initialize_distributed()
+    with distributed.join_processes(config.distributed):
+        return _run_joined(config)
+
+
+def _run_joined(config: GenerateConfig) -> int:
+    """Run on all processes, and return the exit status."""
     prepared = prepare_run(config)
     signals = command.StopSignals()
     # With several processes, an exception in the middle of a step would leave the others waiting.

@@ -244,11 +244,10 @@ def main(argv) -> None:
 def _run_command() -> int:
     """Run with the flags, and return the exit status, which all processes share."""
     config = command.config_from_flags(batch_input.BatchConfig)
-    if config.distributed:
-        distributed.initialize_distributed()
-    signals = command.StopSignals()
-    signals.listen()
-    summary = run(config, signals.poll)
+    with distributed.join_processes(config.distributed):
+        signals = command.StopSignals()
+        signals.listen()
+        summary = run(config, signals.poll)
     if distributed.is_first_process():
         print(summary, file=sys.stderr)
     if summary.stopped_by is None:

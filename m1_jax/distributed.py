@@ -1,23 +1,23 @@
-"""Several processes of one run: how they find each other, and how they end together.
+"""Several processes of one command: how they find each other, and how they agree on errors.
 
-    initialize_distributed()               # first of all: afterwards devices may be asked for
-    inputs = run_on_first(read_inputs)     # process 0 reads, and an error ends all
-    model = run_on_all(lambda: load(...))  # each reads its part, and an error of one ends all
+    with join_processes(is_distributed):       # first of all: it asks for the devices
+        inputs = run_on_first(read_inputs)     # process 0 reads, and an error ends all
+        model = run_on_all(lambda: load(...))  # each reads its part, and an error of one ends all
 
 `run_on_first` and `run_on_all` are collectives: all processes call them at the same point of the
-program. Work between them that fails on one process leaves the others in a collective, so
-`run_to_exit` then ends the process at once, and the coordination service ends the others.
+program. An error between them ends all processes, too (`process_watch`).
 """
 
+import contextlib
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NoReturn, TypeVar
 
 import jax
 
-from m1_jax import multihost
+from m1_jax import multihost, process_watch
 
 Result = TypeVar("Result")
 
@@ -29,16 +29,25 @@ DISTRIBUTED_HELP = (
     "Join the other processes of a TPU slice or cluster, which all run this command. Elsewhere set "
     f"{ADDRESS_VARIABLE}=HOST:PORT, {COUNT_VARIABLE} and {INDEX_VARIABLE}."
 )
-# What `run_on_all` gathers of a process that did its work.
-_DONE = b"done"
 
 
 class DistributedError(ValueError):
     """Processes that cannot find each other. The message says what to set."""
 
 
-class AgreedError(ValueError):
-    """An error of one process that all processes know of, so that all of them end."""
+@contextlib.contextmanager
+def join_processes(is_distributed: bool) -> Iterator[None]:
+    """Join the other processes of this run, if there are any, and watch them in the context.
+
+    Raises:
+      DistributedError: see `initialize_distributed`.
+    """
+    if not is_distributed:
+        yield
+        return
+    initialize_distributed()
+    with process_watch.watch_processes():
+        yield
 
 
 def initialize_distributed(
@@ -117,22 +126,22 @@ def run_on_all(function: Callable[[], Result]) -> Result:
     """Return `function()` of this process, once all processes have their results.
 
     Raises:
-      AgreedError: it failed on some process, so on all it has no result. The message is that of
-        the first process that failed. With one process the error itself is raised.
+      process_watch.AgreedError: it failed on some process, so on all it has no result. The message
+        is that of the first process that failed. With one process the error itself is raised.
     """
     if jax.process_count() == 1:
         return function()
-    result, failure = None, _DONE
+    result, failure = None, ""
     try:
         result = function()
     except Exception as error:  # whatever it is, the others must not wait for this process
         if not isinstance(error, ValueError | OSError):  # one line would not explain a fault
             traceback.print_exc()
-        failure = b"error: " + (str(error) or type(error).__name__).encode()
-    for index, outcome in enumerate(multihost.allgather_bytes(failure)):
-        if outcome != _DONE:
-            text = outcome.decode().removeprefix("error: ")
-            raise AgreedError(text if index == 0 else f"process {index}: {text}")
+        failure = str(error) or type(error).__name__
+    # Process 0 hears of all, and tells all.
+    for index, text in enumerate(multihost.broadcast_object(multihost.gather_objects(failure))):
+        if text:
+            raise process_watch.AgreedError(text if index == 0 else f"process {index}: {text}")
     return result  # pyright: ignore[reportReturnType]  # nobody failed, so it is the result
 
 
@@ -140,7 +149,7 @@ def run_on_first(function: Callable[[], Result]) -> Result | None:
     """Return `function()` of process 0, and None on the others, once it is done.
 
     Raises:
-      AgreedError: as `run_on_all`.
+      process_watch.AgreedError: as `run_on_all`.
     """
     return run_on_all(lambda: function() if is_first_process() else None)
 
@@ -148,7 +157,8 @@ def run_on_first(function: Callable[[], Result]) -> Result | None:
 def run_to_exit(run: Callable[[], int], one_line: bool = True) -> NoReturn:
     """Run a command, and end the process with the status that `run` returns.
 
-    What a user can mend, ValueError and OSError, is printed by process 0 alone, after "error: ".
+    What a user can mend is printed in one line after "error: ". An error that all processes agreed
+    on is printed by process 0 alone.
 
     Args:
       run: the whole command. With several processes, all of them return the same status.
@@ -156,29 +166,13 @@ def run_to_exit(run: Callable[[], int], one_line: bool = True) -> NoReturn:
     """
     try:
         status = run()
-    except (ValueError, OSError) as error:
+    except process_watch.AgreedError as error:
         text = " ".join(str(error).split("\n")) if one_line else str(error)
-        if not _has_peers():
-            sys.exit(f"error: {text}")
-        if not isinstance(error, AgreedError):
-            print(f"error: process {jax.process_index()}: {text}", file=sys.stderr)
-            _end_at_once()
         sys.exit(f"error: {text}" if is_first_process() else 1)
-    except BaseException:
-        if not _has_peers():
-            raise
-        traceback.print_exc()
-        _end_at_once()
+    except (ValueError, OSError) as error:
+        if one_line or process_watch.is_watching():
+            process_watch.exit_with_error(error)
+        sys.exit(f"error: {error}")
+    except Exception as error:
+        process_watch.exit_with_error(error)
     sys.exit(status)
-
-
-def _has_peers() -> bool:
-    """Return whether other processes have joined this one, without asking for the devices."""
-    return jax.distributed.is_initialized() and jax.process_count() > 1
-
-
-def _end_at_once() -> NoReturn:
-    """End this process without waiting for others, who wait for it in a collective."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(1)

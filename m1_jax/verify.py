@@ -371,9 +371,8 @@ def _run_command() -> int:
     config = VerifyConfig(
         values.checkpoint, values.golden, values.progress, values.dtype, values.mesh
     )
-    if values.distributed:
-        distributed.initialize_distributed()
-    rows = run(config)
+    with distributed.join_processes(values.distributed):
+        rows = run(config)
     failed = sum(not row.passed for row in rows)
     if distributed.is_first_process():
         print(format_table(rows))

@@ -39,6 +39,7 @@ _ENGINE = (
     "infer.config",
     "infer.execution.leader_follower",
     "infer.options",
+    "infer.output_tokens",
     "infer.request",
 )
 _SCHEMAS = ("m1_jax.config", "train.config", "train.rl.config", "infer.config")

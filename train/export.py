@@ -174,9 +174,8 @@ def main(argv) -> None:
 
 def _run_command() -> int:
     values = flags.FLAGS
-    if values.distributed:
-        distributed.initialize_distributed()
-    run(values.workdir, values.dst, values.step, values.dtype, values.mesh)
+    with distributed.join_processes(values.distributed):
+        run(values.workdir, values.dst, values.step, values.dtype, values.mesh)
     return 0
 
 
