@@ -356,23 +356,18 @@ def _run_command() -> int:
     """Run with the flags, and return the exit status, which all processes share."""
     config = command.config_from_flags(GenerateConfig)
     with distributed.join_processes(config.distributed):
-        return _run_joined(config)
-
-
-def _run_joined(config: GenerateConfig) -> int:
-    """Run on all processes, and return the exit status."""
-    prepared = prepare_run(config)
-    signals = command.StopSignals()
-    # With several processes, an exception in the middle of a step would leave the others waiting.
-    # One process stops at once.
-    if jax.process_count() > 1:
-        signals.listen()
-    try:
-        outputs, stats = generate_texts(config, prepared, sys.stdout, signals.poll)
-    except KeyboardInterrupt:
-        return 128 + signal.SIGINT  # as a shell reports it
-    status = _report_run(outputs, stats, signals) if distributed.is_first_process() else 0
-    return multihost.broadcast_object(status)
+        prepared = prepare_run(config)
+        signals = command.StopSignals()
+        # With several processes, a signal ends the run between two steps. One process stops at
+        # once.
+        if jax.process_count() > 1:
+            signals.listen()
+        try:
+            outputs, stats = generate_texts(config, prepared, sys.stdout, signals.poll)
+        except KeyboardInterrupt:
+            return 128 + signal.SIGINT  # as a shell reports it
+        status = _report_run(outputs, stats, signals) if distributed.is_first_process() else 0
+        return multihost.broadcast_object(status)
 
 
 def _report_run(

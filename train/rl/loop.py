@@ -124,8 +124,6 @@ def open_rl_session(
     sharding.check_batch_rows(layout, config.update.rows)
     stop_request = workdir_lib.StopRequest("ending this batch")
     tasks, held_out_tasks = rollout_setup.open_run_tasks(config, model.tokenizer, workdir, stack)
-    # Process 0 may have made tasks for an hour. Others wait here, where no time limit of Orbax is.
-    multihost.broadcast_object(None)
     rewards = rollout_setup.open_rewards(config, stack)
     store = stack.enter_context(checkpoints.CheckpointStore(workdir, config.save))
     batch_number = store.latest_step() or 0

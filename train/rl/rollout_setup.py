@@ -17,7 +17,7 @@ from absl import logging
 
 from infer import config as engine_config
 from infer import prompt
-from m1_jax import durable
+from m1_jax import durable, multihost
 from m1_jax import tokenizer as tokenizer_lib
 from train.rl import config as rl_config
 from train.rl import episodes, groups, rollout, task_store
@@ -38,7 +38,7 @@ def open_run_tasks(
 ) -> tuple[TasksBySource, TasksBySource]:
     """Return the tasks to train on and the held-out ones, by source.
 
-    Process 0 alone draws tasks, so the other processes get none, and neither read nor wait.
+    Process 0 alone draws tasks, so the other processes get none. They wait until it has them.
 
     Args:
       config: config of the run.
@@ -52,6 +52,8 @@ def open_run_tasks(
       ImportError: reasoning-gym is not installed, and tasks of it are yet to be made.
     """
     if jax.process_index():
+        # Process 0 may make tasks for an hour. No time limit of Orbax counts here.
+        multihost.broadcast_object(None)
         return {}, {}
     directory = workdir / TASKS_DIRECTORY
     directory.mkdir(parents=True, exist_ok=True)
@@ -66,6 +68,7 @@ def open_run_tasks(
         opened[number] = tasks_lib.open_task_source(source, directory)
         stack.callback(opened[number].close)
         _check_prompts(source, opened[number], tokenizer, max_tokens, directory)
+    multihost.broadcast_object(None)
     by_source = [(source.name, opened[number]) for number, source in enumerate(sources)]
     num_train = len(config.sources)
     return dict(by_source[:num_train]), dict(by_source[num_train:])
