@@ -167,7 +167,10 @@ class Sample:
         """Append tokens that the model reads but did not generate."""
         size = len(tokens)
         self._append(
-            tokens, np.zeros(size, np.bool_), np.zeros(size, np.float32), np.full(size, -1, np.int32)
+            tokens,
+            np.zeros(size, np.bool_),
+            np.zeros(size, np.float32),
+            np.full(size, -1, np.int32),
         )
 
     def _append(self, tokens: Any, mask: Any, logprobs: Any, versions: Any) -> None:

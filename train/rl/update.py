@@ -192,7 +192,7 @@ class PolicyUpdater:
         coefficients = loss_lib.token_coefficients(
             self._config.objective, lengths, group_ids, np.ones(len(minibatch), bool)
         )
-        packed.fill("coefficients", coefficients)
+        packed.fill("coefficients", coefficients.tolist())
         for name in ("logp_old", "logp_ref", "advantages"):
             by_index = getattr(values, name)
             if by_index:
