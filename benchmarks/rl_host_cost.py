@@ -170,7 +170,7 @@ def measure_batch(config: rl_config.RlConfig, args: argparse.Namespace) -> None:
     expert_ids_shape = (NUM_LAYERS, NUM_CHOSEN) if args.routes else None
     clock.skip()
     batch_metrics.measure_samples(samples, group_ids)
-    versions = [group.oldest_version for group in batch]
+    versions = {group.oldest_version for group in batch}
     clock.lap("metrics of the batch")
     packed = rl_batch.pack_samples(samples, shapes, expert_ids_shape)
     clock.lap("packing for scoring")
@@ -212,7 +212,7 @@ def measure_batch(config: rl_config.RlConfig, args: argparse.Namespace) -> None:
     print(f"{len(samples)} answers, {tokens / 1e6:.2f}M tokens, routes: {args.routes}")
     print(f"a sample and its scores: {per_token / tokens:.1f} bytes a token", end="")
     route_bytes = sum(s.routes.nbytes for s in samples if s.routes is not None)
-    print(f", routes {route_bytes / tokens:.0f} more; oldest version {min(versions)}")
+    print(f", routes {route_bytes / tokens:.0f} more; oldest versions {versions}")
     print_laps(clock, tokens, "on one core outside of sampling")
     measure_columns(batch, tokens)
 
@@ -246,7 +246,7 @@ def print_laps(clock: Clock, tokens: int, title: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--answers", type=int, default=512, help="answers, a multiple of 16")
     parser.add_argument("--mean", type=float, default=81_920, help="mean length before the cut")
     parser.add_argument("--shape", type=float, default=4.0, help="shape of the gamma distribution")
