@@ -103,7 +103,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=8, help="answers to each")
     arguments = parser.parse_args()
     tokenizer = tokenizer_lib.Tokenizer.load(arguments.checkpoint)
-    source = tasks.open_task_source(tasks.TaskSource("tasks", arguments.tasks))
+    source = tasks.FileTasks(tasks.TaskSource("tasks", arguments.tasks))
     if not (1 <= arguments.groups <= len(source) and arguments.size >= 1):
         parser.error(
             f"got --groups={arguments.groups} --size={arguments.size}; wanted 1 to {len(source)} "

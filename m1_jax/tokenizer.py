@@ -8,6 +8,8 @@ This module guarantees two properties that the library alone does not have:
 """
 
 import codecs
+import functools
+import hashlib
 import json
 import pathlib
 import re
@@ -88,6 +90,11 @@ class Tokenizer:
         folder = path.parent
         settings = _read_json_object(folder / "tokenizer_config.json")
         return cls(library, settings, _read_json_object(folder / "generation_config.json"))
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Return a hash of all that decides which ids a text becomes."""
+        return hashlib.sha256(self._library.to_str().encode()).hexdigest()
 
     def encode(self, text: str, allow_special: bool = False) -> list[int]:
         """Return the ids of `text`, without a token at its beginning or end.

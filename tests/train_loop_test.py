@@ -10,12 +10,13 @@ import sys
 import jax
 import numpy as np
 import pytest
+import signal_support
 import training_run_support
 from training_run_support import MODEL, ROOT, Cache, read_metrics
 
 from m1_jax import configlib
 from m1_jax import params as params_lib
-from train import checkpoints, loop, metrics, optim, run_setup, sft, step, workdir
+from train import checkpoints, loop, metrics, optim, run_setup, sft, step
 from train.config import (
     DataConfig,
     DataSource,
@@ -77,24 +78,12 @@ def _state():
     return step.init_state(model, optim.AdamW(1.0))
 
 
-def _stop_after(monkeypatch, step):
-    """Make a run stop as if a signal came during a step."""
-    real = workdir.StopRequest.should_stop
-
-    def reached(self, now):
-        if now == step:
-            self.signal_number = signal.SIGTERM
-        return real(self, now)
-
-    monkeypatch.setattr(workdir.StopRequest, "should_stop", reached)
-
-
 def test_a_run_that_was_stopped_goes_on_to_the_bit(tmp_path, monkeypatch):
     config = _config(tmp_path)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert loop.run_training(config, whole).step == 6
     with monkeypatch.context() as patch:
-        _stop_after(patch, 3)
+        signal_support.stop_after(patch, 3)
         summary = loop.run_training(config, parts)
     assert (summary.step, summary.stopped_by) == (3, signal.SIGTERM)
     assert loop.run_training(None, parts).step == 6  # the workdir is all it needs
@@ -136,7 +125,7 @@ def test_another_number_of_devices_goes_on_with_the_same_samples(tmp_path, monke
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     loop.run_training(config, whole)
     with monkeypatch.context() as patch:
-        _stop_after(patch, 3)
+        signal_support.stop_after(patch, 3)
         loop.run_training(config, parts)
     loop.run_training(dataclasses.replace(config, stages=(other,)), parts)
     np.testing.assert_allclose(_losses(whole), _losses(parts), rtol=2e-4)
@@ -162,7 +151,7 @@ def test_stages_change_length_rows_rate_and_mesh_and_no_sample_is_lost(tmp_path,
     )  # 8 rows to a step: the warm-up is one step long
     assert [r["stage"] for r in read_metrics(whole)] == [0, 0, 0, 1, 1, 1]
     with monkeypatch.context() as patch:
-        _stop_after(patch, 3)
+        signal_support.stop_after(patch, 3)
         loop.run_training(config, parts)
     loop.run_training(config, parts)
     assert _losses(whole) == _losses(parts)

@@ -1,6 +1,7 @@
 """Reinforcement learning as a whole: bit-exact resume, metrics, meshes, evaluation."""
 
 import dataclasses
+import os
 import signal
 
 import jax
@@ -143,7 +144,7 @@ def _interrupt(patch, phase):
 
     def run(self, make_jobs, on_done, sampling=None, should_stop=lambda: False):
         if phase == "sampling" and self.version >= 1:
-            should_stop.__self__.stop_request.signal_number = signal.SIGTERM
+            os.kill(os.getpid(), signal.SIGTERM)
         return real_run(self, make_jobs, on_done, sampling, should_stop)
 
     updates = []
@@ -185,7 +186,8 @@ def test_an_evaluation_that_was_stopped_is_made_up_for(start, tmp_path, monkeypa
     real_evaluate = rl_loop.RlSession._evaluate
 
     def evaluate_stopped(self):
-        self.stop_request.signal_number = signal.SIGTERM if self.batch_number else None
+        if self.batch_number:
+            os.kill(os.getpid(), signal.SIGTERM)
         real_evaluate(self)
 
     with monkeypatch.context() as patch:

@@ -90,7 +90,7 @@ def fixture_read():
     opened = []
 
     def read(source):
-        opened.append(tasks.open_task_source(source))
+        opened.append(tasks.FileTasks(source))
         return opened[-1]
 
     yield read
@@ -202,15 +202,15 @@ def test_sources_that_contradict_themselves(fields, message):
         tasks.TaskSource("s", **fields)
 
 
-def test_made_tasks_are_the_same_again():
+def test_made_tasks_are_the_same_again(tmp_path):
     source = tasks.TaskSource("mine", make="lookup", size=5, seed=3)
-    first, second = tasks.open_task_source(source), tasks.open_task_source(source)
+    first, second = (tasks.open_task_source(source, tmp_path / name) for name in "ab")
     assert [first[i] for i in range(5)] == [second[i] for i in range(len(second))]
     assert [first[i].label for i in range(5)] == [t.label for t in lookup.make_tasks(5, 3)]
     assert {first[i].source for i in range(5)} == {"mine"}
     fingerprint = json.loads(json.dumps(first.fingerprint()))
     second.check_fingerprint(fingerprint)
-    changed = tasks.open_task_source(dataclasses.replace(source, seed=4))
+    changed = tasks.open_task_source(dataclasses.replace(source, seed=4), tmp_path)
     with pytest.raises(records_lib.DataError, match="as the run began with"):
         changed.check_fingerprint(fingerprint)
 
@@ -225,15 +225,15 @@ def test_files_are_told_from_others(tmp_path, read):
 
 
 @pytest.mark.skipif(importlib.util.find_spec("reasoning_gym") is None, reason="the extra 'rl'")
-def test_generated_logic():
+def test_generated_logic(tmp_path):
     source = tasks.TaskSource("sums", make="logic:chain_sum", size=3, options=(("max_terms", 2),))
-    logic_tasks = tasks.open_task_source(source)
+    logic_tasks = tasks.open_task_source(source, tmp_path / "a")
     assert len(logic_tasks) == 3
     assert {logic_tasks[i].metadata["generator"] for i in range(3)} == {"chain_sum"}
     assert [logic_tasks[i].source for i in range(3)] == ["sums"] * 3
-    logic_tasks.check_fingerprint(tasks.open_task_source(source).fingerprint())
+    logic_tasks.check_fingerprint(tasks.open_task_source(source, tmp_path / "b").fingerprint())
     with pytest.raises(ValueError, match="no_such_task"):
-        tasks.open_task_source(dataclasses.replace(source, make="logic:no_such_task"))
+        tasks.open_task_source(dataclasses.replace(source, make="logic:no_such_task"), tmp_path)
 
 
 def test_environments_by_name():
@@ -241,10 +241,10 @@ def test_environments_by_name():
         world = catalog.make_environment(name)
         assert type(world) is kind
         assert catalog.make_environment(name) is not world
-        (task,) = catalog.make_tasks(name, 1, 0)
+        task = catalog.make_task(name, 0, 0)
         world.start(task)  # each has tasks of its own kind
         world.close()
-    for function in (catalog.make_environment, lambda name: catalog.make_tasks(name, 1, 0)):
+    for function in (catalog.make_environment, lambda name: catalog.make_task(name, 0, 0)):
         with pytest.raises(ValueError, match="got 'maze'; wanted one of files, lookup, repair"):
             function("maze")
 

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import signal_support
 
 import m1_jax
 from m1_jax import ModelConfig, convert
@@ -18,7 +19,7 @@ from m1_jax import params as params_lib
 from m1_jax.checkpoints import format as format_lib
 from m1_jax.checkpoints import save as save_lib
 from train import export as export_run
-from train import loop, lora, metrics, run_setup, sft, workdir
+from train import loop, lora, metrics, run_setup, sft
 from train.config import (
     DataConfig,
     DataSource,
@@ -93,7 +94,7 @@ def test_lora_saves_adapters_alone_goes_on_and_merges(tmp_path, base, monkeypatc
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     loop.run_training(config, whole)
     with monkeypatch.context() as patch:
-        patch.setattr(workdir.StopRequest, "should_stop", lambda self, step: step == 2)
+        signal_support.stop_after(patch, 2)
         loop.run_training(config, parts)
     loop.run_training(None, parts)
     assert _losses(whole) == _losses(parts)

@@ -4,24 +4,26 @@ A checkpoint holds
     state/   trained parameters and moments by their paths, in float32
     data/    the position in every source, of all processes
     run/     the resolved config, and a digest of the state
+    columns/ in RL, the tokens of samples that wait for a batch
 
 A state can be restored onto any mesh.
 """
 
 import dataclasses
-import json
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
 from m1_jax import multihost
+from train import columns_file, trainable
 from train import config as config_lib
 from train import step as step_lib
-from train import trainable
 
 
 class ResumeError(ValueError):
@@ -62,6 +64,7 @@ class CheckpointStore:
             "state": ocp.PyTreeCheckpointHandler(),
             "data": ocp.JsonCheckpointHandler(),
             "run": ocp.JsonCheckpointHandler(),
+            "columns": columns_file.ColumnsHandler(),
         }
         # Orbax wants absolute paths. A bucket's path is absolute, and epath cannot resolve it.
         parent = epath.Path(save.directory) if save.directory else epath.Path(directory.resolve())
@@ -88,31 +91,47 @@ class CheckpointStore:
         return sorted(self._manager.all_steps())
 
     def save(
-        self, state: step_lib.TrainState, data: dict, config: dict, step: int | None = None
+        self,
+        state: step_lib.TrainState,
+        data: dict,
+        config: dict,
+        step: int | None = None,
+        columns: Mapping[str, np.ndarray] | None = None,
     ) -> None:
         """Write a checkpoint. Arrays are copied before this returns, and files are written later.
 
+        Every process calls this. Process 0 alone writes `data`, `config` and `columns`, so those of
+        the other processes are ignored.
+
         Args:
           state: the run's state.
-          data: this process's position in the data.
+          data: the position in the data, of all processes.
           config: the run's config, as JSON.
           step: number of the checkpoint. None takes the state's step.
+          columns: arrays of the host that belong to `data`. None writes no such item.
         """
         run = {"config": config, "digest": int(digest_state(state))}
-        items = ocp.args.Composite(
-            state=ocp.args.PyTreeSave(flatten_state(state)),
-            data=ocp.args.JsonSave(merge_across_processes(data)),
-            run=ocp.args.JsonSave(run),
-        )
+        items: dict[str, ocp.args.CheckpointArgs] = {
+            "state": ocp.args.PyTreeSave(flatten_state(state)),
+            "data": ocp.args.JsonSave(data),
+            "run": ocp.args.JsonSave(run),
+        }
+        if columns is not None:
+            items["columns"] = columns_file.ColumnsSave(columns)
         step = int(state.step) if step is None else step
         # force: the caller decides when to save, not the manager's own policy.
-        self._manager.save(step, args=items, force=True)
+        self._manager.save(step, args=ocp.args.Composite(**items), force=True)
 
     def read_info(self, step: int) -> CheckpointInfo:
         """Return what a checkpoint holds beside arrays."""
         items = ocp.args.Composite(data=ocp.args.JsonRestore(), run=ocp.args.JsonRestore())
         restored = self._manager.restore(step, args=items)
         return CheckpointInfo(step=step, data=restored["data"], **restored["run"])
+
+    def read_columns(self, step: int) -> dict[str, np.ndarray]:
+        """Return the columns of a checkpoint, {} if it has none."""
+        directory = epath.Path(self._manager.directory) / str(step)
+        return columns_file.read_columns(directory / "columns")
 
     def restore(self, step: int, like: step_lib.TrainState) -> step_lib.TrainState:
         """Read a state onto the shapes and shardings of `like`.
@@ -192,14 +211,20 @@ def _sum_bits(leaf: jax.Array) -> jax.Array:
     return jnp.sum(words, dtype=jnp.uint32)
 
 
-def merge_across_processes(data: dict) -> dict:
-    """Return the dicts of all processes, merged. Each process sends a small JSON to all others."""
-    if jax.process_count() == 1:
-        return data
+def merge_on_first(data: dict) -> dict:
+    """Return the dicts of all processes, merged, on process 0. The others get {}.
+
+    Every process calls this. Values go over the hosts' network to process 0 alone.
+    """
     merged: dict = {}
-    for text in multihost.allgather_bytes(json.dumps(data).encode()):
-        merged = _merge_dicts(merged, json.loads(text))
+    for part in multihost.gather_objects(data):
+        merged = _merge_dicts(merged, part)
     return merged
+
+
+def merge_across_processes(data: dict) -> dict:
+    """Return the dicts of all processes, merged, on every process."""
+    return multihost.broadcast_object(merge_on_first(data))
 
 
 def _merge_dicts(left: dict, right: dict) -> dict:

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 from absl import flags, logging
 
-from m1_jax import command_help, configlib
+from m1_jax import command_help, configlib, process_watch
 
 # Takes (config, workdir). Returns a summary with fields `step` and `stopped_by`. It is printed.
 RunFunction = Callable[[Any, str], Any]
@@ -70,10 +70,10 @@ def _run_command(argv, run: RunFunction, edit_config: ConfigEdit | None) -> None
             print(message, file=sys.stderr)
         if values.distributed:
             jax.distributed.initialize()  # before anything asks for the devices
-        summary = run(config, values.workdir)
-    # What a user can mend: configs, files, data, a diverged run. Other errors show their traceback.
-    except (ValueError, OSError, FloatingPointError) as error:
-        sys.exit("error: " + " ".join(str(error).split("\n")))
+        with process_watch.watch_processes():
+            summary = run(config, values.workdir)
+    except Exception as error:
+        process_watch.exit_with_error(error)
     if summary.stopped_by is not None:
         print(f"stopped at step {summary.step}; the same command goes on", file=sys.stderr)
         sys.exit(128 + summary.stopped_by)

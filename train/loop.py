@@ -148,7 +148,7 @@ class TrainSession:
         data_state = None if self.checkpoint_info is None else self.checkpoint_info.data
         for index in range(len(self.config.stages)):
             unfinished = self.step < self.setup.first_step(index + 1)
-            if unfinished and self.stop_request.signal_number is None:
+            if unfinished and not self.stop_request.should_stop():
                 state = self._enter_stage(index, state)
                 state, data_state = self._run_stage(index, state, data_state)
         self.store.wait()
@@ -205,8 +205,9 @@ class TrainSession:
                 self.step += 1
                 unlogged.append((self.step, values, host_batch))
                 is_last = self.step == last_step
-                # Asked after every step, as all processes must ask about the same steps.
-                stop = self.stop_request.should_stop(self.step)
+                # Asked after every step, as all processes must ask together. The devices have the
+                # step to compute meanwhile.
+                stop = self.stop_request.should_stop()
                 save = stop or is_last or self._is_due(self.config.save.every_steps)
                 evaluate_now = is_last or self._is_due(self.config.evaluation.every_steps)
                 # The lines of all steps come before a checkpoint or an evaluation after them.
@@ -228,7 +229,8 @@ class TrainSession:
         # Lines first: a restart cuts the lines after its checkpoint. It cannot write lines that are
         # missing before it.
         self.writer.flush()
-        self.store.save(state, stream.get_state(), configlib.to_json(self.config))
+        data_state = checkpoints.merge_on_first(stream.get_state())
+        self.store.save(state, data_state, configlib.to_json(self.config))
 
     def _log_step(
         self,

@@ -11,9 +11,8 @@ from typing import Any
 
 import jax
 from absl import logging
-from jax.experimental import multihost_utils
 
-from m1_jax import configlib, durable
+from m1_jax import configlib, durable, multihost, process_watch
 from train import checkpoints
 
 CONFIG_FILE = "config.json"
@@ -68,6 +67,8 @@ def open_and_run(
 ) -> Any:
     """Open a session, save its config, run it and close it. Return the result of its `run`.
 
+    With several processes, an error on one of them ends all (`process_watch`).
+
     Args:
       open_session: takes the config, the directory and a stack, and returns the session. The stack
         closes what it opened.
@@ -75,7 +76,12 @@ def open_and_run(
       workdir: directory of the run.
     """
     use_compilation_cache(config.compilation_cache)
-    with contextlib.ExitStack() as stack:
+    with (
+        process_watch.watch_processes(),
+        contextlib.ExitStack() as stack,
+        # Within the stack: the others know of an error before this process closes anything.
+        process_watch.announce_errors(),
+    ):
         session = open_session(config, workdir, stack)
         # Saved once everything could be opened, so that a run that never began leaves no config.
         save_config(config, workdir)
@@ -90,13 +96,17 @@ def use_compilation_cache(directory: str) -> None:
     jax.config.update("jax_compilation_cache_dir", str(path))
 
 
+_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
 class StopRequest:
-    """A request to end a run early, by SIGTERM or SIGINT.
+    """A request to end a run early, by SIGTERM or SIGINT to any of its processes.
 
     The first signal lets the run save. The second one ends it at once, by KeyboardInterrupt.
 
     Attributes:
-      signal_number: number of the signal that came, None before.
+      signal_number: number of the signal for which the run stops. It is None before the run has
+        decided to. All processes have the same.
     """
 
     def __init__(self, notice: str):
@@ -106,39 +116,42 @@ class StopRequest:
           notice: what the log says after a signal.
         """
         self.signal_number: int | None = None
+        self._received_signal: int | None = None  # by this process
         self._notice = notice
 
     @contextlib.contextmanager
     def handle_signals(self):
         """Listen to signals within the context.
 
-        Python allows handlers in the main thread alone, so in other threads nothing changes. With
-        several processes, JAX's coordination service listens instead.
+        Python allows handlers in the main thread alone, so in other threads nothing changes.
         """
-        if threading.current_thread() is not threading.main_thread() or jax.process_count() > 1:
+        if threading.current_thread() is not threading.main_thread():
             yield
             return
-        signals = (signal.SIGTERM, signal.SIGINT)
-        # `signal.signal` returns the handler that was set before.
-        old_handlers = [signal.signal(s, lambda n, _: self._receive(n)) for s in signals]
+        # `signal.signal` returns the handler that was set before, None where Python set none.
+        old_handlers = [signal.signal(s, lambda n, _: self._receive(n)) for s in _STOP_SIGNALS]
         try:
-            yield
+            with process_watch.tell_signals(frozenset(_STOP_SIGNALS)):
+                yield
         finally:
-            for s, handler in zip(signals, old_handlers, strict=True):
-                signal.signal(s, handler)
+            for s, handler in zip(_STOP_SIGNALS, old_handlers, strict=True):
+                signal.signal(s, signal.SIG_DFL if handler is None else handler)
 
-    def should_stop(self, step: int) -> bool:
-        """Return whether to stop after this step. All processes get the same answer.
+    def is_requested(self) -> bool:
+        """Return whether a signal came to any process. Processes learn of it at different times."""
+        return self._find_signal() is not None
 
-        With several processes, all of them must ask about the same steps.
-        """
-        # JAX picks a step that all processes reach, so none waits in a collective for another.
-        if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
-            self.signal_number = signal.SIGTERM
+    def should_stop(self) -> bool:
+        """Return whether to stop now. All processes call this together, and get the same answer."""
+        # Process 0 decides, as a signal may reach the processes before and after this call.
+        self.signal_number = multihost.broadcast_object(self._find_signal())
         return self.signal_number is not None
 
+    def _find_signal(self) -> int | None:
+        return self._received_signal or process_watch.requested_stop()
+
     def _receive(self, signal_number: int) -> None:
-        if self.signal_number is not None:
+        if self._received_signal is not None:
             raise KeyboardInterrupt
-        self.signal_number = signal_number
+        self._received_signal = signal_number
         logging.warning("%s: %s", signal.Signals(signal_number).name, self._notice)

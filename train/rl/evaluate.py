@@ -74,13 +74,17 @@ class HeldOutEvaluator:
             finished.append((key[0], sample, future))
             return ()  # no more episodes than those of `_episode_jobs`
 
+        was_stopped = False
         try:
             self._sampler.run(
                 lambda: self._episode_jobs(window_tokens), on_done, self._sampling, should_stop
             )
         except rollout.RolloutStopped:
-            return None
+            was_stopped = True
+        # Also after a stop: the other processes go on to save.
         self._sampler.dismiss()
+        if was_stopped:
+            return None
         rewards: dict[str, list[float]] = {}
         for source, sample, future in finished:
             if future is not None:

@@ -12,8 +12,11 @@ import math
 import pathlib
 import re
 import time
+from collections.abc import Mapping
+from typing import Any
 
 import jax
+import numpy as np
 
 from m1_jax import config as model_config_lib
 from m1_jax import configlib, multihost, sharding
@@ -22,12 +25,19 @@ from train import checkpoints, metrics, optim, run_model
 from train import step as step_lib
 from train import workdir as workdir_lib
 from train.rl import batch_metrics as batch_metrics_lib
+from train.rl import (
+    batch_transfer,
+    evaluate,
+    groups,
+    length_schedule,
+    rollout,
+    rollout_setup,
+    slime_flags,
+)
 from train.rl import config as rl_config
-from train.rl import evaluate, groups, length_schedule, rollout, rollout_setup, slime_flags
 from train.rl import saved_state as saved_state_lib
 from train.rl import update as rl_update
 from train.rl import weight_sync as weight_sync_lib
-from train.rl.rewards import compose
 
 # What may change when a run goes on: where and how long it runs, what it logs, and what it does
 # about judges that fail or cheat. The other fields decide what is trained on.
@@ -113,15 +123,17 @@ def open_rl_session(
     layout, serving_layout = make_layouts(config, model.config)
     sharding.check_batch_rows(layout, config.update.rows)
     stop_request = workdir_lib.StopRequest("ending this batch")
-    tasks, held_out_tasks = rollout_setup.open_run_tasks(config, model.tokenizer, stack)
-    rewards = _open_rewards(config, stack)
+    tasks, held_out_tasks = rollout_setup.open_run_tasks(config, model.tokenizer, workdir, stack)
+    rewards = rollout_setup.open_rewards(config, stack)
     store = stack.enter_context(checkpoints.CheckpointStore(workdir, config.save))
     batch_number = store.latest_step() or 0
     saved_state = _read_saved_state(store, batch_number, tasks)
     make_episode = rollout_setup.make_episode_factory(config, model.tokenizer)
-    collector = groups.GroupCollector(
-        config, tasks, make_episode, rewards, saved_state.collector, saved_state.columns
-    )
+    collector = None
+    if jax.process_index() == 0:  # which alone has tasks
+        collector = groups.GroupCollector(
+            config, tasks, make_episode, rewards, saved_state.collector, saved_state.columns
+        )
     stack.enter_context(stop_request.handle_signals())
     writer = stack.enter_context(
         metrics.MetricsWriter(workdir, batch_number, config.batches, _PROGRESS_METRICS)
@@ -161,17 +173,6 @@ def open_rl_session(
     )
 
 
-def _open_rewards(
-    config: rl_config.RlConfig, stack: contextlib.ExitStack
-) -> compose.GroupScorer | None:
-    """Return what scores samples on process 0, or None where environments give all rewards."""
-    if config.rewards is None or jax.process_index():
-        return None
-    rewards = compose.GroupScorer(config.rewards)
-    stack.callback(rewards.close)
-    return rewards
-
-
 def _read_saved_state(
     store: checkpoints.CheckpointStore, batch_number: int, tasks: rollout_setup.TasksBySource
 ) -> saved_state_lib.RlSavedState:
@@ -182,11 +183,13 @@ def _read_saved_state(
     """
     if not batch_number:
         return saved_state_lib.RlSavedState()
-    data = store.read_info(batch_number).data
-    columns = saved_state_lib.columns_from_text(data.get("columns", ""))
-    saved_state = saved_state_lib.RlSavedState.from_parts(data, columns)
-    for source, fingerprint in saved_state.fingerprints.items():
-        tasks[source].check_fingerprint(fingerprint)
+    # Process 0 alone has a collector, and so a use for columns.
+    columns = {} if jax.process_index() else store.read_columns(batch_number)
+    saved_state = saved_state_lib.RlSavedState.from_parts(
+        store.read_info(batch_number).data, columns
+    )
+    for source, source_tasks in tasks.items():  # none on other processes than 0
+        source_tasks.check_fingerprint(saved_state.fingerprints[source])
     return saved_state
 
 
@@ -219,11 +222,11 @@ class RlSession:
 
     Attributes:
       config: config of the run.
-      tasks: tasks to train on, by source.
+      tasks: tasks to train on, by source, on process 0.
       store: writes and reads checkpoints.
       writer: writes metrics, on process 0.
       stop_request: notes the signal that asks the run to end.
-      collector: makes generation batches, on process 0.
+      collector: makes generation batches, on process 0. None on the others.
       sampler: draws samples from the weights of `weight_version`.
       weight_sync: copies the trainer's weights to the sampler.
       updater: makes the optimizer steps of a batch.
@@ -242,7 +245,7 @@ class RlSession:
     store: checkpoints.CheckpointStore
     writer: metrics.MetricsWriter
     stop_request: workdir_lib.StopRequest
-    collector: groups.GroupCollector
+    collector: groups.GroupCollector | None
     sampler: rollout.RolloutSampler
     weight_sync: weight_sync_lib.WeightSync
     updater: rl_update.PolicyUpdater
@@ -263,14 +266,10 @@ class RlSession:
         # A run that was stopped within an evaluation has saved its batch, but not evaluated it.
         if self._is_evaluation_due() and self.last_evaluated_batch != self.batch_number:
             self._evaluate()
-        # All processes ask `should_stop` about the same batches, as it synchronises them.
-        while self.batch_number < self.config.batches and not self.stop_request.should_stop(
-            self.batch_number
-        ):
+        while self.batch_number < self.config.batches and not self.stop_request.should_stop():
             start_secs = time.perf_counter()
-            try:
-                batch = self._sample_batch()
-            except rollout.RolloutStopped:
+            batch = self._sample_batch()
+            if batch is None:
                 break
             self._train_on_batch(batch, start_secs)
             if self._is_evaluation_due():
@@ -278,37 +277,36 @@ class RlSession:
             if (
                 self.batch_number == self.config.batches
                 or self.batch_number % self.config.save.every_steps == 0
-                or self._is_stopping()
+                or self.stop_request.should_stop()
             ):
                 self._save_checkpoint()
         # The signal may have come while the next batch was sampled, after one without a checkpoint.
-        if self._is_stopping() and self.last_saved_batch != self.batch_number:
+        if self.stop_request.should_stop() and self.last_saved_batch != self.batch_number:
             self._save_checkpoint()
         self.store.wait()
         return RlSummary(self.batch_number, self.reward, self.stop_request.signal_number)
 
     # ---- parts of a batch
 
-    def _is_stopping(self) -> bool:
-        """Return whether a signal was noted. This is no collective, unlike `should_stop`."""
-        return self.stop_request.signal_number is not None
-
-    def _sample_batch(self) -> groups.GenerationBatch:
+    def _sample_batch(self) -> groups.GenerationBatch | None:
         """Return a sampled and scored batch: process 0 makes it, and all processes get it.
 
-        Raises:
-          RolloutStopped: a signal came. The collector is as it was before.
+        None where a signal came to any process. The collector is then as it was before.
         """
         batch = None
-        if jax.process_index() == 0:
-            batch = self.collector.collect(
-                self.sampler, self.batch_number, self.length_stage.window_tokens, self._is_stopping
-            )
+        if self.collector is not None:
+            with contextlib.suppress(rollout.RolloutStopped):
+                batch = self.collector.collect(
+                    self.sampler,
+                    self.batch_number,
+                    self.length_stage.window_tokens,
+                    self.stop_request.is_requested,
+                )
             # The other processes leave `follow` now, and wait in the broadcast below.
             self.sampler.dismiss()
         else:
             self.sampler.follow()
-        return multihost.broadcast_object(batch)
+        return batch_transfer.broadcast_batch(batch)
 
     def _train_on_batch(self, batch: groups.GenerationBatch, start_secs: float) -> None:
         """Update the weights, sync them to the sampler, and log the batch.
@@ -375,7 +373,7 @@ class RlSession:
     def _evaluate(self) -> None:
         """Log the mean reward of held-out tasks, unless a signal stops the evaluation."""
         values = self.evaluator(
-            self.length_stage.window_tokens, self.weight_version, self._is_stopping
+            self.length_stage.window_tokens, self.weight_version, self.stop_request.is_requested
         )
         if values is not None:
             self.writer.write(self.batch_number, "eval", values)
@@ -384,17 +382,16 @@ class RlSession:
         # Lines first: a restart cuts the lines after its checkpoint, but could not write lines that
         # are missing before it.
         self.writer.flush()
-        saved_state = None
-        if jax.process_index() == 0:
+        data: dict[str, Any] = {}
+        columns: Mapping[str, np.ndarray] = {}
+        # Process 0 alone has the collector's state, and writes it.
+        if self.collector is not None:
             collector, columns = self.collector.state()
             fingerprints = {n: tasks.fingerprint() for n, tasks in self.tasks.items()}
             saved_state = saved_state_lib.RlSavedState(
                 collector, self.weight_version, self.length_stage.state(), fingerprints, columns
             )
-        # Process 0 alone has the collector's state. All processes must save the same.
-        saved_state = multihost.broadcast_object(saved_state)
+            data = saved_state.to_json()
         config = configlib.to_json(self.config)
-        columns_text = saved_state_lib.columns_to_text(saved_state.columns)
-        data = saved_state.to_json() | {"columns": columns_text}
-        self.store.save(self.state, data, config, self.batch_number)
+        self.store.save(self.state, data, config, self.batch_number, columns)
         self.last_saved_batch = self.batch_number

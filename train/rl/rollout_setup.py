@@ -5,60 +5,138 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Mapping, Sequence
+import hashlib
+import json
+import pathlib
+from collections.abc import Mapping
 from typing import Any
 
+import jax
 import tqdm
+from absl import logging
 
 from infer import config as engine_config
 from infer import prompt
+from m1_jax import durable
 from m1_jax import tokenizer as tokenizer_lib
 from train.rl import config as rl_config
-from train.rl import episodes, groups, rollout
+from train.rl import episodes, groups, rollout, task_store
 from train.rl import sample as sample_lib
 from train.rl import tasks as tasks_lib
 from train.rl.environments import catalog
+from train.rl.rewards import compose
 
 TasksBySource = Mapping[str, tasks_lib.FileTasks | tasks_lib.GeneratedTasks]
+TASKS_DIRECTORY = "tasks"  # in the workdir
 
 
 def open_run_tasks(
-    config: rl_config.RlConfig, tokenizer: tokenizer_lib.Tokenizer, stack: contextlib.ExitStack
+    config: rl_config.RlConfig,
+    tokenizer: tokenizer_lib.Tokenizer,
+    workdir: pathlib.Path,
+    stack: contextlib.ExitStack,
 ) -> tuple[TasksBySource, TasksBySource]:
     """Return the tasks to train on and the held-out ones, by source.
 
-    `stack` closes their files.
+    Process 0 alone draws tasks, so the other processes get none, and neither read nor wait.
+
+    Args:
+      config: config of the run.
+      tokenizer: encodes the prompts.
+      workdir: directory of the run, which keeps generated tasks.
+      stack: closes the tasks' files.
 
     Raises:
-      ValueError: a task whose prompt is longer than the config allows.
-      DataError: files that cannot be read.
+      ValueError: a task whose prompt is longer than the config allows, or no such generator.
+      DataError: files that cannot be read, or generated tasks that are damaged.
+      ImportError: reasoning-gym is not installed, and tasks of it are yet to be made.
     """
-    tasks = _open_sources(config, config.sources, tokenizer, stack)
-    return tasks, _open_sources(config, config.evaluation.sources, tokenizer, stack)
-
-
-def _open_sources(
-    config: rl_config.RlConfig,
-    sources: Sequence[tasks_lib.TaskSource],
-    tokenizer: tokenizer_lib.Tokenizer,
-    stack: contextlib.ExitStack,
-) -> TasksBySource:
-    max_tokens = config.rollout.max_prompt_tokens
-    tasks_by_source = {}
+    if jax.process_index():
+        return {}, {}
+    directory = workdir / TASKS_DIRECTORY
+    directory.mkdir(parents=True, exist_ok=True)
+    sources = (*config.sources, *config.evaluation.sources)
     for source in sources:
-        tasks = tasks_by_source[source.name] = tasks_lib.open_task_source(source)
-        stack.callback(tasks.close)
-        # Every prompt is encoded here, so that a long one stops the run before the first batch,
-        # not after days. Many tasks take minutes, so there is a progress bar.
-        for i in tqdm.tqdm(range(len(tasks)), f"prompts of {source.name}", disable=None):
-            task = tasks[i]
-            num_tokens = len(prompt.encode_prompt(tokenizer, task.messages, task.tools or None))
-            if num_tokens > max_tokens:
-                raise ValueError(
-                    f"task {task.id}: got a prompt of {num_tokens} tokens; wanted at most "
-                    f"{max_tokens} (rollout.max_prompt_tokens). Raise that, or leave the task out."
-                )
-    return tasks_by_source
+        tasks_lib.check_task_source(source, directory)
+    # Files come first: a file that is missing must not stop the run after an hour of making tasks.
+    opened: dict[int, tasks_lib.FileTasks | tasks_lib.GeneratedTasks] = {}
+    max_tokens = config.rollout.max_prompt_tokens
+    for number in sorted(range(len(sources)), key=lambda number: bool(sources[number].make)):
+        source = sources[number]
+        opened[number] = tasks_lib.open_task_source(source, directory)
+        stack.callback(opened[number].close)
+        _check_prompts(source, opened[number], tokenizer, max_tokens, directory)
+    by_source = [(source.name, opened[number]) for number, source in enumerate(sources)]
+    num_train = len(config.sources)
+    return dict(by_source[:num_train]), dict(by_source[num_train:])
+
+
+def _check_prompts(
+    source: tasks_lib.TaskSource,
+    tasks: tasks_lib.FileTasks | tasks_lib.GeneratedTasks,
+    tokenizer: tokenizer_lib.Tokenizer,
+    max_tokens: int,
+    directory: pathlib.Path,
+) -> None:
+    """Raise ValueError if a prompt of a source has more than `max_tokens` tokens.
+
+    A long prompt then stops the run before the first batch, not after days. All prompts are encoded
+    once, and the directory of tasks keeps which is the longest. Later starts encode that one alone,
+    as long as tasks and tokenizer are the same and it still becomes the same tokens.
+    """
+    description = tasks_lib.describe_source(source)
+    path = task_store.source_path(description, directory, ".longest_prompt.json")
+    identity = {"tasks": tasks.fingerprint(), "tokenizer": tokenizer.fingerprint}
+    saved = _read_longest_prompt(path)
+    index = saved.get("index", 0)
+    if saved.get("identity") != identity or saved.get("tokens") != _hash_tokens(
+        _encode_task(tokenizer, tasks[index])
+    ):
+        index = max(
+            # Many tasks take minutes, so there is a progress bar.
+            tqdm.tqdm(range(len(tasks)), f"prompts of {source.name}", disable=None),
+            key=lambda i: len(_encode_task(tokenizer, tasks[i])),
+        )
+        digest = _hash_tokens(_encode_task(tokenizer, tasks[index]))
+        saved = {"identity": identity, "index": index, "tokens": digest}
+        durable.write_text_atomically(path, json.dumps(saved))
+    num_tokens = len(_encode_task(tokenizer, tasks[index]))
+    if num_tokens > max_tokens:
+        raise ValueError(
+            f"task {tasks[index].id} of {source.name}: got a prompt of {num_tokens} tokens; wanted "
+            f"at most {max_tokens} (rollout.max_prompt_tokens). It is the longest prompt of its "
+            "source. Raise that, or leave long tasks out."
+        )
+
+
+def _read_longest_prompt(path: pathlib.Path) -> dict[str, Any]:
+    """Return what an earlier start wrote about a source's prompts, or an empty dict."""
+    if not path.exists():
+        return {}
+    try:
+        return dict(json.loads(path.read_text()))
+    except (ValueError, TypeError) as error:
+        logging.warning("%s: got no JSON object: %s; encoding all prompts again", path, error)
+        return {}
+
+
+def _encode_task(tokenizer: tokenizer_lib.Tokenizer, task: sample_lib.Task) -> list[int]:
+    return prompt.encode_prompt(tokenizer, task.messages, task.tools or None)
+
+
+def _hash_tokens(tokens: list[int]) -> str:
+    return hashlib.sha256(json.dumps(tokens).encode()).hexdigest()
+
+
+def open_rewards(
+    config: rl_config.RlConfig, stack: contextlib.ExitStack
+) -> compose.GroupScorer | None:
+    """Return what scores samples on process 0, or None where environments give all rewards."""
+    if config.rewards is None or jax.process_index():
+        return None
+    rewards = compose.GroupScorer(config.rewards)
+    stack.callback(rewards.close)
+    return rewards
 
 
 def make_episode_factory(

@@ -1,11 +1,10 @@
 """What an RL run's checkpoint has beside the model: it decides which batch comes next."""
 
-import base64
 import dataclasses
-import io
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import numpy as np
 
 
@@ -44,28 +43,13 @@ class RlSavedState:
         """Return the state of which `to_json` and `columns` are these.
 
         Raises:
-          ValueError: a collector without columns, as an earlier version wrote it.
+          ValueError: a collector without columns on process 0, as an earlier version wrote it.
         """
         collector = value["collector"]
-        if collector is not None and not columns:
+        if collector is not None and not columns and jax.process_index() == 0:
             raise ValueError(
                 "checkpoint: got a collector's state without columns, which an earlier version "
                 "wrote; wanted one of this version. Begin a new run from the checkpoint's weights "
                 "(m1-export --step)."
             )
         return cls(collector, value["version"], value["window"], value["fingerprints"], columns)
-
-
-def columns_to_text(columns: Mapping[str, np.ndarray]) -> str:
-    """Return columns as one text, for a store that takes JSON alone."""
-    buffer = io.BytesIO()
-    np.savez(buffer, **columns)  # type: ignore[arg-type]
-    return base64.b64encode(buffer.getvalue()).decode()
-
-
-def columns_from_text(text: str) -> dict[str, np.ndarray]:
-    """Return the columns that `columns_to_text` wrote, none of an empty text."""
-    if not text:
-        return {}
-    with np.load(io.BytesIO(base64.b64decode(text))) as arrays:
-        return dict(arrays)

@@ -10,15 +10,14 @@ tools     tools
 """
 
 import dataclasses
-import hashlib
 import json
+import pathlib
 from collections.abc import Mapping
 from typing import Any
 
 from train.data import records
 from train.rl import sample as sample_lib
-from train.rl.environments import catalog
-from train.rl.rewards import logic
+from train.rl import task_json, task_store
 
 # By field, the keys of files that are tried, in this order. A dot goes into an object.
 TASK_KEYS = {
@@ -72,48 +71,93 @@ class TaskSource:
             )
 
 
-def open_task_source(source: TaskSource) -> "FileTasks | GeneratedTasks":
+def check_task_source(source: TaskSource, directory: pathlib.Path) -> None:
+    """Check that the generator of tasks that are yet to be made exists and takes its options.
+
+    Raises:
+      ImportError: reasoning-gym is not installed.
+      ValueError: no such environment or generator, or options that it does not take.
+    """
+    if source.make:
+        task_store.check_stored_tasks(describe_source(source), dict(source.options), directory)
+
+
+def open_task_source(source: TaskSource, directory: pathlib.Path) -> "FileTasks | GeneratedTasks":
     """Return a source's tasks.
+
+    Args:
+      source: the source.
+      directory: where generated tasks are kept, see `GeneratedTasks`.
 
     Raises:
       DataError: files that cannot be read.
       ValueError: no such environment or generator.
     """
-    return FileTasks(source) if source.path else GeneratedTasks(source)
+    return FileTasks(source) if source.path else GeneratedTasks(source, directory)
+
+
+def describe_source(source: TaskSource) -> dict[str, Any]:
+    """Return what decides a source's tasks, as JSON. It names their file, see `task_store`."""
+    if source.path:
+        return {
+            "name": source.name,
+            "path": source.path,
+            "keys": [list(pair) for pair in source.keys],
+        }
+    # Through JSON, because a config that was saved has tuples in place of lists.
+    options = json.loads(json.dumps(source.options))
+    return {
+        "name": source.name,
+        "make": source.make,
+        "size": source.size,
+        "seed": source.seed,
+        "options": options,
+    }
 
 
 class GeneratedTasks:
-    """Tasks that a generator makes: the same source always has the same tasks."""
+    """Tasks that a generator made: the same source always has the same tasks.
 
-    def __init__(self, source: TaskSource):
-        kind, _, name = source.make.partition(":")
-        if kind == "logic":
-            tasks = logic.generate_tasks(name, source.size, source.seed, **dict(source.options))
-        else:
-            tasks = catalog.make_tasks(source.make, source.size, source.seed)
-        # Two sources may have one generator: rewards are found by the source's own name.
-        self._tasks = [dataclasses.replace(task, source=source.name) for task in tasks]
+    They are made once, into a file, and every later start reads that file. `task_store` has its
+    form, and says what happens to a making that is interrupted.
+
+    Args:
+      source: the source, with `make`.
+      directory: where files of tasks are. It is made if it does not exist.
+
+    Raises:
+      DataError: a file that is damaged, or that is not of this source.
+      ImportError: reasoning-gym is not installed, and the tasks are yet to be made.
+      ValueError: no such environment or generator, or options that it does not take.
+    """
+
+    def __init__(self, source: TaskSource, directory: pathlib.Path):
+        self._source = source
+        self._stored = task_store.open_stored_tasks(
+            describe_source(source), dict(source.options), directory
+        )
 
     def __len__(self) -> int:
-        return len(self._tasks)
+        return len(self._stored.lines)
 
     def __getitem__(self, index: int) -> sample_lib.Task:
-        return self._tasks[index]
+        # Two sources may have one generator: rewards are found by the source's own name.
+        return task_json.task_from_line(self._stored.lines[index], self._source.name)
 
     def close(self) -> None:
         """Do nothing: no file is open."""
 
     def fingerprint(self) -> list[list]:
         """Return a hash of the tasks, as JSON, in the form of `FileTasks.fingerprint`."""
-        text = "\n".join(f"{task.messages!r} {task.label!r}" for task in self._tasks)
-        return [["made", len(self), hashlib.sha256(text.encode()).hexdigest()]]
+        return self._stored.fingerprint
 
     def check_fingerprint(self, saved: list[list]) -> None:
         """Raise DataError if the tasks are not those of a fingerprint."""
         if saved != self.fingerprint():
             raise records.DataError(
-                f"tasks: got {self.fingerprint()}; wanted {saved}, as the run began with. Install "
-                "the version of the generator that made them, or begin a new run."
+                f"tasks {self._source.name}: got {self.fingerprint()}; wanted {saved}, as the run "
+                "began with. Put the old file of tasks back into the workdir, or install the "
+                "version of the generator that made them and delete the file, or begin a new run."
             )
 
 

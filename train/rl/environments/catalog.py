@@ -8,11 +8,11 @@ ENVIRONMENT_CLASSES = {
     "lookup": lookup.LookupEnvironment,
     "repair": repair.RepairEnvironment,
 }
-# A generator is deterministic in (size, seed), so tasks need no files.
-_TASK_GENERATORS = {
-    "files": files.make_tasks,
-    "lookup": lookup.make_tasks,
-    "repair": repair.make_tasks,
+# A task is a function of its seed and index alone, so any process may make any part of a source.
+_TASK_MAKERS = {
+    "files": files.make_task,
+    "lookup": lookup.make_task,
+    "repair": repair.make_task,
 }
 
 
@@ -22,19 +22,24 @@ def make_environment(name: str) -> base.Environment:
     Raises:
       ValueError: there is no such environment.
     """
-    return ENVIRONMENT_CLASSES[_check_environment_name(name)]()
+    return ENVIRONMENT_CLASSES[check_environment_name(name)]()
 
 
-def make_tasks(name: str, size: int, seed: int) -> list[sample_lib.Task]:
-    """Return `size` tasks of an environment. Equal seeds make equal tasks.
+def make_task(name: str, seed: int, index: int) -> sample_lib.Task:
+    """Return a task of an environment. Equal seeds and indices make equal tasks.
 
     Raises:
       ValueError: there is no such environment.
     """
-    return _TASK_GENERATORS[_check_environment_name(name)](size, seed)
+    return _TASK_MAKERS[check_environment_name(name)](seed, index)
 
 
-def _check_environment_name(name: str) -> str:
+def check_environment_name(name: str) -> str:
+    """Return the name.
+
+    Raises:
+      ValueError: there is no such environment.
+    """
     if name not in ENVIRONMENT_CLASSES:
         raise ValueError(
             f"environment: got {name!r}; wanted one of {', '.join(ENVIRONMENT_CLASSES)}"

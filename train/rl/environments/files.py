@@ -132,11 +132,13 @@ def _evaluate_node(node: ast.expr) -> int | float:
 
 def make_tasks(size: int, seed: int) -> list[sample_lib.Task]:
     """Return `size` tasks. A longer list begins with the tasks of a shorter one."""
-    return [
-        # A text seeds by SHA-512, so equal seeds make equal tasks on every machine.
-        _make_task(random.Random(f"files {seed} {i}"), f"files-{seed}-{i}")
-        for i in range(size)
-    ]
+    return [make_task(seed, index) for index in range(size)]
+
+
+def make_task(seed: int, index: int) -> sample_lib.Task:
+    """Return one task, which depends on seed and index alone."""
+    # A text seeds by SHA-512, so equal seeds make equal tasks on every machine.
+    return _make_task(random.Random(f"files {seed} {index}"), f"files-{seed}-{index}")
 
 
 def _make_task(rng: random.Random, name: str) -> sample_lib.Task:

@@ -61,11 +61,13 @@ def make_tasks(size: int, seed: int) -> list[sample_lib.Task]:
 
     There are 20,160 different tasks: 4 keys, and 5,040 ways to give them different digits.
     """
-    return [
-        # A text seeds by SHA-512, so equal seeds make equal tasks on every machine.
-        _make_task(random.Random(f"lookup {seed} {i}"), f"lookup-{seed}-{i}")
-        for i in range(size)
-    ]
+    return [make_task(seed, index) for index in range(size)]
+
+
+def make_task(seed: int, index: int) -> sample_lib.Task:
+    """Return one task, which depends on seed and index alone."""
+    # A text seeds by SHA-512, so equal seeds make equal tasks on every machine.
+    return _make_task(random.Random(f"lookup {seed} {index}"), f"lookup-{seed}-{index}")
 
 
 def make_demonstrations(size: int, seed: int, careless_share: float = 0.5) -> list[dict[str, Any]]:

@@ -1,10 +1,12 @@
 """Logic tasks and their reward, by the generators and verifiers of reasoning-gym."""
 
+import contextlib
 import functools
 import importlib.util
 import pickle
+import random
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from train.rl import sample as sample_lib
@@ -14,13 +16,19 @@ _MISSING_MESSAGE = "got no reasoning_gym; wanted it for logic tasks. Run: pip in
 _ANSWER_INSTRUCTION = "Write the final answer between <answer> and </answer>."
 
 
-def generate_tasks(name: str, size: int, seed: int, **config: Any) -> Iterator[sample_lib.Task]:
+def generate_tasks(
+    name: str, size: int, seed: int, indices: Iterable[int] | None = None, /, **config: Any
+) -> Iterator[sample_lib.Task]:
     """Yield the tasks of one generator. Their metadata holds all that the verifier needs.
+
+    A task depends on these arguments, its index and, for a few generators, on PYTHONHASHSEED.
+    `train.rl.task_maker` fixes the last of these.
 
     Args:
       name: the generator's name, such as "chain_sum".
       size: number of tasks.
       seed: equal seeds yield equal tasks.
+      indices: which of the tasks to make, each below `size`. None makes all.
       config: the generator's own options.
 
     Raises:
@@ -28,7 +36,11 @@ def generate_tasks(name: str, size: int, seed: int, **config: Any) -> Iterator[s
       ValueError: there is no such generator, or it does not take these options.
     """
     _require_library()
-    for index, entry in enumerate(_create_dataset(name, config, size=size, seed=seed)):
+    with _seed_global_random(f"{name} {seed}"):
+        dataset = _create_dataset(name, config, size=size, seed=seed)
+    for index in range(size) if indices is None else indices:
+        with _seed_global_random(f"{name} {seed} {index}"):
+            entry = dataset[index]
         yield sample_lib.Task(
             id=f"{name}-{seed}-{index}",
             messages=(
@@ -38,6 +50,17 @@ def generate_tasks(name: str, size: int, seed: int, **config: Any) -> Iterator[s
             label=entry["answer"],
             metadata={"generator": name, "config": config, "entry": entry},
         )
+
+
+def check_generator(name: str, config: Mapping[str, Any]) -> None:
+    """Check that there is such a generator, and that it takes these options.
+
+    Raises:
+      ImportError: reasoning-gym is not installed.
+      ValueError: there is no such generator, or it does not take these options.
+    """
+    _require_library()
+    _create_dataset(name, config, size=1, seed=0)
 
 
 def extract_answer(text: str) -> str:
@@ -110,6 +133,18 @@ class LogicReward:
 def _require_library() -> None:
     if importlib.util.find_spec("reasoning_gym") is None:
         raise ImportError(_MISSING_MESSAGE)
+
+
+@contextlib.contextmanager
+def _seed_global_random(text: str) -> Iterator[None]:
+    """Seed Python's global `random` within the context: some generators draw from that one too."""
+    state = random.getstate()
+    # A text seeds by SHA-512, so equal texts draw equal numbers on every machine.
+    random.seed(text)
+    try:
+        yield
+    finally:
+        random.setstate(state)
 
 
 @functools.lru_cache(maxsize=256)
