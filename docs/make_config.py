@@ -33,7 +33,7 @@ SECTIONS = {
         "m1_jax.plan.config.PlanConfig",
         "train.prepare.PrepareConfig",
         "infer.generate.GenerateConfig",
-        "infer.offline.BatchConfig",
+        "infer.batch_input.BatchConfig",
     ],
 }
 HEADER = """# Config fields

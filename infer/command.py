@@ -1,16 +1,23 @@
-"""What the commands of this package share: flags from a dataclass, and loading of a model."""
+"""What the commands of this package share: flags, loading of a model on a mesh, and signals."""
 
 import dataclasses
 import pathlib
+import signal
 import typing
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from absl import flags
+from jax.experimental import multihost_utils
 
 import m1_jax
+from infer import config as config_lib
+from infer.execution import programs
+from m1_jax import command_mesh, distributed, memory_check, multihost, sharding
+from m1_jax import params as params_lib
 
-DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+DTYPES = command_mesh.DTYPES
 
 
 def flag_field(default: Any, text: str) -> Any:
@@ -69,9 +76,128 @@ def checkpoint_dir(checkpoint: str) -> pathlib.Path:
     return path
 
 
-def load_model(checkpoint: str, dtype: str, weights: str | None) -> m1_jax.MiniMaxM1:
-    """Load a model in a dtype, quantized where `weights` names how.
+@dataclasses.dataclass(frozen=True)
+class EnginePlan:
+    """What an engine is made for, the same on all processes."""
 
-    Raises the errors of `m1_jax.load`.
+    layout: sharding.MeshLayout | None  # where the model lies. None: on one device
+    sizes: config_lib.EngineConfig  # sizes of the engine
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelChoice:
+    """Which model a command loads, and how.
+
+    Attributes:
+      checkpoint: the directory.
+      dtype: dtype of the computation. None: the platform's, as `command_mesh.resolve_dtype` says.
+      weights: the int8 recipe, or None.
+      mesh: axis=size,... None: the default of `command_mesh.make_command_layout`.
     """
-    return m1_jax.load(checkpoint_dir(checkpoint), dtype=DTYPES[dtype], weights=weights)
+
+    checkpoint: str
+    dtype: str | None
+    weights: str | None
+    mesh: str | None
+
+    def plan_engine(self, sizes: config_lib.EngineConfig | None) -> EnginePlan:
+        """Return where the model lies, and process 0's sizes. Nothing of the weights is read.
+
+        All processes call this.
+
+        Args:
+          sizes: the engine's sizes on process 0, and anything on the others.
+
+        Raises:
+          ValueError: a mesh that the model cannot lie on, or too little memory.
+        """
+        known_sizes = multihost.broadcast_object(sizes)
+
+        def plan() -> EnginePlan:
+            folder = checkpoint_dir(self.checkpoint)
+            model_config = m1_jax.ModelConfig.from_file(folder / "config.json")
+            layout = command_mesh.make_command_layout(self.mesh, model_config, sharding.DECODE)
+            job = make_serve_job(self, model_config, known_sizes)
+            memory_check.check_memory(job, layout, command_mesh.resolve_dtype(self.dtype))
+            return EnginePlan(layout, known_sizes)
+
+        return distributed.run_on_all(plan)
+
+    def load(self, layout: sharding.MeshLayout | None) -> m1_jax.MiniMaxM1:
+        """Load the model, each process the parts of its own devices. All processes call this.
+
+        Raises the errors of `m1_jax.load`.
+        """
+        return distributed.run_on_all(
+            lambda: m1_jax.load(
+                checkpoint_dir(self.checkpoint),
+                dtype=DTYPES[command_mesh.resolve_dtype(self.dtype)],
+                mesh=layout,
+                mode=sharding.DECODE,
+                weights=self.weights,
+            )
+        )
+
+
+def make_serve_job(
+    choice: ModelChoice, model_config: m1_jax.ModelConfig, sizes: config_lib.EngineConfig
+) -> memory_check.MemoryJob:
+    """Return what an engine of these sizes needs memory for."""
+    models = {
+        name: params_lib.abstract_model(model_config, dtype, weights=choice.weights)
+        for name, dtype in DTYPES.items()
+    }
+
+    def count_parts(layout: sharding.MeshLayout | None, dtype: str) -> dict[str, int]:
+        parameters = memory_check.local_param_bytes(models[dtype], layout)
+        mesh_layout = memory_check.as_mesh_layout(layout, sharding.DECODE)
+        state, inputs = programs.abstract_decode_inputs(model_config, mesh_layout, sizes)
+        item_bytes = jnp.dtype(DTYPES[dtype]).itemsize  # keys and values have the dtype
+        return {
+            "parameters": parameters,
+            "states and pages": memory_check.local_bytes(state, item_bytes),
+            "sampling": memory_check.local_bytes(inputs, item_bytes),
+        }
+
+    return memory_check.MemoryJob(
+        "serve",
+        sharding.DECODE,
+        model_config,
+        choice.checkpoint,
+        sizes.max_rows,
+        sizes.max_length,
+        choice.weights,
+        count_parts,
+    )
+
+
+class StopSignals:
+    """Signals that ask a command to stop.
+
+    The first one is a request, and a second SIGINT ends the process at once. With several
+    processes, SIGTERM to any of them counts: JAX's coordination service hears it there, and tells
+    process 0.
+    """
+
+    def __init__(self):
+        self._signal_number: int | None = None
+        self._num_polls = 0
+
+    def listen(self) -> None:
+        """Catch signals from now on. With several processes, call this after they are joined."""
+        numbers = (signal.SIGINT,) if jax.process_count() > 1 else (signal.SIGINT, signal.SIGTERM)
+        for number in numbers:
+            signal.signal(number, self._receive)
+
+    def poll(self) -> int | None:
+        """Return the number of a signal that came, or None."""
+        if self._signal_number is None and jax.process_count() > 1:
+            # The service picks a coming poll of process 0, who alone asks.
+            self._num_polls += 1
+            if multihost_utils.reached_preemption_sync_point(self._num_polls):
+                self._signal_number = signal.SIGTERM
+        return self._signal_number
+
+    def _receive(self, signal_number: int, _: Any) -> None:
+        signal.signal(signal_number, signal.SIG_DFL)
+        self._signal_number = signal_number

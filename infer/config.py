@@ -9,7 +9,10 @@ _MAX_PREFILL_TOKENS = 2048  # `fit_config` stops growing its prefill program her
 
 @dataclasses.dataclass(frozen=True)
 class EngineConfig:
-    """Sizes of an engine.
+    """Sizes of an engine, of all its devices together.
+
+    A mesh serves with several groups of devices, and each has a partition of the rows, the pages
+    and the snapshots (`split`).
 
     The chunk borders are the multiples of `chunk_tokens`: pages end there, and recurrent states
     move on there.
@@ -22,8 +25,8 @@ class EngineConfig:
       num_snapshots: state slots beyond `max_rows`, for the prefix cache. 0 switches it off.
       chunk_tokens: tokens between two updates of a recurrent state, and tokens of a page.
       decode_steps: most tokens that a sequence makes in one dispatch, at least 1.
-      prefill_tokens: rows of the prefill programs, ascending, multiples of both tiles. The last
-        one is at least `chunk_tokens`.
+      prefill_tokens: rows of the prefill programs in each partition, ascending, multiples of both
+        tiles. The last one is at least `chunk_tokens`.
       max_queue: requests that may wait, at least 1. One more is refused.
       snapshot_every_tokens: distance of snapshots in long prompts, a multiple of `chunk_tokens`.
         0: none but those at the ends of prompts and where prompts part.
@@ -108,7 +111,7 @@ class EngineConfig:
     @property
     def pages_per_sequence(self) -> int:
         """Pages of a sequence of max_length."""
-        return -(-self.max_length // self.chunk_tokens)
+        return self.count_pages(self.max_length)
 
     @property
     def total_pages(self) -> int:
@@ -119,6 +122,30 @@ class EngineConfig:
     def total_slots(self) -> int:
         """State slots of the pool, slot 0 of padding not counted."""
         return self.max_rows + self.num_snapshots
+
+    def split(self, num_partitions: int) -> "EngineConfig":
+        """Return the sizes of one of several equal partitions. Queue and host memory stay whole.
+
+        Shares are rounded up. A partition has pages for the longest sequence that all pages
+        together could hold, because a sequence has all of its pages in one partition.
+        """
+        pages = max(
+            -(-self.total_pages // num_partitions), min(self.pages_per_sequence, self.total_pages)
+        )
+        return dataclasses.replace(
+            self,
+            max_rows=-(-self.max_rows // num_partitions),
+            num_pages=pages,
+            num_snapshots=-(-self.num_snapshots // num_partitions),
+        )
+
+    def count_pages(self, tokens: int) -> int:
+        """Return the pages that so many tokens fill, the last one perhaps in part."""
+        return -(-tokens // self.chunk_tokens)
+
+    def floor_to_chunk(self, tokens: int) -> int:
+        """Return the last chunk border at or before a length."""
+        return tokens // self.chunk_tokens * self.chunk_tokens
 
     def pad_to_tile(self, tokens: int) -> int:
         """Return the rows that so many tokens of one sequence take in a prefill program."""

@@ -2,11 +2,15 @@
 
     python -m infer.generate --checkpoint=DIR --prompt="Why is the sky blue?"
     python -m infer.generate --checkpoint=DIR --prompts_file=FILE --max_tokens=64 --temperature=0
+    python -m infer.generate --checkpoint=DIR --prompt=Hi --mesh=expert=8,tensor=8 --distributed
 
 DIR is a release directory or one made by `m1_jax.convert`, with its tokenizer. FILE has a prompt
 per line, or, named .jsonl, an object per line: {"prompt": ..., "system": ...} or
 {"messages": [...], "tools": [...]}. Text goes to stdout as it comes, speed to stderr at the end.
 For many requests, each with options of its own, there is `infer.offline`.
+
+On a mesh each device holds its part of the weights alone. With --distributed the same command runs
+on every host: process 0 reads and writes, and the others compute with it.
 
 The text of a prompt depends on the options, the prompt's index and the seed alone. Its own seed is
 `jsonl.derive_seed(seed, index)`, and the engine's results do not depend on what runs beside it.
@@ -15,10 +19,13 @@ The text of a prompt depends on the options, the prompt's index and the seed alo
 import dataclasses
 import json
 import pathlib
+import signal
 import sys
 import time
+from collections.abc import Callable
 from typing import Any, TextIO
 
+import jax
 from absl import app, flags, logging
 
 import m1_jax
@@ -27,7 +34,8 @@ from infer import config as config_lib
 from infer import options as options_lib
 from infer import prompt as prompt_lib
 from infer import request as request_lib
-from m1_jax import command_help, quantize
+from infer.execution import leader_follower
+from m1_jax import command_help, command_mesh, distributed, multihost, quantize
 from m1_jax import tokenizer as tokenizer_lib
 
 _flag = command.flag_field
@@ -65,8 +73,10 @@ class GenerateConfig:
     after_thinking: bool = _flag(False, "Constrain only what follows the model's thinking.")
     logprobs: str | None = _flag(None, "File for tokens with log-probabilities, one line a prompt.")
     top_logprobs: int | None = _flag(None, "Likeliest tokens to add at each position, 0 to 20.")
-    dtype: str = _flag("float32", "Dtype of the computation: float32 or bfloat16.")
+    dtype: str | None = _flag(None, command_mesh.DTYPE_HELP)
     weights: str | None = _flag(None, "int8-experts or int8-all quantizes weights; default: dtype.")
+    mesh: str | None = _flag(None, command_mesh.MESH_HELP)
+    distributed: bool = _flag(False, distributed.DISTRIBUTED_HELP)
     max_length: int = _flag(0, "Most tokens of prompt and output together; 0: the model's limit.")
     batch_size: int = _flag(8, "Most prompts in a batch.")
     raw: bool = _flag(False, "Read prompts as they are, control tokens included: no template.")
@@ -80,12 +90,14 @@ class GenerateConfig:
             "max_tokens": (self.max_tokens is None or self.max_tokens >= 1, "1 or more"),
             "max_length": (self.max_length >= 0, "0 (the model's own) or more"),
             "batch_size": (self.batch_size >= 1, "1 or more"),
-            "dtype": (self.dtype in command.DTYPES, " or ".join(command.DTYPES)),
+            "dtype": (self.dtype in (None, *command.DTYPES), " or ".join(command.DTYPES)),
             "seed": (0 <= self.seed < 2**32, f"0 to {2**32 - 1}"),
             "profile": (self.profile in prompt_lib.PROFILES, " or ".join(prompt_lib.PROFILES)),
         }
         command.check_fields(self, checks)
         quantize.check_recipe(self.weights)
+        if self.mesh:
+            command_mesh.parse_axis_sizes(self.mesh)  # raises for another form
         _ = self.options  # raises for values out of range
         if (self.prompt is None) == (self.prompts_file is None):
             raise ValueError("--prompt, --prompts_file: got both or neither; wanted one of them")
@@ -95,6 +107,10 @@ class GenerateConfig:
             )
         if self.top_logprobs and self.logprobs is None:
             raise ValueError("--top_logprobs: got it without --logprobs; name a file for them")
+
+    @property
+    def model_choice(self) -> command.ModelChoice:
+        return command.ModelChoice(self.checkpoint, self.dtype, self.weights, self.mesh)
 
     @property
     def options(self) -> options_lib.Options:
@@ -136,34 +152,53 @@ class GenerateStats:
         )
 
 
+@dataclasses.dataclass(frozen=True)
+class PreparedRun:
+    """What generating needs.
+
+    Attributes:
+      model: the model, on this process's devices.
+      sizes: sizes of the engine.
+      tokenizer: the checkpoint's. None on processes but the first, which only compute.
+      prompts: token ids of each prompt. Empty on processes but the first.
+    """
+
+    model: m1_jax.MiniMaxM1
+    sizes: config_lib.EngineConfig
+    tokenizer: tokenizer_lib.Tokenizer | None
+    prompts: list[list[int]]
+
+
 def run(
     config: GenerateConfig, out: TextIO | None = None
 ) -> tuple[list[request_lib.RequestOutput], GenerateStats]:
     """Generate for every prompt of `config`, printing text to `out` (stdout) as it comes.
 
+    With several processes, all of them call this, and process 0 alone has the results.
+
     Raises:
       ValueError, OSError: an input that cannot be used, found before any generating starts.
     """
-    return generate_texts(config, *prepare_run(config), out or sys.stdout)
+    return generate_texts(config, prepare_run(config), out or sys.stdout)
 
 
 def generate_texts(
     config: GenerateConfig,
-    model: m1_jax.MiniMaxM1,
-    tokenizer: tokenizer_lib.Tokenizer,
-    prompts: list[list[int]],
+    prepared: PreparedRun,
     out: TextIO,
+    stop: Callable[[], int | None] = lambda: None,
 ) -> tuple[list[request_lib.RequestOutput], GenerateStats]:
-    """Do what `run` does, with the results of `prepare_run`."""
+    """Do what `run` does, with the result of `prepare_run`.
+
+    Args:
+      stop: called between two steps of the engine. A signal's number ends the run.
+    """
+    if prepared.tokenizer is None:
+        leader_follower.follow_engine(prepared.model, prepared.sizes)
+        return [], GenerateStats()
+    prompts = prepared.prompts
     options, stats, began = config.options, GenerateStats(), time.perf_counter()
-    sizes = config_lib.fit_config(
-        [(len(ids), options.max_tokens) for ids in prompts],
-        config.batch_size,
-        model.config.max_position_embeddings,
-        max_queue=len(prompts),
-        num_snapshots=min(8, len(prompts) - 1),  # a single prompt shares its prefix with no other
-    )
-    running_engine = engine.Engine(model, tokenizer, sizes)
+    running_engine = engine.Engine(prepared.model, prepared.tokenizer, prepared.sizes)
     step_end = time.perf_counter()
     stats.compile_secs = step_end - began
     printer = _TextPrinter(len(prompts), config.stream, out)
@@ -184,7 +219,7 @@ def generate_texts(
         seeded = dataclasses.replace(options, seed=jsonl.derive_seed(config.seed, index))
         requests.append(running_engine.submit(ids, seeded, on_token))
     going = True
-    while going:
+    while going and stop() is None:
         step_began, decoded[0] = step_end, 0
         going = running_engine.step()
         step_end = time.perf_counter()
@@ -211,16 +246,38 @@ def output_record(output: request_lib.RequestOutput) -> dict[str, Any]:
     return {"finish_reason": output.finish_reason, "tokens": jsonl.tokens_to_json(output.tokens)}
 
 
-def prepare_run(
-    config: GenerateConfig,
-) -> tuple[m1_jax.MiniMaxM1, tokenizer_lib.Tokenizer, list[list[int]]]:
-    """Return the model, the tokenizer and the prompts' token ids.
+def prepare_run(config: GenerateConfig) -> PreparedRun:
+    """Return the model, and on process 0 the tokenizer and the prompts' token ids.
 
-    The model, which takes longest, is loaded after all checks.
+    The model, which takes longest, is loaded after all checks. All processes call this.
 
     Raises:
-      ValueError, OSError: an input that cannot be used.
+      ValueError, OSError: an input that cannot be used, or a model that cannot fit.
     """
+    inputs = distributed.run_on_first(lambda: _read_inputs(config))
+    tokenizer, prompts, sizes = (None, [], None) if inputs is None else inputs
+    plan = config.model_choice.plan_engine(sizes)
+    model = config.model_choice.load(plan.layout)
+    return PreparedRun(model, plan.sizes, tokenizer, prompts)
+
+
+def fit_engine(
+    config: GenerateConfig, prompts: list[list[int]], model_config: m1_jax.ModelConfig
+) -> config_lib.EngineConfig:
+    """Return the sizes of an engine for these prompts."""
+    return config_lib.fit_config(
+        [(len(ids), config.options.max_tokens) for ids in prompts],
+        config.batch_size,
+        model_config.max_position_embeddings,
+        max_queue=len(prompts),
+        num_snapshots=min(8, len(prompts) - 1),  # a single prompt shares its prefix with no other
+    )
+
+
+def _read_inputs(
+    config: GenerateConfig,
+) -> tuple[tokenizer_lib.Tokenizer, list[list[int]], config_lib.EngineConfig]:
+    """Return the tokenizer, the prompts' token ids and the engine's sizes, after all checks."""
     folder, options = command.checkpoint_dir(config.checkpoint), config.options
     requests = read_conversations(config)
     if config.logprobs is not None and not pathlib.Path(config.logprobs).parent.is_dir():
@@ -237,8 +294,7 @@ def prepare_run(
     stopping.OutputProgress(options, tokenizer)
     if options.constraint:  # only then: reading the vocabulary takes a second or two
         grammar.GrammarCompiler(tokenizer, model_config.vocab_size).compile_matcher(options)
-    model = command.load_model(config.checkpoint, config.dtype, config.weights)
-    return model, tokenizer, prompts
+    return tokenizer, prompts, fit_engine(config, prompts, model_config)
 
 
 def read_conversations(config: GenerateConfig) -> list[dict[str, Any]]:
@@ -293,23 +349,49 @@ def main(argv) -> None:
         raise app.UsageError(f"unknown argument {argv[1]!r}")
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # Orbax logs every step at INFO
+    distributed.run_to_exit(_run_command)
+
+
+def _run_command() -> int:
+    """Run with the flags, and return the exit status, which all processes share."""
+    config = command.config_from_flags(GenerateConfig)
+    with distributed.join_processes(config.distributed):
+        return _run_joined(config)
+
+
+def _run_joined(config: GenerateConfig) -> int:
+    """Run on all processes, and return the exit status."""
+    prepared = prepare_run(config)
+    signals = command.StopSignals()
+    # With several processes, an exception in the middle of a step would leave the others waiting.
+    # One process stops at once.
+    if jax.process_count() > 1:
+        signals.listen()
     try:
-        config = command.config_from_flags(GenerateConfig)
-        prepared = prepare_run(config)
-    except (ValueError, OSError) as error:
-        sys.exit("error: " + " ".join(str(error).split("\n")))
-    try:
-        outputs, stats = generate_texts(config, *prepared, sys.stdout)
+        outputs, stats = generate_texts(config, prepared, sys.stdout, signals.poll)
     except KeyboardInterrupt:
-        sys.exit(130)  # as a shell reports SIGINT
+        return 128 + signal.SIGINT  # as a shell reports it
+    status = _report_run(outputs, stats, signals) if distributed.is_first_process() else 0
+    return multihost.broadcast_object(status)
+
+
+def _report_run(
+    outputs: list[request_lib.RequestOutput], stats: GenerateStats, signals: command.StopSignals
+) -> int:
+    """Print the speed and what went wrong, and return the exit status."""
     print(stats, file=sys.stderr)
+    if (signal_number := signals.poll()) is not None:
+        return 128 + signal_number
     broken = [i for i, output in enumerate(outputs) if output.finish_reason == "error"]
-    if broken:
-        sys.exit(
-            f"error: prompt {broken[0]}: got logits that are not finite, or a grammar beyond its "
-            f"limits, after {len(outputs[broken[0]].tokens)} tokens; check the weights, try "
-            "--dtype=float32, or simplify the grammar"
-        )
+    if not broken:
+        return 0
+    print(
+        f"error: prompt {broken[0]}: got logits that are not finite, or a grammar beyond its "
+        f"limits, after {len(outputs[broken[0]].tokens)} tokens; check the weights, try "
+        "--dtype=float32, or simplify the grammar",
+        file=sys.stderr,
+    )
+    return 1
 
 
 def cli() -> None:

@@ -67,7 +67,7 @@ class SoftmaxAttention(nnx.Module):
             splits the cache.
         """
         q, k, v = self._project_qkv(h, positions)
-        rows = jnp.arange(h.shape[0], dtype=jnp.int32).reshape(-1, 1)
+        rows = jnp.arange(h.shape[0], dtype=jnp.int32).reshape(-1, 1, 1)
         key_positions = _local_positions(cache.max_length)
         # Each device writes the tokens that fall into its part of the cache, so it needs them all.
         targets = positions
@@ -75,11 +75,15 @@ class SoftmaxAttention(nnx.Module):
             k, v, targets = (collectives.all_gather(x, "length", 1) for x in (k, v, positions))
         targets = targets - key_positions[:, :1]
         # A negative index would count from the end. One past the end is dropped.
-        targets = jnp.where(targets < 0, cache.max_length, targets)
+        targets = jnp.where(targets < 0, cache.max_length, targets)[:, None, :]
 
+        # Heads are indexed like rows and tokens, so that a vector [H] is written at a time. If a
+        # slice took all heads, XLA would lay the cache out with heads beside H, and so copy the
+        # whole cache at the beginning and the end of the program.
         def write(buffer, rows_of_tokens):
-            return buffer.at[(*stack_index, rows, slice(None), targets)].set(
-                rows_of_tokens.astype(buffer.dtype), mode="drop"
+            heads = jnp.arange(buffer.shape[3], dtype=jnp.int32).reshape(1, -1, 1)
+            return buffer.at[(*stack_index, rows, heads, targets)].set(
+                jnp.moveaxis(rows_of_tokens, 2, 1).astype(buffer.dtype), mode="drop"
             )
 
         cache = state_lib.KVCache(write(cache.keys, k), write(cache.values, v))

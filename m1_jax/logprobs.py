@@ -22,6 +22,10 @@ from jaxtyping import Array, Float, Int
 from m1_jax import collectives, fsdp, layers, sharding
 from m1_jax import model as model_lib
 
+TILE_LANES = 128  # a TPU's arrays lie in tiles of so many columns
+# Of the words that fill up the last chunk. exp(logit - highest) is 0, and no product of it is NaN,
+# as -inf would make.
+_PADDING_LOGIT = -1e30
 MAX_LIVE_LOGITS = 2**27  # float32 logits alive at once on a device: 512 MiB
 
 
@@ -61,7 +65,8 @@ def token_logprobs(
       model: the model whose head and layout are used.
       hidden: output of the model's final norm.
       targets: the token that each position predicts.
-      vocab_chunk_size: words of a chunk. None: as many as make `MAX_LIVE_LOGITS` on a device.
+      vocab_chunk_size: words of a chunk. None: at most as many as make `MAX_LIVE_LOGITS` on a
+        device.
       with_entropy: also return the entropies, which are exact and have gradients.
       temperature: the temperature that the tokens were sampled with, more than 0.
 
@@ -111,9 +116,15 @@ def _local_logprobs(
     words = head.kernel.shape[-1]  # the words of this device's shard
     # Ids count from the shard's first word, so targets of other shards fall outside of [0, words).
     ids = ids - collectives.axis_index("vocab") * words
-    vocab_chunk_size = min(
-        vocab_chunk_size or _choose_chunk_size(words, max(MAX_LIVE_LOGITS // x.shape[0], 1)), words
-    )
+    if vocab_chunk_size is None:
+        vocab_chunk_size = _choose_chunk_size(words, max(MAX_LIVE_LOGITS // x.shape[0], 1))
+    else:
+        vocab_chunk_size = min(vocab_chunk_size, words)
+    num_chunks = -(-words // vocab_chunk_size)
+    num_padding_words = num_chunks * vocab_chunk_size - words
+    if num_padding_words:
+        # A target of the next shards must not be found among the words that fill up the last chunk.
+        ids = jnp.where(ids < words, ids, -1)
     # The chunks' gradients of x are added in the dtype of this array, so it is float32.
     x32 = x.astype(jnp.float32)
 
@@ -122,31 +133,29 @@ def _local_logprobs(
     def accumulate_chunk(carry, x32, kernel, start):
         chunk_head = fsdp.gather_params(_replace_kernel(head, kernel), layout, x.dtype)
         logits = chunk_head(x32.astype(x.dtype))  # [tokens, words of a chunk] float32
-        # The temperature is a Python number, so 1 adds no operation to the program.
-        return _accumulate_logits(
-            carry, logits if temperature == 1 else logits / temperature, ids - start
-        )
+        # Python numbers: a temperature of 1 and no padding add no operation to the program.
+        if temperature != 1:
+            logits = logits / temperature
+        if num_padding_words:
+            is_word = start + jnp.arange(vocab_chunk_size, dtype=jnp.int32) < words
+            logits = jnp.where(is_word, logits, _PADDING_LOGIT)
+        return _accumulate_logits(carry, logits, ids - start)
 
     zeros = jnp.zeros(ids.shape, jnp.float32)
     moment = zeros if with_entropy else None
     # (highest logit, sum of exponentials, target's logit, moment), each [tokens].
     carry = (jnp.full(ids.shape, -jnp.inf, jnp.float32), zeros, zeros, moment)
-    kernel = head.kernel[...]
-    scanned_words = words // vocab_chunk_size * vocab_chunk_size
-    # A scan runs over the whole chunks. The call after it takes a shorter last chunk, or the only
-    # chunk, which needs no scan.
-    if scanned_words > vocab_chunk_size:
-        chunks = kernel[:, :scanned_words].reshape(kernel.shape[0], -1, vocab_chunk_size)
+    kernel = jnp.pad(head.kernel[...], ((0, 0), (0, num_padding_words)))
+    # A single chunk needs no scan.
+    if num_chunks == 1:
+        carry = accumulate_chunk(carry, x32, kernel, 0)
+    else:
+        chunks = kernel.reshape(kernel.shape[0], num_chunks, vocab_chunk_size)
         chunks = jnp.moveaxis(chunks, 1, 0)  # [chunks, D, words of a chunk]
-        starts = jnp.arange(chunks.shape[0], dtype=jnp.int32) * vocab_chunk_size
+        starts = jnp.arange(num_chunks, dtype=jnp.int32) * vocab_chunk_size
         carry, _ = jax.lax.scan(
             lambda carry, xs: (accumulate_chunk(carry, x32, *xs), None), carry, (chunks, starts)
         )
-        kernel = kernel[:, scanned_words:]
-    else:
-        scanned_words = 0
-    if kernel.shape[1]:
-        carry = accumulate_chunk(carry, x32, kernel, scanned_words)
     return jax.tree.map(lambda x: x.reshape(targets.shape), _join_vocab_shards(carry))
 
 
@@ -200,14 +209,20 @@ def _shift_moment(moment, total, top, new_top):
 
 
 def _choose_chunk_size(words: int, limit: int) -> int:
-    """Return a chunk size of at most `limit` words.
+    """Return a chunk size of at most `limit` words, for the least number of chunks.
 
-    The chunks are equal if fewer than twice the least number of chunks makes them so. Otherwise
-    the last chunk is shorter.
+    It is a multiple of a tile's lanes, because XLA scatters the gradient of other chunks by an
+    all-reduce of the whole chunk. Where that would pad by a tenth and more it is any size.
     """
-    least_chunks = -(-words // limit)
-    equal = (n for n in range(least_chunks, 2 * least_chunks) if words % n == 0)
-    return words // next(equal, least_chunks)
+    num_chunks = -(-words // limit)
+    size = -(-words // num_chunks)
+    aligned_limit = limit // TILE_LANES * TILE_LANES
+    if aligned_limit:
+        num_chunks = -(-words // aligned_limit)
+        aligned = -(-words // (num_chunks * TILE_LANES)) * TILE_LANES
+        if 10 * (aligned * num_chunks - words) < words:
+            return aligned
+    return size
 
 
 def _replace_kernel(head: layers.Head, kernel: Float[Array, "D words"]) -> layers.Head:

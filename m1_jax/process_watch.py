@@ -40,6 +40,10 @@ _STORE = "m1_jax/watch"  # prefix of all keys
 USER_ERRORS = (ValueError, OSError, FloatingPointError)
 
 
+class AgreedError(ValueError):
+    """An error that all processes know of. Each ends by itself, so that nothing is announced."""
+
+
 @dataclasses.dataclass(frozen=True)
 class WatchLimits:
     """Time limits of a watch, seconds.
@@ -270,7 +274,7 @@ def announce_errors() -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        if _watch is not None:
+        if _watch is not None and not isinstance(error, AgreedError):
             if isinstance(error, jax.errors.JaxRuntimeError):
                 # Perhaps a collective with a process that has ended. Its own error is on the way,
                 # and ends this process.
@@ -303,6 +307,11 @@ def exit_with_error(error: BaseException) -> NoReturn:
         traceback.print_exception(error)
     print(line, file=sys.stderr, flush=True)
     _watch.exit_process()
+
+
+def is_watching() -> bool:
+    """Return whether this process watches others, or did until an error."""
+    return _watch is not None
 
 
 def note_progress() -> None:

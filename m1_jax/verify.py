@@ -1,31 +1,18 @@
 """Command: recompute a golden file's numbers from a checkpoint and compare.
 
-    python -m m1_jax.verify --checkpoint=DIR --golden=FILE.npz
+    python -m m1_jax.verify --checkpoint=DIR --golden=FILE.npz [--mesh=expert=8,tensor=8]
 
 Prints one row per quantity. The exit status is 0 if all are within tolerance, else 1.
+With --distributed the same command runs on every host: process 0 reads the golden file and prints,
+and all compute. Each device holds its part of the weights alone.
 
-A golden file holds what the release's own code computed for some tokens, in float32. Its keys:
-    input_ids [B, T]             the tokens, the only key that must be there
-    logits, logits_positions     [B, P, V] and the P positions of all T
-    next_token_logprobs          [B, T - 1]
-    aux_loss                     the load-balancing loss of all layers and tokens
-    hidden_norms [L + 1]         mean norm of the embeddings, of each layer's output but the last's,
-                                 and of the final norm's output
-    lightning_state, lightning_layer         [B, N, H, H] of that layer after all tokens
-    softmax_k_last4, softmax_v_last4, softmax_layer    [B, 4, K, H], rotated, of that layer
-    decode_logits, decode_start  [B, S, V], one token at a time from that position on
-    greedy_tokens [B, S]         the most likely tokens after the first `GREEDY_PROMPT_TOKENS`
-    loss                         next-token cross-entropy of the first `LOSS_TOKENS`, plus
-                                 router_aux_loss_coef * their balance loss
-    grad/NAME                    gradient of that loss for the release's tensor NAME, [out, in]
-A quantity whose key is absent is not compared.
+Whatever the dtype of the parameters, all is computed in float32: the release's weights are bfloat16
+numbers, which lose nothing in half of the memory, while results in bfloat16 would verify nothing.
+
+`golden_file.py` lists the keys of a golden file. A quantity whose key is absent is not compared.
 """
 
 import dataclasses
-import pathlib
-import sys
-import zipfile
-import zlib
 from collections.abc import Iterator
 
 import jax
@@ -35,8 +22,18 @@ import tqdm
 from absl import app, flags, logging
 from jax.typing import ArrayLike
 
-from m1_jax import command_help, input_checks, logprobs, moe
+from m1_jax import (
+    command_help,
+    command_mesh,
+    distributed,
+    logprobs,
+    memory_check,
+    moe,
+    multihost,
+    sharding,
+)
 from m1_jax import config as config_lib
+from m1_jax import golden_file as golden_lib
 from m1_jax import model as model_lib
 from m1_jax import params as params_lib
 from m1_jax import state as state_lib
@@ -58,6 +55,16 @@ class VerifyConfig:
     checkpoint: str  # directory that `m1_jax.load` reads
     golden: str  # path of the .npz file
     progress: bool = True  # whether to show a progress bar
+    dtype: str | None = None  # of parameters. None: float32 on CPU, bfloat16 elsewhere
+    mesh: str | None = None  # axis=size,... None: the default of all commands
+
+    def __post_init__(self):
+        if self.dtype not in (None, *command_mesh.DTYPES):
+            raise ValueError(
+                f"--dtype: got {self.dtype!r}; wanted {' or '.join(command_mesh.DTYPES)}"
+            )
+        if self.mesh:
+            command_mesh.parse_axis_sizes(self.mesh)  # raises for another form
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,62 +81,42 @@ class ComparisonRow:
         return bool(self.difference <= self.tolerance)  # NaN fails
 
 
-class GoldenFile:
-    """A golden file's arrays by key, and its input_ids as `tokens`, checked to fit the model."""
-
-    def __init__(self, path: str, config: config_lib.ModelConfig):
-        self.path = path
-        try:
-            # np.load alone would take bare arrays and pickles as well.
-            zipfile.ZipFile(path).close()
-            with np.load(path) as file:
-                self.arrays = dict(file)
-        except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
-            raise ValueError(
-                f"{path} is not a readable .npz file: {error}. Make or download it again."
-            ) from None
-        ids = self["input_ids"]
-        if ids.ndim != 2 or ids.dtype.kind not in "iu":
-            raise ValueError(
-                f"{path}: input_ids has shape {ids.shape} and dtype {ids.dtype}; wanted integers "
-                "[B, T]"
-            )
-        input_checks.check_token_ids(ids, config.vocab_size)
-        self.tokens = jnp.asarray(ids, jnp.int32)
-
-    def __contains__(self, key: str) -> bool:
-        return key in self.arrays
-
-    def __getitem__(self, key: str) -> np.ndarray:
-        if key not in self.arrays:
-            raise ValueError(
-                f"{self.path}: {key} is missing; it has {', '.join(sorted(self.arrays)[:8])}... "
-                "Is it a golden file?"
-            )
-        return self.arrays[key]
-
-
 def run(config: VerifyConfig) -> list[ComparisonRow]:
-    """Return a row per quantity of the golden file, computed in float32.
+    """Return a row per quantity of the golden file.
+
+    With several processes, all of them call this, and process 0 alone reads the golden file.
 
     Raises:
-      ValueError: a golden file that is damaged, empty, or made with another model.
+      ValueError: a golden file that is damaged, empty, or made with another model, or a model that
+        cannot fit.
       CheckpointError, ConfigError: a directory that is not a complete checkpoint.
     """
-    model = load_lib.load(pathlib.Path(config.checkpoint), jnp.float32)
-    golden = GoldenFile(config.golden, model.config)
+    dtype = command_mesh.resolve_dtype(config.dtype)
+    inputs = distributed.run_on_first(
+        lambda: (
+            load_lib.read_config(config.checkpoint),
+            golden_lib.read_golden_arrays(config.golden),
+        )
+    )
+    model_config, arrays = multihost.broadcast_object(inputs)
+
+    def plan() -> tuple[sharding.MeshLayout | None, golden_lib.GoldenFile]:
+        layout = command_mesh.make_command_layout(config.mesh, model_config, sharding.PREFILL)
+        golden = golden_lib.GoldenFile(config.golden, arrays, model_config, layout)
+        memory_check.check_memory(_make_memory_job(config, model_config, golden), layout, dtype)
+        return layout, golden
+
+    layout, golden = distributed.run_on_all(plan)
+    model = distributed.run_on_all(
+        lambda: load_lib.load(
+            config.checkpoint, jnp.float32, mesh=layout, param_dtype=command_mesh.DTYPES[dtype]
+        )
+    )
     rows = []
     # By default TPUs multiply float32 numbers in bfloat16.
     with jax.default_matmul_precision("highest"):
-        # Each comparison compiles programs of its own, which takes most of the time.
-        comparisons = (
-            _compare_forward,
-            _compare_state,
-            _compare_decode,
-            _compare_greedy,
-            _compare_gradients,
-        )
-        for compare in tqdm.tqdm(comparisons, "verify", disable=not config.progress):
+        shows_progress = config.progress and distributed.is_first_process()
+        for compare in tqdm.tqdm(_COMPARISONS, "verify", disable=not shows_progress):
             # A comparison is a generator, so its work is done here, under the precision above.
             rows.extend(compare(model, golden))
     # No row would count as success.
@@ -138,11 +125,44 @@ def run(config: VerifyConfig) -> list[ComparisonRow]:
     return rows
 
 
+def _make_memory_job(
+    config: VerifyConfig, model_config: config_lib.ModelConfig, golden: golden_lib.GoldenFile
+) -> memory_check.MemoryJob:
+    """Return what the comparisons need memory for."""
+    models = {
+        name: params_lib.abstract_model(model_config, dtype)
+        for name, dtype in command_mesh.DTYPES.items()
+    }
+    has_gradients = any(key == "loss" or key.startswith("grad/") for key in golden.arrays)
+    num_rows, length = golden["input_ids"].shape
+
+    def count_parts(layout: sharding.MeshLayout | None, dtype: str) -> dict[str, int]:
+        parameters = memory_check.local_param_bytes(models[dtype], layout)
+        gradient_bytes = memory_check.local_param_bytes(models["float32"], layout)
+        if dtype != "float32":  # the parameters are there in float32, too
+            gradient_bytes *= 2
+        gradients = {"gradients": gradient_bytes} if has_gradients else {}
+        all_rows = num_rows * golden_lib.count_row_copies(layout, num_rows)
+        state = jax.eval_shape(
+            lambda: state_lib.init_decode_state(model_config, all_rows, length, jnp.float32)
+        )
+        mesh_layout = memory_check.as_mesh_layout(layout, sharding.PREFILL)
+        shapes = memory_check.shard_shapes(
+            state, state_lib.decode_state_specs(state, mesh_layout), mesh_layout
+        )
+        return {"parameters": parameters, **gradients, "states": memory_check.local_bytes(shapes)}
+
+    weights = None
+    sizes = (num_rows, length, weights, count_parts)
+    mode, checkpoint = sharding.PREFILL, config.checkpoint
+    return memory_check.MemoryJob("prefill", mode, model_config, checkpoint, *sizes)
+
+
 def _compare_absolute(
     name: str, actual: ArrayLike, expected: np.ndarray, tolerance: float = ABSOLUTE_TOLERANCE
 ) -> ComparisonRow:
     _check_shapes(name, actual, expected)
-    difference = float(np.max(np.abs(np.asarray(actual) - expected)))
+    difference = float(np.max(np.abs(golden_lib.fetch_array(actual) - expected)))
     return ComparisonRow(name, difference, tolerance, "max absolute")
 
 
@@ -150,7 +170,7 @@ def _compare_relative(
     name: str, actual: ArrayLike, expected: np.ndarray, tolerance: float
 ) -> ComparisonRow:
     _check_shapes(name, actual, expected)
-    error = np.linalg.norm((np.asarray(actual) - expected).astype(np.float64))
+    error = np.linalg.norm((golden_lib.fetch_array(actual) - expected).astype(np.float64))
     norm = np.linalg.norm(np.asarray(expected, np.float64))
     # The bound keeps zeros against zeros at 0, not NaN.
     return ComparisonRow(name, float(error / max(norm, 1e-30)), tolerance, "relative L2")
@@ -165,16 +185,19 @@ def _check_shapes(name: str, actual: ArrayLike, expected: np.ndarray) -> None:
         )
 
 
-def _compare_forward(model: model_lib.MiniMaxM1, golden: GoldenFile) -> Iterator[ComparisonRow]:
+def _compare_forward(
+    model: model_lib.MiniMaxM1, golden: golden_lib.GoldenFile
+) -> Iterator[ComparisonRow]:
     """Compare what one pass over all tokens gives: logits, router statistics, layer outputs."""
     tokens = golden.tokens
     if "logits" in golden:
         logits = model(tokens)[:, golden["logits_positions"]]
-        yield _compare_absolute("logits", logits, golden["logits"])
+        yield _compare_absolute("logits", golden.own_rows(logits), golden["logits"])
     hidden, stats, outputs = jax.jit(model_lib.MiniMaxM1.trace)(model, tokens)
     if "next_token_logprobs" in golden:
         logp = logprobs.token_logprobs(model, hidden[:, :-1], tokens[:, 1:]).logp
-        yield _compare_absolute("next_token_logprobs", logp, golden["next_token_logprobs"])
+        expected = golden["next_token_logprobs"]
+        yield _compare_absolute("next_token_logprobs", golden.own_rows(logp), expected)
     if "aux_loss" in golden:
         yield _compare_absolute("aux_loss", moe.balance_loss(stats), golden["aux_loss"])
     if "hidden_norms" in golden:
@@ -184,12 +207,16 @@ def _compare_forward(model: model_lib.MiniMaxM1, golden: GoldenFile) -> Iterator
         yield _compare_relative("hidden_norms", norms, golden["hidden_norms"], STATE_TOLERANCE)
 
 
-def _init_empty_state(model: model_lib.MiniMaxM1, golden: GoldenFile) -> state_lib.DecodeState:
+def _init_empty_state(
+    model: model_lib.MiniMaxM1, golden: golden_lib.GoldenFile
+) -> state_lib.DecodeState:
     """Return an empty state of one capacity, so that comparisons share their compiled steps."""
     return model.init_state(*golden.tokens.shape)
 
 
-def _compare_state(model: model_lib.MiniMaxM1, golden: GoldenFile) -> Iterator[ComparisonRow]:
+def _compare_state(
+    model: model_lib.MiniMaxM1, golden: golden_lib.GoldenFile
+) -> Iterator[ComparisonRow]:
     """Compare the decode state that a pass over all tokens leaves in one layer of each kind."""
     if "lightning_state" not in golden and "softmax_k_last4" not in golden:
         return
@@ -202,7 +229,10 @@ def _compare_state(model: model_lib.MiniMaxM1, golden: GoldenFile) -> Iterator[C
         assert isinstance(states, jax.Array)  # of lightning layers: [R, layers, B, N, H, H]
         layer_state = states[location.stack_index]
         yield _compare_relative(
-            "lightning_state", layer_state, golden["lightning_state"], STATE_TOLERANCE
+            "lightning_state",
+            golden.own_rows(layer_state),
+            golden["lightning_state"],
+            STATE_TOLERANCE,
         )
     if "softmax_k_last4" in golden:
         location = _locate_golden_layer(model.config, golden, "softmax_layer", config_lib.SOFTMAX)
@@ -212,11 +242,11 @@ def _compare_state(model: model_lib.MiniMaxM1, golden: GoldenFile) -> Iterator[C
             # The capacity is T, so the last four positions are the last four tokens. A layer's
             # cache is [B, K, T, H], and the file's array [B, 4, K, H].
             last = jnp.moveaxis(buffer[location.stack_index][:, :, -4:], 1, 2)
-            yield _compare_absolute(name, last, golden[name])
+            yield _compare_absolute(name, golden.own_rows(last), golden[name])
 
 
 def _locate_golden_layer(
-    config: config_lib.ModelConfig, golden: GoldenFile, key: str, kind: str
+    config: config_lib.ModelConfig, golden: golden_lib.GoldenFile, key: str, kind: str
 ) -> config_lib.LayerLocation:
     """Return where the golden file's layer lies, as `ModelConfig.locate_layer` does."""
     layer = int(golden[key])
@@ -228,7 +258,9 @@ def _locate_golden_layer(
     return config.locate_layer(layer)
 
 
-def _compare_decode(model: model_lib.MiniMaxM1, golden: GoldenFile) -> Iterator[ComparisonRow]:
+def _compare_decode(
+    model: model_lib.MiniMaxM1, golden: golden_lib.GoldenFile
+) -> Iterator[ComparisonRow]:
     """Compare the logits of the file's tokens, decoded one by one after a prompt in one pass."""
     if "decode_logits" not in golden:
         return
@@ -240,14 +272,16 @@ def _compare_decode(model: model_lib.MiniMaxM1, golden: GoldenFile) -> Iterator[
     for position in range(start, end):
         logits, state = model.extend(golden.tokens[:, position : position + 1], state)
         steps.append(logits)
-    decoded = jnp.concatenate(steps, axis=1)
+    decoded = golden.own_rows(jnp.concatenate(steps, axis=1))
     yield _compare_absolute("decode_logits", decoded, expected)
     # The same tokens in one pass, as in training: decoding must not differ from it.
     full = model(golden.tokens[:, :end])[:, start:]
-    yield _compare_absolute("decode against full pass", decoded, np.asarray(full))
+    yield _compare_absolute("decode against full pass", decoded, golden.own_rows(full))
 
 
-def _compare_greedy(model: model_lib.MiniMaxM1, golden: GoldenFile) -> Iterator[ComparisonRow]:
+def _compare_greedy(
+    model: model_lib.MiniMaxM1, golden: golden_lib.GoldenFile
+) -> Iterator[ComparisonRow]:
     """Compare a greedy continuation. One token that differs changes all tokens after it."""
     if "greedy_tokens" not in golden:
         return
@@ -258,13 +292,15 @@ def _compare_greedy(model: model_lib.MiniMaxM1, golden: GoldenFile) -> Iterator[
     for _ in range(expected.shape[1]):
         tokens.append(jnp.argmax(logits[:, -1:], axis=-1))
         logits, state = model.extend(tokens[-1], state)
-    generated = np.asarray(jnp.concatenate(tokens, axis=1))
+    generated = golden.own_rows(jnp.concatenate(tokens, axis=1))
     _check_shapes("greedy_tokens", generated, expected)
     num_different = float(np.sum(generated != expected))
     yield ComparisonRow("greedy_tokens", num_different, 0.0, "tokens that differ")
 
 
-def _compare_gradients(model: model_lib.MiniMaxM1, golden: GoldenFile) -> Iterator[ComparisonRow]:
+def _compare_gradients(
+    model: model_lib.MiniMaxM1, golden: golden_lib.GoldenFile
+) -> Iterator[ComparisonRow]:
     """Compare the training loss and its gradients for the tensors that the file has."""
     tensors = {key[5:]: value for key, value in golden.arrays.items() if key.startswith("grad/")}
     if "loss" not in golden and not tensors:
@@ -276,7 +312,7 @@ def _compare_gradients(model: model_lib.MiniMaxM1, golden: GoldenFile) -> Iterat
             "model?"
         )
 
-    # The model is a pytree of parameters, so its gradient is a model of gradients.
+    # The model is a pytree, so its gradient is a model of gradients.
     @jax.jit
     @jax.value_and_grad
     def training_loss(model, tokens):
@@ -285,6 +321,8 @@ def _compare_gradients(model: model_lib.MiniMaxM1, golden: GoldenFile) -> Iterat
         coefficient = model.config.router_aux_loss_coef
         return -jnp.mean(logp) + coefficient * moe.balance_loss(stats)
 
+    # A gradient has its parameter's dtype, and bfloat16 would round it by more than the tolerance.
+    model = jax.tree.map(lambda x: x.astype(jnp.float32), model)
     loss, grads = training_loss(model, golden.tokens[:, :LOSS_TOKENS])
     if "loss" in golden:
         yield _compare_absolute("loss", loss, golden["loss"])
@@ -292,8 +330,18 @@ def _compare_gradients(model: model_lib.MiniMaxM1, golden: GoldenFile) -> Iterat
     for name, tensor in sorted(tensors.items()):
         entry = entries[name]
         # One tensor's part of the stacked gradient, transposed to the release's [out, in].
-        grad = entry.orient(np.asarray(grads[entry.param_path][...][entry.index]))
+        grad = entry.orient(golden_lib.fetch_array(grads[entry.param_path][...][entry.index]))
         yield _compare_relative(f"grad {name}", grad, tensor, GRADIENT_TOLERANCE)
+
+
+# Each comparison compiles programs of its own, which takes most of the time.
+_COMPARISONS = (
+    _compare_forward,
+    _compare_state,
+    _compare_decode,
+    _compare_greedy,
+    _compare_gradients,
+)
 
 
 def format_table(rows: list[ComparisonRow]) -> str:
@@ -314,20 +362,31 @@ def main(argv) -> None:
         raise app.UsageError(f"unknown argument {argv[1]!r}")
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.ERROR)  # nothing but the table, unless asked for more
-    try:
-        rows = run(VerifyConfig(flags.FLAGS.checkpoint, flags.FLAGS.golden, flags.FLAGS.progress))
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
-    print(format_table(rows))
+    distributed.run_to_exit(_run_command, one_line=False)
+
+
+def _run_command() -> int:
+    """Run with the flags, and return the exit status, which all processes share."""
+    values = flags.FLAGS
+    config = VerifyConfig(
+        values.checkpoint, values.golden, values.progress, values.dtype, values.mesh
+    )
+    with distributed.join_processes(values.distributed):
+        rows = run(config)
     failed = sum(not row.passed for row in rows)
-    print(f"{len(rows) - failed} of {len(rows)} within tolerance")
-    sys.exit(1 if failed else 0)
+    if distributed.is_first_process():
+        print(format_table(rows))
+        print(f"{len(rows) - failed} of {len(rows)} within tolerance")
+    return 1 if failed else 0
 
 
 def _define_flags() -> None:
     flags.DEFINE_string("checkpoint", None, "Directory of the checkpoint.", required=True)
     flags.DEFINE_string("golden", None, "The .npz file to compare with.", required=True)
     flags.DEFINE_bool("progress", True, "Show a progress bar.")
+    flags.DEFINE_string("dtype", None, f"Of the parameters. {command_mesh.DTYPE_HELP}")
+    flags.DEFINE_string("mesh", None, command_mesh.MESH_HELP)
+    flags.DEFINE_bool("distributed", False, distributed.DISTRIBUTED_HELP)
 
 
 def cli() -> None:

@@ -29,6 +29,7 @@ CONFIG = config_lib.EngineConfig(
     decode_steps=4,
     swap_tokens=1,
     host_bytes=10**9,
+    record_routes=True,
 )
 
 
@@ -59,7 +60,8 @@ def main(port: str, processes: int, index: int) -> None:
     served.swap_weights(model)
     served.run()
     outputs = [request.output() for request in requests]
-    print(json.dumps([[(t.id, t.logp, t.logp_raw) for t in output.tokens] for output in outputs]))
+    tokens = [[(t.id, t.logp, t.logp_raw) for t in output.tokens] for output in outputs]
+    print(json.dumps([tokens, [request.routes.tolist() for request in requests]]))
     served.close()
 
 

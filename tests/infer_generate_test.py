@@ -36,13 +36,17 @@ def test_golden_greedy_tokens(golden_dir, checkpoint):
     config = generate.GenerateConfig(
         checkpoint="x", prompt="x", max_tokens=48, temperature=0, ignore_eos=True
     )
+
+    def generate_tokens(prompts):
+        sizes = generate.fit_engine(config, prompts, model.config)
+        prepared = generate.PreparedRun(model, sizes, tok, prompts)
+        return generate.generate_texts(config, prepared, io.StringIO())
+
     # Beside each other, and beside a prompt of another length.
-    outputs, stats = generate.generate_texts(config, model, tok, prompts, io.StringIO())
+    outputs, stats = generate_tokens(prompts)
     assert [token_ids(output) for output in outputs] == golden["greedy_tokens"].tolist()
     assert (stats.prefill_tokens, stats.decode_tokens) == (200, 2 * 47)
-    (_, other), _ = generate.generate_texts(
-        config, model, tok, [prompts[1][:30], prompts[0]], io.StringIO()
-    )
+    (_, other), _ = generate_tokens([prompts[1][:30], prompts[0]])
     assert token_ids(other) == golden["greedy_tokens"][0].tolist()
 
 
@@ -111,8 +115,7 @@ def test_run_end_to_end(checkpoint):
     ]
     wanted = prompt.encode_prompt(tok, messages)
     assert stats.prefill_tokens == len(wanted)
-    _, _, prompts = generate.prepare_run(config)
-    assert prompts == [wanted]
+    assert generate.prepare_run(config).prompts == [wanted]
     assert out.getvalue() == outputs[0].text + "\n"
     assert out.count > 3
     assert outputs[0].text == tok.decode(token_ids(outputs[0]))
@@ -126,7 +129,8 @@ def test_int8_weights(checkpoint):
         checkpoint=str(checkpoint), prompt="hi", max_tokens=4, temperature=0, weights="int8-all"
     )
     (output,), _ = generate.run(config, io.StringIO())
-    model, tok, (ids,) = generate.prepare_run(config)
+    prepared = generate.prepare_run(config)
+    model, tok, (ids,) = prepared.model, prepared.tokenizer, prepared.prompts
     assert model.layers[0].attention.qkv.kernel.dtype == jnp.int8
     # One pass instead of a prefill and steps.
     made = token_ids(output)
@@ -156,7 +160,7 @@ def test_prompts_file_raw_and_lines(checkpoint, tmp_path):
         own = [line.removeprefix(mark) for line in lines if line.startswith(mark)]
         assert "\n".join(own) == output.text.removesuffix("\n")
     tok = tokenizer_lib.Tokenizer.load(checkpoint)
-    _, _, prompts = generate.prepare_run(config)
+    prompts = generate.prepare_run(config).prompts
     assert prompts[0] == tok.encode("one<end_of_sentence>", allow_special=True)
     assert prompts[1] == tok.encode(" two ")
 

@@ -21,6 +21,7 @@ SIZES = {
     "prefill_tokens": (64,),
     "num_snapshots": 6,
     "decode_steps": 8,
+    "record_routes": True,
 }
 RNG = np.random.default_rng(0)
 BASE = RNG.integers(0, 300, 48).tolist()
@@ -52,20 +53,32 @@ def plain(golden_dir):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "mesh", [{"expert": 4}, {"data": 2, "expert": 2, "tensor": 2}], ids=["expert", "all"]
+    ("mesh", "sizes"),
+    [
+        ({"expert": 4}, {"max_rows": 8}),
+        # One row a partition, and guesses, so that every program has run on a mesh.
+        ({"data": 2, "expert": 2, "tensor": 2}, {"draft_tokens": 7}),
+    ],
+    ids=["expert", "all"],
 )
-def test_a_mesh_serves_as_one_device_does(golden_dir, plain, mesh):
-    spread = make_engine(golden_dir, mesh, host_bytes=10**9, swap_tokens=1)
+def test_a_mesh_serves_as_one_device_does(golden_dir, plain, mesh, sizes):
+    spread = make_engine(golden_dir, mesh, host_bytes=10**9, swap_tokens=1, **sizes)
     requests = [spread.submit(p, options(n, max_tokens=20)) for n, p in enumerate(PROMPTS)]
     for _ in range(5):
         spread.step()
+    began_in = partitions_of(spread)
+    assert len(set(began_in.values())) == 4
     for request in requests[:3]:
         spread.preempt(request)
+    for _ in range(4):
+        spread.step()
+    ended_in = partitions_of(spread)
+    assert any(began_in[name] != ended_in[name] for name in began_in.keys() & ended_in.keys())
     spread.run()
     assert spread.stats().memory.swapped_in > 0
     for n, (prompt, request) in enumerate(zip(PROMPTS, requests, strict=True)):
         (alone,) = spread.generate([prompt], options(n, max_tokens=20))
-        assert bits(alone) == bits(request.output())  # exact on one mesh
+        assert bits(alone) == bits(request.output())  # exact on one mesh, in any partition
         (single,) = plain.generate([prompt], options(n, max_tokens=20))
         got, wanted = (np.asarray(bits(o)) for o in (alone, single))
         np.testing.assert_array_equal(got[:, 0], wanted[:, 0])
@@ -74,6 +87,12 @@ def test_a_mesh_serves_as_one_device_does(golden_dir, plain, mesh):
         np.testing.assert_allclose(got[:, 2], wanted[:, 2], atol=1e-5)
         scale = options(n, max_tokens=20).temperature or 1.0
         np.testing.assert_allclose(got[:, 1], wanted[:, 1], atol=1e-5 / scale)
+        np.testing.assert_array_equal(alone.routes, single.routes)
+        np.testing.assert_array_equal(request.routes, single.routes)
+
+
+def partitions_of(served: engine.Engine) -> dict:
+    return {name: s.partition for name, s in served._scheduler._sequences.items() if s.slot}
 
 
 def test_guesses_change_no_bit(golden_dir, plain):

@@ -14,7 +14,7 @@ import time
 import pytest
 
 import m1_jax
-from infer import batch_output, grammar, jsonl, offline
+from infer import batch_input, batch_output, grammar, jsonl, offline
 from m1_jax import testing
 from m1_jax import tokenizer as tokenizer_lib
 
@@ -57,7 +57,7 @@ def by_index(path):
 def whole(checkpoint, tmp_path_factory):
     """A run from beginning to end: its config, summary and lines."""
     directory = tmp_path_factory.mktemp("whole")
-    config = offline.BatchConfig(
+    config = batch_input.BatchConfig(
         checkpoint=str(checkpoint),
         input=str(write_lines(directory / "in.jsonl", requests(8))),
         output=str(directory / "out.jsonl"),
@@ -226,7 +226,7 @@ def test_bad_lines_are_listed_before_anything_runs(checkpoint, tmp_path, monkeyp
         ("torn", "got 'torn'; wanted an object"),
     ]
     path = write_lines(tmp_path / "in.jsonl", [value for value, _ in bad])
-    config = offline.BatchConfig(str(checkpoint), str(path), str(tmp_path / "out.jsonl"))
+    config = batch_input.BatchConfig(str(checkpoint), str(path), str(tmp_path / "out.jsonl"))
     with pytest.raises(ValueError, match="got 12 bad lines of 13; nothing was run") as caught:
         offline.run(config)
     told = str(caught.value).split("\n  ")[1:]
@@ -245,12 +245,12 @@ def test_fields_of_a_line(checkpoint, tmp_path):
         {"prompt": "a", "system": "b", "id": 3},
     ]
     path = write_lines(tmp_path / "in.jsonl", lines)
-    config = offline.BatchConfig(
+    config = batch_input.BatchConfig(
         str(checkpoint), str(path), "out", defaults='{"top_k": 4, "max_tokens": 99}', seed=11
     )
     tokenizer = tokenizer_lib.Tokenizer.load(checkpoint)
     model_config = m1_jax.ModelConfig.from_file(checkpoint / "config.json")
-    first, second, third = offline.read_requests(config, tokenizer, model_config)
+    first, second, third = batch_input.read_requests(config, tokenizer, model_config)
     assert (first.options.thinking_tokens, first.options.max_tokens) == (1_024, 2_000)
     assert (first.options.stop, first.options.top_k, first.options.seed) == (("x",), 0, 11)
     assert (second.options.logit_bias, second.options.seed) == ({7: 2}, 5)
@@ -274,4 +274,4 @@ def test_fields_of_a_line(checkpoint, tmp_path):
 )
 def test_refused_config(changes, message):
     with pytest.raises(ValueError, match=message):
-        offline.BatchConfig(**{"checkpoint": "x", "input": "x", "output": "x", **changes})
+        batch_input.BatchConfig(**{"checkpoint": "x", "input": "x", "output": "x", **changes})

@@ -11,6 +11,7 @@ import dataclasses
 import random
 
 import hypothesis
+import pytest
 import scheduler_support
 from hypothesis import stateful
 from hypothesis import strategies as st
@@ -87,10 +88,16 @@ class Device:
         assert not (plan.prefill_chunks and plan.decode_rows)
         assert len({entry.sequence_id for entry in programs}) == len(programs)
         assert len({entry.slot for entry in programs}) == len(programs)
-        rows = [-(-chunk.num_tokens // self.config.attention_tile) for chunk in plan.prefill_chunks]
-        assert sum(rows) * self.config.attention_tile <= self.config.prefill_tokens[-1]
-        assert len(plan.prefill_chunks) <= self.limits.max_prefill_chunks
-        assert len(plan.decode_rows) <= self.config.max_rows
+        most_rows = -(-self.config.max_rows // self.limits.num_partitions)
+        for partition in range(self.limits.num_partitions):
+            chunks = [c for c in plan.prefill_chunks if c.partition == partition]
+            rows = sum(-(-c.num_tokens // self.config.attention_tile) for c in chunks)
+            assert rows * self.config.attention_tile <= self.config.prefill_tokens[-1]
+            assert len(chunks) <= self.limits.max_prefill_chunks
+            assert sum(row.partition == partition for row in plan.decode_rows) <= most_rows
+        for entry in programs:
+            assert self._partition_of(entry.slot, self.limits.num_slots) == entry.partition
+            self._assert_in_partition(entry.pages, entry.partition)
         assert plan.max_steps <= self.config.decode_steps
         results = {part.sequence_id: self._prefill(part) for part in plan.prefill_chunks}
         return results | {
@@ -101,20 +108,34 @@ class Device:
         match action:
             case plan_lib.CopyState(source, target):
                 assert source != target
+                num_slots = self.limits.num_slots
+                assert self._partition_of(source, num_slots) == self._partition_of(
+                    target, num_slots
+                )
                 state = self.slots[source]
                 self.slots[target] = Slot(state.chunk, state.chunk)
             case plan_lib.SwapOut(sequence_id, slot, pages):
                 assert sequence_id not in self.host
+                self._assert_in_partition(pages, self._partition_of(slot, self.limits.num_slots))
                 state = self.slots.pop(slot)
                 self._assert_holds(sequence_id, pages, state.last)
                 contents = [[self.pages.get((page, i)) for i in self._offsets()] for page in pages]
                 self.host[sequence_id] = state, contents
             case plan_lib.SwapIn(sequence_id, slot, pages):
+                self._assert_in_partition(pages, self._partition_of(slot, self.limits.num_slots))
                 self.slots[slot], contents = self.host.pop(sequence_id)
                 for page, content in zip(pages, contents, strict=True):
                     self.pages |= {(page, i): value for i, value in enumerate(content)}
             case plan_lib.DropHostCopy(sequence_id):
                 del self.host[sequence_id]
+
+    def _partition_of(self, member, size):
+        """Return the partition of a slot or page, of which a partition has so many."""
+        assert member % (size + 1), "padding's own"
+        return member // (size + 1)
+
+    def _assert_in_partition(self, pages, partition):
+        assert {self._partition_of(p, self.limits.num_pages) for p in pages} <= {partition}
 
     def _offsets(self):
         return range(self.config.chunk_tokens)
@@ -217,13 +238,16 @@ class Driver:
         self.config = dataclasses.replace(scheduler_support.CONFIG, **config)
         self.limits = dataclasses.replace(scheduler_support.LIMITS, **limits)
         self.scheduler = scheduler.Scheduler(self.config, self.limits)
-        self.memory = self.scheduler._memory
-        self.device = Device(self.config, self.limits, self.memory.pages.count_holders)
+        self.memories = [part.memory for part in self.scheduler._partitions]
+        self.device = Device(self.config, self.limits, self._count_page_holders)
         self.live, self.outputs = {}, {}
         self.unreported = collections.deque()
         self.submitted = self.finished = self.plans = 0
         self.born, self.longest_wait = {}, 0
         self.host_stops = set()
+
+    def _count_page_holders(self, page):
+        return self.memories[page // (self.limits.num_pages + 1)].pages.count_holders(page)
 
     def submit(
         self, prompt, max_tokens, stop_after, cacheable=True, single_step=False, num_prior=0
@@ -252,11 +276,12 @@ class Driver:
         self.born[self.submitted] = self.plans
 
     def plan(self):
-        oldest = self.scheduler._running[:1]
+        partitions = self.scheduler._partitions
+        oldest = [part.running[0] for part in partitions if part.running]
         plan = self.scheduler.plan()
         for sequence in oldest:
             # One that came back in this plan.
-            first = self.scheduler._running[0]
+            first = partitions[sequence.partition].running[0]
             older = first.submission_index < sequence.submission_index
             assert sequence.slot or older, "the oldest was preempted"
         if plan is None:
@@ -316,27 +341,36 @@ class Driver:
             assert most > 0, f"no end for {list(self.live)}"
         self.plan()  # what is left to drop
         assert not self.device.host
-        assert self.memory.host_bytes == 0
+        assert self.scheduler._shared.host_bytes == 0
 
     def audit(self):
-        """Every page and slot is free, or held as often as there are owners."""
-        nodes = list(self.memory.cache._iterate_nodes())
+        """Every page and slot is free, or held as often as there are owners in its partition."""
+        for part in self.scheduler._partitions:
+            self._audit_partition(part)
+        assert 0 <= self.scheduler._shared.host_bytes <= self.config.host_bytes
+
+    def _audit_partition(self, part):
+        nodes = list(part.memory.cache._iterate_nodes())
         pages = collections.Counter(page for node in nodes for page in node.pages)
         slots = collections.Counter(node.slot for node in nodes)
         for sequence in self.scheduler._sequences.values():
-            pages.update(sequence.pages)
-            slots.update([sequence.slot] if sequence.slot else [])
+            if sequence.slot and sequence.partition == part.index:
+                pages.update(sequence.pages)
+                slots.update([sequence.slot])
+            assert bool(sequence.slot) == any(
+                sequence in other.running for other in self.scheduler._partitions
+            )
         assert max(slots.values(), default=0) <= 1
-        for pool, holders in ((self.memory.pages, pages), (self.memory.slots, slots)):
+        for pool, holders in ((part.memory.pages, pages), (part.memory.slots, slots)):
             assert pool.num_free + len(holders) == pool.size
-            assert all(pool.count_holders(i) == holders[i] for i in range(1, pool.size + 1))
-        stats = self.memory.cache.stats()
-        assert stats.num_bytes <= self.limits.cache_bytes
-        assert 0 <= self.memory.host_bytes <= self.config.host_bytes
-        running = self.scheduler._running
-        assert [sequence.submission_index for sequence in running] == sorted(
-            sequence.submission_index for sequence in running
-        )
+            first = part.index * (pool.size + 1) + 1
+            own_ids = range(first, first + pool.size)
+            assert all(pool.count_holders(member) == holders[member] for member in own_ids)
+            assert holders.keys() <= set(own_ids)
+        assert part.memory.cache.stats().num_bytes <= self.limits.cache_bytes
+        running = [sequence.submission_index for sequence in part.running]
+        assert running == sorted(running)
+        assert len(running) <= -(-self.config.max_rows // self.limits.num_partitions)
         assert not any(node.pins for node in nodes)
 
 
@@ -354,9 +388,11 @@ class Machine(stateful.RuleBasedStateMachine):
         cache_bytes=st.sampled_from([0, 100, 400]),
         host_bytes=st.sampled_from([0, 60, 300]),
         every=st.sampled_from([0, 8]),
+        num_partitions=st.integers(1, 3),
     )
-    def start(self, num_slots, num_pages, max_rows, cache_bytes, host_bytes, every):
+    def start(self, num_slots, num_pages, max_rows, cache_bytes, host_bytes, every, num_partitions):
         self.driver = Driver(
+            num_partitions=num_partitions,
             num_slots=num_slots,
             num_pages=num_pages,
             max_rows=max_rows,
@@ -450,8 +486,12 @@ def operate(driver, chance, operations):
         driver.audit()
 
 
-def test_long_run_meets_every_case():
-    driver = Driver()
+@pytest.mark.parametrize("num_partitions", [1, 3])
+def test_long_run_meets_every_case(num_partitions):
+    sizes = {"num_partitions": num_partitions}
+    if num_partitions > 1:  # sizes of a partition: two rows each, and as tight as one
+        sizes |= {"max_rows": 6, "num_slots": 3, "num_pages": 21, "max_queue": 16}
+    driver = Driver(**sizes)
     operate(driver, random.Random(0), 20_000)
     driver.drain()
     stats = driver.scheduler.stats()

@@ -13,6 +13,7 @@ import pytest
         ("m1_jax.plan", ["topology", "job", "serving_mesh"]),
         ("infer.generate", ["checkpoint", "prompt", "json_schema"]),
         ("train.rl", ["config", "set", "workdir"]),
+        ("train.rehearse", ["config", "topology", "steps", "compile"]),
     ],
 )
 def test_help_lists_the_flags(module, flags):

@@ -25,6 +25,7 @@ _ENTRY_POINTS = {
     "train.rl.__main__",
     "train.prepare",
     "train.export",
+    "train.rehearse",
 }
 
 # What a file may import of ours: the first row whose prefix starts the file's path decides.
@@ -38,6 +39,7 @@ _ENGINE = (
     "infer.config",
     "infer.execution.leader_follower",
     "infer.options",
+    "infer.output_tokens",
     "infer.request",
 )
 _SCHEMAS = ("m1_jax.config", "train.config", "train.rl.config", "infer.config")

@@ -1,6 +1,7 @@
 """The trainer's weights in the sampler's layout and dtype."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import pytest
 
 from m1_jax import ModelConfig, sharding
 from m1_jax import params as params_lib
+from m1_jax.plan import hlo, shapes
 from train import lora, optim, step
 from train.rl import weight_sync
 
@@ -19,6 +21,8 @@ CONFIG = dataclasses.replace(
     intermediate_size=32,
     vocab_size=64,
 )
+# Three repeats of the unit, with experts that are its largest parameters by far.
+DEEP = dataclasses.replace(CONFIG, layer_types=("lightning", "softmax") * 3, intermediate_size=256)
 KEY = jax.random.key(0)
 
 
@@ -96,6 +100,47 @@ def test_from_the_trainers_mesh_to_the_samplers(sizes):
         assert value.sharding.is_equivalent_to(wanted[name].sharding, value.ndim), name
         assert (value.shape, value.dtype) == (wanted[name].shape, wanted[name].dtype)
     assert {value.sharding.mesh for value in values(model).values()} == {mesh}
+
+
+# The number of expert shards falls, rises and stays.
+@pytest.mark.parametrize(
+    ("trained", "served"),
+    [
+        ({"expert": 8}, {"data": 2, "expert": 2, "tensor": 2}),
+        ({"expert": 2, "context": 4}, {"expert": 8}),
+        ({"expert": 2, "context": 4}, {"data": 2, "expert": 2, "tensor": 2}),
+    ],
+)
+def test_no_device_gathers_a_stack_of_experts(trained, served):
+    mesh = sharding.make_mesh(trained)
+    layout = sharding.make_layout(mesh, DEEP, sharding.TRAIN)
+    model = params_lib.random_model(DEEP, KEY, jnp.bfloat16, jnp.float32, layout)
+    serving = sharding.make_layout(
+        weight_sync.make_serving_mesh(mesh, served), DEEP, sharding.DECODE
+    )
+    sync = weight_sync.WeightSync(DEEP, jnp.dtype(jnp.bfloat16), serving)
+    assert_handed_over(model, sync(model), jnp.bfloat16)
+    abstract = params_lib.abstract_model(DEEP, jnp.bfloat16, jnp.float32, layout)
+    compiled = sync.trace(abstract).lower().compile()
+    module = hlo.parse_module(compiled.as_text())
+    gathered = [
+        hlo.array_bytes(instruction.shape)
+        for computation in module.computations.values()
+        for instruction in computation.values()
+        if instruction.opcode in ("all-gather", "all-gather-start")
+    ]
+    # One layer's slice of the sampler is the most that a gather makes, in float32 on CPU.
+    slices = []
+    for param in params_lib.params_by_path(sync.abstract_model).values():
+        logical_axes = param.get_metadata()["logical_axes"]
+        num_layers = math.prod(param.shape[: logical_axes.count("layers")])
+        slices.append(shapes.local_bytes(param.get_value()) // num_layers)
+    assert 0 < max(gathered) <= 2 * max(slices)
+    whole_experts = (
+        DEEP.repeats * DEEP.num_local_experts * DEEP.hidden_size * DEEP.intermediate_size
+    )
+    assert 12 * max(slices) <= 2 * whole_experts  # so the bounds below are far from it
+    assert compiled.memory_analysis().temp_size_in_bytes < 8 * max(slices) + 16384
 
 
 def test_meshes_of_the_sampler():

@@ -7,10 +7,9 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
 from absl import flags, logging
 
-from m1_jax import command_help, configlib, process_watch
+from m1_jax import command_help, configlib, distributed, process_watch
 
 # Takes (config, workdir). Returns a summary with fields `step` and `stopped_by`. It is printed.
 RunFunction = Callable[[Any, str], Any]
@@ -32,7 +31,7 @@ def cli(run: RunFunction, edit_config: ConfigEdit | None = None) -> None:
     )
     flags.DEFINE_multi_string("set", [], "FIELD=VALUE in the config. May be repeated.")
     flags.DEFINE_string("workdir", None, "Directory of the run: checkpoints, metrics, config.")
-    flags.DEFINE_bool("distributed", False, "Join the other processes of a TPU slice or cluster.")
+    flags.DEFINE_bool("distributed", False, distributed.DISTRIBUTED_HELP)
     flags.DEFINE_bool(
         "verbose", False, "Print every step that is logged, and messages of libraries."
     )
@@ -68,9 +67,7 @@ def _run_command(argv, run: RunFunction, edit_config: ConfigEdit | None) -> None
                 raise ValueError(f"got {argv[1]!r} without --config, which it would change")
             config, message = edit_config(config, argv[1:])
             print(message, file=sys.stderr)
-        if values.distributed:
-            jax.distributed.initialize()  # before anything asks for the devices
-        with process_watch.watch_processes():
+        with distributed.join_processes(values.distributed):
             summary = run(config, values.workdir)
     except Exception as error:
         process_watch.exit_with_error(error)

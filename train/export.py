@@ -1,35 +1,53 @@
 """Command: write the model of a run's checkpoint as a converted directory.
 
-    python -m train.export --workdir=RUN --dst=DIR [--step=N] [--dtype=bfloat16]
+    python -m train.export --workdir=RUN --dst=DIR [--step=N] [--dtype=bfloat16] [--mesh=fsdp=8]
     python -m m1_jax.convert --to=hf --src=DIR --dst=RELEASE_DIR
 
 The run may be one of pretraining, fine-tuning or reinforcement learning. LoRA adapters are merged.
+A checkpoint is restored onto the run's mesh, or onto that of --mesh. With --distributed the same
+command runs on every host, and each writes the parts of its own devices.
 The second command turns the result into a directory in the release's format.
 """
 
+import dataclasses
 import json
 import pathlib
-import sys
-from collections.abc import Callable
-from typing import Any
 
 import jax.numpy as jnp
 from absl import app, flags, logging
 
-from m1_jax import command_help
+from m1_jax import command_help, command_mesh, distributed, memory_check, sharding
+from m1_jax import params as params_lib
 from m1_jax.checkpoints import format as format_lib
 from m1_jax.checkpoints import save as save_lib
-from train import checkpoints, loop, lora, run_model, run_setup
-from train import step as step_lib
+from train import checkpoints, loop, lora, optim, run_model, run_setup
+from train import config as config_lib
 from train import workdir as workdir_lib
 from train.rl import config as rl_config
 from train.rl import loop as rl_loop
 
-RestoreState = Callable[[checkpoints.CheckpointStore, int], step_lib.TrainState]
+
+@dataclasses.dataclass(frozen=True)
+class ExportSource:
+    """A run whose checkpoints can be restored.
+
+    Attributes:
+      config: the run's config.
+      model: the run's model, without weights so far.
+      layout: where its parameters come to lie. None: on one device.
+      optimizer: what decides which moments a state has.
+    """
+
+    config: config_lib.TrainConfig | rl_config.RlConfig
+    model: run_model.RunModel
+    layout: sharding.MeshLayout | None
+    optimizer: optim.AdamW
 
 
-def run(workdir, dst, step: int | None = None, dtype: str = "") -> pathlib.Path:
-    """Write the model of a run's checkpoint.
+def run(
+    workdir, dst, step: int | None = None, dtype: str = "", mesh: str | None = None
+) -> pathlib.Path:
+    """Write the model of a run's checkpoint. With several processes, all of them call this.
 
     Args:
       workdir: directory of the run.
@@ -37,6 +55,7 @@ def run(workdir, dst, step: int | None = None, dtype: str = "") -> pathlib.Path:
       step: step of the checkpoint. None takes the newest.
       dtype: dtype of the parameters on disk. Empty takes that of the computation. Routers stay
         float32.
+      mesh: axis=size,... of the devices that are here. None takes the run's mesh.
 
     Returns:
       The path of `dst`.
@@ -44,52 +63,120 @@ def run(workdir, dst, step: int | None = None, dtype: str = "") -> pathlib.Path:
     Raises:
       ResumeError: the directory has no run, or the run has no such checkpoint.
       FileExistsError: `dst` exists.
+      ValueError: a mesh of other devices, or a state that cannot fit.
     """
-    config, restore_state = _open_run(pathlib.Path(workdir))
-    with checkpoints.CheckpointStore(pathlib.Path(workdir), config.save) as store:
-        steps = store.all_steps()
-        step = max(steps, default=None) if step is None else step
-        if step not in steps:
-            raise checkpoints.ResumeError(f"{workdir}: got step {step}; wanted one of {steps}")
+    workdir, dst = pathlib.Path(workdir), pathlib.Path(dst)
+    source = distributed.run_on_all(lambda: _open_run(workdir, dst, mesh))
+    config = source.config
+    with checkpoints.CheckpointStore(workdir, config.save) as store:
+        chosen_step = distributed.run_on_all(lambda: _choose_step(store, workdir, step))
         # The moments are read, too: the digest covers them.
-        state = restore_state(store, step)
-    dtype = dtype or config.dtype
-    save_lib.save(
-        lora.merge_adapters(state.model), dst, config.checkpoint or None, jnp.dtype(dtype)
+        state = distributed.run_on_all(
+            lambda: source.model.restore_state(store, chosen_step, source.layout, source.optimizer)
+        )
+    distributed.run_on_all(
+        lambda: save_lib.save(
+            lora.merge_adapters(state.model),
+            dst,
+            config.checkpoint or None,
+            jnp.dtype(dtype or config.dtype),
+        )
     )
     # `save` copies the small files of the first checkpoint. A run from random weights has none.
     if not config.checkpoint:
-        format_lib.copy_small_files(pathlib.Path(config.tokenizer), pathlib.Path(dst))
-    return pathlib.Path(dst)
+        distributed.run_on_first(
+            lambda: format_lib.copy_small_files(pathlib.Path(config.tokenizer), dst)
+        )
+    return dst
 
 
-def _open_run(workdir: pathlib.Path) -> tuple[Any, RestoreState]:
-    """Return the config of a directory's run, and the function that restores its states."""
+def _open_run(workdir: pathlib.Path, dst: pathlib.Path, mesh: str | None) -> ExportSource:
+    """Open a directory's run. No weights are read."""
+    if dst.exists():
+        raise FileExistsError(f"{dst} exists; wanted a new directory. Remove it or choose another.")
     file = workdir / workdir_lib.CONFIG_FILE
     # Only the config of an RL run has a field `rollout`.
     if file.exists() and "rollout" in json.loads(file.read_text()):
-        return _open_rl_run(rl_loop.resolve_rl_config(None, workdir))
-    setup = run_setup.make_train_setup(loop.resolve_train_config(None, workdir))
-    return setup.config, setup.restore_state
+        config = rl_loop.resolve_rl_config(None, workdir)
+        model = run_model.make_run_model(config)
+        # The trainer's mesh. The sampler's is not needed.
+        layout = _make_layout(mesh, dict(config.mesh), model)
+        source = ExportSource(config, model, layout, rl_loop.make_optimizer(config))
+        rows, tokens = config.update.rows, config.rollout.max_sample_tokens
+    else:
+        config = loop.resolve_train_config(None, workdir)
+        model = run_model.make_run_model(config, config.model)
+        last_stage = config.stages[-1]
+        layout = _make_layout(mesh, dict(last_stage.mesh), model)
+        setup = run_setup.TrainSetup(config, model, (layout,) * len(config.stages))
+        source = ExportSource(config, model, layout, setup.step_settings(-1).optimizer)
+        rows, tokens = last_stage.rows, last_stage.seq_len
+    job = _make_memory_job(source, rows, tokens)
+    memory_check.check_memory(job, layout, model.param_dtype.name)
+    return source
 
 
-def _open_rl_run(config: rl_config.RlConfig) -> tuple[rl_config.RlConfig, RestoreState]:
-    model = run_model.make_run_model(config)
-    # The trainer's layout. The sampler's is not needed.
-    layout, _ = rl_loop.make_layouts(config, model.config)
-    optimizer = rl_loop.make_optimizer(config)
-    return config, lambda store, step: model.restore_state(store, step, layout, optimizer)
+def _make_layout(
+    mesh: str | None, run_axes: dict[str, int], model: run_model.RunModel
+) -> sharding.MeshLayout | None:
+    axes = command_mesh.parse_axis_sizes(mesh) if mesh else run_axes
+    try:
+        device_mesh = run_model.make_train_mesh(axes)
+    except ValueError as error:
+        if mesh:
+            raise
+        raise ValueError(f"{error} It is the run's mesh: give --mesh for others.") from None
+    return sharding.make_layout(device_mesh, model.config, sharding.TRAIN)
+
+
+def _make_memory_job(source: ExportSource, rows: int, tokens: int) -> memory_check.MemoryJob:
+    """Return what a restored state needs memory for, adapters left out."""
+    model, dtype = source.model, source.model.param_dtype
+    abstract_model = params_lib.abstract_model(model.config, dtype)
+
+    # A state has one dtype wherever it lies.
+    def count_parts(layout: sharding.MeshLayout | None, _: str) -> dict[str, int]:
+        parameters = memory_check.local_param_bytes(abstract_model, layout)
+        # AdamW's two moments have the shape of what is trained.
+        moments = {"moments": 2 * parameters} if model.lora is None else {}
+        return {"parameters": parameters, **moments}
+
+    return memory_check.MemoryJob(
+        "train",
+        sharding.TRAIN,
+        model.config,
+        # A run from random weights has no directory of a model: the planner's own name is the
+        # release's sizes.
+        model.checkpoint or "m1",
+        rows,
+        tokens,
+        None,
+        count_parts,
+    )
+
+
+def _choose_step(
+    store: checkpoints.CheckpointStore, workdir: pathlib.Path, step: int | None
+) -> int:
+    steps = store.all_steps()
+    chosen = max(steps, default=None) if step is None else step
+    if chosen is None or chosen not in steps:
+        raise checkpoints.ResumeError(f"{workdir}: got step {chosen}; wanted one of {steps}")
+    return chosen
 
 
 def main(argv) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unknown argument {argv[1]!r}")
     logging.set_verbosity(logging.WARNING)
+    distributed.run_to_exit(_run_command)
+
+
+def _run_command() -> int:
     values = flags.FLAGS
-    try:
-        run(values.workdir, values.dst, values.step, values.dtype)
-    except (ValueError, OSError) as error:
-        sys.exit("error: " + " ".join(str(error).split("\n")))
+    with distributed.join_processes(values.distributed):
+        run(values.workdir, values.dst, values.step, values.dtype, values.mesh)
+    return 0
 
 
 def cli() -> None:
@@ -99,6 +186,10 @@ def cli() -> None:
     flags.DEFINE_enum(
         "dtype", "", ["", "bfloat16", "float32"], "Dtype of parameters on disk. Empty: the run's."
     )
+    flags.DEFINE_string(
+        "mesh", None, "Devices along each axis, such as fsdp=2,expert=4. Default: the run's mesh."
+    )
+    flags.DEFINE_bool("distributed", False, distributed.DISTRIBUTED_HELP)
     command_help.prepare_help(__doc__, __name__)
     app.run(main)
 

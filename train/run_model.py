@@ -6,8 +6,8 @@ Pretraining, fine-tuning and reinforcement learning build it alike: `train.loop`
 
 import dataclasses
 import pathlib
-from collections.abc import Mapping
-from typing import Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -181,11 +181,17 @@ def check_tokenizer(
         )
 
 
-def make_train_mesh(axes: Mapping[str, int]) -> jax.sharding.Mesh | None:
-    """Return a trainer's mesh: fsdp over all devices by default, None for a single device."""
-    if not axes and jax.device_count() == 1:
+def make_train_mesh(
+    axes: Mapping[str, int], devices: Sequence[Any] | None = None
+) -> jax.sharding.Mesh | None:
+    """Return a trainer's mesh: fsdp over all devices by default, None for a single device.
+
+    Devices other than this process's own are those of a topology, see `train.rehearse`.
+    """
+    num_devices = jax.device_count() if devices is None else len(devices)
+    if not axes and num_devices == 1:
         return None
-    return sharding.make_mesh(axes or {"fsdp": -1})
+    return sharding.make_mesh(axes or {"fsdp": -1}, devices)
 
 
 def _read_model_config(checkpoint: str) -> model_config_lib.ModelConfig:

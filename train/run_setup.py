@@ -4,6 +4,8 @@
 """
 
 import dataclasses
+from collections.abc import Sequence
+from typing import Any
 
 from m1_jax import config as model_config_lib
 from m1_jax import sharding
@@ -122,14 +124,16 @@ def make_train_setup(config: config_lib.TrainConfig) -> TrainSetup:
 
 
 def make_stage_layout(
-    stage: config_lib.TrainStage, model_config: model_config_lib.ModelConfig
+    stage: config_lib.TrainStage,
+    model_config: model_config_lib.ModelConfig,
+    devices: Sequence[Any] | None = None,
 ) -> sharding.MeshLayout | None:
-    """Return a stage's layout, or None for a single device.
+    """Return a stage's layout on these devices (None: all), or None for a single device.
 
     Raises:
       ValueError: the devices, the model, the rows or their length do not fit the mesh.
     """
-    mesh = run_model.make_train_mesh(dict(stage.mesh))
+    mesh = run_model.make_train_mesh(dict(stage.mesh), devices)
     layout = sharding.make_layout(mesh, model_config, sharding.TRAIN)
     # The rows of a microbatch are what the devices share.
     sharding.check_batch_rows(layout, stage.rows // stage.accumulate)

@@ -5,7 +5,8 @@ one order. That is what the other processes of a mesh repeat (`execution/leader_
 """
 
 import concurrent.futures
-from collections.abc import Callable, Hashable, Sequence
+import functools
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import jax
@@ -13,7 +14,16 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from infer import config as config_lib
-from infer.execution import host_batch, program_spec, programs, slot_sampling, transfers
+from infer.execution import (
+    compiled_program,
+    drafts,
+    host_batch,
+    partitions,
+    program_spec,
+    programs,
+    slot_sampling,
+    transfers,
+)
 from infer.scheduling import plan as plan_lib
 from m1_jax import model as model_lib
 from m1_jax.serving import state as state_lib
@@ -33,8 +43,9 @@ class Device:
         """Allocate all memory and compile all programs."""
         # The weights are kept as leaves: swaps replace them, the model's structure stays.
         weights, self._model_structure = jax.tree.flatten(model)
-        layout = model.layout
-        self._replicated = None if layout is None else NamedSharding(layout.mesh, PartitionSpec())
+        self._layout = layout = model.layout
+        num_partitions = 1 if layout is None else layout.axis_size("batch")
+        config = config.split(num_partitions)  # from here on, sizes of one partition
         state = state_lib.init_serving_state(
             model.config,
             config.total_slots,
@@ -45,13 +56,17 @@ class Device:
             config.record_routes,
         )
         sampling = jax.jit(
-            slot_sampling.init_sampling_state, static_argnums=(0, 1), out_shardings=self._replicated
-        )(config.total_slots, model.config.vocab_size)
+            slot_sampling.init_sampling_state,
+            static_argnums=(0, 1, 2),
+            out_shardings=None if layout is None else layout.activation_sharding("batch"),
+        )(config.total_slots, model.config.vocab_size, num_partitions)
         self._buffers: dict[str, Any] = {"weights": weights, "state": state, "sampling": sampling}
         # What `swap_out` read, as trees of `_HostCopy`, by sequence id.
         self._host_copies: dict[Hashable, list[Any]] = {}
-        self.limits = _measure_limits(config, state)
-        self._programs: dict[tuple[ProgramName, int], CompiledProgram] = {}  # by name and size
+        self.limits = _measure_limits(config, state, num_partitions)
+        self._programs: dict[
+            tuple[ProgramName, int], compiled_program.CompiledProgram
+        ] = {}  # by name and size
         self._specs = self._declare_steps(config)
         self._specs |= self._declare_transfers(config, model.config.vocab_size)
         self._compile_programs()
@@ -67,7 +82,8 @@ class Device:
 
         Args:
           name: a program that `_declare_steps` or `_declare_transfers` declares for this config.
-          size: which variant to run, by its rows or tokens. 0 where there is one variant alone.
+          size: which variant to run, by the rows or tokens of all partitions. 0 where there is one
+            variant alone.
 
         Returns:
           The program's result, or None if it has none.
@@ -174,20 +190,17 @@ class Device:
             model = jax.tree.unflatten(structure, weights)
             return programs.prefill_prompts(model, state, sampling, batch, prompts, tiles)
 
-        def verify(weights, state, sampling, batch, drafts):
+        def verify(weights, state, sampling, batch, guesses):
             model = jax.tree.unflatten(structure, weights)
-            return programs.verify_drafts(model, state, sampling, batch, drafts, tiles)
+            return drafts.verify_drafts(model, state, sampling, batch, guesses, tiles)
 
         def declare(function, host_arguments):
             takes, donates = ("weights", "state", "sampling"), ("state", "sampling")
-            # What is sampled is needed on the host, and the sampling state is small: both are
-            # replicated. The serving state keeps the shardings that it was made with.
-            shardings = None
-            if self._replicated is not None:
-                shardings = (self._state_shardings(), self._replicated, self._replicated)
-            return program_spec.ProgramSpec(
-                function, takes, host_arguments, donates, True, shardings
-            )
+            if self._layout is not None:
+                host_arguments = partitions.shard_rows(host_arguments, self._layout)
+            return program_spec.ProgramSpec(function, takes, host_arguments, donates, True)
+
+        num_partitions = self.limits.num_partitions
 
         def make_batch(rows):
             return host_batch.make_empty_batch(rows, config)
@@ -195,14 +208,18 @@ class Device:
         steps = np.int32(0)  # an example: calls pass the steps to make
         specs = {
             ProgramName.DECODE: declare(
-                decode, {rows: (make_batch(rows), steps) for rows in config.decode_batch_sizes}
+                decode,
+                {
+                    rows: (make_batch(rows), steps)
+                    for rows in (num_partitions * size for size in config.decode_batch_sizes)
+                },
             ),
             ProgramName.PREFILL: declare(
                 prefill,
                 {
-                    tokens: (
-                        make_batch(host_batch.MAX_PREFILL_CHUNKS),
-                        host_batch.make_empty_prompts(tokens, config),
+                    num_partitions * tokens: (
+                        make_batch(num_partitions * host_batch.MAX_PREFILL_CHUNKS),
+                        host_batch.make_empty_prompts(tokens, config, num_partitions),
                     )
                     for tokens in config.prefill_tokens
                 },
@@ -210,9 +227,9 @@ class Device:
         }
         if config.draft_tokens:
             # One size alone: `Dispatcher` checks guesses only where few rows run.
-            rows = config.decode_batch_sizes[0]
-            drafts = np.zeros((rows, config.attention_tile), np.int32)
-            specs[ProgramName.VERIFY] = declare(verify, {rows: (make_batch(rows), drafts)})
+            rows = num_partitions * config.decode_batch_sizes[0]
+            guesses = np.zeros((rows, config.attention_tile), np.int32)
+            specs[ProgramName.VERIFY] = declare(verify, {rows: (make_batch(rows), guesses)})
         return specs
 
     def _declare_transfers(
@@ -220,57 +237,47 @@ class Device:
     ) -> dict[ProgramName, program_spec.ProgramSpec]:
         """Return the programs that move memory, or change the sampling state of one slot."""
         slot, pages = np.int32(0), np.zeros(transfers.SWAP_PAGES, np.int32)
-        state_shardings = None if self._replicated is None else self._state_shardings()
 
-        def change_state(function, *host_arguments):
-            buffers = ("state",)
+        def on_mesh(function):
+            return functools.partial(function, self._layout)
+
+        def change(buffer, function, *host_arguments):
             return program_spec.ProgramSpec(
-                function, buffers, {0: host_arguments}, buffers, output_shardings=state_shardings
+                on_mesh(function), (buffer,), {0: host_arguments}, (buffer,)
             )
 
-        def change_sampling(function, *host_arguments):
-            buffers = ("sampling",)
-            return program_spec.ProgramSpec(
-                function, buffers, {0: host_arguments}, buffers, output_shardings=self._replicated
-            )
-
-        def read(function, buffer, *host_arguments, output_shardings=self._replicated):
-            return program_spec.ProgramSpec(
-                function, (buffer,), {0: host_arguments}, output_shardings=output_shardings
-            )
+        def read(buffer, function, *host_arguments):
+            return program_spec.ProgramSpec(on_mesh(function), (buffer,), {0: host_arguments})
 
         no_tokens, no_mask = host_batch.pad_tokens([]), host_batch.make_free_mask(vocab_size)
         specs = {
-            ProgramName.COPY_STATE: change_state(transfers.copy_states, slot, slot),
-            ProgramName.RESET_SLOT: change_sampling(
-                transfers.reset_slot, slot, *host_batch.make_bias({})
+            ProgramName.COPY_STATE: change("state", transfers.copy_states, slot, slot),
+            ProgramName.RESET_SLOT: change(
+                "sampling", transfers.reset_slot, slot, *host_batch.make_bias({})
             ),
-            ProgramName.COUNT_TOKENS: change_sampling(
-                transfers.count_tokens, slot, no_tokens, np.bool_(True)
+            ProgramName.COUNT_TOKENS: change(
+                "sampling", transfers.count_tokens, slot, no_tokens, np.bool_(True)
             ),
-            ProgramName.SET_MASK: change_sampling(transfers.set_mask, slot, no_mask),
+            ProgramName.SET_MASK: change("sampling", transfers.set_mask, slot, no_mask),
         }
         if config.record_routes:
-            specs[ProgramName.READ_EXPERT_IDS] = read(transfers.read_expert_ids, "state", pages)
+            specs[ProgramName.READ_EXPERT_IDS] = read("state", transfers.read_expert_ids, pages)
         if config.host_bytes:
-            # XLA chooses the shardings of what is read: the state's, without the axis of slots or
-            # pages, which is not split. Writing takes what reading returns, so reading is compiled
-            # here, ahead of the other programs.
-            specs[ProgramName.READ_SEQUENCE] = read(
-                transfers.read_sequence, "state", slot, pages, output_shardings=None
+            # Writing takes what reading returns, so reading is compiled here, ahead of the other
+            # programs.
+            specs[ProgramName.READ_SEQUENCE] = read("state", transfers.read_sequence, slot, pages)
+            specs[ProgramName.READ_SAMPLING] = read("sampling", transfers.read_sampling_state, slot)
+            for name in (ProgramName.READ_SEQUENCE, ProgramName.READ_SAMPLING):
+                self._programs[name, 0] = self._compile_program(specs[name], 0)
+            part, row = (
+                self._programs[name, 0].output_shapes
+                for name in (ProgramName.READ_SEQUENCE, ProgramName.READ_SAMPLING)
             )
-            self._programs[ProgramName.READ_SEQUENCE, 0] = self._compile_program(
-                specs[ProgramName.READ_SEQUENCE], 0
+            specs[ProgramName.WRITE_SEQUENCE] = change(
+                "state", transfers.write_sequence, slot, pages, part
             )
-            part = self._programs[ProgramName.READ_SEQUENCE, 0].output_shapes
-            specs[ProgramName.WRITE_SEQUENCE] = change_state(
-                transfers.write_sequence, slot, pages, part
-            )
-            shapes = jax.eval_shape(transfers.read_sampling_state, self._buffers["sampling"], slot)
-            sampling = self._replicate_shapes(shapes)
-            specs[ProgramName.READ_SAMPLING] = read(transfers.read_sampling_state, "sampling", slot)
-            specs[ProgramName.WRITE_SAMPLING] = change_sampling(
-                transfers.write_sampling_state, slot, sampling
+            specs[ProgramName.WRITE_SAMPLING] = change(
+                "sampling", transfers.write_sampling_state, slot, row
             )
         return specs
 
@@ -286,28 +293,36 @@ class Device:
             }
             self._programs |= {key: future.result() for key, future in futures.items()}
 
-    def _compile_program(self, spec: program_spec.ProgramSpec, size: int) -> "CompiledProgram":
-        return CompiledProgram(
+    def _compile_program(
+        self, spec: program_spec.ProgramSpec, size: int
+    ) -> compiled_program.CompiledProgram:
+        return compiled_program.CompiledProgram(
             spec.function,
             [spec.takes.index(buffer) for buffer in spec.donates],
             *(self._buffers[buffer] for buffer in spec.takes),
             *spec.host_arguments[size],
-            output_shardings=spec.output_shardings,
+            output_shardings=self._output_shardings(spec),
         )
 
-    def _state_shardings(self) -> Any:
-        return jax.tree.map(lambda array: array.sharding, self._buffers["state"])
-
-    def _replicate_shapes(self, shapes: Any) -> Any:
-        return jax.tree.map(
-            lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=self._replicated), shapes
+    def _output_shardings(self, spec: program_spec.ProgramSpec) -> Any:
+        """Return where a program's outputs lie. None: where its `shard_map` says."""
+        if self._layout is None or not spec.donates:
+            return None
+        # Updated buffers lie as they were made, because all programs are compiled for that.
+        buffers = tuple(
+            jax.tree.map(lambda array: array.sharding, self._buffers[buffer])
+            for buffer in spec.donates
         )
+        if spec.has_result:  # it is needed on the host
+            return *buffers, NamedSharding(self._layout.mesh, PartitionSpec())
+        (buffer,) = buffers
+        return buffer
 
 
 def _measure_limits(
-    config: config_lib.EngineConfig, state: state_lib.ServingState
+    config: config_lib.EngineConfig, state: state_lib.ServingState, num_partitions: int
 ) -> plan_lib.DeviceLimits:
-    """Return the sizes of the pools, and the bytes of their members on all devices together."""
+    """Return the sizes of a partition's pools, and the bytes of a member on all its devices."""
 
     def member_bytes(kind):
         pools = [pool for pool in state.group_states if isinstance(pool, kind)]
@@ -328,6 +343,7 @@ def _measure_limits(
         page_bytes=page_bytes,
         state_bytes=state_bytes,
         cache_bytes=snapshots_bytes if config.prefix_cache and config.num_snapshots else 0,
+        num_partitions=num_partitions,
     )
 
 
@@ -336,54 +352,19 @@ class _HostCopy:
 
     def __init__(self, array: jax.Array):
         self._shape, self._sharding = array.shape, array.sharding
-        self._shards = [
-            (shard.device, np.asarray(shard.data)) for shard in array.addressable_shards
-        ]
+        # Devices that have the same shard share a copy.
+        self._shards: dict[Any, tuple[np.ndarray, list[Any]]] = {}
+        for shard in array.addressable_shards:
+            key = str(shard.index)  # slices have no hash
+            if key not in self._shards:
+                self._shards[key] = np.asarray(shard.data), []
+            self._shards[key][1].append(shard.device)
 
     def to_device(self) -> jax.Array:
         """Return the array again."""
-        shards = [jax.device_put(data, device) for device, data in self._shards]
+        shards = [
+            jax.device_put(data, device)
+            for data, devices in self._shards.values()
+            for device in devices
+        ]
         return jax.make_array_from_single_device_arrays(self._shape, self._sharding, shards)
-
-
-class CompiledProgram:
-    """A function compiled for arguments of given shapes, some of which it consumes.
-
-    Args:
-      function: takes the arguments.
-      donated: numbers of the arguments whose memory it reuses.
-      *arguments: arrays or shapes, with the shardings that calls will have.
-      output_shardings: shardings of its outputs, None for one device or XLA's choice.
-    """
-
-    def __init__(
-        self,
-        function: Callable,
-        donated: Sequence[int],
-        *arguments: Any,
-        output_shardings: Any = None,
-    ):
-        # Leaves go in one by one: lowering puts descriptions of arrays into the classes of its
-        # arguments, and shape checks of those classes, on in tests, refuse them.
-        ends = np.cumsum([0, *(len(jax.tree.leaves(argument)) for argument in arguments)])
-        leaves, tree = jax.tree.flatten(arguments)
-        donated_leaves = [leaf for arg in donated for leaf in range(ends[arg], ends[arg + 1])]
-        flat = jax.jit(
-            lambda *leaves: function(*jax.tree.unflatten(tree, leaves)),
-            donate_argnums=donated_leaves,
-            out_shardings=output_shardings,
-        )
-        # Compiled here and never again: a call with other shapes is an error, not a compilation.
-        self._compiled = flat.lower(*leaves).compile()
-
-    @property
-    def output_shapes(self) -> Any:
-        """Shapes and shardings of what it returns."""
-        return jax.tree.map(
-            lambda a, sharding: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding),
-            self._compiled.out_info,
-            self._compiled.output_shardings,
-        )
-
-    def __call__(self, *arguments: Any) -> Any:
-        return self._compiled(*jax.tree.leaves(arguments))

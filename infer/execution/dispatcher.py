@@ -66,7 +66,8 @@ class Dispatcher:
         device: device_lib.Device | leader_follower.Leader,
         config: config_lib.EngineConfig,
     ):
-        self._device, self._config = device, config
+        self._device, self._num_partitions = device, device.limits.num_partitions
+        self._config = config.split(self._num_partitions)
         # Slots without an entry are clean: `init_sampling_state` made them so.
         self._slots: dict[int, _SlotUse] = {}
 
@@ -88,13 +89,14 @@ class Dispatcher:
         for entry, request in zip(plan.entries, requests, strict=True):
             if request is not None:
                 self._prepare_slot(entry.slot, request)
-        chosen = None
+        if not plan.entries:
+            return DispatchedPlan({}, None, version)
         if plan.prefill_chunks:
-            chosen = self._start_prefill(plan.prefill_chunks, requests)
-        elif plan.decode_rows:
-            chosen = self._start_decode(plan, requests)
-        rows = {entry.sequence_id: row for row, entry in enumerate(plan.entries)}
-        return DispatchedPlan(rows, chosen, version)
+            rows, chosen = self._start_prefill(plan, requests)
+        else:
+            rows, chosen = self._start_decode(plan, requests)
+        ids = [entry.sequence_id for entry in plan.entries]
+        return DispatchedPlan(dict(zip(ids, rows, strict=True)), chosen, version)
 
     def read_expert_ids(self, pages: Sequence[int]) -> np.ndarray:
         """Wait for the experts of all tokens in some pages: [tokens, layers, experts]."""
@@ -107,46 +109,54 @@ class Dispatcher:
         return expert_ids.reshape(-1, *expert_ids.shape[2:])
 
     def _start_prefill(
-        self,
-        chunks: Sequence[plan_lib.PrefillChunk],
-        requests: Sequence[request_lib.Request | None],
-    ) -> sampling.ChosenTokens:
+        self, plan: plan_lib.StepPlan, requests: Sequence[request_lib.Request | None]
+    ) -> tuple[list[int], sampling.ChosenTokens]:
+        """Return the entries' rows, and what the program chooses in them."""
+        chunks, num_rows = plan.prefill_chunks, host_batch.MAX_PREFILL_CHUNKS
+        rows = plan.assign_rows(self._num_partitions, num_rows)
         tokens = [
             _chunk_tokens(request, chunk) for request, chunk in zip(requests, chunks, strict=True)
         ]
-        prompts = host_batch.pack_prompts(chunks, tokens, self._config)
-        rows = host_batch.MAX_PREFILL_CHUNKS
-        batch = host_batch.make_batch(rows, chunks, requests, self._config)
-        return self._device.run_program(ProgramName.PREFILL, len(prompts.tokens), batch, prompts)
+        prompts = host_batch.pack_prompts(chunks, rows, tokens, self._config, self._num_partitions)
+        batch = host_batch.make_batch(
+            self._num_partitions * num_rows, plan, rows, requests, self._config
+        )
+        size = len(prompts.tokens)
+        return rows, self._device.run_program(ProgramName.PREFILL, size, batch, prompts)
 
     def _start_decode(
         self, plan: plan_lib.StepPlan, requests: Sequence[request_lib.Request | None]
-    ) -> sampling.ChosenTokens:
+    ) -> tuple[list[int], sampling.ChosenTokens]:
+        """Return the entries' rows, and what the program chooses in them."""
         sizes = self._config.decode_batch_sizes
-        size = next(rows for rows in sizes if rows >= len(plan.decode_rows))  # ascending
-        batch = host_batch.make_batch(size, plan.decode_rows, requests, self._config)
-        drafts = self._draft_tokens(size, plan, requests)
-        if drafts is None:
-            return self._device.run_program(
-                ProgramName.DECODE, size, batch, np.int32(plan.max_steps)
-            )
-        return self._device.run_program(ProgramName.VERIFY, size, batch, drafts)
+        # The partition with the most rows decides. Sizes ascend, so the smallest that holds it.
+        most_rows = max(plan.count_rows(self._num_partitions))
+        num_rows = next(rows for rows in sizes if rows >= most_rows)
+        rows = plan.assign_rows(self._num_partitions, num_rows)
+        size = self._num_partitions * num_rows
+        batch = host_batch.make_batch(size, plan, rows, requests, self._config)
+        guesses = self._draft_tokens(size, plan, rows, requests)
+        if guesses is None:
+            steps = np.int32(plan.max_steps)
+            return rows, self._device.run_program(ProgramName.DECODE, size, batch, steps)
+        return rows, self._device.run_program(ProgramName.VERIFY, size, batch, guesses)
 
     def _draft_tokens(
         self,
         size: int,
         plan: plan_lib.StepPlan,
+        rows: Sequence[int],
         requests: Sequence[request_lib.Request | None],
     ) -> np.ndarray | None:
-        """Return guesses for `programs.verify_drafts`, or None where there are none to check."""
+        """Return guesses for `drafts.verify_drafts`, or None where there are none to check."""
         config = self._config
         # A row makes one token more than it has right guesses, and at most `max_steps` in all.
         max_drafts = min(config.draft_tokens, plan.max_steps - 1)
         # With many rows the device is busy without guesses: only the smallest program has them.
-        if max_drafts < 1 or size != config.decode_batch_sizes[0]:
+        if max_drafts < 1 or size != self._num_partitions * config.decode_batch_sizes[0]:
             return None
         drafts = np.full((size, config.attention_tile), -1, np.int32)
-        for row, request in enumerate(requests):
+        for row, request in zip(rows, requests, strict=True):
             if request is None or not request.allows_drafts:
                 continue
             # The last token of a sequence is not in its state yet: it enters first, at the row of

@@ -17,7 +17,7 @@ from infer import request as request_lib
 from infer.execution import programs, sampling, slot_sampling, transfers
 from infer.scheduling import plan as plan_lib
 
-MAX_PREFILL_CHUNKS = 8  # sequences in one prefill program, the length of its batch
+MAX_PREFILL_CHUNKS = 8  # sequences of a partition in one prefill program, its rows of the batch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,19 +65,21 @@ class SampledTokens:
 
 def make_batch(
     size: int,
-    entries: Sequence[plan_lib.PrefillChunk] | Sequence[plan_lib.DecodeRow],
+    plan: plan_lib.StepPlan,
+    rows: Sequence[int],
     requests: Sequence[request_lib.Request | None],
     config: config_lib.EngineConfig,
 ) -> slot_sampling.SequenceBatch:
     """Return the batch of a program: slots, pages and options of its sequences.
 
     Args:
-      size: rows of the program. Those past the entries are padding.
-      entries: the plan's entries, in order.
+      size: rows of the program. Those of no entry are padding.
+      plan: has the entries.
+      rows: the row of each entry.
       requests: the requests of the entries. None for one that is over, whose row becomes padding.
     """
     batch = make_empty_batch(size, config)
-    for row, (entry, request) in enumerate(zip(entries, requests, strict=True)):
+    for row, entry, request in zip(rows, plan.entries, requests, strict=True):
         if request is None:
             continue
         options, prompt_tokens = request.options, len(request.prompt)
@@ -98,30 +100,40 @@ def make_batch(
 
 def pack_prompts(
     chunks: Sequence[plan_lib.PrefillChunk],
+    rows: Sequence[int],
     tokens: Sequence[tuple[Sequence[int], int]],
     config: config_lib.EngineConfig,
+    num_partitions: int = 1,
 ) -> programs.PackedPrompts:
     """Return chunks of prompts packed into the rows of the smallest program that holds them.
 
     Args:
       chunks: the plan's chunks, in order.
+      rows: the row of each chunk's sequence in the batch.
       tokens: the tokens of each chunk, and the token after them if that is known, else -1.
     """
     tile = config.attention_tile
     widths = [config.pad_to_tile(chunk.num_tokens) for chunk in chunks]
-    size = next(rows for rows in config.prefill_tokens if rows >= sum(widths))
-    prompts = make_empty_prompts(size, config)
-    first = 0  # row of the chunk's first token, always on a tile
-    for i, (chunk, (ids, next_id), width) in enumerate(zip(chunks, tokens, widths, strict=True)):
+    used = [0] * num_partitions  # rows of each partition that chunks have taken
+    first_rows = []  # of each chunk's first token in its partition, always on a tile
+    for chunk, width in zip(chunks, widths, strict=True):
+        first_rows.append(used[chunk.partition])
+        used[chunk.partition] += width
+    size = next(tokens for tokens in config.prefill_tokens if tokens >= max(used))
+    prompts = make_empty_prompts(size, config, num_partitions)
+    for chunk, row, (ids, next_id), width, first in zip(
+        chunks, rows, tokens, widths, first_rows, strict=True
+    ):
         end = chunk.start + chunk.num_tokens
-        prompts.tokens[first : first + chunk.num_tokens] = ids
-        prompts.positions[first : first + chunk.num_tokens] = np.arange(chunk.start, end)
-        prompts.chunk_index[first // tile : (first + width) // tile] = i
+        place = chunk.partition * size + first
+        prompts.tokens[place : place + chunk.num_tokens] = ids
+        prompts.positions[place : place + chunk.num_tokens] = np.arange(chunk.start, end)
+        # Rows of the partition's part of the batch, and of its tokens below.
+        prompts.chunk_index[place // tile : (place + width) // tile] = row % MAX_PREFILL_CHUNKS
         if chunk.is_last:
-            prompts.lengths[i], prompts.known_tokens[i] = end, next_id
+            prompts.lengths[row], prompts.known_tokens[row] = end, next_id
             # No row if the next token is known: its logits would be computed for nothing.
-            prompts.last_rows[i] = first + chunk.num_tokens - 1 if next_id < 0 else -1
-        first += width
+            prompts.last_rows[row] = first + chunk.num_tokens - 1 if next_id < 0 else -1
     return prompts
 
 
@@ -142,16 +154,19 @@ def make_empty_batch(size: int, config: config_lib.EngineConfig) -> slot_samplin
     )
 
 
-def make_empty_prompts(size: int, config: config_lib.EngineConfig) -> programs.PackedPrompts:
-    """Return prompts of padding."""
+def make_empty_prompts(
+    size: int, config: config_lib.EngineConfig, num_partitions: int = 1
+) -> programs.PackedPrompts:
+    """Return prompts of padding, with `size` rows of tokens in each partition."""
+    num_tokens, num_chunks = num_partitions * size, num_partitions * MAX_PREFILL_CHUNKS
     host_prompts: Any = programs.PackedPrompts
     return host_prompts(
-        tokens=np.zeros(size, np.int32),
-        positions=np.full(size, -1, np.int32),
-        chunk_index=np.full(size // config.attention_tile, -1, np.int32),
-        last_rows=np.full(MAX_PREFILL_CHUNKS, -1, np.int32),
-        lengths=np.zeros(MAX_PREFILL_CHUNKS, np.int32),
-        known_tokens=np.full(MAX_PREFILL_CHUNKS, -1, np.int32),
+        tokens=np.zeros(num_tokens, np.int32),
+        positions=np.full(num_tokens, -1, np.int32),
+        chunk_index=np.full(num_tokens // config.attention_tile, -1, np.int32),
+        last_rows=np.full(num_chunks, -1, np.int32),
+        lengths=np.zeros(num_chunks, np.int32),
+        known_tokens=np.full(num_chunks, -1, np.int32),
     )
 
 

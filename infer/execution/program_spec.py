@@ -34,12 +34,10 @@ class ProgramSpec:
       function: takes the buffers named in `takes`, in order, then host arrays. It returns the
         buffers named in `donates`, updated, then its result if it has one.
       takes: device buffers that it reads: "weights", "state" or "sampling".
-      host_arguments: examples of the host arrays, by the program's size. It is compiled once for
-        each. The size is 0 where there is only one.
+      host_arguments: examples of the host arrays, or their shapes with shardings, by the program's
+        size. It is compiled once for each. The size is 0 where there is only one.
       donates: buffers whose memory it reuses for their updated versions.
       has_result: whether it returns something besides the donated buffers.
-      output_shardings: shardings of all that it returns. None on one device, and where XLA may
-        choose.
     """
 
     function: Callable
@@ -47,4 +45,3 @@ class ProgramSpec:
     host_arguments: Mapping[int, tuple[Any, ...]]
     donates: tuple[str, ...] = ()
     has_result: bool = False
-    output_shardings: Any = None

@@ -8,22 +8,27 @@ state (`m1_jax/serving/state.py`), and for each slot what choosing its next toke
 
 Slot 0 and page 0 belong to padding. Rows that do not take part are pointed at them, so that their
 writes need no condition and harm nobody.
+
+On a mesh, a program is one `shard_map` (`execution/partitions.py`). A device has the rows, slots
+and pages of its own partition. It computes its rows' states, attention, projections and choices,
+and sends rows to the devices that have their experts. What was chosen is gathered at the end,
+because process 0 reads the rows of all partitions.
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Int
 
 from infer import config as config_lib
 from infer import options as options_lib
-from infer.execution import sampling, slot_sampling
+from infer.execution import partitions, sampling, slot_sampling
+from m1_jax import collectives, sharding
 from m1_jax import config as model_config_lib
 from m1_jax import model as model_lib
-from m1_jax import sharding
 from m1_jax.serving import forward, ragged_batch
 from m1_jax.serving import state as state_lib
 
@@ -33,7 +38,8 @@ from m1_jax.serving import state as state_lib
 class PackedPrompts:
     """Chunks of prompts, packed: each starts on a tile and is padded to whole tiles.
 
-    M are the rows, I the tiles, B the sequences of the batch.
+    M are the rows, I the tiles, B the sequences of the batch. On a mesh, those of a partition lie
+    one after another, and numbers of rows count from the partition's first.
 
     Attributes:
       tokens: the token of each row.
@@ -84,14 +90,35 @@ def decode_tokens(
       Both states, and what was chosen as arrays [max_steps, B, ...]. Tokens are -1 where a row had
       ended.
     """
+    decode = functools.partial(_decode_local, tiles=tiles, max_steps=max_steps)
+    return partitions.run_on_partitions(decode, 1, model, state, sampling_state, batch, steps)
+
+
+def _decode_local(
+    model: model_lib.MiniMaxM1,
+    state: state_lib.ServingState,
+    sampling_state: slot_sampling.SlotSamplingState,
+    batch: slot_sampling.SequenceBatch,
+    steps: Int[Array, ""],
+    *,
+    tiles: EngineTiles,
+    max_steps: int,
+) -> tuple[state_lib.ServingState, slot_sampling.SlotSamplingState, sampling.ChosenTokens]:
+    """Make the tokens of this partition's rows."""
+
+    def any_runs(sampling_state):
+        # Of all partitions: devices must agree on the steps, because they meet in collectives.
+        runs = jnp.any(sampling_state.running[batch.slots]).astype(jnp.int32)
+        return collectives.pmax(runs, "batch") > 0
 
     def has_work(carry):
-        step, _, sampling_state, _ = carry
-        return (step < steps) & jnp.any(sampling_state.running[batch.slots])
+        step, is_running, *_ = carry
+        return (step < steps) & is_running
 
-    # The carry: step, both states, and the arrays [max_steps, B, ...] of what was chosen so far.
+    # The carry: step, whether any row runs, both states, and the arrays [max_steps, B, ...] of what
+    # was chosen so far.
     def decode_step(carry):
-        step, state, sampling_state, outputs = carry
+        step, _, state, sampling_state, outputs = carry
         # Slot 0 is padding's, and padding never runs.
         running = sampling_state.running[batch.slots] & (batch.slots > 0)
         length = sampling_state.length[batch.slots]
@@ -105,24 +132,24 @@ def decode_tokens(
         )
         tokens = sampling_state.token[batch.slots]
         logits, state = forward.forward_ragged(model, tokens, rows, state)
-        # Every device chooses for all rows: the sampling state is replicated.
-        logits = sharding.replicate_array(logits, model.layout)
+        logits = collectives.all_gather(logits, "vocab", 1)
         sampling_state, chosen = slot_sampling.choose_and_record(
             logits, sampling_state, batch, running, length + 1
         )
         outputs = _write_step(outputs, chosen, step)
-        return step + 1, state, sampling_state, outputs
+        return step + 1, any_runs(sampling_state), state, sampling_state, outputs
 
     # The loop's carry must have the dtypes that a step returns: they are read off one abstract
     # step, not spelled here a second time.
+    carry = (jnp.int32(0), any_runs(sampling_state), state, sampling_state)
     empty = _empty_tokens(batch, max_steps)
-    shapes = jax.eval_shape(lambda: decode_step((jnp.int32(0), state, sampling_state, empty))[3])
+    shapes = jax.eval_shape(lambda: decode_step((*carry, empty))[-1])
     outputs = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
     # A token of -1 says that nothing was made. The zeros of the other arrays mean nothing then.
     outputs = dataclasses.replace(outputs, token=outputs.token - 1)
     # `while_loop`, not `scan`: it ends when no row runs any more, and `steps` is an array.
-    _, state, sampling_state, outputs = jax.lax.while_loop(
-        has_work, decode_step, (jnp.int32(0), state, sampling_state, outputs)
+    _, _, state, sampling_state, outputs = jax.lax.while_loop(
+        has_work, decode_step, (*carry, outputs)
     )
     return state, sampling_state, outputs
 
@@ -136,12 +163,16 @@ def abstract_decode_inputs(
 
     For `m1_jax.plan`, which compiles the decode program at full size without the hardware.
     """
+    num_partitions = layout.axis_size("batch")
+    sizes = config.split(num_partitions)
     state = state_lib.abstract_serving_state(
-        model_config, config.total_slots, config.total_pages, config.chunk_tokens, layout
+        model_config, sizes.total_slots, sizes.total_pages, sizes.chunk_tokens, layout
     )
-    size = config.decode_batch_sizes[-1]
+    size = num_partitions * sizes.decode_batch_sizes[-1]
     sampling_state = jax.eval_shape(
-        lambda: slot_sampling.init_sampling_state(config.total_slots, model_config.vocab_size)
+        lambda: slot_sampling.init_sampling_state(
+            sizes.total_slots, model_config.vocab_size, num_partitions
+        )
     )
     # The fields are annotated as arrays. `Any` lets shapes through the type checker.
     ints: Any = jax.ShapeDtypeStruct((size,), jnp.int32)
@@ -156,119 +187,8 @@ def abstract_decode_inputs(
         length_limit=ints,
         forced_tokens=ints,
     )
-    replicated = NamedSharding(layout.mesh, PartitionSpec())
-    return state, jax.tree.map(
-        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=replicated),
-        (sampling_state, batch, jax.ShapeDtypeStruct((), jnp.int32)),
-    )
-
-
-def verify_drafts(
-    model: model_lib.MiniMaxM1,
-    state: state_lib.ServingState,
-    sampling_state: slot_sampling.SlotSamplingState,
-    batch: slot_sampling.SequenceBatch,
-    drafts: Int[Array, "B t"],
-    tiles: EngineTiles,
-) -> tuple[state_lib.ServingState, slot_sampling.SlotSamplingState, sampling.ChosenTokens]:
-    """Make tokens as `decode_tokens` does, several at once where guesses at them turn out right.
-
-    Every guess is checked by choosing from the logits before it as `decode_tokens` would: a row of
-    a tile is computed as it is alone. What a wrong guess left in the open chunk and in pages is
-    overwritten before anything reads it.
-
-    Args:
-      drafts: guesses at the tokens after the next one to enter the state, by row of the sequence's
-        open tile, -1 for none. There is none at the last token of a chunk: the recurrent state
-        would move on, for good.
-
-    Returns:
-      Both states, and what was chosen as arrays [t, B, ...], token -1 where nothing was made.
-    """
-    size, tile = drafts.shape
-    running = sampling_state.running[batch.slots] & (batch.slots > 0)
-    length = sampling_state.length[batch.slots]
-    # Columns of the tile [B, t]. The token chosen last enters at `first`, its guesses after it.
-    column = jnp.arange(tile, dtype=jnp.int32)[None]
-    first = (length % tile)[:, None]
-    is_fed = running[:, None] & ((column == first) | ((column > first) & (drafts >= 0)))
-    positions = (length[:, None] - first + column).reshape(-1)
-    rows = ragged_batch.RaggedBatch(
-        jnp.where(is_fed.reshape(-1), positions, -1),
-        jnp.where(running, batch.slots, 0),
-        batch.pages,
-        tiles.attention_tile,
-        tiles.matmul_tile,
-    )
-    tokens = jnp.where(
-        column == first, sampling_state.token[batch.slots][:, None], jnp.maximum(drafts, 0)
-    )
-    logits, state = forward.forward_ragged(model, tokens.reshape(-1), rows, state)
-    logits = sharding.replicate_array(logits, model.layout)
-    # Each column of a tile chooses like a row of its own. Pages are not needed for that.
-    by_column = jax.tree.map(
-        lambda a: jnp.repeat(a, tile, axis=0), dataclasses.replace(batch, pages=batch.pages[:, :0])
-    )
-    chosen, stopped = slot_sampling.choose_tokens(
-        logits, sampling_state, by_column, is_fed.reshape(-1), positions + 1
-    )
-    stopped = stopped.reshape(size, tile)
-    token = chosen.token.reshape(size, tile)
-    is_made = _accept_columns(drafts, token, stopped, column, first) & is_fed
-    sampling_state = _record_columns(
-        sampling_state, batch, running, token, stopped, is_made, column, length
-    )
-    chosen = dataclasses.replace(chosen, token=jnp.where(is_made.reshape(-1), chosen.token, -1))
-    by_step = jax.tree.map(  # [t, B, ...]: a column here is a step of `decode_tokens`
-        lambda a: jnp.moveaxis(a.reshape(size, tile, *a.shape[1:]), 1, 0), chosen
-    )
-    return state, sampling_state, by_step
-
-
-def _accept_columns(
-    drafts: Int[Array, "B t"],
-    token: Int[Array, "B t"],
-    stopped: Bool[Array, "B t"],
-    column: Int[Array, "1 t"],
-    first: Int[Array, "B 1"],
-) -> Bool[Array, "B t"]:
-    """Return the columns whose choice counts: all before were guessed right and did not end it.
-
-    The guess at the next column must be the token chosen here.
-    """
-    # Column c is right if the guess at c + 1 is the token chosen at c. The last column is compared
-    # with the first guess. The next roll moves that to column 0, where `column <= first` holds.
-    is_right = (column < first) | (jnp.roll(drafts, -1, axis=1) == token) & ~stopped
-    # A column counts if the one before it is right, and all before that.
-    is_right = jnp.roll(is_right, 1, axis=1) | (column <= first)
-    return jnp.cumprod(is_right, axis=1) > 0
-
-
-def _record_columns(
-    sampling_state: slot_sampling.SlotSamplingState,
-    batch: slot_sampling.SequenceBatch,
-    running: Bool[Array, "B"],
-    token: Int[Array, "B t"],
-    stopped: Bool[Array, "B t"],
-    is_made: Bool[Array, "B t"],
-    column: Int[Array, "1 t"],
-    length: Int[Array, "B"],
-) -> slot_sampling.SlotSamplingState:
-    """Note the tokens made of every running row: those of the columns in `is_made`."""
-    # Rows that do not run write to slot 0, so their values do not matter.
-    last = jnp.max(jnp.where(is_made, column, 0), axis=1)
-    last_cell = jnp.arange(len(token)), last
-    slots = jnp.where(running, batch.slots, 0)
-    num_made = jnp.sum(is_made, axis=1)
-    return dataclasses.replace(
-        sampling_state,
-        token=sampling_state.token.at[slots].set(token[last_cell]),
-        length=sampling_state.length.at[slots].set(length + num_made),
-        running=sampling_state.running.at[slots].set(running & ~stopped[last_cell]),
-        counts=sampling_state.counts.at[slots[:, None], jnp.maximum(token, 0)].add(
-            is_made.astype(jnp.int32)
-        ),
-    )
+    arguments = (sampling_state, batch, jax.ShapeDtypeStruct((), jnp.int32))
+    return state, partitions.shard_rows(arguments, layout)
 
 
 def _write_step(
@@ -309,6 +229,20 @@ def prefill_prompts(
       Both states, and what was chosen as arrays [B, ...]: a token after every chunk that ends its
       prompt, -1 after the others.
     """
+    prefill = functools.partial(_prefill_local, tiles=tiles)
+    return partitions.run_on_partitions(prefill, 0, model, state, sampling_state, batch, prompts)
+
+
+def _prefill_local(
+    model: model_lib.MiniMaxM1,
+    state: state_lib.ServingState,
+    sampling_state: slot_sampling.SlotSamplingState,
+    batch: slot_sampling.SequenceBatch,
+    prompts: PackedPrompts,
+    *,
+    tiles: EngineTiles,
+) -> tuple[state_lib.ServingState, slot_sampling.SlotSamplingState, sampling.ChosenTokens]:
+    """Append the chunks of this partition's prompts."""
     # One index a tile. The index -1 of padding would take the last sequence.
     index = jnp.maximum(prompts.chunk_index, 0)
     rows = ragged_batch.RaggedBatch(
@@ -320,7 +254,7 @@ def prefill_prompts(
     )
     # Logits of the last rows alone: those of all rows would be the largest array of the program.
     logits, state = forward.forward_ragged(model, prompts.tokens, rows, state, prompts.last_rows)
-    logits = sharding.replicate_array(logits, model.layout)
+    logits = collectives.all_gather(logits, "vocab", 1)
     sampling_state, chosen = slot_sampling.choose_and_record(
         logits, sampling_state, batch, prompts.last_rows >= 0, prompts.lengths
     )

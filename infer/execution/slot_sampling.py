@@ -11,7 +11,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt
 
 from infer.execution import sampling
+from m1_jax import sharding
 from m1_jax.serving import ragged_batch
+from m1_jax.serving import state as state_lib
 
 # Rows that choosing takes at a time, whatever the batch: a row's numbers must not depend on the
 # batch (`serving/ragged_batch.py`).
@@ -22,6 +24,8 @@ SAMPLE_ROWS = 8
 @dataclasses.dataclass(frozen=True)
 class SlotSamplingState:
     """By slot, what its sequence needs for its next token.
+
+    On a mesh, slots are split over partitions as those of `serving/state.py` are.
 
     Attributes:
       token: the token chosen last, which is not in the state yet.
@@ -45,6 +49,8 @@ class SlotSamplingState:
 class SequenceBatch:
     """The sequences of one program.
 
+    On a mesh, the rows of a partition lie one after another. A device gets those of its own.
+
     Attributes:
       slots: state slot of each row. Rows of slot 0 are padding.
       pages: the sequence's pages, in order, at least up to the last one that is written.
@@ -66,9 +72,11 @@ class SequenceBatch:
     forced_tokens: Int[Array, "B"]
 
 
-def init_sampling_state(num_slots: int, vocab_size: int) -> SlotSamplingState:
-    """Return the sampling state of slots 0 to num_slots, none of them running."""
-    total_slots = num_slots + 1  # slot 0, which is padding's, included
+def init_sampling_state(
+    num_slots: int, vocab_size: int, num_partitions: int = 1
+) -> SlotSamplingState:
+    """Return the sampling state of slots 0 to num_slots of each partition, none of them running."""
+    total_slots = num_partitions * (num_slots + 1)  # slot 0, which is padding's, included
     return SlotSamplingState(
         jnp.zeros(total_slots, jnp.int32),
         jnp.zeros(total_slots, jnp.int32),
@@ -78,6 +86,24 @@ def init_sampling_state(num_slots: int, vocab_size: int) -> SlotSamplingState:
         # All bits are set: without a grammar every token is allowed.
         jnp.full((total_slots, -(-vocab_size // 32)), 0xFFFFFFFF, jnp.uint32),
     )
+
+
+def sampling_state_specs(
+    sampling_state: SlotSamplingState, layout: sharding.MeshLayout
+) -> SlotSamplingState:
+    """Return the mesh axes of every array."""
+    return jax.tree.map(lambda _: layout.activation_spec("batch"), sampling_state)
+
+
+def localize_batch(
+    batch: SequenceBatch, state: state_lib.ServingState, sampling_state: SlotSamplingState
+) -> SequenceBatch:
+    """Return the batch with slots and pages as this device numbers them."""
+    slots, _ = state_lib.localize_ids(batch.slots, len(sampling_state.token))
+    pages, page_axis_size = batch.pages, state.page_axis_size
+    if page_axis_size is not None:
+        pages, _ = state_lib.localize_ids(pages, page_axis_size)
+    return dataclasses.replace(batch, slots=slots, pages=pages)
 
 
 def choose_and_record(

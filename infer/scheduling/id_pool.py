@@ -5,16 +5,20 @@ from collections.abc import Iterable
 
 
 class IdPool:
-    """Ids 1 to `size`, each free or held by one or more holders.
+    """`size` consecutive ids, each free or held by one or more holders.
 
-    Id 0 is no member: on the device slot 0 and page 0 take the writes of padding rows.
+    The id before the first is no member: on the device it takes the writes of padding rows.
+
+    Args:
+      size: number of ids.
+      first: the lowest id.
     """
 
-    def __init__(self, size: int):
+    def __init__(self, size: int, first: int = 1):
         self.size = size
         # A heap, so that the lowest free id is allocated first and equal calls give equal ids.
-        self._free = list(range(1, size + 1))
-        self._num_holders = [0] * (size + 1)  # holders by id; index 0 stays unused
+        self._free = list(range(first, first + size))
+        self._num_holders = dict.fromkeys(self._free, 0)
 
     @property
     def num_free(self) -> int:
@@ -53,5 +57,5 @@ class IdPool:
                 heapq.heappush(self._free, member)
 
     def _check_held(self, member: int) -> None:
-        if not self._num_holders[member]:
+        if not self._num_holders.get(member):
             raise RuntimeError(f"got id {member}, which is free; wanted ids that are held")

@@ -6,7 +6,8 @@ preempted. This file does what that takes. Each step takes and frees ids at once
 too, so no id is ever used by two sequences at the same time.
 """
 
-from collections.abc import Hashable
+import dataclasses
+from collections.abc import Hashable, Sequence
 
 from infer import config as config_lib
 from infer.scheduling import id_pool, prefix_cache, sequence
@@ -14,27 +15,47 @@ from infer.scheduling import plan as plan_lib
 from infer.scheduling import stats as stats_lib
 
 
-class MemoryManager:
-    """Pools, prefix cache and host budget of one device.
-
-    Args:
-      config: sizes of the engine.
-      limits: sizes of the device's pools.
-      key: weights version and recipe, as in `Scheduler`.
+@dataclasses.dataclass
+class SharedMemory:
+    """What the memory managers of all partitions share.
 
     Attributes:
-      key: the prefix tree that sequences read and write now.
-      actions: what the device must do before the next program, in order.
+      actions: what the device must do before the next program, in order. One list, because a
+        sequence may leave one partition and enter another between two programs.
       host_bytes: bytes of swapped-out sequences.
     """
 
+    actions: list[plan_lib.Action] = dataclasses.field(default_factory=list)
+    host_bytes: int = 0
+
+
+class MemoryManager:
+    """Pools and prefix cache of one partition.
+
+    Args:
+      config: sizes of one partition.
+      limits: sizes of its pools.
+      key: weights version and recipe, as in `Scheduler`.
+      shared: what all partitions share.
+      partition: the number of the partition.
+
+    Attributes:
+      key: the prefix tree that sequences read and write now.
+    """
+
     def __init__(
-        self, config: config_lib.EngineConfig, limits: plan_lib.DeviceLimits, key: Hashable
+        self,
+        config: config_lib.EngineConfig,
+        limits: plan_lib.DeviceLimits,
+        key: Hashable,
+        shared: SharedMemory,
+        partition: int,
     ):
-        self._config, self._limits = config, limits
+        self._config, self._limits, self._shared = config, limits, shared
         self.key = key
-        self.pages = id_pool.IdPool(limits.num_pages)
-        self.slots = id_pool.IdPool(limits.num_slots)
+        # Each partition has an id of padding before its own ids: see `plan.py`.
+        self.pages = id_pool.IdPool(limits.num_pages, partition * (limits.num_pages + 1) + 1)
+        self.slots = id_pool.IdPool(limits.num_slots, partition * (limits.num_slots + 1) + 1)
         self.cache = prefix_cache.PrefixCache(
             self.pages,
             self.slots,
@@ -43,27 +64,22 @@ class MemoryManager:
             state_bytes=limits.state_bytes,
             max_bytes=limits.cache_bytes,
         )
-        self.actions: list[plan_lib.Action] = []
-        self.host_bytes = 0
         self.stats = stats_lib.MemoryStats()
 
-    def count_pages(self, tokens: int) -> int:
-        """Return the pages that so many tokens fill, the last one perhaps in part."""
-        return -(-tokens // self._config.chunk_tokens)
-
-    def floor_to_chunk(self, tokens: int) -> int:
-        """Return the last chunk border at or before a length."""
-        return tokens // self._config.chunk_tokens * self._config.chunk_tokens
-
-    def lookup_prefix(self, waiter: sequence.Sequence) -> prefix_cache.PrefixHit:
+    def lookup_prefix(
+        self, waiter: sequence.Sequence, prefill_tokens: Sequence[int]
+    ) -> prefix_cache.PrefixHit:
         """Return the longest snapshot that leaves a token to compute.
 
         The last token before decoding must be computed, not restored: its logits give the next one.
+
+        Args:
+          prefill_tokens: the tokens that `waiter` has to prefill. Every partition is asked for the
+            same ones, so the caller copies them once.
         """
         if not waiter.is_cacheable:
             return prefix_cache.PrefixHit(0, (), 0, 0, "off", None)
-        target = waiter.prefill_target
-        return self.cache.lookup(self.key, waiter.tokens[:target], target - 1)
+        return self.cache.lookup(self.key, prefill_tokens, len(prefill_tokens) - 1)
 
     def admit(
         self,
@@ -84,7 +100,7 @@ class MemoryManager:
           Whether there was room. If not, nothing has changed.
         """
         target = waiter.prefill_target
-        num_new_pages = self.count_pages(target) - len(hit.pages)
+        num_new_pages = self._config.count_pages(target) - len(hit.pages)
         # The sequence becomes a holder first, so that the hit's pages do not count as evictable.
         self.pages.add_holders(hit.pages)
         if not self.cache.can_free(num_new_pages + spare_pages, 1 + spare_slots):
@@ -96,7 +112,7 @@ class MemoryManager:
         if self.cache.evict(num_new_pages, 1):
             (waiter.slot,) = self.slots.allocate(1)
             if hit.node:
-                self.actions.append(plan_lib.CopyState(hit.slot, waiter.slot))
+                self._shared.actions.append(plan_lib.CopyState(hit.slot, waiter.slot))
                 self.cache.release(hit)
         else:
             # Every other slot is in use, so only the hit's own slot can be freed. The snapshot's
@@ -118,7 +134,7 @@ class MemoryManager:
           The length that its pages allow now, `tokens` at most.
         """
         # As many as possible, down from all: a few pages still let it make some steps.
-        for count in range(self.count_pages(tokens) - len(running.pages), 0, -1):
+        for count in range(self._config.count_pages(tokens) - len(running.pages), 0, -1):
             if self.cache.evict(pages=count):
                 running.pages += self.pages.allocate(count)
                 break
@@ -140,9 +156,9 @@ class MemoryManager:
             self.stats.snapshots_skipped += 1
             return
         (slot,) = self.slots.allocate(1)
-        self.actions.append(plan_lib.CopyState(running.slot, slot))
+        self._shared.actions.append(plan_lib.CopyState(running.slot, slot))
         # Pages are shared, not copied: the sequence writes only past the point from here on.
-        pages = running.pages[: self.count_pages(point)]
+        pages = running.pages[: self._config.count_pages(point)]
         self.stats.snapshots_copied += self.cache.insert(self.key, tokens, pages, slot)
 
     def retire(self, ended: sequence.Sequence, final_length: int | None) -> None:
@@ -162,10 +178,10 @@ class MemoryManager:
         if final_length is not None:
             # The device has stopped by itself, so the upper bound is exact.
             min_length, max_length = min(min_length, final_length), final_length
-        point = self.floor_to_chunk(min_length)
-        if point and self.floor_to_chunk(max_length) == point and ended.can_snapshot:
+        point = self._config.floor_to_chunk(min_length)
+        if point and self._config.floor_to_chunk(max_length) == point and ended.can_snapshot:
             # The cache owns the slot from here on, and is one more holder of the pages.
-            pages = ended.pages[: self.count_pages(point)]
+            pages = ended.pages[: self._config.count_pages(point)]
             self.stats.snapshots_moved += self.cache.insert(
                 self.key, ended.tokens[:point], pages, ended.slot
             )
@@ -180,24 +196,24 @@ class MemoryManager:
           Whether it was copied. If not, nothing has changed.
         """
         # Plans under way may still write up to the upper bound, and the copy comes after them.
-        count = self.count_pages(running.max_computed_tokens)
+        count = self._config.count_pages(running.max_computed_tokens)
         size_bytes = self._count_host_bytes(count)
         if (
             not running.computed_tokens
             # Computing a short sequence again is faster than two copies.
             or running.computed_tokens < self._config.swap_tokens
-            or self.host_bytes + size_bytes > self._config.host_bytes
+            or self._shared.host_bytes + size_bytes > self._config.host_bytes
         ):
             return False
         self.save_snapshot(running)
-        self.actions.append(
+        self._shared.actions.append(
             plan_lib.SwapOut(running.sequence_id, running.slot, tuple(running.pages[:count]))
         )
         # Free at once: the device copies before any later plan can write there.
         self.slots.release([running.slot])
         self._release_memory(running)
         running.swapped_pages = count
-        self.host_bytes += size_bytes
+        self._shared.host_bytes += size_bytes
         self.stats.swapped_out += 1
         return True
 
@@ -208,7 +224,7 @@ class MemoryManager:
         num_pages = waiter.swapped_pages
         if not waiter.is_decoding:
             # It was preempted inside its prefill, which takes pages for all of the prompt.
-            num_pages = max(num_pages, self.count_pages(waiter.prefill_target))
+            num_pages = max(num_pages, self._config.count_pages(waiter.prefill_target))
         if not self.cache.can_free(num_pages + spare_pages, 1 + spare_slots):
             return False
         # `can_free` counted all that is unpinned, so this succeeds.
@@ -217,8 +233,8 @@ class MemoryManager:
         waiter.pages = self.pages.allocate(num_pages)
         # Those past the host copy are for the rest of the prefill.
         pages = tuple(waiter.pages[: waiter.swapped_pages])
-        self.actions.append(plan_lib.SwapIn(waiter.sequence_id, waiter.slot, pages))
-        self.host_bytes -= self._count_host_bytes(waiter.swapped_pages)
+        self._shared.actions.append(plan_lib.SwapIn(waiter.sequence_id, waiter.slot, pages))
+        self._shared.host_bytes -= self._count_host_bytes(waiter.swapped_pages)
         waiter.swapped_pages = 0
         self.stats.swapped_in += 1
         return True
@@ -236,8 +252,8 @@ class MemoryManager:
 
     def drop_host_copy(self, swapped: sequence.Sequence) -> None:
         """Have the device forget a sequence's host copy."""
-        self.actions.append(plan_lib.DropHostCopy(swapped.sequence_id))
-        self.host_bytes -= self._count_host_bytes(swapped.swapped_pages)
+        self._shared.actions.append(plan_lib.DropHostCopy(swapped.sequence_id))
+        self._shared.host_bytes -= self._count_host_bytes(swapped.swapped_pages)
         swapped.swapped_pages = 0
 
     def _release_memory(self, holder: sequence.Sequence) -> None:

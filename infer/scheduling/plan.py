@@ -8,6 +8,9 @@ The states and pages named here exist on the device. A state slot holds one sequ
 states. A page holds the keys and values of one chunk of `chunk_tokens` tokens. Recurrent states
 move on only at chunk borders, the multiples of `chunk_tokens`, so copies of states are taken only
 there.
+
+On a mesh, groups of devices have a partition of the slots and pages each. Ids are of all partitions
+together: partition p has those after p (n + 1), n to a partition, and p (n + 1) is its padding's.
 """
 
 import dataclasses
@@ -19,12 +22,14 @@ class DeviceLimits:
     """What the device was built with, beyond the sizes that `EngineConfig` gives.
 
     Attributes:
-      num_slots: state slots. Slot 0, which padding uses, is not counted.
-      num_pages: pages. Page 0, which padding uses, is not counted.
-      max_prefill_chunks: most sequences in one prefill program.
+      num_slots: state slots of a partition. The one that padding uses is not counted.
+      num_pages: pages of a partition. The one that padding uses is not counted.
+      max_prefill_chunks: most sequences of a partition in one prefill program.
       page_bytes: bytes of one page, on all devices together.
       state_bytes: bytes of one state slot, on all devices together.
-      cache_bytes: most bytes of all snapshots and their pages. 0 switches the prefix cache off.
+      cache_bytes: most bytes of a partition's snapshots and their pages. 0 switches the prefix
+        cache off.
+      num_partitions: groups of devices that have slots and pages of their own.
 
     Raises:
       ValueError: a size is too small.
@@ -36,6 +41,7 @@ class DeviceLimits:
     page_bytes: int = 1
     state_bytes: int = 1
     cache_bytes: int = 0
+    num_partitions: int = 1
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -78,8 +84,8 @@ class SwapIn:
 
     Attributes:
       sequence_id: name of the host copy.
-      slot: any free slot. It need not be the one that the sequence had before.
-      pages: as many pages as were swapped out, in the same order, with other ids.
+      slot: any free slot of any partition. It need not be the one that the sequence had before.
+      pages: as many pages of that partition as were swapped out, in the same order.
     """
 
     sequence_id: Hashable
@@ -113,6 +119,7 @@ class PrefillChunk:
         may follow, unless `is_resumed`.
       is_resumed: whether the token after this chunk was sampled before. Such a sequence is computed
         again after a preemption, and decoding goes on from that token.
+      partition: the partition that has the slot and the pages.
     """
 
     sequence_id: Hashable
@@ -122,6 +129,7 @@ class PrefillChunk:
     pages: tuple[int, ...]
     is_last: bool
     is_resumed: bool
+    partition: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,12 +141,14 @@ class DecodeRow:
       slot: the sequence's state slot.
       pages: the sequence's pages, from the first to the last that this dispatch may write.
       length_limit: tokens of prompt and output at which the device stops the row by itself.
+      partition: the partition that has the slot and the pages.
     """
 
     sequence_id: Hashable
     slot: int
     pages: tuple[int, ...]
     length_limit: int
+    partition: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,8 +169,28 @@ class StepPlan:
 
     @property
     def entries(self) -> tuple[PrefillChunk, ...] | tuple[DecodeRow, ...]:
-        """The sequences of the plan's program. Entry i is row i of the program's arrays."""
+        """The sequences of the plan's program, oldest first."""
         return self.prefill_chunks or self.decode_rows
+
+    def count_rows(self, num_partitions: int) -> list[int]:
+        """Return the number of entries of each partition."""
+        counts = [0] * num_partitions
+        for entry in self.entries:
+            counts[entry.partition] += 1
+        return counts
+
+    def assign_rows(self, num_partitions: int, partition_rows: int) -> list[int]:
+        """Return each entry's row in the program's arrays.
+
+        Args:
+          partition_rows: rows of a partition, which lie one after another.
+        """
+        next_rows = [partition * partition_rows for partition in range(num_partitions)]
+        rows = []
+        for entry in self.entries:
+            rows.append(next_rows[entry.partition])
+            next_rows[entry.partition] += 1
+        return rows
 
 
 @dataclasses.dataclass(frozen=True)

@@ -86,6 +86,9 @@ class PrefixCache:
         if self.is_off or limit < self._chunk_tokens or root is None or not root.children:
             reason = "shorter than a chunk" if limit < self._chunk_tokens else "empty"
             return PrefixHit(0, (), 0, 0, "off" if self.is_off else reason, None)
+        if tuple(tokens[: self._chunk_tokens]) not in root.children:
+            # The common case, in all partitions but one, and cheap: nothing long is copied.
+            return PrefixHit(0, (), 0, 0, "no common prefix", None)
         path = root.find_path(tokens, self._chunk_tokens)
         # Past the last snapshot on the way, tokens may still agree with a part of some edge.
         remainder = tuple(tokens[path[-1].length :])

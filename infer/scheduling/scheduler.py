@@ -2,8 +2,8 @@
 
 Requests go in order of submission, so nothing that arrives later delays a request for ever:
 decode rows before prefill, at most one prefill program between two decode dispatches, prefill and
-admission in order of submission. Memory is taken as it is needed. When none is left, snapshots go,
-then the youngest running request is preempted. The oldest never is.
+admission in order of submission. Memory is taken as it is needed. When a partition has none left,
+its snapshots go, then its youngest running request is preempted. Its oldest never is.
 
 The scheduler runs one plan ahead of what it knows. While the device runs a plan, the tokens of a
 decoding sequence are known only between two bounds: those reported, and those that the plans under
@@ -12,18 +12,15 @@ way may add. Pages are reserved for the upper bound. Results are applied by the 
 
 import bisect
 import collections
-import dataclasses
 import heapq
-import operator
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 
 from infer import config as config_lib
-from infer.scheduling import memory, sequence, snapshots
+from infer.scheduling import memory, partition, prefill, sequence, snapshots
 from infer.scheduling import plan as plan_lib
 from infer.scheduling import stats as stats_lib
 
 _MAX_PLANS_IN_FLIGHT = 2  # one that runs, and one behind it
-_SUBMISSION_ORDER = operator.attrgetter("submission_index")
 
 
 class Scheduler:
@@ -32,8 +29,8 @@ class Scheduler:
     Every plan returned must be given to the device, and reported, in order.
 
     Args:
-      config: sizes of the engine.
-      limits: sizes of the device's pools and programs.
+      config: sizes of the engine, of all partitions together.
+      limits: the partitions, and the sizes of their pools and programs.
       key: weights version and recipe, or whatever tells apart states that must not be mixed.
     """
 
@@ -43,17 +40,24 @@ class Scheduler:
         limits: plan_lib.DeviceLimits,
         key: Hashable = (0, ""),
     ):
-        self._config, self._limits = config, limits
-        self._memory = memory.MemoryManager(config, limits, key)
-        self._snapshots = snapshots.SnapshotPlanner(config, self._memory)
+        self._config, self._limits = config.split(limits.num_partitions), limits
+        self._shared = memory.SharedMemory()
+        self._partitions = [
+            partition.Partition(index, self._config, limits, key, self._shared)
+            for index in range(limits.num_partitions)
+        ]
+        self._key = key
+        self._snapshots = snapshots.SnapshotPlanner(self._config)
         self._sequences: dict[Hashable, sequence.Sequence] = {}
-        # Both in order of submission. A sequence is in one of the two, by whether it has a slot.
+        # In order of submission. A sequence waits here, or runs in a partition.
         self._waiting: list[sequence.Sequence] = []
-        self._running: list[sequence.Sequence] = []
+        self._prefill = prefill.PrefillPlanner(
+            self._config, limits, self._partitions, self._waiting, self._snapshots
+        )
         # Plans not reported, oldest first, each by its sequences' parts in it.
         self._in_flight: collections.deque[list[sequence.ScheduledStep]] = collections.deque()
         self._last_was_prefill = False
-        self._num_submitted = self._num_planned = self._num_held_back = 0
+        self._num_submitted = self._num_planned = 0
 
     def submit(
         self,
@@ -79,8 +83,8 @@ class Scheduler:
             preempted one does, and is taken into a full queue, too.
 
         Raises:
-          ValueError: it is empty, longer than max_length or what all pages could hold, or the id
-            is in use.
+          ValueError: it is empty, longer than max_length or what a partition's pages could hold,
+            or the id is in use.
           QueueFull: max_queue requests wait already.
         """
         self._check_request(sequence_id, len(tokens), max_tokens)
@@ -96,7 +100,7 @@ class Scheduler:
             [*tokens, *(prior_tokens or ())],
             len(tokens),
             len(tokens) + max_tokens,
-            is_cacheable and not self._memory.cache.is_off,
+            is_cacheable and bool(self._limits.cache_bytes),
             single_step,
             waits_for_reports,
             # A request with output has begun before: it counts as preempted, not as new.
@@ -106,7 +110,7 @@ class Scheduler:
         # It was submitted last, so the end of the queue keeps the order.
         self._waiting.append(submitted)
         if len(self._waiting) <= snapshots.LOOKAHEAD_SEQUENCES:
-            self._snapshots.plan_submitted(submitted, self._running)
+            self._snapshots.plan_submitted(submitted, self._iterate_running())
 
     def cancel(self, sequence_id: Hashable) -> None:
         """End a request now, if it is not over. Plans under way may still name it."""
@@ -126,10 +130,12 @@ class Scheduler:
           keep_running: requests under way go on with the state they have. Otherwise they are
             computed again from their tokens.
         """
-        if key == self._memory.key:
+        if key == self._key:
             return
-        self._memory.cache.drop_key(self._memory.key)
-        self._memory.key = key
+        for part in self._partitions:
+            part.memory.cache.drop_key(self._key)
+            part.memory.key = key
+        self._key = key
         for holder in list(self._sequences.values()):
             if not holder.slot and not holder.swapped_pages:
                 continue
@@ -154,16 +160,17 @@ class Scheduler:
         return list(self._sequences[sequence_id].pages)
 
     def stats(self) -> stats_lib.SchedulerStats:
-        """Return sizes and counts, as a copy."""
+        """Return sizes and counts of all partitions together, as a copy."""
+        memories = [part.memory for part in self._partitions]
         return stats_lib.SchedulerStats(
             len(self._waiting),
-            len(self._running),
-            self._memory.pages.num_free,
-            self._memory.slots.num_free,
-            self._num_held_back,
+            sum(len(part.running) for part in self._partitions),
+            sum(memory.pages.num_free for memory in memories),
+            sum(memory.slots.num_free for memory in memories),
+            self._prefill.num_held_back,
             self._num_planned,
-            self._memory.cache.stats(),
-            dataclasses.replace(self._memory.stats),
+            stats_lib.sum_cache_stats([memory.cache.stats() for memory in memories]),
+            stats_lib.sum_memory_stats([memory.stats for memory in memories]),
         )
 
     def plan(self) -> plan_lib.StepPlan | None:
@@ -172,24 +179,25 @@ class Scheduler:
             return None
         # Snapshots that the plan before reached. They are copied first, before this plan's program
         # moves the states on.
-        for running in self._running:
-            self._memory.save_snapshot(running)
+        for part in self._partitions:
+            for running in part.running:
+                part.memory.save_snapshot(running)
         steps: list[sequence.ScheduledStep] = []
         chunks, rows, max_steps = (), (), 0
         # Prefill goes first, but never twice in a row while a sequence can decode: one dispatch of
         # decoding comes between, so that long prompts do not stop outputs under way.
-        decode_turn = self._last_was_prefill and any(s.can_decode for s in self._running)
+        decode_turn = self._last_was_prefill and any(s.can_decode for s in self._iterate_running())
         if not decode_turn:
-            chunks = self._plan_prefill(steps)
+            chunks = self._prefill.plan_chunks(steps)
         if not chunks:
             rows, max_steps = self._plan_decode(steps)
         if decode_turn and not rows:
             # Every sequence that could decode was preempted for pages.
-            chunks = self._plan_prefill(steps)
-        actions = tuple(self._memory.actions)
+            chunks = self._prefill.plan_chunks(steps)
+        actions = tuple(self._shared.actions)
         if not steps and not actions:
             return None
-        self._memory.actions.clear()
+        self._shared.actions.clear()
         if steps:
             self._last_was_prefill = bool(chunks)
         for step in steps:
@@ -242,7 +250,7 @@ class Scheduler:
                 f"got {prompt_tokens} prompt tokens and max_tokens {max_tokens}; wanted 1 of each "
                 "at least: send a prompt, raise max_tokens"
             )
-        # One more than all pages hold, because the last token is never computed.
+        # One more than the pages hold, because the last token is never computed.
         pool_tokens = self._limits.num_pages * self._config.chunk_tokens + 1
         longest = min(self._config.max_length, pool_tokens)
         total = prompt_tokens + max_tokens
@@ -253,105 +261,55 @@ class Scheduler:
                 f"wanted {longest} at most ({name}): shorten the prompt or lower max_tokens"
             )
 
+    def _iterate_running(self) -> Iterable[sequence.Sequence]:
+        """Yield the sequences that run in any partition, oldest first."""
+        return heapq.merge(
+            *(part.running for part in self._partitions), key=sequence.SUBMISSION_ORDER
+        )
+
     def _end_sequence(self, ended: sequence.Sequence, final_length: int | None) -> None:
-        (self._running if ended.slot else self._waiting).remove(ended)
-        self._memory.retire(ended, final_length)
+        part = self._partitions[ended.partition]
+        (part.running if ended.slot else self._waiting).remove(ended)
+        part.memory.retire(ended, final_length)
         ended.is_over = True
         del self._sequences[ended.sequence_id]
 
     def _preempt(self, running: sequence.Sequence) -> None:
         """Take a running sequence's memory: to the host if it is long, otherwise for good."""
-        if self._memory.swap_out(running):
-            self._running.remove(running)
-            bisect.insort(self._waiting, running, key=_SUBMISSION_ORDER)
+        part = self._partitions[running.partition]
+        if part.memory.swap_out(running):
+            part.running.remove(running)
+            bisect.insort(self._waiting, running, key=sequence.SUBMISSION_ORDER)
         else:
             self._restart(running)
 
     def _restart(self, holder: sequence.Sequence) -> None:
         """Make a sequence with memory, here or at the host, one that waits without."""
+        part = self._partitions[holder.partition]
         if holder.slot:
-            self._running.remove(holder)
-            bisect.insort(self._waiting, holder, key=_SUBMISSION_ORDER)
-        self._memory.restart(holder)
-
-    def _plan_prefill(
-        self, steps: list[sequence.ScheduledStep]
-    ) -> tuple[plan_lib.PrefillChunk, ...]:
-        """Pack chunks of the oldest sequences, admitting those that wait as they come up."""
-        chunks: list[plan_lib.PrefillChunk] = []
-        rows_left = self._config.prefill_tokens[-1]
-        # Once a sequence finds no room, no younger one is admitted: it could take the memory that
-        # the older one waits for.
-        blocked = False
-        held_back: list[sequence.Sequence] = []
-        prefilling = [running for running in self._running if not running.is_decoding]
-        # The queue is copied, because admission removes from it.
-        for candidate in heapq.merge(prefilling, list(self._waiting), key=_SUBMISSION_ORDER):
-            if len(chunks) == self._limits.max_prefill_chunks or not rows_left:
-                break
-            if not candidate.slot:
-                first_rows = min(
-                    self._config.chunk_tokens, self._config.pad_to_tile(candidate.prefill_target)
-                )
-                # A swapped-out sequence that decodes needs no rows of this program.
-                blocked = blocked or (rows_left < first_rows and not candidate.is_decoding)
-                if not blocked and self._snapshots.awaits_snapshot(candidate, self._running):
-                    self._num_held_back += 1
-                    held_back.append(candidate)
-                elif not blocked:
-                    blocked = not self._admit(candidate, held_back)
-            if candidate.slot and not candidate.is_decoding:
-                chunk = self._next_chunk(candidate, rows_left, steps)
-                if chunk is not None:
-                    chunks.append(chunk)
-                    rows_left -= self._config.pad_to_tile(chunk.num_tokens)
-        return tuple(chunks)
-
-    def _next_chunk(
-        self,
-        prefilling: sequence.Sequence,
-        rows_left: int,
-        steps: list[sequence.ScheduledStep],
-    ) -> plan_lib.PrefillChunk | None:
-        """Return a sequence's next chunk, to a snapshot point, a chunk border or the end."""
-        start = prefilling.computed_tokens
-        end = min([prefilling.prefill_target, *prefilling.snapshot_points[:1]])
-        if self._config.pad_to_tile(end - start) > rows_left:
-            # A chunk that does not end the prompt must end at a chunk border: the next one
-            # continues from the slot's recurrent state, which exists only there.
-            end = self._memory.floor_to_chunk(start + rows_left)
-        if end <= start:
-            return None
-        prefilling.computed_tokens = end
-        is_last = prefilling.is_decoding = end == prefilling.prefill_target
-        if prefilling.snapshot_points and prefilling.snapshot_points[0] == end:
-            prefilling.pending_snapshot = prefilling.snapshot_points.pop(0)
-        is_resumed = is_last and prefilling.is_resumed
-        samples_token = is_last and not is_resumed
-        pages = tuple(prefilling.pages[: self._memory.count_pages(end)])
-        steps.append(sequence.ScheduledStep(prefilling, prefilling.restarts, 0, samples_token))
-        return plan_lib.PrefillChunk(
-            prefilling.sequence_id, prefilling.slot, start, end - start, pages, is_last, is_resumed
-        )
+            part.running.remove(holder)
+            bisect.insort(self._waiting, holder, key=sequence.SUBMISSION_ORDER)
+        part.memory.restart(holder)
 
     def _plan_decode(
         self, steps: list[sequence.ScheduledStep]
     ) -> tuple[tuple[plan_lib.DecodeRow, ...], int]:
         """Advance every sequence that can be, oldest first in the claim to pages."""
-        decodable = [running for running in self._running if running.can_decode]
+        decodable = [running for running in self._iterate_running() if running.can_decode]
         if not decodable:
             return (), 0
         max_steps = min(self._config.decode_steps, max(s.remaining_steps for s in decodable))
         # While one waits for its report the others keep its pace, or it would fall far behind.
-        if any(running.single_step and running.is_decoding for running in self._running):
+        if any(running.single_step and running.is_decoding for running in self._iterate_running()):
             max_steps = 1
         chosen = []
         for decoding in decodable:
+            part = self._partitions[decoding.partition]
             # The slot is lost if this sequence is the youngest and preempted itself.
             while decoding.slot:
                 length = decoding.max_computed_tokens
                 wanted_steps = min(max_steps, decoding.remaining_steps)
-                reach = self._memory.extend_pages(decoding, length + wanted_steps) - length
+                reach = part.memory.extend_pages(decoding, length + wanted_steps) - length
                 if reach > 0:
                     # All rows of a program make the same number of steps. One that ends earlier
                     # by its own limit does not hold the others back.
@@ -359,42 +317,22 @@ class Scheduler:
                         max_steps = min(max_steps, reach)
                     chosen.append(decoding)
                     break
-                self._preempt(self._running[-1])
+                self._preempt(part.running[-1])
         rows = []
         # Only now is `max_steps` known, and with it how many pages each row may write.
         for decoding in chosen:
             end = decoding.max_computed_tokens + min(max_steps, decoding.remaining_steps)
-            pages = tuple(decoding.pages[: self._memory.count_pages(end)])
+            pages = tuple(decoding.pages[: self._config.count_pages(end)])
             rows.append(
                 plan_lib.DecodeRow(
-                    decoding.sequence_id, decoding.slot, pages, decoding.length_limit
+                    decoding.sequence_id,
+                    decoding.slot,
+                    pages,
+                    decoding.length_limit,
+                    decoding.partition,
                 )
             )
             steps.append(
                 sequence.ScheduledStep(decoding, decoding.restarts, decode_steps=max_steps)
             )
         return tuple(rows), max_steps
-
-    def _admit(self, waiter: sequence.Sequence, held_back: Sequence[sequence.Sequence]) -> bool:
-        """Make a sequence run if there is room for it, and for older ones that are held back."""
-        if len(self._running) + len(held_back) >= self._config.max_rows:
-            return False
-        spare_pages = sum(self._memory.count_pages(older.prefill_target) for older in held_back)
-        if self._running:
-            # Running sequences grow. A sequence that was preempted comes back only when each of
-            # them has a page to grow into, or it would be preempted again at once.
-            was_preempted = waiter.restarts or waiter.swapped_pages
-            spare_pages += len(self._running) if was_preempted else 1
-        if waiter.swapped_pages:
-            admitted = self._memory.swap_in(waiter, spare_pages, len(held_back))
-        elif waiter.plans_in_flight:
-            return False  # preempted, and its tokens are not all known
-        else:
-            hit = self._memory.lookup_prefix(waiter)
-            admitted = self._memory.admit(waiter, hit, spare_pages, len(held_back))
-            if admitted:
-                self._snapshots.plan_admitted(waiter, hit.common_tokens, self._waiting)
-        if admitted:
-            self._waiting.remove(waiter)
-            bisect.insort(self._running, waiter, key=_SUBMISSION_ORDER)
-        return admitted

@@ -1,9 +1,13 @@
 """One request as the scheduler knows it: its tokens, its memory, how far it is."""
 
 import dataclasses
+import operator
 from collections.abc import Hashable
 
 from infer.scheduling import plan as plan_lib
+
+# Sequences are kept and served in this order everywhere.
+SUBMISSION_ORDER = operator.attrgetter("submission_index")
 
 
 @dataclasses.dataclass(eq=False)
@@ -24,6 +28,7 @@ class Sequence:
       single_step: whether the host must see each token before the next one is made.
       waits_for_reports: whether the tokens of a dispatch must be reported before the next dispatch.
       slot: its state slot. 0 unless it runs.
+      partition: the partition where it runs, or ran last.
       pages: its pages, in order, while it runs.
       swapped_pages: pages in host memory. 0 unless it was swapped out.
       computed_tokens: tokens in the state. While prefilling those of all plans made, because a
@@ -52,6 +57,7 @@ class Sequence:
     single_step: bool
     waits_for_reports: bool = False
     slot: int = 0
+    partition: int = 0
     pages: list[int] = dataclasses.field(default_factory=list)
     swapped_pages: int = 0
     computed_tokens: int = 0

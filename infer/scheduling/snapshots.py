@@ -10,7 +10,7 @@ import bisect
 from collections.abc import Iterable, Sequence
 
 from infer import config as config_lib
-from infer.scheduling import memory, prefix_tree, sequence
+from infer.scheduling import prefix_tree, sequence
 
 # Waiting sequences that are compared with a sequence that begins. Each comparison reads both
 # prompts, so a long queue would cost time in every admission.
@@ -22,11 +22,10 @@ class SnapshotPlanner:
 
     Args:
       config: sizes of the engine.
-      memory_manager: what the scheduler admits sequences with.
     """
 
-    def __init__(self, config: config_lib.EngineConfig, memory_manager: memory.MemoryManager):
-        self._config, self._memory = config, memory_manager
+    def __init__(self, config: config_lib.EngineConfig):
+        self._config = config
 
     def plan_admitted(
         self,
@@ -45,7 +44,7 @@ class SnapshotPlanner:
         every = self._config.snapshot_every_tokens
         # The last chunk border of the prompt at which a token remains to be computed: the same
         # prompt again can go on from there.
-        points = {self._memory.floor_to_chunk(admitted.prompt_tokens - 1), common_tokens}
+        points = {self._config.floor_to_chunk(admitted.prompt_tokens - 1), common_tokens}
         points.update(range(every, admitted.prefill_target, every) if every else ())
         admitted.snapshot_points = sorted(
             point for point in points if admitted.computed_tokens < point < admitted.prefill_target
@@ -68,16 +67,17 @@ class SnapshotPlanner:
                 # The state stands at the point right now. The next plan starts with the copy.
                 prefilling.pending_snapshot = prefilling.computed_tokens
 
-    def awaits_snapshot(
+    def awaited_length(
         self, waiter: sequence.Sequence, running: Iterable[sequence.Sequence]
-    ) -> bool:
-        """Return whether an older prefill is about to take a snapshot that saves `waiter` work.
+    ) -> int:
+        """Return the length of the longest snapshot to come that saves `waiter` work, 0 for none.
 
-        Only older sequences count. They end whatever arrives later, and so does the wait.
+        Only prefills of older sequences count. They end whatever arrives later, and so does the
+        wait.
         """
-        if not waiter.is_cacheable or waiter.swapped_pages or waiter.plans_in_flight:
-            return False
         longest = 0
+        if not waiter.is_cacheable or waiter.swapped_pages or waiter.plans_in_flight:
+            return longest
         for prefilling in running:
             if (
                 prefilling.submission_index < waiter.submission_index
@@ -87,8 +87,7 @@ class SnapshotPlanner:
                 shared = self._last_shared_border(prefilling, waiter)
                 points = [*prefilling.snapshot_points, prefilling.pending_snapshot]
                 longest = max(longest, *(point for point in points if point <= shared), 0)
-        # A snapshot that the tree has already is no reason to wait.
-        return longest > 0 and longest > self._memory.lookup_prefix(waiter).length
+        return longest
 
     def _plan_shared(self, prefilling: sequence.Sequence, waiter: sequence.Sequence) -> None:
         """Add the snapshot of a prefilling sequence that `waiter` would continue from."""
@@ -107,7 +106,7 @@ class SnapshotPlanner:
             waiter.shared_prefix_tokens[index] = prefix_tree.count_common_tokens(
                 prefilling.tokens, waiter.tokens, self._config.chunk_tokens
             )
-        return self._memory.floor_to_chunk(
+        return self._config.floor_to_chunk(
             min(
                 waiter.shared_prefix_tokens[index],
                 prefilling.prefill_target - 1,

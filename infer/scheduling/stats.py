@@ -1,6 +1,7 @@
 """What scheduler, memory and prefix cache count. Nothing decides by these numbers."""
 
 import dataclasses
+from collections.abc import Sequence
 
 
 @dataclasses.dataclass
@@ -78,3 +79,27 @@ class SchedulerStats:
     num_plans: int
     cache: PrefixCacheStats
     memory: MemoryStats
+
+
+def sum_cache_stats(partitions: Sequence[PrefixCacheStats]) -> PrefixCacheStats:
+    """Return the sums over partitions."""
+    sums = _sum_fields(partitions)
+    reasons: dict[str, int] = {}
+    for partition in partitions:
+        for reason, count in partition.miss_reasons.items():
+            reasons[reason] = reasons.get(reason, 0) + count
+    return PrefixCacheStats(**sums, miss_reasons=reasons)
+
+
+def sum_memory_stats(partitions: Sequence[MemoryStats]) -> MemoryStats:
+    """Return the sums over partitions."""
+    return MemoryStats(**_sum_fields(partitions))
+
+
+def _sum_fields(partitions: Sequence[PrefixCacheStats] | Sequence[MemoryStats]) -> dict[str, int]:
+    """Return the sums of the fields that are numbers, by name."""
+    return {
+        field.name: sum(getattr(partition, field.name) for partition in partitions)
+        for field in dataclasses.fields(partitions[0])
+        if field.name != "miss_reasons"
+    }

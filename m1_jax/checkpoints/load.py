@@ -23,7 +23,7 @@ from m1_jax.checkpoints import release
 def load(
     path,
     dtype: jax.typing.DTypeLike = jnp.float32,
-    mesh: jax.sharding.Mesh | None = None,
+    mesh: jax.sharding.Mesh | sharding.MeshLayout | None = None,
     mode: str = sharding.TRAIN,
     weights: str | None = None,
     param_dtype: jax.typing.DTypeLike | None = None,
@@ -35,7 +35,7 @@ def load(
         native layout, or a directory that `m1_jax.convert` or `m1_jax.save` wrote.
       dtype: dtype of activations, float32 or bfloat16. Routers stay float32.
       mesh: devices to spread the parameters over, with some of `sharding.MESH_AXES` (see
-        `sharding.make_mesh`). None: one device.
+        `sharding.make_mesh`), or a layout on them, which has a mode of its own. None: one device.
       mode: "train" splits every large parameter over all devices, which gather it where they need
         it. "prefill" and "decode" leave weights on the devices that compute with them.
       weights: an int8 recipe of `quantize.py`, for inference. "int8-experts" rounds the experts as
@@ -74,6 +74,27 @@ def load(
     return model
 
 
+def read_config(path) -> config_lib.ModelConfig:
+    """Return the config of a checkpoint's model. Nothing else is read.
+
+    Raises:
+      CheckpointError: there is none.
+      ConfigError: a config.json that this model cannot compute.
+    """
+    file = pathlib.Path(path) / "config.json"
+    if not file.is_file():
+        raise _no_checkpoint_error(file.parent)
+    return config_lib.ModelConfig.from_file(file)
+
+
+def _no_checkpoint_error(path: pathlib.Path) -> release.CheckpointError:
+    return release.CheckpointError(
+        f"{path} is no checkpoint: wanted a release directory (config.json, {release.INDEX_FILE}, "
+        f"shards) or one made by m1_jax.convert ({format_lib.PARAMS_DIR}/, "
+        f"{format_lib.MANIFEST_FILE})"
+    )
+
+
 class _ParamSource(Protocol):
     """A directory to read parameters from: a release or a converted directory."""
 
@@ -99,11 +120,7 @@ def _open_source(path: pathlib.Path) -> _ParamSource:
         return _ConvertedSource(path)
     if (path / "config.json").is_file():
         return _ReleaseSource(path)
-    raise release.CheckpointError(
-        f"{path} is no checkpoint: wanted a release directory (config.json, {release.INDEX_FILE}, "
-        f"shards) or one made by m1_jax.convert ({format_lib.PARAMS_DIR}/, "
-        f"{format_lib.MANIFEST_FILE})"
-    )
+    raise _no_checkpoint_error(path)
 
 
 # ---- a release

@@ -90,18 +90,26 @@ class TracedProgram:
 def state_and_kv_bytes(
     config: config_lib.ModelConfig, layout: sharding.MeshLayout, job: estimate.PlanJob
 ) -> tuple[float, float]:
-    """Return the bytes on a chip of all rows' recurrent states and of their keys and values."""
+    """Return the bytes on a chip of all rows' recurrent states and of their keys and values.
+
+    The slot and the page of padding, which a chip has however many rows there are, do not count.
+    """
+    slot_share = page_share = 1.0
     if job.kind == "serve":
         from infer import config as engine_config
 
-        chunk = engine_config.EngineConfig().chunk_tokens
-        num_pages = job.batch * -(-job.seq // chunk)  # a page holds the keys of one chunk
-        state = serving_state.abstract_serving_state(config, job.batch, num_pages, chunk, layout)
+        engine = engine_config.EngineConfig(
+            max_length=job.seq, max_rows=job.batch, num_snapshots=0
+        ).split(layout.axis_size("batch"))
+        state = serving_state.abstract_serving_state(
+            config, engine.total_slots, engine.total_pages, engine.chunk_tokens, layout
+        )
+        slot_share, page_share = (n / (n + 1) for n in (engine.total_slots, engine.total_pages))
     else:
         state = shapes.abstract_decode_state(config, layout, job)
     caches = (state_lib.KVCache, serving_state.PagedKVCache)
     kv_bytes = shapes.local_bytes([part for part in state.group_states if isinstance(part, caches)])
-    return shapes.local_bytes(state) - kv_bytes, kv_bytes
+    return (shapes.local_bytes(state) - kv_bytes) * slot_share, kv_bytes * page_share
 
 
 def estimate_job(
@@ -284,14 +292,13 @@ def trace_reshard(setting: JobSetting) -> list[TracedProgram]:
     model = setting.model
     # The old weights of the sampler are not donated, so they are there until the swap.
     program = weight_sync.WeightSync(setting.config, jnp.bfloat16, setting.serving_layout)
-    values = {name: p.get_value() for name, p in params_lib.params_by_path(model).items()}
     arguments, results = {"parameters": model}, {"new sampler": program.abstract_model}
     hbm_bytes = {n: float(shapes.local_bytes(tree)) for n, tree in (arguments | results).items()}
     moments = step_lib.abstract_state(model, optim.AdamW(LEARNING_RATE)).moments
     return [
         TracedProgram(
             "reshard",
-            program.program.trace(values),
+            program.trace(model),
             arguments,
             estimate.ResourceEstimate(hbm_bytes | {"activations": 0.0}, {}),
             results=results,

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
+from m1_jax import command_mesh, sharding
 from m1_jax import config as config_lib
 from m1_jax import model as model_lib
-from m1_jax import sharding
 from m1_jax.plan import config as plan_config
 from m1_jax.plan import estimate, jobs
 
@@ -18,26 +18,23 @@ _SEARCHED_AXES = {
     sharding.TRAIN: ("fsdp", "expert", "tensor", "context"),
     sharding.PREFILL: ("data", "expert", "tensor", "context"),
     sharding.DECODE: ("data", "expert", "tensor", "context"),
-    "serve": ("expert", "tensor"),  # all devices hold all rows: see `serving.forward_ragged`
+    "serve": ("data", "expert", "tensor"),
 }
 _SEARCHED_AXES["rl_update"] = _SEARCHED_AXES[sharding.TRAIN]
 
 
 def parse_mesh(text: str, num_devices: int) -> dict[str, int]:
-    """Read axis=size,axis=size.
+    """Read axis=size,axis=size. A size may be -1: all devices that remain.
 
     Raises:
       PlanError: an unknown axis, a size that is none, or sizes that do not make all devices.
     """
-    shape = {}
-    for part in text.split(","):
-        axis, _, size = part.strip().partition("=")
-        if axis not in sharding.MESH_AXES or axis in shape or not size.isdecimal() or int(size) < 1:
-            raise plan_config.PlanError(
-                f"mesh: got {part!r}; wanted axis=size, the axis once and one of "
-                f"{', '.join(sharding.MESH_AXES)}"
-            )
-        shape[axis] = int(size)
+    try:
+        shape = command_mesh.parse_axis_sizes(text)
+    except ValueError as error:
+        raise plan_config.PlanError(str(error)) from None
+    for axis in [axis for axis, size in shape.items() if size == -1]:  # one at most
+        shape[axis] = max(num_devices // -math.prod(shape.values()), 1)
     if math.prod(shape.values()) != num_devices:
         raise plan_config.PlanError(
             f"mesh: {text} makes {math.prod(shape.values())} devices; wanted {num_devices}, "

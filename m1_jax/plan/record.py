@@ -139,8 +139,7 @@ def count_fitting_rows(
     state_bytes, kv_bytes = (
         total / job.batch for total in jobs.state_and_kv_bytes(model_config, layout, job)
     )
-    # Rows are split evenly over these devices. The engine's rows are not split at all.
-    row_shards = 1 if job.kind == "serve" else layout.axis_size("batch")
+    row_shards = layout.axis_size("batch")  # rows are split evenly over these devices
     num_rows = {}
     for length in lengths:
         bytes_per_row = state_bytes + kv_bytes * length / job.seq

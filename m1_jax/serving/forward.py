@@ -8,11 +8,10 @@ them on tiles of any rows. Only then does a row get the same bits in any batch
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from m1_jax import collectives, decoder_layer, experts, fsdp, layer_stack, sharding
 from m1_jax import config as config_lib
+from m1_jax import decoder_layer, experts, fsdp, layer_stack
 from m1_jax import model as model_lib
 from m1_jax.serving import lightning, ragged_batch, softmax
 from m1_jax.serving import state as state_lib
@@ -24,38 +23,18 @@ def forward_ragged(
     batch: ragged_batch.RaggedBatch,
     state: state_lib.ServingState,
     output_rows: Int[Array, "O"] | None = None,
-) -> tuple[Float[Array, "O V"], state_lib.ServingState]:
+) -> tuple[Float[Array, "O v"], state_lib.ServingState]:
     """Append the tokens to their sequences. Return float32 logits of some rows, and the new state.
 
-    On a mesh every device of the batch axes holds all rows. Heads, experts and the vocabulary are
-    split, so the logits are split by vocabulary.
+    On a mesh it runs inside of `sharding.run_sharded`. Each device has the rows, slots and pages of
+    its own partition, and its heads and words of the vocabulary. Rows travel to their experts, as
+    in training, and to nothing else.
 
     Args:
       tokens: token of each row, any id where the row is padding.
       output_rows: indices of the rows whose logits are returned. -1 returns zeros. None: all rows.
     """
-    layout = model.layout
-    if layout is None:
-        return _forward_local(model, tokens, batch, state, output_rows)
-    state_specs = state_lib.serving_state_specs(state, layout)
-    replicated = jax.tree.map(lambda _: PartitionSpec(), (tokens, batch, output_rows))
-    program = sharding.run_sharded(
-        layout,
-        _forward_local,
-        (sharding.param_specs(layout, model), *replicated[:2], state_specs, replicated[2]),
-        (layout.activation_spec(None, "vocab"), state_specs),
-    )
-    return program(model, tokens, batch, state, output_rows)
-
-
-def _forward_local(
-    model: model_lib.MiniMaxM1,
-    tokens: Int[Array, "M"],
-    batch: ragged_batch.RaggedBatch,
-    state: state_lib.ServingState,
-    output_rows: Int[Array, "O"] | None,
-) -> tuple[Float[Array, "O v"], state_lib.ServingState]:
-    """Run the model with this device's heads, experts and words of the vocabulary."""
+    batch = batch.count_tiles_on_mesh()
     output_rows = jnp.arange(len(tokens)) if output_rows is None else output_rows
     # The outer select is for -1, which would read the last row's position.
     has_output = jnp.where(output_rows >= 0, batch.positions[output_rows] >= 0, False)
@@ -127,31 +106,10 @@ def _apply_layer(
             q, k, v = inputs
             o, group_state = softmax.attend_pages(q, k, v, batch, group_state, stack_index)
     x, h, weights, expert_ids = batch.map_matmul_tiles(between_attention_and_experts, x, h, o)
-    y = _dispatch_rows(layer, h, weights, expert_ids, batch, stack_index)
+    # Padding goes to no expert, so that it never travels to another device.
+    sent_ids = jnp.where(batch.positions[:, None] >= 0, expert_ids, layer.moe.no_expert)
+    y, _ = layer.moe.dispatch(h, weights, sent_ids, stack_index)
     return batch.map_matmul_tiles(after_experts, x, h, y), expert_ids, group_state
-
-
-def _dispatch_rows(
-    layer: decoder_layer.DecoderLayer,
-    h: Float[Array, "M D"],
-    weights: Float[Array, "M A"],
-    expert_ids: Int[Array, "M A"],
-    batch: ragged_batch.RaggedBatch,
-    stack_index: layer_stack.StackIndex,
-) -> Float[Array, "M D"]:
-    """Return each real row's weighted sum of its experts' outputs."""
-    expert_ids = jnp.where(batch.positions[:, None] >= 0, expert_ids, layer.moe.no_expert)
-    # The exchange takes different rows from every device. Here the devices that share the experts
-    # hold the same rows, so each device sends a slice of them, and the results are gathered.
-    padding = ((0, -len(h) % collectives.axis_size("experts")), (0, 0))
-    rows, weights = (
-        collectives.local_slice(jnp.pad(array, padding), "experts", 0) for array in (h, weights)
-    )
-    expert_ids = jnp.pad(expert_ids, padding, constant_values=layer.moe.no_expert)
-    y, _ = layer.moe.dispatch(
-        rows, weights, collectives.local_slice(expert_ids, "experts", 0), stack_index
-    )
-    return collectives.all_gather(y, "experts", 0)[: len(h)]  # without the padding
 
 
 def _record_expert_ids(

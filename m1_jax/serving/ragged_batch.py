@@ -17,6 +17,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int, Shaped
 
+from m1_jax import collectives
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +34,7 @@ class RaggedBatch:
       attention_tile: rows that attention computes at a time. It divides the chunk.
       matmul_tile: rows that a matrix product computes at a time. It divides M. 0 takes all rows,
         which is faster and not exact.
+      num_matmul_tiles: tiles that products compute. None: up to the last one with a real row.
     """
 
     positions: Int[Array, "M"]
@@ -39,6 +42,7 @@ class RaggedBatch:
     pages: Int[Array, "I P"]
     attention_tile: int = dataclasses.field(default=8, metadata={"static": True})
     matmul_tile: int = dataclasses.field(default=8, metadata={"static": True})
+    num_matmul_tiles: Int[Array, ""] | None = None
 
     @property
     def is_decode(self) -> bool:
@@ -68,11 +72,29 @@ class RaggedBatch:
 
     def map_matmul_tiles(self, function: Callable, *arrays: Any) -> Any:
         """Return function(*arrays) of arrays [M, ...], `matmul_tile` rows at a time."""
-        return map_row_tiles(function, self.matmul_tile, self.positions >= 0, *arrays)
+        is_real = self.positions >= 0
+        return map_row_tiles(
+            function, self.matmul_tile, is_real, *arrays, num_tiles=self.num_matmul_tiles
+        )
+
+    def count_tiles_on_mesh(self) -> "RaggedBatch":
+        """Return the batch with the most matmul tiles that any device of the batch axes computes.
+
+        Products have collectives in them. Their groups of devices differ, and yet every device of
+        the mesh must come to each collective equally often.
+        """
+        if not self.matmul_tile or collectives.axis_size("batch") == 1:
+            return self
+        num_tiles = _count_active_tiles(_cut_tiles(self.positions >= 0, self.matmul_tile))
+        return dataclasses.replace(self, num_matmul_tiles=collectives.pmax(num_tiles, "batch"))
 
 
 def map_row_tiles(
-    function: Callable, tile_size: int, is_real: Bool[Array, "M"], *arrays: Any
+    function: Callable,
+    tile_size: int,
+    is_real: Bool[Array, "M"],
+    *arrays: Any,
+    num_tiles: Int[Array, ""] | None = None,
 ) -> Any:
     """Return function(*arrays) of arrays [M, ...], `tile_size` rows at a time.
 
@@ -83,17 +105,14 @@ def map_row_tiles(
       tile_size: 0 takes all rows in one call, without a loop.
       is_real: False for padding. Tiles past the last one with a real row are not computed, and
         their rows are zeros.
+      num_tiles: tiles to compute, at least those. None: only those.
     """
     if not tile_size:
         return function(*arrays)
-    length, padding = len(is_real), -len(is_real) % tile_size
-    is_real, *padded = jax.tree.map(
-        lambda a: jnp.pad(a, ((0, padding), *((0, 0),) * (a.ndim - 1))), (is_real, *arrays)
-    )
-    tiles = jax.tree.map(lambda a: a.reshape(-1, tile_size, *a.shape[1:]), padded)
+    length = len(is_real)
+    is_real, *tiles = jax.tree.map(lambda a: _cut_tiles(a, tile_size), (is_real, *arrays))
     # What one tile returns, so that the buffers of all tiles can be made before the loop.
     shapes = jax.eval_shape(function, *jax.tree.map(lambda a: a[0], tiles))
-    num_tiles = len(is_real) // tile_size
 
     # Outputs are carried and written in place. `scan` would stack them, but needs a known length.
     def compute_tile(i, outputs):
@@ -104,10 +123,16 @@ def map_row_tiles(
             tile_outputs,
         )
 
-    outputs = jax.tree.map(lambda a: jnp.zeros((num_tiles, *a.shape), a.dtype), shapes)
-    num_active = _count_active_tiles(is_real.reshape(num_tiles, tile_size))
-    outputs = jax.lax.fori_loop(0, num_active, compute_tile, outputs)
+    outputs = jax.tree.map(lambda a: jnp.zeros((len(is_real), *a.shape), a.dtype), shapes)
+    num_tiles = _count_active_tiles(is_real) if num_tiles is None else num_tiles
+    outputs = jax.lax.fori_loop(0, num_tiles, compute_tile, outputs)
     return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:])[:length], outputs)
+
+
+def _cut_tiles(x: Shaped[Array, "M *row"], tile_size: int) -> Shaped[Array, "I t *row"]:
+    """Return rows in tiles, the last one filled up with zeros."""
+    padding = ((0, -len(x) % tile_size), *((0, 0),) * (x.ndim - 1))
+    return jnp.pad(x, padding).reshape(-1, tile_size, *x.shape[1:])
 
 
 def _count_active_tiles(is_real: Bool[Array, "I t"]) -> Int[Array, ""]:

@@ -110,15 +110,22 @@ class DataLane:
         self._documents_read = {**unread, **state.documents_read}
         self._tokens_read = {**unread, **state.tokens_read}
         self._num_dropped = state.num_dropped
+        # A long document may be pending in two pieces. It is tokenised, and kept, once.
+        restored: dict[str, packing.TokenizedDocument | None] = {}
         self._pending = [
             pending_piece
             for piece_ref in state.pending
-            for pending_piece in self._restore_pieces(piece_ref)
+            for pending_piece in self._restore_pieces(piece_ref, restored)
         ]
 
     def next_row(self, step: int) -> packing.PackedRow | None:
         """Return the lane's next row, for a batch of this step. None when all is read."""
-        return packing.pack_next_row(
+        segments = self.next_segments(step)
+        return None if segments is None else packing.write_row(segments, self._config.seq_len)
+
+    def next_segments(self, step: int) -> list[packing.RowSegment] | None:
+        """Return what the lane's next row consists of, without writing it. None at the end."""
+        return packing.choose_segments(
             self._pending,
             lambda: self._draw_document(step),
             self._config.seq_len,
@@ -227,9 +234,15 @@ class DataLane:
         )
 
     def _restore_pieces(
-        self, piece_ref: document_refs.PendingPieceRef
+        self,
+        piece_ref: document_refs.PendingPieceRef,
+        restored: dict[str, packing.TokenizedDocument | None],
     ) -> list[packing.PendingPiece]:
         """Tokenise a pending piece of a state again.
+
+        Args:
+          piece_ref: the piece.
+          restored: the documents of earlier pieces, by sample id. This one's is added.
 
         Raises:
           DataError: the document has another number of tokens than before, and some of its tokens
@@ -238,7 +251,9 @@ class DataLane:
         sample_id, start, end = piece_ref.sample_id, piece_ref.start, piece_ref.end
         document_ref = document_refs.DocumentRef.from_text(sample_id)
         name, index = document_ref.source, document_ref.index
-        document = self._encode_record(name, index)
+        if sample_id not in restored:
+            restored[sample_id] = self._encode_record(name, index)
+        document = restored[sample_id]
         if document is None:  # rows have become shorter since, and the conversation fits no more
             self._num_dropped += 1
             return []

@@ -78,6 +78,25 @@ class PackedRow:
     sample_ids: list[str]
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class RowSegment:
+    """A part of a document that was chosen for a row.
+
+    Attributes:
+      sample_id: text of the document's `document_refs.DocumentRef`.
+      source_index: number of the document's source, from 0.
+      document: all of it.
+      start: number of the part's first token.
+      length: number of the part's tokens, at least 1.
+    """
+
+    sample_id: str
+    source_index: int
+    document: TokenizedDocument
+    start: int
+    length: int
+
+
 def split_document(
     sample_id: str, source_index: int, document: TokenizedDocument, seq_len: int
 ) -> list[PendingPiece]:
@@ -102,10 +121,22 @@ def pack_next_row(
     lookahead: int,
     pack: bool = True,
 ) -> PackedRow | None:
-    """Take one row out of `pending`, which documents fill up to `lookahead` pieces.
+    """Take one row out of `pending`, see `choose_segments`. None when all is read."""
+    segments = choose_segments(pending, draw, seq_len, lookahead, pack)
+    return None if segments is None else write_row(segments, seq_len)
+
+
+def choose_segments(
+    pending: list[PendingPiece],
+    draw: Callable[[], list[PendingPiece]],
+    seq_len: int,
+    lookahead: int,
+    pack: bool = True,
+) -> list[RowSegment] | None:
+    """Take the segments of one row out of `pending`, which documents fill up to `lookahead` pieces.
 
     The row begins with the oldest piece, so that no piece waits for ever. Then the longest piece
-    that fits follows, again and again until no piece fits.
+    that fits follows, again and again until no piece fits. No token is copied here.
 
     Args:
       pending: pieces in order of arrival. It is changed in place.
@@ -115,30 +146,52 @@ def pack_next_row(
       pack: put several documents in the row. False puts one, and padding.
 
     Returns:
-      The row, or None when no piece is pending and no document remains.
+      The segments in the order of the row, or None when no piece is pending and no document
+      remains.
     """
-    row, space = make_padding_row(seq_len), seq_len
+    segments: list[RowSegment] = []
+    space = seq_len
     _refill_pending(pending, draw, seq_len, lookahead)
     if not pending:
         return None
     chosen = pending[0]
     while True:
         length = min(chosen.length, space)
-        _write_segment(row, seq_len - space, chosen, length)
+        segments.append(
+            RowSegment(chosen.sample_id, chosen.source_index, chosen.document, chosen.start, length)
+        )
         space -= length
         chosen.start += length
         # A piece of whole rows stays pending until its last row.
         if not chosen.length:
             pending.remove(chosen)
         if not pack or not space:
-            return row
+            return segments
         # After every piece: the next choice is then always one among `lookahead`.
         _refill_pending(pending, draw, seq_len, lookahead)
-        fitting = [candidate for candidate in pending if candidate.length <= space]
-        if not fitting:
-            return row
-        # `max` takes the first of equals, which is the oldest.
-        chosen = max(fitting, key=lambda candidate: candidate.length)
+        longest_fit = _find_longest_fit(pending, space)
+        if longest_fit is None:
+            return segments
+        chosen = longest_fit
+
+
+def _find_longest_fit(pending: list[PendingPiece], space: int) -> PendingPiece | None:
+    """Return the longest piece of at most `space` tokens, of equals the oldest, or None."""
+    longest_fit, longest = None, 0
+    for candidate in pending:
+        # Not `candidate.length`: a property call for each of them would be a third of packing.
+        if longest < candidate.end - candidate.start <= space:
+            longest_fit, longest = candidate, candidate.end - candidate.start
+    return longest_fit
+
+
+def write_row(segments: list[RowSegment], seq_len: int) -> PackedRow:
+    """Return the row of these segments, and padding after them."""
+    row, offset = make_padding_row(seq_len), 0
+    for segment in segments:
+        _write_segment(row, offset, segment)
+        offset += segment.length
+    return row
 
 
 def make_padding_row(seq_len: int) -> PackedRow:
@@ -153,7 +206,9 @@ def _refill_pending(
     lookahead: int,
 ) -> None:
     """Draw documents until `lookahead` pieces or `_MAX_PENDING_ROWS` rows of tokens are pending."""
-    num_tokens = sum(pending_piece.length for pending_piece in pending)
+    if len(pending) >= lookahead:
+        return
+    num_tokens = sum([pending_piece.end - pending_piece.start for pending_piece in pending])
     while len(pending) < lookahead and num_tokens < _MAX_PENDING_ROWS * seq_len:
         pieces = draw()
         if not pieces:
@@ -162,9 +217,10 @@ def _refill_pending(
         num_tokens += sum(pending_piece.length for pending_piece in pieces)
 
 
-def _write_segment(row: PackedRow, offset: int, pending_piece: PendingPiece, length: int) -> None:
-    """Copy the first `length` tokens of a piece into a row, from `offset` on."""
-    arrays, document, start = row.arrays, pending_piece.document, pending_piece.start
+def _write_segment(row: PackedRow, offset: int, segment: RowSegment) -> None:
+    """Copy a segment's tokens into a row, from `offset` on."""
+    arrays, document = row.arrays, segment.document
+    start, length = segment.start, segment.length
     span = slice(offset, offset + length)
     arrays.tokens[span] = document.tokens[start : start + length]
     arrays.segment_ids[span] = len(row.sample_ids) + 1
@@ -175,5 +231,5 @@ def _write_segment(row: PackedRow, offset: int, pending_piece: PendingPiece, len
     target_span = slice(offset, offset + len(targets))
     arrays.targets[target_span] = targets
     arrays.weights[target_span] = document.loss_mask[start + 1 : start + length + 1]
-    row.source_ids[span] = pending_piece.source_index + 1
-    row.sample_ids.append(document_refs.segment_to_text(pending_piece.sample_id, start))
+    row.source_ids[span] = segment.source_index + 1
+    row.sample_ids.append(document_refs.segment_to_text(segment.sample_id, start))

@@ -70,6 +70,15 @@ def assign_lanes(spec: PrefetchSpec, step: int) -> dict[int, int]:
     return {row: mixture.find_lane(step, row, num_rows, spec.num_lanes) for row in spec.row_numbers}
 
 
+def assign_workers(spec: PrefetchSpec, num_workers: int) -> dict[int, int]:
+    """Return the worker that runs each lane of a spec.
+
+    Workers take lanes by their place among this host's lanes, not by their number: on a torus a
+    host's lanes are often 0, 8, 16 and so on, which are all the same modulo 8.
+    """
+    return {lane: place % num_workers for place, lane in enumerate(sorted(spec.states))}
+
+
 def iterate_rows(
     spec: PrefetchSpec, worker_index: int = 0, num_workers: int = 1
 ) -> Iterator[dict[int, LaneRow]]:
@@ -79,8 +88,7 @@ def iterate_rows(
 
     Args:
       spec: what to make, the same for all workers.
-      worker_index: number of this worker. It runs the lanes whose number is `worker_index` modulo
-        `num_workers`.
+      worker_index: number of this worker. It runs the lanes that `assign_workers` gives it.
       num_workers: number of workers that share the lanes.
     """
     config = spec.config
@@ -103,10 +111,11 @@ def iterate_rows(
             lane_number, spec.num_lanes, config, spec.records, encoder, spec.num_epochs, state
         )
 
+    worker_by_lane = assign_workers(spec, num_workers)
     for step in itertools.count(spec.step):
         lane_rows = {}
         for row_number, lane_number in assign_lanes(spec, step).items():
-            if lane_number % num_workers == worker_index:
+            if worker_by_lane[lane_number] == worker_index:
                 lane = open_lane(lane_number)
                 row = lane.next_row(step) or packing.make_padding_row(config.seq_len)
                 # The state after each row: a lane may serve several rows of a batch, and the reader
@@ -137,6 +146,7 @@ class RowPrefetcher:
         iterators = iterators or [iterate_rows(spec)]
         # Bounded: a full queue is what stops a worker from running further ahead.
         self._queues = [queue.Queue(spec.config.data.prefetch) for _ in iterators]
+        self._worker_by_lane = assign_workers(spec, len(self._queues))
         self._threads = [
             threading.Thread(
                 target=_fill_queue, args=(iterator, row_queue, self._stop_event), daemon=True
@@ -156,7 +166,7 @@ class RowPrefetcher:
         lane_rows: dict[int, LaneRow] = {}
         lanes = set(assign_lanes(self._spec, self._step).values())
         # Only workers with a lane in this step put something into their queue for it.
-        for worker_index in sorted({lane % len(self._queues) for lane in lanes}):
+        for worker_index in sorted({self._worker_by_lane[lane] for lane in lanes}):
             item = self._queues[worker_index].get()
             if isinstance(item, Exception):
                 raise item

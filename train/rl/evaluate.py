@@ -85,25 +85,7 @@ class HeldOutEvaluator:
         self._sampler.dismiss()
         if was_stopped:
             return None
-        rewards: dict[str, list[float]] = {}
-        for source, sample, future in finished:
-            if future is not None:
-                groups.apply_score(sample, future.result()[0])
-            if sample.valid and sample.reward is not None:
-                rewards.setdefault(source, []).append(sample.reward)
-        num_scored = sum(map(len, rewards.values()))
-        metrics: dict[str, Any] = {
-            f"reward/{source}": float(np.mean(values)) for source, values in rewards.items()
-        }
-        metrics |= {
-            "samples": num_scored,
-            "failed": len(finished) - num_scored,
-            "version": weight_version,
-        }
-        # A mean over samples, not over sources: a large source weighs more.
-        all_rewards = [reward for values in rewards.values() for reward in values]
-        metrics["reward"] = float(np.mean(all_rewards or [math.nan]))
-        return metrics
+        return _summarize(finished, weight_version)
 
     def _episode_jobs(self, window_tokens: int) -> Iterator[rollout.EpisodeJob]:
         for source, tasks in self._tasks.items():
@@ -113,3 +95,28 @@ class HeldOutEvaluator:
                     # Tasks of one index in two sources share a seed, but their prompts differ.
                     seed = groups.sample_seed(self._config.seed, task_index, n)
                     yield rollout.EpisodeJob((source, task_index, n), episode, seed)
+
+
+def _summarize(
+    finished: list[tuple[str, sample_lib.Sample, Any]], weight_version: int
+) -> dict[str, Any]:
+    """Wait for the scores, and return the metrics of (source, sample, future of its score)."""
+    rewards: dict[str, list[float]] = {}
+    for source, sample, future in finished:
+        if future is not None:
+            groups.apply_score(sample, future.result()[0])
+        if sample.valid and sample.reward is not None:
+            rewards.setdefault(source, []).append(sample.reward)
+    num_scored = sum(map(len, rewards.values()))
+    metrics: dict[str, Any] = {
+        f"reward/{source}": float(np.mean(values)) for source, values in rewards.items()
+    }
+    metrics |= {
+        "samples": num_scored,
+        "failed": len(finished) - num_scored,
+        "version": weight_version,
+    }
+    # A mean over samples, not over sources: a large source weighs more.
+    all_rewards = [reward for values in rewards.values() for reward in values]
+    metrics["reward"] = float(np.mean(all_rewards or [math.nan]))
+    return metrics

@@ -89,10 +89,10 @@ def resolve_rl_config(
 
 
 def make_layouts(
-    config: rl_config.RlConfig, model_config: model_config_lib.ModelConfig
+    config: rl_config.RlConfig, model_config: model_config_lib.ModelConfig, devices=None
 ) -> tuple[sharding.MeshLayout | None, sharding.MeshLayout | None]:
     """Return the trainer's and the sampler's layout of the same devices, or None on one device."""
-    mesh = run_model.make_train_mesh(dict(config.mesh))
+    mesh = run_model.make_train_mesh(dict(config.mesh), devices)
     serving_mesh = weight_sync_lib.make_serving_mesh(mesh, config.serving_mesh)
     return (
         sharding.make_layout(mesh, model_config, sharding.TRAIN),
@@ -124,6 +124,8 @@ def open_rl_session(
     sharding.check_batch_rows(layout, config.update.rows)
     stop_request = workdir_lib.StopRequest("ending this batch")
     tasks, held_out_tasks = rollout_setup.open_run_tasks(config, model.tokenizer, workdir, stack)
+    # Process 0 may have made tasks for an hour. Others wait here, where no time limit of Orbax is.
+    multihost.broadcast_object(None)
     rewards = rollout_setup.open_rewards(config, stack)
     store = stack.enter_context(checkpoints.CheckpointStore(workdir, config.save))
     batch_number = store.latest_step() or 0

@@ -147,7 +147,7 @@ class PolicyUpdater:
         # Without a token of the present weights there is nothing to compare.
         report.pearson = mismatch["pearson"] if mismatch else None
         metrics |= mismatch | scoring_metrics
-        values = dataclasses.replace(values, advantages=self._compute_advantages(samples, values))
+        values.advantages.update(self._compute_advantages(samples, values))
         packed = [self._pack_minibatch(minibatch, values) for minibatch in minibatches]
         metrics |= _packing_metrics("update", packed)
         state, updates = self._run_epochs(state, packed)
@@ -192,7 +192,7 @@ class PolicyUpdater:
         coefficients = loss_lib.token_coefficients(
             self._config.objective, lengths, group_ids, np.ones(len(minibatch), bool)
         )
-        packed.fill("coefficients", coefficients.tolist())
+        packed.fill("coefficients", list(coefficients))
         for name in ("logp_old", "logp_ref", "advantages"):
             by_index = getattr(values, name)
             if by_index:

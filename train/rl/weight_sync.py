@@ -1,4 +1,4 @@
-"""Weight sync: from the trainer's layout and dtype to the sampler's, by one jitted identity.
+"""Weight sync: from the trainer's layout and dtype to the sampler's, by one jitted program.
 
 Trainer and sampler share the devices, so new weights take one program of collectives. M1 trains
 colocated, too. Plain multi-controller JAX cannot copy between disjoint meshes of several hosts.
@@ -6,6 +6,7 @@ colocated, too. Plain multi-controller JAX cannot copy between disjoint meshes o
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from m1_jax import model as model_lib
 from m1_jax import params as params_lib
 from m1_jax import sharding
 from train import lora
+from train.rl import slice_exchange
 
 
 class WeightSync:
@@ -31,29 +33,65 @@ class WeightSync:
     ):
         self.abstract_model = params_lib.abstract_model(config, dtype, dtype, layout)
         # `jax.ShapeDtypeStruct` with a sharding, by the parameter's path.
-        shapes = {
+        self._shapes = {
             n: p.get_value() for n, p in params_lib.params_by_path(self.abstract_model).items()
         }
-
-        def cast(values):
-            # A copy also where neither dtype nor sharding changes: the trainer donates its weights
-            # to the next step, and the sampler would be left with deleted arrays.
-            return {n: jnp.copy(values[n]).astype(shapes[n].dtype) for n in shapes}
-
-        # The shardings alone say what moves: XLA inserts the collectives.
-        shardings = {name: shape.sharding for name, shape in shapes.items()}
-        self.program = jax.jit(cast, out_shardings=shardings)
+        shardings = {name: shape.sharding for name, shape in self._shapes.items()}
+        self.program = jax.jit(
+            self._copy_params, static_argnames="exchanges", out_shardings=shardings
+        )
 
     def __call__(self, model: model_lib.MiniMaxM1) -> model_lib.MiniMaxM1:
         """Return the sampler's model with the trainer's weights, adapters merged."""
-        merged = lora.merge_adapters(model)
-        values = {n: p.get_value() for n, p in params_lib.params_by_path(merged).items()}
+        values = _params_values(lora.merge_adapters(model))
         # An identity map copies the tree, so that the abstract model itself stays abstract.
         sampler_model = jax.tree.map(lambda leaf: leaf, self.abstract_model)
         params = params_lib.params_by_path(sampler_model)
-        for name, value in self.program(values).items():
+        for name, value in self.program(values, self._plan_exchanges(values)).items():
             params[name].set_value(value)
         return sampler_model
+
+    def trace(self, model: model_lib.MiniMaxM1) -> jax.stages.Traced:
+        """Return the traced program for a trainer's model of sharded shapes, without adapters."""
+        values = _params_values(model)
+        return self.program.trace(values, self._plan_exchanges(values))
+
+    def _plan_exchanges(
+        self, values: Mapping[str, Any]
+    ) -> tuple[slice_exchange.SliceExchange | None, ...]:
+        """Return how each parameter moves, in the order of names. None: XLA decides."""
+        exchanges = []
+        for name, target in self._shapes.items():
+            source = values[name].sharding
+            # Without a mesh there is one device, and nothing moves.
+            is_on_mesh = all(isinstance(s, jax.NamedSharding) for s in (source, target.sharding))
+            exchanges.append(
+                slice_exchange.plan_exchange(target.shape, source, target.sharding)
+                if is_on_mesh
+                else None
+            )
+        return tuple(exchanges)
+
+    def _copy_params(
+        self,
+        values: Mapping[str, jax.Array],
+        exchanges: tuple[slice_exchange.SliceExchange | None, ...],
+    ) -> dict[str, jax.Array]:
+        """Return copies in the sampler's dtypes and shardings.
+
+        Copies also where neither changes: the trainer donates its weights to the next step, and the
+        sampler would be left with deleted arrays.
+        """
+        return {
+            name: jnp.copy(values[name]).astype(shape.dtype)
+            if exchange is None
+            else exchange(values[name], shape.dtype)
+            for (name, shape), exchange in zip(self._shapes.items(), exchanges, strict=True)
+        }
+
+
+def _params_values(model: model_lib.MiniMaxM1) -> dict[str, Any]:
+    return {name: p.get_value() for name, p in params_lib.params_by_path(model).items()}
 
 
 def make_serving_mesh(

@@ -1,0 +1,193 @@
+"""What `infer.offline` reads: its flags, and the requests of its input."""
+
+import dataclasses
+import json
+import pathlib
+from typing import Any
+
+import m1_jax
+from infer import command, grammar, jsonl, stopping
+from infer import options as options_lib
+from infer import prompt as prompt_lib
+from m1_jax import command_mesh, distributed, quantize
+from m1_jax import tokenizer as tokenizer_lib
+
+_flag = command.flag_field
+_MAX_LISTED_BAD_LINES = 10  # one error lists so many
+_LINE_FIELDS = (*jsonl.REQUEST_FIELDS, "id", "preset")
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchConfig:
+    """One run. Each field is a flag of the command."""
+
+    checkpoint: str = _flag("", "Release directory, or one made by m1_jax.convert.")
+    input: str = _flag("", "JSONL file of requests.")
+    output: str = _flag("", "JSONL file to write, or to go on with after a kill.")
+    defaults: str = _flag("{}", 'Options for lines without their own: {"max_tokens": 100, ...}.')
+    seed: int = _flag(0, "Seed of the run; a line without a seed gets one from it.")
+    tokens: bool = _flag(False, "Write each token with its log-probabilities.")
+    system: str | None = _flag(None, "System message for prompts without their own.")
+    raw: bool = _flag(False, "Read prompts as they are, control tokens included: no template.")
+    profile: str = _flag("release", "Chat template: release or vllm.")
+    dtype: str | None = _flag(None, command_mesh.DTYPE_HELP)
+    weights: str | None = _flag(None, "int8-experts or int8-all quantizes weights; default: dtype.")
+    mesh: str | None = _flag(None, command_mesh.MESH_HELP)
+    distributed: bool = _flag(False, distributed.DISTRIBUTED_HELP)
+    max_length: int = _flag(0, "Most tokens of prompt and output together; 0: the model's limit.")
+    max_rows: int = _flag(8, "Most sequences in a batch.")
+    num_pages: int = _flag(0, "Pages of KV cache, 64 tokens each; 0: as many as needed.")
+    num_snapshots: int = _flag(8, "States kept for prompts that begin alike.")
+    draft_tokens: int = _flag(0, "Tokens to draft by prompt lookup, 0 to 7; 0 is off.")
+    progress: bool = _flag(True, "Show a progress bar.")
+
+    def __post_init__(self):
+        checks = {
+            "checkpoint": (bool(self.checkpoint), "a directory"),
+            "input": (bool(self.input), "a file"),
+            "output": (bool(self.output), "a file"),
+            "seed": (0 <= self.seed < 2**32, f"0 to {2**32 - 1}"),
+            "profile": (self.profile in prompt_lib.PROFILES, " or ".join(prompt_lib.PROFILES)),
+            "dtype": (self.dtype in (None, *command.DTYPES), " or ".join(command.DTYPES)),
+            "max_length": (self.max_length >= 0, "0 (the model's own) or more"),
+            "max_rows": (self.max_rows >= 1, "1 or more"),
+        }
+        command.check_fields(self, checks)
+        quantize.check_recipe(self.weights)
+        if self.mesh:
+            command_mesh.parse_axis_sizes(self.mesh)  # raises for another form
+        _ = self.options  # raises for defaults that are no options
+
+    @property
+    def model_choice(self) -> command.ModelChoice:
+        return command.ModelChoice(self.checkpoint, self.dtype, self.weights, self.mesh)
+
+    @property
+    def options(self) -> options_lib.Options:
+        """Return the options of lines that have none of their own.
+
+        Raises:
+          ValueError: --defaults is not an object of options.
+        """
+        values = jsonl.parse_line("--defaults", self.defaults)
+        if not isinstance(values, dict):
+            raise ValueError(f"--defaults: got {self.defaults}; wanted a JSON object")
+        try:
+            return jsonl.options_from_fields(options_lib.Options(), values)
+        except ValueError as error:
+            raise ValueError(f"--defaults: {error}") from None
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchRequest:
+    """A request of the input."""
+
+    index: int  # among the lines that are not blank, from 0
+    output_fields: dict[str, Any]  # what the output's line begins with: index and id
+    prompt: tuple[int, ...]  # token ids
+    options: options_lib.Options  # the request's options, with a seed of its own
+
+
+def read_requests(
+    config: BatchConfig, tokenizer: tokenizer_lib.Tokenizer, model_config: m1_jax.ModelConfig
+) -> list[BatchRequest]:
+    """Return all requests of the input.
+
+    Raises:
+      ValueError: bad lines, of which the error lists up to `_MAX_LISTED_BAD_LINES`.
+    """
+    path = pathlib.Path(config.input)
+    lines = jsonl.read_lines(path)
+    if not lines:
+        raise ValueError(f"{path}: got no requests; wanted one per line")
+    reader = _RequestReader(config, tokenizer, model_config)
+    requests, errors = [], []
+    for index, (location, text) in enumerate(lines):
+        try:
+            requests.append(reader.parse_request(index, location, text))
+        except ValueError as error:
+            message = str(error).replace("\n", " ")
+            # Some errors name the line themselves.
+            errors.append(message if message.startswith(location) else f"{location}: {message}")
+    if errors:
+        num_unlisted = len(errors) - _MAX_LISTED_BAD_LINES
+        unlisted = [f"and {num_unlisted} more"] if num_unlisted > 0 else []
+        listed = "\n  ".join([*errors[:_MAX_LISTED_BAD_LINES], *unlisted])
+        raise ValueError(
+            f"got {len(errors)} bad lines of {len(lines)}; nothing was run:\n  {listed}"
+        )
+    return requests
+
+
+class _RequestReader:
+    """Turns lines into requests.
+
+    It remembers ids, which may not be repeated, and constraints, which it compiles once.
+    """
+
+    def __init__(
+        self,
+        config: BatchConfig,
+        tokenizer: tokenizer_lib.Tokenizer,
+        model_config: m1_jax.ModelConfig,
+    ):
+        self._config, self._tokenizer, self._model_config = config, tokenizer, model_config
+        self._defaults = config.options
+        self._names = [field.name for field in dataclasses.fields(options_lib.Options)]
+        self._ids: dict[str, str] = {}  # location of each id's first line
+        self._compiler: grammar.GrammarCompiler | None = None
+        self._constraints: set[str] = set()  # constraints that were compiled, as JSON
+
+    def parse_request(self, index: int, location: str, text: str) -> BatchRequest:
+        """Return the request of one line.
+
+        Raises:
+          ValueError: a line that cannot be served.
+        """
+        value = jsonl.parse_line(location, text)
+        if not isinstance(value, dict):
+            raise ValueError(f"got {value!r:.80}; wanted an object")
+        options_lib.check_names("field", value, (*_LINE_FIELDS, *self._names))
+        conversation = {k: v for k, v in value.items() if k in jsonl.REQUEST_FIELDS}
+        config = self._config
+        conversation = jsonl.check_conversation(location, conversation, config.system, config.raw)
+        prompt = jsonl.encode_request(location, self._tokenizer, conversation, config.profile)
+        own_options = {k: v for k, v in value.items() if k == "preset" or k in self._names}
+        options = jsonl.options_from_fields(self._defaults, own_options)
+        if "seed" not in own_options:
+            options = dataclasses.replace(options, seed=jsonl.derive_seed(config.seed, index))
+        limits = (self._model_config, config.max_length)
+        jsonl.check_prompt_length(location, prompt, options.max_tokens, *limits)
+        self._check_options(options)
+        return BatchRequest(
+            index, self._make_output_fields(index, location, value), tuple(prompt), options
+        )
+
+    def _make_output_fields(
+        self, index: int, location: str, value: dict[str, Any]
+    ) -> dict[str, Any]:
+        if "id" not in value:
+            return {"index": index}
+        name = value["id"]
+        if not isinstance(name, str | int) or isinstance(name, bool):
+            raise ValueError(f"id: got {name!r:.80}; wanted text or a whole number")
+        # By repr: 1 and "1" are different ids.
+        first = self._ids.setdefault(repr(name), location)
+        if first != location:
+            raise ValueError(f"id: got {name!r:.80} again, first at {first}; wanted another one")
+        return {"index": index, "id": name}
+
+    def _check_options(self, options: options_lib.Options) -> None:
+        """Raise now what `Engine.submit` would raise later, when other requests have run."""
+        vocab_size = self._model_config.vocab_size
+        options_lib.check_options(options, vocab_size, self._tokenizer.stop_ids)
+        stopping.OutputProgress(options, self._tokenizer)
+        name = options.constraint
+        if name is None:
+            return
+        key = json.dumps([name, getattr(options, name)], sort_keys=True)
+        if key not in self._constraints:
+            if self._compiler is None:
+                self._compiler = grammar.GrammarCompiler(self._tokenizer, vocab_size)
+            self._compiler.compile_matcher(options)
+            self._constraints.add(key)

@@ -1,0 +1,277 @@
+"""Rehearses a run of reinforcement learning: tasks, engine, generation batches, updates, saves."""
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from m1_jax import params as params_lib
+from m1_jax import sharding
+from m1_jax.plan import config as plan_config
+from m1_jax.plan import shapes
+from m1_jax.serving import state as serving_state
+from train.data import config as data_config
+from train.rehearsal import answers, costs, documents, programs, schedules, storage
+from train.rehearsal import findings as findings_lib
+from train.rehearsal import setting as setting_lib
+from train.rl import config as rl_config
+from train.rl import loop as rl_loop
+from train.rl import rollout_setup, row_packing, task_maker
+from train.rl import tasks as tasks_lib
+
+GIB, MIB = 2**30, 2**20
+_MADE_TASKS = 4  # tasks of a generator that are made, to extrapolate from
+_LOW_UTILISATION = 0.75
+
+
+class RlRehearsal:
+    """One rehearsal. Each part adds its lines, and a refusal stops its own part alone."""
+
+    def __init__(self, setting: setting_lib.RehearsalSetting, findings: findings_lib.FindingList):
+        assert isinstance(setting.run_config, rl_config.RlConfig)
+        self._config: rl_config.RlConfig = setting.run_config
+        self._setting, self._findings = setting, findings
+
+    def run(self) -> None:
+        """Rehearse all parts."""
+        config, findings = self._config, self._findings
+        num_updates = config.batches * config.update.minibatches * config.update.epochs
+        with findings.catch_refusals("schedules"):
+            schedules.check_rl_rates(rl_loop.make_optimizer(config), num_updates, findings)
+        held_out_sizes = self._open_tasks(config.evaluation.sources, "held-out tasks")
+        self._open_tasks(config.sources, "tasks")
+        layouts = None
+        with findings.catch_refusals("mesh"):
+            layouts = rl_loop.make_layouts(
+                config, self._setting.model.config, self._setting.devices
+            )
+            self._check_rows(layouts[0])
+        with findings.catch_refusals("batch"):
+            self._measure_batch(layouts[0] if layouts else None)
+        engine = None
+        with findings.catch_refusals("engine"):
+            engine = rollout_setup.make_run_engine_config(config, held_out_sizes)
+            self._describe_engine(engine)
+        if layouts is None:
+            return
+        layout, serving_layout = layouts
+        state = None
+        with findings.catch_refusals("checkpoint"):
+            state = self._setting.model.abstract_state(layout, rl_loop.make_optimizer(config))
+            size = storage.measure_checkpoint(state, config.save.directory)
+            costs.add_checkpoint(size, "state", config.save.keep, findings)
+        if layout is None or serving_layout is None:
+            return
+        with findings.catch_refusals("engine"):
+            self._measure_residents(state, serving_layout, engine)
+        self._check_programs(layout)
+
+    def _make_row_shapes(self, layout: sharding.MeshLayout | None) -> row_packing.RowShapes:
+        """Return the shapes of microbatches, as `update.PolicyUpdater` makes them."""
+        update, rollout = self._config.update, self._config.rollout
+        longest = update.row_tokens or rollout.max_sample_tokens
+        return row_packing.make_row_shapes(update.rows, longest, layout)
+
+    # ---- tasks
+
+    def _open_tasks(self, sources: Sequence[tasks_lib.TaskSource], label: str) -> Any:
+        """Open files, and make a few tasks of each generator. Return ranges as long as sources."""
+        sizes: dict[str, range] = {}
+        total_secs = 0.0
+        for source in sources:
+            sizes[source.name] = range(source.size)
+            with self._findings.catch_refusals("tasks", source.name):
+                if source.path:
+                    sizes[source.name] = range(self._open_file_tasks(source))
+                else:
+                    total_secs += self._make_some_tasks(source)
+        if total_secs > 1:
+            num_tasks = sum(source.size for source in sources if source.make)
+            self._findings.add(
+                "costs",
+                "tasks",
+                f"{num_tasks:,} {label} that are generated take process 0 {total_secs / 60:.1f} "
+                f"minutes of one core, once in a run, by {_MADE_TASKS} of each source",
+                total_secs / self._config.batches,
+                start_secs=total_secs,
+            )
+        return sizes
+
+    def _open_file_tasks(self, source: tasks_lib.TaskSource) -> int:
+        if documents.open_records(data_config.DataSource(source.name, source.path)) is None:
+            text = f"source {source.name}: no file at {source.path} on this machine"
+            self._findings.add("assumes", "tasks", text)
+            return 0
+        tasks = tasks_lib.FileTasks(source)
+        first = tasks[0]
+        text = f"source {source.name}: {len(tasks):,} tasks opened, the first is {first.id}"
+        self._findings.add("fits", "tasks", text)
+        tasks.close()
+        return len(tasks)
+
+    def _make_some_tasks(self, source: tasks_lib.TaskSource) -> float:
+        """Return the seconds of one core that all tasks of a generator take."""
+        recipe, options = tasks_lib.describe_source(source), dict(source.options)
+        # Tasks may get harder on the way.
+        last = source.size - 1
+        indices = sorted({last * i // (_MADE_TASKS - 1) for i in range(_MADE_TASKS)})
+        try:
+            task_maker.check_recipe(recipe, options)
+            times = []
+            for _ in task_maker.make_task_lines(recipe, options, indices, num_processes=1):
+                times.append(time.perf_counter())
+        except ImportError as error:
+            raise ValueError(f"{error}") from None
+        text = f"source {source.name}: {len(times)} of {source.size:,} tasks made"
+        self._findings.add("fits", "tasks", text)
+        # From the first on: before it the process starts.
+        return (times[-1] - times[0]) / max(len(times) - 1, 1) * source.size
+
+    # ---- sizes
+
+    def _check_rows(self, layout: sharding.MeshLayout | None) -> None:
+        """Lay the rows of all shapes onto the mesh, with the update's own refusals."""
+        shapes = self._make_row_shapes(layout)
+        if layout is None:
+            return
+        placed = layout.activation_sharding("batch", "length")
+        for num_rows in shapes.row_counts:
+            for row_tokens in shapes.row_lengths:
+                placed.shard_shape((num_rows, row_tokens))
+        parts = placed.shard_shape(tuple(shapes.largest))
+        num_shapes = len(shapes.row_counts) * len(shapes.row_lengths)
+        self._findings.add(
+            "fits",
+            "placement",
+            f"a microbatch of {shapes.largest.num_rows} rows of {shapes.largest.row_tokens:,} "
+            f"tokens gives a chip {parts[0]} x {parts[1]:,}; {num_shapes} smaller shapes fit, too",
+        )
+
+    def _measure_batch(self, layout: sharding.MeshLayout | None) -> None:
+        """Measure a generation batch on the host, at its longest, and how its rows are filled."""
+        config = self._config
+        sizes = answers.BatchSizes.of_config(
+            config, self._setting.model.config, self._make_row_shapes(layout)
+        )
+        cost = answers.measure_batch(sizes)
+        sent = cost.sample_bytes if self._setting.num_hosts > 1 else 0
+        chip = sent / max(len(self._setting.devices) // self._setting.num_hosts, 1)
+        self._findings.add(
+            "costs",
+            "batch",
+            f"{sizes.num_samples} answers of {sizes.answer_tokens:,} tokens: "
+            f"{cost.sample_bytes / GIB:.2f} GiB of samples on each host, and "
+            f"{cost.row_bytes / GIB:.2f} of the largest microbatch's rows; every host gets "
+            f"{sent / GIB:.2f} GiB through its chips, {chip / GIB:.2f} each in blocks of 64 MiB, "
+            f"and {cost.table_bytes / 2**20:.2f} MiB by the hosts' network; the chips wait "
+            f"{cost.encode_secs + cost.decode_secs:.1f} s for columns and {cost.row_secs:.1f} s "
+            "for rows",
+            cost.encode_secs + cost.decode_secs + cost.row_secs,
+            **dataclasses.asdict(cost),
+        )
+        self._findings.add(
+            "assumes",
+            "batch",
+            f"a generation batch was measured on {sizes.scaled_tokens:,} of its "
+            f"{sizes.num_tokens:,} tokens; seconds are those of one core here",
+        )
+        if config.rollout.partial_tokens:
+            carried = config.rollout.partial_tokens * sizes.num_samples
+            saved_bytes = cost.carried_bytes_per_token * carried
+            self._findings.add(
+                "costs",
+                "checkpoint",
+                f"{sizes.num_samples} unfinished answers of {config.rollout.partial_tokens:,} "
+                f"tokens are {saved_bytes / GIB:.2f} GiB of process 0's file of columns",
+                saved_bytes=saved_bytes,
+            )
+        self._measure_utilisation(sizes)
+
+    def _measure_utilisation(self, sizes: answers.BatchSizes) -> None:
+        shares = answers.measure_utilisation(sizes, self._config.seed)
+        text = ", ".join(
+            f"{scored:.0%} and {updated:.0%} at {mean:,}"
+            for mean, (scored, updated) in shares.items()
+        )
+        is_low = min(map(min, shares.values())) < _LOW_UTILISATION
+        self._findings.add(
+            "costs" if is_low else "fits",
+            "batch",
+            "places of rows that hold a token, in scoring and in updates, by the mean answer: "
+            f"{text}",
+            utilisation=shares,
+        )
+
+    def _describe_engine(self, engine: Any) -> None:
+        num_samples = round(self._config.rollout.groups * self._config.rollout.oversample)
+        num_samples *= self._config.rollout.group_size
+        page_tokens, most = engine.total_pages * engine.chunk_tokens, engine.max_rows
+        full_rows = min(page_tokens // engine.max_length, most)
+        waves = -(-num_samples // max(full_rows, 1))
+        window = self._config.rollout.windows.tokens[-1]
+        self._findings.add(
+            "fits",
+            "engine",
+            f"{most} rows, {engine.total_pages:,} pages of {engine.chunk_tokens} tokens: room for "
+            f"{full_rows} answers at their longest; {num_samples} answers are up to {waves} waves "
+            f"of {window:,} steps",
+            waves=waves,
+            full_rows=full_rows,
+        )
+
+    def _measure_residents(
+        self, state: Any, serving_layout: sharding.MeshLayout, engine: Any
+    ) -> None:
+        """Add up what lies on a chip all the time, and compare with its memory."""
+        model_config = self._setting.model.config
+        sampler = params_lib.abstract_model(
+            model_config, self._setting.model.dtype, self._setting.model.dtype, serving_layout
+        )
+        parts = {"sampler": shapes.local_bytes(sampler)}
+        if state is not None:
+            sized = [leaf for leaf in jax.tree.leaves(state) if leaf.sharding is not None]
+            parts["trainer"] = shapes.local_bytes(sized)
+        if engine is not None:
+            pools = serving_state.abstract_serving_state(
+                model_config,
+                engine.total_slots,
+                engine.total_pages,
+                engine.chunk_tokens,
+                serving_layout,
+            )
+            parts["requests"] = shapes.local_bytes(pools)
+        text = ", ".join(f"{name} {size / GIB:.1f}" for name, size in parts.items())
+        total = sum(parts.values())
+        limit = programs.probe_limit_bytes(self._setting.devices[0])
+        self._findings.add(
+            "fits" if total <= limit else "fails",
+            "engine",
+            f"{total / GIB:.1f} of {limit / GIB:.1f} GiB of a chip hold weights, moments and "
+            f"requests all the time: {text}",
+            **{f"{name}_bytes": size for name, size in parts.items()},
+        )
+
+    def _check_programs(self, layout: sharding.MeshLayout) -> None:
+        tpu_slice = self._setting.tpu_slice
+        if tpu_slice is None:
+            return
+        largest = self._make_row_shapes(layout).largest
+        sizes = {axis: size for axis, size in self._config.serving_mesh if size > 1}
+        serving = programs.report_lib.format_mesh(sizes or {"expert": layout.mesh.size})
+        for job, label in (("rl_update", "scores, gradients, update"), ("reshard", "weight sync")):
+            plan = plan_config.PlanConfig(
+                topology=tpu_slice.name,
+                slices=tpu_slice.num_slices,
+                job=job,
+                config=programs.name_model(self._setting) or "m1",
+                mesh=programs.format_mesh(layout),
+                serving_mesh=serving,
+                seq=largest.row_tokens,
+                batch=largest.num_rows,
+                remat=self._setting.model.config.remat,
+            )
+            with self._findings.catch_refusals("programs", label):
+                program = programs.PlannedProgram(label, plan, layout)
+                programs.check_program(program, self._setting, self._findings)
