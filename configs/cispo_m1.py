@@ -4,9 +4,9 @@
         --workdir=/mnt/run --set=save.directory=gs://BUCKET/RUN
 
 512 chips of TPU v5p (8x8x8), which trainer and sampler share. A batch is 32 tasks with 16 answers
-each. It is trained on in 16 updates of 32 answers, packed into one or two microbatches of 16 rows
-of 86,016 tokens. Compiled for that slice, these programs need so much of a chip's 95.7 GiB,
-together with the weights and moments that lie beside them:
+each. It is trained on in 16 updates of 32 answers, packed into one or two microbatches of 16 rows,
+of up to 86,016 tokens as the answers need. Compiled for that slice at this length, these programs
+need so much of a chip's 95.7 GiB, together with the weights and moments that lie beside them:
 
 | program | GiB a chip | compile, busy machine |
 |---|---|---|

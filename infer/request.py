@@ -11,7 +11,9 @@ from infer import grammar, output_tokens, stopping
 from infer import options as options_lib
 from infer import prompt_lookup as prompt_lookup_lib
 
+# A user of requests imports this module alone.
 OutputToken = output_tokens.OutputToken
+OutputTokens = output_tokens.OutputTokens
 _MAX_TEXT_PIECES = 1024  # pieces of an output's text that are joined when there are so many
 
 

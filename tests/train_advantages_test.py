@@ -102,6 +102,12 @@ def test_a_turns_reward_goes_to_the_turn_and_what_came_before():
     near(advantages.token_returns([(1, 0.5)], 1.0, 4), [1.5, 1.5, 1, 1])
     near(advantages.token_returns([(1, 0.5)], 1.0, 4, 0.5), [0.375, 0.75, 0.5, 1])
     assert advantages.token_returns([], 1.0, 0).size == 0
+    for length in (1, 2, 1000):  # against the sum token by token
+        costs, total = np.random.default_rng(0).standard_normal(length), 0.0
+        returns = advantages.token_returns([(0, 2.0)], 1.0, length, 0.99, costs)
+        for t in reversed(range(length)):
+            total = -costs[t] + 2.0 * (t == 0) + 1.0 * (t == length - 1) + 0.99 * total
+            np.testing.assert_allclose(returns[t], total, rtol=1e-12, atol=1e-12)
     out = per_token(
         PRESETS["dr_grpo"], [1.5, 0.5], [4, 2], turn_rewards=[[(1, 0.5)], []], masks=MASKS
     )

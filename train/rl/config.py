@@ -139,9 +139,13 @@ class UpdateConfig:
       minibatches: optimizer steps that share the batch's groups, a divisor of `rollout.groups`.
         M1 makes 16 off-policy updates.
       epochs: passes over all minibatches, at least 1.
-      rows: rows of a microbatch, at least 1.
-      row_tokens: tokens of a row. 0 is the longest sample, `RolloutConfig.max_sample_tokens`. More
-        packs short samples better.
+      rows: the most rows of a microbatch, at least 1, and a multiple of what the mesh's data, fsdp
+        and expert axes split them into. Where half or a quarter of the rows hold what is left, a
+        microbatch has so many.
+      row_tokens: tokens of the longest row. 0 is the longest sample,
+        `RolloutConfig.max_sample_tokens`. Rows are as long as the samples of a microbatch need, in
+        few compiled lengths (`train/rl/row_packing.py`). These are multiples of 128 and of what
+        the mesh splits a row into, so that the longest may be somewhat longer than this number.
       warmup_steps: optimizer steps in which the learning rate warms up, at least 0.
       balance: coefficient of the routers' balance loss.
     """

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 
 from infer import config as engine_config
-from infer import engine, output_tokens
+from infer import engine, request
 from infer import options as options_lib
 from infer.execution import leader_follower
 from m1_jax import tokenizer as tokenizer_lib
@@ -352,11 +352,11 @@ class _EpisodeLoop:
 
 def _resumed_tokens(
     partial: sample_lib.Generation | None,
-) -> output_tokens.OutputTokens | None:
+) -> request.OutputTokens | None:
     """Return a paused episode's tokens as the engine's, None without any."""
     if partial is None or not len(partial.tokens):
         return None
-    return output_tokens.OutputTokens.from_columns(
+    return request.OutputTokens.from_columns(
         partial.tokens, partial.logprobs, partial.raw, partial.versions
     )
 

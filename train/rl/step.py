@@ -5,8 +5,8 @@
         sums = accumulate_gradients(sums, state.model, rows, token_share, weight_mean, settings)
     state, metrics = apply_update(state, sums.gradients, settings)
 
-Gradients are added up over any number of microbatches of one shape, so a step is compiled once,
-however long its samples are. The coefficients in the rows have the whole step's denominators, so
+Gradients are added up over any number of microbatches. These have few shapes, and each is compiled
+once (`row_packing.py`). The coefficients in the rows have the whole step's denominators, so
 nothing is divided here.
 """
 

@@ -147,7 +147,7 @@ class PolicyUpdater:
         # Without a token of the present weights there is nothing to compare.
         report.pearson = mismatch["pearson"] if mismatch else None
         metrics |= mismatch | scoring_metrics
-        values.advantages.update(self._compute_advantages(samples, values))
+        values = dataclasses.replace(values, advantages=self._compute_advantages(samples, values))
         packed = [self._pack_minibatch(minibatch, values) for minibatch in minibatches]
         metrics |= _packing_metrics("update", packed)
         state, updates = self._run_epochs(state, packed)

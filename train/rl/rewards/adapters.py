@@ -107,7 +107,7 @@ async def call_slime(path: str, options: dict[str, Any], sample: sample_lib.Samp
         tokens=[*sample.prompt.tolist(), *sample.tokens.tolist()],
         response=sample.text,
         response_length=len(sample.tokens),
-        loss_mask=sample.mask.tolist(),
+        loss_mask=sample.mask.astype(int).tolist(),
         label=sample.task.label,
         metadata=dict(sample.task.metadata),
     )
