@@ -325,13 +325,6 @@ def run_sharded(layout: MeshLayout, function: Callable, in_specs, out_specs) -> 
     return traced
 
 
-def replicate_array(x, layout: MeshLayout | None):
-    """Return the global array, replicated on every device."""
-    if layout is None:
-        return x
-    return jax.lax.with_sharding_constraint(x, NamedSharding(layout.mesh, PartitionSpec()))
-
-
 def has_ragged_all_to_all() -> bool:
     """Say whether the devices of the program being traced have a ragged all-to-all."""
     return _supports_ragged_all_to_all.value

@@ -67,20 +67,26 @@ def test_a_mesh_serves_as_one_device_does(golden_dir, plain, mesh, sizes):
     for _ in range(5):
         spread.step()
     began_in = partitions_of(spread)
-    assert len(set(began_in.values())) == 4
-    for request in requests[:3]:
+    assert len(set(began_in.values())) >= 3  # requests with a common prefix go together
+    for request in requests[1::2]:
         spread.preempt(request)
+    came_back_to = {}
     for _ in range(4):
         spread.step()
-    ended_in = partitions_of(spread)
-    assert any(began_in[name] != ended_in[name] for name in began_in.keys() & ended_in.keys())
+        came_back_to = partitions_of(spread) | came_back_to  # where each was seen first
+    if "max_rows" in sizes:  # with one row a partition, each finds its old one free
+        first = requests[1].sequence_id
+        assert (began_in[first], came_back_to[first]) == (0, 3)
     spread.run()
     assert spread.stats().memory.swapped_in > 0
     for n, (prompt, request) in enumerate(zip(PROMPTS, requests, strict=True)):
-        (alone,) = spread.generate([prompt], options(n, max_tokens=20))
-        assert bits(alone) == bits(request.output())  # exact on one mesh, in any partition
-        (single,) = plain.generate([prompt], options(n, max_tokens=20))
-        got, wanted = (np.asarray(bits(o)) for o in (alone, single))
+        alone, single = (
+            served.submit(prompt, options(n, max_tokens=20)) for served in (spread, plain)
+        )
+        spread.run()
+        plain.run()
+        assert bits(alone.output()) == bits(request.output())  # exact on one mesh, anywhere on it
+        got, wanted = (np.asarray(bits(served.output())) for served in (alone, single))
         np.testing.assert_array_equal(got[:, 0], wanted[:, 0])
         # Sums over devices in float32: a few units of the last place of values near 6; logits
         # are divided by the temperature before a token is drawn.

@@ -11,6 +11,7 @@ from flax import nnx
 
 from m1_jax import config as config_lib
 from m1_jax import model as model_lib
+from m1_jax import sharding
 from m1_jax.serving import forward, ragged_batch
 from m1_jax.serving import state as state_lib
 
@@ -234,3 +235,27 @@ def test_all_rows_at_a_time_agree_within_rounding():
     work = ragged_batch.RaggedBatch(positions, np.full(ROWS // TILE, 1), pages, TILE, 0)
     logits, _ = program(model, one.tokens[:ROWS], work, Server(model, 16).state)
     np.testing.assert_allclose(logits[:60], want[:60], rtol=0, atol=2e-5)
+
+
+def test_devices_agree_on_the_tiles_of_a_product():
+    """The most tiles of any device of the batch axes: products have collectives in them."""
+    layout = sharding.make_layout(
+        sharding.make_mesh({"data": 2, "expert": 2, "tensor": 2}),
+        config_lib.ModelConfig.tiny(),
+        sharding.DECODE,
+    )
+    positions = np.full((4, 32), -1, np.int32)
+    positions[0, :3], positions[2, 9], positions[3, 17] = 5, 0, 8
+
+    def count(positions):
+        nothing = jnp.zeros(len(positions), jnp.int32)
+        work = ragged_batch.RaggedBatch(positions, nothing, nothing[:, None], TILE, 8)
+        work = work.count_tiles_on_mesh()
+        computed = work.map_matmul_tiles(lambda x: x + 1, jnp.zeros_like(positions))
+        return work.num_matmul_tiles[None], computed
+
+    rows = layout.activation_spec("batch")
+    program = jax.jit(sharding.run_sharded(layout, count, (rows,), (rows, rows)))
+    num_tiles, computed = program(positions.reshape(-1))
+    np.testing.assert_array_equal(num_tiles, [3, 3, 3, 3])
+    np.testing.assert_array_equal(computed.reshape(4, 32).sum(axis=1), [24, 24, 24, 24])

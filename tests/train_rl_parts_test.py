@@ -249,37 +249,6 @@ def test_environments_by_name():
             function("maze")
 
 
-# ---- processes
-
-
-@pytest.mark.parametrize("size", [0, 1, 60, 200, 4096])
-def test_all_processes_hear_what_the_first_says(monkeypatch, size):
-    sent_blocks, value = [], {"text": "x" * size, "routes": np.arange(size, dtype=np.int8)}
-
-    def broadcast(array, is_source):
-        if is_source:
-            sent_blocks.append(np.array(array))
-            return array
-        received = sent_blocks.pop(0)
-        assert (received.shape, received.dtype) == (array.shape, array.dtype)  # one program for all
-        assert not array.any()
-        return received
-
-    assert multihost.broadcast_object(value) is value  # alone
-    monkeypatch.setattr(multihost, "_FIRST_BLOCK_BYTES", 64)
-    monkeypatch.setattr(multihost, "_CHUNK_BYTES", 128)
-    monkeypatch.setattr(jax, "process_count", lambda: 2)
-    monkeypatch.setattr(multihost.multihost_utils, "broadcast_one_to_all", broadcast)
-    values = [multihost.broadcast_object(value)]
-    assert max(array.size for array in sent_blocks) <= 128
-    monkeypatch.setattr(jax, "process_index", lambda: 1)
-    values.append(multihost.broadcast_object(None))
-    assert not sent_blocks
-    for copy in values:
-        assert copy["text"] == value["text"]
-        np.testing.assert_array_equal(copy["routes"], value["routes"])
-
-
 # ---- samples
 
 

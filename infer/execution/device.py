@@ -353,7 +353,7 @@ class _HostCopy:
     def __init__(self, array: jax.Array):
         self._shape, self._sharding = array.shape, array.sharding
         # Devices that have the same shard share a copy.
-        self._shards: dict[Any, tuple[np.ndarray, list[Any]]] = {}
+        self._shards: dict[str, tuple[np.ndarray, list[Any]]] = {}
         for shard in array.addressable_shards:
             key = str(shard.index)  # slices have no hash
             if key not in self._shards:
