@@ -168,7 +168,7 @@ def local_param_bytes(model: model_lib.MiniMaxM1, layout: sharding.MeshLayout | 
 # ---- what there is
 
 
-def device_limit_bytes(device: jax.Device) -> int | None:
+def device_limit_bytes(device: Any) -> int | None:
     """Return the memory of a device, or None where it tells none. A CPU has what the host has."""
     if device.platform == "cpu":
         return available_host_bytes()
