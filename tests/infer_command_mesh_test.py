@@ -167,7 +167,8 @@ def test_two_processes_verify_as_one(golden_dir, tmp_path):
     names = ("input_ids", "logits", "logits_positions", "aux_loss")
     kept = {name: arrays[name] for name in names}
     np.savez(tmp_path / "golden.npz", **kept)
-    np.savez(tmp_path / "other.npz", **(kept | {"aux_loss": np.float32(7)}))
+    kept["aux_loss"] = np.asarray(7, np.float32)
+    np.savez(tmp_path / "other.npz", **kept)
     flags = [f"--checkpoint={golden_dir}", "--noprogress", MESH]
     for name, wanted in (("golden", 0), ("other", 1)):
         golden_flag = f"--golden={tmp_path / name}.npz"

@@ -11,7 +11,10 @@ import pytest
     [
         ("m1_jax.convert", ["src", "dst", "memory_gib"]),
         ("m1_jax.plan", ["topology", "job", "serving_mesh"]),
-        ("infer.generate", ["checkpoint", "prompt", "json_schema"]),
+        ("infer.generate", ["checkpoint", "prompt", "json_schema", "mesh", "distributed"]),
+        ("infer.offline", ["checkpoint", "input", "mesh", "distributed", "dtype"]),
+        ("m1_jax.verify", ["checkpoint", "golden", "mesh", "distributed", "dtype"]),
+        ("train.export", ["workdir", "dst", "mesh", "distributed"]),
         ("train.rl", ["config", "set", "workdir"]),
         ("train.rehearse", ["config", "topology", "steps", "compile"]),
     ],

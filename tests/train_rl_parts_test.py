@@ -4,13 +4,11 @@ import dataclasses
 import importlib.util
 import json
 
-import jax
 import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
 
-from m1_jax import multihost
 from train.data import records as records_lib
 from train.rl import groups, length_schedule, saved_state, tasks
 from train.rl import sample as sample_lib
