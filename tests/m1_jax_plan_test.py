@@ -337,3 +337,38 @@ def test_chips_without_a_ragged_exchange(job):
     )
     assert record["fits"]
     assert "ragged-all-to-all" not in record["collectives"]
+
+
+# ---- memory that programs must not take
+
+
+def compile_small(job, model_config, tmp_path, **fields):
+    pytest.importorskip("libtpu")
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(model_config.to_hf()))
+    return plan_command.run(plan_config.PlanConfig("v5p:2x2x1", job, config=str(file), **fields))
+
+
+@pytest.mark.parametrize(
+    ("job", "mesh", "batch"),
+    [
+        ("decode", "expert=4", 256),
+        pytest.param("decode", "expert=2,tensor=2", 256, marks=pytest.mark.slow),
+        pytest.param("prefill", "expert=4", 4, marks=pytest.mark.slow),
+    ],
+)
+def test_states_are_updated_in_place(tmp_path, job, mesh, batch):
+    # Several key heads on a device, and so many layers that states outweigh activations.
+    model_config = dataclasses.replace(
+        ModelConfig.tiny(),
+        layer_types=("lightning", "softmax") * 64,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=128,
+        rotary_dim=64,
+    )
+    record = compile_small(job, model_config, tmp_path, mesh=mesh, seq=512, batch=batch)
+    parts = record["hbm_parts"]
+    # A copy of the keys alone would be half of what keys and values take.
+    assert record["temp_bytes"] < parts["kv"] / 4
+    assert record["temp_bytes"] < parts["state"] / 2
