@@ -82,6 +82,11 @@ def gather_objects(value: Any) -> list[Any]:
     return [value, *others]
 
 
+def wait_for_all() -> None:
+    """Return once all processes have called this."""
+    broadcast_object(gather_objects(None))
+
+
 def broadcast_arrays(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Return process 0's arrays on every process. The arrays of the other processes are ignored.
 

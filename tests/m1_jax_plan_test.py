@@ -3,13 +3,14 @@
 import dataclasses
 import json
 import math
+import re
 
 import jax
 import numpy as np
 import pytest
 from jax.experimental import topologies
 
-from m1_jax import ModelConfig, config
+from m1_jax import ModelConfig, config, sharding
 from m1_jax.plan import aot, collectives, estimate, meshes, report, shapes, topology
 from m1_jax.plan import command as plan_command
 from m1_jax.plan import config as plan_config
@@ -337,3 +338,78 @@ def test_chips_without_a_ragged_exchange(job):
     )
     assert record["fits"]
     assert "ragged-all-to-all" not in record["collectives"]
+
+
+# ---- columns that do not fill tiles
+
+
+def padded_columns(model_config, kind, sizes):
+    job = estimate.PlanJob(kind, 64, 8)
+    mesh = sharding.make_mesh(sizes, jax.devices())
+    layout = sharding.make_layout(mesh, model_config, job.mode)
+    model = shapes.abstract_job_model(model_config, job)
+    return (
+        meshes.describe_padded_columns(model_config, job, layout, model),
+        meshes.padded_copy_bytes(model_config, job, layout, model),
+    )
+
+
+@pytest.mark.parametrize(
+    ("field", "size", "tensor", "words"),
+    [
+        ("intermediate_size", 1536, 8, "leaves 192 columns.*GiB a chip here.*1, 2, 3, 4, 6, 12$"),
+        ("intermediate_size", 640, 2, "leaves 320 columns.*tensor one of 1, 5$"),
+        ("intermediate_size", 1000, 2, "leaves 500 columns.*No tensor axis makes one$"),
+        ("shared_intermediate_size", 1536, 8, "shared_intermediate_size 1536 over tensor=8"),
+    ],
+)
+def test_columns_that_are_padded_are_named_with_good_axes(field, size, tensor, words):
+    model_config = dataclasses.replace(M1, layer_types=("softmax",) * 2, **{field: size})
+    sizes = {"tensor": tensor, "data": 8 // tensor}
+    (warning,), copied = padded_columns(model_config, "serve", sizes)
+    assert re.search(words, warning)
+    if field == "intermediate_size":  # gate and up of 32 experts in 2 layers, in bfloat16
+        padded = -(-size // tensor // 128) * 128
+        assert copied == pytest.approx(2 * 2 * 32 * 6144 * padded * 2)
+        assert padded_columns(model_config, "decode", sizes)[1] == 0
+
+
+@pytest.mark.parametrize("sizes", [{"tensor": 8}, {"tensor": 4, "data": 2}])
+def test_columns_that_fill_tiles_have_no_warning(sizes):
+    assert padded_columns(M1, "serve", sizes) == ([], 0.0)
+    assert padded_columns(ModelConfig.tiny(), "serve", {"data": 8}) == ([], 0.0)  # below a tile
+
+
+# ---- memory that programs must not take
+
+
+def compile_small(job, model_config, tmp_path, **fields):
+    pytest.importorskip("libtpu")
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(model_config.to_hf()))
+    return plan_command.run(plan_config.PlanConfig("v5p:2x2x1", job, config=str(file), **fields))
+
+
+@pytest.mark.parametrize(
+    ("job", "mesh", "batch"),
+    [
+        ("decode", "expert=4", 256),
+        pytest.param("decode", "expert=2,tensor=2", 256, marks=pytest.mark.slow),
+        pytest.param("prefill", "expert=4", 4, marks=pytest.mark.slow),
+    ],
+)
+def test_states_are_updated_in_place(tmp_path, job, mesh, batch):
+    # Several key heads on a device, and so many layers that states outweigh activations.
+    model_config = dataclasses.replace(
+        ModelConfig.tiny(),
+        layer_types=("lightning", "softmax") * 64,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=128,
+        rotary_dim=64,
+    )
+    record = compile_small(job, model_config, tmp_path, mesh=mesh, seq=512, batch=batch)
+    parts = record["hbm_parts"]
+    # A copy of the keys alone would be half of what keys and values take.
+    assert record["temp_bytes"] < parts["kv"] / 4
+    assert record["temp_bytes"] < parts["state"] / 2

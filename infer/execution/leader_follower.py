@@ -46,8 +46,8 @@ class Leader:
         self._device = own_device
         self.limits = own_device.limits
         self.num_programs = own_device.num_programs
-        # The first broadcast compiles. Nothing is compiled once the engine is made.
-        self.keep_alive()
+        # All have compiled: the first collective of XLA waits for half a minute at most on CPU.
+        multihost.wait_for_all()
 
     @property
     def weights(self) -> list[jax.Array]:
@@ -96,6 +96,7 @@ class Follower:
 
     def __init__(self, model: model_lib.MiniMaxM1, config: config_lib.EngineConfig):
         self._device = device.Device(model, config)
+        multihost.wait_for_all()  # as the leader
 
     def follow(self, next_model: Callable[[], model_lib.MiniMaxM1] | None = None) -> None:
         """Do what process 0 does, until it closes its engine or dismisses the followers.

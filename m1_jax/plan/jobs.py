@@ -19,8 +19,9 @@ from m1_jax import state as state_lib
 from m1_jax.plan import estimate, shapes
 from m1_jax.serving import state as serving_state
 
-# Learning rate of the optimizers traced. A program does not depend on its value.
-LEARNING_RATE = 1e-4
+# Of the optimizers traced: a rate, and a stage's tokens, more than an int32 holds. A program
+# depends on the kind of its schedule and not on these values.
+LEARNING_RATE, STAGE_TOKENS, WARMUP_TOKENS = 1e-4, 5 * 10**12, 10**10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,17 +143,30 @@ def make_serving_layout(
     return serving_layout
 
 
+def _make_optimizer(shape: str, tokens: int, warmup_tokens: int, tokens_per_step: int) -> Any:
+    """Return AdamW with a stage's schedule, as runs have. A constant rate is a smaller program.
+
+    Arguments are those of `optim.make_stage_schedule`.
+    """
+    from train import optim
+
+    schedule = optim.make_stage_schedule(
+        shape, LEARNING_RATE, LEARNING_RATE / 10, warmup_tokens, tokens, tokens_per_step
+    )
+    return optim.AdamW(schedule)
+
+
 # ---- jobs: each returns its programs
 
 
 def trace_train(setting: JobSetting) -> list[TracedProgram]:
     """Trace a whole optimizer step, with all of its microbatches."""
-    from train import optim
     from train import step as step_lib
     from train.data import batch as batch_lib
 
     job, layout = setting.job, setting.layout
-    settings = step_lib.TrainStepSettings(optim.AdamW(LEARNING_RATE), accumulate=job.accumulate)
+    optimizer = _make_optimizer("cosine", STAGE_TOKENS, WARMUP_TOKENS, job.batch * job.seq)
+    settings = step_lib.TrainStepSettings(optimizer, accumulate=job.accumulate)
     state = step_lib.abstract_state(setting.model, settings.optimizer)  # float32 moments
     # Tokens, segment ids, positions and targets are of one shape.
     ints = shapes.abstract_rows(layout, job.batch, job.seq)
@@ -233,13 +247,14 @@ def trace_rl_update(setting: JobSetting) -> list[TracedProgram]:
     Rows carry the sampler's routes. The sampler's weights stay beside each program, and the
     moments beside those that do not take them.
     """
-    from train import optim
     from train import step as step_lib
     from train.rl import objective
     from train.rl import step as rl_step
 
     job, model = setting.job, setting.model
-    settings = rl_step.RlStepSettings(optim.AdamW(LEARNING_RATE), objective.PRESETS["cispo"])
+    # As in `train.rl.loop.make_optimizer`, where a step counts as one token.
+    optimizer = _make_optimizer("constant", 1000, 10, 1)
+    settings = rl_step.RlStepSettings(optimizer, objective.PRESETS["cispo"])
     state = step_lib.abstract_state(model, settings.optimizer)
     rows = _abstract_rl_rows(setting)
     share = jax.ShapeDtypeStruct((), jnp.float32)  # share of the step's tokens that `rows` have
@@ -284,7 +299,6 @@ def trace_rl_update(setting: JobSetting) -> list[TracedProgram]:
 
 def trace_reshard(setting: JobSetting) -> list[TracedProgram]:
     """Trace the copy of a trainer's weights for the sampler, whose old ones still lie beside it."""
-    from train import optim
     from train import step as step_lib
     from train.rl import weight_sync
 
@@ -294,7 +308,9 @@ def trace_reshard(setting: JobSetting) -> list[TracedProgram]:
     program = weight_sync.WeightSync(setting.config, jnp.bfloat16, setting.serving_layout)
     arguments, results = {"parameters": model}, {"new sampler": program.abstract_model}
     hbm_bytes = {n: float(shapes.local_bytes(tree)) for n, tree in (arguments | results).items()}
-    moments = step_lib.abstract_state(model, optim.AdamW(LEARNING_RATE)).moments
+    # Other schedules have moments of the same shapes.
+    optimizer = _make_optimizer("constant", 1000, 10, 1)
+    moments = step_lib.abstract_state(model, optimizer).moments
     return [
         TracedProgram(
             "reshard",

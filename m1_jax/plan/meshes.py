@@ -9,7 +9,12 @@ from jax.sharding import Mesh
 
 from m1_jax import command_mesh, sharding
 from m1_jax import config as config_lib
+from m1_jax import logprobs, sharding
 from m1_jax import model as model_lib
+<<<<<<< HEAD
+=======
+from m1_jax import params as params_lib
+>>>>>>> h-planmem
 from m1_jax.plan import config as plan_config
 from m1_jax.plan import estimate, jobs
 
@@ -60,6 +65,59 @@ def make_job_layout(
     return layout
 
 
+def describe_padded_columns(
+    config: config_lib.ModelConfig,
+    job: estimate.PlanJob,
+    layout: sharding.MeshLayout,
+    model: model_lib.MiniMaxM1,
+) -> list[str]:
+    """Return a warning for each kind of expert whose columns do not fill a chip's tiles.
+
+    Columns below one tile are those of small test models, and always padded.
+    """
+    warnings, num_shards = [], layout.axis_size("mlp")
+    for field in ("intermediate_size", "shared_intermediate_size"):
+        size = getattr(config, field)
+        columns = size // num_shards
+        if columns < logprobs.TILE_LANES or columns % logprobs.TILE_LANES == 0:
+            continue
+        tiles = size // logprobs.TILE_LANES
+        good = [str(n) for n in range(1, tiles + 1) if size % logprobs.TILE_LANES == tiles % n == 0]
+        copied = padded_copy_bytes(config, job, layout, model) / 2**30
+        warnings.append(
+            f"mesh: {field} {size} over tensor={num_shards} leaves {columns} columns on a chip; "
+            f"wanted a multiple of {logprobs.TILE_LANES}, because the compiler copies other "
+            "matrices into padded ones"
+            + (f" (about {copied:.1f} GiB a chip here)" if copied else "")
+            + (f". Make tensor one of {', '.join(good)}" if good else ". No tensor axis makes one")
+        )
+    return warnings
+
+
+def padded_copy_bytes(
+    config: config_lib.ModelConfig,
+    job: estimate.PlanJob,
+    layout: sharding.MeshLayout,
+    model: model_lib.MiniMaxM1,
+) -> float:
+    """Return the bytes on a chip of padded copies of all layers' experts.
+
+    Only the serving engine has them: its products take experts out of the whole stack. Elsewhere
+    one layer's experts exist at a time.
+    """
+    columns = config.intermediate_size // layout.axis_size("mlp")
+    padding = -columns % logprobs.TILE_LANES
+    if job.kind != "serve" or columns < logprobs.TILE_LANES or not padding:
+        return 0.0
+    total = 0.0
+    for param in params_lib.params_by_path(model).values():
+        names = param.get_metadata()["logical_axes"]
+        if "experts" in names and names[-1] == "mlp":
+            shard_shape = layout.param_sharding(names).shard_shape(param.shape)
+            total += math.prod(shard_shape) * param.dtype.itemsize * (1 + padding / columns)
+    return total
+
+
 def rank_meshes(
     config: config_lib.ModelConfig,
     job: estimate.PlanJob,
@@ -77,21 +135,24 @@ def rank_meshes(
     Raises:
       PlanError: there are none.
     """
-    ranked: list[tuple[tuple[bool, float], dict[str, int]]] = []
+    ranked: list[tuple[tuple[bool, bool, float], dict[str, int]]] = []
     for mesh_shape in iterate_meshes(config, job, devices, num_slices):
         layout = make_job_layout(config, mesh_shape, devices, job)
         resources = jobs.estimate_job(config, job, layout, model)
-        is_over = resources.total_bytes > limit_bytes
+        padded_bytes = padded_copy_bytes(config, job, layout, model)
+        total_bytes = resources.total_bytes + padded_bytes
+        is_over = total_bytes > limit_bytes
         # A mesh that is too large is compiled only if all are. The estimate may be wrong by a bit.
-        cost = resources.total_bytes if is_over else resources.cost(job)
-        ranked.append(((is_over, cost), mesh_shape))
+        cost = total_bytes if is_over else resources.cost(job)
+        # Copies cost time in every program, which no estimate has.
+        ranked.append(((is_over, bool(padded_bytes), cost), mesh_shape))
     if not ranked:
         raise plan_config.PlanError(
             f"no mesh of {len(devices)} devices divides {job.batch} rows of {job.seq} tokens "
             f"in {job.accumulate} microbatches; choose another --batch, or give --mesh"
         )
     ranked.sort(key=lambda pair: pair[0])  # dicts have no order
-    return [shape for (is_over, _), shape in ranked if not is_over] or [ranked[0][1]]
+    return [shape for (is_over, *_), shape in ranked if not is_over] or [ranked[0][1]]
 
 
 def iterate_meshes(

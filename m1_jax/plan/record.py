@@ -60,6 +60,9 @@ def compile_job(
         **peak_program,
         "fits": all(program["fits"] for program in programs),
         "programs": programs,
+        "warnings": meshes.describe_padded_columns(
+            model_config, job, serving_layout or layout, model
+        ),
         "capacity": _count_rows_in_free_hbm(setting, peak_program),
         "trace_secs": trace_secs,
         "compile_secs": sum(program["compile_secs"] for program in programs),

@@ -25,6 +25,7 @@ def format_report(record: Mapping[str, Any]) -> str:
         for part in (_format_memory(program), _format_flops(program), _format_collectives(program)):
             lines += [*part, ""] if part else []
     lines += [
+        *(f"warning: {warning}" for warning in record["warnings"]),
         *_format_tried_meshes(record),
         *_format_capacity(record),
         f"traced in {record['trace_secs']:.1f} s, compiled in {record['compile_secs']:.1f} s "
