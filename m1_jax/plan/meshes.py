@@ -7,14 +7,10 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
-from m1_jax import command_mesh, sharding
+from m1_jax import command_mesh, logprobs, sharding
 from m1_jax import config as config_lib
-from m1_jax import logprobs, sharding
 from m1_jax import model as model_lib
-<<<<<<< HEAD
-=======
 from m1_jax import params as params_lib
->>>>>>> h-planmem
 from m1_jax.plan import config as plan_config
 from m1_jax.plan import estimate, jobs
 
