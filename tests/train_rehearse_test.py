@@ -111,6 +111,13 @@ def test_tiny_rl_passes_on_one_device(name):
     assert not failures(rehearse_config(name, "", model="tiny"))
 
 
+def test_adapters_on_a_slice_are_named_as_unsized():
+    overrides = ["lora={'rank': 8}"]
+    result = rehearse_config("tiny_cispo", "v5p:2x2x1", overrides, model="tiny")
+    assert not failures(result), failures(result)
+    assert "nor its programs were sized" in texts(result)
+
+
 # ---- refusals are those of the run
 
 

@@ -60,6 +60,9 @@ class RlRehearsal:
             return
         layout, serving_layout = layouts
         state = None
+        if self._setting.has_unsized_adapters:
+            costs.add_unsized_adapters(findings)
+            return
         with findings.catch_refusals("checkpoint"):
             state = self._setting.model.abstract_state(layout, rl_loop.make_optimizer(config))
             size = storage.measure_checkpoint(state, config.save.directory)
@@ -120,13 +123,10 @@ class RlRehearsal:
         # Tasks may get harder on the way.
         last = source.size - 1
         indices = sorted({last * i // (_MADE_TASKS - 1) for i in range(_MADE_TASKS)})
-        try:
-            task_maker.check_recipe(recipe, options)
-            times = []
-            for _ in task_maker.make_task_lines(recipe, options, indices, num_processes=1):
-                times.append(time.perf_counter())
-        except ImportError as error:
-            raise ValueError(f"{error}") from None
+        task_maker.check_recipe(recipe, options)
+        times = []
+        for _ in task_maker.make_task_lines(recipe, options, indices, num_processes=1):
+            times.append(time.perf_counter())
         text = f"source {source.name}: {len(times)} of {source.size:,} tasks made"
         self._findings.add("fits", "tasks", text)
         # From the first on: before it the process starts.
