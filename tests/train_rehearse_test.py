@@ -111,6 +111,28 @@ def test_tiny_rl_passes_on_one_device(name):
     assert not failures(rehearse_config(name, "", model="tiny"))
 
 
+def test_adapters_on_a_slice_are_named_as_unsized():
+    overrides = ["lora={'rank': 8}"]
+    result = rehearse_config("tiny_cispo", "v5p:2x2x1", overrides, model="tiny")
+    assert not failures(result), failures(result)
+    assert "nor its programs were sized" in texts(result)
+
+
+def test_a_record_of_the_plan_is_read_and_another_jobs_is_not(tmp_path):
+    overrides = ["data.lanes=8"]
+    plan = {"topology": "v5p:2x2x1", "slices": 1, "job": "train", "config": "tiny", "seq": 128}
+    plan |= {"batch": 8, "accumulate": 1, "remat": "none", "mesh": {"fsdp": 4}}
+    sizes = {"fits": False, "hbm_bytes_per_chip": 2**38, "hbm_limit_bytes": 2**37}
+    record = plan | sizes | {"serving_mesh": "", "versions": {"jax": "0.10.2"}}
+    (tmp_path / "any.json").write_text(json.dumps(record))
+    (tmp_path / "broken.json").write_text("{")
+    result = rehearse_config("tiny_pretrain", "v5p:2x2x1", overrides, plans=str(tmp_path))
+    (failure,) = failures(result)
+    assert "step of stage 0: does not fit: needs 256.00 GiB" in failure
+    # The other stage has another length, and says which line plans it.
+    assert "--job=train --config=tiny --mesh=fsdp=4 --seq=256 --batch=4" in texts(result)
+
+
 # ---- refusals are those of the run
 
 

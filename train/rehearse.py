@@ -34,7 +34,7 @@ def run(rehearsal: setting_lib.RehearsalConfig) -> page.RehearsalResult:
     Raises:
       ValueError, OSError: a config or a slice that does not exist.
     """
-    started = time.perf_counter()
+    started, started_cpu = time.perf_counter(), page.measure_cpu_secs()
     findings = findings_lib.FindingList()
     setting = setting_lib.open_setting(rehearsal, findings)
     if isinstance(setting.run_config, config_lib.TrainConfig):
@@ -47,6 +47,7 @@ def run(rehearsal: setting_lib.RehearsalConfig) -> page.RehearsalResult:
         place=setting.place_name,
         findings=findings,
         secs=time.perf_counter() - started,
+        cpu_secs=page.measure_cpu_secs() - started_cpu,
         peak_bytes=page.measure_peak_bytes(num_workers),
     )
 

@@ -149,3 +149,12 @@ def add_checkpoint(
         f"{keep} are kept; a restart reads {size.restored_bytes / GIB:.2f} GiB on a host",
         **dataclasses.asdict(size),
     )
+
+
+def add_unsized_adapters(findings: findings_lib.FindingList) -> None:
+    """Add a line for a run of LoRA on a slice."""
+    findings.add(
+        "assumes",
+        "checkpoint",
+        "the run trains adapters: neither its checkpoint nor its programs were sized",
+    )

@@ -54,10 +54,13 @@ class FindingList:
     def catch_refusals(self, topic: str, place: str = "") -> Iterator[None]:
         """Make a refusal of the run's own code a line that "fails", and go on after the block.
 
-        These are the errors that the run itself would end with in one line: see `train.command`.
+        The run itself would end with the line of a ValueError or an OSError (`train.command`). Of
+        other errors it would print a traceback, so the line has their kind.
         """
         try:
             yield
-        except (ValueError, OSError, ArithmeticError) as error:
+        except Exception as error:
             text = " ".join(str(error).split("\n"))
+            if not isinstance(error, ValueError | OSError):
+                text = f"{type(error).__name__}: {text}"
             self.add("fails", topic, f"{place}: {text}" if place else text)

@@ -256,7 +256,7 @@ def _run_in_processes(
             bar.update(len(futures[future]))
         return runs
     finally:  # also at Ctrl-C: chunks that were not begun are not begun
-        pool.shutdown(wait=False, cancel_futures=True)
+        pool.shutdown(cancel_futures=True)
 
 
 def merge_runs(runs: Sequence[LaneRun]) -> LaneRun:

@@ -25,6 +25,7 @@ class RehearsalResult:
       place: the slice, its chips and hosts.
       findings: what was found.
       secs: seconds that it took.
+      cpu_secs: seconds of all cores. Other work on the machine does not stretch them.
       peak_bytes: most host memory of this process and of its largest worker together.
     """
 
@@ -32,6 +33,7 @@ class RehearsalResult:
     place: str
     findings: findings_lib.FindingList
     secs: float
+    cpu_secs: float
     peak_bytes: int
 
     def to_json(self) -> dict[str, Any]:
@@ -41,9 +43,16 @@ class RehearsalResult:
             "place": self.place,
             "passes": not self.findings.has_failed,
             "secs": self.secs,
+            "cpu_secs": self.cpu_secs,
             "peak_bytes": self.peak_bytes,
             "findings": [dataclasses.asdict(finding) for finding in self.findings.findings],
         }
+
+
+def measure_cpu_secs() -> float:
+    """Return the CPU time of this process and of the workers that have ended."""
+    usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
 
 def measure_peak_bytes(num_workers: int) -> int:
@@ -75,5 +84,8 @@ def format_page(result: RehearsalResult) -> str:
             )
     num_failures = len(result.findings.of_kind("fails"))
     verdict = f"fails: {num_failures} of the lines above" if num_failures else "passes"
-    cost = f"{result.secs:.0f} s, {result.peak_bytes / 2**30:.1f} GiB of host memory"
+    cost = (
+        f"{result.secs:.0f} s, {result.cpu_secs:.0f} s of CPU, "
+        f"{result.peak_bytes / 2**30:.1f} GiB of host memory"
+    )
     return "\n".join([*lines, "", f"{verdict} ({cost})"])

@@ -10,7 +10,7 @@ import jax
 from m1_jax import params as params_lib
 from m1_jax import sharding
 from m1_jax.plan import config as plan_config
-from m1_jax.plan import shapes
+from m1_jax.plan import shapes as shapes_lib
 from m1_jax.serving import state as serving_state
 from train.data import config as data_config
 from train.rehearsal import answers, costs, documents, programs, schedules, storage
@@ -42,14 +42,16 @@ class RlRehearsal:
             schedules.check_rl_rates(rl_loop.make_optimizer(config), num_updates, findings)
         held_out_sizes = self._open_tasks(config.evaluation.sources, "held-out tasks")
         self._open_tasks(config.sources, "tasks")
-        layouts = None
+        layouts = row_shapes = None
         with findings.catch_refusals("mesh"):
             layouts = rl_loop.make_layouts(
                 config, self._setting.model.config, self._setting.devices
             )
-            self._check_rows(layouts[0])
-        with findings.catch_refusals("batch"):
-            self._measure_batch(layouts[0] if layouts else None)
+            row_shapes = self._make_row_shapes(layouts[0])
+            self._check_rows(layouts[0], row_shapes)
+        if row_shapes is not None:
+            with findings.catch_refusals("batch"):
+                self._measure_batch(row_shapes)
         engine = None
         with findings.catch_refusals("engine"):
             engine = rollout_setup.make_run_engine_config(config, held_out_sizes)
@@ -58,6 +60,9 @@ class RlRehearsal:
             return
         layout, serving_layout = layouts
         state = None
+        if self._setting.has_unsized_adapters:
+            costs.add_unsized_adapters(findings)
+            return
         with findings.catch_refusals("checkpoint"):
             state = self._setting.model.abstract_state(layout, rl_loop.make_optimizer(config))
             size = storage.measure_checkpoint(state, config.save.directory)
@@ -66,7 +71,8 @@ class RlRehearsal:
             return
         with findings.catch_refusals("engine"):
             self._measure_residents(state, serving_layout, engine)
-        self._check_programs(layout)
+        if row_shapes is not None:
+            self._check_programs(layout, row_shapes.largest)
 
     def _make_row_shapes(self, layout: sharding.MeshLayout | None) -> row_packing.RowShapes:
         """Return the shapes of microbatches, as `update.PolicyUpdater` makes them."""
@@ -117,13 +123,10 @@ class RlRehearsal:
         # Tasks may get harder on the way.
         last = source.size - 1
         indices = sorted({last * i // (_MADE_TASKS - 1) for i in range(_MADE_TASKS)})
-        try:
-            task_maker.check_recipe(recipe, options)
-            times = []
-            for _ in task_maker.make_task_lines(recipe, options, indices, num_processes=1):
-                times.append(time.perf_counter())
-        except ImportError as error:
-            raise ValueError(f"{error}") from None
+        task_maker.check_recipe(recipe, options)
+        times = []
+        for _ in task_maker.make_task_lines(recipe, options, indices, num_processes=1):
+            times.append(time.perf_counter())
         text = f"source {source.name}: {len(times)} of {source.size:,} tasks made"
         self._findings.add("fits", "tasks", text)
         # From the first on: before it the process starts.
@@ -131,9 +134,10 @@ class RlRehearsal:
 
     # ---- sizes
 
-    def _check_rows(self, layout: sharding.MeshLayout | None) -> None:
+    def _check_rows(
+        self, layout: sharding.MeshLayout | None, shapes: row_packing.RowShapes
+    ) -> None:
         """Lay the rows of all shapes onto the mesh, with the update's own refusals."""
-        shapes = self._make_row_shapes(layout)
         if layout is None:
             return
         placed = layout.activation_sharding("batch", "length")
@@ -149,12 +153,10 @@ class RlRehearsal:
             f"tokens gives a chip {parts[0]} x {parts[1]:,}; {num_shapes} smaller shapes fit, too",
         )
 
-    def _measure_batch(self, layout: sharding.MeshLayout | None) -> None:
+    def _measure_batch(self, shapes: row_packing.RowShapes) -> None:
         """Measure a generation batch on the host, at its longest, and how its rows are filled."""
         config = self._config
-        sizes = answers.BatchSizes.of_config(
-            config, self._setting.model.config, self._make_row_shapes(layout)
-        )
+        sizes = answers.BatchSizes.of_config(config, self._setting.model.config, shapes)
         cost = answers.measure_batch(sizes)
         sent = cost.sample_bytes if self._setting.num_hosts > 1 else 0
         chip = sent / max(len(self._setting.devices) // self._setting.num_hosts, 1)
@@ -229,10 +231,10 @@ class RlRehearsal:
         sampler = params_lib.abstract_model(
             model_config, self._setting.model.dtype, self._setting.model.dtype, serving_layout
         )
-        parts = {"sampler": shapes.local_bytes(sampler)}
+        parts = {"sampler": shapes_lib.local_bytes(sampler)}
         if state is not None:
             sized = [leaf for leaf in jax.tree.leaves(state) if leaf.sharding is not None]
-            parts["trainer"] = shapes.local_bytes(sized)
+            parts["trainer"] = shapes_lib.local_bytes(sized)
         if engine is not None:
             pools = serving_state.abstract_serving_state(
                 model_config,
@@ -241,7 +243,7 @@ class RlRehearsal:
                 engine.chunk_tokens,
                 serving_layout,
             )
-            parts["requests"] = shapes.local_bytes(pools)
+            parts["requests"] = shapes_lib.local_bytes(pools)
         text = ", ".join(f"{name} {size / GIB:.1f}" for name, size in parts.items())
         total = sum(parts.values())
         limit = programs.probe_limit_bytes(self._setting.devices[0])
@@ -253,11 +255,12 @@ class RlRehearsal:
             **{f"{name}_bytes": size for name, size in parts.items()},
         )
 
-    def _check_programs(self, layout: sharding.MeshLayout) -> None:
+    def _check_programs(
+        self, layout: sharding.MeshLayout, largest: row_packing.MicrobatchShape
+    ) -> None:
         tpu_slice = self._setting.tpu_slice
         if tpu_slice is None:
             return
-        largest = self._make_row_shapes(layout).largest
         sizes = {axis: size for axis, size in self._config.serving_mesh if size > 1}
         serving = programs.report_lib.format_mesh(sizes or {"expert": layout.mesh.size})
         for job, label in (("rl_update", "scores, gradients, update"), ("reshard", "weight sync")):

@@ -87,6 +87,14 @@ class RehearsalSetting:
         return len({device.process_index for device in self.devices})
 
     @property
+    def has_unsized_adapters(self) -> bool:
+        """Return whether the run trains adapters on devices that are not here.
+
+        Adapters are drawn, not only described, and m1-plan has no job that trains them.
+        """
+        return self.run_config.lora is not None and self.tpu_slice is not None
+
+    @property
     def place_name(self) -> str:
         """Return the slice, its chips and hosts, for the page."""
         if self.tpu_slice is None:

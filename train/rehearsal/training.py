@@ -210,8 +210,8 @@ class TrainRehearsal:
             self._findings.add("costs", "data", text, dropped_share=share)
 
     def _measure_storage(self, setup: run_setup.TrainSetup) -> None:
-        if self._config.lora is not None and self._setting.tpu_slice is not None:
-            self._findings.add("assumes", "checkpoint", "adapters were not sized: see LoRA in docs")
+        if self._setting.has_unsized_adapters:
+            costs.add_unsized_adapters(self._findings)
             return
         for index, layout in enumerate(setup.layouts):
             if index and layout == setup.layouts[index - 1]:
@@ -224,7 +224,7 @@ class TrainRehearsal:
 
     def _check_programs(self, setup: run_setup.TrainSetup) -> None:
         name, tpu_slice = programs.name_model(self._setting), self._setting.tpu_slice
-        if tpu_slice is None:
+        if tpu_slice is None or self._setting.has_unsized_adapters:
             return
         seen = set()
         for index, (stage, layout) in enumerate(
