@@ -124,7 +124,7 @@ def test_two_processes_generate_as_one(checkpoint, requests_file, tmp_path):
     assert len(json.loads(alone.read_text().splitlines()[0])["tokens"]) == 12
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_processes_answer_a_file_as_one(checkpoint, requests_file, tmp_path):
     lines = []
     for processes in (1, 2):
@@ -145,7 +145,7 @@ def test_two_processes_answer_a_file_as_one(checkpoint, requests_file, tmp_path)
     assert "begun with another mesh (mesh: got None; wanted 'expert=2,tensor=2')" in told
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("index", [0, 1])
 def test_a_signal_to_any_process_stops_all(checkpoint, requests_file, tmp_path, index):
     output = tmp_path / "out.jsonl"
@@ -160,7 +160,7 @@ def test_a_signal_to_any_process_stops_all(checkpoint, requests_file, tmp_path, 
     assert "stopped; the same command goes on" in ends[0][2]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_processes_verify_as_one(golden_dir, tmp_path):
     with np.load(golden_dir / "golden.npz") as golden:
         arrays = dict(golden)

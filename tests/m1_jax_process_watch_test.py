@@ -49,9 +49,16 @@ def _finish(processes):
     return results
 
 
+# Each waiting once, and each process once. All pairs of them take a minute more.
 @pytest.mark.slow
-@pytest.mark.parametrize("wait", ["object", "devices", "sleep"])
-@pytest.mark.parametrize("culprit", range(NUM_PROCESSES))
+@pytest.mark.parametrize(
+    ("culprit", "wait"),
+    [
+        pytest.param(culprit, wait, marks=() if culprit == number else pytest.mark.long)
+        for number, wait in enumerate(["object", "devices", "sleep"])
+        for culprit in range(NUM_PROCESSES)
+    ],
+)
 def test_an_error_ends_all_processes_with_its_line(culprit, wait):
     line = "row 7: got nothing; wanted a row"
     for index, (status, _, err) in enumerate(_finish(_start("error", culprit, wait))):
@@ -72,7 +79,13 @@ def test_an_error_ends_all_processes_whatever_its_own_process_does(fault):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("fault", "culprit"), [("silent", 0), ("silent", 2), ("killed", 0), ("killed", 1)]
+    ("fault", "culprit"),
+    [
+        ("silent", 0),
+        pytest.param("silent", 2, marks=pytest.mark.long),
+        pytest.param("killed", 0, marks=pytest.mark.long),
+        ("killed", 1),
+    ],
 )
 def test_a_silent_process_ends_the_others(fault, culprit):
     processes = _start(fault, culprit, "object")

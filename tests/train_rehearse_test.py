@@ -61,6 +61,7 @@ def texts(result):
 # ---- shipped configs
 
 
+@pytest.mark.slow
 def test_pretraining_passes_on_its_slice():
     result = rehearse_config("pretrain_m1_4k")
     assert not failures(result), failures(result)
@@ -72,6 +73,7 @@ def test_pretraining_passes_on_its_slice():
     assert saved.values["num_writers"] == 128
 
 
+@pytest.mark.slow
 def test_rl_passes_on_its_slice():
     result = rehearse_config("cispo_m1")
     assert not failures(result), failures(result)
@@ -313,6 +315,7 @@ def test_sizes_of_states_are_those_of_streams(tmp_path, tokenizer, num_lanes, nu
     assert abs(gathered.merged - len(json.dumps(merged))) <= 4
 
 
+@pytest.mark.slow
 def test_the_command_prints_a_page_and_writes_json(tmp_path):
     command = [sys.executable, "-m", "train.rehearse", "--config=configs/tiny_pretrain.py"]
     command += ["--steps=8", "--workers=1", f"--json={tmp_path}/page.json", "--set=data.lanes=8"]

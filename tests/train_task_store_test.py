@@ -131,6 +131,7 @@ def test_all_generators_make_the_same_tasks(tmp_path):
     assert_same_everywhere(names, tmp_path, 3)
 
 
+@pytest.mark.slow
 def test_environments_make_the_same_tasks(tmp_path):
     sources = [{"name": name, "make": name, "size": 3} for name in ("lookup", "files", "repair")]
     processes = [
@@ -285,6 +286,7 @@ def test_what_a_crash_leaves_of_a_journal(
     assert lookup_source[1].read_bytes() == content
 
 
+@pytest.mark.slow
 def test_two_runs_share_a_directory(tmp_path):
     sources = [
         {"name": "s", "make": "repair", "size": 60},
