@@ -11,13 +11,13 @@ need so much of a chip's 95.7 GiB, together with the weights and moments that li
 | program | GiB a chip | compile, busy machine |
 |---|---|---|
 | scores, gradients (`add`), update | 24.5, 38.9, 24.8 | 306 s |
-| weight sync (`reshard`) | 64.6 | 143 s |
+| weight sync (`reshard`) | 33.3 | 10 s |
 
     python -m m1_jax.plan --topology=v5p:8x8x8 --mesh=expert=16,context=32 --job=rl_update \\
         --serving_mesh=data=4,expert=16,tensor=8 --seq=86016 --batch=16
 
-The second row has `--job=reshard`. The sampler's states, pages and routes take 18.5 GiB more. Not
-yet run on TPUs, so no time is given.
+The second row has `--job=reshard`. The sampler's states and pages take 3.8 GiB more, counted from
+their shapes, and its routes .1 GiB. Not yet run on TPUs, so no time is given.
 """
 
 from train.rl.config import (
@@ -38,8 +38,7 @@ from train.rl.config import (
 K = 1024
 WINDOWS = (40 * K, 48 * K, 56 * K, 64 * K, 72 * K, 80 * K)
 MESH = (("expert", 16), ("context", 32))
-# The same number of expert shards as the trainer: otherwise XLA copies everything in the weight
-# sync, up to 1,202.6 GiB a chip (docs/log.md).
+# The same number of expert shards as the trainer, so that experts move within few devices.
 SERVING = (("data", 4), ("expert", 16), ("tensor", 8))
 SANDBOX = "http://localhost:8080"  # runs the programs of the model
 JUDGE = (("url", "http://localhost:8000/v1"), ("model", "judge"))
@@ -86,7 +85,8 @@ def get_config(arg: str = "") -> RlConfig:
             overlong_buffer_tokens=4 * K,
             replay_routes=True,
             engine=(
-                ("max_rows", 64), ("num_pages", 32 * 84 * K // 64), ("num_snapshots", 32),
+                # All answers of a batch at once: 8 rows in each of 64 groups of devices.
+                ("max_rows", 512), ("num_pages", 512 * 84 * K // 64), ("num_snapshots", 64),
                 ("prefill_tokens", (512, 4096)), ("attention_tile", 16),
                 # Fast, but a resumed run is then not bit-exact.
                 ("matmul_tile", 0),

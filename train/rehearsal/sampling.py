@@ -236,11 +236,12 @@ class RlRehearsal:
             sized = [leaf for leaf in jax.tree.leaves(state) if leaf.sharding is not None]
             parts["trainer"] = shapes_lib.local_bytes(sized)
         if engine is not None:
+            share = engine.split(serving_layout.axis_size("batch"))
             pools = serving_state.abstract_serving_state(
                 model_config,
-                engine.total_slots,
-                engine.total_pages,
-                engine.chunk_tokens,
+                share.total_slots,
+                share.total_pages,
+                share.chunk_tokens,
                 serving_layout,
             )
             parts["requests"] = shapes_lib.local_bytes(pools)
