@@ -4,6 +4,7 @@ import dataclasses
 import json
 
 import jax
+import numpy as np
 import pytest
 
 from m1_jax import ModelConfig, sharding
@@ -13,6 +14,7 @@ from m1_jax.plan import config as plan_config
 from m1_jax.plan import estimate, meshes, report, shapes
 from m1_jax.plan import jobs as plan_jobs
 from train.rl import batch as rl_batch
+from train.rl import row_packing
 from train.rl import sample as sample_lib
 
 SMALL = dataclasses.replace(ModelConfig.tiny(), layer_types=("lightning", "softmax"), remat="layer")
@@ -82,9 +84,13 @@ def test_hand_count_of_an_update_has_the_same_parts(programs):
 def test_traced_rows_are_those_of_a_batch(programs):
     setting, found = programs
     task = sample_lib.Task("t", ({"role": "user", "content": "x"},), "s")
-    samples = [sample_lib.Sample(task, (1, 2), [3, 4], [1, 1], [0.0] * 2, [0] * 2)] * 2
-    packed = rl_batch.pack_samples(samples, 2, 64, (2, 2))
-    placed = rl_batch.device_put_rows(packed.microbatches[0], setting.layout)
+    samples = [
+        sample_lib.Sample(
+            task, *(np.array(column) for column in ((1, 2), (3, 4), (1, 1), (0.0, 0.0), (0, 0)))
+        )
+    ] * 2
+    packed = rl_batch.pack_samples(samples, row_packing.RowShapes((2,), (64,)), (2, 2))
+    placed = rl_batch.device_put_rows(packed.make_rows(0), setting.layout)
     traced = found["add"].arguments["batch"]
 
     def shape(x):

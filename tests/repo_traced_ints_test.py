@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from infer.execution import drafts as drafts_lib
 from infer.execution import programs
 from m1_jax import config as config_lib
 from m1_jax import configlib, sharding
@@ -52,7 +53,7 @@ JITTED = {
     "m1_jax/verify.py:_compare_forward": "test_forward_passes",
     "m1_jax/verify.py:_compare_gradients": "test_forward_passes",
     "infer/execution/device.py:Device.__init__": "test_engine_programs",
-    "infer/execution/device.py:CompiledProgram.__init__": "test_engine_programs",
+    "infer/execution/compiled_program.py:CompiledProgram.__init__": "test_engine_programs",
     "m1_jax/params.py:random_model": "test_first_weights",
     "m1_jax/state.py:init_decode_state": "test_forward_passes",
     "m1_jax/serving/state.py:init_serving_state": "test_engine_programs",
@@ -200,8 +201,7 @@ def test_weight_sync_and_digest():
     model = make_run_model(config)
     sync = weight_sync.WeightSync(model.config, jnp.bfloat16)
     state = model.abstract_state(None, rl_loop.make_optimizer(config))
-    values = {n: p.get_value() for n, p in params_lib.params_by_path(state.model).items()}
-    sync.program.trace(values)
+    sync.trace(state.model)
     checkpoints.digest_state.trace(state)
 
 
@@ -237,7 +237,7 @@ def test_engine_programs():
     prefill = functools.partial(programs.prefill_prompts, tiles=tiles)
     jax.jit(prefill).trace(model, state, sampling, batch, prompts)
     drafts = jax.ShapeDtypeStruct((size, engine.attention_tile), jnp.int32)
-    verify = functools.partial(programs.verify_drafts, tiles=tiles)
+    verify = functools.partial(drafts_lib.verify_drafts, tiles=tiles)
     jax.jit(verify).trace(model, state, sampling, batch, drafts)
 
 
