@@ -165,7 +165,7 @@ class Device:
                 )
 
     def keep_alive(self) -> None:
-        """Do nothing: one process has no followers that wait. `Leader` has some."""
+        """Do nothing: one process is not watched by others. `Leader` is."""
 
     def dismiss_followers(self) -> None:
         """Do nothing, likewise."""

@@ -79,7 +79,7 @@ class Leader:
         self._device.swap_weights(model)
 
     def keep_alive(self) -> None:
-        """Give the followers something to receive: collectives have time limits."""
+        """Show that the engine is idle. `process_watch` takes long silence for a deadlock."""
         _broadcast_call(DeviceCall.KEEP_ALIVE)
 
     def dismiss_followers(self) -> None:

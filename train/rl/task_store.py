@@ -23,7 +23,7 @@ from typing import Any
 import tqdm
 from absl import logging
 
-from m1_jax import durable
+from m1_jax import durable, process_watch
 from train.data import records
 from train.rl import task_json, task_maker
 
@@ -125,6 +125,8 @@ def _make_file(path: pathlib.Path, recipe: Mapping[str, Any], options: Mapping[s
             journal.write(_with_checksum(f"{index} {line}"))
             journal.flush()
             bar.update()
+            # Other processes wait meanwhile, perhaps for hours.
+            process_watch.note_progress()
     ordered_lines = [lines[index] for index in range(size)]
     header = identity | {"fingerprint": _fingerprint_lines(ordered_lines)}
     text = "".join(f"{line}\n" for line in (json.dumps(header), *ordered_lines))

@@ -23,7 +23,7 @@ import numpy as np
 
 from m1_jax import config as model_config_lib
 from m1_jax import model as model_lib
-from m1_jax import sharding
+from m1_jax import process_watch, sharding
 from train import optim
 from train import step as step_lib
 from train.rl import advantages, batch_metrics, groups, rollout_correction, row_packing
@@ -222,6 +222,8 @@ class PolicyUpdater:
 
         waiting: collections.deque[tuple[int, Sequence[jax.Array | None]]] = collections.deque()
         for microbatch in range(packed.num_microbatches):
+            # A batch may compile a program for each shape, which takes minutes.
+            process_watch.note_progress()
             rows = rl_batch.device_put_rows(packed.make_rows(microbatch), self._layout)
             logp, entropy = rl_step.score_logprobs(model, rows, temperature)
             logp_ref = None
@@ -294,6 +296,7 @@ class PolicyUpdater:
         # All tokens, prompts too: these shares weigh the routers' balance loss.
         num_tokens = packed.num_tokens
         for microbatch, row_tokens in enumerate(num_tokens):
+            process_watch.note_progress()
             rows = rl_batch.device_put_rows(packed.make_rows(microbatch), self._layout)
             token_share = np.float32(row_tokens / sum(num_tokens))
             # `sums` is donated: one copy of the gradients is enough.
