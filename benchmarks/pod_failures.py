@@ -37,7 +37,8 @@ def list_faults(processes: int) -> list[str]:
     """Return the faults of the trials, as `pod_worker.plant_fault` takes them."""
     last = processes - 1
     errors = [f"error:{phase}:{index}" for phase in PHASES for index in (0, 1, last)]
-    return ["term:sampling:1", f"silence:update:{last}", *errors]
+    # SIGTERM in the first update: what is saved is the batch that it belongs to.
+    return ["term:update:1", f"silence:update:{last}", *errors]
 
 
 def write_checkpoint(directory: pathlib.Path) -> None:

@@ -13,7 +13,7 @@ from infer.scheduling import memory, sequence
 from infer.scheduling import plan as plan_lib
 
 
-class Partition:
+class SchedulerPartition:
     """Memory and running sequences of one group of devices.
 
     Args:

@@ -27,7 +27,7 @@ class _PartitionRows:
       is_blocked: whether one of them waits for rows. Nobody younger is admitted here before.
     """
 
-    partition: partition_lib.Partition
+    partition: partition_lib.SchedulerPartition
     rows_left: int
     chunks_left: int
     held_back: list[sequence.Sequence] = dataclasses.field(default_factory=list)
@@ -60,7 +60,7 @@ class PrefillPlanner:
         self,
         config: config_lib.EngineConfig,
         limits: plan_lib.DeviceLimits,
-        partitions: Sequence[partition_lib.Partition],
+        partitions: Sequence[partition_lib.SchedulerPartition],
         waiting: list[sequence.Sequence],
         snapshot_planner: snapshots.SnapshotPlanner,
     ):

@@ -43,7 +43,7 @@ class Scheduler:
         self._config, self._limits = config.split(limits.num_partitions), limits
         self._shared = memory.SharedMemory()
         self._partitions = [
-            partition.Partition(index, self._config, limits, key, self._shared)
+            partition.SchedulerPartition(index, self._config, limits, key, self._shared)
             for index in range(limits.num_partitions)
         ]
         self._key = key

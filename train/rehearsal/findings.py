@@ -10,7 +10,7 @@ FINDING_KINDS = ("fails", "fits", "costs", "assumes")
 
 
 @dataclasses.dataclass(frozen=True)
-class Finding:
+class RehearsalFinding:
     """One line of the page.
 
     Attributes:
@@ -34,14 +34,14 @@ class FindingList:
     """Collects findings, in the order of the rehearsal."""
 
     def __init__(self):
-        self.findings: list[Finding] = []
+        self.findings: list[RehearsalFinding] = []
 
     def add(self, kind: str, topic: str, text: str, secs: float = 0.0, **values: Any) -> None:
-        """Add a line. See `Finding`."""
+        """Add a line. See `RehearsalFinding`."""
         assert kind in FINDING_KINDS, kind
-        self.findings.append(Finding(kind, topic, text, secs, values))
+        self.findings.append(RehearsalFinding(kind, topic, text, secs, values))
 
-    def of_kind(self, kind: str) -> list[Finding]:
+    def of_kind(self, kind: str) -> list[RehearsalFinding]:
         """Return the findings of a kind. Costs come dearest first."""
         chosen = [finding for finding in self.findings if finding.kind == kind]
         return sorted(chosen, key=lambda finding: -finding.secs) if kind == "costs" else chosen
