@@ -309,6 +309,11 @@ def exit_with_error(error: BaseException) -> NoReturn:
     _watch.exit_process()
 
 
+def has_failed() -> bool:
+    """Return whether this process had an error, so that it does no more work with the others."""
+    return _watch is not None and bool(_watch.error_line)
+
+
 def is_watching() -> bool:
     """Return whether this process watches others, or did until an error."""
     return _watch is not None

@@ -18,6 +18,7 @@ from infer import config as engine_config
 from infer import engine, request
 from infer import options as options_lib
 from infer.execution import leader_follower
+from m1_jax import process_watch
 from m1_jax import tokenizer as tokenizer_lib
 from train.rl import sample as sample_lib
 
@@ -207,7 +208,9 @@ class RolloutSampler:
         self._pool.shutdown(cancel_futures=True)
         if self._engine is not None:
             self._engine.close()
-        elif self._follower is not None:
+        # After an error this process is behind the others. The next call of process 0 would meet
+        # another collective there, and neither would end.
+        elif self._follower is not None and not process_watch.has_failed():
             self._follower.follow()  # until process 0's engine closes
 
 
