@@ -9,6 +9,7 @@ process that is stopped (SIGSTOP): the others end within 30 s. SIGTERM to one pr
 """
 
 import argparse
+import dataclasses
 import os
 import pathlib
 import shutil
@@ -30,6 +31,7 @@ from m1_jax.checkpoints import save as save_lib
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 WORKER = pathlib.Path(__file__).with_name("pod_worker.py")
 PHASES = ("sampling", "scoring", "update", "handover", "save", "close")
+XLA_FLAGS = "--xla_backend_optimization_level=0"  # compiles twice as fast
 MAX_SECS_TO_END, MAX_SECS_TO_SAVE = 30.0, 60.0
 
 
@@ -43,7 +45,9 @@ def list_faults(processes: int) -> list[str]:
 
 def write_checkpoint(directory: pathlib.Path) -> None:
     """Write a tiny model of random weights with a tokenizer."""
-    model = params_lib.random_model(ModelConfig.tiny(), jax.random.key(0), jnp.float32)
+    # Two layers: nearly all of a trial's time is compilation, on each process.
+    config = dataclasses.replace(ModelConfig.tiny(), layer_types=("lightning", "softmax"))
+    model = params_lib.random_model(config, jax.random.key(0), jnp.float32)
     save_lib.save(model, directory, None, jnp.float32)
     format_lib.copy_small_files(ROOT / "demo/data/tokenizer", directory)
 
@@ -57,7 +61,7 @@ def start_processes(processes: int, *arguments: str, **env: str) -> list[subproc
         subprocess.Popen(
             [sys.executable, str(WORKER), str(port), str(processes), str(index), *arguments],
             cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": ".", **env},
+            env={**os.environ, "PYTHONPATH": ".", "XLA_FLAGS": XLA_FLAGS, **env},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

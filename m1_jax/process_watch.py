@@ -144,27 +144,29 @@ class _ProcessWatch:
             self._wait_for_signal()
 
     def _make_contact(self) -> None:
-        self._set(f"alive/{self._process}", f"{self._contacts} {self.progress}")
+        sign_of_life = f"{self._contacts} {self.progress}"
+        # Process 0 looks at all processes, and each of them at process 0 alone. So the number of
+        # values that are read grows with the processes, and not with their square.
+        self._set(f"{'alive' if self._process else 'first'}/{self._process}", sign_of_life)
         for process, line in sorted(self._read("failed").items()):
             if process != self._process:
                 self._end_process(f"process {process}: {line}")
         for signal_text in self._read("stop").values():
             self.stop_signal = self.stop_signal or int(signal_text)
         done = self._read("done")
-        alive = {p: text for p, text in self._read("alive").items() if p not in done}
+        signs = self._read("first" if self._process else "alive")
+        alive = {process: text for process, text in signs.items() if process not in done}
         self._check_silence(alive)
         if self._process == 0:
-            self._check_progress(alive, bool(done))
+            self._check_progress(alive | {0: sign_of_life}, bool(done))
         self._contacts += 1
 
     def _check_silence(self, alive: dict[int, str]) -> None:
-        """End this process if another one is silent. Process 0 looks at all, others at process 0.
+        """End this process if another one is silent.
 
         A process that never made contact is still being started.
         """
         for process, text in alive.items():
-            if process == self._process or (self._process and process):
-                continue
             silence = self._silences.setdefault(process, _Silence(self.limits))
             if silence.look(text) > self.limits.silent_secs:
                 self._gone.add(process)

@@ -101,6 +101,13 @@ def test_a_silent_process_ends_the_others(fault, culprit):
 
 
 @pytest.mark.slow
+def test_a_deadlock_ends_all_processes():
+    results = _finish(_start("hang", 1, "object"))
+    assert [status for status, _, _ in results] == [1] * NUM_PROCESSES
+    assert all("no process has made progress for" in err for _, _, err in results), results
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("culprit", [0, 2])
 def test_a_signal_to_one_process_stops_all_after_the_same_step(culprit):
     processes = _start("stop")

@@ -6,6 +6,7 @@ The process CULPRIT has the FAULT, while the others WAIT.
 """
 
 import contextlib
+import dataclasses
 import os
 import signal
 import sys
@@ -21,6 +22,8 @@ from m1_jax import multihost, process_watch
 from train import workdir
 
 LIMITS = process_watch.WatchLimits(contact_secs=0.2, silent_secs=5, closing_secs=2)
+# Shorter than a start: only the fault that is about a deadlock has it.
+SHORT_STALL = dataclasses.replace(LIMITS, stalled_secs=5)
 
 
 def wait_for_others(kind):
@@ -37,6 +40,8 @@ def fail(fault):
     time.sleep(1)
     if fault in ("error", "closing"):
         raise ValueError("row 7: got nothing;\nwanted a row")
+    if fault == "hang":  # its threads are well
+        time.sleep(1000)
     if fault == "bug":
         raise KeyError("a name")
     os.kill(os.getpid(), {"silent": signal.SIGSTOP, "killed": signal.SIGKILL}[fault])
@@ -87,7 +92,8 @@ def main(port, processes, index, fault, culprit, wait):
     jax.config.update("jax_num_cpu_devices", 2)
     jax.distributed.initialize(f"localhost:{port}", processes, index)
     try:
-        with process_watch.watch_processes(LIMITS), contextlib.ExitStack() as stack:
+        limits = SHORT_STALL if fault == "hang" else LIMITS
+        with process_watch.watch_processes(limits), contextlib.ExitStack() as stack:
             if fault == "closing":
                 stack.callback(time.sleep, 1000)
             with process_watch.announce_errors():

@@ -5,6 +5,7 @@ for every token, of which JSON would need a multiple of the space and of the tim
 """
 
 import dataclasses
+import io
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,8 +24,10 @@ class ColumnsHandler(ocp.CheckpointHandler):
         """Write the arrays below a directory that exists."""
         if jax.process_index():
             return
-        with (directory / _FILE).open("wb") as file:
-            np.savez(file, **args.columns)  # type: ignore[arg-type]
+        # In memory first, because a file in a bucket cannot be written at any position.
+        buffer = io.BytesIO()
+        np.savez(buffer, **args.columns)  # type: ignore[arg-type]
+        (directory / _FILE).write_bytes(buffer.getvalue())
 
     def restore(self, directory: epath.Path, args: Any = None) -> dict[str, np.ndarray]:
         """Return the arrays that `save` wrote."""
@@ -45,5 +48,5 @@ def read_columns(directory: epath.Path) -> dict[str, np.ndarray]:
     path = directory / _FILE
     if not path.exists():
         return {}
-    with path.open("rb") as file, np.load(file) as arrays:
+    with np.load(io.BytesIO(path.read_bytes())) as arrays:
         return {name: arrays[name] for name in arrays.files}
