@@ -126,10 +126,15 @@ class _ProcessWatch:
         self._start_thread(self._set, f"stop/{self._process}", str(signal_number))
 
     def close(self) -> None:
-        """End the watch after the work is done. The other processes need not wait for this one."""
-        if not self._is_closed.is_set():
-            self._is_closed.set()
-            self._set(f"done/{self._process}", "")
+        """End the watch once all processes have done their work.
+
+        Until then an error of another one ends this process, too. The interpreter's exit would wait
+        for that process without knowing of its error.
+        """
+        self._set(f"done/{self._process}", "")
+        while len(self._read("done")) < self._num_processes:
+            time.sleep(self.limits.contact_secs / 5)
+        self._is_closed.set()
 
     # ---- threads
 
@@ -229,7 +234,7 @@ class _ProcessWatch:
         """Say that this process ends, and on process 0 wait until all others have said so."""
         self._set(f"ended/{self._process}", "")
         while self._process == 0:
-            told = {*self._read("ended"), *self._read("done"), *self._gone}
+            told = {*self._read("ended"), *self._gone}
             if len(told) == self._num_processes:
                 return
             time.sleep(self.limits.contact_secs / 5)

@@ -101,6 +101,14 @@ def test_a_silent_process_ends_the_others(fault, culprit):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("culprit", [0, 1])
+def test_an_error_in_closing_ends_the_processes_that_are_done(culprit):
+    results = _finish(_start("late", culprit))
+    assert [status for status, _, _ in results] == [1] * NUM_PROCESSES, results
+    assert all("row 7: got nothing; wanted a row" in err for _, _, err in results), results
+
+
+@pytest.mark.slow
 def test_a_deadlock_ends_all_processes():
     results = _finish(_start("hang", 1, "object"))
     assert [status for status, _, _ in results] == [1] * NUM_PROCESSES

@@ -96,6 +96,8 @@ def main(port, processes, index, fault, culprit, wait):
     try:
         limits = SHORT_STALL if fault == "hang" else LIMITS
         with process_watch.watch_processes(limits), contextlib.ExitStack() as stack:
+            if fault == "late" and index == culprit:
+                stack.callback(fail, "error")
             if fault == "closing":
                 stack.callback(time.sleep, 1000)
             with process_watch.announce_errors():
@@ -103,6 +105,8 @@ def main(port, processes, index, fault, culprit, wait):
                     return stop_together(index)
                 if fault == "none":
                     return broadcast_all(index)
+                if fault == "late":
+                    return None
                 if index == culprit:
                     fail(fault)
                 wait_for_others(wait)
