@@ -58,6 +58,7 @@ def test_every_command_has_its_module(wheel):
         "sft",
         "rl",
         "export",
+        "rehearse",
     )
     assert targets.keys() == {f"m1-{name}" for name in names}
     for target in targets.values():
