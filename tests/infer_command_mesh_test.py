@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import shutil
 import signal
 import socket
@@ -58,9 +59,12 @@ def finish(started, timeout=300):
         for process in started:
             process.kill()
 
+    # Gloo prints from several threads, piece by piece, so that lines are mixed with each other.
+    pieces = r"\[Gloo\] Rank |\d+| is connected to | peer ranks\. | connected peer ranks is : "
+    gloo_line = re.compile(rf"({pieces}|Expected number of)*")
+
     def clean(text):
-        lines = [line for line in text.splitlines() if not line.startswith("[Gloo]")]
-        return "\n".join(lines)
+        return "\n".join(line for line in text.splitlines() if not gloo_line.fullmatch(line))
 
     return [
         (process.returncode, clean(out), clean(err))

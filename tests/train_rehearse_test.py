@@ -164,7 +164,7 @@ def test_a_refusal_of_the_run_fails_the_rehearsal(override, words):
         ("update.rows=12", "batch: got 12 rows over expert=16"),
         ("serving_mesh=(('expert', 16), ('tensor', 8))", "the trainer's 512 devices"),
         ("rollout.engine=(('max_rowz', 4),)", "rollout.engine: got 'max_rowz'"),
-        ("rollout.engine=(('max_rows', 2048), ('num_pages', 4000000))", "of a chip hold weights"),
+        ("rollout.engine=(('max_rows', 2048), ('num_pages', 40_000_000))", "of a chip hold weights"),
     ],
 )
 def test_a_refusal_of_an_rl_run_fails_the_rehearsal(override, words):
