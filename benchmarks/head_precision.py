@@ -87,7 +87,7 @@ def measure_agreement(model, samples) -> tuple[int, dict[str, float]]:
     packed = rl_batch.pack_samples(samples, row_packing.make_row_shapes(ROWS, length, None))
     logp_old = {}
     for i in range(packed.num_microbatches):
-        rows = rl_batch.device_put_rows(packed.make_rows(i), None)
+        rows = rl_batch.device_put_rows(packed.make_rows(i))
         logp_old |= packed.extract(i, np.asarray(rl_step.score_logprobs(model, rows, 1.0)[0]))
     # These answers have no tool's tokens, so the model wrote all of them.
     return sum(len(sample.tokens) for sample in samples), mismatch.measure_mismatch(

@@ -36,6 +36,7 @@ PROMPT_TOKENS = 200
 NUM_LAYERS, NUM_CHOSEN = 80, 2
 # What the mesh expert=16, context=32 of cispo_m1 splits: rows, and tokens of a row.
 BATCH_SPLIT, LENGTH_SPLIT = 16, 32
+HOST_WINDOWS = 4  # of so many chips a host has the windows of the rows
 
 
 class HostLayout:
@@ -44,6 +45,16 @@ class HostLayout:
     def axis_size(self, name: str) -> int:
         """Return how many parts a logical axis is split into."""
         return {"batch": BATCH_SPLIT, "length": LENGTH_SPLIT}[name]
+
+
+def make_host_rows(packed: rl_batch.PackedSamples, microbatch: int) -> None:
+    """Make the windows of a microbatch that a host in the middle of the mesh has."""
+    shape = packed.plan.shapes[microbatch]
+    height, width = shape.num_rows // BATCH_SPLIT, shape.row_tokens // LENGTH_SPLIT
+    row = shape.num_rows // 2
+    for i in range(HOST_WINDOWS):
+        first = (LENGTH_SPLIT // 2 + i) * width
+        packed.make_rows(microbatch, rl_batch.RowWindow(row, row + height, first, first + width))
 
 
 class Clock:
@@ -174,12 +185,17 @@ def measure_batch(config: rl_config.RlConfig, args: argparse.Namespace) -> None:
     clock.lap("metrics of the batch")
     packed = rl_batch.pack_samples(samples, shapes, expert_ids_shape)
     clock.lap("packing for scoring")
+    without_routes = rl_batch.pack_samples(samples, shapes)
     logp_old: dict[int, np.ndarray] = {}
     for i in range(packed.num_microbatches):
-        rows = packed.make_rows(i)
-        for number, part in packed.extract(i, rows.logp_rollout).items():
+        clock.skip()
+        make_host_rows(packed, i)
+        clock.lap("a host's rows for scoring")
+        row_scores = without_routes.make_rows(i).logp_rollout
+        clock.skip()
+        for number, part in packed.extract(i, row_scores).items():
             logp_old[number] = np.where(samples[number].mask > 0, part, 0)
-    clock.lap("rows for scoring, scores back")
+        clock.lap("scores back")
     scores = [logp_old[i] for i in range(len(samples))]
     batch_metrics.measure_batch_mismatch(samples, scores, 0)
     clock.lap("mismatch")
@@ -201,8 +217,8 @@ def measure_batch(config: rl_config.RlConfig, args: argparse.Namespace) -> None:
         packed.fill("logp_old", [scores[i] for i in part])
         packed.fill("advantages", values[part].tolist())
         for i in range(packed.num_microbatches):
-            packed.make_rows(i)
-    clock.lap("packing and rows for the updates")
+            make_host_rows(packed, i)
+    clock.lap("packing, and a host's rows for the updates")
     tokens = sum(sample.num_tokens for sample in samples)
     per_token = sum(
         getattr(s, name).nbytes for s in samples for name in ("tokens", "mask", "logprobs")

@@ -261,9 +261,9 @@ def gradients(tokenizer):
     rows = packed.make_rows(0)
 
     def run(arm: objective.Objective, shift: float):
-        logp, _ = rl_step.score_logprobs(model, rl_batch.device_put_rows(rows, None), 1.0)
+        logp, _ = rl_step.score_logprobs(model, rl_batch.device_put_rows(rows), 1.0)
         moved = dataclasses.replace(rows, logp_old=np.asarray(logp) - shift)
-        placed = rl_batch.device_put_rows(moved, None)
+        placed = rl_batch.device_put_rows(moved)
         settings = rl_step.RlStepSettings(optim.AdamW(1e-3), arm)
         grads, measured = rl_step.accumulate_gradients(
             None, model, placed, np.float32(1), None, settings

@@ -90,7 +90,7 @@ def test_traced_rows_are_those_of_a_batch(programs):
         )
     ] * 2
     packed = rl_batch.pack_samples(samples, row_packing.RowShapes((2,), (64,)), (2, 2))
-    placed = rl_batch.device_put_rows(packed.make_rows(0), setting.layout)
+    placed = rl_batch.device_put_microbatch(packed, 0, setting.layout)
     traced = found["add"].arguments["batch"]
 
     def shape(x):

@@ -56,6 +56,12 @@ _DIRECTION = {
     "infer/": ("infer", "m1_jax"),
     "train/data/chat.py": ("train.data", "m1_jax", *_TEXT_LEAVES),
     "train/data/": ("train.data", "m1_jax"),
+    # It measures the messages that the engine sends.
+    "train/rehearsal/engine_calls.py": (
+        "infer.config",
+        "infer.execution.argument_changes",
+        "infer.execution.host_batch",
+    ),
     "train/rl/rollout.py": ("train", "m1_jax", *_ENGINE),
     "train/rl/episodes.py": ("train", "m1_jax", *_TEXT_LEAVES),
     "train/rl/rollout_setup.py": ("train", "m1_jax", "infer.prompt", "infer.config"),

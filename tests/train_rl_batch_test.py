@@ -158,24 +158,69 @@ def test_routes_are_at_their_tokens_and_unknown_elsewhere():
     assert rl_batch.pack_samples(all_samples, one_shape(2)).make_rows(0).expert_ids is None
 
 
-def test_a_microbatch_on_a_mesh_is_the_same():
+@hypothesis.given(LENGTHS, SHAPES, st.data())
+def test_a_window_has_its_part_of_the_rows(lengths, shapes, data):
+    all_samples = samples(lengths, routes=(2, 2))
+    packed = rl_batch.pack_samples(all_samples, shapes, (2, 2))
+    packed.fill("logp_old", [np.arange(1.0, len(x.tokens) + 1) for x in all_samples])
+    packed.fill("coefficients", [float(i + 1) for i in range(len(all_samples))])
+    for i, rows in enumerate(all_rows(packed)):
+        num_rows, row_tokens = rows.tokens.shape
+        first_row = data.draw(st.integers(0, num_rows - 1))
+        end_row = data.draw(st.integers(first_row + 1, num_rows))
+        first_column = data.draw(st.integers(0, row_tokens - 1))
+        end_column = data.draw(st.integers(first_column + 1, row_tokens))
+        window = rl_batch.RowWindow(first_row, end_row, first_column, end_column)
+        for name, part in vars(packed.make_rows(i, window)).items():
+            whole = getattr(rows, name)
+            np.testing.assert_array_equal(
+                part, whole[first_row:end_row, first_column:end_column], name, strict=True
+            )
+
+
+MESHES = [
+    {"fsdp": 2, "expert": 2, "tensor": 2},  # two devices have each row
+    {"expert": 2, "context": 4},  # rows are cut
+    {"data": 2, "context": 2, "tensor": 2},
+]
+
+
+@pytest.mark.parametrize("axes", MESHES, ids=str)
+def test_a_microbatch_on_a_mesh_is_the_same(axes):
     all_samples = samples([(3, 4), (2, 2), (1, 3), (5, 6), (4, 4)], routes=(2, 2))
-    (rows,) = all_rows(rl_batch.pack_samples(all_samples, one_shape(4), (2, 2)))
-    mesh = sharding.make_mesh({"fsdp": 2, "expert": 2, "tensor": 2})
-    layout = sharding.make_layout(mesh, ModelConfig.tiny())
+    packed = rl_batch.pack_samples(all_samples, one_shape(4), (2, 2))
+    (rows,) = all_rows(packed)
+    layout = sharding.make_layout(sharding.make_mesh(axes), ModelConfig.tiny())
+    spread = rl_batch.device_put_microbatch(packed, 0, layout)
     for device_rows in (
-        rl_batch.device_put_rows(rows, layout),
-        rl_batch.device_put_rows(rows, None),
+        spread,
+        rl_batch.device_put_microbatch(packed, 0, None),
+        rl_batch.device_put_rows(rows),
     ):
         for name, expected in vars(rows).items():
             array = getattr(device_rows, name)
             assert isinstance(array, jax.Array)
-            np.testing.assert_array_equal(rl_batch.gather_to_host(array), expected)
-    spread = rl_batch.device_put_rows(rows, layout).tokens
-    assert {shard.data.shape for shard in spread.addressable_shards} == {(1, SEQ_LEN)}
-    assert (
-        rl_batch.device_put_rows(
-            rl_batch.pack_samples(all_samples, one_shape(4)).make_rows(0), layout
-        ).expert_ids
-        is None
-    )
+            np.testing.assert_array_equal(
+                rl_batch.gather_to_host(array), expected, name, strict=True
+            )
+    shape = (4 // layout.axis_size("batch"), SEQ_LEN // layout.axis_size("length"))
+    assert {shard.data.shape for shard in spread.tokens.addressable_shards} == {shape}
+    packed = rl_batch.pack_samples(all_samples, one_shape(4))
+    assert rl_batch.device_put_microbatch(packed, 0, layout).expert_ids is None
+
+
+def test_a_process_makes_its_own_devices_rows_alone(monkeypatch):
+    """Each window once, although its devices ask for each field of it."""
+    made = []
+    real = rl_batch.PackedSamples.make_rows
+
+    def make_rows(self, microbatch, window=None):
+        made.append(window)
+        return real(self, microbatch, window)
+
+    monkeypatch.setattr(rl_batch.PackedSamples, "make_rows", make_rows)
+    all_samples = samples([(3, 4), (2, 2)], routes=(2, 2))
+    packed = rl_batch.pack_samples(all_samples, one_shape(4), (2, 2))
+    layout = sharding.make_layout(sharding.make_mesh(MESHES[0]), ModelConfig.tiny())
+    rl_batch.device_put_microbatch(packed, 0, layout)
+    assert sorted(made) == [(row, row + 1, 0, SEQ_LEN) for row in range(4)]

@@ -111,7 +111,7 @@ def sums_of(packed, chosen, net=None, change=lambda rows: rows, **changes):
     assert tokens == packed.num_tokens
     for rows, num_tokens in zip(microbatches, tokens, strict=True):
         share = np.float32(num_tokens / sum(tokens))
-        device_rows = rl_batch.device_put_rows(change(rows), None)
+        device_rows = rl_batch.device_put_rows(change(rows))
         sums = rl_step.accumulate_gradients(
             sums, net, device_rows, share, None, settings(chosen, **changes)
         )
@@ -191,7 +191,7 @@ def own_logps():
     """Return the trainer's log-probabilities of the samples' tokens."""
     packed = rl_batch.pack_samples(SAMPLES, one_shape(4))
     scores = [
-        rl_step.score_logprobs(weights(), rl_batch.device_put_rows(rows, None), 1.0)
+        rl_step.score_logprobs(weights(), rl_batch.device_put_rows(rows), 1.0)
         for rows in all_rows(packed)
     ]
     return extract(packed, [logp for logp, _ in scores])
@@ -216,7 +216,7 @@ def alone(sample, num_tokens=SEQ_LEN):
 def test_scores_are_those_of_the_models_logits(temperature):
     packed = rl_batch.pack_samples(SAMPLES, one_shape(4))
     scores = rl_step.score_logprobs(
-        weights(), rl_batch.device_put_rows(packed.make_rows(0), None), temperature
+        weights(), rl_batch.device_put_rows(packed.make_rows(0)), temperature
     )
     logps, entropies = extract(packed, [scores[0]]), extract(packed, [scores[1]])
     for sample, logp, entropy in zip(SAMPLES, logps, entropies, strict=True):
@@ -260,7 +260,7 @@ CORRECTED = dataclasses.replace(
 
 def parts(packed, share, weight_mean):
     """Return (gradients, balance loss) with a balance loss and a correction."""
-    rows = rl_batch.device_put_rows(packed.make_rows(0), None)
+    rows = rl_batch.device_put_rows(packed.make_rows(0))
     chosen = settings(CORRECTED, balance_coefficient=0.5)
     mean = None if weight_mean is None else np.float32(weight_mean)
     grads, metrics = rl_step.accumulate_gradients(
@@ -311,7 +311,7 @@ def test_own_routes_change_nothing_and_others_do():
     real = rows.mask > 0
 
     def scored(routes):
-        device_rows = rl_batch.device_put_rows(dataclasses.replace(rows, expert_ids=routes), None)
+        device_rows = rl_batch.device_put_rows(dataclasses.replace(rows, expert_ids=routes))
         return np.asarray(rl_step.score_logprobs(weights(), device_rows, 1.0)[0])[real]
 
     free = scored(None)
@@ -363,7 +363,7 @@ def test_an_update_makes_the_moments(one_microbatch):
     # The samples that were worth more have become likelier, those worth less less likely.
     packed = rl_batch.pack_samples(SAMPLES, one_shape(4))
     after, _ = rl_step.score_logprobs(
-        state.model, rl_batch.device_put_rows(packed.make_rows(0), None), 1.0
+        state.model, rl_batch.device_put_rows(packed.make_rows(0)), 1.0
     )
     changes = [
         np.mean((a - b)[np.array(sample.mask) > 0])
@@ -395,7 +395,7 @@ def test_adapters_alone_are_trained():
 
 def test_what_the_caller_keeps_is_not_donated():
     net, packed = model(), pack(2, CISPO)
-    placed = [rl_batch.device_put_rows(rows, None) for rows in all_rows(packed)]
+    placed = [rl_batch.device_put_rows(rows) for rows in all_rows(packed)]
     half, chosen = np.float32(0.5), settings(CISPO)
     first = rl_step.accumulate_gradients(None, net, placed[0], half, None, chosen)
     total = rl_step.accumulate_gradients(first, net, placed[1], half, None, chosen)

@@ -21,7 +21,7 @@ import jax
 import numpy as np
 
 from infer import config as config_lib
-from infer.execution import device, program_spec
+from infer.execution import argument_changes, device, program_spec
 from m1_jax import model as model_lib
 from m1_jax import multihost
 
@@ -46,6 +46,7 @@ class Leader:
         self._device = own_device
         self.limits = own_device.limits
         self.num_programs = own_device.num_programs
+        self._changes = argument_changes.ArgumentChanges()
         # All have compiled: the first collective of XLA waits for half a minute at most on CPU.
         multihost.wait_for_all()
 
@@ -54,7 +55,8 @@ class Leader:
         return self._device.weights
 
     def run_program(self, name: program_spec.ProgramName, size: int, *host_arguments: Any) -> Any:
-        _broadcast_call(DeviceCall.RUN_PROGRAM, name, size, *host_arguments)
+        sent_arguments = self._changes.encode((name, size), host_arguments)
+        _broadcast_call(DeviceCall.RUN_PROGRAM, name, size, sent_arguments)
         return self._device.run_program(name, size, *host_arguments)
 
     def swap_out(
@@ -96,6 +98,7 @@ class Follower:
 
     def __init__(self, model: model_lib.MiniMaxM1, config: config_lib.EngineConfig):
         self._device = device.Device(model, config)
+        self._changes = argument_changes.ArgumentChanges()
         multihost.wait_for_all()  # as the leader
 
     def follow(self, next_model: Callable[[], model_lib.MiniMaxM1] | None = None) -> None:
@@ -118,6 +121,10 @@ class Follower:
                         "follow_engine(model, config, next_model)"
                     )
                 self._device.swap_weights(next_model())
+            elif call is DeviceCall.RUN_PROGRAM:
+                name, size, sent_arguments = arguments
+                host_arguments = self._changes.decode((name, size), sent_arguments)
+                self._device.run_program(name, size, *host_arguments)
             elif call is not DeviceCall.KEEP_ALIVE:
                 getattr(self._device, call)(*arguments)
 

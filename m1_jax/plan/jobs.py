@@ -346,7 +346,7 @@ def abstract_sampler_model(setting: JobSetting) -> model_lib.MiniMaxM1:
 
 # `Any`, because `rl_batch` is imported inside: a `PackedRows` of shapes.
 def _abstract_rl_rows(setting: JobSetting) -> Any:
-    """Return the shapes of a microbatch as `rl_batch.device_put_rows` puts it on the devices."""
+    """Return the shapes of a microbatch as `rl_batch.device_put_microbatch` makes it."""
     from train.rl import batch as rl_batch
 
     config, job, layout = setting.config, setting.job, setting.layout

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from m1_jax import config as model_config_lib
+from m1_jax import sharding
 from train.rl import batch as rl_batch
 from train.rl import config as rl_config
 from train.rl import group_columns, row_packing, sample_groups
@@ -16,7 +17,7 @@ from train.rl import sample as sample_lib
 _SCALED_TOKENS = 320_000  # tokens that are measured, to extrapolate from
 _SCALED_SAMPLES = 8
 MEAN_ANSWERS = (4096, 8192, 16_384, 30_720, 61_440)
-_GAMMA_SHAPE = 2.0  # of the lengths of answers
+_GAMMA_SHAPE = 4.0  # of the lengths of answers: their standard deviation is half of their mean
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +31,8 @@ class BatchSizes:
       shapes: shapes that microbatches may have.
       minibatches: updates of a batch.
       expert_ids_shape: (layers, experts of a token) of replayed routes, or None.
+      window: rows and columns of the largest microbatch that a device has.
+      host_share: part of a microbatch's places that process 0 makes for its devices.
     """
 
     num_samples: int
@@ -38,6 +41,8 @@ class BatchSizes:
     shapes: row_packing.RowShapes
     minibatches: int
     expert_ids_shape: tuple[int, int] | None
+    window: row_packing.MicrobatchShape
+    host_share: float
 
     @classmethod
     def of_config(
@@ -45,9 +50,11 @@ class BatchSizes:
         config: rl_config.RlConfig,
         model: model_config_lib.ModelConfig,
         shapes: row_packing.RowShapes,
+        layout: sharding.MeshLayout | None,
     ) -> "BatchSizes":
         """Return the sizes that a config says."""
         routes = (len(model.layer_types), model.num_experts_per_tok)
+        window, host_share = _find_windows(layout, shapes.largest)
         return cls(
             num_samples=config.rollout.groups * config.rollout.group_size,
             prompt_tokens=config.rollout.max_prompt_tokens,
@@ -55,6 +62,8 @@ class BatchSizes:
             shapes=shapes,
             minibatches=config.update.minibatches,
             expert_ids_shape=routes if config.rollout.replay_routes else None,
+            window=window,
+            host_share=host_share,
         )
 
     @property
@@ -75,10 +84,10 @@ class BatchCost:
     Attributes:
       sample_bytes: columns of the samples in a host's memory, which process 0 sends to all others.
       table_bytes: what goes over the hosts' network beside the columns.
-      row_bytes: rows of the largest microbatch in a host's memory.
+      row_bytes: a host's part of the largest microbatch's rows in its memory.
       encode_secs, decode_secs: seconds of process 0 to make columns, and of the others to read
         them.
-      row_secs: seconds of every host to make all rows, once to score and once to update.
+      row_secs: seconds of a host to make its parts of all rows, once to score and once to update.
       carried_bytes_per_token: bytes of an unfinished answer's token in a checkpoint.
     """
 
@@ -137,17 +146,42 @@ def measure_batch(sizes: BatchSizes) -> BatchCost:
     # One row a sample, as in the longest batch.
     shapes = row_packing.make_row_shapes(_SCALED_SAMPLES, prompt + answer, None)
     packed = rl_batch.pack_samples(samples, shapes, sizes.expert_ids_shape)
-    row_secs, rows = _time_call(lambda: packed.make_rows(0))
+    # The middle of a long row, as most devices have it.
+    row_tokens = packed.plan.shapes[0].row_tokens
+    width = min(
+        max(row_tokens * sizes.window.row_tokens // sizes.shapes.row_lengths[-1], 1), row_tokens
+    )
+    first = (row_tokens - width) // 2
+    window = rl_batch.RowWindow(0, 1, first, first + width)
+    row_secs, rows = _time_call(lambda: packed.make_rows(0, window))
+    secs_per_place = row_secs / window.shape.num_places
     factor = sizes.num_tokens / (answer * _SCALED_SAMPLES)
     return BatchCost(
         sample_bytes=sum(column.nbytes for column in columns.values()) * factor,
         table_bytes=len(pickle.dumps(table)) * sizes.num_samples / _SCALED_SAMPLES,
-        row_bytes=_count_row_bytes(rows) / rows.tokens.size * sizes.shapes.largest.num_places,
+        row_bytes=_count_row_bytes(rows)
+        / rows.tokens.size
+        * sizes.shapes.largest.num_places
+        * sizes.host_share,
         encode_secs=encode_secs * factor,
         decode_secs=decode_secs * factor,
-        row_secs=2 * row_secs * factor,
+        row_secs=2 * secs_per_place * sizes.num_tokens * sizes.host_share,
         carried_bytes_per_token=_count_carried_bytes(answer),
     )
+
+
+def _find_windows(
+    layout: sharding.MeshLayout | None, shape: row_packing.MicrobatchShape
+) -> tuple[row_packing.MicrobatchShape, float]:
+    """Return the shape of a device's part of a microbatch, and which share of it process 0 has."""
+    if layout is None:
+        return shape, 1.0
+    placed = layout.activation_sharding("batch", "length")
+    window = row_packing.MicrobatchShape(*placed.shard_shape(tuple(shape)))
+    windows = placed.devices_indices_map(tuple(shape))
+    # By their text: slices have no hash. Several devices may have the same part.
+    held = {str(index) for device, index in windows.items() if device.process_index == 0}
+    return window, len(held) * window.num_places / shape.num_places
 
 
 def _make_group(samples: list[sample_lib.Sample]) -> sample_groups.SampleGroup:

@@ -13,7 +13,7 @@ from m1_jax.plan import config as plan_config
 from m1_jax.plan import shapes as shapes_lib
 from m1_jax.serving import state as serving_state
 from train.data import config as data_config
-from train.rehearsal import answers, costs, documents, programs, schedules, storage
+from train.rehearsal import answers, costs, documents, engine_calls, programs, schedules, storage
 from train.rehearsal import findings as findings_lib
 from train.rehearsal import setting as setting_lib
 from train.rl import config as rl_config
@@ -49,9 +49,9 @@ class RlRehearsal:
             )
             row_shapes = self._make_row_shapes(layouts[0])
             self._check_rows(layouts[0], row_shapes)
-        if row_shapes is not None:
+        if layouts is not None and row_shapes is not None:
             with findings.catch_refusals("batch"):
-                self._measure_batch(row_shapes)
+                self._measure_batch(layouts[0], row_shapes)
         engine = None
         with findings.catch_refusals("engine"):
             engine = rollout_setup.make_run_engine_config(config, held_out_sizes)
@@ -153,10 +153,12 @@ class RlRehearsal:
             f"tokens gives a chip {parts[0]} x {parts[1]:,}; {num_shapes} smaller shapes fit, too",
         )
 
-    def _measure_batch(self, shapes: row_packing.RowShapes) -> None:
+    def _measure_batch(
+        self, layout: sharding.MeshLayout | None, shapes: row_packing.RowShapes
+    ) -> None:
         """Measure a generation batch on the host, at its longest, and how its rows are filled."""
         config = self._config
-        sizes = answers.BatchSizes.of_config(config, self._setting.model.config, shapes)
+        sizes = answers.BatchSizes.of_config(config, self._setting.model.config, shapes, layout)
         cost = answers.measure_batch(sizes)
         sent = cost.sample_bytes if self._setting.num_hosts > 1 else 0
         chip = sent / max(len(self._setting.devices) // self._setting.num_hosts, 1)
@@ -165,7 +167,7 @@ class RlRehearsal:
             "batch",
             f"{sizes.num_samples} answers of {sizes.answer_tokens:,} tokens: "
             f"{cost.sample_bytes / GIB:.2f} GiB of samples on each host, and "
-            f"{cost.row_bytes / GIB:.2f} of the largest microbatch's rows; every host gets "
+            f"{cost.row_bytes / GIB:.2f} of its part of the largest microbatch; every host gets "
             f"{sent / GIB:.2f} GiB through its chips, {chip / GIB:.2f} each in blocks of 64 MiB, "
             f"and {cost.table_bytes / 2**20:.2f} MiB by the hosts' network; the chips wait "
             f"{cost.encode_secs + cost.decode_secs:.1f} s for columns and {cost.row_secs:.1f} s "
@@ -222,6 +224,17 @@ class RlRehearsal:
             waves=waves,
             full_rows=full_rows,
         )
+        num_hosts = self._setting.num_hosts
+        if num_hosts > 1:
+            call = engine_calls.measure_decode_call(engine)
+            self._findings.add(
+                "costs",
+                "engine",
+                f"process 0 tells {num_hosts - 1} hosts of each decode program, which makes up to "
+                f"{engine.decode_steps} tokens a row: {call.call_bytes:,} bytes a host in "
+                f"{1e3 * call.encode_secs:.1f} ms, and {call.first_bytes:,} for the first one",
+                **dataclasses.asdict(call),
+            )
 
     def _measure_residents(
         self, state: Any, serving_layout: sharding.MeshLayout, engine: Any

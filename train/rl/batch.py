@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -67,6 +67,27 @@ class HostRows:
     expert_ids: Int[np.ndarray, "B T L A"] | None = None
 
 
+class RowWindow(NamedTuple):
+    """A part of a microbatch's rows: rows and columns from the first to before the end."""
+
+    first_row: int
+    end_row: int
+    first_column: int
+    end_column: int
+
+    @property
+    def shape(self) -> row_packing.MicrobatchShape:
+        """Return rows and columns."""
+        return row_packing.MicrobatchShape(
+            self.end_row - self.first_row, self.end_column - self.first_column
+        )
+
+    def overlaps(self, row: int, start: int, end: int) -> bool:
+        """Return whether the window has one of the columns `start` to `end` - 1 of a row."""
+        is_row_inside = self.first_row <= row < self.end_row
+        return is_row_inside and start < self.end_column and end > self.first_column
+
+
 class PackedSamples:
     """Samples and the rows that they lie in.
 
@@ -76,6 +97,7 @@ class PackedSamples:
     Attributes:
       samples: the samples, in the order in which they were given.
       plan: location of each sample, and shape of each microbatch.
+      expert_ids_shape: (layers, experts of a token), or None without expert ids.
     """
 
     def __init__(
@@ -86,7 +108,7 @@ class PackedSamples:
     ):
         """See `pack_samples`."""
         self.samples, self.plan = samples, plan
-        self._expert_ids_shape = expert_ids_shape
+        self.expert_ids_shape = expert_ids_shape
         self._members: list[list[int]] = [[] for _ in plan.shapes]  # samples of each microbatch
         for i, location in enumerate(plan.locations):
             self._members[location.microbatch].append(i)
@@ -115,32 +137,47 @@ class PackedSamples:
         """Return what `fill` set of a field."""
         return self._values[field_name]
 
-    def make_rows(self, microbatch: int) -> HostRows:
-        """Return the rows of a microbatch, with the fields that are filled so far."""
-        rows = _zero_rows(self.plan.shapes[microbatch], self._expert_ids_shape)
-        num_segments = np.zeros(len(rows.tokens), np.int32)
+    def make_rows(self, microbatch: int, window: RowWindow | None = None) -> HostRows:
+        """Return the rows of a microbatch, with the fields that are filled so far.
+
+        Args:
+          window: the rows and columns to return, None for all. Only these are computed.
+        """
+        shape = self.plan.shapes[microbatch]
+        window = window or RowWindow(0, shape.num_rows, 0, shape.row_tokens)
+        rows = _zero_rows(window.shape, self.expert_ids_shape)
+        num_segments = np.zeros(shape.num_rows, np.int32)
         for i in self._members[microbatch]:
             sample, (_, row, start) = self.samples[i], self.plan.locations[i]
-            size, first = sample.num_tokens, start + len(sample.prompt)
+            # Counted outside of the window, too: these are numbers within the whole row.
             num_segments[row] += 1
-            columns, answer = slice(start, start + size), _answer_columns(sample, start)
-            rows.tokens[row, start:first] = sample.prompt
-            rows.tokens[row, first : start + size] = sample.tokens
-            rows.segment_ids[row, columns] = num_segments[row]
-            rows.positions[row, columns] = np.arange(size)
-            # The last token predicts nothing: its mask is 0, and any id would do.
-            rows.targets[row, start : start + size - 1] = rows.tokens[row, start + 1 : start + size]
-            real = sample.mask > 0
-            rows.mask[row, answer] = real
-            # A `where`, not a product: what a caller has at masked tokens may be NaN.
-            rows.logp_rollout[row, answer] = np.where(real, sample.logprobs, 0)
-            for name, values in self._values.items():
-                getattr(rows, name)[row, answer] = np.where(real, values[i], 0)
-            if rows.expert_ids is not None and sample.routes is not None:
-                # The sampler never computed the last tokens, so its record may end before them.
-                # There the -1 of `_zero_rows` lets the router choose.
-                rows.expert_ids[row, start : start + len(sample.routes)] = sample.routes
+            if window.overlaps(row, start, start + sample.num_tokens):
+                location = row - window.first_row, start - window.first_column
+                self._write_sample(rows, i, *location, num_segments[row])
         return rows
+
+    def _write_sample(self, rows: HostRows, i: int, row: int, start: int, segment: int) -> None:
+        """Write a sample to a row of a window. Its columns from `start` on may lie outside."""
+        sample = self.samples[i]
+        size, first = sample.num_tokens, start + len(sample.prompt)
+        _write_columns(rows.tokens[row], start, sample.prompt)
+        _write_columns(rows.tokens[row], first, sample.tokens)
+        _write_columns(rows.segment_ids[row], start, np.full(size, segment, np.int32))
+        _write_columns(rows.positions[row], start, np.arange(size, dtype=np.int32))
+        # The last token predicts nothing: its mask is 0, and any id would do.
+        _write_columns(rows.targets[row], start, sample.prompt[1:])
+        answer = _answer_columns(sample, start).start
+        _write_columns(rows.targets[row], answer, sample.tokens)
+        real = sample.mask > 0
+        _write_columns(rows.mask[row], answer, real)
+        # A `where`, not a product: what a caller has at masked tokens may be NaN.
+        _write_columns(rows.logp_rollout[row], answer, np.where(real, sample.logprobs, 0))
+        for name, values in self._values.items():
+            _write_columns(getattr(rows, name)[row], answer, np.where(real, values[i], 0))
+        if rows.expert_ids is not None and sample.routes is not None:
+            # The sampler never computed the last tokens, so its record may end before them.
+            # There the -1 of `_zero_rows` lets the router choose.
+            _write_columns(rows.expert_ids[row], start, sample.routes)
 
     def extract(self, microbatch: int, array: np.ndarray) -> dict[int, np.ndarray]:
         """Return of an array [B, T] of a microbatch the part of each of its samples, by index.
@@ -152,6 +189,13 @@ class PackedSamples:
             _, row, start = self.plan.locations[i]
             parts[i] = array[row, _answer_columns(self.samples[i], start)]
         return parts
+
+
+def _write_columns(row: np.ndarray, start: int, values: np.ndarray) -> None:
+    """Write values to a row from column `start` on, and leave out those that lie outside."""
+    first, end = max(start, 0), min(start + len(values), len(row))
+    if first < end:
+        row[first:end] = values[first - start : end - start]
 
 
 def _answer_columns(sample: sample_lib.Sample, start: int) -> slice:
@@ -212,20 +256,44 @@ def gather_to_host(array: jax.Array) -> np.ndarray:
     return np.asarray(multihost_utils.process_allgather(array, tiled=True))
 
 
-def device_put_rows(rows: HostRows, layout: sharding.MeshLayout | None) -> PackedRows:
-    """Put a microbatch that every process has onto the devices."""
-
-    def device_put(array: np.ndarray | None) -> jax.Array | None:
-        if array is None:
-            return None
-        if layout is None:
-            return jax.numpy.asarray(array)
-        # Rows and tokens are split, layers and experts of a token are not.
-        spec = layout.activation_sharding("batch", "length", *(None,) * (array.ndim - 2))
-        # Not `device_put`: each process takes only its own devices' parts.
-        return jax.make_array_from_callback(array.shape, spec, lambda index: array[index])
-
+def device_put_rows(rows: HostRows) -> PackedRows:
+    """Put rows onto the one device."""
     fields: dict[str, Any] = {
-        field.name: device_put(getattr(rows, field.name)) for field in dataclasses.fields(rows)
+        field.name: getattr(rows, field.name) for field in dataclasses.fields(rows)
     }
+    return PackedRows(**jax.tree.map(jax.numpy.asarray, fields))
+
+
+def device_put_microbatch(
+    packed: PackedSamples, microbatch: int, layout: sharding.MeshLayout | None
+) -> PackedRows:
+    """Put the rows of a microbatch onto the devices. Every process has the samples.
+
+    A process makes only the windows that its own devices hold. With 128 hosts, a microbatch of 1.4M
+    places of 200 bytes then costs each of them a 128th.
+    """
+    if layout is None:
+        return device_put_rows(packed.make_rows(microbatch))
+    shape = packed.plan.shapes[microbatch]
+    windows: dict[RowWindow, HostRows] = {}
+
+    def read_part(name: str, index: Any) -> np.ndarray:
+        rows, columns = (part.indices(size) for part, size in zip(index[:2], shape, strict=True))
+        window = RowWindow(rows[0], rows[1], columns[0], columns[1])
+        # All fields of a window are made together, when the first one is asked for.
+        if window not in windows:
+            windows[window] = packed.make_rows(microbatch, window)
+        return getattr(windows[window], name)
+
+    def device_put(name: str, *inner_shape: int) -> jax.Array:
+        spec = layout.activation_sharding("batch", "length", *(None,) * len(inner_shape))
+        # Not `device_put`: each process takes only its own devices' parts.
+        return jax.make_array_from_callback(
+            (*shape, *inner_shape), spec, lambda index: read_part(name, index)
+        )
+
+    names = [field.name for field in dataclasses.fields(HostRows) if field.name != "expert_ids"]
+    fields: dict[str, Any] = {name: device_put(name) for name in names}
+    if packed.expert_ids_shape is not None:
+        fields["expert_ids"] = device_put("expert_ids", *packed.expert_ids_shape)
     return PackedRows(**fields)

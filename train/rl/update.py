@@ -224,7 +224,7 @@ class PolicyUpdater:
         for microbatch in range(packed.num_microbatches):
             # A batch may compile a program for each shape, which takes minutes.
             process_watch.note_progress()
-            rows = rl_batch.device_put_rows(packed.make_rows(microbatch), self._layout)
+            rows = rl_batch.device_put_microbatch(packed, microbatch, self._layout)
             logp, entropy = rl_step.score_logprobs(model, rows, temperature)
             logp_ref = None
             if self._reference is not None:
@@ -297,7 +297,7 @@ class PolicyUpdater:
         num_tokens = packed.num_tokens
         for microbatch, row_tokens in enumerate(num_tokens):
             process_watch.note_progress()
-            rows = rl_batch.device_put_rows(packed.make_rows(microbatch), self._layout)
+            rows = rl_batch.device_put_microbatch(packed, microbatch, self._layout)
             token_share = np.float32(row_tokens / sum(num_tokens))
             # `sums` is donated: one copy of the gradients is enough.
             sums = rl_step.accumulate_gradients(
