@@ -4,6 +4,10 @@ import json
 import math
 from typing import Any
 
+MAX_DEPTH = 200  # arrays and objects within each other
+_MAX_DIGITS = 20  # of a whole number: 2^64 has 20
+_MAX_REASON = 200  # characters of an error's reason
+
 
 def refuse_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Return an object of these members, for `object_pairs_hook`.
@@ -36,4 +40,67 @@ DECODER = json.JSONDecoder(
     object_pairs_hook=refuse_repeated_keys,
     parse_constant=_refuse_constant,
     parse_float=_parse_finite,
+)
+
+
+class JsonError(ValueError):
+    """A text that is no JSON, or JSON beyond our limits. The message is one short line."""
+
+
+def parse(text: str | bytes, name: str) -> Any:
+    """Return the value of a JSON text that a user may have damaged.
+
+    Args:
+      text: the text, bytes in UTF-8. A byte order mark at its start is left out.
+      name: what the error calls it, most often the file's name, with the line if it has several.
+
+    Raises:
+      JsonError: no JSON, a key that is given twice, NaN, a number beyond float64 or of more than 20
+        digits, or more than `MAX_DEPTH` values within each other.
+    """
+    try:
+        if isinstance(text, bytes):
+            text = text.decode("utf-8")
+        value = _BOUNDED_DECODER.decode(text.removeprefix("\ufeff"))
+        # Most texts have too few brackets to be deep, and need no look at each value.
+        if text.count("[") + text.count("{") > MAX_DEPTH:
+            _check_depth(value)
+        return value
+    except RecursionError:
+        reason = f"more than {MAX_DEPTH} arrays and objects lie within each other"
+    except UnicodeDecodeError as error:
+        # Its own message has all the bytes.
+        reason = f"byte {error.start} is no UTF-8"
+    except ValueError as error:
+        reason = " ".join(str(error).split())
+    if len(reason) > _MAX_REASON:
+        reason = reason[:_MAX_REASON] + "..."
+    raise JsonError(f"{name}: got no valid JSON ({reason}); mend or replace it")
+
+
+def _check_depth(value: Any) -> None:
+    """Raise RecursionError for a value of too many levels."""
+    level, depth = [value], 0
+    while level := [
+        inner
+        for outer in level
+        if isinstance(outer, dict | list)
+        for inner in (outer.values() if isinstance(outer, dict) else outer)
+    ]:
+        depth += 1
+        if depth > MAX_DEPTH:
+            raise RecursionError
+
+
+def _parse_bounded_int(digits: str) -> int:
+    if len(digits.lstrip("-")) > _MAX_DIGITS:
+        raise ValueError(f"{digits[:_MAX_DIGITS]}... has {len(digits)} digits")
+    return int(digits)
+
+
+_BOUNDED_DECODER = json.JSONDecoder(
+    object_pairs_hook=refuse_repeated_keys,
+    parse_constant=_refuse_constant,
+    parse_float=_parse_finite,
+    parse_int=_parse_bounded_int,
 )
