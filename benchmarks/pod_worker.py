@@ -7,6 +7,7 @@ numbers of the devices in the order in which the mesh has them, as a torus gives
 """
 
 import dataclasses
+import functools
 import json
 import os
 import pathlib
@@ -41,6 +42,10 @@ SECOND_MESHES = {
     4: {"fsdp": 4},
     32: {"fsdp": 4, "expert": 2, "context": 4},
 }
+
+
+# More processes than these share a few cores for so long that a busy one seems to be gone.
+MAX_PUNCTUAL_PROCESSES = 4
 
 
 def plant_fault(fault: str, index: int) -> None:
@@ -153,6 +158,9 @@ def main(port: str, processes: int, index: int, job: str, checkpoint: str, workd
     if fault:
         plant_fault(fault, index)
     num_devices = processes * devices_per_process
+    if processes > MAX_PUNCTUAL_PROCESSES:
+        limits = process_watch.WatchLimits(silent_secs=300)
+        process_watch.watch_processes = functools.partial(process_watch.watch_processes, limits)
     try:
         if job == "rl":
             config = make_rl_config(num_devices, checkpoint)

@@ -57,7 +57,8 @@ class WatchLimits:
     """
 
     contact_secs: float = 1.0
-    silent_secs: float = 15.0
+    # Others end within 30 s. Shorter limits end runs whose host is only busy.
+    silent_secs: float = 22.0
     stalled_secs: float = 7200.0
     closing_secs: float = 5.0
 
