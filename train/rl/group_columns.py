@@ -95,7 +95,9 @@ def batch_to_columns(
     The table has some 200 bytes a sample. NaN in it is Python's JSON "NaN".
     """
     samples = [s for group in batch.groups for s in sample_groups.finished_samples(group)]
-    records, columns = sample_columns.samples_to_columns(samples, _BATCH_PREFIX, with_text=False)
+    records, columns = sample_columns.samples_to_columns(
+        samples, _BATCH_PREFIX, with_text=False, join_routes=False
+    )
     table = {
         "groups": [
             {
