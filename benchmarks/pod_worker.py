@@ -6,6 +6,7 @@ JOB is pretrain or rl. FAULT is KIND:PHASE:PROCESS, see `plant_fault`. ORDER is 
 numbers of the devices in the order in which the mesh has them, as a torus gives it.
 """
 
+import collections
 import dataclasses
 import functools
 import json
@@ -19,6 +20,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
 import numpy as np
+from jax._src import compiler, distributed
 
 from infer.execution import device as device_lib
 from m1_jax import ModelConfig, process_watch, sharding
@@ -46,6 +48,7 @@ SECOND_MESHES = {
 
 # More processes than these share a few cores for so long that a busy one seems to be gone.
 MAX_PUNCTUAL_PROCESSES = 4
+BARRIER_MS = 600_000
 
 
 def plant_fault(fault: str, index: int) -> None:
@@ -94,6 +97,27 @@ def lay_out_as_torus(order_file: str) -> None:
         return np.array([ordered[number] for number in numbers]).reshape(shape)
 
     sharding.mesh_utils.create_device_mesh = create_device_mesh
+
+
+def compile_together() -> None:
+    """Let process 0 compile each program for all, and let all begin to run it together.
+
+    Many processes on few cores compile at different speeds, and the collectives of CPU devices wait
+    for each other for half a minute only.
+    """
+    jax.config.update("jax_share_binary_between_hosts", True)
+    compile_alone, numbers = compiler.compile_or_get_cached, collections.Counter()
+
+    def compile_and_wait(backend, computation, devices, *arguments, **options):
+        executable = compile_alone(backend, computation, devices, *arguments, **options)
+        if len({device.process_index for device in devices.flatten()}) > 1:
+            name = str(computation.operation.attributes["sym_name"])
+            numbers[name] += 1
+            barrier = f"compiled/{name}/{numbers[name]}"
+            distributed.global_state.client.wait_at_barrier(barrier, BARRIER_MS)
+        return executable
+
+    compiler.compile_or_get_cached = compile_and_wait
 
 
 def make_pretrain_config(num_devices: int, checkpoint: str) -> config_lib.TrainConfig:
@@ -159,6 +183,7 @@ def main(port: str, processes: int, index: int, job: str, checkpoint: str, workd
         plant_fault(fault, index)
     num_devices = processes * devices_per_process
     if processes > MAX_PUNCTUAL_PROCESSES:
+        compile_together()
         limits = process_watch.WatchLimits(silent_secs=300)
         process_watch.watch_processes = functools.partial(process_watch.watch_processes, limits)
     try:
