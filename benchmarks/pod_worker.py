@@ -100,12 +100,11 @@ def lay_out_as_torus(order_file: str) -> None:
 
 
 def compile_together() -> None:
-    """Let process 0 compile each program for all, and let all begin to run it together.
+    """Let all processes begin to run each program together.
 
     Many processes on few cores compile at different speeds, and the collectives of CPU devices wait
     for each other for half a minute only.
     """
-    jax.config.update("jax_share_binary_between_hosts", True)
     compile_alone, numbers = compiler.compile_or_get_cached, collections.Counter()
 
     def compile_and_wait(backend, computation, devices, *arguments, **options):
