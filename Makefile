@@ -1,5 +1,5 @@
 # make venv | demo | test | test-fast | test-long | test-all | lint
-# PYTHON=... uses an environment of your own; FIFTH=0 to 4 takes a fifth of the long tests.
+# PYTHON=... uses an environment of your own; TENTH=0 to 9 takes a tenth of the long tests.
 VENV ?= .venv
 PYTHON ?= $(VENV)/bin/python
 # Named first because a CPU build of this release satisfies the parity extra.
@@ -39,7 +39,7 @@ test-fast: $(TEST_READY)
 	$(PYTHON) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not long" $(PYTEST_ARGS)
 
 test-long: $(TEST_READY)
-	$(PYTHON) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m long $(if $(FIFTH),--fifth=$(FIFTH)) $(PYTEST_ARGS)
+	$(PYTHON) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m long $(if $(TENTH),--tenth=$(TENTH)) $(PYTEST_ARGS)
 
 test-all: $(TEST_READY)
 	$(PYTHON) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)

@@ -37,36 +37,36 @@ hypothesis.settings.load_profile("repo")
 
 def pytest_addoption(parser):
     parser.addoption(
-        "--fifth",
+        "--tenth",
         type=int,
-        choices=range(5),
-        help="of the tests marked `long`, run only those of this fifth, 0 to 4",
+        choices=range(10),
+        help="of the tests marked `long`, run only those of this tenth, 0 to 9",
     )
 
 
 def pytest_report_header(config):
-    fifth = config.getoption("fifth")
-    return None if fifth is None else f"of the long tests: fifth {fifth} (0 to 4)"
+    tenth = config.getoption("tenth")
+    return None if tenth is None else f"of the long tests: tenth {tenth} (0 to 9)"
 
 
-def _fifth_of(item) -> int | None:
-    """Return which fifth of the long tests has this one; None: it is not long.
+def _tenth_of(item) -> int | None:
+    """Return which tenth of the long tests has this one; None: it is not long.
 
-    The mark says so, as in `long(fifth=2)`, or the checksum of the test's name: new tests then move
+    The mark says so, as in `long(tenth=2)`, or the checksum of the test's name: new tests then move
     no other.
     """
     mark = item.get_closest_marker("long")
-    return mark and mark.kwargs.get("fifth", zlib.crc32(item.nodeid.encode()) % 5)
+    return mark and mark.kwargs.get("tenth", zlib.crc32(item.nodeid.encode()) % 10)
 
 
 def pytest_collection_modifyitems(config, items):
-    """Select a fifth of the long tests, and put files with slow tests first.
+    """Select a tenth of the long tests, and put files with slow tests first.
 
     Workers take whole files, and the last file should be short.
     """
-    fifth = config.getoption("fifth")
-    if fifth is not None:
-        left_out = [item for item in items if _fifth_of(item) not in (None, fifth)]
+    tenth = config.getoption("tenth")
+    if tenth is not None:
+        left_out = [item for item in items if _tenth_of(item) not in (None, tenth)]
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if item not in set(left_out)]
     marks = ("slow", "long")

@@ -13,9 +13,8 @@ from m1_jax import sharding
 
 _REPO = pathlib.Path(__file__).resolve().parents[1]
 NUM_PROCESSES, DEVICES_EACH = 16, 2
-# Both meshes of `pod_worker`, on as many chips as there are devices.
+# As many chips as there are devices.
 TOPOLOGY = "v5p:4x4x2"
-MESHES = ({"fsdp": 2, "expert": 8, "context": 2}, {"fsdp": 4, "expert": 2, "context": 4})
 
 
 def _load(name):
@@ -25,25 +24,22 @@ def _load(name):
     return module
 
 
-pod_failures = _load("pod_failures")
+pod_failures, pod_worker = _load("pod_failures"), _load("pod_worker")
 
 
 def _torus_order(file):
-    """Write which device, counted by host, each place of the meshes has on a torus."""
+    """Write which device, counted by host, each place of the mesh has on a torus."""
     pytest.importorskip("libtpu", reason="its compiler knows the torus")
     from m1_jax.plan import topology
 
     devices = topology.get_slice_devices(topology.parse_slice(TOPOLOGY))
     by_host = sorted(devices, key=lambda device: (device.process_index, device.id))
     numbers = {device.id: number for number, device in enumerate(by_host)}
-    order = {}
-    for mesh in MESHES:
-        laid_out = sharding.make_mesh(mesh, devices).devices
-        shape = "x".join(map(str, laid_out.shape))
-        order[shape] = [numbers[device.id] for device in laid_out.flat]
-        # Else the test would be about nothing.
-        assert order[shape] != sorted(order[shape])
-    file.write_text(json.dumps(order))
+    mesh, _ = pod_worker.MESHES[NUM_PROCESSES * DEVICES_EACH]
+    laid_out = sharding.make_mesh(mesh, devices).devices
+    order = [numbers[device.id] for device in laid_out.flat]
+    assert order != sorted(order)  # else the test would be about nothing
+    file.write_text(json.dumps({"x".join(map(str, laid_out.shape)): order}))
     return str(file)
 
 
