@@ -50,7 +50,7 @@ def batch_flags(checkpoint, requests_file, output, max_tokens=12):
     ]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_processes_generate_as_one(checkpoint, requests_file, tmp_path):
     def generate(processes):
         logprobs = tmp_path / f"logprobs-{processes}"

@@ -153,7 +153,7 @@ def test_reshard_through_the_command(tmp_path):
     assert record["capacity"] == {}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_an_update_through_the_command(tmp_path):
     pytest.importorskip("libtpu")
     file, model = tmp_path / "plan.json", tmp_path / "config.json"

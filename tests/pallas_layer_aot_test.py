@@ -21,8 +21,13 @@ LENGTH = 4096
 CHIPS = {"v5p": ("v5p:2x2x1", 95), "v6e": ("v6e:2x2", 31)}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize(
+    "chip",
+    [
+        pytest.param(chip, marks=pytest.mark.slow if chip == "v5p" else pytest.mark.long)
+        for chip in CHIPS
+    ],
+)
 def test_full_size_layer_compiles_with_the_kernels(chip):
     topology, hbm_gib = CHIPS[chip]
     where = tpu_support.chip_sharding(topology)

@@ -11,7 +11,7 @@ HOOK = "--jaxtyping-packages=m1_jax,pallas_kernels,infer,typeguard.typechecked"
 CHOSEN = "six_heads or shared_expert or packed or different_lengths or experts or logprobs"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_signatures_hold():
     repo = pathlib.Path(__file__).parents[1]
     files = ("m1_jax_parity", "m1_jax_model", "pallas_lightning")

@@ -47,7 +47,7 @@ def learn(processes, start, workdir):
     return [json.loads(line) for line in lines]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_processes_learn_as_one(start, tmp_path):
     lines_of_one, lines_of_two = (
         learn(processes, start, tmp_path / str(processes)) for processes in (1, 2)
