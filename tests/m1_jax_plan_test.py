@@ -327,8 +327,13 @@ def test_program_that_does_not_fit_is_reported():
     assert "ENTRY" in compiled.hlo_text
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("job", ["train", "decode"])
+@pytest.mark.parametrize(
+    "job",
+    [
+        pytest.param("train", marks=pytest.mark.long),
+        pytest.param("decode", marks=pytest.mark.slow),
+    ],
+)
 def test_chips_without_a_ragged_exchange(job):
     pytest.importorskip("libtpu")
     record = plan_command.run(

@@ -129,7 +129,7 @@ def serve(server, one, parts, fill=()):
     return np.stack(one.logits)
 
 
-@pytest.mark.parametrize("chunk", [16, pytest.param(64, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("chunk", [16, pytest.param(64, marks=pytest.mark.long)])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_agrees_with_the_forward_pass_and_with_extend(name, chunk):
     model, one = make(name), draw(chunk)

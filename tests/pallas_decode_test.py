@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 from lightning_support import SLOPES, worst_head, worst_state
-from tpu_support import TOPOLOGIES, compile_for_chip, whole_moves
+from tpu_support import CHIPS_IN_TURNS, compile_for_chip, whole_moves
 
 from pallas_kernels.lightning_decode import api as decode_api
 from pallas_kernels.lightning_decode import ring as decode_ring
@@ -338,8 +338,7 @@ def test_the_ring_pool_is_updated_in_place():
     assert "lightning_decode_ring" in program.as_text()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("chip", TOPOLOGIES)
+@pytest.mark.parametrize("chip", CHIPS_IN_TURNS)
 def test_decoding_compiles_for_every_generation(chip):
     for batch, heads, size, dtype in [
         (1, 64, 128, jnp.bfloat16),

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 from lightning_support import SLOPES, worst_state
-from tpu_support import TOPOLOGIES, compile_for_chip, whole_moves
+from tpu_support import CHIPS_IN_TURNS, compile_for_chip, whole_moves
 
 from pallas_kernels.lightning_decode import api as decode_api
 from pallas_kernels.lightning_decode import reference as decode_reference
@@ -248,8 +248,7 @@ def test_rows_and_pool_are_not_copied():
     assert "lightning_prefill" in program.as_text()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("chip", TOPOLOGIES)
+@pytest.mark.parametrize("chip", CHIPS_IN_TURNS)
 def test_prefill_compiles_for_every_generation(chip):
     compiled(chip, 4096, 256, 64, 128)
     compiled(chip, 77, 1, 64, 128)

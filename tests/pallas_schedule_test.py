@@ -20,8 +20,7 @@ SLACK = 1.02
 SPILL_FREE = {"lightning_fwd", "lightning_bwd", "lightning_decode"}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("chip", schedule.CHIP_SPECS)
+@pytest.mark.parametrize("chip", tpu_support.CHIPS_IN_TURNS)
 def test_schedule_stays_within_its_budget(chip):
     pytest.importorskip("libtpu")
     if (got := metadata.version("libtpu")) != COMPILER:
@@ -66,12 +65,11 @@ def test_any_number_of_heads_has_blocks(num_heads, head_dim):
             assert tiling.estimate_vmem_bytes(tile, head_dim, item_bytes) <= tiling.VMEM_LIMIT_BYTES
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("heads", "head_dim", "dtype"),
     [(4, 64, jnp.bfloat16), (9, 64, jnp.float32), (3, 128, jnp.float32), (2, 256, jnp.bfloat16)],
 )
-@pytest.mark.parametrize("chip", schedule.CHIP_SPECS)
+@pytest.mark.parametrize("chip", tpu_support.CHIPS_IN_TURNS)
 def test_packed_rows_of_any_head_compile(chip, heads, head_dim, dtype):
     where = tpu_support.chip_sharding(schedule.CHIP_SPECS[chip][0])
 

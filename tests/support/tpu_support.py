@@ -10,6 +10,13 @@ from jax.experimental import topologies
 TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
 
 
+# One generation in every landing, the others in turns. Compiling for one takes half a minute.
+CHIPS_IN_TURNS = [
+    pytest.param(chip, marks=pytest.mark.slow if chip == "v5p" else pytest.mark.long)
+    for chip in TOPOLOGIES
+]
+
+
 def chip_sharding(topology):
     """Return the sharding of one chip of a topology; skip the test where libtpu is missing."""
     pytest.importorskip("libtpu")
