@@ -30,7 +30,7 @@ def fingerprint_run(
     config: batch_input.BatchConfig,
     layout: sharding.MeshLayout | None,
     folder: pathlib.Path,
-    lines: Sequence[str],
+    requests: Sequence[batch_input.BatchRequest],
 ) -> dict[str, Any]:
     """Return the run's fingerprint, as JSON holds it.
 
@@ -38,15 +38,16 @@ def fingerprint_run(
       config: the flags.
       layout: where the model lies. None: on one device.
       folder: the checkpoint.
-      lines: the input's lines that are not blank.
+      requests: all requests of the input.
 
     Raises:
       ValueError, OSError: a checkpoint that cannot be read.
     """
     # The tiles decide the order of sums, so the last bits, as do JAX's version and the hardware.
     sizes = config_lib.EngineConfig()
+    lines = "\n".join(request.line for request in requests)
     fingerprint = {
-        "input": hashlib.sha256("\n".join(lines).encode()).hexdigest(),
+        "input": hashlib.sha256(lines.encode()).hexdigest(),
         "checkpoint": digest_checkpoint(folder),
         **{name: getattr(config, name) for name in ("seed", "tokens", "system", "raw", "profile")},
         "weights": config.weights,

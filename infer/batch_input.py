@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-from collections.abc import Sequence
 from typing import Any
 
 import m1_jax
@@ -85,21 +84,22 @@ class BatchRequest:
     output_fields: dict[str, Any]  # what the output's line begins with: index and id
     prompt: tuple[int, ...]  # token ids
     options: options_lib.Options  # the request's options, with a seed of its own
+    line: str  # as it stands in the input
 
 
 def read_requests(
-    config: BatchConfig,
-    tokenizer: tokenizer_lib.Tokenizer,
-    model_config: m1_jax.ModelConfig,
-    lines: Sequence[tuple[str, str]],
+    config: BatchConfig, tokenizer: tokenizer_lib.Tokenizer, model_config: m1_jax.ModelConfig
 ) -> list[BatchRequest]:
-    """Return the requests of all lines of the input, of which each has its location.
+    """Return all requests of the input, which is read once: it may be a pipe.
 
     Raises:
       ValueError: bad lines, of which the error lists up to `_MAX_LISTED_BAD_LINES`.
+      OSError: the input cannot be read.
     """
+    path = command.local_path("input", config.input)
+    lines = jsonl.read_json_lines(path)
     if not lines:
-        raise ValueError(f"--input: {config.input}: got no requests; wanted one per line")
+        raise ValueError(f"{path}: got no requests; wanted one per line")
     reader = _RequestReader(config, tokenizer, model_config)
     requests, errors = [], []
     for index, (location, text) in enumerate(lines):
@@ -165,7 +165,7 @@ class _RequestReader:
         fields = {"index": index, **self._make_id_field(location, value)}
         # All that the output's line will have from this one is tried now.
         batch_output.encode_record(fields)
-        return BatchRequest(index, fields, tuple(prompt), options)
+        return BatchRequest(index, fields, tuple(prompt), options, text)
 
     def _make_id_field(self, location: str, value: dict[str, Any]) -> dict[str, Any]:
         if "id" not in value:

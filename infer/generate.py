@@ -257,7 +257,7 @@ def prepare_run(config: GenerateConfig) -> PreparedRun:
     Raises:
       ValueError, OSError: an input that cannot be used, or a model that cannot fit.
     """
-    inputs = distributed.run_on_first(lambda: _read_inputs(config))
+    inputs = distributed.run_on_first(lambda: read_inputs(config))
     tokenizer, prompts, sizes = (None, [], None) if inputs is None else inputs
     plan = config.model_choice.plan_engine(sizes)
     model = config.model_choice.load(plan.layout)
@@ -277,7 +277,7 @@ def fit_engine(
     )
 
 
-def _read_inputs(
+def read_inputs(
     config: GenerateConfig,
 ) -> tuple[tokenizer_lib.Tokenizer, list[list[int]], config_lib.EngineConfig]:
     """Return the tokenizer, the prompts' token ids and the engine's sizes, after all checks."""

@@ -35,21 +35,23 @@ def read_text(path: pathlib.Path) -> str:
     r"""Return the text of a file, without a byte order mark and with "\n" as its line ends.
 
     Raises:
-      ValueError: bytes that are not UTF-8.
+      ValueError: bytes that are not UTF-8, or NULs.
       OSError: the file cannot be read.
     """
     data = path.read_bytes()
     try:
-        text = data.decode("utf-8-sig")
+        text = _unify_line_ends(data.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
-        # The codec's own copy of the bytes, which lacks the mark that `error.start` does not count.
-        valid_text = error.object[: error.start].decode("utf-8")
-        line_number = _unify_line_ends(valid_text).count("\n") + 1
-        raise ValueError(
-            f"{path}:{line_number}: got bytes that are not UTF-8, the first one "
-            f"0x{error.object[error.start]:02x}; save the file as UTF-8"
-        ) from None
-    return _unify_line_ends(text)
+        # The codec's own copy of the bytes lacks the mark, which `error.start` does not count.
+        valid_text = _unify_line_ends(error.object[: error.start].decode("utf-8"))
+        problem = f"bytes that are not UTF-8, the first one 0x{error.object[error.start]:02x}"
+    else:
+        if "\0" not in text:
+            return text
+        # UTF-16 without a mark is UTF-8 with NULs, too.
+        valid_text, problem = text.partition("\0")[0], "a NUL character"
+    line_number = valid_text.count("\n") + 1
+    raise ValueError(f"{path}:{line_number}: got {problem}; save the file as text in UTF-8")
 
 
 def read_lines(path: pathlib.Path) -> list[tuple[str, str]]:
@@ -147,7 +149,11 @@ def _unify_line_ends(text: str) -> str:
 def _find_surrogate(value: Any) -> str | None:
     """Return a text of a JSON value that UTF-8 cannot hold, or None."""
     if isinstance(value, str):
-        return value if any("\ud800" <= char <= "\udfff" for char in value) else None
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            return value
+        return None
     items = [*value, *value.values()] if isinstance(value, dict) else value
     texts = map(_find_surrogate, items if isinstance(items, list) else ())
     return next(filter(None, texts), None)

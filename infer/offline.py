@@ -33,7 +33,7 @@ import tqdm
 from absl import app, flags, logging
 
 import m1_jax
-from infer import batch_fingerprint, batch_input, batch_output, command, engine, jsonl
+from infer import batch_fingerprint, batch_input, batch_output, command, engine
 from infer import config as config_lib
 from infer import request as request_lib
 from infer.execution import leader_follower
@@ -80,7 +80,7 @@ def run(
       ValueError, OSError: an input, checkpoint or unfinished output that cannot be used, found
         before anything runs.
     """
-    inputs = distributed.run_on_first(lambda: _read_inputs(config))
+    inputs = distributed.run_on_first(lambda: read_inputs(config))
     plan = config.model_choice.plan_engine(None if inputs is None else inputs.sizes)
     with contextlib.ExitStack() as stack:
         # With the memory known to suffice, so that a run that cannot begin leaves no output.
@@ -106,19 +106,16 @@ class BatchInputs:
     """What process 0 reads before anything runs."""
 
     tokenizer: tokenizer_lib.Tokenizer  # the checkpoint's
-    lines: list[str]  # the input's lines that are not blank
-    requests: list[batch_input.BatchRequest]  # of all lines, also those that earlier runs have done
+    requests: list[batch_input.BatchRequest]  # of all lines, those that are done included
     sizes: config_lib.EngineConfig  # sizes of the engine
 
 
-def _read_inputs(config: batch_input.BatchConfig) -> BatchInputs:
+def read_inputs(config: batch_input.BatchConfig) -> BatchInputs:
     command.output_path("output", config.output, [config.input])
     folder = command.checkpoint_dir(config.checkpoint)
     tokenizer = tokenizer_lib.Tokenizer.load(folder)
     model_config = m1_jax.ModelConfig.from_file(folder / "config.json")
-    # Read once: it may be a pipe.
-    lines = jsonl.read_json_lines(command.local_path("input", config.input))
-    requests = batch_input.read_requests(config, tokenizer, model_config, lines)
+    requests = batch_input.read_requests(config, tokenizer, model_config)
     # Sizes for all requests, not for those still to do: a run that goes on has the same programs,
     # which a compilation cache then holds.
     sizes = config_lib.fit_config(
@@ -129,7 +126,7 @@ def _read_inputs(config: batch_input.BatchConfig) -> BatchInputs:
         num_snapshots=config.num_snapshots,
         draft_tokens=config.draft_tokens,
     )
-    return BatchInputs(tokenizer, [text for _, text in lines], requests, sizes)
+    return BatchInputs(tokenizer, requests, sizes)
 
 
 def _begin_output(
@@ -146,7 +143,7 @@ def _begin_output(
     output = command.local_path("output", config.output)
     stack.enter_context(file_lock.hold_lock(output, "writes"))
     folder = command.checkpoint_dir(config.checkpoint)
-    fingerprint = batch_fingerprint.fingerprint_run(config, layout, folder, inputs.lines)
+    fingerprint = batch_fingerprint.fingerprint_run(config, layout, folder, inputs.requests)
     return batch_output.begin_output(output, fingerprint, len(inputs.requests))
 
 

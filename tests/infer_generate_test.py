@@ -168,9 +168,8 @@ def test_prompts_file_raw_and_lines(checkpoint, tmp_path):
 def requests(tmp_path, *lines, **options):
     file = tmp_path / "prompts.jsonl"
     file.write_text("\n".join(json.dumps(line) for line in lines))
-    return generate.read_conversations(
-        generate.GenerateConfig(checkpoint="x", prompts_file=str(file), **options)
-    )
+    config = generate.GenerateConfig(checkpoint="x", prompts_file=str(file), **options)
+    return [request for _, request in generate.read_conversations(config)]
 
 
 def test_jsonl(tmp_path):
@@ -208,7 +207,7 @@ def test_refused_files(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"prompts\.jsonl"):
         generate.read_conversations(config)
     for content, message in [
-        (b"{", "prompts.jsonl:1: not JSON"),
+        (b"{", "prompts.jsonl:1: got no valid JSON"),
         (b"\xff", "got bytes that are not UTF-8"),
         (b"\n \n", "got no prompts; wanted one per line"),
     ]:
@@ -249,7 +248,7 @@ def test_errors_before_any_work(checkpoint, tmp_path, monkeypatch):
     config = generate.GenerateConfig(checkpoint=str(checkpoint), prompt="hello", max_length=40)
     with pytest.raises(ValueError, match=r"\+ max_tokens 512 = 5..; wanted at most 40\. .*raise"):
         generate.prepare_run(config)
-    with pytest.raises(ValueError, match="prompt 0: got no tokens|prompt: got ''"):
+    with pytest.raises(ValueError, match="--prompt: prompt: got ''; wanted a text"):
         generate.prepare_run(dataclasses.replace(config, prompt=""))
     with pytest.raises(ValueError, match="regex: "):
         generate.prepare_run(dataclasses.replace(config, max_length=0, regex="("))
@@ -284,5 +283,5 @@ def test_command(checkpoint):
     failed = command(f"--checkpoint={checkpoint}", "--prompt=hi", "--max_length=5")
     assert failed.returncode == 1
     assert failed.stdout == ""
-    assert failed.stderr.startswith("error: prompt 0: got ")
+    assert failed.stderr.startswith("error: --prompt: got ")
     assert failed.stderr.count("\n") == 1
