@@ -336,12 +336,14 @@ def _run_command() -> int:
         writer = text_printer.PipeWriter(sys.stdout)
 
         def stop() -> int | None:
-            return signal.SIGPIPE if writer.is_broken else signals.poll()
+            return signals.poll() if writer.error is None else signal.SIGPIPE
 
         try:
             outputs, stats = generate_texts(config, prepared, writer, stop)
         except KeyboardInterrupt:
             return 128 + signal.SIGINT  # as a shell reports it
+        if writer.error is not None and not isinstance(writer.error, BrokenPipeError):
+            raise writer.error
         status = _report_run(outputs, stats, stop()) if distributed.is_first_process() else 0
         return multihost.broadcast_object(status)
 

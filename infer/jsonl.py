@@ -92,10 +92,11 @@ def parse_line(location: str, line: str | bytes) -> Any:
         location.
     """
     value = strict_json.parse(line, location)
-    if surrogate_text := _find_surrogate(value):
+    if text := _find_surrogate(value):
+        char = next(char for char in text if "\ud800" <= char <= "\udfff")
         raise ValueError(
-            f"{location}: got {surrogate_text!r:.80}, where a lone surrogate has no character to "
-            "stand for; wanted text that UTF-8 can hold"
+            f"{location}: got a lone surrogate {char!r} in {text!r:.80}; wanted text that UTF-8 "
+            "can hold"
         )
     return value
 

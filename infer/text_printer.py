@@ -42,28 +42,29 @@ class TextPrinter:
 
 
 class PipeWriter:
-    """A stream whose reader may go away, as `head` does. What is written after that is dropped.
+    """A stream that may end before the texts: its reader may go away, as `head` does.
 
-    Characters that the stream's encoding does not have are written as escapes.
+    What is written after an error is dropped. So a callback of the engine, which writes, never
+    raises. Characters that the stream's encoding does not have are written as escapes.
 
     Attributes:
-      is_broken: whether the reader has gone.
+      error: the first error of the stream, a BrokenPipeError if its reader went away.
     """
 
     def __init__(self, stream: TextIO):
         self._stream = stream
-        self.is_broken = False
+        self.error: OSError | None = None
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
 
     def write(self, text: str, /) -> None:
         """Write and flush."""
-        if not self.is_broken:
+        if self.error is None:
             try:
                 self._stream.write(text)
                 self._stream.flush()
-            except BrokenPipeError:
-                self.is_broken = True
+            except OSError as error:
+                self.error = error
                 self._drop_buffer()
 
     def flush(self) -> None:
