@@ -21,8 +21,8 @@ class BatchConfig:
     """One run. Each field is a flag of the command."""
 
     checkpoint: str = _flag("", "Release directory, or one made by m1_jax.convert.")
-    input: str = _flag("", "JSON lines file of requests.")
-    output: str = _flag("", "JSON lines file to write, or to go on with after a kill.")
+    input: str = _flag("", "JSONL file of requests.")
+    output: str = _flag("", "JSONL file to write, or to go on with after a kill.")
     defaults: str = _flag("{}", 'Options for lines without their own: {"max_tokens": 100, ...}.')
     seed: int = _flag(0, "Seed of the run; a line without a seed gets one from it.")
     tokens: bool = _flag(False, "Write each token with its log-probabilities.")
@@ -73,6 +73,11 @@ class BatchConfig:
             values = jsonl.parse_line("--defaults", self.defaults)
             if not isinstance(values, dict):
                 raise ValueError(f"got {self.defaults}; wanted a JSON object")
+            if values.get("seed") is not None:
+                raise ValueError(
+                    f"seed: got {values['seed']!r:.80}; wanted it as --seed, which all lines' own "
+                    "seeds are made from"
+                )
             return jsonl.options_from_fields(options_lib.Options(), values)
 
 

@@ -212,7 +212,7 @@ def generate_texts(
     def on_token(request, token, text):
         # Prompts are submitted in order, so a request's `sequence_id` is its prompt's index. Its
         # first token comes out of its prefill.
-        decoded[0] += len(request.tokens) > 1
+        decoded[0] += token is not None and len(request.tokens) > 1
         printer.push(request.sequence_id, text, request.finish_reason is not None)
         if request.finish_reason is not None:
             unfinished.discard(request.sequence_id)

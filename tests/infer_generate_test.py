@@ -5,6 +5,7 @@ import io
 import json
 import pathlib
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -285,3 +286,23 @@ def test_command(checkpoint):
     assert failed.stdout == ""
     assert failed.stderr.startswith("error: --prompt: got ")
     assert failed.stderr.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_a_reader_that_goes_away_ends_the_command_quietly(checkpoint):
+    """As in `| head -1`: the status of a process that SIGPIPE ended, and no word on stderr."""
+    values = ("--prompt=hi", "--max_tokens=2000", "--ignore_eos")
+    arguments = [sys.executable, "-m", "infer.generate", f"--checkpoint={checkpoint}", *values]
+    process = subprocess.Popen(
+        arguments,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        cwd=pathlib.Path(__file__).parents[1],
+    )
+    with process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.read(1)
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 128 + signal.SIGPIPE

@@ -268,6 +268,8 @@ def test_fields_of_a_line(checkpoint, tmp_path):
         ({"defaults": "[]"}, r"--defaults: got \[\]; wanted a JSON object"),
         ({"defaults": '{"topk": 3}'}, "--defaults: option: got 'topk'; did you mean top_k"),
         ({"defaults": "{"}, "--defaults: got no valid JSON"),
+        ({"defaults": '{"seed": 5}'}, "--defaults: seed: got 5; wanted it as --seed"),
+        ({"defaults": "[" * 3_000}, "--defaults: got no valid JSON"),
         ({"max_rows": 0}, "--max_rows: got 0"),
         ({"weights": "int8"}, "weights: got 'int8'"),
     ],
