@@ -4,9 +4,10 @@
 
 Each case has a seed of its own, its number. It takes a good file, damages it in one way, and reads
 it with the reading function of `infer.offline` or `infer.generate`. A case must end within 60 s,
-either in requests or in a ValueError. Each line of the error has at most 300 characters. It names
-the file, and the line that is at fault. Anything else is a fault: another exception, a signal, no
-end. --show prints the errors of one kind of damage. The exit status is 1 where there is a fault.
+either in requests, whose outputs can be written, or in a ValueError. Each line of the error has at
+most 300 characters. It names the file, and the line that is at fault. Anything else is a fault:
+another exception, a signal, no end. --show prints the errors of one kind of damage. The exit status
+is 1 where there is a fault.
 """
 
 import argparse
@@ -23,7 +24,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-from infer import batch_input, generate, offline
+from infer import batch_input, batch_output, generate, offline
 from m1_jax import testing
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -232,7 +233,8 @@ def run_case(number: int, checkpoint: pathlib.Path, folder: pathlib.Path) -> tup
     try:
         if kind == "batch":
             inputs = batch_input.BatchConfig(str(checkpoint), str(path), str(folder / "out.jsonl"))
-            offline.read_inputs(inputs)
+            for request in offline.read_inputs(inputs).requests:
+                batch_output.encode_record(request.output_fields)
         else:
             prompts = generate.GenerateConfig(
                 checkpoint=str(checkpoint), prompts_file=str(path), max_tokens=9
@@ -249,7 +251,7 @@ def check_error(path: pathlib.Path, text: str) -> tuple[str, str]:
     """Return "error" for an error as it should be, else "FAULT", and the text."""
     head, *listed = text.split("\n  ")
     if not listed:
-        named = [text]
+        named = [re.sub(r"^got 1 bad lines of \d+; nothing was run: ", "", text)]
     else:  # many bad lines, of which ten are listed
         named = [line for line in listed if not re.fullmatch(r"and \d+ more", line)]
     # Errors about a file as a whole have no line.

@@ -113,14 +113,15 @@ def read_requests(
                 requests.append(reader.parse_request(index, location, text))
         except ValueError as error:
             errors.append(str(error))
-    if len(errors) == 1:
-        raise ValueError(f"{errors[0]} (nothing was run)")
     if errors:
         num_unlisted = len(errors) - _MAX_LISTED_BAD_LINES
         unlisted = [f"and {num_unlisted} more"] if num_unlisted > 0 else []
-        listed = "\n  ".join([*errors[:_MAX_LISTED_BAD_LINES], *unlisted])
+        listed = [*errors[:_MAX_LISTED_BAD_LINES], *unlisted]
+        # A single error stays on the line.
+        gap = "\n  " if len(listed) > 1 else " "
         raise ValueError(
-            f"got {len(errors)} bad lines of {len(lines)}; nothing was run:\n  {listed}"
+            f"got {len(errors)} bad lines of {len(lines)}; nothing was run:"
+            + "".join(gap + line for line in listed)
         )
     return requests
 

@@ -109,9 +109,9 @@ def output_path(name: str, text: str, inputs: Sequence[str | None]) -> pathlib.P
         raise ValueError(f"--{name}: got {path}; wanted a file in a directory that exists")
     if not os.access(path if path.exists() else folder, os.W_OK):
         raise ValueError(f"--{name}: got {path}; wanted a file that may be written")
-    for input_text in inputs:
-        source = local_path(name, input_text or "")
-        if input_text and path.exists() and source.exists() and path.samefile(source):
+    for input_text in filter(None, inputs):
+        source = local_path(name, input_text)
+        if path.exists() and source.exists() and path.samefile(source):
             raise ValueError(f"--{name}: got {path}, which is read; wanted another file")
     return path
 

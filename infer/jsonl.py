@@ -23,7 +23,7 @@ from m1_jax import tokenizer as tokenizer_lib
 _PROMPT_FIELDS, _CHAT_FIELDS = ("prompt", "system"), ("messages", "tools")
 REQUEST_FIELDS = (*_PROMPT_FIELDS, *_CHAT_FIELDS)
 _JSON_LINES_SUFFIXES = (".jsonl", ".ndjson", ".jsonlines", ".json")  # in any case
-_MAX_ERROR_CHARS = 280  # of the error about one line
+_MAX_ERROR_CHARS = 250  # of the error about one line
 _MAX_EXACT_FLOAT = 2**53  # up to here a float holds every whole number
 _OPTION_TYPES = typing.get_type_hints(options_lib.Options)
 

@@ -31,6 +31,8 @@ def test_damages_end_in_requests_or_in_one_line(damage_inputs, tmp_path):
         ("PATH:3: got x", "error"),
         ("PATH: got x", "error"),
         ("got 2 bad lines of 9; nothing was run:\n  PATH:3: got x\n  PATH:4: got y", "error"),
+        ("got 1 bad lines of 9; nothing was run: PATH:3: got x", "error"),
+        ("got 1 bad lines of 9; nothing was run: got x", "FAULT"),
         ("got x", "FAULT"),
         ("PATH:3: got " + "x" * 300, "FAULT"),
         ("PATH:3: got x\n", "FAULT"),

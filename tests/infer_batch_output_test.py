@@ -273,7 +273,8 @@ def test_a_line_that_could_not_be_served_is_refused_before_anything_runs(
     config = make_config(release, tmp_path / "out.jsonl", lines, num_pages=2)
     with pytest.raises(ValueError, match=rf"in\.jsonl{message}") as refused:
         offline.run(config)
-    assert str(refused.value).endswith(" (nothing was run)")
+    assert str(refused.value).startswith("got 1 bad lines of 2; nothing was run: /")
+    assert "\n" not in str(refused.value)
     assert len(str(refused.value)) <= 300
     assert not (tmp_path / "out.jsonl").exists()
 
