@@ -21,7 +21,8 @@ from m1_jax import command_mesh, distributed, memory_check, multihost, sharding
 from m1_jax import params as params_lib
 
 DTYPES = command_mesh.DTYPES
-_ADDRESS_PATTERN = re.compile("[A-Za-z][A-Za-z0-9+.-]*://")  # gs://, s3://, hf://
+# A scheme, as in gs://bucket/name. pathlib makes one slash of two.
+_ADDRESS_PATTERN = re.compile("[A-Za-z][A-Za-z0-9+.-]+:/")
 
 
 def flag_field(default: Any, text: str) -> Any:
@@ -76,7 +77,8 @@ def local_path(name: str, text: str) -> pathlib.Path:
     """
     if _ADDRESS_PATTERN.match(text):
         raise ValueError(
-            f"--{name}: got {text!r:.80}; wanted a path of a file system. Copy or mount the bucket."
+            f"--{name}: got {text!r:.80}; wanted a path of a file system. Mount the bucket (gcsfuse), "
+            "or copy to or from a local directory (gcloud storage cp -r)."
         )
     try:
         return pathlib.Path(text).expanduser()

@@ -59,7 +59,8 @@ def test_an_output_in_the_home_directory(home, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "path", ["gs://bucket/x", "s3://b/x", "hf://b/x", "file:///x", "~nobody-has-this-name/x"]
+    "path",
+    ["gs://bucket/x", "s3://b/x", "hf://b/x", "file:///x", "gs:/b/x", "~nobody-has-this-name/x"],
 )
 def test_buckets_and_unknown_homes_are_refused_before_anything_is_made(home, path):
     wanted = "wanted a path of a file system|wanted the home of a known user"
