@@ -77,8 +77,8 @@ def local_path(name: str, text: str) -> pathlib.Path:
     """
     if _ADDRESS_PATTERN.match(text):
         raise ValueError(
-            f"--{name}: got {text!r:.80}; wanted a path of a file system. Mount the bucket (gcsfuse), "
-            "or copy to or from a local directory (gcloud storage cp -r)."
+            f"--{name}: got {text!r:.80}; wanted a path of a file system. Mount the bucket "
+            "(gcsfuse), or copy to or from a local directory (gcloud storage cp -r)."
         )
     try:
         return pathlib.Path(text).expanduser()
