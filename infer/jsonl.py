@@ -59,10 +59,7 @@ def read_lines(path: pathlib.Path) -> list[tuple[str, str]]:
 
     Raises the errors of `read_text`.
     """
-    # Not splitlines, which splits at characters that JSON strings may hold. Files that were put
-    # together have byte order marks inside.
-    lines = (line.removeprefix("\ufeff") for line in read_text(path).split("\n"))
-    return [(f"{path}:{n}", line) for n, line in enumerate(lines, start=1) if line.strip()]
+    return _split_lines(path, read_text(path))
 
 
 def read_json_lines(path: pathlib.Path) -> list[tuple[str, str]]:
@@ -72,9 +69,10 @@ def read_json_lines(path: pathlib.Path) -> list[tuple[str, str]]:
       ValueError: bytes that are not UTF-8, or a file that is one JSON value as a whole.
       OSError: the file cannot be read.
     """
-    lines = read_lines(path)
+    text = read_text(path)  # once: it may be a pipe
+    lines = _split_lines(path, text)
     if lines and not isinstance(_parse_or_none(lines[0][1]), dict):
-        value = _parse_or_none(read_text(path))
+        value = _parse_or_none(text)
         is_array = isinstance(value, list) and any(isinstance(item, dict) for item in value)
         if is_array or isinstance(value, dict):
             raise ValueError(
@@ -141,6 +139,13 @@ def read_conversations(
     if not requests:
         raise ValueError(f"{path}: got no prompts; wanted one per line")
     return requests
+
+
+def _split_lines(path: pathlib.Path, text: str) -> list[tuple[str, str]]:
+    # Not splitlines, which splits at characters that JSON strings may hold. Files that were put
+    # together have byte order marks inside.
+    lines = (line.removeprefix("\ufeff") for line in text.split("\n"))
+    return [(f"{path}:{n}", line) for n, line in enumerate(lines, start=1) if line.strip()]
 
 
 def _unify_line_ends(text: str) -> str:

@@ -1,6 +1,8 @@
 """Tests of infer.jsonl: files of requests, and what is refused in them."""
 
+import concurrent.futures
 import json
+import os
 
 import pytest
 
@@ -90,6 +92,15 @@ def test_other_json_is_a_plain_prompt(tmp_path):
 def test_one_json_value_over_lines(tmp_path, content, message):
     with pytest.raises(ValueError, match=message):
         jsonl.read_conversations(write(tmp_path, "p.json", content), None, raw=False)
+
+
+def test_a_pipe_is_read_once(tmp_path):
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    for content, num_lines in [('{"prompt": "a"}\n', 1), ("[\n", 1)]:
+        with concurrent.futures.ThreadPoolExecutor(1) as executor:
+            executor.submit(path.write_text, content)
+            assert len(jsonl.read_json_lines(path)) == num_lines
 
 
 @pytest.mark.parametrize(
