@@ -2,11 +2,10 @@
 
 import dataclasses
 import json
-import pathlib
 from typing import Any
 
 import m1_jax
-from infer import command, grammar, jsonl, stopping
+from infer import batch_output, command, grammar, jsonl, stopping
 from infer import options as options_lib
 from infer import prompt as prompt_lib
 from m1_jax import command_mesh, distributed, quantize
@@ -53,6 +52,7 @@ class BatchConfig:
             "max_rows": (self.max_rows >= 1, "1 or more"),
         }
         command.check_fields(self, checks)
+        command.check_paths(self, ("checkpoint", "input", "output"))
         quantize.check_recipe(self.weights)
         if self.mesh:
             command_mesh.parse_axis_sizes(self.mesh)  # raises for another form
@@ -69,13 +69,16 @@ class BatchConfig:
         Raises:
           ValueError: --defaults is not an object of options.
         """
-        values = jsonl.parse_line("--defaults", self.defaults)
-        if not isinstance(values, dict):
-            raise ValueError(f"--defaults: got {self.defaults}; wanted a JSON object")
-        try:
+        with jsonl.locate_errors("--defaults"):
+            values = jsonl.parse_line("--defaults", self.defaults)
+            if not isinstance(values, dict):
+                raise ValueError(f"got {self.defaults}; wanted a JSON object")
+            if values.get("seed") is not None:
+                raise ValueError(
+                    f"seed: got {values['seed']!r:.80}; wanted it as --seed, which all lines' own "
+                    "seeds are made from"
+                )
             return jsonl.options_from_fields(options_lib.Options(), values)
-        except ValueError as error:
-            raise ValueError(f"--defaults: {error}") from None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,35 +89,39 @@ class BatchRequest:
     output_fields: dict[str, Any]  # what the output's line begins with: index and id
     prompt: tuple[int, ...]  # token ids
     options: options_lib.Options  # the request's options, with a seed of its own
+    line: str  # as it stands in the input
 
 
 def read_requests(
     config: BatchConfig, tokenizer: tokenizer_lib.Tokenizer, model_config: m1_jax.ModelConfig
 ) -> list[BatchRequest]:
-    """Return all requests of the input.
+    """Return all requests of the input, which is read once: it may be a pipe.
 
     Raises:
       ValueError: bad lines, of which the error lists up to `_MAX_LISTED_BAD_LINES`.
+      OSError: the input cannot be read.
     """
-    path = pathlib.Path(config.input)
-    lines = jsonl.read_lines(path)
+    path = command.local_path("input", config.input)
+    lines = jsonl.read_json_lines(path)
     if not lines:
         raise ValueError(f"{path}: got no requests; wanted one per line")
     reader = _RequestReader(config, tokenizer, model_config)
     requests, errors = [], []
     for index, (location, text) in enumerate(lines):
         try:
-            requests.append(reader.parse_request(index, location, text))
+            with jsonl.locate_errors(location):
+                requests.append(reader.parse_request(index, location, text))
         except ValueError as error:
-            message = str(error).replace("\n", " ")
-            # Some errors name the line themselves.
-            errors.append(message if message.startswith(location) else f"{location}: {message}")
+            errors.append(str(error))
     if errors:
         num_unlisted = len(errors) - _MAX_LISTED_BAD_LINES
         unlisted = [f"and {num_unlisted} more"] if num_unlisted > 0 else []
-        listed = "\n  ".join([*errors[:_MAX_LISTED_BAD_LINES], *unlisted])
+        listed = [*errors[:_MAX_LISTED_BAD_LINES], *unlisted]
+        # A single error stays on the line.
+        gap = "\n  " if len(listed) > 1 else " "
         raise ValueError(
-            f"got {len(errors)} bad lines of {len(lines)}; nothing was run:\n  {listed}"
+            f"got {len(errors)} bad lines of {len(lines)}; nothing was run:"
+            + "".join(gap + line for line in listed)
         )
     return requests
 
@@ -147,35 +154,36 @@ class _RequestReader:
         value = jsonl.parse_line(location, text)
         if not isinstance(value, dict):
             raise ValueError(f"got {value!r:.80}; wanted an object")
+        jsonl.refuse_openai_batch(value)
+        value = jsonl.drop_nulls(value)
         options_lib.check_names("field", value, (*_LINE_FIELDS, *self._names))
         conversation = {k: v for k, v in value.items() if k in jsonl.REQUEST_FIELDS}
         config = self._config
-        conversation = jsonl.check_conversation(location, conversation, config.system, config.raw)
-        prompt = jsonl.encode_request(location, self._tokenizer, conversation, config.profile)
+        conversation = jsonl.check_conversation(conversation, config.system, config.raw)
+        prompt = jsonl.encode_request(self._tokenizer, conversation, config.profile)
         own_options = {k: v for k, v in value.items() if k == "preset" or k in self._names}
         options = jsonl.options_from_fields(self._defaults, own_options)
         if "seed" not in own_options:
             options = dataclasses.replace(options, seed=jsonl.derive_seed(config.seed, index))
-        limits = (self._model_config, config.max_length)
-        jsonl.check_prompt_length(location, prompt, options.max_tokens, *limits)
+        limits = (self._model_config, config.max_length, config.num_pages)
+        jsonl.check_prompt_length(prompt, options.max_tokens, *limits)
         self._check_options(options)
-        return BatchRequest(
-            index, self._make_output_fields(index, location, value), tuple(prompt), options
-        )
+        fields = {"index": index, **self._make_id_field(location, value)}
+        # All that the output's line will have from this one is tried now.
+        batch_output.encode_record(fields)
+        return BatchRequest(index, fields, tuple(prompt), options, text)
 
-    def _make_output_fields(
-        self, index: int, location: str, value: dict[str, Any]
-    ) -> dict[str, Any]:
+    def _make_id_field(self, location: str, value: dict[str, Any]) -> dict[str, Any]:
         if "id" not in value:
-            return {"index": index}
-        name = value["id"]
+            return {}
+        name = jsonl.to_whole_number(value["id"])
         if not isinstance(name, str | int) or isinstance(name, bool):
             raise ValueError(f"id: got {name!r:.80}; wanted text or a whole number")
         # By repr: 1 and "1" are different ids.
         first = self._ids.setdefault(repr(name), location)
         if first != location:
             raise ValueError(f"id: got {name!r:.80} again, first at {first}; wanted another one")
-        return {"index": index, "id": name}
+        return {"id": name}
 
     def _check_options(self, options: options_lib.Options) -> None:
         """Raise now what `Engine.submit` would raise later, when other requests have run."""

@@ -1,7 +1,7 @@
 """The output file of `infer.offline`: begun, appended to, and taken up again after a kill.
 
-Beside OUTPUT lies OUTPUT.run.json, the fingerprint of the run: all that its lines depend on. A run
-goes on with an output only under the same fingerprint.
+Beside OUTPUT lies OUTPUT.run.json, the fingerprint of the run (`batch_fingerprint`): all that its
+lines depend on. A run goes on with an output only under the same fingerprint.
 """
 
 import json
@@ -11,7 +11,9 @@ from typing import IO, Any
 
 from infer import jsonl
 from infer import request as request_lib
-from m1_jax import durable
+from m1_jax import durable, strict_json
+
+_MAX_NAMES = 3  # an error names so many files of a checkpoint
 
 
 def begin_output(output: pathlib.Path, fingerprint: dict[str, Any], num_requests: int) -> set[int]:
@@ -34,14 +36,15 @@ def begin_output(output: pathlib.Path, fingerprint: dict[str, Any], num_requests
             f"--output: {output} exists, but {fingerprint_path.name} beside it does not; wanted a "
             "new file, or both. Give another --output."
         )
-    saved = jsonl.parse_line(str(fingerprint_path), fingerprint_path.read_text())
-    changed = [name for name in fingerprint if saved.get(name) != fingerprint[name]]
-    if changed:
-        name = changed[0]
+    saved = strict_json.parse(fingerprint_path.read_bytes(), str(fingerprint_path))
+    if not isinstance(saved, dict):
         raise ValueError(
-            f"--output: {output} was begun with another {' and '.join(changed)} ({name}: got "
-            f"{fingerprint[name]!r:.80}; wanted {saved.get(name)!r:.80}). Give the same again, or "
-            "another --output."
+            f"{fingerprint_path}: got {saved!r:.80}; wanted an object. Give another --output."
+        )
+    if changes := _describe_changes(saved, fingerprint):
+        raise ValueError(
+            f"--output: {output} was begun with another {changes}. Give the same again, or another "
+            "--output."
         )
     return read_done_indices(output, num_requests)
 
@@ -58,14 +61,17 @@ def read_done_indices(output: pathlib.Path, num_requests: int) -> set[int]:
             if not line.endswith(b"\n"):  # torn by a kill
                 break
             end += len(line)
-            value = jsonl.parse_line(f"{output}:{line_number}", line.decode())
-            index = value.get("index") if isinstance(value, dict) else None
-            if not isinstance(index, int) or not 0 <= index < num_requests or index in done_indices:
-                raise ValueError(
-                    f"{output}:{line_number}: got index {index!r}; wanted each of 0 to "
-                    f"{num_requests - 1} "
-                    "once at most. Delete the line, or give another --output."
-                )
+            location = f"{output}:{line_number}"
+            with jsonl.locate_errors(location):
+                value = strict_json.parse(line, location)
+                index = value.get("index") if isinstance(value, dict) else None
+                # By type: true is an int in Python.
+                is_known = type(index) is int and 0 <= index < num_requests
+                if not is_known or index in done_indices:
+                    raise ValueError(
+                        f"got index {index!r:.80}; wanted each of 0 to {num_requests - 1} "
+                        "once at most. Delete the line, or give another --output."
+                    )
             done_indices.add(index)
         # The next line must not continue a torn one.
         file.truncate(end)
@@ -82,7 +88,7 @@ def append_output(
 
     Args:
       file: the output, open in binary mode.
-      fields: the fields that the line begins with.
+      fields: the fields that the line begins with, which `encode_record` has taken before.
       output: the request's output.
       write_tokens: add each token with its log-probabilities.
     """
@@ -96,5 +102,29 @@ def append_output(
     }
     if write_tokens:
         record["tokens"] = jsonl.tokens_to_json(output.tokens)
-    file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+    file.write(encode_record(record))
     file.flush()
+
+
+def encode_record(record: Mapping[str, Any]) -> bytes:
+    """Return a line of the output.
+
+    Raises:
+      ValueError: text that UTF-8 cannot hold.
+    """
+    return json.dumps(record, ensure_ascii=False).encode() + b"\n"
+
+
+def _describe_changes(saved: Mapping[str, Any], fingerprint: Mapping[str, Any]) -> str:
+    """Return what a fingerprint has that differs from a saved one, empty if nothing does."""
+    changed = [name for name in fingerprint if saved.get(name) != fingerprint[name]]
+    if not changed:
+        return ""
+    old, new = saved.get(changed[0]), fingerprint[changed[0]]
+    if isinstance(old, dict) and isinstance(new, dict):
+        names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
+        more = f" and {len(names) - _MAX_NAMES} more" if len(names) > _MAX_NAMES else ""
+        detail = f"{', '.join(names[:_MAX_NAMES])}{more} changed"
+    else:
+        detail = f"{changed[0]}: got {new!r:.80}; wanted {old!r:.80}"
+    return f"{' and '.join(changed)} ({detail})"

@@ -1,9 +1,12 @@
 """What the commands of this package share: flags, loading of a model on a mesh, and signals."""
 
 import dataclasses
+import os
 import pathlib
+import re
 import signal
 import typing
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -18,6 +21,8 @@ from m1_jax import command_mesh, distributed, memory_check, multihost, sharding
 from m1_jax import params as params_lib
 
 DTYPES = command_mesh.DTYPES
+# A scheme, as in gs://bucket/name. pathlib makes one slash of two.
+_ADDRESS_PATTERN = re.compile("[A-Za-z][A-Za-z0-9+.-]+:/")
 
 
 def flag_field(default: Any, text: str) -> Any:
@@ -64,13 +69,62 @@ def check_fields(config: Any, checks: dict[str, tuple[bool, str]]) -> None:
             raise ValueError(f"--{name}: got {getattr(config, name)!r}; wanted {text}")
 
 
+def local_path(name: str, text: str) -> pathlib.Path:
+    """Return the path that a flag gives, with `~` as the home directory.
+
+    Raises:
+      ValueError: a bucket or another address, or the home of an unknown user.
+    """
+    if _ADDRESS_PATTERN.match(text):
+        raise ValueError(
+            f"--{name}: got {text!r:.80}; wanted a path of a file system. Mount the bucket "
+            "(gcsfuse), or copy to or from a local directory (gcloud storage cp -r)."
+        )
+    try:
+        return pathlib.Path(text).expanduser()
+    except RuntimeError:
+        raise ValueError(f"--{name}: got {text!r:.80}; wanted the home of a known user") from None
+
+
+def check_paths(config: Any, names: Sequence[str]) -> None:
+    """Raise ValueError for the first of these fields that is no path, as `local_path` says."""
+    for name in names:
+        if getattr(config, name) is not None:
+            local_path(name, getattr(config, name))
+
+
+def output_path(name: str, text: str, inputs: Sequence[str | None]) -> pathlib.Path:
+    """Return the path of a file that a command will write.
+
+    Args:
+      name: the flag's name.
+      text: the flag's value.
+      inputs: paths of files that the command reads, which it must not replace.
+
+    Raises:
+      ValueError: a directory, a file in a directory that does not exist or cannot be written, or
+        one of the inputs.
+    """
+    path = local_path(name, text)
+    folder = path.parent
+    if path.is_dir() or not folder.is_dir():
+        raise ValueError(f"--{name}: got {path}; wanted a file in a directory that exists")
+    if not os.access(path if path.exists() else folder, os.W_OK):
+        raise ValueError(f"--{name}: got {path}; wanted a file that may be written")
+    for input_text in filter(None, inputs):
+        source = local_path(name, input_text)
+        if path.exists() and source.exists() and path.samefile(source):
+            raise ValueError(f"--{name}: got {path}, which is read; wanted another file")
+    return path
+
+
 def checkpoint_dir(checkpoint: str) -> pathlib.Path:
     """Return a checkpoint's directory.
 
     Raises:
       ValueError: there is no such directory.
     """
-    path = pathlib.Path(checkpoint)
+    path = local_path("checkpoint", checkpoint)
     if not path.is_dir():
         raise ValueError(f"--checkpoint: {path} is no directory; wanted a release or a conversion")
     return path

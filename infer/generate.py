@@ -5,7 +5,7 @@
     python -m infer.generate --checkpoint=DIR --prompt=Hi --mesh=expert=8,tensor=8 --distributed
 
 DIR is a release directory or one made by `m1_jax.convert`, with its tokenizer. FILE has a prompt
-per line, or, named .jsonl, an object per line: {"prompt": ..., "system": ...} or
+per line, or, named .jsonl, .ndjson or .json, an object per line: {"prompt": ..., "system": ...} or
 {"messages": [...], "tools": [...]}. Text goes to stdout as it comes, speed to stderr at the end.
 For many requests, each with options of its own, there is `infer.offline`.
 
@@ -18,18 +18,17 @@ The text of a prompt depends on the options, the prompt's index and the seed alo
 
 import dataclasses
 import json
-import pathlib
 import signal
 import sys
 import time
 from collections.abc import Callable
-from typing import Any, TextIO
+from typing import Any
 
 import jax
 from absl import app, flags, logging
 
 import m1_jax
-from infer import command, engine, grammar, jsonl, stopping
+from infer import command, engine, grammar, jsonl, stopping, text_printer
 from infer import config as config_lib
 from infer import options as options_lib
 from infer import prompt as prompt_lib
@@ -95,6 +94,7 @@ class GenerateConfig:
             "profile": (self.profile in prompt_lib.PROFILES, " or ".join(prompt_lib.PROFILES)),
         }
         command.check_fields(self, checks)
+        command.check_paths(self, ("checkpoint", "prompts_file", "logprobs"))
         quantize.check_recipe(self.weights)
         if self.mesh:
             command_mesh.parse_axis_sizes(self.mesh)  # raises for another form
@@ -125,10 +125,13 @@ class GenerateConfig:
         values = {k: v for k, v in values.items() if v is not None and v is not False and v != ()}
         for name in ("json_schema", "grammar"):
             if values.get(name, "").startswith("@"):
-                values[name] = pathlib.Path(values[name][1:]).read_text(encoding="utf-8")
+                values[name] = jsonl.read_text(command.local_path(name, values[name][1:]))
         if self.preset is None:
-            return options_lib.Options(**values)
-        return options_lib.preset_options(self.preset, **values)
+            options = options_lib.Options(**values)
+        else:
+            options = options_lib.preset_options(self.preset, **values)
+        jsonl.check_schema(options)
+        return options
 
 
 @dataclasses.dataclass
@@ -170,7 +173,7 @@ class PreparedRun:
 
 
 def run(
-    config: GenerateConfig, out: TextIO | None = None
+    config: GenerateConfig, out: text_printer.TextStream | None = None
 ) -> tuple[list[request_lib.RequestOutput], GenerateStats]:
     """Generate for every prompt of `config`, printing text to `out` (stdout) as it comes.
 
@@ -185,7 +188,7 @@ def run(
 def generate_texts(
     config: GenerateConfig,
     prepared: PreparedRun,
-    out: TextIO,
+    out: text_printer.TextStream,
     stop: Callable[[], int | None] = lambda: None,
 ) -> tuple[list[request_lib.RequestOutput], GenerateStats]:
     """Do what `run` does, with the result of `prepare_run`.
@@ -201,7 +204,7 @@ def generate_texts(
     running_engine = engine.Engine(prepared.model, prepared.tokenizer, prepared.sizes)
     step_end = time.perf_counter()
     stats.compile_secs = step_end - began
-    printer = _TextPrinter(len(prompts), config.stream, out)
+    printer = text_printer.TextPrinter(len(prompts), config.stream, out)
     # A list, so that the closure can count in it: tokens of this step, but for first ones.
     decoded = [0]
     unfinished = set(range(len(prompts)))  # indices of prompts whose last text is not printed
@@ -209,7 +212,7 @@ def generate_texts(
     def on_token(request, token, text):
         # Prompts are submitted in order, so a request's `sequence_id` is its prompt's index. Its
         # first token comes out of its prefill.
-        decoded[0] += len(request.tokens) > 1
+        decoded[0] += token is not None and len(request.tokens) > 1
         printer.push(request.sequence_id, text, request.finish_reason is not None)
         if request.finish_reason is not None:
             unfinished.discard(request.sequence_id)
@@ -237,7 +240,7 @@ def generate_texts(
     if config.logprobs is not None:
         records = [{"index": i, **output_record(output)} for i, output in enumerate(outputs)]
         text = "".join(json.dumps(record) + "\n" for record in records)
-        pathlib.Path(config.logprobs).write_text(text)
+        command.local_path("logprobs", config.logprobs).write_text(text)
     return outputs, stats
 
 
@@ -254,7 +257,7 @@ def prepare_run(config: GenerateConfig) -> PreparedRun:
     Raises:
       ValueError, OSError: an input that cannot be used, or a model that cannot fit.
     """
-    inputs = distributed.run_on_first(lambda: _read_inputs(config))
+    inputs = distributed.run_on_first(lambda: read_inputs(config))
     tokenizer, prompts, sizes = (None, [], None) if inputs is None else inputs
     plan = config.model_choice.plan_engine(sizes)
     model = config.model_choice.load(plan.layout)
@@ -274,21 +277,22 @@ def fit_engine(
     )
 
 
-def _read_inputs(
+def read_inputs(
     config: GenerateConfig,
 ) -> tuple[tokenizer_lib.Tokenizer, list[list[int]], config_lib.EngineConfig]:
     """Return the tokenizer, the prompts' token ids and the engine's sizes, after all checks."""
     folder, options = command.checkpoint_dir(config.checkpoint), config.options
     requests = read_conversations(config)
-    if config.logprobs is not None and not pathlib.Path(config.logprobs).parent.is_dir():
-        raise ValueError(f"--logprobs: got {config.logprobs}; wanted a file whose directory exists")
+    if config.logprobs is not None:
+        command.output_path("logprobs", config.logprobs, [config.prompts_file])
     tokenizer = tokenizer_lib.Tokenizer.load(folder)
     model_config = m1_jax.ModelConfig.from_file(folder / "config.json")
     prompts = []
-    for i, request in enumerate(requests):
-        prompts.append(jsonl.encode_request(f"prompt {i}", tokenizer, request, config.profile))
-        limits = (prompts[-1], options.max_tokens, model_config, config.max_length)
-        jsonl.check_prompt_length(f"prompt {i}", *limits)
+    for location, request in requests:
+        with jsonl.locate_errors(location):
+            prompts.append(jsonl.encode_request(tokenizer, request, config.profile))
+            limits = (options.max_tokens, model_config, config.max_length)
+            jsonl.check_prompt_length(prompts[-1], *limits)
     options_lib.check_options(options, model_config.vocab_size, tokenizer.stop_ids)
     # These raise now what the engine would raise after the model is loaded.
     stopping.OutputProgress(options, tokenizer)
@@ -297,51 +301,18 @@ def _read_inputs(
     return tokenizer, prompts, fit_engine(config, prompts, model_config)
 
 
-def read_conversations(config: GenerateConfig) -> list[dict[str, Any]]:
-    """Return {"prompt": ...} (raw) or {"messages": ..., "tools": ...} for every prompt.
+def read_conversations(config: GenerateConfig) -> list[tuple[str, dict[str, Any]]]:
+    """Return location and {"prompt": ...} (raw) or {"messages": ..., "tools": ...} of all prompts.
 
     Raises:
       ValueError, OSError: a file that cannot be read, or a request of another form.
     """
     form = (config.system, config.raw)
-    if config.prompts_file is None:
-        return [jsonl.check_conversation("--prompt", {"prompt": config.prompt}, *form)]
-    path = pathlib.Path(config.prompts_file)
-    requests = []
-    for location, line in jsonl.read_lines(path):
-        value = jsonl.parse_line(location, line) if path.suffix == ".jsonl" else {"prompt": line}
-        requests.append(jsonl.check_conversation(location, value, *form))
-    if not requests:
-        raise ValueError(f"{path}: got no prompts; wanted one per line")
-    return requests
-
-
-class _TextPrinter:
-    """Prints texts as they come.
-
-    A single text is printed as it is. Several are printed in whole lines, each marked `[i] `.
-    """
-
-    def __init__(self, num_texts: int, stream: bool, out: TextIO):
-        self._unprinted = [""] * num_texts  # the rest of each text, by index
-        self._stream, self._out = stream, out
-
-    def push(self, index: int, new_text: str, last: bool) -> None:
-        """Take the next part of a text. `last` ends the text."""
-        text = self._unprinted[index] + new_text
-        self._unprinted[index] = ""
-        if not (self._stream or last):
-            self._unprinted[index] = text
-            return
-        if last and not text.endswith("\n"):
-            text += "\n"
-        if len(self._unprinted) > 1:
-            # The last element is a line without its end yet, or empty.
-            *lines, self._unprinted[index] = text.split("\n")
-            text = "".join(f"[{index}] {line}\n" for line in lines)
-        if text:
-            self._out.write(text)
-            self._out.flush()
+    if config.prompts_file is not None:
+        path = command.local_path("prompts_file", config.prompts_file)
+        return jsonl.read_conversations(path, *form)
+    with jsonl.locate_errors("--prompt"):
+        return [("--prompt", jsonl.check_conversation({"prompt": config.prompt}, *form))]
 
 
 def main(argv) -> None:
@@ -362,20 +333,29 @@ def _run_command() -> int:
         # once.
         if jax.process_count() > 1:
             signals.listen()
+        writer = text_printer.PipeWriter(sys.stdout)
+
+        def stop() -> int | None:
+            return signals.poll() if writer.error is None else signal.SIGPIPE
+
         try:
-            outputs, stats = generate_texts(config, prepared, sys.stdout, signals.poll)
+            outputs, stats = generate_texts(config, prepared, writer, stop)
         except KeyboardInterrupt:
             return 128 + signal.SIGINT  # as a shell reports it
-        status = _report_run(outputs, stats, signals) if distributed.is_first_process() else 0
+        if writer.error is not None and not isinstance(writer.error, BrokenPipeError):
+            raise writer.error
+        status = _report_run(outputs, stats, stop()) if distributed.is_first_process() else 0
         return multihost.broadcast_object(status)
 
 
 def _report_run(
-    outputs: list[request_lib.RequestOutput], stats: GenerateStats, signals: command.StopSignals
+    outputs: list[request_lib.RequestOutput], stats: GenerateStats, signal_number: int | None
 ) -> int:
     """Print the speed and what went wrong, and return the exit status."""
+    if signal_number == signal.SIGPIPE:  # the reader has all that it wanted, as with `| head`
+        return 128 + signal_number
     print(stats, file=sys.stderr)
-    if (signal_number := signals.poll()) is not None:
+    if signal_number is not None:
         return 128 + signal_number
     broken = [i for i, output in enumerate(outputs) if output.finish_reason == "error"]
     if not broken:

@@ -5,8 +5,10 @@ text in each. Nothing is dropped silently: whatever the prompt has no place for 
 that names its location, such as `messages[2].content[0]`.
 """
 
+import contextlib
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from m1_jax import strict_json
@@ -20,6 +22,9 @@ _KEYS = {
     "assistant": ("tool_calls", "reasoning", "reasoning_content"),
     "tool": ("tool_call_id", "name"),
 }
+# The parts of a turn that the model writes around its text, as `infer.tool_calls` reads them.
+_THINKING_PATTERN = re.compile(r"\s*<think>(.*?)(?:</think>|\Z)", re.DOTALL)
+_CALLS_PATTERN = re.compile(r"<tool_calls>[ \t]*(?=\r?\n|\{)(.*?)</tool_calls>\s*\Z", re.DOTALL)
 
 
 def to_list_form(
@@ -41,28 +46,21 @@ def to_list_form(
     mergeable = False  # whether the last message is a result that another one may join
     for i, message in enumerate(messages):
         location = f"messages[{i}]"
-        role = _check_role(location, message)
-        if role == "tool":
+        with _refuse_depth(location):
+            role = _check_role(location, message)
+            if role != "tool":
+                mergeable = False
+                text = _turn_text(location, message, strip_text, names)
+                normalized.append({"role": role, "content": [{"type": "text", "text": text}]})
+                continue
             parts = _tool_parts(location, message, names, strip_text, named_results)
-            # A list without an id is in the template's own form, where a turn is a message.
-            openai = isinstance(message["content"], str) or bool(message.get("tool_call_id"))
-            if mergeable and openai and named_results:
-                normalized[-1]["content"] += parts
-            else:
-                normalized.append({"role": role, "content": parts})
-            mergeable = openai
-            continue
-        mergeable = False
-        parts = _text_parts(location, message, strip_text)
-        if role == "assistant":
-            parts = _assistant_parts(location, message, parts, names)
-        if not parts:
-            raise ValueError(
-                f"{location}.content: got {message.get('content')!r} for role {role!r}; "
-                "wanted text. Leave the message out if it has none."
-            )
-        joined = "".join(part["text"] for part in parts)
-        normalized.append({"role": role, "content": [{"type": "text", "text": joined}]})
+        # A list without an id is in the template's own form, where a turn is a message.
+        openai = isinstance(message["content"], str) or bool(message.get("tool_call_id"))
+        if mergeable and openai and named_results:
+            normalized[-1]["content"] += parts
+        else:
+            normalized.append({"role": role, "content": parts})
+        mergeable = openai
     return normalized
 
 
@@ -76,19 +74,31 @@ def tool_to_json(location: str, tool: Any, wrap: bool) -> str:
     Raises:
       ValueError: a tool of another form.
     """
-    function = tool.get("function", tool) if isinstance(tool, Mapping) else None
-    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-        raise ValueError(f"{location}: got {tool!r:.80}; wanted a function object with a name")
-    # A tool without "function" is the function object itself.
-    is_wrapped = function is not tool
-    if is_wrapped:
-        _check_keys(location, tool, ("type", "function"))
-        if tool.get("type", "function") != "function":
-            raise ValueError(f"{location}.type: got {tool['type']!r}; wanted 'function'")
-    if wrap:
-        wrapped = tool if is_wrapped else {"type": "function", "function": tool}
-        return _to_json(location, wrapped) + "\n"
-    return _to_json(location, function) + "\n"
+    with _refuse_depth(location):
+        # A tool without "function" is the function object itself.
+        is_wrapped = isinstance(tool, Mapping) and tool.get("function") is not None
+        function = tool["function"] if is_wrapped else tool
+        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+            raise ValueError(f"{location}: got {tool!r:.80}; wanted a function object with a name")
+        if is_wrapped:
+            _check_keys(location, tool, ("type", "function"))
+            if tool.get("type") not in (None, "function"):
+                raise ValueError(f"{location}.type: got {tool['type']!r:.80}; wanted 'function'")
+        if wrap and not is_wrapped:
+            function = {"type": "function", "function": tool}
+        return _to_json(location, tool if wrap and is_wrapped else function) + "\n"
+
+
+@contextlib.contextmanager
+def _refuse_depth(location: str) -> Iterator[None]:
+    """Turn a RecursionError, which values of too many levels cause, into a ValueError."""
+    try:
+        yield
+    except RecursionError:
+        raise ValueError(
+            f"{location}: got too many arrays and objects within each other; wanted some hundreds "
+            "at most"
+        ) from None
 
 
 def _check_role(location: str, message: Any) -> str:
@@ -98,7 +108,7 @@ def _check_role(location: str, message: Any) -> str:
     role = message.get("role")
     role = "system" if role == "developer" else role
     if not isinstance(role, str) or role not in _KEYS:
-        raise ValueError(f"{location}.role: got {role!r}; wanted developer, {', '.join(_KEYS)}")
+        raise ValueError(f"{location}.role: got {role!r:.80}; wanted developer, {', '.join(_KEYS)}")
     _check_keys(location, message, ("role", "content", *_KEYS[role]))
     return role
 
@@ -108,7 +118,7 @@ def _check_keys(location: str, value: Mapping[str, Any], known_keys: Sequence[st
     lost = [key for key in value if key not in known_keys and value[key] not in (None, "", [], {})]
     if lost:
         raise ValueError(
-            f"{location}: got {lost[0]!r}, which the prompt has no place for; "
+            f"{location}: got {lost[0]!r:.80}, which the prompt has no place for; "
             f"wanted {', '.join(known_keys)}. Remove it."
         )
 
@@ -135,7 +145,7 @@ def _text_parts(
     parts = []
     for i, part in enumerate(content):
         at = f"{location}.content[{i}]"
-        if not isinstance(part, Mapping) or part.get("type", "text") != "text":
+        if not isinstance(part, Mapping) or part.get("type") not in (None, "text"):
             kind = part.get("type") if isinstance(part, Mapping) else part
             raise ValueError(
                 f"{at}: got {kind!r:.80}; wanted a part of type 'text': M1 reads only text"
@@ -172,48 +182,92 @@ def _tool_parts(
         return parts
     if not any("name" in part for part in parts):
         parts = [{"type": "text", "text": "".join(part["text"] for part in parts)}]
-    name = message.get("name") or names.get(message.get("tool_call_id") or "")
+    call_id = _check_string(f"{location}.tool_call_id", message.get("tool_call_id") or "")
+    name = message.get("name") or names.get(call_id)
     if not name:
         raise ValueError(
-            f"{location}: got a result with tool_call_id {message.get('tool_call_id')!r}, which no "
-            "earlier tool call has; wanted the tool's name. Add it as 'name'."
+            f"{location}: got a result with tool_call_id {call_id!r:.80}, which no earlier "
+            "tool call has; wanted the tool's name. Add it as 'name'."
         )
     # A part's own name, where it has one, wins over the message's.
     return [{"name": _check_string(f"{location}.name", name), **part} for part in parts]
 
 
-def _assistant_parts(
-    location: str, message: Mapping[str, Any], parts: list[dict[str, str]], names: dict[str, str]
-) -> list[dict[str, str]]:
-    """Put reasoning in front of the text and tool calls behind it, as the model writes them."""
+def _turn_text(
+    location: str, message: Mapping[str, Any], strip_text: bool, names: dict[str, str]
+) -> str:
+    """Return the text of a turn that is not a tool's result."""
+    parts = _text_parts(location, message, strip_text)
+    text = "".join(part["text"] for part in parts)
+    thinking = calls = ""
+    if message["role"] == "assistant":
+        thinking = _thinking_block(location, message, text)
+        calls = _calls_block(location, message, text, names)
+    # A part may be empty on purpose.
+    if not (parts or thinking or calls):
+        raise ValueError(
+            f"{location}.content: got {message.get('content')!r:.80} for role {message['role']!r}; "
+            "wanted text. Leave the message out if it has none."
+        )
+    text = thinking + text
+    # The block begins a line: the parser takes a tag elsewhere for prose.
+    return text + ("\n" if calls and text and not text.endswith("\n") else "") + calls
+
+
+def _thinking_block(location: str, message: Mapping[str, Any], text: str) -> str:
+    """Return reasoning as the model writes it, empty for none or if the text begins with it."""
     # Clients name reasoning in two ways, and some send both.
     thoughts = [message[key] for key in ("reasoning", "reasoning_content") if message.get(key)]
     if thoughts[1:] and thoughts[0] != thoughts[1]:
         raise ValueError(f"{location}: got different reasoning and reasoning_content; wanted one")
-    thinking_parts = []
-    if thoughts:
-        thought = _check_string(f"{location}.reasoning", thoughts[0])
-        # The tag stands on a line of its own.
-        close = "</think>\n" if thought.endswith("\n") else "\n</think>\n"
-        thinking_parts = [{"type": "text", "text": "<think>\n" + thought + close}]
+    if not thoughts:
+        return ""
+    thought = _check_string(f"{location}.reasoning", thoughts[0])
+    # Servers answer with the reasoning beside the whole text, too.
+    if match := _THINKING_PATTERN.match(text):
+        if match.group(1).strip() != thought.strip():
+            raise ValueError(
+                f"{location}: got reasoning and another <think> block in content; wanted one of "
+                "them"
+            )
+        return ""
+    # The tag stands on a line of its own.
+    return "<think>\n" + thought + ("</think>\n" if thought.endswith("\n") else "\n</think>\n")
+
+
+def _calls_block(
+    location: str, message: Mapping[str, Any], text: str, names: dict[str, str]
+) -> str:
+    """Return tool calls as the model writes them, empty for none or if the text ends with them."""
     calls = message.get("tool_calls") or []
     if not isinstance(calls, Sequence) or isinstance(calls, str):
         raise ValueError(f"{location}.tool_calls: got {calls!r:.80}; wanted a list")
     lines = [_call_line(f"{location}.tool_calls[{i}]", call, names) for i, call in enumerate(calls)]
-    parts = thinking_parts + parts
     if not lines:
-        return parts
-    # The block begins a line: the parser takes a tag elsewhere for prose.
-    text = "".join(part["text"] for part in parts)
-    gap = "\n" if text and not text.endswith("\n") else ""
-    block = f"{gap}<tool_calls>\n{''.join(lines)}</tool_calls>"
-    return [*parts, {"type": "text", "text": block}]
+        return ""
+    thinking = _THINKING_PATTERN.match(text)
+    if match := _CALLS_PATTERN.search(text, thinking.end() if thinking else 0):
+        if _parse_objects(match.group(1)) != _parse_objects("".join(lines)):
+            raise ValueError(
+                f"{location}: got tool_calls and another <tool_calls> block in content; wanted one "
+                "of them"
+            )
+        return ""
+    return f"<tool_calls>\n{''.join(lines)}</tool_calls>"
+
+
+def _parse_objects(text: str) -> list[Any] | None:
+    """Return the JSON values of a block's lines, None for a block of another form."""
+    try:
+        return [strict_json.DECODER.decode(line) for line in text.splitlines() if line.strip()]
+    except ValueError:
+        return None
 
 
 def _call_line(location: str, call: Any, names: dict[str, str]) -> str:
     """Return one line of a <tool_calls> block, and remember the call's name by its id."""
     function = call
-    if isinstance(call, Mapping) and "function" in call:
+    if isinstance(call, Mapping) and call.get("function") is not None:
         # "index" comes from clients that put streamed calls together.
         _check_keys(location, call, ("id", "type", "function", "index"))
         function = call["function"]
@@ -222,9 +276,9 @@ def _call_line(location: str, call: Any, names: dict[str, str]) -> str:
     _check_keys(location, function, ("id", "type", "name", "arguments", "index"))
     name = function.get("name")
     if not isinstance(name, str) or not name:
-        raise ValueError(f"{location}.name: got {name!r}; wanted the tool's name")
+        raise ValueError(f"{location}.name: got {name!r:.80}; wanted the tool's name")
     if call.get("id"):
-        names[call["id"]] = name
+        names[_check_string(f"{location}.id", call["id"])] = name
     arguments = _parse_arguments(f"{location}.arguments", function.get("arguments"))
     return _to_json(location, {"name": name, "arguments": arguments}) + "\n"
 
@@ -238,7 +292,7 @@ def _parse_arguments(location: str, value: Any) -> dict[str, Any]:
             value = strict_json.DECODER.decode(value)
         except ValueError as error:
             raise ValueError(
-                f"{location}: got {value!r:.80}; wanted a JSON object: {error}"
+                f"{location}: got {value!r:.80}; wanted a JSON object: {error!s:.120}"
             ) from None
     if not isinstance(value, dict):
         raise ValueError(f"{location}: got {value!r:.80}; wanted a JSON object")

@@ -4,10 +4,10 @@
         [--mesh=expert=8,tensor=8] [--distributed]
 
 A line of the input is {"prompt": ..., "system": ...} or {"messages": [...], "tools": [...]}. It may
-have an "id", a "preset" and any field of `options.Options`: {"prompt": "Hi", "max_tokens": 9}. All
-lines are checked before the first one runs. A line of the output is written when its request is
-done, so lines are in no certain order. Its "index" counts the input's lines that are not blank,
-from 0:
+have an "id", a "preset" and any field of `options.Options`: {"prompt": "Hi", "max_tokens": 9}. A
+field that is null counts as absent. All lines are checked before the first one runs. A line of the
+output is written when its request is done, so lines are in no certain order. Its "index" counts the
+input's lines that are not blank, from 0:
 
     {"index": 0, "id": ..., "text": ..., "finish_reason": "stop", "prompt_tokens": 12,
      "completion_tokens": 40, "reasoning_tokens": 0}
@@ -16,36 +16,28 @@ On a mesh each device holds its part of the weights alone. With --distributed th
 on every host: process 0 reads and writes, and the others compute with it.
 
 With --tokens a line also has "tokens" with their log-probabilities. OUTPUT.run.json beside the
-output records what the run depends on. The same command, started again, answers the requests that
-are missing. A line is the same byte for byte wherever the run was interrupted: a request without a
-seed gets one that is derived from the run's seed and its index.
+output records what the run depends on, and OUTPUT.lock keeps other runs from writing it meanwhile.
+The same command, started again, answers the requests that are missing. A line is the same byte for
+byte wherever the run was interrupted: a request without a seed gets one that is derived from the
+run's seed and its index.
 """
 
 import collections
+import contextlib
 import dataclasses
-import hashlib
-import pathlib
 import sys
 from collections.abc import Callable
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
-import jax
 import tqdm
 from absl import app, flags, logging
 
 import m1_jax
-from infer import batch_input, batch_output, command, engine, jsonl
+from infer import batch_fingerprint, batch_input, batch_output, command, engine
 from infer import config as config_lib
 from infer import request as request_lib
 from infer.execution import leader_follower
-from m1_jax import (
-    command_help,
-    command_mesh,
-    distributed,
-    durable,
-    multihost,
-    sharding,
-)
+from m1_jax import command_help, distributed, durable, file_lock, multihost, sharding
 from m1_jax import tokenizer as tokenizer_lib
 
 
@@ -88,24 +80,25 @@ def run(
       ValueError, OSError: an input, checkpoint or unfinished output that cannot be used, found
         before anything runs.
     """
-    inputs = distributed.run_on_first(lambda: _read_inputs(config))
+    inputs = distributed.run_on_first(lambda: read_inputs(config))
     plan = config.model_choice.plan_engine(None if inputs is None else inputs.sizes)
-    # With the memory known to suffice, so that a run that cannot begin leaves no output.
-    done_indices = distributed.run_on_first(
-        lambda: _begin_output(config, plan.layout, 0 if inputs is None else len(inputs.requests))
-    )
-    num_done = multihost.broadcast_object(None if done_indices is None else len(done_indices))
-    num_requests = multihost.broadcast_object(None if inputs is None else len(inputs.requests))
-    if num_done == num_requests:
-        return BatchSummary(num_requests, num_done, 0)
-    model = config.model_choice.load(plan.layout)
-    summary = None
-    if inputs is None or done_indices is None:
-        leader_follower.follow_engine(model, plan.sizes)
-    else:
-        running_engine = engine.Engine(model, inputs.tokenizer, plan.sizes)
-        summary = _answer_requests(config, running_engine, inputs.requests, done_indices, stop)
-    return multihost.broadcast_object(summary)
+    with contextlib.ExitStack() as stack:
+        # With the memory known to suffice, so that a run that cannot begin leaves no output.
+        done_indices = distributed.run_on_first(
+            lambda: None if inputs is None else _begin_output(config, plan.layout, inputs, stack)
+        )
+        num_done = multihost.broadcast_object(None if done_indices is None else len(done_indices))
+        num_requests = multihost.broadcast_object(None if inputs is None else len(inputs.requests))
+        if num_done == num_requests:
+            return BatchSummary(num_requests, num_done, 0)
+        model = config.model_choice.load(plan.layout)
+        summary = None
+        if inputs is None or done_indices is None:
+            leader_follower.follow_engine(model, plan.sizes)
+        else:
+            running_engine = engine.Engine(model, inputs.tokenizer, plan.sizes)
+            summary = _answer_requests(config, running_engine, inputs.requests, done_indices, stop)
+        return multihost.broadcast_object(summary)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,13 +106,12 @@ class BatchInputs:
     """What process 0 reads before anything runs."""
 
     tokenizer: tokenizer_lib.Tokenizer  # the checkpoint's
-    requests: list[
-        batch_input.BatchRequest
-    ]  # all of the input, also those that earlier runs have done
+    requests: list[batch_input.BatchRequest]  # of all lines, those that are done included
     sizes: config_lib.EngineConfig  # sizes of the engine
 
 
-def _read_inputs(config: batch_input.BatchConfig) -> BatchInputs:
+def read_inputs(config: batch_input.BatchConfig) -> BatchInputs:
+    command.output_path("output", config.output, [config.input])
     folder = command.checkpoint_dir(config.checkpoint)
     tokenizer = tokenizer_lib.Tokenizer.load(folder)
     model_config = m1_jax.ModelConfig.from_file(folder / "config.json")
@@ -138,11 +130,21 @@ def _read_inputs(config: batch_input.BatchConfig) -> BatchInputs:
 
 
 def _begin_output(
-    config: batch_input.BatchConfig, layout: sharding.MeshLayout | None, num_requests: int
+    config: batch_input.BatchConfig,
+    layout: sharding.MeshLayout | None,
+    inputs: BatchInputs,
+    stack: contextlib.ExitStack,
 ) -> set[int]:
-    """Begin the output or take it up, and return the indices of the requests that it has."""
-    fingerprint = _fingerprint_run(config, layout, command.checkpoint_dir(config.checkpoint))
-    return batch_output.begin_output(pathlib.Path(config.output), fingerprint, num_requests)
+    """Lock the output until `stack` ends, and begin it or take it up.
+
+    Returns:
+      The indices of the requests that the output has.
+    """
+    output = command.local_path("output", config.output)
+    stack.enter_context(file_lock.hold_lock(output, "writes"))
+    folder = command.checkpoint_dir(config.checkpoint)
+    fingerprint = batch_fingerprint.fingerprint_run(config, layout, folder, inputs.requests)
+    return batch_output.begin_output(output, fingerprint, len(inputs.requests))
 
 
 def _answer_requests(
@@ -160,7 +162,7 @@ def _answer_requests(
         unit="request",
         disable=not config.progress,
     )
-    with bar, pathlib.Path(config.output).open("ab") as file:
+    with bar, command.local_path("output", config.output).open("ab") as file:
         return _serve_requests(config, running_engine, todo, len(done_indices), file, bar, stop)
 
 
@@ -203,34 +205,6 @@ def _serve_requests(
     running_engine.close()
     total = num_done_before + counts["num_done"] + len(waiting) + len(live)
     return BatchSummary(total, num_done_before, **counts, stopped_by=signal_number)
-
-
-def _fingerprint_run(
-    config: batch_input.BatchConfig, layout: sharding.MeshLayout | None, folder: pathlib.Path
-) -> dict[str, Any]:
-    """Return all that the outputs depend on.
-
-    Files of weights are too large to hash here: their names and sizes stand for them.
-    """
-    names = ("defaults", "seed", "tokens", "system", "raw", "profile", "weights")
-    # The tiles decide the order of sums, so the last bits, as do JAX's version and the hardware.
-    sizes = config_lib.EngineConfig()
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    listing = [(path.relative_to(folder).as_posix(), path.stat().st_size) for path in files]
-    small_files = [folder / name for name in ("config.json", "tokenizer.json", "release.json")]
-    texts = [path.read_bytes() for path in small_files if path.is_file()]
-    return {
-        "input": hashlib.sha256(pathlib.Path(config.input).read_bytes()).hexdigest(),
-        "checkpoint": str(folder.resolve()),
-        "files": hashlib.sha256(repr((listing, texts)).encode()).hexdigest(),
-        **{name: getattr(config, name) for name in names},
-        "dtype": command_mesh.resolve_dtype(config.dtype),
-        # Sums over devices come in the mesh's order, so another mesh may have other bits.
-        "mesh": command_mesh.format_axis_sizes(layout),
-        "defaults": jsonl.parse_line("--defaults", config.defaults),
-        "recipe": [sizes.chunk_tokens, sizes.attention_tile, sizes.matmul_tile],
-        "jax": f"{jax.__version__} on {jax.default_backend()}",
-    }
 
 
 def main(argv) -> None:

@@ -102,6 +102,8 @@ def render_prompt(
     system_text = "".join(map(_join_parts, system)) if system else style.default_system
     if system_text:
         _add_turn(pieces, f"system ai_setting={style.assistant}\n{system_text}")
+    if tools is not None and (isinstance(tools, str) or not isinstance(tools, Sequence)):
+        raise ValueError(f"tools: got {tools!r:.80}; wanted a list")
     if tools or (tools is not None and style.empty_tools_block):
         lines = "".join(
             messages_lib.tool_to_json(f"tools[{i}]", tool, style.wrap_tools)

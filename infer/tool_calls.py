@@ -33,11 +33,12 @@ from m1_jax import strict_json
 EVENT_KINDS = ("tag", "thinking", "text", "calls", "malformed")
 _THINK_OPENING, _THINK_CLOSING = "<think>", "</think>"
 _BLOCK_OPENING, _BLOCK_CLOSING = "<tool_calls>", "</tool_calls>"
-_BLOCK_PATTERN = re.compile(re.escape(_BLOCK_OPENING) + r"[ \t]*[\n{]")
-_PARTIAL_BLOCK_PATTERN = re.compile(re.escape(_BLOCK_OPENING) + r"[ \t]*")
+_BLOCK_PATTERN = re.compile(re.escape(_BLOCK_OPENING) + r"[ \t]*(\r?\n|\{)")
+_PARTIAL_BLOCK_PATTERN = re.compile(re.escape(_BLOCK_OPENING) + r"[ \t]*\r?")
 _OUTSIDE_STRING_PATTERN = re.compile('"|' + re.escape(_BLOCK_CLOSING))
 # JSON strings hold no line ends, so one ends a string whose closing quote is missing.
 _INSIDE_STRING_PATTERN = re.compile(r'\\.|"|\n')
+_LINE_ENDS = ("\n", "\r\n")
 _SPACE_PATTERN = re.compile(r"\s*")
 
 
@@ -138,10 +139,11 @@ class TurnParser:
         stripped = self._held_text.lstrip()
         size = len(self._held_text) - len(stripped) + len(_THINK_OPENING)
         if stripped.startswith(_THINK_OPENING):
-            if len(self._held_text) == size and not final:  # a line end would belong to the tag
+            line_end = self._line_end_length(size, final)
+            if line_end is None:
                 return []
             self._parse_part = self._parse_thinking
-            return self._emit("tag", size + (self._held_text[size : size + 1] == "\n"))
+            return self._emit("tag", size + line_end)
         if final or not _THINK_OPENING.startswith(stripped):
             self._parse_part = self._parse_text
         return []
@@ -150,22 +152,26 @@ class TurnParser:
         tag_start = self._held_text.find(_THINK_CLOSING)
         if tag_start < 0:
             # Hold back what may begin the tag, with or without the line end that belongs to it.
-            num_held = (
-                0 if final else partial_match.overlap_length(self._held_text, "\n" + _THINK_CLOSING)
-            )
-            num_held = max(
-                num_held,
-                0 if final else partial_match.overlap_length(self._held_text, _THINK_CLOSING),
-            )
-            return self._emit("thinking", len(self._held_text) - num_held)
+            endings = (line_end + _THINK_CLOSING for line_end in ("", *_LINE_ENDS))
+            overlaps = (partial_match.overlap_length(self._held_text, ending) for ending in endings)
+            return self._emit("thinking", len(self._held_text) - (0 if final else max(overlaps)))
         # The line end before the tag, if there is one, belongs to the tag.
-        begin = tag_start - (self._held_text[tag_start - 1 : tag_start] == "\n")
+        thinking = self._held_text[:tag_start]
+        begin = tag_start - max(len(end) for end in ("", *_LINE_ENDS) if thinking.endswith(end))
         events = self._emit("thinking", begin)
         size = tag_start - begin + len(_THINK_CLOSING)
-        if len(self._held_text) == size and not final:  # a line end would belong to the tag
+        line_end = self._line_end_length(size, final)
+        if line_end is None:
             return events
         self._parse_part = self._parse_text
-        return events + self._emit("tag", size + (self._held_text[size : size + 1] == "\n"))
+        return events + self._emit("tag", size + line_end)
+
+    def _line_end_length(self, position: int, final: bool) -> int | None:
+        """Return the length of the line end at a position, None if more text is to tell."""
+        text = self._held_text[position : position + 2]
+        if not final and text in ("", "\r"):
+            return None
+        return next((len(end) for end in _LINE_ENDS if text.startswith(end)), 0)
 
     def _parse_text(self, final: bool) -> list[ParserEvent]:
         match = _BLOCK_PATTERN.search(self._held_text)

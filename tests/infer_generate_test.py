@@ -5,6 +5,7 @@ import io
 import json
 import pathlib
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -168,9 +169,8 @@ def test_prompts_file_raw_and_lines(checkpoint, tmp_path):
 def requests(tmp_path, *lines, **options):
     file = tmp_path / "prompts.jsonl"
     file.write_text("\n".join(json.dumps(line) for line in lines))
-    return generate.read_conversations(
-        generate.GenerateConfig(checkpoint="x", prompts_file=str(file), **options)
-    )
+    config = generate.GenerateConfig(checkpoint="x", prompts_file=str(file), **options)
+    return [request for _, request in generate.read_conversations(config)]
 
 
 def test_jsonl(tmp_path):
@@ -208,7 +208,7 @@ def test_refused_files(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"prompts\.jsonl"):
         generate.read_conversations(config)
     for content, message in [
-        (b"{", "prompts.jsonl:1: not JSON"),
+        (b"{", "prompts.jsonl:1: got no valid JSON"),
         (b"\xff", "got bytes that are not UTF-8"),
         (b"\n \n", "got no prompts; wanted one per line"),
     ]:
@@ -249,7 +249,7 @@ def test_errors_before_any_work(checkpoint, tmp_path, monkeypatch):
     config = generate.GenerateConfig(checkpoint=str(checkpoint), prompt="hello", max_length=40)
     with pytest.raises(ValueError, match=r"\+ max_tokens 512 = 5..; wanted at most 40\. .*raise"):
         generate.prepare_run(config)
-    with pytest.raises(ValueError, match="prompt 0: got no tokens|prompt: got ''"):
+    with pytest.raises(ValueError, match="--prompt: prompt: got ''; wanted a text"):
         generate.prepare_run(dataclasses.replace(config, prompt=""))
     with pytest.raises(ValueError, match="regex: "):
         generate.prepare_run(dataclasses.replace(config, max_length=0, regex="("))
@@ -284,5 +284,25 @@ def test_command(checkpoint):
     failed = command(f"--checkpoint={checkpoint}", "--prompt=hi", "--max_length=5")
     assert failed.returncode == 1
     assert failed.stdout == ""
-    assert failed.stderr.startswith("error: prompt 0: got ")
+    assert failed.stderr.startswith("error: --prompt: got ")
     assert failed.stderr.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_a_reader_that_goes_away_ends_the_command_quietly(checkpoint):
+    """As in `| head -1`: the status of a process that SIGPIPE ended, and no word on stderr."""
+    values = ("--prompt=hi", "--max_tokens=2000", "--ignore_eos")
+    arguments = [sys.executable, "-m", "infer.generate", f"--checkpoint={checkpoint}", *values]
+    process = subprocess.Popen(
+        arguments,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        cwd=pathlib.Path(__file__).parents[1],
+    )
+    with process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.read(1)
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 128 + signal.SIGPIPE

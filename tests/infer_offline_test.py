@@ -188,7 +188,7 @@ def test_refused_outputs(whole, tmp_path):
     for content, message in [
         ('{"index": 1}\n{"index": 1}\n', ":2: got index 1; wanted each of 0 to 7 once"),
         ('{"index": 9}\n', "got index 9"),
-        ("x\n", ":1: not JSON"),
+        ("x\n", ":1: got no valid JSON"),
     ]:
         (tmp_path / "out.jsonl").write_text(content)
         with pytest.raises(ValueError, match=message):
@@ -204,7 +204,7 @@ def test_refused_outputs(whole, tmp_path):
     ],
 )
 def test_what_is_not_json_is_refused(line, message):
-    with pytest.raises(ValueError, match=f"in.jsonl:1: not JSON: {message}"):
+    with pytest.raises(ValueError, match=rf"in.jsonl:1: got no valid JSON \({message}"):
         jsonl.parse_line("in.jsonl:1", line)
 
 
@@ -267,7 +267,9 @@ def test_fields_of_a_line(checkpoint, tmp_path):
         ({"input": ""}, "--input: got ''; wanted a file"),
         ({"defaults": "[]"}, r"--defaults: got \[\]; wanted a JSON object"),
         ({"defaults": '{"topk": 3}'}, "--defaults: option: got 'topk'; did you mean top_k"),
-        ({"defaults": "{"}, "--defaults: not JSON"),
+        ({"defaults": "{"}, "--defaults: got no valid JSON"),
+        ({"defaults": '{"seed": 5}'}, "--defaults: seed: got 5; wanted it as --seed"),
+        ({"defaults": "[" * 3_000}, "--defaults: got no valid JSON"),
         ({"max_rows": 0}, "--max_rows: got 0"),
         ({"weights": "int8"}, "weights: got 'int8'"),
     ],

@@ -266,6 +266,122 @@ def test_empty_optional_keys_lose_nothing():
     assert prompt.normalize_messages(messages) == [message("assistant", "a")]
 
 
+THOUGHT = "<think>\nr\n</think>\n"
+CALLS_TEXT = '<tool_calls>\n{"name": "f", "arguments": {"a": 1}}\n</tool_calls>'
+CALLS = [{"name": "f", "arguments": '{"a":1}'}]
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"content": f"{THOUGHT}x", "reasoning_content": "r"},
+        {"content": f"{THOUGHT}x", "reasoning": "r\n", "reasoning_content": "r\n"},
+        {"content": "<think>r</think>x", "reasoning": " r "},
+        {"content": parts(THOUGHT, "x"), "reasoning_content": "r"},
+        {"content": "\n<think>\r\nr\r\n</think>x", "reasoning": "r"},
+        {"content": "<think>\nr", "reasoning": "r"},  # cut at max_tokens
+        {"content": f"x\n{CALLS_TEXT}", "tool_calls": CALLS},
+        {"content": f"{THOUGHT}{CALLS_TEXT}\n", "tool_calls": CALLS, "reasoning": "r"},
+        {"content": CALLS_TEXT.replace("\n", "\r\n"), "tool_calls": CALLS},
+    ],
+)
+def test_what_servers_answer_twice_is_written_once(message):
+    """The content as it stands: it is what the model wrote."""
+    content = message["content"]
+    written = content if isinstance(content, str) else "".join(p["text"] for p in content)
+    assert prompt.normalize_messages([{"role": "assistant", **message}]) == [
+        {"role": "assistant", "content": parts(written)}
+    ]
+
+
+@pytest.mark.parametrize(
+    ("message", "error"),
+    [
+        ({"content": f"{THOUGHT}x", "reasoning": "other"}, "reasoning and another <think> block"),
+        ({"content": "<think></think>x", "reasoning_content": "r"}, "another <think> block"),
+        ({"content": CALLS_TEXT, "tool_calls": CALLS * 2}, "tool_calls and another <tool_calls>"),
+        ({"content": "<tool_calls>\nx</tool_calls>", "tool_calls": CALLS}, "another <tool_calls>"),
+        ({"content": "<tool_calls>{</tool_calls>", "tool_calls": CALLS}, "another <tool_calls>"),
+    ],
+)
+def test_two_different_ones_are_refused(message, error):
+    with pytest.raises(ValueError, match=rf"messages\[0\]: got {error}|got .*{error}"):
+        prompt.normalize_messages([{"role": "assistant", **message}])
+
+
+def test_thinking_elsewhere_is_text():
+    message = {"role": "assistant", "content": "x <think>y</think>", "reasoning": "r"}
+    assert prompt.normalize_messages([message])[0]["content"] == parts(
+        f"{THOUGHT}x <think>y</think>"
+    )
+    message = {"role": "assistant", "content": f"{CALLS_TEXT} is the form.", "tool_calls": CALLS}
+    text = prompt.normalize_messages([message])[0]["content"][0]["text"]
+    assert text == f"{CALLS_TEXT} is the form.\n{CALLS_TEXT}"
+
+
+def nest(depth):
+    value: list | dict = []
+    for _ in range(depth):
+        value = {"a": [value]}
+    return value
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [message("user", "a"), call(name="f", arguments='{"a":' * 100_000)],
+        [message("user", "a"), call(name="f", arguments='{"a":' * 50_000 + "1" + "}" * 50_000)],
+        [message("user", "a"), call(name="f", arguments=nest(50_000))],
+        [message("user", "a"), {"role": "user", "content": [nest(50_000)]}],
+        [message("user", "a"), nest(50_000)],
+    ],
+)
+def test_deep_messages_are_refused(messages):
+    with pytest.raises(ValueError, match=r"messages\[1\].*: got .{1,200}$"):
+        prompt.render_text(messages)
+
+
+@pytest.mark.parametrize(
+    "tool", [{"name": "f", "parameters": nest(50_000)}, [nest(50_000)], {"function": nest(50_000)}]
+)
+def test_deep_tools_are_refused(tool):
+    with pytest.raises(ValueError, match=r"tools\[1\]: got too many arrays"):
+        prompt.render_text([message("user", "a")], [TOOL, tool])
+
+
+@pytest.mark.parametrize("tools", [3, "f", {"name": "f"}, False])
+def test_tools_that_are_no_list_are_refused(tools):
+    for profile in prompt.PROFILES:
+        with pytest.raises(ValueError, match="tools: got .*; wanted a list"):
+            prompt.render_text([message("user", "a")], tools, profile=profile)
+
+
+def test_null_is_absence_in_messages_and_tools():
+    messages = [
+        {"role": "user", "content": [{"type": None, "text": "a"}]},
+        {
+            "role": "assistant",
+            "content": None,
+            "tool_calls": [{**CALL["function"], "function": None}],
+        },
+    ]
+    plain = [message("user", "a"), {"role": "assistant", "tool_calls": [CALL["function"]]}]
+    tools = [{"type": None, "function": TOOL}]
+    assert prompt.render_text(messages, tools) == prompt.render_text(plain, [TOOL])
+
+
+@pytest.mark.parametrize(
+    ("message", "error"),
+    [
+        ({"role": "tool", "content": "x", "tool_call_id": ["c"]}, r"tool_call_id: got \['c'\]"),
+        ({"role": "assistant", "tool_calls": [{"id": {"a": 1}, "name": "f"}]}, r"id: got \{"),
+    ],
+)
+def test_ids_of_other_kinds_are_refused(message, error):
+    with pytest.raises(ValueError, match=f"{error}.*wanted a string"):
+        prompt.normalize_messages([message])
+
+
 def test_unknown_profile():
     with pytest.raises(ValueError, match="profile: got 'x'; wanted one of release, vllm"):
         prompt.render_text([message("user", "a")], profile="x")

@@ -37,6 +37,14 @@ def test_a_whole_turn():
     assert parsed == tool_calls.ParsedTurn("One.\nTwo.", "I add.\n", (add, add))
 
 
+def test_a_turn_with_line_ends_of_windows():
+    """The parts are those of the same turn with "\\n", but for line ends inside thinking."""
+    turn = f"<think>\nOne.\nTwo.\n</think>\nI add.\n{block(CALL, CALL)}"
+    parsed = tool_calls.parse_turn(turn.replace("\n", "\r\n"))
+    add = tool_calls.ToolCall("add", {"a": 1})
+    assert parsed == tool_calls.ParsedTurn("One.\r\nTwo.", "I add.\r\n", (add, add))
+
+
 @pytest.mark.parametrize(
     ("text", "kinds"),
     [
@@ -62,6 +70,13 @@ def test_a_whole_turn():
         (block('{"name": "a", "arguments": {"x": "\\\\"}}') + "b", ["calls", "text"]),
         (block("{name: add, arguments: {}}") + "b", ["malformed", "text"]),
         (block('{"name": "a}') + "b", ["malformed", "text"]),
+        (block(CALL, CALL).replace("\n", "\r\n") + "\r\nb", ["calls", "text"]),
+        (f"<tool_calls>\t\r\n{CALL}</tool_calls>", ["calls"]),
+        (f"<tool_calls>\r{CALL}</tool_calls>", ["text"]),
+        ("<tool_calls>\r", ["text"]),
+        ("<think>\r\na\r\n</think>\r\nb", ["tag", "thinking", "tag", "text"]),
+        ("<think>\r\n</think>\r\n", ["tag", "tag"]),
+        ("<think>\ra\r</think>\r", ["tag", "thinking", "tag", "text"]),
     ],
 )
 def test_kinds(text, kinds):
@@ -109,7 +124,8 @@ def test_a_block_without_end_is_malformed():
 PARTS = (
     *("<think>", "</think>", "\n</think>\n", "<tool_calls>", "<tool_calls>\n", "</tool_calls>"),
     *(block(CALL), CALL, block('{"name": "a", "arguments": {"s": "\\"</tool_calls>"}}')),
-    *("<", "<t", "</", "{", "}", '"', "\\", "\n", " ", "a", "é\U0001f600"),
+    *("<", "<t", "</", "{", "}", '"', "\\", "\n", "\r", "\r\n", " ", "a", "é\U0001f600"),
+    *("<think>\r\n", "\r\n</think>\r\n", "<tool_calls>\r\n"),
 )
 TEXT = st.lists(st.sampled_from(PARTS), max_size=12).map("".join)
 
