@@ -51,3 +51,7 @@ class ExactReward:
             raise ValueError(f"task {sample.task.id!r}: got no label; wanted the right answer")
         # A label from a JSON file may be a number.
         return float(extract_answer(sample.text) == str(sample.task.label).strip())
+
+
+def final_text(sample: sample_lib.Sample) -> str:
+    return strip_thinking(sample.text)

@@ -1,0 +1,262 @@
+"""The judge: reads a program and its tests, and writes the verdict.
+
+Input, one JSON object:
+  program: the text of the program.
+  test_code: Python that asserts, or else
+  call: {"function": name, "arguments": [...], "outputs": [...], "tolerance": float}: the call has
+    to return one of the outputs.
+  entry_point: name of the function that `check(candidate)` tests, or null.
+
+Output, lines of JSON: {"started": true} once the tests are read, then {"passed": bool}, or
+{"error": text} where the tests themselves failed. No second line means that the program killed the
+judge or used its resources up.
+"""
+
+import ctypes
+import importlib
+import inspect
+import json
+import os
+import random
+import subprocess
+import sys
+import types
+import unittest
+from typing import Any, TextIO
+
+from train.rl.rewards.judge import assertions, comparison, connection, pytest_shim, remote_objects
+
+_PR_SET_DUMPABLE = 4  # from <sys/prctl.h>
+_PROGRAM_COMMAND = (
+    "import sys; sys.path.insert(0, '.'); from train.rl.rewards.judge import program; "
+    "program.main()"
+)
+# Short names that tests use without an import, because the prompt has it.
+_MODULE_ALIASES = {"np": "numpy", "pd": "pandas", "pytest": "pytest"}
+
+
+class TestsFailed(Exception):
+    """The tests cannot judge any program."""
+
+
+class ProgramModule(types.ModuleType):
+    """The module `solution` of the tests, whose names are those of the program."""
+
+    def __init__(self, remote: Any, free_names: set[str]):
+        super().__init__(assertions.PROGRAM_MODULE)
+        vars(self).update({"_remote": remote, "__all__": sorted(free_names)})
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self._remote, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._remote, name, value)
+
+
+class TestRun:
+    """The tests of one program."""
+
+    def __init__(self, tree: Any, entry_point: str | None):
+        """Prepare the tests.
+
+        Args:
+          tree: from `assertions.parse_tests`.
+          entry_point: the function to test, where the task names it.
+        """
+        self._imported, self._free_names = assertions.find_program_names(tree)
+        self._entry_point = entry_point
+        self._code = compile(assertions.count_assertions(tree), "tests.py", "exec")
+        self._num_assertions = 0
+
+    def run(self, client: remote_objects.ProgramClient, remote: Any, names: list[str]) -> bool:
+        """Return whether the program passes.
+
+        Raises:
+          TestsFailed: the tests fail by themselves.
+        """
+        try:
+            self._run_all(client, remote, set(names))
+        except TestsFailed:
+            raise
+        except (connection.ConnectionLost, AssertionError):
+            return False
+        except connection.UnsupportedValue as error:
+            raise TestsFailed(str(error)) from None
+        except BaseException as error:
+            # After a call, what fails may be a value of the program. An import of a name that the
+            # program does not define is its fault, too.
+            is_missing = isinstance(error, ImportError) and not self._imported <= set(names)
+            is_missing |= isinstance(error, NameError) and not self._free_names <= set(names)
+            if client.num_calls or is_missing or hasattr(error, "is_of_program"):
+                return False
+            raise TestsFailed(f"{type(error).__name__}: {error}") from None
+        if not self._num_assertions and not client.num_calls:
+            raise TestsFailed("the tests ran no assertion, and never called the program")
+        return self._num_assertions > 0
+
+    def _run_all(self, client: Any, remote: Any, names: set[str]) -> None:
+        namespace = self._make_namespace(remote, names)
+        try:
+            exec(self._code, namespace)
+        except SystemExit as error:
+            # Tests may end themselves. The program may not end them.
+            if error.code or hasattr(error, "is_of_program"):
+                raise
+        own = {name: value for name, value in namespace.items() if not name.startswith("__")}
+        _run_test_cases(own)
+        _run_test_functions(own)
+        if not self._num_assertions and isinstance(own.get("check"), types.FunctionType):
+            own["check"](self._find_candidate(client, remote, names))
+
+    def _make_namespace(self, remote: Any, names: set[str]) -> dict[str, Any]:
+        module = ProgramModule(remote, self._free_names & names)
+        sys.modules[assertions.PROGRAM_MODULE] = module
+        namespace = {"__name__": "__main__", assertions.COUNT_FUNCTION: self._count}
+        for name in self._free_names:
+            if name == "candidate" and name not in names and self._entry_point:
+                namespace[name] = find_callable(remote, names, self._entry_point)
+            elif name in names:
+                namespace[name] = getattr(remote, name)
+            elif name in _MODULE_ALIASES or assertions.is_standard_module(name):
+                namespace[name] = importlib.import_module(_MODULE_ALIASES.get(name, name))
+        return namespace
+
+    def _find_candidate(self, client: Any, remote: Any, names: set[str]) -> Any:
+        if self._entry_point is None and len(self._imported) != 1:
+            raise TestsFailed("got check(candidate) without an entry_point")
+        entry_point = self._entry_point or next(iter(self._imported))
+        client.num_calls += 1  # what goes wrong from here on is the program's
+        return find_callable(remote, names, entry_point)
+
+    def _count(self) -> None:
+        self._num_assertions += 1
+
+
+def find_callable(remote: Any, names: set[str] | list[str], name: str) -> Any:
+    """Return a function of the program, or a method of that name of its class `Solution`.
+
+    Raises:
+      AttributeError: there is neither.
+    """
+    if name not in names and "Solution" in names:
+        return getattr(remote.Solution(), name)
+    return getattr(remote, name)
+
+
+def _run_test_cases(own: dict[str, Any]) -> None:
+    """Run unittest's test cases."""
+    cases = [
+        value
+        for value in own.values()
+        if isinstance(value, type) and issubclass(value, unittest.TestCase)
+    ]
+    result = unittest.TestResult()
+    for case in cases:
+        unittest.defaultTestLoader.loadTestsFromTestCase(case).run(result)
+    if result.failures or result.errors:
+        raise AssertionError(str((result.failures + result.errors)[0][1]))
+
+
+def _run_test_functions(own: dict[str, Any]) -> None:
+    """Run pytest's test functions, and the methods of its test classes."""
+    functions = {name: f for name, f in own.items() if isinstance(f, types.FunctionType)}
+    fixtures = {name: f for name, f in functions.items() if hasattr(f, "is_fixture")}
+    tests = [f for name, f in functions.items() if name.startswith("test")]
+    for name, kind in own.items():
+        if not isinstance(kind, type) or not name.startswith("Test"):
+            continue
+        if issubclass(kind, unittest.TestCase):
+            continue
+        for method, _ in inspect.getmembers(kind, inspect.isfunction):
+            instance = kind()
+            if hasattr(getattr(instance, method), "is_fixture"):
+                fixtures[method] = getattr(instance, method)
+        for method, _ in inspect.getmembers(kind, inspect.isfunction):
+            if method.startswith("test"):
+                tests.append(getattr(_set_up(kind()), method))
+    for test in tests:
+        pytest_shim.run_test(test, fixtures)
+
+
+def _set_up(instance: Any) -> Any:
+    if hasattr(instance, "setup_method"):
+        set_up = instance.setup_method
+        set_up(*[None] * len(inspect.signature(set_up).parameters))
+    return instance
+
+
+def _judge_call(client: Any, remote: Any, names: list[str], call: dict[str, Any]) -> bool:
+    """Return whether one call returns the right value."""
+    try:
+        function = find_callable(remote, names, call["function"])
+        value = function(*call["arguments"])
+    except BaseException:  # of the program
+        return False
+    return any(
+        comparison.is_same_value(value, wanted, call["tolerance"]) for wanted in call["outputs"]
+    )
+
+
+def _start_program() -> remote_objects.ProgramClient:
+    """Start the program's process."""
+    program_read, judge_write = os.pipe()
+    judge_read, program_write = os.pipe()
+    subprocess.Popen(
+        # The same isolation as that of this process.
+        [sys.executable, "-I", "-c", _PROGRAM_COMMAND, str(program_read), str(program_write)],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        pass_fds=(program_read, program_write),
+    )
+    os.close(program_read)
+    os.close(program_write)
+    return remote_objects.ProgramClient(os.fdopen(judge_read, "rb"), os.fdopen(judge_write, "wb"))
+
+
+def judge(request: dict[str, Any], output: TextIO) -> bool:
+    """Return whether the program of a request passes.
+
+    Raises:
+      TestsFailed: the tests cannot judge any program.
+    """
+    call = request.get("call")
+    tests = None
+    if call is None:
+        try:
+            tests = TestRun(assertions.parse_tests(request["test_code"]), request["entry_point"])
+        except ValueError as error:
+            raise TestsFailed(str(error)) from None
+    print(json.dumps({"started": True}), file=output, flush=True)
+    client = _start_program()
+    try:
+        remote, names = client.request("load", request["program"])
+    except BaseException:  # of the program
+        return False
+    if tests is None:
+        return _judge_call(client, remote, names, call)
+    return tests.run(client, remote, names)
+
+
+def main() -> None:
+    """Judge the request on stdin."""
+    # The program is of the same user. This keeps it from reading the memory and the open files of
+    # this process, which hold the tests.
+    ctypes.CDLL(None).prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
+    # What is imported from here on must not come from the folder, into which the program writes.
+    sys.path.remove(".")
+    request = json.load(sys.stdin)
+    output = os.fdopen(os.dup(1), "w")
+    # Tests print, too.
+    sys.stdout = sys.stderr = open(os.devnull, "w")
+    sys.modules["pytest"] = pytest_shim.make_module()
+    unittest.main = lambda *_, **__: None  # pyright: ignore[reportAttributeAccessIssue]
+    random.seed(0)
+    try:
+        verdict = {"passed": judge(request, output)}
+    except TestsFailed as error:
+        verdict = {"error": str(error)}
+    print(json.dumps(verdict), file=output, flush=True)
+    os._exit(0)
