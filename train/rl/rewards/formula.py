@@ -1,0 +1,130 @@
+"""An answer as one formula that math-verify reads, whatever a model or a data set wrote around it."""
+
+import re
+
+from train.rl.rewards import answer
+
+_SYMBOLS = {
+    **{"×": r"\times ", "·": r"\cdot ", "÷": r"\div ", "π": r"\pi ", "∞": r"\infty "},
+    **{"≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "°": r"^{\circ}", "−": "-", "–": "-", "\u2011": "-"},
+    **{"½": r"\frac{1}{2}", "¼": r"\frac{1}{4}", "¾": r"\frac{3}{4}", "∪": r"\cup "},
+    **{"\u2009": " ", "\u202f": " ", "\u00a0": " "},
+}
+_SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻", "0123456789-")
+# A comma or a thin space between the thousands of a number.
+_THOUSANDS_PATTERN = re.compile(r"(?<=\d)(?:\\[,;:! ]|~|\{,\}|,\\!)(?=\d{3}(?!\d))")
+_SPACED_THOUSANDS_PATTERN = re.compile(r"-?\d{1,3}(?: \d{3})+(?:\.\d+)?")
+_EXPONENT_PATTERN = re.compile(r"([+-]?\d+\.?\d*)[eE]([+-]?\d+)")
+_MIXED_PATTERN = re.compile(r"(-?\d+)\s+(\d+)/(\d+)")
+_ROOT_PATTERN = re.compile(r"√\s*(?:\(([^()]*)\)|(\w+))")
+_REPEATING_PATTERN = re.compile(
+    r"(-?)(\d*)\.(\d*)(?:\\overline\s*\{(\d+)\}|\\overline\s*(\d)|\\dot\s*\{(\d)\}|\((\d+)\))"
+)
+# The letter of a choice before its value, as in AMC problems: \textbf{(C)}\ 12.
+_CHOICE_PREFIX_PATTERN = re.compile(
+    r"(?:\\(?:text|textbf|mathrm|mathbf)\s*\{\s*\(?[A-E]\)?\s*\}|\([A-E]\))(?:\\[ ,;]|\\q?quad|~|\s|:)*(?=\S)"
+)
+_OUTER_SPACE_PATTERN = re.compile(r"^(?:\\[ ,;:!]|~|\\q?quad\b|\s)+|(?:\\[ ,;:!]|~|\\q?quad\b|[\s;,]|\\$)+$")
+_NUMBER = r"[-+]?\\?\$?\s*(?:\d[\d,]*(?:\.\d+)?|\.\d+)"
+_UNIT_PATTERN = re.compile(rf"({_NUMBER})\s*((?:[A-Za-z]{{2,}}[ -]?){{1,3}})")
+# Words after a number that change its value, and words between two answers.
+_VALUE_WORDS = frozenset(
+    "or and not nor to between than hundred thousand million billion trillion dozen half halves "
+    "third thirds quarter quarters percent pi squared cubed factorial over times plus minus mod "
+    "divided less more remainder power sqrt sin cos tan log ln exp fifth fifths tenth tenths".split()
+)
+_HEDGE_PATTERN = re.compile(r"(?i)\b(?:or|not|nor|between|either|maybe|perhaps)\b")
+_WORDS_PATTERN = re.compile(r"[A-Za-z][A-Za-z '-]{2,}")
+_FUNCTION_NAMES = frozenset("sin cos tan cot sec csc log exp sqrt abs max min gcd lcm mod det".split())
+# A dollar sign beside a space is one of money.
+_INLINE_PATTERN = re.compile(r"\$\$(.+?)\$\$|\$(?!\s)([^$]+)(?<!\s)\$(?!\d)|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
+_PLAIN_WORD_PATTERN = re.compile(r"(?<![\\A-Za-z{])[A-Za-z]{2,}(?![A-Za-z]*\})")
+
+
+def normalize_formula(text: str) -> str:
+    """Return an answer or a label as one formula of LaTeX."""
+    text = _OUTER_SPACE_PATTERN.sub("", answer.clean_answer(text))
+    for symbol, latex in _SYMBOLS.items():
+        text = text.replace(symbol, latex)
+    text = re.sub(r"[⁰¹²³⁴⁵⁶⁷⁸⁹⁻]+", lambda m: f"^{{{m[0].translate(_SUPERSCRIPTS)}}}", text)
+    text = _ROOT_PATTERN.sub(lambda m: rf"\sqrt{{{m[1] or m[2]}}}", text)
+    text = re.sub(r"(?i)(?<=\d)\s*(?:percent|per cent)\b", r"\\%", text)
+    text = _THOUSANDS_PATTERN.sub("", text)
+    text = _REPEATING_PATTERN.sub(_to_fraction, text)
+    text = _CHOICE_PREFIX_PATTERN.sub("", text, count=1) if _starts_with_choice(text) else text
+    text = re.sub(r"\((or|and)\b([^()]*)\)", r"\1\2", text)
+    if _SPACED_THOUSANDS_PATTERN.fullmatch(text):
+        text = text.replace(" ", "")
+    if match := _EXPONENT_PATTERN.fullmatch(text):
+        text = rf"{match[1]} \times 10^{{{int(match[2])}}}"
+    if match := _MIXED_PATTERN.fullmatch(text):
+        text = rf"{match[1]}\frac{{{match[2]}}}{{{match[3]}}}"
+    if (match := _UNIT_PATTERN.fullmatch(text)) and not _VALUE_WORDS & set(
+        re.findall(r"[a-z]+", match[2].lower())
+    ):
+        text = match[1]
+    return answer.clean_answer(text)
+
+
+def read_sentence(text: str) -> str | None:
+    """Return the one formula that a sentence says, or None where it says none or several.
+
+    A text without words is its own formula.
+    """
+    formulas = [next(filter(None, match.groups())) for match in _INLINE_PATTERN.finditer(text)]
+    outside = _INLINE_PATTERN.sub(" ", text)
+    if len(formulas) > 1 or (formulas and _HEDGE_PATTERN.search(outside)):
+        # Several formulas are one answer only as a list: $1$ and $2$.
+        is_list = not re.sub(r"\b(?:and|or)\b|[\s,;.]", "", outside)
+        return ", ".join(formulas) if is_list else None
+    if formulas:
+        return None if re.search(r"\d", outside) else formulas[0]
+    if not _PLAIN_WORD_PATTERN.search(text) or not text.split()[1:]:
+        return text
+    if _HEDGE_PATTERN.search(text) or re.search(r"[=\\^]", text):
+        return text
+    numbers = re.findall(rf"{_NUMBER}(?:/\d+)?(?:\s*\\?%)?", text)
+    return numbers[0] if len(numbers) == 1 and not _has_value_word(text) else text
+
+
+def find_last_formula(text: str) -> str | None:
+    """Return the last formula or number of the last line, where a text has no form of an answer."""
+    line = (text.strip().splitlines() or [""])[-1]
+    if _HEDGE_PATTERN.search(line):
+        return None
+    formulas = [next(filter(None, match.groups())) for match in _INLINE_PATTERN.finditer(line)]
+    numbers = re.findall(rf"(?<![\w.]){_NUMBER}(?:/\d+)?(?:\s*\\?%)?(?![\w])", line)
+    if formulas:
+        return formulas[-1]
+    line = answer.clean_answer(line)
+    if not _PLAIN_WORD_PATTERN.search(line):
+        return line or None
+    return numbers[-1] if numbers and not _has_value_word(line) else None
+
+
+def is_words(text: str) -> bool:
+    """Tell whether an answer is words, such as a name, which as a formula would be a product."""
+    return bool(_WORDS_PATTERN.fullmatch(text)) and not _FUNCTION_NAMES & set(text.lower().split())
+
+
+def strip_text_command(text: str) -> str:
+    r"""Return the content of an answer that is all `\text{}`, or the answer."""
+    match = re.fullmatch(r"\\(?:text|textbf|mathrm|mbox|textit)\s*\{([^{}]*)\}", text.strip())
+    return match[1].strip() if match else text
+
+
+def _has_value_word(text: str) -> bool:
+    return bool(_VALUE_WORDS & set(re.findall(r"[a-z]+", text.lower())))
+
+
+def _starts_with_choice(text: str) -> bool:
+    return bool(_CHOICE_PREFIX_PATTERN.match(text))
+
+
+def _to_fraction(match: re.Match[str]) -> str:
+    r"""Return 0.1\overline{6} as a fraction: (16 - 1) / 90."""
+    sign, whole, start = match[1], match[2] or "0", match[3]
+    period = next(filter(None, match.groups()[3:]))
+    numerator = int(whole + start + period) - int(whole + start)
+    denominator = (10 ** len(period) - 1) * 10 ** len(start)
+    return rf"{sign}\frac{{{numerator}}}{{{denominator}}}"
