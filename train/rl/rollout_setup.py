@@ -20,7 +20,7 @@ from infer import prompt
 from m1_jax import durable, multihost
 from m1_jax import tokenizer as tokenizer_lib
 from train.rl import config as rl_config
-from train.rl import episodes, groups, rollout, task_store
+from train.rl import episodes, groups, rollout, task_checks, task_store
 from train.rl import sample as sample_lib
 from train.rl import tasks as tasks_lib
 from train.rl.environments import catalog
@@ -48,7 +48,8 @@ def open_run_tasks(
 
     Raises:
       ValueError: a task whose prompt is longer than the config allows, or no such generator.
-      DataError: files that cannot be read, or generated tasks that are damaged.
+      DataError: files that cannot be read, generated tasks that are damaged, or tasks that lack
+        what their rewards or their environment need.
       ImportError: reasoning-gym is not installed, and tasks of it are yet to be made.
     """
     if jax.process_index():
@@ -67,6 +68,7 @@ def open_run_tasks(
         source = sources[number]
         opened[number] = tasks_lib.open_task_source(source, directory)
         stack.callback(opened[number].close)
+        task_checks.check_needs(config, source.name, opened[number])
         _check_prompts(source, opened[number], tokenizer, max_tokens, directory)
     multihost.broadcast_object(None)
     by_source = [(source.name, opened[number]) for number, source in enumerate(sources)]

@@ -186,10 +186,6 @@ class ExactReward:
     end. A label of one capital letter also equals `(B)` and `B. Paris`.
     """
 
-    def check_task(self, task: sample_lib.Task) -> None:
-        """Raise ValueError if the task has no label to compare with."""
-        read_labels(task)
-
     async def reward(self, sample: sample_lib.Sample) -> float:
         """Score one sample.
 

@@ -81,10 +81,6 @@ class CodeReward:
             else functools.partial(runner.run_program, allow_network=allow_network)
         )
 
-    def check_task(self, task: sample_lib.Task) -> None:
-        """Raise ValueError if the task has no tests, or some that this reward cannot run."""
-        code_tests.read_tests(task)
-
     async def reward(self, sample: sample_lib.Sample) -> float:
         """Score one sample.
 

@@ -26,7 +26,7 @@ _CHOICE_PREFIX_PATTERN = re.compile(
 )
 _OUTER_SPACE_PATTERN = re.compile(r"^(?:\\[ ,;:!]|~|\\q?quad\b|\s)+|(?:\\[ ,;:!]|~|\\q?quad\b|[\s;,]|\\$)+$")
 _NUMBER = r"[-+]?\\?\$?\s*(?:\d[\d,]*(?:\.\d+)?|\.\d+)"
-_UNIT_PATTERN = re.compile(rf"({_NUMBER})\s*((?:[A-Za-z]{{2,}}[ -]?){{1,3}})")
+_UNIT_PATTERN = re.compile(rf"({_NUMBER})\s*((?:[A-Za-z]{{2,}}[ -]?){{1,3}}|[A-Za-z]+/[A-Za-z]+(?:\^?\{{?2\}}?)?)")
 # Words after a number that change its value, and words between two answers.
 _VALUE_WORDS = frozenset(
     "or and not nor to between than hundred thousand million billion trillion dozen half halves "
@@ -34,7 +34,15 @@ _VALUE_WORDS = frozenset(
     "divided less more remainder power sqrt sin cos tan log ln exp fifth fifths tenth tenths".split()
 )
 _HEDGE_PATTERN = re.compile(r"(?i)\b(?:or|not|nor|between|either|maybe|perhaps)\b")
-_WORDS_PATTERN = re.compile(r"[A-Za-z][A-Za-z '-]{2,}")
+# A bound is not a value.
+_BOUND_PATTERN = re.compile(r"(?i)\bat (?:least|most)\b|\b(?:more|less|fewer|greater) than\b")
+# What explains an answer, after it.
+_REASON_PATTERN = re.compile(r"(?is)[\s,;(]+(?:since|because|from|see|which|where|when|as in)\b.*")
+_NUMBER_WORDS = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen "
+    "sixteen seventeen eighteen nineteen twenty".split()
+)
+_WORDS_PATTERN = re.compile(r"(?=.{3})[A-Za-z]{2,}(?:[ '-]+[A-Za-z]{2,})*")
 _FUNCTION_NAMES = frozenset("sin cos tan cot sec csc log exp sqrt abs max min gcd lcm mod det".split())
 # A dollar sign beside a space is one of money.
 _INLINE_PATTERN = re.compile(r"\$\$(.+?)\$\$|\$(?!\s)([^$]+)(?<!\s)\$(?!\d)|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
@@ -44,6 +52,8 @@ _PLAIN_WORD_PATTERN = re.compile(r"(?<![\\A-Za-z{])[A-Za-z]{2,}(?![A-Za-z]*\})")
 def normalize_formula(text: str) -> str:
     """Return an answer or a label as one formula of LaTeX."""
     text = _OUTER_SPACE_PATTERN.sub("", answer.clean_answer(text))
+    if (word := strip_text_command(text).casefold()) in _NUMBER_WORDS:
+        return str(_NUMBER_WORDS.index(word))
     for symbol, latex in _SYMBOLS.items():
         text = text.replace(symbol, latex)
     text = re.sub(r"[⁰¹²³⁴⁵⁶⁷⁸⁹⁻]+", lambda m: f"^{{{m[0].translate(_SUPERSCRIPTS)}}}", text)
@@ -71,6 +81,9 @@ def read_sentence(text: str) -> str | None:
 
     A text without words is its own formula.
     """
+    if _BOUND_PATTERN.search(text):
+        return None
+    text = _REASON_PATTERN.sub("", text)
     formulas = [next(filter(None, match.groups())) for match in _INLINE_PATTERN.finditer(text)]
     outside = _INLINE_PATTERN.sub(" ", text)
     if len(formulas) > 1 or (formulas and _HEDGE_PATTERN.search(outside)):
@@ -111,6 +124,12 @@ def strip_text_command(text: str) -> str:
     r"""Return the content of an answer that is all `\text{}`, or the answer."""
     match = re.fullmatch(r"\\(?:text|textbf|mathrm|mbox|textit)\s*\{([^{}]*)\}", text.strip())
     return match[1].strip() if match else text
+
+
+def have_other_bases(first: str, second: str) -> bool:
+    """Tell whether two numbers are written in different bases, as 21_7 and 21_8 are."""
+    bases = [re.search(r"(?<=\d)_\{?(\d+)\}?$", text) for text in (first, second)]
+    return all(bases) and len({match[1] for match in bases if match}) > 1
 
 
 def _has_value_word(text: str) -> bool:

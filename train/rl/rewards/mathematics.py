@@ -8,6 +8,7 @@ kills a worker that takes too long.
 import functools
 import importlib.util
 import logging
+import re
 from typing import Any
 
 from train.rl import sample as sample_lib
@@ -15,6 +16,18 @@ from train.rl.rewards import answer, formula, pool
 
 _MISSING_MESSAGE = "got no math_verify; wanted it for mathematics. Run: pip install 'm1-jax[rl]'"
 _MAX_ANSWER_CHARS = 2_000
+
+
+def check_labels(task: sample_lib.Task) -> None:
+    """Raise ValueError where a task has no label that is a formula.
+
+    Whether math-verify parses it is known when the first answer is graded.
+    """
+    for label in answer.read_labels(task):
+        text = formula.normalize_formula(label)
+        depth = text.replace(r"\{", "").count("{") - text.replace(r"\}", "").count("}")
+        if depth or not re.search(r"[0-9A-Za-z]", text):
+            raise ValueError(f"got the label {label!r:.80}; wanted a formula, a number or words")
 
 
 def prepare_worker(text: str = "", labels: str | tuple[str, ...] = ()) -> None:
@@ -80,6 +93,8 @@ def _is_equal(found: str | None, extracted: str | None, label: str) -> bool:
     # An answer that cannot be parsed is wrong, not a failure: no raise_on_error here.
     text = formula.normalize_formula(found)
     parsed = math_verify.parse(f"\\boxed{{{text}}}", parsing_timeout=0)
+    if formula.have_other_bases(formula.normalize_formula(label), text):
+        return False
     # The order of the arguments matters: an interval may answer an inequality, not the reverse.
     is_equal = math_verify.verify(gold, parsed, timeout_seconds=0)
     return is_equal and not ("%" not in text + label and _is_other_rational(gold, parsed))
@@ -122,10 +137,6 @@ class MathematicsReward:
         if not limit_secs > 0:
             raise ValueError(f"limit_secs: got {limit_secs}; wanted more than 0")
         self._pool, self._answer_secs = workers, limit_secs
-
-    def check_task(self, task: sample_lib.Task) -> None:
-        """Raise ValueError if the task has no label to compare with."""
-        answer.read_labels(task)
 
     async def reward(self, sample: sample_lib.Sample) -> float:
         """Score one sample.
