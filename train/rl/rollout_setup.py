@@ -68,7 +68,8 @@ def open_run_tasks(
         source = sources[number]
         opened[number] = tasks_lib.open_task_source(source, directory)
         stack.callback(opened[number].close)
-        task_checks.check_needs(config, source.name, opened[number])
+        environment = config.agent.environment if config.agent else None
+        task_checks.check_needs(opened[number], source.name, config.rewards, environment)
         _check_prompts(source, opened[number], tokenizer, max_tokens, directory)
     multihost.broadcast_object(None)
     by_source = [(source.name, opened[number]) for number, source in enumerate(sources)]

@@ -10,7 +10,6 @@ from typing import Any
 import tqdm
 
 from train.data import records
-from train.rl import config as rl_config
 from train.rl import sample as sample_lib
 from train.rl import tasks as tasks_lib
 from train.rl.environments import catalog as environment_catalog
@@ -21,17 +20,22 @@ TaskCheck = Callable[[sample_lib.Task], Any]
 
 
 def check_needs(
-    config: rl_config.RlConfig,
-    source_name: str,
     tasks: tasks_lib.FileTasks | tasks_lib.GeneratedTasks,
+    source_name: str,
+    rewards: compose.RewardsConfig | None,
+    environment: str | None,
 ) -> None:
     """Check all tasks of a source.
+
+    Args:
+      rewards: the rewards of all sources, None where the environment gives all of them.
+      environment: name of the environment, None without an agent.
 
     Raises:
       DataError: tasks that lack something. The message has their number, and the first one's file
         and line.
     """
-    checks = find_checks(config, source_name)
+    checks = find_checks(source_name, rewards, environment)
     if not checks:
         return
     first_error, num_wrong = "", 0
@@ -52,20 +56,26 @@ def check_needs(
         )
 
 
-def find_checks(config: rl_config.RlConfig, source_name: str) -> list[tuple[str, TaskCheck]]:
+def find_checks(
+    source_name: str, rewards: compose.RewardsConfig | None, environment: str | None
+) -> list[tuple[str, TaskCheck]]:
     """Return what needs something of a source's tasks, and how that is checked."""
     checks: list[tuple[str, TaskCheck]] = []
-    if config.rewards is not None:
-        terms_by_source = dict(config.rewards.sources)
+    if rewards is not None:
+        terms_by_source = dict(rewards.sources)
         terms = terms_by_source.get(source_name, terms_by_source.get(compose.ANY_SOURCE, ()))
         checks += [
             (f"the reward {name!r}", reward_catalog.TASK_CHECKS[name])
             for name, _, _ in terms
             if name in reward_catalog.TASK_CHECKS
         ]
-    if config.agent is not None:
-        name = config.agent.environment
-        checks.append((f"the environment {name!r}", lambda task: _start_environment(name, task)))
+    if environment is not None:
+        checks.append(
+            (
+                f"the environment {environment!r}",
+                lambda task: _start_environment(environment, task),
+            )
+        )
     return checks
 
 
