@@ -1,8 +1,10 @@
 """Code: fences of programs, shapes of tests, and that neither empty tests nor cheats pass."""
 
-import ast
 import asyncio
+import collections
+import functools
 import json
+import types
 
 import pytest
 
@@ -64,7 +66,9 @@ def test_fences_in_lists_and_docstrings():
     indented = "\n".join(f"   {line}" for line in ["```python", *F.split("\n"), "```"])
     assert fences.extract_program(f"1. Do:\n\n{indented}\n") == F + "\n"
     for tag in ("", "python"):
-        program = f'def f(x):\n    """Square.\n\n    ```{tag}\n    f(2)\n    ```\n    """\n    return x'
+        program = (
+            f'def f(x):\n    """Square.\n\n    ```{tag}\n    f(2)\n    ```\n    """\n    return x'
+        )
         text = f"```python\n{program}\n```\nOutput:\n```\n4\n```"
         assert fences.extract_program(text) == program + "\n"
     assert fences.extract_program("```python\ndef f(:\n```\nOutput:\n```\n4\n```") == "def f(:\n"
@@ -174,6 +178,8 @@ def test_tests_in_the_label():
         ({"test": "def check(candidate):\n    assert candidate(1)"}, "wanted entry_point"),
         ({"test": "assert f(1"}, "got tests that are no Python"),
         ({"test": "from solution import f\nf(1)"}, "got tests without an assertion"),
+        ({"test": "from solution import f\nassert (f(1) == 1, 'one')"}, "without an assertion"),
+        ({"test": "from solution import f\nf(1)\nassert True"}, "without an assertion"),
         ({"test": ""}, "got no tests"),
         ({"test": 3}, "wanted the text of tests"),
         ({"test_list": [1]}, "wanted a list of texts"),
@@ -191,6 +197,7 @@ def test_tests_that_cannot_be_used(metadata, message):
         ("from solution import f\n\ndef verify():\n    assert f(1) == 1\n", "ran no assertion"),
         ("import no_such_module\nassert f(2) == 4", "no_such_module"),
         ("n = int('a')\nassert f(2) == 4", "invalid literal"),
+        ("from solution import f\nn = 1\nassert n == 1", "never used the program"),
         ("class Node: pass\nassert f(Node()) == 4", "the tests pass a Node"),
         ("def test_f(database):\n    assert f(2) == 4", "got the fixture 'database'"),
     ],
@@ -227,6 +234,15 @@ def test_programs_do_not_judge_themselves(program):
     text = f"```python\n{program}\n```"
     sample = sample_lib.Sample(_task({"test_code": SQUARES}), (1,), tokens=[2], text=text)
     assert asyncio.run(reward.reward(sample)) == 0.0
+
+
+def test_an_assertion_that_the_tests_catch_counts():
+    tests = (
+        "def test_f():\n    try:\n        assert f(2) == 4\n    except Exception:\n        pass\n"
+    )
+    tests += "    assert f(0) == 0"
+    assert _score(F, test=tests) == 1.0
+    assert _score("def f(x): return 0", test=tests) == 0.0
 
 
 def test_the_tests_are_out_of_reach():
@@ -298,17 +314,29 @@ def test_all(capsys):
     assert _score(program.replace("items.sort()", "sorted(items)"), test=tests) == 0.0
 
 
-def test_assertions_are_counted():
-    for text, number in (
-        ("assert f()", 1),
-        ("if f() != 1:\n    raise ValueError", 1),
-        ("try:\n    f()\n    assert False\nexcept ValueError:\n    pass", 2),
-        ("np.testing.assert_allclose(f(), 1)", 1),
-        ("with self.assertRaises(ValueError):\n    f()", 1),
-        ("for i in range(3):\n    assert f(i)", 1),
-    ):
-        counted = assertions.count_assertions(assertions.parse_tests(text))
-        assert ast.unparse(counted).count(assertions.COUNT_FUNCTION) == number
+@pytest.mark.parametrize(
+    ("text", "begun", "held"),
+    [
+        ("assert 1", 1, 1),
+        ("try:\n    assert 0\nexcept AssertionError:\n    pass", 1, 0),
+        ("if 0:\n    raise ValueError", 1, 1),
+        ("try:\n    int('a')\n    assert False\nexcept ValueError:\n    pass", 1, 1),
+        ("np.testing.assert_allclose(0, 0)", 1, 1),
+        ("for i in range(3):\n    assert i < 3", 3, 3),
+        ("def f():\n    assert 1", 0, 0),
+    ],
+)
+def test_assertions_are_counted(text, begun, held):
+    counts = collections.Counter()
+    names = {
+        name: functools.partial(counts.update, [name])
+        for name in (assertions.BEGIN_FUNCTION, assertions.HOLD_FUNCTION)
+    }
+    numpy = types.SimpleNamespace(testing=types.SimpleNamespace(assert_allclose=lambda *_: None))
+    text = text.replace("assert 1", "assert int(1)").replace("assert 0", "assert int(0)")
+    tree = assertions.count_assertions(assertions.parse_tests(text))
+    exec(compile(tree, "", "exec"), {**names, "np": numpy})
+    assert [counts[name] for name in names] == [begun, held]
 
 
 @pytest.mark.parametrize(

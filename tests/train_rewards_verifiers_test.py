@@ -84,7 +84,7 @@ def test_label_comes_first(workers):
 
 @pytest.mark.parametrize("costly", [r"9^{9^{9^{9}}}", r"(x+y+z)^{400}"])
 def test_an_answer_that_takes_too_long_is_wrong(workers, costly):
-    """It is the model's doing: not a failure, which would make a hang better than a wrong answer."""
+    """It is the model's doing. As a failure, a hang would be better than a wrong answer."""
     reward = mathematics.MathematicsReward(workers, limit_secs=0.5)
     assert _score(reward, rf"\boxed{{{costly}}}", "3") == 0
     assert _score(mathematics.MathematicsReward(workers), r"\boxed{3}", "3") == 1

@@ -35,7 +35,9 @@ def fixture_read(tmp_path):
 @pytest.mark.parametrize("key", ["prompt", "messages"])
 @pytest.mark.parametrize("write", [list, json.dumps])
 def test_a_prompt_does_not_hold_the_answer(read, key, write):
-    file_tasks = read({key: write([TURN])}, {key: write([TURN, REPLY])}, {key: write([REPLY, TURN])})
+    file_tasks = read(
+        {key: write([TURN])}, {key: write([TURN, REPLY])}, {key: write([REPLY, TURN])}
+    )
     assert file_tasks[0].messages == (TURN,)
     with pytest.raises(
         records.DataError,
@@ -89,7 +91,11 @@ def test_text_that_begins_with_a_bracket_is_text(read):
             (),
             {"test": "assert f()", "entry_point": "f"},
         ),
-        ({"test_list": ["assert f()"], "metadata": {"a": 1}}, (), {"test_list": ["assert f()"], "a": 1}),
+        (
+            {"test_list": ["assert f()"], "metadata": {"a": 1}},
+            (),
+            {"test_list": ["assert f()"], "a": 1},
+        ),
         ({"fn_name": "g", "metadata": {"fn_name": "f"}}, (), {"fn_name": "f"}),
         ({"tests": [1]}, (("metadata", ""),), {}),
     ],
@@ -115,7 +121,9 @@ def test_json_text_in_a_table(tmp_path):
 
 def test_the_data_source_is_the_records_own(read):
     file_tasks = read(
-        {"prompt": "p", "data_source": "openai/gsm8k"}, {"prompt": "p", "data_source": "taco"}, {"prompt": "p"}
+        {"prompt": "p", "data_source": "openai/gsm8k"},
+        {"prompt": "p", "data_source": "taco"},
+        {"prompt": "p"},
     )
     assert [task.data_source for task in file_tasks] == ["openai/gsm8k", "taco", None]
     with pytest.raises(records.DataError, match=r"got the data_source \['a'\]"):
@@ -146,7 +154,12 @@ OPENAI_CALL = {
         ("mathematics", {"label": ["1"]}, {"label": [["1"]]}, "wanted text, a number, or a list"),
         ("code", {"test_list": ["assert f()"]}, {"test_list": ["f()"]}, "without an assertion"),
         ("code", {"tests": '[{"input": "", "output": ""}]'}, {"tests": "[]"}, "got no tests"),
-        ("tool_calls", {"tool_calls": [OPENAI_CALL]}, {"tool_calls": [{"name": 1}]}, "name and arg"),
+        (
+            "tool_calls",
+            {"tool_calls": [OPENAI_CALL]},
+            {"tool_calls": [{"name": 1}]},
+            "name and arg",
+        ),
         ("tool_calls", {"metadata": {"tool_calls": []}}, {"metadata": {}}, "got tool_calls None"),
         ("logic", {"metadata": {"generator": "g", "entry": {}}}, {}, "wanted generator and entry"),
         ("graded", {"label": "4"}, {}, "wanted a reference answer"),
@@ -169,7 +182,9 @@ def test_what_environments_need_is_checked(read):
     task = lookup.make_task(0, 0)
     row = {"messages": list(task.messages), "label": task.label, "metadata": task.metadata}
     _check(read(row), environment="lookup")
-    with pytest.raises(records.DataError, match=r"a\.jsonl:2: .*needed by the environment 'lookup'"):
+    with pytest.raises(
+        records.DataError, match=r"a\.jsonl:2: .*needed by the environment 'lookup'"
+    ):
         _check(read(row, {"messages": [TURN]}), environment="lookup")
 
 

@@ -1,7 +1,8 @@
 """The columns of a task: which ones of a record are read, and what their values may be.
 
-A value of the wrong type is an error, to which `tasks` adds the file and the line. It is never read as what it
-does not say: a list of messages that is JSON text is the messages, and not a user who types JSON.
+A value of the wrong type is an error, to which `tasks` adds the file and the line. It is never read
+as what it does not say: a list of messages that is JSON text is the messages, and not a user who
+types JSON.
 """
 
 import json
@@ -69,14 +70,11 @@ def parse_prompt(prompt: Any, key: str) -> tuple[Mapping[str, Any], ...]:
     if isinstance(prompt, str) and prompt:
         return ({"role": "user", "content": prompt},)
     if not (isinstance(prompt, list) and prompt and all(isinstance(m, Mapping) for m in prompt)):
-        raise ValueError(
-            f"got the prompt {prompt!r:.80}; wanted a string or a list of messages"
-        )
+        raise ValueError(f"got the prompt {prompt!r:.80}; wanted a string or a list of messages")
     for message in prompt:
         if message.get("role") not in _ROLES:
             raise ValueError(
-                f"got the message {message!r:.80} in {key}; wanted a role of "
-                f"{', '.join(_ROLES)}"
+                f"got the message {message!r:.80} in {key}; wanted a role of {', '.join(_ROLES)}"
             )
     if prompt[-1]["role"] == "assistant":
         raise ValueError(
@@ -123,9 +121,7 @@ def parse_tools(value: Any) -> tuple[Mapping[str, Any], ...]:
     tools = _parse_json(value, "tools") if is_json else value or []
     if isinstance(tools, list) and all(isinstance(tool, Mapping) for tool in tools):
         return tuple(tools)
-    raise ValueError(
-        f"got the tools {value!r:.80}; wanted a list of function schemas, or its JSON"
-    )
+    raise ValueError(f"got the tools {value!r:.80}; wanted a list of function schemas, or its JSON")
 
 
 def parse_data_source(value: Any) -> str | None:
@@ -157,6 +153,4 @@ def _parse_json(text: str, key: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ValueError(
-            f"got {text!r:.80} in {key}: {error}; wanted JSON"
-        ) from None
+        raise ValueError(f"got {text!r:.80} in {key}: {error}; wanted JSON") from None

@@ -22,6 +22,7 @@ from train.data import records
 from train.rl import sample as sample_lib
 from train.rl import task_columns, task_json, task_store
 
+
 @dataclasses.dataclass(frozen=True)
 class TaskSource:
     """Where tasks come from: files, or a generator.

@@ -15,7 +15,8 @@ from train.rl import sample as sample_lib
 THINKING_START, THINKING_END = "<think>", "</think>"
 # The colon may lie inside or outside of Markdown's emphasis. A heading needs none.
 _LINE_PATTERN = re.compile(
-    r"(?im)(?:(?<![a-z])answer[*_ \t]*[:：]|^[ \t]*#+[ \t*]*(?:final[ \t]+)?answer[*_ \t]*$)[*_]*\s*"
+    r"(?im)(?:(?<![a-z])answer[*_ \t]*[:：]|^[ \t]*#+[ \t*]*(?:final[ \t]+)?answer[*_ \t]*$)"
+    r"[*_]*\s*"
 )
 _BOX_PATTERN = re.compile(r"\\(?:boxed|fbox)\s*\{")
 _OPEN_BOX_PATTERN = re.compile(r"\\boxed[ \t]+([^\s{}$]+)")  # \boxed 5

@@ -75,7 +75,9 @@ def read_tests(task: sample_lib.Task) -> list[CodeTest]:
     label = _parse_json(task.label)
     if not tests and isinstance(label, Mapping | list):
         entries = label if isinstance(label, Mapping) else {"tests": label}
-        tests = list(_read_metadata({**metadata, **{k: _parse_json(v) for k, v in entries.items()}}))
+        tests = list(
+            _read_metadata({**metadata, **{k: _parse_json(v) for k, v in entries.items()}})
+        )
     if not tests:
         raise ValueError(
             f"got no tests in the metadata {sorted(metadata)}; wanted one of tests, input_output, "
@@ -136,7 +138,9 @@ def _read_list(
         if isinstance(test, str):
             yield _make_assert_test(test, entry_point, name)
             continue
-        pair = next((p for p in _PAIR_KEYS if isinstance(test, Mapping) and set(p) <= test.keys()), None)
+        pair = next(
+            (p for p in _PAIR_KEYS if isinstance(test, Mapping) and set(p) <= test.keys()), None
+        )
         if pair is None:
             shape = sorted(test) if isinstance(test, Mapping) else test
             raise ValueError(
@@ -158,16 +162,14 @@ def _read_columns(
     inputs, outputs = (_parse_json(tests[name]) for name in ("inputs", "outputs"))
     if not (isinstance(inputs, list) and isinstance(outputs, list) and len(inputs) == len(outputs)):
         raise ValueError(
-            f"{key}: got inputs {inputs!r:.60} and outputs {outputs!r:.60}; wanted two lists of one "
-            "length"
+            f"{key}: got inputs {inputs!r:.60} and outputs {outputs!r:.60}; wanted two lists of "
+            "one length"
         )
     for number, (given, wanted) in enumerate(zip(inputs, outputs, strict=True)):
         yield _make_io_test(given, wanted, function, f"{key}[{number}]")
 
 
-def _make_io_test(
-    given: Any, wanted: Any, function: str | None, name: str
-) -> StdinTest | CallTest:
+def _make_io_test(given: Any, wanted: Any, function: str | None, name: str) -> StdinTest | CallTest:
     if function is None:
         return StdinTest(_to_text(given, name), _to_text(wanted, name))
     if isinstance(given, str):

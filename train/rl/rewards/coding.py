@@ -32,7 +32,9 @@ def _read_judge_files() -> dict[str, str]:
     parents = pathlib.PurePosixPath(_JUDGE_PACKAGE).parents
     files = {f"{parent}/__init__.py": "" for parent in parents if parent.name}
     folder = pathlib.Path(__file__).with_name("judge")
-    return files | {f"{_JUDGE_PACKAGE}/{file.name}": file.read_text() for file in folder.glob("*.py")}
+    return files | {
+        f"{_JUDGE_PACKAGE}/{file.name}": file.read_text() for file in folder.glob("*.py")
+    }
 
 
 class CodeReward:

@@ -47,9 +47,7 @@ def extract_program(text: str) -> str | None:
     return textwrap.dedent(blocks[-1]) + "\n" if blocks else None
 
 
-def _read_block(
-    lines: list[str], start: int, fence: str, num_skipped: int = 0
-) -> tuple[int, str]:
+def _read_block(lines: list[str], start: int, fence: str, num_skipped: int = 0) -> tuple[int, str]:
     """Return the number of the line after a block, and the block's text.
 
     Args:

@@ -1,14 +1,30 @@
-"""An answer as one formula that math-verify reads, whatever a model or a data set wrote around it."""
+"""An answer as one formula that math-verify reads, without what is written around it."""
 
 import re
 
 from train.rl.rewards import answer
 
 _SYMBOLS = {
-    **{"×": r"\times ", "·": r"\cdot ", "÷": r"\div ", "π": r"\pi ", "∞": r"\infty "},
-    **{"≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "°": r"^{\circ}", "−": "-", "–": "-", "\u2011": "-"},
-    **{"½": r"\frac{1}{2}", "¼": r"\frac{1}{4}", "¾": r"\frac{3}{4}", "∪": r"\cup "},
-    **{"\u2009": " ", "\u202f": " ", "\u00a0": " "},
+    "×": r"\times ",
+    "·": r"\cdot ",
+    "÷": r"\div ",
+    "π": r"\pi ",
+    "∞": r"\infty ",
+    "∪": r"\cup ",
+    "≤": r"\le ",
+    "≥": r"\ge ",
+    "≠": r"\ne ",
+    "°": r"^{\circ}",
+    "½": r"\frac{1}{2}",
+    "¼": r"\frac{1}{4}",
+    "¾": r"\frac{3}{4}",
+    # Signs that look like a minus, and spaces of other widths.
+    "−": "-",
+    "–": "-",
+    "\u2011": "-",
+    "\u2009": " ",
+    "\u202f": " ",
+    "\u00a0": " ",
 }
 _SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻", "0123456789-")
 # A comma or a thin space between the thousands of a number.
@@ -22,16 +38,21 @@ _REPEATING_PATTERN = re.compile(
 )
 # The letter of a choice before its value, as in AMC problems: \textbf{(C)}\ 12.
 _CHOICE_PREFIX_PATTERN = re.compile(
-    r"(?:\\(?:text|textbf|mathrm|mathbf)\s*\{\s*\(?[A-E]\)?\s*\}|\([A-E]\))(?:\\[ ,;]|\\q?quad|~|\s|:)*(?=\S)"
+    r"(?:\\(?:text|textbf|mathrm|mathbf)\s*\{\s*\(?[A-E]\)?\s*\}|\([A-E]\))"
+    r"(?:\\[ ,;]|\\q?quad|~|\s|:)*(?=\S)"
 )
-_OUTER_SPACE_PATTERN = re.compile(r"^(?:\\[ ,;:!]|~|\\q?quad\b|\s)+|(?:\\[ ,;:!]|~|\\q?quad\b|[\s;,]|\\$)+$")
+_OUTER_SPACE_PATTERN = re.compile(
+    r"^(?:\\[ ,;:!]|~|\\q?quad\b|\s)+|(?:\\[ ,;:!]|~|\\q?quad\b|[\s;,]|\\$)+$"
+)
 _NUMBER = r"[-+]?\\?\$?\s*(?:\d[\d,]*(?:\.\d+)?|\.\d+)"
-_UNIT_PATTERN = re.compile(rf"({_NUMBER})\s*((?:[A-Za-z]{{2,}}[ -]?){{1,3}}|[A-Za-z]+/[A-Za-z]+(?:\^?\{{?2\}}?)?)")
+_UNIT_PATTERN = re.compile(
+    rf"({_NUMBER})\s*((?:[A-Za-z]{{2,}}[ -]?){{1,3}}|[A-Za-z]+/[A-Za-z]+(?:\^?\{{?2\}}?)?)"
+)
 # Words after a number that change its value, and words between two answers.
-_VALUE_WORDS = frozenset(
-    "or and not nor to between than hundred thousand million billion trillion dozen half halves "
-    "third thirds quarter quarters percent pi squared cubed factorial over times plus minus mod "
-    "divided less more remainder power sqrt sin cos tan log ln exp fifth fifths tenth tenths".split()
+_VALUE_WORD_PATTERN = re.compile(
+    r"(?i)\b(?:or|and|not|nor|to|between|than|hundred|thousand|[mbtr]+illion|dozen|half|halves|thirds?"
+    r"|quarters?|percent|pi|squared|cubed|factorial|over|times|plus|minus|mod|divided|less|more"
+    r"|remainder|power|sqrt|sin|cos|tan|log|ln|exp|fifths?|tenths?)\b"
 )
 _HEDGE_PATTERN = re.compile(r"(?i)\b(?:or|not|nor|between|either|maybe|perhaps)\b")
 # A bound is not a value.
@@ -39,13 +60,18 @@ _BOUND_PATTERN = re.compile(r"(?i)\bat (?:least|most)\b|\b(?:more|less|fewer|gre
 # What explains an answer, after it.
 _REASON_PATTERN = re.compile(r"(?is)[\s,;(]+(?:since|because|from|see|which|where|when|as in)\b.*")
 _NUMBER_WORDS = (
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen "
-    "sixteen seventeen eighteen nineteen twenty".split()
+    *("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"),
+    *("eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen"),
+    *("nineteen", "twenty"),
 )
 _WORDS_PATTERN = re.compile(r"(?=.{3})[A-Za-z]{2,}(?:[ '-]+[A-Za-z]{2,})*")
-_FUNCTION_NAMES = frozenset("sin cos tan cot sec csc log exp sqrt abs max min gcd lcm mod det".split())
+_FUNCTION_PATTERN = re.compile(
+    r"(?i)\b(?:sin|cos|tan|cot|sec|csc|log|exp|sqrt|abs|max|min|gcd|lcm|mod|det)\b"
+)
 # A dollar sign beside a space is one of money.
-_INLINE_PATTERN = re.compile(r"\$\$(.+?)\$\$|\$(?!\s)([^$]+)(?<!\s)\$(?!\d)|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
+_INLINE_PATTERN = re.compile(
+    r"\$\$(.+?)\$\$|\$(?!\s)([^$]+)(?<!\s)\$(?!\d)|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL
+)
 _PLAIN_WORD_PATTERN = re.compile(r"(?<![\\A-Za-z{])[A-Za-z]{2,}(?![A-Za-z]*\})")
 
 
@@ -61,7 +87,8 @@ def normalize_formula(text: str) -> str:
     text = re.sub(r"(?i)(?<=\d)\s*(?:percent|per cent)\b", r"\\%", text)
     text = _THOUSANDS_PATTERN.sub("", text)
     text = _REPEATING_PATTERN.sub(_to_fraction, text)
-    text = _CHOICE_PREFIX_PATTERN.sub("", text, count=1) if _starts_with_choice(text) else text
+    if prefix := _CHOICE_PREFIX_PATTERN.match(text):
+        text = text[prefix.end() :]
     text = re.sub(r"\((or|and)\b([^()]*)\)", r"\1\2", text)
     if _SPACED_THOUSANDS_PATTERN.fullmatch(text):
         text = text.replace(" ", "")
@@ -69,9 +96,7 @@ def normalize_formula(text: str) -> str:
         text = rf"{match[1]} \times 10^{{{int(match[2])}}}"
     if match := _MIXED_PATTERN.fullmatch(text):
         text = rf"{match[1]}\frac{{{match[2]}}}{{{match[3]}}}"
-    if (match := _UNIT_PATTERN.fullmatch(text)) and not _VALUE_WORDS & set(
-        re.findall(r"[a-z]+", match[2].lower())
-    ):
+    if (match := _UNIT_PATTERN.fullmatch(text)) and not _VALUE_WORD_PATTERN.search(match[2]):
         text = match[1]
     return answer.clean_answer(text)
 
@@ -97,7 +122,7 @@ def read_sentence(text: str) -> str | None:
     if _HEDGE_PATTERN.search(text) or re.search(r"[=\\^]", text):
         return text
     numbers = re.findall(rf"{_NUMBER}(?:/\d+)?(?:\s*\\?%)?", text)
-    return numbers[0] if len(numbers) == 1 and not _has_value_word(text) else text
+    return numbers[0] if len(numbers) == 1 and not _VALUE_WORD_PATTERN.search(text) else text
 
 
 def find_last_formula(text: str) -> str | None:
@@ -112,12 +137,12 @@ def find_last_formula(text: str) -> str | None:
     line = answer.clean_answer(line)
     if not _PLAIN_WORD_PATTERN.search(line):
         return line or None
-    return numbers[-1] if numbers and not _has_value_word(line) else None
+    return numbers[-1] if numbers and not _VALUE_WORD_PATTERN.search(line) else None
 
 
 def is_words(text: str) -> bool:
     """Tell whether an answer is words, such as a name, which as a formula would be a product."""
-    return bool(_WORDS_PATTERN.fullmatch(text)) and not _FUNCTION_NAMES & set(text.lower().split())
+    return bool(_WORDS_PATTERN.fullmatch(text)) and not _FUNCTION_PATTERN.search(text)
 
 
 def strip_text_command(text: str) -> str:
@@ -130,14 +155,6 @@ def have_other_bases(first: str, second: str) -> bool:
     """Tell whether two numbers are written in different bases, as 21_7 and 21_8 are."""
     bases = [re.search(r"(?<=\d)_\{?(\d+)\}?$", text) for text in (first, second)]
     return all(bases) and len({match[1] for match in bases if match}) > 1
-
-
-def _has_value_word(text: str) -> bool:
-    return bool(_VALUE_WORDS & set(re.findall(r"[a-z]+", text.lower())))
-
-
-def _starts_with_choice(text: str) -> bool:
-    return bool(_CHOICE_PREFIX_PATTERN.match(text))
 
 
 def _to_fraction(match: re.Match[str]) -> str:

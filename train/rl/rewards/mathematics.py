@@ -1,8 +1,8 @@
 """Mathematics: whether the answer equals the label, by math-verify in worker processes.
 
-An answer is read once, as one formula, so that `3 or 5` is the list of both and not 5. math-verify's
-own time limits use SIGALRM, which works in a main thread alone. They are switched off, and the pool
-kills a worker that takes too long.
+An answer is read once, as one formula, so that `3 or 5` is the list of both and not 5.
+math-verify's own time limits use SIGALRM, which works in a main thread alone. They are switched
+off, and the pool kills a worker that takes too long.
 """
 
 import functools

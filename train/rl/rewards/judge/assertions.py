@@ -1,7 +1,7 @@
 """The text of tests: what it asserts, which names it takes from the program, and its counted form.
 
-A test without an assertion passes every program. So each assertion is followed by a call that
-counts it, and a verdict without a counted assertion is none.
+A test without an assertion passes every program, and so does one that catches what its assertions
+raise. So a call before each assertion counts it as begun, and one after it as held.
 """
 
 import ast
@@ -9,7 +9,7 @@ import builtins
 import sys
 from collections.abc import Iterable
 
-COUNT_FUNCTION = "__count_assertion__"
+BEGIN_FUNCTION, HOLD_FUNCTION = "__begin_assertion__", "__hold_assertion__"
 PROGRAM_MODULE = "solution"
 
 
@@ -29,8 +29,9 @@ def parse_tests(text: str) -> ast.Module:
 
 
 def count_assertions(tree: ast.Module) -> ast.Module:
-    """Return the tree with a call of `COUNT_FUNCTION` after each assertion."""
-    return ast.fix_missing_locations(_AssertionCounter().visit(tree))
+    """Return the tree with calls of `BEGIN_FUNCTION` and `HOLD_FUNCTION` around assertions."""
+    _AssertionCounter().visit(tree)  # in place
+    return ast.fix_missing_locations(tree)
 
 
 def find_program_names(tree: ast.AST) -> tuple[set[str], set[str]]:
@@ -73,16 +74,21 @@ def is_standard_module(name: str) -> bool:
 
 def _is_assertion(node: ast.AST) -> bool:
     """Tell whether the statement fails by itself where a program is wrong."""
-    if isinstance(node, ast.Assert):
-        return True
-    if isinstance(node, ast.Expr):
-        return _is_assert_call(node.value)
-    if isinstance(node, ast.With):
-        return any(_is_assert_call(item.context_expr) for item in node.items)
-    # if f(1) != 2: raise ...; try: f(-1); assert False; except ValueError: pass
-    if isinstance(node, ast.If):
+    if isinstance(node, ast.If):  # if f(1) != 2: raise ...
         return _has_failure(node.body) or _has_failure(node.orelse)
-    return isinstance(node, ast.Try) and _has_failure([*node.body, *node.orelse])
+    if isinstance(node, ast.Try):  # try: f(-1); assert False; except ValueError: pass
+        return _has_failure([*node.body, *node.orelse])
+    if isinstance(node, ast.With):  # with pytest.raises(ValueError): ...
+        return any(_is_assert_call(item.context_expr) for item in node.items)
+    return _is_plain_assertion(node)
+
+
+def _is_plain_assertion(node: ast.AST) -> bool:
+    if isinstance(node, ast.Assert):
+        # `assert (f(1) == 2, "text")` holds for every program.
+        is_constant = isinstance(node.test, ast.Constant) and bool(node.test.value)
+        return not is_constant and not (isinstance(node.test, ast.Tuple) and node.test.elts)
+    return isinstance(node, ast.Expr) and _is_assert_call(node.value)
 
 
 def _is_assert_call(node: ast.AST) -> bool:
@@ -93,16 +99,30 @@ def _is_assert_call(node: ast.AST) -> bool:
 
 
 def _has_failure(body: Iterable[ast.stmt]) -> bool:
-    return any(isinstance(node, ast.Assert | ast.Raise) for node in body)
+    """Tell whether a block fails whenever it is reached."""
+    return any(
+        isinstance(node, ast.Raise)
+        or (
+            isinstance(node, ast.Assert)
+            and isinstance(node.test, ast.Constant)
+            and not node.test.value
+        )
+        for node in body
+    )
 
 
 class _AssertionCounter(ast.NodeTransformer):
-    """Puts a call after each statement that asserts."""
+    """Puts calls around each statement that asserts."""
 
     def visit(self, node: ast.AST) -> ast.AST | list[ast.AST]:
-        is_assertion = _is_assertion(node)
+        # Blocks hold assertions that they may catch on purpose: only their end counts.
+        is_plain, is_assertion = _is_plain_assertion(node), _is_assertion(node)
         self.generic_visit(node)
         if not is_assertion:
             return node
-        call = ast.Call(ast.Name(COUNT_FUNCTION, ast.Load()), [], [])
-        return [node, ast.copy_location(ast.Expr(call), node)]
+        begin, hold = (
+            ast.copy_location(ast.Expr(ast.Call(ast.Name(name, ast.Load()), [], [])), node)
+            for name in (BEGIN_FUNCTION, HOLD_FUNCTION)
+        )
+        # A block counts as begun at its end: one that ends by `return` asserts nothing wrong.
+        return [begin, node, hold] if is_plain else [node, begin, hold]

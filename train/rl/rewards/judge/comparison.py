@@ -67,9 +67,7 @@ def _is_same_number(word: str, wanted: str, tolerance: float) -> bool:
 
 def _is_near(value: float, wanted: float, tolerance: float) -> bool:
     try:
-        return value == wanted or math.isclose(
-            value, wanted, rel_tol=tolerance, abs_tol=tolerance
-        )
+        return value == wanted or math.isclose(value, wanted, rel_tol=tolerance, abs_tol=tolerance)
     except OverflowError:  # a whole number beyond all floats
         return False
 

@@ -147,14 +147,15 @@ class Connection:
             return {"range": [value.start, value.stop, value.step]}
         if kind is datetime.timedelta:
             return {"timedelta": [value.days, value.seconds, value.microseconds]}
-        if isinstance(value, tuple) and hasattr(value, "_fields"):
+        if issubclass(kind, tuple) and hasattr(kind, "_fields"):
             items = [self.encode(item) for item in value]
             return {"named": [kind.__name__, list(kind._fields)], "value": items}
-        if kind.__module__ == "numpy" and hasattr(value, "tolist"):
+        if kind.__module__ == "numpy" and hasattr(kind, "tolist"):
             return {"array": str(value.dtype), "value": self.encode(value.tolist())}
-        if isinstance(value, type | types.BuiltinFunctionType):
-            if getattr(builtins, value.__name__, None) is value:
-                return {"builtin": value.__name__}
+        # The name of another object may be anything, even code of the program.
+        is_named = isinstance(value, type | types.BuiltinFunctionType)
+        if is_named and getattr(builtins, value.__name__, None) is value:
+            return {"builtin": value.__name__}
         return self._export(value)
 
     def decode(self, value: Any) -> Any:
@@ -165,8 +166,10 @@ class Connection:
         """
         try:
             return self._decode(value)
-        except (KeyError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
+        except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
             raise ConnectionLost(f"it sent a damaged value: {error}") from None
+        except RecursionError:
+            raise ConnectionLost("it sent a value that nests too deep") from None
 
     def _decode(self, value: Any) -> Any:
         if isinstance(value, list):
@@ -185,7 +188,9 @@ class Connection:
         if "timedelta" in value:
             return datetime.timedelta(*value["timedelta"])
         if "named" in value:
-            return collections.namedtuple(*value["named"])(*map(self._decode, value["value"]))
+            name, fields = value["named"]
+            kind: Any = collections.namedtuple(name, fields)  # noqa: PYI024 - its names are data
+            return kind(*map(self._decode, value["value"]))
         if "array" in value:
             numpy = importlib.import_module("numpy")
             return numpy.array(self._decode(value["value"]), value["array"])[()]

@@ -68,7 +68,8 @@ class TestRun:
         self._imported, self._free_names = assertions.find_program_names(tree)
         self._entry_point = entry_point
         self._code = compile(assertions.count_assertions(tree), "tests.py", "exec")
-        self._num_assertions = 0
+        self._num_begun = 0
+        self._num_held = 0
 
     def run(self, client: remote_objects.ProgramClient, remote: Any, names: list[str]) -> bool:
         """Return whether the program passes.
@@ -85,16 +86,18 @@ class TestRun:
         except connection.UnsupportedValue as error:
             raise TestsFailed(str(error)) from None
         except BaseException as error:
-            # After a call, what fails may be a value of the program. An import of a name that the
+            # After a use, what fails may be a value of the program. An import of a name that the
             # program does not define is its fault, too.
             is_missing = isinstance(error, ImportError) and not self._imported <= set(names)
             is_missing |= isinstance(error, NameError) and not self._free_names <= set(names)
-            if client.num_calls or is_missing or hasattr(error, "is_of_program"):
+            if client.num_uses or is_missing or hasattr(error, "is_of_program"):
                 return False
             raise TestsFailed(f"{type(error).__name__}: {error}") from None
-        if not self._num_assertions and not client.num_calls:
-            raise TestsFailed("the tests ran no assertion, and never called the program")
-        return self._num_assertions > 0
+        if not client.num_uses:
+            count = "some assertions" if self._num_held else "no assertion"
+            raise TestsFailed(f"the tests ran {count}, and never used the program")
+        # An assertion that did not hold counts, whatever the tests catch.
+        return 0 < self._num_held == self._num_begun
 
     def _run_all(self, client: Any, remote: Any, names: set[str]) -> None:
         namespace = self._make_namespace(remote, names)
@@ -107,13 +110,14 @@ class TestRun:
         own = {name: value for name, value in namespace.items() if not name.startswith("__")}
         _run_test_cases(own)
         _run_test_functions(own)
-        if not self._num_assertions and isinstance(own.get("check"), types.FunctionType):
+        if not self._num_held and isinstance(own.get("check"), types.FunctionType):
             own["check"](self._find_candidate(client, remote, names))
 
     def _make_namespace(self, remote: Any, names: set[str]) -> dict[str, Any]:
         module = ProgramModule(remote, self._free_names & names)
         sys.modules[assertions.PROGRAM_MODULE] = module
-        namespace = {"__name__": "__main__", assertions.COUNT_FUNCTION: self._count}
+        namespace = {"__name__": "__main__", assertions.BEGIN_FUNCTION: self._begin}
+        namespace[assertions.HOLD_FUNCTION] = self._hold
         for name in self._free_names:
             if name == "candidate" and name not in names and self._entry_point:
                 namespace[name] = find_callable(remote, names, self._entry_point)
@@ -127,11 +131,14 @@ class TestRun:
         if self._entry_point is None and len(self._imported) != 1:
             raise TestsFailed("got check(candidate) without an entry_point")
         entry_point = self._entry_point or next(iter(self._imported))
-        client.num_calls += 1  # what goes wrong from here on is the program's
+        client.num_uses += 1  # what goes wrong from here on is the program's
         return find_callable(remote, names, entry_point)
 
-    def _count(self) -> None:
-        self._num_assertions += 1
+    def _begin(self) -> None:
+        self._num_begun += 1
+
+    def _hold(self) -> None:
+        self._num_held += 1
 
 
 def find_callable(remote: Any, names: set[str] | list[str], name: str) -> Any:
@@ -235,9 +242,9 @@ def judge(request: dict[str, Any], output: TextIO) -> bool:
         remote, names = client.request("load", request["program"])
     except BaseException:  # of the program
         return False
-    if tests is None:
-        return _judge_call(client, remote, names, call)
-    return tests.run(client, remote, names)
+    if tests is not None:
+        return tests.run(client, remote, names)
+    return _judge_call(client, remote, names, request["call"])
 
 
 def main() -> None:
@@ -250,7 +257,7 @@ def main() -> None:
     request = json.load(sys.stdin)
     output = os.fdopen(os.dup(1), "w")
     # Tests print, too.
-    sys.stdout = sys.stderr = open(os.devnull, "w")
+    sys.stdout = sys.stderr = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
     sys.modules["pytest"] = pytest_shim.make_module()
     unittest.main = lambda *_, **__: None  # pyright: ignore[reportAttributeAccessIssue]
     random.seed(0)

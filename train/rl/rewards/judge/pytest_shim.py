@@ -87,8 +87,10 @@ def _mark_parametrize(names: Any, values: Any, **_: Any) -> Callable[..., Any]:
     keys = [name.strip() for name in names.split(",")] if isinstance(names, str) else list(names)
     rows = [row.values if isinstance(row, ParameterSet) else row for row in values]
     if len(keys) == 1:  # each value is the parameter itself, which may be a tuple
-        rows = [row if isinstance(original, ParameterSet) else (row,)
-                for original, row in zip(values, rows, strict=True)]
+        rows = [
+            row if isinstance(original, ParameterSet) else (row,)
+            for original, row in zip(values, rows, strict=True)
+        ]
     cases = [dict(zip(keys, row, strict=True)) for row in rows]
 
     def mark(function: Any) -> Any:

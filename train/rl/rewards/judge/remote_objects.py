@@ -23,7 +23,7 @@ class ProgramClient:
 
     def __init__(self, reader: Any, writer: Any):
         """Take the two pipes to the program's process."""
-        self.num_calls = 0  # calls of the program so far
+        self.num_uses = 0  # of the program so far: calls, and values that were read
         self._functions: list[Callable[..., Any]] = []  # the test's own, which the program may call
         self._objects: dict[int, RemoteObject] = {}  # one for each, so that `is` holds
         self._exceptions: dict[str, type[BaseException]] = {}
@@ -38,6 +38,7 @@ class ProgramClient:
           ConnectionLost: the process died.
           BaseException: what the program raised.
         """
+        self.num_uses += operation not in ("load", "get")
         reply = self._connection.request(operation, *arguments)
         sys.stdout.write(str(reply.get("printed", "")))
         if "raise" in reply:
@@ -47,7 +48,10 @@ class ProgramClient:
             after = self._connection.decode(reply["after"])
             _update_arguments(before[0], after[0])
             _update_arguments(list(before[1].values()), list(after[1].values()))
-        return self._connection.decode(reply.get("value"))
+        value = self._connection.decode(reply.get("value"))
+        # To name a function is no use yet.
+        self.num_uses += operation == "get" and not isinstance(value, RemoteObject | type)
+        return value
 
     def _make_exception(self, encoded: dict[str, Any]) -> BaseException:
         try:
@@ -55,7 +59,8 @@ class ProgramClient:
             error = kind.__new__(kind)
             error.args = tuple(map(self._connection.decode, encoded["arguments"]))
             for name, value in encoded["attributes"].items():
-                setattr(error, name, self._connection.decode(value))
+                if not name.startswith("_"):
+                    setattr(error, name, self._connection.decode(value))
             error.is_of_program = True  # pyright: ignore[reportAttributeAccessIssue]
         except (KeyError, TypeError, AttributeError) as wrong:
             raise connection.ConnectionLost(f"it sent a damaged exception: {wrong}") from None
@@ -102,9 +107,7 @@ class RemoteObject:
         _client_of(self).request("set", self, name, value)
 
     def __call__(self, *arguments: Any, **named: Any) -> Any:
-        client = _client_of(self)
-        client.num_calls += 1
-        return client.request("call", self, list(arguments), named)
+        return _client_of(self).request("call", self, list(arguments), named)
 
     def __bool__(self) -> bool:
         return bool(_client_of(self).request("truth", self))
@@ -135,7 +138,9 @@ def _make_special(name: str) -> Callable[..., Any]:
 def _make_binary_operator(name: str) -> Callable[[RemoteObject, Any], Any]:
     def operate(self: RemoteObject, other: Any) -> Any:
         # Python then tries the other operand, and at last says that they are not equal.
-        return _call_special(self, name, other) if isinstance(other, RemoteObject) else NotImplemented
+        return (
+            _call_special(self, name, other) if isinstance(other, RemoteObject) else NotImplemented
+        )
 
     return operate
 
