@@ -4,11 +4,14 @@ A reward without a label, or code without tests, has no score for any sample. Fo
 run, that is paid sampling which teaches nothing.
 """
 
+import json
+import pathlib
 from collections.abc import Callable
 from typing import Any
 
 import tqdm
 
+from m1_jax import durable
 from train.data import records
 from train.rl import sample as sample_lib
 from train.rl import tasks as tasks_lib
@@ -16,6 +19,7 @@ from train.rl.environments import catalog as environment_catalog
 from train.rl.rewards import catalog as reward_catalog
 from train.rl.rewards import compose
 
+_VERSION = 1  # of the checks: another one has all tasks checked again
 TaskCheck = Callable[[sample_lib.Task], Any]
 
 
@@ -24,12 +28,14 @@ def check_needs(
     source_name: str,
     rewards: compose.RewardsConfig | None,
     environment: str | None,
+    record: pathlib.Path | None = None,
 ) -> None:
-    """Check all tasks of a source.
+    """Check all tasks of a source. Later starts with the same tasks and needs check none.
 
     Args:
       rewards: the rewards of all sources, None where the environment gives all of them.
       environment: name of the environment, None without an agent.
+      record: file that remembers what was checked.
 
     Raises:
       DataError: tasks that lack something. The message has their number, and the first one's file
@@ -37,6 +43,10 @@ def check_needs(
     """
     checks = find_checks(source_name, rewards, environment)
     if not checks:
+        return
+    users = [user for user, _ in checks]
+    checked = json.dumps({"version": _VERSION, "tasks": tasks.fingerprint(), "needed_by": users})
+    if record is not None and record.exists() and record.read_text() == checked:
         return
     first_error, num_wrong = "", 0
     # Many tasks take a while, so there is a progress bar.
@@ -54,6 +64,8 @@ def check_needs(
             f"The first is {first_error}. Mend or remove these tasks, name other columns by keys=, "
             "or use another reward."
         )
+    if record is not None:
+        durable.write_text_atomically(record, checked)
 
 
 def find_checks(

@@ -12,15 +12,19 @@ Columns that hold the tests of code or expected tool calls join the metadata.
 """
 
 import dataclasses
+import hashlib
 import json
 import pathlib
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Literal
 
 from absl import logging
 
 from train.data import records
 from train.rl import sample as sample_lib
 from train.rl import task_columns, task_json, task_store
+
+TASK_KEYS = task_columns.TASK_KEYS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,14 +34,15 @@ class TaskSource:
     Attributes:
       name: name of the source. The config lists its rewards under this name.
       path: JSON lines, Parquet or ArrayRecord files.
-      keys: (field, key) pairs, for files whose keys are not in
-        `task_columns.TASK_KEYS`. An empty key leaves the
+      keys: (field, key) pairs, for files whose keys are not in `TASK_KEYS`. An empty key leaves the
         field out. Metadata that is a list becomes {key: list}.
       make: instead of a path, an environment ("lookup", "files", "repair") that makes the tasks, or
         "logic:NAME" for a generator of reasoning-gym.
       size: number of tasks to make.
       seed: seed of the generator.
       options: (name, value) pairs for a generator of reasoning-gym.
+      overlong: what happens to tasks whose prompt is longer than `rollout.max_prompt_tokens`:
+        "error" stops the run before its first batch, "drop" leaves them out and logs how many.
     """
 
     name: str
@@ -47,8 +52,13 @@ class TaskSource:
     size: int = 0
     seed: int = 0
     options: tuple[tuple[str, Any], ...] = ()
+    overlong: Literal["error", "drop"] = "error"
 
     def __post_init__(self):
+        if self.overlong not in ("error", "drop"):
+            raise ValueError(
+                f"tasks {self.name}: got overlong {self.overlong!r}; wanted 'error' or 'drop'"
+            )
         if bool(self.path) == bool(self.make) or (self.make and self.size < 1):
             raise ValueError(
                 f"tasks {self.name}: got path {self.path!r}, make {self.make!r}, size {self.size}; "
@@ -59,11 +69,11 @@ class TaskSource:
                 f"tasks {self.name}: got keys {self.keys}, options {self.options}; wanted keys "
                 "with a path alone, and options with make='logic:NAME' alone"
             )
-        unknown = [field for field, _ in self.keys if field not in task_columns.TASK_KEYS]
+        unknown = [field for field, _ in self.keys if field not in TASK_KEYS]
         if unknown:
             raise ValueError(
                 f"tasks {self.name}: got the key {unknown[0]!r}; wanted some of "
-                f"{', '.join(task_columns.TASK_KEYS)}"
+                f"{', '.join(TASK_KEYS)}"
             )
 
 
@@ -236,3 +246,43 @@ class FileTasks:
     def close(self) -> None:
         """Close the files."""
         self._records.close()
+
+
+class TaskSubset(Sequence[sample_lib.Task]):
+    """The tasks of a source that are left when some are dropped. They keep their names.
+
+    Args:
+      tasks: all tasks of the source.
+      indices: those that stay, in order.
+    """
+
+    def __init__(self, tasks: FileTasks | GeneratedTasks, indices: Sequence[int]):
+        self._tasks, self._indices = tasks, list(indices)
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, index: Any) -> Any:  # a whole number, and a task
+        return self._tasks[self._indices[index]]
+
+    def location(self, index: int) -> str:
+        """Return where a task is, for messages."""
+        return self._tasks.location(self._indices[index])
+
+    def fingerprint(self) -> list[list]:
+        """Return the fingerprint of all tasks, and then that of the choice."""
+        digest = hashlib.sha256(json.dumps(self._indices).encode()).hexdigest()
+        return [*self._tasks.fingerprint(), ["kept", len(self._indices), digest]]
+
+    def check_fingerprint(self, saved: list[list]) -> None:
+        """Raise DataError if the tasks are not those of a fingerprint."""
+        self._tasks.check_fingerprint(saved[:-1])
+        if saved != self.fingerprint():
+            raise records.DataError(
+                f"tasks: got {len(self)} that are short enough; wanted the {saved[-1][1]} that the "
+                "run began with. Give rollout.max_prompt_tokens and the tokenizer their old values."
+            )
+
+    def close(self) -> None:
+        """Close the files."""
+        self._tasks.close()

@@ -147,9 +147,10 @@ class Connection:
             return {"range": [value.start, value.stop, value.step]}
         if kind is datetime.timedelta:
             return {"timedelta": [value.days, value.seconds, value.microseconds]}
-        if issubclass(kind, tuple) and hasattr(kind, "_fields"):
+        fields = getattr(kind, "_fields", None)
+        if issubclass(kind, tuple) and fields is not None:
             items = [self.encode(item) for item in value]
-            return {"named": [kind.__name__, list(kind._fields)], "value": items}
+            return {"named": [kind.__name__, list(fields)], "value": items}
         if kind.__module__ == "numpy" and hasattr(kind, "tolist"):
             return {"array": str(value.dtype), "value": self.encode(value.tolist())}
         # The name of another object may be anything, even code of the program.
@@ -189,7 +190,7 @@ class Connection:
             return datetime.timedelta(*value["timedelta"])
         if "named" in value:
             name, fields = value["named"]
-            kind: Any = collections.namedtuple(name, fields)  # noqa: PYI024 - its names are data
+            kind: Any = collections.namedtuple(name, fields)
             return kind(*map(self._decode, value["value"]))
         if "array" in value:
             numpy = importlib.import_module("numpy")
