@@ -118,6 +118,7 @@ LIVE = json.dumps([{"input": "2", "output": "4", "testtype": "functional"}])
         {"test": HUMAN_EVAL, "entry_point": "f"},
         {"test_code": "from solution import f\n" + HUMAN_EVAL},
         {"test_list": ["assert f(2) == 4", "assert f(3) == 9"]},
+        {"test_code": "def check(g: Callable) -> List[int]:\n    assert g(2) == 4\ncheck(f)"},
         {"test_list": ["assert math.isclose(f(2), n)"], "test_setup_code": "n = 4"},
         {"test": UNITTEST},
         {"test": PYTEST},
@@ -152,6 +153,7 @@ def test_methods_of_class_solution():
 )
 def test_shapes_of_input_and_output(metadata):
     (test,) = code_tests.read_tests(_task(metadata))
+    assert isinstance(test, code_tests.StdinTest)
     assert (test.stdin.strip(), test.stdout.strip()) == ("1 2", "3")
 
 
@@ -199,6 +201,15 @@ def test_tests_that_cannot_be_used(metadata, message):
         ("n = int('a')\nassert f(2) == 4", "invalid literal"),
         ("from solution import f\nn = 1\nassert n == 1", "never used the program"),
         ("class Node: pass\nassert f(Node()) == 4", "the tests pass a Node"),
+        (
+            "def check(candidate):\n    n = 1\n    assert n == 1\nfrom solution import f",
+            "never used",
+        ),
+        ("from solution import f\nassert int(1) == 2\nassert f(2) == 4", "AssertionError"),
+        (
+            UNITTEST.replace("f(2)", "undefined(f(2))").replace("self.assert", "no.assert"),
+            "'no' is",
+        ),
         ("def test_f(database):\n    assert f(2) == 4", "got the fixture 'database'"),
     ],
 )

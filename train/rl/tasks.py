@@ -16,7 +16,7 @@ import hashlib
 import json
 import pathlib
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 from absl import logging
 
@@ -52,7 +52,7 @@ class TaskSource:
     size: int = 0
     seed: int = 0
     options: tuple[tuple[str, Any], ...] = ()
-    overlong: Literal["error", "drop"] = "error"
+    overlong: str = "error"
 
     def __post_init__(self):
         if self.overlong not in ("error", "drop"):

@@ -16,7 +16,7 @@ reads. A task whose metadata has no tests may have them as its label.
 import ast
 import dataclasses
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from train.rl import sample as sample_lib
@@ -214,7 +214,7 @@ def _make_assert_test(source: Any, entry_point: str | None, name: str) -> Assert
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
     imported, _ = assertions.find_program_names(tree)
-    if entry_point is None and len(imported) != 1 and _needs_candidate(tree):
+    if entry_point is None and len(imported) != 1 and assertions.needs_candidate(tree):
         raise ValueError(f"{name}: got check(candidate), which nothing calls; wanted entry_point")
     for node in ast.walk(tree):
         if isinstance(node, ast.arg) and node.arg in _REFUSED_FIXTURES:
@@ -223,16 +223,3 @@ def _make_assert_test(source: Any, entry_point: str | None, name: str) -> Assert
                 "wanted tests that call the program and compare what it returns"
             )
     return AssertTest(source, entry_point)
-
-
-def _needs_candidate(tree: ast.Module) -> bool:
-    check = assertions.find_function(tree, "check")
-    calls = (node.func for node in ast.walk(tree) if isinstance(node, ast.Call))
-    is_called = any(isinstance(f, ast.Name) and f.id == "check" for f in calls)
-    return check is not None and not is_called
-
-
-def has_tests(metadata: Mapping[str, Any]) -> bool:
-    """Tell whether metadata has an entry that holds tests."""
-    names: Sequence[str] = (*_LIST_KEYS, *_CODE_KEYS, "inputs", "test_list")
-    return any(metadata.get(name) for name in names)

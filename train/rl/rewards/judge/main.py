@@ -21,6 +21,7 @@ import random
 import subprocess
 import sys
 import types
+import typing
 import unittest
 from typing import Any, TextIO
 
@@ -67,6 +68,7 @@ class TestRun:
         """
         self._imported, self._free_names = assertions.find_program_names(tree)
         self._entry_point = entry_point
+        self._needs_candidate = assertions.needs_candidate(tree)
         self._code = compile(assertions.count_assertions(tree), "tests.py", "exec")
         self._num_begun = 0
         self._num_held = 0
@@ -78,28 +80,39 @@ class TestRun:
           TestsFailed: the tests fail by themselves.
         """
         try:
-            self._run_all(client, remote, set(names))
+            self._run_all(remote, set(names))
         except TestsFailed:
             raise
-        except (connection.ConnectionLost, AssertionError):
-            return False
         except connection.UnsupportedValue as error:
             raise TestsFailed(str(error)) from None
+        except connection.ConnectionLost:
+            return False
         except BaseException as error:
-            # After a use, what fails may be a value of the program. An import of a name that the
-            # program does not define is its fault, too.
-            is_missing = isinstance(error, ImportError) and not self._imported <= set(names)
-            is_missing |= isinstance(error, NameError) and not self._free_names <= set(names)
-            if client.num_uses or is_missing or hasattr(error, "is_of_program"):
-                return False
-            raise TestsFailed(f"{type(error).__name__}: {error}") from None
+            if self._is_own_fault(error, client, set(names)):
+                raise TestsFailed(f"{type(error).__name__}: {error}") from None
+            return False
         if not client.num_uses:
             count = "some assertions" if self._num_held else "no assertion"
             raise TestsFailed(f"the tests ran {count}, and never used the program")
         # An assertion that did not hold counts, whatever the tests catch.
         return 0 < self._num_held == self._num_begun
 
-    def _run_all(self, client: Any, remote: Any, names: set[str]) -> None:
+    def _is_own_fault(
+        self, error: BaseException, client: remote_objects.ProgramClient, names: set[str]
+    ) -> bool:
+        """Tell whether the tests fail by themselves, whatever the program does."""
+        if hasattr(error, "is_of_program"):
+            return False
+        # A name that the program does not define is its fault, unless the task says which function
+        # it wants, and that one is there.
+        if isinstance(error, NameError) and not self._free_names <= names:
+            return self._entry_point in names
+        if isinstance(error, ImportError) and not self._imported <= names:
+            return False
+        # After a use, what fails may be a value of the program.
+        return not client.num_uses
+
+    def _run_all(self, remote: Any, names: set[str]) -> None:
         namespace = self._make_namespace(remote, names)
         try:
             exec(self._code, namespace)
@@ -110,8 +123,8 @@ class TestRun:
         own = {name: value for name, value in namespace.items() if not name.startswith("__")}
         _run_test_cases(own)
         _run_test_functions(own)
-        if not self._num_held and isinstance(own.get("check"), types.FunctionType):
-            own["check"](self._find_candidate(client, remote, names))
+        if self._needs_candidate:
+            own["check"](self._find_candidate(remote, names))
 
     def _make_namespace(self, remote: Any, names: set[str]) -> dict[str, Any]:
         module = ProgramModule(remote, self._free_names & names)
@@ -121,17 +134,18 @@ class TestRun:
         for name in self._free_names:
             if name == "candidate" and name not in names and self._entry_point:
                 namespace[name] = find_callable(remote, names, self._entry_point)
+            elif name in typing.__all__:  # annotations without their import
+                namespace[name] = getattr(typing, name)
             elif name in names:
                 namespace[name] = getattr(remote, name)
             elif name in _MODULE_ALIASES or assertions.is_standard_module(name):
                 namespace[name] = importlib.import_module(_MODULE_ALIASES.get(name, name))
         return namespace
 
-    def _find_candidate(self, client: Any, remote: Any, names: set[str]) -> Any:
+    def _find_candidate(self, remote: Any, names: set[str]) -> Any:
         if self._entry_point is None and len(self._imported) != 1:
             raise TestsFailed("got check(candidate) without an entry_point")
         entry_point = self._entry_point or next(iter(self._imported))
-        client.num_uses += 1  # what goes wrong from here on is the program's
         return find_callable(remote, names, entry_point)
 
     def _begin(self) -> None:
@@ -163,7 +177,8 @@ def _run_test_cases(own: dict[str, Any]) -> None:
     for case in cases:
         unittest.defaultTestLoader.loadTestsFromTestCase(case).run(result)
     if result.failures or result.errors:
-        raise AssertionError(str((result.failures + result.errors)[0][1]))
+        lines = (result.failures + result.errors)[0][1].strip().splitlines()
+        raise AssertionError(lines[-1])
 
 
 def _run_test_functions(own: dict[str, Any]) -> None:
