@@ -297,6 +297,7 @@ class Stack:
 def sort(items): items.sort()
 def count(n): yield from range(n)
 def apply(function, items): return [function(item) for item in items]
+def twice(function): return lambda *items, **named: [function(*items, **named)] * 2
 def show(): print("shown")
 """
     tests = """
@@ -318,6 +319,7 @@ def test_all(capsys):
     assert numbers == [1, 2, 3] == list(count(4))[1:]
     assert Point(1, 2) == (1, 2) and Point(1, 2).y == 2
     assert apply(lambda item: item + 1, numbers) == [2, 3, 4] and apply(str, [1]) == ["1"]
+    assert twice(lambda x, y=0: x + y)(1, y=2) == [3, 3]
     show()
     assert capsys.readouterr().out == "shown\\n"
 """

@@ -88,8 +88,8 @@ class ProgramServer:
             return self._objects[description["object"]]
         number = description["function"]
 
-        def call_judge(*arguments: Any) -> Any:
-            reply = self._connection.request("call", number, list(arguments))
+        def call_judge(*arguments: Any, **named: Any) -> Any:
+            reply = self._connection.request("call", number, list(arguments), named)
             if "raise" in reply:
                 kind = connection.make_exception_class(reply["raise"]["class"], {})
                 raise kind(*reply["raise"]["arguments"])

@@ -70,8 +70,8 @@ class ProgramClient:
         # The program may do nothing here but call functions that it was given.
         if operation != "call":
             raise TypeError(f"got the request {operation!r}; wanted a call")
-        number, values = arguments
-        return {"value": self._connection.encode(self._functions[number](*values))}
+        number, values, named = arguments
+        return {"value": self._connection.encode(self._functions[number](*values, **named))}
 
     def _export(self, value: Any) -> dict[str, Any]:
         if isinstance(value, RemoteObject):
