@@ -15,8 +15,8 @@ from train.rl import sample as sample_lib
 THINKING_START, THINKING_END = "<think>", "</think>"
 # The colon may lie inside or outside of Markdown's emphasis. A heading needs none.
 _LINE_PATTERN = re.compile(
-    r"(?im)(?:(?<![a-z])answer[*_ \t]*[:：]|^[ \t]*#+[ \t*]*(?:final[ \t]+)?answer[*_ \t]*$)"
-    r"[*_]*\s*"
+    r"(?im)(?:(?:(?<![a-z])answer|答案)[*_ \t]*[:：]"
+    r"|^[ \t]*#+[ \t*]*(?:final[ \t]+)?answer[*_ \t]*$)[*_]*\s*"
 )
 _BOX_PATTERN = re.compile(r"\\(?:boxed|fbox)\s*\{")
 _OPEN_BOX_PATTERN = re.compile(r"\\boxed[ \t]+([^\s{}$]+)")  # \boxed 5
@@ -31,7 +31,8 @@ _SENTENCE_END_PATTERN = re.compile(r"\.(?=\s+[A-Z])")
 _WRAPPERS = (("**", "**"), ("__", "__"), ("$$", "$$"), ("$", "$"), ("`", "`"))
 _MATH_WRAPPERS = ((r"\(", r"\)"), (r"\[", r"\]"))
 _CHOICE_PATTERN = re.compile(
-    r"(?:\\(?:text|textbf|mathrm|mathbf)\s*\{)?\s*\(?([A-Z])\)?\s*\}?(?:[.):]*|[.):]+(?:\s.*|\s*\}.*))",
+    r"(?:(?i:option|choice)\s+)?(?:\\(?:text|textbf|mathrm|mathbf)\s*\{)?\s*\(?([A-Z])\)?\s*\}?"
+    r"(?:[.):]*|[.):]+(?:\s.*|\s*\}.*))",
     re.DOTALL,
 )
 
