@@ -4,12 +4,13 @@ import asyncio
 import collections
 import functools
 import json
+import time
 import types
 
 import pytest
 
 from train.rl import sample as sample_lib
-from train.rl.rewards import code_tests, coding, fences, runner
+from train.rl.rewards import answer, code_tests, coding, fences, runner
 from train.rl.rewards.judge import assertions, comparison
 
 
@@ -74,6 +75,29 @@ def test_fences_in_lists_and_docstrings():
     assert fences.extract_program("```python\ndef f(:\n```\nOutput:\n```\n4\n```") == "def f(:\n"
     assert fences.extract_program("```bash\nls\n```") is None
     assert fences.extract_program("no `program`") is None
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "\\boxed{" * 20_000 + "}" * 20_000,
+        "\\boxed{1}, " * 20_000,
+        "Answer: " + ". " * 100_000,
+        "Answer:\n" * 30_000,
+        "<answer>" * 30_000,
+        "`" * 200_000 + "x",
+        "```python\n" * 5_000,
+        "```\n" * 20_001,
+        "#" * 100_000 + " ",
+        "the answer is " * 20_000,
+    ],
+)
+def test_no_text_takes_long_to_read(text):
+    """These functions run in the trainer's own process."""
+    began = time.process_time()
+    answer.extract_answer(text)
+    fences.extract_program(text)
+    assert time.process_time() - began < 5
 
 
 HUMAN_EVAL = "METADATA = {}\n\ndef check(candidate):\n    assert candidate(2) == 4\n"

@@ -94,13 +94,14 @@ def test_mathematics_needs_a_label(workers):
     reward = mathematics.MathematicsReward(workers)
     for label, message in (
         (None, "got no label"),
-        ("", "not empty"),
         ({"target": ["34"]}, r"got the label .*keys=\(\('label', 'KEY.target'\),\)"),
         ([], "got no label"),
         ([{"target": "34"}], "wanted text, a number, or a list"),
     ):
         with pytest.raises(ValueError, match=f"task 't': .*{message}"):
             _score(reward, "Answer: 5", label)
+    with pytest.raises(pool.WorkerError, match="wanted a formula"):
+        _score(reward, "Answer: 5", "")
     with pytest.raises(ValueError, match="limit_secs: got 0"):
         mathematics.MathematicsReward(workers, limit_secs=0)
 

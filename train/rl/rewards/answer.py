@@ -12,6 +12,7 @@ from typing import Any
 
 from train.rl import sample as sample_lib
 
+_MAX_DEPTH = 8  # of forms and marks within each other: a text of nothing else must not take hours
 THINKING_START, THINKING_END = "<think>", "</think>"
 # The colon may lie inside or outside of Markdown's emphasis. A heading needs none.
 _LINE_PATTERN = re.compile(
@@ -58,7 +59,10 @@ def extract_answer(text: str) -> str | None:
             return None
         line = sentences[-1].group(1) or sentences[-1].group(2) or ""
         return clean_answer(_SENTENCE_END_PATTERN.split(line)[0])
-    while (inner := _find_last_form(content)) is not None:
+    for _ in range(_MAX_DEPTH):
+        inner = _find_last_form(content)
+        if inner is None:
+            break
         content = inner
     return clean_answer(content)
 
@@ -71,10 +75,9 @@ def find_tagged_answer(text: str) -> str | None:
 
 def clean_answer(text: str) -> str:
     """Return an answer without what is written around it: emphasis, math mode, a closing point."""
-    previous = None
-    while text != previous:
+    text = text.strip()
+    for _ in range(_MAX_DEPTH):
         previous = text
-        text = text.strip()
         if text.endswith(".") and not text.endswith(".."):
             text = text[:-1].rstrip()
         for start, end in (*_WRAPPERS, *_MATH_WRAPPERS):
@@ -86,6 +89,9 @@ def clean_answer(text: str) -> str:
         for mark in ("**", "__", "`"):
             if text.endswith(mark) and text.count(mark) == 1:
                 text = text.removesuffix(mark)
+        text = text.strip()
+        if text == previous:
+            break
     return text
 
 
@@ -115,10 +121,13 @@ def read_labels(task: sample_lib.Task) -> list[str]:
         raise ValueError(
             f"got the label {label!r:.80}; wanted text, a number, or a list of them.{remedy}"
         )
-    labels = [_clean_label(str(value)) for value in values]
-    if not all(labels):
-        raise ValueError(f"got the label {label!r:.80}; wanted one that is not empty")
-    return labels
+    return [_clean_label(str(value)) for value in values]
+
+
+def check_labels(task: sample_lib.Task) -> None:
+    """Raise ValueError where a task has no label, one that is empty, or one that is no text."""
+    if not all(read_labels(task)):
+        raise ValueError(f"got the label {task.label!r:.80}; wanted one that is not empty")
 
 
 def _clean_label(label: str) -> str:

@@ -46,7 +46,7 @@ REWARD_FACTORIES: dict[str, Callable[..., Any]] = {
 # What a reward needs of a task, as a function that raises ValueError where the task lacks it. A
 # reward that is not here takes any task.
 TASK_CHECKS: dict[str, Callable[[sample_lib.Task], object]] = {
-    "exact": answer.read_labels,
+    "exact": answer.check_labels,
     "mathematics": mathematics.check_labels,
     "logic": logic.check_task,
     "code": code_tests.read_tests,

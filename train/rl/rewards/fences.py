@@ -11,6 +11,7 @@ _OPENING_PATTERN = re.compile(r"^(?P<before>[^`~]*)(?P<fence>`{3,}|~{3,})[ \t]*(
 _CLOSING_PATTERN = re.compile(r"^(?P<before>.*?)(?P<fence>`{3,}|~{3,})[ \t]*(</?\w+>)?[ \t.]*$")
 _PYTHON_TAG_PATTERN = re.compile(r"(?i)[{.\s]*(python[0-9.]*|py[0-9]?)\b")
 _MAX_INNER_FENCES = 9
+_MAX_FENCE_CHARS = 300  # of a line that opens or closes: patterns take long on longer ones
 
 
 def extract_program(text: str) -> str | None:
@@ -27,7 +28,7 @@ def extract_program(text: str) -> str | None:
     plain_blocks: list[str] = []
     number = 0
     while number < len(lines):
-        opening = _OPENING_PATTERN.match(lines[number])
+        opening = _match_line(_OPENING_PATTERN, lines[number])
         number += 1
         if opening is None:
             continue
@@ -54,8 +55,8 @@ def _read_block(lines: list[str], start: int, fence: str, num_skipped: int = 0) 
       num_skipped: how many fences that could end the block belong to it.
     """
     for number in range(start, len(lines)):
-        closing = _CLOSING_PATTERN.match(lines[number])
-        opening = _OPENING_PATTERN.match(lines[number])
+        closing = _match_line(_CLOSING_PATTERN, lines[number])
+        opening = _match_line(_OPENING_PATTERN, lines[number])
         is_closing = closing is not None and closing["fence"].startswith(fence)
         # Another block begins where this one was never closed.
         is_opening = not is_closing and opening is not None and not opening["before"].strip()
@@ -69,6 +70,10 @@ def _read_block(lines: list[str], start: int, fence: str, num_skipped: int = 0) 
         last_line = [closing["before"]] if closing["before"].strip() else []
         return number + 1, "\n".join([*lines[start:number], *last_line])
     return len(lines), "\n".join(lines[start:])
+
+
+def _match_line(pattern: re.Pattern[str], line: str) -> re.Match[str] | None:
+    return pattern.match(line) if len(line) <= _MAX_FENCE_CHARS else None
 
 
 def _is_program(text: str) -> bool:

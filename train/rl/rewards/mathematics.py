@@ -23,6 +23,7 @@ def check_labels(task: sample_lib.Task) -> None:
 
     Whether math-verify parses it is known when the first answer is graded.
     """
+    answer.check_labels(task)
     for label in answer.read_labels(task):
         text = formula.normalize_formula(label)
         depth = text.replace(r"\{", "").count("{") - text.replace(r"\}", "").count("}")
@@ -91,9 +92,11 @@ def _is_equal(found: str | None, extracted: str | None, label: str) -> bool:
     if found is None:
         return False
     # An answer that cannot be parsed is wrong, not a failure: no raise_on_error here.
-    text = formula.normalize_formula(found)
+    text, wanted = formula.normalize_formula(found), formula.normalize_formula(label)
+    if "".join(text.split()) == "".join(wanted.split()):
+        return True
     parsed = math_verify.parse(f"\\boxed{{{text}}}", parsing_timeout=0)
-    if formula.have_other_bases(formula.normalize_formula(label), text):
+    if formula.have_other_bases(wanted, text):
         return False
     # The order of the arguments matters: an interval may answer an inequality, not the reverse.
     is_equal = math_verify.verify(gold, parsed, timeout_seconds=0)
