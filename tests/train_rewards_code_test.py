@@ -418,6 +418,14 @@ def test_values_of_calls(value, wanted, same):
     assert comparison.is_same_value(value, wanted, 1e-6) is same
 
 
+def test_the_judge_is_no_process_of_the_program():
+    text = f"```python\n{F}\n```"
+    task = _task({"test_list": ["assert f(2) == 4"]})
+    sample = sample_lib.Sample(task, (1,), tokens=[2], text=text)
+    reward = coding.CodeReward(allow_network=OPEN, processes=1)
+    assert asyncio.run(reward.reward(sample)) == 1.0
+
+
 def test_tolerance_is_an_option():
     text = "```python\nprint(1 / 3)\n```"
     task = _task({"tests": [{"stdin": "", "stdout": "0.333333"}]})

@@ -1,6 +1,7 @@
 """Mathematics, logic tasks, code, and functions written for other trainers."""
 
 import asyncio
+import dataclasses
 import json
 import pathlib
 import sys
@@ -29,6 +30,12 @@ async def rm(args, sample):
 def compute_score(data_source, solution_str, ground_truth, extra_info):
     assert data_source == "s" and extra_info == {"level": 1}
     return numpy.float32(solution_str == ground_truth)
+
+async def rm_of_type(args, sample):
+    return float(args.rm_type == sample.response)
+
+def score_of_source(data_source, solution_str, ground_truth, extra_info):
+    return float(data_source == solution_str)
 
 def fn(prompts, completions, answer, level, **columns):
     assert prompts == ["user: q"] * 2 and columns == {"twice": True}
@@ -300,3 +307,15 @@ def test_functions_of_other_trainers(workers):
     assert asyncio.run(tunix.reward_group(group)) == [11.0, 10.0]
     with pytest.raises(pool.WorkerError, match="ModuleNotFoundError"):
         _score(adapters.FunctionReward(workers, "no_such_module:f"), "x")
+
+
+def test_each_record_is_scored_by_its_own_rule(workers):
+    """verl's files name the rule in data_source, slime's in the metadata's rm_type."""
+    verl = adapters.VerlReward(workers, "foreign_functions:score_of_source")
+    for data_source, wanted in (("openai/gsm8k", "openai/gsm8k"), ("taco", "taco"), (None, "s")):
+        sample = _sample(wanted)
+        sample.task = dataclasses.replace(sample.task, data_source=data_source)
+        assert asyncio.run(verl.reward(sample)) == 1.0
+    slime = adapters.SlimeReward(workers, "foreign_functions:rm_of_type", rm_type="math")
+    assert _score(slime, "math") == _score(slime, "f1", rm_type="f1") == 1.0
+    assert _score(adapters.SlimeReward(workers, "foreign_functions:rm_of_type"), "math") == 0.0

@@ -6,11 +6,12 @@ process for values. The program sees neither the tests nor the right values, in 
 neither.
 """
 
+import dataclasses
 import functools
 import json
 import pathlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from train.rl import sample as sample_lib
@@ -114,7 +115,9 @@ class CodeReward:
         self, program: str, test: code_tests.CodeTest
     ) -> tuple[runner.RunResult, bool]:
         if isinstance(test, code_tests.StdinTest):
-            result = await self._run_with_retry({"main.py": program}, ["main.py"], test.stdin)
+            result = await self._run_with_retry(
+                {"main.py": program}, ["main.py"], self._limits, test.stdin
+            )
             return result, comparison.is_same_output(result.stdout, test.stdout, self._tolerance)
         request: dict[str, Any] = {"program": program}
         if isinstance(test, code_tests.CallTest):
@@ -126,17 +129,23 @@ class CodeReward:
             }
         else:
             request |= {"test_code": test.source, "entry_point": test.entry_point}
+        # The judge is a process, too.
+        limits = dataclasses.replace(self._limits, processes=self._limits.processes + 1)
         result = await self._run_with_retry(
-            _read_judge_files(), _JUDGE_COMMAND, json.dumps(request)
+            _read_judge_files(), _JUDGE_COMMAND, limits, json.dumps(request)
         )
         return result, _read_verdict(result)
 
     async def _run_with_retry(
-        self, files: dict[str, str], arguments: Any, stdin: str
+        self,
+        files: dict[str, str],
+        arguments: Sequence[str],
+        limits: runner.RunnerLimits,
+        stdin: str,
     ) -> runner.RunResult:
         """Run once, and again after a wall-clock time-out: the machine may have been busy."""
         command = [self._python, *arguments]
-        call = functools.partial(self._run, files, command, self._limits, stdin=stdin)
+        call = functools.partial(self._run, files, command, limits, stdin=stdin)
         result = await background.call_in_thread(call)
         return await background.call_in_thread(call) if result.reason == "wall" else result
 
