@@ -157,6 +157,31 @@ def test_shapes_of_functions(metadata):
     assert _score(F.replace("x * x", "x + 7"), **metadata) == 0.0
 
 
+@pytest.mark.parametrize(
+    "tests",
+    [
+        "def check(f):\n    assert f(2) == 4\n\ncheck(f)",
+        "import sys\nfrom solution import f\nif f(2) != 4:\n    sys.exit(1)",
+        "import unittest\nimport solution\nclass T(unittest.TestCase):\n    def test(self):\n"
+        "        if solution.f(2) != 4:\n            self.fail('wrong')\nunittest.main()",
+        "import pytest\ndef test_f():\n    assert f(2) == 4\nif __name__ == '__main__':\n"
+        "    pytest.main([__file__])",
+        "async def test_f():\n    assert f(2) == 4",
+        "import importlib\nassert importlib.import_module('solution').f(2) == 4",
+    ],
+)
+def test_ways_to_write_tests(tests):
+    assert _score(F, test_code=tests) == 1.0
+    assert _score(F.replace("x * x", "x + 7"), test_code=tests) == 0.0
+
+
+def test_coroutines_of_the_program():
+    tests = (
+        "import asyncio\nasync def test():\n    assert await asyncio.gather(f(1), f(2)) == [1, 4]"
+    )
+    assert _score("async " + F, test=tests) == 1.0
+
+
 def test_methods_of_class_solution():
     program = "class Solution:\n    def f(self, x):\n        return x * x"
     assert _score(program, input_output=APPS) == 1.0

@@ -60,7 +60,8 @@ class CodeReward:
 
         Args:
           url: URL of a remote sandbox. Without one, programs run on this machine, by `runner`.
-          python: the interpreter. Default: the running interpreter, or the sandbox's "python3".
+          python: the interpreter, 3.10 or newer. Default: the running interpreter, or the sandbox's
+            "python3".
           partial: give the share of passed tests. Otherwise 1 if all tests pass, else 0.
           parallel: samples scored at once. More than the number of cores makes programs slower,
             and right programs may then fail by their wall-clock limit.

@@ -6,6 +6,7 @@ raise. So a call before each assertion counts it as begun, and one after it as h
 
 import ast
 import builtins
+import symtable
 import sys
 from collections.abc import Iterable
 
@@ -34,29 +35,34 @@ def count_assertions(tree: ast.Module) -> ast.Module:
     return ast.fix_missing_locations(tree)
 
 
-def find_program_names(tree: ast.AST) -> tuple[set[str], set[str]]:
+def find_program_names(tree: ast.Module) -> tuple[set[str], set[str]]:
     """Return the names that tests import from `solution`, and those that nothing defines.
 
     MBPP's tests name the program's functions without an import.
     """
-    imported: set[str] = set()
-    bound: set[str] = set(dir(builtins)) | {"__file__"}
-    loaded: set[str] = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom | ast.Import):
-            names = {(alias.asname or alias.name).split(".")[0] for alias in node.names}
-            bound |= names
-            if isinstance(node, ast.ImportFrom) and node.module == PROGRAM_MODULE:
-                imported |= {alias.name for alias in node.names} - {"*"}
-        elif isinstance(node, ast.Name):
-            (loaded if isinstance(node.ctx, ast.Load) else bound).add(node.id)
-        elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-            bound.add(node.name)
-        elif isinstance(node, ast.arg):
-            bound.add(node.arg)
-        elif isinstance(node, ast.ExceptHandler | ast.MatchAs | ast.MatchStar) and node.name:
-            bound.add(node.name)
-    return imported, loaded - bound
+    imported = {
+        alias.name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and node.module == PROGRAM_MODULE
+        for alias in node.names
+    }
+    module = symtable.symtable(ast.unparse(tree), "tests.py", "exec")
+    tables = [module]
+    for table in tables:  # grows on the way
+        tables += table.get_children()
+    symbols = [(table, symbol) for table in tables for symbol in table.get_symbols()]
+    defined = {
+        symbol.get_name()
+        for table, symbol in symbols
+        if (table is module or symbol.is_declared_global())
+        and (symbol.is_assigned() or symbol.is_imported())
+    }
+    used = {
+        symbol.get_name()
+        for table, symbol in symbols
+        if symbol.is_referenced() and (table is module or symbol.is_global())
+    }
+    return imported - {"*"}, used - defined - set(dir(builtins)) - {"__file__"}
 
 
 def needs_candidate(tree: ast.Module) -> bool:
@@ -97,14 +103,15 @@ def _is_plain_assertion(node: ast.AST) -> bool:
 def _is_assert_call(node: ast.AST) -> bool:
     if not isinstance(node, ast.Call):
         return False
-    name = getattr(node.func, "attr", None) or getattr(node.func, "id", "")
+    name = _get_called_name(node)
     return name.startswith("assert") or name == "raises"
 
 
 def _has_failure(body: Iterable[ast.stmt]) -> bool:
-    """Tell whether a block fails whenever it is reached."""
+    """Tell whether a block fails whenever it is reached: sys.exit(1), pytest.fail()."""
     return any(
         isinstance(node, ast.Raise)
+        or (isinstance(node, ast.Expr) and _is_failing_call(node.value))
         or (
             isinstance(node, ast.Assert)
             and isinstance(node.test, ast.Constant)
@@ -112,6 +119,20 @@ def _has_failure(body: Iterable[ast.stmt]) -> bool:
         )
         for node in body
     )
+
+
+def _is_failing_call(node: ast.AST) -> bool:
+    if not isinstance(node, ast.Call):
+        return False
+    name = _get_called_name(node)
+    is_error = bool(node.args) and not (
+        isinstance(node.args[0], ast.Constant) and not node.args[0].value
+    )
+    return name == "fail" or (name in ("exit", "_exit", "quit") and is_error)
+
+
+def _get_called_name(node: ast.Call) -> str:
+    return getattr(node.func, "attr", None) or getattr(node.func, "id", "")
 
 
 class _AssertionCounter(ast.NodeTransformer):

@@ -74,7 +74,8 @@ class Connection:
     ):
         self._reader, self._writer = reader, writer
         self._serve, self._export, self._adopt = serve, export, adopt
-        sys.set_int_max_str_digits(0)  # a value may be any whole number
+        if hasattr(sys, "set_int_max_str_digits"):  # not in every release of Python 3.10
+            sys.set_int_max_str_digits(0)  # a value may be any whole number
 
     def request(self, operation: str, *arguments: Any) -> dict[str, Any]:
         """Return the other side's reply, whose values are encoded.

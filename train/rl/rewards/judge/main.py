@@ -129,8 +129,12 @@ class TestRun:
     def _make_namespace(self, remote: Any, names: set[str]) -> dict[str, Any]:
         module = ProgramModule(remote, self._free_names & names)
         sys.modules[assertions.PROGRAM_MODULE] = module
-        namespace = {"__name__": "__main__", assertions.BEGIN_FUNCTION: self._begin}
-        namespace[assertions.HOLD_FUNCTION] = self._hold
+        namespace = {
+            "__name__": "__main__",
+            "__file__": "tests.py",
+            assertions.BEGIN_FUNCTION: self._begin,
+            assertions.HOLD_FUNCTION: self._hold,
+        }
         for name in self._free_names:
             if name == "candidate" and name not in names and self._entry_point:
                 namespace[name] = find_callable(remote, names, self._entry_point)

@@ -1,6 +1,7 @@
 """The process that runs a program, and does what the judge asks of it."""
 
 import contextlib
+import importlib
 import io
 import os
 import sys
@@ -19,6 +20,7 @@ class ProgramServer:
         """Connect to the judge, which holds the other ends of the two pipes."""
         self._objects: list[Any] = []  # kept alive, so that an id stays that of its object
         self._numbers: dict[int, int] = {}  # by id
+        self._loop: Any = None  # of asyncio
         self._module = types.ModuleType(MODULE_NAME)
         self._connection = connection.Connection(
             os.fdopen(read_fd, "rb"),
@@ -68,6 +70,14 @@ class ProgramServer:
 
     def _truth(self, target: Any) -> dict[str, Any]:
         return self._value(bool(target))
+
+    def _await(self, target: Any) -> dict[str, Any]:
+        asyncio = importlib.import_module("asyncio")  # takes long, and few programs need it
+        if self._loop is None:
+            self._loop = asyncio.new_event_loop()
+        return self._value(
+            self._loop.run_until_complete(asyncio.ensure_future(target, loop=self._loop))
+        )
 
     def _is_instance(self, value: Any, kind: Any) -> dict[str, Any]:
         return self._value(isinstance(value, kind))

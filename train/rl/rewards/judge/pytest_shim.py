@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import importlib
 import inspect
 import io
 import itertools
@@ -198,7 +199,10 @@ def _call_with_fixtures(
             arguments[name] = CapturedOutput()
         elif parameter.default is inspect.Parameter.empty:
             raise TypeError(f"got the fixture {name!r}; wanted capsys, or one of the tests' own")
-    return function(**arguments)
+    result = function(**arguments)
+    if inspect.iscoroutine(result):
+        result = importlib.import_module("asyncio").run(result)
+    return result
 
 
 def _make_fixture(

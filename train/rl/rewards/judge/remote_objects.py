@@ -7,7 +7,7 @@ everything is equal to no number. Only two objects of the program are compared b
 
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from typing import Any
 
 from train.rl.rewards.judge import connection
@@ -108,6 +108,10 @@ class RemoteObject:
 
     def __call__(self, *arguments: Any, **named: Any) -> Any:
         return _client_of(self).request("call", self, list(arguments), named)
+
+    def __await__(self) -> Generator[Any, Any, Any]:
+        return _client_of(self).request("await", self)
+        yield  # which makes this a generator
 
     def __bool__(self) -> bool:
         return bool(_client_of(self).request("truth", self))
