@@ -70,6 +70,41 @@ def test_folder_is_fresh_writable_and_removed():
     assert not os.path.exists(first[0])
 
 
+@pytest.mark.skipif(not CAN_ISOLATE, reason="no namespaces permitted")
+@pytest.mark.parametrize("folder", ["/tmp", "/var/tmp", "/dev/shm"])
+def test_shared_folders_are_the_programs_own(folder):
+    name = f"left-{os.getpid()}-{time.monotonic_ns()}"
+    source = f"""
+import os, tempfile
+path = {folder!r} + "/" + {name!r}
+with open(path, "wb") as file:
+    file.write(b"x" * 1000)
+print(len(os.listdir({folder!r})) <= 2, os.path.getsize(path))
+try:
+    for number in range(9):
+        with open(path + str(number), "wb") as file:
+            file.write(b"x" * 2**15)
+except OSError as error:
+    print(error.strerror)
+os.makedirs(os.path.join(os.environ["HOME"], "own"))
+print(os.path.samefile(os.getcwd(), os.environ["HOME"]))
+"""
+    result = _python(source, runner.RunnerLimits(file_bytes=2**16))
+    assert result.stdout == "True 1000\nNo space left on device\nTrue\n", result
+    assert not os.path.exists(f"{folder}/{name}")
+
+
+@pytest.mark.skipif(not CAN_ISOLATE, reason="no namespaces permitted")
+def test_an_interpreter_in_a_shared_folder_is_found(tmp_path):
+    link = tmp_path / "env" / "bin" / "tool"
+    link.parent.mkdir(parents=True)
+    link.write_text("#!/bin/sh\necho $0\n")
+    link.chmod(0o755)
+    for parent in (tmp_path, *tmp_path.parents[:-2]):
+        parent.chmod(0o755)
+    assert runner.run_program({}, [str(link)], LIMITS).stdout == f"{link}\n"
+
+
 def test_signal_is_a_negative_code():
     result = _python("import os, signal\nos.kill(os.getpid(), signal.SIGTERM)")
     assert (result.exit_code, result.reason) == (-15, "exit")

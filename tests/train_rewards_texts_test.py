@@ -53,7 +53,8 @@ def test_exact():
         ("<think>a</think>b", True),
         ("\n<think>\na\n</think>\n\nb", True),
         ("a</think>b", True),
-        ("<think></think>b", True),
+        ("<think></think>b", False),
+        ("</think>b", False),
         ("<think>a</think> \n", False),
         ("<think>a", False),
         ("b", False),
@@ -124,7 +125,47 @@ def test_no_tool_call_where_none_is_expected():
     assert _reward(tool_calls.ToolCallReward(), _calls(A), tool_calls=[]) == 0.0
 
 
-@pytest.mark.parametrize("expected", [None, "a", [{"name": "a"}], [1]])
+OPENAI_A = {
+    "id": "1",
+    "type": "function",
+    "function": {**A, "arguments": json.dumps(A["arguments"])},
+}
+
+
+@pytest.mark.parametrize(
+    "expected",
+    [
+        [OPENAI_A],
+        [{"function": A}],
+        [{**A, "arguments": json.dumps(A["arguments"])}],
+        json.dumps([A]),
+        json.dumps([OPENAI_A]),
+        [json.dumps(A)],
+        [{"name": "a", "arguments": A["arguments"], "id": "call_1"}],
+    ],
+)
+def test_forms_of_expected_tool_calls(expected):
+    """What messages may hold is right as an expected call, too."""
+    assert _reward(tool_calls.ToolCallReward(), _calls(A), tool_calls=expected) == 1.0
+    assert _reward(tool_calls.ToolCallReward(), _calls(B), tool_calls=expected) == 0.0
+
+
+def test_expected_calls_without_arguments():
+    for arguments in ({}, "", None, "{}"):
+        call = [{"name": "a", "arguments": arguments}]
+        made = _calls({"name": "a", "arguments": {}})
+        assert _reward(tool_calls.ToolCallReward(), made, tool_calls=call) == 1.0
+
+
+def test_a_turn_that_was_cut_off_made_no_calls():
+    for text, expected in ((_calls(A), [A]), ("text", [])):
+        sample = _sample(text, tool_calls=expected, status="length")
+        assert asyncio.run(tool_calls.ToolCallReward().reward(sample)) == 0.0
+
+
+@pytest.mark.parametrize(
+    "expected", [None, "a", [{"name": "a", "arguments": "[1]"}], [{"name": "a"}], [1]]
+)
 def test_expected_tool_calls_are_checked(expected):
     with pytest.raises(ValueError, match="wanted a list of objects"):
         _reward(tool_calls.ToolCallReward(), "text", tool_calls=expected)

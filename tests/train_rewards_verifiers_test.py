@@ -1,12 +1,24 @@
 """Mathematics, logic tasks, code, and functions written for other trainers."""
 
 import asyncio
+import dataclasses
+import json
+import pathlib
 import sys
 
 import pytest
 
 from train.rl import sample as sample_lib
-from train.rl.rewards import adapters, catalog, coding, logic, mathematics, pool, runner
+from train.rl.rewards import (
+    adapters,
+    answer,
+    catalog,
+    coding,
+    logic,
+    mathematics,
+    pool,
+    runner,
+)
 
 _FOREIGN = """
 import numpy
@@ -18,6 +30,12 @@ async def rm(args, sample):
 def compute_score(data_source, solution_str, ground_truth, extra_info):
     assert data_source == "s" and extra_info == {"level": 1}
     return numpy.float32(solution_str == ground_truth)
+
+async def rm_of_type(args, sample):
+    return float(args.rm_type == sample.response)
+
+def score_of_source(data_source, solution_str, ground_truth, extra_info):
+    return float(data_source == solution_str)
 
 def fn(prompts, completions, answer, level, **columns):
     assert prompts == ["user: q"] * 2 and columns == {"twice": True}
@@ -71,21 +89,70 @@ def test_label_comes_first(workers):
     assert _score(reward, r"\boxed{1<x<2}", "(1,2)") == 0
 
 
-def test_mathematics_that_would_never_end_is_stopped():
-    short = pool.WorkerPool(1, limit_secs=1.0)
-    try:
-        with pytest.raises(pool.WorkerTimeout):
-            _score(mathematics.MathematicsReward(short), r"\boxed{9^{9^{9^{9}}}}", "3")
-        assert _score(mathematics.MathematicsReward(short), r"\boxed{3}", "3") == 1
-    finally:
-        short.close()
+@pytest.mark.parametrize("costly", [r"9^{9^{9^{9}}}", r"(x+y+z)^{400}"])
+def test_an_answer_that_takes_too_long_is_wrong(workers, costly):
+    """It is the model's doing. As a failure, a hang would be better than a wrong answer."""
+    reward = mathematics.MathematicsReward(workers, limit_secs=0.5)
+    assert _score(reward, rf"\boxed{{{costly}}}", "3") == 0
+    assert _score(mathematics.MathematicsReward(workers), r"\boxed{3}", "3") == 1
 
 
 def test_mathematics_needs_a_label(workers):
-    with pytest.raises(ValueError, match="got no label"):
-        _score(mathematics.MathematicsReward(workers), "Answer: 5")
+    reward = mathematics.MathematicsReward(workers)
+    for label, message in (
+        (None, "got no label"),
+        ({"target": ["34"]}, r"got the label .*keys=\(\('label', 'KEY.target'\),\)"),
+        ([], "got no label"),
+        ([{"target": "34"}], "wanted text, a number, or a list"),
+    ):
+        with pytest.raises(ValueError, match=f"task 't': .*{message}"):
+            _score(reward, "Answer: 5", label)
     with pytest.raises(pool.WorkerError, match="wanted a formula"):
-        _score(mathematics.MathematicsReward(workers), "Answer: 5", "")
+        _score(reward, "Answer: 5", "")
+    with pytest.raises(ValueError, match="limit_secs: got 0"):
+        mathematics.MathematicsReward(workers, limit_secs=0)
+
+
+def test_any_label_of_a_list_counts(workers):
+    reward = mathematics.MathematicsReward(workers)
+    scores = [_score(reward, rf"\boxed{{{text}}}", ["34", "33"]) for text in ("34", "33", "34, 33")]
+    assert scores == [1, 1, 0]
+
+
+def test_forms_of_answers():
+    """Each form has the verdict that a person would give."""
+    path = pathlib.Path(__file__).parent / "data" / "answer_forms.jsonl"
+    forms = [json.loads(line) for line in path.read_text().split("\n") if line]
+    assert len(forms) >= 300
+    mathematics.prepare_worker()
+    wrong = []
+    for form in forms:
+        sample = _sample(form["text"], form["label"])
+        if form["reward"] == "exact":
+            score = asyncio.run(answer.ExactReward().reward(sample))
+        else:
+            labels = tuple(answer.read_labels(sample.task))
+            score = mathematics.grade_answer(answer.final_text(sample), labels)
+        if score != form["right"]:
+            wrong.append((form, score))
+    assert not wrong
+
+
+@pytest.mark.parametrize(
+    ("status", "text"),
+    [
+        ("length", r"<think>a</think>\boxed{42} or"),
+        ("repetition", r"\boxed{42}"),
+        ("stop", r"<think>maybe \boxed{41}? or \boxed{42}"),
+        ("stop", "<think>hm Answer: 42"),
+        ("stop", r"<think>a</think>b<think>\boxed{42}"),
+    ],
+)
+def test_what_was_cut_off_has_no_answer(workers, status, text):
+    sample = _sample(text, "42")
+    sample.status = status
+    for reward in (answer.ExactReward(), mathematics.MathematicsReward(workers)):
+        assert asyncio.run(reward.reward(sample)) == 0
 
 
 @pytest.mark.parametrize("name", ["mathematics", "logic"])
@@ -175,7 +242,7 @@ def _code(source):
         (_code("raise ValueError"), 0.0),
         (_code("print('3 10')"), 0.0),
         ("no program", 0.0),
-        ("```python\nprint(3)", 0.0),
+        ("```python\nprint(3)", 0.5),
     ],
 )
 def test_programs_that_print(text, share):
@@ -240,3 +307,15 @@ def test_functions_of_other_trainers(workers):
     assert asyncio.run(tunix.reward_group(group)) == [11.0, 10.0]
     with pytest.raises(pool.WorkerError, match="ModuleNotFoundError"):
         _score(adapters.FunctionReward(workers, "no_such_module:f"), "x")
+
+
+def test_each_record_is_scored_by_its_own_rule(workers):
+    """verl's files name the rule in data_source, slime's in the metadata's rm_type."""
+    verl = adapters.VerlReward(workers, "foreign_functions:score_of_source")
+    for data_source, wanted in (("openai/gsm8k", "openai/gsm8k"), ("taco", "taco"), (None, "s")):
+        sample = _sample(wanted)
+        sample.task = dataclasses.replace(sample.task, data_source=data_source)
+        assert asyncio.run(verl.reward(sample)) == 1.0
+    slime = adapters.SlimeReward(workers, "foreign_functions:rm_of_type", rm_type="math")
+    assert _score(slime, "math") == _score(slime, "f1", rm_type="f1") == 1.0
+    assert _score(adapters.SlimeReward(workers, "foreign_functions:rm_of_type"), "math") == 0.0

@@ -13,6 +13,7 @@ from train.data import records
 from train.rl import config as rl_config
 from train.rl import length_schedule, rollout_setup, task_maker
 from train.rl import tasks as tasks_lib
+from train.rl.rewards import catalog
 
 TOKENIZER = pathlib.Path(__file__).parents[1] / "demo" / "data" / "tokenizer"
 EXACT = (("exact", 1.0, ()),)
@@ -37,7 +38,8 @@ def encoded(monkeypatch):
 
 
 def write_prompts(path, *prompts):
-    path.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
+    rows = [{"prompt": prompt, "label": "1"} for prompt in prompts]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
 
 
@@ -88,6 +90,58 @@ def test_nothing_is_made_before_an_error(tmp_path, tokenizer, monkeypatch):
     long_source = tasks_lib.TaskSource("long", write_prompts(tmp_path / "a.jsonl", "one " * 99))
     with pytest.raises(ValueError, match="task long/0 of long: got a prompt of"):
         open_tasks(make_config(made, long_source), tokenizer, tmp_path)
+
+
+@pytest.mark.parametrize("is_held_out", [False, True])
+def test_tasks_without_what_their_rewards_need_are_refused(tmp_path, tokenizer, is_held_out):
+    good = tasks_lib.TaskSource("file", write_prompts(tmp_path / "a.jsonl", "one"))
+    (tmp_path / "b.jsonl").write_text('{"prompt": "one", "label": "1"}\n{"prompt": "two"}\n')
+    bad = dataclasses.replace(good, path=str(tmp_path / "b.jsonl"))
+    config = make_config(good, held_out=(bad,)) if is_held_out else make_config(bad)
+    for _ in range(2):  # what failed is not remembered as checked
+        with pytest.raises(records.DataError, match=r"1 of 2 lack .*b\.jsonl:2: got no label"):
+            open_tasks(config, tokenizer, tmp_path)
+    (tmp_path / "b.jsonl").write_text('{"prompt": "one", "label": "1"}\n')
+    open_tasks(config, tokenizer, tmp_path)
+
+
+def test_long_prompts_are_dropped_and_counted(tmp_path, tokenizer, caplog):
+    prompts = ["one", "two " * 99, "three", "four " * 50]
+    file = tasks_lib.TaskSource("file", write_prompts(tmp_path / "a.jsonl", *prompts))
+    with pytest.raises(ValueError, match="2 of 4 are too long.*overlong='drop'"):
+        open_tasks(make_config(file), tokenizer, tmp_path)
+    dropping = dataclasses.replace(file, overlong="drop")
+    for max_prompt_tokens, kept in ((50, [0, 2]), (1000, [0, 1, 2, 3])):
+        config = make_config(dropping, max_prompt_tokens=max_prompt_tokens)
+        tasks = open_tasks(config, tokenizer, tmp_path)[0]["file"]
+        assert [task.id for task in tasks] == [f"file/{index}" for index in kept]
+        fingerprint = json.loads(json.dumps(tasks.fingerprint()))
+        tasks.check_fingerprint(fingerprint)
+        tasks.close()
+    assert "left out 2 of 4, whose prompts have more than 50 tokens" in caplog.text
+    again = open_tasks(make_config(dropping, max_prompt_tokens=50), tokenizer, tmp_path)[0]["file"]
+    assert again.location(1).endswith("a.jsonl:3")
+    saved = again.fingerprint()
+    saved[-1] = ["kept", 3, "0"]
+    with pytest.raises(records.DataError, match="got 2 that are short enough; wanted the 3"):
+        again.check_fingerprint(saved)
+    with pytest.raises(ValueError, match="4 of 4 are too long"):
+        open_tasks(make_config(dropping, max_prompt_tokens=2), tokenizer, tmp_path)
+    with pytest.raises(ValueError, match="got overlong 'cut'"):
+        dataclasses.replace(file, overlong="cut")
+
+
+def test_tasks_are_checked_once(tmp_path, tokenizer, monkeypatch):
+    file = tasks_lib.TaskSource("file", write_prompts(tmp_path / "a.jsonl", "one", "two"))
+    checked = []
+    check = catalog.TASK_CHECKS["exact"]
+    monkeypatch.setitem(catalog.TASK_CHECKS, "exact", lambda task: checked.append(check(task)))
+    for _ in range(2):
+        open_tasks(make_config(file), tokenizer, tmp_path)
+    assert len(checked) == 2
+    write_prompts(tmp_path / "a.jsonl", "one", "two", "three")
+    open_tasks(make_config(file), tokenizer, tmp_path)
+    assert len(checked) == 5
 
 
 def test_other_processes_read_nothing(tmp_path, tokenizer, monkeypatch):

@@ -20,13 +20,14 @@ from infer import prompt
 from m1_jax import durable, multihost
 from m1_jax import tokenizer as tokenizer_lib
 from train.rl import config as rl_config
-from train.rl import episodes, groups, rollout, task_store
+from train.rl import episodes, groups, rollout, task_checks, task_store
 from train.rl import sample as sample_lib
 from train.rl import tasks as tasks_lib
 from train.rl.environments import catalog
 from train.rl.rewards import compose
 
-TasksBySource = Mapping[str, tasks_lib.FileTasks | tasks_lib.GeneratedTasks]
+SourceTasks = tasks_lib.FileTasks | tasks_lib.GeneratedTasks | tasks_lib.TaskSubset
+TasksBySource = Mapping[str, SourceTasks]
 TASKS_DIRECTORY = "tasks"  # in the workdir
 
 
@@ -48,7 +49,8 @@ def open_run_tasks(
 
     Raises:
       ValueError: a task whose prompt is longer than the config allows, or no such generator.
-      DataError: files that cannot be read, or generated tasks that are damaged.
+      DataError: files that cannot be read, generated tasks that are damaged, or tasks that lack
+        what their rewards or their environment need.
       ImportError: reasoning-gym is not installed, and tasks of it are yet to be made.
     """
     if jax.process_index():
@@ -61,13 +63,20 @@ def open_run_tasks(
     for source in sources:
         tasks_lib.check_task_source(source, directory)
     # Files come first: a file that is missing must not stop the run after an hour of making tasks.
-    opened: dict[int, tasks_lib.FileTasks | tasks_lib.GeneratedTasks] = {}
+    opened: dict[int, SourceTasks] = {}
     max_tokens = config.rollout.max_prompt_tokens
     for number in sorted(range(len(sources)), key=lambda number: bool(sources[number].make)):
         source = sources[number]
-        opened[number] = tasks_lib.open_task_source(source, directory)
-        stack.callback(opened[number].close)
-        _check_prompts(source, opened[number], tokenizer, max_tokens, directory)
+        tasks = tasks_lib.open_task_source(source, directory)
+        stack.callback(tasks.close)
+        task_checks.check_needs(
+            tasks,
+            source.name,
+            config.rewards,
+            config.agent.environment if config.agent else None,
+            _record_path(source, directory, ".checked.json"),
+        )
+        opened[number] = _check_prompts(source, tasks, tokenizer, max_tokens, directory)
     multihost.broadcast_object(None)
     by_source = [(source.name, opened[number]) for number, source in enumerate(sources)]
     num_train = len(config.sources)
@@ -80,36 +89,72 @@ def _check_prompts(
     tokenizer: tokenizer_lib.Tokenizer,
     max_tokens: int,
     directory: pathlib.Path,
-) -> None:
-    """Raise ValueError if a prompt of a source has more than `max_tokens` tokens.
+) -> SourceTasks:
+    """Return the tasks whose prompt has at most `max_tokens` tokens.
 
-    A long prompt then stops the run before the first batch, not after days. All prompts are encoded
-    once, and the directory of tasks keeps which is the longest. Later starts encode that one alone,
-    as long as tasks and tokenizer are the same and it still becomes the same tokens.
+    Raises:
+      ValueError: a longer prompt where the source drops none, or no task that is short enough. A
+        long prompt then stops the run before the first batch, not after days.
     """
-    description = tasks_lib.describe_source(source)
-    path = task_store.source_path(description, directory, ".longest_prompt.json")
+    lengths = _measure_prompts(source, tasks, tokenizer, directory)
+    kept = [index for index, length in enumerate(lengths) if length <= max_tokens]
+    if len(kept) == len(lengths):
+        return tasks
+    longest = max(range(len(lengths)), key=lengths.__getitem__)
+    if source.overlong == "drop" and kept:
+        logging.warning(
+            "tasks %s: left out %d of %d, whose prompts have more than %d tokens (the longest: %d)",
+            source.name,
+            len(lengths) - len(kept),
+            len(lengths),
+            max_tokens,
+            lengths[longest],
+        )
+        return tasks_lib.TaskSubset(tasks, kept)
+    raise ValueError(
+        f"task {tasks[longest].id} of {source.name}: got a prompt of {lengths[longest]} tokens; "
+        f"wanted at most {max_tokens} (rollout.max_prompt_tokens). It is the longest prompt of its "
+        f"source, where {len(lengths) - len(kept)} of {len(lengths)} are too long. Raise that, or "
+        "leave long tasks out by overlong='drop' of the source."
+    )
+
+
+def _measure_prompts(
+    source: tasks_lib.TaskSource,
+    tasks: tasks_lib.FileTasks | tasks_lib.GeneratedTasks,
+    tokenizer: tokenizer_lib.Tokenizer,
+    directory: pathlib.Path,
+) -> list[int]:
+    """Return the number of tokens of each prompt.
+
+    All prompts are encoded once, and the directory of tasks keeps their lengths. Later starts
+    encode the longest one alone, as long as tasks and tokenizer are the same and it still becomes
+    the same tokens.
+    """
+    path = _record_path(source, directory, ".longest_prompt.json")
     identity = {"tasks": tasks.fingerprint(), "tokenizer": tokenizer.fingerprint}
     saved = _read_longest_prompt(path)
-    index = saved.get("index", 0)
-    if saved.get("identity") != identity or saved.get("tokens") != _hash_tokens(
-        _encode_task(tokenizer, tasks[index])
+    index, lengths = saved.get("index", 0), saved.get("lengths")
+    if (
+        saved.get("identity") == identity
+        and lengths is not None
+        and saved.get("tokens") == _hash_tokens(_encode_task(tokenizer, tasks[index]))
     ):
-        index = max(
-            # Many tasks take minutes, so there is a progress bar.
-            tqdm.tqdm(range(len(tasks)), f"prompts of {source.name}", disable=None),
-            key=lambda i: len(_encode_task(tokenizer, tasks[i])),
-        )
-        digest = _hash_tokens(_encode_task(tokenizer, tasks[index]))
-        saved = {"identity": identity, "index": index, "tokens": digest}
-        durable.write_text_atomically(path, json.dumps(saved))
-    num_tokens = len(_encode_task(tokenizer, tasks[index]))
-    if num_tokens > max_tokens:
-        raise ValueError(
-            f"task {tasks[index].id} of {source.name}: got a prompt of {num_tokens} tokens; wanted "
-            f"at most {max_tokens} (rollout.max_prompt_tokens). It is the longest prompt of its "
-            "source. Raise that, or leave long tasks out."
-        )
+        return lengths
+    # Many tasks take minutes, so there is a progress bar.
+    progress = tqdm.tqdm(range(len(tasks)), f"prompts of {source.name}", disable=None)
+    lengths = [len(_encode_task(tokenizer, tasks[i])) for i in progress]
+    index = max(range(len(lengths)), key=lengths.__getitem__)
+    digest = _hash_tokens(_encode_task(tokenizer, tasks[index]))
+    saved = {"identity": identity, "index": index, "tokens": digest, "lengths": lengths}
+    durable.write_text_atomically(path, json.dumps(saved))
+    return lengths
+
+
+def _record_path(
+    source: tasks_lib.TaskSource, directory: pathlib.Path, suffix: str
+) -> pathlib.Path:
+    return task_store.source_path(tasks_lib.describe_source(source), directory, suffix)
 
 
 def _read_longest_prompt(path: pathlib.Path) -> dict[str, Any]:

@@ -40,6 +40,7 @@ class Task:
       label: what rewards compare with, such as the right answer.
       metadata: further values for rewards and environments.
       tools: schemas of the functions that the model may call.
+      data_source: the record's own name for its kind of task, where a file has several (verl).
     """
 
     id: str
@@ -48,6 +49,7 @@ class Task:
     label: Any = None
     metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     tools: tuple[Mapping[str, Any], ...] = ()
+    data_source: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,25 +7,24 @@ prompt    input, prompt              prompt (messages)           question
 label     label                      reward_model.ground_truth   answer
 metadata  metadata                   extra_info                  metadata
 tools     tools
+
+Columns that hold the tests of code or expected tool calls join the metadata.
 """
 
 import dataclasses
+import hashlib
 import json
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Any
+
+from absl import logging
 
 from train.data import records
 from train.rl import sample as sample_lib
-from train.rl import task_json, task_store
+from train.rl import task_columns, task_json, task_store
 
-# By field, the keys of files that are tried, in this order. A dot goes into an object.
-TASK_KEYS = {
-    "prompt": ("prompt", "messages", "input", "question", "problem"),
-    "label": ("label", "reward_model.ground_truth", "answer", "ground_truth", "solution"),
-    "metadata": ("metadata", "extra_info"),
-    "tools": ("tools",),
-}
+TASK_KEYS = task_columns.TASK_KEYS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +41,8 @@ class TaskSource:
       size: number of tasks to make.
       seed: seed of the generator.
       options: (name, value) pairs for a generator of reasoning-gym.
+      overlong: what happens to tasks whose prompt is longer than `rollout.max_prompt_tokens`:
+        "error" stops the run before its first batch, "drop" leaves them out and logs how many.
     """
 
     name: str
@@ -51,8 +52,13 @@ class TaskSource:
     size: int = 0
     seed: int = 0
     options: tuple[tuple[str, Any], ...] = ()
+    overlong: str = "error"
 
     def __post_init__(self):
+        if self.overlong not in ("error", "drop"):
+            raise ValueError(
+                f"tasks {self.name}: got overlong {self.overlong!r}; wanted 'error' or 'drop'"
+            )
         if bool(self.path) == bool(self.make) or (self.make and self.size < 1):
             raise ValueError(
                 f"tasks {self.name}: got path {self.path!r}, make {self.make!r}, size {self.size}; "
@@ -144,6 +150,10 @@ class GeneratedTasks:
         # Two sources may have one generator: rewards are found by the source's own name.
         return task_json.task_from_line(self._stored.lines[index], self._source.name)
 
+    def location(self, index: int) -> str:
+        """Return a task's name, for messages."""
+        return f"task {self[index].id}"
+
     def close(self) -> None:
         """Do nothing: no file is open."""
 
@@ -178,46 +188,52 @@ class FileTasks:
         self._records = records.RecordFiles(source.name, source.path, columns=None)
         if not len(self._records):
             raise records.DataError(f"tasks {source.name}: {source.path} has no records")
-        first, explicit_keys = self._records.read(0), dict(source.keys)
+        first, self._explicit_keys = self._records.read(0), dict(source.keys)
         # The next read opens the files again.
         self._records.close()
-        self.keys = {field: key for field, key in explicit_keys.items() if key}
-        for field, key in self.keys.items():
-            if not _has_key(first, key):
-                raise records.DataError(
-                    f"tasks {source.name}: got the keys {sorted(first)}; wanted {key}, which keys= "
-                    f"names for the {field}"
-                )
-        for field, candidates in TASK_KEYS.items():
-            present = [key for key in candidates if _has_key(first, key)]
-            # Keys without a value come last, as other records may have one. The sort is stable.
-            present.sort(key=lambda key: _get_value(first, key) is None)
-            if field not in explicit_keys and present:
-                self.keys[field] = present[0]
-        if "prompt" not in self.keys:
-            raise records.DataError(
-                f"tasks {source.name}: got the keys {sorted(first)}; wanted a prompt in one of "
-                f"{', '.join(TASK_KEYS['prompt'])}, or keys=(('prompt', KEY),)"
-            )
+        self.keys = task_columns.choose_keys(source.name, first, self._explicit_keys)
+        logging.info(
+            "tasks %s: %d records, read from the columns %s",
+            source.name,
+            len(self._records),
+            ", ".join(f"{key} ({field})" for field, key in self.keys.items()),
+        )
 
     def __len__(self) -> int:
         return len(self._records)
 
     def __getitem__(self, index: int) -> sample_lib.Task:
-        record, location = self._records.read(index), self._records.location(index)
-        values = {field: _get_value(record, key) for field, key in self.keys.items()}
-        metadata = values.get("metadata") or {}
-        # A list, such as the expected tool calls, is named by its key in the file.
-        if not isinstance(metadata, Mapping):
-            metadata = {self.keys["metadata"].rpartition(".")[2]: metadata}
-        return sample_lib.Task(
-            id=f"{self._source.name}/{index}",
-            messages=_parse_messages(values.get("prompt"), location),
-            source=self._source.name,
-            label=values.get("label"),
-            metadata=dict(metadata),
-            tools=_parse_tools(values.get("tools"), location),
-        )
+        record = self._records.read(index)
+        values = {field: task_columns.get_value(record, key) for field, key in self.keys.items()}
+        try:
+            return sample_lib.Task(
+                id=f"{self._source.name}/{index}",
+                messages=task_columns.parse_prompt(values["prompt"], self.keys["prompt"]),
+                source=self._source.name,
+                label=values.get("label"),
+                metadata=self._read_metadata(record, values.get("metadata")),
+                tools=task_columns.parse_tools(values.get("tools")),
+                data_source=task_columns.parse_data_source(record.get("data_source")),
+            )
+        except ValueError as error:
+            # Finding the line is slow, and only for messages.
+            raise records.DataError(f"{self.location(index)}: {error}") from None
+
+    def location(self, index: int) -> str:
+        """Return a task's file and line, for messages."""
+        return self._records.location(index)
+
+    def _read_metadata(self, record: Any, value: Any) -> dict[str, Any]:
+        if self._explicit_keys.get("metadata") == "":
+            return {}
+        columns = {
+            name: record[name]
+            for name in task_columns.METADATA_COLUMNS
+            if record.get(name) is not None and name not in self.keys.values()
+        }
+        is_explicit = "metadata" in self._explicit_keys
+        key = self.keys.get("metadata", "metadata")
+        return columns | task_columns.parse_metadata(value, key, is_explicit)
 
     def fingerprint(self) -> list[list]:
         """Return the fingerprint of the files; see `records.RecordFiles`."""
@@ -232,34 +248,41 @@ class FileTasks:
         self._records.close()
 
 
-def _parse_messages(prompt: Any, location: str) -> tuple[Mapping[str, Any], ...]:
-    if isinstance(prompt, str) and prompt:
-        return ({"role": "user", "content": prompt},)
-    if isinstance(prompt, list) and prompt and all(isinstance(m, Mapping) for m in prompt):
-        return tuple(prompt)
-    raise records.DataError(
-        f"{location}: got the prompt {prompt!r:.80}; wanted a string or a list of messages"
-    )
+class TaskSubset(Sequence[sample_lib.Task]):
+    """The tasks of a source that are left when some are dropped. They keep their names.
 
+    Args:
+      tasks: all tasks of the source.
+      indices: those that stay, in order.
+    """
 
-def _parse_tools(value: Any, location: str) -> tuple[Mapping[str, Any], ...]:
-    # Parquet files often hold nested values as JSON text.
-    tools = json.loads(value) if isinstance(value, str) and value.startswith("[") else value or []
-    if isinstance(tools, list) and all(isinstance(tool, Mapping) for tool in tools):
-        return tuple(tools)
-    raise records.DataError(
-        f"{location}: got the tools {value!r:.80}; wanted a list of function schemas, or its JSON"
-    )
+    def __init__(self, tasks: FileTasks | GeneratedTasks, indices: Sequence[int]):
+        self._tasks, self._indices = tasks, list(indices)
 
+    def __len__(self) -> int:
+        return len(self._indices)
 
-def _has_key(record: Any, key: str) -> bool:
-    parent, _, name = key.rpartition(".")
-    record = _get_value(record, parent) if parent else record
-    return isinstance(record, Mapping) and name in record
+    def __getitem__(self, index: Any) -> Any:  # a whole number, and a task
+        return self._tasks[self._indices[index]]
 
+    def location(self, index: int) -> str:
+        """Return where a task is, for messages."""
+        return self._tasks.location(self._indices[index])
 
-def _get_value(record: Any, key: str) -> Any:
-    # None for a path that does not exist, as for a value that is null.
-    for part in key.split("."):
-        record = record.get(part) if isinstance(record, Mapping) else None
-    return record
+    def fingerprint(self) -> list[list]:
+        """Return the fingerprint of all tasks, and then that of the choice."""
+        digest = hashlib.sha256(json.dumps(self._indices).encode()).hexdigest()
+        return [*self._tasks.fingerprint(), ["kept", len(self._indices), digest]]
+
+    def check_fingerprint(self, saved: list[list]) -> None:
+        """Raise DataError if the tasks are not those of a fingerprint."""
+        self._tasks.check_fingerprint(saved[:-1])
+        if saved != self.fingerprint():
+            raise records.DataError(
+                f"tasks: got {len(self)} that are short enough; wanted the {saved[-1][1]} that the "
+                "run began with. Give rollout.max_prompt_tokens and the tokenizer their old values."
+            )
+
+    def close(self) -> None:
+        """Close the files."""
+        self._tasks.close()

@@ -61,7 +61,11 @@ class FunctionReward(_RewardAdapter):
 
 
 class SlimeReward(_RewardAdapter):
-    """Calls `rm(args, sample)`: args holds the options, sample has slime's field names."""
+    """Calls `rm(args, sample)`: args holds the options, sample has slime's field names.
+
+    As in slime, the metadata's `rm_type` says by which rule a record is scored. `args.rm_type` is
+    that one, or else that of the options.
+    """
 
     async def reward(self, sample: sample_lib.Sample) -> Any:
         """Score one sample."""
@@ -69,7 +73,10 @@ class SlimeReward(_RewardAdapter):
 
 
 class VerlReward(_RewardAdapter):
-    """Calls `compute_score(..., **options)`, with the task's metadata as extra_info."""
+    """Calls `compute_score(..., **options)`, with the task's metadata as extra_info.
+
+    `data_source` is the record's own, or else the name of the task's source.
+    """
 
     async def reward(self, sample: sample_lib.Sample) -> Any:
         """Score one sample."""
@@ -111,14 +118,17 @@ async def call_slime(path: str, options: dict[str, Any], sample: sample_lib.Samp
         label=sample.task.label,
         metadata=dict(sample.task.metadata),
     )
-    return await _await_result(worker.find_function(path)(types.SimpleNamespace(**options), view))
+    rm_type = view.metadata.get("rm_type") or options.get("rm_type")
+    arguments = types.SimpleNamespace(**{**options, "rm_type": rm_type})
+    return await _await_result(worker.find_function(path)(arguments, view))
 
 
 async def call_verl(path: str, options: dict[str, Any], sample: sample_lib.Sample) -> Any:
     """Call a function of verl's form."""
     task = sample.task
     result = worker.find_function(path)(
-        data_source=task.source,
+        # The record's own: one file may hold several kinds of tasks.
+        data_source=task.data_source or task.source,
         solution_str=sample.text,
         ground_truth=task.label,
         extra_info=dict(task.metadata),

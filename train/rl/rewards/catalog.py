@@ -11,9 +11,11 @@ for a sample raises or returns None, because 0 is a score. Two attributes are op
 from collections.abc import Callable
 from typing import Any
 
+from train.rl import sample as sample_lib
 from train.rl.rewards import (
     adapters,
     answer,
+    code_tests,
     coding,
     format,
     generative,
@@ -39,6 +41,18 @@ REWARD_FACTORIES: dict[str, Callable[..., Any]] = {
     "slime": lambda workers, **options: adapters.SlimeReward(workers, **options),
     "verl": lambda workers, **options: adapters.VerlReward(workers, **options),
     "tunix": lambda workers, **options: adapters.TunixReward(workers, **options),
+}
+
+# What a reward needs of a task, as a function that raises ValueError where the task lacks it. A
+# reward that is not here takes any task.
+TASK_CHECKS: dict[str, Callable[[sample_lib.Task], object]] = {
+    "exact": answer.check_labels,
+    "mathematics": mathematics.check_labels,
+    "logic": logic.check_task,
+    "code": code_tests.read_tests,
+    "tool_calls": tool_calls.read_expected_calls,
+    "graded": generative.check_label,
+    "pairwise": generative.check_reference,
 }
 
 

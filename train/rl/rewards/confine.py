@@ -13,15 +13,23 @@ import errno
 import json
 import os
 import resource
+import shutil
 import signal
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 # From <sched.h>.
+CLONE_NEWNS = 0x00020000
 CLONE_NEWIPC = 0x08000000
 CLONE_NEWUSER = 0x10000000
 CLONE_NEWPID = 0x20000000
 CLONE_NEWNET = 0x40000000
+_NAMESPACES = CLONE_NEWIPC | CLONE_NEWPID | CLONE_NEWNET | CLONE_NEWNS
+# From <sys/mount.h>.
+MS_NOSUID, MS_NODEV, MS_BIND, MS_REC, MS_PRIVATE = 2, 4, 4096, 16384, 1 << 18
+# Folders that everybody can write into.
+_SHARED_FOLDERS = ("/tmp", "/var/tmp", "/dev/shm")
 # From <sys/prctl.h>.
 PR_SET_PDEATHSIG = 1
 PR_SET_KEEPCAPS = 8
@@ -51,12 +59,12 @@ def _prctl(option: int, *values: int) -> None:
 
 
 def unshare_namespaces() -> None:
-    """Move to new namespaces of processes, network and IPC.
+    """Move to new namespaces of processes, mounts, network and IPC.
 
     Raises:
       OSError: the system does not permit new namespaces.
     """
-    flags, uid, gid = CLONE_NEWIPC | CLONE_NEWPID | CLONE_NEWNET, os.getuid(), os.getgid()
+    flags, uid, gid = _NAMESPACES, os.getuid(), os.getgid()
     if uid == 0:
         _call_libc("unshare", flags)
         return
@@ -69,6 +77,54 @@ def unshare_namespaces() -> None:
             out.write(text)
     with open("/proc/self/gid_map", "w") as out:
         out.write(f"{gid} {gid} 1")
+
+
+def hide_shared_folders(command: str, max_bytes: int) -> None:
+    """Mount an empty file system over each folder that everybody can write into.
+
+    What the program writes there is gone with it. The current folder and the command's interpreter
+    stay where they are. A system that permits namespaces but no mounts leaves the folders open.
+
+    Args:
+      command: the program to run, a path or a name.
+      max_bytes: size of each of the file systems.
+    """
+    program = os.path.realpath(shutil.which(command) or command)
+    kept = {os.getcwd(), sys.prefix, sys.base_prefix, os.path.dirname(os.path.dirname(program))}
+    if os.path.isabs(command):
+        # The folder of a virtual environment, whose interpreter is a link.
+        kept.add(os.path.dirname(os.path.dirname(command)))
+    working_folder = os.getcwd()
+    try:
+        # Otherwise the caller would see the mounts, too.
+        _mount(None, "/", None, MS_REC | MS_PRIVATE)
+        for folder in filter(os.path.isdir, _SHARED_FOLDERS):
+            # What begins with the folder itself cannot be kept and hidden.
+            if folder not in kept and os.path.realpath(folder) == folder:
+                _hide_folder(folder, sorted(kept), max_bytes)
+    except PermissionError:
+        pass
+    os.chdir(working_folder)
+
+
+def _hide_folder(folder: str, kept: Sequence[str], max_bytes: int) -> None:
+    inner = [path for path in kept if path.startswith(folder + "/") and os.path.isdir(path)]
+    # Open before they are hidden. A folder within another one comes with it.
+    inner = [path for path in inner if not any(path.startswith(f"{p}/") for p in inner)]
+    descriptors = {path: os.open(path, os.O_PATH) for path in inner}
+    try:
+        _mount("tmpfs", folder, "tmpfs", MS_NOSUID | MS_NODEV, f"size={max_bytes},mode=1777")
+        for path, descriptor in descriptors.items():
+            os.makedirs(path)
+            _mount(f"/proc/self/fd/{descriptor}", path, None, MS_BIND | MS_REC)
+    finally:
+        for descriptor in descriptors.values():
+            os.close(descriptor)
+
+
+def _mount(source: str | None, target: str, kind: str | None, flags: int, data: str = "") -> None:
+    texts = (text.encode() if text is not None else None for text in (source, target, kind))
+    _call_libc("mount", *texts, ctypes.c_ulong(flags), data.encode())
 
 
 def _drop_root(uid: int) -> None:
@@ -156,6 +212,7 @@ def main() -> None:
         except OSError as error:
             os.write(report_fd, json.dumps({"refused": str(error)}).encode() + b"\n")
             signal.pause()
+        hide_shared_folders(options["command"][0], options["file_bytes"])
     # The process that calls unshare stays in its old pid namespace: its first child enters the new
     # one as process 1, with which the namespace ends.
     if os.fork():

@@ -11,7 +11,7 @@ _FORM_PATTERN = re.compile(r"\s*(?:<think>)?(?P<thinking>.*?)</think>(?P<answer>
 def is_well_formed(text: str) -> bool:
     """Tell whether a text is `<think>...</think>` and an answer, with each tag once.
 
-    The opening tag may be missing.
+    The opening tag may be missing. Neither thinking nor answer is empty.
     """
     match = _FORM_PATTERN.fullmatch(text)
     if match is None:
@@ -20,7 +20,7 @@ def is_well_formed(text: str) -> bool:
     has_stray_tag = any(
         tag in part for tag in ("<think>", "</think>") for part in (thinking, answer)
     )
-    return bool(answer.strip()) and not has_stray_tag
+    return bool(thinking.strip() and answer.strip()) and not has_stray_tag
 
 
 def repeated_ngram_share(text: str, n: int) -> float:

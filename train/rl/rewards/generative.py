@@ -146,8 +146,10 @@ class GradedReward:
           ValueError: the task has no label.
           TimeoutError, client.ServerError: the endpoint did not answer.
         """
-        if sample.task.label is None:
-            raise ValueError(f"task {sample.task.id!r}: got no label; wanted a reference answer")
+        try:
+            check_label(sample.task)
+        except ValueError as error:
+            raise ValueError(f"task {sample.task.id!r}: {error}") from None
         prompt = _GRADED_PROMPT.format(
             question=render_question(sample.task),
             reference=sample.task.label,
@@ -177,9 +179,10 @@ class PairwiseReward:
           TimeoutError, client.ServerError: the endpoint did not answer.
         """
         task = sample.task
-        reference = task.metadata.get("reference", task.label)
-        if reference is None:
-            raise ValueError(f"task {task.id!r}: got no reference; wanted one, or a label")
+        try:
+            reference = check_reference(task)
+        except ValueError as error:
+            raise ValueError(f"task {task.id!r}: {error}") from None
         sampled = answer.strip_thinking(sample.text).strip()
         verdicts = []
         # `winner` is the verdict that favours the sample.
@@ -193,6 +196,20 @@ class PairwiseReward:
             verdict = reply.lower()
             verdicts.append(0 if verdict == "tie" else 1 if verdict == winner else -1)
         return float(verdicts[0]) if verdicts[0] == verdicts[1] else 0.0
+
+
+def check_label(task: sample_lib.Task) -> None:
+    """Raise ValueError where a task has no label."""
+    if task.label is None:
+        raise ValueError("got no label; wanted a reference answer")
+
+
+def check_reference(task: sample_lib.Task) -> Any:
+    """Return the reference of a task, or raise ValueError where it has none."""
+    reference = task.metadata.get("reference", task.label)
+    if reference is None:
+        raise ValueError("got no reference; wanted one, or a label")
+    return reference
 
 
 def render_question(task: sample_lib.Task) -> str:

@@ -69,9 +69,9 @@ def extract_answer(text: str) -> str:
     Where that tag is missing, return the last line that is not empty, without a leading `Answer:`.
     """
     text = answer.strip_thinking(text)  # a thought may quote the tags
-    tags = re.findall(r"<answer>(.*?)</answer>", text, re.DOTALL)
-    if tags:
-        return tags[-1].strip()
+    tagged = answer.find_tagged_answer(text)
+    if tagged is not None:
+        return tagged
     last_line = (text.strip().splitlines() or [""])[-1]
     return re.sub(r"(?i)^answer:\s*", "", last_line.strip())
 
@@ -119,14 +119,22 @@ class LogicReward:
         Raises:
           ValueError: the task is not from `generate_tasks`.
         """
-        metadata = dict(sample.task.metadata)
-        if not metadata.keys() >= {"generator", "entry"}:
-            raise ValueError(
-                f"task {sample.task.id!r}: got the metadata {sorted(metadata)}; wanted generator "
-                "and entry, as logic.generate_tasks makes them"
-            )
+        try:
+            check_task(sample.task)
+        except ValueError as error:
+            raise ValueError(f"task {sample.task.id!r}: {error}") from None
+        text, metadata = answer.final_text(sample), dict(sample.task.metadata)
         return await self._pool.call(
-            "train.rl.rewards.logic:grade_answer", sample.text, metadata, self._strict
+            "train.rl.rewards.logic:grade_answer", text, metadata, self._strict
+        )
+
+
+def check_task(task: sample_lib.Task) -> None:
+    """Raise ValueError where a task is not from `generate_tasks`."""
+    if not task.metadata.keys() >= {"generator", "entry"}:
+        raise ValueError(
+            f"got the metadata {sorted(task.metadata)}; wanted generator and entry, as "
+            "logic.generate_tasks makes them"
         )
 
 

@@ -46,6 +46,7 @@ class WorkerTimeout(WorkerError):
     """The call took longer than its limit."""
 
     kind = "timeout"
+    is_startup = False  # the time went by before the call itself began
 
 
 class WorkerCrash(WorkerError):
@@ -88,7 +89,9 @@ class WorkerPool:
         for thread in self._threads:
             thread.start()
 
-    def submit(self, path: str, *arguments: Any) -> concurrent.futures.Future:
+    def submit(
+        self, path: str, *arguments: Any, limit_secs: float | None = None
+    ) -> concurrent.futures.Future:
         """Return a future of the result of a function that is called in a worker.
 
         The result has passed through JSON, so tuples have become lists. If the function's module
@@ -98,6 +101,7 @@ class WorkerPool:
         Args:
           path: "module:function".
           arguments: passed to the function, pickled.
+          limit_secs: a time limit for this call, where it is below that of the pool.
 
         Raises:
           RuntimeError: called after `close`.
@@ -105,12 +109,13 @@ class WorkerPool:
         future: concurrent.futures.Future = concurrent.futures.Future()
         if self._is_closing:
             raise RuntimeError("pool: got a call after close(); wanted none")
-        self._jobs.put((future, path, arguments))
+        secs = min(self._limit_secs, limit_secs or self._limit_secs)
+        self._jobs.put((future, path, arguments, secs))
         return future
 
-    async def call(self, path: str, *arguments: Any) -> Any:
+    async def call(self, path: str, *arguments: Any, limit_secs: float | None = None) -> Any:
         """Return the result of `submit`, from a coroutine."""
-        return await asyncio.wrap_future(self.submit(path, *arguments))
+        return await asyncio.wrap_future(self.submit(path, *arguments, limit_secs=limit_secs))
 
     def close(self) -> None:
         """Kill all workers. Calls under way are cancelled or raise `WorkerCrash`."""
@@ -128,14 +133,14 @@ class WorkerPool:
 
     def _serve_slot(self, slot: "_WorkerSlot") -> None:
         while (job := self._jobs.get()) is not None:
-            future, path, arguments = job
+            future, path, arguments, limit_secs = job
             if self._is_closing:
                 future.cancel()
             # False where the future was cancelled, here or by its owner.
             if not future.set_running_or_notify_cancel():
                 continue
             try:
-                future.set_result(slot.call(path, arguments, self._limit_secs))
+                future.set_result(slot.call(path, arguments, limit_secs))
             except Exception as error:
                 future.set_exception(error)
 
@@ -153,6 +158,7 @@ class _WorkerSlot:
             data = pickle.dumps((path, arguments))
         except Exception as error:  # pickling runs the arguments' own code
             raise WorkerError(f"{path}: got arguments that do not pickle: {error}") from error
+        has_started = False
         try:
             channel = self._start()
             deadline = time.monotonic() + STARTUP_SECS
@@ -160,11 +166,14 @@ class _WorkerSlot:
             worker.send_message(channel, data)
             answer = _receive_message(channel, deadline)
             # The worker reports the start after its imports, unless these already failed.
-            if answer.get("started"):
+            if has_started := bool(answer.get("started")):
                 answer = _receive_message(channel, time.monotonic() + limit_secs)
         except TimeoutError:
             self.kill()
-            raise WorkerTimeout(f"{path}: no result in {limit_secs} s") from None
+            secs = limit_secs if has_started else STARTUP_SECS
+            timeout = WorkerTimeout(f"{path}: no result in {secs} s")
+            timeout.is_startup = not has_started
+            raise timeout from None
         except OSError as error:
             self.kill()
             raise WorkerCrash(f"{path}: the worker died: {error}") from None

@@ -10,13 +10,19 @@ The runner keeps honest mistakes and simple mischief from harming a run. On Linu
   * output: cut while it is read.
   * files: the length of each file (rlimit), not the sum.
   * network: an empty network namespace, without even a loopback device.
+  * /tmp, /var/tmp and /dev/shm: empty ones of the program's own, of `file_bytes` each, which end
+    with it. A system that permits namespaces but no mounts leaves those of the machine.
   * writing: a caller that is root runs the program as a user of its own, who can write what
     everybody can write. The program of any other caller can write what the caller can. That
     includes a root inside a container with few user ids.
 
 The runner does not stop a program from reading every file that the caller can read, from reading
-the host's `/proc`, from using Unix sockets in the file system, from filling a disk with many files,
-or from attacking the kernel. Run hostile code in a remote sandbox (`remote`).
+the host's `/proc`, from using Unix sockets in the file system, from filling a disk with many files
+in its own folder, or from attacking the kernel. Run hostile code in a remote sandbox (`remote`).
+
+With `allow_network` there are no namespaces, and what they hide is open: the network, the shared
+folders, and, unless the caller is root, the caller's other processes. The program can read their
+environment, with all secrets in it, and can kill them.
 """
 
 import contextlib
@@ -86,8 +92,9 @@ def run_program(
       command: program and arguments. The program is searched for along the caller's PATH.
       limits: what the program may use.
       stdin: the program's input.
-      allow_network: run without namespaces, for systems that permit none. The network is then
-        open, and if the caller is killed, processes of the program may live on.
+      allow_network: run without namespaces, for systems that permit none and programs that are
+        trusted. The network is then open, the caller's secrets and processes are within reach (see
+        the module), and if the caller is killed, processes of the program may live on.
 
     Raises:
       RunnerUnavailable: namespaces are not permitted and `allow_network` is false, or the command
@@ -177,7 +184,8 @@ class _RunningProgram:
         if "refused" in report:
             raise RunnerUnavailable(
                 f"runner: got {report['refused']!r}; wanted namespaces that cut off the network. "
-                "Use a remote sandbox, or allow_network=True for programs you trust."
+                "Use a remote sandbox, or allow_network=True for programs you trust: it opens the "
+                "network, and the caller's secrets and processes to them."
             )
         if "failed" in report:
             raise RunnerUnavailable(

@@ -65,7 +65,7 @@ def _longest_common_subsequence(actual: list[str], expected_calls: list[str]) ->
 
 
 class ToolCallReward:
-    """`call_f1_score` against the task's metadata {"tool_calls": [{"name", "arguments"}, ...]}.
+    """`call_f1_score` against the expected calls, see `read_expected_calls`.
 
     Malformed calls are the model's fault and score 0.
     """
@@ -85,23 +85,61 @@ class ToolCallReward:
         Raises:
           ValueError: the task does not say which calls are expected.
         """
-        expected = sample.task.metadata.get("tool_calls")
-        if not isinstance(expected, list | tuple) or not all(map(_is_call, expected)):
-            raise ValueError(
-                f"task {sample.task.id!r}: got tool_calls {expected!r:.80}; wanted a list of "
-                "objects with name and arguments in the metadata"
-            )
         try:
-            calls = parser.parse_turn(answer.strip_thinking(sample.text)).calls
+            expected = read_expected_calls(sample.task)
+        except ValueError as error:
+            raise ValueError(f"task {sample.task.id!r}: {error}") from None
+        if sample.status != "stop":  # cut off: not even the right silence
+            return 0.0
+        try:
+            calls = parser.parse_turn(answer.final_text(sample)).calls
         except ValueError:
             return 0.0
         score = call_f1_score(calls, expected, self._ordered)
         return score if self._partial else float(score == 1)
 
 
-def _is_call(value: Any) -> bool:
-    return (
-        isinstance(value, Mapping)
-        and isinstance(value.get("name"), str)
-        and isinstance(value.get("arguments"), Mapping)
+def read_expected_calls(task: sample_lib.Task) -> list[dict[str, Any]]:
+    """Return the expected calls of a task, each an object of name and arguments.
+
+    They are in the metadata under `tool_calls`, as a list or its JSON. Calls in OpenAI's form,
+    {"id", "type", "function": {"name", "arguments"}}, and arguments that are JSON text are read, as
+    in messages.
+
+    Raises:
+      ValueError: there are none, or they have another form.
+    """
+    expected = _parse_json(task.metadata.get("tool_calls"))
+    if not isinstance(expected, list | tuple):
+        raise ValueError(
+            f"got tool_calls {expected!r:.80}; wanted a list of objects with name and arguments in "
+            "the metadata"
+        )
+    return [_read_call(call, f"tool_calls[{number}]") for number, call in enumerate(expected)]
+
+
+def _read_call(call: Any, name: str) -> dict[str, Any]:
+    call = _parse_json(call)
+    function = _parse_json(call.get("function", call)) if isinstance(call, Mapping) else None
+    if (
+        isinstance(function, Mapping)
+        and isinstance(function.get("name"), str)
+        and "arguments" in function
+    ):
+        arguments = function["arguments"]
+        # Clients send null or an empty text for no arguments.
+        arguments = {} if arguments in (None, "") else _parse_json(arguments)
+        if isinstance(arguments, Mapping):
+            return {"name": function["name"], "arguments": dict(arguments)}
+    raise ValueError(
+        f"got {name} {call!r:.80}; wanted a list of objects with name and arguments, an object or "
+        "its JSON"
     )
+
+
+def _parse_json(value: Any) -> Any:
+    """Return the value of JSON text, or the value itself."""
+    try:
+        return json.loads(value) if isinstance(value, str) else value
+    except (ValueError, RecursionError):
+        return value
