@@ -418,9 +418,9 @@ def test_tokens_that_the_tokenizer_lacks_are_refused(config, tokenizer):
     ("content", "message"),
     [
         (b'{"text": "a"}\n\n{"txt": "b"}\n', r"a.jsonl:3: got the keys"),
-        (b'{"text": "a"}\n{"text": \n', r"a.jsonl:2: not a JSON record"),
+        (b'{"text": "a"}\n{"text": \n', r"a.jsonl:2: got no valid JSON"),
         (b'{"text": "a"}\n[1]\n', r"a.jsonl:2: got \[1\]; wanted an object"),
-        (b'{"text": "a"}\n{"text": "\xff"}\n', r"a.jsonl:2: not a JSON record"),
+        (b'{"text": "a"}\n{"text": "\xff"}\n', r"a.jsonl:2: got no valid JSON"),
         (b'{"text": "\\ud800"}\n', r"a.jsonl:1: text: got a lone surrogate"),
     ],
 )
