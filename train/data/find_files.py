@@ -43,7 +43,8 @@ def find_files(source: str, path: str) -> list[epath.Path]:
         any folders of a local path, and `~` for the home folder.
 
     Raises:
-      DataError: there is no file, one of an unknown format, or no access to the storage.
+      NoFilesError: there is no file, or no access to remote storage.
+      DataError: a file of an unknown format, or a path of a form that cannot be read.
     """
     scheme, is_url, _ = path.partition("://")
     if is_url and scheme not in _REMOTE_SCHEMES:
@@ -56,17 +57,17 @@ def find_files(source: str, path: str) -> list[epath.Path]:
     except ImportError as error:
         extra = "pip install 'm1-jax[gcs]'" if scheme == "gs" else f"install {error.name or error}"
         reason = data_errors.shorten_reason(error)
-        raise data_errors.DataError(
+        raise data_errors.NoFilesError(
             f"source {source!r}: got {path}, which needs another package ({reason}): {extra}"
         ) from None
     except OSError as error:
-        raise data_errors.DataError(
-            f"source {source!r}: {data_errors.shorten_reason(error)}"
-        ) from None
+        reason = data_errors.shorten_reason(error)
+        kind = data_errors.NoFilesError if is_url else data_errors.DataError
+        raise kind(f"source {source!r}: got {path}: {reason}") from None
     if not files:
         names = ", ".join(left_out[:_MAX_NAMED])
         others = f", and not {names}" if left_out else ""
-        raise data_errors.DataError(
+        raise data_errors.NoFilesError(
             f"source {source!r}: got {path}, where there is no file; wanted {_describe_formats()}"
             f"{others}"
         )

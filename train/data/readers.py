@@ -226,26 +226,35 @@ class _ParquetReader(RecordReader):
           DataError: a damaged file, or one without any of the columns.
         """
         super().__init__(file)
+        # Tables of row groups by number, in the order of their last use.
+        self._groups: collections.OrderedDict[int, Any] = collections.OrderedDict()
+        try:
+            self._counts = self._count_rows()
+            self._columns = None if columns is None else self._choose_columns(columns)
+        finally:
+            self.close()  # a source may have more files than a process may open
+        self._cumulative_rows = list(itertools.accumulate(self._counts))
+        self.num_records = sum(self._counts)
+
+    def _count_rows(self) -> list[int]:
+        """Return the rows of each group."""
         metadata = self._handle.metadata
         counts = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
         if sum(counts) != metadata.num_rows or min(counts, default=0) < 0:
-            raise _parquet_error(file, f"its parts have {counts!r:.60} of {metadata.num_rows} rows")
-        self._counts = counts
-        self._cumulative_rows = list(itertools.accumulate(counts))
-        self.num_records = metadata.num_rows
-        self._columns = columns
-        if columns is not None:
-            names = self._handle.schema_arrow.names
-            # pyarrow refuses columns that the file does not have.
-            self._columns = tuple(name for name in columns if name in set(names))
-            if not self._columns:
-                raise data_errors.DataError(
-                    f"{file}: got the columns {', '.join(names)!r:.80}; wanted one of "
-                    f"{', '.join(columns)}"
-                )
-        # Tables of row groups by number, in the order of their last use.
-        self._groups: collections.OrderedDict[int, Any] = collections.OrderedDict()
-        self.close()  # a source may have more files than a process may open
+            reason = f"its parts have {counts!r:.60} of {metadata.num_rows} rows"
+            raise _parquet_error(self.file, reason)
+        return counts
+
+    def _choose_columns(self, columns: tuple[str, ...]) -> list[str]:
+        """Return those of the columns that the file has: pyarrow refuses others."""
+        names = self._handle.schema_arrow.names
+        present = [name for name in columns if name in names]
+        if not present:
+            raise data_errors.DataError(
+                f"{self.file}: got the columns {', '.join(names)!r:.80}; wanted one of "
+                f"{', '.join(columns)}"
+            )
+        return present
 
     @functools.cached_property
     def _handle(self):
@@ -268,8 +277,7 @@ class _ParquetReader(RecordReader):
     def read(self, record_number: int) -> dict:
         group = bisect.bisect_right(self._cumulative_rows, record_number)
         if group not in self._groups:
-            columns = None if self._columns is None else list(self._columns)
-            table = self._handle.read_row_group(group, columns=columns)
+            table = self._handle.read_row_group(group, columns=self._columns)
             # Offsets of damaged lists may lie outside of their values.
             table.validate()
             if len(table) != self._counts[group]:

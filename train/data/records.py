@@ -151,10 +151,11 @@ def _read_record(reader: readers.RecordReader, record_number: int) -> dict[str, 
     except data_errors.DataError:  # the file is gone or damaged
         raise
     except (ValueError, OSError, RuntimeError, OverflowError, pyarrow.ArrowException) as error:
-        location, reason = reader.location(record_number), data_errors.shorten_reason(error)
+        reason = data_errors.shorten_reason(error)
         # An error of the system has a number. pyarrow raises OSError for damaged pages, too.
         if isinstance(error, OSError) and error.errno is not None:
-            raise data_errors.DataError(f"{location}: {reason}") from None
+            raise data_errors.DataError(f"{reader.file}: {reason}") from None
+        location = reader.location(record_number)
         raise data_errors.bad_record(location, f"cannot be read: {reason}") from None
     if not isinstance(record, dict):
         raise data_errors.bad_record(
