@@ -224,7 +224,10 @@ def _write_parquet(container: str, values: list[dict]) -> bytes:
             )
     sink = pyarrow.BufferOutputStream()
     table = pyarrow.table(arrays, names=names)
-    pyarrow.parquet.write_table(table, sink, row_group_size=3)
+    try:
+        pyarrow.parquet.write_table(table, sink, row_group_size=3)
+    except pyarrow.ArrowNotImplementedError:  # an object without keys
+        return _write_parquet("text.parquet", values)
     return sink.getvalue().to_pybytes()
 
 

@@ -26,6 +26,7 @@ _CODECS = {".gz": "gzip", ".zst": "zstd"}
 _METADATA_NAMES = frozenset(
     {"prepare.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
 )
+_FIRST_SUFFIXES = (".jsonl", ".parquet", ".arrayrecord", ".array_record")
 _WILDCARDS = "*?["
 _REMOTE_SCHEMES = ("gs", "s3", "az", "hf")
 _MAX_NAMED = 5  # files left out that an error names. The printed line names all of them
@@ -90,6 +91,16 @@ def find_format(file: epath.Path) -> tuple[str, str | None] | None:
     if file_format is None or (codec is not None and file_format not in JSON_FORMATS):
         return None
     return file_format, codec
+
+
+def is_added_kind(path: str, file: epath.Path) -> bool:
+    """Return whether earlier versions left out a file of a path, so that their states lack it.
+
+    They read no folders within a folder, and `_FIRST_SUFFIXES` alone.
+    """
+    folder = epath.Path(path if "://" in path else os.path.expanduser(path))
+    is_below = folder.is_dir() and file.parent != folder
+    return is_below or file.suffix not in _FIRST_SUFFIXES
 
 
 _printed_lines: set[str] = set()

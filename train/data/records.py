@@ -44,14 +44,18 @@ class RecordFiles:
         Raises:
           DataError: there is no such file, its format is unknown, or it is damaged or empty.
         """
-        self.name = name
+        self.name, self._path = name, path
         files = find_files.find_files(name, path)
-        self._readers = [readers.open_reader(file, columns) for file in files]
-        self._cumulative_records = list(
-            itertools.accumulate(reader.num_records for reader in self._readers)
-        )
+        self._use_readers([readers.open_reader(file, columns) for file in files])
         # Numbers of the open files, in the order of their last use. A dict is an ordered set.
         self._open_files: dict[int, None] = {}
+
+    def _use_readers(self, file_readers: list[readers.RecordReader]) -> None:
+        """Read these files, in this order."""
+        self._readers = file_readers
+        self._cumulative_records = list(
+            itertools.accumulate(reader.num_records for reader in file_readers)
+        )
 
     def __getstate__(self):
         # Readers drop their open handles, too.
@@ -98,17 +102,39 @@ class RecordFiles:
 
         Names begin below the folder that all files share, as that folder may move.
         """
+        return [
+            [name, *_digest_file(reader.file), reader.num_records]
+            for name, reader in zip(self._file_names(), self._readers, strict=True)
+        ]
+
+    def leave_out_added_kinds(self, saved: list[list]) -> bool:
+        """Read no files of kinds that were not read when a run with this fingerprint began.
+
+        Return whether there are any. Other files that the fingerprint lacks stay, and
+        `check_fingerprint` refuses them.
+        """
+        recorded_names = {name for name, *_ in saved}
+        readers_by_name = dict(zip(self._file_names(), self._readers, strict=True))
+        added = [
+            name
+            for name, reader in readers_by_name.items()
+            if name not in recorded_names and find_files.is_added_kind(self._path, reader.file)
+        ]
+        is_changed = 0 < len(added) < len(readers_by_name)
+        if is_changed:
+            self.close()
+            self._use_readers([r for name, r in readers_by_name.items() if name not in added])
+            find_files.print_once(
+                f"source {self.name!r}: leaves out {', '.join(added)}, as the run began"
+            )
+        return is_changed
+
+    def _file_names(self) -> list[str]:
+        """Return the files' names below the folder that all of them share."""
         # `commonprefix` compares tuples part by part. A prefix of text could end within a name.
         folders = [reader.file.parent.parts for reader in self._readers]
         num_shared = len(os.path.commonprefix(folders))
-        return [
-            [
-                "/".join(reader.file.parts[num_shared:]),
-                *_digest_file(reader.file),
-                reader.num_records,
-            ]
-            for reader in self._readers
-        ]
+        return ["/".join(reader.file.parts[num_shared:]) for reader in self._readers]
 
     def check_fingerprint(self, saved: list[list]) -> None:
         """Compare with an earlier fingerprint.

@@ -188,6 +188,8 @@ class BatchStream:
                     f"source {name!r}: the checkpoint has it and the config does not; wanted all "
                     "of its sources. Give it weight 0 to read no more of it."
                 )
+            if self._records[name].leave_out_added_kinds(saved):
+                self._fingerprint[name] = self._records[name].fingerprint()
             self._records[name].check_fingerprint(saved)
         self.close()
         self._step = state["step"]
