@@ -41,6 +41,7 @@ def read(path, **settings):
         ("a.Json", json.dumps(RECORDS).encode()),
         ("b.json", b"\xef\xbb\xbf\n" + json.dumps(RECORDS, indent=2).encode() + b"\n\n"),
         ("c.json", "\n".join(json.dumps(r, indent=1) for r in RECORDS).encode()),
+        ("a.jsonl", json.dumps(RECORDS, indent=2).encode()),
         ("a.jsonl.gz", gzip.compress(LINES)),
         ("b.jsonl.gz", gzip.compress(LINES[:20]) + gzip.compress(LINES[20:])),
         ("a.json.GZ", gzip.compress(json.dumps(RECORDS).encode())),
@@ -136,6 +137,16 @@ def test_patterns_go_through_folders_and_names_may_have_brackets(tmp_path, monke
     assert read("~/x.jsonl") == [{"text": "x.jsonl"}]
 
 
+def test_a_first_line_that_is_damaged_to_a_bracket_is_one_bad_record(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b"[" + LINES[1:])
+    files = records_lib.RecordFiles("s", str(tmp_path))
+    assert len(files) == 3
+    assert files.read(1) == RECORDS[1]
+    with pytest.raises(records_lib.data_errors.BadRecordError, match=r"a\.jsonl:1: "):
+        files.read(0)
+    files.close()
+
+
 @pytest.mark.parametrize(
     ("path", "message"),
     [
@@ -197,6 +208,7 @@ def test_a_table_without_columns_of_records_names_its_own(tmp_path):
         '{"text": "a\\ud8',
         "\x00",
         '["text"]',
+        "[",
     ],
 )
 def test_a_bad_line_is_a_bad_record_in_one_short_line(tmp_path, line):

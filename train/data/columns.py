@@ -77,10 +77,10 @@ def _take_alpaca(record: Mapping[str, Any]) -> list[Any]:
         isinstance(pair, list) and len(pair) == 2 for pair in history
     ):
         raise ValueError(f"history: got {history!r:.80}; wanted a list of pairs of texts")
-    for asked, answered in history:
+    for question, answer in history:
         messages += [
-            {"role": "user", "content": asked},
-            {"role": "assistant", "content": answered},
+            {"role": "user", "content": question},
+            {"role": "assistant", "content": answer},
         ]
     texts = [_take_text(record, "instruction"), _take_text(record, "input")]
     messages.append({"role": "user", "content": "\n\n".join(filter(None, texts))})

@@ -76,14 +76,24 @@ class _JsonReader(RecordReader):
     def __init__(self, file: epath.Path, file_format: str, codec: str | None):
         super().__init__(file)
         self._readable = file if codec is None else self._decompress(codec)
-        first_line = self._read_first_line() if file_format == "json" else b"{}"
-        # A `.json` file may hold a list, or objects that go over several lines, as well.
-        has_lines = first_line.startswith(b"{") and first_line.endswith(b"}")
-        spans = self._scan_lines() if has_lines else self._scan_values()
-        # An array of machine words: a list of pairs would take ten times the memory.
-        offsets = array.array("q", itertools.chain.from_iterable(spans))
-        self._spans = np.array(offsets, np.int64).reshape(-1, 2)  # [records, start and end]
+        self._spans = self._find_spans(is_json=file_format == "json")  # [records, start and end]
         self.num_records = len(self._spans)
+
+    def _find_spans(self, is_json: bool) -> np.ndarray:
+        """Return where each record starts and ends.
+
+        A `.json` file holds lines, a list, or objects that go over several lines. A file of lines
+        may turn out to be one list.
+        """
+        first_line = self._read_first_line()
+        has_lines = first_line.startswith(b"{") and first_line.endswith(b"}")
+        if first_line.startswith(b"[") or (is_json and not has_lines):
+            try:
+                return _to_array(self._scan_values())
+            except data_errors.DataError:
+                if is_json:
+                    raise
+        return _to_array(self._scan_lines())
 
     @functools.cached_property
     def _handle(self):
@@ -195,6 +205,11 @@ class _JsonReader(RecordReader):
 
 # It only finds where values end, so numbers of any length are not converted.
 _SCANNER = json.JSONDecoder(parse_int=len, parse_float=len, parse_constant=len)
+
+
+def _to_array(spans: Iterator[tuple[int, int]]) -> np.ndarray:
+    """Return pairs as an array, by way of machine words: a list would take ten times the memory."""
+    return np.array(array.array("q", itertools.chain.from_iterable(spans)), np.int64).reshape(-1, 2)
 
 
 def _skip_space(text: str, position: int) -> int:
