@@ -132,7 +132,7 @@ def test_patterns_go_through_folders_and_names_may_have_brackets(tmp_path, monke
         "x.jsonl",
     ]
     assert read(tmp_path / "a" / "b" / "z[1].jsonl") == [{"text": "a/b/z[1].jsonl"}]
-    assert len(read(tmp_path / "*")) == 3
+    assert len(read(tmp_path / "*")) == len(read(tmp_path / "**")) == 3
     monkeypatch.setenv("HOME", str(tmp_path))
     assert read("~/x.jsonl") == [{"text": "x.jsonl"}]
 

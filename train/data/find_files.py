@@ -73,8 +73,9 @@ def find_files(source: str, path: str) -> list[epath.Path]:
             f"{others}"
         )
     if left_out:
-        print_once(f"source {source!r}: leaves out {', '.join(left_out)}")
-    return sorted(files, key=str)
+        print_once(f"source {source!r}: leaves out {', '.join(dict.fromkeys(left_out))}")
+    # A pattern such as data/** stands for a folder and for the files in it.
+    return sorted({str(file): file for file in files}.values(), key=str)
 
 
 def find_format(file: epath.Path) -> tuple[str, str | None] | None:
