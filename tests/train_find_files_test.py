@@ -1,5 +1,6 @@
 """Which files a path stands for: folders, patterns, names; and containers that are read alike."""
 
+import errno
 import gzip
 import json
 import os
@@ -78,6 +79,16 @@ def test_the_decompressed_copy_lives_as_long_as_its_reader(tmp_path, monkeypatch
     assert len(os.listdir(tmp_path / "temporary")) == 1
     del files
     assert not os.listdir(tmp_path / "temporary")
+
+
+def test_a_full_disk_is_told_with_its_folder(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(readers.shutil, "copyfileobj", refuse)
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(LINES))
+    with pytest.raises(records_lib.DataError, match=r"a\.jsonl\.gz: no space in .*Set TMPDIR"):
+        read(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ A reader opens its file when it is first needed. It can be pickled, without the 
 import array
 import bisect
 import collections
+import errno
 import functools
 import itertools
 import json
@@ -125,7 +126,12 @@ class _JsonReader(RecordReader):
             ):
                 shutil.copyfileobj(blocks, copy, _COPY_BYTES)
         except OSError as error:
-            if error.errno is not None:  # of the disk, such as no space
+            if error.errno == errno.ENOSPC:
+                raise data_errors.DataError(
+                    f"{self.file}: no space in {os.path.dirname(name)} to decompress it; wanted "
+                    "room for all of it. Set TMPDIR, or prepare the data by m1-prepare."
+                ) from None
+            if error.errno is not None:  # such as a file without permission
                 raise
             raise data_errors.DataError(
                 f"{self.file}: not a whole {codec} file: {data_errors.shorten_reason(error)}. "
