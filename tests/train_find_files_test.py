@@ -1,16 +1,20 @@
 """Which files a path stands for: folders, patterns, names; and containers that are read alike."""
 
+import ast
 import errno
 import gzip
 import json
 import os
 import pickle
+import subprocess
+import sys
+import tempfile
 
 import pyarrow
 import pytest
 import records_support
 
-from train.data import find_files, readers
+from train.data import decompress, find_files
 from train.data import records as records_lib
 
 RECORDS = [{"text": "one"}, {"text": "zwei: ä\u2028"}, {"text": "three"}]
@@ -64,28 +68,44 @@ def test_records_are_found_by_line(tmp_path):
     assert found == ["a.json:2", "a.json:5", "b.jsonl.gz:1", "b.jsonl.gz:3"]
 
 
-def test_the_decompressed_copy_lives_as_long_as_its_reader(tmp_path, monkeypatch):
-    monkeypatch.setattr(readers.tempfile, "tempdir", str(tmp_path / "temporary"))
+@pytest.fixture
+def temporary(tmp_path, monkeypatch):
+    """Return a folder in which files are decompressed."""
     (tmp_path / "temporary").mkdir()
-    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(LINES))
-    files = records_lib.RecordFiles("s", str(tmp_path / "a.jsonl.gz"))
-    sent = pickle.loads(pickle.dumps(files))
-    assert sent.read(2) == files.read(2) == RECORDS[2]
+    monkeypatch.setattr(decompress, "_ranges", {})
+    with tempfile.TemporaryFile(dir=tmp_path / "temporary") as shared_file:
+        monkeypatch.setattr(decompress, "_open_shared_file", lambda process: shared_file)
+        yield tmp_path / "temporary"
+
+
+@pytest.mark.slow
+def test_a_file_is_decompressed_once_and_leaves_no_copy(tmp_path, temporary, monkeypatch):
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(LINES.rstrip()))
+    (tmp_path / "b.jsonl.zst").write_bytes(zstd(LINES))
+    files = records_lib.RecordFiles("s", str(tmp_path))
+    monkeypatch.setattr(decompress, "_decompress", None)
+    again = records_lib.RecordFiles("s", str(tmp_path))
+    wanted = RECORDS + RECORDS
+    assert [again.read(index) for index in range(6)] == wanted
+    assert [files.location(index)[-1] for index in range(6)] == list("123123")
+    assert not os.listdir(temporary)
+    (tmp_path / "files").write_bytes(pickle.dumps(files))
+    code = (
+        "import pickle, sys; files = pickle.load(open(sys.argv[1], 'rb')); "
+        "print(ascii([files.read(index) for index in range(6)]))"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "files")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert ast.literal_eval(done.stdout) == wanted
+    again.close()
     files.close()
-    assert files.read(0) == RECORDS[0]
-    files.close()
-    sent.close()
-    del sent
-    assert len(os.listdir(tmp_path / "temporary")) == 1
-    del files
-    assert not os.listdir(tmp_path / "temporary")
 
 
 def test_a_full_disk_is_told_with_its_folder(tmp_path, monkeypatch):
     def refuse(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(readers.shutil, "copyfileobj", refuse)
+    monkeypatch.setattr(decompress.shutil, "copyfileobj", refuse)
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(LINES))
     with pytest.raises(records_lib.DataError, match=r"a\.jsonl\.gz: no space in .*Set TMPDIR"):
         read(tmp_path)

@@ -6,16 +6,11 @@ A reader opens its file when it is first needed. It can be pickled, without the 
 import array
 import bisect
 import collections
-import errno
 import functools
 import itertools
 import json
-import os
-import shutil
-import tempfile
-import weakref
 from collections.abc import Iterator
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import pyarrow
@@ -24,11 +19,10 @@ import tqdm
 from array_record.python import array_record_module  # pyright: ignore[reportAttributeAccessIssue]
 from etils import epath
 
-from train.data import data_errors, find_files
+from train.data import data_errors, decompress, find_files
 
 _MAX_CACHED_GROUPS = 4  # row groups of one Parquet file in memory
 _MAX_FIRST_LINE = 2**20  # bytes
-_COPY_BYTES = 2**20  # decompressed at once
 
 
 class RecordReader:
@@ -68,15 +62,11 @@ class RecordReader:
 
 
 class _JsonReader(RecordReader):
-    """Lines of JSON, or one list of objects. Lines of white space alone are no records.
-
-    A compressed file is decompressed once, to a file in the folder for temporary files (TMPDIR),
-    which is removed with the reader. `m1-prepare` saves runs this work.
-    """
+    """Lines of JSON, or one list of objects. Lines of white space alone are no records."""
 
     def __init__(self, file: epath.Path, file_format: str, codec: str | None):
         super().__init__(file)
-        self._readable = file if codec is None else self._decompress(codec)
+        self._range = decompress.open_range(file, codec)
         self._spans = self._find_spans(is_json=file_format == "json")  # [records, start and end]
         self.num_records = len(self._spans)
 
@@ -98,75 +88,64 @@ class _JsonReader(RecordReader):
 
     @functools.cached_property
     def _handle(self):
-        return self._readable.open("rb")
+        return self._range.file.open("rb")
 
     def read(self, record_number: int) -> bytes:
         start, end = map(int, self._spans[record_number])
-        self._handle.seek(start)
-        return self._handle.read(end - start)
+        return self._read_bytes(self._handle, start, end)
 
     def location(self, record_number: int) -> str:
-        remaining_bytes, lines_before = int(self._spans[record_number][0]), 0
-        with self._readable.open("rb") as stream:  # slow, and only for messages
-            while remaining_bytes:
-                block = stream.read(min(remaining_bytes, 2**20))
+        offset, lines_before = self._range.start, 0
+        with self._range.file.open("rb") as stream:  # slow, and only for messages
+            while offset < (end := int(self._spans[record_number][0])):
+                block = self._read_bytes(stream, offset, min(end, offset + 2**20))
                 lines_before += block.count(b"\n")
-                remaining_bytes -= len(block)
+                offset += len(block)
         return f"{self.file}:{lines_before + 1}"
 
-    def _decompress(self, codec: str) -> epath.Path:
-        descriptor, name = tempfile.mkstemp(prefix="m1-data-", suffix=".jsonl")
-        # Also at the end of the process. Readers in other processes do not own the file.
-        weakref.finalize(self, _remove_file, name, os.getpid())
-        try:
-            with (
-                open(descriptor, "wb") as copy,
-                self.file.open("rb") as stream,
-                pyarrow.CompressedInputStream(pyarrow.PythonFile(stream, "r"), codec) as blocks,
-            ):
-                shutil.copyfileobj(blocks, copy, _COPY_BYTES)
-        except OSError as error:
-            if error.errno == errno.ENOSPC:
-                raise data_errors.DataError(
-                    f"{self.file}: no space in {os.path.dirname(name)} to decompress it; wanted "
-                    "room for all of it. Set TMPDIR, or prepare the data by m1-prepare."
-                ) from None
-            if error.errno is not None:  # such as a file without permission
-                raise
-            raise data_errors.DataError(
-                f"{self.file}: not a whole {codec} file: {data_errors.shorten_reason(error)}. "
-                "Copy it again."
-            ) from None
-        return epath.Path(name)
+    def _read_bytes(self, stream: IO[bytes], start: int, end: int) -> bytes:
+        """Return bytes of the file.
+
+        Raises:
+          ValueError: the file has become shorter.
+        """
+        stream.seek(start)
+        content = stream.read(end - start)
+        if len(content) < end - start:
+            raise ValueError("the file has become shorter since it was opened")
+        return content
 
     def _read_first_line(self) -> bytes:
         """Return the first line that is not empty, without white space and byte order mark.
 
         Of a long line, such as a list without line breaks, it is the beginning.
         """
-        with self._readable.open("rb") as stream:
-            while line := stream.readline(_MAX_FIRST_LINE):
-                if stripped := line.removeprefix(b"\xef\xbb\xbf").strip():
-                    return stripped
-        return b""
+        start = self._range.start
+        with self._range.file.open("rb") as stream:
+            end = min(self._range.end, start + _MAX_FIRST_LINE)
+            content = self._read_bytes(stream, start, end)
+        return content.removeprefix(b"\xef\xbb\xbf").lstrip().partition(b"\n")[0].rstrip()
 
     def _scan_lines(self) -> Iterator[tuple[int, int]]:
-        offset = 0
+        offset, end = self._range.start, self._range.end
         # disable=None: no bar where the output is no terminal.
         with (
-            self._readable.open("rb") as stream,
+            self._range.file.open("rb") as stream,
             tqdm.tqdm(
                 desc=f"lines of {self.file.name}",
-                total=self._readable.stat().length,
+                total=end - offset,
                 unit="B",
                 unit_scale=True,
                 leave=False,
                 disable=None,
             ) as bar,
         ):
+            stream.seek(offset)
             for line in stream:
+                if offset >= end:
+                    break
                 if line.strip():
-                    yield offset, offset + len(line)
+                    yield offset, min(offset + len(line), end)
                 offset += len(line)
                 bar.update(len(line))
 
@@ -176,8 +155,10 @@ class _JsonReader(RecordReader):
         Raises:
           DataError: the file is damaged, so that no later value can be found.
         """
-        # In Latin-1 a character is a byte, and quotes and brackets are those of UTF-8.
-        text = self._readable.read_bytes().decode("latin-1")
+        offset = self._range.start
+        with self._range.file.open("rb") as stream:
+            # In Latin-1 a character is a byte, and quotes and brackets are those of UTF-8.
+            text = self._read_bytes(stream, offset, self._range.end).decode("latin-1")
         position = _skip_space(text, 3 if text.startswith("\xef\xbb\xbf") else 0)
         is_list = text.startswith("[", position)
         position = _skip_space(text, position + 1) if is_list else position
@@ -190,7 +171,7 @@ class _JsonReader(RecordReader):
                 fault = getattr(error, "pos", start)
                 reason = getattr(error, "msg", "too many values within each other")
                 raise self._damage(text, fault, reason) from None
-            yield start, position
+            yield offset + start, offset + position
             position = _skip_space(text, position)
             if is_list and text.startswith(",", position):
                 position = _skip_space(text, position + 1)
@@ -222,12 +203,6 @@ def _skip_space(text: str, position: int) -> int:
     while position < len(text) and text[position] in " \t\r\n":
         position += 1
     return position
-
-
-def _remove_file(name: str, owner: int) -> None:
-    """Remove a temporary file, if this process made it: a forked one has the same finalizers."""
-    if os.getpid() == owner and os.path.exists(name):
-        os.remove(name)
 
 
 class _ParquetReader(RecordReader):
