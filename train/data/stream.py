@@ -264,17 +264,11 @@ def check_held_out(stream: BatchStream, num_batches: int) -> None:
       num_batches: batches of an evaluation. 0 takes all.
 
     Raises:
-      DataError: a record cannot be used, or there is no token to predict.
+      DataError: a record cannot be used.
     """
-    num_tokens = 0.0
     with stream:
-        for host_batch in itertools.islice(stream, num_batches or None):
-            num_tokens += float(host_batch.arrays.weights.sum())
-    if not num_tokens:
-        raise records_lib.DataError(
-            "evaluation: got no token to predict; wanted some. Raise evaluation.batches, or change "
-            "evaluation.sources."
-        )
+        for _ in itertools.islice(stream, num_batches or None):
+            pass  # this host's rows, which may be padding alone
 
 
 _described_sources: set[tuple[str, str, str]] = set()
