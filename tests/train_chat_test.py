@@ -109,7 +109,7 @@ def test_overlong_conversations(tokenizer):
 @pytest.mark.parametrize(
     ("record", "kind", "message"),
     [
-        ({"txt": "a"}, "auto", "got the keys .'txt'.; wanted messages or text"),
+        ({"txt": "a"}, "auto", "got the keys .'txt'.; wanted text, or messages, or"),
         ({"text": "a", "messages": ROUNDS}, "auto", "not both"),
         ({"text": "a"}, "chat", "wanted messages"),
         ({"messages": ROUNDS}, "text", "wanted text"),

@@ -60,16 +60,16 @@ def test_tokens_are_counted_with_a_tokenizer(src):
 
 def test_an_interrupted_run_goes_on_and_is_no_result_before(src, monkeypatch):
     whole = prepare.run(config(src, dst=f"{src}/whole"))
-    write, written = prepare._write_shard, []
+    write, written = prepare._ShardWriter.write, []
 
-    def interrupted(path, *rest):
-        written.append(path.name)
+    def interrupted(writer, *rest):
+        written.append(writer._path.name)
         if len(written) == 2:
-            path.write_bytes(b"half")
+            writer._path.write_bytes(b"half")
             raise KeyboardInterrupt
-        return write(path, *rest)
+        return write(writer, *rest)
 
-    monkeypatch.setattr(prepare, "_write_shard", interrupted)
+    monkeypatch.setattr(prepare._ShardWriter, "write", interrupted)
     with pytest.raises(KeyboardInterrupt):
         prepare.run(config(src))
     assert not (src / "out").exists()
@@ -85,7 +85,7 @@ def test_an_interrupted_run_of_other_data_is_not_continued(src, monkeypatch):
         raise OSError("disk full")
 
     with monkeypatch.context() as patch:
-        patch.setattr(prepare, "_write_shard", fail)
+        patch.setattr(prepare._ShardWriter, "write", fail)
         with pytest.raises(OSError, match="disk full"):
             prepare.run(config(src))
     (src / "a.jsonl").write_text('{"text": "other"}\n')
@@ -97,7 +97,7 @@ def test_a_bad_record_is_named_and_leaves_no_result(src):
     for line, message in (
         ('{"text": ""}', "not empty"),
         ('{"messages": [{"role": "user", "content": "a"}]}', "no assistant turn"),
-        ('{"text": "a', "not a JSON record"),
+        ('{"text": "a', "no valid JSON"),
         ('{"text": "\\ud800"}', "surrogate"),
     ):
         (src / "b.jsonl").write_text('{"text": "a"}\n' + line + "\n")
@@ -109,8 +109,8 @@ def test_a_bad_record_is_named_and_leaves_no_result(src):
 def test_settings_that_are_refused(src):
     with pytest.raises(ValueError, match="--shards is 11; wanted at most the 10 records"):
         prepare.run(config(src, shards=11))
-    with pytest.raises(ValueError, match="--shards is 0"):
-        config(src, shards=0)
+    with pytest.raises(ValueError, match="--shards is -1"):
+        config(src, shards=-1)
     with pytest.raises(ValueError, match="wanted a local directory"):
         config(src, dst="gs://bucket/out")
     with pytest.raises(ValueError, match="both --src and --dst"):

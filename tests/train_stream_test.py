@@ -369,6 +369,30 @@ def test_a_changed_file_is_named(config, tokenizer, tmp_path, folder):
         stream_lib.BatchStream(config, tokenizer).set_state(state)
 
 
+def test_a_run_that_began_without_newer_kinds_of_files_goes_on_without_them(tokenizer, tmp_path):
+    """Earlier versions left out these files of a folder, and so do the states of their runs."""
+    records_support.write_jsonl(tmp_path / "a.jsonl", [{"text": t} for t in texts(9, 12)])
+    source = data_config.DataSource("a", str(tmp_path))
+    config = data_config.StreamConfig(data_config.DataConfig((source,), lanes=2), 32, 2)
+    with stream_lib.BatchStream(config, tokenizer) as stream:
+        next(stream)
+        state = merged([stream])
+        wanted = take(stream, 3)
+    (tmp_path / "inner").mkdir()
+    for name in ("b.json", "c.ndjson", "D.JSONL", "inner/e.jsonl"):
+        records_support.write_jsonl(tmp_path / name, [{"text": name}])
+    for _ in range(2):
+        with stream_lib.BatchStream(config, tokenizer) as stream:
+            stream.set_state(state)
+            for one, other in zip(wanted, take(stream, 3), strict=True):
+                assert_same(one, other)
+            stream.set_state(state)
+            state = merged([stream])
+    records_support.write_jsonl(tmp_path / "f.jsonl", [{"text": "f"}])
+    with pytest.raises(records_lib.DataError, match=r"f\.jsonl is new since.*Move it to a folder"):
+        stream_lib.BatchStream(config, tokenizer).set_state(state)
+
+
 def test_states_that_do_not_fit_are_refused(config, tokenizer):
     stream = stream_lib.BatchStream(config, tokenizer)
     state = stream.get_state()
@@ -418,9 +442,9 @@ def test_tokens_that_the_tokenizer_lacks_are_refused(config, tokenizer):
     ("content", "message"),
     [
         (b'{"text": "a"}\n\n{"txt": "b"}\n', r"a.jsonl:3: got the keys"),
-        (b'{"text": "a"}\n{"text": \n', r"a.jsonl:2: not a JSON record"),
+        (b'{"text": "a"}\n{"text": \n', r"a.jsonl:2: got no valid JSON"),
         (b'{"text": "a"}\n[1]\n', r"a.jsonl:2: got \[1\]; wanted an object"),
-        (b'{"text": "a"}\n{"text": "\xff"}\n', r"a.jsonl:2: not a JSON record"),
+        (b'{"text": "a"}\n{"text": "\xff"}\n', r"a.jsonl:2: got no valid JSON"),
         (b'{"text": "\\ud800"}\n', r"a.jsonl:1: text: got a lone surrogate"),
     ],
 )

@@ -1,12 +1,14 @@
-"""Command: raw JSONL, Parquet or ArrayRecord files to checked ArrayRecord shards.
+"""Command: raw files of records to checked ArrayRecord shards.
 
     python -m train.prepare --src='raw/*.jsonl' --dst=DIR --shards=64
 
-Every record is checked as training checks it: it is a text, or a conversation that the chat
-template can render. Its keys text, messages and tools stay, as JSON. A group of a shard holds one
-record, so that training reads in any order. The result grows in DST.partial and is renamed when it
-is complete. The same command, run again after an interruption, goes on with the first shard that is
-missing.
+Files are JSON in lines or lists (also .gz and .zst), Parquet or ArrayRecord. Every record is
+checked as training checks it: it is a text, or a conversation that the chat template can render. It
+becomes JSON with `text`, or with `messages` and `tools`, whatever columns it came in. --bad=skip
+leaves out records that cannot be used, and lists each in prepare.json with its file and line. A
+group of a shard holds one record, so that training reads in any order. The result grows in
+DST.partial and is renamed when it is complete. The same command, run again after an interruption,
+goes on with the first shard that is missing.
 """
 
 import contextlib
@@ -20,13 +22,14 @@ import tqdm
 from absl import app, flags
 from array_record.python import array_record_module  # pyright: ignore[reportAttributeAccessIssue]
 
-from m1_jax import command_help, durable
+from m1_jax import command_help, configlib, durable
 from m1_jax import tokenizer as tokenizer_lib
-from train.data import chat
+from train.data import chat, columns, data_errors, find_files
+from train.data import config as data_config
 from train.data import records as records_lib
 
 MANIFEST_FILE = "prepare.json"
-_RECORD_KEYS = ("text", "messages", "tools")
+_DEFAULT_SHARDS = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,20 +37,26 @@ class PrepareConfig:
     """What to prepare.
 
     Attributes:
-      src: a file, a directory or a pattern of raw files, see `records.RecordFiles`.
+      src: a file, a folder or a pattern of raw files, see `find_files.find_files`.
       dst: the local directory to make.
-      shards: number of files to write, at least 1 and at most the number of records.
+      shards: number of files to write, at most the number of records. 0 writes 16, or one for each
+        record where there are fewer.
       kind: what every record must be, one of `chat.RECORD_KINDS`.
       profile: profile of the chat template, one of `chat.PROFILES`.
+      bad: what becomes of records that cannot be used: "error" or "skip", as in
+        `config.DataConfig.bad_records`. An interrupted preparation goes on with either.
+      max_bad_share: largest share of the records that "skip" leaves out, 0 to 1.
       checkpoint: a directory with a tokenizer, to count tokens, too. Empty counts records alone.
       progress: show a progress bar.
     """
 
     src: str
     dst: str
-    shards: int = 16
+    shards: int = 0
     kind: str = "auto"
     profile: str = "release"
+    bad: str = "error"
+    max_bad_share: float = 0.01
     checkpoint: str = ""
     progress: bool = True
 
@@ -56,19 +65,24 @@ class PrepareConfig:
             raise ValueError("got an empty path; wanted both --src and --dst")
         if "://" in self.dst:
             raise ValueError(f"--dst is {self.dst}; wanted a local directory. Copy it later.")
-        if self.shards < 1:
-            raise ValueError(f"--shards is {self.shards}; wanted at least 1")
+        if self.shards < 0:
+            raise ValueError(f"--shards is {self.shards}; wanted at least 1, or 0 for 16 at most")
+        modes = data_config.BAD_RECORD_MODES
+        configlib.check_field(self.bad in modes, "--bad", self.bad, f"one of {', '.join(modes)}")
+        is_share = 0 <= self.max_bad_share <= 1
+        configlib.check_field(is_share, "--max_bad_share", self.max_bad_share, "a share, 0 to 1")
 
 
 def run(config: PrepareConfig) -> pathlib.Path:
     """Write the shards, and return the finished directory.
 
-    The directory's `prepare.json` holds the source's fingerprint and the number of records in each
-    shard. With a tokenizer it also holds the number of tokens in each shard, and in the longest
-    record of each.
+    The directory's `prepare.json` holds the source's fingerprint, the number of records in each
+    shard, and the errors of the records that were left out. With a tokenizer it also holds the
+    number of tokens in each shard, and in the longest record of each.
 
     Raises:
-      DataError: training could not use a record. The message names its file and number.
+      DataError: training could not use a record, or too many of them. The message names its file
+        and line.
       FileExistsError: the destination exists, or an unfinished one has another source.
     """
     dst = pathlib.Path(config.dst)
@@ -84,12 +98,14 @@ def run(config: PrepareConfig) -> pathlib.Path:
 def _write_shards(
     partial: pathlib.Path, config: PrepareConfig, records: records_lib.RecordFiles
 ) -> pathlib.Path:
+    config = dataclasses.replace(config, shards=config.shards or min(_DEFAULT_SHARDS, len(records)))
     if len(records) < config.shards:
         raise ValueError(f"--shards is {config.shards}; wanted at most the {len(records)} records")
     encoder = None
     if config.checkpoint:
         tokenizer = tokenizer_lib.Tokenizer.load(config.checkpoint)
         encoder = chat.RecordEncoder(tokenizer, profile=config.profile)
+    _print_columns(config, records)
     manifest = _open_manifest(partial, config, records)
     with tqdm.tqdm(total=len(records), unit=" records", disable=not config.progress) as bar:
         for shard in range(config.shards):
@@ -99,13 +115,46 @@ def _write_shards(
             if name not in manifest["shards"]:
                 # Readers find shards by their suffix, which an unfinished one does not have.
                 growing = partial / (name + ".tmp")
-                counts = _write_shard(growing, records, range(start, end), config, encoder, bar)
-                growing.rename(partial / name)
+                writer = _ShardWriter(growing, config, encoder, manifest.get("bad_records", []))
+                counts = writer.write(records, range(start, end), bar)
+                # Readers refuse a file without records.
+                if counts["records"]:
+                    growing.rename(partial / name)
+                else:
+                    growing.unlink()
                 manifest["shards"][name] = counts
+                if writer.errors:
+                    manifest["bad_records"] = writer.errors
                 _write_manifest(partial / MANIFEST_FILE, manifest)
             else:
                 bar.update(end - start)
+    _report_bad_records(manifest, len(records))
     return partial
+
+
+def _report_bad_records(manifest: dict[str, Any], num_records: int) -> None:
+    """Print how many records were left out.
+
+    Raises:
+      DataError: all of them.
+    """
+    errors = manifest.get("bad_records", [])
+    if len(errors) == num_records:
+        raise records_lib.DataError(f"--src: all {num_records} records are bad: {errors[0]}")
+    if errors:
+        print(
+            f"left out {len(errors)} of {num_records} records; {MANIFEST_FILE} lists them",
+            file=sys.stderr,
+        )
+
+
+def _print_columns(config: PrepareConfig, records: records_lib.RecordFiles) -> None:
+    """Print which columns of the first record are read."""
+    try:
+        description = columns.describe_columns(records.read(0), config.kind)
+    except ValueError:  # told when its shard is written
+        return
+    find_files.print_once(f"--src: {description}")
 
 
 def _open_manifest(partial: pathlib.Path, config: PrepareConfig, records) -> dict[str, Any]:
@@ -123,6 +172,11 @@ def _open_manifest(partial: pathlib.Path, config: PrepareConfig, records) -> dic
             f"{partial} is an interrupted preparation of other data or with other settings. "
             "Remove it to start anew, or choose another --dst."
         )
+    if config.bad == "error" and manifest.get("bad_records"):
+        raise FileExistsError(
+            f"{partial} is an interrupted preparation that left out "
+            f"{len(manifest['bad_records'])} bad records. Go on with --bad=skip, or remove it."
+        )
     return manifest
 
 
@@ -130,42 +184,78 @@ def _write_manifest(path: pathlib.Path, manifest: dict[str, Any]) -> None:
     durable.write_text_atomically(path, json.dumps(manifest, indent=1))
 
 
-def _write_shard(path, records, indices, config: PrepareConfig, encoder, bar) -> dict[str, int]:
-    """Write one shard and return its counts."""
-    counts = {"records": len(indices)}
-    if encoder is not None:
-        counts |= {"tokens": 0, "longest_tokens": 0}
-    # A reader decompresses a whole group for one record, hence groups of one.
-    writer = array_record_module.ArrayRecordWriter(str(path), "group_size:1")
-    try:
-        for index in indices:
-            record = records.read(index)
-            try:
-                line, tokens = _check_record(record, config, encoder)
-            except ValueError as error:
-                raise records_lib.DataError(f"{records.location(index)}: {error}") from None
-            writer.write(line)
-            if encoder is not None:
-                counts["tokens"] += tokens
-                counts["longest_tokens"] = max(counts["longest_tokens"], tokens)
-            bar.update()
-    finally:
-        writer.close()
-    return counts
+class _ShardWriter:
+    """Writes one shard.
 
+    Attributes:
+      errors: errors of the records that were left out, of this shard and those before it.
+    """
 
-def _check_record(
-    record: dict, config: PrepareConfig, encoder: chat.RecordEncoder | None
-) -> tuple[bytes, int]:
-    """Return a record as JSON, and its number of tokens, which is 0 without a tokenizer."""
-    tokens = 0
-    if encoder is not None:
-        tokens = len(encoder.encode(record, config.kind).tokens)
-    elif chat.is_chat(record, config.kind):
-        # Rendered for its errors alone.
-        chat.render_conversation(record["messages"], record.get("tools"), profile=config.profile)
-    content = {key: record[key] for key in _RECORD_KEYS if record.get(key) is not None}
-    return json.dumps(content, ensure_ascii=False).encode(), tokens
+    def __init__(
+        self,
+        path: pathlib.Path,
+        config: PrepareConfig,
+        encoder: chat.RecordEncoder | None,
+        earlier_errors: list[str],
+    ):
+        self._path, self._config, self._encoder = path, config, encoder
+        self.errors = list(earlier_errors)
+
+    def write(self, records: records_lib.RecordFiles, indices: range, bar) -> dict[str, int]:
+        """Write the records of these indices and return the shard's counts."""
+        counts = {"records": 0}
+        if self._encoder is not None:
+            counts |= {"tokens": 0, "longest_tokens": 0}
+        # A reader decompresses a whole group for one record, hence groups of one.
+        writer = array_record_module.ArrayRecordWriter(str(self._path), "group_size:1")
+        try:
+            for index in indices:
+                try:
+                    line, tokens = self._check_record(records, index)
+                except data_errors.BadRecordError as error:
+                    self._leave_out(error, index + 1, len(records))
+                else:
+                    writer.write(line)
+                    counts["records"] += 1
+                    if self._encoder is not None:
+                        counts["tokens"] += tokens
+                        counts["longest_tokens"] = max(counts["longest_tokens"], tokens)
+                bar.update()
+        finally:
+            writer.close()
+        return counts
+
+    def _leave_out(
+        self, error: data_errors.BadRecordError, num_read: int, num_records: int
+    ) -> None:
+        """Count a bad record, or raise its error."""
+        if self._config.bad == "error":
+            raise error
+        self.errors.append(str(error))
+        find_files.print_once(f"left out: {error}")
+        max_share = self._config.max_bad_share
+        data_errors.check_bad_share(
+            "--src", len(self.errors), num_read, num_records, max_share, str(error)
+        )
+
+    def _check_record(self, records: records_lib.RecordFiles, index: int) -> tuple[bytes, int]:
+        """Return a record as JSON, and its number of tokens, which is 0 without a tokenizer.
+
+        Raises:
+          BadRecordError: training cannot use the record.
+        """
+        tokens, profile = 0, self._config.profile
+        record = records.read(index)
+        try:
+            content = columns.to_training_record(record, self._config.kind)
+            if self._encoder is not None:
+                tokens = len(self._encoder.encode(content).tokens)
+            elif "messages" in content:
+                # Rendered for its errors alone.
+                chat.render_conversation(content["messages"], content.get("tools"), profile=profile)
+            return json.dumps(content, ensure_ascii=False, allow_nan=False).encode(), tokens
+        except ValueError as error:
+            raise data_errors.bad_record(records.location(index), error) from None
 
 
 def main(argv) -> None:
@@ -183,9 +273,12 @@ def main(argv) -> None:
 def _define_flags() -> None:
     flags.DEFINE_string("src", None, "File, directory or pattern to read.", required=True)
     flags.DEFINE_string("dst", None, "Directory to make; must not exist.", required=True)
-    flags.DEFINE_integer("shards", 16, "How many files to write.")
+    flags.DEFINE_integer("shards", 0, "How many files to write; 0: 16, or one a record.")
     flags.DEFINE_enum("kind", "auto", chat.RECORD_KINDS, "What every record must be.")
     flags.DEFINE_enum("profile", "release", chat.PROFILES, "Chat template.")
+    modes = data_config.BAD_RECORD_MODES
+    flags.DEFINE_enum("bad", "error", modes, "What becomes of records that cannot be used.")
+    flags.DEFINE_float("max_bad_share", 0.01, "Largest share that --bad=skip leaves out.")
     flags.DEFINE_string("checkpoint", "", "Directory with a tokenizer: count tokens too.")
     flags.DEFINE_bool("progress", True, "Show a progress bar.")
 

@@ -10,6 +10,8 @@ import re
 from m1_jax import configlib
 from train.data import chat
 
+BAD_RECORD_MODES = ("error", "skip")
+
 
 @dataclasses.dataclass(frozen=True)
 class DataSource:
@@ -17,7 +19,7 @@ class DataSource:
 
     Attributes:
       name: letters, digits, `_`, `-` and `.`. Metrics and checkpoints call the source by this name.
-      path: a file, a directory or a pattern, see `records.RecordFiles`.
+      path: a file, a folder or a pattern, see `find_files.find_files`.
       kind: kind of every record, one of `chat.RECORD_KINDS`.
       weight: share of the tokens, up to the sum of all weights, at least 0. It counts where
         `DataConfig.weights` is empty.
@@ -52,6 +54,11 @@ class DataConfig:
       pack: put several documents in a row. False puts one in a row, and padding.
       overlong: what becomes of conversations longer than a row: "error", "drop" or "split". Texts
         are always split.
+      bad_records: what becomes of records that cannot be used, such as damaged or empty ones.
+        "error" ends the run with the first one. "skip" leaves them out, and each is counted and
+        printed with its file and line.
+      max_bad_share: largest share of a source's records that "skip" leaves out, 0 to 1. More of
+        them end the run.
       thinking: "keep" or "drop", see `chat`.
       profile: profile of the chat template, see `infer.prompt`.
       begin_token: control token before each text, or None.
@@ -70,6 +77,8 @@ class DataConfig:
     weights: tuple[tuple[int, tuple[tuple[str, float], ...]], ...] = ()
     pack: bool = True
     overlong: str = "error"
+    bad_records: str = "error"
+    max_bad_share: float = 0.01
     thinking: str = "keep"
     profile: str = "release"
     begin_token: str | None = "<begin_of_document>"
@@ -85,6 +94,9 @@ class DataConfig:
             raise ValueError(f"sources: got {names}; wanted at least one, of different names")
         _check_at_least(self, {"workers": 0, "prefetch": 1, "lanes": 1, "lookahead": 1})
         _check_choice("overlong", self.overlong, chat.OVERLONG_MODES)
+        _check_choice("bad_records", self.bad_records, BAD_RECORD_MODES)
+        is_share = 0 <= self.max_bad_share <= 1
+        configlib.check_field(is_share, "max_bad_share", self.max_bad_share, "a share, 0 to 1")
         _check_choice("thinking", self.thinking, chat.THINKING_MODES)
         _check_choice("profile", self.profile, chat.PROFILES)
         self._check_weights(names)

@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from train.data import chat, document_refs, packing, shuffle
+from train.data import chat, data_errors, document_refs, packing, shuffle
 from train.data import config as data_config
 from train.data import records as records_lib
 
@@ -42,12 +42,14 @@ class LaneState:
       documents_read: number of documents drawn, by source. Empty before the lane's first row.
       tokens_read: number of tokens in these documents, by source.
       num_dropped: number of conversations left out as too long.
+      bad_records: number of records left out as bad, by source. Sources without any have no entry.
       pending: the pieces that are in no row yet, in order of arrival.
     """
 
     documents_read: Mapping[str, int] = dataclasses.field(default_factory=dict)
     tokens_read: Mapping[str, int] = dataclasses.field(default_factory=dict)
     num_dropped: int = 0
+    bad_records: Mapping[str, int] = dataclasses.field(default_factory=dict)
     pending: tuple[document_refs.PendingPieceRef, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
@@ -59,6 +61,8 @@ class LaneState:
             "read": dict(self.documents_read),
             "tokens": dict(self.tokens_read),
             "dropped": self.num_dropped,
+            # Without bad records a state is as it was before they could be left out.
+            **({"bad": dict(self.bad_records)} if self.bad_records else {}),
             "waiting": [piece_ref.to_text() for piece_ref in self.pending],
         }
 
@@ -69,6 +73,7 @@ class LaneState:
             dict(value.get("read", {})),
             dict(value.get("tokens", {})),
             value.get("dropped", 0),
+            dict(value.get("bad", {})),
             tuple(map(document_refs.PendingPieceRef.from_text, value.get("waiting", ()))),
         )
 
@@ -110,6 +115,8 @@ class DataLane:
         self._documents_read = {**unread, **state.documents_read}
         self._tokens_read = {**unread, **state.tokens_read}
         self._num_dropped = state.num_dropped
+        self._bad_records = dict(state.bad_records)
+        self._new_errors: list[str] = []  # of records left out since `take_errors`
         # A long document may be pending in two pieces. It is tokenised, and kept, once.
         restored: dict[str, packing.TokenizedDocument | None] = {}
         self._pending = [
@@ -138,30 +145,63 @@ class DataLane:
         pending = tuple(pending_piece.to_ref() for pending_piece in self._pending)
         # Copies: the lane goes on counting, and a state is that of one moment.
         return LaneState(
-            dict(self._documents_read), dict(self._tokens_read), self._num_dropped, pending
+            dict(self._documents_read),
+            dict(self._tokens_read),
+            self._num_dropped,
+            dict(self._bad_records),
+            pending,
         )
+
+    def take_errors(self) -> list[str]:
+        """Return the errors of the records that were left out as bad since the last call."""
+        errors, self._new_errors = self._new_errors, []
+        return errors
 
     def _draw_document(self, step: int) -> list[packing.PendingPiece]:
         """Return the pieces of the next document, none at the end of the last epoch.
 
         Raises:
-          DataError: a record cannot be used, or all conversations of a source are too long.
+          DataError: a record cannot be used and is not left out, or all records of a source are
+            left out.
         """
-        # A loop, because a conversation that is too long is left out, and the next one is drawn.
+        # A loop, because a record may be left out, and the next one is drawn.
         while (name := self._choose_source(step)) is not None:
             num_records = len(self._records[name])
             epoch, position = divmod(self._next_position(name), num_records)
             # Counted also where it is dropped below: the count is the position in the order.
             self._documents_read[name] += 1
             index = shuffle.shuffle_position(position, num_records, self._config.seed, name, epoch)
-            document = self._encode_record(name, index)
-            if document is not None:
-                self._tokens_read[name] += len(document.tokens)
-                sample_id = document_refs.DocumentRef(name, index, epoch).to_text()
-                return self._split_document(sample_id, name, document)
-            self._num_dropped += 1
+            try:
+                document = self._encode_record(name, index)
+            except data_errors.BadRecordError as error:
+                if self._config.data.bad_records == "error":
+                    raise
+                self._count_bad_record(name, error)
+            else:
+                if document is not None:
+                    self._tokens_read[name] += len(document.tokens)
+                    sample_id = document_refs.DocumentRef(name, index, epoch).to_text()
+                    return self._split_document(sample_id, name, document)
+                self._num_dropped += 1
             self._check_some_fit(name)
         return []
+
+    def _count_bad_record(self, name: str, error: data_errors.BadRecordError) -> None:
+        """Leave out a bad record. `BatchStream` judges the share of all lanes' bad records.
+
+        Raises:
+          DataError: they are too many already in this lane, which might never make a row.
+        """
+        self._bad_records[name] = self._bad_records.get(name, 0) + 1
+        self._new_errors.append(str(error))
+        data_errors.check_bad_share(
+            name,
+            self._bad_records[name],
+            self._documents_read[name],
+            len(self._records[name]),
+            self._config.data.max_bad_share,
+            str(error),
+        )
 
     def _next_position(self, name: str) -> int:
         """Return the position of the lane's next document in all epochs of a source's order."""
@@ -208,8 +248,10 @@ class DataLane:
         """
         num_read, num_tokens = self._documents_read[name], self._tokens_read[name]
         if self._num_epochs is None and not num_tokens and num_read >= len(self._records[name]):
+            num_bad = self._bad_records.get(name, 0)
+            bad = f"{num_bad} of them bad, " if num_bad else ""
             raise records_lib.DataError(
-                f"source {name!r}: got {num_read} conversations, all longer than "
+                f"source {name!r}: got {num_read} records, {bad}all longer than "
                 f"{self._config.seq_len} tokens; wanted some that fit. Use longer rows."
             )
 
@@ -217,14 +259,17 @@ class DataLane:
         """Return a record's document, None for a conversation to leave out.
 
         Raises:
-          DataError: the record cannot be used.
+          BadRecordError: the record cannot be used.
+          DataError: the file cannot be read, or a conversation is too long.
         """
         records = self._records[name]
         record = records.read(index)
         try:
             return self._encoder.encode_or_drop(record, self._sources[name].kind)
-        except ValueError as error:
+        except chat.OverlongError as error:  # `overlong` decides about these
             raise records_lib.DataError(f"{records.location(index)}: {error}") from None
+        except ValueError as error:
+            raise data_errors.bad_record(records.location(index), error) from None
 
     def _split_document(
         self, sample_id: str, name: str, document: packing.TokenizedDocument

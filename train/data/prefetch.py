@@ -57,11 +57,13 @@ class LaneRow:
       row: the row.
       lane_number: number of the lane that made the row.
       state: state of that lane after the row.
+      bad_records: errors of the records that the lane left out for the row.
     """
 
     row: packing.PackedRow
     lane_number: int
     state: mixture.LaneState
+    bad_records: list[str]
 
 
 def assign_lanes(spec: PrefetchSpec, step: int) -> dict[int, int]:
@@ -120,7 +122,8 @@ def iterate_rows(
                 row = lane.next_row(step) or packing.make_padding_row(config.seq_len)
                 # The state after each row: a lane may serve several rows of a batch, and the reader
                 # keeps the last state.
-                lane_rows[row_number] = LaneRow(row, lane_number, lane.get_state())
+                state, errors = lane.get_state(), lane.take_errors()
+                lane_rows[row_number] = LaneRow(row, lane_number, state, errors)
         if lane_rows:
             yield lane_rows
 

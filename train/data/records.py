@@ -1,69 +1,61 @@
-"""Files of records: JSONL, Parquet and ArrayRecord, on disk or in a bucket, read in any order.
+"""Files of records, in whatever container, on disk or in a bucket, read in any order.
 
-A record is a JSON object with a `text`, or with `messages` and optional `tools`. Training reads in
-random order, for which `train.prepare` writes the best files. A Parquet file must read a whole row
-group for one record. A JSONL file is read through once to find its lines.
+A record is a JSON object with the columns of a text or of a conversation, see `columns`. Training
+reads in random order, for which `train.prepare` writes the best files. A Parquet file must read a
+whole row group for one record. JSON is read through once to find its records.
 """
 
 import bisect
-import collections
-import functools
 import hashlib
 import itertools
-import json
 import os
 from typing import Any
 
-import numpy as np
 import pyarrow
-import pyarrow.parquet
-import tqdm
-from array_record.python import array_record_module  # pyright: ignore[reportAttributeAccessIssue]
 from etils import epath
+
+from m1_jax import strict_json
+from train.data import columns as columns_lib
+from train.data import data_errors, find_files, readers
 
 # A fingerprint covers this much of a file's head, and as much of its tail.
 _DIGEST_BYTES = 64 * 2**10
-_RECORD_COLUMNS = ("text", "messages", "tools")  # what supervised training reads
-_MAX_CACHED_GROUPS = 4  # row groups of one Parquet file in memory
 _MAX_OPEN_FILES = 256  # files of one source, as a process may have only so many
-_WILDCARDS = "*?["
-
-
-class DataError(ValueError):
-    """Data cannot be trained on. The message names the file and the record."""
+DataError = data_errors.DataError
 
 
 class RecordFiles:
     """All records of one source, numbered through its files in the order of their names.
 
-    It can be pickled. Another process then opens the files anew, but does not look for the lines of
-    JSONL files again. It is not safe for threads, as an open file has one position.
+    It can be pickled. Another process then opens the files anew, but does not look for the records
+    of JSON files again. It is not safe for threads, as an open file has one position.
     """
 
-    def __init__(self, name: str, path: str, columns: tuple[str, ...] | None = _RECORD_COLUMNS):
+    def __init__(
+        self, name: str, path: str, columns: tuple[str, ...] | None = columns_lib.RECORD_COLUMNS
+    ):
         """Find and open the files.
 
         Args:
           name: name of the source, for messages.
-          path: a file, a directory, or a pattern such as gs://bucket/books/*.arrayrecord.
+          path: a file, a folder or a pattern, see `find_files.find_files`.
           columns: columns to read of Parquet files. None reads all of them.
 
         Raises:
           DataError: there is no such file, its format is unknown, or it is damaged or empty.
         """
-        self.name = name
-        self._readers = [_READERS_BY_SUFFIX[file.suffix](file) for file in _find_files(name, path)]
-        for reader in self._readers:
-            reader.columns = columns
-            if not reader.num_records:
-                raise DataError(
-                    f"{reader.file}: got no records; wanted at least one. Remove the file."
-                )
-        self._cumulative_records = list(
-            itertools.accumulate(reader.num_records for reader in self._readers)
-        )
+        self.name, self._path = name, path
+        files = find_files.find_files(name, path)
+        self._use_readers([readers.open_reader(file, columns) for file in files])
         # Numbers of the open files, in the order of their last use. A dict is an ordered set.
         self._open_files: dict[int, None] = {}
+
+    def _use_readers(self, file_readers: list[readers.RecordReader]) -> None:
+        """Read these files, in this order."""
+        self._readers = file_readers
+        self._cumulative_records = list(
+            itertools.accumulate(reader.num_records for reader in file_readers)
+        )
 
     def __getstate__(self):
         # Readers drop their open handles, too.
@@ -73,10 +65,11 @@ class RecordFiles:
         return self._cumulative_records[-1]
 
     def read(self, index: int) -> dict[str, Any]:
-        """Return a record.
+        """Return a record. Lists in columns of JSON text, such as `messages`, are parsed.
 
         Raises:
-          DataError: the record cannot be read, or is no JSON object.
+          BadRecordError: the record is damaged, or is no JSON object.
+          DataError: the file cannot be read.
         """
         file_number, reader, record_number = self._locate(index)
         # Moved to the end, as the file that was used last.
@@ -86,18 +79,11 @@ class RecordFiles:
             longest_unused = next(iter(self._open_files))
             self._readers[longest_unused].close()
             del self._open_files[longest_unused]
-        try:
-            record = reader.read(record_number)
-            # Parquet gives objects, the other formats bytes of JSON.
-            record = json.loads(record) if isinstance(record, bytes) else record
-        except (ValueError, OSError, RuntimeError) as error:
-            location = reader.location(record_number)
-            raise DataError(f"{location}: not a JSON record: {error}") from None
-        if not isinstance(record, dict):
-            raise DataError(
-                f"{reader.location(record_number)}: got {record!r:.80}; wanted an object with text "
-                "or messages"
-            )
+        record = _read_record(reader, record_number)
+        for column in columns_lib.TEXT_OF_JSON:
+            if isinstance(record.get(column), str):
+                name = f"{reader.location(record_number)}: {column}"
+                record[column] = _parse_column(record[column], name)
         return record
 
     def location(self, index: int) -> str:
@@ -116,17 +102,39 @@ class RecordFiles:
 
         Names begin below the folder that all files share, as that folder may move.
         """
+        return [
+            [name, *_digest_file(reader.file), reader.num_records]
+            for name, reader in zip(self._file_names(), self._readers, strict=True)
+        ]
+
+    def leave_out_added_kinds(self, saved: list[list]) -> bool:
+        """Read no files of kinds that were not read when a run with this fingerprint began.
+
+        Return whether there are any. Other files that the fingerprint lacks stay, and
+        `check_fingerprint` refuses them.
+        """
+        recorded_names = {name for name, *_ in saved}
+        readers_by_name = dict(zip(self._file_names(), self._readers, strict=True))
+        added = [
+            name
+            for name, reader in readers_by_name.items()
+            if name not in recorded_names and find_files.is_added_kind(self._path, reader.file)
+        ]
+        is_changed = 0 < len(added) < len(readers_by_name)
+        if is_changed:
+            self.close()
+            self._use_readers([r for name, r in readers_by_name.items() if name not in added])
+            find_files.print_once(
+                f"source {self.name!r}: leaves out {', '.join(added)}, as the run began"
+            )
+        return is_changed
+
+    def _file_names(self) -> list[str]:
+        """Return the files' names below the folder that all of them share."""
         # `commonprefix` compares tuples part by part. A prefix of text could end within a name.
         folders = [reader.file.parent.parts for reader in self._readers]
         num_shared = len(os.path.commonprefix(folders))
-        return [
-            [
-                "/".join(reader.file.parts[num_shared:]),
-                *_digest_file(reader.file),
-                reader.num_records,
-            ]
-            for reader in self._readers
-        ]
+        return ["/".join(reader.file.parts[num_shared:]) for reader in self._readers]
 
     def check_fingerprint(self, saved: list[list]) -> None:
         """Compare with an earlier fingerprint.
@@ -134,23 +142,22 @@ class RecordFiles:
         Raises:
           DataError: a file differs from its fingerprint. The message names the first such file.
         """
-        remedy = "Put the old files back, or begin a new run without the old state of the data."
         present = {name: values for name, *values in self.fingerprint()}
         recorded = {name: values for name, *values in saved}
         for name in [*recorded, *present]:
             if present.get(name) != recorded.get(name):
-                change = "changed"
+                change, remedy = "changed", "Put the old files back"
                 if name not in present:
                     change = "is gone"
                 elif name not in recorded:
-                    change = "is new"
+                    change, remedy = "is new", "Move it to a folder that is no source"
                 raise DataError(
                     f"source {self.name!r}: {name} {change} since the checkpoint: got "
                     f"{present.get(name)}; wanted {recorded.get(name)} (bytes, digest, records). "
-                    f"{remedy}"
+                    f"{remedy}, or begin a new run without the old state of the data."
                 )
 
-    def _locate(self, index: int) -> tuple[int, Any, int]:
+    def _locate(self, index: int) -> tuple[int, readers.RecordReader, int]:
         """Return the number of a record's file, its reader, and the record's number in it."""
         if not 0 <= index < len(self):
             raise IndexError(f"{self.name}: got record {index}; wanted less than {len(self)}")
@@ -159,200 +166,43 @@ class RecordFiles:
         return file_number, self._readers[file_number], index - first_index
 
 
-class _RecordReader:
-    """One file. Its handle is opened when it is first needed, and stays out of pickles."""
-
-    num_records: int
-    columns: tuple[str, ...] | None = None  # columns to read of a table. None reads all of them
-
-    def __init__(self, file: epath.Path):
-        self.file = file
-
-    def __getstate__(self):
-        # A `cached_property` stores its value in the instance's dict.
-        return {key: value for key, value in self.__dict__.items() if key != "_handle"}
-
-    @functools.cached_property
-    def _handle(self) -> Any:
-        raise NotImplementedError
-
-    def close(self) -> None:
-        handle = self.__dict__.pop("_handle", None)
-        if handle is not None:
-            handle.close()
-
-    def read(self, record_number: int) -> bytes | dict:
-        raise NotImplementedError
-
-    def location(self, record_number: int) -> str:
-        return f"{self.file}, record {record_number}"
+def _read_record(reader: readers.RecordReader, record_number: int) -> dict[str, Any]:
+    """Return a record of a file, see `RecordFiles.read`."""
+    try:
+        record = reader.read(record_number)
+        if isinstance(record, bytes):
+            record = strict_json.parse(record, reader.location(record_number))
+    except strict_json.JsonError as error:  # it has the location
+        raise data_errors.BadRecordError(str(error)) from None
+    except data_errors.DataError:  # the file is gone or damaged
+        raise
+    except (ValueError, OSError, RuntimeError, OverflowError, pyarrow.ArrowException) as error:
+        reason = data_errors.shorten_reason(error)
+        # An error of the system has a number. pyarrow raises OSError for damaged pages, too.
+        if isinstance(error, OSError) and error.errno is not None:
+            raise data_errors.DataError(f"{reader.file}: {reason}") from None
+        location = reader.location(record_number)
+        raise data_errors.bad_record(location, f"cannot be read: {reason}") from None
+    if not isinstance(record, dict):
+        raise data_errors.bad_record(
+            reader.location(record_number),
+            f"got {record!r:.80}; wanted an object with text or messages",
+        )
+    return record
 
 
-class _JsonlReader(_RecordReader):
-    """JSONL. Lines of white space alone are no records."""
-
-    def __init__(self, file: epath.Path):
-        super().__init__(file)
-        offsets, offset = [], 0
-        # disable=None: no bar where the output is no terminal.
-        with (
-            file.open("rb") as stream,
-            tqdm.tqdm(
-                desc=f"lines of {file.name}",
-                total=file.stat().length,
-                unit="B",
-                unit_scale=True,
-                leave=False,
-                disable=None,
-            ) as bar,
-        ):
-            for line in stream:
-                if line.strip():
-                    offsets.append(offset)
-                offset += len(line)
-                bar.update(len(line))
-        self._offsets = np.array(offsets, np.int64)
-        self.num_records = len(offsets)
-
-    @functools.cached_property
-    def _handle(self):
-        return self.file.open("rb")
-
-    def read(self, record_number: int) -> bytes:
-        self._handle.seek(int(self._offsets[record_number]))
-        return self._handle.readline()
-
-    def location(self, record_number: int) -> str:
-        remaining_bytes, lines_before = int(self._offsets[record_number]), 0
-        with self.file.open("rb") as stream:  # slow, and only for messages
-            while remaining_bytes:
-                block = stream.read(min(remaining_bytes, 2**20))
-                lines_before += block.count(b"\n")
-                remaining_bytes -= len(block)
-        return f"{self.file}:{lines_before + 1}"
-
-
-class _ParquetReader(_RecordReader):
-    """Parquet. The columns messages and tools may be strings of JSON.
-
-    Elsewhere nulls within a value are left out, because a column of objects has every key that any
-    of its records has.
-    """
-
-    def __init__(self, file: epath.Path):
-        super().__init__(file)
-        metadata = self._handle.metadata
-        counts = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
-        self._cumulative_rows = list(itertools.accumulate(counts))
-        self.num_records = metadata.num_rows
-        # Tables of row groups by number, in the order of their last use.
-        self._groups: collections.OrderedDict[int, Any] = collections.OrderedDict()
-        self.close()  # a source may have more files than a process may open
-
-    @functools.cached_property
-    def _handle(self):
-        stream = self.file.open("rb")
-        try:
-            return pyarrow.parquet.ParquetFile(stream)
-        except (pyarrow.ArrowException, OSError) as error:
-            stream.close()
-            raise DataError(f"{self.file}: not a Parquet file: {error}. Copy it again.") from None
-
-    def __getstate__(self):
-        return {**super().__getstate__(), "_groups": collections.OrderedDict()}
-
-    def close(self) -> None:
-        if "_handle" in self.__dict__:
-            # force: pyarrow leaves a stream that it did not open itself open otherwise.
-            self.__dict__.pop("_handle").close(force=True)
-        self._groups.clear()
-
-    def read(self, record_number: int) -> dict:
-        group = bisect.bisect_right(self._cumulative_rows, record_number)
-        if group not in self._groups:
-            columns = None
-            if self.columns is not None:
-                # pyarrow refuses columns that the file does not have.
-                names = set(self._handle.schema_arrow.names)
-                columns = [name for name in self.columns if name in names]
-            self._groups[group] = self._handle.read_row_group(group, columns=columns)
-            if len(self._groups) > _MAX_CACHED_GROUPS:
-                self._groups.popitem(last=False)
-        self._groups.move_to_end(group)
-        first_row = self._cumulative_rows[group - 1] if group else 0
-        (record,) = self._groups[group].slice(record_number - first_row, 1).to_pylist()
-        for key, value in record.items():
-            is_json = key in ("messages", "tools") and isinstance(value, str)
-            record[key] = json.loads(value) if is_json else _drop_nulls(value)
-        return record
-
-
-class _ArrayRecordReader(_RecordReader):
-    """ArrayRecord of JSON. Best with group_size:1, as `train.prepare` writes it."""
-
-    def __init__(self, file: epath.Path):
-        super().__init__(file)
-        self.num_records = self._handle.num_records()
-        self.close()  # for the reason in `_ParquetReader`
-
-    @functools.cached_property
-    def _handle(self):
-        reader = array_record_module.ArrayRecordReader(str(self.file))
-        if not reader.ok():
-            raise DataError(f"{self.file}: not a whole ArrayRecord file. Write it again.")
-        return reader
-
-    def read(self, record_number: int) -> bytes:
-        return self._handle.read([record_number])[0]
-
-
-_READERS_BY_SUFFIX = {
-    ".jsonl": _JsonlReader,
-    ".parquet": _ParquetReader,
-    ".arrayrecord": _ArrayRecordReader,
-    ".array_record": _ArrayRecordReader,
-}
-
-
-def _drop_nulls(value: Any) -> Any:
-    """Return a value without the keys of objects within it whose value is null."""
-    if isinstance(value, dict):
-        return {key: _drop_nulls(item) for key, item in value.items() if item is not None}
-    return [_drop_nulls(item) for item in value] if isinstance(value, list) else value
-
-
-def _find_files(name: str, path: str) -> list[epath.Path]:
-    """Return the files of a path, a directory or a pattern, sorted.
-
-    A directory's files are those with a known suffix.
+def _parse_column(text: str, name: str) -> Any:
+    """Return the list that a column holds as JSON text. Other text stays as it is.
 
     Raises:
-      DataError: there is no file, or one of an unknown format.
+      BadRecordError: the text begins like a list and is none.
     """
-    root = epath.Path(path)
-    parts = root.parts
-    # A glob starts in a folder that is certain to exist: the parts before the first wildcard.
-    first_wild = next(
-        (i for i, part in enumerate(parts) if any(c in part for c in _WILDCARDS)), None
-    )
-    if first_wild is not None:
-        files = list(epath.Path(*parts[:first_wild]).glob("/".join(parts[first_wild:])))
-    elif root.is_dir():
-        files = [file for file in root.iterdir() if file.suffix in _READERS_BY_SUFFIX]
-    else:
-        files = [root] if root.exists() else []
-    if not files:
-        raise DataError(
-            f"source {name!r}: got {path}, where there is no file; wanted {_describe_formats()}"
-        )
-    for file in files:
-        if file.suffix not in _READERS_BY_SUFFIX:
-            raise DataError(f"{file}: got a file of another kind; wanted {_describe_formats()}")
-    return sorted(files, key=str)
-
-
-def _describe_formats() -> str:
-    return f"files ending in {', '.join(_READERS_BY_SUFFIX)}"
+    if not text.strip():
+        return None
+    try:
+        return strict_json.parse(text, name) if text.lstrip().startswith("[") else text
+    except strict_json.JsonError as error:
+        raise data_errors.BadRecordError(str(error)) from None
 
 
 def _digest_file(file: epath.Path) -> tuple[int, str]:

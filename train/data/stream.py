@@ -8,6 +8,7 @@ hosts together, as one dict, restore a stream on any number of hosts.
 
 import copy
 import dataclasses
+import itertools
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -17,8 +18,8 @@ from jaxtyping import Int32
 
 from m1_jax import tokenizer as tokenizer_lib
 from train.data import batch as batch_lib
+from train.data import columns, data_errors, find_files, mixture, packing, prefetch
 from train.data import config as data_config
-from train.data import mixture, packing, prefetch
 from train.data import records as records_lib
 
 
@@ -32,7 +33,9 @@ class HostBatch:
       sample_ids: names of each row's segments, see `packing.PackedRow`.
       utilization: share of the tokens that are no padding, 0 to 1.
       wait_secs: seconds that the caller waited for the batch.
-      num_dropped: number of conversations that this host's lanes left out so far.
+      num_dropped: number of conversations that this host's lanes left out so far as too long.
+      num_bad: number of records that this host's lanes left out so far as bad.
+      bad_records: errors of those left out for this batch, each with its file and line.
     """
 
     arrays: batch_lib.HostTrainBatch
@@ -41,6 +44,8 @@ class HostBatch:
     utilization: float
     wait_secs: float
     num_dropped: int
+    num_bad: int = 0
+    bad_records: list[str] = dataclasses.field(default_factory=list)
 
 
 class BatchStream:
@@ -81,6 +86,8 @@ class BatchStream:
         self.config = config
         self._num_lanes = data.lanes if endless else 1
         self._records = {s.name: records_lib.RecordFiles(s.name, s.path) for s in data.sources}
+        for source in data.sources:
+            _print_columns(source, self._records[source.name])
         all_rows = range(config.rows)
         row_lanes = [mixture.find_lanes(row, config.rows, self._num_lanes) for row in all_rows]
         # A lane makes its rows in order, so a host makes all rows of its lanes and hands out its
@@ -110,7 +117,7 @@ class BatchStream:
         """Return this host's rows of the next batch.
 
         Raises:
-          DataError: a record cannot be used.
+          DataError: a record cannot be used, or more are left out than `max_bad_share` allows.
           StopIteration: after the last epoch.
         """
         started = time.perf_counter()
@@ -123,6 +130,7 @@ class BatchStream:
             self._prefetcher = prefetch.RowPrefetcher(spec)
         try:
             lane_rows = self._prefetcher.next_rows()
+            self._check_bad_records(lane_rows)
         except Exception:
             # Nobody reads on after an error, so the workers stop.
             self.close()
@@ -136,8 +144,11 @@ class BatchStream:
         self._step += 1
         for lane_row in lane_rows.values():
             self._lane_states[lane_row.lane_number] = lane_row.state
+        errors = [error for lane_row in lane_rows.values() for error in lane_row.bad_records]
+        for error in errors:
+            find_files.print_once(f"left out: {error}")
         rows = [lane_rows[row_number].row for row_number in self._row_numbers]
-        return self._stack_rows(rows, time.perf_counter() - started)
+        return self._stack_rows(rows, time.perf_counter() - started, errors)
 
     def get_state(self) -> dict[str, Any]:
         """Return this host's part of the state, JSON-able. `dict.update` merges all parts."""
@@ -177,6 +188,8 @@ class BatchStream:
                     f"source {name!r}: the checkpoint has it and the config does not; wanted all "
                     "of its sources. Give it weight 0 to read no more of it."
                 )
+            if self._records[name].leave_out_added_kinds(saved):
+                self._fingerprint[name] = self._records[name].fingerprint()
             self._records[name].check_fingerprint(saved)
         self.close()
         self._step = state["step"]
@@ -202,7 +215,30 @@ class BatchStream:
     def __exit__(self, *exception) -> None:
         self.close()
 
-    def _stack_rows(self, rows: list[packing.PackedRow], wait_secs: float) -> HostBatch:
+    def _check_bad_records(self, lane_rows: dict[int, prefetch.LaneRow]) -> None:
+        """Judge the bad records of this host's lanes, with these rows that are not handed out yet.
+
+        Raises:
+          DataError: they are too large a share of a source.
+        """
+        errors = [error for lane_row in lane_rows.values() for error in lane_row.bad_records]
+        if not errors:
+            return
+        new_states = {lane_row.lane_number: lane_row.state for lane_row in lane_rows.values()}
+        states = list((self._lane_states | new_states).values())
+        for name, records in self._records.items():
+            data_errors.check_bad_share(
+                name,
+                sum(state.bad_records.get(name, 0) for state in states),
+                sum(state.documents_read.get(name, 0) for state in states),
+                len(records),
+                self.config.data.max_bad_share,
+                errors[-1],
+            )
+
+    def _stack_rows(
+        self, rows: list[packing.PackedRow], wait_secs: float, errors: list[str]
+    ) -> HostBatch:
         arrays = batch_lib.stack_rows([row.arrays for row in rows])
         return HostBatch(
             arrays=arrays,
@@ -211,7 +247,45 @@ class BatchStream:
             utilization=float(np.mean(arrays.segment_ids != 0)),
             wait_secs=wait_secs,
             num_dropped=sum(state.num_dropped for state in self._lane_states.values()),
+            num_bad=sum(
+                count
+                for state in self._lane_states.values()
+                for count in state.bad_records.values()
+            ),
+            bad_records=errors,
         )
+
+
+def check_held_out(stream: BatchStream, num_batches: int) -> None:
+    """Read what an evaluation will read, so that bad held-out data is found before the first step.
+
+    Args:
+      stream: a stream that ends. It is closed.
+      num_batches: batches of an evaluation. 0 takes all.
+
+    Raises:
+      DataError: a record cannot be used.
+    """
+    with stream:
+        for _ in itertools.islice(stream, num_batches or None):
+            pass  # this host's rows, which may be padding alone
+
+
+_described_sources: set[tuple[str, str, str]] = set()
+
+
+def _print_columns(source: data_config.DataSource, records: records_lib.RecordFiles) -> None:
+    """Print which columns of a source's first record are read, the first time in this process."""
+    if (source.name, source.path, source.kind) in _described_sources:
+        return
+    _described_sources.add((source.name, source.path, source.kind))
+    try:
+        description = columns.describe_columns(records.read(0), source.kind)
+    except ValueError:  # told when a lane reads the record
+        return
+    finally:
+        records.close()
+    find_files.print_once(f"source {source.name!r}: {description}")
 
 
 def _check_row_numbers(row_numbers: tuple[int, ...], num_rows: int) -> None:

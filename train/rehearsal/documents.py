@@ -13,7 +13,7 @@ from typing import Any, cast
 import numpy as np
 
 from m1_jax import tokenizer as tokenizer_lib
-from train.data import chat, packing
+from train.data import chat, data_errors, packing
 from train.data import config as data_config
 from train.data import records as records_lib
 
@@ -164,9 +164,9 @@ def open_records(
     # A bucket is opened as well: it may be within reach. Whatever refuses it says that it is not.
     try:
         return records_lib.RecordFiles(source.name, source.path)
-    except records_lib.DataError as error:
-        if "where there is no file" in str(error):
-            return None
+    except data_errors.NoFilesError:
+        return None
+    except records_lib.DataError:
         raise
     except Exception:
         if "://" in source.path:
