@@ -10,6 +10,7 @@ from train import config as config_lib
 from train import lora as lora_lib
 from train.rl import curriculum, length_schedule, tasks
 from train.rl import objective as objective_lib
+from train.rl import outcomes as outcomes_lib
 from train.rl.rewards import compose, length_bias
 
 # A config file imports this module alone.
@@ -53,7 +54,8 @@ class RolloutConfig:
       partial_tokens: tokens that a sample may add in one round. It goes on in the next round, which
         may be the next batch's with new weights. 0 finishes all samples in their round.
       max_staleness: versions of the weights, at least 0. A sample that would be older in the next
-        batch may finish in this one, whatever `partial_tokens` says.
+        batch may finish in this one, whatever `partial_tokens` says. A group that waited until one
+        of its tokens was older is dropped, and counted in the metric groups_stale.
       overlong_buffer_tokens: tokens at the window's end over which the reward falls by up to 1
         (DAPO's soft overlong penalty), 0 to the first window. 0 is no penalty.
       mask_truncated: a sample that filled its window counts for nothing.
@@ -201,11 +203,17 @@ class RlConfig:
       update: how a batch is trained on.
       rewards: what scores samples. None where an agent's environment gives all rewards. With an
         agent these rewards add to those of its environment.
+      outcomes: (source, outcome) pairs, "*" being every other source. An outcome is the part of the
+        reward that says whether an answer is right: a reward, a part REWARD/PART of it, or of an
+        agent "environment", "final" or "turns". 1 and more is right. Dynamic sampling and pass
+        rates read it, never the sum that is trained on. A source that is not named has its
+        environment's reward, or its first reward but "format" and "repetition".
       objective: the loss.
       agent: turns with tools. None for answers of one turn.
       curriculum: weights of the sources by batch. None weighs all alike.
       pass_rates: leaves out tasks that are too easy or too hard. None leaves out none.
-      length_bias: watches a judge that likes long answers. None does not.
+      length_bias: watches the judge of each source that has one, whether it likes long answers.
+        None watches none.
       tokenizer: directory of the tokenizer. Empty takes the checkpoint's.
       dtype: dtype of the computation, "bfloat16" or "float32".
       remat: policy of rematerialisation, see `m1_jax.config.REMAT_POLICIES`. Empty takes the
@@ -233,6 +241,7 @@ class RlConfig:
     rollout: RolloutConfig
     update: UpdateConfig
     rewards: RewardsConfig | None = None
+    outcomes: tuple[tuple[str, str], ...] = ()
     objective: Objective = PRESETS["cispo"]  # the paper's own
     agent: AgentConfig | None = None
     curriculum: CurriculumConfig | None = None
@@ -263,6 +272,7 @@ class RlConfig:
         configlib.check_field(self.remat in policies, "remat", self.remat, f"one of {policies}")
         # The parts check themselves. What is left is what takes two parts to know.
         self._check_sources()
+        self.outcome_reader()  # raises for an outcome that no sample would have
         self._check_batch_shape()
 
     def _check_sources(self) -> None:
@@ -316,6 +326,13 @@ class RlConfig:
             "rollout.partial_tokens",
             partial_tokens,
             "0 with an agent: its environment cannot wait",
+        )
+
+    def outcome_reader(self) -> outcomes_lib.OutcomeReader:
+        """Return what reads the outcomes of this run's samples."""
+        sources = [source.name for source in self.sources]
+        return outcomes_lib.OutcomeReader(
+            sources, self.rewards, self.agent is not None, self.outcomes
         )
 
     def task_curriculum(self) -> CurriculumConfig:

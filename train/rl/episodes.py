@@ -108,7 +108,7 @@ def multi_turn_episode(
             _set_reward(sample, final_reward)
     except _EpisodeFailure as failure:
         logging.warning("task %s: %s", task.id, failure, exc_info=failure.__cause__)
-        _mark_failed(sample)
+        _mark_failed(sample, str(failure))
     finally:
         environment.close()
     return sample
@@ -189,7 +189,7 @@ def _append_generation(
         sample.text = tokenizer.decode(ids[: len(ids) - has_stop_token])
     sample.messages.append({"role": "assistant", "content": sample.text})
     if generation.status == "error":
-        _mark_failed(sample)
+        _mark_failed(sample, "the engine could not finish the answer")
 
 
 def _encode_observation(
@@ -259,6 +259,6 @@ def _set_reward(sample: sample_lib.Sample, final_reward: float) -> None:
         sample.parts["turns"] = sample.reward - final_reward
 
 
-def _mark_failed(sample: sample_lib.Sample) -> None:
-    sample.valid, sample.status = False, "error"
+def _mark_failed(sample: sample_lib.Sample, reason: str) -> None:
+    sample.valid, sample.status, sample.error = False, "error", reason
     sample.parts["error"] = 1.0

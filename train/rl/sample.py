@@ -122,6 +122,10 @@ class Sample:
         turn's last token.
       reward: the sum that is trained on, None before the sample is scored.
       parts: the reward's parts by name, for the log.
+      outcome: the part that says whether the answer is right, see `outcomes`. None before the
+        sample is scored, and where that failed.
+      error: why there is no reward, empty where there is one. It is the reason of a failure of
+        the engine, the environment or the rewards.
       valid: False where the reward is missing. Such a sample is counted, and never trained on.
     """
 
@@ -138,6 +142,8 @@ class Sample:
     turn_rewards: list[tuple[int, float]] = dataclasses.field(default_factory=list)
     reward: float | None = None
     parts: dict[str, float] = dataclasses.field(default_factory=dict)
+    outcome: float | None = None
+    error: str = ""
     valid: bool = True
 
     def __post_init__(self):

@@ -47,6 +47,8 @@ def samples_to_columns(
             "turn_rewards": [[index, reward] for index, reward in sample.turn_rewards],
             "reward": sample.reward,
             "parts": dict(sample.parts),
+            "outcome": sample.outcome,
+            "error": sample.error,
             "valid": bool(sample.valid),
             "has_routes": sample.routes is not None,
         }
@@ -82,6 +84,9 @@ def samples_from_columns(
                 turn_rewards=[(index, reward) for index, reward in record["turn_rewards"]],
                 reward=record["reward"],
                 parts=dict(record["parts"]),
+                # Checkpoints of earlier versions have neither.
+                outcome=record.get("outcome"),
+                error=record.get("error", ""),
                 valid=record["valid"],
             )
         )
