@@ -274,6 +274,7 @@ class RlConfig:
         self._check_sources()
         self.outcome_reader()  # raises for an outcome that no sample would have
         self._check_batch_shape()
+        self._check_stale_tokens()
 
     def _check_sources(self) -> None:
         """Check that every source has a name of its own, and rewards."""
@@ -326,6 +327,20 @@ class RlConfig:
             "rollout.partial_tokens",
             partial_tokens,
             "0 with an agent: its environment cannot wait",
+        )
+
+    def _check_stale_tokens(self) -> None:
+        """Check that what older weights sampled is corrected, where it may be trained on."""
+        objective, rollout = self.objective, self.rollout
+        may_be_stale = rollout.partial_tokens > 0 or rollout.oversample > 1
+        has_weight = objective.weighted or objective.correction is not None
+        configlib.check_field(
+            not may_be_stale or has_weight or objective.stale_anchor == "old",
+            "objective.correction",
+            None,
+            f"one, as objective {objective.name} has no ratio and rollout.partial_tokens or "
+            'oversample makes tokens of older weights; or objective.stale_anchor "old", which '
+            "leaves them uncorrected",
         )
 
     def outcome_reader(self) -> outcomes_lib.OutcomeReader:

@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 from absl import logging
 
-from train.rl import group_columns, group_scoring, rollout, sample_groups
 from train.rl import config as rl_config
 from train.rl import cursor as cursor_lib
+from train.rl import group_columns, group_scoring, rollout, sample_groups
 from train.rl import sample as sample_lib
 from train.rl import tasks as tasks_lib
 from train.rl.rewards import compose, length_bias

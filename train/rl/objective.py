@@ -36,6 +36,7 @@ _FIELD_CHOICES = {
     "aggregation": AGGREGATIONS,
     "ratio": ("token", "sequence"),
     "anchor": ("old", "rollout"),
+    "stale_anchor": ("old", "rollout"),
     "kl_kind": ("k1", "k2", "k3"),
 }
 
@@ -57,6 +58,9 @@ class Objective:
       ratio: what has one r: each "token", or a whole "sequence".
       anchor: whose log-probabilities r compares with. "old": the trainer's own, from before the
         batch's updates. "rollout": the sampler's.
+      stale_anchor: the same for tokens that older weights sampled. With "rollout" their r is the
+        whole weight of the policy against the one that sampled. "old" would take such tokens for
+        new ones. With a correction, rho has that part of the weight, and this field no effect.
       is_weight_max: upper bound of w itself, not of its distance from 1, or None.
       is_weight_min: lower bound of w itself, or None.
       weighted: whether w is the clipped ratio. False sets w = 1, which is plain REINFORCE.
@@ -86,6 +90,7 @@ class Objective:
     reward_kl_coef: float = 0.0
     ratio: str = "token"
     anchor: str = "old"
+    stale_anchor: str = "rollout"
     is_weight_max: float | None = 5.0
     is_weight_min: float | None = None
     weighted: bool = True
@@ -127,6 +132,11 @@ class Objective:
         if self.is_weight_max is not None and low > self.is_weight_max:
             _reject_value(f"is_weight_min {low} above is_weight_max", "the lower one first")
         self._refuse_conflicts()
+
+    @property
+    def anchors_stale_tokens(self) -> bool:
+        """Return whether r of stale tokens compares with other log-probabilities than r of new."""
+        return self.anchor == "old" and self.stale_anchor == "rollout" and self.correction is None
 
     def _refuse_conflicts(self) -> None:
         # A preset's name is printed and logged, so it may not stand for another algorithm.

@@ -5,8 +5,8 @@ length, and how often the longer of two answers has the higher reward. An alarm 
 mean of either over the last groups is above its threshold. A run can be configured to stop then,
 until somebody recalibrates the judge.
 
-A monitor reads what one source's judge gave. Rewards by rules are no bias: right answers may well be
-longer than wrong ones.
+A monitor reads what one source's judge gave. Rewards by rules have no such preference: right
+answers may well be longer than wrong ones.
 
 Push groups in a fixed order, not in the order in which scores arrive: the order decides which
 groups the statistics cover.
@@ -127,8 +127,8 @@ class LengthBiasMonitor:
         if self.is_paused:
             correlation, win_rate = self._mean_statistics()
             raise LengthBiasPause(
-                f"judge{self._of_source()}: got a correlation of reward and length of {correlation:.2f} and "
-                f"{win_rate:.0%} wins of the longer answer; wanted at most "
+                f"judge{self._of_source()}: got a correlation of reward and length of "
+                f"{correlation:.2f} and {win_rate:.0%} wins of the longer answer; wanted at most "
                 f"{self._config.correlation} and {self._config.win_rate:.0%}. Recalibrate the "
                 "judge, then go on with --config=... "
                 f"--set=length_bias.recalibrated={self._config.recalibrated + 1}."
