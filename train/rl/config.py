@@ -122,14 +122,21 @@ class AgentConfig:
       environment: "files", "repair" or "lookup", see `train/rl/environments`.
       max_turns: turns of an episode, at least 1.
       turn_tokens: tokens that the model may write in a turn, at least 1.
+      tool_workers: calls of environments that may run at the same time, at least 1.
+      tool_limit_secs: how long one call of an environment may run, above 0. A call that runs longer
+        makes its sample invalid, and is counted in the metric tools_timed_out.
     """
 
     environment: str
     max_turns: int = 8
     turn_tokens: int = 1024
+    tool_workers: int = 8
+    tool_limit_secs: float = 600.0
 
     def __post_init__(self):
-        _check_minimums(self, "agent", {"max_turns": 1, "turn_tokens": 1})
+        _check_minimums(self, "agent", {"max_turns": 1, "turn_tokens": 1, "tool_workers": 1})
+        limit_secs = self.tool_limit_secs
+        configlib.check_field(limit_secs > 0, "agent.tool_limit_secs", limit_secs, "more than 0")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,6 +15,7 @@ An environment that fails makes its own sample invalid. Other episodes go on.
 
 import dataclasses
 import math
+import threading
 from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
@@ -25,6 +26,7 @@ from m1_jax import tokenizer as tokenizer_lib
 from train.rl import sample as sample_lib
 from train.rl.environments import base
 
+_CLOSE_SECS = 10.0  # after which nobody waits for an environment's `close`
 _MALFORMED_CALL_NAME = "tool_calls"  # stands for the tool's name in the answer to a malformed call
 
 
@@ -110,7 +112,7 @@ def multi_turn_episode(
         logging.warning("task %s: %s", task.id, failure, exc_info=failure.__cause__)
         _mark_failed(sample, str(failure))
     finally:
-        environment.close()
+        _close_environment(task, environment)
     return sample
 
 
@@ -231,6 +233,24 @@ def _run_environment(function: Callable[[], Any]) -> Generator[sample_lib.RunToo
         return (yield sample_lib.RunTool(function))
     except Exception as error:
         raise _EpisodeFailure(f"the environment failed: {type(error).__name__}: {error}") from error
+
+
+def _close_environment(task: sample_lib.Task, environment: base.Environment) -> None:
+    """Close an environment. One that hangs or fails at its end must not hold up other episodes."""
+
+    def close() -> None:
+        try:
+            environment.close()
+        except Exception as error:
+            logging.warning("task %s: its environment did not close", task.id, exc_info=error)
+
+    thread = threading.Thread(target=close, daemon=True)
+    thread.start()
+    thread.join(_CLOSE_SECS)
+    if thread.is_alive():
+        logging.warning(
+            "task %s: its environment did not close in %s s; going on", task.id, _CLOSE_SECS
+        )
 
 
 def _step_environment(

@@ -181,7 +181,7 @@ class GroupCollector:
             "collect_secs": time.perf_counter() - began,
         }
         metrics = self._batch_metrics(
-            batch_groups, scored_groups, rollout_stats.num_tokens, rounds, sampler.version
+            batch_groups, scored_groups, rollout_stats, rounds, sampler.version
         )
         metrics["groups_stale"] = float(num_stale)
         mean_reward = group_scoring.mean_reward(scored_groups)
@@ -287,11 +287,11 @@ class GroupCollector:
         self,
         batch_groups: list[SampleGroup],
         scored_groups: list[SampleGroup],
-        num_tokens: int,
+        rollout_stats: rollout.RolloutStats,
         rounds: int,
         version: int,
     ) -> dict[str, float]:
-        """Return metrics of a batch. `num_tokens` counts all tokens that were sampled for it."""
+        """Return metrics of a batch. `rollout_stats` are of all that was sampled for it."""
         samples = [sample for group in batch_groups for sample in finished_samples(group)]
         oldest_versions = [group.oldest_version for group in batch_groups]
         metrics = {
@@ -306,10 +306,11 @@ class GroupCollector:
             "samples_failed": sum(
                 bool(sample.error) for group in scored_groups for sample in finished_samples(group)
             ),
+            "tools_timed_out": rollout_stats.num_tool_timeouts,
             "groups_waiting": len(self._ready_groups),
             "groups_open": len(self._open_groups),
             # Every token that was paid for, and those that are trained on.
-            "tokens_sampled": num_tokens,
+            "tokens_sampled": rollout_stats.num_tokens,
             "tokens_trained": sum(sample.num_generated for sample in samples if sample.valid),
             "staleness_max": max(
                 (version - v for v in oldest_versions if v is not None), default=0

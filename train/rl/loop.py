@@ -144,11 +144,8 @@ def open_rl_session(
     optimizer = make_optimizer(config)
     state = _open_state(model, store, batch_number, layout, optimizer)
     weight_sync = weight_sync_lib.WeightSync(model.config, model.dtype, serving_layout)
-    sampler = rollout.RolloutSampler(
-        weight_sync(state.model),
-        model.tokenizer,
-        rollout_setup.make_run_engine_config(config, held_out_tasks),
-        rollout_setup.make_rollout_sampling(config.rollout),
+    sampler = rollout_setup.make_sampler(
+        config, weight_sync(state.model), model.tokenizer, held_out_tasks
     )
     stack.callback(sampler.close)
     sampler.continue_from(saved_state.weight_version)

@@ -69,7 +69,7 @@ class Generation:
       versions: version of the weights that generated each token.
       status: why the turn ended.
       routes: the experts of all tokens so far, the prompt's included, as in `Sample`. None where
-        they are not known, as in a turn that was paused.
+        they are not known.
       raw: log-probability of each token under the model's plain logits. Empty where the turn is
         over: only one that goes on needs them.
       text: the turn's text without its end token. None has the episode decode the tokens.
@@ -113,8 +113,8 @@ class Sample:
         is False.
       versions: version of the weights that generated the token, -1 where mask is False.
       routes: [tokens, layers, experts of a token] int8, the experts that the sampler sent each
-        token of prompt and answer to. The last tokens, which the sampler never computed, have no
-        row. None if the engine does not record routes.
+        token of prompt and answer to when it first computed the token. The last tokens, which the
+        sampler never computed, have no row. None if the engine does not record routes.
       status: why the last turn ended.
       text: text of the last turn, without its end token.
       messages: all messages after the prompt.
@@ -187,6 +187,23 @@ class Sample:
             if len(getattr(self, name)):
                 column = np.concatenate([getattr(self, name), column])
             setattr(self, name, column)
+
+
+def keep_first_routes(first: np.ndarray | None, routes: np.ndarray | None) -> np.ndarray | None:
+    """Return routes with the rows that were recorded first.
+
+    The engine computes the tokens of a paused episode anew, and newer weights may send them to
+    other experts than those that their log-probabilities come from.
+
+    Args:
+      first: what was recorded before the pause, or None.
+      routes: of all tokens so far, or None where the engine records none.
+    """
+    if first is None or routes is None:
+        return routes
+    routes = routes.copy()
+    routes[: len(first)] = first
+    return routes
 
 
 Episode = Generator[Generate | RunTool, Any, Sample]
