@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -83,7 +84,8 @@ def test_the_weight_of_a_stale_token_is_that_of_the_policy_over_its_sampler():
 
 @pytest.mark.parametrize("field", ["partial_tokens", "oversample"])
 def test_an_objective_without_a_ratio_needs_a_correction(field):
-    rloo, fields = objective.PRESETS["rloo"], {field: 2}
+    rloo = objective.PRESETS["rloo"]
+    fields: dict[str, Any] = {field: 2}
     make_config(rloo)  # whose tokens are never stale
     with pytest.raises(ValueError, match=r"objective\.correction: got None; wanted one, as"):
         make_config(rloo, **fields)

@@ -7,6 +7,7 @@ product A B exists only when the two are merged for good.
 import dataclasses
 import functools
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -154,16 +155,14 @@ def measure_served_share(model: model_lib.MiniMaxM1, served_model: model_lib.Min
       served_model: the same model in another dtype, on the same devices.
     """
     served = _find_linears(served_model)
-    pairs = [
-        (linear.adapter, served[name].adapter)
-        for name, linear in _find_linears(model).items()
-        if linear.adapter is not None
-    ]
-    factors = [
-        tuple(param.get_value() for param in (own.a, own.b, other.a, other.b))
-        for own, other in pairs
-    ]
-    scales = [(own.scale, other.scale) for own, other in pairs]
+    factors, scales = [], []
+    for name, linear in _find_linears(model).items():
+        if linear.adapter is not None:
+            own, other = linear.adapter, served[name].adapter
+            assert other is not None, "the two models have the same adapters"
+            params = (own.a, own.b, other.a, other.b)
+            factors.append(tuple(param.get_value() for param in params))
+            scales.append((own.scale, other.scale))
     arrived, learnt = _change_products(factors, scales)
     return float(arrived) / float(learnt) if learnt else 1.0
 
@@ -215,7 +214,7 @@ def _init_factors(linear: layers.Linear, rank: int, key: jax.Array) -> tuple[nnx
     return a, b
 
 
-def _declare_factor(layout, param: nnx.Param, dtype) -> nnx.Param:
+def _declare_factor(layout, param: nnx.Param, dtype) -> Any:
     """Return a factor as its shape, with the sharding of a model's layout."""
     axes = param.get_metadata()["logical_axes"]
     factor_sharding = sharding.make_param_sharding(layout, axes, param.shape)

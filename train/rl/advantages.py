@@ -82,9 +82,7 @@ def token_advantages(
     real = [np.asarray(mask) > 0 for mask in masks]
     centered = []
     turn_rewards = [()] * len(rewards) if turn_rewards is None else turn_rewards
-    turn_indices = [
-        _turn_of_tokens(mask, turns) for mask, turns in zip(real, turn_rewards, strict=True)
-    ]
+    turn_indices = list(map(_turn_of_tokens, real, turn_rewards))
     base = _turn_baselines(objective, rewards, group_ids, valid, turn_rewards, turn_indices)
     for n, mask in enumerate(real):
         turns = turn_rewards[n]

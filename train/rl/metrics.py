@@ -267,8 +267,7 @@ def summarize_groups(
       valid: whether the sample counts.
       lengths: length of each answer, tokens.
       statuses: how each answer ended, see `sample.Sample`.
-      outcomes: what says whether each answer is right, see `outcomes`. The reward stands for one
-        that is None, and for all of them without this argument.
+      outcomes: says whether each answer is right. The reward stands for one that is None.
       pass_outcome: the least outcome of a right answer.
 
     Returns:
