@@ -2,12 +2,12 @@
 
 import json
 import types
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
 from train import metrics
-from train.rl import batch_transfer, evaluate, groups, rollout
+from train.rl import batch_metrics, batch_transfer, evaluate, groups, rollout
 from train.rl import loop as rl_loop
 from train.rl import sample as sample_lib
 from train.rl.rewards import length_bias
@@ -91,3 +91,30 @@ def test_an_evaluation_tells_why_samples_have_no_reward():
         "first_error": "the environment failed: no disk",
     }  # fmt: skip
     assert "first_error" not in evaluate._summarize([("t", samples[0], None)], 3)
+
+
+@pytest.mark.parametrize("updates", [0.0, 2.0])
+def test_weights_that_no_update_changed_keep_their_version(updates):
+    """Else tokens of the very weights that are trained would count as old."""
+    report = batch_metrics.BatchReport({"updates": updates}, 0.0, 0.0)
+    synced = []
+    session: Any = types.SimpleNamespace(
+        state=types.SimpleNamespace(model={}), updater=lambda state, *_: (state, report),
+        weight_version=3, batch_number=5, length_stage=types.SimpleNamespace(push=lambda *_: False),
+        sampler=types.SimpleNamespace(update_weights=lambda _, version: synced.append(version)),
+        weight_sync=WeightSync(), _log_batch=lambda *_: None,
+    )  # fmt: skip
+    rl_loop.RlSession._train_on_batch(session, groups.GenerationBatch([], {}, 0.0), 0.0)
+    assert (session.batch_number, session.weight_version) == (6, 3 + bool(updates))
+    assert synced == ([4] if updates else [])
+    assert report.metrics["resharding_secs"] >= 0
+    assert report.metrics["handover_share"] == 1.0
+
+
+class WeightSync:
+    """Hands the model itself over."""
+
+    metrics: ClassVar = {"handover_share": 1.0}
+
+    def __call__(self, model):
+        return model

@@ -46,8 +46,8 @@ class RolloutConfig:
       windows: how long an answer may be, tokens.
       max_prompt_tokens: tokens of a prompt, at least 1. A longer prompt is an error.
       group_size: samples of a task, at least 2, as advantages compare them.
-      dynamic: leave out groups whose rewards are all the same, and sample others in their place
-        (DAPO's dynamic sampling).
+      dynamic: leave out groups whose outcomes, or rewards, are all the same, and sample others in
+        their place (DAPO's dynamic sampling).
       max_rounds: rounds of sampling for one batch, at least 1. After the last the batch goes on
         with the groups that it has.
       oversample: groups that are begun for each that is needed, at least 1.0.
@@ -58,8 +58,8 @@ class RolloutConfig:
         of its tokens was older is dropped, and counted in the metric groups_stale.
       overlong_buffer_tokens: tokens at the window's end over which the reward falls by up to 1
         (DAPO's soft overlong penalty), 0 to the first window. 0 is no penalty.
-      mask_truncated: a sample that filled its window counts for nothing.
-      mask_repetition: a sample that ended in a loop counts for nothing.
+      mask_truncated: a sample that filled its window is not trained on. Pass rates count it.
+      mask_repetition: a sample that ended in a loop is not trained on. Pass rates count it.
       temperature: temperature of sampling and of the trainer's probabilities, more than 0.
       top_p: sample from the likeliest tokens that have this probability together, up to 1.0, which
         is off. The trainer does not have the probabilities that top_p, top_k or min_p make, so

@@ -40,10 +40,10 @@ from train.rl import update as rl_update
 from train.rl import weight_sync as weight_sync_lib
 
 # What may change when a run goes on: where and how long it runs, what it logs, and what it does
-# about judges that fail or cheat. The other fields decide what is trained on.
+# about judges and tools that fail or cheat. The other fields decide what is trained on.
 _CHANGEABLE_FIELDS = re.compile(
     r"(save|log|evaluation)\.|compilation_cache|mesh|serving_mesh|batches"
-    r"|length_bias\.|rewards\.(workers|limit)"
+    r"|length_bias\.|rewards\.(workers|limit)|agent\.tool_"
 )
 # What the terminal shows of each batch.
 _PROGRESS_METRICS = ("reward_sampled", "length_mean", "pearson", "batch_secs")
@@ -320,11 +320,13 @@ class RlSession:
             self.state, batch.groups, self.batch_number, self.weight_version
         )
         sync_start_secs = time.perf_counter()
-        self.weight_version += 1
-        self.sampler.update_weights(self.weight_sync(self.state.model), self.weight_version)
-        # Dispatch is asynchronous: without this wait the time would count as the next batch's. The
-        # sampler swaps its weights in the next `run`.
-        jax.block_until_ready(jax.tree.leaves(self.state.model))
+        # A batch that trained nothing leaves the weights, and so the ages of tokens, as they are.
+        if report.metrics["updates"]:
+            self.weight_version += 1
+            self.sampler.update_weights(self.weight_sync(self.state.model), self.weight_version)
+            # Dispatch is asynchronous: without this wait the time would count as the next batch's.
+            # The sampler swaps its weights in the next `run`.
+            jax.block_until_ready(jax.tree.leaves(self.state.model))
         report.metrics["resharding_secs"] = time.perf_counter() - sync_start_secs
         report.metrics |= self.weight_sync.metrics
         self.batch_number += 1
