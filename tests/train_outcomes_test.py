@@ -26,6 +26,9 @@ def reader(terms, has_environment=False, named=()):
         ((EXACT,), True, "environment"),
         ((), True, "environment"),
         (PARTS, False, "verl"),
+        # For the log alone, and a penalty.
+        ((("exact", 0.0, ()), ("function", -1.0, ()), GRADED), False, "graded"),
+        ((("exact", 0.0, ()), FORMAT), False, "exact"),
     ],
 )
 def test_outcomes_without_a_name(terms, has_environment, wanted):
@@ -40,6 +43,12 @@ def test_outcomes_without_a_name(terms, has_environment, wanted):
         (PARTS, (("s", "verl/length"),), {"verl/acc": 1.0, "verl/length": 9.0}, 9.0),
         ((("verl", 2.0, ()),), (), {"verl/a": 0.5, "verl/b": 0.25}, 0.75),
         ((EXACT, FORMAT), (("*", "format"),), {"exact": 1.0, "format": 0.5}, 0.5),
+        (
+            (("verl", (("cost", -0.1), ("log", 0.0), ("acc", 1.0)), ()),),
+            (),
+            {"verl/cost": 7.0, "verl/log": 5.0, "verl/acc": 0.5},
+            0.5,
+        ),
         ((EXACT,), (), {"other": 1.0, "exactly": 1.0}, None),
     ],
 )

@@ -133,7 +133,7 @@ def list_alarms(report: BatchReport, pearson_min: float) -> list[dict[str, Any]]
         alarms.append({"alarm": "the batch had no valid sample, and trained nothing"})
     elif pearson is None:
         text = "no token is of the present weights, so sampler and trainer were not compared"
-        alarms.append({"alarm": text, "pearson": None})
+        alarms.append({"alarm": text})
     elif not pearson >= pearson_min:  # NaN is below any bound
         alarms.append({"alarm": "sampler and trainer disagree", "pearson": pearson})
     share = report.metrics.get("handover_share", 1.0)

@@ -214,7 +214,8 @@ class RlConfig:
         reward that says whether an answer is right: a reward, a part REWARD/PART of it, or of an
         agent "environment", "final" or "turns". 1 and more is right. Dynamic sampling and pass
         rates read it, never the sum that is trained on. A source that is not named has its
-        environment's reward, or its first reward but "format" and "repetition".
+        environment's reward, or its first reward but "format" and "repetition" whose weight is
+        above 0.
       objective: the loss.
       agent: turns with tools. None for answers of one turn.
       curriculum: weights of the sources by batch. None weighs all alike.

@@ -28,8 +28,8 @@ class OutcomeReader:
       has_environment: whether an agent's environment gives a reward.
       named: (source, outcome) pairs, "*" being every other source. An outcome is a reward of the
         source, a part REWARD/PART of it, or "environment", "final" or "turns" of an agent. A source
-        without a name has its environment's reward, or its first reward that is not in
-        `SHAPING_REWARDS`.
+        without a name has its environment's reward, or its first reward of a weight above 0 that
+        is not in `SHAPING_REWARDS`. Of a reward whose weight names parts it is the first such part.
 
     Raises:
       ValueError: a name that the samples of its source do not have, or no such source.
@@ -51,7 +51,7 @@ class OutcomeReader:
         for source, terms in self._terms.items():
             name = by_source.get(source, by_source.get(compose.ANY_SOURCE))
             if name is None:
-                name = _default_outcome(list(terms), has_environment)
+                name = _default_outcome(terms, has_environment)
             choices = [*terms, *((ENVIRONMENT, *_ENVIRONMENT_PARTS) if has_environment else ())]
             if name.partition("/")[0] not in choices:
                 raise ValueError(
@@ -77,14 +77,11 @@ class OutcomeReader:
             return environment_reward
         if name in parts:
             return parts[name]
-        # A reward of several parts: those that its weight names, or all of them.
+        # A reward of several parts: the first that its weight names, or else their sum.
         weight = self._terms[source].get(name, 1.0)
-        names = [part for part, _ in weight[:1]] if isinstance(weight, tuple) else None
-        values = [
-            value
-            for key, value in parts.items()
-            if key.startswith(f"{name}/") and (names is None or key.partition("/")[2] in names)
-        ]
+        if isinstance(weight, tuple):
+            return parts.get(f"{name}/{_first_raising(dict(weight))}")
+        values = [value for key, value in parts.items() if key.startswith(f"{name}/")]
         return math.fsum(values) if values else None
 
 
@@ -97,8 +94,17 @@ def find_source_terms(
     return {name: weight for name, weight, _ in terms}
 
 
-def _default_outcome(rewards: list[str], has_environment: bool) -> str:
+def _default_outcome(terms: Mapping[str, compose.RewardWeight], has_environment: bool) -> str:
     if has_environment:
         return ENVIRONMENT
-    judging = [name for name in rewards if name not in SHAPING_REWARDS]
-    return (judging or rewards or [ENVIRONMENT])[0]
+    judging = {name: weight for name, weight in terms.items() if name not in SHAPING_REWARDS}
+    return _first_raising(judging or terms) if terms else ENVIRONMENT
+
+
+def _first_raising(weights: Mapping[str, compose.RewardWeight]) -> str:
+    """Return the first name whose weight raises the sum, or the first of all.
+
+    A weight of 0 is there for the log, and one below 0 is a penalty.
+    """
+    raising = [name for name, weight in weights.items() if isinstance(weight, tuple) or weight > 0]
+    return (raising or list(weights))[0]
