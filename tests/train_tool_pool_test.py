@@ -68,7 +68,6 @@ def test_a_signal_ends_a_run_that_waits_for_tools(blocked):
     pool = tool_pool.ToolPool(1)
     with pytest.raises(rollout.RolloutStopped):
         run(pool, {n: call(blocked.wait) for n in range(2)}, stop.is_set)
-    pool.close()  # which waits for nothing
     assert time.monotonic() - began < 5
     # The interpreter does not wait for the thread at its end either.
     assert all(t.daemon for t in threading.enumerate() if t.name == "tool")
@@ -103,10 +102,10 @@ def test_no_more_tools_at_once_than_workers():
     assert 0 < stats.waiting_secs < 10
 
 
-def test_calls_that_wait_when_the_pool_closes_never_begin(blocked):
+def test_calls_that_are_dropped_never_begin(blocked):
     pool = tool_pool.ToolPool(1)
     first, second = pool.submit(blocked.wait), pool.submit(blocked.wait)
-    pool.close()
+    pool.drop_waiting_calls()
     assert second.cancelled()
     assert not first.done()
 

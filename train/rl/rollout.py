@@ -209,7 +209,7 @@ class RolloutSampler:
 
     def close(self) -> None:
         """End the engine. Every process calls this."""
-        self._pool.close()
+        self._pool.drop_waiting_calls()
         if self._engine is not None:
             self._engine.close()
         # After an error this process is behind the others. The next call of process 0 would meet
@@ -242,6 +242,7 @@ class _EpisodeLoop:
                 for episode in self._running.values():
                     if episode.request is not None:
                         self._engine.cancel(episode.request)
+                self._pool.drop_waiting_calls()
                 self._drain()
                 raise RolloutStopped
             self._pool.expire_calls()

@@ -85,8 +85,8 @@ class ToolPool:
                 )
             self._start_calls()
 
-    def close(self) -> None:
-        """Begin no other call. It does not wait for those under way."""
+    def drop_waiting_calls(self) -> None:
+        """Cancel the calls that did not begin yet. Those under way go on, and nobody waits."""
         with self._lock:
             for call in self._waiting:
                 call.future.cancel()
