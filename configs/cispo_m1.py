@@ -45,7 +45,8 @@ JUDGE = (("url", "http://localhost:8000/v1"), ("model", "judge"))
 # Reasoning that rules check. The M1 report has 41 kinds of synthetic logic.
 PUZZLES = ("countdown", "futoshiki", "knights_knaves", "mini_sudoku", "n_queens", "zebra_puzzles")
 
-# A right answer has a reward of 1 or more in any form. Pass rates and curriculum rely on that.
+# Of each source the first reward says whether an answer is right, with 1 or more. Pass rates and
+# dynamic sampling read that, and the form counts for the gradient alone.
 FORMAT = ("format", 0.1, ())
 REWARDS = (
     ("mathematics", (("mathematics", 1.0, ()), FORMAT)),

@@ -43,11 +43,12 @@ JITTED = {
     "train/rl/step.py:score_logprobs": "test_rl_updates",
     "train/rl/step.py:accumulate_gradients": "test_rl_updates",
     "train/rl/step.py:apply_update": "test_rl_updates",
-    "train/rl/weight_sync.py:WeightSync.__init__": "test_weight_sync_and_digest",
+    "train/rl/weight_sync.py:WeightSync._prepare": "test_weight_sync_and_digest",
     "train/checkpoints.py:digest_state": "test_weight_sync_and_digest",
     "train/rehearsal/schedules.py:evaluate_schedule": "it looks for such numbers itself",
     "train/lora.py:add_adapters": "test_adapters",
     "train/lora.py:merge_adapters": "test_adapters",
+    "train/lora.py:_change_products": "test_adapters",
     "m1_jax/model.py:_compute_logits": "test_forward_passes",
     "m1_jax/model.py:_extend_sequences": "test_forward_passes",
     "m1_jax/verify.py:_compare_forward": "test_forward_passes",
@@ -257,4 +258,5 @@ def test_adapters():
     ]
     kernel = jax.ShapeDtypeStruct((80, 6144, 8192), jnp.bfloat16)
     jax.eval_shape(lora._merge_kernel, kernel, *rank_64, 2.0)
+    jax.eval_shape(lora._change_products, [(*rank_64, *rank_64)], [(2.0, 2.0)])
     assert jax.tree.leaves(adapted)

@@ -111,7 +111,8 @@ def test_a_turns_reward_goes_to_the_turn_and_what_came_before():
     out = per_token(
         PRESETS["dr_grpo"], [1.5, 0.5], [4, 2], turn_rewards=[[(1, 0.5)], []], masks=MASKS
     )
-    near(out[0], [0.5, 0.5, 0, 0])
+    # After the first turn the two are yet to earn 1 and 0.5: the last token is compared with that.
+    near(out[0], [0.5, 0.5, 0, 0.25])
     near(out[1], [-0.5, -0.5])
     with pytest.raises(ValueError, match="got position 4; wanted 0 to 3"):
         advantages.token_returns([(4, 1.0)], 0.0, 4)
@@ -123,8 +124,47 @@ MASKS = [np.array([1, 1, 0, 1]), np.array([1, 1])]
 def test_turns_do_not_blow_up_where_totals_are_equal():
     turns = [[(0, 1.0)], [(1, 1.0)]]
     out = per_token(PRESETS["grpo"], [1.0, 1.0], [2, 2], turn_rewards=turns)
-    near(out[0], [0, -np.sqrt(2)], 1e-5)  # what follows the reward deserves none of it
+    # What follows the reward deserves none of it, and is compared with what earns no more either.
+    near(out[0], [0, 0], 1e-5)
     near(out[1], [0, 0])
+
+
+TWO_TURNS = np.array([1, 1, 0, 1, 1])
+
+
+@pytest.mark.parametrize("name", ["cispo", "dr_grpo", "rloo", "reinforce_pp_baseline"])
+@pytest.mark.parametrize("in_turns", [False, True])
+def test_the_right_turn_is_raised_and_the_wrong_ones_lowered(name, in_turns):
+    """All four earn 1 in the first turn. One is right in the second."""
+    turns = [[(1, 1.0)] for _ in range(4)]
+    if in_turns:
+        turns[3].append((4, 1.0))
+    out = per_token(PRESETS[name], [1, 1, 1, 2], [5] * 4, masks=[TWO_TURNS] * 4, turn_rewards=turns)
+    for sample in out[:3]:
+        assert (sample[[0, 1, 3, 4]] < 0).all()
+    assert (out[3][[0, 1, 3, 4]] > 0).all()
+    if name == "dr_grpo":
+        near(out[3], [0.75, 0.75, 0, 0.75, 0.75])
+        near(out[0], [-0.25, -0.25, 0, -0.25, -0.25])
+    if name == "rloo":
+        near(out[3], [1, 1, 0, 1, 1])
+
+
+def test_turns_that_only_some_came_to():
+    # The second sample ended in its first turn, the third earned nothing there.
+    masks = [TWO_TURNS, np.array([1, 1]), TWO_TURNS]
+    turns = [[(1, 1.0), (4, 2.0)], [(1, 1.0)], []]
+    out = per_token(PRESETS["dr_grpo"], [3, 1, 0], [5, 2, 5], masks=masks, turn_rewards=turns)
+    near(out[0], [3 - 4 / 3, 3 - 4 / 3, 0, 2 - 2 / 3, 2 - 2 / 3])
+    near(out[1], [1 - 4 / 3, 1 - 4 / 3])
+    near(out[2], [-4 / 3, -4 / 3, 0, -2 / 3, -2 / 3])
+
+
+def test_rewards_at_the_end_have_one_baseline_for_all_turns():
+    masks = [TWO_TURNS, np.array([1, 1]), np.array([1, 0, 1, 0, 1])]
+    out = per_token(PRESETS["dr_grpo"], [1, 1, 0], [5, 2, 5], masks=masks, turn_rewards=[[]] * 3)
+    for sample, mask, reward in zip(out, masks, [1, 1, 0], strict=True):
+        near(sample, np.where(mask, reward - 2 / 3, 0))
 
 
 def test_discounted_returns_pay_for_their_distance_to_the_reference():

@@ -4,6 +4,7 @@ beforehand.
 
 import concurrent.futures
 import pathlib
+import threading
 
 import hypothesis
 import pytest
@@ -300,6 +301,7 @@ def test_a_failure_makes_no_reward(tokenizer, world, caplog):
     sample, _ = drive(run, tokenizer, [call(text="a"), "Done."])
     assert (sample.valid, sample.reward, sample.status) == (False, None, "error")
     assert sample.parts == {"error": 1.0}
+    assert sample.error.startswith("the environment failed: ")
     assert world.closed == 1
     assert "task t: the environment failed" in caplog.text
 
@@ -330,6 +332,29 @@ def test_closed_when_given_up(tokenizer):
     next(run)
     run.close()
     assert world.closed == 1
+
+
+class Stubborn(Scripted):
+    """Fails, or hangs, when it is closed."""
+
+    def __init__(self, close):
+        super().__init__()
+        self.close = close
+
+
+def test_an_environment_that_cannot_be_closed(tokenizer, caplog, monkeypatch):
+    monkeypatch.setattr(episodes, "_CLOSE_SECS", 0.05)
+    blocked, broken = threading.Event(), iter(())
+    for close, text in (
+        (lambda: blocked.wait(), "its environment did not close in 0.05 s; going on"),
+        (lambda: next(broken), "its environment did not close"),
+    ):
+        run = episodes.multi_turn_episode(TASK, Stubborn(close), tokenizer, WIDE)
+        sample, _ = drive(run, tokenizer, ["Done."])
+        assert (sample.valid, sample.reward) == (True, 1.0)
+        assert text in caplog.text
+        caplog.clear()
+    blocked.set()
 
 
 def test_bad_limits():

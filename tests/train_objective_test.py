@@ -444,3 +444,19 @@ def test_presets_carry_their_names_and_are_hashable():
     assert len({hash(options) for options in PRESETS.values()}) == len(PRESETS)
     assert objective.Objective() == CISPO
     assert (CISPO.is_weight_min, CISPO.is_weight_max) == (None, 5.0)
+
+
+@pytest.mark.parametrize("name", objective.PRESETS)
+def test_a_presets_name_means_the_preset(name):
+    """`--set=objective.name=NAME` replaces the name alone."""
+    for other in objective.PRESETS:
+        if other != name:
+            with pytest.raises(ValueError, match=rf"the name '{name}' with .* another name"):
+                dataclasses.replace(objective.PRESETS[other], name=name)
+    # A changed preset keeps its name, and any fields may have a name of their own.
+    changed = dataclasses.replace(objective.PRESETS[name], advantage_eps=1e-4, off_policy_max=1.0)
+    assert changed.name == name
+    assert dataclasses.replace(objective.PRESETS[name], name="mine").name == "mine"
+    if name in ("grpo", "rloo", "gspo", "reinforce_pp"):
+        with pytest.raises(ValueError, match=rf"the name '{name}'"):
+            dataclasses.replace(objective.PRESETS["cispo"], name=name, entropy_coef=0.1)

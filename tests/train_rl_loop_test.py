@@ -20,6 +20,7 @@ from train.rl.config import (
     PRESETS,
     LengthSchedule,
     LogConfig,
+    LoraConfig,
     RewardsConfig,
     RlConfig,
     RlEvaluationConfig,
@@ -236,3 +237,15 @@ def test_other_objectives_run(start, tmp_path, name):
     (line,) = read_metrics(tmp_path)
     assert line["skipped"] == 0
     assert line["k3_ref"] >= 0
+
+
+@pytest.mark.slow
+def test_adapters_are_trained_and_served(start, tmp_path):
+    rl_loop.run_rl_training(_config(start, batches=2, lora=LoraConfig(rank=2)), tmp_path)
+    lines = read_metrics(tmp_path)
+    assert len(lines) == 2
+    for line in lines:
+        assert line["handover_share"] == pytest.approx(1, abs=1e-4)
+        assert line["pearson"] > 0.9999
+        assert line["stale_tokens"] == 0
+    assert not read_metrics(tmp_path, "event")[1:]  # the objective alone, and no alarm

@@ -175,6 +175,18 @@ def test_groups():
     near(values["truncated"], 2 / 8)
     near(values["repetition"], 1 / 8)
     assert (values["length_p50"], values["length_max"]) == (4.5, 100)
+    # Outcomes say what is right, whatever the sums are: b was wrong, and d was right.
+    values = rl_metrics.summarize_groups(
+        rewards=[1, 0, 1, 1, 0.5],
+        group_ids=["a", "a", "b", "b", "d"],
+        valid=[True] * 5,
+        lengths=[1] * 5,
+        statuses=["stop"] * 5,
+        outcomes=[0, 0, 0.9, 0.9, 1],
+    )
+    near(values["pass_at_k"], 1 / 3)
+    near(values["zero_variance_right"], 1 / 3)
+    near(values["zero_variance_wrong"], 1 / 3)
     empty = rl_metrics.summarize_groups([np.nan], [0], [False], [3], ["error"])
     assert math.isnan(empty["reward_mean"])
     assert empty["zero_variance"] == 0

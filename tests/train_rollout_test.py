@@ -15,7 +15,8 @@ from infer import config as engine_config
 from infer import output_tokens
 from m1_jax import ModelConfig
 from m1_jax import params as params_lib
-from train.rl import rollout, sample_columns
+from train import lora
+from train.rl import rollout, sample_columns, weight_sync
 from train.rl import sample as sample_lib
 
 # Fixtures.
@@ -116,10 +117,10 @@ def test_slices_make_the_answer_of_one_piece(sampler, plain, slice_tokens):
                 # As a checkpoint keeps it.
                 columns = sample_columns.partials_to_columns([result.partial], "partial")
                 (made[key],) = sample_columns.partials_from_columns(columns, "partial")
-                for name in ("tokens", "logprobs", "raw", "versions"):
+                for name in ("tokens", "logprobs", "raw", "versions", "routes"):
                     before, after = getattr(result.partial, name), getattr(made[key], name)
                     np.testing.assert_array_equal(before, after)
-                assert result.partial.routes is None  # nobody would read them
+                assert len(result.partial.routes) == len(PROMPT) + calls * slice_tokens - 1
                 assert len(result.partial.tokens) == calls * slice_tokens
             else:
                 finished[key] = result
@@ -227,6 +228,8 @@ def test_new_weights_begin_with_the_next_run(sampler, models, plain):
     before = sampler.version
     paused = run(sampler, job(0, slice_tokens=5))[0][0]
     assert paused.partial.versions.tolist() == [before] * 5
+    recorded = len(PROMPT) + 5 - 1
+    np.testing.assert_array_equal(paused.partial.routes, plain[0].routes[:recorded])
     sampler.update_weights(models[1], before + 1)
     assert sampler.version == before + 1  # told before the next run has taken them
     found, _ = run(sampler, job(0, partial=paused.partial), job(1))
@@ -236,6 +239,11 @@ def test_new_weights_begin_with_the_next_run(sampler, models, plain):
         np.testing.assert_array_equal(column[:5], expected[:5])
         assert (column[5:] != expected[5:]).any()
     assert found[1].versions.tolist() == [before + 1] * LENGTH
+    # Routes are those that came first, although the prefix was computed anew.
+    assert len(found[0].routes) == len(PROMPT) + LENGTH - 1
+    np.testing.assert_array_equal(found[0].routes[:recorded], plain[0].routes[:recorded])
+    assert (found[0].routes[recorded:] != plain[0].routes[recorded:]).any()
+    assert (found[1].routes[: len(PROMPT)] != plain[0].routes[: len(PROMPT)]).any()
     sampler.update_weights(models[0], before + 2)
     again, _ = run(sampler, job(1))
     assert said(again[1]) == said(plain[1])
@@ -257,6 +265,29 @@ def test_a_run_can_be_stopped_and_leaves_nothing_under_way(sampler, plain):
     found, times = run(sampler, job(2))
     assert said(found[2]) == said(plain[2])
     assert times.num_tokens == LENGTH
+
+
+def test_the_sampler_applies_adapters(models, tokenizer):
+    """Probabilities are those of the trainer with its adapters, and differ from those without."""
+    plain = jax.tree.map(lambda leaf: leaf, models[0])
+    adapted = lora.add_adapters(plain, lora.LoraConfig(2, 4.0), jax.random.key(0))
+    sync = weight_sync.WeightSync(CONFIG, jnp.dtype(jnp.float32))
+    made = rollout.RolloutSampler(sync(adapted), tokenizer, SIZES, rollout.RolloutSampling())
+    before = run(made, job(0), job(1))[0]
+    for name, param in params_lib.params_by_path(adapted).items():
+        if name.endswith("adapter.b"):
+            param.set_value(1e-3 * jax.random.normal(jax.random.key(1), param.shape))
+    made.update_weights(sync(adapted), 1)
+    after = run(made, job(0), job(1), job(2))[0]
+    assert sync.metrics["handover_share"] == pytest.approx(1, abs=1e-6)
+    sample = after[0]
+    tokens = jnp.asarray([*PROMPT, *sample.tokens])[None]
+    logp = jax.nn.log_softmax(adapted(tokens)[0, len(PROMPT) - 1 : -1].astype(jnp.float32))
+    wanted = np.take_along_axis(np.asarray(logp), sample.tokens[:, None], 1)[:, 0]
+    np.testing.assert_allclose(sample.logprobs, wanted, atol=1e-5)
+    assert np.abs(sample.logprobs[0] - before[0].logprobs[0]) > 1e-4
+    assert said(run(made, job(0))[0][0]) == said(sample)  # also alone
+    made.close()
 
 
 class Ending:

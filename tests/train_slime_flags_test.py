@@ -138,3 +138,16 @@ def test_descriptions():
     assert "weight 1;" in slime_flags.describe_objective(objective.PRESETS["rloo"])
     literal = dataclasses.replace(objective.PRESETS["cispo"], aggregation="prompt-mean")
     assert "most implementations: token-mean" in slime_flags.describe_objective(literal)
+
+
+@pytest.mark.parametrize("flag", ["eps-clip", "eps-clip-high"])
+@pytest.mark.parametrize("estimator", ["cispo", "grpo", "gspo"])
+@pytest.mark.parametrize("value", [-0.2, float("nan")])
+def test_bounds_on_the_wrong_side_are_refused(flag, estimator, value):
+    with pytest.raises(ValueError, match=rf"--{flag}: got (-0\.2|nan); wanted at least 0"):
+        slime_flags.translate_flags({flag: value, "advantage-estimator": estimator})
+
+
+def test_no_clipping_of_gradients_is_slimes_0():
+    assert slime_flags.translate_flags({"clip-grad": 0.0}).options["clip_norm"] is None
+    assert slime_flags.translate_flags({"clip-grad": 0.5}).options["clip_norm"] == 0.5

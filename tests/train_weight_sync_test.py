@@ -64,21 +64,59 @@ def test_the_samplers_copy_outlives_the_trainers_state(dtype):
     assert hand_over.program._cache_size() == 1
 
 
-def test_adapters_are_merged_for_the_sampler():
+def adapted(dtype, size, layout=None):
+    """Return a model with adapters whose B has random entries of a size."""
     model = lora.add_adapters(
-        params_lib.random_model(CONFIG, KEY, jnp.float32), lora.LoraConfig(2, 4.0), KEY
+        params_lib.random_model(CONFIG, KEY, dtype, layout=layout), lora.LoraConfig(2, 4.0), KEY
     )
     for name, param in params_lib.params_by_path(model).items():
         if name.endswith("adapter.b"):
-            param.set_value(jax.random.normal(KEY, param.shape))
-    served = weight_sync.WeightSync(CONFIG, jnp.dtype(jnp.float32))(model)
-    merged = lora.merge_adapters(model)
-    assert_handed_over(merged, served, jnp.float32)
-    base = values(params_lib.random_model(CONFIG, KEY, jnp.float32))
-    changed = {name for name, value in values(served).items() if (value != base[name]).any()}
-    assert changed
-    assert changed < set(base)
-    assert any(".adapter." in name for name in values(model))  # the trainer keeps its own
+            noise = size * jax.random.normal(KEY, param.shape)
+            param.set_value(jax.device_put(noise, param.get_value().sharding))
+    return model
+
+
+@pytest.mark.parametrize("size", [1e-6, 1e-2])
+def test_what_adapters_learn_reaches_the_sampler_whole(size):
+    """A step of 1e-6 is far below half a step of a bfloat16 weight."""
+    model = adapted(jnp.bfloat16, size)
+    sync = weight_sync.WeightSync(CONFIG, jnp.dtype(jnp.bfloat16))
+    served = sync(model)
+    assert sync.metrics["handover_share"] == pytest.approx(1, abs=2e-3)
+    base = values(params_lib.random_model(CONFIG, KEY, jnp.bfloat16))
+    for name, value in values(served).items():
+        wanted = values(model)[name] if ".adapter." in name else base[name]
+        np.testing.assert_array_equal(value, wanted.astype(value.dtype), err_msg=name)
+    tokens = jax.random.randint(KEY, (2, 9), 0, CONFIG.vocab_size)
+    np.testing.assert_array_equal(served(tokens), model(tokens))
+    # The next weights go through the same program, and the trainer keeps its own.
+    assert sync(adapted(jnp.bfloat16, 2 * size)).layout == served.layout
+    assert sync.program._cache_size() == 1
+    assert any(".adapter." in name for name in values(model))
+
+
+def test_the_share_of_adapters_that_arrives():
+    model = adapted(jnp.float32, 1.0)
+    assert lora.measure_served_share(model, model) == pytest.approx(1, abs=1e-6)
+    assert lora.measure_served_share(adapted(jnp.float32, 0.0), model) == 1  # nothing was learnt
+    for factor in (0.0, 0.25, 2.0):
+        other = adapted(jnp.float32, factor)
+        assert lora.measure_served_share(model, other) == pytest.approx(factor, abs=1e-5)
+    plain = weight_sync.WeightSync(CONFIG, jnp.dtype(jnp.float32))
+    plain(params_lib.random_model(CONFIG, KEY, jnp.float32))
+    assert plain.metrics == {}
+
+
+def test_adapters_go_to_the_samplers_mesh():
+    mesh = sharding.make_mesh({"fsdp": 4, "expert": 2})
+    layout = sharding.make_layout(mesh, CONFIG, sharding.TRAIN)
+    model = adapted(jnp.bfloat16, 1e-5, layout)
+    serving = sharding.make_layout(
+        weight_sync.make_serving_mesh(mesh, {"expert": 4, "tensor": 2}), CONFIG, sharding.DECODE
+    )
+    sync = weight_sync.WeightSync(CONFIG, jnp.dtype(jnp.bfloat16), serving)
+    assert_handed_over(model, sync(model), jnp.bfloat16)
+    assert sync.metrics["handover_share"] == pytest.approx(1, abs=2e-3)
 
 
 @pytest.mark.parametrize(

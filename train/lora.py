@@ -7,6 +7,7 @@ product A B exists only when the two are merged for good.
 import dataclasses
 import functools
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -115,6 +116,76 @@ def merge_adapters(model: model_lib.MiniMaxM1) -> model_lib.MiniMaxM1:
     return model
 
 
+def declare_adapters(
+    model: model_lib.MiniMaxM1, like: model_lib.MiniMaxM1, dtype: jax.typing.DTypeLike
+) -> model_lib.MiniMaxM1:
+    """Return an abstract model with adapters of the shapes of another model's.
+
+    Args:
+      model: a model of shapes, see `params.abstract_model`. It is not changed.
+      like: a model of the same config with adapters.
+      dtype: dtype of the declared factors. An adapter rounds its factors to the dtype of its
+        input, so factors in the dtype of the computation change nothing.
+    """
+    model = jax.tree.map(lambda leaf: leaf, model)
+    linears = _find_linears(model)
+    for name, linear in _find_linears(like).items():
+        if linear.adapter is not None:
+            a, b = (
+                _declare_factor(model.layout, param, dtype)
+                for param in (linear.adapter.a, linear.adapter.b)
+            )
+            linears[name].adapter = layers.LoraAdapter(a, b, linear.adapter.scale)
+    return model
+
+
+def has_adapters(model: model_lib.MiniMaxM1) -> bool:
+    """Return whether some projection has an adapter."""
+    return any(linear.adapter is not None for linear in _find_linears(model).values())
+
+
+def measure_served_share(model: model_lib.MiniMaxM1, served_model: model_lib.MiniMaxM1) -> float:
+    """Return which share of what the adapters learnt is in the adapters of another model.
+
+    With D = scale A B of all projections together, and D' that of the other model, it is
+    <D', D> / <D, D>: 1 where all arrives, 0 where nothing does. It is 1 where D is 0.
+
+    Args:
+      model: the model that is trained.
+      served_model: the same model in another dtype, on the same devices.
+    """
+    served = _find_linears(served_model)
+    factors, scales = [], []
+    for name, linear in _find_linears(model).items():
+        if linear.adapter is not None:
+            own, other = linear.adapter, served[name].adapter
+            assert other is not None, "the two models have the same adapters"
+            params = (own.a, own.b, other.a, other.b)
+            factors.append(tuple(param.get_value() for param in params))
+            scales.append((own.scale, other.scale))
+    arrived, learnt = _change_products(factors, scales)
+    return float(arrived) / float(learnt) if learnt else 1.0
+
+
+@jax.jit
+def _change_products(factors, scales):
+    """Return (<D', D>, <D, D>), float32, from (A, B, A', B') of each projection."""
+    arrived = learnt = jnp.float32(0)
+    for (a, b, a_served, b_served), (scale, scale_served) in zip(factors, scales, strict=True):
+        # <A' B', A B> = sum of (A'^T A) * (B' B^T): no product is larger than rank by rank.
+        arrived += scale_served * scale * _inner_product(a_served, b_served, a, b)
+        learnt += scale**2 * _inner_product(a, b, a, b)
+    return arrived, learnt
+
+
+def _inner_product(a, b, other_a, other_b):
+    a, b, other_a, other_b = (x.astype(jnp.float32) for x in (a, b, other_a, other_b))
+    highest = jax.lax.Precision.HIGHEST
+    rows = jnp.einsum("...ir,...is->...rs", a, other_a, precision=highest)
+    columns = jnp.einsum("...ro,...so->...rs", b, other_b, precision=highest)
+    return jnp.sum(rows * columns)
+
+
 def _merge_kernel(kernel, a, b, scale):
     # Highest precision: TPUs would otherwise round the factors to bfloat16 first.
     change = jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST) * scale
@@ -141,6 +212,13 @@ def _init_factors(linear: layers.Linear, rank: int, key: jax.Array) -> tuple[nnx
         rngs, (*stack, rank, columns), (*names, None, column_axis), jnp.float32, 0.0
     )
     return a, b
+
+
+def _declare_factor(layout, param: nnx.Param, dtype) -> Any:
+    """Return a factor as its shape, with the sharding of a model's layout."""
+    axes = param.get_metadata()["logical_axes"]
+    factor_sharding = sharding.make_param_sharding(layout, axes, param.shape)
+    return param.replace(jax.ShapeDtypeStruct(param.shape, dtype, sharding=factor_sharding))
 
 
 def _shard_factor(layout: sharding.MeshLayout | None, param):

@@ -214,4 +214,5 @@ def _reopen_log(path: pathlib.Path, step: int, last_steps: dict[str, int]):
     part = path.with_suffix(".part")
     part.write_text("".join(remaining_lines))
     part.rename(path)
-    return path.open("a")
+    # By lines: a run that is killed leaves all lines but the last, whenever it was saved before.
+    return path.open("a", buffering=1)

@@ -52,10 +52,12 @@ def token_advantages(
     """Return A of every token, one float64 array a sample, 0 where the mask is.
 
     With G_t the discounted rewards from token t on (`token_returns`, the discount 1 but for
-    returns) and b the baseline that `sample_advantages` takes off R: G_t - b. "group" divides that
-    by (s + advantage_eps), s^2 being the sum over the group's samples of their tokens' mean square,
-    over N - 1: the standard deviation, where rewards come at the end alone. Returns are whitened:
-    less the mean, over sqrt(variance + 1e-8), of all tokens of the batch.
+    returns): G_t - b. The baseline b of a token's turn is that of `sample_advantages`, of what the
+    group's samples were yet to earn when that turn began: R less the rewards of earlier turns. So a
+    turn is compared with the same turn of the others, and not with what all earned before it.
+    "group" divides that by (s + advantage_eps), s^2 being the sum over the group's samples of their
+    tokens' mean square, over N - 1: the standard deviation, where rewards come at the end alone.
+    Returns are whitened: less the mean, over sqrt(variance + 1e-8), of all tokens of the batch.
 
     Args:
       objective: which advantage.
@@ -79,16 +81,18 @@ def token_advantages(
         )
     real = [np.asarray(mask) > 0 for mask in masks]
     centered = []
-    base = _reward_baseline(objective, rewards, group_ids, valid)
+    turn_rewards = [()] * len(rewards) if turn_rewards is None else turn_rewards
+    turn_indices = list(map(_turn_of_tokens, real, turn_rewards))
+    base = _turn_baselines(objective, rewards, group_ids, valid, turn_rewards, turn_indices)
     for n, mask in enumerate(real):
-        turns = turn_rewards[n] if turn_rewards is not None else ()
+        turns = turn_rewards[n]
         # What is left for the last token, once the turns have their parts.
         final = rewards[n] - sum(reward for _, reward in turns) if valid[n] else 0.0
         costs = np.zeros(len(mask))
         if objective.reward_kl_coef and kls is not None:
             costs = np.where(mask, objective.reward_kl_coef * np.asarray(kls[n], np.float64), 0.0)
         returns = token_returns(turns, final, len(mask), objective.discount, costs)
-        centered.append(np.where(mask & valid[n], returns - base[n], 0.0))
+        centered.append(np.where(mask & valid[n], returns - base[n, turn_indices[n]], 0.0))
     if objective.advantage.startswith("return"):
         return _whiten_tokens(centered, [mask & ok for mask, ok in zip(real, valid, strict=True)])
     # A sample's mean square stands for the square of its one number in `sample_advantages`.
@@ -197,6 +201,31 @@ def _reward_baseline(objective, rewards, groups, valid):
         return mean
     # The mean of the others: (n mean - R) / (n - 1) = mean - (R - mean) / (n - 1).
     return mean - (rewards - mean) / np.maximum(count - 1, 1)
+
+
+def _turn_of_tokens(mask, turns):
+    """Return the turn that each token belongs to, from 0, [n].
+
+    A turn begins where the model goes on after an observation, or after a rewarded token.
+    """
+    begins = mask & ~np.concatenate([[False], mask[:-1]])
+    for position, _ in turns:
+        if 0 <= position < len(mask) - 1:
+            begins[position + 1] |= mask[position + 1]
+    return np.maximum(np.cumsum(begins) - 1, 0)
+
+
+def _turn_baselines(objective, rewards, groups, valid, turn_rewards, turn_indices):
+    """Return b of each sample's turns, [N, turns], see `token_advantages`."""
+    num_turns = max((int(index[-1]) + 1 for index in turn_indices if len(index)), default=1)
+    yet_to_earn = np.repeat(rewards[:, None], num_turns, axis=1)
+    for n, (turns, index) in enumerate(zip(turn_rewards, turn_indices, strict=True)):
+        for position, reward in turns if valid[n] else ():
+            if 0 <= position < len(index):  # `token_returns` refuses the others
+                yet_to_earn[n, index[position] + 1 :] -= reward
+    return np.stack(
+        [_reward_baseline(objective, values, groups, valid) for values in yet_to_earn.T], axis=1
+    )
 
 
 def _advantage_scale(objective, squares, groups, valid):

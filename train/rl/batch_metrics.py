@@ -3,6 +3,7 @@
 `train/rl/metrics.py` measures. This module says which samples and steps are measured together.
 """
 
+import collections
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
@@ -12,8 +13,12 @@ import jax
 import numpy as np
 
 from train.rl import metrics as rl_metrics
-from train.rl import mismatch
+from train.rl import mismatch, outcomes
 from train.rl import sample as sample_lib
+
+# Rounding of adapters to bfloat16 moves the share by far less.
+_HANDOVER_TOLERANCE = 0.01
+_NO_AGE = np.iinfo(np.int32).min  # of what the model did not write
 
 
 class UpdateMetrics(NamedTuple):
@@ -61,6 +66,8 @@ def measure_samples(samples: Sequence[sample_lib.Sample], group_ids: Sequence[in
         [sample.valid for sample in samples],
         lengths,
         [sample.status for sample in samples],
+        outcomes=[sample.outcome for sample in samples],
+        pass_outcome=outcomes.PASS_OUTCOME,
     )
     logprob_sum = sum(
         float(np.sum(sample.logprobs, dtype=np.float64, where=sample.mask > 0))
@@ -78,23 +85,62 @@ def measure_samples(samples: Sequence[sample_lib.Sample], group_ids: Sequence[in
 def measure_batch_mismatch(
     samples: Sequence[sample_lib.Sample], logp_old: Sequence[np.ndarray], weight_version: int
 ) -> dict[str, float]:
-    """Return `mismatch.measure_mismatch` of the tokens that the present weights wrote.
+    """Return `mismatch.measure_mismatch` of a batch's tokens, apart by the age of their weights.
 
-    Samples that went on over several batches have tokens of older weights, too. Their probabilities
-    differ from the trainer's for another reason. Returns {} if no token is of the present weights.
+    Tokens of the present weights have the plain names, absent without such a token. Those of
+    weights that are N versions old have "age_N/NAME": there the policy has moved, too, and it is
+    the weight that r and the correction have to make up for. Besides there are
+      stale_tokens: share of the tokens that older weights sampled.
+      age_N/tokens: number of tokens of that age.
 
     Args:
       samples: the valid samples of the batch.
       logp_old: the trainer's log-probabilities of each sample's answer, [tokens].
       weight_version: version of the present weights.
     """
-    is_current = [(sample.mask > 0) & (sample.versions == weight_version) for sample in samples]
-    if not any(np.any(x) for x in is_current):
-        return {}
-    return mismatch.measure_mismatch(
-        (sample.logprobs[chosen], trainer_logp[chosen])
-        for sample, trainer_logp, chosen in zip(samples, logp_old, is_current, strict=True)
-    )
+    ages = [np.where(s.mask > 0, weight_version - s.versions, _NO_AGE) for s in samples]
+    counts: collections.Counter[int] = collections.Counter()
+    for of_sample in ages:
+        values, numbers = np.unique(of_sample[of_sample != _NO_AGE], return_counts=True)
+        counts.update(dict(zip(values.tolist(), numbers.tolist(), strict=True)))
+    metrics: dict[str, float] = {}
+    for age in sorted(counts):
+        measured = mismatch.measure_mismatch(
+            (sample.logprobs[of_sample == age], trainer_logp[of_sample == age])
+            for sample, trainer_logp, of_sample in zip(samples, logp_old, ages, strict=True)
+        )
+        prefix = f"age_{age}/" if age else ""
+        metrics |= {f"{prefix}{name}": value for name, value in measured.items()}
+        if age:
+            metrics[f"{prefix}tokens"] = float(counts[age])
+    num_tokens = counts.total()
+    metrics["stale_tokens"] = (num_tokens - counts[0]) / num_tokens if num_tokens else 0.0
+    return metrics
+
+
+def list_alarms(report: BatchReport, pearson_min: float) -> list[dict[str, Any]]:
+    """Return the events of a batch whose samples may not come from the policy that is trained.
+
+    No number and NaN are alarms: they hide a disagreement as well as they hide agreement.
+
+    Args:
+      report: of the whole batch, weight sync included.
+      pearson_min: least correlation of the sampler's and the trainer's probabilities.
+    """
+    alarms = []
+    pearson = report.pearson
+    if not report.metrics["updates"]:
+        alarms.append({"alarm": "the batch had no valid sample, and trained nothing"})
+    elif pearson is None:
+        text = "no token is of the present weights, so sampler and trainer were not compared"
+        alarms.append({"alarm": text})
+    elif not pearson >= pearson_min:  # NaN is below any bound
+        alarms.append({"alarm": "sampler and trainer disagree", "pearson": pearson})
+    share = report.metrics.get("handover_share", 1.0)
+    if not abs(share - 1) <= _HANDOVER_TOLERANCE:
+        text = "the sampler does not have what the adapters learnt"
+        alarms.append({"alarm": text, "handover_share": share})
+    return alarms
 
 
 def merge_update_metrics(updates: Sequence[UpdateMetrics]) -> dict[str, Any]:

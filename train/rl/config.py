@@ -10,6 +10,7 @@ from train import config as config_lib
 from train import lora as lora_lib
 from train.rl import curriculum, length_schedule, tasks
 from train.rl import objective as objective_lib
+from train.rl import outcomes as outcomes_lib
 from train.rl.rewards import compose, length_bias
 
 # A config file imports this module alone.
@@ -45,19 +46,20 @@ class RolloutConfig:
       windows: how long an answer may be, tokens.
       max_prompt_tokens: tokens of a prompt, at least 1. A longer prompt is an error.
       group_size: samples of a task, at least 2, as advantages compare them.
-      dynamic: leave out groups whose rewards are all the same, and sample others in their place
-        (DAPO's dynamic sampling).
+      dynamic: leave out groups whose outcomes, or rewards, are all the same, and sample others in
+        their place (DAPO's dynamic sampling).
       max_rounds: rounds of sampling for one batch, at least 1. After the last the batch goes on
         with the groups that it has.
       oversample: groups that are begun for each that is needed, at least 1.0.
       partial_tokens: tokens that a sample may add in one round. It goes on in the next round, which
         may be the next batch's with new weights. 0 finishes all samples in their round.
       max_staleness: versions of the weights, at least 0. A sample that would be older in the next
-        batch may finish in this one, whatever `partial_tokens` says.
+        batch may finish in this one, whatever `partial_tokens` says. A group that waited until one
+        of its tokens was older is dropped, and counted in the metric groups_stale.
       overlong_buffer_tokens: tokens at the window's end over which the reward falls by up to 1
         (DAPO's soft overlong penalty), 0 to the first window. 0 is no penalty.
-      mask_truncated: a sample that filled its window counts for nothing.
-      mask_repetition: a sample that ended in a loop counts for nothing.
+      mask_truncated: a sample that filled its window is not trained on. Pass rates count it.
+      mask_repetition: a sample that ended in a loop is not trained on. Pass rates count it.
       temperature: temperature of sampling and of the trainer's probabilities, more than 0.
       top_p: sample from the likeliest tokens that have this probability together, up to 1.0, which
         is off. The trainer does not have the probabilities that top_p, top_k or min_p make, so
@@ -120,14 +122,21 @@ class AgentConfig:
       environment: "files", "repair" or "lookup", see `train/rl/environments`.
       max_turns: turns of an episode, at least 1.
       turn_tokens: tokens that the model may write in a turn, at least 1.
+      tool_workers: calls of environments that may run at the same time, at least 1.
+      tool_limit_secs: how long one call of an environment may run, above 0. A call that runs longer
+        makes its sample invalid, and is counted in the metric tools_timed_out.
     """
 
     environment: str
     max_turns: int = 8
     turn_tokens: int = 1024
+    tool_workers: int = 8
+    tool_limit_secs: float = 600.0
 
     def __post_init__(self):
-        _check_minimums(self, "agent", {"max_turns": 1, "turn_tokens": 1})
+        _check_minimums(self, "agent", {"max_turns": 1, "turn_tokens": 1, "tool_workers": 1})
+        limit_secs = self.tool_limit_secs
+        configlib.check_field(limit_secs > 0, "agent.tool_limit_secs", limit_secs, "more than 0")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,11 +210,18 @@ class RlConfig:
       update: how a batch is trained on.
       rewards: what scores samples. None where an agent's environment gives all rewards. With an
         agent these rewards add to those of its environment.
+      outcomes: (source, outcome) pairs, "*" being every other source. An outcome is the part of the
+        reward that says whether an answer is right: a reward, a part REWARD/PART of it, or of an
+        agent "environment", "final" or "turns". 1 and more is right. Dynamic sampling and pass
+        rates read it, never the sum that is trained on. A source that is not named has its
+        environment's reward, or its first reward but "format" and "repetition" whose weight is
+        above 0.
       objective: the loss.
       agent: turns with tools. None for answers of one turn.
       curriculum: weights of the sources by batch. None weighs all alike.
       pass_rates: leaves out tasks that are too easy or too hard. None leaves out none.
-      length_bias: watches a judge that likes long answers. None does not.
+      length_bias: watches the judge of each source that has one, whether it likes long answers.
+        None watches none.
       tokenizer: directory of the tokenizer. Empty takes the checkpoint's.
       dtype: dtype of the computation, "bfloat16" or "float32".
       remat: policy of rematerialisation, see `m1_jax.config.REMAT_POLICIES`. Empty takes the
@@ -233,6 +249,7 @@ class RlConfig:
     rollout: RolloutConfig
     update: UpdateConfig
     rewards: RewardsConfig | None = None
+    outcomes: tuple[tuple[str, str], ...] = ()
     objective: Objective = PRESETS["cispo"]  # the paper's own
     agent: AgentConfig | None = None
     curriculum: CurriculumConfig | None = None
@@ -263,7 +280,9 @@ class RlConfig:
         configlib.check_field(self.remat in policies, "remat", self.remat, f"one of {policies}")
         # The parts check themselves. What is left is what takes two parts to know.
         self._check_sources()
+        self.outcome_reader()  # raises for an outcome that no sample would have
         self._check_batch_shape()
+        self._check_stale_tokens()
 
     def _check_sources(self) -> None:
         """Check that every source has a name of its own, and rewards."""
@@ -316,6 +335,27 @@ class RlConfig:
             "rollout.partial_tokens",
             partial_tokens,
             "0 with an agent: its environment cannot wait",
+        )
+
+    def _check_stale_tokens(self) -> None:
+        """Check that what older weights sampled is corrected, where it may be trained on."""
+        objective, rollout = self.objective, self.rollout
+        may_be_stale = rollout.partial_tokens > 0 or rollout.oversample > 1
+        has_weight = objective.weighted or objective.correction is not None
+        configlib.check_field(
+            not may_be_stale or has_weight or objective.stale_anchor == "old",
+            "objective.correction",
+            None,
+            f"one, as objective {objective.name} has no ratio and rollout.partial_tokens or "
+            'oversample makes tokens of older weights; or objective.stale_anchor "old", which '
+            "leaves them uncorrected",
+        )
+
+    def outcome_reader(self) -> outcomes_lib.OutcomeReader:
+        """Return what reads the outcomes of this run's samples."""
+        sources = [source.name for source in self.sources]
+        return outcomes_lib.OutcomeReader(
+            sources, self.rewards, self.agent is not None, self.outcomes
         )
 
     def task_curriculum(self) -> CurriculumConfig:

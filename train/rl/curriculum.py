@@ -7,7 +7,7 @@ keeps tasks that are solved sometimes: pass@10 strictly between 0 and 0.9 (M1 4.
 import bisect
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from train.data import shuffle
@@ -133,54 +133,90 @@ class PassRateConfig:
       low: bound below, less than `high`. A value below 0 leaves this side open.
       high: bound above. A value above 1 leaves this side open.
       least: answers that must have been judged before a task is left out, at least 1.
+      retry_batches: batches after which a task that was left out is drawn and judged anew, at least
+        1, because the model has changed since.
 
     Raises:
-      ValueError: bounds in the wrong order, or a `least` below 1.
+      ValueError: bounds in the wrong order, or a `least` or `retry_batches` below 1.
     """
 
     low: float = 0.0
     high: float = 0.9
     least: int = 10
+    retry_batches: int = 50
 
     def __post_init__(self):
+        # NaN fails this comparison, too.
         if not self.low < self.high or self.least < 1:
             raise ValueError(
                 f"pass rates: got {self.low} to {self.high} after {self.least}; wanted low below "
                 "high, after at least 1"
             )
+        if self.retry_batches < 1:
+            raise ValueError(
+                f"pass rates: retry_batches: got {self.retry_batches}; wanted at least 1"
+            )
+
+
+@dataclasses.dataclass
+class _TaskCounts:
+    """Answers to one task since it was last judged anew, and the batch of the latest."""
+
+    passed: int = 0
+    total: int = 0
+    batch: int = 0
 
 
 class PassRateTracker:
-    """Counts how often each task was solved, and says which to leave out."""
+    """Counts how often each task was solved, and says which to leave out for the time being."""
 
     def __init__(self, config: PassRateConfig, state: dict[str, Any] | None = None):
         """Go on from `state`, which `PassRateTracker.state` returned, or begin where it is None."""
         self._config = config
-        # (passed, judged) answers by task id.
-        self._counts: dict[str, tuple[int, int]] = {
-            task: (passed, total) for task, (passed, total) in (state or {}).items()
-        }
+        # By task id. A state of an earlier version has no batches: they count as 0.
+        self._counts = {task: _TaskCounts(*counts) for task, counts in (state or {}).items()}
+        self._batch = 0  # the latest that anything was asked of
 
-    def push(self, task: str, passed: int, total: int) -> None:
+    def push(self, task: str, passed: int, total: int, batch: int = 0) -> None:
         """Count a group: of `total` answers to the task with this id, `passed` were right.
+
+        Args:
+          task: id of the task.
+          passed: right answers.
+          total: judged answers.
+          batch: number of the batch that they were sampled for. It never falls.
 
         Raises:
           ValueError: more answers passed than there are.
         """
         if not 0 <= passed <= total:
             raise ValueError(f"task {task!r}: got {passed} of {total} passed; wanted 0 to {total}")
-        old_passed, old_total = self._counts.get(task, (0, 0))
-        self._counts[task] = (old_passed + passed, old_total + total)
+        self._batch = max(self._batch, batch)
+        counts = self._counts.get(task)
+        if counts is None or self._is_due(counts, batch):
+            # What another model did long ago says nothing of this one.
+            counts = self._counts[task] = _TaskCounts()
+        counts.passed += passed
+        counts.total += total
+        counts.batch = batch
 
-    def should_draw(self, task: str) -> bool:
-        """Return whether the task should still be drawn."""
-        passed, total = self._counts.get(task, (0, 0))
-        is_judged = total >= self._config.least
-        return not is_judged or self._config.low < passed / total < self._config.high
+    def should_draw(self, task: str, batch: int = 0) -> bool:
+        """Return whether the task should be drawn for the batch of this number."""
+        self._batch = max(self._batch, batch)
+        counts = self._counts.get(task)
+        return counts is None or self._is_due(counts, batch) or not self._is_left_out(counts)
+
+    def readmit(self, tasks: Iterable[str]) -> None:
+        """Forget what was counted of tasks, so that they are drawn and judged anew."""
+        for task in tasks:
+            self._counts.pop(task, None)
 
     def metrics(self) -> dict[str, float]:
         """Return the number of tasks that were sampled, and of those that are left out now."""
-        dropped = sum(not self.should_draw(task) for task in self._counts)
+        dropped = sum(
+            self._is_left_out(counts) and not self._is_due(counts, self._batch)
+            for counts in self._counts.values()
+        )
         return {
             "curriculum/tasks_seen": float(len(self._counts)),
             "curriculum/tasks_dropped": float(dropped),
@@ -188,7 +224,17 @@ class PassRateTracker:
 
     def state(self) -> dict[str, Any]:
         """Return what continues these counts, JSON-able."""
-        return {task: list(counts) for task, counts in self._counts.items()}
+        return {task: list(dataclasses.astuple(counts)) for task, counts in self._counts.items()}
+
+    def _is_left_out(self, counts: _TaskCounts) -> bool:
+        if counts.total < self._config.least:
+            return False
+        return not self._config.low < counts.passed / counts.total < self._config.high
+
+    def _is_due(self, counts: _TaskCounts, batch: int) -> bool:
+        """Return whether a task was left out for so long that it is to be judged anew."""
+        age_batches = batch - counts.batch
+        return self._is_left_out(counts) and age_batches >= self._config.retry_batches
 
 
 def _normalize_weights(weights: tuple[tuple[str, float], ...]) -> dict[str, float]:

@@ -15,6 +15,7 @@ An environment that fails makes its own sample invalid. Other episodes go on.
 
 import dataclasses
 import math
+import threading
 from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
@@ -25,6 +26,7 @@ from m1_jax import tokenizer as tokenizer_lib
 from train.rl import sample as sample_lib
 from train.rl.environments import base
 
+_CLOSE_SECS = 10.0  # after which nobody waits for an environment's `close`
 _MALFORMED_CALL_NAME = "tool_calls"  # stands for the tool's name in the answer to a malformed call
 
 
@@ -108,9 +110,9 @@ def multi_turn_episode(
             _set_reward(sample, final_reward)
     except _EpisodeFailure as failure:
         logging.warning("task %s: %s", task.id, failure, exc_info=failure.__cause__)
-        _mark_failed(sample)
+        _mark_failed(sample, str(failure))
     finally:
-        environment.close()
+        _close_environment(task, environment)
     return sample
 
 
@@ -189,7 +191,7 @@ def _append_generation(
         sample.text = tokenizer.decode(ids[: len(ids) - has_stop_token])
     sample.messages.append({"role": "assistant", "content": sample.text})
     if generation.status == "error":
-        _mark_failed(sample)
+        _mark_failed(sample, "the engine could not finish the answer")
 
 
 def _encode_observation(
@@ -233,6 +235,24 @@ def _run_environment(function: Callable[[], Any]) -> Generator[sample_lib.RunToo
         raise _EpisodeFailure(f"the environment failed: {type(error).__name__}: {error}") from error
 
 
+def _close_environment(task: sample_lib.Task, environment: base.Environment) -> None:
+    """Close an environment. One that hangs or fails at its end must not hold up other episodes."""
+
+    def close() -> None:
+        try:
+            environment.close()
+        except Exception as error:
+            logging.warning("task %s: its environment did not close", task.id, exc_info=error)
+
+    thread = threading.Thread(target=close, daemon=True)
+    thread.start()
+    thread.join(_CLOSE_SECS)
+    if thread.is_alive():
+        logging.warning(
+            "task %s: its environment did not close in %s s; going on", task.id, _CLOSE_SECS
+        )
+
+
 def _step_environment(
     environment: base.Environment, calls: Sequence[base.EnvironmentCall]
 ) -> base.EnvironmentStep:
@@ -259,6 +279,6 @@ def _set_reward(sample: sample_lib.Sample, final_reward: float) -> None:
         sample.parts["turns"] = sample.reward - final_reward
 
 
-def _mark_failed(sample: sample_lib.Sample) -> None:
-    sample.valid, sample.status = False, "error"
+def _mark_failed(sample: sample_lib.Sample, reason: str) -> None:
+    sample.valid, sample.status, sample.error = False, "error", reason
     sample.parts["error"] = 1.0

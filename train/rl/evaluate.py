@@ -58,6 +58,7 @@ class HeldOutEvaluator:
             reward/SOURCE: mean reward of a source's samples.
             samples: number of samples with a reward.
             failed: number of samples without one.
+            first_error: why the first of these has none, where there is one.
             version: version of the weights.
             reward: mean over all samples with a reward, NaN if there is none.
         """
@@ -105,7 +106,7 @@ def _summarize(
     for source, sample, future in finished:
         if future is not None:
             groups.apply_score(sample, future.result()[0])
-        if sample.valid and sample.reward is not None:
+        if sample.valid and not sample.error and sample.reward is not None:
             rewards.setdefault(source, []).append(sample.reward)
     num_scored = sum(map(len, rewards.values()))
     metrics: dict[str, Any] = {
@@ -116,6 +117,9 @@ def _summarize(
         "failed": len(finished) - num_scored,
         "version": weight_version,
     }
+    errors = [sample.error for _, sample, _ in finished if sample.error]
+    if errors:
+        metrics["first_error"] = errors[0]
     # A mean over samples, not over sources: a large source weighs more.
     all_rewards = [reward for values in rewards.values() for reward in values]
     metrics["reward"] = float(np.mean(all_rewards or [math.nan]))

@@ -9,27 +9,30 @@ config and the state alone:
 
 import dataclasses
 import functools
-import math
+import itertools
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from absl import logging
 
-from train.rl import advantages, group_columns, rollout, sample_groups
 from train.rl import config as rl_config
 from train.rl import cursor as cursor_lib
+from train.rl import group_columns, group_scoring, rollout, sample_groups
 from train.rl import sample as sample_lib
 from train.rl import tasks as tasks_lib
-from train.rl.rewards import compose
+from train.rl.rewards import compose, length_bias
 
 # A user of a collector imports this module alone.
 SampleGroup = sample_groups.SampleGroup
 GenerationBatch = sample_groups.GenerationBatch
 finished_samples = sample_groups.finished_samples
+apply_score = group_scoring.apply_score
+NothingToTrainOn = group_scoring.NothingToTrainOn
 # Begins an episode of a task whose answer may have so many tokens.
 EpisodeFactory = Callable[[sample_lib.Task, int], sample_lib.Episode]
-_MAX_DRAWS = 1000  # tasks in a row that pass rates may refuse before the run gives up
+_MAX_DRAWS = 1000  # tasks of a source that pass rates may refuse, for one that is drawn
 
 
 class GroupCollector:
@@ -59,6 +62,9 @@ class GroupCollector:
         self._config, self._rollout_config = config, config.rollout
         self._tasks, self._make_episode, self._rewards = tasks, make_episode, rewards
         self._cursor = self._open_cursor(state)
+        self._outcomes = config.outcome_reader()
+        # What happened while the present batch was made, for the log.
+        self._events: list[dict[str, Any]] = []
         # Scored groups that wait for a batch, sorted by group_id.
         self._ready_groups: list[SampleGroup] = []
         # Groups with unfinished samples, which the next round goes on with.
@@ -106,6 +112,7 @@ class GroupCollector:
           rollout.RolloutStopped: `should_stop` returned True. The collector is then as it was
             before this call, so that the next run samples the whole batch again.
           length_bias.LengthBiasPause: rewards follow length, so the judge needs to be looked at.
+          NothingToTrainOn: all samples of the batch failed. The collector is then as it was, too.
         """
         cursor_state, ready_groups, open_groups = (
             self._cursor.state(),
@@ -114,7 +121,7 @@ class GroupCollector:
         )
         try:
             return self._collect_rounds(sampler, step, window_tokens, should_stop)
-        except rollout.RolloutStopped:
+        except (rollout.RolloutStopped, NothingToTrainOn, length_bias.LengthBiasPause):
             self._cursor = self._open_cursor(cursor_state)
             self._ready_groups, self._open_groups = ready_groups, open_groups
             raise
@@ -133,6 +140,8 @@ class GroupCollector:
         should_stop: Callable[[], bool],
     ) -> GenerationBatch:
         config, began = self._rollout_config, time.perf_counter()
+        self._events = []
+        num_stale = self._drop_stale_groups(sampler.version)
         scored_groups: list[SampleGroup] = []  # in this call
         rollout_stats, rounds, scoring_secs = rollout.RolloutStats(), 0, 0.0
         while len(self._ready_groups) < config.groups and rounds < config.max_rounds:
@@ -156,14 +165,14 @@ class GroupCollector:
             scoring_began = time.perf_counter()
             # Scored in the order of their ids: pass rates and length bias depend on the order.
             for group, future in sorted(pending_scores, key=lambda pair: pair[0].group_id):
-                self._score_group(group, future)
+                self._score_group(group, future, step)
                 scored_groups.append(group)
             scoring_secs += time.perf_counter() - scoring_began
             rounds += 1
         batch_groups = self._ready_groups[: config.groups]
         self._ready_groups = self._ready_groups[config.groups :]
-        if self._cursor.length_bias is not None:
-            self._cursor.length_bias.check()
+        self._cursor.check_length_bias()
+        group_scoring.check_failures(step, batch_groups, scored_groups)
         secs = {
             "sampling_secs": rollout_stats.total_secs - rollout_stats.waiting_secs,
             # The part of scoring that sampling did not hide.
@@ -172,25 +181,52 @@ class GroupCollector:
             "collect_secs": time.perf_counter() - began,
         }
         metrics = self._batch_metrics(
-            batch_groups, scored_groups, rollout_stats.num_tokens, rounds, sampler.version
+            batch_groups, scored_groups, rollout_stats, rounds, sampler.version
         )
-        return GenerationBatch(batch_groups, secs | metrics, _mean_reward(scored_groups))
+        metrics["groups_stale"] = float(num_stale)
+        mean_reward = group_scoring.mean_reward(scored_groups)
+        return GenerationBatch(batch_groups, secs | metrics, mean_reward, tuple(self._events))
+
+    def _drop_stale_groups(self, version: int) -> int:
+        """Drop scored groups with a token older than the bound, and return how many they were.
+
+        Args:
+          version: version of the weights that sample now.
+        """
+        is_fresh = [
+            group.oldest_version is None
+            or version - group.oldest_version <= self._rollout_config.max_staleness
+            for group in self._ready_groups
+        ]
+        self._ready_groups = list(itertools.compress(self._ready_groups, is_fresh))
+        return len(is_fresh) - len(self._ready_groups)
 
     def _draw_group(self, step: int, window_tokens: int) -> SampleGroup:
         pass_rates = self._cursor.pass_rates
-        for _ in range(_MAX_DRAWS):
+        refused: dict[str, list[str]] = {}  # ids of tasks, by their source
+        while True:
             source, index = self._cursor.draws.draw_task(step)
             task = self._tasks[source][index]
-            if pass_rates is None or pass_rates.should_draw(task.id):
-                group_id, size = self._cursor.next_group_id, self._rollout_config.group_size
-                self._cursor.next_group_id += 1
-                return SampleGroup(
-                    group_id, source, index, window_tokens, task, [None] * size, [None] * size
-                )
-        raise ValueError(
-            f"pass_rates: got {_MAX_DRAWS} tasks in a row that are too easy or too "
-            "hard; wanted some that still teach. Widen the range, or add tasks."
+            if pass_rates is None or pass_rates.should_draw(task.id, step):
+                break
+            refused.setdefault(source, []).append(task.id)
+            # Twice: so many draws in a row have all tasks of a source, wherever its epochs end.
+            if len(refused[source]) >= min(2 * len(self._tasks[source]), _MAX_DRAWS):
+                self._readmit_tasks(source, refused.pop(source))
+        group_id, size = self._cursor.next_group_id, self._rollout_config.group_size
+        self._cursor.next_group_id += 1
+        return SampleGroup(
+            group_id, source, index, window_tokens, task, [None] * size, [None] * size
         )
+
+    def _readmit_tasks(self, source: str, task_ids: Sequence[str]) -> None:
+        """Let tasks of an exhausted source come back before their time."""
+        assert self._cursor.pass_rates is not None, "it refused the tasks"
+        self._cursor.pass_rates.readmit(task_ids)
+        num_tasks = len(set(task_ids))
+        text = f"{num_tasks} tasks of {source} in a row are too easy or too hard; they come back"
+        logging.warning("pass rates: %s", text)
+        self._events.append({"pass_rates": text, "source": source, "readmitted": num_tasks})
 
     def _episode_jobs(self, version: int) -> Iterable[rollout.EpisodeJob]:
         """Yield an episode for every unfinished sample.
@@ -233,63 +269,48 @@ class GroupCollector:
             pending_scores.append((group, future))
         return ()
 
-    def _score_group(self, group: SampleGroup, future: Any) -> None:
+    def _score_group(self, group: SampleGroup, future: Any, step: int) -> None:
         """Give a finished group its rewards, and keep the group if it teaches something."""
-        samples = finished_samples(group)
-        if future is not None:
-            for sample, score in zip(samples, future.result(), strict=True):
-                apply_score(sample, score)
         config = self._rollout_config
-        for sample in samples:
-            sample.valid &= sample.reward is not None and sample.status != "error"
-            sample.valid &= not (config.mask_truncated and sample.status == "length")
-            sample.valid &= not (config.mask_repetition and sample.status == "repetition")
-        # Taken before penalties: what has one reward here teaches nothing (DAPO).
-        group.rewards = [
-            sample.reward for sample in samples if sample.valid and sample.reward is not None
-        ]
-        if self._cursor.length_bias is not None:
-            rewards = [sample.reward if sample.valid else None for sample in samples]
-            self._cursor.length_bias.push([len(sample.tokens) for sample in samples], rewards)
+        scores = None if future is None else future.result()
+        group_scoring.score_group(group, scores, config, self._outcomes)
+        self._cursor.push_lengths(group)
         if self._cursor.pass_rates is not None:
-            num_passed = sum(reward >= 1 for reward in group.rewards)
-            self._cursor.pass_rates.push(group.task.id, num_passed, len(group.rewards))
+            self._cursor.pass_rates.push(group.task.id, *group_scoring.count_passed(group), step)
         self._open_groups.remove(group)
-        if not (config.dynamic and advantages.has_zero_variance(group.rewards)):
+        if not config.dynamic or group_scoring.is_worth_training(group):
             self._ready_groups.append(group)
             self._ready_groups.sort(key=lambda ready_group: ready_group.group_id)
-        if config.overlong_buffer_tokens:
-            for sample in samples:
-                if sample.reward is not None:
-                    penalty = advantages.overlong_penalty(
-                        len(sample.tokens), group.window_tokens, config.overlong_buffer_tokens
-                    )
-                    sample.parts["overlong"] = penalty
-                    sample.reward += penalty
+        group_scoring.add_overlong_penalties(group, config)
 
     def _batch_metrics(
         self,
         batch_groups: list[SampleGroup],
         scored_groups: list[SampleGroup],
-        num_tokens: int,
+        rollout_stats: rollout.RolloutStats,
         rounds: int,
         version: int,
     ) -> dict[str, float]:
-        """Return metrics of a batch. `num_tokens` counts all tokens that were sampled for it."""
+        """Return metrics of a batch. `rollout_stats` are of all that was sampled for it."""
         samples = [sample for group in batch_groups for sample in finished_samples(group)]
         oldest_versions = [group.oldest_version for group in batch_groups]
         metrics = {
-            "reward_sampled": _mean_reward(scored_groups),
+            "reward_sampled": group_scoring.mean_reward(scored_groups),
             "rounds": rounds,
             "groups": len(batch_groups),
             "groups_sampled": len(scored_groups),
             "groups_zero_variance": sum(
-                advantages.has_zero_variance(group.rewards) for group in scored_groups
+                not group_scoring.is_worth_training(group) for group in scored_groups
             ),
+            # Samples that could not be scored, whatever the reason.
+            "samples_failed": sum(
+                bool(sample.error) for group in scored_groups for sample in finished_samples(group)
+            ),
+            "tools_timed_out": rollout_stats.num_tool_timeouts,
             "groups_waiting": len(self._ready_groups),
             "groups_open": len(self._open_groups),
             # Every token that was paid for, and those that are trained on.
-            "tokens_sampled": num_tokens,
+            "tokens_sampled": rollout_stats.num_tokens,
             "tokens_trained": sum(sample.num_generated for sample in samples if sample.valid),
             "staleness_max": max(
                 (version - v for v in oldest_versions if v is not None), default=0
@@ -301,15 +322,6 @@ class GroupCollector:
         return metrics | {name: float(count) for name, count in failures.items()}
 
 
-def apply_score(sample: sample_lib.Sample, score: sample_lib.RewardScore) -> None:
-    """Add a score to an environment's reward. A failed score makes the sample invalid."""
-    sample.parts |= score.parts
-    if score.value is None:
-        sample.valid = False
-    else:
-        sample.reward = (sample.reward or 0.0) + score.value
-
-
 def sample_seed(seed: int, group: int, index: int) -> int:
     """Return the seed of one sample of a run, in [0, 2^32).
 
@@ -317,12 +329,6 @@ def sample_seed(seed: int, group: int, index: int) -> int:
     """
     # Multipliers are large odd constants of known mixing hashes.
     return (seed * 0xC2B2AE35 + group * 0x9E3779B9 + index * 0x27D4EB2F) % 2**32
-
-
-def _mean_reward(groups: Sequence[SampleGroup]) -> float:
-    """Return the mean reward before penalties, which says what the model can do."""
-    rewards = [reward for group in groups for reward in group.rewards]
-    return sum(rewards) / len(rewards) if rewards else math.nan
 
 
 def _copy_groups(groups: Sequence[SampleGroup]) -> list[SampleGroup]:

@@ -40,10 +40,10 @@ from train.rl import update as rl_update
 from train.rl import weight_sync as weight_sync_lib
 
 # What may change when a run goes on: where and how long it runs, what it logs, and what it does
-# about judges that fail or cheat. The other fields decide what is trained on.
+# about judges and tools that fail or cheat. The other fields decide what is trained on.
 _CHANGEABLE_FIELDS = re.compile(
     r"(save|log|evaluation)\.|compilation_cache|mesh|serving_mesh|batches"
-    r"|length_bias\.|rewards\.(workers|limit)"
+    r"|length_bias\.|rewards\.(workers|limit)|agent\.tool_"
 )
 # What the terminal shows of each batch.
 _PROGRESS_METRICS = ("reward_sampled", "length_mean", "pearson", "batch_secs")
@@ -144,11 +144,8 @@ def open_rl_session(
     optimizer = make_optimizer(config)
     state = _open_state(model, store, batch_number, layout, optimizer)
     weight_sync = weight_sync_lib.WeightSync(model.config, model.dtype, serving_layout)
-    sampler = rollout.RolloutSampler(
-        weight_sync(state.model),
-        model.tokenizer,
-        rollout_setup.make_run_engine_config(config, held_out_tasks),
-        rollout_setup.make_rollout_sampling(config.rollout),
+    sampler = rollout_setup.make_sampler(
+        config, weight_sync(state.model), model.tokenizer, held_out_tasks
     )
     stack.callback(sampler.close)
     sampler.continue_from(saved_state.weight_version)
@@ -292,21 +289,24 @@ class RlSession:
         """Return a sampled and scored batch: process 0 makes it, and all processes get it.
 
         None where a signal came to any process. The collector is then as it was before.
+
+        Raises:
+          ValueError: no batch can be made, see `GroupCollector.collect`. The batches made so far
+            are saved, so that the next start goes on with this one.
         """
-        batch = None
-        if self.collector is not None:
-            with contextlib.suppress(rollout.RolloutStopped):
-                batch = self.collector.collect(
-                    self.sampler,
-                    self.batch_number,
-                    self.length_stage.window_tokens,
-                    self.stop_request.is_requested,
-                )
-            # The other processes leave `follow` now, and wait in the broadcast below.
-            self.sampler.dismiss()
-        else:
-            self.sampler.follow()
-        return batch_transfer.broadcast_batch(batch)
+        batch, failure = batch_transfer.sample_batch(
+            self.collector,
+            self.sampler,
+            self.batch_number,
+            self.length_stage.window_tokens,
+            self.stop_request.is_requested,
+        )
+        if failure is not None:
+            if self.last_saved_batch != self.batch_number:
+                self._save_checkpoint()
+            self.store.wait()
+            raise failure
+        return batch
 
     def _train_on_batch(self, batch: groups.GenerationBatch, start_secs: float) -> None:
         """Update the weights, sync them to the sampler, and log the batch.
@@ -320,12 +320,15 @@ class RlSession:
             self.state, batch.groups, self.batch_number, self.weight_version
         )
         sync_start_secs = time.perf_counter()
-        self.weight_version += 1
-        self.sampler.update_weights(self.weight_sync(self.state.model), self.weight_version)
-        # Dispatch is asynchronous: without this wait the time would count as the next batch's. The
-        # sampler swaps its weights in the next `run`.
-        jax.block_until_ready(jax.tree.leaves(self.state.model))
+        # A batch that trained nothing leaves the weights, and so the ages of tokens, as they are.
+        if report.metrics["updates"]:
+            self.weight_version += 1
+            self.sampler.update_weights(self.weight_sync(self.state.model), self.weight_version)
+            # Dispatch is asynchronous: without this wait the time would count as the next batch's.
+            # The sampler swaps its weights in the next `run`.
+            jax.block_until_ready(jax.tree.leaves(self.state.model))
         report.metrics["resharding_secs"] = time.perf_counter() - sync_start_secs
+        report.metrics |= self.weight_sync.metrics
         self.batch_number += 1
         self.reward = batch.mean_reward
         self._log_batch(batch, report, time.perf_counter() - start_secs)
@@ -346,9 +349,8 @@ class RlSession:
         record["batch_secs"] = batch_secs
         record["other_secs"] = batch_secs - sum(record[name] for name in timed)
         record |= {"window_tokens": self.length_stage.window_tokens, "version": self.weight_version}
-        # A batch without a token of the present weights raises no alarm.
-        if report.pearson is not None and report.pearson < self.config.pearson_min:
-            event = {"alarm": "sampler and trainer disagree", "pearson": report.pearson}
+        alarms = batch_metrics_lib.list_alarms(report, self.config.pearson_min)
+        for event in (*batch.events, *alarms):
             self.writer.write(self.batch_number, "event", event)
         if self.config.log.samples:
             rows = [

@@ -167,6 +167,7 @@ def summarize_metrics(metrics: MetricSums) -> dict[str, float]:
       weight_effective, rho_effective: effective sample size (sum w)^2 / sum w^2 as a share of the
         tokens. 1 means equal weights.
       k1_old, k3_old: estimates of KL(policy || old), old being the weights before the batch, nats.
+        Of tokens that r compares with the sampler (`Objective.stale_anchor`) it is the sampler.
       k1_ref, k3_ref: the same of the reference model, if the loss has its KL.
       entropy: mean exact entropy, nats.
     """
@@ -255,7 +256,8 @@ def summarize_groups(
     valid: Sequence[bool],
     lengths: Sequence[int],
     statuses: Sequence[str],
-    pass_reward: float = 1.0,
+    outcomes: Sequence[float | None] | None = None,
+    pass_outcome: float = 1.0,
 ) -> dict[str, float]:
     """Return a batch's rewards by sample and group, and its lengths and ends.
 
@@ -265,13 +267,14 @@ def summarize_groups(
       valid: whether the sample counts.
       lengths: length of each answer, tokens.
       statuses: how each answer ended, see `sample.Sample`.
-      pass_reward: the least reward of a right answer.
+      outcomes: says whether each answer is right. The reward stands for one that is None.
+      pass_outcome: the least outcome of a right answer.
 
     Returns:
       reward_mean, reward_std: over valid samples, NaN without one.
       pass_at_k: share of groups with a right answer.
       zero_variance: share of groups whose rewards are all the same, so that they teach nothing.
-      zero_variance_right, zero_variance_wrong: its two parts.
+      zero_variance_right, zero_variance_wrong: its two parts: all answers right, or not.
       invalid: share of samples that do not count.
       truncated, repetition: share of samples that filled the window, or ended in a loop.
       length_p50, length_p99, length_mean, length_max: tokens, of all samples, valid or not.
@@ -279,17 +282,26 @@ def summarize_groups(
     ok = np.asarray(valid, bool)
     reward, length = np.asarray(rewards, np.float64), np.asarray(lengths, np.float64)
     ids = np.unique(np.asarray(group_ids), return_inverse=True)[1].reshape(-1)
+    outcome = reward
+    if outcomes is not None:
+        pairs = zip(outcomes, reward, strict=True)
+        outcome = np.asarray([r if value is None else value for value, r in pairs], np.float64)
     # Groups without a valid sample are no groups here.
-    parts = [reward[ok & (ids == g)] for g in np.unique(ids[ok])]
-    flat = [part for part in parts if advantages_lib.has_zero_variance(part)]
+    members = [ok & (ids == g) for g in np.unique(ids[ok])]
+    passed = [outcome[m] >= pass_outcome for m in members]
+    flat = [
+        part.all()
+        for part, m in zip(passed, members, strict=True)
+        if advantages_lib.has_zero_variance(reward[m])
+    ]
     status = np.asarray(statuses)
     out = {
         "reward_mean": reward[ok].mean() if ok.any() else math.nan,
         "reward_std": reward[ok].std() if ok.any() else math.nan,
-        "pass_at_k": _mean_flag([part.max() >= pass_reward for part in parts]),
-        "zero_variance": len(flat) / max(len(parts), 1),
-        "zero_variance_right": sum(part[0] >= pass_reward for part in flat) / max(len(parts), 1),
-        "zero_variance_wrong": sum(part[0] < pass_reward for part in flat) / max(len(parts), 1),
+        "pass_at_k": _mean_flag([part.any() for part in passed]),
+        "zero_variance": len(flat) / max(len(members), 1),
+        "zero_variance_right": sum(flat) / max(len(members), 1),
+        "zero_variance_wrong": sum(not right for right in flat) / max(len(members), 1),
         "invalid": _mean_flag(~ok),
         "truncated": _mean_flag(status == "length"),
         "repetition": _mean_flag(status == "repetition"),

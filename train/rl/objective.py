@@ -36,6 +36,7 @@ _FIELD_CHOICES = {
     "aggregation": AGGREGATIONS,
     "ratio": ("token", "sequence"),
     "anchor": ("old", "rollout"),
+    "stale_anchor": ("old", "rollout"),
     "kl_kind": ("k1", "k2", "k3"),
 }
 
@@ -45,7 +46,7 @@ class Objective:
     """What is maximised. It is hashable, so that a jitted step takes it as a constant.
 
     Attributes:
-      name: name of the preset, for the log.
+      name: name of the preset, for the log, or a name of your own. It chooses nothing.
       advantage: A of a sample, see `advantages`. "group": (R - mean) / (std + advantage_eps) of the
         sample's group. "mean": R - mean. "leave-one-out": R - the mean of the group's other
         samples. "return": the discounted rewards that follow a token, whitened over the tokens of
@@ -57,6 +58,9 @@ class Objective:
       ratio: what has one r: each "token", or a whole "sequence".
       anchor: whose log-probabilities r compares with. "old": the trainer's own, from before the
         batch's updates. "rollout": the sampler's.
+      stale_anchor: the same for tokens that older weights sampled. With "rollout" their r is the
+        whole weight of the policy against the one that sampled. "old" would take such tokens for
+        new ones. With a correction, rho has that part of the weight, and this field no effect.
       is_weight_max: upper bound of w itself, not of its distance from 1, or None.
       is_weight_min: lower bound of w itself, or None.
       weighted: whether w is the clipped ratio. False sets w = 1, which is plain REINFORCE.
@@ -86,6 +90,7 @@ class Objective:
     reward_kl_coef: float = 0.0
     ratio: str = "token"
     anchor: str = "old"
+    stale_anchor: str = "rollout"
     is_weight_max: float | None = 5.0
     is_weight_min: float | None = None
     weighted: bool = True
@@ -128,8 +133,14 @@ class Objective:
             _reject_value(f"is_weight_min {low} above is_weight_max", "the lower one first")
         self._refuse_conflicts()
 
+    @property
+    def anchors_stale_tokens(self) -> bool:
+        """Return whether r of stale tokens compares with other log-probabilities than r of new."""
+        return self.anchor == "old" and self.stale_anchor == "rollout" and self.correction is None
+
     def _refuse_conflicts(self) -> None:
         # A preset's name is printed and logged, so it may not stand for another algorithm.
+        _check_name(self)
         if self.name == "cispo" and self.dual_clip is not None:
             _reject_value("cispo with dual_clip", "none: it drops no token. Take grpo or dapo")
         if self.name == "cispo" and self.ratio == "sequence":
@@ -171,28 +182,65 @@ _PPO_CLIP: dict[str, Any] = _UNBOUNDED_WEIGHT | {"clip_low": 0.2, "clip_high": 0
 _SAMPLE_MEAN: dict[str, Any] = {"aggregation": "seq-mean-token-mean"}
 # The constant only scales the loss. It is M1's first window (40K), until a run sets its own.
 _CONSTANT_LENGTH: dict[str, Any] = {"aggregation": "seq-sum-const", "length_max": 40_960}
-# The fields that a preset leaves out are CISPO's.
-PRESETS: dict[str, Objective] = {
-    "cispo": Objective(),
+# By the preset's name. The fields that a preset leaves out are CISPO's.
+_PRESET_FIELDS: dict[str, dict[str, Any]] = {
+    "cispo": {},
     # A sample counts as much as any other, however long it is.
-    "grpo": Objective("grpo", **_PPO_CLIP, **_SAMPLE_MEAN),
+    "grpo": _PPO_CLIP | _SAMPLE_MEAN,
     # A wider upper bound, so that unlikely tokens may grow, and tokens that all count alike.
-    "dapo": Objective("dapo", clip_low=0.2, clip_high=0.28, **_UNBOUNDED_WEIGHT),
+    "dapo": _PPO_CLIP | {"clip_high": 0.28},
     # Divides by neither the standard deviation nor the length, which both bias the gradient.
-    "dr_grpo": Objective("dr_grpo", "mean", **_PPO_CLIP, **_CONSTANT_LENGTH),
+    "dr_grpo": {"advantage": "mean"} | _PPO_CLIP | _CONSTANT_LENGTH,
     # A sequence's ratio is a geometric mean over its tokens, so its bounds are far closer to 1.
-    "gspo": Objective(
-        "gspo", ratio="sequence", clip_low=3e-4, clip_high=4e-4, **_UNBOUNDED_WEIGHT, **_SAMPLE_MEAN
-    ),
+    "gspo": _UNBOUNDED_WEIGHT
+    | {"ratio": "sequence", "clip_low": 3e-4, "clip_high": 4e-4}
+    | _SAMPLE_MEAN,
     # REINFORCE++ needs no groups: the whole batch is its baseline.
-    "reinforce_pp": Objective("reinforce_pp", "return", **_PPO_CLIP),
-    "reinforce_pp_baseline": Objective("reinforce_pp_baseline", "return-baseline", **_PPO_CLIP),
+    "reinforce_pp": {"advantage": "return"} | _PPO_CLIP,
+    "reinforce_pp_baseline": {"advantage": "return-baseline"} | _PPO_CLIP,
     # Plain REINFORCE: no ratio at all, and a sample's sum rather than its mean.
-    "rloo": Objective(
-        "rloo",
-        "leave-one-out",
-        weighted=False,
-        aggregation="seq-mean-token-sum",
-        **_UNBOUNDED_WEIGHT,
-    ),
+    "rloo": _UNBOUNDED_WEIGHT
+    | {
+        "advantage": "leave-one-out",
+        "weighted": False,
+        "aggregation": "seq-mean-token-sum",
+    },
+}
+
+
+def _check_name(objective: Objective) -> None:
+    """Raise ValueError where a preset's name stands for another algorithm.
+
+    A preset may be changed and keep its name, but not in what makes it the algorithm that the name
+    says, and not into another preset.
+    """
+    preset = _PRESET_FIELDS.get(objective.name)
+    if preset is None:
+        return  # a name of the user's own
+    wrong = [name for name in ("ratio", "weighted") if _differs(objective, preset, name)]
+    if preset.get("advantage", "").startswith("return"):
+        wrong += [name for name in ("advantage",) if _differs(objective, preset, name)]
+    if "clip_low" in preset and (objective.clip_low, objective.clip_high) == (None, None):
+        wrong += ["clip_low", "clip_high"]
+    defaults = {field.name: field.default for field in dataclasses.fields(Objective)}
+    fields = vars(objective) | {"name": defaults["name"]}
+    twins = [name for name, other in _PRESET_FIELDS.items() if fields == defaults | other]
+    if not wrong and objective.name not in twins:
+        wrong = [name for twin in twins for name in _PRESET_FIELDS[twin] | preset]
+    if wrong:
+        got = ", ".join(f"{name} {getattr(objective, name)!r}" for name in dict.fromkeys(wrong))
+        _reject_value(
+            f"the name {objective.name!r} with {got}",
+            f"the fields of the preset, or another name. A name alone chooses no algorithm: take "
+            f"PRESETS[{objective.name!r}] in the config file, or --advantage-estimator="
+            f"{objective.name} on the command line",
+        )
+
+
+def _differs(objective: Objective, preset: dict[str, Any], name: str) -> bool:
+    return name in preset and getattr(objective, name) != preset[name]
+
+
+PRESETS: dict[str, Objective] = {
+    name: Objective(name, **fields) for name, fields in _PRESET_FIELDS.items()
 }

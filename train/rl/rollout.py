@@ -21,6 +21,7 @@ from infer.execution import leader_follower
 from m1_jax import process_watch
 from m1_jax import tokenizer as tokenizer_lib
 from train.rl import sample as sample_lib
+from train.rl import tool_pool
 
 # The engine's `finish_reason` as a sample's status. Any other reason is an error.
 _STATUS_BY_FINISH_REASON: dict[str, sample_lib.SampleStatus] = {
@@ -92,12 +93,14 @@ class RolloutStats:
     total_secs: float = 0.0
     waiting_secs: float = 0.0  # seconds of the total in which the device was idle, as tools ran
     num_tokens: int = 0  # tokens that were sampled; those of `EpisodeJob.partial` do not count
+    num_tool_timeouts: int = 0  # tools that ran out of time
 
     def __add__(self, stats: "RolloutStats") -> "RolloutStats":
         return RolloutStats(
             self.total_secs + stats.total_secs,
             self.waiting_secs + stats.waiting_secs,
             self.num_tokens + stats.num_tokens,
+            self.num_tool_timeouts + stats.num_tool_timeouts,
         )
 
 
@@ -121,7 +124,7 @@ class RolloutSampler:
         tokenizer: tokenizer_lib.Tokenizer,
         config: engine_config.EngineConfig,
         sampling: RolloutSampling,
-        num_tool_workers: int = 8,
+        tools: tool_pool.ToolPool | None = None,
     ):
         """Start the engine on process 0, a follower of it elsewhere.
 
@@ -130,7 +133,7 @@ class RolloutSampler:
           tokenizer: its stop tokens end an answer.
           config: sizes of the engine.
           sampling: used by each `run` that has none of its own.
-          num_tool_workers: tools that may run at the same time.
+          tools: runs the tools of episodes. None makes one with the defaults of its class.
         """
         self._sampling = sampling
         self._next_model = model  # with the weights of the next `run`
@@ -142,7 +145,7 @@ class RolloutSampler:
             self._follower = leader_follower.Follower(model, config)
         # Whether the engine has yet to take `_next_model`, and the version of its weights.
         self._stale, self._version = False, 0
-        self._pool = concurrent.futures.ThreadPoolExecutor(num_tool_workers, "tool")
+        self._pool = tool_pool.ToolPool() if tools is None else tools
 
     def update_weights(self, model: Any, version: int) -> None:
         """Use new weights from the next `run` on. Every process calls this."""
@@ -163,7 +166,8 @@ class RolloutSampler:
           on_done: takes the key and the result of each episode that ends, in no certain order, and
             returns episodes to run next.
           sampling: how tokens are drawn, in place of the sampler's own options.
-          should_stop: whether to give up. It is called before each step of the engine.
+          should_stop: whether to give up. It is called before each step of the engine, and each
+            second while all episodes wait for tools.
 
         Raises:
           RolloutStopped: `should_stop` returned True. Unfinished episodes are lost.
@@ -205,7 +209,7 @@ class RolloutSampler:
 
     def close(self) -> None:
         """End the engine. Every process calls this."""
-        self._pool.shutdown(cancel_futures=True)
+        self._pool.drop_waiting_calls()
         if self._engine is not None:
             self._engine.close()
         # After an error this process is behind the others. The next call of process 0 would meet
@@ -220,7 +224,7 @@ class _EpisodeLoop:
     def __init__(
         self,
         running_engine: engine.Engine,
-        pool: concurrent.futures.ThreadPoolExecutor,
+        pool: tool_pool.ToolPool,
         sampling: RolloutSampling,
         on_done: Callable[[Hashable, sample_lib.Sample | PausedEpisode], Iterable[EpisodeJob]],
         should_stop: Callable[[], bool],
@@ -238,8 +242,10 @@ class _EpisodeLoop:
                 for episode in self._running.values():
                     if episode.request is not None:
                         self._engine.cancel(episode.request)
+                self._pool.drop_waiting_calls()
                 self._drain()
                 raise RolloutStopped
+            self._pool.expire_calls()
             if not self._engine.step():
                 self._wait_for_tools()
             # A copy: an episode that ends leaves the dict, and others enter it.
@@ -301,16 +307,19 @@ class _EpisodeLoop:
         self._stats.num_tokens += len(request_done.tokens) - num_prior
         tokens = request_done.tokens
         status = _STATUS_BY_FINISH_REASON.get(request_done.finish_reason, "error")
+        routes = sample_lib.keep_first_routes(
+            partial.routes if num_prior and partial else None, request_done.routes
+        )
         # Cut off by its slice, not by the turn's own limit.
         if status == "length" and len(tokens) < episode.max_tokens:
             episode.job.episode.close()
-            # Copies, as the columns of a request have room for more. No routes: whoever goes on
-            # computes the tokens anew, and reads the routes of all of them at the end.
+            # Copies, as the columns of a request have room for more.
             partial = sample_lib.Generation(
                 tokens.ids.copy(),
                 tokens.logps.copy(),
                 tokens.versions.copy(),
                 status,
+                routes,
                 raw=tokens.raw_logps.copy(),
             )
             self._finish(episode, PausedEpisode(partial))
@@ -320,7 +329,7 @@ class _EpisodeLoop:
             tokens.logps.copy(),
             tokens.versions.copy(),
             status,
-            request_done.routes,
+            routes,
             text=request_done.text,
         )
         self._advance(episode, generation)
@@ -328,6 +337,7 @@ class _EpisodeLoop:
     def _on_tool_done(self, episode: _RunningEpisode) -> None:
         assert episode.tool_future is not None
         error = episode.tool_future.exception()
+        self._stats.num_tool_timeouts += isinstance(error, tool_pool.ToolTimeoutError)
         if error is None:
             self._advance(episode, episode.tool_future.result())
         else:
@@ -339,7 +349,7 @@ class _EpisodeLoop:
             self._start(job)
 
     def _wait_for_tools(self) -> None:
-        """Wait until a tool is done, if no episode can go on before that."""
+        """Wait until a tool is done, if no episode can go on before that. A second at most."""
         episodes = self._running.values()
         futures = [episode.tool_future for episode in episodes if episode.tool_future is not None]
         # Requests that ended, but whose episodes have not been told yet.
@@ -349,7 +359,7 @@ class _EpisodeLoop:
         if finished or not futures:
             return
         began = time.perf_counter()
-        concurrent.futures.wait(futures, return_when=concurrent.futures.FIRST_COMPLETED)
+        self._pool.wait(futures)
         self._stats.waiting_secs += time.perf_counter() - began
 
 

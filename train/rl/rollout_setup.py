@@ -20,7 +20,7 @@ from infer import prompt
 from m1_jax import durable, multihost
 from m1_jax import tokenizer as tokenizer_lib
 from train.rl import config as rl_config
-from train.rl import episodes, groups, rollout, task_checks, task_store
+from train.rl import episodes, groups, rollout, task_checks, task_store, tool_pool
 from train.rl import sample as sample_lib
 from train.rl import tasks as tasks_lib
 from train.rl.environments import catalog
@@ -207,6 +207,32 @@ def make_episode_factory(
         return episodes.multi_turn_episode(task, environment, tokenizer, limits)
 
     return make_agent_episode
+
+
+def make_sampler(
+    config: rl_config.RlConfig,
+    model: Any,
+    tokenizer: tokenizer_lib.Tokenizer,
+    held_out_tasks: TasksBySource,
+) -> rollout.RolloutSampler:
+    """Return the run's sampler. Every process calls this.
+
+    Args:
+      config: config of the run.
+      model: the sampler's model with its first weights.
+      tokenizer: tokenizer of the run.
+      held_out_tasks: tasks that are evaluated, by source.
+    """
+    agent, tools = config.agent, None
+    if agent is not None:
+        tools = tool_pool.ToolPool(agent.tool_workers, agent.tool_limit_secs)
+    return rollout.RolloutSampler(
+        model,
+        tokenizer,
+        make_run_engine_config(config, held_out_tasks),
+        make_rollout_sampling(config.rollout),
+        tools,
+    )
 
 
 def make_run_engine_config(

@@ -71,7 +71,7 @@ class Generation:
       versions: version of the weights that generated each token.
       status: why the turn ended.
       routes: the experts of all tokens so far, the prompt's included, as in `Sample`. None where
-        they are not known, as in a turn that was paused.
+        they are not known.
       raw: log-probability of each token under the model's plain logits. Empty where the turn is
         over: only one that goes on needs them.
       text: the turn's text without its end token. None has the episode decode the tokens.
@@ -115,8 +115,8 @@ class Sample:
         is False.
       versions: version of the weights that generated the token, -1 where mask is False.
       routes: [tokens, layers, experts of a token] int8, the experts that the sampler sent each
-        token of prompt and answer to. The last tokens, which the sampler never computed, have no
-        row. None if the engine does not record routes.
+        token of prompt and answer to when it first computed the token. The last tokens, which the
+        sampler never computed, have no row. None if the engine does not record routes.
       status: why the last turn ended.
       text: text of the last turn, without its end token.
       messages: all messages after the prompt.
@@ -124,6 +124,10 @@ class Sample:
         turn's last token.
       reward: the sum that is trained on, None before the sample is scored.
       parts: the reward's parts by name, for the log.
+      outcome: the part that says whether the answer is right, see `outcomes`. None before the
+        sample is scored, and where that failed.
+      error: why there is no reward, empty where there is one. It is the reason of a failure of
+        the engine, the environment or the rewards.
       valid: False where the reward is missing. Such a sample is counted, and never trained on.
     """
 
@@ -140,6 +144,8 @@ class Sample:
     turn_rewards: list[tuple[int, float]] = dataclasses.field(default_factory=list)
     reward: float | None = None
     parts: dict[str, float] = dataclasses.field(default_factory=dict)
+    outcome: float | None = None
+    error: str = ""
     valid: bool = True
 
     def __post_init__(self):
@@ -183,6 +189,23 @@ class Sample:
             if len(getattr(self, name)):
                 column = np.concatenate([getattr(self, name), column])
             setattr(self, name, column)
+
+
+def keep_first_routes(first: np.ndarray | None, routes: np.ndarray | None) -> np.ndarray | None:
+    """Return routes with the rows that were recorded first.
+
+    The engine computes the tokens of a paused episode anew, and newer weights may send them to
+    other experts than those that their log-probabilities come from.
+
+    Args:
+      first: what was recorded before the pause, or None.
+      routes: of all tokens so far, or None where the engine records none.
+    """
+    if first is None or routes is None:
+        return routes
+    routes = routes.copy()
+    routes[: len(first)] = first
+    return routes
 
 
 Episode = Generator[Generate | RunTool, Any, Sample]

@@ -50,6 +50,8 @@ def samples_to_columns(
             "turn_rewards": [[index, reward] for index, reward in sample.turn_rewards],
             "reward": sample.reward,
             "parts": dict(sample.parts),
+            "outcome": sample.outcome,
+            "error": sample.error,
             "valid": bool(sample.valid),
             "has_routes": sample.routes is not None,
         }
@@ -87,6 +89,9 @@ def samples_from_columns(
                 turn_rewards=[(index, reward) for index, reward in record["turn_rewards"]],
                 reward=record["reward"],
                 parts=dict(record["parts"]),
+                # Checkpoints of earlier versions have neither.
+                outcome=record.get("outcome"),
+                error=record.get("error", ""),
                 valid=record["valid"],
             )
         )
@@ -94,8 +99,9 @@ def samples_from_columns(
 
 
 def partials_to_columns(partials: Sequence[sample_lib.Generation], prefix: str) -> Columns:
-    """Return generations that were paused as flat columns. They have neither text nor routes."""
-    return _join_columns(partials, prefix, _PARTIAL_COLUMNS, "token_offsets")
+    """Return generations that were paused as flat columns. They have no text."""
+    columns = _join_columns(partials, prefix, _PARTIAL_COLUMNS, "token_offsets")
+    return columns | _join_routes(partials, prefix)
 
 
 def partials_from_columns(
@@ -103,10 +109,15 @@ def partials_from_columns(
 ) -> list[sample_lib.Generation]:
     """Return the generations that `partials_to_columns` wrote."""
     parts = _split_columns(columns, prefix, _PARTIAL_COLUMNS, "token_offsets")
+    routes: list[np.ndarray | None] = [None] * len(parts["tokens"])
+    if f"{prefix}.routes" in columns:  # checkpoints of earlier versions have none
+        found = _split_columns(columns, prefix, ("routes",), "route_offsets")["routes"]
+        # An engine that records routes records at least the prompt's.
+        routes = [part if len(part) else None for part in found]
     return [
         # A generation that was paused was cut off, by its slice.
-        sample_lib.Generation(status="length", **dict(zip(parts, values, strict=True)))
-        for values in zip(*parts.values(), strict=True)
+        sample_lib.Generation(status="length", routes=part, **dict(zip(parts, values, strict=True)))
+        for part, values in zip(routes, zip(*parts.values(), strict=True), strict=True)
     ]
 
 
@@ -136,7 +147,9 @@ def _split_columns(
     }
 
 
-def _join_routes(samples: Sequence[sample_lib.Sample], prefix: str) -> Columns:
+def _join_routes(
+    samples: Sequence[sample_lib.Sample | sample_lib.Generation], prefix: str
+) -> Columns:
     """Return the routes of all samples, [tokens, layers, experts], and their offsets."""
     known = [sample.routes for sample in samples if sample.routes is not None]
     shape = known[0].shape[1:] if known else (0, 0)

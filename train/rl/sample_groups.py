@@ -1,6 +1,7 @@
 """The samples of one task, and the groups of one generation batch."""
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 
@@ -55,11 +56,13 @@ class GenerationBatch:
       groups: groups to train on.
       metrics: how the groups were sampled, by name.
       mean_reward: mean reward of all sampled groups, before penalties. NaN without a valid sample.
+      events: what happened while the batch was made, for the log of process 0, which alone has it.
     """
 
     groups: list[SampleGroup]
     metrics: dict[str, float]
     mean_reward: float
+    events: tuple[dict[str, Any], ...] = ()
 
 
 def finished_samples(group: SampleGroup) -> list[sample_lib.Sample]:

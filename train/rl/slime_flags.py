@@ -140,6 +140,8 @@ def translate_flags(flags: Mapping[str, Any]) -> SlimeOverrides:
     preset = objective_lib.PRESETS[ESTIMATOR_PRESETS[estimator]]
     objective = dataclasses.replace(preset, **_objective_changes(preset, values))
     options = {option: values[name] for name, (_, option) in FLAG_OPTIONS.items() if name in values}
+    if options.get("clip_norm") == 0:
+        options["clip_norm"] = None  # slime's off
     _check_batch_sizes(options)
     text = "\n".join([describe_objective(objective), *_default_differences(preset, values)])
     return SlimeOverrides(objective, options, text)
@@ -180,6 +182,10 @@ def _objective_changes(preset: objective_lib.Objective, flags: Mapping[str, Any]
     names |= {"entropy-coef": "entropy_coef", "kl-loss-coef": "kl_coef"}
     changes = {field: flags[name] for name, field in names.items() if name in flags}
     low, high = flags.get("eps-clip"), flags.get("eps-clip-high")
+    for name in ("eps-clip", "eps-clip-high"):
+        # NaN fails this comparison, too. A distance below 0 would swap the sides of the ratio 1.
+        if name in flags and not flags[name] >= 0:
+            raise ValueError(f"--{name}: got {flags[name]:g}; wanted at least 0")
     if preset.name == "cispo":
         if low is not None:
             # Rounded, so that 1 - 0.2 is the 0.8 that it reads as.

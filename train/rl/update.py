@@ -144,11 +144,13 @@ class PolicyUpdater:
         mismatch = batch_metrics.measure_batch_mismatch(
             [s.sample for s in valid], [values.logp_old[s.index] for s in valid], weight_version
         )
-        # Without a token of the present weights there is nothing to compare.
-        report.pearson = mismatch["pearson"] if mismatch else None
+        # Absent without a token of the present weights.
+        report.pearson = mismatch.get("pearson")
         metrics |= mismatch | scoring_metrics
         values = dataclasses.replace(values, advantages=self._compute_advantages(samples, values))
-        packed = [self._pack_minibatch(minibatch, values) for minibatch in minibatches]
+        packed = [
+            self._pack_minibatch(minibatch, values, weight_version) for minibatch in minibatches
+        ]
         metrics |= _packing_metrics("update", packed)
         state, updates = self._run_epochs(state, packed)
         metrics |= batch_metrics.merge_update_metrics(updates)
@@ -183,9 +185,12 @@ class PolicyUpdater:
         )
 
     def _pack_minibatch(
-        self, minibatch: list[_BatchSample], values: _TokenValues
+        self, minibatch: list[_BatchSample], values: _TokenValues, weight_version: int
     ) -> rl_batch.PackedSamples:
-        """Return a minibatch's valid samples in rows, with all that its gradients need."""
+        """Return a minibatch's valid samples in rows, with all that its gradients need.
+
+        The column logp_old is what r compares with, see `_anchor_logprobs`.
+        """
         packed = self._pack(minibatch)
         lengths = np.array([s.sample.num_generated for s in minibatch])
         group_ids = np.array([s.group_id for s in minibatch])
@@ -193,11 +198,31 @@ class PolicyUpdater:
             self._config.objective, lengths, group_ids, np.ones(len(minibatch), bool)
         )
         packed.fill("coefficients", list(coefficients))
-        for name in ("logp_old", "logp_ref", "advantages"):
+        packed.fill(
+            "logp_old",
+            [
+                self._anchor_logprobs(s.sample, values.logp_old[s.index], weight_version)
+                for s in minibatch
+            ],
+        )
+        for name in ("logp_ref", "advantages"):
             by_index = getattr(values, name)
             if by_index:
                 packed.fill(name, [by_index[s.index] for s in minibatch])
         return packed
+
+    def _anchor_logprobs(
+        self, sample: sample_lib.Sample, logp_old: np.ndarray, weight_version: int
+    ) -> np.ndarray:
+        """Return what r of each token compares with under anchor "old", [tokens] float32.
+
+        The trainer's log-probabilities belong to the present weights. Compared with them, a token
+        that older weights sampled would have a ratio near 1, however unlikely it is by now.
+        """
+        if not self._config.objective.anchors_stale_tokens:
+            return logp_old
+        is_stale = (sample.mask > 0) & (sample.versions < weight_version)
+        return np.where(is_stale, sample.logprobs, logp_old)
 
     def _score_samples(
         self, model: model_lib.MiniMaxM1, valid: list[_BatchSample]

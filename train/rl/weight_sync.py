@@ -22,34 +22,56 @@ from train.rl import slice_exchange
 class WeightSync:
     """Copies a trainer's weights into a sampler's model. The program is compiled once.
 
+    Adapters stay beside their weights. Merged with them, most of what a batch learns would be lost:
+    it is smaller than half a step of a bfloat16 weight, and the sampler would draw from the old
+    policy.
+
     Args:
       config: config of the model.
       dtype: dtype of the sampler's parameters. Routers stay float32.
       layout: the sampler's, on the trainer's devices, or None on a single device.
+
+    Attributes:
+      abstract_model: the sampler's model as shapes and shardings, with adapters as soon as a model
+        with adapters came.
+      program: the compiled copy.
+      metrics: of the latest copy. With adapters it has handover_share, see
+        `lora.measure_served_share`.
     """
 
     def __init__(
         self, config: config_lib.ModelConfig, dtype, layout: sharding.MeshLayout | None = None
     ):
-        self.abstract_model = params_lib.abstract_model(config, dtype, dtype, layout)
-        # `jax.ShapeDtypeStruct` with a sharding, by the parameter's path.
-        self._shapes = {
-            n: p.get_value() for n, p in params_lib.params_by_path(self.abstract_model).items()
-        }
-        shardings = {name: shape.sharding for name, shape in self._shapes.items()}
-        self.program = jax.jit(
-            self._copy_params, static_argnames="exchanges", out_shardings=shardings
-        )
+        self._dtype = dtype
+        self.metrics: dict[str, float] = {}
+        self._prepare(params_lib.abstract_model(config, dtype, dtype, layout))
 
     def __call__(self, model: model_lib.MiniMaxM1) -> model_lib.MiniMaxM1:
-        """Return the sampler's model with the trainer's weights, adapters merged."""
-        values = _params_values(lora.merge_adapters(model))
+        """Return the sampler's model with the trainer's weights, and with its adapters."""
+        has_adapters = lora.has_adapters(model)
+        if has_adapters and not lora.has_adapters(self.abstract_model):
+            self._prepare(lora.declare_adapters(self.abstract_model, model, self._dtype))
+        values = _params_values(model)
         # An identity map copies the tree, so that the abstract model itself stays abstract.
         sampler_model = jax.tree.map(lambda leaf: leaf, self.abstract_model)
         params = params_lib.params_by_path(sampler_model)
         for name, value in self.program(values, self._plan_exchanges(values)).items():
             params[name].set_value(value)
+        if has_adapters:
+            self.metrics = {"handover_share": lora.measure_served_share(model, sampler_model)}
         return sampler_model
+
+    def _prepare(self, abstract_model: model_lib.MiniMaxM1) -> None:
+        """Make the program that copies into a model of these shapes."""
+        self.abstract_model = abstract_model
+        # `jax.ShapeDtypeStruct` with a sharding, by the parameter's path.
+        self._shapes = {
+            n: p.get_value() for n, p in params_lib.params_by_path(abstract_model).items()
+        }
+        shardings = {name: shape.sharding for name, shape in self._shapes.items()}
+        self.program = jax.jit(
+            self._copy_params, static_argnames="exchanges", out_shardings=shardings
+        )
 
     def trace(self, model: model_lib.MiniMaxM1) -> jax.stages.Traced:
         """Return the traced program for a trainer's model of sharded shapes, without adapters."""

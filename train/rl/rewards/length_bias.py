@@ -5,6 +5,9 @@ length, and how often the longer of two answers has the higher reward. An alarm 
 mean of either over the last groups is above its threshold. A run can be configured to stop then,
 until somebody recalibrates the judge.
 
+A monitor reads what one source's judge gave. Rewards by rules have no such preference: right
+answers may well be longer than wrong ones.
+
 Push groups in a fixed order, not in the order in which scores arrive: the order decides which
 groups the statistics cover.
 """
@@ -16,6 +19,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+# Rewards of `catalog` that ask a model. The others follow rules, and prefer no length.
+JUDGE_REWARDS = ("graded", "pairwise")
 _log = logging.getLogger(__name__)
 
 
@@ -29,6 +34,7 @@ class LengthBiasConfig:
     win_rate: float = 0.7  # alarm above this share of wins of the longer answer, 0 to 1; 1 is never
     pause: bool = False  # whether an alarm stops the run
     recalibrated: int = 0  # times the judge was recalibrated; an increase resets the monitor
+    judges: tuple[str, ...] = JUDGE_REWARDS  # names of the rewards that are watched
 
     def __post_init__(self):
         if not 1 <= self.least <= self.window:
@@ -51,9 +57,18 @@ class LengthBiasMonitor:
     an alarm with `pause`, `check` raises until the config counts one more recalibration.
     """
 
-    def __init__(self, config: LengthBiasConfig, state: dict[str, Any] | None = None):
-        """Continue from a `state`, or start empty where the judge was recalibrated since."""
+    def __init__(
+        self, config: LengthBiasConfig, state: dict[str, Any] | None = None, source: str = ""
+    ):
+        """Continue from a `state`, or start empty where the judge was recalibrated since.
+
+        Args:
+          config: when there is an alarm, and what follows.
+          state: state of an earlier monitor, from `LengthBiasMonitor.state`.
+          source: name of the source whose judge is watched, for metrics and messages.
+        """
         state = state or {}
+        self._source = source
         if state.get("recalibrated", 0) != config.recalibrated:
             state = {}
         self._config = config
@@ -93,13 +108,14 @@ class LengthBiasMonitor:
         self._update_alarm()
 
     def metrics(self) -> dict[str, float]:
-        """Return the metrics "reward/length/...". They are NaN before the first group."""
+        """Return the metrics "reward/length/SOURCE/...". They are NaN before the first group."""
         correlation, win_rate = self._mean_statistics()
+        prefix = f"reward/length/{self._source}/" if self._source else "reward/length/"
         return {
-            "reward/length/correlation": correlation,
-            "reward/length/win_rate": win_rate,
-            "reward/length/groups": float(len(self._groups)),
-            "reward/length/alarm": float(self.has_alarm),
+            f"{prefix}correlation": correlation,
+            f"{prefix}win_rate": win_rate,
+            f"{prefix}groups": float(len(self._groups)),
+            f"{prefix}alarm": float(self.has_alarm),
         }
 
     def check(self) -> None:
@@ -111,8 +127,8 @@ class LengthBiasMonitor:
         if self.is_paused:
             correlation, win_rate = self._mean_statistics()
             raise LengthBiasPause(
-                f"judge: got a correlation of reward and length of {correlation:.2f} and "
-                f"{win_rate:.0%} wins of the longer answer; wanted at most "
+                f"judge{self._of_source()}: got a correlation of reward and length of "
+                f"{correlation:.2f} and {win_rate:.0%} wins of the longer answer; wanted at most "
                 f"{self._config.correlation} and {self._config.win_rate:.0%}. Recalibrate the "
                 "judge, then go on with --config=... "
                 f"--set=length_bias.recalibrated={self._config.recalibrated + 1}."
@@ -126,6 +142,9 @@ class LengthBiasMonitor:
             "paused": self.is_paused,
             "recalibrated": self._config.recalibrated,
         }
+
+    def _of_source(self) -> str:
+        return f" of {self._source}" if self._source else ""
 
     def _mean_statistics(self) -> tuple[float, float]:
         """Return the mean correlation of the groups, and the share of pairs won by the longer."""
@@ -146,7 +165,8 @@ class LengthBiasMonitor:
         is_above = correlation > self._config.correlation or win_rate > self._config.win_rate
         if has_enough and is_above and not self.has_alarm:
             _log.warning(
-                "the judge rewards length: correlation %.3f, wins of the longer answer %.3f",
+                "the judge%s rewards length: correlation %.3f, wins of the longer answer %.3f",
+                self._of_source(),
                 correlation,
                 win_rate,
             )
