@@ -210,7 +210,8 @@ class TrainConfig:
       log: metrics and traces.
       seed: seed of the order of documents, of random weights, and of adapters.
       skip_nonfinite: whether a step without a finite gradient changes nothing. False takes it.
-      max_skipped: steps in a row without a finite gradient after which the run stops, at least 1.
+      max_skipped: steps in a row without a finite gradient, or without a token to learn, after
+        which the run stops, at least 1. The latter change nothing, whatever `skip_nonfinite` is.
       compilation_cache: directory of compiled programs. Empty is ~/.cache/m1_jax/xla.
     """
 

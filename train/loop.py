@@ -11,6 +11,7 @@ import math
 import pathlib
 import re
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import numpy as np
@@ -39,14 +40,17 @@ class TrainSummary:
       step: number of steps made.
       loss: loss of the last step. NaN where no step was made.
       stopped_by: number of the signal that ended the run. None where the run is complete.
+      num_skipped: number of steps without a finite gradient or without a token to learn.
     """
 
     step: int
     loss: float
     stopped_by: int | None = None
+    num_skipped: int = 0
 
     def __str__(self) -> str:
-        return f"{self.step} steps, loss {self.loss:.4f}"
+        skipped = f", {self.num_skipped} of them skipped" if self.num_skipped else ""
+        return f"{self.step} steps{skipped}, loss {self.loss:.4f}"
 
 
 def run_training(
@@ -124,7 +128,8 @@ class TrainSession:
       timer: measures the time of steps between two lines of metrics.
       step: number of steps made.
       loss: loss of the last step that was logged, NaN before the first.
-      num_skipped_in_row: number of steps up to now without a finite gradient.
+      num_skipped_in_row: number of steps up to now without a finite gradient or without a signal.
+      num_skipped: number of such steps in this session.
     """
 
     config: config_lib.TrainConfig
@@ -139,6 +144,7 @@ class TrainSession:
     step: int
     loss: float = math.nan
     num_skipped_in_row: int = 0
+    num_skipped: int = 0
 
     def run(self) -> TrainSummary:
         """Make all remaining steps, or those until a signal."""
@@ -152,7 +158,9 @@ class TrainSession:
                 state = self._enter_stage(index, state)
                 state, data_state = self._run_stage(index, state, data_state)
         self.store.wait()
-        return TrainSummary(self.step, self.loss, self.stop_request.signal_number)
+        return TrainSummary(
+            self.step, self.loss, self.stop_request.signal_number, self.num_skipped
+        )
 
     def _enter_stage(self, index: int, state: step_lib.TrainState | None) -> step_lib.TrainState:
         """Return the state on a stage's mesh.
@@ -242,16 +250,20 @@ class TrainSession:
         """Write a step's lines.
 
         Raises:
-          FloatingPointError: see `_watch_loss`.
+          FloatingPointError, DataError: see `_watch_step`.
         """
         host_values = {name: np.asarray(value) for name, value in values.items()}
         expert_load = host_values.pop("expert_load")
         record = {name: float(value) for name, value in host_values.items()}
-        self.loss = record["loss"]
+        if record["no_signal"]:
+            # Means over no token. In the log they would look like a loss of 0.
+            del record["loss"], record["z_loss"]
+        else:
+            self.loss = record["loss"]
         self.writer.advance(step)
         if self.config.log.samples:
             self.writer.write_samples(step, host_batch.sample_ids)
-        self._watch_loss(step, record)
+        self._watch_step(step, record)
         if step % self.config.log.every_steps == 0 or step == self.setup.total_steps:
             record |= metrics.summarize_expert_load(expert_load) | self._measure_speed(index, step)
             record |= {
@@ -261,17 +273,28 @@ class TrainSession:
             }
             self.writer.write(step, "train", record)
 
-    def _watch_loss(self, step: int, record: dict[str, float]) -> None:
-        """Write an event for a step without a finite gradient, and for a loss that jumps.
+    def _watch_step(self, step: int, record: dict[str, float]) -> None:
+        """Write an event for a step that taught nothing, and for a loss that jumps.
 
         Raises:
-          FloatingPointError: too many steps in a row had no finite gradient.
+          FloatingPointError: too many steps in a row taught nothing, this one for want of a finite
+            gradient.
+          DataError: the same, and this one had no token to learn.
         """
+        if record["no_signal"]:
+            self._note_skipped(step, {"no_signal": "skipped", "tokens": record["tokens"]})
+            if self.num_skipped_in_row >= self.config.max_skipped:
+                raise records.DataError(
+                    f"step {step}: {self.num_skipped_in_row} steps in a row without a token to "
+                    "learn or a finite gradient. Are user turns longer than many rows? Give the "
+                    "same command with longer rows, data.overlong='drop' or a larger max_skipped, "
+                    "and with --allow_change=FIELD."
+                )
+            return
         if record["skipped"] or not math.isfinite(self.loss):
-            self.num_skipped_in_row += 1
             action = "skipped" if self.config.skip_nonfinite else "taken"
             event = {"not_finite": action, "loss": self.loss, "grad_norm": record["grad_norm"]}
-            self.writer.write(step, "event", event)
+            self._note_skipped(step, event)
             if self.num_skipped_in_row >= self.config.max_skipped:
                 raise FloatingPointError(
                     f"step {step}: {self.num_skipped_in_row} steps in a row without a finite "
@@ -283,6 +306,11 @@ class TrainSession:
         if self.spike_detector.is_spike(self.loss):
             event = {"loss_spike": self.loss, "grad_norm": record["grad_norm"]}
             self.writer.write(step, "event", event)
+
+    def _note_skipped(self, step: int, event: dict[str, Any]) -> None:
+        self.num_skipped += 1
+        self.num_skipped_in_row += 1
+        self.writer.write(step, "event", event)
 
     def _measure_speed(self, index: int, step: int) -> dict[str, float]:
         """Return seconds a step, tokens a second and, where the peak is known, MFU (0 to 1)."""

@@ -24,6 +24,7 @@ from m1_jax import model as model_lib
 from train import checkpoints, metrics, optim, run_model
 from train import step as step_lib
 from train import workdir as workdir_lib
+from train.data import records
 from train.rl import batch_metrics as batch_metrics_lib
 from train.rl import (
     batch_transfer,
@@ -127,7 +128,7 @@ def open_rl_session(
     rewards = rollout_setup.open_rewards(config, stack)
     store = stack.enter_context(checkpoints.CheckpointStore(workdir, config.save))
     batch_number = store.latest_step() or 0
-    saved_state = _read_saved_state(store, batch_number, tasks)
+    saved_state = saved_state_lib.read_saved_state(store, batch_number, tasks)
     make_episode = rollout_setup.make_episode_factory(config, model.tokenizer)
     collector = None
     if jax.process_index() == 0:  # which alone has tasks
@@ -171,26 +172,6 @@ def open_rl_session(
         last_evaluated_batch=last_evaluated_batch,
         last_saved_batch=batch_number,
     )
-
-
-def _read_saved_state(
-    store: checkpoints.CheckpointStore, batch_number: int, tasks: rollout_setup.TasksBySource
-) -> saved_state_lib.RlSavedState:
-    """Return what the checkpoint of a batch has beside arrays.
-
-    Raises:
-      DataError: tasks that are not those of the checkpoint's run.
-    """
-    if not batch_number:
-        return saved_state_lib.RlSavedState()
-    # Process 0 alone has a collector, and so a use for columns.
-    columns = {} if jax.process_index() else store.read_columns(batch_number)
-    saved_state = saved_state_lib.RlSavedState.from_parts(
-        store.read_info(batch_number).data, columns
-    )
-    for source, source_tasks in tasks.items():  # none on other processes than 0
-        source_tasks.check_fingerprint(saved_state.fingerprints[source])
-    return saved_state
 
 
 def _open_state(
@@ -238,6 +219,7 @@ class RlSession:
       last_evaluated_batch: batch after which held-out tasks were last evaluated. None for never.
       last_saved_batch: batch of the newest checkpoint. 0 without one.
       reward: mean reward of the last batch, before penalties.
+      num_skipped_in_row: number of batches up to now that changed no weight.
     """
 
     config: rl_config.RlConfig
@@ -257,6 +239,7 @@ class RlSession:
     last_evaluated_batch: int | None
     last_saved_batch: int
     reward: float = math.nan
+    num_skipped_in_row: int = 0
 
     def run(self) -> RlSummary:
         """Make all batches that are left, or those before a signal."""
@@ -329,6 +312,7 @@ class RlSession:
         self.batch_number += 1
         self.reward = batch.mean_reward
         self._log_batch(batch, report, time.perf_counter() - start_secs)
+        self._watch_updates(report.metrics)
         if self.length_stage.push(report.length_p99, report.nll):
             event = {"window_tokens": self.length_stage.window_tokens}
             self.writer.write(self.batch_number, "event", event)
@@ -362,6 +346,26 @@ class RlSession:
             or self.batch_number == self.config.batches
         ):
             self.writer.write(self.batch_number, "train", record)
+
+    def _watch_updates(self, values: Mapping[str, Any]) -> None:
+        """Write an event for a batch with updates that taught nothing, or without an update.
+
+        Raises:
+          DataError: too many batches in a row changed no weight.
+        """
+        num_updates, num_idle = values["updates"], values.get("no_signal", 0.0)
+        if not num_updates or num_idle:
+            event = {"no_signal": "skipped", "updates": num_updates, "updates_skipped": num_idle}
+            self.writer.write(self.batch_number, "event", event)
+        is_idle = num_updates == num_idle + values.get("skipped", 0.0)
+        self.num_skipped_in_row = self.num_skipped_in_row + 1 if is_idle else 0
+        if self.num_skipped_in_row >= self.config.max_skipped:
+            raise records.DataError(
+                f"batch {self.batch_number}: {self.num_skipped_in_row} batches in a row changed no "
+                "weight, as no token had an advantage and a coefficient. Are the tasks too easy or "
+                "too hard? Give the same command with other sources, rollout.dynamic=True or a "
+                "larger max_skipped, and with --allow_change=FIELD."
+            )
 
     def _is_evaluation_due(self) -> bool:
         """Return whether held-out tasks are evaluated after this batch."""

@@ -304,7 +304,10 @@ class PolicyUpdater:
                 sums, state.model, rows, token_share, weight_mean, self._settings
             )
         assert sums is not None, "a minibatch has a valid sample, and so a microbatch"
-        state, step_metrics = rl_step.apply_update(state, sums.gradients, self._settings)
+        num_signal_tokens = rl_step.count_signal_tokens(sums.metrics, self._config.objective)
+        state, step_metrics = rl_step.apply_update(
+            state, sums.gradients, self._settings, num_signal_tokens
+        )
         return state, batch_metrics.UpdateMetrics(sums.metrics, step_metrics)
 
     def _mean_correction_weight(self, packed: rl_batch.PackedSamples) -> np.float32 | None:
