@@ -6,19 +6,17 @@ learning rate. The state at the end of a stage moves onto the mesh of the next o
 
 import contextlib
 import dataclasses
-import itertools
 import math
 import pathlib
 import re
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import numpy as np
 
-from m1_jax import configlib, flops
+from m1_jax import configlib, distributed, flops, process_watch
 from m1_jax import model as model_lib
-from train import checkpoints, evaluate, metrics, run_setup
+from train import checkpoints, evaluate, metrics, resume, run_model, run_setup, step_trace
 from train import config as config_lib
 from train import step as step_lib
 from train import workdir as workdir_lib
@@ -28,8 +26,13 @@ from train.data import stream as stream_lib
 # Paths of fields that may change when a run goes on. They decide where it computes and what it
 # logs, never what it computes.
 _CHANGEABLE_FIELDS = re.compile(
-    r"(save|log|evaluation)\.|data\.(workers|prefetch)|compilation_cache|stages\.\d+\.mesh"
+    r"(save|log|evaluation)\.|data\.(workers|prefetch|bad_records|max_bad)|compilation_cache"
+    r"|stages\.\d+\.mesh|max_skipped"
 )
+# What reading data may raise: its own errors, those of the disk and of a worker process.
+_DATA_ERRORS = (ValueError, OSError, RuntimeError)
+# Errors that no process has alone. Another one must not save, as the others would not.
+_AGREED_ERRORS = (records.DataError, process_watch.AgreedError)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +57,9 @@ class TrainSummary:
 
 
 def run_training(
-    config: config_lib.TrainConfig | None, workdir: str | pathlib.Path
+    config: config_lib.TrainConfig | None,
+    workdir: str | pathlib.Path,
+    options: resume.ResumeOptions = resume.NO_OPTIONS,
 ) -> TrainSummary:
     """Train, from the newest checkpoint in `workdir` if there is one.
 
@@ -63,52 +68,54 @@ def run_training(
     Args:
       config: the run's config. None goes on with the run that `workdir` holds.
       workdir: local directory of the run.
+      options: how the run begins or goes on, where it does so otherwise.
 
     Raises:
       ValueError, CheckpointError, ConfigError: something is wrong. All of it is checked before the
         first step.
     """
-    workdir = pathlib.Path(workdir)
-    return workdir_lib.open_and_run(open_session, resolve_train_config(config, workdir), workdir)
+    return workdir_lib.open_and_run(
+        open_session,
+        config_lib.TrainConfig,
+        config,
+        pathlib.Path(workdir),
+        _CHANGEABLE_FIELDS,
+        options,
+    )
 
 
-def resolve_train_config(
-    config: config_lib.TrainConfig | None, workdir: pathlib.Path
-) -> config_lib.TrainConfig:
-    """Return the config to run, see `workdir.resolve_config`."""
-    return workdir_lib.resolve_config(config_lib.TrainConfig, config, workdir, _CHANGEABLE_FIELDS)
-
-
-def open_session(
-    config: config_lib.TrainConfig, workdir: pathlib.Path, stack: contextlib.ExitStack
-) -> "TrainSession":
-    """Return a session that begins where the newest checkpoint ends. `stack` closes its files."""
+def open_session(start: resume.RunStart, stack: contextlib.ExitStack) -> "TrainSession":
+    """Return a session that begins where its checkpoint ends. `stack` closes its files."""
+    config = start.config
     setup = run_setup.make_train_setup(config)
-    store = stack.enter_context(checkpoints.CheckpointStore(workdir, config.save))
-    latest = store.latest_step()
-    checkpoint_info = None if latest is None else store.read_info(latest)
+    base_digest = run_model.digest_base(setup.model)
+    store = stack.enter_context(
+        checkpoints.CheckpointStore(start.workdir, config.save, base_digest)
+    )
+    position = resume.find_position(start, store)
     stop_request = workdir_lib.StopRequest("saving after this step")
     stack.enter_context(stop_request.handle_signals())
     # Every stage's data is opened and closed here, so that bad data stops the run before step 1.
     for index in range(len(config.stages)):
         with setup.open_stream(index, setup.place_batches(index)) as stream:
-            if checkpoint_info is not None:
-                stream.set_state(checkpoint_info.data)
+            if position.info is not None:
+                stream.set_state(position.info.data)
     if config.evaluation.every_steps:
         setup.open_stream(0, setup.place_batches(0), config.evaluation.sources).close()
-    writer = stack.enter_context(metrics.MetricsWriter(workdir, latest or 0, setup.total_steps))
-    step = 0 if checkpoint_info is None else checkpoint_info.step
+    writer = stack.enter_context(
+        metrics.MetricsWriter(start.workdir, position.step, setup.total_steps)
+    )
     return TrainSession(
         config=config,
         setup=setup,
-        workdir=workdir,
+        workdir=start.workdir,
         store=store,
-        checkpoint_info=checkpoint_info,
+        position=position,
         stop_request=stop_request,
         writer=writer,
         spike_detector=metrics.SpikeDetector(config.log.spike),
-        timer=metrics.StepTimer(step),
-        step=step,
+        timer=metrics.StepTimer(position.step),
+        step=position.step,
     )
 
 
@@ -121,7 +128,7 @@ class TrainSession:
       setup: the run's model, tokenizer and meshes.
       workdir: local directory of the run.
       store: the run's checkpoints.
-      checkpoint_info: the checkpoint that the session began with, or None.
+      position: where the session began.
       stop_request: knows whether a signal asked for the end.
       writer: writes metrics and events.
       spike_detector: finds losses that jump.
@@ -136,7 +143,7 @@ class TrainSession:
     setup: run_setup.TrainSetup
     workdir: pathlib.Path
     store: checkpoints.CheckpointStore
-    checkpoint_info: checkpoints.CheckpointInfo | None
+    position: resume.RunPosition
     stop_request: workdir_lib.StopRequest
     writer: metrics.MetricsWriter
     spike_detector: metrics.SpikeDetector
@@ -151,31 +158,26 @@ class TrainSession:
         state = None
         # The first stage that runs takes the checkpoint's position in the data, and each further
         # one that of the stage before.
-        data_state = None if self.checkpoint_info is None else self.checkpoint_info.data
+        data_state = None if self.position.info is None else self.position.info.data
         for index in range(len(self.config.stages)):
             unfinished = self.step < self.setup.first_step(index + 1)
             if unfinished and not self.stop_request.should_stop():
                 state = self._enter_stage(index, state)
                 state, data_state = self._run_stage(index, state, data_state)
         self.store.wait()
-        return TrainSummary(
-            self.step, self.loss, self.stop_request.signal_number, self.num_skipped
-        )
+        return TrainSummary(self.step, self.loss, self.stop_request.signal_number, self.num_skipped)
 
     def _enter_stage(self, index: int, state: step_lib.TrainState | None) -> step_lib.TrainState:
         """Return the state on a stage's mesh.
 
         Args:
           index: number of the stage.
-          state: state at the end of the stage before. None takes the checkpoint's, or makes a new
-            one.
+          state: state at the end of the stage before. None takes that of the session's position.
         """
         model, layout = self.setup.model, self.setup.layouts[index]
         optimizer = self.setup.step_settings(index).optimizer
-        if state is None and self.checkpoint_info is None:
-            return model.init_state(layout, optimizer)
-        if state is None and self.checkpoint_info is not None:
-            return self.setup.restore_state(self.store, self.checkpoint_info.step, index)
+        if state is None:
+            return model.open_state(self.position, self.store, layout, optimizer)
         # The tree is rebuilt from `like`, because a model's layout is part of its structure.
         like = model.abstract_state(layout, optimizer)
         shardings = [leaf.sharding for leaf in jax.tree.leaves(like)]
@@ -190,6 +192,9 @@ class TrainSession:
 
         Returns:
           The state after the steps, and the state of the data on all processes.
+
+        Raises:
+          DataError, OSError: a batch could not be read. The steps before it are saved.
         """
         last_step = self.setup.first_step(index + 1)
         settings = self.setup.step_settings(index)
@@ -199,14 +204,14 @@ class TrainSession:
         unlogged: list[tuple[int, dict[str, jax.Array], stream_lib.HostBatch]] = []
         with (
             self.setup.open_stream(index, batch_placement) as stream,
-            _record_trace(self.config.log.trace, self.workdir / "trace") as trace_step,
+            step_trace.record_trace(self.config.log.trace, self.workdir / "trace") as trace_step,
         ):
             if data_state is not None:
                 stream.set_state(data_state)
             self.timer.restart(self.step)
             while self.step < last_step:
                 trace_step(self.step)
-                host_batch = next(stream)
+                host_batch = self._read_batch(index, state, stream, unlogged)
                 batch = batch_placement.device_put_batch(host_batch.arrays)
                 # The old state is donated. Its buffers hold the new one after this line.
                 state, values = step_lib.train_step(state, batch, settings=settings)
@@ -222,9 +227,13 @@ class TrainSession:
                 while len(unlogged) > (0 if save or evaluate_now else 1):
                     self._log_step(index, *unlogged.pop(0))
                 if evaluate_now and self.config.evaluation.every_steps:
-                    self._evaluate(index, state.model, batch_placement)
+                    try:
+                        self._evaluate(index, state.model, batch_placement)
+                    except _AGREED_ERRORS as error:
+                        self._save_before_error(error, state, stream.get_state())
+                        raise
                 if save:
-                    self._save_checkpoint(state, stream)
+                    self._save_checkpoint(state, stream.get_state())
                 if stop:
                     break
             # Merged: the next stage may give this process rows, and so lanes, of other processes.
@@ -233,12 +242,49 @@ class TrainSession:
     def _is_due(self, every_steps: int) -> bool:
         return every_steps > 0 and self.step % every_steps == 0
 
-    def _save_checkpoint(self, state: step_lib.TrainState, stream: stream_lib.BatchStream) -> None:
+    def _read_batch(
+        self,
+        index: int,
+        state: step_lib.TrainState,
+        stream: stream_lib.BatchStream,
+        unlogged: list[tuple[int, dict[str, jax.Array], stream_lib.HostBatch]],
+    ) -> stream_lib.HostBatch:
+        """Return this process's part of the next batch. All processes call this together.
+
+        Raises:
+          DataError, OSError: the batch could not be read, here or on another process. The steps
+            before it are saved.
+        """
+        # The other processes may read what this one cannot, and their streams are then a batch too
+        # far. One process's stream stays where it was.
+        is_alone = jax.process_count() == 1
+        data_state = None if is_alone else stream.get_state()
+        try:
+            # Before the step, as no process can leave it out alone. The devices compute the step
+            # before meanwhile.
+            return distributed.run_on_all(lambda: next(stream))
+        except _DATA_ERRORS as error:
+            while unlogged:
+                self._log_step(index, *unlogged.pop(0))
+            self._save_before_error(error, state, data_state or stream.get_state())
+            raise
+
+    def _save_before_error(
+        self, error: Exception, state: step_lib.TrainState, data_state: dict[str, Any]
+    ) -> None:
+        """Save the steps made so far, as an error that all processes have is about to end them."""
+        self.writer.write(self.step, "event", {"data_error": str(error)})
+        if self.step and self.store.latest_step() != self.step:
+            self._save_checkpoint(state, data_state)
+        self.store.wait()
+
+    def _save_checkpoint(self, state: step_lib.TrainState, data_state: dict[str, Any]) -> None:
+        """Save a checkpoint. `data_state` is this process's part of the state of the data."""
         # Lines first: a restart cuts the lines after its checkpoint. It cannot write lines that are
         # missing before it.
         self.writer.flush()
-        data_state = checkpoints.merge_on_first(stream.get_state())
-        self.store.save(state, data_state, configlib.to_json(self.config))
+        merged_state = checkpoints.merge_on_first(data_state)
+        self.store.save(state, merged_state, configlib.to_json(self.config))
 
     def _log_step(
         self,
@@ -298,8 +344,9 @@ class TrainSession:
             if self.num_skipped_in_row >= self.config.max_skipped:
                 raise FloatingPointError(
                     f"step {step}: {self.num_skipped_in_row} steps in a row without a finite "
-                    "gradient. Export an earlier checkpoint (m1-export --step), and begin a new "
-                    "run from it with a lower learning rate."
+                    "gradient. Give the same command with a lower rate, and allow it: "
+                    "--set=stages.0.learning_rate=RATE --allow_change=stages. --from_step=N goes "
+                    "back to an earlier checkpoint."
                 )
             return
         self.num_skipped_in_row = 0
@@ -330,52 +377,21 @@ class TrainSession:
         """Write the loss of held-out data. The batches are the same in every evaluation.
 
         Raises:
-          DataError: no token of the batches has a weight.
+          DataError: a record cannot be used, or no token of the batches has a weight.
+          AgreedError: some process could not read a batch.
         """
         config = self.config.evaluation
-        names = [source.name for source in config.sources]
-        # [losses and weights, sources, buckets]. In float64 on the host, because a float32 sum over
-        # many batches would lose small terms.
-        totals = np.zeros((2, len(names), evaluate.NUM_BUCKETS))
-        num_batches = 0
-        with self.setup.open_stream(index, batch_placement, config.sources) as stream:
-            for host_batch in itertools.islice(stream, config.batches or None):
-                batch = batch_placement.device_put_batch(host_batch.arrays)
-                source_ids = batch_placement.device_put_array(host_batch.source_ids)
-                sums = evaluate.sum_losses(model, batch, source_ids, len(names))
-                totals += np.asarray(sums, np.float64)
-                num_batches += 1
-        if not totals[1].any():
-            raise records.DataError(
-                f"evaluation: got no token to predict in {num_batches} batches; wanted some. Raise "
-                "evaluation.batches, or change evaluation.sources."
+        # Together, so that what one process cannot open ends all.
+        stream = distributed.run_on_all(
+            lambda: self.setup.open_stream(index, batch_placement, config.sources)
+        )
+        with stream:
+            losses = evaluate.measure_losses(
+                model,
+                stream,
+                batch_placement,
+                [source.name for source in config.sources],
+                config.batches or None,
             )
-        self.writer.write(self.step, "eval", evaluate.tabulate_losses(totals, names))
+        self.writer.write(self.step, "eval", losses)
         self.timer.restart(self.step)  # so that no step is charged for the evaluation
-
-
-@contextlib.contextmanager
-def _record_trace(
-    trace: tuple[int, int] | None, directory: pathlib.Path
-) -> Iterator[Callable[[int], None]]:
-    """Yield a function to call before each step. It starts and ends the recording for xprof.
-
-    Args:
-      trace: first step and number of steps to record. None records nothing.
-      directory: directory of the recording.
-    """
-    first_step, num_steps = trace or (-1, 0)  # no step has the number -1
-    recording = False
-
-    def trace_step(step: int) -> None:
-        nonlocal recording
-        if step == first_step:
-            jax.profiler.start_trace(str(directory))
-            recording = True
-        elif recording and step >= first_step + num_steps:
-            jax.profiler.stop_trace()
-            recording = False
-
-    yield trace_step
-    if recording:  # the run ended within the steps to record
-        jax.profiler.stop_trace()

@@ -9,8 +9,8 @@ from typing import Any
 
 from m1_jax import config as model_config_lib
 from m1_jax import sharding
-from train import checkpoints, optim, run_model
 from train import config as config_lib
+from train import optim, run_model
 from train import step as step_lib
 from train.data import config as data_config
 from train.data import placement
@@ -98,18 +98,6 @@ class TrainSetup:
         return placement.BatchPlacement(
             self.layouts[stage_index], self.config.stages[stage_index].rows
         )
-
-    def restore_state(
-        self, store: checkpoints.CheckpointStore, step: int, stage_index: int = -1
-    ) -> step_lib.TrainState:
-        """Return the state of a checkpoint on a stage's mesh, by default the last stage's.
-
-        Raises:
-          ResumeError: see `CheckpointStore.restore`.
-        """
-        # The optimizer's settings decide which moments a state has.
-        optimizer = self.step_settings(stage_index).optimizer
-        return self.model.restore_state(store, step, self.layouts[stage_index], optimizer)
 
 
 def make_train_setup(config: config_lib.TrainConfig) -> TrainSetup:

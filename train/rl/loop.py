@@ -21,7 +21,7 @@ import numpy as np
 from m1_jax import config as model_config_lib
 from m1_jax import configlib, multihost, sharding
 from m1_jax import model as model_lib
-from train import checkpoints, metrics, optim, run_model
+from train import checkpoints, metrics, optim, resume, run_model
 from train import step as step_lib
 from train import workdir as workdir_lib
 from train.data import records
@@ -43,7 +43,7 @@ from train.rl import weight_sync as weight_sync_lib
 # What may change when a run goes on: where and how long it runs, what it logs, and what it does
 # about judges that fail or cheat. The other fields decide what is trained on.
 _CHANGEABLE_FIELDS = re.compile(
-    r"(save|log|evaluation)\.|compilation_cache|mesh|serving_mesh|batches"
+    r"(save|log|evaluation)\.|compilation_cache|mesh|serving_mesh|batches|max_skipped"
     r"|length_bias\.|rewards\.(workers|limit)"
 )
 # What the terminal shows of each batch.
@@ -68,25 +68,25 @@ class RlSummary:
         return f"{self.step} batches, reward {self.reward:.4f}"
 
 
-def run_rl_training(config: rl_config.RlConfig | None, workdir: str | pathlib.Path) -> RlSummary:
+def run_rl_training(
+    config: rl_config.RlConfig | None,
+    workdir: str | pathlib.Path,
+    options: resume.ResumeOptions = resume.NO_OPTIONS,
+) -> RlSummary:
     """Train, from the newest checkpoint in `workdir` if there is one.
 
     Args:
       config: config of the run. None goes on with the run that `workdir` holds.
       workdir: local directory of the run.
+      options: how the run begins or goes on, where it does so otherwise.
 
     Raises:
       ValueError, CheckpointError, ConfigError: anything that is wrong, before the first batch.
     """
-    workdir = pathlib.Path(workdir)
-    return workdir_lib.open_and_run(open_rl_session, resolve_rl_config(config, workdir), workdir)
-
-
-def resolve_rl_config(
-    config: rl_config.RlConfig | None, workdir: pathlib.Path
-) -> rl_config.RlConfig:
-    """Return the config to run: `config`, if `workdir` does not hold another run."""
-    return workdir_lib.resolve_config(rl_config.RlConfig, config, workdir, _CHANGEABLE_FIELDS)
+    path = pathlib.Path(workdir)
+    return workdir_lib.open_and_run(
+        open_rl_session, rl_config.RlConfig, config, path, _CHANGEABLE_FIELDS, options
+    )
 
 
 def make_layouts(
@@ -112,22 +112,23 @@ def make_optimizer(config: rl_config.RlConfig) -> optim.AdamW:
     return optim.AdamW(rate, **dataclasses.asdict(config.optimizer))
 
 
-def open_rl_session(
-    config: rl_config.RlConfig, workdir: pathlib.Path, stack: contextlib.ExitStack
-) -> "RlSession":
-    """Return a session that begins where the newest checkpoint ends.
+def open_rl_session(start: resume.RunStart, stack: contextlib.ExitStack) -> "RlSession":
+    """Return a session that begins where its checkpoint ends.
 
     `stack` closes its parts. All processes open them in the same order, because some of them talk
     to other processes.
     """
+    config, workdir = start.config, start.workdir
     model = run_model.make_run_model(config)
     layout, serving_layout = make_layouts(config, model.config)
     sharding.check_batch_rows(layout, config.update.rows)
     stop_request = workdir_lib.StopRequest("ending this batch")
     tasks, held_out_tasks = rollout_setup.open_run_tasks(config, model.tokenizer, workdir, stack)
     rewards = rollout_setup.open_rewards(config, stack)
-    store = stack.enter_context(checkpoints.CheckpointStore(workdir, config.save))
-    batch_number = store.latest_step() or 0
+    base_digest = run_model.digest_base(model, _has_reference(config))
+    store = stack.enter_context(checkpoints.CheckpointStore(workdir, config.save, base_digest))
+    position = resume.find_position(start, store)
+    batch_number = position.step
     saved_state = saved_state_lib.read_saved_state(store, batch_number, tasks)
     make_episode = rollout_setup.make_episode_factory(config, model.tokenizer)
     collector = None
@@ -143,7 +144,7 @@ def open_rl_session(
     # then on the other processes take part only in the engine's own broadcasts.
     last_evaluated_batch = multihost.broadcast_object(writer.last_steps.get("eval"))
     optimizer = make_optimizer(config)
-    state = _open_state(model, store, batch_number, layout, optimizer)
+    state = model.open_state(position, store, layout, optimizer)
     weight_sync = weight_sync_lib.WeightSync(model.config, model.dtype, serving_layout)
     sampler = rollout.RolloutSampler(
         weight_sync(state.model),
@@ -157,6 +158,7 @@ def open_rl_session(
     return RlSession(
         config=config,
         tasks=tasks,
+        position=position,
         store=store,
         writer=writer,
         stop_request=stop_request,
@@ -174,24 +176,16 @@ def open_rl_session(
     )
 
 
-def _open_state(
-    model: run_model.RunModel,
-    store: checkpoints.CheckpointStore,
-    batch_number: int,
-    layout: sharding.MeshLayout | None,
-    optimizer: optim.AdamW,
-) -> step_lib.TrainState:
-    """Return the state of a batch's checkpoint, or the first state before batch 1."""
-    if not batch_number:
-        return model.init_state(layout, optimizer)
-    return model.restore_state(store, batch_number, layout, optimizer)
+def _has_reference(config: rl_config.RlConfig) -> bool:
+    """Return whether the objective has a KL term that compares with the checkpoint's model."""
+    return bool(config.objective.kl_coef or config.objective.reward_kl_coef)
 
 
 def _load_reference(
     config: rl_config.RlConfig, model: run_model.RunModel, layout: sharding.MeshLayout | None
 ) -> model_lib.MiniMaxM1 | None:
-    """Return the checkpoint's model if the objective has a KL term that compares with it."""
-    if not config.objective.kl_coef and not config.objective.reward_kl_coef:
+    """Return the checkpoint's model where the objective compares with it."""
+    if not _has_reference(config):
         return None
     # Its parameters never train, so they need no more than the dtype of the computation.
     return model.load_weights(layout, model.dtype)
@@ -204,6 +198,7 @@ class RlSession:
     Attributes:
       config: config of the run.
       tasks: tasks to train on, by source, on process 0.
+      position: where the session began.
       store: writes and reads checkpoints.
       writer: writes metrics, on process 0.
       stop_request: notes the signal that asks the run to end.
@@ -224,6 +219,7 @@ class RlSession:
 
     config: rl_config.RlConfig
     tasks: rollout_setup.TasksBySource
+    position: resume.RunPosition
     store: checkpoints.CheckpointStore
     writer: metrics.MetricsWriter
     stop_request: workdir_lib.StopRequest

@@ -52,8 +52,8 @@ class RlSavedState:
         if collector is not None and not columns and jax.process_index() == 0:
             raise ValueError(
                 "checkpoint: got a collector's state without columns, which an earlier version "
-                "wrote; wanted one of this version. Begin a new run from the checkpoint's weights "
-                "(m1-export --step)."
+                "wrote; wanted one of this version. Begin a new run with its weights in a new "
+                "--workdir (--init_from)."
             )
         return cls(collector, value["version"], value["window"], value["fingerprints"], columns)
 

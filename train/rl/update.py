@@ -155,7 +155,8 @@ class PolicyUpdater:
         if metrics["skipped"] == metrics["updates"]:
             raise FloatingPointError(
                 f"batch {batch_number}: none of {len(updates)} updates had a finite gradient; "
-                "begin a new run at a lower rate from an earlier checkpoint (m1-export --step)"
+                "give the same command with a lower rate, --set=update.learning_rate=RATE "
+                "--allow_change=update.learning_rate, and perhaps --from_step=N"
             )
         metrics["scoring_forward_secs"] = scored_secs - start_secs
         metrics["training_secs"] = time.perf_counter() - start_secs
