@@ -106,7 +106,8 @@ def test_named_fields_may_change_and_the_log_has_them(run):
     rates = {line["step"]: line["learning_rate"] for line in read_metrics(run)}
     assert rates == pytest.approx({1: 3e-3, 2: 3e-3, 3: 3e-3, 4: 3e-3, 5: 1e-3, 6: 1e-3})
     # Without options it goes on as it is now, and the old config is refused.
-    assert loop.run_training(None, run).step == 6
+    summary = loop.run_training(None, run)
+    assert (summary.step, str(summary)) == (6, "6 steps were made before, and none is left")
     with pytest.raises(checkpoints.ResumeError, match="another config"):
         loop.run_training(_config(), run)
 

@@ -126,9 +126,15 @@ def test_lora_saves_adapters_alone_goes_on_and_merges(tmp_path, base, monkeypatc
         with pytest.raises(checkpoints.ResumeError, match="was trained beside other weights"):
             use()
     assert not (tmp_path / "foreign").exists()
-    moved = dataclasses.replace(config, checkpoint=str(tmp_path / "old"))
-    allowed = resume.ResumeOptions(allow_change=("checkpoint",))
+    moved = dataclasses.replace(
+        config, checkpoint=str(tmp_path / "old"), lora=LoraConfig(rank=4, alpha=80.0)
+    )
+    allowed = resume.ResumeOptions(allow_change=("checkpoint", "lora.alpha"))
     assert loop.run_training(moved, whole, allowed).step == 4
+    # What was trained with another alpha is merged with it.
+    export_run.run(whole, tmp_path / "again")
+    for name, param in params_lib.params_by_path(m1_jax.load(tmp_path / "again")).items():
+        np.testing.assert_array_equal(param[...], params_lib.params_by_path(merged)[name][...])
 
 
 def test_lora_of_random_weights_is_refused(tmp_path):

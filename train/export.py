@@ -79,9 +79,13 @@ def run(
     base_digest = run_model.digest_base(source.model)
     with checkpoints.CheckpointStore(workdir, config.save, base_digest, read_only=True) as store:
         chosen_step = distributed.run_on_all(lambda: store.choose_step(step))
+        # The checkpoint's own adapters: those of the run's config may have changed since.
+        own = distributed.run_on_all(lambda: store.read_info(chosen_step)).config["lora"]
+        own_lora = None if own is None else configlib.from_json(lora.LoraConfig, own)
+        model = dataclasses.replace(source.model, lora=own_lora)
         # The moments are read, too: the digest covers them.
         state = distributed.run_on_all(
-            lambda: source.model.restore_state(store, chosen_step, source.layout, source.optimizer)
+            lambda: model.restore_state(store, chosen_step, source.layout, source.optimizer)
         )
     distributed.run_on_all(
         lambda: save_lib.save(

@@ -44,14 +44,18 @@ class TrainSummary:
       loss: loss of the last step. NaN where no step was made.
       stopped_by: number of the signal that ended the run. None where the run is complete.
       num_skipped: number of steps without a finite gradient or without a token to learn.
+      num_made: number of steps that this start of the run made.
     """
 
     step: int
     loss: float
     stopped_by: int | None = None
     num_skipped: int = 0
+    num_made: int = 0
 
     def __str__(self) -> str:
+        if not self.num_made:
+            return f"{self.step} steps were made before, and none is left"
         skipped = f", {self.num_skipped} of them skipped" if self.num_skipped else ""
         return f"{self.step} steps{skipped}, loss {self.loss:.4f}"
 
@@ -88,20 +92,11 @@ def open_session(start: resume.RunStart, stack: contextlib.ExitStack) -> "TrainS
     """Return a session that begins where its checkpoint ends. `stack` closes its files."""
     config = start.config
     setup = run_setup.make_train_setup(config)
-    base_digest = run_model.digest_base(setup.model)
-    store = stack.enter_context(
-        checkpoints.CheckpointStore(start.workdir, config.save, base_digest)
-    )
+    store = stack.enter_context(run_model.open_store(start, setup.model))
     position = resume.find_position(start, store)
     stop_request = workdir_lib.StopRequest("saving after this step")
     stack.enter_context(stop_request.handle_signals())
-    # Every stage's data is opened and closed here, so that bad data stops the run before step 1.
-    for index in range(len(config.stages)):
-        with setup.open_stream(index, setup.place_batches(index)) as stream:
-            if position.info is not None:
-                stream.set_state(position.info.data)
-    if config.evaluation.every_steps:
-        setup.open_stream(0, setup.place_batches(0), config.evaluation.sources).close()
+    setup.check_data(None if position.info is None else position.info.data)
     writer = stack.enter_context(
         metrics.MetricsWriter(start.workdir, position.step, setup.total_steps)
     )
@@ -165,7 +160,13 @@ class TrainSession:
                 state = self._enter_stage(index, state)
                 state, data_state = self._run_stage(index, state, data_state)
         self.store.wait()
-        return TrainSummary(self.step, self.loss, self.stop_request.signal_number, self.num_skipped)
+        return TrainSummary(
+            self.step,
+            self.loss,
+            self.stop_request.signal_number,
+            self.num_skipped,
+            self.step - self.position.step,
+        )
 
     def _enter_stage(self, index: int, state: step_lib.TrainState | None) -> step_lib.TrainState:
         """Return the state on a stage's mesh.

@@ -212,6 +212,14 @@ def digest_base(model: RunModel, has_reference: bool = False) -> str:
     return multihost.broadcast_object(digest)
 
 
+def open_store(
+    start: resume.RunStart, model: RunModel, has_reference: bool = False
+) -> checkpoints.CheckpointStore:
+    """Return the checkpoints of a run. All processes call this. The arguments: `digest_base`."""
+    digest = digest_base(model, has_reference)
+    return checkpoints.CheckpointStore(start.workdir, start.config.save, digest)
+
+
 def check_tokenizer(
     tokenizer: tokenizer_lib.Tokenizer, model_config: model_config_lib.ModelConfig
 ) -> None:

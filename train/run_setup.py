@@ -93,6 +93,23 @@ class TrainSetup:
             num_epochs=1 if held_out_sources else None,  # None reads for ever
         )
 
+    def check_data(self, data_state: dict[str, Any] | None) -> None:
+        """Open and close each stage's data, so that bad data stops the run before step 1.
+
+        Args:
+          data_state: the state of the data to go on from. None begins.
+
+        Raises:
+          DataError, ValueError: see `stream.BatchStream`.
+        """
+        for index in range(len(self.config.stages)):
+            with self.open_stream(index, self.place_batches(index)) as stream:
+                if data_state is not None:
+                    stream.set_state(data_state)
+        evaluation = self.config.evaluation
+        if evaluation.every_steps:
+            self.open_stream(0, self.place_batches(0), evaluation.sources).close()
+
     def place_batches(self, stage_index: int) -> placement.BatchPlacement:
         """Return what puts a stage's rows onto its devices."""
         return placement.BatchPlacement(

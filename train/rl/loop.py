@@ -125,11 +125,9 @@ def open_rl_session(start: resume.RunStart, stack: contextlib.ExitStack) -> "RlS
     stop_request = workdir_lib.StopRequest("ending this batch")
     tasks, held_out_tasks = rollout_setup.open_run_tasks(config, model.tokenizer, workdir, stack)
     rewards = rollout_setup.open_rewards(config, stack)
-    base_digest = run_model.digest_base(model, _has_reference(config))
-    store = stack.enter_context(checkpoints.CheckpointStore(workdir, config.save, base_digest))
+    store = stack.enter_context(run_model.open_store(start, model, _has_reference(config)))
     position = resume.find_position(start, store)
-    batch_number = position.step
-    saved_state = saved_state_lib.read_saved_state(store, batch_number, tasks)
+    saved_state = saved_state_lib.read_saved_state(store, position.step, tasks)
     make_episode = rollout_setup.make_episode_factory(config, model.tokenizer)
     collector = None
     if jax.process_index() == 0:  # which alone has tasks
@@ -138,7 +136,7 @@ def open_rl_session(start: resume.RunStart, stack: contextlib.ExitStack) -> "RlS
         )
     stack.enter_context(stop_request.handle_signals())
     writer = stack.enter_context(
-        metrics.MetricsWriter(workdir, batch_number, config.batches, _PROGRESS_METRICS)
+        metrics.MetricsWriter(workdir, position.step, config.batches, _PROGRESS_METRICS)
     )
     # Process 0 alone reads the metrics file. This broadcast comes before the engine is made: from
     # then on the other processes take part only in the engine's own broadcasts.
@@ -169,10 +167,10 @@ def open_rl_session(start: resume.RunStart, stack: contextlib.ExitStack) -> "RlS
         evaluator=evaluate.HeldOutEvaluator(config, held_out_tasks, make_episode, sampler, rewards),
         length_stage=length_schedule.LengthStage(config.rollout.windows, saved_state.length_stage),
         state=state,
-        batch_number=batch_number,
+        batch_number=position.step,
         weight_version=saved_state.weight_version,
         last_evaluated_batch=last_evaluated_batch,
-        last_saved_batch=batch_number,
+        last_saved_batch=position.step,
     )
 
 
