@@ -12,7 +12,7 @@ import training_run_support
 from training_run_support import MODEL, ROOT, Cache, read_metrics
 
 from m1_jax import configlib, file_lock
-from train import checkpoints, loop, resume, run_setup
+from train import checkpoints, loop, resume, run_setup, workdir
 from train.config import (
     DataConfig,
     DataSource,
@@ -63,25 +63,25 @@ def _die(*_):
     raise KeyboardInterrupt
 
 
-def _losses(workdir):
-    return {line["step"]: line["loss"] for line in read_metrics(workdir)}
+def _losses(directory):
+    return {line["step"]: line["loss"] for line in read_metrics(directory)}
 
 
-def _events(workdir, name):
-    return [event for event in read_metrics(workdir, "event") if name in event]
+def _events(directory, name):
+    return [event for event in read_metrics(directory, "event") if name in event]
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, compilation_cache):
     """A run of 4 steps, with checkpoints of steps 2 and 4. Read only."""
-    workdir = tmp_path_factory.mktemp("finished") / "run"
+    directory = tmp_path_factory.mktemp("finished") / "run"
     before = os.getcwd()
     os.chdir(ROOT)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run_setup, "make_stage_layout", lambda stage, config: None)
-        loop.run_training(_config(), workdir)
+        loop.run_training(_config(), directory)
     os.chdir(before)
-    return workdir
+    return directory
 
 
 @pytest.fixture
@@ -142,6 +142,7 @@ def test_a_run_goes_back_once(run, monkeypatch):
     assert _losses(run)[4] not in (after[4], before[4])
 
 
+@pytest.mark.slow
 def test_moments_are_found_where_weight_decay_begins(run):
     decayed = _config(steps=6, optimizer=OptimizerConfig(weight_decay=0.1))
     assert loop.run_training(decayed, run, _allow("stages", "optimizer")).step == 6
@@ -167,6 +168,25 @@ def test_a_damaged_checkpoint_is_left_for_the_one_before(run):
     with pytest.raises(checkpoints.ResumeError, match=r"damaged.*\(--from_step, of \[2\]\)"):
         loop.run_training(longer, run, _allow("stages"))
     assert loop.run_training(longer, run, _allow("stages", from_step=2)).step == 6
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("config.json", "{", r"config\.json is damaged"),
+        ("config.json", "[" * 9999, r"config\.json is damaged"),
+        ("config.json", "5", "got 5; wanted an object"),
+        ("resume.json", '{"step', r"resume\.json is damaged"),
+        ("checkpoints/4/run/metadata", '{"conf', r"step 4 is damaged.*of \[2\]"),
+        ("checkpoints/4/data/metadata", "", r"step 4 is damaged.*of \[2\]"),
+    ],
+)
+def test_damaged_files_of_a_run_are_named(run, name, text, words):
+    (run / name).write_text(text)
+    with pytest.raises(checkpoints.ResumeError, match=words) as error:
+        loop.run_training(None, run)
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 500
 
 
 def test_a_source_may_be_read_no_more(tmp_path):
@@ -251,19 +271,19 @@ def test_first_weights_that_are_not_there_are_refused(tmp_path, directory, words
 
 def test_a_second_process_is_refused_at_once(run, tmp_path):
     with (
-        file_lock.hold_lock(run, "trains in"),
+        file_lock.hold_lock(run / workdir.LOCK_NAME, "trains in"),
         pytest.raises(file_lock.LockError, match=f"process {os.getpid()} on .* trains in it"),
     ):
         loop.run_training(_config(), run)
     elsewhere = _config(save=SaveConfig(directory=str(run), every_steps=2))
     with (
-        file_lock.hold_lock(run, "trains in"),
+        file_lock.hold_lock(run / workdir.LOCK_NAME, "trains in"),
         pytest.raises(file_lock.LockError, match="trains in it"),
     ):
         loop.run_training(elsewhere, tmp_path / "new")
     # Held by nobody, it goes on. Its own directory may also be named as that of its checkpoints.
     assert loop.run_training(elsewhere, run).step == 4
-    assert not run.with_name("run.lock").exists()
+    assert not (run / "run.lock").exists()
 
 
 def _write(path, *lines):
@@ -345,7 +365,7 @@ def test_the_command_takes_the_options_and_tells_the_owner_of_a_lock(run, tmp_pa
             [*command, *arguments], cwd=ROOT, env=env, capture_output=True, text=True, check=False
         )
 
-    with file_lock.hold_lock(run, "trains in"):
+    with file_lock.hold_lock(run / workdir.LOCK_NAME, "trains in"):
         done = start()
     assert done.returncode == 1
     assert f"process {os.getpid()}" in done.stderr

@@ -59,11 +59,12 @@ def test_both_processes_save_before_an_error_of_ones_data_and_one_has_the_lock(t
     config = tmp_path / "config.py"
     config.write_text(_CONFIG.format(data=str(data), cache=str(tmp_path / "xla")))
     arguments = (f"--config={config}", f"--workdir={workdir}")
-    with file_lock.hold_lock(workdir, "trains in"):
+    workdir.mkdir()
+    with file_lock.hold_lock(workdir / "run", "trains in"):
         codes, errors = _run_both(*arguments)
     assert codes == [1, 1]
     assert f"process {os.getpid()} on" in errors[0]
-    assert not workdir.exists()
+    assert not list(workdir.iterdir())
     codes, errors = _run_both(*arguments)
     assert codes == [1, 1], errors
     assert "text.jsonl" in errors[0]

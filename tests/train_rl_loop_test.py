@@ -213,7 +213,7 @@ def test_a_run_goes_back_changes_and_is_what_another_begins_with(start, tmp_path
     with pytest.raises(checkpoints.ResumeError, match="allow_change=update.learning_rate"):
         rl_loop.run_rl_training(lower, workdir)
     with (
-        file_lock.hold_lock(workdir, "trains in"),
+        file_lock.hold_lock(workdir / "run", "trains in"),
         pytest.raises(file_lock.LockError, match=f"process {os.getpid()} on"),
     ):
         rl_loop.run_rl_training(config, workdir)

@@ -25,6 +25,9 @@ from train import columns_file, trainable
 from train import config as config_lib
 from train import step as step_lib
 
+# What Orbax and TensorStore raise for files that are damaged or missing.
+_READ_ERRORS = (ValueError, OSError, KeyError, TypeError)
+
 
 class ResumeError(ValueError):
     """This run cannot go on from a checkpoint. The message says why and what to do."""
@@ -169,11 +172,14 @@ class CheckpointStore:
         """Return what a checkpoint holds beside arrays.
 
         Raises:
-          ResumeError: it was trained beside other frozen weights than the run has.
+          ResumeError: it is damaged, or was trained beside other frozen weights than the run has.
         """
         items = ocp.args.Composite(data=ocp.args.JsonRestore(), run=ocp.args.JsonRestore())
-        restored = self._manager.restore(step, args=items)
-        info = CheckpointInfo(step=step, data=restored["data"], **restored["run"])
+        try:
+            restored = self._manager.restore(step, args=items)
+            info = CheckpointInfo(step=step, data=restored["data"], **restored["run"])
+        except _READ_ERRORS as error:
+            raise self._make_damage_error(step, error) from None
         # Checkpoints of earlier versions have no such digest.
         if self.base_digest and info.base_digest not in ("", self.base_digest):
             raise ResumeError(
@@ -218,17 +224,24 @@ class CheckpointStore:
         items = ocp.args.Composite(
             state=ocp.args.PyTreeRestore(abstract_leaves, restore_args=restore_args)
         )
-        leaves = self._manager.restore(step, args=items)["state"]
+        try:
+            leaves = self._manager.restore(step, args=items)["state"]
+        except _READ_ERRORS as error:
+            raise self._make_damage_error(step, error) from None
         state = unflatten_state({name: leaves[saved_names[name]] for name in saved_names}, like)
         actual = int(digest_state(state))
         if actual != expected:
-            others = [other for other in self.all_steps() if other != step]
-            remedy = f"Go on from another one (--from_step, of {others})"
-            raise ResumeError(
-                f"{self.directory}: the checkpoint of step {step} is damaged: its digest is "
-                f"{actual}, but {expected} was saved. {remedy if others else 'Begin a new run'}."
-            )
+            reason = f"its digest is {actual}, but {expected} was saved"
+            raise self._make_damage_error(step, reason)
         return state
+
+    def _make_damage_error(self, step: int, reason: object) -> ResumeError:
+        others = [other for other in self.all_steps() if other != step]
+        remedy = f"Go on from another one (--from_step, of {others})"
+        return ResumeError(
+            f"{self.directory}: the checkpoint of step {step} is damaged "
+            f"({' '.join(str(reason).split()):.200}). {remedy if others else 'Begin a new run'}."
+        )
 
 
 def flatten_state(state: step_lib.TrainState) -> dict[str, Any]:

@@ -151,7 +151,7 @@ def read_config(config_class: type, workdir: pathlib.Path) -> Any:
     # Its presence is what makes a directory that of a run.
     if not file.exists():
         raise checkpoints.ResumeError(f"{workdir} holds no run to go on with; give --config")
-    return configlib.from_json(config_class, json.loads(file.read_text()))
+    return configlib.from_json(config_class, _read_json(file))
 
 
 def begin(
@@ -255,7 +255,27 @@ def _read_record(workdir: pathlib.Path) -> ResumeRecord:
     file = workdir / RECORD_FILE
     if not file.exists():
         return ResumeRecord()
-    return configlib.from_json(ResumeRecord, json.loads(file.read_text()))
+    return configlib.from_json(ResumeRecord, _read_json(file))
+
+
+def _read_json(file: pathlib.Path) -> dict[str, Any]:
+    """Return the object in a file of a run.
+
+    Raises:
+      ResumeError: the file is damaged.
+    """
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        value, reason = None, str(error) or type(error).__name__
+    else:
+        reason = f"got {value!r:.80}; wanted an object"
+    if not isinstance(value, dict):
+        raise checkpoints.ResumeError(
+            f"{file} is damaged ({reason}). Put it back, or delete it and give --config: the "
+            "newest checkpoint has the config as well."
+        )
+    return value
 
 
 def _find_changes(old_config: Any, new_config: Any, changeable: re.Pattern) -> tuple[str, ...]:
@@ -334,7 +354,7 @@ def _find_first_weights(start: RunStart) -> FirstWeights:
                 f"init_from: got {start.options.init_from}, which holds no other run; wanted the "
                 "--workdir of a run (exported weights are the config's checkpoint)"
             )
-        return configlib.from_json(config_lib.SaveConfig, json.loads(file.read_text())["save"])
+        return configlib.from_json(config_lib.SaveConfig, _read_json(file).get("save"))
 
     save = multihost.broadcast_object(distributed.run_on_first(read_save_config))
     with checkpoints.CheckpointStore(directory, save, read_only=True) as store:

@@ -14,6 +14,8 @@ from absl import logging
 from m1_jax import distributed, file_lock, multihost, process_watch
 from train import resume
 
+LOCK_NAME = "run"  # the lock's file is run.lock
+
 
 def open_and_run(
     open_session: Callable[[resume.RunStart, contextlib.ExitStack], Any],
@@ -66,11 +68,11 @@ def hold_directory(directory: pathlib.Path, stack: contextlib.ExitStack) -> None
     Raises:
       LockError: another process trains in it.
     """
-    path = directory.resolve()  # `..` and `.` have no name beside which the lock's file could lie
 
     def hold() -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        stack.enter_context(file_lock.hold_lock(path, "trains in"))
+        directory.mkdir(parents=True, exist_ok=True)
+        # Within the directory: it may be mounted, and then its parent is another file system.
+        stack.enter_context(file_lock.hold_lock(directory / LOCK_NAME, "trains in"))
 
     distributed.run_on_first(hold)
 
