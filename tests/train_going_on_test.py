@@ -137,6 +137,7 @@ def test_a_run_goes_back_once(run, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(loop.TrainSession, "_run_stage", _die)
         assert loop.run_training(other, run, back).step == 4
+    assert "delete" in _events(run, "already_went_back_to")[0]["remedy"]
     # With another change it goes back again.
     assert loop.run_training(_config(rate=2e-3), run, back).step == 4
     assert _losses(run)[4] not in (after[4], before[4])
@@ -284,6 +285,16 @@ def test_a_second_process_is_refused_at_once(run, tmp_path):
     # Held by nobody, it goes on. Its own directory may also be named as that of its checkpoints.
     assert loop.run_training(elsewhere, run).step == 4
     assert not (run / "run.lock").exists()
+
+
+def test_a_reader_leaves_what_another_process_is_writing(run):
+    unfinished = run / "checkpoints" / "6.orbax-checkpoint-tmp"
+    unfinished.mkdir()
+    with checkpoints.CheckpointStore(run, SaveConfig(keep=1), read_only=True) as store:
+        assert store.all_steps() == [2, 4]
+    assert unfinished.exists()
+    with checkpoints.CheckpointStore(run, SaveConfig(keep=4)):
+        assert not unfinished.exists()
 
 
 def _write(path, *lines):

@@ -184,7 +184,12 @@ def begin(
         if (workdir / CONFIG_FILE).exists():
             saved = read_config(config_class, workdir)
             changes = _find_changes(saved, chosen, changeable)
-            _check_changes(changes, options, f"{workdir} holds a run with another config")
+            _check_changes(
+                changes,
+                options,
+                f"{workdir} holds a run with another config",
+                "Go on with the old one by leaving --config out",
+            )
             record = _read_record(workdir)
             _check_first_weights(record, workdir, options)
         return RunStart(chosen, workdir, changeable, options, record, changes)
@@ -213,8 +218,7 @@ def find_position(start: RunStart, store: checkpoints.CheckpointStore) -> RunPos
         is_known = start.record.step == (step or 0) and start.record.changes == changes
         if changes and not is_known:
             events.append({"changed": "; ".join(changes)})
-        if start.from_step is not None:
-            events.append({"went_back_from": store.latest_step(), "went_back_to": step})
+        events += _describe_way_back(start, store.latest_step() or 0)
         if info is None and first_weights is not None:
             events.append(
                 {
@@ -284,8 +288,16 @@ def _find_changes(old_config: Any, new_config: Any, changeable: re.Pattern) -> t
     return tuple(line for line in lines if not changeable.match(line))
 
 
-def _check_changes(changes: tuple[str, ...], options: ResumeOptions, problem: str) -> None:
+def _check_changes(
+    changes: tuple[str, ...], options: ResumeOptions, problem: str, remedy: str
+) -> None:
     """Refuse changes that the command does not allow.
+
+    Args:
+      changes: lines of `configlib.list_differences`.
+      options: what the command says.
+      problem: beginning of the error.
+      remedy: how to go on without a change.
 
     Raises:
       ResumeError: there is one. The message names all.
@@ -293,9 +305,10 @@ def _check_changes(changes: tuple[str, ...], options: ResumeOptions, problem: st
     refused = [line for line in changes if not _is_allowed(line, options.allow_change)]
     if refused:
         fields = " ".join(f"--allow_change={line.partition(':')[0]}" for line in refused)
+        # A line has both values, which may be whole lists of stages.
+        lines = "; ".join(f"{line:.300}" for line in refused)
         raise checkpoints.ResumeError(
-            f"{problem}: {'; '.join(refused)}. Go on with the old one by leaving --config out, "
-            f"allow the change by {fields}, or give a new --workdir."
+            f"{problem}: {lines}. {remedy}, allow the change by {fields}, or give a new --workdir."
         )
 
 
@@ -323,8 +336,29 @@ def _compare_checkpoint(
     changes = _find_changes(saved, start.config, start.changeable)
     # What an earlier command was allowed, before the first checkpoint with the new config.
     known = start.record.changes if start.record.step == info.step else ()
-    _check_changes(tuple(line for line in changes if line not in known), start.options, problem)
+    _check_changes(
+        tuple(line for line in changes if line not in known),
+        start.options,
+        problem,
+        "Give their config or another save.directory",
+    )
     return changes
+
+
+def _describe_way_back(start: RunStart, newest_step: int) -> list[dict[str, Any]]:
+    """Return the event of a run that goes back, or that has gone back before, if it is one."""
+    asked = None if start.options.init_from else start.options.from_step
+    if asked is None or asked >= newest_step:
+        return []
+    if start.from_step is not None:
+        return [{"went_back_from": newest_step, "went_back_to": asked}]
+    return [
+        {
+            "already_went_back_to": asked,
+            "goes_on_from": newest_step,
+            "remedy": f"delete {start.workdir / RECORD_FILE} to go back again",
+        }
+    ]
 
 
 def _check_first_weights(
@@ -334,8 +368,12 @@ def _check_first_weights(
     if not options.init_from:
         return
     began = record.first_weights
-    wanted = (str(pathlib.Path(options.init_from).resolve()), options.init_moments)
-    if began is None or (began.directory, began.with_moments) != wanted:
+    if began is None or began != dataclasses.replace(
+        began,
+        directory=str(pathlib.Path(options.init_from).resolve()),
+        step=options.from_step or began.step,
+        with_moments=options.init_moments,
+    ):
         text = "other weights" if began is None else f"{began.directory} step {began.step}"
         raise checkpoints.ResumeError(
             f"init_from: {workdir} holds a run that began with {text}; leave --init_from out to go "
