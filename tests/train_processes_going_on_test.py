@@ -12,12 +12,16 @@ from training_run_support import ROOT, read_metrics
 from m1_jax import file_lock
 
 _CONFIG = """
+import dataclasses
 from m1_jax.config import ModelConfig
 from train import config as c
 
 def get_config():
     return c.TrainConfig(
-        model=ModelConfig.tiny(), tokenizer="demo/data/tokenizer", dtype="float32",
+        model=dataclasses.replace(
+            ModelConfig.tiny(), layer_types=("lightning",), hidden_size=32, intermediate_size=32
+        ),
+        tokenizer="demo/data/tokenizer", dtype="float32",
         stages=(c.TrainStage(seq_len=32, rows=2, tokens=64 * 200, learning_rate=1e-3),),
         data=c.DataConfig(sources=(c.DataSource("own", {data!r}, "text"),), lanes=2, lookahead=1),
         save=c.SaveConfig(every_steps=1000), log=c.LogConfig(every_steps=1),
@@ -32,7 +36,7 @@ def _run_both(*arguments):
         listener.bind(("localhost", 0))
         port = listener.getsockname()[1]
     command = [sys.executable, "-m", "train.pretrain", "--distributed", *arguments]
-    env = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_"))}
+    env = {k: v for k, v in os.environ.items() if not k.startswith("JAX_")}
     env |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1", "JAX_NUM_PROCESSES": "2"}
     env |= {"JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "PYTHONPATH": "."}
     processes = [
