@@ -9,9 +9,10 @@ A checkpoint holds
 A state can be restored onto any mesh.
 """
 
+import contextlib
 import dataclasses
 import pathlib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -26,7 +27,7 @@ from train import config as config_lib
 from train import step as step_lib
 
 # What Orbax and TensorStore raise for files that are damaged or missing.
-_READ_ERRORS = (ValueError, OSError, KeyError, TypeError)
+_READ_ERRORS = (ValueError, OSError, KeyError, TypeError, AttributeError)
 
 
 class ResumeError(ValueError):
@@ -175,11 +176,9 @@ class CheckpointStore:
           ResumeError: it is damaged, or was trained beside other frozen weights than the run has.
         """
         items = ocp.args.Composite(data=ocp.args.JsonRestore(), run=ocp.args.JsonRestore())
-        try:
+        with self._name_damage(step):
             restored = self._manager.restore(step, args=items)
             info = CheckpointInfo(step=step, data=restored["data"], **restored["run"])
-        except _READ_ERRORS as error:
-            raise self._make_damage_error(step, error) from None
         # Checkpoints of earlier versions have no such digest.
         if self.base_digest and info.base_digest not in ("", self.base_digest):
             raise ResumeError(
@@ -203,8 +202,9 @@ class CheckpointStore:
             it was trained beside other frozen weights.
         """
         expected = self.read_info(step).digest
-        saved = self._manager.item_metadata(step)["state"].tree
-        shapes = {name: tuple(meta.shape) for name, meta in saved.items()}
+        with self._name_damage(step):
+            saved = self._manager.item_metadata(step)["state"].tree
+            shapes = {name: tuple(meta.shape) for name, meta in saved.items()}
         saved_names = {name: _find_saved_name(name, shapes) for name in flatten_state(like)}
         abstract_leaves = {saved_names[name]: leaf for name, leaf in flatten_state(like).items()}
         for name, leaf in abstract_leaves.items():
@@ -224,16 +224,25 @@ class CheckpointStore:
         items = ocp.args.Composite(
             state=ocp.args.PyTreeRestore(abstract_leaves, restore_args=restore_args)
         )
-        try:
+        with self._name_damage(step):
             leaves = self._manager.restore(step, args=items)["state"]
-        except _READ_ERRORS as error:
-            raise self._make_damage_error(step, error) from None
         state = unflatten_state({name: leaves[saved_names[name]] for name in saved_names}, like)
         actual = int(digest_state(state))
         if actual != expected:
             reason = f"its digest is {actual}, but {expected} was saved"
             raise self._make_damage_error(step, reason)
         return state
+
+    @contextlib.contextmanager
+    def _name_damage(self, step: int) -> Iterator[None]:
+        """Raise ResumeError where reading a checkpoint within the context fails."""
+        try:
+            yield
+        except Exception as error:
+            # Orbax itself raises a bare Exception, whose cause is TensorStore's error.
+            if not isinstance(error, _READ_ERRORS) and type(error) is not Exception:
+                raise
+            raise self._make_damage_error(step, error.__cause__ or error) from None
 
     def _make_damage_error(self, step: int, reason: object) -> ResumeError:
         others = [other for other in self.all_steps() if other != step]

@@ -310,7 +310,7 @@ class TrainSession:
         self.writer.advance(step)
         if self.config.log.samples:
             self.writer.write_samples(step, host_batch.sample_ids)
-        self._watch_step(step, record)
+        self._watch_step(index, step, record)
         if step % self.config.log.every_steps == 0 or step == self.setup.total_steps:
             record |= metrics.summarize_expert_load(expert_load) | self._measure_speed(index, step)
             record |= {
@@ -320,7 +320,7 @@ class TrainSession:
             }
             self.writer.write(step, "train", record)
 
-    def _watch_step(self, step: int, record: dict[str, float]) -> None:
+    def _watch_step(self, index: int, step: int, record: dict[str, float]) -> None:
         """Write an event for a step that taught nothing, and for a loss that jumps.
 
         Raises:
@@ -346,8 +346,8 @@ class TrainSession:
                 raise FloatingPointError(
                     f"step {step}: {self.num_skipped_in_row} steps in a row without a finite "
                     "gradient. Give the same command with a lower rate, and allow it: "
-                    "--set=stages.0.learning_rate=RATE --allow_change=stages. --from_step=N goes "
-                    "back to an earlier checkpoint."
+                    f"--set=stages.{index}.learning_rate=RATE --allow_change=stages. --from_step=N "
+                    "goes back to an earlier checkpoint."
                 )
             return
         self.num_skipped_in_row = 0
