@@ -43,7 +43,8 @@ from train.rl import weight_sync as weight_sync_lib
 # What may change when a run goes on: where and how long it runs, what it logs, and what it does
 # about judges that fail or cheat. The other fields decide what is trained on.
 _CHANGEABLE_FIELDS = re.compile(
-    r"(save|log|evaluation)\.|compilation_cache|mesh|serving_mesh|batches|max_skipped"
+    r"max_skipped|"
+    r"(save|log|evaluation)\.|compilation_cache|mesh|serving_mesh|batches"
     r"|length_bias\.|rewards\.(workers|limit)"
 )
 # What the terminal shows of each batch.
