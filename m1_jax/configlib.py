@@ -59,6 +59,31 @@ def apply_override(config: Any, override: str) -> Any:
     return _replace_at_path(config, type(config), path.split("."), value, path)
 
 
+def check_path(config: Any, path: str) -> None:
+    """Refuse the path of a field that the config does not have.
+
+    Raises:
+      ConfigFileError: there is no such field.
+    """
+    node = config
+    for name in path.split("."):
+        if isinstance(node, tuple):
+            if not name.isdigit() or int(name) >= len(node):
+                raise ConfigFileError(
+                    f"{path}: got item {name}; wanted one of the {len(node)} items, from 0"
+                )
+            node = node[int(name)]
+        elif dataclasses.is_dataclass(node):
+            names = [field.name for field in dataclasses.fields(node)]
+            if name not in names:
+                raise ConfigFileError(f"{path}: {_describe_unknown_field(type(node), name, names)}")
+            node = getattr(node, name)
+        else:
+            raise ConfigFileError(
+                f"{path}: got the field {name!r} of {node!r}; wanted the path before it"
+            )
+
+
 def to_json(config: Any) -> Any:
     """Return dicts, tuples and plain values that JSON can hold and `from_json` reads back."""
     return dataclasses.asdict(config)
@@ -98,6 +123,19 @@ def check_field(valid: bool, name: str, value: Any, requirement: str) -> None:
     """Raise ValueError for a field that is not valid, in the words that all configs use."""
     if not valid:
         raise ValueError(f"{name}: got {value!r}; wanted {requirement}")
+
+
+def check_local_path(name: str, path: str) -> None:
+    """Refuse a path in a bucket or at a server, where a directory of this machine is read.
+
+    Raises:
+      ConfigFileError: it is such a path.
+    """
+    if "://" in path:
+        raise ConfigFileError(
+            f"{name}: got {path}; wanted a local or mounted directory. Copy it to this machine "
+            "(gcloud storage cp -r), or mount the bucket (gcsfuse)."
+        )
 
 
 def suggest_names(name: Any, known_names: Collection[str], otherwise: str, limit: int = 1) -> str:

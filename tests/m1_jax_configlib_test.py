@@ -79,3 +79,33 @@ def test_files(tmp_path):
     file.write_text("x = 1\n")
     with pytest.raises(configlib.ConfigFileError, match="no function get_config"):
         configlib.load_config(str(file))
+
+
+@pytest.mark.parametrize("path", ["number", "one", "one.rate", "inners", "inners.1.name", "maybe"])
+def test_paths_of_fields_are_known(path):
+    configlib.check_path(Outer(), path)
+
+
+@pytest.mark.parametrize(
+    ("path", "words"),
+    [
+        ("nunber", "did you mean number"),
+        ("one.rat", "did you mean rate"),
+        ("inners.2", "wanted one of the 2 items"),
+        ("inners.-1", "wanted one of the 2 items"),
+        ("number.x", "wanted the path before it"),
+        ("maybe.rate", "wanted the path before it"),
+        ("", "has no field ''"),
+    ],
+)
+def test_paths_of_no_field_are_refused(path, words):
+    with pytest.raises(configlib.ConfigFileError, match=words):
+        configlib.check_path(Outer(), path)
+
+
+def test_paths_in_buckets_are_refused():
+    configlib.check_local_path("checkpoint", "/mnt/m1")
+    with pytest.raises(
+        configlib.ConfigFileError, match=r"checkpoint: got s3://b/m1; wanted a local"
+    ):
+        configlib.check_local_path("checkpoint", "s3://b/m1")

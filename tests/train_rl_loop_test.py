@@ -10,10 +10,11 @@ import pytest
 import training_run_support
 from training_run_support import MODEL, ROOT, Cache, read_metrics
 
+from m1_jax import file_lock
 from m1_jax import params as params_lib
 from m1_jax.checkpoints import format as format_lib
 from m1_jax.checkpoints import save as save_lib
-from train import checkpoints, metrics
+from train import checkpoints, metrics, resume
 from train.rl import loop as rl_loop
 from train.rl import rollout
 from train.rl.config import (
@@ -200,6 +201,39 @@ def test_an_evaluation_that_was_stopped_is_made_up_for(start, tmp_path, monkeypa
         assert [line["step"] for line in read_metrics(tmp_path, "eval")] == [0, 1]
     (event,) = read_metrics(tmp_path, "event")
     assert "token-mean" in event["objective"]
+
+
+@pytest.mark.slow
+def test_a_run_goes_back_changes_and_is_what_another_begins_with(start, tmp_path):
+    config = _config(start, batches=2, save=SaveConfig(every_steps=1, keep=4))
+    workdir = tmp_path / "run"
+    rl_loop.run_rl_training(config, workdir)
+    first = _untimed_lines(workdir)
+    update = dataclasses.replace(config.update, learning_rate=2e-3)
+    lower = dataclasses.replace(config, update=update)
+    with pytest.raises(checkpoints.ResumeError, match="allow_change=update.learning_rate"):
+        rl_loop.run_rl_training(lower, workdir)
+    with (
+        file_lock.hold_lock(workdir / "run", "trains in"),
+        pytest.raises(file_lock.LockError, match=f"process {os.getpid()} on"),
+    ):
+        rl_loop.run_rl_training(config, workdir)
+    options = resume.ResumeOptions(allow_change=("update",), from_step=1)
+    for _ in range(2):  # the same command again does not go back again
+        assert rl_loop.run_rl_training(lower, workdir, options).step == 2
+        second = _untimed_lines(workdir)
+        assert second[0] == first[0]
+        assert second[1]["learning_rate"] == pytest.approx(2e-3)
+        events = read_metrics(workdir, "event")
+        assert sum("went_back_to" in event for event in events) == 1
+        assert sum("changed" in event for event in events) == 1
+    options = resume.ResumeOptions(init_from=str(workdir))
+    once = dataclasses.replace(config, batches=1)
+    assert rl_loop.run_rl_training(once, tmp_path / "next", options).step == 1
+    (line,) = read_metrics(tmp_path / "next")
+    assert line["nll"] != first[0]["nll"]  # sampled from other weights
+    events = read_metrics(tmp_path / "next", "event")
+    assert [e["init_from"] for e in events if "init_from" in e] == [f"{workdir} step 2"]
 
 
 @pytest.mark.long

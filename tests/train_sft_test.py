@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -18,8 +19,8 @@ from m1_jax import ModelConfig, convert
 from m1_jax import params as params_lib
 from m1_jax.checkpoints import format as format_lib
 from m1_jax.checkpoints import save as save_lib
+from train import checkpoints, loop, lora, metrics, resume, run_setup, sft
 from train import export as export_run
-from train import loop, lora, metrics, run_setup, sft
 from train.config import (
     DataConfig,
     DataSource,
@@ -90,6 +91,7 @@ def test_an_exported_run_loads_and_goes_back_to_the_releases_form(tmp_path, base
 
 
 def test_lora_saves_adapters_alone_goes_on_and_merges(tmp_path, base, monkeypatch):
+    base = shutil.copytree(base, tmp_path / "base")
     config = _run(tmp_path, checkpoint=str(base), lora=LoraConfig(rank=4, alpha=8.0))
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     loop.run_training(config, whole)
@@ -109,6 +111,30 @@ def test_lora_saves_adapters_alone_goes_on_and_merges(tmp_path, base, monkeypatc
     }
     assert changed
     assert all(".attention." in name for name in changed)
+    # Adapters belong to their base: another one of the same shapes is refused, and the old one
+    # elsewhere is not.
+    base.rename(tmp_path / "old")
+    save_lib.save(params_lib.random_model(MODEL, jax.random.key(2), "float32"), base)
+    format_lib.copy_small_files(ROOT / "demo/data/tokenizer", base)
+    for use in (
+        lambda: loop.run_training(None, whole),
+        lambda: export_run.run(whole, tmp_path / "foreign"),
+        lambda: loop.run_training(
+            config, tmp_path / "third", resume.ResumeOptions(init_from=str(whole))
+        ),
+    ):
+        with pytest.raises(checkpoints.ResumeError, match="was trained beside other weights"):
+            use()
+    assert not (tmp_path / "foreign").exists()
+    moved = dataclasses.replace(
+        config, checkpoint=str(tmp_path / "old"), lora=LoraConfig(rank=4, alpha=80.0)
+    )
+    allowed = resume.ResumeOptions(allow_change=("checkpoint", "lora.alpha"))
+    assert loop.run_training(moved, whole, allowed).step == 4
+    # What was trained with another alpha is merged with it.
+    export_run.run(whole, tmp_path / "again")
+    for name, param in params_lib.params_by_path(m1_jax.load(tmp_path / "again")).items():
+        np.testing.assert_array_equal(param[...], params_lib.params_by_path(merged)[name][...])
 
 
 def test_lora_of_random_weights_is_refused(tmp_path):

@@ -3,15 +3,16 @@
 A checkpoint holds
     state/   trained parameters and moments by their paths, in float32
     data/    the position in every source, of all processes
-    run/     the resolved config, and a digest of the state
+    run/     the resolved config, a digest of the state, and one of the frozen weights' files
     columns/ in RL, the tokens of samples that wait for a batch
 
 A state can be restored onto any mesh.
 """
 
+import contextlib
 import dataclasses
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -24,6 +25,9 @@ from m1_jax import multihost
 from train import columns_file, trainable
 from train import config as config_lib
 from train import step as step_lib
+
+# What Orbax and TensorStore raise for files that are damaged or missing.
+_READ_ERRORS = (ValueError, OSError, KeyError, TypeError, AttributeError)
 
 
 class ResumeError(ValueError):
@@ -38,6 +42,8 @@ class CheckpointInfo:
     data: dict[str, Any]  # `stream.BatchStream.get_state` of all processes, merged
     config: dict[str, Any]  # the run's config, as `configlib.to_json` gives it
     digest: int  # `digest_state` of the state
+    # `base_digest.digest_weights` of the config's checkpoint where its weights stay in use, else ""
+    base_digest: str = ""
 
 
 class CheckpointStore:
@@ -46,20 +52,34 @@ class CheckpointStore:
     As a context, it waits at the end until the last checkpoint is written.
     """
 
-    def __init__(self, directory: pathlib.Path, save: config_lib.SaveConfig):
+    def __init__(
+        self,
+        directory: pathlib.Path,
+        save: config_lib.SaveConfig,
+        base_digest: str = "",
+        read_only: bool = False,
+    ):
         """Open the store.
 
         Args:
           directory: directory of the run. The checkpoints lie below it, unless `save` names
             another place.
           save: number of checkpoints that stay, and their place.
+          base_digest: see `CheckpointInfo`.
+          read_only: whether the checkpoints are another process's, which may be writing some now.
         """
-        options = ocp.CheckpointManagerOptions(
-            max_to_keep=save.keep,
-            keep_period=save.keep_every or None,
-            cleanup_tmp_directories=True,  # what a killed process left half written
-            enable_async_checkpointing=True,  # files are written while training goes on
-        )
+        self.base_digest = base_digest
+        if read_only:
+            options = ocp.CheckpointManagerOptions(
+                save_interval_steps=0, create=False, read_only=True
+            )
+        else:
+            options = ocp.CheckpointManagerOptions(
+                max_to_keep=save.keep,
+                keep_period=save.keep_every or None,
+                cleanup_tmp_directories=True,  # what a killed process left half written
+                enable_async_checkpointing=True,  # files are written while training goes on
+            )
         handlers = {
             "state": ocp.PyTreeCheckpointHandler(),
             "data": ocp.JsonCheckpointHandler(),
@@ -78,6 +98,11 @@ class CheckpointStore:
     def __exit__(self, *_):
         self._manager.close()
 
+    @property
+    def directory(self) -> epath.Path:
+        """Return where the checkpoints lie."""
+        return epath.Path(self._manager.directory)
+
     def wait(self) -> None:
         """Wait until all saved checkpoints are on the disk."""
         self._manager.wait_until_finished()
@@ -89,6 +114,24 @@ class CheckpointStore:
     def all_steps(self) -> list[int]:
         """Return the steps of all checkpoints, ascending."""
         return sorted(self._manager.all_steps())
+
+    def choose_step(self, step: int | None) -> int:
+        """Return the step of a checkpoint that is there. None takes the newest.
+
+        Raises:
+          ResumeError: there is none, or not of this step.
+        """
+        steps = self.all_steps()
+        chosen = max(steps, default=None) if step is None else step
+        if chosen is None or chosen not in steps:
+            raise ResumeError(f"{self.directory}: got step {chosen}; wanted one of {steps}")
+        return chosen
+
+    def delete_after(self, step: int) -> None:
+        """Delete the checkpoints of later steps. Every process calls this."""
+        for later in reversed(self.all_steps()):  # the newest first: what remains has no gap
+            if later > step:
+                self._manager.delete(later)
 
     def save(
         self,
@@ -110,7 +153,11 @@ class CheckpointStore:
           step: number of the checkpoint. None takes the state's step.
           columns: arrays of the host that belong to `data`. None writes no such item.
         """
-        run = {"config": config, "digest": int(digest_state(state))}
+        run = {
+            "config": config,
+            "digest": int(digest_state(state)),
+            "base_digest": self.base_digest,
+        }
         items: dict[str, ocp.args.CheckpointArgs] = {
             "state": ocp.args.PyTreeSave(flatten_state(state)),
             "data": ocp.args.JsonSave(data),
@@ -123,10 +170,24 @@ class CheckpointStore:
         self._manager.save(step, args=ocp.args.Composite(**items), force=True)
 
     def read_info(self, step: int) -> CheckpointInfo:
-        """Return what a checkpoint holds beside arrays."""
+        """Return what a checkpoint holds beside arrays.
+
+        Raises:
+          ResumeError: it is damaged, or was trained beside other frozen weights than the run has.
+        """
         items = ocp.args.Composite(data=ocp.args.JsonRestore(), run=ocp.args.JsonRestore())
-        restored = self._manager.restore(step, args=items)
-        return CheckpointInfo(step=step, data=restored["data"], **restored["run"])
+        with self._name_damage(step):
+            restored = self._manager.restore(step, args=items)
+            info = CheckpointInfo(step=step, data=restored["data"], **restored["run"])
+        # Checkpoints of earlier versions have no such digest.
+        if self.base_digest and info.base_digest not in ("", self.base_digest):
+            raise ResumeError(
+                f"{self.directory}: the checkpoint of step {step} was trained beside other weights "
+                f"(digest {info.base_digest}) than those in the config's checkpoint "
+                f"({self.base_digest}). Put the old files back, or begin a new run in a new "
+                "--workdir."
+            )
+        return info
 
     def read_columns(self, step: int) -> dict[str, np.ndarray]:
         """Return the columns of a checkpoint, {} if it has none."""
@@ -137,16 +198,22 @@ class CheckpointStore:
         """Read a state onto the shapes and shardings of `like`.
 
         Raises:
-          ResumeError: the checkpoint is of another model, or its arrays are not what was saved.
+          ResumeError: the checkpoint is of another model, its arrays are not what was saved, or
+            it was trained beside other frozen weights.
         """
-        abstract_leaves = flatten_state(like)
-        saved = self._manager.item_metadata(step)["state"].tree
-        shapes = {name: tuple(meta.shape) for name, meta in saved.items()}
+        expected = self.read_info(step).digest
+        with self._name_damage(step):
+            saved = self._manager.item_metadata(step)["state"].tree
+            shapes = {name: tuple(meta.shape) for name, meta in saved.items()}
+        saved_names = {name: _find_saved_name(name, shapes) for name in flatten_state(like)}
+        abstract_leaves = {saved_names[name]: leaf for name, leaf in flatten_state(like).items()}
         for name, leaf in abstract_leaves.items():
             if shapes.get(name) != leaf.shape:
                 raise ResumeError(
-                    f"checkpoint of step {step}: {name} has shape {shapes.get(name)}; the model "
-                    f"wants {leaf.shape}. Is it another model's? Give a new --workdir."
+                    f"{self.directory}: the checkpoint of step {step} has {name} of shape "
+                    f"{shapes.get(name)}; the model wants {leaf.shape}. Is it another model's, or "
+                    "one with other adapters? Give a new --workdir, and as the config's checkpoint "
+                    "what m1-export makes of it."
                 )
         restore_args = {
             name: ocp.ArrayRestoreArgs(
@@ -157,14 +224,33 @@ class CheckpointStore:
         items = ocp.args.Composite(
             state=ocp.args.PyTreeRestore(abstract_leaves, restore_args=restore_args)
         )
-        state = unflatten_state(self._manager.restore(step, args=items)["state"], like)
-        expected, actual = self.read_info(step).digest, int(digest_state(state))
+        with self._name_damage(step):
+            leaves = self._manager.restore(step, args=items)["state"]
+        state = unflatten_state({name: leaves[saved_names[name]] for name in saved_names}, like)
+        actual = int(digest_state(state))
         if actual != expected:
-            raise ResumeError(
-                f"checkpoint of step {step} is damaged: its digest is {actual}, but {expected} was "
-                f"saved. Delete {self._manager.directory / str(step)} to go on from the one before."
-            )
+            reason = f"its digest is {actual}, but {expected} was saved"
+            raise self._make_damage_error(step, reason)
         return state
+
+    @contextlib.contextmanager
+    def _name_damage(self, step: int) -> Iterator[None]:
+        """Raise ResumeError where reading a checkpoint within the context fails."""
+        try:
+            yield
+        except Exception as error:
+            # Orbax itself raises a bare Exception, whose cause is TensorStore's error.
+            if not isinstance(error, _READ_ERRORS) and type(error) is not Exception:
+                raise
+            raise self._make_damage_error(step, error.__cause__ or error) from None
+
+    def _make_damage_error(self, step: int, reason: object) -> ResumeError:
+        others = [other for other in self.all_steps() if other != step]
+        remedy = f"Go on from another one (--from_step, of {others})"
+        return ResumeError(
+            f"{self.directory}: the checkpoint of step {step} is damaged "
+            f"({' '.join(str(reason).split()):.200}). {remedy if others else 'Begin a new run'}."
+        )
 
 
 def flatten_state(state: step_lib.TrainState) -> dict[str, Any]:
@@ -172,6 +258,18 @@ def flatten_state(state: step_lib.TrainState) -> dict[str, Any]:
     trained_state = dataclasses.replace(state, model=trainable.partition(state.model)[0])
     leaves = jax.tree_util.tree_leaves_with_path(trained_state)
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+
+
+def _find_saved_name(name: str, saved: Collection[str]) -> str:
+    """Return the name that a checkpoint has for a leaf, or the leaf's own where it has none.
+
+    optax nests the moments one level deeper where there is weight decay.
+    """
+    if name in saved or not name.startswith("moments."):
+        return name
+    rest = name.removeprefix("moments.")
+    other = f"moments.{rest.removeprefix('0.')}" if rest.startswith("0.") else f"moments.0.{rest}"
+    return other if other in saved else name
 
 
 def unflatten_state(leaves: dict[str, Any], like: step_lib.TrainState) -> step_lib.TrainState:

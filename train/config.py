@@ -131,6 +131,9 @@ class EvaluationConfig:
     batches: int = 8
 
     def __post_init__(self):
+        for name in ("every_steps", "batches"):
+            value = getattr(self, name)
+            configlib.check_field(value >= 0, f"evaluation.{name}", value, "at least 0")
         fits = self.every_steps == 0 or bool(self.sources)
         configlib.check_field(
             fits, "evaluation.sources", self.sources, "a source, as every_steps is not 0"
@@ -144,7 +147,8 @@ class SaveConfig:
     Attributes:
       every_steps: steps between checkpoints, at least 1. The end of a stage and a stop by a signal
         have one, too.
-      keep: number of the newest checkpoints that stay, at least 1.
+      keep: number of the newest checkpoints that stay, at least 1. There must be room for one
+        more, as the oldest goes once the newest is written.
       keep_every: checkpoints at multiples of this number of steps stay for ever. 0 is none.
       directory: where the checkpoints lie, such as gs://BUCKET/RUN. Every process must reach it.
         Empty is below the run's directory.
@@ -160,6 +164,9 @@ class SaveConfig:
             self.every_steps >= 1, "save.every_steps", self.every_steps, "at least 1"
         )
         configlib.check_field(self.keep >= 1, "save.keep", self.keep, "at least 1")
+        configlib.check_field(
+            self.keep_every >= 0, "save.keep_every", self.keep_every, "at least 0"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -210,7 +217,8 @@ class TrainConfig:
       log: metrics and traces.
       seed: seed of the order of documents, of random weights, and of adapters.
       skip_nonfinite: whether a step without a finite gradient changes nothing. False takes it.
-      max_skipped: steps in a row without a finite gradient after which the run stops, at least 1.
+      max_skipped: steps in a row without a finite gradient, or without a token to learn, after
+        which the run stops, at least 1. The latter change nothing, whatever `skip_nonfinite` is.
       compilation_cache: directory of compiled programs. Empty is ~/.cache/m1_jax/xla.
     """
 

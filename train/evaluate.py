@@ -4,15 +4,18 @@ Positions show what a long context is worth: the loss should fall with them.
 """
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from m1_jax import logprobs
+from m1_jax import distributed, logprobs
 from m1_jax import model as model_lib
 from train.data import batch as batch_lib
+from train.data import placement, records
+from train.data import stream as stream_lib
 
 # Buckets of positions double in length: 0 to 1023, 1024 to 2047, 2048 to 4095, and so on. The last
 # one begins at 1M.
@@ -47,6 +50,44 @@ def sum_losses(
     sum_cells = functools.partial(jax.ops.segment_sum, num_segments=num_sources * NUM_BUCKETS + 1)
     shape = (num_sources, NUM_BUCKETS)
     return jnp.stack([sum_cells(x, cells)[:-1].reshape(shape) for x in (losses, weights)])
+
+
+def measure_losses(
+    model: model_lib.MiniMaxM1,
+    stream: stream_lib.BatchStream,
+    batch_placement: placement.BatchPlacement,
+    names: list[str],
+    num_batches: int | None,
+) -> dict[str, float]:
+    """Return the losses of a stream's batches, see `tabulate_losses`. All processes call this.
+
+    Args:
+      model: the model to evaluate.
+      stream: rows of the sources.
+      batch_placement: puts the rows onto the devices.
+      names: names of the stream's sources.
+      num_batches: number of batches to read. None reads to the end.
+
+    Raises:
+      DataError: a record cannot be used, or no token of the batches has a weight.
+      AgreedError: with several processes, one of them could not read a batch.
+    """
+    # [losses and weights, sources, buckets]. In float64 on the host, because a float32 sum over
+    # many batches would lose small terms.
+    totals, num_read = np.zeros((2, len(names), NUM_BUCKETS)), 0
+    # Together, so that what one process cannot read ends all.
+    read_next = functools.partial(distributed.run_on_all, lambda: next(stream, None))
+    for host_batch in itertools.islice(iter(read_next, None), num_batches):
+        batch = batch_placement.device_put_batch(host_batch.arrays)
+        source_ids = batch_placement.device_put_array(host_batch.source_ids)
+        totals += np.asarray(sum_losses(model, batch, source_ids, len(names)), np.float64)
+        num_read += 1
+    if not totals[1].any():
+        raise records.DataError(
+            f"evaluation: got no token to predict in {num_read} batches; wanted some. Raise "
+            "evaluation.batches, or change evaluation.sources."
+        )
+    return tabulate_losses(totals, names)
 
 
 def tabulate_losses(totals: np.ndarray, names: list[str]) -> dict[str, float]:

@@ -16,13 +16,19 @@ import pathlib
 import jax.numpy as jnp
 from absl import app, flags, logging
 
-from m1_jax import command_help, command_mesh, distributed, memory_check, sharding
+from m1_jax import (
+    command_help,
+    command_mesh,
+    configlib,
+    distributed,
+    memory_check,
+    sharding,
+)
 from m1_jax import params as params_lib
 from m1_jax.checkpoints import format as format_lib
 from m1_jax.checkpoints import save as save_lib
-from train import checkpoints, loop, lora, optim, run_model, run_setup
+from train import checkpoints, lora, optim, resume, run_model, run_setup
 from train import config as config_lib
-from train import workdir as workdir_lib
 from train.rl import config as rl_config
 from train.rl import loop as rl_loop
 
@@ -65,14 +71,21 @@ def run(
       FileExistsError: `dst` exists.
       ValueError: a mesh of other devices, or a state that cannot fit.
     """
+    for name, path in (("workdir", workdir), ("dst", dst)):
+        configlib.check_local_path(name, str(path))
     workdir, dst = pathlib.Path(workdir), pathlib.Path(dst)
     source = distributed.run_on_all(lambda: _open_run(workdir, dst, mesh))
     config = source.config
-    with checkpoints.CheckpointStore(workdir, config.save) as store:
-        chosen_step = distributed.run_on_all(lambda: _choose_step(store, workdir, step))
+    base_digest = run_model.digest_base(source.model)
+    with checkpoints.CheckpointStore(workdir, config.save, base_digest, read_only=True) as store:
+        chosen_step = distributed.run_on_all(lambda: store.choose_step(step))
+        # The checkpoint's own adapters: those of the run's config may have changed since.
+        own = distributed.run_on_all(lambda: store.read_info(chosen_step)).config["lora"]
+        own_lora = None if own is None else configlib.from_json(lora.LoraConfig, own)
+        model = dataclasses.replace(source.model, lora=own_lora)
         # The moments are read, too: the digest covers them.
         state = distributed.run_on_all(
-            lambda: source.model.restore_state(store, chosen_step, source.layout, source.optimizer)
+            lambda: model.restore_state(store, chosen_step, source.layout, source.optimizer)
         )
     distributed.run_on_all(
         lambda: save_lib.save(
@@ -94,17 +107,17 @@ def _open_run(workdir: pathlib.Path, dst: pathlib.Path, mesh: str | None) -> Exp
     """Open a directory's run. No weights are read."""
     if dst.exists():
         raise FileExistsError(f"{dst} exists; wanted a new directory. Remove it or choose another.")
-    file = workdir / workdir_lib.CONFIG_FILE
+    file = workdir / resume.CONFIG_FILE
     # Only the config of an RL run has a field `rollout`.
     if file.exists() and "rollout" in json.loads(file.read_text()):
-        config = rl_loop.resolve_rl_config(None, workdir)
+        config = resume.read_config(rl_config.RlConfig, workdir)
         model = run_model.make_run_model(config)
         # The trainer's mesh. The sampler's is not needed.
         layout = _make_layout(mesh, dict(config.mesh), model)
         source = ExportSource(config, model, layout, rl_loop.make_optimizer(config))
         rows, tokens = config.update.rows, config.rollout.max_sample_tokens
     else:
-        config = loop.resolve_train_config(None, workdir)
+        config = resume.read_config(config_lib.TrainConfig, workdir)
         model = run_model.make_run_model(config, config.model)
         last_stage = config.stages[-1]
         layout = _make_layout(mesh, dict(last_stage.mesh), model)
@@ -153,16 +166,6 @@ def _make_memory_job(source: ExportSource, rows: int, tokens: int) -> memory_che
         None,
         count_parts,
     )
-
-
-def _choose_step(
-    store: checkpoints.CheckpointStore, workdir: pathlib.Path, step: int | None
-) -> int:
-    steps = store.all_steps()
-    chosen = max(steps, default=None) if step is None else step
-    if chosen is None or chosen not in steps:
-        raise checkpoints.ResumeError(f"{workdir}: got step {chosen}; wanted one of {steps}")
-    return chosen
 
 
 def main(argv) -> None:

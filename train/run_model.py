@@ -13,13 +13,13 @@ import jax
 import jax.numpy as jnp
 
 from m1_jax import config as model_config_lib
+from m1_jax import configlib, distributed, multihost, sharding
 from m1_jax import model as model_lib
 from m1_jax import params as params_lib
-from m1_jax import sharding
 from m1_jax import tokenizer as tokenizer_lib
 from m1_jax.checkpoints import load as load_lib
 from m1_jax.checkpoints import release
-from train import checkpoints, optim
+from train import base_digest, checkpoints, optim, resume
 from train import lora as lora_lib
 from train import step as step_lib
 
@@ -102,6 +102,33 @@ class RunModel:
         """Return the state before the first step."""
         return step_lib.init_state(self.initial_model(layout), optimizer)
 
+    def open_state(
+        self,
+        position: resume.RunPosition,
+        store: checkpoints.CheckpointStore,
+        layout: sharding.MeshLayout | None,
+        optimizer: optim.AdamW,
+    ) -> step_lib.TrainState:
+        """Return the state that a run begins or goes on with.
+
+        Raises:
+          ResumeError: see `CheckpointStore.restore`.
+        """
+        if position.info is not None:
+            return self.restore_state(store, position.step, layout, optimizer)
+        first = position.first_weights
+        if first is None:
+            return self.init_state(layout, optimizer)
+        with checkpoints.CheckpointStore(
+            pathlib.Path(first.directory), first.save, store.base_digest, read_only=True
+        ) as other_store:
+            state = self.restore_state(other_store, first.step, layout, optimizer)
+        if first.with_moments:
+            return dataclasses.replace(state, step=jnp.zeros_like(state.step))
+        model = state.model
+        del state  # the old moments go before new ones are made
+        return step_lib.init_state(model, optimizer)
+
     def abstract_state(
         self, layout: sharding.MeshLayout | None, optimizer: optim.AdamW
     ) -> step_lib.TrainState:
@@ -145,10 +172,13 @@ def make_run_model(
         checkpoint's.
 
     Raises:
+      ConfigFileError: the checkpoint or the tokenizer lies in a bucket.
       CheckpointError: the checkpoint has no config.json.
       ConfigError: this model cannot compute what config.json says.
       ValueError: the tokenizer has ids outside of the model's vocabulary.
     """
+    for name in ("checkpoint", "tokenizer"):
+        configlib.check_local_path(name, getattr(config, name))
     if model_config is None:
         model_config = _read_model_config(config.checkpoint)
     if config.remat:
@@ -163,6 +193,31 @@ def make_run_model(
         lora=config.lora,
         seed=config.seed,
     )
+
+
+def digest_base(model: RunModel, has_reference: bool = False) -> str:
+    """Return a digest of the checkpoint's weights where a run uses them to its end, else "".
+
+    All processes call this, and process 0 reads.
+
+    Args:
+      model: the run's model.
+      has_reference: whether the run compares with the checkpoint's model.
+    """
+    if model.lora is None and not has_reference:
+        return ""
+    digest = distributed.run_on_first(
+        lambda: base_digest.digest_weights(pathlib.Path(model.checkpoint))
+    )
+    return multihost.broadcast_object(digest)
+
+
+def open_store(
+    start: resume.RunStart, model: RunModel, has_reference: bool = False
+) -> checkpoints.CheckpointStore:
+    """Return the checkpoints of a run. All processes call this. The arguments: `digest_base`."""
+    digest = digest_base(model, has_reference)
+    return checkpoints.CheckpointStore(start.workdir, start.config.save, digest)
 
 
 def check_tokenizer(

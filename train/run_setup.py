@@ -9,8 +9,8 @@ from typing import Any
 
 from m1_jax import config as model_config_lib
 from m1_jax import sharding
-from train import checkpoints, optim, run_model
 from train import config as config_lib
+from train import optim, run_model
 from train import step as step_lib
 from train.data import config as data_config
 from train.data import placement
@@ -93,23 +93,28 @@ class TrainSetup:
             num_epochs=1 if held_out_sources else None,  # None reads for ever
         )
 
+    def check_data(self, data_state: dict[str, Any] | None) -> None:
+        """Open and close each stage's data, so that bad data stops the run before step 1.
+
+        Args:
+          data_state: the state of the data to go on from. None begins.
+
+        Raises:
+          DataError, ValueError: see `stream.BatchStream`.
+        """
+        for index in range(len(self.config.stages)):
+            with self.open_stream(index, self.place_batches(index)) as stream:
+                if data_state is not None:
+                    stream.set_state(data_state)
+        evaluation = self.config.evaluation
+        if evaluation.every_steps:
+            self.open_stream(0, self.place_batches(0), evaluation.sources).close()
+
     def place_batches(self, stage_index: int) -> placement.BatchPlacement:
         """Return what puts a stage's rows onto its devices."""
         return placement.BatchPlacement(
             self.layouts[stage_index], self.config.stages[stage_index].rows
         )
-
-    def restore_state(
-        self, store: checkpoints.CheckpointStore, step: int, stage_index: int = -1
-    ) -> step_lib.TrainState:
-        """Return the state of a checkpoint on a stage's mesh, by default the last stage's.
-
-        Raises:
-          ResumeError: see `CheckpointStore.restore`.
-        """
-        # The optimizer's settings decide which moments a state has.
-        optimizer = self.step_settings(stage_index).optimizer
-        return self.model.restore_state(store, step, self.layouts[stage_index], optimizer)
 
 
 def make_train_setup(config: config_lib.TrainConfig) -> TrainSetup:

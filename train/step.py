@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from m1_jax import logprobs, moe, quantize
 from m1_jax import model as model_lib
@@ -21,7 +21,7 @@ from train.data import batch as batch_lib
 class TrainState:
     """All that a step changes: 12 bytes a parameter, if none is frozen."""
 
-    step: Int[Array, ""]  # updates made so far, skipped ones included
+    step: Int[Array, ""]  # steps made so far, those that changed nothing included
     model: model_lib.MiniMaxM1  # float32 master weights, and frozen parameters in any dtype
     moments: optax.OptState  # moments of the parameters that are not frozen
 
@@ -93,6 +93,8 @@ def train_step(
     term. The balance loss is a product of means. It is therefore computed of each microbatch and
     averaged by tokens. Over the whole batch it would need every forward pass twice.
 
+    A batch in which no token has a weight has no signal, see `apply_gradients`.
+
     Returns:
       The new state, and metrics:
         loss: the mean of -logp alone.
@@ -103,19 +105,39 @@ def train_step(
         tokens: number of tokens that are not padding.
         weight: sum of the weights of the loss.
         dropped: share of the expert choices that `ModelConfig.expert_capacity` left out.
-        skipped: 1 where the gradient was not finite and the step changed nothing.
+        skipped: 1 where the gradient was not finite.
+        no_signal: 1 where the batch had no signal. `loss` and `z_loss` mean nothing then.
         expert_load: [L, E], the share of a layer's choices that went to each expert.
     """
     grads, metrics = compute_gradients(state.model, batch, settings, state.step)
+    has_signal = jnp.any(batch.weights != 0)
     state, update_metrics = apply_gradients(
-        state, grads, settings.optimizer, settings.skip_nonfinite
+        state, grads, settings.optimizer, settings.skip_nonfinite, has_signal
     )
     return state, metrics | update_metrics
 
 
 @jax.named_scope("optimizer")
-def apply_gradients(state: TrainState, grads, optimizer: optim.AdamW, skip_nonfinite: bool = True):
-    """Return the state after one update, and the metrics of `train_step` that tell of gradients."""
+def apply_gradients(
+    state: TrainState,
+    grads,
+    optimizer: optim.AdamW,
+    skip_nonfinite: bool = True,
+    has_signal: Bool[Array, ""] | bool = True,
+):
+    """Return the state after one update, and the metrics of `train_step` that tell of gradients.
+
+    A step without a signal changes no weight and no moment: not by the balance loss, whose gradient
+    AdamW would scale up to a full step, nor by the moments of earlier steps. Its number counts, so
+    that a step and its batch keep one number. So a learning rate by steps moves on.
+
+    Args:
+      state: the state before the step.
+      grads: gradients of the trained parameters.
+      optimizer: makes the step.
+      skip_nonfinite: whether a gradient that is not finite changes nothing either.
+      has_signal: whether any token of the batch is learnt from.
+    """
     # Gradients are scattered to where the parameters lie before the optimizer reads them.
     grads = constrain_shardings(grads)
     trained, frozen = trainable.partition(state.model)
@@ -123,13 +145,15 @@ def apply_gradients(state: TrainState, grads, optimizer: optim.AdamW, skip_nonfi
     metrics |= {f"grad_norm/{kind}": norm for kind, norm in _grad_norms(grads).items()}
     finite = jnp.isfinite(metrics["grad_norm"])
     metrics["skipped"] = 1.0 - finite
+    is_taken = jnp.asarray(has_signal)
+    metrics["no_signal"] = 1.0 - is_taken
     if skip_nonfinite:
-        updated, moments = jax.tree.map(
-            lambda new_leaf, old_leaf: jnp.where(finite, new_leaf, old_leaf),
-            (updated, moments),
-            (trained, state.moments),
-        )
-    # A skipped step counts too, so that the step's number is that of its batch.
+        is_taken &= finite
+    updated, moments = jax.tree.map(
+        lambda new_leaf, old_leaf: jnp.where(is_taken, new_leaf, old_leaf),
+        (updated, moments),
+        (trained, state.moments),
+    )
     model = trainable.combine(updated, frozen)
     return constrain_shardings(TrainState(state.step + 1, model, moments)), metrics
 

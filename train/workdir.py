@@ -1,7 +1,6 @@
-"""What every run does with its directory and its process: config, compilation cache and signals."""
+"""What every run does with its directory and its process: locks, compilation cache and signals."""
 
 import contextlib
-import json
 import pathlib
 import re
 import signal
@@ -12,80 +11,70 @@ from typing import Any
 import jax
 from absl import logging
 
-from m1_jax import configlib, durable, multihost, process_watch
-from train import checkpoints
+from m1_jax import distributed, file_lock, multihost, process_watch
+from train import resume
 
-CONFIG_FILE = "config.json"
+LOCK_NAME = "run"  # the lock's file is run.lock
 
 
-def resolve_config(
-    config_class: type, config: Any, workdir: pathlib.Path, changeable: re.Pattern
+def open_and_run(
+    open_session: Callable[[resume.RunStart, contextlib.ExitStack], Any],
+    config_class: type,
+    config: Any,
+    workdir: pathlib.Path,
+    changeable: re.Pattern,
+    options: resume.ResumeOptions,
 ) -> Any:
-    """Return the config to run: `config`, or that of the run in `workdir` where `config` is None.
+    """Open a session, save its config, run it and close it. Return the result of its `run`.
+
+    With several processes, an error on one of them ends all (`process_watch`). Process 0 holds the
+    locks of the directories that the run writes to.
 
     Args:
+      open_session: takes what to start and a stack, and returns the session. The stack closes what
+        it opened. A session has a `position`, a `store` and a `writer`, see `resume.carry_out`.
       config_class: class of the config.
       config: the run's config. None goes on with the config in `workdir`.
       workdir: directory of the run.
       changeable: matches the paths of the fields that may differ from the run in `workdir`.
+      options: what the command says of the run's beginning.
 
     Raises:
-      ResumeError: `config` is None and there is no run, or the run there has another config.
+      LockError: another process trains in one of the directories.
+      ResumeError, ConfigFileError: see `resume.begin`.
     """
-    # Its presence is what makes a directory that of a run.
-    file = workdir / CONFIG_FILE
-    if not file.exists():
-        if config is None:
-            raise checkpoints.ResumeError(f"{workdir} holds no run to go on with; give --config")
-        return config
-    saved = configlib.from_json(config_class, json.loads(file.read_text()))
-    if config is None:
-        return saved
-    # Each line begins with the path of the field.
-    lines = configlib.list_differences(saved, config)
-    changed = [line for line in lines if not changeable.match(line)]
-    if changed:
-        raise checkpoints.ResumeError(
-            f"{workdir} holds a run with another config: {'; '.join(changed)}. Go on with it by "
-            "leaving --config out, or give a new --workdir."
-        )
-    return config
-
-
-def save_config(config: Any, workdir: pathlib.Path) -> None:
-    """Write the config into the directory, whole or not at all. Process 0 alone writes."""
-    if jax.process_index():  # the directory may be shared by all processes
-        return
-    text = json.dumps(configlib.to_json(config), indent=1)
-    durable.write_text_atomically(workdir / CONFIG_FILE, text)
-
-
-def open_and_run(
-    open_session: Callable[[Any, pathlib.Path, contextlib.ExitStack], Any],
-    config: Any,
-    workdir: pathlib.Path,
-) -> Any:
-    """Open a session, save its config, run it and close it. Return the result of its `run`.
-
-    With several processes, an error on one of them ends all (`process_watch`).
-
-    Args:
-      open_session: takes the config, the directory and a stack, and returns the session. The stack
-        closes what it opened.
-      config: the run's config.
-      workdir: directory of the run.
-    """
-    use_compilation_cache(config.compilation_cache)
     with (
         process_watch.watch_processes(),
         contextlib.ExitStack() as stack,
         # Within the stack: the others know of an error before this process closes anything.
         process_watch.announce_errors(),
     ):
-        session = open_session(config, workdir, stack)
-        # Saved once everything could be opened, so that a run that never began leaves no config.
-        save_config(config, workdir)
+        hold_directory(workdir, stack)
+        start = resume.begin(config_class, config, workdir, changeable, options)
+        save_directory = pathlib.Path(start.config.save.directory or workdir)
+        is_local = "://" not in start.config.save.directory  # a bucket has no locks
+        if is_local and save_directory.resolve() != workdir.resolve():
+            hold_directory(save_directory, stack)
+        use_compilation_cache(start.config.compilation_cache)
+        session = open_session(start, stack)
+        # Once everything could be opened, so that a run that never began leaves no config.
+        resume.carry_out(start, session.position, session.store, session.writer)
         return session.run()
+
+
+def hold_directory(directory: pathlib.Path, stack: contextlib.ExitStack) -> None:
+    """Hold a directory's lock until the stack is closed. All processes call this, process 0 holds.
+
+    Raises:
+      LockError: another process trains in it.
+    """
+
+    def hold() -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        # Within the directory: it may be mounted, and then its parent is another file system.
+        stack.enter_context(file_lock.hold_lock(directory / LOCK_NAME, "trains in"))
+
+    distributed.run_on_first(hold)
 
 
 def use_compilation_cache(directory: str) -> None:

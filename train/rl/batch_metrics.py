@@ -152,6 +152,7 @@ def merge_update_metrics(updates: Sequence[UpdateMetrics]) -> dict[str, Any]:
       gradient/decade_X, gradient/below_1e-14: see `metrics.gradient_histogram`, of the last update.
       updates: number of optimizer steps.
       skipped: number of steps without a finite gradient, which left the weights as they were.
+      no_signal: number of steps without a token to learn from, which did so, too.
     """
     # Here the host waits for the devices, for the first time since the updates began.
     reports = [rl_metrics.summarize_metrics(jax.device_get(update.loss)) for update in updates]
@@ -180,6 +181,7 @@ def merge_update_metrics(updates: Sequence[UpdateMetrics]) -> dict[str, Any]:
     for name in last_step:
         if not name.startswith("gradient/"):
             metrics[name] = float(np.mean([step[name] for step in steps]))
-    metrics["skipped"] = float(sum(step["skipped"] for step in steps))
+    for name in ("skipped", "no_signal"):
+        metrics[name] = float(sum(step[name] for step in steps))
     metrics["updates"] = float(len(updates))
     return metrics

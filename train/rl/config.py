@@ -234,6 +234,7 @@ class RlConfig:
       evaluation: how held-out tasks are evaluated.
       pearson_min: correlation of the sampler's and the trainer's probabilities, -1 to 1. A batch
         below it writes an alarm to the log.
+      max_skipped: batches in a row that change no weight after which the run stops, at least 1.
       save: when checkpoints are written. Its steps are batches.
       log: what is logged. Its steps are batches.
       seed: seed of tasks, samples, the order of groups, and adapters.
@@ -264,13 +265,14 @@ class RlConfig:
     optimizer: OptimizerConfig = OptimizerConfig()
     evaluation: RlEvaluationConfig = RlEvaluationConfig()
     pearson_min: float = 0.99  # M1 3.2: 0.9x at first, 0.99x with a float32 head
+    max_skipped: int = 10
     save: SaveConfig = SaveConfig(every_steps=1)
     log: LogConfig = LogConfig(every_steps=1)
     seed: int = 0
     compilation_cache: str = ""
 
     def __post_init__(self):
-        _check_minimums(self, "", {"batches": 1})
+        _check_minimums(self, "", {"batches": 1, "max_skipped": 1})
         configlib.check_field(bool(self.sources), "sources", self.sources, "at least one")
         configlib.check_field(bool(self.checkpoint), "checkpoint", self.checkpoint, "a directory")
         configlib.check_field(

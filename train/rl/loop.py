@@ -21,9 +21,10 @@ import numpy as np
 from m1_jax import config as model_config_lib
 from m1_jax import configlib, multihost, sharding
 from m1_jax import model as model_lib
-from train import checkpoints, metrics, optim, run_model
+from train import checkpoints, metrics, optim, resume, run_model
 from train import step as step_lib
 from train import workdir as workdir_lib
+from train.data import records
 from train.rl import batch_metrics as batch_metrics_lib
 from train.rl import (
     batch_transfer,
@@ -42,6 +43,7 @@ from train.rl import weight_sync as weight_sync_lib
 # What may change when a run goes on: where and how long it runs, what it logs, and what it does
 # about judges and tools that fail or cheat. The other fields decide what is trained on.
 _CHANGEABLE_FIELDS = re.compile(
+    r"max_skipped|"
     r"(save|log|evaluation)\.|compilation_cache|mesh|serving_mesh|batches"
     r"|length_bias\.|rewards\.(workers|limit)|agent\.tool_"
 )
@@ -67,25 +69,25 @@ class RlSummary:
         return f"{self.step} batches, reward {self.reward:.4f}"
 
 
-def run_rl_training(config: rl_config.RlConfig | None, workdir: str | pathlib.Path) -> RlSummary:
+def run_rl_training(
+    config: rl_config.RlConfig | None,
+    workdir: str | pathlib.Path,
+    options: resume.ResumeOptions = resume.NO_OPTIONS,
+) -> RlSummary:
     """Train, from the newest checkpoint in `workdir` if there is one.
 
     Args:
       config: config of the run. None goes on with the run that `workdir` holds.
       workdir: local directory of the run.
+      options: how the run begins or goes on, where it does so otherwise.
 
     Raises:
       ValueError, CheckpointError, ConfigError: anything that is wrong, before the first batch.
     """
-    workdir = pathlib.Path(workdir)
-    return workdir_lib.open_and_run(open_rl_session, resolve_rl_config(config, workdir), workdir)
-
-
-def resolve_rl_config(
-    config: rl_config.RlConfig | None, workdir: pathlib.Path
-) -> rl_config.RlConfig:
-    """Return the config to run: `config`, if `workdir` does not hold another run."""
-    return workdir_lib.resolve_config(rl_config.RlConfig, config, workdir, _CHANGEABLE_FIELDS)
+    path = pathlib.Path(workdir)
+    return workdir_lib.open_and_run(
+        open_rl_session, rl_config.RlConfig, config, path, _CHANGEABLE_FIELDS, options
+    )
 
 
 def make_layouts(
@@ -111,23 +113,22 @@ def make_optimizer(config: rl_config.RlConfig) -> optim.AdamW:
     return optim.AdamW(rate, **dataclasses.asdict(config.optimizer))
 
 
-def open_rl_session(
-    config: rl_config.RlConfig, workdir: pathlib.Path, stack: contextlib.ExitStack
-) -> "RlSession":
-    """Return a session that begins where the newest checkpoint ends.
+def open_rl_session(start: resume.RunStart, stack: contextlib.ExitStack) -> "RlSession":
+    """Return a session that begins where its checkpoint ends.
 
     `stack` closes its parts. All processes open them in the same order, because some of them talk
     to other processes.
     """
+    config, workdir = start.config, start.workdir
     model = run_model.make_run_model(config)
     layout, serving_layout = make_layouts(config, model.config)
     sharding.check_batch_rows(layout, config.update.rows)
     stop_request = workdir_lib.StopRequest("ending this batch")
     tasks, held_out_tasks = rollout_setup.open_run_tasks(config, model.tokenizer, workdir, stack)
     rewards = rollout_setup.open_rewards(config, stack)
-    store = stack.enter_context(checkpoints.CheckpointStore(workdir, config.save))
-    batch_number = store.latest_step() or 0
-    saved_state = _read_saved_state(store, batch_number, tasks)
+    store = stack.enter_context(run_model.open_store(start, model, _has_reference(config)))
+    position = resume.find_position(start, store)
+    saved_state = saved_state_lib.read_saved_state(store, position.step, tasks)
     make_episode = rollout_setup.make_episode_factory(config, model.tokenizer)
     collector = None
     if jax.process_index() == 0:  # which alone has tasks
@@ -136,13 +137,13 @@ def open_rl_session(
         )
     stack.enter_context(stop_request.handle_signals())
     writer = stack.enter_context(
-        metrics.MetricsWriter(workdir, batch_number, config.batches, _PROGRESS_METRICS)
+        metrics.MetricsWriter(workdir, position.step, config.batches, _PROGRESS_METRICS)
     )
     # Process 0 alone reads the metrics file. This broadcast comes before the engine is made: from
     # then on the other processes take part only in the engine's own broadcasts.
     last_evaluated_batch = multihost.broadcast_object(writer.last_steps.get("eval"))
     optimizer = make_optimizer(config)
-    state = _open_state(model, store, batch_number, layout, optimizer)
+    state = model.open_state(position, store, layout, optimizer)
     weight_sync = weight_sync_lib.WeightSync(model.config, model.dtype, serving_layout)
     sampler = rollout_setup.make_sampler(
         config, weight_sync(state.model), model.tokenizer, held_out_tasks
@@ -153,6 +154,7 @@ def open_rl_session(
     return RlSession(
         config=config,
         tasks=tasks,
+        position=position,
         store=store,
         writer=writer,
         stop_request=stop_request,
@@ -163,51 +165,23 @@ def open_rl_session(
         evaluator=evaluate.HeldOutEvaluator(config, held_out_tasks, make_episode, sampler, rewards),
         length_stage=length_schedule.LengthStage(config.rollout.windows, saved_state.length_stage),
         state=state,
-        batch_number=batch_number,
+        batch_number=position.step,
         weight_version=saved_state.weight_version,
         last_evaluated_batch=last_evaluated_batch,
-        last_saved_batch=batch_number,
+        last_saved_batch=position.step,
     )
 
 
-def _read_saved_state(
-    store: checkpoints.CheckpointStore, batch_number: int, tasks: rollout_setup.TasksBySource
-) -> saved_state_lib.RlSavedState:
-    """Return what the checkpoint of a batch has beside arrays.
-
-    Raises:
-      DataError: tasks that are not those of the checkpoint's run.
-    """
-    if not batch_number:
-        return saved_state_lib.RlSavedState()
-    # Process 0 alone has a collector, and so a use for columns.
-    columns = {} if jax.process_index() else store.read_columns(batch_number)
-    saved_state = saved_state_lib.RlSavedState.from_parts(
-        store.read_info(batch_number).data, columns
-    )
-    for source, source_tasks in tasks.items():  # none on other processes than 0
-        source_tasks.check_fingerprint(saved_state.fingerprints[source])
-    return saved_state
-
-
-def _open_state(
-    model: run_model.RunModel,
-    store: checkpoints.CheckpointStore,
-    batch_number: int,
-    layout: sharding.MeshLayout | None,
-    optimizer: optim.AdamW,
-) -> step_lib.TrainState:
-    """Return the state of a batch's checkpoint, or the first state before batch 1."""
-    if not batch_number:
-        return model.init_state(layout, optimizer)
-    return model.restore_state(store, batch_number, layout, optimizer)
+def _has_reference(config: rl_config.RlConfig) -> bool:
+    """Return whether the objective has a KL term that compares with the checkpoint's model."""
+    return bool(config.objective.kl_coef or config.objective.reward_kl_coef)
 
 
 def _load_reference(
     config: rl_config.RlConfig, model: run_model.RunModel, layout: sharding.MeshLayout | None
 ) -> model_lib.MiniMaxM1 | None:
-    """Return the checkpoint's model if the objective has a KL term that compares with it."""
-    if not config.objective.kl_coef and not config.objective.reward_kl_coef:
+    """Return the checkpoint's model where the objective compares with it."""
+    if not _has_reference(config):
         return None
     # Its parameters never train, so they need no more than the dtype of the computation.
     return model.load_weights(layout, model.dtype)
@@ -220,6 +194,7 @@ class RlSession:
     Attributes:
       config: config of the run.
       tasks: tasks to train on, by source, on process 0.
+      position: where the session began.
       store: writes and reads checkpoints.
       writer: writes metrics, on process 0.
       stop_request: notes the signal that asks the run to end.
@@ -235,10 +210,12 @@ class RlSession:
       last_evaluated_batch: batch after which held-out tasks were last evaluated. None for never.
       last_saved_batch: batch of the newest checkpoint. 0 without one.
       reward: mean reward of the last batch, before penalties.
+      num_skipped_in_row: number of batches up to now that changed no weight.
     """
 
     config: rl_config.RlConfig
     tasks: rollout_setup.TasksBySource
+    position: resume.RunPosition
     store: checkpoints.CheckpointStore
     writer: metrics.MetricsWriter
     stop_request: workdir_lib.StopRequest
@@ -254,6 +231,7 @@ class RlSession:
     last_evaluated_batch: int | None
     last_saved_batch: int
     reward: float = math.nan
+    num_skipped_in_row: int = 0
 
     def run(self) -> RlSummary:
         """Make all batches that are left, or those before a signal."""
@@ -332,6 +310,7 @@ class RlSession:
         self.batch_number += 1
         self.reward = batch.mean_reward
         self._log_batch(batch, report, time.perf_counter() - start_secs)
+        self._watch_updates(report.metrics)
         if self.length_stage.push(report.length_p99, report.nll):
             event = {"window_tokens": self.length_stage.window_tokens}
             self.writer.write(self.batch_number, "event", event)
@@ -364,6 +343,26 @@ class RlSession:
             or self.batch_number == self.config.batches
         ):
             self.writer.write(self.batch_number, "train", record)
+
+    def _watch_updates(self, values: Mapping[str, Any]) -> None:
+        """Write an event for a batch with updates that taught nothing, or without an update.
+
+        Raises:
+          DataError: too many batches in a row changed no weight.
+        """
+        num_updates, num_idle = values["updates"], values.get("no_signal", 0.0)
+        if not num_updates or num_idle:
+            event = {"no_signal": "skipped", "updates": num_updates, "updates_skipped": num_idle}
+            self.writer.write(self.batch_number, "event", event)
+        is_idle = num_updates == num_idle + values.get("skipped", 0.0)
+        self.num_skipped_in_row = self.num_skipped_in_row + 1 if is_idle else 0
+        if self.num_skipped_in_row >= self.config.max_skipped:
+            raise records.DataError(
+                f"batch {self.batch_number}: {self.num_skipped_in_row} batches in a row changed no "
+                "weight, as no token had an advantage and a coefficient. Are the tasks too easy or "
+                "too hard? Give the same command with other sources, rollout.dynamic=True or a "
+                "larger max_skipped, and with --allow_change=FIELD."
+            )
 
     def _is_evaluation_due(self) -> bool:
         """Return whether held-out tasks are evaluated after this batch."""

@@ -7,6 +7,7 @@ sampler and trainer. The symbols r, w, A, M and rho are those of `train/rl/objec
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
@@ -110,6 +111,7 @@ def loss_metrics(parts: loss_lib.LossParts) -> MetricSums:
         "ppo_drop/positive": (dropped & positive, "positive"),
         "ppo_drop/negative": (dropped & negative, "negative"),
         "rejected": (real & ~parts.keep_mask, "tokens"),
+        "learnt": (_is_learnt(parts), "tokens"),
         "ratio": (ratio, "tokens"),
         "weight": (weight, "tokens"),
         "weight_squared": (weight * weight, "tokens"),
@@ -139,6 +141,14 @@ def loss_metrics(parts: loss_lib.LossParts) -> MetricSums:
     return MetricSums(drops=None, maxima=maxima, shares=dict(parts.shares), sums=sums)
 
 
+def _is_learnt(parts: loss_lib.LossParts) -> Bool[Array, "B T"]:
+    """Return which tokens have a policy term with a gradient."""
+    terms = parts.terms
+    factors = (terms.coefficients, terms.advantages, parts.weight, parts.rho)
+    learnt = (terms.mask > 0) & parts.clip_mask & parts.keep_mask
+    return functools.reduce(lambda chosen, factor: chosen & (factor != 0), factors, learnt)
+
+
 def add_metrics(first: MetricSums, second: MetricSums) -> MetricSums:
     """Return the metrics of two parts of a step together: sums are added, maxima compared."""
     total = jax.tree.map(jnp.add, first, second)
@@ -161,6 +171,7 @@ def summarize_metrics(metrics: MetricSums) -> dict[str, float]:
         made smaller, or larger, than r.
       ppo_drop: share of tokens that PPO's clipping would drop. ppo_drop/SIGN: of that sign.
       rejected: share of tokens that the correction or the off-policy mask rejects.
+      learnt: share of tokens whose policy term has a gradient.
       ratio, weight, rho, advantage: mean of r, w, rho and A.
       ratio_max, ratio_min: extremes of r.
       ratio_p99: 99th percentile of r, rounded up by at most 5%, infinite above e^3.

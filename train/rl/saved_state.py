@@ -7,6 +7,9 @@ from typing import Any
 import jax
 import numpy as np
 
+from train import checkpoints
+from train.rl import rollout_setup
+
 
 @dataclasses.dataclass(frozen=True)
 class RlSavedState:
@@ -49,7 +52,30 @@ class RlSavedState:
         if collector is not None and not columns and jax.process_index() == 0:
             raise ValueError(
                 "checkpoint: got a collector's state without columns, which an earlier version "
-                "wrote; wanted one of this version. Begin a new run from the checkpoint's weights "
-                "(m1-export --step)."
+                "wrote; wanted one of this version. Begin a new run with its weights in a new "
+                "--workdir (--init_from)."
             )
         return cls(collector, value["version"], value["window"], value["fingerprints"], columns)
+
+
+def read_saved_state(
+    store: checkpoints.CheckpointStore, batch_number: int, tasks: rollout_setup.TasksBySource
+) -> RlSavedState:
+    """Return what the checkpoint of a batch has beside arrays. Batch 0 has no checkpoint.
+
+    Args:
+      store: the run's checkpoints.
+      batch_number: number of the batch.
+      tasks: tasks of each source, on process 0. None on the others.
+
+    Raises:
+      DataError: tasks that are not those of the checkpoint's run.
+    """
+    if not batch_number:
+        return RlSavedState()
+    # Process 0 alone has a collector, and so a use for columns.
+    columns = {} if jax.process_index() else store.read_columns(batch_number)
+    saved_state = RlSavedState.from_parts(store.read_info(batch_number).data, columns)
+    for source, source_tasks in tasks.items():
+        source_tasks.check_fingerprint(saved_state.fingerprints[source])
+    return saved_state

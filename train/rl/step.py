@@ -184,11 +184,19 @@ def _loss_and_metrics(
 
 @functools.partial(jax.jit, static_argnames="settings", donate_argnames="state")
 def apply_update(
-    state: step_lib.TrainState, grads: Any, settings: RlStepSettings
+    state: step_lib.TrainState,
+    grads: Any,
+    settings: RlStepSettings,
+    num_signal_tokens: Float[Array, ""] | None = None,
 ) -> tuple[step_lib.TrainState, dict[str, Any]]:
     """Make one optimizer step with `MicrobatchSums.gradients`.
 
-    The state is donated.
+    Args:
+      state: the state before the step. It is donated.
+      grads: gradients of the whole step.
+      settings: settings of the run.
+      num_signal_tokens: see `count_signal_tokens`. With 0 the step has no signal, see
+        `step.apply_gradients`. None stands for any other number.
 
     Returns:
       The new state, and the metrics of `step.apply_gradients` with
@@ -198,7 +206,10 @@ def apply_update(
     """
     # Measured here, because the optimizer clips the gradients by their norm.
     shares = {f"gradient/{name}": x for name, x in rl_metrics.gradient_shares(grads).items()}
-    state, metrics = step_lib.apply_gradients(state, grads, settings.optimizer)
+    has_signal = True if num_signal_tokens is None else num_signal_tokens > 0
+    state, metrics = step_lib.apply_gradients(
+        state, grads, settings.optimizer, has_signal=has_signal
+    )
     # optax nests the states of its transformations. AdamW's is found by its class.
     second_moments = [
         leaf.nu
@@ -206,6 +217,18 @@ def apply_update(
         if _is_adam_state(leaf)
     ]
     return state, metrics | shares | {"second_moment/zero": rl_metrics.zero_share(second_moments)}
+
+
+def count_signal_tokens(
+    metrics: rl_metrics.MetricSums, objective: objective_lib.Objective
+) -> Float[Array, ""]:
+    """Return the number of tokens that a step learns from, of the step's whole metrics.
+
+    Terms of KL and entropy have a gradient at every token. Without them a token needs an advantage
+    and a coefficient that are not 0, and neither clipping nor a correction may drop it.
+    """
+    every_token = objective.kl_coef or objective.entropy_coef
+    return metrics.sums["tokens" if every_token else "learnt"].total
 
 
 def _is_adam_state(part: Any) -> bool:

@@ -157,7 +157,8 @@ class PolicyUpdater:
         if metrics["skipped"] == metrics["updates"]:
             raise FloatingPointError(
                 f"batch {batch_number}: none of {len(updates)} updates had a finite gradient; "
-                "begin a new run at a lower rate from an earlier checkpoint (m1-export --step)"
+                "give the same command with a lower rate, --set=update.learning_rate=RATE "
+                "--allow_change=update.learning_rate, and perhaps --from_step=N"
             )
         metrics["scoring_forward_secs"] = scored_secs - start_secs
         metrics["training_secs"] = time.perf_counter() - start_secs
@@ -329,7 +330,10 @@ class PolicyUpdater:
                 sums, state.model, rows, token_share, weight_mean, self._settings
             )
         assert sums is not None, "a minibatch has a valid sample, and so a microbatch"
-        state, step_metrics = rl_step.apply_update(state, sums.gradients, self._settings)
+        num_signal_tokens = rl_step.count_signal_tokens(sums.metrics, self._config.objective)
+        state, step_metrics = rl_step.apply_update(
+            state, sums.gradients, self._settings, num_signal_tokens
+        )
         return state, batch_metrics.UpdateMetrics(sums.metrics, step_metrics)
 
     def _mean_correction_weight(self, packed: rl_batch.PackedSamples) -> np.float32 | None:
