@@ -47,9 +47,9 @@ def read(path, **settings):
         ("b.json", b"\xef\xbb\xbf\n" + json.dumps(RECORDS, indent=2).encode() + b"\n\n"),
         ("c.json", "\n".join(json.dumps(r, indent=1) for r in RECORDS).encode()),
         ("a.jsonl", json.dumps(RECORDS, indent=2).encode()),
-        ("a.jsonl.gz", gzip.compress(LINES)),
-        ("b.jsonl.gz", gzip.compress(LINES[:20]) + gzip.compress(LINES[20:])),
-        ("a.json.GZ", gzip.compress(json.dumps(RECORDS).encode())),
+        ("a.jsonl.gz", gzip.compress(LINES, mtime=0)),
+        ("b.jsonl.gz", gzip.compress(LINES[:20], mtime=0) + gzip.compress(LINES[20:], mtime=0)),
+        ("a.json.GZ", gzip.compress(json.dumps(RECORDS).encode(), mtime=0)),
         ("a.ndjson.zst", zstd(LINES)),
         ("b.json.zst", zstd(json.dumps(RECORDS).encode())),
     ],
@@ -62,7 +62,9 @@ def test_containers_of_json_are_read_alike(tmp_path, name, content):
 
 def test_records_are_found_by_line(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps([{"text": "a"}, {"text": "b"}], indent=2))
-    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(b'{"text": "a"}\n\n{"text": "b"}\n'))
+    (tmp_path / "b.jsonl.gz").write_bytes(
+        gzip.compress(b'{"text": "a"}\n\n{"text": "b"}\n', mtime=0)
+    )
     files = records_lib.RecordFiles("s", str(tmp_path))
     found = [files.location(index).rpartition("/")[2] for index in range(4)]
     assert found == ["a.json:2", "a.json:5", "b.jsonl.gz:1", "b.jsonl.gz:3"]
@@ -80,7 +82,7 @@ def temporary(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_a_file_is_decompressed_once_and_leaves_no_copy(tmp_path, temporary, monkeypatch):
-    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(LINES.rstrip()))
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(LINES.rstrip(), mtime=0))
     (tmp_path / "b.jsonl.zst").write_bytes(zstd(LINES))
     files = records_lib.RecordFiles("s", str(tmp_path))
     monkeypatch.setattr(decompress, "_decompress", None)
@@ -106,7 +108,7 @@ def test_a_full_disk_is_told_with_its_folder(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(decompress.shutil, "copyfileobj", refuse)
-    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(LINES))
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(LINES, mtime=0))
     with pytest.raises(records_lib.DataError, match=r"a\.jsonl\.gz: no space in .*Set TMPDIR"):
         read(tmp_path)
 
@@ -120,7 +122,7 @@ def test_a_full_disk_is_told_with_its_folder(tmp_path, monkeypatch):
         ("a.json", b"[" * 99_999, r"a\.json:1: not a whole JSON file: too many"),
         ("a.json", b'[{"text": "a"}]\n{}', r"a\.json:\d: .*got more after the list's end"),
         ("a.json", b"[]", "got no records"),
-        ("a.jsonl.gz", gzip.compress(LINES)[:-9], r"a\.jsonl\.gz: not a whole gzip file"),
+        ("a.jsonl.gz", gzip.compress(LINES, mtime=0)[:-9], r"a\.jsonl\.gz: not a whole gzip file"),
         ("a.jsonl.gz", LINES, r"a\.jsonl\.gz: not a whole gzip file"),
         ("a.jsonl.zst", zstd(LINES)[:-3], r"a\.jsonl\.zst: not a whole zstd file"),
         ("a.parquet.gz", b"", "a file of another kind"),
@@ -140,7 +142,7 @@ def test_a_folder_is_read_whole_and_what_it_leaves_out_is_named(tmp_path, capsys
     for name in ("b.jsonl", "inner/c.NDJSON", "a.json", ".hidden.jsonl", ".cache/d.jsonl"):
         (tmp_path / "data" / name).write_text(f'{{"text": "{name}"}}\n')
     records_support.write_parquet(tmp_path / "data" / "d.PARQUET", [{"text": "d.PARQUET"}])
-    (tmp_path / "data" / "b.jsonl.gz").write_bytes(gzip.compress(LINES))
+    (tmp_path / "data" / "b.jsonl.gz").write_bytes(gzip.compress(LINES, mtime=0))
     for name in ("README.md", "inner/notes.txt", "prepare.json", "dataset_info.json"):
         (tmp_path / "data" / name).write_text("{}")
     (tmp_path / "data" / "inner" / "loop").symlink_to(tmp_path / "data")

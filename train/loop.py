@@ -310,14 +310,13 @@ class TrainSession:
         self.writer.advance(step)
         if self.config.log.samples:
             self.writer.write_samples(step, host_batch.sample_ids)
+        for error in host_batch.bad_records:
+            self.writer.write(step, "event", {"bad_record": error})
         self._watch_step(index, step, record)
         if step % self.config.log.every_steps == 0 or step == self.setup.total_steps:
             record |= metrics.summarize_expert_load(expert_load) | self._measure_speed(index, step)
-            record |= {
-                "stage": index,
-                "utilisation": host_batch.utilization,
-                "data_secs": host_batch.wait_secs,
-            }
+            record |= {"stage": index, "utilisation": host_batch.utilization}
+            record |= {"data_secs": host_batch.wait_secs, "bad_records": host_batch.num_bad}
             self.writer.write(step, "train", record)
 
     def _watch_step(self, index: int, step: int, record: dict[str, float]) -> None:

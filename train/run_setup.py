@@ -108,7 +108,8 @@ class TrainSetup:
                     stream.set_state(data_state)
         evaluation = self.config.evaluation
         if evaluation.every_steps:
-            self.open_stream(0, self.place_batches(0), evaluation.sources).close()
+            stream = self.open_stream(0, self.place_batches(0), evaluation.sources)
+            stream_lib.check_held_out(stream, evaluation.batches)
 
     def place_batches(self, stage_index: int) -> placement.BatchPlacement:
         """Return what puts a stage's rows onto its devices."""
