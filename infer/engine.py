@@ -146,6 +146,8 @@ class Engine:
             checked.matcher,
             on_token,
         )
+        ids = (token.id for token in prior_tokens or ())
+        request_check.plain_token_ids(ids, self._model_config.vocab_size, "prior_tokens")
         request.take_prior(prior_tokens or ())
         if self.config.draft_tokens and request.may_draft:
             request.make_prompt_lookup()

@@ -176,6 +176,8 @@ class Request:
         """
         for token in tokens:
             self.take(token)
+            if self.known_end == "error":
+                raise ValueError(f"prior_tokens: {self._events[-1].error}")
             if self.known_end is not None:
                 raise ValueError("prior_tokens: got a finished output; wanted one that goes on")
             self.show_next()

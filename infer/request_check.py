@@ -96,20 +96,27 @@ class RequestChecker:
         return None
 
 
-def plain_token_ids(prompt: Iterable[Any], vocab_size: int) -> tuple[int, ...]:
+def plain_token_ids(
+    tokens: Iterable[Any], vocab_size: int, name: str = "prompt"
+) -> tuple[int, ...]:
     """Return token ids as Python's integers.
+
+    Args:
+      tokens: a sequence, or an array.
+      vocab_size: the model's.
+      name: what the error calls them.
 
     Raises:
       ValueError: what is no token id of the vocabulary.
     """
-    values = options_lib.plain_value(prompt)
+    values = options_lib.plain_value(tokens)
     if not isinstance(values, Iterable) or isinstance(values, str | bytes):
-        raise ValueError(f"prompt: got {values!r:.80}; wanted a sequence of token ids")
+        raise ValueError(f"{name}: got {values!r:.80}; wanted a sequence of token ids")
     ids = []
     for value in values:
         if not options_lib.is_token_id(value, vocab_size):
             raise ValueError(
-                f"prompt: got token id {value!r:.80}; wanted 0 to {vocab_size - 1}. "
+                f"{name}: got token id {value!r:.80}; wanted 0 to {vocab_size - 1}. "
                 "Does the tokenizer belong to this model?"
             )
         ids.append(operator.index(value))  # a list may hold integers of arrays
