@@ -381,12 +381,12 @@ class FuzzRun:
         elif 0.29 < chance < 0.292:
             self._engine.swap_weights(self._model, keep_running=rng.random() < 0.5)
             self._count("swap")
-        elif 0.292 < chance < 0.3:
+        elif 0.292 < chance < 0.305:
             self._interrupt()
-        elif 0.3 < chance < 0.303:
+        elif 0.305 < chance < 0.308:
             self._suspend()
             self._count("suspend")
-        elif 0.303 < chance < 0.304:
+        elif 0.308 < chance < 0.311:
             self._close()
             self._count("close")
         elif chance > 0.997:
@@ -417,8 +417,8 @@ class FuzzRun:
     def _interrupt(self) -> None:
         """Interrupt one of the next steps somewhere."""
         try:
-            with InterruptAtLine(self._rng.randrange(1, 1500)):
-                for _ in range(4):
+            with InterruptAtLine(self._rng.randrange(1, 2500)):
+                for _ in range(6):
                     self._engine.step()
         except KeyboardInterrupt:
             unfinished = self._engine._core._section.unfinished
