@@ -1,6 +1,7 @@
 """What leaves a step early, and what callbacks do: the engine stays exact, or refuses by name."""
 
 import collections
+import dataclasses
 import functools
 import linecache
 import pathlib
@@ -573,6 +574,21 @@ def test_generate_takes_more_prompts_than_the_queue_does(engine):
     with pytest.raises(ValueError, match="token id 600"):
         engine.generate([PROMPT, (600,)], OPTIONS[0])
     assert engine.stats().num_waiting == 0
+
+
+def test_drafts_are_proposed_only_where_they_are_asked_for(engine, monkeypatch):
+    """A table of all tokens takes 200 bytes a token."""
+    request = engine.submit(PROMPT, OPTIONS[0])
+    engine.run()
+    assert request.prompt_lookup is None
+    monkeypatch.setattr(engine, "config", dataclasses.replace(CONFIG, draft_tokens=3))
+    # Made before the engine's lock is taken, and not where penalties forbid guesses.
+    made = [engine.prepare_request(PROMPT, options).prompt_lookup for options in OPTIONS]
+    assert [lookup is not None for lookup in made] == [True, False, False, False]
+    request = engine.submit(PROMPT, OPTIONS[0])
+    engine.run()
+    assert bits(request.output(0)) == bits(undisturbed()[0])
+    assert request.prompt_lookup is None
 
 
 # Last, as it costs the device.

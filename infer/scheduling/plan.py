@@ -1,4 +1,4 @@
-"""What scheduler and engine say to each other: limits, plans, results. Data only.
+"""What scheduler and engine say to each other: limits, plans, results. Data, and one check.
 
 A plan is what the device does next: `actions`, in order, then at most one program. The device runs
 plans strictly in the order in which they were made. A plan therefore reads what earlier plans left
