@@ -35,7 +35,7 @@ from flax import nnx
 from infer import config as config_lib
 from infer import engine as engine_lib
 from infer import options as options_lib
-from infer import request, suspend
+from infer import request, stopping, suspend
 from infer.execution import device as device_lib
 from infer.execution import dispatcher
 from infer.scheduling import plan as plan_lib
@@ -528,8 +528,10 @@ class FuzzRun:
                     dataclasses.replace(case.output, tokens=case.output.tokens[:num_tokens])
                 )
                 same = actual[:num_tokens] == expected[:num_tokens]
-                # The last token may have ended inside a character.
-                same = same and case.output.text.startswith(output.text.rstrip("\ufffd"))
+                # With the text that was held back: a stop string might have taken it.
+                progress = stopping.OutputProgress(case.options, self._engine.tokenizer)
+                texts = [progress.push(token.id, token.logp_raw).text for token in output.tokens]
+                same = same and output.text == "".join(texts) + progress.flush()
             else:
                 same = actual == expected
                 self._count("compared")

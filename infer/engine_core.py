@@ -167,13 +167,21 @@ class EngineCore:
         except BaseException as error:
             # A callback that raised is not called again.
             request.on_token, request.error = None, error
+            self._mend_callback()
             self.end_requests([request], "error", error)
             # An engine's own thread has nobody to tell.
             is_own_thread = threading.current_thread() is self.own_thread
             if not isinstance(error, Exception) and not is_own_thread:
                 raise
+        else:
+            self._mend_callback()
         finally:
             self.num_callbacks -= 1
+
+    def _mend_callback(self) -> None:
+        """Go on exactly where a callback was interrupted within a call of the engine."""
+        if self.failure is None:
+            self.check_exact("a callback")
 
     # ---- exactness
 

@@ -5,7 +5,6 @@ that whatever a callback does finds the engine between two steps. Then it shows 
 calls back after each.
 """
 
-import collections
 import dataclasses
 import threading
 from collections.abc import Callable, Sequence
@@ -20,7 +19,7 @@ from infer import prompt_lookup as prompt_lookup_lib
 # A user of requests imports this module alone.
 OutputToken = output_tokens.OutputToken
 OutputTokens = output_tokens.OutputTokens
-_MAX_TEXT_PIECES = 1024  # pieces of an output's text that are joined when there are so many
+_MAX_TEXT_PIECES = 64  # pieces of an output's text that are joined when there are so many
 
 
 class EngineFailedError(RuntimeError):
@@ -123,7 +122,8 @@ class Request:
         self.known_end: str | None = None
         self.is_cut_off = False
         self.unheard: OutputEvent | None = None
-        self._events: collections.deque[OutputEvent] = collections.deque()  # taken, not shown
+        self._events: list[OutputEvent] = []  # taken, and shown up to `_num_shown`
+        self._num_shown = 0
         self._num_heard = 0  # tokens that the callback was called for
 
     @property
@@ -190,7 +190,7 @@ class Request:
         make_progress: Callable[[], stopping.OutputProgress],
     ) -> None:
         """End the output after the tokens that are shown. The end is shown by `show_next`."""
-        if self._events:
+        if self._has_unshown:
             self.rewind(make_progress(), None)
             self.routes = None  # of other tokens
         self._add_event(OutputEvent(None, self.progress.flush(), reason, error))
@@ -211,7 +211,7 @@ class Request:
         if matcher is not None and progress.finish_reason is None:
             for token in self.tokens.ids.tolist():
                 matcher.accept(token)
-        self._events.clear()
+        self._events, self._num_shown = [], 0
         self.progress, self.matcher = progress, matcher
         self.grammar_mask = None if matcher is None else matcher.mask()
         self._text_pieces = [update.text for update in updates]
@@ -232,18 +232,18 @@ class Request:
     @property
     def has_news(self) -> bool:
         """Whether something is to be shown, or to be told to the callback."""
-        return self.unheard is not None or bool(self._events)
+        return self.unheard is not None or self._has_unshown
 
     def show_next(self) -> None:
         """Show the oldest event that was not shown, and leave it in `unheard`."""
-        event = self._events[0]
-        self.unheard = event
+        event, num_shown = self._events[self._num_shown], self._num_shown + 1
         if event.token is not None:
             self.tokens.append(event.token)
-        self.add_text(event.text)
-        self.error = event.error
-        self.finish_reason = event.finish_reason
-        self._events.popleft()
+        pieces = self._add_text(event.text)
+        # No signal comes between assignments that call nothing. An end from outside must not be
+        # shown twice, as there is no going back behind it.
+        self._text_pieces, self._num_shown, self.unheard = pieces, num_shown, event
+        self.error, self.finish_reason = event.error, event.finish_reason
 
     def call_back(self) -> None:
         """Call the callback for what was shown last. Its exceptions come out."""
@@ -258,13 +258,17 @@ class Request:
         self.prompt_lookup = None  # some 200 bytes a token that nobody needs any more
         self.done.set()
 
-    def add_text(self, text: str) -> None:
-        """Add to the output's text."""
-        # Adding each token's text to one string would copy the string every time. A new list, as
+    @property
+    def _has_unshown(self) -> bool:
+        return self._num_shown < len(self._events)
+
+    def _add_text(self, text: str) -> list[str]:
+        """Return the pieces of the output's text with one more."""
+        # Adding each token's text to one string would copy the string every time. New lists, as
         # another thread may be reading the old one.
         if len(self._text_pieces) >= _MAX_TEXT_PIECES:
-            self._text_pieces = [self.text]
-        self._text_pieces.append(text)
+            return [self.text, text]
+        return [*self._text_pieces, text]
 
     def output(self, timeout_secs: float | None = None) -> RequestOutput:
         """Wait for the end, and return the whole output.
@@ -286,5 +290,7 @@ class Request:
         )
 
     def _add_event(self, event: OutputEvent) -> None:
+        if not self._has_unshown:  # the list would hold all tokens of the output
+            self._events, self._num_shown = [], 0
         self._events.append(event)
         self.known_end = event.finish_reason

@@ -234,13 +234,12 @@ def digest_arrays(leaves: list[Array]) -> str:
     # Only the shards of this process can be read without asking the others. Of arrays that span
     # processes the first of these counts.
     leaves = [leaf if leaf.is_fully_addressable else leaf.addressable_data(0) for leaf in leaves]
-    sums = _sum_arrays(*leaves)
+    # Leaves go in one by one: shape checks refuse the descriptions that lowering would put into
+    # pytrees. Of one function, so that JAX compiles it once for each list of shapes.
+    sums = jax.jit(_sum_arrays)(*leaves)
     return hashlib.sha256(f"{shapes} {np.asarray(sums).tolist()}".encode()).hexdigest()
 
 
-# Leaves go in one by one: shape checks refuse the descriptions that lowering would put into
-# pytrees. One function, so that JAX compiles it once for each list of shapes.
-@jax.jit
 def _sum_arrays(*leaves: Shaped[Array, "..."]) -> UInt[Array, "L"]:
     return jnp.stack([_sum_weighted_bits(leaf) for leaf in leaves])
 
