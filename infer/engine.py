@@ -6,26 +6,30 @@
     request.output().text
 
 The scheduler (`scheduling/scheduler.py`) decides, the programs (`execution/programs.py`) compute,
-and this file carries plans to the programs and results back to the scheduler. It stays one plan
-ahead of the results: while the device runs a plan, the host reads the tokens of the plan before.
-Everything is compiled when the engine is made, and nothing afterwards.
+`stepping.py` carries plans to the programs and results back, and this file shows them to callers.
+It stays one plan ahead of the results: while the device runs a plan, the host reads the tokens of
+the plan before. Everything is compiled when the engine is made, and nothing afterwards.
+
+What leaves a step early, such as the KeyboardInterrupt of a signal, loses no token. If it came
+while the host waited for the device, as it mostly does, nothing has changed. Else the next call
+gives up the scheduler and its plans, and computes the requests' states again from their tokens, as
+after a preemption. Where that cannot be done the engine refuses all work (`EngineFailedError`).
 """
 
-import collections
+import dataclasses
 import itertools
 import threading
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
-import numpy as np
+from absl import logging
 
 from infer import config as config_lib
-from infer import grammar, stopping
+from infer import engine_core, request_check
 from infer import options as options_lib
 from infer import request as request_lib
-from infer.execution import device, dispatcher, host_batch, leader_follower
-from infer.scheduling import plan as plan_lib
+from infer.execution import device, leader_follower
 from infer.scheduling import scheduler
 from infer.scheduling import stats as stats_lib
 from m1_jax import config as model_config_lib
@@ -34,6 +38,9 @@ from m1_jax import tokenizer as tokenizer_lib
 
 _KEEP_ALIVE_SECS = 10.0  # an idle engine's pause between two signs of life to its followers
 
+OnToken = Callable[[request_lib.Request, request_lib.OutputToken | None, str], Any]
+Prompt = Sequence[int] | Any  # token ids, or an array of them
+
 
 class Engine:
     """Serves requests with one model.
@@ -41,8 +48,14 @@ class Engine:
     Thread safety: `submit`, `cancel`, `swap_weights`, `suspend` and `close` from any thread. Either
     `start` a thread, or call `run` or `step` from one thread of your own.
 
-    Attributes:
-      version: the version of the weights, 0 at first. Every `swap_weights` adds 1.
+    A callback may call all of these, for any request. It is called by the thread that works, or by
+    the thread that ends its request, one at a time, when all tokens of a step are taken. It must
+    not wait for another thread that calls the engine. If it raises, its own request ends as "error"
+    with the exception in `Request.error`, and all others go on. An exception that is no
+    `Exception`, such as KeyboardInterrupt, leaves `step` as well, unless a thread of the engine's
+    own works.
+
+    A signal's handler must not call the engine: let it set a flag, or raise.
     """
 
     def __init__(
@@ -67,87 +80,101 @@ class Engine:
                 "the others in leader_follower.follow_engine(model, config)"
             )
         self.config, self.tokenizer = config, tokenizer
-        self.version = 0
         self._model_config = model.config
         self._device: device.Device | leader_follower.Leader = device.Device(model, config)
         if jax.process_count() > 1:
             self._device = leader_follower.Leader(self._device)
-        self._dispatcher = dispatcher.Dispatcher(self._device, config)
-        self._compiler = grammar.GrammarCompiler(tokenizer, model.config.vocab_size)
-        self._scheduler = scheduler.Scheduler(config, self._device.limits, self._cache_key())
-        # Requests that are not over, by sequence id.
-        self._requests: dict[Hashable, request_lib.Request] = {}
-        # Plans whose results were not taken, oldest first. Their number is the scheduler's affair.
-        self._dispatched: collections.deque[dispatcher.DispatchedPlan] = collections.deque()
+        self._checker = request_check.RequestChecker(tokenizer, model.config.vocab_size, config)
+        self._core = engine_core.EngineCore(self._device, config, self._checker)
         self._sequence_ids = itertools.count()
-        # Reentrant, because callbacks of a request may call `submit` and `cancel`.
+        # Reentrant, because callbacks of a request may call `submit` and `cancel`. Entered by
+        # itself, not by the condition, whose method a signal may leave with the lock taken.
         self._lock = threading.RLock()
         self._work_condition = threading.Condition(self._lock)
-        self._thread: threading.Thread | None = None
-        self._closed = self._failed = False
+        self._step_lock = threading.RLock()  # one thread steps; always taken before `_lock`
+        self._closed = self._device_closed = False
 
     # ---- for callers
 
     def submit(
         self,
-        prompt: Sequence[int],
+        prompt: Prompt,
         options: options_lib.Options,
-        on_token: Callable[[request_lib.Request, request_lib.OutputToken, str], Any] | None = None,
+        on_token: OnToken | None = None,
         prior_tokens: Sequence[request_lib.OutputToken] | None = None,
     ) -> request_lib.Request:
         """Queue a prompt of token ids.
 
         Args:
-          on_token: called with (request, token, new text) from the engine's thread.
+          prompt: a sequence of token ids, or an array of NumPy, JAX or PyTorch.
+          options: how it is continued.
+          on_token: called with (request, token, new text). An end that comes without a token
+            (cancelled, suspended, logits that are not finite, a failed engine) is told as
+            (request, None, text that was held back), so that all texts together are the output's.
+            `request.finish_reason` is set at the last call.
           prior_tokens: tokens of a request that was suspended and goes on after them.
 
         Raises:
           ValueError: options or ids that cannot be served.
           plan.QueueFull: too many wait.
+          RuntimeError: the engine is closed, or has failed (`EngineFailedError`).
         """
-        vocab_size = self._model_config.vocab_size
-        bad = [token for token in prompt if not options_lib.is_token_id(token, vocab_size)]
-        if bad:
-            raise ValueError(
-                f"prompt: got token id {bad[0]}; wanted 0 to {vocab_size - 1}. "
-                "Does the tokenizer belong to this model?"
-            )
-        options_lib.check_options(options, vocab_size, self.tokenizer.stop_ids)
-        progress = stopping.OutputProgress(options, self.tokenizer)
-        # Compiling a grammar may take long: outside the lock.
-        matcher = self._compiler.compile_matcher(options)
-        with self._work_condition:
-            if self._closed:
-                raise RuntimeError("submit: the engine is closed; make a new one")
-            stop_ids = options_lib.all_stop_ids(options, self.tokenizer.stop_ids)
-            sequence_id = next(self._sequence_ids)
-            request = request_lib.Request(
-                sequence_id, prompt, options, stop_ids, progress, matcher, on_token
-            )
-            for token in prior_tokens or ():
-                request.push(token)
-            if request.finish_reason is not None:
-                raise ValueError("prior_tokens: got a finished output; wanted one that goes on")
-            self._scheduler.submit(
-                sequence_id,
-                request.prompt,
-                options.max_tokens,
-                single_step=self._needs_single_step(request),
-                # Guesses are made from the tokens so far, so these must be known.
-                waits_for_reports=self.config.draft_tokens > 0,
-                prior_tokens=None if prior_tokens is None else request.tokens.ids.tolist(),
-            )
-            self._requests[sequence_id] = request
-            self._work_condition.notify()
+        request = self.prepare_request(prompt, options, on_token, prior_tokens)
+        self.submit_prepared([request], is_resumed=prior_tokens is not None)
         return request
+
+    def prepare_request(
+        self,
+        prompt: Prompt,
+        options: options_lib.Options,
+        on_token: OnToken | None = None,
+        prior_tokens: Sequence[request_lib.OutputToken] | None = None,
+    ) -> request_lib.Request:
+        """Return what `submit` would queue, with the same checks. Nothing is queued.
+
+        Raises:
+          ValueError: options or ids that cannot be served.
+        """
+        # Outside the lock: compiling a grammar, or reading a long prompt, may take a second.
+        checked = self._checker.check(prompt, options)
+        request = request_lib.Request(
+            next(self._sequence_ids),
+            checked.prompt,
+            options,
+            checked.stop_ids,
+            checked.progress,
+            checked.matcher,
+            on_token,
+        )
+        ids = (token.id for token in prior_tokens or ())
+        request_check.plain_token_ids(ids, self._model_config.vocab_size, "prior_tokens")
+        request.take_prior(prior_tokens or ())
+        if self.config.draft_tokens and request.may_draft:
+            request.make_prompt_lookup()
+        return request
+
+    def submit_prepared(
+        self, requests: Sequence[request_lib.Request], is_resumed: bool = False
+    ) -> None:
+        """Queue requests of `prepare_request`.
+
+        Args:
+          is_resumed: they began before, in another engine. A full queue takes them, too.
+
+        Raises:
+          plan.QueueFull: too many wait. Those before the first that found no room are queued.
+          RuntimeError: the engine is closed, or has failed (`EngineFailedError`).
+        """
+        with self._lock:
+            self._check_open("submit")
+            self._core.add_requests(requests, is_resumed)
+            self._work_condition.notify()
 
     def cancel(self, request: request_lib.Request) -> None:
         """End a request. Its output so far stays. Nothing happens if it is over."""
-        with self._work_condition:
-            if request.sequence_id in self._requests and request.finish_reason is None:
-                self._scheduler.cancel(request.sequence_id)
-                request.add_text(request.progress.flush())
-                self._end_request(request, "cancelled")
+        with self._lock:
+            self._core.check_exact("cancel")
+            self._core.end_requests([request], "cancelled")
 
     def swap_weights(self, model: model_lib.MiniMaxM1, keep_running: bool = True) -> int:
         """Put other weights of the same shapes in place, and return their version.
@@ -161,44 +188,74 @@ class Engine:
         Raises:
           ValueError: other shapes, dtypes or layout.
         """
-        with self._work_condition:
-            # Dispatched plans have the old arrays already, and keep the old version.
-            self._device.swap_weights(model)
-            self.version += 1
-            self._scheduler.set_cache_key(self._cache_key(), keep_running)
+        with self._lock:
+            self._core.check_exact("swap_weights")
+            self._core.swap_weights(model, keep_running)
             return self.version
 
     def preempt(self, request: request_lib.Request) -> None:
         """Take a request's memory away for now. It goes on later, and its output is the same."""
-        with self._work_condition:
-            self._scheduler.preempt(request.sequence_id)
+        with self._lock:
+            self._core.check_exact("preempt")
+            self._core.preempt(request)
 
     def suspend(self, save_requests: Callable[[list[request_lib.Request]], None]) -> None:
         """End all requests under way as "suspended", once `save_requests` has them.
 
         See `suspend.py`. If `save_requests` raises, all of them go on.
         """
-        with self._work_condition:
-            # Requests with a reason are over, and only not yet reported.
-            requests = [r for r in self._requests.values() if r.finish_reason is None]
+        with self._lock:
+            self._core.check_exact("suspend")
+            # Requests with a reason are over, and their callbacks not yet back.
+            requests = [r for r in self._core.requests.values() if r.finish_reason is None]
             save_requests(requests)
-            for request in requests:
-                self._scheduler.cancel(request.sequence_id)
-                self._end_request(request, "suspended")
+            self._core.end_requests(requests, "suspended")
 
     def continue_from_version(self, version: int) -> None:
         """Count versions of the weights from this one on, if it is later than the engine's."""
-        with self._work_condition:
-            if version > self.version:
-                self.version = version
-                self._scheduler.set_cache_key(self._cache_key(), True)
+        with self._lock:
+            self._core.check_exact("continue_from_version")
+            self._core.continue_from_version(version)
 
     def generate(
-        self, prompts: Iterable[Sequence[int]], options: options_lib.Options
+        self, prompts: Iterable[Prompt], options: options_lib.Options, samples: int = 1
     ) -> list[request_lib.RequestOutput]:
-        """Serve prompts to their ends, from a thread of your own."""
-        requests = [self.submit(prompt, options) for prompt in prompts]
-        self.run()
+        """Serve prompts to their ends, from a thread of your own.
+
+        Equal prompts get equal outputs, as all have the seed of `options`. For several outputs of
+        a prompt ask for samples.
+
+        Args:
+          prompts: token ids of each prompt.
+          options: the options of all.
+          samples: outputs of each prompt (`n` in OpenAI's API). Sample i has the seed
+            `options.seed` + i, modulo 2^32.
+
+        Returns:
+          The outputs, with the samples of a prompt one after another.
+
+        Raises:
+          ValueError: a prompt or options that cannot be served. Then none has run.
+        """
+        if not options_lib.is_whole_number(samples) or samples < 1:
+            raise ValueError(f"samples: got {samples!r}; wanted a whole number, 1 or more")
+        seeds = [(options.seed + i) % 2**32 for i in range(samples)]
+        requests = [
+            self.prepare_request(prompt, dataclasses.replace(options, seed=seed))
+            for prompt in prompts
+            for seed in seeds
+        ]
+        try:
+            for request in requests:
+                while self.stats().num_waiting >= self.config.max_queue:
+                    self.step()
+                self.submit_prepared([request])
+            self.run()
+        except BaseException:
+            # The caller has no handle to cancel them by.
+            for request in requests if self._core.failure is None else ():
+                self.cancel(request)
+            raise
         return [request.output() for request in requests]
 
     def run(self) -> None:
@@ -208,8 +265,14 @@ class Engine:
 
     def start(self) -> None:
         """Work in a thread until `close`."""
-        self._thread = threading.Thread(target=self._run_thread, name="engine", daemon=True)
-        self._thread.start()
+        with self._lock:
+            self._check_open("start")
+            if self._core.own_thread is not None:
+                raise RuntimeError("start: the engine's thread works already; call it once")
+            self._core.own_thread = threading.Thread(
+                target=self._run_thread, name="engine", daemon=True
+            )
+            self._core.own_thread.start()
 
     def dismiss_followers(self) -> None:
         """Let the other processes go until this one works again. See `leader_follower.Follower`.
@@ -217,25 +280,37 @@ class Engine:
         Raises:
           RuntimeError: requests are under way.
         """
-        with self._work_condition:
-            if self._requests or self._dispatched:
+        with self._lock:
+            self._core.check_exact("dismiss_followers")
+            if not self._core.is_idle:
                 raise RuntimeError(
                     "dismiss_followers: requests are under way; run() them to their ends first"
                 )
             self._device.dismiss_followers()
 
     def close(self) -> None:
-        """Stop the thread. Requests under way are cancelled."""
-        with self._work_condition:
+        """Stop the thread. Requests under way are cancelled. A second call changes nothing.
+
+        In a callback this returns at once, and whoever works takes what is under way.
+        """
+        with self._lock:
             self._closed = True
-            for request in list(self._requests.values()):
-                self.cancel(request)
+            if self._core.failure is None:
+                self._core.check_exact("close")
+                self._core.end_requests(list(self._core.requests.values()), "cancelled")
             self._work_condition.notify()
-        if self._thread is not None:
-            self._thread.join()
-        if not self._failed:
+            if self._core.num_callbacks:
+                return
+        if self._core.own_thread is not None:
+            self._core.own_thread.join()
+        elif self._core.failure is None:
             self.run()  # plans under way, so that the scheduler ends with all memory free
-        self._device.close()
+        self._close_device()
+
+    @property
+    def version(self) -> int:
+        """The version of the weights, 0 at first. Every `swap_weights` adds 1."""
+        return self._core.version
 
     @property
     def model_config(self) -> model_config_lib.ModelConfig:
@@ -247,6 +322,7 @@ class Engine:
         return self._device.weights
 
     def stats(self) -> stats_lib.SchedulerStats:
+        """Return sizes and counts. They begin anew after an interruption."""
         with self._lock:
             return self._scheduler.stats()
 
@@ -255,141 +331,64 @@ class Engine:
     def _run_thread(self) -> None:
         try:
             self._serve_until_closed()
-        except BaseException:
-            # Perhaps an error of a callback. Nobody may wait for ever for this engine.
-            with self._work_condition:
-                self._closed = self._failed = True
-                for request in list(self._requests.values()):
-                    self._end_request(request, "error")
-            raise
+        except BaseException as error:
+            # Nobody may wait for ever for this engine. The requests and `submit` say why.
+            logging.exception("the engine's thread ends")
+            with self._lock:
+                if self._core.failure is None:
+                    self._core.fail("its thread", error)
+        self._close_device()
 
     def _serve_until_closed(self) -> None:
         while True:
-            with self._work_condition:
-                while not self._closed and not self._requests and not self._dispatched:
+            with self._lock:
+                while not self._closed and self._core.is_idle:
                     if not self._work_condition.wait(_KEEP_ALIVE_SECS):
                         self._device.keep_alive()
-                if self._closed and not self._dispatched:
-                    return
-            self.step()
+            if not self.step() and self._closed:
+                return
 
     def step(self) -> bool:
         """Give the device its next plan, then take the results of an earlier one.
 
         Returns:
           False if all is done.
+
+        Raises:
+          EngineFailedError: the engine cannot go on.
         """
+        with self._step_lock:
+            with self._lock:
+                self._core.check_exact("step")
+                self._core.show_all()
+                if self._device_closed:
+                    return False
+                has_plan = self._core.dispatch_plan()
+                oldest = self._core.next_results(has_plan)
+            if oldest is None:
+                if self._closed and not has_plan:
+                    self._close_device()
+                return has_plan
+            # This waits for the device, so without the lock: `submit` must not wait for a step.
+            sampled = oldest.wait_for_tokens()
+            with self._lock:
+                self._core.take_results(oldest, sampled)
+                self._core.show_all()
+            return True
+
+    # ---- parts
+
+    def _check_open(self, name: str) -> None:
+        self._core.check_exact(name)
+        if self._closed:
+            raise RuntimeError(f"{name}: the engine is closed; make a new one")
+
+    def _close_device(self) -> None:
         with self._lock:
-            plan = self._scheduler.plan()
-            if plan is not None:
-                requests = [self._requests.get(entry.sequence_id) for entry in plan.entries]
-                self._dispatched.append(self._dispatcher.dispatch(plan, requests, self.version))
-            oldest = None
-            # With a plan behind it the device stays busy while the host reads the oldest. Without
-            # one there is nothing better to do than to wait for the oldest.
-            if self._dispatched and (plan is None or len(self._dispatched) > 1):
-                oldest = self._dispatched.popleft()
-        if oldest is None:
-            return plan is not None
-        # This waits for the device, so without the lock: `submit` must not wait for a step.
-        sampled = oldest.wait_for_tokens()
-        with self._lock:
-            self._apply_results(oldest, sampled)
-        return True
+            if not self._device_closed:
+                self._device_closed = True
+                self._device.close()
 
-    def _apply_results(
-        self, dispatched: dispatcher.DispatchedPlan, sampled: host_batch.SampledTokens
-    ) -> None:
-        """Give requests the tokens that a plan made, and report them to the scheduler."""
-        results = {}
-        for sequence_id, row in dispatched.row_by_request.items():
-            request = self._requests.get(sequence_id)
-            if request is None:  # over since the plan was made
-                continue
-            tokens = sampled.row_tokens(row)
-            num_before = len(request.tokens)
-            for token in tokens:
-                if request.finish_reason is None:
-                    self._push_token(request, token, dispatched.version)
-            if sequence_id not in self._requests:  # cancelled by its own `on_token`
-                continue
-            is_over = request.finish_reason is not None
-            if not tokens and not is_over:
-                continue
-            # Tokens past an end that only the host knows are in the device's state all the same.
-            was_cut = len(request.tokens) - num_before < len(tokens)
-            knows_end = is_over and tokens and not was_cut and self._device_knows_end(request)
-            length = len(request.prompt) + len(request.tokens) - 1 if knows_end else None
-            ids = tuple(token.id for token in tokens)
-            results[sequence_id] = plan_lib.StepResult(len(ids), is_over, length, ids)
-            if not request.cached_tokens and not request.cache_miss_reason:
-                cached = self._scheduler.cached_prompt(sequence_id)
-                request.cached_tokens, request.cache_miss_reason = cached
-            self._scheduler.set_single_step(sequence_id, self._needs_single_step(request))
-            if is_over and self.config.record_routes:
-                # Before the report, which frees the pages.
-                request.routes = self._read_expert_ids(request)
-        self._scheduler.report(results)
-        for sequence_id in results:
-            request = self._requests[sequence_id]
-            if request.finish_reason is not None:
-                self._end_request(request, request.finish_reason)
-
-    def _read_expert_ids(self, request: request_lib.Request) -> np.ndarray | None:
-        """Return the experts of all tokens but the last, which is in no page yet.
-
-        None where the request lost its pages while its last token was on the way.
-        """
-        pages = self._scheduler.sequence_pages(request.sequence_id)
-        if not pages:
-            return None
-        length = len(request.prompt) + len(request.tokens) - 1
-        return self._dispatcher.read_expert_ids(pages)[:length]
-
-    def _push_token(
-        self, request: request_lib.Request, sampled: host_batch.SampledToken, version: int
-    ) -> None:
-        """Give a request its next token, or end it where the token or its grammar is no good."""
-        if not np.isfinite(sampled.logp_raw):  # the model's logits are not finite
-            request.finish_reason = "error"
-            request.add_text(request.progress.flush())
-            return
-        # The program returns as many as any request may ask for.
-        top = sampled.top[: request.options.top_logprobs]
-        token = request_lib.OutputToken(sampled.id, sampled.logp, sampled.logp_raw, version, top)
-        try:
-            text = request.push(token)
-        except ValueError:  # the grammar grew beyond its limits
-            request.finish_reason, text = "error", ""
-            request.add_text(request.progress.flush())
-        if request.on_token is not None:
-            request.on_token(request, token, text)
-
-    def _device_knows_end(self, request: request_lib.Request) -> bool:
-        """Return whether the device stopped by itself after the last token.
-
-        It does at a stop token and at the limit. A stop string, say, is the host's discovery, and
-        by then the device may have computed on.
-        """
-        options, num_tokens = request.options, len(request.tokens)
-        is_stop = request.tokens[-1].id in request.stop_ids and num_tokens > options.min_tokens
-        return is_stop or num_tokens >= options.max_tokens
-
-    def _needs_single_step(self, request: request_lib.Request) -> bool:
-        """Return whether the host must see each token before the next one is made.
-
-        A grammar's mask depends on every token before. The end of a thought is forced by the host.
-        """
-        pause = request.progress.pause_at
-        # Two plans may be under way when this is asked, and this is asked once a plan.
-        reach = len(request.tokens) + 3 * self.config.decode_steps
-        return request.matcher is not None or (pause is not None and reach >= pause)
-
-    def _end_request(self, request: request_lib.Request, reason: str) -> None:
-        request.finish_reason = reason
-        self._requests.pop(request.sequence_id, None)
-        request.done.set()
-
-    def _cache_key(self) -> Hashable:
-        """Return what states depend on beside the tokens."""
-        return (self.version, self.config.chunk_tokens, self.config.matmul_tile)
+    @property
+    def _scheduler(self) -> scheduler.Scheduler:
+        return self._core.scheduler

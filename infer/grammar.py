@@ -12,15 +12,15 @@ Whatever the model writes, the answer matches the constraint. Without thinking, 
 is the answer.
 """
 
-import json
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable
 
 import llguidance
 import numpy as np
 from jaxtyping import UInt32
 
+from infer import json_schema, partial_match, stopping
 from infer import options as options_lib
-from infer import partial_match, stopping
 from m1_jax import tokenizer as tokenizer_lib
 
 _OPENING_TAG, _CLOSING_TAG = stopping.OPENING_TAG.encode(), stopping.CLOSING_TAG.encode()
@@ -30,6 +30,8 @@ _GAP_NEWLINES = 2
 _JSON_WHITESPACE = r"[ \t\n\r]{1,64}"
 _UNKNOWN = "\ufffd".encode()  # what the tokenizer decodes ids to that it does not have
 _MAX_ERROR_CHARS = 400  # length of llguidance's messages in ours
+# A rule's own temperature, which llguidance leaves to its caller: `rule[temperature=0.5]: ...`.
+_RULE_TEMPERATURE = re.compile(r"^\s*[?!]?\w+\s*\[[^\]]*\btemperature\b", re.MULTILINE)
 
 
 class GrammarCompiler:
@@ -98,8 +100,8 @@ class GrammarCompiler:
         """Compile a request's constraint, or return None for a request without one.
 
         Raises:
-          ValueError: a schema, expression or grammar that is wrong, that is not supported (a
-            keyword of JSON schema that llguidance does not know), or that no text matches.
+          ValueError: a schema, expression or grammar that is wrong, of which a part would not be
+            applied, or that no text matches.
         """
         name = options.constraint
         if name is None:
@@ -107,8 +109,9 @@ class GrammarCompiler:
         library = llguidance.LLMatcher
         value = getattr(options, name)
         if name == "json_schema":
+            value = json_schema.plain_schema(value)
             grammar = library.grammar_from_json_schema(
-                _schema_text(value), overrides={"whitespace_pattern": _JSON_WHITESPACE}
+                value, overrides={"whitespace_pattern": _JSON_WHITESPACE}
             )
         elif name == "regex":
             grammar = library.grammar_from_regex(value)
@@ -118,6 +121,14 @@ class GrammarCompiler:
         inner.compute_bitmask()  # only this finds a constraint that no text matches
         if inner.is_error():
             raise ValueError(f"{name}: {_error_message(inner)}. Correct it or leave it out.")
+        # After llguidance, whose own refusals say more.
+        if name == "json_schema":
+            json_schema.check_keywords(value)
+        if name == "grammar" and _RULE_TEMPERATURE.search(value):
+            raise ValueError(
+                "grammar: got a rule with a temperature; wanted one temperature for all of the "
+                "output (Options.temperature)"
+            )
         return GrammarMatcher(self, inner, options.after_thinking)
 
     def make_mask(self, ids: Iterable[int]) -> UInt32[np.ndarray, "W"]:
@@ -238,6 +249,32 @@ class GrammarMatcher:
         )
 
 
+class StopTokenBan:
+    """Forbids stop tokens before `min_tokens`, as a matcher does: for more than the device knows.
+
+    Args:
+      stop_ids: the token ids. Those beyond the vocabulary are never chosen.
+      vocab_size: the model's vocabulary size.
+      min_tokens: tokens that come before any of them.
+    """
+
+    def __init__(self, stop_ids: Iterable[int], vocab_size: int, min_tokens: int):
+        self._stop_ids = [token for token in stop_ids if token < vocab_size]
+        self._num_words, self._num_left = -(-vocab_size // 32), min_tokens
+
+    def mask(self) -> UInt32[np.ndarray, "W"]:
+        """Return a new mask of the tokens that may come next, laid out as in `GrammarCompiler`."""
+        mask = np.full(self._num_words, 0xFFFFFFFF, np.uint32)
+        if self._num_left:
+            for token in self._stop_ids:
+                mask[token // 32] &= ~np.uint32(1 << token % 32)
+        return mask
+
+    def accept(self, _: int) -> None:
+        """Take the token that was chosen."""
+        self._num_left = max(0, self._num_left - 1)
+
+
 class _VocabularyAdapter:
     """The tokenizer's interface that llguidance reads: attributes by these names, and a call."""
 
@@ -279,19 +316,6 @@ def _closes_badly(text: bytes) -> bool:
     """Return whether a closing tag is followed by more than the gap may hold."""
     gap = text.partition(_CLOSING_TAG)[2]
     return len(gap) > _GAP_NEWLINES or bool(gap.strip(b"\n"))
-
-
-def _schema_text(schema: str | Mapping) -> str:
-    """Return a schema as JSON."""
-    try:
-        value = json.loads(schema) if isinstance(schema, str) else dict(schema)
-        text = json.dumps(value)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"json_schema: not JSON: {error}. Correct it or leave it out.") from None
-    if not isinstance(value, dict):
-        kind = type(value).__name__
-        raise ValueError(f"json_schema: got a JSON {kind}; wanted an object")
-    return text
 
 
 def _error_message(inner: llguidance.LLMatcher) -> str:

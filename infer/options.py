@@ -6,16 +6,19 @@ silently. Checks that need a vocabulary are in `check_options`.
 
 import dataclasses
 import math
+import operator
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 from m1_jax import configlib
 
 MAX_BIASES = 300  # entries of logit_bias, which have a fixed array on the device
-MAX_STOP_IDS = 8  # the tokenizer's own included; they have a fixed array on the device
+MAX_STOP_IDS = 8  # in the device's fixed array; the host alone knows of further ones
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARS = 1024
 MAX_TOP_LOGPROBS = 20
+# Magnitudes of float32. Devices take smaller ones for 0.
+_FLOAT32_MIN, _FLOAT32_MAX = 2.0**-126, (2 - 2.0**-23) * 2.0**127
 
 # Fields that the device applies to a row's logits.
 # name: (default, which is the release's recommendation, check, description of valid values)
@@ -51,23 +54,28 @@ class Options:
       presence_penalty: over the output alone, as in OpenAI's API. 0 is off.
       frequency_penalty: over the output alone, by count, as in OpenAI's API. 0 is off.
       logit_bias: numbers that are added to logits, -100 to 100, by token id.
-      seed: 0 to 2^32 - 1. The same seed draws the same tokens.
+      seed: 0 to 2^32 - 1. The same seed draws the same tokens: a prompt that is asked twice with
+        one seed, 0 by default, has one answer. `Engine.generate` numbers the seeds of `samples`.
       max_tokens: longest output, in tokens.
       min_tokens: tokens that the output has before anything ends it. A stop token is not one of
         them, and is never chosen before that.
       stop_token_ids: token ids that end the output, beside the tokenizer's own.
       ignore_eos: the tokenizer's own stop ids do not end the output.
-      stop: strings that end the output and are not part of its text.
-      thinking_tokens: thinking that is still open after this many tokens is closed by force.
+      stop: strings that end the output and are not part of its text. A control token's name stands
+        for the token, too.
+      thinking_tokens: thinking that is still open after this many tokens is closed by force. It
+        rests under a constraint without `after_thinking`, where all of the output is the answer.
       stop_on_loop: end an output that has long been certain of every token; see `infer.stopping`.
       top_logprobs: number of likeliest tokens that are listed beside each chosen one, 0 to 20.
-      json_schema: JSON schema, an object or its text, which the output matches as a whole.
+      json_schema: JSON schema, an object or its text, which the output matches as a whole. It may
+        stand in OpenAI's wrapper, as in {"name": ..., "strict": ..., "schema": {...}}.
       regex: regular expression, which the output matches as a whole.
       grammar: grammar in Lark's notation, which the output matches as a whole. At most one of
         json_schema, regex and grammar is set.
       after_thinking: the model may first think freely. The constraint holds for what follows.
 
-    Sampling options act in the order that `infer.execution.sampling` gives.
+    Sampling options act in the order that `infer.execution.sampling` gives. Numbers and arrays may
+    be NumPy's, JAX's or PyTorch's: the fields are Python's own.
     """
 
     temperature: float = 1.0
@@ -93,13 +101,14 @@ class Options:
     after_thinking: bool = False
 
     def __post_init__(self):
+        # A frozen dataclass assigns its fields through `object`.
+        for field in dataclasses.fields(self):
+            if field.name != "json_schema":  # it may be deep, and `json` refuses arrays in it
+                object.__setattr__(self, field.name, plain_value(getattr(self, field.name)))
         for name, (_, is_valid, description) in SAMPLING_FIELDS.items():
-            configlib.check_field(
-                _is_number(value := getattr(self, name)) and is_valid(value),
-                name,
-                value,
-                description,
-            )
+            value = getattr(self, name)
+            _check_float32(name, value)
+            configlib.check_field(_is_number(value) and is_valid(value), name, value, description)
         _check_whole_number("seed", self.seed, 0, 2**32 - 1)
         _check_whole_number("max_tokens", self.max_tokens, 1)
         _check_whole_number("min_tokens", self.min_tokens, 0, self.max_tokens, " (max_tokens)")
@@ -108,8 +117,7 @@ class Options:
         for name in ("ignore_eos", "stop_on_loop", "after_thinking"):
             value = getattr(self, name)
             configlib.check_field(isinstance(value, bool), name, value, "True or False")
-        # Copies: the caller may change its own list or dict later. A frozen dataclass assigns its
-        # fields through `object`.
+        # Copies: the caller may change its own list or dict later.
         object.__setattr__(self, "logit_bias", _check_logit_bias(self.logit_bias))
         object.__setattr__(self, "stop_token_ids", _check_stop_ids(self.stop_token_ids))
         object.__setattr__(self, "stop", _check_stop_strings(self.stop))
@@ -147,28 +155,23 @@ class Options:
 
 
 def check_options(options: Options, vocab_size: int, own_stop_ids: tuple[int, ...] = ()) -> None:
-    """Check the options that depend on the model: token ids, and the number of stop ids.
+    """Check the options that depend on the model, which are token ids.
 
     Args:
       options: one request's options.
       vocab_size: the model's vocabulary size.
-      own_stop_ids: the tokenizer's stop ids.
+      own_stop_ids: the tokenizer's stop ids. There may be any number of them, of any value.
 
     Raises:
-      ValueError: a token id outside of the vocabulary, or more than `MAX_STOP_IDS` stop ids.
+      ValueError: a token id outside of the vocabulary.
     """
+    del own_stop_ids  # callers have them at hand, and no check depends on them any more
     ids = {"logit_bias": options.logit_bias, "stop_token_ids": options.stop_token_ids}
     for name, values in ids.items():
         for token in values:
             configlib.check_field(
                 token < vocab_size, name, token, f"token ids of 0 to {vocab_size - 1}"
             )
-    num_stop_ids = len(all_stop_ids(options, own_stop_ids))
-    if num_stop_ids > MAX_STOP_IDS:
-        raise ValueError(
-            f"stop_token_ids: got {num_stop_ids} with the tokenizer's own {len(own_stop_ids)}; "
-            f"wanted at most {MAX_STOP_IDS} in all. Use stop strings for the others."
-        )
 
 
 def all_stop_ids(options: Options, own_stop_ids: tuple[int, ...] = ()) -> tuple[int, ...]:
@@ -222,19 +225,49 @@ def check_names(kind: str, names: Iterable[str], allowed: Collection[str]) -> No
             raise ValueError(f"{kind}: got {name!r}; {hint}")
 
 
+def plain_value(value: Any) -> Any:
+    """Return numbers and arrays of NumPy, JAX and PyTorch as Python's own, also in containers.
+
+    Anything else is returned as it is.
+    """
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    if isinstance(value, tuple | list):
+        return type(value)(map(plain_value, value)) if type(value) in (tuple, list) else value
+    if isinstance(value, dict):
+        return {plain_value(key): plain_value(entry) for key, entry in value.items()}
+    return value
+
+
 def _is_number(value: Any) -> bool:
     # A bool is an int in Python.
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and abs(value) <= _FLOAT32_MAX
+
+
+def _check_float32(name: str, value: Any) -> None:
+    """Refuse numbers that are infinite for the device, or 0 although they are not."""
+    if isinstance(value, int | float) and not (
+        value == 0 or _FLOAT32_MIN <= abs(value) <= _FLOAT32_MAX
+    ):
+        raise ValueError(
+            f"{name}: got {value!r:.40}; wanted a number that float32 holds: "
+            f"{_FLOAT32_MIN:.3g} to {_FLOAT32_MAX:.3g} of either sign, or 0"
+        )
 
 
 def is_token_id(value: Any, vocab_size: int) -> bool:
-    """Return whether a value is a whole number of the vocabulary, NumPy's integers included."""
-    # `__index__` admits NumPy's integers, and keeps out floats.
-    return hasattr(value, "__index__") and 0 <= value < vocab_size
+    """Return whether a value is a whole number of the vocabulary, also of an array's kind."""
+    try:
+        # This admits the integers of arrays, and keeps out floats and text.
+        number = operator.index(value)
+    except TypeError:
+        return False
+    return not isinstance(value, bool) and 0 <= number < vocab_size
 
 
-def _is_whole_number(value: Any) -> bool:
-    # Stricter than `is_token_id`: an option is written as JSON, which has no NumPy integers.
+def is_whole_number(value: Any) -> bool:
+    """Return whether a value is one of Python's integers, 0 or more."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
@@ -245,9 +278,7 @@ def _check_whole_number(
     description = (
         f"a whole number, {low} or more" if high == math.inf else f"{low} to {high}{high_name}"
     )
-    configlib.check_field(
-        _is_whole_number(value) and low <= value <= high, name, value, description
-    )
+    configlib.check_field(is_whole_number(value) and low <= value <= high, name, value, description)
 
 
 def _check_logit_bias(bias: Any) -> dict[int, float]:
@@ -258,8 +289,9 @@ def _check_logit_bias(bias: Any) -> dict[int, float]:
         raise ValueError(f"logit_bias: got {len(bias)} entries; wanted at most {MAX_BIASES}")
     for token, value in bias.items():
         configlib.check_field(
-            _is_whole_number(token), "logit_bias", token, "token ids, whole numbers from 0"
+            is_whole_number(token), "logit_bias", token, "token ids, whole numbers from 0"
         )
+        _check_float32(f"logit_bias[{token}]", value)
         configlib.check_field(
             _is_number(value) and abs(value) <= 100, f"logit_bias[{token}]", value, "-100 to 100"
         )
@@ -271,7 +303,7 @@ def _check_stop_ids(ids: Any) -> tuple[int, ...]:
     configlib.check_field(isinstance(ids, tuple | list), name, ids, "a tuple of token ids")
     for token in ids:
         configlib.check_field(
-            _is_whole_number(token), name, token, "token ids, whole numbers from 0"
+            is_whole_number(token), name, token, "token ids, whole numbers from 0"
         )
     return tuple(ids)
 

@@ -6,6 +6,8 @@ requests beside it.
 
   * Text comes out with the last byte of each character. Text that may still become a stop string
     is held back. Neither a complete stop string nor what follows it is released.
+  * Control tokens have no text. One whose name is a stop string ends the output all the same, as
+    does ordinary text that spells the name.
   * Thinking is read off the text, not off token ids: nothing promises that its tags are single
     tokens. An output thinks if `<think>` is the first thing in it but white space. The next
     `</think>` ends the thinking. Later tags are text.
@@ -72,18 +74,22 @@ class OutputProgress:
 
         Raises:
           ValueError: a thinking budget with a tokenizer that needs more than
-            `MAX_CLOSING_TOKENS` for the closing tag.
+            `MAX_CLOSING_TOKENS` for the closing tag, or a stop string that holds the name of a
+            control token and more.
         """
         self.num_tokens = 0
         self.reasoning_tokens = 0
         self.finish_reason: str | None = None
         self._options = options
         self._stop_ids = frozenset(options_lib.all_stop_ids(options, tokenizer.stop_ids))
+        self._stop_string_ids = _find_stop_string_ids(options.stop, tokenizer)
         self._decoder = tokenizer.decoder()
         self._stops = _StopStrings(options.stop)
         self._thinking = _ThinkingState()
         self._loop_tokens, self._num_certain = loop_tokens, 0
-        self._budget = options.thinking_tokens
+        # Where all of the output is the answer to a constraint, there is no free thinking to close.
+        is_answer_alone = options.constraint is not None and not options.after_thinking
+        self._budget = None if is_answer_alone else options.thinking_tokens
         self._closing = () if self._budget is None else encode_closing_tag(tokenizer)
         self._num_before_closing: int | None = None  # tokens before the first forced one
 
@@ -105,6 +111,9 @@ class OutputProgress:
         self.num_tokens += 1
         self._count_certain_tokens(logp_raw, was_forced=forced_token is not None)
         is_stop_token = token in self._stop_ids and self.num_tokens > self._options.min_tokens
+        # The last one counts among the tokens before the end, as with any stop string.
+        if token in self._stop_string_ids and self.num_tokens >= self._options.min_tokens:
+            is_stop_token = True
         # A stop token ends the output and has no text of its own.
         token_text = "" if is_stop_token else self._decoder.push(token)
         self._follow_thinking(token_text)
@@ -186,6 +195,29 @@ def encode_closing_tag(tokenizer: tokenizer_lib.Tokenizer) -> tuple[int, ...]:
             "of that very text. Leave the budget out, or use the release's tokenizer."
         )
     return ids
+
+
+def _find_stop_string_ids(
+    stops: Sequence[str], tokenizer: tokenizer_lib.Tokenizer
+) -> frozenset[int]:
+    """Return the control tokens whose names are stop strings.
+
+    Raises:
+      ValueError: a stop string that such a name is a part of. No output has it: control tokens have
+        no text.
+    """
+    control_ids = set()
+    for stop in stops:
+        ids = tokenizer.encode(stop, allow_special=True)
+        has_control_token = any(not tokenizer.token_bytes(token) for token in ids)
+        if has_control_token and len(ids) > 1:
+            raise ValueError(
+                f"stop: got {stop!r:.80}, which holds a control token's name; wanted the name "
+                "alone, or the token's id in stop_token_ids"
+            )
+        if has_control_token:
+            control_ids.update(ids)
+    return frozenset(control_ids)
 
 
 class _StopStrings:

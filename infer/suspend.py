@@ -13,9 +13,10 @@ import dataclasses
 import hashlib
 import json
 import math
+import operator
 import os
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -23,10 +24,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Shaped, UInt
 
+from infer import config as config_lib
 from infer import engine as engine_lib
 from infer import options as options_lib
 from infer import request as request_lib
-from m1_jax import durable
+from m1_jax import durable, file_lock, strict_json
 from m1_jax import tokenizer as tokenizer_lib
 
 _FORMAT = "m1_jax suspended requests, version 1"
@@ -42,7 +44,9 @@ def save_requests(engine: engine_lib.Engine, path: str | os.PathLike) -> int:
 
     Raises:
       OSError: the file cannot be written. All requests go on.
+      file_lock.LockError: another process writes to it. Likewise.
     """
+    path = pathlib.Path(path).expanduser()
     count = 0
 
     # Called under the engine's lock: nothing moves between the writing and the ending.
@@ -55,9 +59,10 @@ def save_requests(engine: engine_lib.Engine, path: str | os.PathLike) -> int:
             "version": engine.version,
             "requests": [_request_to_json(request) for request in requests],
         }
-        durable.write_text_atomically(pathlib.Path(path), json.dumps(value, allow_nan=False))
+        durable.write_text_atomically(path, json.dumps(value, allow_nan=False))
 
-    engine.suspend(write_requests)
+    with file_lock.hold_lock(path, "writes suspended requests to"):
+        engine.suspend(write_requests)
     return count
 
 
@@ -77,43 +82,65 @@ def resume_requests(
 
     Raises:
       ValueError: another model, or a file that `save_requests` did not write, or requests that
-        this engine is too small for.
+        this engine is too small for. Then none of them is submitted.
       OSError: the file cannot be read.
     """
-    path = pathlib.Path(path)
+    path = pathlib.Path(path).expanduser()
     value = _read_file(path)
     identity = _engine_identity(engine)
     # With other weights or sizes the rest of an output would be plausible, but not bit-exact.
-    for name, made_by in value["made_by"].items():
-        if identity.get(name) != made_by:
+    for name, here in identity.items():
+        if (made_by := value["made_by"].get(name)) != here:
             raise ValueError(
                 f"{path}: got requests of another {name}: {made_by!r:.300}; this engine has "
-                f"{identity.get(name)!r:.300}. Start one with the checkpoint and sizes that made "
-                "them."
+                f"{here!r:.300}. Start one with the checkpoint and sizes that made them."
             )
     suspended = [_parse_request(path, i, entry) for i, entry in enumerate(value["requests"])]
     # All are checked before any of them starts.
-    for i, (prompt, options, _, _) in enumerate(suspended):
-        if len(prompt) + options.max_tokens > engine.config.max_length:
-            raise ValueError(
-                f"{path}: request {i}: got {len(prompt)} prompt tokens and max_tokens "
-                f"{options.max_tokens}; wanted {engine.config.max_length} at most (max_length): "
-                "start the engine with more"
-            )
-    engine.continue_from_version(value["version"])
     requests = []
-    for prompt, options, tokens, cached in suspended:
-        request = engine.submit(prompt, options, on_token, prior_tokens=tokens)
+    for number, (prompt, options, tokens, cached) in enumerate(suspended):
+        _check_length(f"{path}: request {number}", prompt, options, engine.config)
+        try:
+            request = engine.prepare_request(prompt, options, on_token, prior_tokens=tokens)
+        except ValueError as error:
+            raise ValueError(f"{path}: request {number}: {error}") from None
         # What the first engine's cache had: this engine reports that, not its own recomputation.
         request.cached_tokens, request.cache_miss_reason = cached
         requests.append(request)
+    engine.continue_from_version(value["version"])
+    engine.submit_prepared(requests, is_resumed=True)
     return requests
 
 
+def _check_length(
+    location: str,
+    prompt: tuple[int, ...],
+    options: options_lib.Options,
+    config: config_lib.EngineConfig,
+) -> None:
+    """Raise ValueError for a request that an engine of these sizes is too small for."""
+    # The last token is never computed, so it needs no page.
+    limits = {
+        "max_length": config.max_length,
+        "num_pages": config.total_pages * config.chunk_tokens + 1,
+    }
+    for name, longest in limits.items():
+        if len(prompt) + options.max_tokens > longest:
+            raise ValueError(
+                f"{location}: got {len(prompt)} prompt tokens and max_tokens "
+                f"{options.max_tokens}; wanted {longest} at most ({name}): start the engine with "
+                "more"
+            )
+
+
 def _request_to_json(request: request_lib.Request) -> dict[str, Any]:
+    options = options_lib.options_to_json(request.options)
+    if isinstance(request.options.json_schema, Mapping):
+        # As text: the file then is no deeper than its reader allows, whatever the schema is.
+        options["json_schema"] = json.dumps(dict(request.options.json_schema))
     return {
         "prompt": list(request.prompt),
-        "options": options_lib.options_to_json(request.options),
+        "options": options,
         "tokens": [
             [
                 token.id,
@@ -148,18 +175,20 @@ def _parse_request(path: pathlib.Path, number: int, value: dict[str, Any]) -> _S
     try:
         tokens = [
             request_lib.OutputToken(
-                token_id,
+                operator.index(token_id),
                 _logp_from_json(logp),
                 _logp_from_json(logp_raw),
-                version,
-                tuple((top_id, _logp_from_json(top_logp)) for top_id, top_logp in top),
+                operator.index(version),
+                tuple((operator.index(i), _logp_from_json(top_logp)) for i, top_logp in top),
             )
             for token_id, logp, logp_raw, version, top in value["tokens"]
         ]
-        options = options_lib.options_from_json(value["options"])
         cached_tokens, cache_miss_reason = value["cached"]
         return _SuspendedRequest(
-            tuple(value["prompt"]), options, tokens, (cached_tokens, cache_miss_reason)
+            tuple(value["prompt"]),
+            options_lib.options_from_json(value["options"]),
+            tokens,
+            (operator.index(cached_tokens), str(cache_miss_reason)),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: request {number}: {error!r}; the file is damaged") from None
@@ -175,7 +204,7 @@ def _logp_to_json(logp: float) -> float | None:
 
 
 def _logp_from_json(value: float | None) -> float:
-    return -math.inf if value is None else value
+    return -math.inf if value is None else float(value)
 
 
 def _engine_identity(engine: engine_lib.Engine) -> dict[str, Any]:
@@ -200,15 +229,19 @@ def _engine_identity(engine: engine_lib.Engine) -> dict[str, Any]:
 
 
 def digest_arrays(leaves: list[Array]) -> str:
-    """Return a digest of arrays' shapes, dtypes and bits. This compiles one small program."""
+    """Return a digest of arrays' shapes, dtypes and bits. The first call compiles a program."""
     shapes = [f"{leaf.dtype}{leaf.shape}" for leaf in leaves]
     # Only the shards of this process can be read without asking the others. Of arrays that span
     # processes the first of these counts.
     leaves = [leaf if leaf.is_fully_addressable else leaf.addressable_data(0) for leaf in leaves]
     # Leaves go in one by one: shape checks refuse the descriptions that lowering would put into
-    # pytrees.
-    sums = jax.jit(lambda *xs: jnp.stack([_sum_weighted_bits(x) for x in xs]))(*leaves)
+    # pytrees. Of one function, so that JAX compiles it once for each list of shapes.
+    sums = jax.jit(_sum_arrays)(*leaves)
     return hashlib.sha256(f"{shapes} {np.asarray(sums).tolist()}".encode()).hexdigest()
+
+
+def _sum_arrays(*leaves: Shaped[Array, "..."]) -> UInt[Array, "L"]:
+    return jnp.stack([_sum_weighted_bits(leaf) for leaf in leaves])
 
 
 def _sum_weighted_bits(x: Shaped[Array, "..."]) -> UInt[Array, ""]:
@@ -233,12 +266,17 @@ def _digest_tokenizer(tokenizer: tokenizer_lib.Tokenizer) -> str:
 
 
 def _read_file(path: pathlib.Path) -> dict[str, Any]:
+    """Return a file's value, whose outermost parts are those that `save_requests` wrote."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(
-            f"{path}: not JSON: {error}; wanted a file of suspend.save_requests"
-        ) from None
+        value = strict_json.parse(path.read_bytes(), str(path))
+    except strict_json.JsonError as error:
+        raise ValueError(f"{error}: not JSON; wanted a file of suspend.save_requests") from None
     if not isinstance(value, dict) or value.get("format") != _FORMAT:
         raise ValueError(f"{path}: got no {_FORMAT!r}; wanted a file of suspend.save_requests")
+    for name, kind in {"made_by": dict, "version": int, "requests": list}.items():
+        if not isinstance(value.get(name), kind):
+            raise ValueError(
+                f"{path}: {name}: got {value.get(name)!r:.80}; wanted a {kind.__name__}: the file "
+                "is damaged"
+            )
     return value

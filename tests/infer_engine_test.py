@@ -17,7 +17,8 @@ from tokenizer_support import load_tokenizer
 from infer import config as config_lib
 from infer import engine as engine_lib
 from infer import options as options_lib
-from infer import stopping
+from infer import stepping, stopping
+from infer.execution import host_batch
 from infer.scheduling import plan as plan_lib
 from m1_jax import config as model_config_lib
 from m1_jax import model as model_lib
@@ -374,7 +375,6 @@ def test_cancelling_what_is_over_changes_nothing(engine):
         ((1, 2.5), {}, "token id 2.5; wanted"),
         (range(1, 250), {"max_tokens": 8}, "249 prompt tokens and max_tokens 8"),
         ((1,), {"stop_token_ids": (600,)}, "stop_token_ids"),
-        ((1,), {"stop_token_ids": tuple(range(9))}, "stop_token_ids"),
         ((1,), {"logit_bias": {512: 1.0}}, "logit_bias"),
         ((1,), {"regex": "(unclosed"}, "regex"),
     ],
@@ -428,17 +428,50 @@ def test_threads(engine):
     engine_of.cache_clear()
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_nobody_waits_for_an_engine_that_failed():
+def test_a_thread_outlives_a_callback_that_raises():
+    """See `infer_interrupts_test.py` for all that a callback may do."""
+
     def fail(*_):
         raise RuntimeError("a callback with a bug")
 
     engine = engine_of(1)
-    options = options_lib.Options(max_tokens=150, ignore_eos=True)
+    options = options_lib.Options(max_tokens=50, ignore_eos=True)
     requests = [engine.submit(PROMPT, options), engine.submit(PROMPT, options, on_token=fail)]
     engine.start()
-    assert [each.output(60).finish_reason for each in requests] == ["error", "error"]
-    with pytest.raises(RuntimeError, match="closed"):
-        engine.submit(PROMPT, options)
+    assert [each.output(60).finish_reason for each in requests] == ["length", "error"]
+    assert str(requests[1].output().error) == "a callback with a bug"
+    assert len(engine.submit(PROMPT, options).output(60).tokens) == 50
     engine.close()
     engine_of.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("logp", "logp_raw"), [(np.nan, -1.0), (-1.0, np.nan), (-1.0, np.inf), (np.nan, np.nan)]
+)
+def test_what_is_not_finite_is_an_error(engine, logp, logp_raw):
+    request = engine.prepare_request(PROMPT, options_lib.Options(max_tokens=4))
+    stepping._take_token(request, host_batch.SampledToken(5, logp, logp_raw, ()), 0)
+    request.show_next()
+    assert (request.finish_reason, len(request.tokens)) == ("error", 0)
+    assert isinstance(request.error, FloatingPointError)
+
+
+def test_forced_tokens_may_be_impossible(engine):
+    request = engine.prepare_request(PROMPT, options_lib.Options(max_tokens=4))
+    stepping._take_token(request, host_batch.SampledToken(5, -np.inf, -1.0, ()), 0)
+    request.show_next()
+    assert [token.id for token in request.tokens] == [5]
+
+
+def test_more_end_tokens_than_the_device_knows(engine):
+    free = token_ids(generate_alone(engine, seed=5, max_tokens=30, ignore_eos=True))
+    ends = [token for token in range(1, 500) if token not in free[:12]][:40]
+    ids = (*ends, free[12])
+    output = generate_alone(engine, seed=5, max_tokens=30, ignore_eos=True, stop_token_ids=ids)
+    assert token_ids(output) == free[:13]
+    assert output.finish_reason == "stop"
+    early = generate_alone(
+        engine, seed=5, max_tokens=30, ignore_eos=True, stop_token_ids=ids, min_tokens=20
+    )
+    assert not set(token_ids(early)[:20]) & set(ids)
+    assert token_ids(early)[:12] == free[:12]

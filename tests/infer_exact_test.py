@@ -105,16 +105,17 @@ def worker():
 
 
 @pytest.mark.parametrize(
-    "dtype",
+    ("dtype", "operations", "num_engines"),
     [
-        pytest.param("float32", marks=pytest.mark.slow),
-        pytest.param("bfloat16", marks=pytest.mark.long),
+        pytest.param("float32", 300, 1, marks=pytest.mark.slow),
+        pytest.param("bfloat16", 300, 1, marks=pytest.mark.long),
+        pytest.param("float32", 10_000, 3, marks=pytest.mark.long),
     ],
 )
-def test_random_operations(dtype):
+def test_random_operations(dtype, operations, num_engines):
     """See `benchmarks/fuzz_engine.py`, also for what it demands to have happened."""
-    command = [sys.executable, "benchmarks/fuzz_engine.py", f"--dtype={dtype}"]
-    command += ["--operations=300", "--engines=1", "--cases=40"]
+    command = [sys.executable, "benchmarks/fuzz_engine.py", f"--dtype={dtype}", "--cases=40"]
+    command += [f"--operations={operations}", f"--engines={num_engines}"]
     # Bits are promised of the code that users run: with LLVM's optimisations, unlike the suite's.
     env = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
     process = subprocess.run(

@@ -12,6 +12,7 @@ from flax import nnx
 
 from infer import config, engine, options, suspend
 from m1_jax import config as config_lib
+from m1_jax import file_lock
 from m1_jax import model as model_lib
 
 # Fixtures.
@@ -179,6 +180,70 @@ def test_nothing_is_lost_where_nothing_can_be_written(first, tmp_path):
         suspend.save_requests(first, tmp_path / "none" / "requests.json")
     first.run()
     assert len(going.output(timeout_secs=1).tokens) == 5
+
+
+def test_all_or_none_of_a_file(first, monkeypatch, tmp_path):
+    """The second request needs more pages than the engine has: the first must not begin."""
+    path = tmp_path / "requests.json"
+    for max_tokens in (20, 90):
+        first.submit([1, 2, 3], options.Options(max_tokens=max_tokens))
+    first.step()
+    suspend.save_requests(first, path)
+    first.run()
+    value = json.loads(path.read_text())
+    monkeypatch.setattr(first, "config", dataclasses.replace(SIZES, num_pages=4))
+    # The first file is too large, and the others are damaged in their second request.
+    damages = {
+        "request 1: got 3 prompt tokens and max_tokens 90; wanted 65 at most .num_pages": {},
+        "request 1: prompt: got token id 'x'": {"prompt": ["x"]},
+        "request 1: prior_tokens: got token id 512": {"tokens": [[512, -1, -1, 0, []]]},
+        "request 1: TypeError.*the file is damaged": {"tokens": [[1.5, -1, -1, 0, []]]},
+        "request 1: KeyError.*the file is damaged": {"cached": None, "prompt": None},
+        "request 1: prior_tokens: got a finished output": {"tokens": [[510, -1, -1, 0, []]]},
+    }
+    for message, damage in damages.items():
+        second_entry = {**value["requests"][1], **damage}
+        if damage:
+            second_entry["options"] = {"max_tokens": 5}
+        if "KeyError" in message:
+            second_entry = {}
+        path.write_text(json.dumps({**value, "requests": [value["requests"][0], second_entry]}))
+        with pytest.raises(ValueError, match=message):
+            suspend.resume_requests(first, path)
+        assert first.stats().num_waiting == 0
+    assert not first.step()
+
+
+def test_files_without_their_parts(first, tmp_path):
+    path = tmp_path / "requests.json"
+    first.submit([1, 2, 3], options.Options(max_tokens=20))
+    suspend.save_requests(first, path)
+    good = json.loads(path.read_text())
+    for name, kind in {"made_by": "dict", "version": "int", "requests": "list"}.items():
+        path.write_text(json.dumps({key: good[key] for key in good if key != name}))
+        with pytest.raises(ValueError, match=f"{name}: got None; wanted a {kind}"):
+            suspend.resume_requests(first, path)
+    path.write_text(json.dumps({**good, "made_by": {}}))
+    with pytest.raises(ValueError, match="requests of another model: None"):
+        suspend.resume_requests(first, path)
+    path.write_bytes(b"\xff")
+    with pytest.raises(ValueError, match="not JSON"):
+        suspend.resume_requests(first, path)
+
+
+def test_two_writers(first, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    going = first.submit([1, 2, 3], options.Options(max_tokens=5, ignore_eos=True))
+    path = tmp_path / "requests.json"
+    with (
+        file_lock.hold_lock(path, "writes suspended requests to"),
+        pytest.raises(file_lock.LockError, match="process .* writes suspended requests to"),
+    ):
+        suspend.save_requests(first, "~/requests.json")
+    assert not path.exists()
+    assert suspend.save_requests(first, "~/requests.json") == 1
+    assert path.exists()
+    assert going.output(0).finish_reason == "suspended"
 
 
 def test_while_a_thread_works(first, second, undisturbed, tmp_path):

@@ -2,7 +2,7 @@
 
 import dataclasses
 import enum
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 
 import numpy as np
 
@@ -65,11 +65,26 @@ class Dispatcher:
         self,
         device: device_lib.Device | leader_follower.Leader,
         config: config_lib.EngineConfig,
+        is_device_new: bool = True,
     ):
+        """Know nothing of the slots but whether `init_sampling_state` made them just now."""
         self._device, self._num_partitions = device, device.limits.num_partitions
         self._config = config.split(self._num_partitions)
-        # Slots without an entry are clean: `init_sampling_state` made them so.
         self._slots: dict[int, _SlotUse] = {}
+        self._first_use = _CLEAN if is_device_new else _DIRTY  # of slots without an entry
+
+    def clear_device(self, sequence_ids: Iterable[Hashable]) -> None:
+        """Have a device that another dispatcher left half way forget its sequences.
+
+        Raises:
+          RuntimeError: a program was interrupted that had its memory.
+        """
+        for sequence_id in sequence_ids:
+            self._device.drop_host_copy(sequence_id)
+        # Slot 0 is padding's. JAX refuses arrays that a program took and nobody got back.
+        padding = np.int32(0)
+        self._device.run_program(ProgramName.COPY_STATE, 0, padding, padding)
+        self._device.run_program(ProgramName.RESET_SLOT, 0, padding, *host_batch.make_bias({}))
 
     def dispatch(
         self,
@@ -167,6 +182,7 @@ class Dispatcher:
             if (length + 1 + room) % config.chunk_tokens == 0:
                 # A guess in the chunk's last row would move the recurrent state on, for good.
                 room -= 1
+            assert request.prompt_lookup is not None, "the engine made one"
             guess = request.prompt_lookup.draft_tokens(min(room, max_drafts))
             drafts[row, first : first + len(guess)] = guess
         return drafts if np.any(drafts >= 0) else None
@@ -191,7 +207,7 @@ class Dispatcher:
         """Bring a slot's counts, bias and mask in line with the request that now has it."""
         options, slot_id = request.options, np.int32(slot)
         has_own_state = bool(request.has_penalties or options.logit_bias or request.matcher)
-        use = self._slots.get(slot, _CLEAN)
+        use = self._slots.get(slot, self._first_use)
         is_own = use.state is SlotState.OWNED and use.owner == request.sequence_id
         # A request without penalties, bias or grammar is served from a clean slot as it is.
         if not is_own and (has_own_state or use.state is not SlotState.CLEAN):

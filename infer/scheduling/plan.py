@@ -1,4 +1,4 @@
-"""What scheduler and engine say to each other: limits, plans, results. Data only.
+"""What scheduler and engine say to each other: limits, plans, results. Data, and one check.
 
 A plan is what the device does next: `actions`, in order, then at most one program. The device runs
 plans strictly in the order in which they were made. A plan therefore reads what earlier plans left
@@ -15,6 +15,8 @@ together: partition p has those after p (n + 1), n to a partition, and p (n + 1)
 
 import dataclasses
 from collections.abc import Hashable
+
+from infer import config as config_lib
 
 
 @dataclasses.dataclass(frozen=True)
@@ -213,3 +215,31 @@ class StepResult:
 
 class QueueFull(RuntimeError):
     """No request can be taken now. Try again later."""
+
+
+def check_length(
+    config: config_lib.EngineConfig, num_pages: int, prompt_tokens: int, max_tokens: int
+) -> None:
+    """Raise ValueError for a request that can never be served.
+
+    Args:
+      config: sizes of the engine.
+      num_pages: pages that one sequence may have.
+      prompt_tokens: tokens of the prompt.
+      max_tokens: longest output.
+    """
+    if not prompt_tokens or max_tokens < 1:
+        raise ValueError(
+            f"got {prompt_tokens} prompt tokens and max_tokens {max_tokens}; wanted 1 of each "
+            "at least: send a prompt, raise max_tokens"
+        )
+    # One more than the pages hold, because the last token is never computed.
+    pool_tokens = num_pages * config.chunk_tokens + 1
+    longest = min(config.max_length, pool_tokens)
+    total = prompt_tokens + max_tokens
+    if total > longest:
+        name = "max_length" if longest == config.max_length else "num_pages"
+        raise ValueError(
+            f"got {prompt_tokens} prompt tokens and max_tokens {max_tokens}, {total} together; "
+            f"wanted {longest} at most ({name}): shorten the prompt or lower max_tokens"
+        )

@@ -87,12 +87,11 @@ class Scheduler:
             or the id is in use.
           QueueFull: max_queue requests wait already.
         """
-        self._check_request(sequence_id, len(tokens), max_tokens)
-        if prior_tokens is None and len(self._waiting) >= self._config.max_queue:
-            raise plan_lib.QueueFull(
-                f"got a request while {len(self._waiting)} wait; wanted fewer than "
-                f"{self._config.max_queue} (max_queue): try again later"
-            )
+        if sequence_id in self._sequences:
+            raise ValueError(f"got sequence_id {sequence_id!r}, which is in use; wanted a new one")
+        plan_lib.check_length(self._config, self._limits.num_pages, len(tokens), max_tokens)
+        if prior_tokens is None:
+            self.check_queue()
         self._num_submitted += 1
         submitted = sequence.Sequence(
             sequence_id,
@@ -111,6 +110,14 @@ class Scheduler:
         self._waiting.append(submitted)
         if len(self._waiting) <= snapshots.LOOKAHEAD_SEQUENCES:
             self._snapshots.plan_submitted(submitted, self._iterate_running())
+
+    def check_queue(self) -> None:
+        """Raise QueueFull if max_queue requests wait already."""
+        if len(self._waiting) >= self._config.max_queue:
+            raise plan_lib.QueueFull(
+                f"got a request while {len(self._waiting)} wait; wanted fewer than "
+                f"{self._config.max_queue} (max_queue): try again later"
+            )
 
     def cancel(self, sequence_id: Hashable) -> None:
         """End a request now, if it is not over. Plans under way may still name it."""
@@ -240,26 +247,6 @@ class Scheduler:
                 reported.computed_tokens += result.num_tokens
             if result.is_finished or len(reported.tokens) >= reported.length_limit:
                 self._end_sequence(reported, result.final_length)
-
-    def _check_request(self, sequence_id: Hashable, prompt_tokens: int, max_tokens: int) -> None:
-        """Raise ValueError for a request that can never be served."""
-        if sequence_id in self._sequences:
-            raise ValueError(f"got sequence_id {sequence_id!r}, which is in use; wanted a new one")
-        if not prompt_tokens or max_tokens < 1:
-            raise ValueError(
-                f"got {prompt_tokens} prompt tokens and max_tokens {max_tokens}; wanted 1 of each "
-                "at least: send a prompt, raise max_tokens"
-            )
-        # One more than the pages hold, because the last token is never computed.
-        pool_tokens = self._limits.num_pages * self._config.chunk_tokens + 1
-        longest = min(self._config.max_length, pool_tokens)
-        total = prompt_tokens + max_tokens
-        if total > longest:
-            name = "max_length" if longest == self._config.max_length else "num_pages"
-            raise ValueError(
-                f"got {prompt_tokens} prompt tokens and max_tokens {max_tokens}, {total} together; "
-                f"wanted {longest} at most ({name}): shorten the prompt or lower max_tokens"
-            )
 
     def _iterate_running(self) -> Iterable[sequence.Sequence]:
         """Yield the sequences that run in any partition, oldest first."""
