@@ -1,11 +1,10 @@
 """What `infer.offline` reads: its flags, and the requests of its input."""
 
 import dataclasses
-import json
 from typing import Any
 
 import m1_jax
-from infer import batch_output, command, grammar, jsonl, stopping
+from infer import batch_output, command, jsonl, request_check
 from infer import options as options_lib
 from infer import prompt as prompt_lib
 from m1_jax import command_mesh, distributed, quantize
@@ -129,7 +128,7 @@ def read_requests(
 class _RequestReader:
     """Turns lines into requests.
 
-    It remembers ids, which may not be repeated, and constraints, which it compiles once.
+    It remembers ids, which may not be repeated.
     """
 
     def __init__(
@@ -142,8 +141,7 @@ class _RequestReader:
         self._defaults = config.options
         self._names = [field.name for field in dataclasses.fields(options_lib.Options)]
         self._ids: dict[str, str] = {}  # location of each id's first line
-        self._compiler: grammar.GrammarCompiler | None = None
-        self._constraints: set[str] = set()  # constraints that were compiled, as JSON
+        self._options_checker = request_check.OptionsChecker(tokenizer, model_config.vocab_size)
 
     def parse_request(self, index: int, location: str, text: str) -> BatchRequest:
         """Return the request of one line.
@@ -167,11 +165,13 @@ class _RequestReader:
             options = dataclasses.replace(options, seed=jsonl.derive_seed(config.seed, index))
         limits = (self._model_config, config.max_length, config.num_pages)
         jsonl.check_prompt_length(prompt, options.max_tokens, *limits)
-        self._check_options(options)
+        # These raise now what `Engine.submit` would raise later, when other requests have run.
+        ids = request_check.plain_token_ids(prompt, self._model_config.vocab_size)
+        self._options_checker.check(options)
         fields = {"index": index, **self._make_id_field(location, value)}
         # All that the output's line will have from this one is tried now.
         batch_output.encode_record(fields)
-        return BatchRequest(index, fields, tuple(prompt), options, text)
+        return BatchRequest(index, fields, ids, options, text)
 
     def _make_id_field(self, location: str, value: dict[str, Any]) -> dict[str, Any]:
         if "id" not in value:
@@ -184,18 +184,3 @@ class _RequestReader:
         if first != location:
             raise ValueError(f"id: got {name!r:.80} again, first at {first}; wanted another one")
         return {"id": name}
-
-    def _check_options(self, options: options_lib.Options) -> None:
-        """Raise now what `Engine.submit` would raise later, when other requests have run."""
-        vocab_size = self._model_config.vocab_size
-        options_lib.check_options(options, vocab_size, self._tokenizer.stop_ids)
-        stopping.OutputProgress(options, self._tokenizer)
-        name = options.constraint
-        if name is None:
-            return
-        key = json.dumps([name, getattr(options, name)], sort_keys=True)
-        if key not in self._constraints:
-            if self._compiler is None:
-                self._compiler = grammar.GrammarCompiler(self._tokenizer, vocab_size)
-            self._compiler.compile_matcher(options)
-            self._constraints.add(key)

@@ -85,7 +85,7 @@ class Engine:
         if jax.process_count() > 1:
             self._device = leader_follower.Leader(self._device)
         self._checker = request_check.RequestChecker(tokenizer, model.config.vocab_size, config)
-        self._core = engine_core.EngineCore(self._device, config, self._checker)
+        self._core = engine_core.EngineCore(self._device, config, self._checker.options_checker)
         self._sequence_ids = itertools.count()
         # Reentrant, because callbacks of a request may call `submit` and `cancel`. Entered by
         # itself, not by the condition, whose method a signal may leave with the lock taken.

@@ -36,7 +36,7 @@ class EngineCore:
         self,
         device: device_lib.Device | leader_follower.Leader,
         config: config_lib.EngineConfig,
-        checker: request_check.RequestChecker,
+        checker: request_check.OptionsChecker,
     ):
         self._device, self._config, self._checker = device, config, checker
         self.version, self._known_weights = 0, device.weights

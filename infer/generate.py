@@ -28,7 +28,7 @@ import jax
 from absl import app, flags, logging
 
 import m1_jax
-from infer import command, engine, grammar, jsonl, stopping, text_printer
+from infer import command, engine, jsonl, request_check, text_printer
 from infer import config as config_lib
 from infer import options as options_lib
 from infer import prompt as prompt_lib
@@ -130,7 +130,6 @@ class GenerateConfig:
             options = options_lib.Options(**values)
         else:
             options = options_lib.preset_options(self.preset, **values)
-        jsonl.check_schema(options)
         return options
 
 
@@ -290,14 +289,12 @@ def read_inputs(
     prompts = []
     for location, request in requests:
         with jsonl.locate_errors(location):
-            prompts.append(jsonl.encode_request(tokenizer, request, config.profile))
+            ids = jsonl.encode_request(tokenizer, request, config.profile)
             limits = (options.max_tokens, model_config, config.max_length)
-            jsonl.check_prompt_length(prompts[-1], *limits)
-    options_lib.check_options(options, model_config.vocab_size, tokenizer.stop_ids)
-    # These raise now what the engine would raise after the model is loaded.
-    stopping.OutputProgress(options, tokenizer)
-    if options.constraint:  # only then: reading the vocabulary takes a second or two
-        grammar.GrammarCompiler(tokenizer, model_config.vocab_size).compile_matcher(options)
+            jsonl.check_prompt_length(ids, *limits)
+            # This and the next check raise now what the engine would after the model is loaded.
+            prompts.append(list(request_check.plain_token_ids(ids, model_config.vocab_size)))
+    request_check.OptionsChecker(tokenizer, model_config.vocab_size).check(options)
     return tokenizer, prompts, fit_engine(config, prompts, model_config)
 
 
@@ -360,10 +357,9 @@ def _report_run(
     broken = [i for i, output in enumerate(outputs) if output.finish_reason == "error"]
     if not broken:
         return 0
+    output = outputs[broken[0]]
     print(
-        f"error: prompt {broken[0]}: got logits that are not finite, or a grammar beyond its "
-        f"limits, after {len(outputs[broken[0]].tokens)} tokens; check the weights, try "
-        "--dtype=float32, or simplify the grammar",
+        f"error: prompt {broken[0]} ended after {len(output.tokens)} tokens: {output.error}",
         file=sys.stderr,
     )
     return 1

@@ -329,15 +329,7 @@ def options_from_fields(
             raise ValueError(f"preset: got {preset!r:.80}; wanted a preset's name")
         base = options_lib.preset_options(preset)
     values = {name: _unify_whole_numbers(name, value) for name, value in values.items()}
-    options = options_lib.options_from_json(values, base)
-    check_schema(options)
-    return options
-
-
-def check_schema(options: options_lib.Options) -> None:
-    """Raise ValueError for a json_schema given as text that is not valid JSON."""
-    if isinstance(options.json_schema, str):
-        strict_json.parse(options.json_schema, "json_schema")
+    return options_lib.options_from_json(values, base)
 
 
 def to_whole_number(value: Any) -> Any:

@@ -154,18 +154,16 @@ class Options:
                     )
 
 
-def check_options(options: Options, vocab_size: int, own_stop_ids: tuple[int, ...] = ()) -> None:
+def check_options(options: Options, vocab_size: int) -> None:
     """Check the options that depend on the model, which are token ids.
 
     Args:
       options: one request's options.
       vocab_size: the model's vocabulary size.
-      own_stop_ids: the tokenizer's stop ids. There may be any number of them, of any value.
 
     Raises:
       ValueError: a token id outside of the vocabulary.
     """
-    del own_stop_ids  # callers have them at hand, and no check depends on them any more
     ids = {"logit_bias": options.logit_bias, "stop_token_ids": options.stop_token_ids}
     for name, values in ids.items():
         for token in values:

@@ -32,43 +32,32 @@ class CheckedRequest(NamedTuple):
     matcher: grammar.GrammarMatcher | grammar.StopTokenBan | None
 
 
-class RequestChecker:
-    """Checks requests for one model, tokenizer and engine. Any thread may ask.
+class OptionsChecker:
+    """Checks what a request asks for, for one model and tokenizer. Any thread may ask.
 
     Args:
       tokenizer: the model's. It may have more ids than the model: these are never chosen.
       vocab_size: the model's.
-      config: sizes of the engine.
     """
 
-    def __init__(
-        self,
-        tokenizer: tokenizer_lib.Tokenizer,
-        vocab_size: int,
-        config: config_lib.EngineConfig,
-    ):
-        self._tokenizer, self._vocab_size, self._config = tokenizer, vocab_size, config
+    def __init__(self, tokenizer: tokenizer_lib.Tokenizer, vocab_size: int):
+        self._tokenizer, self._vocab_size = tokenizer, vocab_size
         self._compiler: grammar.GrammarCompiler | None = None
+        self._compiled_constraints: set[str] = set()
         self._lock = threading.Lock()
 
-    def check(self, prompt: Iterable[Any], options: options_lib.Options) -> CheckedRequest:
-        """Return what an engine makes of a request before it runs.
-
-        Args:
-          prompt: token ids: a list, or an array of NumPy, JAX or PyTorch.
-          options: how the prompt is continued.
+    def check(self, options: options_lib.Options) -> None:
+        """Check options. Equal constraints are compiled once.
 
         Raises:
-          ValueError: options or ids that cannot be served, or a request that is too long.
+          ValueError: options that cannot be served.
         """
-        ids = plain_token_ids(prompt, self._vocab_size)
-        # The partitions of a mesh have pages for as long a sequence as one partition of all pages.
-        plan_lib.check_length(self._config, self._config.total_pages, len(ids), options.max_tokens)
         options_lib.check_options(options, self._vocab_size)
-        progress = self.make_progress(options)
-        stop_ids = options_lib.all_stop_ids(options, self._tokenizer.stop_ids)
-        device_ids = stop_ids[: options_lib.MAX_STOP_IDS]
-        return CheckedRequest(ids, device_ids, progress, self.make_matcher(options))
+        self.make_progress(options)
+        constraint = repr((options.constraint, getattr(options, options.constraint or "", None)))
+        if constraint not in self._compiled_constraints:
+            self.make_matcher(options)
+            self._compiled_constraints.add(constraint)
 
     def make_progress(self, options: options_lib.Options) -> stopping.OutputProgress:
         """Return the progress of an output that begins."""
@@ -94,6 +83,44 @@ class RequestChecker:
         if options.min_tokens and len(stop_ids) > options_lib.MAX_STOP_IDS:
             return grammar.StopTokenBan(stop_ids, self._vocab_size, options.min_tokens)
         return None
+
+
+class RequestChecker:
+    """Checks requests for one model, tokenizer and engine. Any thread may ask.
+
+    Args:
+      tokenizer, vocab_size: as of `OptionsChecker`.
+      config: sizes of the engine.
+    """
+
+    def __init__(
+        self,
+        tokenizer: tokenizer_lib.Tokenizer,
+        vocab_size: int,
+        config: config_lib.EngineConfig,
+    ):
+        self._tokenizer, self._vocab_size, self._config = tokenizer, vocab_size, config
+        self.options_checker = OptionsChecker(tokenizer, vocab_size)
+
+    def check(self, prompt: Iterable[Any], options: options_lib.Options) -> CheckedRequest:
+        """Return what an engine makes of a request before it runs.
+
+        Args:
+          prompt: token ids: a list, or an array of NumPy, JAX or PyTorch.
+          options: how the prompt is continued.
+
+        Raises:
+          ValueError: options or ids that cannot be served, or a request that is too long.
+        """
+        ids = plain_token_ids(prompt, self._vocab_size)
+        # The partitions of a mesh have pages for as long a sequence as one partition of all pages.
+        plan_lib.check_length(self._config, self._config.total_pages, len(ids), options.max_tokens)
+        options_lib.check_options(options, self._vocab_size)
+        progress = self.options_checker.make_progress(options)
+        stop_ids = options_lib.all_stop_ids(options, self._tokenizer.stop_ids)
+        device_ids = stop_ids[: options_lib.MAX_STOP_IDS]
+        matcher = self.options_checker.make_matcher(options)
+        return CheckedRequest(ids, device_ids, progress, matcher)
 
 
 def plain_token_ids(

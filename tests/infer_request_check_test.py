@@ -80,7 +80,7 @@ def test_any_number_of_end_tokens(large_tokenizer):
     assert len(checked.stop_ids) == options_lib.MAX_STOP_IDS
     assert checked.matcher is None
     for token in (100, 129, 480, 499, large_tokenizer.stop_ids[-1]):
-        progress = checker.make_progress(options)
+        progress = checker.options_checker.make_progress(options)
         assert progress.push(token, 0.0) == stopping.OutputUpdate("", "stop")
     # The device cannot forbid them all, so a mask does.
     early = dataclasses.replace(options, min_tokens=2)
