@@ -160,9 +160,9 @@ def test_post_processor_and_truncation_add_and_drop_nothing(directory, tmp_path)
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("tokenizer.json", "{", "tokenizer.json: not a tokenizer: .*Copy it again"),
+        ("tokenizer.json", "{", "tokenizer.json is not valid JSON: .*Copy it again"),
         ("tokenizer_config.json", "[]", "tokenizer_config.json: got a JSON list; wanted an object"),
-        ("tokenizer_config.json", "{", "tokenizer_config.json: not JSON"),
+        ("tokenizer_config.json", "{", "tokenizer_config.json is not valid JSON"),
         ("tokenizer_config.json", '{"eos_token": "<e>"}', "got eos_token '<e>', which token"),
         ("tokenizer_config.json", '{"eos_token": 3}', "got the token 3; wanted a string"),
         ("generation_config.json", '{"eos_token_id": "x"}', "eos_token_id: got 'x'; wanted an id"),
