@@ -122,10 +122,13 @@ def _convert_to_orbax(
     if not params_dir.exists():
         format_lib.allocate_params(params_dir, stored_params)
     remedy = f"Remove {partial.name} to start anew."
-    arrays = {name: format_lib.open_array(params_dir, name, remedy) for name in stored_params}
+    arrays = {}
+    for name, param in stored_params.items():
+        arrays[name] = format_lib.open_array(params_dir, name, remedy)
+        format_lib.check_array(arrays[name], param, params_dir / name, remedy)
     entries = {entry.name: entry for entry in source.entries}
     finished_entries = [entry for entry in source.entries if entry.name in finished_names]
-    if lost_names := _find_incomplete(params_dir, stored_params, finished_entries):
+    if lost_names := _find_incomplete(params_dir, arrays, finished_entries):
         logging.warning("%s", f"made again: {release.describe_names(lost_names, 'lost tensors')}")
         finished_names -= lost_names
     # In the order of the shards' bytes: each file is read once, from front to back.
@@ -147,7 +150,7 @@ def _convert_to_orbax(
                 target = arrays[entry.param_path][entry.index]  # a view of the array on disk
                 writes.append((tensor, target.write(entry.orient(tensor.read()))))
                 pending_bytes += tensor.nbytes
-    if lost_names := _find_incomplete(params_dir, stored_params, source.entries):
+    if lost_names := _find_incomplete(params_dir, arrays, source.entries):
         raise OSError(
             f"{params_dir}: {release.describe_names(lost_names, 'tensors lost on the disk')}. "
             "Start the same command again, which makes them again."
@@ -158,15 +161,15 @@ def _convert_to_orbax(
 
 def _find_incomplete(
     params_dir: pathlib.Path,
-    stored_params: Mapping[str, format_lib.StoredParam],
+    arrays: Mapping[str, ts.TensorStore],
     entries: Iterable[params_map.TensorEntry],
 ) -> set[str]:
     """Return the names of the tensors that lack a chunk on disk, or have one of a wrong size."""
     return {
         entry.name
         for entry in entries
-        if not format_lib.has_all_chunks(
-            params_dir, entry.param_path, stored_params[entry.param_path], entry.index
+        if format_lib.find_bad_chunk(
+            params_dir, entry.param_path, arrays[entry.param_path], entry.index
         )
     }
 

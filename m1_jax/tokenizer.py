@@ -11,6 +11,7 @@ import codecs
 import functools
 import hashlib
 import json
+import os
 import pathlib
 import re
 from collections.abc import Iterable, Iterator
@@ -283,7 +284,8 @@ def _read_library(path: pathlib.Path) -> tokenizers.Tokenizer:
 
 def _read_companion(path: pathlib.Path) -> dict[str, Any]:
     """Return the JSON object of a file, or an empty one if the file does not exist."""
-    return json_file.read_json_object(path, ValueError) if path.exists() else {}
+    # A link to nothing is there, too.
+    return json_file.read_json_object(path, ValueError) if os.path.lexists(path) else {}
 
 
 def _read_eos_ids(path: pathlib.Path) -> list[int]:

@@ -18,8 +18,10 @@ import dataclasses
 import itertools
 import json
 import math
+import os
 import pathlib
 import shutil
+import stat
 from collections.abc import Iterable, Mapping
 
 import jax
@@ -188,7 +190,31 @@ def open_array(params_dir: pathlib.Path, name: str, remedy: str = CONVERT_AGAIN)
             f"{file}: got codecs {strict_json.show_value(metadata.get('codecs'))}; wanted bytes in "
             f"little-endian order. {remedy}"
         )
-    return wait_for_read(ts.open(array_spec(params_dir, name), open=True), file.parent, remedy)
+    array = wait_for_read(ts.open(array_spec(params_dir, name), open=True), file.parent, remedy)
+    chunk_shape = array.chunk_layout.read_chunk.shape
+    if any(size % chunk for size, chunk in zip(array.shape, chunk_shape, strict=True)):
+        raise release.CheckpointError(
+            f"{file}: got chunks of shape {list(chunk_shape)}; wanted divisors of the shape "
+            f"{list(array.shape)}. {remedy}"
+        )
+    return array
+
+
+def check_array(
+    array: ts.TensorStore, param: StoredParam, source: pathlib.Path, remedy: str
+) -> None:
+    """Compare an array on disk with how it was allocated.
+
+    Raises:
+      CheckpointError: another shape, dtype or chunk.
+    """
+    got = array.shape, array.chunk_layout.read_chunk.shape, array.dtype.numpy_dtype
+    wanted = param.shape, param.chunk_shape, param.dtype
+    if got != wanted:
+        raise release.CheckpointError(
+            f"{source}: got shape, chunk and dtype {list(got[0])} {list(got[1])} {got[2]}; wanted "
+            f"{list(wanted[0])} {list(wanted[1])} {wanted[2]}. {remedy}"
+        )
 
 
 def open_params(path: pathlib.Path, config: config_lib.ModelConfig) -> dict[str, ts.TensorStore]:
@@ -196,7 +222,8 @@ def open_params(path: pathlib.Path, config: config_lib.ModelConfig) -> dict[str,
 
     Raises:
       CheckpointError: a parameter that is missing, not in the model, or of another shape than
-        config.json asks for, or an array of a dtype that no release has.
+        config.json asks for, an array of a dtype that no release has, or a chunk that is missing or
+        of a wrong size.
     """
     params_dir = path / PARAMS_DIR
     model_params = params_lib.params_by_path(params_lib.abstract_model(config))
@@ -223,6 +250,11 @@ def open_params(path: pathlib.Path, config: config_lib.ModelConfig) -> dict[str,
                 f"{params_dir / name} has dtype {array.dtype.name}; wanted one of "
                 f"{', '.join(dtype.name for dtype in release.CODES_BY_DTYPE)}"
             )
+        # Before any work: a shard may come hours later.
+        if problem := find_bad_chunk(params_dir, name, array):
+            raise release.CheckpointError(
+                f"{params_dir / name} cannot be read: {problem}. {CONVERT_AGAIN}"
+            )
         arrays[name] = array
     return arrays
 
@@ -243,29 +275,34 @@ def wait_for_read(future: ts.Future, source: pathlib.Path, remedy: str = CONVERT
         ) from None
 
 
-def has_all_chunks(
-    params_dir: pathlib.Path, name: str, param: StoredParam, index: tuple[int, ...]
-) -> bool:
-    """Return whether all chunks of one tensor are on disk, each of its right size.
+def find_bad_chunk(
+    params_dir: pathlib.Path, name: str, array: ts.TensorStore, index: tuple[int, ...] = ()
+) -> str | None:
+    """Return what is wrong with the first chunk on disk that is missing or of a wrong size.
+
+    Its bits are not looked at. TensorStore itself would wait for ever at a pipe.
 
     Args:
       params_dir: the directory of all parameters.
       name: the parameter's dotted path.
-      param: how the parameter is stored.
-      index: the tensor's index on the parameter's leading axes.
+      array: the open array.
+      index: on the leading axes, to look at the chunks of one tensor. Those have chunks of 1.
     """
-    chunk_shape = param.chunk_shape
-    chunk_bytes = math.prod(chunk_shape) * param.dtype.itemsize
-    tensor_axes = slice(param.num_leading_axes, None)
-    counts = (
-        size // chunk
-        for size, chunk in zip(param.shape[tensor_axes], chunk_shape[tensor_axes], strict=True)
-    )
-    for position in itertools.product(*map(range, counts)):
-        file = params_dir.joinpath(name, "c", *map(str, (*index, *position)))
-        if not file.is_file() or file.stat().st_size != chunk_bytes:
-            return False
-    return True
+    chunk_shape = array.chunk_layout.read_chunk.shape
+    wanted_bytes = math.prod(chunk_shape) * array.dtype.numpy_dtype.itemsize
+    counts = [size // chunk for size, chunk in zip(array.shape, chunk_shape, strict=True)]
+    for position in itertools.product(*map(range, counts[len(index) :])):
+        chunk = "/".join(map(str, ("c", *index, *position)))
+        try:
+            status = (params_dir / name / chunk).stat()
+        except OSError as error:
+            return f"{chunk} is missing ({error.strerror})"
+        if not stat.S_ISREG(status.st_mode):
+            return f"{chunk} is not a file"
+        if status.st_size != wanted_bytes:
+            problem = "Not enough data" if status.st_size < wanted_bytes else "Too much data"
+            return f"{problem} in {chunk}: got {status.st_size} bytes, wanted {wanted_bytes}"
+    return None
 
 
 def allocate_params(params_dir: pathlib.Path, stored_params: Mapping[str, StoredParam]) -> None:
@@ -328,7 +365,8 @@ def check_small_files(directory: pathlib.Path) -> None:
     """
     for file in _list_small_files(directory):
         json_file.check_regular_file(file, release.CheckpointError, json_file.COPY_AGAIN)
-        if file.name not in _JSON_FILES:
+    for file in (directory / name for name in _JSON_FILES):
+        if not os.path.lexists(file):
             continue
         content = json_file.read_json_object(file, release.CheckpointError)
         if file.name == "tokenizer.json" and "model" not in content:

@@ -190,12 +190,11 @@ def _collect_tensors(shards: Collection[ReleaseShard]) -> dict[str, ReleaseTenso
 
 
 def describe_names(names: Collection[str], label: str) -> str:
-    """Return the number of names and the first two of them, for an error message."""
+    """Return the number of names and the first of them, for an error message."""
     if not names:
         return f"none {label}"
-    # Whole names of the release are 60 characters long.
-    examples = ", ".join(_shorten(name, 64) for name in sorted(names)[:2])
-    return f"{len(names)} {label}, e.g. {examples}"
+    # Names of the release have up to 60 characters.
+    return f"{len(names)} {label}, e.g. {_shorten(min(names), 64)}"
 
 
 def _read_shards(directory: pathlib.Path) -> list[ReleaseShard]:
