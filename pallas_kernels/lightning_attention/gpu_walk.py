@@ -139,13 +139,27 @@ def walk_span(
             assert tables is not None
             decays, is_inside = _load_packed_decays(tables, slope, batch, c, rows, config, reverse)
         q, k, v = load_operands(rows, decays.is_real)
+        # Without boundaries a chunk is of one document, which NaN need not be kept out of.
+        is_packed = full_decays is None
+        weigh = boundaries.weigh if is_packed else jnp.multiply
         if write_output is not None:
-            pairs = (dot_f32(q, k, 1, 1) * decays.pair).astype(v.dtype)
+            scores, finite_v = dot_f32(q, k, 1, 1), v
+            if is_packed:
+                finite_v, is_bad = boundaries.split_finite(v)
+                scores = jnp.where(is_bad.reshape(1, size), jnp.nan, scores)
+            pairs = weigh(scores, decays.pair).astype(v.dtype)
             carried = sum(dot_f32(q, x, 1, 0) for x in split_halves(state, q.dtype, num_halves))
-            write_output(rows, is_inside, dot_f32(pairs, v, 1, 0) + decays.read * carried)
+            out = dot_f32(pairs, finite_v, 1, 0) + weigh(carried, decays.read)
+            write_output(rows, is_inside, out)
+        added_v = weigh(v.astype(F32), decays.add)
+        kept = state - decays.forgotten_fraction * state
+        if is_packed:
+            k = jnp.where(decays.add > 0, k, jnp.zeros_like(k))
+            # A select: S - S of a document with NaN would be NaN in the next one.
+            kept = jnp.where(decays.forgotten_fraction < 1, kept, 0.0)
         # Slow heads: one half of v lambda^n would round the decay of a whole chunk away.
-        added = (dot_f32(k, x, 0, 0) for x in split_halves(v * decays.add, v.dtype, num_halves))
-        return sum(added, start=state - decays.forgotten_fraction * state)
+        added = (dot_f32(k, x, 0, 0) for x in split_halves(added_v, v.dtype, num_halves))
+        return sum(added, start=kept)
 
     return jax.lax.fori_loop(0, num_chunks, walk_chunk, state)
 
