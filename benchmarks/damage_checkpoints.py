@@ -248,7 +248,8 @@ class Worker:
 
     def take(self) -> CaseResult | None:
         """Return the result of its case, or None while it runs."""
-        assert self.case is not None
+        case = self.case
+        assert case is not None
         try:
             if self.connection.poll(0.02):
                 answer = self.connection.recv()
@@ -262,7 +263,7 @@ class Worker:
         except EOFError:
             self.process.join()
             message = f"ended its process: {self.process.exitcode}"
-        result = CaseResult(self.case, FAILED, self.damage, message)
+        result = CaseResult(case, FAILED, self.damage, message)
         self.close()
         self._start()
         return result
@@ -300,7 +301,7 @@ def run_cases(cases: range, seed: int, num_workers: int) -> list[CaseResult]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description="Random damages of checkpoints.")
     parser.add_argument("--cases", type=int, default=1000)
     parser.add_argument("--first", type=int, default=0)
     parser.add_argument("--seed", type=int, default=0)

@@ -6,9 +6,8 @@
     progress.txt    the journal, only while the directory is being written
 
 The manifest is written last, so a directory without one is an interrupted conversion. Sizes and
-names are checked everywhere, bits nowhere: a chunk of the right size with other numbers in it is
-read as it is. To see that would take a digest of each tensor in the manifest, made while its bytes
-pass by, and compared by whoever reads them. `load.py`
+names are checked, bits are not: that would take a digest of each tensor in the manifest, made while
+its bytes pass by. `load.py`
 reads a model from a converted directory, `save.py` writes one, and `convert.py` streams tensors to
 and from it. Arrays are opened with TensorStore and not with Orbax, because TensorStore's errors
 name the file, and one failure is one message.
@@ -45,7 +44,6 @@ CONVERT_AGAIN = "Run m1_jax.convert again."
 _OMITTED_SUFFIXES = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".gguf", ".tmp", ".lock")
 # Small files that must be JSON objects where they exist.
 _JSON_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
-# How every array's elements lie in its chunks.
 _CODECS = [{"name": "bytes", "configuration": {"endian": "little"}}]
 
 
@@ -191,13 +189,18 @@ def open_array(params_dir: pathlib.Path, name: str, remedy: str = CONVERT_AGAIN)
             f"little-endian order. {remedy}"
         )
     array = wait_for_read(ts.open(array_spec(params_dir, name), open=True), file.parent, remedy)
-    chunk_shape = array.chunk_layout.read_chunk.shape
+    chunk_shape = _read_chunk_shape(array)
     if any(size % chunk for size, chunk in zip(array.shape, chunk_shape, strict=True)):
         raise release.CheckpointError(
             f"{file}: got chunks of shape {list(chunk_shape)}; wanted divisors of the shape "
             f"{list(array.shape)}. {remedy}"
         )
     return array
+
+
+def _read_chunk_shape(array: ts.TensorStore) -> tuple[int, ...]:
+    # The types allow for unknown sizes, which an open zarr array does not have.
+    return tuple(size or 1 for size in array.chunk_layout.read_chunk.shape or ())
 
 
 def check_array(
@@ -208,7 +211,7 @@ def check_array(
     Raises:
       CheckpointError: another shape, dtype or chunk.
     """
-    got = array.shape, array.chunk_layout.read_chunk.shape, array.dtype.numpy_dtype
+    got = array.shape, _read_chunk_shape(array), array.dtype.numpy_dtype
     wanted = param.shape, param.chunk_shape, param.dtype
     if got != wanted:
         raise release.CheckpointError(
@@ -278,9 +281,7 @@ def wait_for_read(future: ts.Future, source: pathlib.Path, remedy: str = CONVERT
 def find_bad_chunk(
     params_dir: pathlib.Path, name: str, array: ts.TensorStore, index: tuple[int, ...] = ()
 ) -> str | None:
-    """Return what is wrong with the first chunk on disk that is missing or of a wrong size.
-
-    Its bits are not looked at. TensorStore itself would wait for ever at a pipe.
+    """Return what is wrong with the first chunk that is missing, no file, or of a wrong size.
 
     Args:
       params_dir: the directory of all parameters.
@@ -288,7 +289,7 @@ def find_bad_chunk(
       array: the open array.
       index: on the leading axes, to look at the chunks of one tensor. Those have chunks of 1.
     """
-    chunk_shape = array.chunk_layout.read_chunk.shape
+    chunk_shape = _read_chunk_shape(array)
     wanted_bytes = math.prod(chunk_shape) * array.dtype.numpy_dtype.itemsize
     counts = [size // chunk for size, chunk in zip(array.shape, chunk_shape, strict=True)]
     for position in itertools.product(*map(range, counts[len(index) :])):
