@@ -4,9 +4,10 @@ A shard (safetensors) begins with the length of its header, 8 bytes in little-en
 header is JSON: dtype, shape and byte range of each tensor. The tensors' bytes follow without gaps.
 
 The format is read here and not with the safetensors library for three reasons: an error names the
-file and the remedy, the header is kept as text for the way back, and a tensor is a memory map. Its checks are stricter than those of safetensors 0.8.0: the model takes float32, float16 and
-bfloat16 alone, and a tensor that is named twice is refused. This reader also compares the shards
-with the index, with each other and with config.json.
+file and the remedy, the header is kept as text for the way back, and a tensor is a memory map. Its
+checks are stricter than those of safetensors 0.8.0: the model takes float32, float16 and bfloat16
+alone, and a tensor that is named twice is refused. This reader also compares the shards with the
+index, with each other and with config.json.
 """
 
 import dataclasses
@@ -34,6 +35,7 @@ CODES_BY_DTYPE = {dtype: code for code, dtype in DTYPES_BY_CODE.items()}
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 _MAX_NAME_CHARACTERS = 200  # of a shard's file name. File systems take 255 bytes.
 _DOWNLOAD_AGAIN = "Download it again."
+_shorten, _show = strict_json.shorten, strict_json.show_value
 
 
 class CheckpointError(ValueError):
@@ -132,7 +134,7 @@ class Release:
         rates = lightning.decay_slopes(self.config)[layer]  # [N], from the config
         if tensor.shape != (rates.size, 1, 1):
             raise CheckpointError(
-                f"{tensor.file}: {name} has shape {strict_json.show_value(list(tensor.shape))}; wanted "
+                f"{tensor.file}: {name} has shape {_show(list(tensor.shape))}; wanted "
                 f"{[rates.size, 1, 1]}. Is config.json the one that these weights were saved with?"
             )
         file_rates = tensor.read().astype(np.float32).reshape(-1)
@@ -166,9 +168,8 @@ def check_tensor_shape(
     tensor_shape = tensor_shape[::-1] if entry.transposed else tensor_shape
     if tensor.shape != tensor_shape:
         raise CheckpointError(
-            f"{tensor.file}: {tensor.name} has shape {strict_json.show_value(list(tensor.shape))}; config.json "
-            "asks for "
-            f"{list(tensor_shape)}. Is it the config.json that these weights were saved with?"
+            f"{tensor.file}: {tensor.name} has shape {_show(list(tensor.shape))}; config.json "
+            f"asks for {list(tensor_shape)}. Is it the config.json that these weights were saved with?"
         )
 
 
@@ -178,7 +179,7 @@ def _collect_tensors(shards: Collection[ReleaseShard]) -> dict[str, ReleaseTenso
     for tensor in (tensor for shard in shards for tensor in shard.tensors):
         if tensor.name in tensors:
             raise CheckpointError(
-                f"{tensor.file.parent}: {strict_json.shorten(tensor.name)} is in "
+                f"{tensor.file.parent}: {_shorten(tensor.name)} is in "
                 f"{tensors[tensor.name].file.name} and "
                 f"in {tensor.file.name}; wanted it once. Download both again."
             )
@@ -191,7 +192,7 @@ def describe_names(names: Collection[str], label: str) -> str:
     if not names:
         return f"none {label}"
     # Names of the release have up to 60 characters.
-    return f"{len(names)} {label}, e.g. {strict_json.shorten(min(names), 64)}"
+    return f"{len(names)} {label}, e.g. {_shorten(min(names), 64)}"
 
 
 def _read_shards(directory: pathlib.Path) -> list[ReleaseShard]:
@@ -248,7 +249,7 @@ def parse_index(text: str | bytes, source: str) -> ReleaseIndex:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         reason = getattr(error, "reason", repr(error))
         raise CheckpointError(
-            f"{source} is damaged ({strict_json.shorten(reason, 120)}); wanted JSON with a weight_map. "
+            f"{source} is damaged ({_shorten(reason, 120)}); wanted JSON with a weight_map. "
             f"{_DOWNLOAD_AGAIN}"
         ) from None
     for file in files.values():
@@ -272,7 +273,7 @@ def check_shard_name(name: Any, source: str) -> None:
         and not set(name) & {"/", "\\"}
     ):
         raise CheckpointError(
-            f"{source} names the shard {strict_json.show_value(name)}; wanted the name of a .safetensors file, "
+            f"{source} names the shard {_show(name)}; wanted the name of a .safetensors file, "
             f"without a directory. {_DOWNLOAD_AGAIN}"
         )
 
@@ -288,14 +289,14 @@ def check_index(index: ReleaseIndex, shards: Collection[ReleaseShard]) -> None:
     for name in sorted(index.files.keys() | actual_files.keys()):
         if index.files.get(name) != actual_files.get(name):
             raise CheckpointError(
-                f"{index.source} disagrees with the files on {strict_json.shorten(name)}: the index says "
+                f"{index.source} disagrees with the files on {_shorten(name)}: the index says "
                 f"{index.files.get(name, 'nowhere')}, it is in "
                 f"{actual_files.get(name, 'no shard')}. Are both of one download?"
             )
     shard_bytes = sum(tensor.nbytes for shard in shards for tensor in shard.tensors)
     if index.total_bytes is not None and index.total_bytes != shard_bytes:
         raise CheckpointError(
-            f"{index.source}: total_size is {strict_json.show_value(index.total_bytes)}, but the shards that it "
+            f"{index.source}: total_size is {_show(index.total_bytes)}, but the shards that it "
             f"names hold {shard_bytes} bytes and all of its tensors. Set total_size to "
             f"{shard_bytes}, or download the index again."
         )
@@ -348,16 +349,14 @@ def parse_header(
         content = strict_json.parse(header, str(file))
         metadata = content.pop("__metadata__", {})
         if not all(isinstance(text, str) for text in metadata.values()):
-            raise TypeError(
-                f"__metadata__ is {strict_json.show_value(metadata)}; wanted a map of strings"
-            )
+            raise TypeError(f"__metadata__ is {_show(metadata)}; wanted a map of strings")
         tensors = [_parse_tensor(file, name, spec, data_offset) for name, spec in content.items()]
     except CheckpointError:
         raise  # it is a ValueError, but has its message already
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         reason = getattr(error, "reason", repr(error))
         raise CheckpointError(
-            f"{file} has a damaged safetensors header: {strict_json.shorten(reason, 140)}. {_DOWNLOAD_AGAIN}"
+            f"{file} has a damaged safetensors header: {_shorten(reason, 140)}. {_DOWNLOAD_AGAIN}"
         ) from None
     # The header may list tensors in any order. Each must begin where the one before it ends, so
     # there are no gaps and no overlaps.
@@ -366,7 +365,7 @@ def parse_header(
     for tensor in tensors:
         if tensor.byte_offset != end:
             raise CheckpointError(
-                f"{file} has a damaged safetensors header: {strict_json.shorten(tensor.name)} starts at byte "
+                f"{file} has a damaged safetensors header: {_shorten(tensor.name)} starts at byte "
                 f"{tensor.byte_offset}; wanted {end}, where the tensor before it ends. "
                 f"{_DOWNLOAD_AGAIN}"
             )
@@ -378,25 +377,25 @@ def _parse_tensor(
     file: pathlib.Path, name: str, spec: Mapping[str, Any], data_offset: int
 ) -> ReleaseTensor:
     """Return one tensor of a header, whose `data_offsets` count from the header's end."""
-    shown_name = strict_json.shorten(name)
-    if spec["dtype"] not in DTYPES_BY_CODE:
+    shown_name, code = _shorten(name), spec["dtype"]
+    if code not in DTYPES_BY_CODE:
+        wanted = ", ".join(DTYPES_BY_CODE)
         raise CheckpointError(
-            f"{file}: {shown_name} has dtype {strict_json.shorten(str(spec['dtype']), 40)}; wanted one of "
-            f"{', '.join(DTYPES_BY_CODE)}"
+            f"{file}: {shown_name} has dtype {_shorten(str(code), 40)}; wanted one of {wanted}"
         )
-    dtype, shape = DTYPES_BY_CODE[spec["dtype"]], tuple(spec["shape"])
+    dtype, shape = DTYPES_BY_CODE[code], tuple(spec["shape"])
     start, end = spec["data_offsets"]
     # type() and not isinstance(): True is an int, and 2.0 equals one.
     if any(type(count) is not int or count < 0 for count in (*shape, start, end)):
         raise ValueError(
-            f"{shown_name} has shape {strict_json.show_value(list(shape), 40)} and range {[start, end]}; wanted "
+            f"{shown_name} has shape {_show(list(shape), 40)} and range {[start, end]}; wanted "
             "integers from 0"
         )
     nbytes = math.prod(shape) * dtype.itemsize  # in Python's integers, which do not wrap
     if end - start != nbytes:
         raise CheckpointError(
             f"{file} has a damaged safetensors header: {shown_name} of shape "
-            f"{strict_json.show_value(list(shape), 40)} and dtype {spec['dtype']} takes {strict_json.show_value(nbytes, 30)} bytes, "
+            f"{_show(list(shape), 40)} and dtype {code} takes {_show(nbytes, 30)} bytes, "
             f"but its range has {end - start}. {_DOWNLOAD_AGAIN}"
         )
     return ReleaseTensor(name, file, dtype, shape, data_offset + start, nbytes)
