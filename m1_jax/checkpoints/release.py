@@ -32,8 +32,7 @@ DTYPES_BY_CODE = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
 CODES_BY_DTYPE = {dtype: code for code, dtype in DTYPES_BY_CODE.items()}
-_MAX_HEADER_BYTES = 100_000_000  # the format's own limit
-_MAX_NAME_CHARACTERS = 200  # of a shard's file name. File systems take 255 bytes.
+_MAX_HEADER_BYTES, _MAX_NAME_CHARACTERS = 100_000_000, 200  # the format's limit, and our own
 _DOWNLOAD_AGAIN = "Download it again."
 _shorten, _show = strict_json.shorten, strict_json.show_value
 
@@ -169,7 +168,7 @@ def check_tensor_shape(
     if tensor.shape != tensor_shape:
         raise CheckpointError(
             f"{tensor.file}: {tensor.name} has shape {_show(list(tensor.shape))}; config.json "
-            f"asks for {list(tensor_shape)}. Is it the config.json that these weights were saved with?"
+            f"asks for {list(tensor_shape)}. Are these weights of another config.json?"
         )
 
 
