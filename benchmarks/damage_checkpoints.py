@@ -312,7 +312,8 @@ def main() -> None:
     results = run_cases(cases, options.seed, options.workers)
     for result in results:
         if options.verbose or result.outcome == FAILED:
-            print(f"{result.outcome} {result.case}: {result.damage}: {result.message}")
+            line = f"{result.outcome} {result.case}: {result.damage}: {result.message}"
+            print(line.encode(errors="backslashreplace").decode())  # it may hold surrogates
     counts = collections.Counter(result.outcome for result in results)
     print(f"{len(results)} cases of seed {options.seed}: {dict(counts)}")
     sys.exit(1 if counts[FAILED] else 0)

@@ -5,9 +5,12 @@ import pathlib
 import subprocess
 import sys
 
+import pytest
+
 _REPO = pathlib.Path(__file__).resolve().parents[1]
 
 
+@pytest.mark.slow
 def test_random_damages_are_refused_or_read():
     command = [sys.executable, "benchmarks/damage_checkpoints.py", "--cases=60", "--seed=5"]
     done = subprocess.run(
