@@ -5,11 +5,10 @@
 
 import dataclasses
 import itertools
-import pathlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from m1_jax import hf_config
+from m1_jax import hf_config, local_path
 from m1_jax.hf_config import LIGHTNING, SOFTMAX, ConfigError
 
 __all__ = ["LIGHTNING", "REMAT_POLICIES", "SOFTMAX", "ConfigError", "LayerLocation", "ModelConfig"]
@@ -118,6 +117,7 @@ class ModelConfig:
             hf_config.check_field(
                 kind in (LIGHTNING, SOFTMAX), "layer_types", kind, f"{LIGHTNING} or {SOFTMAX}"
             )
+        hf_config.check_scalar("num_hidden_layers", int, len(self.layer_types))
         self._check(
             "num_key_value_heads",
             self.num_attention_heads % self.num_key_value_heads == 0,
@@ -133,6 +133,13 @@ class ModelConfig:
             self.num_experts_per_tok <= self.num_local_experts,
             f"at most num_local_experts = {self.num_local_experts}",
         )
+        # Checked here, because names of all experts are listed before any weight is read.
+        num_experts = self.num_local_experts * len(self.layer_types)
+        if num_experts > hf_config.MAX_EXPERTS_OF_ALL_LAYERS:
+            raise ConfigError(
+                f"config: num_local_experts is {self.num_local_experts} in {len(self.layer_types)} "
+                f"layers; wanted {hf_config.MAX_EXPERTS_OF_ALL_LAYERS} experts at most in all"
+            )
         # The loop above skips the field, whose annotation is `float | None`.
         if self.expert_capacity is not None:
             hf_config.check_scalar("expert_capacity", float, self.expert_capacity)
@@ -249,7 +256,7 @@ class ModelConfig:
     @classmethod
     def from_file(cls, path) -> "ModelConfig":
         """Read a `config.json` file, as `from_hf` does."""
-        return cls.from_hf(hf_config.read_config_json(pathlib.Path(path)))
+        return cls.from_hf(hf_config.read_config_json(local_path.resolve_path(path)))
 
     def to_hf(self) -> dict[str, Any]:
         """Return `config.json` in the release's spelling, which `from_hf` reads back.

@@ -10,23 +10,22 @@ After an interruption, the same command continues where it stopped.
 
 import dataclasses
 import hashlib
-import json
 import os
 import pathlib
 import sys
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 import tensorstore as ts
 import tqdm
 from absl import app, flags, logging
 
-from m1_jax import command_help, durable
+from m1_jax import command_help, durable, file_lock, local_path
 from m1_jax import config as config_lib
 from m1_jax import params as params_lib
 from m1_jax.checkpoints import format as format_lib
-from m1_jax.checkpoints import params_map, release
+from m1_jax.checkpoints import params_map, release, shard_plan
 
 # Where the source does not say how it was cut. A larger tensor is a shard of its own.
 MAX_SHARD_BYTES = 5 * 10**9
@@ -66,35 +65,55 @@ def run(config: ConvertConfig) -> pathlib.Path:
     Raises:
       CheckpointError, ConfigError: a source that is not a complete checkpoint.
       FileExistsError: the destination exists, or an interrupted conversion of another source.
+      PathError: a bucket, or another path that is not of this machine.
+      LockError: another process converts to the destination.
     """
-    src, dst = pathlib.Path(config.src), pathlib.Path(config.dst)
-    if dst.exists():
-        raise FileExistsError(f"{dst} exists; wanted a new directory. Remove it or choose another.")
+    src = local_path.resolve_path(config.src, "--src")
+    dst = local_path.resolve_path(config.dst, "--dst")
+    _check_absent(dst)
     if not src.is_dir():
         raise release.CheckpointError(f"{src} is not a directory; wanted the checkpoint to convert")
     if format_lib.is_converted(src) != (config.to == "hf"):
         state = "not converted yet" if config.to == "hf" else "converted already"
         source = "a converted directory" if config.to == "hf" else "a release directory"
         raise release.CheckpointError(f"{src} is {state}; wanted {source} for --to={config.to}")
+    prepare = _prepare_to_orbax if config.to == "orbax" else _prepare_to_hf
+    convert_to = prepare(src, config)  # reads and checks the source
+    format_lib.check_small_files(src)
     partial = dst.with_name(dst.name + ".partial")
-    if config.to == "orbax":
-        _convert_to_orbax(release.Release(src), partial, config)
-    else:
-        _convert_to_hf(src, partial, config)
-    # The journal is removed last. An interruption before that leaves a complete result.
-    partial.rename(dst)
-    (dst / format_lib.JOURNAL_FILE).unlink()
+    dst.parent.mkdir(parents=True, exist_ok=True)
+    # Two processes that write the same files would leave holes in them.
+    with file_lock.hold_lock(dst, "converts to"):
+        _check_absent(dst)  # the owner before may have made it
+        convert_to(partial)
+        # The journal is removed last. An interruption before that leaves a complete result.
+        partial.rename(dst)
+        (dst / format_lib.JOURNAL_FILE).unlink()
     return dst
+
+
+def _check_absent(dst: pathlib.Path) -> None:
+    if os.path.lexists(dst):
+        raise FileExistsError(f"{dst} exists; wanted a new directory. Remove it or choose another.")
 
 
 # ---- release to Orbax
 
 
+def _prepare_to_orbax(src: pathlib.Path, config: ConvertConfig) -> Callable[[pathlib.Path], None]:
+    """Read a release's headers, and return what converts it to the directory `partial`."""
+    source = release.Release(src)
+    stored_params = _stored_params_from_release(source)
+    return lambda partial: _convert_to_orbax(source, stored_params, partial, config)
+
+
 def _convert_to_orbax(
-    source: release.Release, partial: pathlib.Path, config: ConvertConfig
+    source: release.Release,
+    stored_params: Mapping[str, format_lib.StoredParam],
+    partial: pathlib.Path,
+    config: ConvertConfig,
 ) -> None:
     """Write every tensor of the release to its place in the stacked parameters."""
-    stored_params = _stored_params_from_release(source)
     finished_names = _start_or_resume(
         partial, source.config, [shard.file for shard in source.shards]
     )
@@ -102,8 +121,16 @@ def _convert_to_orbax(
     # `allocate_params` is atomic, so an existing directory has all arrays.
     if not params_dir.exists():
         format_lib.allocate_params(params_dir, stored_params)
-    arrays = {name: format_lib.open_array(params_dir, name) for name in stored_params}
+    remedy = f"Remove {partial.name} to start anew."
+    arrays = {}
+    for name, param in stored_params.items():
+        arrays[name] = format_lib.open_array(params_dir, name, remedy)
+        format_lib.check_array(arrays[name], param, params_dir / name, remedy)
     entries = {entry.name: entry for entry in source.entries}
+    finished_entries = [entry for entry in source.entries if entry.name in finished_names]
+    if lost_names := _find_incomplete(params_dir, arrays, finished_entries):
+        logging.warning("%s", f"made again: {release.describe_names(lost_names, 'lost tensors')}")
+        finished_names -= lost_names
     # In the order of the shards' bytes: each file is read once, from front to back.
     tensors = [t for shard in source.shards for t in shard.tensors if t.name in entries]
     max_pending_bytes, pending_bytes = int(config.memory_gib * 2**30), 0
@@ -123,8 +150,28 @@ def _convert_to_orbax(
                 target = arrays[entry.param_path][entry.index]  # a view of the array on disk
                 writes.append((tensor, target.write(entry.orient(tensor.read()))))
                 pending_bytes += tensor.nbytes
+    if lost_names := _find_incomplete(params_dir, arrays, source.entries):
+        raise OSError(
+            f"{params_dir}: {release.describe_names(lost_names, 'tensors lost on the disk')}. "
+            "Start the same command again, which makes them again."
+        )
     format_lib.copy_small_files(source.directory, partial)
     format_lib.write_manifest(partial, format_lib.build_manifest(source))
+
+
+def _find_incomplete(
+    params_dir: pathlib.Path,
+    arrays: Mapping[str, ts.TensorStore],
+    entries: Iterable[params_map.TensorEntry],
+) -> set[str]:
+    """Return the names of the tensors that lack a chunk on disk, or have one of a wrong size."""
+    return {
+        entry.name
+        for entry in entries
+        if format_lib.find_bad_chunk(
+            params_dir, entry.param_path, arrays[entry.param_path], entry.index
+        )
+    }
 
 
 def _stored_params_from_release(source: release.Release) -> dict[str, format_lib.StoredParam]:
@@ -153,16 +200,38 @@ def _stored_params_from_release(source: release.Release) -> dict[str, format_lib
 # ---- Orbax to release
 
 
-def _convert_to_hf(src: pathlib.Path, partial: pathlib.Path, config: ConvertConfig) -> None:
-    """Write the shards of a release one after another, as they were cut if that is still known."""
+def _prepare_to_hf(src: pathlib.Path, config: ConvertConfig) -> Callable[[pathlib.Path], None]:
+    """Open a converted directory, and return what converts it to the directory `partial`."""
     manifest = format_lib.read_manifest(src)
     model_config = config_lib.ModelConfig.from_file(src / "config.json")
     arrays = format_lib.open_params(src, model_config)
+    return lambda partial: _convert_to_hf(src, manifest, model_config, arrays, partial, config)
+
+
+def _convert_to_hf(
+    src: pathlib.Path,
+    manifest: Mapping,
+    model_config: config_lib.ModelConfig,
+    arrays: Mapping[str, ts.TensorStore],
+    partial: pathlib.Path,
+    config: ConvertConfig,
+) -> None:
+    """Write the shards of a release one after another, as they were cut if that is still known."""
     entries = {entry.name: entry for entry in params_map.list_tensor_entries(model_config)}
-    tensors = _describe_tensors(src, entries, arrays)
-    shards = _original_shard_headers(manifest, tensors) or _new_shard_headers(tensors)
+    tensors = shard_plan.describe_tensors(src, entries, arrays)
+    shards = shard_plan.original_headers(manifest, tensors)
+    shards = shards or shard_plan.new_headers(tensors, MAX_SHARD_BYTES)
     finished_files = _start_or_resume(partial, model_config, [src / format_lib.MANIFEST_FILE])
-    names_by_file = {file: _sort_names_by_offset(header) for file, header in shards.items()}
+    names_by_file = {
+        file: shard_plan.sort_names_by_offset(header) for file, header in shards.items()
+    }
+    finished_files = {
+        file
+        for file in finished_files & shards.keys()
+        if shard_plan.is_whole(
+            partial / file, shards[file], [tensors[n] for n in names_by_file[file]]
+        )
+    }
     tensors_in_order = [tensors[name] for names in names_by_file.values() for name in names]
     # The journal of this direction names files, but the bar counts tensors.
     finished_tensors = {
@@ -185,9 +254,9 @@ def _convert_to_hf(src: pathlib.Path, partial: pathlib.Path, config: ConvertConf
                 durable.flush_to_disk(stream)
             growing_file.rename(partial / file)
             progress.finish(file, 0)  # its bytes are on the bar already
-    index = _build_index(manifest, shards, names_by_file, tensors)
+    index = shard_plan.build_index(manifest, shards, names_by_file, tensors)
     if index is not None:
-        (partial / release.INDEX_FILE).write_text(index)
+        (partial / release.INDEX_FILE).write_bytes(index.encode())
     format_lib.copy_small_files(src, partial)
     release.Release(partial)  # the checks that every reader makes
 
@@ -202,89 +271,6 @@ def _read_tensor(
     data = np.ascontiguousarray(entry.orient(data))
     # Viewed as bytes, because there is no memoryview of bfloat16.
     return data.reshape(-1).view(np.uint8).data
-
-
-def _describe_tensors(
-    src: pathlib.Path,
-    entries: Mapping[str, params_map.TensorEntry],
-    arrays: Mapping[str, ts.TensorStore],
-) -> dict[str, release.ReleaseTensor]:
-    """Return what each tensor will look like in the release. Its file and offset are not set."""
-    tensors = {}
-    for name, entry in entries.items():
-        array = arrays[entry.param_path]
-        shape, dtype = array.shape[len(entry.index) :], array.dtype.numpy_dtype
-        shape = shape[::-1] if entry.transposed else shape
-        nbytes = int(np.prod(shape)) * dtype.itemsize
-        tensors[name] = release.ReleaseTensor(name, src, dtype, shape, 0, nbytes)
-    return tensors
-
-
-def _original_shard_headers(
-    manifest: Mapping, tensors: Mapping[str, release.ReleaseTensor]
-) -> dict[str, str] | None:
-    """Return the release's own headers by file, or None if they do not describe these tensors."""
-    # They do not if the model never had shards, or if it was saved in another dtype.
-    original_specs = {}
-    for header in manifest["shards"].values():
-        for name, spec in json.loads(header).items():
-            if name != "__metadata__":
-                original_specs[name] = (spec["dtype"], tuple(spec["shape"]))
-    current_specs = {t.name: (release.CODES_BY_DTYPE[t.dtype], t.shape) for t in tensors.values()}
-    return manifest["shards"] if original_specs == current_specs else None
-
-
-def _new_shard_headers(tensors: Mapping[str, release.ReleaseTensor]) -> dict[str, str]:
-    """Cut the tensors into shards of up to `MAX_SHARD_BYTES`, and return a header for each file."""
-    groups: list[list[release.ReleaseTensor]] = [[]]
-    for tensor in tensors.values():
-        if groups[-1] and sum(t.nbytes for t in groups[-1]) + tensor.nbytes > MAX_SHARD_BYTES:
-            groups.append([])
-        groups[-1].append(tensor)
-    shards = {}
-    for shard_number, group in enumerate(groups, 1):
-        # transformers 4 refuses a file without this metadata.
-        header: dict = {"__metadata__": {"format": "pt"}}
-        end = 0
-        for tensor in group:
-            start, end = end, end + tensor.nbytes
-            header[tensor.name] = {
-                "dtype": release.CODES_BY_DTYPE[tensor.dtype],
-                "shape": list(tensor.shape),
-                "data_offsets": [start, end],
-            }
-        text = json.dumps(header, separators=(",", ":"))
-        file = f"model-{shard_number:05d}-of-{len(groups):05d}.safetensors"
-        # Spaces align the data after the header to 8 bytes.
-        shards[file] = text + " " * (-len(text.encode()) % 8)
-    return shards
-
-
-def _sort_names_by_offset(header: str) -> list[str]:
-    """Return the tensors of a header in the order of their bytes."""
-    specs = {k: v for k, v in json.loads(header).items() if k != "__metadata__"}
-    return sorted(specs, key=lambda name: specs[name]["data_offsets"])
-
-
-def _build_index(
-    manifest: Mapping,
-    shards: Mapping[str, str],
-    names_by_file: Mapping[str, list[str]],
-    tensors: Mapping[str, release.ReleaseTensor],
-) -> str | None:
-    """Return the text of the index, which is the release's own if its shards are.
-
-    None: the release had no index, because it was a single file.
-    """
-    if shards == manifest["shards"]:
-        return manifest["index"]
-    total_bytes = sum(tensor.nbytes for tensor in tensors.values())
-    weight_map = {name: file for file, names in names_by_file.items() for name in names}
-    index = {
-        "metadata": {"total_size": total_bytes},
-        "weight_map": dict(sorted(weight_map.items())),
-    }
-    return json.dumps(index, indent=2) + "\n"
 
 
 # ---- both ways
@@ -343,8 +329,9 @@ def _start_or_resume(
     source = repr((model_config, stats))
     fingerprint = "source " + hashlib.sha256(source.encode()).hexdigest()
     journal = partial / format_lib.JOURNAL_FILE
-    if not journal.exists():
-        if partial.exists() and any(partial.iterdir()):
+    if not os.path.lexists(journal):
+        is_empty = partial.is_dir() and not any(partial.iterdir())
+        if os.path.lexists(partial) and not is_empty:
             raise FileExistsError(
                 f"{partial} exists and was not made by this command. Remove it or choose another "
                 "--dst."
@@ -352,16 +339,24 @@ def _start_or_resume(
         partial.mkdir(parents=True, exist_ok=True)
         journal.write_text(fingerprint + "\n")
         return set()
+    start_anew = f"Remove {partial} to start anew, or choose another --dst."
+    if not journal.is_file():
+        raise FileExistsError(f"{journal} is not a file. {start_anew}")
     # A last line without a newline was cut off while it was written.
-    complete = "".join(journal.read_text().rpartition("\n")[:2])
-    lines = complete.splitlines()
+    complete = b"".join(journal.read_bytes().rpartition(b"\n")[:2])
+    try:
+        lines = complete.decode().split("\n")[:-1]
+    except UnicodeDecodeError as error:
+        raise FileExistsError(
+            f"{journal} is damaged: byte {error.start} is no UTF-8. {start_anew}"
+        ) from None
     if lines[:1] != [fingerprint]:
         raise FileExistsError(
             f"{partial} is an interrupted conversion of another source. Remove it to start anew, "
             "or choose another --dst."
         )
     # Otherwise the next line would continue the one that was cut off.
-    os.truncate(journal, len(complete.encode()))
+    os.truncate(journal, len(complete))
     return set(lines[1:])
 
 

@@ -16,7 +16,10 @@ A golden file holds what the release's own code computed for some tokens, in flo
     grad/NAME                    gradient of that loss for the release's tensor NAME, [out, in]
 """
 
+import lzma
 import math
+import struct
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Mapping
@@ -28,7 +31,7 @@ from jax.experimental import multihost_utils
 from jax.typing import ArrayLike
 
 from m1_jax import config as config_lib
-from m1_jax import input_checks, sharding
+from m1_jax import input_checks, json_file, local_path, sharding, strict_json
 
 
 def count_row_copies(layout: sharding.MeshLayout | None, num_rows: int) -> int:
@@ -50,15 +53,45 @@ def read_golden_arrays(path: str) -> dict[str, np.ndarray]:
     Raises:
       ValueError: a file that is no .npz file, or damaged.
     """
+    file = local_path.resolve_path(path, "--golden")
     try:
+        if file.exists():
+            json_file.check_regular_file(file, ValueError, "")
         # np.load alone would take bare arrays and pickles as well.
-        zipfile.ZipFile(path).close()
-        with np.load(path) as file:
-            return dict(file)
-    except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+        with zipfile.ZipFile(file) as archive:
+            return {
+                member.filename.removesuffix(".npy"): _read_member(archive, member)
+                for member in archive.infolist()
+            }
+    # An encrypted member raises RuntimeError, an unknown compression NotImplementedError.
+    except (
+        *(OSError, EOFError, ValueError, KeyError, RuntimeError, SyntaxError, tokenize.TokenError),
+        *(zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error),
+    ) as error:
         raise ValueError(
-            f"{path} is not a readable .npz file: {error}. Make or download it again."
+            f"{path} is not a readable .npz file: {strict_json.shorten(str(error), 120)}. "
+            "Make or download it again."
         ) from None
+
+
+def _read_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray:
+    """Return one array, whose header is compared with its size before memory is taken for it."""
+    with archive.open(member) as stream:
+        version = np.lib.format.read_magic(stream)
+        read_header = {
+            (1, 0): np.lib.format.read_array_header_1_0,
+            (2, 0): np.lib.format.read_array_header_2_0,
+        }.get(version)
+        if read_header is None:
+            raise ValueError(f"{member.filename} is of the .npy version {version}")
+        shape, _, dtype = read_header(stream)
+        wanted_bytes = math.prod(shape) * dtype.itemsize
+        if dtype.hasobject:
+            raise ValueError(f"{member.filename} holds Python objects, which are read by pickle")
+        if stream.tell() + wanted_bytes != member.file_size:
+            raise ValueError(f"{member.filename} does not hold an array of its shape and dtype")
+        stream.seek(0)
+        return np.lib.format.read_array(stream, allow_pickle=False)
 
 
 class GoldenFile:

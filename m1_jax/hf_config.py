@@ -7,12 +7,11 @@ No key is ignored silently. A key that is unknown, missing or contradictory rais
 because a model that is computed in another way than it was trained still gives plausible text.
 """
 
-import math
 import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from m1_jax import configlib, strict_json
+from m1_jax import configlib, json_file, strict_json
 
 LIGHTNING, SOFTMAX = "lightning", "softmax"  # the kinds of layers
 _RELEASE_MODEL_TYPES = ("minimax_m1", "minimax_text_01", "MiniMaxM1", "MiniMaxText01")
@@ -98,6 +97,31 @@ _INERT_KEYS_TEXT = """
     _attn_implementation_autoset _experts_implementation block_size
 """
 _INERT_KEYS = frozenset(_INERT_KEYS_TEXT.split())
+# Known keys that this model has no computation for, and what to do about each.
+_UNSUPPORTED_KEYS = {
+    "quantization_config": "these weights are quantized. Download the bfloat16 release instead.",
+    "rope_scaling": "it would change every position. Use the config.json of the release.",
+    "rope_type": "it would change every position. Use the config.json of the release.",
+    "rope_parameters": "it is of the native spelling, and this file has the release's. Write its "
+    "rope_theta, and rotary_dim, as keys of their own instead.",
+    "compression_config": "these weights are compressed. Download the bfloat16 release instead.",
+}
+
+# Upper bounds of counts, far beyond any model, so that a damaged file is refused before anything
+# of that size is made. The product of all bounds still fits in 64 bits.
+_MAX_COUNTS = {
+    "num_hidden_layers": 2**10,
+    "vocab_size": 2**24,
+    "hidden_size": 2**20,
+    "intermediate_size": 2**20,
+    "num_attention_heads": 2**12,
+    "num_key_value_heads": 2**12,
+    "head_dim": 2**12,
+    "num_local_experts": 2**16,
+}
+_MAX_COUNT = 2**31 - 1  # of all other counts
+MAX_EXPERTS_OF_ALL_LAYERS = 2**18  # the release has 2,560
+_MIN_NUMBER, _MAX_NUMBER = 1.2e-38, 3.4e38  # about the range of float32
 
 
 # ---- checks
@@ -106,11 +130,12 @@ _INERT_KEYS = frozenset(_INERT_KEYS_TEXT.split())
 def check_field(valid: bool, key: str, value: Any, requirement: str) -> None:
     """Raise `ConfigError` for a value that is not valid."""
     if not valid:
-        raise ConfigError(f"config: {key} is {value!r}; wanted {requirement}")
+        shown = strict_json.show_value(value)
+        raise ConfigError(f"config: {strict_json.shorten(key)} is {shown}; wanted {requirement}")
 
 
 def check_scalar(key: str, kind: Any, value: Any) -> None:
-    """Check the type and sign of a field, since JSON may hold a string or a bool for a number.
+    """Check the type and range of a field, since JSON may hold a string or a bool for a number.
 
     `kind` is the field's annotation. Kinds other than bool, int and float are not checked here.
     """
@@ -119,14 +144,19 @@ def check_scalar(key: str, kind: Any, value: Any) -> None:
     elif kind is int:
         # The size 0 means no shared expert. No other size may be 0.
         minimum = 0 if key == "shared_intermediate_size" else 1
+        maximum = _MAX_COUNTS.get(key, _MAX_COUNT)
         is_integer = isinstance(value, int) and not isinstance(value, bool)
         check_field(is_integer and value >= minimum, key, value, f"an integer, {minimum} or more")
+        check_field(value <= maximum, key, value, f"an integer, {maximum} at most")
     elif kind is float:
         # JSON writes 1e7 as 10000000. Python's reader also takes NaN and Infinity.
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        check_field(is_number and math.isfinite(value), key, value, "a number")
+        # Compared and not converted: a whole number may be too large for a float. NaN compares
+        # as false.
+        is_finite = is_number and -_MAX_NUMBER <= value <= _MAX_NUMBER
+        check_field(is_finite, key, value, "a number that float32 can hold")
         if key in ("rope_theta", "rms_norm_eps", "expert_capacity"):
-            check_field(value > 0, key, value, "more than 0")
+            check_field(value >= _MIN_NUMBER, key, value, "more than 0 in float32")
 
 
 # ---- reading and writing
@@ -136,14 +166,12 @@ def read_config_json(path: pathlib.Path) -> Mapping[str, Any]:
     """Return the object that a `config.json` file holds. Its keys are not checked yet.
 
     Raises:
-      ConfigError: no such file, a file that is not JSON, or a key that is given twice.
+      ConfigError: no such file, a file that is not JSON, a key that is given twice, or the pointer
+        of Git LFS.
     """
-    try:
-        return strict_json.DECODER.decode(path.read_text())
-    except FileNotFoundError:
-        raise ConfigError(f"{path} does not exist. Copy it beside the weights.") from None
-    except ValueError as error:
-        raise ConfigError(f"{path} is not valid JSON: {error}. Copy it again.") from None
+    if not path.exists():
+        raise ConfigError(f"{path} does not exist. Copy it beside the weights.")
+    return json_file.read_json(path, ConfigError)
 
 
 def parse_config(hf: Mapping[str, Any]) -> dict[str, Any]:
@@ -162,7 +190,7 @@ def parse_config(hf: Mapping[str, Any]) -> dict[str, Any]:
     if model_type in _NATIVE_MODEL_TYPES:
         return _parse_native_config(hf)
     raise ConfigError(
-        f"config.json: model_type is {model_type!r}; this code reads "
+        f"config.json: model_type is {strict_json.show_value(model_type)}; this code reads "
         f"{', '.join(_RELEASE_MODEL_TYPES[:2] + _NATIVE_MODEL_TYPES)}"
     )
 
@@ -184,18 +212,25 @@ def _check_keys(hf: Mapping[str, Any], known_keys: set[str], fixed: Mapping[str,
     """Refuse unknown keys, and keys of one allowed value that have another value."""
     for key, fixed_value in fixed.items():
         value = hf.get(key, fixed_value)
-        check_field(
-            value == fixed_value, key, value, f"{fixed_value!r}: this model has no other form"
-        )
+        # Python takes true for 1 and 0 for false.
+        is_equal = value == fixed_value and isinstance(value, bool) == isinstance(fixed_value, bool)
+        check_field(is_equal, key, value, f"{fixed_value!r}: this model has no other form")
     for key in hf:
         if key not in known_keys and key not in fixed:
-            hint = configlib.suggest_names(
-                key, known_keys, "it is none of the release or transformers."
-            )
-            raise ConfigError(
-                f"config.json: unknown key {key!r} = {hf[key]!r}; {hint} "
-                "Remove it if it does not change the computation."
-            )
+            raise ConfigError(_describe_unknown_key(key, hf[key], known_keys))
+
+
+def _describe_unknown_key(key: str, value: Any, known_keys: set[str]) -> str:
+    shown_key, shown_value = strict_json.shorten(key), strict_json.show_value(value)
+    if key in _UNSUPPORTED_KEYS:
+        return f"config.json: unknown key {key!r} = {shown_value}: {_UNSUPPORTED_KEYS[key]}"
+    hint = configlib.suggest_names(
+        shown_key, known_keys, "it is none of the release or transformers."
+    )
+    return (
+        f"config.json: unknown key {shown_key!r} = {shown_value}; {hint} "
+        "Remove it if it does not change the computation."
+    )
 
 
 def _select_fields(hf: Mapping[str, Any], fields: Mapping[str, bool]) -> dict[str, Any]:
@@ -218,15 +253,18 @@ def _translate_layer_types(
     check_field(
         isinstance(layer_kinds, list | tuple), key, layer_kinds, "a list with one entry per layer"
     )
-    for kind in layer_kinds:
-        choices = " or ".join(f"{k} ({v})" for k, v in kinds.items())
-        # Looked up in a list and not in the dict: an entry of a damaged file may have no hash.
-        check_field(kind in list(kinds), key, kind, choices)
     num_layers = _select_fields(hf, {"num_hidden_layers": True})["num_hidden_layers"]
-    if num_layers != len(layer_kinds):
+    choices = " or ".join(f"{k} ({v})" for k, v in kinds.items())
+    for kind in layer_kinds:
+        # true is no 1 here, and 0.0 no 0. The list and not the dict is searched, because an entry
+        # of a damaged file may have no hash.
+        is_known = isinstance(kind, int | str) and not isinstance(kind, bool)
+        check_field(is_known and kind in list(kinds), key, kind, choices)
+    # Python takes true for 1, and 2.0 for 2.
+    if type(num_layers) is not int or num_layers != len(layer_kinds):
         raise ConfigError(
             f"config.json: {key} lists {len(layer_kinds)} layers but num_hidden_layers is "
-            f"{num_layers!r}"
+            f"{strict_json.show_value(num_layers)}"
         )
     return tuple(kinds[kind] for kind in layer_kinds)
 
@@ -262,7 +300,8 @@ def _parse_native_config(hf: Mapping[str, Any]) -> dict[str, Any]:
     heads = hf["num_attention_heads"]
     if is_multi_head:
         hf["num_key_value_heads"] = heads
-    hf.setdefault("head_dim", hf["hidden_size"] // heads)
+    # At least 1, for a damaged file whose heads outnumber its features.
+    hf.setdefault("head_dim", max(1, hf["hidden_size"] // heads))
     check_scalar("head_dim", int, hf["head_dim"])
     # transformers' default: softmax and lightning layers in turn, softmax first.
     default_kinds = [
@@ -302,7 +341,8 @@ def _parse_native_rope(hf: Mapping[str, Any]) -> dict[str, Any]:
     dims = _reconcile_rope_key("rotary_dim", dims, hf.get("rotary_dim"))
     if rope:
         raise ConfigError(
-            f"config.json: unknown key in rope_parameters: {sorted(rope)}; wanted rope_type, "
+            "config.json: unknown key in rope_parameters: "
+            f"{strict_json.show_value(sorted(rope))}; wanted rope_type, "
             "rope_theta and partial_rotary_factor. Remove it if it does not change the computation."
         )
     return {
@@ -317,5 +357,8 @@ def _reconcile_rope_key(key: str, nested: Any, plain: Any) -> Any:
     Both may be there if they agree.
     """
     if None not in (nested, plain) and nested != plain:
-        raise ConfigError(f"config.json: {key} is {plain!r} but rope_parameters say {nested!r}")
+        raise ConfigError(
+            f"config.json: {key} is {strict_json.show_value(plain)} but rope_parameters say "
+            f"{strict_json.show_value(nested)}"
+        )
     return plain if nested is None else nested

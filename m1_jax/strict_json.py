@@ -5,8 +5,9 @@ import math
 from typing import Any
 
 MAX_DEPTH = 200  # arrays and objects within each other
-_MAX_DIGITS = 20  # of a whole number: 2^64 has 20
-_MAX_REASON = 200  # characters of an error's reason
+# Of a whole number. transformers writes 10^30 for "no limit" into tokenizer_config.json.
+_MAX_DIGITS = 40
+_MAX_REASON = 150  # characters of an error's reason
 
 
 def refuse_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -18,7 +19,8 @@ def refuse_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     members: dict[str, Any] = {}
     for key, value in pairs:
         if key in members:
-            raise ValueError(f"{key} is given twice: {members[key]!r:.80} and {value!r:.80}")
+            first, second = show_value(members[key], 30), show_value(value, 30)
+            raise ValueError(f"{shorten(key)} is given twice: {first} and {second}")
         members[key] = value
     return members
 
@@ -44,7 +46,29 @@ DECODER = json.JSONDecoder(
 
 
 class JsonError(ValueError):
-    """A text that is no JSON, or JSON beyond our limits. The message is one short line."""
+    """A text that is no JSON, or JSON beyond our limits. The message is one short line.
+
+    Attributes:
+      reason: what is wrong, without the text's name and the remedy.
+    """
+
+    def __init__(self, name: str, reason: str):
+        super().__init__(f"{name}: got no valid JSON ({reason}); mend or replace it")
+        self.reason = reason
+
+
+def shorten(text: str, max_characters: int = 80) -> str:
+    """Return a text as one line of at most so many characters, for an error message."""
+    text = " ".join(text[: 2 * max_characters].split())
+    return text if len(text) <= max_characters else text[: max_characters - 3] + "..."
+
+
+def show_value(value: Any, max_characters: int = 80) -> str:
+    """Return a value as an error message shows it: its `repr`, shortened."""
+    try:
+        return shorten(repr(value), max_characters)
+    except (RecursionError, ValueError):  # too deep, or a whole number of thousands of digits
+        return f"a {type(value).__name__} too large to show"
 
 
 def parse(text: str | bytes, name: str) -> Any:
@@ -55,7 +79,7 @@ def parse(text: str | bytes, name: str) -> Any:
       name: what the error calls it, most often the file's name, with the line if it has several.
 
     Raises:
-      JsonError: no JSON, a key that is given twice, NaN, a number beyond float64 or of more than 20
+      JsonError: no JSON, a key that is given twice, NaN, a number beyond float64 or of more than 40
         digits, or more than `MAX_DEPTH` values within each other.
     """
     try:
@@ -72,10 +96,8 @@ def parse(text: str | bytes, name: str) -> Any:
         # Its own message has all the bytes.
         reason = f"byte {error.start} is no UTF-8"
     except ValueError as error:
-        reason = " ".join(str(error).split())
-    if len(reason) > _MAX_REASON:
-        reason = reason[:_MAX_REASON] + "..."
-    raise JsonError(f"{name}: got no valid JSON ({reason}); mend or replace it")
+        reason = str(error)
+    raise JsonError(name, shorten(reason, _MAX_REASON))
 
 
 def _check_depth(value: Any) -> None:

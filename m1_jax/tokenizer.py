@@ -11,12 +11,15 @@ import codecs
 import functools
 import hashlib
 import json
+import os
 import pathlib
 import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import tokenizers
+
+from m1_jax import json_file, local_path, strict_json
 
 # Marks of the chat template. tokenizer.json may flag them as ordinary added tokens, which the
 # library recognises in any text.
@@ -28,6 +31,7 @@ STRUCTURE_TOKENS = (
 )
 _DEFAULT_EOS_TOKEN = "<end_of_sentence>"
 _TOKEN_ROLES = ("bos", "eos", "unk", "pad", "sep", "cls", "mask")  # keys "{role}_token"
+_MAX_ID = 2**31 - 1  # ids are int32 on devices
 _UNKNOWN_ID_BYTES = "\ufffd".encode()  # of an id that only the model's padded vocabulary has
 
 
@@ -39,10 +43,11 @@ class Tokenizer:
 
     Attributes:
       vocab_size: highest id + 1. The model's vocabulary may be padded beyond it.
-      stop_ids: ids that end a generation, ascending. The release has one, 200020.
+      stop_ids: ids that end a generation, ascending, those of all companion files together. The
+        release has one, 200020.
     """
 
-    def __init__(self, library: tokenizers.Tokenizer, settings: dict, generation: dict):
+    def __init__(self, library: tokenizers.Tokenizer, settings: dict, eos_ids: Iterable[int] = ()):
         self._library = library
         self._vocab = library.get_vocab(with_added_tokens=True)
         # Not the number of tokens, since ids may have gaps.
@@ -56,40 +61,36 @@ class Tokenizer:
         added = {i: token.content for i, token in library.get_added_tokens_decoder().items()}
         self._added_bytes = {i: content.encode() for i, content in added.items()}
         self._control_id_set = frozenset(self._control_token_ids.values())
-        self.stop_ids = self._find_stop_ids(settings, generation)
+        self.stop_ids = tuple(sorted({*eos_ids, *self._find_eos_token(settings)}))
 
     @classmethod
     def load(cls, directory) -> "Tokenizer":
-        """Read a checkpoint directory's tokenizer.json and, where present, its two companions.
+        """Read a checkpoint directory's tokenizer.json and, where present, its companions.
 
-        tokenizer_config.json names bos, eos and unk. generation_config.json may add eos ids.
+        tokenizer_config.json names bos, eos and unk. generation_config.json and config.json may add
+        eos ids.
 
         Raises:
           FileNotFoundError: no tokenizer.json.
-          ValueError: a damaged file, a tokenizer that is not byte-level, or an eos token that
-            tokenizer.json does not hold.
+          ValueError: a damaged file, a tokenizer that is not byte-level, an eos token that
+            tokenizer.json does not hold, or a path that is not of this machine.
         """
-        path = pathlib.Path(directory) / "tokenizer.json"
+        path = local_path.resolve_path(directory) / "tokenizer.json"
         if not path.is_file():
             raise FileNotFoundError(
                 f"{path}: no such file; wanted the release's tokenizer. Copy tokenizer.json and "
                 "tokenizer_config.json from the release into that directory."
             )
-        text = _read_text(path)
-        try:
-            library = tokenizers.Tokenizer.from_str(text)
-        except Exception as error:  # the library raises bare Exception
-            raise ValueError(f"{path}: not a tokenizer: {error}. Copy it again.") from None
-        if not isinstance(library.decoder, tokenizers.decoders.ByteLevel):
-            raise ValueError(
-                f"{path}: got decoder {library.decoder!r}; wanted ByteLevel, as the release has"
-            )
+        library = _read_library(path)
         # tokenizer.json may ask for both, but ids must stand for all of the text and nothing else.
         library.no_truncation()
         library.no_padding()
         folder = path.parent
-        settings = _read_json_object(folder / "tokenizer_config.json")
-        return cls(library, settings, _read_json_object(folder / "generation_config.json"))
+        eos_ids = {
+            *_read_eos_ids(folder / "generation_config.json"),
+            *_read_eos_ids(folder / "config.json"),
+        }
+        return cls(library, _read_companion(folder / "tokenizer_config.json"), eos_ids)
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -215,27 +216,17 @@ class Tokenizer:
             start = match.start() + 1
         yield text[start:]
 
-    def _find_stop_ids(self, settings: dict, generation: dict) -> tuple[int, ...]:
-        """Return the ids of generation_config.json and the eos token of tokenizer_config.json."""
-        stop_ids = generation.get("eos_token_id")
-        if not isinstance(stop_ids, list):
-            stop_ids = [] if stop_ids is None else [stop_ids]
-        for stop_id in stop_ids:
-            # JSON's true would be the id 1.
-            if isinstance(stop_id, bool) or not isinstance(stop_id, int) or stop_id < 0:
-                raise ValueError(
-                    f"generation_config.json: eos_token_id: got {stop_id!r}; wanted an id"
-                )
+    def _find_eos_token(self, settings: dict) -> list[int]:
+        """Return the id of tokenizer_config.json's eos token, none if there is no such token."""
         name = _parse_token_name(settings.get("eos_token"))
         if name is None:
             name = _DEFAULT_EOS_TOKEN if _DEFAULT_EOS_TOKEN in self._vocab else None
         elif name not in self._vocab:
             raise ValueError(
-                f"tokenizer_config.json: got eos_token {name!r}, which tokenizer.json does not "
-                "hold; wanted files of one release. Copy both again."
+                f"tokenizer_config.json: got eos_token {strict_json.show_value(name)}, which "
+                "tokenizer.json does not hold; wanted files of one release. Copy both again."
             )
-        eos_ids = [] if name is None else [self._vocab[name]]
-        return tuple(sorted({*stop_ids, *eos_ids}))
+        return [] if name is None else [self._vocab[name]]
 
 
 class StreamDecoder:
@@ -275,37 +266,60 @@ def _make_byte_alphabet() -> dict[str, int]:
 _BYTE_OF_CHAR = _make_byte_alphabet()
 
 
-def _read_text(path: pathlib.Path) -> str:
+def _read_library(path: pathlib.Path) -> tokenizers.Tokenizer:
+    """Return the byte-level tokenizer of a tokenizer.json, which has at least one token."""
+    content = json_file.read_json_object(path, ValueError)
     try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8: {error}. Copy it again.") from None
+        library = tokenizers.Tokenizer.from_str(json.dumps(content))
+    except Exception as error:  # the library raises bare Exception
+        reason = strict_json.shorten(str(error), 120)
+        raise ValueError(f"{path}: not a tokenizer: {reason}. Copy it again.") from None
+    if not isinstance(library.decoder, tokenizers.decoders.ByteLevel):
+        decoder = strict_json.show_value(library.decoder)
+        raise ValueError(f"{path}: got decoder {decoder}; wanted ByteLevel, as the release has")
+    if not library.get_vocab_size(with_added_tokens=True):
+        raise ValueError(f"{path}: got a tokenizer without tokens. Copy it again.")
+    return library
 
 
-def _read_json_object(path: pathlib.Path) -> dict:
+def _read_companion(path: pathlib.Path) -> dict[str, Any]:
     """Return the JSON object of a file, or an empty one if the file does not exist."""
-    if not path.exists():
-        return {}
-    try:
-        value = json.loads(_read_text(path))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: not JSON: {error}. Copy it again.") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: got a JSON {type(value).__name__}; wanted an object")
-    return value
+    # A link to nothing is there, too.
+    return json_file.read_json_object(path, ValueError) if os.path.lexists(path) else {}
+
+
+def _read_eos_ids(path: pathlib.Path) -> list[int]:
+    """Return the ids of a file's eos_token_id, which is an id, a list of ids, or null."""
+    eos_ids = _read_companion(path).get("eos_token_id")
+    if not isinstance(eos_ids, list):
+        eos_ids = [] if eos_ids is None else [eos_ids]
+    for eos_id in eos_ids:
+        # JSON's true would be the id 1.
+        is_id = isinstance(eos_id, int) and not isinstance(eos_id, bool)
+        if not is_id or not 0 <= eos_id <= _MAX_ID:
+            raise ValueError(
+                f"{path.name}: eos_token_id: got {strict_json.show_value(eos_id)}; wanted an id"
+            )
+    return eos_ids
 
 
 def _parse_token_name(token: Any) -> str | None:
     """Return the name in a token entry, which is a string or an object with `content`."""
     token = token.get("content") if isinstance(token, dict) else token
     if token is not None and not isinstance(token, str):
-        raise ValueError(f"tokenizer_config.json: got the token {token!r}; wanted a string")
+        shown = strict_json.show_value(token)
+        raise ValueError(f"tokenizer_config.json: got the token {shown}; wanted a string")
     return token
 
 
 def _iterate_token_names(settings: dict) -> Iterator[str]:
     """Yield the names of the special tokens that tokenizer_config.json gives a role."""
     additional_tokens = settings.get("additional_special_tokens") or []
+    if not isinstance(additional_tokens, list):
+        shown = strict_json.show_value(additional_tokens)
+        raise ValueError(
+            f"tokenizer_config.json: got additional_special_tokens {shown}; wanted a list"
+        )
     for token in (*(settings.get(f"{role}_token") for role in _TOKEN_ROLES), *additional_tokens):
         name = _parse_token_name(token)
         if name is not None:

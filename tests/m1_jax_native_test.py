@@ -155,6 +155,16 @@ def test_bfloat16(tmp_path, tokens):
     _assert_close(ours(tokens), _logits(wanted, tokens))
 
 
+def test_float16_with_a_lightning_layer_at_the_end(tmp_path):
+    """The last layer's stored decay rates are below the normal numbers of float16."""
+    kinds = ["full_attention", "linear_attention"] * 2
+    model = _build(layer_types=kinds).half()
+    model.save_pretrained(tmp_path)
+    loaded = params_lib.params_by_path(m1_jax.load(tmp_path))
+    wanted = model.lm_head.weight.detach().float().numpy().T
+    np.testing.assert_array_equal(np.asarray(loaded["head.kernel"][...]), wanted)
+
+
 # ---- what is refused
 
 

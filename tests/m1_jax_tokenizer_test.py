@@ -139,6 +139,39 @@ def test_stop_ids_of_the_companion_files(directory, tmp_path):
     assert tokenizer_lib.Tokenizer.load(tmp_path).stop_ids == (7, 511)
 
 
+def test_end_tokens_of_all_files_are_united(directory, tmp_path):
+    edited(directory, tmp_path, lambda content: None)
+    for config_ids, generation_ids, wanted in (
+        (5, None, (5, 510)),
+        (5, 7, (5, 7, 510)),
+        ([5, 510], [7, 5], (5, 7, 510)),
+        (list(range(20)), list(range(10, 30)), (*range(30), 510)),
+        (None, [], (510,)),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": config_ids}))
+        (tmp_path / "generation_config.json").write_text(
+            json.dumps({"eos_token_id": generation_ids})
+        )
+        assert tokenizer_lib.Tokenizer.load(tmp_path).stop_ids == wanted
+
+
+def test_byte_order_marks_are_left_out(directory, tmp_path):
+    wanted = edited(directory, tmp_path, lambda content: None)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        raw = (directory / name).read_bytes()
+        (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + raw)
+    marked = tokenizer_lib.Tokenizer.load(tmp_path)
+    assert marked.fingerprint == wanted.fingerprint
+    assert marked.stop_ids == wanted.stop_ids
+
+
+def test_transformers_number_for_no_limit_is_read(directory, tmp_path):
+    edited(directory, tmp_path, lambda content: None)
+    text = '{"model_max_length": 1000000000000000019884624838656}'
+    (tmp_path / "tokenizer_config.json").write_text(text)
+    assert tokenizer_lib.Tokenizer.load(tmp_path).stop_ids == (510,)
+
+
 def test_tokenizer_json_alone(directory, tmp_path):
     assert edited(directory, tmp_path, lambda content: None).stop_ids == (510,)
 
@@ -160,12 +193,18 @@ def test_post_processor_and_truncation_add_and_drop_nothing(directory, tmp_path)
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("tokenizer.json", "{", "tokenizer.json: not a tokenizer: .*Copy it again"),
+        ("tokenizer.json", "{", "tokenizer.json is not valid JSON: .*Copy it again"),
         ("tokenizer_config.json", "[]", "tokenizer_config.json: got a JSON list; wanted an object"),
-        ("tokenizer_config.json", "{", "tokenizer_config.json: not JSON"),
+        ("tokenizer_config.json", "{", "tokenizer_config.json is not valid JSON"),
         ("tokenizer_config.json", '{"eos_token": "<e>"}', "got eos_token '<e>', which token"),
         ("tokenizer_config.json", '{"eos_token": 3}', "got the token 3; wanted a string"),
         ("generation_config.json", '{"eos_token_id": "x"}', "eos_token_id: got 'x'; wanted an id"),
+        ("config.json", '{"eos_token_id": [true]}', "config.json: eos_token_id: got True; wanted"),
+        ("config.json", '{"eos_token_id": 3000000000}', "eos_token_id: got 3000000000; wanted"),
+        ("tokenizer.json", "", "tokenizer.json is not valid JSON"),
+        ("tokenizer.json", "[" * 100_000, "tokenizer.json is not valid JSON: more than 200"),
+        ("tokenizer.json", "version https://git-lfs.github.com/spec/v1", "git lfs pull"),
+        ("tokenizer_config.json", '{"additional_special_tokens": 5}', "tokens 5; wanted a list"),
     ],
 )
 def test_damaged_files(directory, tmp_path, name, content, message):

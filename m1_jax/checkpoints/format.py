@@ -5,17 +5,22 @@
     release.json    the manifest: how the tensors lay in the release's shards, for the way back
     progress.txt    the journal, only while the directory is being written
 
-The manifest is written last, so a directory without one is an interrupted conversion. `load.py`
+The manifest is written last, so a directory without one is an interrupted conversion. Sizes and
+names are checked, bits are not: that would take a digest of each tensor in the manifest, made while
+its bytes pass by. `load.py`
 reads a model from a converted directory, `save.py` writes one, and `convert.py` streams tensors to
 and from it. Arrays are opened with TensorStore and not with Orbax, because TensorStore's errors
 name the file, and one failure is one message.
 """
 
 import dataclasses
+import itertools
 import json
 import math
+import os
 import pathlib
 import shutil
+import stat
 from collections.abc import Iterable, Mapping
 
 import jax
@@ -24,6 +29,7 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 
 from m1_jax import config as config_lib
+from m1_jax import json_file, strict_json
 from m1_jax import params as params_lib
 from m1_jax.checkpoints import release
 
@@ -33,8 +39,12 @@ JOURNAL_FILE = "progress.txt"
 FORMAT_VERSION = "m1_jax converted checkpoint, version 2"
 # Upper bound of one array chunk, if its rows can be halved. Devices read chunks independently.
 CHUNK_BYTES = 32 * 2**20
-# Files that `copy_small_files` leaves out.
-_WEIGHT_SUFFIXES = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".gguf", ".tmp")
+CONVERT_AGAIN = "Run m1_jax.convert again."
+# Files that `copy_small_files` leaves out: weights, and locks of commands that run.
+_OMITTED_SUFFIXES = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".gguf", ".tmp", ".lock")
+# Small files that must be JSON objects where they exist.
+_JSON_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
+_CODECS = [{"name": "bytes", "configuration": {"endian": "little"}}]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,8 +89,9 @@ def build_manifest(source: release.Release | None) -> dict:
     index = source.directory / release.INDEX_FILE
     return {
         "format": FORMAT_VERSION,
-        # Index and headers are kept as raw text, so that the way back writes the same bytes.
-        "index": index.read_text() if index.exists() else None,
+        # Index and headers are kept as raw text, so that the way back writes the same bytes. Not
+        # `read_text`, which would replace the line ends of Windows.
+        "index": index.read_bytes().decode() if index.exists() else None,
         "shards": {shard.file.name: shard.header for shard in source.shards},
     }
 
@@ -91,25 +102,56 @@ def write_manifest(path: pathlib.Path, manifest: dict) -> None:
 
 
 def read_manifest(path: pathlib.Path) -> dict:
-    """Return the manifest of the directory `path`.
+    """Return the manifest of the directory `path`, whose index and headers agree.
 
     Raises:
-      CheckpointError: an interrupted conversion, or a directory of another format version.
+      CheckpointError: an interrupted conversion, a manifest that is damaged, or a directory of
+        another format version.
     """
-    try:
-        manifest = json.loads((path / MANIFEST_FILE).read_text())
-    except (FileNotFoundError, ValueError):
+    file = path / MANIFEST_FILE
+    if not file.is_file():
         raise release.CheckpointError(
             f"{path}: {MANIFEST_FILE} is missing or damaged, so this conversion is not complete. "
-            "Run m1_jax.convert again."
-        ) from None
+            f"{CONVERT_AGAIN}"
+        )
+    remedy = f"So this conversion is not complete. {CONVERT_AGAIN}"
+    manifest = json_file.read_json(file, release.CheckpointError, remedy)
     version = manifest.get("format") if isinstance(manifest, dict) else None
     if version != FORMAT_VERSION:
         raise release.CheckpointError(
-            f"{path / MANIFEST_FILE}: got format {version!r}; wanted {FORMAT_VERSION!r}. "
+            f"{file}: got format {strict_json.show_value(version)}; wanted {FORMAT_VERSION!r}. "
             "Run this version's m1_jax.convert again."
         )
+    _check_manifest(manifest, file)
     return manifest
+
+
+def _check_manifest(manifest: dict, file: pathlib.Path) -> None:
+    """Refuse a manifest whose shards could not be written back."""
+    index, shards = manifest.get("index", ...), manifest.get("shards")
+    if (
+        not isinstance(shards, dict)
+        or not all(isinstance(header, str) for header in shards.values())
+        or not (index is None or isinstance(index, str))
+    ):
+        raise release.CheckpointError(
+            f"{file} is damaged: wanted shards, an object of texts, and index, a text or null. "
+            f"{CONVERT_AGAIN}"
+        )
+    try:
+        parsed_shards = []
+        for name, header in shards.items():
+            release.check_shard_name(name, "shards")
+            # The name stands for the shard in the message below.
+            tensors = release.parse_header(header, pathlib.Path(name), 8 + len(header.encode()))
+            parsed_shards.append(release.ReleaseShard(pathlib.Path(name), header, tensors))
+        if index is not None:
+            release.check_index(release.parse_index(index, release.INDEX_FILE), parsed_shards)
+        elif shards.keys() - {release.SINGLE_SHARD_FILE}:
+            raise release.CheckpointError("index is null, but there are several shards.")
+    except ValueError as error:
+        reason = strict_json.shorten(str(error), 120)
+        raise release.CheckpointError(f"{file} is damaged: {reason} {CONVERT_AGAIN}") from None
 
 
 # ---- arrays
@@ -127,9 +169,55 @@ def array_spec(params_dir: pathlib.Path, name: str) -> dict:
     }
 
 
-def open_array(params_dir: pathlib.Path, name: str) -> ts.TensorStore:
-    """Open one allocated parameter for writing."""
-    return ts.open(array_spec(params_dir, name), open=True).result()
+def open_array(params_dir: pathlib.Path, name: str, remedy: str = CONVERT_AGAIN) -> ts.TensorStore:
+    """Open one allocated parameter.
+
+    Args:
+      params_dir: the directory of all parameters.
+      name: the parameter's dotted path.
+      remedy: how the error ends.
+
+    Raises:
+      CheckpointError: no array, or one that this format does not have.
+    """
+    file = params_dir / name / "zarr.json"
+    # Read here first: TensorStore's own parser ends the process where JSON is deep.
+    metadata = json_file.read_json_object(file, release.CheckpointError, remedy)
+    if metadata.get("codecs") != _CODECS:
+        raise release.CheckpointError(
+            f"{file}: got codecs {strict_json.show_value(metadata.get('codecs'))}; wanted bytes in "
+            f"little-endian order. {remedy}"
+        )
+    array = wait_for_read(ts.open(array_spec(params_dir, name), open=True), file.parent, remedy)
+    chunk_shape = _read_chunk_shape(array)
+    if any(size % chunk for size, chunk in zip(array.shape, chunk_shape, strict=True)):
+        raise release.CheckpointError(
+            f"{file}: got chunks of shape {list(chunk_shape)}; wanted divisors of the shape "
+            f"{list(array.shape)}. {remedy}"
+        )
+    return array
+
+
+def _read_chunk_shape(array: ts.TensorStore) -> tuple[int, ...]:
+    # The types allow for unknown sizes, which an open zarr array does not have.
+    return tuple(size or 1 for size in array.chunk_layout.read_chunk.shape or ())
+
+
+def check_array(
+    array: ts.TensorStore, param: StoredParam, source: pathlib.Path, remedy: str
+) -> None:
+    """Compare an array on disk with how it was allocated.
+
+    Raises:
+      CheckpointError: another shape, dtype or chunk.
+    """
+    got = array.shape, _read_chunk_shape(array), array.dtype.numpy_dtype
+    wanted = param.shape, param.chunk_shape, param.dtype
+    if got != wanted:
+        raise release.CheckpointError(
+            f"{source}: got shape, chunk and dtype {list(got[0])} {list(got[1])} {got[2]}; wanted "
+            f"{list(wanted[0])} {list(wanted[1])} {wanted[2]}. {remedy}"
+        )
 
 
 def open_params(path: pathlib.Path, config: config_lib.ModelConfig) -> dict[str, ts.TensorStore]:
@@ -137,7 +225,8 @@ def open_params(path: pathlib.Path, config: config_lib.ModelConfig) -> dict[str,
 
     Raises:
       CheckpointError: a parameter that is missing, not in the model, or of another shape than
-        config.json asks for, or an array of a dtype that no release has.
+        config.json asks for, an array of a dtype that no release has, or a chunk that is missing or
+        of a wrong size.
     """
     params_dir = path / PARAMS_DIR
     model_params = params_lib.params_by_path(params_lib.abstract_model(config))
@@ -152,8 +241,7 @@ def open_params(path: pathlib.Path, config: config_lib.ModelConfig) -> dict[str,
         )
     arrays = {}
     for name, param in model_params.items():
-        opening = ts.open(array_spec(params_dir, name), open=True)
-        array = wait_for_read(opening, params_dir / name)
+        array = open_array(params_dir, name)
         if array.shape != param.shape:
             raise release.CheckpointError(
                 f"{params_dir / name} has shape {list(array.shape)}; config.json asks for "
@@ -165,23 +253,57 @@ def open_params(path: pathlib.Path, config: config_lib.ModelConfig) -> dict[str,
                 f"{params_dir / name} has dtype {array.dtype.name}; wanted one of "
                 f"{', '.join(dtype.name for dtype in release.CODES_BY_DTYPE)}"
             )
+        # Before any work: a shard may come hours later.
+        if problem := find_bad_chunk(params_dir, name, array):
+            raise release.CheckpointError(
+                f"{params_dir / name} cannot be read: {problem}. {CONVERT_AGAIN}"
+            )
         arrays[name] = array
     return arrays
 
 
-def wait_for_read(future: ts.Future, source: pathlib.Path):
+def wait_for_read(future: ts.Future, source: pathlib.Path, remedy: str = CONVERT_AGAIN):
     """Return the result of a TensorStore read.
 
     Raises:
-      CheckpointError: a file that cannot be read, in one line.
+      CheckpointError: a file that cannot be read, in one line that ends in the remedy.
     """
     try:
         return future.result()
     except ValueError as error:
         reason = str(error).split(" [", 1)[0]  # TensorStore's internal state follows in brackets
+        reason = reason.replace(f"{source.resolve()}/", "")  # named already
         raise release.CheckpointError(
-            f"{source} cannot be read: {reason}. Run m1_jax.convert again."
+            f"{source} cannot be read: {strict_json.shorten(reason, 120)}. {remedy}"
         ) from None
+
+
+def find_bad_chunk(
+    params_dir: pathlib.Path, name: str, array: ts.TensorStore, index: tuple[int, ...] = ()
+) -> str | None:
+    """Return what is wrong with the first chunk that is missing, no file, or of a wrong size.
+
+    Args:
+      params_dir: the directory of all parameters.
+      name: the parameter's dotted path.
+      array: the open array.
+      index: on the leading axes, to look at the chunks of one tensor. Those have chunks of 1.
+    """
+    chunk_shape = _read_chunk_shape(array)
+    wanted_bytes = math.prod(chunk_shape) * array.dtype.numpy_dtype.itemsize
+    counts = [size // chunk for size, chunk in zip(array.shape, chunk_shape, strict=True)]
+    for position in itertools.product(*map(range, counts[len(index) :])):
+        chunk = "/".join(map(str, ("c", *index, *position)))
+        try:
+            status = (params_dir / name / chunk).stat()
+        except OSError as error:
+            return f"{chunk} is missing ({error.strerror})"
+        if not stat.S_ISREG(status.st_mode):
+            return f"{chunk} is not a file"
+        if status.st_size != wanted_bytes:
+            problem = "Not enough data" if status.st_size < wanted_bytes else "Too much data"
+            return f"{problem} in {chunk}: got {status.st_size} bytes, wanted {wanted_bytes}"
+    return None
 
 
 def allocate_params(params_dir: pathlib.Path, stored_params: Mapping[str, StoredParam]) -> None:
@@ -213,7 +335,7 @@ def allocate_params(params_dir: pathlib.Path, stored_params: Mapping[str, Stored
             "shape": param.shape,
             "data_type": param.dtype.name,
             "chunk_grid": chunks,
-            "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}],
+            "codecs": _CODECS,
         }
         spec = array_spec(building_dir, path) | {"metadata": metadata}
         ts.open(spec, create=True, delete_existing=True).result()
@@ -236,16 +358,42 @@ def _nest_paths(flat: Mapping[str, object]) -> dict:
 # ---- files beside the arrays
 
 
+def check_small_files(directory: pathlib.Path) -> None:
+    """Check the files that `copy_small_files` copies, before any work is done.
+
+    Raises:
+      CheckpointError: a pointer of Git LFS, or a tokenizer's file that is not what it should be.
+    """
+    for file in _list_small_files(directory):
+        json_file.check_regular_file(file, release.CheckpointError, json_file.COPY_AGAIN)
+    for file in (directory / name for name in _JSON_FILES):
+        if not os.path.lexists(file):
+            continue
+        content = json_file.read_json_object(file, release.CheckpointError)
+        if file.name == "tokenizer.json" and "model" not in content:
+            raise release.CheckpointError(
+                f"{file}: got no model; wanted a tokenizer. {json_file.COPY_AGAIN}"
+            )
+
+
 def copy_small_files(src: pathlib.Path, dst: pathlib.Path) -> None:
     """Copy the tokenizer and all other files but weights, config.json last.
 
     No directory is a checkpoint without config.json, so a half-written one is not taken for one.
     """
+    for file in _sort_config_last(_list_small_files(src)):
+        shutil.copyfile(file, dst / file.name)
+
+
+def _list_small_files(directory: pathlib.Path) -> list[pathlib.Path]:
     format_files = (JOURNAL_FILE, MANIFEST_FILE)
-    for file in _sort_config_last(src.iterdir()):
-        is_weight = file.name.endswith(_WEIGHT_SUFFIXES)
-        if file.is_file() and not is_weight and file.name not in format_files:
-            shutil.copyfile(file, dst / file.name)
+    return [
+        file
+        for file in directory.iterdir()
+        if file.is_file()
+        and not file.name.endswith(_OMITTED_SUFFIXES)
+        and file.name not in format_files
+    ]
 
 
 def _sort_config_last(files: Iterable[pathlib.Path]) -> list[pathlib.Path]:

@@ -13,9 +13,9 @@ import numpy as np
 import tensorstore as ts
 
 from m1_jax import config as config_lib
+from m1_jax import local_path, quantize, sharding
 from m1_jax import model as model_lib
 from m1_jax import params as params_lib
-from m1_jax import quantize, sharding
 from m1_jax.checkpoints import format as format_lib
 from m1_jax.checkpoints import release
 
@@ -45,7 +45,8 @@ def load(
         float32 parameters with computation in bfloat16.
 
     Raises:
-      ValueError: a dtype, recipe, mesh or mode that this model cannot have.
+      ValueError: a dtype, recipe, mesh or mode that this model cannot have, or a path that is not
+        of this machine.
       CheckpointError: a directory that is not a complete checkpoint.
       ConfigError: a config.json that this model cannot compute.
     """
@@ -54,7 +55,7 @@ def load(
     for name, value in (("dtype", dtype), ("param_dtype", param_dtype)):
         if jnp.dtype(value) not in (jnp.float32, jnp.bfloat16):
             raise ValueError(f"{name}: got {jnp.dtype(value)}; wanted float32 or bfloat16")
-    source = _open_source(pathlib.Path(path))
+    source = _open_source(local_path.resolve_path(path))
     layout = sharding.make_layout(mesh, source.config, mode)
     model = params_lib.abstract_model(source.config, dtype, param_dtype, layout, weights)
     params = params_lib.params_by_path(model)
@@ -81,7 +82,7 @@ def read_config(path) -> config_lib.ModelConfig:
       CheckpointError: there is none.
       ConfigError: a config.json that this model cannot compute.
     """
-    file = pathlib.Path(path) / "config.json"
+    file = local_path.resolve_path(path) / "config.json"
     if not file.is_file():
         raise _no_checkpoint_error(file.parent)
     return config_lib.ModelConfig.from_file(file)

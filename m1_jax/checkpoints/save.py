@@ -3,6 +3,7 @@
 Every process writes the shards of its own devices. A replicated shard is written once.
 """
 
+import contextlib
 import json
 import pathlib
 import shutil
@@ -13,6 +14,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from m1_jax import config as config_lib
+from m1_jax import distributed, file_lock, local_path
 from m1_jax import model as model_lib
 from m1_jax import params as params_lib
 from m1_jax.checkpoints import format as format_lib
@@ -43,24 +45,56 @@ def save(
 
     Raises:
       FileExistsError: the directory exists, or a partial one that another command made.
-      ValueError: parameters that a release does not have, or a source of another architecture.
+      ValueError: parameters that a release does not have, a source of another architecture, or a
+        path that is not of this machine.
+      LockError: another process writes the directory.
       CheckpointError, ConfigError: a source that is not a complete checkpoint.
     """
-    path = pathlib.Path(path)
-    partial = path.with_name(path.name + ".partial")
-    params_dir = partial / format_lib.PARAMS_DIR
+    path = local_path.resolve_path(path)
+    if source is not None:
+        source = local_path.resolve_path(source, "source")
+        format_lib.check_small_files(source)
     stored_params = _stored_params_from_model(model, dtype)
     manifest = _build_model_manifest(model, source)
+    with contextlib.ExitStack() as held_lock:
+
+        def lock() -> None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            held_lock.enter_context(file_lock.hold_lock(path, "writes"))
+
+        distributed.run_on_first(lock)
+        # All processes look before process 0 removes anything. Otherwise a late one would see the
+        # new directory and refuse it.
+        distributed.run_on_all(lambda: _check_absent(path))
+        _write_model(model, path, source, stored_params, manifest)
+    return path
+
+
+def _check_absent(path: pathlib.Path) -> None:
+    partial = _partial_path(path)
     journal = partial / format_lib.JOURNAL_FILE
-    is_interrupted_save = journal.exists() and journal.read_text() == _SAVE_JOURNAL
+    is_interrupted_save = journal.is_file() and journal.read_bytes() == _SAVE_JOURNAL.encode()
     if path.exists() or (partial.exists() and not is_interrupted_save):
         raise FileExistsError(
             f"{path if path.exists() else partial} exists; wanted a new directory. "
             "Remove it or choose another."
         )
-    # All processes have looked before process 0 removes anything. Otherwise a late one would see
-    # the new directory and refuse it.
-    multihost_utils.sync_global_devices("m1_jax save: checked")
+
+
+def _partial_path(path: pathlib.Path) -> pathlib.Path:
+    return path.with_name(path.name + ".partial")
+
+
+def _write_model(
+    model: model_lib.MiniMaxM1,
+    path: pathlib.Path,
+    source: pathlib.Path | None,
+    stored_params: dict[str, format_lib.StoredParam],
+    manifest: dict,
+) -> None:
+    """Write all files of the directory, and give it its name. All processes call this."""
+    partial = _partial_path(path)
+    params_dir, journal = partial / format_lib.PARAMS_DIR, partial / format_lib.JOURNAL_FILE
     if jax.process_index() == 0:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
@@ -76,13 +110,12 @@ def save(
             text = json.dumps(model.config.to_hf(), indent=2) + "\n"
             (partial / "config.json").write_text(text)
         else:
-            format_lib.copy_small_files(pathlib.Path(source), partial)
+            format_lib.copy_small_files(source, partial)
         # The manifest makes the directory complete, the rename gives it its name.
         format_lib.write_manifest(partial, manifest)
         partial.rename(path)
         (path / format_lib.JOURNAL_FILE).unlink()
     multihost_utils.sync_global_devices("m1_jax save: complete")
-    return path
 
 
 def _stored_params_from_model(
@@ -114,7 +147,7 @@ def _stored_params_from_model(
     return stored_params
 
 
-def _build_model_manifest(model: model_lib.MiniMaxM1, source) -> dict:
+def _build_model_manifest(model: model_lib.MiniMaxM1, source: pathlib.Path | None) -> dict:
     """Return the manifest of the source, after comparing the source's config with the model's.
 
     Raises:
@@ -122,7 +155,6 @@ def _build_model_manifest(model: model_lib.MiniMaxM1, source) -> dict:
     """
     if source is None:
         return format_lib.build_manifest(None)
-    source = pathlib.Path(source)
     # Through ModelConfig, so that both spellings of config.json compare.
     source_config = config_lib.ModelConfig.from_file(source / "config.json").to_hf()
     for key, value in model.config.to_hf().items():

@@ -42,7 +42,11 @@ def lightning_attention(
       initial_state: float32 state that the row's first document continues. None: zeros.
       implementation: a key of `IMPLEMENTATIONS`, which then runs or raises. None chooses when the
         program is lowered: "tpu" for TPU and "gpu" for CUDA where the shapes fit, else "chunked".
+        TPUs before v5 have no kernel and take "chunked", too.
       interpret: run the kernels in Pallas interpret mode on any backend, for tests.
+
+    What one document holds reaches no other document, be it NaN or infinity, in no output, state or
+    gradient. Its own tokens, also earlier ones of the same chunk, may all become NaN.
 
     Returns:
       (o in qkv's dtype with heads concatenated, float32 state of the row's last document after its
@@ -90,7 +94,7 @@ def _choose_implementation(tpu_fits: bool, gpu_fits: bool):
     if gpu_fits:
         kernels["cuda"] = gpu.lightning_attention
     if not kernels:
-        _log.info("lightning attention: chunked XLA, because the shapes fit no kernel")
+        _log.info("lightning attention: chunked XLA, because no kernel fits the shapes or device")
         return chunked.lightning_attention
     _log.info(
         "lightning attention: Pallas kernels where lowered for %s, chunked XLA elsewhere",

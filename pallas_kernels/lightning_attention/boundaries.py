@@ -138,6 +138,27 @@ def masked_decay(slope: Float[Array, ""], steps: Int[Array, "..."]) -> Float[Arr
     return jnp.where(steps >= 0, power, 0.0)
 
 
+def weigh(x: Float[Array, "..."], decay: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Return x * decay, and 0 where the decay is 0, whatever x holds.
+
+    A product alone would bring NaN and infinity of one document into another, since 0 * NaN is NaN.
+    """
+    return jnp.where(decay > 0, x * decay, 0.0)
+
+
+def split_finite(x: Float[Array, "C columns"]) -> tuple[Array, Bool[Array, "C 1"]]:
+    """Return x with 0 in place of all that is not finite, and which rows hold such.
+
+    A product over the tokens of a chunk meets tokens of other documents with weights of 0. They
+    must be finite there. Whoever uses this marks the pairs of a bad token by NaN instead, so that
+    its own document does not look whole.
+    """
+    # Float32, because not every chip compares bfloat16. The comparison is false for NaN.
+    is_finite = jnp.abs(x.astype(jnp.float32)) < jnp.inf
+    bad = jnp.max(jnp.where(is_finite, 0.0, 1.0), axis=1, keepdims=True) > 0
+    return jnp.where(is_finite, x, jnp.zeros_like(x)), bad
+
+
 def forgotten_fraction_table(
     slopes: Float[Array, "N"], chunk_tokens: int
 ) -> Float[Array, "entries"]:

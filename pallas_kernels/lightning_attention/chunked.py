@@ -6,8 +6,8 @@ For a chunk of tokens that enters with state S, n_i counts the real tokens up to
     S'  = lambda^n_C S + sum_j lambda^(n_C - n_j) k_j^T v_j
 
 where lambda = exp(-s). The sums run over tokens of one document. Exponents are masked before exp,
-and never the product after it, because exp of a masked pair's exponent overflows for the fast
-heads.
+because exp of a masked pair's exponent overflows for the fast heads. In packed rows the products
+are masked as well, because NaN of one document must not reach another.
 """
 
 import functools
@@ -16,9 +16,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.lightning_attention import documents
+from pallas_kernels.lightning_attention import boundaries, documents
 
 MIN_CHUNK_TOKENS = 64
+_einsum = functools.partial(jnp.einsum, precision="highest")
 
 
 def lightning_attention(
@@ -90,24 +91,32 @@ def _decay_weights(rate, steps):
 
 
 def _attend_chunk(slopes, state, xs, *, weights):
-    """Attend one chunk. `weights` are as `_dense_weights` returns them, of 1 or B rows.
+    """Attend one chunk without boundary. `weights` are as `_dense_weights` returns them.
 
     state: [B, N, H, H] float32. xs: qkv of the chunk alone, [B, C, N * 3 * H].
     """
     (qkv,) = xs
     tile, query_ramp, key_ramp, loss = weights
-    batch, size, width = qkv.shape
-    num_heads = slopes.shape[0]
-    heads = qkv.astype(jnp.float32).reshape(batch, size, num_heads, 3, -1)
-    q, k, v = (jnp.moveaxis(heads[:, :, :, i], 2, 1) for i in range(3))
-    einsum = functools.partial(jnp.einsum, precision="highest")
-    within = einsum("bnij,bnjv->bniv", einsum("bnik,bnjk->bnij", q, k) * tile, v)
-    o = within + query_ramp * einsum("bnik,bnkv->bniv", q, state)
+    q, k, v = _split_heads(qkv, slopes.shape[0])
+    within = _einsum("bnij,bnjv->bniv", _einsum("bnik,bnjk->bnij", q, k) * tile, v)
+    o = within + query_ramp * _einsum("bnik,bnkv->bniv", q, state)
     # S - (1 - lambda^n) S instead of lambda^n S: for the slowest heads float32 lambda itself is off
     # by 2.5e-4 of s.
-    state = state - loss * state + einsum("bnjk,bnjv->bnkv", k * key_ramp, v)
-    o = jnp.moveaxis(o, 1, 2).reshape(batch, size, width // 3)
-    return state, o.astype(qkv.dtype)
+    state = state - loss * state + _einsum("bnjk,bnjv->bnkv", k * key_ramp, v)
+    return state, _join_heads(o, qkv)
+
+
+def _split_heads(qkv, num_heads: int):
+    """Return float32 q, k and v, [B, N, C, H] each."""
+    batch, size, _ = qkv.shape
+    heads = qkv.astype(jnp.float32).reshape(batch, size, num_heads, 3, -1)
+    return [jnp.moveaxis(heads[:, :, :, i], 2, 1) for i in range(3)]
+
+
+def _join_heads(o, qkv):
+    """Return o of shape [B, N, C, H] as [B, C, N * H] in qkv's dtype."""
+    batch, size, width = qkv.shape
+    return jnp.moveaxis(o, 1, 2).reshape(batch, size, width // 3).astype(qkv.dtype)
 
 
 def _attend_packed_chunk(slopes, state, xs):
@@ -133,8 +142,65 @@ def _attend_packed_chunk(slopes, state, xs):
     key_ramp = _decay_weights(
         rate, jnp.where(document == last, total - count, jnp.inf)[:, None, :, None]
     )
-    unbroken = (last == 0)[:, :, None, None]
-    loss = jnp.where(unbroken, -jnp.expm1(-rate * total[:, :, None, None]), 1.0)
+    loss = -jnp.expm1(-rate * total[:, :, None, None])
 
-    state, o = _attend_chunk(slopes, state, (qkv,), weights=(tile, query_ramp, key_ramp, loss))
-    return state, jnp.where(real[:, :, None], o, 0)
+    # Selects on both sides of each product: what one document holds reaches no other, be it NaN.
+    q, k, v = _split_heads(qkv, slopes.shape[0])
+    within = _attend_pairs(q, k, v, tile)
+    carried = _einsum("bnik,bnkv->bniv", _select(query_ramp, q), state)
+    o = within + boundaries.weigh(carried, query_ramp)
+    gain = _einsum("bnjk,bnjv->bnkv", boundaries.weigh(k, key_ramp), _select(key_ramp, v))
+    unbroken = (last == 0)[:, :, None, None]
+    state = jnp.where(unbroken, state - loss * state, 0.0) + gain
+    return state, jnp.where(real[:, :, None], _join_heads(o, qkv), 0)
+
+
+def _select(decay, x):
+    """Return x, and 0 where the decay is 0."""
+    return jnp.where(decay > 0, x, 0.0)
+
+
+@jax.custom_vjp
+def _attend_pairs(q, k, v, tile):
+    """Return sum_j tile_ij (q_i . k_j) v_j, [B, N, C, H]. A tile of 0 keeps i and j apart.
+
+    The rule of differentiation is written out, because a product with the gradient of another
+    document's NaN would spread it.
+    """
+    v, is_bad = _split_finite(v)
+    return _einsum("bnij,bnjv->bniv", _pair_scores(q, k, is_bad, None, tile), v)
+
+
+def _pair_scores(a, b, bad_column, bad_row, tile):
+    """Return tile_ij (a_i . b_j), and NaN where j is of `bad_column` or i of `bad_row`."""
+    scores = _einsum("bnik,bnjk->bnij", a, b)
+    if bad_column is not None:
+        scores = jnp.where(jnp.swapaxes(bad_column, 2, 3), jnp.nan, scores)
+    if bad_row is not None:
+        scores = jnp.where(bad_row, jnp.nan, scores)
+    return boundaries.weigh(scores, tile)
+
+
+def _split_finite(x):
+    """Return x [B, N, C, H] with 0 for all that is not finite, and its bad tokens [B, N, C, 1]."""
+    is_finite = jnp.isfinite(x)
+    return jnp.where(is_finite, x, 0.0), ~jnp.all(is_finite, axis=3, keepdims=True)
+
+
+def _attend_pairs_fwd(q, k, v, tile):
+    return _attend_pairs(q, k, v, tile), (q, k, v, tile)
+
+
+def _attend_pairs_bwd(residuals, d_o):
+    q, k, v, tile = residuals
+    (finite_q, bad_q), (finite_k, bad_k), (finite_d, bad_d) = map(_split_finite, (q, k, d_o))
+    scores = _pair_scores(q, k, None, bad_d, tile)
+    d_scores = _pair_scores(d_o, v, bad_k, bad_q, tile)
+    d_q = _einsum("bnij,bnjk->bnik", d_scores, finite_k)
+    d_k = _einsum("bnij,bnik->bnjk", d_scores, finite_q)
+    d_v = _einsum("bnij,bniv->bnjv", scores, finite_d)
+    # Slopes are constants of the model, so the tile has no gradient.
+    return d_q, d_k, d_v, jnp.zeros_like(tile)
+
+
+_attend_pairs.defvjp(_attend_pairs_fwd, _attend_pairs_bwd)

@@ -49,7 +49,9 @@ def fold_span_sums(
         passed = num_spans - 1 - i if reverse else i
         fraction = gpu_decays.forgotten_fraction(slope, counts[batch, passed])
         # In reverse the first span has no sum, so the sums are numbered from the second.
-        return state - fraction * state + load_sum(passed - int(reverse))
+        # A select where a document starts, as in `gpu_walk.walk_span`.
+        kept = jnp.where(counts[batch, passed] < 0, 0.0, state - fraction * state)
+        return kept + load_sum(passed - int(reverse))
 
     return jax.lax.fori_loop(0, num_spans - 1 - span if reverse else span, pass_span, state)
 

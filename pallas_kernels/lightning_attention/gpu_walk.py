@@ -96,6 +96,49 @@ def _load_packed_decays(
     return decays, row < config.length
 
 
+def _attend_chunk(
+    dot_f32: Callable[..., Array],
+    q: Array,
+    k: Array,
+    v: Array,
+    state: Float[Array, "H P"],
+    decays: gpu_decays.ChunkDecays,
+    num_halves: int,
+) -> Float[Array, "C P"]:
+    """Return what the tokens of a chunk read, from each other and from the carried state."""
+    scores, finite_v, weigh = dot_f32(q, k, 1, 1), v, jnp.multiply
+    # A chunk without boundaries is of one document, which NaN need not be kept out of.
+    if decays.is_real is not None:
+        weigh = boundaries.weigh
+        finite_v, is_bad = boundaries.split_finite(v)
+        scores = jnp.where(is_bad.reshape(1, -1), jnp.nan, scores)
+    pairs = weigh(scores, decays.pair).astype(v.dtype)
+    halves = split_halves(state, q.dtype, num_halves)
+    carried = sum((dot_f32(q, x, 1, 0) for x in halves[1:]), dot_f32(q, halves[0], 1, 0))
+    return dot_f32(pairs, finite_v, 1, 0) + weigh(carried, decays.read)
+
+
+def _advance_state(
+    dot_f32: Callable[..., Array],
+    k: Array,
+    v: Array,
+    state: Float[Array, "H P"],
+    decays: gpu_decays.ChunkDecays,
+    num_halves: int,
+) -> Float[Array, "H P"]:
+    """Return the state after a chunk."""
+    kept = state - decays.forgotten_fraction * state
+    added_v = v * decays.add
+    if decays.is_real is not None:
+        added_v = boundaries.weigh(v.astype(F32), decays.add)
+        k = jnp.where(decays.add > 0, k, jnp.zeros_like(k))
+        # A select: S - S of a document with NaN would be NaN in the next one.
+        kept = jnp.where(decays.forgotten_fraction < 1, kept, 0.0)
+    # Slow heads: one half of v lambda^n would round the decay of a whole chunk away.
+    added = (dot_f32(k, x, 0, 0) for x in split_halves(added_v, v.dtype, num_halves))
+    return sum(added, start=kept)
+
+
 def walk_span(
     load_operands: LoadOperands,
     write_output: WriteOutput | None,
@@ -140,12 +183,10 @@ def walk_span(
             decays, is_inside = _load_packed_decays(tables, slope, batch, c, rows, config, reverse)
         q, k, v = load_operands(rows, decays.is_real)
         if write_output is not None:
-            pairs = (dot_f32(q, k, 1, 1) * decays.pair).astype(v.dtype)
-            carried = sum(dot_f32(q, x, 1, 0) for x in split_halves(state, q.dtype, num_halves))
-            write_output(rows, is_inside, dot_f32(pairs, v, 1, 0) + decays.read * carried)
-        # Slow heads: one half of v lambda^n would round the decay of a whole chunk away.
-        added = (dot_f32(k, x, 0, 0) for x in split_halves(v * decays.add, v.dtype, num_halves))
-        return sum(added, start=state - decays.forgotten_fraction * state)
+            write_output(
+                rows, is_inside, _attend_chunk(dot_f32, q, k, v, state, decays, num_halves)
+            )
+        return _advance_state(dot_f32, k, v, state, decays, num_halves)
 
     return jax.lax.fori_loop(0, num_chunks, walk_chunk, state)
 

@@ -84,16 +84,18 @@ def compile_for(generation: str) -> contextlib.AbstractContextManager:
     return _target_generation(generation)
 
 
-def current_generation() -> str:
-    """Name the generation of `compile_for`, else of the first device, or v5p without a TPU."""
+def current_generation() -> str | None:
+    """Name the generation of `compile_for`, else of the first device, or v5p without a TPU.
+
+    None is a TPU that the kernels do not compile for: v2 and v3 lack products that they use, and v4
+    has 16 MiB of VMEM. So is a generation that is not known yet.
+    """
     if _target_generation.value is not None:
         return _target_generation.value
-    if jax.default_backend() == "tpu":
-        kind = jax.devices()[0].device_kind.lower()
-        for kind_part, generation in KINDS.items():
-            if kind_part in kind:
-                return generation
-    return "v5p"
+    if jax.default_backend() != "tpu":
+        return "v5p"
+    kind = jax.devices()[0].device_kind.lower()
+    return next((generation for part, generation in KINDS.items() if part in kind), None)
 
 
 def estimate_vmem_bytes(block_sizes: TpuBlockSizes, head_dim: int, item_bytes: int) -> int:
@@ -119,7 +121,7 @@ def estimate_vmem_bytes(block_sizes: TpuBlockSizes, head_dim: int, item_bytes: i
 def choose_block_sizes(
     num_heads: int, head_dim: int, length: int, item_bytes: int, generation: str | None = None
 ) -> TpuBlockSizes | None:
-    """Return the block sizes for one call, or None where the kernels do not fit.
+    """Return the block sizes for one call, or None where the kernels do not fit shapes or device.
 
     Args:
       num_heads: heads of the call. The heads of a block divide them.
@@ -129,6 +131,8 @@ def choose_block_sizes(
       generation: a key of `MATRIX_UNIT_SIDES`. None takes that of `current_generation`.
     """
     generation = generation or current_generation()
+    if generation is None:
+        return None
     chunk = CHUNK_TOKENS
     # Products are put side by side without moves where heads and chunks are equally wide.
     has_paired_products = (

@@ -10,7 +10,7 @@ from pallas_kernels.lightning_attention import boundaries, tiling, tpu_bwd, tpu_
 
 
 def supports_shapes(qkv: Float[Array, "B T N3H"], num_heads: int) -> bool:
-    """Say whether the kernels take these shapes."""
+    """Say whether the kernels take these shapes, on the TPU that there is or is compiled for."""
     head_dim = qkv.shape[2] // (3 * num_heads)
     # One head more, because `lightning_attention` pads where blocks would not fill whole lanes.
     return (
@@ -64,6 +64,11 @@ def lightning_attention(
         initial_state = jnp.pad(initial_state, [(0, 0), (0, 1), (0, 0), (0, 0)])
         o, state = lightning_attention(qkv, slopes, segment_ids, initial_state, interpret=interpret)
         return o[:, :, : num_heads * head_dim], state[:, :num_heads]
+    if tiling.current_generation() is None:
+        raise ValueError(
+            f"implementation 'tpu': got {jax.devices()[0].device_kind}; wanted one of "
+            f"{', '.join(tiling.MATRIX_UNIT_SIDES)}: use implementation='chunked'"
+        )
     if block_sizes is None:
         raise ValueError(
             f"no TPU block fits {num_heads} heads of {head_dim}; wanted heads of 64, 128 or 256: "

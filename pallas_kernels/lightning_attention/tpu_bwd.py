@@ -140,9 +140,10 @@ def _recompute_chunk_states(access: _ChunkAccess, scratch: BackwardScratch) -> N
         scratch.chunk_states[c] = state[...].astype(dtype)
 
         def advance_head(h, operands, decays, forgotten_fraction):
-            _, k, v, _ = operands
-            gain = dot_f32((k * decays[2]).astype(dtype), v, 0, 0)
-            advance_state(state, h, forgotten_fraction, gain)
+            (_, k, v, _), key_ramp = operands, decays[2]
+            added_k = boundaries.weigh(k.astype(F32), key_ramp).astype(dtype)
+            gain = dot_f32(added_k, jnp.where(key_ramp > 0, v, 0), 0, 0)
+            tpu_chunk.advance_packed_state(state, h, forgotten_fraction, scalar, gain)
 
         # A chunk of only padding leaves the state alone.
         pl.when(scalar != 0)(lambda: access.run_boundary_heads(c, scalar, advance_head))
@@ -176,18 +177,23 @@ def _boundary_gradients(
     """Return what handles a chunk with a boundary or padding in the backward walk."""
     d_state, dtype = scratch.d_state, access.dtype
 
-    def finish_head(c, h, operands, decays, forgotten_fraction):
+    def finish_head(c, scalar, h, operands, decays, forgotten_fraction):
         q, k, v, d_o = operands
         pair_decay, query_ramp, key_ramp = decays
-        products = dot_f32(q, k, 1, 1), dot_f32(d_o, v, 1, 1)
-        p, dp = ((x * pair_decay).astype(dtype) for x in products)
+        (finite_q, bad_q), (finite_k, bad_k), (finite_d, bad_d) = map(
+            boundaries.split_finite, (q, k, d_o)
+        )
+        p = tpu_chunk.packed_pairs(q, k, pair_decay, bad_d).astype(dtype)
+        dp = tpu_chunk.packed_pairs(d_o, v, pair_decay, bad_q, bad_k).astype(dtype)
         # A copy of dS from before this chunk's gain: keys meet the tokens after the chunk in it.
         d_next = d_state[h].astype(dtype)
-        dq = dot_f32(dp, k, 1, 0) + query_ramp * dot_f32(d_o, scratch.chunk_states[c, h], 1, 1)
-        dk = dot_f32(dp, q, 0, 0) + key_ramp * dot_f32(v, d_next, 1, 1)
-        dv = dot_f32(p, d_o, 0, 0) + key_ramp * dot_f32(k, d_next, 1, 0)
-        gain = dot_f32((q * query_ramp).astype(dtype), d_o, 0, 0)
-        advance_state(d_state, h, forgotten_fraction, gain)
+        dq = dot_f32(dp, finite_k, 1, 0)
+        dq += boundaries.weigh(dot_f32(d_o, scratch.chunk_states[c, h], 1, 1), query_ramp)
+        dk = dot_f32(dp, finite_q, 0, 0) + boundaries.weigh(dot_f32(v, d_next, 1, 1), key_ramp)
+        dv = dot_f32(p, finite_d, 0, 0) + boundaries.weigh(dot_f32(k, d_next, 1, 0), key_ramp)
+        added_q = boundaries.weigh(q.astype(F32), query_ramp).astype(dtype)
+        gain = dot_f32(added_q, jnp.where(query_ramp > 0, d_o, 0), 0, 0)
+        tpu_chunk.advance_packed_state(d_state, h, forgotten_fraction, scalar, gain)
         _store_gradients(access, d_qkv, c, h, (dq, dk, dv))
 
     def finish_chunk(c, scalar):
@@ -197,7 +203,7 @@ def _boundary_gradients(
             size = access.block_sizes.chunk_tokens
             d_qkv[0, chunk_rows(c, size)] = jnp.zeros((size, d_qkv.shape[2]), d_qkv.dtype)
 
-        finish = functools.partial(finish_head, c)
+        finish = functools.partial(finish_head, c, scalar)
         pl.when(scalar != 0)(lambda: access.run_boundary_heads(c, scalar, finish))
 
     return finish_chunk

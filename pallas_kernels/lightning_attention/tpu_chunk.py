@@ -73,13 +73,44 @@ def advance_state(state: jax.Ref, h: int, forgotten_fraction: Array, gain: Array
     state[h] = state[h] - forgotten_fraction * state[h] + gain
 
 
+def advance_packed_state(
+    state: jax.Ref, h: int, fraction: Array, scalar: jax.Array, gain: Array
+) -> None:
+    """Carry the state of head h over a chunk with a boundary or padding."""
+    # A select where a document starts: S - S of a document with NaN would be NaN in the next one.
+    kept = jnp.where(scalar > boundaries.COUNT_MASK, 0.0, state[h] - fraction * state[h])
+    state[h] = kept + gain
+
+
 def packed_forgotten_fraction(
     forgotten_fractions: jax.Ref, head: jax.Array, scalar: jax.Array, size: int
 ) -> Array:
-    """Return the share of the state that a chunk forgets: all of it where a document starts."""
-    # The scalar's low bits count the chunk's real tokens, its high bits the documents that start.
-    fraction = forgotten_fractions[head * (size + 1) + (scalar & boundaries.COUNT_MASK)]
-    return jnp.where(scalar > boundaries.COUNT_MASK, 1.0, fraction)
+    """Return the share of the state that a chunk without a document's start forgets."""
+    # The scalar's low bits count the chunk's real tokens.
+    return forgotten_fractions[head * (size + 1) + (scalar & boundaries.COUNT_MASK)]
+
+
+def packed_pairs(
+    a: Array,
+    b: Array,
+    pair_decay: Float[Array, "C C"],
+    bad_rows: Array | None = None,
+    bad_columns: Array | None = None,
+) -> Float[Array, "C C"]:
+    """Return decayed a b^T of a chunk with boundaries, and NaN for the pairs of bad tokens.
+
+    `bad_rows` and `bad_columns` are [C, 1] each, as `boundaries.split_finite` returns them.
+    """
+    scores = dot_f32(a, b, 1, 1)
+    if bad_rows is not None:
+        scores = jnp.where(bad_rows, jnp.nan, scores)
+    if bad_columns is not None:
+        row = jax.lax.broadcasted_iota(jnp.int32, scores.shape, 0)
+        column = jax.lax.broadcasted_iota(jnp.int32, scores.shape, 1)
+        # The row form is the diagonal of the column form: no transpose.
+        on_diagonal = jnp.where((row == column) & bad_columns, 1.0, 0.0)
+        scores = jnp.where(jnp.sum(on_diagonal, axis=0, keepdims=True) > 0, jnp.nan, scores)
+    return boundaries.weigh(scores, pair_decay)
 
 
 def load_head_slices(ref: jax.Ref, rows: Any, h: int, width: int, num_slices: int) -> list[Array]:

@@ -153,13 +153,16 @@ def _forward_kernel(
                 pair_decay, query_ramp, key_ramp = (
                     boundaries.masked_decay(slopes[first_head + h], n) for n in steps[1:]
                 )
-                pairs = (dot_f32(q, k, 1, 1) * pair_decay).astype(dtype)
-                store(c, h, dot_f32(pairs, v, 1, 0) + query_ramp * read_state(q, state[h]))
-                gain = dot_f32((k * key_ramp).astype(dtype), v, 0, 0)
+                finite_v, is_bad = boundaries.split_finite(v)
+                pairs = tpu_chunk.packed_pairs(q, k, pair_decay, bad_columns=is_bad).astype(dtype)
+                carried = boundaries.weigh(read_state(q, state[h]), query_ramp)
+                store(c, h, dot_f32(pairs, finite_v, 1, 0) + carried)
+                added_k = boundaries.weigh(k.astype(F32), key_ramp).astype(dtype)
+                gain = dot_f32(added_k, jnp.where(key_ramp > 0, v, 0), 0, 0)
                 fraction = tpu_chunk.packed_forgotten_fraction(
                     forgotten_fractions, first_head + h, scalar, size
                 )
-                advance_state(state, h, fraction, gain)
+                tpu_chunk.advance_packed_state(state, h, fraction, scalar, gain)
 
     pipeline.run_pipeline(
         block_sizes.superblock_tokens // size,
