@@ -3,7 +3,6 @@
 import dataclasses
 import os
 import pathlib
-import re
 import signal
 import typing
 from collections.abc import Sequence
@@ -18,11 +17,10 @@ import m1_jax
 from infer import config as config_lib
 from infer.execution import programs
 from m1_jax import command_mesh, distributed, memory_check, multihost, sharding
+from m1_jax import local_path as local_path_lib
 from m1_jax import params as params_lib
 
 DTYPES = command_mesh.DTYPES
-# A scheme, as in gs://bucket/name. pathlib makes one slash of two.
-_ADDRESS_PATTERN = re.compile("[A-Za-z][A-Za-z0-9+.-]+:/")
 
 
 def flag_field(default: Any, text: str) -> Any:
@@ -75,15 +73,7 @@ def local_path(name: str, text: str) -> pathlib.Path:
     Raises:
       ValueError: a bucket or another address, or the home of an unknown user.
     """
-    if _ADDRESS_PATTERN.match(text):
-        raise ValueError(
-            f"--{name}: got {text!r:.80}; wanted a path of a file system. Mount the bucket "
-            "(gcsfuse), or copy to or from a local directory (gcloud storage cp -r)."
-        )
-    try:
-        return pathlib.Path(text).expanduser()
-    except RuntimeError:
-        raise ValueError(f"--{name}: got {text!r:.80}; wanted the home of a known user") from None
+    return local_path_lib.resolve_path(text, f"--{name}")
 
 
 def check_paths(config: Any, names: Sequence[str]) -> None:

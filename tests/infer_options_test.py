@@ -74,7 +74,7 @@ def test_the_caller_s_values_are_copied():
 
 def test_check_of_token_ids():
     options = options_lib.Options(logit_bias={9: 1}, stop_token_ids=(3, 5, 3))
-    options_lib.check_options(options, 10, (3, 7))
+    options_lib.check_options(options, 10)
     assert options_lib.all_stop_ids(options, (3, 7)) == (3, 5, 7)
     with pytest.raises(ValueError, match="logit_bias: got 9; wanted token ids of 0 to 8"):
         options_lib.check_options(options, 9)

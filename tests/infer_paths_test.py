@@ -63,17 +63,17 @@ def test_an_output_in_the_home_directory(home, monkeypatch):
     ["gs://bucket/x", "s3://b/x", "hf://b/x", "file:///x", "gs:/b/x", "~nobody-has-this-name/x"],
 )
 def test_buckets_and_unknown_homes_are_refused_before_anything_is_made(home, path):
-    wanted = "wanted a path of a file system|wanted the home of a known user"
+    wanted = "; wanted a local path|, the home of an unknown user"
     generate_flags = {"checkpoint": "~/m1", "prompts_file": "~/p.jsonl", "logprobs": "~/l"}
     for name in generate_flags:
-        with pytest.raises(ValueError, match=f"--{name}: got '{path}'; ({wanted})"):
+        with pytest.raises(ValueError, match=f"--{name}: got '{path}'({wanted})"):
             generate.GenerateConfig(**{**generate_flags, name: path})
     for name in ("json_schema", "grammar"):
-        with pytest.raises(ValueError, match=f"--{name}: got '{path}'; ({wanted})"):
+        with pytest.raises(ValueError, match=f"--{name}: got '{path}'({wanted})"):
             generate.GenerateConfig(**generate_flags, **{name: f"@{path}"})
     batch_flags = {"checkpoint": "~/m1", "input": "~/p.jsonl", "output": "~/out.jsonl"}
     for name in batch_flags:
-        with pytest.raises(ValueError, match=f"--{name}: got '{path}'; ({wanted})"):
+        with pytest.raises(ValueError, match=f"--{name}: got '{path}'({wanted})"):
             batch_input.BatchConfig(**{**batch_flags, name: path})
     assert os.listdir() == []
 
