@@ -124,7 +124,7 @@ def test_options_by_our_names():
             "--num-steps-per-rollout 2",
             "got 4 prompts of 8 samples in 2 updates of 8 samples",
         ),
-        ("--eps-clip-high -2", "is_weight_max"),
+        ("--eps-clip-high -2", "--eps-clip-high: got -2; wanted at least 0"),
     ],
 )
 def test_mistakes_are_refused(command, message):
