@@ -102,7 +102,7 @@ def test_weights_that_no_update_changed_keep_their_version(updates):
         state=types.SimpleNamespace(model={}), updater=lambda state, *_: (state, report),
         weight_version=3, batch_number=5, length_stage=types.SimpleNamespace(push=lambda *_: False),
         sampler=types.SimpleNamespace(update_weights=lambda _, version: synced.append(version)),
-        weight_sync=WeightSync(), _log_batch=lambda *_: None,
+        weight_sync=WeightSync(), _log_batch=lambda *_: None, _watch_updates=lambda *_: None,
     )  # fmt: skip
     rl_loop.RlSession._train_on_batch(session, groups.GenerationBatch([], {}, 0.0), 0.0)
     assert (session.batch_number, session.weight_version) == (6, 3 + bool(updates))
