@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from infer import output_tokens
+from infer import output_tokens, stopping
 from infer import request as request_lib
 
 
@@ -69,11 +69,23 @@ def test_unequal_outputs_differ():
     assert columns != 3
 
 
+class TextProgress:
+    """Makes any text of a token."""
+
+    text = ""
+
+    def push(self, token, logp):
+        return stopping.OutputUpdate(self.text, None)
+
+
 def test_the_text_of_many_pieces():
-    request = request_lib.Request(0, (1,), None, (), None, None, None)
+    progress = TextProgress()
+    request = request_lib.Request(0, (1,), None, (), progress, None, None)
     pieces = [chr(97 + n % 26) * (n % 3) for n in range(3000)]
     for n, piece in enumerate(pieces):
-        request.add_text(piece)
+        progress.text = piece
+        request.take(output_tokens.OutputToken(n, 0.0, 0.0, 0))
+        request.show_next()
         if n % 500 == 0:
             assert request.text == "".join(pieces[: n + 1])
     assert request.text == "".join(pieces)

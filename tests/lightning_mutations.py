@@ -117,7 +117,7 @@ MUTATIONS = (
     # The carried state in bfloat16.
     mutation(
         "bfloat16 state", "chunked", "chunked.py",
-        "return state, o.astype(qkv.dtype)", f"return {rounded('state')}, o.astype(qkv.dtype)",
+        "return state, _join_heads(o, qkv)", f"return {rounded('state')}, _join_heads(o, qkv)",
     ),
     mutation("bfloat16 state", "tpu", "tpu_chunk.py", f" = {STATE}", f" = {rounded(STATE)}"),
     mutation(
@@ -154,7 +154,8 @@ MUTATIONS = (
     ),
     mutation(
         "the state crosses a boundary", "tpu", "tpu_chunk.py",
-        "jnp.where(scalar > boundaries.COUNT_MASK, 1.0, fraction)", "fraction",
+        "jnp.where(scalar > boundaries.COUNT_MASK, 0.0, state[h] - fraction * state[h])",
+        "state[h] - fraction * state[h]",
     ),
     mutation(
         "queries read the state across a boundary", "tpu", "boundaries.py",

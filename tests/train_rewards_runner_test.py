@@ -1,6 +1,7 @@
 """The code runner: what it returns, and that bombs, floods and network use are stopped."""
 
 import os
+import pathlib
 import socket
 import subprocess
 import sys
@@ -74,12 +75,14 @@ def test_folder_is_fresh_writable_and_removed():
 @pytest.mark.parametrize("folder", ["/tmp", "/var/tmp", "/dev/shm"])
 def test_shared_folders_are_the_programs_own(folder):
     name = f"left-{os.getpid()}-{time.monotonic_ns()}"
+    outside = pathlib.Path(folder, f"outside-{name}")
+    outside.touch()
     source = f"""
 import os, tempfile
 path = {folder!r} + "/" + {name!r}
 with open(path, "wb") as file:
     file.write(b"x" * 1000)
-print(len(os.listdir({folder!r})) <= 2, os.path.getsize(path))
+print({outside.name!r} in os.listdir({folder!r}), os.path.getsize(path))
 try:
     for number in range(9):
         with open(path + str(number), "wb") as file:
@@ -89,8 +92,11 @@ except OSError as error:
 os.makedirs(os.path.join(os.environ["HOME"], "own"))
 print(os.path.samefile(os.getcwd(), os.environ["HOME"]))
 """
-    result = _python(source, runner.RunnerLimits(file_bytes=2**16))
-    assert result.stdout == "True 1000\nNo space left on device\nTrue\n", result
+    try:
+        result = _python(source, runner.RunnerLimits(file_bytes=2**16))
+    finally:
+        outside.unlink()
+    assert result.stdout == "False 1000\nNo space left on device\nTrue\n", result
     assert not os.path.exists(f"{folder}/{name}")
 
 
@@ -180,6 +186,7 @@ def test_long_file_is_cut():
 def test_fork_bomb_is_stopped_and_nothing_is_left(isolated):
     source = """
 import os
+import pathlib
 while True:
     try:
         os.fork()

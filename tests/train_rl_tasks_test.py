@@ -48,7 +48,8 @@ def test_a_prompt_does_not_hold_the_answer(read, key, write):
 
 
 def test_the_columns_are_told(read, caplog):
-    with caplog.at_level(logging.INFO):
+    # The logger is named: other tests may have quietened it.
+    with caplog.at_level(logging.INFO, logger="absl"):
         read({"messages": [TURN, REPLY], "prompt": "2 + 2?", "answer": "4"})
     assert "1 records, read from the columns prompt (prompt), answer (label)" in caplog.text
 
