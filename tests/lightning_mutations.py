@@ -103,11 +103,7 @@ MUTATIONS = (
         "_decay_weights(rate, jnp.where(gap >= 0, gap, jnp.inf)[None, None])",
         "jnp.exp(-rate * gap[None, None]) * (gap >= 0)[None, None]",
     ),
-    mutation(
-        "unmasked exponent of packed chunks", "chunked", "chunked.py",
-        "_decay_weights(rate, jnp.where(pair, gap, jnp.inf)[:, None])",
-        "jnp.exp(-rate * gap[:, None]) * pair[:, None]",
-    ),
+    # Packed chunks select by the weight as well, so there it would change nothing.
     mutation(
         "unmasked exponent", "tpu", "boundaries.py",
         "jnp.maximum(steps, 0).astype", "steps.astype",
