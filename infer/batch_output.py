@@ -36,7 +36,7 @@ def begin_output(output: pathlib.Path, fingerprint: dict[str, Any], num_requests
             f"--output: {output} exists, but {fingerprint_path.name} beside it does not; wanted a "
             "new file, or both. Give another --output."
         )
-    saved = strict_json.parse(fingerprint_path.read_bytes(), str(fingerprint_path))
+    saved = strict_json.parse_json(fingerprint_path.read_bytes(), str(fingerprint_path))
     if not isinstance(saved, dict):
         raise ValueError(
             f"{fingerprint_path}: got {saved!r:.80}; wanted an object. Give another --output."
@@ -63,7 +63,7 @@ def read_done_indices(output: pathlib.Path, num_requests: int) -> set[int]:
             end += len(line)
             location = f"{output}:{line_number}"
             with jsonl.locate_errors(location):
-                value = strict_json.parse(line, location)
+                value = strict_json.parse_json(line, location)
                 index = value.get("index") if isinstance(value, dict) else None
                 # By type: true is an int in Python.
                 is_known = type(index) is int and 0 <= index < num_requests

@@ -83,7 +83,7 @@ def plain_schema(schema: str | Mapping) -> str:
     except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"json_schema: not JSON: {error}. Correct it or leave it out.") from None
     try:
-        value = strict_json.parse(text, "json_schema")
+        value = strict_json.parse_json(text, "json_schema")
     except strict_json.JsonError as error:
         reason = str(error).partition("(")[2].rpartition(")")[0]
         raise ValueError(f"json_schema: not JSON: {reason}. Correct it or leave it out.") from None

@@ -89,7 +89,7 @@ def parse_line(location: str, line: str | bytes) -> Any:
       ValueError: no valid JSON, or text that UTF-8 cannot hold. The message begins with the
         location.
     """
-    value = strict_json.parse(line, location)
+    value = strict_json.parse_json(line, location)
     if text := _find_surrogate(value):
         char = next(char for char in text if "\ud800" <= char <= "\udfff")
         raise ValueError(
@@ -168,7 +168,7 @@ def _find_surrogate(value: Any) -> str | None:
 def _parse_or_none(text: str) -> Any:
     """Return the value of a JSON text, None for no JSON."""
     try:
-        return strict_json.parse(text, "")
+        return strict_json.parse_json(text, "")
     except strict_json.JsonError:
         return None
 

@@ -268,7 +268,7 @@ def _digest_tokenizer(tokenizer: tokenizer_lib.Tokenizer) -> str:
 def _read_file(path: pathlib.Path) -> dict[str, Any]:
     """Return a file's value, whose outermost parts are those that `save_requests` wrote."""
     try:
-        value = strict_json.parse(path.read_bytes(), str(path))
+        value = strict_json.parse_json(path.read_bytes(), str(path))
     except strict_json.JsonError as error:
         raise ValueError(f"{error}: not JSON; wanted a file of suspend.save_requests") from None
     if not isinstance(value, dict) or value.get("format") != _FORMAT:

@@ -6,12 +6,13 @@ A config is a frozen dataclass of plain values, tuples and other frozen dataclas
 import ast
 import dataclasses
 import difflib
-import pathlib
 import runpy
 import types
 import typing
 from collections.abc import Collection, Sequence
 from typing import Any
+
+from m1_jax import local_path
 
 
 class ConfigFileError(ValueError):
@@ -28,9 +29,10 @@ def load_config(spec: str, overrides: Sequence[str] = ()) -> Any:
       ConfigFileError: no such file, no get_config in it, or an override that does not fit.
     """
     path, _, arg = spec.partition(":")
-    if not pathlib.Path(path).is_file():
+    file = local_path.resolve_path(path, "config")
+    if not file.is_file():
         raise ConfigFileError(f"config: got {path!r}; wanted a file, as in --config=configs/x.py")
-    get_config = runpy.run_path(path).get("get_config")
+    get_config = runpy.run_path(str(file)).get("get_config")
     if get_config is None:
         raise ConfigFileError(f"{path} has no function get_config(arg); wanted one")
     # Without ":arg" get_config takes its default, or has no parameter at all.
@@ -123,19 +125,6 @@ def check_field(valid: bool, name: str, value: Any, requirement: str) -> None:
     """Raise ValueError for a field that is not valid, in the words that all configs use."""
     if not valid:
         raise ValueError(f"{name}: got {value!r}; wanted {requirement}")
-
-
-def check_local_path(name: str, path: str) -> None:
-    """Refuse a path in a bucket or at a server, where a directory of this machine is read.
-
-    Raises:
-      ConfigFileError: it is such a path.
-    """
-    if "://" in path:
-        raise ConfigFileError(
-            f"{name}: got {path}; wanted a local or mounted directory. Copy it to this machine "
-            "(gcloud storage cp -r), or mount the bucket (gcsfuse)."
-        )
 
 
 def suggest_names(name: Any, known_names: Collection[str], otherwise: str, limit: int = 1) -> str:

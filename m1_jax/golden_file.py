@@ -69,7 +69,7 @@ def read_golden_arrays(path: str) -> dict[str, np.ndarray]:
         *(zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error),
     ) as error:
         raise ValueError(
-            f"{path} is not a readable .npz file: {strict_json.shorten(str(error), 120)}. "
+            f"{path} is not a readable .npz file: {strict_json.shorten_text(str(error), 120)}. "
             "Make or download it again."
         ) from None
 

@@ -131,7 +131,9 @@ def check_field(valid: bool, key: str, value: Any, requirement: str) -> None:
     """Raise `ConfigError` for a value that is not valid."""
     if not valid:
         shown = strict_json.show_value(value)
-        raise ConfigError(f"config: {strict_json.shorten(key)} is {shown}; wanted {requirement}")
+        raise ConfigError(
+            f"config: {strict_json.shorten_text(key)} is {shown}; wanted {requirement}"
+        )
 
 
 def check_scalar(key: str, kind: Any, value: Any) -> None:
@@ -221,7 +223,7 @@ def _check_keys(hf: Mapping[str, Any], known_keys: set[str], fixed: Mapping[str,
 
 
 def _describe_unknown_key(key: str, value: Any, known_keys: set[str]) -> str:
-    shown_key, shown_value = strict_json.shorten(key), strict_json.show_value(value)
+    shown_key, shown_value = strict_json.shorten_text(key), strict_json.show_value(value)
     if key in _UNSUPPORTED_KEYS:
         return f"config.json: unknown key {key!r} = {shown_value}: {_UNSUPPORTED_KEYS[key]}"
     hint = configlib.suggest_names(

@@ -52,7 +52,7 @@ def read_json(path: pathlib.Path, error: type[ValueError], remedy: str = COPY_AG
     """
     raw = read_bytes(path, error, remedy)
     try:
-        return strict_json.parse(raw, str(path))
+        return strict_json.parse_json(raw, str(path))
     except strict_json.JsonError as failure:
         raise error(f"{path} is not valid JSON: {failure.reason}. {remedy}") from None
 

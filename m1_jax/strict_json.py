@@ -20,7 +20,7 @@ def refuse_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     for key, value in pairs:
         if key in members:
             first, second = show_value(members[key], 30), show_value(value, 30)
-            raise ValueError(f"{shorten(key)} is given twice: {first} and {second}")
+            raise ValueError(f"{shorten_text(key)} is given twice: {first} and {second}")
         members[key] = value
     return members
 
@@ -57,7 +57,7 @@ class JsonError(ValueError):
         self.reason = reason
 
 
-def shorten(text: str, max_characters: int = 80) -> str:
+def shorten_text(text: str, max_characters: int = 80) -> str:
     """Return a text as one line of at most so many characters, for an error message."""
     text = " ".join(text[: 2 * max_characters].split())
     return text if len(text) <= max_characters else text[: max_characters - 3] + "..."
@@ -66,12 +66,12 @@ def shorten(text: str, max_characters: int = 80) -> str:
 def show_value(value: Any, max_characters: int = 80) -> str:
     """Return a value as an error message shows it: its `repr`, shortened."""
     try:
-        return shorten(repr(value), max_characters)
+        return shorten_text(repr(value), max_characters)
     except (RecursionError, ValueError):  # too deep, or a whole number of thousands of digits
         return f"a {type(value).__name__} too large to show"
 
 
-def parse(text: str | bytes, name: str) -> Any:
+def parse_json(text: str | bytes, name: str) -> Any:
     """Return the value of a JSON text that a user may have damaged.
 
     Args:
@@ -97,7 +97,7 @@ def parse(text: str | bytes, name: str) -> Any:
         reason = f"byte {error.start} is no UTF-8"
     except ValueError as error:
         reason = str(error)
-    raise JsonError(name, shorten(reason, _MAX_REASON))
+    raise JsonError(name, shorten_text(reason, _MAX_REASON))
 
 
 def _check_depth(value: Any) -> None:

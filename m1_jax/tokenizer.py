@@ -272,7 +272,7 @@ def _read_library(path: pathlib.Path) -> tokenizers.Tokenizer:
     try:
         library = tokenizers.Tokenizer.from_str(json.dumps(content))
     except Exception as error:  # the library raises bare Exception
-        reason = strict_json.shorten(str(error), 120)
+        reason = strict_json.shorten_text(str(error), 120)
         raise ValueError(f"{path}: not a tokenizer: {reason}. Copy it again.") from None
     if not isinstance(library.decoder, tokenizers.decoders.ByteLevel):
         decoder = strict_json.show_value(library.decoder)

@@ -101,11 +101,3 @@ def test_paths_of_fields_are_known(path):
 def test_paths_of_no_field_are_refused(path, words):
     with pytest.raises(configlib.ConfigFileError, match=words):
         configlib.check_path(Outer(), path)
-
-
-def test_paths_in_buckets_are_refused():
-    configlib.check_local_path("checkpoint", "/mnt/m1")
-    with pytest.raises(
-        configlib.ConfigFileError, match=r"checkpoint: got s3://b/m1; wanted a local"
-    ):
-        configlib.check_local_path("checkpoint", "s3://b/m1")

@@ -26,7 +26,7 @@ from m1_jax import strict_json
 )
 def test_damage_is_one_short_line_with_the_files_name(text, reason):
     with pytest.raises(strict_json.JsonError) as refused:
-        strict_json.parse(text, "some.json")
+        strict_json.parse_json(text, "some.json")
     message = str(refused.value)
     assert message.startswith("some.json: got no valid JSON (")
     assert reason in message
@@ -38,14 +38,14 @@ def test_damage_is_one_short_line_with_the_files_name(text, reason):
     "text", ['{"a": [1, 2.5, null, true, "x"]}', "18446744073709551615", "-1", '"\ud83d\ude00"']
 )
 def test_json_is_read_as_it_is(text):
-    assert strict_json.parse(text, "a") == json.loads(text)
-    assert strict_json.parse("\ufeff" + text, "a") == json.loads(text)
+    assert strict_json.parse_json(text, "a") == json.loads(text)
+    assert strict_json.parse_json("\ufeff" + text, "a") == json.loads(text)
     if text.isascii():
-        assert strict_json.parse(text.encode("utf-8-sig"), "a") == json.loads(text)
+        assert strict_json.parse_json(text.encode("utf-8-sig"), "a") == json.loads(text)
 
 
 def test_depth_is_counted_in_values_not_in_brackets():
     wide = json.dumps([[i] for i in range(1000)])
-    assert len(strict_json.parse(wide, "a")) == 1000
+    assert len(strict_json.parse_json(wide, "a")) == 1000
     deep = "[" * 200 + "]" * 200
-    assert strict_json.parse(deep, "a") is not None
+    assert strict_json.parse_json(deep, "a") is not None

@@ -21,7 +21,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from m1_jax import multihost
+from m1_jax import local_path, multihost
 from train import columns_file, trainable
 from train import config as config_lib
 from train import step as step_lib
@@ -44,6 +44,15 @@ class CheckpointInfo:
     digest: int  # `digest_state` of the state
     # `base_digest.digest_weights` of the config's checkpoint where its weights stay in use, else ""
     base_digest: str = ""
+
+
+def find_save_directory(workdir: pathlib.Path, save: config_lib.SaveConfig) -> epath.Path:
+    """Return the directory whose folder `checkpoints` a run has: a local one, or a bucket's."""
+    # Orbax wants absolute paths. A bucket's path is absolute, and epath cannot resolve it.
+    if "://" in save.directory:
+        return epath.Path(save.directory)
+    local = local_path.resolve_path(save.directory or workdir, "save.directory")
+    return epath.Path(local.resolve())
 
 
 class CheckpointStore:
@@ -86,8 +95,7 @@ class CheckpointStore:
             "run": ocp.JsonCheckpointHandler(),
             "columns": columns_file.ColumnsHandler(),
         }
-        # Orbax wants absolute paths. A bucket's path is absolute, and epath cannot resolve it.
-        parent = epath.Path(save.directory) if save.directory else epath.Path(directory.resolve())
+        parent = find_save_directory(directory, save)
         self._manager = ocp.CheckpointManager(
             parent / "checkpoints", item_handlers=handlers, options=options
         )

@@ -21,6 +21,7 @@ from m1_jax import (
     command_mesh,
     configlib,
     distributed,
+    local_path,
     memory_check,
     sharding,
 )
@@ -71,9 +72,8 @@ def run(
       FileExistsError: `dst` exists.
       ValueError: a mesh of other devices, or a state that cannot fit.
     """
-    for name, path in (("workdir", workdir), ("dst", dst)):
-        configlib.check_local_path(name, str(path))
-    workdir, dst = pathlib.Path(workdir), pathlib.Path(dst)
+    workdir = local_path.resolve_path(workdir, "workdir")
+    dst = local_path.resolve_path(dst, "dst")
     source = distributed.run_on_all(lambda: _open_run(workdir, dst, mesh))
     config = source.config
     base_digest = run_model.digest_base(source.model)
@@ -98,7 +98,9 @@ def run(
     # `save` copies the small files of the first checkpoint. A run from random weights has none.
     if not config.checkpoint:
         distributed.run_on_first(
-            lambda: format_lib.copy_small_files(pathlib.Path(config.tokenizer), dst)
+            lambda: format_lib.copy_small_files(
+                local_path.resolve_path(config.tokenizer, "tokenizer"), dst
+            )
         )
     return dst
 

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from m1_jax import configlib, distributed, flops, process_watch
+from m1_jax import configlib, distributed, flops, local_path, process_watch
 from m1_jax import model as model_lib
 from train import checkpoints, evaluate, metrics, resume, run_model, run_setup, step_trace
 from train import config as config_lib
@@ -82,7 +82,7 @@ def run_training(
         open_session,
         config_lib.TrainConfig,
         config,
-        pathlib.Path(workdir),
+        local_path.resolve_path(workdir, "workdir"),
         _CHANGEABLE_FIELDS,
         options,
     )
@@ -257,9 +257,8 @@ class TrainSession:
             before it are saved.
         """
         # The other processes may read what this one cannot, and their streams are then a batch too
-        # far. One process's stream stays where it was.
-        is_alone = jax.process_count() == 1
-        data_state = None if is_alone else stream.get_state()
+        # far.
+        make_data_state = stream.remember_state()
         try:
             # Before the step, as no process can leave it out alone. The devices compute the step
             # before meanwhile.
@@ -267,7 +266,7 @@ class TrainSession:
         except _DATA_ERRORS as error:
             while unlogged:
                 self._log_step(index, *unlogged.pop(0))
-            self._save_before_error(error, state, data_state or stream.get_state())
+            self._save_before_error(error, state, make_data_state())
             raise
 
     def _save_before_error(

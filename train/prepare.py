@@ -22,7 +22,7 @@ import tqdm
 from absl import app, flags
 from array_record.python import array_record_module  # pyright: ignore[reportAttributeAccessIssue]
 
-from m1_jax import command_help, configlib, durable
+from m1_jax import command_help, configlib, durable, local_path
 from m1_jax import tokenizer as tokenizer_lib
 from train.data import chat, columns, data_errors, find_files
 from train.data import config as data_config
@@ -85,7 +85,7 @@ def run(config: PrepareConfig) -> pathlib.Path:
         and line.
       FileExistsError: the destination exists, or an unfinished one has another source.
     """
-    dst = pathlib.Path(config.dst)
+    dst = local_path.resolve_path(config.dst, "--dst")
     if dst.exists():
         raise FileExistsError(f"{dst} exists; wanted a new directory. Remove it or choose another.")
     # The directory has its name only once it is complete.

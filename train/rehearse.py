@@ -13,7 +13,6 @@ be run here. The exit status is 1 if anything fails. Several slices are written 
 import dataclasses
 import json
 import os
-import pathlib
 import sys
 import time
 from typing import Any
@@ -21,7 +20,7 @@ from typing import Any
 import jax
 from absl import app, flags, logging
 
-from m1_jax import command_help
+from m1_jax import command_help, local_path
 from train import config as config_lib
 from train.rehearsal import findings as findings_lib
 from train.rehearsal import page, sampling, training
@@ -65,7 +64,9 @@ def main(argv) -> None:
         fields["set"] = tuple(values.set)  # absl gives a list
         result = run(setting_lib.RehearsalConfig(**fields))
         if values.json:
-            pathlib.Path(values.json).write_text(json.dumps(result.to_json(), indent=1) + "\n")
+            local_path.resolve_path(values.json, "--json").write_text(
+                json.dumps(result.to_json(), indent=1) + "\n"
+            )
     except (ValueError, OSError) as error:
         sys.exit("error: " + " ".join(str(error).split("\n")))
     except KeyboardInterrupt:

@@ -17,7 +17,7 @@ from typing import Any
 
 import jax
 
-from m1_jax import configlib, distributed, durable, multihost
+from m1_jax import configlib, distributed, durable, local_path, multihost
 from train import checkpoints, metrics
 from train import config as config_lib
 
@@ -45,10 +45,15 @@ class ResumeOptions:
     init_moments: bool = False
 
     def __post_init__(self):
-        configlib.check_local_path("init_from", self.init_from)
-        configlib.check_field(
-            not self.init_moments or bool(self.init_from), "init_moments", True, "--init_from, too"
-        )
+        if self.init_from:
+            local_path.resolve_path(self.init_from, "init_from")  # raises for a bucket
+        is_valid = bool(self.init_from) or not self.init_moments
+        configlib.check_field(is_valid, "init_moments", True, "--init_from, too")
+
+    @property
+    def init_directory(self) -> pathlib.Path:
+        """Return `init_from` as an absolute path."""
+        return local_path.resolve_path(self.init_from, "init_from").resolve()
 
 
 NO_OPTIONS = ResumeOptions()  # begins as the config says, and goes on from the newest checkpoint
@@ -154,7 +159,7 @@ def read_config(config_class: type, workdir: pathlib.Path) -> Any:
     return configlib.from_json(config_class, _read_json(file))
 
 
-def begin(
+def begin_run(
     config_class: type,
     config: Any,
     workdir: pathlib.Path,
@@ -352,13 +357,8 @@ def _describe_way_back(start: RunStart, newest_step: int) -> list[dict[str, Any]
         return []
     if start.from_step is not None:
         return [{"went_back_from": newest_step, "went_back_to": asked}]
-    return [
-        {
-            "already_went_back_to": asked,
-            "goes_on_from": newest_step,
-            "remedy": f"delete {start.workdir / RECORD_FILE} to go back again",
-        }
-    ]
+    remedy = f"delete {start.workdir / RECORD_FILE} to go back again"
+    return [{"already_went_back_to": asked, "goes_on_from": newest_step, "remedy": remedy}]
 
 
 def _check_first_weights(
@@ -370,7 +370,7 @@ def _check_first_weights(
     began = record.first_weights
     if began is None or began != dataclasses.replace(
         began,
-        directory=str(pathlib.Path(options.init_from).resolve()),
+        directory=str(options.init_directory),
         step=options.from_step or began.step,
         with_moments=options.init_moments,
     ):
@@ -383,7 +383,7 @@ def _check_first_weights(
 
 def _find_first_weights(start: RunStart) -> FirstWeights:
     """Return the checkpoint of another run that the command names. All processes call this."""
-    directory = pathlib.Path(start.options.init_from).resolve()
+    directory = start.options.init_directory
 
     def read_save_config() -> config_lib.SaveConfig:
         file = directory / CONFIG_FILE

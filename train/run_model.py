@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from m1_jax import config as model_config_lib
-from m1_jax import configlib, distributed, multihost, sharding
+from m1_jax import distributed, local_path, multihost, sharding
 from m1_jax import model as model_lib
 from m1_jax import params as params_lib
 from m1_jax import tokenizer as tokenizer_lib
@@ -172,23 +172,25 @@ def make_run_model(
         checkpoint's.
 
     Raises:
-      ConfigFileError: the checkpoint or the tokenizer lies in a bucket.
+      PathError: the checkpoint or the tokenizer lies in a bucket.
       CheckpointError: the checkpoint has no config.json.
       ConfigError: this model cannot compute what config.json says.
       ValueError: the tokenizer has ids outside of the model's vocabulary.
     """
-    for name in ("checkpoint", "tokenizer"):
-        configlib.check_local_path(name, getattr(config, name))
+    checkpoint, tokenizer_dir = (
+        str(local_path.resolve_path(path, name)) if path else ""
+        for name, path in (("checkpoint", config.checkpoint), ("tokenizer", config.tokenizer))
+    )
     if model_config is None:
-        model_config = _read_model_config(config.checkpoint)
+        model_config = _read_model_config(checkpoint)
     if config.remat:
         model_config = dataclasses.replace(model_config, remat=config.remat)
-    tokenizer = tokenizer_lib.Tokenizer.load(config.tokenizer or config.checkpoint)
+    tokenizer = tokenizer_lib.Tokenizer.load(tokenizer_dir or checkpoint)
     check_tokenizer(tokenizer, model_config)
     return RunModel(
         config=model_config,
         tokenizer=tokenizer,
-        checkpoint=config.checkpoint,
+        checkpoint=checkpoint,
         dtype=jnp.dtype(config.dtype),
         lora=config.lora,
         seed=config.seed,

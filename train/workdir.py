@@ -12,7 +12,7 @@ import jax
 from absl import logging
 
 from m1_jax import distributed, file_lock, multihost, process_watch
-from train import resume
+from train import checkpoints, resume
 
 LOCK_NAME = "run"  # the lock's file is run.lock
 
@@ -41,7 +41,7 @@ def open_and_run(
 
     Raises:
       LockError: another process trains in one of the directories.
-      ResumeError, ConfigFileError: see `resume.begin`.
+      ResumeError, ConfigFileError: see `resume.begin_run`.
     """
     with (
         process_watch.watch_processes(),
@@ -50,11 +50,11 @@ def open_and_run(
         process_watch.announce_errors(),
     ):
         hold_directory(workdir, stack)
-        start = resume.begin(config_class, config, workdir, changeable, options)
-        save_directory = pathlib.Path(start.config.save.directory or workdir)
-        is_local = "://" not in start.config.save.directory  # a bucket has no locks
-        if is_local and save_directory.resolve() != workdir.resolve():
-            hold_directory(save_directory, stack)
+        start = resume.begin_run(config_class, config, workdir, changeable, options)
+        save_directory = checkpoints.find_save_directory(workdir, start.config.save)
+        is_local = "://" not in str(save_directory)  # a bucket has no locks
+        if is_local and pathlib.Path(save_directory) != workdir.resolve():
+            hold_directory(pathlib.Path(save_directory), stack)
         use_compilation_cache(start.config.compilation_cache)
         session = open_session(start, stack)
         # Once everything could be opened, so that a run that never began leaves no config.

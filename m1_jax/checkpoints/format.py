@@ -150,7 +150,7 @@ def _check_manifest(manifest: dict, file: pathlib.Path) -> None:
         elif shards.keys() - {release.SINGLE_SHARD_FILE}:
             raise release.CheckpointError("index is null, but there are several shards.")
     except ValueError as error:
-        reason = strict_json.shorten(str(error), 120)
+        reason = strict_json.shorten_text(str(error), 120)
         raise release.CheckpointError(f"{file} is damaged: {reason} {CONVERT_AGAIN}") from None
 
 
@@ -274,7 +274,7 @@ def wait_for_read(future: ts.Future, source: pathlib.Path, remedy: str = CONVERT
         reason = str(error).split(" [", 1)[0]  # TensorStore's internal state follows in brackets
         reason = reason.replace(f"{source.resolve()}/", "")  # named already
         raise release.CheckpointError(
-            f"{source} cannot be read: {strict_json.shorten(reason, 120)}. {remedy}"
+            f"{source} cannot be read: {strict_json.shorten_text(reason, 120)}. {remedy}"
         ) from None
 
 

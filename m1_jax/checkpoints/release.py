@@ -34,7 +34,7 @@ DTYPES_BY_CODE = {
 CODES_BY_DTYPE = {dtype: code for code, dtype in DTYPES_BY_CODE.items()}
 _MAX_HEADER_BYTES, _MAX_NAME_CHARACTERS = 100_000_000, 200  # the format's limit, and our own
 _DOWNLOAD_AGAIN = "Download it again."
-_shorten, _show = strict_json.shorten, strict_json.show_value
+_shorten, _show = strict_json.shorten_text, strict_json.show_value
 
 
 class CheckpointError(ValueError):
@@ -240,7 +240,7 @@ def parse_index(text: str | bytes, source: str) -> ReleaseIndex:
       CheckpointError: no JSON, no map of names, or a name that is no file of this directory.
     """
     try:
-        content = strict_json.parse(text, source)
+        content = strict_json.parse_json(text, source)
         files = dict(content["weight_map"].items())
         # Optional: some tools write an index without it.
         metadata = content.get("metadata")
@@ -345,7 +345,7 @@ def parse_header(
       CheckpointError: a header that is damaged.
     """
     try:
-        content = strict_json.parse(header, str(file))
+        content = strict_json.parse_json(header, str(file))
         metadata = content.pop("__metadata__", {})
         if not all(isinstance(text, str) for text in metadata.values()):
             raise TypeError(f"__metadata__ is {_show(metadata)}; wanted a map of strings")

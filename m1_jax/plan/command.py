@@ -12,7 +12,6 @@ chip" means a device, which on tpu7x is half a chip.
 
 import dataclasses
 import json
-import pathlib
 import resource
 import sys
 from typing import Any
@@ -20,7 +19,7 @@ from typing import Any
 import jax
 from absl import app, flags, logging
 
-from m1_jax import command_help, quantize
+from m1_jax import command_help, local_path, quantize
 from m1_jax import config as config_lib
 from m1_jax.plan import aot, estimate, jobs, meshes, record, report, shapes, topology
 from m1_jax.plan import config as plan_config
@@ -72,7 +71,7 @@ def run(config: plan_config.PlanConfig) -> dict[str, Any]:
     # ru_maxrss is in KiB on Linux.
     best["host_peak_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     if config.json:
-        pathlib.Path(config.json).write_text(json.dumps(best, indent=1) + "\n")
+        local_path.resolve_path(config.json, "--json").write_text(json.dumps(best, indent=1) + "\n")
     return best
 
 

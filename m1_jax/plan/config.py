@@ -1,10 +1,9 @@
 """What a plan is made for: the command's config, and the model that it names."""
 
 import dataclasses
-import pathlib
 
 from m1_jax import config as config_lib
-from m1_jax import quantize
+from m1_jax import local_path, quantize
 from m1_jax.plan import jobs
 
 MODEL_PRESETS = {"m1": config_lib.ModelConfig.m1, "tiny": config_lib.ModelConfig.tiny}
@@ -91,7 +90,7 @@ def read_model_config(config: PlanConfig) -> config_lib.ModelConfig:
     if config.config in MODEL_PRESETS:
         model_config = MODEL_PRESETS[config.config]()
     else:
-        path = pathlib.Path(config.config)
+        path = local_path.resolve_path(config.config, "--config")
         if not path.exists():
             raise PlanError(
                 f"config: got {config.config!r}; wanted {' or '.join(MODEL_PRESETS)}, a "

@@ -138,7 +138,7 @@ def masked_decay(slope: Float[Array, ""], steps: Int[Array, "..."]) -> Float[Arr
     return jnp.where(steps >= 0, power, 0.0)
 
 
-def weigh(x: Float[Array, "..."], decay: Float[Array, "..."]) -> Float[Array, "..."]:
+def apply_decay(x: Float[Array, "..."], decay: Float[Array, "..."]) -> Float[Array, "..."]:
     """Return x * decay, and 0 where the decay is 0, whatever x holds.
 
     A product alone would bring NaN and infinity of one document into another, since 0 * NaN is NaN.

@@ -148,8 +148,8 @@ def _attend_packed_chunk(slopes, state, xs):
     q, k, v = _split_heads(qkv, slopes.shape[0])
     within = _attend_pairs(q, k, v, tile)
     carried = _einsum("bnik,bnkv->bniv", _select(query_ramp, q), state)
-    o = within + boundaries.weigh(carried, query_ramp)
-    gain = _einsum("bnjk,bnjv->bnkv", boundaries.weigh(k, key_ramp), _select(key_ramp, v))
+    o = within + boundaries.apply_decay(carried, query_ramp)
+    gain = _einsum("bnjk,bnjv->bnkv", boundaries.apply_decay(k, key_ramp), _select(key_ramp, v))
     unbroken = (last == 0)[:, :, None, None]
     state = jnp.where(unbroken, state - loss * state, 0.0) + gain
     return state, jnp.where(real[:, :, None], _join_heads(o, qkv), 0)
@@ -178,7 +178,7 @@ def _pair_scores(a, b, bad_column, bad_row, tile):
         scores = jnp.where(jnp.swapaxes(bad_column, 2, 3), jnp.nan, scores)
     if bad_row is not None:
         scores = jnp.where(bad_row, jnp.nan, scores)
-    return boundaries.weigh(scores, tile)
+    return boundaries.apply_decay(scores, tile)
 
 
 def _split_finite(x):

@@ -106,16 +106,16 @@ def _attend_chunk(
     num_halves: int,
 ) -> Float[Array, "C P"]:
     """Return what the tokens of a chunk read, from each other and from the carried state."""
-    scores, finite_v, weigh = dot_f32(q, k, 1, 1), v, jnp.multiply
+    scores, finite_v, apply_decay = dot_f32(q, k, 1, 1), v, jnp.multiply
     # A chunk without boundaries is of one document, which NaN need not be kept out of.
     if decays.is_real is not None:
-        weigh = boundaries.weigh
+        apply_decay = boundaries.apply_decay
         finite_v, is_bad = boundaries.split_finite(v)
         scores = jnp.where(is_bad.reshape(1, -1), jnp.nan, scores)
-    pairs = weigh(scores, decays.pair).astype(v.dtype)
+    pairs = apply_decay(scores, decays.pair).astype(v.dtype)
     halves = split_halves(state, q.dtype, num_halves)
     carried = sum((dot_f32(q, x, 1, 0) for x in halves[1:]), dot_f32(q, halves[0], 1, 0))
-    return dot_f32(pairs, finite_v, 1, 0) + weigh(carried, decays.read)
+    return dot_f32(pairs, finite_v, 1, 0) + apply_decay(carried, decays.read)
 
 
 def _advance_state(
@@ -130,7 +130,7 @@ def _advance_state(
     kept = state - decays.forgotten_fraction * state
     added_v = v * decays.add
     if decays.is_real is not None:
-        added_v = boundaries.weigh(v.astype(F32), decays.add)
+        added_v = boundaries.apply_decay(v.astype(F32), decays.add)
         k = jnp.where(decays.add > 0, k, jnp.zeros_like(k))
         # A select: S - S of a document with NaN would be NaN in the next one.
         kept = jnp.where(decays.forgotten_fraction < 1, kept, 0.0)

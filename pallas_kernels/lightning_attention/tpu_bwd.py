@@ -141,7 +141,7 @@ def _recompute_chunk_states(access: _ChunkAccess, scratch: BackwardScratch) -> N
 
         def advance_head(h, operands, decays, forgotten_fraction):
             (_, k, v, _), key_ramp = operands, decays[2]
-            added_k = boundaries.weigh(k.astype(F32), key_ramp).astype(dtype)
+            added_k = boundaries.apply_decay(k.astype(F32), key_ramp).astype(dtype)
             gain = dot_f32(added_k, jnp.where(key_ramp > 0, v, 0), 0, 0)
             tpu_chunk.advance_packed_state(state, h, forgotten_fraction, scalar, gain)
 
@@ -188,10 +188,12 @@ def _boundary_gradients(
         # A copy of dS from before this chunk's gain: keys meet the tokens after the chunk in it.
         d_next = d_state[h].astype(dtype)
         dq = dot_f32(dp, finite_k, 1, 0)
-        dq += boundaries.weigh(dot_f32(d_o, scratch.chunk_states[c, h], 1, 1), query_ramp)
-        dk = dot_f32(dp, finite_q, 0, 0) + boundaries.weigh(dot_f32(v, d_next, 1, 1), key_ramp)
-        dv = dot_f32(p, finite_d, 0, 0) + boundaries.weigh(dot_f32(k, d_next, 1, 0), key_ramp)
-        added_q = boundaries.weigh(q.astype(F32), query_ramp).astype(dtype)
+        dq += boundaries.apply_decay(dot_f32(d_o, scratch.chunk_states[c, h], 1, 1), query_ramp)
+        dk = dot_f32(dp, finite_q, 0, 0) + boundaries.apply_decay(
+            dot_f32(v, d_next, 1, 1), key_ramp
+        )
+        dv = dot_f32(p, finite_d, 0, 0) + boundaries.apply_decay(dot_f32(k, d_next, 1, 0), key_ramp)
+        added_q = boundaries.apply_decay(q.astype(F32), query_ramp).astype(dtype)
         gain = dot_f32(added_q, jnp.where(query_ramp > 0, d_o, 0), 0, 0)
         tpu_chunk.advance_packed_state(d_state, h, forgotten_fraction, scalar, gain)
         _store_gradients(access, d_qkv, c, h, (dq, dk, dv))

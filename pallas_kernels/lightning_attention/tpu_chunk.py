@@ -110,7 +110,7 @@ def packed_pairs(
         # The row form is the diagonal of the column form: no transpose.
         on_diagonal = jnp.where((row == column) & bad_columns, 1.0, 0.0)
         scores = jnp.where(jnp.sum(on_diagonal, axis=0, keepdims=True) > 0, jnp.nan, scores)
-    return boundaries.weigh(scores, pair_decay)
+    return boundaries.apply_decay(scores, pair_decay)
 
 
 def load_head_slices(ref: jax.Ref, rows: Any, h: int, width: int, num_slices: int) -> list[Array]:

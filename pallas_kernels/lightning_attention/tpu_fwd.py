@@ -155,9 +155,9 @@ def _forward_kernel(
                 )
                 finite_v, is_bad = boundaries.split_finite(v)
                 pairs = tpu_chunk.packed_pairs(q, k, pair_decay, bad_columns=is_bad).astype(dtype)
-                carried = boundaries.weigh(read_state(q, state[h]), query_ramp)
+                carried = boundaries.apply_decay(read_state(q, state[h]), query_ramp)
                 store(c, h, dot_f32(pairs, finite_v, 1, 0) + carried)
-                added_k = boundaries.weigh(k.astype(F32), key_ramp).astype(dtype)
+                added_k = boundaries.apply_decay(k.astype(F32), key_ramp).astype(dtype)
                 gain = dot_f32(added_k, jnp.where(key_ramp > 0, v, 0), 0, 0)
                 fraction = tpu_chunk.packed_forgotten_fraction(
                     forgotten_fractions, first_head + h, scalar, size

@@ -211,7 +211,7 @@ def _parse_messages(text: str) -> list[Any] | None:
     if not text.lstrip().startswith("["):
         return None
     try:
-        value = strict_json.parse(text, "messages")
+        value = strict_json.parse_json(text, "messages")
     except strict_json.JsonError:
         return None  # a text that begins with a bracket
     is_messages = bool(value) and all(
@@ -264,7 +264,7 @@ def _parse_calls(location: str, value: Any) -> list[dict[str, Any]]:
     Either may be JSON text.
     """
     if isinstance(value, str):
-        value = strict_json.parse(value, location)
+        value = strict_json.parse_json(value, location)
     calls = value if isinstance(value, list) else [value]
     if not calls or not all(
         isinstance(call, dict) and isinstance(call.get("name"), str) for call in calls

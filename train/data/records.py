@@ -171,7 +171,7 @@ def _read_record(reader: readers.RecordReader, record_number: int) -> dict[str, 
     try:
         record = reader.read(record_number)
         if isinstance(record, bytes):
-            record = strict_json.parse(record, reader.location(record_number))
+            record = strict_json.parse_json(record, reader.location(record_number))
     except strict_json.JsonError as error:  # it has the location
         raise data_errors.BadRecordError(str(error)) from None
     except data_errors.DataError:  # the file is gone or damaged
@@ -200,7 +200,7 @@ def _parse_column(text: str, name: str) -> Any:
     if not text.strip():
         return None
     try:
-        return strict_json.parse(text, name) if text.lstrip().startswith("[") else text
+        return strict_json.parse_json(text, name) if text.lstrip().startswith("[") else text
     except strict_json.JsonError as error:
         raise data_errors.BadRecordError(str(error)) from None
 

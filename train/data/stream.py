@@ -10,7 +10,7 @@ import copy
 import dataclasses
 import itertools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -152,14 +152,23 @@ class BatchStream:
 
     def get_state(self) -> dict[str, Any]:
         """Return this host's part of the state, JSON-able. `dict.update` merges all parts."""
-        return {
-            "step": self._step,
+        return self.remember_state()()
+
+    def remember_state(self) -> Callable[[], dict[str, Any]]:
+        """Return a function that makes the state of now, whenever it is called.
+
+        To remember costs next to nothing, so that a loop can do it at every step.
+        """
+        # States of lanes are never changed, only replaced.
+        step, lane_states = self._step, dict(self._lane_states)
+        return lambda: {
+            "step": step,
             "lanes": self._num_lanes,
             "seed": self.config.seed,
             "fingerprint": self.fingerprint(),
             # JSON has strings as keys. Hosts that share a lane have the same state of it, so that
             # merging loses none.
-            **{str(lane): state.to_json() for lane, state in self._lane_states.items()},
+            **{str(lane): state.to_json() for lane, state in lane_states.items()},
         }
 
     def set_state(self, state: dict[str, Any]) -> None:

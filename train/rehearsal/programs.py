@@ -10,7 +10,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from m1_jax import sharding
+from m1_jax import local_path, sharding
 from m1_jax.plan import aot, estimate, jobs, shapes
 from m1_jax.plan import config as plan_config
 from m1_jax.plan import report as report_lib
@@ -62,10 +62,9 @@ def name_model(setting: setting_lib.RehearsalSetting) -> str | None:
     for name, make in plan_config.MODEL_PRESETS.items():
         if dataclasses.replace(make(), remat=setting.model.config.remat) == setting.model.config:
             return name
-    file = pathlib.Path(setting.run_config.checkpoint) / "config.json"
-    if file.is_file():
+    if setting_lib.find_file(setting.run_config.checkpoint, "config.json") is not None:
         return setting.run_config.checkpoint
-    path = pathlib.Path(setting.rehearsal.model)
+    path = local_path.resolve_path(setting.rehearsal.model, "--model")
     return str(path) if path.exists() else None
 
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from m1_jax import config as model_config_lib
-from m1_jax import configlib
+from m1_jax import configlib, local_path
 from m1_jax import tokenizer as tokenizer_lib
 from m1_jax.plan import config as plan_config
 from m1_jax.plan import topology
@@ -59,7 +59,7 @@ class RehearsalConfig:
     @property
     def plans_directory(self) -> pathlib.Path:
         default = pathlib.Path.home() / ".cache" / "m1_jax" / "plans"
-        return pathlib.Path(self.plans) if self.plans else default
+        return local_path.resolve_path(self.plans, "--plans") if self.plans else default
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,13 +163,13 @@ def _read_model_config(
 ) -> model_config_lib.ModelConfig:
     if isinstance(run_config, config_lib.TrainConfig) and run_config.model is not None:
         return run_config.model
-    path = pathlib.Path(run_config.checkpoint) / "config.json"
-    if path.is_file():
+    path = find_file(run_config.checkpoint, "config.json")
+    if path is not None:
         return model_config_lib.ModelConfig.from_file(path)
     if rehearsal.model in plan_config.MODEL_PRESETS:
         model_config = plan_config.MODEL_PRESETS[rehearsal.model]()
     else:
-        path = pathlib.Path(rehearsal.model)
+        path = local_path.resolve_path(rehearsal.model, "--model")
         file = path / "config.json" if path.is_dir() else path
         if not file.is_file():
             raise ValueError(
@@ -186,11 +186,17 @@ def _read_model_config(
     return model_config
 
 
+def find_file(directory: str, name: str) -> pathlib.Path | None:
+    """Return a file of a run's checkpoint or tokenizer, None where it is not on this machine."""
+    file = local_path.resolve_path(directory, "checkpoint") / name if directory else None
+    return file if file is not None and file.is_file() else None
+
+
 def _load_tokenizer(
     run_config: config_lib.TrainConfig | rl_config.RlConfig, findings: findings_lib.FindingList
 ) -> tokenizer_lib.Tokenizer | None:
     directory = run_config.tokenizer or run_config.checkpoint
-    if (pathlib.Path(directory) / "tokenizer.json").is_file():
+    if find_file(directory, "tokenizer.json") is not None:
         return tokenizer_lib.Tokenizer.load(directory)
     findings.add(
         "assumes",

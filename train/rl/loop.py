@@ -19,7 +19,7 @@ import jax
 import numpy as np
 
 from m1_jax import config as model_config_lib
-from m1_jax import configlib, multihost, sharding
+from m1_jax import configlib, local_path, multihost, sharding
 from m1_jax import model as model_lib
 from train import checkpoints, metrics, optim, resume, run_model
 from train import step as step_lib
@@ -84,7 +84,7 @@ def run_rl_training(
     Raises:
       ValueError, CheckpointError, ConfigError: anything that is wrong, before the first batch.
     """
-    path = pathlib.Path(workdir)
+    path = local_path.resolve_path(workdir, "workdir")
     return workdir_lib.open_and_run(
         open_rl_session, rl_config.RlConfig, config, path, _CHANGEABLE_FIELDS, options
     )

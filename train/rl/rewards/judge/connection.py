@@ -54,7 +54,7 @@ class UnsupportedValue(BaseException):
     """The tests pass an object that a program cannot be given. No test may catch this."""
 
 
-class Connection:
+class ProgramConnection:
     """One side of the connection.
 
     Args:

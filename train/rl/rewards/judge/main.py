@@ -242,7 +242,7 @@ def _start_program() -> remote_objects.ProgramClient:
     return remote_objects.ProgramClient(os.fdopen(judge_read, "rb"), os.fdopen(judge_write, "wb"))
 
 
-def judge(request: dict[str, Any], output: TextIO) -> bool:
+def judge_request(request: dict[str, Any], output: TextIO) -> bool:
     """Return whether the program of a request passes.
 
     Raises:
@@ -281,7 +281,7 @@ def main() -> None:
     unittest.main = lambda *_, **__: None  # pyright: ignore[reportAttributeAccessIssue]
     random.seed(0)
     try:
-        verdict = {"passed": judge(request, output)}
+        verdict = {"passed": judge_request(request, output)}
     except TestsFailed as error:
         verdict = {"error": str(error)}
     print(json.dumps(verdict), file=output, flush=True)

@@ -22,7 +22,7 @@ class ProgramServer:
         self._numbers: dict[int, int] = {}  # by id
         self._loop: Any = None  # of asyncio
         self._module = types.ModuleType(MODULE_NAME)
-        self._connection = connection.Connection(
+        self._connection = connection.ProgramConnection(
             os.fdopen(read_fd, "rb"),
             os.fdopen(write_fd, "wb"),
             self._serve,

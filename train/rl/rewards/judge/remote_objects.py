@@ -27,7 +27,7 @@ class ProgramClient:
         self._functions: list[Callable[..., Any]] = []  # the test's own, which the program may call
         self._objects: dict[int, RemoteObject] = {}  # one for each, so that `is` holds
         self._exceptions: dict[str, type[BaseException]] = {}
-        self._connection = connection.Connection(
+        self._connection = connection.ProgramConnection(
             reader, writer, self._serve, self._export, self._adopt
         )
 
