@@ -63,7 +63,7 @@ def test_buckets_are_refused_and_nothing_is_made(home, path):
         with pytest.raises(local_path.PathError, match=f"{name}: got"):
             run_model.make_run_model(changed, changed.model)
     with pytest.raises(local_path.PathError, match="--dst: got"):
-        prepare.run(prepare.PrepareConfig(src=str(home / "*.jsonl"), dst=path))
+        prepare.PrepareConfig(src=str(home / "*.jsonl"), dst=path)
     assert os.listdir() == []
 
 

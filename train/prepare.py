@@ -63,8 +63,7 @@ class PrepareConfig:
     def __post_init__(self):
         if not self.src or not self.dst:
             raise ValueError("got an empty path; wanted both --src and --dst")
-        if "://" in self.dst:
-            raise ValueError(f"--dst is {self.dst}; wanted a local directory. Copy it later.")
+        local_path.resolve_path(self.dst, "--dst")  # raises for a bucket
         if self.shards < 0:
             raise ValueError(f"--shards is {self.shards}; wanted at least 1, or 0 for 16 at most")
         modes = data_config.BAD_RECORD_MODES
