@@ -111,7 +111,7 @@ def test_settings_that_are_refused(src):
         prepare.run(config(src, shards=11))
     with pytest.raises(ValueError, match="--shards is -1"):
         config(src, shards=-1)
-    with pytest.raises(ValueError, match="wanted a local directory"):
+    with pytest.raises(ValueError, match="wanted a local path"):
         config(src, dst="gs://bucket/out")
     with pytest.raises(ValueError, match="both --src and --dst"):
         config(src, src="")
