@@ -110,14 +110,12 @@ def test_a_checkpoint_in_a_bucket_is_refused_in_one_line(field):
         data=DataConfig(sources=(DataSource("text", "x.jsonl"),)),
         **fields | {field: "gs://bucket/m1"},
     )
-    with pytest.raises(
-        configlib.ConfigFileError, match=f"{field}: got gs://bucket/m1; wanted a lo"
-    ):
+    with pytest.raises(local_path.PathError, match=f"{field}: got 'gs://bucket/m1'; wanted a lo"):
         run_model.make_run_model(config, ModelConfig.tiny() if field == "tokenizer" else None)
 
 
 @pytest.mark.parametrize("field", ["workdir", "dst"])
 def test_the_export_is_local(tmp_path, field):
     paths = {"workdir": str(tmp_path), "dst": str(tmp_path / "new")}
-    with pytest.raises(configlib.ConfigFileError, match=f"{field}: got gs://"):
+    with pytest.raises(local_path.PathError, match=f"{field}: got 'gs://"):
         export_run.run(**paths | {field: "gs://bucket/x"})

@@ -242,7 +242,11 @@ def test_first_weights_are_kept_until_the_first_checkpoint(finished, tmp_path, m
 
 @pytest.mark.parametrize(
     ("directory", "words"),
-    [("nowhere", "holds no other run"), ("new", "holds no other run"), ("gs://b/run", "mounted")],
+    [
+        ("nowhere", "holds no other run"),
+        ("new", "holds no other run"),
+        ("gs://b/run", "Mount the bucket"),
+    ],
 )
 def test_first_weights_that_are_not_there_are_refused(tmp_path, directory, words):
     path = directory if "://" in directory else str(tmp_path / directory)
