@@ -8,7 +8,7 @@ import types
 import numpy as np
 import pytest
 
-from m1_jax import ModelConfig, configlib
+from m1_jax import ModelConfig, local_path
 from m1_jax.checkpoints import release
 from train import base_digest, run_model
 from train import export as export_run
