@@ -279,9 +279,7 @@ def test_grouped_product_by_its_tile(tile, rows, bound, gigabytes):
 
 def test_idle_experts_are_not_read():
     few = time_assumptions.TimeAssumptions(num_expert_rows=2, num_busy_experts=1.5)
-    cost, _ = price_call(
-        GROUPED, 'x={ragged_dot_tiling="128,6144,2048"}', "bf16[12288,9216]", few
-    )
+    cost, _ = price_call(GROUPED, 'x={ragged_dot_tiling="128,6144,2048"}', "bf16[12288,9216]", few)
     assert cost.num_bytes == pytest.approx(1.5 * 2 * 6144 * 9216, rel=0.01)
 
 

@@ -12,8 +12,6 @@ import jax
 import jax.numpy as jnp
 
 _PROBE_BYTES = 2**42  # more than any chip has
-# Texts in the dump of a compile: what `CompileResult` keeps as hlo_text and codegen_text.
-_DUMP_STAGES = ("after_optimizations", "after_codegen")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,10 +67,10 @@ def compile_program(traced: jax.stages.Traced, limit_bytes: float) -> CompileRes
             sizes = parse_out_of_memory(str(error))
             if sizes is None:
                 raise
-            texts = [_read_dump(dump, stage) for stage in _DUMP_STAGES]
+            texts = _read_dump(dump, "after_optimizations"), _read_dump(dump, "after_codegen")
             return CompileResult(False, *sizes, None, None, None, *texts, *measure_secs())
         secs = measure_secs()
-        texts = [_read_dump(dump, stage) for stage in _DUMP_STAGES]
+        texts = _read_dump(dump, "after_optimizations"), _read_dump(dump, "after_codegen")
     memory = program.memory_analysis()
     assert memory is not None  # None is for backends without statistics, and TPUs have them
     # An output that takes the memory of a donated argument is counted with the arguments.

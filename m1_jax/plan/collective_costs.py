@@ -11,7 +11,6 @@ from m1_jax.plan.time_assumptions import EXCHANGE_HOPS
 
 _START_SECS, _HOP_SECS, _MAX_HOPS = 2e-6, 0.5e-6, 32
 _ALL_TO_ALLS = ("all-to-all", "ragged-all-to-all")
-_COLLECTIVE_REPORT_KINDS = dict.fromkeys(_ALL_TO_ALLS, "exchange")
 
 
 def price_collective(
@@ -39,7 +38,7 @@ def price_collective(
     if kind in _ALL_TO_ALLS:
         secs *= EXCHANGE_HOPS
     secs += _START_SECS + _HOP_SECS * min(group_size, _MAX_HOPS)
-    report_kind = _COLLECTIVE_REPORT_KINDS.get(kind, kind)
+    report_kind = "exchange" if kind in _ALL_TO_ALLS else kind
     return instruction_costs.InstructionCost(report_kind, secs, secs, num_bytes, kind)
 
 
