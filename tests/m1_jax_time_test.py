@@ -289,8 +289,9 @@ def test_kernels_by_name_by_estimate_and_by_bytes():
     assert cost.low_secs == pytest.approx(64 * 4096 * 1088 / V5P.hbm_bytes_per_sec)
     assert not pricer.unknown_kernels
     estimate_text = (
-        'backend_config={"custom_call_config":{"cost_estimate":{"flops":459000000000,'
-        '"transcendentals":0,"bytes_accessed":2765000000}}}'
+        'backend_config={"custom_call_config":{"body":"TUzvUg","cost_estimate":{'
+        '"bytes_accessed":"2765000000","flops":"459000000000","remote_bytes_transferred":"0",'
+        '"transcendentals":"7"},"input_memory_space_colors":[]}}'
     )
     cost, pricer = price_call(operands, estimate_text, MATRIX)
     assert cost.low_secs == pytest.approx(1e-3)
@@ -342,7 +343,10 @@ def test_summary_and_report():
     )
     assert time["mfu"]["low"] == pytest.approx(1e12 / V5P.flops_per_sec / total)
     assert time["tokens_per_chip_hour"]["low"] == pytest.approx(4096 / total * 900)
-    assert time["dearest"][1]["source"] == "m1_jax/serving/softmax.py:70 attend_tile"
+    assert time["dearest"][1]["sources"] == [
+        "m1_jax/serving/softmax.py:70 attend_tile",
+        "m1_jax/decoder_layer.py:12 __call__",
+    ]
     text = "\n".join(time_report.format_time(time))
     for words in ("MFU", "tokens a chip-hour", "softmax.py:70", "assumed: a balanced router"):
         assert words in text

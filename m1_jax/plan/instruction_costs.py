@@ -56,6 +56,7 @@ _KINDS_BY_MODULE = (
     ("m1_jax.serving.lightning", "lightning attention"),
     ("m1_jax.context_parallel", "lightning attention"),
     ("train.optim", "optimizer"),
+    ("infer.execution.sampling", "sampling"),
 )
 
 

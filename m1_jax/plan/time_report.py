@@ -85,7 +85,7 @@ def _format_dearest(time: Mapping[str, Any]) -> list[str]:
             f"{row['name']} {row['shape'][:_SHAPE_CHARS]}",
             row["kind"] + (f", {row['detail']}" if row["detail"] else ""),
             f"{row['num_runs']:g} runs",
-            row["source"] or "no source of ours",
+            " < ".join(row["sources"]) or "no source of ours",
         ]
         lines.append(f"{format_secs(row['secs']):>9}  {' | '.join(words)}")
     return lines
