@@ -23,6 +23,7 @@ from m1_jax.plan import (
     time_summary,
     topology,
 )
+from m1_jax.serving import ragged_batch
 
 V5P = chip_specs.CHIP_SPECS["v5p"]
 NOTHING_ASSUMED = time_assumptions.TimeAssumptions()
@@ -312,7 +313,8 @@ def job_assumptions(kind, seq, batch, mesh):
 
 def test_a_serving_job_knows_its_tiles_and_key_blocks():
     assumed = job_assumptions("serve", 4096, 64, {"expert": 4, "tensor": 2})
-    assert assumed.loop_trips["m1_jax.serving.ragged_batch"] == 16
+    assert assumed.loop_trips["m1_jax.serving.ragged_batch.scan_attention_tiles"] == 16
+    assert assumed.loop_trips["m1_jax.serving.ragged_batch"] == 16 // ragged_batch.TILE_GROUP
     assert assumed.loop_trips["m1_jax.serving.softmax"] == 16
     assert assumed.num_expert_rows == 32
     assert assumed.num_busy_experts == pytest.approx(8 * (1 - (31 / 32) ** 128))
