@@ -90,6 +90,26 @@ def test_frames_are_our_own_calls_innermost_first():
     assert source_frames.find_frames(frames, "x)") == []
 
 
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        (
+            "jit(train_step)/transpose(jvp())/shard_map/while/body/closed_call/checkpoint/lightning/dot",
+            "backward/lightning/dot",
+        ),
+        (
+            "jit(f)/jvp()/exchange/while/body/experts/cond/branch_0_fun/ragged",
+            "exchange/experts/ragged",
+        ),
+        ("add", "add"),
+    ],
+)
+def test_scopes_are_those_of_the_model(name, expected):
+    attributes = f'%x), metadata={{op_name="{name}" stack_frame_id=3}}'
+    assert source_frames.find_scopes(attributes) == expected
+    assert source_frames.find_scopes("%x)") == ""
+
+
 def test_bytes_in_hbm():
     shape = "(bf16[8,4]{1,0:T(8,128)(2,1)}, f32[8]{0:T(128)S(1)}, s4[<=6]{0}, token[])"
     assert hlo.hbm_bytes(shape) == 64 + 3
@@ -235,6 +255,31 @@ def test_what_runs_beside_is_exposed_as_far_as_nothing_covers_it():
     assert low.secs == pytest.approx(2**22 / (4 * V5P.link_bytes_per_sec) + 3e-6)
 
 
+WRAPPED_GATHER = f"""%sparse (a: {MATRIX}) -> f32[2048,1024] {{
+  %a = {MATRIX} parameter(0)
+  ROOT %g = f32[2048,1024] all-gather(%a), {GATHER}
+}}
+"""
+
+
+def test_collectives_on_sparse_cores_and_prefetches_run_beside():
+    lines = f"""  %c = (f32[1024,1024]{{1,0:S(1)}}, {MATRIX}, u32[]) copy-start(%w)
+  %s = (({MATRIX}), f32[2048,1024], u32[]) async-start(%w), calls=%sparse
+  %m = (({MATRIX}), f32[2048,1024], u32[]) async-update(%s), calls=%sparse
+  %d = f32[2048,1024] async-done(%m), calls=%sparse
+  %e = f32[1024,1024]{{1,0:S(1)}} copy-done(%c)"""
+    low, _ = predict(make_text(lines, WRAPPED_GATHER))
+    gather, prefetch = low.instructions
+    secs = 2**22 / (2 * V5P.link_bytes_per_sec) + 3e-6
+    assert (gather.cost.kind, gather.cost.detail) == ("all-gather", "all-gather on SparseCore")
+    assert gather.is_collective
+    assert gather.exposed_secs == low.secs == pytest.approx(secs)
+    # The prefetch ended while the program waited for the gather.
+    assert prefetch.cost.kind == "prefetches"
+    assert prefetch.busy_secs == pytest.approx(2**22 / V5P.hbm_bytes_per_sec)
+    assert prefetch.exposed_secs == 0
+
+
 # ---- kernels
 
 
@@ -288,6 +333,13 @@ def test_kernels_by_name_by_estimate_and_by_bytes():
     operands = (f"bf16[1,64,4096,{3 * 128}]",)
     cost, pricer = price_call(operands, "x=1", "bf16[1,64,4096,128]", name="lightning_fwd.2")
     assert cost.low_secs == pytest.approx(64 * 4096 * 1088 / V5P.hbm_bytes_per_sec)
+    assert not pricer.unknown_kernels
+    # 8 query heads of 4,096 tokens and 2 key heads: the causal half of two products of a pair.
+    heads = ("bf16[8,4096,128]", "bf16[2,4096,128]", "bf16[2,4096,128]")
+    cost, pricer = price_call(("s8[4,4]", *heads), "x=1", heads[0], name="splash_mha_fwd.1")
+    flops = 2 * 2 * 8 * 4096 * 4096 / 2 * 128
+    assert cost.low_secs == pytest.approx(flops / (0.5 * V5P.flops_per_sec))
+    assert cost.kind == "softmax attention"
     assert not pricer.unknown_kernels
     estimate_text = (
         'backend_config={"custom_call_config":{"body":"TUzvUg","cost_estimate":{'

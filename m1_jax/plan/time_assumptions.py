@@ -62,6 +62,8 @@ def make_assumptions(
     config: config_lib.ModelConfig, job: estimate.PlanJob, layout: sharding.MeshLayout
 ) -> TimeAssumptions:
     """Return what a job's programs assume: a balanced router, and rows that are full."""
+    if job.kind == "reshard":  # it computes nothing
+        return TimeAssumptions()
     num_blocks = max(job.seq // ring_attention.BLOCK_TOKENS, 1)
     causal_share = (num_blocks + 1) / (2 * num_blocks)
     loop_trips: dict[str, float] = {"m1_jax.expert_exchange": 1}

@@ -38,6 +38,7 @@ class TimedInstruction:
     Attributes:
       name, shape: as in the program.
       sources: the two innermost of our own calls that it came from, as far as there are any.
+      scopes: named scopes and operation, as `source_frames.find_scopes` returns them.
       cost: of one execution.
       busy_secs: time that its resource works, in one execution.
       exposed_secs: time that it holds up the program, in one execution.
@@ -48,6 +49,7 @@ class TimedInstruction:
     name: str
     shape: str
     sources: Sequence[source_frames.SourceFrame]
+    scopes: str
     cost: instruction_costs.InstructionCost
     busy_secs: float
     exposed_secs: float
@@ -352,6 +354,7 @@ class _ScheduleClock:
                 name=instruction.name,
                 shape=instruction.shape,
                 sources=frames[:2],
+                scopes=source_frames.find_scopes(instruction.operands_and_attributes),
                 cost=cost,
                 busy_secs=self._secs_of(cost),
                 exposed_secs=exposed_secs,

@@ -112,6 +112,7 @@ def _list_dearest(time: time_prediction.ProgramTime) -> list[dict[str, Any]]:
             "num_runs": rows[key].num_runs,
             "shape": rows[key].shape,
             "detail": rows[key].cost.detail,
+            "scopes": rows[key].scopes,
             "sources": [str(frame) for frame in rows[key].sources],
         }
         for key in dearest
