@@ -33,6 +33,7 @@ from infer.execution import device, leader_follower
 from infer.scheduling import scheduler
 from infer.scheduling import stats as stats_lib
 from m1_jax import config as model_config_lib
+from m1_jax import lightning
 from m1_jax import model as model_lib
 from m1_jax import tokenizer as tokenizer_lib
 
@@ -80,7 +81,9 @@ class Engine:
                 "the others in leader_follower.follow_engine(model, config)"
             )
         self.config, self.tokenizer = config, tokenizer
-        self._model_config = model.config
+        # With the lightning implementation that None stands for here: `suspend` writes it down.
+        runs = lightning.resolve_implementation(model.config, model.dtype, model.layout)
+        self._model_config = dataclasses.replace(model.config, lightning_implementation=runs)
         self._device: device.Device | leader_follower.Leader = device.Device(model, config)
         if jax.process_count() > 1:
             self._device = leader_follower.Leader(self._device)

@@ -15,7 +15,7 @@ collectives that the model's code calls (`collectives.py`).
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -82,15 +82,22 @@ ACTIVATION_RULES = {
 }
 # Kinds of devices over whose links the compiler refuses to route a ragged all-to-all.
 _NO_RAGGED_DEVICE_KINDS = ("TPU v5 lite", "TPU v5e")
-# A context, since the code that exchanges rows sees only the mesh's axes while it is traced, not
-# its devices.
-_supports_ragged_all_to_all = jax.make_user_context(True)
+# Platform and kind of the devices that a program is traced for. A context, since the code of the
+# model sees only the mesh's axes while it is traced, not its devices. None: not known.
+_target_device = jax.make_user_context(None)
 # By mode: axes that must be 1, and why.
 UNUSABLE_AXES = {
     TRAIN: {},
     PREFILL: {"fsdp": "weights would be gathered for every prompt: use expert and tensor"},
     DECODE: {"fsdp": "weights would be gathered for every token: use expert and tensor"},
 }
+
+
+class TargetDevice(NamedTuple):
+    """A device of the mesh that a program is traced for."""
+
+    platform: str  # such as "tpu"
+    kind: str  # JAX's `device_kind`, such as "TPU v5 lite"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -317,17 +324,22 @@ def run_sharded(layout: MeshLayout, function: Callable, in_specs, out_specs) -> 
     )
 
     def traced(*arguments):
-        with _supports_ragged_all_to_all(
-            layout.mesh.devices.flat[0].device_kind not in _NO_RAGGED_DEVICE_KINDS
-        ):
+        device = layout.mesh.devices.flat[0]
+        with _target_device(TargetDevice(device.platform, device.device_kind)):
             return program(*arguments)
 
     return traced
 
 
+def target_device() -> TargetDevice | None:
+    """Return what the program being traced will run on, or None where nobody knows yet."""
+    return _target_device.value
+
+
 def has_ragged_all_to_all() -> bool:
     """Say whether the devices of the program being traced have a ragged all-to-all."""
-    return _supports_ragged_all_to_all.value
+    target = _target_device.value
+    return target is None or target.kind not in _NO_RAGGED_DEVICE_KINDS
 
 
 def param_specs(layout: MeshLayout, module):

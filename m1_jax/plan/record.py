@@ -1,16 +1,16 @@
 """The record of a plan: one job compiled on one mesh, and what that takes, as --json writes it."""
 
-import contextlib
 import dataclasses
 import importlib.metadata
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax.numpy as jnp
 from absl import logging
 
 from m1_jax import config as config_lib
-from m1_jax import sharding
+from m1_jax import lightning, sharding
 from m1_jax.plan import aot, collectives, estimate, jobs, meshes, shapes, topology
 from m1_jax.plan import config as plan_config
 from pallas_kernels.lightning_attention import tiling
@@ -44,9 +44,7 @@ def compile_job(
     setting = jobs.JobSetting(model_config, job, layout, model, serving_layout)
     start_secs = time.perf_counter()
     # Kernels choose their tiles for a chip. This process has none to ask.
-    uses_kernels = config.lightning == "tpu"
-    chip = tiling.compile_for(tpu_slice.generation) if uses_kernels else contextlib.nullcontext()
-    with chip:
+    with tiling.compile_for(tpu_slice.generation):
         traced_programs = jobs.JOB_TRACERS[job.kind](setting)
         trace_secs = time.perf_counter() - start_secs
         programs = [_compile_program(p, limit_bytes, len(devices)) for p in traced_programs]
@@ -57,6 +55,7 @@ def compile_job(
         "batch": job.batch,
         "devices": len(devices),
         "devices_per_chip": len(devices) // tpu_slice.num_chips,
+        "lightning_runs": lightning.resolve_implementation(model_config, jnp.bfloat16, layout),
         **peak_program,
         "fits": all(program["fits"] for program in programs),
         "programs": programs,

@@ -41,7 +41,7 @@ def _describe_job(record: Mapping[str, Any]) -> str:
     words = [] if record["job"] == "reshard" else [_describe_rows(record)]
     if record["weights"] is not None:
         words.append(f"weights {record['weights']}")
-    words.append(f"lightning {record['lightning']}")
+    words.append(f"lightning {record['lightning_runs']}")
     words += [f"{name} {record['versions'][name]}" for name in ("jax", "libtpu")]
     return ", ".join(words)
 
