@@ -9,8 +9,8 @@ from typing import Any
 import jax.numpy as jnp
 from absl import logging
 
+from m1_jax import compiler_options, lightning, sharding
 from m1_jax import config as config_lib
-from m1_jax import lightning, sharding
 from m1_jax.plan import aot, collectives, estimate, jobs, meshes, shapes, topology
 from m1_jax.plan import config as plan_config
 from pallas_kernels.lightning_attention import tiling
@@ -47,7 +47,11 @@ def compile_job(
     with tiling.compile_for(tpu_slice.generation):
         traced_programs = jobs.JOB_TRACERS[job.kind](setting)
         trace_secs = time.perf_counter() - start_secs
-        programs = [_compile_program(p, limit_bytes, len(devices)) for p in traced_programs]
+        # What a run on these devices compiles with.
+        options = compiler_options.options_for(devices[0])
+        programs = [
+            _compile_program(p, limit_bytes, len(devices), options) for p in traced_programs
+        ]
     peak_program = max(programs, key=lambda program: program["hbm_bytes_per_chip"])
     return {
         **dataclasses.asdict(config),
@@ -56,6 +60,7 @@ def compile_job(
         "devices": len(devices),
         "devices_per_chip": len(devices) // tpu_slice.num_chips,
         "lightning_runs": lightning.resolve_implementation(model_config, jnp.bfloat16, layout),
+        "compiler_options": options,
         **peak_program,
         "fits": all(program["fits"] for program in programs),
         "programs": programs,
@@ -71,12 +76,15 @@ def compile_job(
 
 
 def _compile_program(
-    program: jobs.TracedProgram, limit_bytes: float, num_devices: int
+    program: jobs.TracedProgram,
+    limit_bytes: float,
+    num_devices: int,
+    options: Mapping[str, bool | int],
 ) -> dict[str, Any]:
     """Compile a program. The memory of what lies beside it counts as its own."""
     beside_bytes = {name: shapes.local_bytes(tree) for name, tree in program.co_resident.items()}
     logging.info("compiling %s", program.name)
-    compiled = aot.compile_program(program.traced, limit_bytes)
+    compiled = aot.compile_program(program.traced, limit_bytes, options)
     needed_bytes = compiled.needed_bytes + sum(beside_bytes.values())
     arguments = {name: shapes.local_bytes(tree) for name, tree in program.arguments.items()}
     results = {name: shapes.local_bytes(tree) for name, tree in program.results.items()}
