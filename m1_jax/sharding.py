@@ -24,6 +24,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from m1_jax import config as config_lib
+from m1_jax import physical_mesh
 
 MESH_AXES = ("data", "fsdp", "expert", "tensor", "context")
 TRAIN, PREFILL, DECODE = "train", "prefill", "decode"
@@ -188,6 +189,8 @@ def make_param_sharding(layout: MeshLayout | None, logical_axes, shape) -> jax.s
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
     """Return a mesh with all of `MESH_AXES`, whose neighbours are near on the chips' links.
 
+    Axes lie on whole dimensions of a TPU slice where they can (`physical_mesh.py`).
+
     Several slices are joined by a slow network. They lie along `data`, or along `fsdp` if `data`
     is not a multiple of their number. No other axis crosses slices.
 
@@ -233,9 +236,7 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) ->
             inner, outer, devices, allow_split_physical_axes=True
         )
     else:
-        device_array = mesh_utils.create_device_mesh(
-            list(shape.values()), devices, allow_split_physical_axes=True
-        )
+        device_array = physical_mesh.arrange_devices(list(shape.values()), devices)
     return Mesh(device_array, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 from absl import logging
 
-from m1_jax import compiler_options, lightning, sharding
+from m1_jax import compiler_options, lightning, physical_mesh, sharding
 from m1_jax import config as config_lib
 from m1_jax.plan import aot, collectives, estimate, jobs, meshes, shapes, topology
 from m1_jax.plan import config as plan_config
@@ -64,9 +64,15 @@ def compile_job(
         **peak_program,
         "fits": all(program["fits"] for program in programs),
         "programs": programs,
-        "warnings": meshes.describe_padded_columns(
-            model_config, job, serving_layout or layout, model
-        ),
+        "warnings": [
+            *meshes.describe_padded_columns(model_config, job, serving_layout or layout, model),
+            *meshes.describe_cut_axes(layout.mesh, tpu_slice),
+        ],
+        "mesh_dimensions": {
+            axis: [str(share) for share in shares]
+            for axis, shares in physical_mesh.describe_axes(layout.mesh).items()
+        },
+        "closed_dimensions": list(tpu_slice.closed_dims),
         "capacity": _count_rows_in_free_hbm(setting, peak_program),
         "trace_secs": trace_secs,
         "compile_secs": sum(program["compile_secs"] for program in programs),
