@@ -108,7 +108,9 @@ def _define_flags() -> None:
     flags.DEFINE_enum(
         "remat", "layer", list(config_lib.REMAT_POLICIES), "What training computes again."
     )
-    flags.DEFINE_enum("lightning", "chunked", ["chunked", "tpu"], "XLA or the Pallas kernels.")
+    flags.DEFINE_enum(
+        "lightning", None, ["chunked", "tpu"], "XLA or the Pallas kernels; default: as a run does."
+    )
     recipes = list(quantize.INT8_RECIPES)
     flags.DEFINE_enum(
         "weights", None, recipes, "Int8 weights, where nothing is trained. Default: bfloat16."
