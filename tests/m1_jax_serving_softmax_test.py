@@ -14,13 +14,17 @@ from pallas_kernels.paged_attention import tpu as tpu_kernel
 
 TILE, CHUNK, NUM_KV, HEADS, SIZE, PAGES = 8, 16, 2, 6, 16, 24
 INDEX = (1, 0)  # of a stack of two layers
+BLOCK_KEYS = tpu_kernel.BLOCK_KEYS
 
 
-@pytest.fixture(autouse=True)
-def small_blocks(monkeypatch):
+@pytest.fixture(scope="module", autouse=True)
+def small_blocks():
     """Let a short sequence have several blocks of keys."""
-    monkeypatch.setattr(softmax, "BLOCK_KEYS", 2 * CHUNK)
-    monkeypatch.setattr(tpu_kernel, "BLOCK_KEYS", 2 * CHUNK)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(softmax, "BLOCK_KEYS", 2 * CHUNK)
+        patch.setattr(tpu_kernel, "BLOCK_KEYS", 2 * CHUNK)
+        yield
+    # The kernel's traces have the small blocks.
     jax.clear_caches()
 
 
@@ -41,9 +45,10 @@ def attend(q, k, v, batch, cache, implementation):
 
 
 def run(parts, cache, implementation, num_tiles=None):
-    """Attend with parts (q k v, first row, end row, pages) of sequences, in full tiles or row by row.
+    """Attend in full tiles, or row by row. Return each part's output, and the cache.
 
     Args:
+      parts: (q k v, first row, end row, pages) of sequences, or None for a tile of padding.
       num_tiles: of a program of full tiles. None: one row in each tile.
     """
     rows_per_tile = 1 if num_tiles is None else TILE
@@ -52,10 +57,8 @@ def run(parts, cache, implementation, num_tiles=None):
     pages = np.zeros((num_tiles, PAGES), np.int32)
     dtype = cache.keys.dtype
     # Padding computes with NaN: it must reach nobody.
-    arrays = [
-        np.full((len(positions), heads, SIZE), np.nan, np.float32)
-        for heads in (HEADS, NUM_KV, NUM_KV)
-    ]
+    heads = (HEADS, NUM_KV, NUM_KV)
+    arrays = [np.full((len(positions), n, SIZE), np.nan, np.float32) for n in heads]
     at, places = 0, []
     for part in parts:
         if part is None:
@@ -148,7 +151,7 @@ def test_another_implementation_is_refused():
 @pytest.mark.parametrize("name", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"])
 def test_tpu_program_reads_pages_in_place(name, monkeypatch):
     """Lowered for TPU, the kernel is chosen, and no program has a second cache beside the first."""
-    monkeypatch.undo()
+    monkeypatch.setattr(tpu_kernel, "BLOCK_KEYS", BLOCK_KEYS)
     pytest.importorskip("libtpu")
     device = topology.get_slice_devices(topology.parse_slice(name))[0]
     sharding = jax.sharding.SingleDeviceSharding(device)

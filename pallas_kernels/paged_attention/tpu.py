@@ -62,24 +62,24 @@ def _attention_kernel(
     (_, block_keys, size), chunk = key_buffers.shape, keys.shape[4]
     pages_per_block = block_keys // chunk
 
-    def page_copies(block, slot):
-        """Return the copies of a block's pages to one of the two buffers."""
-        copies = []
+    sides = ((keys, key_buffers), (values, value_buffers))
+
+    def start(block, slot):
+        """Start to copy the pages of a block to one of the two buffers."""
         for i in range(pages_per_block):
             page = pages[0, 0, block * pages_per_block + i]
             source = (stack_index[0], stack_index[1], page, head)
             rows = pl.ds(i * chunk, chunk)
-            for side, (cache, buffers) in enumerate(((keys, key_buffers), (values, value_buffers))):
-                copies.append(
-                    pltpu.make_async_copy(
-                        cache.at[source], buffers.at[slot, rows], semaphores.at[slot, side]
-                    )
-                )
-        return copies
+            for side, (cache, buffers) in enumerate(sides):
+                pltpu.make_async_copy(
+                    cache.at[source], buffers.at[slot, rows], semaphores.at[slot, side]
+                ).start()
 
-    def start(block, slot):
-        for copy in page_copies(block, slot):
-            copy.start()
+    def wait(slot):
+        """Wait for all of a buffer's pages: a semaphore counts bytes, whatever brought them."""
+        for side, (_, buffers) in enumerate(sides):
+            buffer = buffers.at[slot]
+            pltpu.make_async_copy(buffer, buffer, semaphores.at[slot, side]).wait()
 
     # `//` of a traced number asks for the TPU at hand, and there is none ahead of time.
     num_blocks = jnp.where(last >= 0, jax.lax.div(last, block_keys) + 1, 0)
@@ -93,13 +93,12 @@ def _attention_kernel(
         total, scale, top = partial
         slot = jax.lax.rem(block, 2)
         pl.when(block + 1 < num_blocks)(lambda: start(block + 1, 1 - slot))
-        for copy in page_copies(block, slot):
-            copy.wait()
+        wait(slot)
         k, v = key_buffers[slot], value_buffers[slot]
         first_key = block * block_keys
         scores = jax.lax.dot_general(
             queries, k, (((1,), (1,)), ((), ())), preferred_element_type=F32
-        ) / math.sqrt(size)
+        ) * (1 / math.sqrt(size))
         key_positions = first_key + jax.lax.broadcasted_iota(jnp.int32, scores.shape, 1)
         scores = jnp.where(key_positions <= row_positions, scores, -jnp.inf)
         # Every row sees the sequence's first key, so from the first block on this is finite.
