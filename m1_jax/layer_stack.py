@@ -157,7 +157,7 @@ def slice_layer(
 ) -> Any:
     """Return one layer of a stack of parameters and arrays, for computing in `dtype`.
 
-    With `experts_stay_stacked`, `experts.py` slices out only the experts that have rows.
+    With `experts_stay_stacked`, `experts.py` reads only the experts that have rows.
     """
 
     def slice_leaf(leaf):

@@ -184,6 +184,8 @@ class MiniMaxM1(nnx.Module):
           keep_layer_outputs: return x after every layer too.
         """
         config, layout = self.config, self.layout
+        # A gathered stack would be all layers' experts of all devices.
+        experts_stay_stacked = not fsdp.is_gathered(layout, moe.EXPERT_AXES)
 
         # `context` and the indices are arguments and not closed over: jax.checkpoint keeps its
         # arguments, and computes again what depends on them.
@@ -212,7 +214,9 @@ class MiniMaxM1(nnx.Module):
             x,
             group_states,
             functools.partial(
-                layer_stack.slice_layer, dtype=self.dtype, experts_stay_stacked=layout is None
+                layer_stack.slice_layer,
+                dtype=self.dtype,
+                experts_stay_stacked=experts_stay_stacked,
             ),
             keep_layer_outputs,
         )

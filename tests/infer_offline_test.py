@@ -218,7 +218,7 @@ def test_bad_lines_are_listed_before_anything_runs(checkpoint, tmp_path, monkeyp
         ({"prompt": "a", "id": [1]}, r"id: got \[1\]; wanted text or a whole number"),
         ({"prompt": "a", "id": "same"}, None),
         ({"prompt": "a", "id": "same"}, "id: got 'same' again, first at .*:6; wanted another"),
-        ({"prompt": "a", "preset": "fast"}, "preset: got 'fast'; did you mean"),
+        ({"prompt": "a", "preset": "fast"}, "preset: got 'fast'; wanted one of "),
         ({"prompt": "a", "messages": []}, 'wanted "prompt" and "system", or'),
         ({"messages": [{"role": "nobody", "content": "a"}]}, "nobody"),
         ({"prompt": "a", "logit_bias": {"512": 1}}, "logit_bias: got 512; wanted token ids"),

@@ -4,6 +4,7 @@ import dataclasses
 import gc
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -179,10 +180,31 @@ def test_a_source_may_be_read_no_more(tmp_path):
     without = configlib.apply_override(config, "stages.0.tokens=1024")
     gone = dataclasses.replace(without, data=DataConfig(sources=(TEXT,)))
     options = allow("data.sources", "stages")
-    with pytest.raises(records.DataError, match="Give it weight 0"):
+    with pytest.raises(records.DataError, match="Give it weight 0") as refusal:
         loop.run_training(gone, tmp_path / "run", options)
     zero = configlib.apply_override(without, "data.sources.1.weight=0")
-    assert loop.run_training(zero, tmp_path / "run", options).step == 4
+    with pytest.raises(checkpoints.ResumeError, match="data.sources.1.weight: 1.0 -> 0.0"):
+        loop.run_training(zero, tmp_path / "run", allow("stages"))
+    # As the message says.
+    advice = re.findall(r"--allow_change=([\w.]*\w)", str(refusal.value))
+    assert loop.run_training(zero, tmp_path / "run", allow("stages", *advice)).step == 4
+
+
+def test_a_source_with_weights_by_step_may_be_read_no_more(tmp_path):
+    other = DataSource("other", "demo/data/text_held_out.jsonl", "text")
+    data = DataConfig(sources=(TEXT, other), weights=((0, ((TEXT.name, 1.0), ("other", 1.0))),))
+    config = make_config(steps=2, data=data)
+    loop.run_training(config, tmp_path / "run")
+    longer = configlib.apply_override(config, "stages.0.tokens=1024")
+    zero = dataclasses.replace(data, weights=((0, ((TEXT.name, 1.0), ("other", 0.0))),))
+    gone = dataclasses.replace(data, sources=(TEXT,), weights=((0, ((TEXT.name, 1.0),)),))
+    gone_config = dataclasses.replace(longer, data=gone)
+    options = allow("data.sources", "data.weights", "stages")
+    with pytest.raises(records.DataError, match="Give it weight 0") as refusal:
+        loop.run_training(gone_config, tmp_path / "run", options)
+    advice = re.findall(r"--allow_change=([\w.]*\w)", str(refusal.value))
+    zero_config = dataclasses.replace(longer, data=zero)
+    assert loop.run_training(zero_config, tmp_path / "run", allow("stages", *advice)).step == 4
 
 
 def test_a_field_that_does_not_exist_is_refused_before_anything(run):

@@ -11,7 +11,19 @@ from absl import logging
 
 from m1_jax import config as config_lib
 from m1_jax import lightning, sharding
-from m1_jax.plan import aot, collectives, estimate, jobs, meshes, shapes, topology
+from m1_jax.plan import (
+    aot,
+    chip_specs,
+    collectives,
+    estimate,
+    jobs,
+    meshes,
+    program_work,
+    shapes,
+    time_assumptions,
+    time_summary,
+    topology,
+)
 from m1_jax.plan import config as plan_config
 from pallas_kernels.lightning_attention import tiling
 
@@ -47,7 +59,11 @@ def compile_job(
     with tiling.compile_for(tpu_slice.generation):
         traced_programs = jobs.JOB_TRACERS[job.kind](setting)
         trace_secs = time.perf_counter() - start_secs
-        programs = [_compile_program(p, limit_bytes, len(devices)) for p in traced_programs]
+        assumptions = time_assumptions.make_assumptions(model_config, job, layout)
+        programs = [
+            _compile_program(setting, p, limit_bytes, tpu_slice, assumptions)
+            for p in traced_programs
+        ]
     peak_program = max(programs, key=lambda program: program["hbm_bytes_per_chip"])
     return {
         **dataclasses.asdict(config),
@@ -71,7 +87,11 @@ def compile_job(
 
 
 def _compile_program(
-    program: jobs.TracedProgram, limit_bytes: float, num_devices: int
+    setting: jobs.JobSetting,
+    program: jobs.TracedProgram,
+    limit_bytes: float,
+    tpu_slice: topology.TpuSlice,
+    assumptions: time_assumptions.TimeAssumptions,
 ) -> dict[str, Any]:
     """Compile a program. The memory of what lies beside it counts as its own."""
     beside_bytes = {name: shapes.local_bytes(tree) for name, tree in program.co_resident.items()}
@@ -89,6 +109,7 @@ def _compile_program(
     if compiled.hlo_text:
         traffic, num_unknown_loops = collectives.count_collectives(compiled.hlo_text)
     model_flops, recomputed_flops = program.flops
+    num_devices = tpu_slice.num_devices
     return {
         "program": program.name,
         "fits": needed_bytes <= compiled.limit_bytes and compiled.fits,
@@ -105,6 +126,13 @@ def _compile_program(
         "collectives": _traffic_to_json(traffic),
         "collectives_estimate": _traffic_to_json(program.resource_estimate.collectives),
         "unknown_loops": num_unknown_loops,
+        "time": time_summary.summarize_time(
+            compiled.codegen_text,
+            chip_specs.CHIP_SPECS[tpu_slice.generation],
+            assumptions,
+            program_work.count_work(setting, program, assumptions),
+            tpu_slice.num_chips,
+        ),
         "compile_secs": compiled.compile_secs,
         "compile_cpu_secs": compiled.compile_cpu_secs,
     }

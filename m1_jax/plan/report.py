@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+from m1_jax.plan import time_report
+
 GIB = 2**30
 
 
@@ -22,7 +24,12 @@ def format_report(record: Mapping[str, Any]) -> str:
     for program in record["programs"]:
         if len(record["programs"]) > 1:
             lines.append(f"program {program['program']}")
-        for part in (_format_memory(program), _format_flops(program), _format_collectives(program)):
+        for part in (
+            _format_memory(program),
+            _format_flops(program),
+            _format_collectives(program),
+            time_report.format_time(program["time"]),
+        ):
             lines += [*part, ""] if part else []
     lines += [
         *(f"warning: {warning}" for warning in record["warnings"]),

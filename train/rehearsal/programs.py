@@ -7,11 +7,11 @@ import pathlib
 import shlex
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from m1_jax import local_path, sharding
-from m1_jax.plan import aot, estimate, jobs, shapes
+from m1_jax.plan import aot, estimate, jobs, meshes, shapes
 from m1_jax.plan import config as plan_config
 from m1_jax.plan import report as report_lib
 from train.rehearsal import findings as findings_lib
@@ -117,7 +117,7 @@ def check_program(
     setting: setting_lib.RehearsalSetting,
     findings: findings_lib.FindingList,
 ) -> None:
-    """Add a line with the memory of a program."""
+    """Add a line with the memory of a program, and m1-plan's warnings of its mesh."""
     directory = setting.rehearsal.plans_directory
     record = find_record(program, directory)
     if record is None and setting.rehearsal.compile:
@@ -131,8 +131,17 @@ def check_program(
             f"{program.label}: {verdict} (compiled, jax {record['versions']['jax']})",
             needed_bytes=record["hbm_bytes_per_chip"],
         )
+        # A weight sync's are those of the sampler's mesh, which `sampling` adds.
+        if program.plan.job != "reshard":
+            add_warnings(program.label, record.get("warnings", ()), findings)
         return
     _estimate_program(program, setting, findings)
+
+
+def add_warnings(label: str, warnings: Sequence[str], findings: findings_lib.FindingList) -> None:
+    """Add a line for each of m1-plan's warnings."""
+    for warning in warnings:
+        findings.add("costs", "mesh", f"{label}: {warning}")
 
 
 def _compile_record(
@@ -163,6 +172,8 @@ def _estimate_program(
     if plan.job == "reshard":
         findings.add("assumes", "programs", f"{program.label}: not compiled; {line}")
         return
+    padded = meshes.describe_padded_columns(model_config, job, program.layout, model)
+    add_warnings(program.label, padded, findings)
     resources = jobs.estimate_job(model_config, job, program.layout, model)
     limit_bytes = probe_limit_bytes(setting.devices[0])
     certain_bytes = sum(
