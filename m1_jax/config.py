@@ -22,7 +22,8 @@ __all__ = [
     "ModelConfig",
 ]
 
-REMAT_POLICIES = ("none", "layer", "dots")  # the values of `ModelConfig.remat`
+# The values of `ModelConfig.remat`, from the fastest to that which keeps least.
+REMAT_POLICIES = ("none", "products", "dots", "attention", "layer")
 # Beside None, the values of `ModelConfig.lightning_implementation`: the keys of
 # `pallas_kernels.lightning_attention.api.IMPLEMENTATIONS`, which is not imported for them.
 LIGHTNING_IMPLEMENTATIONS = ("reference", "chunked", "tpu", "gpu")
@@ -77,8 +78,10 @@ class ModelConfig:
       initializer_range: standard deviation of fresh weights.
       max_position_embeddings: the most tokens of a sequence. The engine of `infer` refuses a larger
         limit. The model itself has no limit.
-      remat: what the backward pass recomputes: "none", "layer" (all but each layer's input) or
-        "dots" (all but layer inputs and matmul outputs).
+      remat: what the backward pass recomputes, one of `REMAT_POLICIES`: "none", "layer" (all but
+        each layer's input), "attention" (all but layer inputs and outputs of attention blocks),
+        "dots" (all but layer inputs and the outputs of dense matmuls) or "products" (as "dots", and
+        the experts' first two matmuls are kept, too).
       expert_capacity: the most rows that a device takes for its experts, as a multiple of a
         balanced router's share, more than 0. None drops no token.
       lightning_implementation: one of `LIGHTNING_IMPLEMENTATIONS`, which then runs or raises.
