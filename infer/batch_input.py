@@ -31,6 +31,7 @@ class BatchConfig:
     dtype: str | None = _flag(None, command_mesh.DTYPE_HELP)
     weights: str | None = _flag(None, "int8-experts or int8-all quantizes weights; default: dtype.")
     mesh: str | None = _flag(None, command_mesh.MESH_HELP)
+    lightning: str | None = _flag(None, command_mesh.LIGHTNING_HELP)
     distributed: bool = _flag(False, distributed.DISTRIBUTED_HELP)
     max_length: int = _flag(0, "Most tokens of prompt and output together; 0: the model's limit.")
     max_rows: int = _flag(8, "Most sequences in a batch.")
@@ -46,20 +47,20 @@ class BatchConfig:
             "output": (bool(self.output), "a file"),
             "seed": (0 <= self.seed < 2**32, f"0 to {2**32 - 1}"),
             "profile": (self.profile in prompt_lib.PROFILES, " or ".join(prompt_lib.PROFILES)),
-            "dtype": (self.dtype in (None, *command.DTYPES), " or ".join(command.DTYPES)),
             "max_length": (self.max_length >= 0, "0 (the model's own) or more"),
             "max_rows": (self.max_rows >= 1, "1 or more"),
         }
         command.check_fields(self, checks)
         command.check_paths(self, ("checkpoint", "input", "output"))
         quantize.check_recipe(self.weights)
-        if self.mesh:
-            command_mesh.parse_axis_sizes(self.mesh)  # raises for another form
+        command_mesh.check_model_flags(self.dtype, self.mesh, self.lightning)
         _ = self.options  # raises for defaults that are no options
 
     @property
     def model_choice(self) -> command.ModelChoice:
-        return command.ModelChoice(self.checkpoint, self.dtype, self.weights, self.mesh)
+        return command.ModelChoice(
+            self.checkpoint, self.dtype, self.weights, self.mesh, self.lightning
+        )
 
     @property
     def options(self) -> options_lib.Options:

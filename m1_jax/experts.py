@@ -49,6 +49,7 @@ def grouped_mlp(
         group_sizes,
         weights,
         cpu=_grouped_mlp_tiled,
+        tpu=functools.partial(_grouped_mlp_ragged, kernel_takes_int8=True),
         default=_grouped_mlp_ragged,
     )
 
@@ -65,25 +66,51 @@ def grouped_mlp_stacked(
 ) -> Float[Array, "M D"]:
     """Return `grouped_mlp` of one layer of experts that are stacked over layers.
 
-    There is no gradient. On CPU only the matrices of experts with rows are read. A layer sliced out
-    in a loop over layers would be copied in full, once for every token decoded.
+    There is no gradient. On CPU and TPU only the matrices of experts with rows are read. A layer
+    sliced out in a loop over layers would be copied in full, once for every token decoded.
     """
-
-    def run_ragged(rows, gate, up, down, stack_index, group_sizes, weights):
-        gate, up, down = (jax.tree.map(lambda a: a[stack_index], x) for x in (gate, up, down))
-        return _grouped_mlp_ragged(rows, gate, up, down, group_sizes, weights)
 
     def run_tiled(rows, gate, up, down, stack_index, group_sizes, weights):
         arguments = (rows, gate, up, down, group_sizes, weights)
         return _run_expert_tiles(*arguments, keep_residuals=False, stack_index=stack_index)[0]
 
+    # A kernel's operand must be a buffer. The whole stack is one, and a layer of it is not.
+    def run_on_stack(rows, gate, up, down, stack_index, group_sizes, weights):
+        def matmul(rows, matrices):
+            return _stacked_matmul(rows, matrices, stack_index, group_sizes)
+
+        gate_out, up_out = matmul(rows, gate), matmul(rows, up)
+        # Rows outside of all groups stay undefined: without a gradient nothing reads them.
+        return matmul(_weighted_hidden(gate_out, up_out, weights), down)
+
+    # `ragged_dot` on GPU may compute a product with every expert of its operand.
+    def run_on_slice(rows, gate, up, down, stack_index, group_sizes, weights):
+        gate, up, down = (jax.tree.map(lambda a: a[stack_index], x) for x in (gate, up, down))
+        return _grouped_mlp_ragged(rows, gate, up, down, group_sizes, weights)
+
     return jax.lax.platform_dependent(
-        rows, gate, up, down, stack_index, group_sizes, weights, cpu=run_tiled, default=run_ragged
+        rows,
+        gate,
+        up,
+        down,
+        stack_index,
+        group_sizes,
+        weights,
+        cpu=run_tiled,
+        tpu=run_on_stack,
+        default=run_on_slice,
     )
 
 
-def _grouped_mlp_ragged(rows, gate, up, down, group_sizes, weights):
-    matmul = functools.partial(_ragged_matmul, group_sizes=group_sizes)
+# ---- TPU and GPU: grouped matrix products
+
+
+def _grouped_mlp_ragged(
+    rows, gate, up, down, group_sizes, weights, *, kernel_takes_int8: bool = False
+):
+    def matmul(rows, matrices):
+        return _ragged_matmul(rows, matrices, group_sizes, kernel_takes_int8)
+
     # `ragged_dot` leaves rows outside of all groups undefined. A NaN there, times 0, would spread
     # in the experts' gradients.
     has_expert = (jnp.arange(rows.shape[0]) < jnp.sum(group_sizes))[:, None]
@@ -91,15 +118,41 @@ def _grouped_mlp_ragged(rows, gate, up, down, group_sizes, weights):
     return matmul(_weighted_hidden(gate_out, up_out, weights), down)
 
 
-def _ragged_matmul(rows, matrices, group_sizes):
+def _ragged_matmul(rows, matrices, group_sizes, kernel_takes_int8: bool):
+    """Return each row times the matrix [I, O] of its expert, of matrices [E, I, O]."""
     if not isinstance(matrices, quantize.QuantizedMatrices):
         return jax.lax.ragged_dot(rows, matrices, group_sizes)
-    # int8 is exact in bfloat16. Scales are by column, so they apply to the float32 sums.
-    values = matrices.values.astype(rows.dtype)
+    # int8 is exact in bfloat16. The TPU's kernel widens each tile in its own memory. Elsewhere the
+    # compiler wants operands of one dtype.
+    values = matrices.values if kernel_takes_int8 else matrices.values.astype(rows.dtype)
     y = jax.lax.ragged_dot(rows, values, group_sizes, preferred_element_type=jnp.float32)
-    expert = jnp.arange(matrices.shape[0], dtype=jnp.int32)
-    expert = jnp.repeat(expert, group_sizes, total_repeat_length=rows.shape[0])
-    return (y * jnp.take(matrices.scale, expert, axis=0)).astype(rows.dtype)
+    return _scale_columns(y, matrices.scale, group_sizes).astype(rows.dtype)
+
+
+def _stacked_matmul(rows, matrices, stack_index, group_sizes):
+    """Return `_ragged_matmul` of one layer of matrices [R, J, E, I, O], without a copy of them.
+
+    The layer is addressed by group sizes: those of all other layers' experts are 0, and the TPU's
+    kernel does not read the matrices of empty groups.
+    """
+    is_quantized = isinstance(matrices, quantize.QuantizedMatrices)
+    values = matrices.values if is_quantized else matrices
+    num_repeats, num_layers, num_experts = values.shape[:3]
+    first = (stack_index[0] * num_layers + stack_index[1]) * num_experts
+    sizes = jnp.zeros(num_repeats * num_layers * num_experts, group_sizes.dtype)
+    sizes = jax.lax.dynamic_update_slice_in_dim(sizes, group_sizes, first, 0)
+    values = values.reshape(-1, *values.shape[3:])
+    if not is_quantized:
+        return jax.lax.ragged_dot(rows, values, sizes)
+    y = jax.lax.ragged_dot(rows, values, sizes, preferred_element_type=jnp.float32)
+    return _scale_columns(y, matrices.scale[stack_index], group_sizes).astype(rows.dtype)
+
+
+def _scale_columns(y, scale, group_sizes):
+    """Multiply float32 sums [M, O] with the scales [E, O] of their experts' columns."""
+    expert = jnp.arange(scale.shape[0], dtype=jnp.int32)
+    expert = jnp.repeat(expert, group_sizes, total_repeat_length=y.shape[0])
+    return y * jnp.take(scale, expert, axis=0, mode="clip")
 
 
 def _weighted_hidden(gate_out, up_out, weights):

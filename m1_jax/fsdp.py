@@ -6,6 +6,7 @@ and scatters each gradient back to where its parameter lies.
 """
 
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,11 @@ from jax import ad_checkpoint
 from m1_jax import sharding
 
 GATHERED_NAME = "gathered"  # the name of gathered parameters, for rematerialisation
+
+
+def is_gathered(layout: sharding.MeshLayout | None, logical_axes: Sequence[str | None]) -> bool:
+    """Say whether a parameter is split for storage, so that each layer gathers it."""
+    return layout is not None and bool(layout.fsdp_dim_and_axes(logical_axes)[1])
 
 
 def gather_params(module, layout: sharding.MeshLayout | None, dtype):

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from m1_jax import (
     collectives,
+    compiler_options,
     decoder_layer,
     forward_context,
     fsdp,
@@ -184,6 +185,8 @@ class MiniMaxM1(nnx.Module):
           keep_layer_outputs: return x after every layer too.
         """
         config, layout = self.config, self.layout
+        # A gathered stack would be all layers' experts of all devices.
+        experts_stay_stacked = not fsdp.is_gathered(layout, moe.EXPERT_AXES)
 
         # `context` and the indices are arguments and not closed over: jax.checkpoint keeps its
         # arguments, and computes again what depends on them.
@@ -212,7 +215,9 @@ class MiniMaxM1(nnx.Module):
             x,
             group_states,
             functools.partial(
-                layer_stack.slice_layer, dtype=self.dtype, experts_stay_stacked=layout is None
+                layer_stack.slice_layer,
+                dtype=self.dtype,
+                experts_stay_stacked=experts_stay_stacked,
             ),
             keep_layer_outputs,
         )
@@ -227,7 +232,7 @@ class MiniMaxM1(nnx.Module):
 # ---- whole rows
 
 
-@jax.jit
+@compiler_options.jit_for_device
 def _compute_logits(
     model: MiniMaxM1,
     tokens: Int[Array, "B T"],
@@ -306,7 +311,7 @@ def _forward_local(
 # ---- rows with a state
 
 
-@functools.partial(jax.jit, static_argnames="last_only")
+@functools.partial(compiler_options.jit_for_device, static_argnames="last_only")
 def _extend_sequences(
     model: MiniMaxM1,
     tokens: Int[Array, "B T"],

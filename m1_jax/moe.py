@@ -13,6 +13,9 @@ from jaxtyping import Array, Float, Int
 from m1_jax import collectives, expert_exchange, layer_stack, layers, quantize
 from m1_jax import config as config_lib
 
+# Logical axes of an expert's gate and up. Its down is split for storage where they are.
+EXPERT_AXES = ("experts", "embed", "mlp")
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -70,10 +73,10 @@ class MoE(nnx.Module):
         # The router is float32: in bfloat16, near-ties would pick other experts.
         shape, axes = (embed, num_experts), ("embed", None)
         self.router = layers.make_param(rngs, shape, axes, param_dtype, std, float32=True)
-        inward, outward = ("experts", "embed", "mlp"), ("experts", "mlp_in", "embed_out")
+        outward = ("experts", "mlp_in", "embed_out")
         inward_shape, outward_shape = (num_experts, embed, hidden), (num_experts, hidden, embed)
-        self.gate = layers.make_param(rngs, inward_shape, inward, param_dtype, std)
-        self.up = layers.make_param(rngs, inward_shape, inward, param_dtype, std)
+        self.gate = layers.make_param(rngs, inward_shape, EXPERT_AXES, param_dtype, std)
+        self.up = layers.make_param(rngs, inward_shape, EXPERT_AXES, param_dtype, std)
         self.down = layers.make_param(rngs, outward_shape, outward, param_dtype, std)
         # Only int8 experts have scales (`quantize.py`).
         self.gate_scale = self.up_scale = self.down_scale = nnx.data(None)

@@ -227,7 +227,7 @@ def test_engine_programs():
     model_config = config_lib.ModelConfig.m1()
     layout = sharding.make_layout(mesh, model_config, sharding.DECODE)
     model = params_lib.abstract_model(model_config, jnp.bfloat16, jnp.bfloat16, layout)
-    tiles = programs.EngineTiles(engine.attention_tile, engine.matmul_tile)
+    tiles = programs.EngineTiles.of_config(engine.for_platform("cpu"))
     state, (sampling, batch, steps) = programs.abstract_decode_inputs(model_config, layout, engine)
     decode = functools.partial(programs.decode_tokens, tiles=tiles, max_steps=engine.decode_steps)
     jax.jit(decode).trace(model, state, sampling, batch, steps)
