@@ -354,6 +354,23 @@ def test_kernels_by_name_by_estimate_and_by_bytes():
     assert pricer.unknown_kernels == {"kernel"}
 
 
+def test_serving_kernels_read_a_part_of_their_operands():
+    decode = time_assumptions.TimeAssumptions(num_running_rows=8, num_cached_tokens=4096)
+    queries, cache = "bf16[16,1,128,128]", "bf16[10,1,300,1,128,128]"
+    operands = ("s32[2]", "s32[16]", "s32[16,1,32]", queries, cache, cache)
+    cost, _ = price_call(operands, "x=1", queries, decode, name="paged_attention.1")
+    num_bytes = 8 * 4096 * 2 * 128 * 2 + 2 * 16 * 128 * 128 * 2
+    assert cost.num_bytes == pytest.approx(num_bytes)
+    assert cost.low_secs == pytest.approx(1.9 * num_bytes / V5P.hbm_bytes_per_sec)
+    assert cost.kind == "softmax attention"
+    states, keys = "f32[10,7,9,8,128,128]", "bf16[10,7,9,8,128,128]"
+    operands = ("s32[2]", "f32[8]", "bf16[8,16,3072]", states, keys, keys)
+    cost, _ = price_call(operands, "x=1", states, decode, name="lightning_serving")
+    head_bytes = 2**16 * (1 + 1 / 128) + 2**16 + 2 * 128 * 32
+    assert cost.num_bytes == pytest.approx(64 * head_bytes + 4 / 3 * 8 * 16 * 3072 * 2)
+    assert cost.kind == "lightning attention"
+
+
 # ---- what a job assumes
 
 
@@ -368,6 +385,7 @@ def test_a_serving_job_knows_its_tiles_and_key_blocks():
     assert assumed.loop_trips["m1_jax.serving.ragged_batch.scan_attention_tiles"] == 16
     assert assumed.loop_trips["m1_jax.serving.ragged_batch"] == 16 // ragged_batch.TILE_GROUP
     assert assumed.loop_trips["m1_jax.serving.softmax"] == 16
+    assert (assumed.num_running_rows, assumed.num_cached_tokens) == (16, 4096)
     assert assumed.num_expert_rows == 32
     assert assumed.num_busy_experts == pytest.approx(8 * (1 - (31 / 32) ** 128))
     assert "64 running rows of 4096 tokens, 16 a device" in "; ".join(assumed.notes)

@@ -53,6 +53,7 @@ _KINDS_BY_MODULE = (
     ("m1_jax.exchange_plan", "exchange"),
     ("m1_jax.ring_attention", "softmax attention"),
     ("m1_jax.serving.softmax", "softmax attention"),
+    ("pallas_kernels.paged_attention", "softmax attention"),
     ("pallas_kernels", "lightning attention"),
     ("m1_jax.serving.lightning", "lightning attention"),
     ("m1_jax.context_parallel", "lightning attention"),
