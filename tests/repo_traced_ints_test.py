@@ -257,6 +257,7 @@ def test_adapters():
         jax.ShapeDtypeStruct((80, *shape), jnp.float32) for shape in ((6144, 64), (64, 8192))
     ]
     kernel = jax.ShapeDtypeStruct((80, 6144, 8192), jnp.bfloat16)
-    jax.eval_shape(lora._merge_kernel, kernel, *rank_64, 2.0)
+    merge = functools.partial(lora._merge_kernel, dtype=kernel.dtype)
+    jax.eval_shape(merge, kernel, *rank_64, 2.0)
     jax.eval_shape(lora._change_products, [(*rank_64, *rank_64)], [(2.0, 2.0)])
     assert jax.tree.leaves(adapted)

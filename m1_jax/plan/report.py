@@ -36,6 +36,7 @@ def format_report(record: Mapping[str, Any]) -> str:
     lines += [
         *(f"warning: {warning}" for warning in record["warnings"]),
         *_format_tried_meshes(record),
+        *_format_tried_remat(record),
         *_format_capacity(record),
         f"traced in {record['trace_secs']:.1f} s, compiled in {record['compile_secs']:.1f} s "
         f"({record['compile_cpu_secs']:.1f} s of CPU), "
@@ -138,6 +139,16 @@ def _format_collectives(record: Mapping[str, Any]) -> list[str]:
     if record["unknown_loops"]:
         lines.append(f"{record['unknown_loops']} loops as long as the data asks count as one run")
     return lines
+
+
+def _format_tried_remat(record: Mapping[str, Any]) -> list[str]:
+    """Return a line for each policy of rematerialisation that `--remat=auto` looked at."""
+    return [
+        f"remat {trial['remat']}: {trial['hbm_bytes_per_chip'] / GIB:.2f} GiB a chip, "
+        + ("compiled" if trial["compiled"] else "predicted, not compiled")
+        + (", fits" if trial["fits"] else ", does not fit")
+        for trial in record.get("tried_remat", ())
+    ]
 
 
 def _format_capacity(record: Mapping[str, Any]) -> list[str]:
