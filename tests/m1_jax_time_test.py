@@ -152,6 +152,19 @@ def test_traffic_counts_slices_and_updates(line, expected):
     assert counted == pytest.approx(expected)
 
 
+def test_instructions_that_metadata_break_over_lines():
+    metadata = '{"block_q": 1024, "more": "}"}'
+    text = make_text(
+        f"  %k = {MATRIX} custom-call(%w), frontend_attributes={{kernel_metadata={{\n"
+        f'"xprof_metadata":"{metadata}"\n'
+        f"}}}}, metadata={{stack_frame_id=3}}\n  ROOT %x = {MATRIX} add(%k, %w)",
+    )
+    instructions = hlo.parse_module(text).computations["main"]
+    assert list(instructions) == ["w", "k", "x"]
+    assert instructions["k"].operand_names == ["w"]
+    assert "stack_frame_id=3" in instructions["k"].operands_and_attributes
+
+
 # ---- the schedule
 
 
@@ -334,10 +347,10 @@ def test_kernels_by_name_by_estimate_and_by_bytes():
     cost, pricer = price_call(operands, "x=1", "bf16[1,64,4096,128]", name="lightning_fwd.2")
     assert cost.low_secs == pytest.approx(64 * 4096 * 1088 / V5P.hbm_bytes_per_sec)
     assert not pricer.unknown_kernels
-    # 8 query heads of 4,096 tokens and 2 key heads: the causal half of two products of a pair.
+    # 8 query heads of 4,096 tokens and 2 key heads: two products of a pair, in 10 of 16 blocks.
     heads = ("bf16[8,4096,128]", "bf16[2,4096,128]", "bf16[2,4096,128]")
     cost, pricer = price_call(("s8[4,4]", *heads), "x=1", heads[0], name="splash_mha_fwd.1")
-    flops = 2 * 2 * 8 * 4096 * 4096 / 2 * 128
+    flops = 2 * 2 * 8 * 4096 * 4096 * 10 / 16 * 128
     assert cost.low_secs == pytest.approx(flops / (0.5 * V5P.flops_per_sec))
     assert cost.kind == "softmax attention"
     assert not pricer.unknown_kernels

@@ -52,6 +52,7 @@ _KINDS_BY_MODULE = (
     ("m1_jax.expert_exchange", "exchange"),
     ("m1_jax.exchange_plan", "exchange"),
     ("m1_jax.ring_attention", "softmax attention"),
+    ("m1_jax.splash_attention", "softmax attention"),
     ("m1_jax.serving.softmax", "softmax attention"),
     ("pallas_kernels.paged_attention", "softmax attention"),
     ("pallas_kernels", "lightning attention"),

@@ -9,6 +9,7 @@ import math
 import re
 from collections.abc import Mapping
 
+from m1_jax import splash_attention
 from m1_jax.plan import chip_specs, hbm_traffic, hlo, instruction_costs, time_assumptions
 
 # Of the peaks: a grouped matmul that HBM does not bound, softmax kernels, and copies by the
@@ -137,12 +138,14 @@ class KernelPricer:
     def _price_splash(
         self, computation: str, call: hlo.HloInstruction, name: str, num_bytes: float
     ) -> instruction_costs.InstructionCost:
-        """Return the time of a part of jax's splash attention, which skips blocks without keys."""
+        """Return the time of a part of jax's splash attention, which skips blocks of the future."""
         # Queries [.., heads, T, H] come before keys [.., kv heads, S, H].
         wide = [a for a in self._operand_arrays(computation, call) if a.dtype == "bf16"]
         queries, keys = wide[0], wide[1]
         products = next((n for part, n in _SPLASH_PRODUCTS.items() if part in name), 2)
-        pairs = queries.size / queries.dims[-1] * keys.dims[-2] / 2
+        num_blocks = math.ceil(keys.dims[-2] / splash_attention.BLOCK_TOKENS)
+        causal_share = (num_blocks + 1) / (2 * num_blocks)
+        pairs = queries.size / queries.dims[-1] * keys.dims[-2] * causal_share
         flops = 2 * products * pairs * queries.dims[-1]
         secs = flops / (SOFTMAX_FLOPS_SHARE * self._chip.flops_per_sec)
         secs = max(secs, self._hbm_secs(num_bytes))
