@@ -15,7 +15,6 @@ _ARRAY_PATTERN = re.compile(r"\b([a-z]\w*)\[([\d,<=]*)\](\{[^}]*\})?")
 _OTHER_MEMORY_PATTERN = re.compile(r"S\([1-9]\d*\)")
 # The first line of a computation, and one line in it.
 _COMPUTATION_PATTERN = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
-_END_PATTERN = re.compile(r"\}\s*(//.*)?")
 _INSTRUCTION_PATTERN = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)$")
 _CALLEES_PATTERN = re.compile(
     r"\b(calls|to_apply|body|condition|branch_computations|true_computation|false_computation)="
@@ -95,7 +94,7 @@ def parse_module(text: str) -> HloModule:
             if header and " -> " in line:
                 current = computations[header[2]] = {}
                 entry = header[2] if header[1] else entry
-        elif _END_PATTERN.fullmatch(line):
+        elif line.startswith("}"):
             current = None
         else:
             match = _INSTRUCTION_PATTERN.match(line)
