@@ -80,16 +80,20 @@ def compile_job(
             *meshes.describe_padded_columns(model_config, job, serving_layout or layout, model),
             *meshes.describe_cut_axes(layout.mesh, tpu_slice),
         ],
-        "mesh_dimensions": {
-            axis: [str(share) for share in shares]
-            for axis, shares in physical_mesh.describe_axes(layout.mesh).items()
-        },
+        "mesh_dimensions": _describe_mesh_dimensions(layout),
         "closed_dimensions": list(tpu_slice.closed_dims),
         "capacity": _count_rows_in_free_hbm(setting, peak_program),
         "trace_secs": trace_secs,
         "compile_secs": sum(program["compile_secs"] for program in programs),
         "compile_cpu_secs": sum(program["compile_cpu_secs"] for program in programs),
         "versions": {name: _get_package_version(name) for name in ("jax", "libtpu")},
+    }
+
+
+def _describe_mesh_dimensions(layout: sharding.MeshLayout) -> dict[str, list[str]]:
+    return {
+        axis: [str(share) for share in shares]
+        for axis, shares in physical_mesh.describe_axes(layout.mesh).items()
     }
 
 
