@@ -82,9 +82,12 @@ ACTIVATION_RULES = {
 }
 # Kinds of devices over whose links the compiler refuses to route a ragged all-to-all.
 _NO_RAGGED_DEVICE_KINDS = ("TPU v5 lite", "TPU v5e")
-# A context, since the code that exchanges rows sees only the mesh's axes while it is traced, not
-# its devices.
+# Devices whose grouped matrix products want weights in other tiles of memory than arguments have
+# (TPU7x: 16 rows of bfloat16, not 8), and int8 as bfloat16.
+_RELAYOUT_DEVICE_KINDS = ("TPU7x",)
+# Contexts, since the code of experts sees only the mesh's axes while it is traced, not its devices.
 _supports_ragged_all_to_all = jax.make_user_context(True)
+_experts_need_relayout = jax.make_user_context(False)
 # By mode: axes that must be 1, and why.
 UNUSABLE_AXES = {
     TRAIN: {},
@@ -317,8 +320,10 @@ def run_sharded(layout: MeshLayout, function: Callable, in_specs, out_specs) -> 
     )
 
     def traced(*arguments):
-        with _supports_ragged_all_to_all(
-            layout.mesh.devices.flat[0].device_kind not in _NO_RAGGED_DEVICE_KINDS
+        device_kind = layout.mesh.devices.flat[0].device_kind
+        with (
+            _supports_ragged_all_to_all(device_kind not in _NO_RAGGED_DEVICE_KINDS),
+            _experts_need_relayout(device_kind in _RELAYOUT_DEVICE_KINDS),
         ):
             return program(*arguments)
 
@@ -328,6 +333,11 @@ def run_sharded(layout: MeshLayout, function: Callable, in_specs, out_specs) -> 
 def has_ragged_all_to_all() -> bool:
     """Say whether the devices of the program being traced have a ragged all-to-all."""
     return _supports_ragged_all_to_all.value
+
+
+def experts_need_relayout() -> bool:
+    """Say whether grouped products cannot read expert weights as they lie in memory."""
+    return _experts_need_relayout.value
 
 
 def param_specs(layout: MeshLayout, module):
