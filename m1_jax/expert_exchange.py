@@ -87,10 +87,10 @@ def run_routed_experts(
 @jax.custom_vjp
 def _repeat_by_choice(
     x: Float[Array, "M D"],
-    order: Int[Array, "M*A"],
+    order: Int[Array, "R"],
     inverse: Int[Array, "M A"],
     has_expert: Bool[Array, "M A"],
-) -> Float[Array, "M*A D"]:
+) -> Float[Array, "R D"]:
     """Return a row for each choice. Choice order[i] is row i, and row inverse[m, a] is token m's.
 
     The gradient gathers through `inverse`. Autodiff would scatter, which is slow everywhere.
@@ -112,8 +112,8 @@ _repeat_by_choice.defvjp(_repeat_by_choice_fwd, _repeat_by_choice_bwd)
 
 @jax.custom_vjp
 def _sum_over_choices(
-    rows: Float[Array, "M*A D"],
-    order: Int[Array, "M*A"],
+    rows: Float[Array, "R D"],
+    order: Int[Array, "R"],
     inverse: Int[Array, "M A"],
     has_expert: Bool[Array, "M A"],
 ) -> Float[Array, "M D"]:

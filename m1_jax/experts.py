@@ -55,7 +55,7 @@ def grouped_mlp(
         weights,
         cpu=lambda *arguments: _run_expert_tiles(*arguments, keep_residuals=False)[0],
         tpu=lambda *arguments: _grouped_mlp_ragged(
-            *arguments, kernel_takes_int8=not sharding.experts_need_relayout()
+            *arguments, kernel_takes_int8=sharding.kernels_take_int8()
         )[0],
         default=lambda *arguments: _grouped_mlp_ragged(*arguments)[0],
     )
@@ -113,7 +113,8 @@ def _grouped_mlp_fwd(*arguments):
 
 
 def _grouped_mlp_bwd(residuals, grad):
-    *d_inputs, d_weights = grouped_mlp_gradients(*residuals, grad)
+    arguments = (*residuals, grad)
+    *d_inputs, d_weights = grouped_mlp_gradients(*arguments)
     return *d_inputs, None, d_weights
 
 
@@ -132,8 +133,8 @@ def grouped_mlp_stacked(
 ) -> Float[Array, "M D"]:
     """Return `grouped_mlp` of one layer of experts that are stacked over layers.
 
-    There is no gradient. On CPU and most TPUs only the matrices of experts with rows are read. A
-    layer sliced out in a loop over layers is copied in full, once for every token decoded.
+    There is no gradient. On CPU and TPU only the matrices of experts with rows are read. A layer
+    sliced out in a loop over layers would be copied in full, once for every token decoded.
     """
 
     def run_tiled(rows, gate, up, down, stack_index, group_sizes, weights):
@@ -149,12 +150,14 @@ def grouped_mlp_stacked(
         # Rows outside of all groups stay undefined: without a gradient nothing reads them.
         return matmul(_weighted_hidden(gate_out, up_out, weights), down)
 
-    # `ragged_dot` on GPU may compute a product with every expert of its operand. On TPU7x a copy of
-    # one layer is better than one of the whole stack, which would need as much memory again.
+    # `ragged_dot` on GPU may compute a product with every expert of its operand. int8 that the
+    # kernel does not take is widened, and that had better be one layer.
     def run_on_slice(rows, gate, up, down, stack_index, group_sizes, weights):
         gate, up, down = (jax.tree.map(lambda a: a[stack_index], x) for x in (gate, up, down))
         return _grouped_mlp_ragged(rows, gate, up, down, group_sizes, weights)[0]
 
+    is_quantized = isinstance(gate, quantize.QuantizedMatrices)
+    is_widened = is_quantized and not sharding.kernels_take_int8()
     return jax.lax.platform_dependent(
         rows,
         gate,
@@ -164,7 +167,7 @@ def grouped_mlp_stacked(
         group_sizes,
         weights,
         cpu=run_tiled,
-        tpu=run_on_slice if sharding.experts_need_relayout() else run_on_stack,
+        tpu=run_on_slice if is_widened else run_on_stack,
         default=run_on_slice,
     )
 
@@ -188,7 +191,7 @@ def _grouped_mlp_ragged(
 def _ragged_gradients(rows, gate, up, down, group_sizes, weights, gate_out, up_out, grad):
     def pull_back(x, matrices, grad):
         # The product itself is dead code.
-        _, pullback = jax.vjp(lambda *xs: jax.lax.ragged_dot(*xs, group_sizes), x, matrices)
+        _, pullback = jax.vjp(lambda x, m: jax.lax.ragged_dot(x, m, group_sizes), x, matrices)
         return pullback(grad)
 
     hidden, pull_back_hidden = jax.vjp(_weighted_hidden, gate_out, up_out, weights)

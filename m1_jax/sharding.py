@@ -82,12 +82,11 @@ ACTIVATION_RULES = {
 }
 # Kinds of devices over whose links the compiler refuses to route a ragged all-to-all.
 _NO_RAGGED_DEVICE_KINDS = ("TPU v5 lite", "TPU v5e")
-# Devices whose grouped matrix products want weights in other tiles of memory than arguments have
-# (TPU7x: 16 rows of bfloat16, not 8), and int8 as bfloat16.
-_RELAYOUT_DEVICE_KINDS = ("TPU7x",)
+# Kinds of devices for which the compiler widens int8 operands of grouped products outside of them.
+_NO_INT8_DEVICE_KINDS = ("TPU7x",)
 # Contexts, since the code of experts sees only the mesh's axes while it is traced, not its devices.
 _supports_ragged_all_to_all = jax.make_user_context(True)
-_experts_need_relayout = jax.make_user_context(False)
+_kernels_take_int8 = jax.make_user_context(True)
 # By mode: axes that must be 1, and why.
 UNUSABLE_AXES = {
     TRAIN: {},
@@ -323,7 +322,7 @@ def run_sharded(layout: MeshLayout, function: Callable, in_specs, out_specs) -> 
         device_kind = layout.mesh.devices.flat[0].device_kind
         with (
             _supports_ragged_all_to_all(device_kind not in _NO_RAGGED_DEVICE_KINDS),
-            _experts_need_relayout(device_kind in _RELAYOUT_DEVICE_KINDS),
+            _kernels_take_int8(device_kind not in _NO_INT8_DEVICE_KINDS),
         ):
             return program(*arguments)
 
@@ -335,9 +334,9 @@ def has_ragged_all_to_all() -> bool:
     return _supports_ragged_all_to_all.value
 
 
-def experts_need_relayout() -> bool:
-    """Say whether grouped products cannot read expert weights as they lie in memory."""
-    return _experts_need_relayout.value
+def kernels_take_int8() -> bool:
+    """Say whether a TPU's grouped products read int8 weights without a widened copy of them."""
+    return _kernels_take_int8.value
 
 
 def param_specs(layout: MeshLayout, module):
