@@ -49,8 +49,9 @@ JOBS = [
     ("decoding, int8 experts, 128k", 1, [*INT8_FLAGS, "--seq=131072", ROWS_FLAG]),
     ("decoding, int8 experts, 1M", 1, [*INT8_FLAGS, "--seq=1048576", ROWS_FLAG]),
 ]
-TABLE_HEADER = """# Smallest slices
-
+# The file begins with pages written by hand. The table replaces what follows this heading.
+TABLE_HEADING = "## Smallest slices\n"
+TABLE_HEADER = f"""{TABLE_HEADING}
 Written by `python benchmarks/plan_table.py`, which compiles the released model ahead of time for
 larger and larger slices until it fits. The first slice tried is the smallest whose memory is filled
 to at most four fifths by the parameters, and in training by their moments and gradients too. GiB
@@ -135,7 +136,10 @@ def main() -> None:
     arguments.records.mkdir(parents=True, exist_ok=True)
     jobs = [job for job in JOBS if any(part in job[0] for part in arguments.jobs.split(";"))]
     todo = [(job, chip) for job in jobs for chip in arguments.chips.split(",")]
-    text = TABLE_HEADER
+    by_hand = ""
+    if arguments.out.exists():
+        by_hand = arguments.out.read_text().partition(TABLE_HEADING)[0]
+    text = by_hand + TABLE_HEADER
     with tqdm.tqdm(todo) as bar:
         for (job, item_bytes, flags), chip in bar:
             text += make_row(arguments.records, job, chip, item_bytes, flags, bar)

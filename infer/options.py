@@ -215,10 +215,13 @@ def _parse_token_id(key: Any) -> Any:
 
 
 def check_names(kind: str, names: Iterable[str], allowed: Collection[str]) -> None:
-    """Raise ValueError for the first name that is not allowed, and suggest similar ones."""
+    """Raise ValueError for the first name that is not allowed.
+
+    The message suggests similar names. It lists all of them where none is similar.
+    """
     for name in names:
         if name not in allowed:
-            all_names = f"did you mean {' or '.join(allowed)}?"
+            all_names = f"wanted one of {', '.join(allowed)}"
             hint = configlib.suggest_names(name, allowed, all_names, limit=3)
             raise ValueError(f"{kind}: got {name!r}; {hint}")
 

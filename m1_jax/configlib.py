@@ -4,6 +4,7 @@ A config is a frozen dataclass of plain values, tuples and other frozen dataclas
 """
 
 import ast
+import copy
 import dataclasses
 import difflib
 import runpy
@@ -22,11 +23,12 @@ class ConfigFileError(ValueError):
 def load_config(spec: str, overrides: Sequence[str] = ()) -> Any:
     """Return `get_config(arg)` of the spec "file.py:arg", with the overrides applied to it.
 
-    The file is run by its path, so that `configs/` need not be a package. An override is
-    "path.to.field=value", see `apply_override`.
+    The file is run by its path, so that `configs/` need not be a package. For overrides see
+    `apply_overrides`.
 
     Raises:
       ConfigFileError: no such file, no get_config in it, or an override that does not fit.
+      ValueError: the config refuses a value.
     """
     path, _, arg = spec.partition(":")
     file = local_path.resolve_path(path, "config")
@@ -37,20 +39,32 @@ def load_config(spec: str, overrides: Sequence[str] = ()) -> Any:
         raise ConfigFileError(f"{path} has no function get_config(arg); wanted one")
     # Without ":arg" get_config takes its default, or has no parameter at all.
     config = get_config(arg) if arg else get_config()
-    for override in overrides:
-        config = apply_override(config, override)
-    return config
+    return apply_overrides(config, overrides)
 
 
-def apply_override(config: Any, override: str) -> Any:
-    """Return the config with one "path.to.field=value" replaced.
+def apply_overrides(config: Any, overrides: Sequence[str]) -> Any:
+    """Return the config with every "path.to.field=value" replaced.
 
     Values are Python literals. Any other text, such as a plain word, is taken as a string. Items of
-    tuples are fields named by their index.
+    tuples are fields named by their index. The last override of a field counts. Fields are checked
+    against each other once, after all overrides, so that their order does not matter.
 
     Raises:
       ConfigFileError: no such field, or a value of another type than its annotation.
+      ValueError: the config refuses a value.
     """
+    for override in overrides:
+        config = _apply_unchecked(config, override)
+    return _construct_again(config) if overrides else config
+
+
+def apply_override(config: Any, override: str) -> Any:
+    """Return the config with one override, see `apply_overrides`."""
+    return apply_overrides(config, [override])
+
+
+def _apply_unchecked(config: Any, override: str) -> Any:
+    """Return the config with one override. Its fields may contradict each other."""
     path, equals, text = override.partition("=")
     if not equals:
         raise ConfigFileError(f"override: got {override!r}; wanted FIELD=VALUE")
@@ -175,8 +189,24 @@ def _replace_at_path(
     new_value = _replace_at_path(
         getattr(node, name), annotations[name], remaining_path, value, full_path
     )
-    # Through `replace`, so that __post_init__ checks the new value against the other fields.
-    return dataclasses.replace(typing.cast(Any, node), **{name: new_value})
+    # Not through `replace`: __post_init__ would check the value against fields that a later
+    # override changes.
+    changed_node = copy.copy(node)
+    object.__setattr__(changed_node, name, new_value)  # the class is frozen
+    return changed_node
+
+
+def _construct_again(value: Any) -> Any:
+    """Return the value with every dataclass in it made anew, which checks its fields."""
+    if isinstance(value, tuple):
+        return tuple(map(_construct_again, value))
+    if not dataclasses.is_dataclass(value):
+        return value
+    fields = {
+        field.name: _construct_again(getattr(value, field.name))
+        for field in dataclasses.fields(value)
+    }
+    return type(value)(**fields)
 
 
 def _describe_unknown_field(kind: type, name: str, names: Collection[str]) -> str:

@@ -6,7 +6,7 @@ a device, whatever the length, and the gradient moves as many back (LASP-2, arXi
 docs/kernels.md, "Spans of tokens").
 
 With documents, a span's state is that of its last document alone. It reaches a later device only if
-that document is still open there.
+that document is still open there. What one document holds, be it NaN, reaches no other one.
 """
 
 from collections.abc import Callable
@@ -84,7 +84,9 @@ def attend_sharded_length(
     reaches_here = is_open_here & is_earlier[:, None]
     steps = jnp.where(reaches_here, gap, 0).astype(_F32)[:, :, None]
     weight = jnp.where(reaches_here[:, :, None], jnp.exp(-slopes[None, None] * steps), 0)
-    carry = jnp.sum(states * weight[..., None, None], axis=0)
+    # A select beside the product with 0: what another document left may be NaN or infinite.
+    reaching = jnp.where(reaches_here[:, :, None, None, None], states, 0)
+    carry = jnp.sum(reaching * weight[..., None, None], axis=0)
     o, state_after = kernel(qkv, slopes, segment_ids=segment_ids, initial_state=carry)
     # The last device alone knows the state after the row, and the sum brings it to all.
     final = jnp.where(this_device == num_devices - 1, state_after, 0)

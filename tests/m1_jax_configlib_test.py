@@ -1,6 +1,7 @@
 """Config files: overrides by path, JSON there and back, and errors in words."""
 
 import dataclasses
+import itertools
 
 import pytest
 
@@ -59,6 +60,52 @@ def test_overrides_replace_one_value_of_its_own_type(override, path, value):
 def test_wrong_overrides_are_refused_in_words(override, words):
     with pytest.raises(configlib.ConfigFileError, match=words):
         configlib.apply_override(Outer(), override)
+
+
+@dataclasses.dataclass(frozen=True)
+class Bounds:
+    low: int = 0
+    high: int = 10
+
+    def __post_init__(self):
+        configlib.check_field(self.low <= self.high, "low", self.low, f"at most {self.high}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Tree:
+    bounds: tuple[Bounds, ...] = (Bounds(),)
+    most: int = 10
+
+    def __post_init__(self):
+        highest = max(bounds.high for bounds in self.bounds)
+        configlib.check_field(highest <= self.most, "most", self.most, f"at least {highest}")
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
+def test_the_order_of_overrides_does_not_matter(order):
+    overrides = ["bounds.0.low=50", "bounds.0.high=60", "most=70"]
+    got = configlib.apply_overrides(Tree(), [overrides[i] for i in order])
+    assert got == Tree((Bounds(50, 60),), 70)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["bounds.0.low=50", "most=70"], "low: got 50; wanted at most 10"),
+        (["most=70", "bounds.0.high=80"], "most: got 70; wanted at least 80"),
+        (["bounds.0.low=5", "bounds.0.low=50"], "low: got 50; wanted at most 10"),
+    ],
+)
+def test_what_all_overrides_give_together_is_checked(overrides, words):
+    with pytest.raises(ValueError, match=words):
+        configlib.apply_overrides(Tree(), overrides)
+
+
+def test_overrides_leave_their_config_as_it_is():
+    tree = Tree()
+    configlib.apply_overrides(tree, ["bounds.0.low=5", "most=70"])
+    assert tree == Tree()
+    assert configlib.apply_overrides(tree, []) is tree
 
 
 def test_json_round_trip_and_differences():

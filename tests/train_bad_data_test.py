@@ -56,18 +56,18 @@ def test_steps_made_are_saved_before_an_error_of_held_out_data(tmp_path, monkeyp
     assert loop.run_training(changed, tmp_path / "run").step == 4
 
 
-def test_steps_without_a_token_to_learn_are_told_and_bounded(tmp_path):
+def make_idle_config(tmp_path, **fields):
+    """Return the config of a run whose rows have no token to learn."""
     turns = [
         {"role": "user", "content": "word " * 6000},
         {"role": "assistant", "content": "c"},
     ]
     chat = DataSource("chat", _write(tmp_path / "chat.jsonl", {"messages": turns}), "chat")
-    config = make_config(
-        steps=3,
-        data=DataConfig(sources=(chat,), overlong="split", lanes=8),
-        max_skipped=3,
-        save=SaveConfig(every_steps=1000),
-    )
+    return make_config(data=DataConfig(sources=(chat,), overlong="split", lanes=8), **fields)
+
+
+def test_steps_without_a_token_to_learn_are_told_and_bounded(tmp_path):
+    config = make_idle_config(tmp_path, steps=3, max_skipped=3, save=SaveConfig(every_steps=1000))
     with pytest.raises(records.DataError, match="3 steps in a row without a token to learn"):
         loop.run_training(config, tmp_path / "run")
     # The advice: the same command with a larger bound, which needs no --allow_change.
@@ -77,3 +77,14 @@ def test_steps_without_a_token_to_learn_are_told_and_bounded(tmp_path):
     lines = read_metrics(tmp_path / "run")
     assert all("loss" not in line and line["no_signal"] for line in lines)
     assert len(read_events(tmp_path / "run", "no_signal")) == 3
+
+
+def test_steps_in_a_row_are_counted_over_restarts(tmp_path):
+    config = make_idle_config(tmp_path, steps=5, max_skipped=3, save=SaveConfig(every_steps=2))
+    for _ in range(2):
+        with pytest.raises(records.DataError, match="step 3: 3 steps in a row"):
+            loop.run_training(config, tmp_path / "run")
+    # The second start made the third step alone.
+    assert [event["step"] for event in read_events(tmp_path / "run", "no_signal")] == [1, 2, 3]
+    with pytest.raises(records.DataError, match="step 4: 4 steps in a row"):
+        loop.run_training(dataclasses.replace(config, max_skipped=4), tmp_path / "run")

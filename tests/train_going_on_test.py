@@ -4,6 +4,8 @@ import dataclasses
 import gc
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 import time
@@ -179,10 +181,31 @@ def test_a_source_may_be_read_no_more(tmp_path):
     without = configlib.apply_override(config, "stages.0.tokens=1024")
     gone = dataclasses.replace(without, data=DataConfig(sources=(TEXT,)))
     options = allow("data.sources", "stages")
-    with pytest.raises(records.DataError, match="Give it weight 0"):
+    with pytest.raises(records.DataError, match="Give it weight 0") as refusal:
         loop.run_training(gone, tmp_path / "run", options)
     zero = configlib.apply_override(without, "data.sources.1.weight=0")
-    assert loop.run_training(zero, tmp_path / "run", options).step == 4
+    with pytest.raises(checkpoints.ResumeError, match="data.sources.1.weight: 1.0 -> 0.0"):
+        loop.run_training(zero, tmp_path / "run", allow("stages"))
+    # As the message says.
+    advice = re.findall(r"--allow_change=([\w.]*\w)", str(refusal.value))
+    assert loop.run_training(zero, tmp_path / "run", allow("stages", *advice)).step == 4
+
+
+def test_a_source_with_weights_by_step_may_be_read_no_more(tmp_path):
+    other = DataSource("other", "demo/data/text_held_out.jsonl", "text")
+    data = DataConfig(sources=(TEXT, other), weights=((0, ((TEXT.name, 1.0), ("other", 1.0))),))
+    config = make_config(steps=2, data=data)
+    loop.run_training(config, tmp_path / "run")
+    longer = configlib.apply_override(config, "stages.0.tokens=1024")
+    zero = dataclasses.replace(data, weights=((0, ((TEXT.name, 1.0), ("other", 0.0))),))
+    gone = dataclasses.replace(data, sources=(TEXT,), weights=((0, ((TEXT.name, 1.0),)),))
+    gone_config = dataclasses.replace(longer, data=gone)
+    options = allow("data.sources", "data.weights", "stages")
+    with pytest.raises(records.DataError, match="Give it weight 0") as refusal:
+        loop.run_training(gone_config, tmp_path / "run", options)
+    advice = re.findall(r"--allow_change=([\w.]*\w)", str(refusal.value))
+    zero_config = dataclasses.replace(longer, data=zero)
+    assert loop.run_training(zero_config, tmp_path / "run", allow("stages", *advice)).step == 4
 
 
 def test_a_field_that_does_not_exist_is_refused_before_anything(run):
@@ -285,6 +308,37 @@ def test_a_reader_leaves_what_another_process_is_writing(run):
         while unfinished.exists() and time.monotonic() < deadline:
             time.sleep(0.01)
         assert not unfinished.exists()
+
+
+@pytest.mark.parametrize("is_whole", [False, True])
+def test_a_reader_tells_of_a_checkpoint_that_its_run_deletes(run, is_whole):
+    steps = run / "checkpoints"
+    with (
+        checkpoints.CheckpointStore(run, SaveConfig(keep=1), read_only=True) as reader,
+        checkpoints.CheckpointStore(run, SaveConfig(keep=2), read_only=True) as other,
+    ):
+        shutil.rmtree(steps / "2" if is_whole else steps / "2" / "data")
+        words = r"step 2 was deleted while it was read.* save\.keep=1.*newest of "
+        with pytest.raises(checkpoints.ResumeError, match=words):
+            reader.read_info(2)
+        # A run that keeps two has not deleted the older one.
+        words = "was deleted" if is_whole else r"step 2 is damaged.*--from_step, of \[4\]"
+        with pytest.raises(checkpoints.ResumeError, match=words):
+            other.read_info(2)
+        (steps / "4" / "run" / "metadata").unlink()
+        with pytest.raises(checkpoints.ResumeError, match="step 4 is damaged"):
+            reader.read_info(4)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_reader_tells_of_arrays_that_its_run_deletes(run):
+    with checkpoints.CheckpointStore(run, SaveConfig(keep=1), read_only=True) as reader:
+        for file in (run / "checkpoints" / "2" / "state").rglob("d/*"):
+            file.unlink()
+        with pytest.raises(checkpoints.ResumeError, match="step 2 was deleted while") as error:
+            reader.restore(2, _abstract_state())
+    del error
+    gc.collect()
 
 
 @pytest.mark.slow

@@ -3,13 +3,17 @@
 import dataclasses
 import importlib.util
 import json
+import types
+from typing import Any
 
 import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
 
+from train import checkpoints, resume
 from train.data import records as records_lib
+from train.rl import config as rl_config
 from train.rl import groups, length_schedule, saved_state, tasks
 from train.rl import sample as sample_lib
 from train.rl.environments import catalog, lookup
@@ -20,11 +24,63 @@ from train.rl.environments import catalog, lookup
 def test_saved_state_comes_back_from_json():
     columns = {"x": np.arange(3)}
     state = saved_state.RlSavedState(
-        {"number": 3}, 2, {"index": 1}, {"s": [["f", 1, "hash"]]}, columns
+        {"number": 3}, 2, {"index": 1}, {"s": [["f", 1, "hash"]]}, columns, 4
     )
     written = json.loads(json.dumps(state.to_json()))
-    assert list(written) == ["collector", "version", "window", "fingerprints"]
+    keys = ["collector", "version", "window", "fingerprints", "skipped_in_row"]
+    assert list(written) == keys
     assert saved_state.RlSavedState.from_parts(written, columns) == state
+    # As before the count of idle batches was kept.
+    del written["skipped_in_row"]
+    older_state = saved_state.RlSavedState.from_parts(written, columns)
+    assert older_state == dataclasses.replace(state, num_skipped_in_row=0)
+
+
+@pytest.mark.parametrize(
+    ("without", "columns", "words"),
+    [
+        (("window",), {"x": np.arange(3)}, "an RL state without window"),
+        (("version", "fingerprints"), {"x": np.arange(3)}, "state without version, fingerprints"),
+        ((), {}, "a collector's state without columns"),
+    ],
+)
+def test_saved_states_of_earlier_versions_are_refused(without, columns, words):
+    written = saved_state.RlSavedState({"number": 3}, 2, {"index": 1}, {"s": []}).to_json()
+    older = {key: value for key, value in written.items() if key not in without}
+    with pytest.raises(ValueError, match=f"{words}, which an earlier version.*--init_from"):
+        saved_state.RlSavedState.from_parts(older, columns)
+
+
+def test_a_config_of_an_earlier_version_is_refused_with_a_way_on(tmp_path):
+    (tmp_path / "config.json").write_text('{"checkpoint": "x", "tile_rows": 4}')
+    with pytest.raises(checkpoints.ResumeError, match="earlier version.*'tile_rows'") as refusal:
+        resume.read_config(rl_config.RlConfig, tmp_path)
+    assert str(refusal.value).endswith(f"--init_from={tmp_path}")
+
+
+class _Store:
+    """A store of one checkpoint."""
+
+    def __init__(self, data):
+        self._data = data
+
+    def read_info(self, step):
+        return types.SimpleNamespace(data=self._data)
+
+    def read_columns(self, step):
+        return {"x": np.arange(3)}
+
+
+def test_sources_may_be_added_but_not_lost_while_groups_wait(tmp_path):
+    collector = {"ready": {"groups": [{"source": "old"}] * 2}, "open": {"groups": []}}
+    (tmp_path / "a.jsonl").write_text('{"prompt": "a"}\n')
+    opened = tasks.FileTasks(tasks.TaskSource("old", f"{tmp_path}/a.jsonl"))
+    written = saved_state.RlSavedState(collector, 1, {}, {"old": opened.fingerprint()}).to_json()
+    store: Any = _Store(json.loads(json.dumps(written)))
+    both = saved_state.read_saved_state(store, 3, {"old": opened, "new": opened})
+    assert both.collector == collector
+    with pytest.raises(records_lib.DataError, match="tasks old: 2 groups.*allow_change=curriculum"):
+        saved_state.read_saved_state(store, 3, {"new": opened})
 
 
 # ---- windows

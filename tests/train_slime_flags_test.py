@@ -99,7 +99,8 @@ def test_options_by_our_names():
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        ("--eps-clip-hihg 5", "--eps-clip-hihg: got an unknown flag; wanted one of"),
+        ("--eps-clip-hihg 5", "--eps-clip-hihg: got an unknown flag; did you mean eps-clip-high"),
+        ("--xyzzy 5", "--xyzzy: got an unknown flag; wanted one of n-samples-per-prompt, "),
         ("eps-clip 5", "got 'eps-clip'; wanted a flag"),
         ("--eps-clip", "--eps-clip: got no value"),
         ("--eps-clip --use-tis", "--eps-clip: got no value"),

@@ -33,6 +33,7 @@ _CHANGEABLE_FIELDS = re.compile(
 _DATA_ERRORS = (ValueError, OSError, RuntimeError)
 # Errors that no process has alone. Another one must not save, as the others would not.
 _AGREED_ERRORS = (records.DataError, process_watch.AgreedError)
+_SKIPPED_KEY = "skipped_in_row"  # in a checkpoint's data: `TrainSession.num_skipped_in_row`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,6 +155,7 @@ class TrainSession:
         # The first stage that runs takes the checkpoint's position in the data, and each further
         # one that of the stage before.
         data_state = None if self.position.info is None else self.position.info.data
+        self.num_skipped_in_row = (data_state or {}).get(_SKIPPED_KEY, 0)
         for index in range(len(self.config.stages)):
             unfinished = self.step < self.setup.first_step(index + 1)
             if unfinished and not self.stop_request.should_stop():
@@ -284,6 +286,7 @@ class TrainSession:
         # missing before it.
         self.writer.flush()
         merged_state = checkpoints.merge_on_first(data_state)
+        merged_state[_SKIPPED_KEY] = self.num_skipped_in_row
         self.store.save(state, merged_state, configlib.to_json(self.config))
 
     def _log_step(

@@ -18,7 +18,7 @@ from typing import Any
 import jax
 
 from m1_jax import configlib, distributed, durable, local_path, multihost
-from train import checkpoints, metrics
+from train import checkpoints, metrics, run_json
 from train import config as config_lib
 
 CONFIG_FILE = "config.json"
@@ -150,13 +150,20 @@ def read_config(config_class: type, workdir: pathlib.Path) -> Any:
     """Return the config of the run in a directory.
 
     Raises:
-      ResumeError: there is no run.
+      ResumeError: there is no run, or its config is of an earlier version or of another command.
     """
     file = workdir / CONFIG_FILE
     # Its presence is what makes a directory that of a run.
     if not file.exists():
         raise checkpoints.ResumeError(f"{workdir} holds no run to go on with; give --config")
-    return configlib.from_json(config_class, _read_json(file))
+    value = run_json.read_run_json(file)
+    try:
+        return configlib.from_json(config_class, value)
+    except ValueError as error:
+        raise checkpoints.ResumeError(
+            f"{file} is of an earlier version or of another command: {error}. Begin a new run with "
+            f"its weights: a new --workdir, and --init_from={workdir}"
+        ) from None
 
 
 def begin_run(
@@ -264,27 +271,7 @@ def _read_record(workdir: pathlib.Path) -> ResumeRecord:
     file = workdir / RECORD_FILE
     if not file.exists():
         return ResumeRecord()
-    return configlib.from_json(ResumeRecord, _read_json(file))
-
-
-def _read_json(file: pathlib.Path) -> dict[str, Any]:
-    """Return the object in a file of a run.
-
-    Raises:
-      ResumeError: the file is damaged.
-    """
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        value, reason = None, str(error) or type(error).__name__
-    else:
-        reason = f"got {value!r:.80}; wanted an object"
-    if not isinstance(value, dict):
-        raise checkpoints.ResumeError(
-            f"{file} is damaged ({reason}). Put it back, or delete it and give --config: the "
-            "newest checkpoint has the config as well."
-        )
-    return value
+    return configlib.from_json(ResumeRecord, run_json.read_run_json(file))
 
 
 def _find_changes(old_config: Any, new_config: Any, changeable: re.Pattern) -> tuple[str, ...]:
@@ -392,7 +379,7 @@ def _find_first_weights(start: RunStart) -> FirstWeights:
                 f"init_from: got {start.options.init_from}, which holds no other run; wanted the "
                 "--workdir of a run (exported weights are the config's checkpoint)"
             )
-        return configlib.from_json(config_lib.SaveConfig, _read_json(file).get("save"))
+        return configlib.from_json(config_lib.SaveConfig, run_json.read_run_json(file).get("save"))
 
     save = multihost.broadcast_object(distributed.run_on_first(read_save_config))
     with checkpoints.CheckpointStore(directory, save, read_only=True) as store:

@@ -6,6 +6,7 @@ import pathlib
 import re
 import tempfile
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -28,6 +29,8 @@ class CompileResult:
       temp_bytes: the part of `needed_bytes` that temporaries take.
       flops: the compiler's own count, which takes a loop's body once.
       hlo_text: the optimised program. Empty where the compiler wrote none.
+      codegen_text: the program as it was scheduled, with the compiler's estimates of its parts.
+        Empty where the compiler wrote none, as for a program that does not fit.
       compile_secs: time by the clock.
       compile_cpu_secs: CPU time of all threads. Other processes do not stretch it, as they stretch
         the clock's time.
@@ -40,11 +43,16 @@ class CompileResult:
     temp_bytes: float | None
     flops: float | None
     hlo_text: str
+    codegen_text: str
     compile_secs: float
     compile_cpu_secs: float
 
 
-def compile_program(traced: jax.stages.Traced, limit_bytes: float) -> CompileResult:
+def compile_program(
+    traced: jax.stages.Traced,
+    limit_bytes: float,
+    compiler_options: Mapping[str, bool | int] | None = None,
+) -> CompileResult:
     """Compile for a TPU, and read the program's text from the compiler's own dump.
 
     `as_text` fails inside XLA for some TPU programs. The dump exists for these, and also for a
@@ -56,7 +64,7 @@ def compile_program(traced: jax.stages.Traced, limit_bytes: float) -> CompileRes
         return time.perf_counter() - start_secs, time.process_time() - start_cpu_secs
 
     with tempfile.TemporaryDirectory() as dump, _disable_compile_cache():
-        options = {"xla_dump_to": dump, "xla_dump_hlo_as_text": True}
+        options = {"xla_dump_to": dump, "xla_dump_hlo_as_text": True, **(compiler_options or {})}
         try:
             program = compile_for_tpu(traced, compiler_options=options)
         except jax.errors.JaxRuntimeError as error:
@@ -64,10 +72,10 @@ def compile_program(traced: jax.stages.Traced, limit_bytes: float) -> CompileRes
             sizes = parse_out_of_memory(str(error))
             if sizes is None:
                 raise
-            text = _read_dump(dump)
-            return CompileResult(False, *sizes, None, None, None, text, *measure_secs())
+            texts = _read_dump(dump, "after_optimizations"), _read_dump(dump, "after_codegen")
+            return CompileResult(False, *sizes, None, None, None, *texts, *measure_secs())
         secs = measure_secs()
-        text = _read_dump(dump)
+        texts = _read_dump(dump, "after_optimizations"), _read_dump(dump, "after_codegen")
     memory = program.memory_analysis()
     assert memory is not None  # None is for backends without statistics, and TPUs have them
     # An output that takes the memory of a donated argument is counted with the arguments.
@@ -76,13 +84,13 @@ def compile_program(traced: jax.stages.Traced, limit_bytes: float) -> CompileRes
     needed = arguments + results + temporaries + memory.generated_code_size_in_bytes
     count = (program.cost_analysis() or {}).get("flops")
     return CompileResult(
-        needed <= limit_bytes, needed, limit_bytes, arguments, temporaries, count, text, *secs
+        needed <= limit_bytes, needed, limit_bytes, arguments, temporaries, count, *texts, *secs
     )
 
 
-def _read_dump(dump: str) -> str:
-    """Return the optimised text of the largest module. The smaller ones are parts cut out of it."""
-    files = list(pathlib.Path(dump).glob("*.after_optimizations.txt"))
+def _read_dump(dump: str, stage: str) -> str:
+    """Return a stage's text of the largest module. The smaller ones are parts cut out of it."""
+    files = list(pathlib.Path(dump).glob(f"*.{stage}.txt"))
     return max(files, key=lambda file: file.stat().st_size).read_text() if files else ""
 
 

@@ -52,7 +52,7 @@ def count_collectives(text: str) -> tuple[dict[str, CollectiveTraffic], int]:
             kind = instruction.opcode.removesuffix("-start")
             if kind in COLLECTIVE_KINDS and times:
                 n = parse_group_size(instruction.operands_and_attributes, module.num_partitions)
-                kind, size = _kind_and_received_bytes(module, name, instruction, kind, n)
+                kind, size = kind_and_received_bytes(module, name, instruction, kind, n)
                 total = totals.setdefault(kind, [0.0, 0.0])
                 total[0] += times
                 total[1] += times * size
@@ -80,7 +80,7 @@ def parse_group_size(operands_and_attributes: str, num_partitions: int) -> int:
     return len(listed[1].split(",")) if listed else num_partitions
 
 
-def _kind_and_received_bytes(
+def kind_and_received_bytes(
     module: hlo.HloModule,
     computation: str,
     instruction: hlo.HloInstruction,

@@ -10,7 +10,9 @@ import re
 from collections.abc import Mapping
 
 _DTYPE_BITS_PATTERN = re.compile(r"[a-z]+?(\d+)")
-_ARRAY_PATTERN = re.compile(r"\b([a-z]\w*)\[([\d,<=]*)\]")
+_ARRAY_PATTERN = re.compile(r"\b([a-z]\w*)\[([\d,<=]*)\](\{[^}]*\})?")
+# A layout names the memory that an array lies in, where that is not HBM.
+_OTHER_MEMORY_PATTERN = re.compile(r"S\([1-9]\d*\)")
 # The first line of a computation, and one line in it.
 _COMPUTATION_PATTERN = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
 _INSTRUCTION_PATTERN = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)$")
@@ -46,6 +48,11 @@ class HloInstruction:
     def operand_names(self) -> list[str]:
         operands = _strip_types(_extract_operands(self.operands_and_attributes))
         return [match[1] for match in _NAME_PATTERN.finditer(operands)]
+
+    @property
+    def is_start(self) -> bool:
+        """Whether an asynchronous operation begins here."""
+        return self.opcode.endswith("-start")
 
     def called_computations(self) -> dict[str, list[str]]:
         """Return the computations that run inside this instruction, by attribute."""
@@ -99,16 +106,53 @@ def parse_module(text: str) -> HloModule:
     return HloModule(entry, int(partitions[1]) if partitions else 1, computations)
 
 
+@dataclasses.dataclass(frozen=True)
+class HloArray:
+    """One array of a shape.
+
+    Attributes:
+      dtype: like bf16.
+      dims: sizes. That of a dynamic dimension is its bound.
+      layout: text of order, tiles and memory in curly brackets. Empty where there is none.
+    """
+
+    dtype: str
+    dims: tuple[int, ...]
+    layout: str = ""
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.dims)
+
+    @property
+    def num_bytes(self) -> float:
+        # A dtype without a number, like token, has no bytes.
+        match = _DTYPE_BITS_PATTERN.match(self.dtype)
+        bits = 8 if self.dtype == "pred" else int(match[1]) if match else 0
+        return self.size * bits / 8
+
+    @property
+    def is_in_hbm(self) -> bool:
+        return not _OTHER_MEMORY_PATTERN.search(self.layout)
+
+
+def parse_arrays(shape: str) -> list[HloArray]:
+    """Return the arrays of a shape, those of a tuple in order."""
+    return [
+        # A bounded dynamic dimension is printed as <=8.
+        HloArray(dtype, tuple(int(d.lstrip("<=")) for d in dims.split(",") if d), layout)
+        for dtype, dims, layout in _ARRAY_PATTERN.findall(shape)
+    ]
+
+
 def array_bytes(shape: str) -> float:
     """Return the bytes of a shape, or those of all arrays of a tuple shape."""
-    total = 0.0
-    for dtype, dims in _ARRAY_PATTERN.findall(shape):
-        # A dtype without a number, like token, has no bytes.
-        bits = 8 if dtype == "pred" else int(m[1]) if (m := _DTYPE_BITS_PATTERN.match(dtype)) else 0
-        # A bounded dynamic dimension is printed as <=8.
-        sizes = [int(size.lstrip("<=")) for size in dims.split(",") if size]
-        total += math.prod(sizes) * bits / 8
-    return total
+    return sum(array.num_bytes for array in parse_arrays(shape))
+
+
+def hbm_bytes(shape: str) -> float:
+    """Return the bytes of those arrays of a shape that lie in HBM."""
+    return sum(array.num_bytes for array in parse_arrays(shape) if array.is_in_hbm)
 
 
 def split_tuple_shape(shape: str) -> list[str]:

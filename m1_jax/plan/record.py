@@ -1,17 +1,29 @@
 """The record of a plan: one job compiled on one mesh, and what that takes, as --json writes it."""
 
-import contextlib
 import dataclasses
 import importlib.metadata
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax.numpy as jnp
 from absl import logging
 
+from m1_jax import compiler_options, lightning, physical_mesh, sharding
 from m1_jax import config as config_lib
-from m1_jax import sharding
-from m1_jax.plan import aot, collectives, estimate, jobs, meshes, shapes, topology
+from m1_jax.plan import (
+    aot,
+    chip_specs,
+    collectives,
+    estimate,
+    jobs,
+    meshes,
+    program_work,
+    shapes,
+    time_assumptions,
+    time_summary,
+    topology,
+)
 from m1_jax.plan import config as plan_config
 from pallas_kernels.lightning_attention import tiling
 
@@ -44,12 +56,14 @@ def compile_job(
     setting = jobs.JobSetting(model_config, job, layout, model, serving_layout)
     start_secs = time.perf_counter()
     # Kernels choose their tiles for a chip. This process has none to ask.
-    uses_kernels = config.lightning == "tpu"
-    chip = tiling.compile_for(tpu_slice.generation) if uses_kernels else contextlib.nullcontext()
-    with chip:
+    with tiling.compile_for(tpu_slice.generation):
         traced_programs = jobs.JOB_TRACERS[job.kind](setting)
         trace_secs = time.perf_counter() - start_secs
-        programs = [_compile_program(p, limit_bytes, len(devices)) for p in traced_programs]
+        # What a run on these devices compiles with.
+        options = compiler_options.options_for(devices[0])
+        programs = [
+            _compile_program(setting, p, limit_bytes, tpu_slice, options) for p in traced_programs
+        ]
     peak_program = max(programs, key=lambda program: program["hbm_bytes_per_chip"])
     return {
         **dataclasses.asdict(config),
@@ -57,12 +71,20 @@ def compile_job(
         "batch": job.batch,
         "devices": len(devices),
         "devices_per_chip": len(devices) // tpu_slice.num_chips,
+        "lightning_runs": lightning.resolve_implementation(model_config, jnp.bfloat16, layout),
+        "compiler_options": options,
         **peak_program,
         "fits": all(program["fits"] for program in programs),
         "programs": programs,
-        "warnings": meshes.describe_padded_columns(
-            model_config, job, serving_layout or layout, model
-        ),
+        "warnings": [
+            *meshes.describe_padded_columns(model_config, job, serving_layout or layout, model),
+            *meshes.describe_cut_axes(layout.mesh, tpu_slice),
+        ],
+        "mesh_dimensions": {
+            axis: [str(share) for share in shares]
+            for axis, shares in physical_mesh.describe_axes(layout.mesh).items()
+        },
+        "closed_dimensions": list(tpu_slice.closed_dims),
         "capacity": _count_rows_in_free_hbm(setting, peak_program),
         "trace_secs": trace_secs,
         "compile_secs": sum(program["compile_secs"] for program in programs),
@@ -72,12 +94,16 @@ def compile_job(
 
 
 def _compile_program(
-    program: jobs.TracedProgram, limit_bytes: float, num_devices: int
+    setting: jobs.JobSetting,
+    program: jobs.TracedProgram,
+    limit_bytes: float,
+    tpu_slice: topology.TpuSlice,
+    options: Mapping[str, bool | int],
 ) -> dict[str, Any]:
     """Compile a program. The memory of what lies beside it counts as its own."""
     beside_bytes = {name: shapes.local_bytes(tree) for name, tree in program.co_resident.items()}
     logging.info("compiling %s", program.name)
-    compiled = aot.compile_program(program.traced, limit_bytes)
+    compiled = aot.compile_program(program.traced, limit_bytes, options)
     needed_bytes = compiled.needed_bytes + sum(beside_bytes.values())
     arguments = {name: shapes.local_bytes(tree) for name, tree in program.arguments.items()}
     results = {name: shapes.local_bytes(tree) for name, tree in program.results.items()}
@@ -90,6 +116,8 @@ def _compile_program(
     if compiled.hlo_text:
         traffic, num_unknown_loops = collectives.count_collectives(compiled.hlo_text)
     model_flops, recomputed_flops = program.flops
+    num_devices = tpu_slice.num_devices
+    assumptions = time_assumptions.make_assumptions(setting.config, setting.job, setting.layout)
     return {
         "program": program.name,
         "fits": needed_bytes <= compiled.limit_bytes and compiled.fits,
@@ -106,6 +134,13 @@ def _compile_program(
         "collectives": _traffic_to_json(traffic),
         "collectives_estimate": _traffic_to_json(program.resource_estimate.collectives),
         "unknown_loops": num_unknown_loops,
+        "time": time_summary.summarize_time(
+            compiled.codegen_text,
+            chip_specs.CHIP_SPECS[tpu_slice.generation],
+            assumptions,
+            program_work.count_work(setting, program, assumptions),
+            tpu_slice.num_chips,
+        ),
         "compile_secs": compiled.compile_secs,
         "compile_cpu_secs": compiled.compile_cpu_secs,
     }

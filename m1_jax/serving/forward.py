@@ -118,13 +118,6 @@ def _record_expert_ids(
     batch: ragged_batch.RaggedBatch,
 ) -> state_lib.ExpertIdPages:
     """Write the experts of every real row into its page, and those of padding into page 0."""
-    chunk, is_real = expert_id_pages.expert_ids.shape[3], batch.positions >= 0
-    # Tiles have lists of pages. Each row gets its tile's list, and the page at its position.
-    pages = jnp.repeat(batch.pages, len(is_real) // len(batch.slots), axis=0)
-    positions = jnp.maximum(batch.positions, 0)
-    page = jnp.take_along_axis(pages, positions[:, None] // chunk, axis=1)[:, 0]
-    page = jnp.where(is_real, page, 0)
+    page, offset = batch.row_pages(expert_id_pages.expert_ids.shape[3])
     by_row = jnp.moveaxis(expert_ids, 0, 1).astype(expert_id_pages.expert_ids.dtype)
-    return state_lib.ExpertIdPages(
-        expert_id_pages.expert_ids.at[0, 0, page, positions % chunk].set(by_row)
-    )
+    return state_lib.ExpertIdPages(expert_id_pages.expert_ids.at[0, 0, page, offset].set(by_row))

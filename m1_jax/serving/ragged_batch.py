@@ -19,6 +19,8 @@ from jaxtyping import Array, Bool, Int, Shaped
 
 from m1_jax import collectives
 
+TILE_GROUP = 8  # tiles that `map_tile_groups` gives to one call
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -32,8 +34,8 @@ class RaggedBatch:
       slots: state slot of each tile, 0 where all of the tile is padding.
       pages: pages of each tile's sequence in order, at least up to the page of the tile itself.
       attention_tile: rows that attention computes at a time. It divides the chunk.
-      matmul_tile: rows that a matrix product computes at a time. It divides M. 0 takes all rows,
-        which is faster and not exact.
+      matmul_tile: rows that a matrix product computes at a time. The last ones are filled up. 0
+        takes all rows, which is faster and not exact.
       num_matmul_tiles: tiles that products compute. None: up to the last one with a real row.
     """
 
@@ -69,6 +71,24 @@ class RaggedBatch:
             return x.reshape(-1, *x.shape[2:])
         # Padding, at -1, reads the last row of its tile, and nobody reads that.
         return x[jnp.arange(len(x)), self.positions % self.attention_tile]
+
+    def tile_positions(self) -> Int[Array, "I t"]:
+        """Return the positions of each tile's rows. -1 is padding."""
+        # `to_tiles` fills up with zeros. Shifted by one, they become the -1 of padding.
+        return self.to_tiles(self.positions + 1) - 1
+
+    def row_pages(self, chunk_tokens: int) -> tuple[Int[Array, "M"], Int[Array, "M"]]:
+        """Return the page of each row, and the row's index in that page. Padding has page 0.
+
+        Args:
+          chunk_tokens: tokens of a page.
+        """
+        positions = jnp.maximum(self.positions, 0)
+        row_tile = jnp.arange(len(positions), dtype=jnp.int32) // (
+            len(positions) // len(self.slots)
+        )
+        pages = self.pages[row_tile, positions // chunk_tokens]
+        return jnp.where(self.positions >= 0, pages, 0), positions % chunk_tokens
 
     def map_matmul_tiles(self, function: Callable, *arrays: Any) -> Any:
         """Return function(*arrays) of arrays [M, ...], `matmul_tile` rows at a time."""
@@ -157,8 +177,7 @@ def scan_attention_tiles(
       group_state: carried from tile to tile so that writes stay in place. A later tile of the same
         sequence reads what an earlier one wrote.
     """
-    # `to_tiles` fills up with zeros. Shifted by one, they become the -1 of padding.
-    positions = batch.to_tiles(batch.positions + 1) - 1
+    positions = batch.tile_positions()
     inputs = (batch.slots, batch.pages, positions, arrays)
     shape = jax.eval_shape(function, *jax.tree.map(lambda a: a[0], inputs), group_state)[0]
     num_tiles = batch.slots.shape[0]
@@ -171,3 +190,41 @@ def scan_attention_tiles(
     outputs = jnp.zeros((num_tiles, *shape.shape), shape.dtype)
     carry = (outputs, group_state)
     return jax.lax.fori_loop(0, _count_active_tiles(positions >= 0), compute_tile, carry)
+
+
+def map_tile_groups(function: Callable, batch: RaggedBatch, arrays: Any) -> Any:
+    """Return function(slots, pages, positions, arrays), `TILE_GROUP` tiles at a time.
+
+    The number of tiles in a call is fixed. So a tile is computed in products of the same shape in
+    every program, and in any company.
+
+    Args:
+      function: gets the tiles' slots [G], pages [G, P], positions [G, t] (-1 for padding), and
+        their slices of `arrays`. It returns arrays [G, ...] by tile. Tiles past the last one with a
+        real row may not be computed, and their outputs are zeros.
+      arrays: inputs by tile, [I, t, ...].
+    """
+    positions = batch.tile_positions()
+    num_tiles = len(positions)
+    inputs = (batch.slots, batch.pages, positions, arrays)
+    # A filled-up group has tiles of slot 0 and page 0. Their positions say that they are padding.
+    slots, pages, grouped_positions, arrays = jax.tree.map(
+        lambda x: _cut_tiles(x, TILE_GROUP), inputs
+    )
+    is_tile = jnp.arange(grouped_positions[..., 0].size, dtype=jnp.int32) < num_tiles
+    is_tile = is_tile.reshape(*grouped_positions.shape[:2], 1)
+    grouped = (slots, pages, jnp.where(is_tile, grouped_positions, -1), arrays)
+    shapes = jax.eval_shape(function, *jax.tree.map(lambda x: x[0], grouped))
+
+    def compute_group(i, outputs):
+        group_outputs = function(*jax.tree.map(lambda x: x[i], grouped))
+        return jax.tree.map(
+            lambda buffer, value: jax.lax.dynamic_update_index_in_dim(buffer, value, i, 0),
+            outputs,
+            group_outputs,
+        )
+
+    outputs = jax.tree.map(lambda x: jnp.zeros((len(pages), *x.shape), x.dtype), shapes)
+    is_active = jnp.any(grouped[2] >= 0, axis=2)
+    outputs = jax.lax.fori_loop(0, _count_active_tiles(is_active), compute_group, outputs)
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:num_tiles], outputs)

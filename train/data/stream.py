@@ -193,9 +193,11 @@ class BatchStream:
             )
         for name, saved in state["fingerprint"].items():
             if name not in self._records:
+                field = "weights" if self.config.data.weights else "sources"
                 raise records_lib.DataError(
                     f"source {name!r}: the checkpoint has it and the config does not; wanted all "
-                    "of its sources. Give it weight 0 to read no more of it."
+                    "of its sources. Give it weight 0 to read no more of it, and "
+                    f"--allow_change=data.{field} to the command."
                 )
             if self._records[name].leave_out_added_kinds(saved):
                 self._fingerprint[name] = self._records[name].fingerprint()

@@ -7,11 +7,11 @@ import pathlib
 import shlex
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from m1_jax import local_path, sharding
-from m1_jax.plan import aot, estimate, jobs, shapes
+from m1_jax.plan import aot, estimate, jobs, meshes, shapes
 from m1_jax.plan import config as plan_config
 from m1_jax.plan import report as report_lib
 from train.rehearsal import findings as findings_lib
@@ -41,7 +41,7 @@ class PlannedProgram:
         default = plan_config.PlanConfig(self.plan.topology, "train")
         names = ("topology", "slices", "job", "config", "mesh", "serving_mesh", "seq", "batch")
         flags = []
-        for name in (*names, "accumulate", "remat"):
+        for name in (*names, "accumulate", "remat", "lightning"):
             value = getattr(self.plan, name)
             if name in ("topology", "job") or value != getattr(default, name):
                 flags.append(f"--{name}={value}")
@@ -53,14 +53,18 @@ class PlannedProgram:
         plan = self.plan
         parts = (plan.slices, plan.topology, plan.job, pathlib.Path(plan.config).name, plan.mesh)
         parts += (plan.serving_mesh, plan.seq, plan.batch, plan.accumulate, plan.remat)
+        parts += (plan.lightning,) if plan.lightning else ()
         text = "_".join(str(part) for part in parts)
         return "".join(c if c.isalnum() or c in "_-" else "-" for c in text) + ".json"
 
 
 def name_model(setting: setting_lib.RehearsalSetting) -> str | None:
     """Return how m1-plan calls the run's model, or None for shapes that are in no file."""
+    config = setting.model.config
+    # What m1-plan has flags for beside the model's name.
+    choices = {name: getattr(config, name) for name in ("remat", "lightning_implementation")}
     for name, make in plan_config.MODEL_PRESETS.items():
-        if dataclasses.replace(make(), remat=setting.model.config.remat) == setting.model.config:
+        if dataclasses.replace(make(), **choices) == config:
             return name
     if setting_lib.find_file(setting.run_config.checkpoint, "config.json") is not None:
         return setting.run_config.checkpoint
@@ -90,6 +94,7 @@ def find_record(program: PlannedProgram, directory: pathlib.Path) -> Mapping[str
 def _make_key(record: Mapping[str, Any]) -> tuple:
     """Return what tells jobs apart."""
     names = ("topology", "slices", "job", "config", "seq", "batch", "accumulate", "remat")
+    names += ("lightning",)
     axis_sizes = (_parse_sizes(record["mesh"]), _parse_sizes(record["serving_mesh"] or {}))
     return (*(record[name] for name in names), *axis_sizes)
 
@@ -112,7 +117,7 @@ def check_program(
     setting: setting_lib.RehearsalSetting,
     findings: findings_lib.FindingList,
 ) -> None:
-    """Add a line with the memory of a program."""
+    """Add a line with the memory of a program, and m1-plan's warnings of its mesh."""
     directory = setting.rehearsal.plans_directory
     record = find_record(program, directory)
     if record is None and setting.rehearsal.compile:
@@ -126,8 +131,17 @@ def check_program(
             f"{program.label}: {verdict} (compiled, jax {record['versions']['jax']})",
             needed_bytes=record["hbm_bytes_per_chip"],
         )
+        # A weight sync's are those of the sampler's mesh, which `sampling` adds.
+        if program.plan.job != "reshard":
+            add_warnings(program.label, record.get("warnings", ()), findings)
         return
     _estimate_program(program, setting, findings)
+
+
+def add_warnings(label: str, warnings: Sequence[str], findings: findings_lib.FindingList) -> None:
+    """Add a line for each of m1-plan's warnings."""
+    for warning in warnings:
+        findings.add("costs", "mesh", f"{label}: {warning}")
 
 
 def _compile_record(
@@ -158,6 +172,8 @@ def _estimate_program(
     if plan.job == "reshard":
         findings.add("assumes", "programs", f"{program.label}: not compiled; {line}")
         return
+    padded = meshes.describe_padded_columns(model_config, job, program.layout, model)
+    add_warnings(program.label, padded, findings)
     resources = jobs.estimate_job(model_config, job, program.layout, model)
     limit_bytes = probe_limit_bytes(setting.devices[0])
     certain_bytes = sum(

@@ -1,6 +1,9 @@
 """Rehearses a run of reinforcement learning: tasks, engine, generation batches, updates, saves."""
 
+import contextlib
 import dataclasses
+import pathlib
+import tempfile
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -10,6 +13,7 @@ import jax
 from m1_jax import params as params_lib
 from m1_jax import sharding
 from m1_jax.plan import config as plan_config
+from m1_jax.plan import estimate, meshes
 from m1_jax.plan import shapes as shapes_lib
 from m1_jax.serving import state as serving_state
 from train.data import config as data_config
@@ -18,7 +22,7 @@ from train.rehearsal import findings as findings_lib
 from train.rehearsal import setting as setting_lib
 from train.rl import config as rl_config
 from train.rl import loop as rl_loop
-from train.rl import rollout_setup, row_packing, task_maker
+from train.rl import rollout_setup, row_packing, task_checks, task_json, task_maker
 from train.rl import tasks as tasks_lib
 
 GIB, MIB = 2**30, 2**20
@@ -83,7 +87,7 @@ class RlRehearsal:
     # ---- tasks
 
     def _open_tasks(self, sources: Sequence[tasks_lib.TaskSource], label: str) -> Any:
-        """Open files, and make a few tasks of each generator. Return ranges as long as sources."""
+        """Check tasks: all of files, a few of generators. Return ranges as long as the sources."""
         sizes: dict[str, range] = {}
         total_secs = 0.0
         for source in sources:
@@ -110,12 +114,36 @@ class RlRehearsal:
             text = f"source {source.name}: no file at {source.path} on this machine"
             self._findings.add("assumes", "tasks", text)
             return 0
-        tasks = tasks_lib.FileTasks(source)
-        first = tasks[0]
-        text = f"source {source.name}: {len(tasks):,} tasks opened, the first is {first.id}"
-        self._findings.add("fits", "tasks", text)
-        tasks.close()
-        return len(tasks)
+        with contextlib.closing(tasks_lib.FileTasks(source)) as tasks:
+            environment = self._environment
+            task_checks.check_needs(tasks, source.name, self._config.rewards, environment)
+            text = f"source {source.name}: {len(tasks):,} tasks opened, the first is {tasks[0].id}"
+            self._findings.add("fits", "tasks", text)
+            return self._count_short_tasks(source, tasks)
+
+    @property
+    def _environment(self) -> str | None:
+        return self._config.agent.environment if self._config.agent else None
+
+    def _count_short_tasks(self, source: tasks_lib.TaskSource, tasks: tasks_lib.FileTasks) -> int:
+        """Return how many tasks stay, with the run's own refusal of prompts that are too long."""
+        if not self._setting.has_tokenizer:
+            return len(tasks)
+        tokenizer, max_tokens = (
+            self._setting.model.tokenizer,
+            self._config.rollout.max_prompt_tokens,
+        )
+        with tempfile.TemporaryDirectory() as directory:
+            short_tasks = rollout_setup.check_prompts(
+                source, tasks, tokenizer, max_tokens, pathlib.Path(directory)
+            )
+        if num_long := len(tasks) - len(short_tasks):
+            text = (
+                f"source {source.name}: {num_long:,} of {len(tasks):,} tasks are left out, whose "
+                f"prompts have more than {max_tokens:,} tokens"
+            )
+            self._findings.add("costs", "tasks", text, dropped=num_long)
+        return len(short_tasks)
 
     def _make_some_tasks(self, source: tasks_lib.TaskSource) -> float:
         """Return the seconds of one core that all tasks of a generator take."""
@@ -124,9 +152,12 @@ class RlRehearsal:
         last = source.size - 1
         indices = sorted({last * i // (_MADE_TASKS - 1) for i in range(_MADE_TASKS)})
         task_maker.check_recipe(recipe, options)
-        times = []
-        for _ in task_maker.make_task_lines(recipe, options, indices, num_processes=1):
+        times, tasks = [], []
+        for _, line in task_maker.make_task_lines(recipe, options, indices, num_processes=1):
             times.append(time.perf_counter())
+            tasks.append(task_json.task_from_line(line, source.name))
+        checks = task_checks.find_checks(source.name, self._config.rewards, self._environment)
+        task_checks.check_tasks(tasks, source.name, checks, lambda n: f"task {tasks[n].id}")
         text = f"source {source.name}: {len(times)} of {source.size:,} tasks made"
         self._findings.add("fits", "tasks", text)
         # From the first on: before it the process starts.
@@ -244,6 +275,9 @@ class RlRehearsal:
         sampler = params_lib.abstract_model(
             model_config, self._setting.model.dtype, self._setting.model.dtype, serving_layout
         )
+        job = estimate.PlanJob("serve", self._config.rollout.max_sample_tokens, 1)
+        padded = meshes.describe_padded_columns(model_config, job, serving_layout, sampler)
+        programs.add_warnings("sampler", padded, self._findings)
         parts = {"sampler": shapes_lib.local_bytes(sampler)}
         if state is not None:
             sized = [leaf for leaf in jax.tree.leaves(state) if leaf.sharding is not None]
@@ -288,6 +322,7 @@ class RlRehearsal:
                 seq=largest.row_tokens,
                 batch=largest.num_rows,
                 remat=self._setting.model.config.remat,
+                lightning=self._setting.model.config.lightning_implementation,
             )
             with self._findings.catch_refusals("programs", label):
                 program = programs.PlannedProgram(label, plan, layout)

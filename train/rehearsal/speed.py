@@ -1,5 +1,6 @@
 """How fast a host makes rows: measured on one core here, for the slowest host of each stage."""
 
+import contextlib
 import dataclasses
 import pathlib
 import pickle
@@ -9,7 +10,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from m1_jax import tokenizer as tokenizer_lib
-from train.data import chat, packing
+from train.data import chat, data_errors, packing
 from train.data import config as data_config
 from train.data import records as records_lib
 from train.rehearsal import hosts as hosts_lib
@@ -32,11 +33,14 @@ class EncodingSpeed:
       tokens_per_sec: tokens of records that are read, encoded and masked.
       lengths: tokens of the records that were encoded, by source. Sources without files are absent.
       origin: what was measured, for the page.
+      bad_records: errors of the records that a run leaves out, by source. Sources without any are
+        absent.
     """
 
     tokens_per_sec: float
     lengths: Mapping[str, np.ndarray]
     origin: str
+    bad_records: Mapping[str, list[str]] = dataclasses.field(default_factory=dict)
 
 
 def measure_encoding(
@@ -54,7 +58,7 @@ def measure_encoding(
       tokenizer: the run's tokenizer, or None where it is not on this machine.
 
     Raises:
-      DataError: a sampled record that cannot be trained on.
+      DataError: a sampled record that cannot be trained on, or more of them than a run leaves out.
     """
     own_tokenizer = tokenizer is not None
     if tokenizer is None and _DEMO_TOKENIZER.is_dir():
@@ -74,31 +78,82 @@ def measure_encoding(
         data.begin_token if own_tokenizer else None,
         data.end_token if own_tokenizer else None,
     )
-    lengths, num_tokens, secs = {}, 0, 0.0
+    lengths, bad_records, num_tokens, secs = {}, {}, 0, 0.0
     for name, files in records.items():
-        lengths[name], source_secs = _encode_sample(encoder, files, kinds.get(name, "auto"))
-        num_tokens, secs = num_tokens + int(lengths[name].sum()), secs + source_secs
-        files.close()
+        with contextlib.closing(files):
+            sample = _encode_sample(encoder, files, kinds.get(name, "auto"), data)
+        lengths[name] = sample.lengths
+        num_tokens, secs = num_tokens + int(sample.lengths.sum()), secs + sample.secs
+        if sample.errors:
+            bad_records[name] = sample.errors
     texts = "the demo's texts" if is_stand_in else f"records of {', '.join(records)}"
     names = "the run's tokenizer" if own_tokenizer else "the demo's tokenizer, a stand-in"
     origin = f"measured on {texts} with {names}"
-    return EncodingSpeed(num_tokens / secs, {} if is_stand_in else lengths, origin)
+    return EncodingSpeed(num_tokens / secs, {} if is_stand_in else lengths, origin, bad_records)
+
+
+@dataclasses.dataclass(frozen=True)
+class _EncodedSample:
+    """Some records of a source.
+
+    Attributes:
+      lengths: tokens of each record, at least one.
+      errors: those of the records that are left out as bad.
+      secs: how long reading and encoding took.
+    """
+
+    lengths: np.ndarray
+    errors: list[str]
+    secs: float
 
 
 def _encode_sample(
-    encoder: chat.RecordEncoder, files: records_lib.RecordFiles, kind: str
-) -> tuple[np.ndarray, float]:
-    """Return the lengths of a sample of records, evenly spread, and the seconds that it took."""
-    lengths, started = [], time.perf_counter()
+    encoder: chat.RecordEncoder,
+    files: records_lib.RecordFiles,
+    kind: str,
+    data: data_config.DataConfig,
+) -> _EncodedSample:
+    """Encode a sample of records, evenly spread. Bad ones are left out as a run leaves them out.
+
+    Raises:
+      DataError: a bad record where none is left out, too large a share of them, or all of them.
+    """
+    lengths, errors, started = [], [], time.perf_counter()
     for index in np.linspace(0, len(files) - 1, min(len(files), _MAX_SAMPLED_RECORDS), dtype=int):
-        record = files.read(int(index))
         try:
-            lengths.append(len(encoder.encode(record, kind).tokens))
-        except ValueError as error:
-            raise records_lib.DataError(f"{files.location(int(index))}: {error}") from None
+            lengths.append(len(_encode_record(encoder, files, int(index), kind).tokens))
+        except data_errors.BadRecordError as error:
+            if data.bad_records == "error":
+                raise
+            errors.append(str(error))
+            num_read, max_share = len(lengths) + len(errors), data.max_bad_share
+            data_errors.check_bad_share(
+                files.name, len(errors), num_read, len(files), max_share, errors[-1]
+            )
         if time.perf_counter() - started > _MEASURED_SECS:
             break
-    return np.array(lengths), time.perf_counter() - started
+    if not lengths:
+        raise records_lib.DataError(
+            f"source {files.name!r}: got {len(errors)} bad records of {len(errors)} sampled ones; "
+            f"wanted some that are not. The last one: {errors[-1]}"
+        )
+    return _EncodedSample(np.array(lengths), errors, time.perf_counter() - started)
+
+
+def _encode_record(
+    encoder: chat.RecordEncoder, files: records_lib.RecordFiles, index: int, kind: str
+) -> packing.TokenizedDocument:
+    """Return a record's document.
+
+    Raises:
+      BadRecordError: the record cannot be used.
+      DataError: the file cannot be read.
+    """
+    record = files.read(index)
+    try:
+        return encoder.encode(record, kind)
+    except ValueError as error:
+        raise data_errors.bad_record(files.location(index), error) from None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -111,6 +111,7 @@ class TrainRehearsal:
             _check_lengths(self._config, encoding.lengths)
         if encoding is None:
             return
+        self._report_bad_records(encoding)
         fingerprint = {name: files.fingerprint() for name, files in records.items()}
         windows = lanes_lib.plan_windows(
             [(h.stream_config, h.first_step, h.num_steps) for h in stage_hosts],
@@ -140,6 +141,17 @@ class TrainRehearsal:
         costs.DataCosts(
             self._setting, setup, stage_hosts, windows, lane_run, encoding, self._findings
         ).report(fingerprint)
+
+    def _report_bad_records(self, encoding: speed.EncodingSpeed) -> None:
+        for name, errors in encoding.bad_records.items():
+            num_sampled = len(errors) + len(encoding.lengths[name])
+            self._findings.add(
+                "costs",
+                "data",
+                f"source {name}: {len(errors)} of {num_sampled} sampled records are bad and left "
+                f"out (bad_records='skip'). The first: {errors[0]}",
+                bad_records=len(errors),
+            )
 
     def _make_sources(
         self,
@@ -242,6 +254,7 @@ class TrainRehearsal:
                 batch=stage.rows,
                 accumulate=stage.accumulate,
                 remat=setup.model.config.remat,
+                lightning=setup.model.config.lightning_implementation,
             )
             if plan in seen:
                 continue

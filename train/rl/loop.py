@@ -16,7 +16,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import numpy as np
 
 from m1_jax import config as model_config_lib
 from m1_jax import configlib, local_path, multihost, sharding
@@ -169,6 +168,7 @@ def open_rl_session(start: resume.RunStart, stack: contextlib.ExitStack) -> "RlS
         weight_version=saved_state.weight_version,
         last_evaluated_batch=last_evaluated_batch,
         last_saved_batch=position.step,
+        num_skipped_in_row=saved_state.num_skipped_in_row,
     )
 
 
@@ -345,13 +345,13 @@ class RlSession:
             self.writer.write(self.batch_number, "train", record)
 
     def _watch_updates(self, values: Mapping[str, Any]) -> None:
-        """Write an event for a batch with updates that taught nothing, or without an update.
+        """Write an event for updates that taught nothing. A batch without any has an alarm.
 
         Raises:
           DataError: too many batches in a row changed no weight.
         """
         num_updates, num_idle = values["updates"], values.get("no_signal", 0.0)
-        if not num_updates or num_idle:
+        if num_idle:
             event = {"no_signal": "skipped", "updates": num_updates, "updates_skipped": num_idle}
             self.writer.write(self.batch_number, "event", event)
         is_idle = num_updates == num_idle + values.get("skipped", 0.0)
@@ -383,16 +383,16 @@ class RlSession:
         # Lines first: a restart cuts the lines after its checkpoint, but could not write lines that
         # are missing before it.
         self.writer.flush()
-        data: dict[str, Any] = {}
-        columns: Mapping[str, np.ndarray] = {}
+        saved_state = saved_state_lib.RlSavedState()
         # Process 0 alone has the collector's state, and writes it.
         if self.collector is not None:
-            collector, columns = self.collector.state()
-            fingerprints = {n: tasks.fingerprint() for n, tasks in self.tasks.items()}
-            saved_state = saved_state_lib.RlSavedState(
-                collector, self.weight_version, self.length_stage.state(), fingerprints, columns
+            saved_state = saved_state_lib.collect_state(
+                self.collector,
+                self.tasks,
+                self.weight_version,
+                self.length_stage,
+                self.num_skipped_in_row,
             )
-            data = saved_state.to_json()
-        config = configlib.to_json(self.config)
-        self.store.save(self.state, data, config, self.batch_number, columns)
+        data, config = saved_state.to_json(), configlib.to_json(self.config)
+        self.store.save(self.state, data, config, self.batch_number, saved_state.columns)
         self.last_saved_batch = self.batch_number

@@ -76,14 +76,14 @@ def open_run_tasks(
             config.agent.environment if config.agent else None,
             _record_path(source, directory, ".checked.json"),
         )
-        opened[number] = _check_prompts(source, tasks, tokenizer, max_tokens, directory)
+        opened[number] = check_prompts(source, tasks, tokenizer, max_tokens, directory)
     multihost.broadcast_object(None)
     by_source = [(source.name, opened[number]) for number, source in enumerate(sources)]
     num_train = len(config.sources)
     return dict(by_source[:num_train]), dict(by_source[num_train:])
 
 
-def _check_prompts(
+def check_prompts(
     source: tasks_lib.TaskSource,
     tasks: tasks_lib.FileTasks | tasks_lib.GeneratedTasks,
     tokenizer: tokenizer_lib.Tokenizer,

@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from m1_jax import configlib
 from train.rl import objective as objective_lib
 from train.rl import rollout_correction as rollout_correction_lib
 
@@ -281,7 +282,9 @@ def _check_flag_name(name: str) -> str:
     """Return a flag's name with hyphens, which slime spells with underscores as well."""
     name = name.replace("_", "-")
     if name not in _FLAG_TYPES:
-        raise ValueError(f"--{name}: got an unknown flag; wanted one of {', '.join(_FLAG_TYPES)}")
+        all_names = f"wanted one of {', '.join(_FLAG_TYPES)}"
+        hint = configlib.suggest_names(name, _FLAG_TYPES, all_names, limit=3)
+        raise ValueError(f"--{name}: got an unknown flag; {hint}")
     return name
 
 

@@ -6,7 +6,7 @@ run, that is paid sampling which teaches nothing.
 
 import json
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import tqdm
@@ -48,6 +48,25 @@ def check_needs(
     checked = json.dumps({"version": _VERSION, "tasks": tasks.fingerprint(), "needed_by": users})
     if record is not None and record.exists() and record.read_text() == checked:
         return
+    check_tasks(tasks, source_name, checks, tasks.location)
+    if record is not None:
+        durable.write_text_atomically(record, checked)
+
+
+def check_tasks(
+    tasks: Sequence[sample_lib.Task] | tasks_lib.FileTasks | tasks_lib.GeneratedTasks,
+    source_name: str,
+    checks: Sequence[tuple[str, TaskCheck]],
+    find_location: Callable[[int], str],
+) -> None:
+    """Check tasks of a source by what `find_checks` returned.
+
+    Args:
+      find_location: returns where a task is, for messages.
+
+    Raises:
+      DataError: see `check_needs`.
+    """
     first_error, num_wrong = "", 0
     # Many tasks take a while, so there is a progress bar.
     for index in tqdm.tqdm(range(len(tasks)), f"tasks of {source_name}", disable=None):
@@ -57,15 +76,13 @@ def check_needs(
                 _run_check(user, check, task)
         except ValueError as error:
             num_wrong += 1
-            first_error = first_error or f"{tasks.location(index)}: {error}"
+            first_error = first_error or f"{find_location(index)}: {error}"
     if num_wrong:
         raise records.DataError(
             f"tasks {source_name}: {num_wrong} of {len(tasks)} lack what is needed to score them. "
             f"The first is {first_error}. Mend or remove these tasks, name other columns by keys=, "
             "or use another reward."
         )
-    if record is not None:
-        durable.write_text_atomically(record, checked)
 
 
 def find_checks(
