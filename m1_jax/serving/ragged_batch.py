@@ -84,7 +84,9 @@ class RaggedBatch:
           chunk_tokens: tokens of a page.
         """
         positions = jnp.maximum(self.positions, 0)
-        row_tile = jnp.arange(len(positions), dtype=jnp.int32) // (len(positions) // len(self.slots))
+        row_tile = jnp.arange(len(positions), dtype=jnp.int32) // (
+            len(positions) // len(self.slots)
+        )
         pages = self.pages[row_tile, positions // chunk_tokens]
         return jnp.where(self.positions >= 0, pages, 0), positions % chunk_tokens
 

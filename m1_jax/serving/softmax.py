@@ -57,7 +57,9 @@ def attend_pages(
         def attend_key_block(i, partial):
             ids = jax.lax.dynamic_slice_in_dim(pages, i * pages_per_block, pages_per_block, axis=1)
             key_positions = (i * block_keys + offsets)[None]
-            k, v = (_read_pages(x, (*stack_index, ids), q.dtype) for x in (cache.keys, cache.values))
+            k, v = (
+                _read_pages(x, (*stack_index, ids), q.dtype) for x in (cache.keys, cache.values)
+            )
             # Positions that are not written yet hold anything, NaN too, and NaN times 0 is NaN.
             # Scores of such keys are replaced.
             v = jnp.where((key_positions <= last[:, None])[:, None, :, None], v, 0)

@@ -31,12 +31,12 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from pallas_kernels.lightning_attention import tiling, tpu_chunk
 from pallas_kernels.lightning_serving import tiles as tiles_lib
 
-TILES_PER_STEP = 8  # tiles of a grid step: enough bytes to outlast the overhead of a step
+TILES_PER_STEP = 16  # tiles of a grid step: enough bytes to outlast the overhead of a step
 MAX_BLOCK_HEADS = 8  # heads of a block, unrolled to hide each other's latency
 NUM_BUFFERS = 3  # one run loads, one computes, one stores
 VMEM_SLACK_BYTES = 16 * 2**20  # bytes for pipelined blocks and the compiler's own use
@@ -174,14 +174,17 @@ def attend_tiles(
             dimension_semantics=("parallel", "arbitrary"),
             vmem_limit_bytes=_vmem_bytes(heads, slot_arrays),
         ),
+        cost_estimate=_estimate_cost(len(slots), tile, slot_arrays),
         interpret=interpret,
     )(*scalars, qkv, *slot_arrays)
     return o[:num_tiles], SlotArrays(*slot_arrays)
 
 
 def block_heads(num_heads: int) -> int:
-    """Return the heads of a block: two blocks or more where possible, for chips of two cores."""
-    limit = min(MAX_BLOCK_HEADS, max(num_heads // 2, 1))
+    """Return the heads of a block, which divide all heads."""
+    # A block for each of v5p's two cores. The others have one.
+    num_cores = 2 if tiling.current_generation() == "v5p" else 1
+    limit = min(MAX_BLOCK_HEADS, max(num_heads // num_cores, 1))
     return next(heads for heads in range(limit, 0, -1) if num_heads % heads == 0)
 
 
@@ -204,6 +207,27 @@ def _vmem_bytes(heads: int, slot_arrays: SlotArrays) -> int:
     """Return the kernel's limit of VMEM: the buffers of runs, and slack."""
     run_bytes = sum(x.shape[4] * x.shape[5] * x.dtype.itemsize for x in slot_arrays) * heads
     return NUM_BUFFERS * run_bytes + VMEM_SLACK_BYTES
+
+
+def bytes_per_tile(tile: int, chunk: int, head_dim: int, dtype: jax.typing.DTypeLike) -> int:
+    """Return the bytes that a tile of a run of its own moves for a head, as in decoding.
+
+    S is read; keys and values are read whole and stored in part; q, k, v and o are the tile's. What
+    every C tokens adds is left out: S is stored.
+    """
+    rows = 2 * (chunk + _stored_rows(tile, dtype)) + 4 * tile
+    return 4 * head_dim**2 + jnp.dtype(dtype).itemsize * rows * head_dim
+
+
+def _estimate_cost(num_tiles: int, tile: int, slot_arrays: list[Any]) -> pl.CostEstimate:
+    """Return the cost of tiles that are a run each."""
+    num_heads, chunk, head_dim = slot_arrays[1].shape[3:]
+    count = num_tiles * num_heads
+    return pl.CostEstimate(
+        flops=count * 2 * tile * head_dim * (head_dim + 2 * chunk),
+        bytes_accessed=count * bytes_per_tile(tile, chunk, head_dim, slot_arrays[1].dtype),
+        transcendentals=count * tile * (chunk + head_dim),
+    )
 
 
 def _serving_kernel(*refs: Any, heads: int) -> None:
@@ -242,7 +266,8 @@ def _serving_kernel(*refs: Any, heads: int) -> None:
         run = scalars.tiles[0, tile]
         slot, buffer = scalars.runs[0, jnp.maximum(run, 0)], jax.lax.rem(run, NUM_BUFFERS)
         rows = _stored_rows(tile_rows, keys.dtype)
-        first_row = pl.multiple_of(scalars.tiles[1, tile] // rows * rows, rows)
+        # Not `//`, whose signs Mosaic can only lower where there is a TPU to ask about.
+        first_row = pl.multiple_of(jax.lax.div(scalars.tiles[1, tile], rows) * rows, rows)
 
         @pl.when(run >= 0)
         def _():
@@ -290,9 +315,13 @@ def _serving_kernel(*refs: Any, heads: int) -> None:
 
         @pl.when(last_row == chunk - 1)
         def _():
-            for head in range(heads):
+            # A loop, not unrolled: it is rare, and several heads' matrices would spill registers.
+            def close_head(head, carry):
                 row = head_block * heads + head
                 _close_chunk(views, head, scalars.slopes[row], scalars.losses[row])
+                return carry
+
+            jax.lax.fori_loop(0, heads, close_head, 0)
 
         @pl.when(tile > 0)
         def _():
@@ -350,28 +379,24 @@ def _attend_heads(
     entry_steps = entry_steps.astype(jnp.float32)
     for head, slope in enumerate(slopes):
         q, k, v = (qkv[:, pl.ds((3 * head + i) * head_dim, head_dim)] for i in range(3))
-        keys = _insert_rows(slot.keys.at[head], k, is_new, is_written)
-        values = _insert_rows(slot.values.at[head], v, is_new, is_written)
-        scores = _dot_exact(q, keys, 1, 1)
+        # Keys that are not written yet may be anything: their scores are masked.
+        keys = jnp.where(is_new, _repeat_rows(k, chunk), slot.keys[head].astype(jnp.float32))
+        keys = keys.astype(k.dtype)
+        # Values are selected, not multiplied by 0: they may be NaN.
+        values = jnp.where(is_written, slot.values[head].astype(jnp.float32), 0.0)
+        values = jnp.where(is_new, _repeat_rows(v, chunk), values).astype(v.dtype)
+        slot.keys[head], slot.values[head] = keys, values
+        scores = tpu_chunk.dot_f32(q, keys, 1, 1)
         scores = jnp.where(gap >= 0, scores * jnp.exp(-slope * steps), 0.0)
-        out = _dot_exact(scores, values, 1, 0)
-        out += jnp.exp(-slope * entry_steps) * _dot_exact(q, slot.states[head], 1, 0)
+        out = _multiply_scores(scores, values)
+        out += jnp.exp(-slope * entry_steps) * _read_state(q, slot.states[head])
         o[:, pl.ds(head * head_dim, head_dim)] = out.astype(o.dtype)
 
 
-def _insert_rows(
-    chunk_rows: Ref,
-    rows: Float[Array, "t H"],
-    is_new: Bool[Array, "C H"],
-    is_written: Bool[Array, "C H"],
-) -> Float[Array, "C H"]:
-    """Write a tile's tokens into a chunk, and return it with zeros where it has no token yet."""
+def _repeat_rows(rows: Float[Array, "t H"], chunk: int) -> Float[Array, "C H"]:
+    """Return a tile's rows at every place of the chunk that a tile may have."""
     # In float32, whose rows are whole sublanes on every chip. The way there and back is exact.
-    repeated = jnp.concatenate([rows.astype(jnp.float32)] * (chunk_rows.shape[0] // rows.shape[0]), axis=0)
-    # Selects and not products: rows that are not written yet may hold NaN.
-    old = jnp.where(is_written, chunk_rows[...].astype(jnp.float32), 0.0)
-    chunk_rows[...] = jnp.where(is_new, repeated, old).astype(chunk_rows.dtype)
-    return chunk_rows[...]
+    return jnp.concatenate([rows.astype(jnp.float32)] * (chunk // rows.shape[0]), axis=0)
 
 
 def _close_chunk(slot: SlotArrays, head: int, slope: jax.Array, loss: jax.Array) -> None:
@@ -379,30 +404,53 @@ def _close_chunk(slot: SlotArrays, head: int, slope: jax.Array, loss: jax.Array)
     keys, state = slot.keys[head].astype(jnp.float32), slot.states[head]
     row = jax.lax.broadcasted_iota(jnp.int32, keys.shape, 0)
     ramp = jnp.exp(-slope * (keys.shape[0] - 1 - row).astype(jnp.float32))
-    slot.states[head] = state - loss * state + _dot_exact(keys * ramp, slot.values[head], 0, 0)
+    gain = _add_outer_products(keys * ramp, slot.values[head])
+    slot.states[head] = state - loss * state + gain
 
 
-def _dot_exact(a: Array, b: Array, contract_a: int, contract_b: int) -> Float[Array, "..."]:
-    """Contract one axis of each operand, with exact products and float32 sums.
+def _multiply_scores(scores: Float[Array, "t C"], values: Float[Array, "C H"]) -> Array:
+    """Return scores times values, with exact products and float32 sums."""
+    if values.dtype == jnp.float32:
+        return tpu_chunk.dot_f32(scores, values, 1, 0)
+    # The parts of the scores as rows of one product, so that the values enter the matrix unit once.
+    # They are stacked in float32, in which 8 rows are a whole register.
+    parts = [part.astype(jnp.float32) for part in _split_into_parts(scores)]
+    stacked = jnp.concatenate(parts, axis=0).astype(values.dtype)
+    products = tpu_chunk.dot_f32(stacked, values, 1, 0)
+    high, middle, low = jnp.split(products, 3, axis=0)
+    return low + middle + high
 
-    Where one operand is bfloat16 and the other float32, the latter enters the matrix unit as three
-    bfloat16 parts of 8 bits each: half the passes that two float32 operands take.
+
+def _read_state(q: Array, state: Float[Array, "H H"]) -> Float[Array, "t H"]:
+    """Return q S, with exact products and float32 sums."""
+    if q.dtype == jnp.float32:
+        return tpu_chunk.dot_f32(q, state, 1, 0)
+    parts = _split_into_parts(state)
+    if tiling.MATRIX_UNIT_SIDES[tiling.current_generation() or "v5p"] <= q.shape[1]:
+        high, middle, low = (tpu_chunk.dot_f32(q, part, 1, 0) for part in parts)
+        return low + middle + high
+    # The parts of S one below the other fill a matrix unit that is deeper than one of them.
+    return tpu_chunk.dot_f32(
+        jnp.concatenate([q] * len(parts), axis=1), jnp.concatenate(parts, axis=0), 1, 0
+    )
+
+
+def _add_outer_products(keys: Float[Array, "C H"], values: Array) -> Float[Array, "H H"]:
+    """Return the sum of k_j^T v_j over the rows, with exact products and float32 sums."""
+    if values.dtype == jnp.float32:
+        return tpu_chunk.dot_f32(keys, values, 0, 0)
+    parts = _split_into_parts(keys)
+    return tpu_chunk.dot_f32(
+        jnp.concatenate(parts, axis=0), jnp.concatenate([values] * len(parts), axis=0), 0, 0
+    )
+
+
+def _split_into_parts(x: Float[Array, "..."]) -> list[Array]:
+    """Return three bfloat16 arrays whose sum is x: 8 bits of its 24 in each.
+
+    Where the other operand is bfloat16, three products take half the passes of the matrix unit that
+    two float32 operands would take.
     """
-    if a.dtype == b.dtype:
-        return tpu_chunk.dot_f32(a, b, contract_a, contract_b)
-    parts = [
-        tpu_chunk.dot_f32(part_a, part_b, contract_a, contract_b)
-        for part_a in _split_into_parts(a)
-        for part_b in _split_into_parts(b)
-    ]
-    # The smallest first.
-    return functools.reduce(jnp.add, reversed(parts))
-
-
-def _split_into_parts(x: Array) -> list[Array]:
-    """Return bfloat16 arrays whose sum is x."""
-    if x.dtype == jnp.bfloat16:
-        return [x]
     parts = []
     for _ in range(3):
         parts.append(x.astype(jnp.bfloat16))
