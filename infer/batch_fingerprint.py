@@ -5,6 +5,7 @@ on may change: where the files lie, the sizes of the engine, other files of the 
 directory.
 """
 
+import dataclasses
 import hashlib
 import json
 import pathlib
@@ -16,7 +17,8 @@ import jax
 from infer import batch_input
 from infer import config as config_lib
 from infer import options as options_lib
-from m1_jax import command_mesh, sharding
+from m1_jax import command_mesh, lightning, sharding
+from m1_jax import config as model_config_lib
 from m1_jax.checkpoints import format as format_lib
 from m1_jax.checkpoints import release
 
@@ -44,14 +46,20 @@ def fingerprint_run(
       ValueError, OSError: a checkpoint that cannot be read.
     """
     # The tiles decide the order of sums, so the last bits, as do JAX's version and the hardware.
-    sizes = config_lib.EngineConfig()
+    sizes = config_lib.EngineConfig().for_platform(jax.default_backend())
+    dtype = command_mesh.resolve_dtype(config.dtype)
+    model_config = dataclasses.replace(
+        model_config_lib.ModelConfig.from_file(folder / "config.json"),
+        lightning_implementation=config.lightning,
+    )
     lines = "\n".join(request.line for request in requests)
     fingerprint = {
         "input": hashlib.sha256(lines.encode()).hexdigest(),
         "checkpoint": digest_checkpoint(folder),
         **{name: getattr(config, name) for name in ("seed", "tokens", "system", "raw", "profile")},
         "weights": config.weights,
-        "dtype": command_mesh.resolve_dtype(config.dtype),
+        "dtype": dtype,
+        "lightning": lightning.resolve_implementation(model_config, dtype, layout),
         # Sums over devices come in the mesh's order, so another mesh may have other bits.
         "mesh": command_mesh.format_axis_sizes(layout),
         "defaults": options_lib.options_to_json(config.options),

@@ -41,6 +41,7 @@ def begin_output(output: pathlib.Path, fingerprint: dict[str, Any], num_requests
         raise ValueError(
             f"{fingerprint_path}: got {saved!r:.80}; wanted an object. Give another --output."
         )
+    saved.setdefault("lightning", "chunked")  # what runs did that did not write it down
     if changes := _describe_changes(saved, fingerprint):
         raise ValueError(
             f"--output: {output} was begun with another {changes}. Give the same again, or another "

@@ -137,12 +137,14 @@ class ModelChoice:
       dtype: dtype of the computation. None: the platform's, as `command_mesh.resolve_dtype` says.
       weights: the int8 recipe, or None.
       mesh: axis=size,... None: the default of `command_mesh.make_command_layout`.
+      lightning: as `ModelConfig.lightning_implementation`.
     """
 
     checkpoint: str
     dtype: str | None
     weights: str | None
     mesh: str | None
+    lightning: str | None = None
 
     def plan_engine(self, sizes: config_lib.EngineConfig | None) -> EnginePlan:
         """Return where the model lies, and process 0's sizes. Nothing of the weights is read.
@@ -179,6 +181,7 @@ class ModelChoice:
                 mesh=layout,
                 mode=sharding.DECODE,
                 weights=self.weights,
+                lightning=self.lightning,
             )
         )
 

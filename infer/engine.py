@@ -33,6 +33,7 @@ from infer.execution import device, leader_follower
 from infer.scheduling import scheduler
 from infer.scheduling import stats as stats_lib
 from m1_jax import config as model_config_lib
+from m1_jax import lightning
 from m1_jax import model as model_lib
 from m1_jax import tokenizer as tokenizer_lib
 
@@ -79,8 +80,10 @@ class Engine:
                 f"engine: got process {jax.process_index()}; wanted process 0 to have it, and "
                 "the others in leader_follower.follow_engine(model, config)"
             )
+        config = config.for_platform(jax.default_backend())
         self.config, self.tokenizer = config, tokenizer
-        self._model_config = model.config
+        runs = lightning.resolve_implementation(model.config, model.dtype, model.layout)
+        self._model_config = dataclasses.replace(model.config, lightning_implementation=runs)
         self._device: device.Device | leader_follower.Leader = device.Device(model, config)
         if jax.process_count() > 1:
             self._device = leader_follower.Leader(self._device)

@@ -75,6 +75,7 @@ class GenerateConfig:
     dtype: str | None = _flag(None, command_mesh.DTYPE_HELP)
     weights: str | None = _flag(None, "int8-experts or int8-all quantizes weights; default: dtype.")
     mesh: str | None = _flag(None, command_mesh.MESH_HELP)
+    lightning: str | None = _flag(None, command_mesh.LIGHTNING_HELP)
     distributed: bool = _flag(False, distributed.DISTRIBUTED_HELP)
     max_length: int = _flag(0, "Most tokens of prompt and output together; 0: the model's limit.")
     batch_size: int = _flag(8, "Most prompts in a batch.")
@@ -89,15 +90,13 @@ class GenerateConfig:
             "max_tokens": (self.max_tokens is None or self.max_tokens >= 1, "1 or more"),
             "max_length": (self.max_length >= 0, "0 (the model's own) or more"),
             "batch_size": (self.batch_size >= 1, "1 or more"),
-            "dtype": (self.dtype in (None, *command.DTYPES), " or ".join(command.DTYPES)),
             "seed": (0 <= self.seed < 2**32, f"0 to {2**32 - 1}"),
             "profile": (self.profile in prompt_lib.PROFILES, " or ".join(prompt_lib.PROFILES)),
         }
         command.check_fields(self, checks)
         command.check_paths(self, ("checkpoint", "prompts_file", "logprobs"))
         quantize.check_recipe(self.weights)
-        if self.mesh:
-            command_mesh.parse_axis_sizes(self.mesh)  # raises for another form
+        command_mesh.check_model_flags(self.dtype, self.mesh, self.lightning)
         _ = self.options  # raises for values out of range
         if (self.prompt is None) == (self.prompts_file is None):
             raise ValueError("--prompt, --prompts_file: got both or neither; wanted one of them")
@@ -110,7 +109,9 @@ class GenerateConfig:
 
     @property
     def model_choice(self) -> command.ModelChoice:
-        return command.ModelChoice(self.checkpoint, self.dtype, self.weights, self.mesh)
+        return command.ModelChoice(
+            self.checkpoint, self.dtype, self.weights, self.mesh, self.lightning
+        )
 
     @property
     def options(self) -> options_lib.Options:

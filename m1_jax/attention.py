@@ -2,11 +2,12 @@
 
 import functools
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from m1_jax import collectives, layer_stack, layers, ring_attention
+from m1_jax import collectives, layer_stack, layers, ring_attention, sharding, splash_attention
 from m1_jax import config as config_lib
 from m1_jax import state as state_lib
 
@@ -25,6 +26,7 @@ class SoftmaxAttention(nnx.Module):
         self.out = layers.Linear(rngs, width, embed, ("heads_in", "embed_out"), **kwargs)
         self.head_dim, self.rotary_dim = size, config.rotary_dim
         self.rope_theta = config.rope_theta
+        self.implementation = config.softmax_implementation
 
     def __call__(
         self,
@@ -39,13 +41,7 @@ class SoftmaxAttention(nnx.Module):
           segment_ids: number of each token's document, 0 for padding. None: one document a row.
         """
         q, k, v = self._project_qkv(h, positions)
-        # What comes before what is decided by the index in the row. `positions` start again in
-        # every document, and a caller may choose them freely.
-        index = _local_positions(h.shape[1])
-        k, v = (jnp.moveaxis(x, 2, 1) for x in (k, v))
-        return self._project_heads(
-            ring_attention.causal_attention(q, k, v, index, index, segment_ids, segment_ids)
-        )
+        return self._project_heads(attend_whole_rows(q, k, v, segment_ids, self.implementation))
 
     def extend(
         self,
@@ -122,6 +118,53 @@ class SoftmaxAttention(nnx.Module):
 
     def _project_heads(self, o: Float[Array, "B T N H"]) -> Float[Array, "B T D"]:
         return self.out(o.reshape(*o.shape[:2], -1))
+
+
+def attend_whole_rows(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    segment_ids: Int[Array, "B T"] | None,
+    implementation: str | None,
+) -> Float[Array, "B T N H"]:
+    """Attend from each token to itself and the earlier tokens of its document.
+
+    Args:
+      segment_ids: see `SoftmaxAttention.__call__`.
+      implementation: see `ModelConfig.softmax_implementation`.
+
+    Raises:
+      ValueError: "splash" for shapes that its kernels do not take.
+    """
+    fits = splash_attention.supports_shapes(q, k)
+    if implementation == "splash" and not fits:
+        raise ValueError(
+            f"softmax_implementation: got splash for q {q.shape} and k {k.shape} on a device, with "
+            f"context={collectives.axis_size('length')}; wanted a head_dim of a multiple of "
+            f"{splash_attention.LANES}, rows of at least as many tokens and at most "
+            "MAX_GATHER_BYTES, and heads that the context axis can share; or xla"
+        )
+    target = sharding.target_device()
+    if implementation == "splash" or (implementation is None and fits and _is_tpu(target)):
+        return splash_attention.attend_local_rows(q, k, v, segment_ids)
+    if implementation == "xla" or not fits or target is not None:
+        return _attend_by_xla(q, k, v, segment_ids)
+    # Without a mesh, the platform is known when the program is lowered.
+    return jax.lax.platform_dependent(
+        q, k, v, segment_ids, tpu=splash_attention.attend_local_rows, default=_attend_by_xla
+    )
+
+
+def _is_tpu(target: sharding.TargetDevice | None) -> bool:
+    return target is not None and target.platform == "tpu"
+
+
+def _attend_by_xla(q, k, v, segment_ids) -> Float[Array, "B T N H"]:
+    # What comes before what is decided by the index in the row. Positions start again in every
+    # document, and a caller may choose them freely.
+    index = _local_positions(q.shape[1])
+    k, v = (jnp.moveaxis(x, 2, 1) for x in (k, v))
+    return ring_attention.causal_attention(q, k, v, index, index, segment_ids, segment_ids)
 
 
 def _local_positions(length: int) -> Int[Array, "1 T"]:

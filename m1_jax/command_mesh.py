@@ -11,6 +11,10 @@ MESH_HELP = (
     "Devices along each axis, such as expert=8,tensor=8; one size may be -1. Default: one device, "
     "or expert over all devices of several processes or accelerators."
 )
+LIGHTNING_HELP = (
+    "Implementation of lightning attention: chunked (XLA), tpu or gpu (Pallas kernels). Default: "
+    "the kernels where they run, else chunked."
+)
 DTYPE_HELP = "Dtype: float32 or bfloat16. Default: float32 on CPU, bfloat16 elsewhere."
 
 
@@ -68,6 +72,19 @@ def make_command_layout(
             "be split; wanted axis=size,... of all devices, such as --mesh=expert=-1,tensor=8"
         )
     return sharding.make_layout(sharding.make_mesh({"expert": num_devices}), config, mode)
+
+
+def check_model_flags(dtype: str | None, mesh: str | None, lightning: str | None) -> None:
+    """Raise ValueError for a flag of another form. None stands for a flag's default."""
+    if dtype not in (None, *DTYPES):
+        raise ValueError(f"--dtype: got {dtype!r}; wanted {' or '.join(DTYPES)}")
+    if mesh:
+        parse_axis_sizes(mesh)
+    implementations = config_lib.LIGHTNING_IMPLEMENTATIONS
+    if lightning not in (None, *implementations):
+        raise ValueError(
+            f"--lightning: got {lightning!r}; wanted one of {', '.join(implementations)}"
+        )
 
 
 def resolve_dtype(name: str | None) -> str:

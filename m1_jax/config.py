@@ -11,9 +11,23 @@ from typing import Any, NamedTuple
 from m1_jax import hf_config, local_path
 from m1_jax.hf_config import LIGHTNING, SOFTMAX, ConfigError
 
-__all__ = ["LIGHTNING", "REMAT_POLICIES", "SOFTMAX", "ConfigError", "LayerLocation", "ModelConfig"]
+__all__ = [
+    "LIGHTNING",
+    "LIGHTNING_IMPLEMENTATIONS",
+    "REMAT_POLICIES",
+    "SOFTMAX",
+    "SOFTMAX_IMPLEMENTATIONS",
+    "ConfigError",
+    "LayerLocation",
+    "ModelConfig",
+]
 
-REMAT_POLICIES = ("none", "layer", "dots")  # the values of `ModelConfig.remat`
+# The values of `ModelConfig.remat`, from the fastest to that which keeps least.
+REMAT_POLICIES = ("none", "products", "dots", "attention", "layer")
+# Beside None, the values of `ModelConfig.lightning_implementation`: the keys of
+# `pallas_kernels.lightning_attention.api.IMPLEMENTATIONS`, which is not imported for them.
+LIGHTNING_IMPLEMENTATIONS = ("reference", "chunked", "tpu", "gpu")
+SOFTMAX_IMPLEMENTATIONS = ("xla", "splash")  # of `ModelConfig.softmax_implementation`, beside None
 
 
 class LayerLocation(NamedTuple):
@@ -64,13 +78,19 @@ class ModelConfig:
       initializer_range: standard deviation of fresh weights.
       max_position_embeddings: the most tokens of a sequence. The engine of `infer` refuses a larger
         limit. The model itself has no limit.
-      remat: what the backward pass recomputes: "none", "layer" (all but each layer's input) or
-        "dots" (all but layer inputs and matmul outputs).
+      remat: what the backward pass recomputes, one of `REMAT_POLICIES`: "none", "layer" (all but
+        each layer's input), "attention" (all but layer inputs and outputs of attention blocks),
+        "dots" (all but layer inputs and the outputs of dense matmuls) or "products" (as "dots", and
+        the experts' first two matmuls are kept, too).
       expert_capacity: the most rows that a device takes for its experts, as a multiple of a
         balanced router's share, more than 0. None drops no token.
-      lightning_implementation: an implementation of `lightning_attention.api`. "chunked" is plain
-        XLA. "tpu" takes the Pallas kernels, which have been compiled for TPUs and not yet run on
-        one. None lets the API choose.
+      lightning_implementation: one of `LIGHTNING_IMPLEMENTATIONS`, which then runs or raises.
+        "chunked" is plain XLA. None takes the Pallas kernels, "tpu" or "gpu", where a program is
+        for such a device and the shapes fit, and "chunked" elsewhere, as on CPU.
+      softmax_implementation: how softmax attention runs over whole rows, one of
+        `SOFTMAX_IMPLEMENTATIONS`. "xla" is plain XLA. "splash" takes jax's splash attention, which
+        runs on TPU alone. None takes it where a program is for a TPU and the shapes fit, and "xla"
+        elsewhere, as on CPU. Prompts, decoding and the engine do not read it.
 
     Raises:
       ConfigError: a value that is out of range or contradicts another one.
@@ -104,7 +124,8 @@ class ModelConfig:
     # The fields below are this code's own. They are not in config.json.
     remat: str = "none"
     expert_capacity: float | None = None
-    lightning_implementation: str | None = "chunked"
+    lightning_implementation: str | None = None
+    softmax_implementation: str | None = None
 
     def __post_init__(self):
         # Types and signs come first, since the comparisons below need numbers.
@@ -144,6 +165,16 @@ class ModelConfig:
         if self.expert_capacity is not None:
             hf_config.check_scalar("expert_capacity", float, self.expert_capacity)
         self._check("remat", self.remat in REMAT_POLICIES, f"one of {REMAT_POLICIES}")
+        self._check(
+            "lightning_implementation",
+            self.lightning_implementation in (None, *LIGHTNING_IMPLEMENTATIONS),
+            f"None or one of {LIGHTNING_IMPLEMENTATIONS}",
+        )
+        self._check(
+            "softmax_implementation",
+            self.softmax_implementation in (None, *SOFTMAX_IMPLEMENTATIONS),
+            f"None or one of {SOFTMAX_IMPLEMENTATIONS}",
+        )
 
     def _check(self, name: str, valid: bool, requirement: str) -> None:
         hf_config.check_field(valid, name, getattr(self, name), requirement)

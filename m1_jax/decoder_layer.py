@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import ad_checkpoint
 from jaxtyping import Array, Float, Int
 
 from m1_jax import attention, forward_context, layer_stack, layers, lightning, moe
@@ -63,6 +64,7 @@ class DecoderLayer(nnx.Module):
         with jax.named_scope(self.kind):
             h = self.input_norm(x)
             o, group_state = self._attend(h, slopes, context, group_state, stack_index)
+            o = ad_checkpoint.checkpoint_name(o, layer_stack.ATTENTION_NAME)
         x = self.add_to_residual(x, h, o, self.attention_scales)
         h = self.moe_norm(x)
         y, stats = self.moe(

@@ -105,18 +105,26 @@ def count_train_flops(
     """Return the operations of a training step. A backward pass counts as two forward passes.
 
     `config.remat` says what the backward pass computes again. With "layer" it is each layer's
-    forward pass, and with "dots" attention and experts (projections and router are kept). In all
-    cases softmax attention is computed twice more, once for the gradients of the queries and once
-    for those of the keys, because its blocks keep nothing. The logits, which come in chunks, are
-    computed once more.
+    forward pass, with "attention" the same but the output projections of attention, with "dots"
+    attention and experts (projections and router are kept), and with "products" attention (the
+    experts' gate and up are kept, and nothing needs the output of down). In all cases softmax
+    attention is computed twice more, once for the gradients of the queries and once for those of
+    the keys, because its blocks keep nothing. The logits, which come in chunks, are computed once
+    more.
 
     The arguments are those of `count_forward_flops`.
     """
     forward = count_forward_flops(config, num_sequences, num_new_tokens, **kwargs)
+    attention = forward.lightning + forward.softmax
+    # The output projections have a fifth of lightning's columns, and fewer than half of softmax's.
+    output_projections = 2.0 * num_sequences * num_new_tokens * config.num_hidden_layers
+    output_projections *= config.hidden_size * config.num_attention_heads * config.head_dim
     recomputed = {
         "none": 0.0,
+        "products": attention,
+        "dots": attention + forward.experts,
+        "attention": forward.layers - output_projections,
         "layer": forward.layers,
-        "dots": forward.lightning + forward.softmax + forward.experts,
     }[config.remat]
     return TrainFlops(
         model=3 * forward.total,  # forward, gradients of inputs, gradients of weights

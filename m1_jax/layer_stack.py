@@ -17,6 +17,10 @@ from jaxtyping import Array, Float, Int
 
 from m1_jax import fsdp, sharding
 
+# Names of what a layer computes, for rematerialisation: the output of its attention block, and what
+# `experts.py` names so, the outputs of the experts' `gate` and `up`.
+ATTENTION_NAME, EXPERT_PRODUCT_NAMES = "attention", ("experts_gate", "experts_up")
+
 # A layer's place on the two leading axes of its stack: (repeat of the unit, number in the group).
 # `ModelConfig.locate_layer` has it as Python integers. In a scan the two numbers are traced.
 StackIndex = tuple[Int[Array, ""] | int, Int[Array, ""] | int]
@@ -191,11 +195,17 @@ def apply_remat(policy: str, function: Callable, has_gathered_params: bool) -> C
     if policy == "none" and not has_gathered_params:
         return function
     policies = jax.checkpoint_policies
+    # A grouped product of experts is no dot of JAX, so "dots" alone drops it.
+    dots = policies.dots_with_no_batch_dims_saveable
     saved = {
         # Gathered parameters are gathered again in the backward pass: kept for all layers, they
         # would not fit.
         "none": policies.save_anything_except_these_names(fsdp.GATHERED_NAME),
+        "products": policies.save_from_both_policies(
+            dots, policies.save_only_these_names(*EXPERT_PRODUCT_NAMES)
+        ),
+        "dots": dots,
+        "attention": policies.save_only_these_names(ATTENTION_NAME),
         "layer": None,
-        "dots": policies.dots_with_no_batch_dims_saveable,
     }
     return jax.checkpoint(function, policy=saved[policy])

@@ -1,8 +1,10 @@
 """The lightning block: fused projection, per-head decay, joint norm, output gate (M1 2)."""
 
+import contextlib
 import functools
 import itertools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +12,9 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from m1_jax import collectives, context_parallel, layers
+from m1_jax import collectives, context_parallel, layers, sharding
 from m1_jax import config as config_lib
-from pallas_kernels.lightning_attention import api
+from pallas_kernels.lightning_attention import api, tiling
 
 NORM_EPS = 1e-6  # the release builds this norm, unlike others, with its constructor's default
 
@@ -48,6 +50,56 @@ def decay_slopes_by_group(config: config_lib.ModelConfig) -> list[Float[Array, "
     return jnp.split(slopes, group_ends[:-1], axis=1)
 
 
+def attend_on_target(qkv: Float[Array, "B T N3H"], slopes: Float[Array, "N"], **kwargs: Any):
+    """Run `api.lightning_attention` for the devices that the program is traced for.
+
+    On a mesh these are known while it is traced, so the choice of None needs no branch for each
+    platform. Elsewhere the API chooses when the program is lowered.
+    """
+    target = sharding.target_device()
+    # A GPU's platform does not say whether it has CUDA, so the lowering decides there.
+    if target is None or target.platform not in ("cpu", "tpu"):
+        return api.lightning_attention(qkv, slopes, **kwargs)
+    with _choose_for(target):
+        return api.lightning_attention(qkv, slopes, **kwargs, platform=_kernel_platform(target))
+
+
+def resolve_implementation(
+    config: config_lib.ModelConfig,
+    dtype: jax.typing.DTypeLike,
+    layout: sharding.MeshLayout | None = None,
+) -> str:
+    """Return the implementation that a model's lightning layers run: what bits depend on.
+
+    Args:
+      config: the model's config.
+      dtype: dtype of its activations.
+      layout: where the model lies. None: on this process's first device.
+    """
+    if config.lightning_implementation is not None:
+        return config.lightning_implementation
+    device = jax.local_devices()[0] if layout is None else layout.mesh.devices.flat[0]
+    target = sharding.TargetDevice(device.platform, device.device_kind)
+    num_heads = config.num_attention_heads // (1 if layout is None else layout.axis_size("heads"))
+    # Of the lengths only 0 decides anything.
+    qkv = jax.ShapeDtypeStruct((1, 1, num_heads * 3 * config.head_dim), dtype)
+    with _choose_for(target):
+        return api.resolve_implementation(qkv, num_heads, _kernel_platform(target))
+
+
+def _kernel_platform(target: sharding.TargetDevice) -> str:
+    """Return the platform of kernels that a device may run. "cpu" has none."""
+    if target.platform == "tpu" and target.kind not in tiling.KINDS:
+        return "cpu"  # a TPU that the kernels do not compile for
+    return "cuda" if target.platform == "gpu" else target.platform
+
+
+def _choose_for(target: sharding.TargetDevice) -> contextlib.AbstractContextManager:
+    """Choose block sizes for a TPU, which need not be that of this process."""
+    generation = tiling.KINDS.get(target.kind)
+    return tiling.compile_for(generation) if generation else contextlib.nullcontext()
+
+
 class LightningAttention(nnx.Module):
     """o = out(norm(lightning(silu(qkv h))) * sigmoid(gate h)), norm over all heads at once."""
 
@@ -79,7 +131,7 @@ class LightningAttention(nnx.Module):
           length_sharded: whether the context axis, where there is one, splits the tokens.
         """
         qkv = self.project_inputs(h)
-        kernel = functools.partial(api.lightning_attention, implementation=self.implementation)
+        kernel = functools.partial(attend_on_target, implementation=self.implementation)
         if length_sharded:
             o, state = context_parallel.attend_sharded_length(
                 kernel, qkv, slopes, segment_ids, state

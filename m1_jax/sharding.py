@@ -15,7 +15,7 @@ collectives that the model's code calls (`collectives.py`).
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -24,6 +24,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from m1_jax import config as config_lib
+from m1_jax import physical_mesh
 
 MESH_AXES = ("data", "fsdp", "expert", "tensor", "context")
 TRAIN, PREFILL, DECODE = "train", "prefill", "decode"
@@ -82,15 +83,22 @@ ACTIVATION_RULES = {
 }
 # Kinds of devices over whose links the compiler refuses to route a ragged all-to-all.
 _NO_RAGGED_DEVICE_KINDS = ("TPU v5 lite", "TPU v5e")
-# A context, since the code that exchanges rows sees only the mesh's axes while it is traced, not
-# its devices.
-_supports_ragged_all_to_all = jax.make_user_context(True)
+# Platform and kind of the devices that a program is traced for. A context, since the code of the
+# model sees only the mesh's axes while it is traced, not its devices. None: not known.
+_target_device = jax.make_user_context(None)
 # By mode: axes that must be 1, and why.
 UNUSABLE_AXES = {
     TRAIN: {},
     PREFILL: {"fsdp": "weights would be gathered for every prompt: use expert and tensor"},
     DECODE: {"fsdp": "weights would be gathered for every token: use expert and tensor"},
 }
+
+
+class TargetDevice(NamedTuple):
+    """A device of the mesh that a program is traced for."""
+
+    platform: str  # such as "tpu"
+    kind: str  # JAX's `device_kind`, such as "TPU v5 lite"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,6 +189,8 @@ def make_param_sharding(layout: MeshLayout | None, logical_axes, shape) -> jax.s
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
     """Return a mesh with all of `MESH_AXES`, whose neighbours are near on the chips' links.
 
+    Axes lie on whole dimensions of a TPU slice where they can (`physical_mesh.py`).
+
     Several slices are joined by a slow network. They lie along `data`, or along `fsdp` if `data`
     is not a multiple of their number. No other axis crosses slices.
 
@@ -226,9 +236,7 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) ->
             inner, outer, devices, allow_split_physical_axes=True
         )
     else:
-        device_array = mesh_utils.create_device_mesh(
-            list(shape.values()), devices, allow_split_physical_axes=True
-        )
+        device_array = physical_mesh.arrange_devices(list(shape.values()), devices)
     return Mesh(device_array, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
@@ -317,17 +325,22 @@ def run_sharded(layout: MeshLayout, function: Callable, in_specs, out_specs) -> 
     )
 
     def traced(*arguments):
-        with _supports_ragged_all_to_all(
-            layout.mesh.devices.flat[0].device_kind not in _NO_RAGGED_DEVICE_KINDS
-        ):
+        device = layout.mesh.devices.flat[0]
+        with _target_device(TargetDevice(device.platform, device.device_kind)):
             return program(*arguments)
 
     return traced
 
 
+def target_device() -> TargetDevice | None:
+    """Return what the program being traced will run on, or None where nobody knows yet."""
+    return _target_device.value
+
+
 def has_ragged_all_to_all() -> bool:
     """Say whether the devices of the program being traced have a ragged all-to-all."""
-    return _supports_ragged_all_to_all.value
+    target = _target_device.value
+    return target is None or target.kind not in _NO_RAGGED_DEVICE_KINDS
 
 
 def param_specs(layout: MeshLayout, module):

@@ -57,14 +57,10 @@ class VerifyConfig:
     progress: bool = True  # whether to show a progress bar
     dtype: str | None = None  # of parameters. None: float32 on CPU, bfloat16 elsewhere
     mesh: str | None = None  # axis=size,... None: the default of all commands
+    lightning: str | None = None  # as `ModelConfig.lightning_implementation`
 
     def __post_init__(self):
-        if self.dtype not in (None, *command_mesh.DTYPES):
-            raise ValueError(
-                f"--dtype: got {self.dtype!r}; wanted {' or '.join(command_mesh.DTYPES)}"
-            )
-        if self.mesh:
-            command_mesh.parse_axis_sizes(self.mesh)  # raises for another form
+        command_mesh.check_model_flags(self.dtype, self.mesh, self.lightning)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +105,11 @@ def run(config: VerifyConfig) -> list[ComparisonRow]:
     layout, golden = distributed.run_on_all(plan)
     model = distributed.run_on_all(
         lambda: load_lib.load(
-            config.checkpoint, jnp.float32, mesh=layout, param_dtype=command_mesh.DTYPES[dtype]
+            config.checkpoint,
+            jnp.float32,
+            mesh=layout,
+            param_dtype=command_mesh.DTYPES[dtype],
+            lightning=config.lightning,
         )
     )
     rows = []
@@ -368,9 +368,8 @@ def main(argv) -> None:
 def _run_command() -> int:
     """Run with the flags, and return the exit status, which all processes share."""
     values = flags.FLAGS
-    config = VerifyConfig(
-        values.checkpoint, values.golden, values.progress, values.dtype, values.mesh
-    )
+    fields = dataclasses.fields(VerifyConfig)
+    config = VerifyConfig(**{field.name: getattr(values, field.name) for field in fields})
     with distributed.join_processes(values.distributed):
         rows = run(config)
     failed = sum(not row.passed for row in rows)
@@ -386,6 +385,7 @@ def _define_flags() -> None:
     flags.DEFINE_bool("progress", True, "Show a progress bar.")
     flags.DEFINE_string("dtype", None, f"Of the parameters. {command_mesh.DTYPE_HELP}")
     flags.DEFINE_string("mesh", None, command_mesh.MESH_HELP)
+    flags.DEFINE_string("lightning", None, command_mesh.LIGHTNING_HELP)
     flags.DEFINE_bool("distributed", False, distributed.DISTRIBUTED_HELP)
 
 

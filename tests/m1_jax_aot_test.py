@@ -24,6 +24,12 @@ PROGRAMS = {
     "serve-v5p": ("serve", "v5p:4x4x4", "expert=8,tensor=8", 8192, 64, 19),
     "serve-v6e": ("serve", "v6e:8x16", "expert=16,tensor=8", 8192, 64, 19),
 }
+# Seconds by bytes and by the cost model, and the share of exposed collectives in the former, as
+# predicted when this was written (docs/log.md).
+TIME_BUDGETS = {
+    "train-4k": (0, 0, 0),
+    "serve-v5p": (0, 0, 0),
+}
 # Collectives whose bytes the paper count must meet within a tenth.
 COUNTED = ("all-gather", "reduce-scatter", "ragged-all-to-all")
 # Like the others: other slices, and prefill, which serving has in it. Training takes minutes.
@@ -45,6 +51,7 @@ def test_full_size_program_fits(name):
     assert record["fits"]
     assert record["argument_bytes"] < record["hbm_bytes_per_chip"] < gib * 1.1 * 2**30
     assert record["host_peak_bytes"] < 8 * 2**30
+    check_time(name, record["programs"][0]["time"])
     if job == "serve":  # also gathers logits and choices, a few MB that the paper leaves out
         assert record["capacity"][seq] >= batch
         return
@@ -52,6 +59,17 @@ def test_full_size_program_fits(name):
         paper = record["collectives_estimate"].get(kind, {"bytes": 0})["bytes"]
         counted = record["collectives"].get(kind, {"bytes": 0})["bytes"]
         assert abs(counted - paper) <= 0.1 * paper + M, kind
+
+
+def check_time(name, time):
+    """Hold a predicted time against its budget, with a margin of a tenth."""
+    # A loop of unknown length that no assumption covers would count once.
+    assert not time["uncovered_loops"]
+    if name in TIME_BUDGETS:
+        low_secs, high_secs, exposed_share = TIME_BUDGETS[name]
+        assert time["secs"]["low"] < 1.1 * low_secs
+        assert time["secs"]["high"] < 1.1 * high_secs
+        assert time["collectives"]["low"]["exposed_share"] < 1.1 * exposed_share
 
 
 # ---- reinforcement learning, as configs/cispo_m1.py has it

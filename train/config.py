@@ -209,6 +209,8 @@ class TrainConfig:
         float32.
       remat: what is computed again in the backward pass, see `ModelConfig`. Empty leaves the
         model's choice.
+      lightning: implementation of lightning attention, see `ModelConfig`. Empty leaves the model's
+        choice, which for a checkpoint is the kernels where they run.
       lora: trains adapters of low rank, beside frozen weights in `dtype`. None trains the weights.
       optimizer: the optimizer.
       loss: coefficients of the losses beside the tokens' own.
@@ -229,6 +231,7 @@ class TrainConfig:
     tokenizer: str = ""
     dtype: str = "bfloat16"
     remat: str = ""
+    lightning: str = ""
     lora: LoraConfig | None = None
     optimizer: OptimizerConfig = OptimizerConfig()
     loss: LossConfig = LossConfig()
@@ -263,4 +266,11 @@ class TrainConfig:
         )
         policies = ("", *config_lib.REMAT_POLICIES)
         configlib.check_field(self.remat in policies, "remat", self.remat, f"one of {policies}")
+        implementations = ("", *config_lib.LIGHTNING_IMPLEMENTATIONS)
+        configlib.check_field(
+            self.lightning in implementations,
+            "lightning",
+            self.lightning,
+            f"one of {implementations}",
+        )
         configlib.check_field(self.max_skipped >= 1, "max_skipped", self.max_skipped, "at least 1")

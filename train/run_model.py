@@ -38,6 +38,8 @@ class ModelFields(Protocol):
     @property
     def remat(self) -> str: ...
     @property
+    def lightning(self) -> str: ...
+    @property
     def lora(self) -> lora_lib.LoraConfig | None: ...
     @property
     def seed(self) -> int: ...
@@ -48,7 +50,7 @@ class RunModel:
     """How to make the model of a run, on any mesh.
 
     Attributes:
-      config: the model's config, with the run's choice of rematerialisation.
+      config: the model's config, with the run's choices of rematerialisation and lightning.
       tokenizer: all of its ids lie in the model's vocabulary.
       checkpoint: directory of the first weights. Empty draws weights from `seed`.
       dtype: dtype of the computation.
@@ -85,7 +87,13 @@ class RunModel:
     ) -> model_lib.MiniMaxM1:
         """Return the checkpoint's model, without adapters."""
         mesh = None if layout is None else layout.mesh
-        model = load_lib.load(self.checkpoint, self.dtype, mesh, param_dtype=param_dtype)
+        model = load_lib.load(
+            self.checkpoint,
+            self.dtype,
+            mesh,
+            param_dtype=param_dtype,
+            lightning=self.config.lightning_implementation,
+        )
         # `load` reads the checkpoint's own config, which does not know the run's `remat`.
         model.config = self.config
         return model
@@ -183,8 +191,7 @@ def make_run_model(
     )
     if model_config is None:
         model_config = _read_model_config(checkpoint)
-    if config.remat:
-        model_config = dataclasses.replace(model_config, remat=config.remat)
+    model_config = apply_run_choices(config, model_config)
     tokenizer = tokenizer_lib.Tokenizer.load(tokenizer_dir or checkpoint)
     check_tokenizer(tokenizer, model_config)
     return RunModel(
@@ -195,6 +202,17 @@ def make_run_model(
         lora=config.lora,
         seed=config.seed,
     )
+
+
+def apply_run_choices(
+    config: ModelFields, model_config: model_config_lib.ModelConfig
+) -> model_config_lib.ModelConfig:
+    """Return the model's config with what a run says of it."""
+    if config.remat:
+        model_config = dataclasses.replace(model_config, remat=config.remat)
+    if config.lightning:
+        model_config = dataclasses.replace(model_config, lightning_implementation=config.lightning)
+    return model_config
 
 
 def digest_base(model: RunModel, has_reference: bool = False) -> str:

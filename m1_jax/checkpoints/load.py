@@ -3,6 +3,7 @@
 Each process reads only the slices that its own devices hold.
 """
 
+import dataclasses
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import Protocol
@@ -27,6 +28,7 @@ def load(
     mode: str = sharding.TRAIN,
     weights: str | None = None,
     param_dtype: jax.typing.DTypeLike | None = None,
+    lightning: str | None = None,
 ) -> model_lib.MiniMaxM1:
     """Load a model for computation in `dtype`.
 
@@ -43,6 +45,7 @@ def load(
         None: all parameters have `param_dtype`.
       param_dtype: dtype of the parameters, float32 or bfloat16. None: as `dtype`. A trainer needs
         float32 parameters with computation in bfloat16.
+      lightning: implementation of lightning attention, as `ModelConfig.lightning_implementation`.
 
     Raises:
       ValueError: a dtype, recipe, mesh or mode that this model cannot have, or a path that is not
@@ -56,8 +59,9 @@ def load(
         if jnp.dtype(value) not in (jnp.float32, jnp.bfloat16):
             raise ValueError(f"{name}: got {jnp.dtype(value)}; wanted float32 or bfloat16")
     source = _open_source(local_path.resolve_path(path))
-    layout = sharding.make_layout(mesh, source.config, mode)
-    model = params_lib.abstract_model(source.config, dtype, param_dtype, layout, weights)
+    config = dataclasses.replace(source.config, lightning_implementation=lightning)
+    layout = sharding.make_layout(mesh, config, mode)
+    model = params_lib.abstract_model(config, dtype, param_dtype, layout, weights)
     params = params_lib.params_by_path(model)
     # The abstract model's values: jax.ShapeDtypeStruct with shardings.
     specs = {name: param.get_value() for name, param in params.items()}

@@ -21,7 +21,7 @@ from absl import app, flags, logging
 
 from m1_jax import command_help, local_path, quantize
 from m1_jax import config as config_lib
-from m1_jax.plan import aot, estimate, jobs, meshes, record, report, shapes, topology
+from m1_jax.plan import aot, estimate, jobs, meshes, record, remat_choice, report, shapes, topology
 from m1_jax.plan import config as plan_config
 
 DEFAULT_TOKENS_PER_CHIP = 4096  # where --batch is not given for training
@@ -35,6 +35,8 @@ def run(config: plan_config.PlanConfig) -> dict[str, Any]:
     Raises:
       PlanError, TopologyError, ConfigError: arguments that no program can be made of.
     """
+    if config.remat == plan_config.AUTO_REMAT:
+        return remat_choice.compile_fastest_policy(config, run)
     tpu_slice = topology.parse_slice(config.topology, config.slices)
     model_config = plan_config.read_model_config(config)
     devices = topology.get_slice_devices(tpu_slice)
@@ -106,9 +108,14 @@ def _define_flags() -> None:
     flags.DEFINE_integer("slices", 1, "Number of slices.")
     flags.DEFINE_integer("accumulate", 1, "Microbatches of a training step.")
     flags.DEFINE_enum(
-        "remat", "layer", list(config_lib.REMAT_POLICIES), "What training computes again."
+        "remat",
+        "layer",
+        [*config_lib.REMAT_POLICIES, plan_config.AUTO_REMAT],
+        "What training computes again. auto: the fastest that fits.",
     )
-    flags.DEFINE_enum("lightning", "chunked", ["chunked", "tpu"], "XLA or the Pallas kernels.")
+    flags.DEFINE_enum(
+        "lightning", None, ["chunked", "tpu"], "XLA or the Pallas kernels; default: as a run does."
+    )
     recipes = list(quantize.INT8_RECIPES)
     flags.DEFINE_enum(
         "weights", None, recipes, "Int8 weights, where nothing is trained. Default: bfloat16."

@@ -7,6 +7,8 @@ from m1_jax import local_path, quantize
 from m1_jax.plan import jobs
 
 MODEL_PRESETS = {"m1": config_lib.ModelConfig.m1, "tiny": config_lib.ModelConfig.tiny}
+LIGHTNING_CHOICES = (None, "chunked", "tpu")
+AUTO_REMAT = "auto"
 COLOCATED_JOBS = ("rl_update", "reshard")  # a sampler lies on the trainer's devices, too
 
 
@@ -31,8 +33,10 @@ class PlanConfig:
       batch: rows of all chips. 0: 4,096 tokens a chip in training, else one row a chip.
       slices: number of slices.
       accumulate: microbatches of a training step.
-      remat: what training computes again, as in `ModelConfig`.
-      lightning: chunked (XLA) or tpu (the Pallas kernels).
+      remat: what training computes again, as in `ModelConfig`, or auto: the fastest that fits, for
+        the job train alone.
+      lightning: chunked (XLA) or tpu (the Pallas kernels). None: as a run chooses, which is the
+        kernels where the shapes fit.
       weights: None (bfloat16) or, where nothing is trained, one of `quantize.INT8_RECIPES`.
       tries: meshes that a search compiles at most.
       json: file for the record. Empty: none is written.
@@ -48,7 +52,7 @@ class PlanConfig:
     slices: int = 1
     accumulate: int = 1
     remat: str = "layer"
-    lightning: str = "chunked"
+    lightning: str | None = None
     weights: str | None = None
     tries: int = 3
     json: str = ""
@@ -73,10 +77,16 @@ class PlanConfig:
                 f"got seq {self.seq}, batch {self.batch}, accumulate {self.accumulate}, tries "
                 f"{self.tries}; wanted at least 1 of each, or 0 for batch"
             )
+        remat_policies = (*config_lib.REMAT_POLICIES, *[AUTO_REMAT] * (self.job == "train"))
+        if self.remat not in remat_policies:
+            raise PlanError(
+                f"remat: got {self.remat!r} for the job {self.job}; wanted one of "
+                f"{', '.join(remat_policies)}"
+            )
         quantize.check_recipe(self.weights)
         if self.job in ("train", *COLOCATED_JOBS) and self.weights is not None:
             raise PlanError(f"weights: {self.weights} cannot be trained; leave --weights out")
-        if self.lightning not in ("chunked", "tpu"):
+        if self.lightning not in LIGHTNING_CHOICES:
             raise PlanError(f"lightning: got {self.lightning!r}; wanted chunked or tpu")
 
 

@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from m1_jax import config as config_lib
-from m1_jax import logprobs, sharding
+from m1_jax import exchange_plan, logprobs, sharding
 from m1_jax import model as model_lib
 from m1_jax import params as params_lib
 from m1_jax.plan import collectives as collectives_lib
@@ -17,7 +17,7 @@ from m1_jax.plan import collectives as collectives_lib
 LATENCY_BYTES = 2**20  # what the network could carry while a collective starts
 HBM_TO_NETWORK_RATIO = 5  # bandwidths of a v5p chip: 2,765 and 600 GB/s
 # Bytes of a number.
-_BFLOAT16, _FLOAT32 = 2, 4
+BFLOAT16_BYTES, _FLOAT32 = 2, 4
 
 # Parameter shardings of the jobs that are not called like theirs.
 _MODES_BY_JOB = {"serve": sharding.DECODE, "rl_update": sharding.TRAIN, "reshard": sharding.TRAIN}
@@ -162,25 +162,52 @@ def _estimate_activations(
     params: Sequence[ParamShard],
 ) -> float:
     """Estimate what lives besides arguments: saved layer inputs, one layer's work, its weights."""
+    layer = BFLOAT16_BYTES * tokens * _count_layer_numbers(config, layout)
+    weights = _gathered_layer_bytes(config, params)
+    if not job.is_training:
+        # Beside the layer, 4 bytes for each number of the residual stream.
+        return layer + 2 * weights + 4 * tokens * embed
+    saved = BFLOAT16_BYTES * tokens * count_saved_numbers(config, layout)
+    # A layer's weights twice (the next is on its way), their float32 gradient, backward work.
+    return saved + 2.5 * layer + 4 * weights + 3 * _FLOAT32 * logprobs.MAX_LIVE_LOGITS
+
+
+def count_saved_numbers(config: config_lib.ModelConfig, layout: sharding.MeshLayout) -> float:
+    """Return how many numbers of all layers a device keeps of each of its tokens.
+
+    `config.remat` says what the backward pass does not compute again. Numbers are those of the
+    computation's dtype.
+    """
+    layers, embed = config.num_hidden_layers, config.hidden_size
+    softmax_layers = config.layer_types.count(config_lib.SOFTMAX)
+    width = config.num_attention_heads * config.head_dim
+    kv_width = config.num_key_value_heads * config.head_dim
+    if config.remat == "none":
+        return layers * _count_layer_numbers(config, layout)
+    saved = float(layers * embed)  # the layers' inputs
+    if config.remat != "layer":
+        saved += layers * embed  # outputs of attention
+    if config.remat in ("dots", "products"):
+        # Lightning: q, k, v and gate. Softmax: q, k and v.
+        projections = 4 * width * (layers - softmax_layers)
+        projections += (width + 2 * kv_width) * softmax_layers
+        saved += projections / layout.axis_size("heads")
+    if config.remat == "products":
+        # Gate and up, of a buffer's rows where experts are spread over devices.
+        slack = config.expert_capacity or exchange_plan.BUFFER_SLACK
+        rows = config.num_experts_per_tok * (slack if layout.axis_size("experts") > 1 else 1.0)
+        saved += 2 * layers * rows * config.intermediate_size / layout.axis_size("mlp")
+    return saved
+
+
+def _count_layer_numbers(config: config_lib.ModelConfig, layout: sharding.MeshLayout) -> float:
+    """Return how many numbers of a token one layer makes, without rematerialisation."""
     width = config.num_attention_heads * config.head_dim / layout.axis_size("heads")
     embed, hidden = config.hidden_size, config.intermediate_size / layout.axis_size("mlp")
     # Rows of a token in the experts: one for each expert that it goes to.
     expert_rows = config.num_experts_per_tok + config.has_shared_expert
     # Layer's input, norms and output; q, k, v, gate, output twice; rows, gate, up, product, output.
-    numbers_per_token = 6 * embed + 6 * width + expert_rows * (2 * embed + 3 * hidden)
-    layer = _BFLOAT16 * tokens * numbers_per_token
-    weights = _gathered_layer_bytes(config, params)
-    if not job.is_training:
-        # Beside the layer, 4 bytes for each number of the residual stream.
-        return layer + 2 * weights + 4 * tokens * embed
-    saved = {"none": layer, "layer": _BFLOAT16 * tokens * embed, "dots": layer}[config.remat]
-    # A layer's weights twice (the next is on its way), their float32 gradient, backward work.
-    return (
-        config.num_hidden_layers * saved
-        + 2.5 * layer
-        + 4 * weights
-        + 3 * _FLOAT32 * logprobs.MAX_LIVE_LOGITS
-    )
+    return 6 * embed + 6 * width + expert_rows * (2 * embed + 3 * hidden)
 
 
 def _gathered_layer_bytes(config: config_lib.ModelConfig, params: Sequence[ParamShard]) -> float:
@@ -191,7 +218,7 @@ def _gathered_layer_bytes(config: config_lib.ModelConfig, params: Sequence[Param
         p.num_elements / p.num_layers * p.gather_group_size for p in params if p.num_layers > 1
     )
     # A parameter of each group of equal layers was counted, so this is an average layer.
-    return _BFLOAT16 * elements / len(config.layer_groups)
+    return BFLOAT16_BYTES * elements / len(config.layer_groups)
 
 
 class _TrafficCounter:
@@ -250,7 +277,7 @@ def _count_param_traffic(
         foreign_shards = p.gather_group_size - 1
         # Gathered in the forward pass and again in the backward pass.
         num_gathers = p.num_layers * (1 + job.is_training)
-        counter.add("all-gather", num_gathers, _BFLOAT16 * layer_elements * foreign_shards)
+        counter.add("all-gather", num_gathers, BFLOAT16_BYTES * layer_elements * foreign_shards)
         if job.is_training:
             counter.add("reduce-scatter", p.num_layers, _FLOAT32 * layer_elements * foreign_shards)
             reduced = 2 * _FLOAT32 * layer_elements * (1 - 1 / p.reduce_group_size)
@@ -267,7 +294,7 @@ def _count_expert_traffic(
     """Count the exchange of rows with their experts, and the routing weights."""
     layers, experts_per_token = config.num_hidden_layers, config.num_experts_per_tok
     leaving_share = 1 - 1 / layout.axis_size("experts")
-    exchanged = _BFLOAT16 * tokens * experts_per_token * config.hidden_size * leaving_share
+    exchanged = BFLOAT16_BYTES * tokens * experts_per_token * config.hidden_size * leaving_share
     # To the experts and back. The backward pass sends rows again, their gradients, and those back.
     counter.add("ragged-all-to-all", (5 if job.is_training else 2) * layers, exchanged)
     # Each chip knows the weights of its group's choices, and gives their gradients back.
@@ -292,14 +319,14 @@ def _count_attention_traffic(
     forward_passes = 1 if not job.is_training or config.remat == "none" else 2
     passes = forward_passes + job.is_training
     # An all-reduce after attention and one after the experts, each twice (n - 1) / n of its size.
-    summed = 2 * _BFLOAT16 * tokens * config.hidden_size * (1 - 1 / head_shards)
+    summed = 2 * BFLOAT16_BYTES * tokens * config.hidden_size * (1 - 1 / head_shards)
     counter.add("all-reduce", 2 * layers * passes, summed)
     # Lightning layers gather the float32 states of all shards of a sequence.
     state = _FLOAT32 * rows * config.num_attention_heads * config.head_dim**2 / head_shards
     counter.add("all-gather", lightning_layers * passes, state * (length_shards - 1))
     # Softmax layers pass keys and values round a ring, in one permutation each.
     kv_width = config.num_key_value_heads * config.head_dim / head_shards
-    keys_values = 2 * _BFLOAT16 * tokens * kv_width
+    keys_values = 2 * BFLOAT16_BYTES * tokens * kv_width
     rounds = (layers - lightning_layers) * (length_shards - 1)
     counter.add("collective-permute", 2 * rounds * forward_passes, keys_values / 2)
     if job.is_training:

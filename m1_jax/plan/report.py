@@ -19,6 +19,8 @@ def format_report(record: Mapping[str, Any]) -> str:
         f"{record['job']} of {record['config']} on {slices}{record['topology']} ({chips}), "
         f"mesh {format_mesh(record['mesh'])}{serving}",
         _describe_job(record),
+        *_describe_links(record),
+        _describe_options(record),
         "",
     ]
     for program in record["programs"]:
@@ -34,6 +36,7 @@ def format_report(record: Mapping[str, Any]) -> str:
     lines += [
         *(f"warning: {warning}" for warning in record["warnings"]),
         *_format_tried_meshes(record),
+        *_format_tried_remat(record),
         *_format_capacity(record),
         f"traced in {record['trace_secs']:.1f} s, compiled in {record['compile_secs']:.1f} s "
         f"({record['compile_cpu_secs']:.1f} s of CPU), "
@@ -48,9 +51,21 @@ def _describe_job(record: Mapping[str, Any]) -> str:
     words = [] if record["job"] == "reshard" else [_describe_rows(record)]
     if record["weights"] is not None:
         words.append(f"weights {record['weights']}")
-    words.append(f"lightning {record['lightning']}")
+    words.append(f"lightning {record['lightning_runs']}")
     words += [f"{name} {record['versions'][name]}" for name in ("jax", "libtpu")]
     return ", ".join(words)
+
+
+def _describe_links(record: Mapping[str, Any]) -> list[str]:
+    """Return on which dimensions of the slice the axes lie. A ring's ends are joined by links."""
+    axes = [f"{axis} on {' '.join(dims)}" for axis, dims in record["mesh_dimensions"].items()]
+    rings = [d for d, closed in zip("xyz", record["closed_dimensions"], strict=False) if closed]
+    return [f"{', '.join(axes)}; rings: {', '.join(rings) or 'none'}"] if axes else []
+
+
+def _describe_options(record: Mapping[str, Any]) -> str:
+    options = [f"{name}={value}" for name, value in record["compiler_options"].items()]
+    return f"compiler options: {', '.join(options) or 'none'}"
 
 
 def _describe_rows(record: Mapping[str, Any]) -> str:
@@ -124,6 +139,16 @@ def _format_collectives(record: Mapping[str, Any]) -> list[str]:
     if record["unknown_loops"]:
         lines.append(f"{record['unknown_loops']} loops as long as the data asks count as one run")
     return lines
+
+
+def _format_tried_remat(record: Mapping[str, Any]) -> list[str]:
+    """Return a line for each policy of rematerialisation that `--remat=auto` looked at."""
+    return [
+        f"remat {trial['remat']}: {trial['hbm_bytes_per_chip'] / GIB:.2f} GiB a chip, "
+        + ("compiled" if trial["compiled"] else "predicted, not compiled")
+        + (", fits" if trial["fits"] else ", does not fit")
+        for trial in record.get("tried_remat", ())
+    ]
 
 
 def _format_capacity(record: Mapping[str, Any]) -> list[str]:

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from m1_jax import config as config_lib
 from m1_jax import ring_attention, sharding
 from m1_jax.plan import estimate, source_frames
+from m1_jax.serving import ragged_batch
 from m1_jax.serving import softmax as serving_softmax
 
 # An exchange on a torus: mean hops along the longest side of its group.
@@ -61,6 +62,8 @@ def make_assumptions(
     config: config_lib.ModelConfig, job: estimate.PlanJob, layout: sharding.MeshLayout
 ) -> TimeAssumptions:
     """Return what a job's programs assume: a balanced router, and rows that are full."""
+    if job.kind == "reshard":  # it computes nothing
+        return TimeAssumptions()
     num_blocks = max(job.seq // ring_attention.BLOCK_TOKENS, 1)
     causal_share = (num_blocks + 1) / (2 * num_blocks)
     loop_trips: dict[str, float] = {"m1_jax.expert_exchange": 1}
@@ -68,8 +71,12 @@ def make_assumptions(
     if job.kind == "serve":
         rows = max(job.batch // layout.axis_size("batch"), 1)
         key_blocks = max(-(-job.seq // serving_softmax.BLOCK_KEYS), 1)
+        # In decoding, each row is a tile.
+        tile_groups = -(-rows // ragged_batch.TILE_GROUP)
         loop_trips |= {
-            "m1_jax.serving.ragged_batch": rows,
+            "m1_jax.serving.ragged_batch.scan_attention_tiles": rows,
+            "m1_jax.serving.ragged_batch": tile_groups,
+            "m1_jax.serving.lightning": tile_groups,
             "m1_jax.serving.softmax": key_blocks,
             "infer.execution.programs": 1,
             # A bisection of 32 bits.

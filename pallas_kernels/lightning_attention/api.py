@@ -28,6 +28,7 @@ def lightning_attention(
     initial_state: Float[Array, "B N H H"] | None = None,
     implementation: str | None = None,
     interpret: bool = False,
+    platform: str | None = None,
 ) -> tuple[Float[Array, "B T NH"], Float[Array, "B N H H"]]:
     """Run S_t = exp(-s) S_(t-1) + k_t^T v_t, o_t = q_t S_t over every head.
 
@@ -44,6 +45,8 @@ def lightning_attention(
         program is lowered: "tpu" for TPU and "gpu" for CUDA where the shapes fit, else "chunked".
         TPUs before v5 have no kernel and take "chunked", too.
       interpret: run the kernels in Pallas interpret mode on any backend, for tests.
+      platform: "tpu", "cuda" or "cpu" where the caller knows the platform while it traces. Then
+        None chooses at once, and the other forms are not traced.
 
     What one document holds reaches no other document, be it NaN or infinity, in no output, state or
     gradient. Its own tokens, also earlier ones of the same chunk, may all become NaN.
@@ -72,30 +75,52 @@ def lightning_attention(
         initial_state = jnp.zeros((batch, slopes.shape[0], head_dim, head_dim), jnp.float32)
     arguments = qkv, slopes, segment_ids, initial_state
     if implementation is None:
-        # Shapes are known here, the platform is not.
-        num_heads = slopes.shape[0]
-        return _choose_implementation(
-            tpu.supports_shapes(qkv, num_heads), gpu.supports_shapes(qkv, num_heads)
-        )(*arguments)
+        # Shapes are known here, the platform mostly is not.
+        return _choose_implementation(*_find_kernels(qkv, slopes.shape[0], platform))(*arguments)
     if implementation in KERNEL_IMPLEMENTATIONS:
         return IMPLEMENTATIONS[implementation](*arguments, interpret=interpret)
     return IMPLEMENTATIONS[implementation](*arguments)
 
 
-@functools.cache
-def _choose_implementation(tpu_fits: bool, gpu_fits: bool):
-    """Return what implementation=None runs.
+def resolve_implementation(qkv: jax.ShapeDtypeStruct, num_heads: int, platform: str) -> str:
+    """Return the implementation that None stands for where `platform` is known.
 
-    The cache makes each choice be logged once.
+    Args:
+      qkv: shape and dtype of the fused projection.
+      num_heads: heads of `qkv`.
+      platform: "tpu", "cuda" or "cpu". For another TPU than this process has:
+        `tiling.compile_for`.
     """
-    kernels = {}
-    if tpu_fits:
-        kernels["tpu"] = tpu.lightning_attention
-    if gpu_fits:
-        kernels["cuda"] = gpu.lightning_attention
+    kernels, _ = _find_kernels(qkv, num_heads, platform)
+    return {"tpu": "tpu", "cuda": "gpu"}[kernels[0]] if kernels else "chunked"
+
+
+def _find_kernels(qkv, num_heads: int, platform: str | None) -> tuple[tuple[str, ...], bool]:
+    """Return the platforms whose kernels take these shapes, and whether the platform is known."""
+    supports = {"tpu": tpu.supports_shapes, "cuda": gpu.supports_shapes}
+    kernels = tuple(
+        name
+        for name, supports_shapes in supports.items()
+        if platform in (None, name) and supports_shapes(qkv, num_heads)
+    )
+    return kernels, platform is not None
+
+
+@functools.cache
+def _choose_implementation(platforms: tuple[str, ...], is_platform_known: bool):
+    """Return what implementation=None runs. The arguments are those of `_find_kernels`.
+
+    The cache makes each choice be logged once in a process.
+    """
+    kernels = {"tpu": tpu.lightning_attention, "cuda": gpu.lightning_attention}
+    kernels = {name: kernels[name] for name in platforms}
     if not kernels:
         _log.info("lightning attention: chunked XLA, because no kernel fits the shapes or device")
         return chunked.lightning_attention
+    if is_platform_known:
+        (name,) = platforms
+        _log.info("lightning attention: Pallas kernels for %s", name)
+        return kernels[name]
     _log.info(
         "lightning attention: Pallas kernels where lowered for %s, chunked XLA elsewhere",
         " or ".join(kernels),

@@ -24,14 +24,15 @@ MATRIX_UNIT_SIDES = {"v5e": 128, "v5p": 128, "v6e": 256, "tpu7x": 256}
 # Kernels ask for what they need of this. tpu7x has 64 MiB, the others 95 MiB or more.
 VMEM_LIMIT_BYTES = 56 * 2**20
 NUM_LANES = 128  # columns of a vector register
-# A part of a device's `device_kind`, in lower case, and the generation that it tells.
+# A device's `device_kind`, and the generation that it tells. libtpu calls a v5p "TPU v5".
 KINDS = {
-    "v5 lite": "v5e",
-    "v5e": "v5e",
-    "v5p": "v5p",
-    "v6 lite": "v6e",
-    "v6e": "v6e",
-    "7x": "tpu7x",
+    "TPU v5 lite": "v5e",
+    "TPU v5e": "v5e",
+    "TPU v5": "v5p",
+    "TPU v5p": "v5p",
+    "TPU v6 lite": "v6e",
+    "TPU v6e": "v6e",
+    "TPU7x": "tpu7x",
 }
 # A context of JAX and not a variable of ours: it is part of the key of jit's caches, so a program
 # traced for one generation is not reused for another.
@@ -94,8 +95,7 @@ def current_generation() -> str | None:
         return _target_generation.value
     if jax.default_backend() != "tpu":
         return "v5p"
-    kind = jax.devices()[0].device_kind.lower()
-    return next((generation for part, generation in KINDS.items() if part in kind), None)
+    return KINDS.get(jax.devices()[0].device_kind)
 
 
 def estimate_vmem_bytes(block_sizes: TpuBlockSizes, head_dim: int, item_bytes: int) -> int:

@@ -41,7 +41,7 @@ class PlannedProgram:
         default = plan_config.PlanConfig(self.plan.topology, "train")
         names = ("topology", "slices", "job", "config", "mesh", "serving_mesh", "seq", "batch")
         flags = []
-        for name in (*names, "accumulate", "remat"):
+        for name in (*names, "accumulate", "remat", "lightning"):
             value = getattr(self.plan, name)
             if name in ("topology", "job") or value != getattr(default, name):
                 flags.append(f"--{name}={value}")
@@ -53,14 +53,18 @@ class PlannedProgram:
         plan = self.plan
         parts = (plan.slices, plan.topology, plan.job, pathlib.Path(plan.config).name, plan.mesh)
         parts += (plan.serving_mesh, plan.seq, plan.batch, plan.accumulate, plan.remat)
+        parts += (plan.lightning,) if plan.lightning else ()
         text = "_".join(str(part) for part in parts)
         return "".join(c if c.isalnum() or c in "_-" else "-" for c in text) + ".json"
 
 
 def name_model(setting: setting_lib.RehearsalSetting) -> str | None:
     """Return how m1-plan calls the run's model, or None for shapes that are in no file."""
+    config = setting.model.config
+    # What m1-plan has flags for beside the model's name.
+    choices = {name: getattr(config, name) for name in ("remat", "lightning_implementation")}
     for name, make in plan_config.MODEL_PRESETS.items():
-        if dataclasses.replace(make(), remat=setting.model.config.remat) == setting.model.config:
+        if dataclasses.replace(make(), **choices) == config:
             return name
     if setting_lib.find_file(setting.run_config.checkpoint, "config.json") is not None:
         return setting.run_config.checkpoint
@@ -90,6 +94,7 @@ def find_record(program: PlannedProgram, directory: pathlib.Path) -> Mapping[str
 def _make_key(record: Mapping[str, Any]) -> tuple:
     """Return what tells jobs apart."""
     names = ("topology", "slices", "job", "config", "seq", "batch", "accumulate", "remat")
+    names += ("lightning",)
     axis_sizes = (_parse_sizes(record["mesh"]), _parse_sizes(record["serving_mesh"] or {}))
     return (*(record[name] for name in names), *axis_sizes)
 

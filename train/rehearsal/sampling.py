@@ -322,6 +322,7 @@ class RlRehearsal:
                 seq=largest.row_tokens,
                 batch=largest.num_rows,
                 remat=self._setting.model.config.remat,
+                lightning=self._setting.model.config.lightning_implementation,
             )
             with self._findings.catch_refusals("programs", label):
                 program = programs.PlannedProgram(label, plan, layout)

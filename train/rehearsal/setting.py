@@ -139,8 +139,7 @@ def open_setting(
     tpu_slice = parse_slices(rehearsal.topology)
     devices = jax.devices()[:1] if tpu_slice is None else topology.get_slice_devices(tpu_slice)
     model_config = _read_model_config(rehearsal, run_config, findings)
-    if run_config.remat:
-        model_config = dataclasses.replace(model_config, remat=run_config.remat)
+    model_config = run_model.apply_run_choices(run_config, model_config)
     tokenizer = _load_tokenizer(run_config, findings)
     if tokenizer is not None:
         run_model.check_tokenizer(tokenizer, model_config)

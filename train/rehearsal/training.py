@@ -254,6 +254,7 @@ class TrainRehearsal:
                 batch=stage.rows,
                 accumulate=stage.accumulate,
                 remat=setup.model.config.remat,
+                lightning=setup.model.config.lightning_implementation,
             )
             if plan in seen:
                 continue

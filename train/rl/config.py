@@ -226,6 +226,8 @@ class RlConfig:
       dtype: dtype of the computation, "bfloat16" or "float32".
       remat: policy of rematerialisation, see `m1_jax.config.REMAT_POLICIES`. Empty takes the
         checkpoint's.
+      lightning: implementation of lightning attention, see `ModelConfig`. Empty takes the kernels
+        where they run.
       lora: adapters to train. None trains the weights themselves.
       mesh: (axis, devices) pairs of the trainer. Empty is fsdp over all devices.
       serving_mesh: (axis, devices) pairs of the sampler on the same devices. Empty is expert over
@@ -259,6 +261,7 @@ class RlConfig:
     tokenizer: str = ""
     dtype: str = "bfloat16"
     remat: str = ""
+    lightning: str = ""
     lora: LoraConfig | None = None
     mesh: tuple[tuple[str, int], ...] = ()
     serving_mesh: tuple[tuple[str, int], ...] = ()
@@ -280,6 +283,13 @@ class RlConfig:
         )
         policies = ("", *model_config.REMAT_POLICIES)
         configlib.check_field(self.remat in policies, "remat", self.remat, f"one of {policies}")
+        implementations = ("", *model_config.LIGHTNING_IMPLEMENTATIONS)
+        configlib.check_field(
+            self.lightning in implementations,
+            "lightning",
+            self.lightning,
+            f"one of {implementations}",
+        )
         # The parts check themselves. What is left is what takes two parts to know.
         self._check_sources()
         self.outcome_reader()  # raises for an outcome that no sample would have
