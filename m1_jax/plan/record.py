@@ -68,10 +68,7 @@ def compile_job(
             *meshes.describe_padded_columns(model_config, job, serving_layout or layout, model),
             *meshes.describe_cut_axes(layout.mesh, tpu_slice),
         ],
-        "mesh_dimensions": {
-            axis: [str(share) for share in shares]
-            for axis, shares in physical_mesh.describe_axes(layout.mesh).items()
-        },
+        "mesh_dimensions": _describe_dimensions(layout),
         "closed_dimensions": list(tpu_slice.closed_dims),
         "capacity": _count_rows_in_free_hbm(setting, peak_program),
         "trace_secs": trace_secs,
@@ -79,6 +76,12 @@ def compile_job(
         "compile_cpu_secs": sum(program["compile_cpu_secs"] for program in programs),
         "versions": {name: _get_package_version(name) for name in ("jax", "libtpu")},
     }
+
+
+def _describe_dimensions(layout: sharding.MeshLayout) -> dict[str, list[str]]:
+    """Return which dimensions of the slice each mesh axis has, by axis."""
+    shares = physical_mesh.describe_axes(layout.mesh)
+    return {axis: [str(share) for share in parts] for axis, parts in shares.items()}
 
 
 def _compile_program(
