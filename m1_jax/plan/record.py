@@ -102,7 +102,7 @@ def _compile_program(
     program: jobs.TracedProgram,
     limit_bytes: float,
     tpu_slice: topology.TpuSlice,
-    options: Mapping[str, bool | int],
+    options: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Compile a program. The memory of what lies beside it counts as its own."""
     beside_bytes = {name: shapes.local_bytes(tree) for name, tree in program.co_resident.items()}
