@@ -16,11 +16,10 @@ from m1_jax import layer_stack, quantize, sharding
 # Rows per CPU matmul: big tiles first, small ones for the remaining rows. A loop over tiles of each
 # size is compiled, so there are few sizes.
 ROW_TILES, FEW_ROWS_TILES = (256, 32), (16, 4)
-# The batch-invariant tile. Inside of `with matmul_tile(rows)`, every CPU matmul has that many rows,
-# or twice and half as many where that is known to change nothing. A row's numbers then do not
-# depend on how many other rows its expert has. XLA:CPU gives a row the same bits in any product of
-# 2 to 32 rows. Products of 1 row, or of 64 and more, are computed in other ways
-# (tests/m1_jax_tiles_test.py).
+# The batch-invariant tile. Inside of `with matmul_tile(rows)`, every CPU matmul has that many rows.
+# A row's numbers then do not depend on how many other rows its expert has. Larger and smaller tiles
+# are not mixed in, though that is faster: for some widths XLA:CPU sums 16 rows in another order
+# than 8, and 8 in another than 4 (tests/m1_jax_tiles_test.py).
 matmul_tile = jax.make_user_context(0)
 # Names of the outputs of `gate` and `up`, for rematerialisation. Each is M rows of F numbers.
 GATE_NAME, UP_NAME = "experts_gate", "experts_up"
@@ -364,10 +363,7 @@ def _write_rows(x, rows, start):
 
 def _choose_tiles(num_rows: int) -> tuple[int, ...]:
     """Return the numbers of rows of a matmul, largest first."""
-    # Twice and half of these sizes are within the 2 to 32 rows of `matmul_tile`'s comment.
-    if (size := matmul_tile.value) in (4, 8, 16):
-        return (2 * size, size // 2)
-    if size:
+    if size := matmul_tile.value:
         return (size,)
     if num_rows >= ROW_TILES[0]:
         return ROW_TILES

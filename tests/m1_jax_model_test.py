@@ -243,7 +243,7 @@ def test_program_size_does_not_grow_with_depth():
 # ---- options that must not change the result
 
 
-@pytest.mark.parametrize("remat", ["layer", "dots"])
+@pytest.mark.parametrize("remat", ["layer", "attention", "dots", "products"])
 def test_remat_changes_no_gradient(model, remat):
     tokens = tokens_of(1, 20)
     # A sum of squares would not do: the last norm makes it a constant, and its gradient rounding.
