@@ -111,9 +111,8 @@ def _grouped_mlp_fwd(*arguments):
     return y, (*arguments, gate_out, up_out)
 
 
-def _grouped_mlp_bwd(residuals, grad):
-    arguments = (*residuals, grad)
-    *d_inputs, d_weights = grouped_mlp_gradients(*arguments)
+def _grouped_mlp_bwd(residuals: Any, grad):
+    *d_inputs, d_weights = grouped_mlp_gradients(*residuals, grad=grad)
     return *d_inputs, None, d_weights
 
 
