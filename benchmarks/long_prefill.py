@@ -111,7 +111,7 @@ def build_program(model, length: int):
         model.config, config.total_slots, config.total_pages, CHUNK_TOKENS, model.dtype
     )
     rows = slot_sampling.init_sampling_state(config.total_slots, model.config.vocab_size)
-    tiles = programs.EngineTiles(config.attention_tile, config.matmul_tile)
+    tiles = programs.EngineTiles.of_config(config.for_platform(jax.default_backend()))
 
     def run(model, state, rows, batch, prompts):
         return programs.prefill_prompts(model, state, rows, batch, prompts, tiles)

@@ -27,6 +27,7 @@ from m1_jax.plan import chip_specs, report, time_report, topology
 from m1_jax.plan import command as plan_command
 from m1_jax.plan import config as plan_config
 
+PURPOSE = "Our predicted training speed of Mixtral 8x7B beside one that was published."
 SEQUENCE_TOKENS, ROWS_PER_CHIP = 4096, 8
 # MFU and tokens a second and chip, MaxText: its page of performance tiers for v5p, and
 # AI-Hypercomputer/tpu-recipes training/trillium/Mixtral-8x7B-MaxText for v6e, whose log has 8 rows
@@ -105,7 +106,7 @@ def format_row(chip: str, record: dict, flops_per_token: float) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=PURPOSE)
     parser.add_argument("--chips", default=",".join(PUBLISHED))
     parser.add_argument("--meshes", default=MESHES, help="by semicolons")
     parser.add_argument("--json", type=pathlib.Path, help="file for the records")

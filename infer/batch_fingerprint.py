@@ -46,7 +46,7 @@ def fingerprint_run(
       ValueError, OSError: a checkpoint that cannot be read.
     """
     # The tiles decide the order of sums, so the last bits, as do JAX's version and the hardware.
-    sizes = config_lib.EngineConfig()
+    sizes = config_lib.EngineConfig().for_platform(jax.default_backend())
     dtype = command_mesh.resolve_dtype(config.dtype)
     model_config = dataclasses.replace(
         model_config_lib.ModelConfig.from_file(folder / "config.json"),

@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any
 
 import m1_jax
-from infer import batch_output, command, jsonl, request_check
+from infer import batch_output, command, jsonl, openai_batch, request_check
 from infer import options as options_lib
 from infer import prompt as prompt_lib
 from m1_jax import command_mesh, distributed, quantize
@@ -153,9 +153,12 @@ class _RequestReader:
         value = jsonl.parse_line(location, text)
         if not isinstance(value, dict):
             raise ValueError(f"got {value!r:.80}; wanted an object")
-        jsonl.refuse_openai_batch(value)
+        line_fields = _LINE_FIELDS
+        if openai_batch.is_batch_line(value):
+            value = openai_batch.translate_line(jsonl.drop_nulls(value), self._config.tokens)
+            line_fields = ("messages", "tools", "custom_id")
         value = jsonl.drop_nulls(value)
-        options_lib.check_names("field", value, (*_LINE_FIELDS, *self._names))
+        options_lib.check_names("field", value, (*line_fields, *self._names))
         conversation = {k: v for k, v in value.items() if k in jsonl.REQUEST_FIELDS}
         config = self._config
         conversation = jsonl.check_conversation(conversation, config.system, config.raw)
@@ -175,13 +178,17 @@ class _RequestReader:
         return BatchRequest(index, fields, ids, options, text)
 
     def _make_id_field(self, location: str, value: dict[str, Any]) -> dict[str, Any]:
-        if "id" not in value:
+        """Return the line's name under the field that it has it in, {} for a line without one."""
+        field = "custom_id" if "custom_id" in value else "id"
+        if field not in value:
             return {}
-        name = jsonl.to_whole_number(value["id"])
+        name = jsonl.to_whole_number(value[field])
         if not isinstance(name, str | int) or isinstance(name, bool):
-            raise ValueError(f"id: got {name!r:.80}; wanted text or a whole number")
+            raise ValueError(f"{field}: got {name!r:.80}; wanted text or a whole number")
         # By repr: 1 and "1" are different ids.
         first = self._ids.setdefault(repr(name), location)
         if first != location:
-            raise ValueError(f"id: got {name!r:.80} again, first at {first}; wanted another one")
-        return {"id": name}
+            raise ValueError(
+                f"{field}: got {name!r:.80} again, first at {first}; wanted another one"
+            )
+        return {field: name}

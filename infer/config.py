@@ -5,6 +5,11 @@ from collections.abc import Sequence
 from typing import Any
 
 _MAX_PREFILL_TOKENS = 2048  # `fit_config` stops growing its prefill program here
+_FEWEST_DECODE_ROWS = 8
+# On CPU small products are cheap, and matrices of small models lie in a cache. An accelerator's
+# matrix unit has 128 rows (v5e, v5p) or 256, and computes 8 in the time of all. Its weights come
+# from HBM, once for each tile: 64 times in a prefill of 512 rows by 8.
+_CPU_MATMUL_TILE, _ACCELERATOR_MATMUL_TILE = 8, 128
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,8 +30,8 @@ class EngineConfig:
       num_snapshots: state slots beyond `max_rows`, for the prefix cache. 0 switches it off.
       chunk_tokens: tokens between two updates of a recurrent state, and tokens of a page.
       decode_steps: most tokens that a sequence makes in one dispatch, at least 1.
-      prefill_tokens: rows of the prefill programs in each partition, ascending, multiples of both
-        tiles. The last one is at least `chunk_tokens`.
+      prefill_tokens: rows of the prefill programs in each partition, ascending, multiples of
+        `attention_tile`. The last one is at least `chunk_tokens`.
       max_queue: requests that may wait, at least 1. One more is refused.
       snapshot_every_tokens: distance of snapshots in long prompts, a multiple of `chunk_tokens`.
         0: none but those at the ends of prompts and where prompts part.
@@ -40,7 +45,9 @@ class EngineConfig:
         `chunk_tokens`.
       record_routes: whether each token's experts are kept, for a trainer to replay.
       matmul_tile: rows that a matrix product computes at a time, so that numbers do not depend on
-        the batch. 0: all rows at once, and numbers do depend on it.
+        the batch. Fewer rows are filled up. Weights are read once for each such tile. 0: all rows
+        at once, and numbers do depend on the batch. None: 8 on CPU, and 128 on accelerators, whose
+        memory the weights are read from. See `for_platform`.
 
     Raises:
       ValueError: sizes that do not fit each other.
@@ -61,7 +68,7 @@ class EngineConfig:
     draft_tokens: int = 0
     attention_tile: int = 8
     record_routes: bool = False
-    matmul_tile: int = 8
+    matmul_tile: int | None = None
 
     def __post_init__(self):
         for name in ("max_length", "max_rows", "chunk_tokens", "decode_steps", "max_queue"):
@@ -102,11 +109,13 @@ class EngineConfig:
                 f"prefill_tokens: got {sizes}; wanted ascending sizes, the last at least "
                 f"chunk_tokens {chunk}"
             )
-        # For the message: of two powers of two, the larger one is a multiple of the other.
-        unit = max(self.attention_tile, self.matmul_tile)
         for size in sizes:
-            if size % self.attention_tile or (self.matmul_tile and size % self.matmul_tile):
-                raise ValueError(f"prefill_tokens: got {size}; wanted multiples of {unit}")
+            if size % self.attention_tile:
+                raise ValueError(
+                    f"prefill_tokens: got {size}; wanted multiples of {self.attention_tile}"
+                )
+        if self.matmul_tile is not None and self.matmul_tile < 0:
+            raise ValueError(f"matmul_tile: got {self.matmul_tile}; wanted 1 or more, 0 or None")
 
     @property
     def pages_per_sequence(self) -> int:
@@ -122,6 +131,13 @@ class EngineConfig:
     def total_slots(self) -> int:
         """State slots of the pool, slot 0 of padding not counted."""
         return self.max_rows + self.num_snapshots
+
+    def for_platform(self, platform: str) -> "EngineConfig":
+        """Return the config with the default of a platform where it says None."""
+        if self.matmul_tile is not None:
+            return self
+        tile = _CPU_MATMUL_TILE if platform == "cpu" else _ACCELERATOR_MATMUL_TILE
+        return dataclasses.replace(self, matmul_tile=tile)
 
     def split(self, num_partitions: int) -> "EngineConfig":
         """Return the sizes of one of several equal partitions. Queue and host memory stay whole.
@@ -157,10 +173,9 @@ class EngineConfig:
 
         A dispatch takes the smallest program that holds its rows.
         """
-        # Whole matmul tiles, so that no program computes a part of one.
-        unit = max(8, self.matmul_tile)
-        largest = -(-self.max_rows // unit) * unit
-        sizes = [unit]
+        # They need not be whole matmul tiles: products are filled up, and nothing else is.
+        largest = -(-self.max_rows // _FEWEST_DECODE_ROWS) * _FEWEST_DECODE_ROWS
+        sizes = [_FEWEST_DECODE_ROWS]
         # Steps of 4 and not of 2, because each program takes its time to compile.
         while sizes[-1] < largest:
             sizes.append(min(4 * sizes[-1], largest))

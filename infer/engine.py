@@ -80,8 +80,8 @@ class Engine:
                 f"engine: got process {jax.process_index()}; wanted process 0 to have it, and "
                 "the others in leader_follower.follow_engine(model, config)"
             )
+        config = config.for_platform(jax.default_backend())
         self.config, self.tokenizer = config, tokenizer
-        # With the lightning implementation that None stands for here: `suspend` writes it down.
         runs = lightning.resolve_implementation(model.config, model.dtype, model.layout)
         self._model_config = dataclasses.replace(model.config, lightning_implementation=runs)
         self._device: device.Device | leader_follower.Leader = device.Device(model, config)

@@ -200,8 +200,8 @@ def refuse_openai_batch(value: Mapping[str, Any]) -> None:
     """Raise ValueError for a line of OpenAI's batch API, which has its request in "body"."""
     if isinstance(value.get("body"), Mapping):
         raise ValueError(
-            "got a line of OpenAI's batch API; wanted the body's fields in the line itself, the "
-            "custom_id as id: jq -c '.body + {id: .custom_id} | del(.model)' OLD > NEW"
+            "got a line of OpenAI's batch API, which m1-batch reads; wanted the body's messages in "
+            "the line itself: jq -c '.body | {messages, tools}' OLD > NEW"
         )
 
 

@@ -5,9 +5,10 @@
 
 A line of the input is {"prompt": ..., "system": ...} or {"messages": [...], "tools": [...]}. It may
 have an "id", a "preset" and any field of `options.Options`: {"prompt": "Hi", "max_tokens": 9}. A
-field that is null counts as absent. All lines are checked before the first one runs. A line of the
-output is written when its request is done, so lines are in no certain order. Its "index" counts the
-input's lines that are not blank, from 0:
+field that is null counts as absent. Lines of OpenAI's batch API are read as well, and their answers
+have "custom_id" in place of "id" (`infer/openai_batch.py`). All lines are checked before the first
+one runs. A line of the output is written when its request is done, so they are in no certain order.
+Its "index" counts the input's lines that are not blank, from 0:
 
     {"index": 0, "id": ..., "text": ..., "finish_reason": "stop", "prompt_tokens": 12,
      "completion_tokens": 40, "reasoning_tokens": 0}

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from m1_jax import (
     collectives,
+    compiler_options,
     decoder_layer,
     forward_context,
     fsdp,
@@ -231,7 +232,7 @@ class MiniMaxM1(nnx.Module):
 # ---- whole rows
 
 
-@jax.jit
+@compiler_options.jit_for_device
 def _compute_logits(
     model: MiniMaxM1,
     tokens: Int[Array, "B T"],
@@ -310,7 +311,7 @@ def _forward_local(
 # ---- rows with a state
 
 
-@functools.partial(jax.jit, static_argnames="last_only")
+@functools.partial(compiler_options.jit_for_device, static_argnames="last_only")
 def _extend_sequences(
     model: MiniMaxM1,
     tokens: Int[Array, "B T"],

@@ -24,6 +24,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from m1_jax import config as config_lib
+from m1_jax import physical_mesh
 
 MESH_AXES = ("data", "fsdp", "expert", "tensor", "context")
 TRAIN, PREFILL, DECODE = "train", "prefill", "decode"
@@ -82,6 +83,8 @@ ACTIVATION_RULES = {
 }
 # Kinds of devices over whose links the compiler refuses to route a ragged all-to-all.
 _NO_RAGGED_DEVICE_KINDS = ("TPU v5 lite", "TPU v5e")
+# Kinds of devices for which the compiler widens int8 operands of grouped products outside of them.
+_NO_INT8_DEVICE_KINDS = ("TPU7x",)
 # Platform and kind of the devices that a program is traced for. A context, since the code of the
 # model sees only the mesh's axes while it is traced, not its devices. None: not known.
 _target_device = jax.make_user_context(None)
@@ -188,6 +191,8 @@ def make_param_sharding(layout: MeshLayout | None, logical_axes, shape) -> jax.s
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
     """Return a mesh with all of `MESH_AXES`, whose neighbours are near on the chips' links.
 
+    Axes lie on whole dimensions of a TPU slice where they can (`physical_mesh.py`).
+
     Several slices are joined by a slow network. They lie along `data`, or along `fsdp` if `data`
     is not a multiple of their number. No other axis crosses slices.
 
@@ -233,9 +238,7 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) ->
             inner, outer, devices, allow_split_physical_axes=True
         )
     else:
-        device_array = mesh_utils.create_device_mesh(
-            list(shape.values()), devices, allow_split_physical_axes=True
-        )
+        device_array = physical_mesh.arrange_devices(list(shape.values()), devices)
     return Mesh(device_array, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
@@ -340,6 +343,12 @@ def has_ragged_all_to_all() -> bool:
     """Say whether the devices of the program being traced have a ragged all-to-all."""
     target = _target_device.value
     return target is None or target.kind not in _NO_RAGGED_DEVICE_KINDS
+
+
+def kernels_take_int8() -> bool:
+    """Say whether a TPU's grouped products read int8 weights without a widened copy of them."""
+    target = _target_device.value
+    return target is None or target.kind not in _NO_INT8_DEVICE_KINDS
 
 
 def param_specs(layout: MeshLayout, module):

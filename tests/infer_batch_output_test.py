@@ -261,7 +261,8 @@ def test_two_runs_cannot_write_one_output(release, tmp_path, monkeypatch):
         ({"prompt": "a", "stop": "\udfff"}, r":2: got a lone surrogate"),
         ({"prompt": "a", "max_tokens": 200}, r":2: got \d+ tokens .* at most 129\. .*--num_pages"),
         ({"prompt": "a", "temperature": 10**400}, ":2: got no valid JSON .* has 401 digits"),
-        ({"custom_id": "r", "body": {"messages": []}}, ":2: got a line of OpenAI's batch API"),
+        ({"custom_id": "r", "body": {"messages": []}}, r":2: messages: got \[\]"),
+        ({"custom_id": "r", "body": {"input": "a"}}, ":2: field: got 'input'"),
         ({"messages": [{"role": "user", "content": "a"}], "tools": 3}, ":2: tools: got 3; wanted"),
     ],
 )

@@ -142,6 +142,34 @@ def test_a_seed_gives_the_same_alone_in_company_and_in_a_new_process(engine):
     assert [tuple(token) for token in json.loads(text)] == bits(want)
 
 
+def test_products_of_more_rows_than_a_program_has_are_as_exact():
+    # A decode program of 8 rows and a prefill program of 48: both are filled up to whole tiles.
+    config = dataclasses.replace(CONFIG, max_rows=8, prefill_tokens=(48,), matmul_tile=32)
+    engine = engine_lib.Engine(make_model(), load_tokenizer(), config)
+    (alone,) = engine.generate([PROMPT], ONE)
+    requests = [engine.submit(*request) for request in random_requests(10)]
+    beside = engine.submit(PROMPT, ONE)
+    engine.run()
+    assert all(len(request.tokens) for request in requests)
+    assert bits(beside.output()) == bits(alone)
+
+
+def test_the_tile_is_the_platforms_unless_it_is_given():
+    assert [CONFIG.for_platform(name).matmul_tile for name in ("cpu", "gpu", "tpu")] == [
+        8,
+        128,
+        128,
+    ]
+    given = dataclasses.replace(CONFIG, matmul_tile=0)
+    assert given.for_platform("tpu") == given
+    assert make_engine().config.matmul_tile == 8
+    # Products are filled up, so the tile does not make programs larger.
+    wide = config_lib.EngineConfig(max_rows=40, prefill_tokens=(64,)).for_platform("tpu")
+    assert wide.decode_batch_sizes == (8, 32, 40)
+    with pytest.raises(ValueError, match="matmul_tile: got -1; wanted 1 or more, 0 or None"):
+        dataclasses.replace(CONFIG, matmul_tile=-1)
+
+
 def test_trained_is_served(engine):
     """The trainer's forward of the whole sequence gives every token's plain log-probability."""
     served, trained = serve_and_score(engine)

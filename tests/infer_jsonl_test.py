@@ -195,7 +195,9 @@ def test_refused_options(values, message):
 def test_lines_of_openais_batch_api_are_told_apart():
     body = {"model": "m", **USER, "max_tokens": 5}
     line = {"custom_id": "r1", "method": "POST", "url": "/v1/chat/completions", "body": body}
-    with pytest.raises(ValueError, match=r"OpenAI's batch API; .* jq -c '\.body \+ \{id: \.custom"):
+    with pytest.raises(
+        ValueError, match=r"OpenAI's batch API, which m1-batch reads; .* jq -c '\.body"
+    ):
         jsonl.check_conversation(line, None, raw=False)
 
 

@@ -238,6 +238,25 @@ def test_bad_lines_are_listed_before_anything_runs(checkpoint, tmp_path, monkeyp
     assert not (tmp_path / "out.jsonl").exists()
 
 
+def test_lines_of_openais_batch_api_are_requests(checkpoint, tmp_path):
+    messages = [{"role": "user", "content": "a"}]
+    body = {"model": "m", "messages": messages, "max_completion_tokens": 7}
+    line = {"custom_id": "r1", "method": "POST", "url": "/v1/chat/completions", "body": body}
+    lines = [line, {"messages": messages, "max_tokens": 7, "id": "own"}]
+    path = write_lines(tmp_path / "in.jsonl", lines)
+    config = batch_input.BatchConfig(str(checkpoint), str(path), "out")
+    tokenizer = tokenizer_lib.Tokenizer.load(checkpoint)
+    model_config = m1_jax.ModelConfig.from_file(checkpoint / "config.json")
+    first, second = batch_input.read_requests(config, tokenizer, model_config)
+    assert first.output_fields == {"index": 0, "custom_id": "r1"}
+    assert first.prompt == second.prompt
+    assert first.options == dataclasses.replace(second.options, seed=first.options.seed)
+    write_lines(path, [line, line | {"body": body | {"reasoning_effort": "low"}}, line])
+    with pytest.raises(ValueError, match="field: got 'reasoning_effort'") as refusal:
+        batch_input.read_requests(config, tokenizer, model_config)
+    assert "custom_id: got 'r1' again" in str(refusal.value)
+
+
 def test_fields_of_a_line(checkpoint, tmp_path):
     lines = [
         {"prompt": "a", "preset": "lightning", "max_tokens": 2_000, "stop": "x"},

@@ -47,7 +47,7 @@ def count_flops(rows=ROWS, **mesh):
     arguments = programs.abstract_decode_inputs(CONFIG, layout, engine)
 
     def decode(model, state, sampling_state, batch, steps):
-        tiles = programs.EngineTiles(engine.attention_tile, engine.matmul_tile)
+        tiles = programs.EngineTiles.of_config(engine)
         return programs.decode_tokens(
             model, state, sampling_state, batch, steps, tiles, engine.decode_steps
         )

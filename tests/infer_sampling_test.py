@@ -150,6 +150,26 @@ def test_repetition_penalty():
     np.testing.assert_allclose(logp, kept_reference(penalised)[np.asarray(tokens)], atol=1e-5)
 
 
+@pytest.mark.parametrize("others", [0.0, 1.0])
+def test_penalties_that_overflow_have_no_best_token(others):
+    """Greedy rows, alone and beside rows that are drawn."""
+    logits = jnp.asarray([[3.0, 2.0, 1.0, -4.0], [-3.0, -2.0, -1.0, -4.0]] * 2)
+    seen = jnp.ones((4, 4), jnp.int32)
+    penalties = [2e-38, 3e38, 1.5, 1.0]  # the first ones make all of a row infinite
+    temperatures = [0.0, 0.0, others, others]
+    options = sampling.make_options(
+        4, temperature=temperatures, top_p=1.0, repetition_penalty=penalties
+    )
+    logits = logits.at[0, 3].set(1e30).at[1].mul(1e10)
+    chosen = choose(logits, options, row_keys(0, [1, 2, 3, 4]), seen)
+    assert np.isnan(chosen.logp[:2]).all()
+    assert np.isfinite(chosen.logp_raw).all()
+    assert np.isfinite(chosen.logp[2:]).all()
+    # Without an overflow a greedy row has no other choice.
+    if not others:
+        assert (chosen.logp[2:] == 0).all()
+
+
 def test_randomness_is_the_row_s_own():
     logits = jax.random.normal(jax.random.key(0), (5, 300)) * 2
     rows, positions = jnp.arange(5), jnp.asarray([3, 9, 9, 100, 2])

@@ -22,7 +22,7 @@ CONFIG = dataclasses.replace(ModelConfig.tiny(), layer_types=("lightning", "soft
 ENGINE = config_lib.EngineConfig(
     max_length=64, max_rows=2, chunk_tokens=16, prefill_tokens=(64,), num_snapshots=0
 )
-TILES = programs.EngineTiles(ENGINE.attention_tile, ENGINE.matmul_tile)
+TILES = programs.EngineTiles.of_config(ENGINE.for_platform("cpu"))
 ROWS, LENGTH = 2, 16
 
 

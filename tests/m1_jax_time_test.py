@@ -23,6 +23,7 @@ from m1_jax.plan import (
     time_summary,
     topology,
 )
+from m1_jax.serving import ragged_batch
 
 V5P = chip_specs.CHIP_SPECS["v5p"]
 NOTHING_ASSUMED = time_assumptions.TimeAssumptions()
@@ -89,6 +90,26 @@ def test_frames_are_our_own_calls_innermost_first():
     assert source_frames.find_frames(frames, "x)") == []
 
 
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        (
+            "jit(train_step)/transpose(jvp())/shard_map/while/body/closed_call/checkpoint/lightning/dot",
+            "backward/lightning/dot",
+        ),
+        (
+            "jit(f)/jvp()/exchange/while/body/experts/cond/branch_0_fun/ragged",
+            "exchange/experts/ragged",
+        ),
+        ("add", "add"),
+    ],
+)
+def test_scopes_are_those_of_the_model(name, expected):
+    attributes = f'%x), metadata={{op_name="{name}" stack_frame_id=3}}'
+    assert source_frames.find_scopes(attributes) == expected
+    assert source_frames.find_scopes("%x)") == ""
+
+
 def test_bytes_in_hbm():
     shape = "(bf16[8,4]{1,0:T(8,128)(2,1)}, f32[8]{0:T(128)S(1)}, s4[<=6]{0}, token[])"
     assert hlo.hbm_bytes(shape) == 64 + 3
@@ -129,6 +150,21 @@ def test_traffic_counts_slices_and_updates(line, expected):
     counter = hbm_traffic.TrafficCounter(module)
     counted = counter.count_bytes("main", module.computations["main"]["x"])
     assert counted == pytest.approx(expected)
+
+
+def test_instructions_that_metadata_break_over_lines():
+    metadata = '{"block_q": 1024, "more": "}"}'
+    text = make_text(
+        f"  %k = {MATRIX} custom-call(%w), frontend_attributes={{kernel_metadata={{\n"
+        f'"xprof_metadata":"{metadata}"\n'
+        f"}}}}, metadata={{stack_frame_id=3}}\n  ROOT %x = {MATRIX} add(%k, %w)",
+        # A computation may end with the name of a thread.
+        BRANCHES.replace("}\n", '}, execution_thread="sparsecore"\n'),
+    )
+    instructions = hlo.parse_module(text).computations["main"]
+    assert list(instructions) == ["w", "k", "x"]
+    assert instructions["k"].operand_names == ["w"]
+    assert "stack_frame_id=3" in instructions["k"].operands_and_attributes
 
 
 # ---- the schedule
@@ -234,6 +270,31 @@ def test_what_runs_beside_is_exposed_as_far_as_nothing_covers_it():
     assert low.secs == pytest.approx(2**22 / (4 * V5P.link_bytes_per_sec) + 3e-6)
 
 
+WRAPPED_GATHER = f"""%sparse (a: {MATRIX}) -> f32[2048,1024] {{
+  %a = {MATRIX} parameter(0)
+  ROOT %g = f32[2048,1024] all-gather(%a), {GATHER}
+}}
+"""
+
+
+def test_collectives_on_sparse_cores_and_prefetches_run_beside():
+    lines = f"""  %c = (f32[1024,1024]{{1,0:S(1)}}, {MATRIX}, u32[]) copy-start(%w)
+  %s = (({MATRIX}), f32[2048,1024], u32[]) async-start(%w), calls=%sparse
+  %m = (({MATRIX}), f32[2048,1024], u32[]) async-update(%s), calls=%sparse
+  %d = f32[2048,1024] async-done(%m), calls=%sparse
+  %e = f32[1024,1024]{{1,0:S(1)}} copy-done(%c)"""
+    low, _ = predict(make_text(lines, WRAPPED_GATHER))
+    gather, prefetch = low.instructions
+    secs = 2**22 / (2 * V5P.link_bytes_per_sec) + 3e-6
+    assert (gather.cost.kind, gather.cost.detail) == ("all-gather", "all-gather on SparseCore")
+    assert gather.is_collective
+    assert gather.exposed_secs == low.secs == pytest.approx(secs)
+    # The prefetch ended while the program waited for the gather.
+    assert prefetch.cost.kind == "prefetches"
+    assert prefetch.busy_secs == pytest.approx(2**22 / V5P.hbm_bytes_per_sec)
+    assert prefetch.exposed_secs == 0
+
+
 # ---- kernels
 
 
@@ -288,9 +349,17 @@ def test_kernels_by_name_by_estimate_and_by_bytes():
     cost, pricer = price_call(operands, "x=1", "bf16[1,64,4096,128]", name="lightning_fwd.2")
     assert cost.low_secs == pytest.approx(64 * 4096 * 1088 / V5P.hbm_bytes_per_sec)
     assert not pricer.unknown_kernels
+    # 8 query heads of 4,096 tokens and 2 key heads: two products of a pair, in 10 of 16 blocks.
+    heads = ("bf16[8,4096,128]", "bf16[2,4096,128]", "bf16[2,4096,128]")
+    cost, pricer = price_call(("s8[4,4]", *heads), "x=1", heads[0], name="splash_mha_fwd.1")
+    flops = 2 * 2 * 8 * 4096 * 4096 * 10 / 16 * 128
+    assert cost.low_secs == pytest.approx(flops / (0.5 * V5P.flops_per_sec))
+    assert cost.kind == "softmax attention"
+    assert not pricer.unknown_kernels
     estimate_text = (
-        'backend_config={"custom_call_config":{"cost_estimate":{"flops":459000000000,'
-        '"transcendentals":0,"bytes_accessed":2765000000}}}'
+        'backend_config={"custom_call_config":{"body":"TUzvUg","cost_estimate":{'
+        '"bytes_accessed":"2765000000","flops":"459000000000","remote_bytes_transferred":"0",'
+        '"transcendentals":"7"},"input_memory_space_colors":[]}}'
     )
     cost, pricer = price_call(operands, estimate_text, MATRIX)
     assert cost.low_secs == pytest.approx(1e-3)
@@ -298,6 +367,23 @@ def test_kernels_by_name_by_estimate_and_by_bytes():
     cost, pricer = price_call((MATRIX,), "x=1", MATRIX)
     assert cost.low_secs == pytest.approx(2**23 / V5P.hbm_bytes_per_sec)
     assert pricer.unknown_kernels == {"kernel"}
+
+
+def test_serving_kernels_read_a_part_of_their_operands():
+    decode = time_assumptions.TimeAssumptions(num_running_rows=8, num_cached_tokens=4096)
+    queries, cache = "bf16[16,1,128,128]", "bf16[10,1,300,1,128,128]"
+    operands = ("s32[2]", "s32[16]", "s32[16,1,32]", queries, cache, cache)
+    cost, _ = price_call(operands, "x=1", queries, decode, name="paged_attention.1")
+    num_bytes = 8 * 4096 * 2 * 128 * 2 + 2 * 16 * 128 * 128 * 2
+    assert cost.num_bytes == pytest.approx(num_bytes)
+    assert cost.low_secs == pytest.approx(1.9 * num_bytes / V5P.hbm_bytes_per_sec)
+    assert cost.kind == "softmax attention"
+    states, keys = "f32[10,7,9,8,128,128]", "bf16[10,7,9,8,128,128]"
+    operands = ("s32[2]", "f32[8]", "bf16[8,16,3072]", states, keys, keys)
+    cost, _ = price_call(operands, "x=1", states, decode, name="lightning_serving")
+    head_bytes = 2**16 * (1 + 1 / 128) + 2**16 + 2 * 128 * 32
+    assert cost.num_bytes == pytest.approx(64 * head_bytes + 4 / 3 * 8 * 16 * 3072 * 2)
+    assert cost.kind == "lightning attention"
 
 
 # ---- what a job assumes
@@ -311,8 +397,10 @@ def job_assumptions(kind, seq, batch, mesh):
 
 def test_a_serving_job_knows_its_tiles_and_key_blocks():
     assumed = job_assumptions("serve", 4096, 64, {"expert": 4, "tensor": 2})
-    assert assumed.loop_trips["m1_jax.serving.ragged_batch"] == 16
+    assert assumed.loop_trips["m1_jax.serving.ragged_batch.scan_attention_tiles"] == 16
+    assert assumed.loop_trips["m1_jax.serving.ragged_batch"] == 16 // ragged_batch.TILE_GROUP
     assert assumed.loop_trips["m1_jax.serving.softmax"] == 16
+    assert (assumed.num_running_rows, assumed.num_cached_tokens) == (16, 4096)
     assert assumed.num_expert_rows == 32
     assert assumed.num_busy_experts == pytest.approx(8 * (1 - (31 / 32) ** 128))
     assert "64 running rows of 4096 tokens, 16 a device" in "; ".join(assumed.notes)
@@ -342,7 +430,10 @@ def test_summary_and_report():
     )
     assert time["mfu"]["low"] == pytest.approx(1e12 / V5P.flops_per_sec / total)
     assert time["tokens_per_chip_hour"]["low"] == pytest.approx(4096 / total * 900)
-    assert time["dearest"][1]["source"] == "m1_jax/serving/softmax.py:70 attend_tile"
+    assert time["dearest"][1]["sources"] == [
+        "m1_jax/serving/softmax.py:70 attend_tile",
+        "m1_jax/decoder_layer.py:12 __call__",
+    ]
     text = "\n".join(time_report.format_time(time))
     for words in ("MFU", "tokens a chip-hour", "softmax.py:70", "assumed: a balanced router"):
         assert words in text

@@ -87,7 +87,8 @@ def test_a_tpu_without_kernels_takes_the_form_in_xla(monkeypatch, kind):
         assert tpu.supports_shapes(qkv, 64)
 
 
-@pytest.mark.parametrize("kind", ["TPU v5 lite", "TPU v5p", "TPU v6 lite", "TPU7x"])
+# libtpu calls a v5p "TPU v5".
+@pytest.mark.parametrize("kind", ["TPU v5 lite", "TPU v5", "TPU v5p", "TPU v6 lite", "TPU7x"])
 def test_a_tpu_with_kernels_takes_them(monkeypatch, kind):
     monkeypatch.setattr(tiling.jax, "default_backend", lambda: "tpu")
     monkeypatch.setattr(tiling.jax, "devices", lambda: [types.SimpleNamespace(device_kind=kind)])

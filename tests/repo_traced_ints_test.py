@@ -227,7 +227,7 @@ def test_engine_programs():
     model_config = config_lib.ModelConfig.m1()
     layout = sharding.make_layout(mesh, model_config, sharding.DECODE)
     model = params_lib.abstract_model(model_config, jnp.bfloat16, jnp.bfloat16, layout)
-    tiles = programs.EngineTiles(engine.attention_tile, engine.matmul_tile)
+    tiles = programs.EngineTiles.of_config(engine.for_platform("cpu"))
     state, (sampling, batch, steps) = programs.abstract_decode_inputs(model_config, layout, engine)
     decode = functools.partial(programs.decode_tokens, tiles=tiles, max_steps=engine.decode_steps)
     jax.jit(decode).trace(model, state, sampling, batch, steps)
@@ -257,6 +257,7 @@ def test_adapters():
         jax.ShapeDtypeStruct((80, *shape), jnp.float32) for shape in ((6144, 64), (64, 8192))
     ]
     kernel = jax.ShapeDtypeStruct((80, 6144, 8192), jnp.bfloat16)
-    jax.eval_shape(lora._merge_kernel, kernel, *rank_64, 2.0)
+    merge = functools.partial(lora._merge_kernel, dtype=kernel.dtype)
+    jax.eval_shape(merge, kernel, *rank_64, 2.0)
     jax.eval_shape(lora._change_products, [(*rank_64, *rank_64)], [(2.0, 2.0)])
     assert jax.tree.leaves(adapted)

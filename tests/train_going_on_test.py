@@ -5,6 +5,7 @@ import gc
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -307,6 +308,37 @@ def test_a_reader_leaves_what_another_process_is_writing(run):
         while unfinished.exists() and time.monotonic() < deadline:
             time.sleep(0.01)
         assert not unfinished.exists()
+
+
+@pytest.mark.parametrize("is_whole", [False, True])
+def test_a_reader_tells_of_a_checkpoint_that_its_run_deletes(run, is_whole):
+    steps = run / "checkpoints"
+    with (
+        checkpoints.CheckpointStore(run, SaveConfig(keep=1), read_only=True) as reader,
+        checkpoints.CheckpointStore(run, SaveConfig(keep=2), read_only=True) as other,
+    ):
+        shutil.rmtree(steps / "2" if is_whole else steps / "2" / "data")
+        words = r"step 2 was deleted while it was read.* save\.keep=1.*newest of "
+        with pytest.raises(checkpoints.ResumeError, match=words):
+            reader.read_info(2)
+        # A run that keeps two has not deleted the older one.
+        words = "was deleted" if is_whole else r"step 2 is damaged.*--from_step, of \[4\]"
+        with pytest.raises(checkpoints.ResumeError, match=words):
+            other.read_info(2)
+        (steps / "4" / "run" / "metadata").unlink()
+        with pytest.raises(checkpoints.ResumeError, match="step 4 is damaged"):
+            reader.read_info(4)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_reader_tells_of_arrays_that_its_run_deletes(run):
+    with checkpoints.CheckpointStore(run, SaveConfig(keep=1), read_only=True) as reader:
+        for file in (run / "checkpoints" / "2" / "state").rglob("d/*"):
+            file.unlink()
+        with pytest.raises(checkpoints.ResumeError, match="step 2 was deleted while") as error:
+            reader.restore(2, _abstract_state())
+    del error
+    gc.collect()
 
 
 @pytest.mark.slow

@@ -172,6 +172,25 @@ def test_merged_weights_give_the_same_logits(base):
     assert _adapters(model)
 
 
+def test_merging_into_float32_keeps_what_bfloat16_rounds_off(base):
+    def to_dtype(dtype):
+        return jax.tree.map(lambda x: x.astype(dtype), base)
+
+    coarse = jax.tree.map(lambda x: x, _moved(_adapted(to_dtype(jnp.bfloat16))))
+    for linear in lora._find_linears(coarse).values():
+        if linear.adapter is not None:
+            linear.adapter.b.set_value(linear.adapter.b.get_value() * 1e-4)
+    path, linear = next(
+        (path, linear) for path, linear in lora._find_linears(coarse).items() if linear.adapter
+    )
+    kernel = np.asarray(linear.kernel.get_value(), np.float32)
+    for dtype, is_kept in ((None, False), (jnp.float32, True)):
+        merged = lora._find_linears(lora.merge_adapters(coarse, dtype))[path].kernel.get_value()
+        assert merged.dtype == (dtype or jnp.bfloat16)
+        changed = np.mean(np.asarray(merged, np.float32) != kernel)
+        assert changed > 0.9 if is_kept else changed < 0.1
+
+
 def test_the_merged_model_is_saved_and_exported(source, base, tmp_path):
     model, tokens = _moved(_adapted(base)), _batch().tokens
     with pytest.raises(ValueError, match="adapter"):

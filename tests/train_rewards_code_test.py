@@ -1,16 +1,20 @@
 """Code: fences of programs, shapes of tests, and that neither empty tests nor cheats pass."""
 
 import asyncio
+import base64
 import collections
 import functools
 import json
+import os
+import pickle
 import time
 import types
+import zlib
 
 import pytest
 
 from train.rl import sample as sample_lib
-from train.rl.rewards import answer, code_tests, coding, fences, runner
+from train.rl.rewards import answer, code_tests, coding, fences, packed_tests, runner
 from train.rl.rewards.judge import assertions, comparison
 
 
@@ -221,7 +225,8 @@ def test_tests_in_the_label():
         ({"tests": [{"in": "1"}]}, r"tests\[0\]: got \['in'\]; wanted an object of stdin"),
         ({"tests": [3]}, r"tests\[0\]: got 3"),
         ({"tests": {"input": "1"}}, "wanted inputs and outputs"),
-        ({"tests": "eJxrYJ"}, "Decompress"),
+        ({"tests": "eJxrYJ"}, "wanted a list of tests.*packed form: it is no base64"),
+        ({"tests": "tests"}, "wanted a list of tests.*packed form: it is no base64"),
         ({"inputs": ["1"], "outputs": []}, "two lists of one length"),
         ({"inputs": [{"a": 1}], "outputs": ["1"]}, "wanted text, a number, or a list of lines"),
         ({"inputs": ["x"], "outputs": ["1"], "fn_name": "f"}, "wanted lines of JSON"),
@@ -327,6 +332,81 @@ def f(x):
     return x * x if FOUND else -1
 """
     assert _score(program, test_code=SQUARES) == 0.0
+
+
+def test_a_folder_of_the_test_s_own():
+    program = """
+def count(path): return len(open(path).read().split())
+def write(folder): (folder / "b.txt").write_text("x"); return folder / "b.txt"
+"""
+    tests = """
+import pytest
+from solution import count, write
+@pytest.fixture
+def words(tmp_path):
+    (tmp_path / "a.txt").write_text("one two")
+    return tmp_path / "a.txt"
+def test_count(tmp_path, words):
+    assert words == tmp_path / "a.txt"
+    assert count(words) == 2 == count(str(words))
+def test_write(tmp_path):
+    assert list(tmp_path.iterdir()) == []
+    assert write(tmp_path) == tmp_path / "b.txt"
+    assert (tmp_path / "b.txt").read_text() == "x"
+"""
+    assert _score(program, test=tests) == 1.0
+    assert _score(program.replace('"x"', '"y"'), test=tests) == 0.0
+
+
+# ---- LiveCodeBench's packed tests
+
+
+def _pack(data: bytes) -> str:
+    return base64.b64encode(zlib.compress(data)).decode()
+
+
+class _Runs:
+    """An object whose pickle runs code when it is read."""
+
+    def __reduce__(self):
+        return (os.abort, ())
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_packed_tests_are_read(protocol):
+    text = json.dumps([{"input": "1 2\n", "output": "3 \u20ac", "testtype": "stdin"}] * 3)
+    packed = _pack(pickle.dumps(text, protocol))
+    tests = code_tests.read_tests(_task({"private_test_cases": packed}))
+    assert tests == [code_tests.StdinTest("1 2\n", "3 \u20ac")] * 3
+
+
+@pytest.mark.parametrize(
+    ("packed", "message"),
+    [
+        (_pack(pickle.dumps(_Runs())), "opcode .*; wanted one text alone"),
+        (_pack(pickle.dumps(["[]"])), "opcode EMPTY_LIST; wanted one text alone"),
+        (_pack(pickle.dumps(b"[]")), "opcode SHORT_BINBYTES; wanted one text alone"),
+        (_pack(pickle.dumps("a")[:-2]), "pickle exhausted"),
+        (_pack(pickle.dumps("[")), "Expecting value"),
+        (_pack(pickle.dumps("[" * 100_000)), "nested too deeply|recursion"),
+        (_pack(b"(I1\n."), "opcode MARK"),
+        (_pack(b""), "pickle exhausted"),
+        (_pack(b"no pickle"), "opcode"),
+        (_pack(pickle.dumps("[]"))[:16], "is cut off"),
+        (base64.b64encode(b"abc").decode(), "it is no base64 of zlib"),
+        (_pack(pickle.dumps('"text"')), "got 'text'; wanted a list of tests"),
+    ],
+)
+def test_other_packed_values_are_refused_and_never_run(packed, message):
+    with pytest.raises(ValueError, match=message) as refusal:
+        code_tests.read_tests(_task({"private_test_cases": packed}))
+    assert len(str(refusal.value)) < 400
+
+
+def test_packed_tests_have_a_largest_size(monkeypatch):
+    monkeypatch.setattr(packed_tests, "_MAX_BYTES", 1000)
+    with pytest.raises(ValueError, match="has more than 1000 bytes"):
+        packed_tests.unpack_tests(_pack(pickle.dumps(" " * 2000)))
 
 
 def test_objects_of_the_program():

@@ -78,6 +78,7 @@ class CheckpointStore:
           read_only: whether the checkpoints are another process's, which may be writing some now.
         """
         self.base_digest = base_digest
+        self._save_config, self._read_only = save, read_only
         if read_only:
             options = ocp.CheckpointManagerOptions(
                 save_interval_steps=0, create=False, read_only=True
@@ -253,12 +254,33 @@ class CheckpointStore:
             raise self._make_damage_error(step, error.__cause__ or error) from None
 
     def _make_damage_error(self, step: int, reason: object) -> ResumeError:
+        if self._read_only and self._was_deleted(step):
+            save = self._save_config
+            return ResumeError(
+                f"{self.directory}: the checkpoint of step {step} was deleted while it was read: "
+                f"its run goes on, and keeps save.keep={save.keep} of them. Read the newest of "
+                f"{self._list_steps()}, or give the run a larger save.keep or a save.keep_every."
+            )
         others = [other for other in self.all_steps() if other != step]
         remedy = f"Go on from another one (--from_step, of {others})"
         return ResumeError(
             f"{self.directory}: the checkpoint of step {step} is damaged "
             f"({' '.join(str(reason).split()):.200}). {remedy if others else 'Begin a new run'}."
         )
+
+    def _list_steps(self) -> list[int]:
+        """Return the steps that lie there now. `all_steps` are those when the store was opened."""
+        return sorted(int(path.name) for path in self.directory.iterdir() if path.name.isdecimal())
+
+    def _was_deleted(self, step: int) -> bool:
+        """Return whether the checkpoints' own run has deleted one, or is about to."""
+        steps, save = self._list_steps(), self._save_config
+        if step not in steps:
+            return True
+        if save.keep_every and step % save.keep_every == 0:
+            return False
+        # Files go one by one, so a part of it may still be there.
+        return sum(other > step for other in steps) >= save.keep
 
 
 def flatten_state(state: step_lib.TrainState) -> dict[str, Any]:

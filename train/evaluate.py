@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from m1_jax import distributed, logprobs
+from m1_jax import compiler_options, distributed, logprobs
 from m1_jax import model as model_lib
 from train.data import batch as batch_lib
 from train.data import placement, records
@@ -22,7 +22,7 @@ from train.data import stream as stream_lib
 FIRST_BUCKET_TOKENS, NUM_BUCKETS = 1024, 12
 
 
-@functools.partial(jax.jit, static_argnames="num_sources")
+@functools.partial(compiler_options.jit_for_device, static_argnames="num_sources")
 def sum_losses(
     model: model_lib.MiniMaxM1,
     batch: batch_lib.TrainBatch,

@@ -91,10 +91,17 @@ def add_adapters(
     return model
 
 
-def merge_adapters(model: model_lib.MiniMaxM1) -> model_lib.MiniMaxM1:
+def merge_adapters(
+    model: model_lib.MiniMaxM1, dtype: jax.typing.DTypeLike | None = None
+) -> model_lib.MiniMaxM1:
     """Return the model without adapters: W + (alpha / rank) A B takes W's place, nothing is frozen.
 
-    Precision: float32, then rounded to W's dtype. All other arrays are shared, not copied.
+    Precision: float32, then rounded once. All other arrays are shared, not copied.
+
+    Args:
+      model: a model with adapters.
+      dtype: dtype of what takes W's place. None: W's own, which loses changes below half a step of
+        it.
 
     Raises:
       ValueError: the model has int8 weights, whose steps are larger than the change.
@@ -106,7 +113,8 @@ def merge_adapters(model: model_lib.MiniMaxM1) -> model_lib.MiniMaxM1:
         if linear.adapter is not None:
             kernel, adapter = linear.kernel.get_value(), linear.adapter
             # One projection at a time: in float32, all of them at once would not fit.
-            merged = jax.jit(_merge_kernel, out_shardings=kernel.sharding)(
+            merge = functools.partial(_merge_kernel, dtype=dtype or kernel.dtype)
+            merged = jax.jit(merge, out_shardings=kernel.sharding)(
                 kernel, adapter.a.get_value(), adapter.b.get_value(), adapter.scale
             )
             linear.kernel.set_value(merged)  # the copy's kernel
@@ -186,10 +194,10 @@ def _inner_product(a, b, other_a, other_b):
     return jnp.sum(rows * columns)
 
 
-def _merge_kernel(kernel, a, b, scale):
+def _merge_kernel(kernel, a, b, scale, dtype):
     # Highest precision: TPUs would otherwise round the factors to bfloat16 first.
     change = jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST) * scale
-    return (kernel.astype(jnp.float32) + change).astype(kernel.dtype)
+    return (kernel.astype(jnp.float32) + change).astype(dtype)
 
 
 def _find_linears(model: model_lib.MiniMaxM1) -> dict[str, layers.Linear]:

@@ -10,7 +10,7 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from m1_jax import logprobs, moe, quantize
+from m1_jax import compiler_options, logprobs, moe, quantize
 from m1_jax import model as model_lib
 from train import optim, trainable
 from train.data import batch as batch_lib
@@ -80,7 +80,9 @@ def init_state(model: model_lib.MiniMaxM1, optimizer: optim.AdamW) -> TrainState
     return TrainState(jnp.zeros((), jnp.int32), model, moments)
 
 
-@functools.partial(jax.jit, static_argnames="settings", donate_argnames="state")
+@functools.partial(
+    compiler_options.jit_for_device, static_argnames="settings", donate_argnames="state"
+)
 def train_step(
     state: TrainState, batch: batch_lib.TrainBatch, settings: TrainStepSettings
 ) -> tuple[TrainState, dict[str, Float[Array, ""]]]:

@@ -6,6 +6,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from m1_jax import compiler_options
+
 
 class CompiledProgram:
     """A function compiled for arguments of given shapes, some of which it consumes.
@@ -40,7 +42,9 @@ class CompiledProgram:
             leaf.sharding if isinstance(leaf, jax.ShapeDtypeStruct) else None for leaf in leaves
         ]
         # Compiled here and never again: a call with other shapes is an error, not a compilation.
-        self._compiled = flat.lower(*leaves).compile()
+        self._compiled = flat.lower(*leaves).compile(
+            compiler_options=compiler_options.options_of_arguments(leaves) or None
+        )
 
     @property
     def output_shapes(self) -> Any:

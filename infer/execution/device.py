@@ -45,7 +45,8 @@ class Device:
         weights, self._model_structure = jax.tree.flatten(model)
         self._layout = layout = model.layout
         num_partitions = 1 if layout is None else layout.axis_size("batch")
-        config = config.split(num_partitions)  # from here on, sizes of one partition
+        # From here on, sizes of one partition.
+        config = config.for_platform(jax.default_backend()).split(num_partitions)
         state = state_lib.init_serving_state(
             model.config,
             config.total_slots,
@@ -177,7 +178,7 @@ class Device:
         self, config: config_lib.EngineConfig
     ) -> dict[ProgramName, program_spec.ProgramSpec]:
         """Return the programs that run the model."""
-        tiles = programs.EngineTiles(config.attention_tile, config.matmul_tile)
+        tiles = programs.EngineTiles.of_config(config)
         structure = self._model_structure
 
         def decode(weights, state, sampling, batch, steps):

@@ -72,6 +72,12 @@ class EngineTiles:
     attention_tile: int = dataclasses.field(default=8, metadata={"static": True})
     matmul_tile: int = dataclasses.field(default=8, metadata={"static": True})
 
+    @classmethod
+    def of_config(cls, config: config_lib.EngineConfig) -> "EngineTiles":
+        """Return the tiles of a config that `EngineConfig.for_platform` returned."""
+        assert config.matmul_tile is not None
+        return cls(config.attention_tile, config.matmul_tile)
+
 
 def decode_tokens(
     model: model_lib.MiniMaxM1,

@@ -6,6 +6,7 @@ import pathlib
 import re
 import tempfile
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -47,7 +48,11 @@ class CompileResult:
     compile_cpu_secs: float
 
 
-def compile_program(traced: jax.stages.Traced, limit_bytes: float) -> CompileResult:
+def compile_program(
+    traced: jax.stages.Traced,
+    limit_bytes: float,
+    compiler_options: Mapping[str, Any] | None = None,
+) -> CompileResult:
     """Compile for a TPU, and read the program's text from the compiler's own dump.
 
     `as_text` fails inside XLA for some TPU programs. The dump exists for these, and also for a
@@ -59,7 +64,7 @@ def compile_program(traced: jax.stages.Traced, limit_bytes: float) -> CompileRes
         return time.perf_counter() - start_secs, time.process_time() - start_cpu_secs
 
     with tempfile.TemporaryDirectory() as dump, _disable_compile_cache():
-        options = {"xla_dump_to": dump, "xla_dump_hlo_as_text": True}
+        options = {"xla_dump_to": dump, "xla_dump_hlo_as_text": True, **(compiler_options or {})}
         try:
             program = compile_for_tpu(traced, compiler_options=options)
         except jax.errors.JaxRuntimeError as error:

@@ -50,12 +50,16 @@ _THIN_TILE, _THIN_MOVE_STEPS, _THIN_STEPS = "T(2,128)", 20, 8
 _KINDS_BY_MODULE = (
     ("m1_jax.experts", "experts"),
     ("m1_jax.expert_exchange", "exchange"),
+    ("m1_jax.exchange_plan", "exchange"),
     ("m1_jax.ring_attention", "softmax attention"),
+    ("m1_jax.splash_attention", "softmax attention"),
     ("m1_jax.serving.softmax", "softmax attention"),
+    ("pallas_kernels.paged_attention", "softmax attention"),
     ("pallas_kernels", "lightning attention"),
     ("m1_jax.serving.lightning", "lightning attention"),
     ("m1_jax.context_parallel", "lightning attention"),
     ("train.optim", "optimizer"),
+    ("infer.execution.sampling", "sampling"),
 )
 
 

@@ -214,17 +214,15 @@ def trace_serve(setting: JobSetting) -> list[TracedProgram]:
     from infer.execution import programs
 
     job = setting.job
-    # Sizes for TPUs: a bfloat16 tile has 16 rows there, and one product takes all rows (0).
-    engine = engine_config.EngineConfig(
-        max_length=job.seq, max_rows=job.batch, attention_tile=16, matmul_tile=0
-    )
+    # Otherwise the engine's own defaults, exactness included.
+    engine = engine_config.EngineConfig(max_length=job.seq, max_rows=job.batch).for_platform("tpu")
     state, arguments = programs.abstract_decode_inputs(setting.config, setting.layout, engine)
     pools = state.group_states
     pages = [pool for pool in pools if isinstance(pool, serving_state.PagedKVCache)]
     slots = [pool for pool in pools if isinstance(pool, serving_state.LightningSlots)]
 
     def decode(model, state, sampling_state, batch, steps):
-        tiles = programs.EngineTiles(engine.attention_tile, engine.matmul_tile)
+        tiles = programs.EngineTiles.of_config(engine)
         return programs.decode_tokens(
             model, state, sampling_state, batch, steps, tiles, engine.decode_steps
         )

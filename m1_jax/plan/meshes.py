@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
-from m1_jax import command_mesh, logprobs, sharding
+from m1_jax import command_mesh, logprobs, physical_mesh, sharding
 from m1_jax import config as config_lib
 from m1_jax import model as model_lib
 from m1_jax import params as params_lib
 from m1_jax.plan import config as plan_config
-from m1_jax.plan import estimate, jobs
+from m1_jax.plan import estimate, jobs, topology
 
 # What a search splits devices over, by kind of job or mode.
 _SEARCHED_AXES = {
@@ -87,6 +87,24 @@ def describe_padded_columns(
             + (f" (about {copied:.1f} GiB a chip here)" if copied else "")
             + (f". Make tensor one of {', '.join(good)}" if good else ". No tensor axis makes one")
         )
+    return warnings
+
+
+def describe_cut_axes(mesh: Mesh, tpu_slice: topology.TpuSlice) -> list[str]:
+    """Return a warning for each mesh axis that shares a dimension of the slice with another."""
+    warnings = []
+    other = topology.find_slice_of_whole_axes(tpu_slice, list(mesh.shape.values()))
+    if other == tpu_slice:  # JAX has orders of its own for some small slices, with rings
+        return []
+    for axis, shares in physical_mesh.describe_axes(mesh).items():
+        cut = [share for share in shares if not share.is_whole]
+        if cut:
+            parts = [f"{share.used} of {share.size} chips of {share.name}" for share in cut]
+            warnings.append(
+                f"mesh: {axis}={mesh.shape[axis]} has {' and '.join(parts)}, whose links it shares "
+                "with another axis; wanted whole dimensions"
+                + (f": of as many chips, {other.name} has them" if other else "")
+            )
     return warnings
 
 

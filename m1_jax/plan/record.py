@@ -9,8 +9,8 @@ from typing import Any
 import jax.numpy as jnp
 from absl import logging
 
+from m1_jax import compiler_options, lightning, physical_mesh, sharding
 from m1_jax import config as config_lib
-from m1_jax import lightning, sharding
 from m1_jax.plan import (
     aot,
     chip_specs,
@@ -59,10 +59,10 @@ def compile_job(
     with tiling.compile_for(tpu_slice.generation):
         traced_programs = jobs.JOB_TRACERS[job.kind](setting)
         trace_secs = time.perf_counter() - start_secs
-        assumptions = time_assumptions.make_assumptions(model_config, job, layout)
+        # What a run on these devices compiles with.
+        options = compiler_options.options_for(devices[0])
         programs = [
-            _compile_program(setting, p, limit_bytes, tpu_slice, assumptions)
-            for p in traced_programs
+            _compile_program(setting, p, limit_bytes, tpu_slice, options) for p in traced_programs
         ]
     peak_program = max(programs, key=lambda program: program["hbm_bytes_per_chip"])
     return {
@@ -72,12 +72,16 @@ def compile_job(
         "devices": len(devices),
         "devices_per_chip": len(devices) // tpu_slice.num_chips,
         "lightning_runs": lightning.resolve_implementation(model_config, jnp.bfloat16, layout),
+        "compiler_options": options,
         **peak_program,
         "fits": all(program["fits"] for program in programs),
         "programs": programs,
-        "warnings": meshes.describe_padded_columns(
-            model_config, job, serving_layout or layout, model
-        ),
+        "warnings": [
+            *meshes.describe_padded_columns(model_config, job, serving_layout or layout, model),
+            *meshes.describe_cut_axes(layout.mesh, tpu_slice),
+        ],
+        "mesh_dimensions": _describe_mesh_dimensions(layout),
+        "closed_dimensions": list(tpu_slice.closed_dims),
         "capacity": _count_rows_in_free_hbm(setting, peak_program),
         "trace_secs": trace_secs,
         "compile_secs": sum(program["compile_secs"] for program in programs),
@@ -86,17 +90,24 @@ def compile_job(
     }
 
 
+def _describe_mesh_dimensions(layout: sharding.MeshLayout) -> dict[str, list[str]]:
+    return {
+        axis: [str(share) for share in shares]
+        for axis, shares in physical_mesh.describe_axes(layout.mesh).items()
+    }
+
+
 def _compile_program(
     setting: jobs.JobSetting,
     program: jobs.TracedProgram,
     limit_bytes: float,
     tpu_slice: topology.TpuSlice,
-    assumptions: time_assumptions.TimeAssumptions,
+    options: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Compile a program. The memory of what lies beside it counts as its own."""
     beside_bytes = {name: shapes.local_bytes(tree) for name, tree in program.co_resident.items()}
     logging.info("compiling %s", program.name)
-    compiled = aot.compile_program(program.traced, limit_bytes)
+    compiled = aot.compile_program(program.traced, limit_bytes, options)
     needed_bytes = compiled.needed_bytes + sum(beside_bytes.values())
     arguments = {name: shapes.local_bytes(tree) for name, tree in program.arguments.items()}
     results = {name: shapes.local_bytes(tree) for name, tree in program.results.items()}
@@ -110,6 +121,7 @@ def _compile_program(
         traffic, num_unknown_loops = collectives.count_collectives(compiled.hlo_text)
     model_flops, recomputed_flops = program.flops
     num_devices = tpu_slice.num_devices
+    assumptions = time_assumptions.make_assumptions(setting.config, setting.job, setting.layout)
     return {
         "program": program.name,
         "fits": needed_bytes <= compiled.limit_bytes and compiled.fits,

@@ -19,6 +19,8 @@ def format_report(record: Mapping[str, Any]) -> str:
         f"{record['job']} of {record['config']} on {slices}{record['topology']} ({chips}), "
         f"mesh {format_mesh(record['mesh'])}{serving}",
         _describe_job(record),
+        *_describe_links(record),
+        _describe_options(record),
         "",
     ]
     for program in record["programs"]:
@@ -52,6 +54,18 @@ def _describe_job(record: Mapping[str, Any]) -> str:
     words.append(f"lightning {record['lightning_runs']}")
     words += [f"{name} {record['versions'][name]}" for name in ("jax", "libtpu")]
     return ", ".join(words)
+
+
+def _describe_links(record: Mapping[str, Any]) -> list[str]:
+    """Return on which dimensions of the slice the axes lie. A ring's ends are joined by links."""
+    axes = [f"{axis} on {' '.join(dims)}" for axis, dims in record["mesh_dimensions"].items()]
+    rings = [d for d, closed in zip("xyz", record["closed_dimensions"], strict=False) if closed]
+    return [f"{', '.join(axes)}; rings: {', '.join(rings) or 'none'}"] if axes else []
+
+
+def _describe_options(record: Mapping[str, Any]) -> str:
+    options = [f"{name}={value}" for name, value in record["compiler_options"].items()]
+    return f"compiler options: {', '.join(options) or 'none'}"
 
 
 def _describe_rows(record: Mapping[str, Any]) -> str:

@@ -15,6 +15,11 @@ from collections.abc import Mapping
 
 _OWN_FILE_PATTERN = re.compile(r".*/((?:m1_jax|pallas_kernels|train|infer)/.+)\.py$")
 _TABLE_ROW_PATTERN = re.compile(r"(\d+) (.*)")
+# Parts of an operation's name that are no scope of ours: what JAX writes for transformations.
+_NO_SCOPE_PATTERN = re.compile(
+    r"(transpose|jit|jvp|vmap)\(.*|checkpoint|remat\w*|rematted_computation|shard_map|while|body|cond"
+    r"|closed_call|branch_\w+|custom_\w+"
+)
 _TABLES = ("FileNames", "FunctionNames", "FileLocations", "StackFrames")
 
 
@@ -60,6 +65,18 @@ def find_frames(
     """Return the calls that an instruction came from, innermost first."""
     match = re.search(r"stack_frame_id=(\d+)", operands_and_attributes)
     return frames.get(int(match[1]), []) if match else []
+
+
+def find_scopes(operands_and_attributes: str) -> str:
+    """Return the named scopes of an instruction and its operation, like experts/dot_general.
+
+    Where a program has several passes, "backward" stands before those of the gradient.
+    """
+    match = re.search(r'op_name="([^"]*)"', operands_and_attributes)
+    if not match:
+        return ""
+    scopes = [part for part in match[1].split("/") if not _NO_SCOPE_PATTERN.fullmatch(part)]
+    return "/".join((["backward"] if "transpose(" in match[1] else []) + scopes)
 
 
 def _parse_table(text: str, title: str) -> dict[int, str]:

@@ -37,7 +37,8 @@ class TimedInstruction:
 
     Attributes:
       name, shape: as in the program.
-      source: innermost of our own calls that it came from, None where there is none.
+      sources: the two innermost of our own calls that it came from, as far as there are any.
+      scopes: named scopes and operation, as `source_frames.find_scopes` returns them.
       cost: of one execution.
       busy_secs: time that its resource works, in one execution.
       exposed_secs: time that it holds up the program, in one execution.
@@ -47,7 +48,8 @@ class TimedInstruction:
 
     name: str
     shape: str
-    source: source_frames.SourceFrame | None
+    sources: Sequence[source_frames.SourceFrame]
+    scopes: str
     cost: instruction_costs.InstructionCost
     busy_secs: float
     exposed_secs: float
@@ -351,7 +353,8 @@ class _ScheduleClock:
             TimedInstruction(
                 name=instruction.name,
                 shape=instruction.shape,
-                source=frames[0] if frames else None,
+                sources=frames[:2],
+                scopes=source_frames.find_scopes(instruction.operands_and_attributes),
                 cost=cost,
                 busy_secs=self._secs_of(cost),
                 exposed_secs=exposed_secs,

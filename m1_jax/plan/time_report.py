@@ -17,7 +17,7 @@ def format_time(time: Mapping[str, Any]) -> list[str]:
         *_format_collectives(time),
         *_format_kinds(time),
         *_format_dearest(time),
-        f"assumed: {'; '.join(time['assumptions'])}",
+        *(f"assumed: {note}" for note in time["assumptions"]),
         *(f"counted once, of unknown length: a loop of {s}" for s in time["uncovered_loops"]),
         *(f"of unknown cost, priced by its bytes: {name}" for name in time["unknown_kernels"]),
     ]
@@ -85,7 +85,7 @@ def _format_dearest(time: Mapping[str, Any]) -> list[str]:
             f"{row['name']} {row['shape'][:_SHAPE_CHARS]}",
             row["kind"] + (f", {row['detail']}" if row["detail"] else ""),
             f"{row['num_runs']:g} runs",
-            row["source"] or "no source of ours",
+            " < ".join([row["scopes"] or "no scope", *row["sources"]]),
         ]
         lines.append(f"{format_secs(row['secs']):>9}  {' | '.join(words)}")
     return lines

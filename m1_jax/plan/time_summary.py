@@ -112,7 +112,8 @@ def _list_dearest(time: time_prediction.ProgramTime) -> list[dict[str, Any]]:
             "num_runs": rows[key].num_runs,
             "shape": rows[key].shape,
             "detail": rows[key].cost.detail,
-            "source": str(rows[key].source) if rows[key].source else None,
+            "scopes": rows[key].scopes,
+            "sources": [str(frame) for frame in rows[key].sources],
         }
         for key in dearest
     ]

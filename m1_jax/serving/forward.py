@@ -100,7 +100,9 @@ def _apply_layer(
     with jax.named_scope(layer.kind):
         if layer.kind == config_lib.LIGHTNING:
             assert isinstance(group_state, state_lib.LightningSlots)
-            o, group_state = lightning.attend_slots(inputs, slopes, batch, group_state, stack_index)
+            o, group_state = lightning.attend_slots(
+                inputs, slopes, batch, group_state, stack_index, layer.attention.implementation
+            )
         else:
             assert isinstance(group_state, state_lib.PagedKVCache)
             q, k, v = inputs
@@ -120,6 +122,4 @@ def _record_expert_ids(
     """Write the experts of every real row into its page, and those of padding into page 0."""
     page, offset = batch.row_pages(expert_id_pages.expert_ids.shape[3])
     by_row = jnp.moveaxis(expert_ids, 0, 1).astype(expert_id_pages.expert_ids.dtype)
-    return state_lib.ExpertIdPages(
-        expert_id_pages.expert_ids.at[0, 0, page, offset].set(by_row)
-    )
+    return state_lib.ExpertIdPages(expert_id_pages.expert_ids.at[0, 0, page, offset].set(by_row))

@@ -34,8 +34,8 @@ class RaggedBatch:
       slots: state slot of each tile, 0 where all of the tile is padding.
       pages: pages of each tile's sequence in order, at least up to the page of the tile itself.
       attention_tile: rows that attention computes at a time. It divides the chunk.
-      matmul_tile: rows that a matrix product computes at a time. It divides M. 0 takes all rows,
-        which is faster and not exact.
+      matmul_tile: rows that a matrix product computes at a time. The last ones are filled up. 0
+        takes all rows, which is faster and not exact.
       num_matmul_tiles: tiles that products compute. None: up to the last one with a real row.
     """
 
@@ -84,7 +84,9 @@ class RaggedBatch:
           chunk_tokens: tokens of a page.
         """
         positions = jnp.maximum(self.positions, 0)
-        row_tile = jnp.arange(len(positions), dtype=jnp.int32) // (len(positions) // len(self.slots))
+        row_tile = jnp.arange(len(positions), dtype=jnp.int32) // (
+            len(positions) // len(self.slots)
+        )
         pages = self.pages[row_tile, positions // chunk_tokens]
         return jnp.where(self.positions >= 0, pages, 0), positions % chunk_tokens
 

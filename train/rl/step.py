@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-from m1_jax import logprobs, moe
+from m1_jax import compiler_options, logprobs, moe
 from m1_jax import model as model_lib
 from train import optim, trainable
 from train import step as step_lib
@@ -58,7 +58,7 @@ class MicrobatchSums(NamedTuple):
     metrics: rl_metrics.MetricSums
 
 
-@functools.partial(jax.jit, static_argnames="temperature")
+@functools.partial(compiler_options.jit_for_device, static_argnames="temperature")
 def score_logprobs(
     model: model_lib.MiniMaxM1, rows: rl_batch.PackedRows, temperature: float
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
@@ -72,7 +72,9 @@ def score_logprobs(
     return token_logprobs.logp, token_logprobs.entropy
 
 
-@functools.partial(jax.jit, static_argnames="settings", donate_argnames="sums")
+@functools.partial(
+    compiler_options.jit_for_device, static_argnames="settings", donate_argnames="sums"
+)
 def accumulate_gradients(
     sums: MicrobatchSums | None,
     model: model_lib.MiniMaxM1,
@@ -182,7 +184,9 @@ def _loss_and_metrics(
     return loss + settings.balance_coefficient * balance, metrics
 
 
-@functools.partial(jax.jit, static_argnames="settings", donate_argnames="state")
+@functools.partial(
+    compiler_options.jit_for_device, static_argnames="settings", donate_argnames="state"
+)
 def apply_update(
     state: step_lib.TrainState,
     grads: Any,

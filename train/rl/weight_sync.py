@@ -11,10 +11,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from m1_jax import compiler_options, sharding
 from m1_jax import config as config_lib
 from m1_jax import model as model_lib
 from m1_jax import params as params_lib
-from m1_jax import sharding
 from train import lora
 from train.rl import slice_exchange
 
@@ -69,7 +69,7 @@ class WeightSync:
             n: p.get_value() for n, p in params_lib.params_by_path(abstract_model).items()
         }
         shardings = {name: shape.sharding for name, shape in self._shapes.items()}
-        self.program = jax.jit(
+        self.program = compiler_options.jit_for_device(
             self._copy_params, static_argnames="exchanges", out_shardings=shardings
         )
 

@@ -8,9 +8,10 @@ metadata                                    data sets
 {"test_list": [...]}                        MBPP, with "test_setup_code" and "test_imports"
 {"test_code": text} or {"test": text}       HumanEval (check(candidate)), KodCode (pytest), unittest
 
-Each value may be JSON text. With `fn_name` (or `func_name`, `entry_point`) beside them, inputs are
-arguments of a function or of a method of `class Solution`. Without it they are what the program
-reads. A task whose metadata has no tests may have them as its label.
+Each value may be JSON text, and a list may be in LiveCodeBench's packed form (`packed_tests`). With
+`fn_name` (or `func_name`, `entry_point`) beside them, inputs are arguments of a function or of a
+method of `class Solution`. Without it they are what the program reads. A task whose metadata has no
+tests may have them as its label.
 """
 
 import ast
@@ -20,6 +21,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from train.rl import sample as sample_lib
+from train.rl.rewards import packed_tests
 from train.rl.rewards.judge import assertions
 
 _PAIR_KEYS = (("stdin", "stdout"), ("input", "output"))
@@ -33,7 +35,7 @@ TEST_KEYS = (
     *_FUNCTION_KEYS,
 )
 # Fixtures of pytest that reach into the interpreter or the folder of the program.
-_REFUSED_FIXTURES = ("monkeypatch", "mocker", "tmp_path", "tmpdir", "caplog", "capfd")
+_REFUSED_FIXTURES = ("monkeypatch", "mocker", "tmpdir", "tmp_path_factory", "caplog", "capfd")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,6 +125,14 @@ def _find_function_name(metadata: Mapping[str, Any]) -> str | None:
 def _read_list(
     tests: Any, function: str | None, entry_point: str | None, key: str
 ) -> Iterable[CodeTest]:
+    if isinstance(tests, str):
+        try:
+            tests = packed_tests.unpack_tests(tests)
+        except ValueError as error:
+            raise ValueError(
+                f"{key}: got {tests!r:.80}; wanted a list of tests, an object of inputs and "
+                f"outputs, the JSON of one, or LiveCodeBench's packed form: {error}"
+            ) from None
     if isinstance(tests, Mapping):
         if not {"inputs", "outputs"} <= tests.keys():
             raise ValueError(f"{key}: got the keys {sorted(tests)}; wanted inputs and outputs")
@@ -131,7 +141,7 @@ def _read_list(
     if not isinstance(tests, list):
         raise ValueError(
             f"{key}: got {tests!r:.80}; wanted a list of tests, an object of inputs and outputs, "
-            "or the JSON of one. Decompress tests that are compressed."
+            "or the JSON of one"
         )
     for number, test in enumerate(tests):
         name = f"{key}[{number}]"

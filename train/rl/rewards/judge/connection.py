@@ -13,6 +13,7 @@ import decimal
 import fractions
 import importlib
 import json
+import pathlib
 import sys
 import types
 from collections.abc import Callable
@@ -28,6 +29,8 @@ _TEXT_TYPES: dict[str, tuple[type, Callable[[Any], str], Callable[[str], Any]]] 
     "Fraction": (fractions.Fraction, str, fractions.Fraction),
     "datetime": (datetime.datetime, datetime.datetime.isoformat, datetime.datetime.fromisoformat),
     "date": (datetime.date, datetime.date.isoformat, datetime.date.fromisoformat),
+    # Both sides see the same files. The class is that of the machine's own paths.
+    "Path": (type(pathlib.Path()), str, pathlib.Path),
     "time": (datetime.time, datetime.time.isoformat, datetime.time.fromisoformat),
 }
 _ITEM_TYPES: dict[str, type] = {

@@ -7,8 +7,11 @@ import inspect
 import io
 import itertools
 import math
+import pathlib
 import re
+import shutil
 import sys
+import tempfile
 import types
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -197,8 +200,15 @@ def _call_with_fixtures(
         elif name == "capsys":
             stack.callback(setattr, sys, "stdout", sys.stdout)
             arguments[name] = CapturedOutput()
+        elif name == "tmp_path":
+            if name not in values:  # one for a test and its fixtures
+                values[name] = pathlib.Path(tempfile.mkdtemp())
+                stack.callback(shutil.rmtree, values[name], ignore_errors=True)
+            arguments[name] = values[name]
         elif parameter.default is inspect.Parameter.empty:
-            raise TypeError(f"got the fixture {name!r}; wanted capsys, or one of the tests' own")
+            raise TypeError(
+                f"got the fixture {name!r}; wanted capsys, tmp_path, or one of the tests' own"
+            )
     result = function(**arguments)
     if inspect.iscoroutine(result):
         result = importlib.import_module("asyncio").run(result)

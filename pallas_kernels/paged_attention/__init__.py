@@ -1,0 +1,1 @@
+"""Softmax attention of serving over pages of keys and values, on TPU."""
