@@ -22,7 +22,7 @@ ROW_TILES, FEW_ROWS_TILES = (256, 32), (16, 4)
 # than 8, and 8 in another than 4 (tests/m1_jax_tiles_test.py).
 matmul_tile = jax.make_user_context(0)
 # Names of the outputs of `gate` and `up`, for rematerialisation. Each is M rows of F numbers.
-GATE_NAME, UP_NAME = "experts_gate", "experts_up"
+GATE_NAME, UP_NAME = layer_stack.EXPERT_PRODUCT_NAMES
 
 
 @jax.custom_vjp
