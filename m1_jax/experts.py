@@ -15,9 +15,10 @@ from m1_jax import layer_stack, quantize
 # size is compiled, so there are few sizes.
 ROW_TILES, FEW_ROWS_TILES = (256, 32), (16, 4)
 # The batch-invariant tile. Inside of `with matmul_tile(rows)`, every CPU matmul has that many rows.
-# A row's numbers then do not depend on how many other rows its expert has. Larger and smaller tiles
-# are not mixed in, though that is faster: for some widths XLA:CPU sums 16 rows in another order
-# than 8, and 8 in another than 4 (tests/m1_jax_tiles_test.py).
+# A row's numbers then do not depend on how many other rows its expert has. Tiles of twice and half
+# as many rows are mixed in, which is faster, for widths that are powers of two alone: a row has the
+# same bits in products of 4, 8 and 16 rows there. For others it may not: of 832 inputs XLA:CPU sums
+# 16 rows in another order than 8, and of 960 8 rows in another than 4 (tests/m1_jax_tiles_test.py).
 matmul_tile = jax.make_user_context(0)
 
 
@@ -183,7 +184,7 @@ def _run_expert_tiles(
 
     The backward pass needs the latter two.
     """
-    num_rows, tiles = rows.shape[0], _choose_tiles(rows.shape[0])
+    num_rows, tiles = rows.shape[0], _choose_tiles(*rows.shape, gate.shape[-1])
     starts = jnp.cumsum(group_sizes) - group_sizes
     rows, weights = _pad_rows(rows, tiles), _pad_rows(weights, tiles)
     # Empty buffers keep the carry's structure where nothing is saved.
@@ -224,7 +225,7 @@ def _grouped_mlp_tiled_fwd(*arguments):
 
 def _grouped_mlp_tiled_bwd(residuals, grad):
     rows, gate, up, down, group_sizes, weights, gate_out, up_out = residuals
-    num_rows, tiles = rows.shape[0], _choose_tiles(rows.shape[0])
+    num_rows, tiles = rows.shape[0], _choose_tiles(*rows.shape, gate.shape[-1])
     starts = jnp.cumsum(group_sizes) - group_sizes
     rows, grad, weights = (_pad_rows(x, tiles) for x in (rows, grad, weights))
 
@@ -284,10 +285,15 @@ def _write_rows(x, rows, start):
     return jax.lax.dynamic_update_slice_in_dim(x, rows, start, 0)
 
 
-def _choose_tiles(num_rows: int) -> tuple[int, ...]:
-    """Return the numbers of rows of a matmul, largest first."""
+def _choose_tiles(num_rows: int, *widths: int) -> tuple[int, ...]:
+    """Return the numbers of rows of a matmul, largest first.
+
+    Args:
+      widths: inputs of the experts' matrices.
+    """
     if size := matmul_tile.value:
-        return (size,)
+        is_mixed = size == 8 and all(width & (width - 1) == 0 for width in widths)
+        return (2 * size, size // 2) if is_mixed else (size,)
     if num_rows >= ROW_TILES[0]:
         return ROW_TILES
     return FEW_ROWS_TILES if num_rows >= FEW_ROWS_TILES[0] else (num_rows,)
