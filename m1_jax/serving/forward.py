@@ -100,7 +100,9 @@ def _apply_layer(
     with jax.named_scope(layer.kind):
         if layer.kind == config_lib.LIGHTNING:
             assert isinstance(group_state, state_lib.LightningSlots)
-            o, group_state = lightning.attend_slots(inputs, slopes, batch, group_state, stack_index)
+            o, group_state = lightning.attend_slots(
+                inputs, slopes, batch, group_state, stack_index, layer.attention.implementation
+            )
         else:
             assert isinstance(group_state, state_lib.PagedKVCache)
             q, k, v = inputs

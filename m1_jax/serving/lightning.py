@@ -12,15 +12,26 @@ The chunk's last token moves the state on:
 This happens at the same positions, by the same products of the same shapes, whether a prompt is
 read or tokens are generated. A state taken at a multiple of C can therefore be kept and used again
 bit-exactly. Tokens of the open chunk can be taken back, because no state has seen them.
+
+On a TPU the kernel of `pallas_kernels/lightning_serving` does all of it in one call. Elsewhere XLA
+goes tile after tile. Each is exact in itself, and they agree within rounding.
 """
+
+import contextlib
+import functools
+import logging
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from m1_jax import layer_stack
+from m1_jax import layer_stack, sharding
+from m1_jax import lightning as model_lightning
 from m1_jax.serving import ragged_batch
 from m1_jax.serving import state as state_lib
+from pallas_kernels.lightning_serving import tpu
+
+_log = logging.getLogger(__name__)
 
 
 def attend_slots(
@@ -29,14 +40,82 @@ def attend_slots(
     batch: ragged_batch.RaggedBatch,
     group_state: state_lib.LightningSlots,
     stack_index: layer_stack.StackIndex,
+    implementation: str | None = None,
 ) -> tuple[Float[Array, "M NH"], state_lib.LightningSlots]:
     """Append rows to their sequences' open chunks, and return what attention reads there.
 
     Args:
+      batch: the tiles of a sequence are neighbours, in the order of their positions.
       stack_index: where the layer lies in the group's stack.
+      implementation: as `ModelConfig.lightning_implementation`. "tpu" takes the kernel, which then
+        runs or raises. None takes it where the program is lowered for a TPU and the sizes fit.
+        Every other value takes XLA.
 
     Precision: all products and sums are float32. The open chunk and the output have qkv's dtype.
+
+    Raises:
+      ValueError: "tpu", and sizes that the kernel does not take.
     """
+    arguments = qkv, slopes, batch, group_state, stack_index
+    chunk, head_dim = group_state.keys.shape[4:]
+    sizes = batch.attention_tile, chunk, head_dim, qkv.dtype
+    # On a mesh the device is known while the program is traced, and need not be of this process.
+    target = sharding.target_device()
+    with contextlib.nullcontext() if target is None else model_lightning.choose_for(target):
+        kernel_fits = qkv.dtype == group_state.keys.dtype and tpu.fits(*sizes)
+        if implementation == "tpu":
+            if not kernel_fits:
+                raise ValueError(
+                    f"lightning_implementation='tpu': got {qkv.dtype}, heads of {head_dim}, tiles "
+                    f"of {batch.attention_tile} and chunks of {chunk} tokens; wanted {tpu.SIZES}. "
+                    "None takes XLA for other sizes."
+                )
+            return _attend_by_kernel(*arguments)
+        if implementation is not None or not kernel_fits:
+            return _attend_tile_by_tile(*arguments)
+        if target is not None:
+            is_tpu = model_lightning.kernel_platform(target) == "tpu"
+            return (_attend_by_kernel if is_tpu else _attend_tile_by_tile)(*arguments)
+        _log_choice()
+        # Chosen when the program is lowered, so that a machine without a TPU can compile for one.
+        return jax.lax.platform_dependent(
+            *arguments, tpu=_attend_by_kernel, default=_attend_tile_by_tile
+        )
+
+
+# Cached, so that it is logged once.
+@functools.cache
+def _log_choice() -> None:
+    _log.info("serving lightning attention: the Pallas kernel where lowered for TPU, else XLA")
+
+
+def _attend_by_kernel(
+    qkv: Float[Array, "M N3H"],
+    slopes: Float[Array, "N"],
+    batch: ragged_batch.RaggedBatch,
+    group_state: state_lib.LightningSlots,
+    stack_index: layer_stack.StackIndex,
+) -> tuple[Float[Array, "M NH"], state_lib.LightningSlots]:
+    """See `attend_slots`."""
+    o, slot_arrays = tpu.attend_tiles(
+        batch.to_tiles(qkv),
+        slopes,
+        batch.slots,
+        batch.tile_positions(),
+        tpu.SlotArrays(group_state.states, group_state.keys, group_state.values),
+        stack_index,
+    )
+    return batch.to_rows(o), state_lib.LightningSlots(*slot_arrays)
+
+
+def _attend_tile_by_tile(
+    qkv: Float[Array, "M N3H"],
+    slopes: Float[Array, "N"],
+    batch: ragged_batch.RaggedBatch,
+    group_state: state_lib.LightningSlots,
+    stack_index: layer_stack.StackIndex,
+) -> tuple[Float[Array, "M NH"], state_lib.LightningSlots]:
+    """See `attend_slots`."""
     heads = qkv.reshape(qkv.shape[0], slopes.shape[0], 3, -1)
     chunk = group_state.keys.shape[4]
     # lambda^0 to lambda^C, [N, C + 1]

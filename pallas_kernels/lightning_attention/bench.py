@@ -4,7 +4,7 @@
         [--implementations=chunked,tpu] [--repeats=100] [--json=FILE]
 
 Times are those of the device to within launches: each repeat queues several calls back to back,
-waits for the last, and divides. A decoding call takes the pool that the call before it returned.
+waits for the last, and divides. A decoding call takes the memory that the call before it returned.
 
 Bandwidth counts the minimum bytes (docs/kernels.md, "Bytes and operations"), whatever an
 implementation really moves. The share of copy is relative to the bandwidth of a large copy on the
@@ -26,8 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.lightning_attention import api, shapes
-from pallas_kernels.lightning_decode import api as decode_api
-from pallas_kernels.lightning_decode import ring as decode_ring
+from pallas_kernels.lightning_serving import tpu as tpu_serving
 
 CHECKED_TOKENS = 4096
 WARM_UP_REPEATS = 3  # repeats that are thrown away. The first compiles.
@@ -149,52 +148,44 @@ def bench_training(
 
 
 def bench_decode(
-    shape_name: str, implementation: str, repeats: int, copy_bytes_per_sec: float
+    shape_name: str, repeats: int, copy_bytes_per_sec: float, *, interpret: bool = False
 ) -> list[dict]:
-    """Time one step of one named workload, in place and in the ring form."""
+    """Time one step of one named workload by the serving kernel."""
     shape = shapes.DECODE_SHAPES[shape_name]
     slopes = middle_layer_slopes(shape.num_heads)
     heads, width, batch = shape.num_heads, shape.head_dim, shape.batch_size
+    chunk, tile = shape.chunk_tokens, shape.attention_tile
     qkv, _ = make_random_inputs(shapes.TrainingShape(1, batch, heads, width, shape.dtype))
-    qkv, slots, rate = qkv[0], jnp.asarray(shape.slots()), jnp.asarray(slopes)
+    slots = jnp.asarray(shape.slots())
     rng = np.random.default_rng(shapes.SEED)
     states = jnp.asarray(rng.standard_normal((batch, heads, width, width), np.float32))
-    q, k, v = np.moveaxis(np.asarray(qkv[0], np.float64).reshape(heads, 3, width), 1, 0)
+    q, k, v = np.moveaxis(np.asarray(qkv[0, 0], np.float64).reshape(heads, 3, width), 1, 0)
     # The recurrence in float64, of the first sequence.
     decay = np.exp(-np.float64(slopes))[:, None, None]
     next_state = decay * np.asarray(states[slots[0]], np.float64) + k[:, :, None] * v[:, None, :]
     expected = np.einsum("nk,nkv->nv", q, next_state).reshape(-1)
+    lead = (1, 1, batch, heads)
+    rows = jnp.zeros((*lead, chunk, width), shape.dtype)
+    memory = tpu_serving.SlotArrays(states.reshape(*lead, width, width), rows, jnp.copy(rows))
 
-    # Both forms map (o, pool, position) to the same of the next step, as `time_calls` chains them.
-
-    def in_place(_, pool, position):
-        call = decode_api.lightning_decode
-        o, pool = call(qkv, rate, pool, slots, implementation=implementation)
-        return o, pool, position
-
-    def in_ring(_, pool, position):
-        call, positions = decode_api.lightning_decode_ring, jnp.full((batch,), position)
-        o, pool = call(qkv, rate, pool, slots, positions, implementation=implementation)
-        return o, pool, position + 1
-
-    ring = decode_api.init_ring_pool(batch, heads, width, window=shape.window)
-    ring = decode_ring.write_states(ring, jnp.arange(batch), states, jnp.zeros((batch,), jnp.int32))
-    forms = {
-        "decode": (in_place, states, decode_ring.bytes_per_step_in_place(width)),
-        "decode_ring": (in_ring, ring, decode_ring.bytes_per_step(width, shape.window)),
-    }
-    records = []
-    for pass_name, (function, pool, bytes_per_step) in forms.items():
-        step = jax.jit(function, donate_argnums=(0, 1, 2))
-        carry = step(jnp.zeros_like(qkv[:, : heads * width]), pool, jnp.zeros((), jnp.int32))
-        error = relative_l2_error(carry[0][0], expected)
-        seconds = time_calls(lambda carry, step=step: step(*carry), carry, repeats)
-        moved = batch * heads * bytes_per_step
-        record = make_record(
-            shape_name, pass_name, implementation, seconds, moved, copy_bytes_per_sec, error
+    # (o, memory, position) to the same of the next step, as `time_calls` chains them.
+    def decode(_, memory, position):
+        row = jnp.arange(tile, dtype=jnp.int32)
+        is_token = row == position % tile
+        tiles = jnp.where(is_token[None, :, None], qkv[0][:, None], 0)
+        positions = jnp.broadcast_to(jnp.where(is_token, position, -1), (batch, tile))
+        o, memory = tpu_serving.attend_tiles(
+            tiles, jnp.asarray(slopes), slots, positions, memory, (0, 0), interpret=interpret
         )
-        records.append(record)
-    return records
+        return o[:, position % tile], memory, position + 1
+
+    step = jax.jit(decode, donate_argnums=(0, 1, 2))
+    # Past the first chunk, in which the kernel would not read the state.
+    carry = step(jnp.zeros((batch, heads * width), shape.dtype), memory, jnp.int32(chunk))
+    error = relative_l2_error(carry[0][0], expected)
+    seconds = time_calls(lambda carry: step(*carry), carry, repeats)
+    moved = batch * heads * tpu_serving.bytes_per_tile(tile, chunk, width, shape.dtype)
+    return [make_record(shape_name, "decode", "tpu", seconds, moved, copy_bytes_per_sec, error)]
 
 
 def make_record(
@@ -220,7 +211,7 @@ def make_record(
 def run_benchmarks(shape_names: list[str], implementations: list[str], repeats: int) -> list[dict]:
     """Return a record of each shape, pass and implementation.
 
-    A decoding shape is left out for an implementation that does not decode, such as "chunked".
+    A decoding shape is left out for all implementations but "tpu".
 
     Raises:
       ValueError: a shape or an implementation that does not exist.
@@ -235,11 +226,11 @@ def run_benchmarks(shape_names: list[str], implementations: list[str], repeats: 
     copy_bandwidth, records = measure_copy_bandwidth(repeats), []
     for name in shape_names:
         for implementation in implementations:
-            # A few names, such as cpu_smoke, are both a training and a decoding workload.
+            # A name, such as "schedule", may be both a training and a decoding workload.
             if name in shapes.TRAINING_SHAPES:
                 records += bench_training(name, implementation, repeats, copy_bandwidth)
-            if name in shapes.DECODE_SHAPES and implementation in decode_api.DECODE_IMPLEMENTATIONS:
-                records += bench_decode(name, implementation, repeats, copy_bandwidth)
+            if name in shapes.DECODE_SHAPES and implementation == "tpu":
+                records += bench_decode(name, repeats, copy_bandwidth)
     return records
 
 

@@ -8,14 +8,12 @@ HBM time of the minimum bytes is at most 1, memory and not issue is the limit.
 
 The command counts per token and head:
 - training: the loops over chunks.
-- prefill: the loop over groups of heads of a whole tile of tokens.
-- decoding: one whole grid step in the middle of a call, with every row active. Each row runs the
-  loops that wait for the last stores, start and await loads, compute, and start stores. The rest
-  of the step's body counts once. The ring's flush sits behind a branch in the compute loop: its
-  bundles count once in W = 16 steps, the others in every step.
-- spills: registers stored to the spill area anywhere in the counted loops, the flush's in full.
+- serving: a tile of a decoding sequence in the middle of a call. It is a run of its own, so it
+  loads its slot, and in one tile of C it closes its chunk. The rest of the step's body counts once
+  for all tiles of a step.
+- spills: registers stored to the spill area anywhere in the counted loops.
 
-Training and prefill leave out what surrounds their loops, which runs once in a grid step.
+Training leaves out what surrounds its loops, which runs once in a grid step.
 """
 
 import argparse
@@ -36,9 +34,7 @@ from jax import stages
 from jax.experimental import topologies
 
 from pallas_kernels.lightning_attention import shapes, tiling, tpu_bwd, tpu_fwd
-from pallas_kernels.lightning_decode import api as decode_api
-from pallas_kernels.lightning_decode import ring as decode_ring
-from pallas_kernels.lightning_decode import tpu_in_place, tpu_prefill, tpu_ring
+from pallas_kernels.lightning_serving import tpu as tpu_serving
 
 # Topology, and of one TensorCore the assumed clock in Hz and the HBM bandwidth in bytes per second.
 CHIP_SPECS = {
@@ -49,10 +45,6 @@ CHIP_SPECS = {
 }
 TRAIN_SHAPE = shapes.TRAINING_SHAPES["schedule"]
 DECODE_SHAPE = shapes.DECODE_SHAPES["schedule"]
-PREFILL_SHAPE = shapes.PREFILL_SHAPES["schedule"]
-# Loops of a decoding kernel, in program order. The first starts the pipeline in a call's first
-# step, and the last two drain it in the last step.
-NUM_DECODE_LOOPS, STEADY_LOOPS = 8, slice(1, 6)
 
 
 # ---- how to trace each kernel. array(dtype, *dims) makes an argument on the chip.
@@ -80,35 +72,18 @@ def trace_training(array: MakeArray, backward: bool) -> stages.Traced:
     )
 
 
-def trace_decode(array: MakeArray, ring: bool) -> stages.Traced:
-    """Trace a decoding step at `DECODE_SHAPE`, in place or in the ring form."""
-    batch, heads, head_dim = DECODE_SHAPE.batch_size, DECODE_SHAPE.num_heads, DECODE_SHAPE.head_dim
-    qkv = array(DECODE_SHAPE.dtype, batch, heads * 3 * head_dim)
-    # `ids` stands for the slots, and in the ring form for the positions too.
-    slopes, ids = array("float32", heads), array("int32", batch)
-    if not ring:
-        pool = array("float32", batch, heads, head_dim, head_dim)
-        decode = functools.partial(decode_api.lightning_decode, implementation="tpu")
-        return jax.jit(decode, donate_argnums=2).trace(qkv, slopes, pool, ids)
-    init_pool = functools.partial(
-        decode_api.init_ring_pool, batch, heads, head_dim, window=DECODE_SHAPE.window
-    )
-    pool = jax.tree.map(lambda x: array(x.dtype, *x.shape), jax.eval_shape(init_pool))
-    decode = functools.partial(decode_api.lightning_decode_ring, implementation="tpu")
-    return jax.jit(decode, donate_argnums=2).trace(qkv, slopes, pool, ids, ids)
-
-
-def trace_prefill(array: MakeArray) -> stages.Traced:
-    """Trace a serving prefill at `PREFILL_SHAPE`."""
-    shape = PREFILL_SHAPE
-    heads, head_dim = shape.num_heads, shape.head_dim
-    qkv = array(shape.dtype, shape.num_tokens, heads * 3 * head_dim)
-    # `ids` stands for the slots, the starts and the lengths of the sequences.
-    slopes, ids = array("float32", heads), array("int32", shape.num_sequences)
-    fresh = array("bool", shape.num_sequences)
-    pool = array("float32", shape.num_sequences, heads, head_dim, head_dim)
-    prefill = functools.partial(decode_api.lightning_prefill, implementation="tpu")
-    return jax.jit(prefill, donate_argnums=2).trace(qkv, slopes, pool, ids, ids, ids, fresh)
+def trace_serving(array: MakeArray) -> stages.Traced:
+    """Trace a decoding step at `DECODE_SHAPE`."""
+    shape = DECODE_SHAPE
+    rows, heads, head_dim = shape.batch_size, shape.num_heads, shape.head_dim
+    qkv = array(shape.dtype, rows, shape.attention_tile, heads * 3 * head_dim)
+    slopes, slots = array("float32", heads), array("int32", rows)
+    positions = array("int32", rows, shape.attention_tile)
+    states = array("float32", 1, 1, rows, heads, head_dim, head_dim)
+    keys = array(shape.dtype, 1, 1, rows, heads, shape.chunk_tokens, head_dim)
+    memory = tpu_serving.SlotArrays(states, keys, keys)
+    attend = functools.partial(tpu_serving.attend_tiles, stack_index=(0, 0))
+    return jax.jit(attend, donate_argnums=4).trace(qkv, slopes, slots, positions, memory)
 
 
 # ---- reading the compiler's dumps
@@ -178,7 +153,7 @@ def read_vmem_bytes(dump_dir: str, kernel: str) -> int | None:
 
 def find_dump_file(dump_dir: str, kernel: str, suffix: str) -> str:
     """Return the one dump of a kernel that ends with `suffix`."""
-    # A pattern and not a wildcard: lightning_decode also begins lightning_decode_ring.
+    # A pattern and not a wildcard: the name of one kernel may begin that of another.
     pattern = rf".*-{kernel}(\.\d+)?-\d+-{suffix}"
     (path,) = (path for path in glob.glob(f"{dump_dir}/*{suffix}") if re.fullmatch(pattern, path))
     return path
@@ -205,34 +180,27 @@ def count_forward_bundles(
     ), [loop]
 
 
-def count_prefill_bundles(
+def count_serving_bundles(
     bundles: KernelBundles, block_sizes: tiling.TpuBlockSizes
 ) -> tuple[float, list[range]]:
-    """Count the loop over groups of heads, which is the longest."""
-    loop = max(bundles.inner_loops, key=len)
-    return len(loop) / (tpu_prefill.CHUNK_TOKENS * tpu_prefill.HEADS_PER_GROUP), [loop]
-
-
-def count_decode_bundles(
-    heads: int, window: int, bundles: KernelBundles, block_sizes
-) -> tuple[float, list[range]]:
-    """Count a step. A window of 1 means that every row runs all of its compute loop.
+    """Count a decoding tile, and its share of the rest of a grid step.
 
     Raises:
-      ValueError: the step has another number of loops than `NUM_DECODE_LOOPS`.
+      ValueError: the loop over tiles has other branches than expected.
     """
-    if len(bundles.inner_loops) != NUM_DECODE_LOOPS:
-        raise ValueError(
-            f"got {len(bundles.inner_loops)} loops in a step; wanted {NUM_DECODE_LOOPS}"
-        )
-    loops = bundles.inner_loops[STEADY_LOOPS]
-    compute = max(loops, key=len)
-    # The first branch of the compute loop skips inactive rows. The last guards the flush.
-    flush = [branch for branch in bundles.forward_branches if branch.start in compute][-1]
-    # A row runs every loop once, and the flush in one of `window` steps.
-    row = sum(map(len, loops)) - len(flush) * (1 - 1 / window)
-    step = len(bundles.grid_loop) - sum(map(len, bundles.inner_loops))
-    return (step + tpu_in_place.ROWS_PER_STEP * row) / (tpu_in_place.ROWS_PER_STEP * heads), loops
+    loop = max(bundles.inner_loops, key=len)
+    branches = [x for x in bundles.forward_branches if x.start in loop and x.stop <= loop.stop]
+    # In program order: a run opens, within which a fresh state is filled with zeros; a tile of
+    # tokens; a tile of padding; a chunk closes.
+    if len(branches) != 5 or branches[1].stop > branches[0].stop:
+        raise ValueError(f"got branches {branches} in the loop over tiles; wanted 5")
+    _, fresh, _, padding, close = branches
+    heads = tpu_serving.block_heads(DECODE_SHAPE.num_heads)
+    # The branch that closes a chunk is a loop over heads.
+    closing = len(close) * heads / DECODE_SHAPE.chunk_tokens
+    tile = len(loop) - len(fresh) - len(padding) - len(close) + closing
+    rest = (len(bundles.grid_loop) - len(loop)) / tpu_serving.TILES_PER_STEP
+    return (tile + rest) / heads, [loop]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -244,8 +212,7 @@ class ScheduledKernel:
     count_bundles: Callable[[KernelBundles, tiling.TpuBlockSizes], tuple[float, list[range]]]
 
 
-# Minimum bytes at a head width of 128 in bfloat16, see docs/kernels.md, "Bytes and operations".
-# Prefill: q, k, v, o, and a state in and out for each sequence.
+# Bytes at a head width of 128 in bfloat16, see docs/kernels.md, "Bytes and operations".
 SCHEDULED_KERNELS = {
     "lightning_fwd": ScheduledKernel(
         functools.partial(trace_training, backward=False), 1024, count_forward_bundles
@@ -253,21 +220,16 @@ SCHEDULED_KERNELS = {
     "lightning_bwd": ScheduledKernel(
         functools.partial(trace_training, backward=True), 1856, count_backward_bundles
     ),
-    "lightning_decode": ScheduledKernel(
-        functools.partial(trace_decode, ring=False),
-        decode_ring.bytes_per_step_in_place(DECODE_SHAPE.head_dim),
-        functools.partial(count_decode_bundles, tpu_in_place.HEADS_PER_STEP, 1),
-    ),
-    "lightning_decode_ring": ScheduledKernel(
-        functools.partial(trace_decode, ring=True),
-        decode_ring.bytes_per_step(DECODE_SHAPE.head_dim, DECODE_SHAPE.window),
-        functools.partial(count_decode_bundles, tpu_ring.HEADS_PER_STEP, DECODE_SHAPE.window),
-    ),
-    "lightning_prefill": ScheduledKernel(
-        trace_prefill,
-        1024
-        + 8 * PREFILL_SHAPE.head_dim**2 * PREFILL_SHAPE.num_sequences / PREFILL_SHAPE.num_tokens,
-        count_prefill_bundles,
+    "lightning_serving": ScheduledKernel(
+        trace_serving,
+        tpu_serving.bytes_per_tile(
+            DECODE_SHAPE.attention_tile,
+            DECODE_SHAPE.chunk_tokens,
+            DECODE_SHAPE.head_dim,
+            DECODE_SHAPE.dtype,
+        )
+        + 4 * DECODE_SHAPE.head_dim**2 / DECODE_SHAPE.chunk_tokens,
+        count_serving_bundles,
     ),
 }
 
@@ -314,7 +276,8 @@ def measure_schedule(chip: str) -> list[dict]:
         subprocess.run(command, env={**os.environ, **settings}, check=True, capture_output=True)
         for name, kernel in SCHEDULED_KERNELS.items():
             bundles = read_bundles(find_dump_file(dump, name, "final_bundles.txt"))
-            per_token_head, loops = kernel.count_bundles(bundles, block_sizes)
+            with tiling.compile_for(chip):
+                per_token_head, loops = kernel.count_bundles(bundles, block_sizes)
             spills = read_spill_counts(
                 find_dump_file(dump, name, "final_hlo-static-per-bundle-utilization.txt")
             )

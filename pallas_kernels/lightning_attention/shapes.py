@@ -37,22 +37,12 @@ class DecodeShape:
     num_heads: int = 64
     head_dim: int = 128
     dtype: str = "bfloat16"  # of qkv
-    window: int = 16  # tokens between flushes of the ring
+    chunk_tokens: int = 64  # tokens between two moves of the state
+    attention_tile: int = 8  # rows of a tile, one of which is the token
 
     def slots(self) -> Int[np.ndarray, "B"]:
-        """Return the sequences' slots in a fixed random order. The pool has no other slots."""
+        """Return the sequences' slots in a fixed random order. The memory has no other slots."""
         return np.random.default_rng(SEED).permutation(self.batch_size).astype(np.int32)
-
-
-@dataclasses.dataclass(frozen=True)
-class PrefillShape:
-    """One serving prefill."""
-
-    num_tokens: int  # of all sequences together
-    num_sequences: int  # equally long
-    num_heads: int = 64
-    head_dim: int = 128
-    dtype: str = "bfloat16"  # of qkv
 
 
 def equal_document_lengths(length: int) -> Int[np.ndarray, "documents"]:
@@ -101,9 +91,8 @@ TRAINING_SHAPES = {
     "few_heads": TrainingShape(1, 65536, 8),
 }
 DECODE_SHAPES = {
-    "schedule": DecodeShape(64),
-    "cpu_smoke": DecodeShape(4, 16, 16, "float32"),
+    # 64 heads over eight devices.
+    "schedule": DecodeShape(64, 8),
     **{f"decode_{batch}": DecodeShape(batch) for batch in (1, 8, 32, 64, 128, 256)},
     **{f"decode_{batch}_few_heads": DecodeShape(batch, 8) for batch in (1, 8, 32, 64, 128, 256)},
 }
-PREFILL_SHAPES = {"schedule": PrefillShape(8192, 16)}

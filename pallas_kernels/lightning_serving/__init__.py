@@ -1,0 +1,1 @@
+"""Lightning attention of serving: one TPU kernel for prefill, decoding and verification."""
