@@ -157,6 +157,31 @@ def test_pairs_branches_and_fusions():
     }
 
 
+def test_a_collective_on_sparse_core_lies_in_two_computations():
+    """The compiler wraps it in a custom call, and that in an asynchronous operation."""
+    text = """HloModule m, num_partitions=4
+
+%called (p: bf16[8,128]) -> bf16[32,128] {
+  %p = bf16[8,128] parameter(0)
+  ROOT %all-gather = bf16[32,128] all-gather(%p), replica_groups={{0,1,2,3}}, dimensions={0}
+}, execution_thread="sparsecore"
+
+%async (q: bf16[8,128]) -> bf16[32,128] {
+  %q = bf16[8,128] parameter(0)
+  ROOT %call = bf16[32,128] custom-call(%q), called_computations={%called}
+}, execution_thread="sparsecore"
+
+ENTRY %main (x: bf16[8,128]) -> bf16[32,128] {
+  %x = bf16[8,128] parameter(0)
+  %start = ((), ()) async-start(), async_execution_thread="sparsecore", calls=%async
+  %update = ((bf16[8,128]), bf16[32,128]) async-update(%start, %x)
+  ROOT %done = bf16[32,128] async-done(%update)
+}
+"""
+    traffic = collectives.CollectiveTraffic(1, 3 / 4 * 32 * 128 * 2)
+    assert collectives.count_collectives(text) == ({"all-gather": traffic}, 0)
+
+
 def test_text_without_a_program_is_refused():
     with pytest.raises(ValueError, match="ENTRY"):
         collectives.count_collectives("HloModule m\n")

@@ -127,7 +127,7 @@ def test_a_record_of_the_plan_is_read_and_another_jobs_is_not(tmp_path):
     plan = {"topology": "v5p:2x2x1", "slices": 1, "job": "train", "config": "tiny", "seq": 128}
     plan |= {"batch": 8, "accumulate": 1, "remat": "none", "mesh": {"fsdp": 4}}
     sizes = {"fits": False, "hbm_bytes_per_chip": 2**38, "hbm_limit_bytes": 2**37}
-    record = plan | sizes | {"serving_mesh": "", "versions": {"jax": "0.10.2"}}
+    record = plan | sizes | {"serving_mesh": "", "lightning": None, "versions": {"jax": "0.10.2"}}
     (tmp_path / "any.json").write_text(json.dumps(record))
     (tmp_path / "broken.json").write_text("{")
     result = rehearse_config("tiny_pretrain", "v5p:2x2x1", overrides, plans=str(tmp_path))

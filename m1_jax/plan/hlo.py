@@ -17,14 +17,18 @@ _OTHER_MEMORY_PATTERN = re.compile(r"S\([1-9]\d*\)")
 _COMPUTATION_PATTERN = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
 _INSTRUCTION_PATTERN = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)$")
 _CALLEES_PATTERN = re.compile(
-    r"\b(calls|to_apply|body|condition|branch_computations|true_computation|false_computation)="
-    r"(\{[^}]*\}|%?[\w.\-]+)"
+    r"\b(calls|called_computations|to_apply|body|condition|branch_computations|true_computation"
+    r"|false_computation)=(\{[^}]*\}|%?[\w.\-]+)"
 )
 _NAME_PATTERN = re.compile(r"%?([A-Za-z_][\w.\-]*)")
 # The opcodes that run the computation an attribute names, by attribute. Elsewhere, `to_apply`
 # combines single elements (the sum of an all-reduce), and `calls` repeats what has been counted at
 # its start.
-_CALLING_OPCODES = {"to_apply": ("call",), "calls": ("fusion", "async-start", "call")}
+_CALLING_OPCODES = {
+    "to_apply": ("call",),
+    "calls": ("fusion", "async-start", "call"),
+    "called_computations": ("custom-call",),  # a collective on SparseCore lies in one
+}
 _HEADER_CHARS = 100_000  # the module's first line, with its attributes, is within
 
 
