@@ -173,8 +173,11 @@ def _send_rows(rows, output, transfer: exchange_plan.RowTransfer):
 
 def _send_rows_ragged(rows, output, transfer):
     (axis,) = collectives.mesh_axes("experts")
+    input_offsets, send_sizes, output_offsets = transfer.sends
     receive_sizes = transfer.receives.sizes.reshape(-1)
-    return jax.lax.ragged_all_to_all(rows, output, *transfer.sends, receive_sizes, axis_name=axis)
+    return jax.lax.ragged_all_to_all(
+        rows, output, input_offsets, send_sizes, output_offsets, receive_sizes, axis_name=axis
+    )
 
 
 def _send_rows_dense(rows, output, transfer):
