@@ -28,7 +28,7 @@ PROGRAMS = {
 # and of exposed collectives. Then CPU seconds of the compile.
 TIME_BUDGETS = {
     "train-4k": (8.60, 10.64, 1.88, 530),
-    "serve-v5p": (0.0386, 0.0551, 0.0032, 26),
+    "serve-v5p": (0.0202, 0.0293, 0.0022, 46),  # compiled with 4k, and softmax taken twice
 }
 # Collectives whose bytes the paper count must meet within a tenth.
 COUNTED = ("all-gather", "reduce-scatter", "ragged-all-to-all")
