@@ -21,6 +21,7 @@ from m1_jax import command_mesh, lightning, sharding
 from m1_jax import config as model_config_lib
 from m1_jax.checkpoints import format as format_lib
 from m1_jax.checkpoints import release
+from m1_jax.serving import implementations
 
 # The files that a config and a tokenizer are read from.
 _SMALL_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json")
@@ -60,6 +61,9 @@ def fingerprint_run(
         "weights": config.weights,
         "dtype": dtype,
         "lightning": lightning.resolve_implementation(model_config, dtype, layout),
+        "attention": implementations.resolve_implementations(
+            model_config, dtype, layout, sizes.attention_tile, sizes.chunk_tokens
+        ),
         # Sums over devices come in the mesh's order, so another mesh may have other bits.
         "mesh": command_mesh.format_axis_sizes(layout),
         "defaults": options_lib.options_to_json(config.options),

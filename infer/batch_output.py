@@ -12,6 +12,7 @@ from typing import IO, Any
 from infer import jsonl
 from infer import request as request_lib
 from m1_jax import durable, strict_json
+from m1_jax.serving import implementations
 
 _MAX_NAMES = 3  # an error names so many files of a checkpoint
 
@@ -41,7 +42,9 @@ def begin_output(output: pathlib.Path, fingerprint: dict[str, Any], num_requests
         raise ValueError(
             f"{fingerprint_path}: got {saved!r:.80}; wanted an object. Give another --output."
         )
-    saved.setdefault("lightning", "chunked")  # what runs did that did not write it down
+    # What runs did that did not write it down.
+    saved.setdefault("lightning", "chunked")
+    saved.setdefault("attention", implementations.XLA_ONLY)
     if changes := _describe_changes(saved, fingerprint):
         raise ValueError(
             f"--output: {output} was begun with another {changes}. Give the same again, or another "

@@ -33,9 +33,9 @@ from infer.execution import device, leader_follower
 from infer.scheduling import scheduler
 from infer.scheduling import stats as stats_lib
 from m1_jax import config as model_config_lib
-from m1_jax import lightning
 from m1_jax import model as model_lib
 from m1_jax import tokenizer as tokenizer_lib
+from m1_jax.serving import implementations
 
 _KEEP_ALIVE_SECS = 10.0  # an idle engine's pause between two signs of life to its followers
 
@@ -82,8 +82,10 @@ class Engine:
             )
         config = config.for_platform(jax.default_backend())
         self.config, self.tokenizer = config, tokenizer
-        runs = lightning.resolve_implementation(model.config, model.dtype, model.layout)
-        self._model_config = dataclasses.replace(model.config, lightning_implementation=runs)
+        # What runs, and not what was asked for: bits depend on it.
+        self._model_config, self.attention_implementations = implementations.resolve_for_model(
+            model, config.attention_tile, config.chunk_tokens
+        )
         self._device: device.Device | leader_follower.Leader = device.Device(model, config)
         if jax.process_count() > 1:
             self._device = leader_follower.Leader(self._device)

@@ -30,6 +30,7 @@ from infer import options as options_lib
 from infer import request as request_lib
 from m1_jax import durable, file_lock, strict_json
 from m1_jax import tokenizer as tokenizer_lib
+from m1_jax.serving import implementations
 
 _FORMAT = "m1_jax suspended requests, version 1"
 
@@ -87,6 +88,8 @@ def resume_requests(
     """
     path = pathlib.Path(path).expanduser()
     value = _read_file(path)
+    if isinstance(recipe := value["made_by"].get("recipe"), dict):
+        recipe.setdefault("attention", implementations.XLA_ONLY)  # of files that do not say
     identity = _engine_identity(engine)
     # With other weights or sizes the rest of an output would be plausible, but not bit-exact.
     for name, here in identity.items():
@@ -224,6 +227,7 @@ def _engine_identity(engine: engine_lib.Engine) -> dict[str, Any]:
             # Axes of one device split nothing.
             "mesh": {} if mesh is None else {k: v for k, v in mesh.shape.items() if v > 1},
             "backend": jax.default_backend(),
+            "attention": engine.attention_implementations,
         },
     }
 

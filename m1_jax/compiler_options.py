@@ -31,7 +31,7 @@ OptionValues = Mapping[str, Any]
 # columns on v5e and v5p, and on v6e and tpu7x 512 or, with rows of 9,216, 256. Here is the least
 # that makes them wide enough. More costs compile time: a product of the released size takes 0.7 s
 # to compile by default, 0.9 s with 32 MiB, 1.8 s with 48 MiB and 3.1 s with 64 MiB (docs/log.md,
-# "Switches for TPUs"). Predicted for a training step of the released size on v5p:8x8x8: -1.4 s of
+# switches for TPUs). Predicted for a training step of the released size on v5p:8x8x8: -1.4 s of
 # 8.5 s with 64 MiB.
 _SCOPED_VMEM = "xla_tpu_scoped_vmem_limit_kib"
 # Collectives on SparseCore run beside the matrix unit, and without these options before and after

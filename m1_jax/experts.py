@@ -17,12 +17,13 @@ from m1_jax import layer_stack, quantize, sharding
 # size is compiled, so there are few sizes.
 ROW_TILES, FEW_ROWS_TILES = (256, 32), (16, 4)
 # The batch-invariant tile. Inside of `with matmul_tile(rows)`, every CPU matmul has that many rows.
-# A row's numbers then do not depend on how many other rows its expert has. Larger and smaller tiles
-# are not mixed in, though that is faster: for some widths XLA:CPU sums 16 rows in another order
-# than 8, and 8 in another than 4 (tests/m1_jax_tiles_test.py).
+# A row's numbers then do not depend on how many other rows its expert has. Tiles of twice and half
+# as many rows are mixed in, which is faster, for widths that are powers of two alone: a row has the
+# same bits in products of 4, 8 and 16 rows there. For others it may not: of 832 inputs XLA:CPU sums
+# 16 rows in another order than 8, and of 960 8 rows in another than 4 (tests/m1_jax_tiles_test.py).
 matmul_tile = jax.make_user_context(0)
 # Names of the outputs of `gate` and `up`, for rematerialisation. Each is M rows of F numbers.
-GATE_NAME, UP_NAME = "experts_gate", "experts_up"
+GATE_NAME, UP_NAME = layer_stack.EXPERT_PRODUCT_NAMES
 
 
 @jax.custom_vjp
@@ -267,7 +268,7 @@ def _run_expert_tiles(
     stack_index: layer_stack.StackIndex | tuple[()] = (),
 ):
     """Return the output, and with `keep_residuals` those of `gate` and `up`, else empty ones."""
-    num_rows, tiles = rows.shape[0], _choose_tiles(rows.shape[0])
+    num_rows, tiles = rows.shape[0], _choose_tiles(*rows.shape, gate.shape[-1])
     starts = jnp.cumsum(group_sizes) - group_sizes
     rows, weights = _pad_rows(rows, tiles), _pad_rows(weights, tiles)
     # Empty buffers keep the carry's structure where nothing is saved.
@@ -302,7 +303,7 @@ def _run_expert_tiles(
 
 
 def _expert_tile_gradients(rows, gate, up, down, group_sizes, weights, gate_out, up_out, grad):
-    num_rows, tiles = rows.shape[0], _choose_tiles(rows.shape[0])
+    num_rows, tiles = rows.shape[0], _choose_tiles(*rows.shape, gate.shape[-1])
     starts = jnp.cumsum(group_sizes) - group_sizes
     rows, weights, gate_out, up_out, grad = (
         _pad_rows(x, tiles) for x in (rows, weights, gate_out, up_out, grad)
@@ -361,10 +362,15 @@ def _write_rows(x, rows, start):
     return jax.lax.dynamic_update_slice_in_dim(x, rows, start, 0)
 
 
-def _choose_tiles(num_rows: int) -> tuple[int, ...]:
-    """Return the numbers of rows of a matmul, largest first."""
+def _choose_tiles(num_rows: int, *widths: int) -> tuple[int, ...]:
+    """Return the numbers of rows of a matmul, largest first.
+
+    Args:
+      widths: inputs of the experts' matrices.
+    """
     if size := matmul_tile.value:
-        return (size,)
+        is_mixed = size == 8 and all(width & (width - 1) == 0 for width in widths)
+        return (2 * size, size // 2) if is_mixed else (size,)
     if num_rows >= ROW_TILES[0]:
         return ROW_TILES
     return FEW_ROWS_TILES if num_rows >= FEW_ROWS_TILES[0] else (num_rows,)

@@ -60,8 +60,8 @@ def attend_on_target(qkv: Float[Array, "B T N3H"], slopes: Float[Array, "N"], **
     # A GPU's platform does not say whether it has CUDA, so the lowering decides there.
     if target is None or target.platform not in ("cpu", "tpu"):
         return api.lightning_attention(qkv, slopes, **kwargs)
-    with _choose_for(target):
-        return api.lightning_attention(qkv, slopes, **kwargs, platform=_kernel_platform(target))
+    with choose_for(target):
+        return api.lightning_attention(qkv, slopes, **kwargs, platform=kernel_platform(target))
 
 
 def resolve_implementation(
@@ -83,18 +83,18 @@ def resolve_implementation(
     num_heads = config.num_attention_heads // (1 if layout is None else layout.axis_size("heads"))
     # Of the lengths only 0 decides anything.
     qkv = jax.ShapeDtypeStruct((1, 1, num_heads * 3 * config.head_dim), dtype)
-    with _choose_for(target):
-        return api.resolve_implementation(qkv, num_heads, _kernel_platform(target))
+    with choose_for(target):
+        return api.resolve_implementation(qkv, num_heads, kernel_platform(target))
 
 
-def _kernel_platform(target: sharding.TargetDevice) -> str:
+def kernel_platform(target: sharding.TargetDevice) -> str:
     """Return the platform of kernels that a device may run. "cpu" has none."""
     if target.platform == "tpu" and target.kind not in tiling.KINDS:
         return "cpu"  # a TPU that the kernels do not compile for
     return "cuda" if target.platform == "gpu" else target.platform
 
 
-def _choose_for(target: sharding.TargetDevice) -> contextlib.AbstractContextManager:
+def choose_for(target: sharding.TargetDevice) -> contextlib.AbstractContextManager:
     """Choose block sizes for a TPU, which need not be that of this process."""
     generation = tiling.KINDS.get(target.kind)
     return tiling.compile_for(generation) if generation else contextlib.nullcontext()

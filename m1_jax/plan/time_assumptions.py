@@ -90,7 +90,6 @@ def make_assumptions(
             "m1_jax.serving.ragged_batch.scan_attention_tiles": rows,
             "m1_jax.serving.ragged_batch.map_row_tiles": -(-rows // _MATMUL_TILE),
             "m1_jax.serving.ragged_batch": tile_groups,
-            "m1_jax.serving.lightning": tile_groups,
             "m1_jax.serving.softmax": key_blocks,
             "infer.execution.programs": 1,
             # A bisection of 32 bits.

@@ -17,6 +17,7 @@ On a TPU the kernel of `pallas_kernels/lightning_serving` does all of it in one 
 goes tile after tile. Each is exact in itself, and they agree within rounding.
 """
 
+import contextlib
 import functools
 import logging
 
@@ -24,7 +25,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from m1_jax import layer_stack
+from m1_jax import layer_stack, sharding
+from m1_jax import lightning as model_lightning
 from m1_jax.serving import ragged_batch
 from m1_jax.serving import state as state_lib
 from pallas_kernels.lightning_serving import tpu
@@ -56,24 +58,29 @@ def attend_slots(
     """
     arguments = qkv, slopes, batch, group_state, stack_index
     chunk, head_dim = group_state.keys.shape[4:]
-    kernel_fits = qkv.dtype == group_state.keys.dtype and tpu.fits(
-        batch.attention_tile, chunk, head_dim, qkv.dtype
-    )
-    if implementation == "tpu":
-        if not kernel_fits:
-            raise ValueError(
-                f"lightning_implementation='tpu': got {qkv.dtype}, heads of {head_dim}, tiles of "
-                f"{batch.attention_tile} and chunks of {chunk} tokens; wanted {tpu.SIZES}. None "
-                "takes XLA for other sizes."
-            )
-        return _attend_by_kernel(*arguments)
-    if implementation is not None or not kernel_fits:
-        return _attend_tile_by_tile(*arguments)
-    _log_choice()
-    # Chosen when the program is lowered, so that a machine without a TPU can compile for one.
-    return jax.lax.platform_dependent(
-        *arguments, tpu=_attend_by_kernel, default=_attend_tile_by_tile
-    )
+    sizes = batch.attention_tile, chunk, head_dim, qkv.dtype
+    # On a mesh the device is known while the program is traced, and need not be of this process.
+    target = sharding.target_device()
+    with contextlib.nullcontext() if target is None else model_lightning.choose_for(target):
+        kernel_fits = qkv.dtype == group_state.keys.dtype and tpu.fits(*sizes)
+        if implementation == "tpu":
+            if not kernel_fits:
+                raise ValueError(
+                    f"lightning_implementation='tpu': got {qkv.dtype}, heads of {head_dim}, tiles "
+                    f"of {batch.attention_tile} and chunks of {chunk} tokens; wanted {tpu.SIZES}. "
+                    "None takes XLA for other sizes."
+                )
+            return _attend_by_kernel(*arguments)
+        if implementation is not None or not kernel_fits:
+            return _attend_tile_by_tile(*arguments)
+        if target is not None:
+            is_tpu = model_lightning.kernel_platform(target) == "tpu"
+            return (_attend_by_kernel if is_tpu else _attend_tile_by_tile)(*arguments)
+        _log_choice()
+        # Chosen when the program is lowered, so that a machine without a TPU can compile for one.
+        return jax.lax.platform_dependent(
+            *arguments, tpu=_attend_by_kernel, default=_attend_tile_by_tile
+        )
 
 
 # Cached, so that it is logged once.

@@ -33,8 +33,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.lightning_attention import tiling, tpu_chunk
+from pallas_kernels.lightning_attention import tiling
 from pallas_kernels.lightning_serving import tiles as tiles_lib
+from pallas_kernels.lightning_serving import tpu_heads
 
 TILES_PER_STEP = 16  # tiles of a grid step: enough bytes to outlast the overhead of a step
 MAX_BLOCK_HEADS = 8  # heads of a block, unrolled to hide each other's latency
@@ -46,24 +47,10 @@ SIZES = (
     "of a multiple of 16 tokens and of the tile, on TPU v5e or later"
 )
 
-# A Ref of a kernel, or a view of one. `jax.Ref` has no usable `at` for a type checker.
-Ref = Any
+Ref = tpu_heads.Ref
+SlotArrays = tpu_heads.SlotArrays
 # Takes an asynchronous copy and starts it, or waits for it. A wait builds the same copy again.
 StartOrWait = Callable[[Any], None]
-
-
-class SlotArrays(NamedTuple):
-    """The memory of all slots of a group of layers: R repeats of J layers.
-
-    Attributes:
-      states: [R, J, slots, N, H, H] float32.
-      keys: [R, J, slots, N, C, H] in the model's dtype, of the open chunk.
-      values: likewise.
-    """
-
-    states: Any
-    keys: Any
-    values: Any
 
 
 class ServingScratch(NamedTuple):
@@ -132,11 +119,8 @@ def attend_tiles(
 
     Precision: all products and sums are float32, and S is read in full.
     """
-    num_tiles, tile, _ = qkv.shape
-    num_heads, chunk, head_dim = slot_arrays.keys.shape[3:]
-    heads = block_heads(num_heads)
-    step_tiles = min(TILES_PER_STEP, num_tiles)
-    padding = -num_tiles % step_tiles
+    num_tiles, chunk = len(qkv), slot_arrays.keys.shape[4]
+    padding = -num_tiles % min(TILES_PER_STEP, num_tiles)
     # Padded with tiles of padding: their positions, of 0 before the shift, are -1.
     slots, positions, qkv = (
         jnp.pad(x, ((0, padding), *((0, 0),) * (x.ndim - 1))) for x in (slots, positions + 1, qkv)
@@ -149,21 +133,35 @@ def attend_tiles(
         # By expm1: small slopes would lose digits in the difference.
         -jnp.expm1(-slopes * chunk),
     )
+    o, slot_arrays = _call_kernel(scalars, qkv, slot_arrays, interpret)
+    return o[:num_tiles], slot_arrays
+
+
+def _call_kernel(
+    scalars: ServingScalars,
+    qkv: Float[Array, "I t N3H"],
+    slot_arrays: SlotArrays,
+    interpret: bool | pltpu.InterpretParams,
+) -> tuple[Float[Array, "I t NH"], SlotArrays]:
+    """Run the kernel on whole steps of tiles."""
+    num_tiles, tile, _ = qkv.shape
+    num_heads, _, head_dim = slot_arrays.keys.shape[3:]
+    heads, step_tiles = block_heads(num_heads), min(TILES_PER_STEP, num_tiles)
 
     def block_index(head_block, step, *_):
         return step, 0, head_block
 
     in_hbm = [pl.BlockSpec(memory_space=pltpu.HBM)] * len(slot_arrays)
-    o, *slot_arrays = pl.pallas_call(
+    o, *outputs = pl.pallas_call(
         functools.partial(_serving_kernel, heads=heads),
         name="lightning_serving",
         out_shape=(
-            jax.ShapeDtypeStruct((*qkv.shape[:2], num_heads * head_dim), qkv.dtype),
+            jax.ShapeDtypeStruct((num_tiles, tile, num_heads * head_dim), qkv.dtype),
             *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in slot_arrays),
         ),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(scalars),
-            grid=(num_heads // heads, len(slots) // step_tiles),
+            grid=(num_heads // heads, num_tiles // step_tiles),
             in_specs=[pl.BlockSpec((step_tiles, tile, heads * 3 * head_dim), block_index), *in_hbm],
             out_specs=[pl.BlockSpec((step_tiles, tile, heads * head_dim), block_index), *in_hbm],
             scratch_shapes=[_make_scratch(heads, slot_arrays)],
@@ -174,10 +172,10 @@ def attend_tiles(
             dimension_semantics=("parallel", "arbitrary"),
             vmem_limit_bytes=_vmem_bytes(heads, slot_arrays),
         ),
-        cost_estimate=_estimate_cost(len(slots), tile, slot_arrays),
+        cost_estimate=_estimate_cost(num_tiles, tile, slot_arrays),
         interpret=interpret,
     )(*scalars, qkv, *slot_arrays)
-    return o[:num_tiles], SlotArrays(*slot_arrays)
+    return o, SlotArrays(*outputs)
 
 
 def block_heads(num_heads: int) -> int:
@@ -219,13 +217,13 @@ def bytes_per_tile(tile: int, chunk: int, head_dim: int, dtype: jax.typing.DType
     return 4 * head_dim**2 + jnp.dtype(dtype).itemsize * rows * head_dim
 
 
-def _estimate_cost(num_tiles: int, tile: int, slot_arrays: list[Any]) -> pl.CostEstimate:
+def _estimate_cost(num_tiles: int, tile: int, slot_arrays: SlotArrays) -> pl.CostEstimate:
     """Return the cost of tiles that are a run each."""
-    num_heads, chunk, head_dim = slot_arrays[1].shape[3:]
+    num_heads, chunk, head_dim = slot_arrays.keys.shape[3:]
     count = num_tiles * num_heads
     return pl.CostEstimate(
         flops=count * 2 * tile * head_dim * (head_dim + 2 * chunk),
-        bytes_accessed=count * bytes_per_tile(tile, chunk, head_dim, slot_arrays[1].dtype),
+        bytes_accessed=count * bytes_per_tile(tile, chunk, head_dim, slot_arrays.keys.dtype),
         transcendentals=count * tile * (chunk + head_dim),
     )
 
@@ -236,7 +234,7 @@ def _serving_kernel(*refs: Any, heads: int) -> None:
     qkv is [G, t, N * 3 * H] and o [G, t, N * H]. The memory of slots is read and written through
     the aliased outputs alone. The inputs are the same memory.
     """
-    scalars, (qkv, *_, o, states, keys, values, scratch) = ServingScalars(*refs[:5]), refs[5:]
+    scalars, (qkv, _, _, _, o, states, keys, values, scratch) = ServingScalars(*refs[:5]), refs[5:]
     in_hbm, in_vmem = SlotArrays(states, keys, values), scratch.slots
     head_block, step = pl.program_id(0), pl.program_id(1)
     step_tiles, tile_rows, _ = qkv.shape
@@ -305,7 +303,7 @@ def _serving_kernel(*refs: Any, heads: int) -> None:
         @pl.when(run >= 0)
         def _():
             slopes = [scalars.slopes[head_block * heads + head] for head in range(heads)]
-            _attend_heads(
+            tpu_heads.attend_heads(
                 qkv.at[index], o.at[index], views, slopes, first_row, last_row, token_bits
             )
 
@@ -318,7 +316,7 @@ def _serving_kernel(*refs: Any, heads: int) -> None:
             # A loop, not unrolled: it is rare, and several heads' matrices would spill registers.
             def close_head(head, carry):
                 row = head_block * heads + head
-                _close_chunk(views, head, scalars.slopes[row], scalars.losses[row])
+                tpu_heads.close_chunk(views, head, scalars.slopes[row], scalars.losses[row])
                 return carry
 
             jax.lax.fori_loop(0, heads, close_head, 0)
@@ -345,114 +343,3 @@ def _start_copy(copy: Any) -> None:
 
 def _wait_for_copy(copy: Any) -> None:
     copy.wait()
-
-
-def _attend_heads(
-    qkv: Ref,
-    o: Ref,
-    slot: SlotArrays,
-    slopes: list[jax.Array],
-    first_row: jax.Array,
-    last_row: jax.Array,
-    token_bits: jax.Array,
-) -> None:
-    """Put a tile's tokens into the open chunk, and attend, head by head.
-
-    Args:
-      qkv: [t, N * 3 * H].
-      o: [t, N * H].
-      slot: [N, H, H] and [N, C, H] of the tile's sequence.
-      slopes: one for each head.
-      first_row, last_row, token_bits: see `tiles.TileTables`.
-    """
-    tile_rows, (chunk, head_dim) = qkv.shape[0], slot.keys.shape[1:]
-    row = jax.lax.broadcasted_iota(jnp.int32, (chunk, head_dim), 0)
-    in_tile = (row >= first_row) & (row < first_row + tile_rows)
-    bit = jnp.right_shift(token_bits, jnp.clip(row - first_row, 0, tile_rows - 1)) & 1
-    is_new, is_written = in_tile & (bit != 0), row <= last_row
-    # From each query back to each key of the chunk. Negative: the key comes after the query.
-    query_row = first_row + jax.lax.broadcasted_iota(jnp.int32, (tile_rows, chunk), 0)
-    gap = query_row - jax.lax.broadcasted_iota(jnp.int32, (tile_rows, chunk), 1)
-    # The exponent is masked, not the product: lambda^-n may overflow.
-    steps = jnp.maximum(gap, 0).astype(jnp.float32)
-    entry_steps = first_row + jax.lax.broadcasted_iota(jnp.int32, (tile_rows, head_dim), 0) + 1
-    entry_steps = entry_steps.astype(jnp.float32)
-    for head, slope in enumerate(slopes):
-        q, k, v = (qkv[:, pl.ds((3 * head + i) * head_dim, head_dim)] for i in range(3))
-        # Keys that are not written yet may be anything: their scores are masked.
-        keys = jnp.where(is_new, _repeat_rows(k, chunk), slot.keys[head].astype(jnp.float32))
-        keys = keys.astype(k.dtype)
-        # Values are selected, not multiplied by 0: they may be NaN.
-        values = jnp.where(is_written, slot.values[head].astype(jnp.float32), 0.0)
-        values = jnp.where(is_new, _repeat_rows(v, chunk), values).astype(v.dtype)
-        slot.keys[head], slot.values[head] = keys, values
-        scores = tpu_chunk.dot_f32(q, keys, 1, 1)
-        scores = jnp.where(gap >= 0, scores * jnp.exp(-slope * steps), 0.0)
-        out = _multiply_scores(scores, values)
-        out += jnp.exp(-slope * entry_steps) * _read_state(q, slot.states[head])
-        o[:, pl.ds(head * head_dim, head_dim)] = out.astype(o.dtype)
-
-
-def _repeat_rows(rows: Float[Array, "t H"], chunk: int) -> Float[Array, "C H"]:
-    """Return a tile's rows at every place of the chunk that a tile may have."""
-    # In float32, whose rows are whole sublanes on every chip. The way there and back is exact.
-    return jnp.concatenate([rows.astype(jnp.float32)] * (chunk // rows.shape[0]), axis=0)
-
-
-def _close_chunk(slot: SlotArrays, head: int, slope: jax.Array, loss: jax.Array) -> None:
-    """S <- S - (1 - lambda^C) S + sum_j lambda^(C-1-j) k_j^T v_j."""
-    keys, state = slot.keys[head].astype(jnp.float32), slot.states[head]
-    row = jax.lax.broadcasted_iota(jnp.int32, keys.shape, 0)
-    ramp = jnp.exp(-slope * (keys.shape[0] - 1 - row).astype(jnp.float32))
-    gain = _add_outer_products(keys * ramp, slot.values[head])
-    slot.states[head] = state - loss * state + gain
-
-
-def _multiply_scores(scores: Float[Array, "t C"], values: Float[Array, "C H"]) -> Array:
-    """Return scores times values, with exact products and float32 sums."""
-    if values.dtype == jnp.float32:
-        return tpu_chunk.dot_f32(scores, values, 1, 0)
-    # The parts of the scores as rows of one product, so that the values enter the matrix unit once.
-    # They are stacked in float32, in which 8 rows are a whole register.
-    parts = [part.astype(jnp.float32) for part in _split_into_parts(scores)]
-    stacked = jnp.concatenate(parts, axis=0).astype(values.dtype)
-    products = tpu_chunk.dot_f32(stacked, values, 1, 0)
-    high, middle, low = jnp.split(products, 3, axis=0)
-    return low + middle + high
-
-
-def _read_state(q: Array, state: Float[Array, "H H"]) -> Float[Array, "t H"]:
-    """Return q S, with exact products and float32 sums."""
-    if q.dtype == jnp.float32:
-        return tpu_chunk.dot_f32(q, state, 1, 0)
-    parts = _split_into_parts(state)
-    if tiling.MATRIX_UNIT_SIDES[tiling.current_generation() or "v5p"] <= q.shape[1]:
-        high, middle, low = (tpu_chunk.dot_f32(q, part, 1, 0) for part in parts)
-        return low + middle + high
-    # The parts of S one below the other fill a matrix unit that is deeper than one of them.
-    return tpu_chunk.dot_f32(
-        jnp.concatenate([q] * len(parts), axis=1), jnp.concatenate(parts, axis=0), 1, 0
-    )
-
-
-def _add_outer_products(keys: Float[Array, "C H"], values: Array) -> Float[Array, "H H"]:
-    """Return the sum of k_j^T v_j over the rows, with exact products and float32 sums."""
-    if values.dtype == jnp.float32:
-        return tpu_chunk.dot_f32(keys, values, 0, 0)
-    parts = _split_into_parts(keys)
-    return tpu_chunk.dot_f32(
-        jnp.concatenate(parts, axis=0), jnp.concatenate([values] * len(parts), axis=0), 0, 0
-    )
-
-
-def _split_into_parts(x: Float[Array, "..."]) -> list[Array]:
-    """Return three bfloat16 arrays whose sum is x: 8 bits of its 24 in each.
-
-    Where the other operand is bfloat16, three products take half the passes of the matrix unit that
-    two float32 operands would take.
-    """
-    parts = []
-    for _ in range(3):
-        parts.append(x.astype(jnp.bfloat16))
-        x = x - parts[-1].astype(jnp.float32)
-    return parts
