@@ -17,23 +17,27 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import core
 
 from pallas_kernels.lightning_attention import tiling
 
 _log = logging.getLogger(__name__)
 
-OptionValues = Mapping[str, bool | int]
+OptionValues = Mapping[str, Any]
 
-# The most VMEM, in KiB, that one instruction may plan with. With the default of 16 MiB the grouped
-# matrix product takes column tiles of 128 on v5e and v5p, and reads its rows 72 times: HBM bounds
-# it. Twice as much makes the tiles so wide that the matrix unit does (docs/log.md, "Switches for
-# TPUs"). More changes nothing that bounds a program, and costs compile time: a grouped product of
-# the released size takes 0.7 s to compile by default, 0.9 s with 32 MiB and 3.1 s with 64 MiB.
+# The most VMEM, in KiB, that one instruction may plan with. The grouped matrix product reads its
+# rows once for each tile of columns, so a tile as wide as a chip's FLOPs per byte of HBM (v5e 240,
+# v5p 166, v6e 560, tpu7x 312) leaves the matrix unit as the bound. By default the tiles have 128
+# columns on v5e and v5p, and on v6e and tpu7x 512 or, with rows of 9,216, 256. Here is the least
+# that makes them wide enough. More costs compile time: a product of the released size takes 0.7 s
+# to compile by default, 0.9 s with 32 MiB, 1.8 s with 48 MiB and 3.1 s with 64 MiB (docs/log.md,
+# switches for TPUs). Predicted for a training step of the released size on v5p:8x8x8: -1.4 s of
+# 8.5 s with 64 MiB.
 _SCOPED_VMEM = "xla_tpu_scoped_vmem_limit_kib"
 # Collectives on SparseCore run beside the matrix unit, and without these options before and after
-# it. Predicted for a training step of the released size on v5p:8x8x8: -0.74 s of 8.5 s. Compile
-# time stays the same. "2d_all_gather" takes in gathers over several physical axes or a part of one,
-# which are the largest of a mesh such as fsdp=16,expert=32.
+# it. Predicted for the same step: -0.74 s, with the first three options. Compile time stays the
+# same. The last two take in gathers over several dimensions of a slice or a part of one, such as
+# those of fsdp=16 on v5p:8x8x8, which are the largest of that mesh.
 _SPARSE_CORE = {
     f"xla_tpu_enable_sparse_core_collective_offload_{collective}": True
     for collective in (
@@ -44,18 +48,16 @@ _SPARSE_CORE = {
         "nd_reduce_scatter",
     )
 }
-COMPILER_OPTIONS: dict[str, dict[str, bool | int]] = {
+COMPILER_OPTIONS: dict[str, dict[str, Any]] = {
     "v5e": {_SCOPED_VMEM: 32_768},  # it has no SparseCore
     "v5p": {_SCOPED_VMEM: 32_768, **_SPARSE_CORE},
-    # By default the tiles are (256, 6144, 512) and (256, 9216, 256), also with 32 MiB. Its matrix
-    # unit waits for HBM below 560 columns.
     "v6e": {_SCOPED_VMEM: 49_152, **_SPARSE_CORE},
     # It sends collectives to SparseCore by itself.
-    "tpu7x": {_SCOPED_VMEM: 32_768},
+    "tpu7x": {_SCOPED_VMEM: 49_152},
 }
 
 
-def options_for(device: Any) -> dict[str, bool | int]:
+def options_for(device: Any) -> dict[str, Any]:
     """Return the options for programs of a device, or of a device of a topology.
 
     The first call for a generation compiles a tiny program, to ask libtpu which options it takes.
@@ -134,13 +136,13 @@ def jit_for_device(function: Callable, **jit_arguments: Any) -> DeviceJit:
     return DeviceJit(function, **jit_arguments)
 
 
-def options_of_arguments(arguments: Any) -> dict[str, bool | int]:
+def options_of_arguments(arguments: Any) -> dict[str, Any]:
     """Return the options for a program of these arguments, of which arrays count.
 
     Arrays of a program that is being traced have none, since the options of that program count.
     """
     leaves = [leaf for leaf in jax.tree.leaves(arguments) if isinstance(leaf, jax.Array)]
-    if not leaves or any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+    if not leaves or any(isinstance(leaf, core.Tracer) for leaf in leaves):
         return {}
     where = leaves[0].sharding
     # A device of this process where there is one, since it may be asked to compile.

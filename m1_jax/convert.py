@@ -24,8 +24,8 @@ from absl import app, flags, logging
 from m1_jax import command_help, durable, file_lock, local_path
 from m1_jax import config as config_lib
 from m1_jax import params as params_lib
+from m1_jax.checkpoints import array_futures, params_map, release, shard_plan
 from m1_jax.checkpoints import format as format_lib
-from m1_jax.checkpoints import params_map, release, shard_plan
 
 # Where the source does not say how it was cut. A larger tensor is a shard of its own.
 MAX_SHARD_BYTES = 5 * 10**9
@@ -141,7 +141,8 @@ def _convert_to_orbax(
             # waits until nothing is pending and is then written alone.
             while writes and (tensor is None or pending_bytes + tensor.nbytes > max_pending_bytes):
                 oldest_tensor, future = writes.popleft()
-                future.result()
+                param_path = entries[oldest_tensor.name].param_path
+                array_futures.wait_for_write(future, params_dir / param_path, remedy)
                 # Only now: a tensor in the journal is never written again.
                 progress.finish(oldest_tensor.name, oldest_tensor.nbytes)
                 pending_bytes -= oldest_tensor.nbytes
@@ -266,7 +267,9 @@ def _read_tensor(
 ) -> memoryview:
     """Return a tensor's bytes in the release's layout."""
     reading = arrays[entry.param_path][entry.index].read()
-    data = format_lib.wait_for_read(reading, params_dir / entry.param_path)
+    data = array_futures.wait_for_read(
+        reading, params_dir / entry.param_path, format_lib.CONVERT_AGAIN
+    )
     # A transpose is a view, but the file has the elements in C order.
     data = np.ascontiguousarray(entry.orient(data))
     # Viewed as bytes, because there is no memoryview of bfloat16.

@@ -15,9 +15,13 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax import ad_checkpoint
 from jaxtyping import Array, Bool, Float, Int
 
 from m1_jax import collectives, exchange_plan, experts, layer_stack, quantize, sharding
+
+# Name of the rows that arrived at their experts, for rematerialisation.
+ROWS_NAME = "experts_rows"
 
 
 @jax.named_scope("exchange")
@@ -83,10 +87,10 @@ def run_routed_experts(
 @jax.custom_vjp
 def _repeat_by_choice(
     x: Float[Array, "M D"],
-    order: Int[Array, "M*A"],
+    order: Int[Array, "R"],
     inverse: Int[Array, "M A"],
     has_expert: Bool[Array, "M A"],
-) -> Float[Array, "M*A D"]:
+) -> Float[Array, "R D"]:
     """Return a row for each choice. Choice order[i] is row i, and row inverse[m, a] is token m's.
 
     The gradient gathers through `inverse`. Autodiff would scatter, which is slow everywhere.
@@ -108,8 +112,8 @@ _repeat_by_choice.defvjp(_repeat_by_choice_fwd, _repeat_by_choice_bwd)
 
 @jax.custom_vjp
 def _sum_over_choices(
-    rows: Float[Array, "M*A D"],
-    order: Int[Array, "M*A"],
+    rows: Float[Array, "R D"],
+    order: Int[Array, "R"],
     inverse: Int[Array, "M A"],
     has_expert: Bool[Array, "M A"],
 ) -> Float[Array, "M D"]:
@@ -133,15 +137,25 @@ _sum_over_choices.defvjp(_sum_over_choices_fwd, _sum_over_choices_bwd)
 
 def _add_choices(rows, inverse, has_expert):
     """Return the float32 sum over a of rows[inverse[:, a]], without those of no expert."""
-    # A gather for each choice, which the sum is fused with. One of all choices would be written to
-    # memory and read again. Rows of no expert are undefined: a select, not a product with 0.
-    parts = (
-        jnp.where(
-            has_expert[:, a, None], jnp.take(rows, inverse[:, a], axis=0, mode="clip"), 0
-        ).astype(jnp.float32)
-        for a in range(inverse.shape[1])
+
+    def add_gathered(rows, inverse, has_expert):
+        gathered = jnp.take(rows, inverse, axis=0, mode="clip")
+        # Rows of no expert are undefined: a select, not a product with 0.
+        gathered = jnp.where(has_expert[..., None], gathered, 0)
+        return jnp.sum(gathered.astype(jnp.float32), axis=1)
+
+    def add_in_turn(rows, inverse, has_expert):
+        choices = (
+            add_gathered(rows, inverse[:, a : a + 1], has_expert[:, a : a + 1])
+            for a in range(inverse.shape[1])
+        )
+        return functools.reduce(operator.add, choices)
+
+    # On TPU the rows of all choices would be written to memory, relaid and read again. On CPU the
+    # sum would be fused with what follows, which changes how that rounds.
+    return jax.lax.platform_dependent(
+        rows, inverse, has_expert, cpu=add_gathered, default=add_in_turn
     )
-    return functools.reduce(operator.add, parts)
 
 
 # ---- sending chunks of rows
@@ -159,8 +173,11 @@ def _send_rows(rows, output, transfer: exchange_plan.RowTransfer):
 
 def _send_rows_ragged(rows, output, transfer):
     (axis,) = collectives.mesh_axes("experts")
+    input_offsets, send_sizes, output_offsets = transfer.sends
     receive_sizes = transfer.receives.sizes.reshape(-1)
-    return jax.lax.ragged_all_to_all(rows, output, *transfer.sends, receive_sizes, axis_name=axis)
+    return jax.lax.ragged_all_to_all(
+        rows, output, input_offsets, send_sizes, output_offsets, receive_sizes, axis_name=axis
+    )
 
 
 def _send_rows_dense(rows, output, transfer):
@@ -218,28 +235,29 @@ def _make_returned(plan: exchange_plan.ExchangePlan, rows):
     return jax.lax.empty(rows.shape, rows.dtype) if plan.is_dropless else jnp.zeros_like(rows)
 
 
-def _loop_over_rounds(plan: exchange_plan.ExchangePlan, body: Callable, carry):
-    """Run body(round, carry). A round that is known to be the only one is written out."""
+def _loop_over_rounds(plan: exchange_plan.ExchangePlan, run_round: Callable, carry, first=0):
+    """Run run_round(round, carry) for all rounds from `first`, which is 0 or 1, on."""
     num_rounds = plan.num_rounds()
-    if isinstance(num_rounds, int):
+    if isinstance(num_rounds, int):  # known to be one, which is written out
         assert num_rounds == 1
-        return body(0, carry)
-    return jax.lax.fori_loop(0, num_rounds, body, carry)
+        return carry if first else run_round(0, carry)
+    return jax.lax.fori_loop(first, num_rounds, run_round, carry)
 
 
 @jax.custom_vjp
 def _exchange_rows(plan: exchange_plan.ExchangePlan, rows, scale, gate, up, down):
     """Return scale * expert(row) for rows sorted by expert, in their order.
 
-    A custom gradient, since reverse mode cannot go through a loop whose length is data. It
-    dispatches the rows a second time rather than keep every round's buffer.
+    A custom gradient, since reverse mode cannot go through a loop whose length is data. It keeps
+    what arrived in the first round, or, as rematerialisation says, dispatches the rows a second
+    time. It always does that for further rounds, which are rare.
     """
     del scale  # the plan has the weights of all rows: `scale` is here for its gradient
+    return _run_rounds(plan, rows, functools.partial(_run_experts, gate, up, down))
 
-    def run_experts(arrived, weights, group_sizes):
-        return experts.grouped_mlp(arrived, gate, up, down, group_sizes, weights)
 
-    return _run_rounds(plan, rows, run_experts)
+def _run_experts(gate, up, down, arrived, weights, group_sizes):
+    return experts.grouped_mlp(arrived, gate, up, down, group_sizes, weights)
 
 
 def _receive_rows(plan: exchange_plan.ExchangePlan, round_index, rows, buffer):
@@ -275,41 +293,73 @@ def _return_scalars(plan: exchange_plan.ExchangePlan, round_index, numbers, tota
 
 
 def _exchange_rows_fwd(plan, rows, scale, gate, up, down):
-    y = _exchange_rows(plan, rows, scale, gate, up, down)
-    return y, (plan, rows, scale, gate, up, down)
+    arrived, weights = _receive_rows(plan, 0, rows, _make_zero_rows(plan, rows))
+    arrived = ad_checkpoint.checkpoint_name(arrived, ROWS_NAME)
+    out, gate_out, up_out = experts.grouped_mlp_with_residuals(
+        arrived, gate, up, down, plan.group_sizes(0), weights
+    )
+    y = _send_rows(out, _make_returned(plan, rows), plan.combine_transfer(0))
+
+    def run_round(i, y):
+        arrived, weights = _receive_rows(plan, i, rows, _make_zero_rows(plan, rows))
+        out = _run_experts(gate, up, down, arrived, weights, plan.group_sizes(i))
+        return _send_rows(out, y, plan.combine_transfer(i))
+
+    y = _loop_over_rounds(plan, run_round, y, first=1)
+    return y, (plan, rows, scale, gate, up, down, arrived, weights, gate_out, up_out)
+
+
+def _make_zero_rows(plan: exchange_plan.ExchangePlan, rows):
+    """Return zeros to receive rows into, where gradients of matrices are computed.
+
+    They are sums over rows, in which a NaN of a row of no group would spread, even times 0.
+    """
+    return jnp.zeros((plan.num_buffer_rows, rows.shape[1]), rows.dtype)
 
 
 def _exchange_rows_bwd(residuals, grad):
-    plan, rows, scale, gate, up, down = residuals
-    # Zeros, unlike in the forward pass: the gradients of matrices are sums over rows, in which a
-    # NaN of a row of no group would spread although it is multiplied by 0.
-    zero_rows = jnp.zeros((plan.num_buffer_rows, rows.shape[1]), rows.dtype)
+    plan, rows, scale, gate, up, down, *first_round = residuals
+    matrices = (gate, up, down)
 
-    # The carry: gradients of this device's rows and weights, and float32 sums of the gradients of
-    # its experts' matrices, which every round adds to.
-    def run_round(i, carry):
-        d_rows, d_scale, d_experts = carry
-        arrived, weights = _receive_rows(plan, i, rows, zero_rows)
+    def run_round(i, d_rows, d_scale, arrived, weights, gate_out, up_out):
+        """Return both gradients with this round's added, and the gradients of the matrices."""
         # The gradient of the output travels as the rows do, and that of the rows as the output.
-        d_out = _send_rows(grad, zero_rows, plan.dispatch_transfer(i))
-        group_sizes = plan.group_sizes(i)
-
-        def run_experts(arrived, weights, gate, up, down):
-            return experts.grouped_mlp(arrived, gate, up, down, group_sizes, weights)
-
-        _, pullback = jax.vjp(run_experts, arrived, weights, gate, up, down)
-        d_arrived, d_weights, *d_matrices = pullback(d_out)
-        d_experts = [
-            total + x.astype(jnp.float32) for total, x in zip(d_experts, d_matrices, strict=True)
-        ]
+        d_out = _send_rows(grad, _make_zero_rows(plan, rows), plan.dispatch_transfer(i))
+        d_arrived, *d_matrices, d_weights = experts.grouped_mlp_gradients(
+            arrived, *matrices, plan.group_sizes(i), weights, gate_out, up_out, d_out
+        )
         d_rows = _send_rows(d_arrived, d_rows, plan.combine_transfer(i))
-        return d_rows, _return_scalars(plan, i, d_weights, d_scale), d_experts
+        return d_rows, _return_scalars(plan, i, d_weights, d_scale), d_matrices
 
-    zeros = [jnp.zeros(x.shape, jnp.float32) for x in (gate, up, down)]
-    carry = (_make_returned(plan, rows), jnp.zeros_like(scale), zeros)
-    d_rows, d_scale, d_experts = _loop_over_rounds(plan, run_round, carry)
-    d_experts = [d.astype(x.dtype) for d, x in zip(d_experts, (gate, up, down), strict=True)]
-    return None, d_rows, d_scale, *d_experts
+    def run_later_round(i, carry):
+        d_rows, d_scale, sums = carry
+        arrived, weights = _receive_rows(plan, i, rows, _make_zero_rows(plan, rows))
+        _, gate_out, up_out = experts.grouped_mlp_with_residuals(
+            arrived, *matrices, plan.group_sizes(i), weights
+        )
+        d_rows, d_scale, d_matrices = run_round(
+            i, d_rows, d_scale, arrived, weights, gate_out, up_out
+        )
+        # Float32, since a sum of many rounds would lose the small ones in bfloat16.
+        sums = [x + d.astype(jnp.float32) for x, d in zip(sums, d_matrices, strict=True)]
+        return d_rows, d_scale, sums
+
+    def run_later_rounds(gradients):
+        d_rows, d_scale, d_matrices = gradients
+        sums = [d.astype(jnp.float32) for d in d_matrices]
+        carry = (d_rows, d_scale, sums)
+        d_rows, d_scale, sums = _loop_over_rounds(plan, run_later_round, carry, first=1)
+        d_matrices = [x.astype(d.dtype) for x, d in zip(sums, d_matrices, strict=True)]
+        return d_rows, d_scale, d_matrices
+
+    d_rows, d_scale = _make_returned(plan, rows), jnp.zeros_like(scale)
+    gradients = run_round(0, d_rows, d_scale, *first_round)
+    # A condition, so that one round has no float32 copies of the matrices' gradients.
+    num_rounds = plan.num_rounds()
+    if not isinstance(num_rounds, int):
+        gradients = jax.lax.cond(num_rounds > 1, run_later_rounds, lambda x: x, gradients)
+    d_rows, d_scale, d_matrices = gradients
+    return None, d_rows, d_scale, *d_matrices
 
 
 _exchange_rows.defvjp(_exchange_rows_fwd, _exchange_rows_bwd)

@@ -4,24 +4,29 @@ M rows of size D are sorted by expert. An expert has F hidden units.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import ad_checkpoint
 from jaxtyping import Array, Float, Int
 
-from m1_jax import layer_stack, quantize
+from m1_jax import layer_stack, quantize, sharding
 
 # Rows per CPU matmul: big tiles first, small ones for the remaining rows. A loop over tiles of each
 # size is compiled, so there are few sizes.
 ROW_TILES, FEW_ROWS_TILES = (256, 32), (16, 4)
-# The batch-invariant tile. Inside of `with matmul_tile(rows)`, every CPU matmul has that many rows,
-# or twice and half as many where that is known to change nothing. A row's numbers then do not
-# depend on how many other rows its expert has. XLA:CPU gives a row the same bits in any product of
-# 2 to 32 rows. Products of 1 row, or of 64 and more, are computed in other ways
-# (tests/m1_jax_tiles_test.py).
+# The batch-invariant tile. Inside of `with matmul_tile(rows)`, every CPU matmul has that many rows.
+# A row's numbers then do not depend on how many other rows its expert has. Tiles of twice and half
+# as many rows are mixed in, which is faster, for widths that are powers of two alone: a row has the
+# same bits in products of 4, 8 and 16 rows there. For others it may not: of 832 inputs XLA:CPU sums
+# 16 rows in another order than 8, and of 960 8 rows in another than 4 (tests/m1_jax_tiles_test.py).
 matmul_tile = jax.make_user_context(0)
+# Names of the outputs of `gate` and `up`, for rematerialisation. Each is M rows of F numbers.
+GATE_NAME, UP_NAME = layer_stack.EXPERT_PRODUCT_NAMES
 
 
+@jax.custom_vjp
 @jax.named_scope("experts")
 def grouped_mlp(
     rows: Float[Array, "M D"],
@@ -33,9 +38,9 @@ def grouped_mlp(
 ) -> Float[Array, "M D"]:
     """Return w down_e(silu(gate_e x) * up_e x), rows sorted by expert e, group_sizes[e] rows each.
 
-    Rows past the last group have an undefined output, and add nothing to the experts' gradients. A
-    row's float32 weight is applied before `down`: its gradient then needs no saved output.
-    Quantized experts have no gradient.
+    Rows past the last group have an undefined output, and add nothing to the experts' gradients as
+    long as they are finite. A row's float32 weight is applied before `down`: its gradient then
+    needs no saved output. Quantized experts have no gradient.
 
     TPU and GPU run `jax.lax.ragged_dot`. On CPU that costs a dense product with every expert (13x
     slower measured at 8 experts), so a loop over tiles runs there. The choice is made when the
@@ -48,10 +53,71 @@ def grouped_mlp(
         down,
         group_sizes,
         weights,
-        cpu=_grouped_mlp_tiled,
-        tpu=functools.partial(_grouped_mlp_ragged, kernel_takes_int8=True),
+        cpu=lambda *arguments: _run_expert_tiles(*arguments, keep_residuals=False)[0],
+        tpu=lambda *arguments: _grouped_mlp_ragged(
+            *arguments, kernel_takes_int8=sharding.kernels_take_int8()
+        )[0],
+        default=lambda *arguments: _grouped_mlp_ragged(*arguments)[0],
+    )
+
+
+@jax.named_scope("experts")
+def grouped_mlp_with_residuals(
+    rows, gate, up, down, group_sizes, weights
+) -> tuple[Float[Array, "M D"], Float[Array, "M F"], Float[Array, "M F"]]:
+    """Return `grouped_mlp`, and the outputs of `gate` and `up`, which its gradients need.
+
+    The latter have names for rematerialisation. A policy that saves them spares the backward pass
+    two of its eight products.
+    """
+    y, gate_out, up_out = jax.lax.platform_dependent(
+        rows,
+        gate,
+        up,
+        down,
+        group_sizes,
+        weights,
+        cpu=functools.partial(_run_expert_tiles, keep_residuals=True),
         default=_grouped_mlp_ragged,
     )
+    return (
+        y,
+        ad_checkpoint.checkpoint_name(gate_out, GATE_NAME),
+        ad_checkpoint.checkpoint_name(up_out, UP_NAME),
+    )
+
+
+@jax.named_scope("experts")
+def grouped_mlp_gradients(
+    rows, gate, up, down, group_sizes, weights, gate_out, up_out, grad
+) -> tuple[Any, ...]:
+    """Return the gradients of rows, gate, up, down and weights, given that of the output."""
+    return jax.lax.platform_dependent(
+        rows,
+        gate,
+        up,
+        down,
+        group_sizes,
+        weights,
+        gate_out,
+        up_out,
+        grad,
+        cpu=_expert_tile_gradients,
+        default=_ragged_gradients,
+    )
+
+
+def _grouped_mlp_fwd(*arguments):
+    y, gate_out, up_out = grouped_mlp_with_residuals(*arguments)
+    return y, (*arguments, gate_out, up_out)
+
+
+def _grouped_mlp_bwd(residuals: Any, grad):
+    *d_inputs, d_weights = grouped_mlp_gradients(*residuals, grad=grad)
+    return *d_inputs, None, d_weights
+
+
+grouped_mlp.defvjp(_grouped_mlp_fwd, _grouped_mlp_bwd)
 
 
 @jax.named_scope("experts")
@@ -83,11 +149,14 @@ def grouped_mlp_stacked(
         # Rows outside of all groups stay undefined: without a gradient nothing reads them.
         return matmul(_weighted_hidden(gate_out, up_out, weights), down)
 
-    # `ragged_dot` on GPU may compute a product with every expert of its operand.
+    # `ragged_dot` on GPU may compute a product with every expert of its operand. int8 that the
+    # kernel does not take is widened, and that had better be one layer.
     def run_on_slice(rows, gate, up, down, stack_index, group_sizes, weights):
         gate, up, down = (jax.tree.map(lambda a: a[stack_index], x) for x in (gate, up, down))
-        return _grouped_mlp_ragged(rows, gate, up, down, group_sizes, weights)
+        return _grouped_mlp_ragged(rows, gate, up, down, group_sizes, weights)[0]
 
+    is_quantized = isinstance(gate, quantize.QuantizedMatrices)
+    is_widened = is_quantized and not sharding.kernels_take_int8()
     return jax.lax.platform_dependent(
         rows,
         gate,
@@ -97,7 +166,7 @@ def grouped_mlp_stacked(
         group_sizes,
         weights,
         cpu=run_tiled,
-        tpu=run_on_stack,
+        tpu=run_on_slice if is_widened else run_on_stack,
         default=run_on_slice,
     )
 
@@ -108,14 +177,37 @@ def grouped_mlp_stacked(
 def _grouped_mlp_ragged(
     rows, gate, up, down, group_sizes, weights, *, kernel_takes_int8: bool = False
 ):
+    """Return the output, and those of `gate` and `up`."""
+
     def matmul(rows, matrices):
         return _ragged_matmul(rows, matrices, group_sizes, kernel_takes_int8)
 
-    # `ragged_dot` leaves rows outside of all groups undefined. A NaN there, times 0, would spread
-    # in the experts' gradients.
-    has_expert = (jnp.arange(rows.shape[0]) < jnp.sum(group_sizes))[:, None]
-    gate_out, up_out = (jnp.where(has_expert, matmul(rows, x), 0) for x in (gate, up))
-    return matmul(_weighted_hidden(gate_out, up_out, weights), down)
+    # The gradient of `down` is a sum over the rows of this hidden layer.
+    gate_out, up_out = (_clear_outside(matmul(rows, x), group_sizes) for x in (gate, up))
+    return matmul(_weighted_hidden(gate_out, up_out, weights), down), gate_out, up_out
+
+
+def _ragged_gradients(rows, gate, up, down, group_sizes, weights, gate_out, up_out, grad):
+    def pull_back(x, matrices, grad):
+        # The product itself is dead code.
+        _, pullback = jax.vjp(lambda x, m: jax.lax.ragged_dot(x, m, group_sizes), x, matrices)
+        return pullback(grad)
+
+    hidden, pull_back_hidden = jax.vjp(_weighted_hidden, gate_out, up_out, weights)
+    d_hidden, d_down = pull_back(hidden, down, grad)
+    d_gate_out, d_up_out, d_weights = pull_back_hidden(d_hidden)
+    d_rows, d_gate = pull_back(rows, gate, _clear_outside(d_gate_out, group_sizes))
+    more_d_rows, d_up = pull_back(rows, up, _clear_outside(d_up_out, group_sizes))
+    return d_rows + more_d_rows, d_gate, d_up, d_down, d_weights
+
+
+def _clear_outside(x, group_sizes):
+    """Return rows with zeros outside of all groups, where `ragged_dot` leaves them undefined.
+
+    A NaN there, times 0, would spread in the experts' gradients.
+    """
+    has_expert = jnp.arange(x.shape[0]) < jnp.sum(group_sizes)
+    return jnp.where(has_expert[:, None], x, 0)
 
 
 def _ragged_matmul(rows, matrices, group_sizes, kernel_takes_int8: bool):
@@ -164,11 +256,6 @@ def _weighted_hidden(gate_out, up_out, weights):
 # ---- CPU: a tile of rows stays in cache through all the matmuls of its expert
 
 
-@jax.custom_vjp
-def _grouped_mlp_tiled(rows, gate, up, down, group_sizes, weights):
-    return _run_expert_tiles(rows, gate, up, down, group_sizes, weights, keep_residuals=False)[0]
-
-
 def _run_expert_tiles(
     rows,
     gate,
@@ -180,11 +267,8 @@ def _run_expert_tiles(
     keep_residuals: bool,
     stack_index: layer_stack.StackIndex | tuple[()] = (),
 ):
-    """Return the output, and with `keep_residuals` the outputs of `gate` and `up`, else empty ones.
-
-    The backward pass needs the latter two.
-    """
-    num_rows, tiles = rows.shape[0], _choose_tiles(rows.shape[0])
+    """Return the output, and with `keep_residuals` those of `gate` and `up`, else empty ones."""
+    num_rows, tiles = rows.shape[0], _choose_tiles(*rows.shape, gate.shape[-1])
     starts = jnp.cumsum(group_sizes) - group_sizes
     rows, weights = _pad_rows(rows, tiles), _pad_rows(weights, tiles)
     # Empty buffers keep the carry's structure where nothing is saved.
@@ -215,19 +299,15 @@ def _run_expert_tiles(
 
     buffers = (jnp.zeros_like(rows), residuals, residuals)
     out, gate_out, up_out = jax.lax.fori_loop(0, gate.shape[-3], run_busy_expert, buffers)
-    return out[:num_rows], gate_out, up_out
+    return out[:num_rows], gate_out[:num_rows], up_out[:num_rows]
 
 
-def _grouped_mlp_tiled_fwd(*arguments):
-    out, gate_out, up_out = _run_expert_tiles(*arguments, keep_residuals=True)
-    return out, (*arguments, gate_out, up_out)
-
-
-def _grouped_mlp_tiled_bwd(residuals, grad):
-    rows, gate, up, down, group_sizes, weights, gate_out, up_out = residuals
-    num_rows, tiles = rows.shape[0], _choose_tiles(rows.shape[0])
+def _expert_tile_gradients(rows, gate, up, down, group_sizes, weights, gate_out, up_out, grad):
+    num_rows, tiles = rows.shape[0], _choose_tiles(*rows.shape, gate.shape[-1])
     starts = jnp.cumsum(group_sizes) - group_sizes
-    rows, grad, weights = (_pad_rows(x, tiles) for x in (rows, grad, weights))
+    rows, weights, gate_out, up_out, grad = (
+        _pad_rows(x, tiles) for x in (rows, weights, gate_out, up_out, grad)
+    )
 
     # A scan over experts: it carries the gradients of rows and weights, and stacks those of the
     # experts' matrices.
@@ -255,10 +335,7 @@ def _grouped_mlp_tiled_bwd(residuals, grad):
     xs = (gate, up, down, starts, group_sizes)
     carry = (jnp.zeros_like(rows), jnp.zeros_like(weights))
     (d_rows, d_weights), d_matrices = jax.lax.scan(expert_gradients, carry, xs)
-    return d_rows[:num_rows], *d_matrices, None, d_weights[:num_rows]
-
-
-_grouped_mlp_tiled.defvjp(_grouped_mlp_tiled_fwd, _grouped_mlp_tiled_bwd)
+    return d_rows[:num_rows], *d_matrices, d_weights[:num_rows]
 
 
 def _pad_rows(x, tiles):
@@ -285,13 +362,15 @@ def _write_rows(x, rows, start):
     return jax.lax.dynamic_update_slice_in_dim(x, rows, start, 0)
 
 
-def _choose_tiles(num_rows: int) -> tuple[int, ...]:
-    """Return the numbers of rows of a matmul, largest first."""
-    # Twice and half of these sizes are within the 2 to 32 rows of `matmul_tile`'s comment.
-    if (size := matmul_tile.value) in (4, 8, 16):
-        return (2 * size, size // 2)
-    if size:
-        return (size,)
+def _choose_tiles(num_rows: int, *widths: int) -> tuple[int, ...]:
+    """Return the numbers of rows of a matmul, largest first.
+
+    Args:
+      widths: inputs of the experts' matrices.
+    """
+    if size := matmul_tile.value:
+        is_mixed = size == 8 and all(width & (width - 1) == 0 for width in widths)
+        return (2 * size, size // 2) if is_mixed else (size,)
     if num_rows >= ROW_TILES[0]:
         return ROW_TILES
     return FEW_ROWS_TILES if num_rows >= FEW_ROWS_TILES[0] else (num_rows,)

@@ -21,9 +21,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from m1_jax import collectives
+from m1_jax import collectives, sharding
 
-BLOCK_TOKENS = 256  # queries of a block, and keys of a block
+# Queries of a block, and keys of a block. On TPU a longer block keeps the matrix unit busier.
+# Elsewhere it gains nothing, and would change the order of sums and so the bits of results.
+BLOCK_TOKENS, TPU_BLOCK_TOKENS = 256, 512
 # Up to either limit a single block does all: pairs of a query and a key, and queries.
 MAX_DIRECT_PAIRS, MAX_DIRECT_QUERIES = 2**16, 8
 # Gathering the keys and values of a sequence moves as many bytes as the ring, in one step instead
@@ -89,7 +91,9 @@ def causal_attention(
         o = partial.total / replace_zeros_with_ones(partial.scale)
     else:
         # Any, since pyright does not see through custom_vjp.
-        outputs: Any = _blockwise_attention(num_devices, q, k, v, queries, keys)
+        outputs: Any = _blockwise_attention(
+            num_devices, _choose_block_tokens(), q, k, v, queries, keys
+        )
         o, _ = outputs
     if balance:
         o = collectives.permute_zigzag(o, "length", 3, inverse=True)
@@ -112,6 +116,12 @@ def sharded_key_attention(q, k, v, q_positions, k_positions) -> Float[Array, "B 
 def _move_heads_last(o, dtype) -> Float[Array, "B T N H"]:
     o = jnp.moveaxis(o.astype(dtype), 3, 1)
     return o.reshape(*o.shape[:2], -1, o.shape[-1])
+
+
+def _choose_block_tokens() -> int:
+    """Return the tokens of a block for the devices that the program is traced for."""
+    device = sharding.target_device()
+    return TPU_BLOCK_TOKENS if device is not None and device.platform == "tpu" else BLOCK_TOKENS
 
 
 def should_gather_keys(k: Float[Array, "B K S H"], num_devices: int) -> bool:
@@ -174,8 +184,9 @@ def merge_partials(left: SoftmaxPartial, right: SoftmaxPartial) -> SoftmaxPartia
     return SoftmaxPartial(total, left.scale * left_share + right.scale * right_share, top)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _blockwise_attention(num_devices: int, q, k, v, queries, keys) -> Any:
+# The block is an argument, because a backward pass is traced where the target is not known.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _blockwise_attention(num_devices: int, block: int, q, k, v, queries, keys) -> Any:
     """Attend to the keys of all devices of a ring, with arguments as `_attention_mask` has them.
 
     Returns the outputs, and the log of each softmax's sum, which has no gradient.
@@ -184,7 +195,7 @@ def _blockwise_attention(num_devices: int, q, k, v, queries, keys) -> Any:
     # Masks depend on positions alone. Without the barrier, JAX would compute the masks of all pairs
     # of blocks once, outside of the loop over layers, and keep them.
     q, k, v, queries, keys = jax.lax.optimization_barrier((q, k, v, queries, keys))
-    q_blocks = (_split_blocks(q, 3), _split_blocks(queries[0], 1, -1), _split_blocks(queries[1], 1))
+    q_blocks = (_split_blocks(block, q, 3), *_split_query_ids(block, queries))
 
     # Three loops: over the devices of the ring, over blocks of queries, over blocks of keys. The
     # first carries the partial softmax of all queries, and the keys that are here at its turn.
@@ -209,7 +220,7 @@ def _blockwise_attention(num_devices: int, q, k, v, queries, keys) -> Any:
         _, partial = jax.lax.scan(over_queries, None, (q_blocks, partial))
         return (partial, _send_to_next_device(num_devices, key_blocks)), None
 
-    carry = (empty_partials(q_blocks[0].shape), _split_key_blocks(k, v, keys))
+    carry = (empty_partials(q_blocks[0].shape), _split_key_blocks(block, k, v, keys))
     (partial, _), _ = jax.lax.scan(over_devices, carry, None, length=num_devices)
     scale = partial.scale
     o = (partial.total / replace_zeros_with_ones(scale)).astype(v.dtype)
@@ -217,23 +228,23 @@ def _blockwise_attention(num_devices: int, q, k, v, queries, keys) -> Any:
     return _join_blocks(o, length), _join_blocks(lse, length)
 
 
-def _blockwise_attention_fwd(num_devices, q, k, v, queries, keys):
+def _blockwise_attention_fwd(num_devices, block, q, k, v, queries, keys):
     # The function calls itself, since a function with a custom rule stays whole. Were its loops
     # written out here, jax.checkpoint would take their conditionals apart and keep the sums of all
     # pairs of blocks.
-    outputs: Any = _blockwise_attention(num_devices, q, k, v, queries, keys)
+    outputs: Any = _blockwise_attention(num_devices, block, q, k, v, queries, keys)
     return outputs, (q, k, v, queries, keys, *outputs)
 
 
-def _blockwise_attention_bwd(num_devices, residuals, gradients):
+def _blockwise_attention_bwd(num_devices, block, residuals, gradients):
     d_o, _ = gradients  # the log-sum-exp has no gradient
     q, k, v, queries, keys, o, lse = residuals
     length, key_length = q.shape[3], k.shape[2]
     sqrt_head_dim = math.sqrt(q.shape[-1])
     # The softmax's gradient is weights * (d_weights - delta), delta = sum_h d_o o.
     delta = jnp.sum(d_o.astype(jnp.float32) * o.astype(jnp.float32), axis=-1, keepdims=True)
-    q_blocks = tuple(_split_blocks(x, 3) for x in (q, d_o, lse, delta))
-    q_blocks += (_split_blocks(queries[0], 1, -1), _split_blocks(queries[1], 1))
+    q_blocks = tuple(_split_blocks(block, x, 3) for x in (q, d_o, lse, delta))
+    q_blocks += _split_query_ids(block, queries)
     einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
     # The loops are nested the other way round than in the forward pass: blocks of keys outside, so
@@ -267,7 +278,7 @@ def _blockwise_attention_bwd(num_devices, residuals, gradients):
         return (d_q, *_send_to_next_device(num_devices, (key_blocks, d_keys))), None
 
     zeros = functools.partial(jnp.zeros_like, dtype=jnp.float32)
-    key_blocks = _split_key_blocks(k, v, keys)
+    key_blocks = _split_key_blocks(block, k, v, keys)
     d_keys = (zeros(key_blocks[0]), zeros(key_blocks[1]))
     # After a full turn every block of keys is back on its own device, with all of its gradient.
     carry = (zeros(q_blocks[0]), key_blocks, d_keys)
@@ -285,21 +296,26 @@ def _send_to_next_device(num_devices, tree):
     return jax.tree.map(lambda x: collectives.ppermute_next(x, "length"), tree)
 
 
-def _split_key_blocks(k, v, keys):
-    # Padding comes after every query and is never seen. Padded queries, at -1, see no key.
+def _split_query_ids(block, queries):
+    # Padded queries, at -1, see no key.
+    return _split_blocks(block, queries[0], 1, -1), _split_blocks(block, queries[1], 1)
+
+
+def _split_key_blocks(block, k, v, keys):
+    # Padding comes after every query and is never seen.
     return (
-        _split_blocks(k, 2),
-        _split_blocks(v, 2),
-        _split_blocks(keys[0], 1, PADDING_POSITION),
-        _split_blocks(keys[1], 1),
+        _split_blocks(block, k, 2),
+        _split_blocks(block, v, 2),
+        _split_blocks(block, keys[0], 1, PADDING_POSITION),
+        _split_blocks(block, keys[1], 1),
     )
 
 
-def _split_blocks(x, axis: int, fill=0):
-    """Cut an axis into blocks of `BLOCK_TOKENS` on a new leading axis. `fill` pads the last one."""
-    pad = [(0, -x.shape[axis] % BLOCK_TOKENS if i == axis else 0) for i in range(x.ndim)]
+def _split_blocks(block: int, x, axis: int, fill=0):
+    """Cut an axis into blocks of `block` on a new leading axis. `fill` pads the last one."""
+    pad = [(0, -x.shape[axis] % block if i == axis else 0) for i in range(x.ndim)]
     x = jnp.pad(x, pad, constant_values=fill)
-    return jnp.moveaxis(x.reshape(*x.shape[:axis], -1, BLOCK_TOKENS, *x.shape[axis + 1 :]), axis, 0)
+    return jnp.moveaxis(x.reshape(*x.shape[:axis], -1, block, *x.shape[axis + 1 :]), axis, 0)
 
 
 def _join_blocks(x, length: int, axis: int = 3):

@@ -83,6 +83,8 @@ ACTIVATION_RULES = {
 }
 # Kinds of devices over whose links the compiler refuses to route a ragged all-to-all.
 _NO_RAGGED_DEVICE_KINDS = ("TPU v5 lite", "TPU v5e")
+# Kinds of devices for which the compiler widens int8 operands of grouped products outside of them.
+_NO_INT8_DEVICE_KINDS = ("TPU7x",)
 # Platform and kind of the devices that a program is traced for. A context, since the code of the
 # model sees only the mesh's axes while it is traced, not its devices. None: not known.
 _target_device = jax.make_user_context(None)
@@ -341,6 +343,12 @@ def has_ragged_all_to_all() -> bool:
     """Say whether the devices of the program being traced have a ragged all-to-all."""
     target = _target_device.value
     return target is None or target.kind not in _NO_RAGGED_DEVICE_KINDS
+
+
+def kernels_take_int8() -> bool:
+    """Say whether a TPU's grouped products read int8 weights without a widened copy of them."""
+    target = _target_device.value
+    return target is None or target.kind not in _NO_INT8_DEVICE_KINDS
 
 
 def param_specs(layout: MeshLayout, module):

@@ -62,6 +62,17 @@ def test_ids_of_a_later_partition():
             pool.release([stranger])
 
 
+def test_rows_go_by_length():
+    lengths = [40, 1, 33, 9, 2, 40, 15]
+    rows = tuple(
+        plan_lib.DecodeRow(number, number, tuple(range(length)), 99, partition=number % 2)
+        for number, length in enumerate(lengths)
+    )
+    plan = plan_lib.StepPlan(decode_rows=rows, max_steps=1)
+    # Partition 0 has 40, 33, 2, 15 pages, partition 1 has 1, 9, 40. 33 and 40 keep their order.
+    assert plan.assign_rows(2, 8) == [2, 8, 3, 9, 0, 10, 1]
+
+
 def test_rows_of_a_partition_lie_together():
     sched = make(cache_bytes=0)
     for number in range(4):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from m1_jax import ModelConfig, experts, flops, model
+from m1_jax import ModelConfig, config, experts, flops, model
 from m1_jax import params as params_lib
 
 M1 = ModelConfig.m1()
@@ -68,8 +68,14 @@ def test_training_is_three_passes_and_what_is_computed_again():
         assert step.model == 3 * once.total
         assert step.recomputed == again + 2 * once.softmax + once.head
         assert step.total == step.model + step.recomputed
-    dots = flops.count_train_flops(dataclasses.replace(M1, remat="dots"), 2, 4096)
-    assert dots.recomputed < step.recomputed
+    recomputed = [
+        flops.count_train_flops(dataclasses.replace(M1, remat=remat), 2, 4096).recomputed
+        for remat in config.REMAT_POLICIES
+    ]
+    assert recomputed == sorted(recomputed)  # from the fastest to the leanest
+    assert len(set(recomputed)) == len(recomputed)
+    # Each layer's output projection: 2 * 8,192 tokens * 8,192 * 6,144.
+    assert recomputed[-1] - recomputed[-2] == 80 * 2 * 8192 * 8192 * 6144
 
 
 def test_xla_counts_the_same_products(monkeypatch):

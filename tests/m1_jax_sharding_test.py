@@ -16,7 +16,7 @@ import m1_jax
 from m1_jax import (
     ModelConfig,
     collectives,
-    expert_exchange,
+    exchange_plan,
     logprobs,
     moe,
     ring_attention,
@@ -192,7 +192,7 @@ def test_no_token_is_dropped_where_all_choose_one_device():
     model = all_to_the_first(params_lib.random_model(SMALL, jax.random.key(1), jnp.float32))
     many = spread(layout_of({"expert": 4}), model)
     # The buffer of a device holds 1.5 shares, and 4 come: three rounds.
-    assert expert_exchange.BUFFER_SLACK < 4
+    assert exchange_plan.BUFFER_SLACK < 4
     compare(results(model, *batch()), many, *batch())
 
 

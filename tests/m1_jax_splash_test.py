@@ -8,9 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tpu_support
+from jax.experimental.pallas.ops.tpu import splash_attention as splash
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask_info as mask_info
 
-from m1_jax import ModelConfig, attention, sharding, splash_attention
+from m1_jax import ModelConfig, attention, ring_attention, sharding, splash_attention
 
+BLOCK_TOKENS = splash_attention.BLOCK_TOKENS  # before a test makes it smaller
 LENGTH, NUM_HEADS, NUM_KV_HEADS, SIZE = 300, 4, 2, 128  # no multiple of a block
 # Documents that begin inside of blocks, padding between them and at the end.
 SEGMENT_IDS = np.repeat([[1, 0, 2, 3, 0]], [90, 10, 150, 30, 20], axis=1).astype(np.int32)
@@ -54,13 +57,16 @@ def attend_and_pull_back(attend, q, k, v, d_o):
     return o, *pull_back(d_o)
 
 
-def run_interpreted(q, k, v, d_o, segment_ids):
+@jax.jit
+def interpret_kernels(q, k, v, d_o, segment_ids):
     def attend(q, k, v):
         return splash_attention.attend_rows(q, k, v, segment_ids, interpret=True)
 
-    return [
-        np.asarray(x) for x in jax.jit(attend_and_pull_back, static_argnums=0)(attend, q, k, v, d_o)
-    ]
+    return attend_and_pull_back(attend, q, k, v, d_o)
+
+
+def run_interpreted(*arguments):
+    return [np.asarray(x) for x in interpret_kernels(*arguments)]
 
 
 @pytest.mark.parametrize("segment_ids", [None, SEGMENT_IDS], ids=["plain", "packed"])
@@ -112,16 +118,49 @@ def test_rows_over_devices_equal_rows_on_one(num_devices):
         assert np.linalg.norm(a - b) <= 1e-6 * np.linalg.norm(b)
 
 
+@pytest.mark.parametrize("process", [mask_info.process_mask, mask_info.process_mask_dkv])
+def test_the_mask_is_set_up_as_the_causal_one(process):
+    (got, _), (wanted, _) = (
+        process(splash.MultiHeadMask([mask((1024, 1024))] * 2), (256, 256))
+        for mask in (splash_attention._CausalRows, splash.CausalMask)
+    )
+    for a, b in zip(got, wanted, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
 # ---- where it is chosen
 
 
+def test_the_ring_has_longer_blocks_on_tpu(monkeypatch):
+    monkeypatch.setattr(ring_attention, "MAX_DIRECT_PAIRS", 0)
+    shapes = ((1, 520, 2, 8), (1, 1, 520, 8), (1, 1, 520, 8))
+    q, k, v = (np.random.default_rng(0).standard_normal(s).astype(np.float32) for s in shapes)
+    index = jnp.arange(520, dtype=jnp.int32)[None]
+    outputs, num_blocks = [], []
+    for platform in ("cpu", "tpu"):
+        target = sharding.TargetDevice(platform, platform)
+        monkeypatch.setattr(sharding, "target_device", lambda target=target: target)
+        attend = jax.jit(lambda *x: ring_attention.causal_attention(*x, index, index))
+        outputs.append(attend(q, k, v))
+        num_blocks.append(520 // ring_attention._choose_block_tokens() + 1)
+    assert num_blocks == [3, 2]
+    np.testing.assert_allclose(*outputs, rtol=0, atol=1e-6)
+
+
 def lower_for(platform, implementation, size=SIZE):
+    """Lower the forward and the backward pass."""
+
+    @jax.jit
+    def program(q, k, v, d_o, segment_ids):
+        def attend(q, k, v):
+            return attention.attend_whole_rows(q, k, v, segment_ids, implementation)
+
+        return attend_and_pull_back(attend, q, k, v, d_o)
+
     shape = jax.ShapeDtypeStruct((1, 256, 4, size), jnp.bfloat16)
-    ids = jax.ShapeDtypeStruct((1, 256), jnp.int32)
-    attend = jax.jit(attention.attend_whole_rows, static_argnums=4)
-    return attend.trace(shape, shape, shape, ids, implementation).lower(
-        lowering_platforms=(platform,)
-    )
+    segment_ids = jax.ShapeDtypeStruct((1, 256), jnp.int32)
+    traced = program.trace(shape, shape, shape, shape, segment_ids)
+    return traced.lower(lowering_platforms=(platform,))
 
 
 @pytest.mark.parametrize(
@@ -147,7 +186,9 @@ def test_a_shape_without_a_kernel_is_refused():
 
 
 @pytest.mark.parametrize("chip", tpu_support.CHIPS_IN_TURNS)
-def test_forward_and_backward_compile(chip):
+def test_forward_and_backward_compile(monkeypatch, chip):
+    monkeypatch.setattr(splash_attention, "BLOCK_TOKENS", BLOCK_TOKENS)
+
     def attend(q, k, v, segment_ids, d_o):
         return attend_and_pull_back(
             lambda *x: splash_attention.attend_rows(*x, segment_ids), q, k, v, d_o

@@ -152,6 +152,21 @@ def test_traffic_counts_slices_and_updates(line, expected):
     assert counted == pytest.approx(expected)
 
 
+def test_instructions_that_metadata_break_over_lines():
+    metadata = '{"block_q": 1024, "more": "}"}'
+    text = make_text(
+        f"  %k = {MATRIX} custom-call(%w), frontend_attributes={{kernel_metadata={{\n"
+        f'"xprof_metadata":"{metadata}"\n'
+        f"}}}}, metadata={{stack_frame_id=3}}\n  ROOT %x = {MATRIX} add(%k, %w)",
+        # A computation may end with the name of a thread.
+        BRANCHES.replace("}\n", '}, execution_thread="sparsecore"\n'),
+    )
+    instructions = hlo.parse_module(text).computations["main"]
+    assert list(instructions) == ["w", "k", "x"]
+    assert instructions["k"].operand_names == ["w"]
+    assert "stack_frame_id=3" in instructions["k"].operands_and_attributes
+
+
 # ---- the schedule
 
 
@@ -225,6 +240,10 @@ def test_a_conditional_takes_the_dearer_branch_as_often_as_is_assumed():
     always, _ = predict(text)
     half = time_assumptions.TimeAssumptions(branch_shares={"m1_jax.decoder_layer": 0.5})
     assert predict(text, half)[0].secs == pytest.approx(always.secs / 2)
+    # What is left of a choice of platform has one branch.
+    only = text.replace("%w, %w, %w)", "%w, %w)").replace("{%idle, %work}", "{%work}")
+    assert only != text
+    assert predict(only, half)[0].secs == predict(only)[0].secs
 
 
 GATHER = "replica_groups=[2,2]<=[4], dimensions={0}"
@@ -334,10 +353,10 @@ def test_kernels_by_name_by_estimate_and_by_bytes():
     cost, pricer = price_call(operands, "x=1", "bf16[1,64,4096,128]", name="lightning_fwd.2")
     assert cost.low_secs == pytest.approx(64 * 4096 * 1088 / V5P.hbm_bytes_per_sec)
     assert not pricer.unknown_kernels
-    # 8 query heads of 4,096 tokens and 2 key heads: the causal half of two products of a pair.
+    # 8 query heads of 4,096 tokens and 2 key heads: two products of a pair, in 10 of 16 blocks.
     heads = ("bf16[8,4096,128]", "bf16[2,4096,128]", "bf16[2,4096,128]")
     cost, pricer = price_call(("s8[4,4]", *heads), "x=1", heads[0], name="splash_mha_fwd.1")
-    flops = 2 * 2 * 8 * 4096 * 4096 / 2 * 128
+    flops = 2 * 2 * 8 * 4096 * 4096 * 10 / 16 * 128
     assert cost.low_secs == pytest.approx(flops / (0.5 * V5P.flops_per_sec))
     assert cost.kind == "softmax attention"
     assert not pricer.unknown_kernels
@@ -354,6 +373,23 @@ def test_kernels_by_name_by_estimate_and_by_bytes():
     assert pricer.unknown_kernels == {"kernel"}
 
 
+def test_serving_kernels_read_a_part_of_their_operands():
+    decode = time_assumptions.TimeAssumptions(num_running_rows=8, num_cached_tokens=4096)
+    queries, cache = "bf16[16,1,128,128]", "bf16[10,1,300,1,128,128]"
+    operands = ("s32[2]", "s32[16]", "s32[16,1,32]", queries, cache, cache)
+    cost, _ = price_call(operands, "x=1", queries, decode, name="paged_attention.1")
+    num_bytes = 8 * 4096 * 2 * 128 * 2 + 2 * 16 * 128 * 128 * 2
+    assert cost.num_bytes == pytest.approx(num_bytes)
+    assert cost.low_secs == pytest.approx(1.9 * num_bytes / V5P.hbm_bytes_per_sec)
+    assert cost.kind == "softmax attention"
+    states, keys = "f32[10,7,9,8,128,128]", "bf16[10,7,9,8,128,128]"
+    operands = ("s32[2]", "f32[8]", "bf16[8,16,3072]", states, keys, keys)
+    cost, _ = price_call(operands, "x=1", states, decode, name="lightning_serving")
+    head_bytes = 2**16 * (1 + 1 / 128) + 2**16 + 2 * 128 * 32
+    assert cost.num_bytes == pytest.approx(64 * head_bytes + 4 / 3 * 8 * 16 * 3072 * 2)
+    assert cost.kind == "lightning attention"
+
+
 # ---- what a job assumes
 
 
@@ -368,6 +404,7 @@ def test_a_serving_job_knows_its_tiles_and_key_blocks():
     assert assumed.loop_trips["m1_jax.serving.ragged_batch.scan_attention_tiles"] == 16
     assert assumed.loop_trips["m1_jax.serving.ragged_batch"] == 16 // ragged_batch.TILE_GROUP
     assert assumed.loop_trips["m1_jax.serving.softmax"] == 16
+    assert (assumed.num_running_rows, assumed.num_cached_tokens) == (16, 4096)
     assert assumed.num_expert_rows == 32
     assert assumed.num_busy_experts == pytest.approx(8 * (1 - (31 / 32) ** 128))
     assert "64 running rows of 4096 tokens, 16 a device" in "; ".join(assumed.notes)

@@ -15,6 +15,7 @@ from m1_jax import params as params_lib
 from m1_jax.checkpoints import format as format_lib
 from m1_jax.checkpoints import save as save_lib
 from train import checkpoints, metrics, resume
+from train.data import records
 from train.rl import loop as rl_loop
 from train.rl import rollout
 from train.rl.config import (
@@ -181,6 +182,17 @@ def test_metrics_of_a_batch(start, tmp_path):
         (eval_line["step"], eval_line["version"], eval_line["samples"]) for eval_line in evaluated
     ]
     assert evaluations == [(0, 0, num_tasks), (1, 1, num_tasks)]
+
+
+def test_idle_batches_are_counted_over_restarts(start, tmp_path):
+    # No answer of random weights is right, so no token has an advantage.
+    rewards = RewardsConfig(sources=(("sums", (("exact", 1.0, ()),)),))
+    save = SaveConfig(every_steps=1)
+    config = _config(start, batches=3, rewards=rewards, save=save, max_skipped=2)
+    for _ in range(2):  # the second start goes on after the first batch
+        with pytest.raises(records.DataError, match="batch 2: 2 batches in a row"):
+            rl_loop.run_rl_training(config, tmp_path)
+    assert _last_checkpoint(tmp_path, config)[0] == 1
 
 
 def test_an_evaluation_that_was_stopped_is_made_up_for(start, tmp_path, monkeypatch):

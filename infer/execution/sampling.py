@@ -161,11 +161,6 @@ def sample_tokens(
     def apply_forced(tokens):
         return tokens if forced is None else jnp.where(forced >= 0, forced, tokens)
 
-    def greedy_logp(x, tokens, best):
-        # All probability is on the best token. Among logits that overflowed, none is the best.
-        has_best = jnp.isfinite(jnp.max(x, axis=-1))
-        return jnp.where(has_best, jnp.where(tokens == best, 0.0, -jnp.inf), jnp.nan)
-
     def draw_bits(key):
         return jax.random.bits(key, x.shape[1:], jnp.uint32)
 
@@ -175,13 +170,13 @@ def sample_tokens(
         # Gumbel-max: the largest of log p + noise is a draw from p.
         drawn = _argmax_first(jnp.where(is_greedy[:, None], x, candidates + noise))
         tokens = apply_forced(drawn)
-        logp = jnp.where(is_greedy, greedy_logp(x, tokens, drawn), _token_logp(candidates, tokens))
+        logp = jnp.where(is_greedy, _greedy_logp(x, tokens, drawn), _token_logp(candidates, tokens))
         return tokens, logp
 
     def take_best(x):
         best = _argmax_first(x)
         tokens = apply_forced(best)
-        return tokens, greedy_logp(x, tokens, best)
+        return tokens, _greedy_logp(x, tokens, best)
 
     # A batch of greedy rows needs neither noise nor candidates.
     token, logp = lax.cond(jnp.all(is_greedy), take_best, draw, x)
@@ -208,6 +203,14 @@ def _argmax_first(x: Float[Array, "B V"]) -> Int[Array, "B"]:
     indices = lax.broadcasted_iota(jnp.int32, x.shape, 1)
     largest = jnp.max(x, axis=-1, keepdims=True)
     return jnp.min(jnp.where(x == largest, indices, x.shape[1] - 1), axis=-1)
+
+
+def _greedy_logp(
+    x: Float[Array, "B V"], tokens: Int[Array, "B"], best: Int[Array, "B"]
+) -> Float[Array, "B"]:
+    # All probability is on the best token. Among logits that overflowed, none is the best.
+    has_best = jnp.isfinite(jnp.max(x, axis=-1))
+    return jnp.where(has_best, jnp.where(tokens == best, 0.0, -jnp.inf), jnp.nan)
 
 
 def _is_greedy(options: SamplingOptions) -> Bool[Array, "B"]:

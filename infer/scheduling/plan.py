@@ -184,14 +184,21 @@ class StepPlan:
     def assign_rows(self, num_partitions: int, partition_rows: int) -> list[int]:
         """Return each entry's row in the program's arrays.
 
+        A partition's rows go by the length of their sequences, in powers of two of pages. Attention
+        on CPU takes neighbours together, and as long for all of them as for the longest.
+
         Args:
           partition_rows: rows of a partition, which lie one after another.
         """
         next_rows = [partition * partition_rows for partition in range(num_partitions)]
-        rows = []
-        for entry in self.entries:
-            rows.append(next_rows[entry.partition])
-            next_rows[entry.partition] += 1
+        rows = [0] * len(self.entries)
+        # Not by pages themselves: rows would move with every page, and a leader sends its followers
+        # what changed in each row.
+        lengths = [len(entry.pages).bit_length() for entry in self.entries]
+        for index in sorted(range(len(rows)), key=lengths.__getitem__):
+            partition = self.entries[index].partition
+            rows[index] = next_rows[partition]
+            next_rows[partition] += 1
         return rows
 
 

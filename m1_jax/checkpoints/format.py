@@ -31,7 +31,7 @@ import tensorstore as ts
 from m1_jax import config as config_lib
 from m1_jax import json_file, strict_json
 from m1_jax import params as params_lib
-from m1_jax.checkpoints import release
+from m1_jax.checkpoints import array_futures, release
 
 PARAMS_DIR = "params"
 MANIFEST_FILE = "release.json"
@@ -188,7 +188,9 @@ def open_array(params_dir: pathlib.Path, name: str, remedy: str = CONVERT_AGAIN)
             f"{file}: got codecs {strict_json.show_value(metadata.get('codecs'))}; wanted bytes in "
             f"little-endian order. {remedy}"
         )
-    array = wait_for_read(ts.open(array_spec(params_dir, name), open=True), file.parent, remedy)
+    array = array_futures.wait_for_read(
+        ts.open(array_spec(params_dir, name), open=True), file.parent, remedy
+    )
     chunk_shape = _read_chunk_shape(array)
     if any(size % chunk for size, chunk in zip(array.shape, chunk_shape, strict=True)):
         raise release.CheckpointError(
@@ -260,22 +262,6 @@ def open_params(path: pathlib.Path, config: config_lib.ModelConfig) -> dict[str,
             )
         arrays[name] = array
     return arrays
-
-
-def wait_for_read(future: ts.Future, source: pathlib.Path, remedy: str = CONVERT_AGAIN):
-    """Return the result of a TensorStore read.
-
-    Raises:
-      CheckpointError: a file that cannot be read, in one line that ends in the remedy.
-    """
-    try:
-        return future.result()
-    except ValueError as error:
-        reason = str(error).split(" [", 1)[0]  # TensorStore's internal state follows in brackets
-        reason = reason.replace(f"{source.resolve()}/", "")  # named already
-        raise release.CheckpointError(
-            f"{source} cannot be read: {strict_json.shorten_text(reason, 120)}. {remedy}"
-        ) from None
 
 
 def find_bad_chunk(

@@ -17,8 +17,8 @@ from m1_jax import config as config_lib
 from m1_jax import local_path, quantize, sharding
 from m1_jax import model as model_lib
 from m1_jax import params as params_lib
+from m1_jax.checkpoints import array_futures, release
 from m1_jax.checkpoints import format as format_lib
-from m1_jax.checkpoints import release
 
 
 def load(
@@ -204,7 +204,9 @@ class _ConvertedSource:
 
         def read_columns(index: tuple[int, ...], columns: slice) -> np.ndarray:
             reading = self._arrays[name][(*index, slice(None), columns)].read()
-            return format_lib.wait_for_read(reading, self._params_dir / name)
+            return array_futures.wait_for_read(
+                reading, self._params_dir / name, format_lib.CONVERT_AGAIN
+            )
 
         return read_columns
 
@@ -219,7 +221,7 @@ def _read_sharded_array(
     reads = {repr(index): array[index].read() for index in indices}
 
     def wait_for_slice(index) -> np.ndarray:
-        data = format_lib.wait_for_read(reads[repr(index)], source)
+        data = array_futures.wait_for_read(reads[repr(index)], source, format_lib.CONVERT_AGAIN)
         return data.astype(spec.dtype, copy=False)
 
     return jax.make_array_from_callback(spec.shape, spec.sharding, wait_for_slice)

@@ -17,8 +17,8 @@ from m1_jax import config as config_lib
 from m1_jax import distributed, file_lock, local_path
 from m1_jax import model as model_lib
 from m1_jax import params as params_lib
+from m1_jax.checkpoints import array_futures, params_map, release
 from m1_jax.checkpoints import format as format_lib
-from m1_jax.checkpoints import params_map, release
 
 # Keys of config.json that neither parameters nor logits depend on.
 _TRAINING_ONLY_KEYS = ("router_aux_loss_coef", "initializer_range", "max_position_embeddings")
@@ -179,4 +179,4 @@ def _write_param(params_dir: pathlib.Path, name: str, value: jax.Array, dtype: n
     ]
     # The writes run at the same time. They are awaited before the next parameter.
     for write in writes:
-        write.result()
+        array_futures.wait_for_write(write, params_dir / name, "Remove it and save again.")

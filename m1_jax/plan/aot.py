@@ -51,7 +51,7 @@ class CompileResult:
 def compile_program(
     traced: jax.stages.Traced,
     limit_bytes: float,
-    compiler_options: Mapping[str, bool | int] | None = None,
+    compiler_options: Mapping[str, Any] | None = None,
 ) -> CompileResult:
     """Compile for a TPU, and read the program's text from the compiler's own dump.
 

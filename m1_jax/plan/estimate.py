@@ -166,7 +166,7 @@ def _estimate_activations(
     weights = _gathered_layer_bytes(config, params)
     if not job.is_training:
         # Beside the layer, 4 bytes for each number of the residual stream.
-        return layer + 2 * weights + 4 * tokens * embed
+        return layer + 2 * weights + 4 * tokens * config.hidden_size
     saved = BFLOAT16_BYTES * tokens * count_saved_numbers(config, layout)
     # A layer's weights twice (the next is on its way), their float32 gradient, backward work.
     return saved + 2.5 * layer + 4 * weights + 3 * _FLOAT32 * logprobs.MAX_LIVE_LOGITS

@@ -7,7 +7,7 @@ own dump of the same module (`after_optimizations.txt`, see `aot.py`) always exi
 import dataclasses
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 _DTYPE_BITS_PATTERN = re.compile(r"[a-z]+?(\d+)")
 _ARRAY_PATTERN = re.compile(r"\b([a-z]\w*)\[([\d,<=]*)\](\{[^}]*\})?")
@@ -87,7 +87,7 @@ def parse_module(text: str) -> HloModule:
     """
     computations: dict[str, dict[str, HloInstruction]] = {}
     entry, current = None, None
-    for line in text.splitlines():
+    for line in _join_broken_lines(text):
         if current is None:
             header = _COMPUTATION_PATTERN.match(line)
             # Tables of file names, before the computations, have no result type.
@@ -143,6 +143,26 @@ def parse_arrays(shape: str) -> list[HloArray]:
         HloArray(dtype, tuple(int(d.lstrip("<=")) for d in dims.split(",") if d), layout)
         for dtype, dims, layout in _ARRAY_PATTERN.findall(shape)
     ]
+
+
+def _join_broken_lines(text: str) -> Iterator[str]:
+    """Yield lines, with those joined that a kernel's metadata breaks.
+
+    The metadata of some kernels (jax's splash attention) are JSON on lines of their own, and the
+    rest of the instruction stands behind the last one, which begins with brackets.
+    """
+    parts: list[str] = []
+    for line in text.splitlines():
+        if parts:
+            parts.append(line)
+            if line.startswith("}"):
+                yield " ".join(parts)
+                parts = []
+        elif line.startswith("  ") and line.endswith("{"):
+            parts = [line]
+        else:
+            yield line
+    yield from parts
 
 
 def array_bytes(shape: str) -> float:

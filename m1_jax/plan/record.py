@@ -80,10 +80,7 @@ def compile_job(
             *meshes.describe_padded_columns(model_config, job, serving_layout or layout, model),
             *meshes.describe_cut_axes(layout.mesh, tpu_slice),
         ],
-        "mesh_dimensions": {
-            axis: [str(share) for share in shares]
-            for axis, shares in physical_mesh.describe_axes(layout.mesh).items()
-        },
+        "mesh_dimensions": _describe_mesh_dimensions(layout),
         "closed_dimensions": list(tpu_slice.closed_dims),
         "capacity": _count_rows_in_free_hbm(setting, peak_program),
         "trace_secs": trace_secs,
@@ -93,12 +90,19 @@ def compile_job(
     }
 
 
+def _describe_mesh_dimensions(layout: sharding.MeshLayout) -> dict[str, list[str]]:
+    return {
+        axis: [str(share) for share in shares]
+        for axis, shares in physical_mesh.describe_axes(layout.mesh).items()
+    }
+
+
 def _compile_program(
     setting: jobs.JobSetting,
     program: jobs.TracedProgram,
     limit_bytes: float,
     tpu_slice: topology.TpuSlice,
-    options: Mapping[str, bool | int],
+    options: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Compile a program. The memory of what lies beside it counts as its own."""
     beside_bytes = {name: shapes.local_bytes(tree) for name, tree in program.co_resident.items()}
