@@ -191,7 +191,7 @@ def test_all_or_none_of_a_file(first, monkeypatch, tmp_path):
     suspend.save_requests(first, path)
     first.run()
     value = json.loads(path.read_text())
-    monkeypatch.setattr(first, "config", dataclasses.replace(SIZES, num_pages=4))
+    monkeypatch.setattr(first, "config", dataclasses.replace(first.config, num_pages=4))
     # The first file is too large, and the others are damaged in their second request.
     damages = {
         "request 1: got 3 prompt tokens and max_tokens 90; wanted 65 at most .num_pages": {},

@@ -192,17 +192,27 @@ def test_the_engine_takes_it_where_it_fits(monkeypatch):
 @pytest.mark.parametrize("chip", ["v5e", "v5p", "v6e", "tpu7x"])
 @pytest.mark.parametrize("rows", [64, 512])
 def test_compiles_in_place(chip, rows):
-    """Decoding and prefill, the layer chosen by a traced index: no copy of the slots."""
+    """Decoding and prefill in loops over steps and layers: no copy of the slots."""
     slots, heads = 65, 8
     lead = (10, 7, slots, heads)
     shapes = [((*lead, 128, 128), "float32"), *[((*lead, 64, 128), "bfloat16")] * 2]
     num_tiles = rows if rows == 64 else rows // TILE
 
-    def step(qkv, positions, slots, layer, *memory):
+    def step(qkv, positions, slots, num_layers, *memory):
         slopes = jnp.full(heads, 0.01)
         batch = ragged_batch.RaggedBatch(positions, slots, slots[:, None], TILE)
+
+        def attend_layer(layer, carry):
+            x, state = carry
+            o, state = lightning.attend_slots(x, slopes, batch, state, (layer, 3))
+            return jnp.tile(o, (1, 3)), state
+
+        # As the model's scan over layers, in a loop over steps.
+        def attend_layers(_, carry):
+            return jax.lax.fori_loop(0, num_layers, attend_layer, carry)
+
         state = state_lib.LightningSlots(*memory)
-        return lightning.attend_slots(qkv, slopes, batch, state, (layer, 3))
+        return jax.lax.fori_loop(0, num_layers, attend_layers, (qkv, state))
 
     arguments = [((rows, heads * 384), "bfloat16"), ((rows,), "int32"), ((num_tiles,), "int32")]
     with tiling.compile_for(chip):
