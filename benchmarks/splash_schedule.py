@@ -51,6 +51,7 @@ def compile_attention(topology: str, block: int, length: int) -> float:
     q, k = (array(jnp.bfloat16, 1, length, n, HEAD_DIM) for n in (NUM_HEADS, NUM_KV_HEADS))
     traced = jax.jit(run).trace(q, k, k, array(jnp.int32, 1, length), q)
     memory = traced.lower(lowering_platforms=("tpu",)).compile().memory_analysis()
+    assert memory is not None  # None is for backends without statistics
     return memory.temp_size_in_bytes / 2**30
 
 
@@ -63,7 +64,7 @@ def count_bundles(dump: str, kernel: str) -> float:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Static schedules of splash attention.")
     parser.add_argument("--chip", choices=CHIPS, required=True)
     parser.add_argument("--block", type=int, default=1024)
     parser.add_argument("--length", type=int, default=4096)

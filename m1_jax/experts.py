@@ -23,7 +23,7 @@ ROW_TILES, FEW_ROWS_TILES = (256, 32), (16, 4)
 # 16 rows in another order than 8, and of 960 8 rows in another than 4 (tests/m1_jax_tiles_test.py).
 matmul_tile = jax.make_user_context(0)
 # Names of the outputs of `gate` and `up`, for rematerialisation. Each is M rows of F numbers.
-GATE_NAME, UP_NAME = "experts_gate", "experts_up"
+GATE_NAME, UP_NAME = layer_stack.EXPERT_PRODUCT_NAMES
 
 
 @jax.custom_vjp

@@ -163,7 +163,8 @@ def _run_kernels(block: int, interpret: bool, q, k, v, segment_ids) -> Float[Arr
         if segment_ids is not None:
             segment_ids = splash.SegmentIds(segment_ids, segment_ids)
         q, k, v = (jnp.swapaxes(x, 0, 1) for x in (q, k, v))
-        return jnp.swapaxes(kernel(q, k, v, segment_ids), 0, 1)
+        o: Any = kernel(q, k, v, segment_ids)  # an array, because no residuals were asked for
+        return jnp.swapaxes(o, 0, 1)
 
     return jax.vmap(attend_row)(q, k, v, segment_ids)
 

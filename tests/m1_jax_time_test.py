@@ -240,6 +240,10 @@ def test_a_conditional_takes_the_dearer_branch_as_often_as_is_assumed():
     always, _ = predict(text)
     half = time_assumptions.TimeAssumptions(branch_shares={"m1_jax.decoder_layer": 0.5})
     assert predict(text, half)[0].secs == pytest.approx(always.secs / 2)
+    # What is left of a choice of platform has one branch.
+    only = text.replace("%w, %w, %w)", "%w, %w)").replace("{%idle, %work}", "{%work}")
+    assert only != text
+    assert predict(only, half)[0].secs == predict(only)[0].secs
 
 
 GATHER = "replica_groups=[2,2]<=[4], dimensions={0}"

@@ -25,7 +25,8 @@ class TimeAssumptions:
 
     Attributes:
       loop_trips: by module, or by module and function, how often a loop there runs.
-      branch_shares: by module, the share of conditionals there that take the dearer branch.
+      branch_shares: by module, or by module and function, the share of conditionals there that take
+        the dearer branch.
       num_expert_rows: rows that a device's experts have in one layer. None: all of the buffer.
       num_busy_experts: experts of a device that have rows in one layer. None: all.
       num_running_rows: rows of a device that decode, each a tile of its own. None: all tiles.
@@ -72,7 +73,12 @@ def make_assumptions(
         return TimeAssumptions()
     num_blocks = max(job.seq // ring_attention.BLOCK_TOKENS, 1)
     causal_share = (num_blocks + 1) / (2 * num_blocks)
-    loop_trips: dict[str, float] = {"m1_jax.expert_exchange": 1}
+    # Where gradients are computed, the first round is written out, and the others are a loop and a
+    # conditional. A custom gradient's instructions name the line that calls it.
+    loop_trips: dict[str, float] = {
+        "m1_jax.expert_exchange.run_routed_experts": 0,
+        "m1_jax.expert_exchange": 1,
+    }
     notes = ["a balanced router: one round of the exchange"]
     rows = cached_tokens = None
     if job.kind == "serve":
@@ -84,7 +90,6 @@ def make_assumptions(
             "m1_jax.serving.ragged_batch.scan_attention_tiles": rows,
             "m1_jax.serving.ragged_batch.map_row_tiles": -(-rows // _MATMUL_TILE),
             "m1_jax.serving.ragged_batch": tile_groups,
-            "m1_jax.serving.lightning": tile_groups,
             "m1_jax.serving.softmax": key_blocks,
             "infer.execution.programs": 1,
             # A bisection of 32 bits.
@@ -107,7 +112,10 @@ def make_assumptions(
         notes.append(f"{busy_experts:.2f} of a device's {num_local_experts:g} experts have rows")
     return TimeAssumptions(
         loop_trips=loop_trips,
-        branch_shares={"m1_jax.ring_attention": causal_share},
+        branch_shares={
+            "m1_jax.ring_attention": causal_share,
+            "m1_jax.expert_exchange.run_routed_experts": 0.0,
+        },
         num_expert_rows=expert_rows,
         num_busy_experts=busy_experts,
         num_running_rows=rows,

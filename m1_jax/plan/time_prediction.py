@@ -203,7 +203,8 @@ class _ScheduleClock:
         branches = [name for names in conditional.called_computations().values() for name in names]
         dearest = max(branches, key=lambda name: self.run(name)[0])
         share = self._assumptions.find_branch_share(self._frames_of(conditional))
-        self._include(timeline, dearest, share)
+        # A single branch is what `platform_dependent` leaves of the platforms: it always runs.
+        self._include(timeline, dearest, share if len(branches) > 1 else 1.0)
 
     # ---- what runs beside
 
