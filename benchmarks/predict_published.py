@@ -9,7 +9,8 @@ once for each mesh, and its time is predicted as `m1-plan` does it. A compile ta
 What the comparison can show: whether the predictor is in the range of what TPUs have done with a
 model of this shape, and which part of our step is far from that. What it cannot show: that our step
 runs at the predicted speed. The published figures were measured, with other code (MaxText), another
-compiler and its tuned options. They drop tokens over an expert's capacity, while ours drop none.
+compiler and its tuned options. That of v6e drops tokens over an expert's capacity, and this
+code drops none.
 MaxText counts all pairs of tokens as operations of attention, while this code counts the causal
 half. So the MFU beside the published one is counted MaxText's way.
 """
