@@ -4,12 +4,12 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+from m1_jax.serving import ragged_batch
+
 _MAX_PREFILL_TOKENS = 2048  # `fit_config` stops growing its prefill program here
 _FEWEST_DECODE_ROWS = 8
-# On CPU small products are cheap, and matrices of small models lie in a cache. An accelerator's
-# matrix unit has 128 rows (v5e, v5p) or 256, and computes 8 in the time of all. Its weights come
-# from HBM, once for each tile: 64 times in a prefill of 512 rows by 8.
-_CPU_MATMUL_TILE, _ACCELERATOR_MATMUL_TILE = 8, 128
+# On CPU small products are cheap, and matrices of small models lie in a cache.
+_CPU_MATMUL_TILE = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,7 +136,7 @@ class EngineConfig:
         """Return the config with the default of a platform where it says None."""
         if self.matmul_tile is not None:
             return self
-        tile = _CPU_MATMUL_TILE if platform == "cpu" else _ACCELERATOR_MATMUL_TILE
+        tile = _CPU_MATMUL_TILE if platform == "cpu" else ragged_batch.ACCELERATOR_MATMUL_TILE
         return dataclasses.replace(self, matmul_tile=tile)
 
     def split(self, num_partitions: int) -> "EngineConfig":

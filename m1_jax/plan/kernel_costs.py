@@ -23,9 +23,6 @@ _FREE_TARGETS = ("AssumeGather", "GatherScatter", "AllocateBuffer", "TODO")
 _METADATA_SECS = 2e-6  # of the grouped matmul's small kernel that sorts tiles by group
 # HBM bytes of the lightning kernels for a token and head of 128: q, k, v, o and their gradients.
 _LIGHTNING_BYTES = {"fwd": 1088, "bwd": 1856}
-# Time over HBM time of the serving kernels. By its static schedule, attention over pages takes 94
-# us where HBM takes 49 (v5p). Lightning attention has the bound that its schedule is held to.
-_PAGED_ATTENTION_RATIO, _LIGHTNING_SERVING_RATIO = 1.9, 1.2
 _STORED_BYTES = 32  # of a column: rows of keys that a tile stores, in whole tiles of the layout
 _LIGHTNING_HEAD_COLUMNS = 384  # q, k and v of a head, fused
 
@@ -167,7 +164,7 @@ class KernelPricer:
         tokens = self._assumptions.num_cached_tokens or 0
         row_bytes = 2 * num_kv * size * keys.num_bytes / keys.size  # of a token's key and value
         num_bytes = self._count_tiles(num_tiles) * tokens * row_bytes + 2 * queries.num_bytes
-        secs = _PAGED_ATTENTION_RATIO * self._hbm_secs(num_bytes)
+        secs = self._chip.paged_attention_ratio * self._hbm_secs(num_bytes)
         return _make_cost("softmax attention", secs, num_bytes, "kernel")
 
     def _price_lightning_serving(
@@ -184,7 +181,7 @@ class KernelPricer:
         head_bytes = state_bytes * (1 + 1 / chunk) + 2 * chunk * size * item_bytes
         head_bytes += 2 * size * _STORED_BYTES
         num_bytes = self._count_tiles(qkv.dims[0]) * num_heads * head_bytes + 4 / 3 * qkv.num_bytes
-        secs = _LIGHTNING_SERVING_RATIO * self._hbm_secs(num_bytes)
+        secs = self._chip.lightning_serving_ratio * self._hbm_secs(num_bytes)
         return _make_cost("lightning attention", secs, num_bytes, "kernel")
 
     def _price_by_estimate(

@@ -5,6 +5,7 @@ report names it.
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 
 from m1_jax import config as config_lib
@@ -13,8 +14,6 @@ from m1_jax.plan import estimate, source_frames
 from m1_jax.serving import ragged_batch
 from m1_jax.serving import softmax as serving_softmax
 
-# Rows of a product in the engine's programs on an accelerator.
-_MATMUL_TILE = 128
 # An exchange on a torus: mean hops along the longest side of its group.
 EXCHANGE_HOPS = 2.0
 
@@ -88,7 +87,9 @@ def make_assumptions(
         tile_groups = -(-rows // ragged_batch.TILE_GROUP)
         loop_trips |= {
             "m1_jax.serving.ragged_batch.scan_attention_tiles": rows,
-            "m1_jax.serving.ragged_batch.map_row_tiles": -(-rows // _MATMUL_TILE),
+            "m1_jax.serving.ragged_batch.map_row_tiles": math.ceil(
+                rows / ragged_batch.ACCELERATOR_MATMUL_TILE
+            ),
             "m1_jax.serving.ragged_batch": tile_groups,
             "m1_jax.serving.softmax": key_blocks,
             "infer.execution.programs": 1,

@@ -20,6 +20,10 @@ from jaxtyping import Array, Bool, Int, Shaped
 from m1_jax import collectives
 
 TILE_GROUP = 8  # tiles that `map_tile_groups` gives to one call
+# Rows of a product in the engine's programs on an accelerator. Its matrix unit has 128 rows (v5e,
+# v5p) or 256, and computes 8 in the time of all. Weights come from HBM, once for each tile: 64
+# times in a prefill of 512 rows by 8.
+ACCELERATOR_MATMUL_TILE = 128
 
 
 @jax.tree_util.register_dataclass
