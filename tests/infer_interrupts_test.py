@@ -400,7 +400,8 @@ def test_an_interruption_at_any_line(engine, rounds):
         check_exact(requests, listeners, exact)
         check_memory(engine)
     assert sum(interrupted.values()) > rounds // 2
-    assert interrupted["a step's plan"] > 2
+    # Which lines a seed hits changes with every change of the engine's code.
+    assert interrupted["a step's plan"] >= max(2, rounds // 16)
 
 
 def test_other_calls_are_interrupted(engine, tmp_path):

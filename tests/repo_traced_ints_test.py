@@ -69,15 +69,17 @@ JITTED = {
     "pallas_kernels/lightning_attention/bench.py:measure_copy_bandwidth": _KERNEL,
     "pallas_kernels/lightning_attention/gpu_bwd.py:lightning_backward": _KERNEL,
     "pallas_kernels/lightning_attention/gpu_fwd.py:lightning_forward": _KERNEL,
-    "pallas_kernels/lightning_attention/schedule.py:trace_decode": _KERNEL,
-    "pallas_kernels/lightning_attention/schedule.py:trace_prefill": _KERNEL,
+    "pallas_kernels/lightning_attention/schedule.py:trace_serving": _KERNEL,
+    "pallas_kernels/paged_attention/tpu.py:attend_pages": _KERNEL,
+    "m1_jax/compiler_options.py:_ask_compiler": _NO_NUMBERS,
+    "m1_jax/compiler_options.py:DeviceJit.__init__": "its callers are named here",
     "pallas_kernels/lightning_attention/tpu_bwd.py:lightning_backward": _KERNEL,
     "pallas_kernels/lightning_attention/tpu_fwd.py:lightning_forward": _KERNEL,
 }
 
 
 def _jitted_places():
-    """Yield "file:function" of every use of `jax.jit`."""
+    """Yield "file:function" of every use of `jax.jit`, or of our own form of it."""
     for package in _PACKAGES:
         for path in sorted((_REPO / package).rglob("*.py")):
             file = str(path.relative_to(_REPO))
@@ -95,6 +97,7 @@ def _find_jits(node, scope):
             inner = scope if is_within_function else (*scope, child.name)
         if isinstance(child, ast.Attribute) and ast.unparse(child) in (
             "jax.jit",
+            "compiler_options.jit_for_device",
             "nnx.jit",
             "jax.pmap",
             "eqx.filter_jit",
