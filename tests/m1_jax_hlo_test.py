@@ -94,6 +94,21 @@ def test_noted_trip_count_wins_and_unknown_loops_are_counted_once():
     assert count(unknown)[1] == 2
 
 
+def test_a_jobs_own_trips_and_branch_shares_count():
+    unknown = TPU_LOOPS.replace("direction=LT", "direction=GT")
+    found, num_unknown = collectives.count_collectives(unknown, lambda frames: 5)
+    assert (found["all-reduce"].count, num_unknown) == (25, 0)
+    branch = "%b (q: f32[4]) -> f32[4] {\n"
+    branch += "  %q = f32[4] parameter(0)\n  ROOT %s = f32[4] all-reduce(%q), replica_groups={}\n}"
+    lines = "  %w = f32[4] parameter(0)\n  %p = pred[] constant(true)\n"
+    lines += "  ROOT %c = f32[4] conditional(%p, %w, %w), branch_computations={%b, %b}"
+    for share, runs in ((1.0, 2), (0.25, 0.5), (0.0, None)):
+        found, _ = collectives.count_collectives(
+            entry(lines, branch), find_branch_share=lambda frames, share=share: share
+        )
+        assert (found["all-reduce"].count if found else None) == runs
+
+
 GROUPS = "replica_groups={{0,1},{2,3}}"
 
 

@@ -3,8 +3,11 @@
 import dataclasses
 import math
 import re
+from collections.abc import Callable, Sequence
 
-from m1_jax.plan import executions, hlo
+from m1_jax.plan import executions, hlo, source_frames
+
+_Frames = Sequence[source_frames.SourceFrame]
 
 COLLECTIVE_KINDS = (
     "all-gather",
@@ -30,11 +33,16 @@ class CollectiveTraffic:
     bytes: float = 0
 
 
-def count_collectives(text: str) -> tuple[dict[str, CollectiveTraffic], int]:
-    """Return traffic by kind, and the number of loops whose length the text does not tell.
+def count_collectives(
+    text: str,
+    find_trips: Callable[[_Frames], float | None] = lambda frames: None,
+    find_branch_share: Callable[[_Frames], float] = lambda frames: 1.0,
+) -> tuple[dict[str, CollectiveTraffic], int]:
+    """Return traffic by kind, and the number of loops whose length nothing tells.
 
-    Loops count as often as they run (an unknown one once), every branch of a conditional once, an
-    asynchronous pair once. Bytes are those that one chip of n in a group receives:
+    Loops count as often as they run (an unknown one once), every branch of a conditional as often
+    as `find_branch_share` says, an asynchronous pair once. Bytes are those that one chip of n in a
+    group receives:
       all-gather: its output less the own shard.
       reduce-scatter: its input less the own shard.
       all-reduce: 2 (n - 1) / n of its size, a reduce-scatter and an all-gather.
@@ -42,9 +50,22 @@ def count_collectives(text: str) -> tuple[dict[str, CollectiveTraffic], int]:
       ragged-all-to-all: (n - 1) / n of the smaller of its two buffers, since the other one is sized
         for the worst case.
       collective-permute, collective-broadcast: its output.
+
+    Args:
+      find_trips, find_branch_share: as `TimeAssumptions` has them, by our own calls that a loop or
+        a conditional came from.
     """
     module = hlo.parse_module(text)
-    runs, num_unknown = executions.count_executions(module)
+    frames = source_frames.parse_source_frames(text)
+
+    def find_frames(instruction: hlo.HloInstruction) -> _Frames:
+        return source_frames.find_frames(frames, instruction.operands_and_attributes)
+
+    runs, num_unknown = executions.count_executions(
+        module,
+        lambda loop: find_trips(find_frames(loop)),
+        lambda conditional: find_branch_share(find_frames(conditional)),
+    )
     totals: dict[str, list[float]] = {}  # executions and bytes, by kind
     for name, times in runs.items():
         for instruction in module.computations[name].values():

@@ -3,31 +3,41 @@
 import collections
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from m1_jax.plan import hlo
 
 _MAX_COPIES = 4  # between a loop and the constant that its counter starts with
 
 
-def count_executions(module: hlo.HloModule) -> tuple[dict[str, float], int]:
+def count_executions(
+    module: hlo.HloModule,
+    find_trips: Callable[[hlo.HloInstruction], float | None] = lambda loop: None,
+    find_branch_share: Callable[[hlo.HloInstruction], float] = lambda conditional: 1.0,
+) -> tuple[dict[str, float], int]:
     """Return how often each computation runs, and the number of loops of unknown length.
 
-    A loop of unknown length and each branch of a conditional count once.
+    Args:
+      find_trips: returns how often a loop runs whose length the program does not tell. None: it
+        counts as unknown, and once.
+      find_branch_share: returns the share of a conditional's runs that take each of its branches.
     """
     edges: dict[str, dict[str, float]] = {}  # calls in one run of a caller, by caller and callee
     num_unknown = 0
     for name, instructions in module.computations.items():
         calls: dict[str, float] = collections.defaultdict(float)
         for instruction in instructions.values():
-            num_trips = 1
-            if instruction.opcode == "while":
-                known_trips = trip_count(module, name, instruction)
-                num_unknown += known_trips is None
-                num_trips = 1 if known_trips is None else known_trips
+            num_runs = 1.0
+            if instruction.opcode == "conditional":
+                num_runs = find_branch_share(instruction)
+            elif instruction.opcode == "while":
+                num_trips: float | None = trip_count(module, name, instruction)
+                num_trips = find_trips(instruction) if num_trips is None else num_trips
+                num_unknown += num_trips is None
+                num_runs = 1.0 if num_trips is None else num_trips
             for callees in instruction.called_computations().values():
                 for callee in callees:
-                    calls[callee] += num_trips
+                    calls[callee] += num_runs
         edges[name] = {callee: n for callee, n in calls.items() if callee in module.computations}
     runs = dict.fromkeys(module.computations, 0.0)
     runs[module.entry] = 1.0

@@ -116,12 +116,14 @@ def _compile_program(
     argument_bytes = compiled.argument_bytes or sum(arguments.values())
     # What remains: temporaries, code, and the padding of tiles in arguments.
     parts["activations"] = compiled.needed_bytes - sum(parts.values())
+    assumptions = time_assumptions.make_assumptions(setting.config, setting.job, setting.layout)
     traffic, num_unknown_loops = {}, 0
     if compiled.hlo_text:
-        traffic, num_unknown_loops = collectives.count_collectives(compiled.hlo_text)
+        traffic, num_unknown_loops = collectives.count_collectives(
+            compiled.hlo_text, assumptions.find_trips, assumptions.find_branch_share
+        )
     model_flops, recomputed_flops = program.flops
     num_devices = tpu_slice.num_devices
-    assumptions = time_assumptions.make_assumptions(setting.config, setting.job, setting.layout)
     return {
         "program": program.name,
         "fits": needed_bytes <= compiled.limit_bytes and compiled.fits,
