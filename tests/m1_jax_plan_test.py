@@ -407,7 +407,7 @@ def test_states_are_updated_in_place(tmp_path, job, mesh, batch):
     # Several key heads on a device, and so many layers that states outweigh activations.
     model_config = dataclasses.replace(
         ModelConfig.tiny(),
-        layer_types=("lightning", "softmax") * 64,
+        layer_types=("lightning", "softmax") * 96,
         num_attention_heads=8,
         num_key_value_heads=4,
         head_dim=128,
