@@ -145,8 +145,8 @@ def test_a_record_of_the_plan_is_read_and_another_jobs_is_not(tmp_path):
     [
         ("stages.0.mesh=(('fsdp', 16), ('expert', 16))", "is 256 devices; got 512"),
         ("stages.0.rows=500", "batch: got 500 rows over fsdp=16 * expert=32"),
-        ("data.lanes=100", "lanes: got 100 with 512 rows"),
-        ("stages.1.accumulate=8", "batch: got 64 rows over fsdp=16 * expert=32"),
+        ("data.lanes=100", "lanes: got 100 with 2048 rows"),
+        ("stages.1.accumulate=8", "batch: got 256 rows over fsdp=16 * expert=32"),
         ("stages.0.seq_len=4100", "seq_len: got 4100 over context=8"),
     ],
 )
