@@ -17,7 +17,7 @@ import jax
 from infer import batch_input
 from infer import config as config_lib
 from infer import options as options_lib
-from m1_jax import command_mesh, lightning, sharding
+from m1_jax import command_mesh, sharding
 from m1_jax import config as model_config_lib
 from m1_jax.checkpoints import format as format_lib
 from m1_jax.checkpoints import release
@@ -60,7 +60,6 @@ def fingerprint_run(
         **{name: getattr(config, name) for name in ("seed", "tokens", "system", "raw", "profile")},
         "weights": config.weights,
         "dtype": dtype,
-        "lightning": lightning.resolve_implementation(model_config, dtype, layout),
         "attention": implementations.resolve_implementations(
             model_config, dtype, layout, sizes.attention_tile, sizes.chunk_tokens
         ),

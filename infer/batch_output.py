@@ -43,7 +43,6 @@ def begin_output(output: pathlib.Path, fingerprint: dict[str, Any], num_requests
             f"{fingerprint_path}: got {saved!r:.80}; wanted an object. Give another --output."
         )
     # What runs did that did not write it down.
-    saved.setdefault("lightning", "chunked")
     saved.setdefault("attention", implementations.XLA_ONLY)
     if changes := _describe_changes(saved, fingerprint):
         raise ValueError(
