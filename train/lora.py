@@ -113,9 +113,13 @@ def merge_adapters(
         if linear.adapter is not None:
             kernel, adapter = linear.kernel.get_value(), linear.adapter
             # One projection at a time: in float32, all of them at once would not fit.
-            merge = functools.partial(_merge_kernel, dtype=dtype or kernel.dtype)
-            merged = jax.jit(merge, out_shardings=kernel.sharding)(
-                kernel, adapter.a.get_value(), adapter.b.get_value(), adapter.scale
+            merge = jax.jit(_merge_kernel, static_argnames="dtype", out_shardings=kernel.sharding)
+            merged = merge(
+                kernel,
+                adapter.a.get_value(),
+                adapter.b.get_value(),
+                adapter.scale,
+                dtype=jnp.dtype(dtype or kernel.dtype),
             )
             linear.kernel.set_value(merged)  # the copy's kernel
             linear.adapter = None
