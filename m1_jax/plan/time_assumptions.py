@@ -70,7 +70,7 @@ def make_assumptions(
     """Return what a job's programs assume: a balanced router, and rows that are full."""
     if job.kind == "reshard":  # it computes nothing
         return TimeAssumptions()
-    num_blocks = max(job.seq // ring_attention.BLOCK_TOKENS, 1)
+    num_blocks = max(job.seq // ring_attention.TPU_BLOCK_TOKENS, 1)
     causal_share = (num_blocks + 1) / (2 * num_blocks)
     # Where gradients are computed, the first round is written out, and the others are a loop and a
     # conditional. A custom gradient's instructions name the line that calls it.
