@@ -26,7 +26,7 @@ BUFFER_SLACK = 1.5
 SINGLE_ROUND_ROWS = 1024
 
 
-class Chunks(NamedTuple):
+class RowChunks(NamedTuple):
     """Chunks of rows that go from an array of their sender to an array of their receiver."""
 
     input_offsets: Int[Array, "*chunks"]  # of their first rows, in the sender's array
@@ -37,8 +37,8 @@ class Chunks(NamedTuple):
 class RowTransfer(NamedTuple):
     """What one device sends and receives, each in the order of the device at the other end."""
 
-    sends: Chunks  # [E]
-    receives: Chunks  # [P, e]
+    sends: RowChunks  # [E]
+    receives: RowChunks  # [P, e]
 
 
 def make_plan(counts, scale, num_local_experts: int, capacity: float | None, has_gradient: bool):
@@ -143,9 +143,9 @@ class ExchangePlan:
     def dispatch_transfer(self, round_index):
         """Return how rows travel to the experts."""
         sender_offset, buffer_offset, size = self.leaving_chunks(round_index)
-        sends = Chunks(sender_offset, size, buffer_offset)
+        sends = RowChunks(sender_offset, size, buffer_offset)
         sender_offset, buffer_offset, size = self.arriving_chunks(round_index)
-        return RowTransfer(sends, Chunks(sender_offset, size, buffer_offset))
+        return RowTransfer(sends, RowChunks(sender_offset, size, buffer_offset))
 
     def combine_transfer(self, round_index):
         """Return how the experts' outputs travel back."""
@@ -153,11 +153,11 @@ class ExchangePlan:
         sender_offset, buffer_offset, size = (
             x.reshape(-1) for x in self.arriving_chunks(round_index)
         )
-        sends = Chunks(buffer_offset, size, sender_offset)
+        sends = RowChunks(buffer_offset, size, sender_offset)
         sender_offset, buffer_offset, size = (
             x.reshape(num_devices, -1) for x in self.leaving_chunks(round_index)
         )
-        return RowTransfer(sends, Chunks(buffer_offset, size, sender_offset))
+        return RowTransfer(sends, RowChunks(buffer_offset, size, sender_offset))
 
     def group_sizes(self, round_index):
         """Return how many rows of the buffer belong to each of this device's experts."""
