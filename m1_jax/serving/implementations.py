@@ -50,7 +50,7 @@ def resolve_implementations(
         takes_lightning = (
             lightning.kernel_platform(target) == "tpu"
             and config.lightning_implementation in (None, "tpu")
-            and tpu_lightning.fits(attention_tile, chunk_tokens, head_dim, dtype)
+            and tpu_lightning.supports_sizes(attention_tile, chunk_tokens, head_dim, dtype)
         )
     query_rows = config.num_attention_heads // config.num_key_value_heads * attention_tile
     # The checker is made for arrays, of which it reads shapes and dtypes.

@@ -62,7 +62,7 @@ def attend_slots(
     # On a mesh the device is known while the program is traced, and need not be of this process.
     target = sharding.target_device()
     with contextlib.nullcontext() if target is None else model_lightning.choose_for(target):
-        kernel_fits = qkv.dtype == group_state.keys.dtype and tpu.fits(*sizes)
+        kernel_fits = qkv.dtype == group_state.keys.dtype and tpu.supports_sizes(*sizes)
         if implementation == "tpu":
             if not kernel_fits:
                 raise ValueError(

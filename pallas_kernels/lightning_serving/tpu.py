@@ -41,7 +41,7 @@ TILES_PER_STEP = 16  # tiles of a grid step: enough bytes to outlast the overhea
 MAX_BLOCK_HEADS = 8  # heads of a block, unrolled to hide each other's latency
 NUM_BUFFERS = 3  # one run loads, one computes, one stores
 VMEM_SLACK_BYTES = 16 * 2**20  # bytes for pipelined blocks and the compiler's own use
-# What `fits` demands, for messages.
+# What `supports_sizes` demands, for messages.
 SIZES = (
     "float32 or bfloat16 throughout, heads of a multiple of 128, tiles of 8, 16 or 32 rows, chunks "
     "of a multiple of 16 tokens and of the tile, on TPU v5e or later"
@@ -78,7 +78,7 @@ class ServingScalars(NamedTuple):
     losses: Ref
 
 
-def fits(tile: int, chunk: int, head_dim: int, dtype: jax.typing.DTypeLike) -> bool:
+def supports_sizes(tile: int, chunk: int, head_dim: int, dtype: jax.typing.DTypeLike) -> bool:
     """Return whether the kernel takes these sizes, on the TPU that is compiled for: `SIZES`.
 
     Args:
