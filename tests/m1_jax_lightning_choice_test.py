@@ -78,7 +78,7 @@ def test_a_tpu_without_kernels_and_a_narrow_head_take_the_form_in_xla(monkeypatc
     assert "lightning_fwd" not in lower_forward(CONFIG, layout)
 
 
-@pytest.mark.parametrize("sizes", [None])
+@pytest.mark.parametrize("sizes", [None, {"fsdp": 2, "expert": 2}])
 def test_on_cpu_the_default_has_the_bits_of_chunked(sizes):
     layout = None
     if sizes is not None:
