@@ -57,8 +57,7 @@ def attend_on_target(qkv: Float[Array, "B T N3H"], slopes: Float[Array, "N"], **
     platform. Elsewhere the API chooses when the program is lowered.
     """
     target = sharding.target_device()
-    # A GPU's platform does not say whether it has CUDA, so the lowering decides there.
-    if target is None or target.platform not in ("cpu", "tpu"):
+    if target is None:
         return api.lightning_attention(qkv, slopes, **kwargs)
     with choose_for(target):
         return api.lightning_attention(qkv, slopes, **kwargs, platform=kernel_platform(target))
@@ -88,10 +87,9 @@ def resolve_implementation(
 
 
 def kernel_platform(target: sharding.TargetDevice) -> str:
-    """Return the platform of kernels that a device may run. "cpu" has none."""
-    if target.platform == "tpu" and target.kind not in tiling.KINDS:
-        return "cpu"  # a TPU that the kernels do not compile for
-    return "cuda" if target.platform == "gpu" else target.platform
+    """Return the platform that kernels are chosen for. "cpu" has none."""
+    # The kernels do not compile for every TPU.
+    return "tpu" if target.platform == "tpu" and target.kind in tiling.KINDS else "cpu"
 
 
 def choose_for(target: sharding.TargetDevice) -> contextlib.AbstractContextManager:

@@ -2,6 +2,7 @@
 
 import functools
 import logging
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -42,11 +43,11 @@ def lightning_attention(
         decay. A change between two other ids starts a new document. None: one document, no padding.
       initial_state: float32 state that the row's first document continues. None: zeros.
       implementation: a key of `IMPLEMENTATIONS`, which then runs or raises. None chooses when the
-        program is lowered: "tpu" for TPU and "gpu" for CUDA where the shapes fit, else "chunked".
-        TPUs before v5 have no kernel and take "chunked", too.
+        program is lowered: "tpu" for TPUs from v5 on where the shapes fit, else "chunked". "gpu" is
+        for callers to choose: no GPU has checked its kernels.
       interpret: run the kernels in Pallas interpret mode on any backend, for tests.
-      platform: "tpu", "cuda" or "cpu" where the caller knows the platform while it traces. Then
-        None chooses at once, and the other forms are not traced.
+      platform: such as "tpu" or "cpu", where the caller knows the platform while it traces. Then
+        None chooses at once, and the other form is not traced.
 
     What one document holds reaches no other document, be it NaN or infinity, in no output, state or
     gradient. Its own tokens, also earlier ones of the same chunk, may all become NaN.
@@ -65,10 +66,8 @@ def lightning_attention(
             f"implementation is {implementation!r}; wanted None or one of {list(IMPLEMENTATIONS)}"
         )
     if interpret and implementation not in KERNEL_IMPLEMENTATIONS:
-        raise ValueError(
-            f"interpret: got implementation {implementation!r}; "
-            f"wanted one of {list(KERNEL_IMPLEMENTATIONS)}"
-        )
+        wanted = f"wanted one of {list(KERNEL_IMPLEMENTATIONS)}"
+        raise ValueError(f"interpret: got implementation {implementation!r}; {wanted}")
     if initial_state is None:
         batch, _, width = qkv.shape
         head_dim = width // (3 * slopes.shape[0])
@@ -76,59 +75,43 @@ def lightning_attention(
     arguments = qkv, slopes, segment_ids, initial_state
     if implementation is None:
         # Shapes are known here, the platform mostly is not.
-        return _choose_implementation(*_find_kernels(qkv, slopes.shape[0], platform))(*arguments)
+        choice = _choose_implementation(tpu.supports_shapes(qkv, slopes.shape[0]), platform)
+        return choice(*arguments)
     if implementation in KERNEL_IMPLEMENTATIONS:
         return IMPLEMENTATIONS[implementation](*arguments, interpret=interpret)
     return IMPLEMENTATIONS[implementation](*arguments)
 
 
-def resolve_implementation(qkv: jax.ShapeDtypeStruct, num_heads: int, platform: str) -> str:
+def resolve_implementation(qkv: Any, num_heads: int, platform: str) -> str:
     """Return the implementation that None stands for where `platform` is known.
 
     Args:
-      qkv: shape and dtype of the fused projection.
+      qkv: the fused projection, or a `jax.ShapeDtypeStruct` of it.
       num_heads: heads of `qkv`.
-      platform: "tpu", "cuda" or "cpu". For another TPU than this process has:
-        `tiling.compile_for`.
+      platform: such as "tpu" or "cpu". For another TPU than this process has: `tiling.compile_for`.
     """
-    kernels, _ = _find_kernels(qkv, num_heads, platform)
-    return {"tpu": "tpu", "cuda": "gpu"}[kernels[0]] if kernels else "chunked"
-
-
-def _find_kernels(qkv, num_heads: int, platform: str | None) -> tuple[tuple[str, ...], bool]:
-    """Return the platforms whose kernels take these shapes, and whether the platform is known."""
-    supports = {"tpu": tpu.supports_shapes, "cuda": gpu.supports_shapes}
-    kernels = tuple(
-        name
-        for name, supports_shapes in supports.items()
-        if platform in (None, name) and supports_shapes(qkv, num_heads)
-    )
-    return kernels, platform is not None
+    return "tpu" if platform == "tpu" and tpu.supports_shapes(qkv, num_heads) else "chunked"
 
 
 @functools.cache
-def _choose_implementation(platforms: tuple[str, ...], is_platform_known: bool):
-    """Return what implementation=None runs. The arguments are those of `_find_kernels`.
+def _choose_implementation(kernel_fits: bool, platform: str | None):
+    """Return what implementation=None runs. None is a platform that is not known yet.
 
     The cache makes each choice be logged once in a process.
     """
-    kernels = {"tpu": tpu.lightning_attention, "cuda": gpu.lightning_attention}
-    kernels = {name: kernels[name] for name in platforms}
-    if not kernels:
+    if not kernel_fits or platform not in (None, "tpu"):
         _log.info("lightning attention: chunked XLA, because no kernel fits the shapes or device")
         return chunked.lightning_attention
-    if is_platform_known:
-        (name,) = platforms
-        _log.info("lightning attention: Pallas kernels for %s", name)
-        return kernels[name]
-    _log.info(
-        "lightning attention: Pallas kernels where lowered for %s, chunked XLA elsewhere",
-        " or ".join(kernels),
-    )
+    if platform == "tpu":
+        _log.info("lightning attention: Pallas kernels for tpu")
+        return tpu.lightning_attention
+    _log.info("lightning attention: Pallas kernels where lowered for tpu, chunked XLA elsewhere")
     # The platform is decided at lowering: a program compiled ahead of time on a machine without an
     # accelerator gets the kernels of the platform that it is compiled for.
     return functools.partial(
-        jax.lax.platform_dependent, default=chunked.lightning_attention, **kernels
+        jax.lax.platform_dependent,
+        tpu=tpu.lightning_attention,
+        default=chunked.lightning_attention,
     )
 
 
