@@ -107,6 +107,12 @@ def test_a_jobs_own_trips_and_branch_shares_count():
             entry(lines, branch), find_branch_share=lambda frames, share=share: share
         )
         assert (found["all-reduce"].count if found else None) == runs
+    # One branch alone always runs.
+    lines = lines.replace("%w, %w), branch_computations={%b, %b}", "%w), branch_computations={%b}")
+    found, _ = collectives.count_collectives(
+        entry(lines, branch), find_branch_share=lambda frames: 0.0
+    )
+    assert found["all-reduce"].count == 1
 
 
 GROUPS = "replica_groups={{0,1},{2,3}}"

@@ -20,7 +20,8 @@ def count_executions(
     Args:
       find_trips: returns how often a loop runs whose length the program does not tell. None: it
         counts as unknown, and once.
-      find_branch_share: returns the share of a conditional's runs that take each of its branches.
+      find_branch_share: returns the share of a conditional's runs that take each of its branches,
+        of which there are several.
     """
     edges: dict[str, dict[str, float]] = {}  # calls in one run of a caller, by caller and callee
     num_unknown = 0
@@ -28,7 +29,7 @@ def count_executions(
         calls: dict[str, float] = collections.defaultdict(float)
         for instruction in instructions.values():
             num_runs = 1.0
-            if instruction.opcode == "conditional":
+            if instruction.opcode == "conditional" and len(list_branches(instruction)) > 1:
                 num_runs = find_branch_share(instruction)
             elif instruction.opcode == "while":
                 num_trips: float | None = trip_count(module, name, instruction)
@@ -46,6 +47,14 @@ def count_executions(
         for callee, calls_per_run in edges[name].items():
             runs[callee] += runs[name] * calls_per_run
     return runs, num_unknown
+
+
+def list_branches(conditional: hlo.HloInstruction) -> list[str]:
+    """Return the branches' computations. One alone always runs.
+
+    That is what `platform_dependent` leaves of its platforms.
+    """
+    return [name for names in conditional.called_computations().values() for name in names]
 
 
 def trip_count(module: hlo.HloModule, caller: str, loop: hlo.HloInstruction) -> int | None:

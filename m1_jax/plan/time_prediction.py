@@ -200,10 +200,9 @@ class _ScheduleClock:
         self._include(timeline, loop.called_computations()["body"][0], num_trips)
 
     def _advance_conditional(self, timeline: _Timeline, conditional: hlo.HloInstruction) -> None:
-        branches = [name for names in conditional.called_computations().values() for name in names]
+        branches = executions.list_branches(conditional)
         dearest = max(branches, key=lambda name: self.run(name)[0])
         share = self._assumptions.find_branch_share(self._frames_of(conditional))
-        # A single branch is what `platform_dependent` leaves of the platforms: it always runs.
         self._include(timeline, dearest, share if len(branches) > 1 else 1.0)
 
     # ---- what runs beside
