@@ -15,7 +15,7 @@ from train.rl import rollout
 M, GIB = 2**20, 2**30
 # job, slice, mesh, tokens a row, rows, and GiB that the program took when this was written.
 PROGRAMS = {
-    "train-4k": ("train", "v5p:8x8x8", "fsdp=16,expert=32", 4096, 512, 26),
+    "train-4k": ("train", "v5p:8x8x8", "fsdp=16,expert=32", 4096, 2048, 46),
     "train-1M": ("train", "v5p:8x8x8", "expert=8,context=64", M, 8, 60),
     "prefill-v5p": ("prefill", "v5p:4x4x4", "expert=8,tensor=8", 8192, 8, 30),
     "prefill-v6e": ("prefill", "v6e:8x16", "expert=16,tensor=8", 8192, 16, 20),
@@ -27,7 +27,8 @@ PROGRAMS = {
 # Seconds as predicted when this was written (docs/log.md): by bytes, by the compiler's cost model,
 # and of exposed collectives. Then CPU seconds of the compile.
 TIME_BUDGETS = {
-    "train-4k": (8.60, 10.64, 1.88, 530),
+    "train-4k": (17.5, 20.2, 1.24, 331),
+    "prefill-v5p": (0.774, 0.889, 0.376, 58),
     "serve-v5p": (0.0202, 0.0293, 0.0022, 46),  # compiled with 4k, and softmax taken twice
 }
 # Collectives whose bytes the paper count must meet within a tenth.
@@ -55,7 +56,8 @@ def test_full_size_program_fits(name):
     if job == "serve":  # also gathers logits and choices, a few MB that the paper leaves out
         assert record["capacity"][seq] >= batch
         return
-    for kind in COUNTED:
+    # Without gathers of parameters only small ones remain, which the compiler writes as sums.
+    for kind in COUNTED if job == "train" else ("ragged-all-to-all",):
         paper = record["collectives_estimate"].get(kind, {"bytes": 0})["bytes"]
         counted = record["collectives"].get(kind, {"bytes": 0})["bytes"]
         assert abs(counted - paper) <= 0.1 * paper + M, kind
