@@ -1,4 +1,4 @@
-# make venv | demo | test | test-fast | test-long | test-all | lint
+# make venv | demo | demo-clean | test | test-fast | test-long | test-all | lint
 # PYTHON=... uses an environment of your own; TENTH=0 to 9 takes a tenth of the long tests.
 VENV ?= .venv
 PYTHON ?= $(VENV)/bin/python
@@ -16,12 +16,12 @@ DEMO_READY :=
 TEST_READY :=
 endif
 
-.PHONY: venv demo test test-fast test-long test-all lint
+.PHONY: venv demo demo-clean test test-fast test-long test-all lint
 venv: $(TEST_READY)
 
 $(VENV)/.m1-jax-runs: pyproject.toml
 	python3 -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet -e .
+	$(VENV)/bin/python -m pip install --quiet -e '.[demo]'
 	touch $@
 
 $(VENV)/.m1-jax-tests: $(VENV)/.m1-jax-runs
@@ -31,6 +31,9 @@ $(VENV)/.m1-jax-tests: $(VENV)/.m1-jax-runs
 
 demo: $(DEMO_READY)
 	PYTHONPATH=. $(PYTHON) demo/run.py
+
+demo-clean:
+	rm -rf demo/out
 
 test: $(TEST_READY)
 	$(PYTHON) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not long" $(PYTEST_ARGS)

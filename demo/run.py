@@ -3,156 +3,262 @@
 The tiny checkpoint is in the release's own format, with random weights and the ratios of the real
 shapes. It is converted to Orbax, checked against the release code's outputs, used to generate text,
 and exported again with its bytes compared. Then it is trained: on a little text, and on sums with
-answers in a fixed form, half of which are wrong. Last it learns from rewards to get them right. All
-files are written to demo/out.
+answers in a fixed form, half of which are wrong. Last it learns from rewards to get them right.
+
+All files are written to demo/out, and `report.html` there shows the curves. A demo that was stopped
+goes on with the step that was cut. `make demo-clean` begins anew.
 """
 
 import os
-
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Several steps serve the same model. With a cache its programs are compiled once.
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.dirname(__file__) + "/out/xla")
-
-import contextlib
-import io
-import json
 import pathlib
-import shutil
-import time
-
-from absl import logging
-
-from infer import generate
-from m1_jax import configlib, convert, testing, verify
-from train import export, metrics, pretrain, sft
-from train.rl import __main__ as rl_command
 
 DEMO_DIR = pathlib.Path(__file__).resolve().parent
+OUTPUT_DIR = pathlib.Path(os.environ.get("M1_DEMO_OUT", DEMO_DIR / "out")).resolve()
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Several steps run the same programs, and a demo that goes on runs them again.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(OUTPUT_DIR / "xla"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+if os.environ["JAX_PLATFORMS"] == "cpu":
+    # Half of the time was compiling programs that run for seconds.
+    os.environ.setdefault(
+        "XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+    )
+
+import io  # noqa: E402
+import json  # noqa: E402
+import platform  # noqa: E402
+import shutil  # noqa: E402
+import sys  # noqa: E402
+
+import finished_steps  # noqa: E402
+import report_page  # noqa: E402
+from absl import logging  # noqa: E402
+
+from infer import generate  # noqa: E402
+from m1_jax import configlib, convert, durable, testing, verify  # noqa: E402
+from train import export, metrics, pretrain, sft  # noqa: E402
+from train.rl import __main__ as rl_command  # noqa: E402
+
 SOURCE = DEMO_DIR.parent / "tests" / "data" / "m1-tiny"
-OUTPUT_DIR = DEMO_DIR / "out"
+# Everything that decides the results. The report is written anew each time.
+INPUTS = ("m1_jax", "pallas_kernels", "train", "infer", "configs", "demo/data", "demo/run.py")
+INPUTS += ("demo/finished_steps.py", "tests/data/m1-tiny")
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+QUESTIONS = ("What is 2 + 3?", "What is 4 + 4?", "What is 3 + 1?")
+RELEASE, ORBAX = OUTPUT_DIR / "release", OUTPUT_DIR / "orbax"
+
+
+def make_release() -> dict:
+    shutil.copytree(SOURCE, RELEASE, ignore=shutil.ignore_patterns("golden.npz"))
+    testing.write_tiny_tokenizer(RELEASE)
+    names = sorted(file.name for file in RELEASE.iterdir())
+    print(f"      {', '.join(names)}")
+    return {"files": names}
+
+
+def convert_to_orbax() -> dict:
+    convert.run(convert.ConvertConfig("orbax", str(RELEASE), str(ORBAX)))
+    return {}
+
+
+def verify_outputs() -> dict:
+    rows = verify.run(verify.VerifyConfig(str(ORBAX), str(SOURCE / "golden.npz")))
+    print(verify.format_table(rows))
+    return {"passed": sum(bool(row.passed) for row in rows), "quantities": len(rows)}
+
+
+def generate_text() -> dict:
+    prompts = OUTPUT_DIR / "prompts.txt"
+    prompts.write_text("Why is the sky blue?\nWrite a haiku about matrices.\nCount to ten.\n")
+    outputs, stats = generate.run(
+        generate.GenerateConfig(checkpoint=str(ORBAX), prompts_file=str(prompts), max_tokens=32)
+    )
+    print(f"      {stats}")
+    return {"tokens": [len(output.tokens) for output in outputs]}
+
+
+def export_back() -> dict:
+    exported = OUTPUT_DIR / "exported"
+    convert.run(convert.ConvertConfig("hf", str(ORBAX), str(exported)))
+    files = sorted(RELEASE.iterdir())
+    num_same = sum(file.read_bytes() == (exported / file.name).read_bytes() for file in files)
+    tokens = []
+    for path in (RELEASE, ORBAX, exported):
+        config = generate.GenerateConfig(str(path), prompt="Hello", max_tokens=16, temperature=0.0)
+        outputs, _ = generate.run(config, io.StringIO())
+        tokens.append([int(token.id) for token in outputs[0].tokens])
+    return {
+        "same_files": num_same,
+        "files": len(files),
+        "greedy_equal": tokens[0] == tokens[1] == tokens[2],
+    }
+
+
+def pretrain_model() -> dict:
+    return train_model(pretrain, "tiny_pretrain", ORBAX, "pretrain")
+
+
+def tune_model() -> dict:
+    return train_model(sft, "tiny_cispo_sft", OUTPUT_DIR / "pretrained", "sft")
+
+
+def reinforce_model() -> dict:
+    changes = ("batches=9", "evaluation.every_batches=3", "save.every_steps=3")
+    return train_model(rl_command, "tiny_cispo", OUTPUT_DIR / "tuned", "cispo", changes)
+
+
+def answer_questions() -> dict:
+    final = OUTPUT_DIR / "final"
+    convert.run(convert.ConvertConfig("hf", str(OUTPUT_DIR / "learnt"), str(final)))
+    prompts = OUTPUT_DIR / "questions.txt"
+    prompts.write_text("".join(f"{question}\n" for question in QUESTIONS))
+    config = generate.GenerateConfig(
+        checkpoint=str(final), prompts_file=str(prompts), max_tokens=32, temperature=0.0
+    )
+    answers, _ = generate.run(config)
+    return {"answers": [answer.text for answer in answers]}
+
+
+def export_step(name: str, run: str, checkpoint: str, dtype: str = "") -> finished_steps.DemoStep:
+    """Return the step that writes the model of a run as a checkpoint."""
+
+    def export_run() -> dict:
+        export.run(OUTPUT_DIR / run, OUTPUT_DIR / checkpoint, dtype=dtype)
+        return {}
+
+    title = f"export the model of {run} (m1-export)"
+    return finished_steps.DemoStep(name, title, export_run, (checkpoint,))
+
+
+def make_steps() -> list[finished_steps.DemoStep]:
+    step = finished_steps.DemoStep
+    return [
+        step("release", "a release: config.json, 3 shards, tokenizer", make_release, ("release",)),
+        step("orbax", "release to Orbax (m1-convert --to=orbax)", convert_to_orbax, ("orbax",)),
+        step("verify", "compare with the release code's outputs (m1-verify)", verify_outputs),
+        step("generate", "generate (m1-generate); the weights are random, so is the text",
+             generate_text),
+        step("exported", "Orbax to release (m1-convert --to=hf), bytes compared", export_back,
+             ("exported",)),
+        step("pretrain", "continued pretraining on small stories (m1-pretrain)", pretrain_model),
+        export_step("pretrained", "pretrain", "pretrained"),
+        step("sft", "fine-tuning on sums, half of them wrong (m1-sft)", tune_model),
+        # In bfloat16 the small changes of reinforcement learning would begin from rounded weights.
+        export_step("tuned", "sft", "tuned", "float32"),
+        step("cispo", "CISPO: right answers are rewarded (m1-rl)", reinforce_model),
+        export_step("learnt", "cispo", "learnt"),
+        step("answers", "to the release's format, and the answers", answer_questions, ("final",)),
+    ]  # fmt: skip
+
+
+def train_model(command, name: str, checkpoint: pathlib.Path, run: str, changes=()) -> dict:
+    """Train by a config, or go on with a run that was cut, and return what it logged.
+
+    Raises:
+      KeyboardInterrupt: a signal stopped the run, which has saved.
+    """
+    workdir = OUTPUT_DIR / run
+    os.chdir(DEMO_DIR.parent)  # the configs' paths of data begin there
+    changes = [*changes, f"compilation_cache={os.environ['JAX_COMPILATION_CACHE_DIR']}"]
+    summary = command.run(
+        configlib.load_config(f"configs/{name}.py:{checkpoint}", changes), workdir
+    )
+    if summary.stopped_by is not None:
+        raise KeyboardInterrupt
+    lines = (workdir / metrics.METRICS_FILE).read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    wanted = ("step", "loss", "held_out", "reward", "reward_sampled", "pearson")
+    results = {
+        kind: [
+            {key: record[key] for key in wanted if key in record}
+            for record in records
+            if record["kind"] == kind
+        ]
+        for kind in ("train", "eval")
+    }
+    for record in results["train"][:: max(1, len(results["train"]) // 4)]:
+        key = "reward_sampled" if "reward_sampled" in record else "loss"
+        print(f"      step {record['step']:4}  {key} {record[key]:.3f}")
+    return results
+
+
+def summarize(results: dict[str, dict]) -> tuple[list[str], bool]:
+    """Return the summary's lines, and whether everything was as it should be."""
+    verified, exported = results["verify"], results["exported"]
+    losses = [record["loss"] for record in results["pretrain"]["eval"]]
+    accuracy = [record["reward"] for record in results["cispo"]["eval"]]
+    answers = results["answers"]["answers"]
+    correlation = min(record["pearson"] for record in results["cispo"]["train"])
+    formed = sum("Answer: " in answer for answer in answers)
+    lines = [
+        f"{verified['passed']} of {verified['quantities']} golden quantities within tolerance",
+        f"{exported['same_files']} of {exported['files']} exported files equal byte for byte",
+        f"greedy tokens equal from all three: {exported['greedy_equal']}",
+        "held-out loss in pretraining: " + " -> ".join(f"{loss:.2f}" for loss in losses),
+        "right answers during CISPO: " + " -> ".join(f"{share:.0%}" for share in accuracy),
+        f"correlation of sampler and trainer: at least {correlation:.7f}",
+        f"{formed} of {len(answers)} answers in the form that was taught",
+    ]
+    passed = verified["passed"] == verified["quantities"]
+    passed &= exported["same_files"] == exported["files"] and exported["greedy_equal"]
+    passed &= losses[-1] == min(losses) and accuracy[-1] > accuracy[0] and formed > 0
+    return lines, passed
+
+
+def write_report(summary: list[str], records: dict[str, dict], titles: dict[str, str]) -> None:
+    """Write report.html and, for programs to compare, summary.txt."""
+    results = {name: record["results"] for name, record in records.items()}
+
+    def curve(label: str, run: str, kind: str, key: str):
+        points = [record for record in results[run][kind] if key in record]
+        return label, [p["step"] for p in points], [p[key] for p in points]
+
+    svg = report_page.draw_curves(
+        [
+            ("Pretraining on stories", "loss, nats a token",
+             [curve("trained", "pretrain", "train", "loss"),
+              curve("held out", "pretrain", "eval", "loss")]),
+            ("Fine-tuning on sums, half wrong", "loss, nats a token",
+             [curve("trained", "sft", "train", "loss")]),
+            ("CISPO", "reward, 1 is right",
+             [curve("sampled", "cispo", "train", "reward_sampled"),
+              curve("evaluated", "cispo", "eval", "reward")]),
+            ("Sampler and trainer", "Pearson correlation",
+             [curve("of each batch", "cispo", "train", "pearson")]),
+        ]
+    )  # fmt: skip
+    page = report_page.make_page(
+        summary,
+        svg,
+        list(zip(QUESTIONS, results["answers"]["answers"], strict=True)),
+        {titles[name]: record["secs"] for name, record in records.items()},
+        finished_steps.describe_versions(PACKAGES) | {"Machine": platform.platform()},
+    )
+    durable.write_text_atomically(OUTPUT_DIR / "report.html", page)
+    durable.write_text_atomically(OUTPUT_DIR / "summary.txt", "\n".join(summary) + "\n")
 
 
 def main() -> None:
     logging.set_verbosity(logging.ERROR)
-    shutil.rmtree(OUTPUT_DIR, ignore_errors=True)
-    release, orbax, back = OUTPUT_DIR / "release", OUTPUT_DIR / "orbax", OUTPUT_DIR / "exported"
-    summary = []
-
-    with print_step("1. a release directory: config.json, 3 safetensors shards, index, tokenizer"):
-        shutil.copytree(SOURCE, release, ignore=shutil.ignore_patterns("golden.npz"))
-        testing.write_tiny_tokenizer(release)
-        print(*sorted(f"   {file.name}" for file in release.iterdir()), sep="\n")
-
-    with print_step("2. release -> Orbax (python -m m1_jax.convert --to=orbax)"):
-        convert.run(convert.ConvertConfig("orbax", str(release), str(orbax)))
-
-    with print_step("3. check against the release code's outputs (python -m m1_jax.verify)"):
-        rows = verify.run(verify.VerifyConfig(str(orbax), str(SOURCE / "golden.npz")))
-        print(verify.format_table(rows))
-        passed = sum(row.passed for row in rows)
-        summary.append(f"{passed} of {len(rows)} golden quantities within tolerance")
-
-    with print_step(
-        "4. generate (python -m infer.generate); the weights are random, so is the text"
-    ):
-        prompts = OUTPUT_DIR / "prompts.txt"
-        prompts.write_text("Why is the sky blue?\nWrite a haiku about matrices.\nCount to ten.\n")
-        outputs, stats = generate.run(
-            generate.GenerateConfig(checkpoint=str(orbax), prompts_file=str(prompts), max_tokens=48)
-        )
-        summary.append(f"{len(outputs)} prompts of different lengths: {stats}")
-
-    with print_step("5. Orbax -> release (python -m m1_jax.convert --to=hf), bytes compared"):
-        convert.run(convert.ConvertConfig("hf", str(orbax), str(back)))
-        files = sorted(release.iterdir())
-        same = [file.read_bytes() == (back / file.name).read_bytes() for file in files]
-        summary.append(f"{sum(same)} of {len(files)} exported files equal byte for byte")
-        with contextlib.redirect_stdout(io.StringIO()):
-            greedy = [
-                generate.run(
-                    generate.GenerateConfig(
-                        str(path), prompt="Hello", max_tokens=16, temperature=0.0
-                    )
-                )[0][0].tokens
-                for path in (release, orbax, back)
-            ]
-        summary.append(f"greedy tokens equal from all three: {greedy[0] == greedy[1] == greedy[2]}")
-
-    with print_step("6. continued pretraining (python -m train.pretrain), and its model exported"):
-        run_training(pretrain, "tiny_pretrain", orbax, OUTPUT_DIR / "pretrain")
-        losses = [record["loss"] for record in read_records(OUTPUT_DIR / "pretrain", "eval")]
-        loss_curve = " -> ".join(f"{loss:.2f}" for loss in losses)
-        summary.append(f"held-out loss in pretraining: {loss_curve}")
-        export.run(OUTPUT_DIR / "pretrain", OUTPUT_DIR / "pretrained")
-
-    with print_step("7. supervised fine-tuning on sums, half of them wrong (python -m train.sft)"):
-        run_training(sft, "tiny_cispo_sft", OUTPUT_DIR / "pretrained", OUTPUT_DIR / "sft")
-        export.run(OUTPUT_DIR / "sft", OUTPUT_DIR / "tuned", dtype="float32")
-
-    with print_step("8. CISPO: the right answer is rewarded (python -m train.rl)"):
-        run_training(
-            rl_command, "tiny_cispo", OUTPUT_DIR / "tuned", OUTPUT_DIR / "cispo", ["batches=12"]
-        )
-        accuracy = [record["reward"] for record in read_records(OUTPUT_DIR / "cispo", "eval")]
-        accuracy_curve = " -> ".join(f"{share:.0%}" for share in accuracy)
-        summary.append(f"right answers during CISPO: {accuracy_curve}")
-
-    with print_step("9. export to the release's format, and the answers"):
-        export.run(OUTPUT_DIR / "cispo", OUTPUT_DIR / "learnt")
-        convert.run(
-            convert.ConvertConfig("hf", str(OUTPUT_DIR / "learnt"), str(OUTPUT_DIR / "final"))
-        )
-        prompts.write_text("What is 2 + 3?\nWhat is 4 + 4?\nWhat is 5 + 1?\n")
-        answers, _ = generate.run(
-            generate.GenerateConfig(
-                checkpoint=str(OUTPUT_DIR / "final"),
-                prompts_file=str(prompts),
-                max_tokens=48,
-                temperature=0.0,
-            )
-        )
-        formed = sum("Answer: " in answer.text for answer in answers)
-        summary.append(f"{formed} of {len(answers)} answers in the form that was taught")
-
-    print("\nSummary")
-    print(*(f"  {line}" for line in summary), sep="\n")
-    print(
-        f"  files in {OUTPUT_DIR.relative_to(DEMO_DIR.parent)}; "
-        f"{time.perf_counter() - START_SECS:.0f} s in all"
-    )
-    equal = greedy[0] == greedy[1] == greedy[2]
-    learnt = losses[-1] < losses[0] and accuracy[-1] > accuracy[0] and formed
-    if passed < len(rows) or not all(same) or not equal or not learnt:
+    versions = [f"{k} {v}" for k, v in finished_steps.describe_versions(PACKAGES).items()]
+    settings = [os.environ.get(name, "") for name in ("JAX_PLATFORMS", "XLA_FLAGS")]
+    digest = finished_steps.digest_inputs(DEMO_DIR.parent, INPUTS, [*versions, *settings])
+    finished_steps.prepare_output(OUTPUT_DIR, digest)
+    steps = make_steps()
+    try:
+        records = finished_steps.run_steps(OUTPUT_DIR, steps)
+    except KeyboardInterrupt:
+        print("\ndemo: stopped; `make demo` goes on with this step, `make demo-clean` begins anew")
+        sys.exit(130)
+    summary, passed = summarize({name: record["results"] for name, record in records.items()})
+    write_report(summary, records, {step.name: step.title for step in steps})
+    secs = sum(record["secs"] for record in records.values())
+    print("\nSummary", *summary, f"report: {OUTPUT_DIR / 'report.html'}; {secs:.0f} s of steps",
+          sep="\n  ")  # fmt: skip
+    if not passed:
         raise SystemExit("demo: FAILED")
 
-
-def run_training(
-    command, name: str, checkpoint: pathlib.Path, workdir: pathlib.Path, overrides=()
-) -> None:
-    """Train by a config, with fields replaced by `overrides`, and print every third record."""
-    os.chdir(DEMO_DIR.parent)  # the configs' paths of data begin there
-    command.run(configlib.load_config(f"configs/{name}.py:{checkpoint}", overrides), workdir)
-    for record in read_records(workdir, "train")[::3]:
-        reward = record.get("reward_sampled")
-        value = f"loss {record['loss']:.3f}" if reward is None else f"reward {reward:.2f}"
-        print(f"   step {record['step']:4}  {value}")
-
-
-def read_records(workdir: pathlib.Path, kind: str) -> list[dict]:
-    lines = (workdir / metrics.METRICS_FILE).read_text().splitlines()
-    return [record for record in map(json.loads, lines) if record["kind"] == kind]
-
-
-@contextlib.contextmanager
-def print_step(title: str):
-    """Print a title before the step, and its seconds after it."""
-    print(f"\n{title}", flush=True)
-    start = time.perf_counter()
-    yield
-    print(f"   {time.perf_counter() - start:.1f} s", flush=True)
-
-
-START_SECS = time.perf_counter()
 
 if __name__ == "__main__":
     main()
