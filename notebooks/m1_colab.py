@@ -119,7 +119,7 @@ else:
     }
     ROWS, TUNING_STEPS, BATCHES, GROUPS, RATE = 32, (300, 100), 16, 16, 1e-3
 LENGTH, RL_ROWS = 128, 8
-DTYPE = "float32"
+DTYPE = "float32" if PLATFORM == "cpu" else "bfloat16"
 SERVING_MESH = f"expert={NUM_DEVICES}" if NUM_DEVICES in (2, 4, 8) else None
 WORK = pathlib.Path("m1_colab").resolve()
 shutil.rmtree(WORK, ignore_errors=True)
@@ -241,7 +241,7 @@ sft_config = train_config.TrainConfig(
     save=train_config.SaveConfig(every_steps=1000),
 )
 print(sft.run(sft_config, SFT_RUN))
-export.run(SFT_RUN, TUNED, dtype=DTYPE)
+export.run(SFT_RUN, TUNED, dtype="float32")  # in bfloat16 small changes would be lost
 
 
 def read_metrics(run: pathlib.Path, kind: str) -> list:
@@ -306,7 +306,7 @@ print("right answers:", " -> ".join(f"{share:.0%}" for share in accuracy))
 # answers wrong.
 
 # %%
-export.run(RL_RUN, LEARNT, dtype=DTYPE)
+export.run(RL_RUN, LEARNT, dtype="float32")
 FINAL = WORK / "final"
 convert.run(convert.ConvertConfig("hf", str(LEARNT), str(FINAL)))
 answers = ask(FINAL, QUESTIONS)
