@@ -1,14 +1,16 @@
-"""Kills the demo again and again, and compares its summary with that of a demo never killed.
+"""Kills the demo again and again, and compares its results with those of a demo never killed.
 
-    PYTHONPATH=. python benchmarks/kill_demo.py [--kills=20] [--seed=0]
+    PYTHONPATH=. python benchmarks/kill_demo.py [--kills=20] [--seed=0] [--until=pretrain]
 
 Two demos write to folders of their own, with one cache of compiled programs. Every start of the
 second one is killed after a random time, by SIGKILL or SIGINT, until the given number of kills.
-The last start ends by itself. The summaries must be the same, but for times. The exit status is 1
-where they differ. It takes some five times as long as the demo.
+The last start ends by itself. All results of all steps must be the same: losses, rewards, texts and
+counts, to the last bit. The exit status is 1 where they differ. --until leaves later steps out. It
+takes some five times as long as the demo.
 """
 
 import argparse
+import json
 import os
 import pathlib
 import random
@@ -18,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 
 import tqdm
 
@@ -26,12 +29,12 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 STATUSES = (0, -signal.SIGKILL, -signal.SIGINT, 130)
 
 
-def start_demo(out: pathlib.Path, programs: pathlib.Path) -> subprocess.Popen:
+def start_demo(out: pathlib.Path, programs: pathlib.Path, arguments: list[str]) -> subprocess.Popen:
     """Start a process that begins the demo in `out`, or goes on with it."""
     env = os.environ | {"M1_DEMO_OUT": str(out), "JAX_COMPILATION_CACHE_DIR": str(programs)}
     env |= {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
     with open(out.with_suffix(".log"), "a") as log:
-        command = [sys.executable, str(ROOT / "demo" / "run.py")]
+        command = [sys.executable, str(ROOT / "demo" / "run.py"), *arguments]
         return subprocess.Popen(command, cwd=ROOT, env=env, stdout=log, stderr=log)
 
 
@@ -52,7 +55,11 @@ def wait_or_kill(process: subprocess.Popen, secs: float | None, signal_number: i
 
 
 def kill_again_and_again(
-    out: pathlib.Path, programs: pathlib.Path, num_kills: int, demo_secs: float, seed: int
+    start: Callable[[], subprocess.Popen],
+    out: pathlib.Path,
+    num_kills: int,
+    demo_secs: float,
+    seed: int,
 ) -> dict[str, int]:
     """Kill the demo in `out` so often, then let it end. Return the number of each signal."""
     rng, counts = random.Random(seed), {"SIGKILL": 0, "SIGINT": 0}
@@ -60,37 +67,46 @@ def kill_again_and_again(
         number = rng.choice([signal.SIGKILL, signal.SIGINT])
         # Short enough that all kills fit in, long enough to come past the imports.
         secs = rng.uniform(0.0, 3 * demo_secs / num_kills) + rng.choice([0.5, 5.0])
-        if wait_or_kill(start_demo(out, programs), secs, number):
+        if wait_or_kill(start(), secs, number):
             # It ended before its kill: another demo begins, whose steps are there to be cut.
             shutil.rmtree(out)
         else:
             counts[signal.Signals(number).name] += 1
-    if not wait_or_kill(start_demo(out, programs), None, signal.SIGKILL):
+    if not wait_or_kill(start(), None, signal.SIGKILL):
         raise SystemExit("the last start did not end by itself")
     return counts
+
+
+def read_results(out: pathlib.Path) -> dict[str, dict]:
+    """Return the results of each step, without its time."""
+    markers = sorted((out / "steps").glob("*.json"))
+    return {marker.stem: json.loads(marker.read_text())["results"] for marker in markers}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--until", help="name of the last step")
     arguments = parser.parse_args()
+    demo_arguments = [f"--until={arguments.until}"] if arguments.until else []
     with tempfile.TemporaryDirectory() as temporary:
         programs = pathlib.Path(temporary) / "programs"
-        reference, killed = (
-            pathlib.Path(temporary) / "reference",
-            pathlib.Path(temporary) / "killed",
-        )
-        start = time.monotonic()
-        wait_or_kill(start_demo(reference, programs), None, signal.SIGKILL)
+        whole, killed = pathlib.Path(temporary) / "whole", pathlib.Path(temporary) / "killed"
+        begin = time.monotonic()
+        wait_or_kill(start_demo(whole, programs, demo_arguments), None, signal.SIGKILL)
         counts = kill_again_and_again(
-            killed, programs, arguments.kills, time.monotonic() - start, arguments.seed
+            lambda: start_demo(killed, programs, demo_arguments),
+            killed,
+            arguments.kills,
+            time.monotonic() - begin,
+            arguments.seed,
         )
-        summaries = [(path / "summary.txt").read_text() for path in (reference, killed)]
-    print(f"{counts}; summary of the killed demo:\n{summaries[1]}")
-    same = summaries[0] == summaries[1]
-    print("the same" if same else f"they differ; that of the other demo:\n{summaries[0]}")
-    sys.exit(not same)
+        expected, results = read_results(whole), read_results(killed)
+    print(f"{counts}; {len(results)} steps have results")
+    differing = [name for name in expected | results if expected.get(name) != results.get(name)]
+    print(f"these steps differ: {', '.join(differing)}" if differing else "all are the same")
+    sys.exit(bool(differing) or not results)
 
 
 if __name__ == "__main__":

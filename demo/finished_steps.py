@@ -18,7 +18,9 @@ from typing import Any
 
 from m1_jax import durable
 
-DIGEST_FILE, MARKER_DIR, PROGRAM_DIR = "inputs.sha256", "steps", "xla"
+DIGEST_FILE, MARKER_DIR = "inputs.sha256", "steps"
+# What stays when the inputs changed: compiled programs, and the lock of the start that asks.
+_KEPT_NAMES = ("xla", "demo.lock")
 _IGNORED_PARTS = {"__pycache__", "out"}
 
 
@@ -74,7 +76,7 @@ def prepare_output(output_dir: pathlib.Path, digest: str) -> bool:
     stamp.unlink(missing_ok=True)  # first: a start that is cut here then begins anew
     output_dir.mkdir(parents=True, exist_ok=True)
     for path in output_dir.iterdir():
-        if path.name != PROGRAM_DIR:
+        if path.name not in _KEPT_NAMES:
             _remove(path)
     (output_dir / MARKER_DIR).mkdir()
     durable.write_text_atomically(stamp, digest)

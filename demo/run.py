@@ -20,6 +20,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(OUTPUT_DIR / "xla"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 
+import argparse  # noqa: E402
 import io  # noqa: E402
 import json  # noqa: E402
 import platform  # noqa: E402
@@ -30,7 +31,7 @@ import finished_steps  # noqa: E402
 from absl import logging  # noqa: E402
 
 from infer import generate  # noqa: E402
-from m1_jax import configlib, convert, durable, testing, verify  # noqa: E402
+from m1_jax import configlib, convert, durable, file_lock, testing, verify  # noqa: E402
 from train import export, metrics, pretrain, sft  # noqa: E402
 from train.rl import __main__ as rl_command  # noqa: E402
 
@@ -252,17 +253,27 @@ def write_report(summary: list[str], records: dict[str, dict], titles: dict[str,
 
 
 def main() -> None:
+    names = [step.name for step in make_steps()]
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--until", choices=names, help="end after this step, without a summary")
+    until = parser.parse_args().until
     logging.set_verbosity(logging.ERROR)
     versions = [f"{k} {v}" for k, v in finished_steps.describe_versions(PACKAGES).items()]
     settings = [os.environ.get(name, "") for name in ("JAX_PLATFORMS", "XLA_FLAGS")]
     digest = finished_steps.digest_inputs(DEMO_DIR.parent, INPUTS, [*versions, *settings])
-    finished_steps.prepare_output(OUTPUT_DIR, digest)
-    steps = make_steps()
+    steps = make_steps()[: None if until is None else names.index(until) + 1]
+    OUTPUT_DIR.mkdir(parents=True, exist_ok=True)
     try:
-        records = finished_steps.run_steps(OUTPUT_DIR, steps)
+        with file_lock.hold_lock(OUTPUT_DIR / "demo", "makes the demo of"):
+            finished_steps.prepare_output(OUTPUT_DIR, digest)
+            records = finished_steps.run_steps(OUTPUT_DIR, steps)
     except KeyboardInterrupt:
         print("\ndemo: stopped; `make demo` goes on with this step, `make demo-clean` begins anew")
         sys.exit(130)
+    except file_lock.LockError as error:
+        sys.exit(f"demo: {error}")
+    if until is not None:
+        return
     summary, passed = summarize({name: record["results"] for name, record in records.items()})
     write_report(summary, records, {step.name: step.title for step in steps})
     secs = sum(record["secs"] for record in records.values())
