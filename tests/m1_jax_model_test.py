@@ -262,9 +262,14 @@ def test_remat_changes_no_gradient(model, remat):
         assert np.max(np.abs(got[name][...] - param[...])) / scale < 1e-5, name
 
 
+@jax.jit
+def compute_hidden(model, tokens):
+    return model.hidden(tokens)[0]
+
+
 def test_token_logprobs_do_not_depend_on_the_chunk(model):
     tokens = tokens_of(2, 50)
-    hidden, _ = model.hidden(tokens)
+    hidden = compute_hidden(model, tokens)
     wanted = jnp.take_along_axis(
         jax.nn.log_softmax(model.head(hidden), axis=-1), tokens[:, :, None], axis=-1
     )[:, :, 0]
@@ -277,7 +282,7 @@ def test_token_logprobs_do_not_depend_on_the_chunk(model):
 @pytest.mark.parametrize("chunk", [None, 7, 100])
 def test_entropy_of_chunks_is_that_of_the_whole(model, chunk, temperature):
     tokens = tokens_of(2, 20)
-    hidden = 3 * model.hidden(tokens)[0]  # sharper, so that no gradient is lost in rounding
+    hidden = 3 * compute_hidden(model, tokens)  # sharper, so that no gradient is lost in rounding
 
     def chunked(hidden):
         out = logprobs.token_logprobs(
@@ -318,7 +323,7 @@ def test_entropy_of_chunks_is_that_of_the_whole(model, chunk, temperature):
 
 def test_entropy_is_there_where_it_was_asked_for(model):
     tokens = tokens_of(1, 5)
-    hidden, _ = model.hidden(tokens)
+    hidden = compute_hidden(model, tokens)
     compute = jax.jit(logprobs.token_logprobs, static_argnames="with_entropy")
     assert compute(model, hidden, tokens).entropy is None
     out = compute(model, hidden, tokens, with_entropy=True)
