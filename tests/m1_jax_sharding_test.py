@@ -147,13 +147,15 @@ def test_packed_rows_on_every_mesh(sizes):
 
 
 @pytest.mark.parametrize(
-    "sizes", [{"fsdp": 2, "expert": 2, "context": 2}, {"tensor": 2, "data": 2}], ids=name_of
+    "sizes",
+    take_turns({"fsdp": 2, "expert": 2, "context": 2}, {"tensor": 2, "data": 2}),
+    ids=name_of,
 )
 def test_plain_rows(sizes):
     compare(one_device_results(False), spread(layout_of(sizes)), batch()[0], None)
 
 
-@pytest.mark.parametrize("segments", [False, True])
+@pytest.mark.parametrize("segments", take_turns(False, True))
 def test_ring_attention(monkeypatch, segments):
     monkeypatch.setattr(ring_attention, "MAX_GATHER_BYTES", 0)
     monkeypatch.setattr(ring_attention, "BLOCK_TOKENS", 8)
@@ -188,6 +190,7 @@ def all_to_the_first(model):
     return model
 
 
+@pytest.mark.long(tenths=range(0, 10, 2))
 def test_no_token_is_dropped_where_all_choose_one_device():
     model = all_to_the_first(params_lib.random_model(SMALL, jax.random.key(1), jnp.float32))
     many = spread(layout_of({"expert": 4}), model)
@@ -196,6 +199,7 @@ def test_no_token_is_dropped_where_all_choose_one_device():
     compare(results(model, *batch()), many, *batch())
 
 
+@pytest.mark.long(tenths=range(1, 10, 2))
 def test_capacity_drops_and_says_how_much():
     model = all_to_the_first(params_lib.random_model(SMALL, jax.random.key(1), jnp.float32))
     tokens, _ = batch()
@@ -218,12 +222,17 @@ def test_capacity_drops_and_says_how_much():
 @pytest.mark.parametrize(
     ("sizes", "mode"),
     [
-        ({"expert": 2, "tensor": 2}, "decode"),
-        ({"tensor": 2, "context": 4}, "prefill"),
-        ({"data": 2, "context": 2}, "decode"),
-        ({"fsdp": 2, "expert": 2, "context": 2}, "train"),
+        *take_turns(
+            ({"expert": 2, "tensor": 2}, "decode"),
+            ({"data": 2, "context": 2}, "decode"),
+            ids=["expert2xtensor2", "data2xcontext2"],
+        ),
+        *take_turns(
+            ({"tensor": 2, "context": 4}, "prefill"),
+            ({"fsdp": 2, "expert": 2, "context": 2}, "train"),
+            ids=["tensor2xcontext4", "train"],
+        ),
     ],
-    ids=["expert2xtensor2", "tensor2xcontext4", "data2xcontext2", "train"],
 )
 def test_prefill_and_decode(sizes, mode):
     one, many = one_device(), spread(layout_of(sizes, mode=mode))
