@@ -38,8 +38,10 @@ def count_choices(model, tokens):
 
 
 def _choice_counts(model, tokens):
-    padded = jnp.zeros((1, 96), jnp.int32).at[0, : len(tokens)].set(jnp.asarray(tokens, jnp.int32))
-    mask = (jnp.arange(96) < len(tokens)).astype(jnp.int32)[None]
+    # By NumPy: JAX would compile for every number of tokens.
+    padded, mask = np.zeros((2, 1, 96), np.int32)
+    padded[0, : len(tokens)] = tokens
+    mask[0, : len(tokens)] = 1
     return _run_hidden(model, padded, mask)
 
 
