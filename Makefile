@@ -42,7 +42,7 @@ test-long: $(TEST_READY)
 	$(PYTHON) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m long $(if $(TENTH),--tenth=$(TENTH)) $(PYTEST_ARGS)
 
 test-all: $(TEST_READY)
-	$(PYTHON) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
+	$(PYTHON) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(if $(TENTH),--tenth=$(TENTH)) $(PYTEST_ARGS)
 
 lint: $(TEST_READY)
 	$(PYTHON) -m ruff check .
