@@ -56,7 +56,7 @@ def attend_on_target(
     *,
     implementation: str | None = None,
     **kwargs: Any,
-):
+) -> Any:
     """Run `api.lightning_attention` for the devices that the program is traced for.
 
     None is what m1-selfcheck measured there (`measured_choices.py`), if it has run. Else, on a
@@ -82,7 +82,7 @@ def _find_measured(qkv: Any, num_heads: int, target: sharding.TargetDevice | Non
     return choice if choice == "chunked" or fits_gpu else None
 
 
-def _attend_where_lowered_for_gpu(qkv, slopes, *, segment_ids=None, initial_state=None):
+def _attend_where_lowered_for_gpu(qkv, slopes, *, segment_ids=None, initial_state=None) -> Any:
     """Run the GPU kernels where the program is lowered for one, which nobody knows yet."""
 
     def attend(implementation, qkv, slopes, segment_ids, initial_state):

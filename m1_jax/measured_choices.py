@@ -194,8 +194,9 @@ def read_entries(path: pathlib.Path) -> _ChoiceEntries:
 
 
 def _parse_entry(path: pathlib.Path, key: str, value: Any) -> dict[str, MeasuredChoice]:
+    members: dict[str, Any] = value if isinstance(value, dict) else {"": None}
     choices = {}
-    for use, choice in (value if isinstance(value, dict) else {"": None}).items():
+    for use, choice in members.items():
         is_choice = (
             use in USES
             and isinstance(choice, dict)

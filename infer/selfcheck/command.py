@@ -65,13 +65,16 @@ class SelfCheckConfig:
 
 def list_checks(setting: check.DeviceSetting) -> list[check.DeviceCheck]:
     """Return all checks, the heaviest last."""
+    return [*list_kernel_checks(), *model_checks.list_checks(), *timing.list_checks(setting)]
+
+
+def list_kernel_checks() -> list[check.DeviceCheck]:
+    """Return the checks of single kernels, and of what runs where there is none."""
     return [
         *lightning_checks.list_checks(),
         *serving_checks.list_checks(),
         *softmax_checks.list_checks(),
         *expert_checks.list_checks(),
-        *model_checks.list_checks(),
-        *timing.list_checks(setting),
     ]
 
 

@@ -16,7 +16,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.monitoring
@@ -107,9 +106,10 @@ def run_fuzz(
     """
     compiled: list[str] = []
 
-    def note_compilation(name: str, _secs: float, **_: Any) -> None:
-        if "/compile/" in name:
-            compiled.append(name)
+    def note_compilation(event: str, duration_secs: float, **metadata: str | int) -> None:
+        del duration_secs, metadata
+        if "/compile/" in event:
+            compiled.append(event)
 
     jax.monitoring.register_event_duration_secs_listener(note_compilation)
     try:

@@ -56,7 +56,7 @@ def check_gradients(dtype: str, setting: check.DeviceSetting) -> check.CheckFind
 
     with check.compute_in_float32(dtype):
         outputs = run(*map(jnp.asarray, inputs), jnp.asarray(d_y))
-    wanted = oracles.run_experts(*inputs, d_y)
+    wanted = oracles.run_experts(*inputs, d_y=d_y)
     of_y, of_gradients = TOLERANCES[dtype]
     errors = []
     for name, got, expected in zip(NAMES, outputs, wanted, strict=True):
@@ -96,7 +96,9 @@ def check_stack(dtype: str, is_int8: bool, setting: check.DeviceSetting) -> chec
         y = run(jnp.asarray(rows), *stacks, *rest, 1, 0)
         own = [jax.tree.map(lambda a: a[1, 0], stack) for stack in stacks]
         y_of_layer = run_one_layer(jnp.asarray(rows), *own, *rest)
-    wanted = oracles.run_experts(rows, *plain, group_sizes, weights, np.zeros_like(d_y)).y
+    gate, up, down = plain
+    no_d_y = np.zeros_like(d_y)
+    wanted = oracles.run_experts(rows, gate, up, down, group_sizes, weights, no_d_y).y
     tolerance = TOLERANCES[dtype][0]
     errors = [
         check.MeasuredError(

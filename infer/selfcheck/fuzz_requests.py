@@ -3,6 +3,7 @@
 import dataclasses
 import random
 import time
+from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
@@ -17,7 +18,7 @@ from m1_jax import tokenizer as tokenizer_lib
 
 CHUNK_TOKENS, MAX_LENGTH = 16, 256
 POISON = 0  # the token whose embedding is NaN; also the padding token
-SHARED_SIZES = {"max_length": MAX_LENGTH, "chunk_tokens": CHUNK_TOKENS}
+SHARED_SIZES: dict[str, Any] = {"max_length": MAX_LENGTH, "chunk_tokens": CHUNK_TOKENS}
 REFERENCE_CONFIG = config_lib.EngineConfig(
     **SHARED_SIZES,
     max_rows=1,

@@ -16,7 +16,7 @@ import jax
 import tqdm
 
 from infer.selfcheck import predictions, programs
-from m1_jax import compiler_options, measured_choices
+from m1_jax import compiler_options, durable, measured_choices
 from m1_jax.plan import aot, chip_specs, time_prediction, topology
 from pallas_kernels.lightning_attention import tiling
 
@@ -76,18 +76,27 @@ def list_device_programs(limit_bytes: float) -> list[programs.TimedProgram]:
     return programs.list_programs(programs.make_sizes(False, limit_bytes), "tpu")
 
 
-def predict_all(generations: list[str]) -> dict[str, Any]:
-    """Return the content of the data file."""
-    by_generation: dict[str, Any] = {}
-    for generation in generations:
-        device = get_device(generation)
-        limit_bytes = aot.probe_hbm_limit_bytes(device)
-        by_generation[generation] = {
-            program.name: predict_program(program, generation, device, limit_bytes)
-            for program in tqdm.tqdm(list_device_programs(limit_bytes), generation)
-        }
+def predict_generation(generation: str) -> dict[str, dict[str, float]]:
+    """Return the predicted seconds of every program, by name and model."""
+    device = get_device(generation)
+    limit_bytes = aot.probe_hbm_limit_bytes(device)
+    return {
+        program.name: predict_program(program, generation, device, limit_bytes)
+        for program in tqdm.tqdm(list_device_programs(limit_bytes), generation)
+    }
+
+
+def update_file(path: pathlib.Path, generations: list[str]) -> None:
+    """Write the figures of some generations. Those of others stay, if versions are the same."""
     versions = {name: measured_choices.package_version(name) for name in ("jax", "libtpu")}
-    return {"versions": versions, "programs": by_generation}
+    for generation in generations:
+        figures = predict_generation(generation)
+        known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        same = known.get("versions") == versions
+        by_generation = {**(known["programs"] if same else {}), generation: figures}
+        ordered = {name: by_generation[name] for name in SLICES if name in by_generation}
+        content = {"versions": versions, "programs": ordered}
+        durable.write_text_atomically(path, json.dumps(content, indent=1) + "\n")
 
 
 def main() -> None:
@@ -101,8 +110,7 @@ def main() -> None:
     generations = arguments.generations.split(",")
     if unknown := sorted(set(generations) - SLICES.keys()):
         parser.error(f"--generations: got {unknown}; wanted some of {', '.join(SLICES)}")
-    content = predict_all(generations)
-    arguments.out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    update_file(arguments.out, generations)
 
 
 if __name__ == "__main__":

@@ -256,7 +256,8 @@ def make_serving_softmax_program(sizes: ProgramSizes, form: str) -> TimedProgram
         return (jnp.zeros_like(q), cache), (q, k, v, batch)
 
     def step(carry, inputs):
-        return softmax.attend_pages(*inputs, carry[1], (0, 0), form)
+        q, k, v, batch = inputs
+        return softmax.attend_pages(q, k, v, batch, carry[1], (0, 0), form)
 
     return _make_program(
         f"serving softmax attention, {sizes.rows} rows of {sizes.cached_tokens} tokens",

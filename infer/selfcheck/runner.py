@@ -105,9 +105,7 @@ class CheckRun:
         ) as error:  # a compiler's error, no memory, a fault of ours: all are findings
             status, reason = check.FAILED, describe_error(error)
             details = {"traceback": _shorten_traceback(traceback.format_exc())}
-        # Programs and arrays of a check must not take the memory of the next one.
-        jax.clear_caches()
-        gc.collect()
+        _free_memory()
         findings = dataclasses.replace(findings, details=findings.details | details)
         return _make_result(device_check, status, reason, findings, time.monotonic() - start)
 
@@ -125,6 +123,12 @@ class CheckRun:
     def _skip_remaining(self, reason: str) -> None:
         for device_check in self._checks[len(self.results) :]:
             self.results.append(_make_result(device_check, check.SKIPPED, reason))
+
+
+def _free_memory() -> None:
+    """Drop programs and arrays of a check: they must not take the memory of the next one."""
+    jax.clear_caches()
+    gc.collect()
 
 
 def _make_result(

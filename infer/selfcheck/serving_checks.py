@@ -74,7 +74,9 @@ class SlotServer:
             slots[first_tile:end_tile], first_tile = sequence.slot, end_tile
             row_ids.append(rows)
         pages = np.zeros((PREFILL_TILES, 1), np.int32)  # lightning attention has none
-        batch = ragged_batch.RaggedBatch(*(jnp.asarray(x) for x in (positions, slots, pages)), TILE)
+        batch = ragged_batch.RaggedBatch(
+            jnp.asarray(positions), jnp.asarray(slots), jnp.asarray(pages), TILE
+        )
         o, self.memory = self._attend(jnp.asarray(qkv), batch, self.memory)
         o = oracles.to_float64(o)
         for (sequence, _), rows in zip(parts, row_ids, strict=True):
