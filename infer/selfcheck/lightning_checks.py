@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,12 +15,12 @@ from pallas_kernels.lightning_attention import chunked, gpu, gpu_tiling, tiling,
 
 # Relative L2, of the worst head, as in the tests of the kernels: (o, state, gradients).
 # float32: sums of another order. bfloat16: rounding o alone is 1.7e-3. The kernels round
-# k lambda^n as well, and in gradients the pairs, dS, what is added to it, and the result.
+# k lambda^n as well, and in gradients the pairs, dS, what is added to it, and the result. XLA's own
+# form computes in float32 and rounds o and the gradient of qkv alone.
 TOLERANCES = {
     "float32": (1e-5, 1e-5, 1e-4),
     "bfloat16": (3e-3, 2.5e-3, 3.4e-3),
 }
-# XLA's own form computes in float32, but it rounds o and the gradient of qkv to qkv's dtype.
 # Sizes on a device: two superblocks, the second one ragged. In small: several blocks all the same.
 DEVICE_SIZES, SMALL_SIZES = (2, 1224, 8, 128), (2, 150, 3, 16)
 SMALL_TPU_BLOCKS = tiling.TpuBlockSizes(32, 64, 1)
@@ -65,30 +65,59 @@ def find_kernel(name: str, setting: check.DeviceSetting) -> Callable[..., Any]:
     )
 
 
-def check_kernel(name: str, dtype: str, setting: check.DeviceSetting) -> check.CheckFindings:
-    """Compare an implementation in a dtype with the oracle."""
-    attend = find_kernel(name, setting)
-    sizes = SMALL_SIZES if setting.is_small else DEVICE_SIZES
-    errors = [
-        *_compare(attend, dtype, sizes, None),
-        *_compare(attend, dtype, sizes, make_segment_ids(*sizes[:2])),
-    ]
-    return check.CheckFindings(errors)
+class LightningCase(NamedTuple):
+    """Inputs of one comparison, and what the oracle makes of them.
+
+    Attributes:
+      arrays: qkv, state, cotangents of o and of the state, segment ids or None.
+      wanted: the oracle's outputs and gradients.
+    """
+
+    arrays: tuple[np.ndarray | None, ...]
+    wanted: oracles.LightningResult
 
 
-def _compare(attend, dtype: str, sizes, segment_ids) -> list[check.MeasuredError]:
+# The forms of one dtype are compared with the same numbers, and the oracle takes seconds.
+@functools.lru_cache(maxsize=4)
+def make_case(dtype: str, sizes: tuple[int, int, int, int], is_packed: bool) -> LightningCase:
+    """Draw inputs of sizes (rows, tokens, heads, width), and run the oracle."""
     batch, length, heads, size = sizes
-    rng, slopes = np.random.default_rng(0), choose_slopes(heads)
+    rng = np.random.default_rng(0)
 
     def draw(*shape):
         return np.asarray(jnp.asarray(rng.standard_normal(shape, np.float32), dtype))
 
     qkv, d_o = (draw(batch, length, heads * n * size) for n in (3, 1))
     state, d_state = (rng.standard_normal((batch, heads, size, size), np.float32) for _ in range(2))
-    if segment_ids is not None:
+    segment_ids = None
+    if is_packed:
+        segment_ids = make_segment_ids(batch, length)
         # What padding holds must reach nothing.
-        qkv, d_o = (np.where(segment_ids[:, :, None] > 0, x, np.nan) for x in (qkv, d_o))
-        qkv, d_o = (np.asarray(jnp.asarray(x, dtype)) for x in (qkv, d_o))
+        qkv, d_o = (
+            np.where(segment_ids[:, :, None] > 0, x.astype(np.float32), np.nan).astype(x.dtype)
+            for x in (qkv, d_o)
+        )
+    slopes = choose_slopes(heads)
+    wanted = oracles.attend_lightning(qkv, slopes, segment_ids, state, d_o, d_state)
+    return LightningCase((qkv, state, d_o, d_state, segment_ids), wanted)
+
+
+def check_kernel(name: str, dtype: str, setting: check.DeviceSetting) -> check.CheckFindings:
+    """Compare an implementation in a dtype with the oracle."""
+    attend = find_kernel(name, setting)
+    batch, *others = SMALL_SIZES if setting.is_small else DEVICE_SIZES
+    errors = []
+    for is_packed in (False, True):
+        # One row alone, then several with documents.
+        sizes = (batch if is_packed else 1, *others)
+        errors += _compare(attend, dtype, sizes, is_packed)
+    return check.CheckFindings(errors)
+
+
+def _compare(attend, dtype: str, sizes: Any, is_packed: bool) -> list[check.MeasuredError]:
+    arrays, wanted = make_case(dtype, sizes, is_packed)
+    heads = sizes[2]
+    slopes = choose_slopes(heads)
 
     @jax.jit
     def run(qkv, state, d_o, d_state, segment_ids):
@@ -99,9 +128,8 @@ def _compare(attend, dtype: str, sizes, segment_ids) -> list[check.MeasuredError
         return *outputs, *pull_back((d_o, d_state))
 
     with check.compute_in_float32(dtype):
-        o, after, d_qkv, d_before = run(qkv, state, d_o, d_state, segment_ids)
-    wanted = oracles.attend_lightning(qkv, slopes, segment_ids, state, d_o, d_state)
-    label = "plain" if segment_ids is None else "packed"
+        o, after, d_qkv, d_before = run(*arrays)
+    label = "packed" if is_packed else "plain"
     of_o, of_state, of_gradients = TOLERANCES[dtype]
     pairs = {
         "o": (oracles.worst_head_error(o, wanted.o, heads), of_o),
