@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import pytest
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
-from infer.selfcheck import check, command, runner
-from m1_jax import experts, quantize, splash_attention
+from infer.execution import transfers
+from infer.selfcheck import check, command, model_checks, runner
+from m1_jax import experts, golden_file, quantize, splash_attention
 from pallas_kernels.lightning_attention import (
     boundaries,
     chunked,
@@ -269,3 +270,43 @@ def test_a_fault_is_found_and_named(name, monkeypatch):
 def test_without_a_fault_the_same_checks_pass(name):
     result = run_check(name)
     assert (result.status, result.reason) == (check.PASSED, "")
+
+
+@pytest.mark.long
+def test_an_engine_that_remembers_another_request_is_found(monkeypatch):
+    """A slot keeps the counts and the bias of the request that had it before."""
+
+    def keep(layout, sampling_state, slot, ids, values):
+        return sampling_state
+
+    monkeypatch.setattr(transfers, "reset_slot", keep)
+    result = run_engine_check()
+    assert result.status == check.FAILED
+    assert "FuzzCase" in result.reason
+
+
+@pytest.mark.long
+def test_the_engine_itself_passes():
+    result = run_engine_check()
+    assert (result.status, result.reason) == (check.PASSED, "")
+    assert result.findings.details["requests_compared"] > 5
+
+
+def run_engine_check():
+    (engine_check,) = [c for c in model_checks.list_checks() if c.part == "engine"]
+    run = runner.CheckRun([engine_check], SETTING, 3000, lambda _: None, lambda *_: None)
+    run.run(lambda: None)
+    return run.results[0]
+
+
+def test_a_golden_number_that_differs_is_named(monkeypatch):
+    read_arrays = golden_file.read_golden_arrays
+
+    def change_one(path):
+        arrays = read_arrays(path)
+        kept = ("input_ids", "aux_loss")  # one pass instead of all comparisons
+        return {key: arrays[key] * (1 if key == "input_ids" else 1.01) for key in kept}
+
+    monkeypatch.setattr(golden_file, "read_golden_arrays", change_one)
+    findings = model_checks.check_golden(SETTING)
+    assert check.describe_failure(findings).startswith("aux_loss: error 2")

@@ -9,10 +9,8 @@ Engines are closed under way, and others take their devices.
 import collections
 import dataclasses
 import functools
-import linecache
 import pathlib
 import random
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -26,7 +24,7 @@ from infer import request, stopping, suspend
 from infer.execution import device as device_lib
 from infer.execution import dispatcher
 from infer.scheduling import plan as plan_lib
-from infer.selfcheck import fuzz_requests
+from infer.selfcheck import fuzz_disturbances, fuzz_requests
 from m1_jax import model as model_lib
 from m1_jax import tokenizer as tokenizer_lib
 
@@ -58,8 +56,6 @@ REQUIRED_COUNTS = (
     "suspend",
     "close",
 )
-_INFER = str(pathlib.Path(engine_lib.__file__).parent)
-_OWN_FOLDER = str(pathlib.Path(__file__).parent)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,59 +147,8 @@ def make_engine(model, tokenizer, config, device: device_lib.Device) -> engine_l
     return engine
 
 
-class InterruptAtLine:
-    """Raises KeyboardInterrupt at the `number`th line of the engine's, as a signal may."""
-
-    def __init__(self, number: int):
-        self._number = number
-
-    def __enter__(self):
-        sys.settrace(self._trace)
-
-    def __exit__(self, *_):
-        sys.settrace(None)
-
-    def _trace(self, frame, event, _):
-        code = frame.f_code
-        # While a program has the device's memory, the engine could but refuse.
-        is_engine = code.co_filename.startswith(_INFER)
-        is_own = code.co_filename.startswith(_OWN_FOLDER)
-        if not is_engine or is_own or code.co_name == "run_program":
-            return None
-        line = linecache.getline(code.co_filename, frame.f_lineno).lstrip()
-        # A signal does not come between a block's end and the release of its lock. A trace does.
-        if event == "line" and not line.startswith("with "):
-            self._number -= 1
-            if not self._number:
-                sys.settrace(None)
-                raise KeyboardInterrupt
-        return self._trace
-
-
-class FuzzCallback:
-    """Hears of one request, and does something at one of its tokens.
-
-    Attributes:
-      number: tokens after which it acts.
-      action: what it does. None: nothing.
-      problems: what it should not have heard.
-      num_ends: ends that it heard of.
-    """
-
-    def __init__(self, number: int, action):
-        self.number, self.action = number, action
-        self.problems: list[str] = []
-        self.num_ends = 0
-        self._num_tokens, self._text = 0, ""
-
-    def __call__(self, caller: request.Request, token, text: str) -> None:
-        self._num_tokens += token is not None
-        self._text += text
-        self.num_ends += caller.finish_reason is not None
-        if self._num_tokens != len(caller.tokens) or self._text != caller.text:
-            self.problems.append(f"request {caller.sequence_id}: heard {self._num_tokens} tokens")
-        if self.action and self._num_tokens == self.number and caller.finish_reason is None:
-            self.action(caller)
+# The case of a request, if it has one, and its callback.
+_OpenRequest = tuple[fuzz_requests.FuzzCase | None, fuzz_disturbances.FuzzCallback | None]
 
 
 class FuzzRun:
@@ -220,14 +165,15 @@ class FuzzRun:
         self._make_successor, self._engine = make_successor, make_successor()
         self._model, self._cases = model, cases
         self._rng, self._counts = rng, counts
-        # The case of each request, and its callback.
         self._open: dict[
-            request.Request, tuple[fuzz_requests.FuzzCase | None, FuzzCallback | None]
+            request.Request,
+            tuple[fuzz_requests.FuzzCase | None, fuzz_disturbances.FuzzCallback | None],
         ] = {}
         self._suspended: list[
             fuzz_requests.FuzzCase | None
         ] = []  # cases of the requests in the file
-        self._file = pathlib.Path(tempfile.mkdtemp()) / "requests.json"
+        self._folder = tempfile.TemporaryDirectory()
+        self._file = pathlib.Path(self._folder.name) / "requests.json"
         self._preempted = 0
         self.problems: list[str] = []
         # Suspending compiles a program of its own: now for weights as they are swapped in.
@@ -285,7 +231,7 @@ class FuzzRun:
     def _interrupt(self) -> None:
         """Interrupt one of the next steps somewhere."""
         try:
-            with InterruptAtLine(self._rng.randrange(1, 2500)):
+            with fuzz_disturbances.InterruptAtLine(self._rng.randrange(1, 2500)):
                 for _ in range(6):
                     self._engine.step()
         except KeyboardInterrupt:
@@ -309,7 +255,7 @@ class FuzzRun:
     def _close(self, *_) -> None:
         self._engine.close()
 
-    def _draw_callback(self) -> FuzzCallback | None:
+    def _draw_callback(self) -> fuzz_disturbances.FuzzCallback | None:
         rng = self._rng
         if rng.random() < 0.4:
             return None
@@ -328,14 +274,14 @@ class FuzzRun:
         actions = {None: 35, raise_error: 5, cancel: 5, submit: 5, self._suspend: 1, self._close: 2}
         (action,) = rng.choices(list(actions), list(actions.values()))
         if action is None:
-            return FuzzCallback(0, None)
+            return fuzz_disturbances.FuzzCallback(0, None)
         name = f"callback_{action.__name__.strip('_').partition('_')[0]}"
 
         def act(caller):
             self._count(name)
             action(caller)
 
-        return FuzzCallback(rng.randint(1, 12), act)
+        return fuzz_disturbances.FuzzCallback(rng.randint(1, 12), act)
 
     def finish(self) -> None:
         """Serve the open requests, and add the engine's own statistics to the counts."""
@@ -348,6 +294,7 @@ class FuzzRun:
         if self._open:
             self.problems.append(f"{len(self._open)} requests never ended")
         self._add_statistics()
+        self._folder.cleanup()
 
     def _add_statistics(self) -> None:
         stats = self._engine.stats()
