@@ -165,13 +165,9 @@ class FuzzRun:
         self._make_successor, self._engine = make_successor, make_successor()
         self._model, self._cases = model, cases
         self._rng, self._counts = rng, counts
-        self._open: dict[
-            request.Request,
-            tuple[fuzz_requests.FuzzCase | None, fuzz_disturbances.FuzzCallback | None],
-        ] = {}
-        self._suspended: list[
-            fuzz_requests.FuzzCase | None
-        ] = []  # cases of the requests in the file
+        self._open: dict[request.Request, _OpenRequest] = {}
+        # Cases of the requests in the file.
+        self._suspended: list[fuzz_requests.FuzzCase | None] = []
         self._folder = tempfile.TemporaryDirectory()
         self._file = pathlib.Path(self._folder.name) / "requests.json"
         self._preempted = 0
