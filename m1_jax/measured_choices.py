@@ -139,10 +139,10 @@ def _current_entries() -> _ChoiceEntries:
 
 def _read_entries_or_none() -> _ChoiceEntries:
     """Return the entries of the file. One that cannot be used is logged and is as none."""
-    path = choices_path()
     try:
+        path = choices_path()
         entries = read_entries(path)
-    except (ChoiceFileError, OSError) as error:
+    except (ChoiceFileError, OSError, RuntimeError) as error:  # the last one: no home directory
         _log.warning("choices of m1-selfcheck: ignored. %s", error)
         return {}
     versions = entry_key("").removeprefix(" | ")
