@@ -242,7 +242,7 @@ FAULTS = {
         join_documents_of_splash, "splash attention, bfloat16", "o, packed"
     ),
 }
-_NUM_SHORT = 11
+_NUM_SHORT = 7
 
 
 @pytest.mark.parametrize(
@@ -260,13 +260,8 @@ def test_a_fault_is_found_and_named(name, monkeypatch):
     assert fault.reason in result.reason
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=pytest.mark.slow if "float32" in name else pytest.mark.long)
-        for name in sorted({fault.check_name for fault in FAULTS.values()})
-    ],
-)
+@pytest.mark.long
+@pytest.mark.parametrize("name", sorted({fault.check_name for fault in FAULTS.values()}))
 def test_without_a_fault_the_same_checks_pass(name):
     result = run_check(name)
     assert (result.status, result.reason) == (check.PASSED, "")

@@ -282,7 +282,7 @@ def test_one_check_by_the_command(tmp_path):
     assert refused.stderr.startswith("error: --only: got 'no such check'; wanted words of a name")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_terminated_command_keeps_its_report(tmp_path):
     path = tmp_path / "report.json"
     command_line = [sys.executable, "-m", "infer.selfcheck", f"--report={path}"]
