@@ -76,27 +76,24 @@ def list_device_programs(limit_bytes: float) -> list[programs.TimedProgram]:
     return programs.list_programs(programs.make_sizes(False, limit_bytes), "tpu")
 
 
-def predict_generation(generation: str) -> dict[str, dict[str, float]]:
-    """Return the predicted seconds of every program, by name and model."""
-    device = get_device(generation)
-    limit_bytes = aot.probe_hbm_limit_bytes(device)
-    return {
-        program.name: predict_program(program, generation, device, limit_bytes)
-        for program in tqdm.tqdm(list_device_programs(limit_bytes), generation)
-    }
-
-
 def update_file(path: pathlib.Path, generations: list[str]) -> None:
-    """Write the figures of some generations. Those of others stay, if versions are the same."""
+    """Write the figures of some generations, program after program.
+
+    Other figures in the file stay, if versions are the same.
+    """
     versions = {name: measured_choices.package_version(name) for name in ("jax", "libtpu")}
+    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    by_generation = known["programs"] if known.get("versions") == versions else {}
     for generation in generations:
-        figures = predict_generation(generation)
-        known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        same = known.get("versions") == versions
-        by_generation = {**(known["programs"] if same else {}), generation: figures}
-        ordered = {name: by_generation[name] for name in SLICES if name in by_generation}
-        content = {"versions": versions, "programs": ordered}
-        durable.write_text_atomically(path, json.dumps(content, indent=1) + "\n")
+        device = get_device(generation)
+        limit_bytes = aot.probe_hbm_limit_bytes(device)
+        figures: dict[str, dict[str, float]] = {}
+        for program in tqdm.tqdm(list_device_programs(limit_bytes), generation):
+            figures[program.name] = predict_program(program, generation, device, limit_bytes)
+            by_generation[generation] = figures
+            ordered = {name: by_generation[name] for name in SLICES if name in by_generation}
+            content = {"versions": versions, "programs": ordered}
+            durable.write_text_atomically(path, json.dumps(content, indent=1) + "\n")
 
 
 def main() -> None:
