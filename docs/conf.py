@@ -18,6 +18,7 @@ extensions = ["myst_parser"]
 source_suffix = {".md": "markdown"}
 root_doc = "index"
 exclude_patterns = ["_build"]
+smartquotes = False  # it makes one dash of the two before a flag
 nitpicky = True  # a reference that leads nowhere is a warning, and `make docs` fails
 
 myst_enable_extensions = ["dollarmath"]
@@ -26,6 +27,5 @@ myst_heading_anchors = 4
 
 html_theme = "furo"
 html_title = "m1_jax"
-# Without mathjax's network fonts, the text of an equation still reads as TeX.
 html_show_sourcelink = True
 pygments_style = "default"
