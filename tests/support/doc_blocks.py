@@ -64,41 +64,50 @@ def page_name(path: pathlib.Path) -> str:
 
 def read_blocks(path: pathlib.Path) -> list[Block]:
     """Return the blocks of a page in their order."""
-    blocks, mark, begin, fence, language, texts = [], "", 0, "", "", []
+    blocks, mark, begin, language, texts = [], "", 0, "", []
+    kind = "outside"
+    for number, kind, line in _classify_lines(path):
+        match kind:
+            case "begin":
+                begin, language, texts = number, line.strip().lstrip("`"), []
+            case "inside":
+                texts.append(line)
+            case "end":
+                blocks.append(Block(page_name(path), begin, language, "\n".join(texts), mark))
+                mark = ""
+            case _:
+                comment = _COMMENT_PATTERN.match(line)
+                mark = comment[1] if comment else ""
+    assert kind in ("outside", "end"), f"{page_name(path)}:{begin}: the block has no end"
+    return blocks
+
+
+def text_outside_of_blocks(path: pathlib.Path) -> Iterator[tuple[int, str]]:
+    """Yield the number and text of each line that is in no block."""
+    for number, kind, line in _classify_lines(path):
+        if kind == "outside":
+            yield number, line
+
+
+def _classify_lines(path: pathlib.Path) -> Iterator[tuple[int, str, str]]:
+    """Yield the number of each line, its kind and itself: outside, begin, inside or end."""
+    fence = ""
     for number, line in enumerate(path.read_text().splitlines(), 1):
         match = _FENCE_PATTERN.match(line)
-        if fence:
-            if match and match[2] == fence and not match[3].strip():
-                blocks.append(Block(page_name(path), begin, language, "\n".join(texts), mark))
-                mark = fence = ""
-            else:
-                texts.append(line)
-        elif match:
-            begin, fence, language, texts = number, match[2], match[3].strip(), []
+        if not fence and match:
+            fence = match[2]
+            yield number, "begin", line
+        elif fence and match and match[2] == fence and not match[3].strip():
+            fence = ""
+            yield number, "end", line
         else:
-            comment = _COMMENT_PATTERN.match(line)
-            mark = comment[1] if comment else ""
-    assert not fence, f"{page_name(path)}:{begin}: the block has no end"
-    return blocks
+            yield number, "inside" if fence else "outside", line
 
 
 def read_first_files(path: pathlib.Path) -> list[str]:
     """Return what the page's first block finds in the working directory."""
     match = re.search(r"<!-- begins with: (.*?) -->", path.read_text())
     return re.split(r",\s*", match[1]) if match else []
-
-
-def text_outside_of_blocks(path: pathlib.Path) -> Iterator[tuple[int, str]]:
-    """Yield the number and text of each line that is in no block."""
-    fence = ""
-    for number, line in enumerate(path.read_text().splitlines(), 1):
-        match = _FENCE_PATTERN.match(line)
-        if fence:
-            fence = "" if match and match[2] == fence else fence
-        elif match:
-            fence = match[2]
-        else:
-            yield number, line
 
 
 def split_lines(text: str) -> list[str]:

@@ -28,11 +28,16 @@ _PREFIXES = ("nohup", "time", "sudo")
 # Programs whose words are not ours to check.
 _FOREIGN_PROGRAMS = (
     "cat cd cmp cp curl df diff docker du echo export git head hf ls mkdir mount nproc rm source "
-    "sort tail tensorboard tmux unset uv wc".split()
+    "sh sort tail tensorboard tmux unset uv wc".split()
 )
 # Words of an address or a name that a user has to fill in.
 _PLACEHOLDERS = ("FILE", "DIR", "RUN", "NEW")
 _PLAN_FLAGS = ("topology", "config", "mesh", "serving_mesh", "seq", "batch", "slices", "accumulate")
+# Steps of the recipes at which a tiny run has a checkpoint or an evaluation.
+_TINY_STEPS = {
+    "--from_step=50": "--from_step=2",
+    "--set=evaluation.every_steps=50": "--set=evaluation.every_steps=2",
+}
 # gcloud's flags by command, from the vendor's reference as of 2026-11-25.
 _GCLOUD_FLAGS = {
     "compute tpus queued-resources create": (
@@ -112,7 +117,7 @@ def _check_words(words: list[str]) -> None:
     own = own_command(words)
     if own is not None:
         check_own_command(*own)
-    elif words[0] in ("pip", "python") and "pip" in words[:3]:
+    elif words[0] in ("pip", "python", "uv") and "pip" in words[:3]:
         _check_extras(words)
     elif words[0] == "python" or words[0].endswith("/python"):
         _check_python(words[1:])
@@ -303,6 +308,7 @@ def shrink_arguments(name: str, arguments: Sequence[str]) -> list[str]:
         kept = [word for word in arguments if word.partition("=")[0][2:] not in _PLAN_FLAGS]
         return [*kept, "--topology=v5p:2x2x1", "--config=tiny", "--seq=64", "--batch=4"]
     if name in ("m1-pretrain", "m1-sft", "m1-rl"):
+        arguments = [_TINY_STEPS.get(word, word) for word in arguments]
         return [*arguments, *_shrink_run(arguments)]
     return arguments
 
