@@ -26,10 +26,12 @@ REPO = pathlib.Path(__file__).resolve().parents[1]
 PATH = REPO / "docs" / "commands.md"
 HEADER = """# Commands
 
-Written by `python docs/make_commands.py` from the commands themselves. Edit the words there, not here.
+Written by `python docs/make_commands.py` from the commands themselves. Edit the words there, not
+here.
 
-Each command is installed as a script, and runs as a module from the repository's root, too. Flags are
-written `--name=value`. A flag in brackets, `--[no]name`, is a switch. `--help` prints the same list.
+Each command is installed as a script, and runs as a module from the repository's root, too. Flags
+are written `--name=value`. A flag with `[no]` in its name is a switch. `--help` prints the same
+list.
 """
 _WIDTH = 105
 # What stands for a value, by the type of a flag.
@@ -161,11 +163,12 @@ def _render_slime_flags() -> str:
     slime_flags = importlib.import_module("train.rl.slime_flags")
     names = ", ".join(f"`--{name}`" for name in slime_flags._FLAG_TYPES)
     text = (
-        "m1-rl also takes these flags of slime, as `--name VALUE`, `--name=VALUE` or a switch. They "
-        "change the config, and the command prints what they mean before the run. "
+        "m1-rl also takes these flags of slime, as `--name VALUE`, `--name=VALUE` or a switch. "
+        "They change the config, and the command prints what they mean before the run. "
         "`train/rl/slime_flags.py` translates them."
     )
-    return "\n".join(["## slime's flags of m1-rl", "", _wrap_text(text, ""), "", _wrap_text(names, ""), ""])
+    paragraphs = [_wrap_text(text, ""), "", _wrap_text(names, ""), ""]
+    return "\n".join(["## slime's flags of m1-rl", "", *paragraphs])
 
 
 def _wrap_text(text: str, indent: str) -> str:

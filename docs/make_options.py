@@ -24,8 +24,8 @@ HEADER = """# Request options
 Written by `python docs/make_options.py` from `infer/options.py`. Edit the words there, not here.
 
 An option is a field of a line of `m1-batch`, and of `infer.options.Options`. "flag" says that
-`m1-generate` has it as a flag of the same name, too. A value out of range is refused with the option's
-name. Nothing is clipped, rounded or ignored silently.
+`m1-generate` has it as a flag of the same name, too. A value out of range is refused with the
+option's name. Nothing is clipped, rounded or ignored silently.
 """
 
 
@@ -75,14 +75,14 @@ def _render_lines() -> str:
             f"- The request: {names}. A line has `prompt` or `messages`.",
             "- Beside it: `id`, which the output repeats, and `preset`.",
             "",
-            "A line of OpenAI's batch API has `custom_id`, `method`, `url` and `body`. In the body:",
+            "A line of OpenAI's batch API has `custom_id`, `method`, `url` and `body`. In a body:",
             "",
             "- All options above.",
             f"- Read under another name: {renamed}.",
             f"- Of one value alone: {fixed}.",
             f"- Without an effect: {ignored}.",
-            "- `response_format` of the types `text`, `json_object` and `json_schema`. The constraint",
-            "  holds after thinking.",
+            "- `response_format` of the types `text`, `json_object` and `json_schema`. The",
+            "  constraint holds after thinking.",
             "- `logprobs` with `m1-batch --tokens`.",
             "",
             "Any other field is refused by its name.",

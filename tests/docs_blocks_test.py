@@ -12,6 +12,7 @@ import sys
 
 import doc_blocks
 import doc_commands
+import jax
 import pytest
 
 from m1_jax import convert, testing
@@ -23,6 +24,8 @@ _RUN_PAGES = [
 # Pages that take longer than some seconds: they train, or compile for a TPU.
 _SLOW_PAGES = ("README.md",)
 _LONG_PAGES: tuple[str, ...] = ()
+# Pages about meshes see the eight devices of the tests. Readers of all others have one.
+_MESH_PAGES = ("docs/sharding.md",)
 # The first word of what is a command, where it stands at the beginning of an indented line.
 _COMMAND_PATTERN = re.compile(r"^ {4,}(python3? |pip |m1-\w+ |make \w|gcloud |git |hf )")
 # Numbers of Python blocks that would make a test large.
@@ -97,6 +100,11 @@ def test_page_runs(name, first_files, tmp_path, monkeypatch):
     for file in doc_blocks.read_first_files(_PAGES[name]):
         (tmp_path / file).symlink_to(first_files / file)
     monkeypatch.chdir(tmp_path)
+    if name not in _MESH_PAGES:
+        devices = jax.devices()[:1]
+        for function, value in {"devices": devices, "device_count": 1}.items():
+            monkeypatch.setattr(jax, function, lambda *_, value=value: value)
+            monkeypatch.setattr(jax, f"local_{function}", lambda *_, value=value: value)
     run_blocks(doc_blocks.read_blocks(_PAGES[name]), tmp_path)
 
 

@@ -26,9 +26,11 @@ from train import config as train_config
 _ASSIGNMENT_PATTERN = re.compile(r"^[A-Z][A-Z0-9_]*=")
 _PREFIXES = ("nohup", "time", "sudo")
 # Programs whose words are not ours to check.
-_FOREIGN_PROGRAMS = (
-    "cat cd cmp cp curl df diff docker du echo export git head hf ls mkdir mount nproc rm source "
-    "sh sort tail tensorboard tmux unset uv wc".split()
+_FOREIGN_PROGRAMS = frozenset(
+    """
+    cat cd cmp cp curl df diff docker du echo export git head hf ls mkdir mount nproc rm source sh
+    sort tail tensorboard tmux unset uv wc
+    """.split()
 )
 # Words of an address or a name that a user has to fill in.
 _PLACEHOLDERS = ("FILE", "DIR", "RUN", "NEW")
@@ -127,7 +129,7 @@ def _check_words(words: list[str]) -> None:
         _check_files(words[1:])
     elif words[0] == "gcloud":
         _check_gcloud(words[1:])
-    elif words[0] not in (*_FOREIGN_PROGRAMS, ".ci/run"):
+    elif words[0] not in _FOREIGN_PROGRAMS | {".ci/run"}:
         raise CommandError(f"got the program {words[0]!r}, which is none that this test knows")
 
 
