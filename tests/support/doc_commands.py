@@ -27,10 +27,36 @@ _ASSIGNMENT_PATTERN = re.compile(r"^[A-Z][A-Z0-9_]*=")
 _PREFIXES = ("nohup", "time", "sudo")
 # Programs whose words are not ours to check.
 _FOREIGN_PROGRAMS = frozenset(
-    """
-    cat cd cmp cp curl df diff docker du echo export git head hf ls mkdir mount nproc rm source sh
-    sort tail tensorboard tmux unset uv wc
-    """.split()
+    (
+        "cat",
+        "cd",
+        "cmp",
+        "cp",
+        "curl",
+        "df",
+        "diff",
+        "docker",
+        "du",
+        "echo",
+        "export",
+        "git",
+        "head",
+        "hf",
+        "ls",
+        "mkdir",
+        "mount",
+        "nproc",
+        "rm",
+        "source",
+        "sh",
+        "sort",
+        "tail",
+        "tensorboard",
+        "tmux",
+        "unset",
+        "uv",
+        "wc",
+    )
 )
 # Words of an address or a name that a user has to fill in.
 _PLACEHOLDERS = ("FILE", "DIR", "RUN", "NEW")
