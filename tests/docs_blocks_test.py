@@ -21,9 +21,17 @@ _PAGES = {doc_blocks.page_name(path): path for path in doc_blocks.list_pages()}
 _RUN_PAGES = [
     name for name, path in _PAGES.items() if any(b.is_run for b in doc_blocks.read_blocks(path))
 ]
-# Pages that take longer than some seconds: they train, or compile for a TPU.
-_SLOW_PAGES = ("README.md",)
-_LONG_PAGES: tuple[str, ...] = ()
+# README runs in every landing. Other pages that train or compile for a TPU take their turns.
+_SLOW_PAGES = ("README.md", "docs/checkpoints.md", "docs/generate.md")
+_LONG_PAGES = (
+    "configs/README.md",
+    "docs/evaluate.md",
+    "docs/plan.md",
+    "docs/pretrain.md",
+    "docs/rl.md",
+    "docs/sft.md",
+    "docs/training.md",
+)
 # Pages about meshes see the eight devices of the tests. Readers of all others have one.
 _MESH_PAGES = ("docs/sharding.md",)
 # The first word of what is a command, where it stands at the beginning of an indented line.
