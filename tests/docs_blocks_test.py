@@ -187,7 +187,7 @@ def test_lines_and_commands_of_a_block():
     [
         ("m1-convert --to=orbax --src=a --dest=b", "dest"),
         ("python -m m1_jax.convert --to=zip --src=a --dst=b", "zip"),
-        ("python -m m1_jax.convert --to=hf --src=a --dst=b c", "'c'"),
+        ("python -m m1_jax.convert --to=hf --src=a --dst=b c", "c"),
         ("m1-chat --checkpoint=a", "no such script"),
         ("m1-sft --config=configs/absent.py --workdir=a", "no such file"),
         ("m1-sft --config=configs/tiny_sft.py --set=stages.0.row=1 --workdir=a", "row"),
