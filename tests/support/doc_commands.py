@@ -190,8 +190,8 @@ def _parse_arguments(command, arguments: Sequence[str]) -> flags.FlagValues:
 
 
 def _check_values(name: str, values: flags.FlagValues) -> None:
-    def value(flag: str):
-        return values[flag].value if flag in values else None
+    def value(flag: str) -> str:
+        return (values[flag].value or "") if flag in values else ""
 
     for flag in ("mesh", "serving_mesh"):
         if value(flag):
@@ -205,7 +205,7 @@ def _check_values(name: str, values: flags.FlagValues) -> None:
     path = REPO / config.partition(":")[0]
     if not path.is_file():
         raise CommandError(f"{name} --config={config}: there is no such file")
-    configlib.load_config(str(REPO / config), value("set") or ())
+    configlib.load_config(str(REPO / config), values["set"].value)
 
 
 def _check_extras(words: Sequence[str]) -> None:
