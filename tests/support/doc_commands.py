@@ -19,7 +19,9 @@ import jax
 from absl import flags, logging
 from doc_blocks import REPO, split_commands
 
+from infer import batch_input, command, generate
 from m1_jax import command_mesh, configlib
+from m1_jax.plan import config as plan_config
 from m1_jax.plan import topology
 from train import config as train_config
 
@@ -65,6 +67,12 @@ _PLAN_FLAGS = ("topology", "config", "mesh", "serving_mesh", "seq", "batch", "sl
 _TINY_STEPS = {
     "--from_step=50": "--from_step=2",
     "--set=evaluation.every_steps=50": "--set=evaluation.every_steps=2",
+}
+# Commands whose flags are the fields of a dataclass.
+_CONFIG_CLASSES = {
+    "m1-batch": batch_input.BatchConfig,
+    "m1-generate": generate.GenerateConfig,
+    "m1-plan": plan_config.PlanConfig,
 }
 # gcloud's flags by command, from the vendor's reference as of 2026-11-25.
 _GCLOUD_FLAGS = {
@@ -199,6 +207,8 @@ def _check_values(name: str, values: flags.FlagValues) -> None:
     if value("topology"):
         count, times, slice_name = value("topology").rpartition(" x ")
         topology.parse_slice(slice_name, int(count) if times else 1)
+    if name in _CONFIG_CLASSES:
+        command.config_from_flags(_CONFIG_CLASSES[name])  # it checks itself
     config = value("config")
     if name == "m1-plan" or not config or config in _PLACEHOLDERS:
         return
