@@ -118,8 +118,7 @@ def test_generators_that_follow_the_process_make_the_same_tasks(tmp_path):
 
 
 @needs_generators
-# Half a minute of each part goes to imports of the generators, in seven processes. Even tenths have
-# mutations of kernels.
+# Some seven processes import the generators for each part. Even tenths have mutations of kernels.
 @pytest.mark.parametrize(
     "fifth", [pytest.param(n, marks=pytest.mark.long(tenths=[2 * n + 1])) for n in range(5)]
 )
