@@ -110,9 +110,10 @@ def test_page_runs(name, first_files, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     if name not in _MESH_PAGES:
         devices = jax.devices()[:1]
-        for function, value in {"devices": devices, "device_count": 1}.items():
-            monkeypatch.setattr(jax, function, lambda *_, value=value: value)
-            monkeypatch.setattr(jax, f"local_{function}", lambda *_, value=value: value)
+        for function in ("devices", "local_devices"):
+            monkeypatch.setattr(jax, function, lambda *_, **__: devices)
+        for function in ("device_count", "local_device_count"):
+            monkeypatch.setattr(jax, function, lambda *_, **__: 1)
     run_blocks(doc_blocks.read_blocks(_PAGES[name]), tmp_path)
 
 
