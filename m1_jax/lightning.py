@@ -56,7 +56,7 @@ def attend_on_target(
     *,
     implementation: str | None = None,
     **kwargs: Any,
-) -> Any:
+) -> tuple[Float[Array, "B T NH"], Float[Array, "B N H H"]]:
     """Run `api.lightning_attention` for the devices that the program is traced for.
 
     None is what m1-selfcheck measured there (`measured_choices.py`), if it has run. Else, on a

@@ -104,9 +104,9 @@ def find_programs(chip, words):
 @pytest.mark.parametrize(
     ("chip", "words"),
     [
-        pytest.param("v5p", "serving softmax attention", marks=pytest.mark.slow),
+        pytest.param("v6e", "serving softmax attention", marks=pytest.mark.slow),
         pytest.param("v5e", "lightning attention", marks=pytest.mark.long),
-        pytest.param("v6e", "softmax attention", marks=pytest.mark.long),
+        pytest.param("v6e", "softmax attention, 4096", marks=pytest.mark.long),
         pytest.param("v5e", "training", marks=pytest.mark.long),
         pytest.param("v6e", "decoding", marks=pytest.mark.long),
     ],

@@ -245,9 +245,10 @@ def test_a_device_without_predictions_says_so():
     assert prediction.note.startswith("none of this program for v5e (jax")
 
 
-def test_every_program_is_predicted_for_every_generation():
+def test_every_program_is_predicted():
     data = predictions.read_predictions()["programs"]
-    assert list(data) == ["v5e", "v5p", "v6e", "tpu7x"]
+    # Those that are lent chip by chip. Figures of others are shipped in full, or not at all.
+    assert {"v5e", "v6e"} <= data.keys()
     hbm_bytes = {"v5e": 16.9e9, "v5p": 102e9, "v6e": 33.5e9, "tpu7x": 101e9}
     for generation, figures in data.items():
         sizes = programs.make_sizes(False, hbm_bytes[generation])

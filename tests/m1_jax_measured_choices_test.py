@@ -7,12 +7,14 @@ import types
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from m1_jax import ModelConfig, lightning, measured_choices, multihost, sharding
 from m1_jax import params as params_lib
 from m1_jax.plan import topology
 from m1_jax.serving import implementations
+from pallas_kernels.lightning_attention import api
 
 KIND = "TPU v5 lite"
 TARGET = sharding.TargetDevice("tpu", KIND)
@@ -223,3 +225,32 @@ def test_a_gpu_has_its_kernels_where_they_were_measured(monkeypatch):
     assert resolve(CONFIG, jnp.bfloat16) == "gpu"
     narrow = dataclasses.replace(CONFIG, head_dim=32)  # which they do not take
     assert resolve(narrow, jnp.bfloat16) == "chunked"
+
+
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
+def test_without_a_mesh_the_gpu_kernels_run_where_lowered_for_one(monkeypatch):
+    """A process with a GPU may compute on its CPU, too."""
+    gpu_kind = "NVIDIA H100 80GB HBM3"
+    qkv = jax.random.normal(jax.random.key(0), (1, 96, 2 * 3 * 64))
+    slopes = jnp.asarray([0.5, 0.01], jnp.float32)
+    segment_ids = jnp.ones((1, 96), jnp.int32)
+    wanted = api.lightning_attention(qkv, slopes, segment_ids=segment_ids, implementation="chunked")
+    device = types.SimpleNamespace(platform="gpu", device_kind=gpu_kind)
+    write_choices({"lightning": "gpu"}, measured_choices.entry_key(gpu_kind))
+
+    @jax.jit
+    def attend(qkv, slopes, segment_ids):
+        with monkeypatch.context() as patch:
+            patch.setattr(jax, "local_devices", lambda: [device])
+            return lightning.attend_on_target(qkv, slopes, segment_ids=segment_ids)
+
+    # Newer JAX wants to be told which GPU.
+    abstract_device = jax.sharding.AbstractDevice(gpu_kind, None, "gpu")
+    mesh = jax.sharding.AbstractMesh((), (), abstract_device=abstract_device)
+    with jax.sharding.use_abstract_mesh(mesh):
+        traced = attend.trace(qkv, slopes, segment_ids)
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert "lightning_gpu_fwd" in text
+    jax.clear_caches()
+    for got, expected in zip(attend(qkv, slopes, segment_ids), wanted, strict=True):
+        np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
