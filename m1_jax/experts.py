@@ -4,7 +4,6 @@ M rows of size D are sorted by expert. An expert has F hidden units.
 """
 
 import functools
-from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -18,10 +17,11 @@ from m1_jax import layer_stack, quantize, sharding
 # size is compiled, so there are few sizes.
 ROW_TILES, FEW_ROWS_TILES = (256, 32), (16, 4)
 # The batch-invariant tile. Inside of `with matmul_tile(rows)`, every CPU matmul has that many rows.
-# A row's numbers then do not depend on how many other rows its expert has. Tiles of other sizes are
-# mixed in (`_MIXED_TILES`), which is faster, where `products_have_equal_bits`.
+# A row's numbers then do not depend on how many other rows its expert has. Tiles of twice and half
+# as many rows are mixed in, which is faster, for widths that are powers of two alone: a row has the
+# same bits in products of 4, 8 and 16 rows there. For others it may not: of 832 inputs XLA:CPU sums
+# 16 rows in another order than 8, and of 960 8 rows in another than 4 (tests/m1_jax_tiles_test.py).
 matmul_tile = jax.make_user_context(0)
-_MIXED_TILES = {8: (16, 4), 32: (32, 8)}
 # Names of the outputs of `gate` and `up`, for rematerialisation. Each is M rows of F numbers.
 GATE_NAME, UP_NAME = layer_stack.EXPERT_PRODUCT_NAMES
 
@@ -362,15 +362,6 @@ def _write_rows(x, rows, start):
     return jax.lax.dynamic_update_slice_in_dim(x, rows, start, 0)
 
 
-def products_have_equal_bits(widths: Iterable[int]) -> bool:
-    """Return whether a row has the same bits in CPU products of 4, 8, 16 and 32 rows.
-
-    It has for widths (inputs of the matrices) that are powers of two. XLA:CPU sums 832 inputs of 16
-    rows in another order than of 8, and 960 of 8 than of 4 (tests/m1_jax_tiles_test.py).
-    """
-    return all(width & (width - 1) == 0 for width in widths)
-
-
 def _choose_tiles(num_rows: int, *widths: int) -> tuple[int, ...]:
     """Return the numbers of rows of a matmul, largest first.
 
@@ -378,7 +369,8 @@ def _choose_tiles(num_rows: int, *widths: int) -> tuple[int, ...]:
       widths: inputs of the experts' matrices.
     """
     if size := matmul_tile.value:
-        return _MIXED_TILES.get(size, (size,)) if products_have_equal_bits(widths) else (size,)
+        is_mixed = size == 8 and all(width & (width - 1) == 0 for width in widths)
+        return (2 * size, size // 2) if is_mixed else (size,)
     if num_rows >= ROW_TILES[0]:
         return ROW_TILES
     return FEW_ROWS_TILES if num_rows >= FEW_ROWS_TILES[0] else (num_rows,)

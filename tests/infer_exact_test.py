@@ -22,7 +22,6 @@ from infer import config as config_lib
 from infer import engine as engine_lib
 from infer import options as options_lib
 from infer import request
-from infer.execution import programs
 from m1_jax import config as model_config_lib
 from m1_jax import model as model_lib
 
@@ -315,32 +314,3 @@ def test_other_shapes_are_refused(engine):
             engine.swap_weights(model)
     assert engine.version == version
     assert bits(engine.generate([PROMPT], ONE)[0]) == want
-
-
-@pytest.mark.slow
-def test_larger_tiles_of_prefill_change_no_bit():
-    """Sizes that are powers of two: prefill multiplies 32 rows at a time, and decoding 8."""
-    tiny = model_config_lib.ModelConfig.tiny()
-    kinds = (model_config_lib.LIGHTNING, model_config_lib.SOFTMAX)
-    config = dataclasses.replace(tiny, layer_types=kinds, intermediate_size=128)
-    model = model_lib.MiniMaxM1(config, nnx.Rngs(0), dtype=jnp.float32)
-    model.head.kernel[...] = model.head.kernel[...] * 15
-    tiles = programs.EngineTiles.of_config(CONFIG.for_platform("cpu"))
-    assert tiles.of_cpu_prefill(model).matmul_tile == 32
-    assert tiles.of_cpu_prefill(make_model()).matmul_tile == 8  # 96 hidden units
-    inexact = dataclasses.replace(tiles, matmul_tile=0)
-    assert inexact.of_cpu_prefill(model) == inexact
-
-    # Without a cache, so that a prefill computes what decoding computed before.
-    no_cache = dataclasses.replace(CONFIG, max_rows=8, num_snapshots=0, host_bytes=0)
-    engine = engine_lib.Engine(model, load_tokenizer(), no_cache)
-    greedy = options_lib.Options(temperature=0, max_tokens=40, ignore_eos=True)
-    (want,) = engine.generate([PROMPT], greedy)
-    tokens = [token.id for token in want.tokens]
-    for length in (1, 9, 26, 39):
-        options = dataclasses.replace(greedy, max_tokens=40 - length)
-        requests = [engine.submit(*request) for request in random_requests(5, seed=length)]
-        continued = engine.submit((*PROMPT, *tokens[:length]), options)
-        engine.run()
-        assert all(len(request.tokens) for request in requests)
-        assert bits(continued.output()) == bits(want)[length:]

@@ -68,7 +68,7 @@ class Device:
         self._programs: dict[
             tuple[ProgramName, int], compiled_program.CompiledProgram
         ] = {}  # by name and size
-        self._specs = self._declare_steps(config, model)
+        self._specs = self._declare_steps(config)
         self._specs |= self._declare_transfers(config, model.config.vocab_size)
         self._compile_programs()
         self.num_programs = len(self._programs)
@@ -175,12 +175,10 @@ class Device:
         """Do nothing, likewise."""
 
     def _declare_steps(
-        self, config: config_lib.EngineConfig, model: model_lib.MiniMaxM1
+        self, config: config_lib.EngineConfig
     ) -> dict[ProgramName, program_spec.ProgramSpec]:
         """Return the programs that run the model."""
-        tiles = prefill_tiles = programs.EngineTiles.of_config(config)
-        if jax.default_backend() == "cpu":
-            prefill_tiles = tiles.of_cpu_prefill(model)
+        tiles = programs.EngineTiles.of_config(config)
         structure = self._model_structure
 
         def decode(weights, state, sampling, batch, steps):
@@ -191,7 +189,7 @@ class Device:
 
         def prefill(weights, state, sampling, batch, prompts):
             model = jax.tree.unflatten(structure, weights)
-            return programs.prefill_prompts(model, state, sampling, batch, prompts, prefill_tiles)
+            return programs.prefill_prompts(model, state, sampling, batch, prompts, tiles)
 
         def verify(weights, state, sampling, batch, guesses):
             model = jax.tree.unflatten(structure, weights)

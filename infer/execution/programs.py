@@ -21,13 +21,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jaxtyping import Array, Int
 
 from infer import config as config_lib
 from infer import options as options_lib
 from infer.execution import partitions, sampling, slot_sampling
-from m1_jax import collectives, experts, sharding
+from m1_jax import collectives, sharding
 from m1_jax import config as model_config_lib
 from m1_jax import model as model_lib
 from m1_jax.serving import forward, ragged_batch
@@ -78,27 +77,6 @@ class EngineTiles:
         """Return the tiles of a config that `EngineConfig.for_platform` returned."""
         assert config.matmul_tile is not None
         return cls(config.attention_tile, config.matmul_tile)
-
-    def of_cpu_prefill(self, model: model_lib.MiniMaxM1) -> "EngineTiles":
-        """Return the tiles of a CPU's prefill programs: larger ones, where no bit depends on it.
-
-        XLA's products of 8 rows are slow on some CPUs, and a prefill has rows enough for 32.
-        """
-        if self.matmul_tile != 8 or not experts.products_have_equal_bits(_product_widths(model)):
-            return self
-        return dataclasses.replace(self, matmul_tile=32)
-
-
-def _product_widths(model: model_lib.MiniMaxM1) -> set[int]:
-    """Return the inputs of all matrices that rows are multiplied with, adapters' included."""
-    modules = (model.layers, model.head)
-    params = jax.tree.leaves(modules, is_leaf=lambda node: isinstance(node, nnx.Param))
-    return {
-        param.get_value().shape[-2]
-        for param in params
-        # Stacking gives a norm's vector a second axis, which does not make it a matrix.
-        if sum(name != "layers" for name in param.get_metadata()["logical_axes"]) > 1
-    }
 
 
 def decode_tokens(
