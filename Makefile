@@ -1,4 +1,4 @@
-# make venv | demo | demo-clean | test | test-fast | test-long | test-all | lint
+# make venv | demo | demo-clean | test | test-fast | test-long | test-all | lint | docs
 # PYTHON=... uses an environment of your own; TENTH=0 to 9 takes a tenth of the long tests.
 VENV ?= .venv
 PYTHON ?= $(VENV)/bin/python
@@ -16,7 +16,7 @@ DEMO_READY :=
 TEST_READY :=
 endif
 
-.PHONY: venv demo demo-clean test test-fast test-long test-all lint
+.PHONY: venv demo demo-clean test test-fast test-long test-all lint docs
 venv: $(TEST_READY)
 
 $(VENV)/.m1-jax-runs: pyproject.toml
@@ -26,7 +26,7 @@ $(VENV)/.m1-jax-runs: pyproject.toml
 
 $(VENV)/.m1-jax-tests: $(VENV)/.m1-jax-runs
 	[ "$$(uname -sm)" != "Linux x86_64" ] || $(VENV)/bin/python -m pip install --quiet $(TORCH) $(LIBTPU)
-	$(VENV)/bin/python -m pip install --quiet -e '.[test,rl,parity,dev]'
+	$(VENV)/bin/python -m pip install --quiet -e '.[test,rl,parity,dev,docs]'
 	touch $@
 
 demo: $(DEMO_READY)
@@ -45,8 +45,12 @@ test-long: $(TEST_READY)
 	$(PYTHON) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m long $(if $(TENTH),--tenth=$(TENTH)) $(PYTEST_ARGS)
 
 test-all: $(TEST_READY)
-	$(PYTHON) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
+	$(PYTHON) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(if $(TENTH),--tenth=$(TENTH)) $(PYTEST_ARGS)
 
 lint: $(TEST_READY)
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m pyright --pythonpath "$$($(PYTHON) -c 'import sys; print(sys.executable)')"
+
+docs: $(TEST_READY)
+	$(PYTHON) -m sphinx -W --keep-going -n -q -b html docs docs/_build/html
+	@echo "open docs/_build/html/index.html"

@@ -1,15 +1,13 @@
 """The common part of comparisons with transformers: two equal models, a quiet machine, fair clocks.
 
-Both sides run in one process. It starts itself again with a malloc that keeps freed memory: on a
-virtual machine the page faults of fresh memory cost as much as a quarter of the work, and the two
-sides do not have equally many. A call is repeated if other processes, or the hypervisor, took CPU
-time during it. torch's threads spin at barriers, so a busy neighbour slows torch tenfold where it
-slows JAX a little.
+Both sides run in one process. It starts itself again with a malloc that keeps freed memory
+(`kept_memory.py`). A call is repeated if other processes, or the hypervisor, took CPU time during
+it. torch's threads spin at barriers, so a busy neighbour slows torch tenfold where it slows JAX a
+little.
 """
 
 import os
 import platform
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -17,17 +15,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import kept_memory
 import torch
 import transformers
 
 import m1_jax
-
-_KEEP_MEMORY = {
-    "GLIBC_TUNABLES": "glibc.malloc.mmap_threshold=8589934592:"
-    "glibc.malloc.trim_threshold=17179869184",
-    # Compute in the main thread: only the main thread's arena can keep blocks this large.
-    "JAX_CPU_ENABLE_ASYNC_DISPATCH": "false",
-}
 
 _ALPHA = 3.5565588200778455  # The release's; transformers would default to 1.
 _MODEL = {
@@ -51,8 +43,7 @@ MODELS = {"full": _MODEL | _FULL, "tiny": _MODEL | _TINY}  # 120M parameters, or
 
 def start() -> None:
     """Start the process again with the right malloc, if need be, and set both sides up."""
-    if "GLIBC_TUNABLES" not in os.environ:
-        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | _KEEP_MEMORY)
+    kept_memory.start_again()
     jax.config.update("jax_platforms", "cpu")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

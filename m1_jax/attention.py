@@ -7,7 +7,15 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from m1_jax import collectives, layer_stack, layers, ring_attention, sharding, splash_attention
+from m1_jax import (
+    collectives,
+    layer_stack,
+    layers,
+    measured_choices,
+    ring_attention,
+    sharding,
+    splash_attention,
+)
 from m1_jax import config as config_lib
 from m1_jax import state as state_lib
 
@@ -145,6 +153,9 @@ def attend_whole_rows(
             "MAX_GATHER_BYTES, and heads that the context axis can share; or xla"
         )
     target = sharding.target_device()
+    # Where m1-selfcheck measured that XLA is to run, that is what None stands for.
+    if implementation is None and measured_choices.find_choice("softmax", target) == "xla":
+        implementation = "xla"
     if implementation == "splash" or (implementation is None and fits and _is_tpu(target)):
         return splash_attention.attend_local_rows(q, k, v, segment_ids)
     if implementation == "xla" or not fits or target is not None:

@@ -13,7 +13,7 @@ MESH_HELP = (
 )
 LIGHTNING_HELP = (
     "Implementation of lightning attention: chunked (XLA), tpu or gpu (Pallas kernels). Default: "
-    "tpu on TPUs from v5 on, else chunked."
+    "what m1-selfcheck measured, else tpu on TPUs from v5 on and chunked elsewhere."
 )
 DTYPE_HELP = "Dtype: float32 or bfloat16. Default: float32 on CPU, bfloat16 elsewhere."
 

@@ -85,12 +85,14 @@ class ModelConfig:
       expert_capacity: the most rows that a device takes for its experts, as a multiple of a
         balanced router's share, more than 0. None drops no token.
       lightning_implementation: one of `LIGHTNING_IMPLEMENTATIONS`, which then runs or raises.
-        "chunked" is plain XLA. None takes the Pallas kernels, "tpu", where a program is for a TPU
-        from v5 on and the shapes fit, and "chunked" elsewhere, as on CPU and GPU.
+        "chunked" is plain XLA. None takes what m1-selfcheck found right and fastest on the device.
+        Where it has not run, it takes the Pallas kernels, "tpu", where a program is for a TPU from
+        v5 on and the shapes fit, and "chunked" elsewhere, as on CPU and GPU.
       softmax_implementation: how softmax attention runs over whole rows, one of
         `SOFTMAX_IMPLEMENTATIONS`. "xla" is plain XLA. "splash" takes jax's splash attention, which
-        runs on TPU alone. None takes it where a program is for a TPU and the shapes fit, and "xla"
-        elsewhere, as on CPU. Prompts, decoding and the engine do not read it.
+        runs on TPU alone. None takes it where a program is for a TPU, the shapes fit and
+        m1-selfcheck did not find it wanting, and "xla" elsewhere, as on CPU. Prompts, decoding and
+        the engine do not read it.
 
     Raises:
       ConfigError: a value that is out of range or contradicts another one.

@@ -17,7 +17,7 @@ from typing import NoReturn, TypeVar
 
 import jax
 
-from m1_jax import multihost, process_watch
+from m1_jax import measured_choices, multihost, process_watch
 
 Result = TypeVar("Result")
 
@@ -47,6 +47,8 @@ def join_processes(is_distributed: bool) -> Iterator[None]:
         return
     initialize_distributed()
     with process_watch.watch_processes():
+        # All processes compile the same programs, whatever lies in their own caches.
+        measured_choices.share_choices()
         yield
 
 

@@ -12,9 +12,9 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from m1_jax import collectives, context_parallel, layers, sharding
+from m1_jax import collectives, context_parallel, layers, measured_choices, sharding
 from m1_jax import config as config_lib
-from pallas_kernels.lightning_attention import api, tiling
+from pallas_kernels.lightning_attention import api, gpu, tiling
 
 NORM_EPS = 1e-6  # the release builds this norm, unlike others, with its constructor's default
 
@@ -50,17 +50,55 @@ def decay_slopes_by_group(config: config_lib.ModelConfig) -> list[Float[Array, "
     return jnp.split(slopes, group_ends[:-1], axis=1)
 
 
-def attend_on_target(qkv: Float[Array, "B T N3H"], slopes: Float[Array, "N"], **kwargs: Any):
+def attend_on_target(
+    qkv: Float[Array, "B T N3H"],
+    slopes: Float[Array, "N"],
+    *,
+    implementation: str | None = None,
+    **kwargs: Any,
+) -> tuple[Float[Array, "B T NH"], Float[Array, "B N H H"]]:
     """Run `api.lightning_attention` for the devices that the program is traced for.
 
-    On a mesh these are known while it is traced, so the choice of None needs no branch for each
+    None is what m1-selfcheck measured there (`measured_choices.py`), if it has run. Else, on a
+    mesh, the devices are known while the program is traced, so the choice needs no branch for each
     platform. Elsewhere the API chooses when the program is lowered.
     """
     target = sharding.target_device()
+    if implementation is None:
+        implementation = _find_measured(qkv, slopes.shape[0], target)
+        if implementation == "gpu" and target is None:
+            return _attend_where_lowered_for_gpu(qkv, slopes, **kwargs)
+    kwargs["implementation"] = implementation
     if target is None:
         return api.lightning_attention(qkv, slopes, **kwargs)
     with choose_for(target):
         return api.lightning_attention(qkv, slopes, **kwargs, platform=kernel_platform(target))
+
+
+def _find_measured(qkv: Any, num_heads: int, target: sharding.TargetDevice | None) -> str | None:
+    """Return what m1-selfcheck found to be the default, where that differs from the API's own."""
+    choice = measured_choices.find_choice("lightning", target)
+    fits_gpu = choice == "gpu" and gpu.supports_shapes(qkv, num_heads)
+    return choice if choice == "chunked" or fits_gpu else None
+
+
+def _attend_where_lowered_for_gpu(qkv, slopes, *, segment_ids=None, initial_state=None) -> Any:
+    """Run the GPU kernels where the program is lowered for one, which nobody knows yet."""
+
+    def attend(implementation, qkv, slopes, segment_ids, initial_state):
+        return api.lightning_attention(
+            qkv,
+            slopes,
+            segment_ids=segment_ids,
+            initial_state=initial_state,
+            implementation=implementation,
+        )
+
+    return jax.lax.platform_dependent(
+        *(qkv, slopes, segment_ids, initial_state),
+        cuda=functools.partial(attend, "gpu"),
+        default=functools.partial(attend, "chunked"),
+    )
 
 
 def resolve_implementation(
@@ -83,7 +121,8 @@ def resolve_implementation(
     # Of the lengths only 0 decides anything.
     qkv = jax.ShapeDtypeStruct((1, 1, num_heads * 3 * config.head_dim), dtype)
     with choose_for(target):
-        return api.resolve_implementation(qkv, num_heads, kernel_platform(target))
+        measured = _find_measured(qkv, num_heads, target)
+        return measured or api.resolve_implementation(qkv, num_heads, kernel_platform(target))
 
 
 def kernel_platform(target: sharding.TargetDevice) -> str:

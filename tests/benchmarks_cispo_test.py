@@ -331,7 +331,7 @@ def test_a_model_is_tuned_once(tmp_path):
     assert times == {path: path.stat().st_mtime_ns for path in times}
 
 
-@pytest.mark.long(tenth=9)  # minutes: beside the shortest of the others
+@pytest.mark.long(tenths=[9])  # minutes: beside the shortest of the others
 def test_clipping_drops_the_fork_and_one_update_a_batch_is_the_same_for_all(tmp_path):
     """The gates of the experiment, on the model that `--quick` tunes."""
     lab = main.Lab(main.PLANS["gate"], tmp_path)

@@ -288,7 +288,7 @@ def test_command(checkpoint):
     assert failed.stderr.count("\n") == 1
 
 
-@pytest.mark.slow
+@pytest.mark.long(tenths=range(0, 10, 2))
 def test_a_reader_that_goes_away_ends_the_command_quietly(checkpoint):
     """As in `| head -1`: the status of a process that SIGPIPE ended, and no word on stderr."""
     values = ("--prompt=hi", "--max_tokens=2000", "--ignore_eos")

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from output_support import bits
 from tokenizer_support import load_tokenizer
+from turns_support import take_turns
 
 import m1_jax
 from infer import config as config_lib
@@ -51,15 +52,14 @@ def plain(golden_dir):
     return make_engine(golden_dir)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mesh", "sizes"),
-    [
+    take_turns(
         ({"expert": 4}, {"max_rows": 8}),
         # One row a partition, and guesses, so that every program has run on a mesh.
         ({"data": 2, "expert": 2, "tensor": 2}, {"draft_tokens": 7}),
-    ],
-    ids=["expert", "all"],
+        ids=["expert", "all"],
+    ),
 )
 def test_a_mesh_serves_as_one_device_does(golden_dir, plain, mesh, sizes):
     spread = make_engine(golden_dir, mesh, host_bytes=10**9, swap_tokens=1, **sizes)

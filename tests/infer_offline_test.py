@@ -139,7 +139,7 @@ def test_a_grammar_that_fails_ends_its_own_request(whole, tmp_path, monkeypatch)
     assert len(got) == 8
 
 
-@pytest.mark.slow
+@pytest.mark.long(tenths=range(1, 10, 2))  # half a minute
 def test_killed_at_any_time(whole, tmp_path):
     config, _, lines = whole
     output = tmp_path / "out.jsonl"

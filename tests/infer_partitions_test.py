@@ -8,6 +8,7 @@ import re
 import jax
 import jax.numpy as jnp
 import pytest
+from turns_support import take_turns
 
 from infer import config as config_lib
 from infer.execution import device, program_spec, programs
@@ -58,10 +59,9 @@ def count_flops(rows=ROWS, **mesh):
     return traced.lower().compile().cost_analysis()["flops"]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "mesh",
-    [{"expert": 2}, {"data": 2}, {"data": 2, "expert": 2}, {"data": 4, "expert": 2}],
+    take_turns({"expert": 2}, {"data": 2}, {"data": 2, "expert": 2}, {"data": 4, "expert": 2}),
     ids=str,
 )
 def test_work_of_a_device_is_one_share_of_the_rows(mesh):

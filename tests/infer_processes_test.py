@@ -30,6 +30,6 @@ def serve(processes: int):
     return json.loads(outputs[0].splitlines()[-1])
 
 
-@pytest.mark.slow
+@pytest.mark.long(tenths=range(1, 10, 2))  # a minute of a core; even ones have mutations
 def test_two_processes_serve_as_one():
     assert serve(2) == serve(1)

@@ -27,6 +27,7 @@ COPIED = (
     "tests/conftest.py",
     "tests/support/lightning_support.py",
     "tests/support/tpu_support.py",
+    "tests/support/turns_support.py",
     "tests/pallas_lightning_test.py",
     "tests/pallas_lightning_precision_test.py",
 )

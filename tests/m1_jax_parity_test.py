@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from turns_support import take_turns
 
 import m1_jax
 from m1_jax import moe, oracle, testing
@@ -38,7 +39,14 @@ VARIANTS = {
 }
 
 
-@pytest.fixture(scope="module", params=VARIANTS)
+TURNS = ("six_heads", "one_kv_head", "as_many_kv_heads", "full_rotary")
+OTHER_TURNS = ("prenorm", "top_1", "top_3", "scales")
+EVERY_TIME = [name for name in VARIANTS if name not in TURNS + OTHER_TURNS]
+
+
+@pytest.fixture(
+    scope="module", params=[*EVERY_TIME, *take_turns(*TURNS), *take_turns(*OTHER_TURNS)]
+)
 def case(request, tmp_path_factory):
     overrides = VARIANTS[request.param]
     config = testing.tiny_config(

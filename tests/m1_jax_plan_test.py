@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 from jax.experimental import topologies
+from turns_support import take_turns
 
 from m1_jax import ModelConfig, config, sharding
 from m1_jax.plan import aot, collectives, estimate, meshes, report, shapes, topology
@@ -397,11 +398,11 @@ def compile_small(job, model_config, tmp_path, **fields):
 
 @pytest.mark.parametrize(
     ("job", "mesh", "batch"),
-    [
+    take_turns(
         ("decode", "expert=4", 256),
-        pytest.param("decode", "expert=2,tensor=2", 256, marks=pytest.mark.slow),
-        pytest.param("prefill", "expert=4", 4, marks=pytest.mark.slow),
-    ],
+        ("decode", "expert=2,tensor=2", 256),
+        ("prefill", "expert=4", 4),
+    ),
 )
 def test_states_are_updated_in_place(tmp_path, job, mesh, batch):
     # Several key heads on a device, and so many layers that states outweigh activations.

@@ -1,5 +1,6 @@
 """Processes that fail, fall silent or are asked to stop: all of them end, or stop together."""
 
+import itertools
 import pathlib
 import signal
 import socket
@@ -8,6 +9,7 @@ import sys
 import time
 
 import pytest
+from turns_support import take_turns
 
 from m1_jax import process_watch
 
@@ -49,15 +51,10 @@ def _finish(processes):
     return results
 
 
-# Each waiting once, and each process once. All pairs of them take a minute more.
-@pytest.mark.slow
+# Three processes start for each case here, which takes eight seconds of a core.
 @pytest.mark.parametrize(
     ("culprit", "wait"),
-    [
-        pytest.param(culprit, wait, marks=() if culprit == number else pytest.mark.long)
-        for number, wait in enumerate(["object", "devices", "sleep"])
-        for culprit in range(NUM_PROCESSES)
-    ],
+    take_turns(*itertools.product(range(NUM_PROCESSES), ["object", "devices", "sleep"])),
 )
 def test_an_error_ends_all_processes_with_its_line(culprit, wait):
     line = "row 7: got nothing; wanted a row"
@@ -67,8 +64,7 @@ def test_an_error_ends_all_processes_with_its_line(culprit, wait):
         assert "Traceback" not in err
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("fault", ["bug", "closing"])
+@pytest.mark.parametrize("fault", take_turns("bug", "closing"))
 def test_an_error_ends_all_processes_whatever_its_own_process_does(fault):
     results = _finish(_start(fault, 1))
     line = {"bug": "KeyError: 'a name'", "closing": "row 7: got nothing; wanted a row"}[fault]
@@ -77,15 +73,8 @@ def test_an_error_ends_all_processes_whatever_its_own_process_does(fault):
     assert f"error: {line}" in results[1][2]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("fault", "culprit"),
-    [
-        ("silent", 0),
-        pytest.param("silent", 2, marks=pytest.mark.long),
-        pytest.param("killed", 0, marks=pytest.mark.long),
-        ("killed", 1),
-    ],
+    ("fault", "culprit"), take_turns(("silent", 0), ("killed", 1), ("silent", 2), ("killed", 0))
 )
 def test_a_silent_process_ends_the_others(fault, culprit):
     processes = _start(fault, culprit, "object")
@@ -100,8 +89,7 @@ def test_a_silent_process_ends_the_others(fault, culprit):
         assert all("has not answered for" in err for _, _, err in results), results
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("culprit", [0, 1])
+@pytest.mark.parametrize("culprit", take_turns(0, 1))
 def test_an_error_in_closing_ends_the_processes_that_are_done(culprit):
     results = _finish(_start("late", culprit))
     assert [status for status, _, _ in results] == [1] * NUM_PROCESSES, results
@@ -115,8 +103,7 @@ def test_a_deadlock_ends_all_processes():
     assert all("no process has made progress for" in err for _, _, err in results), results
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("culprit", [0, 2])
+@pytest.mark.parametrize("culprit", take_turns(0, 2))
 def test_a_signal_to_one_process_stops_all_after_the_same_step(culprit):
     processes = _start("stop")
     for process in processes:

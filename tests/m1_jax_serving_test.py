@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from turns_support import take_turns
 
 from m1_jax import config as config_lib
 from m1_jax import model as model_lib
@@ -155,8 +156,7 @@ def test_agrees_with_the_forward_pass_and_with_extend(name, chunk):
     ("name", "dtype"),
     [
         (IRREGULAR, "float32"),
-        pytest.param(SHARED, "bfloat16", marks=pytest.mark.slow),
-        pytest.param(SHARED, "float32", marks=pytest.mark.slow),
+        *take_turns((SHARED, "bfloat16"), (SHARED, "float32")),
     ],
 )
 @pytest.mark.parametrize("garbage", [0.0, np.nan])

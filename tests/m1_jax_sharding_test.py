@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, AxisType
+from turns_support import take_turns
 
 import m1_jax
 from m1_jax import (
@@ -43,7 +44,7 @@ MESHES = [
     {"expert": 8},
     {"context": 8},
 ]
-SOON = MESHES[-3:]  # all axes together, and the two that move tokens; the others in turns
+SOON = MESHES[-3:]  # all axes together, and the two that move tokens: one of them each time
 GOLDEN = pathlib.Path(__file__).parent / "data" / "sharding_v5p_512.json"
 
 
@@ -137,23 +138,24 @@ def compare(wanted, other, tokens, segments):
 @pytest.mark.parametrize(
     "sizes",
     [
-        pytest.param(sizes, marks=pytest.mark.slow if sizes in SOON else pytest.mark.long)
-        for sizes in MESHES
+        *(pytest.param(sizes, marks=pytest.mark.long, id=name_of(sizes)) for sizes in MESHES[:-3]),
+        *take_turns(*SOON, ids=map(name_of, SOON)),
     ],
-    ids=name_of,
 )
 def test_packed_rows_on_every_mesh(sizes):
     compare(one_device_results(True), spread(layout_of(sizes)), *batch())
 
 
 @pytest.mark.parametrize(
-    "sizes", [{"fsdp": 2, "expert": 2, "context": 2}, {"tensor": 2, "data": 2}], ids=name_of
+    "sizes",
+    take_turns({"fsdp": 2, "expert": 2, "context": 2}, {"tensor": 2, "data": 2}),
+    ids=name_of,
 )
 def test_plain_rows(sizes):
     compare(one_device_results(False), spread(layout_of(sizes)), batch()[0], None)
 
 
-@pytest.mark.parametrize("segments", [False, True])
+@pytest.mark.parametrize("segments", take_turns(False, True))
 def test_ring_attention(monkeypatch, segments):
     monkeypatch.setattr(ring_attention, "MAX_GATHER_BYTES", 0)
     monkeypatch.setattr(ring_attention, "BLOCK_TOKENS", 8)
@@ -188,6 +190,7 @@ def all_to_the_first(model):
     return model
 
 
+@pytest.mark.long(tenths=range(0, 10, 2))
 def test_no_token_is_dropped_where_all_choose_one_device():
     model = all_to_the_first(params_lib.random_model(SMALL, jax.random.key(1), jnp.float32))
     many = spread(layout_of({"expert": 4}), model)
@@ -196,6 +199,7 @@ def test_no_token_is_dropped_where_all_choose_one_device():
     compare(results(model, *batch()), many, *batch())
 
 
+@pytest.mark.long(tenths=range(1, 10, 2))
 def test_capacity_drops_and_says_how_much():
     model = all_to_the_first(params_lib.random_model(SMALL, jax.random.key(1), jnp.float32))
     tokens, _ = batch()
@@ -218,12 +222,17 @@ def test_capacity_drops_and_says_how_much():
 @pytest.mark.parametrize(
     ("sizes", "mode"),
     [
-        ({"expert": 2, "tensor": 2}, "decode"),
-        ({"tensor": 2, "context": 4}, "prefill"),
-        ({"data": 2, "context": 2}, "decode"),
-        ({"fsdp": 2, "expert": 2, "context": 2}, "train"),
+        *take_turns(
+            ({"expert": 2, "tensor": 2}, "decode"),
+            ({"data": 2, "context": 2}, "decode"),
+            ids=["expert2xtensor2", "data2xcontext2"],
+        ),
+        *take_turns(
+            ({"tensor": 2, "context": 4}, "prefill"),
+            ({"fsdp": 2, "expert": 2, "context": 2}, "train"),
+            ids=["tensor2xcontext4", "train"],
+        ),
     ],
-    ids=["expert2xtensor2", "tensor2xcontext4", "data2xcontext2", "train"],
 )
 def test_prefill_and_decode(sizes, mode):
     one, many = one_device(), spread(layout_of(sizes, mode=mode))
@@ -253,11 +262,14 @@ def test_prefill_and_decode(sizes, mode):
 def test_log_probabilities_need_no_whole_vocabulary():
     one, many = one_device(), spread(layout_of({"tensor": 2, "fsdp": 2}))
     tokens, _ = batch()
+
+    @functools.partial(jax.jit, static_argnums=1)
+    def compute(model, chunk):
+        hidden, _ = model.hidden(tokens)
+        return logprobs.token_logprobs(model, hidden, tokens, chunk, with_entropy=True)
+
     for chunk in (None, 7, 64):
-        got, wanted = (
-            logprobs.token_logprobs(m, m.hidden(tokens)[0], tokens, chunk, with_entropy=True)
-            for m in (many, one)
-        )
+        got, wanted = compute(many, chunk), compute(one, chunk)
         np.testing.assert_allclose(got.logp, wanted.logp, rtol=0, atol=1e-5)
         np.testing.assert_allclose(got.entropy, wanted.entropy, rtol=0, atol=1e-5)
 
@@ -265,7 +277,7 @@ def test_log_probabilities_need_no_whole_vocabulary():
 def test_entropy_of_a_split_vocabulary_has_the_same_gradient():
     one, many = one_device(), spread(layout_of({"tensor": 2, "fsdp": 2}))
     tokens, _ = batch()
-    hidden = np.asarray(3 * one.hidden(tokens)[0])  # on no device
+    hidden = np.asarray(3 * jax.jit(lambda model: model.hidden(tokens)[0])(one))  # on no device
 
     def gradient(model):
         def total(hidden):

@@ -21,11 +21,12 @@ LENGTH = 4096
 CHIPS = {"v5p": ("v5p:2x2x1", 95), "v6e": ("v6e:2x2", 31)}
 
 
+# Forty seconds of two cores each, so one of them in every other landing.
 @pytest.mark.parametrize(
     "chip",
     [
-        pytest.param(chip, marks=pytest.mark.slow if chip == "v5p" else pytest.mark.long)
-        for chip in CHIPS
+        pytest.param("v5p", marks=pytest.mark.long(tenths=[1, 5, 9])),
+        pytest.param("v6e", marks=pytest.mark.long(tenths=[3, 7])),
     ],
 )
 def test_full_size_layer_compiles_with_the_kernels(chip):

@@ -20,7 +20,7 @@ def test_every_mutation_finds_its_text():
 
 
 @pytest.mark.parametrize(
-    "fifth", [pytest.param(fifth, marks=pytest.mark.long(tenth=2 * fifth)) for fifth in range(5)]
+    "fifth", [pytest.param(fifth, marks=pytest.mark.long(tenths=[2 * fifth])) for fifth in range(5)]
 )
 def test_every_mutation_turns_the_suite_red(fifth):
     done = run(f"--fifth={fifth}")

@@ -37,13 +37,15 @@ def inputs(batch, length, seed=0, heads=HEADS, size=SIZE):
     return qkv, state
 
 
+# One program: without jit each operation compiles by itself, and tests of gradients take ten times
+# as long.
+@functools.partial(jax.jit, static_argnames="name")
 def run(name, qkv, slopes, segment_ids=None, state=None):
-    as_jax = [None if x is None else jnp.asarray(x) for x in (qkv, slopes, segment_ids, state)]
     return api.lightning_attention(
-        as_jax[0],
-        as_jax[1],
-        segment_ids=as_jax[2],
-        initial_state=as_jax[3],
+        qkv,
+        slopes,
+        segment_ids=segment_ids,
+        initial_state=state,
         implementation=name,
         interpret=name in api.KERNEL_IMPLEMENTATIONS,
     )
@@ -89,7 +91,7 @@ class TestImplementations:
             o, after = run(name, qkv, SLOPES, ids, state)
             return jnp.sum(o[:, 30:] ** 2) + jnp.sum(after**2)
 
-        d_qkv, d_state = jax.grad(second, (0, 1))(jnp.asarray(qkv), jnp.asarray(state))
+        d_qkv, d_state = jax.jit(jax.grad(second, (0, 1)))(qkv, state)
         np.testing.assert_array_equal(d_qkv[:, :30], 0)
         np.testing.assert_array_equal(d_state, 0)
         assert np.all(np.any(np.asarray(d_qkv[:, 30:]) != 0, axis=-1))
@@ -103,7 +105,7 @@ class TestImplementations:
             o, after = run(name, qkv, SLOPES, ids, state)
             return jnp.sum(o**2) + jnp.sum(after)
 
-        grad = np.asarray(jax.grad(loss)(jnp.asarray(qkv)))
+        grad = np.asarray(jax.jit(jax.grad(loss))(qkv))
         assert np.isfinite(grad).all()
         np.testing.assert_array_equal(grad[:, 70:], 0)
 
@@ -142,7 +144,7 @@ def test_chunked_gradients_equal_the_reference():
             o, after = run(name, qkv, SLOPES, segment_ids, state)
             return jnp.sum(o * weight[:, :, : o.shape[2]]) + jnp.sum(after * weight_state)
 
-        return jax.grad(value, (0, 1))(jnp.asarray(qkv), jnp.asarray(state))
+        return jax.jit(jax.grad(value, (0, 1)))(qkv, state)
 
     for segment_ids in (None, ids):
         wanted, got = loss("reference", segment_ids), loss("chunked", segment_ids)
@@ -175,13 +177,16 @@ def check_against_reference(kernels, length, packed):
     def wanted(qkv, state):
         return reference.lightning_attention(qkv, jnp.asarray(SLOPES), jnp.asarray(ids), state)
 
-    arguments = jnp.asarray(qkv), jnp.asarray(state)
-    (o, after), pull = jax.vjp(ours, *arguments)
-    (wanted_o, wanted_after), wanted_pull = jax.vjp(wanted, *arguments)
+    @functools.partial(jax.jit, static_argnums=0)
+    def values_and_gradients(function, qkv, state, d_o):
+        results, pull = jax.vjp(function, qkv, state)
+        return results, pull((d_o, weight_state))
+
+    (o, after), got = values_and_gradients(ours, qkv, state, weight)
+    weight = jnp.where(mask, weight, 0)
+    (wanted_o, wanted_after), expected = values_and_gradients(wanted, qkv, state, weight)
     assert worst_head(o, wanted_o) < 1e-5
     assert worst_state(after, wanted_after) < 1e-5
-    got = pull((weight, weight_state))
-    expected = wanted_pull((jnp.where(mask, weight, 0), weight_state))
     assert worst_head(got[0], expected[0]) < 1e-4
     assert worst_state(got[1], expected[1]) < 1e-4
 
@@ -290,6 +295,7 @@ def test_bfloat16_gradients(name):
     weight, weight_state = inputs(1, 130, seed=1)
     weight = jnp.asarray(weight[:, :, : HEADS * SIZE], jnp.bfloat16)
 
+    @functools.partial(jax.jit, static_argnums=0)
     def gradients(name, qkv):
         def ours(qkv, state):
             return run(name, qkv, SLOPES, None, state)
@@ -391,35 +397,32 @@ def test_chunk_size_and_splits_change_nothing(chunk, cut, packed):
 def test_pipelined_heads_and_products_side_by_side(heads, block, unroll):
     """Full groups, groups with a boundary in one chunk, and a ragged tail; chunk as wide as H."""
     tile = tiling.TpuBlockSizes(SIZE, 8 * SIZE, block, unroll, has_paired_products=True)
-    slopes = np.geomspace(0.9, 5e-5, heads).astype(np.float32)
+    slopes = jnp.geomspace(0.9, 5e-5, heads)
     qkv, state = inputs(2, 25 * SIZE - 5, heads=heads)
     ids = np.ones(qkv.shape[:2], np.int32)
     ids[0, 9 * SIZE + 3 :] += 1  # the rest of its group of chunks is full
     ids[0, 20 * SIZE :] += 1  # on the edge of a chunk
     ids[1, 17 * SIZE : 18 * SIZE] = 0
     qkv[ids == 0] = np.nan
+    ids = jnp.asarray(ids)
     d_o, d_state = (x[..., : heads * SIZE] for x in inputs(2, qkv.shape[1], seed=3, heads=heads))
 
-    def gradients(function):
-        (o, after), pull = jax.vjp(
-            lambda x, s: function(x, jnp.asarray(slopes), jnp.asarray(ids), s),
-            jnp.asarray(qkv),
-            jnp.asarray(state),
-        )
-        return o, after, *pull((jnp.asarray(d_o), jnp.asarray(d_state)))
+    @functools.partial(jax.jit, static_argnums=0)
+    def gradients(function, qkv, state):
+        (o, after), pull = jax.vjp(lambda x, s: function(x, slopes, ids, s), qkv, state)
+        return o, after, *pull((d_o, d_state))
 
-    got = gradients(functools.partial(tpu.lightning_attention, block_sizes=tile, interpret=True))
-    wanted = gradients(reference.lightning_attention)
+    kernels = functools.partial(tpu.lightning_attention, block_sizes=tile, interpret=True)
+    got = gradients(kernels, qkv, state)
+    wanted = gradients(reference.lightning_attention, qkv, state)
     assert worst_head(got[0], wanted[0], heads=heads) < 1e-5
     assert worst_state(got[1], wanted[1]) < 1e-5
     assert worst_head(got[2], wanted[2], heads=heads) < 1e-4
     assert worst_state(got[3], wanted[3]) < 1e-4
-    unpacked = functools.partial(tpu.lightning_attention, block_sizes=tile, interpret=True)
     full = jnp.asarray(np.nan_to_num(qkv[:, : 16 * SIZE]))  # no table of boundaries at all
-    got = unpacked(full, jnp.asarray(slopes), None, jnp.asarray(state))
-    wanted = reference.lightning_attention(
-        full, jnp.asarray(slopes), jnp.ones(full.shape[:2], jnp.int32), jnp.asarray(state)
-    )
+    got = jax.jit(kernels)(full, slopes, None, state)
+    ones = jnp.ones(full.shape[:2], jnp.int32)
+    wanted = jax.jit(reference.lightning_attention)(full, slopes, ones, state)
     assert worst_head(got[0], wanted[0], heads=heads) < 1e-5
     assert worst_state(got[1], wanted[1]) < 1e-5
 

@@ -13,6 +13,7 @@ import pytest
         ("m1_jax.plan", ["topology", "job", "serving_mesh"]),
         ("infer.generate", ["checkpoint", "prompt", "json_schema", "mesh", "distributed"]),
         ("infer.offline", ["checkpoint", "input", "mesh", "distributed", "dtype"]),
+        ("infer.selfcheck", ["report", "seconds", "only", "choices"]),
         ("m1_jax.verify", ["checkpoint", "golden", "mesh", "distributed", "dtype"]),
         ("train.export", ["workdir", "dst", "mesh", "distributed"]),
         ("train.rl", ["config", "set", "workdir"]),

@@ -40,7 +40,20 @@ def test_top_level_names_are_the_four(wheel):
 def test_wheel_holds_every_module_and_nothing_else(wheel):
     modules = {path for path in wheel.namelist() if ".dist-info/" not in path}
     sources = {p.relative_to(_REPO) for name in _PACKAGES for p in (_REPO / name).rglob("*.py")}
-    assert modules == {path.as_posix() for path in sources}
+    data = {path.relative_to(_REPO) for path in _list_data_files()}
+    assert modules == {path.as_posix() for path in sources | data}
+
+
+def _list_data_files():
+    """Return the files beside modules: what m1-selfcheck compares with."""
+    folder = _REPO / "infer" / "selfcheck"
+    return [folder / "predicted_times.json", *(folder / "m1-tiny").iterdir()]
+
+
+def test_data_files_are_small_and_whole(wheel):
+    for path in _list_data_files():
+        assert wheel.read(path.relative_to(_REPO).as_posix()) == path.read_bytes()
+    assert pathlib.Path(wheel.filename).stat().st_size < 6 * 2**20
 
 
 def test_every_command_has_its_module(wheel):
@@ -59,6 +72,7 @@ def test_every_command_has_its_module(wheel):
         "rl",
         "export",
         "rehearse",
+        "selfcheck",
     )
     assert targets.keys() == {f"m1-{name}" for name in names}
     for target in targets.values():

@@ -33,6 +33,7 @@ _REPO = pathlib.Path(__file__).resolve().parents[1]
 _PACKAGES = ("train", "infer", "m1_jax", "pallas_kernels")
 _KERNEL = "a kernel's shapes and block sizes; pallas tests run it"
 _NO_NUMBERS = "no number of the host is in it"
+_CHECK = "m1-selfcheck runs it, at sizes of its own"
 _PLAN = "m1-plan traces it at full size, for any slice"
 
 # Every function that calls `jax.jit` or is decorated with it: the test here that traces it at true
@@ -51,14 +52,22 @@ JITTED = {
     "train/lora.py:_change_products": "test_adapters",
     "m1_jax/model.py:_compute_logits": "test_forward_passes",
     "m1_jax/model.py:_extend_sequences": "test_forward_passes",
-    "m1_jax/verify.py:_compare_forward": "test_forward_passes",
-    "m1_jax/verify.py:_compare_gradients": "test_forward_passes",
+    "m1_jax/golden_comparison.py:_compare_forward": "test_forward_passes",
+    "m1_jax/golden_comparison.py:_compare_gradients": "test_forward_passes",
     "infer/execution/device.py:Device.__init__": "test_engine_programs",
     "infer/execution/compiled_program.py:CompiledProgram.__init__": "test_engine_programs",
     "m1_jax/params.py:random_model": "test_first_weights",
     "m1_jax/state.py:init_decode_state": "test_forward_passes",
     "m1_jax/serving/state.py:init_serving_state": "test_engine_programs",
     "infer/suspend.py:digest_arrays": _NO_NUMBERS,
+    "infer/selfcheck/lightning_checks.py:_compare": _CHECK,
+    "infer/selfcheck/serving_checks.py:SlotServer.__init__": _CHECK,
+    "infer/selfcheck/softmax_checks.py:_compare_rows": _CHECK,
+    "infer/selfcheck/softmax_checks.py:PageServer.__init__": _CHECK,
+    "infer/selfcheck/expert_checks.py:check_gradients": _CHECK,
+    "infer/selfcheck/expert_checks.py:check_stack": _CHECK,
+    "infer/selfcheck/programs.py:TimedProgram.jit_step": _CHECK,
+    "infer/selfcheck/timing.py:time_program": _CHECK,
     "m1_jax/multihost.py:_block_program": _NO_NUMBERS,
     "m1_jax/oracle.py:_compiled_forward": "float64 on small models",
     "m1_jax/plan/jobs.py:trace_extend": _PLAN,

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import pytest
 import training_run_support
 from training_run_support import MODEL, ROOT, Cache, read_metrics
+from turns_support import take_turns
 
 from m1_jax import file_lock
 from m1_jax import params as params_lib
@@ -114,8 +115,7 @@ _CARRIED = {
 }
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("fields", [{}, _CARRIED], ids=["plain", "carried"])
+@pytest.mark.parametrize("fields", take_turns({}, _CARRIED, ids=["plain", "carried"]))
 def test_a_run_that_was_stopped_goes_on_bit_exact(start, tmp_path, monkeypatch, fields):
     config = _config(start, fields)
     unbroken_dir, broken_dir = tmp_path / "whole", tmp_path / "parts"
@@ -215,7 +215,7 @@ def test_an_evaluation_that_was_stopped_is_made_up_for(start, tmp_path, monkeypa
     assert "token-mean" in event["objective"]
 
 
-@pytest.mark.slow
+@pytest.mark.long(tenths=range(0, 10, 2))
 def test_a_run_goes_back_changes_and_is_what_another_begins_with(start, tmp_path):
     config = _config(start, batches=2, save=SaveConfig(every_steps=1, keep=4))
     workdir = tmp_path / "run"
@@ -273,8 +273,7 @@ def test_errors_before_any_work(start, tmp_path):
         rl_loop.run_rl_training(_config(start, {"engine": (("rows", 8),)}), tmp_path)
 
 
-@pytest.mark.parametrize("name", ["grpo", "reinforce_pp"])
-@pytest.mark.slow
+@pytest.mark.parametrize("name", take_turns("grpo", "reinforce_pp"))
 def test_other_objectives_run(start, tmp_path, name):
     objective = dataclasses.replace(PRESETS[name], kl_coef=0.01, entropy_coef=0.001)
     if name == "reinforce_pp":
@@ -285,7 +284,7 @@ def test_other_objectives_run(start, tmp_path, name):
     assert line["k3_ref"] >= 0
 
 
-@pytest.mark.slow
+@pytest.mark.long(tenths=range(1, 10, 2))
 def test_adapters_are_trained_and_served(start, tmp_path):
     rl_loop.run_rl_training(_config(start, batches=2, lora=LoraConfig(rank=2)), tmp_path)
     lines = read_metrics(tmp_path)

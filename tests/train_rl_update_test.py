@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from params_support import tree_leaves
+from turns_support import take_turns
 
 from m1_jax import ModelConfig, sharding
 from m1_jax import params as params_lib
@@ -127,8 +128,7 @@ def test_the_update_does_not_depend_on_the_number_of_rows(plain):
     assert_close(weights, metrics, plain, except_for=("utilisation/", "microbatches/"))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("axes", [{"context": 2}, {"context": 2, "expert": 2}])
+@pytest.mark.parametrize("axes", take_turns({"context": 2}, {"context": 2, "expert": 2}))
 def test_odd_rows_on_a_mesh_that_splits_them(plain, axes):
     """The longest sample has 37 tokens, which no mesh splits: rows are longer."""
     config = make_config()

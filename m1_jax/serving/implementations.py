@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from m1_jax import config as config_lib
-from m1_jax import lightning, sharding
+from m1_jax import lightning, measured_choices, sharding
 from m1_jax import model as model_lib
 from pallas_kernels.lightning_serving import tpu as tpu_lightning
 from pallas_kernels.paged_attention import tpu as tpu_softmax
@@ -50,16 +50,26 @@ def resolve_implementations(
         takes_lightning = (
             lightning.kernel_platform(target) == "tpu"
             and config.lightning_implementation in (None, "tpu")
+            and (config.lightning_implementation == "tpu" or not _prefers_xla("lightning", target))
             and tpu_lightning.supports_sizes(attention_tile, chunk_tokens, head_dim, dtype)
         )
     query_rows = config.num_attention_heads // config.num_key_value_heads * attention_tile
     # The checker is made for arrays, of which it reads shapes and dtypes.
     make_shape: Any = jax.ShapeDtypeStruct
-    takes_softmax = device.platform == "tpu" and tpu_softmax.supports_shapes(
-        make_shape((1, 1, query_rows, head_dim), jnp.dtype(dtype)),
-        make_shape((1, 1, 1, 1, chunk_tokens, head_dim), jnp.dtype(dtype)),
+    takes_softmax = (
+        device.platform == "tpu"
+        and not _prefers_xla("softmax", target)
+        and tpu_softmax.supports_shapes(
+            make_shape((1, 1, query_rows, head_dim), jnp.dtype(dtype)),
+            make_shape((1, 1, 1, 1, chunk_tokens, head_dim), jnp.dtype(dtype)),
+        )
     )
     return {
         "lightning": "tpu" if takes_lightning else "xla",
         "softmax": "tpu" if takes_softmax else "xla",
     }
+
+
+def _prefers_xla(kind: str, target: sharding.TargetDevice) -> bool:
+    """Return whether m1-selfcheck measured that XLA is to serve this kind of layer there."""
+    return measured_choices.find_choice(f"serving_{kind}", target) == "xla"

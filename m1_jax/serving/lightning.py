@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from m1_jax import layer_stack, sharding
+from m1_jax import layer_stack, measured_choices, sharding
 from m1_jax import lightning as model_lightning
 from m1_jax.serving import ragged_batch
 from m1_jax.serving import state as state_lib
@@ -48,7 +48,8 @@ def attend_slots(
       batch: the tiles of a sequence are neighbours, in the order of their positions.
       stack_index: where the layer lies in the group's stack.
       implementation: as `ModelConfig.lightning_implementation`. "tpu" takes the kernel, which then
-        runs or raises. None takes it where the program is lowered for a TPU and the sizes fit.
+        runs or raises. None takes it where the program is lowered for a TPU, the sizes fit, and
+        m1-selfcheck did not find it wanting there (`measured_choices.py`).
         Every other value takes XLA.
 
     Precision: all products and sums are float32. The open chunk and the output have qkv's dtype.
@@ -71,7 +72,8 @@ def attend_slots(
                     "None takes XLA for other sizes."
                 )
             return _attend_by_kernel(*arguments)
-        if implementation is not None or not kernel_fits:
+        prefers_xla = measured_choices.find_choice("serving_lightning", target) == "xla"
+        if implementation is not None or not kernel_fits or prefers_xla:
             return _attend_tile_by_tile(*arguments)
         if target is not None:
             is_tpu = model_lightning.kernel_platform(target) == "tpu"

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from m1_jax import layer_stack, ring_attention
+from m1_jax import layer_stack, measured_choices, ring_attention, sharding
 from m1_jax.serving import ragged_batch
 from m1_jax.serving import state as state_lib
 from pallas_kernels.paged_attention import tpu as tpu_kernel
@@ -38,8 +38,9 @@ def attend_pages(
     Args:
       stack_index: where the layer lies in the group's stack.
       implementation: "xla", "tpu" (the kernel), "tpu_interpret", or None: the kernel where it is
-        lowered for TPU and the shapes fit, else "xla". A row has the same bits in any batch of one
-        implementation, and other last bits in the other.
+        lowered for TPU, the shapes fit, and m1-selfcheck did not find it wanting there, else "xla".
+        A row has the same bits in any batch of one implementation, and other last bits in the
+        other.
 
     Raises:
       ValueError: another implementation.
@@ -69,7 +70,8 @@ def _choose_implementation(implementation: str | None, q, cache) -> Callable:
         raise ValueError(
             f"implementation: got {implementation!r}; wanted None, 'xla', 'tpu' or 'tpu_interpret'"
         )
-    if not tpu_kernel.supports_shapes(_join_queries(q), cache.keys):
+    prefers_xla = measured_choices.find_choice("serving_softmax", sharding.target_device()) == "xla"
+    if prefers_xla or not tpu_kernel.supports_shapes(_join_queries(q), cache.keys):
         return _attend_tiles
     # Decided at lowering, so that programs compiled ahead of time get the target's.
     return functools.partial(jax.lax.platform_dependent, default=_attend_tiles, tpu=_attend_on_tpu)

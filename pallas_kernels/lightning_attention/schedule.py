@@ -11,6 +11,8 @@ The command counts per token and head:
 - serving: a tile of a decoding sequence in the middle of a call. It is a run of its own, so it
   loads its slot, and in one tile of C it closes its chunk. The rest of the step's body counts once
   for all tiles of a step.
+- paged attention, per key and kv head: a decoding tile of 8 rows for 8 query heads, after 4,096
+  keys. Seven of eight blocks of keys are whole, and one is masked.
 - spills: registers stored to the spill area anywhere in the counted loops.
 
 Training leaves out what surrounds its loops, which runs once in a grid step.
@@ -35,6 +37,7 @@ from jax.experimental import topologies
 
 from pallas_kernels.lightning_attention import shapes, tiling, tpu_bwd, tpu_fwd
 from pallas_kernels.lightning_serving import tpu as tpu_serving
+from pallas_kernels.paged_attention import tpu as tpu_paged
 
 # Topology, and of one TensorCore the assumed clock in Hz and the HBM bandwidth in bytes per second.
 CHIP_SPECS = {
@@ -45,6 +48,7 @@ CHIP_SPECS = {
 }
 TRAIN_SHAPE = shapes.TRAINING_SHAPES["schedule"]
 DECODE_SHAPE = shapes.DECODE_SHAPES["schedule"]
+PAGED_QUERY_HEADS, PAGED_KEYS = 8, 4096  # of a kv head, and of a sequence
 
 
 # ---- how to trace each kernel. array(dtype, *dims) makes an argument on the chip.
@@ -84,6 +88,20 @@ def trace_serving(array: MakeArray) -> stages.Traced:
     memory = tpu_serving.SlotArrays(states, keys, keys)
     attend = functools.partial(tpu_serving.attend_tiles, stack_index=(0, 0))
     return jax.jit(attend, donate_argnums=4).trace(qkv, slopes, slots, positions, memory)
+
+
+def trace_paged(array: MakeArray) -> stages.Traced:
+    """Trace a decoding step's softmax attention: the rows and tiles of `DECODE_SHAPE`."""
+    shape = DECODE_SHAPE
+    rows, tile, chunk = shape.batch_size, shape.attention_tile, shape.chunk_tokens
+    pages = PAGED_KEYS // chunk
+    queries = array(shape.dtype, rows, 1, PAGED_QUERY_HEADS * tile, shape.head_dim)
+    cache = array(shape.dtype, 1, 1, rows * pages + 1, 1, chunk, shape.head_dim)
+    positions, stack_index = array("int32", rows), array("int32", 2)
+    page_table = array("int32", rows, pages)
+    return tpu_paged.attend_pages.trace(
+        queries, positions, positions, page_table, stack_index, cache, cache, tile=tile
+    )
 
 
 # ---- reading the compiler's dumps
@@ -203,6 +221,21 @@ def count_serving_bundles(
     return (tile + rest) / heads, [loop]
 
 
+def count_paged_bundles(
+    bundles: KernelBundles, block_sizes: tiling.TpuBlockSizes
+) -> tuple[float, list[range]]:
+    """Count the loop over whole blocks of keys, and the masked block after them once.
+
+    Raises:
+      ValueError: the kernel has other loops than these two.
+    """
+    if len(bundles.inner_loops) != 2:
+        raise ValueError(f"got {len(bundles.inner_loops)} loops in a tile; wanted 2")
+    whole, masked = bundles.inner_loops
+    num_whole = PAGED_KEYS // tpu_paged.BLOCK_KEYS - 1
+    return (num_whole * len(whole) + len(masked)) / PAGED_KEYS, [whole, masked]
+
+
 @dataclasses.dataclass(frozen=True)
 class ScheduledKernel:
     """One kernel whose schedule is counted."""
@@ -230,6 +263,11 @@ SCHEDULED_KERNELS = {
         )
         + 4 * DECODE_SHAPE.head_dim**2 / DECODE_SHAPE.chunk_tokens,
         count_serving_bundles,
+    ),
+    "paged_attention": ScheduledKernel(
+        trace_paged,
+        2 * DECODE_SHAPE.head_dim * jnp.dtype(DECODE_SHAPE.dtype).itemsize,
+        count_paged_bundles,
     ),
 }
 

@@ -9,7 +9,8 @@ while it computes the block before. It keeps a running softmax (Dao, arXiv 2307.
 
 The cache stays whole in HBM, and pages are the only bytes read: 2 C H numbers a page and kv head.
 A program's products have the same shapes for every tile, in prefill and in decoding. It sees
-nothing of other tiles. So a query has the same bits in any batch.
+nothing of other tiles. So a query has the same bits in any batch. Only the block of the tile's own
+rows is masked: a block before it has no key that a row must not see.
 
 Letters of shapes: I tiles, P pages of a sequence, K kv heads, G query heads of a kv head, t rows of
 a tile, C rows of a page, H size of a head. R and J are the axes of the stack of layers.
@@ -49,13 +50,18 @@ def _attention_kernel(
     key_buffers,
     value_buffers,
     semaphores,
+    total,
+    scale,
+    top,
     *,
     tile: int,
 ):
     """Attend with the queries of one tile to one kv head of its sequence.
 
     Refs: prefetched scalars [2], [I] and [I]; pages [1, 1, P] in SMEM; q and o [1, 1, G t, H] in
-    VMEM; keys and values in HBM; buffers [2, S, H] in VMEM; semaphores [2, 2] of DMA.
+    VMEM; keys and values in HBM; buffers [2, S, H] in VMEM; semaphores [2, 2] of DMA; a [G t, H],
+    l [G t, lanes] whose sum over lanes is l, and m [G t, lanes] in VMEM, not in registers, of which
+    the scores of a block take half.
     """
     tile_index, head = pl.program_id(0), pl.program_id(1)
     first, last = first_positions[tile_index], last_positions[tile_index]
@@ -84,39 +90,53 @@ def _attention_kernel(
     # `//` of a traced number asks for the TPU at hand, and there is none ahead of time.
     num_blocks = jnp.where(last >= 0, jax.lax.div(last, block_keys) + 1, 0)
     pl.when(num_blocks > 0)(lambda: start(0, 0))
-    queries = q[0, 0]
-    # Rows are ordered [G, t]. A row of padding after the last real one sees no key after that.
-    row = jax.lax.broadcasted_iota(jnp.int32, (queries.shape[0], 1), 0)
-    row_positions = jnp.minimum(first + jax.lax.rem(row, tile), last)
 
-    def attend_block(block, partial):
-        total, scale, top = partial
+    def clear_values(slot, first_key):
+        """Write zeros over unwritten rows: they hold anything, NaN too, and NaN times 0 is NaN."""
+        for i in range(pages_per_block):
+            rows = pl.ds(i * chunk, chunk)
+            v = value_buffers[slot, rows]
+            positions = first_key + i * chunk + jax.lax.broadcasted_iota(jnp.int32, v.shape, 0)
+            value_buffers[slot, rows] = jnp.where(positions <= last, v, jnp.zeros_like(v))
+
+    def attend_block(block, *, masked: bool):
         slot = jax.lax.rem(block, 2)
         pl.when(block + 1 < num_blocks)(lambda: start(block + 1, 1 - slot))
         wait(slot)
-        k, v = key_buffers[slot], value_buffers[slot]
         first_key = block * block_keys
+        if masked:
+            clear_values(slot, first_key)
+        k, v = key_buffers[slot], value_buffers[slot]
         scores = jax.lax.dot_general(
-            queries, k, (((1,), (1,)), ((), ())), preferred_element_type=F32
+            q[0, 0], k, (((1,), (1,)), ((), ())), preferred_element_type=F32
         ) * (1 / math.sqrt(size))
-        key_positions = first_key + jax.lax.broadcasted_iota(jnp.int32, scores.shape, 1)
-        scores = jnp.where(key_positions <= row_positions, scores, -jnp.inf)
+        if masked:
+            # Rows are ordered [G, t]. A row of padding after the last real one sees what that sees.
+            row = jax.lax.broadcasted_iota(jnp.int32, (scores.shape[0], 1), 0)
+            row_position = jnp.minimum(first + jax.lax.rem(row, tile), last)
+            key = jax.lax.broadcasted_iota(jnp.int32, (1, block_keys), 1)
+            scores = jnp.where(key <= row_position - first_key, scores, -jnp.inf)
         # Every row sees the sequence's first key, so from the first block on this is finite.
-        new_top = jnp.maximum(top, jnp.max(scores, axis=1, keepdims=True))
-        weights, share = jnp.exp(scores - new_top), jnp.exp(top - new_top)
-        # Rows of pages that are not written yet hold anything, NaN too, and NaN times 0 is NaN.
-        value_positions = first_key + jax.lax.broadcasted_iota(jnp.int32, v.shape, 0)
-        v = jnp.where(value_positions <= last, v, jnp.zeros_like(v))
+        new_top = jnp.maximum(top[:], jnp.max(scores, axis=1, keepdims=True))
+        share = jnp.exp(top[:] - new_top)
+        weights = jnp.exp(scores - new_top[:, :1])
         gain = jnp.dot(weights.astype(v.dtype), v, preferred_element_type=F32)
-        scale = scale * share + jnp.sum(weights, axis=1, keepdims=True)
-        return total * share + gain, scale, new_top
+        lanes = scale.shape[1]
+        lane_sums = sum(weights[:, i : i + lanes] for i in range(0, block_keys, lanes))
+        total[:] = total[:] * share[:, :1] + gain
+        scale[:] = scale[:] * share + lane_sums
+        top[:] = new_top
 
-    scalars = (queries.shape[0], 1)
-    partial = (jnp.zeros(queries.shape, F32), jnp.zeros(scalars, F32))
-    partial = (*partial, jnp.full(scalars, -jnp.inf, F32))
-    total, scale, _ = jax.lax.fori_loop(0, num_blocks, attend_block, partial)
+    total[:] = jnp.zeros_like(total)
+    scale[:] = jnp.zeros_like(scale)
+    top[:] = jnp.full(top.shape, -jnp.inf, F32)
+    num_whole = jax.lax.div(jnp.minimum(first, last) + 1, block_keys)
+    whole, own = (functools.partial(attend_block, masked=masked) for masked in (False, True))
+    pl.loop(0, num_whole)(whole)
+    pl.loop(num_whole, num_blocks)(own)
     # A tile of padding alone has no block, and its output is 0.
-    o[0, 0] = (total / jnp.where(scale > 0, scale, 1.0)).astype(o.dtype)
+    sums = jnp.sum(scale[:], axis=1, keepdims=True)
+    o[0, 0] = (total[:] / jnp.where(sums > 0, sums, 1.0)).astype(o.dtype)
 
 
 @functools.partial(jax.jit, static_argnames=("tile", "interpret"))
@@ -150,7 +170,6 @@ def attend_pages(
     pages_per_block = max(BLOCK_KEYS // chunk, 1)
     padding = -pages.shape[1] % pages_per_block
     pages = jnp.pad(pages, ((0, 0), (0, padding)))[:, None]
-    buffers = pltpu.VMEM((2, pages_per_block * chunk, size), keys.dtype)
     # `Any`: block specs take index maps of any number of scalars.
     query_spec: Any = pl.BlockSpec((1, 1, rows, size), lambda i, h, *_: (i, h, 0, 0))
     return pl.pallas_call(
@@ -169,9 +188,22 @@ def attend_pages(
                 pl.BlockSpec(memory_space=pl.ANY),
             ],
             out_specs=query_spec,
-            scratch_shapes=[buffers, buffers, pltpu.SemaphoreType.DMA((2, 2))],
+            scratch_shapes=_make_scratch(rows, pages_per_block, chunk, size, keys.dtype),
         ),
         out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel")),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel"),
+            # The scheduler's pages are all within the cache. To check each copy's place again takes
+            # as many cycles as attending to the block.
+            disable_bounds_checks=True,
+        ),
         interpret=interpret,
     )(stack_index, first_positions, last_positions, pages, q, keys, values)
+
+
+def _make_scratch(rows: int, pages_per_block: int, chunk: int, size: int, dtype: Any) -> list[Any]:
+    block_keys = pages_per_block * chunk
+    buffers = pltpu.VMEM((2, block_keys, size), dtype)
+    by_lane = pltpu.VMEM((rows, math.gcd(block_keys, 128)), F32)
+    semaphores = pltpu.SemaphoreType.DMA((2, 2))
+    return [buffers, buffers, semaphores, pltpu.VMEM((rows, size), F32), by_lane, by_lane]

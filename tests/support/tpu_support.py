@@ -6,15 +6,13 @@ import re
 import jax
 import pytest
 from jax.experimental import topologies
+from turns_support import take_turns
 
 TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
 
 
-# One generation in every landing, the others in turns. Compiling for one takes half a minute.
-CHIPS_IN_TURNS = [
-    pytest.param(chip, marks=pytest.mark.slow if chip == "v5p" else pytest.mark.long)
-    for chip in TOPOLOGIES
-]
+# Compiling for one takes half a minute.
+CHIPS_IN_TURNS = take_turns(*TOPOLOGIES)
 
 
 def chip_sharding(topology):

@@ -151,7 +151,8 @@ def choose_segments(
     """
     segments: list[RowSegment] = []
     space = seq_len
-    _refill_pending(pending, draw, seq_len, lookahead)
+    num_tokens = sum([piece.end - piece.start for piece in pending])
+    num_tokens = _refill_pending(pending, num_tokens, draw, seq_len, lookahead)
     if not pending:
         return None
     chosen = pending[0]
@@ -161,6 +162,7 @@ def choose_segments(
             RowSegment(chosen.sample_id, chosen.source_index, chosen.document, chosen.start, length)
         )
         space -= length
+        num_tokens -= length
         chosen.start += length
         # A piece of whole rows stays pending until its last row.
         if not chosen.length:
@@ -168,7 +170,7 @@ def choose_segments(
         if not pack or not space:
             return segments
         # After every piece: the next choice is then always one among `lookahead`.
-        _refill_pending(pending, draw, seq_len, lookahead)
+        num_tokens = _refill_pending(pending, num_tokens, draw, seq_len, lookahead)
         longest_fit = _find_longest_fit(pending, space)
         if longest_fit is None:
             return segments
@@ -201,20 +203,31 @@ def make_padding_row(seq_len: int) -> PackedRow:
 
 def _refill_pending(
     pending: list[PendingPiece],
+    num_tokens: int,
     draw: Callable[[], list[PendingPiece]],
     seq_len: int,
     lookahead: int,
-) -> None:
-    """Draw documents until `lookahead` pieces or `_MAX_PENDING_ROWS` rows of tokens are pending."""
-    if len(pending) >= lookahead:
-        return
-    num_tokens = sum([pending_piece.end - pending_piece.start for pending_piece in pending])
+) -> int:
+    """Draw documents until `lookahead` pieces or `_MAX_PENDING_ROWS` rows of tokens are pending.
+
+    Args:
+      pending: pieces in order of arrival. It is changed in place.
+      num_tokens: tokens in them. To add them up for every piece of a row would be a tenth of
+        packing.
+      draw: see `choose_segments`.
+      seq_len: T.
+      lookahead: number of pieces to choose from.
+
+    Returns:
+      The tokens in all pending pieces.
+    """
     while len(pending) < lookahead and num_tokens < _MAX_PENDING_ROWS * seq_len:
         pieces = draw()
         if not pieces:
-            return
+            break
         pending += pieces
-        num_tokens += sum(pending_piece.length for pending_piece in pieces)
+        num_tokens += sum([piece.end - piece.start for piece in pieces])
+    return num_tokens
 
 
 def _write_segment(row: PackedRow, offset: int, segment: RowSegment) -> None:

@@ -4,6 +4,7 @@ Nothing here has a state. A reader that knows how many records it drew knows the
 state is a few counts.
 """
 
+import functools
 import hashlib
 from collections.abc import Mapping
 
@@ -26,9 +27,14 @@ def shuffle_position(position: int, num_records: int, seed: int, name: str, epoc
     The order is a permutation by a block cipher on the position. It is computed for one position at
     a time, so it needs no memory, whatever the number of records.
     """
-    # grain takes seeds of 32 bits.
-    epoch_seed = stable_hash(seed, name, epoch) % 2**32
+    epoch_seed = _hash_epoch(seed, name, epoch)
     return grain.index_shuffle(position, max_index=num_records - 1, seed=epoch_seed, rounds=4)
+
+
+# Kept, because each record of an epoch asks for the same one.
+@functools.lru_cache(maxsize=256)
+def _hash_epoch(seed: int, name: str, epoch: int) -> int:
+    return stable_hash(seed, name, epoch) % 2**32  # grain takes seeds of 32 bits
 
 
 def choose_by_weight(weights: Mapping[str, float], total: float, *key: str | int) -> str:
