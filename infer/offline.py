@@ -31,7 +31,7 @@ from collections.abc import Callable
 from typing import BinaryIO
 
 import tqdm
-from absl import app, flags, logging
+from absl import flags, logging
 
 import m1_jax
 from infer import batch_fingerprint, batch_input, batch_output, command, engine
@@ -208,9 +208,7 @@ def _serve_requests(
     return BatchSummary(total, num_done_before, **counts, stopped_by=signal_number)
 
 
-def main(argv) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unknown argument {argv[1]!r}")
+def main(_) -> None:
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # Orbax logs every step at INFO
     distributed.run_to_exit(_run_command, one_line=False)  # bad lines are listed
@@ -233,9 +231,8 @@ def _run_command() -> int:
 
 
 def cli() -> None:
-    command.define_flags(batch_input.BatchConfig)
-    command_help.prepare_help(__doc__, command.__name__)
-    app.run(main)
+    command.define_flags(batch_input.BatchConfig, batch_input.FLAG_GROUPS)
+    command_help.run_command(__doc__, main)
 
 
 if __name__ == "__main__":

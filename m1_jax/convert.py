@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Mapping
 import numpy as np
 import tensorstore as ts
 import tqdm
-from absl import app, flags, logging
+from absl import flags, logging
 
 from m1_jax import command_help, durable, file_lock, local_path
 from m1_jax import config as config_lib
@@ -366,9 +366,7 @@ def _start_or_resume(
 # ---- command line
 
 
-def main(argv) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unknown argument {argv[1]!r}")
+def main(_) -> None:
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.ERROR)  # Orbax logs each of its steps
     try:
@@ -381,17 +379,18 @@ def main(argv) -> None:
 
 
 def _define_flags() -> None:
-    flags.DEFINE_enum("to", None, ["orbax", "hf"], "What to make.", required=True)
-    flags.DEFINE_string("src", None, "Directory to read.", required=True)
-    flags.DEFINE_string("dst", None, "Directory to make; must not exist.", required=True)
-    flags.DEFINE_float("memory_gib", 2.0, "Most tensor bytes in memory at once, GiB.")
-    flags.DEFINE_bool("progress", True, "Show a progress bar.")
+    with command_help.flag_group("What to convert"):
+        flags.DEFINE_enum("to", None, ["orbax", "hf"], "Form of the result.", required=True)
+        flags.DEFINE_string("src", None, "Directory to read.", required=True)
+        flags.DEFINE_string("dst", None, "Directory to make; must not exist.", required=True)
+    with command_help.flag_group("How"):
+        flags.DEFINE_float("memory_gib", 2.0, "Most tensor bytes in memory at once, GiB.")
+        flags.DEFINE_bool("progress", True, "Show a progress bar.")
 
 
 def cli() -> None:
     _define_flags()
-    command_help.prepare_help(__doc__, __name__)
-    app.run(main)
+    command_help.run_command(__doc__, main)
 
 
 if __name__ == "__main__":
