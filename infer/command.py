@@ -19,6 +19,7 @@ from infer.execution import programs
 from m1_jax import command_help, command_mesh, distributed, memory_check, multihost, sharding
 from m1_jax import local_path as local_path_lib
 from m1_jax import params as params_lib
+from m1_jax.checkpoints import checkpoint_dir as checkpoint_dir_lib
 
 DTYPES = command_mesh.DTYPES
 
@@ -136,12 +137,9 @@ def checkpoint_dir(checkpoint: str) -> pathlib.Path:
     """Return a checkpoint's directory.
 
     Raises:
-      ValueError: there is no such directory.
+      ValueError: there is no checkpoint.
     """
-    path = local_path("checkpoint", checkpoint)
-    if not path.is_dir():
-        raise ValueError(f"--checkpoint: {path} is no directory; wanted a release or a conversion")
-    return path
+    return checkpoint_dir_lib.require_checkpoint(checkpoint, "--checkpoint")
 
 
 @dataclasses.dataclass(frozen=True)

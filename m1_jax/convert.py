@@ -24,7 +24,7 @@ from absl import flags, logging
 from m1_jax import command_help, durable, file_lock, local_path
 from m1_jax import config as config_lib
 from m1_jax import params as params_lib
-from m1_jax.checkpoints import array_futures, params_map, release, shard_plan
+from m1_jax.checkpoints import array_futures, checkpoint_dir, params_map, release, shard_plan
 from m1_jax.checkpoints import format as format_lib
 
 # Where the source does not say how it was cut. A larger tensor is a shard of its own.
@@ -68,11 +68,9 @@ def run(config: ConvertConfig) -> pathlib.Path:
       PathError: a bucket, or another path that is not of this machine.
       LockError: another process converts to the destination.
     """
-    src = local_path.resolve_path(config.src, "--src")
     dst = local_path.resolve_path(config.dst, "--dst")
     _check_absent(dst)
-    if not src.is_dir():
-        raise release.CheckpointError(f"{src} is not a directory; wanted the checkpoint to convert")
+    src = checkpoint_dir.require_checkpoint(config.src, "--src")
     if format_lib.is_converted(src) != (config.to == "hf"):
         state = "not converted yet" if config.to == "hf" else "converted already"
         source = "a converted directory" if config.to == "hf" else "a release directory"
