@@ -38,7 +38,15 @@ from infer import batch_fingerprint, batch_input, batch_output, command, engine
 from infer import config as config_lib
 from infer import request as request_lib
 from infer.execution import leader_follower
-from m1_jax import command_help, distributed, durable, file_lock, multihost, sharding
+from m1_jax import (
+    command_help,
+    distributed,
+    durable,
+    file_lock,
+    multihost,
+    progress_bar,
+    sharding,
+)
 from m1_jax import tokenizer as tokenizer_lib
 
 
@@ -157,11 +165,8 @@ def _answer_requests(
 ) -> BatchSummary:
     """Run the requests that are not done, with a progress bar, and close the engine."""
     todo = [request for request in requests if request.index not in done_indices]
-    bar = tqdm.tqdm(
-        total=len(requests),
-        initial=len(done_indices),
-        unit="request",
-        disable=not config.progress,
+    bar = progress_bar.open_bar(
+        "batch", len(requests), "request", initial=len(done_indices), shown=config.progress
     )
     with bar, command.local_path("output", config.output).open("ab") as file:
         return _serve_requests(config, running_engine, todo, len(done_indices), file, bar, stop)

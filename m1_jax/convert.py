@@ -18,10 +18,9 @@ from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 import tensorstore as ts
-import tqdm
 from absl import flags, logging
 
-from m1_jax import command_help, durable, file_lock, local_path
+from m1_jax import command_help, durable, file_lock, local_path, progress_bar
 from m1_jax import config as config_lib
 from m1_jax import params as params_lib
 from m1_jax.checkpoints import array_futures, checkpoint_dir, params_map, release, shard_plan
@@ -290,8 +289,8 @@ class _ConvertProgress:
         tensors = list(tensors)
         total = sum(tensor.nbytes for tensor in tensors)
         initial = sum(tensor.nbytes for tensor in tensors if tensor.name in finished_names)
-        self._bar = tqdm.tqdm(
-            total=total, initial=initial, unit="B", unit_scale=True, disable=not show_bar
+        self._bar = progress_bar.open_bar(
+            "convert", total, "B", initial=initial, shown=show_bar, scaled=True
         )
         self._journal = (partial / format_lib.JOURNAL_FILE).open("a")
 

@@ -18,7 +18,6 @@ from collections.abc import Iterator
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tqdm
 from absl import flags, logging
 from jax.typing import ArrayLike
 
@@ -30,6 +29,7 @@ from m1_jax import (
     memory_check,
     moe,
     multihost,
+    progress_bar,
     sharding,
 )
 from m1_jax import config as config_lib
@@ -116,7 +116,7 @@ def run(config: VerifyConfig) -> list[ComparisonRow]:
     # By default TPUs multiply float32 numbers in bfloat16.
     with jax.default_matmul_precision("highest"):
         shows_progress = config.progress and distributed.is_first_process()
-        for compare in tqdm.tqdm(_COMPARISONS, "verify", disable=not shows_progress):
+        for compare in progress_bar.iterate("verify", _COMPARISONS, "pass", shows_progress):
             # A comparison is a generator, so its work is done here, under the precision above.
             rows.extend(compare(model, golden))
     # No row would count as success.
@@ -381,13 +381,12 @@ def _define_flags() -> None:
     with command_help.flag_group("What to compare"):
         flags.DEFINE_string("checkpoint", None, "Directory of the checkpoint.", required=True)
         flags.DEFINE_string("golden", None, "The .npz file to compare with.", required=True)
+        flags.DEFINE_bool("progress", True, "Show a progress bar.")
     with command_help.flag_group("Model and devices"):
         flags.DEFINE_string("dtype", None, f"Of the parameters. {command_mesh.DTYPE_HELP}")
         flags.DEFINE_string("mesh", None, command_mesh.MESH_HELP)
         flags.DEFINE_string("lightning", None, command_mesh.LIGHTNING_HELP)
         flags.DEFINE_bool("distributed", False, distributed.DISTRIBUTED_HELP)
-    with command_help.flag_group("Output"):
-        flags.DEFINE_bool("progress", True, "Show a progress bar.")
 
 
 def cli() -> None:

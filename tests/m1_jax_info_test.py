@@ -45,7 +45,7 @@ def test_versions_and_devices(sections):
 def test_checkpoint(sections, golden_dir):
     told = sections["checkpoint"]
     assert told["kind"] == "release (safetensors)"
-    assert (told["layers"], told["layers_lightning"], told["layers_softmax"]) == (8, 7, 1)
+    assert (told["layers"], told["layers_lightning"], told["layers_softmax"]) == (8, 6, 2)
     assert told["shards"] == 3
     files = list(golden_dir.iterdir())
     assert told["size_bytes"] == sum(file.stat().st_size for file in files)

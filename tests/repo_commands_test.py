@@ -59,8 +59,10 @@ def command(request, monkeypatch, capsys):
 
 def _shown_flags(text):
     """Return the text of each flag by its name."""
-    entries = re.split(r"(?m)^  (?:-h, )?--(?:\[no\])?(\w+)", text)[1:]
-    return dict(zip(entries[::2], (" ".join(e.split()) for e in entries[1::2]), strict=True))
+    parts = re.split(r"(?m)^  (?:-h, )?--(?:\[no\])?(\w+)", text)[1:]
+    # The last flag of a group is followed by the next title, after an empty line.
+    texts = (" ".join(part.split("\n\n")[0].split()) for part in parts[1::2])
+    return dict(zip(parts[::2], texts, strict=True))
 
 
 def test_help_shows_every_flag_with_its_default(command):
@@ -105,7 +107,7 @@ def test_arguments_that_are_refused(command):
         ("--xyzzy=3", "unknown flag --xyzzy; "),
         ("other", "got the argument 'other'; wanted flags alone, each as --name=value;"),
     ):
-        # Flags that must be given are missing, which is told last, and only where all else is right.
+        # With the flags that must be given, since none of them may be what is refused.
         required = [f"--{name}=hf" for name in _required_names(command)]
         status, text, errors, _ = command(argument, *required)
         assert (status, text) == (2, "")

@@ -18,11 +18,10 @@ import pathlib
 import sys
 from typing import Any
 
-import tqdm
 from absl import flags
 from array_record.python import array_record_module  # pyright: ignore[reportAttributeAccessIssue]
 
-from m1_jax import command_help, configlib, durable, local_path
+from m1_jax import command_help, configlib, durable, local_path, progress_bar
 from m1_jax import tokenizer as tokenizer_lib
 from train.data import chat, columns, data_errors, find_files
 from train.data import config as data_config
@@ -106,7 +105,7 @@ def _write_shards(
         encoder = chat.RecordEncoder(tokenizer, profile=config.profile)
     _print_columns(config, records)
     manifest = _open_manifest(partial, config, records)
-    with tqdm.tqdm(total=len(records), unit=" records", disable=not config.progress) as bar:
+    with progress_bar.open_bar("prepare", len(records), "record", shown=config.progress) as bar:
         for shard in range(config.shards):
             name = f"{shard:05d}-of-{config.shards:05d}.arrayrecord"
             start, end = (len(records) * i // config.shards for i in (shard, shard + 1))
