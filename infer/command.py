@@ -64,7 +64,8 @@ def _define_flag(field: dataclasses.Field, field_type: Any) -> None:
     kinds = [kind for kind in typing.get_args(field_type) if kind is not type(None)]
     kind = typing.get_origin(field_type)
     kind = tuple if kind is tuple else kinds[0] if kinds else field_type
-    default = list(field.default) if kind is tuple else field.default
+    field_default: Any = field.default  # `flag_field` gives one to every field
+    default = list(field_default) if kind is tuple else field_default
     text, required = field.metadata["help"], field.metadata["required"]
     if required:  # absl wants None for a flag that must be given
         flags.DEFINE_string(field.name, None, text, required=True)

@@ -108,7 +108,8 @@ def test_arguments_that_are_refused(command):
         ("other", "got the argument 'other'; wanted flags alone, each as --name=value;"),
     ):
         # With the flags that must be given, since none of them may be what is refused.
-        required = [f"--{name}=hf" for name in _required_names(command)]
+        values = {"to": "hf", "job": "train"}
+        required = [f"--{name}={values.get(name, 'x')}" for name in _required_names(command)]
         status, text, errors, _ = command(argument, *required)
         assert (status, text) == (2, "")
         assert errors.startswith(f"error: {words}")
