@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import ad_checkpoint
 from jaxtyping import Array, Float, Int
 
-from m1_jax import choice_rows, collectives, exchange_plan, experts, layer_stack, quantize, sharding
+from m1_jax import choice_rows, collectives, exchange_plan, experts, layer_stack, quantize
 
 # Name of the rows that arrived at their experts, for rematerialisation.
 ROWS_NAME = "experts_rows"
@@ -108,9 +108,9 @@ def _run_local_experts(choices: choice_rows.SortedChoices, gate, up, down, stack
 # ---- sending chunks of rows
 
 
-def _send_rows(rows, output, transfer: exchange_plan.RowTransfer):
+def _send_rows(plan: exchange_plan.ExchangePlan, rows, output, transfer: exchange_plan.RowTransfer):
     """Return this device's `output` with the chunks of rows that all devices sent to it."""
-    if collectives.axis_size("experts") == 1 or not sharding.has_ragged_all_to_all():
+    if not plan.is_ragged:
         return _send_rows_dense(rows, output, transfer)
     # XLA:CPU has none either. Lowering decides, so that ahead-of-time compiles get the target's.
     return jax.lax.platform_dependent(
@@ -171,7 +171,7 @@ def _run_rounds(plan: exchange_plan.ExchangePlan, rows, run_experts: Callable):
         buffer = jax.lax.empty((plan.num_buffer_rows, rows.shape[1]), rows.dtype)
         arrived, weights = _receive_rows(plan, i, rows, buffer)
         out = run_experts(arrived, weights, plan.group_sizes(i))
-        return _send_rows(out, y, plan.combine_transfer(i))
+        return _send_rows(plan, out, y, plan.combine_transfer(i))
 
     return _loop_over_rounds(plan, run_round, _make_returned(plan, rows))
 
@@ -209,7 +209,7 @@ def _run_experts(gate, up, down, arrived, weights, group_sizes):
 
 def _receive_rows(plan: exchange_plan.ExchangePlan, round_index, rows, buffer):
     """Return `buffer` with the rows of this device's experts at its start, and their weights."""
-    arrived = _send_rows(rows, buffer, plan.dispatch_transfer(round_index))
+    arrived = _send_rows(plan, rows, buffer, plan.dispatch_transfer(round_index))
     # One number a row is few bytes, so every device has those of all rows and takes its own.
     sender_offset, buffer_offset, size = plan.arriving_chunks(round_index)
     weights = jnp.zeros((plan.num_buffer_rows, 1), plan.row_scales.dtype)
@@ -245,12 +245,12 @@ def _exchange_rows_fwd(plan, rows, scale, gate, up, down):
     out, gate_out, up_out = experts.grouped_mlp_with_residuals(
         arrived, gate, up, down, plan.group_sizes(0), weights
     )
-    y = _send_rows(out, _make_returned(plan, rows), plan.combine_transfer(0))
+    y = _send_rows(plan, out, _make_returned(plan, rows), plan.combine_transfer(0))
 
     def run_round(i, y):
         arrived, weights = _receive_rows(plan, i, rows, _make_zero_rows(plan, rows))
         out = _run_experts(gate, up, down, arrived, weights, plan.group_sizes(i))
-        return _send_rows(out, y, plan.combine_transfer(i))
+        return _send_rows(plan, out, y, plan.combine_transfer(i))
 
     y = _loop_over_rounds(plan, run_round, y, first=1)
     return y, (plan, rows, scale, gate, up, down, arrived, weights, gate_out, up_out)
@@ -271,11 +271,11 @@ def _exchange_rows_bwd(residuals, grad):
     def run_round(i, d_rows, d_scale, arrived, weights, gate_out, up_out):
         """Return both gradients with this round's added, and the gradients of the matrices."""
         # The gradient of the output travels as the rows do, and that of the rows as the output.
-        d_out = _send_rows(grad, _make_zero_rows(plan, rows), plan.dispatch_transfer(i))
+        d_out = _send_rows(plan, grad, _make_zero_rows(plan, rows), plan.dispatch_transfer(i))
         d_arrived, *d_matrices, d_weights = experts.grouped_mlp_gradients(
             arrived, *matrices, plan.group_sizes(i), weights, gate_out, up_out, d_out
         )
-        d_rows = _send_rows(d_arrived, d_rows, plan.combine_transfer(i))
+        d_rows = _send_rows(plan, d_arrived, d_rows, plan.combine_transfer(i))
         return d_rows, _return_scalars(plan, i, d_weights, d_scale), d_matrices
 
     def run_later_round(i, carry):
