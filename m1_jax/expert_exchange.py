@@ -22,7 +22,7 @@ from m1_jax import choice_rows, collectives, exchange_plan, experts, layer_stack
 # Name of the rows that arrived at their experts, for rematerialisation.
 ROWS_NAME = "experts_rows"
 # Up to so many tokens of a group, without a gradient, each device takes all of them.
-MAX_GATHERED_TOKENS = 128
+MAX_GATHERED_TOKENS = 256
 
 
 @jax.named_scope("exchange")
@@ -48,9 +48,8 @@ def run_routed_experts(
       stack_index: index of this layer, where gate, up and down are still stacked over layers. There
         is no gradient then.
     """
-    num_tokens = len(x) * collectives.axis_size("experts")
-    is_dropless = capacity is None
-    is_small = num_tokens <= MAX_GATHERED_TOKENS and weights.shape[1] <= 2
+    num_tokens, is_dropless = len(x) * collectives.axis_size("experts"), capacity is None
+    is_small = takes_all_tokens(num_tokens, weights.shape[1])
     if is_dropless and stack_index is not None and is_small:
         return _run_on_all_tokens(x, weights, expert_ids, gate, up, down, stack_index)
     num_experts = gate.shape[-3] * collectives.axis_size("experts")
@@ -77,13 +76,22 @@ def run_routed_experts(
     return choices.sum_over_choices(y), num_dropped
 
 
-def _run_on_all_tokens(x, weights, expert_ids, gate, up, down, stack_index):
-    """Do the same for few tokens: each device runs its experts on the tokens of all devices.
+def takes_all_tokens(num_tokens: int, num_choices: int) -> bool:
+    """Say whether each device takes all tokens of its group, where there is no gradient.
 
     To bring few rows everywhere takes less time than to plan where each goes. Two choices of a
     token have the same sum in any order, whatever zeros the other devices add to it. The sum of
     three could depend on where in the batch a token is.
+
+    Args:
+      num_tokens: of the group.
+      num_choices: experts of a token.
     """
+    return num_tokens <= MAX_GATHERED_TOKENS and num_choices <= 2
+
+
+def _run_on_all_tokens(x, weights, expert_ids, gate, up, down, stack_index):
+    """Do the same where each device runs its experts on the tokens of the whole group."""
     numbers = jax.lax.bitcast_convert_type(weights, expert_ids.dtype)
     numbers = jnp.concatenate([expert_ids, numbers], axis=1)
     x, numbers = (collectives.all_gather(a, "experts", 0) for a in (x, numbers))

@@ -145,7 +145,12 @@ def map_row_tiles(
     num_tiles = _count_active_tiles(is_real) if num_tiles is None else num_tiles
     if len(is_real) == 1:
         # A loop would copy what it carries, several times a layer: a tenth of decoding few rows.
-        outputs = jax.lax.cond(num_tiles > 0, lambda: compute(0), lambda: _make_zeros(shapes))
+        # The compiler may move arithmetic out of a conditional, as it does not out of a loop.
+        outputs = jax.lax.cond(
+            num_tiles > 0,
+            lambda: jax.lax.optimization_barrier(compute(0)),
+            lambda: _make_zeros(shapes),
+        )
         return jax.tree.map(lambda a: a[:length], outputs)
 
     # Outputs are carried and written in place. `scan` would stack them, but needs a known length.
