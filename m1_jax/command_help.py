@@ -218,16 +218,21 @@ def format_full_help(doc: str) -> str:
 
 def _iterate_groups() -> Iterator[tuple[str, list[str]]]:
     """Yield title and flags of each group. Flags of our packages outside of groups come last."""
-    grouped_names = {name for names in _groups.values() for name in names}
+    # A process that defines the flags of several commands in turn has removed earlier ones.
+    defined_groups = {
+        title: [name for name in names if name in flags.FLAGS] for title, names in _groups.items()
+    }
+    grouped_names = {name for names in defined_groups.values() for name in names}
     other_names = []
     for module, module_flags in flags.FLAGS.flags_by_module_dict().items():
         # absl calls the module that runs by the name of its file.
         if module.split(".")[0] in _PACKAGES or module == sys.argv[0]:
             other_names += [flag.name for flag in module_flags if flag.name not in grouped_names]
-    groups = {title: names for title, names in _groups.items() if title != _HELP_GROUP}
+    help_names = defined_groups.pop(_HELP_GROUP, [])
+    groups = {title: names for title, names in defined_groups.items() if names}
     groups |= {_OTHER_GROUP: other_names} if other_names else {}
     yield from groups.items()
-    yield _HELP_GROUP, _groups.get(_HELP_GROUP, [])
+    yield _HELP_GROUP, help_names
 
 
 def _clean_doc(doc: str) -> str:
