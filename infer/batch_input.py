@@ -11,6 +11,14 @@ from m1_jax import command_mesh, distributed, quantize
 from m1_jax import tokenizer as tokenizer_lib
 
 _flag = command.flag_field
+# Fields of `BatchConfig` by their title in --help.
+FLAG_GROUPS = {
+    "Files": ("input", "output", "tokens"),
+    "Model and devices": ("checkpoint", "dtype", "weights", "mesh", "lightning", "distributed"),
+    "Requests": ("defaults", "seed", "system", "raw", "profile", "max_length"),
+    "Engine": ("max_rows", "num_pages", "num_snapshots", "draft_tokens"),
+    "Output": ("progress",),
+}
 _MAX_LISTED_BAD_LINES = 10  # one error lists so many
 _LINE_FIELDS = (*jsonl.REQUEST_FIELDS, "id", "preset")
 
@@ -19,9 +27,9 @@ _LINE_FIELDS = (*jsonl.REQUEST_FIELDS, "id", "preset")
 class BatchConfig:
     """One run. Each field is a flag of the command."""
 
-    checkpoint: str = _flag("", "Release directory, or one made by m1_jax.convert.")
-    input: str = _flag("", "JSONL file of requests.")
-    output: str = _flag("", "JSONL file to write, or to go on with after a kill.")
+    checkpoint: str = _flag("", "Release directory, or one made by m1-convert.", required=True)
+    input: str = _flag("", "JSONL file of requests.", required=True)
+    output: str = _flag("", "JSONL file to write, or to go on with.", required=True)
     defaults: str = _flag("{}", 'Options for lines without their own: {"max_tokens": 100, ...}.')
     seed: int = _flag(0, "Seed of the run; a line without a seed gets one from it.")
     tokens: bool = _flag(False, "Write each token with its log-probabilities.")
@@ -29,7 +37,7 @@ class BatchConfig:
     raw: bool = _flag(False, "Read prompts as they are, control tokens included: no template.")
     profile: str = _flag("release", "Chat template: release or vllm.")
     dtype: str | None = _flag(None, command_mesh.DTYPE_HELP)
-    weights: str | None = _flag(None, "int8-experts or int8-all quantizes weights; default: dtype.")
+    weights: str | None = _flag(None, "int8-experts or int8-all. Default: as --dtype.")
     mesh: str | None = _flag(None, command_mesh.MESH_HELP)
     lightning: str | None = _flag(None, command_mesh.LIGHTNING_HELP)
     distributed: bool = _flag(False, distributed.DISTRIBUTED_HELP)

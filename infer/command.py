@@ -5,7 +5,7 @@ import os
 import pathlib
 import signal
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,35 +16,61 @@ from jax.experimental import multihost_utils
 import m1_jax
 from infer import config as config_lib
 from infer.execution import programs
-from m1_jax import command_mesh, distributed, memory_check, multihost, sharding
+from m1_jax import command_help, command_mesh, distributed, memory_check, multihost, sharding
 from m1_jax import local_path as local_path_lib
 from m1_jax import params as params_lib
+from m1_jax.checkpoints import checkpoint_dir as checkpoint_dir_lib
 
 DTYPES = command_mesh.DTYPES
 
 
-def flag_field(default: Any, text: str) -> Any:
-    """Return a field of a dataclass whose fields are flags, `text` being the flag's help."""
-    return dataclasses.field(default=default, metadata={"help": text})
+def flag_field(default: Any, text: str, required: bool = False) -> Any:
+    """Return a field of a dataclass whose fields are flags.
+
+    Args:
+      default: the field's default, and the flag's.
+      text: the flag's help.
+      required: whether the flag must be given. Its class refuses the default.
+    """
+    return dataclasses.field(default=default, metadata={"help": text, "required": required})
 
 
-def define_flags(config: type) -> None:
-    """Define a flag for each field, of the field's type. `X | None` is a flag of type X."""
+def define_flags(config: type, groups: Mapping[str, Sequence[str]]) -> None:
+    """Define a flag for each field, of the field's type. `X | None` is a flag of type X.
+
+    Args:
+      config: a dataclass whose fields are made by `flag_field`.
+      groups: names of fields by their title in --help. Together they name every field once.
+    """
+    types = typing.get_type_hints(config)
+    class_fields: Any = dataclasses.fields(config)  # `Any`: a bare `type` is none to pyright
+    fields = {field.name: field for field in class_fields}
+    for title, names in groups.items():
+        with command_help.flag_group(title):
+            for name in names:
+                _define_flag(fields.pop(name), types[name])
+    if fields:
+        raise AssertionError(f"{config.__name__}: no group has {', '.join(fields)}")
+
+
+def _define_flag(field: dataclasses.Field, field_type: Any) -> None:
     define = {
         bool: flags.DEFINE_bool,
         int: flags.DEFINE_integer,
         float: flags.DEFINE_float,
         tuple: flags.DEFINE_multi_string,
     }
-    types = typing.get_type_hints(config)
-    fields: Any = dataclasses.fields(config)  # `Any`: a bare `type` is no dataclass to pyright
-    for field in fields:
-        # The arguments of `X | None`; a plain type has none. tuple[str, ...] is told by its origin.
-        kinds = [kind for kind in typing.get_args(types[field.name]) if kind is not type(None)]
-        kind = typing.get_origin(types[field.name])
-        kind = tuple if kind is tuple else kinds[0] if kinds else types[field.name]
-        default = list(field.default) if kind is tuple else field.default
-        define.get(kind, flags.DEFINE_string)(field.name, default, field.metadata["help"])
+    # The arguments of `X | None`; a plain type has none. tuple[str, ...] is told by its origin.
+    kinds = [kind for kind in typing.get_args(field_type) if kind is not type(None)]
+    kind = typing.get_origin(field_type)
+    kind = tuple if kind is tuple else kinds[0] if kinds else field_type
+    field_default: Any = field.default  # `flag_field` gives one to every field
+    default = list(field_default) if kind is tuple else field_default
+    text, required = field.metadata["help"], field.metadata["required"]
+    if required:  # absl wants None for a flag that must be given
+        flags.DEFINE_string(field.name, None, text, required=True)
+    else:
+        define.get(kind, flags.DEFINE_string)(field.name, default, text)
 
 
 def config_from_flags(config: type) -> Any:
@@ -112,12 +138,9 @@ def checkpoint_dir(checkpoint: str) -> pathlib.Path:
     """Return a checkpoint's directory.
 
     Raises:
-      ValueError: there is no such directory.
+      ValueError: there is no checkpoint.
     """
-    path = local_path("checkpoint", checkpoint)
-    if not path.is_dir():
-        raise ValueError(f"--checkpoint: {path} is no directory; wanted a release or a conversion")
-    return path
+    return checkpoint_dir_lib.require_checkpoint(checkpoint, "--checkpoint")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,7 +25,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from absl import app, flags, logging
+from absl import flags, logging
 
 import m1_jax
 from infer import command, engine, jsonl, request_check, text_printer
@@ -38,6 +38,20 @@ from m1_jax import command_help, command_mesh, distributed, multihost, quantize
 from m1_jax import tokenizer as tokenizer_lib
 
 _flag = command.flag_field
+# Fields of `GenerateConfig` by their title in --help.
+FLAG_GROUPS = {
+    "Model and devices": ("checkpoint", "dtype", "weights", "mesh", "lightning", "distributed"),
+    "Prompts": ("prompt", "prompts_file", "system", "raw", "profile"),
+    "Length of the output": (
+        *("max_tokens", "min_tokens", "max_length", "stop", "ignore_eos", "thinking_tokens"),
+    ),
+    "Sampling": (
+        *("preset", "temperature", "top_p", "top_k", "min_p", "seed"),
+        *("repetition_penalty", "presence_penalty", "frequency_penalty"),
+    ),
+    "Form of the output": ("json_schema", "regex", "grammar", "after_thinking"),
+    "Running and printing": ("batch_size", "stream", "logprobs", "top_logprobs"),
+}
 _OPTIONS = [field.name for field in dataclasses.fields(options_lib.Options)]
 
 
@@ -49,31 +63,31 @@ class GenerateConfig:
     `options.Options`.
     """
 
-    checkpoint: str = _flag("", "Release directory, or one made by m1_jax.convert.")
+    checkpoint: str = _flag("", "Release directory, or one made by m1-convert.", required=True)
     prompt: str | None = _flag(None, "Text of the user's message.")
     system: str | None = _flag(None, "System message for prompts without their own.")
     prompts_file: str | None = _flag(None, "File with a prompt per line, or a .jsonl of objects.")
     preset: str | None = _flag(None, f"Options: {', '.join(options_lib.PRESETS)}.")
-    max_tokens: int | None = _flag(None, "Most tokens of the output; 512 without a preset.")
-    min_tokens: int | None = _flag(None, "Least tokens of the output; nothing ends it before.")
-    temperature: float | None = _flag(None, "0 takes the most likely token; default 1.")
-    top_p: float | None = _flag(None, "Keep the likeliest tokens with this mass; default 0.95.")
-    top_k: int | None = _flag(None, "Keep this many likeliest tokens; 0 is off, the default.")
-    min_p: float | None = _flag(None, "Least probability, relative to the likeliest; 0 is off.")
-    repetition_penalty: float | None = _flag(None, "Penalty over prompt and output; 1 is off.")
-    presence_penalty: float | None = _flag(None, "Penalty over the output; 0 is off.")
-    frequency_penalty: float | None = _flag(None, "Penalty over the output, by count; 0 is off.")
+    max_tokens: int | None = _flag(None, "Most tokens of the output. Default: 512, or preset's.")
+    min_tokens: int | None = _flag(None, "Least tokens of the output. Default: 0.")
+    temperature: float | None = _flag(None, "0 takes the likeliest token. Default: 1.")
+    top_p: float | None = _flag(None, "Keep the likeliest tokens of this mass. Default: 0.95.")
+    top_k: int | None = _flag(None, "Keep this many likeliest tokens; 0 is off. Default: 0.")
+    min_p: float | None = _flag(None, "Least share of the likeliest's mass. Default: 0, off.")
+    repetition_penalty: float | None = _flag(None, "Penalty, prompt included. Default: 1, off.")
+    presence_penalty: float | None = _flag(None, "Penalty, output alone. Default: 0, off.")
+    frequency_penalty: float | None = _flag(None, "Penalty by count. Default: 0, off.")
     seed: int = _flag(0, "The same seed and prompt index draw the same text.")
     stop: tuple[str, ...] = _flag((), "Text that ends the output, and is left out; repeatable.")
-    thinking_tokens: int | None = _flag(None, "Close thinking by force after so many tokens.")
+    thinking_tokens: int | None = _flag(None, "End thinking after so many tokens. Default: never.")
     json_schema: str | None = _flag(None, "JSON schema that the output matches, or @FILE.")
     regex: str | None = _flag(None, "Regular expression that the output matches.")
     grammar: str | None = _flag(None, "Lark grammar that the output matches, or @FILE.")
     after_thinking: bool = _flag(False, "Constrain only what follows the model's thinking.")
     logprobs: str | None = _flag(None, "File for tokens with log-probabilities, one line a prompt.")
-    top_logprobs: int | None = _flag(None, "Likeliest tokens to add at each position, 0 to 20.")
+    top_logprobs: int | None = _flag(None, "Likeliest tokens a position, 0 to 20. Default: 0.")
     dtype: str | None = _flag(None, command_mesh.DTYPE_HELP)
-    weights: str | None = _flag(None, "int8-experts or int8-all quantizes weights; default: dtype.")
+    weights: str | None = _flag(None, "int8-experts or int8-all. Default: as --dtype.")
     mesh: str | None = _flag(None, command_mesh.MESH_HELP)
     lightning: str | None = _flag(None, command_mesh.LIGHTNING_HELP)
     distributed: bool = _flag(False, distributed.DISTRIBUTED_HELP)
@@ -313,9 +327,7 @@ def read_conversations(config: GenerateConfig) -> list[tuple[str, dict[str, Any]
         return [("--prompt", jsonl.check_conversation({"prompt": config.prompt}, *form))]
 
 
-def main(argv) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unknown argument {argv[1]!r}")
+def main(_) -> None:
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # Orbax logs every step at INFO
     distributed.run_to_exit(_run_command)
@@ -367,9 +379,8 @@ def _report_run(
 
 
 def cli() -> None:
-    command.define_flags(GenerateConfig)
-    command_help.prepare_help(__doc__, command.__name__)
-    app.run(main)
+    command.define_flags(GenerateConfig, FLAG_GROUPS)
+    command_help.run_command(__doc__, main)
 
 
 if __name__ == "__main__":

@@ -31,14 +31,22 @@ from collections.abc import Callable
 from typing import BinaryIO
 
 import tqdm
-from absl import app, flags, logging
+from absl import flags, logging
 
 import m1_jax
 from infer import batch_fingerprint, batch_input, batch_output, command, engine
 from infer import config as config_lib
 from infer import request as request_lib
 from infer.execution import leader_follower
-from m1_jax import command_help, distributed, durable, file_lock, multihost, sharding
+from m1_jax import (
+    command_help,
+    distributed,
+    durable,
+    file_lock,
+    multihost,
+    progress_bar,
+    sharding,
+)
 from m1_jax import tokenizer as tokenizer_lib
 
 
@@ -157,11 +165,8 @@ def _answer_requests(
 ) -> BatchSummary:
     """Run the requests that are not done, with a progress bar, and close the engine."""
     todo = [request for request in requests if request.index not in done_indices]
-    bar = tqdm.tqdm(
-        total=len(requests),
-        initial=len(done_indices),
-        unit="request",
-        disable=not config.progress,
+    bar = progress_bar.open_bar(
+        "batch", len(requests), "request", initial=len(done_indices), shown=config.progress
     )
     with bar, command.local_path("output", config.output).open("ab") as file:
         return _serve_requests(config, running_engine, todo, len(done_indices), file, bar, stop)
@@ -208,9 +213,7 @@ def _serve_requests(
     return BatchSummary(total, num_done_before, **counts, stopped_by=signal_number)
 
 
-def main(argv) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unknown argument {argv[1]!r}")
+def main(_) -> None:
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # Orbax logs every step at INFO
     distributed.run_to_exit(_run_command, one_line=False)  # bad lines are listed
@@ -233,9 +236,8 @@ def _run_command() -> int:
 
 
 def cli() -> None:
-    command.define_flags(batch_input.BatchConfig)
-    command_help.prepare_help(__doc__, command.__name__)
-    app.run(main)
+    command.define_flags(batch_input.BatchConfig, batch_input.FLAG_GROUPS)
+    command_help.run_command(__doc__, main)
 
 
 if __name__ == "__main__":

@@ -61,6 +61,12 @@ def all_gather(x: Shaped[Array, "..."], logical: str, dim: int) -> Shaped[Array,
     return jax.lax.all_gather(x, axes, axis=dim, tiled=True) if axes else x
 
 
+def psum_scatter(x: Shaped[Array, "..."], logical: str, dim: int) -> Shaped[Array, "..."]:
+    """Add up the devices' values, and return this device's slice of dimension `dim`."""
+    axes = mesh_axes(logical)
+    return jax.lax.psum_scatter(x, axes, scatter_dimension=dim, tiled=True) if axes else x
+
+
 def local_slice(x: Shaped[Array, "..."], logical: str, dim: int) -> Shaped[Array, "..."]:
     """Return this device's slice of an array that every device holds in full."""
     num_devices = axis_size(logical)

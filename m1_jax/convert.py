@@ -18,13 +18,12 @@ from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 import tensorstore as ts
-import tqdm
-from absl import app, flags, logging
+from absl import flags, logging
 
-from m1_jax import command_help, durable, file_lock, local_path
+from m1_jax import command_help, durable, file_lock, local_path, progress_bar
 from m1_jax import config as config_lib
 from m1_jax import params as params_lib
-from m1_jax.checkpoints import array_futures, params_map, release, shard_plan
+from m1_jax.checkpoints import array_futures, checkpoint_dir, params_map, release, shard_plan
 from m1_jax.checkpoints import format as format_lib
 
 # Where the source does not say how it was cut. A larger tensor is a shard of its own.
@@ -68,11 +67,9 @@ def run(config: ConvertConfig) -> pathlib.Path:
       PathError: a bucket, or another path that is not of this machine.
       LockError: another process converts to the destination.
     """
-    src = local_path.resolve_path(config.src, "--src")
     dst = local_path.resolve_path(config.dst, "--dst")
     _check_absent(dst)
-    if not src.is_dir():
-        raise release.CheckpointError(f"{src} is not a directory; wanted the checkpoint to convert")
+    src = checkpoint_dir.require_checkpoint(config.src, "--src")
     if format_lib.is_converted(src) != (config.to == "hf"):
         state = "not converted yet" if config.to == "hf" else "converted already"
         source = "a converted directory" if config.to == "hf" else "a release directory"
@@ -292,8 +289,8 @@ class _ConvertProgress:
         tensors = list(tensors)
         total = sum(tensor.nbytes for tensor in tensors)
         initial = sum(tensor.nbytes for tensor in tensors if tensor.name in finished_names)
-        self._bar = tqdm.tqdm(
-            total=total, initial=initial, unit="B", unit_scale=True, disable=not show_bar
+        self._bar = progress_bar.open_bar(
+            "convert", total, "B", initial=initial, shown=show_bar, scaled=True
         )
         self._journal = (partial / format_lib.JOURNAL_FILE).open("a")
 
@@ -366,9 +363,7 @@ def _start_or_resume(
 # ---- command line
 
 
-def main(argv) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unknown argument {argv[1]!r}")
+def main(_) -> None:
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.ERROR)  # Orbax logs each of its steps
     try:
@@ -381,17 +376,18 @@ def main(argv) -> None:
 
 
 def _define_flags() -> None:
-    flags.DEFINE_enum("to", None, ["orbax", "hf"], "What to make.", required=True)
-    flags.DEFINE_string("src", None, "Directory to read.", required=True)
-    flags.DEFINE_string("dst", None, "Directory to make; must not exist.", required=True)
-    flags.DEFINE_float("memory_gib", 2.0, "Most tensor bytes in memory at once, GiB.")
-    flags.DEFINE_bool("progress", True, "Show a progress bar.")
+    with command_help.flag_group("What to convert"):
+        flags.DEFINE_enum("to", None, ["orbax", "hf"], "Form of the result.", required=True)
+        flags.DEFINE_string("src", None, "Directory to read.", required=True)
+        flags.DEFINE_string("dst", None, "Directory to make; must not exist.", required=True)
+    with command_help.flag_group("How"):
+        flags.DEFINE_float("memory_gib", 2.0, "Most tensor bytes in memory at once, GiB.")
+        flags.DEFINE_bool("progress", True, "Show a progress bar.")
 
 
 def cli() -> None:
     _define_flags()
-    command_help.prepare_help(__doc__, __name__)
-    app.run(main)
+    command_help.run_command(__doc__, main)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from m1_jax import collectives
+from m1_jax import collectives, sharding
 
 # Rows of the receive buffer over those of a balanced router. A larger buffer costs memory, a
 # smaller one costs rounds. The released router's load on a device varies by far less than a half.
@@ -54,6 +54,7 @@ def make_plan(counts, scale, num_local_experts: int, capacity: float | None, has
         num_local_experts=num_local_experts,
         num_buffer_rows=_num_buffer_rows(len(scale), capacity, has_gradient),
         is_dropless=capacity is None,
+        is_ragged=collectives.axis_size("experts") > 1 and sharding.has_ragged_all_to_all(),
     )
 
 
@@ -78,6 +79,8 @@ class ExchangePlan:
       num_local_experts: experts of one device.
       num_buffer_rows: rows that a device receives in a round.
       is_dropless: whether there are as many rounds as all rows need. Otherwise there is one.
+      is_ragged: whether the devices have a ragged all-to-all. The plan says so, since a gradient is
+        traced where nobody knows the devices.
     """
 
     row_counts: Int[Array, "P E"]
@@ -85,6 +88,7 @@ class ExchangePlan:
     num_local_experts: int = dataclasses.field(metadata={"static": True})
     num_buffer_rows: int = dataclasses.field(metadata={"static": True})
     is_dropless: bool = dataclasses.field(metadata={"static": True})
+    is_ragged: bool = dataclasses.field(metadata={"static": True})
 
     def _chunk_starts(self):
         """Return where each chunk begins among its sender's rows, and among its receiver's rows."""

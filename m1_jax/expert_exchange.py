@@ -10,18 +10,19 @@ Chunk (s, e) is the rows that sender s has for expert e. P devices share E exper
 """
 
 import functools
-import operator
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jax import ad_checkpoint
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
-from m1_jax import collectives, exchange_plan, experts, layer_stack, quantize, sharding
+from m1_jax import choice_rows, collectives, exchange_plan, experts, layer_stack, quantize
 
 # Name of the rows that arrived at their experts, for rematerialisation.
 ROWS_NAME = "experts_rows"
+# Up to so many tokens of a group, without a gradient, each device takes all of them.
+MAX_GATHERED_TOKENS = 256
 
 
 @jax.named_scope("exchange")
@@ -47,22 +48,16 @@ def run_routed_experts(
       stack_index: index of this layer, where gate, up and down are still stacked over layers. There
         is no gradient then.
     """
+    num_tokens, is_dropless = len(x) * collectives.axis_size("experts"), capacity is None
+    is_small = takes_all_tokens(num_tokens, weights.shape[1])
+    if is_dropless and stack_index is not None and is_small:
+        return _run_on_all_tokens(x, weights, expert_ids, gate, up, down, stack_index)
     num_experts = gate.shape[-3] * collectives.axis_size("experts")
-    # A row for each of a token's A choices, sorted by expert. A stable sort keeps the tokens of an
-    # expert in order, so that results do not depend on how the sort breaks ties.
-    order = jnp.argsort(expert_ids.reshape(-1), stable=True)
-    inverse = jnp.argsort(order).reshape(expert_ids.shape)
-    has_expert = expert_ids < num_experts
-    rows = _repeat_by_choice(x, order, inverse, has_expert)
-    scale = jnp.take(weights.reshape(-1), order, mode="clip")
-    # Choices of no expert are past the end: they sort last, and no chunk counts them.
-    counts = jnp.bincount(expert_ids.reshape(-1), length=num_experts).astype(jnp.int32)
-    if capacity is None and collectives.axis_size("experts") == 1:
-        if stack_index is None:
-            y = experts.grouped_mlp(rows, gate, up, down, counts, scale)
-        else:
-            y = experts.grouped_mlp_stacked(rows, gate, up, down, stack_index, counts, scale)
-        return _sum_over_choices(y, order, inverse, has_expert), jnp.zeros(())
+    choices = choice_rows.sort_choices(x, weights, expert_ids, num_experts)
+    rows, scale, counts = choices.rows, choices.scale, choices.counts
+    if is_dropless and collectives.axis_size("experts") == 1:
+        y = _run_local_experts(choices, gate, up, down, stack_index)
+        return choices.sum_over_choices(y), jnp.zeros(())
     plan = exchange_plan.make_plan(
         counts, scale, gate.shape[-3], capacity, has_gradient=stack_index is None
     )
@@ -76,94 +71,54 @@ def run_routed_experts(
             )
 
         y = _run_rounds(plan, rows, run_experts)
-    num_sent = jnp.sum(counts if capacity is None else plan.leaving_chunks(0)[2])
+    num_sent = jnp.sum(counts if is_dropless else plan.leaving_chunks(0)[2])
     num_dropped = (jnp.sum(counts) - num_sent).astype(jnp.float32)
-    return _sum_over_choices(y, order, inverse, has_expert), num_dropped
+    return choices.sum_over_choices(y), num_dropped
 
 
-# ---- tokens to a row for each choice, and back: each is the other's gradient
+def takes_all_tokens(num_tokens: int, num_choices: int) -> bool:
+    """Say whether each device takes all tokens of its group, where there is no gradient.
 
+    To bring few rows everywhere takes less time than to plan where each goes. Two choices of a
+    token have the same sum in any order, whatever zeros the other devices add to it. The sum of
+    three could depend on where in the batch a token is.
 
-@jax.custom_vjp
-def _repeat_by_choice(
-    x: Float[Array, "M D"],
-    order: Int[Array, "R"],
-    inverse: Int[Array, "M A"],
-    has_expert: Bool[Array, "M A"],
-) -> Float[Array, "R D"]:
-    """Return a row for each choice. Choice order[i] is row i, and row inverse[m, a] is token m's.
-
-    The gradient gathers through `inverse`. Autodiff would scatter, which is slow everywhere.
+    Args:
+      num_tokens: of the group.
+      num_choices: experts of a token.
     """
-    # All gathers here clip. By default they would compare every index and select every number.
-    return jnp.take(x, order // inverse.shape[1], axis=0, mode="clip")
+    return num_tokens <= MAX_GATHERED_TOKENS and num_choices <= 2
 
 
-def _repeat_by_choice_fwd(x, order, inverse, has_expert):
-    return _repeat_by_choice(x, order, inverse, has_expert), (inverse, has_expert)
+def _run_on_all_tokens(x, weights, expert_ids, gate, up, down, stack_index):
+    """Do the same where each device runs its experts on the tokens of the whole group."""
+    numbers = jax.lax.bitcast_convert_type(weights, expert_ids.dtype)
+    numbers = jnp.concatenate([expert_ids, numbers], axis=1)
+    x, numbers = (collectives.all_gather(a, "experts", 0) for a in (x, numbers))
+    expert_ids, numbers = jnp.split(numbers, 2, axis=1)
+    weights = jax.lax.bitcast_convert_type(numbers, weights.dtype)
+    num_experts = gate.shape[-3]
+    local_ids = expert_ids - collectives.axis_index("experts") * num_experts
+    is_local = (local_ids >= 0) & (local_ids < num_experts)
+    local_ids = jnp.where(is_local, local_ids, num_experts)
+    choices = choice_rows.sort_choices(x, weights, local_ids, num_experts)
+    y = choices.sum_over_choices(_run_local_experts(choices, gate, up, down, stack_index))
+    return collectives.psum_scatter(y, "experts", 0), jnp.zeros(())
 
 
-def _repeat_by_choice_bwd(residuals, grad):
-    return _add_choices(grad, *residuals).astype(grad.dtype), None, None, None
-
-
-_repeat_by_choice.defvjp(_repeat_by_choice_fwd, _repeat_by_choice_bwd)
-
-
-@jax.custom_vjp
-def _sum_over_choices(
-    rows: Float[Array, "R D"],
-    order: Int[Array, "R"],
-    inverse: Int[Array, "M A"],
-    has_expert: Bool[Array, "M A"],
-) -> Float[Array, "M D"]:
-    """Return the sum of each token's rows, float32. Rows that went to no expert are not read."""
-    return _add_choices(rows, inverse, has_expert)
-
-
-def _sum_over_choices_fwd(rows, order, inverse, has_expert):
-    # An empty array is a residual: it carries the dtype of the rows and no data.
-    residuals = order // inverse.shape[1], jnp.zeros((0,), rows.dtype)
-    return _sum_over_choices(rows, order, inverse, has_expert), residuals
-
-
-def _sum_over_choices_bwd(residuals, grad):
-    token, like = residuals
-    return jnp.take(grad.astype(like.dtype), token, axis=0, mode="clip"), None, None, None
-
-
-_sum_over_choices.defvjp(_sum_over_choices_fwd, _sum_over_choices_bwd)
-
-
-def _add_choices(rows, inverse, has_expert):
-    """Return the float32 sum over a of rows[inverse[:, a]], without those of no expert."""
-
-    def add_gathered(rows, inverse, has_expert):
-        gathered = jnp.take(rows, inverse, axis=0, mode="clip")
-        # Rows of no expert are undefined: a select, not a product with 0.
-        gathered = jnp.where(has_expert[..., None], gathered, 0)
-        return jnp.sum(gathered.astype(jnp.float32), axis=1)
-
-    def add_in_turn(rows, inverse, has_expert):
-        choices = (
-            add_gathered(rows, inverse[:, a : a + 1], has_expert[:, a : a + 1])
-            for a in range(inverse.shape[1])
-        )
-        return functools.reduce(operator.add, choices)
-
-    # On TPU the rows of all choices would be written to memory, relaid and read again. On CPU the
-    # sum would be fused with what follows, which changes how that rounds.
-    return jax.lax.platform_dependent(
-        rows, inverse, has_expert, cpu=add_gathered, default=add_in_turn
-    )
+def _run_local_experts(choices: choice_rows.SortedChoices, gate, up, down, stack_index):
+    arguments = choices.counts, choices.scale
+    if stack_index is None:
+        return experts.grouped_mlp(choices.rows, gate, up, down, *arguments)
+    return experts.grouped_mlp_stacked(choices.rows, gate, up, down, stack_index, *arguments)
 
 
 # ---- sending chunks of rows
 
 
-def _send_rows(rows, output, transfer: exchange_plan.RowTransfer):
+def _send_rows(plan: exchange_plan.ExchangePlan, rows, output, transfer: exchange_plan.RowTransfer):
     """Return this device's `output` with the chunks of rows that all devices sent to it."""
-    if collectives.axis_size("experts") == 1 or not sharding.has_ragged_all_to_all():
+    if not plan.is_ragged:
         return _send_rows_dense(rows, output, transfer)
     # XLA:CPU has none either. Lowering decides, so that ahead-of-time compiles get the target's.
     return jax.lax.platform_dependent(
@@ -224,7 +179,7 @@ def _run_rounds(plan: exchange_plan.ExchangePlan, rows, run_experts: Callable):
         buffer = jax.lax.empty((plan.num_buffer_rows, rows.shape[1]), rows.dtype)
         arrived, weights = _receive_rows(plan, i, rows, buffer)
         out = run_experts(arrived, weights, plan.group_sizes(i))
-        return _send_rows(out, y, plan.combine_transfer(i))
+        return _send_rows(plan, out, y, plan.combine_transfer(i))
 
     return _loop_over_rounds(plan, run_round, _make_returned(plan, rows))
 
@@ -262,7 +217,7 @@ def _run_experts(gate, up, down, arrived, weights, group_sizes):
 
 def _receive_rows(plan: exchange_plan.ExchangePlan, round_index, rows, buffer):
     """Return `buffer` with the rows of this device's experts at its start, and their weights."""
-    arrived = _send_rows(rows, buffer, plan.dispatch_transfer(round_index))
+    arrived = _send_rows(plan, rows, buffer, plan.dispatch_transfer(round_index))
     # One number a row is few bytes, so every device has those of all rows and takes its own.
     sender_offset, buffer_offset, size = plan.arriving_chunks(round_index)
     weights = jnp.zeros((plan.num_buffer_rows, 1), plan.row_scales.dtype)
@@ -298,12 +253,12 @@ def _exchange_rows_fwd(plan, rows, scale, gate, up, down):
     out, gate_out, up_out = experts.grouped_mlp_with_residuals(
         arrived, gate, up, down, plan.group_sizes(0), weights
     )
-    y = _send_rows(out, _make_returned(plan, rows), plan.combine_transfer(0))
+    y = _send_rows(plan, out, _make_returned(plan, rows), plan.combine_transfer(0))
 
     def run_round(i, y):
         arrived, weights = _receive_rows(plan, i, rows, _make_zero_rows(plan, rows))
         out = _run_experts(gate, up, down, arrived, weights, plan.group_sizes(i))
-        return _send_rows(out, y, plan.combine_transfer(i))
+        return _send_rows(plan, out, y, plan.combine_transfer(i))
 
     y = _loop_over_rounds(plan, run_round, y, first=1)
     return y, (plan, rows, scale, gate, up, down, arrived, weights, gate_out, up_out)
@@ -324,11 +279,11 @@ def _exchange_rows_bwd(residuals, grad):
     def run_round(i, d_rows, d_scale, arrived, weights, gate_out, up_out):
         """Return both gradients with this round's added, and the gradients of the matrices."""
         # The gradient of the output travels as the rows do, and that of the rows as the output.
-        d_out = _send_rows(grad, _make_zero_rows(plan, rows), plan.dispatch_transfer(i))
+        d_out = _send_rows(plan, grad, _make_zero_rows(plan, rows), plan.dispatch_transfer(i))
         d_arrived, *d_matrices, d_weights = experts.grouped_mlp_gradients(
             arrived, *matrices, plan.group_sizes(i), weights, gate_out, up_out, d_out
         )
-        d_rows = _send_rows(d_arrived, d_rows, plan.combine_transfer(i))
+        d_rows = _send_rows(plan, d_arrived, d_rows, plan.combine_transfer(i))
         return d_rows, _return_scalars(plan, i, d_weights, d_scale), d_matrices
 
     def run_later_round(i, carry):

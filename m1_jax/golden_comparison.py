@@ -9,12 +9,11 @@ from collections.abc import Iterator
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tqdm
 from jax.typing import ArrayLike
 
 from m1_jax import config as config_lib
 from m1_jax import golden_file as golden_lib
-from m1_jax import logprobs, moe
+from m1_jax import logprobs, moe, progress_bar
 from m1_jax import model as model_lib
 from m1_jax import params as params_lib
 from m1_jax import state as state_lib
@@ -56,7 +55,7 @@ def compare_golden(
     rows = []
     # By default TPUs multiply float32 numbers in bfloat16.
     with jax.default_matmul_precision("highest"):
-        for compare in tqdm.tqdm(_COMPARISONS, "verify", disable=not shows_progress):
+        for compare in progress_bar.iterate("verify", _COMPARISONS, "pass", shows_progress):
             # A comparison is a generator, so its work is done here, under the precision above.
             rows.extend(compare(model, golden))
     # No row would count as success.

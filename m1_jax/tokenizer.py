@@ -19,7 +19,7 @@ from typing import Any
 
 import tokenizers
 
-from m1_jax import json_file, local_path, strict_json
+from m1_jax import json_file, local_path, missing_directory, strict_json
 
 # Marks of the chat template. tokenizer.json may flag them as ordinary added tokens, which the
 # library recognises in any text.
@@ -71,11 +71,13 @@ class Tokenizer:
         eos ids.
 
         Raises:
-          FileNotFoundError: no tokenizer.json.
+          FileNotFoundError: no directory, or no tokenizer.json in it.
           ValueError: a damaged file, a tokenizer that is not byte-level, an eos token that
             tokenizer.json does not hold, or a path that is not of this machine.
         """
         path = local_path.resolve_path(directory) / "tokenizer.json"
+        if problem := missing_directory.describe_missing_directory(path.parent):
+            raise FileNotFoundError(f"{path.parent} {problem}")
         if not path.is_file():
             raise FileNotFoundError(
                 f"{path}: no such file; wanted the release's tokenizer. Copy tokenizer.json and "

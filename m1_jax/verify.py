@@ -16,7 +16,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from absl import app, flags, logging
+from absl import flags, logging
 
 from m1_jax import (
     command_help,
@@ -134,9 +134,7 @@ def format_table(rows: list[golden_comparison.ComparisonRow]) -> str:
     return "\n".join(lines)
 
 
-def main(argv) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unknown argument {argv[1]!r}")
+def main(_) -> None:
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.ERROR)  # nothing but the table, unless asked for more
     distributed.run_to_exit(_run_command, one_line=False)
@@ -157,19 +155,20 @@ def _run_command() -> int:
 
 
 def _define_flags() -> None:
-    flags.DEFINE_string("checkpoint", None, "Directory of the checkpoint.", required=True)
-    flags.DEFINE_string("golden", None, "The .npz file to compare with.", required=True)
-    flags.DEFINE_bool("progress", True, "Show a progress bar.")
-    flags.DEFINE_string("dtype", None, f"Of the parameters. {command_mesh.DTYPE_HELP}")
-    flags.DEFINE_string("mesh", None, command_mesh.MESH_HELP)
-    flags.DEFINE_string("lightning", None, command_mesh.LIGHTNING_HELP)
-    flags.DEFINE_bool("distributed", False, distributed.DISTRIBUTED_HELP)
+    with command_help.flag_group("What to compare"):
+        flags.DEFINE_string("checkpoint", None, "Directory of the checkpoint.", required=True)
+        flags.DEFINE_string("golden", None, "The .npz file to compare with.", required=True)
+        flags.DEFINE_bool("progress", True, "Show a progress bar.")
+    with command_help.flag_group("Model and devices"):
+        flags.DEFINE_string("dtype", None, f"Of the parameters. {command_mesh.DTYPE_HELP}")
+        flags.DEFINE_string("mesh", None, command_mesh.MESH_HELP)
+        flags.DEFINE_string("lightning", None, command_mesh.LIGHTNING_HELP)
+        flags.DEFINE_bool("distributed", False, distributed.DISTRIBUTED_HELP)
 
 
 def cli() -> None:
     _define_flags()
-    command_help.prepare_help(__doc__, __name__)
-    app.run(main)
+    command_help.run_command(__doc__, main)
 
 
 if __name__ == "__main__":

@@ -253,8 +253,11 @@ def test_errors_before_any_work(checkpoint, tmp_path, monkeypatch):
         generate.prepare_run(dataclasses.replace(config, prompt=""))
     with pytest.raises(ValueError, match="regex: "):
         generate.prepare_run(dataclasses.replace(config, max_length=0, regex="("))
-    with pytest.raises(ValueError, match="is no directory"):
+    with pytest.raises(ValueError, match="--checkpoint: .*none does not exist"):
         generate.prepare_run(dataclasses.replace(config, checkpoint=str(tmp_path / "none")))
+    with pytest.raises(ValueError, match="is empty"):
+        generate.prepare_run(dataclasses.replace(config, checkpoint=str(tmp_path)))
+    (tmp_path / "config.json").write_text("{}")
     with pytest.raises(FileNotFoundError, match=r"tokenizer.json: no such file; wanted"):
         generate.prepare_run(dataclasses.replace(config, checkpoint=str(tmp_path)))
 

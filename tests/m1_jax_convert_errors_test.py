@@ -254,7 +254,7 @@ _SOURCE_ERRORS = [
     (_put(_INDEX, "{"), [_INDEX, "damaged", "Download"]),
     (_remove("*.safetensors"), ["1 shards missing", "model-00001-of-00003", "of 3", "Download"]),
     (_remove(_INDEX), ["neither", _INDEX, "model.safetensors"]),
-    (_remove("config.json"), ["config.json", "does not exist"]),
+    (_remove("config.json"), ["has weights, but no config.json"]),
     (_put("config.json", "{"), ["config.json", "not valid JSON"]),
     (_weights_lack_a_tensor, ["1 missing, e.g. model.norm.weight", "config.json"]),
     (_weights_have_one_more, ["1 not in the model", "q_norm", "config.json"]),
@@ -332,7 +332,7 @@ _ORBAX_ERRORS = [
     (_put("release.json", "{"), ["release.json", "not complete", "m1_jax.convert"]),
     (_put("release.json", "[]"), ["release.json", "format None", "wanted"]),
     (_put("release.json", '{"format": "2"}'), ["release.json", "format '2'", "version 2"]),
-    (_remove("config.json"), ["config.json", "does not exist"]),
+    (_remove("config.json"), ["has weights, but no config.json"]),
     (
         _json_change("config.json", shared_intermediate_size=96),
         ["8 missing", "moe.shared", "config.json"],
@@ -355,7 +355,9 @@ def test_a_damaged_conversion_is_refused(converted, tmp_path, command, damage, w
     assert not dst.exists()
     with pytest.raises(_REFUSALS) as caught:
         m1_jax.load(converted)
-    assert f"error: {caught.value}" == printed
+    # The command calls the path by its flag.
+    message = str(caught.value).replace("checkpoint: ", "--src: ", 1)
+    assert f"error: {message}" == printed
     assert not (tmp_path / "back.partial" / "config.json").exists()  # without it, nothing loads
 
 
@@ -370,12 +372,12 @@ def test_a_destination_that_exists_is_refused(small, tmp_path, command):
 def test_a_source_of_the_wrong_kind_is_refused(small, small_converted, tmp_path, command):
     dst = tmp_path / "result"
     for to, src, words in (
-        ("orbax", tmp_path / "nothing", "is not a directory"),
-        ("hf", small / "config.json", "is not a directory"),
+        ("orbax", tmp_path / "nothing", "nothing does not exist"),
+        ("hf", small / "config.json", "config.json is a file; wanted a directory"),
         ("hf", small, "not converted yet; wanted a converted directory for --to=hf"),
         ("orbax", small_converted, "converted already; wanted a release directory for --to=orbax"),
-        ("hf", tmp_path, "not converted yet"),
-        ("orbax", tmp_path, "config.json does not exist"),
+        ("hf", tmp_path, "is empty"),
+        ("orbax", tmp_path, "is empty"),
     ):
         status, printed = command(to, src, dst)
         assert status == 1
@@ -390,7 +392,7 @@ def test_settings_are_checked(small):
         convert.ConvertConfig("hf", "a", "b", memory_gib=0)
     with pytest.raises(ValueError, match="--src and --dst"):
         convert.ConvertConfig("hf", "a", "")
-    with pytest.raises(release.CheckpointError, match="is no checkpoint"):
+    with pytest.raises(release.CheckpointError, match="nothing does not exist"):
         m1_jax.load(small / "nothing")
     with pytest.raises(ValueError, match="float16"):
         m1_jax.load(small, dtype=jnp.float16)

@@ -8,7 +8,16 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from m1_jax import ModelConfig, exchange_plan, expert_exchange, experts, fsdp, moe, sharding
+from m1_jax import (
+    ModelConfig,
+    choice_rows,
+    exchange_plan,
+    expert_exchange,
+    experts,
+    fsdp,
+    moe,
+    sharding,
+)
 
 DEVICES, EXPERTS, WIDTH, HIDDEN, TOKENS = 4, 8, 16, 24, 24
 LAYERS = (2, 3)  # of the stack
@@ -110,7 +119,7 @@ def test_choices_add_up_in_order(num_choices):
     rows = jnp.asarray(np.random.default_rng(1).normal(size=(24, 5)), jnp.float32)
     rows = rows.at[inverse[2]].set(jnp.nan)
     has_expert = jnp.ones(inverse.shape, bool).at[2].set(False)
-    total = jax.jit(expert_exchange._add_choices)(rows, inverse, has_expert)
+    total = jax.jit(choice_rows._add_choices)(rows, inverse, has_expert)
     wanted = np.sum(np.asarray(rows)[np.asarray(inverse)], axis=1, dtype=np.float32)
     wanted[2] = 0
     np.testing.assert_array_equal(total, wanted)
@@ -135,15 +144,27 @@ def exchange_stacked(x, weights, ids, *matrices):
     return program(x, weights, ids, *stack_layers(matrices))
 
 
-@pytest.mark.parametrize("single_round_rows", [0, exchange_plan.SINGLE_ROUND_ROWS])
+@pytest.mark.parametrize(
+    ("gathered_tokens", "single_round_rows", "num_choices"),
+    [
+        (expert_exchange.MAX_GATHERED_TOKENS, 0, 1),
+        (expert_exchange.MAX_GATHERED_TOKENS, 0, 2),
+        (0, 0, 2),
+        (0, exchange_plan.SINGLE_ROUND_ROWS, 2),
+    ],
+)
 @pytest.mark.parametrize("choose", ["any", "first"])
-def test_stacked_experts_have_the_same_bits(choose, single_round_rows, monkeypatch):
+def test_stacked_experts_have_the_same_bits(
+    choose, gathered_tokens, single_round_rows, num_choices, monkeypatch
+):
     fill_with_nan(monkeypatch)
+    monkeypatch.setattr(expert_exchange, "MAX_GATHERED_TOKENS", gathered_tokens)
     monkeypatch.setattr(exchange_plan, "SINGLE_ROUND_ROWS", single_round_rows)
-    inputs = draw_inputs(choose)
-    # The tile of the engine: a row's bits do not depend on the buffer's size.
+    inputs = draw_inputs(choose, num_choices)
+    # The tile of the engine: a row's bits do not depend on the buffer's size. A new function for
+    # each case, since jit knows an old one's trace, which has other limits.
     with experts.matmul_tile(8):
-        wanted, got = jax.jit(exchange)(*inputs), jax.jit(exchange_stacked)(*inputs)
+        wanted, got = jax.jit(exchange)(*inputs), jax.jit(lambda *x: exchange_stacked(*x))(*inputs)
     np.testing.assert_array_equal(got, wanted)
 
 
@@ -160,11 +181,26 @@ def test_experts_stay_stacked_unless_they_are_gathered():
     assert is_gathered({"context": 2, "expert": 2}, sharding.TRAIN)
 
 
-def test_decoding_needs_three_collectives_of_the_group():
-    lowered = jax.jit(exchange_stacked).trace(*draw_inputs()).lower(lowering_platforms=("tpu",))
+@pytest.mark.parametrize(
+    ("gathered_tokens", "num_choices", "wanted"),
+    [
+        (TOKENS, 2, (2, 1, 0)),  # tokens, their experts and weights; sums of tokens
+        (TOKENS - 1, 2, (1, 0, 2)),  # counts and weights; rows there and back
+        # A sum of four could depend on a token's place, so rows travel whatever their number.
+        (TOKENS, 4, (1, 0, 2)),
+    ],
+)
+def test_decoding_needs_three_collectives_of_the_group(
+    gathered_tokens, num_choices, wanted, monkeypatch
+):
+    monkeypatch.setattr(expert_exchange, "MAX_GATHERED_TOKENS", gathered_tokens)
+    inputs = draw_inputs(num_choices=num_choices)
+    lowered = (
+        jax.jit(lambda *x: exchange_stacked(*x)).trace(*inputs).lower(lowering_platforms=("tpu",))
+    )
     text = lowered.as_text()
-    assert text.count("stablehlo.all_gather") == 1  # counts and weights
-    assert text.count("@ragged_all_to_all") == 2  # rows there and back
+    collectives = ("stablehlo.all_gather", "stablehlo.reduce_scatter", "@ragged_all_to_all")
+    assert tuple(map(text.count, collectives)) == wanted
     assert text.count("stablehlo.all_reduce") == 0  # the number of rounds is known
     assert text.count("stablehlo.while") == 0
 

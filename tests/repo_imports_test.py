@@ -17,6 +17,8 @@ _ENTRY_POINTS = {
     "m1_jax.verify",
     "m1_jax.plan.command",
     "m1_jax.plan.__main__",
+    "m1_jax.info.command",
+    "m1_jax.info.__main__",
     "infer.generate",
     "infer.offline",
     "infer.server",
@@ -49,6 +51,7 @@ _SCHEMAS = ("m1_jax.config", "train.config", "train.rl.config", "infer.config")
 _DIRECTION = {
     "pallas_kernels/": ("pallas_kernels",),
     "m1_jax/plan/__main__.py": ("m1_jax.plan.command",),
+    "m1_jax/info/__main__.py": ("m1_jax.info.command",),
     "m1_jax/": ("m1_jax", "pallas_kernels"),
     "infer/messages.py": ("m1_jax.strict_json",),
     "infer/partial_match.py": (),

@@ -62,7 +62,7 @@ def test_named_fields_may_change_and_the_log_has_them(run):
     assert rates == pytest.approx({1: 3e-3, 2: 3e-3, 3: 3e-3, 4: 3e-3, 5: 1e-3, 6: 1e-3})
     # Without options it goes on as it is now, and the old config is refused.
     summary = loop.run_training(None, run)
-    assert (summary.step, str(summary)) == (6, "6 steps were made before, and none is left")
+    assert (summary.step, str(summary)) == (6, "the run is finished: all 6 steps were made before")
     with pytest.raises(checkpoints.ResumeError, match="another config"):
         loop.run_training(make_config(), run)
 

@@ -242,7 +242,7 @@ def test_errors_come_before_the_first_step(tmp_path):
 
     refused("vocabulary ends at 99", model=dataclasses.replace(MODEL, vocab_size=100))
     refused("nowhere.jsonl", data=DataConfig(sources=(DataSource("x", "nowhere.jsonl", "text"),)))
-    refused("has no config.json", checkpoint="nowhere", model=None)
+    refused("nowhere does not exist", checkpoint="nowhere", model=None)
     with pytest.raises(checkpoints.ResumeError, match="holds no run"):
         loop.run_training(None, tmp_path / "none_there")
     text = DataSource("stories", "demo/data/text.jsonl", "text")

@@ -16,7 +16,7 @@ import json
 import pathlib
 
 import jax.numpy as jnp
-from absl import app, flags, logging
+from absl import flags, logging
 
 from m1_jax import (
     command_help,
@@ -174,9 +174,7 @@ def _make_memory_job(source: ExportSource, rows: int, tokens: int) -> memory_che
     )
 
 
-def main(argv) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unknown argument {argv[1]!r}")
+def main(_) -> None:
     logging.set_verbosity(logging.WARNING)
     distributed.run_to_exit(_run_command)
 
@@ -189,21 +187,22 @@ def _run_command() -> int:
 
 
 def cli() -> None:
-    flags.DEFINE_string("workdir", None, "Directory of the run.", required=True)
-    flags.DEFINE_string("dst", None, "Directory to make; must not exist.", required=True)
-    flags.DEFINE_integer("step", None, "Step of the checkpoint. The default is the newest.")
-    flags.DEFINE_enum(
-        "dtype",
-        "",
-        ["", "bfloat16", "float32"],
-        "Dtype of parameters on disk, to which merged adapters are rounded. Empty: the run's.",
-    )
-    flags.DEFINE_string(
-        "mesh", None, "Devices along each axis, such as fsdp=2,expert=4. Default: the run's mesh."
-    )
-    flags.DEFINE_bool("distributed", False, distributed.DISTRIBUTED_HELP)
-    command_help.prepare_help(__doc__, __name__)
-    app.run(main)
+    with command_help.flag_group("What to export"):
+        flags.DEFINE_string("workdir", None, "Directory of the run.", required=True)
+        flags.DEFINE_string("dst", None, "Directory to make; must not exist.", required=True)
+        flags.DEFINE_integer("step", None, "Step of the checkpoint. Default: the newest.")
+        flags.DEFINE_enum(
+            "dtype",
+            "",
+            ["", "bfloat16", "float32"],
+            "Dtype of parameters on disk, to which merged adapters are rounded. Default: that of "
+            "the run.",
+        )
+    with command_help.flag_group("Devices"):
+        text = "Devices along each axis, such as fsdp=2,expert=4. Default: the run's mesh."
+        flags.DEFINE_string("mesh", None, text)
+        flags.DEFINE_bool("distributed", False, distributed.DISTRIBUTED_HELP)
+    command_help.run_command(__doc__, main)
 
 
 if __name__ == "__main__":

@@ -56,7 +56,7 @@ class TrainSummary:
 
     def __str__(self) -> str:
         if not self.num_made:
-            return f"{self.step} steps were made before, and none is left"
+            return f"the run is finished: all {self.step} steps were made before"
         skipped = f", {self.num_skipped} of them skipped" if self.num_skipped else ""
         return f"{self.step} steps{skipped}, loss {self.loss:.4f}"
 

@@ -13,10 +13,9 @@ from typing import Any
 import jax
 import numpy as np
 import tensorboardX
-import tqdm
 from absl import logging
 
-from m1_jax import durable
+from m1_jax import durable, progress_bar
 
 # What the terminal shows of a step.
 _TERMINAL_METRICS = ("loss", "learning_rate", "tokens_per_sec")
@@ -75,10 +74,9 @@ class MetricsWriter:
         board = str(directory / "tensorboard")
         # TensorBoard then hides earlier events from this step on.
         self._tensorboard = tensorboardX.SummaryWriter(board, purge_step=step + 1)
-        # In a log file a bar would be thousands of lines. There a step is a line of `logging`.
-        quiet = not sys.stderr.isatty()
-        self._progress_bar = tqdm.tqdm(total=total_steps, initial=step, unit="step", disable=quiet)
-        self._is_quiet = quiet
+        self._progress_bar = progress_bar.open_bar("train", total_steps, "step", initial=step)
+        # Where the bar is a line now and then, `logging` has all steps, with --verbose.
+        self._logs_steps = not sys.stderr.isatty()
 
     def __enter__(self):
         return self
@@ -102,11 +100,11 @@ class MetricsWriter:
             if isinstance(value, int | float):
                 self._tensorboard.add_scalar(f"{kind}/{name}", value, step)
         terminal_values = {k: f"{values[k]:.4g}" for k in self._terminal_metrics if k in values}
-        if kind == "train" and self._is_quiet:
-            text = " ".join(f"{k} {v}" for k, v in terminal_values.items())
-            logging.info("step %d: %s", step, text)
-        elif kind == "train":
+        if kind == "train":
             self._progress_bar.set_postfix(terminal_values, refresh=False)
+            if self._logs_steps:
+                text = " ".join(f"{k} {v}" for k, v in terminal_values.items())
+                logging.info("step %d: %s", step, text)
         else:
             # Evaluations and events are rare, so the terminal shows all of their values.
             text = " ".join(f"{k} {_to_json_value(v)}" for k, v in values.items())

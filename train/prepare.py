@@ -18,11 +18,10 @@ import pathlib
 import sys
 from typing import Any
 
-import tqdm
-from absl import app, flags
+from absl import flags
 from array_record.python import array_record_module  # pyright: ignore[reportAttributeAccessIssue]
 
-from m1_jax import command_help, configlib, durable, local_path
+from m1_jax import command_help, configlib, durable, local_path, progress_bar
 from m1_jax import tokenizer as tokenizer_lib
 from train.data import chat, columns, data_errors, find_files
 from train.data import config as data_config
@@ -106,7 +105,7 @@ def _write_shards(
         encoder = chat.RecordEncoder(tokenizer, profile=config.profile)
     _print_columns(config, records)
     manifest = _open_manifest(partial, config, records)
-    with tqdm.tqdm(total=len(records), unit=" records", disable=not config.progress) as bar:
+    with progress_bar.open_bar("prepare", len(records), "record", shown=config.progress) as bar:
         for shard in range(config.shards):
             name = f"{shard:05d}-of-{config.shards:05d}.arrayrecord"
             start, end = (len(records) * i // config.shards for i in (shard, shard + 1))
@@ -257,9 +256,7 @@ class _ShardWriter:
             raise data_errors.bad_record(records.location(index), error) from None
 
 
-def main(argv) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unknown argument {argv[1]!r}")
+def main(_) -> None:
     try:
         config = PrepareConfig(
             **{f.name: getattr(flags.FLAGS, f.name) for f in dataclasses.fields(PrepareConfig)}
@@ -270,22 +267,25 @@ def main(argv) -> None:
 
 
 def _define_flags() -> None:
-    flags.DEFINE_string("src", None, "File, directory or pattern to read.", required=True)
-    flags.DEFINE_string("dst", None, "Directory to make; must not exist.", required=True)
-    flags.DEFINE_integer("shards", 0, "How many files to write; 0: 16, or one a record.")
-    flags.DEFINE_enum("kind", "auto", chat.RECORD_KINDS, "What every record must be.")
-    flags.DEFINE_enum("profile", "release", chat.PROFILES, "Chat template.")
-    modes = data_config.BAD_RECORD_MODES
-    flags.DEFINE_enum("bad", "error", modes, "What becomes of records that cannot be used.")
-    flags.DEFINE_float("max_bad_share", 0.01, "Largest share that --bad=skip leaves out.")
-    flags.DEFINE_string("checkpoint", "", "Directory with a tokenizer: count tokens too.")
-    flags.DEFINE_bool("progress", True, "Show a progress bar.")
+    with command_help.flag_group("Files"):
+        flags.DEFINE_string("src", None, "File, directory or pattern to read.", required=True)
+        flags.DEFINE_string("dst", None, "Directory to make; must not exist.", required=True)
+        flags.DEFINE_integer("shards", 0, "How many files to write; 0: 16, or one a record.")
+    with command_help.flag_group("Records"):
+        flags.DEFINE_enum("kind", "auto", chat.RECORD_KINDS, "What every record must be.")
+        flags.DEFINE_enum("profile", "release", chat.PROFILES, "Chat template.")
+        modes = data_config.BAD_RECORD_MODES
+        flags.DEFINE_enum("bad", "error", modes, "What becomes of records that cannot be used.")
+        flags.DEFINE_float("max_bad_share", 0.01, "Most that --bad=skip leaves out, a share, 0-1.")
+    with command_help.flag_group("Output"):
+        text = "Directory with a tokenizer, to count tokens, too. Default: count records alone."
+        flags.DEFINE_string("checkpoint", "", text)
+        flags.DEFINE_bool("progress", True, "Show a progress bar.")
 
 
 def cli() -> None:
     _define_flags()
-    command_help.prepare_help(__doc__, __name__)
-    app.run(main)
+    command_help.run_command(__doc__, main)
 
 
 if __name__ == "__main__":

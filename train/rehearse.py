@@ -18,7 +18,7 @@ import time
 from typing import Any
 
 import jax
-from absl import app, flags, logging
+from absl import flags, logging
 
 from m1_jax import command_help, local_path
 from train import config as config_lib
@@ -51,9 +51,7 @@ def run(rehearsal: setting_lib.RehearsalConfig) -> page.RehearsalResult:
     )
 
 
-def main(argv) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unknown argument {argv[1]!r}")
+def main(_) -> None:
     values = flags.FLAGS
     if not values["verbosity"].present:
         logging.set_verbosity(logging.ERROR)  # JAX and XLA log much; the user may ask for it
@@ -76,30 +74,28 @@ def main(argv) -> None:
 
 
 def _define_flags() -> None:
-    flags.DEFINE_string("config", None, "Config of the run, FILE or FILE:ARG.", required=True)
-    flags.DEFINE_string(
-        "topology", "", 'Slice, like v5p:8x8x8 or "8 x v5e:16x16". Empty: one device.'
-    )
-    flags.DEFINE_multi_string("set", [], "FIELD=VALUE in the config. May be repeated.")
-    flags.DEFINE_string(
-        "model", "m1", "Shapes where the checkpoint is not here: m1, tiny, a config.json, its DIR."
-    )
-    flags.DEFINE_integer("steps", 2000, "Steps of the data streams, over all stages.")
-    flags.DEFINE_integer(
-        "document_tokens", 0, "Mean length of stand-in documents. 0: 1,000, or a row's 16th part."
-    )
-    flags.DEFINE_string(
-        "plans", "", "Directory of m1-plan's records. Default ~/.cache/m1_jax/plans."
-    )
-    flags.DEFINE_bool("compile", False, "Run m1-plan where it has no record. Minutes for each.")
-    flags.DEFINE_integer("workers", 0, "Processes that run lanes. 0: one for each core.")
-    flags.DEFINE_string("json", "", "File to write all figures to.")
+    with command_help.flag_group("The run"):
+        flags.DEFINE_string("config", None, "Config of the run, FILE or FILE:ARG.", required=True)
+        flags.DEFINE_multi_string("set", [], "FIELD=VALUE in the config. May be repeated.")
+        text = 'Slice, like v5p:8x8x8 or "8 x v5e:16x16". Default: one device.'
+        flags.DEFINE_string("topology", "", text)
+        text = "Shapes where the checkpoint is not here: m1, tiny, a config.json, its DIR."
+        flags.DEFINE_string("model", "m1", text)
+    with command_help.flag_group("How much to rehearse"):
+        flags.DEFINE_integer("steps", 2000, "Steps of the data streams, over all stages.")
+        text = "Mean length of stand-in documents, tokens. 0: 1,000, or a row's 16th part."
+        flags.DEFINE_integer("document_tokens", 0, text)
+        text = "Directory of m1-plan's records. Default: ~/.cache/m1_jax/plans."
+        flags.DEFINE_string("plans", "", text)
+        flags.DEFINE_bool("compile", False, "Run m1-plan where it has no record. Minutes for each.")
+        flags.DEFINE_integer("workers", 0, "Processes that run lanes. 0: one for each core.")
+    with command_help.flag_group("Output"):
+        flags.DEFINE_string("json", "", "File to write all figures to.")
 
 
 def cli() -> None:
     _define_flags()
-    command_help.prepare_help(__doc__, __name__)
-    app.run(main)
+    command_help.run_command(__doc__, main)
 
 
 if __name__ == "__main__":

@@ -17,8 +17,8 @@ from m1_jax import distributed, local_path, multihost, sharding
 from m1_jax import model as model_lib
 from m1_jax import params as params_lib
 from m1_jax import tokenizer as tokenizer_lib
+from m1_jax.checkpoints import checkpoint_dir
 from m1_jax.checkpoints import load as load_lib
-from m1_jax.checkpoints import release
 from train import base_digest, checkpoints, optim, resume
 from train import lora as lora_lib
 from train import step as step_lib
@@ -181,7 +181,7 @@ def make_run_model(
 
     Raises:
       PathError: the checkpoint or the tokenizer lies in a bucket.
-      CheckpointError: the checkpoint has no config.json.
+      CheckpointError: there is no checkpoint.
       ConfigError: this model cannot compute what config.json says.
       ValueError: the tokenizer has ids outside of the model's vocabulary.
     """
@@ -270,11 +270,5 @@ def make_train_mesh(
 
 
 def _read_model_config(checkpoint: str) -> model_config_lib.ModelConfig:
-    # Checked first, so that the error names the field of the run's config.
-    path = pathlib.Path(checkpoint) / "config.json"
-    if not path.is_file():
-        raise release.CheckpointError(
-            f"checkpoint: {checkpoint} has no config.json; wanted a release directory or a "
-            "converted one"
-        )
-    return model_config_lib.ModelConfig.from_file(path)
+    directory = checkpoint_dir.require_checkpoint(checkpoint)
+    return model_config_lib.ModelConfig.from_file(directory / checkpoint_dir.CONFIG_FILE)

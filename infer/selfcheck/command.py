@@ -22,7 +22,7 @@ import time
 from typing import Any
 
 import jax
-from absl import app, flags, logging
+from absl import flags, logging
 
 from infer.selfcheck import (
     check,
@@ -159,8 +159,7 @@ def _keep_defaults(
 
 
 def main(argv: Any) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unknown argument {argv[1]!r}")
+    del argv  # refused already
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.ERROR)  # JAX and XLA log much; the user may ask for it
     # As Ctrl-C: the report so far is kept.
@@ -177,17 +176,14 @@ def main(argv: Any) -> None:
 
 
 def _define_flags() -> None:
-    flags.DEFINE_string("report", "m1-selfcheck.json", "File to write the report to.")
-    flags.DEFINE_float("seconds", 600.0, "Time of the whole run.")
-    flags.DEFINE_string("only", "", "Make the checks whose name contains this. Default: all.")
-    flags.DEFINE_bool("choices", True, "Keep the measured defaults for models and commands.")
+    with command_help.flag_group("What to check"):
+        flags.DEFINE_string("only", "", "Make the checks whose name contains this. Default: all.")
+        flags.DEFINE_float("seconds", 600.0, "Time of the whole run, in seconds.")
+    with command_help.flag_group("What to write"):
+        flags.DEFINE_string("report", "m1-selfcheck.json", "File to write the report to.")
+        flags.DEFINE_bool("choices", True, "Keep the measured defaults for models and commands.")
 
 
 def cli() -> None:
     _define_flags()
-    command_help.prepare_help(__doc__, __name__)
-    app.run(main)
-
-
-if __name__ == "__main__":
-    cli()
+    command_help.run_command(__doc__, main)

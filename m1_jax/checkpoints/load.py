@@ -14,10 +14,10 @@ import numpy as np
 import tensorstore as ts
 
 from m1_jax import config as config_lib
-from m1_jax import local_path, quantize, sharding
 from m1_jax import model as model_lib
 from m1_jax import params as params_lib
-from m1_jax.checkpoints import array_futures, release
+from m1_jax import quantize, sharding
+from m1_jax.checkpoints import array_futures, checkpoint_dir, release
 from m1_jax.checkpoints import format as format_lib
 
 
@@ -58,7 +58,7 @@ def load(
     for name, value in (("dtype", dtype), ("param_dtype", param_dtype)):
         if jnp.dtype(value) not in (jnp.float32, jnp.bfloat16):
             raise ValueError(f"{name}: got {jnp.dtype(value)}; wanted float32 or bfloat16")
-    source = _open_source(local_path.resolve_path(path))
+    source = _open_source(checkpoint_dir.require_checkpoint(path))
     config = dataclasses.replace(source.config, lightning_implementation=lightning)
     layout = sharding.make_layout(mesh, config, mode)
     model = params_lib.abstract_model(config, dtype, param_dtype, layout, weights)
@@ -86,18 +86,8 @@ def read_config(path) -> config_lib.ModelConfig:
       CheckpointError: there is none.
       ConfigError: a config.json that this model cannot compute.
     """
-    file = local_path.resolve_path(path) / "config.json"
-    if not file.is_file():
-        raise _no_checkpoint_error(file.parent)
-    return config_lib.ModelConfig.from_file(file)
-
-
-def _no_checkpoint_error(path: pathlib.Path) -> release.CheckpointError:
-    return release.CheckpointError(
-        f"{path} is no checkpoint: wanted a release directory (config.json, {release.INDEX_FILE}, "
-        f"shards) or one made by m1_jax.convert ({format_lib.PARAMS_DIR}/, "
-        f"{format_lib.MANIFEST_FILE})"
-    )
+    directory = checkpoint_dir.require_checkpoint(path)
+    return config_lib.ModelConfig.from_file(directory / checkpoint_dir.CONFIG_FILE)
 
 
 class _ParamSource(Protocol):
@@ -121,11 +111,7 @@ class _ParamSource(Protocol):
 
 def _open_source(path: pathlib.Path) -> _ParamSource:
     # A converted directory has a config.json as well, so it is recognised first.
-    if format_lib.is_converted(path):
-        return _ConvertedSource(path)
-    if (path / "config.json").is_file():
-        return _ReleaseSource(path)
-    raise _no_checkpoint_error(path)
+    return _ConvertedSource(path) if format_lib.is_converted(path) else _ReleaseSource(path)
 
 
 # ---- a release

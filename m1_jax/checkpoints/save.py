@@ -17,7 +17,7 @@ from m1_jax import config as config_lib
 from m1_jax import distributed, file_lock, local_path
 from m1_jax import model as model_lib
 from m1_jax import params as params_lib
-from m1_jax.checkpoints import array_futures, params_map, release
+from m1_jax.checkpoints import array_futures, checkpoint_dir, params_map, release
 from m1_jax.checkpoints import format as format_lib
 
 # Keys of config.json that neither parameters nor logits depend on.
@@ -52,7 +52,7 @@ def save(
     """
     path = local_path.resolve_path(path)
     if source is not None:
-        source = local_path.resolve_path(source, "source")
+        source = checkpoint_dir.require_checkpoint(source, "source")
         format_lib.check_small_files(source)
     stored_params = _stored_params_from_model(model, dtype)
     manifest = _build_model_manifest(model, source)

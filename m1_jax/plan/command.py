@@ -17,7 +17,7 @@ import sys
 from typing import Any
 
 import jax
-from absl import app, flags, logging
+from absl import flags, logging
 
 from m1_jax import command_help, local_path, quantize
 from m1_jax import config as config_lib
@@ -77,9 +77,7 @@ def run(config: plan_config.PlanConfig) -> dict[str, Any]:
     return best
 
 
-def main(argv) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unknown argument {argv[1]!r}")
+def main(_) -> None:
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.ERROR)  # JAX and XLA log much; the user may ask for it
     jax.config.update("jax_platforms", "cpu")  # a TPU that is there stays free
@@ -94,40 +92,36 @@ def main(argv) -> None:
 
 
 def _define_flags() -> None:
-    flags.DEFINE_string("topology", None, "Slice, like v5p:8x8x8.", required=True)
-    flags.DEFINE_enum("job", None, list(jobs.JOB_TRACERS), "Program to compile.", required=True)
-    flags.DEFINE_string("config", "m1", "m1, tiny, a config.json or a directory that holds one.")
-    flags.DEFINE_string("mesh", "", "axis=size,... Empty: search for a mesh.")
-    flags.DEFINE_string(
-        "serving_mesh", "", "Mesh of the sampler, axis=size,... For rl_update and reshard only."
-    )
-    flags.DEFINE_integer("seq", 4096, "Tokens a row. In decode: room in the cache.")
-    flags.DEFINE_integer(
-        "batch", 0, "Rows on all chips. 0: 4,096 tokens a chip in training, else one row a chip."
-    )
-    flags.DEFINE_integer("slices", 1, "Number of slices.")
-    flags.DEFINE_integer("accumulate", 1, "Microbatches of a training step.")
-    flags.DEFINE_enum(
-        "remat",
-        "layer",
-        [*config_lib.REMAT_POLICIES, plan_config.AUTO_REMAT],
-        "What training computes again. auto: the fastest that fits.",
-    )
-    flags.DEFINE_enum(
-        "lightning", None, ["chunked", "tpu"], "XLA or the Pallas kernels; default: as a run does."
-    )
-    recipes = list(quantize.INT8_RECIPES)
-    flags.DEFINE_enum(
-        "weights", None, recipes, "Int8 weights, where nothing is trained. Default: bfloat16."
-    )
-    flags.DEFINE_integer("tries", 3, "Most meshes that a search compiles.")
-    flags.DEFINE_string("json", "", "File to write the record to.")
+    with command_help.flag_group("The program"):
+        flags.DEFINE_string("topology", None, "Slice, like v5p:8x8x8.", required=True)
+        flags.DEFINE_integer("slices", 1, "Number of slices.")
+        jobs_list = list(jobs.JOB_TRACERS)
+        flags.DEFINE_enum("job", None, jobs_list, "Program to compile.", required=True)
+        text = "The model: m1, tiny, a config.json or a directory that holds one."
+        flags.DEFINE_string("config", "m1", text)
+        flags.DEFINE_integer("seq", 4096, "Tokens a row. In decode: room in the cache.")
+        text = "Rows on all chips. 0: 4,096 tokens a chip in training, else one row a chip."
+        flags.DEFINE_integer("batch", 0, text)
+        flags.DEFINE_integer("accumulate", 1, "Microbatches of a training step.")
+    with command_help.flag_group("How it is computed"):
+        flags.DEFINE_string("mesh", "", "axis=size,... Default: search for a mesh.")
+        flags.DEFINE_integer("tries", 3, "Most meshes that a search compiles.")
+        text = "Mesh of the sampler, axis=size,... For rl_update and reshard only."
+        flags.DEFINE_string("serving_mesh", "", text)
+        policies = [*config_lib.REMAT_POLICIES, plan_config.AUTO_REMAT]
+        text = "What training computes again. auto: the fastest that fits."
+        flags.DEFINE_enum("remat", "layer", policies, text)
+        text = "Lightning attention in XLA or by Pallas kernels. Default: as a run does."
+        flags.DEFINE_enum("lightning", None, ["chunked", "tpu"], text)
+        text = "Int8 weights, where nothing is trained. Default: bfloat16."
+        flags.DEFINE_enum("weights", None, list(quantize.INT8_RECIPES), text)
+    with command_help.flag_group("Output"):
+        flags.DEFINE_string("json", "", "File to write the record to.")
 
 
 def cli() -> None:
     _define_flags()
-    command_help.prepare_help(__doc__, __name__)
-    app.run(main)
+    command_help.run_command(__doc__, main)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from m1_jax import config as config_lib
-from m1_jax import exchange_plan, logprobs, sharding
+from m1_jax import exchange_plan, expert_exchange, logprobs, sharding
 from m1_jax import model as model_lib
 from m1_jax import params as params_lib
 from m1_jax.plan import collectives as collectives_lib
@@ -293,12 +293,19 @@ def _count_expert_traffic(
 ) -> None:
     """Count the exchange of rows with their experts, and the routing weights."""
     layers, experts_per_token = config.num_hidden_layers, config.num_experts_per_tok
-    leaving_share = 1 - 1 / layout.axis_size("experts")
+    num_devices = layout.axis_size("experts")
+    takes_all = expert_exchange.takes_all_tokens(round(tokens * num_devices), experts_per_token)
+    if takes_all and not job.is_training:
+        numbers = tokens * config.hidden_size * (num_devices - 1)
+        counter.add("all-gather", layers, BFLOAT16_BYTES * numbers)
+        counter.add("reduce-scatter", layers, _FLOAT32 * numbers)
+        return
+    leaving_share = 1 - 1 / num_devices
     exchanged = BFLOAT16_BYTES * tokens * experts_per_token * config.hidden_size * leaving_share
     # To the experts and back. The backward pass sends rows again, their gradients, and those back.
     counter.add("ragged-all-to-all", (5 if job.is_training else 2) * layers, exchanged)
     # Each chip knows the weights of its group's choices, and gives their gradients back.
-    choices = _FLOAT32 * tokens * experts_per_token * (layout.axis_size("experts") - 1)
+    choices = _FLOAT32 * tokens * experts_per_token * (num_devices - 1)
     counter.add("all-gather", layers * (1 + job.is_training), choices)
     counter.add("reduce-scatter", layers * job.is_training, choices)
 

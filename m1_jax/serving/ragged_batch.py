@@ -122,8 +122,9 @@ def map_row_tiles(
 ) -> Any:
     """Return function(*arrays) of arrays [M, ...], `tile_size` rows at a time.
 
-    A loop of unknown length is not fused with its neighbours. Fusion would change how elementwise
-    arithmetic rounds, so a row's numbers would depend on the batch.
+    A loop of unknown length is not fused with its neighbours, and neither is a conditional, which
+    stands for a loop over one tile. Fusion would change how elementwise arithmetic rounds, so a
+    row's numbers would depend on the batch.
 
     Args:
       tile_size: 0 takes all rows in one call, without a loop.
@@ -138,19 +139,36 @@ def map_row_tiles(
     # What one tile returns, so that the buffers of all tiles can be made before the loop.
     shapes = jax.eval_shape(function, *jax.tree.map(lambda a: a[0], tiles))
 
+    def compute(i):
+        return function(*jax.tree.map(lambda a: a[i], tiles))
+
+    num_tiles = _count_active_tiles(is_real) if num_tiles is None else num_tiles
+    if len(is_real) == 1:
+        # A loop would copy what it carries, several times a layer: a tenth of decoding few rows.
+        # The compiler may move arithmetic out of a conditional, as it does not out of a loop.
+        outputs = jax.lax.cond(
+            num_tiles > 0,
+            lambda: jax.lax.optimization_barrier(compute(0)),
+            lambda: _make_zeros(shapes),
+        )
+        return jax.tree.map(lambda a: a[:length], outputs)
+
     # Outputs are carried and written in place. `scan` would stack them, but needs a known length.
     def compute_tile(i, outputs):
-        tile_outputs = function(*jax.tree.map(lambda a: a[i], tiles))
+        tile_outputs = compute(i)
         return jax.tree.map(
             lambda buffer, value: jax.lax.dynamic_update_index_in_dim(buffer, value, i, 0),
             outputs,
             tile_outputs,
         )
 
-    outputs = jax.tree.map(lambda a: jnp.zeros((len(is_real), *a.shape), a.dtype), shapes)
-    num_tiles = _count_active_tiles(is_real) if num_tiles is None else num_tiles
-    outputs = jax.lax.fori_loop(0, num_tiles, compute_tile, outputs)
+    outputs = jax.lax.fori_loop(0, num_tiles, compute_tile, _make_zeros(shapes, len(is_real)))
     return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:])[:length], outputs)
+
+
+def _make_zeros(shapes: Any, *leading: int) -> Any:
+    """Return zeros of these shapes and dtypes, with leading axes."""
+    return jax.tree.map(lambda a: jnp.zeros((*leading, *a.shape), a.dtype), shapes)
 
 
 def _cut_tiles(x: Shaped[Array, "M *row"], tile_size: int) -> Shaped[Array, "I t *row"]:
@@ -228,7 +246,7 @@ def map_tile_groups(function: Callable, batch: RaggedBatch, arrays: Any) -> Any:
             group_outputs,
         )
 
-    outputs = jax.tree.map(lambda x: jnp.zeros((len(pages), *x.shape), x.dtype), shapes)
+    outputs = _make_zeros(shapes, len(pages))
     is_active = jnp.any(grouped[2] >= 0, axis=2)
     outputs = jax.lax.fori_loop(0, _count_active_tiles(is_active), compute_group, outputs)
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:num_tiles], outputs)

@@ -65,6 +65,8 @@ class RlSummary:
     stopped_by: int | None = None
 
     def __str__(self) -> str:
+        if math.isnan(self.reward):
+            return f"the run is finished: all {self.step} batches were made before"
         return f"{self.step} batches, reward {self.reward:.4f}"
 
 

@@ -1,0 +1,1 @@
+"""What `m1-info` says of a machine, an installation and a checkpoint."""
