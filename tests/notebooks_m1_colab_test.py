@@ -169,7 +169,7 @@ def read_sizes(platform):
     return scope
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("topology", ["v5e:1x1", "v6e:1x1"])
 @pytest.mark.parametrize("job", ["train", "rl_update", "serve"])
 def test_programs_fit_a_chip(topology, job, tmp_path):
