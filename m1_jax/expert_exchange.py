@@ -6,6 +6,9 @@ are sorted by expert, then by sender. They pass through a buffer of fixed size, 
 the fullest device needs: one round where the router is balanced, more where it is not. No token is
 dropped. A capacity limit means a single round, which drops what does not fit.
 
+Few tokens, as in decoding, have no such plan. Every device of the group gets all of them, and what
+their experts make of them is added up over the group.
+
 Chunk (s, e) is the rows that sender s has for expert e. P devices share E experts, e on each.
 """
 
@@ -48,14 +51,13 @@ def run_routed_experts(
       stack_index: index of this layer, where gate, up and down are still stacked over layers. There
         is no gradient then.
     """
-    num_tokens, is_dropless = len(x) * collectives.axis_size("experts"), capacity is None
-    is_small = takes_all_tokens(num_tokens, weights.shape[1])
-    if is_dropless and stack_index is not None and is_small:
+    num_devices, is_dropless = collectives.axis_size("experts"), capacity is None
+    is_shared = is_dropless and stack_index is not None and num_devices > 1
+    if is_shared and takes_all_tokens(num_devices * len(x), weights.shape[1]):
         return _run_on_all_tokens(x, weights, expert_ids, gate, up, down, stack_index)
-    num_experts = gate.shape[-3] * collectives.axis_size("experts")
-    choices = choice_rows.sort_choices(x, weights, expert_ids, num_experts)
+    choices = choice_rows.sort_choices(x, weights, expert_ids, num_devices * gate.shape[-3])
     rows, scale, counts = choices.rows, choices.scale, choices.counts
-    if is_dropless and collectives.axis_size("experts") == 1:
+    if is_dropless and num_devices == 1:
         y = _run_local_experts(choices, gate, up, down, stack_index)
         return choices.sum_over_choices(y), jnp.zeros(())
     plan = exchange_plan.make_plan(

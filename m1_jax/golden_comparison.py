@@ -55,7 +55,9 @@ def compare_golden(
     rows = []
     # By default TPUs multiply float32 numbers in bfloat16.
     with jax.default_matmul_precision("highest"):
-        for compare in progress_bar.iterate("verify", _COMPARISONS, "pass", shows_progress):
+        for compare in progress_bar.iterate_with_bar(
+            "verify", _COMPARISONS, "pass", shows_progress
+        ):
             # A comparison is a generator, so its work is done here, under the precision above.
             rows.extend(compare(model, golden))
     # No row would count as success.

@@ -70,7 +70,9 @@ def open_bar(
     )
 
 
-def iterate(name: str, items: Sequence[Item], unit: str, shown: bool = True) -> Iterator[Item]:
+def iterate_with_bar(
+    name: str, items: Sequence[Item], unit: str, shown: bool = True
+) -> Iterator[Item]:
     """Yield the items, with a bar that counts those whose work is done."""
     with open_bar(name, len(items), unit, shown=shown) as bar:
         for item in items:

@@ -88,6 +88,7 @@ def run_install_cell(site, imported, installed):
         # Without site-packages: the libraries of the tests would be found, too.
         [sys.executable, "-S", "-c", program, str(site), "imported" if imported else "fresh"],
         env=env,
+        cwd=site,  # a checkout that is installed holds metadata of its own
         capture_output=True,
         text=True,
     )

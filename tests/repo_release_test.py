@@ -18,7 +18,7 @@ _PYPROJECT = tomllib.loads((_REPO / "pyproject.toml").read_text())
 _PROJECT = _PYPROJECT["project"]
 _PYTHONS = ("3.11", "3.12", "3.13")
 # What users are told to install. test, parity and dev are for those who change the code.
-_USER_EXTRAS = {"tpu", "gpu", "gcs", "serve", "rl", "eval", "docs"}
+_USER_EXTRAS = {"tpu", "gpu", "gcs", "serve", "rl", "eval", "docs", "demo"}
 
 
 def test_the_version_has_one_source():

@@ -126,7 +126,7 @@ def test_the_command(src):
     command = [sys.executable, "-m", "train.prepare", f"--src={src}/*.jsonl", f"--dst={src}/out"]
     done = subprocess.run([*command, "--shards=2"], capture_output=True, text=True, check=True)
     assert done.stdout == f"wrote {src}/out\n"
-    assert "10/10" in done.stderr
+    assert "10 of 10" in done.stderr
     again = subprocess.run(command, capture_output=True, text=True, check=False)
     assert again.returncode == 1
     assert again.stderr.startswith("error: ")
